@@ -1,10 +1,12 @@
 //! Being a device.
+mod describe;
 mod irqs;
 mod loopback;
 mod machine;
 mod memory;
 mod model;
 
+pub use describe::RegionView;
 pub use irqs::Irqs;
 pub use loopback::Loopback;
 pub use machine::{FeatureDone, Machine, SessionId};

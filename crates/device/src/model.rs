@@ -40,6 +40,11 @@ pub trait Model: Send + 'static {
 
 /// How a device moves. Each method is an arc of the standard's machine, or what flows in a session;
 /// the [`Machine`](crate::Machine) calls them in an order that the standard allows and no other.
+///
+/// Sessions are paired: after a [`Migration::save_begin`] that succeeded comes exactly one
+/// [`Migration::save_end`]; after a [`Migration::load_begin`] that succeeded exactly one
+/// [`Migration::load_finish`] that succeeds or one [`Migration::load_abort`]. This holds for
+/// resets and for faults too; only a model that panics is asked for nothing but its reset.
 pub trait Migration {
     /// Which optional states the device has. STOP_COPY is always set. Must not change.
     fn flags(&self) -> MigrationFlags;
@@ -56,10 +61,13 @@ pub trait Migration {
     }
 
     /// To STOP or STOP_COPY from a state that runs: when this returns, the device changes neither
-    /// itself nor anything outside, and has nothing under way.
+    /// itself nor anything outside, and has nothing under way. A device with
+    /// [`MigrationFlags::P2P`] was quiesced before.
     fn stop(&mut self) -> Result<(), Fault>;
 
-    /// From STOP to a state that runs.
+    /// Back to a state that runs: from STOP, or when [`Migration::save_final`] refused. A device
+    /// with [`MigrationFlags::P2P`] still holds back peer-to-peer DMA, until
+    /// [`Migration::resume_p2p`].
     fn start(&mut self) -> Result<(), Fault>;
 
     /// Opens a saving session: on entering PRE_COPY or PRE_COPY_P2P, or STOP_COPY from STOP.
@@ -74,23 +82,29 @@ pub trait Migration {
     fn save(&mut self, bytes_max: usize, stopped: bool) -> Result<Save<'_>, Errno>;
 
     /// PRE_COPY* to STOP_COPY: the session goes on; what was not read of the pre-copy data, and
-    /// what changed since, is to be read now. [`Migration::stop`] was called before.
+    /// what changed since, is to be read now. [`Migration::stop`] was called before; when this
+    /// refuses, [`Migration::start`] follows and the state stays a pre-copy state.
     fn save_final(&mut self) -> Result<(), Fault> {
         Ok(())
     }
 
-    /// The saving session ends, read to its end or not.
+    /// The saving session ends, read to its end or not: the state is left, the device reset or
+    /// broken.
     fn save_end(&mut self);
 
-    /// Estimates for pre-copy. Only called in pre-copy states. `argsz` is filled in by the caller.
-    fn precopy_info(&mut self) -> PrecopyInfo {
-        PrecopyInfo::default()
+    /// Whether the device can report its initial bytes anew (`vfio.h:
+    /// VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`). Must not change.
+    fn has_precopy_reinit(&self) -> bool {
+        false
     }
 
-    /// The client opted in to output flags in pre-copy info (MIG_PRECOPY_INFO_V2). `false`: the
-    /// device does not know them.
-    fn precopy_info_v2(&mut self) -> bool {
-        false
+    /// Estimates for pre-copy. Only called in pre-copy states; `argsz` is filled in by the caller.
+    /// `reinit` says that the client opted in to
+    /// [`PrecopyFlags::REINIT`](limosa_protocol::feature::PrecopyFlags::REINIT); without it the
+    /// initial bytes must never grow again, and flags that are set are cleared.
+    fn precopy_info(&mut self, reinit: bool) -> PrecopyInfo {
+        let _ = reinit;
+        PrecopyInfo::default()
     }
 
     /// Estimate of the bytes that stop-copy will need, in any state.
@@ -100,12 +114,14 @@ pub trait Migration {
     fn load_begin(&mut self) -> Result<(), Fault>;
 
     /// The next bytes of the state to load. Nothing but staging memory may change before
-    /// [`Migration::load_finish`].
+    /// [`Migration::load_finish`]. After an error no more bytes come, and the session cannot be
+    /// finished: it waits for a reset.
     fn load(&mut self, chunk: &[u8]) -> Result<(), Errno>;
 
     /// Staging memory of up to `bytes_max` bytes to receive the next bytes in directly, or `None`
     /// to have them handed to [`Migration::load`]. Followed by [`Migration::load_filled`], unless
-    /// the session ends before that.
+    /// receiving fails: then the session cannot be finished, and waits for a reset. More than
+    /// `bytes_max` bytes may be lent; an empty slice counts as `None`.
     fn load_space(&mut self, bytes_max: usize) -> Option<&mut [u8]> {
         let _ = bytes_max;
         None
@@ -121,7 +137,8 @@ pub trait Migration {
     /// leaves the device as it was before the session, in RESUMING.
     fn load_finish(&mut self) -> Result<(), Fault>;
 
-    /// A load session ends without [`Migration::load_finish`]: by a reset.
+    /// A load session ends without [`Migration::load_finish`]: by a reset, or because that broke
+    /// the device.
     fn load_abort(&mut self);
 }
 

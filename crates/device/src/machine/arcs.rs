@@ -1,0 +1,155 @@
+//! The arcs: what a step between two states asks of the model (`vfio.h: "The FSM takes actions on
+//! the arcs between FSM states"`). A step that skips a state which the device lacks is the sum of
+//! the arcs it stands for.
+
+use limosa_protocol::fsm::{self, Session};
+use limosa_protocol::{Errno, State};
+
+use super::session::SessionId;
+use super::{Inner, Machine};
+use crate::{Fault, Migration};
+
+impl Machine {
+    /// Walks to a state. The session that a client must be told of, if one opened.
+    ///
+    /// EINVAL where [`fsm::path`] refuses. A step that the model refuses leaves the device on the
+    /// step's first state; one that breaks it leaves ERROR.
+    pub(super) fn set_state(&self, to: State) -> Result<Option<SessionId>, Errno> {
+        let flags = self.flags.ok_or(Errno::ENOTTY)?;
+        self.with(|inner| {
+            let path = fsm::path(flags, inner.state, to).inspect_err(|refusal| {
+                tracing::debug!(from = %inner.state, %to, %refusal, "transition refused");
+            })?;
+            for arc in path.arcs() {
+                inner.step(arc)?;
+            }
+            Ok(if path.opens_session() { inner.session.as_ref().map(|open| open.id) } else { None })
+        })
+    }
+}
+
+impl Inner {
+    fn step(&mut self, arc: fsm::Arc) -> Result<(), Errno> {
+        let damaged = self.session.as_ref().is_some_and(|open| open.damaged);
+        let taken = match self.migration() {
+            // What was lost of the stream cannot be made good: the model is not even asked.
+            Ok(_) if arc.from == State::Resuming && damaged => Err(Fault::Refused(Errno::EIO)),
+            Ok(migration) => act(migration, arc),
+            Err(errno) => Err(Fault::Broken(errno)),
+        };
+        match taken {
+            Ok(()) => {
+                match arc.session {
+                    Session::Opens => self.session = Some(self.ids.open()),
+                    Session::Ends => self.session = None,
+                    Session::None | Session::Keeps => {}
+                }
+                self.enter(arc.to);
+                Ok(())
+            }
+            Err(fault) => {
+                tracing::warn!(%arc, %fault, "arc failed");
+                if let Fault::Broken(_) = fault {
+                    self.end_session();
+                    self.enter(State::Error);
+                }
+                Err(fault.errno())
+            }
+        }
+    }
+
+    /// Ends the session without finishing it: for a reset, or a device that broke.
+    pub(super) fn end_session(&mut self) {
+        if self.session.take().is_none() {
+            return;
+        }
+        let loading = self.state == State::Resuming;
+        if let Ok(migration) = self.migration() {
+            if loading { migration.load_abort() } else { migration.save_end() }
+        }
+    }
+
+    pub(super) fn migration(&mut self) -> Result<&mut dyn Migration, Errno> {
+        self.model()?.migration().ok_or_else(|| {
+            tracing::error!("the model had a migration and has it no more");
+            Errno::EIO
+        })
+    }
+}
+
+/// Whether the device starts peer-to-peer DMA in this state.
+fn starts_p2p(state: State) -> bool {
+    matches!(state, State::Running | State::PreCopy)
+}
+
+/// Takes one step on the model: ends what ends, changes how the device runs, opens what opens.
+fn act(model: &mut dyn Migration, arc: fsm::Arc) -> Result<(), Fault> {
+    let (from, to) = (arc.from, arc.to);
+    match (from.is_running(), to.is_running()) {
+        (true, true) => {
+            match (starts_p2p(from), starts_p2p(to)) {
+                (true, false) => model.quiesce_p2p()?,
+                (false, true) => model.resume_p2p()?,
+                _ => {}
+            }
+            match arc.session {
+                Session::Opens => model.save_begin()?,
+                Session::Ends => model.save_end(),
+                Session::None | Session::Keeps => {}
+            }
+        }
+        (true, false) => {
+            model.stop()?;
+            if arc.session == Session::Keeps {
+                model.save_final().map_err(|fault| take_back_stop(model, fault))?;
+            }
+        }
+        (false, true) => model.start()?,
+        (false, false) => match (arc.session, from == State::Resuming || to == State::Resuming) {
+            (Session::Opens, false) => model.save_begin()?,
+            (Session::Opens, true) => model.load_begin()?,
+            (Session::Ends, false) => model.save_end(),
+            (Session::Ends, true) => model.load_finish()?,
+            (Session::None | Session::Keeps, _) => {}
+        },
+    }
+    Ok(())
+}
+
+/// A step that stopped the device and then was refused: the device runs again, or is broken.
+fn take_back_stop(model: &mut dyn Migration, fault: Fault) -> Fault {
+    match fault {
+        Fault::Refused(errno) if model.start().is_err() => Fault::Broken(errno),
+        fault => fault,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use limosa_protocol::MigrationFlags;
+
+    use super::*;
+
+    /// `act` does one kind of thing in each step where the device goes on running, and none with
+    /// the session where it starts; no step of any device may need more.
+    #[test]
+    fn no_step_of_any_device_needs_more_than_act_does() {
+        for flags in MigrationFlags::SETS {
+            for from in State::ALL {
+                for to in State::ALL {
+                    let Ok(path) = fsm::path(flags, from, to) else { continue };
+                    for arc in path.arcs() {
+                        let session = matches!(arc.session, Session::Opens | Session::Ends);
+                        let p2p = starts_p2p(arc.from) != starts_p2p(arc.to);
+                        match (arc.from.is_running(), arc.to.is_running()) {
+                            (true, true) => assert!(!(p2p && session), "{flags}: {arc}"),
+                            (true, false) => assert!(!session, "{flags}: {arc}"),
+                            (false, true) => assert_eq!(arc.session, Session::None, "{flags}: {arc}"),
+                            (false, false) => assert!(session, "{flags}: {arc}"),
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! The FEATURE multiplexer on the device's side (`vfio.h: VFIO_DEVICE_FEATURE`).
+
+use limosa_client::Refers;
+use limosa_protocol::feature::{
+    DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigDataSize, FeatureMigState,
+    FeatureMigration,
+};
+use limosa_protocol::{Errno, FeatureCall, FeatureIndex, FeatureOp, MigrationFlags};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::Machine;
+use super::session::SessionId;
+
+/// What a FEATURE request did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FeatureDone {
+    /// Bytes of payload filled in.
+    pub payload_bytes: usize,
+    /// The session that a SET of MIG_DEVICE_STATE opened.
+    pub opened: Option<SessionId>,
+}
+
+/// The most ranges of one DMA_LOGGING_START: a page of them, as in the kernel.
+const LOGGING_RANGES_MAX: usize = 4096 / size_of::<DmaLoggingRange>();
+
+impl Machine {
+    /// Performs a FEATURE request that passed [`limosa_protocol::FeatureHeader::call`].
+    ///
+    /// `payload` is the fixed part, in and out, and at least as long as the call says. A
+    /// DMA_LOGGING_START wants [`Refers::In`] with exactly its ranges, a DMA_LOGGING_REPORT
+    /// [`Refers::Bitmap`] with a bit for each page; bits are set there and none is cleared.
+    ///
+    /// ENOTTY for a feature that the device lacks; EINVAL for an operation that the feature
+    /// lacks, a payload that is too short, or what it refers to missing; E2BIG for too many
+    /// ranges; else what the feature answers.
+    pub fn feature(
+        &self,
+        call: FeatureCall,
+        payload: &mut [u8],
+        refers: Refers<'_>,
+    ) -> Result<FeatureDone, Errno> {
+        let rules = call.index.rules().filter(|_| self.has_feature(call.index)).ok_or(Errno::ENOTTY)?;
+        if !call.check(rules)? {
+            return Ok(FeatureDone::default());
+        }
+        let payload = payload.get_mut(..rules.payload_bytes).ok_or(Errno::EINVAL)?;
+        let mut done = FeatureDone { payload_bytes: payload.len(), opened: None };
+        match call.index {
+            FeatureIndex::MIGRATION => {
+                let flags = self.flags.ok_or(Errno::ENOTTY)?;
+                answer(payload, FeatureMigration { flags: flags.bits() })?;
+            }
+            FeatureIndex::MIG_DEVICE_STATE if call.op == FeatureOp::GET => {
+                answer(payload, FeatureMigState::new(self.state()))?;
+            }
+            FeatureIndex::MIG_DEVICE_STATE => {
+                let to = read::<FeatureMigState>(payload)?.state()?;
+                done.opened = self.set_state(to)?;
+                answer(payload, FeatureMigState::new(to))?;
+            }
+            FeatureIndex::MIG_DATA_SIZE => {
+                let stop_copy_length = self.with(|inner| Ok(inner.migration()?.data_size()))?;
+                answer(payload, FeatureMigDataSize { stop_copy_length })?;
+            }
+            FeatureIndex::MIG_PRECOPY_INFO_V2 => self.with(|inner| {
+                inner.precopy_reinit = true;
+                Ok(())
+            })?,
+            FeatureIndex::DMA_LOGGING_START => {
+                let mut control: FeatureDmaLoggingControl = read(payload)?;
+                let ranges = logging_ranges(&control, refers)?;
+                control.page_size = self.bus.memory.logging_start(control.page_size, &ranges)?;
+                answer(payload, control)?;
+            }
+            FeatureIndex::DMA_LOGGING_STOP => self.bus.memory.logging_stop()?,
+            FeatureIndex::DMA_LOGGING_REPORT => {
+                let report: FeatureDmaLoggingReport = read(payload)?;
+                let Refers::Bitmap(words) = refers else { return Err(Errno::EINVAL) };
+                if !report.page_size.is_power_of_two() {
+                    return Err(Errno::EINVAL);
+                }
+                let pages = report.length.div_ceil(report.page_size);
+                if (words.len() as u64) < pages.div_ceil(64) {
+                    return Err(Errno::EINVAL);
+                }
+                self.bus.memory.logging_report(report.iova, report.length, report.page_size, words)?;
+            }
+            _ => return Err(Errno::ENOTTY),
+        }
+        Ok(done)
+    }
+
+    /// Whether the device has the feature at all.
+    fn has_feature(&self, index: FeatureIndex) -> bool {
+        match index {
+            FeatureIndex::MIGRATION | FeatureIndex::MIG_DEVICE_STATE | FeatureIndex::MIG_DATA_SIZE => {
+                self.flags.is_some()
+            }
+            FeatureIndex::MIG_PRECOPY_INFO_V2 => self.has_precopy_reinit,
+            FeatureIndex::DMA_LOGGING_START
+            | FeatureIndex::DMA_LOGGING_STOP
+            | FeatureIndex::DMA_LOGGING_REPORT => true,
+            _ => false,
+        }
+    }
+}
+
+/// Whether a model's migration has MIG_PRECOPY_INFO_V2.
+pub(super) fn precopy_reinit(migration: &dyn crate::Migration) -> bool {
+    migration.flags().contains(MigrationFlags::PRE_COPY) && migration.has_precopy_reinit()
+}
+
+fn read<T: FromBytes + KnownLayout + Immutable>(payload: &[u8]) -> Result<T, Errno> {
+    T::read_from_bytes(payload).map_err(|_| Errno::EINVAL)
+}
+
+fn answer<T: IntoBytes + Immutable>(payload: &mut [u8], value: T) -> Result<(), Errno> {
+    value.write_to(payload).map_err(|_| Errno::EINVAL)
+}
+
+fn logging_ranges(
+    control: &FeatureDmaLoggingControl,
+    refers: Refers<'_>,
+) -> Result<Vec<DmaLoggingRange>, Errno> {
+    let count = control.num_ranges as usize;
+    if count > LOGGING_RANGES_MAX {
+        return Err(Errno::E2BIG);
+    }
+    let bytes: &[u8] = match refers {
+        Refers::In(bytes) => bytes,
+        Refers::Nothing => &[],
+        Refers::Bitmap(_) => return Err(Errno::EINVAL),
+    };
+    if bytes.len() != count * size_of::<DmaLoggingRange>() {
+        return Err(Errno::EINVAL);
+    }
+    bytes.chunks_exact(size_of::<DmaLoggingRange>()).map(read).collect()
+}
