@@ -10,6 +10,7 @@
 
 extern crate alloc;
 
+pub mod bitmap;
 pub mod errno;
 pub mod feature;
 pub mod fsm;
