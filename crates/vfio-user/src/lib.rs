@@ -1,1 +1,7 @@
-//! Seam.
+//! The vfio-user protocol, both sides: VFIO requests as messages on a UNIX socket
+//! (`vfio-user.rst`), with live migration and what that needs beyond the specification.
+//!
+//! [`codec`] is what messages look like, [`version`] what two sides agree on when they meet.
+
+pub mod codec;
+pub mod version;

@@ -1,0 +1,445 @@
+//! The first message of a connection (`vfio-user.rst: VFIO_USER_VERSION`): versions, capabilities,
+//! and what two sides make of them, [`Limits`].
+
+use serde_json::{Map, Value};
+
+/// The major version, and the highest minor version that this implementation speaks.
+pub const VERSION: (u16, u16) = (0, 2);
+
+/// The most bytes of JSON that are read from a peer, NUL included.
+pub const JSON_BYTES_MAX: usize = 4096;
+
+/// The most fds that this implementation takes in one message. QEMU refuses a larger number.
+pub const MSG_FDS_MAX: usize = 16;
+
+/// The most bytes of data in one message that this implementation ever agrees to. QEMU refuses a
+/// larger number.
+pub const DATA_XFER_BYTES_MAX: u32 = 64 << 20;
+
+/// The bytes of data in one message that both sides propose, and that hold where a peer is silent.
+pub const DATA_XFER_BYTES_DEFAULT: u32 = 1 << 20;
+
+/// The longest VERSION reply, in bytes of the whole message: QEMU receives it into the buffer of its
+/// request, which has this size.
+pub const REPLY_BYTES_MAX: usize = 214;
+
+/// Why a peer's version data is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum VersionError {
+    /// The major version is not 0.
+    #[error("major version {0} is not supported, only {major}", major = VERSION.0)]
+    Major(u16),
+    /// A server answered with a higher minor version than was proposed.
+    #[error("minor version {got} is above the proposed {proposed}")]
+    Minor {
+        /// What was proposed.
+        proposed: u16,
+        /// The answer.
+        got: u16,
+    },
+    /// More JSON than [`JSON_BYTES_MAX`].
+    #[error("{0} bytes of version data, more than {JSON_BYTES_MAX}")]
+    TooLong(usize),
+    /// The JSON does not end in its one NUL.
+    #[error("the version data does not end with a NUL")]
+    NotTerminated,
+    /// Not JSON.
+    #[error("the version data is not JSON: {0}")]
+    NotJson(String),
+    /// A capability has another type or value than the specification gives it.
+    #[error("capability {name} must be {want}")]
+    Capability {
+        /// Its name.
+        name: &'static str,
+        /// What it must be.
+        want: &'static str,
+    },
+    /// A server named an fd for the twin socket that did not come, or a twin socket that was not
+    /// asked for.
+    #[error("the twin socket is inconsistent: {0}")]
+    TwinSocket(&'static str),
+}
+
+/// What one side announces. `None` where it is silent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// The most fds that the sender takes in one message; 1 where it is silent.
+    pub max_msg_fds: Option<u64>,
+    /// The most bytes of data in one message; 1 MiB where it is silent.
+    pub max_data_xfer_size: Option<u64>,
+    /// The most DMA mappings at once; 65535 where it is silent.
+    pub max_dma_maps: Option<u64>,
+    /// Page sizes of DMA mappings, ORed; 4096 where it is silent.
+    pub pgsizes: Option<u64>,
+    /// Whether REGION_WRITE_MULTI is understood.
+    pub write_multiple: Option<bool>,
+    /// The twin socket.
+    pub twin_socket: Option<TwinSocket>,
+    /// What older versions of the specification say of migration; not acted upon.
+    pub migration: Option<MigrationCapability>,
+}
+
+/// The capability of a second socket for the server's commands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TwinSocket {
+    /// Whether the sender can, in a reply whether it does.
+    pub supported: bool,
+    /// In a reply, which of the message's fds is the socket.
+    pub fd_index: Option<u64>,
+}
+
+/// The capability *migration* of libvfio-user and QEMU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MigrationCapability {
+    /// Bytes for each bit of a dirty bitmap.
+    pub pgsize: Option<u64>,
+    /// The most bytes of a dirty bitmap.
+    pub max_bitmap_size: Option<u64>,
+}
+
+impl Capabilities {
+    /// What a client of this implementation announces.
+    pub fn of_client(max_data_xfer_size: u32, twin_socket: bool) -> Capabilities {
+        Capabilities {
+            max_msg_fds: Some(MSG_FDS_MAX as u64),
+            max_data_xfer_size: Some(max_data_xfer_size.into()),
+            max_dma_maps: Some(65535),
+            pgsizes: Some(4096),
+            write_multiple: Some(true),
+            twin_socket: twin_socket.then_some(TwinSocket { supported: true, fd_index: None }),
+            migration: None,
+        }
+    }
+
+    /// What a server that has `self` answers to a client that announced `theirs`: nothing that the
+    /// client does not know.
+    #[must_use]
+    pub fn answer(&self, theirs: &Capabilities) -> Capabilities {
+        Capabilities {
+            max_msg_fds: self.max_msg_fds,
+            max_data_xfer_size: self.max_data_xfer_size,
+            max_dma_maps: self.max_dma_maps,
+            pgsizes: self.pgsizes,
+            write_multiple: self.write_multiple.filter(|_| theirs.write_multiple == Some(true)),
+            twin_socket: self.twin_socket.filter(|_| theirs.twin_socket.is_some_and(|twin| twin.supported)),
+            migration: self.migration.filter(|_| theirs.migration.is_some()),
+        }
+    }
+
+    /// Reads version data as it lies on the wire; empty means nothing announced.
+    pub fn decode(data: &[u8]) -> Result<Capabilities, VersionError> {
+        if data.is_empty() {
+            return Ok(Capabilities::default());
+        }
+        if data.len() > JSON_BYTES_MAX {
+            return Err(VersionError::TooLong(data.len()));
+        }
+        let Some((0, json)) = data.split_last() else { return Err(VersionError::NotTerminated) };
+        if json.is_empty() {
+            return Ok(Capabilities::default());
+        }
+        // serde_json limits the depth; a NUL inside is no JSON.
+        let value: Value =
+            serde_json::from_slice(json).map_err(|error| VersionError::NotJson(error.to_string()))?;
+        let Value::Object(all) = value else { return Err(wrong("version data", "an object")) };
+        let Some(caps) = object(&all, "capabilities")? else { return Ok(Capabilities::default()) };
+        let twin_socket = match object(caps, "twin_socket")? {
+            None => None,
+            Some(twin) => Some(TwinSocket {
+                supported: boolean(twin, "supported")?.unwrap_or(false),
+                fd_index: number(twin, "fd_index")?,
+            }),
+        };
+        let migration = match object(caps, "migration")? {
+            None => None,
+            Some(migration) => Some(MigrationCapability {
+                pgsize: number(migration, "pgsize")?,
+                max_bitmap_size: number(migration, "max_bitmap_size")?,
+            }),
+        };
+        let capabilities = Capabilities {
+            max_msg_fds: number(caps, "max_msg_fds")?,
+            max_data_xfer_size: number(caps, "max_data_xfer_size")?,
+            max_dma_maps: number(caps, "max_dma_maps")?,
+            pgsizes: number(caps, "pgsizes")?,
+            write_multiple: boolean(caps, "write_multiple")?,
+            twin_socket,
+            migration,
+        };
+        // A limit of 0 would make every transfer endless.
+        if capabilities.max_data_xfer_size == Some(0) {
+            return Err(wrong("max_data_xfer_size", "at least 1"));
+        }
+        if capabilities.pgsizes.is_some_and(|sizes| sizes % 4096 != 0 || sizes == 0) {
+            return Err(wrong("pgsizes", "a multiple of 4096"));
+        }
+        Ok(capabilities)
+    }
+
+    /// The version data as it lies on the wire, NUL included, in at most `bytes_max` bytes: what has
+    /// no room is left out, the least important first.
+    pub fn encode(&self, bytes_max: usize) -> Vec<u8> {
+        let mut left_out = 0;
+        loop {
+            let mut data = self.json(left_out).to_string().into_bytes();
+            data.push(0);
+            if data.len() <= bytes_max || left_out > 6 {
+                return data;
+            }
+            left_out += 1;
+        }
+    }
+
+    /// The JSON without the last `left_out` capabilities in order of importance.
+    fn json(&self, left_out: usize) -> Value {
+        let number = |n: Option<u64>| n.map(Value::from);
+        let twin = self.twin_socket.map(|twin| {
+            let mut object = Map::new();
+            object.insert("supported".into(), twin.supported.into());
+            if let Some(index) = twin.fd_index {
+                object.insert("fd_index".into(), index.into());
+            }
+            Value::Object(object)
+        });
+        let migration = self.migration.map(|migration| {
+            let mut object = Map::new();
+            if let Some(size) = migration.pgsize {
+                object.insert("pgsize".into(), size.into());
+            }
+            if let Some(size) = migration.max_bitmap_size {
+                object.insert("max_bitmap_size".into(), size.into());
+            }
+            Value::Object(object)
+        });
+        let by_importance = [
+            ("max_msg_fds", number(self.max_msg_fds)),
+            ("max_data_xfer_size", number(self.max_data_xfer_size)),
+            ("twin_socket", twin),
+            ("write_multiple", self.write_multiple.map(Value::from)),
+            ("max_dma_maps", number(self.max_dma_maps)),
+            ("pgsizes", number(self.pgsizes)),
+            ("migration", migration),
+        ];
+        let keep = by_importance.len().saturating_sub(left_out);
+        let mut caps = Map::new();
+        for (name, value) in by_importance.into_iter().take(keep) {
+            if let Some(value) = value {
+                caps.insert(name.into(), value);
+            }
+        }
+        let mut all = Map::new();
+        all.insert("capabilities".into(), Value::Object(caps));
+        Value::Object(all)
+    }
+}
+
+/// What holds on a connection, once both sides have spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The minor version.
+    pub minor: u16,
+    /// The most fds that may be sent to the peer in one message.
+    pub msg_fds_max: usize,
+    /// The most bytes of data in one message, either way.
+    pub data_xfer_bytes_max: u32,
+    /// The most DMA mappings at once.
+    pub dma_maps_max: u64,
+    /// Page sizes of DMA mappings, ORed.
+    pub page_sizes: u64,
+    /// Whether REGION_WRITE_MULTI may be sent.
+    pub write_multiple: bool,
+    /// Whether the server's commands go over a socket of their own, and which of the reply's fds that is.
+    pub twin_socket: Option<u64>,
+}
+
+impl Limits {
+    /// What holds between a client's announcement and a server's answer; both sides compute the same.
+    pub fn agree(minor: u16, client: &Capabilities, server: &Capabilities, peer: &Capabilities) -> Limits {
+        let data_xfer = |caps: &Capabilities| match caps.max_data_xfer_size {
+            None => DATA_XFER_BYTES_DEFAULT,
+            // What is beyond this implementation's own limit is as good as the limit.
+            Some(size) => u32::try_from(size).unwrap_or(u32::MAX).clamp(1, DATA_XFER_BYTES_MAX),
+        };
+        let dma_maps = |caps: &Capabilities| caps.max_dma_maps.unwrap_or(65535);
+        Limits {
+            minor,
+            msg_fds_max: usize::try_from(peer.max_msg_fds.unwrap_or(1))
+                .unwrap_or(usize::MAX)
+                .min(MSG_FDS_MAX),
+            data_xfer_bytes_max: data_xfer(client).min(data_xfer(server)),
+            dma_maps_max: dma_maps(client).min(dma_maps(server)),
+            page_sizes: server.pgsizes.unwrap_or(4096),
+            write_multiple: client.write_multiple == Some(true) && server.write_multiple == Some(true),
+            twin_socket: server.twin_socket.filter(|twin| twin.supported).and_then(|twin| twin.fd_index),
+        }
+    }
+}
+
+fn wrong(name: &'static str, want: &'static str) -> VersionError {
+    VersionError::Capability { name, want }
+}
+
+fn object<'a>(
+    map: &'a Map<String, Value>,
+    name: &'static str,
+) -> Result<Option<&'a Map<String, Value>>, VersionError> {
+    match map.get(name) {
+        None => Ok(None),
+        Some(Value::Object(object)) => Ok(Some(object)),
+        Some(_) => Err(wrong(name, "an object")),
+    }
+}
+
+fn number(map: &Map<String, Value>, name: &'static str) -> Result<Option<u64>, VersionError> {
+    match map.get(name) {
+        None => Ok(None),
+        Some(value) => value.as_u64().map(Some).ok_or(wrong(name, "a number, not negative")),
+    }
+}
+
+fn boolean(map: &Map<String, Value>, name: &'static str) -> Result<Option<bool>, VersionError> {
+    match map.get(name) {
+        None => Ok(None),
+        Some(Value::Bool(value)) => Ok(Some(*value)),
+        Some(_) => Err(wrong(name, "true or false")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const QEMU: &[u8] =
+        b"{\"capabilities\": {\"pgsizes\": 4096, \"max_msg_fds\": 16, \"max_dma_maps\": 65535, \
+        \"max_data_xfer_size\": 1048576, \"migration\": {\"max_bitmap_size\": 268435456, \"pgsize\": 4096}, \
+        \"write_multiple\": true}}\0";
+
+    #[test]
+    fn what_qemu_announces_is_understood() {
+        assert_eq!(QEMU.len() + 16 + 4, REPLY_BYTES_MAX);
+        let caps = Capabilities::decode(QEMU).unwrap();
+        assert_eq!(caps.max_msg_fds, Some(16));
+        assert_eq!(
+            caps.migration,
+            Some(MigrationCapability { pgsize: Some(4096), max_bitmap_size: Some(1 << 28) })
+        );
+        assert_eq!(Capabilities::decode(&caps.encode(JSON_BYTES_MAX)).unwrap(), caps);
+    }
+
+    #[test]
+    fn nothing_is_offered_that_the_client_did_not_announce() {
+        let ours = Capabilities {
+            twin_socket: Some(TwinSocket { supported: true, fd_index: Some(0) }),
+            migration: Some(MigrationCapability { pgsize: Some(4096), max_bitmap_size: None }),
+            ..Capabilities::of_client(1 << 20, true)
+        };
+        let answer = ours.answer(&Capabilities::default());
+        assert_eq!((answer.write_multiple, answer.twin_socket, answer.migration), (None, None, None));
+        let answer = ours.answer(&Capabilities::decode(QEMU).unwrap());
+        assert_eq!((answer.write_multiple, answer.twin_socket), (Some(true), None));
+        assert!(answer.migration.is_some());
+    }
+
+    #[test]
+    fn the_longest_answer_fits_qemus_buffer() {
+        let longest = Capabilities {
+            max_msg_fds: Some(16),
+            max_data_xfer_size: Some(DATA_XFER_BYTES_MAX.into()),
+            max_dma_maps: Some(65535),
+            pgsizes: Some(u64::MAX << 12),
+            write_multiple: Some(true),
+            twin_socket: Some(TwinSocket { supported: true, fd_index: Some(15) }),
+            migration: Some(MigrationCapability { pgsize: Some(1 << 30), max_bitmap_size: Some(1 << 28) }),
+        };
+        let room = REPLY_BYTES_MAX - 20;
+        let data = longest.encode(room);
+        assert!(data.len() <= room, "{}", data.len());
+        let kept = Capabilities::decode(&data[..]);
+        assert_eq!(kept.unwrap().twin_socket, longest.twin_socket, "what matters most is kept");
+        assert_eq!(longest.encode(0), b"{\"capabilities\":{}}\0", "there is always an object");
+    }
+
+    #[test]
+    fn silence_means_the_specifications_defaults() {
+        for data in [&b""[..], b"\0", b"{}\0", b"{\"capabilities\":{}}\0", b"{\"other\":[1,{}]}\0"] {
+            let caps = Capabilities::decode(data).unwrap();
+            let limits = Limits::agree(0, &caps, &caps, &caps);
+            assert_eq!(limits.msg_fds_max, 1);
+            assert_eq!(limits.data_xfer_bytes_max, 1 << 20);
+            assert_eq!((limits.dma_maps_max, limits.page_sizes), (65535, 4096));
+            assert_eq!((limits.write_multiple, limits.twin_socket), (false, None));
+        }
+    }
+
+    #[test]
+    fn wrong_types_are_refused_by_name() {
+        let cases = [
+            ("[]", "version data"),
+            ("{\"capabilities\":1}", "capabilities"),
+            ("{\"capabilities\":{\"max_msg_fds\":\"8\"}}", "max_msg_fds"),
+            ("{\"capabilities\":{\"max_msg_fds\":1.5}}", "max_msg_fds"),
+            ("{\"capabilities\":{\"max_data_xfer_size\":-1}}", "max_data_xfer_size"),
+            ("{\"capabilities\":{\"max_data_xfer_size\":0}}", "max_data_xfer_size"),
+            ("{\"capabilities\":{\"max_dma_maps\":null}}", "max_dma_maps"),
+            ("{\"capabilities\":{\"pgsizes\":4095}}", "pgsizes"),
+            ("{\"capabilities\":{\"pgsizes\":0}}", "pgsizes"),
+            ("{\"capabilities\":{\"write_multiple\":1}}", "write_multiple"),
+            ("{\"capabilities\":{\"twin_socket\":true}}", "twin_socket"),
+            ("{\"capabilities\":{\"twin_socket\":{\"supported\":0}}}", "supported"),
+            ("{\"capabilities\":{\"twin_socket\":{\"fd_index\":-1}}}", "fd_index"),
+            ("{\"capabilities\":{\"migration\":[]}}", "migration"),
+        ];
+        for (json, name) in cases {
+            let error = Capabilities::decode(format!("{json}\0").as_bytes()).unwrap_err();
+            assert!(error.to_string().contains(name), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn damaged_deep_and_huge_json_is_refused() {
+        assert_eq!(Capabilities::decode(b"{}"), Err(VersionError::NotTerminated));
+        assert!(matches!(Capabilities::decode(b"{\0}\0"), Err(VersionError::NotJson(_))));
+        assert!(matches!(Capabilities::decode(b"{\"a\":\"\xff\"}\0"), Err(VersionError::NotJson(_))));
+        let deep = format!("{}{}\0", "[".repeat(2000), "]".repeat(2000));
+        assert!(matches!(Capabilities::decode(deep.as_bytes()), Err(VersionError::NotJson(_))));
+        let huge = format!("{{\"a\":\"{}\"}}\0", "x".repeat(JSON_BYTES_MAX));
+        assert!(matches!(Capabilities::decode(huge.as_bytes()), Err(VersionError::TooLong(_))));
+    }
+
+    #[test]
+    fn a_huge_transfer_size_is_clamped() {
+        let caps = Capabilities { max_data_xfer_size: Some(u64::MAX), ..Capabilities::default() };
+        assert_eq!(Limits::agree(0, &caps, &caps, &caps).data_xfer_bytes_max, DATA_XFER_BYTES_MAX);
+        let small = Capabilities { max_data_xfer_size: Some(512), ..Capabilities::default() };
+        assert_eq!(Limits::agree(0, &caps, &small, &caps).data_xfer_bytes_max, 512);
+        assert_eq!(Limits::agree(0, &small, &caps, &caps).data_xfer_bytes_max, 512);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_decode_panic(data in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Capabilities::decode(&data);
+        }
+
+        #[test]
+        fn what_is_encoded_is_decoded(
+            fds in any::<Option<u64>>(), xfer in prop::option::of(1..u64::MAX), maps in any::<Option<u64>>(),
+            pages in prop::option::of(1..1u64 << 40), multi in any::<Option<bool>>(),
+            twin in any::<Option<(bool, Option<u64>)>>(),
+        ) {
+            let caps = Capabilities {
+                max_msg_fds: fds,
+                max_data_xfer_size: xfer,
+                max_dma_maps: maps,
+                pgsizes: pages.map(|n| n * 4096),
+                write_multiple: multi,
+                twin_socket: twin.map(|(supported, fd_index)| TwinSocket { supported, fd_index }),
+                migration: None,
+            };
+            prop_assert_eq!(Capabilities::decode(&caps.encode(JSON_BYTES_MAX)).unwrap(), caps);
+        }
+    }
+}
