@@ -1,4 +1,51 @@
-//! Being a device.
+//! Being a VFIO device.
+//!
+//! A device author writes a [`Model`]: regions, a reset, and with [`Migration`] what the device does
+//! on the arcs of the standard's state machine (`vfio.h: enum vfio_device_mig_state`). A [`Machine`]
+//! owns the model and is the device that a client sees: it walks the arcs, opens and ends data
+//! sessions, answers the FEATURE multiplexer, and refuses what the standard refuses. Guest memory
+//! and interrupts reach the model through its [`Bus`].
+//!
+//! A machine is served over a socket by `limosa-vfio-user`, or used in the same process through a
+//! [`Loopback`]:
+//!
+//! ```
+//! use limosa_client::{Device, DeviceExt};
+//! use limosa_device::{Bus, Description, Loopback, Machine, Model, Region};
+//! use limosa_protocol::{Errno, MigrationFlags, info::RegionFlags};
+//!
+//! /// Four bytes of memory.
+//! struct Scratch([u8; 4]);
+//!
+//! impl Model for Scratch {
+//!     fn description(&self) -> Description {
+//!         let flags = RegionFlags::READ | RegionFlags::WRITE;
+//!         Description { regions: vec![Region { flags, size: 4, ..Region::default() }], ..Description::default() }
+//!     }
+//!     fn attach(&mut self, _: Bus) {}
+//!     fn region_read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+//!         data.copy_from_slice(&self.0[offset as usize..][..data.len()]);
+//!         Ok(())
+//!     }
+//!     fn region_write(&mut self, _: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+//!         self.0[offset as usize..][..data.len()].copy_from_slice(data);
+//!         Ok(())
+//!     }
+//!     fn reset(&mut self) -> Result<(), Errno> {
+//!         self.0 = [0; 4];
+//!         Ok(())
+//!     }
+//! }
+//!
+//! let device = Loopback::new("scratch", Machine::new(Box::new(Scratch([0; 4]))));
+//! device.region_write(0, 1, b"abc")?;
+//! let mut data = [0; 4];
+//! device.region_read(0, 0, &mut data)?;
+//! assert_eq!(&data, b"\0abc");
+//! assert!(device.region_read(0, 1, &mut data).is_err(), "beyond the end");
+//! assert_eq!(device.migration_flags()?, MigrationFlags::empty());
+//! # Ok::<(), limosa_client::Error>(())
+//! ```
 mod describe;
 mod irqs;
 mod loopback;
