@@ -15,6 +15,8 @@ pub mod errno;
 pub mod feature;
 pub mod fsm;
 pub mod info;
+pub mod logging;
+pub mod range;
 pub mod state;
 
 pub use errno::Errno;
