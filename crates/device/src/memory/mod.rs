@@ -1,0 +1,342 @@
+//! Guest memory as the device sees it: the mappings that a client made (`vfio-user.rst: VFIO_USER_DMA_MAP`), what the
+//! device reads and writes there, and the log of what it wrote (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`).
+//!
+//! Accesses hold a lock that unmapping takes exclusively: once [`GuestMemory::unmap`] returns, nobody touches the
+//! memory. The one exception is memory that is reached by messages: the lock is not held while an answer is awaited,
+//! because whoever brings the answer may have to unmap first.
+
+mod file;
+mod sigbus;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use limosa_protocol::Errno;
+use limosa_protocol::feature::DmaLoggingRange;
+use limosa_protocol::info::DmaMapFlags;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+pub use file::FileMapping;
+
+/// How many mappings a client can have at a time: what QEMU announces as `max_dma_maps`.
+pub const MAPPINGS_MAX: usize = 65535;
+
+/// How many bytes of files a client can have mapped at a time: half of the smallest common address space, so that
+/// no client can take all of it from the process.
+pub const MAPPED_BYTES_MAX: u64 = 1 << 46;
+
+/// The mappings that a client made for its device, and the log of what the device wrote.
+#[derive(Default)]
+pub struct GuestMemory {
+    inner: RwLock<Inner>,
+}
+
+/// One mapping.
+#[derive(Debug)]
+pub struct Mapping {
+    /// First address.
+    pub iova: u64,
+    /// Bytes.
+    pub size: u64,
+    /// What the device may do.
+    pub flags: DmaMapFlags,
+    /// Where the memory is.
+    pub backing: Backing,
+}
+
+/// Where a mapping's memory is.
+pub enum Backing {
+    /// In a file, mapped shared.
+    File {
+        /// The file.
+        fd: OwnedFd,
+        /// Where the mapping starts in it; need not be page-aligned.
+        offset: u64,
+    },
+    /// With the client, reached by messages.
+    Remote(Arc<dyn RemoteMemory>),
+}
+
+impl fmt::Debug for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Backing::File { fd, offset } => write!(f, "File({fd:?} at {offset:#x})"),
+            Backing::Remote(_) => f.write_str("Remote"),
+        }
+    }
+}
+
+/// Reaches memory that the device cannot map: vfio-user's DMA_READ and DMA_WRITE. Addresses are IOVAs.
+pub trait RemoteMemory: Send + Sync {
+    /// Reads from the client's memory.
+    fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno>;
+    /// Writes to the client's memory.
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno>;
+}
+
+#[derive(Default)]
+struct Inner {
+    /// By address; none overlaps another.
+    mappings: Vec<Mapped>,
+    /// The sum of the sizes of those that are files.
+    file_bytes: u64,
+    /// Which mapping was used last.
+    hint: AtomicUsize,
+}
+
+struct Mapped {
+    iova: u64,
+    /// The last address, so that the end of the address space needs no 65th bit.
+    last: u64,
+    flags: DmaMapFlags,
+    memory: Memory,
+}
+
+enum Memory {
+    File(FileMapping),
+    Remote(Arc<dyn RemoteMemory>),
+}
+
+impl GuestMemory {
+    /// Adds a mapping. EINVAL for a size of 0, an end beyond 2^64, no READ or WRITE flag; EEXIST for an overlap;
+    /// E2BIG beyond [`MAPPINGS_MAX`] or [`MAPPED_BYTES_MAX`]; the mmap's errno.
+    pub fn map(&self, mapping: Mapping) -> Result<(), Errno> {
+        let Mapping { iova, size, flags, backing } = mapping;
+        let last = last_of(iova, size)?;
+        if !flags.intersects(DmaMapFlags::READ | DmaMapFlags::WRITE) {
+            return Err(Errno::EINVAL);
+        }
+        let is_file = matches!(backing, Backing::File { .. });
+        self.read_lock().room_for(iova, last, is_file)?;
+        let memory = match backing {
+            Backing::File { fd, offset } => {
+                let (read, write) = (flags.contains(DmaMapFlags::READ), flags.contains(DmaMapFlags::WRITE));
+                Memory::File(FileMapping::new(fd, offset, size, read, write)?)
+            }
+            Backing::Remote(remote) => Memory::Remote(remote),
+        };
+        let mut inner = self.write_lock();
+        // The lock was not held while the file was mapped.
+        let at = inner.room_for(iova, last, is_file)?;
+        inner.mappings.insert(at, Mapped { iova, last, flags, memory });
+        inner.file_bytes += if is_file { size } else { 0 };
+        Ok(())
+    }
+
+    /// Removes the mappings that lie wholly in the range; EINVAL when one lies partly in it, or for a range that is
+    /// empty or ends beyond 2^64; ENOENT when none is there.
+    pub fn unmap(&self, iova: u64, size: u64) -> Result<(), Errno> {
+        let last = last_of(iova, size)?;
+        let mut inner = self.write_lock();
+        let gone = inner.wholly_in(iova, last)?;
+        let gone = inner.remove(gone);
+        drop(inner);
+        // Nobody can find them any more, so the lock is not held for the system calls.
+        drop(gone);
+        Ok(())
+    }
+
+    /// The same, and sets the bits of the pages written since the last report; EINVAL unless logging is on.
+    pub fn unmap_report(
+        &self,
+        _iova: u64,
+        _size: u64,
+        _page_size: u64,
+        _words: &mut [u64],
+    ) -> Result<(), Errno> {
+        todo!()
+    }
+
+    /// Removes every mapping.
+    pub fn unmap_all(&self) {
+        let mut inner = self.write_lock();
+        let all = 0..inner.mappings.len();
+        let gone = inner.remove(all);
+        drop(inner);
+        drop(gone);
+    }
+
+    /// Starts logging. Returns the page size chosen.
+    pub fn logging_start(&self, _page_size_hint: u64, _ranges: &[DmaLoggingRange]) -> Result<u64, Errno> {
+        todo!()
+    }
+    /// Stops logging; EINVAL unless it is on.
+    pub fn logging_stop(&self) -> Result<(), Errno> {
+        todo!()
+    }
+    /// Whether a report of this range would be answered; reports of its parts then cannot fail.
+    pub fn logging_check(&self, _iova: u64, _length: u64, _page_size: u64) -> Result<(), Errno> {
+        todo!()
+    }
+    /// Sets the bits of pages written since the last report and clears them in the log.
+    pub fn logging_report(
+        &self,
+        _iova: u64,
+        _length: u64,
+        _page_size: u64,
+        _words: &mut [u64],
+    ) -> Result<(), Errno> {
+        todo!()
+    }
+
+    /// The device reads memory: EFAULT where nothing is mapped, or not for reading, or where the file behind it was
+    /// cut short; ranges may span mappings. What was read before the error is in `data`.
+    pub fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
+        let mut inner = self.read_lock();
+        let (mut iova, mut rest) = (iova, data);
+        while !rest.is_empty() {
+            let mapped = inner.find(iova, DmaMapFlags::READ)?;
+            let (piece, after) = rest.split_at_mut(mapped.reach(iova, rest.len()));
+            match &mapped.memory {
+                Memory::File(file) => file.read(iova - mapped.iova, piece)?,
+                Memory::Remote(remote) => {
+                    let remote = remote.clone();
+                    drop(inner);
+                    remote.read(iova, piece)?;
+                    inner = self.read_lock();
+                }
+            }
+            iova = next(iova, piece.len(), after.is_empty())?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// The device writes memory; the pages go to the log when it is on. Errors as for [`GuestMemory::read`]; what was
+    /// written before the error stays written.
+    pub fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        let mut inner = self.read_lock();
+        let (mut iova, mut rest) = (iova, data);
+        while !rest.is_empty() {
+            let mapped = inner.find(iova, DmaMapFlags::WRITE)?;
+            let (piece, after) = rest.split_at(mapped.reach(iova, rest.len()));
+            match &mapped.memory {
+                Memory::File(file) => file.write(iova - mapped.iova, piece)?,
+                Memory::Remote(remote) => {
+                    let remote = remote.clone();
+                    drop(inner);
+                    remote.write(iova, piece)?;
+                    inner = self.read_lock();
+                }
+            }
+            iova = next(iova, piece.len(), after.is_empty())?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Reads a structure, such as a descriptor. Errors as for [`GuestMemory::read`].
+    pub fn read_obj<T: FromBytes + IntoBytes>(&self, iova: u64) -> Result<T, Errno> {
+        let mut object = T::new_zeroed();
+        self.read(iova, object.as_mut_bytes())?;
+        Ok(object)
+    }
+
+    /// Writes a structure. Errors as for [`GuestMemory::write`].
+    pub fn write_obj<T: IntoBytes + Immutable>(&self, iova: u64, object: &T) -> Result<(), Errno> {
+        self.write(iova, object.as_bytes())
+    }
+
+    // No code under this lock leaves a change half done when it panics, so a poisoned one is as good as any.
+    fn read_lock(&self) -> RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_lock(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// The mapping with an address that allows what is asked.
+    #[inline]
+    fn find(&self, iova: u64, flags: DmaMapFlags) -> Result<&Mapped, Errno> {
+        let hint = self.hint.load(Relaxed);
+        let mapped = match self.mappings.get(hint) {
+            Some(mapped) if (mapped.iova..=mapped.last).contains(&iova) => mapped,
+            _ => self.search(iova)?,
+        };
+        if mapped.flags.contains(flags) { Ok(mapped) } else { Err(Errno::EFAULT) }
+    }
+
+    #[cold]
+    fn search(&self, iova: u64) -> Result<&Mapped, Errno> {
+        let at = self.first_ending_at(iova);
+        let mapped = self.mappings.get(at).filter(|mapped| mapped.iova <= iova).ok_or(Errno::EFAULT)?;
+        self.hint.store(at, Relaxed);
+        Ok(mapped)
+    }
+
+    /// The index of the first mapping that ends at or after an address.
+    fn first_ending_at(&self, iova: u64) -> usize {
+        self.mappings.partition_point(|mapped| mapped.last < iova)
+    }
+
+    /// Where a new mapping goes.
+    fn room_for(&self, iova: u64, last: u64, is_file: bool) -> Result<usize, Errno> {
+        let at = self.first_ending_at(iova);
+        if self.mappings.get(at).is_some_and(|after| after.iova <= last) {
+            return Err(Errno::EEXIST);
+        }
+        // A file of 2^64 bytes there is not, so this does not overflow where it matters.
+        let file_bytes = self.file_bytes.saturating_add(last - iova);
+        if self.mappings.len() >= MAPPINGS_MAX || (is_file && file_bytes >= MAPPED_BYTES_MAX) {
+            return Err(Errno::E2BIG);
+        }
+        Ok(at)
+    }
+
+    /// The indexes of the mappings in a range. EINVAL when one is partly in it, ENOENT when none is.
+    fn wholly_in(&self, iova: u64, last: u64) -> Result<std::ops::Range<usize>, Errno> {
+        let first = self.first_ending_at(iova);
+        let end = first + self.mappings[first..].partition_point(|mapped| mapped.iova <= last);
+        let found = &self.mappings[first..end];
+        if found.first().ok_or(Errno::ENOENT)?.iova < iova || found[found.len() - 1].last > last {
+            return Err(Errno::EINVAL);
+        }
+        Ok(first..end)
+    }
+
+    fn remove(&mut self, range: std::ops::Range<usize>) -> Vec<Mapped> {
+        let gone: Vec<Mapped> = self.mappings.drain(range).collect();
+        let file_bytes = |mapped: &Mapped| match &mapped.memory {
+            Memory::File(file) => file.len(),
+            Memory::Remote(_) => 0,
+        };
+        self.file_bytes -= gone.iter().map(file_bytes).sum::<u64>();
+        gone
+    }
+}
+
+impl Mapped {
+    /// How many of `bytes` bytes from an address on lie in the mapping.
+    #[inline]
+    fn reach(&self, iova: u64, bytes: usize) -> usize {
+        // One less than the bytes on both sides, for the mapping of all 2^64.
+        (bytes as u64 - 1).min(self.last - iova) as usize + 1
+    }
+}
+
+/// The last address of a range. EINVAL when it is empty or ends beyond 2^64.
+fn last_of(iova: u64, size: u64) -> Result<u64, Errno> {
+    iova.checked_add(size.checked_sub(1).ok_or(Errno::EINVAL)?).ok_or(Errno::EINVAL)
+}
+
+/// The address after a piece. EFAULT when more is to come and the address space ends there.
+#[inline]
+fn next(iova: u64, bytes: usize, done: bool) -> Result<u64, Errno> {
+    if done { Ok(iova) } else { iova.checked_add(bytes as u64).ok_or(Errno::EFAULT) }
+}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory")
+            .field("mappings", &self.read_lock().mappings.len())
+            .finish_non_exhaustive()
+    }
+}
