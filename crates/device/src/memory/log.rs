@@ -141,7 +141,9 @@ impl Log {
         let pages = |first: u64, last: u64| ((last - first) >> shift) + 1;
         let there = self.segments.iter().map(|segment| segment.bitmap.pages());
         // Neither sum overflows: ranges that are apart have at most 2^52 pages together.
-        if there.sum::<u64>() + ranges.iter().map(|(first, last)| pages(*first, *last)).sum::<u64>() > PAGES_MAX {
+        if there.sum::<u64>() + ranges.iter().map(|(first, last)| pages(*first, *last)).sum::<u64>()
+            > PAGES_MAX
+        {
             return Err(Errno::E2BIG);
         }
         let segment = |(first, last)| {

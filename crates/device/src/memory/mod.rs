@@ -155,13 +155,7 @@ impl GuestMemory {
     /// The same, and sets the bits of the pages in the range that were written since the last report, as
     /// [`GuestMemory::logging_report`] does in one step with it; no write comes between the two. EINVAL unless logging
     /// is on. On an error nothing is unmapped and nothing taken from the log.
-    pub fn unmap_report(
-        &self,
-        iova: u64,
-        size: u64,
-        page_size: u64,
-        words: &mut [u64],
-    ) -> Result<(), Errno> {
+    pub fn unmap_report(&self, iova: u64, size: u64, page_size: u64, words: &mut [u64]) -> Result<(), Errno> {
         let last = last_of(iova, size)?;
         check_bitmap(size, page_size, words)?;
         let mut inner = self.write_lock();
@@ -203,7 +197,11 @@ impl GuestMemory {
         inner.log = Some(if everything {
             Log::new(page_size, true, inner.mappings.iter().map(|mapped| (mapped.iova, mapped.last)))?
         } else {
-            Log::new(page_size, false, ranges.iter().map(|range| (range.iova, range.iova + (range.length - 1))))?
+            Log::new(
+                page_size,
+                false,
+                ranges.iter().map(|range| (range.iova, range.iova + (range.length - 1))),
+            )?
         });
         Ok(page_size)
     }

@@ -90,9 +90,7 @@ fn reports_that_cannot_be_are_refused() {
     memory.logging_start(P, &[]).unwrap();
     let report = |iova, length, page_size| {
         let answer = memory.logging_report(iova, length, page_size, &mut [0; 4]);
-        if answer != Err(Errno::EINVAL) || length < 256 * P {
-            assert_eq!(memory.logging_check(iova, length, page_size), answer);
-        }
+        assert_eq!(memory.logging_check(iova, length, page_size), answer);
         answer
     };
     for page_size in [0, 1, 2048, 4097, 12288] {
@@ -101,7 +99,7 @@ fn reports_that_cannot_be_are_refused() {
     assert_eq!(report(0, 0, P), Err(Errno::EINVAL));
     assert_eq!(report(u64::MAX, 2, P), Err(Errno::EOVERFLOW));
     assert_eq!(report(0, 256 * P, P), Ok(()));
-    assert_eq!(report(0, 256 * P + 1, P), Err(Errno::EINVAL), "too few words");
+    assert_eq!(memory.logging_report(0, 256 * P + 1, P, &mut [0; 4]), Err(Errno::EINVAL), "too few words");
     assert_eq!(report(1 << 60, P, P), Ok(()), "not mapped, not written");
 }
 
