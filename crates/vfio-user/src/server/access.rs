@@ -1,0 +1,227 @@
+//! Regions, memory and interrupts (`vfio-user.rst: VFIO_USER_REGION_READ, VFIO_USER_REGION_WRITE,
+//! VFIO_USER_REGION_WRITE_MULTI, VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP,
+//! VFIO_USER_DEVICE_SET_IRQS`).
+
+use std::mem::take;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use limosa_device::{Backing, Irqs, Machine, Mapping};
+use limosa_protocol::Errno;
+use limosa_protocol::info::{DmaMapFlags, DmaUnmapFlags, IrqSetFlags};
+use zerocopy::IntoBytes;
+
+use super::connection::{Connection, Handled, Job, Outcome, reply_header};
+use super::dma::ClientMemory;
+use crate::codec::{
+    DirtyBitmap, DmaMapMessage, DmaUnmapMessage, Header, IrqData, RegionAccess, RegionWriteMulti, SetIrqs,
+    SingleWrite,
+};
+
+/// Flags of DMA_MAP that say how the file may be used: libvfio-user's MMAP and FILE_IO. Accepted,
+/// and not needed.
+const DMA_MAP_TOLERATED: u32 = 1 << 2 | 1 << 3;
+
+/// The longest bitmap that a DMA_UNMAP returns: 1 TiB of 4 KiB pages.
+const UNMAP_BITMAP_BYTES_MAX: u64 = 32 << 20;
+
+impl Connection<'_> {
+    pub(super) fn region_read(&mut self, job: &Job, access: RegionAccess) -> Handled {
+        // The limit is this server's: libvfio-user's client reads more than it announces.
+        let within = self.machine.description().regions.get(access.region as usize).is_some_and(|region| {
+            access.offset.checked_add(access.count.into()).is_some_and(|end| end <= region.size)
+        });
+        if !within || access.count > self.options.data_bytes_max {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        let count = access.count as usize;
+        let header = reply_header(&job.header, RegionAccess::BYTES + count)?;
+        // Header, fixed part and data in one piece: one plain send.
+        let message = self.reply.bytes(Header::BYTES + RegionAccess::BYTES + count);
+        let (head, data) = message.split_at_mut(Header::BYTES + RegionAccess::BYTES);
+        head[..Header::BYTES].copy_from_slice(header.as_bytes());
+        head[Header::BYTES..].copy_from_slice(access.as_bytes());
+        // What a model leaves out must not be what another message left here.
+        data.fill(0);
+        if let Err(errno) = self.machine.region_read(access.region, access.offset, data) {
+            return Ok(Outcome::Refused(errno));
+        }
+        if job.wants_reply() {
+            self.link.sender().send(message)?;
+        }
+        Ok(Outcome::Replied)
+    }
+
+    pub(super) fn region_write(&mut self, job: &Job, access: RegionAccess, data: &[u8]) -> Handled {
+        if let Err(errno) = self.machine.region_write(access.region, access.offset, data) {
+            return Ok(Outcome::Refused(errno));
+        }
+        if !job.wants_reply() {
+            return Ok(Outcome::Replied);
+        }
+        let header = reply_header(&job.header, RegionAccess::BYTES)?;
+        let mut message = [0; Header::BYTES + RegionAccess::BYTES];
+        message[..Header::BYTES].copy_from_slice(header.as_bytes());
+        message[Header::BYTES..].copy_from_slice(access.as_bytes());
+        self.link.sender().send(&message)?;
+        Ok(Outcome::Replied)
+    }
+
+    /// Writes in order, up to the first that fails; the reply tells how many were done. Refused
+    /// when none was.
+    pub(super) fn region_write_multi(&mut self, job: &Job, writes: &[SingleWrite]) -> Handled {
+        let mut count = 0;
+        for write in writes {
+            let data = write.data.get(..write.count as usize).ok_or(Errno::EINVAL);
+            let written = data.and_then(|data| self.machine.region_write(write.region, write.offset, data));
+            match written {
+                Ok(()) => count += 1,
+                Err(errno) if count == 0 => return Ok(Outcome::Refused(errno)),
+                Err(errno) => {
+                    tracing::warn!(%errno, done = count, of = writes.len(), "REGION_WRITE_MULTI stopped");
+                    break;
+                }
+            }
+        }
+        self.reply(job, RegionWriteMulti { count }.as_bytes())
+    }
+
+    pub(super) fn dma_map(&mut self, job: &mut Job, map: DmaMapMessage) -> Handled {
+        let Some(flags) = DmaMapFlags::from_bits(map.flags & !DMA_MAP_TOLERATED) else {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        };
+        if (map.argsz as usize) < DmaMapMessage::BYTES {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        let backing = match job.fds.pop() {
+            Some(fd) => Backing::File { fd, offset: map.offset },
+            None => Backing::Remote(Arc::new(ClientMemory {
+                link: Arc::clone(&self.link),
+                bytes_max: self.limits.map_or(1, |limits| limits.data_xfer_bytes_max as usize).max(1),
+            })),
+        };
+        let mapping = Mapping { iova: map.address, size: map.size, flags, backing };
+        match self.machine.bus().memory.map(mapping) {
+            Ok(()) => self.reply(job, &[]),
+            Err(errno) => Ok(Outcome::Refused(errno)),
+        }
+    }
+
+    pub(super) fn dma_unmap(
+        &mut self,
+        job: &Job,
+        unmap: DmaUnmapMessage,
+        bitmap: Option<DirtyBitmap>,
+    ) -> Handled {
+        let memory = &self.machine.bus().memory;
+        let all = DmaUnmapFlags::from_bits_retain(unmap.flags).contains(DmaUnmapFlags::ALL);
+        let argsz = unmap.argsz as usize;
+        if argsz < DmaUnmapMessage::BYTES {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        match (all, bitmap) {
+            (true, None) if unmap.address == 0 && unmap.size == 0 => memory.unmap_all(),
+            (true, _) => return Ok(Outcome::Refused(Errno::EINVAL)),
+            (false, None) => {
+                if let Err(errno) = memory.unmap(unmap.address, unmap.size) {
+                    return Ok(Outcome::Refused(errno));
+                }
+            }
+            (false, Some(bitmap)) => {
+                let words = match self.unmap_words(&unmap, &bitmap) {
+                    Ok(words) => words,
+                    Err(errno) => return Ok(Outcome::Refused(errno)),
+                };
+                return self.reply_pieces(
+                    job,
+                    &[unmap.as_bytes(), bitmap.as_bytes(), &words.as_bytes()[..bitmap.size as usize]],
+                    &[],
+                );
+            }
+        }
+        // The original entry.
+        self.reply(job, unmap.as_bytes())
+    }
+
+    /// Unmaps and returns the bitmap, of at least the bytes that were asked for.
+    fn unmap_words(&self, unmap: &DmaUnmapMessage, bitmap: &DirtyBitmap) -> Result<Vec<u64>, Errno> {
+        let memory = &self.machine.bus().memory;
+        memory.logging_check(unmap.address, unmap.size, bitmap.page_size)?;
+        if !bitmap.page_size.is_power_of_two() {
+            return Err(Errno::EINVAL);
+        }
+        let words = unmap.size.div_ceil(bitmap.page_size).div_ceil(64);
+        let needed = words.checked_mul(8).ok_or(Errno::E2BIG)?;
+        let fixed = (DmaUnmapMessage::BYTES + DirtyBitmap::BYTES) as u64;
+        if needed > UNMAP_BITMAP_BYTES_MAX {
+            return Err(Errno::E2BIG);
+        }
+        if bitmap.size != needed || u64::from(unmap.argsz) < fixed + needed {
+            return Err(Errno::EINVAL);
+        }
+        let mut found = vec![0; words as usize];
+        memory.unmap_report(unmap.address, unmap.size, bitmap.page_size, &mut found)?;
+        Ok(found)
+    }
+
+    pub(super) fn set_irqs(&mut self, job: &mut Job, set: SetIrqs<'_>) -> Handled {
+        let irqs = &self.machine.bus().irqs;
+        let fds = take(&mut job.fds);
+        let done = match set.data {
+            IrqData::Eventfds => wire(self.machine, &set, fds),
+            _ if !fds.is_empty() => Err(Errno::EINVAL),
+            IrqData::None if set.count == 0 => {
+                if set.action == IrqSetFlags::ACTION_TRIGGER && set.start == 0 {
+                    irqs.disable(set.index)
+                } else {
+                    Err(Errno::EINVAL)
+                }
+            }
+            IrqData::None => act(irqs, &set, set.start, set.count),
+            // A range that is not there is refused before anything is done.
+            IrqData::Bools(bools) => irq_range(self.machine, &set).and_then(|()| {
+                (set.start..)
+                    .zip(bools)
+                    .filter(|&(_, &on)| on != 0)
+                    .try_for_each(|(vector, _)| act(irqs, &set, vector, 1))
+            }),
+        };
+        match done {
+            Ok(()) => self.reply(job, &[]),
+            Err(errno) => Ok(Outcome::Refused(errno)),
+        }
+    }
+}
+
+/// EINVAL unless the vectors are there, and at least one.
+fn irq_range(machine: &Machine, set: &SetIrqs<'_>) -> Result<(), Errno> {
+    let count = machine.description().irq_info(set.index)?.count;
+    match set.start.checked_add(set.count) {
+        Some(end) if end <= count && set.count > 0 => Ok(()),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+fn act(irqs: &Irqs, set: &SetIrqs<'_>, start: u32, count: u32) -> Result<(), Errno> {
+    match set.action {
+        IrqSetFlags::ACTION_TRIGGER => irqs.trigger_range(set.index, start, count),
+        IrqSetFlags::ACTION_MASK => irqs.mask(set.index, start, count),
+        IrqSetFlags::ACTION_UNMASK => irqs.unmask(set.index, start, count),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+/// Wires the vectors to as many eventfds, or takes theirs away when there is none. Eventfds for
+/// masking and unmasking are refused with ENOTTY, as the kernel does where it has none.
+fn wire(machine: &Machine, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<(), Errno> {
+    if set.action != IrqSetFlags::ACTION_TRIGGER {
+        return Err(Errno::ENOTTY);
+    }
+    irq_range(machine, set)?;
+    let fds: Vec<_> = match fds.len() {
+        0 => (0..set.count).map(|_| None).collect(),
+        count if count == set.count as usize => fds.into_iter().map(Some).collect(),
+        _ => return Err(Errno::EINVAL),
+    };
+    machine.bus().irqs.wire(set.index, set.start, fds)
+}

@@ -1,0 +1,317 @@
+//! One connection: its requests in the order in which they come, each with one reply
+//! (`vfio-user.rst: Commands, Socket Disconnection Behavior`).
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use limosa_device::Machine;
+use limosa_protocol::Errno;
+use zerocopy::IntoBytes;
+
+use super::Options;
+use super::buffer::Buffer;
+use super::dma::Twin;
+use super::link::{Fits, Incoming, Link};
+use super::receive::{End, Receiver};
+use crate::codec::{Command, Header, Kind, Request, VersionMessage};
+use crate::version::{
+    Capabilities, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX, TwinSocket, VERSION,
+};
+
+/// A connection being served.
+pub(super) struct Connection<'a> {
+    pub(super) machine: &'a Machine,
+    pub(super) options: &'a Options,
+    pub(super) link: Arc<Link>,
+    /// What was agreed on; `None` before VERSION.
+    pub(super) limits: Option<Limits>,
+    /// Where replies are made, and data gathered.
+    pub(super) reply: Buffer,
+    /// Where data goes that the model has no place for.
+    pub(super) spare: Vec<u8>,
+    since: Instant,
+}
+
+/// What became of a request.
+pub(super) enum Outcome {
+    /// Its reply was sent, or it wanted none.
+    Replied,
+    /// It is refused.
+    Refused(Errno),
+}
+
+/// The outcome, or the connection's end.
+pub(super) type Handled = Result<Outcome, End>;
+
+impl From<Result<(), Errno>> for Outcome {
+    fn from(result: Result<(), Errno>) -> Outcome {
+        result.map_or_else(Outcome::Refused, |()| Outcome::Replied)
+    }
+}
+
+/// A command as its handler sees it.
+pub(super) struct Job {
+    pub(super) header: Header,
+    pub(super) fds: Vec<std::os::fd::OwnedFd>,
+    /// For data that is still on the socket.
+    pub(super) receiver: Option<Box<Receiver>>,
+}
+
+impl Job {
+    /// Whether the client waits for a reply.
+    pub(super) fn wants_reply(&self) -> bool {
+        self.header.kind() != Ok(Kind::Posted)
+    }
+}
+
+impl<'a> Connection<'a> {
+    pub(super) fn new(
+        stream: UnixStream,
+        machine: &'a Arc<Machine>,
+        options: &'a Options,
+    ) -> io::Result<Connection<'a>> {
+        let bytes_max = options.data_bytes_max as usize;
+        let link = Arc::new(Link::new(stream, bytes_max, options.message_limit, options.dma_limit)?);
+        Ok(Connection {
+            machine,
+            options,
+            link,
+            limits: None,
+            reply: Buffer::default(),
+            spare: Vec::new(),
+            since: Instant::now(),
+        })
+    }
+
+    pub(super) fn link(&self) -> Arc<Link> {
+        Arc::clone(&self.link)
+    }
+
+    /// Serves until the end, and lets go of all that the client gave.
+    pub(super) fn serve(&mut self) -> End {
+        let span = tracing::debug_span!("vfio_user_connection");
+        let _entered = span.enter();
+        tracing::debug!("connected");
+        let mut request = Buffer::default();
+        let end = loop {
+            // A mistake in here costs the connection and not the device.
+            match catch_unwind(AssertUnwindSafe(|| self.serve_one(&mut request))) {
+                Ok(Ok(())) => {}
+                Ok(Err(end)) => break end,
+                Err(_) => break End::Broken("a request that the server failed on"),
+            }
+        };
+        self.link.end();
+        self.machine.client_gone();
+        tracing::debug!(%end, "disconnected");
+        end
+    }
+
+    fn serve_one(&mut self, request: &mut Buffer) -> Result<(), End> {
+        if self.limits.is_none() && self.since.elapsed() > self.options.version_limit {
+            return Err(End::Silent);
+        }
+        match self.link.next(request)? {
+            Some(incoming) => self.handle(incoming, request),
+            None => Ok(()),
+        }
+    }
+
+    fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), End> {
+        let Incoming { header, fds, body_bytes, held, receiver, fits } = incoming;
+        let mut job = Job { header, fds: fds.fds, receiver };
+        tracing::debug!(
+            command = %header.command, id = header.id, size = header.size, posted = !job.wants_reply(),
+            fds = job.fds.len(), "request"
+        );
+        let outcome = if fits != Fits::Yes {
+            Ok(Outcome::Refused(Errno::EMSGSIZE))
+        } else if fds.lost {
+            Ok(Outcome::Refused(Errno::EINVAL))
+        } else if header.kind().is_err() || header.body_bytes().is_err() {
+            Ok(Outcome::Refused(Errno::EINVAL))
+        } else {
+            match Request::decode(header.command, request.held(held), body_bytes) {
+                Ok(_) if job.fds.len() > fds_max(header.command) => Ok(Outcome::Refused(Errno::EINVAL)),
+                Ok(decoded) => self.dispatch(&mut job, decoded),
+                Err(error) => {
+                    tracing::warn!(command = %header.command, %error, "malformed request");
+                    Ok(Outcome::Refused(error.errno()))
+                }
+            }
+        };
+        // Whatever the handler left of the body.
+        if let Some(mut receiver) = job.receiver.take() {
+            let drained = receiver.drop_body(self.link.socket(), body_bytes - held);
+            receiver.finish();
+            self.link.give_back(receiver);
+            drained?;
+        }
+        if let Outcome::Refused(errno) = outcome? {
+            self.refuse(&job, errno)?;
+        }
+        if fits == Fits::Ends {
+            return Err(End::Broken("a message that is too long to be drained"));
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, job: &Job, errno: Errno) -> Result<(), End> {
+        let header = &job.header;
+        // A probe for a feature is no mistake.
+        if errno == Errno::ENOTTY {
+            tracing::debug!(command = %header.command, id = header.id, %errno, "refused");
+        } else {
+            tracing::warn!(command = %header.command, id = header.id, %errno, "refused");
+        }
+        if !job.wants_reply() {
+            return Ok(());
+        }
+        self.link.sender().send(header.refusal(errno).as_bytes())
+    }
+
+    fn dispatch(&mut self, job: &mut Job, request: Request<'_>) -> Handled {
+        if self.limits.is_none() != (job.header.command == Command::VERSION) {
+            tracing::warn!(command = %job.header.command, "VERSION comes first, and once");
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        match request {
+            Request::Version(version, data) => self.version(job, version, data),
+            Request::DmaMap(map) => self.dma_map(job, map),
+            Request::DmaUnmap(unmap, bitmap) => self.dma_unmap(job, unmap, bitmap),
+            Request::GetInfo { argsz } => self.get_info(job, argsz),
+            Request::GetRegionInfo { argsz, index } => self.get_region_info(job, argsz, index),
+            Request::GetRegionIoFds { argsz, index } => self.get_region_io_fds(job, argsz, index),
+            Request::GetIrqInfo { argsz, index } => self.get_irq_info(job, argsz, index),
+            Request::SetIrqs(set) => self.set_irqs(job, set),
+            Request::RegionRead(access) => self.region_read(job, access),
+            Request::RegionWrite(access, data) => self.region_write(job, access, data),
+            Request::RegionWriteMulti(writes) => self.region_write_multi(job, writes),
+            Request::Reset => self.reset(job),
+            Request::Feature(header, data) => self.feature(job, header, data),
+            Request::MigDataRead(read) => self.mig_data_read(job, read),
+            Request::MigDataWrite(write, data) => self.mig_data_write(job, write, data),
+        }
+    }
+
+    fn reset(&mut self, job: &Job) -> Handled {
+        match self.machine.reset() {
+            Ok(()) => self.reply(job, &[]),
+            Err(errno) => Ok(Outcome::Refused(errno)),
+        }
+    }
+
+    /// `vfio-user.rst: VFIO_USER_VERSION`. A refused version may be followed by another.
+    fn version(&mut self, job: &Job, version: VersionMessage, data: &[u8]) -> Handled {
+        let theirs = match Capabilities::decode(data) {
+            Ok(_) if version.major != VERSION.0 => {
+                tracing::warn!(major = version.major, "an unknown major version");
+                return Ok(Outcome::Refused(Errno::EINVAL));
+            }
+            Ok(theirs) => theirs,
+            Err(error) => {
+                tracing::warn!(%error, "VERSION refused");
+                return Ok(Outcome::Refused(Errno::EINVAL));
+            }
+        };
+        let mut answer = self.capabilities().answer(&theirs);
+        let twin = match answer.twin_socket {
+            // The socket goes with the reply.
+            Some(_) if job.wants_reply() && theirs.max_msg_fds != Some(0) => self.make_twin(),
+            _ => None,
+        };
+        if twin.is_none() {
+            answer.twin_socket = None;
+        }
+        let minor = version.minor.min(VERSION.1);
+        let limits = Limits::agree(minor, &theirs, &answer, &theirs);
+        let fixed = VersionMessage { major: VERSION.0, minor };
+        // QEMU receives the reply into the buffer of its request.
+        let room = REPLY_BYTES_MAX.max(job.header.size as usize) - Header::BYTES - VersionMessage::BYTES;
+        let json = answer.encode(room.min(JSON_ROOM));
+        tracing::debug!(?theirs, ?limits, "version agreed");
+        self.limits = Some(limits);
+        let fds: Vec<BorrowedFd<'_>> = twin.iter().map(AsFd::as_fd).collect();
+        self.reply_pieces(job, &[fixed.as_bytes(), &json], &fds)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            max_msg_fds: Some(MSG_FDS_MAX as u64),
+            max_data_xfer_size: Some(self.options.data_bytes_max.into()),
+            max_dma_maps: Some(65535),
+            pgsizes: Some(4096),
+            write_multiple: Some(true),
+            twin_socket: self
+                .options
+                .twin_socket
+                .then_some(TwinSocket { supported: true, fd_index: Some(0) }),
+            migration: Some(MigrationCapability {
+                pgsize: Some(4096),
+                max_bitmap_size: Some(super::feature::BITMAP_BYTES_MAX),
+            }),
+        }
+    }
+
+    /// Makes the socket for the device's DMA messages and returns the client's end.
+    fn make_twin(&self) -> Option<UnixStream> {
+        let made = UnixStream::pair()
+            .and_then(|(ours, theirs)| Ok((Twin::new(ours, self.options.message_limit)?, theirs)));
+        match made {
+            Ok((twin, theirs)) => self.link.twin.set(twin).ok().map(|()| theirs),
+            Err(error) => {
+                tracing::warn!(%error, "no twin socket");
+                None
+            }
+        }
+    }
+
+    /// Replies with this body, if a reply is wanted.
+    pub(super) fn reply(&self, job: &Job, body: &[u8]) -> Handled {
+        if job.wants_reply() {
+            let header = reply_header(&job.header, body.len())?;
+            if body.is_empty() {
+                self.link.sender().send(header.as_bytes())?;
+            } else {
+                let mut pieces = [IoSlice::new(header.as_bytes()), IoSlice::new(body)];
+                self.link.sender().send_pieces(&mut pieces, &[])?;
+            }
+        }
+        Ok(Outcome::Replied)
+    }
+
+    /// Replies with a body of up to three pieces, and fds.
+    pub(super) fn reply_pieces(&self, job: &Job, body: &[&[u8]], fds: &[BorrowedFd<'_>]) -> Handled {
+        if job.wants_reply() {
+            let header = reply_header(&job.header, body.iter().map(|piece| piece.len()).sum())?;
+            let mut pieces = [IoSlice::new(&[]); 4];
+            pieces[0] = IoSlice::new(header.as_bytes());
+            for (to, from) in pieces[1..].iter_mut().zip(body) {
+                *to = IoSlice::new(from);
+            }
+            self.link.sender().send_pieces(&mut pieces[..=body.len()], fds)?;
+        }
+        Ok(Outcome::Replied)
+    }
+}
+
+/// The header of a reply; its size is bounded by what a request may ask for.
+pub(super) fn reply_header(header: &Header, body_bytes: usize) -> Result<Header, End> {
+    header.reply(body_bytes).ok_or(End::Broken("a reply above 4 GiB"))
+}
+
+/// Version data has room for all that this server ever says.
+const JSON_ROOM: usize = 1024;
+
+/// The most fds that a command may come with.
+fn fds_max(command: Command) -> usize {
+    match command {
+        Command::DMA_MAP => 1,
+        Command::DEVICE_SET_IRQS => usize::MAX,
+        _ => 0,
+    }
+}

@@ -1,0 +1,147 @@
+//! The data of a session (`vfio-user.rst: VFIO_USER_MIG_DATA_READ, VFIO_USER_MIG_DATA_WRITE`).
+//!
+//! A read is answered from the model's own memory, a write received into it. The specification
+//! reads fewer bytes than were asked for as the end of the data; so a reply is short only when
+//! there is no more, or nothing for now in pre-copy: what a model lends in smaller pieces is
+//! gathered first.
+//!
+//! libvfio-user's client cannot receive a reply that is shorter than what it asked for, only
+//! `size` tells it what is data. It asks for little at a time; so replies to requests up to
+//! [`PADDED_BYTES_MAX`] are padded with zeros to the length that was asked for, and larger ones
+//! are not.
+
+use std::io::IoSlice;
+
+use limosa_device::Save;
+use limosa_protocol::Errno;
+use zerocopy::IntoBytes;
+
+use super::connection::{Connection, Handled, Job, Outcome, reply_header};
+use super::link::{Link, Sender};
+use super::receive::{End, Receiver};
+use crate::codec::{Header, MigData};
+
+/// Replies to reads of up to this many bytes are padded.
+const PADDED_BYTES_MAX: usize = 64 << 10;
+
+static ZEROS: [u8; PADDED_BYTES_MAX] = [0; PADDED_BYTES_MAX];
+
+/// What a look at the session's data brought.
+enum Piece {
+    /// The reply was sent straight from the model's memory.
+    Sent(Result<(), End>),
+    /// So much was gathered.
+    Gathered,
+    /// There is nothing more, at least for now.
+    Dry,
+}
+
+impl Connection<'_> {
+    pub(super) fn mig_data_read(&mut self, job: &Job, read: MigData) -> Handled {
+        let want = read.size as usize;
+        let room = (read.argsz as usize).checked_sub(MigData::BYTES);
+        if want == 0 || read.size > self.options.data_bytes_max || room.is_none_or(|room| room < want) {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        let Some(session) = self.machine.session() else {
+            return Ok(Outcome::Refused(Errno::ENODEV));
+        };
+        if !job.wants_reply() {
+            // Nobody would get the data.
+            return Ok(Outcome::Replied);
+        }
+        let link = &self.link;
+        let gathered = &mut self.spare;
+        gathered.clear();
+        let reply = |data: &[u8]| reply(&link.sender(), &job.header, data, want);
+        while gathered.len() < want {
+            let piece = self.machine.data_read(session, want - gathered.len(), |save| match save {
+                Save::Data(data) if data.len() == want => Piece::Sent(reply(data)),
+                Save::Data(data) => {
+                    gathered.extend_from_slice(data);
+                    Piece::Gathered
+                }
+                Save::NothingForNow | Save::End => Piece::Dry,
+            });
+            match piece {
+                Ok(Piece::Sent(sent)) => return sent.map(|()| Outcome::Replied),
+                Ok(Piece::Gathered) => {}
+                Ok(Piece::Dry) => break,
+                // What was gathered is lost with the session: a short reply would look like its end.
+                Err(errno) => return Ok(Outcome::Refused(errno)),
+            }
+        }
+        reply(gathered)?;
+        Ok(Outcome::Replied)
+    }
+
+    pub(super) fn mig_data_write(&mut self, job: &mut Job, write: MigData, data: &[u8]) -> Handled {
+        if write.size > self.options.data_bytes_max {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        let Some(session) = self.machine.session() else {
+            return Ok(Outcome::Refused(Errno::ENODEV));
+        };
+        let written = match job.receiver.take() {
+            None => self.machine.data_write(session, data),
+            Some(receiver) => {
+                let mut rest = Rest { link: &self.link, left: write.size as usize, receiver: Some(receiver) };
+                let bytes = rest.left;
+                self.machine.data_fill(session, bytes, &mut self.spare, |into| rest.receive(into))?
+            }
+        };
+        match written {
+            Ok(()) => self.reply(job, &[]),
+            Err(errno) => Ok(Outcome::Refused(errno)),
+        }
+    }
+}
+
+/// The data of a write that is still on the socket.
+struct Rest<'a> {
+    link: &'a Link,
+    left: usize,
+    receiver: Option<Box<Receiver>>,
+}
+
+impl Rest<'_> {
+    fn receive(&mut self, into: &mut [u8]) -> Result<(), End> {
+        let Some(receiver) = &mut self.receiver else {
+            return Err(End::Broken("more data was asked for than the message has"));
+        };
+        receiver.body(self.link.socket(), into)?;
+        self.left -= into.len();
+        if self.left == 0 {
+            // From here on the model may need the socket for its memory.
+            self.give_back();
+        }
+        Ok(())
+    }
+
+    fn give_back(&mut self) {
+        if let Some(mut receiver) = self.receiver.take() {
+            receiver.finish();
+            self.link.give_back(receiver);
+        }
+    }
+}
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+fn reply(sender: &Sender<'_>, to: &Header, data: &[u8], want: usize) -> Result<(), End> {
+    let padding = if want <= PADDED_BYTES_MAX { want - data.len() } else { 0 };
+    let size = data.len() as u32;
+    let fixed = MigData { argsz: MigData::BYTES as u32 + size, size };
+    let header = reply_header(to, MigData::BYTES + data.len() + padding)?;
+    let mut pieces = [
+        IoSlice::new(header.as_bytes()),
+        IoSlice::new(fixed.as_bytes()),
+        IoSlice::new(data),
+        IoSlice::new(&ZEROS[..padding]),
+    ];
+    sender.send_pieces(&mut pieces, &[])
+}

@@ -1,0 +1,143 @@
+//! The FEATURE multiplexer (`vfio-user.rst: VFIO_USER_DEVICE_FEATURE`), and the dirty bitmap in
+//! pieces of bounded size straight to the socket.
+
+use std::io::IoSlice;
+
+use limosa_client::Refers;
+use limosa_protocol::feature::{DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport};
+use limosa_protocol::{Errno, FeatureCall, FeatureHeader, FeatureIndex, FeatureOp};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::connection::{Connection, Handled, Job, Outcome, reply_header};
+use crate::codec::Header;
+
+/// The longest bitmap of a report: 8 TiB of 4 KiB pages, as QEMU announces it.
+pub(super) const BITMAP_BYTES_MAX: u64 = 256 << 20;
+
+/// The bitmap is harvested and sent in pieces of this many words.
+const PIECE_WORDS: usize = 16 << 10;
+
+/// The longest fixed part of a feature's data.
+const PAYLOAD_BYTES_MAX: usize = 64;
+
+impl Connection<'_> {
+    pub(super) fn feature(&mut self, job: &Job, header: FeatureHeader, data: &[u8]) -> Handled {
+        let call = match header.call() {
+            Ok(call) => call,
+            Err(errno) => return Ok(Outcome::Refused(errno)),
+        };
+        if call.index == FeatureIndex::DMA_LOGGING_REPORT && call.op == FeatureOp::GET {
+            return self.report(job, header, call, data);
+        }
+        let mut payload = [0; PAYLOAD_BYTES_MAX];
+        let at_hand = data.len().min(PAYLOAD_BYTES_MAX);
+        payload[..at_hand].copy_from_slice(&data[..at_hand]);
+        let done = match (call.index, call.op) {
+            (FeatureIndex::DMA_LOGGING_START, FeatureOp::SET) => self.start(call, &mut payload, data),
+            // A SET whose data was not sent.
+            (index, FeatureOp::SET) if index.rules().is_some_and(|rules| rules.payload_bytes > at_hand) => {
+                self.machine.feature(
+                    FeatureCall { payload_bytes: at_hand, ..call },
+                    &mut payload,
+                    Refers::Nothing,
+                )
+            }
+            _ => self.machine.feature(call, &mut payload, Refers::Nothing),
+        };
+        let payload_bytes = match done {
+            Ok(done) => done.payload_bytes,
+            Err(errno) => return Ok(Outcome::Refused(errno)),
+        };
+        if call.op == FeatureOp::GET {
+            let header = FeatureHeader::new(call.index, call.op, payload_bytes as u32);
+            return self.reply_pieces(job, &[header.as_bytes(), &payload[..payload_bytes]], &[]);
+        }
+        // What was sent, with what the device chose in it.
+        let chosen = if call.index == FeatureIndex::DMA_LOGGING_START { size_of::<u64>() } else { 0 };
+        let chosen = chosen.min(payload_bytes);
+        self.reply_pieces(job, &[header.as_bytes(), &payload[..chosen], &data[chosen..]], &[])
+    }
+
+    fn start(
+        &self,
+        call: FeatureCall,
+        payload: &mut [u8],
+        data: &[u8],
+    ) -> Result<limosa_device::FeatureDone, Errno> {
+        let (mut control, rest) =
+            FeatureDmaLoggingControl::read_from_prefix(data).map_err(|_| Errno::EINVAL)?;
+        if control.num_ranges > 0 {
+            let bytes = (control.num_ranges as usize).checked_mul(size_of::<DmaLoggingRange>());
+            // Too many to be there are too many for the device too: E2BIG is its answer.
+            let ranges = bytes.map_or(rest, |bytes| &rest[..bytes.min(rest.len())]);
+            return self.machine.feature(call, payload, Refers::In(ranges));
+        }
+        // No range means all of them (`vfio-user.rst: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`).
+        let page_size = if control.page_size.is_power_of_two() { control.page_size } else { 4096 };
+        let all = DmaLoggingRange { iova: 0, length: page_size.wrapping_neg() };
+        control.num_ranges = 1;
+        control.write_to_prefix(payload).map_err(|_| Errno::EINVAL)?;
+        self.machine.feature(call, payload, Refers::In(all.as_bytes()))
+    }
+
+    fn report(&mut self, job: &Job, header: FeatureHeader, call: FeatureCall, data: &[u8]) -> Handled {
+        let Ok((report, _)) = FeatureDmaLoggingReport::read_from_prefix(data) else {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        };
+        let bitmap_bytes = match self.check_report(&report, call) {
+            Ok(bytes) => bytes,
+            Err(errno) => return Ok(Outcome::Refused(errno)),
+        };
+        if !job.wants_reply() {
+            // Nobody would get the bits.
+            return Ok(Outcome::Replied);
+        }
+        let fixed_bytes = FeatureHeader::BYTES + size_of::<FeatureDmaLoggingReport>();
+        let header = FeatureHeader { argsz: (fixed_bytes as u64 + bitmap_bytes) as u32, ..header };
+        let head = reply_header(&job.header, fixed_bytes + bitmap_bytes as usize)?;
+        let mut fixed = [0; Header::BYTES + 8 + 24];
+        fixed[..16].copy_from_slice(head.as_bytes());
+        fixed[16..24].copy_from_slice(header.as_bytes());
+        fixed[24..].copy_from_slice(report.as_bytes());
+
+        let memory = &self.machine.bus().memory;
+        let sender = self.link.sender();
+        let mut fixed = &fixed[..];
+        let FeatureDmaLoggingReport { mut iova, mut length, page_size } = report;
+        while length > 0 {
+            let pages = length.div_ceil(page_size).min(PIECE_WORDS as u64 * 64);
+            let bytes = length.min(pages.saturating_mul(page_size));
+            let words = self.reply.zeroed(pages.div_ceil(64) as usize);
+            if let Err(errno) = memory.logging_report(iova, bytes, page_size, words) {
+                // The reply has begun: what cannot be told is dirty.
+                tracing::error!(%errno, iova, bytes, "report failed half-way");
+                set_all(words, pages);
+            }
+            sender.send_pieces(&mut [IoSlice::new(fixed), IoSlice::new(words.as_bytes())], &[])?;
+            fixed = &[];
+            iova = iova.wrapping_add(bytes);
+            length -= bytes;
+        }
+        Ok(Outcome::Replied)
+    }
+
+    /// The bytes of the bitmap, when the report can be answered as a whole.
+    fn check_report(&self, report: &FeatureDmaLoggingReport, call: FeatureCall) -> Result<u64, Errno> {
+        self.machine.bus().memory.logging_check(report.iova, report.length, report.page_size)?;
+        report.check()?;
+        let bytes = report.bitmap_bytes();
+        if bytes > BITMAP_BYTES_MAX {
+            return Err(Errno::E2BIG);
+        }
+        let needed = size_of::<FeatureDmaLoggingReport>() + bytes as usize;
+        if call.payload_bytes < needed { Err(Errno::EINVAL) } else { Ok(bytes) }
+    }
+}
+
+/// Sets the first `bits` bits.
+fn set_all(words: &mut [u64], bits: u64) {
+    words.fill(u64::MAX);
+    if let (Some(last), used @ 1..) = (words.last_mut(), bits % 64) {
+        *last = (1 << used) - 1;
+    }
+}

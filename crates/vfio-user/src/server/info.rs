@@ -1,0 +1,128 @@
+//! What the device says of itself (`vfio-user.rst: VFIO_USER_DEVICE_GET_INFO,
+//! VFIO_USER_DEVICE_GET_REGION_INFO, VFIO_USER_DEVICE_GET_REGION_IO_FDS,
+//! VFIO_USER_DEVICE_GET_IRQ_INFO`).
+//!
+//! A client that has no room for all of a reply is told in `argsz` how much it needs, and gets the
+//! fixed part (`vfio-user.rst: Message sizes`). The fds of a region come with either reply: a
+//! client takes those of the reply that it keeps.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use limosa_protocol::Errno;
+use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionFlags, RegionInfo};
+use zerocopy::IntoBytes;
+
+use super::connection::{Connection, Handled, Job, Outcome};
+use crate::codec::{IoFd, IoFdsMessage};
+
+/// The most eventfds of one region that a client is told of; more need more than one message's fds.
+const IO_FDS_MAX: usize = 256;
+
+impl Connection<'_> {
+    pub(super) fn get_info(&self, job: &Job, argsz: u32) -> Handled {
+        if (argsz as usize) < size_of::<DeviceInfo>() {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        self.reply(job, self.machine.description().device_info().as_bytes())
+    }
+
+    pub(super) fn get_irq_info(&self, job: &Job, argsz: u32, index: u32) -> Handled {
+        if (argsz as usize) < size_of::<IrqInfo>() {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        match self.machine.description().irq_info(index) {
+            Ok(info) => self.reply(job, info.as_bytes()),
+            Err(errno) => Ok(Outcome::Refused(errno)),
+        }
+    }
+
+    pub(super) fn get_region_info(&self, job: &Job, argsz: u32, index: u32) -> Handled {
+        if (argsz as usize) < size_of::<RegionInfo>() {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        let view = match self.machine.description().region_view(index) {
+            Ok(view) => view,
+            Err(errno) => return Ok(Outcome::Refused(errno)),
+        };
+        let mut info = view.info;
+        // A client that takes no fds cannot map.
+        let fd = view.fd.filter(|_| self.fds_max() > 0);
+        if fd.is_none() {
+            info.flags &= !RegionFlags::MMAP.bits();
+        }
+        let mut capabilities = Vec::new();
+        if fd.is_some() && !view.areas.is_empty() {
+            capabilities = sparse_mmap(view.areas);
+            info.flags |= RegionFlags::CAPS.bits();
+        }
+        let needed = size_of::<RegionInfo>() + capabilities.len();
+        info.argsz = needed as u32;
+        if argsz as usize >= needed && !capabilities.is_empty() {
+            info.cap_offset = size_of::<RegionInfo>() as u32;
+        } else {
+            capabilities.clear();
+        }
+        let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+        self.reply_pieces(job, &[info.as_bytes(), &capabilities], &fds)
+    }
+
+    pub(super) fn get_region_io_fds(&self, job: &Job, argsz: u32, index: u32) -> Handled {
+        if (argsz as usize) < IoFdsMessage::BYTES {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        let Some(region) = self.machine.description().regions.get(index as usize) else {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        };
+        // One fd may stand for several registers; it is sent once.
+        let mut fds: Vec<&Arc<_>> = Vec::new();
+        let mut entries = Vec::new();
+        for io in region.ioeventfds.iter().take(IO_FDS_MAX) {
+            let known = fds.iter().position(|fd| Arc::ptr_eq(fd, &io.fd));
+            if known.is_none() && fds.len() == self.fds_max() {
+                // Writes to what is left out come as messages.
+                tracing::debug!(index, "the client takes fewer fds than the region has");
+                continue;
+            }
+            let fd_index = known.unwrap_or_else(|| {
+                fds.push(&io.fd);
+                fds.len() - 1
+            });
+            entries.push(IoFd {
+                offset: io.offset,
+                size: io.size,
+                fd_index: fd_index as u32,
+                kind: IoFd::IOEVENTFD,
+                flags: if io.datamatch.is_some() { IoFd::DATAMATCH } else { 0 },
+                padding: 0,
+                datamatch: io.datamatch.unwrap_or(0),
+            });
+        }
+        let needed = IoFdsMessage::BYTES + entries.len() * IoFd::BYTES;
+        let fixed = IoFdsMessage { argsz: needed as u32, flags: 0, index, count: entries.len() as u32 };
+        if (argsz as usize) < needed {
+            return self.reply(job, fixed.as_bytes());
+        }
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(|fd| fd.as_fd()).collect();
+        self.reply_pieces(job, &[fixed.as_bytes(), entries.as_bytes()], &fds)
+    }
+
+    /// The most fds that the client takes in one message.
+    fn fds_max(&self) -> usize {
+        self.limits.map_or(0, |limits| limits.msg_fds_max)
+    }
+}
+
+/// The capability that names the parts of a region that may be mapped
+/// (`vfio-user.rst: VFIO sparse mmap cap header`). It is the only one of its region.
+fn sparse_mmap(areas: &[(u64, u64)]) -> Vec<u8> {
+    const ID: u16 = 1;
+    const VERSION: u16 = 1;
+    let mut capability = Vec::with_capacity(16 + areas.len() * 16);
+    capability.extend_from_slice([ID, VERSION].as_bytes());
+    capability.extend_from_slice([0u32, areas.len() as u32, 0].as_bytes());
+    for area in areas {
+        capability.extend_from_slice([area.0, area.1].as_bytes());
+    }
+    capability
+}

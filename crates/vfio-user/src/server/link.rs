@@ -1,0 +1,414 @@
+//! One connection's sockets, shared by the thread that serves requests and the threads of a model
+//! that reach the client's memory by messages (`vfio-user.rst: Command Concurrency, Socket`).
+//!
+//! Whoever needs something from the socket takes the receiver and leads: what it receives for
+//! others it hands to them, commands it queues. Mostly that is the serving thread, which leads
+//! while it waits for the next command; while a request is handled anybody may, the handler too,
+//! so that a model's DMA comes to its end whatever the other threads are waiting for.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
+
+use limosa_protocol::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, send, sendmsg, shutdown};
+
+use super::buffer::Buffer;
+use super::dma::{Exchange, Twin};
+use super::receive::{End, Fds, Receiver, Wait, errno_of};
+use crate::codec::{Command, Header, Kind};
+use crate::version::MSG_FDS_MAX;
+
+/// Bodies of commands other than those that carry data are refused above this many bytes.
+const BODY_BYTES_MAX: usize = 64 << 10;
+
+/// A message that is too long is drained, and refused, up to this many bytes; beyond it the
+/// connection ends.
+const DRAIN_BYTES_MAX: usize = 64 << 20;
+
+/// Commands that arrive while a request waits for the client's memory.
+const QUEUE_COMMANDS_MAX: usize = 1024;
+/// The bytes of their bodies.
+const QUEUE_BYTES_MAX: usize = 4 << 20;
+
+/// A connection.
+pub(super) struct Link {
+    socket: UnixStream,
+    sending: Mutex<()>,
+    pub(super) shared: Mutex<Shared>,
+    pub(super) turn: Condvar,
+    /// The socket for the server's commands, when one was negotiated.
+    pub(super) twin: OnceLock<Twin>,
+    /// The thread that serves requests.
+    pub(super) serving: ThreadId,
+    /// The most bytes of data that a command may carry.
+    data_bytes_max: usize,
+    pub(super) dma_limit: Duration,
+}
+
+/// What the threads of a connection share.
+pub(super) struct Shared {
+    /// Not there while somebody leads.
+    pub(super) receiver: Option<Box<Receiver>>,
+    queue: VecDeque<Queued>,
+    queued_bytes: usize,
+    pub(super) exchanges: Vec<Exchange>,
+    pub(super) next_id: u16,
+    /// Threads that wait for their turn.
+    pub(super) waiting: usize,
+    /// Why the connection is over.
+    pub(super) over: bool,
+    /// The request being handled waited for the client's memory in vain: it does so once.
+    pub(super) gave_up: bool,
+}
+
+struct Queued {
+    header: Header,
+    fds: Fds,
+    body: Vec<u8>,
+    fits: Fits,
+}
+
+/// A command.
+pub(super) struct Incoming {
+    pub(super) header: Header,
+    pub(super) fds: Fds,
+    /// Bytes of its body.
+    pub(super) body_bytes: usize,
+    /// Bytes of its body that are in the buffer; the others are with the receiver.
+    pub(super) held: usize,
+    /// Held for a body that was not received yet.
+    pub(super) receiver: Option<Box<Receiver>>,
+    pub(super) fits: Fits,
+}
+
+/// Whether a command's size can be dealt with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fits {
+    Yes,
+    /// Too long; it was drained.
+    Drained,
+    /// Too long to be drained: the connection ends with the refusal.
+    Ends,
+}
+
+impl Link {
+    pub(super) fn new(
+        socket: UnixStream,
+        data_bytes_max: usize,
+        message_limit: Duration,
+        dma_limit: Duration,
+    ) -> std::io::Result<Link> {
+        // A blocking socket with time limits: no call but the transfer itself is needed for a request.
+        socket.set_nonblocking(false)?;
+        socket.set_read_timeout(Some(message_limit))?;
+        socket.set_write_timeout(Some(message_limit))?;
+        Ok(Link {
+            socket,
+            sending: Mutex::new(()),
+            shared: Mutex::new(Shared {
+                receiver: Some(Box::new(Receiver::new(message_limit))),
+                queue: VecDeque::new(),
+                queued_bytes: 0,
+                exchanges: Vec::new(),
+                next_id: 0,
+                waiting: 0,
+                over: false,
+                gave_up: false,
+            }),
+            turn: Condvar::new(),
+            twin: OnceLock::new(),
+            serving: std::thread::current().id(),
+            data_bytes_max,
+            dma_limit,
+        })
+    }
+
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {
+        // Nothing under this lock panics half-way through a change.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the next command, whose body, or the head of it, is in `buffer`; `None` when none
+    /// came within the socket's time limit.
+    pub(super) fn next(&self, buffer: &mut Buffer) -> Result<Option<Incoming>, End> {
+        let mut shared = self.lock();
+        shared.gave_up = false;
+        let mut receiver = loop {
+            if let Some(queued) = shared.queue.pop_front() {
+                shared.queued_bytes -= queued.body.len();
+                drop(shared);
+                return Ok(Some(queued.take(buffer)));
+            }
+            if let Some(receiver) = shared.receiver.take() {
+                break receiver;
+            }
+            if shared.over {
+                return Err(End::Closed);
+            }
+            shared = self.wait(shared, None).0;
+        };
+        drop(shared);
+        let incoming = self.lead(&mut receiver, buffer);
+        match incoming {
+            Ok(Some(mut incoming)) if incoming.held < incoming.body_bytes => {
+                incoming.receiver = Some(receiver);
+                Ok(Some(incoming))
+            }
+            other => {
+                self.give_back(receiver);
+                other
+            }
+        }
+    }
+
+    /// Receives until a command comes.
+    fn lead(&self, receiver: &mut Receiver, buffer: &mut Buffer) -> Result<Option<Incoming>, End> {
+        loop {
+            let Some(header) = receiver.header(self.socket(), Wait::Socket)? else { return Ok(None) };
+            let body_bytes = header.body_bytes().unwrap_or(0);
+            if is_reply(&header) {
+                self.hand_over(receiver, header, body_bytes, None)?;
+                receiver.finish();
+                continue;
+            }
+            let fits = self.fits(header.command, body_bytes);
+            let mut incoming =
+                Incoming { header, fds: Fds::default(), body_bytes, held: 0, receiver: None, fits };
+            if fits == Fits::Yes {
+                // Long data goes where it belongs, and not into the buffer first.
+                let held = match header.command {
+                    Command::MIG_DATA_WRITE if body_bytes > IN_ONE_PIECE => MIG_DATA_HEAD,
+                    _ => body_bytes,
+                };
+                receiver.body(self.socket(), buffer.bytes(held))?;
+                incoming.held = held;
+            } else {
+                self.drain(receiver, fits, body_bytes)?;
+                incoming.body_bytes = 0;
+            }
+            incoming.fds = receiver.finish_head(incoming.held == incoming.body_bytes);
+            return Ok(Some(incoming));
+        }
+    }
+
+    /// Receives one message for whoever it is meant for; `None` when none came in time.
+    ///
+    /// A reply to `mine` is received into its memory, and its outcome returned.
+    pub(super) fn pump(
+        &self,
+        receiver: &mut Receiver,
+        until: Instant,
+        mine: &mut Mine<'_>,
+    ) -> Result<Pumped, End> {
+        let Some(header) = receiver.header(self.socket(), Wait::Until(until))? else {
+            return Ok(Pumped::Nothing);
+        };
+        let body_bytes = header.body_bytes().unwrap_or(0);
+        if is_reply(&header) {
+            let done = self.hand_over(receiver, header, body_bytes, Some(mine))?;
+            receiver.finish();
+            return Ok(done.map_or(Pumped::Other, Pumped::Mine));
+        }
+        let fits = self.fits(header.command, body_bytes);
+        let mut body = Vec::new();
+        if fits == Fits::Yes {
+            body.resize(body_bytes, 0);
+            receiver.body(self.socket(), &mut body)?;
+        } else {
+            self.drain(receiver, fits, body_bytes)?;
+        }
+        let fds = receiver.finish();
+        let mut shared = self.lock();
+        shared.queued_bytes += body.len();
+        shared.queue.push_back(Queued { header, fds, body, fits });
+        let full = shared.queue.len() >= QUEUE_COMMANDS_MAX || shared.queued_bytes >= QUEUE_BYTES_MAX;
+        self.turn.notify_all();
+        Ok(if full { Pumped::Full } else { Pumped::Other })
+    }
+
+    fn drain(&self, receiver: &mut Receiver, fits: Fits, bytes: usize) -> Result<(), End> {
+        if fits == Fits::Drained { receiver.drop_body(self.socket(), bytes) } else { Ok(()) }
+    }
+
+    fn fits(&self, command: Command, body_bytes: usize) -> Fits {
+        let bytes_max = match command {
+            // The longest fixed part before data is 16 bytes.
+            Command::REGION_WRITE | Command::MIG_DATA_WRITE => self.data_bytes_max + 16,
+            _ => BODY_BYTES_MAX,
+        };
+        match body_bytes {
+            bytes if bytes <= bytes_max => Fits::Yes,
+            bytes if bytes <= DRAIN_BYTES_MAX => Fits::Drained,
+            _ => Fits::Ends,
+        }
+    }
+
+    /// Lets others receive.
+    pub(super) fn give_back(&self, receiver: Box<Receiver>) {
+        let mut shared = self.lock();
+        shared.receiver = Some(receiver);
+        if shared.waiting > 0 {
+            self.turn.notify_all();
+        }
+    }
+
+    /// Waits until something changed, at the longest until then; `false` when that came first.
+    pub(super) fn wait<'a>(
+        &self,
+        mut shared: MutexGuard<'a, Shared>,
+        until: Option<Instant>,
+    ) -> (MutexGuard<'a, Shared>, bool) {
+        shared.waiting += 1;
+        let (mut shared, in_time) = match until {
+            None => (self.turn.wait(shared).unwrap_or_else(PoisonError::into_inner), true),
+            Some(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                let (shared, timeout) =
+                    self.turn.wait_timeout(shared, left).unwrap_or_else(PoisonError::into_inner);
+                (shared, !timeout.timed_out())
+            }
+        };
+        shared.waiting -= 1;
+        (shared, in_time)
+    }
+
+    /// Ends the connection: every wait on it ends.
+    pub(super) fn end(&self) {
+        self.lock().over = true;
+        self.turn.notify_all();
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        if let Some(twin) = self.twin.get() {
+            twin.end();
+        }
+    }
+
+    /// No more is received than what the client sent already.
+    pub(super) fn end_receiving(&self) {
+        let _ = shutdown(&self.socket, Shutdown::Read);
+    }
+
+    /// Takes the turn to send. Messages of several pieces are sent under one turn.
+    pub(super) fn sender(&self) -> Sender<'_> {
+        Sender { link: self, _turn: self.sending.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
+}
+
+/// What [`Link::pump`] received.
+pub(super) enum Pumped {
+    /// Nothing in time.
+    Nothing,
+    /// The outcome of the caller's own exchange.
+    Mine(Result<(), Errno>),
+    /// Something for somebody else.
+    Other,
+    /// A command, and there is no room for another.
+    Full,
+}
+
+/// The exchange of the thread that leads, and where its data goes.
+pub(super) struct Mine<'a> {
+    pub(super) id: u16,
+    pub(super) data: Option<&'a mut [u8]>,
+}
+
+/// MIG_DATA_WRITE up to this many bytes is received like any other message.
+const IN_ONE_PIECE: usize = 2048;
+const MIG_DATA_HEAD: usize = 8;
+
+fn is_reply(header: &Header) -> bool {
+    matches!(header.kind(), Ok(Kind::Reply | Kind::Refusal(_)))
+}
+
+impl Queued {
+    fn take(self, buffer: &mut Buffer) -> Incoming {
+        let bytes = self.body.len();
+        buffer.bytes(bytes).copy_from_slice(&self.body);
+        Incoming {
+            header: self.header,
+            fds: self.fds,
+            body_bytes: bytes,
+            held: bytes,
+            receiver: None,
+            fits: self.fits,
+        }
+    }
+}
+
+/// The turn to send on a connection.
+pub(super) struct Sender<'a> {
+    link: &'a Link,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Sender<'_> {
+    /// Sends all of these bytes. On failure the connection is over, because its stream is.
+    pub(super) fn send(&self, bytes: &[u8]) -> Result<(), End> {
+        self.sent(send_one(self.link.socket(), bytes))
+    }
+
+    /// Sends all of these pieces as one, with fds.
+    pub(super) fn send_pieces(&self, pieces: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), End> {
+        self.sent(send_all(self.link.socket(), pieces, fds))
+    }
+
+    fn sent(&self, result: Result<(), End>) -> Result<(), End> {
+        if result.is_err() {
+            self.link.end();
+        }
+        result
+    }
+}
+
+/// Sends one piece; mostly that is one system call.
+fn send_one(socket: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), End> {
+    while !bytes.is_empty() {
+        match send(socket, bytes, SendFlags::NOSIGNAL) {
+            Ok(sent) => bytes = &bytes[sent..],
+            Err(errno) => send_again(errno)?,
+        }
+    }
+    Ok(())
+}
+
+/// Sends all of the pieces, the fds with the first byte.
+pub(super) fn send_all(
+    socket: BorrowedFd<'_>,
+    mut pieces: &mut [IoSlice<'_>],
+    mut fds: &[BorrowedFd<'_>],
+) -> Result<(), End> {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MSG_FDS_MAX))];
+    IoSlice::advance_slices(&mut pieces, 0);
+    while !pieces.is_empty() {
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(End::Failed(Errno::E2BIG));
+        }
+        match sendmsg(socket, pieces, &mut control, SendFlags::NOSIGNAL) {
+            Ok(sent) => {
+                fds = &[];
+                IoSlice::advance_slices(&mut pieces, sent);
+            }
+            Err(errno) => send_again(errno)?,
+        }
+    }
+    Ok(())
+}
+
+fn send_again(errno: rustix::io::Errno) -> Result<(), End> {
+    match errno {
+        rustix::io::Errno::INTR => Ok(()),
+        // The socket's time limit.
+        rustix::io::Errno::AGAIN => Err(End::Stalled),
+        rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET => Err(End::Closed),
+        other => Err(End::Failed(errno_of(other))),
+    }
+}

@@ -1,0 +1,222 @@
+//! The server: a [`Machine`] behind a socket (`vfio-user.rst`, the server's side of every message).
+//!
+//! One client at a time. Others wait in the socket's accept queue until it is gone; a client that
+//! dies in any state leaves state and session behind, and the next finds a device that answers
+//! every message. Mappings, interrupt wiring and DMA logging end with their client.
+//!
+//! Nothing that a client sends costs memory beyond fixed bounds, and a message that is refused is
+//! taken off the socket whole, so that the connection stays in step.
+
+mod access;
+mod buffer;
+mod connection;
+mod data;
+mod dma;
+mod feature;
+mod info;
+mod link;
+mod listen;
+mod receive;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use limosa_device::Machine;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use connection::Connection;
+use listen::Place;
+pub use receive::End;
+
+/// How a server deals with its clients.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The most bytes of data in one message, announced as `max_data_xfer_size`. From 4096 to
+    /// [`DATA_XFER_BYTES_MAX`](crate::version::DATA_XFER_BYTES_MAX); 1 MiB.
+    pub data_bytes_max: u32,
+    /// A message must be complete this long after its first byte, and a reply taken; else the
+    /// connection ends. 20 s. An idle client may be idle for ever.
+    pub message_limit: Duration,
+    /// A version must be negotiated this long after the connection was made, so that a client that
+    /// says nothing does not keep others out. 30 s.
+    pub version_limit: Duration,
+    /// How long the device waits for memory that it reaches by messages. 3 s: less than QEMU waits
+    /// for a reply, so that a request which needs memory that QEMU does not give fails, and not
+    /// the connection.
+    pub dma_limit: Duration,
+    /// Whether a client that can is given a socket of its own for the device's DMA messages. Yes.
+    pub twin_socket: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            data_bytes_max: crate::version::DATA_XFER_BYTES_DEFAULT,
+            message_limit: Duration::from_secs(20),
+            version_limit: Duration::from_secs(30),
+            dma_limit: Duration::from_secs(3),
+            twin_socket: true,
+        }
+    }
+}
+
+/// Ends a server from any thread. It may be cloned, and its fd written to from a signal handler.
+#[derive(Clone, Debug)]
+pub struct ShutdownHandle(Arc<OwnedFd>);
+
+impl ShutdownHandle {
+    /// A handle of no server yet, for [`serve_connection`].
+    pub fn new() -> io::Result<ShutdownHandle> {
+        Ok(ShutdownHandle(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
+    }
+
+    /// Ends the server: the request being handled is finished, the client disconnected, the socket
+    /// removed. Cannot be taken back.
+    pub fn shut_down(&self) {
+        // Fails only when the counter is full, that is, signalled.
+        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Whether [`ShutdownHandle::shut_down`] was called.
+    pub fn is_shut_down(&self) -> bool {
+        let ready = poll(&mut [PollFd::new(&*self.0, PollFlags::IN)], Some(&Timespec::default()));
+        ready.is_ok_and(|ready| ready > 0)
+    }
+}
+
+impl AsFd for ShutdownHandle {
+    /// The eventfd: 1 written to it shuts down.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A device that listens for its client.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    place: Option<Place>,
+    machine: Arc<Machine>,
+    options: Options,
+    shutdown: ShutdownHandle,
+}
+
+impl Server {
+    /// Listens at a path. The socket of a server that is gone is replaced; `AddrInUse` when one
+    /// listens there, `AlreadyExists` for anything that is not a socket, else the system's error.
+    /// The socket is removed when the server is dropped.
+    pub fn bind(path: impl AsRef<Path>, machine: Arc<Machine>, options: Options) -> io::Result<Server> {
+        let (listener, place) = listen::listen(path.as_ref())?;
+        let mut server = Server::from_listener(listener, machine, options)?;
+        server.place = Some(place);
+        Ok(server)
+    }
+
+    /// Serves a socket that listens already: socket activation, or one made with other rights. It
+    /// is not removed.
+    pub fn from_listener(
+        listener: UnixListener,
+        machine: Arc<Machine>,
+        options: Options,
+    ) -> io::Result<Server> {
+        Ok(Server { listener, place: None, machine, options, shutdown: ShutdownHandle::new()? })
+    }
+
+    /// Where it listens, when it made the socket.
+    pub fn path(&self) -> Option<&Path> {
+        self.place.as_ref().map(Place::path)
+    }
+
+    /// Ends [`Server::serve`].
+    pub fn shutdown_handle(&self) -> ShutdownHandle {
+        self.shutdown.clone()
+    }
+
+    /// Serves one client after the other, until shut down. Fails when no connection can be accepted
+    /// any more, not for what a client does.
+    pub fn serve(&self) -> io::Result<()> {
+        self.listener.set_nonblocking(true)?;
+        loop {
+            wait_for_client(&self.listener, &self.shutdown)?;
+            if self.shutdown.is_shut_down() {
+                return Ok(());
+            }
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    if let Err(error) = serve_connection(stream, &self.machine, &self.options, &self.shutdown)
+                    {
+                        tracing::warn!(%error, "a connection could not be set up");
+                    }
+                }
+                Err(error) if is_passing(&error) => {
+                    tracing::debug!(%error, "a connection was gone before it was accepted");
+                }
+                Err(error) if is_lack(&error) => {
+                    // The client stays in the queue until there is room again.
+                    tracing::warn!(%error, "no room for a connection");
+                    let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+                    let _ = poll(&mut [PollFd::new(&self.shutdown, PollFlags::IN)], Some(&pause));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn wait_for_client(listener: &UnixListener, shutdown: &ShutdownHandle) -> io::Result<()> {
+    let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(shutdown, PollFlags::IN)];
+    match poll(&mut fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
+}
+
+/// Out of fds or memory.
+fn is_lack(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let lacks = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    rustix::io::Errno::from_io_error(error).is_some_and(|errno| lacks.contains(&errno))
+}
+
+/// Serves one connection on this thread until it ends or the handle is shut down, and says why it
+/// ended. Fails when the socket cannot be set up.
+pub fn serve_connection(
+    stream: UnixStream,
+    machine: &Arc<Machine>,
+    options: &Options,
+    shutdown: &ShutdownHandle,
+) -> io::Result<End> {
+    let mut connection = Connection::new(stream, machine, options)?;
+    let done = ShutdownHandle::new()?;
+    std::thread::scope(|scope| {
+        // Wakes the connection from its socket's calls; so these need no poll before them.
+        let watch = connection.link();
+        let done_seen = done.clone();
+        std::thread::Builder::new().name("vfio-user-shutdown".into()).spawn_scoped(scope, move || {
+            let mut fds = [PollFd::new(shutdown, PollFlags::IN), PollFd::new(&done_seen, PollFlags::IN)];
+            while matches!(poll(&mut fds, None), Err(rustix::io::Errno::INTR)) {}
+            if done_seen.is_shut_down() {
+                return;
+            }
+            // First no more requests, then, if the client does not take its reply, nothing more.
+            watch.end_receiving();
+            let grace = Timespec { tv_sec: 2, tv_nsec: 0 };
+            let _ = poll(&mut [PollFd::new(&done_seen, PollFlags::IN)], Some(&grace));
+            if !done_seen.is_shut_down() {
+                watch.end();
+            }
+        })?;
+        let end = connection.serve();
+        done.shut_down();
+        Ok(end)
+    })
+}
