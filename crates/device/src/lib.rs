@@ -57,7 +57,10 @@ pub use describe::RegionView;
 pub use irqs::Irqs;
 pub use loopback::Loopback;
 pub use machine::{FeatureDone, Machine, SessionId};
-pub use memory::{Backing, FileMapping, GuestMemory, MAPPED_BYTES_MAX, MAPPINGS_MAX, Mapping, RemoteMemory};
+pub use memory::{
+    Backing, FileMapping, GuestMemory, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX, Mapping,
+    RemoteMemory,
+};
 pub use model::{Description, Fault, IoEventFd, Irq, Migration, Model, Region, RegionMapping, Save};
 
 /// A device's way out. Every part may be used from any thread.

@@ -3,19 +3,38 @@
 //!
 //! Payloads are kept in the form in which vfio-user carries them: what the kernel's structures
 //! point to (the ranges of a START, the bitmap of a REPORT) follows the fixed part.
+//!
+//! Which errno a misuse gets; where several apply, the first of them:
+//!
+//! | what is wrong | errno |
+//! |---|---|
+//! | `argsz` below 8, the header | EINVAL |
+//! | a flag other than GET, SET and PROBE above the index | EINVAL |
+//! | GET with SET, without PROBE | EINVAL |
+//! | none of GET, SET and PROBE | EINVAL |
+//! | an index that the device does not know, or a feature that it lacks (no migration, no logging) | ENOTTY |
+//! | GET or SET, with PROBE too, of a feature that has no such operation | EINVAL |
+//! | `argsz` too small for the payload, without PROBE | EINVAL |
+//! | SET of MIG_DEVICE_STATE: a number above 7, or what [`Refusal`](crate::fsm::Refusal) names | EINVAL |
+//! | DMA_LOGGING_START, DMA_LOGGING_REPORT: the ranges | see [`logging`](crate::logging) |
+//! | DMA_LOGGING_START while logging is on; STOP or REPORT while it is off | EINVAL |
+//! | BUS_MASTER: an operation other than 0 and 1 | EINVAL |
+//! | DMA_BUF: no range, or `flags` not zero | EINVAL |
+//!
+//! A PROBE that names neither GET nor SET asks only whether the feature is there.
 
 use core::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{Errno, State};
+use crate::{Errno, Records, State, range};
 
 /// The index of a feature. Open: an unknown number survives a round trip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FeatureIndex(pub u16);
 
 impl FeatureIndex {
-    /// A token shared with a VF (SET).
+    /// A token shared with a VF (SET, [`FeaturePciVfToken`]).
     pub const PCI_VF_TOKEN: FeatureIndex = FeatureIndex(0);
     /// Which parts of migration the device supports (GET, [`FeatureMigration`]).
     pub const MIGRATION: FeatureIndex = FeatureIndex(1);
@@ -76,7 +95,7 @@ const fn rules(name: &'static str, get: bool, set: bool, payload_bytes: usize) -
 }
 
 const RULES: [FeatureRules; 13] = [
-    rules("PCI_VF_TOKEN", false, true, 16),
+    rules("PCI_VF_TOKEN", false, true, size_of::<FeaturePciVfToken>()),
     rules("MIGRATION", true, false, size_of::<FeatureMigration>()),
     rules("MIG_DEVICE_STATE", true, true, size_of::<FeatureMigState>()),
     rules("LOW_POWER_ENTRY", false, true, 0),
@@ -182,6 +201,14 @@ macro_rules! payload {
 pub(crate) use payload;
 
 payload! {
+    /// What `VFIO_DEVICE_FEATURE_PCI_VF_TOKEN` sets.
+    FeaturePciVfToken {
+        /// A UUID that whoever opens a VF must know.
+        uuid: [u8; 16],
+    }
+}
+
+payload! {
     /// `struct vfio_device_feature_migration`.
     FeatureMigration {
         /// [`MigrationFlags`](crate::MigrationFlags), unknown bits kept.
@@ -273,6 +300,17 @@ payload! {
     }
 }
 
+impl FeatureBusMaster {
+    /// Whether to set (or to clear), [`Errno::EINVAL`] for any other number.
+    pub const fn on(self) -> Result<bool, Errno> {
+        match self.op {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+}
+
 payload! {
     /// `struct vfio_device_feature_dma_buf`; `nr_ranges` times [`RegionDmaRange`] follow.
     FeatureDmaBuf {
@@ -311,6 +349,16 @@ payload! {
     }
 }
 
+impl FeatureDmaBuf {
+    /// Checks the request against a region of so many bytes: [`Errno::EINVAL`] for no range, for
+    /// flags, and for a range that is empty or does not lie in the region.
+    pub fn check(&self, ranges: &Records<'_, RegionDmaRange>, region_size: u64) -> Result<(), Errno> {
+        let inside = |at: RegionDmaRange| range::contains((0, region_size), (at.offset, at.length));
+        let ok = self.flags == 0 && !ranges.is_empty() && ranges.iter().all(inside);
+        if ok { Ok(()) } else { Err(Errno::EINVAL) }
+    }
+}
+
 impl PrecopyInfo {
     /// Whether `initial_bytes` is reported anew.
     pub fn reinit(&self) -> bool {
@@ -326,43 +374,5 @@ bitflags::bitflags! {
         /// again at 0.
         const REINIT = 1 << 0;
         const _ = !0;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn call(argsz: u32, flags: u32) -> Result<FeatureCall, Errno> {
-        FeatureHeader { argsz, flags }.call()
-    }
-
-    #[test]
-    fn misuse_of_the_header_is_einval() {
-        let get = FeatureOp::GET.bits();
-        assert_eq!(call(7, get | 1), Err(Errno::EINVAL));
-        assert_eq!(call(16, 1), Err(Errno::EINVAL), "no operation");
-        assert_eq!(call(16, get | FeatureOp::SET.bits() | 1), Err(Errno::EINVAL), "GET with SET");
-        assert_eq!(call(16, get | 1 << 19), Err(Errno::EINVAL), "unknown flag");
-        assert!(call(8, get | FeatureOp::SET.bits() | FeatureOp::PROBE.bits() | 1).is_ok());
-    }
-
-    #[test]
-    fn rules_of_each_feature_hold() {
-        for index in 0..13 {
-            let rules = FeatureIndex(index).rules().unwrap();
-            assert!(rules.get || rules.set);
-            for (op, has) in [(FeatureOp::GET, rules.get), (FeatureOp::SET, rules.set)] {
-                let header = |bytes| FeatureHeader::new(FeatureIndex(index), op, bytes).call().unwrap();
-                let enough = header(rules.payload_bytes as u32);
-                assert_eq!(enough.check(rules), if has { Ok(true) } else { Err(Errno::EINVAL) });
-                if rules.payload_bytes > 0 {
-                    assert_eq!(header(rules.payload_bytes as u32 - 1).check(rules), Err(Errno::EINVAL));
-                }
-                let probe = FeatureHeader::new(FeatureIndex(index), op | FeatureOp::PROBE, 0).call().unwrap();
-                assert_eq!(probe.check(rules), if has { Ok(false) } else { Err(Errno::EINVAL) });
-            }
-        }
-        assert!(FeatureIndex(13).rules().is_none());
     }
 }

@@ -6,7 +6,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::feature::payload;
 
 payload! {
-    /// `struct vfio_device_info`, its first five fields: what vfio-user carries.
+    /// `struct vfio_device_info`, its first four fields: what vfio-user carries.
     DeviceInfo {
         /// Bytes of the structure, on output those that all of it needs.
         argsz: u32,

@@ -11,15 +11,20 @@
 extern crate alloc;
 
 pub mod bitmap;
+pub mod capability;
 pub mod errno;
 pub mod feature;
 pub mod fsm;
 pub mod info;
 pub mod logging;
+pub mod payload;
 pub mod range;
+mod records;
 pub mod state;
 
 pub use errno::Errno;
 pub use feature::{FeatureCall, FeatureHeader, FeatureIndex, FeatureOp};
 pub use info::pci_index;
+pub use payload::FeaturePayload;
+pub use records::Records;
 pub use state::{MigrationFlags, NotAState, State};

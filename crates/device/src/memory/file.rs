@@ -160,9 +160,9 @@ unsafe fn copy_from_shared(from: *const u8, to: *mut u8, bytes: usize) {
     }
     match bytes {
         1 => whole!(u8),
-        2 if from.addr() % 2 == 0 => whole!(u16),
-        4 if from.addr() % 4 == 0 => whole!(u32),
-        8 if from.addr() % 8 == 0 => whole!(u64),
+        2 if from.addr().is_multiple_of(2) => whole!(u16),
+        4 if from.addr().is_multiple_of(4) => whole!(u32),
+        8 if from.addr().is_multiple_of(8) => whole!(u64),
         // SAFETY: by the contract. Others may write the source meanwhile; it is never referred to, only copied.
         _ => unsafe { copy_nonoverlapping(from, to, bytes) },
     }
@@ -185,9 +185,9 @@ unsafe fn copy_to_shared(from: *const u8, to: *mut u8, bytes: usize) {
     }
     match bytes {
         1 => whole!(u8),
-        2 if to.addr() % 2 == 0 => whole!(u16),
-        4 if to.addr() % 4 == 0 => whole!(u32),
-        8 if to.addr() % 8 == 0 => whole!(u64),
+        2 if to.addr().is_multiple_of(2) => whole!(u16),
+        4 if to.addr().is_multiple_of(4) => whole!(u32),
+        8 if to.addr().is_multiple_of(8) => whole!(u64),
         // SAFETY: by the contract. Others may access the target meanwhile; it is never referred to, only copied.
         _ => unsafe { copy_nonoverlapping(from, to, bytes) },
     }

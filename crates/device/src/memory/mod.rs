@@ -6,6 +6,7 @@
 //! because whoever brings the answer may have to unmap first.
 
 mod file;
+mod log;
 mod sigbus;
 #[cfg(test)]
 mod tests;
@@ -17,11 +18,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use limosa_protocol::Errno;
+use limosa_protocol::bitmap::{Grid, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::info::DmaMapFlags;
+use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN, check_report, check_start};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use file::FileMapping;
+use log::Log;
+pub use log::PAGES_MAX as LOGGED_PAGES_MAX;
 
 /// How many mappings a client can have at a time: what QEMU announces as `max_dma_maps`.
 pub const MAPPINGS_MAX: usize = 65535;
@@ -87,6 +92,8 @@ struct Inner {
     file_bytes: u64,
     /// Which mapping was used last.
     hint: AtomicUsize,
+    /// There while logging is on.
+    log: Option<Log>,
 }
 
 struct Mapped {
@@ -104,7 +111,8 @@ enum Memory {
 
 impl GuestMemory {
     /// Adds a mapping. EINVAL for a size of 0, an end beyond 2^64, no READ or WRITE flag; EEXIST for an overlap;
-    /// E2BIG beyond [`MAPPINGS_MAX`] or [`MAPPED_BYTES_MAX`]; the mmap's errno.
+    /// E2BIG beyond [`MAPPINGS_MAX`] or [`MAPPED_BYTES_MAX`], or when everything is
+    /// logged and the log cannot grow so much; the mmap's errno.
     pub fn map(&self, mapping: Mapping) -> Result<(), Errno> {
         let Mapping { iova, size, flags, backing } = mapping;
         let last = last_of(iova, size)?;
@@ -123,6 +131,9 @@ impl GuestMemory {
         let mut inner = self.write_lock();
         // The lock was not held while the file was mapped.
         let at = inner.room_for(iova, last, is_file)?;
+        if let Some(log) = &mut inner.log {
+            log.cover(iova, last)?;
+        }
         inner.mappings.insert(at, Mapped { iova, last, flags, memory });
         inner.file_bytes += if is_file { size } else { 0 };
         Ok(())
@@ -141,15 +152,20 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// The same, and sets the bits of the pages written since the last report; EINVAL unless logging is on.
-    pub fn unmap_report(
-        &self,
-        _iova: u64,
-        _size: u64,
-        _page_size: u64,
-        _words: &mut [u64],
-    ) -> Result<(), Errno> {
-        todo!()
+    /// The same, and sets the bits of the pages in the range that were written since the last report, as
+    /// [`GuestMemory::logging_report`] does in one step with it; no write comes between the two. EINVAL unless logging
+    /// is on. On an error nothing is unmapped and nothing taken from the log.
+    pub fn unmap_report(&self, iova: u64, size: u64, page_size: u64, words: &mut [u64]) -> Result<(), Errno> {
+        let last = last_of(iova, size)?;
+        check_bitmap(size, page_size, words)?;
+        let mut inner = self.write_lock();
+        let gone = inner.wholly_in(iova, last)?;
+        let log = inner.log.as_mut().ok_or(Errno::EINVAL)?;
+        log.report(iova, last, Grid { iova, page_size }, words);
+        let gone = inner.remove(gone);
+        drop(inner);
+        drop(gone);
+        Ok(())
     }
 
     /// Removes every mapping.
@@ -161,27 +177,67 @@ impl GuestMemory {
         drop(gone);
     }
 
-    /// Starts logging. Returns the page size chosen.
-    pub fn logging_start(&self, _page_size_hint: u64, _ranges: &[DmaLoggingRange]) -> Result<u64, Errno> {
-        todo!()
+    /// Starts logging, of the ranges named or, when none is, of everything. Returns the page size chosen, in bytes:
+    /// the hint, if it is 4 KiB to 1 GiB, else 4 KiB. EINVAL when logging is on, for a hint that is no power of two,
+    /// and for ranges that are empty, overlap or are not aligned to the hint; EOVERFLOW for one that ends at or beyond
+    /// 2^64; E2BIG for more than [`RANGES_MAX`] of them, or for more than [`LOGGED_PAGES_MAX`] pages; ENOMEM.
+    pub fn logging_start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64, Errno> {
+        let everything = ranges.is_empty();
+        if !page_size_hint.is_power_of_two() {
+            return Err(Errno::EINVAL);
+        }
+        if !everything {
+            check_start(page_size_hint, ranges, RANGES_MAX)?;
+        }
+        let page_size = log::page_size_for(page_size_hint);
+        let mut inner = self.write_lock();
+        if inner.log.is_some() {
+            return Err(Errno::EINVAL);
+        }
+        inner.log = Some(if everything {
+            Log::new(page_size, true, inner.mappings.iter().map(|mapped| (mapped.iova, mapped.last)))?
+        } else {
+            Log::new(
+                page_size,
+                false,
+                ranges.iter().map(|range| (range.iova, range.iova + (range.length - 1))),
+            )?
+        });
+        Ok(page_size)
     }
+
     /// Stops logging; EINVAL unless it is on.
     pub fn logging_stop(&self) -> Result<(), Errno> {
-        todo!()
+        let log = self.write_lock().log.take();
+        // The lock is not held while the bitmaps are freed.
+        log.map(drop).ok_or(Errno::EINVAL)
     }
-    /// Whether a report of this range would be answered; reports of its parts then cannot fail.
-    pub fn logging_check(&self, _iova: u64, _length: u64, _page_size: u64) -> Result<(), Errno> {
-        todo!()
+
+    /// Whether a report of this range would be answered; reports of its parts then cannot fail. EINVAL unless logging
+    /// is on, for an empty range, and for a page size that is no power of two or below 4 KiB; EOVERFLOW for a range
+    /// that ends at or beyond 2^64. The range need not be logged, mapped or aligned.
+    pub fn logging_check(&self, iova: u64, length: u64, page_size: u64) -> Result<(), Errno> {
+        check_report(iova, length, page_size)?;
+        if self.read_lock().log.is_some() { Ok(()) } else { Err(Errno::EINVAL) }
     }
-    /// Sets the bits of pages written since the last report and clears them in the log.
+
+    /// Sets the bits of the pages written since the last report and clears them in the log; bit *n* is for the
+    /// `page_size` bytes from `iova + n * page_size` on, and no bit is cleared. A page of the log that lies only partly
+    /// in the range is reported and stays in the log, for the report of its other part. Errors as for
+    /// [`GuestMemory::logging_check`], and EINVAL for too few words.
     pub fn logging_report(
         &self,
-        _iova: u64,
-        _length: u64,
-        _page_size: u64,
-        _words: &mut [u64],
+        iova: u64,
+        length: u64,
+        page_size: u64,
+        words: &mut [u64],
     ) -> Result<(), Errno> {
-        todo!()
+        check_report(iova, length, page_size)?;
+        check_bitmap(length, page_size, words)?;
+        let mut inner = self.write_lock();
+        let log = inner.log.as_mut().ok_or(Errno::EINVAL)?;
+        log.report(iova, iova + (length - 1), Grid { iova, page_size }, words);
+        Ok(())
     }
 
     /// The device reads memory: EFAULT where nothing is mapped, or not for reading, or where the file behind it was
@@ -215,15 +271,22 @@ impl GuestMemory {
         while !rest.is_empty() {
             let mapped = inner.find(iova, DmaMapFlags::WRITE)?;
             let (piece, after) = rest.split_at(mapped.reach(iova, rest.len()));
-            match &mapped.memory {
-                Memory::File(file) => file.write(iova - mapped.iova, piece)?,
+            let done = match &mapped.memory {
+                Memory::File(file) => file.write(iova - mapped.iova, piece),
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
+                    // An unmap that takes the log with it may come before the answer.
+                    inner.mark(iova, piece.len());
                     drop(inner);
-                    remote.write(iova, piece)?;
+                    let done = remote.write(iova, piece);
                     inner = self.read_lock();
+                    done
                 }
-            }
+            };
+            // After the write, for a report between the two would take a mark whose data is not there yet; and when
+            // it failed, for a part may have been written.
+            inner.mark(iova, piece.len());
+            done?;
             iova = next(iova, piece.len(), after.is_empty())?;
             rest = after;
         }
@@ -277,6 +340,13 @@ impl Inner {
         self.mappings.partition_point(|mapped| mapped.last < iova)
     }
 
+    #[inline]
+    fn mark(&self, iova: u64, bytes: usize) {
+        if let Some(log) = &self.log {
+            log.mark(iova, bytes);
+        }
+    }
+
     /// Where a new mapping goes.
     fn room_for(&self, iova: u64, last: u64, is_file: bool) -> Result<usize, Errno> {
         let at = self.first_ending_at(iova);
@@ -325,6 +395,14 @@ impl Mapped {
 /// The last address of a range. EINVAL when it is empty or ends beyond 2^64.
 fn last_of(iova: u64, size: u64) -> Result<u64, Errno> {
     iova.checked_add(size.checked_sub(1).ok_or(Errno::EINVAL)?).ok_or(Errno::EINVAL)
+}
+
+/// EINVAL for a page size that no report can have, and for too few words for a bitmap of a range.
+fn check_bitmap(length: u64, page_size: u64, words: &[u64]) -> Result<(), Errno> {
+    let fits = page_size >= REPORT_PAGE_SIZE_MIN
+        && page_size.is_power_of_two()
+        && words_for(length.div_ceil(page_size)) <= words.len();
+    if fits { Ok(()) } else { Err(Errno::EINVAL) }
 }
 
 /// The address after a piece. EFAULT when more is to come and the address space ends there.

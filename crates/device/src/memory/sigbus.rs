@@ -47,6 +47,7 @@ static FREE: Mutex<Vec<&'static Slot>> = Mutex::new(Vec::new());
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
 impl Slot {
+    #[allow(clippy::declare_interior_mutable_const, reason = "what each slot of a new chunk starts as")]
     const EMPTY: Slot = Slot {
         version: AtomicUsize::new(0),
         start: AtomicUsize::new(0),
@@ -104,7 +105,7 @@ impl Slot {
         let version = self.version.load(Acquire);
         let (start, end) = (self.start.load(Relaxed), self.end.load(Relaxed));
         fence(Acquire);
-        let whole = version % 2 == 0 && self.version.load(Relaxed) == version;
+        let whole = version.is_multiple_of(2) && self.version.load(Relaxed) == version;
         (whole && (start..end).contains(&address)).then_some((start, end))
     }
 }

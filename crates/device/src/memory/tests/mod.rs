@@ -11,6 +11,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;
 
+mod log;
+
 const RW: DmaMapFlags = DmaMapFlags::READ.union(DmaMapFlags::WRITE);
 const PAGE: u64 = 65536;
 

@@ -1,0 +1,129 @@
+//! What guest memory costs: a device's write beside the bare copy, with logging off and on, and a report of a log.
+
+use std::hint::black_box;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use limosa_device::{Backing, GuestMemory, Mapping, RemoteMemory};
+use limosa_protocol::Errno;
+use limosa_protocol::feature::DmaLoggingRange;
+use limosa_protocol::info::DmaMapFlags;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+const PAGE: u64 = 4096;
+/// Small enough for a cache, so that what is measured is not the memory.
+const WINDOW: u64 = 64 * PAGE;
+
+fn memfd(bytes: u64) -> OwnedFd {
+    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).expect("memfd");
+    ftruncate(&fd, bytes).expect("ftruncate");
+    fd
+}
+
+fn memory(bytes: u64) -> GuestMemory {
+    let memory = GuestMemory::default();
+    let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
+    let backing = Backing::File { fd: memfd(bytes), offset: 0 };
+    memory.map(Mapping { iova: 0, size: bytes, flags, backing }).expect("map");
+    memory
+}
+
+fn writes(c: &mut Criterion) {
+    for len in [8, 64, 4096] {
+        let mut group = c.benchmark_group(format!("write {len} B"));
+        let data = vec![0x5a; len];
+        let mut target = vec![0; WINDOW as usize];
+        // Every write to the next page, and no two runs on the same marks.
+        let step = |at: &mut u64| {
+            *at = (*at + PAGE) % (WINDOW - PAGE);
+            *at
+        };
+        group.bench_function("memcpy", |b| {
+            let mut at = 0;
+            b.iter(|| {
+                let at = step(&mut at) as usize;
+                black_box(&mut target[at..at + len]).copy_from_slice(black_box(&data));
+            });
+        });
+        let memory = memory(WINDOW);
+        group.bench_function("logging off", |b| {
+            let mut at = 0;
+            b.iter(|| memory.write(step(&mut at), black_box(&data)));
+        });
+        memory.logging_start(PAGE, &[DmaLoggingRange { iova: 0, length: WINDOW }]).expect("start");
+        group.bench_function("logging on, page dirty already", |b| {
+            let mut at = 0;
+            b.iter(|| memory.write(step(&mut at), black_box(&data)));
+        });
+        // 64 writes a run, each to a page of its own; without logging for comparison.
+        let write_all =
+            || (0..WINDOW / PAGE).for_each(|page| memory.write(page * PAGE, &data).expect("write"));
+        let report = || memory.logging_report(0, WINDOW, PAGE, &mut [0]).expect("report");
+        group.bench_function("logging on, 64 clean pages", |b| {
+            b.iter_batched(report, |()| write_all(), BatchSize::PerIteration);
+        });
+        memory.logging_stop().expect("stop");
+        group.bench_function("logging off, 64 pages", |b| {
+            b.iter_batched(|| (), |()| write_all(), BatchSize::PerIteration);
+        });
+        group.finish();
+    }
+}
+
+fn reports(c: &mut Criterion) {
+    const SPAN: u64 = 64 << 30;
+    const PIECE: u64 = 1 << 30;
+    let mut group = c.benchmark_group("report 64 GiB at 4 KiB");
+    let mut words = vec![0u64; (SPAN / PAGE / 64) as usize];
+    for (name, every) in [("clean", 0), ("1 % dirty", 100), ("all dirty", 1)] {
+        let dirty = GuestMemory::default();
+        let backing = Backing::Remote(Arc::new(Swallows));
+        dirty.map(Mapping { iova: 0, size: SPAN, flags: DmaMapFlags::WRITE, backing }).expect("map");
+        dirty.logging_start(PAGE, &[DmaLoggingRange { iova: 0, length: SPAN }]).expect("start");
+        let mark = || {
+            if every == 1 {
+                let data = [0u8; 1 << 20];
+                (0..SPAN >> 20).for_each(|mib| dirty.write(mib << 20, &data).expect("write"));
+            } else if every > 1 {
+                (0..SPAN / PAGE)
+                    .step_by(every)
+                    .for_each(|page| dirty.write(page * PAGE, &[0]).expect("write"));
+            }
+        };
+        group.bench_function(name, |b| {
+            b.iter_batched_ref(
+                mark,
+                |()| dirty.logging_report(0, SPAN, PAGE, &mut words).expect("report"),
+                BatchSize::PerIteration,
+            );
+        });
+        group.bench_function(format!("{name}, in pieces of 1 GiB"), |b| {
+            b.iter_batched_ref(
+                mark,
+                |()| {
+                    for (piece, words) in words.chunks_exact_mut((PIECE / PAGE / 64) as usize).enumerate() {
+                        dirty.logging_report(piece as u64 * PIECE, PIECE, PAGE, words).expect("report");
+                    }
+                },
+                BatchSize::PerIteration,
+            );
+        });
+    }
+    group.finish();
+}
+
+/// Memory that takes every write and keeps nothing: only the log is of interest.
+struct Swallows;
+
+impl RemoteMemory for Swallows {
+    fn read(&self, _: u64, _: &mut [u8]) -> Result<(), Errno> {
+        Ok(())
+    }
+    fn write(&self, _: u64, _: &[u8]) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+criterion_group!(benches, writes, reports);
+criterion_main!(benches);
