@@ -6,7 +6,11 @@
 //! group and the session goes on; states that a device lacks are skipped over. That the shortest
 //! path is the only one of its length is checked at compile time too.
 
+mod text;
+
 use core::fmt;
+
+pub use text::{dot, mermaid, paths_table, table};
 
 use crate::{Errno, MigrationFlags, State};
 
@@ -264,66 +268,4 @@ const fn first_step(from: State, to: State) -> Option<State> {
         at += 1;
     }
     step
-}
-
-#[cfg(test)]
-mod tests {
-    extern crate alloc;
-    use alloc::format;
-    use alloc::string::String;
-
-    use super::*;
-
-    /// One line for each flag set and pair, in the order of the numbers.
-    fn table() -> String {
-        let mut out = String::new();
-        for flags in MigrationFlags::SETS {
-            for from in State::ALL {
-                for to in State::ALL {
-                    let way = path(flags, from, to).map_or_else(|_| "EINVAL".into(), |p| format!("{p}"));
-                    out.push_str(&format!("{flags} {from} {to} {way}\n"));
-                }
-            }
-        }
-        out
-    }
-
-    #[test]
-    fn all_flag_sets_and_pairs_are_as_recorded() {
-        insta::assert_snapshot!("paths", table());
-    }
-
-    #[test]
-    fn all_256_pairs_keep_the_rules() {
-        for flags in MigrationFlags::SETS {
-            for from in State::ALL {
-                for to in State::ALL {
-                    let Ok(path) = path(flags, from, to) else { continue };
-                    let states = path.states();
-                    assert_eq!((states[0], states[states.len() - 1]), (from, to));
-                    assert!(states.iter().all(|state| flags.has(*state)));
-                    for interior in states.iter().skip(1).rev().skip(1) {
-                        assert!(!interior.is_saving() || (from.is_saving() && to.is_saving()));
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn sessions_open_and_end_where_the_standard_says() {
-        let session = |from, to| ARCS.iter().find(|arc| (arc.from, arc.to) == (from, to)).unwrap().session;
-        assert_eq!(session(State::Running, State::PreCopy), Session::Opens);
-        assert_eq!(session(State::Stop, State::Resuming), Session::Opens);
-        assert_eq!(session(State::PreCopyP2p, State::StopCopy), Session::Keeps);
-        assert_eq!(session(State::StopCopy, State::Stop), Session::Ends);
-        assert_eq!(session(State::Resuming, State::Stop), Session::Ends);
-        assert_eq!(session(State::Running, State::RunningP2p), Session::None);
-        let all = MigrationFlags::SETS[3];
-        assert!(path(all, State::Running, State::StopCopy).unwrap().opens_session());
-        assert!(path(all, State::StopCopy, State::Resuming).unwrap().opens_session());
-        assert!(path(all, State::RunningP2p, State::PreCopy).unwrap().opens_session());
-        assert!(!path(all, State::PreCopy, State::StopCopy).unwrap().opens_session());
-        assert!(!path(all, State::StopCopy, State::StopCopy).unwrap().opens_session());
-    }
 }

@@ -27,4 +27,4 @@ pub use feature::{FeatureCall, FeatureHeader, FeatureIndex, FeatureOp};
 pub use info::pci_index;
 pub use payload::FeaturePayload;
 pub use records::Records;
-pub use state::{MigrationFlags, NotAState, State};
+pub use state::{MigrationFlags, NotAState, NotMigrationFlags, State};

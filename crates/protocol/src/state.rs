@@ -120,14 +120,7 @@ impl FromStr for State {
 
     /// Accepts the standard's name in either case, `-` for `_` too.
     fn from_str(text: &str) -> Result<State, NotAState> {
-        let same = |name: &str| {
-            name.len() == text.len()
-                && name
-                    .bytes()
-                    .zip(text.bytes())
-                    .all(|(want, got)| want == got.to_ascii_uppercase() || (want == b'_' && got == b'-'))
-        };
-        State::ALL.into_iter().find(|state| same(state.name())).ok_or(NotAState)
+        State::ALL.into_iter().find(|state| same_name(state.name(), text)).ok_or(NotAState)
     }
 }
 
@@ -188,32 +181,32 @@ impl fmt::Display for MigrationFlags {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    extern crate alloc;
-    use alloc::string::ToString;
+/// Not a set of migration flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "not migration flags: expected STOP_COPY, P2P and PRE_COPY joined by +, a hexadecimal number, or none"
+)]
+pub struct NotMigrationFlags;
 
-    use super::*;
+impl FromStr for MigrationFlags {
+    type Err = NotMigrationFlags;
 
-    #[test]
-    fn numbers_and_names_round_trip() {
-        for (number, state) in State::ALL.into_iter().enumerate() {
-            assert_eq!(state.raw() as usize, number);
-            assert_eq!(State::from_raw(state.raw()), Some(state));
-            assert_eq!(state.to_string().parse(), Ok(state));
-            assert_eq!(state.to_string().to_lowercase().replace('_', "-").parse(), Ok(state));
+    /// Accepts what is printed, in either case, `-` for `_` too.
+    fn from_str(text: &str) -> Result<MigrationFlags, NotMigrationFlags> {
+        if same_name("NONE", text) {
+            return Ok(MigrationFlags::empty());
         }
-        assert_eq!(State::from_raw(8), None);
-        assert_eq!(State::try_from(u32::MAX), Err(Errno::EINVAL));
-        assert_eq!("STOPCOPY".parse::<State>(), Err(NotAState));
+        text.split('+').try_fold(MigrationFlags::empty(), |flags, part| {
+            let known = MigrationFlags::SETS[3].iter_names().find(|(name, _)| same_name(name, part));
+            let unknown = || u64::from_str_radix(part.strip_prefix("0x")?, 16).ok();
+            let one = known.map(|(_, flag)| flag).or_else(|| unknown().map(MigrationFlags::from_bits_retain));
+            one.map(|one| flags.union(one)).ok_or(NotMigrationFlags)
+        })
     }
+}
 
-    #[test]
-    fn flags_print_in_order_and_keep_unknown_bits() {
-        assert_eq!(MigrationFlags::SETS[3].to_string(), "STOP_COPY+P2P+PRE_COPY");
-        assert_eq!(MigrationFlags::empty().to_string(), "none");
-        let newer = MigrationFlags::from_bits_retain(0x11);
-        assert_eq!(newer.to_string(), "STOP_COPY+0x10");
-        assert_eq!(newer.bits(), 0x11);
-    }
+/// Whether the text is a name of the standard's, in either case, `-` for `_` too.
+fn same_name(name: &str, text: &str) -> bool {
+    let same = |(want, got): (u8, u8)| want == got.to_ascii_uppercase() || (want == b'_' && got == b'-');
+    name.len() == text.len() && name.bytes().zip(text.bytes()).all(same)
 }
