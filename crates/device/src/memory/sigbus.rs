@@ -140,11 +140,12 @@ fn install() -> std::io::Result<()> {
 }
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel hands a handler with SA_SIGINFO a valid siginfo.
-    let code = unsafe { (*info).si_code };
+    // SAFETY: the kernel hands a handler with SA_SIGINFO a valid siginfo, which nobody else knows.
+    let about = unsafe { &*info };
+    let code = about.si_code;
     if matches!(code, libc::BUS_ADRERR | libc::BUS_OBJERR | libc::BUS_MCEERR_AR) {
-        // SAFETY: as above; with these codes the address is filled in.
-        let address = unsafe { (*info).si_addr() };
+        // SAFETY: with these codes the address is filled in.
+        let address = unsafe { about.si_addr() };
         if tear(address as usize) {
             return;
         }
