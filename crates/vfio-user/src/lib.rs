@@ -1,9 +1,10 @@
 //! The vfio-user protocol, both sides: VFIO requests as messages on a UNIX socket
 //! (`vfio-user.rst`), with live migration and what that needs beyond the specification.
 //!
-//! [`codec`] is what messages look like, [`version`] what two sides agree on when they meet;
-//! [`server`] puts a device behind a socket.
+//! [`codec`] is what messages look like, [`version`] what two sides agree on when they meet,
+//! [`connection`] how messages and fds travel; [`server`] puts a device behind a socket.
 
 pub mod codec;
+pub mod connection;
 pub mod server;
 pub mod version;

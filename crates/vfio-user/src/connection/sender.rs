@@ -1,0 +1,256 @@
+//! The sending half. Any thread may send; a message is never torn by another.
+//!
+//! A send never sleeps in the system: when the socket is full, the caller's own wait decides what
+//! to do meanwhile, so that two sides that both send cannot wait for each other. Replies to what the
+//! peer asks in between need not wait at all: [`Sender::reply`] keeps what does not go out.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::ConnectionError;
+use crate::version::MSG_FDS_MAX;
+
+/// The sending half of a connection.
+pub struct Sender {
+    socket: Arc<UnixStream>,
+    /// Held while the bytes of a message go out.
+    turn: Mutex<Turn>,
+    /// Replies that are to go out as soon as they can.
+    kept: Mutex<VecDeque<Vec<u8>>>,
+    /// Whether anything is kept, here or in the turn.
+    keeps: AtomicBool,
+}
+
+#[derive(Default)]
+struct Turn {
+    /// The rest of a kept reply that went out in part.
+    rest: Vec<u8>,
+    rest_at: usize,
+    /// A message went out in part and nobody can finish it.
+    broken: bool,
+}
+
+impl Sender {
+    /// The most bytes of replies that are kept for a peer that does not take them.
+    pub const KEPT_BYTES_MAX: usize = 80 << 20;
+
+    pub(super) fn new(socket: Arc<UnixStream>) -> Sender {
+        Sender { socket, turn: Mutex::default(), kept: Mutex::default(), keeps: AtomicBool::new(false) }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// Ends the connection for both halves and for the peer. Who waits on it is woken.
+    pub fn shutdown(&self) {
+        // It may be shut down already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Sends one message, given in parts, with its fds. When the socket is full, sleeps until
+    /// there is room again or the deadline passes.
+    pub fn send(
+        &self,
+        parts: &mut [IoSlice<'_>],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<(), ConnectionError> {
+        self.send_with(parts, fds, || self.wait_writable(deadline))
+    }
+
+    /// The same; when the socket is full, calls `wait`, which returns when it is worth to try again.
+    pub fn send_with(
+        &self,
+        parts: &mut [IoSlice<'_>],
+        fds: &[BorrowedFd<'_>],
+        mut wait: impl FnMut() -> Result<(), ConnectionError>,
+    ) -> Result<(), ConnectionError> {
+        if fds.len() > MSG_FDS_MAX {
+            return Err(ConnectionError::Fds(fds.len()));
+        }
+        {
+            let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            if turn.broken {
+                return Err(ConnectionError::Closed);
+            }
+            while !self.flush_in(&mut turn)? {
+                wait()?;
+            }
+            let mut parts = parts;
+            let mut fds = fds;
+            let mut begun = false;
+            while !parts.is_empty() {
+                match send_some(&self.socket, parts, fds) {
+                    Ok(Some(bytes)) => {
+                        IoSlice::advance_slices(&mut parts, bytes);
+                        fds = &[];
+                        begun = true;
+                    }
+                    Ok(None) => {
+                        if let Err(error) = wait() {
+                            if begun {
+                                turn.broken = true;
+                                self.shutdown();
+                            }
+                            return Err(error);
+                        }
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        // A reply may have been kept meanwhile by who found the turn taken.
+        if self.keeps() {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Sends a reply without waiting, whatever the socket and other senders do; what does not go
+    /// out now goes before the next message, or with [`Sender::flush`].
+    pub fn reply(&self, parts: &mut [IoSlice<'_>]) -> Result<(), ConnectionError> {
+        let mut parts = parts;
+        if let Some(mut turn) = self.try_turn() {
+            if turn.broken {
+                return Err(ConnectionError::Closed);
+            }
+            if self.flush_in(&mut turn)? {
+                let mut begun = false;
+                while !parts.is_empty() {
+                    match send_some(&self.socket, parts, &[])? {
+                        Some(bytes) => IoSlice::advance_slices(&mut parts, bytes),
+                        None => break,
+                    }
+                    begun = true;
+                }
+                if begun {
+                    turn.rest = concat(parts);
+                    turn.rest_at = 0;
+                    if !turn.rest.is_empty() {
+                        self.keeps.store(true, Ordering::SeqCst);
+                    }
+                    return Ok(());
+                }
+            }
+        }
+        {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            let bytes: usize = kept.iter().map(Vec::len).sum();
+            let more: usize = parts.iter().map(|part| part.len()).sum();
+            if bytes.saturating_add(more) > Sender::KEPT_BYTES_MAX {
+                return Err(ConnectionError::Backlog);
+            }
+            kept.push_back(concat(parts));
+            self.keeps.store(true, Ordering::SeqCst);
+        }
+        // Who had the turn may have looked before this was kept.
+        self.flush().map(drop)
+    }
+
+    /// Whether replies are kept that [`Sender::flush`] has to send.
+    pub fn keeps(&self) -> bool {
+        self.keeps.load(Ordering::SeqCst)
+    }
+
+    /// Sends what is kept as far as the socket takes it, and says whether that was all. Never waits.
+    pub fn flush(&self) -> Result<bool, ConnectionError> {
+        while self.keeps() {
+            // Whoever has the turn flushes afterwards.
+            let Some(mut turn) = self.try_turn() else { return Ok(false) };
+            if !self.flush_in(&mut turn)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sleeps until the socket takes more.
+    pub fn wait_writable(&self, deadline: Instant) -> Result<(), ConnectionError> {
+        let mut fds = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::OUT)];
+        wait(&mut fds, deadline)
+    }
+
+    fn try_turn(&self) -> Option<MutexGuard<'_, Turn>> {
+        match self.turn.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn flush_in(&self, turn: &mut Turn) -> Result<bool, ConnectionError> {
+        if !self.keeps() {
+            return Ok(true);
+        }
+        loop {
+            while turn.rest_at < turn.rest.len() {
+                match send_some(&self.socket, &[IoSlice::new(&turn.rest[turn.rest_at..])], &[])? {
+                    Some(bytes) => turn.rest_at += bytes,
+                    None => return Ok(false),
+                }
+            }
+            turn.rest = Vec::new();
+            turn.rest_at = 0;
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            match kept.pop_front() {
+                Some(message) => turn.rest = message,
+                None => {
+                    self.keeps.store(false, Ordering::SeqCst);
+                    return Ok(true);
+                }
+            }
+        }
+    }
+}
+
+fn concat(parts: &[IoSlice<'_>]) -> Vec<u8> {
+    parts.iter().flat_map(|part| part.iter().copied()).collect()
+}
+
+/// Sleeps until one of the fds is ready.
+pub(crate) fn wait(fds: &mut [PollFd<'_>], deadline: Instant) -> Result<(), ConnectionError> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match rustix::event::poll(fds, Some(&timeout)) {
+            Ok(0) => return Err(ConnectionError::TimedOut),
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Sends what the socket takes now; `None` when that is nothing.
+fn send_some(
+    socket: &UnixStream,
+    parts: &[IoSlice<'_>],
+    fds: &[BorrowedFd<'_>],
+) -> Result<Option<usize>, ConnectionError> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MSG_FDS_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(ConnectionError::Fds(fds.len()));
+    }
+    loop {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        match rustix::net::sendmsg(socket, parts, &mut control, flags) {
+            Ok(bytes) => return Ok(Some(bytes)),
+            Err(rustix::io::Errno::AGAIN) => return Ok(None),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
