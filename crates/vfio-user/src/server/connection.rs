@@ -130,9 +130,7 @@ impl<'a> Connection<'a> {
         );
         let outcome = if fits != Fits::Yes {
             Ok(Outcome::Refused(Errno::EMSGSIZE))
-        } else if fds.lost {
-            Ok(Outcome::Refused(Errno::EINVAL))
-        } else if header.kind().is_err() || header.body_bytes().is_err() {
+        } else if fds.lost || header.kind().is_err() || header.body_bytes().is_err() {
             Ok(Outcome::Refused(Errno::EINVAL))
         } else {
             match Request::decode(header.command, request.held(held), body_bytes) {

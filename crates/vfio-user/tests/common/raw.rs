@@ -286,6 +286,14 @@ impl Raw {
         self.call(REGION_READ, &bytes![offset, region, count])
     }
 
+    /// Sends a read, and returns its id and the next message.
+    #[track_caller]
+    pub fn region_read_later(&mut self, region: u32, offset: u64, count: u32) -> (u16, Message) {
+        let id = self.next_id();
+        self.send(&message(id, REGION_READ, 0, &bytes![offset, region, count]), &[]);
+        (id, self.receive())
+    }
+
     #[track_caller]
     pub fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Message {
         let mut body = bytes![offset, region, data.len() as u32];

@@ -1,0 +1,613 @@
+//! Everything malformed that a client can send: a clear refusal, and the connection in step
+//! afterwards.
+
+#[macro_use]
+mod common;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use common::Served;
+use common::device::*;
+use common::raw::*;
+use limosa_vfio_user::server::Options;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+fn memory() -> OwnedFd {
+    let fd = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, 1 << 20).unwrap();
+    fd
+}
+
+/// A write end whose closing can be seen.
+struct Seen {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+impl Seen {
+    fn new() -> Seen {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        Seen { read, write }
+    }
+    /// Waits until nobody else holds the write end.
+    fn assert_closed(self) {
+        drop(self.write);
+        assert_eq!(rustix::io::read(&self.read, &mut [0; 1]), Ok(0));
+    }
+}
+
+/// One well-formed request of each kind, with how many bytes of its body it cannot do without.
+fn well_formed() -> Vec<(u16, Vec<u8>, usize)> {
+    let mut write = bytes![0u64, BAR0, 4u32];
+    write.extend([1, 2, 3, 4]);
+    let mut bools = bytes![21u32, 0x22u32, MSI, 0u32, 1u32];
+    bools.push(1);
+    vec![
+        (DMA_MAP, bytes![32u32, 3u32, 0u64, 0u64, 4096u64], 32),
+        (DMA_UNMAP, bytes![24u32, 0u32, 0u64, 4096u64], 24),
+        (DMA_UNMAP, bytes![48u32, 1u32, 0u64, 4096u64, 4096u64, 8u64], 40),
+        (GET_INFO, bytes![16u32, 0u32, 0u32, 0u32], 4),
+        (GET_REGION_INFO, bytes![32u32, 0u32, 0u32, 0u32, 0u64, 0u64], 12),
+        (GET_REGION_IO_FDS, bytes![16u32, 0u32, 0u32, 0u32], 16),
+        (GET_IRQ_INFO, bytes![16u32, 0u32, 0u32, 0u32], 12),
+        (SET_IRQS, bytes![20u32, 0x21u32, MSI, 0u32, 1u32], 20),
+        (SET_IRQS, bools, 21),
+        (REGION_READ, bytes![0u64, BAR0, 4u32], 16),
+        (REGION_WRITE, write, 20),
+        (REGION_WRITE_MULTI, bytes![1u64, 0u64, BAR0, 4u32, 1u64], 32),
+        (FEATURE, bytes![16u32, SET | 2, RUNNING, -1i32], 16),
+        (FEATURE, bytes![24u32, SET | 6, 4096u64, 0u32, 0u32], 24),
+        (FEATURE, bytes![1000u32, GET | 8, 0u64, 4096u64, 4096u64], 32),
+        (MIG_DATA_READ, bytes![108u32, 100u32], 8),
+        (MIG_DATA_WRITE, [bytes![12u32, 4u32], vec![0; 4]].concat(), 12),
+    ]
+}
+
+#[test]
+fn bodies_cut_short_at_every_byte_are_refused() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    for (command, body, needed) in well_formed() {
+        for length in 0..needed {
+            let reply = raw.call(command, &body[..length]);
+            assert_eq!(reply.refused(), EINVAL, "command {command}, {length} bytes of body");
+        }
+        raw.assert_usable();
+    }
+}
+
+#[test]
+fn a_client_that_dies_at_every_byte_of_a_request_leaves_a_usable_device() {
+    let served = Served::new();
+    let version = message(1, VERSION, 0, b"\0\0\0\0{\"capabilities\":{}}\0");
+    for length in 0..=version.len() {
+        let raw = Raw::connect(served.path());
+        raw.send(&version[..length], &[]);
+        drop(raw);
+        if length % 8 == 0 {
+            served.peer().assert_usable();
+        }
+    }
+    let event = event();
+    for (command, body, _) in well_formed() {
+        let request = message(1, command, 0, &body);
+        for length in 0..=request.len() {
+            let raw = served.peer();
+            let fds = [event.as_fd()];
+            // With the fd that some of them come with.
+            let with_fd = length > 0 && matches!(command, SET_IRQS | DMA_MAP);
+            raw.send(&request[..length], if with_fd { &fds } else { &[] });
+            drop(raw);
+        }
+        served.peer().assert_usable();
+    }
+}
+
+#[test]
+fn a_client_that_dies_in_any_state_leaves_it_to_the_next() {
+    let served = Served::device(TestDevice::new().state_bytes(1000));
+    for state in [STOP, STOP_COPY, RESUMING, PRE_COPY] {
+        let mut raw = served.peer();
+        raw.dma_map(0, 4096, 0, Some(memory().as_fd())).ok();
+        raw.feature(SET | 6, &bytes![4096u64, 0u32, 0u32], 24).ok();
+        raw.set_state(state).ok();
+        // Dies within a message, too.
+        raw.send(&header(1, REGION_WRITE, 1000, 0), &[]);
+        drop(raw);
+        let mut raw = served.peer();
+        assert_eq!(raw.state(), state);
+        raw.assert_usable();
+        raw.dma_map(0, 4096, 0, Some(memory().as_fd())).ok();
+        raw.feature(SET | 6, &bytes![4096u64, 0u32, 0u32], 24).ok();
+        if state == STOP_COPY {
+            assert_eq!(raw.mig_read(1000).ok().u32(4), 1000);
+        }
+        raw.call(RESET, &[]).ok();
+        assert_eq!(raw.state(), RUNNING);
+    }
+}
+
+#[test]
+fn a_state_that_was_cut_off_cannot_be_taken_for_whole() {
+    let served = Served::device(TestDevice::new().state_bytes(10_000));
+    let raw = served.peer();
+    let mut raw = raw;
+    raw.set_state(RESUMING).ok();
+    let mut cut = header(1, MIG_DATA_WRITE, 16 + 8 + 10_000, 0);
+    cut.extend(bytes![10_008u32, 10_000u32]);
+    cut.extend([0; 9_999]);
+    raw.send(&cut, &[]);
+    drop(raw);
+    let mut raw = served.peer();
+    assert_eq!(raw.state(), RESUMING);
+    assert_ne!(raw.set_state(STOP).refused(), 0);
+    raw.call(RESET, &[]).ok();
+    raw.set_state(STOP_COPY).ok();
+    assert_eq!(raw.mig_read(10_000).ok().u32(4), 10_000);
+}
+
+#[test]
+fn wrong_fields_are_refused_with_the_errno_for_it() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    let max = u32::MAX;
+    let multi = |count: u64, bytes: u32, region: u32| bytes![count, 0u64, region, bytes, 0u64];
+    let cases: Vec<(&str, u16, Vec<u8>, u32)> = vec![
+        ("argsz", DMA_MAP, bytes![31u32, 3u32, 0u64, 0u64, 4096u64], EINVAL),
+        ("no access", DMA_MAP, bytes![32u32, 0u32, 0u64, 0u64, 4096u64], EINVAL),
+        ("unknown flag", DMA_MAP, bytes![32u32, 0x13u32, 0u64, 0u64, 4096u64], EINVAL),
+        ("size 0", DMA_MAP, bytes![32u32, 3u32, 0u64, 0u64, 0u64], EINVAL),
+        ("beyond 2^64", DMA_MAP, bytes![32u32, 3u32, 0u64, u64::MAX - 4095, 8192u64], EINVAL),
+        ("not mapped", DMA_UNMAP, bytes![24u32, 0u32, 0u64, 4096u64], ENOENT),
+        ("argsz", DMA_UNMAP, bytes![23u32, 0u32, 0u64, 4096u64], EINVAL),
+        ("unknown flag", DMA_UNMAP, bytes![24u32, 4u32, 0u64, 4096u64], EINVAL),
+        ("all of a range", DMA_UNMAP, bytes![24u32, 2u32, 0u64, 4096u64], EINVAL),
+        ("all with a bitmap", DMA_UNMAP, bytes![100u32, 3u32, 0u64, 0u64, 4096u64, 8u64], EINVAL),
+        ("bitmap without logging", DMA_UNMAP, bytes![100u32, 1u32, 0u64, 4096u64, 4096u64, 8u64], EINVAL),
+        ("argsz", GET_INFO, bytes![15u32, 0u32, 0u32, 0u32], EINVAL),
+        ("argsz", GET_REGION_INFO, bytes![31u32, 0u32, 0u32, 0u32, 0u64, 0u64], EINVAL),
+        ("index", GET_REGION_INFO, bytes![32u32, 0u32, 9u32, 0u32, 0u64, 0u64], EINVAL),
+        ("index", GET_REGION_INFO, bytes![32u32, 0u32, max, 0u32, 0u64, 0u64], EINVAL),
+        ("argsz", GET_REGION_IO_FDS, bytes![15u32, 0u32, 0u32, 0u32], EINVAL),
+        ("index", GET_REGION_IO_FDS, bytes![16u32, 0u32, 9u32, 0u32], EINVAL),
+        ("argsz", GET_IRQ_INFO, bytes![15u32, 0u32, 0u32, 0u32], EINVAL),
+        ("index", GET_IRQ_INFO, bytes![16u32, 0u32, 5u32, 0u32], EINVAL),
+        ("index", SET_IRQS, bytes![20u32, 0x21u32, 5u32, 0u32, 1u32], EINVAL),
+        ("start", SET_IRQS, bytes![20u32, 0x21u32, MSI, 4u32, 1u32], EINVAL),
+        ("count", SET_IRQS, bytes![20u32, 0x21u32, MSI, 0u32, 5u32], EINVAL),
+        ("start and count overflow", SET_IRQS, bytes![20u32, 0x21u32, MSI, max, max], EINVAL),
+        ("count", SET_IRQS, bytes![20u32, 0x24u32, MSI, 0u32, max], EINVAL),
+        ("bools missing", SET_IRQS, bytes![20u32, 0x22u32, MSI, 0u32, 4u32], EINVAL),
+        ("bools missing", SET_IRQS, bytes![20u32, 0x22u32, MSI, 0u32, max], EINVAL),
+        ("no data flag", SET_IRQS, bytes![20u32, 0x20u32, MSI, 0u32, 1u32], EINVAL),
+        ("two data flags", SET_IRQS, bytes![20u32, 0x23u32, MSI, 0u32, 1u32], EINVAL),
+        ("no action", SET_IRQS, bytes![20u32, 0x01u32, MSI, 0u32, 1u32], EINVAL),
+        ("two actions", SET_IRQS, bytes![20u32, 0x19u32, MSI, 0u32, 1u32], EINVAL),
+        ("unknown flag", SET_IRQS, bytes![20u32, 0x61u32, MSI, 0u32, 1u32], EINVAL),
+        ("mask nothing", SET_IRQS, bytes![20u32, 0x09u32, MSI, 0u32, 0u32], EINVAL),
+        ("disable from 1", SET_IRQS, bytes![20u32, 0x21u32, MSI, 1u32, 0u32], EINVAL),
+        ("not maskable", SET_IRQS, bytes![20u32, 0x09u32, MSIX, 0u32, 1u32], ENOTTY),
+        ("eventfd for unmask", SET_IRQS, bytes![20u32, 0x14u32, INTX, 0u32, 1u32], ENOTTY),
+        ("region", REGION_READ, bytes![0u64, 9u32, 4u32], EINVAL),
+        ("region", REGION_READ, bytes![0u64, max, 4u32], EINVAL),
+        ("region not there", REGION_READ, bytes![0u64, BAR4, 1u32], EINVAL),
+        ("beyond the end", REGION_READ, bytes![(1u64 << 20) - 3, BAR0, 4u32], EINVAL),
+        ("offset overflow", REGION_READ, bytes![u64::MAX, BAR0, 4u32], EINVAL),
+        ("count", REGION_READ, bytes![0u64, BAR2, (1u32 << 20) + 1], EINVAL),
+        ("count", REGION_READ, bytes![0u64, BAR0, max], EINVAL),
+        ("region", REGION_WRITE, bytes![0u64, 9u32, 4u32, 0u32], EINVAL),
+        ("read-only", REGION_WRITE, bytes![0u64, BAR3, 4u32, 0u32], EINVAL),
+        ("beyond the end", REGION_WRITE, bytes![(1u64 << 20) - 3, BAR0, 4u32, 0u32], EINVAL),
+        ("count above the body", REGION_WRITE, bytes![0u64, BAR0, 8u32, 0u32], EINVAL),
+        ("count below the body", REGION_WRITE, bytes![0u64, BAR0, 2u32, 0u32], EINVAL),
+        ("count", REGION_WRITE, bytes![0u64, BAR0, max, 0u32], EINVAL),
+        ("count", REGION_WRITE_MULTI, multi(2, 4, BAR0), EINVAL),
+        ("count", REGION_WRITE_MULTI, multi(0, 4, BAR0), EINVAL),
+        ("count", REGION_WRITE_MULTI, multi(u64::MAX, 4, BAR0), EINVAL),
+        ("9 bytes", REGION_WRITE_MULTI, multi(1, 9, BAR0), EINVAL),
+        ("read-only", REGION_WRITE_MULTI, multi(1, 4, BAR3), EINVAL),
+        ("argsz", FEATURE, bytes![7u32, GET | 1], EINVAL),
+        ("argsz", FEATURE, bytes![15u32, GET | 1], EINVAL),
+        ("no operation", FEATURE, bytes![16u32, 1u32], EINVAL),
+        ("GET and SET", FEATURE, bytes![16u32, GET | SET | 2, 0u64], EINVAL),
+        ("unknown operation", FEATURE, bytes![16u32, GET | 1 << 19 | 1], EINVAL),
+        ("SET of what can only be got", FEATURE, bytes![16u32, SET | 1, 0u64], EINVAL),
+        ("GET of what can only be set", FEATURE, bytes![24u32, GET | 6, 0u64, 0u64], EINVAL),
+        ("unknown", FEATURE, bytes![16u32, GET | 0xffff, 0u64], ENOTTY),
+        ("SET without data", FEATURE, bytes![16u32, SET | 2], EINVAL),
+        ("SET with half its data", FEATURE, bytes![16u32, SET | 2, STOP], EINVAL),
+        ("state", FEATURE, bytes![16u32, SET | 2, 8u32, -1i32], EINVAL),
+        ("state", FEATURE, bytes![16u32, SET | 2, max, -1i32], EINVAL),
+        ("stop without start", FEATURE, bytes![8u32, SET | 7], EINVAL),
+        ("ranges missing", FEATURE, bytes![24u32, SET | 6, 4096u64, 1u32, 0u32], EINVAL),
+        ("too many ranges", FEATURE, bytes![24u32, SET | 6, 4096u64, max, 0u32], 7),
+        ("empty range", FEATURE, bytes![40u32, SET | 6, 4096u64, 1u32, 0u32, 0u64, 0u64], EINVAL),
+        ("report without start", FEATURE, bytes![4096u32, GET | 8, 0u64, 4096u64, 4096u64], EINVAL),
+        ("no session", MIG_DATA_READ, bytes![108u32, 100u32], ENODEV),
+        ("size 0", MIG_DATA_READ, bytes![8u32, 0u32], EINVAL),
+        ("argsz below size", MIG_DATA_READ, bytes![107u32, 100u32], EINVAL),
+        ("size", MIG_DATA_READ, bytes![max, max], EINVAL),
+        ("size", MIG_DATA_READ, bytes![max, (1u32 << 20) + 1], EINVAL),
+        ("no session", MIG_DATA_WRITE, bytes![12u32, 4u32, 0u32], ENODEV),
+        ("size above the body", MIG_DATA_WRITE, bytes![12u32, 5u32, 0u32], EINVAL),
+        ("size below the body", MIG_DATA_WRITE, bytes![12u32, 3u32, 0u32], EINVAL),
+        ("size", MIG_DATA_WRITE, bytes![12u32, max, 0u32], EINVAL),
+        ("a second time", VERSION, bytes![0u16, 0u16], EINVAL),
+        ("not sent by clients", DMA_READ, bytes![0u64, 4u64], ENOSYS),
+        ("not sent by clients", DMA_WRITE, bytes![0u64, 4u64, 0u32], ENOSYS),
+        ("unknown", 0, vec![0; 100], ENOSYS),
+        ("no longer there", 14, vec![0; 100], ENOSYS),
+        ("unknown", 19, vec![], ENOSYS),
+        ("unknown", u16::MAX, vec![0; 60_000], ENOSYS),
+    ];
+    for (what, command, body, errno) in &cases {
+        let refused = raw.call(*command, body).refused();
+        assert_eq!(refused, *errno, "command {command}: {what}: {body:?}");
+        // The same, when nobody wants to know.
+        raw.post(*command, body);
+    }
+    raw.assert_usable();
+    assert_eq!(raw.state(), RUNNING);
+}
+
+#[test]
+fn reports_are_refused_as_a_whole() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    raw.dma_map(0, 1 << 20, 0, Some(memory().as_fd())).ok();
+    raw.feature(SET | 6, &bytes![4096u64, 0u32, 0u32], 24).ok();
+    assert_ne!(raw.feature(SET | 6, &bytes![4096u64, 0u32, 0u32], 24).refused(), 0, "a second start");
+    let bitmap = 32;
+    for (what, argsz, data) in [
+        ("argsz", 32 + bitmap - 1, bytes![0u64, 1u64 << 20, 4096u64]),
+        ("argsz", 32, bytes![0u64, 1u64 << 20, 4096u64]),
+        ("data cut short", 64, bytes![0u64, 1u64 << 20]),
+        ("page size", 4096, bytes![0u64, 1u64 << 20, 4095u64]),
+        ("page size", 4096, bytes![0u64, 1u64 << 20, 0u64]),
+        ("page size", 4096, bytes![0u64, 1u64 << 20, 2048u64]),
+        ("no length", 4096, bytes![0u64, 0u64, 4096u64]),
+        ("beyond 2^64", u32::MAX, bytes![u64::MAX - 4095, 8192u64, 4096u64]),
+        ("a bitmap of 2^49 bytes", u32::MAX, bytes![0u64, u64::MAX, 4096u64]),
+    ] {
+        assert_ne!(raw.feature(GET | 8, &data, argsz).refused(), 0, "{what}");
+    }
+    assert_eq!(raw.feature(GET | 8, &bytes![0u64, 1u64 << 20, 4096u64], 32 + bitmap).ok().body.len(), 64);
+    raw.assert_usable();
+}
+
+#[test]
+fn commands_before_version_are_refused_and_it_may_still_come() {
+    let served = Served::new();
+    let mut raw = Raw::connect(served.path());
+    for (command, body, _) in well_formed() {
+        assert_eq!(raw.call(command, &body).refused(), EINVAL, "command {command}");
+    }
+    assert_eq!(raw.call(RESET, &[]).refused(), EINVAL);
+    raw.negotiate();
+    raw.assert_usable();
+}
+
+#[test]
+fn malformed_versions_are_refused_and_a_better_one_may_follow() {
+    let served = Served::new();
+    let mut raw = Raw::connect(served.path());
+    let deep = format!("{}{}", "[".repeat(1500), "]".repeat(1500));
+    let huge = format!("{{\"a\":\"{}\"}}", "x".repeat(50_000));
+    let json = [
+        "[]",
+        "1",
+        "{",
+        "{\"capabilities\":3}",
+        "{\"capabilities\":{\"max_msg_fds\":-1}}",
+        "{\"capabilities\":{\"max_data_xfer_size\":0}}",
+        "{\"capabilities\":{\"twin_socket\":{\"supported\":\"yes\"}}}",
+        "{\"a\":\0}",
+        &deep,
+        &huge,
+    ];
+    for json in json {
+        let short: String = json.chars().take(40).collect();
+        assert_eq!(raw.version(json).refused(), EINVAL, "{short}");
+    }
+    let without_nul = [&bytes![0u16, 0u16][..], b"{}"].concat();
+    assert_eq!(raw.call(VERSION, &without_nul).refused(), EINVAL);
+    let not_utf8 = [&bytes![0u16, 0u16][..], b"{\"a\":\"\xff\"}\0"].concat();
+    assert_eq!(raw.call(VERSION, &not_utf8).refused(), EINVAL);
+    assert_eq!(raw.call(VERSION, &bytes![1u16, 0u16]).refused(), EINVAL);
+    assert_eq!(raw.call(VERSION, &bytes![0u16]).refused(), EINVAL);
+    raw.negotiate();
+    raw.assert_usable();
+}
+
+#[test]
+fn headers_that_make_no_sense_are_refused() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    for size in 0..16 {
+        raw.send(&header(77, GET_INFO, size, 0), &[]);
+        let reply = raw.receive();
+        assert_eq!((reply.id, reply.refused()), (77, EINVAL), "size {size}");
+    }
+    for kind in 2..16 {
+        raw.send(&message(78, GET_INFO, kind, &[0; 100]), &[]);
+        let reply = raw.receive();
+        assert_eq!((reply.id, reply.refused()), (78, EINVAL), "type {kind}");
+    }
+    // Replies that nobody waits for are dropped.
+    for command in 0..20 {
+        raw.send(&message(79, command, REPLY, &[0; 100]), &[]);
+        raw.send(&message(79, command, REPLY | ERROR, &[]), &[]);
+    }
+    raw.send(&header(79, DMA_READ, 0, REPLY), &[]);
+    raw.assert_usable();
+}
+
+#[test]
+fn messages_that_are_too_long_are_drained_and_refused() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    raw.set_state(RESUMING).ok();
+    let megabytes = vec![0xa5; 3 << 20];
+    for command in [0, DMA_MAP, GET_INFO, SET_IRQS, REGION_WRITE, FEATURE, MIG_DATA_READ, MIG_DATA_WRITE, 999] {
+        assert_eq!(raw.call(command, &megabytes).refused(), EMSGSIZE, "command {command}");
+        raw.send(&message(5, command, NO_REPLY, &megabytes), &[]);
+        raw.assert_usable();
+    }
+    // The longest that is taken.
+    let longest = vec![1; 1 << 20];
+    raw.region_write(BAR0, 0, &longest).ok();
+    raw.mig_write(&longest).ok();
+    assert_eq!(raw.mig_write(&vec![1; (1 << 20) + 1]).refused(), EINVAL);
+    raw.assert_usable();
+}
+
+#[test]
+fn a_message_that_nobody_could_drain_ends_the_connection() {
+    let served = Served::new();
+    for command in [GET_INFO, REGION_WRITE, MIG_DATA_WRITE, 0] {
+        let raw = served.peer();
+        raw.send(&header(80, command, u32::MAX, 0), &[]);
+        let reply = raw.receive();
+        assert_eq!((reply.id, reply.refused()), (80, EMSGSIZE));
+        raw.expect_end();
+    }
+    served.peer().assert_usable();
+}
+
+#[test]
+fn messages_in_pieces_and_many_in_one_piece_are_the_same() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    let event = event();
+    let mut all = Vec::new();
+    let mut expected = Vec::new();
+    for (n, (command, body, _)) in well_formed().into_iter().enumerate() {
+        if command == SET_IRQS || command == DMA_MAP {
+            continue;
+        }
+        expected.push(n as u16);
+        all.extend(message(n as u16, command, 0, &body));
+    }
+    for piece in [1, 2, 3, 7, 15, 16, 17, 100, usize::MAX] {
+        for chunk in all.chunks(piece.min(all.len())) {
+            raw.send(chunk, &[]);
+        }
+        for id in &expected {
+            assert_eq!(raw.receive().id, *id, "in pieces of {piece}");
+        }
+        // An fd comes with the bytes of its message, wherever it is cut.
+        let wire = message(99, SET_IRQS, 0, &bytes![20u32, 0x24u32, MSI, 0u32, 1u32]);
+        let cut = piece.min(wire.len() - 1);
+        raw.send(&message(98, GET_INFO, 0, &[16, 0, 0, 0]), &[]);
+        raw.send(&wire[..cut], &[event.as_fd()]);
+        raw.send(&wire[cut..], &[]);
+        raw.send(&message(100, GET_INFO, 0, &[16, 0, 0, 0]), &[]);
+        for id in [98, 99, 100] {
+            let reply = raw.receive();
+            assert_eq!(reply.id, id);
+            reply.ok();
+        }
+    }
+}
+
+#[test]
+fn fds_that_a_message_does_not_take_are_closed_and_refused() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    let seen = Seen::new();
+    for (command, body, _) in well_formed() {
+        let fds = vec![seen.write.as_fd(); 2];
+        let reply = raw.call_fds(command, &body, &fds);
+        assert_eq!(reply.refused(), EINVAL, "command {command}");
+    }
+    assert_eq!(raw.call_fds(RESET, &[], &[seen.write.as_fd()]).refused(), EINVAL);
+    // More than any message takes, with each byte of a message.
+    let request = message(81, SET_IRQS, 0, &bytes![20u32, 0x24u32, MSI, 0u32, 4u32]);
+    let most = vec![seen.write.as_fd(); 253];
+    for byte in &request {
+        raw.send(std::slice::from_ref(byte), &most);
+    }
+    assert_eq!(raw.receive().refused(), EINVAL);
+    // With a reply that nobody waits for, and with messages that are too long or unknown.
+    raw.send(&message(82, DMA_READ, REPLY, &[0; 50]), &most);
+    raw.send(&message(83, GET_INFO, 0, &vec![0; 1 << 20]), &most);
+    assert_eq!(raw.receive().refused(), EMSGSIZE);
+    raw.send(&message(84, 999, NO_REPLY, &[]), &most);
+    raw.send(&message(85, MIG_DATA_WRITE, NO_REPLY, &[0; 5000]), &most);
+    raw.assert_usable();
+    seen.assert_closed();
+}
+
+#[test]
+fn fds_of_the_wrong_kind_or_number_are_refused() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    let file = memory();
+    let event = event();
+    let (pipe, _write) = rustix::pipe::pipe().unwrap();
+    let directory = rustix::fs::open("/", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let map = bytes![32u32, 3u32, 0u64, 0u64, 4096u64];
+    for fd in [event.as_fd(), pipe.as_fd(), directory.as_fd(), raw.socket.try_clone().unwrap().as_fd()] {
+        assert_ne!(raw.call_fds(DMA_MAP, &map, &[fd]).refused(), 0);
+    }
+    assert_eq!(raw.call_fds(DMA_MAP, &map, &[file.as_fd(), file.as_fd()]).refused(), EINVAL);
+    let wire = |count: u32| bytes![20u32, 0x24u32, MSI, 0u32, count];
+    for fd in [file.as_fd(), pipe.as_fd(), directory.as_fd()] {
+        assert_eq!(raw.call_fds(SET_IRQS, &wire(1), &[fd]).refused(), EINVAL);
+    }
+    for (count, fds) in [(1, 2), (2, 1), (4, 3), (3, 4), (0, 1), (5, 5)] {
+        assert_eq!(raw.call_fds(SET_IRQS, &wire(count), &vec![event.as_fd(); fds]).refused(), EINVAL);
+    }
+    // Fds where the data flag says there are none.
+    let none = bytes![20u32, 0x21u32, MSI, 0u32, 1u32];
+    assert_eq!(raw.call_fds(SET_IRQS, &none, &[event.as_fd()]).refused(), EINVAL);
+    raw.call_fds(SET_IRQS, &wire(1), &[event.as_fd()]).ok();
+    raw.assert_usable();
+}
+
+#[test]
+fn the_fds_of_a_client_that_died_are_closed() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    // Held as the fd of a message that never became whole.
+    raw.send(&header(1, DMA_MAP, 48, 0), &[theirs.as_fd()]);
+    drop(theirs);
+    drop(raw);
+    let mut byte = [0];
+    assert_eq!(std::io::Read::read(&mut &ours, &mut byte).unwrap(), 0);
+    raw = served.peer();
+    raw.assert_usable();
+}
+
+#[test]
+fn half_a_message_ends_the_connection_in_time_and_idleness_does_not() {
+    let options = Options { message_limit: Duration::from_millis(30), ..Options::default() };
+    let served = Served::with(TestDevice::new().machine(), options);
+    let mut idle = served.peer();
+    let nothing = rustix::event::poll(
+        &mut [rustix::event::PollFd::new(&idle.socket, rustix::event::PollFlags::IN)],
+        Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 200_000_000 }),
+    );
+    assert_eq!(nothing, Ok(0), "an idle client was disconnected");
+    idle.assert_usable();
+    drop(idle);
+    let large = message(1, REGION_WRITE, 0, &[bytes![0u64, BAR0, 1u32 << 20], vec![0; 1 << 20]].concat());
+    for part in [1, 15, 16, 17, 31, 32, 33, 5000, 100_000] {
+        let raw = served.peer();
+        raw.send(&large[..part], &[]);
+        raw.expect_end();
+    }
+    // Data on its way into the model.
+    let mut raw = served.peer();
+    raw.set_state(RESUMING).ok();
+    raw.send(&message(1, MIG_DATA_WRITE, 0, &[bytes![8u32 + (1 << 20), 1u32 << 20], vec![0; 1 << 20]].concat())[..9000], &[]);
+    raw.expect_end();
+    // Byte after byte, never ending.
+    let raw = served.peer();
+    while raw.try_send(&[1], &[]).is_ok() {}
+    served.peer().assert_usable();
+}
+
+#[test]
+fn a_client_that_says_nothing_does_not_keep_others_out() {
+    let options = Options {
+        message_limit: Duration::from_millis(20),
+        version_limit: Duration::from_millis(20),
+        ..Options::default()
+    };
+    let served = Served::with(TestDevice::new().machine(), options);
+    let silent = Raw::connect(served.path());
+    let mut next = served.peer();
+    next.assert_usable();
+    silent.expect_end();
+}
+
+#[test]
+fn a_client_that_takes_no_replies_does_not_keep_others_out() {
+    let options = Options { message_limit: Duration::from_millis(30), ..Options::default() };
+    let served = Served::with(TestDevice::new().machine(), options);
+    let raw = served.peer();
+    let read = message(1, REGION_READ, 0, &bytes![0u64, BAR0, 1u32 << 20]);
+    while raw.try_send(&read, &[]).is_ok() {}
+    served.peer().assert_usable();
+}
+
+#[test]
+fn a_second_client_waits_for_the_first_to_go() {
+    let served = Served::new();
+    let mut first = served.peer();
+    let mut second = Raw::connect(served.path());
+    first.assert_usable();
+    second.send(&message(1, VERSION, 0, &bytes![0u16, 0u16]), &[]);
+    first.assert_usable();
+    drop(first);
+    assert_eq!(second.receive().ok().id, 1);
+    second.assert_usable();
+}
+
+#[test]
+fn a_model_that_panics_costs_its_request_and_a_reset() {
+    let served = Served::new();
+    let mut raw = served.peer();
+    assert_eq!(raw.region_write(BAR2, 0, &bytes![PANIC, 0u64, 0u64]).refused(), 5);
+    assert_eq!(raw.state(), 0);
+    raw.call(RESET, &[]).ok();
+    assert_eq!(raw.state(), RUNNING);
+    raw.assert_usable();
+}
+
+#[test]
+fn random_messages_each_get_one_reply() {
+    let served = Served::device(TestDevice::new().state_bytes(10_000));
+    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    let mut raw = served.peer();
+    for i in 0..20_000u32 {
+        let command = random() as u16 % 20;
+        let mut body = Vec::new();
+        for _ in 0..random() % 12 {
+            let word = match random() % 8 {
+                0 => u32::MAX,
+                1 => random() as u32,
+                2 => 1 << (random() % 32),
+                3 => (1 << 16 << (random() % 3)) | (random() as u32 % 14),
+                4 => 4096,
+                5 => 16 + random() as u32 % 48,
+                _ => random() as u32 % 10,
+            };
+            body.extend(word.to_ne_bytes());
+        }
+        body.truncate(body.len() - (random() as usize % 4).min(body.len()));
+        let id = i as u16;
+        raw.send(&message(id, command, 0, &body), &[]);
+        // A mapping without an fd, and the engine: it may ask for memory, which it does not get.
+        let reply = loop {
+            let message = raw.receive();
+            if message.flags & 0xf == REPLY {
+                break message;
+            }
+            raw.send(&message_refusing(&message), &[]);
+        };
+        assert_eq!((reply.id, reply.command), (id, command), "{body:?}");
+    }
+    raw.call(RESET, &[]).ok();
+    raw.assert_usable();
+}
+
+fn message_refusing(command: &Message) -> Vec<u8> {
+    let mut refusal = header(command.id, command.command, 16, REPLY | ERROR);
+    refusal[12..].copy_from_slice(&EINVAL.to_ne_bytes());
+    refusal
+}
