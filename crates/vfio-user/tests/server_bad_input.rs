@@ -247,8 +247,9 @@ fn wrong_fields_are_refused_with_the_errno_for_it() {
         ("unknown", u16::MAX, vec![0; 60_000], ENOSYS),
     ];
     for (what, command, body, errno) in &cases {
-        let refused = raw.call(*command, body).refused();
-        assert_eq!(refused, *errno, "command {command}: {what}: {body:?}");
+        let reply = raw.call(*command, body);
+        assert_eq!(reply.flags, REPLY | ERROR, "command {command} was accepted: {what}: {body:?}");
+        assert_eq!(reply.refused(), *errno, "command {command}: {what}: {body:?}");
         // The same, when nobody wants to know.
         raw.post(*command, body);
     }
@@ -354,7 +355,8 @@ fn messages_that_are_too_long_are_drained_and_refused() {
     let mut raw = served.peer();
     raw.set_state(RESUMING).ok();
     let megabytes = vec![0xa5; 3 << 20];
-    for command in [0, DMA_MAP, GET_INFO, SET_IRQS, REGION_WRITE, FEATURE, MIG_DATA_READ, MIG_DATA_WRITE, 999] {
+    for command in [0, DMA_MAP, GET_INFO, SET_IRQS, REGION_WRITE, FEATURE, MIG_DATA_READ, MIG_DATA_WRITE, 999]
+    {
         assert_eq!(raw.call(command, &megabytes).refused(), EMSGSIZE, "command {command}");
         raw.send(&message(5, command, NO_REPLY, &megabytes), &[]);
         raw.assert_usable();
@@ -507,7 +509,11 @@ fn half_a_message_ends_the_connection_in_time_and_idleness_does_not() {
     // Data on its way into the model.
     let mut raw = served.peer();
     raw.set_state(RESUMING).ok();
-    raw.send(&message(1, MIG_DATA_WRITE, 0, &[bytes![8u32 + (1 << 20), 1u32 << 20], vec![0; 1 << 20]].concat())[..9000], &[]);
+    raw.send(
+        &message(1, MIG_DATA_WRITE, 0, &[bytes![8u32 + (1 << 20), 1u32 << 20], vec![0; 1 << 20]].concat())
+            [..9000],
+        &[],
+    );
     raw.expect_end();
     // Byte after byte, never ending.
     let raw = served.peer();

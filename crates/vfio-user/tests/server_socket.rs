@@ -101,7 +101,9 @@ fn an_accepted_connection_is_served_without_a_socket_in_the_file_system() {
     let shutdown = ShutdownHandle::new().unwrap();
     let thread = {
         let machine = Arc::clone(&machine);
-        std::thread::spawn(move || serve_connection(theirs, &machine, &Options::default(), &shutdown).unwrap())
+        std::thread::spawn(move || {
+            serve_connection(theirs, &machine, &Options::default(), &shutdown).unwrap()
+        })
     };
     let mut raw = Raw::new(ours);
     raw.negotiate();

@@ -54,7 +54,7 @@ impl DecodeError {
     /// What to refuse the command with.
     pub const fn errno(&self) -> Errno {
         match self {
-            DecodeError::Unknown(_) => Errno::ENOTSUP,
+            DecodeError::Unknown(_) => Errno::ENOSYS,
             _ => Errno::EINVAL,
         }
     }

@@ -87,10 +87,9 @@ impl Connection<'_> {
     }
 
     pub(super) fn dma_map(&mut self, job: &mut Job, map: DmaMapMessage) -> Handled {
-        let Some(flags) = DmaMapFlags::from_bits(map.flags & !DMA_MAP_TOLERATED) else {
-            return Ok(Outcome::Refused(Errno::EINVAL));
-        };
-        if (map.argsz as usize) < DmaMapMessage::BYTES {
+        let flags = DmaMapFlags::from_bits_retain(map.flags & !DMA_MAP_TOLERATED);
+        let known = DmaMapFlags::READ | DmaMapFlags::WRITE;
+        if (map.argsz as usize) < DmaMapMessage::BYTES || !known.contains(flags) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
         let backing = match job.fds.pop() {
@@ -114,12 +113,12 @@ impl Connection<'_> {
         bitmap: Option<DirtyBitmap>,
     ) -> Handled {
         let memory = &self.machine.bus().memory;
-        let all = DmaUnmapFlags::from_bits_retain(unmap.flags).contains(DmaUnmapFlags::ALL);
-        let argsz = unmap.argsz as usize;
-        if argsz < DmaUnmapMessage::BYTES {
+        let flags = DmaUnmapFlags::from_bits_retain(unmap.flags);
+        let known = DmaUnmapFlags::GET_DIRTY_BITMAP | DmaUnmapFlags::ALL;
+        if (unmap.argsz as usize) < DmaUnmapMessage::BYTES || !known.contains(flags) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
-        match (all, bitmap) {
+        match (flags.contains(DmaUnmapFlags::ALL), bitmap) {
             (true, None) if unmap.address == 0 && unmap.size == 0 => memory.unmap_all(),
             (true, _) => return Ok(Outcome::Refused(Errno::EINVAL)),
             (false, None) => {

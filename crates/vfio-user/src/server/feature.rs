@@ -64,20 +64,10 @@ impl Connection<'_> {
         payload: &mut [u8],
         data: &[u8],
     ) -> Result<limosa_device::FeatureDone, Errno> {
-        let (mut control, rest) =
-            FeatureDmaLoggingControl::read_from_prefix(data).map_err(|_| Errno::EINVAL)?;
-        if control.num_ranges > 0 {
-            let bytes = (control.num_ranges as usize).checked_mul(size_of::<DmaLoggingRange>());
-            // Too many to be there are too many for the device too: E2BIG is its answer.
-            let ranges = bytes.map_or(rest, |bytes| &rest[..bytes.min(rest.len())]);
-            return self.machine.feature(call, payload, Refers::In(ranges));
-        }
-        // No range means all of them (`vfio-user.rst: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`).
-        let page_size = if control.page_size.is_power_of_two() { control.page_size } else { 4096 };
-        let all = DmaLoggingRange { iova: 0, length: page_size.wrapping_neg() };
-        control.num_ranges = 1;
-        control.write_to_prefix(payload).map_err(|_| Errno::EINVAL)?;
-        self.machine.feature(call, payload, Refers::In(all.as_bytes()))
+        let (control, rest) = FeatureDmaLoggingControl::read_from_prefix(data).map_err(|_| Errno::EINVAL)?;
+        let bytes = (control.num_ranges as usize).saturating_mul(size_of::<DmaLoggingRange>());
+        // None at all means everything. Too many to be there are too many for the device.
+        self.machine.feature(call, payload, Refers::In(&rest[..bytes.min(rest.len())]))
     }
 
     fn report(&mut self, job: &Job, header: FeatureHeader, call: FeatureCall, data: &[u8]) -> Handled {

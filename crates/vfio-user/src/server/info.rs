@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use limosa_protocol::Errno;
+use limosa_protocol::capability::{Chain, SparseMmapArea};
 use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionFlags, RegionInfo};
 use zerocopy::IntoBytes;
 
@@ -51,20 +52,20 @@ impl Connection<'_> {
         if fd.is_none() {
             info.flags &= !RegionFlags::MMAP.bits();
         }
-        let mut capabilities = Vec::new();
+        let mut capabilities = Chain::after(size_of::<RegionInfo>());
         if fd.is_some() && !view.areas.is_empty() {
-            capabilities = sparse_mmap(view.areas);
+            let area = |&(offset, size): &(u64, u64)| SparseMmapArea { offset, size };
+            capabilities.sparse_mmap(&view.areas.iter().map(area).collect::<Vec<_>>());
             info.flags |= RegionFlags::CAPS.bits();
         }
-        let needed = size_of::<RegionInfo>() + capabilities.len();
-        info.argsz = needed as u32;
-        if argsz as usize >= needed && !capabilities.is_empty() {
-            info.cap_offset = size_of::<RegionInfo>() as u32;
+        info.argsz = capabilities.argsz();
+        let mut bytes = capabilities.bytes();
+        if argsz >= info.argsz {
+            info.cap_offset = capabilities.offset();
         } else {
-            capabilities.clear();
+            bytes = &[];
         }
-        let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
-        self.reply_pieces(job, &[info.as_bytes(), &capabilities], &fds)
+        self.reply_pieces(job, &[info.as_bytes(), bytes], fd.as_slice())
     }
 
     pub(super) fn get_region_io_fds(&self, job: &Job, argsz: u32, index: u32) -> Handled {
@@ -111,18 +112,4 @@ impl Connection<'_> {
     fn fds_max(&self) -> usize {
         self.limits.map_or(0, |limits| limits.msg_fds_max)
     }
-}
-
-/// The capability that names the parts of a region that may be mapped
-/// (`vfio-user.rst: VFIO sparse mmap cap header`). It is the only one of its region.
-fn sparse_mmap(areas: &[(u64, u64)]) -> Vec<u8> {
-    const ID: u16 = 1;
-    const VERSION: u16 = 1;
-    let mut capability = Vec::with_capacity(16 + areas.len() * 16);
-    capability.extend_from_slice([ID, VERSION].as_bytes());
-    capability.extend_from_slice([0u32, areas.len() as u32, 0].as_bytes());
-    for area in areas {
-        capability.extend_from_slice([area.0, area.1].as_bytes());
-    }
-    capability
 }
