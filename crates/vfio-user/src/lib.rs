@@ -6,5 +6,6 @@
 
 pub mod codec;
 pub mod connection;
+pub mod extension;
 pub mod server;
 pub mod version;

@@ -1,0 +1,25 @@
+//! Features beyond the standard's that this implementation has on `DEVICE_FEATURE`
+//! (`docs/vfio-user-extensions.md`). A client asks for each with PROBE; a peer that lacks them still
+//! migrates.
+
+use limosa_protocol::FeatureIndex;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// GET: [`PrecopyInfo`](limosa_protocol::feature::PrecopyInfo), which the kernel hands out through the
+/// data fd. EINVAL outside PRE_COPY and PRE_COPY_P2P.
+pub const PRECOPY_INFO: FeatureIndex = FeatureIndex(0xfe00);
+
+/// GET: a socket that carries the bytes of the open session instead of `MIG_DATA_READ` and
+/// `MIG_DATA_WRITE`; comes as the reply's only fd. Payload [`DataFd`]. ENODEV without a session, EBUSY
+/// when the session has one already or data has moved by messages.
+pub const DATA_FD: FeatureIndex = FeatureIndex(0xfe01);
+
+/// The payload of [`DATA_FD`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct DataFd {
+    /// 0.
+    pub flags: u32,
+    /// 0.
+    pub reserved: u32,
+}
