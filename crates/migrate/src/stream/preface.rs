@@ -1,0 +1,174 @@
+//! The preface: what a stream begins with (`docs/stream.md: Preface`).
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::{Damage, PREFACE_BYTES, VERSION, VERSION_OLDEST, u16_at, u32_at};
+
+const MAGIC: [u8; 8] = *b"\x89LMSA\r\n\x1a";
+/// Preface flags that a reader refuses when it does not know them.
+const FLAGS_MANDATORY: u32 = 0xffff;
+
+/// Names one move, for ever: 16 random bytes, printed as 32 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MigrationId(pub [u8; 16]);
+
+impl MigrationId {
+    /// A new one, from the system's random numbers.
+    pub fn random() -> std::io::Result<MigrationId> {
+        let mut id = [0; 16];
+        let mut filled = 0;
+        while filled < id.len() {
+            filled += rustix::rand::getrandom(&mut id[filled..], rustix::rand::GetRandomFlags::empty())?;
+        }
+        Ok(MigrationId(id))
+    }
+}
+
+impl fmt::Display for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Not the id of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not the id of a move: expected 32 hexadecimal digits")]
+pub struct NotAnId;
+
+impl FromStr for MigrationId {
+    type Err = NotAnId;
+
+    fn from_str(text: &str) -> Result<MigrationId, NotAnId> {
+        if text.len() != 32 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(NotAnId);
+        }
+        let number = u128::from_str_radix(text, 16).map_err(|_| NotAnId)?;
+        Ok(MigrationId(number.to_be_bytes()))
+    }
+}
+
+bitflags::bitflags! {
+    /// Flags of a preface.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct PrefaceFlags: u32 {
+        /// A saved stream: no peer answers, and nothing follows SUM.
+        const STORED = 1 << 0;
+        const _ = !0;
+    }
+}
+
+/// The first bytes of a stream, in either direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preface {
+    /// What the writer speaks.
+    pub version: u16,
+    /// The oldest version whose readers can read the stream.
+    pub oldest: u16,
+    /// What kind of stream it is.
+    pub flags: PrefaceFlags,
+    /// The move.
+    pub id: MigrationId,
+}
+
+impl Preface {
+    /// The preface that this version writes.
+    pub fn new(id: MigrationId, flags: PrefaceFlags) -> Preface {
+        Preface { version: VERSION, oldest: VERSION_OLDEST, flags, id }
+    }
+
+    /// The bytes.
+    pub fn encode(&self) -> [u8; PREFACE_BYTES] {
+        let mut out = [0; PREFACE_BYTES];
+        out[..8].copy_from_slice(&MAGIC);
+        out[8..10].copy_from_slice(&self.version.to_le_bytes());
+        out[10..12].copy_from_slice(&self.oldest.to_le_bytes());
+        out[12..16].copy_from_slice(&self.flags.bits().to_le_bytes());
+        out[16..32].copy_from_slice(&self.id.0);
+        let crc = crc32c::crc32c(&out[..36]);
+        out[36..].copy_from_slice(&crc.to_le_bytes());
+        out
+    }
+
+    /// Reads the bytes: [`Damage::NotAStream`], [`Damage::Checksum`], [`Damage::Newer`], or
+    /// [`Damage::Unknown`] for a flag that must not be ignored.
+    pub fn decode(bytes: &[u8; PREFACE_BYTES]) -> Result<Preface, Damage> {
+        if bytes[..8] != MAGIC {
+            return Err(Damage::NotAStream);
+        }
+        let (expected, computed) = (u32_at(bytes, 36), crc32c::crc32c(&bytes[..36]));
+        if expected != computed {
+            return Err(Damage::Checksum { of: "the preface", expected, computed });
+        }
+        let (version, oldest) = (u16_at(bytes, 8), u16_at(bytes, 10));
+        if oldest > VERSION {
+            return Err(Damage::Newer { version, oldest });
+        }
+        if version == 0 || oldest > version {
+            return Err(Damage::Unknown { what: format!("version {version} (oldest {oldest})") });
+        }
+        let flags = u32_at(bytes, 12);
+        let unknown = flags & FLAGS_MANDATORY & !PrefaceFlags::STORED.bits();
+        if unknown != 0 {
+            return Err(Damage::Unknown { what: format!("preface flags {unknown:#x}") });
+        }
+        let id = MigrationId(bytes[16..32].try_into().expect("sixteen bytes"));
+        Ok(Preface { version, oldest, flags: PrefaceFlags::from_bits_retain(flags), id })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn preface() -> Preface {
+        Preface::new(MigrationId(*b"0123456789abcdef"), PrefaceFlags::STORED)
+    }
+
+    fn with(change: impl FnOnce(&mut [u8; PREFACE_BYTES])) -> Result<Preface, Damage> {
+        let mut bytes = preface().encode();
+        change(&mut bytes);
+        let crc = crc32c::crc32c(&bytes[..36]);
+        bytes[36..].copy_from_slice(&crc.to_le_bytes());
+        Preface::decode(&bytes)
+    }
+
+    #[test]
+    fn preface_and_id_round_trip() {
+        assert_eq!(Preface::decode(&preface().encode()), Ok(preface()));
+        let id = MigrationId::random().unwrap();
+        assert_eq!(id.to_string().parse(), Ok(id));
+        assert_eq!("+0123456789abcdef0123456789abcde".parse::<MigrationId>(), Err(NotAnId));
+        assert_ne!(id, MigrationId::random().unwrap());
+    }
+
+    #[test]
+    fn every_altered_bit_is_refused() {
+        for bit in 0..PREFACE_BYTES * 8 {
+            let mut bytes = preface().encode();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(Preface::decode(&bytes).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn newer_streams_are_refused_only_when_they_say_that_they_need_it() {
+        let set = |version: u16, oldest: u16| {
+            with(|bytes| {
+                bytes[8..10].copy_from_slice(&version.to_le_bytes());
+                bytes[10..12].copy_from_slice(&oldest.to_le_bytes());
+            })
+        };
+        assert_eq!(set(9, 1).unwrap().version, 9);
+        assert_eq!(set(9, 2), Err(Damage::Newer { version: 9, oldest: 2 }));
+        assert!(matches!(set(0, 0), Err(Damage::Unknown { .. })));
+        assert!(matches!(with(|bytes| bytes[13] = 0x80), Err(Damage::Unknown { .. })));
+        assert!(with(|bytes| bytes[15] = 0x80).is_ok(), "a flag of the upper half");
+    }
+}
