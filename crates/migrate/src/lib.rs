@@ -1,4 +1,47 @@
-//! The engine that moves live VFIO devices, with guest memory where there is any.
+//! The engine that moves live VFIO devices, with guest memory where there is any: [`Source`] and
+//! [`Destination`], two scripts over `client::Device` that speak the migration stream
+//! (`docs/stream.md`, [`stream`]) over a [`link`]; the same stream saved to a file and loaded from
+//! it; [`inspect`], which looks into one; [`Report`], the timeline of a move.
+//!
+//! It never asks which transport is below a device.
+//!
+//! # What holds under any failure
+//!
+//! - Until the commit, a failure on any side or in between leaves the source running, its dirty log
+//!   complete, and the destination's devices reset.
+//! - After the commit only the destination may run. A source that does not know whether it came to that
+//!   stays stopped ([`Outcome::InDoubt`]) until [`Source::resolve`] has asked.
+//! - Every wait has a limit ([`Options`]), and can be ended by [`Cancel`] until the commit.
 #![forbid(unsafe_code)]
 
+mod cancel;
+mod channel;
+mod convergence;
+mod destination;
+mod devices;
+mod error;
+mod inspect;
+mod ledger;
+pub mod link;
+mod local;
+mod memory;
+mod options;
+mod report;
+mod saving;
+mod snapshot;
+mod source;
 pub mod stream;
+mod undo;
+
+pub use cancel::Cancel;
+pub use convergence::{Convergence, Round};
+pub use destination::{AfterLoad, Destination, Received};
+pub use devices::MovedDevice;
+pub use error::{Error, Result};
+pub use inspect::{DamageReport, FrameCount, InspectedSection, Inspection, inspect, inspect_file};
+pub use ledger::{Decision, Ledger};
+pub use local::move_local;
+pub use memory::{DirtyLog, FilePages, GuestPages, Memory, MemoryRegion, PAGE_BYTES};
+pub use options::{Nobody, Observer, Options, Vmm};
+pub use report::{DeviceReport, Phase, PhaseReport, Report, RoundReport};
+pub use source::{AfterSave, InDoubt, Outcome, Source};

@@ -1,0 +1,406 @@
+//! The destination's script: from the offer to RUNNING, or back to where it was, with all discarded
+//! that was loaded.
+
+use std::fs::File;
+use std::path::Path;
+
+use limosa_client::{DataStream, Device, DeviceExt};
+use limosa_protocol::{MigrationFlags, State};
+
+use crate::channel::Channel;
+use crate::devices::{MovedDevice, compare_devices, compare_memory, each, enter, facts, failed};
+use crate::ledger::{Decision, Ledger};
+use crate::link::{FileLink, Link};
+use crate::memory::MemoryRegion;
+use crate::report::{Phase, Recorder, Report};
+use crate::stream::{
+    Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, Order, Preface, PrefaceFlags, Step,
+};
+use crate::{Cancel, Error, Observer, Options, Result, Vmm, inspect};
+
+/// The side that devices come to.
+pub struct Destination<'a> {
+    /// The devices, idle, in RUNNING or STOP; in the source's order.
+    pub devices: &'a [MovedDevice<'a>],
+    /// The guest memory, region by region like the source's.
+    pub memory: &'a [MemoryRegion<'a>],
+    /// The machine around them.
+    pub vmm: &'a dyn Vmm,
+    /// Who watches.
+    pub observer: &'a dyn Observer,
+    /// What was chosen.
+    pub options: &'a Options,
+    /// Calls the move off.
+    pub cancel: Option<&'a Cancel>,
+    /// Remembers outcomes for sources in doubt. One for all that this process receives.
+    pub ledger: &'a Ledger,
+}
+
+/// How receiving ended.
+#[derive(Debug)]
+#[must_use]
+pub enum Received {
+    /// The devices run here.
+    Runs(Report),
+    /// A saved stream was loaded, and the devices stay in STOP.
+    Stopped(Report),
+    /// The move failed or was called off. What was loaded is discarded: every device was reset, and
+    /// returned to the state (RUNNING or STOP) in which it was found. Memory that was written stays so.
+    /// [`Report::notes`] names a device that could not be reset. It will never run this guest.
+    Discarded {
+        /// Why.
+        why: Error,
+        /// How far it came.
+        report: Report,
+    },
+    /// After the commit the devices could neither be started nor be stopped again. Only here may the
+    /// guest run, and a person must look after it.
+    Broken {
+        /// Why.
+        why: Error,
+        /// How far it came.
+        report: Report,
+    },
+    /// It was not a move: a source in doubt asked, and was answered.
+    Answered {
+        /// The move it asked for.
+        id: MigrationId,
+        /// The answer.
+        decision: Decision,
+    },
+}
+
+/// What becomes of devices when they have been loaded from a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AfterLoad {
+    /// They run.
+    Run,
+    /// They stay in STOP.
+    Stop,
+}
+
+/// Why devices do not run after COMMIT.
+enum NotStarted {
+    /// They are stopped and empty; the source may run.
+    GivenBack(Error),
+    /// Nobody knows.
+    Stuck(Error),
+}
+
+/// What was done to a device, to go back.
+struct Taken {
+    found: State,
+    stream: Option<Box<dyn DataStream>>,
+}
+
+impl<'a> Destination<'a> {
+    /// Receives one move, or one question, over the link. Blocks until it is over.
+    pub fn receive(&self, link: &mut dyn Link) -> Received {
+        let mut recorder = self.recorder();
+        let mut channel = Channel::new(link, self.cancel, self.options.silence_max);
+        let mut taken = Vec::new();
+        recorder.phase(Phase::Handshake);
+        let (preface, offer) = match self.greet(&mut channel, &mut recorder) {
+            Ok((preface, Some(offer))) => (preface, offer),
+            Ok((preface, None)) => return self.answer_query(preface.id, &mut channel, recorder),
+            Err(why) => return self.discarded(why, &mut channel, recorder, taken),
+        };
+        let loaded = self.until_ready(preface.id, &offer, &mut channel, &mut recorder, &mut taken);
+        if let Err(why) = loaded {
+            return self.discarded(why, &mut channel, recorder, taken);
+        }
+        recorder.phase(Phase::Commit);
+        if !self.ledger.hold(preface.id) {
+            let why = channel.damaged(decided_already("an id", preface.id));
+            return self.discarded(why, &mut channel, recorder, taken);
+        }
+        if let Err(why) = self.hold(preface.id, &mut channel) {
+            self.ledger.not_committed(preface.id);
+            return self.discarded(why, &mut channel, recorder, taken);
+        }
+        channel.ignore_cancel();
+        recorder.phase(Phase::Start);
+        match self.start(&mut channel) {
+            Ok(()) => {
+                self.ledger.committed(preface.id);
+                recorder.runs();
+                if let Err(error) = channel.send(Kind::RUNNING, 0, 0, &[]) {
+                    recorder.note(format!("the source was not told that the devices run, and will ask: {error}"));
+                }
+                Received::Runs(recorder.finish())
+            }
+            Err(NotStarted::GivenBack(why)) => {
+                self.ledger.not_committed(preface.id);
+                self.discarded(why, &mut channel, recorder, taken)
+            }
+            Err(NotStarted::Stuck(why)) => {
+                self.ledger.committed(preface.id);
+                Received::Broken { why, report: recorder.finish() }
+            }
+        }
+    }
+
+    /// Loads a saved stream. All of the file is checked before a device is touched.
+    pub fn load(&self, path: &Path, after: AfterLoad) -> Received {
+        let mut recorder = self.recorder();
+        recorder.phase(Phase::Handshake);
+        let opened = inspect::verify(path).and_then(|()| {
+            File::open(path).map_err(|error| Error::File { path: path.into(), doing: "opening it", error })
+        });
+        let file = match opened {
+            Ok(file) => file,
+            Err(why) => return Received::Discarded { why, report: recorder.finish() },
+        };
+        let mut link = FileLink::new(file, path.display().to_string());
+        let mut channel = Channel::new(&mut link, self.cancel, self.options.silence_max);
+        let mut taken = Vec::new();
+        let loaded = match self.greet(&mut channel, &mut recorder) {
+            Ok((preface, Some(offer))) => {
+                self.until_ready(preface.id, &offer, &mut channel, &mut recorder, &mut taken)
+            }
+            Ok((_, None)) => {
+                let why = "a question is not a saved stream".into();
+                Err(channel.damaged(Damage::Misplaced { kind: Kind::QUERY, why }))
+            }
+            Err(why) => Err(why),
+        };
+        if let Err(why) = loaded {
+            return self.discarded(why, &mut channel, recorder, taken);
+        }
+        if after == AfterLoad::Stop {
+            return Received::Stopped(recorder.finish());
+        }
+        recorder.phase(Phase::Start);
+        match self.start(&mut channel) {
+            Ok(()) => Received::Runs(recorder.finish()),
+            Err(NotStarted::GivenBack(why)) => self.discarded(why, &mut channel, recorder, taken),
+            Err(NotStarted::Stuck(why)) => Received::Broken { why, report: recorder.finish() },
+        }
+    }
+
+    fn recorder(&self) -> Recorder<'a> {
+        Recorder::new(self.observer, self.devices.iter().map(|moved| moved.device.name().into()))
+    }
+
+    /// The prefaces, and what the source wants: a move, or with `None` an answer.
+    fn greet(&self, channel: &mut Channel<'_>, recorder: &mut Recorder<'_>) -> Result<(Preface, Option<Offer>)> {
+        let preface = channel.receive_preface()?;
+        recorder.id(preface.id);
+        if preface.flags.contains(PrefaceFlags::STORED) == channel.has_peer() {
+            let what = if channel.has_peer() { "a saved stream over a link" } else { "a live stream in a file" };
+            return Err(channel.damaged(Damage::Unknown { what: what.into() }));
+        }
+        if channel.has_peer() {
+            channel.send_preface(preface.id, PrefaceFlags::empty())?;
+        }
+        let (header, payload) = channel.receive("waiting for the offer", Some(self.options.load_max))?;
+        match header.kind {
+            Kind::QUERY => Ok((preface, None)),
+            Kind::OFFER => match Offer::decode(payload) {
+                Ok(offer) => Ok((preface, Some(offer))),
+                Err(damage) => Err(channel.damaged(damage)),
+            },
+            kind => Err(channel.damaged(Damage::Misplaced { kind, why: "an OFFER is due".into() })),
+        }
+    }
+
+    fn answer_query(&self, id: MigrationId, channel: &mut Channel<'_>, recorder: Recorder<'_>) -> Received {
+        let decision = self.ledger.ask(id);
+        let number: u32 = match decision {
+            Decision::Unknown => 0,
+            Decision::NotCommitted => 1,
+            Decision::Committed => 2,
+        };
+        match channel.send(Kind::OUTCOME, 0, 0, &number.to_le_bytes()) {
+            Ok(_) => Received::Answered { id, decision },
+            Err(why) => Received::Discarded { why, report: recorder.finish() },
+        }
+    }
+
+    /// From the offer to devices that are loaded and in STOP.
+    fn until_ready(
+        &self,
+        id: MigrationId,
+        offer: &Offer,
+        channel: &mut Channel<'_>,
+        recorder: &mut Recorder<'_>,
+        taken: &mut Vec<Taken>,
+    ) -> Result<()> {
+        tracing::debug!(%id, devices = offer.devices.len(), "offer");
+        let accepted = channel.attend(|| self.accept(offer, taken));
+        if channel.has_peer() {
+            let answer = match &accepted {
+                Ok(()) => Answer { accepted: true, reasons: Vec::new() },
+                Err(Error::Incompatible { reasons }) => Answer { accepted: false, reasons: reasons.clone() },
+                Err(error) => Answer { accepted: false, reasons: vec![error.to_string()] },
+            };
+            let payload = answer.encode().map_err(|damage| channel.damaged(damage))?;
+            channel.send(Kind::ANSWER, 0, 0, &payload)?;
+        }
+        accepted?;
+        recorder.phase(Phase::PreCopy);
+        self.take_frames(offer, channel, recorder, taken)?;
+        recorder.phase(Phase::Load);
+        let stopped = channel.attend(|| each(self.devices, |_, device| enter(device, State::Stop)));
+        stopped.into_iter().collect::<Result<Vec<_>>>()?;
+        taken.iter_mut().for_each(|device| device.stream = None);
+        Ok(())
+    }
+
+    /// Compares, and opens a session on every device.
+    fn accept(&self, offer: &Offer, taken: &mut Vec<Taken>) -> Result<()> {
+        let here: Vec<DeviceFacts> =
+            self.devices.iter().enumerate().map(|(at, moved)| facts(at as u32, moved)).collect::<Result<_>>()?;
+        let memory: Vec<_> = self.memory.iter().map(MemoryRegion::facts).collect();
+        let mut reasons = compare_devices(&offer.devices, &here);
+        reasons.extend(compare_memory(&offer.memory, &memory));
+        let mut found = Vec::new();
+        for moved in self.devices {
+            let device = moved.device;
+            let state = device.state().map_err(|error| failed(device, "reading its state", error))?;
+            if !matches!(state, State::Running | State::Stop) {
+                let name = device.name();
+                reasons.push(format!("{name}: it is in {state}, RUNNING or STOP is expected; is it in use? if not, reset it"));
+            }
+            found.push(state);
+        }
+        if !reasons.is_empty() {
+            return Err(Error::Incompatible { reasons });
+        }
+        taken.extend(found.into_iter().map(|found| Taken { found, stream: None }));
+        let opened = each(self.devices, |_, device| enter(device, State::Resuming));
+        for ((moved, taken), stream) in self.devices.iter().zip(taken).zip(opened) {
+            taken.stream = Some(stream?.ok_or_else(|| Error::DeviceMisbehaved {
+                device: moved.device.name().into(),
+                what: "it entered RESUMING and gave no data stream".into(),
+            })?);
+        }
+        Ok(())
+    }
+
+    /// Everything from the first frame to SUM. What is out of order never reaches a device.
+    fn take_frames(
+        &self,
+        offer: &Offer,
+        channel: &mut Channel<'_>,
+        recorder: &mut Recorder<'_>,
+        taken: &mut [Taken],
+    ) -> Result<()> {
+        let mut order = Order::new(offer);
+        // Regions are matched by id, and lie in the same order nowhere but in the offer.
+        let region = |at: usize| self.memory.iter().find(|region| region.id == offer.memory[at].id);
+        while !order.is_whole() {
+            let (header, payload) = channel.receive("waiting for the source's data", None)?;
+            let step = match order.next(&header, payload) {
+                Ok(step) => step,
+                Err(damage) => return Err(channel.damaged(damage)),
+            };
+            match step {
+                Step::DeviceData(at, data) => {
+                    let device = self.devices[at].device;
+                    let Some(stream) = &mut taken[at].stream else { continue };
+                    stream.write(data).map_err(|error| failed(device, "loading its data", error))?;
+                    recorder.device_data(at, data.len() as u64);
+                }
+                Step::MemoryData(at, offset, pages) => {
+                    if let Some(region) = region(at) {
+                        region.pages.write(offset, pages).map_err(|error| region.failed(offset, error))?;
+                    }
+                    recorder.memory_data(pages.len() as u64);
+                }
+                Step::MemoryZero(at, offset, bytes) => {
+                    if let Some(region) = region(at) {
+                        region.pages.zero(offset, bytes).map_err(|error| region.failed(offset, error))?;
+                    }
+                    recorder.memory_zero(bytes);
+                }
+                Step::Round(round, dirty_bytes) => recorder.round(round, dirty_bytes),
+                Step::Stopped => {
+                    recorder.phase(Phase::StopCopy);
+                    recorder.stop();
+                }
+                Step::DeviceBegin(_) | Step::DeviceHint(..) | Step::DeviceEnd(_) => {}
+                Step::Sum | Step::Commit | Step::Skipped => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// READY, and the wait for COMMIT. When this fails the move must never run here.
+    fn hold(&self, id: MigrationId, channel: &mut Channel<'_>) -> Result<()> {
+        channel.check_cancel()?;
+        channel.send(Kind::READY, 0, 0, &[])?;
+        channel.expect(Kind::COMMIT, "holding for the commit", self.options.commit_max)?;
+        match self.ledger.start(id) {
+            true => Ok(()),
+            false => Err(channel.damaged(decided_already("a COMMIT", id))),
+        }
+    }
+
+    /// Runs the devices: all to RUNNING_P2P, then all to RUNNING.
+    fn start(&self, channel: &mut Channel<'_>) -> Result<(), NotStarted> {
+        let started = self.vmm.prepare().map_err(|reason| Error::Vmm { doing: "run", reason }).and_then(|()| {
+            channel.attend(|| {
+                let quiesced = each(self.devices, |_, device| {
+                    let flags = device.migration_flags();
+                    let flags = flags.map_err(|error| failed(device, "reading its flags", error))?;
+                    match flags.contains(MigrationFlags::P2P) {
+                        true => enter(device, State::RunningP2p).map(drop),
+                        false => Ok(()),
+                    }
+                });
+                quiesced.into_iter().collect::<Result<()>>()?;
+                let running = each(self.devices, |_, device| enter(device, State::Running));
+                running.into_iter().try_for_each(|done| done.map(drop))
+            })
+        });
+        let Err(why) = started else {
+            self.vmm.start();
+            return Ok(());
+        };
+        // Stopped and then reset, so that none of them can ever run this guest.
+        let emptied = each(self.devices, |_, device| device.reset());
+        match emptied.into_iter().all(|reset| reset.is_ok()) {
+            true => Err(NotStarted::GivenBack(why)),
+            false => Err(NotStarted::Stuck(why)),
+        }
+    }
+
+    /// Discards what was loaded, and tells the source why.
+    fn discarded(
+        &self,
+        why: Error,
+        channel: &mut Channel<'_>,
+        mut recorder: Recorder<'_>,
+        taken: Vec<Taken>,
+    ) -> Received {
+        channel.ignore_cancel();
+        if !taken.is_empty() {
+            recorder.phase(Phase::Undo);
+            let found: Vec<_> = taken.iter().map(|device| device.found).collect();
+            drop(taken);
+            for note in each(self.devices, |at, device| discard(device, found[at])).into_iter().flatten() {
+                recorder.note(note);
+            }
+        }
+        channel.abort(&why);
+        tracing::info!("the move was discarded: {why}");
+        Received::Discarded { why, report: recorder.finish() }
+    }
+}
+
+fn decided_already(what: &str, id: MigrationId) -> Damage {
+    Damage::Unknown { what: format!("{what} of move {id}, which is decided already") }
+}
+
+/// Resets a device and returns it to the state where it was found; a note when it cannot.
+fn discard(device: &dyn Device, found: State) -> Option<String> {
+    let name = device.name();
+    if let Err(error) = device.reset() {
+        return Some(format!("{name} could not be reset and may still hold the source's state: {error}"));
+    }
+    match found {
+        State::Stop => device.set_state(State::Stop).err().map(|error| format!("{name} stays in RUNNING: {error}")),
+        _ => None,
+    }
+}

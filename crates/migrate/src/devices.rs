@@ -1,0 +1,195 @@
+//! Devices in a move: their facts, whether two match, and what is done to all of them at once.
+
+use limosa_client::{Device, DeviceExt};
+use limosa_protocol::info::{DeviceFlags, pci_index};
+use limosa_protocol::{MigrationFlags, State};
+
+use crate::stream::body::printable;
+use crate::stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MAX};
+use crate::{Error, Result};
+
+/// A device that is to be moved, or that is to become one that is moved.
+#[derive(Clone)]
+pub struct MovedDevice<'a> {
+    /// The device.
+    pub device: &'a dyn Device,
+    /// What it is, in its owner's words. Where both sides say so, it must be the same.
+    pub kind: Option<String>,
+}
+
+impl<'a> MovedDevice<'a> {
+    /// A device of which nothing is said.
+    pub fn new(device: &'a dyn Device) -> MovedDevice<'a> {
+        MovedDevice { device, kind: None }
+    }
+}
+
+impl std::fmt::Debug for MovedDevice<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MovedDevice").field("name", &self.device.name()).field("kind", &self.kind).finish()
+    }
+}
+
+/// Makes an error of a device's into the engine's.
+pub(crate) fn failed(device: &dyn Device, doing: &str, error: limosa_client::Error) -> Error {
+    Error::Device { device: device.name().into(), doing: doing.into(), error }
+}
+
+/// Drives one device to a state.
+pub(crate) fn enter(
+    device: &dyn Device,
+    state: State,
+) -> Result<Option<Box<dyn limosa_client::DataStream>>> {
+    device.set_state(state).map_err(|error| failed(device, &format!("entering {state}"), error))
+}
+
+/// Does something to every device, each in a thread of its own, and waits for all. The results are in
+/// the devices' order.
+pub(crate) fn each<'a, T: Send>(
+    devices: &[MovedDevice<'a>],
+    act: impl Fn(usize, &'a dyn Device) -> T + Sync,
+) -> Vec<T> {
+    match devices {
+        [] => Vec::new(),
+        [only] => vec![act(0, only.device)],
+        several => std::thread::scope(|scope| {
+            let act = &act;
+            let threads: Vec<_> = several
+                .iter()
+                .enumerate()
+                .map(|(at, moved)| {
+                    let device = moved.device;
+                    scope.spawn(move || act(at, device))
+                })
+                .collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, T>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            threads.into_iter().map(join).collect()
+        }),
+    }
+}
+
+/// Looks at a device without changing it. What it refuses to tell is not known; a lost connection is
+/// an error.
+pub(crate) fn facts(id: u32, moved: &MovedDevice<'_>) -> Result<DeviceFacts> {
+    let device = moved.device;
+    let lost = |error| failed(device, "reading its facts", error);
+    let cut = |text: &str| {
+        let end = (0..=text.len().min(NAME_BYTES_MAX)).rev().find(|end| text.is_char_boundary(*end));
+        text[..end.unwrap_or(0)].to_string()
+    };
+    let flags = device.migration_flags().map_err(lost)?;
+    let mut facts = DeviceFacts {
+        id,
+        name: cut(device.name()),
+        kind: moved.kind.as_deref().map(cut),
+        flags: flags.bits(),
+        ..Default::default()
+    };
+    facts.data_bytes = known(device.mig_data_size()).map_err(lost)?.flatten();
+    let Some(info) = known(device.info()).map_err(lost)? else { return Ok(facts) };
+    if info.num_regions as usize > REGIONS_MAX || info.num_irqs as usize > REGIONS_MAX {
+        return Ok(facts);
+    }
+    let regions = (0..info.num_regions).map(|index| Ok(device.region(index)?.info.size));
+    facts.regions = known(regions.collect()).map_err(lost)?;
+    let irqs = (0..info.num_irqs).map(|index| Ok(device.irq(index)?.count));
+    facts.irqs = known(irqs.collect()).map_err(lost)?;
+    let is_pci = DeviceFlags::from_bits_retain(info.flags).contains(DeviceFlags::PCI);
+    let has_config = facts.regions.as_ref().and_then(|sizes| sizes.get(pci_index::CONFIG as usize));
+    if is_pci && has_config.is_some_and(|bytes| *bytes >= 64) {
+        let mut config = [0; 64];
+        let read = device.region_read(pci_index::CONFIG, 0, &mut config);
+        facts.pci = known(read).map_err(lost)?.map(|()| pci_ids(&config));
+    }
+    Ok(facts)
+}
+
+/// A refusal is "not known".
+fn known<T>(answer: limosa_client::Result<T>) -> limosa_client::Result<Option<T>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error.is_connection_lost() => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+/// The identification in a type 0 header (PCI Local Bus 3.0, 6.2.1).
+fn pci_ids(config: &[u8; 64]) -> PciIds {
+    let word = |at: usize| u16::from_le_bytes([config[at], config[at + 1]]);
+    PciIds {
+        vendor: word(0x00),
+        device: word(0x02),
+        subsystem_vendor: word(0x2c),
+        subsystem_device: word(0x2e),
+        class: u32::from_le_bytes([config[0x09], config[0x0a], config[0x0b], 0]),
+        revision: config[0x08],
+    }
+}
+
+/// Why this device cannot be moved at all.
+pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), String> {
+    let flags = MigrationFlags::from_bits_retain(facts.flags);
+    if flags.contains(MigrationFlags::STOP_COPY) {
+        return Ok(());
+    }
+    Err(format!("{}: it has no migration (flags {flags}, STOP_COPY is needed)", printable(&facts.name)))
+}
+
+/// Why the source's devices cannot become these. Empty when they can.
+pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> Vec<String> {
+    let mut reasons = Vec::new();
+    if source.len() != here.len() {
+        reasons.push(format!("the source has {} devices, the destination {}", source.len(), here.len()));
+    }
+    for (theirs, mine) in source.iter().zip(here) {
+        let named = printable(&mine.name);
+        let mut differ = |what: &str, theirs: String, mine: String| {
+            reasons.push(format!("{named}: the source's {what} is {}, this one's is {mine}", printable(&theirs)));
+        };
+        if let (Some(theirs), Some(mine)) = (&theirs.kind, &mine.kind)
+            && theirs != mine
+        {
+            differ("kind", theirs.clone(), mine.clone());
+        }
+        if let (Some(theirs), Some(mine)) = (theirs.pci, mine.pci)
+            && (PciIds { revision: 0, ..theirs }) != (PciIds { revision: 0, ..mine })
+        {
+            differ("PCI identification", print_ids(&theirs), print_ids(&mine));
+        }
+        if let (Some(theirs), Some(mine)) = (&theirs.regions, &mine.regions)
+            && theirs != mine
+        {
+            differ("list of region sizes", format!("{theirs:?}"), format!("{mine:?}"));
+        }
+        if let (Some(theirs), Some(mine)) = (&theirs.irqs, &mine.irqs)
+            && theirs != mine
+        {
+            differ("list of interrupt vectors", format!("{theirs:?}"), format!("{mine:?}"));
+        }
+    }
+    reasons.extend(here.iter().filter_map(|mine| check_movable(mine).err()));
+    reasons
+}
+
+fn print_ids(ids: &PciIds) -> String {
+    let PciIds { vendor, device, subsystem_vendor, subsystem_device, class, .. } = ids;
+    format!("{vendor:04x}:{device:04x} ({subsystem_vendor:04x}:{subsystem_device:04x}, class {class:06x})")
+}
+
+/// Why the source's memory is not this one. Empty when it is.
+pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Vec<String> {
+    let print = |facts: &MemoryFacts| format!("{:#x} bytes at {:#x}", facts.bytes, facts.address);
+    let same = |one: &MemoryFacts, other: &MemoryFacts| {
+        (one.id, one.address, one.bytes) == (other.id, other.address, other.bytes)
+    };
+    let missing = |of: &[MemoryFacts], among: &[MemoryFacts], side: &str| -> Vec<String> {
+        let lacks = |facts: &&MemoryFacts| !among.iter().any(|other| same(facts, other));
+        let say = |facts: &MemoryFacts| format!("only the {side} has memory {} of {}", facts.id, print(facts));
+        of.iter().filter(lacks).map(say).collect()
+    };
+    let mut reasons = missing(source, here, "source");
+    reasons.extend(missing(here, source, "destination"));
+    reasons
+}

@@ -1,0 +1,94 @@
+//! Byte links between the two ends of a move: UNIX and TCP sockets, and files.
+//!
+//! A [`Link`] moves bytes, possibly fewer than asked; framing, checksums and the order of things are
+//! above it. Every wait ends at a deadline or when the move is called off.
+
+mod address;
+mod file;
+mod socket;
+
+use std::io::IoSlice;
+use std::time::{Duration, Instant};
+
+pub use address::{Address, AddressError};
+pub use file::FileLink;
+pub use socket::{Listener, SocketLink, connect};
+
+use crate::Cancel;
+
+/// How long a link may wait, and who may end the wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Wait<'a> {
+    /// When to give up. A moment in the past allows what can be done without waiting.
+    pub deadline: Instant,
+    /// Ends the wait early.
+    pub cancel: Option<&'a Cancel>,
+}
+
+impl<'a> Wait<'a> {
+    /// This long from now.
+    pub fn within(time: Duration, cancel: Option<&'a Cancel>) -> Wait<'a> {
+        let now = Instant::now();
+        // A limit beyond what the clock can express is no limit; a year is none either.
+        let deadline = now.checked_add(time).unwrap_or(now + Duration::from_secs(365 * 86_400));
+        Wait { deadline, cancel }
+    }
+
+    /// What is left of it; [`LinkError::Cancelled`] or [`LinkError::TimedOut`] when nothing is.
+    pub fn left(&self) -> Result<Duration, LinkError> {
+        if self.cancel.is_some_and(Cancel::is_cancelled) {
+            return Err(LinkError::Cancelled);
+        }
+        match self.deadline.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(LinkError::TimedOut),
+            left => Ok(left),
+        }
+    }
+}
+
+/// Why a link did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The deadline passed.
+    #[error("no progress within the time limit")]
+    TimedOut,
+    /// The move was called off.
+    #[error("cancelled")]
+    Cancelled,
+    /// The other end is gone.
+    #[error("closed by the other end")]
+    Closed,
+    /// The system refused.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}
+
+impl From<rustix::io::Errno> for LinkError {
+    fn from(errno: rustix::io::Errno) -> LinkError {
+        use rustix::io::Errno;
+        match errno {
+            Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::CONNABORTED => LinkError::Closed,
+            errno => LinkError::Io(errno.into()),
+        }
+    }
+}
+
+/// A byte link: in order, both ways.
+pub trait Link: Send {
+    /// Writes at least one byte of these slices, in order, and says how many.
+    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError>;
+
+    /// Reads at least one byte and says how many; [`LinkError::Closed`] at the end.
+    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError>;
+
+    /// Says to the other end that nothing more comes. Reading goes on.
+    fn finish(&mut self);
+
+    /// The other end, for messages.
+    fn peer(&self) -> &str;
+
+    /// Whether somebody reads and answers at the other end. A file has nobody.
+    fn has_peer(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,260 @@
+//! Links over stream sockets, UNIX and TCP: header and payload in one `sendmsg`, waits in `poll`.
+
+use std::io::IoSlice;
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+
+use super::{Address, Link, LinkError, Wait};
+use crate::cancel::timespec;
+
+/// A connected stream socket.
+#[derive(Debug)]
+pub struct SocketLink {
+    fd: OwnedFd,
+    peer: String,
+}
+
+impl SocketLink {
+    /// Takes a connected stream socket; `peer` is for messages.
+    pub fn new(socket: impl Into<OwnedFd>, peer: impl Into<String>) -> SocketLink {
+        SocketLink { fd: socket.into(), peer: peer.into() }
+    }
+
+    /// Two ends of a link within this process.
+    pub fn pair() -> std::io::Result<(SocketLink, SocketLink)> {
+        let (one, other) = UnixStream::pair()?;
+        Ok((SocketLink::new(one, "the destination"), SocketLink::new(other, "the source")))
+    }
+}
+
+/// Tries, and between tries waits for the events, until `attempt` gives something else than EAGAIN.
+fn retry<T>(
+    fd: &impl AsFd,
+    events: PollFlags,
+    wait: Wait<'_>,
+    mut attempt: impl FnMut() -> Result<T, Errno>,
+) -> Result<T, LinkError> {
+    loop {
+        if wait.cancel.is_some_and(crate::Cancel::is_cancelled) {
+            return Err(LinkError::Cancelled);
+        }
+        match attempt() {
+            Err(Errno::AGAIN) => {}
+            Err(Errno::INTR) => continue,
+            done => return Ok(done?),
+        }
+        let left = timespec(wait.left()?);
+        let polled = match wait.cancel {
+            Some(cancel) => {
+                poll(&mut [PollFd::new(fd, events), PollFd::new(cancel, PollFlags::IN)], Some(&left))
+            }
+            None => poll(&mut [PollFd::new(fd, events)], Some(&left)),
+        };
+        match polled {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+impl Link for SocketLink {
+    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        retry(&self.fd, PollFlags::OUT, wait, || {
+            rustix::net::sendmsg(&self.fd, slices, &mut SendAncillaryBuffer::default(), flags)
+        })
+    }
+
+    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let got = retry(&self.fd, PollFlags::IN, wait, || {
+            rustix::net::recv(&self.fd, &mut *into, RecvFlags::DONTWAIT).map(|(got, _)| got)
+        })?;
+        if got == 0 && !into.is_empty() { Err(LinkError::Closed) } else { Ok(got) }
+    }
+
+    fn finish(&mut self) {
+        // Refused only when the connection is gone already.
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Write);
+    }
+
+    fn peer(&self) -> &str {
+        &self.peer
+    }
+}
+
+/// Connects to a listening destination. The name of a TCP host is looked up without the time limit;
+/// every address that it has is tried.
+pub fn connect(address: &Address, within: Duration) -> std::io::Result<SocketLink> {
+    match address {
+        Address::Unix(path) => Ok(SocketLink::new(UnixStream::connect(path)?, address.to_string())),
+        Address::Tcp(host, port) => {
+            let mut failed = std::io::Error::new(std::io::ErrorKind::NotFound, "the host has no address");
+            for socket_address in (host.as_str(), *port).to_socket_addrs()? {
+                match TcpStream::connect_timeout(&socket_address, within) {
+                    Ok(stream) => {
+                        stream.set_nodelay(true)?;
+                        return Ok(SocketLink::new(stream, address.to_string()));
+                    }
+                    Err(error) => failed = error,
+                }
+            }
+            Err(failed)
+        }
+        Address::File(_) => Err(std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            "a file is not listening; save to it or load from it instead",
+        )),
+    }
+}
+
+/// Waits for sources to connect.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    address: Address,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixListener, PathBuf),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Listens. A UNIX socket left behind by a process that has died is replaced; one that somebody
+    /// listens on is not.
+    pub fn bind(address: &Address) -> std::io::Result<Listener> {
+        match address {
+            Address::Unix(path) => {
+                let listener = match UnixListener::bind(path) {
+                    Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                        let dead = matches!(
+                            UnixStream::connect(path),
+                            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused
+                        );
+                        if !dead {
+                            return Err(error);
+                        }
+                        std::fs::remove_file(path)?;
+                        UnixListener::bind(path)?
+                    }
+                    bound => bound?,
+                };
+                listener.set_nonblocking(true)?;
+                let socket = Socket::Unix(listener, path.clone());
+                Ok(Listener { socket, address: address.clone() })
+            }
+            Address::Tcp(host, port) => {
+                let listener = TcpListener::bind((host.as_str(), *port))?;
+                listener.set_nonblocking(true)?;
+                let port = listener.local_addr()?.port();
+                Ok(Listener { socket: Socket::Tcp(listener), address: Address::Tcp(host.clone(), port) })
+            }
+            Address::File(_) => Err(std::io::Error::new(
+                std::io::ErrorKind::InvalidInput,
+                "a file cannot be listened on; load from it instead",
+            )),
+        }
+    }
+
+    /// Where it listens, the port included that the system chose for port 0.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// The next source.
+    pub fn accept(&self, wait: Wait<'_>) -> Result<SocketLink, LinkError> {
+        let errno = |error: std::io::Error| {
+            Errno::from_raw_os_error(error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()))
+        };
+        match &self.socket {
+            Socket::Unix(listener, _) => {
+                let (stream, _) = retry(listener, PollFlags::IN, wait, || listener.accept().map_err(errno))?;
+                Ok(SocketLink::new(stream, format!("the source at {}", self.address)))
+            }
+            Socket::Tcp(listener) => {
+                let (stream, from) = retry(listener, PollFlags::IN, wait, || listener.accept().map_err(errno))?;
+                stream.set_nodelay(true)?;
+                Ok(SocketLink::new(stream, format!("tcp:{from}")))
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Socket::Unix(_, path) = &self.socket {
+            // Somebody may have removed it already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Cancel;
+
+    fn soon(cancel: Option<&Cancel>) -> Wait<'_> {
+        Wait::within(Duration::from_millis(5), cancel)
+    }
+
+    #[test]
+    fn waits_end_at_the_deadline_at_a_cancel_and_at_the_close() {
+        let (mut one, other) = SocketLink::pair().unwrap();
+        let mut byte = [0];
+        assert!(matches!(one.read(&mut byte, soon(None)), Err(LinkError::TimedOut)));
+        let cancel = Cancel::new().unwrap();
+        cancel.cancel();
+        let long = Wait::within(Duration::from_secs(60), Some(&cancel));
+        assert!(matches!(one.read(&mut byte, long), Err(LinkError::Cancelled)));
+        let full = [0; 1 << 16];
+        let stuck = loop {
+            if let Err(error) = one.write(&[IoSlice::new(&full)], soon(None)) {
+                break error;
+            }
+        };
+        assert!(matches!(stuck, LinkError::TimedOut));
+        drop(other);
+        assert!(matches!(one.write(&[IoSlice::new(&full)], soon(None)), Err(LinkError::Closed)));
+        assert!(matches!(one.read(&mut byte, soon(None)), Err(LinkError::Closed)));
+    }
+
+    #[test]
+    fn listeners_accept_and_clean_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        for address in [Address::Unix(path.clone()), Address::Tcp("127.0.0.1".into(), 0)] {
+            let listener = Listener::bind(&address).unwrap();
+            assert!(matches!(listener.accept(soon(None)), Err(LinkError::TimedOut)));
+            let limit = Duration::from_secs(10);
+            let mut one = connect(listener.address(), limit).unwrap();
+            let mut other = listener.accept(Wait::within(limit, None)).unwrap();
+            assert_eq!(one.write(&[IoSlice::new(b"a"), IoSlice::new(b"bc")], soon(None)).unwrap(), 3);
+            let mut got = [0; 8];
+            assert_eq!(other.read(&mut got, Wait::within(limit, None)).unwrap(), 3);
+            one.finish();
+            assert!(matches!(other.read(&mut got, Wait::within(limit, None)), Err(LinkError::Closed)));
+        }
+        assert!(!path.exists());
+        assert!(connect(&Address::Unix(path), Duration::from_secs(1)).is_err());
+    }
+
+    #[test]
+    fn a_socket_left_behind_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Address::Unix(dir.path().join("socket"));
+        drop(UnixListener::bind(dir.path().join("socket")).unwrap());
+        let listener = Listener::bind(&address).unwrap();
+        let error = Listener::bind(&address).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
+        drop(listener);
+    }
+}

@@ -1,0 +1,44 @@
+//! A move within one process: both scripts, joined by a link to itself.
+
+use crate::link::SocketLink;
+use crate::source::Outcome;
+use crate::{Destination, Error, Received, Source};
+
+/// Moves from the source to the destination, each in a thread of its own. Since both are here, a move
+/// in doubt is decided on the spot.
+pub fn move_local(source: &mut Source<'_>, destination: &Destination<'_>) -> (Outcome, Received) {
+    let (mut near, mut far) = match SocketLink::pair() {
+        Ok(pair) => pair,
+        Err(error) => {
+            let failed = || Error::Vmm { doing: "make a socket pair", reason: error.to_string() };
+            let report = |recorder: crate::report::Recorder<'_>| recorder.finish();
+            let nothing = || report(crate::report::Recorder::new(&crate::Nobody, std::iter::empty()));
+            return (
+                Outcome::Undone { why: failed(), report: nothing() },
+                Received::Discarded { why: failed(), report: nothing() },
+            );
+        }
+    };
+    std::thread::scope(|scope| {
+        let receiving = scope.spawn(move || {
+            let received = destination.receive(&mut far);
+            // The source may wait for the close.
+            drop(far);
+            received
+        });
+        let outcome = source.send(&mut near);
+        drop(near);
+        let received = receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (source.settle(outcome, destination.ledger), received)
+    })
+}
+
+impl Source<'_> {
+    /// Decides a move in doubt whose destination is in this process and done.
+    fn settle(&mut self, outcome: Outcome, ledger: &crate::Ledger) -> Outcome {
+        match outcome {
+            Outcome::InDoubt(doubt) => self.act_on(ledger.ask(doubt.id), doubt),
+            outcome => outcome,
+        }
+    }
+}

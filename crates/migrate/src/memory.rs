@@ -1,0 +1,401 @@
+//! Guest memory in a move: where it is, who tells which pages are dirty, and the rounds in which
+//! dirty pages are sent.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use limosa_client::DeviceExt;
+use limosa_protocol::bitmap::{DirtyBitmap, Grid, regranulate, words_for};
+use limosa_protocol::feature::DmaLoggingRange;
+
+use crate::channel::Channel;
+use crate::devices::MovedDevice;
+use crate::report::Recorder;
+use crate::stream::{DATA_BYTES_MAX, Kind, MemoryFacts};
+use crate::{Error, Result};
+
+/// Bytes of a page, as the engine counts them. Guest memory is made of whole ones.
+pub const PAGE_BYTES: u64 = 4096;
+/// After this much memory, devices in pre-copy get their turn.
+const TURN_BYTES: u64 = 16 << 20;
+
+/// Reads and writes pages of guest memory. Offsets are within the region.
+pub trait GuestPages: Sync {
+    /// Reads all of `into`.
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Writes all of `from`.
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()>;
+
+    /// Writes zeroes.
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let zeroes = [0; 64 << 10];
+        let mut at = offset;
+        while at < offset + bytes {
+            let piece = (offset + bytes - at).min(zeroes.len() as u64);
+            self.write(at, &zeroes[..piece as usize])?;
+            at += piece;
+        }
+        Ok(())
+    }
+}
+
+/// Guest memory in a file: a memfd, hugetlbfs, any other.
+#[derive(Debug)]
+pub struct FilePages {
+    file: File,
+    offset: u64,
+}
+
+impl FilePages {
+    /// Memory that starts at this offset of the file.
+    pub fn new(file: File, offset: u64) -> FilePages {
+        FilePages { file, offset }
+    }
+}
+
+impl GuestPages for FilePages {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, self.offset + offset)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(from, self.offset + offset)
+    }
+}
+
+/// A region of guest memory.
+#[derive(Clone, Copy)]
+pub struct MemoryRegion<'a> {
+    /// Names it on both sides.
+    pub id: u32,
+    /// Its first address, as devices see it (IOVA): page-aligned. It should be mapped to the devices
+    /// as one piece or several, but not together with another region.
+    pub iova: u64,
+    /// Bytes; whole pages.
+    pub size: u64,
+    /// Its pages.
+    pub pages: &'a dyn GuestPages,
+}
+
+impl std::fmt::Debug for MemoryRegion<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MemoryRegion {} ({:#x} bytes at {:#x})", self.id, self.size, self.iova)
+    }
+}
+
+impl MemoryRegion<'_> {
+    pub(crate) fn facts(&self) -> MemoryFacts {
+        MemoryFacts { id: self.id, address: self.iova, bytes: self.size, page_bytes: PAGE_BYTES }
+    }
+
+    pub(crate) fn failed(&self, offset: u64, error: io::Error) -> Error {
+        Error::Memory { address: self.iova.saturating_add(offset), error }
+    }
+}
+
+/// The caller's own source of dirty pages: what vCPUs write, or an IOMMU's log. What devices log
+/// themselves, the engine asks them for.
+///
+/// Bit *n* of a bitmap stands for page *n* of the region, of [`PAGE_BYTES`].
+pub trait DirtyLog: Send {
+    /// Logs from now on, all clean.
+    fn start(&mut self) -> io::Result<()>;
+
+    /// Moves the marks of a region (by its place among the regions) to `dirty`. When this fails, all
+    /// of the region is taken as dirty.
+    fn harvest(&mut self, region: usize, dirty: &DirtyBitmap) -> io::Result<()>;
+
+    /// The move was undone: here are all the pages that were harvested in it, from this log and from
+    /// the devices', so that whoever else lives by the log misses nothing.
+    fn give_back(&mut self, region: usize, dirty: &DirtyBitmap) {
+        let _ = (region, dirty);
+    }
+
+    /// The move is over, one way or the other.
+    fn stop(&mut self);
+
+    /// Whether it sees what devices write as well, so that devices without DMA logging are covered.
+    fn covers_devices(&self) -> bool {
+        false
+    }
+}
+
+/// The guest memory of a move.
+#[derive(Default)]
+pub struct Memory<'a> {
+    /// The regions; none where only devices move.
+    pub regions: Vec<MemoryRegion<'a>>,
+    /// Who tells what vCPUs write. Without it only what devices log is seen.
+    pub log: Option<&'a mut dyn DirtyLog>,
+}
+
+/// Which pages are still to be sent, and which were ever harvested.
+#[derive(Default)]
+pub(crate) struct Dirty {
+    pending: Vec<DirtyBitmap>,
+    harvested: Vec<DirtyBitmap>,
+    /// For each device the page size of its log, in bytes, where it logs.
+    device_page_bytes: Vec<Option<u64>>,
+    log_started: bool,
+    /// A device whose writes nobody sees: memory is dirty as long as it runs.
+    pub(crate) blind: bool,
+}
+
+impl Dirty {
+    /// Starts all logs and takes every page as dirty.
+    pub(crate) fn start(
+        &mut self,
+        devices: &[MovedDevice<'_>],
+        memory: &mut Memory<'_>,
+        recorder: &mut Recorder<'_>,
+    ) -> Result<()> {
+        self.device_page_bytes = vec![None; devices.len()];
+        for region in &memory.regions {
+            let bitmap = || {
+                let bitmap = DirtyBitmap::new(region.size / PAGE_BYTES);
+                bitmap.map_err(|_| region.failed(0, io::ErrorKind::OutOfMemory.into()))
+            };
+            let all = bitmap()?;
+            all.set_range(0, all.pages());
+            self.pending.push(all);
+            self.harvested.push(bitmap()?);
+        }
+        if memory.regions.is_empty() {
+            return Ok(());
+        }
+        if let Some(log) = &mut memory.log {
+            log.start().map_err(|error| memory.regions[0].failed(0, error))?;
+            self.log_started = true;
+        }
+        for (at, device) in devices.iter().enumerate() {
+            match start_device(device, &memory.regions)? {
+                Some(page_bytes) => self.device_page_bytes[at] = Some(page_bytes),
+                None if memory.log.as_ref().is_some_and(|log| log.covers_devices()) => {}
+                None => {
+                    self.blind = true;
+                    let name = device.device.name();
+                    recorder.note(format!("{name} does not log its DMA: all memory moves after the stop"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Collects what was written since the last time. A log that fails makes its region dirty.
+    pub(crate) fn harvest(&mut self, devices: &[MovedDevice<'_>], memory: &mut Memory<'_>) -> Result<()> {
+        for (at, region) in memory.regions.iter().enumerate() {
+            let Ok(fresh) = DirtyBitmap::new(region.size / PAGE_BYTES) else {
+                return Err(region.failed(0, io::ErrorKind::OutOfMemory.into()));
+            };
+            let everything = || fresh.set_range(0, fresh.pages());
+            for (device, page_bytes) in devices.iter().zip(&self.device_page_bytes) {
+                let Some(page_bytes) = *page_bytes else { continue };
+                let mut words = vec![0; words_for(region.size.div_ceil(page_bytes)) as usize];
+                match device.device.dma_logging_report(region.iova, region.size, page_bytes, &mut words) {
+                    Ok(()) if page_bytes == PAGE_BYTES => fresh.or_words(0, &words, fresh.pages()),
+                    Ok(()) => {
+                        let mut fine = vec![0; words_for(fresh.pages()) as usize];
+                        let from = Grid { iova: region.iova, page_size: page_bytes };
+                        let to = Grid { iova: region.iova, page_size: PAGE_BYTES };
+                        regranulate(&words, from, &mut fine, to, region.iova, region.size);
+                        fresh.or_words(0, &fine, fresh.pages());
+                    }
+                    Err(error) => {
+                        tracing::warn!("{}: its dirty log is lost, all is dirty: {error}", device.device.name());
+                        everything();
+                    }
+                }
+            }
+            if let Some(log) = &mut memory.log
+                && self.log_started
+                && let Err(error) = log.harvest(at, &fresh)
+            {
+                tracing::warn!("the dirty log is lost, all is dirty: {error}");
+                everything();
+            }
+            self.pending[at].or(&fresh);
+            self.harvested[at].or(&fresh);
+        }
+        Ok(())
+    }
+
+    /// Takes every page as dirty.
+    pub(crate) fn everything(&self) {
+        self.pending.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+    }
+
+    /// Bytes that are still to be sent.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.pending.iter().map(|bitmap| bitmap.count() * PAGE_BYTES).sum()
+    }
+
+    /// Ends all logs. With `give_back`, harvests once more and hands the caller's log everything that
+    /// was harvested. A log that cannot be stopped is a note.
+    pub(crate) fn stop(
+        &mut self,
+        devices: &[MovedDevice<'_>],
+        memory: &mut Memory<'_>,
+        give_back: bool,
+        notes: &mut Vec<String>,
+    ) {
+        if give_back && self.log_started {
+            if let Err(error) = self.harvest(devices, memory) {
+                notes.push(format!("the last dirty pages are not known: {error}"));
+                self.harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+            }
+            if let Some(log) = &mut memory.log {
+                self.harvested.iter().enumerate().for_each(|(at, bitmap)| log.give_back(at, bitmap));
+            }
+        }
+        for (device, page_bytes) in devices.iter().zip(&mut self.device_page_bytes) {
+            if page_bytes.take().is_some()
+                && let Err(error) = device.device.dma_logging_stop()
+            {
+                notes.push(format!("DMA logging goes on: {error}"));
+            }
+        }
+        if let Some(log) = &mut memory.log
+            && std::mem::take(&mut self.log_started)
+        {
+            log.stop();
+        }
+    }
+
+    /// Sends every pending page; `turn` is called in between. Pages that could not be sent when this
+    /// fails are among the harvested ones, or were pending from the start.
+    pub(crate) fn send(
+        &mut self,
+        regions: &[MemoryRegion<'_>],
+        channel: &mut Channel<'_>,
+        recorder: &mut Recorder<'_>,
+        mut turn: impl FnMut(&mut Channel<'_>, &mut Recorder<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let mut buffer = vec![0; if regions.is_empty() { 0 } else { DATA_BYTES_MAX }];
+        let mut since_turn = 0;
+        for (region, pending) in regions.iter().zip(&self.pending) {
+            let mut sender = Sender { region, channel, recorder, zeroes: (0, 0) };
+            for (first, pages) in pending.runs() {
+                let (mut at, end) = (first * PAGE_BYTES, (first + pages) * PAGE_BYTES);
+                while at < end {
+                    let piece = &mut buffer[..(end - at).min(DATA_BYTES_MAX as u64) as usize];
+                    region.pages.read(at, piece).map_err(|error| region.failed(at, error))?;
+                    sender.send(at, piece)?;
+                    at += piece.len() as u64;
+                    since_turn += piece.len() as u64;
+                    if since_turn >= TURN_BYTES {
+                        since_turn = 0;
+                        turn(sender.channel, sender.recorder)?;
+                    }
+                }
+            }
+            sender.flush()?;
+            pending.clear();
+        }
+        Ok(())
+    }
+}
+
+/// The page size of the device's log, or `None` when it has none.
+fn start_device(device: &MovedDevice<'_>, regions: &[MemoryRegion<'_>]) -> Result<Option<u64>> {
+    use limosa_protocol::{FeatureIndex, FeatureOp};
+    let name = || device.device.name().to_string();
+    let failed = |error| Error::Device { device: name(), doing: "starting its DMA log".into(), error };
+    if !device.device.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET).map_err(failed)? {
+        return Ok(None);
+    }
+    let ranges: Vec<_> =
+        regions.iter().map(|region| DmaLoggingRange { iova: region.iova, length: region.size }).collect();
+    let started = match device.device.dma_logging_start(PAGE_BYTES, &ranges) {
+        // Devices have few range registers; one range round them all is logged more coarsely, not less.
+        Err(limosa_client::Error::Refused { .. }) if ranges.len() > 1 => {
+            let first = regions.iter().map(|region| region.iova).min().unwrap_or(0);
+            let last = regions.iter().map(|region| region.iova + (region.size - 1)).max().unwrap_or(0);
+            let length = (last - first).saturating_add(1);
+            device.device.dma_logging_start(PAGE_BYTES, &[DmaLoggingRange { iova: first, length }])
+        }
+        started => started,
+    };
+    let page_bytes = started.map_err(failed)?;
+    if !page_bytes.is_power_of_two() || page_bytes < PAGE_BYTES {
+        let _ = device.device.dma_logging_stop();
+        let what = format!("it logs DMA in pages of {page_bytes} bytes, expected a power of two from {PAGE_BYTES}");
+        return Err(Error::DeviceMisbehaved { device: name(), what });
+    }
+    Ok(Some(page_bytes))
+}
+
+/// Sends pages of one region, zeroes as runs.
+struct Sender<'a, 'c, 'r> {
+    region: &'a MemoryRegion<'a>,
+    channel: &'a mut Channel<'c>,
+    recorder: &'a mut Recorder<'r>,
+    /// A run of zeroes that may go on: offset and bytes.
+    zeroes: (u64, u64),
+}
+
+impl Sender<'_, '_, '_> {
+    fn send(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let page_bytes = PAGE_BYTES as usize;
+        let is_zero = |page: usize| is_zero(&bytes[page * page_bytes..(page + 1) * page_bytes]);
+        let pages = bytes.len() / page_bytes;
+        let mut page = 0;
+        while page < pages {
+            let first = page;
+            let zero = is_zero(page);
+            while page < pages && is_zero(page) == zero {
+                page += 1;
+            }
+            let at = offset + (first * page_bytes) as u64;
+            let run = &bytes[first * page_bytes..page * page_bytes];
+            if zero {
+                self.add_zeroes(at, run.len() as u64)?;
+            } else {
+                self.channel.send(Kind::MEMORY_DATA, self.region.id, at, run)?;
+                self.recorder.memory_data(run.len() as u64);
+            }
+        }
+        Ok(())
+    }
+
+    fn add_zeroes(&mut self, at: u64, bytes: u64) -> Result<()> {
+        if self.zeroes.0 + self.zeroes.1 != at {
+            self.flush()?;
+            self.zeroes = (at, 0);
+        }
+        self.zeroes.1 += bytes;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let (at, bytes) = std::mem::take(&mut self.zeroes);
+        if bytes > 0 {
+            self.channel.send(Kind::MEMORY_ZERO, self.region.id, at, &bytes.to_le_bytes())?;
+            self.recorder.memory_zero(bytes);
+        }
+        Ok(())
+    }
+}
+
+/// Whether all bytes are zero; whole words at a time.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (blocks, rest) = bytes.as_chunks::<64>();
+    blocks.iter().all(|block| block.iter().fold(0, |or, byte| or | byte) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_byte_makes_a_page_not_zero() {
+        for at in [0, 63, 64, 4095] {
+            let mut page = [0; 4096];
+            assert!(is_zero(&page));
+            page[at] = 1;
+            assert!(!is_zero(&page));
+        }
+        assert!(!is_zero(&[0; 65].map(|byte: u8| byte | 1)[64..]));
+    }
+}

@@ -1,0 +1,80 @@
+//! What a caller may choose, and what it may hook into: [`Options`], [`Vmm`], [`Observer`].
+
+use std::time::Duration;
+
+use crate::report::Phase;
+use crate::stream::Totals;
+
+/// What a caller may choose. The default suits a machine in one rack.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether devices that have PRE_COPY use it. Some device servers cannot load what they gave out
+    /// in PRE_COPY; without it they still move, with a longer stop.
+    pub precopy: bool,
+    /// When pre-copy stops.
+    pub convergence: crate::Convergence,
+    /// How long the other side may say nothing.
+    pub silence_max: Duration,
+    /// How long the other side may take, though alive, to answer an offer or to load.
+    pub load_max: Duration,
+    /// How long the destination holds for COMMIT, and the source waits for RUNNING.
+    pub commit_max: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            precopy: true,
+            convergence: crate::Convergence::default(),
+            silence_max: Duration::from_secs(30),
+            load_max: Duration::from_secs(600),
+            commit_max: Duration::from_secs(30),
+        }
+    }
+}
+
+/// The machine around the devices. Every method does nothing unless it is written.
+pub trait Vmm: Sync {
+    /// On the source, before devices stop: stop the vCPUs. An `Err` calls the move off.
+    fn stop(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// On the source, after a move was undone and the devices run again: let the vCPUs go on. Called
+    /// only after [`Vmm::stop`] was, also when that refused.
+    fn resume(&self) {}
+
+    /// On the destination, after COMMIT and before devices run. An `Err` gives the machine back to
+    /// the source.
+    fn prepare(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// On the destination, when the devices run: start the vCPUs.
+    fn start(&self) {}
+}
+
+/// Watches a move, for a progress bar. Calls are short and come from the moving thread.
+pub trait Observer: Sync {
+    /// A phase begins.
+    fn phase(&self, phase: Phase) {
+        let _ = phase;
+    }
+
+    /// What has been moved so far.
+    fn moved(&self, totals: Totals) {
+        let _ = totals;
+    }
+
+    /// A round of pre-copy is over; this many bytes of memory are still dirty.
+    fn round(&self, round: u32, dirty_bytes: u64) {
+        let _ = (round, dirty_bytes);
+    }
+}
+
+/// Nobody: a VMM that does nothing, and an observer that does not look.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Nobody;
+
+impl Vmm for Nobody {}
+impl Observer for Nobody {}

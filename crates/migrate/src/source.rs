@@ -1,0 +1,447 @@
+//! The source's script: from the handshake to the commit, and back to where it was when anything
+//! fails before that.
+
+use std::path::Path;
+use std::time::Duration;
+
+use limosa_client::DeviceExt;
+use limosa_protocol::{MigrationFlags, State};
+
+use crate::channel::Channel;
+use crate::convergence::Round;
+use crate::devices::{MovedDevice, check_movable, each, enter, facts, failed};
+use crate::ledger::Decision;
+use crate::link::Link;
+use crate::memory::Memory;
+use crate::report::{Phase, Recorder, Report};
+use crate::saving::Saving;
+use crate::stream::body::{decode_u32, encode_round};
+use crate::stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags};
+use crate::undo::Held;
+use crate::{Cancel, Error, Observer, Options, Result, Vmm, snapshot};
+
+/// The most bytes that a device moves before the others get their turn.
+const TURN_BYTES: u64 = 64 << 20;
+/// How long to wait when devices want initial data to be read and have none for now.
+const NOTHING_FOR_NOW: Duration = Duration::from_millis(2);
+
+/// The side that devices leave.
+pub struct Source<'a> {
+    /// The devices, in RUNNING or STOP.
+    pub devices: &'a [MovedDevice<'a>],
+    /// The guest memory that goes with them.
+    pub memory: Memory<'a>,
+    /// The machine around them.
+    pub vmm: &'a dyn Vmm,
+    /// Who watches.
+    pub observer: &'a dyn Observer,
+    /// What was chosen.
+    pub options: &'a Options,
+    /// Calls the move off.
+    pub cancel: Option<&'a Cancel>,
+}
+
+/// How a move ended, on the source.
+#[derive(Debug)]
+#[must_use]
+pub enum Outcome {
+    /// The destination runs. The source's devices are in STOP and must not run this guest again.
+    Moved(Report),
+    /// The move failed or was called off, and the source is as it was before: its devices run, with
+    /// their dirty log complete. [`Report::notes`] names a device that could not be brought back.
+    Undone {
+        /// Why.
+        why: Error,
+        /// How far it came.
+        report: Report,
+    },
+    /// The link died at the commit: the destination may run. The source stays stopped until
+    /// [`Source::resolve`] has asked the destination.
+    InDoubt(InDoubt),
+}
+
+/// A source that may not run, because the destination may.
+pub struct InDoubt {
+    /// The move, to ask for.
+    pub id: MigrationId,
+    /// What went wrong.
+    pub why: Error,
+    /// How far it came.
+    pub report: Report,
+    held: Held,
+}
+
+impl InDoubt {
+    /// For a source that was started anew and knows only the id. Its devices are taken to have run.
+    pub fn recover(id: MigrationId) -> InDoubt {
+        let mut recorder = Recorder::new(&crate::Nobody, std::iter::empty());
+        recorder.id(id);
+        InDoubt { id, why: Error::Cancelled, report: recorder.finish(), held: Held { touched: true, ..Held::default() } }
+    }
+}
+
+impl std::fmt::Debug for InDoubt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InDoubt").field("id", &self.id).field("why", &self.why).finish_non_exhaustive()
+    }
+}
+
+/// What becomes of the devices when they have been saved to a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AfterSave {
+    /// They go on.
+    Run,
+    /// They stay in STOP, so that the file is the only place where the guest goes on.
+    Stop,
+}
+
+/// How an attempt to commit failed.
+enum Uncommitted {
+    /// The destination will never run.
+    Off(Error),
+    /// Nobody here knows.
+    Doubt(Error),
+}
+
+impl<'a> Source<'a> {
+    /// Moves everything over the link. Blocks until it is over.
+    pub fn send(&mut self, link: &mut dyn Link) -> Outcome {
+        let mut recorder = self.recorder();
+        let mut channel = Channel::new(link, self.cancel, self.options.silence_max);
+        let mut held = Held::default();
+        recorder.phase(Phase::Handshake);
+        let id = match self.until_ready(&mut channel, &mut recorder, &mut held) {
+            Ok(id) => id,
+            Err(why) => return self.undone(why, &mut channel, recorder, held),
+        };
+        recorder.phase(Phase::Commit);
+        match self.commit(&mut channel) {
+            Ok(()) => {
+                recorder.runs();
+                recorder.phase(Phase::Finish);
+                self.finish(&mut recorder, &mut held);
+                Outcome::Moved(recorder.finish())
+            }
+            Err(Uncommitted::Off(why)) => self.undone(why, &mut channel, recorder, held),
+            Err(Uncommitted::Doubt(why)) => {
+                tracing::error!(%id, "in doubt whether the destination runs: {why}");
+                Outcome::InDoubt(InDoubt { id, why, report: recorder.finish(), held })
+            }
+        }
+    }
+
+    /// Asks the destination over a new link what became of a move in doubt, and acts on the answer:
+    /// [`Outcome::Moved`], [`Outcome::Undone`], or still [`Outcome::InDoubt`], when the link fails again
+    /// or the destination does not know.
+    pub fn resolve(&mut self, doubt: InDoubt, link: &mut dyn Link) -> Outcome {
+        let mut channel = Channel::new(link, None, self.options.silence_max);
+        match self.query(doubt.id, &mut channel) {
+            Ok(decision) => self.act_on(decision, doubt),
+            Err(why) => Outcome::InDoubt(InDoubt { why, ..doubt }),
+        }
+    }
+
+    /// Does what the destination's memory says.
+    pub(crate) fn act_on(&mut self, decision: Decision, mut doubt: InDoubt) -> Outcome {
+        let mut recorder = self.recorder();
+        recorder.id(doubt.id);
+        match decision {
+            Decision::Committed => {
+                recorder.phase(Phase::Finish);
+                self.finish(&mut recorder, &mut doubt.held);
+                Outcome::Moved(recorder.finish())
+            }
+            Decision::NotCommitted => {
+                recorder.phase(Phase::Undo);
+                self.run_again(&mut recorder, &mut doubt.held);
+                Outcome::Undone { why: doubt.why, report: recorder.finish() }
+            }
+            Decision::Unknown => Outcome::InDoubt(doubt),
+        }
+    }
+
+    /// Saves everything to a file, which appears under its name only when it is whole. On failure
+    /// nothing is there that was not there before, and the source runs as before.
+    pub fn save(&mut self, path: &Path, after: AfterSave) -> Outcome {
+        let mut recorder = self.recorder();
+        let mut held = Held::default();
+        recorder.phase(Phase::Handshake);
+        let (file, mut link) = match snapshot::Unfinished::create(path) {
+            Ok(created) => created,
+            Err(why) => return Outcome::Undone { why, report: recorder.finish() },
+        };
+        let mut channel = Channel::new(&mut link, self.cancel, self.options.silence_max);
+        if let Err(why) = self.until_sum(&mut channel, &mut recorder, &mut held) {
+            return self.undone(why, &mut channel, recorder, held);
+        }
+        if after == AfterSave::Run {
+            // All is read: the guest need not wait for the disk.
+            recorder.phase(Phase::Finish);
+            self.run_again(&mut recorder, &mut held);
+        }
+        recorder.phase(Phase::Commit);
+        match (file.finish(), after) {
+            (Ok(()), AfterSave::Run) => Outcome::Moved(recorder.finish()),
+            (Ok(()), AfterSave::Stop) => {
+                recorder.phase(Phase::Finish);
+                self.finish(&mut recorder, &mut held);
+                Outcome::Moved(recorder.finish())
+            }
+            (Err(why), AfterSave::Run) => Outcome::Undone { why, report: recorder.finish() },
+            (Err(why), AfterSave::Stop) => self.undone(why, &mut channel, recorder, held),
+        }
+    }
+
+    fn recorder(&self) -> Recorder<'a> {
+        Recorder::new(self.observer, self.devices.iter().map(|moved| moved.device.name().into()))
+    }
+
+    /// From nothing to READY: the source may still go back.
+    fn until_ready(
+        &mut self,
+        channel: &mut Channel<'_>,
+        recorder: &mut Recorder<'_>,
+        held: &mut Held,
+    ) -> Result<MigrationId> {
+        let id = self.until_sum(channel, recorder, held)?;
+        recorder.phase(Phase::Load);
+        channel.expect(Kind::READY, "waiting for the destination to load", self.options.load_max)?;
+        Ok(id)
+    }
+
+    /// Everything up to SUM.
+    fn until_sum(
+        &mut self,
+        channel: &mut Channel<'_>,
+        recorder: &mut Recorder<'_>,
+        held: &mut Held,
+    ) -> Result<MigrationId> {
+        let id = self.handshake(channel, recorder, held)?;
+        let devices = self.devices;
+        let mut savings: Vec<_> =
+            devices.iter().enumerate().map(|(at, moved)| Saving::new(at, moved.device)).collect();
+        held.touched = true;
+        held.dirty.start(self.devices, &mut self.memory, recorder)?;
+        recorder.phase(Phase::PreCopy);
+        self.precopy(channel, recorder, held, &mut savings)?;
+        recorder.phase(Phase::Stop);
+        self.stop(channel, held, &mut savings)?;
+        recorder.phase(Phase::StopCopy);
+        channel.send(Kind::STOPPED, 0, 0, &[])?;
+        for saving in &mut savings {
+            saving.drain(channel, recorder)?;
+        }
+        match held.dirty.blind {
+            true => held.dirty.everything(),
+            false => held.dirty.harvest(self.devices, &mut self.memory)?,
+        }
+        held.dirty.send(&self.memory.regions, channel, recorder, |channel, _| channel.check_cancel())?;
+        channel.send(Kind::SUM, 0, 0, &recorder.totals().encode())?;
+        Ok(id)
+    }
+
+    /// Compares both sides before anything is touched.
+    fn handshake(
+        &mut self,
+        channel: &mut Channel<'_>,
+        recorder: &mut Recorder<'_>,
+        held: &mut Held,
+    ) -> Result<MigrationId> {
+        let id = MigrationId::random()
+            .map_err(|error| Error::Vmm { doing: "give a random number", reason: error.to_string() })?;
+        recorder.id(id);
+        let offer = self.offer()?;
+        for moved in self.devices {
+            let state = moved.device.state().map_err(|error| failed(moved.device, "reading its state", error))?;
+            if !matches!(state, State::Running | State::Stop) {
+                let name = moved.device.name();
+                let reason = format!("{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?");
+                return Err(Error::Incompatible { reasons: vec![reason] });
+            }
+            held.found.push(state);
+        }
+        let flags = if channel.has_peer() { PrefaceFlags::empty() } else { PrefaceFlags::STORED };
+        let payload = offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
+        channel.send_preface(id, flags)?;
+        channel.send(Kind::OFFER, 0, 0, &payload)?;
+        if channel.has_peer() {
+            check_preface(channel, id)?;
+            let payload = channel.expect(Kind::ANSWER, "waiting for an answer to the offer", self.options.load_max)?;
+            let answer = Answer::decode(payload).map_err(|damage| channel.damaged(damage))?;
+            if !answer.accepted {
+                let reasons = answer.reasons;
+                return Err(Error::Incompatible { reasons });
+            }
+        }
+        Ok(id)
+    }
+
+    fn offer(&self) -> Result<Offer> {
+        let mut offer = Offer::default();
+        let mut reasons = Vec::new();
+        for (at, moved) in self.devices.iter().enumerate() {
+            let facts = facts(at as u32, moved)?;
+            reasons.extend(check_movable(&facts).err());
+            offer.devices.push(facts);
+        }
+        offer.memory = self.memory.regions.iter().map(|region| region.facts()).collect();
+        if reasons.is_empty() { Ok(offer) } else { Err(Error::Incompatible { reasons }) }
+    }
+
+    /// Rounds of device data and dirty memory while everything runs.
+    fn precopy(
+        &mut self,
+        channel: &mut Channel<'_>,
+        recorder: &mut Recorder<'_>,
+        held: &mut Held,
+        savings: &mut [Saving<'_>],
+    ) -> Result<()> {
+        for ((moved, saving), found) in self.devices.iter().zip(&mut *savings).zip(&held.found) {
+            let device = moved.device;
+            let flags = device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
+            if self.options.precopy && flags.contains(MigrationFlags::PRE_COPY) && found.is_running() {
+                // Without it, initial bytes that grow again are taken for dirty ones.
+                let _ = device.precopy_info_v2();
+                saving.open(channel.attend(|| enter(device, State::PreCopy))?)?;
+            }
+        }
+        let has_memory = !self.memory.regions.is_empty() && !held.dirty.blind;
+        if !has_memory && !savings.iter().any(Saving::is_open) {
+            return Ok(());
+        }
+        for round in 1.. {
+            channel.check_cancel()?;
+            let mut moved = 0;
+            if has_memory {
+                held.dirty.send(&self.memory.regions, channel, recorder, |channel, recorder| {
+                    channel.check_cancel()?;
+                    let turn = savings.iter_mut().filter(|saving| saving.is_open());
+                    turn.map(|saving| saving.precopy(TURN_BYTES, channel, recorder).map(drop)).collect()
+                })?;
+                held.dirty.harvest(self.devices, &mut self.memory)?;
+            }
+            let mut state = Round { round, ..Default::default() };
+            for saving in savings.iter_mut().filter(|saving| saving.is_open()) {
+                moved += saving.precopy(TURN_BYTES, channel, recorder)?;
+                saving.hint(channel)?;
+                let (initial, dirty) = saving.left();
+                state.device_initial_bytes = state.device_initial_bytes.saturating_add(initial);
+                state.device_dirty_bytes = state.device_dirty_bytes.saturating_add(dirty);
+            }
+            state.memory_dirty_bytes = if has_memory { held.dirty.bytes() } else { 0 };
+            channel.send(Kind::ROUND, 0, 0, &encode_round(round, state.memory_dirty_bytes))?;
+            recorder.round(round, state.memory_dirty_bytes);
+            if self.options.convergence.stops(&state) {
+                break;
+            }
+            if moved == 0 && state.memory_dirty_bytes == 0 {
+                channel.pause(NOTHING_FOR_NOW)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices.
+    fn stop(&mut self, channel: &mut Channel<'_>, held: &mut Held, savings: &mut [Saving<'_>]) -> Result<()> {
+        channel.check_cancel()?;
+        held.vmm_stopped = true;
+        self.vmm.stop().map_err(|reason| Error::Vmm { doing: "stop", reason })?;
+        let devices = self.devices;
+        let saves: Vec<bool> = savings.iter().map(Saving::is_open).collect();
+        let found = &held.found;
+        let quiesced = channel.attend(|| {
+            each(devices, |at, device| {
+                let flags = device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
+                if !flags.contains(MigrationFlags::P2P) || !found[at].is_running() {
+                    return Ok(());
+                }
+                enter(device, if saves[at] { State::PreCopyP2p } else { State::RunningP2p }).map(drop)
+            })
+        });
+        quiesced.into_iter().collect::<Result<()>>()?;
+        channel.check_cancel()?;
+        let stopped = channel.attend(|| each(devices, |_, device| enter(device, State::StopCopy)));
+        for (saving, stream) in savings.iter_mut().zip(stopped) {
+            saving.open(stream?)?;
+        }
+        Ok(())
+    }
+
+    /// From COMMIT's first byte on only an answer tells who runs.
+    fn commit(&mut self, channel: &mut Channel<'_>) -> Result<(), Uncommitted> {
+        channel.check_cancel().map_err(Uncommitted::Off)?;
+        channel.ignore_cancel();
+        channel.send(Kind::COMMIT, 0, 0, &[]).map_err(decide)?;
+        let limit = self.options.commit_max.max(self.options.silence_max);
+        channel.expect(Kind::RUNNING, "waiting for the destination to run", limit).map_err(decide)?;
+        Ok(())
+    }
+
+    fn query(&mut self, id: MigrationId, channel: &mut Channel<'_>) -> Result<Decision> {
+        channel.send_preface(id, PrefaceFlags::empty())?;
+        channel.send(Kind::QUERY, 0, 0, &[])?;
+        check_preface(channel, id)?;
+        let payload = channel.expect(Kind::OUTCOME, "asking what became of the move", self.options.commit_max)?;
+        Ok(match decode_u32(payload) {
+            1 => Decision::NotCommitted,
+            2 => Decision::Committed,
+            _ => Decision::Unknown,
+        })
+    }
+
+    /// The guest is elsewhere: ends the sessions and the logs.
+    fn finish(&mut self, recorder: &mut Recorder<'_>, held: &mut Held) {
+        for error in each(self.devices, |_, device| enter(device, State::Stop)).into_iter().filter_map(Result::err) {
+            recorder.note(format!("{error}: it has been moved and must not run; reset it before it is used again"));
+        }
+        let mut notes = Vec::new();
+        held.dirty.stop(self.devices, &mut self.memory, false, &mut notes);
+        notes.into_iter().for_each(|note| recorder.note(note));
+    }
+
+    fn run_again(&mut self, recorder: &mut Recorder<'_>, held: &mut Held) {
+        let notes = held.undo(self.devices, &mut self.memory);
+        notes.into_iter().for_each(|note| recorder.note(note));
+        if std::mem::take(&mut held.vmm_stopped) {
+            self.vmm.resume();
+        }
+        recorder.runs();
+    }
+
+    /// Back to where it was, first; then the other side is told.
+    fn undone(
+        &mut self,
+        why: Error,
+        channel: &mut Channel<'_>,
+        mut recorder: Recorder<'_>,
+        mut held: Held,
+    ) -> Outcome {
+        channel.ignore_cancel();
+        if held.touched {
+            recorder.phase(Phase::Undo);
+            self.run_again(&mut recorder, &mut held);
+        }
+        channel.abort(&why);
+        tracing::info!("the move was undone: {why}");
+        Outcome::Undone { why, report: recorder.finish() }
+    }
+
+}
+
+/// A destination that answers ABORT never runs the move; anything else leaves it open.
+fn decide(error: Error) -> Uncommitted {
+    match error {
+        Error::Aborted { .. } => Uncommitted::Off(error),
+        error => Uncommitted::Doubt(error),
+    }
+}
+
+/// The other side's preface, which must be about the same move.
+fn check_preface(channel: &mut Channel<'_>, id: MigrationId) -> Result<()> {
+    let preface = channel.receive_preface()?;
+    if preface.id != id || preface.flags.contains(PrefaceFlags::STORED) {
+        let what = format!("the id {} in answer to {id}", preface.id);
+        return Err(channel.damaged(Damage::Unknown { what }));
+    }
+    Ok(())
+}
