@@ -34,7 +34,11 @@ pub(crate) struct Channel<'a> {
 
 impl<'a> Channel<'a> {
     /// Over this link. `silence_max` is how long the other side may say nothing.
-    pub(crate) fn new(link: &'a mut dyn Link, cancel: Option<&'a Cancel>, silence_max: Duration) -> Channel<'a> {
+    pub(crate) fn new(
+        link: &'a mut dyn Link,
+        cancel: Option<&'a Cancel>,
+        silence_max: Duration,
+    ) -> Channel<'a> {
         Channel {
             link,
             cancel,
@@ -96,7 +100,9 @@ impl<'a> Channel<'a> {
                 Err(LinkError::Closed) if !self.has_peer() => {
                     return Err(self.damaged(Damage::Truncated { what: "its preface" }));
                 }
-                read => read.map_err(|error| self.failed(error, "waiting for the preface", self.silence_max))?,
+                read => {
+                    read.map_err(|error| self.failed(error, "waiting for the preface", self.silence_max))?
+                }
             };
         }
         Preface::decode(&bytes).map_err(|damage| self.damaged(damage))
@@ -122,7 +128,11 @@ impl<'a> Channel<'a> {
 
     /// The next frame that is not PROGRESS; ABORT is [`Error::Aborted`]. The other side may be silent
     /// for [`Channel::new`]'s limit, and with PROGRESS keep this side waiting for `within`.
-    pub(crate) fn receive(&mut self, doing: &'static str, within: Option<Duration>) -> Result<(Header, &[u8])> {
+    pub(crate) fn receive(
+        &mut self,
+        doing: &'static str,
+        within: Option<Duration>,
+    ) -> Result<(Header, &[u8])> {
         let overall = within.map(|limit| (Wait::within(limit, self.cancel), limit));
         loop {
             let mut wait = (Wait::within(self.silence_max, self.cancel), self.silence_max);
@@ -174,6 +184,8 @@ impl<'a> Channel<'a> {
     pub(crate) fn abort(&mut self, error: &Error) {
         self.ignore_cancel();
         if !self.has_peer() || error.peer_needs_no_word() {
+            // Whoever waits for this side to have read its last words need not wait longer.
+            self.link.finish();
             return;
         }
         let header_and_reason = encode_abort(error.abort_code(), &error.to_string());
@@ -267,7 +279,8 @@ impl<'a> Channel<'a> {
             let rest = sent.saturating_sub(first.len());
             let slices = [IoSlice::new(&first[sent.min(first.len())..]), IoSlice::new(&second[rest..])];
             let slices = if sent < first.len() { &slices[..] } else { &slices[1..] };
-            sent += self.link.write(slices, wait).map_err(|error| self.failed(error, doing, self.silence_max))?;
+            sent +=
+                self.link.write(slices, wait).map_err(|error| self.failed(error, doing, self.silence_max))?;
         }
         Ok(())
     }

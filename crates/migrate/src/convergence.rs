@@ -44,7 +44,8 @@ mod tests {
     #[test]
     fn initial_bytes_hold_the_stop_back_until_the_last_round() {
         let limits = Convergence { rounds_max: 3, left_bytes_max: 100 };
-        let round = Round { round: 1, memory_dirty_bytes: 50, device_dirty_bytes: 50, device_initial_bytes: 0 };
+        let round =
+            Round { round: 1, memory_dirty_bytes: 50, device_dirty_bytes: 50, device_initial_bytes: 0 };
         assert!(limits.stops(&round));
         assert!(!limits.stops(&Round { device_initial_bytes: 1, ..round }));
         assert!(!limits.stops(&Round { memory_dirty_bytes: 51, ..round }));

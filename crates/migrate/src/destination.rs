@@ -125,7 +125,8 @@ impl<'a> Destination<'a> {
                 self.ledger.committed(preface.id);
                 recorder.runs();
                 if let Err(error) = channel.send(Kind::RUNNING, 0, 0, &[]) {
-                    recorder.note(format!("the source was not told that the devices run, and will ask: {error}"));
+                    recorder
+                        .note(format!("the source was not told that the devices run, and will ask: {error}"));
                 }
                 Received::Runs(recorder.finish())
             }
@@ -183,11 +184,16 @@ impl<'a> Destination<'a> {
     }
 
     /// The prefaces, and what the source wants: a move, or with `None` an answer.
-    fn greet(&self, channel: &mut Channel<'_>, recorder: &mut Recorder<'_>) -> Result<(Preface, Option<Offer>)> {
+    fn greet(
+        &self,
+        channel: &mut Channel<'_>,
+        recorder: &mut Recorder<'_>,
+    ) -> Result<(Preface, Option<Offer>)> {
         let preface = channel.receive_preface()?;
         recorder.id(preface.id);
         if preface.flags.contains(PrefaceFlags::STORED) == channel.has_peer() {
-            let what = if channel.has_peer() { "a saved stream over a link" } else { "a live stream in a file" };
+            let what =
+                if channel.has_peer() { "a saved stream over a link" } else { "a live stream in a file" };
             return Err(channel.damaged(Damage::Unknown { what: what.into() }));
         }
         if channel.has_peer() {
@@ -249,18 +255,28 @@ impl<'a> Destination<'a> {
 
     /// Compares, and opens a session on every device.
     fn accept(&self, offer: &Offer, taken: &mut Vec<Taken>) -> Result<()> {
-        let here: Vec<DeviceFacts> =
-            self.devices.iter().enumerate().map(|(at, moved)| facts(at as u32, moved)).collect::<Result<_>>()?;
+        let here: Vec<DeviceFacts> = self
+            .devices
+            .iter()
+            .enumerate()
+            .map(|(at, moved)| facts(at as u32, moved))
+            .collect::<Result<_>>()?;
         let memory: Vec<_> = self.memory.iter().map(MemoryRegion::facts).collect();
         let mut reasons = compare_devices(&offer.devices, &here);
         reasons.extend(compare_memory(&offer.memory, &memory));
+        if !reasons.is_empty() {
+            // A device without migration has no state that could be read.
+            return Err(Error::Incompatible { reasons });
+        }
         let mut found = Vec::new();
         for moved in self.devices {
             let device = moved.device;
             let state = device.state().map_err(|error| failed(device, "reading its state", error))?;
             if !matches!(state, State::Running | State::Stop) {
                 let name = device.name();
-                reasons.push(format!("{name}: it is in {state}, RUNNING or STOP is expected; is it in use? if not, reset it"));
+                reasons.push(format!(
+                    "{name}: it is in {state}, RUNNING or STOP is expected; is it in use? if not, reset it"
+                ));
             }
             found.push(state);
         }
@@ -339,21 +355,22 @@ impl<'a> Destination<'a> {
 
     /// Runs the devices: all to RUNNING_P2P, then all to RUNNING.
     fn start(&self, channel: &mut Channel<'_>) -> Result<(), NotStarted> {
-        let started = self.vmm.prepare().map_err(|reason| Error::Vmm { doing: "run", reason }).and_then(|()| {
-            channel.attend(|| {
-                let quiesced = each(self.devices, |_, device| {
-                    let flags = device.migration_flags();
-                    let flags = flags.map_err(|error| failed(device, "reading its flags", error))?;
-                    match flags.contains(MigrationFlags::P2P) {
-                        true => enter(device, State::RunningP2p).map(drop),
-                        false => Ok(()),
-                    }
-                });
-                quiesced.into_iter().collect::<Result<()>>()?;
-                let running = each(self.devices, |_, device| enter(device, State::Running));
-                running.into_iter().try_for_each(|done| done.map(drop))
-            })
-        });
+        let started =
+            self.vmm.prepare().map_err(|reason| Error::Vmm { doing: "run", reason }).and_then(|()| {
+                channel.attend(|| {
+                    let quiesced = each(self.devices, |_, device| {
+                        let flags = device.migration_flags();
+                        let flags = flags.map_err(|error| failed(device, "reading its flags", error))?;
+                        match flags.contains(MigrationFlags::P2P) {
+                            true => enter(device, State::RunningP2p).map(drop),
+                            false => Ok(()),
+                        }
+                    });
+                    quiesced.into_iter().collect::<Result<()>>()?;
+                    let running = each(self.devices, |_, device| enter(device, State::Running));
+                    running.into_iter().try_for_each(|done| done.map(drop))
+                })
+            });
         let Err(why) = started else {
             self.vmm.start();
             return Ok(());
@@ -400,7 +417,9 @@ fn discard(device: &dyn Device, found: State) -> Option<String> {
         return Some(format!("{name} could not be reset and may still hold the source's state: {error}"));
     }
     match found {
-        State::Stop => device.set_state(State::Stop).err().map(|error| format!("{name} stays in RUNNING: {error}")),
+        State::Stop => {
+            device.set_state(State::Stop).err().map(|error| format!("{name} stays in RUNNING: {error}"))
+        }
         _ => None,
     }
 }

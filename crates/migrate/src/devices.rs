@@ -36,10 +36,7 @@ pub(crate) fn failed(device: &dyn Device, doing: &str, error: limosa_client::Err
 }
 
 /// Drives one device to a state.
-pub(crate) fn enter(
-    device: &dyn Device,
-    state: State,
-) -> Result<Option<Box<dyn limosa_client::DataStream>>> {
+pub(crate) fn enter(device: &dyn Device, state: State) -> Result<Option<Box<dyn limosa_client::DataStream>>> {
     device.set_state(state).map_err(|error| failed(device, &format!("entering {state}"), error))
 }
 
@@ -146,7 +143,10 @@ pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> V
     for (theirs, mine) in source.iter().zip(here) {
         let named = printable(&mine.name);
         let mut differ = |what: &str, theirs: String, mine: String| {
-            reasons.push(format!("{named}: the source's {what} is {}, this one's is {mine}", printable(&theirs)));
+            reasons.push(format!(
+                "{named}: the source's {what} is {}, this one's is {mine}",
+                printable(&theirs)
+            ));
         };
         if let (Some(theirs), Some(mine)) = (&theirs.kind, &mine.kind)
             && theirs != mine
@@ -186,7 +186,8 @@ pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Ve
     };
     let missing = |of: &[MemoryFacts], among: &[MemoryFacts], side: &str| -> Vec<String> {
         let lacks = |facts: &&MemoryFacts| !among.iter().any(|other| same(facts, other));
-        let say = |facts: &MemoryFacts| format!("only the {side} has memory {} of {}", facts.id, print(facts));
+        let say =
+            |facts: &MemoryFacts| format!("only the {side} has memory {} of {}", facts.id, print(facts));
         of.iter().filter(lacks).map(say).collect()
     };
     let mut reasons = missing(source, here, "source");

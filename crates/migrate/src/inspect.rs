@@ -273,7 +273,9 @@ impl fmt::Display for Inspection {
         for FrameCount { kind, frames, bytes } in &self.frames {
             writeln!(f, "{frames:>8} x {kind:<13} {bytes:>14} bytes")?;
         }
-        self.damage.iter().try_for_each(|damage| writeln!(f, "damaged at byte {}: {}", damage.at, damage.what))?;
+        self.damage
+            .iter()
+            .try_for_each(|damage| writeln!(f, "damaged at byte {}: {}", damage.at, damage.what))?;
         writeln!(f, "{}", if self.whole { "whole" } else { "NOT whole: it cannot be loaded" })
     }
 }

@@ -203,7 +203,10 @@ impl Dirty {
                         fresh.or_words(0, &fine, fresh.pages());
                     }
                     Err(error) => {
-                        tracing::warn!("{}: its dirty log is lost, all is dirty: {error}", device.device.name());
+                        tracing::warn!(
+                            "{}: its dirty log is lost, all is dirty: {error}",
+                            device.device.name()
+                        );
                         everything();
                     }
                 }
@@ -320,7 +323,8 @@ fn start_device(device: &MovedDevice<'_>, regions: &[MemoryRegion<'_>]) -> Resul
     let page_bytes = started.map_err(failed)?;
     if !page_bytes.is_power_of_two() || page_bytes < PAGE_BYTES {
         let _ = device.device.dma_logging_stop();
-        let what = format!("it logs DMA in pages of {page_bytes} bytes, expected a power of two from {PAGE_BYTES}");
+        let what =
+            format!("it logs DMA in pages of {page_bytes} bytes, expected a power of two from {PAGE_BYTES}");
         return Err(Error::DeviceMisbehaved { device: name(), what });
     }
     Ok(Some(page_bytes))
@@ -381,7 +385,8 @@ impl Sender<'_, '_, '_> {
 /// Whether all bytes are zero; whole words at a time.
 fn is_zero(bytes: &[u8]) -> bool {
     let (blocks, rest) = bytes.as_chunks::<64>();
-    blocks.iter().all(|block| block.iter().fold(0, |or, byte| or | byte) == 0) && rest.iter().all(|byte| *byte == 0)
+    blocks.iter().all(|block| block.iter().fold(0, |or, byte| or | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
 }
 
 #[cfg(test)]

@@ -308,9 +308,9 @@ mod tests {
 
     #[test]
     fn the_timeline_prints() {
-        let bytes = |device_bytes, memory_bytes, zero_bytes| Totals { device_bytes, memory_bytes, zero_bytes };
-        let phase =
-            |phase, start_ns, duration_ns, bytes| PhaseReport { phase, start_ns, duration_ns, bytes };
+        let bytes =
+            |device_bytes, memory_bytes, zero_bytes| Totals { device_bytes, memory_bytes, zero_bytes };
+        let phase = |phase, start_ns, duration_ns, bytes| PhaseReport { phase, start_ns, duration_ns, bytes };
         let report = Report {
             id: "00".into(),
             phases: vec![

@@ -71,7 +71,8 @@ impl<'a> Saving<'a> {
             match self.chunk(channel, recorder)? {
                 Chunk::Data(_) => {}
                 Chunk::NothingForNow => {
-                    return Err(self.misbehaved("in STOP_COPY it said \"nothing for now\" instead of data or the end"));
+                    return Err(self
+                        .misbehaved("in STOP_COPY it said \"nothing for now\" instead of data or the end"));
                 }
                 Chunk::End => break,
             }
@@ -92,7 +93,9 @@ impl<'a> Saving<'a> {
                 channel.send(Kind::DEVICE_HINT, self.at as u32, 0, &encode_hint(&info))?;
                 Ok(())
             }
-            Err(error) if error.is_connection_lost() => Err(failed(self.device, "asking for pre-copy info", error)),
+            Err(error) if error.is_connection_lost() => {
+                Err(failed(self.device, "asking for pre-copy info", error))
+            }
             Err(_) => {
                 self.info = None;
                 Ok(())

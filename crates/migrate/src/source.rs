@@ -76,7 +76,12 @@ impl InDoubt {
     pub fn recover(id: MigrationId) -> InDoubt {
         let mut recorder = Recorder::new(&crate::Nobody, std::iter::empty());
         recorder.id(id);
-        InDoubt { id, why: Error::Cancelled, report: recorder.finish(), held: Held { touched: true, ..Held::default() } }
+        InDoubt {
+            id,
+            why: Error::Cancelled,
+            report: recorder.finish(),
+            held: Held { touched: true, ..Held::default() },
+        }
     }
 }
 
@@ -252,21 +257,26 @@ impl<'a> Source<'a> {
         recorder.id(id);
         let offer = self.offer()?;
         for moved in self.devices {
-            let state = moved.device.state().map_err(|error| failed(moved.device, "reading its state", error))?;
+            let state =
+                moved.device.state().map_err(|error| failed(moved.device, "reading its state", error))?;
             if !matches!(state, State::Running | State::Stop) {
                 let name = moved.device.name();
-                let reason = format!("{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?");
+                let reason = format!(
+                    "{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?"
+                );
                 return Err(Error::Incompatible { reasons: vec![reason] });
             }
             held.found.push(state);
         }
         let flags = if channel.has_peer() { PrefaceFlags::empty() } else { PrefaceFlags::STORED };
-        let payload = offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
+        let payload =
+            offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
         channel.send_preface(id, flags)?;
         channel.send(Kind::OFFER, 0, 0, &payload)?;
         if channel.has_peer() {
             check_preface(channel, id)?;
-            let payload = channel.expect(Kind::ANSWER, "waiting for an answer to the offer", self.options.load_max)?;
+            let payload =
+                channel.expect(Kind::ANSWER, "waiting for an answer to the offer", self.options.load_max)?;
             let answer = Answer::decode(payload).map_err(|damage| channel.damaged(damage))?;
             if !answer.accepted {
                 let reasons = answer.reasons;
@@ -298,7 +308,8 @@ impl<'a> Source<'a> {
     ) -> Result<()> {
         for ((moved, saving), found) in self.devices.iter().zip(&mut *savings).zip(&held.found) {
             let device = moved.device;
-            let flags = device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
+            let flags =
+                device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
             if self.options.precopy && flags.contains(MigrationFlags::PRE_COPY) && found.is_running() {
                 // Without it, initial bytes that grow again are taken for dirty ones.
                 let _ = device.precopy_info_v2();
@@ -351,7 +362,8 @@ impl<'a> Source<'a> {
         let found = &held.found;
         let quiesced = channel.attend(|| {
             each(devices, |at, device| {
-                let flags = device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
+                let flags =
+                    device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
                 if !flags.contains(MigrationFlags::P2P) || !found[at].is_running() {
                     return Ok(());
                 }
@@ -381,7 +393,8 @@ impl<'a> Source<'a> {
         channel.send_preface(id, PrefaceFlags::empty())?;
         channel.send(Kind::QUERY, 0, 0, &[])?;
         check_preface(channel, id)?;
-        let payload = channel.expect(Kind::OUTCOME, "asking what became of the move", self.options.commit_max)?;
+        let payload =
+            channel.expect(Kind::OUTCOME, "asking what became of the move", self.options.commit_max)?;
         Ok(match decode_u32(payload) {
             1 => Decision::NotCommitted,
             2 => Decision::Committed,
@@ -391,8 +404,12 @@ impl<'a> Source<'a> {
 
     /// The guest is elsewhere: ends the sessions and the logs.
     fn finish(&mut self, recorder: &mut Recorder<'_>, held: &mut Held) {
-        for error in each(self.devices, |_, device| enter(device, State::Stop)).into_iter().filter_map(Result::err) {
-            recorder.note(format!("{error}: it has been moved and must not run; reset it before it is used again"));
+        for error in
+            each(self.devices, |_, device| enter(device, State::Stop)).into_iter().filter_map(Result::err)
+        {
+            recorder.note(format!(
+                "{error}: it has been moved and must not run; reset it before it is used again"
+            ));
         }
         let mut notes = Vec::new();
         held.dirty.stop(self.devices, &mut self.memory, false, &mut notes);
@@ -425,7 +442,6 @@ impl<'a> Source<'a> {
         tracing::info!("the move was undone: {why}");
         Outcome::Undone { why, report: recorder.finish() }
     }
-
 }
 
 /// A destination that answers ABORT never runs the move; anything else leaves it open.

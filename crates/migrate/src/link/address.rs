@@ -35,7 +35,9 @@ impl FromStr for Address {
             "file" => Ok(Address::File(rest.into())),
             "tcp" => {
                 let Some((host, port)) = rest.rsplit_once(':') else { return refuse("the port is missing") };
-                let Ok(port) = port.parse() else { return refuse("the port is not a number from 0 to 65535") };
+                let Ok(port) = port.parse() else {
+                    return refuse("the port is not a number from 0 to 65535");
+                };
                 let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
                 let host = match bracketed {
                     None if host.contains(':') => return refuse("an IPv6 address needs brackets"),
@@ -76,8 +78,18 @@ mod tests {
 
     #[test]
     fn what_is_no_address_is_refused_with_the_reason() {
-        for text in ["", "x", "unix:", "file:", "tcp:host", "tcp::1", "tcp:h:65536", "tcp:h:-1", "tcp:::1:5", "udp:a:1"]
-        {
+        for text in [
+            "",
+            "x",
+            "unix:",
+            "file:",
+            "tcp:host",
+            "tcp::1",
+            "tcp:h:65536",
+            "tcp:h:-1",
+            "tcp:::1:5",
+            "udp:a:1",
+        ] {
             let error = text.parse::<Address>().unwrap_err().to_string();
             assert!(error.contains("expected unix:PATH"), "{error}");
         }

@@ -180,7 +180,8 @@ impl Listener {
                 Ok(SocketLink::new(stream, format!("the source at {}", self.address)))
             }
             Socket::Tcp(listener) => {
-                let (stream, from) = retry(listener, PollFlags::IN, wait, || listener.accept().map_err(errno))?;
+                let (stream, from) =
+                    retry(listener, PollFlags::IN, wait, || listener.accept().map_err(errno))?;
                 stream.set_nodelay(true)?;
                 Ok(SocketLink::new(stream, format!("tcp:{from}")))
             }

@@ -1,0 +1,301 @@
+//! A device that holds a guest's state or does not, and fails where its script says.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use limosa_client::{DeviceExt, DmaMap, DmaMemory};
+use limosa_device::{Bus, Description, Fault, Loopback, Machine, Migration, Model, Region, Save};
+use limosa_protocol::feature::PrecopyInfo;
+use limosa_protocol::info::{DeviceFlags, DmaMapFlags, RegionFlags};
+use limosa_protocol::{Errno, MigrationFlags, State};
+
+/// One guest's device, wherever it is: how many devices run it now, and how many ever did at once.
+#[derive(Debug, Default)]
+pub struct Guest {
+    running: AtomicI64,
+    most: AtomicI64,
+}
+
+impl Guest {
+    pub fn running(&self) -> i64 {
+        self.running.load(Ordering::SeqCst)
+    }
+    pub fn most(&self) -> i64 {
+        self.most.load(Ordering::SeqCst)
+    }
+    fn runs(&self, runs: bool) {
+        let now =
+            self.running.fetch_add(if runs { 1 } else { -1 }, Ordering::SeqCst) + if runs { 1 } else { -1 };
+        self.most.fetch_max(now, Ordering::SeqCst);
+    }
+}
+
+/// Where a device can fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Quiesce,
+    Stop,
+    Start,
+    SaveBegin,
+    Save,
+    SaveFinal,
+    LoadBegin,
+    Load,
+    LoadFinish,
+    Reset,
+}
+
+impl Step {
+    pub const ALL: [Step; 9] = [
+        Step::Quiesce,
+        Step::Stop,
+        Step::Start,
+        Step::SaveBegin,
+        Step::Save,
+        Step::SaveFinal,
+        Step::LoadBegin,
+        Step::Load,
+        Step::LoadFinish,
+    ];
+}
+
+/// A fault: at the step, after this many times that it went well, this way.
+#[derive(Clone, Copy, Debug)]
+pub struct Fail {
+    pub step: Step,
+    pub after: u32,
+    pub how: Fault,
+}
+
+/// What the tests see of a device, from outside.
+struct Shared {
+    fail: Mutex<Option<Fail>>,
+    /// Times that the scripted step went well.
+    went_well: AtomicU32,
+    holds_guest: AtomicBool,
+    data: Mutex<Vec<u8>>,
+    saves: AtomicU32,
+}
+
+pub struct TestDevice {
+    pub client: Loopback,
+    pub guest: Arc<Guest>,
+    shared: Arc<Shared>,
+}
+
+/// A source that runs a guest and an idle destination, both with these flags.
+pub fn world(name: &str, flags: MigrationFlags, bytes: usize) -> (TestDevice, TestDevice) {
+    let guest = Arc::new(Guest::default());
+    let data = (0..bytes).map(|at| (at * 7 % 251) as u8).collect();
+    let source = TestDevice::new(format!("{name}-source"), flags, Arc::clone(&guest), Some(data));
+    let destination = TestDevice::new(format!("{name}-destination"), flags, guest, None);
+    (source, destination)
+}
+
+impl TestDevice {
+    pub fn new(name: String, flags: MigrationFlags, guest: Arc<Guest>, data: Option<Vec<u8>>) -> TestDevice {
+        let shared = Arc::new(Shared {
+            fail: Mutex::new(None),
+            went_well: AtomicU32::new(0),
+            holds_guest: AtomicBool::new(data.is_some()),
+            data: Mutex::new(data.clone().unwrap_or_default()),
+            saves: AtomicU32::new(0),
+        });
+        if data.is_some() {
+            guest.runs(true);
+        }
+        let model = TestModel {
+            flags,
+            guest: Arc::clone(&guest),
+            shared: Arc::clone(&shared),
+            running: true,
+            saved: 0,
+            precopy_bytes: 0,
+            stream: Vec::new(),
+            staging: Vec::new(),
+            bus: None,
+        };
+        let machine = Machine::new(Box::new(model));
+        TestDevice { client: Loopback::new(name, machine), guest, shared }
+    }
+
+    pub fn name(&self) -> &str {
+        limosa_client::Device::name(&self.client)
+    }
+    pub fn fail(&self, step: Step, after: u32, how: Fault) {
+        *self.shared.fail.lock().unwrap() = Some(Fail { step, after, how });
+        self.shared.went_well.store(0, Ordering::SeqCst);
+    }
+    pub fn state(&self) -> State {
+        self.client.state().unwrap()
+    }
+    pub fn holds_guest(&self) -> bool {
+        self.shared.holds_guest.load(Ordering::SeqCst)
+    }
+    pub fn data(&self) -> Vec<u8> {
+        self.shared.data.lock().unwrap().clone()
+    }
+    pub fn is_logging(&self) -> bool {
+        self.client.dma_logging_stop().is_ok()
+    }
+    /// Maps a file as guest memory at address 0; the device then writes to it while it is saved.
+    pub fn map(&self, file: &impl AsFd, size: u64) {
+        let memory = DmaMemory::File { fd: file.as_fd(), offset: 0 };
+        let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
+        limosa_client::Device::dma_map(&self.client, &DmaMap { iova: 0, size, flags, memory }).unwrap();
+    }
+}
+
+struct TestModel {
+    flags: MigrationFlags,
+    guest: Arc<Guest>,
+    shared: Arc<Shared>,
+    running: bool,
+    saved: usize,
+    precopy_bytes: usize,
+    stream: Vec<u8>,
+    staging: Vec<u8>,
+    bus: Option<Bus>,
+}
+
+const MAGIC: &[u8; 8] = b"testdev1";
+
+impl TestModel {
+    fn step(&self, step: Step) -> Result<(), Fault> {
+        match *self.shared.fail.lock().unwrap() {
+            Some(fail) if fail.step == step => {
+                let well = self.shared.went_well.fetch_add(1, Ordering::SeqCst);
+                if well == fail.after { Err(fail.how) } else { Ok(()) }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn set_running(&mut self, running: bool) {
+        if self.running != running && self.shared.holds_guest.load(Ordering::SeqCst) {
+            self.guest.runs(running);
+        }
+        self.running = running;
+    }
+
+    /// While it runs it writes guest memory: a page that depends on how often it was saved.
+    fn dma(&self) {
+        let saves = self.shared.saves.fetch_add(1, Ordering::SeqCst);
+        if let Some(bus) = &self.bus
+            && self.running
+        {
+            // Refused where nothing is mapped, which is so in most tests.
+            let _ = bus.memory.write(u64::from(saves % 7) * 4096 + 11, &saves.to_le_bytes());
+        }
+    }
+}
+
+impl Model for TestModel {
+    fn description(&self) -> Description {
+        let region = Region { flags: RegionFlags::READ, size: 4096, ..Region::default() };
+        Description { flags: Some(DeviceFlags::RESET), regions: vec![region], irqs: vec![] }
+    }
+    fn attach(&mut self, bus: Bus) {
+        self.bus = Some(bus);
+    }
+    fn region_read(&mut self, _: u32, _: u64, data: &mut [u8]) -> Result<(), Errno> {
+        data.fill(0);
+        Ok(())
+    }
+    fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
+        Err(Errno::EINVAL)
+    }
+    fn reset(&mut self) -> Result<(), Errno> {
+        self.step(Step::Reset).map_err(Fault::errno)?;
+        self.set_running(false);
+        self.shared.holds_guest.store(false, Ordering::SeqCst);
+        self.shared.data.lock().unwrap().clear();
+        self.running = true;
+        Ok(())
+    }
+    fn migration(&mut self) -> Option<&mut dyn Migration> {
+        if self.flags.is_empty() { None } else { Some(self) }
+    }
+}
+
+impl Migration for TestModel {
+    fn flags(&self) -> MigrationFlags {
+        self.flags
+    }
+    fn quiesce_p2p(&mut self) -> Result<(), Fault> {
+        self.step(Step::Quiesce)
+    }
+    fn stop(&mut self) -> Result<(), Fault> {
+        self.step(Step::Stop)?;
+        self.set_running(false);
+        Ok(())
+    }
+    fn start(&mut self) -> Result<(), Fault> {
+        self.step(Step::Start)?;
+        self.set_running(true);
+        Ok(())
+    }
+    fn save_begin(&mut self) -> Result<(), Fault> {
+        self.step(Step::SaveBegin)?;
+        let data = self.shared.data.lock().unwrap();
+        self.stream = MAGIC.to_vec();
+        self.stream.extend((data.len() as u64).to_le_bytes());
+        self.stream.extend_from_slice(&data);
+        self.stream.extend(crc32c::crc32c(&data).to_le_bytes());
+        self.saved = 0;
+        self.precopy_bytes = self.stream.len() / 2;
+        Ok(())
+    }
+    fn save(&mut self, bytes_max: usize, stopped: bool) -> Result<Save<'_>, Errno> {
+        self.step(Step::Save).map_err(Fault::errno)?;
+        self.dma();
+        let end = if stopped { self.stream.len() } else { self.precopy_bytes };
+        // Short reads, so that a stream has several frames.
+        let bytes =
+            end.saturating_sub(self.saved).min(bytes_max).min(64 << 10).min(self.stream.len() / 3 + 1);
+        let from = self.saved;
+        self.saved += bytes;
+        Ok(match (bytes, stopped) {
+            (0, true) => Save::End,
+            (0, false) => Save::NothingForNow,
+            _ => Save::Data(&self.stream[from..from + bytes]),
+        })
+    }
+    fn save_final(&mut self) -> Result<(), Fault> {
+        self.step(Step::SaveFinal)
+    }
+    fn save_end(&mut self) {}
+    fn precopy_info(&mut self, _v2: bool) -> PrecopyInfo {
+        let left = self.precopy_bytes.saturating_sub(self.saved) as u64;
+        PrecopyInfo { initial_bytes: left, ..Default::default() }
+    }
+    fn data_size(&self) -> u64 {
+        self.shared.data.lock().unwrap().len() as u64 + 20
+    }
+    fn load_begin(&mut self) -> Result<(), Fault> {
+        self.staging.clear();
+        self.step(Step::LoadBegin)
+    }
+    fn load(&mut self, chunk: &[u8]) -> Result<(), Errno> {
+        self.step(Step::Load).map_err(Fault::errno)?;
+        self.staging.extend_from_slice(chunk);
+        Ok(())
+    }
+    fn load_finish(&mut self) -> Result<(), Fault> {
+        self.step(Step::LoadFinish)?;
+        let refused = Fault::Refused(Errno::EINVAL);
+        let rest = self.staging.strip_prefix(MAGIC).ok_or(refused)?;
+        let (length, rest) = rest.split_first_chunk::<8>().ok_or(refused)?;
+        let (data, crc) = rest.split_at_checked(u64::from_le_bytes(*length) as usize).ok_or(refused)?;
+        if crc != crc32c::crc32c(data).to_le_bytes() {
+            return Err(refused);
+        }
+        *self.shared.data.lock().unwrap() = data.to_vec();
+        self.shared.holds_guest.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+    fn load_abort(&mut self) {
+        self.staging.clear();
+    }
+}

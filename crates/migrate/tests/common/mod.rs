@@ -1,0 +1,208 @@
+//! What the engine's tests are made of: a device with scripted faults, a world that counts how often
+//! its guest runs, and links that fail where they are told to.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+mod device;
+mod links;
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+pub use device::{Step, TestDevice, world};
+use limosa_migrate::{
+    Cancel, Destination, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Nobody, Observer, Options,
+    Outcome, Received, Source, Vmm,
+};
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub use links::{Fault, FaultyLink, Way};
+
+use limosa_migrate::link::{Link, SocketLink};
+use limosa_protocol::State;
+
+/// Limits short enough for tests in which somebody stays silent.
+pub fn options() -> Options {
+    Options {
+        silence_max: Duration::from_secs(10),
+        load_max: Duration::from_secs(10),
+        commit_max: Duration::from_secs(10),
+        ..Options::default()
+    }
+}
+
+/// Guest memory in a vector.
+pub struct VecPages(pub Mutex<Vec<u8>>);
+
+impl VecPages {
+    pub fn new(bytes: usize) -> VecPages {
+        VecPages(Mutex::new(vec![0; bytes]))
+    }
+}
+
+impl GuestPages for VecPages {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..into.len()]);
+        Ok(())
+    }
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        self.0.lock().unwrap()[offset as usize..][..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// A source and a destination with one or more devices each.
+pub struct Ends {
+    pub source: Vec<TestDevice>,
+    pub destination: Vec<TestDevice>,
+    pub ledger: Ledger,
+    pub options: Options,
+    pub cancel: Option<Cancel>,
+    pub vmm: Arc<dyn Vmm + Send>,
+    pub observer: Arc<dyn Observer + Send>,
+    /// What each side says that its devices are.
+    pub kinds: (Option<String>, Option<String>),
+    /// Of each side; region 0 at address 0.
+    pub memory: Option<(Arc<dyn GuestPages + Send + Sync>, Arc<dyn GuestPages + Send + Sync>, u64)>,
+}
+
+impl Ends {
+    pub fn new(source: Vec<TestDevice>, destination: Vec<TestDevice>) -> Ends {
+        Ends {
+            source,
+            destination,
+            ledger: Ledger::new(),
+            options: options(),
+            cancel: None,
+            vmm: Arc::new(Nobody),
+            observer: Arc::new(Nobody),
+            kinds: (None, None),
+            memory: None,
+        }
+    }
+
+    /// Runs `act` with the source's end.
+    pub fn with_source<R>(&self, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
+        let devices: Vec<_> = (self.source.iter())
+            .map(|device| MovedDevice { device: &device.client, kind: self.kinds.0.clone() })
+            .collect();
+        let regions = self.memory.iter().map(|(pages, _, size)| MemoryRegion {
+            id: 0,
+            iova: 0,
+            size: *size,
+            pages: &**pages,
+        });
+        act(&mut Source {
+            devices: &devices,
+            memory: Memory { regions: regions.collect(), log: None },
+            vmm: &*self.vmm,
+            observer: &*self.observer,
+            options: &self.options,
+            cancel: self.cancel.as_ref(),
+        })
+    }
+
+    /// Runs `act` with the destination's end.
+    pub fn with_destination<R>(&self, act: impl FnOnce(&Destination<'_>) -> R) -> R {
+        let devices: Vec<_> = (self.destination.iter())
+            .map(|device| MovedDevice { device: &device.client, kind: self.kinds.1.clone() })
+            .collect();
+        let regions: Vec<_> = (self.memory.iter())
+            .map(|(_, pages, size)| MemoryRegion { id: 0, iova: 0, size: *size, pages: &**pages })
+            .collect();
+        act(&Destination {
+            devices: &devices,
+            memory: &regions,
+            vmm: &*self.vmm,
+            observer: &Nobody,
+            options: &self.options,
+            cancel: None,
+            ledger: &self.ledger,
+        })
+    }
+
+    /// One move over these links.
+    pub fn run(&self, mut near: impl Link, mut far: impl Link) -> (Outcome, Received) {
+        std::thread::scope(|scope| {
+            let received =
+                scope.spawn(move || self.with_destination(|destination| destination.receive(&mut far)));
+            let outcome = self.with_source(|source| source.send(&mut near));
+            drop(near);
+            (outcome, received.join().unwrap())
+        })
+    }
+
+    /// One move over a link that works.
+    pub fn run_plain(&self) -> (Outcome, Received) {
+        let (near, far) = SocketLink::pair().unwrap();
+        self.run(near, far)
+    }
+
+    /// Asks over a new link that works.
+    pub fn resolve(&self, doubt: limosa_migrate::InDoubt) -> Outcome {
+        let (mut near, mut far) = SocketLink::pair().unwrap();
+        std::thread::scope(|scope| {
+            let answered =
+                scope.spawn(move || self.with_destination(|destination| destination.receive(&mut far)));
+            let outcome = self.with_source(|source| source.resolve(doubt, &mut near));
+            drop(near);
+            let answered = answered.join().unwrap();
+            assert!(matches!(answered, Received::Answered { .. }), "{answered:?}");
+            outcome
+        })
+    }
+
+    /// The invariants, whatever happened; a move in doubt is resolved first. Whether it was moved.
+    pub fn check(&self, outcome: Outcome, received: Received, what: &str) -> bool {
+        for device in &self.source {
+            assert!(device.guest.most() <= 1, "{what}: {} ran twice at once", device.name());
+        }
+        let outcome = match outcome {
+            Outcome::InDoubt(doubt) => {
+                for device in &self.source {
+                    let state = device.state();
+                    assert!(!state.is_running(), "{what}: in doubt, and {} is in {state}", device.name());
+                }
+                self.resolve(doubt)
+            }
+            outcome => outcome,
+        };
+        for device in self.source.iter().chain(&self.destination) {
+            assert!(device.guest.most() <= 1, "{what}: {} ran twice at once", device.name());
+            assert_eq!(device.guest.running(), 1, "{what}: {outcome:?}\n{received:?}");
+        }
+        match outcome {
+            Outcome::Moved(_) => {
+                assert!(matches!(received, Received::Runs(_)), "{what}: {received:?}");
+                for (source, destination) in self.source.iter().zip(&self.destination) {
+                    assert_eq!(source.state(), State::Stop, "{what}");
+                    assert_eq!(destination.state(), State::Running, "{what}");
+                    assert!(destination.holds_guest(), "{what}");
+                    assert_eq!(destination.data(), source.data(), "{what}");
+                }
+                if let Some((source, destination, size)) = &self.memory {
+                    let read = |pages: &Arc<dyn GuestPages + Send + Sync>| {
+                        let mut all = vec![0; *size as usize];
+                        pages.read(0, &mut all).unwrap();
+                        all
+                    };
+                    assert!(read(source) == read(destination), "{what}: memory differs");
+                }
+                true
+            }
+            Outcome::Undone { report, .. } => {
+                assert!(!matches!(received, Received::Runs(_)), "{what}: {received:?}");
+                for device in &self.source {
+                    assert_eq!(device.state(), State::Running, "{what}: {:?}", report.notes);
+                    assert!(device.holds_guest(), "{what}");
+                    assert!(!device.is_logging(), "{what}: DMA logging was left on");
+                }
+                for device in &self.destination {
+                    assert_eq!(device.state(), State::Running, "{what}: found so");
+                    assert!(!device.holds_guest(), "{what}: what was loaded is still there");
+                }
+                false
+            }
+            Outcome::InDoubt(doubt) => panic!("{what}: still in doubt: {doubt:?}"),
+        }
+    }
+}
