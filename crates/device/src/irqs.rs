@@ -16,6 +16,8 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use limosa_protocol::Errno;
@@ -35,6 +37,8 @@ pub struct Irqs {
 struct Index {
     flags: IrqFlags,
     vectors: Mutex<Vec<Vector>>,
+    /// Whether any of them is wired. Changed with the vectors locked.
+    any_wired: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -61,6 +65,7 @@ impl Irqs {
         let index = |irq: &Irq| Index {
             flags: irq.flags,
             vectors: Mutex::new((0..irq.count).map(|_| Vector::default()).collect()),
+            any_wired: AtomicBool::new(false),
         };
         Irqs { indexes: irqs.iter().map(index).collect() }
     }
@@ -97,7 +102,7 @@ impl Irqs {
 
     /// Whether any vector of an index has an eventfd.
     pub fn any_wired(&self, index: u32) -> bool {
-        self.vectors(index).is_some_and(|vectors| vectors.iter().any(|vector| vector.wire.is_some()))
+        self.indexes.get(index as usize).is_some_and(|index| index.any_wired.load(Relaxed))
     }
 
     /// Client side (SET_IRQS with DATA_EVENTFD and ACTION_TRIGGER): wires vectors; `None` unwires. EINVAL outside the
@@ -108,23 +113,26 @@ impl Irqs {
         drop(self.range(index, start, count)?);
         let fds =
             fds.into_iter().map(|fd| fd.map(EventFd::new).transpose()).collect::<Result<Vec<_>, _>>()?;
-        self.for_each(index, start, count, fds, |vector, wire| {
+        let mut vectors = self.range(index, start, count)?;
+        for (vector, wire) in vectors[start as usize..].iter_mut().zip(fds) {
             if wire.is_none() {
                 vector.unwire();
-            } else {
-                vector.wire = wire;
-                if (vector.level || vector.pending) && !vector.masked {
-                    vector.pending = false;
-                    vector.signal();
-                }
+                continue;
             }
-        })
+            vector.wire = wire;
+            if (vector.level || vector.pending) && !vector.masked {
+                vector.pending = false;
+                vector.signal();
+            }
+        }
+        let any = vectors.iter().any(|vector| vector.wire.is_some());
+        self.indexes[index as usize].any_wired.store(any, Relaxed);
+        Ok(())
     }
 
     /// Client side: unwires all of an index, and forgets its masks. EINVAL for an index that is not there.
     pub fn disable(&self, index: u32) -> Result<(), Errno> {
-        let mut vectors = self.vectors(index).ok_or(Errno::EINVAL)?;
-        vectors.iter_mut().for_each(Vector::unwire);
+        self.indexes.get(index as usize).ok_or(Errno::EINVAL)?.unwire();
         Ok(())
     }
 
@@ -160,9 +168,7 @@ impl Irqs {
 
     /// Unwires everything.
     pub fn disable_all(&self) {
-        for index in &self.indexes {
-            lock(&index.vectors).iter_mut().for_each(Vector::unwire);
-        }
+        self.indexes.iter().for_each(Index::unwire);
     }
 
     fn vectors(&self, index: u32) -> Option<MutexGuard<'_, Vec<Vector>>> {
@@ -176,22 +182,17 @@ impl Irqs {
         if end as usize <= vectors.len() { Ok(vectors) } else { Err(Errno::EINVAL) }
     }
 
-    fn for_each<T>(
-        &self,
-        index: u32,
-        start: u32,
-        count: u32,
-        with: Vec<T>,
-        mut act: impl FnMut(&mut Vector, T),
-    ) -> Result<(), Errno> {
-        let mut vectors = self.range(index, start, count)?;
-        vectors[start as usize..].iter_mut().zip(with).for_each(|(vector, with)| act(vector, with));
-        Ok(())
-    }
-
     fn maskable(&self, index: u32) -> Result<(), Errno> {
         let flags = self.indexes.get(index as usize).ok_or(Errno::EINVAL)?.flags;
         if flags.intersects(IrqFlags::MASKABLE | IrqFlags::AUTOMASKED) { Ok(()) } else { Err(Errno::ENOTTY) }
+    }
+}
+
+impl Index {
+    fn unwire(&self) {
+        let mut vectors = lock(&self.vectors);
+        vectors.iter_mut().for_each(Vector::unwire);
+        self.any_wired.store(false, Relaxed);
     }
 }
 

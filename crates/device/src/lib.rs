@@ -52,6 +52,7 @@ mod loopback;
 mod machine;
 mod memory;
 mod model;
+pub mod pci;
 pub mod saved;
 
 pub use describe::RegionView;

@@ -1,0 +1,231 @@
+//! A PCI function: configuration space with capabilities, MSI-X table, and interrupts by whichever way the client chose
+//! (`PCI Local Bus 3.0`, chapter 6; `PCI Express Base`, chapter 7; `vfio.h: VFIO_PCI_*_INDEX`).
+//!
+//! A model declares its function once, hands it the accesses to the configuration region and to the BAR with the MSI-X
+//! table, and raises and lowers its interrupts there:
+//!
+//! ```
+//! use limosa_device::Irqs;
+//! use limosa_device::pci::{Bar, Changes, Command, Function, Identity};
+//!
+//! let mut function = Function::builder(Identity { vendor: 0x1b36, device: 2, class: 0x07_0002, ..Identity::default() })
+//!     .bar(0, Bar::Io { bytes: 8 })
+//!     .interrupt_pin()
+//!     .build();
+//! let irqs = Irqs::new(&function.irqs());
+//!
+//! // The client enables I/O, and the device raises its interrupt.
+//! let changes = function.config_write(4, &1u16.to_le_bytes(), &irqs)?;
+//! assert!(changes.contains(Changes::COMMAND) && function.command().contains(Command::IO));
+//! function.raise(0, &irqs);
+//! # Ok::<(), limosa_protocol::Errno>(())
+//! ```
+//!
+//! What a client virtualizes. A VMM keeps the guest's view of MSI and MSI-X to itself and wires eventfds (SET_IRQS), so
+//! wiring decides which way an interrupt goes: MSI-X when any of its vectors is wired, else MSI, else INTx. Enable bits
+//! in the configuration space are kept and shown to the model, and decide nothing. Mask bits are kept and respected
+//! where the client wrote them: a VMM that emulates the MSI-X table (QEMU does) never writes the device's, whose entries
+//! are all masked from reset on, and still hears every vector.
+
+mod builder;
+mod config;
+mod msix;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use limosa_protocol::info::{IrqFlags, RegionFlags};
+use limosa_protocol::{Errno, pci_index};
+
+use crate::{Irq, Irqs, Region};
+pub use builder::{Bar, FunctionBuilder, Identity};
+pub use config::{Changes, Command};
+use config::{Config, Layout};
+use msix::MsixTable;
+pub use state::FunctionState;
+
+/// A PCI function as its device keeps it. Cloning gives a second one in the same state.
+#[derive(Clone, Debug)]
+pub struct Function {
+    layout: Arc<Layout>,
+    config: Config,
+    msix: Option<MsixTable>,
+    /// Bit *n*: the device holds vector *n* raised.
+    raised: Vec<u64>,
+}
+
+impl Function {
+    /// Declares a function with a type 0 header.
+    pub fn builder(identity: Identity) -> FunctionBuilder {
+        FunctionBuilder::new(identity)
+    }
+
+    /// Bytes of the configuration space: 256, or 4096 for PCI Express.
+    pub fn config_bytes(&self) -> u64 {
+        self.config.bytes() as u64
+    }
+
+    /// The nine regions of a PCI device, for [`Description::regions`](crate::Description::regions): the BARs that were
+    /// declared and the configuration space. The model may give its BARs mappings.
+    pub fn regions(&self) -> Vec<Region> {
+        let mut regions = vec![Region::default(); pci_index::NUM_REGIONS as usize];
+        let flags = RegionFlags::READ | RegionFlags::WRITE;
+        for (region, bar) in regions.iter_mut().zip(&self.layout.bars) {
+            if let Some(bar) = bar {
+                *region = Region { flags, size: bar.bytes(), ..Region::default() };
+            }
+        }
+        regions[pci_index::CONFIG as usize] =
+            Region { flags, size: self.config_bytes(), ..Region::default() };
+        regions
+    }
+
+    /// The five interrupt indexes of a PCI device, for [`Description::irqs`](crate::Description::irqs). The error
+    /// interrupt is there, as QEMU likes to have it; it is for the model to trigger.
+    pub fn irqs(&self) -> Vec<Irq> {
+        let message = IrqFlags::EVENTFD | IrqFlags::NORESIZE;
+        let mut irqs = vec![Irq::default(); pci_index::NUM_IRQS as usize];
+        if self.layout.has_pin {
+            let flags = IrqFlags::EVENTFD | IrqFlags::MASKABLE | IrqFlags::AUTOMASKED;
+            irqs[pci_index::IRQ_INTX as usize] = Irq { flags, count: 1 };
+        }
+        if let Some(msi) = &self.layout.msi {
+            irqs[pci_index::IRQ_MSI as usize] = Irq { flags: message, count: msi.vectors };
+        }
+        if let Some(msix) = &self.layout.msix {
+            irqs[pci_index::IRQ_MSIX as usize] = Irq { flags: message, count: u32::from(msix.vectors) };
+        }
+        irqs[pci_index::IRQ_ERR as usize] = Irq { flags: message, count: 1 };
+        irqs
+    }
+
+    /// Reads configuration space, any bytes of it. EINVAL outside.
+    pub fn config_read(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.config.read(offset, data)
+    }
+
+    /// Writes configuration space, any bytes of it: bits that cannot be written stay, bits that are cleared by writing
+    /// one are cleared. Says what changed; interrupts are brought up to it already. EINVAL outside.
+    pub fn config_write(&mut self, offset: u64, data: &[u8], irqs: &Irqs) -> Result<Changes, Errno> {
+        let changes = self.config.write(&self.layout, offset, data)?;
+        if changes.intersects(Changes::COMMAND | Changes::MSI | Changes::MSIX) {
+            self.settle(irqs);
+        }
+        Ok(changes)
+    }
+
+    /// The COMMAND register.
+    pub fn command(&self) -> Command {
+        self.config.command()
+    }
+
+    /// The address that a BAR was given, as its register has it; 0 for one that is not there.
+    pub fn bar_address(&self, bar: usize) -> u64 {
+        self.config.bar_address(&self.layout, bar)
+    }
+
+    /// Whether the client set the enable bit of MSI.
+    pub fn msi_enabled(&self) -> bool {
+        self.layout.msi.as_ref().is_some_and(|msi| self.config.msi_control(msi) & 1 != 0)
+    }
+
+    /// Whether the client set the enable bit of MSI-X.
+    pub fn msix_enabled(&self) -> bool {
+        self.layout.msix.as_ref().is_some_and(|msix| self.config.msix_control(msix) & (1 << 15) != 0)
+    }
+
+    /// Reads what of a BAR's range lies in the MSI-X table or its pending bits, over what `data` has there; the rest of
+    /// `data` stays as the model filled it in. Says whether that was all of it.
+    pub fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8]) -> bool {
+        self.msix.as_ref().is_some_and(|msix| msix.read(bar, offset, data))
+    }
+
+    /// Writes what of a BAR's range lies in the MSI-X table or its pending bits (which cannot be written). Says whether
+    /// that was all of it.
+    pub fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8], irqs: &Irqs) -> bool {
+        let all = self.msix.as_mut().is_some_and(|msix| msix.write(bar, offset, data));
+        self.settle(irqs);
+        all
+    }
+
+    /// The device raises an interrupt: sends a message, each time, if the client wired MSI-X or MSI; else holds INTx
+    /// until all that was raised is [lowered](Function::lower). With fewer MSI vectors than the device asked for, those
+    /// without one share the first. Nothing happens for a vector that the function was not declared with.
+    pub fn raise(&mut self, vector: u32, irqs: &Irqs) {
+        if vector >= self.layout.vectors() {
+            return;
+        }
+        self.raised[vector as usize / 64] |= 1 << (vector % 64);
+        if irqs.any_wired(pci_index::IRQ_MSIX) {
+            self.raise_msix(vector, irqs);
+        } else if irqs.any_wired(pci_index::IRQ_MSI) {
+            let vector = if irqs.is_wired(pci_index::IRQ_MSI, vector) { vector } else { 0 };
+            if self.config.msi_hold(&self.layout, vector) {
+                irqs.trigger(pci_index::IRQ_MSI, vector);
+            }
+        }
+        self.settle_intx(irqs);
+    }
+
+    /// What the interrupt was raised for is done. A message that was sent stays sent.
+    pub fn lower(&mut self, vector: u32, irqs: &Irqs) {
+        if let Some(word) = self.raised.get_mut(vector as usize / 64) {
+            *word &= !(1 << (vector % 64));
+        }
+        self.settle_intx(irqs);
+    }
+
+    /// Whether an interrupt is raised.
+    pub fn is_raised(&self, vector: u32) -> bool {
+        self.raised.get(vector as usize / 64).is_some_and(|word| word >> (vector % 64) & 1 != 0)
+    }
+
+    /// Back to how the function is at power-on, with nothing raised.
+    pub fn reset(&mut self, irqs: &Irqs) {
+        self.config = Config::new(&self.layout);
+        if let Some(msix) = &mut self.msix {
+            msix.reset();
+        }
+        self.raised.fill(0);
+        self.settle_intx(irqs);
+    }
+
+    /// Brings the interrupts to what the function's state says: sends the messages that are pending and not masked any
+    /// more, and holds or lets go of INTx. To be called when a state was [loaded](Function::loaded) and takes effect.
+    pub fn settle(&mut self, irqs: &Irqs) {
+        let masked = self.msix_masked();
+        if let Some(msix) = &mut self.msix
+            && !masked
+        {
+            msix.take_pending(|vector| irqs.trigger(pci_index::IRQ_MSIX, vector));
+        }
+        self.config.msi_take_pending(&self.layout, |vector| irqs.trigger(pci_index::IRQ_MSI, vector));
+        self.settle_intx(irqs);
+    }
+
+    fn raise_msix(&mut self, vector: u32, irqs: &Irqs) {
+        let masked = self.msix_masked();
+        let held = self.msix.as_mut().is_some_and(|msix| msix.hold(vector, masked));
+        if !held {
+            irqs.trigger(pci_index::IRQ_MSIX, vector);
+        }
+    }
+
+    /// Whether the client masked all of MSI-X.
+    fn msix_masked(&self) -> bool {
+        self.layout.msix.as_ref().is_some_and(|msix| self.config.msix_control(msix) & (1 << 14) != 0)
+    }
+
+    fn settle_intx(&mut self, irqs: &Irqs) {
+        if !self.layout.has_pin {
+            return;
+        }
+        let raised = self.raised.iter().any(|word| *word != 0);
+        self.config.set_interrupt_status(raised);
+        let messages = irqs.any_wired(pci_index::IRQ_MSIX) || irqs.any_wired(pci_index::IRQ_MSI);
+        let held = raised && !messages && !self.command().contains(Command::INTX_DISABLE);
+        irqs.set_level(pci_index::IRQ_INTX, 0, held);
+    }
+}
