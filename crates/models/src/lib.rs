@@ -1,1 +1,8 @@
-//! Seam.
+//! Devices that are ready to use.
+//!
+//! [`synthetic`]: the device for tests and measurements, with a state of any size that dirties
+//! itself, DMA into guest memory, faults on demand, and the means to prove after a move that
+//! nothing was lost.
+#![forbid(unsafe_code)]
+
+pub mod synthetic;

@@ -1,0 +1,422 @@
+//! A loading session: blocks received in place into staging memory, everything checked, nothing of
+//! the device touched before all of it was found whole.
+
+use limosa_protocol::Errno;
+use prost::Message;
+use zerocopy::IntoBytes;
+
+use super::blocks::{Blocks, checksum, generation, received};
+use super::dma::{Pattern, Registers};
+use super::records::{Identity, KIND, RECORD_BYTES, Record, Rest, SECTION_BYTES_MAX, VERSION};
+
+/// Why a state is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LoadError {
+    /// It is the state of another kind of device.
+    #[error("this is the state of a device of kind `{0}`, not of a synthetic one")]
+    Foreign(String),
+    /// It was saved by a newer program.
+    #[error("this state has version {0}, the newest that is known here is 1")]
+    Newer(u32),
+    /// It is the state of a synthetic device of another size.
+    #[error("this is a state of {there}, but the device has {here}")]
+    Geometry {
+        /// What was sent.
+        there: String,
+        /// What would be right.
+        here: String,
+    },
+    /// It holds a record of a kind that is not known.
+    #[error("this state holds a record of unknown kind {0}")]
+    Unknown(u32),
+    /// Something comes where it must not.
+    #[error("this state holds {0} where none belongs")]
+    Order(&'static str),
+    /// It was altered on its way.
+    #[error("this state is damaged: {0}")]
+    Damaged(String),
+    /// It is not all there.
+    #[error("this state is cut off: {0}")]
+    Truncated(String),
+}
+
+impl LoadError {
+    /// The errno for the client: EBADMSG for a damaged or truncated state, EINVAL for one that is
+    /// not of this device, ENOTSUP for a newer one.
+    pub fn errno(&self) -> Errno {
+        match self {
+            LoadError::Foreign(_) | LoadError::Geometry { .. } => Errno::EINVAL,
+            LoadError::Newer(_) | LoadError::Unknown(_) => Errno::ENOTSUP,
+            LoadError::Order(_) | LoadError::Damaged(_) | LoadError::Truncated(_) => Errno::EBADMSG,
+        }
+    }
+}
+
+/// What is received next.
+enum Expect {
+    Record,
+    Identity {
+        crc: u32,
+    },
+    Rest {
+        crc: u32,
+    },
+    /// Bytes of the state.
+    Blocks(std::ops::Range<usize>),
+    Nothing,
+}
+
+pub(super) struct Loader {
+    staging: Vec<u64>,
+    block_bytes: usize,
+    verify: bool,
+    expect: Expect,
+    /// A record or section that is being received.
+    small: Vec<u8>,
+    small_at: usize,
+    seed: Option<u64>,
+    /// Of the blocks that were received, by index.
+    generations: Vec<Option<u64>>,
+    rest: Option<Rest>,
+}
+
+/// A state that was found whole.
+pub(super) struct Loaded {
+    pub(super) blocks: Blocks,
+    pub(super) dma: Registers,
+    pub(super) dirty_rate: u64,
+    pub(super) scratch: Vec<u8>,
+}
+
+impl Loader {
+    /// A session for a device with so many blocks. `staging` is memory of that size, if there is
+    /// some at hand.
+    pub(super) fn new(count: usize, block_bytes: usize, verify: bool, staging: Option<Vec<u64>>) -> Loader {
+        let staging = staging.unwrap_or_else(|| {
+            // Touched here, once, so that receiving never waits for pages.
+            let mut words = vec![0; count * block_bytes / 8];
+            words.iter_mut().step_by(512).for_each(|word| *word = 1);
+            words
+        });
+        Loader {
+            staging,
+            block_bytes,
+            verify,
+            expect: Expect::Record,
+            small: vec![0; RECORD_BYTES],
+            small_at: 0,
+            seed: None,
+            generations: vec![None; count],
+            rest: None,
+        }
+    }
+
+    /// The memory, for a later session.
+    pub(super) fn into_staging(self) -> Vec<u64> {
+        self.staging
+    }
+
+    /// Where the next bytes belong.
+    pub(super) fn space(&mut self, bytes_max: usize) -> Option<&mut [u8]> {
+        match &self.expect {
+            Expect::Nothing => None,
+            Expect::Blocks(range) => {
+                let end = range.end.min(range.start.saturating_add(bytes_max));
+                Some(&mut self.staging.as_mut_bytes()[range.start..end])
+            }
+            Expect::Record | Expect::Identity { .. } | Expect::Rest { .. } => {
+                let end = self.small.len().min(self.small_at.saturating_add(bytes_max));
+                Some(&mut self.small[self.small_at..end])
+            }
+        }
+    }
+
+    /// So many bytes of [`Loader::space`] were received.
+    pub(super) fn filled(&mut self, bytes: usize) -> Result<(), LoadError> {
+        match &mut self.expect {
+            Expect::Nothing => Err(LoadError::Order("bytes after its end")),
+            Expect::Blocks(range) => {
+                let from = range.start;
+                range.start += bytes;
+                let (done, over) = (range.start, range.start == range.end);
+                if over {
+                    self.expect(Expect::Record, RECORD_BYTES);
+                }
+                self.blocks_done(from / self.block_bytes..done / self.block_bytes)
+            }
+            Expect::Record | Expect::Identity { .. } | Expect::Rest { .. } => {
+                self.small_at += bytes;
+                if self.small_at == self.small.len() { self.small_done() } else { Ok(()) }
+            }
+        }
+    }
+
+    fn expect(&mut self, expect: Expect, small_bytes: usize) {
+        self.expect = expect;
+        self.small_at = 0;
+        self.small.resize(small_bytes, 0);
+    }
+
+    fn blocks_done(&mut self, indexes: std::ops::Range<usize>) -> Result<(), LoadError> {
+        let seed = self.seed.ok_or(LoadError::Order("blocks before its identity"))?;
+        for index in indexes {
+            let block = &self.staging.as_bytes()[index * self.block_bytes..(index + 1) * self.block_bytes];
+            self.generations[index] = Some(if self.verify {
+                received(block, seed, index).map_err(LoadError::Damaged)?
+            } else {
+                generation(block)
+            });
+        }
+        Ok(())
+    }
+
+    fn small_done(&mut self) -> Result<(), LoadError> {
+        let whole = |crc| crc32c::crc32c(&self.small) == crc;
+        match self.expect {
+            Expect::Identity { crc } if whole(crc) => {
+                self.identity()?;
+                self.expect(Expect::Record, RECORD_BYTES);
+            }
+            Expect::Rest { crc } if whole(crc) => {
+                let rest = Rest::decode(&self.small[..]);
+                self.rest = Some(rest.map_err(|error| LoadError::Damaged(error.to_string()))?);
+                self.expect(Expect::Nothing, 0);
+            }
+            Expect::Identity { .. } => return Err(LoadError::Damaged("its identity".into())),
+            Expect::Rest { .. } => return Err(LoadError::Damaged("its registers".into())),
+            Expect::Record | Expect::Blocks(_) | Expect::Nothing => {
+                let record = <&[u8; RECORD_BYTES]>::try_from(&self.small[..]);
+                self.record(Record::decode(record.map_err(|_| LoadError::Order("half a record"))?)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, record: Record) -> Result<(), LoadError> {
+        let section = |bytes: u32| match bytes as usize {
+            0 => Err(LoadError::Damaged("an empty section".into())),
+            bytes if bytes > SECTION_BYTES_MAX => Err(LoadError::Damaged(format!(
+                "a section of {bytes} bytes, the most is {SECTION_BYTES_MAX}"
+            ))),
+            bytes => Ok(bytes),
+        };
+        match (record, self.seed) {
+            (Record::Identity { bytes, crc }, None) => {
+                self.expect(Expect::Identity { crc }, section(bytes)?);
+            }
+            (Record::Identity { .. }, Some(_)) => return Err(LoadError::Order("a second identity")),
+            (_, None) => return Err(LoadError::Order("records before its identity")),
+            (Record::Rest { bytes, crc }, Some(_)) => self.expect(Expect::Rest { crc }, section(bytes)?),
+            (Record::Blocks { first, count }, Some(_)) => {
+                let (first, count) = (first as usize, count as usize);
+                let end = first.saturating_add(count);
+                if count == 0 || end > self.generations.len() {
+                    return Err(LoadError::Damaged(format!("blocks {first} to {end} do not exist")));
+                }
+                self.expect = Expect::Blocks(first * self.block_bytes..end * self.block_bytes);
+            }
+        }
+        Ok(())
+    }
+
+    fn identity(&mut self) -> Result<(), LoadError> {
+        let identity =
+            Identity::decode(&self.small[..]).map_err(|error| LoadError::Damaged(error.to_string()))?;
+        if identity.kind != KIND {
+            return Err(LoadError::Foreign(identity.kind.chars().take(64).collect()));
+        }
+        if identity.version > VERSION {
+            return Err(LoadError::Newer(identity.version));
+        }
+        let here = (self.staging.len() as u64 * 8, self.block_bytes as u32);
+        let there = (identity.state_bytes, identity.block_bytes);
+        if here != there {
+            let name = |(state, block)| format!("{state} bytes in blocks of {block}");
+            return Err(LoadError::Geometry { there: name(there), here: name(here) });
+        }
+        self.seed = Some(identity.seed);
+        Ok(())
+    }
+
+    /// The state, once all of it arrived and belongs together. When not, the session is as it was.
+    pub(super) fn finish(&mut self) -> Result<Loaded, LoadError> {
+        let Some((rest, seed)) = self.rest.as_ref().zip(self.seed) else {
+            return Err(LoadError::Truncated("its last record is missing".into()));
+        };
+        if let Some(missing) = self.generations.iter().position(Option::is_none) {
+            return Err(LoadError::Truncated(format!("block {missing} is missing")));
+        }
+        let generations: Vec<u64> = self.generations.iter().flatten().copied().collect();
+        if checksum(seed, &generations) != rest.checksum {
+            let what = "a block is not of the generation that the source stopped with";
+            return Err(LoadError::Damaged(what.into()));
+        }
+        let Some(pattern) = Pattern::from_raw(rest.dma_pattern) else {
+            return Err(LoadError::Damaged(format!("DMA pattern {} does not exist", rest.dma_pattern)));
+        };
+        if rest.cursor >= generations.len() as u64 || rest.scratch.len() != super::SCRATCH_BYTES {
+            return Err(LoadError::Damaged("its registers do not fit the device".into()));
+        }
+        let dma = Registers {
+            base: rest.dma_base,
+            pages: rest.dma_pages,
+            pattern,
+            rate: rest.dma_rate,
+            limit: rest.dma_limit,
+            sequence: rest.dma_sequence,
+            enabled: rest.dma_enabled && rest.dma_pages > 0,
+            failed: rest.dma_failed,
+        };
+        let words = std::mem::take(&mut self.staging);
+        let (dirtied, cursor) = (rest.dirtied, rest.cursor as usize);
+        Ok(Loaded {
+            blocks: Blocks::from_parts(words, self.block_bytes, seed, generations, dirtied, cursor),
+            dma,
+            dirty_rate: rest.dirty_rate,
+            scratch: rest.scratch.clone(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::save::Saver;
+    use super::*;
+    use limosa_device::Save;
+
+    const COUNT: usize = 3;
+    const BLOCK: usize = 4096;
+
+    fn identity(change: impl FnOnce(&mut Identity)) -> Vec<u8> {
+        let (state_bytes, block_bytes) = ((COUNT * BLOCK) as u64, BLOCK as u32);
+        let mut identity =
+            Identity { kind: KIND.into(), version: VERSION, state_bytes, block_bytes, seed: 5 };
+        change(&mut identity);
+        Record::section(|bytes, crc| Record::Identity { bytes, crc }, &identity.encode_to_vec())
+    }
+
+    fn rest(blocks: &Blocks, change: impl FnOnce(&mut Rest)) -> Vec<u8> {
+        let scratch = vec![0; super::super::SCRATCH_BYTES];
+        let mut rest = Rest { checksum: blocks.checksum(), scratch, ..Rest::default() };
+        change(&mut rest);
+        Record::section(|bytes, crc| Record::Rest { bytes, crc }, &rest.encode_to_vec())
+    }
+
+    /// A saved stream with an identity and a rest as they are given.
+    fn stream(blocks: &Blocks, identity: Vec<u8>, rest: &[u8]) -> Vec<u8> {
+        let mut saver = Saver::new(blocks, COUNT, identity, &[]);
+        let mut stream = Vec::new();
+        while let Save::Data(data) = saver.save(blocks, 1 << 20, true, rest.to_vec()) {
+            stream.extend_from_slice(data);
+        }
+        stream
+    }
+
+    fn load(stream: &[u8]) -> Result<Loaded, LoadError> {
+        let mut loader = Loader::new(COUNT, BLOCK, true, None);
+        let mut left = stream;
+        while !left.is_empty() {
+            let Some(space) = loader.space(left.len()) else { return loader.filled(1).map(|()| panic!()) };
+            let bytes = space.len();
+            space.copy_from_slice(&left[..bytes]);
+            loader.filled(bytes)?;
+            left = &left[bytes..];
+        }
+        loader.finish()
+    }
+
+    fn refusal(stream: &[u8]) -> String {
+        load(stream).map(|_| ()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_state_that_is_whole_is_taken() {
+        let mut blocks = Blocks::new(5, COUNT, BLOCK);
+        blocks.dirty(4, None, |_| ());
+        let loaded = load(&stream(&blocks, identity(|_| ()), &rest(&blocks, |_| ()))).unwrap();
+        assert_eq!(loaded.blocks.checksum(), blocks.checksum());
+        assert_eq!(loaded.blocks.bytes(), blocks.bytes());
+    }
+
+    #[test]
+    fn foreign_newer_and_other_sized_states_are_refused_by_name() {
+        let blocks = Blocks::new(5, COUNT, BLOCK);
+        let rest = rest(&blocks, |_| ());
+        let said = |change: fn(&mut Identity)| refusal(&stream(&blocks, identity(change), &rest));
+        assert!(said(|identity| identity.kind = "uart".into()).contains("kind `uart`"));
+        assert!(
+            said(|identity| identity.version = 2).contains("version 2, the newest that is known here is 1")
+        );
+        let geometry = said(|identity| identity.state_bytes *= 2);
+        assert_eq!(
+            geometry,
+            "this is a state of 24576 bytes in blocks of 4096, but the device has 12288 bytes in blocks of 4096"
+        );
+        assert!(said(|identity| identity.block_bytes *= 2).contains("blocks of 8192"));
+        assert!(said(|identity| identity.seed = 6).contains("block 0 is another one"));
+    }
+
+    #[test]
+    fn registers_that_do_not_fit_are_refused_by_name() {
+        let blocks = Blocks::new(5, COUNT, BLOCK);
+        let said =
+            |change: fn(&mut Rest)| refusal(&stream(&blocks, identity(|_| ()), &rest(&blocks, change)));
+        assert!(said(|rest| rest.checksum ^= 1).contains("not of the generation"));
+        assert!(said(|rest| rest.dma_pattern = 3).contains("pattern 3"));
+        assert!(said(|rest| rest.cursor = 3).contains("do not fit"));
+        assert!(said(|rest| rest.scratch.push(0)).contains("do not fit"));
+    }
+
+    #[test]
+    fn a_state_cut_anywhere_is_refused() {
+        let blocks = Blocks::new(5, COUNT, BLOCK);
+        let whole = stream(&blocks, identity(|_| ()), &rest(&blocks, |_| ()));
+        for bytes in (0..whole.len()).step_by(41).chain(whole.len() - 60..whole.len()) {
+            assert!(refusal(&whole[..bytes]).contains("cut off"), "at {bytes}");
+        }
+        let more = [&whole[..], b"x"].concat();
+        assert!(refusal(&more).contains("bytes after its end"));
+    }
+
+    #[test]
+    fn a_state_altered_anywhere_is_refused() {
+        let blocks = Blocks::new(5, COUNT, BLOCK);
+        let mut stream = stream(&blocks, identity(|_| ()), &rest(&blocks, |_| ()));
+        for at in 0..stream.len() {
+            stream[at] ^= 0x40;
+            let said = refusal(&stream);
+            assert!(said.contains("damaged") || said.contains("another one"), "byte {at}: {said}");
+            stream[at] ^= 0x40;
+        }
+    }
+
+    #[test]
+    fn a_lost_newer_version_of_a_block_is_noticed() {
+        let old = Blocks::new(5, COUNT, BLOCK);
+        let mut new = Blocks::new(5, COUNT, BLOCK);
+        new.dirty(1, None, |_| ());
+        let said = refusal(&stream(&old, identity(|_| ()), &rest(&new, |_| ())));
+        assert!(said.contains("not of the generation"), "{said}");
+    }
+
+    #[test]
+    fn records_out_of_order_or_out_of_bounds_are_refused_by_name() {
+        let blocks = Blocks::new(5, COUNT, BLOCK);
+        let (identity, rest) = (identity(|_| ()), rest(&blocks, |_| ()));
+        let run = |first, count| Record::Blocks { first, count }.encode().to_vec();
+        for (parts, part) in [
+            (vec![run(0, 1)], "before its identity"),
+            (vec![rest.clone()], "before its identity"),
+            (vec![identity.clone(), identity.clone()], "second identity"),
+            (vec![identity.clone(), run(0, 4)], "do not exist"),
+            (vec![identity.clone(), run(0, 0)], "do not exist"),
+            (vec![identity.clone(), run(u32::MAX, u32::MAX)], "do not exist"),
+            (vec![identity.clone(), rest], "block 0 is missing"),
+            (vec![Record::Identity { bytes: 1 << 30, crc: 0 }.encode().to_vec()], "1073741824 bytes"),
+            (vec![Record::Identity { bytes: 0, crc: 0 }.encode().to_vec()], "empty section"),
+        ] {
+            let said = refusal(&parts.concat());
+            assert!(said.contains(part), "{said}");
+        }
+    }
+}

@@ -1,0 +1,446 @@
+//! The synthetic device as a client sees it: moves in every way, and faults on demand.
+
+mod common;
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use common::{device, drain, drive, load, refused, save};
+use limosa_client::{Chunk, Device, DeviceExt, DmaMap, DmaMemory, IrqAction};
+use limosa_device::Loopback;
+use limosa_models::synthetic::registers::*;
+use limosa_models::synthetic::{PAGE_BYTES, Pattern, STATE_REGION, Synthetic, Window};
+use limosa_protocol::info::DmaMapFlags;
+use limosa_protocol::{Errno, MigrationFlags, State, pci_index};
+use rustix::event::{EventfdFlags, eventfd};
+
+fn synthetic(config: &str) -> Loopback {
+    device("synthetic", Synthetic::new(config.parse().unwrap()).unwrap())
+}
+
+fn get(device: &dyn Device, register: u64) -> u64 {
+    let mut value = [0; 8];
+    device.region_read(0, register, &mut value).unwrap();
+    u64::from_le_bytes(value)
+}
+
+fn set(device: &dyn Device, register: u64, value: u64) {
+    device.region_write(0, register, &value.to_le_bytes()).unwrap();
+}
+
+const SMALL: &str = "state=256K,block=4K";
+
+/// What makes a state, as far as a client can see.
+fn fingerprint(device: &dyn Device) -> (u64, u64, Vec<u8>, Vec<u8>) {
+    let mut state = vec![0; 256 << 10];
+    device.region_read(STATE_REGION, 0, &mut state).unwrap();
+    let mut scratch = vec![0; SCRATCH_BYTES];
+    device.region_read(0, SCRATCH, &mut scratch).unwrap();
+    (get(device, CHECKSUM), get(device, DIRTIED), state, scratch)
+}
+
+#[test]
+fn the_registers_say_what_was_configured() {
+    let device = synthetic("state=1M,block=64K,seed=77,dirty-rate=0,dma-rate=5K,dma-pattern=random");
+    for (register, value) in [
+        (IDENT, IDENT_VALUE),
+        (STATE_BYTES, 1 << 20),
+        (BLOCK_BYTES, 64 << 10),
+        (SEED, 77),
+        (DIRTIED, 0),
+        (BAD_BLOCKS, 0),
+        (DMA_RATE, 5 << 10),
+        (DMA_PATTERN, Pattern::Random.raw()),
+        (DMA_CONTROL, 0),
+        (0xff8, 0),
+    ] {
+        assert_eq!(get(&device, register), value, "{register:#x}");
+    }
+    let mut halves = [0; 4];
+    device.region_read(0, IDENT + 4, &mut halves).unwrap();
+    assert_eq!(&halves, b"SASY");
+    device.region_write(0, DIRTY_RATE + 4, &1_u32.to_le_bytes()).unwrap();
+    assert_eq!(get(&device, DIRTY_RATE), 1 << 32);
+    for (offset, bytes) in [(DIRTY_RATE + 1, 4), (DIRTY_RATE + 4, 8), (DIRTY_RATE, 2), (DIRTY_RATE, 16)] {
+        assert_eq!(refused(device.region_write(0, offset, &vec![0; bytes])), Errno::EINVAL);
+    }
+}
+
+#[test]
+fn a_state_moves_whole_in_stop_copy_whatever_the_pieces() {
+    for piece in [1, 7, 16, 4096, 5000, 1 << 20] {
+        let (source, destination) = (synthetic(SMALL), synthetic("state=256K,block=4K,seed=9"));
+        set(&source, DIRTY, 100);
+        source.region_write(0, SCRATCH + 3, b"hello").unwrap();
+        let want = fingerprint(&source);
+        let mut stream = drive(&source, State::StopCopy);
+        let (state, last) = drain(stream.as_mut(), piece);
+        assert_eq!(last, Chunk::End);
+        load(&destination, &state, piece).unwrap();
+        assert_eq!(fingerprint(&destination), want);
+        assert_eq!(get(&destination, BAD_BLOCKS), 0);
+        // It can be moved on from there.
+        destination.set_state(State::Running).unwrap();
+        set(&destination, DIRTY, 1);
+        let want = fingerprint(&destination);
+        source.reset().unwrap();
+        load(&source, &save(&destination), 1 << 20).unwrap();
+        assert_eq!(fingerprint(&source), want);
+    }
+}
+
+#[test]
+fn a_state_that_changes_during_pre_copy_moves_whole() {
+    for piece in [100, 4096, 1 << 20] {
+        let (source, destination) = (synthetic(SMALL), synthetic(SMALL));
+        let mut out = drive(&source, State::PreCopy);
+        let mut into = drive(&destination, State::Resuming);
+        let mut data = vec![0; piece];
+        let mut rounds = 0;
+        // Enough to go round several times; it may change as fast as it is read.
+        for _ in 0..(2 << 20) / piece {
+            match out.read(&mut data).unwrap() {
+                Chunk::Data(bytes) => {
+                    into.write(&data[..bytes]).unwrap();
+                    set(&source, DIRTY, u64::from(rounds < 3 && bytes > 50));
+                }
+                Chunk::NothingForNow => {
+                    rounds += 1;
+                    set(&source, DIRTY, rounds * 7);
+                }
+                Chunk::End => panic!("an end in pre-copy"),
+            }
+        }
+        source.set_state(State::PreCopyP2p).unwrap();
+        assert!(source.set_state(State::StopCopy).unwrap().is_none());
+        let (rest, last) = drain(out.as_mut(), piece);
+        assert_eq!(last, Chunk::End);
+        rest.chunks(piece).for_each(|chunk| into.write(chunk).unwrap());
+        destination.set_state(State::Running).unwrap();
+        assert_eq!(fingerprint(&destination), fingerprint(&source));
+        assert_eq!(get(&destination, BAD_BLOCKS), 0);
+    }
+}
+
+#[test]
+fn a_device_that_changes_at_a_rate_moves_whole() {
+    let config = "state=1M,block=4K,dirty-rate=400M";
+    let (source, destination) = (synthetic(config), synthetic(config));
+    let mut out = drive(&source, State::PreCopy);
+    let mut into = drive(&destination, State::Resuming);
+    let mut data = vec![0; 64 << 10];
+    // A rate that is outrun now and then and never for long: a fixed number of reads.
+    for _ in 0..200 {
+        if let Chunk::Data(bytes) = out.read(&mut data).unwrap() {
+            into.write(&data[..bytes]).unwrap();
+        }
+    }
+    source.set_state(State::StopCopy).unwrap();
+    let changes = get(&source, DIRTIED);
+    let (rest, _) = drain(out.as_mut(), 64 << 10);
+    into.write(&rest).unwrap();
+    assert_eq!(get(&source, DIRTIED), changes, "a stopped device changes nothing");
+    destination.set_state(State::Stop).unwrap();
+    assert_eq!(get(&destination, DIRTIED), changes);
+    assert_eq!(get(&destination, CHECKSUM), get(&source, CHECKSUM));
+    assert_eq!(get(&destination, BAD_BLOCKS), 0);
+    assert_eq!(get(&destination, DIRTY_RATE), 400 << 20);
+}
+
+#[test]
+fn pre_copy_info_counts_what_is_left() {
+    let source = synthetic("state=256K,block=4K,precopy=50");
+    assert!(source.mig_data_size().unwrap().unwrap() > 256 << 10);
+    assert!(source.precopy_info_v2().unwrap());
+    let mut stream = drive(&source, State::PreCopy);
+    let left = |stream: &mut dyn limosa_client::DataStream| {
+        let info = stream.precopy_info().unwrap();
+        (info.initial_bytes >> 10, info.dirty_bytes >> 10, info.reinit())
+    };
+    assert_eq!(left(stream.as_mut()), (128, 0, false));
+    let (state, _) = drain(stream.as_mut(), 1 << 20);
+    assert!(state.len() > 128 << 10 && state.len() < 129 << 10);
+    assert_eq!(left(stream.as_mut()), (0, 0, false));
+    set(&source, DIRTY, 40);
+    assert_eq!(left(stream.as_mut()), (0, 128, false), "the other 8 are not of the share");
+    drain(stream.as_mut(), 1 << 20);
+    set(&source, DIRTY, 64);
+    set(&source, REINIT, 1);
+    assert_eq!(left(stream.as_mut()), (128, 0, true));
+    assert_eq!(left(stream.as_mut()), (128, 0, false), "reported once");
+    source.set_state(State::StopCopy).unwrap();
+    let (rest, _) = drain(stream.as_mut(), 1 << 20);
+    assert!(rest.len() > 256 << 10, "all of it is new");
+    assert!(source.mig_data_size().unwrap().unwrap() < 1 << 10);
+}
+
+#[test]
+fn a_device_has_the_states_that_it_is_told_to_have() {
+    for (config, flags) in [
+        ("p2p=off,pre-copy=off", MigrationFlags::SETS[0]),
+        ("pre-copy=off", MigrationFlags::SETS[1]),
+        ("p2p=off", MigrationFlags::SETS[2]),
+        ("", MigrationFlags::SETS[3]),
+    ] {
+        let config = format!("{SMALL},{config}");
+        let source = synthetic(&config);
+        assert_eq!(source.migration_flags().unwrap(), flags);
+        let destination = synthetic(&config);
+        set(&source, DIRTY, 3);
+        load(&destination, &save(&source), 4096).unwrap();
+        destination.set_state(State::Running).unwrap();
+        assert_eq!(fingerprint(&destination), fingerprint(&source));
+    }
+}
+
+#[test]
+fn a_stopped_device_takes_no_register_writes() {
+    let device = synthetic(SMALL);
+    device.set_state(State::Stop).unwrap();
+    assert_eq!(refused(device.region_write(0, DIRTY, &[1; 8])), Errno::EBUSY);
+    assert_eq!(refused(device.region_write(0, SCRATCH, &[1])), Errno::EBUSY);
+    assert_eq!(get(&device, IDENT), IDENT_VALUE);
+    device.set_state(State::Running).unwrap();
+    set(&device, DIRTY, 1);
+}
+
+/// Guest memory and an interrupt, shared by both ends as on one host.
+struct Guest {
+    memory: OwnedFd,
+    done: OwnedFd,
+    window: Window,
+}
+
+const BASE: u64 = 0x10_0000;
+
+impl Guest {
+    fn new(window: Window) -> Guest {
+        let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memory, window.pages * PAGE_BYTES as u64).unwrap();
+        Guest { memory, done: eventfd(0, EventfdFlags::CLOEXEC).unwrap(), window }
+    }
+
+    fn wire(&self, device: &dyn Device) {
+        device
+            .dma_map(&DmaMap {
+                iova: BASE,
+                size: self.window.pages * PAGE_BYTES as u64,
+                flags: DmaMapFlags::READ | DmaMapFlags::WRITE,
+                memory: DmaMemory::File { fd: self.memory.as_fd(), offset: 0 },
+            })
+            .unwrap();
+        device.set_irqs(pci_index::IRQ_MSI, 0, IrqAction::Wire(&[Some(self.done.as_fd())])).unwrap();
+    }
+
+    fn set_up(&self, device: &dyn Device, limit: u64) {
+        set(device, DMA_BASE, BASE);
+        set(device, DMA_PAGES, self.window.pages);
+        set(device, DMA_PATTERN, self.window.pattern.raw());
+        set(device, DMA_RATE, 0);
+        set(device, DMA_LIMIT, limit);
+        set(device, DMA_CONTROL, 1);
+    }
+
+    fn wait(&self) {
+        rustix::io::read(&self.done, &mut [0; 8]).unwrap();
+    }
+
+    /// Every page holds what so many writes must have left there.
+    fn check(&self, writes: u64) {
+        let mut page = [0; PAGE_BYTES];
+        for (index, expected) in (0..).zip(self.window.expected(writes)) {
+            rustix::io::pread(&self.memory, &mut page, index * PAGE_BYTES as u64).unwrap();
+            self.window.check(index, expected, &page).unwrap();
+        }
+    }
+}
+
+#[test]
+fn dma_goes_on_after_a_move_where_it_stopped() {
+    for pattern in [Pattern::Sequential, Pattern::Random, Pattern::OnePage] {
+        let guest = Guest::new(Window { seed: 4, pages: 50, pattern });
+        let (source, destination) =
+            (synthetic("state=64K,block=4K,seed=4"), synthetic("state=64K,block=4K,seed=5"));
+        guest.wire(&source);
+        guest.wire(&destination);
+        guest.set_up(&source, 20_000);
+        // Wherever it is just then.
+        let state = save(&source);
+        let stopped_at = get(&source, DMA_SEQUENCE);
+        guest.check(stopped_at);
+        load(&destination, &state, 1 << 20).unwrap();
+        assert_eq!(get(&destination, DMA_SEQUENCE), stopped_at);
+        guest.check(stopped_at);
+        destination.set_state(State::Running).unwrap();
+        guest.wait();
+        assert_eq!((get(&destination, DMA_SEQUENCE), get(&destination, DMA_CONTROL)), (20_000, 0));
+        guest.check(20_000);
+        assert_eq!(get(&source, DMA_SEQUENCE), stopped_at, "only one of them runs");
+    }
+}
+
+#[test]
+fn the_engine_stops_when_it_is_told_to_and_has_nothing_under_way() {
+    let guest = Guest::new(Window { seed: 1, pages: 8, pattern: Pattern::Sequential });
+    let device = synthetic(SMALL);
+    assert_eq!(
+        refused(device.region_write(0, DMA_CONTROL, &1_u64.to_le_bytes())),
+        Errno::EINVAL,
+        "no window"
+    );
+    guest.wire(&device);
+    guest.set_up(&device, 0);
+    assert_eq!(refused(device.region_write(0, DMA_PAGES, &9_u64.to_le_bytes())), Errno::EBUSY);
+    assert_eq!(refused(device.region_write(0, DMA_PATTERN, &9_u64.to_le_bytes())), Errno::EINVAL);
+    set(&device, DMA_CONTROL, 0);
+    guest.check(get(&device, DMA_SEQUENCE));
+    // And on from there.
+    let limit = get(&device, DMA_SEQUENCE) + 100;
+    set(&device, DMA_LIMIT, limit);
+    set(&device, DMA_CONTROL, 1);
+    guest.wait();
+    guest.check(limit);
+    device.reset().unwrap();
+    assert_eq!((get(&device, DMA_SEQUENCE), get(&device, DMA_PAGES)), (0, 0));
+}
+
+#[test]
+fn a_write_that_memory_refuses_turns_the_engine_off() {
+    let guest = Guest::new(Window { seed: 1, pages: 8, pattern: Pattern::Sequential });
+    let device = synthetic(SMALL);
+    guest.wire(&device);
+    device.dma_unmap(BASE, 8 * PAGE_BYTES as u64, None).unwrap();
+    guest.set_up(&device, 0);
+    guest.wait();
+    assert_eq!((get(&device, DMA_FAILED), get(&device, DMA_CONTROL), get(&device, DMA_SEQUENCE)), (1, 0, 0));
+    device.set_irqs(pci_index::IRQ_MSI, 0, IrqAction::Disable).unwrap();
+    guest.wire(&device);
+    set(&device, DMA_LIMIT, 8);
+    set(&device, DMA_CONTROL, 1);
+    guest.wait();
+    assert_eq!(get(&device, DMA_FAILED), 0);
+    guest.check(8);
+}
+
+#[test]
+fn a_refused_arc_leaves_its_first_state_and_works_the_next_time() {
+    for (fault, way, stays) in [
+        ("fail:RUNNING>RUNNING_P2P", vec![State::Stop], State::Running),
+        ("fail:RUNNING_P2P>STOP:2", vec![State::StopCopy], State::RunningP2p),
+        ("fail:STOP>STOP_COPY", vec![State::StopCopy], State::Stop),
+        ("fail:RUNNING>PRE_COPY", vec![State::PreCopy], State::Running),
+        ("fail:RUNNING_P2P>PRE_COPY_P2P", vec![State::PreCopyP2p], State::RunningP2p),
+        ("fail:PRE_COPY>PRE_COPY_P2P", vec![State::PreCopy, State::StopCopy], State::PreCopy),
+        ("fail:PRE_COPY_P2P>STOP_COPY", vec![State::PreCopy, State::StopCopy], State::PreCopyP2p),
+        ("fail:PRE_COPY_P2P>PRE_COPY", vec![State::PreCopyP2p, State::PreCopy], State::PreCopyP2p),
+        ("fail:STOP>RESUMING", vec![State::Resuming], State::Stop),
+        ("fail:STOP>RUNNING_P2P", vec![State::Stop, State::Running], State::Stop),
+        ("fail:RUNNING_P2P>RUNNING", vec![State::Stop, State::Running], State::RunningP2p),
+    ] {
+        let device = synthetic(&format!("{SMALL},fault={fault}"));
+        let (last, before) = way.split_last().unwrap();
+        before.iter().for_each(|state| drop(device.set_state(*state).unwrap()));
+        let times = if fault.ends_with(":2") { 2 } else { 1 };
+        for _ in 0..times {
+            assert_eq!(refused(device.set_state(*last)), Errno::EBUSY, "{fault}");
+            assert_eq!(device.state().unwrap(), stays, "{fault}");
+        }
+        device.set_state(*last).unwrap();
+        assert_eq!(get(&device, BAD_BLOCKS), 0);
+    }
+}
+
+#[test]
+fn a_refused_end_of_a_load_can_be_repeated() {
+    let (source, destination) = (synthetic(SMALL), synthetic("state=256K,block=4K,fault=fail:RESUMING>STOP"));
+    set(&source, DIRTY, 5);
+    assert_eq!(refused(load(&destination, &save(&source), 4096)), Errno::EBUSY);
+    assert_eq!(destination.state().unwrap(), State::Resuming);
+    destination.set_state(State::Running).unwrap();
+    assert_eq!(fingerprint(&destination), fingerprint(&source));
+}
+
+#[test]
+fn a_device_that_breaks_is_in_error_until_it_is_reset() {
+    for (fault, way) in [
+        ("error:RUNNING>RUNNING_P2P", vec![State::Stop]),
+        ("error:STOP>STOP_COPY", vec![State::StopCopy]),
+        ("error:PRE_COPY_P2P>STOP_COPY", vec![State::PreCopy, State::StopCopy]),
+        ("error:STOP>RESUMING", vec![State::Resuming]),
+        ("error:RESUMING>STOP", vec![State::Resuming, State::Running]),
+    ] {
+        let device = synthetic(&format!("{SMALL},fault={fault}"));
+        set(&device, DIRTY, 7);
+        let (last, before) = way.split_last().unwrap();
+        before.iter().for_each(|state| drop(device.set_state(*state).unwrap()));
+        assert_eq!(refused(device.set_state(*last)), Errno::EIO, "{fault}");
+        assert_eq!(device.state().unwrap(), State::Error, "{fault}");
+        device.reset().unwrap();
+        assert_eq!(fingerprint(&device), fingerprint(&synthetic(SMALL)), "as at power-on");
+        way.iter().for_each(|state| {
+            if *state != State::Running {
+                drop(device.set_state(*state).unwrap());
+            }
+        });
+    }
+}
+
+#[test]
+fn a_truncated_state_is_refused_and_leaves_the_device_untouched() {
+    for bytes in [0, 10, 16, 100, 5000, 200_000] {
+        let source = synthetic(&format!("{SMALL},fault=truncate:{bytes}"));
+        let destination = synthetic(SMALL);
+        set(&destination, DIRTY, 3);
+        let before = fingerprint(&destination);
+        let state = save(&source);
+        assert_eq!(state.len(), bytes);
+        assert_eq!(refused(load(&destination, &state, 4096)), Errno::EBADMSG);
+        assert_eq!(destination.state().unwrap(), State::Resuming);
+        assert_eq!(fingerprint(&destination), before);
+        destination.reset().unwrap();
+        assert_eq!(destination.state().unwrap(), State::Running);
+    }
+}
+
+#[test]
+fn a_corrupted_state_is_refused_and_leaves_the_device_untouched() {
+    for offset in [0, 15, 20, 70, 5000, 262_144, 262_200] {
+        let source = synthetic(&format!("{SMALL},fault=corrupt:{offset}"));
+        let destination = synthetic(SMALL);
+        set(&destination, DIRTY, 3);
+        let before = fingerprint(&destination);
+        assert_eq!(refused(load(&destination, &save(&source), 4096)), Errno::EBADMSG, "{offset}");
+        assert_eq!(destination.state().unwrap(), State::Resuming);
+        assert_eq!(fingerprint(&destination), before);
+        destination.reset().unwrap();
+        load(&destination, &save(&synthetic(SMALL)), 4096).unwrap();
+    }
+}
+
+#[test]
+fn a_state_of_another_size_is_refused_and_leaves_the_device_untouched() {
+    let destination = synthetic(SMALL);
+    set(&destination, DIRTY, 3);
+    let before = fingerprint(&destination);
+    for other in ["state=128K,block=4K", "state=256K,block=8K"] {
+        assert_eq!(refused(load(&destination, &save(&synthetic(other)), 4096)), Errno::EINVAL);
+        assert_eq!(fingerprint(&destination), before);
+        destination.reset().unwrap();
+        set(&destination, DIRTY, 3);
+    }
+}
+
+#[test]
+fn a_stalled_arc_takes_its_time_and_then_works() {
+    let device = synthetic(&format!("{SMALL},fault=stall:RUNNING_P2P>STOP:30"));
+    let before = std::time::Instant::now();
+    device.set_state(State::Stop).unwrap();
+    assert!(before.elapsed() >= std::time::Duration::from_millis(30));
+}
+
+#[test]
+fn without_verification_a_state_still_moves_and_the_self_check_tells() {
+    let destination = synthetic("state=256K,block=4K,verify=off");
+    let source = synthetic(&format!("{SMALL},fault=corrupt:5000"));
+    load(&destination, &save(&source), 4096).unwrap();
+    assert_eq!(get(&destination, BAD_BLOCKS), 1);
+}
