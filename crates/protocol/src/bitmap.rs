@@ -51,6 +51,7 @@ impl DirtyBitmap {
     }
 
     /// Marks one page.
+    #[inline]
     pub fn set(&self, page: u64) {
         self.set_range(page, 1);
     }
@@ -59,8 +60,13 @@ impl DirtyBitmap {
     ///
     /// An atomic OR for a part of a word and a store for a whole one, both releasing: what the
     /// thread wrote before is seen by the one that harvests the mark.
+    #[inline]
     pub fn set_range(&self, start: u64, len: u64) {
         let Some(span) = Span::of(start, len, self.pages) else { return };
+        if span.first == span.last {
+            self.words[span.first].fetch_or(span.mask(span.first), Release);
+            return;
+        }
         for (at, word) in self.words[span.first..=span.last].iter().enumerate() {
             match span.mask(span.first + at) {
                 u64::MAX => word.store(!0, Release),
@@ -76,6 +82,7 @@ impl DirtyBitmap {
     /// to memory when it finds the mark there and leaves it, and a harvest takes that mark and
     /// reads the page without the write. With the lock, the write is seen before the harvest
     /// begins.
+    #[inline]
     pub fn set_range_locked(&self, start: u64, len: u64) {
         let Some(span) = Span::of(start, len, self.pages) else { return };
         for (at, word) in self.words[span.first..=span.last].iter().enumerate() {
@@ -87,6 +94,7 @@ impl DirtyBitmap {
     }
 
     /// Whether a page is marked.
+    #[inline]
     pub fn get(&self, page: u64) -> bool {
         assert!(page < self.pages, "page {page} of {}", self.pages);
         self.words[(page / 64) as usize].load(Acquire) >> (page % 64) & 1 != 0

@@ -76,15 +76,26 @@ pub fn regranulate(src: &[u64], from: Grid, dst: &mut [u64], to: Grid, iova: u64
     } else if from.page_size < to.page_size {
         // The first source page, counted in pages of its size from the target grid's start.
         let at = target.first / finer;
-        if ratio <= 64 {
-            fold(src, source, dst, at, ratio)
-        } else {
-            fold_wide(src, source, dst, target, at, ratio)
+        match ratio {
+            2 => fold::<1>(src, source, dst, at),
+            4 => fold::<2>(src, source, dst, at),
+            8 => fold::<3>(src, source, dst, at),
+            16 => fold::<4>(src, source, dst, at),
+            32 => fold::<5>(src, source, dst, at),
+            64 => fold::<6>(src, source, dst, at),
+            _ => fold_wide(src, source, dst, target, at, ratio),
         }
-    } else if ratio <= 64 {
-        spread(src, source.first / finer, dst, target, ratio);
     } else {
-        by_runs(src, from.page_size, source, dst, to.page_size, target);
+        let at = source.first / finer;
+        match ratio {
+            2 => spread::<1>(src, at, dst, target),
+            4 => spread::<2>(src, at, dst, target),
+            8 => spread::<3>(src, at, dst, target),
+            16 => spread::<4>(src, at, dst, target),
+            32 => spread::<5>(src, at, dst, target),
+            64 => spread::<6>(src, at, dst, target),
+            _ => by_runs(src, from.page_size, source, dst, to.page_size, target),
+        }
     }
 }
 
@@ -144,18 +155,20 @@ fn by_runs(src: &[u64], from: u64, source: Place, dst: &mut [u64], to: u64, targ
     }
 }
 
-/// Fine to coarse, up to 64 source pages in a target page. `at` is the place of the first source
-/// page in target pages' parts.
-fn fold(src: &[u64], source: Place, dst: &mut [u64], at: u64, ratio: u64) {
-    let steps = Steps::new(ratio);
+/// Fine to coarse, 2^`BITS` source pages, at most 64, in a target page. `at` is the place of the
+/// first source page in target pages' parts.
+fn fold<const BITS: u32>(src: &[u64], source: Place, dst: &mut [u64], at: u64) {
+    let ratio = 1 << BITS;
     let part = at % ratio;
     let mut to = at / ratio;
     // The first word takes in as many pages less as its first target page has before the range.
     let (mut done, mut room, mut shift) = (0, 64 - part, part);
     while done < source.pages {
         let bits = load(src, source.page + done) & low(room.min(source.pages - done));
-        if bits != 0 {
-            or_at(dst, to, steps.fold(bits << shift));
+        match bits {
+            0 => {}
+            u64::MAX => or_at(dst, to, low(64 / ratio)),
+            _ => or_at(dst, to, fold_word::<BITS>(bits << shift)),
         }
         done += room;
         to += 64 / ratio;
@@ -174,17 +187,17 @@ fn fold_wide(src: &[u64], source: Place, dst: &mut [u64], target: Place, at: u64
     }
 }
 
-/// Coarse to fine, up to 64 target pages in a source page. `at` is the place of the first target
-/// page in source pages' parts.
-fn spread(src: &[u64], at: u64, dst: &mut [u64], target: Place, ratio: u64) {
-    let steps = Steps::new(ratio);
+/// Coarse to fine, 2^`BITS` target pages, at most 64, in a source page. `at` is the place of the
+/// first target page in source pages' parts.
+fn spread<const BITS: u32>(src: &[u64], at: u64, dst: &mut [u64], target: Place) {
+    let ratio = 1 << BITS;
     let mut from = at / ratio;
     let mut shift = at % ratio;
     let mut done = 0;
     while done < target.pages {
         let bits = load(src, from) & low(64 / ratio);
         if bits != 0 {
-            or_at(dst, target.page + done, steps.spread(bits) >> shift & low(target.pages - done));
+            or_at(dst, target.page + done, spread_word::<BITS>(bits) >> shift & low(target.pages - done));
         }
         done += 64 - shift;
         from += 64 / ratio;
@@ -192,46 +205,33 @@ fn spread(src: &[u64], at: u64, dst: &mut [u64], target: Place, ratio: u64) {
     }
 }
 
-/// Brings the bits of one word together or apart, in steps that each halve or double the distance.
-struct Steps {
-    ratio: u64,
-    /// log2 of the ratio.
-    bits: u32,
-    /// `masks[k]`: of each 2^k bits, the lowest 2^(k - bits) ones.
-    masks: [u64; 7],
+/// Of each 2^`step` bits, the lowest 2^(`step` - `bits`) ones.
+const fn groups(step: u32, bits: u32) -> u64 {
+    let group = low(1 << (step - bits));
+    if step == 6 { group } else { !0 / low(1 << step) * group }
 }
 
-impl Steps {
-    fn new(ratio: u64) -> Steps {
-        let bits = ratio.trailing_zeros();
-        let mut masks = [0; 7];
-        for (step, mask) in masks.iter_mut().enumerate().skip(bits as usize) {
-            let group = low(1 << (step - bits as usize));
-            *mask = if step == 6 { group } else { !0 / low(1 << step) * group };
-        }
-        Steps { ratio, bits, masks }
+/// Bit *n* of the result: any bit of the *n*-th group of 2^`BITS` bits. The bits move together in
+/// steps that each halve the distances.
+fn fold_word<const BITS: u32>(mut word: u64) -> u64 {
+    for step in 0..BITS {
+        word |= word >> (1 << step);
     }
+    word &= groups(BITS, BITS);
+    for step in BITS..6 {
+        word |= word >> ((1u64 << step) - (1 << (step - BITS)));
+        word &= groups(step + 1, BITS);
+    }
+    word
+}
 
-    /// Bit *n* of the result: any bit of the *n*-th group of `ratio` bits.
-    fn fold(&self, mut word: u64) -> u64 {
-        for step in 0..self.bits {
-            word |= word >> (1 << step);
-        }
-        word &= self.masks[self.bits as usize];
-        for step in self.bits..6 {
-            word |= word >> ((1u64 << step) - (1 << (step - self.bits)));
-            word &= self.masks[step as usize + 1];
-        }
-        word
+/// The *n*-th group of 2^`BITS` bits of the result: bit *n*, below 64 / 2^`BITS`. The bits move
+/// apart in steps that each double the distances.
+fn spread_word<const BITS: u32>(mut word: u64) -> u64 {
+    for step in (BITS..6).rev() {
+        word |= word << ((1u64 << step) - (1 << (step - BITS)));
+        word &= groups(step, BITS);
     }
-
-    /// The *n*-th group of `ratio` bits of the result: bit *n*, below 64 / `ratio`.
-    fn spread(&self, mut word: u64) -> u64 {
-        for step in (self.bits..6).rev() {
-            word |= word << ((1u64 << step) - (1 << (step - self.bits)));
-            word &= self.masks[step as usize];
-        }
-        // One bit in each group: the product fills the groups and carries nowhere.
-        word.wrapping_mul(low(self.ratio))
-    }
+    // One bit in each group: the product fills the groups and carries nowhere.
+    word.wrapping_mul(low(1 << BITS))
 }

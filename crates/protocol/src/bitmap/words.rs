@@ -26,6 +26,7 @@ pub(super) struct Span {
 
 impl Span {
     /// `None` for an empty range. Panics when the range does not fit into `pages`.
+    #[inline]
     pub(super) fn of(start: u64, len: u64, pages: u64) -> Option<Span> {
         let fits = start.checked_add(len).is_some_and(|end| end <= pages);
         assert!(fits, "pages {start}+{len} do not fit into a bitmap of {pages} pages");
@@ -39,6 +40,7 @@ impl Span {
     }
 
     /// The bits of a word of the span that belong to the range.
+    #[inline]
     pub(super) const fn mask(&self, word: usize) -> u64 {
         let head = if word == self.first { self.head } else { !0 };
         let tail = if word == self.last { self.tail } else { !0 };
@@ -52,6 +54,7 @@ const fn room(words: &[u64]) -> u64 {
 }
 
 /// Whether a page is set.
+#[inline]
 pub fn get(words: &[u64], page: u64) -> bool {
     words[(page / 64) as usize] >> (page % 64) & 1 != 0
 }
