@@ -385,7 +385,7 @@ fn a_message_that_nobody_could_drain_ends_the_connection() {
 #[test]
 fn messages_in_pieces_and_many_in_one_piece_are_the_same() {
     let served = Served::new();
-    let mut raw = served.peer();
+    let raw = served.peer();
     let event = event();
     let mut all = Vec::new();
     let mut expected = Vec::new();
