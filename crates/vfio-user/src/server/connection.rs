@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use limosa_device::Machine;
+use limosa_device::{Machine, SessionId};
 use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
@@ -17,6 +17,7 @@ use super::buffer::Buffer;
 use super::dma::Twin;
 use super::link::{Fits, Incoming, Link};
 use super::receive::{End, Receiver};
+use super::stream::DataSocket;
 use crate::codec::{Command, Header, Kind, Request, VersionMessage};
 use crate::version::{
     Capabilities, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX, TwinSocket, VERSION,
@@ -24,7 +25,7 @@ use crate::version::{
 
 /// A connection being served.
 pub(super) struct Connection<'a> {
-    pub(super) machine: &'a Machine,
+    pub(super) machine: &'a Arc<Machine>,
     pub(super) options: &'a Options,
     pub(super) link: Arc<Link>,
     /// What was agreed on; `None` before VERSION.
@@ -33,6 +34,10 @@ pub(super) struct Connection<'a> {
     pub(super) reply: Buffer,
     /// Where data goes that the model has no place for.
     pub(super) spare: Vec<u8>,
+    /// The session's own socket, when the client asked for one.
+    pub(super) data_socket: Option<DataSocket>,
+    /// The session whose data has moved by messages, or may have.
+    pub(super) moved: Option<SessionId>,
     since: Instant,
 }
 
@@ -83,6 +88,8 @@ impl<'a> Connection<'a> {
             limits: None,
             reply: Buffer::default(),
             spare: Vec::new(),
+            data_socket: None,
+            moved: machine.session(),
             since: Instant::now(),
         })
     }
@@ -106,6 +113,7 @@ impl<'a> Connection<'a> {
             }
         };
         self.link.end();
+        self.data_socket = None;
         self.machine.client_gone();
         tracing::debug!(%end, "disconnected");
         end
@@ -197,7 +205,9 @@ impl<'a> Connection<'a> {
     }
 
     fn reset(&mut self, job: &Job) -> Handled {
-        match self.machine.reset() {
+        let reset = self.machine.reset();
+        self.follow_session();
+        match reset {
             Ok(()) => self.reply(job, &[]),
             Err(errno) => Ok(Outcome::Refused(errno)),
         }

@@ -38,6 +38,14 @@ enum Piece {
 
 impl Connection<'_> {
     pub(super) fn mig_data_read(&mut self, job: &Job, read: MigData) -> Handled {
+        if let Some(socket) = &self.data_socket {
+            // The data goes another way; what is asked is how far it is.
+            let saved = if socket.loads() { Err(Errno::EBADF) } else { socket.saved() };
+            return match saved {
+                Ok(()) => self.reply(job, MigData { argsz: MigData::BYTES as u32, size: 0 }.as_bytes()),
+                Err(errno) => Ok(Outcome::Refused(errno)),
+            };
+        }
         let want = read.size as usize;
         let room = (read.argsz as usize).checked_sub(MigData::BYTES);
         if want == 0 || read.size > self.options.data_bytes_max || room.is_none_or(|room| room < want) {
@@ -50,6 +58,7 @@ impl Connection<'_> {
             // Nobody would get the data.
             return Ok(Outcome::Replied);
         }
+        self.moved = Some(session);
         let link = &self.link;
         let gathered = &mut self.spare;
         gathered.clear();
@@ -79,9 +88,21 @@ impl Connection<'_> {
         if write.size > self.options.data_bytes_max {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
+        if let Some(socket) = &self.data_socket {
+            let refused = match (socket.loads(), write.size) {
+                (false, _) => Err(Errno::EBADF),
+                (true, 0) => socket.refused(),
+                (true, _) => Err(Errno::EBUSY),
+            };
+            return match refused {
+                Ok(()) => self.reply(job, &[]),
+                Err(errno) => Ok(Outcome::Refused(errno)),
+            };
+        }
         let Some(session) = self.machine.session() else {
             return Ok(Outcome::Refused(Errno::ENODEV));
         };
+        self.moved = Some(session);
         let written = match job.receiver.take() {
             None => self.machine.data_write(session, data),
             Some(receiver) => {

@@ -2,14 +2,22 @@
 //! pieces of bounded size straight to the socket.
 
 use std::io::IoSlice;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use limosa_client::Refers;
-use limosa_protocol::feature::{DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport};
-use limosa_protocol::{Errno, FeatureCall, FeatureHeader, FeatureIndex, FeatureOp};
+use limosa_device::FeatureDone;
+use limosa_protocol::feature::{
+    DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigState, FeatureRules,
+    PrecopyInfo,
+};
+use limosa_protocol::{Errno, FeatureCall, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags, State};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::connection::{Connection, Handled, Job, Outcome, reply_header};
+use super::stream::DataSocket;
 use crate::codec::Header;
+use crate::extension;
 
 /// The longest bitmap of a report: 8 TiB of 4 KiB pages, as QEMU announces it.
 pub(super) const BITMAP_BYTES_MAX: u64 = 256 << 20;
@@ -29,6 +37,9 @@ impl Connection<'_> {
         if call.index == FeatureIndex::DMA_LOGGING_REPORT && call.op == FeatureOp::GET {
             return self.report(job, header, call, data);
         }
+        if call.index == extension::DATA_FD && call.op == FeatureOp::GET {
+            return self.data_fd(job, call);
+        }
         let mut payload = [0; PAYLOAD_BYTES_MAX];
         let at_hand = data.len().min(PAYLOAD_BYTES_MAX);
         payload[..at_hand].copy_from_slice(&data[..at_hand]);
@@ -42,6 +53,8 @@ impl Connection<'_> {
                     Refers::Nothing,
                 )
             }
+            (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::SET) => self.set_state(call, &mut payload),
+            (extension::PRECOPY_INFO | extension::DATA_FD, _) => self.extension(call, &mut payload),
             _ => self.machine.feature(call, &mut payload, Refers::Nothing),
         };
         let payload_bytes = match done {
@@ -58,12 +71,86 @@ impl Connection<'_> {
         self.reply_pieces(job, &[header.as_bytes(), &payload[..chosen], &data[chosen..]], &[])
     }
 
-    fn start(
-        &self,
-        call: FeatureCall,
-        payload: &mut [u8],
-        data: &[u8],
-    ) -> Result<limosa_device::FeatureDone, Errno> {
+    fn set_state(&mut self, call: FeatureCall, payload: &mut [u8]) -> Result<FeatureDone, Errno> {
+        let wanted =
+            FeatureMigState::read_from_prefix(payload).ok().and_then(|(state, _)| state.state().ok());
+        if let Some(socket) = &self.data_socket
+            && socket.loads()
+            && wanted.is_some_and(|state| !matches!(state, State::Resuming | State::Error))
+        {
+            // All that the client wrote counts, and not more of it than it wanted to.
+            socket.loaded(self.options.message_limit)?;
+        }
+        let done = self.machine.feature(call, payload, Refers::Nothing);
+        self.follow_session();
+        done
+    }
+
+    /// After the state may have changed: the session's own socket ends with it, or goes on.
+    pub(super) fn follow_session(&mut self) {
+        if let Some(socket) = &self.data_socket {
+            if self.machine.session() == Some(socket.session()) {
+                socket.look_again();
+            } else {
+                self.data_socket = None;
+            }
+        }
+    }
+
+    /// PROBE of the features beyond the standard's, and GET of PRECOPY_INFO.
+    fn extension(&self, call: FeatureCall, payload: &mut [u8]) -> Result<FeatureDone, Errno> {
+        let flags = self.machine.migration_flags().ok_or(Errno::ENOTTY)?;
+        let fds = self.limits.is_some_and(|limits| limits.msg_fds_max > 0);
+        let (there, payload_bytes) = if call.index == extension::DATA_FD {
+            (fds, size_of::<extension::DataFd>())
+        } else {
+            (flags.contains(MigrationFlags::PRE_COPY), size_of::<PrecopyInfo>())
+        };
+        if !there {
+            return Err(Errno::ENOTTY);
+        }
+        let rules = FeatureRules { name: "beyond the standard", get: true, set: false, payload_bytes };
+        if !call.check(&rules)? {
+            return Ok(FeatureDone::default());
+        }
+        // Without a session the state is none of pre-copy's.
+        let info = self.machine.precopy_info(self.machine.session().ok_or(Errno::EINVAL)?)?;
+        info.write_to_prefix(payload).map_err(|_| Errno::EINVAL)?;
+        Ok(FeatureDone { payload_bytes, opened: None })
+    }
+
+    /// GET of DATA_FD: the session's data goes over a socket from now on.
+    fn data_fd(&mut self, job: &Job, call: FeatureCall) -> Handled {
+        let opened = self.open_data_socket(job, call);
+        match opened {
+            Ok(None) => Ok(Outcome::Replied),
+            Ok(Some(theirs)) => {
+                let header = FeatureHeader::new(call.index, call.op, size_of::<extension::DataFd>() as u32);
+                let payload = extension::DataFd::default();
+                self.reply_pieces(job, &[header.as_bytes(), payload.as_bytes()], &[theirs.as_fd()])
+            }
+            Err(errno) => Ok(Outcome::Refused(errno)),
+        }
+    }
+
+    fn open_data_socket(&mut self, job: &Job, call: FeatureCall) -> Result<Option<UnixStream>, Errno> {
+        self.extension(FeatureCall { op: FeatureOp::GET | FeatureOp::PROBE, ..call }, &mut [])?;
+        if call.payload_bytes < size_of::<extension::DataFd>() {
+            return Err(Errno::EINVAL);
+        }
+        let session = self.machine.session().ok_or(Errno::ENODEV)?;
+        if self.data_socket.is_some() || self.moved == Some(session) {
+            return Err(Errno::EBUSY);
+        }
+        if !job.wants_reply() {
+            return Ok(None);
+        }
+        let (socket, theirs) = DataSocket::open(self.machine, session)?;
+        self.data_socket = Some(socket);
+        Ok(Some(theirs))
+    }
+
+    fn start(&self, call: FeatureCall, payload: &mut [u8], data: &[u8]) -> Result<FeatureDone, Errno> {
         let (control, rest) = FeatureDmaLoggingControl::read_from_prefix(data).map_err(|_| Errno::EINVAL)?;
         let bytes = (control.num_ranges as usize).saturating_mul(size_of::<DmaLoggingRange>());
         // None at all means everything. Too many to be there are too many for the device.

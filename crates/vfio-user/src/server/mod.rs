@@ -17,6 +17,7 @@ mod info;
 mod link;
 mod listen;
 mod receive;
+mod stream;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
