@@ -4,8 +4,11 @@
 //! [`codec`] is what messages look like, [`version`] what two sides agree on when they meet,
 //! [`connection`] how messages and fds travel; [`server`] puts a device behind a socket.
 
+pub mod client;
 pub mod codec;
 pub mod connection;
 pub mod extension;
 pub mod server;
 pub mod version;
+
+pub use client::Client;

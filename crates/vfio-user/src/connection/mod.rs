@@ -9,6 +9,7 @@ mod sender;
 
 pub use receiver::{Fds, Receiver};
 pub use sender::Sender;
+pub(crate) use sender::wait_ready;
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;

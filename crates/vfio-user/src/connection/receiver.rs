@@ -147,6 +147,11 @@ impl Receiver {
         Ok(bytes)
     }
 
+    /// Whether fds of the current message have arrived.
+    pub fn has_fds(&self) -> bool {
+        self.fds.iter().any(|arrived| arrived.position < self.message_end)
+    }
+
     /// The fds of the current message that have arrived: all of them once its body has.
     pub fn fds(&mut self) -> Fds {
         let mut taken = Fds::default();

@@ -179,7 +179,7 @@ impl Sender {
     /// Sleeps until the socket takes more.
     pub fn wait_writable(&self, deadline: Instant) -> Result<(), ConnectionError> {
         let mut fds = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::OUT)];
-        wait(&mut fds, deadline)
+        wait_ready(&mut fds, deadline)
     }
 
     fn try_turn(&self) -> Option<MutexGuard<'_, Turn>> {
@@ -220,7 +220,7 @@ fn concat(parts: &[IoSlice<'_>]) -> Vec<u8> {
 }
 
 /// Sleeps until one of the fds is ready.
-pub(crate) fn wait(fds: &mut [PollFd<'_>], deadline: Instant) -> Result<(), ConnectionError> {
+pub(crate) fn wait_ready(fds: &mut [PollFd<'_>], deadline: Instant) -> Result<(), ConnectionError> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };

@@ -1,0 +1,634 @@
+//! Requests and replies of many threads on one socket (`vfio-user.rst: Command Concurrency`).
+//!
+//! Whoever waits for a reply while nobody receives becomes the leader: it receives, and hands the
+//! others what is theirs. So a lone caller sends once and receives once, with no other thread and
+//! no allocation. A short reply to another thread is copied to its slot; for a long one the
+//! leader hands over the receiver itself, so that the data is received straight into its owner's
+//! memory.
+//!
+//! A reply that comes too late must not be taken for another's: an id is not used again before its
+//! reply has come.
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use limosa_protocol::Errno;
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use zerocopy::IntoBytes;
+
+use super::dma::{DmaTargets, os_errno};
+use crate::codec::{Command, Header, Kind};
+use crate::connection::{ConnectionError, Fds, Receiver, Sender, wait_ready};
+
+/// The most requests in flight; a further caller waits.
+const SLOTS: usize = 32;
+
+/// The most requests that may stay without a reply before the server is given up.
+const ABANDONED_MAX: usize = 16;
+
+/// The longest reply that is copied to another thread's slot.
+const COPIED_BYTES_MAX: usize = 128;
+
+/// The id of commands to which there is no reply; some servers send one to refuse.
+const POSTED_ID: u16 = u16::MAX;
+
+/// Why a request failed.
+#[derive(Clone, Debug)]
+pub(super) enum Failure {
+    Refused(Errno),
+    TimedOut(Duration),
+    Connection(ConnectionError),
+    Misbehaved(String),
+}
+
+impl From<ConnectionError> for Failure {
+    fn from(error: ConnectionError) -> Failure {
+        Failure::Connection(error)
+    }
+}
+
+/// What a reply brought.
+#[derive(Debug, Default)]
+pub(super) struct Answer {
+    /// Bytes of the reply's body, what was not asked for included.
+    pub body_bytes: usize,
+    /// Its fds.
+    pub fds: Fds,
+}
+
+/// One request.
+pub(super) struct Ask<'a> {
+    pub command: Command,
+    pub body: &'a [&'a [u8]],
+    pub fds: &'a [BorrowedFd<'a>],
+}
+
+pub(super) struct Exchange {
+    this: Weak<Exchange>,
+    sender: Sender,
+    desk: Mutex<Desk>,
+    /// One for each slot, and one for the attendant.
+    wakes: [Condvar; SLOTS + 1],
+    slot_freed: Condvar,
+    /// Wakes who waits for room in the socket when the leader leaves.
+    leaderless: OwnedFd,
+    pub dma: DmaTargets,
+}
+
+const ATTENDANT: usize = SLOTS;
+
+struct Desk {
+    /// `None` while somebody leads.
+    receiver: Option<Box<Receiver>>,
+    /// The reply at which the receiver stands, and whose it is.
+    handed: Option<(usize, Header)>,
+    slots: [Slot; SLOTS],
+    /// Slots that are not free.
+    taken: usize,
+    abandoned: usize,
+    attended: bool,
+    /// How many wait for room in the socket.
+    blocked: usize,
+    lost: Option<Failure>,
+}
+
+#[derive(Clone, Copy)]
+struct Slot {
+    state: SlotState,
+    id: u16,
+    command: Command,
+    reply: Header,
+    copy: [u8; COPIED_BYTES_MAX],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum SlotState {
+    Free,
+    Waiting,
+    Answered,
+    /// Nobody waits any more, but the reply may still come.
+    Abandoned,
+}
+
+/// Where a message took the leader.
+enum Step {
+    /// To its own reply, which the receiver stands at.
+    Mine(Header),
+    /// To another's reply, which its owner has to receive.
+    Hand(usize, Header),
+    /// On to the next message.
+    Done,
+}
+
+impl Exchange {
+    pub fn new(
+        receiver: Receiver,
+        sender: Sender,
+        dma: DmaTargets,
+    ) -> Result<Arc<Exchange>, ConnectionError> {
+        let free = Slot {
+            state: SlotState::Free,
+            id: 0,
+            command: Command(0),
+            reply: Header::default(),
+            copy: [0; COPIED_BYTES_MAX],
+        };
+        let mut slots = [free; SLOTS];
+        for (index, slot) in slots.iter_mut().enumerate() {
+            slot.id = index as u16;
+        }
+        let desk = Desk {
+            receiver: Some(Box::new(receiver)),
+            handed: None,
+            slots,
+            taken: 0,
+            abandoned: 0,
+            attended: false,
+            blocked: 0,
+            lost: None,
+        };
+        let leaderless = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new_cyclic(|this| Exchange {
+            this: Weak::clone(this),
+            sender,
+            desk: Mutex::new(desk),
+            wakes: [const { Condvar::new() }; SLOTS + 1],
+            slot_freed: Condvar::new(),
+            leaderless,
+            dma,
+        }))
+    }
+
+    /// Ends the connection; every caller fails.
+    pub fn shutdown(&self) {
+        self.sender.shutdown();
+    }
+
+    /// Sends a request and receives its reply's body into `into`, one after the other; what has no
+    /// room there is thrown away.
+    pub fn call(&self, ask: &Ask<'_>, into: &mut [&mut [u8]], limit: Duration) -> Result<Answer, Failure> {
+        let deadline = Instant::now() + limit;
+        let failed = |failure| match failure {
+            Failure::Connection(ConnectionError::TimedOut) => Failure::TimedOut(limit),
+            other => other,
+        };
+        let slot = self.take_slot(ask.command, deadline).map_err(failed)?;
+        let id = slot.1;
+        let slot = slot.0;
+        if let Err(error) = self.send(id, ask, false, deadline) {
+            let mut desk = self.desk();
+            self.free(&mut desk, slot);
+            self.pass_on(&desk);
+            return Err(failed(error.into()));
+        }
+        self.wait(slot, into, deadline).map_err(failed)
+    }
+
+    /// Sends a request to which there is no reply.
+    pub fn post(&self, ask: &Ask<'_>, limit: Duration) -> Result<(), Failure> {
+        if let Some(lost) = &self.desk().lost {
+            return Err(lost.clone());
+        }
+        self.send(POSTED_ID, ask, true, Instant::now() + limit).map_err(|error| match error {
+            ConnectionError::TimedOut => Failure::TimedOut(limit),
+            other => other.into(),
+        })
+    }
+
+    fn send(&self, id: u16, ask: &Ask<'_>, posted: bool, deadline: Instant) -> Result<(), ConnectionError> {
+        let bytes = ask.body.iter().map(|part| part.len()).sum();
+        let mut header =
+            Header::command(id, ask.command, bytes).ok_or(ConnectionError::Os(Errno::EMSGSIZE))?;
+        if posted {
+            header = header.posted();
+        }
+        let mut parts = [IoSlice::new(&[]); 4];
+        parts[0] = IoSlice::new(header.as_bytes());
+        for (part, bytes) in parts[1..].iter_mut().zip(ask.body) {
+            *part = IoSlice::new(bytes);
+        }
+        let count = 1 + ask.body.len();
+        self.sender.send_with(&mut parts[..count], ask.fds, || self.make_room(deadline))
+    }
+
+    fn desk(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_slot(&self, command: Command, deadline: Instant) -> Result<(usize, u16), Failure> {
+        let mut desk = self.desk();
+        loop {
+            if let Some(lost) = &desk.lost {
+                return Err(lost.clone());
+            }
+            if desk.abandoned >= ABANDONED_MAX {
+                let many = format!("it left {ABANDONED_MAX} requests without a reply");
+                return Err(self.lose(desk, Failure::Misbehaved(many)));
+            }
+            if let Some(index) = desk.slots.iter().position(|slot| slot.state == SlotState::Free) {
+                desk.taken += 1;
+                let slot = &mut desk.slots[index];
+                slot.state = SlotState::Waiting;
+                slot.command = command;
+                // The lower bits are the slot; the others tell its requests apart.
+                slot.id = slot.id.wrapping_add(SLOTS as u16);
+                if usize::from(slot.id) / SLOTS == usize::from(POSTED_ID) / SLOTS {
+                    slot.id = index as u16;
+                }
+                return Ok((index, slot.id));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ConnectionError::TimedOut.into());
+            }
+            desk = self.slot_freed.wait_timeout(desk, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn free(&self, desk: &mut Desk, slot: usize) {
+        if desk.taken == SLOTS {
+            self.slot_freed.notify_one();
+        }
+        desk.taken -= 1;
+        desk.slots[slot].state = SlotState::Free;
+        desk.handed.take_if(|handed| handed.0 == slot);
+    }
+
+    /// Nobody waits for this reply any more, but it may come.
+    fn abandon(&self, desk: &mut Desk, slot: usize) {
+        desk.slots[slot].state = SlotState::Abandoned;
+        desk.abandoned += 1;
+        desk.handed.take_if(|handed| handed.0 == slot);
+    }
+
+    /// The connection is of no more use. All who wait learn why.
+    fn lose(&self, mut desk: MutexGuard<'_, Desk>, failure: Failure) -> Failure {
+        let failure = desk.lost.get_or_insert(failure).clone();
+        drop(desk);
+        self.shutdown();
+        for wake in &self.wakes {
+            wake.notify_all();
+        }
+        self.slot_freed.notify_all();
+        failure
+    }
+
+    /// When nobody leads, wakes somebody who will.
+    fn pass_on(&self, desk: &Desk) {
+        if desk.receiver.is_none() || desk.handed.is_some() {
+            return;
+        }
+        if desk.attended {
+            self.wakes[ATTENDANT].notify_one();
+        }
+        if desk.taken > desk.abandoned {
+            // One that still sends looks by itself when it has sent.
+            if let Some(next) = desk.slots.iter().position(|slot| slot.state == SlotState::Waiting) {
+                self.wakes[next].notify_one();
+            }
+        }
+        if desk.blocked > 0 {
+            // A counter that is full is readable already.
+            let _ = rustix::io::write(&self.leaderless, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Waits for the reply of a slot, as follower or as leader.
+    fn wait(&self, slot: usize, into: &mut [&mut [u8]], deadline: Instant) -> Result<Answer, Failure> {
+        let mut desk = self.desk();
+        loop {
+            if desk.slots[slot].state == SlotState::Answered {
+                let (reply, copy) = (desk.slots[slot].reply, desk.slots[slot].copy);
+                self.free(&mut desk, slot);
+                self.pass_on(&desk);
+                drop(desk);
+                return answer_from(&reply, &copy, into);
+            }
+            match desk.handed {
+                Some((owner, header)) if owner == slot && desk.receiver.is_some() => {
+                    desk.handed = None;
+                    let receiver = desk.receiver.take().expect("just looked");
+                    drop(desk);
+                    return self.take_reply(receiver, slot, &header, into, deadline);
+                }
+                _ => {}
+            }
+            if let Some(lost) = desk.lost.clone() {
+                self.free(&mut desk, slot);
+                return Err(lost);
+            }
+            if desk.handed.is_none()
+                && let Some(mut receiver) = desk.receiver.take()
+            {
+                drop(desk);
+                let step = loop {
+                    match self.step(&mut receiver, Some(slot), deadline) {
+                        Ok(Step::Done) if Instant::now() >= deadline => {
+                            break Err(Failure::Connection(ConnectionError::TimedOut));
+                        }
+                        Ok(Step::Done) => {}
+                        Ok(step) => break Ok(step),
+                        Err(failure) => break Err(failure),
+                    }
+                };
+                match step {
+                    Ok(Step::Mine(header)) => {
+                        return self.take_reply(receiver, slot, &header, into, deadline);
+                    }
+                    Ok(Step::Hand(owner, header)) => {
+                        desk = self.desk();
+                        self.hand(&mut desk, receiver, owner, header);
+                    }
+                    Ok(Step::Done) => unreachable!("the loop goes on"),
+                    Err(failure) => {
+                        let mut desk = self.desk();
+                        desk.receiver = Some(receiver);
+                        if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
+                            self.abandon(&mut desk, slot);
+                            self.pass_on(&desk);
+                            return Err(failure);
+                        }
+                        self.free(&mut desk, slot);
+                        return Err(self.lose(desk, failure));
+                    }
+                }
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                self.abandon(&mut desk, slot);
+                self.pass_on(&desk);
+                return Err(ConnectionError::TimedOut.into());
+            }
+            desk = self.wakes[slot].wait_timeout(desk, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn hand(&self, desk: &mut Desk, receiver: Box<Receiver>, owner: usize, header: Header) {
+        desk.receiver = Some(receiver);
+        let slot = &desk.slots[owner];
+        match slot.state {
+            SlotState::Waiting if slot.id == header.id => {
+                desk.handed = Some((owner, header));
+                self.wakes[owner].notify_all();
+            }
+            SlotState::Abandoned if slot.id == header.id => {
+                desk.abandoned -= 1;
+                self.free(desk, owner);
+            }
+            _ => {}
+        }
+    }
+
+    /// Receives the caller's own reply, at which the receiver stands.
+    fn take_reply(
+        &self,
+        mut receiver: Box<Receiver>,
+        slot: usize,
+        header: &Header,
+        into: &mut [&mut [u8]],
+        deadline: Instant,
+    ) -> Result<Answer, Failure> {
+        let taken = take_body(&mut receiver, header, into, deadline);
+        let mut desk = self.desk();
+        desk.receiver = Some(receiver);
+        self.free(&mut desk, slot);
+        match taken {
+            Err(Failure::Connection(error)) if error != ConnectionError::TimedOut => {
+                Err(self.lose(desk, error.into()))
+            }
+            taken => {
+                self.pass_on(&desk);
+                taken
+            }
+        }
+    }
+
+    /// Receives one message and does what it asks for. `me` is the leader's own slot.
+    fn step(&self, receiver: &mut Receiver, me: Option<usize>, deadline: Instant) -> Result<Step, Failure> {
+        while self.sender.keeps() && !receiver.has_more() && !self.sender.flush()? {
+            let mut fds =
+                [PollFd::from_borrowed_fd(receiver.socket().as_fd(), PollFlags::IN | PollFlags::OUT)];
+            wait_ready(&mut fds, deadline)?;
+            if fds[0].revents().intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+                break;
+            }
+        }
+        let header = receiver.next(Some(deadline))?;
+        let kind = header.kind().map_err(|error| Failure::Misbehaved(error.to_string()))?;
+        if matches!(kind, Kind::Command | Kind::Posted) {
+            // A server that asks for memory here may do so at any time, and replies that it does not
+            // take at once must go out later: from now on somebody always receives.
+            if let Some(exchange) = self.this.upgrade() {
+                exchange.attend().map_err(|error| ConnectionError::Os(os_errno(&error)))?;
+            }
+            self.dma.serve(receiver, &self.sender, &header, deadline)?;
+            return Ok(Step::Done);
+        }
+        if header.id == POSTED_ID {
+            return Ok(Step::Done);
+        }
+        let mut desk = self.desk();
+        let index = usize::from(header.id) % SLOTS;
+        let slot = desk.slots[index];
+        let expected = matches!(slot.state, SlotState::Waiting | SlotState::Abandoned);
+        if !expected || slot.id != header.id || slot.command != header.command {
+            let what = format!("a reply to {} with id {}, which nobody asked for", header.command, header.id);
+            return Err(Failure::Misbehaved(what));
+        }
+        if slot.state == SlotState::Abandoned {
+            desk.abandoned -= 1;
+            self.free(&mut desk, index);
+            return Ok(Step::Done);
+        }
+        if me == Some(index) {
+            return Ok(Step::Mine(header));
+        }
+        drop(desk);
+        let bytes = receiver.body_left();
+        if bytes > COPIED_BYTES_MAX {
+            return Ok(Step::Hand(index, header));
+        }
+        let mut copy = [0; COPIED_BYTES_MAX];
+        let body = receiver.head(bytes, Some(deadline))?;
+        copy[..bytes].copy_from_slice(&body[..bytes]);
+        if receiver.has_fds() {
+            return Ok(Step::Hand(index, header));
+        }
+        receiver.consume(bytes);
+        let mut desk = self.desk();
+        let slot = &mut desk.slots[index];
+        match slot.state {
+            _ if slot.id != header.id => {}
+            // Its owner gave up meanwhile.
+            SlotState::Abandoned => {
+                desk.abandoned -= 1;
+                self.free(&mut desk, index);
+            }
+            SlotState::Waiting => {
+                slot.reply = header;
+                slot.copy = copy;
+                slot.state = SlotState::Answered;
+                self.wakes[index].notify_all();
+            }
+            _ => {}
+        }
+        Ok(Step::Done)
+    }
+
+    /// The socket is full: receives meanwhile, if nobody else does, so that a server which sends too
+    /// can go on.
+    fn make_room(&self, deadline: Instant) -> Result<(), ConnectionError> {
+        let mut desk = self.desk();
+        if desk.lost.is_some() {
+            return Err(ConnectionError::Closed);
+        }
+        let receiver = if desk.handed.is_none() { desk.receiver.take() } else { None };
+        let Some(mut receiver) = receiver else {
+            desk.blocked += 1;
+            drop(desk);
+            let mut fds = [
+                PollFd::from_borrowed_fd(self.sender.socket().as_fd(), PollFlags::OUT),
+                PollFd::new(&self.leaderless, PollFlags::IN),
+            ];
+            let ready = wait_ready(&mut fds, deadline);
+            let mut desk = self.desk();
+            desk.blocked -= 1;
+            if desk.blocked == 0 {
+                let _ = rustix::io::read(&self.leaderless, &mut [0; 8]);
+            }
+            return ready;
+        };
+        drop(desk);
+        let readable = receiver.has_more() || {
+            let mut fds =
+                [PollFd::from_borrowed_fd(receiver.socket().as_fd(), PollFlags::IN | PollFlags::OUT)];
+            match wait_ready(&mut fds, deadline) {
+                Ok(()) => !fds[0].revents().contains(PollFlags::OUT),
+                Err(error) => {
+                    let mut desk = self.desk();
+                    desk.receiver = Some(receiver);
+                    self.pass_on(&desk);
+                    return Err(error);
+                }
+            }
+        };
+        let step = if readable { self.step(&mut receiver, None, deadline) } else { Ok(Step::Done) };
+        let mut desk = self.desk();
+        match step {
+            Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
+            Ok(_) => {
+                desk.receiver = Some(receiver);
+                self.pass_on(&desk);
+            }
+            Err(failure) => {
+                desk.receiver = Some(receiver);
+                if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
+                    self.pass_on(&desk);
+                    return Err(ConnectionError::TimedOut);
+                }
+                self.lose(desk, failure);
+                return Err(ConnectionError::Closed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a thread that receives while nobody waits for a reply, for a server that asks for
+    /// memory of its own accord on this socket. It ends with the connection.
+    pub fn attend(self: &Arc<Exchange>) -> std::io::Result<()> {
+        {
+            let mut desk = self.desk();
+            if desk.attended || desk.lost.is_some() {
+                return Ok(());
+            }
+            desk.attended = true;
+        }
+        let exchange = Arc::clone(self);
+        let started = std::thread::Builder::new().name("vfio-user-dma".into()).spawn(move || {
+            exchange.attendant();
+        });
+        if started.is_err() {
+            self.desk().attended = false;
+        }
+        started.map(drop)
+    }
+
+    fn attendant(&self) {
+        let mut desk = self.desk();
+        loop {
+            if desk.lost.is_some() {
+                return;
+            }
+            let receiver = if desk.handed.is_none() { desk.receiver.take() } else { None };
+            let Some(mut receiver) = receiver else {
+                desk = self.wakes[ATTENDANT].wait(desk).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(desk);
+            let step = loop {
+                match self.step(&mut receiver, None, Instant::now() + ATTENDANT_LIMIT) {
+                    Ok(Step::Done) | Err(Failure::Connection(ConnectionError::TimedOut)) => {}
+                    other => break other,
+                }
+            };
+            desk = self.desk();
+            match step {
+                Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
+                Ok(_) => desk.receiver = Some(receiver),
+                Err(failure) => {
+                    desk.receiver = Some(receiver);
+                    self.lose(desk, failure);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// How long the attendant waits for a message at a time.
+const ATTENDANT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Receives a reply's body and fds.
+fn take_body(
+    receiver: &mut Receiver,
+    header: &Header,
+    into: &mut [&mut [u8]],
+    deadline: Instant,
+) -> Result<Answer, Failure> {
+    if let Ok(Kind::Refusal(errno)) = header.kind() {
+        return Err(Failure::Refused(errno));
+    }
+    let body_bytes = receiver.body_left();
+    for part in into.iter_mut() {
+        if receiver.body_left() == 0 {
+            break;
+        }
+        if part.len() <= Receiver::BUFFER_BYTES {
+            receiver.head(part.len(), Some(deadline))?;
+        }
+        receiver.read(part, Some(deadline))?;
+    }
+    let fds = match receiver.has_fds() {
+        true => receiver.fds(),
+        false => Fds::default(),
+    };
+    Ok(Answer { body_bytes, fds })
+}
+
+/// The same from a copy.
+fn answer_from(header: &Header, mut body: &[u8], into: &mut [&mut [u8]]) -> Result<Answer, Failure> {
+    if let Ok(Kind::Refusal(errno)) = header.kind() {
+        return Err(Failure::Refused(errno));
+    }
+    let body_bytes = header.body_bytes().unwrap_or(0);
+    body = &body[..body_bytes.min(body.len())];
+    for part in into.iter_mut() {
+        let bytes = part.len().min(body.len());
+        part[..bytes].copy_from_slice(&body[..bytes]);
+        body = &body[bytes..];
+    }
+    Ok(Answer { body_bytes, fds: Fds::default() })
+}

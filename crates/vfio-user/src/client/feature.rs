@@ -1,0 +1,348 @@
+//! FEATURE requests (`vfio-user.rst: VFIO_USER_DEVICE_FEATURE`), and what the client has to know of
+//! the migration state: which session is open, and what an empty read means.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use limosa_client::{FeatureReply, FeatureRequest, Refers, Result};
+use limosa_protocol::feature::{FeatureDmaLoggingReport, FeatureMigState, FeatureMigration};
+use limosa_protocol::fsm::{self, Session as Effect};
+use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags, State};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::Shared;
+use super::exchange::{Answer, Ask};
+use super::stream::Stream;
+use crate::codec::Command;
+use crate::extension;
+
+/// The features that a server was found to have, of those that are asked for when connecting. All
+/// others are asked of the server itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Features {
+    /// The server has DEVICE_FEATURE at all.
+    spoken: bool,
+    /// Bit *n* for entry *n* of [`Features::ASKED`].
+    found: u32,
+}
+
+impl Features {
+    pub const ASKED: [(FeatureIndex, FeatureOp); 6] = [
+        (FeatureIndex::MIGRATION, FeatureOp::GET),
+        (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::GET.union(FeatureOp::SET)),
+        (FeatureIndex::MIG_DATA_SIZE, FeatureOp::GET),
+        (FeatureIndex::MIG_PRECOPY_INFO_V2, FeatureOp::SET),
+        (extension::PRECOPY_INFO, FeatureOp::GET),
+        (extension::DATA_FD, FeatureOp::GET),
+    ];
+
+    pub fn add(&mut self, index: FeatureIndex) {
+        if let Some(at) = Features::position(index) {
+            self.found |= 1 << at;
+        }
+    }
+
+    /// The server keeps its step on DEVICE_FEATURE.
+    pub fn spoken(self) -> Features {
+        Features { spoken: true, ..self }
+    }
+
+    fn position(index: FeatureIndex) -> Option<usize> {
+        Features::ASKED.iter().position(|asked| asked.0 == index)
+    }
+
+    /// Whether the server may have it.
+    pub fn has(&self, index: FeatureIndex) -> bool {
+        self.spoken && Features::position(index).is_none_or(|at| self.found & 1 << at != 0)
+    }
+}
+
+/// What the client knows of the device's migration. Held while a SET is under way.
+#[derive(Default)]
+pub(super) struct Migration {
+    flags: Option<MigrationFlags>,
+}
+
+/// The session that is open, for streams on other threads.
+#[derive(Default)]
+pub(super) struct Session {
+    /// Grows with every session that opens or ends.
+    number: AtomicU64,
+    /// The device's state plus one, 0 while it is not known.
+    state: AtomicU32,
+}
+
+impl Session {
+    pub fn number(&self) -> u64 {
+        self.number.load(Ordering::SeqCst)
+    }
+
+    pub fn state(&self) -> Option<State> {
+        State::from_raw(self.state.load(Ordering::SeqCst).wrapping_sub(1))
+    }
+
+    pub fn set_state(&self, state: Option<State>) {
+        self.state.store(state.map_or(0, |state| state.raw() + 1), Ordering::SeqCst);
+    }
+
+    /// Ends the session for streams that are out.
+    pub fn end(&self) {
+        self.number.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Shared {
+    /// Performs a FEATURE request.
+    pub fn feature(self: &Arc<Shared>, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
+        if !self.features.has(request.index) {
+            return Err(self.refused(&name(request.index, request.op), Errno::ENOTTY));
+        }
+        if request.index == FeatureIndex::MIG_DEVICE_STATE && request.op == FeatureOp::SET {
+            return self.set_device_state(request);
+        }
+        let limit = self.options.request_limit;
+        let (payload_bytes, fd) =
+            self.feature_call(request.index, request.op, request.payload, &mut request.refers, limit)?;
+        if request.index == FeatureIndex::MIG_DEVICE_STATE && request.op == FeatureOp::GET {
+            self.learn(request.payload);
+        }
+        Ok(FeatureReply { payload_bytes, stream: None, fd })
+    }
+
+    /// One request on the wire, with its answer in `payload` and `refers`.
+    fn feature_call(
+        &self,
+        index: FeatureIndex,
+        op: FeatureOp,
+        payload: &mut [u8],
+        refers: &mut Refers<'_>,
+        limit: Duration,
+    ) -> Result<(usize, Option<OwnedFd>)> {
+        let probe = op.contains(FeatureOp::PROBE);
+        // A GET sends what it is asked by, not the room for its answer.
+        let only_output = op == FeatureOp::GET
+            && matches!(
+                index,
+                FeatureIndex::MIGRATION
+                    | FeatureIndex::MIG_DEVICE_STATE
+                    | FeatureIndex::MIG_DATA_SIZE
+                    | extension::PRECOPY_INFO
+                    | extension::DATA_FD
+            );
+        let sent = if probe || only_output { 0 } else { payload.len() };
+        let mut bitmap_bytes = 0;
+        if let Refers::Bitmap(words) = refers {
+            bitmap_bytes = self.bitmap_bytes(payload, words.len())?;
+        }
+        let more = if let Refers::In(more) = refers { *more } else { &[] };
+        let room = payload.len() + more.len() + bitmap_bytes;
+        let room =
+            u32::try_from(room).map_err(|_| self.usage(format!("{room} bytes of payload for {index}")))?;
+        let header = FeatureHeader::new(index, op, room);
+        let mut reply = FeatureHeader::default();
+        // The answer comes where the input was.
+        let (mut short, long);
+        let input = if sent <= INPUT_BYTES {
+            short = [0; INPUT_BYTES];
+            short[..sent].copy_from_slice(&payload[..sent]);
+            &short[..sent]
+        } else {
+            long = payload[..sent].to_vec();
+            &long[..]
+        };
+        let body = [header.as_bytes(), input, more];
+        let ask = Ask { command: Command::DEVICE_FEATURE, body: &body, fds: &[] };
+        let answered = |answer: std::result::Result<Answer, _>| {
+            answer.map_err(|failure| self.error(&name(index, op), failure))
+        };
+        let fixed = FeatureHeader::BYTES + payload.len();
+        let answer = match refers {
+            Refers::Bitmap(words) => {
+                let words = &mut words[..];
+                let (bitmap, beyond) = words.as_mut_bytes().split_at_mut(bitmap_bytes);
+                let into: &mut [&mut [u8]] = &mut [reply.as_mut_bytes(), payload, bitmap];
+                let answer = answered(self.exchange.call(&ask, into, limit))?;
+                beyond.fill(0);
+                if !probe && answer.body_bytes < fixed + bitmap_bytes {
+                    return Err(self.short(&name(index, op), answer.body_bytes, fixed + bitmap_bytes));
+                }
+                answer
+            }
+            _ => answered(self.exchange.call(&ask, &mut [reply.as_mut_bytes(), payload], limit))?,
+        };
+        if answer.body_bytes < FeatureHeader::BYTES {
+            return Err(self.short(&name(index, op), answer.body_bytes, FeatureHeader::BYTES));
+        }
+        if reply.flags & 0xffff != u32::from(index.0) {
+            return Err(self.misbehaved(format!(
+                "it answers {} with feature {}",
+                name(index, op),
+                reply.flags & 0xffff
+            )));
+        }
+        if let Refers::Bitmap(words) = refers {
+            clear_beyond(payload, words);
+        }
+        let payload_bytes = (answer.body_bytes - FeatureHeader::BYTES).min(payload.len());
+        Ok((payload_bytes, answer.fds.fds.into_iter().next()))
+    }
+
+    /// Bytes of a report's bitmap.
+    fn bitmap_bytes(&self, payload: &[u8], words: usize) -> Result<usize> {
+        let Ok((report, _)) = FeatureDmaLoggingReport::read_from_prefix(payload) else {
+            return Ok(words * 8);
+        };
+        if !report.page_size.is_power_of_two() {
+            return Err(self.usage(format!("a report with pages of {} bytes", report.page_size)));
+        }
+        let want = report.length.div_ceil(report.page_size).div_ceil(64);
+        match usize::try_from(want) {
+            Ok(want) if want <= words => Ok(want * 8),
+            _ => Err(self.usage(format!("a report needs {want} words of bitmap, there are {words}"))),
+        }
+    }
+
+    /// Takes note of the state that a GET brought.
+    fn learn(&self, payload: &[u8]) {
+        let state = FeatureMigState::read_from_prefix(payload).ok().and_then(|(got, _)| got.state().ok());
+        // A SET that is under way knows better.
+        if let Ok(_set) = self.migration.try_lock() {
+            if let (Some(known), Some(state)) = (self.session.state(), state)
+                && known != state
+                && !(known.is_saving() && state.is_saving())
+            {
+                self.session.end();
+            }
+            self.session.set_state(state);
+        }
+    }
+
+    /// Asks for the state.
+    pub fn get_state(&self) -> Result<State> {
+        let mut got = FeatureMigState::default();
+        let limit = self.options.request_limit;
+        let index = FeatureIndex::MIG_DEVICE_STATE;
+        let payload = got.as_mut_bytes();
+        let want = payload.len();
+        let (bytes, _) = self.feature_call(index, FeatureOp::GET, payload, &mut Refers::Nothing, limit)?;
+        if bytes < want {
+            return Err(self.short("GET MIG_DEVICE_STATE", bytes, want));
+        }
+        got.state().map_err(|_| {
+            self.misbehaved(format!("its state is {}, which is none of 0 to 7", got.device_state))
+        })
+    }
+
+    fn flags(&self, migration: &mut Migration) -> Result<MigrationFlags> {
+        if let Some(flags) = migration.flags {
+            return Ok(flags);
+        }
+        let mut got = FeatureMigration::default();
+        let limit = self.options.request_limit;
+        let payload = got.as_mut_bytes();
+        self.feature_call(FeatureIndex::MIGRATION, FeatureOp::GET, payload, &mut Refers::Nothing, limit)?;
+        let flags = MigrationFlags::from_bits_retain(got.flags);
+        migration.flags = Some(flags);
+        Ok(flags)
+    }
+
+    /// SET of MIG_DEVICE_STATE: drives the device, and hands out a stream when a session opens.
+    fn set_device_state(self: &Arc<Shared>, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
+        let mut migration = self.migration.lock().unwrap_or_else(PoisonError::into_inner);
+        let flags = self.flags(&mut migration)?;
+        let from = match self.session.state() {
+            Some(state) => state,
+            None => self.get_state()?,
+        };
+        let to =
+            FeatureMigState::read_from_prefix(request.payload).ok().and_then(|(set, _)| set.state().ok());
+        // A server has the last word on what is refused; without a path nothing changes here.
+        let path = to.and_then(|to| fsm::path(flags, from, to).ok());
+        let limit = self.options.state_limit;
+        let index = FeatureIndex::MIG_DEVICE_STATE;
+        let done = self.feature_call(index, FeatureOp::SET, request.payload, &mut request.refers, limit);
+        let reached = match (&done, to) {
+            (Ok(_), Some(to)) => Some(to),
+            // It stays on some state of the path, or is in ERROR.
+            _ => {
+                self.session.set_state(None);
+                self.get_state().ok()
+            }
+        };
+        let mut opened = false;
+        match (&path, reached) {
+            (Some(path), Some(reached)) if path.states().contains(&reached) => {
+                for arc in path.arcs() {
+                    if path.states()[0] == reached {
+                        break;
+                    }
+                    match arc.session {
+                        Effect::Opens => {
+                            self.session.end();
+                            opened = true;
+                        }
+                        Effect::Ends => {
+                            self.session.end();
+                            opened = false;
+                        }
+                        Effect::Keeps | Effect::None => {}
+                    }
+                    if arc.to == reached {
+                        break;
+                    }
+                }
+            }
+            // Whatever it did, a session that it is no longer in has ended.
+            (_, Some(reached)) if reached == from => {}
+            _ => self.session.end(),
+        }
+        self.session.set_state(reached);
+        let (payload_bytes, _) = done?;
+        let stream = match opened {
+            true => Some(Box::new(Stream::new(Arc::clone(self))) as Box<_>),
+            false => None,
+        };
+        Ok(FeatureReply { payload_bytes, stream, fd: None })
+    }
+
+    /// Pre-copy info, where the server has it.
+    pub fn precopy_info(&self, payload: &mut [u8]) -> Result<usize> {
+        if !self.features.has(extension::PRECOPY_INFO) {
+            return Err(self.refused("PRECOPY_INFO", Errno::ENOTTY));
+        }
+        let limit = self.options.request_limit;
+        let nothing = &mut Refers::Nothing;
+        Ok(self.feature_call(extension::PRECOPY_INFO, FeatureOp::GET, payload, nothing, limit)?.0)
+    }
+}
+
+/// Payloads up to this length are sent without an allocation.
+const INPUT_BYTES: usize = 64;
+
+/// Clears the bits past a report's range; some servers leave what follows in their own log.
+fn clear_beyond(payload: &[u8], words: &mut [u64]) {
+    let Ok((report, _)) = FeatureDmaLoggingReport::read_from_prefix(payload) else { return };
+    let pages = report.length.div_ceil(report.page_size.max(1));
+    if pages % 64 != 0
+        && let Ok(last) = usize::try_from(pages / 64)
+        && let Some(word) = words.get_mut(last)
+    {
+        *word &= (1 << (pages % 64)) - 1;
+    }
+}
+
+/// A request in words.
+fn name(index: FeatureIndex, op: FeatureOp) -> String {
+    let index = match index {
+        extension::PRECOPY_INFO => "PRECOPY_INFO".to_owned(),
+        extension::DATA_FD => "DATA_FD".to_owned(),
+        other => other.to_string(),
+    };
+    match op {
+        op if op.contains(FeatureOp::PROBE) => format!("PROBE {index}"),
+        FeatureOp::SET => format!("SET {index}"),
+        _ => format!("GET {index}"),
+    }
+}

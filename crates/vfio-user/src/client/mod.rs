@@ -1,0 +1,293 @@
+//! A vfio-user device as a VMM sees it: [`Client`], a [`limosa_client::Device`] behind a socket.
+
+mod connect;
+mod device;
+mod dma;
+mod exchange;
+mod feature;
+mod stream;
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use limosa_client::{Error, Result};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::codec::{Command, IoFd, IoFdsMessage, ShadowIoFd, SingleWrite};
+use crate::connection::{ConnectionError, Sender};
+use crate::version::{DATA_XFER_BYTES_DEFAULT, Limits};
+use exchange::{Answer, Ask, Exchange, Failure};
+use feature::{Migration, Session};
+
+/// How a client deals with its server.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How long a request may take. 5 s.
+    pub request_limit: Duration,
+    /// How long a change of the migration state, or a reset, may take. 60 s.
+    pub state_limit: Duration,
+    /// The most bytes of data in one message, announced as `max_data_xfer_size`. 1 MiB.
+    pub data_bytes_max: u32,
+    /// The most bytes of one MIG_DATA_WRITE, for servers that announce more than they take.
+    /// libvfio-user's samples need 32 KiB. No limit of its own.
+    pub data_write_bytes_max: u32,
+    /// Whether the server may have a socket of its own for DMA messages. Yes.
+    pub twin_socket: bool,
+    /// Whether to ask for DEVICE_FEATURE and its features when connecting. Without it the device has
+    /// none. Yes.
+    pub features: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            request_limit: Duration::from_secs(5),
+            state_limit: Duration::from_secs(60),
+            data_bytes_max: DATA_XFER_BYTES_DEFAULT,
+            data_write_bytes_max: u32::MAX,
+            twin_socket: true,
+            features: true,
+        }
+    }
+}
+
+/// A device behind a vfio-user socket.
+///
+/// Any number of threads may use it at once. The connection ends when the client and the data
+/// streams that it handed out are dropped.
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+/// What a client shares with its data streams.
+struct Shared {
+    name: String,
+    options: Options,
+    limits: Limits,
+    exchange: Arc<Exchange>,
+    /// The server's socket for DMA messages.
+    twin: Option<Arc<Sender>>,
+    /// Features that the server has, of those that not every server has.
+    features: feature::Features,
+    migration: Mutex<Migration>,
+    session: Session,
+    /// DMA_UNMAP with a bitmap was refused once.
+    plain_unmap: AtomicBool,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.exchange.shutdown();
+        if let Some(twin) = &self.twin {
+            twin.shutdown();
+        }
+    }
+}
+
+/// The eventfds of a region (`vfio-user.rst: VFIO_USER_DEVICE_GET_REGION_IO_FDS`).
+#[derive(Debug, Default)]
+pub struct RegionIoFds {
+    /// What each stands for; `fd_index` counts in `fds`.
+    pub entries: Vec<IoFd>,
+    /// The fds; entries may share one.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Client {
+    /// Connects to the server at a socket's path, negotiates, and learns which features the device
+    /// has.
+    pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Client> {
+        let path = path.as_ref();
+        let name = path.display().to_string();
+        let open = || {
+            UnixStream::connect(path).map_err(|error| Error::Os {
+                device: name.clone(),
+                what: "connecting".into(),
+                errno: dma::os_errno(&error),
+            })
+        };
+        connect::connect(name.clone(), options, open()?, Some(&open))
+    }
+
+    /// The same on a socket that is connected already; `name` is for messages. A server that loses
+    /// its step on DEVICE_FEATURE for good cannot be connected to again: [`Options::features`] avoids
+    /// asking.
+    pub fn from_stream(stream: UnixStream, name: impl Into<String>, options: Options) -> Result<Client> {
+        connect::connect(name.into(), options, stream, None)
+    }
+
+    /// What the two sides agreed on.
+    pub fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    /// The eventfds that stand for writes to parts of a region; none where the server has none.
+    pub fn region_io_fds(&self, index: u32) -> Result<RegionIoFds> {
+        let request = "DEVICE_GET_REGION_IO_FDS";
+        let mut argsz = 16 + 40 * 32;
+        loop {
+            let message = IoFdsMessage { argsz, flags: 0, index, count: 0 };
+            let mut body = vec![0; argsz as usize];
+            let command = Command::DEVICE_GET_REGION_IO_FDS;
+            let answer = self.shared.call(request, command, &[message.as_bytes()], &mut [&mut body])?;
+            body.truncate(answer.body_bytes);
+            let Ok((reply, entries)) = IoFdsMessage::read_from_prefix(&body) else {
+                return Err(self.shared.short(request, answer.body_bytes, IoFdsMessage::BYTES));
+            };
+            if reply.argsz > argsz && reply.argsz <= INFO_BYTES_MAX {
+                argsz = reply.argsz;
+                continue;
+            }
+            let found = io_fds(&reply, entries, answer.fds.fds);
+            return found.map_err(|what| self.shared.misbehaved(format!("{request}: {what}")));
+        }
+    }
+
+    /// Writes many small pieces of regions, in order, without waiting for the device to have them: in
+    /// few messages when the server takes REGION_WRITE_MULTI, else one by one.
+    pub fn region_write_multi(&self, writes: &[SingleWrite]) -> Result<()> {
+        let request = "REGION_WRITE_MULTI";
+        if let Some(write) = writes.iter().find(|write| write.count > 8) {
+            let count = write.count;
+            return Err(self.shared.usage(format!("{request} of {count} bytes in one write, more than 8")));
+        }
+        if !self.shared.limits.write_multiple {
+            return writes.iter().try_for_each(|write| {
+                let data = write.data;
+                let (region, offset) = (write.region, write.offset);
+                limosa_client::Device::region_write_posted(
+                    self,
+                    region,
+                    offset,
+                    &data[..write.count as usize],
+                )
+            });
+        }
+        for some in writes.chunks(MULTI_WRITES_MAX) {
+            let count = some.len() as u64;
+            self.shared.post(request, Command::REGION_WRITE_MULTI, &[count.as_bytes(), some.as_bytes()])?;
+        }
+        Ok(())
+    }
+}
+
+/// The most bytes of information that are read of a region.
+const INFO_BYTES_MAX: u32 = 64 << 10;
+
+/// The most writes in one REGION_WRITE_MULTI.
+const MULTI_WRITES_MAX: usize = 160;
+
+/// Checks the entries of a region's eventfds against each other.
+fn io_fds(reply: &IoFdsMessage, entries: &[u8], fds: Vec<OwnedFd>) -> Result<RegionIoFds, &'static str> {
+    let count = reply.count as usize;
+    let mut found = RegionIoFds { entries: Vec::new(), fds };
+    if count == 0 {
+        return Ok(found);
+    }
+    // The length of an entry is not fixed; libvfio-user has longer ones.
+    let length = entries.len() / count;
+    if length < IoFd::BYTES {
+        return Err("fewer entries than it says");
+    }
+    for entry in entries.chunks_exact(length).take(count) {
+        let entry = match ShadowIoFd::read_from_prefix(entry) {
+            Ok((shadow, _)) => IoFd {
+                offset: shadow.offset,
+                size: shadow.size,
+                fd_index: shadow.fd_index,
+                kind: shadow.kind,
+                flags: shadow.flags,
+                padding: 0,
+                datamatch: shadow.datamatch,
+            },
+            Err(_) => IoFd::read_from_prefix(entry).map_err(|_| "an entry too short")?.0,
+        };
+        if entry.fd_index as usize >= found.fds.len() {
+            return Err("an entry for an fd that did not come");
+        }
+        found.entries.push(entry);
+    }
+    Ok(found)
+}
+
+impl Shared {
+    /// A request within the time of ordinary requests.
+    fn call(
+        &self,
+        request: &str,
+        command: Command,
+        body: &[&[u8]],
+        into: &mut [&mut [u8]],
+    ) -> Result<Answer> {
+        let ask = Ask { command, body, fds: &[] };
+        self.exchange
+            .call(&ask, into, self.options.request_limit)
+            .map_err(|failure| self.error(request, failure))
+    }
+
+    /// A request that brings fds.
+    fn call_with(
+        &self,
+        request: &str,
+        command: Command,
+        body: &[&[u8]],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Answer> {
+        let ask = Ask { command, body, fds };
+        self.exchange
+            .call(&ask, &mut [], self.options.request_limit)
+            .map_err(|failure| self.error(request, failure))
+    }
+
+    /// A request without a reply.
+    fn post(&self, request: &str, command: Command, body: &[&[u8]]) -> Result<()> {
+        let ask = Ask { command, body, fds: &[] };
+        self.exchange.post(&ask, self.options.request_limit).map_err(|failure| self.error(request, failure))
+    }
+
+    /// A failure in the words of the client's trait.
+    #[cold]
+    fn error(&self, request: &str, failure: Failure) -> Error {
+        error(&self.name, request, failure)
+    }
+
+    #[cold]
+    fn misbehaved(&self, what: String) -> Error {
+        Error::Misbehaved { device: self.name.clone(), what }
+    }
+
+    #[cold]
+    fn short(&self, request: &str, got: usize, want: usize) -> Error {
+        self.misbehaved(format!("{request} answered with {got} bytes, expected {want}"))
+    }
+
+    #[cold]
+    fn usage(&self, what: String) -> Error {
+        Error::Usage { device: self.name.clone(), what }
+    }
+
+    #[cold]
+    fn refused(&self, request: &str, errno: limosa_protocol::Errno) -> Error {
+        Error::Refused { device: self.name.clone(), request: request.into(), errno }
+    }
+}
+
+fn error(name: &str, request: &str, failure: Failure) -> Error {
+    let device = name.to_owned();
+    match failure {
+        Failure::Refused(errno) => Error::Refused { device, request: request.into(), errno },
+        Failure::TimedOut(limit) => Error::Timeout { device, request: request.into(), limit },
+        Failure::Misbehaved(what) => Error::Misbehaved { device, what },
+        Failure::Connection(error) => match error {
+            ConnectionError::Framing(_) => Error::Misbehaved { device, what: error.to_string() },
+            ConnectionError::Backlog => Error::Misbehaved { device, what: error.to_string() },
+            ConnectionError::Fds(_) => Error::Usage { device, what: format!("{request}: {error}") },
+            ConnectionError::Os(errno) => Error::Os { device, what: request.into(), errno },
+            other => Error::Disconnected { device, reason: other.to_string() },
+        },
+    }
+}
