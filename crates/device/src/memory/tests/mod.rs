@@ -206,7 +206,7 @@ fn a_file_cut_short_fails_its_accesses_and_no_other() {
 #[test]
 fn files_cut_short_under_many_threads() {
     const THREADS: usize = 4;
-    for _ in 0..50 {
+    for _ in 0..20 {
         let (cut, whole) = (memfd(PAGE * 16), memfd(PAGE));
         let memory = GuestMemory::default();
         memory.map(file(&cut, 0, 16 * PAGE, 0, RW)).unwrap();
@@ -311,7 +311,7 @@ fn after_unmap_returns_nobody_touches_the_memory() {
     let fd = memfd(PAGE);
     let memory = GuestMemory::default();
     let written = AtomicU64::new(0);
-    for round in 1..=200u64 {
+    for round in 1..=40u64 {
         memory.map(file(&fd, 0, PAGE, 0, RW)).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
