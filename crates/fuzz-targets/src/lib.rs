@@ -19,6 +19,8 @@ pub mod feature;
 pub mod input;
 pub mod logging;
 pub mod names;
+pub mod saved_state;
+pub mod stream;
 pub mod vfio_user_request;
 pub mod vfio_user_version;
 
@@ -40,5 +42,14 @@ macro_rules! targets {
 }
 
 /// Every target, by name.
-pub const TARGETS: &[Target] =
-    &targets![bitmap, capability, feature, logging, names, vfio_user_request, vfio_user_version];
+pub const TARGETS: &[Target] = &targets![
+    bitmap,
+    capability,
+    feature,
+    logging,
+    names,
+    saved_state,
+    stream,
+    vfio_user_request,
+    vfio_user_version
+];
