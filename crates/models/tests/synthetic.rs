@@ -193,6 +193,24 @@ fn a_device_has_the_states_that_it_is_told_to_have() {
 }
 
 #[test]
+fn configuration_space_is_that_of_a_pci_function_and_moves() {
+    let (source, destination) = (synthetic(SMALL), synthetic(SMALL));
+    let config = pci_index::CONFIG;
+    let mut ids = [0; 4];
+    source.region_read(config, 0, &mut ids).unwrap();
+    assert_eq!(ids, [0x4d, 0x4c, 0x59, 0x53]);
+    assert_eq!(source.region(STATE_REGION).unwrap().info.size, 256 << 10);
+    assert_eq!(source.irq(pci_index::IRQ_MSI).unwrap().count, 1);
+    source.region_write(config, 0x10, &0xfe00_0000_u32.to_le_bytes()).unwrap();
+    load(&destination, &save(&source), 4096).unwrap();
+    destination.region_read(config, 0x10, &mut ids).unwrap();
+    assert_eq!(u32::from_le_bytes(ids), 0xfe00_0000);
+    destination.reset().unwrap();
+    destination.region_read(config, 0x10, &mut ids).unwrap();
+    assert_eq!(u32::from_le_bytes(ids), 0);
+}
+
+#[test]
 fn a_stopped_device_takes_no_register_writes() {
     let device = synthetic(SMALL);
     device.set_state(State::Stop).unwrap();

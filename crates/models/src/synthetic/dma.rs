@@ -8,7 +8,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use limosa_device::Bus;
-use limosa_protocol::{Errno, pci_index};
+use limosa_device::pci::Function;
+use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
 use super::stamp::{PAGE_BYTES, Stamp, StampError, mix, verify_page};
@@ -123,6 +124,8 @@ pub(super) struct Registers {
 
 struct Shared {
     bus: Bus,
+    /// Raises the interrupt.
+    function: Arc<Mutex<Function>>,
     state: Mutex<Engine>,
     /// There may be something to do.
     work: Condvar,
@@ -177,10 +180,20 @@ pub(super) struct Dma {
 
 impl Dma {
     /// Starts the thread, with the device running and the engine not enabled.
-    pub(super) fn new(bus: Bus, seed: u64, registers: Registers) -> std::io::Result<Dma> {
+    pub(super) fn new(
+        bus: Bus,
+        function: Arc<Mutex<Function>>,
+        seed: u64,
+        registers: Registers,
+    ) -> std::io::Result<Dma> {
         let state = Engine { seed, registers, running: true, busy: false, quit: false, pace: Pace::new() };
-        let shared =
-            Arc::new(Shared { bus, state: Mutex::new(state), work: Condvar::new(), idle: Condvar::new() });
+        let shared = Arc::new(Shared {
+            bus,
+            function,
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            idle: Condvar::new(),
+        });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("synthetic-dma".into()).spawn(move || worker.run())?;
         Ok(Dma { shared, thread: Some(thread) })
@@ -291,9 +304,18 @@ impl Shared {
             let written = self.write(seed, &registers, &mut page);
             engine = self.lock();
             engine.busy = false;
-            engine.finish(written, &self.bus);
+            if engine.finish(written) {
+                self.interrupt();
+            }
             self.idle.notify_all();
         }
+    }
+
+    /// Sends the message. The engine's lock is held, so that who hears it reads what it stands for.
+    fn interrupt(&self) {
+        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
+        function.raise(0, &self.bus.irqs);
+        function.lower(0, &self.bus.irqs);
     }
 
     fn write(&self, seed: u64, registers: &Registers, page: &mut [u64]) -> Result<(), Errno> {
@@ -306,16 +328,15 @@ impl Shared {
 }
 
 impl Engine {
-    /// Counts a write, and raises the interrupt when the engine stops by itself. The lock is held
-    /// until then, so that who hears the interrupt reads what it stands for.
-    fn finish(&mut self, written: Result<(), Errno>, bus: &Bus) {
+    /// Counts a write, and says whether the engine turned itself off.
+    fn finish(&mut self, written: Result<(), Errno>) -> bool {
         let registers = &mut self.registers;
         match written {
             Ok(()) => {
                 registers.sequence += 1;
                 self.pace.written += 1;
                 if registers.sequence != registers.limit {
-                    return;
+                    return false;
                 }
             }
             Err(errno) => {
@@ -324,7 +345,7 @@ impl Engine {
             }
         }
         registers.enabled = false;
-        bus.irqs.trigger(pci_index::IRQ_MSI, 0);
+        true
     }
 }
 

@@ -1,6 +1,8 @@
 //! A loading session: blocks received in place into staging memory, everything checked, nothing of
 //! the device touched before all of it was found whole.
 
+use limosa_device::pci::Function;
+use limosa_device::saved::Refusal;
 use limosa_protocol::Errno;
 use prost::Message;
 use zerocopy::IntoBytes;
@@ -32,6 +34,9 @@ pub enum LoadError {
     /// Something comes where it must not.
     #[error("this state holds {0} where none belongs")]
     Order(&'static str),
+    /// Its PCI function is another one.
+    #[error(transparent)]
+    Function(#[from] Refusal),
     /// It was altered on its way.
     #[error("this state is damaged: {0}")]
     Damaged(String),
@@ -46,6 +51,7 @@ impl LoadError {
     pub fn errno(&self) -> Errno {
         match self {
             LoadError::Foreign(_) | LoadError::Geometry { .. } => Errno::EINVAL,
+            LoadError::Function(refusal) => refusal.errno(),
             LoadError::Newer(_) | LoadError::Unknown(_) => Errno::ENOTSUP,
             LoadError::Order(_) | LoadError::Damaged(_) | LoadError::Truncated(_) => Errno::EBADMSG,
         }
@@ -86,6 +92,7 @@ pub(super) struct Loaded {
     pub(super) dma: Registers,
     pub(super) dirty_rate: u64,
     pub(super) scratch: Vec<u8>,
+    pub(super) function: Function,
 }
 
 impl Loader {
@@ -238,8 +245,9 @@ impl Loader {
         Ok(())
     }
 
-    /// The state, once all of it arrived and belongs together. When not, the session is as it was.
-    pub(super) fn finish(&mut self) -> Result<Loaded, LoadError> {
+    /// The state, once all of it arrived and belongs together, for a device with this function. When
+    /// not, the session is as it was.
+    pub(super) fn finish(&mut self, function: &Function) -> Result<Loaded, LoadError> {
         let Some((rest, seed)) = self.rest.as_ref().zip(self.seed) else {
             return Err(LoadError::Truncated("its last record is missing".into()));
         };
@@ -267,6 +275,9 @@ impl Loader {
             enabled: rest.dma_enabled && rest.dma_pages > 0,
             failed: rest.dma_failed,
         };
+        let state = rest.function.as_ref();
+        let state = state.ok_or_else(|| LoadError::Damaged("it has no PCI function".into()))?;
+        let function = function.loaded("function", state)?;
         let words = std::mem::take(&mut self.staging);
         let (dirtied, cursor) = (rest.dirtied, rest.cursor as usize);
         Ok(Loaded {
@@ -274,6 +285,7 @@ impl Loader {
             dma,
             dirty_rate: rest.dirty_rate,
             scratch: rest.scratch.clone(),
+            function,
         })
     }
 }
@@ -297,7 +309,8 @@ mod tests {
 
     fn rest(blocks: &Blocks, change: impl FnOnce(&mut Rest)) -> Vec<u8> {
         let scratch = vec![0; super::super::SCRATCH_BYTES];
-        let mut rest = Rest { checksum: blocks.checksum(), scratch, ..Rest::default() };
+        let function = Some(super::super::function(4096).state());
+        let mut rest = Rest { checksum: blocks.checksum(), scratch, function, ..Rest::default() };
         change(&mut rest);
         Record::section(|bytes, crc| Record::Rest { bytes, crc }, &rest.encode_to_vec())
     }
@@ -322,7 +335,7 @@ mod tests {
             loader.filled(bytes)?;
             left = &left[bytes..];
         }
-        loader.finish()
+        loader.finish(&super::super::function(4096))
     }
 
     fn refusal(stream: &[u8]) -> String {
@@ -364,6 +377,8 @@ mod tests {
         assert!(said(|rest| rest.checksum ^= 1).contains("not of the generation"));
         assert!(said(|rest| rest.dma_pattern = 3).contains("pattern 3"));
         assert!(said(|rest| rest.cursor = 3).contains("do not fit"));
+        assert!(said(|rest| rest.function = None).contains("no PCI function"));
+        assert!(said(|rest| rest.function.as_mut().unwrap().config[0] ^= 1).contains("differs at 0x0"));
         assert!(said(|rest| rest.scratch.push(0)).contains("do not fit"));
     }
 

@@ -71,6 +71,7 @@ impl Synthetic {
             dma_enabled: dma.enabled,
             dma_failed: dma.failed,
             scratch: self.scratch.clone(),
+            function: Some(self.function().state()),
         };
         Record::section(|bytes, crc| Record::Rest { bytes, crc }, &rest.encode_to_vec())
     }
@@ -213,13 +214,17 @@ impl Migration for Synthetic {
 
     fn load_finish(&mut self) -> Result<(), Fault> {
         self.step(State::Stop)?;
+        let bus = self.bus.clone().ok_or(Fault::Broken(Errno::EIO))?;
+        let function = self.function().clone();
         let loader = self.loader.as_mut().ok_or(Fault::Broken(Errno::EIO))?;
-        let loaded = loader.finish().map_err(|error| Fault::Refused(Synthetic::refuse(&error)))?;
+        let loaded = loader.finish(&function).map_err(|error| Fault::Refused(Synthetic::refuse(&error)))?;
         self.dma().map_err(Fault::Broken)?.replace(loaded.blocks.seed, loaded.dma, false);
         self.spare = Some(std::mem::replace(&mut self.blocks, loaded.blocks).into_words());
         self.dirty_rate = loaded.dirty_rate;
         self.dirty_left = 0;
         self.scratch = loaded.scratch;
+        *self.function() = loaded.function;
+        self.function().settle(&bus.irqs);
         self.loader = None;
         self.state = State::Stop;
         Ok(())

@@ -6,8 +6,9 @@
 //! its state is whole, because every block is checked as it is loaded, and a client can prove that
 //! memory is: every page must hold the last write that went to it ([`Window`]).
 //!
-//! Faults happen on demand ([`ScriptedFault`]). The registers are in [`registers`]; BAR 2 shows the
-//! state, read-only.
+//! Faults happen on demand ([`ScriptedFault`]). It is a PCI function: the registers are in BAR 0
+//! ([`registers`]), BAR 2 shows the state, read-only, and one MSI vector says that the DMA engine
+//! turned itself off.
 
 mod blocks;
 mod config;
@@ -22,8 +23,11 @@ mod stamp;
 
 use std::time::Instant;
 
-use limosa_device::{Bus, Description, Irq, Migration, Model, Region};
-use limosa_protocol::info::{DeviceFlags, IrqFlags, RegionFlags};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use limosa_device::pci::{Bar, Changes, Function, Identity};
+use limosa_device::{Bus, Description, Migration, Model};
+use limosa_protocol::info::{DeviceFlags, RegionFlags};
 use limosa_protocol::{Errno, State, pci_index};
 
 use blocks::Blocks;
@@ -42,9 +46,23 @@ pub const REGISTERS_REGION: u32 = pci_index::BAR0;
 /// Region that shows the state.
 pub const STATE_REGION: u32 = pci_index::BAR0 + 2;
 
+/// Its PCI identity: a vendor and a device ID that nobody was given, and no class.
+pub const IDENTITY: Identity = Identity {
+    vendor: 0x4c4d,
+    device: 0x5359,
+    revision: 1,
+    class: 0xff_0000,
+    subsystem_vendor: 0x4c4d,
+    subsystem: 0,
+};
+
 /// The synthetic device.
 pub struct Synthetic {
     config: SyntheticConfig,
+    /// Shared with the thread that raises the interrupt.
+    function: Arc<Mutex<Function>>,
+    /// Before [`Model::attach`] there is none.
+    bus: Option<Bus>,
     blocks: Blocks,
     scratch: Vec<u8>,
     dirty_rate: u64,
@@ -78,8 +96,20 @@ impl Synthetic {
             loader: None,
             spare: None,
             faults: config.faults.clone(),
+            function: Arc::new(Mutex::new(function(config.state_bytes))),
+            bus: None,
             config,
         })
+    }
+
+    fn function(&self) -> MutexGuard<'_, Function> {
+        self.function.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn config_write(&mut self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let bus = self.bus.as_ref().ok_or(Errno::EIO)?;
+        let changes = self.function().config_write(offset, data, &bus.irqs)?;
+        if changes.contains(Changes::FLR) { self.reset() } else { Ok(()) }
     }
 
     fn power_on_dma(&self) -> Registers {
@@ -189,30 +219,38 @@ impl Synthetic {
     }
 }
 
+/// The PCI function. A BAR has a power of two of bytes, and the state need not.
+fn function(state_bytes: u64) -> Function {
+    let state = state_bytes.next_power_of_two();
+    Function::builder(IDENTITY)
+        .bar(REGISTERS_REGION as usize, Bar::Memory32 { bytes: BAR_BYTES, prefetchable: false })
+        .bar(STATE_REGION as usize, Bar::Memory64 { bytes: state, prefetchable: true })
+        .power_management()
+        .msi(1)
+        .build()
+}
+
 impl Model for Synthetic {
     fn description(&self) -> Description {
-        let mut regions = vec![Region::default(); pci_index::NUM_REGIONS as usize];
-        let read_write = RegionFlags::READ | RegionFlags::WRITE;
-        regions[REGISTERS_REGION as usize] =
-            Region { flags: read_write, size: BAR_BYTES, ..Region::default() };
-        regions[STATE_REGION as usize] = Region {
-            flags: RegionFlags::READ,
-            size: self.config.state_bytes.next_power_of_two(),
-            ..Region::default()
-        };
-        let mut irqs = vec![Irq::default(); pci_index::NUM_IRQS as usize];
-        irqs[pci_index::IRQ_MSI as usize] = Irq { flags: IrqFlags::EVENTFD, count: 1 };
-        Description { flags: Some(DeviceFlags::RESET | DeviceFlags::PCI), regions, irqs }
+        let function = self.function();
+        let mut regions = function.regions();
+        regions[STATE_REGION as usize].flags = RegionFlags::READ;
+        Description { flags: Some(DeviceFlags::RESET | DeviceFlags::PCI), regions, irqs: function.irqs() }
     }
 
     fn attach(&mut self, bus: Bus) {
-        match Dma::new(bus, self.config.seed, self.power_on_dma()) {
+        let function = Arc::clone(&self.function);
+        match Dma::new(bus.clone(), function, self.config.seed, self.power_on_dma()) {
             Ok(dma) => self.dma = Some(dma),
             Err(error) => tracing::error!(%error, "no thread for DMA: the engine cannot be used"),
         }
+        self.bus = Some(bus);
     }
 
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        if region == pci_index::CONFIG {
+            return self.function().config_read(offset, data);
+        }
         if region == STATE_REGION {
             self.catch_up();
             let state = self.blocks.bytes().get(offset as usize..).unwrap_or_default();
@@ -243,9 +281,12 @@ impl Model for Synthetic {
         Ok(())
     }
 
-    /// EBUSY unless the device runs; EINVAL for an access that is not an aligned one of 4 or 8
+    /// Configuration space takes any write. Registers: EBUSY unless the device runs; EINVAL for an access that is not an aligned one of 4 or 8
     /// bytes, except to scratch memory, which takes any within it.
-    fn region_write(&mut self, _region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        if region == pci_index::CONFIG {
+            return self.config_write(offset, data);
+        }
         if !self.state.is_running() {
             return Err(Errno::EBUSY);
         }
@@ -265,6 +306,9 @@ impl Model for Synthetic {
 
     fn reset(&mut self) -> Result<(), Errno> {
         self.dma()?.replace(self.config.seed, self.power_on_dma(), true);
+        if let Some(bus) = &self.bus {
+            self.function().reset(&bus.irqs);
+        }
         self.blocks.reset(self.config.seed);
         self.scratch.fill(0);
         (self.dirty_rate, self.dirty_left) = (self.config.dirty_rate, 0);

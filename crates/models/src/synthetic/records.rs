@@ -11,6 +11,8 @@
 //! the stream replacing the same one before it; then the rest, which is the last. Blocks carry
 //! their own proof (see [`Stamp`](super::Stamp)) and are lent and received in place.
 
+use limosa_device::pci::FunctionState;
+
 use super::load::LoadError;
 
 /// Bytes of a record.
@@ -83,7 +85,7 @@ pub(super) const KIND: &str = "synthetic";
 pub(super) const VERSION: u32 = 1;
 
 /// All of the state beside the blocks. Field numbers are never used for anything else.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
+#[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Rest {
     /// Over all blocks.
     #[prost(uint64, tag = "1")]
@@ -112,4 +114,6 @@ pub(super) struct Rest {
     pub(super) dma_failed: bool,
     #[prost(bytes = "vec", tag = "13")]
     pub(super) scratch: Vec<u8>,
+    #[prost(message, optional, tag = "14")]
+    pub(super) function: Option<FunctionState>,
 }
