@@ -275,14 +275,15 @@ impl Dirty {
         recorder: &mut Recorder<'_>,
         mut turn: impl FnMut(&mut Channel<'_>, &mut Recorder<'_>) -> Result<()>,
     ) -> Result<()> {
-        let mut buffer = vec![0; if regions.is_empty() { 0 } else { DATA_BYTES_MAX }];
+        let mut buffer = vec![0; self.bytes().min(DATA_BYTES_MAX as u64) as usize];
         let mut since_turn = 0;
         for (region, pending) in regions.iter().zip(&self.pending) {
             let mut sender = Sender { region, channel, recorder, zeroes: (0, 0) };
             for (first, pages) in pending.runs() {
                 let (mut at, end) = (first * PAGE_BYTES, (first + pages) * PAGE_BYTES);
                 while at < end {
-                    let piece = &mut buffer[..(end - at).min(DATA_BYTES_MAX as u64) as usize];
+                    let piece_bytes = (end - at).min(buffer.len() as u64) as usize;
+                    let piece = &mut buffer[..piece_bytes];
                     region.pages.read(at, piece).map_err(|error| region.failed(at, error))?;
                     sender.send(at, piece)?;
                     at += piece.len() as u64;

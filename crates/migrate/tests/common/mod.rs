@@ -56,6 +56,8 @@ pub struct Ends {
     pub destination: Vec<TestDevice>,
     pub ledger: Ledger,
     pub options: Options,
+    /// Of the source, where it differs.
+    pub source_options: Option<Options>,
     pub cancel: Option<Cancel>,
     pub vmm: Arc<dyn Vmm + Send>,
     pub observer: Arc<dyn Observer + Send>,
@@ -72,6 +74,7 @@ impl Ends {
             destination,
             ledger: Ledger::new(),
             options: options(),
+            source_options: None,
             cancel: None,
             vmm: Arc::new(Nobody),
             observer: Arc::new(Nobody),
@@ -96,7 +99,7 @@ impl Ends {
             memory: Memory { regions: regions.collect(), log: None },
             vmm: &*self.vmm,
             observer: &*self.observer,
-            options: &self.options,
+            options: self.source_options.as_ref().unwrap_or(&self.options),
             cancel: self.cancel.as_ref(),
         })
     }
