@@ -17,6 +17,7 @@ pub mod bitmap;
 pub mod capability;
 pub mod feature;
 pub mod input;
+pub mod inspect;
 pub mod logging;
 pub mod names;
 pub mod saved_state;
@@ -46,6 +47,7 @@ pub const TARGETS: &[Target] = &targets![
     bitmap,
     capability,
     feature,
+    inspect,
     logging,
     names,
     saved_state,

@@ -219,7 +219,7 @@ impl Inspector {
     }
 
     fn count(&mut self, header: &Header) {
-        let kind = header.kind.to_string();
+        let kind = header.kind.name().unwrap_or("unknown").to_string();
         let at = self.found.frames.iter().position(|count| count.kind == kind).unwrap_or_else(|| {
             self.found.frames.push(FrameCount { kind, frames: 0, bytes: 0 });
             self.found.frames.len() - 1

@@ -165,8 +165,9 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Saves everything to a file, which appears under its name only when it is whole. On failure
-    /// nothing is there that was not there before, and the source runs as before.
+    /// Saves everything to a file, which appears under its name only when it is whole:
+    /// [`Outcome::Moved`]. On failure nothing is there that was not there before, and the source runs as
+    /// before: [`Outcome::Undone`].
     pub fn save(&mut self, path: &Path, after: AfterSave) -> Outcome {
         let mut recorder = self.recorder();
         let mut held = Held::default();
@@ -326,8 +327,8 @@ impl<'a> Source<'a> {
             if has_memory {
                 held.dirty.send(&self.memory.regions, channel, recorder, |channel, recorder| {
                     channel.check_cancel()?;
-                    let turn = savings.iter_mut().filter(|saving| saving.is_open());
-                    turn.map(|saving| saving.precopy(TURN_BYTES, channel, recorder).map(drop)).collect()
+                    let mut open = savings.iter_mut().filter(|saving| saving.is_open());
+                    open.try_for_each(|saving| saving.precopy(TURN_BYTES, channel, recorder).map(drop))
                 })?;
                 held.dirty.harvest(self.devices, &mut self.memory)?;
             }

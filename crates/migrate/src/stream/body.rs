@@ -135,10 +135,11 @@ impl Offer {
             if !page.is_power_of_two() || page > super::DATA_BYTES_MAX as u64 {
                 return refuse(format!("memory {}: pages of {page} bytes", memory.id));
             }
-            if memory.bytes == 0 || memory.bytes > MEMORY_BYTES_MAX || memory.bytes % page != 0 {
+            if memory.bytes == 0 || memory.bytes > MEMORY_BYTES_MAX || !memory.bytes.is_multiple_of(page) {
                 return refuse(format!("memory {}: {} bytes", memory.id, memory.bytes));
             }
-            if memory.address % page != 0 || memory.address.checked_add(memory.bytes - 1).is_none() {
+            if !memory.address.is_multiple_of(page) || memory.address.checked_add(memory.bytes - 1).is_none()
+            {
                 return refuse(format!("memory {}: address {:#x}", memory.id, memory.address));
             }
         }

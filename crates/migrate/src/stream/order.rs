@@ -211,7 +211,7 @@ impl Order {
         if length == 0 || !inside {
             return refuse(format!("{length} bytes at {start:#x} of region {} lie outside it", region.id));
         }
-        if start % region.page_bytes != 0 || length % region.page_bytes != 0 {
+        if !start.is_multiple_of(region.page_bytes) || !length.is_multiple_of(region.page_bytes) {
             return refuse(format!("{length} bytes at {start:#x} are not whole pages"));
         }
         Ok(at)

@@ -10,6 +10,8 @@ use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::info::{DeviceFlags, DmaMapFlags, RegionFlags};
 use limosa_protocol::{Errno, MigrationFlags, State};
 
+use super::odd::{Odd, Quirks};
+
 /// One guest's device, wherever it is: how many devices run it now, and how many ever did at once.
 #[derive(Debug, Default)]
 pub struct Guest {
@@ -79,7 +81,7 @@ struct Shared {
 }
 
 pub struct TestDevice {
-    pub client: Loopback,
+    pub client: Odd,
     pub guest: Arc<Guest>,
     shared: Arc<Shared>,
 }
@@ -117,11 +119,15 @@ impl TestDevice {
             bus: None,
         };
         let machine = Machine::new(Box::new(model));
-        TestDevice { client: Loopback::new(name, machine), guest, shared }
+        let client = Odd { inner: Loopback::new(name, machine), quirks: Mutex::default() };
+        TestDevice { client, guest, shared }
     }
 
     pub fn name(&self) -> &str {
         limosa_client::Device::name(&self.client)
+    }
+    pub fn quirks(&self, quirks: Quirks) {
+        *self.client.quirks.lock().unwrap() = quirks;
     }
     pub fn fail(&self, step: Step, after: u32, how: Fault) {
         *self.shared.fail.lock().unwrap() = Some(Fail { step, after, how });

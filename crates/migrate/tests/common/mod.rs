@@ -4,18 +4,22 @@
 
 mod device;
 mod links;
+mod odd;
 
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+#[allow(unused_imports, reason = "each test binary uses a part")]
 pub use device::{Step, TestDevice, world};
 use limosa_migrate::{
-    Cancel, Destination, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Nobody, Observer, Options,
-    Outcome, Received, Source, Vmm,
+    Cancel, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Nobody, Observer,
+    Options, Outcome, Received, Source, Vmm,
 };
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use links::{Fault, FaultyLink, Way};
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub use odd::Quirks;
 
 use limosa_migrate::link::{Link, SocketLink};
 use limosa_protocol::State;
@@ -50,6 +54,9 @@ impl GuestPages for VecPages {
     }
 }
 
+/// Shared guest memory.
+pub type Pages = Arc<dyn GuestPages + Send + Sync>;
+
 /// A source and a destination with one or more devices each.
 pub struct Ends {
     pub source: Vec<TestDevice>,
@@ -63,8 +70,10 @@ pub struct Ends {
     pub observer: Arc<dyn Observer + Send>,
     /// What each side says that its devices are.
     pub kinds: (Option<String>, Option<String>),
+    /// Of the source; taken by the next move.
+    pub log: Mutex<Option<Box<dyn DirtyLog>>>,
     /// Of each side; region 0 at address 0.
-    pub memory: Option<(Arc<dyn GuestPages + Send + Sync>, Arc<dyn GuestPages + Send + Sync>, u64)>,
+    pub memory: Option<(Pages, Pages, u64)>,
 }
 
 impl Ends {
@@ -79,6 +88,7 @@ impl Ends {
             vmm: Arc::new(Nobody),
             observer: Arc::new(Nobody),
             kinds: (None, None),
+            log: Mutex::default(),
             memory: None,
         }
     }
@@ -94,9 +104,13 @@ impl Ends {
             size: *size,
             pages: &**pages,
         });
+        let mut log = self.log.lock().unwrap().take();
         act(&mut Source {
             devices: &devices,
-            memory: Memory { regions: regions.collect(), log: None },
+            memory: Memory {
+                regions: regions.collect(),
+                log: log.as_deref_mut().map(|log| log as &mut dyn DirtyLog),
+            },
             vmm: &*self.vmm,
             observer: &*self.observer,
             options: self.source_options.as_ref().unwrap_or(&self.options),
@@ -183,7 +197,7 @@ impl Ends {
                     assert_eq!(destination.data(), source.data(), "{what}");
                 }
                 if let Some((source, destination, size)) = &self.memory {
-                    let read = |pages: &Arc<dyn GuestPages + Send + Sync>| {
+                    let read = |pages: &Pages| {
                         let mut all = vec![0; *size as usize];
                         pages.read(0, &mut all).unwrap();
                         all

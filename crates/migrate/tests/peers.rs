@@ -1,0 +1,302 @@
+//! Peers that break the protocol with frames that are right in themselves: swapped, doubled, too
+//! early, too late, endless, newer. The other side stays usable, and nothing is run twice.
+
+mod common;
+
+use std::io::IoSlice;
+use std::time::{Duration, Instant};
+
+use common::{Ends, options, world};
+use limosa_client::Device;
+use limosa_migrate::link::{Link, SocketLink, Wait};
+use limosa_migrate::stream::body::{encode_abort, encode_device_end};
+use limosa_migrate::stream::{
+    AbortCode, Damage, Decoded, Decoder, DeviceFacts, Header, Kind, MigrationId, Offer, Preface,
+    PrefaceFlags, Totals,
+};
+use limosa_migrate::{Decision, Error, Options, Outcome, Received};
+use limosa_protocol::{MigrationFlags, State};
+
+const ID: MigrationId = MigrationId([5; 16]);
+
+/// A peer made of frames.
+struct Peer {
+    link: SocketLink,
+    sequence: u32,
+    decoder: Decoder,
+}
+
+impl Peer {
+    fn new(link: SocketLink) -> Peer {
+        Peer { link, sequence: 0, decoder: Decoder::new() }
+    }
+    fn bytes(&mut self, bytes: &[u8]) {
+        let wait = Wait::within(Duration::from_secs(10), None);
+        let mut sent = 0;
+        while sent < bytes.len() {
+            // The other side may have hung up on it already.
+            let Ok(some) = self.link.write(&[IoSlice::new(&bytes[sent..])], wait) else { return };
+            sent += some;
+        }
+    }
+    fn preface(&mut self, id: MigrationId) {
+        self.bytes(&Preface::new(id, PrefaceFlags::empty()).encode());
+    }
+    fn frame(&mut self, kind: Kind, section: u32, position: u64, payload: &[u8]) {
+        let header = Header::new(kind, section, position, self.sequence, payload);
+        self.sequence += 1;
+        self.bytes(&[&header.encode()[..], payload].concat());
+    }
+    /// The id of the other side's preface.
+    fn read_id(&mut self) -> MigrationId {
+        loop {
+            match self.decoder.next().unwrap() {
+                Some(Decoded::Preface(preface)) => return preface.id,
+                Some(_) => panic!("a preface is due"),
+                None => self.more(),
+            }
+        }
+    }
+    /// The next frame that is not PROGRESS.
+    fn read(&mut self) -> (Kind, Vec<u8>) {
+        loop {
+            match self.decoder.next().unwrap() {
+                Some(Decoded::Frame { header, payload, .. }) if header.kind != Kind::PROGRESS => {
+                    return (header.kind, payload.to_vec());
+                }
+                Some(_) => {}
+                None => self.more(),
+            }
+        }
+    }
+    fn more(&mut self) {
+        let mut piece = [0; 4096];
+        let got = self.link.read(&mut piece, Wait::within(Duration::from_secs(10), None)).unwrap();
+        self.decoder.push(&piece[..got]);
+    }
+}
+
+fn ends() -> Ends {
+    let (source, destination) = world("dev", MigrationFlags::SETS[3], 300);
+    Ends::new(vec![source], vec![destination])
+}
+
+/// Lets a made-up source speak to a destination; what the destination said of it. Its device is then
+/// as it was.
+fn source_says(ends: &Ends, speak: impl FnOnce(&mut Peer) + Send) -> Error {
+    let (near, mut far) = SocketLink::pair().unwrap();
+    let received = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(near);
+            speak(&mut peer);
+            peer.link.finish();
+            // Until the other side is done.
+            let wait = Wait::within(Duration::from_secs(10), None);
+            while peer.link.read(&mut [0; 4096], wait).is_ok() {}
+        });
+        let received = ends.with_destination(|destination| destination.receive(&mut far));
+        drop(far);
+        received
+    });
+    let Received::Discarded { why, .. } = received else { panic!("{received:?}") };
+    assert_eq!(ends.destination[0].state(), State::Running);
+    assert!(!ends.destination[0].holds_guest());
+    why
+}
+
+fn greet(peer: &mut Peer) {
+    peer.preface(ID);
+    let device = DeviceFacts { id: 7, name: "made up".into(), flags: 7, ..DeviceFacts::default() };
+    let offer = Offer { devices: vec![device], ..Offer::default() };
+    peer.frame(Kind::OFFER, 0, 0, &offer.encode().unwrap());
+}
+
+/// A whole device of which the destination's would take nothing.
+fn whole(peer: &mut Peer, data: &[u8]) {
+    peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+    peer.frame(Kind::DEVICE_DATA, 7, 0, data);
+    peer.frame(Kind::STOPPED, 0, 0, &[]);
+    peer.frame(Kind::DEVICE_END, 7, 0, &encode_device_end(data.len() as u64, crc32c::crc32c(data)));
+    let sum = Totals { device_bytes: data.len() as u64, ..Totals::default() };
+    peer.frame(Kind::SUM, 0, 0, &sum.encode());
+}
+
+#[test]
+fn a_source_that_breaks_the_order_is_refused_and_the_destination_stays_usable() {
+    let ends = ends();
+    type Speak = fn(&mut Peer);
+    let cases: [(&str, Speak); 9] = [
+        ("DEVICE_DATA is out of place: the device has not begun", |peer| {
+            peer.frame(Kind::DEVICE_DATA, 7, 0, b"x");
+        }),
+        ("DEVICE_BEGIN is out of place: device 0 was not offered", |peer| {
+            peer.frame(Kind::DEVICE_BEGIN, 0, 0, &[]);
+        }),
+        ("it is for byte 1, due is byte 0", |peer| {
+            peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+            peer.frame(Kind::DEVICE_DATA, 7, 1, b"x");
+        }),
+        ("COMMIT is out of place", |peer| peer.frame(Kind::COMMIT, 0, 0, &[])),
+        ("READY is out of place", |peer| peer.frame(Kind::READY, 0, 0, &[])),
+        ("QUERY is out of place", |peer| peer.frame(Kind::QUERY, 0, 0, &[])),
+        ("SUM is out of place", |peer| peer.frame(Kind::SUM, 0, 0, &[0; 24])),
+        ("memory region 0 was not offered", |peer| peer.frame(Kind::MEMORY_DATA, 0, 0, &[1; 4096])),
+        ("frame 3 came where frame 1 was due", |peer| {
+            peer.sequence = 3;
+            peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+        }),
+    ];
+    for (expected, speak) in cases {
+        let why = source_says(&ends, |peer| {
+            greet(peer);
+            speak(peer);
+        });
+        assert!(why.to_string().contains(expected), "{expected}: {why}");
+    }
+    let (outcome, received) = ends.run_plain();
+    assert!(ends.check(outcome, received, "after all that"));
+}
+
+#[test]
+fn a_foreign_device_s_state_is_refused_before_ready() {
+    let why = source_says(&ends(), |peer| {
+        greet(peer);
+        whole(peer, b"what another device would load");
+        peer.frame(Kind::COMMIT, 0, 0, &[]);
+    });
+    assert!(why.to_string().contains("entering STOP") && why.to_string().contains("EINVAL"), "{why}");
+}
+
+#[test]
+fn a_source_that_says_nothing_more_than_that_it_lives_holds_nobody_for_ever() {
+    let mut ends = ends();
+    ends.options = Options { load_max: Duration::from_millis(100), ..options() };
+    let why = source_says(&ends, |peer| {
+        peer.preface(ID);
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_millis(500) {
+            peer.frame(Kind::PROGRESS, 0, 0, &[0; 8]);
+        }
+    });
+    assert!(matches!(why, Error::TimedOut { .. }), "{why}");
+}
+
+#[test]
+fn a_newer_stream_is_refused_by_name() {
+    let why = source_says(&ends(), |peer| {
+        let preface = Preface { version: 4, oldest: 3, ..Preface::new(ID, PrefaceFlags::empty()) };
+        peer.bytes(&preface.encode());
+    });
+    let Error::Stream { damage: Damage::Newer { version: 4, oldest: 3 }, .. } = why else { panic!("{why}") };
+    let why = source_says(&ends(), |peer| {
+        peer.preface(ID);
+        peer.frame(Kind::OFFER, 0, 0, br#"{"devices":[],"needs":["postcopy"]}"#);
+    });
+    assert!(why.to_string().contains("the stream uses postcopy"), "{why}");
+}
+
+#[test]
+fn a_source_that_calls_off_is_believed() {
+    let why = source_says(&ends(), |peer| {
+        greet(peer);
+        peer.frame(Kind::ABORT, 0, 0, &encode_abort(AbortCode::Vmm, "second thoughts"));
+    });
+    let Error::Aborted { code: AbortCode::Vmm, reason, .. } = why else { panic!("{why}") };
+    assert_eq!(reason, "second thoughts");
+}
+
+#[test]
+fn frames_that_nobody_knows_yet_are_passed_over_when_they_allow_it() {
+    let ends = ends();
+    let why = source_says(&ends, |peer| {
+        greet(peer);
+        let mut header = Header::new(Kind(4000), 0, 0, peer.sequence, b"news");
+        header.skippable = true;
+        peer.sequence += 1;
+        peer.bytes(&[&header.encode()[..], b"news"].concat());
+        peer.frame(Kind(4001), 0, 0, b"bad news");
+    });
+    assert!(why.to_string().contains("frame of kind 4001"), "{why}");
+}
+
+/// Lets a made-up destination answer a source; why the source went back.
+fn destination_says(answer: impl FnOnce(&mut Peer, MigrationId) + Send) -> Error {
+    let mut ends = ends();
+    ends.options = Options { silence_max: Duration::from_secs(2), ..options() };
+    let (mut near, far) = SocketLink::pair().unwrap();
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(far);
+            let id = peer.read_id();
+            answer(&mut peer, id);
+            peer.link.finish();
+            let wait = Wait::within(Duration::from_secs(10), None);
+            while peer.link.read(&mut [0; 4096], wait).is_ok() {}
+        });
+        let outcome = ends.with_source(|source| source.send(&mut near));
+        drop(near);
+        outcome
+    });
+    let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };
+    assert_eq!(ends.source[0].state(), State::Running);
+    assert!(ends.source[0].holds_guest());
+    why
+}
+
+const ACCEPTED: &[u8] = br#"{"accepted":true}"#;
+
+#[test]
+fn a_destination_that_breaks_the_order_leaves_the_source_running() {
+    let why = destination_says(|peer, _| peer.preface(ID));
+    assert!(why.to_string().contains("in answer to"), "{why}");
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::READY, 0, 0, &[]);
+    });
+    assert!(why.to_string().contains("READY is out of place: ANSWER is due"), "{why}");
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
+        peer.frame(Kind::RUNNING, 0, 0, &[]);
+    });
+    assert!(why.to_string().contains("RUNNING is out of place: READY is due"), "{why}");
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":false,"reasons":["too\u001b[2J old"]}"#);
+    });
+    assert_eq!(why.to_string(), "cannot be moved: too\u{fffd}[2J old");
+}
+
+#[test]
+fn a_destination_that_calls_off_at_the_commit_gives_the_guest_back() {
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
+        while peer.read().0 != Kind::SUM {}
+        peer.frame(Kind::READY, 0, 0, &[]);
+        assert_eq!(peer.read().0, Kind::COMMIT);
+        peer.frame(Kind::ABORT, 0, 0, &encode_abort(AbortCode::Device, "it does not start"));
+    });
+    assert!(why.to_string().contains("it does not start"), "{why}");
+}
+
+#[test]
+fn a_move_that_ran_once_cannot_be_replayed() {
+    let ends = ends();
+    // A state that the device takes: no bytes.
+    let data = [&b"testdev1"[..], &[0; 8], &crc32c::crc32c(&[]).to_le_bytes()].concat();
+    let send = |peer: &mut Peer| {
+        greet(peer);
+        whole(peer, &data);
+        peer.frame(Kind::COMMIT, 0, 0, &[]);
+    };
+    let (near, mut far) = SocketLink::pair().unwrap();
+    let mut peer = Peer::new(near);
+    send(&mut peer);
+    let received = ends.with_destination(|destination| destination.receive(&mut far));
+    assert!(matches!(received, Received::Runs(_)), "{received:?}");
+    Device::reset(&ends.destination[0].client).unwrap();
+    let why = source_says(&ends, send);
+    assert!(why.to_string().contains("which is decided already"), "{why}");
+    assert_eq!(ends.ledger.ask(ID), Decision::Committed, "as before");
+}
