@@ -232,8 +232,9 @@ impl EventFd {
         Ok(EventFd { fd, blocking: !flags.contains(OFlags::NONBLOCK) })
     }
 
-    /// Adds 1. A counter without room is signalled already: nothing is lost by leaving it alone, and a peer that
-    /// fills a blocking one up does not stop the device.
+    /// Adds 1. A counter without room is signalled already: nothing is lost by leaving it alone, and a blocking one
+    /// that a peer filled up does not stop the device. (The kernel has no write that leaves a blocking eventfd alone
+    /// when it is full, so a peer that fills it between the look and the write can still hold up its own device.)
     fn signal(&self) {
         if self.blocking {
             let mut poll_fd = [PollFd::new(&self.fd, PollFlags::OUT)];

@@ -40,11 +40,13 @@ unsafe impl Sync for FileMapping {}
 
 /// What hugetlbfs says in statfs(2).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+/// What FUSE says.
+const FUSE_MAGIC: u64 = 0x6573_5546;
 
 impl FileMapping {
     /// Maps `bytes` bytes of a file from `offset` on, which need not be a multiple of the page size. EINVAL for no
-    /// bytes, EOVERFLOW when offset and bytes do not fit together; else what mmap(2) says: EACCES when the file is
-    /// not open for what is asked, ENODEV when it cannot be mapped, ENOMEM.
+    /// bytes and for a file on FUSE, EOVERFLOW when offset and bytes do not fit together; else what mmap(2) says:
+    /// EACCES when the file is not open for what is asked, ENODEV when it cannot be mapped, ENOMEM.
     pub fn new(
         fd: impl AsFd,
         offset: u64,
@@ -57,6 +59,11 @@ impl FileMapping {
         }
         let errno = |error: rustix::io::Errno| Errno::from_raw(error.raw_os_error().unsigned_abs());
         let stat = rustix::fs::fstatfs(&fd).map_err(errno)?;
+        if stat.f_type as u64 == FUSE_MAGIC {
+            // Its pages come from a process of the peer's choice, which may never answer; the access would hang, and
+            // with it whoever wants to unmap.
+            return Err(Errno::EINVAL);
+        }
         let page = if stat.f_type as u64 == HUGETLBFS_MAGIC {
             stat.f_bsize as u64
         } else {

@@ -8,7 +8,8 @@
 //!
 //! - Mapped ranges are kept in a table that the handler can read without a lock.
 //! - On a fault in one of them, the handler marks the range as torn and then puts anonymous memory over all of it, in
-//!   one `mmap`, which is an async-signal-safe system call. The access that faulted goes on, into nothing.
+//!   one `mmap`, a bare system call and so async-signal-safe. Where the system does not promise so much memory
+//!   (`vm.overcommit_memory` 2) a page must do, and the next page faults again. The access goes on, into nothing.
 //! - Each access looks at the mark afterwards and fails when it is set; later ones fail at once. The mark is set before
 //!   the anonymous memory can be seen, so nobody takes zeros for the guest's memory.
 //! - A fault anywhere else, and a SIGBUS that somebody sent, goes to the handler that was there before, or to the
@@ -44,6 +45,8 @@ struct Chunk {
 
 static CHUNKS: AtomicPtr<Chunk> = AtomicPtr::new(null_mut());
 static FREE: Mutex<Vec<&'static Slot>> = Mutex::new(Vec::new());
+/// Known before the handler runs, which must not ask for it.
+static PAGE_BYTES: AtomicUsize = AtomicUsize::new(4096);
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
 impl Slot {
@@ -122,6 +125,7 @@ fn install() -> std::io::Result<()> {
     }
     // SAFETY: sigaction succeeded and filled it; all zeros is a value of this plain structure anyway.
     let before = unsafe { before.assume_init() };
+    PAGE_BYTES.store(rustix::param::page_size(), Relaxed);
     // The handler must find it from its first run on.
     BEFORE.get_or_init(|| before);
     let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_sigbus;
@@ -161,7 +165,8 @@ fn tear(address: usize) -> bool {
         for slot in slots {
             if let Some((start, end)) = slot.range_with(address) {
                 slot.torn.store(true, SeqCst);
-                return cover(start, end - start);
+                let page_bytes = PAGE_BYTES.load(Relaxed);
+                return cover(start, end - start) || cover(address & !(page_bytes - 1), page_bytes);
             }
         }
         chunk = *next;
@@ -176,8 +181,8 @@ fn cover(start: usize, bytes: usize) -> bool {
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as above.
     let saved = unsafe { *errno };
-    // SAFETY: the range is in the table, so by the contract of `Slot::take` it is mapped and may be replaced; the thread
-    // that faulted keeps it from being given back. Accesses to it go through raw pointers and expect any bytes.
+    // SAFETY: the range is in the table or a page of one that is, so by the contract of `Slot::take` it is mapped and may
+    // be replaced; the thread that faulted keeps it from being given back. Accesses to it go through raw pointers and expect any bytes.
     let mapped = unsafe { libc::mmap(start as *mut c_void, bytes, protection, flags, -1, 0) };
     // SAFETY: as above.
     unsafe { *errno = saved };

@@ -120,6 +120,12 @@ fn castagnoli(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |sum, byte| (0..8).fold(sum ^ u32::from(*byte), step))
 }
 
+/// Written by the first version. Whatever the format becomes, this must load; new versions add files of their own.
+#[test]
+fn states_of_earlier_versions_load() {
+    assert_eq!(load(include_bytes!("golden/version-1.bin")), load(&example()));
+}
+
 #[test]
 fn a_truncated_state_is_refused_wherever_it_ends() {
     let bytes = example();
