@@ -34,12 +34,14 @@
 //! ```
 
 mod format;
+mod outline;
 mod reader;
 mod refusal;
 #[cfg(test)]
 mod tests;
 mod writer;
 
+pub use outline::{Outline, OutlineSection};
 pub use reader::{Ahead, Item, Reader};
 pub use refusal::Refusal;
 pub use writer::Writer;

@@ -6,6 +6,7 @@ use crc32c::{crc32c, crc32c_append};
 use zerocopy::FromBytes;
 
 use super::format::*;
+use super::outline::{OutlineSection, note};
 use super::{Refusal, Section};
 
 /// Reads a saved state that is pushed into it.
@@ -26,6 +27,8 @@ pub struct Reader {
     /// Bytes taken in.
     bytes: u64,
     refusal: Option<Refusal>,
+    /// For a reader of any state: what sections came.
+    outline: Option<Vec<OutlineSection>>,
 }
 
 #[derive(Debug)]
@@ -116,7 +119,23 @@ impl Reader {
             sections: 0,
             bytes: 0,
             refusal: None,
+            outline: None,
         }
+    }
+
+    /// Reads the state of any device, and ignores all sections.
+    pub(super) fn any() -> Reader {
+        Reader { outline: Some(Vec::new()), ..Reader::new("", &[], u64::MAX) }
+    }
+
+    /// The sections that came, for a reader of any state.
+    pub(super) fn outline(&self) -> Option<&[OutlineSection]> {
+        self.outline.as_deref()
+    }
+
+    /// Whose state is read.
+    pub(super) fn kind(&self) -> &str {
+        &self.kind
     }
 
     /// Takes the next bytes, and hands out what they complete. What the state or `take` refuses is refused for good.
@@ -228,9 +247,14 @@ impl Reader {
             At::Header => self.header(part)?,
             At::Kind { .. } => {
                 let kind = self.summed(part)?;
-                if kind != self.kind.as_bytes() {
-                    let found = String::from_utf8_lossy(kind).into_owned();
-                    return Err(Refusal::OtherDevice { found, expected: self.kind.clone() });
+                let found =
+                    std::str::from_utf8(kind).ok().filter(|kind| is_word(kind.as_bytes(), KIND_BYTES));
+                let found =
+                    found.ok_or_else(|| Refusal::malformed("header", "the kind of device is no word"))?;
+                if self.outline.is_some() {
+                    self.kind = found.into();
+                } else if found != self.kind {
+                    return Err(Refusal::OtherDevice { found: found.into(), expected: self.kind.clone() });
                 }
                 self.at = At::Head;
             }
@@ -329,6 +353,10 @@ impl Reader {
         optional: bool,
         length: u64,
     ) -> Result<Option<usize>, Refusal> {
+        if let Some(outline) = &mut self.outline {
+            note(outline, name, version, optional, length);
+            return Ok(None);
+        }
         let Some(at) = self.known.iter().position(|known| known.section.name == name) else {
             let unknown = Refusal::UnknownSection { name: name.into(), version };
             return if optional { Ok(None) } else { Err(unknown) };

@@ -123,7 +123,40 @@ fn castagnoli(bytes: &[u8]) -> u32 {
 /// Written by the first version. Whatever the format becomes, this must load; new versions add files of their own.
 #[test]
 fn states_of_earlier_versions_load() {
-    assert_eq!(load(include_bytes!("golden/version-1.bin")), load(&example()));
+    assert_eq!(load(include_bytes!("golden/version-1.bin")).unwrap(), load(&example()).unwrap());
+}
+
+#[test]
+fn any_state_can_be_outlined() {
+    let mut outline = Outline::default();
+    let bytes = example();
+    for piece in bytes.chunks(9) {
+        outline.push(piece).unwrap();
+    }
+    outline.finish().unwrap();
+    let lines: Vec<_> = outline
+        .sections()
+        .iter()
+        .map(|section| (&*section.name, section.version, section.count, section.bytes))
+        .collect();
+    assert_eq!(outline.kind(), KIND);
+    assert_eq!(lines, [("memory", 1, 2, 110), ("queue", 1, 2, 3), ("registers", 3, 1, 7)]);
+    let mut cut = Outline::default();
+    cut.push(&bytes[..bytes.len() - 1]).unwrap();
+    assert!(cut.finish().is_err());
+    let mut altered = bytes.clone();
+    altered[100] ^= 1;
+    assert!(Outline::default().push(&altered).is_err());
+}
+
+#[test]
+fn the_outline_of_a_state_with_endless_sections_stays_small() {
+    let (mut outline, mut writer) = (Outline::default(), Writer::new(KIND));
+    for version in 1..1000 {
+        writer.section(&Section { version, ..REGISTERS }, 0, &[]);
+        outline.push(writer.take(usize::MAX)).unwrap();
+    }
+    assert_eq!(outline.sections().len(), 256);
 }
 
 #[test]
