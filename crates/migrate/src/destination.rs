@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_client::{DataStream, Device, DeviceExt};
 use limosa_protocol::{MigrationFlags, State};
@@ -355,29 +356,36 @@ impl<'a> Destination<'a> {
 
     /// Runs the devices: all to RUNNING_P2P, then all to RUNNING.
     fn start(&self, channel: &mut Channel<'_>) -> Result<(), NotStarted> {
-        let started =
+        // A device that was never asked to run stays in STOP, also when it can no longer be reached.
+        let asked: Vec<_> = self.devices.iter().map(|_| AtomicBool::new(false)).collect();
+        let run = |at: usize, device: &dyn Device, state: State| {
+            asked[at].store(true, Ordering::Relaxed);
+            enter(device, state).map(drop)
+        };
+        let started: Result<()> =
             self.vmm.prepare().map_err(|reason| Error::Vmm { doing: "run", reason }).and_then(|()| {
                 channel.attend(|| {
-                    let quiesced = each(self.devices, |_, device| {
-                        let flags = device.migration_flags();
-                        let flags = flags.map_err(|error| failed(device, "reading its flags", error))?;
-                        match flags.contains(MigrationFlags::P2P) {
-                            true => enter(device, State::RunningP2p).map(drop),
-                            false => Ok(()),
-                        }
+                    let flags = each(self.devices, |_, device| {
+                        device.migration_flags().map_err(|error| failed(device, "reading its flags", error))
                     });
+                    let flags = flags.into_iter().collect::<Result<Vec<_>>>()?;
+                    let quiesced =
+                        each(self.devices, |at, device| match flags[at].contains(MigrationFlags::P2P) {
+                            true => run(at, device, State::RunningP2p),
+                            false => Ok(()),
+                        });
                     quiesced.into_iter().collect::<Result<()>>()?;
-                    let running = each(self.devices, |_, device| enter(device, State::Running));
-                    running.into_iter().try_for_each(|done| done.map(drop))
+                    each(self.devices, |at, device| run(at, device, State::Running)).into_iter().collect()
                 })
             });
         let Err(why) = started else {
             self.vmm.start();
             return Ok(());
         };
-        // Stopped and then reset, so that none of them can ever run this guest.
-        let emptied = each(self.devices, |_, device| device.reset());
-        match emptied.into_iter().all(|reset| reset.is_ok()) {
+        // The others are reset, so that none of them can ever run this guest.
+        let never_runs =
+            |at: usize, device: &dyn Device| !asked[at].load(Ordering::Relaxed) || device.reset().is_ok();
+        match each(self.devices, never_runs).into_iter().all(|never| never) {
             true => Err(NotStarted::GivenBack(why)),
             false => Err(NotStarted::Stuck(why)),
         }

@@ -5,6 +5,39 @@
 //!
 //! It never asks which transport is below a device.
 //!
+//! ```
+//! use limosa_client::Device;
+//! use limosa_migrate::link::{Address, connect};
+//! use limosa_migrate::{Memory, MovedDevice, Nobody, Options, Outcome, Source};
+//!
+//! /// Moves a device to whoever receives at the address; whether it runs there now.
+//! fn send(device: &dyn Device, to: &Address) -> Result<bool, Box<dyn std::error::Error>> {
+//!     let options = Options::default();
+//!     let mut link = connect(to, options.silence_max)?;
+//!     let mut source = Source {
+//!         devices: &[MovedDevice::new(device)],
+//!         memory: Memory::default(),
+//!         vmm: &Nobody,
+//!         observer: &Nobody,
+//!         options: &options,
+//!         cancel: None,
+//!     };
+//!     match source.send(&mut link) {
+//!         Outcome::Moved(report) => {
+//!             println!("{report}");
+//!             Ok(true)
+//!         }
+//!         // It runs here, as before.
+//!         Outcome::Undone { why, .. } => Err(why.into()),
+//!         // It runs nowhere until the destination has been asked.
+//!         Outcome::InDoubt(doubt) => {
+//!             let mut link = connect(to, options.silence_max)?;
+//!             Ok(matches!(source.resolve(doubt, &mut link), Outcome::Moved(_)))
+//!         }
+//!     }
+//! }
+//! ```
+//!
 //! # What holds under any failure
 //!
 //! - Until the commit, a failure on any side or in between leaves the source running, its dirty log
