@@ -252,7 +252,7 @@ fn a_device_moves_with_precopy() {
         assert_eq!(source.migration_flags().unwrap(), flags);
         assert_eq!(source.state().unwrap(), State::Running);
         assert_eq!(source.mig_data_size().unwrap(), Some(3 << 20));
-        assert_eq!(source.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET).unwrap(), true);
+        assert!(source.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET).unwrap());
         let mut saved = Vec::new();
         let mut stream = source.set_state(State::PreCopy).unwrap().expect("a session opens");
         assert_eq!(drain(&mut *stream, &mut saved, piece), Chunk::NothingForNow);

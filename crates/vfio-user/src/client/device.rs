@@ -52,7 +52,7 @@ impl Device for Client {
             let ask = RegionInfo { argsz, index, ..RegionInfo::default() };
             let mut body = vec![0; argsz as usize];
             let command = Command::DEVICE_GET_REGION_INFO;
-            let answer = self.shared.call(request, command, &[ask.as_bytes()], &mut [&mut body])?;
+            let answer = self.shared.call_for_fds(request, command, &[ask.as_bytes()], &mut [&mut body])?;
             body.truncate(answer.body_bytes);
             let Ok((info, _)) = RegionInfo::read_from_prefix(&body) else {
                 return Err(self.shared.short(request, answer.body_bytes, size_of::<RegionInfo>()));

@@ -72,6 +72,8 @@ pub(super) struct Exchange {
     /// One for each slot, and one for the attendant.
     wakes: [Condvar; SLOTS + 1],
     slot_freed: Condvar,
+    /// A leader that refused fds has left.
+    fds_welcome: Condvar,
     /// Wakes who waits for room in the socket when the leader leaves.
     leaderless: OwnedFd,
     pub dma: DmaTargets,
@@ -89,6 +91,10 @@ struct Desk {
     taken: usize,
     abandoned: usize,
     attended: bool,
+    /// The leader refuses fds.
+    refuses_fds: bool,
+    /// How many requests are under way whose replies bring fds, or want to be.
+    wanting_fds: usize,
     /// How many wait for room in the socket.
     blocked: usize,
     lost: Option<Failure>,
@@ -146,6 +152,8 @@ impl Exchange {
             taken: 0,
             abandoned: 0,
             attended: false,
+            refuses_fds: false,
+            wanting_fds: 0,
             blocked: 0,
             lost: None,
         };
@@ -156,6 +164,7 @@ impl Exchange {
             desk: Mutex::new(desk),
             wakes: [const { Condvar::new() }; SLOTS + 1],
             slot_freed: Condvar::new(),
+            fds_welcome: Condvar::new(),
             leaderless,
             dma,
         }))
@@ -174,9 +183,7 @@ impl Exchange {
             Failure::Connection(ConnectionError::TimedOut) => Failure::TimedOut(limit),
             other => other,
         };
-        let slot = self.take_slot(ask.command, deadline).map_err(failed)?;
-        let id = slot.1;
-        let slot = slot.0;
+        let (slot, id) = self.take_slot(ask.command, deadline).map_err(failed)?;
         if let Err(error) = self.send(id, ask, false, deadline) {
             let mut desk = self.desk();
             self.free(&mut desk, slot);
@@ -184,6 +191,31 @@ impl Exchange {
             return Err(failed(error.into()));
         }
         self.wait(slot, into, deadline).map_err(failed)
+    }
+
+    /// The same for a request whose reply may bring fds.
+    pub fn call_for_fds(
+        &self,
+        ask: &Ask<'_>,
+        into: &mut [&mut [u8]],
+        limit: Duration,
+    ) -> Result<Answer, Failure> {
+        let deadline = Instant::now() + limit;
+        let mut desk = self.desk();
+        desk.wanting_fds += 1;
+        // A leader that refuses them waits for a short request only.
+        while desk.refuses_fds && desk.lost.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                desk.wanting_fds -= 1;
+                return Err(Failure::TimedOut(limit));
+            }
+            desk = self.fds_welcome.wait_timeout(desk, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(desk);
+        let done = self.call(ask, into, limit);
+        self.desk().wanting_fds -= 1;
+        done
     }
 
     /// Sends a request to which there is no reply.
@@ -272,6 +304,7 @@ impl Exchange {
             wake.notify_all();
         }
         self.slot_freed.notify_all();
+        self.fds_welcome.notify_all();
         failure
     }
 
@@ -322,7 +355,12 @@ impl Exchange {
             if desk.handed.is_none()
                 && let Some(mut receiver) = desk.receiver.take()
             {
+                let command = desk.slots[slot].command;
+                let refuse =
+                    desk.wanting_fds == 0 && matches!(command, Command::REGION_READ | Command::REGION_WRITE);
+                desk.refuses_fds = refuse;
                 drop(desk);
+                receiver.refuse_fds(refuse);
                 let step = loop {
                     match self.step(&mut receiver, Some(slot), deadline) {
                         Ok(Step::Done) if Instant::now() >= deadline => {
@@ -344,7 +382,7 @@ impl Exchange {
                     Ok(Step::Done) => unreachable!("the loop goes on"),
                     Err(failure) => {
                         let mut desk = self.desk();
-                        desk.receiver = Some(receiver);
+                        self.give_back(&mut desk, receiver);
                         if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
                             self.abandon(&mut desk, slot);
                             self.pass_on(&desk);
@@ -366,8 +404,21 @@ impl Exchange {
         }
     }
 
-    fn hand(&self, desk: &mut Desk, receiver: Box<Receiver>, owner: usize, header: Header) {
+    /// Puts the receiver back for the next leader.
+    fn give_back(&self, desk: &mut Desk, mut receiver: Box<Receiver>) {
+        if desk.refuses_fds {
+            desk.refuses_fds = false;
+            receiver.refuse_fds(false);
+            if desk.wanting_fds > 0 {
+                self.fds_welcome.notify_all();
+            }
+        }
         desk.receiver = Some(receiver);
+    }
+
+    /// Puts the receiver back for the owner of the reply at which it stands.
+    fn hand(&self, desk: &mut Desk, receiver: Box<Receiver>, owner: usize, header: Header) {
+        self.give_back(desk, receiver);
         let slot = &desk.slots[owner];
         match slot.state {
             SlotState::Waiting if slot.id == header.id => {
@@ -393,7 +444,7 @@ impl Exchange {
     ) -> Result<Answer, Failure> {
         let taken = take_body(&mut receiver, header, into, deadline);
         let mut desk = self.desk();
-        desk.receiver = Some(receiver);
+        self.give_back(&mut desk, receiver);
         self.free(&mut desk, slot);
         match taken {
             Err(Failure::Connection(error)) if error != ConnectionError::TimedOut => {
@@ -509,7 +560,7 @@ impl Exchange {
                 Ok(()) => !fds[0].revents().contains(PollFlags::OUT),
                 Err(error) => {
                     let mut desk = self.desk();
-                    desk.receiver = Some(receiver);
+                    self.give_back(&mut desk, receiver);
                     self.pass_on(&desk);
                     return Err(error);
                 }
@@ -520,11 +571,11 @@ impl Exchange {
         match step {
             Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
             Ok(_) => {
-                desk.receiver = Some(receiver);
+                self.give_back(&mut desk, receiver);
                 self.pass_on(&desk);
             }
             Err(failure) => {
-                desk.receiver = Some(receiver);
+                self.give_back(&mut desk, receiver);
                 if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
                     self.pass_on(&desk);
                     return Err(ConnectionError::TimedOut);
@@ -577,9 +628,9 @@ impl Exchange {
             desk = self.desk();
             match step {
                 Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
-                Ok(_) => desk.receiver = Some(receiver),
+                Ok(_) => self.give_back(&mut desk, receiver),
                 Err(failure) => {
-                    desk.receiver = Some(receiver);
+                    self.give_back(&mut desk, receiver);
                     self.lose(desk, failure);
                     return;
                 }

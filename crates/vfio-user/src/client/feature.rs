@@ -170,6 +170,9 @@ impl Shared {
                 }
                 answer
             }
+            _ if matches!(index, FeatureIndex::DMA_BUF | extension::DATA_FD) => {
+                answered(self.exchange.call_for_fds(&ask, &mut [reply.as_mut_bytes(), payload], limit))?
+            }
             _ => answered(self.exchange.call(&ask, &mut [reply.as_mut_bytes(), payload], limit))?,
         };
         if answer.body_bytes < FeatureHeader::BYTES {

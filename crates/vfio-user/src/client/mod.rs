@@ -133,7 +133,8 @@ impl Client {
             let message = IoFdsMessage { argsz, flags: 0, index, count: 0 };
             let mut body = vec![0; argsz as usize];
             let command = Command::DEVICE_GET_REGION_IO_FDS;
-            let answer = self.shared.call(request, command, &[message.as_bytes()], &mut [&mut body])?;
+            let answer =
+                self.shared.call_for_fds(request, command, &[message.as_bytes()], &mut [&mut body])?;
             body.truncate(answer.body_bytes);
             let Ok((reply, entries)) = IoFdsMessage::read_from_prefix(&body) else {
                 return Err(self.shared.short(request, answer.body_bytes, IoFdsMessage::BYTES));
@@ -226,6 +227,20 @@ impl Shared {
         let ask = Ask { command, body, fds: &[] };
         self.exchange
             .call(&ask, into, self.options.request_limit)
+            .map_err(|failure| self.error(request, failure))
+    }
+
+    /// A request whose reply may bring fds.
+    fn call_for_fds(
+        &self,
+        request: &str,
+        command: Command,
+        body: &[&[u8]],
+        into: &mut [&mut [u8]],
+    ) -> Result<Answer> {
+        let ask = Ask { command, body, fds: &[] };
+        self.exchange
+            .call_for_fds(&ask, into, self.options.request_limit)
             .map_err(|failure| self.error(request, failure))
     }
 

@@ -31,6 +31,7 @@ pub struct Receiver {
     /// Where in the stream the current message ends.
     message_end: u64,
     fds: Vec<Arrived>,
+    refuses_fds: bool,
 }
 
 /// An fd that no message has claimed yet.
@@ -64,12 +65,19 @@ impl Receiver {
             position: 0,
             message_end: 0,
             fds: Vec::new(),
+            refuses_fds: false,
         }
     }
 
     /// The socket.
     pub fn socket(&self) -> &UnixStream {
         &self.socket
+    }
+
+    /// Whether fds that come from now on are refused: the system closes them, and receiving costs it
+    /// less.
+    pub fn refuse_fds(&mut self, refuse: bool) {
+        self.refuses_fds = refuse;
     }
 
     /// Goes to the next message, past what is left of the current one, and returns its header.
@@ -139,6 +147,7 @@ impl Receiver {
                 &mut self.fds,
                 self.position,
                 RecvFlags::WAITALL,
+                self.refuses_fds,
                 deadline,
             )?;
             done += got;
@@ -179,8 +188,15 @@ impl Receiver {
                 // Not through fill: what is thrown away may be much.
                 let bytes = self.body_left().min(Receiver::BUFFER_BYTES);
                 let into = &mut self.buffer[..bytes];
-                let got =
-                    receive(&self.socket, into, &mut self.fds, self.position, RecvFlags::empty(), deadline)?;
+                let got = receive(
+                    &self.socket,
+                    into,
+                    &mut self.fds,
+                    self.position,
+                    RecvFlags::empty(),
+                    self.refuses_fds,
+                    deadline,
+                )?;
                 self.position += got as u64;
             } else {
                 self.take(self.body_left().min(self.end - self.start));
@@ -207,7 +223,8 @@ impl Receiver {
         }
         let at = self.position + (self.end - self.start) as u64;
         let into = &mut self.buffer[self.end..];
-        self.end += receive(&self.socket, into, &mut self.fds, at, RecvFlags::empty(), deadline)?;
+        self.end +=
+            receive(&self.socket, into, &mut self.fds, at, RecvFlags::empty(), self.refuses_fds, deadline)?;
         Ok(())
     }
 }
@@ -219,8 +236,18 @@ fn receive(
     fds: &mut Vec<Arrived>,
     position: u64,
     flags: RecvFlags,
+    refuses_fds: bool,
     deadline: Option<Instant>,
 ) -> Result<usize, ConnectionError> {
+    if refuses_fds {
+        return loop {
+            match rustix::net::recv(socket, &mut *into, flags) {
+                Ok((0, _)) => break Err(ConnectionError::Cut),
+                Ok((bytes, _)) => break Ok(bytes),
+                Err(error) => pause(error, deadline)?,
+            }
+        };
+    }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MSG_FDS_MAX))];
     let got = loop {
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -245,17 +272,23 @@ fn receive(
                 }
                 break got.bytes;
             }
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::AGAIN) => {
-                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                    return Err(ConnectionError::TimedOut);
-                }
-            }
-            Err(error) => return Err(error.into()),
+            Err(error) => pause(error, deadline)?,
         }
     };
     match got {
         0 => Err(ConnectionError::Cut),
         bytes => Ok(bytes),
+    }
+}
+
+/// Whether to go on receiving after an error: it was only a pause, and the deadline is ahead.
+fn pause(error: rustix::io::Errno, deadline: Option<Instant>) -> Result<(), ConnectionError> {
+    match error {
+        rustix::io::Errno::INTR => Ok(()),
+        rustix::io::Errno::AGAIN => match deadline {
+            Some(deadline) if Instant::now() >= deadline => Err(ConnectionError::TimedOut),
+            _ => Ok(()),
+        },
+        error => Err(error.into()),
     }
 }

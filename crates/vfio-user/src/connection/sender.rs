@@ -88,32 +88,46 @@ impl Sender {
             while !self.flush_in(&mut turn)? {
                 wait()?;
             }
-            let mut parts = parts;
-            let mut fds = fds;
-            let mut begun = false;
-            while !parts.is_empty() {
-                match send_some(&self.socket, parts, fds) {
-                    Ok(Some(bytes)) => {
-                        IoSlice::advance_slices(&mut parts, bytes);
-                        fds = &[];
-                        begun = true;
-                    }
-                    Ok(None) => {
-                        if let Err(error) = wait() {
-                            if begun {
-                                turn.broken = true;
-                                self.shutdown();
-                            }
-                            return Err(error);
-                        }
-                    }
-                    Err(error) => return Err(error),
-                }
+            // A short message in one piece costs the system less than the same in parts.
+            let mut short = [0; SHORT_BYTES];
+            let bytes = if fds.is_empty() { gather(parts, &mut short) } else { 0 };
+            match bytes {
+                0 => self.send_all(&mut turn, parts, fds, &mut wait)?,
+                _ => self.send_all(&mut turn, &mut [IoSlice::new(&short[..bytes])], fds, &mut wait)?,
             }
         }
         // A reply may have been kept meanwhile by who found the turn taken.
         if self.keeps() {
             self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn send_all(
+        &self,
+        turn: &mut Turn,
+        mut parts: &mut [IoSlice<'_>],
+        mut fds: &[BorrowedFd<'_>],
+        wait: &mut dyn FnMut() -> Result<(), ConnectionError>,
+    ) -> Result<(), ConnectionError> {
+        let mut begun = false;
+        while !parts.is_empty() {
+            match send_some(&self.socket, parts, fds)? {
+                Some(bytes) => {
+                    IoSlice::advance_slices(&mut parts, bytes);
+                    fds = &[];
+                    begun = true;
+                }
+                None => {
+                    if let Err(error) = wait() {
+                        if begun {
+                            turn.broken = true;
+                            self.shutdown();
+                        }
+                        return Err(error);
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -215,6 +229,20 @@ impl Sender {
     }
 }
 
+/// Messages up to this length are sent in one piece.
+const SHORT_BYTES: usize = 256;
+
+/// Copies the parts together if they fit, and returns their length, else 0.
+fn gather(parts: &[IoSlice<'_>], into: &mut [u8; SHORT_BYTES]) -> usize {
+    let mut at = 0;
+    for part in parts {
+        let Some(room) = into.get_mut(at..at + part.len()) else { return 0 };
+        room.copy_from_slice(part);
+        at += part.len();
+    }
+    at
+}
+
 fn concat(parts: &[IoSlice<'_>]) -> Vec<u8> {
     parts.iter().flat_map(|part| part.iter().copied()).collect()
 }
@@ -239,13 +267,23 @@ fn send_some(
     parts: &[IoSlice<'_>],
     fds: &[BorrowedFd<'_>],
 ) -> Result<Option<usize>, ConnectionError> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    if let ([whole], []) = (parts, fds) {
+        loop {
+            match rustix::net::send(socket, whole, flags) {
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MSG_FDS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(ConnectionError::Fds(fds.len()));
     }
     loop {
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         match rustix::net::sendmsg(socket, parts, &mut control, flags) {
             Ok(bytes) => return Ok(Some(bytes)),
             Err(rustix::io::Errno::AGAIN) => return Ok(None),
