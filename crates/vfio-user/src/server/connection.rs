@@ -16,7 +16,7 @@ use super::Options;
 use super::buffer::Buffer;
 use super::dma::Twin;
 use super::link::{Fits, Incoming, Link};
-use super::receive::{End, Receiver};
+use super::receive::{End, Receiver, Wait};
 use super::stream::DataSocket;
 use crate::codec::{Command, Header, Kind, Request, VersionMessage};
 use crate::version::{
@@ -38,7 +38,8 @@ pub(super) struct Connection<'a> {
     pub(super) data_socket: Option<DataSocket>,
     /// The session whose data has moved by messages, or may have.
     pub(super) moved: Option<SessionId>,
-    since: Instant,
+    /// When the version must have been negotiated.
+    version_until: Instant,
 }
 
 /// What became of a request.
@@ -90,7 +91,7 @@ impl<'a> Connection<'a> {
             spare: Vec::new(),
             data_socket: None,
             moved: machine.session(),
-            since: Instant::now(),
+            version_until: Instant::now() + options.version_limit,
         })
     }
 
@@ -120,12 +121,13 @@ impl<'a> Connection<'a> {
     }
 
     fn serve_one(&mut self, request: &mut Buffer) -> Result<(), End> {
-        if self.limits.is_none() && self.since.elapsed() > self.options.version_limit {
-            return Err(End::Silent);
-        }
-        match self.link.next(request)? {
+        let wait = match self.limits {
+            Some(_) => Wait::Forever,
+            None => Wait::Until(self.version_until),
+        };
+        match self.link.next(request, wait)? {
             Some(incoming) => self.handle(incoming, request),
-            None => Ok(()),
+            None => Err(End::Silent),
         }
     }
 

@@ -17,7 +17,7 @@ use limosa_protocol::Errno;
 use rustix::net::{Shutdown, shutdown};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::link::{Link, Mine, Pumped, Shared, send_all};
+use super::link::{LIMIT_MIN, Link, Mine, Pumped, Shared, send_all};
 use super::receive::{End, Receiver, Wait};
 use crate::codec::{Command, DmaAccess, DmaWriteReply, Header, Kind};
 
@@ -218,7 +218,7 @@ struct TwinInner {
 
 impl Twin {
     pub(super) fn new(socket: UnixStream, message_limit: Duration) -> std::io::Result<Twin> {
-        socket.set_read_timeout(Some(message_limit))?;
+        let message_limit = message_limit.max(LIMIT_MIN);
         socket.set_write_timeout(Some(message_limit))?;
         let inner = TwinInner { receiver: Receiver::new(message_limit), next_id: 0 };
         Ok(Twin { socket, inner: Mutex::new(inner) })

@@ -30,6 +30,9 @@ const BODY_BYTES_MAX: usize = 64 << 10;
 /// connection ends.
 const DRAIN_BYTES_MAX: usize = 64 << 20;
 
+/// To the system a time limit of 0 means none.
+pub(super) const LIMIT_MIN: Duration = Duration::from_millis(1);
+
 /// What is asked of the system for data on its way to the client.
 const SEND_BUFFER_BYTES: usize = 4 << 20;
 
@@ -106,9 +109,9 @@ impl Link {
         message_limit: Duration,
         dma_limit: Duration,
     ) -> std::io::Result<Link> {
-        // A blocking socket with time limits: no call but the transfer itself is needed for a request.
+        // A blocking socket: no call but the transfer itself is needed for a request.
         socket.set_nonblocking(false)?;
-        socket.set_read_timeout(Some(message_limit))?;
+        let message_limit = message_limit.max(LIMIT_MIN);
         socket.set_write_timeout(Some(message_limit))?;
         // As much as the system allows: fewer switches between the two sides within a large message.
         rustix::net::sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER_BYTES)?;
@@ -143,8 +146,8 @@ impl Link {
     }
 
     /// Waits for the next command, whose body, or the head of it, is in `buffer`; `None` when none
-    /// came within the socket's time limit.
-    pub(super) fn next(&self, buffer: &mut Buffer) -> Result<Option<Incoming>, End> {
+    /// came in time.
+    pub(super) fn next(&self, buffer: &mut Buffer, wait: Wait) -> Result<Option<Incoming>, End> {
         let mut shared = self.lock();
         shared.gave_up = false;
         let mut receiver = loop {
@@ -162,7 +165,7 @@ impl Link {
             shared = self.wait(shared, None).0;
         };
         drop(shared);
-        let incoming = self.lead(&mut receiver, buffer);
+        let incoming = self.lead(&mut receiver, buffer, wait);
         match incoming {
             Ok(Some(mut incoming)) if incoming.held < incoming.body_bytes => {
                 incoming.receiver = Some(receiver);
@@ -176,9 +179,14 @@ impl Link {
     }
 
     /// Receives until a command comes.
-    fn lead(&self, receiver: &mut Receiver, buffer: &mut Buffer) -> Result<Option<Incoming>, End> {
+    fn lead(
+        &self,
+        receiver: &mut Receiver,
+        buffer: &mut Buffer,
+        wait: Wait,
+    ) -> Result<Option<Incoming>, End> {
         loop {
-            let Some(header) = receiver.header(self.socket(), Wait::Socket)? else { return Ok(None) };
+            let Some(header) = receiver.header(self.socket(), wait)? else { return Ok(None) };
             let body_bytes = header.body_bytes().unwrap_or(0);
             if is_reply(&header) {
                 self.hand_over(receiver, header, body_bytes, None)?;

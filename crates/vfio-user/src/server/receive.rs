@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use limosa_protocol::Errno;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg, sockopt};
 use zerocopy::FromBytes;
 
 use crate::codec::Header;
 
 /// Messages up to this many bytes are received without knowing how long they are.
-const BUFFER_BYTES: usize = 4096;
+const BUFFER_BYTES: usize = 8192;
 
 /// The most fds that the kernel passes with one write (`SCM_MAX_FD`): there is room for all of
 /// them, so that a peer which sends too many is refused and not misunderstood.
@@ -51,8 +51,8 @@ pub enum End {
 /// How long to wait for a message to begin.
 #[derive(Clone, Copy)]
 pub(super) enum Wait {
-    /// As long as the socket's receive time limit lets.
-    Socket,
+    /// For ever.
+    Forever,
     /// Until then.
     Until(Instant),
 }
@@ -79,6 +79,9 @@ pub(super) struct Receiver {
     /// When waiting for the rest of the message began.
     waiting_since: Option<Instant>,
     limit: Duration,
+    /// Whether the socket's own time limit is set. Without it a wait costs less, and an idle client
+    /// is waited for without.
+    timed: bool,
 }
 
 impl Receiver {
@@ -93,6 +96,7 @@ impl Receiver {
             later: None,
             waiting_since: None,
             limit,
+            timed: false,
         }
     }
 
@@ -119,7 +123,7 @@ impl Receiver {
         self.advance(here);
         into = &mut into[here..];
         while !into.is_empty() {
-            self.check_limit()?;
+            self.check_limit(socket)?;
             match receive(socket, into, RecvFlags::WAITALL, &mut self.current) {
                 Ok(0) => return Err(End::Cut),
                 Ok(bytes) => {
@@ -165,11 +169,13 @@ impl Receiver {
         self.end -= self.start;
         self.start = 0;
         if self.end > 0 {
-            self.check_limit()?;
-        } else if let Wait::Until(instant) = wait
-            && !readable(socket, instant)?
-        {
-            return Ok(false);
+            self.check_limit(socket)?;
+        } else {
+            match wait {
+                Wait::Forever => self.set_timed(socket, false)?,
+                Wait::Until(instant) if !readable(socket, instant)? => return Ok(false),
+                Wait::Until(_) => {}
+            }
         }
         let mut fds = Fds::default();
         match receive(socket, &mut self.buffer[self.end..], RecvFlags::empty(), &mut fds) {
@@ -203,9 +209,21 @@ impl Receiver {
         }
     }
 
-    fn check_limit(&mut self) -> Result<(), End> {
+    /// Before waiting for the rest of a message.
+    fn check_limit(&mut self, socket: BorrowedFd<'_>) -> Result<(), End> {
+        self.set_timed(socket, true)?;
         let since = *self.waiting_since.get_or_insert_with(Instant::now);
         if since.elapsed() > self.limit { Err(End::Stalled) } else { Ok(()) }
+    }
+
+    fn set_timed(&mut self, socket: BorrowedFd<'_>, timed: bool) -> Result<(), End> {
+        if self.timed != timed {
+            let limit = timed.then_some(self.limit);
+            sockopt::set_socket_timeout(socket, sockopt::Timeout::Recv, limit)
+                .map_err(|errno| End::Failed(errno_of(errno)))?;
+            self.timed = timed;
+        }
+        Ok(())
     }
 
     fn try_again(&self, errno: rustix::io::Errno) -> Result<(), End> {
