@@ -107,9 +107,16 @@ fn dma_within_the_request_that_caused_it() {
 fn dma_on_a_thread_of_the_device_while_the_client_is_idle() {
     let served = Served::new();
     let mut raw = peer(&served);
-    raw.region_write(BAR2, 0, &engine(DMA_READ_LATER, 1 << 20)[16..]).ok();
-    let read = command(&raw, DMA_READ, IOVA, 1 << 20);
-    answer_read(&raw, &read, &vec![9; 1 << 20]);
+    let id = start(&mut raw, DMA_READ_LATER, 1 << 20);
+    // The request's reply and the device's command come in either order.
+    for _ in 0..2 {
+        let message = raw.receive();
+        if message.command == DMA_READ {
+            answer_read(&raw, &message, &vec![9; 1 << 20]);
+        } else {
+            assert_eq!(message.ok().id, id);
+        }
+    }
     assert_eq!(outcome(&mut raw), 0);
     assert!(raw.region_read(BAR2, 64 << 10, 1 << 19).ok().body[16..].iter().all(|&byte| byte == 9));
 }
@@ -270,6 +277,20 @@ fn more_requests_than_there_is_room_for_fail_the_transfer_only() {
     answer_read(&raw, &read, &[0; 8]);
     raw.assert_usable();
     assert_eq!(raw.region_read(BAR0, 0, 4).ok().u32(16), 1);
+}
+
+#[test]
+fn fds_that_pile_up_behind_a_transfer_are_bounded() {
+    let served = Served::new();
+    let mut raw = peer(&served);
+    let first = start(&mut raw, DMA_READ_NOW, 8);
+    command(&raw, DMA_READ, IOVA, 8);
+    let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    for _ in 0..3 {
+        raw.send(&message(9, GET_INFO, NO_REPLY, &[0; 16]), &vec![event.as_fd(); 253]);
+    }
+    assert_eq!(reply_to(&raw, first).refused(), ENOMEM);
+    raw.assert_usable();
 }
 
 #[test]

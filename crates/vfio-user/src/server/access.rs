@@ -31,7 +31,7 @@ impl Connection<'_> {
         let within = self.machine.description().regions.get(access.region as usize).is_some_and(|region| {
             access.offset.checked_add(access.count.into()).is_some_and(|end| end <= region.size)
         });
-        if !within || access.count > self.options.data_bytes_max {
+        if !within || access.count > self.data_bytes_max {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
         let count = access.count as usize;

@@ -20,13 +20,16 @@ use super::receive::{End, Receiver, Wait};
 use super::stream::DataSocket;
 use crate::codec::{Command, Header, Kind, Request, VersionMessage};
 use crate::version::{
-    Capabilities, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX, TwinSocket, VERSION,
+    Capabilities, DATA_XFER_BYTES_MAX, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX, TwinSocket,
+    VERSION,
 };
 
 /// A connection being served.
 pub(super) struct Connection<'a> {
     pub(super) machine: &'a Arc<Machine>,
     pub(super) options: &'a Options,
+    /// The most bytes of data that a command may ask for or carry.
+    pub(super) data_bytes_max: u32,
     pub(super) link: Arc<Link>,
     /// What was agreed on; `None` before VERSION.
     pub(super) limits: Option<Limits>,
@@ -80,11 +83,13 @@ impl<'a> Connection<'a> {
         machine: &'a Arc<Machine>,
         options: &'a Options,
     ) -> io::Result<Connection<'a>> {
-        let bytes_max = options.data_bytes_max as usize;
-        let link = Arc::new(Link::new(stream, bytes_max, options.message_limit, options.dma_limit)?);
+        let data_bytes_max = options.data_bytes_max.clamp(4096, DATA_XFER_BYTES_MAX);
+        let link =
+            Arc::new(Link::new(stream, data_bytes_max as usize, options.message_limit, options.dma_limit)?);
         Ok(Connection {
             machine,
             options,
+            data_bytes_max,
             link,
             limits: None,
             reply: Buffer::default(),
@@ -252,7 +257,7 @@ impl<'a> Connection<'a> {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             max_msg_fds: Some(MSG_FDS_MAX as u64),
-            max_data_xfer_size: Some(self.options.data_bytes_max.into()),
+            max_data_xfer_size: Some(self.data_bytes_max.into()),
             max_dma_maps: Some(65535),
             pgsizes: Some(4096),
             write_multiple: Some(true),

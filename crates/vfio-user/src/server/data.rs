@@ -48,7 +48,7 @@ impl Connection<'_> {
         }
         let want = read.size as usize;
         let room = (read.argsz as usize).checked_sub(MigData::BYTES);
-        if want == 0 || read.size > self.options.data_bytes_max || room.is_none_or(|room| room < want) {
+        if want == 0 || read.size > self.data_bytes_max || room.is_none_or(|room| room < want) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
         let Some(session) = self.machine.session() else {
@@ -85,7 +85,7 @@ impl Connection<'_> {
     }
 
     pub(super) fn mig_data_write(&mut self, job: &mut Job, write: MigData, data: &[u8]) -> Handled {
-        if write.size > self.options.data_bytes_max {
+        if write.size > self.data_bytes_max {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
         if let Some(socket) = &self.data_socket {

@@ -40,6 +40,8 @@ const SEND_BUFFER_BYTES: usize = 4 << 20;
 const QUEUE_COMMANDS_MAX: usize = 1024;
 /// The bytes of their bodies.
 const QUEUE_BYTES_MAX: usize = 4 << 20;
+/// Their fds.
+const QUEUE_FDS_MAX: usize = 256;
 
 /// A connection.
 pub(super) struct Link {
@@ -62,6 +64,7 @@ pub(super) struct Shared {
     pub(super) receiver: Option<Box<Receiver>>,
     queue: VecDeque<Queued>,
     queued_bytes: usize,
+    queued_fds: usize,
     pub(super) exchanges: Vec<Exchange>,
     pub(super) next_id: u16,
     /// Threads that wait for their turn.
@@ -122,6 +125,7 @@ impl Link {
                 receiver: Some(Box::new(Receiver::new(message_limit))),
                 queue: VecDeque::new(),
                 queued_bytes: 0,
+                queued_fds: 0,
                 exchanges: Vec::new(),
                 next_id: 0,
                 waiting: 0,
@@ -153,6 +157,7 @@ impl Link {
         let mut receiver = loop {
             if let Some(queued) = shared.queue.pop_front() {
                 shared.queued_bytes -= queued.body.len();
+                shared.queued_fds -= queued.fds.fds.len();
                 drop(shared);
                 return Ok(Some(queued.take(buffer)));
             }
@@ -242,8 +247,11 @@ impl Link {
         let fds = receiver.finish();
         let mut shared = self.lock();
         shared.queued_bytes += body.len();
+        shared.queued_fds += fds.fds.len();
         shared.queue.push_back(Queued { header, fds, body, fits });
-        let full = shared.queue.len() >= QUEUE_COMMANDS_MAX || shared.queued_bytes >= QUEUE_BYTES_MAX;
+        let full = shared.queue.len() >= QUEUE_COMMANDS_MAX
+            || shared.queued_bytes >= QUEUE_BYTES_MAX
+            || shared.queued_fds >= QUEUE_FDS_MAX;
         self.turn.notify_all();
         Ok(if full { Pumped::Full } else { Pumped::Other })
     }
