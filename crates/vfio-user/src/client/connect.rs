@@ -107,7 +107,7 @@ impl<'a> Fresh<'a> {
         options: &'a Options,
         stream: UnixStream,
     ) -> Result<(Fresh<'a>, (Limits, Option<OwnedFd>))> {
-        let (receiver, sender) = connection::split(stream, options.request_limit)
+        let (receiver, sender) = connection::split(stream, options.shortest_limit())
             .map_err(|failure| error(name, "VERSION", failure.into()))?;
         let mut fresh = Fresh { name, options, receiver, sender, id: 0 };
         let ours = Capabilities::of_client(options.data_bytes_max.max(1), options.twin_socket);

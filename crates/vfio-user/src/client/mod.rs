@@ -55,6 +55,13 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// How long a wait sleeps at a time.
+    fn shortest_limit(&self) -> Duration {
+        self.request_limit.min(self.state_limit)
+    }
+}
+
 /// A device behind a vfio-user socket.
 ///
 /// Any number of threads may use it at once. The connection ends when the client and the data
