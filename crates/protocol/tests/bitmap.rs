@@ -191,7 +191,7 @@ fn some_bits() -> impl Strategy<Value = Vec<u64>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
     fn regranulating_sets_exactly_the_pages_with_a_dirty_byte(grids in grids(), pattern in some_bits()) {
