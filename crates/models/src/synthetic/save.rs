@@ -182,15 +182,12 @@ impl Saver {
         }
     }
 
-    /// Takes the next part of the run, and the blocks that begin in it off the list. It ends
-    /// between two blocks if it can: then none is in flight, and any may change.
+    /// Takes the next part of the run, and the blocks that begin in it off the list. As much as is
+    /// asked for, though that ends within a block: a transport sends a reply without a copy when
+    /// one piece fills it.
     fn take(&mut self, block_bytes: usize, bytes_max: usize) -> std::ops::Range<usize> {
         let start = self.run.start;
-        let mut end = self.run.end.min(start.saturating_add(bytes_max));
-        let whole = end - end % block_bytes;
-        if whole > start {
-            end = whole;
-        }
+        let end = self.run.end.min(start.saturating_add(bytes_max));
         self.run.start = end;
         for index in start.div_ceil(block_bytes)..end.div_ceil(block_bytes) {
             let within = usize::from(index < self.share);
