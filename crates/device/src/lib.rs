@@ -54,6 +54,7 @@ mod memory;
 mod model;
 pub mod pci;
 pub mod saved;
+mod whole;
 
 pub use describe::RegionView;
 pub use irqs::Irqs;
@@ -64,6 +65,7 @@ pub use memory::{
     RemoteMemory,
 };
 pub use model::{Description, Fault, IoEventFd, Irq, Migration, Model, Region, RegionMapping, Save};
+pub use whole::{Whole, WholeState};
 
 /// A device's way out. Every part may be used from any thread.
 #[derive(Clone, Debug)]

@@ -293,6 +293,16 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Puts a range into the log, if it is on: for a device that writes memory by other means than
+    /// [`GuestMemory::write`], such as hardware or a helper process with a mapping of its own. To be called after the
+    /// write. What lies beyond the end of the address space is ignored.
+    pub fn mark_dirty(&self, iova: u64, bytes: u64) {
+        let bytes = bytes.min((u64::MAX - iova).saturating_add(1));
+        if bytes > 0 {
+            self.read_lock().mark(iova, usize::try_from(bytes).unwrap_or(usize::MAX));
+        }
+    }
+
     /// Reads a structure, such as a descriptor. Errors as for [`GuestMemory::read`].
     pub fn read_obj<T: FromBytes + IntoBytes>(&self, iova: u64) -> Result<T, Errno> {
         let mut object = T::new_zeroed();

@@ -111,6 +111,11 @@ impl Section {
         Section { bytes_max, ..self }
     }
 
+    /// The most bytes of payload that it may have.
+    pub const fn bytes_max_of(&self) -> u64 {
+        self.bytes_max
+    }
+
     /// Its name.
     pub const fn name(&self) -> &'static str {
         self.name

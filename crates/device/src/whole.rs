@@ -1,0 +1,291 @@
+//! [`Whole`]: migration for a device whose state is one small message, saved as one checked section
+//! when it has stopped ([`crate::saved`]). Its author writes the message, and how it is put back.
+
+use limosa_protocol::{Errno, MigrationFlags};
+use prost::Message;
+
+use crate::saved::{Reader, Section, Writer};
+use crate::{Bus, Description, Fault, Migration, Model, Save};
+
+/// A device whose state is one small message.
+pub trait WholeState: Model {
+    /// The state: tagged fields, whose numbers are never used again for something else.
+    type Saved: Message + Default;
+
+    /// The kind of device, such as `limosa.counter`: 1 to 64 printable ASCII characters without a space.
+    const KIND: &'static str;
+
+    /// The message's section: its name and version.
+    const SECTION: Section;
+
+    /// To STOP: when this returns, the device changes neither itself nor anything outside.
+    fn stop(&mut self) -> Result<(), Fault>;
+
+    /// From STOP to a state that runs.
+    fn start(&mut self) -> Result<(), Fault>;
+
+    /// The state as it is. The device is stopped, or its size is estimated.
+    fn to_saved(&self) -> Self::Saved;
+
+    /// Makes a state the device's; it came whole and unaltered. A refusal leaves the device as it was.
+    fn restore(&mut self, saved: Self::Saved) -> Result<(), Errno>;
+}
+
+/// A device with the migration that its [`WholeState`] gives it: STOP_COPY alone.
+#[derive(Debug)]
+pub struct Whole<D> {
+    device: D,
+    saving: Vec<u8>,
+    saved_bytes: usize,
+    loading: Option<Loading>,
+}
+
+#[derive(Debug)]
+struct Loading {
+    reader: Reader,
+    message: Vec<u8>,
+}
+
+/// Header, section head and end take less than this beside the message itself.
+const FRAMING_BYTES_MAX: u64 = 1024;
+
+impl<D: WholeState> Whole<D> {
+    /// The device, ready to be moved.
+    pub fn new(device: D) -> Whole<D> {
+        Whole { device, saving: Vec::new(), saved_bytes: 0, loading: None }
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut writer = Writer::new(D::KIND);
+        writer.message(&D::SECTION, &self.device.to_saved());
+        writer.finish()
+    }
+}
+
+impl<D: WholeState> Model for Whole<D> {
+    fn description(&self) -> Description {
+        self.device.description()
+    }
+
+    fn attach(&mut self, bus: Bus) {
+        self.device.attach(bus);
+    }
+
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.device.region_read(region, offset, data)
+    }
+
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.device.region_write(region, offset, data)
+    }
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        self.device.reset()
+    }
+
+    fn migration(&mut self) -> Option<&mut dyn Migration> {
+        Some(self)
+    }
+}
+
+impl<D: WholeState> Migration for Whole<D> {
+    fn flags(&self) -> MigrationFlags {
+        MigrationFlags::STOP_COPY
+    }
+
+    fn stop(&mut self) -> Result<(), Fault> {
+        self.device.stop()
+    }
+
+    fn start(&mut self) -> Result<(), Fault> {
+        self.device.start()
+    }
+
+    fn data_size(&self) -> u64 {
+        self.encode().len() as u64
+    }
+
+    fn save_begin(&mut self) -> Result<(), Fault> {
+        self.saving = self.encode();
+        self.saved_bytes = 0;
+        Ok(())
+    }
+
+    fn save(&mut self, bytes_max: usize, _stopped: bool) -> Result<Save<'_>, Errno> {
+        let left = &self.saving[self.saved_bytes..];
+        let chunk = &left[..left.len().min(bytes_max)];
+        self.saved_bytes += chunk.len();
+        Ok(if chunk.is_empty() { Save::End } else { Save::Data(chunk) })
+    }
+
+    fn save_end(&mut self) {
+        self.saving = Vec::new();
+        self.saved_bytes = 0;
+    }
+
+    fn load_begin(&mut self) -> Result<(), Fault> {
+        let bytes_max = D::SECTION.bytes_max_of() + FRAMING_BYTES_MAX;
+        let reader = Reader::new(D::KIND, &[D::SECTION], bytes_max);
+        self.loading = Some(Loading { reader, message: Vec::new() });
+        Ok(())
+    }
+
+    fn load(&mut self, chunk: &[u8]) -> Result<(), Errno> {
+        let Loading { reader, message } = self.loading.as_mut().ok_or(Errno::EINVAL)?;
+        let taken = reader.push(chunk, |item| {
+            message.extend_from_slice(item.bytes);
+            Ok(())
+        });
+        taken.map_err(|refusal| refused(D::KIND, &refusal, refusal.errno()))
+    }
+
+    fn load_finish(&mut self) -> Result<(), Fault> {
+        let Loading { reader, message } = self.loading.as_ref().ok_or(Fault::Refused(Errno::EINVAL))?;
+        let refuse =
+            |refusal: &dyn std::fmt::Display, errno| Fault::Refused(refused(D::KIND, refusal, errno));
+        reader.finish().map_err(|refusal| refuse(&refusal, refusal.errno()))?;
+        let saved = D::Saved::decode(message.as_slice()).map_err(|error| refuse(&error, Errno::EINVAL))?;
+        self.device
+            .restore(saved)
+            .map_err(|errno| refuse(&"its contents are not those of such a device", errno))?;
+        self.loading = None;
+        Ok(())
+    }
+
+    fn load_abort(&mut self) {
+        self.loading = None;
+    }
+}
+
+fn refused(kind: &str, refusal: &dyn std::fmt::Display, errno: Errno) -> Errno {
+    tracing::warn!(kind, "a state is refused: {refusal}");
+    errno
+}
+
+#[cfg(test)]
+mod tests {
+    use limosa_client::{Chunk, DataStream, Device, DeviceExt};
+    use limosa_protocol::State;
+    use limosa_protocol::info::RegionFlags;
+
+    use super::*;
+    use crate::{Loopback, Machine, Region};
+
+    #[derive(Default)]
+    struct Cell(u64);
+
+    #[derive(Clone, PartialEq, Message)]
+    struct Saved {
+        #[prost(uint64, tag = "1")]
+        value: u64,
+    }
+
+    impl Model for Cell {
+        fn description(&self) -> Description {
+            let flags = RegionFlags::READ | RegionFlags::WRITE;
+            Description {
+                regions: vec![Region { flags, size: 8, ..Region::default() }],
+                ..Description::default()
+            }
+        }
+
+        fn attach(&mut self, _bus: Bus) {}
+
+        fn region_read(&mut self, _region: u32, _offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+            data.copy_from_slice(&self.0.to_le_bytes());
+            Ok(())
+        }
+
+        fn region_write(&mut self, _region: u32, _offset: u64, data: &[u8]) -> Result<(), Errno> {
+            self.0 = u64::from_le_bytes(data.try_into().map_err(|_| Errno::EINVAL)?);
+            Ok(())
+        }
+
+        fn reset(&mut self) -> Result<(), Errno> {
+            self.0 = 0;
+            Ok(())
+        }
+    }
+
+    impl WholeState for Cell {
+        type Saved = Saved;
+        const KIND: &'static str = "test.cell";
+        const SECTION: Section = Section::message("cell", 1);
+
+        fn stop(&mut self) -> Result<(), Fault> {
+            Ok(())
+        }
+
+        fn start(&mut self) -> Result<(), Fault> {
+            Ok(())
+        }
+
+        fn to_saved(&self) -> Saved {
+            Saved { value: self.0 }
+        }
+
+        fn restore(&mut self, saved: Saved) -> Result<(), Errno> {
+            if saved.value == u64::MAX {
+                return Err(Errno::EINVAL);
+            }
+            self.0 = saved.value;
+            Ok(())
+        }
+    }
+
+    fn cell(value: u64) -> Loopback {
+        Loopback::new("cell", Machine::new(Box::new(Whole::new(Cell(value)))))
+    }
+
+    fn value(cell: &Loopback) -> u64 {
+        let mut bytes = [0; 8];
+        cell.region_read(0, 0, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    fn saved(cell: &Loopback) -> Vec<u8> {
+        let mut stream = cell.set_state(State::StopCopy).unwrap().unwrap();
+        let (mut all, mut piece) = (Vec::new(), [0; 7]);
+        while let Chunk::Data(bytes) = stream.read(&mut piece).unwrap() {
+            all.extend_from_slice(&piece[..bytes]);
+        }
+        assert_eq!(cell.mig_data_size().unwrap(), Some(all.len() as u64));
+        all
+    }
+
+    #[test]
+    fn a_state_in_any_pieces_moves() {
+        let state = saved(&cell(77));
+        for bytes in [1, 5, state.len()] {
+            let to = cell(1);
+            let mut stream = to.set_state(State::Resuming).unwrap().unwrap();
+            state.chunks(bytes).for_each(|chunk| stream.write(chunk).unwrap());
+            to.set_state(State::Running).unwrap();
+            assert_eq!(value(&to), 77);
+        }
+    }
+
+    #[test]
+    fn truncated_altered_or_wrong_states_leave_the_device_as_it_was() {
+        let state = saved(&cell(77));
+        let wrong = saved(&cell(u64::MAX));
+        let altered = |at: usize| {
+            let mut state = state.clone();
+            state[at] ^= 1;
+            state
+        };
+        let mut refused: Vec<_> = (0..state.len()).map(|end| state[..end].to_vec()).collect();
+        refused.extend((0..state.len()).map(altered));
+        refused.push(wrong);
+        for state in refused {
+            let to = cell(1);
+            let mut stream = to.set_state(State::Resuming).unwrap().unwrap();
+            let written = stream.write(&state);
+            assert!(written.is_err() || to.set_state(State::Stop).is_err());
+            assert_eq!(to.state().unwrap(), State::Resuming);
+            assert_eq!(value(&to), 1);
+            to.reset().unwrap();
+            assert_eq!(to.state().unwrap(), State::Running);
+        }
+    }
+}
