@@ -1,0 +1,44 @@
+//! The `vfio_user` crate as a contender: its client on its own server, or on the device measured.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use anyhow::Context;
+use vfio_user::Client;
+
+use crate::child::{Child, Role};
+
+/// A connected client of the crate.
+pub(crate) struct Rival {
+    client: Client,
+    // Dropped after the client has gone.
+    _server: Option<(Child, tempfile::TempDir)>,
+}
+
+impl Rival {
+    /// On the crate's own server, in another process.
+    pub(crate) fn on_its_own_server() -> anyhow::Result<Rival> {
+        let folder = tempfile::tempdir().context("cannot make a folder for a socket")?;
+        let path = folder.path().join("vfio_user.sock");
+        let listener = UnixListener::bind(&path).context("cannot listen on a socket")?;
+        let child = Child::start(Role::VfioUserCrate, listener.into())?;
+        let client = Client::new(&path).map_err(|error| anyhow::anyhow!("vfio_user's client: {error}"))?;
+        Ok(Rival { client, _server: Some((child, folder)) })
+    }
+
+    /// On a device's socket.
+    pub(crate) fn on(socket: &Path) -> anyhow::Result<Rival> {
+        let client = Client::new(socket).map_err(|error| anyhow::anyhow!("vfio_user's client: {error}"))?;
+        Ok(Rival { client, _server: None })
+    }
+
+    /// Reads a region.
+    pub(crate) fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> anyhow::Result<()> {
+        self.client.region_read(region, offset, data).map_err(|error| anyhow::anyhow!("vfio_user: {error}"))
+    }
+
+    /// Writes a region.
+    pub(crate) fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> anyhow::Result<()> {
+        self.client.region_write(region, offset, data).map_err(|error| anyhow::anyhow!("vfio_user: {error}"))
+    }
+}

@@ -1,0 +1,134 @@
+//! Data streams: MIG_DATA_READ and MIG_DATA_WRITE by size. On the bench's own device one operation is
+//! one chunk of a stream without an end; on any other it is the whole state, in chunks.
+
+use anyhow::{Context, ensure};
+use limosa_client::{Chunk, DataStream, Device, DeviceExt};
+use limosa_protocol::State;
+
+use crate::Figure;
+use crate::cases::{HEADER, Run};
+use crate::floor::Floor;
+use crate::measure::{Contender, in_turns};
+
+/// Bytes of a MIG_DATA message's fixed part.
+const MIG_DATA: usize = 8;
+
+/// The most state that is kept to be loaded again.
+const STATE_BYTES_MAX: usize = 1 << 30;
+
+const CHUNKS: [usize; 4] = [4 << 10, 64 << 10, 256 << 10, 1 << 20];
+
+pub(crate) fn streams(run: &mut Run<'_>) -> anyhow::Result<()> {
+    if run.own { endless(run) } else { whole_state(run) }
+}
+
+fn open(device: &dyn Device, state: State) -> anyhow::Result<Box<dyn DataStream>> {
+    device.set_state(state)?.with_context(|| format!("{}: {state} opened no session", device.name()))
+}
+
+fn endless(run: &mut Run<'_>) -> anyhow::Result<()> {
+    let mut stream = open(run.device, State::StopCopy)?;
+    for bytes in CHUNKS {
+        let mut floor = Floor::start(HEADER + MIG_DATA, HEADER + MIG_DATA + bytes)?;
+        let mut data = vec![0; bytes];
+        let contenders = &mut [
+            Contender::new("limosa", || {
+                ensure!(stream.read(&mut data)? == Chunk::Data(bytes), "a short read");
+                Ok(())
+            }),
+            Contender::new("floor", || floor.round_trip()),
+        ];
+        let timings = in_turns(contenders, run.each)?;
+        (run.done)(Figure::new("MIG_DATA_READ", bytes, timings));
+    }
+    let mut stream = open(run.device, State::Resuming)?;
+    for bytes in CHUNKS {
+        let mut floor = Floor::start(HEADER + MIG_DATA + bytes, HEADER)?;
+        let data = vec![0x5a; bytes];
+        let contenders = &mut [
+            Contender::new("limosa", || Ok(stream.write(&data)?)),
+            Contender::new("floor", || floor.round_trip()),
+        ];
+        let timings = in_turns(contenders, run.each)?;
+        (run.done)(Figure::new("MIG_DATA_WRITE", bytes, timings));
+    }
+    drop(stream);
+    run.device.reset()?;
+    Ok(())
+}
+
+/// Saves and loads all of the device's state, and leaves the device with it.
+fn whole_state(run: &mut Run<'_>) -> anyhow::Result<()> {
+    let device = run.device;
+    let found = device.state()?;
+    let saved = save(device, &mut vec![0; 1 << 20])?;
+    let result = whole_state_by_size(run, &saved);
+    // Whatever came of it: the device gets its state back.
+    device.reset().context("cannot reset the device to give it back its state")?;
+    load(device, &saved, 1 << 20).context("cannot load the device's own state back")?;
+    device.set_state(found)?;
+    result
+}
+
+fn whole_state_by_size(run: &mut Run<'_>, saved: &[u8]) -> anyhow::Result<()> {
+    let device = run.device;
+    for bytes in CHUNKS {
+        let round_trips = saved.len().div_ceil(bytes);
+        let chunk = bytes.min(saved.len().max(1));
+        let mut floor = Floor::start(HEADER + MIG_DATA, HEADER + MIG_DATA + chunk)?;
+        let mut data = vec![0; bytes];
+        let mut reading = Contender::new("limosa", || save(device, &mut data).map(drop));
+        reading.prepare = Box::new(|| Ok(device.set_state(State::Stop).map(drop)?));
+        let floor = Contender::new("floor", || (0..round_trips).try_for_each(|_| floor.round_trip()));
+        let timings = in_turns(&mut [reading, floor], run.each)?;
+        (run.done)(Figure::new(
+            &format!("whole state out by {}", crate::table::size(bytes)),
+            saved.len(),
+            timings,
+        ));
+    }
+    for bytes in CHUNKS {
+        let round_trips = saved.len().div_ceil(bytes);
+        let chunk = bytes.min(saved.len().max(1));
+        let mut floor = Floor::start(HEADER + MIG_DATA + chunk, HEADER)?;
+        let loading = Contender::new("limosa", || load(device, saved, bytes));
+        let floor = Contender::new("floor", || (0..round_trips).try_for_each(|_| floor.round_trip()));
+        let timings = in_turns(&mut [loading, floor], run.each)?;
+        (run.done)(Figure::new(
+            &format!("whole state in by {}", crate::table::size(bytes)),
+            saved.len(),
+            timings,
+        ));
+    }
+    Ok(())
+}
+
+/// From wherever the device is through STOP to STOP_COPY and to the end.
+fn save(device: &dyn Device, chunk: &mut [u8]) -> anyhow::Result<Vec<u8>> {
+    device.set_state(State::Stop)?;
+    let mut stream = open(device, State::StopCopy)?;
+    let mut saved = Vec::new();
+    loop {
+        match stream.read(chunk)? {
+            Chunk::Data(bytes) => {
+                ensure!(
+                    saved.len() + bytes <= STATE_BYTES_MAX,
+                    "{}: more than 1 GiB of state, which is too much to keep while measuring",
+                    device.name()
+                );
+                saved.extend_from_slice(&chunk[..bytes]);
+            }
+            Chunk::NothingForNow | Chunk::End => return Ok(saved),
+        }
+    }
+}
+
+/// Loads a state; the device is in STOP afterwards.
+fn load(device: &dyn Device, saved: &[u8], chunk_bytes: usize) -> anyhow::Result<()> {
+    let mut stream = open(device, State::Resuming)?;
+    for chunk in saved.chunks(chunk_bytes) {
+        stream.write(chunk)?;
+    }
+    device.set_state(State::Stop)?;
+    Ok(())
+}
