@@ -126,6 +126,7 @@ impl<'a> Destination<'a> {
                 self.ledger.committed(preface.id);
                 recorder.runs();
                 if let Err(error) = channel.send(Kind::RUNNING, 0, 0, &[]) {
+                    recorder.peer_not_told();
                     recorder
                         .note(format!("the source was not told that the devices run, and will ask: {error}"));
                 }

@@ -108,6 +108,9 @@ pub struct Report {
     pub downtime_ns: Option<u64>,
     /// All of it, in ns.
     pub total_ns: u64,
+    /// Whether the other side was told how the move ended, as far as this one knows. A destination that
+    /// could not tell will be asked by its source ([`crate::Source::resolve`]).
+    pub peer_told: bool,
     /// What a person should know: a device that could not be tracked, one that had to be reset.
     pub notes: Vec<String>,
 }
@@ -132,6 +135,7 @@ impl<'a> Recorder<'a> {
             bytes: Totals::default(),
             downtime_ns: None,
             total_ns: 0,
+            peer_told: true,
             notes: Vec::new(),
         };
         let began = Instant::now();
@@ -194,6 +198,10 @@ impl<'a> Recorder<'a> {
     pub(crate) fn note(&mut self, note: String) {
         tracing::warn!("{note}");
         self.report.notes.push(note);
+    }
+
+    pub(crate) fn peer_not_told(&mut self) {
+        self.report.peer_told = false;
     }
 
     pub(crate) fn totals(&self) -> Totals {
@@ -323,6 +331,7 @@ mod tests {
             bytes: bytes(1 << 20, 1 << 26, 1 << 30),
             downtime_ns: Some(3_600_000),
             total_ns: 16_000_000,
+            peer_told: true,
             notes: vec!["all is well".into()],
         };
         let text = report.to_string();
