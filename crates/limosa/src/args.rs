@@ -1,0 +1,313 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use limosa_protocol::State;
+
+use crate::exit;
+
+/// What `--option` takes.
+const MODEL_OPTIONS: &str = "\
+Options of synthetic (sizes take K, M and G):
+  state=BYTES            its state, a multiple of block (16M)
+  block=BYTES            how much of it changes at once (64K)
+  precopy=PERCENT        how much of it is saved in pre-copy (100)
+  dirty-rate=BYTES       how much of it changes each second (0)
+  p2p=on|off             whether it has the P2P states (on)
+  pre-copy=on|off        whether it has the pre-copy states (on)
+  dma-pattern=PATTERN    sequential, random or one-page (sequential)
+  dma-rate=BYTES         bytes written to guest memory each second, 0 for all it can (64M)
+  seed=NUMBER            what its contents derive from (1)
+  verify=on|off          whether every block is checked as it is loaded (on)
+  fault=FAULT            what goes wrong; many times: fail:ARC[:TIMES], error:ARC, truncate:BYTES,
+                         stall:ARC:MS, corrupt:OFFSET, with ARC like PRE_COPY_P2P>STOP_COPY";
+
+/// Live migration of VFIO devices.
+///
+/// Moves, saves, loads, checks and serves devices that speak the VFIO device migration protocol v2.
+/// A DEVICE is named by the path of its vfio-user socket.
+#[derive(Debug, Parser)]
+#[command(name = "limosa", version, after_help = exit::HELP, max_term_width = 110)]
+pub struct Cli {
+    /// Print one JSON document instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// Say more: once for what is done, twice for every message.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+
+    /// Seconds to wait for the answer to one request.
+    #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub timeout: Duration,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a ready device on a vfio-user socket.
+    Serve(Serve),
+    /// Say what a device is and whether it can migrate.
+    Probe(Device),
+    /// Read or drive a device's migration state.
+    State(StateArgs),
+    /// Stop a device, save its state to a file, and let it run again.
+    Save(Save),
+    /// Load a saved state into a device.
+    Load(Load),
+    /// Say what is in a saved stream, and whether it is whole.
+    Inspect(Inspect),
+    /// Move a device's state to another device on this machine.
+    Migrate(Migrate),
+    /// Move a device to a receiver.
+    Send(Send),
+    /// Take a device from a sender.
+    Receive(Receive),
+    /// Print the migration state machine.
+    Fsm(Fsm),
+    /// Measure a device: region accesses, data streams, dirty reports, each beside the floor.
+    Bench(Bench),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages.
+    Man {
+        /// The folder to write them to; made when it is not there.
+        #[arg(value_name = "FOLDER")]
+        folder: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Device {
+    /// The device: the path of a vfio-user socket.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = MODEL_OPTIONS)]
+pub struct Serve {
+    /// The device to serve.
+    #[arg(value_name = "MODEL")]
+    pub model: Model,
+
+    /// Where to listen.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+
+    /// An option of the model, NAME=VALUE; many times.
+    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
+    pub options: Vec<String>,
+
+    /// End when the process that started this one ends.
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Model {
+    /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
+    Synthetic,
+}
+
+#[derive(Debug, Args)]
+pub struct StateArgs {
+    /// The device: the path of a vfio-user socket.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    #[command(subcommand)]
+    pub action: Option<StateAction>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum StateAction {
+    /// Print the state (also without an action).
+    Get,
+    /// Drive the device to a state, over every state between.
+    Set {
+        /// STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY or PRE_COPY_P2P.
+        #[arg(value_name = "STATE")]
+        state: State,
+    },
+    /// Reset the device: from any state, ERROR too, to RUNNING.
+    Reset,
+}
+
+#[derive(Debug, Args)]
+pub struct Save {
+    /// The device: the path of a vfio-user socket.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    /// The file; appears when it is whole.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Leave the device stopped.
+    #[arg(long)]
+    pub stop: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Load {
+    /// A file that `limosa save` wrote.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// The device: the path of a vfio-user socket.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    /// Leave the device stopped.
+    #[arg(long)]
+    pub stop: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// A file that `limosa save` wrote.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Moving {
+    /// Skip pre-copy: stop the device first, then copy all of its state.
+    #[arg(long)]
+    pub no_precopy: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// The device to move from.
+    #[arg(value_name = "SRC")]
+    pub source: String,
+
+    /// The device to move to.
+    #[arg(value_name = "DST")]
+    pub destination: String,
+
+    #[command(flatten)]
+    pub moving: Moving,
+}
+
+#[derive(Debug, Args)]
+pub struct Send {
+    /// The device: the path of a vfio-user socket.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    /// Where the receiver listens: unix:PATH or tcp:HOST:PORT.
+    #[arg(long, value_name = "ADDR")]
+    pub to: String,
+
+    #[command(flatten)]
+    pub moving: Moving,
+}
+
+#[derive(Debug, Args)]
+pub struct Receive {
+    /// The device: the path of a vfio-user socket.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    /// Where to listen: unix:PATH or tcp:HOST:PORT (port 0 for any).
+    #[arg(long, value_name = "ADDR")]
+    pub listen: String,
+
+    /// Seconds to wait for a sender.
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
+    pub wait: Duration,
+}
+
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+pub struct Fsm {
+    /// The arcs as a Graphviz graph.
+    #[arg(long)]
+    pub dot: bool,
+
+    /// The arcs as a Mermaid diagram.
+    #[arg(long)]
+    pub mermaid: bool,
+
+    /// One line for each set of flags and each pair of states: the path, or EINVAL.
+    #[arg(long)]
+    pub paths: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// The device: the path of a vfio-user socket.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    /// Seconds for each figure.
+    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
+    pub seconds: Duration,
+
+    /// Keep this process and the floor's other end on one core; start the server with
+    /// `taskset -c 0` for figures on one core.
+    #[arg(long)]
+    pub one_core: bool,
+}
+
+/// A positive number of seconds, fractions allowed.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 =
+        text.parse().map_err(|_| "expected a number of seconds, such as 10 or 0.5".to_owned())?;
+    if seconds <= 0.0 || seconds > 86_400.0 {
+        return Err("expected more than 0 and at most 86400 seconds".into());
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// A number of bytes with an optional K, M, G or T (powers of 1024).
+#[cfg(test)]
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let expected = || format!("`{text}` is not a size: expected a number with K, M, G or T, such as 64M");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift =
+        match text[digits.len()..].trim_end_matches("iB").trim_end_matches('B').to_ascii_uppercase().as_str()
+        {
+            "" => 0,
+            "K" => 10,
+            "M" => 20,
+            "G" => 30,
+            "T" => 40,
+            _ => return Err(expected()),
+        };
+    let number: u64 = digits.parse().map_err(|_| expected())?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_seconds() {
+        assert_eq!(bytes("64M"), Ok(64 << 20));
+        assert_eq!(bytes("1GiB"), Ok(1 << 30));
+        assert_eq!(bytes("17"), Ok(17));
+        assert!(bytes("16777216T").unwrap_err().contains("2^64"));
+        assert!(bytes("M").is_err() && bytes("-1").is_err() && bytes("5X").is_err());
+        assert!(seconds("0").is_err() && seconds("x").is_err() && seconds("NaN").is_err());
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+    }
+}

@@ -1,0 +1,54 @@
+//! `limosa inspect`: what is in a saved stream.
+
+use std::io::Write;
+
+use limosa_migrate::{Inspection, inspect_file};
+
+use crate::args;
+use crate::exit::{self, Code};
+use crate::output::{self, Output};
+
+pub fn run(args: &args::Inspect, out: &Output) -> anyhow::Result<()> {
+    let found = inspect_file(&args.file)?;
+    out.result(&found, |to| print(&found, to))?;
+    if found.whole {
+        return Ok(());
+    }
+    let first = found
+        .damage
+        .first()
+        .map_or("it ends too early".into(), |damage| format!("at byte {}: {}", damage.at, damage.what));
+    Err(exit::error(Code::Damaged, format!("{}: not a whole saved stream: {first}", args.file.display())))
+}
+
+fn print(found: &Inspection, to: &mut dyn Write) -> std::io::Result<()> {
+    match (found.version, &found.id) {
+        (Some(version), Some(id)) => {
+            let kind = if found.stored { "saved stream" } else { "live stream" };
+            writeln!(to, "{kind}, version {version}, {}, move {id}", output::bytes(found.bytes))?;
+        }
+        _ => writeln!(to, "{} that are no stream", output::bytes(found.bytes))?,
+    }
+    for device in &found.devices {
+        let state = if device.complete { "whole" } else { "NOT WHOLE" };
+        writeln!(
+            to,
+            "  device {}  {:<24} {:>10}  {state}",
+            device.id,
+            device.name,
+            output::bytes(device.bytes)
+        )?;
+    }
+    for region in &found.memory {
+        let (bytes, zero) = (output::bytes(region.bytes), output::bytes(region.zero_bytes));
+        writeln!(to, "  memory {}  {:<24} {bytes:>10}, and {zero} of zeroes", region.id, region.name)?;
+    }
+    for frames in &found.frames {
+        let bytes = output::bytes(frames.bytes);
+        writeln!(to, "  {:<14} {:>8} frames {bytes:>12}", frames.kind, frames.frames)?;
+    }
+    for damage in &found.damage {
+        writeln!(to, "  damaged at byte {}: {}", damage.at, damage.what)?;
+    }
+    writeln!(to, "{}", if found.whole { "whole: it can be loaded" } else { "NOT whole: it cannot be loaded" })
+}

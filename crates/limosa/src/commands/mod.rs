@@ -1,0 +1,10 @@
+//! One module for each command.
+
+pub mod bench;
+pub mod fsm;
+pub mod generate;
+pub mod inspect;
+pub mod moving;
+pub mod probe;
+pub mod serve;
+pub mod state;

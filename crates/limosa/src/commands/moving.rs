@@ -1,0 +1,236 @@
+//! What moves a device: `limosa migrate`, `send`, `receive`, `save`, `load`.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use limosa_client::Device;
+use limosa_migrate::link::{self, Address, Listener, SocketLink, Wait};
+use limosa_migrate::{
+    AfterLoad, AfterSave, Cancel, Destination, InDoubt, Ledger, Memory, MovedDevice, Nobody, Options,
+    Outcome, Received, Report, Source, move_local,
+};
+use serde::Serialize;
+
+use crate::args;
+use crate::exit::{self, Code};
+use crate::output::Output;
+use crate::progress::Progress;
+use crate::signals;
+
+/// How long a source in doubt asks before it gives up and says so.
+const ASK_LIMIT: Duration = Duration::from_secs(30);
+/// How long a destination that could not tell the source stays to be asked.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+#[derive(Serialize)]
+struct Moved<'a> {
+    outcome: &'a str,
+    #[serde(flatten)]
+    report: &'a Report,
+}
+
+fn print(out: &Output, outcome: &str, report: &Report) -> anyhow::Result<()> {
+    out.result(&Moved { outcome, report }, |to| write!(to, "{report}"))
+}
+
+/// Ctrl-C calls a move off instead of tearing it apart.
+fn cancel_on_signal() -> anyhow::Result<Cancel> {
+    let cancel = Cancel::new().context("cannot make an eventfd")?;
+    let on_signal = cancel.clone();
+    signals::on_end(move || on_signal.cancel())?;
+    Ok(cancel)
+}
+
+fn options(moving: &args::Moving) -> Options {
+    Options { precopy: !moving.no_precopy, ..Options::default() }
+}
+
+fn address(text: &str) -> anyhow::Result<Address> {
+    text.parse().map_err(|error: link::AddressError| exit::error(Code::Usage, error.to_string()))
+}
+
+pub fn migrate(from: &dyn Device, to: &dyn Device, args: &args::Migrate, out: &Output) -> anyhow::Result<()> {
+    let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), options(&args.moving));
+    let (from, to) = ([MovedDevice::new(from)], [MovedDevice::new(to)]);
+    let mut source = source(&from, &progress, &options, &cancel);
+    let ledger = Ledger::new();
+    let destination = destination(&to, &Nobody, &options, &cancel, &ledger);
+    let (outcome, received) = move_local(&mut source, &destination);
+    drop(progress);
+    if let Received::Broken { why, .. } = received {
+        return Err(broken(&args.destination, why));
+    }
+    settled(outcome, out)
+}
+
+pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Result<()> {
+    let address = address(&args.to)?;
+    let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), options(&args.moving));
+    let mut link = connect(&address, options.silence_max)?;
+    let moved = [MovedDevice::new(device)];
+    let mut source = source(&moved, &progress, &options, &cancel);
+    let mut outcome = source.send(&mut link);
+    drop(link);
+    let began = Instant::now();
+    while let Outcome::InDoubt(doubt) = outcome {
+        tracing::warn!("in doubt: {}; asking {address} what became of move {}", doubt.why, doubt.id);
+        let Some(left) = ASK_LIMIT.checked_sub(began.elapsed()) else {
+            return Err(in_doubt(&args.device, &doubt));
+        };
+        outcome = match link::connect(&address, left) {
+            Ok(mut link) => source.resolve(doubt, &mut link),
+            Err(_) => return Err(in_doubt(&args.device, &doubt)),
+        };
+    }
+    drop(progress);
+    settled(outcome, out)
+}
+
+pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyhow::Result<()> {
+    let listen = address(&args.listen)?;
+    let listener = Listener::bind(&listen).map_err(|error| {
+        exit::error(Code::Unreachable, format!("cannot listen on {listen}: {error}; choose another address"))
+    })?;
+    let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
+    let (options, ledger) = (Options::default(), Ledger::new());
+    let moved = [MovedDevice::new(device)];
+    let destination = destination(&moved, &progress, &options, &cancel, &ledger);
+    if !out.json {
+        println!("listening on {}", listener.address());
+    }
+    let accept = |within| listener.accept(Wait::within(within, Some(&cancel)));
+    loop {
+        let mut link = accept(args.wait).map_err(|error| match error {
+            link::LinkError::TimedOut => {
+                exit::error(Code::Unreachable, format!("{listen}: nobody connected within {:?}", args.wait))
+            }
+            error => error.into(),
+        })?;
+        return match destination.receive(&mut link) {
+            Received::Runs(report) => {
+                drop(link);
+                if !report.peer_told {
+                    answer(&destination, accept);
+                }
+                drop(progress);
+                print(out, "runs", &report)
+            }
+            Received::Stopped(report) => print(out, "stopped", &report),
+            // A source of an earlier move; the one that is waited for is still to come.
+            Received::Answered { .. } => continue,
+            Received::Discarded { why, .. } => Err(why.into()),
+            Received::Broken { why, .. } => Err(broken(&args.device, why)),
+        };
+    }
+}
+
+/// The source was not told that the devices run: stays until it has asked.
+fn answer(destination: &Destination<'_>, accept: impl Fn(Duration) -> Result<SocketLink, link::LinkError>) {
+    let began = Instant::now();
+    while let Some(left) = ANSWER_LIMIT.checked_sub(began.elapsed()) {
+        let Ok(mut link) = accept(left) else { return };
+        if let Received::Answered { .. } = destination.receive(&mut link) {
+            return;
+        }
+    }
+}
+
+pub fn save(device: &dyn Device, args: &args::Save, out: &Output) -> anyhow::Result<()> {
+    let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), Options::default());
+    let moved = [MovedDevice::new(device)];
+    let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
+    let outcome = source(&moved, &progress, &options, &cancel).save(&args.file, after);
+    drop(progress);
+    settled(outcome, out)
+}
+
+pub fn load(device: &dyn Device, args: &args::Load, out: &Output) -> anyhow::Result<()> {
+    let (cancel, progress, options, ledger) =
+        (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
+    let moved = [MovedDevice::new(device)];
+    let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
+    let received = destination(&moved, &progress, &options, &cancel, &ledger).load(&args.file, after);
+    drop(progress);
+    match received {
+        Received::Runs(report) => print(out, "runs", &report),
+        Received::Stopped(report) => print(out, "stopped", &report),
+        Received::Discarded { why, .. } => Err(why.into()),
+        Received::Broken { why, .. } => Err(broken(&args.device, why)),
+        Received::Answered { .. } => {
+            Err(anyhow::anyhow!("{}: it is not a saved stream", args.file.display()))
+        }
+    }
+}
+
+fn source<'a>(
+    devices: &'a [MovedDevice<'a>],
+    progress: &'a Progress,
+    options: &'a Options,
+    cancel: &'a Cancel,
+) -> Source<'a> {
+    Source {
+        devices,
+        memory: Memory::default(),
+        vmm: &Nobody,
+        observer: progress,
+        options,
+        cancel: Some(cancel),
+    }
+}
+
+fn destination<'a>(
+    devices: &'a [MovedDevice<'a>],
+    observer: &'a dyn limosa_migrate::Observer,
+    options: &'a Options,
+    cancel: &'a Cancel,
+    ledger: &'a Ledger,
+) -> Destination<'a> {
+    Destination { devices, memory: &[], vmm: &Nobody, observer, options, cancel: Some(cancel), ledger }
+}
+
+fn connect(address: &Address, limit: Duration) -> anyhow::Result<SocketLink> {
+    link::connect(address, limit).map_err(|error| {
+        let hint = "is `limosa receive` listening there?";
+        exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
+    })
+}
+
+/// What an ended move gives.
+fn settled(outcome: Outcome, out: &Output) -> anyhow::Result<()> {
+    match outcome {
+        Outcome::Moved(report) => print(out, "moved", &report),
+        Outcome::Undone { why, report } => {
+            let notes = Notes(&report.notes).to_string();
+            Err(anyhow::Error::from(why).context(format!("the source is as it was before{notes}")))
+        }
+        Outcome::InDoubt(doubt) => Err(in_doubt("the source", &doubt)),
+    }
+}
+
+/// What a person should know of a move that failed.
+struct Notes<'a>(&'a [String]);
+
+impl fmt::Display for Notes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|note| write!(f, "; {note}"))
+    }
+}
+
+fn in_doubt(device: &str, doubt: &InDoubt) -> anyhow::Error {
+    exit::error(
+        Code::InDoubt,
+        format!(
+            "{device} is stopped and in doubt: {}. The destination may run move {}. Look there: if it runs, leave \
+             this device stopped; only if it does not, and never will, set this one to RUNNING",
+            doubt.why, doubt.id
+        ),
+    )
+}
+
+fn broken(device: &str, why: limosa_migrate::Error) -> anyhow::Error {
+    anyhow::Error::from(why).context(format!(
+        "{device}: the move was committed, but the device could neither be started nor stopped; reset it, or restart \
+         its server, and start the guest anew"
+    ))
+}

@@ -1,0 +1,189 @@
+//! `limosa probe`: what a device is, and whether and how it can migrate.
+
+use std::io::Write;
+
+use anyhow::Context;
+use limosa_client::{Device, DeviceExt};
+use limosa_protocol::info::{DeviceFlags, IrqFlags, RegionFlags};
+use limosa_protocol::{FeatureIndex, FeatureOp, MigrationFlags, pci_index};
+use serde::Serialize;
+
+use crate::output::{self, Output};
+
+/// What was found.
+#[derive(Debug, Serialize)]
+pub struct Probe {
+    device: String,
+    flags: Vec<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_id: Option<String>,
+    migration: Option<MigrationSupport>,
+    /// Why the device cannot migrate; absent when it can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cannot_migrate: Option<String>,
+    dma_logging: bool,
+    features: Vec<String>,
+    regions: Vec<RegionFound>,
+    irqs: Vec<IrqFound>,
+}
+
+#[derive(Debug, Serialize)]
+struct MigrationSupport {
+    flags: String,
+    state: &'static str,
+    stop_copy_bytes: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct RegionFound {
+    index: u32,
+    bytes: u64,
+    access: String,
+    mappable: Vec<(u64, u64)>,
+}
+
+#[derive(Debug, Serialize)]
+struct IrqFound {
+    index: u32,
+    vectors: u32,
+    flags: Vec<&'static str>,
+}
+
+pub fn run(device: &dyn Device, out: &Output) -> anyhow::Result<()> {
+    let found = probe(device)?;
+    out.result(&found, |to| print(&found, to))
+}
+
+fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
+    let info = device.info().context("cannot ask what the device is")?;
+    let flags = DeviceFlags::from_bits_retain(info.flags);
+    let is_pci = flags.contains(DeviceFlags::PCI);
+
+    let mut regions = Vec::new();
+    for index in 0..info.num_regions.min(output::INDEXES_MAX) {
+        let region = device.region(index)?;
+        if region.info.size > 0 {
+            regions.push(RegionFound {
+                index,
+                bytes: region.info.size,
+                access: access(RegionFlags::from_bits_retain(region.info.flags)),
+                mappable: region.mappable,
+            });
+        }
+    }
+    let mut irqs = Vec::new();
+    for index in 0..info.num_irqs.min(output::INDEXES_MAX) {
+        let irq = device.irq(index)?;
+        if irq.count > 0 {
+            let flags = IrqFlags::from_bits_retain(irq.flags).iter_names().map(|(name, _)| name).collect();
+            irqs.push(IrqFound { index, vectors: irq.count, flags });
+        }
+    }
+
+    let mut features = Vec::new();
+    for index in (0..).map(FeatureIndex).map_while(|index| index.rules().map(|rules| (index, rules))) {
+        let (index, rules) = index;
+        let op = if rules.get { FeatureOp::GET } else { FeatureOp::SET };
+        if device.probe(index, op)? {
+            features.push(index.to_string());
+        }
+    }
+
+    let migration = device.migration_flags()?;
+    let can_stop = migration.contains(MigrationFlags::STOP_COPY);
+    Ok(Probe {
+        device: device.name().into(),
+        flags: flags.iter_names().map(|(name, _)| name).collect(),
+        pci_id: if is_pci { pci_id(device) } else { None },
+        cannot_migrate: (!can_stop).then(|| match migration.is_empty() {
+            true => {
+                "it has no feature MIGRATION: its driver or server does not support live migration".into()
+            }
+            false => format!("its migration flags are {migration}, without the mandatory STOP_COPY"),
+        }),
+        migration: if migration.is_empty() {
+            None
+        } else {
+            Some(MigrationSupport {
+                flags: migration.to_string(),
+                state: device.state()?.name(),
+                stop_copy_bytes: device.mig_data_size()?,
+            })
+        },
+        dma_logging: device.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET)?,
+        features,
+        regions,
+        irqs,
+    })
+}
+
+/// Vendor, device and class as `lspci -nn` writes them, or `None` when the config space cannot be read.
+fn pci_id(device: &dyn Device) -> Option<String> {
+    let mut header = [0; 12];
+    device.region_read(pci_index::CONFIG, 0, &mut header).ok()?;
+    let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    Some(format!("{:04x}:{:04x} class {:04x}", half(0), half(2), half(10)))
+}
+
+fn access(flags: RegionFlags) -> String {
+    [(RegionFlags::READ, 'r'), (RegionFlags::WRITE, 'w'), (RegionFlags::MMAP, 'm')]
+        .map(|(flag, letter)| if flags.contains(flag) { letter } else { '-' })
+        .iter()
+        .collect()
+}
+
+fn region_name(index: u32) -> String {
+    match index {
+        pci_index::BAR0..=pci_index::BAR5 => format!("BAR{index}"),
+        pci_index::ROM => "ROM".into(),
+        pci_index::CONFIG => "config".into(),
+        pci_index::VGA => "VGA".into(),
+        _ => format!("region {index}"),
+    }
+}
+
+fn irq_name(index: u32) -> String {
+    match index {
+        pci_index::IRQ_INTX => "INTx".into(),
+        pci_index::IRQ_MSI => "MSI".into(),
+        pci_index::IRQ_MSIX => "MSI-X".into(),
+        pci_index::IRQ_ERR => "ERR".into(),
+        pci_index::IRQ_REQ => "REQ".into(),
+        _ => format!("irq {index}"),
+    }
+}
+
+fn print(found: &Probe, to: &mut dyn Write) -> std::io::Result<()> {
+    let is_pci = found.flags.contains(&"PCI");
+    write!(to, "{}", found.device)?;
+    if let Some(id) = &found.pci_id {
+        write!(to, "  PCI {id}")?;
+    }
+    writeln!(to, "  [{}]", found.flags.join(" "))?;
+    match (&found.migration, &found.cannot_migrate) {
+        (_, Some(why)) => writeln!(to, "  migration    no: {why}")?,
+        (Some(support), None) => {
+            writeln!(to, "  migration    {}, now in {}", support.flags, support.state)?;
+            match support.stop_copy_bytes {
+                Some(bytes) => writeln!(to, "  stop-copy    about {}", output::bytes(bytes))?,
+                None => writeln!(to, "  stop-copy    size unknown: it has no feature MIG_DATA_SIZE")?,
+            }
+        }
+        (None, None) => {}
+    }
+    writeln!(to, "  DMA logging  {}", if found.dma_logging { "yes" } else { "no" })?;
+    writeln!(to, "  features     {}", found.features.join(" "))?;
+    for region in &found.regions {
+        let name = if is_pci { region_name(region.index) } else { format!("region {}", region.index) };
+        write!(to, "  {name:<12} {} {}", output::bytes(region.bytes), region.access)?;
+        for (offset, bytes) in &region.mappable {
+            write!(to, "  mappable {offset:#x}+{bytes:#x}")?;
+        }
+        writeln!(to)?;
+    }
+    for irq in &found.irqs {
+        let name = if is_pci { irq_name(irq.index) } else { format!("irq {}", irq.index) };
+        writeln!(to, "  {name:<12} {} vector(s)  [{}]", irq.vectors, irq.flags.join(" "))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! `limosa state`: read and drive the migration state.
+
+use anyhow::Context;
+use limosa_client::{Device, DeviceExt};
+use limosa_protocol::{MigrationFlags, State, fsm};
+use serde::Serialize;
+
+use crate::args::StateAction;
+use crate::exit::{self, Code};
+use crate::output::Output;
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    device: String,
+    state: &'static str,
+    /// The states passed, the first and the last one included; absent for a read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    path: Vec<&'static str>,
+}
+
+pub fn run(device: &dyn Device, action: &StateAction, out: &Output) -> anyhow::Result<()> {
+    let mut path = Vec::new();
+    match action {
+        StateAction::Get => {}
+        StateAction::Set { state } => path = set(device, *state)?,
+        StateAction::Reset => {
+            device.reset().context("the device cannot be reset; restart its server or driver")?
+        }
+    }
+    let state = match device.migration_flags()? {
+        flags if flags.is_empty() => return no_migration(device, action, out),
+        _ => device.state()?.name(),
+    };
+    let answer = Answer { device: device.name().into(), state, path };
+    out.result(&answer, |to| match answer.path.as_slice() {
+        [] | [_] => writeln!(to, "{}", answer.state),
+        path => writeln!(to, "{}", path.join(" > ")),
+    })
+}
+
+/// A reset is all that a device without migration can do here.
+fn no_migration(device: &dyn Device, action: &StateAction, out: &Output) -> anyhow::Result<()> {
+    match action {
+        StateAction::Reset => {
+            let answer =
+                Answer { device: device.name().into(), state: State::Running.name(), path: Vec::new() };
+            out.result(&answer, |to| writeln!(to, "reset"))
+        }
+        _ => Err(cannot(device)),
+    }
+}
+
+fn cannot(device: &dyn Device) -> anyhow::Error {
+    let why = "it has no migration states: its driver or server does not support migration";
+    exit::error(Code::Refused, format!("{}: {why}", device.name()))
+}
+
+fn set(device: &dyn Device, to: State) -> anyhow::Result<Vec<&'static str>> {
+    let flags: MigrationFlags = device.migration_flags()?;
+    if flags.is_empty() {
+        return Err(cannot(device));
+    }
+    let from = device.state()?;
+    let path = fsm::path(flags, from, to).map_err(|refusal| {
+        let hint = if from == State::Error { "; run `limosa state DEVICE reset`" } else { "" };
+        exit::error(Code::Refused, format!("{}: {from} -> {to}: {refusal}{hint}", device.name()))
+    })?;
+    // The session that this may open ends with the stream, or stays for the next client to end.
+    let stream = device.set_state(to).with_context(|| {
+        let stayed = device.state().map_or_else(|_| "unknown".into(), |state| state.to_string());
+        format!("{}: {from} -> {to} failed; the device is now in {stayed}", device.name())
+    })?;
+    drop(stream);
+    Ok(path.states().iter().map(|state| state.name()).collect())
+}

@@ -1,0 +1,102 @@
+//! Exit codes: what they mean, and which error gives which.
+
+use std::fmt;
+
+use limosa_protocol::Errno;
+
+/// The part of every help text that documents the exit codes.
+pub const HELP: &str = "\
+Exit codes:
+  0  done
+  1  failed; what it was about is as it was before, unless the message says otherwise
+  2  wrong usage
+  3  refused: the device or the peer cannot do this, or the two sides do not fit
+  4  not reachable: no such device or peer, no permission, or the connection was lost
+  5  in doubt: the source is stopped and does not know whether the destination runs
+  6  damaged: a file or stream is truncated, altered or of an unknown version
+  7  cancelled: the move was called off by SIGINT or SIGTERM, and undone";
+
+/// How the command ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Code {
+    Failed = 1,
+    Usage = 2,
+    Refused = 3,
+    Unreachable = 4,
+    InDoubt = 5,
+    Damaged = 6,
+    Cancelled = 7,
+}
+
+/// An error with the exit code that it is to give, for causes that have no type of their own.
+#[derive(Debug)]
+pub struct Exit {
+    pub code: Code,
+    pub message: String,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Exit {}
+
+/// An error with this code and message.
+pub fn error(code: Code, message: impl Into<String>) -> anyhow::Error {
+    Exit { code, message: message.into() }.into()
+}
+
+/// The exit code of an error: that of the innermost cause that has one.
+pub fn code(error: &anyhow::Error) -> Code {
+    error.chain().filter_map(of_cause).last().unwrap_or(Code::Failed)
+}
+
+fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
+    if let Some(exit) = cause.downcast_ref::<Exit>() {
+        return Some(exit.code);
+    }
+    if let Some(error) = cause.downcast_ref::<limosa_migrate::Error>() {
+        return of_move(error);
+    }
+    let client = cause.downcast_ref::<limosa_client::Error>()?;
+    Some(match client {
+        limosa_client::Error::Refused { .. } => Code::Refused,
+        limosa_client::Error::Usage { .. } => Code::Usage,
+        limosa_client::Error::Os { errno, .. } if unreachable(*errno) => Code::Unreachable,
+        error if error.is_connection_lost() => Code::Unreachable,
+        _ => Code::Failed,
+    })
+}
+
+fn unreachable(errno: Errno) -> bool {
+    let connection_refused = Errno::from_raw(111);
+    [Errno::ENOENT, Errno::EACCES, Errno::EPERM, connection_refused].contains(&errno)
+}
+
+fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
+    use limosa_migrate::Error;
+    use limosa_migrate::stream::AbortCode;
+    Some(match error {
+        Error::Incompatible { .. } | Error::Vmm { .. } => Code::Refused,
+        Error::Aborted { code: AbortCode::Incompatible, .. } => Code::Refused,
+        Error::Aborted { code: AbortCode::Cancelled, .. } | Error::Cancelled => Code::Cancelled,
+        Error::Stream { .. } => Code::Damaged,
+        Error::Link { .. } | Error::TimedOut { .. } => Code::Unreachable,
+        // The device's own answer is the next cause.
+        _ => return None,
+    })
+}
+
+/// The error and what caused it, in one line; what a cause says that was said before is left out.
+pub fn message(error: &anyhow::Error) -> String {
+    let mut message = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !message.contains(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
+    message
+}
