@@ -10,7 +10,8 @@ use std::time::Duration;
 use common::Served;
 use common::device::*;
 use common::raw::*;
-use limosa_vfio_user::server::Options;
+use limosa_vfio_user::server::{End, Options, ShutdownHandle, serve_connection};
+use proptest::prelude::*;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
 
@@ -616,4 +617,52 @@ fn message_refusing(command: &Message) -> Vec<u8> {
     let mut refusal = header(command.id, command.command, 16, REPLY | ERROR);
     refusal[12..].copy_from_slice(&EINVAL.to_ne_bytes());
     refusal
+}
+
+/// What a message is made of, mostly well-formed.
+fn any_message() -> impl Strategy<Value = Vec<u8>> {
+    let word = prop_oneof![
+        3 => 0..20u32,
+        1 => Just(u32::MAX),
+        1 => Just(4096u32),
+        1 => any::<u32>(),
+        1 => (0..14u32, 16..19u32).prop_map(|(index, op)| 1 << op | index),
+    ];
+    let body = prop::collection::vec(word, 0..12);
+    let size =
+        prop_oneof![12 => Just(None), 1 => any::<u32>().prop_map(Some), 1 => (0..64u32).prop_map(Some)];
+    (0..20u16, body, size, prop_oneof![8 => Just(0), 1 => Just(NO_REPLY), 1 => any::<u32>()]).prop_map(
+        |(command, body, size, flags)| {
+            let body: Vec<u8> = body.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            let mut bytes = header(1, command, size.unwrap_or(16 + body.len() as u32), flags);
+            bytes.extend(body);
+            bytes
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_bytes_make_the_server_fail(
+        version in any::<bool>(),
+        messages in prop::collection::vec(any_message(), 0..40),
+        rest in prop::collection::vec(any::<u8>(), 0..200),
+    ) {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut bytes = if version { message(1, VERSION, 0, &[0; 4]) } else { Vec::new() };
+        bytes.extend(messages.concat());
+        bytes.extend(rest);
+        Raw::new(ours.try_clone().unwrap()).send(&bytes, &[]);
+        ours.shutdown(std::net::Shutdown::Write).unwrap();
+        // Nobody takes the replies: more than the socket holds ends the connection soon.
+        let limit = Duration::from_millis(5);
+        let options = Options { message_limit: limit, dma_limit: limit, ..Options::default() };
+        let machine = TestDevice::new().state_bytes(5000).machine();
+        let shutdown = ShutdownHandle::new().unwrap();
+        let end = serve_connection(theirs, &machine, &options, &shutdown).unwrap();
+        prop_assert_ne!(end, End::Broken("a request that the server failed on"));
+        machine.reset().unwrap();
+    }
 }

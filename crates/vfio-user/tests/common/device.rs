@@ -46,6 +46,7 @@ pub struct TestDevice {
     mapped: Arc<OwnedFd>,
     doorbell: Arc<OwnedFd>,
     state: Vec<u8>,
+    state_bytes: usize,
     saved: usize,
     staging: Vec<u8>,
     lend_max: usize,
@@ -70,7 +71,8 @@ impl TestDevice {
             config: (0..=255).collect(),
             mapped: Arc::new(mapped),
             doorbell: Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()),
-            state: (0..3 << 20).map(|i: u32| (i.wrapping_mul(2654435761) >> 13) as u8).collect(),
+            state: Vec::new(),
+            state_bytes: 3 << 20,
             saved: 0,
             staging: Vec::new(),
             lend_max: usize::MAX,
@@ -80,7 +82,7 @@ impl TestDevice {
 
     /// A state of this many bytes, the same each time.
     pub fn state_bytes(mut self, bytes: usize) -> TestDevice {
-        self.state = (0..bytes).map(|i| ((i as u32).wrapping_mul(2654435761) >> 13) as u8).collect();
+        self.state_bytes = bytes;
         self
     }
 
@@ -96,7 +98,9 @@ impl TestDevice {
         self
     }
 
-    pub fn machine(self) -> Arc<Machine> {
+    pub fn machine(mut self) -> Arc<Machine> {
+        self.state =
+            (0..self.state_bytes).map(|i| ((i as u32).wrapping_mul(2654435761) >> 13) as u8).collect();
         Machine::new(Box::new(self))
     }
 
