@@ -99,6 +99,18 @@ pub enum Error {
     /// Somebody called the move off on this side.
     #[error("cancelled")]
     Cancelled,
+    /// This side was started anew and knows no more than the move's id.
+    #[error("started anew after the commit, with only the move's id known")]
+    StartedAnew,
+    /// A system call on this side failed.
+    #[error("{doing}: {error}")]
+    Os {
+        /// What was being done.
+        doing: &'static str,
+        /// The system's answer.
+        #[source]
+        error: std::io::Error,
+    },
     /// A file could not be read or written.
     #[error("{}: {doing}: {error}", .path.display())]
     File {
@@ -124,7 +136,9 @@ impl Error {
             Error::Stream { .. } => AbortCode::Stream,
             Error::TimedOut { .. } => AbortCode::TimeLimit,
             Error::Cancelled => AbortCode::Cancelled,
-            Error::Link { .. } | Error::File { .. } => AbortCode::Other,
+            Error::Link { .. } | Error::File { .. } | Error::Os { .. } | Error::StartedAnew => {
+                AbortCode::Other
+            }
         }
     }
 

@@ -52,6 +52,7 @@ mod channel;
 mod convergence;
 mod destination;
 mod devices;
+mod dirty;
 mod error;
 mod inspect;
 mod ledger;

@@ -1,6 +1,7 @@
 //! A move within one process: both scripts, joined by a link to itself.
 
 use crate::link::SocketLink;
+use crate::report::Recorder;
 use crate::source::Outcome;
 use crate::{Destination, Error, Received, Source};
 
@@ -10,12 +11,12 @@ pub fn move_local(source: &mut Source<'_>, destination: &Destination<'_>) -> (Ou
     let (mut near, mut far) = match SocketLink::pair() {
         Ok(pair) => pair,
         Err(error) => {
-            let failed = || Error::Vmm { doing: "make a socket pair", reason: error.to_string() };
-            let report = |recorder: crate::report::Recorder<'_>| recorder.finish();
-            let nothing = || report(crate::report::Recorder::new(&crate::Nobody, std::iter::empty()));
+            let again = std::io::Error::from(error.kind());
+            let failed = |error| Error::Os { doing: "making a socket pair", error };
+            let nothing = || Recorder::new(&crate::Nobody, std::iter::empty()).finish();
             return (
-                Outcome::Undone { why: failed(), report: nothing() },
-                Received::Discarded { why: failed(), report: nothing() },
+                Outcome::Undone { why: failed(error), report: nothing() },
+                Received::Discarded { why: failed(again), report: nothing() },
             );
         }
     };

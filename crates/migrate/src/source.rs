@@ -78,7 +78,7 @@ impl InDoubt {
         recorder.id(id);
         InDoubt {
             id,
-            why: Error::Cancelled,
+            why: Error::StartedAnew,
             report: recorder.finish(),
             held: Held { touched: true, ..Held::default() },
         }
@@ -253,8 +253,8 @@ impl<'a> Source<'a> {
         recorder: &mut Recorder<'_>,
         held: &mut Held,
     ) -> Result<MigrationId> {
-        let id = MigrationId::random()
-            .map_err(|error| Error::Vmm { doing: "give a random number", reason: error.to_string() })?;
+        let id =
+            MigrationId::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
         recorder.id(id);
         let offer = self.offer()?;
         for moved in self.devices {

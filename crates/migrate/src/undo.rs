@@ -4,7 +4,8 @@ use limosa_client::{Device, DeviceExt};
 use limosa_protocol::{MigrationFlags, State};
 
 use crate::devices::{MovedDevice, each};
-use crate::memory::{Dirty, Memory};
+use crate::dirty::Dirty;
+use crate::memory::Memory;
 
 /// What a source must remember to go back.
 #[derive(Default)]

@@ -9,7 +9,11 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
+    SocketType, socket_with,
+};
 
 use super::{Address, Link, LinkError, Wait};
 use crate::cancel::timespec;
@@ -93,7 +97,14 @@ impl Link for SocketLink {
 /// every address that it has is tried.
 pub fn connect(address: &Address, within: Duration) -> std::io::Result<SocketLink> {
     match address {
-        Address::Unix(path) => Ok(SocketLink::new(UnixStream::connect(path)?, address.to_string())),
+        Address::Unix(path) => {
+            let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            // Holds for connect as well, which waits while the listener's queue is full.
+            set_socket_timeout(&fd, Timeout::Send, Some(within.max(Duration::from_millis(1))))?;
+            rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)?;
+            set_socket_timeout(&fd, Timeout::Send, None)?;
+            Ok(SocketLink::new(fd, address.to_string()))
+        }
         Address::Tcp(host, port) => {
             let mut failed = std::io::Error::new(std::io::ErrorKind::NotFound, "the host has no address");
             for socket_address in (host.as_str(), *port).to_socket_addrs()? {
@@ -172,7 +183,11 @@ impl Listener {
     /// The next source.
     pub fn accept(&self, wait: Wait<'_>) -> Result<SocketLink, LinkError> {
         let errno = |error: std::io::Error| {
-            Errno::from_raw_os_error(error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()))
+            match Errno::from_raw_os_error(error.raw_os_error().unwrap_or(Errno::IO.raw_os_error())) {
+                // That one gave up before it was accepted: wait for the next.
+                Errno::CONNABORTED => Errno::AGAIN,
+                errno => errno,
+            }
         };
         match &self.socket {
             Socket::Unix(listener, _) => {
@@ -246,6 +261,24 @@ mod tests {
         }
         assert!(!path.exists());
         assert!(connect(&Address::Unix(path), Duration::from_secs(1)).is_err());
+    }
+
+    #[test]
+    fn a_listener_that_does_not_accept_is_not_waited_for_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::net::bind(&fd, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&fd, 0).unwrap();
+        let address = Address::Unix(path);
+        let mut queued = Vec::new();
+        let error = loop {
+            match connect(&address, Duration::from_millis(5)) {
+                Ok(link) => queued.push(link),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "after {}", queued.len());
     }
 
     #[test]
