@@ -9,7 +9,7 @@ use limosa_protocol::{FeatureIndex, FeatureOp};
 
 use crate::channel::Channel;
 use crate::devices::{MovedDevice, failed};
-use crate::memory::{Memory, MemoryRegion, PAGE_BYTES};
+use crate::memory::{Memory, MemoryRegion, PAGE_BYTES, is_zero};
 use crate::report::Recorder;
 use crate::stream::{DATA_BYTES_MAX, Kind};
 use crate::{Error, Result};
@@ -264,28 +264,5 @@ impl Sender<'_, '_, '_> {
             self.recorder.memory_zero(bytes);
         }
         Ok(())
-    }
-}
-
-/// Whether all bytes are zero; whole words at a time.
-fn is_zero(bytes: &[u8]) -> bool {
-    let (blocks, rest) = bytes.as_chunks::<64>();
-    blocks.iter().all(|block| block.iter().fold(0, |or, byte| or | byte) == 0)
-        && rest.iter().all(|byte| *byte == 0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_byte_makes_a_page_not_zero() {
-        for at in [0, 63, 64, 4095] {
-            let mut page = [0; 4096];
-            assert!(is_zero(&page));
-            page[at] = 1;
-            assert!(!is_zero(&page));
-        }
-        assert!(!is_zero(&[0; 65].map(|byte: u8| byte | 1)[64..]));
     }
 }

@@ -20,14 +20,19 @@ pub trait GuestPages: Sync {
     /// Writes all of `from`.
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()>;
 
-    /// Writes zeroes.
+    /// Makes the range zero. Pages that are zero already are left alone, so that memory which was never
+    /// touched takes no room.
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let zeroes = [0; 64 << 10];
+        const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+        let mut found = vec![0; ZEROES.len().min(usize::try_from(bytes).unwrap_or(usize::MAX))];
         let mut at = offset;
         while at < offset + bytes {
-            let piece = (offset + bytes - at).min(zeroes.len() as u64);
-            self.write(at, &zeroes[..piece as usize])?;
-            at += piece;
+            let piece = (offset + bytes - at).min(ZEROES.len() as u64) as usize;
+            self.read(at, &mut found[..piece])?;
+            if !is_zero(&found[..piece]) {
+                self.write(at, &ZEROES[..piece])?;
+            }
+            at += piece as u64;
         }
         Ok(())
     }
@@ -121,4 +126,42 @@ pub struct Memory<'a> {
     pub regions: Vec<MemoryRegion<'a>>,
     /// Who tells what vCPUs write. Without it only what devices log is seen.
     pub log: Option<&'a mut dyn DirtyLog>,
+}
+
+/// Whether all bytes are zero; whole words at a time.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    let (blocks, rest) = bytes.as_chunks::<64>();
+    blocks.iter().all(|block| block.iter().fold(0, |or, byte| or | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_byte_makes_a_page_not_zero() {
+        for at in [0, 63, 64, 4095] {
+            let mut page = [0; 4096];
+            assert!(is_zero(&page));
+            page[at] = 1;
+            assert!(!is_zero(&page));
+        }
+        assert!(!is_zero(&[0; 65].map(|byte: u8| byte | 1)[64..]));
+    }
+
+    #[test]
+    fn zeroes_that_come_to_memory_never_touched_take_no_room() {
+        use std::os::unix::fs::MetadataExt;
+        let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(1 << 20).unwrap();
+        let pages = FilePages::new(file.try_clone().unwrap(), 0);
+        pages.write(300_000, &[7; 5]).unwrap();
+        let before = file.metadata().unwrap().blocks();
+        pages.zero(0, 1 << 20).unwrap();
+        assert_eq!(file.metadata().unwrap().blocks(), before);
+        let mut all = vec![1; 1 << 20];
+        pages.read(0, &mut all).unwrap();
+        assert!(is_zero(&all));
+    }
 }
