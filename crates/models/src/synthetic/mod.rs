@@ -25,7 +25,7 @@ use std::time::Instant;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use limosa_device::pci::{Bar, Changes, Function, Identity};
+use limosa_device::pci::{Bar, Function, Identity};
 use limosa_device::{Bus, Description, Migration, Model};
 use limosa_protocol::info::{DeviceFlags, RegionFlags};
 use limosa_protocol::{Errno, State, pci_index};
@@ -106,10 +106,9 @@ impl Synthetic {
         self.function.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn config_write(&mut self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+    fn config_write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let bus = self.bus.as_ref().ok_or(Errno::EIO)?;
-        let changes = self.function().config_write(offset, data, &bus.irqs)?;
-        if changes.contains(Changes::FLR) { self.reset() } else { Ok(()) }
+        self.function().config_write(offset, data, &bus.irqs).map(drop)
     }
 
     fn power_on_dma(&self) -> Registers {

@@ -7,7 +7,7 @@
 //! word 1   seed
 //! word 2   index
 //! word 3   sequence number (a block's generation, a page's DMA sequence number)
-//! word n   base(seed, index, sequence) + n * 0x9e3779b97f4a7c15
+//! word n   base(seed, index, sequence) + (n - 4) * 0x9e3779b97f4a7c15
 //! ```
 
 /// What a stamped piece of memory says it is.
@@ -42,6 +42,19 @@ const MAGIC: u64 = u64::from_le_bytes(*b"LIMOSAST");
 const HEAD_WORDS: usize = 4;
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// Contents are filled and checked in rows, which compilers turn into vectors.
+const ROW_WORDS: usize = 8;
+const ROW_STEP: u64 = STEP.wrapping_mul(ROW_WORDS as u64);
+const STEPS: [u64; ROW_WORDS] = {
+    let mut steps = [0; ROW_WORDS];
+    let mut at = 1;
+    while at < ROW_WORDS {
+        steps[at] = STEP.wrapping_add(steps[at - 1]);
+        at += 1;
+    }
+    steps
+};
+
 /// Scatters the bits of a number; one to one.
 pub(super) const fn mix(number: u64) -> u64 {
     let a = (number ^ (number >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
@@ -60,8 +73,16 @@ impl Stamp {
         let base = self.digest();
         let (head, body) = words.split_at_mut(HEAD_WORDS);
         head.copy_from_slice(&[MAGIC, self.seed, self.index, self.sequence].map(u64::to_le));
-        for (at, word) in body.iter_mut().enumerate() {
-            *word = base.wrapping_add((at as u64).wrapping_mul(STEP)).to_le();
+        let (rows, rest) = body.as_chunks_mut::<ROW_WORDS>();
+        let mut start = base;
+        for row in rows {
+            for (word, step) in row.iter_mut().zip(STEPS) {
+                *word = start.wrapping_add(step).to_le();
+            }
+            start = start.wrapping_add(ROW_STEP);
+        }
+        for (word, step) in rest.iter_mut().zip(STEPS) {
+            *word = start.wrapping_add(step).to_le();
         }
     }
 
@@ -77,10 +98,19 @@ impl Stamp {
         }
         let stamp = Stamp { seed: word(1), index: word(2), sequence: word(3) };
         let base = stamp.digest();
-        let wrong = words[HEAD_WORDS..].iter().enumerate().fold(0, |wrong, (at, got)| {
-            wrong | (u64::from_le_bytes(*got) ^ base.wrapping_add((at as u64).wrapping_mul(STEP)))
-        });
-        if wrong == 0 { Ok(stamp) } else { Err(StampError::Damaged(stamp)) }
+        let (rows, rest) = words[HEAD_WORDS..].as_chunks::<ROW_WORDS>();
+        let mut start = base;
+        let mut wrong = [0; ROW_WORDS];
+        for row in rows {
+            for ((wrong, got), step) in wrong.iter_mut().zip(row).zip(STEPS) {
+                *wrong |= u64::from_le_bytes(*got) ^ start.wrapping_add(step);
+            }
+            start = start.wrapping_add(ROW_STEP);
+        }
+        for ((wrong, got), step) in wrong.iter_mut().zip(rest).zip(STEPS) {
+            *wrong |= u64::from_le_bytes(*got) ^ start.wrapping_add(step);
+        }
+        if wrong == [0; ROW_WORDS] { Ok(stamp) } else { Err(StampError::Damaged(stamp)) }
     }
 }
 
