@@ -294,7 +294,7 @@ fn broken_information_is_refused() {
 
 /// A client of a server with every feature, whose device is in STOP.
 fn with_features(script: impl FnOnce(&mut Peer) + Send + 'static) -> (Client, std::thread::JoinHandle<()>) {
-    let (client, thread) = with(Options { features: true, ..options() }, |peer| {
+    let (client, thread) = with(Options { features: true, data_socket: false, ..options() }, |peer| {
         peer.answer_probes();
         script(peer);
     });
@@ -413,6 +413,37 @@ fn an_unmap_that_cannot_report_loses_no_page() {
         // The device may run: what it wrote is not known.
         assert_eq!(words, [u64::MAX, 0b11_1111, 0]);
     }
+    thread.join().unwrap();
+}
+
+#[test]
+fn the_end_of_a_sessions_socket_counts_only_when_confirmed() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    let (client, thread) = with(Options { features: true, ..options() }, |peer| {
+        peer.answer_probes();
+        answer_session(peer, State::Stop);
+        let (header, body) = peer.receive();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let reply = [header.reply(16).unwrap().as_bytes(), &body[..8], &[0; 8]].concat();
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [std::os::fd::AsFd::as_fd(&theirs)];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let parts = [std::io::IoSlice::new(&reply)];
+        rustix::net::sendmsg(&peer.0, &parts, &mut control, SendFlags::empty()).unwrap();
+        ours.write_all(&[7; 300]).unwrap();
+        drop(ours);
+        let (read, _) = peer.receive();
+        peer.send(read.refusal(Errno::EIO), &[]);
+        let (read, _) = peer.receive();
+        peer.reply(&read, &[0; 8]);
+    });
+    let client = client.unwrap();
+    let mut stream = client.set_state(State::StopCopy).unwrap().unwrap();
+    let mut data = [0; 1000];
+    assert_eq!(stream.read(&mut data).unwrap(), Chunk::Data(300));
+    assert!(stream.read(&mut data).unwrap_err().is_refused(Errno::EIO), "the device could not go on");
+    assert_eq!(stream.read(&mut data).unwrap(), Chunk::End);
     thread.join().unwrap();
 }
 

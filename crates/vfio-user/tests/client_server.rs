@@ -245,9 +245,12 @@ fn drain(stream: &mut dyn DataStream, into: &mut Vec<u8>, piece: usize) -> Chunk
 
 #[test]
 fn a_device_moves_with_precopy() {
-    for piece in [1000, 65536, 1 << 20, 3 << 20] {
+    let pieces = [1000, 65536, 1 << 20, 3 << 20];
+    for (piece, data_socket) in pieces.into_iter().flat_map(|piece| [(piece, false), (piece, true)]) {
         let (from, to) = (Served::new(), Served::new());
-        let (source, destination) = (client(&from), client(&to));
+        let options = Options { data_socket, ..Options::default() };
+        let source = Client::connect(from.path(), options.clone()).unwrap();
+        let destination = Client::connect(to.path(), options).unwrap();
         let flags = MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY;
         assert_eq!(source.migration_flags().unwrap(), flags);
         assert_eq!(source.state().unwrap(), State::Running);
@@ -290,7 +293,8 @@ fn a_device_moves_with_precopy() {
 #[test]
 fn precopy_info_comes_where_the_server_has_it() {
     let served = Served::new();
-    let client = client(&served);
+    let options = Options { data_socket: false, ..Options::default() };
+    let client = Client::connect(served.path(), options).unwrap();
     let mut stream = client.set_state(State::PreCopy).unwrap().unwrap();
     assert_eq!(stream.precopy_info().unwrap().initial_bytes, 3 << 19);
     stream.read(&mut [0; 4096]).unwrap();
@@ -301,8 +305,14 @@ fn precopy_info_comes_where_the_server_has_it() {
 
 #[test]
 fn what_the_machine_refuses_leaves_the_client_right() {
+    for data_socket in [false, true] {
+        refused_states(data_socket);
+    }
+}
+
+fn refused_states(data_socket: bool) {
     let served = Served::new();
-    let client = client(&served);
+    let client = Client::connect(served.path(), Options { data_socket, ..Options::default() }).unwrap();
     let mut stream = client.set_state(State::StopCopy).unwrap().unwrap();
     assert!(client.set_state(State::PreCopy).map(drop).unwrap_err().is_refused(Errno::EINVAL));
     assert!(matches!(stream.read(&mut [0; 10]).unwrap(), Chunk::Data(10)), "the session is untouched");
@@ -314,9 +324,54 @@ fn what_the_machine_refuses_leaves_the_client_right() {
     load.write(&[0; 100]).unwrap();
     assert!(client.set_state(State::Stop).is_err());
     assert_eq!(client.state().unwrap(), State::Resuming);
-    load.write(&[0; 100]).unwrap();
+    if data_socket {
+        assert!(load.write(&[0; 100]).is_err(), "the end was said");
+    } else {
+        load.write(&[0; 100]).unwrap();
+    }
     client.reset().unwrap();
     assert!(load.write(&[0; 100]).unwrap_err().is_refused(Errno::ENODEV));
+}
+
+#[test]
+fn a_server_that_dies_is_not_taken_for_the_end_of_the_data() {
+    for data_socket in [false, true] {
+        let served = Served::new();
+        let client = Client::connect(served.path(), Options { data_socket, ..Options::default() }).unwrap();
+        let mut stream = client.set_state(State::StopCopy).unwrap().unwrap();
+        drop(served);
+        let mut data = vec![0; 1 << 20];
+        let end = loop {
+            match stream.read(&mut data) {
+                Ok(Chunk::Data(_)) => {}
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => break error,
+            }
+        };
+        assert!(end.is_connection_lost(), "{end}");
+    }
+}
+
+#[test]
+fn data_over_its_own_socket_does_not_hold_up_other_requests() {
+    let served = Served::new();
+    let client = client(&served);
+    let mut stream = client.set_state(State::StopCopy).unwrap().unwrap();
+    // Nobody reads the state, and everything else goes on.
+    for n in 0..100 {
+        client.region_write(BAR0, n, &[n as u8]).unwrap();
+    }
+    let mut saved = Vec::new();
+    assert_eq!(drain(&mut *stream, &mut saved, 100_000), Chunk::End);
+    assert_eq!(saved.len(), 3 << 20);
+    // A load that is refused says why, on the stream and on the SET.
+    client.set_state(State::Stop).unwrap();
+    let mut load = client.set_state(State::Resuming).unwrap().unwrap();
+    load.write(&saved).unwrap();
+    let refused = (0..1000).find_map(|_| load.write(&saved).err());
+    assert!(refused.is_some_and(|error| error.errno().is_some()), "more than the device's state was taken");
+    assert!(client.set_state(State::Stop).is_err());
+    client.reset().unwrap();
 }
 
 #[test]

@@ -1,18 +1,21 @@
 //! FEATURE requests (`vfio-user.rst: VFIO_USER_DEVICE_FEATURE`), and what the client has to know of
 //! the migration state: which session is open, and what an empty read means.
 
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use limosa_client::{FeatureReply, FeatureRequest, Refers, Result};
+use limosa_client::{DataStream, Error, FeatureReply, FeatureRequest, Refers, Result};
 use limosa_protocol::feature::{FeatureDmaLoggingReport, FeatureMigState, FeatureMigration};
 use limosa_protocol::fsm::{self, Session as Effect};
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags, State};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::Shared;
+use super::data_socket::SocketStream;
 use super::exchange::{Answer, Ask};
 use super::stream::Stream;
 use crate::codec::Command;
@@ -72,6 +75,8 @@ pub(super) struct Session {
     number: AtomicU64,
     /// The device's state plus one, 0 while it is not known.
     state: AtomicU32,
+    /// What carries its data, if not messages.
+    socket: Mutex<Option<Arc<UnixStream>>>,
 }
 
 impl Session {
@@ -90,6 +95,15 @@ impl Session {
     /// Ends the session for streams that are out.
     pub fn end(&self) {
         self.number.fetch_add(1, Ordering::SeqCst);
+        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Says that all of a load has been written: the server takes what is on the way first.
+    fn finish_load(&self) {
+        if let Some(socket) = &*self.socket.lock().unwrap_or_else(PoisonError::into_inner) {
+            // It may be shut down already.
+            let _ = socket.shutdown(Shutdown::Write);
+        }
     }
 }
 
@@ -265,6 +279,9 @@ impl Shared {
         let path = to.and_then(|to| fsm::path(flags, from, to).ok());
         let limit = self.options.state_limit;
         let index = FeatureIndex::MIG_DEVICE_STATE;
+        if from == State::Resuming && to.is_some_and(|to| to != from) {
+            self.session.finish_load();
+        }
         let done = self.feature_call(index, FeatureOp::SET, request.payload, &mut request.refers, limit);
         let reached = match (&done, to) {
             (Ok(_), Some(to)) => Some(to),
@@ -303,11 +320,39 @@ impl Shared {
         }
         self.session.set_state(reached);
         let (payload_bytes, _) = done?;
-        let stream = match opened {
-            true => Some(Box::new(Stream::new(Arc::clone(self))) as Box<_>),
+        let stream: Option<Box<dyn DataStream>> = match opened {
+            true => {
+                let stream = Stream::new(Arc::clone(self));
+                match self.data_socket()? {
+                    Some(socket) => Some(Box::new(SocketStream::new(stream, socket))),
+                    None => Some(Box::new(stream)),
+                }
+            }
             false => None,
         };
         Ok(FeatureReply { payload_bytes, stream, fd: None })
+    }
+
+    /// Asks for a socket that carries the data of the session that has just opened; none where the
+    /// server has none to give.
+    fn data_socket(&self) -> Result<Option<Arc<UnixStream>>> {
+        if !self.options.data_socket || !self.features.has(extension::DATA_FD) {
+            return Ok(None);
+        }
+        let mut payload = extension::DataFd::default();
+        let limit = self.options.request_limit;
+        let (payload, nothing) = (payload.as_mut_bytes(), &mut Refers::Nothing);
+        match self.feature_call(extension::DATA_FD, FeatureOp::GET, payload, nothing, limit) {
+            Ok((_, Some(fd))) => {
+                let socket = Arc::new(UnixStream::from(fd));
+                *self.session.socket.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some(Arc::clone(&socket));
+                Ok(Some(socket))
+            }
+            Ok((_, None)) => Err(self.misbehaved("the session's socket did not come".into())),
+            Err(Error::Refused { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Pre-copy info, where the server has it.

@@ -1,6 +1,7 @@
 //! A vfio-user device as a VMM sees it: [`Client`], a [`limosa_client::Device`] behind a socket.
 
 mod connect;
+mod data_socket;
 mod device;
 mod dma;
 mod exchange;
@@ -37,6 +38,10 @@ pub struct Options {
     pub data_write_bytes_max: u32,
     /// Whether the server may have a socket of its own for DMA messages. Yes.
     pub twin_socket: bool,
+    /// Whether a session's data goes over a socket of its own where the server can, so that it and
+    /// the device's other requests do not wait for each other (`docs/vfio-user-extensions.md:
+    /// DATA_FD`). Yes.
+    pub data_socket: bool,
     /// Whether to ask for DEVICE_FEATURE and its features when connecting. Without it the device has
     /// none. Yes.
     pub features: bool,
@@ -50,6 +55,7 @@ impl Default for Options {
             data_bytes_max: DATA_XFER_BYTES_DEFAULT,
             data_write_bytes_max: u32::MAX,
             twin_socket: true,
+            data_socket: true,
             features: true,
         }
     }

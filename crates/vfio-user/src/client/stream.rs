@@ -16,7 +16,7 @@ use crate::codec::{Command, MigData};
 
 /// The stream of one session, by messages.
 pub(super) struct Stream {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// Which session, by the client's count.
     session: u64,
 }
@@ -29,7 +29,7 @@ impl Stream {
     }
 
     /// The state, of which the session is one.
-    fn state(&self, request: &str) -> Result<State> {
+    pub(super) fn state(&self, request: &str) -> Result<State> {
         let state = match self.shared.session.state() {
             Some(state) => state,
             None => self.shared.get_state()?,
@@ -41,7 +41,7 @@ impl Stream {
     }
 
     /// A refusal because the session has ended meanwhile is ENODEV, whatever the server calls it.
-    fn or_ended(&self, request: &str, error: Error) -> Error {
+    pub(super) fn or_ended(&self, request: &str, error: Error) -> Error {
         match error {
             Error::Refused { .. } if self.session != self.shared.session.number() => {
                 self.shared.refused(request, Errno::ENODEV)
