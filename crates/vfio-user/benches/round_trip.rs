@@ -125,11 +125,11 @@ fn least(mut peer: UnixStream) {
     }
 }
 
-/// The client alone.
+/// The client alone; its server makes one call more for each request than the bare one.
 fn alone() {
     let (stream, peer) = UnixStream::pair().unwrap();
     std::thread::spawn(move || least(peer));
-    let options = Options { data_bytes_max: 4 << 20, ..Options::default() };
+    let options = Options { data_bytes_max: 4 << 20, data_socket: false, ..Options::default() };
     let client = Client::from_stream(stream, "least", options).unwrap();
     let mut eight = [0; 8];
     compare("client: read 8 B", 32, 40, 2000, || client.region_read(BAR0, 0, &mut eight).unwrap());
@@ -155,8 +155,8 @@ fn main() {
     // No more than a cache holds: the bare socket's bytes are warm too.
     let state = 4 << 20;
     let served = Served::with(TestDevice::new().state_bytes(state).machine(), options);
-    let options = Options { data_bytes_max: 4 << 20, ..Options::default() };
-    let client = Client::connect(served.path(), options).unwrap();
+    let options = Options { data_bytes_max: 4 << 20, data_socket: false, ..Options::default() };
+    let client = Client::connect(served.path(), options.clone()).unwrap();
 
     let mut eight = [0; 8];
     compare("region read 8 B", 32, 40, 2000, || client.region_read(BAR0, 0, &mut eight).unwrap());
@@ -195,5 +195,18 @@ fn main() {
             written += bytes;
         });
         client.reset().unwrap();
+    }
+
+    // The whole state, by messages and over a socket of its own.
+    drop(client);
+    for data_socket in [false, true] {
+        let client = Client::connect(served.path(), Options { data_socket, ..options.clone() }).unwrap();
+        let mut data = vec![0; 1 << 20];
+        let name = if data_socket { "4 MiB, own socket" } else { "4 MiB, messages" };
+        compare(name, 24, 24 + state, 5, || {
+            client.set_state(State::Stop).unwrap();
+            let mut stream = client.set_state(State::StopCopy).unwrap().unwrap();
+            while stream.read(&mut data).unwrap() != Chunk::End {}
+        });
     }
 }

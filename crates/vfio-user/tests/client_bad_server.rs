@@ -419,7 +419,7 @@ fn an_unmap_that_cannot_report_loses_no_page() {
 #[test]
 fn the_end_of_a_sessions_socket_counts_only_when_confirmed() {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-    let (client, thread) = with(Options { features: true, ..options() }, |peer| {
+    let (client, thread) = with(Options { features: true, data_socket: true, ..options() }, |peer| {
         peer.answer_probes();
         answer_session(peer, State::Stop);
         let (header, body) = peer.receive();

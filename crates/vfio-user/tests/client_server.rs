@@ -355,7 +355,8 @@ fn a_server_that_dies_is_not_taken_for_the_end_of_the_data() {
 #[test]
 fn data_over_its_own_socket_does_not_hold_up_other_requests() {
     let served = Served::new();
-    let client = client(&served);
+    let options = Options { data_socket: true, ..Options::default() };
+    let client = Client::connect(served.path(), options).unwrap();
     let mut stream = client.set_state(State::StopCopy).unwrap().unwrap();
     // Nobody reads the state, and everything else goes on.
     for n in 0..100 {
