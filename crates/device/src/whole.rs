@@ -164,7 +164,7 @@ fn refused(kind: &str, refusal: &dyn std::fmt::Display, errno: Errno) -> Errno {
 
 #[cfg(test)]
 mod tests {
-    use limosa_client::{Chunk, DataStream, Device, DeviceExt};
+    use limosa_client::{Chunk, Device, DeviceExt};
     use limosa_protocol::State;
     use limosa_protocol::info::RegionFlags;
 

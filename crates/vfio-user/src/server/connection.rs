@@ -152,7 +152,7 @@ impl<'a> Connection<'a> {
                 Ok(_) if job.fds.len() > fds_max(header.command) => Ok(Outcome::Refused(Errno::EINVAL)),
                 Ok(decoded) => self.dispatch(&mut job, decoded),
                 Err(error) => {
-                    tracing::warn!(command = %header.command, %error, "malformed request");
+                    tracing::debug!(command = %header.command, %error, "malformed request");
                     Ok(Outcome::Refused(error.errno()))
                 }
             }
@@ -179,7 +179,7 @@ impl<'a> Connection<'a> {
         if errno == Errno::ENOTTY {
             tracing::debug!(command = %header.command, id = header.id, %errno, "refused");
         } else {
-            tracing::warn!(command = %header.command, id = header.id, %errno, "refused");
+            tracing::debug!(command = %header.command, id = header.id, %errno, "refused");
         }
         if !job.wants_reply() {
             return Ok(());
@@ -189,7 +189,7 @@ impl<'a> Connection<'a> {
 
     fn dispatch(&mut self, job: &mut Job, request: Request<'_>) -> Handled {
         if self.limits.is_none() != (job.header.command == Command::VERSION) {
-            tracing::warn!(command = %job.header.command, "VERSION comes first, and once");
+            tracing::debug!(command = %job.header.command, "VERSION comes first, and once");
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
         match request {
