@@ -10,6 +10,9 @@ use crate::exit;
 
 /// What `--option` takes.
 const MODEL_OPTIONS: &str = "\
+Options of uart:
+  line=echo|PATH         what is at the other end: what is sent comes back (echo), or a terminal or
+                         UNIX socket at this path; twice for two ports
 Options of synthetic (sizes take K, M and G):
   state=BYTES            its state, a multiple of block (16M)
   block=BYTES            how much of it changes at once (64K)
@@ -49,6 +52,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Migrate two live devices between processes, verify every byte, print a timeline.
+    Demo(Demo),
     /// Serve a ready device on a vfio-user socket.
     Serve(Serve),
     /// Say what a device is and whether it can migrate.
@@ -92,6 +97,21 @@ pub struct Device {
 }
 
 #[derive(Debug, Args)]
+pub struct Demo {
+    /// Bytes of internal state of the synthetic device.
+    #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = bytes)]
+    pub state_size: u64,
+
+    /// Bytes of guest memory that the synthetic device writes to.
+    #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = bytes)]
+    pub memory: u64,
+
+    /// Keep the folder with sockets and logs.
+    #[arg(long)]
+    pub keep: bool,
+}
+
+#[derive(Debug, Args)]
 #[command(after_help = MODEL_OPTIONS)]
 pub struct Serve {
     /// The device to serve.
@@ -113,6 +133,8 @@ pub struct Serve {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Model {
+    /// A PCI 16550A serial port.
+    Uart,
     /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
     Synthetic,
 }
@@ -271,7 +293,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 /// A number of bytes with an optional K, M, G or T (powers of 1024).
-#[cfg(test)]
 pub fn bytes(text: &str) -> Result<u64, String> {
     let expected = || format!("`{text}` is not a size: expected a number with K, M, G or T, such as 64M");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());

@@ -53,6 +53,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Man { folder } => commands::generate::man(folder, out),
+        Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
         Command::Serve(args) => commands::serve::run(args, out),
         Command::Save(args) => commands::moving::save(&*open(&args.device)?, args, out),
         Command::Load(args) => commands::moving::load(&*open(&args.device)?, args, out),

@@ -19,11 +19,6 @@ pub fn device(name: &str, limit: Duration) -> anyhow::Result<Box<dyn Device>> {
             ),
         ));
     }
-    Ok(Box::new(socket(path, limit)?))
-}
-
-/// Connects to a vfio-user socket.
-pub fn socket(path: &Path, limit: Duration) -> anyhow::Result<Client> {
     let options = Options { request_limit: limit, ..Options::default() };
-    Ok(Client::connect(path, options)?)
+    Ok(Box::new(Client::connect(path, options)?))
 }

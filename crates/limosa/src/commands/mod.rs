@@ -1,6 +1,7 @@
 //! One module for each command.
 
 pub mod bench;
+pub mod demo;
 pub mod fsm;
 pub mod generate;
 pub mod inspect;

@@ -1,9 +1,15 @@
 //! `limosa serve`: a ready device behind a socket.
 
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+
 use anyhow::Context;
 use limosa_device::{Machine, Model};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
+use limosa_models::uart::{Line, Uart};
 use limosa_vfio_user::server::{Options, Server};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::Serialize;
 
@@ -44,9 +50,42 @@ fn model(args: &args::Serve) -> anyhow::Result<Box<dyn Model>> {
     let options = args.options.join(",");
     let usage = |error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("--option: {error}"));
     Ok(match args.model {
+        args::Model::Uart => {
+            let lines = args.options.iter().map(|option| line(option)).collect::<anyhow::Result<Vec<_>>>()?;
+            let lines = if lines.is_empty() { vec![Line::Echo] } else { lines };
+            Box::new(Uart::new(lines).map_err(|error| usage(&error))?)
+        }
         args::Model::Synthetic => {
             let config: SyntheticConfig = options.parse().map_err(|error| usage(&error))?;
             Box::new(Synthetic::new(config)?)
         }
     })
+}
+
+/// What is at the other end of a serial port: `line=echo`, or a path.
+fn line(option: &str) -> anyhow::Result<Line> {
+    let path = match option.split_once('=') {
+        Some(("line", "echo")) => return Ok(Line::Echo),
+        Some(("line", path)) if !path.is_empty() => path,
+        _ => {
+            return Err(exit::error(
+                Code::Usage,
+                format!("--option {option}: expected line=echo or line=PATH"),
+            ));
+        }
+    };
+    let failed = |error: std::io::Error| {
+        let what = "expected a terminal, or a UNIX socket that somebody listens on";
+        exit::error(Code::Unreachable, format!("--option {option}: {error}; {what}"))
+    };
+    let is_socket = std::fs::metadata(path).map_err(failed)?.file_type().is_socket();
+    let input = if is_socket {
+        OwnedFd::from(UnixStream::connect(path).map_err(failed)?)
+    } else {
+        // A terminal must not become this process's own.
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty()).map_err(|error| failed(error.into()))?
+    };
+    let output = input.try_clone().map_err(failed)?;
+    Ok(Line::Fds { input, output })
 }
