@@ -2,7 +2,8 @@
 //! (`vfio-user.rst`), with live migration and what that needs beyond the specification.
 //!
 //! [`codec`] is what messages look like, [`version`] what two sides agree on when they meet,
-//! [`connection`] how messages and fds travel; [`server`] puts a device behind a socket.
+//! [`connection`] how messages and fds travel, [`extension`] what is added to the specification;
+//! [`Client`] is a device behind a socket as a VMM sees it, [`server`] puts one there.
 
 pub mod client;
 pub mod codec;

@@ -9,6 +9,8 @@
 //! A reply that comes too late must not be taken for another's: an id is not used again before its
 //! reply has come.
 
+mod meanwhile;
+
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -19,6 +21,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use zerocopy::IntoBytes;
 
 use super::dma::{DmaTargets, os_errno};
+
 use crate::codec::{Command, Header, Kind};
 use crate::connection::{ConnectionError, Fds, Receiver, Sender, wait_ready};
 
@@ -528,119 +531,7 @@ impl Exchange {
         }
         Ok(Step::Done)
     }
-
-    /// The socket is full: receives meanwhile, if nobody else does, so that a server which sends too
-    /// can go on.
-    fn make_room(&self, deadline: Instant) -> Result<(), ConnectionError> {
-        let mut desk = self.desk();
-        if desk.lost.is_some() {
-            return Err(ConnectionError::Closed);
-        }
-        let receiver = if desk.handed.is_none() { desk.receiver.take() } else { None };
-        let Some(mut receiver) = receiver else {
-            desk.blocked += 1;
-            drop(desk);
-            let mut fds = [
-                PollFd::from_borrowed_fd(self.sender.socket().as_fd(), PollFlags::OUT),
-                PollFd::new(&self.leaderless, PollFlags::IN),
-            ];
-            let ready = wait_ready(&mut fds, deadline);
-            let mut desk = self.desk();
-            desk.blocked -= 1;
-            if desk.blocked == 0 {
-                let _ = rustix::io::read(&self.leaderless, &mut [0; 8]);
-            }
-            return ready;
-        };
-        drop(desk);
-        let readable = receiver.has_more() || {
-            let mut fds =
-                [PollFd::from_borrowed_fd(receiver.socket().as_fd(), PollFlags::IN | PollFlags::OUT)];
-            match wait_ready(&mut fds, deadline) {
-                Ok(()) => !fds[0].revents().contains(PollFlags::OUT),
-                Err(error) => {
-                    let mut desk = self.desk();
-                    self.give_back(&mut desk, receiver);
-                    self.pass_on(&desk);
-                    return Err(error);
-                }
-            }
-        };
-        let step = if readable { self.step(&mut receiver, None, deadline) } else { Ok(Step::Done) };
-        let mut desk = self.desk();
-        match step {
-            Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
-            Ok(_) => {
-                self.give_back(&mut desk, receiver);
-                self.pass_on(&desk);
-            }
-            Err(failure) => {
-                self.give_back(&mut desk, receiver);
-                if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
-                    self.pass_on(&desk);
-                    return Err(ConnectionError::TimedOut);
-                }
-                self.lose(desk, failure);
-                return Err(ConnectionError::Closed);
-            }
-        }
-        Ok(())
-    }
-
-    /// Starts a thread that receives while nobody waits for a reply, for a server that asks for
-    /// memory of its own accord on this socket. It ends with the connection.
-    pub fn attend(self: &Arc<Exchange>) -> std::io::Result<()> {
-        {
-            let mut desk = self.desk();
-            if desk.attended || desk.lost.is_some() {
-                return Ok(());
-            }
-            desk.attended = true;
-        }
-        let exchange = Arc::clone(self);
-        let started = std::thread::Builder::new().name("vfio-user-dma".into()).spawn(move || {
-            exchange.attendant();
-        });
-        if started.is_err() {
-            self.desk().attended = false;
-        }
-        started.map(drop)
-    }
-
-    fn attendant(&self) {
-        let mut desk = self.desk();
-        loop {
-            if desk.lost.is_some() {
-                return;
-            }
-            let receiver = if desk.handed.is_none() { desk.receiver.take() } else { None };
-            let Some(mut receiver) = receiver else {
-                desk = self.wakes[ATTENDANT].wait(desk).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            drop(desk);
-            let step = loop {
-                match self.step(&mut receiver, None, Instant::now() + ATTENDANT_LIMIT) {
-                    Ok(Step::Done) | Err(Failure::Connection(ConnectionError::TimedOut)) => {}
-                    other => break other,
-                }
-            };
-            desk = self.desk();
-            match step {
-                Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
-                Ok(_) => self.give_back(&mut desk, receiver),
-                Err(failure) => {
-                    self.give_back(&mut desk, receiver);
-                    self.lose(desk, failure);
-                    return;
-                }
-            }
-        }
-    }
 }
-
-/// How long the attendant waits for a message at a time.
-const ATTENDANT_LIMIT: Duration = Duration::from_secs(60);
 
 /// Receives a reply's body and fds.
 fn take_body(
