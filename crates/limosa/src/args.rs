@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use limosa_protocol::State;
 
 use crate::exit;
@@ -48,6 +48,19 @@ pub struct Cli {
 
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// The whole command line. Every command's help documents the exit codes.
+pub fn command() -> clap::Command {
+    with_exit_codes(Cli::command())
+}
+
+fn with_exit_codes(command: clap::Command) -> clap::Command {
+    let help = match command.get_after_help().map(ToString::to_string) {
+        Some(own) if own != exit::HELP => format!("{own}\n\n{}", exit::HELP),
+        _ => exit::HELP.into(),
+    };
+    command.after_help(help).mut_subcommands(with_exit_codes)
 }
 
 #[derive(Debug, Subcommand)]
@@ -312,13 +325,11 @@ pub fn bytes(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]

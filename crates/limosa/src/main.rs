@@ -9,9 +9,10 @@ mod output;
 mod progress;
 mod signals;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::FromArgMatches;
 use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
         Ok(true) => return ExitCode::SUCCESS,
         Err(error) => return failed(&error),
     }
-    let cli = Cli::parse();
+    let cli = Cli::from_arg_matches(&args::command().get_matches()).unwrap_or_else(|error| error.exit());
     log(cli.verbose);
     let out = Output { json: cli.json };
     match run(&cli, &out) {
@@ -48,10 +49,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             commands::state::run(&*open(&args.device)?, action, out)
         }
         Command::Fsm(args) => commands::fsm::run(args, out),
-        Command::Completions { shell } => {
-            commands::generate::completions(*shell);
-            Ok(())
-        }
+        Command::Completions { shell } => commands::generate::completions(*shell, out),
         Command::Man { folder } => commands::generate::man(folder, out),
         Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
         Command::Serve(args) => commands::serve::run(args, out),
@@ -72,5 +70,10 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
 fn log(verbose: u8) {
     let default = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
 }

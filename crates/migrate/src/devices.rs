@@ -141,11 +141,12 @@ pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> V
         reasons.push(format!("the source has {} devices, the destination {}", source.len(), here.len()));
     }
     for (theirs, mine) in source.iter().zip(here) {
-        let named = printable(&mine.name);
+        let (from, named) = (printable(&theirs.name), printable(&mine.name));
         let mut differ = |what: &str, theirs: String, mine: String| {
             reasons.push(format!(
-                "{named}: the source's {what} is {}, this one's is {mine}",
-                printable(&theirs)
+                "{named}: the source's {what} is {}, this one's is {mine}; the source is {}",
+                printable(&theirs),
+                from
             ));
         };
         if let (Some(theirs), Some(mine)) = (&theirs.kind, &mine.kind)

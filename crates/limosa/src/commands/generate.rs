@@ -1,23 +1,32 @@
 //! `limosa completions` and `limosa man`: made from the command line's own definition.
 
-use std::io;
 use std::path::Path;
 
 use anyhow::Context;
-use clap::CommandFactory;
 use clap_complete::Shell;
+use serde::Serialize;
 
-use crate::args::Cli;
+use crate::args;
 use crate::output::Output;
 
-pub fn completions(shell: Shell) {
-    clap_complete::generate(shell, &mut Cli::command(), "limosa", &mut io::stdout());
+#[derive(Serialize)]
+struct Completions {
+    shell: String,
+    script: String,
+}
+
+pub fn completions(shell: Shell, out: &Output) -> anyhow::Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut args::command(), "limosa", &mut script);
+    let script = String::from_utf8(script).context("the script is no text")?;
+    let completions = Completions { shell: shell.to_string(), script };
+    out.result(&completions, |to| to.write_all(completions.script.as_bytes()))
 }
 
 pub fn man(folder: &Path, out: &Output) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)
         .with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    clap_mangen::generate_to(Cli::command(), folder)
+    clap_mangen::generate_to(args::command(), folder)
         .with_context(|| format!("cannot write manual pages to {}", folder.display()))?;
     out.result(&folder, |to| writeln!(to, "manual pages are in {}", folder.display()))
 }

@@ -1,6 +1,7 @@
 //! What moves a device: `limosa migrate`, `send`, `receive`, `save`, `load`.
 
 use std::fmt;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -96,9 +97,7 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
     let (options, ledger) = (Options::default(), Ledger::new());
     let moved = [MovedDevice::new(device)];
     let destination = destination(&moved, &progress, &options, &cancel, &ledger);
-    if !out.json {
-        println!("listening on {}", listener.address());
-    }
+    say_where(listener.address(), out);
     let accept = |within| listener.accept(Wait::within(within, Some(&cancel)));
     loop {
         let mut link = accept(args.wait).map_err(|error| match error {
@@ -123,6 +122,18 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
             Received::Broken { why, .. } => Err(broken(&args.device, why)),
         };
     }
+}
+
+/// Tells whoever waits for it where the sender is to connect. In JSON mode the document is all that goes
+/// to standard output.
+fn say_where(address: &Address, out: &Output) {
+    let line = format!("listening on {address}");
+    let said = match out.json {
+        false => writeln!(std::io::stdout(), "{line}"),
+        true => writeln!(std::io::stderr(), "{line}"),
+    };
+    // Whoever does not listen need not be told.
+    let _ = said;
 }
 
 /// The source was not told that the devices run: stays until it has asked.
