@@ -299,7 +299,8 @@ pub struct Bench {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 =
         text.parse().map_err(|_| "expected a number of seconds, such as 10 or 0.5".to_owned())?;
-    if seconds <= 0.0 || seconds > 86_400.0 {
+    // Not a number is in no range.
+    if !(seconds > 0.0 && seconds <= 86_400.0) {
         return Err("expected more than 0 and at most 86400 seconds".into());
     }
     Ok(Duration::from_secs_f64(seconds))

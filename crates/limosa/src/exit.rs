@@ -72,8 +72,7 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
 }
 
 fn unreachable(errno: Errno) -> bool {
-    let connection_refused = Errno::from_raw(111);
-    [Errno::ENOENT, Errno::EACCES, Errno::EPERM, connection_refused].contains(&errno)
+    [Errno::ENOENT, Errno::EACCES, Errno::EPERM, Errno::ECONNREFUSED].contains(&errno)
 }
 
 fn of_move(error: &limosa_migrate::Error) -> Option<Code> {

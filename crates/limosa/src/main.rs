@@ -57,6 +57,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Load(args) => commands::moving::load(&*open(&args.device)?, args, out),
         Command::Inspect(args) => commands::inspect::run(args, out),
         Command::Migrate(args) => {
+            open::different(&args.source, &args.destination)?;
             let (source, destination) = (open(&args.source)?, open(&args.destination)?);
             commands::moving::migrate(&*source, &*destination, args, out)
         }

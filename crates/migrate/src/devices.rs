@@ -144,9 +144,8 @@ pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> V
         let (from, named) = (printable(&theirs.name), printable(&mine.name));
         let mut differ = |what: &str, theirs: String, mine: String| {
             reasons.push(format!(
-                "{named}: the source's {what} is {}, this one's is {mine}; the source is {}",
-                printable(&theirs),
-                from
+                "{from} -> {named}: the source's {what} is {}, this one's is {mine}",
+                printable(&theirs)
             ));
         };
         if let (Some(theirs), Some(mine)) = (&theirs.kind, &mine.kind)

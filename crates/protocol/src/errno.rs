@@ -59,6 +59,7 @@ errnos! {
     ENOTSUP = 95, "operation not supported";
     ECONNRESET = 104, "connection reset by peer";
     ETIMEDOUT = 110, "timed out";
+    ECONNREFUSED = 111, "connection refused";
     ECANCELED = 125, "cancelled";
 }
 

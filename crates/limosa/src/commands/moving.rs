@@ -1,14 +1,15 @@
 //! What moves a device: `limosa migrate`, `send`, `receive`, `save`, `load`.
 
 use std::fmt;
-use std::io::Write;
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use limosa_client::Device;
 use limosa_migrate::link::{self, Address, Listener, SocketLink, Wait};
+use limosa_migrate::stream::Damage;
 use limosa_migrate::{
-    AfterLoad, AfterSave, Cancel, Destination, InDoubt, Ledger, Memory, MovedDevice, Nobody, Options,
+    AfterLoad, AfterSave, Cancel, Destination, Error, InDoubt, Ledger, Memory, MovedDevice, Nobody, Options,
     Outcome, Received, Report, Source, move_local,
 };
 use serde::Serialize;
@@ -47,8 +48,19 @@ fn options(moving: &args::Moving) -> Options {
     Options { precopy: !moving.no_precopy, ..Options::default() }
 }
 
+/// An address of a socket.
 fn address(text: &str) -> anyhow::Result<Address> {
-    text.parse().map_err(|error: link::AddressError| exit::error(Code::Usage, error.to_string()))
+    match text.parse() {
+        Ok(Address::File(_)) => Err(exit::error(
+            Code::Usage,
+            format!(
+                "`{text}`: expected unix:PATH or tcp:HOST:PORT; a file is written by `limosa save` and read by \
+                 `limosa load`"
+            ),
+        )),
+        Ok(address) => Ok(address),
+        Err(error) => Err(exit::error(Code::Usage, link::AddressError::to_string(&error))),
+    }
 }
 
 pub fn migrate(from: &dyn Device, to: &dyn Device, args: &args::Migrate, out: &Output) -> anyhow::Result<()> {
@@ -59,10 +71,22 @@ pub fn migrate(from: &dyn Device, to: &dyn Device, args: &args::Migrate, out: &O
     let destination = destination(&to, &Nobody, &options, &cancel, &ledger);
     let (outcome, received) = move_local(&mut source, &destination);
     drop(progress);
-    if let Received::Broken { why, .. } = received {
-        return Err(broken(&args.destination, why));
+    match (outcome, received) {
+        (_, Received::Broken { why, .. }) => Err(broken(&args.destination, why)),
+        // What was called off there is known here at first hand.
+        (
+            Outcome::Undone { why: Error::Aborted { .. }, mut report },
+            Received::Discarded { why, report: there },
+        ) => {
+            report.notes.extend(there.notes);
+            settled(Outcome::Undone { why, report }, out)
+        }
+        (Outcome::Undone { why, mut report }, Received::Discarded { report: there, .. }) => {
+            report.notes.extend(there.notes);
+            settled(Outcome::Undone { why, report }, out)
+        }
+        (outcome, _) => settled(outcome, out),
     }
-    settled(outcome, out)
 }
 
 pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Result<()> {
@@ -91,7 +115,11 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
 pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyhow::Result<()> {
     let listen = address(&args.listen)?;
     let listener = Listener::bind(&listen).map_err(|error| {
-        exit::error(Code::Unreachable, format!("cannot listen on {listen}: {error}; choose another address"))
+        let hint = match error.kind() {
+            io::ErrorKind::NotFound if matches!(listen, Address::Unix(_)) => "make its folder first",
+            _ => "choose another address",
+        };
+        exit::error(Code::Unreachable, format!("cannot listen on {listen}: {error}; {hint}"))
     })?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
     let (options, ledger) = (Options::default(), Ledger::new());
@@ -129,8 +157,8 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
 fn say_where(address: &Address, out: &Output) {
     let line = format!("listening on {address}");
     let said = match out.json {
-        false => writeln!(std::io::stdout(), "{line}"),
-        true => writeln!(std::io::stderr(), "{line}"),
+        false => writeln!(io::stdout(), "{line}"),
+        true => writeln!(io::stderr(), "{line}"),
     };
     // Whoever does not listen need not be told.
     let _ = said;
@@ -166,11 +194,26 @@ pub fn load(device: &dyn Device, args: &args::Load, out: &Output) -> anyhow::Res
     match received {
         Received::Runs(report) => print(out, "runs", &report),
         Received::Stopped(report) => print(out, "stopped", &report),
-        Received::Discarded { why, .. } => Err(why.into()),
+        Received::Discarded { why, report } => {
+            let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes).to_string());
+            Err(anyhow::Error::from(why)
+                .context(format!("{} was not loaded{hint}{notes}", args.file.display())))
+        }
         Received::Broken { why, .. } => Err(broken(&args.device, why)),
         Received::Answered { .. } => {
             Err(anyhow::anyhow!("{}: it is not a saved stream", args.file.display()))
         }
+    }
+}
+
+/// What a person can do with a file that cannot be loaded.
+fn what_to_do_with(why: &Error) -> &'static str {
+    match why {
+        Error::Stream { damage: Damage::NotAStream, .. } => "; expected a file that `limosa save` wrote",
+        Error::Stream { damage: Damage::Newer { .. }, .. } => "; load it with a newer limosa",
+        Error::Stream { .. } => " (`limosa inspect` tells more); save it anew",
+        Error::Incompatible { .. } => "; load it into a device like the one that was saved",
+        _ => "",
     }
 }
 
@@ -239,7 +282,7 @@ fn in_doubt(device: &str, doubt: &InDoubt) -> anyhow::Error {
     )
 }
 
-fn broken(device: &str, why: limosa_migrate::Error) -> anyhow::Error {
+fn broken(device: &str, why: Error) -> anyhow::Error {
     anyhow::Error::from(why).context(format!(
         "{device}: the move was committed, but the device could neither be started nor stopped; reset it, or restart \
          its server, and start the guest anew"

@@ -3,6 +3,7 @@
 use std::io::IoSlice;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -146,11 +147,13 @@ impl Listener {
             Address::Unix(path) => {
                 let listener = match UnixListener::bind(path) {
                     Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                        // A file refuses connections too.
+                        let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
                         let dead = matches!(
                             UnixStream::connect(path),
                             Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused
                         );
-                        if !dead {
+                        if !is_socket || !dead {
                             return Err(error);
                         }
                         std::fs::remove_file(path)?;
@@ -279,6 +282,16 @@ mod tests {
             }
         };
         assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "after {}", queued.len());
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_a_socket_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "precious").unwrap();
+        let error = Listener::bind(&Address::Unix(path.clone())).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 
     #[test]
