@@ -10,7 +10,8 @@ use std::time::Duration;
 use common::Served;
 use common::device::*;
 use common::raw::*;
-use limosa_vfio_user::server::{End, Options, ShutdownHandle, serve_connection};
+use limosa_vfio_user::connection::ConnectionError;
+use limosa_vfio_user::server::{Options, ShutdownHandle, serve_connection};
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
@@ -662,7 +663,7 @@ proptest! {
         let machine = TestDevice::new().state_bytes(5000).machine();
         let shutdown = ShutdownHandle::new().unwrap();
         let end = serve_connection(theirs, &machine, &options, &shutdown).unwrap();
-        prop_assert_ne!(end, End::Broken("a request that the server failed on"));
+        prop_assert_ne!(end, ConnectionError::Broken("a request that the server failed on"));
         machine.reset().unwrap();
     }
 }

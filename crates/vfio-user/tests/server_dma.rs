@@ -286,7 +286,8 @@ fn fds_that_pile_up_behind_a_transfer_are_bounded() {
     let first = start(&mut raw, DMA_READ_NOW, 8);
     command(&raw, DMA_READ, IOVA, 8);
     let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
-    for _ in 0..3 {
+    // As many of each as are taken at all.
+    for _ in 0..17 {
         raw.send(&message(9, GET_INFO, NO_REPLY, &[0; 16]), &vec![event.as_fd(); 253]);
     }
     assert_eq!(reply_to(&raw, first).refused(), ENOMEM);

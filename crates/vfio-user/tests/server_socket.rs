@@ -10,7 +10,8 @@ use std::sync::Arc;
 use common::Served;
 use common::device::TestDevice;
 use common::raw::*;
-use limosa_vfio_user::server::{End, Options, Server, ShutdownHandle, serve_connection};
+use limosa_vfio_user::connection::ConnectionError;
+use limosa_vfio_user::server::{Options, Server, ShutdownHandle, serve_connection};
 
 #[test]
 fn the_socket_of_a_dead_server_is_replaced() {
@@ -109,7 +110,7 @@ fn an_accepted_connection_is_served_without_a_socket_in_the_file_system() {
     raw.negotiate();
     raw.assert_usable();
     drop(raw);
-    assert_eq!(thread.join().unwrap(), End::Closed);
+    assert_eq!(thread.join().unwrap(), ConnectionError::Closed);
 }
 
 #[test]

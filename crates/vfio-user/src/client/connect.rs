@@ -76,7 +76,7 @@ pub(super) fn connect(
         None => None,
         Some(fd) => {
             let (receiver, sender) =
-                connection::split(fd.into(), options.request_limit).map_err(|error| failed(error.into()))?;
+                connection::split(fd.into(), options.waits()).map_err(|error| failed(error.into()))?;
             let sender = Arc::new(sender);
             let (exchange, replies) = (Arc::clone(&exchange), Arc::clone(&sender));
             let thread = std::thread::Builder::new().name("vfio-user-twin".into());
@@ -107,7 +107,7 @@ impl<'a> Fresh<'a> {
         options: &'a Options,
         stream: UnixStream,
     ) -> Result<(Fresh<'a>, (Limits, Option<OwnedFd>))> {
-        let (receiver, sender) = connection::split(stream, options.shortest_limit())
+        let (receiver, sender) = connection::split(stream, options.waits())
             .map_err(|failure| error(name, "VERSION", failure.into()))?;
         let mut fresh = Fresh { name, options, receiver, sender, id: 0 };
         let ours = Capabilities::of_client(options.data_bytes_max.max(1), options.twin_socket);
@@ -201,7 +201,8 @@ impl<'a> Fresh<'a> {
         let header = Header::command(self.id, command, bytes).expect("a short message");
         let body = [header.as_bytes(), &body.concat()].concat();
         let deadline = Instant::now() + self.options.request_limit;
-        match self.sender.send(&mut [IoSlice::new(&body)], &[], deadline) {
+        let full = || self.sender.wait_writable(deadline);
+        match self.sender.send_with(&mut [IoSlice::new(&body)], &[], full) {
             Ok(()) => Ok(self.id),
             Err(failure) => Err(self.error("VERSION", failure.into())),
         }
@@ -209,7 +210,10 @@ impl<'a> Fresh<'a> {
 
     fn receive(&mut self, request: &str) -> Result<Header> {
         let deadline = Instant::now() + self.options.request_limit;
-        self.receiver.next(Some(deadline)).map_err(|failure| self.error(request, failure.into()))
+        let header =
+            self.receiver.next(Some(deadline)).map_err(|failure| self.error(request, failure.into()))?;
+        header.body_bytes().map_err(|error| self.misbehaved(error.to_string()))?;
+        Ok(header)
     }
 
     fn body(&mut self, request: &str, bytes_max: usize) -> Result<(Vec<u8>, Fds)> {

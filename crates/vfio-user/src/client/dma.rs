@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use limosa_client::DmaTarget;
 use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 use zerocopy::IntoBytes;
 
+use super::MESSAGE_LIMIT;
 use super::exchange::Failure;
 use crate::codec::{Command, DmaAccess, Header, Kind};
 use crate::connection::{ConnectionError, Receiver, Sender};
@@ -211,8 +212,8 @@ pub(super) fn serve_twin(targets: &DmaTargets, mut receiver: Receiver, sender: &
                 return sender.shutdown();
             }
         };
-        let deadline = Instant::now() + TWIN_LIMIT;
-        let served = match header.kind() {
+        let deadline = Instant::now() + MESSAGE_LIMIT;
+        let served = match header.body_bytes().and_then(|_| header.kind()) {
             Ok(Kind::Command | Kind::Posted) => targets.serve(&mut receiver, sender, &header, deadline),
             Ok(_) => Err(Failure::Misbehaved("a reply where only commands are".into())),
             Err(error) => Err(Failure::Misbehaved(error.to_string())),
@@ -230,6 +231,3 @@ pub(super) fn serve_twin(targets: &DmaTargets, mut receiver: Receiver, sender: &
         }
     }
 }
-
-/// How long one command on the twin socket may take to arrive and its reply to leave.
-const TWIN_LIMIT: Duration = Duration::from_secs(20);

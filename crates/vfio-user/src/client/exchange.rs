@@ -471,7 +471,8 @@ impl Exchange {
             }
         }
         let header = receiver.next(Some(deadline))?;
-        let kind = header.kind().map_err(|error| Failure::Misbehaved(error.to_string()))?;
+        let sound = header.body_bytes().and_then(|_| header.kind());
+        let kind = sound.map_err(|error| Failure::Misbehaved(error.to_string()))?;
         if matches!(kind, Kind::Command | Kind::Posted) {
             // A server that asks for memory here may do so at any time, and replies that it does not
             // take at once must go out later: from now on somebody always receives.

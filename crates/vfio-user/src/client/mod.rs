@@ -19,7 +19,7 @@ use limosa_client::{Error, Result};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::codec::{Command, IoFd, IoFdsMessage, ShadowIoFd, SingleWrite};
-use crate::connection::{ConnectionError, Sender};
+use crate::connection::{self, ConnectionError, Sender};
 use crate::version::{DATA_XFER_BYTES_DEFAULT, Limits};
 use exchange::{Answer, Ask, Exchange, Failure};
 use feature::{Migration, Session};
@@ -62,11 +62,14 @@ impl Default for Options {
 }
 
 impl Options {
-    /// How long a wait sleeps at a time.
-    fn shortest_limit(&self) -> Duration {
-        self.request_limit.min(self.state_limit)
+    fn waits(&self) -> connection::Limits {
+        let sleep = self.request_limit.min(self.state_limit);
+        connection::Limits { message: MESSAGE_LIMIT, sleep }
     }
 }
+
+/// How long a message may take from its first byte to its last.
+const MESSAGE_LIMIT: Duration = Duration::from_secs(20);
 
 /// A device behind a vfio-user socket.
 ///
@@ -311,8 +314,9 @@ fn error(name: &str, request: &str, failure: Failure) -> Error {
         Failure::TimedOut(limit) => Error::Timeout { device, request: request.into(), limit },
         Failure::Misbehaved(what) => Error::Misbehaved { device, what },
         Failure::Connection(error) => match error {
-            ConnectionError::Framing(_) => Error::Misbehaved { device, what: error.to_string() },
-            ConnectionError::Backlog => Error::Misbehaved { device, what: error.to_string() },
+            ConnectionError::Broken(_) | ConnectionError::Backlog => {
+                Error::Misbehaved { device, what: error.to_string() }
+            }
             ConnectionError::Fds(_) => Error::Usage { device, what: format!("{request}: {error}") },
             ConnectionError::Os(errno) => Error::Os { device, what: request.into(), errno },
             other => Error::Disconnected { device, reason: other.to_string() },

@@ -1,15 +1,15 @@
 //! One connection (`vfio-user.rst: Socket`): messages and fds over a UNIX stream socket, as two
 //! halves that different threads may hold, [`Receiver`] and [`Sender`].
 //!
-//! A message goes out in one `sendmsg`. One that fits the receive buffer costs one `recvmsg`; what
-//! is longer is received where it belongs. Nothing is allocated for a message without fds.
+//! A message goes out in one call. One that fits the receive buffer costs one call; what is longer
+//! is received where it belongs. Nothing is allocated for a message without fds.
 
 mod receiver;
 mod sender;
 
 pub use receiver::{Fds, Receiver};
-pub use sender::Sender;
 pub(crate) use sender::wait_ready;
+pub use sender::{Sender, Sending};
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -18,9 +18,7 @@ use std::time::Duration;
 use limosa_protocol::Errno;
 use rustix::net::sockopt;
 
-use crate::codec::DecodeError;
-
-/// Why a connection did not carry a message.
+/// Why a connection did not carry a message, or is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectionError {
@@ -30,13 +28,18 @@ pub enum ConnectionError {
     /// The peer closed the connection within a message.
     #[error("the peer closed the connection within a message")]
     Cut,
-    /// The deadline passed. Receiving may go on later; a message that was sent in part makes the
-    /// connection useless, and it is shut down.
+    /// The deadline passed; what was to be received may still come.
     #[error("the peer did not answer in time")]
     TimedOut,
-    /// The bytes are not a message, and where the next one starts is unknown.
-    #[error("the peer sent what is not a message: {0}")]
-    Framing(DecodeError),
+    /// The peer began a message and did not finish it in time, or did not take one.
+    #[error("the peer stalled within a message")]
+    Stalled,
+    /// The peer did not negotiate a version in time.
+    #[error("the peer did not negotiate a version in time")]
+    Silent,
+    /// The protocol was broken so that the connection cannot go on.
+    #[error("the protocol was broken: {0}")]
+    Broken(&'static str),
     /// The peer asks faster than it takes the answers.
     #[error("the peer does not take its replies")]
     Backlog,
@@ -44,7 +47,7 @@ pub enum ConnectionError {
     #[error("{0} fds in one message are too many")]
     Fds(usize),
     /// A system call failed.
-    #[error("{0}")]
+    #[error("the socket failed: {0}")]
     Os(Errno),
 }
 
@@ -52,22 +55,37 @@ impl From<rustix::io::Errno> for ConnectionError {
     fn from(errno: rustix::io::Errno) -> ConnectionError {
         match errno {
             rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET => ConnectionError::Closed,
-            other => ConnectionError::Os(Errno::from_raw(other.raw_os_error().unsigned_abs())),
+            other => ConnectionError::Os(errno_of(other)),
         }
     }
 }
 
-/// Splits a connected socket. `limit` is how long a wait that has a deadline sleeps at a time: a
-/// wait ends between its deadline and `limit` after it.
-pub fn split(stream: UnixStream, limit: Duration) -> Result<(Receiver, Sender), ConnectionError> {
+/// The system's errno as the protocol carries it.
+pub(crate) fn errno_of(errno: rustix::io::Errno) -> Errno {
+    Errno::from_raw(errno.raw_os_error().unsigned_abs())
+}
+
+/// How long the halves of a connection wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// From the first byte of a message to its last one, either way.
+    pub message: Duration,
+    /// A wait that has a deadline ends between its deadline and so long after it.
+    pub sleep: Duration,
+}
+
+/// Splits a connected socket.
+pub fn split(stream: UnixStream, limits: Limits) -> Result<(Receiver, Sender), ConnectionError> {
+    // A blocking socket: no call but the transfer itself is needed for a message.
+    stream.set_nonblocking(false).map_err(|_| ConnectionError::Os(Errno::EIO))?;
     // A zero limit would mean none at all.
-    let limit = limit.max(Duration::from_millis(1));
-    sockopt::set_socket_timeout(&stream, sockopt::Timeout::Recv, Some(limit))?;
+    let least = Duration::from_millis(1);
+    let limits = Limits { message: limits.message.max(least), sleep: limits.sleep.max(least) };
+    sockopt::set_socket_timeout(&stream, sockopt::Timeout::Send, Some(limits.message))?;
     // As much as the system allows: fewer switches between the two sides within a large message.
     sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES)?;
-    stream.set_nonblocking(false).map_err(|_| ConnectionError::Os(Errno::EIO))?;
     let socket = Arc::new(stream);
-    Ok((Receiver::new(Arc::clone(&socket)), Sender::new(socket)))
+    Ok((Receiver::new(Arc::clone(&socket), limits), Sender::new(socket, limits)))
 }
 
 const SEND_BUFFER_BYTES: usize = 4 << 20;

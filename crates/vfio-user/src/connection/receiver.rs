@@ -8,10 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
+use rustix::event::{PollFd, PollFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, sockopt};
 use zerocopy::FromBytes;
 
-use super::ConnectionError;
+use super::{ConnectionError, Limits, wait_ready};
 use crate::codec::Header;
 use crate::version::MSG_FDS_MAX;
 
@@ -20,8 +21,11 @@ use crate::version::MSG_FDS_MAX;
 /// [`Receiver::next`] goes from message to message; between two calls the body is looked at
 /// ([`Receiver::head`]), taken ([`Receiver::read`]) or left. What is left of it, bytes and fds, the
 /// next call of [`Receiver::next`] throws away, so that a message that is refused costs nothing.
+///
+/// A message that has begun must be complete within [`Limits::message`], whatever deadline a call
+/// has: else it is [`ConnectionError::Stalled`].
 pub struct Receiver {
-    socket: Arc<UnixStream>,
+    wire: Wire,
     buffer: Box<[u8; Receiver::BUFFER_BYTES]>,
     /// What of the buffer is filled.
     start: usize,
@@ -30,6 +34,18 @@ pub struct Receiver {
     position: u64,
     /// Where in the stream the current message ends.
     message_end: u64,
+    /// There is a current message.
+    within: bool,
+}
+
+/// The socket, and what else came out of it.
+struct Wire {
+    socket: Arc<UnixStream>,
+    limits: Limits,
+    /// Whether the socket's own time limit is set. Without it a wait costs less.
+    timed: bool,
+    /// When waiting for the rest of a message began.
+    waiting_since: Option<Instant>,
     fds: Vec<Arrived>,
     refuses_fds: bool,
 }
@@ -56,38 +72,43 @@ impl Receiver {
     /// Bytes of the receive buffer.
     pub const BUFFER_BYTES: usize = 8192;
 
-    pub(super) fn new(socket: Arc<UnixStream>) -> Receiver {
+    pub(super) fn new(socket: Arc<UnixStream>, limits: Limits) -> Receiver {
         Receiver {
-            socket,
+            wire: Wire {
+                socket,
+                limits,
+                timed: false,
+                waiting_since: None,
+                fds: Vec::new(),
+                refuses_fds: false,
+            },
             buffer: Box::new([0; Receiver::BUFFER_BYTES]),
             start: 0,
             end: 0,
             position: 0,
             message_end: 0,
-            fds: Vec::new(),
-            refuses_fds: false,
+            within: false,
         }
     }
 
     /// The socket.
     pub fn socket(&self) -> &UnixStream {
-        &self.socket
+        &self.wire.socket
     }
 
     /// Whether fds that come from now on are refused: the system closes them, and receiving costs it
     /// less.
     pub fn refuse_fds(&mut self, refuse: bool) {
-        self.refuses_fds = refuse;
+        self.wire.refuses_fds = refuse;
     }
 
     /// Goes to the next message, past what is left of the current one, and returns its header.
     /// Without a deadline it waits for ever.
+    ///
+    /// A header whose size is below its own length ([`Header::body_bytes`] tells) is taken for a
+    /// message without a body.
     pub fn next(&mut self, deadline: Option<Instant>) -> Result<Header, ConnectionError> {
-        self.drain(deadline)?;
-        if !self.fds.is_empty() {
-            let end = self.message_end;
-            self.fds.retain(|arrived| arrived.position >= end);
-        }
+        self.skip(deadline)?;
         while self.end - self.start < Header::BYTES {
             let idle = self.end == self.start;
             self.fill(deadline).map_err(|error| match error {
@@ -97,10 +118,47 @@ impl Receiver {
         }
         let (header, _) = Header::read_from_prefix(&self.buffer[self.start..self.end])
             .expect("that many bytes were received");
-        let body = header.body_bytes().map_err(ConnectionError::Framing)?;
         self.take(Header::BYTES);
-        self.message_end = self.position + body as u64;
+        self.message_end = self.position + header.body_bytes().unwrap_or(0) as u64;
+        self.within = true;
         Ok(header)
+    }
+
+    /// The same; `None` when no message begins until then, which is kept to exactly.
+    pub fn next_until(&mut self, until: Instant) -> Result<Option<Header>, ConnectionError> {
+        self.skip(None)?;
+        if !self.has_more() {
+            match wait_ready(&mut [PollFd::new(&*self.wire.socket, PollFlags::IN)], until) {
+                Err(ConnectionError::TimedOut) => return Ok(None),
+                ready => ready?,
+            }
+        }
+        self.next(None).map(Some)
+    }
+
+    /// Throws away what is left of the current message.
+    pub fn skip(&mut self, deadline: Option<Instant>) -> Result<(), ConnectionError> {
+        if !self.within {
+            return Ok(());
+        }
+        while self.body_left() > 0 {
+            if self.end == self.start {
+                // Not through fill: what is thrown away may be much.
+                let bytes = self.body_left().min(Receiver::BUFFER_BYTES);
+                let into = &mut self.buffer[..bytes];
+                let got = self.wire.receive(into, self.position, true, RecvFlags::empty(), deadline)?;
+                self.position += got as u64;
+            } else {
+                self.take(self.body_left().min(self.end - self.start));
+            }
+        }
+        self.within = false;
+        self.wire.waiting_since = None;
+        if !self.wire.fds.is_empty() {
+            let end = self.message_end;
+            self.wire.fds.retain(|arrived| arrived.position >= end);
+        }
+        Ok(())
     }
 
     /// Whether a whole header, or part of one, has been received already.
@@ -141,15 +199,8 @@ impl Receiver {
         into[..done].copy_from_slice(&self.buffer[self.start..self.start + done]);
         self.take(done);
         while done < bytes {
-            let got = receive(
-                &self.socket,
-                &mut into[done..],
-                &mut self.fds,
-                self.position,
-                RecvFlags::WAITALL,
-                self.refuses_fds,
-                deadline,
-            )?;
+            let into = &mut into[done..];
+            let got = self.wire.receive(into, self.position, true, RecvFlags::WAITALL, deadline)?;
             done += got;
             self.position += got as u64;
         }
@@ -158,18 +209,18 @@ impl Receiver {
 
     /// Whether fds of the current message have arrived.
     pub fn has_fds(&self) -> bool {
-        self.fds.iter().any(|arrived| arrived.position < self.message_end)
+        self.wire.fds.iter().any(|arrived| arrived.position < self.message_end)
     }
 
     /// The fds of the current message that have arrived: all of them once its body has.
     pub fn fds(&mut self) -> Fds {
         let mut taken = Fds::default();
-        if self.fds.is_empty() {
+        if self.wire.fds.is_empty() {
             return taken;
         }
         let end = self.message_end;
         let mut kept = Vec::new();
-        for arrived in self.fds.drain(..) {
+        for arrived in self.wire.fds.drain(..) {
             match arrived {
                 // Those of a later message, which the buffer holds already.
                 Arrived { position, .. } if position >= end => kept.push(arrived),
@@ -177,32 +228,8 @@ impl Receiver {
                 Arrived { fd: None, .. } => taken.truncated = true,
             }
         }
-        self.fds = kept;
+        self.wire.fds = kept;
         taken
-    }
-
-    /// Throws away what is left of the body.
-    fn drain(&mut self, deadline: Option<Instant>) -> Result<(), ConnectionError> {
-        while self.body_left() > 0 {
-            if self.end == self.start {
-                // Not through fill: what is thrown away may be much.
-                let bytes = self.body_left().min(Receiver::BUFFER_BYTES);
-                let into = &mut self.buffer[..bytes];
-                let got = receive(
-                    &self.socket,
-                    into,
-                    &mut self.fds,
-                    self.position,
-                    RecvFlags::empty(),
-                    self.refuses_fds,
-                    deadline,
-                )?;
-                self.position += got as u64;
-            } else {
-                self.take(self.body_left().min(self.end - self.start));
-            }
-        }
-        Ok(())
     }
 
     fn take(&mut self, bytes: usize) {
@@ -221,74 +248,102 @@ impl Receiver {
             self.end -= self.start;
             self.start = 0;
         }
+        let begun = self.within || self.end > self.start;
         let at = self.position + (self.end - self.start) as u64;
         let into = &mut self.buffer[self.end..];
-        self.end +=
-            receive(&self.socket, into, &mut self.fds, at, RecvFlags::empty(), self.refuses_fds, deadline)?;
+        self.end += self.wire.receive(into, at, begun, RecvFlags::empty(), deadline)?;
         Ok(())
     }
 }
 
-/// Receives at least one byte. The end of the stream is [`ConnectionError::Cut`].
-fn receive(
-    socket: &UnixStream,
-    into: &mut [u8],
-    fds: &mut Vec<Arrived>,
-    position: u64,
-    flags: RecvFlags,
-    refuses_fds: bool,
-    deadline: Option<Instant>,
-) -> Result<usize, ConnectionError> {
-    if refuses_fds {
-        return loop {
-            match rustix::net::recv(socket, &mut *into, flags) {
-                Ok((0, _)) => break Err(ConnectionError::Cut),
-                Ok((bytes, _)) => break Ok(bytes),
-                Err(error) => pause(error, deadline)?,
+impl Wire {
+    /// Receives at least one byte, which is at `position` in the stream. The end of the stream is
+    /// [`ConnectionError::Cut`].
+    fn receive(
+        &mut self,
+        into: &mut [u8],
+        position: u64,
+        begun: bool,
+        flags: RecvFlags,
+        deadline: Option<Instant>,
+    ) -> Result<usize, ConnectionError> {
+        let mut hurry = RecvFlags::empty();
+        if begun {
+            self.check_limit()?;
+            if !self.timed {
+                // Mostly the rest is there already, and no time limit is needed to wait for it.
+                hurry = RecvFlags::DONTWAIT;
             }
-        };
+        } else {
+            self.set_timed(deadline.is_some())?;
+        }
+        loop {
+            match self.receive_now(into, position, flags | hurry) {
+                Ok(0) | Err(rustix::io::Errno::CONNRESET) => return Err(ConnectionError::Cut),
+                Ok(bytes) => return Ok(bytes),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) if !hurry.is_empty() => {
+                    hurry = RecvFlags::empty();
+                    self.set_timed(true)?;
+                }
+                Err(rustix::io::Errno::AGAIN) => {
+                    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                        return Err(ConnectionError::TimedOut);
+                    }
+                    if begun {
+                        self.check_limit()?;
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MSG_FDS_MAX))];
-    let got = loop {
+
+    /// One call.
+    fn receive_now(&mut self, into: &mut [u8], position: u64, flags: RecvFlags) -> rustix::io::Result<usize> {
+        if self.refuses_fds {
+            return rustix::net::recv(&*self.socket, into, flags).map(|(bytes, _)| bytes);
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MSG_FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = flags | RecvFlags::CMSG_CLOEXEC;
-        match rustix::net::recvmsg(socket, &mut [IoSliceMut::new(into)], &mut control, flags) {
-            Ok(got) => {
-                let position = position + (got.bytes as u64).saturating_sub(1);
-                let mut count = 0;
-                for message in control.drain() {
-                    let RecvAncillaryMessage::ScmRights(rights) = message else { continue };
-                    fds.extend(rights.map(|fd| Arrived { position, fd: Some(fd) }));
-                    count += 1;
-                }
-                if got.flags.contains(ReturnFlags::CTRUNC) {
-                    fds.push(Arrived { position, fd: None });
-                    count += 1;
-                }
-                // Pieces of one message may each bring fds; together they are as limited as one.
-                if count > 0 && fds.len() > 4 * MSG_FDS_MAX {
-                    fds.truncate(4 * MSG_FDS_MAX);
-                    fds.push(Arrived { position, fd: None });
-                }
-                break got.bytes;
-            }
-            Err(error) => pause(error, deadline)?,
+        let got = rustix::net::recvmsg(&*self.socket, &mut [IoSliceMut::new(into)], &mut control, flags)?;
+        let position = position + (got.bytes as u64).saturating_sub(1);
+        let mut came = false;
+        for message in control.drain() {
+            let RecvAncillaryMessage::ScmRights(rights) = message else { continue };
+            self.fds.extend(rights.map(|fd| Arrived { position, fd: Some(fd) }));
+            came = true;
         }
-    };
-    match got {
-        0 => Err(ConnectionError::Cut),
-        bytes => Ok(bytes),
+        // Too many, or this process has no room for more.
+        if got.flags.contains(ReturnFlags::CTRUNC) {
+            self.fds.push(Arrived { position, fd: None });
+            came = true;
+        }
+        // Pieces of one message may each bring fds; together they are as limited as one.
+        if came && self.fds.len() > 4 * MSG_FDS_MAX {
+            self.fds.truncate(4 * MSG_FDS_MAX);
+            self.fds.push(Arrived { position, fd: None });
+        }
+        Ok(got.bytes)
     }
-}
 
-/// Whether to go on receiving after an error: it was only a pause, and the deadline is ahead.
-fn pause(error: rustix::io::Errno, deadline: Option<Instant>) -> Result<(), ConnectionError> {
-    match error {
-        rustix::io::Errno::INTR => Ok(()),
-        rustix::io::Errno::AGAIN => match deadline {
-            Some(deadline) if Instant::now() >= deadline => Err(ConnectionError::TimedOut),
-            _ => Ok(()),
-        },
-        error => Err(error.into()),
+    /// Before waiting for the rest of a message.
+    fn check_limit(&mut self) -> Result<(), ConnectionError> {
+        match self.waiting_since {
+            None => self.waiting_since = Some(Instant::now()),
+            Some(since) if since.elapsed() > self.limits.message => return Err(ConnectionError::Stalled),
+            Some(_) => {}
+        }
+        Ok(())
+    }
+
+    fn set_timed(&mut self, timed: bool) -> Result<(), ConnectionError> {
+        if self.timed != timed {
+            let limit = timed.then_some(self.limits.sleep);
+            sockopt::set_socket_timeout(&*self.socket, sockopt::Timeout::Recv, limit)?;
+            self.timed = timed;
+        }
+        Ok(())
     }
 }

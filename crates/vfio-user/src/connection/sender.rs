@@ -1,7 +1,8 @@
 //! The sending half. Any thread may send; a message is never torn by another.
 //!
-//! A send never sleeps in the system: when the socket is full, the caller's own wait decides what
-//! to do meanwhile, so that two sides that both send cannot wait for each other. Replies to what the
+//! A server's send sleeps in the system ([`Sender::send`]). A client's does not
+//! ([`Sender::send_with`]): when the socket is full, the caller's own wait decides what to do
+//! meanwhile, so that two sides that both send cannot wait for each other. Replies to what the
 //! peer asks in between need not wait at all: [`Sender::reply`] keeps what does not go out.
 
 use std::collections::VecDeque;
@@ -12,17 +13,19 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use super::ConnectionError;
+use super::{ConnectionError, Limits};
 use crate::version::MSG_FDS_MAX;
 
 /// The sending half of a connection.
 pub struct Sender {
     socket: Arc<UnixStream>,
+    /// The socket's own time limit.
+    limit: Duration,
     /// Held while the bytes of a message go out.
     turn: Mutex<Turn>,
     /// Replies that are to go out as soon as they can.
@@ -44,8 +47,14 @@ impl Sender {
     /// The most bytes of replies that are kept for a peer that does not take them.
     pub const KEPT_BYTES_MAX: usize = 80 << 20;
 
-    pub(super) fn new(socket: Arc<UnixStream>) -> Sender {
-        Sender { socket, turn: Mutex::default(), kept: Mutex::default(), keeps: AtomicBool::new(false) }
+    pub(super) fn new(socket: Arc<UnixStream>, limits: Limits) -> Sender {
+        Sender {
+            socket,
+            limit: limits.message,
+            turn: Mutex::default(),
+            kept: Mutex::default(),
+            keeps: AtomicBool::new(false),
+        }
     }
 
     /// The socket.
@@ -59,75 +68,29 @@ impl Sender {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
-    /// Sends one message, given in parts, with its fds. When the socket is full, sleeps until
-    /// there is room again or the deadline passes.
-    pub fn send(
-        &self,
-        parts: &mut [IoSlice<'_>],
-        fds: &[BorrowedFd<'_>],
-        deadline: Instant,
-    ) -> Result<(), ConnectionError> {
-        self.send_with(parts, fds, || self.wait_writable(deadline))
+    /// Sends one message, given in parts, with its fds. When the socket is full, sleeps until there
+    /// is room again, at the longest [`Limits::message`](super::Limits::message) at a time.
+    pub fn send(&self, parts: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
+        self.hold().send(parts, fds)
     }
 
-    /// The same; when the socket is full, calls `wait`, which returns when it is worth to try again.
+    /// Takes the turn to send, for a message that is made piece by piece.
+    pub fn hold(&self) -> Sending<'_> {
+        Sending { sender: self, turn: self.turn.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
+
+    /// Sends one message; when the socket is full, calls `wait`, which returns when it is worth to
+    /// try again.
     pub fn send_with(
         &self,
         parts: &mut [IoSlice<'_>],
         fds: &[BorrowedFd<'_>],
         mut wait: impl FnMut() -> Result<(), ConnectionError>,
     ) -> Result<(), ConnectionError> {
-        if fds.len() > MSG_FDS_MAX {
-            return Err(ConnectionError::Fds(fds.len()));
-        }
-        {
-            let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-            if turn.broken {
-                return Err(ConnectionError::Closed);
-            }
-            while !self.flush_in(&mut turn)? {
-                wait()?;
-            }
-            // A short message in one piece costs the system less than the same in parts.
-            let mut short = [0; SHORT_BYTES];
-            let bytes = if fds.is_empty() { gather(parts, &mut short) } else { 0 };
-            match bytes {
-                0 => self.send_all(&mut turn, parts, fds, &mut wait)?,
-                _ => self.send_all(&mut turn, &mut [IoSlice::new(&short[..bytes])], fds, &mut wait)?,
-            }
-        }
+        self.hold().send_all(parts, fds, Some(&mut wait))?;
         // A reply may have been kept meanwhile by who found the turn taken.
         if self.keeps() {
             self.flush()?;
-        }
-        Ok(())
-    }
-
-    fn send_all(
-        &self,
-        turn: &mut Turn,
-        mut parts: &mut [IoSlice<'_>],
-        mut fds: &[BorrowedFd<'_>],
-        wait: &mut dyn FnMut() -> Result<(), ConnectionError>,
-    ) -> Result<(), ConnectionError> {
-        let mut begun = false;
-        while !parts.is_empty() {
-            match send_some(&self.socket, parts, fds)? {
-                Some(bytes) => {
-                    IoSlice::advance_slices(&mut parts, bytes);
-                    fds = &[];
-                    begun = true;
-                }
-                None => {
-                    if let Err(error) = wait() {
-                        if begun {
-                            turn.broken = true;
-                            self.shutdown();
-                        }
-                        return Err(error);
-                    }
-                }
-            }
         }
         Ok(())
     }
@@ -143,7 +106,7 @@ impl Sender {
             if self.flush_in(&mut turn)? {
                 let mut begun = false;
                 while !parts.is_empty() {
-                    match send_some(&self.socket, parts, &[])? {
+                    match send_some(&self.socket, parts, &[], SendFlags::DONTWAIT)? {
                         Some(bytes) => IoSlice::advance_slices(&mut parts, bytes),
                         None => break,
                     }
@@ -210,7 +173,12 @@ impl Sender {
         }
         loop {
             while turn.rest_at < turn.rest.len() {
-                match send_some(&self.socket, &[IoSlice::new(&turn.rest[turn.rest_at..])], &[])? {
+                match send_some(
+                    &self.socket,
+                    &[IoSlice::new(&turn.rest[turn.rest_at..])],
+                    &[],
+                    SendFlags::DONTWAIT,
+                )? {
                     Some(bytes) => turn.rest_at += bytes,
                     None => return Ok(false),
                 }
@@ -228,6 +196,80 @@ impl Sender {
         }
     }
 }
+
+/// The turn to send on a connection: what is sent in it nobody's message comes between.
+pub struct Sending<'a> {
+    sender: &'a Sender,
+    turn: MutexGuard<'a, Turn>,
+}
+
+impl Sending<'_> {
+    /// Sends a message, or the next piece of one, with fds: like [`Sender::send`].
+    pub fn send(&mut self, parts: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
+        self.send_all(parts, fds, None)
+    }
+
+    /// Without a wait of the caller's own, the system waits.
+    fn send_all(
+        &mut self,
+        parts: &mut [IoSlice<'_>],
+        fds: &[BorrowedFd<'_>],
+        mut wait: Option<Wait<'_>>,
+    ) -> Result<(), ConnectionError> {
+        if fds.len() > MSG_FDS_MAX {
+            return Err(ConnectionError::Fds(fds.len()));
+        }
+        if self.turn.broken {
+            return Err(ConnectionError::Closed);
+        }
+        while !self.sender.flush_in(&mut self.turn)? {
+            match &mut wait {
+                Some(wait) => wait()?,
+                None => self.sender.wait_writable(Instant::now() + self.sender.limit)?,
+            }
+        }
+        // A short message in one piece costs the system less than the same in parts.
+        let mut short = [0; SHORT_BYTES];
+        let bytes = if fds.is_empty() && parts.len() > 1 { gather(parts, &mut short) } else { 0 };
+        match bytes {
+            0 => self.send_parts(parts, fds, wait),
+            _ => self.send_parts(&mut [IoSlice::new(&short[..bytes])], fds, wait),
+        }
+    }
+
+    fn send_parts(
+        &mut self,
+        mut parts: &mut [IoSlice<'_>],
+        mut fds: &[BorrowedFd<'_>],
+        mut wait: Option<Wait<'_>>,
+    ) -> Result<(), ConnectionError> {
+        let flags = if wait.is_some() { SendFlags::DONTWAIT } else { SendFlags::empty() };
+        let mut begun = false;
+        IoSlice::advance_slices(&mut parts, 0);
+        while !parts.is_empty() {
+            if let Some(bytes) = send_some(&self.sender.socket, parts, fds, flags)? {
+                IoSlice::advance_slices(&mut parts, bytes);
+                fds = &[];
+                begun = true;
+                continue;
+            }
+            let waited = match &mut wait {
+                Some(wait) => wait(),
+                None => Err(ConnectionError::Stalled),
+            };
+            if let Err(error) = waited {
+                if begun {
+                    self.turn.broken = true;
+                    self.sender.shutdown();
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+type Wait<'a> = &'a mut dyn FnMut() -> Result<(), ConnectionError>;
 
 /// Messages up to this length are sent in one piece.
 const SHORT_BYTES: usize = 256;
@@ -261,13 +303,14 @@ pub(crate) fn wait_ready(fds: &mut [PollFd<'_>], deadline: Instant) -> Result<()
     }
 }
 
-/// Sends what the socket takes now; `None` when that is nothing.
+/// Sends what the socket takes; `None` when that is nothing, now or within its own time limit.
 fn send_some(
     socket: &UnixStream,
     parts: &[IoSlice<'_>],
     fds: &[BorrowedFd<'_>],
+    flags: SendFlags,
 ) -> Result<Option<usize>, ConnectionError> {
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    let flags = SendFlags::NOSIGNAL | flags;
     if let ([whole], []) = (parts, fds) {
         loop {
             match rustix::net::send(socket, whole, flags) {

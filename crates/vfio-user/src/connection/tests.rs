@@ -1,5 +1,6 @@
 //! Messages in any number of pieces, with fds and without, and what a peer may do wrong.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{IoSlice, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,8 +17,23 @@ use crate::version::MSG_FDS_MAX;
 
 fn pair() -> (Receiver, Sender, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let (receiver, sender) = split(ours, Duration::from_secs(20)).unwrap();
+    let (receiver, sender) = split(ours, limits(20_000)).unwrap();
     (receiver, sender, theirs)
+}
+
+/// Sleeps of so many milliseconds at a time.
+fn limits(sleep: u64) -> Limits {
+    Limits { message: Duration::from_secs(20), sleep: Duration::from_millis(sleep) }
+}
+
+/// Sends as a client does, with a deadline.
+fn send_by(
+    sender: &Sender,
+    parts: &mut [IoSlice<'_>],
+    fds: &[BorrowedFd<'_>],
+    deadline: Instant,
+) -> Result<(), ConnectionError> {
+    sender.send_with(parts, fds, || sender.wait_writable(deadline))
 }
 
 fn soon() -> Instant {
@@ -196,17 +212,64 @@ fn a_peer_that_goes_within_a_message_is_told_from_one_that_goes_between() {
 }
 
 #[test]
-fn a_size_below_the_header_is_refused() {
+fn a_size_below_the_header_is_a_message_without_a_body() {
     let (mut receiver, _sender, peer) = pair();
     let header = Header { size: 3, ..Header::command(1, Command::VERSION, 0).unwrap() };
     send(&peer, header.as_bytes(), &[]);
-    assert!(matches!(receiver.next(Some(soon())), Err(ConnectionError::Framing(_))));
+    send(&peer, &message(2, b"two"), &[]);
+    let got = receiver.next(Some(soon())).unwrap();
+    assert!(got == header && got.body_bytes().is_err() && receiver.body_left() == 0);
+    assert_eq!(receive(&mut receiver), (2, b"two".to_vec(), b"".to_vec()));
+}
+
+#[test]
+fn a_peer_that_stalls_within_a_message_is_given_up_without_a_deadline() {
+    for cut in [5, 16, 18] {
+        let (ours, peer) = UnixStream::pair().unwrap();
+        let short = Duration::from_millis(1);
+        let (mut receiver, _sender) = split(ours, Limits { message: short, sleep: short }).unwrap();
+        send(&peer, &message(1, b"body")[..cut], &[]);
+        let end = receiver.next(None).and_then(|_| receiver.read(&mut [0; 4], None));
+        assert_eq!(end, Err(ConnectionError::Stalled), "after {cut} bytes");
+    }
+}
+
+#[test]
+fn a_peer_that_drips_is_given_up_even_though_no_wait_is_long() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let limits = Limits { message: Duration::from_millis(20), sleep: Duration::from_secs(20) };
+    let (mut receiver, _sender) = split(ours, limits).unwrap();
+    let header = Header::command(1, Command::DMA_MAP, 1 << 30).unwrap();
+    let dripping = std::thread::spawn(move || {
+        let mut drops = header.as_bytes().chunks(1).chain(std::iter::repeat(&[0][..]));
+        // Until the other side has hung up.
+        drops.find_map(|drop| peer.write_all(drop).err())
+    });
+    let taken = receiver.next(None).and_then(|_| {
+        loop {
+            let bytes = receiver.head(Receiver::BUFFER_BYTES, None)?.len();
+            receiver.consume(bytes);
+        }
+    });
+    let Err(end): Result<Infallible, _> = taken;
+    assert_eq!(end, ConnectionError::Stalled);
+    drop((receiver, _sender));
+    dripping.join().unwrap();
+}
+
+#[test]
+fn no_message_until_an_instant_is_no_error() {
+    let (mut receiver, _sender, peer) = pair();
+    assert_eq!(receiver.next_until(Instant::now()), Ok(None));
+    send(&peer, &message(1, b"one"), &[]);
+    assert_eq!(receiver.next_until(soon()).unwrap().unwrap().id, 1);
+    assert_eq!(receiver.next_until(Instant::now()), Ok(None));
 }
 
 #[test]
 fn receiving_goes_on_after_a_deadline() {
     let (ours, peer) = UnixStream::pair().unwrap();
-    let (mut receiver, _sender) = split(ours, Duration::from_millis(1)).unwrap();
+    let (mut receiver, _sender) = split(ours, limits(1)).unwrap();
     let bytes = message(1, &[9; 100]);
     let now = Some(Instant::now());
     assert_eq!(receiver.next(now), Err(ConnectionError::TimedOut));
@@ -224,14 +287,14 @@ fn receiving_goes_on_after_a_deadline() {
 #[test]
 fn a_message_longer_than_the_sockets_buffer_arrives_whole() {
     let (mut receiver, _s, peer) = pair();
-    let (_r, sender) = split(peer, Duration::from_secs(20)).unwrap();
+    let (_r, sender) = split(peer, limits(20_000)).unwrap();
     let body: Vec<u8> = (0..20_000_000u32).map(|n| n as u8).collect();
     let want = body.clone();
     let a = file(b'a');
     let sending = std::thread::spawn(move || {
         let header = Header::command(1, Command::MIG_DATA_WRITE, body.len()).unwrap();
         let mut parts = [IoSlice::new(header.as_bytes()), IoSlice::new(&[]), IoSlice::new(&body)];
-        sender.send(&mut parts, &[a.as_fd()], soon()).unwrap();
+        send_by(&sender, &mut parts, &[a.as_fd()], soon()).unwrap();
         sender
     });
     assert_eq!(receive(&mut receiver), (1, want, b"a".to_vec()));
@@ -244,9 +307,9 @@ fn a_message_that_cannot_be_finished_ends_the_connection() {
     let body = vec![0; 20_000_000];
     let header = Header::command(1, Command::MIG_DATA_WRITE, body.len()).unwrap();
     let mut parts = [IoSlice::new(header.as_bytes()), IoSlice::new(&body)];
-    assert_eq!(sender.send(&mut parts, &[], Instant::now()), Err(ConnectionError::TimedOut));
+    assert_eq!(send_by(&sender, &mut parts, &[], Instant::now()), Err(ConnectionError::TimedOut));
     assert_eq!(
-        sender.send(&mut [IoSlice::new(&message(2, b""))], &[], soon()),
+        send_by(&sender, &mut [IoSlice::new(&message(2, b""))], &[], soon()),
         Err(ConnectionError::Closed),
         "nothing may follow half a message"
     );
@@ -258,7 +321,7 @@ fn a_message_that_cannot_be_finished_ends_the_connection() {
 #[test]
 fn replies_are_kept_in_order_and_bounded() {
     let (_receiver, sender, peer) = pair();
-    let (mut receiver, _s) = split(peer, Duration::from_secs(20)).unwrap();
+    let (mut receiver, _s) = split(peer, limits(20_000)).unwrap();
     let body = vec![0; 1 << 20];
     let header = |id| Header::command(id, Command::DMA_READ, body.len()).unwrap();
     let mut kept = 0;
@@ -273,7 +336,7 @@ fn replies_are_kept_in_order_and_bounded() {
     assert!(sender.keeps() && usize::from(kept) <= 32 + (Sender::KEPT_BYTES_MAX >> 20));
     let sending = std::thread::spawn(move || {
         // An ordinary message comes after everything that was kept.
-        sender.send(&mut [IoSlice::new(&message(9999, b"last"))], &[], soon()).unwrap();
+        send_by(&sender, &mut [IoSlice::new(&message(9999, b"last"))], &[], soon()).unwrap();
         assert!(!sender.keeps());
         sender
     });
@@ -291,7 +354,7 @@ fn too_many_fds_are_not_sent() {
     let fd = file(b'a');
     let many = vec![fd.as_fd(); MSG_FDS_MAX + 1];
     assert_eq!(
-        sender.send(&mut [IoSlice::new(&message(1, b""))], &many, soon()),
+        send_by(&sender, &mut [IoSlice::new(&message(1, b""))], &many, soon()),
         Err(ConnectionError::Fds(MSG_FDS_MAX + 1))
     );
 }

@@ -2,6 +2,7 @@
 //! VFIO_USER_REGION_WRITE_MULTI, VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP,
 //! VFIO_USER_DEVICE_SET_IRQS`).
 
+use std::io::IoSlice;
 use std::mem::take;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -47,7 +48,7 @@ impl Connection<'_> {
             return Ok(Outcome::Refused(errno));
         }
         if job.wants_reply() {
-            self.link.sender().send(message)?;
+            self.link.send(&mut [IoSlice::new(message)], &[])?;
         }
         Ok(Outcome::Replied)
     }
@@ -63,7 +64,7 @@ impl Connection<'_> {
         let mut message = [0; Header::BYTES + RegionAccess::BYTES];
         message[..Header::BYTES].copy_from_slice(header.as_bytes());
         message[Header::BYTES..].copy_from_slice(access.as_bytes());
-        self.link.sender().send(&message)?;
+        self.link.send(&mut [IoSlice::new(&message)], &[])?;
         Ok(Outcome::Replied)
     }
 

@@ -1,7 +1,7 @@
 //! One connection: its requests in the order in which they come, each with one reply
 //! (`vfio-user.rst: Commands, Socket Disconnection Behavior`).
 
-use std::io::{self, IoSlice};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,9 +16,9 @@ use super::Options;
 use super::buffer::Buffer;
 use super::dma::Twin;
 use super::link::{Fits, Incoming, Link};
-use super::receive::{End, Receiver, Wait};
 use super::stream::DataSocket;
 use crate::codec::{Command, Header, Kind, Request, VersionMessage};
+use crate::connection::{ConnectionError, Receiver};
 use crate::version::{
     Capabilities, DATA_XFER_BYTES_MAX, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX, TwinSocket,
     VERSION,
@@ -54,7 +54,7 @@ pub(super) enum Outcome {
 }
 
 /// The outcome, or the connection's end.
-pub(super) type Handled = Result<Outcome, End>;
+pub(super) type Handled = Result<Outcome, ConnectionError>;
 
 impl From<Result<(), Errno>> for Outcome {
     fn from(result: Result<(), Errno>) -> Outcome {
@@ -82,7 +82,7 @@ impl<'a> Connection<'a> {
         stream: UnixStream,
         machine: &'a Arc<Machine>,
         options: &'a Options,
-    ) -> io::Result<Connection<'a>> {
+    ) -> Result<Connection<'a>, ConnectionError> {
         let data_bytes_max = options.data_bytes_max.clamp(4096, DATA_XFER_BYTES_MAX);
         let link =
             Arc::new(Link::new(stream, data_bytes_max as usize, options.message_limit, options.dma_limit)?);
@@ -105,7 +105,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Serves until the end, and lets go of all that the client gave.
-    pub(super) fn serve(&mut self) -> End {
+    pub(super) fn serve(&mut self) -> ConnectionError {
         let span = tracing::debug_span!("vfio_user_connection");
         let _entered = span.enter();
         tracing::debug!("connected");
@@ -115,7 +115,7 @@ impl<'a> Connection<'a> {
             match catch_unwind(AssertUnwindSafe(|| self.serve_one(&mut request))) {
                 Ok(Ok(())) => {}
                 Ok(Err(end)) => break end,
-                Err(_) => break End::Broken("a request that the server failed on"),
+                Err(_) => break ConnectionError::Broken("a request that the server failed on"),
             }
         };
         self.link.end();
@@ -125,18 +125,16 @@ impl<'a> Connection<'a> {
         end
     }
 
-    fn serve_one(&mut self, request: &mut Buffer) -> Result<(), End> {
-        let wait = match self.limits {
-            Some(_) => Wait::Forever,
-            None => Wait::Until(self.version_until),
-        };
-        match self.link.next(request, wait)? {
+    fn serve_one(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
+        // An idle client may be idle for ever.
+        let until = if self.limits.is_some() { None } else { Some(self.version_until) };
+        match self.link.next(request, until)? {
             Some(incoming) => self.handle(incoming, request),
-            None => Err(End::Silent),
+            None => Err(ConnectionError::Silent),
         }
     }
 
-    fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), End> {
+    fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), ConnectionError> {
         let Incoming { header, fds, body_bytes, held, receiver, fits } = incoming;
         let mut job = Job { header, fds: fds.fds, receiver };
         tracing::debug!(
@@ -145,7 +143,7 @@ impl<'a> Connection<'a> {
         );
         let outcome = if fits != Fits::Yes {
             Ok(Outcome::Refused(Errno::EMSGSIZE))
-        } else if fds.lost || header.kind().is_err() || header.body_bytes().is_err() {
+        } else if fds.truncated || header.kind().is_err() || header.body_bytes().is_err() {
             Ok(Outcome::Refused(Errno::EINVAL))
         } else {
             match Request::decode(header.command, request.held(held), body_bytes) {
@@ -159,32 +157,26 @@ impl<'a> Connection<'a> {
         };
         // Whatever the handler left of the body.
         if let Some(mut receiver) = job.receiver.take() {
-            let drained = receiver.drop_body(self.link.socket(), body_bytes - held);
-            receiver.finish();
+            let skipped = receiver.skip(None);
             self.link.give_back(receiver);
-            drained?;
+            skipped?;
         }
         if let Outcome::Refused(errno) = outcome? {
             self.refuse(&job, errno)?;
         }
         if fits == Fits::Ends {
-            return Err(End::Broken("a message that is too long to be drained"));
+            return Err(ConnectionError::Broken("a message that is too long to be drained"));
         }
         Ok(())
     }
 
-    fn refuse(&self, job: &Job, errno: Errno) -> Result<(), End> {
+    fn refuse(&self, job: &Job, errno: Errno) -> Result<(), ConnectionError> {
         let header = &job.header;
-        // A probe for a feature is no mistake.
-        if errno == Errno::ENOTTY {
-            tracing::debug!(command = %header.command, id = header.id, %errno, "refused");
-        } else {
-            tracing::debug!(command = %header.command, id = header.id, %errno, "refused");
-        }
+        tracing::debug!(command = %header.command, id = header.id, %errno, "refused");
         if !job.wants_reply() {
             return Ok(());
         }
-        self.link.sender().send(header.refusal(errno).as_bytes())
+        self.link.send(&mut [IoSlice::new(header.refusal(errno).as_bytes())], &[])
     }
 
     fn dispatch(&mut self, job: &mut Job, request: Request<'_>) -> Handled {
@@ -274,8 +266,14 @@ impl<'a> Connection<'a> {
 
     /// Makes the socket for the device's DMA messages and returns the client's end.
     fn make_twin(&self) -> Option<UnixStream> {
-        let made = UnixStream::pair()
-            .and_then(|(ours, theirs)| Ok((Twin::new(ours, self.options.message_limit)?, theirs)));
+        let made =
+            UnixStream::pair().map_err(|error| error.to_string()).and_then(|(ours, theirs)| match Twin::new(
+                ours,
+                self.options.message_limit,
+            ) {
+                Ok(twin) => Ok((twin, theirs)),
+                Err(error) => Err(error.to_string()),
+            });
         match made {
             Ok((twin, theirs)) => self.link.twin.set(twin).ok().map(|()| theirs),
             Err(error) => {
@@ -287,16 +285,7 @@ impl<'a> Connection<'a> {
 
     /// Replies with this body, if a reply is wanted.
     pub(super) fn reply(&self, job: &Job, body: &[u8]) -> Handled {
-        if job.wants_reply() {
-            let header = reply_header(&job.header, body.len())?;
-            if body.is_empty() {
-                self.link.sender().send(header.as_bytes())?;
-            } else {
-                let mut pieces = [IoSlice::new(header.as_bytes()), IoSlice::new(body)];
-                self.link.sender().send_pieces(&mut pieces, &[])?;
-            }
-        }
-        Ok(Outcome::Replied)
+        self.reply_pieces(job, &[body], &[])
     }
 
     /// Replies with a body of up to three pieces, and fds.
@@ -308,15 +297,15 @@ impl<'a> Connection<'a> {
             for (to, from) in pieces[1..].iter_mut().zip(body) {
                 *to = IoSlice::new(from);
             }
-            self.link.sender().send_pieces(&mut pieces[..=body.len()], fds)?;
+            self.link.send(&mut pieces[..=body.len()], fds)?;
         }
         Ok(Outcome::Replied)
     }
 }
 
 /// The header of a reply; its size is bounded by what a request may ask for.
-pub(super) fn reply_header(header: &Header, body_bytes: usize) -> Result<Header, End> {
-    header.reply(body_bytes).ok_or(End::Broken("a reply above 4 GiB"))
+pub(super) fn reply_header(header: &Header, body_bytes: usize) -> Result<Header, ConnectionError> {
+    header.reply(body_bytes).ok_or(ConnectionError::Broken("a reply above 4 GiB"))
 }
 
 /// Version data has room for all that this server ever says.

@@ -17,9 +17,9 @@ use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
 use super::connection::{Connection, Handled, Job, Outcome, reply_header};
-use super::link::{Link, Sender};
-use super::receive::{End, Receiver};
+use super::link::Link;
 use crate::codec::{Header, MigData};
+use crate::connection::{ConnectionError, Receiver};
 
 /// Replies to reads of up to this many bytes are padded.
 const PADDED_BYTES_MAX: usize = 64 << 10;
@@ -29,7 +29,7 @@ static ZEROS: [u8; PADDED_BYTES_MAX] = [0; PADDED_BYTES_MAX];
 /// What a look at the session's data brought.
 enum Piece {
     /// The reply was sent straight from the model's memory.
-    Sent(Result<(), End>),
+    Sent(Result<(), ConnectionError>),
     /// So much was gathered.
     Gathered,
     /// There is nothing more, at least for now.
@@ -62,7 +62,7 @@ impl Connection<'_> {
         let link = &self.link;
         let gathered = &mut self.spare;
         gathered.clear();
-        let reply = |data: &[u8]| reply(&link.sender(), &job.header, data, want);
+        let reply = |data: &[u8]| reply(link, &job.header, data, want);
         while gathered.len() < want {
             let piece = self.machine.data_read(session, want - gathered.len(), |save| match save {
                 Save::Data(data) if data.len() == want => Piece::Sent(reply(data)),
@@ -106,8 +106,8 @@ impl Connection<'_> {
         let written = match job.receiver.take() {
             None => self.machine.data_write(session, data),
             Some(receiver) => {
-                let mut rest = Rest { link: &self.link, left: write.size as usize, receiver: Some(receiver) };
-                let bytes = rest.left;
+                let mut rest = Rest { link: &self.link, receiver: Some(receiver) };
+                let bytes = write.size as usize;
                 self.machine.data_fill(session, bytes, &mut self.spare, |into| rest.receive(into))?
             }
         };
@@ -121,18 +121,17 @@ impl Connection<'_> {
 /// The data of a write that is still on the socket.
 struct Rest<'a> {
     link: &'a Link,
-    left: usize,
     receiver: Option<Box<Receiver>>,
 }
 
 impl Rest<'_> {
-    fn receive(&mut self, into: &mut [u8]) -> Result<(), End> {
-        let Some(receiver) = &mut self.receiver else {
-            return Err(End::Broken("more data was asked for than the message has"));
-        };
-        receiver.body(self.link.socket(), into)?;
-        self.left -= into.len();
-        if self.left == 0 {
+    fn receive(&mut self, into: &mut [u8]) -> Result<(), ConnectionError> {
+        let short = ConnectionError::Broken("more data was asked for than the message has");
+        let receiver = self.receiver.as_mut().ok_or(short)?;
+        if receiver.read(into, None)? < into.len() {
+            return Err(short);
+        }
+        if receiver.body_left() == 0 {
             // From here on the model may need the socket for its memory.
             self.give_back();
         }
@@ -140,8 +139,7 @@ impl Rest<'_> {
     }
 
     fn give_back(&mut self) {
-        if let Some(mut receiver) = self.receiver.take() {
-            receiver.finish();
+        if let Some(receiver) = self.receiver.take() {
             self.link.give_back(receiver);
         }
     }
@@ -153,7 +151,7 @@ impl Drop for Rest<'_> {
     }
 }
 
-fn reply(sender: &Sender<'_>, to: &Header, data: &[u8], want: usize) -> Result<(), End> {
+fn reply(link: &Link, to: &Header, data: &[u8], want: usize) -> Result<(), ConnectionError> {
     let padding = if want <= PADDED_BYTES_MAX { want - data.len() } else { 0 };
     let size = data.len() as u32;
     let fixed = MigData { argsz: MigData::BYTES as u32 + size, size };
@@ -164,5 +162,5 @@ fn reply(sender: &Sender<'_>, to: &Header, data: &[u8], want: usize) -> Result<(
         IoSlice::new(data),
         IoSlice::new(&ZEROS[..padding]),
     ];
-    sender.send_pieces(&mut pieces, &[])
+    link.send(&mut pieces, &[])
 }

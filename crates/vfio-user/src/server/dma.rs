@@ -7,19 +7,17 @@
 //! the request is replied to, and the connection lives on. The late answer is dropped.
 
 use std::io::IoSlice;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use limosa_device::RemoteMemory;
 use limosa_protocol::Errno;
-use rustix::net::{Shutdown, shutdown};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::link::{LIMIT_MIN, Link, Mine, Pumped, Shared, send_all};
-use super::receive::{End, Receiver, Wait};
+use super::link::{Link, Mine, Pumped, Shared};
 use crate::codec::{Command, DmaAccess, DmaWriteReply, Header, Kind};
+use crate::connection::{self, ConnectionError, Limits, Receiver, Sender};
 
 /// One DMA message under way on the connection's own socket.
 pub(super) struct Exchange {
@@ -98,7 +96,7 @@ impl Link {
             }
             shared.open_exchange(command, access)
         };
-        let sent = send_message(id, command, access, data, |pieces| self.sender().send_pieces(pieces, &[]));
+        let sent = send_message(id, command, access, data, |pieces| self.send(pieces, &[]));
         let outcome = match sent {
             Ok(()) => self.outcome(Mine { id, data: into }, until),
             Err(_) => Err(Errno::ECONNRESET),
@@ -156,9 +154,8 @@ impl Link {
         &self,
         receiver: &mut Receiver,
         header: Header,
-        body_bytes: usize,
         mine: Option<&mut Mine<'_>>,
-    ) -> Result<Option<Result<(), Errno>>, End> {
+    ) -> Result<Option<Result<(), Errno>>, ConnectionError> {
         let access = self
             .lock()
             .exchanges
@@ -167,19 +164,16 @@ impl Link {
             .map(|e| e.access);
         let Some(access) = access else {
             tracing::warn!(id = header.id, command = %header.command, "a reply that nobody waits for");
-            receiver.drop_body(self.socket(), body_bytes)?;
             return Ok(None);
         };
-        let socket = self.socket();
         if let Some(mine) = mine
             && mine.id == header.id
         {
-            return receive_reply(receiver, socket, header, body_bytes, access, mine.data.as_deref_mut())
-                .map(Some);
+            return receive_reply(receiver, header, access, mine.data.as_deref_mut()).map(Some);
         }
         // Bounded by what one message may carry.
         let mut data = vec![0; if header.command == Command::DMA_READ { access.count as usize } else { 0 }];
-        let outcome = receive_reply(receiver, socket, header, body_bytes, access, Some(&mut data))?;
+        let outcome = receive_reply(receiver, header, access, Some(&mut data))?;
         let mut shared = self.lock();
         // It may have given up by now.
         if let Some(exchange) = shared.exchanges.iter_mut().find(|e| e.id == header.id) {
@@ -207,7 +201,7 @@ impl Shared {
 
 /// The twin socket: its exchanges go one after the other.
 pub(super) struct Twin {
-    socket: UnixStream,
+    sender: Sender,
     inner: Mutex<TwinInner>,
 }
 
@@ -217,16 +211,15 @@ struct TwinInner {
 }
 
 impl Twin {
-    pub(super) fn new(socket: UnixStream, message_limit: Duration) -> std::io::Result<Twin> {
-        let message_limit = message_limit.max(LIMIT_MIN);
-        socket.set_write_timeout(Some(message_limit))?;
-        let inner = TwinInner { receiver: Receiver::new(message_limit), next_id: 0 };
-        Ok(Twin { socket, inner: Mutex::new(inner) })
+    pub(super) fn new(socket: UnixStream, message_limit: Duration) -> Result<Twin, ConnectionError> {
+        let limits = Limits { message: message_limit, sleep: message_limit };
+        let (receiver, sender) = connection::split(socket, limits)?;
+        Ok(Twin { sender, inner: Mutex::new(TwinInner { receiver, next_id: 0 }) })
     }
 
     /// Every wait on it ends.
     pub(super) fn end(&self) {
-        let _ = shutdown(&self.socket, Shutdown::Both);
+        self.sender.shutdown();
     }
 
     fn exchange(
@@ -238,7 +231,7 @@ impl Twin {
         limit: Duration,
     ) -> Result<(), Errno> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.exchange(&self.socket, command, access, data, into, Instant::now() + limit).unwrap_or_else(
+        inner.exchange(&self.sender, command, access, data, into, Instant::now() + limit).unwrap_or_else(
             |end| {
                 tracing::debug!(%end, "the twin socket is over");
                 self.end();
@@ -251,32 +244,26 @@ impl Twin {
 impl TwinInner {
     fn exchange(
         &mut self,
-        socket: &UnixStream,
+        sender: &Sender,
         command: Command,
         access: DmaAccess,
         data: &[u8],
         into: Option<&mut [u8]>,
         until: Instant,
-    ) -> Result<Result<(), Errno>, End> {
-        let socket = socket.as_fd();
+    ) -> Result<Result<(), Errno>, ConnectionError> {
         self.next_id = self.next_id.wrapping_add(1);
         let id = self.next_id;
-        send_message(id, command, access, data, |pieces| send_all(socket, pieces, &[]))?;
+        send_message(id, command, access, data, |pieces| sender.send(pieces, &[]))?;
         loop {
-            let Some(header) = self.receiver.header(socket, Wait::Until(until))? else {
+            let Some(header) = self.receiver.next_until(until)? else {
                 return Ok(Err(Errno::ETIMEDOUT));
             };
-            let body_bytes = header.body_bytes().unwrap_or(0);
             let mine = header.id == id && header.command == command;
             if mine && matches!(header.kind(), Ok(Kind::Reply | Kind::Refusal(_))) {
-                let outcome = receive_reply(&mut self.receiver, socket, header, body_bytes, access, into)?;
-                self.receiver.finish();
-                return Ok(outcome);
+                return receive_reply(&mut self.receiver, header, access, into);
             }
             // The late answer to an exchange that was given up, or nonsense.
             tracing::warn!(id = header.id, command = %header.command, "not the reply that is waited for");
-            self.receiver.drop_body(socket, body_bytes)?;
-            self.receiver.finish();
         }
     }
 }
@@ -286,33 +273,29 @@ fn send_message(
     command: Command,
     access: DmaAccess,
     data: &[u8],
-    send: impl FnOnce(&mut [IoSlice<'_>]) -> Result<(), End>,
-) -> Result<(), End> {
+    send: impl FnOnce(&mut [IoSlice<'_>]) -> Result<(), ConnectionError>,
+) -> Result<(), ConnectionError> {
     let header = Header::command(id, command, size_of::<DmaAccess>() + data.len())
-        .ok_or(End::Failed(Errno::EMSGSIZE))?;
+        .ok_or(ConnectionError::Os(Errno::EMSGSIZE))?;
     send(&mut [IoSlice::new(header.as_bytes()), IoSlice::new(access.as_bytes()), IoSlice::new(data)])
 }
 
-/// Receives the body of a reply and says how the exchange went. What is wrong with a reply fails
-/// its exchange only: the stream stays in step.
+/// Receives a reply and says how the exchange went. What is wrong with a reply fails its exchange
+/// only: the stream stays in step.
 fn receive_reply(
     receiver: &mut Receiver,
-    socket: std::os::fd::BorrowedFd<'_>,
     header: Header,
-    body_bytes: usize,
     access: DmaAccess,
     into: Option<&mut [u8]>,
-) -> Result<Result<(), Errno>, End> {
-    let mut left = body_bytes;
+) -> Result<Result<(), Errno>, ConnectionError> {
+    let mut fixed = [0; size_of::<DmaAccess>()];
     let outcome = match (header.kind(), header.command) {
         (Ok(Kind::Refusal(errno)), _) => Err(errno),
         (Ok(Kind::Reply), Command::DMA_READ) => {
-            let mut fixed = [0; size_of::<DmaAccess>()];
             let into = into.unwrap_or_default();
-            if body_bytes == fixed.len() + into.len() {
-                receiver.body(socket, &mut fixed)?;
-                receiver.body(socket, into)?;
-                left = 0;
+            if receiver.body_left() == fixed.len() + into.len() {
+                receiver.read(&mut fixed, None)?;
+                receiver.read(into, None)?;
                 match DmaAccess::read_from_bytes(&fixed) {
                     Ok(answer) if answer == access => Ok(()),
                     _ => Err(Errno::EPROTO),
@@ -323,17 +306,14 @@ fn receive_reply(
         }
         (Ok(Kind::Reply), _) => {
             // 12 bytes by the specification, 16 from libvfio-user's clients.
-            let mut answer = [0; size_of::<DmaAccess>()];
-            let bytes = body_bytes.min(answer.len());
-            receiver.body(socket, &mut answer[..bytes])?;
-            left -= bytes;
-            match DmaWriteReply::decode(&answer[..bytes]) {
-                Ok(answer) if left == 0 && answer == access => Ok(()),
+            let bytes = receiver.read(&mut fixed, None)?;
+            match DmaWriteReply::decode(&fixed[..bytes]) {
+                Ok(answer) if receiver.body_left() == 0 && answer == access => Ok(()),
                 _ => Err(Errno::EPROTO),
             }
         }
         _ => Err(Errno::EPROTO),
     };
-    receiver.drop_body(socket, left)?;
+    receiver.skip(None)?;
     Ok(outcome)
 }

@@ -178,23 +178,26 @@ impl Connection<'_> {
         fixed[24..].copy_from_slice(report.as_bytes());
 
         let memory = &self.machine.bus().memory;
-        let sender = self.link.sender();
-        let mut fixed = &fixed[..];
-        let FeatureDmaLoggingReport { mut iova, mut length, page_size } = report;
-        while length > 0 {
-            let pages = length.div_ceil(page_size).min(PIECE_WORDS as u64 * 64);
-            let bytes = length.min(pages.saturating_mul(page_size));
-            let words = self.reply.zeroed(pages.div_ceil(64) as usize);
-            if let Err(errno) = memory.logging_report(iova, bytes, page_size, words) {
-                // The reply has begun: what cannot be told is dirty.
-                tracing::error!(%errno, iova, bytes, "report failed half-way");
-                set_all(words, pages);
+        let words_room = &mut self.reply;
+        self.link.send_in_pieces(|sending| {
+            let mut fixed = &fixed[..];
+            let FeatureDmaLoggingReport { mut iova, mut length, page_size } = report;
+            while length > 0 {
+                let pages = length.div_ceil(page_size).min(PIECE_WORDS as u64 * 64);
+                let bytes = length.min(pages.saturating_mul(page_size));
+                let words = words_room.zeroed(pages.div_ceil(64) as usize);
+                if let Err(errno) = memory.logging_report(iova, bytes, page_size, words) {
+                    // The reply has begun: what cannot be told is dirty.
+                    tracing::error!(%errno, iova, bytes, "report failed half-way");
+                    set_all(words, pages);
+                }
+                sending.send(&mut [IoSlice::new(fixed), IoSlice::new(words.as_bytes())], &[])?;
+                fixed = &[];
+                iova = iova.wrapping_add(bytes);
+                length -= bytes;
             }
-            sender.send_pieces(&mut [IoSlice::new(fixed), IoSlice::new(words.as_bytes())], &[])?;
-            fixed = &[];
-            iova = iova.wrapping_add(bytes);
-            length -= bytes;
-        }
+            Ok(())
+        })?;
         Ok(Outcome::Replied)
     }
 

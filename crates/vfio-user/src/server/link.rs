@@ -8,20 +8,19 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use limosa_protocol::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, send, sendmsg, shutdown};
+use rustix::net::{Shutdown, shutdown};
 
 use super::buffer::Buffer;
 use super::dma::{Exchange, Twin};
-use super::receive::{End, Fds, Receiver, Wait, errno_of};
 use crate::codec::{Command, Header, Kind};
-use crate::version::MSG_FDS_MAX;
+use crate::connection::{self, ConnectionError, Fds, Limits, Receiver, Sender, Sending};
 
 /// Bodies of commands other than those that carry data are refused above this many bytes.
 const BODY_BYTES_MAX: usize = 64 << 10;
@@ -29,12 +28,6 @@ const BODY_BYTES_MAX: usize = 64 << 10;
 /// A message that is too long is drained, and refused, up to this many bytes; beyond it the
 /// connection ends.
 const DRAIN_BYTES_MAX: usize = 64 << 20;
-
-/// To the system a time limit of 0 means none.
-pub(super) const LIMIT_MIN: Duration = Duration::from_millis(1);
-
-/// What is asked of the system for data on its way to the client.
-const SEND_BUFFER_BYTES: usize = 4 << 20;
 
 /// Commands that arrive while a request waits for the client's memory.
 const QUEUE_COMMANDS_MAX: usize = 1024;
@@ -45,8 +38,7 @@ const QUEUE_FDS_MAX: usize = 256;
 
 /// A connection.
 pub(super) struct Link {
-    socket: UnixStream,
-    sending: Mutex<()>,
+    sender: Sender,
     pub(super) shared: Mutex<Shared>,
     pub(super) turn: Condvar,
     /// The socket for the server's commands, when one was negotiated.
@@ -111,18 +103,13 @@ impl Link {
         data_bytes_max: usize,
         message_limit: Duration,
         dma_limit: Duration,
-    ) -> std::io::Result<Link> {
-        // A blocking socket: no call but the transfer itself is needed for a request.
-        socket.set_nonblocking(false)?;
-        let message_limit = message_limit.max(LIMIT_MIN);
-        socket.set_write_timeout(Some(message_limit))?;
-        // As much as the system allows: fewer switches between the two sides within a large message.
-        rustix::net::sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER_BYTES)?;
+    ) -> Result<Link, ConnectionError> {
+        let limits = Limits { message: message_limit, sleep: message_limit };
+        let (receiver, sender) = connection::split(socket, limits)?;
         Ok(Link {
-            socket,
-            sending: Mutex::new(()),
+            sender,
             shared: Mutex::new(Shared {
-                receiver: Some(Box::new(Receiver::new(message_limit))),
+                receiver: Some(Box::new(receiver)),
                 queue: VecDeque::new(),
                 queued_bytes: 0,
                 queued_fds: 0,
@@ -140,18 +127,18 @@ impl Link {
         })
     }
 
-    pub(super) fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-
     pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {
         // Nothing under this lock panics half-way through a change.
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for the next command, whose body, or the head of it, is in `buffer`; `None` when none
-    /// came in time.
-    pub(super) fn next(&self, buffer: &mut Buffer, wait: Wait) -> Result<Option<Incoming>, End> {
+    /// came until then.
+    pub(super) fn next(
+        &self,
+        buffer: &mut Buffer,
+        until: Option<Instant>,
+    ) -> Result<Option<Incoming>, ConnectionError> {
         let mut shared = self.lock();
         shared.gave_up = false;
         let mut receiver = loop {
@@ -165,12 +152,12 @@ impl Link {
                 break receiver;
             }
             if shared.over {
-                return Err(End::Closed);
+                return Err(ConnectionError::Closed);
             }
             shared = self.wait(shared, None).0;
         };
         drop(shared);
-        let incoming = self.lead(&mut receiver, buffer, wait);
+        let incoming = self.lead(&mut receiver, buffer, until);
         match incoming {
             Ok(Some(mut incoming)) if incoming.held < incoming.body_bytes => {
                 incoming.receiver = Some(receiver);
@@ -188,14 +175,19 @@ impl Link {
         &self,
         receiver: &mut Receiver,
         buffer: &mut Buffer,
-        wait: Wait,
-    ) -> Result<Option<Incoming>, End> {
+        until: Option<Instant>,
+    ) -> Result<Option<Incoming>, ConnectionError> {
         loop {
-            let Some(header) = receiver.header(self.socket(), wait)? else { return Ok(None) };
-            let body_bytes = header.body_bytes().unwrap_or(0);
+            let header = match until {
+                None => receiver.next(None)?,
+                Some(until) => match receiver.next_until(until)? {
+                    Some(header) => header,
+                    None => return Ok(None),
+                },
+            };
+            let body_bytes = receiver.body_left();
             if is_reply(&header) {
-                self.hand_over(receiver, header, body_bytes, None)?;
-                receiver.finish();
+                self.hand_over(receiver, header, None)?;
                 continue;
             }
             let fits = self.fits(header.command, body_bytes);
@@ -207,13 +199,13 @@ impl Link {
                     Command::MIG_DATA_WRITE if body_bytes > IN_ONE_PIECE => MIG_DATA_HEAD,
                     _ => body_bytes,
                 };
-                receiver.body(self.socket(), buffer.bytes(held))?;
+                receiver.read(buffer.bytes(held), None)?;
                 incoming.held = held;
             } else {
-                self.drain(receiver, fits, body_bytes)?;
+                self.drain(receiver, fits)?;
                 incoming.body_bytes = 0;
             }
-            incoming.fds = receiver.finish_head(incoming.held == incoming.body_bytes);
+            incoming.fds = receiver.fds();
             return Ok(Some(incoming));
         }
     }
@@ -226,25 +218,24 @@ impl Link {
         receiver: &mut Receiver,
         until: Instant,
         mine: &mut Mine<'_>,
-    ) -> Result<Pumped, End> {
-        let Some(header) = receiver.header(self.socket(), Wait::Until(until))? else {
+    ) -> Result<Pumped, ConnectionError> {
+        let Some(header) = receiver.next_until(until)? else {
             return Ok(Pumped::Nothing);
         };
-        let body_bytes = header.body_bytes().unwrap_or(0);
+        let body_bytes = receiver.body_left();
         if is_reply(&header) {
-            let done = self.hand_over(receiver, header, body_bytes, Some(mine))?;
-            receiver.finish();
+            let done = self.hand_over(receiver, header, Some(mine))?;
             return Ok(done.map_or(Pumped::Other, Pumped::Mine));
         }
         let fits = self.fits(header.command, body_bytes);
         let mut body = Vec::new();
         if fits == Fits::Yes {
             body.resize(body_bytes, 0);
-            receiver.body(self.socket(), &mut body)?;
+            receiver.read(&mut body, None)?;
         } else {
-            self.drain(receiver, fits, body_bytes)?;
+            self.drain(receiver, fits)?;
         }
-        let fds = receiver.finish();
+        let fds = receiver.fds();
         let mut shared = self.lock();
         shared.queued_bytes += body.len();
         shared.queued_fds += fds.fds.len();
@@ -256,8 +247,8 @@ impl Link {
         Ok(if full { Pumped::Full } else { Pumped::Other })
     }
 
-    fn drain(&self, receiver: &mut Receiver, fits: Fits, bytes: usize) -> Result<(), End> {
-        if fits == Fits::Drained { receiver.drop_body(self.socket(), bytes) } else { Ok(()) }
+    fn drain(&self, receiver: &mut Receiver, fits: Fits) -> Result<(), ConnectionError> {
+        if fits == Fits::Drained { receiver.skip(None) } else { Ok(()) }
     }
 
     fn fits(&self, command: Command, body_bytes: usize) -> Fits {
@@ -306,7 +297,7 @@ impl Link {
     pub(super) fn end(&self) {
         self.lock().over = true;
         self.turn.notify_all();
-        let _ = shutdown(&self.socket, Shutdown::Both);
+        self.sender.shutdown();
         if let Some(twin) = self.twin.get() {
             twin.end();
         }
@@ -314,12 +305,29 @@ impl Link {
 
     /// No more is received than what the client sent already.
     pub(super) fn end_receiving(&self) {
-        let _ = shutdown(&self.socket, Shutdown::Read);
+        let _ = shutdown(self.sender.socket(), Shutdown::Read);
     }
 
-    /// Takes the turn to send. Messages of several pieces are sent under one turn.
-    pub(super) fn sender(&self) -> Sender<'_> {
-        Sender { link: self, _turn: self.sending.lock().unwrap_or_else(PoisonError::into_inner) }
+    /// Sends these pieces as one message, with fds. On failure the connection is over, because its
+    /// stream is.
+    pub(super) fn send(
+        &self,
+        pieces: &mut [IoSlice<'_>],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), ConnectionError> {
+        self.send_in_pieces(|sending| sending.send(pieces, fds))
+    }
+
+    /// The same for a message that is made piece by piece.
+    pub(super) fn send_in_pieces(
+        &self,
+        send: impl FnOnce(&mut Sending<'_>) -> Result<(), ConnectionError>,
+    ) -> Result<(), ConnectionError> {
+        let sent = send(&mut self.sender.hold());
+        if sent.is_err() {
+            self.end();
+        }
+        sent
     }
 }
 
@@ -361,94 +369,5 @@ impl Queued {
             receiver: None,
             fits: self.fits,
         }
-    }
-}
-
-/// The turn to send on a connection.
-pub(super) struct Sender<'a> {
-    link: &'a Link,
-    _turn: MutexGuard<'a, ()>,
-}
-
-impl Sender<'_> {
-    /// Sends all of these bytes. On failure the connection is over, because its stream is.
-    pub(super) fn send(&self, bytes: &[u8]) -> Result<(), End> {
-        self.sent(send_one(self.link.socket(), bytes))
-    }
-
-    /// Sends all of these pieces as one, with fds.
-    pub(super) fn send_pieces(&self, pieces: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), End> {
-        let mut short = [0; SHORT_BYTES];
-        let bytes = if fds.is_empty() { gather(pieces, &mut short) } else { 0 };
-        self.sent(match bytes {
-            0 => send_all(self.link.socket(), pieces, fds),
-            _ => send_one(self.link.socket(), &short[..bytes]),
-        })
-    }
-
-    fn sent(&self, result: Result<(), End>) -> Result<(), End> {
-        if result.is_err() {
-            self.link.end();
-        }
-        result
-    }
-}
-
-/// Up to this many bytes one piece costs the system less than several.
-const SHORT_BYTES: usize = 256;
-
-/// Copies the pieces together if they fit, and returns their length, else 0.
-fn gather(pieces: &[IoSlice<'_>], into: &mut [u8; SHORT_BYTES]) -> usize {
-    let mut at = 0;
-    for piece in pieces {
-        let Some(room) = into.get_mut(at..at + piece.len()) else { return 0 };
-        room.copy_from_slice(piece);
-        at += piece.len();
-    }
-    at
-}
-
-/// Sends one piece; mostly that is one system call.
-fn send_one(socket: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), End> {
-    while !bytes.is_empty() {
-        match send(socket, bytes, SendFlags::NOSIGNAL) {
-            Ok(sent) => bytes = &bytes[sent..],
-            Err(errno) => send_again(errno)?,
-        }
-    }
-    Ok(())
-}
-
-/// Sends all of the pieces, the fds with the first byte.
-pub(super) fn send_all(
-    socket: BorrowedFd<'_>,
-    mut pieces: &mut [IoSlice<'_>],
-    mut fds: &[BorrowedFd<'_>],
-) -> Result<(), End> {
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MSG_FDS_MAX))];
-    IoSlice::advance_slices(&mut pieces, 0);
-    while !pieces.is_empty() {
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(End::Failed(Errno::E2BIG));
-        }
-        match sendmsg(socket, pieces, &mut control, SendFlags::NOSIGNAL) {
-            Ok(sent) => {
-                fds = &[];
-                IoSlice::advance_slices(&mut pieces, sent);
-            }
-            Err(errno) => send_again(errno)?,
-        }
-    }
-    Ok(())
-}
-
-fn send_again(errno: rustix::io::Errno) -> Result<(), End> {
-    match errno {
-        rustix::io::Errno::INTR => Ok(()),
-        // The socket's time limit.
-        rustix::io::Errno::AGAIN => Err(End::Stalled),
-        rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET => Err(End::Closed),
-        other => Err(End::Failed(errno_of(other))),
     }
 }

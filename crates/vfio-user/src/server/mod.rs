@@ -16,7 +16,6 @@ mod feature;
 mod info;
 mod link;
 mod listen;
-mod receive;
 mod stream;
 
 use std::io;
@@ -31,7 +30,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use connection::Connection;
 use listen::Place;
-pub use receive::End;
+
+use crate::connection::ConnectionError;
 
 /// How a server deals with its clients.
 #[derive(Clone, Debug)]
@@ -195,8 +195,8 @@ pub fn serve_connection(
     machine: &Arc<Machine>,
     options: &Options,
     shutdown: &ShutdownHandle,
-) -> io::Result<End> {
-    let mut connection = Connection::new(stream, machine, options)?;
+) -> io::Result<ConnectionError> {
+    let mut connection = Connection::new(stream, machine, options).map_err(io::Error::other)?;
     let done = ShutdownHandle::new()?;
     std::thread::scope(|scope| {
         // Wakes the connection from its socket's calls; so these need no poll before them.

@@ -14,7 +14,7 @@ use limosa_protocol::{Errno, State};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
-use super::receive::errno_of;
+use crate::connection::errno_of;
 
 /// Moved at once: what a socket that has room takes whole.
 const PIECE_BYTES: usize = 128 << 10;
