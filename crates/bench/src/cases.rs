@@ -9,6 +9,7 @@ use limosa_client::{Device, DeviceExt, DmaMap, DmaMemory};
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::info::{DeviceFlags, DmaMapFlags};
 use limosa_protocol::{FeatureIndex, FeatureOp, MigrationFlags, pci_index};
+use limosa_vfio_user::client::Options;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use zerocopy::IntoBytes;
 
@@ -64,7 +65,7 @@ pub fn run(subject: Subject<'_>, each: Duration, mut done: impl FnMut(Figure)) -
     // The child is dropped after its client.
     let (_child, device): (_, Box<dyn Device>) = match subject {
         Subject::Own => {
-            let (client, child) = own_device()?;
+            let (client, child) = own_device(Options::default())?;
             (Some(child), Box::new(client))
         }
         Subject::Device { connect, .. } => (None, connect()?),

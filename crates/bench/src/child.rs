@@ -82,8 +82,8 @@ pub fn pin_to_one_core() -> anyhow::Result<()> {
 }
 
 /// Connects to the bench's own device, served by this program in another process.
-pub(crate) fn own_device() -> anyhow::Result<(Client, Child)> {
+pub(crate) fn own_device(options: Options) -> anyhow::Result<(Client, Child)> {
     let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
     let child = Child::start(Role::Limosa, theirs.into())?;
-    Ok((Client::from_stream(ours, "bench", Options::default())?, child))
+    Ok((Client::from_stream(ours, "bench", options)?, child))
 }
