@@ -416,6 +416,55 @@ fn an_unmap_that_cannot_report_loses_no_page() {
     thread.join().unwrap();
 }
 
+/// A server that knows of no write of its own, as one is that has no fd of the memory: what it wrote
+/// by messages is in its reports all the same.
+#[test]
+fn pages_written_by_messages_are_dirty_even_if_the_server_does_not_say_so() {
+    /// Writes eight bytes, and the reply says that they were written.
+    fn write(peer: &mut Peer, iova: u64) {
+        let access = DmaAccess { address: iova, count: 8 };
+        let header = Header::command(77, Command::DMA_WRITE, 24).unwrap();
+        peer.send(header, &[access.as_bytes(), &[1; 8]].concat());
+        let (reply, _) = peer.receive();
+        assert_eq!((reply.command, reply.flags), (Command::DMA_WRITE, Header::TYPE_REPLY));
+    }
+    /// Takes a request of the client's, writes meanwhile, and says yes with `more` bytes of zeros.
+    fn agree(peer: &mut Peer, command: Command, writes: &[u64], more: usize) {
+        let (header, body) = peer.receive();
+        assert_eq!(header.command, command);
+        writes.iter().for_each(|&iova| write(peer, iova));
+        peer.reply(&header, &[&body[..], &vec![0; more]].concat());
+    }
+    let (client, thread) = with_features(|peer| {
+        agree(peer, Command::DMA_MAP, &[], 0);
+        agree(peer, Command::REGION_READ, &[0x1_0000], 8);
+        agree(peer, Command::DEVICE_FEATURE, &[0x1_1000], 0);
+        agree(peer, Command::REGION_READ, &[0x1_2ffc], 8);
+        agree(peer, Command::DEVICE_FEATURE, &[], 8);
+        agree(peer, Command::DEVICE_FEATURE, &[0x1_5000], 8);
+        agree(peer, Command::REGION_READ, &[0x1_7000], 8);
+        agree(peer, Command::DMA_UNMAP, &[0x1_f000], 8);
+    });
+    let dirty = |bits: &[u64]| bits.iter().fold(0, |word, bit| word | 1 << bit);
+    let target: Arc<dyn DmaTarget> = Arc::new(Zeros { full: false });
+    let memory = DmaMemory::Messages(&target);
+    client.dma_map(&DmaMap { iova: 0x1_0000, size: 0x1_0000, flags: DmaMapFlags::WRITE, memory }).unwrap();
+    read(&client).unwrap();
+    assert_eq!(client.dma_logging_start(4096, &[]).unwrap(), 4096);
+    read(&client).unwrap();
+    let mut words = [0];
+    client.dma_logging_report(0x1_0000, 0x1_0000, 4096, &mut words).unwrap();
+    assert_eq!(words, [dirty(&[1, 2, 3])], "nothing of before the log, all of it since");
+    words = [0];
+    client.dma_logging_report(0x1_0000, 0x1_0000, 0x2000, &mut words).unwrap();
+    assert_eq!(words, [dirty(&[2])], "each page once, at the report's size");
+    read(&client).unwrap();
+    words = [0];
+    client.dma_unmap(0x1_0000, 0x1_0000, Some(DirtyBits { page_size: 4096, words: &mut words })).unwrap();
+    assert_eq!(words, [dirty(&[7, 15])]);
+    thread.join().unwrap();
+}
+
 #[test]
 fn the_end_of_a_sessions_socket_counts_only_when_confirmed() {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
@@ -447,7 +496,9 @@ fn the_end_of_a_sessions_socket_counts_only_when_confirmed() {
     thread.join().unwrap();
 }
 
-struct Zeros;
+struct Zeros {
+    full: bool,
+}
 
 impl DmaTarget for Zeros {
     fn read(&self, _: u64, data: &mut [u8]) -> std::io::Result<()> {
@@ -455,7 +506,7 @@ impl DmaTarget for Zeros {
         Ok(())
     }
     fn write(&self, _: u64, _: &[u8]) -> std::io::Result<()> {
-        Err(rustix::io::Errno::NOSPC.into())
+        if self.full { Err(rustix::io::Errno::NOSPC.into()) } else { Ok(()) }
     }
 }
 
@@ -486,7 +537,7 @@ fn what_the_server_asks_for_is_bounded_and_refused_in_step() {
         assert_eq!(peer.receive().0.error, Errno::EINVAL.raw());
         peer.reply(&read, &[&body[..16], &6u64.to_ne_bytes()].concat());
     });
-    let memory: Arc<dyn DmaTarget> = Arc::new(Zeros);
+    let memory: Arc<dyn DmaTarget> = Arc::new(Zeros { full: true });
     let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
     let map = DmaMap { iova: 4096, size: 4096, flags, memory: DmaMemory::Messages(&memory) };
     client.dma_map(&map).unwrap();

@@ -198,11 +198,20 @@ impl Device for Client {
     }
 
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
+        let dma = &self.shared.exchange.dma;
         match dirty {
-            None => self.unmap(iova, size)?,
-            Some(dirty) => self.unmap_report(iova, size, dirty)?,
+            None => {
+                self.unmap(iova, size)?;
+                dma.remove(iova, size);
+                dma.log.forget(iova, size);
+            }
+            Some(DirtyBits { page_size, words }) => {
+                self.unmap_report(iova, size, DirtyBits { page_size, words: &mut *words })?;
+                // Not before the last write to it is over.
+                dma.remove(iova, size);
+                dma.log.harvest(iova, size, page_size, words);
+            }
         }
-        self.shared.exchange.dma.remove(iova, size);
         Ok(())
     }
 }

@@ -13,6 +13,7 @@ use limosa_protocol::info::DmaMapFlags;
 use zerocopy::IntoBytes;
 
 use super::MESSAGE_LIMIT;
+use super::dma_log::DmaLog;
 use super::exchange::Failure;
 use crate::codec::{Command, DmaAccess, Header, Kind};
 use crate::connection::{ConnectionError, Receiver, Sender};
@@ -20,6 +21,8 @@ use crate::connection::{ConnectionError, Receiver, Sender};
 /// The mappings that were made, and who serves them.
 pub(super) struct DmaTargets {
     data_bytes_max: u32,
+    /// What was written to them.
+    pub log: DmaLog,
     maps: RwLock<BTreeMap<u64, Target>>,
 }
 
@@ -71,7 +74,7 @@ impl DmaTarget for FileTarget {
 
 impl DmaTargets {
     pub fn new(data_bytes_max: u32) -> DmaTargets {
-        DmaTargets { data_bytes_max, maps: RwLock::default() }
+        DmaTargets { data_bytes_max, log: DmaLog::default(), maps: RwLock::default() }
     }
 
     pub fn insert(&self, iova: u64, size: u64, flags: DmaMapFlags, memory: Arc<dyn DmaTarget>) {
@@ -156,7 +159,10 @@ impl DmaTargets {
         data.resize(count, 0);
         receiver.read(data, Some(deadline))?;
         let done = each_piece(maps, access, DmaMapFlags::WRITE, |target, offset, from, to| {
-            target.write(offset, &data[from..to])
+            let written = target.write(offset, &data[from..to]);
+            // Also what failed may have been written in part.
+            self.log.wrote(access.address + from as u64, (to - from) as u64);
+            written
         });
         data.clear();
         Ok(done.map(|()| access))

@@ -116,13 +116,34 @@ impl Shared {
         if request.index == FeatureIndex::MIG_DEVICE_STATE && request.op == FeatureOp::SET {
             return self.set_device_state(request);
         }
-        let limit = self.options.request_limit;
-        let (payload_bytes, fd) =
-            self.feature_call(request.index, request.op, request.payload, &mut request.refers, limit)?;
-        if request.index == FeatureIndex::MIG_DEVICE_STATE && request.op == FeatureOp::GET {
-            self.learn(request.payload);
+        let (index, op, limit) = (request.index, request.op, self.options.request_limit);
+        let log = &self.exchange.dma.log;
+        // From before the server's log on, so that nothing falls between.
+        let begins_log = (index, op) == (FeatureIndex::DMA_LOGGING_START, FeatureOp::SET) && log.start();
+        let done = self.feature_call(index, op, request.payload, &mut request.refers, limit);
+        if begins_log && matches!(done, Err(Error::Refused { .. })) {
+            log.stop();
+        }
+        let (payload_bytes, fd) = done?;
+        match (index, op) {
+            (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::GET) => self.learn(request.payload),
+            (FeatureIndex::DMA_LOGGING_STOP, FeatureOp::SET) => log.stop(),
+            (FeatureIndex::DMA_LOGGING_REPORT, FeatureOp::GET) => {
+                self.add_written(request.payload, &mut request.refers);
+            }
+            _ => {}
         }
         Ok(FeatureReply { payload_bytes, stream: None, fd })
+    }
+
+    /// Adds to a report what this client wrote for the server.
+    fn add_written(&self, payload: &[u8], refers: &mut Refers<'_>) {
+        if let (Refers::Bitmap(words), Ok((report, _))) =
+            (refers, FeatureDmaLoggingReport::read_from_prefix(payload))
+            && report.page_size > 0
+        {
+            self.exchange.dma.log.harvest(report.iova, report.length, report.page_size, words);
+        }
     }
 
     /// One request on the wire, with its answer in `payload` and `refers`.

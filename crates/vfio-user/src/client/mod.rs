@@ -4,6 +4,7 @@ mod connect;
 mod data_socket;
 mod device;
 mod dma;
+mod dma_log;
 mod exchange;
 mod feature;
 mod stream;

@@ -1,0 +1,175 @@
+//! The pages that the client writes for the server (`vfio-user.rst: VFIO_USER_DMA_WRITE`), while
+//! dirty logging is on.
+//!
+//! The specification does not say whether a server logs what it writes by messages, and some do not:
+//! who has no fd of the memory has no bitmap for it. The client knows, as it is the one that writes;
+//! so it logs, and adds what it has to each report. A page that both have is no mistake.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Pages are logged at this size, whatever the size of those reported.
+const PAGE_SHIFT: u32 = 12;
+const CHUNK_WORDS: usize = 512;
+const CHUNK_PAGES: u64 = CHUNK_WORDS as u64 * 64;
+
+/// The log: by page of the address space, in chunks of which there are only those that were written
+/// to, one for each 128 MiB.
+type Pages = BTreeMap<u64, Box<[u64; CHUNK_WORDS]>>;
+
+/// What was written since the last report; off until started.
+#[derive(Default)]
+pub(super) struct DmaLog(Mutex<Option<Pages>>);
+
+impl DmaLog {
+    /// Turns it on, empty, and says whether it was off.
+    pub fn start(&self) -> bool {
+        let mut pages = self.lock();
+        let was_off = pages.is_none();
+        pages.get_or_insert_default();
+        was_off
+    }
+
+    pub fn stop(&self) {
+        *self.lock() = None;
+    }
+
+    /// Logs a write that was done: before it, a report in between would tell of a page too early.
+    pub fn wrote(&self, iova: u64, bytes: u64) {
+        let mut pages = self.lock();
+        let (Some(pages), Some(last)) = (&mut *pages, last_byte(iova, bytes)) else { return };
+        for page in iova >> PAGE_SHIFT..=last >> PAGE_SHIFT {
+            let chunk = pages.entry(page / CHUNK_PAGES).or_insert_with(|| Box::new([0; CHUNK_WORDS]));
+            chunk[(page % CHUNK_PAGES / 64) as usize] |= 1 << (page % 64);
+        }
+    }
+
+    /// Moves what was logged of a range to its bitmap of pages of `page_size` bytes.
+    pub fn harvest(&self, iova: u64, length: u64, page_size: u64, bitmap: &mut [u64]) {
+        self.take(iova, length, |first, last| {
+            for bit in (first - iova) / page_size..=(last - iova) / page_size {
+                if let Some(word) = bitmap.get_mut((bit / 64) as usize) {
+                    *word |= 1 << (bit % 64);
+                }
+            }
+        });
+    }
+
+    /// Forgets what was logged of a range.
+    pub fn forget(&self, iova: u64, length: u64) {
+        self.take(iova, length, |_, _| {});
+    }
+
+    /// Calls `found` with the first and the last byte in the range of each logged page. A page that
+    /// lies in the range only in part stays in the log.
+    fn take(&self, iova: u64, length: u64, mut found: impl FnMut(u64, u64)) {
+        let mut pages = self.lock();
+        let (Some(pages), Some(last)) = (&mut *pages, last_byte(iova, length)) else { return };
+        let chunk_of = |byte: u64| (byte >> PAGE_SHIFT) / CHUNK_PAGES;
+        for (&number, chunk) in pages.range_mut(chunk_of(iova)..=chunk_of(last)) {
+            for (at, word) in chunk.iter_mut().enumerate() {
+                let mut left = *word;
+                while left != 0 {
+                    let bit = left.trailing_zeros();
+                    left &= left - 1;
+                    let page = number * CHUNK_PAGES + at as u64 * 64 + u64::from(bit);
+                    let start = page << PAGE_SHIFT;
+                    let end = start | ((1 << PAGE_SHIFT) - 1);
+                    if end < iova || start > last {
+                        continue;
+                    }
+                    found(start.max(iova), end.min(last));
+                    if start >= iova && end <= last {
+                        *word &= !(1 << bit);
+                    }
+                }
+            }
+        }
+        pages.retain(|_, chunk| chunk.iter().any(|word| *word != 0));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Pages>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `None` for an empty range; one that goes past the end of the address space ends there.
+fn last_byte(iova: u64, bytes: u64) -> Option<u64> {
+    Some(iova.saturating_add(bytes.checked_sub(1)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn harvest(log: &DmaLog, iova: u64, length: u64, page_size: u64) -> Vec<u64> {
+        let mut bitmap = vec![0; length.div_ceil(page_size).div_ceil(64) as usize];
+        log.harvest(iova, length, page_size, &mut bitmap);
+        (0..bitmap.len() as u64 * 64)
+            .filter(|bit| bitmap[(bit / 64) as usize] >> (bit % 64) & 1 == 1)
+            .collect()
+    }
+
+    #[test]
+    fn nothing_is_logged_unless_it_is_on() {
+        let log = DmaLog::default();
+        log.wrote(0, 4096);
+        assert!(log.start());
+        assert!(harvest(&log, 0, 8192, 4096).is_empty());
+        log.wrote(0, 1);
+        assert!(!log.start(), "it was on");
+        assert_eq!(harvest(&log, 0, 8192, 4096), [0], "and what it had stayed");
+        log.wrote(0, 1);
+        log.stop();
+        log.start();
+        assert!(harvest(&log, 0, 8192, 4096).is_empty());
+    }
+
+    #[test]
+    fn a_write_is_every_page_that_it_touches_and_is_told_once() {
+        let log = DmaLog::default();
+        log.start();
+        log.wrote(0x1fff, 0x1002);
+        log.wrote(0x4000, 0);
+        assert_eq!(harvest(&log, 0, 0x10000, 4096), [1, 2, 3]);
+        assert!(harvest(&log, 0, 0x10000, 4096).is_empty());
+    }
+
+    #[test]
+    fn a_report_has_its_own_page_size_and_range() {
+        let log = DmaLog::default();
+        log.start();
+        let all = || {
+            log.wrote(0x10_0000, 1);
+            log.wrote(0x10_3000, 1);
+            log.wrote(0x5000_0000, 1);
+        };
+        all();
+        assert_eq!(harvest(&log, 0x10_0000, 0x10000, 0x2000), [0, 1]);
+        all();
+        assert_eq!(harvest(&log, 0x10_0000, 0x10000, 0x800), [0, 1, 6, 7]);
+        all();
+        assert_eq!(harvest(&log, 0x10_2000, 0x2000, 4096), [1]);
+        assert_eq!(harvest(&log, 0x10_0000, 0x1000, 4096), [0], "what is outside stays");
+        assert_eq!(harvest(&log, 0x5000_0000, 0x1000, 4096), [0]);
+    }
+
+    #[test]
+    fn a_page_that_is_reported_in_part_stays_logged() {
+        let log = DmaLog::default();
+        log.start();
+        log.wrote(0x1000, 4096);
+        assert_eq!(harvest(&log, 0x1800, 0x2000, 0x800), [0]);
+        assert_eq!(harvest(&log, 0x1000, 0x800, 0x800), [0]);
+        log.forget(0, 0x2000);
+        assert!(harvest(&log, 0, 0x10000, 4096).is_empty());
+    }
+
+    #[test]
+    fn the_last_page_of_the_address_space_is_one_too() {
+        let log = DmaLog::default();
+        log.start();
+        log.wrote(u64::MAX, 1);
+        assert_eq!(harvest(&log, u64::MAX - 0xffff, 0x10000, 4096), [15]);
+    }
+}
