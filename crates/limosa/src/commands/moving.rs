@@ -10,7 +10,7 @@ use limosa_migrate::link::{self, Address, Listener, SocketLink, Wait};
 use limosa_migrate::stream::Damage;
 use limosa_migrate::{
     AfterLoad, AfterSave, Cancel, Destination, Error, InDoubt, Ledger, Memory, MovedDevice, Nobody, Options,
-    Outcome, Received, Report, Source, move_local,
+    Outcome, Phase, Received, Report, Source, move_local,
 };
 use serde::Serialize;
 
@@ -22,6 +22,8 @@ use crate::signals;
 
 /// How long a source in doubt asks before it gives up and says so.
 const ASK_LIMIT: Duration = Duration::from_secs(30);
+/// How long it waits before it asks again.
+const ASK_EVERY: Duration = Duration::from_millis(500);
 /// How long a destination that could not tell the source stays to be asked.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
@@ -105,8 +107,15 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
         };
         outcome = match link::connect(&address, left) {
             Ok(mut link) => source.resolve(doubt, &mut link),
-            Err(_) => return Err(in_doubt(&args.device, &doubt)),
+            // Nobody is there to be asked, now or later.
+            Err(error) if nobody_listens(&error) => return Err(in_doubt(&args.device, &doubt)),
+            Err(_) => Outcome::InDoubt(doubt),
         };
+        if let Outcome::InDoubt(doubt) = &outcome
+            && cancel.wait(ASK_EVERY)
+        {
+            return Err(in_doubt(&args.device, doubt));
+        }
     }
     drop(progress);
     settled(outcome, out)
@@ -132,6 +141,7 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
             link::LinkError::TimedOut => {
                 exit::error(Code::Unreachable, format!("{listen}: nobody connected within {:?}", args.wait))
             }
+            link::LinkError::Cancelled => Error::Cancelled.into(),
             error => error.into(),
         })?;
         return match destination.receive(&mut link) {
@@ -146,7 +156,14 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
             Received::Stopped(report) => print(out, "stopped", &report),
             // A source of an earlier move; the one that is waited for is still to come.
             Received::Answered { .. } => continue,
-            Received::Discarded { why, .. } => Err(why.into()),
+            Received::Discarded { why, report } => {
+                drop(link);
+                if source_may_doubt(&why, &report) {
+                    answer(&destination, accept);
+                }
+                let notes = Notes(&report.notes).to_string();
+                Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", args.device)))
+            }
             Received::Broken { why, .. } => Err(broken(&args.device, why)),
         };
     }
@@ -164,8 +181,18 @@ fn say_where(address: &Address, out: &Output) {
     let _ = said;
 }
 
-/// The source was not told that the devices run: stays until it has asked.
+/// Whether the link was lost when the source may have sent its COMMIT: it cannot know that this did not
+/// come.
+fn source_may_doubt(why: &Error, report: &Report) -> bool {
+    let held = report.phases.iter().any(|phase| phase.phase == Phase::Commit);
+    held && matches!(why, Error::Link { .. } | Error::TimedOut { .. })
+}
+
+/// The source could not be told how the move ended: stays until it has asked.
 fn answer(destination: &Destination<'_>, accept: impl Fn(Duration) -> Result<SocketLink, link::LinkError>) {
+    tracing::warn!(
+        "the source may be in doubt how the move ended; staying {ANSWER_LIMIT:?} to be asked; SIGINT ends that"
+    );
     let began = Instant::now();
     while let Some(left) = ANSWER_LIMIT.checked_sub(began.elapsed()) {
         let Ok(mut link) = accept(left) else { return };
@@ -243,6 +270,10 @@ fn destination<'a>(
     Destination { devices, memory: &[], vmm: &Nobody, observer, options, cancel: Some(cancel), ledger }
 }
 
+fn nobody_listens(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
+}
+
 fn connect(address: &Address, limit: Duration) -> anyhow::Result<SocketLink> {
     link::connect(address, limit).map_err(|error| {
         let hint = "is `limosa receive` listening there?";
@@ -256,7 +287,11 @@ fn settled(outcome: Outcome, out: &Output) -> anyhow::Result<()> {
         Outcome::Moved(report) => print(out, "moved", &report),
         Outcome::Undone { why, report } => {
             let notes = Notes(&report.notes).to_string();
-            Err(anyhow::Error::from(why).context(format!("the source is as it was before{notes}")))
+            let source = match notes.as_str() {
+                "" => "the source is as it was before",
+                _ => "the move was undone, but not all is as it was before",
+            };
+            Err(anyhow::Error::from(why).context(format!("{source}{notes}")))
         }
         Outcome::InDoubt(doubt) => Err(in_doubt("the source", &doubt)),
     }

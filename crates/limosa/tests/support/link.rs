@@ -51,8 +51,8 @@ impl Proxy {
             let mut plan = plan;
             for near in listener.incoming() {
                 let Ok(near) = near else { return };
-                // Nobody there: the connection is closed.
-                let Ok(far) = UnixStream::connect(&to) else { continue };
+                // Nobody there: nobody is here either.
+                let Ok(far) = UnixStream::connect(&to) else { return };
                 for back in [false, true] {
                     let (from, into) = if back { (&far, &near) } else { (&near, &far) };
                     let (from, into) = (from.try_clone().unwrap(), into.try_clone().unwrap());

@@ -113,6 +113,7 @@ pub fn start<S: AsRef<str>>(args: &[S]) -> Running {
     let mut child = Command::new(env!("CARGO_BIN_EXE_limosa"))
         .args(&args)
         .env_remove("RUST_LOG")
+        .env_remove("RUST_BACKTRACE")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -160,6 +161,11 @@ impl Running {
             let said = self.shared.said();
             panic!("{} never said `{part}`: {}{}", self.name, said.out, said.err)
         })
+    }
+
+    /// Whether it says this before it ends.
+    pub fn says(&self, part: &str) -> bool {
+        self.shared.wait(&self.name, |said| said.line(part)).is_some()
     }
 
     /// What comes after this in the line with it, such as an address.
@@ -228,7 +234,7 @@ impl Folder {
     #[track_caller]
     pub fn serve(&self, model: &str, name: &str, options: &[&str]) -> Server {
         let socket = self.text(name);
-        let mut args = vec!["serve", model, "--socket", &socket];
+        let mut args = vec!["-vv", "serve", model, "--socket", &socket];
         for option in options {
             args.extend(["-o", option]);
         }
@@ -245,6 +251,12 @@ pub struct Server {
 }
 
 impl Server {
+    /// Waits until it says this in its log.
+    #[track_caller]
+    pub fn line(&self, part: &str) {
+        self.running.as_ref().unwrap().line(part);
+    }
+
     pub fn client(&self) -> Client {
         Client::connect(Path::new(&self.socket), Options::default()).unwrap()
     }

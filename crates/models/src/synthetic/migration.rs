@@ -20,7 +20,10 @@ impl Synthetic {
         let step = Step { from: self.state, to };
         for fault in &mut self.faults {
             match fault {
-                ScriptedFault::Stall(at, ms) if *at == step => stall(Duration::from_millis(*ms)),
+                ScriptedFault::Stall(at, ms) if *at == step => {
+                    tracing::debug!(%step, ms, "stalls as scripted");
+                    stall(Duration::from_millis(*ms));
+                }
                 ScriptedFault::Fail(at, times) if *at == step && *times > 0 => {
                     *times -= 1;
                     return Err(Fault::Refused(Errno::EBUSY));

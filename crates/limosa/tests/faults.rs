@@ -1,0 +1,142 @@
+//! Devices that fail as scripted: what the command says, and who runs afterwards.
+
+mod support;
+
+use limosa_models::synthetic::registers;
+use limosa_protocol::State;
+use support::{Folder, Server, limosa};
+
+const GUEST: u64 = 0x6775_6573;
+
+struct Pair {
+    folder: Folder,
+    source: Server,
+    destination: Server,
+}
+
+impl Pair {
+    fn new(source: &str, destination: &str) -> Pair {
+        let folder = Folder::new();
+        let device = |name, option: &str| match option {
+            "" => folder.device(name, &[]),
+            fault => folder.device(name, &[&format!("fault={fault}")]),
+        };
+        let (source, destination) = (device("source", source), device("destination", destination));
+        source.mark(GUEST);
+        Pair { folder, source, destination }
+    }
+
+    /// The move fails, the source goes on, the destination is empty.
+    #[track_caller]
+    fn is_undone(&self, codes: &[i32], parts: &[&str]) {
+        let ended = limosa(&["migrate", &self.source.socket, &self.destination.socket]);
+        assert!(codes.contains(&ended.code), "{ended:?}");
+        ended.fails(ended.code, &[parts, &["the source is as it was before"]].concat());
+        assert!(self.source.runs(GUEST), "{} {ended:?}", self.source.state());
+        assert_eq!((self.destination.state(), self.destination.guest()), (State::Running, 0), "{ended:?}");
+    }
+
+    #[track_caller]
+    fn moves(&self) {
+        limosa(&["migrate", &self.source.socket, &self.destination.socket]).ok();
+        assert!(self.destination.runs(GUEST) && self.source.state() == State::Stop);
+        assert_eq!(self.destination.register(registers::BAD_BLOCKS), 0);
+    }
+}
+
+#[test]
+fn an_arc_that_the_source_refuses_once_undoes_the_move_and_the_next_one_succeeds() {
+    for arc in ["RUNNING>PRE_COPY", "PRE_COPY>PRE_COPY_P2P", "PRE_COPY_P2P>STOP_COPY"] {
+        let pair = Pair::new(&format!("fail:{arc}"), "");
+        let entered = arc.split_once('>').unwrap().1;
+        pair.is_undone(&[3], &[&pair.source.socket, &format!("entering {entered}"), "EBUSY"]);
+        pair.moves();
+    }
+}
+
+#[test]
+fn an_arc_that_the_destination_refuses_once_undoes_the_move_and_the_next_one_succeeds() {
+    for arc in [
+        "RUNNING>RUNNING_P2P",
+        "RUNNING_P2P>STOP",
+        "STOP>RESUMING",
+        "RESUMING>STOP",
+        "STOP>RUNNING_P2P",
+        "RUNNING_P2P>RUNNING",
+    ] {
+        let pair = Pair::new("", &format!("fail:{arc}"));
+        pair.is_undone(&[1, 3], &[&pair.destination.socket, "EBUSY"]);
+        pair.moves();
+    }
+}
+
+#[test]
+fn a_destination_that_breaks_is_reset_and_the_source_goes_on() {
+    for arc in ["STOP>RESUMING", "RESUMING>STOP", "STOP>RUNNING_P2P", "RUNNING_P2P>RUNNING"] {
+        let pair = Pair::new("", &format!("error:{arc}"));
+        pair.is_undone(&[1, 3], &[&pair.destination.socket, "EIO"]);
+        pair.moves();
+    }
+}
+
+#[test]
+fn a_source_that_breaks_is_reset_and_said_to_have_lost_its_state() {
+    for arc in ["RUNNING>PRE_COPY", "PRE_COPY>PRE_COPY_P2P", "PRE_COPY_P2P>STOP_COPY"] {
+        let pair = Pair::new(&format!("error:{arc}"), "");
+        let ended = limosa(&["migrate", &pair.source.socket, &pair.destination.socket]);
+        assert!([1, 3].contains(&ended.code), "{ended:?}");
+        ended.fails(ended.code, &[&pair.source.socket, "EIO", "had to be reset: its state is lost"]);
+        assert!(!ended.err.contains("the source is as it was before"), "{ended:?}");
+        assert_eq!((pair.source.state(), pair.source.guest()), (State::Running, 0));
+        assert_eq!((pair.destination.state(), pair.destination.guest()), (State::Running, 0));
+        limosa(&["migrate", &pair.source.socket, &pair.destination.socket]).ok();
+    }
+}
+
+#[test]
+fn a_state_that_is_cut_short_or_altered_by_the_device_is_refused_by_the_other() {
+    for fault in
+        ["truncate:0", "truncate:1", "truncate:100000", "corrupt:3", "corrupt:5000", "corrupt:700000"]
+    {
+        let pair = Pair::new(fault, "");
+        let file = pair.folder.text("file");
+        if fault != "truncate:0" {
+            limosa(&["save", &pair.source.socket, &file]).ok();
+            limosa(&["load", &file, &pair.destination.socket])
+                .fails(3, &[&file, &pair.destination.socket, "was not loaded"]);
+        }
+        pair.is_undone(&[1, 3], &[&pair.destination.socket]);
+        let next = pair.folder.device("good", &[]);
+        limosa(&["migrate", &next.socket, &pair.destination.socket]).ok();
+    }
+}
+
+#[test]
+fn state_says_where_a_refused_arc_left_the_device_and_how_to_leave_error() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=fail:RUNNING_P2P>STOP", "fault=error:STOP>RESUMING"]);
+    let set = |to: &str| limosa(&["state", &device.socket, "set", to]);
+    set("STOP").fails(3, &["RUNNING -> STOP failed", "now in RUNNING_P2P", "EBUSY"]);
+    assert_eq!(limosa(&["state", &device.socket]).ok(), "RUNNING_P2P\n");
+    set("STOP").ok();
+    let ended = set("RESUMING");
+    ended.fails(ended.code, &["now in ERROR", "EIO"]);
+    assert!([1, 3].contains(&ended.code), "{ended:?}");
+    for to in ["RUNNING", "STOP"] {
+        set(to).fails(3, &[&device.socket, "ERROR", "state DEVICE reset"]);
+    }
+    limosa(&["save", &device.socket, &folder.text("file")]).fails(3, &[&device.socket, "ERROR"]);
+    assert_eq!(limosa(&["state", &device.socket, "reset"]).ok(), "RUNNING\n");
+    device.is_usable(&folder);
+}
+
+#[test]
+fn a_device_slower_than_the_limit_is_said_to_be_slow_and_is_usable_later() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=stall:RUNNING>RUNNING_P2P:300"]);
+    device.mark(GUEST);
+    limosa(&["state", &device.socket, "set", "RUNNING_P2P"]).ok();
+    assert_eq!(device.state(), State::RunningP2p);
+    limosa(&["state", &device.socket, "set", "RUNNING"]).ok();
+    assert!(device.runs(GUEST));
+}
