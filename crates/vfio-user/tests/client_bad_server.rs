@@ -465,21 +465,38 @@ fn pages_written_by_messages_are_dirty_even_if_the_server_does_not_say_so() {
     thread.join().unwrap();
 }
 
+/// Answers the request for a session's socket, and keeps the server's end.
+fn give_data_fd(peer: &mut Peer) -> UnixStream {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    let (header, body) = peer.receive();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let reply = [header.reply(16).unwrap().as_bytes(), &body[..8], &[0; 8]].concat();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [std::os::fd::AsFd::as_fd(&theirs)];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let parts = [std::io::IoSlice::new(&reply)];
+    rustix::net::sendmsg(&peer.0, &parts, &mut control, SendFlags::empty()).unwrap();
+    ours
+}
+
+/// A client that asked for a session's socket, in a state that was entered from STOP or RUNNING.
+fn with_data_fd(
+    from: State,
+    script: impl FnOnce(&mut Peer, UnixStream) + Send + 'static,
+) -> (Client, std::thread::JoinHandle<()>) {
+    let (client, thread) = with(Options { features: true, data_socket: true, ..options() }, move |peer| {
+        peer.answer_probes();
+        answer_session(peer, from);
+        let ours = give_data_fd(peer);
+        script(peer, ours);
+    });
+    (client.unwrap(), thread)
+}
+
 #[test]
 fn the_end_of_a_sessions_socket_counts_only_when_confirmed() {
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-    let (client, thread) = with(Options { features: true, data_socket: true, ..options() }, |peer| {
-        peer.answer_probes();
-        answer_session(peer, State::Stop);
-        let (header, body) = peer.receive();
-        let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let reply = [header.reply(16).unwrap().as_bytes(), &body[..8], &[0; 8]].concat();
-        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = [std::os::fd::AsFd::as_fd(&theirs)];
-        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
-        let parts = [std::io::IoSlice::new(&reply)];
-        rustix::net::sendmsg(&peer.0, &parts, &mut control, SendFlags::empty()).unwrap();
+    let (client, thread) = with_data_fd(State::Stop, |peer, mut ours| {
         ours.write_all(&[7; 300]).unwrap();
         drop(ours);
         let (read, _) = peer.receive();
@@ -487,11 +504,59 @@ fn the_end_of_a_sessions_socket_counts_only_when_confirmed() {
         let (read, _) = peer.receive();
         peer.reply(&read, &[0; 8]);
     });
-    let client = client.unwrap();
     let mut stream = client.set_state(State::StopCopy).unwrap().unwrap();
     let mut data = [0; 1000];
     assert_eq!(stream.read(&mut data).unwrap(), Chunk::Data(300));
     assert!(stream.read(&mut data).unwrap_err().is_refused(Errno::EIO), "the device could not go on");
+    assert_eq!(stream.read(&mut data).unwrap(), Chunk::End);
+    thread.join().unwrap();
+}
+
+/// In pre-copy an empty socket is asked about once; while the server still writes, the client waits
+/// for the socket and not by asking again; in STOP_COPY it asks only about the end.
+#[test]
+fn a_sessions_socket_is_waited_for_and_not_asked_about_again_and_again() {
+    /// Nothing comes from the client while it has nothing to go on with.
+    fn is_quiet(peer: &Peer) -> bool {
+        let mut fds = [rustix::event::PollFd::new(&peer.0, rustix::event::PollFlags::IN)];
+        let while_it_could = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        rustix::event::poll(&mut fds, Some(&while_it_could)).unwrap() == 0
+    }
+    let (client, thread) = with_data_fd(State::Running, |peer, mut ours| {
+        let asked = |peer: &mut Peer| {
+            let (read, _) = peer.receive();
+            assert_eq!(read.command, Command::MIG_DATA_READ);
+            read
+        };
+        // It still writes.
+        let read = asked(peer);
+        peer.send(read.refusal(Errno::EAGAIN), &[]);
+        assert!(is_quiet(peer), "it asks again before anything has come");
+        ours.write_all(&[1; 10]).unwrap();
+        // Nothing for now, three times.
+        for _ in 0..3 {
+            let read = asked(peer);
+            peer.reply(&read, &[0; 8]);
+            peer.region(5);
+        }
+        let (set, body) = peer.receive();
+        assert_eq!(set.command, Command::DEVICE_FEATURE);
+        peer.reply(&set, &body);
+        assert!(is_quiet(peer), "what is in STOP_COPY's socket needs no question");
+        ours.write_all(&[2; 10]).unwrap();
+        drop(ours);
+        let read = asked(peer);
+        peer.reply(&read, &[0; 8]);
+    });
+    let mut stream = client.set_state(State::PreCopy).unwrap().unwrap();
+    let mut data = [0; 1000];
+    assert_eq!(stream.read(&mut data).unwrap(), Chunk::Data(10));
+    for _ in 0..3 {
+        assert_eq!(stream.read(&mut data).unwrap(), Chunk::NothingForNow);
+        assert_eq!(read(&client).unwrap(), 5, "the next request is another");
+    }
+    client.set_state(State::StopCopy).unwrap();
+    assert_eq!(stream.read(&mut data).unwrap(), Chunk::Data(10));
     assert_eq!(stream.read(&mut data).unwrap(), Chunk::End);
     thread.join().unwrap();
 }

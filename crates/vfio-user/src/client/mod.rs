@@ -41,7 +41,7 @@ pub struct Options {
     pub twin_socket: bool,
     /// Whether a session's data goes over a socket of its own where the server can, so that it and
     /// the device's other requests do not wait for each other (`docs/vfio-user-extensions.md:
-    /// DATA_FD`). No: one stream alone moves faster by messages.
+    /// DATA_FD`). No: a stream alone is as fast by messages.
     pub data_socket: bool,
     /// Whether to ask for DEVICE_FEATURE and its features when connecting. Without it the device has
     /// none. Yes.

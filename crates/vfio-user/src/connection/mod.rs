@@ -82,10 +82,15 @@ pub fn split(stream: UnixStream, limits: Limits) -> Result<(Receiver, Sender), C
     let least = Duration::from_millis(1);
     let limits = Limits { message: limits.message.max(least), sleep: limits.sleep.max(least) };
     sockopt::set_socket_timeout(&stream, sockopt::Timeout::Send, Some(limits.message))?;
-    // As much as the system allows: fewer switches between the two sides within a large message.
-    sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES)?;
+    set_send_buffer(&stream)?;
     let socket = Arc::new(stream);
     Ok((Receiver::new(Arc::clone(&socket), limits), Sender::new(socket, limits)))
+}
+
+/// Asks for as much room as the system allows: fewer switches between the two sides within a large
+/// message.
+pub(crate) fn set_send_buffer(socket: &UnixStream) -> rustix::io::Result<()> {
+    sockopt::set_socket_send_buffer_size(socket, SEND_BUFFER_BYTES)
 }
 
 const SEND_BUFFER_BYTES: usize = 4 << 20;

@@ -14,10 +14,10 @@ use limosa_protocol::{Errno, State};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
-use crate::connection::errno_of;
+use crate::connection::{errno_of, set_send_buffer};
 
 /// Moved at once: what a socket that has room takes whole.
-const PIECE_BYTES: usize = 128 << 10;
+const PIECE_BYTES: usize = 256 << 10;
 
 /// A session's socket and its thread.
 pub(super) struct DataSocket {
@@ -59,6 +59,9 @@ impl DataSocket {
             error.raw_os_error().map_or(Errno::EIO, |number| Errno::from_raw(number.unsigned_abs()))
         };
         let (ours, theirs) = UnixStream::pair().map_err(io)?;
+        for end in [&ours, &theirs] {
+            set_send_buffer(end).map_err(errno_of)?;
+        }
         let loads = machine.state() == State::Resuming;
         let shared = Arc::new(Shared { socket: ours, progress: Mutex::default(), changed: Condvar::new() });
         let thread = {
