@@ -237,6 +237,30 @@ fn nobody_at_the_other_end_is_said_so() {
 }
 
 #[test]
+fn whoever_connects_and_is_no_source_is_refused_and_the_device_is_not_touched() {
+    use std::io::{Read, Write};
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    device.mark(77);
+    for (words, code, part) in [
+        (&b""[..], UNREACHABLE, "the link to"),
+        (&b"LIMO"[..], UNREACHABLE, "the link to"),
+        (&b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"[..], DAMAGED, "not a Limosa stream"),
+        (&[0; 100_000][..], DAMAGED, "not a Limosa stream"),
+    ] {
+        let receiver = start(&["receive", &device.socket, "--listen", "tcp:127.0.0.1:0"]);
+        let address = receiver.after("listening on tcp:");
+        let mut stranger = std::net::TcpStream::connect(address).unwrap();
+        // It may be refused before it has said all.
+        let _ = stranger.write_all(words);
+        stranger.shutdown(std::net::Shutdown::Write).unwrap_or_default();
+        let _ = stranger.read_to_end(&mut Vec::new());
+        receiver.end().fails(code, &[&device.socket, "was not loaded", part]);
+        assert!(device.runs(77));
+    }
+}
+
+#[test]
 fn devices_of_another_kind_or_shape_are_refused_before_anything_moves() {
     let folder = Folder::new();
     let small = folder.device("small", &[]);

@@ -281,6 +281,29 @@ fn a_receiver_that_is_interrupted_cancels_and_the_source_runs_again() {
 }
 
 #[test]
+fn a_server_killed_in_a_save_or_load_is_named_and_no_file_appears() {
+    let folder = Folder::new();
+    let good = folder.device("good", &[]);
+    let file = folder.text("file");
+    limosa(&["save", &good.socket, &file]).ok();
+    let stall = |arc: &str| format!("fault=stall:{arc}:{STALL_MS}");
+
+    let mut device = folder.device("device", &[&stall("PRE_COPY_P2P>STOP_COPY")]);
+    let saving = start(&["save", &device.socket, &folder.text("other")]);
+    device.line("stalls as scripted");
+    device.kill();
+    saving.end().fails(4, &[&device.socket, "connection lost", "not all is as it was before"]);
+    assert!(!folder.path("other").exists());
+
+    let mut device = folder.device("device", &[&stall("RESUMING>STOP")]);
+    let loading = start(&["load", &file, &device.socket]);
+    device.line("stalls as scripted");
+    device.kill();
+    loading.end().fails(4, &[&file, &device.socket, "connection lost", "was not loaded"]);
+    good.is_usable(&folder);
+}
+
+#[test]
 fn a_save_that_is_interrupted_leaves_the_device_as_it_was_and_no_file() {
     let folder = Folder::new();
     let device = folder.device("device", &[&format!("fault=stall:RUNNING>PRE_COPY:{STALL_MS}")]);

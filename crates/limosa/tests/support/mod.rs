@@ -292,17 +292,6 @@ impl Server {
         self.state() == State::Running && self.guest() == guest
     }
 
-    /// Waits for a state.
-    #[track_caller]
-    pub fn until(&self, state: State) {
-        let client = self.client();
-        let until = Instant::now() + LIMIT;
-        while client.state().unwrap() != state {
-            assert!(Instant::now() < until, "{} never came to {state}", self.socket);
-            std::thread::yield_now();
-        }
-    }
-
     pub fn kill(&mut self) {
         self.running.take().unwrap().kill();
     }
