@@ -9,30 +9,28 @@
 //! A reply that comes too late must not be taken for another's: an id is not used again before its
 //! reply has come.
 
+mod desk;
 mod meanwhile;
+mod step;
 
 use std::io::IoSlice;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use limosa_protocol::Errno;
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::EventfdFlags;
 use zerocopy::IntoBytes;
 
-use super::dma::{DmaTargets, os_errno};
+use desk::{Desk, SLOTS, SlotState};
+use step::Step;
 
+use super::dma::DmaTargets;
 use crate::codec::{Command, Header, Kind};
-use crate::connection::{ConnectionError, Fds, Receiver, Sender, wait_ready};
-
-/// The most requests in flight; a further caller waits.
-const SLOTS: usize = 32;
+use crate::connection::{ConnectionError, Fds, Receiver, Sender};
 
 /// The most requests that may stay without a reply before the server is given up.
 const ABANDONED_MAX: usize = 16;
-
-/// The longest reply that is copied to another thread's slot.
-const COPIED_BYTES_MAX: usize = 128;
 
 /// The id of commands to which there is no reply; some servers send one to refuse.
 const POSTED_ID: u16 = u16::MAX;
@@ -84,82 +82,13 @@ pub(super) struct Exchange {
 
 const ATTENDANT: usize = SLOTS;
 
-struct Desk {
-    /// `None` while somebody leads.
-    receiver: Option<Box<Receiver>>,
-    /// The reply at which the receiver stands, and whose it is.
-    handed: Option<(usize, Header)>,
-    slots: [Slot; SLOTS],
-    /// Slots that are not free.
-    taken: usize,
-    abandoned: usize,
-    attended: bool,
-    /// The leader refuses fds.
-    refuses_fds: bool,
-    /// How many requests are under way whose replies bring fds, or want to be.
-    wanting_fds: usize,
-    /// How many wait for room in the socket.
-    blocked: usize,
-    lost: Option<Failure>,
-}
-
-#[derive(Clone, Copy)]
-struct Slot {
-    state: SlotState,
-    id: u16,
-    command: Command,
-    reply: Header,
-    copy: [u8; COPIED_BYTES_MAX],
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum SlotState {
-    Free,
-    Waiting,
-    Answered,
-    /// Nobody waits any more, but the reply may still come.
-    Abandoned,
-}
-
-/// Where a message took the leader.
-enum Step {
-    /// To its own reply, which the receiver stands at.
-    Mine(Header),
-    /// To another's reply, which its owner has to receive.
-    Hand(usize, Header),
-    /// On to the next message.
-    Done,
-}
-
 impl Exchange {
     pub fn new(
         receiver: Receiver,
         sender: Sender,
         dma: DmaTargets,
     ) -> Result<Arc<Exchange>, ConnectionError> {
-        let free = Slot {
-            state: SlotState::Free,
-            id: 0,
-            command: Command(0),
-            reply: Header::default(),
-            copy: [0; COPIED_BYTES_MAX],
-        };
-        let mut slots = [free; SLOTS];
-        for (index, slot) in slots.iter_mut().enumerate() {
-            slot.id = index as u16;
-        }
-        let desk = Desk {
-            receiver: Some(Box::new(receiver)),
-            handed: None,
-            slots,
-            taken: 0,
-            abandoned: 0,
-            attended: false,
-            refuses_fds: false,
-            wanting_fds: 0,
-            blocked: 0,
-            lost: None,
-        };
+        let desk = Desk::new(receiver);
         let leaderless = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Arc::new_cyclic(|this| Exchange {
             this: Weak::clone(this),
@@ -458,79 +387,6 @@ impl Exchange {
                 taken
             }
         }
-    }
-
-    /// Receives one message and does what it asks for. `me` is the leader's own slot.
-    fn step(&self, receiver: &mut Receiver, me: Option<usize>, deadline: Instant) -> Result<Step, Failure> {
-        while self.sender.keeps() && !receiver.has_more() && !self.sender.flush()? {
-            let mut fds =
-                [PollFd::from_borrowed_fd(receiver.socket().as_fd(), PollFlags::IN | PollFlags::OUT)];
-            wait_ready(&mut fds, deadline)?;
-            if fds[0].revents().intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
-                break;
-            }
-        }
-        let header = receiver.next(Some(deadline))?;
-        let sound = header.body_bytes().and_then(|_| header.kind());
-        let kind = sound.map_err(|error| Failure::Misbehaved(error.to_string()))?;
-        if matches!(kind, Kind::Command | Kind::Posted) {
-            // A server that asks for memory here may do so at any time, and replies that it does not
-            // take at once must go out later: from now on somebody always receives.
-            if let Some(exchange) = self.this.upgrade() {
-                exchange.attend().map_err(|error| ConnectionError::Os(os_errno(&error)))?;
-            }
-            self.dma.serve(receiver, &self.sender, &header, deadline)?;
-            return Ok(Step::Done);
-        }
-        if header.id == POSTED_ID {
-            return Ok(Step::Done);
-        }
-        let mut desk = self.desk();
-        let index = usize::from(header.id) % SLOTS;
-        let slot = desk.slots[index];
-        let expected = matches!(slot.state, SlotState::Waiting | SlotState::Abandoned);
-        if !expected || slot.id != header.id || slot.command != header.command {
-            let what = format!("a reply to {} with id {}, which nobody asked for", header.command, header.id);
-            return Err(Failure::Misbehaved(what));
-        }
-        if slot.state == SlotState::Abandoned {
-            desk.abandoned -= 1;
-            self.free(&mut desk, index);
-            return Ok(Step::Done);
-        }
-        if me == Some(index) {
-            return Ok(Step::Mine(header));
-        }
-        drop(desk);
-        let bytes = receiver.body_left();
-        if bytes > COPIED_BYTES_MAX {
-            return Ok(Step::Hand(index, header));
-        }
-        let mut copy = [0; COPIED_BYTES_MAX];
-        let body = receiver.head(bytes, Some(deadline))?;
-        copy[..bytes].copy_from_slice(&body[..bytes]);
-        if receiver.has_fds() {
-            return Ok(Step::Hand(index, header));
-        }
-        receiver.consume(bytes);
-        let mut desk = self.desk();
-        let slot = &mut desk.slots[index];
-        match slot.state {
-            _ if slot.id != header.id => {}
-            // Its owner gave up meanwhile.
-            SlotState::Abandoned => {
-                desk.abandoned -= 1;
-                self.free(&mut desk, index);
-            }
-            SlotState::Waiting => {
-                slot.reply = header;
-                slot.copy = copy;
-                slot.state = SlotState::Answered;
-                self.wakes[index].notify_all();
-            }
-            _ => {}
-        }
-        Ok(Step::Done)
     }
 }
 

@@ -241,10 +241,7 @@ impl Shared {
         body: &[&[u8]],
         into: &mut [&mut [u8]],
     ) -> Result<Answer> {
-        let ask = Ask { command, body, fds: &[] };
-        self.exchange
-            .call(&ask, into, self.options.request_limit)
-            .map_err(|failure| self.error(request, failure))
+        self.ask(request, &Ask { command, body, fds: &[] }, |ask, limit| self.exchange.call(ask, into, limit))
     }
 
     /// A request whose reply may bring fds.
@@ -255,10 +252,9 @@ impl Shared {
         body: &[&[u8]],
         into: &mut [&mut [u8]],
     ) -> Result<Answer> {
-        let ask = Ask { command, body, fds: &[] };
-        self.exchange
-            .call_for_fds(&ask, into, self.options.request_limit)
-            .map_err(|failure| self.error(request, failure))
+        self.ask(request, &Ask { command, body, fds: &[] }, |ask, limit| {
+            self.exchange.call_for_fds(ask, into, limit)
+        })
     }
 
     /// A request that brings fds.
@@ -269,16 +265,21 @@ impl Shared {
         body: &[&[u8]],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Answer> {
-        let ask = Ask { command, body, fds };
-        self.exchange
-            .call(&ask, &mut [], self.options.request_limit)
-            .map_err(|failure| self.error(request, failure))
+        self.ask(request, &Ask { command, body, fds }, |ask, limit| self.exchange.call(ask, &mut [], limit))
     }
 
     /// A request without a reply.
     fn post(&self, request: &str, command: Command, body: &[&[u8]]) -> Result<()> {
-        let ask = Ask { command, body, fds: &[] };
-        self.exchange.post(&ask, self.options.request_limit).map_err(|failure| self.error(request, failure))
+        self.ask(request, &Ask { command, body, fds: &[] }, |ask, limit| self.exchange.post(ask, limit))
+    }
+
+    fn ask<T>(
+        &self,
+        request: &str,
+        ask: &Ask<'_>,
+        send: impl FnOnce(&Ask<'_>, Duration) -> std::result::Result<T, Failure>,
+    ) -> Result<T> {
+        send(ask, self.options.request_limit).map_err(|failure| self.error(request, failure))
     }
 
     /// A failure in the words of the client's trait.

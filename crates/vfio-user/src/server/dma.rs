@@ -19,6 +19,16 @@ use super::link::{Link, Mine, Pumped, Shared};
 use crate::codec::{Command, DmaAccess, DmaWriteReply, Header, Kind};
 use crate::connection::{self, ConnectionError, Limits, Receiver, Sender};
 
+/// What one DMA message moves.
+struct Transfer<'a> {
+    command: Command,
+    access: DmaAccess,
+    /// Of a write.
+    data: &'a [u8],
+    /// Of a read.
+    into: Option<&'a mut [u8]>,
+}
+
 /// One DMA message under way on the connection's own socket.
 pub(super) struct Exchange {
     id: u16,
@@ -41,7 +51,9 @@ impl RemoteMemory for ClientMemory {
         let mut address = iova;
         for piece in data.chunks_mut(self.bytes_max) {
             let count = piece.len() as u64;
-            self.exchange(Command::DMA_READ, DmaAccess { address, count }, &[], Some(piece))?;
+            let access = DmaAccess { address, count };
+            let (command, data, into) = (Command::DMA_READ, &[][..], Some(piece));
+            self.exchange(Transfer { command, access, data, into })?;
             address = address.wrapping_add(count);
         }
         Ok(())
@@ -51,7 +63,8 @@ impl RemoteMemory for ClientMemory {
         let mut address = iova;
         for piece in data.chunks(self.bytes_max) {
             let count = piece.len() as u64;
-            self.exchange(Command::DMA_WRITE, DmaAccess { address, count }, piece, None)?;
+            let access = DmaAccess { address, count };
+            self.exchange(Transfer { command: Command::DMA_WRITE, access, data: piece, into: None })?;
             address = address.wrapping_add(count);
         }
         Ok(())
@@ -59,16 +72,11 @@ impl RemoteMemory for ClientMemory {
 }
 
 impl ClientMemory {
-    fn exchange(
-        &self,
-        command: Command,
-        access: DmaAccess,
-        data: &[u8],
-        into: Option<&mut [u8]>,
-    ) -> Result<(), Errno> {
+    fn exchange(&self, transfer: Transfer<'_>) -> Result<(), Errno> {
+        let (command, access) = (transfer.command, transfer.access);
         match self.link.twin.get() {
-            Some(twin) => twin.exchange(command, access, data, into, self.link.dma_limit),
-            None => self.link.exchange(command, access, data, into),
+            Some(twin) => twin.exchange(transfer, self.link.dma_limit),
+            None => self.link.exchange(transfer),
         }
         .inspect_err(
             |errno| tracing::warn!(%command, iova = access.address, bytes = access.count, %errno, "DMA failed"),
@@ -77,13 +85,7 @@ impl ClientMemory {
 }
 
 impl Link {
-    fn exchange(
-        &self,
-        command: Command,
-        access: DmaAccess,
-        data: &[u8],
-        into: Option<&mut [u8]>,
-    ) -> Result<(), Errno> {
+    fn exchange(&self, transfer: Transfer<'_>) -> Result<(), Errno> {
         let within_request = std::thread::current().id() == self.serving;
         let until = Instant::now() + self.dma_limit;
         let id = {
@@ -94,11 +96,11 @@ impl Link {
             if within_request && shared.gave_up {
                 return Err(Errno::ETIMEDOUT);
             }
-            shared.open_exchange(command, access)
+            shared.open_exchange(transfer.command, transfer.access)
         };
-        let sent = send_message(id, command, access, data, |pieces| self.send(pieces, &[]));
+        let sent = transfer.send(id, |pieces| self.send(pieces, &[]));
         let outcome = match sent {
-            Ok(()) => self.outcome(Mine { id, data: into }, until),
+            Ok(()) => self.outcome(Mine { id, data: transfer.into }, until),
             Err(_) => Err(Errno::ECONNRESET),
         };
         let mut shared = self.lock();
@@ -222,22 +224,13 @@ impl Twin {
         self.sender.shutdown();
     }
 
-    fn exchange(
-        &self,
-        command: Command,
-        access: DmaAccess,
-        data: &[u8],
-        into: Option<&mut [u8]>,
-        limit: Duration,
-    ) -> Result<(), Errno> {
+    fn exchange(&self, transfer: Transfer<'_>, limit: Duration) -> Result<(), Errno> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.exchange(&self.sender, command, access, data, into, Instant::now() + limit).unwrap_or_else(
-            |end| {
-                tracing::debug!(%end, "the twin socket is over");
-                self.end();
-                Err(Errno::ECONNRESET)
-            },
-        )
+        inner.exchange(&self.sender, transfer, Instant::now() + limit).unwrap_or_else(|end| {
+            tracing::debug!(%end, "the twin socket is over");
+            self.end();
+            Err(Errno::ECONNRESET)
+        })
     }
 }
 
@@ -245,22 +238,19 @@ impl TwinInner {
     fn exchange(
         &mut self,
         sender: &Sender,
-        command: Command,
-        access: DmaAccess,
-        data: &[u8],
-        into: Option<&mut [u8]>,
+        transfer: Transfer<'_>,
         until: Instant,
     ) -> Result<Result<(), Errno>, ConnectionError> {
         self.next_id = self.next_id.wrapping_add(1);
         let id = self.next_id;
-        send_message(id, command, access, data, |pieces| sender.send(pieces, &[]))?;
+        transfer.send(id, |pieces| sender.send(pieces, &[]))?;
         loop {
             let Some(header) = self.receiver.next_until(until)? else {
                 return Ok(Err(Errno::ETIMEDOUT));
             };
-            let mine = header.id == id && header.command == command;
+            let mine = header.id == id && header.command == transfer.command;
             if mine && matches!(header.kind(), Ok(Kind::Reply | Kind::Refusal(_))) {
-                return receive_reply(&mut self.receiver, header, access, into);
+                return receive_reply(&mut self.receiver, header, transfer.access, transfer.into);
             }
             // The late answer to an exchange that was given up, or nonsense.
             tracing::warn!(id = header.id, command = %header.command, "not the reply that is waited for");
@@ -268,16 +258,20 @@ impl TwinInner {
     }
 }
 
-fn send_message(
-    id: u16,
-    command: Command,
-    access: DmaAccess,
-    data: &[u8],
-    send: impl FnOnce(&mut [IoSlice<'_>]) -> Result<(), ConnectionError>,
-) -> Result<(), ConnectionError> {
-    let header = Header::command(id, command, size_of::<DmaAccess>() + data.len())
-        .ok_or(ConnectionError::Os(Errno::EMSGSIZE))?;
-    send(&mut [IoSlice::new(header.as_bytes()), IoSlice::new(access.as_bytes()), IoSlice::new(data)])
+impl Transfer<'_> {
+    fn send(
+        &self,
+        id: u16,
+        send: impl FnOnce(&mut [IoSlice<'_>]) -> Result<(), ConnectionError>,
+    ) -> Result<(), ConnectionError> {
+        let header = Header::command(id, self.command, size_of::<DmaAccess>() + self.data.len())
+            .ok_or(ConnectionError::Os(Errno::EMSGSIZE))?;
+        send(&mut [
+            IoSlice::new(header.as_bytes()),
+            IoSlice::new(self.access.as_bytes()),
+            IoSlice::new(self.data),
+        ])
+    }
 }
 
 /// Receives a reply and says how the exchange went. What is wrong with a reply fails its exchange

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
-use super::{ATTENDANT, Exchange, Failure, Step};
+use super::step::Step;
+use super::{ATTENDANT, Exchange, Failure};
 use crate::connection::{ConnectionError, wait_ready};
 
 impl Exchange {

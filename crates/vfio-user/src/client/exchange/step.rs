@@ -1,0 +1,102 @@
+//! What a leader does with one message: its own reply, another's, or a command of the server's.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags};
+
+use super::desk::{COPIED_BYTES_MAX, SLOTS, SlotState};
+use super::{Exchange, Failure, POSTED_ID};
+use crate::client::dma::os_errno;
+use crate::codec::{Header, Kind};
+use crate::connection::{ConnectionError, Receiver, wait_ready};
+
+/// Where a message took the leader.
+pub(super) enum Step {
+    /// To its own reply, which the receiver stands at.
+    Mine(Header),
+    /// To another's reply, which its owner has to receive.
+    Hand(usize, Header),
+    /// On to the next message.
+    Done,
+}
+
+impl Exchange {
+    /// Receives one message and does what it asks for. `me` is the leader's own slot.
+    pub(super) fn step(
+        &self,
+        receiver: &mut Receiver,
+        me: Option<usize>,
+        deadline: Instant,
+    ) -> Result<Step, Failure> {
+        while self.sender.keeps() && !receiver.has_more() && !self.sender.flush()? {
+            let mut fds =
+                [PollFd::from_borrowed_fd(receiver.socket().as_fd(), PollFlags::IN | PollFlags::OUT)];
+            wait_ready(&mut fds, deadline)?;
+            if fds[0].revents().intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+                break;
+            }
+        }
+        let header = receiver.next(Some(deadline))?;
+        let sound = header.body_bytes().and_then(|_| header.kind());
+        let kind = sound.map_err(|error| Failure::Misbehaved(error.to_string()))?;
+        if matches!(kind, Kind::Command | Kind::Posted) {
+            // A server that asks for memory here may do so at any time, and replies that it does not
+            // take at once must go out later: from now on somebody always receives.
+            if let Some(exchange) = self.this.upgrade() {
+                exchange.attend().map_err(|error| ConnectionError::Os(os_errno(&error)))?;
+            }
+            self.dma.serve(receiver, &self.sender, &header, deadline)?;
+            return Ok(Step::Done);
+        }
+        if header.id == POSTED_ID {
+            return Ok(Step::Done);
+        }
+        let mut desk = self.desk();
+        let index = usize::from(header.id) % SLOTS;
+        let slot = desk.slots[index];
+        let expected = matches!(slot.state, SlotState::Waiting | SlotState::Abandoned);
+        if !expected || slot.id != header.id || slot.command != header.command {
+            let what = format!("a reply to {} with id {}, which nobody asked for", header.command, header.id);
+            return Err(Failure::Misbehaved(what));
+        }
+        if slot.state == SlotState::Abandoned {
+            desk.abandoned -= 1;
+            self.free(&mut desk, index);
+            return Ok(Step::Done);
+        }
+        if me == Some(index) {
+            return Ok(Step::Mine(header));
+        }
+        drop(desk);
+        let bytes = receiver.body_left();
+        if bytes > COPIED_BYTES_MAX {
+            return Ok(Step::Hand(index, header));
+        }
+        let mut copy = [0; COPIED_BYTES_MAX];
+        let body = receiver.head(bytes, Some(deadline))?;
+        copy[..bytes].copy_from_slice(&body[..bytes]);
+        if receiver.has_fds() {
+            return Ok(Step::Hand(index, header));
+        }
+        receiver.consume(bytes);
+        let mut desk = self.desk();
+        let slot = &mut desk.slots[index];
+        match slot.state {
+            _ if slot.id != header.id => {}
+            // Its owner gave up meanwhile.
+            SlotState::Abandoned => {
+                desk.abandoned -= 1;
+                self.free(&mut desk, index);
+            }
+            SlotState::Waiting => {
+                slot.reply = header;
+                slot.copy = copy;
+                slot.state = SlotState::Answered;
+                self.wakes[index].notify_all();
+            }
+            _ => {}
+        }
+        Ok(Step::Done)
+    }
+}
