@@ -27,17 +27,6 @@ pub const REPLY_BYTES_MAX: usize = 214;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum VersionError {
-    /// The major version is not 0.
-    #[error("major version {0} is not supported, only {major}", major = VERSION.0)]
-    Major(u16),
-    /// A server answered with a higher minor version than was proposed.
-    #[error("minor version {got} is above the proposed {proposed}")]
-    Minor {
-        /// What was proposed.
-        proposed: u16,
-        /// The answer.
-        got: u16,
-    },
     /// More JSON than [`JSON_BYTES_MAX`].
     #[error("{0} bytes of version data, more than {JSON_BYTES_MAX}")]
     TooLong(usize),
@@ -55,10 +44,6 @@ pub enum VersionError {
         /// What it must be.
         want: &'static str,
     },
-    /// A server named an fd for the twin socket that did not come, or a twin socket that was not
-    /// asked for.
-    #[error("the twin socket is inconsistent: {0}")]
-    TwinSocket(&'static str),
 }
 
 /// What one side announces. `None` where it is silent.

@@ -63,9 +63,9 @@ impl Default for Options {
 }
 
 impl Options {
-    fn waits(&self) -> connection::Limits {
+    fn waits(&self) -> connection::Waits {
         let sleep = self.request_limit.min(self.state_limit);
-        connection::Limits { message: MESSAGE_LIMIT, sleep }
+        connection::Waits { message: MESSAGE_LIMIT, sleep }
     }
 }
 

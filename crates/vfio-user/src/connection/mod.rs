@@ -67,7 +67,7 @@ pub(crate) fn errno_of(errno: rustix::io::Errno) -> Errno {
 
 /// How long the halves of a connection wait.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct Waits {
     /// From the first byte of a message to its last one, either way.
     pub message: Duration,
     /// A wait that has a deadline ends between its deadline and so long after it.
@@ -75,16 +75,16 @@ pub struct Limits {
 }
 
 /// Splits a connected socket.
-pub fn split(stream: UnixStream, limits: Limits) -> Result<(Receiver, Sender), ConnectionError> {
+pub fn split(stream: UnixStream, waits: Waits) -> Result<(Receiver, Sender), ConnectionError> {
     // A blocking socket: no call but the transfer itself is needed for a message.
     stream.set_nonblocking(false).map_err(|_| ConnectionError::Os(Errno::EIO))?;
     // A zero limit would mean none at all.
     let least = Duration::from_millis(1);
-    let limits = Limits { message: limits.message.max(least), sleep: limits.sleep.max(least) };
-    sockopt::set_socket_timeout(&stream, sockopt::Timeout::Send, Some(limits.message))?;
+    let waits = Waits { message: waits.message.max(least), sleep: waits.sleep.max(least) };
+    sockopt::set_socket_timeout(&stream, sockopt::Timeout::Send, Some(waits.message))?;
     set_send_buffer(&stream)?;
     let socket = Arc::new(stream);
-    Ok((Receiver::new(Arc::clone(&socket), limits), Sender::new(socket, limits)))
+    Ok((Receiver::new(Arc::clone(&socket), waits), Sender::new(socket, waits)))
 }
 
 /// Asks for as much room as the system allows: fewer switches between the two sides within a large

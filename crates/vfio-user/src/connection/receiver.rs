@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, sockopt};
 use zerocopy::FromBytes;
 
-use super::{ConnectionError, Limits, wait_ready};
+use super::{ConnectionError, Waits, wait_ready};
 use crate::codec::Header;
 use crate::version::MSG_FDS_MAX;
 
@@ -22,7 +22,7 @@ use crate::version::MSG_FDS_MAX;
 /// ([`Receiver::head`]), taken ([`Receiver::read`]) or left. What is left of it, bytes and fds, the
 /// next call of [`Receiver::next`] throws away, so that a message that is refused costs nothing.
 ///
-/// A message that has begun must be complete within [`Limits::message`], whatever deadline a call
+/// A message that has begun must be complete within [`Waits::message`], whatever deadline a call
 /// has: else it is [`ConnectionError::Stalled`].
 pub struct Receiver {
     wire: Wire,
@@ -41,7 +41,7 @@ pub struct Receiver {
 /// The socket, and what else came out of it.
 struct Wire {
     socket: Arc<UnixStream>,
-    limits: Limits,
+    waits: Waits,
     /// Whether the socket's own time limit is set. Without it a wait costs less.
     timed: bool,
     /// When waiting for the rest of a message began.
@@ -72,11 +72,11 @@ impl Receiver {
     /// Bytes of the receive buffer.
     pub const BUFFER_BYTES: usize = 8192;
 
-    pub(super) fn new(socket: Arc<UnixStream>, limits: Limits) -> Receiver {
+    pub(super) fn new(socket: Arc<UnixStream>, waits: Waits) -> Receiver {
         Receiver {
             wire: Wire {
                 socket,
-                limits,
+                waits,
                 timed: false,
                 waiting_since: None,
                 fds: Vec::new(),
@@ -124,9 +124,13 @@ impl Receiver {
         Ok(header)
     }
 
-    /// The same; `None` when no message begins until then, which is kept to exactly.
+    /// The same; `None` once it is so late, which is kept to exactly, also with a peer that never
+    /// stops sending.
     pub fn next_until(&mut self, until: Instant) -> Result<Option<Header>, ConnectionError> {
         self.skip(None)?;
+        if Instant::now() >= until {
+            return Ok(None);
+        }
         if !self.has_more() {
             match wait_ready(&mut [PollFd::new(&*self.wire.socket, PollFlags::IN)], until) {
                 Err(ConnectionError::TimedOut) => return Ok(None),
@@ -332,7 +336,7 @@ impl Wire {
     fn check_limit(&mut self) -> Result<(), ConnectionError> {
         match self.waiting_since {
             None => self.waiting_since = Some(Instant::now()),
-            Some(since) if since.elapsed() > self.limits.message => return Err(ConnectionError::Stalled),
+            Some(since) if since.elapsed() > self.waits.message => return Err(ConnectionError::Stalled),
             Some(_) => {}
         }
         Ok(())
@@ -340,7 +344,7 @@ impl Wire {
 
     fn set_timed(&mut self, timed: bool) -> Result<(), ConnectionError> {
         if self.timed != timed {
-            let limit = timed.then_some(self.limits.sleep);
+            let limit = timed.then_some(self.waits.sleep);
             sockopt::set_socket_timeout(&*self.socket, sockopt::Timeout::Recv, limit)?;
             self.timed = timed;
         }

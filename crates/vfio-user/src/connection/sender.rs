@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use super::{ConnectionError, Limits};
+use super::{ConnectionError, Waits};
 use crate::version::MSG_FDS_MAX;
 
 /// The sending half of a connection.
@@ -29,9 +29,15 @@ pub struct Sender {
     /// Held while the bytes of a message go out.
     turn: Mutex<Turn>,
     /// Replies that are to go out as soon as they can.
-    kept: Mutex<VecDeque<Vec<u8>>>,
+    kept: Mutex<Kept>,
     /// Whether anything is kept, here or in the turn.
     keeps: AtomicBool,
+}
+
+#[derive(Default)]
+struct Kept {
+    replies: VecDeque<Vec<u8>>,
+    bytes: usize,
 }
 
 #[derive(Default)]
@@ -46,11 +52,13 @@ struct Turn {
 impl Sender {
     /// The most bytes of replies that are kept for a peer that does not take them.
     pub const KEPT_BYTES_MAX: usize = 80 << 20;
+    /// The most of them.
+    pub const KEPT_MAX: usize = 4096;
 
-    pub(super) fn new(socket: Arc<UnixStream>, limits: Limits) -> Sender {
+    pub(super) fn new(socket: Arc<UnixStream>, waits: Waits) -> Sender {
         Sender {
             socket,
-            limit: limits.message,
+            limit: waits.message,
             turn: Mutex::default(),
             kept: Mutex::default(),
             keeps: AtomicBool::new(false),
@@ -69,7 +77,7 @@ impl Sender {
     }
 
     /// Sends one message, given in parts, with its fds. When the socket is full, sleeps until there
-    /// is room again, at the longest [`Limits::message`](super::Limits::message) at a time.
+    /// is room again, at the longest [`Waits::message`](super::Waits::message) at a time.
     pub fn send(&self, parts: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
         self.hold().send(parts, fds)
     }
@@ -124,12 +132,12 @@ impl Sender {
         }
         {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            let bytes: usize = kept.iter().map(Vec::len).sum();
-            let more: usize = parts.iter().map(|part| part.len()).sum();
-            if bytes.saturating_add(more) > Sender::KEPT_BYTES_MAX {
+            let bytes = kept.bytes + parts.iter().map(|part| part.len()).sum::<usize>();
+            if bytes > Sender::KEPT_BYTES_MAX || kept.replies.len() >= Sender::KEPT_MAX {
                 return Err(ConnectionError::Backlog);
             }
-            kept.push_back(concat(parts));
+            kept.bytes = bytes;
+            kept.replies.push_back(concat(parts));
             self.keeps.store(true, Ordering::SeqCst);
         }
         // Who had the turn may have looked before this was kept.
@@ -186,8 +194,11 @@ impl Sender {
             turn.rest = Vec::new();
             turn.rest_at = 0;
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            match kept.pop_front() {
-                Some(message) => turn.rest = message,
+            match kept.replies.pop_front() {
+                Some(reply) => {
+                    kept.bytes -= reply.len();
+                    turn.rest = reply;
+                }
                 None => {
                     self.keeps.store(false, Ordering::SeqCst);
                     return Ok(true);

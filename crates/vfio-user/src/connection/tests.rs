@@ -17,13 +17,13 @@ use crate::version::MSG_FDS_MAX;
 
 fn pair() -> (Receiver, Sender, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let (receiver, sender) = split(ours, limits(20_000)).unwrap();
+    let (receiver, sender) = split(ours, waits(20_000)).unwrap();
     (receiver, sender, theirs)
 }
 
 /// Sleeps of so many milliseconds at a time.
-fn limits(sleep: u64) -> Limits {
-    Limits { message: Duration::from_secs(20), sleep: Duration::from_millis(sleep) }
+fn waits(sleep: u64) -> Waits {
+    Waits { message: Duration::from_secs(20), sleep: Duration::from_millis(sleep) }
 }
 
 /// Sends as a client does, with a deadline.
@@ -227,7 +227,7 @@ fn a_peer_that_stalls_within_a_message_is_given_up_without_a_deadline() {
     for cut in [5, 16, 18] {
         let (ours, peer) = UnixStream::pair().unwrap();
         let short = Duration::from_millis(1);
-        let (mut receiver, _sender) = split(ours, Limits { message: short, sleep: short }).unwrap();
+        let (mut receiver, _sender) = split(ours, Waits { message: short, sleep: short }).unwrap();
         send(&peer, &message(1, b"body")[..cut], &[]);
         let end = receiver.next(None).and_then(|_| receiver.read(&mut [0; 4], None));
         assert_eq!(end, Err(ConnectionError::Stalled), "after {cut} bytes");
@@ -237,8 +237,8 @@ fn a_peer_that_stalls_within_a_message_is_given_up_without_a_deadline() {
 #[test]
 fn a_peer_that_drips_is_given_up_even_though_no_wait_is_long() {
     let (ours, mut peer) = UnixStream::pair().unwrap();
-    let limits = Limits { message: Duration::from_millis(20), sleep: Duration::from_secs(20) };
-    let (mut receiver, _sender) = split(ours, limits).unwrap();
+    let waits = Waits { message: Duration::from_millis(20), sleep: Duration::from_secs(20) };
+    let (mut receiver, _sender) = split(ours, waits).unwrap();
     let header = Header::command(1, Command::DMA_MAP, 1 << 30).unwrap();
     let dripping = std::thread::spawn(move || {
         let mut drops = header.as_bytes().chunks(1).chain(std::iter::repeat(&[0][..]));
@@ -263,13 +263,24 @@ fn no_message_until_an_instant_is_no_error() {
     assert_eq!(receiver.next_until(Instant::now()), Ok(None));
     send(&peer, &message(1, b"one"), &[]);
     assert_eq!(receiver.next_until(soon()).unwrap().unwrap().id, 1);
-    assert_eq!(receiver.next_until(Instant::now()), Ok(None));
+    send(&peer, &message(2, b"two"), &[]);
+    assert_eq!(receiver.next_until(Instant::now()), Ok(None), "too late is too late");
+    assert_eq!(receiver.next_until(soon()).unwrap().unwrap().id, 2);
+}
+
+#[test]
+fn small_replies_are_bounded_by_their_number() {
+    let (_receiver, sender, _peer) = pair();
+    let one = message(1, b"");
+    let kept = (0..1 << 20).take_while(|_| sender.reply(&mut [IoSlice::new(&one)]).is_ok()).count();
+    assert!(kept < 1 << 20);
+    assert_eq!(sender.reply(&mut [IoSlice::new(&one)]), Err(ConnectionError::Backlog));
 }
 
 #[test]
 fn receiving_goes_on_after_a_deadline() {
     let (ours, peer) = UnixStream::pair().unwrap();
-    let (mut receiver, _sender) = split(ours, limits(1)).unwrap();
+    let (mut receiver, _sender) = split(ours, waits(1)).unwrap();
     let bytes = message(1, &[9; 100]);
     let now = Some(Instant::now());
     assert_eq!(receiver.next(now), Err(ConnectionError::TimedOut));
@@ -287,7 +298,7 @@ fn receiving_goes_on_after_a_deadline() {
 #[test]
 fn a_message_longer_than_the_sockets_buffer_arrives_whole() {
     let (mut receiver, _s, peer) = pair();
-    let (_r, sender) = split(peer, limits(20_000)).unwrap();
+    let (_r, sender) = split(peer, waits(20_000)).unwrap();
     let body: Vec<u8> = (0..20_000_000u32).map(|n| n as u8).collect();
     let want = body.clone();
     let a = file(b'a');
@@ -321,7 +332,7 @@ fn a_message_that_cannot_be_finished_ends_the_connection() {
 #[test]
 fn replies_are_kept_in_order_and_bounded() {
     let (_receiver, sender, peer) = pair();
-    let (mut receiver, _s) = split(peer, limits(20_000)).unwrap();
+    let (mut receiver, _s) = split(peer, waits(20_000)).unwrap();
     let body = vec![0; 1 << 20];
     let header = |id| Header::command(id, Command::DMA_READ, body.len()).unwrap();
     let mut kept = 0;

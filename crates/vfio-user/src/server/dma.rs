@@ -17,7 +17,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::link::{Link, Mine, Pumped, Shared};
 use crate::codec::{Command, DmaAccess, DmaWriteReply, Header, Kind};
-use crate::connection::{self, ConnectionError, Limits, Receiver, Sender};
+use crate::connection::{self, ConnectionError, Receiver, Sender, Waits};
 
 /// What one DMA message moves.
 struct Transfer<'a> {
@@ -214,8 +214,8 @@ struct TwinInner {
 
 impl Twin {
     pub(super) fn new(socket: UnixStream, message_limit: Duration) -> Result<Twin, ConnectionError> {
-        let limits = Limits { message: message_limit, sleep: message_limit };
-        let (receiver, sender) = connection::split(socket, limits)?;
+        let waits = Waits { message: message_limit, sleep: message_limit };
+        let (receiver, sender) = connection::split(socket, waits)?;
         Ok(Twin { sender, inner: Mutex::new(TwinInner { receiver, next_id: 0 }) })
     }
 

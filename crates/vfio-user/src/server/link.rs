@@ -20,7 +20,7 @@ use rustix::net::{Shutdown, shutdown};
 use super::buffer::Buffer;
 use super::dma::{Exchange, Twin};
 use crate::codec::{Command, Header, Kind};
-use crate::connection::{self, ConnectionError, Fds, Limits, Receiver, Sender, Sending};
+use crate::connection::{self, ConnectionError, Fds, Receiver, Sender, Sending, Waits};
 
 /// Bodies of commands other than those that carry data are refused above this many bytes.
 const BODY_BYTES_MAX: usize = 64 << 10;
@@ -104,8 +104,8 @@ impl Link {
         message_limit: Duration,
         dma_limit: Duration,
     ) -> Result<Link, ConnectionError> {
-        let limits = Limits { message: message_limit, sleep: message_limit };
-        let (receiver, sender) = connection::split(socket, limits)?;
+        let waits = Waits { message: message_limit, sleep: message_limit };
+        let (receiver, sender) = connection::split(socket, waits)?;
         Ok(Link {
             sender,
             shared: Mutex::new(Shared {

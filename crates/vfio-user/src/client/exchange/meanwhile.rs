@@ -16,6 +16,10 @@ impl Exchange {
     /// The socket is full: receives meanwhile, if nobody else does, so that a server which sends too
     /// can go on.
     pub(super) fn make_room(&self, deadline: Instant) -> Result<(), ConnectionError> {
+        // Also with a server that never stops sending.
+        if Instant::now() >= deadline {
+            return Err(ConnectionError::TimedOut);
+        }
         let mut desk = self.desk();
         if desk.lost.is_some() {
             return Err(ConnectionError::Closed);
