@@ -68,7 +68,8 @@ pub(crate) fn errno_of(errno: rustix::io::Errno) -> Errno {
 /// How long the halves of a connection wait.
 #[derive(Clone, Copy, Debug)]
 pub struct Waits {
-    /// From the first byte of a message to its last one, either way.
+    /// How long a message may take to arrive from its first byte on, and how long a peer may take
+    /// nothing of one that is sent to it.
     pub message: Duration,
     /// A wait that has a deadline ends between its deadline and so long after it.
     pub sleep: Duration,

@@ -77,7 +77,8 @@ impl Sender {
     }
 
     /// Sends one message, given in parts, with its fds. When the socket is full, sleeps until there
-    /// is room again, at the longest [`Waits::message`](super::Waits::message) at a time.
+    /// is room again: [`ConnectionError::Stalled`] when none comes within
+    /// [`Waits::message`](super::Waits::message).
     pub fn send(&self, parts: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
         self.hold().send(parts, fds)
     }
