@@ -14,6 +14,8 @@ use crate::{Cancel, Error, Result};
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long a side that called off waits for the other to have read why.
 const LINGER: Duration = Duration::from_secs(2);
+/// The most frames that are taken from the other side before sending goes on.
+const LOOK_FRAMES_MAX: usize = 64;
 /// How many bytes are sent between two looks for word from the other side.
 const LOOK_EVERY_BYTES: usize = 1 << 20;
 
@@ -135,6 +137,7 @@ impl<'a> Channel<'a> {
     ) -> Result<(Header, &[u8])> {
         let overall = within.map(|limit| (Wait::within(limit, self.cancel), limit));
         loop {
+            self.check_cancel()?;
             let mut wait = (Wait::within(self.silence_max, self.cancel), self.silence_max);
             if let Some(overall) = overall
                 && overall.0.deadline < wait.0.deadline
@@ -145,6 +148,10 @@ impl<'a> Channel<'a> {
             let header = self.take_frame(doing)?;
             if header.kind != Kind::PROGRESS {
                 return Ok((header, &self.payload));
+            }
+            // There may always be more of these at hand, so that nothing is ever waited for.
+            if let Some((wait, limit)) = overall {
+                wait.left().map_err(|error| self.failed(error, doing, limit))?;
             }
         }
     }
@@ -214,7 +221,8 @@ impl<'a> Channel<'a> {
     /// Takes what the other side has sent until then. Nobody is to send anything but ABORT and
     /// PROGRESS while this side sends.
     fn look(&mut self, deadline: Instant) -> Result<()> {
-        loop {
+        // Whoever never stops saying that he lives holds up nobody.
+        for _ in 0..LOOK_FRAMES_MAX {
             match self.fill_header(Wait { deadline, cancel: self.cancel }) {
                 Err(LinkError::TimedOut) => return Ok(()),
                 Err(error) => return Err(self.receive_failed(error, "sending", Duration::ZERO)),
@@ -226,6 +234,7 @@ impl<'a> Channel<'a> {
                 return Err(self.damaged(Damage::Misplaced { kind: header.kind, why }));
             }
         }
+        Ok(())
     }
 
     /// After a failed send: the ABORT that explains it, when there is one.

@@ -30,22 +30,28 @@ impl Peer {
     fn new(link: SocketLink) -> Peer {
         Peer { link, sequence: 0, decoder: Decoder::new() }
     }
-    fn bytes(&mut self, bytes: &[u8]) {
+    /// Whether the other side takes them.
+    fn bytes(&mut self, bytes: &[u8]) -> bool {
         let wait = Wait::within(Duration::from_secs(10), None);
         let mut sent = 0;
         while sent < bytes.len() {
             // The other side may have hung up on it already.
-            let Ok(some) = self.link.write(&[IoSlice::new(&bytes[sent..])], wait) else { return };
+            let Ok(some) = self.link.write(&[IoSlice::new(&bytes[sent..])], wait) else { return false };
             sent += some;
         }
+        true
     }
     fn preface(&mut self, id: MigrationId) {
         self.bytes(&Preface::new(id, PrefaceFlags::empty()).encode());
     }
     fn frame(&mut self, kind: Kind, section: u32, position: u64, payload: &[u8]) {
+        self.try_frame(kind, section, position, payload);
+    }
+    /// Whether the other side takes it.
+    fn try_frame(&mut self, kind: Kind, section: u32, position: u64, payload: &[u8]) -> bool {
         let header = Header::new(kind, section, position, self.sequence, payload);
         self.sequence += 1;
-        self.bytes(&[&header.encode()[..], payload].concat());
+        self.bytes(&[&header.encode()[..], payload].concat())
     }
     /// The id of the other side's preface.
     fn read_id(&mut self) -> MigrationId {
@@ -173,10 +179,10 @@ fn a_source_that_says_nothing_more_than_that_it_lives_holds_nobody_for_ever() {
     ends.options = Options { load_max: Duration::from_millis(100), ..options() };
     let why = source_says(&ends, |peer| {
         peer.preface(ID);
+        // Until the other side hangs up.
         let began = Instant::now();
-        while began.elapsed() < Duration::from_millis(500) {
-            peer.frame(Kind::PROGRESS, 0, 0, &[0; 8]);
-        }
+        while began.elapsed() < Duration::from_secs(20) && peer.try_frame(Kind::PROGRESS, 0, 0, &[0; 8]) {}
+        assert!(began.elapsed() < Duration::from_secs(20), "nobody hung up");
     });
     assert!(matches!(why, Error::TimedOut { .. }), "{why}");
 }
