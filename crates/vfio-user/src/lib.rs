@@ -4,6 +4,7 @@
 //! [`codec`] is what messages look like, [`version`] what two sides agree on when they meet,
 //! [`connection`] how messages and fds travel, [`extension`] what is added to the specification;
 //! [`Client`] is a device behind a socket as a VMM sees it, [`server`] puts one there.
+#![forbid(unsafe_code)]
 
 pub mod client;
 pub mod codec;
