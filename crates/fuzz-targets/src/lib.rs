@@ -15,6 +15,7 @@
 
 pub mod bitmap;
 pub mod capability;
+mod cell;
 pub mod feature;
 pub mod input;
 pub mod inspect;
@@ -22,7 +23,9 @@ pub mod logging;
 pub mod names;
 pub mod saved_state;
 pub mod stream;
+pub mod vfio_user_client;
 pub mod vfio_user_request;
+pub mod vfio_user_server;
 pub mod vfio_user_version;
 
 /// A decoder under test.
@@ -52,6 +55,8 @@ pub const TARGETS: &[Target] = &targets![
     names,
     saved_state,
     stream,
+    vfio_user_client,
     vfio_user_request,
+    vfio_user_server,
     vfio_user_version
 ];
