@@ -75,16 +75,10 @@ pub fn migrate(from: &dyn Device, to: &dyn Device, args: &args::Migrate, out: &O
     drop(progress);
     match (outcome, received) {
         (_, Received::Broken { why, .. }) => Err(broken(&args.destination, why)),
-        // What was called off there is known here at first hand.
-        (
-            Outcome::Undone { why: Error::Aborted { .. }, mut report },
-            Received::Discarded { why, report: there },
-        ) => {
+        (Outcome::Undone { why, mut report }, Received::Discarded { why: why_there, report: there }) => {
             report.notes.extend(there.notes);
-            settled(Outcome::Undone { why, report }, out)
-        }
-        (Outcome::Undone { why, mut report }, Received::Discarded { report: there, .. }) => {
-            report.notes.extend(there.notes);
+            // What was called off there is known here at first hand.
+            let why = if matches!(why, Error::Aborted { .. }) { why_there } else { why };
             settled(Outcome::Undone { why, report }, out)
         }
         (outcome, _) => settled(outcome, out),
