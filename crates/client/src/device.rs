@@ -162,7 +162,31 @@ pub enum DmaMemory<'a> {
     /// and DMA_WRITE), which asks this object.
     Messages(&'a std::sync::Arc<dyn DmaTarget>),
     /// At this address of this process. Kernel VFIO only.
-    Address(usize),
+    Address(HostAddress),
+}
+
+/// An address of this process that a device may use as memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostAddress(usize);
+
+impl HostAddress {
+    /// The memory from this address on.
+    ///
+    /// # Safety
+    ///
+    /// A device writes there behind the compiler's back. From the call of [`Device::dma_map`] until
+    /// [`Device::dma_unmap`] has returned, or the device and its address space are gone, all of the mapping must
+    /// stay mapped in this process and must not be read or written through references: it is memory of a
+    /// guest's, accessed with raw pointers or atomics only.
+    #[allow(unsafe_code, reason = "the one promise that a caller of this crate can break")]
+    pub const unsafe fn new(address: usize) -> HostAddress {
+        HostAddress(address)
+    }
+
+    /// The address.
+    pub const fn get(self) -> usize {
+        self.0
+    }
 }
 
 /// Serves a device's DMA to memory that it cannot map (vfio-user's DMA_READ and DMA_WRITE).

@@ -1,5 +1,6 @@
 //! What can go wrong between a VMM and a device, split by whose fault it is.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use limosa_protocol::Errno;
@@ -16,7 +17,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The device answered with an errno.
-    #[error("{device}: {request} refused: {errno}")]
+    #[error("{device}: {request} refused: {errno}{}", after(.hint))]
     Refused {
         /// The device, as the user named it.
         device: String,
@@ -24,6 +25,8 @@ pub enum Error {
         request: String,
         /// The answer.
         errno: Errno,
+        /// What it means here and what to do about it; empty where the errno says it all.
+        hint: Cow<'static, str>,
     },
     /// No answer within the limit.
     #[error("{device}: no answer to {request} within {limit:?}")]
@@ -60,7 +63,7 @@ pub enum Error {
         what: String,
     },
     /// A system call on this side failed.
-    #[error("{device}: {what}: {errno}")]
+    #[error("{device}: {what}: {errno}{}", after(.hint))]
     Os {
         /// The device.
         device: String,
@@ -68,7 +71,14 @@ pub enum Error {
         what: String,
         /// The system's answer.
         errno: Errno,
+        /// What it means here and what to do about it; empty where the errno says it all.
+        hint: Cow<'static, str>,
     },
+}
+
+fn after(hint: &str) -> impl std::fmt::Display {
+    let separator = if hint.is_empty() { "" } else { "; " };
+    format!("{separator}{hint}")
 }
 
 impl Error {

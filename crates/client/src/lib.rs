@@ -1,7 +1,7 @@
 //! A VFIO device as a VMM sees it, whatever carries the requests: [`Device`], the one trait for
 //! kernel VFIO, vfio-user and devices in the same process; [`DeviceExt`], typed migration calls
 //! over it; [`DataStream`], the data of a session.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod device;
 mod error;
@@ -9,7 +9,8 @@ mod ext;
 mod stream;
 
 pub use device::{
-    Device, DirtyBits, DmaMap, DmaMemory, DmaTarget, FeatureReply, FeatureRequest, IrqAction, Refers, Region,
+    Device, DirtyBits, DmaMap, DmaMemory, DmaTarget, FeatureReply, FeatureRequest, HostAddress, IrqAction,
+    Refers, Region,
 };
 pub use error::{Error, Result};
 pub use ext::DeviceExt;

@@ -37,7 +37,7 @@ impl Loopback {
     }
 
     fn refused(&self, request: impl FnOnce() -> String, errno: Errno) -> Error {
-        Error::Refused { device: self.name.clone(), request: request(), errno }
+        Error::Refused { device: self.name.clone(), request: request(), errno, hint: "".into() }
     }
 
     fn usage(&self, what: impl Into<String>) -> Error {
@@ -50,6 +50,7 @@ impl Loopback {
             device: self.name.clone(),
             what: "duplicating a file descriptor".into(),
             errno: Errno::from_raw(error.raw_os_error().unsigned_abs()),
+            hint: "".into(),
         })
     }
 }

@@ -48,7 +48,7 @@ impl Odd {
         self.quirks.lock().unwrap().clone()
     }
     fn refuse<T>(&self, errno: Errno) -> Result<T> {
-        Err(Error::Refused { device: self.name().into(), request: "a test".into(), errno })
+        Err(Error::Refused { device: self.name().into(), request: "a test".into(), errno, hint: "".into() })
     }
 }
 
@@ -134,7 +134,7 @@ impl DataStream for OddStream {
     fn precopy_info(&mut self) -> Result<PrecopyInfo> {
         if self.quirks.no_precopy_info {
             let (device, request) = ("odd".into(), "pre-copy info".into());
-            return Err(Error::Refused { device, request, errno: Errno::ENOTTY });
+            return Err(Error::Refused { device, request, errno: Errno::ENOTTY, hint: "".into() });
         }
         self.inner.precopy_info()
     }

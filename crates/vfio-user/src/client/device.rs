@@ -173,6 +173,7 @@ impl Device for Client {
                     device: shared.name.clone(),
                     what: "DMA_MAP".into(),
                     errno: os_errno(&error),
+                    hint: "".into(),
                 })?;
                 Arc::new(FileTarget { fd, offset })
             }
@@ -187,6 +188,7 @@ impl Device for Client {
                 device: shared.name.clone(),
                 what: "a thread for DMA".into(),
                 errno: os_errno(&error),
+                hint: "".into(),
             })?;
         }
         let fds: &[BorrowedFd<'_>] = fds.as_slice();

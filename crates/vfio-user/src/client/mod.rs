@@ -125,6 +125,7 @@ impl Client {
                 device: name.clone(),
                 what: "connecting".into(),
                 errno: dma::os_errno(&error),
+                hint: "".into(),
             })
         };
         connect::connect(name.clone(), options, open()?, Some(&open))
@@ -305,14 +306,14 @@ impl Shared {
 
     #[cold]
     fn refused(&self, request: &str, errno: limosa_protocol::Errno) -> Error {
-        Error::Refused { device: self.name.clone(), request: request.into(), errno }
+        Error::Refused { device: self.name.clone(), request: request.into(), errno, hint: "".into() }
     }
 }
 
 fn error(name: &str, request: &str, failure: Failure) -> Error {
     let device = name.to_owned();
     match failure {
-        Failure::Refused(errno) => Error::Refused { device, request: request.into(), errno },
+        Failure::Refused(errno) => Error::Refused { device, request: request.into(), errno, hint: "".into() },
         Failure::TimedOut(limit) => Error::Timeout { device, request: request.into(), limit },
         Failure::Misbehaved(what) => Error::Misbehaved { device, what },
         Failure::Connection(error) => match error {
@@ -320,7 +321,7 @@ fn error(name: &str, request: &str, failure: Failure) -> Error {
                 Error::Misbehaved { device, what: error.to_string() }
             }
             ConnectionError::Fds(_) => Error::Usage { device, what: format!("{request}: {error}") },
-            ConnectionError::Os(errno) => Error::Os { device, what: request.into(), errno },
+            ConnectionError::Os(errno) => Error::Os { device, what: request.into(), errno, hint: "".into() },
             other => Error::Disconnected { device, reason: other.to_string() },
         },
     }

@@ -1,0 +1,62 @@
+//! The one place where an ioctl is made (`vfio.h` and `iommufd.h`: all of their commands are plain `_IO`).
+
+use std::ffi::c_void;
+use std::os::fd::BorrowedFd;
+
+use limosa_protocol::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
+
+/// A command of `vfio.h`: `_IO(VFIO_TYPE, VFIO_BASE + number)`.
+pub(crate) const fn vfio(number: u8) -> Opcode {
+    opcode::none(b';', 100 + number)
+}
+
+/// A command of `iommufd.h`: `_IO(IOMMUFD_TYPE, number)`, from `IOMMUFD_CMD_BASE` 0x80 on.
+pub(crate) const fn iommufd(number: u8) -> Opcode {
+    opcode::none(b';', number)
+}
+
+struct Call {
+    opcode: Opcode,
+    argument: *mut c_void,
+}
+
+// SAFETY: the opcode and the pointer are handed to the kernel as they are, and the output is its return value. What
+// the kernel does with the pointer is the promise of who calls `call`.
+unsafe impl Ioctl for Call {
+    type Output = u32;
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        self.opcode
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        self.argument
+    }
+
+    unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<u32> {
+        Ok(output.cast_unsigned())
+    }
+}
+
+/// Makes the call; an interrupted one is made again. The value is the kernel's, not negative.
+///
+/// # Safety
+///
+/// The argument is what the command expects, and every address in it points to memory of the length that the
+/// argument says, which the kernel may read or write until this returns.
+pub(crate) unsafe fn call(fd: BorrowedFd<'_>, opcode: Opcode, argument: *mut c_void) -> Result<u32, Errno> {
+    loop {
+        // SAFETY: as the caller promises.
+        match unsafe { rustix::ioctl::ioctl(fd, Call { opcode, argument }) } {
+            Err(rustix::io::Errno::INTR) => {}
+            answer => return answer.map_err(errno),
+        }
+    }
+}
+
+/// An errno of rustix's as the protocol's.
+pub(crate) fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_raw(error.raw_os_error().unsigned_abs())
+}

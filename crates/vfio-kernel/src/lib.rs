@@ -1,0 +1,20 @@
+//! VFIO devices behind `/dev/vfio`: [`KernelDevice`], a `client::Device` over the kernel's ioctls; the two
+//! doors to one, cdev with iommufd and group with container ([`Door`]); the [`AddressSpace`] that its DMA goes
+//! through, and the dirty pages that such a space logs.
+
+mod device;
+mod ioctl;
+mod space;
+
+pub use device::{KernelDevice, Options};
+pub use space::AddressSpace;
+
+/// The two ways in which the kernel hands out a device. A device that is open through one is EBUSY through the
+/// other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// `/dev/vfio/devices/vfioN`, its DMA through iommufd (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD`).
+    Cdev,
+    /// `/dev/vfio/GROUP`, its DMA through a container with the type1 IOMMU (`vfio.h: VFIO_GROUP_SET_CONTAINER`).
+    Group,
+}
