@@ -1,0 +1,14 @@
+//! What the suites of the lab share: devices of the kernel that is under test, and the command.
+//!
+//! The suites are `tests/*.rs`. They need a kernel with VFIO and its sample devices, so every test is
+//! marked `#[ignore = "runs in the lab's kernel (lab/run)"]`; `lab/run` boots that kernel and runs them.
+//! This crate fails loudly: whatever the lab should have prepared and has not ends the test with a reason.
+#![forbid(unsafe_code)]
+
+mod command;
+mod kind;
+mod mdev;
+
+pub use command::limosa;
+pub use kind::{Kind, kinds};
+pub use mdev::Mdev;
