@@ -57,6 +57,7 @@ errnos! {
     EOVERFLOW = 75, "value overflows";
     EMSGSIZE = 90, "message too long";
     ENOTSUP = 95, "operation not supported";
+    EADDRINUSE = 98, "address in use";
     ECONNRESET = 104, "connection reset by peer";
     ETIMEDOUT = 110, "timed out";
     ECONNREFUSED = 111, "connection refused";

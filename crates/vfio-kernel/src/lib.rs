@@ -7,7 +7,7 @@ mod ioctl;
 mod space;
 
 pub use device::{KernelDevice, Options};
-pub use space::AddressSpace;
+pub use space::{AddressSpace, IovaRanges};
 
 /// The two ways in which the kernel hands out a device. A device that is open through one is EBUSY through the
 /// other.

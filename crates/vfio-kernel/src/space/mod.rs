@@ -1,71 +1,331 @@
-//! [`AddressSpace`]: the memory that devices reach by DMA, an IOAS of iommufd's or a type1 container.
+//! [`AddressSpace`]: the memory that devices reach by DMA, an IOAS of iommufd's (`iommufd.h: IOMMU_IOAS_ALLOC`) or
+//! a container with the type1 IOMMU (`vfio.h: VFIO_SET_IOMMU`).
+//!
+//! Both behave alike: memory can be mapped before the first device is attached and is there for every device that
+//! is attached later; it is unmapped in the pieces in which it was mapped, or in several of them at once.
 
+mod container;
+mod file;
+mod iommufd;
+mod mappings;
+
+use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use limosa_client::{DirtyBits, DmaMap, Result};
+use limosa_client::{DirtyBits, DmaMap, DmaMemory, Error, Result};
+use limosa_protocol::capability::IovaRange;
+use limosa_protocol::info::DmaMapFlags;
+use limosa_protocol::{Errno, range};
+use rustix::fs::{Mode, OFlags};
 
 use crate::Door;
+use crate::ioctl::errno;
+use container::Container;
+use file::{MappedFile, can_be_pinned_as_file};
+use iommufd::Iommufd;
+use mappings::{Mapping, Mappings, Place};
 
 /// The memory that one or several devices reach by DMA. Copies are the same space.
+///
+/// When the last copy is dropped, what was mapped through it is unmapped, and the page tables that were made for
+/// it are destroyed. What its caller brought along, and mapped otherwise, stays.
 #[derive(Clone, Debug)]
 pub struct AddressSpace {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
 struct Inner {
-    door: Door,
-    fd: OwnedFd,
+    kind: Kind,
+    mappings: Mutex<Mappings>,
+}
+
+enum Kind {
+    Iommufd(Iommufd),
+    Container(Container),
+}
+
+/// Which addresses a space takes; see [`AddressSpace::iova_ranges`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IovaRanges {
+    /// First and last address of each, in order. Empty where the kernel names no limits.
+    pub ranges: Vec<IovaRange>,
+    /// Addresses and sizes must be multiples of so many bytes, a power of two.
+    pub alignment: u64,
+}
+
+impl IovaRanges {
+    /// What a refused mapping means.
+    fn hint(&self) -> String {
+        let alignment = self.alignment;
+        let mut hint = format!("addresses and sizes are multiples of {alignment:#x}");
+        for (at, range) in self.ranges.iter().take(8).enumerate() {
+            let before = if at == 0 { ", in " } else { ", " };
+            hint += &format!("{before}{:#x}..={:#x}", range.start, range.end);
+        }
+        hint
+    }
 }
 
 impl AddressSpace {
     /// A new one: an IOAS of `/dev/iommu`, or a container of `/dev/vfio/vfio`.
     pub fn new(door: Door) -> Result<AddressSpace> {
-        let _ = door;
-        todo!()
+        Ok(AddressSpace::of(match door {
+            Door::Cdev => Kind::Iommufd(Iommufd::new(open("/dev/iommu", "CONFIG_IOMMUFD")?)?),
+            Door::Group => Kind::Container(Container::new(open("/dev/vfio/vfio", "CONFIG_VFIO_CONTAINER")?)?),
+        }))
     }
 
     /// An IOAS that the caller holds. The fd is duplicated.
     pub fn from_iommufd(iommufd: BorrowedFd<'_>, ioas: u32) -> Result<AddressSpace> {
-        let _ = (iommufd, ioas);
-        todo!()
+        Ok(AddressSpace::of(Kind::Iommufd(Iommufd::borrowed(own("iommufd", iommufd)?, ioas, &[]))))
+    }
+
+    /// An IOAS that the caller holds, with the page tables, allocated with `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`, that
+    /// he has attached his devices to. The fd is duplicated, and the page tables stay the caller's: they serve to
+    /// see what those devices write, and other devices are attached to them where that can be.
+    pub fn from_page_tables(iommufd: BorrowedFd<'_>, ioas: u32, hwpts: &[u32]) -> Result<AddressSpace> {
+        Ok(AddressSpace::of(Kind::Iommufd(Iommufd::borrowed(own("iommufd", iommufd)?, ioas, hwpts))))
     }
 
     /// A container that the caller holds, its IOMMU set. The fd is duplicated.
     pub fn from_container(container: BorrowedFd<'_>) -> Result<AddressSpace> {
-        let _ = container;
-        todo!()
+        Ok(AddressSpace::of(Kind::Container(Container::new(own("container", container)?)?)))
+    }
+
+    fn of(kind: Kind) -> AddressSpace {
+        AddressSpace { inner: Arc::new(Inner { kind, mappings: Mutex::default() }) }
     }
 
     /// Which devices can be attached.
     pub fn door(&self) -> Door {
-        self.inner.door
+        match self.inner.kind {
+            Kind::Iommufd(_) => Door::Cdev,
+            Kind::Container(_) => Door::Group,
+        }
+    }
+
+    /// Which addresses can be mapped. It narrows with every device that is attached.
+    pub fn iova_ranges(&self) -> Result<IovaRanges> {
+        match &self.inner.kind {
+            Kind::Iommufd(iommufd) => iommufd.iova_ranges(),
+            Kind::Container(container) => container.iova_ranges(),
+        }
     }
 
     /// Binds a cdev to the iommufd and attaches it: to a page table with dirty tracking where its IOMMU has
     /// that, else to the IOAS (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD`, `VFIO_DEVICE_ATTACH_IOMMUFD_PT`).
-    pub(crate) fn attach_cdev(&self, name: &str, device: BorrowedFd<'_>) -> Result<()> {
-        let _ = (name, device, &self.inner.fd);
-        todo!()
+    ///
+    /// A device that could not be attached stays bound until its fd is closed.
+    pub fn attach_cdev(&self, name: &str, device: BorrowedFd<'_>) -> Result<()> {
+        match &self.inner.kind {
+            Kind::Iommufd(iommufd) => {
+                let id = iommufd.bind(name, device)?;
+                iommufd.attach(name, id, &mut |page_table| iommufd::attach(device, page_table))
+            }
+            Kind::Container(_) => {
+                Err(usage(name, "it was opened by its cdev, its address space is a container"))
+            }
+        }
+    }
+
+    /// Attaches a device that the caller has bound to the iommufd, as `device_id` (`vfio.h:
+    /// VFIO_DEVICE_BIND_IOMMUFD, out_devid`). `attach` is called with the id of one page table or IOAS after the
+    /// other until it takes one (`vfio.h: VFIO_DEVICE_ATTACH_IOMMUFD_PT`): page tables with dirty tracking first,
+    /// where the device's IOMMU has that. `name` is for messages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with the last errno of `attach`; [`Error::Usage`] on a container.
+    pub fn attach_bound(
+        &self,
+        name: &str,
+        device_id: u32,
+        attach: &mut dyn FnMut(u32) -> Result<(), Errno>,
+    ) -> Result<()> {
+        match &self.inner.kind {
+            Kind::Iommufd(iommufd) => iommufd.attach(name, device_id, attach),
+            Kind::Container(_) => {
+                Err(usage(name, "it is bound to an iommufd, its address space is a container"))
+            }
+        }
     }
 
     /// Adds a group to the container, and sets the container's IOMMU with its first
     /// (`vfio.h: VFIO_GROUP_SET_CONTAINER`, `VFIO_SET_IOMMU`).
-    pub(crate) fn attach_group(&self, name: &str, group: BorrowedFd<'_>) -> Result<()> {
-        let _ = (name, group);
-        todo!()
+    pub fn attach_group(&self, name: &str, group: BorrowedFd<'_>) -> Result<()> {
+        match &self.inner.kind {
+            Kind::Container(container) => container.attach(name, group, &self.inner.mappings()),
+            Kind::Iommufd(_) => Err(usage(name, "it was opened by its group, its address space is an IOAS")),
+        }
     }
 
     /// Gives its devices access to memory. `name` is for messages.
+    ///
+    /// A file is mapped into this process where the kernel needs an address, and stays so until it is unmapped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`] for memory that only answers messages, which a kernel device cannot send, for a range
+    /// that is empty or beyond 2^64, and for no access at all; [`Error::Refused`] by the kernel, for a range
+    /// that overlaps another, that the IOMMU cannot reach, or for memory that cannot be pinned.
     pub fn map(&self, name: &str, map: &DmaMap<'_>) -> Result<()> {
-        let _ = (name, map);
-        todo!()
+        let known = DmaMapFlags::READ | DmaMapFlags::WRITE;
+        if !map.flags.intersects(known) || !known.contains(map.flags) {
+            return Err(usage(name, "a mapping needs READ, WRITE or both"));
+        }
+        if range::last(map.iova, map.size).is_err() {
+            return Err(usage(name, format!("a mapping of {:#x} bytes at {:#x}", map.size, map.iova)));
+        }
+        let mut mappings = self.inner.mappings();
+        let place = match map.memory {
+            DmaMemory::Messages(_) => {
+                return Err(usage(
+                    name,
+                    "a kernel device cannot ask this process for memory; give it a file or an address",
+                ));
+            }
+            DmaMemory::Address(address) => Place::Address(address),
+            DmaMemory::File { fd, offset } => {
+                let done = match &self.inner.kind {
+                    Kind::Iommufd(iommufd) if can_be_pinned_as_file(fd) => {
+                        iommufd.map_file(name, map, fd, offset)?
+                    }
+                    _ => false,
+                };
+                if done { Place::Kernel } else { Place::Mapped(MappedFile::new(name, fd, offset, map)?) }
+            }
+        };
+        let mapping = Mapping { iova: map.iova, size: map.size, flags: map.flags, place };
+        match &self.inner.kind {
+            _ if matches!(mapping.place, Place::Kernel) => {}
+            Kind::Iommufd(iommufd) => iommufd.map(name, &mapping)?,
+            Kind::Container(container) if container.is_set() => container.map(name, &mapping)?,
+            // Its IOMMU comes with its first group: until then the record is all there is.
+            Kind::Container(_) if mappings.overlaps(map.iova, map.size) => {
+                return Err(refused(name, map_request(&mapping), Errno::EEXIST, map_hint(Errno::EEXIST)));
+            }
+            Kind::Container(_) => {}
+        }
+        mappings.insert(mapping);
+        Ok(())
     }
 
-    /// Takes memory away again; with `dirty`, with the pages that were written.
+    /// Takes memory away again: once this returns, no device touches it. With `dirty`, the pages that were
+    /// written since the last report are set in it, which needs logging to be on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with ENOENT when nothing is mapped there, and with EINVAL when the range covers a mapping
+    /// in part.
     pub fn unmap(&self, name: &str, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
-        let _ = (name, iova, size, dirty);
-        todo!()
+        if range::last(iova, size).is_err() {
+            return Err(usage(name, format!("unmapping {size:#x} bytes at {iova:#x}")));
+        }
+        if dirty.is_some() {
+            return Err(usage(name, "no dirty pages are logged in its address space"));
+        }
+        let mut mappings = self.inner.mappings();
+        // Doors have different answers to this, and a container without IOMMU has none. What is not known here, the
+        // caller may have mapped otherwise.
+        if mappings.overlaps(iova, size) {
+            mappings.check_whole(name, iova, size)?;
+        }
+        match &self.inner.kind {
+            Kind::Iommufd(iommufd) => iommufd.unmap(name, iova, size)?,
+            Kind::Container(container) if container.is_set() => container.unmap(name, iova, size)?,
+            Kind::Container(_) => mappings.check_whole(name, iova, size)?,
+        }
+        mappings.remove(iova, size);
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn mappings(&self) -> MutexGuard<'_, Mappings> {
+        self.mappings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let mappings = std::mem::take(&mut *self.mappings());
+        for mapping in mappings {
+            let (iova, size) = (mapping.iova, mapping.size);
+            let unmapped = match &self.kind {
+                Kind::Iommufd(iommufd) => iommufd.unmap("address space", iova, size),
+                Kind::Container(container) if container.is_set() => {
+                    container.unmap("address space", iova, size)
+                }
+                Kind::Container(_) => Ok(()),
+            };
+            if let Err(error) = unmapped
+                && error.errno() != Some(Errno::ENOENT)
+            {
+                tracing::warn!("a device may still reach {size:#x} bytes at {iova:#x}: {error}");
+                // Nothing else may come to lie where a device writes.
+                std::mem::forget(mapping);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.kind {
+            Kind::Iommufd(iommufd) => iommufd.fmt(f),
+            Kind::Container(container) => container.fmt(f),
+        }
+    }
+}
+
+fn open(path: &str, option: &str) -> Result<OwnedFd> {
+    rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|error| {
+        let errno = errno(error);
+        let hint = match errno {
+            Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => {
+                format!("the kernel has no such device node: it needs {option}, and the module loaded")
+            }
+            Errno::EACCES | Errno::EPERM => {
+                "it takes root, or membership of the group that owns the device node".into()
+            }
+            _ => String::new(),
+        };
+        Error::Os { device: path.into(), what: "opening it".into(), errno, hint: hint.into() }
+    })
+}
+
+fn own(what: &str, fd: BorrowedFd<'_>) -> Result<OwnedFd> {
+    rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(|error| Error::Os {
+        device: what.into(),
+        what: "duplicating its file descriptor".into(),
+        errno: errno(error),
+        hint: "".into(),
+    })
+}
+
+fn usage(name: &str, what: impl Into<String>) -> Error {
+    Error::Usage { device: name.into(), what: what.into() }
+}
+
+fn refused(name: &str, request: impl Into<String>, errno: Errno, hint: impl Into<String>) -> Error {
+    Error::Refused { device: name.into(), request: request.into(), errno, hint: hint.into().into() }
+}
+
+/// How messages name the mapping of memory.
+fn map_request(mapping: &Mapping) -> String {
+    format!("mapping {:#x} bytes at IOVA {:#x}", mapping.size, mapping.iova)
+}
+
+/// What a refused mapping means, where that does not depend on the door.
+fn map_hint(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EEXIST => "memory is mapped there already",
+        Errno::EFAULT => "the memory cannot be pinned; is all of it mapped, and a file long enough?",
+        Errno::ENOMEM => "memory cannot be pinned beyond RLIMIT_MEMLOCK (ulimit -l)",
+        Errno::ENOSPC => {
+            "the container is full; map larger pieces, or raise dma_entry_limit of the module vfio_iommu_type1"
+        }
+        _ => "",
     }
 }
