@@ -3,11 +3,24 @@
 //! through, and the dirty pages that such a space logs.
 
 mod device;
+mod feature;
+mod find;
 mod ioctl;
+mod irq;
+mod name;
+mod open;
+mod refusal;
+mod region;
 mod space;
+mod stream;
+mod unusable;
+
+use std::fmt;
 
 pub use device::{KernelDevice, Options};
+pub use name::{Group, Name, NotAName};
 pub use space::{AddressSpace, IovaRanges};
+pub use unusable::Unusable;
 
 /// The two ways in which the kernel hands out a device. A device that is open through one is EBUSY through the
 /// other.
@@ -17,4 +30,13 @@ pub enum Door {
     Cdev,
     /// `/dev/vfio/GROUP`, its DMA through a container with the type1 IOMMU (`vfio.h: VFIO_GROUP_SET_CONTAINER`).
     Group,
+}
+
+impl fmt::Display for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Door::Cdev => "cdev",
+            Door::Group => "group",
+        })
+    }
 }

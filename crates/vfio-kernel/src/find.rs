@@ -1,0 +1,176 @@
+//! Finding a device: from its [`Name`] to its nodes below `/dev/vfio`, through sysfs
+//! (`Documentation/driver-api/vfio.rst`, `Documentation/ABI/testing/sysfs-devices-vfio-dev`).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use limosa_client::{Error, Result};
+use limosa_protocol::Errno;
+
+use crate::name::{Group, Name};
+
+/// Where sysfs and the device nodes are.
+#[derive(Clone, Debug)]
+pub(crate) struct Roots {
+    /// `/sys`.
+    pub sys: PathBuf,
+    /// `/dev`.
+    pub dev: PathBuf,
+}
+
+impl Default for Roots {
+    fn default() -> Roots {
+        Roots { sys: "/sys".into(), dev: "/dev".into() }
+    }
+}
+
+/// What sysfs says of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// What its bus calls it, and `VFIO_GROUP_GET_DEVICE_FD` too: a PCI address, a UUID.
+    pub id: String,
+    /// Its bus: `pci`, `mdev`.
+    pub bus: String,
+    /// Its folder in sysfs.
+    pub folder: PathBuf,
+    /// The driver that it is bound to.
+    pub driver: Option<String>,
+    /// Whether that is a VFIO driver.
+    pub vfio: bool,
+    /// Its IOMMU group.
+    pub group: Option<Group>,
+    /// Its own node, where the kernel has such (CONFIG_VFIO_DEVICE_CDEV).
+    pub cdev: Option<PathBuf>,
+}
+
+impl Roots {
+    /// The node of a group.
+    pub fn group_node(&self, group: Group) -> PathBuf {
+        self.dev.join("vfio").join(group.to_string())
+    }
+
+    /// The folder with the devices of a bus, as links.
+    pub fn bus(&self, bus: &str) -> PathBuf {
+        self.sys.join("bus").join(bus).join("devices")
+    }
+
+    /// The devices of a group, VFIO's and others, in the order of their names.
+    pub fn group_members(&self, number: u32) -> Vec<Found> {
+        let folder = self.sys.join("kernel/iommu_groups").join(number.to_string()).join("devices");
+        entries(&folder).iter().filter_map(|device| self.look(&folder.join(device))).collect()
+    }
+
+    /// What is to be known of the device that this path in sysfs leads to.
+    pub fn look(&self, path: &Path) -> Option<Found> {
+        let folder = fs::canonicalize(path).ok()?;
+        let id = folder.file_name()?.to_str()?.to_owned();
+        let driver = link_name(&folder.join("driver"));
+        let group = link_name(&folder.join("iommu_group")).and_then(|number| number.parse().ok());
+        let group = group.map(|number| {
+            let noiommu = Group { number, noiommu: true };
+            let is_noiommu = self.sys.join("class/vfio").join(noiommu.to_string()).exists();
+            Group { number, noiommu: is_noiommu }
+        });
+        let registered = entries(&folder.join("vfio-dev"));
+        // The folder came with Linux 6.1; before, only a driver's name tells.
+        let vfio = !registered.is_empty()
+            || driver
+                .as_deref()
+                .is_some_and(|driver| driver.starts_with("vfio") || driver.ends_with("vfio-pci"));
+        let cdev = registered.first().filter(|name| folder.join("vfio-dev").join(name).join("dev").exists());
+        let cdev = cdev.map(|name| self.dev.join("vfio/devices").join(name));
+        let bus = link_name(&folder.join("subsystem")).unwrap_or_default();
+        Some(Found { id, bus, folder, driver, vfio, group, cdev })
+    }
+
+    /// Finds the device of this name; `given` is what the user wrote.
+    pub fn find(&self, name: &Name, given: &str) -> Result<Found> {
+        let missing = |what: String, hint: String| Error::Os {
+            device: given.into(),
+            what,
+            errno: Errno::ENOENT,
+            hint: hint.into(),
+        };
+        match name {
+            Name::Pci(address) => self.look(&self.bus("pci").join(address)).ok_or_else(|| {
+                missing(
+                    format!("looking for PCI device {address}"),
+                    "no such device on this machine's PCI bus; `limosa probe` lists what there is".into(),
+                )
+            }),
+            Name::Mdev(uuid) => self.look(&self.bus("mdev").join(uuid)).ok_or_else(|| {
+                missing(
+                    format!("looking for mediated device {uuid}"),
+                    "no such mediated device; `limosa probe` lists what there is, and writing a UUID to \
+                     /sys/class/mdev_bus/PARENT/mdev_supported_types/TYPE/create makes one"
+                        .into(),
+                )
+            }),
+            Name::Cdev(number) => {
+                let link = self.sys.join(format!("class/vfio-dev/vfio{number}/device"));
+                self.look(&link).ok_or_else(|| {
+                    missing(
+                        format!("looking for VFIO device vfio{number}"),
+                        "no VFIO driver has made a device of that number; `limosa probe` lists what there is"
+                            .into(),
+                    )
+                })
+            }
+            Name::Group(group) => self.only_member(*group, given, missing),
+        }
+    }
+
+    fn only_member(
+        &self,
+        group: Group,
+        given: &str,
+        missing: impl Fn(String, String) -> Error,
+    ) -> Result<Found> {
+        let (mut devices, others): (Vec<Found>, Vec<Found>) =
+            self.group_members(group.number).into_iter().partition(|found| found.vfio);
+        devices.retain(|found| found.group == Some(group));
+        match devices.len() {
+            1 => Ok(devices.swap_remove(0)),
+            0 => {
+                let hint = match &others[..] {
+                    [] => "there is no such group; `limosa probe` lists what there is".into(),
+                    others => format!(
+                        "no device of the group is bound to a VFIO driver; it has {}",
+                        names(others.iter())
+                    ),
+                };
+                Err(missing(format!("looking for a VFIO device in group {group}"), hint))
+            }
+            count => Err(Error::Usage {
+                device: given.into(),
+                what: format!(
+                    "the group has {count} devices: {}; name the one to open",
+                    names(devices.iter())
+                ),
+            }),
+        }
+    }
+}
+
+/// Devices and their drivers in a row.
+pub(crate) fn names<'a>(devices: impl Iterator<Item = &'a Found>) -> String {
+    let name = |found: &Found| match &found.driver {
+        Some(driver) => format!("{} (driver {driver})", found.id),
+        None => format!("{} (no driver)", found.id),
+    };
+    devices.map(name).collect::<Vec<_>>().join(", ")
+}
+
+/// The names in a folder, in order; none where there is no such folder.
+pub(crate) fn entries(folder: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let mut names: Vec<String> =
+        entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}
+
+/// The last part of what a link points to.
+pub(crate) fn link_name(link: &Path) -> Option<String> {
+    fs::read_link(link).ok()?.file_name()?.to_str().map(str::to_owned)
+}

@@ -1,0 +1,184 @@
+//! The two doors to a device: its cdev, bound to an iommufd (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD`), and its
+//! group, in a container (`vfio.h: VFIO_GROUP_GET_STATUS`, `VFIO_GROUP_GET_DEVICE_FD`).
+
+use std::borrow::Cow;
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use limosa_client::{Error, Result};
+use limosa_protocol::Errno;
+use rustix::fs::{Mode, OFlags};
+
+use crate::device::{Opened, Options};
+use crate::find::{Found, Roots, names};
+use crate::name::{Group, Name};
+use crate::refusal::Request;
+use crate::unusable::Unusable;
+use crate::{AddressSpace, Door, ioctl};
+
+/// `VFIO_GROUP_GET_STATUS`.
+const GROUP_GET_STATUS: u8 = 3;
+
+/// `VFIO_GROUP_FLAGS_VIABLE`.
+const GROUP_FLAGS_VIABLE: u32 = 1 << 0;
+
+/// `VFIO_GROUP_GET_DEVICE_FD`.
+const GROUP_GET_DEVICE_FD: u8 = 6;
+
+/// Opens the device that the user calls `given`.
+pub(crate) fn open(roots: &Roots, given: &str, options: &Options) -> Result<Opened> {
+    let name: Name =
+        given.parse().map_err(|error| Error::Usage { device: given.into(), what: format!("{error}") })?;
+    let of_space = options.space.as_ref().map(AddressSpace::door);
+    if let (Some(door), Some(of_space)) = (options.door, of_space)
+        && door != of_space
+    {
+        return Err(Error::Usage {
+            device: given.into(),
+            what: format!(
+                "a device opened through its {door} does not fit an address space of a {of_space}'s"
+            ),
+        });
+    }
+    let found = roots.find(&name, given)?;
+    if let Some(why) = Unusable::by_sysfs(roots, &found) {
+        return Err(why.error(given));
+    }
+    let given = Given { roots, name: given, found: &found, space: options.space.as_ref() };
+    match (options.door.or(of_space), &name) {
+        (Some(Door::Cdev), _) => given.through_cdev(),
+        (Some(Door::Group), _) | (None, Name::Group(_)) => given.through_group(),
+        (None, _) => given.through_either(),
+    }
+}
+
+/// A device that was found, and where it is to go.
+struct Given<'a> {
+    roots: &'a Roots,
+    name: &'a str,
+    found: &'a Found,
+    space: Option<&'a AddressSpace>,
+}
+
+impl Given<'_> {
+    /// Through the cdev, and where that door is not there or not open to this user, through the group.
+    fn through_either(&self) -> Result<Opened> {
+        if self.found.cdev.is_none() {
+            return self.through_group();
+        }
+        let missing = [
+            Errno::ENOENT,
+            Errno::ENODEV,
+            Errno::ENXIO,
+            Errno::ENOTTY,
+            Errno::ENOTSUP,
+            Errno::EACCES,
+            Errno::EPERM,
+        ];
+        let group_node = self.found.group.map(|group| self.roots.group_node(group));
+        match self.through_cdev() {
+            Err(error)
+                if error.errno().is_some_and(|errno| missing.contains(&errno))
+                    && group_node.is_some_and(|node| node.exists()) =>
+            {
+                tracing::info!("{error}; trying its group");
+                self.through_group().map_err(|_| error)
+            }
+            other => other,
+        }
+    }
+
+    fn through_cdev(&self) -> Result<Opened> {
+        let Some(node) = &self.found.cdev else {
+            let hint =
+                "the kernel was built without CONFIG_VFIO_DEVICE_CDEV; open the device through its group";
+            return Err(self.failed("opening its cdev".into(), Errno::ENOENT, hint.into()));
+        };
+        let fd = self.open_node(node)?;
+        let space = self.space_of(Door::Cdev)?;
+        space.attach_cdev(self.name, fd.as_fd())?;
+        Ok(Opened { fd, group: None, space: Some(space), door: Some(Door::Cdev) })
+    }
+
+    fn through_group(&self) -> Result<Opened> {
+        let Some(group) = self.found.group else {
+            return Err(Unusable::NoGroup { id: self.found.id.clone() }.error(self.name));
+        };
+        let node = self.open_node(&self.roots.group_node(group))?;
+        self.check_viable(group, node.as_fd())?;
+        let space = self.space_of(Door::Group)?;
+        space.attach_group(self.name, node.as_fd())?;
+        let fd = self.device_of_group(node.as_fd())?;
+        Ok(Opened { fd, group: Some(node), space: Some(space), door: Some(Door::Group) })
+    }
+
+    fn space_of(&self, door: Door) -> Result<AddressSpace> {
+        self.space.cloned().map_or_else(|| AddressSpace::new(door), Ok)
+    }
+
+    fn open_node(&self, node: &Path) -> Result<OwnedFd> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        rustix::io::retry_on_intr(|| rustix::fs::open(node, flags, Mode::empty())).map_err(|error| {
+            let errno = ioctl::errno(error);
+            let shown = node.display();
+            let hint = match errno {
+                Errno::EBUSY => format!(
+                    "somebody has it open already, through its group or its cdev; `fuser -v {shown}` and the \
+                     same of its other node show who"
+                ),
+                Errno::EACCES => format!(
+                    "it belongs to root at first: give it to the user who is to have the device, `chown USER {shown}`"
+                ),
+                Errno::EPERM => "a device without IOMMU is for users with CAP_SYS_RAWIO only".into(),
+                Errno::ENOENT if !self.roots.dev.join("vfio").exists() => {
+                    "there is no /dev/vfio here: load the module vfio, or pass the nodes into this container".into()
+                }
+                Errno::ENOENT => {
+                    "the kernel has the device, but its node is missing: is this a container without it, or does \
+                     udev not run?"
+                        .into()
+                }
+                Errno::ENODEV | Errno::ENXIO => "the device is gone: it was unplugged, or its driver was unbound".into(),
+                _ => String::new(),
+            };
+            self.failed(format!("opening {shown}"), errno, hint.into())
+        })
+    }
+
+    /// Refuses a group of which the host uses a device (`VFIO_GROUP_FLAGS_VIABLE`).
+    fn check_viable(&self, group: Group, node: BorrowedFd<'_>) -> Result<()> {
+        // `struct vfio_group_status`.
+        let mut status = [8u32, 0];
+        // SAFETY: a `struct vfio_group_status` of argsz bytes, without pointers.
+        let answer = unsafe { ioctl::call(node, ioctl::vfio(GROUP_GET_STATUS), status.as_mut_ptr().cast()) };
+        answer.map_err(|errno| Request::GroupStatus.refused(self.name, errno))?;
+        if status[1] & GROUP_FLAGS_VIABLE != 0 {
+            return Ok(());
+        }
+        let others = self.roots.group_members(group.number);
+        let others = others.iter().filter(|other| other.holds_group());
+        Err(Unusable::NotViable { group, others: names(others) }.error(self.name))
+    }
+
+    fn device_of_group(&self, node: BorrowedFd<'_>) -> Result<OwnedFd> {
+        let request = Request::GetDeviceFd;
+        let id =
+            CString::new(self.found.id.as_str()).map_err(|_| request.refused(self.name, Errno::EINVAL))?;
+        let at = id.as_ptr().cast_mut().cast();
+        // SAFETY: the argument is a string with its end, which the kernel only reads.
+        let answer = unsafe { ioctl::call(node, ioctl::vfio(GROUP_GET_DEVICE_FD), at) };
+        let fd = answer.map_err(|errno| request.refused(self.name, errno))?;
+        // SAFETY: the value of this ioctl is a new fd of this process, which nobody else knows.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) })
+    }
+
+    fn failed(&self, what: String, errno: Errno, hint: Cow<'static, str>) -> Error {
+        Error::Os { device: self.name.into(), what, errno, hint }
+    }
+}
+
+/// The errno of an error of the standard library's.
+pub(crate) fn os_errno(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, |errno| Errno::from_raw(errno.unsigned_abs()))
+}
