@@ -20,6 +20,7 @@ pub mod feature;
 pub mod input;
 pub mod inspect;
 pub mod logging;
+pub mod mtty;
 pub mod names;
 pub mod saved_state;
 pub mod stream;
@@ -52,6 +53,7 @@ pub const TARGETS: &[Target] = &targets![
     feature,
     inspect,
     logging,
+    mtty,
     names,
     saved_state,
     stream,

@@ -146,7 +146,8 @@ pub struct Serve {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Model {
-    /// A PCI 16550A serial port.
+    /// A PCI 16550A serial card with a port for each line=echo or line=PATH, one or two; with as=mtty it is
+    /// the card of Linux' mtty, and moves to and from that.
     Uart,
     /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
     Synthetic,

@@ -233,6 +233,20 @@ fn a_serial_card_is_served_and_moves() {
 }
 
 #[test]
+fn a_serial_card_as_mtty_has_it_is_served_and_moves_to_its_like_alone() {
+    let folder = Folder::new();
+    let one = folder.serve("uart", "one", &["as=mtty", "line=echo", "line=echo"]);
+    let other = folder.serve("uart", "other", &["line=echo", "line=echo", "as=mtty"]);
+    let ordinary = folder.serve("uart", "ordinary", &[]);
+    let parts = ["cannot be moved", "PCI identification is 4348:3253"];
+    limosa(&["migrate", &one.socket, &ordinary.socket]).fails(3, &parts);
+    assert_eq!((one.state(), ordinary.state()), (State::Running, State::Running));
+    let json = limosa(&["--json", "migrate", &one.socket, &other.socket]).json();
+    assert_eq!(json["device_bytes"], 96);
+    assert_eq!((one.state(), other.state()), (State::Stop, State::Running));
+}
+
+#[test]
 fn the_demo_verifies_what_it_moved() {
     let json = limosa(&["--json", "demo", "--state-size", "4M", "--memory", "4M"]).json();
     assert_eq!(json["verified"], true);

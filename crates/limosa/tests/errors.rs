@@ -148,12 +148,15 @@ fn options_of_models_that_are_wrong_are_named() {
         ("uart", "foo", "line=echo or line=PATH"),
         ("uart", "line=", "line=echo or line=PATH"),
         ("uart", "baud=9600", "line=echo or line=PATH"),
+        ("uart", "as=16550", "or as=mtty"),
     ] {
         let value = option.strip_prefix("fault=").unwrap_or(option);
         limosa(&["serve", model, "--socket", &socket, "-o", option])
             .fails(USAGE, &["--option", value, expected]);
         assert!(!folder.path("socket").exists());
     }
+    limosa(&["serve", "uart", "--socket", &socket, "-o", "as=mtty", "-o", "line=/dev/null"])
+        .fails(USAGE, &["as=mtty", "nothing but line=echo"]);
     limosa(&["serve", "uart", "--socket", &socket, "-o", "line=/nowhere"])
         .fails(UNREACHABLE, &["line=/nowhere", "expected a terminal, or a UNIX socket"]);
 }

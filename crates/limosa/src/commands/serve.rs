@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use anyhow::Context;
 use limosa_device::{Machine, Model};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
-use limosa_models::uart::{Line, Uart};
+use limosa_models::uart::{Line, Mtty, Uart};
 use limosa_vfio_user::server::{Options, Server};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Signal, set_parent_process_death_signal};
@@ -51,9 +51,17 @@ fn model(args: &args::Serve) -> anyhow::Result<Box<dyn Model>> {
     let usage = |error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("--option: {error}"));
     Ok(match args.model {
         args::Model::Uart => {
-            let lines = args.options.iter().map(|option| line(option)).collect::<anyhow::Result<Vec<_>>>()?;
+            let (persona, lines): (Vec<_>, Vec<_>) =
+                args.options.iter().partition(|option| option.as_str() == "as=mtty");
+            let lines = lines.into_iter().map(|option| line(option)).collect::<anyhow::Result<Vec<_>>>()?;
             let lines = if lines.is_empty() { vec![Line::Echo] } else { lines };
-            Box::new(Uart::new(lines).map_err(|error| usage(&error))?)
+            if persona.is_empty() {
+                Box::new(Uart::new(lines).map_err(|error| usage(&error))?)
+            } else if lines.iter().all(|line| matches!(line, Line::Echo)) {
+                Box::new(Mtty::new(lines.len()).map_err(|error| usage(&error))?)
+            } else {
+                return Err(usage(&"as=mtty: its ports have nothing but line=echo at the other end"));
+            }
         }
         args::Model::Synthetic => {
             let config: SyntheticConfig = options.parse().map_err(|error| usage(&error))?;
@@ -70,7 +78,7 @@ fn line(option: &str) -> anyhow::Result<Line> {
         _ => {
             return Err(exit::error(
                 Code::Usage,
-                format!("--option {option}: expected line=echo or line=PATH"),
+                format!("--option {option}: expected line=echo or line=PATH for each port, or as=mtty"),
             ));
         }
     };

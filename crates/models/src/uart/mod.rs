@@ -1,7 +1,10 @@
 //! A serial port: a PCI function with one or two 16550A in an I/O BAR, 8 bytes each, and INTx. Linux'
 //! 8250 driver binds to it by its identity, which is that of QEMU's serial cards, and by its class.
+//!
+//! [`Mtty`] is the same idea as Linux' sample device has it, for moves between kernel and process.
 
 mod line;
+mod mtty;
 mod port;
 mod state;
 
@@ -15,6 +18,7 @@ use limosa_protocol::{Errno, MigrationFlags, pci_index};
 
 pub use line::Line;
 use line::Wire;
+pub use mtty::Mtty;
 use port::{Port, REGISTERS};
 pub use state::KIND;
 use state::Loader;
