@@ -125,10 +125,10 @@ impl<'a> Destination<'a> {
             Ok(()) => {
                 self.ledger.committed(preface.id);
                 recorder.runs();
-                if let Err(error) = channel.send(Kind::RUNNING, 0, 0, &[]) {
+                if let Err(error) = self.tell(&mut channel) {
                     recorder.peer_not_told();
                     recorder
-                        .note(format!("the source was not told that the devices run, and will ask: {error}"));
+                        .note(format!("the source may not know that the devices run, and may ask: {error}"));
                 }
                 Received::Runs(recorder.finish())
             }
@@ -353,6 +353,17 @@ impl<'a> Destination<'a> {
             true => Ok(()),
             false => Err(channel.damaged(decided_already("a COMMIT", id))),
         }
+    }
+
+    /// RUNNING, and the source's word that it has come.
+    fn tell(&self, channel: &mut Channel<'_>) -> Result<()> {
+        channel.send(Kind::RUNNING, 0, 0, &[])?;
+        channel.expect(
+            Kind::DONE,
+            "waiting for the source to know that the devices run",
+            self.options.commit_max,
+        )?;
+        Ok(())
     }
 
     /// Runs the devices: all to RUNNING_P2P, then all to RUNNING.

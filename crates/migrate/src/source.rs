@@ -387,6 +387,9 @@ impl<'a> Source<'a> {
         channel.send(Kind::COMMIT, 0, 0, &[]).map_err(decide)?;
         let limit = self.options.commit_max.max(self.options.silence_max);
         channel.expect(Kind::RUNNING, "waiting for the destination to run", limit).map_err(decide)?;
+        if let Err(error) = channel.send(Kind::DONE, 0, 0, &[]) {
+            tracing::debug!("the destination may wait to be asked: {error}");
+        }
         Ok(())
     }
 

@@ -39,9 +39,12 @@ fn lengths() -> (u64, u64) {
     (sent.load(Ordering::SeqCst), received.load(Ordering::SeqCst))
 }
 
+/// Of a frame without payload: COMMIT, RUNNING, DONE.
+const WORD: u64 = 32;
+
 /// Where to fail: every byte of the last frames, some of every frame before.
 fn places(bytes: u64) -> impl Iterator<Item = u64> {
-    (0..bytes).filter(move |at| at + 70 > bytes || at % if *at < 1200 { 11 } else { 61 } == 0)
+    (0..bytes).filter(move |at| at + 102 > bytes || at % if *at < 1200 { 11 } else { 61 } == 0)
 }
 
 /// One move with a fault in what one side sends; whether it was moved.
@@ -67,8 +70,8 @@ fn a_link_cut_at_any_byte_leaves_one_side_running() {
     for at in places(back) {
         moved[1] += u32::from(with_fault(Way::In, at, LinkFault::Cut, |_| {}));
     }
-    assert_eq!(moved[0], 0, "COMMIT never arrived whole");
-    assert_eq!(moved[1], 32, "cut within RUNNING: the source learns of the move by asking");
+    assert_eq!(moved[0], WORD as u32, "COMMIT arrived whole, then only DONE was cut");
+    assert_eq!(moved[1], WORD as u32, "cut within RUNNING: the source learns of the move by asking");
 }
 
 #[test]
@@ -87,12 +90,13 @@ fn every_altered_byte_is_noticed() {
     let (out, back) = lengths();
     for at in places(out) {
         let bit = (at % 8) as u8;
-        assert!(!with_fault(Way::Out, at, LinkFault::Flip(bit), |_| {}), "byte {at} of the source's");
+        let moved = with_fault(Way::Out, at, LinkFault::Flip(bit), |_| {});
+        assert_eq!(moved, at >= out - WORD, "byte {at} of the source's: only DONE may be altered");
     }
     for at in places(back) {
         // An altered RUNNING is no RUNNING, but the destination does run.
         let moved = with_fault(Way::In, at, LinkFault::Flip((at % 8) as u8), |_| {});
-        assert_eq!(moved, at >= back - 32, "byte {at} of the destination's");
+        assert_eq!(moved, at >= back - WORD, "byte {at} of the destination's");
     }
 }
 
@@ -121,7 +125,8 @@ fn a_link_that_falls_silent_or_loses_a_byte_is_given_up() {
 fn a_source_that_is_killed_at_any_frame_leaves_the_destination_empty() {
     // The source's process is gone: its link closes, and nobody asks.
     let (out, _) = lengths();
-    for at in (0..out).step_by(97).chain(out - 33..out) {
+    let committed = out - WORD;
+    for at in (0..committed).step_by(97).chain(committed - WORD - 1..committed) {
         let ends = ends();
         let (near, mut far) = SocketLink::pair().unwrap();
         let (outcome, received) = std::thread::scope(|scope| {
@@ -137,6 +142,25 @@ fn a_source_that_is_killed_at_any_frame_leaves_the_destination_empty() {
         assert!(!ends.destination[0].holds_guest(), "{at}");
         assert_eq!(ends.destination[0].state(), State::Running, "{at}");
     }
+}
+
+#[test]
+fn a_destination_that_has_no_word_of_the_source_s_knowing_says_so() {
+    let (out, back) = lengths();
+    for (way, at) in [(Way::Out, out - 1), (Way::In, back - 1)] {
+        let ends = ends();
+        let (near, far) = SocketLink::pair().unwrap();
+        let (outcome, received) = match way {
+            Way::Out => ends.run(FaultyLink::new(near, Way::Out, at, LinkFault::Cut), far),
+            Way::In => ends.run(near, FaultyLink::new(far, Way::Out, at, LinkFault::Cut)),
+        };
+        let Received::Runs(report) = &received else { panic!("{received:?}") };
+        assert!(!report.peer_told, "{way:?}");
+        assert!(ends.check(outcome, received, "the last word is lost"));
+    }
+    let ends = ends();
+    let (_, received) = ends.run_plain();
+    assert!(matches!(received, Received::Runs(report) if report.peer_told));
 }
 
 #[test]
@@ -251,7 +275,7 @@ fn asking_for_a_move_that_still_holds_takes_it_back() {
         let ends = &ends;
         let received =
             scope.spawn(move || ends.with_destination(|destination| destination.receive(&mut far)));
-        let mut near = FaultyLink::new(near, Way::Out, out - 32, LinkFault::Swallow);
+        let mut near = FaultyLink::new(near, Way::Out, out - 2 * WORD, LinkFault::Swallow);
         let outcome = ends.with_source(|source| source.send(&mut near));
         let Outcome::InDoubt(doubt) = outcome else { panic!("{outcome:?}") };
         assert!(!ends.source[0].state().is_running(), "in doubt");

@@ -49,6 +49,7 @@ kinds! {
     PROGRESS = 16, 8, 8, "The sender is alive and busy.";
     QUERY = 17, 0, 0, "What became of this move?";
     OUTCOME = 18, 4, 4, "What became of it.";
+    DONE = 19, 0, 0, "The source knows that the destination runs.";
 }
 
 impl Kind {
