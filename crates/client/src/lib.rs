@@ -1,9 +1,10 @@
 //! A VFIO device as a VMM sees it, whatever carries the requests: [`Device`], the one trait for
 //! kernel VFIO, vfio-user and devices in the same process; [`DeviceExt`], typed migration calls
-//! over it; [`DataStream`], the data of a session.
+//! over it; [`DataStream`], the data of a session; [`DirtySource`], which tells what devices wrote by DMA.
 #![deny(unsafe_code)]
 
 mod device;
+pub mod dirty;
 mod error;
 mod ext;
 mod stream;
@@ -12,6 +13,7 @@ pub use device::{
     Device, DirtyBits, DmaMap, DmaMemory, DmaTarget, FeatureReply, FeatureRequest, HostAddress, IrqAction,
     Refers, Region,
 };
+pub use dirty::{DeviceLog, DirtySource};
 pub use error::{Error, Result};
 pub use ext::DeviceExt;
 pub use limosa_protocol as protocol;

@@ -1,0 +1,125 @@
+//! [`DeviceLog`]: what a device itself logs (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`, `_STOP` and
+//! `_REPORT`).
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use limosa_protocol::bitmap::{Grid, or_range, regranulate, words_for};
+use limosa_protocol::feature::DmaLoggingRange;
+use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN};
+use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
+
+use super::{DirtySource, check, merge_nearest};
+use crate::{Device, DeviceExt, Error, Result};
+
+/// The bitmap of one report, in words: what a message carries on every transport.
+const REPORT_WORDS: u64 = 1 << 16;
+
+/// The log of one device.
+pub struct DeviceLog<'a> {
+    device: &'a dyn Device,
+    /// The log's page size, in bytes, while it is on.
+    page_size: Mutex<Option<u64>>,
+}
+
+impl<'a> DeviceLog<'a> {
+    /// The log of this device, off.
+    pub fn new(device: &'a dyn Device) -> DeviceLog<'a> {
+        DeviceLog { device, page_size: Mutex::new(None) }
+    }
+
+    /// The log of this device, which was started before and has pages of so many bytes.
+    pub fn started(device: &'a dyn Device, page_size: u64) -> DeviceLog<'a> {
+        DeviceLog { device, page_size: Mutex::new(Some(page_size)) }
+    }
+
+    /// Whether the device can log.
+    pub fn is_supported(&self) -> Result<bool> {
+        self.device.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET)
+    }
+
+    fn page_size(&self) -> MutexGuard<'_, Option<u64>> {
+        self.page_size.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DirtySource for DeviceLog<'_> {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn sees(&self, device: &dyn Device) -> bool {
+        device.name() == self.device.name()
+    }
+
+    /// Starts the log. Devices have few registers for ranges, and say so with one errno or another: then the
+    /// nearest are joined, so that more is logged, never less.
+    fn start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64> {
+        let mut started = self.page_size();
+        if started.is_some() {
+            return Err(Error::Usage { device: self.name().into(), what: "its log is on already".into() });
+        }
+        let mut ranges = merge_nearest(ranges, RANGES_MAX);
+        let page_size = loop {
+            match self.device.dma_logging_start(page_size_hint, &ranges) {
+                Err(Error::Refused { errno, .. }) if ranges.len() > 1 && may_take_fewer(errno) => {
+                    tracing::debug!("{}: {} ranges to log: {errno}", self.name(), ranges.len());
+                    ranges = merge_nearest(&ranges, ranges.len() / 2);
+                }
+                answer => break answer?,
+            }
+        };
+        if !page_size.is_power_of_two() || page_size < REPORT_PAGE_SIZE_MIN {
+            let _ = self.device.dma_logging_stop();
+            let what = format!(
+                "it logs DMA in pages of {page_size} bytes, expected a power of two from {REPORT_PAGE_SIZE_MIN}"
+            );
+            return Err(Error::Misbehaved { device: self.name().into(), what });
+        }
+        *started = Some(page_size);
+        Ok(page_size)
+    }
+
+    fn report(&self, iova: u64, length: u64, page_size: u64, words: &mut [u64]) -> Result<()> {
+        let Some(log_page_size) = *self.page_size() else {
+            return Err(Error::Usage { device: self.name().into(), what: "its log is off".into() });
+        };
+        check(self.name(), iova, length, page_size, words)?;
+        let piece_max = REPORT_WORDS.saturating_mul(64).saturating_mul(log_page_size.max(page_size));
+        let to = Grid { iova, page_size };
+        let mut done = 0;
+        let mut piece = Vec::new();
+        while done < length {
+            let piece_length = (length - done).min(piece_max);
+            let pages = piece_length.div_ceil(log_page_size);
+            let from = Grid { iova: iova + done, page_size: log_page_size };
+            piece.clear();
+            piece.resize(words_for(pages), 0);
+            self.device.dma_logging_report(from.iova, piece_length, log_page_size, &mut piece)?;
+            if log_page_size == page_size {
+                or_range(words, done / page_size, &piece, 0, pages);
+            } else {
+                regranulate(&piece, from, words, to, from.iova, piece_length);
+            }
+            done += piece_length;
+        }
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<()> {
+        match self.page_size().take() {
+            Some(_) => self.device.dma_logging_stop(),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::fmt::Debug for DeviceLog<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeviceLog").field("device", &self.name()).field("page_size", &self.page_size).finish()
+    }
+}
+
+/// Whether a refused START may be for the number of its ranges.
+fn may_take_fewer(errno: Errno) -> bool {
+    !matches!(errno, Errno::ENOTTY | Errno::EBUSY | Errno::ENODEV | Errno::EPERM | Errno::EACCES)
+}
