@@ -112,7 +112,11 @@ impl KernelDevice {
             hint: "".into(),
         })?;
         let door = space.as_ref().map(AddressSpace::door);
-        KernelDevice::new(name, Opened { fd, group: None, space, door })
+        let device = KernelDevice::new(name, Opened { fd, group: None, space, door })?;
+        if let Some(space) = &device.space {
+            space.has_device(name);
+        }
+        Ok(device)
     }
 
     fn new(name: &str, opened: Opened) -> Result<KernelDevice> {

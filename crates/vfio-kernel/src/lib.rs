@@ -19,7 +19,7 @@ use std::fmt;
 
 pub use device::{KernelDevice, Options};
 pub use name::{Group, Name, NotAName};
-pub use space::{AddressSpace, IovaRanges};
+pub use space::{AddressSpace, IovaRanges, SpaceLog};
 pub use unusable::Unusable;
 
 /// The two ways in which the kernel hands out a device. A device that is open through one is EBUSY through the

@@ -1,6 +1,8 @@
 //! An address space of a container's with the type1 IOMMU (`vfio.h: VFIO_GROUP_SET_CONTAINER`, `VFIO_SET_IOMMU`,
 //! `VFIO_IOMMU_MAP_DMA`).
 
+mod dirty;
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use limosa_client::{Error, Result};
@@ -12,6 +14,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::mappings::{IN_PART, Mapping, Mappings, NOTHING_THERE, unmap_request};
 use super::{IovaRanges, map_hint, map_request, refused};
 use crate::ioctl;
+pub(super) use dirty::Limits;
 
 /// Commands (`vfio.h: VFIO_BASE + number`).
 const GET_API_VERSION: u8 = 0;
@@ -58,6 +61,7 @@ struct DmaUnmapArgument {
 #[derive(Debug)]
 pub(super) struct Container {
     fd: OwnedFd,
+    is_ours: bool,
 }
 
 /// What the IOMMU of a container says of itself.
@@ -71,9 +75,9 @@ pub(super) struct Information {
 }
 
 impl Container {
-    /// Makes sure that the fd is one.
-    pub fn new(fd: OwnedFd) -> Result<Container> {
-        let container = Container { fd };
+    /// Makes sure that the fd is one. `is_ours` says that nobody else has it.
+    pub fn new(fd: OwnedFd, is_ours: bool) -> Result<Container> {
+        let container = Container { fd, is_ours };
         match container.call(GET_API_VERSION, 0) {
             Ok(API_VERSION) => Ok(container),
             Ok(version) => Err(Error::Misbehaved {
@@ -86,14 +90,19 @@ impl Container {
         }
     }
 
+    /// Whether nobody else can map memory.
+    pub fn is_ours(&self) -> bool {
+        self.is_ours
+    }
+
     /// Whether it has an IOMMU, which it gets with its first group and loses with its last.
     pub fn is_set(&self) -> bool {
         // Every IOMMU has an answer; without one the container refuses all that is an IOMMU's.
         self.info_of(size_of::<IommuInfo>() as u32).map(drop) != Err(Errno::EINVAL)
     }
 
-    /// Adds a group. If it is the first, `mappings` are what it finds.
-    pub fn attach(&self, name: &str, group: BorrowedFd<'_>, mappings: &Mappings) -> Result<()> {
+    /// Adds a group, and says whether it is the first. If so, `mappings` are what it finds.
+    pub fn attach(&self, name: &str, group: BorrowedFd<'_>, mappings: &Mappings) -> Result<bool> {
         let mut container: RawFd = self.fd.as_raw_fd();
         // SAFETY: the argument is an fd's number in memory, as the command expects, and the fd is open.
         let added =
@@ -111,7 +120,7 @@ impl Container {
             refused(name, "GROUP_SET_CONTAINER", errno, hint)
         })?;
         if self.is_set() {
-            return Ok(());
+            return Ok(false);
         }
         let ready = self
             .set_iommu(name)
@@ -124,7 +133,7 @@ impl Container {
                 tracing::warn!("{name}: its group stays in a container: {errno}");
             }
         }
-        ready
+        ready.map(|()| true)
     }
 
     fn set_iommu(&self, name: &str) -> Result<()> {

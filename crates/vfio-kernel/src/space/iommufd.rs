@@ -1,6 +1,9 @@
 //! An address space of iommufd's: an IOAS, and page tables (HWPTs) with dirty tracking for the devices whose IOMMU
 //! has that (`iommufd.h`).
 
+mod argument;
+mod dirty;
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,6 +15,8 @@ use limosa_protocol::info::DmaMapFlags;
 use super::mappings::{IN_PART, Mapping, NOTHING_THERE, unmap_request};
 use super::{IovaRanges, map_hint, map_request, refused};
 use crate::ioctl;
+use argument::*;
+pub(super) use dirty::PAGE_SIZE;
 
 /// Commands (`iommufd.h: IOMMUFD_CMD_*`).
 const DESTROY: u8 = 0x80;
@@ -40,131 +45,6 @@ const MAP_READABLE: u32 = 1 << 2;
 /// More ranges of addresses than any IOMMU has.
 const RANGES_MAX: u32 = 1 << 16;
 
-/// The arguments of the commands. Each begins with its own size, or as VFIO calls it, argsz.
-mod argument {
-    /// `struct iommu_destroy`.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct Destroy {
-        pub size: u32,
-        pub id: u32,
-    }
-
-    /// `struct iommu_ioas_alloc`.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct IoasAlloc {
-        pub size: u32,
-        pub flags: u32,
-        pub out_ioas_id: u32,
-    }
-
-    /// `struct iommu_ioas_iova_ranges`.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct IoasIovaRanges {
-        pub size: u32,
-        pub ioas_id: u32,
-        pub num_iovas: u32,
-        pub reserved: u32,
-        pub allowed_iovas: u64,
-        pub out_iova_alignment: u64,
-    }
-
-    /// `struct iommu_ioas_map`.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct IoasMap {
-        pub size: u32,
-        pub flags: u32,
-        pub ioas_id: u32,
-        pub reserved: u32,
-        pub user_va: u64,
-        pub length: u64,
-        pub iova: u64,
-    }
-
-    /// `struct iommu_ioas_map_file`.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct IoasMapFile {
-        pub size: u32,
-        pub flags: u32,
-        pub ioas_id: u32,
-        pub fd: i32,
-        pub start: u64,
-        pub length: u64,
-        pub iova: u64,
-    }
-
-    /// `struct iommu_ioas_unmap`.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct IoasUnmap {
-        pub size: u32,
-        pub ioas_id: u32,
-        pub iova: u64,
-        pub length: u64,
-    }
-
-    /// `struct iommu_hwpt_alloc`.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct HwptAlloc {
-        pub size: u32,
-        pub flags: u32,
-        pub dev_id: u32,
-        pub pt_id: u32,
-        pub out_hwpt_id: u32,
-        pub reserved: u32,
-        pub data_type: u32,
-        pub data_len: u32,
-        pub data_uptr: u64,
-        pub fault_id: u32,
-        pub reserved2: u32,
-    }
-
-    /// `struct iommu_hw_info`.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct HwInfo {
-        pub size: u32,
-        pub flags: u32,
-        pub dev_id: u32,
-        pub data_len: u32,
-        pub data_uptr: u64,
-        pub out_data_type: u32,
-        pub out_max_pasid_log2: u8,
-        pub reserved: [u8; 3],
-        pub out_capabilities: u64,
-    }
-
-    /// `struct vfio_device_bind_iommufd`, without the token that came later.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct BindIommufd {
-        pub argsz: u32,
-        pub flags: u32,
-        pub iommufd: i32,
-        pub out_devid: u32,
-    }
-
-    /// `struct vfio_device_attach_iommufd_pt`, without the PASID that came later.
-    #[derive(Default)]
-    #[repr(C)]
-    pub struct AttachIommufdPt {
-        pub argsz: u32,
-        pub flags: u32,
-        pub pt_id: u32,
-    }
-}
-use argument::*;
-
-/// The size that an argument names.
-const fn size<T>() -> u32 {
-    size_of::<T>() as u32
-}
-
 /// An IOAS and its page tables.
 #[derive(Debug)]
 pub(super) struct Iommufd {
@@ -172,16 +52,8 @@ pub(super) struct Iommufd {
     ioas: u32,
     /// Whether the IOAS is to be destroyed with this.
     is_ours: bool,
-    page_tables: Mutex<PageTables>,
-}
-
-/// The page tables with dirty tracking, and who is where.
-#[derive(Debug, Default)]
-struct PageTables {
-    /// Those that devices are attached to, by id.
-    tracked: Vec<PageTable>,
-    /// The devices that were attached, by name, and whether to one with dirty tracking.
-    attached: Vec<(String, bool)>,
+    /// Those with dirty tracking that devices are attached to.
+    page_tables: Mutex<Vec<PageTable>>,
 }
 
 #[derive(Debug)]
@@ -194,18 +66,14 @@ struct PageTable {
 impl Iommufd {
     /// A new IOAS of an iommufd that nobody else has.
     pub fn new(fd: OwnedFd) -> Result<Iommufd> {
-        let mut alloc = IoasAlloc { size: size::<IoasAlloc>(), ..Default::default() };
-        // SAFETY: the argument is the command's, without addresses in it.
-        unsafe { request(fd.as_fd(), IOAS_ALLOC, &mut alloc) }
-            .map_err(|errno| refused("/dev/iommu", "IOAS_ALLOC", errno, ""))?;
-        Ok(Iommufd { fd, ioas: alloc.out_ioas_id, is_ours: true, page_tables: Mutex::default() })
+        let ioas = new_ioas(fd.as_fd())?;
+        Ok(Iommufd { fd, ioas, is_ours: true, page_tables: Mutex::default() })
     }
 
     /// One that the caller holds, with page tables of his.
     pub fn borrowed(fd: OwnedFd, ioas: u32, hwpts: &[u32]) -> Iommufd {
-        let tracked = hwpts.iter().map(|&id| PageTable { id, is_ours: false }).collect();
-        let page_tables = Mutex::new(PageTables { tracked, ..Default::default() });
-        Iommufd { fd, ioas, is_ours: false, page_tables }
+        let page_tables = hwpts.iter().map(|&id| PageTable { id, is_ours: false }).collect();
+        Iommufd { fd, ioas, is_ours: false, page_tables: Mutex::new(page_tables) }
     }
 
     /// Gives the device to the iommufd and returns its id there.
@@ -230,17 +98,19 @@ impl Iommufd {
         Ok(bind.out_devid)
     }
 
-    /// Attaches a device that is bound: `attach` says whether it takes a page table.
+    /// Attaches a device that is bound: `attach` says whether it takes a page table. Returns whether it came to
+    /// one with dirty tracking; `logs` says that this has to be on.
     pub fn attach(
         &self,
         name: &str,
         device: u32,
+        logs: bool,
         attach: &mut dyn FnMut(u32) -> Result<(), Errno>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let mut page_tables = self.page_tables();
         let mut is_tracked = false;
         if self.has_dirty_tracking(name, device)? {
-            is_tracked = page_tables.tracked.iter().any(|table| match attach(table.id) {
+            is_tracked = page_tables.iter().any(|table| match attach(table.id) {
                 Ok(()) => true,
                 Err(errno) => {
                     tracing::debug!("{name}: does not fit page table {}: {errno}", table.id);
@@ -248,10 +118,14 @@ impl Iommufd {
                 }
             });
             if !is_tracked && let Some(table) = self.new_page_table(name, device) {
+                if logs && let Err(error) = self.track(name, table.id, true) {
+                    self.destroy(table.id);
+                    return Err(error);
+                }
                 match attach(table.id) {
                     Ok(()) => {
                         is_tracked = true;
-                        page_tables.tracked.push(table);
+                        page_tables.push(table);
                     }
                     Err(errno) => {
                         tracing::debug!("{name}: does not fit its own page table: {errno}");
@@ -273,9 +147,7 @@ impl Iommufd {
             })?;
         }
         tracing::debug!("{name}: attached, {} dirty tracking", if is_tracked { "with" } else { "without" });
-        page_tables.attached.retain(|(other, _)| other != name);
-        page_tables.attached.push((name.into(), is_tracked));
-        Ok(())
+        Ok(is_tracked)
     }
 
     /// Whether the IOMMU of a device tracks dirty pages (`IOMMU_GET_HW_INFO`).
@@ -402,6 +274,16 @@ impl Iommufd {
         }
     }
 
+    /// Whether there are page tables with dirty tracking.
+    pub fn has_page_tables(&self) -> bool {
+        !self.page_tables().is_empty()
+    }
+
+    /// Whether nobody else can map memory.
+    pub fn is_ours(&self) -> bool {
+        self.is_ours
+    }
+
     fn destroy(&self, id: u32) {
         let mut argument = Destroy { size: size::<Destroy>(), id };
         // SAFETY: the argument is the command's, without addresses in it.
@@ -411,14 +293,14 @@ impl Iommufd {
         }
     }
 
-    fn page_tables(&self) -> MutexGuard<'_, PageTables> {
+    fn page_tables(&self) -> MutexGuard<'_, Vec<PageTable>> {
         self.page_tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Iommufd {
     fn drop(&mut self) {
-        let tables = std::mem::take(&mut self.page_tables().tracked);
+        let tables = std::mem::take(&mut *self.page_tables());
         tables.iter().filter(|table| table.is_ours).for_each(|table| self.destroy(table.id));
         if self.is_ours {
             self.destroy(self.ioas);
@@ -431,6 +313,15 @@ pub(super) fn attach(device: BorrowedFd<'_>, page_table: u32) -> Result<(), Errn
     let mut argument = AttachIommufdPt { argsz: size::<AttachIommufdPt>(), flags: 0, pt_id: page_table };
     // SAFETY: the argument is the command's, without addresses in it.
     unsafe { ioctl::call(device, ioctl::vfio(ATTACH_IOMMUFD_PT), (&raw mut argument).cast()) }.map(drop)
+}
+
+/// The id of a new IOAS.
+fn new_ioas(fd: BorrowedFd<'_>) -> Result<u32> {
+    let mut alloc = IoasAlloc { size: size::<IoasAlloc>(), ..Default::default() };
+    // SAFETY: the argument is the command's, without addresses in it.
+    unsafe { request(fd, IOAS_ALLOC, &mut alloc) }
+        .map_err(|errno| refused("iommufd", "IOAS_ALLOC", errno, ""))?;
+    Ok(alloc.out_ioas_id)
 }
 
 /// Makes a request of iommufd.

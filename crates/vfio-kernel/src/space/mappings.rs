@@ -42,7 +42,8 @@ impl Mapping {
         }
     }
 
-    fn last(&self) -> u64 {
+    /// Its last address.
+    pub fn last(&self) -> u64 {
         self.iova + (self.size - 1)
     }
 }

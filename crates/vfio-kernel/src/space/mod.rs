@@ -5,10 +5,13 @@
 //! is attached later; it is unmapped in the pieces in which it was mapped, or in several of them at once.
 
 mod container;
+mod dirty;
 mod file;
+mod intervals;
 mod iommufd;
 mod mappings;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,9 +25,12 @@ use rustix::fs::{Mode, OFlags};
 use crate::Door;
 use crate::ioctl::errno;
 use container::Container;
+use dirty::Log;
 use file::{MappedFile, can_be_pinned_as_file};
 use iommufd::Iommufd;
 use mappings::{Mapping, Mappings, Place};
+
+pub use dirty::SpaceLog;
 
 /// The memory that one or several devices reach by DMA. Copies are the same space.
 ///
@@ -37,7 +43,16 @@ pub struct AddressSpace {
 
 struct Inner {
     kind: Kind,
-    mappings: Mutex<Mappings>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    mappings: Mappings,
+    /// The devices in it, by name, and whether its log sees what they write.
+    devices: BTreeMap<String, bool>,
+    /// While it logs.
+    log: Option<Log>,
 }
 
 enum Kind {
@@ -72,7 +87,9 @@ impl AddressSpace {
     pub fn new(door: Door) -> Result<AddressSpace> {
         Ok(AddressSpace::of(match door {
             Door::Cdev => Kind::Iommufd(Iommufd::new(open("/dev/iommu", "CONFIG_IOMMUFD")?)?),
-            Door::Group => Kind::Container(Container::new(open("/dev/vfio/vfio", "CONFIG_VFIO_CONTAINER")?)?),
+            Door::Group => {
+                Kind::Container(Container::new(open("/dev/vfio/vfio", "CONFIG_VFIO_CONTAINER")?, true)?)
+            }
         }))
     }
 
@@ -90,11 +107,11 @@ impl AddressSpace {
 
     /// A container that the caller holds, its IOMMU set. The fd is duplicated.
     pub fn from_container(container: BorrowedFd<'_>) -> Result<AddressSpace> {
-        Ok(AddressSpace::of(Kind::Container(Container::new(own("container", container)?)?)))
+        Ok(AddressSpace::of(Kind::Container(Container::new(own("container", container)?, false)?)))
     }
 
     fn of(kind: Kind) -> AddressSpace {
-        AddressSpace { inner: Arc::new(Inner { kind, mappings: Mutex::default() }) }
+        AddressSpace { inner: Arc::new(Inner { kind, state: Mutex::default() }) }
     }
 
     /// Which devices can be attached.
@@ -121,7 +138,7 @@ impl AddressSpace {
         match &self.inner.kind {
             Kind::Iommufd(iommufd) => {
                 let id = iommufd.bind(name, device)?;
-                iommufd.attach(name, id, &mut |page_table| iommufd::attach(device, page_table))
+                self.attach_bound(name, id, &mut |page_table| iommufd::attach(device, page_table))
             }
             Kind::Container(_) => {
                 Err(usage(name, "it was opened by its cdev, its address space is a container"))
@@ -144,7 +161,12 @@ impl AddressSpace {
         attach: &mut dyn FnMut(u32) -> Result<(), Errno>,
     ) -> Result<()> {
         match &self.inner.kind {
-            Kind::Iommufd(iommufd) => iommufd.attach(name, device_id, attach),
+            Kind::Iommufd(iommufd) => {
+                let mut state = self.inner.state();
+                let is_seen = iommufd.attach(name, device_id, state.log.is_some(), attach)?;
+                state.devices.insert(name.into(), is_seen);
+                Ok(())
+            }
             Kind::Container(_) => {
                 Err(usage(name, "it is bound to an iommufd, its address space is a container"))
             }
@@ -155,9 +177,31 @@ impl AddressSpace {
     /// (`vfio.h: VFIO_GROUP_SET_CONTAINER`, `VFIO_SET_IOMMU`).
     pub fn attach_group(&self, name: &str, group: BorrowedFd<'_>) -> Result<()> {
         match &self.inner.kind {
-            Kind::Container(container) => container.attach(name, group, &self.inner.mappings()),
+            Kind::Container(container) => {
+                let mut state = self.inner.state();
+                let State { mappings, devices, log } = &mut *state;
+                let is_first = container.attach(name, group, mappings)?;
+                if is_first && let Some(log) = log {
+                    // The IOMMU before this one took its log along.
+                    mappings.iter().for_each(|mapping| log.collected.add(mapping.iova, mapping.last()));
+                    container.start_dirty(name)?;
+                }
+                devices.insert(name.into(), true);
+                Ok(())
+            }
             Kind::Iommufd(_) => Err(usage(name, "it was opened by its group, its address space is an IOAS")),
         }
+    }
+
+    /// Notes that a device of this name, which the caller has attached, is in this space, so that its log
+    /// ([`AddressSpace::dirty_log`]) answers for it. In an IOAS, the device must be attached to one of the page
+    /// tables of [`AddressSpace::from_page_tables`] for that; without any, it is not seen.
+    pub fn has_device(&self, name: &str) {
+        let is_seen = match &self.inner.kind {
+            Kind::Iommufd(iommufd) => iommufd.has_page_tables(),
+            Kind::Container(_) => true,
+        };
+        self.inner.state().devices.entry(name.into()).or_insert(is_seen);
     }
 
     /// Gives its devices access to memory. `name` is for messages.
@@ -177,7 +221,7 @@ impl AddressSpace {
         if range::last(map.iova, map.size).is_err() {
             return Err(usage(name, format!("a mapping of {:#x} bytes at {:#x}", map.size, map.iova)));
         }
-        let mut mappings = self.inner.mappings();
+        let mappings = &mut self.inner.state().mappings;
         let place = match map.memory {
             DmaMemory::Messages(_) => {
                 return Err(usage(
@@ -222,34 +266,41 @@ impl AddressSpace {
         if range::last(iova, size).is_err() {
             return Err(usage(name, format!("unmapping {size:#x} bytes at {iova:#x}")));
         }
-        if dirty.is_some() {
-            return Err(usage(name, "no dirty pages are logged in its address space"));
+        if let Some(DirtyBits { page_size, words }) = &dirty {
+            limosa_client::dirty::check(name, iova, size, *page_size, words)?;
         }
-        let mut mappings = self.inner.mappings();
+        let mut state = self.inner.state();
+        let mappings = &state.mappings;
         // Doors have different answers to this, and a container without IOMMU has none. What is not known here, the
         // caller may have mapped otherwise.
         if mappings.overlaps(iova, size) {
             mappings.check_whole(name, iova, size)?;
+        }
+        if state.log.is_some() {
+            return self.inner.unmap_logged(name, (iova, size), &mut state, dirty);
+        }
+        if dirty.is_some() {
+            return Err(usage(name, "its address space does not log dirty pages"));
         }
         match &self.inner.kind {
             Kind::Iommufd(iommufd) => iommufd.unmap(name, iova, size)?,
             Kind::Container(container) if container.is_set() => container.unmap(name, iova, size)?,
             Kind::Container(_) => mappings.check_whole(name, iova, size)?,
         }
-        mappings.remove(iova, size);
+        state.mappings.remove(iova, size);
         Ok(())
     }
 }
 
 impl Inner {
-    fn mappings(&self) -> MutexGuard<'_, Mappings> {
-        self.mappings.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let mappings = std::mem::take(&mut *self.mappings());
+        let mappings = std::mem::take(&mut self.state().mappings);
         for mapping in mappings {
             let (iova, size) = (mapping.iova, mapping.size);
             let unmapped = match &self.kind {

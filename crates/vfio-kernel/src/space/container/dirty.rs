@@ -1,0 +1,158 @@
+//! Dirty pages from a container (`vfio.h: VFIO_IOMMU_DIRTY_PAGES`, `VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP`).
+
+use std::os::fd::AsFd;
+
+use limosa_client::{Error, Result};
+use limosa_protocol::Errno;
+use limosa_protocol::bitmap::words_for;
+use limosa_protocol::info::DmaUnmapFlags;
+
+use super::super::mappings::{NOTHING_THERE, unmap_request};
+use super::super::refused;
+use super::{Container, IOMMU_UNMAP_DMA};
+use crate::ioctl;
+
+/// `vfio.h: VFIO_BASE + 17`.
+const IOMMU_DIRTY_PAGES: u8 = 17;
+
+/// `vfio.h: VFIO_IOMMU_DIRTY_PAGES_FLAG_*`.
+const START: u32 = 1 << 0;
+const STOP: u32 = 1 << 1;
+const GET_BITMAP: u32 = 1 << 2;
+
+/// `struct vfio_iommu_type1_dirty_bitmap` with its `struct vfio_iommu_type1_dirty_bitmap_get`.
+#[repr(C)]
+struct DirtyBitmapArgument {
+    argsz: u32,
+    flags: u32,
+    iova: u64,
+    size: u64,
+    bitmap: Bitmap,
+}
+
+/// `struct vfio_iommu_type1_dma_unmap` with its `struct vfio_bitmap`.
+#[repr(C)]
+struct UnmapArgument {
+    argsz: u32,
+    flags: u32,
+    iova: u64,
+    size: u64,
+    bitmap: Bitmap,
+}
+
+/// `struct vfio_bitmap`.
+#[repr(C)]
+struct Bitmap {
+    pgsize: u64,
+    size: u64,
+    data: u64,
+}
+
+/// What the bitmaps of a container are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) struct Limits {
+    /// Bytes for each bit.
+    pub page_size: u64,
+    /// The most bits of one bitmap.
+    pub pages_max: u64,
+}
+
+impl Container {
+    /// Starts logging. It goes on as it is when it is on already, and ends with the container's last group.
+    pub fn start_dirty(&self, name: &str) -> Result<Limits> {
+        let Some(migration) = self.information()?.migration else {
+            let hint =
+                "the kernel's type1 IOMMU has no dirty tracking (Linux before 5.8, or iommufd in its place)";
+            return Err(refused(name, "IOMMU_DIRTY_PAGES", Errno::ENOTSUP, hint));
+        };
+        let limits = Limits {
+            page_size: 1 << migration.pgsize_bitmap.trailing_zeros().min(63),
+            pages_max: migration.max_dirty_bitmap_size.saturating_mul(8),
+        };
+        if migration.pgsize_bitmap == 0 || limits.pages_max == 0 {
+            let what = format!("dirty bitmaps of at most {} pages of no size", limits.pages_max);
+            return Err(Error::Misbehaved { device: name.into(), what });
+        }
+        self.dirty_pages(START).map_err(|errno| {
+            let hint = match errno {
+                Errno::EACCES => "the container's IOMMU is of type1's first version; set VFIO_TYPE1v2_IOMMU",
+                Errno::ENOMEM => "there is no memory for its bitmaps",
+                Errno::EINVAL => "a mapping is too large to be logged; map it in pieces",
+                _ => "",
+            };
+            refused(name, "IOMMU_DIRTY_PAGES, START", errno, hint)
+        })?;
+        Ok(limits)
+    }
+
+    /// Stops logging.
+    pub fn stop_dirty(&self, name: &str) -> Result<()> {
+        match self.dirty_pages(STOP) {
+            // It ended when the container lost its IOMMU.
+            Err(Errno::EINVAL) => Ok(()),
+            answer => answer.map_err(|errno| refused(name, "IOMMU_DIRTY_PAGES, STOP", errno, "")),
+        }
+    }
+
+    /// The bitmap of a range that has no mapping in part, which is cleared; pages of `limits.page_size`.
+    pub fn read_dirty(&self, name: &str, iova: u64, size: u64, limits: Limits) -> Result<Vec<u64>> {
+        let (mut words, bitmap) = bitmap(size, limits)?;
+        let argsz = size_of::<DirtyBitmapArgument>() as u32;
+        let mut argument = DirtyBitmapArgument { argsz, flags: GET_BITMAP, iova, size, bitmap };
+        argument.bitmap.data = words.as_mut_ptr() as u64;
+        let pointer = (&raw mut argument).cast();
+        // SAFETY: the argument is the command's, and the bitmap has as many bytes as it says.
+        match unsafe { ioctl::call(self.fd.as_fd(), ioctl::vfio(IOMMU_DIRTY_PAGES), pointer) } {
+            Ok(_) => Ok(words),
+            Err(errno) => {
+                let hint = match errno {
+                    Errno::EINVAL => {
+                        "the range has a mapping in part, its bitmap would be too large, or the container has lost \
+                         its last device"
+                    }
+                    _ => "",
+                };
+                let request = format!("IOMMU_DIRTY_PAGES, GET_BITMAP of {size:#x} bytes at IOVA {iova:#x}");
+                Err(refused(name, request, errno, hint))
+            }
+        }
+    }
+
+    /// Unmaps what lies in the range and returns the bitmap of what was written there. Nothing is unmapped when the
+    /// kernel refuses.
+    pub fn unmap_dirty(&self, name: &str, iova: u64, size: u64, limits: Limits) -> Result<Vec<u64>> {
+        let (mut words, bitmap) = bitmap(size, limits)?;
+        let flags = DmaUnmapFlags::GET_DIRTY_BITMAP.bits();
+        let mut argument =
+            UnmapArgument { argsz: size_of::<UnmapArgument>() as u32, flags, iova, size, bitmap };
+        argument.bitmap.data = words.as_mut_ptr() as u64;
+        let pointer = (&raw mut argument).cast();
+        let request = || unmap_request(iova, size) + " with its dirty bitmap";
+        // SAFETY: the argument is the command's, and the bitmap has as many bytes as it says.
+        match unsafe { ioctl::call(self.fd.as_fd(), ioctl::vfio(IOMMU_UNMAP_DMA), pointer) } {
+            Ok(_) if argument.size == 0 => Err(refused(name, request(), Errno::ENOENT, NOTHING_THERE)),
+            Ok(_) => Ok(words),
+            Err(errno) => Err(refused(name, request(), errno, "")),
+        }
+    }
+
+    fn dirty_pages(&self, flags: u32) -> Result<(), Errno> {
+        let mut argument = [2 * size_of::<u32>() as u32, flags];
+        let pointer = argument.as_mut_ptr().cast();
+        // SAFETY: the argument is the command's, which ends after its flags.
+        unsafe { ioctl::call(self.fd.as_fd(), ioctl::vfio(IOMMU_DIRTY_PAGES), pointer) }.map(drop)
+    }
+}
+
+/// Room for the bitmap of a range, and what the kernel is told of it but for its address. Zeroes, as the kernel adds
+/// to what it finds.
+fn bitmap(size: u64, limits: Limits) -> Result<(Vec<u64>, Bitmap)> {
+    let pages = size.div_ceil(limits.page_size);
+    if pages > limits.pages_max {
+        let what = format!("a dirty bitmap of {pages} pages, the kernel allows {}", limits.pages_max);
+        return Err(Error::Usage { device: "container".into(), what });
+    }
+    let words = vec![0; words_for(pages)];
+    let bitmap = Bitmap { pgsize: limits.page_size, size: size_of_val(words.as_slice()) as u64, data: 0 };
+    Ok((words, bitmap))
+}
