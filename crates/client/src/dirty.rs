@@ -9,7 +9,7 @@ use limosa_protocol::bitmap::{set_range, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::logging::{REPORT_PAGE_SIZE_MIN, check_report};
 
-use crate::{Device, Error, Result};
+use crate::{Error, Result};
 
 pub use device::DeviceLog;
 pub use fused::Fused;
@@ -27,9 +27,9 @@ pub trait DirtySource: Send + Sync {
     /// What is named in messages.
     fn name(&self) -> &str;
 
-    /// Whether what this device writes is in the reports. A device that no source sees must be taken to have
-    /// written everything.
-    fn sees(&self, device: &dyn Device) -> bool;
+    /// Whether what the device of this name ([`Device::name`](crate::Device::name)) writes is in the reports. A
+    /// device that no source sees must be taken to have written everything.
+    fn sees(&self, device: &str) -> bool;
 
     /// Starts logging, all clean, and returns how large the pages are that it tells apart, in bytes: a power
     /// of two, as near to `page_size_hint` as the source can. More than these ranges may be logged.

@@ -47,8 +47,8 @@ impl DirtySource for DeviceLog<'_> {
         self.device.name()
     }
 
-    fn sees(&self, device: &dyn Device) -> bool {
-        device.name() == self.device.name()
+    fn sees(&self, device: &str) -> bool {
+        device == self.device.name()
     }
 
     /// Starts the log. Devices have few registers for ranges, and say so with one errno or another: then the

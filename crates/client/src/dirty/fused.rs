@@ -3,7 +3,7 @@
 use limosa_protocol::feature::DmaLoggingRange;
 
 use super::{DirtySource, all_dirty};
-use crate::{Device, Result};
+use crate::Result;
 
 /// Several sources as one: a page is dirty when one of them says so, and a source whose report fails makes
 /// its range dirty.
@@ -25,7 +25,7 @@ impl DirtySource for Fused<'_> {
         &self.name
     }
 
-    fn sees(&self, device: &dyn Device) -> bool {
+    fn sees(&self, device: &str) -> bool {
         self.sources.iter().any(|source| source.sees(device))
     }
 

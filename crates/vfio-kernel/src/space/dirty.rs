@@ -4,7 +4,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use limosa_client::dirty::{DirtySource, check};
-use limosa_client::{Device, DirtyBits, Result};
+use limosa_client::{DirtyBits, Result};
 use limosa_protocol::bitmap::{Grid, regranulate, runs, set_range, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 
@@ -76,8 +76,8 @@ impl DirtySource for SpaceLog {
         }
     }
 
-    fn sees(&self, device: &dyn Device) -> bool {
-        self.space.inner.state().devices.get(device.name()).copied().unwrap_or(false)
+    fn sees(&self, device: &str) -> bool {
+        self.space.inner.state().devices.get(device).copied().unwrap_or(false)
     }
 
     /// Logs the whole space.

@@ -274,6 +274,11 @@ impl Iommufd {
         }
     }
 
+    /// The fd and the IOAS's id.
+    pub fn ioas(&self) -> (BorrowedFd<'_>, u32) {
+        (self.fd.as_fd(), self.ioas)
+    }
+
     /// Whether there are page tables with dirty tracking.
     pub fn has_page_tables(&self) -> bool {
         !self.page_tables().is_empty()

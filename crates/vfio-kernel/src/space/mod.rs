@@ -122,6 +122,14 @@ impl AddressSpace {
         }
     }
 
+    /// The iommufd and the id of the IOAS, for what this crate has no call for; `None` for a container.
+    pub fn ioas(&self) -> Option<(BorrowedFd<'_>, u32)> {
+        match &self.inner.kind {
+            Kind::Iommufd(iommufd) => Some(iommufd.ioas()),
+            Kind::Container(_) => None,
+        }
+    }
+
     /// Which addresses can be mapped. It narrows with every device that is attached.
     pub fn iova_ranges(&self) -> Result<IovaRanges> {
         match &self.inner.kind {
