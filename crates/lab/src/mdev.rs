@@ -125,7 +125,7 @@ impl Drop for Mdev {
 }
 
 /// A random UUID (RFC 9562, version 4).
-fn random_uuid() -> String {
+pub(crate) fn random_uuid() -> String {
     let mut bytes = [0; 16];
     let random = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
     random.unwrap_or_else(|error| panic!("/dev/urandom: {error}"));

@@ -1,0 +1,324 @@
+//! A machine that tests drive through its agent: the one they run on, or the one at the other end of the
+//! cables.
+
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::{Kind, agent, frame};
+
+/// Longer than anything here takes; what takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Where `lab/run` has the agent of the other machine listen: on the first cable.
+const THERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 9, 0, 2), 7);
+
+/// A machine that runs programs for a test.
+#[derive(Debug)]
+pub struct Machine {
+    agent: SocketAddrV4,
+    /// Its address on the second cable, over which devices move and which tests cut.
+    pub address: Ipv4Addr,
+}
+
+impl Machine {
+    /// The machine that the test runs on.
+    ///
+    /// # Panics
+    ///
+    /// When its loopback interface is down.
+    pub fn here() -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("the loopback interface is up");
+        let port = listener.local_addr().expect("a listener has an address").port();
+        thread::spawn(move || agent::serve(&listener));
+        let agent = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+        Self { agent, address: Ipv4Addr::new(10, 9, 1, 1) }
+    }
+
+    /// The machine at the other end of the cables.
+    pub fn there() -> Self {
+        Self { agent: THERE, address: Ipv4Addr::new(10, 9, 1, 2) }
+    }
+
+    /// Starts a program.
+    ///
+    /// # Panics
+    ///
+    /// When the agent cannot be reached or cannot start it.
+    #[track_caller]
+    pub fn start<S: AsRef<str>>(&self, arguments: &[S]) -> Running {
+        let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
+        let name = arguments.join(" ");
+        let link = TcpStream::connect_timeout(&self.agent.into(), LIMIT);
+        let link = link.unwrap_or_else(|error| panic!("{name}: the agent at {}: {error}", self.agent));
+        let mut payload = arguments.join("\0").into_bytes();
+        payload.push(0);
+        let sent = link.set_nodelay(true).and_then(|()| frame::send(&link, frame::RUN, &payload));
+        sent.unwrap_or_else(|error| panic!("{name}: the agent at {}: {error}", self.agent));
+        let shared = Arc::new(Shared::default());
+        let (from, into) = (link.try_clone().expect("a descriptor is free"), Arc::clone(&shared));
+        thread::spawn(move || into.listen(&from));
+        Running { link, shared, name }
+    }
+
+    /// Runs a program to its end.
+    #[track_caller]
+    pub fn run<S: AsRef<str>>(&self, arguments: &[S]) -> Ended {
+        self.start(arguments).end()
+    }
+
+    /// Runs a line of shell that must succeed; gives what it printed, without white space at the end.
+    #[track_caller]
+    pub fn shell(&self, line: &str) -> String {
+        self.run(&["/bin/sh", "-c", line]).ok().trim_end().to_owned()
+    }
+
+    /// Cuts the second cable on this machine's side until what is given is dropped: without its address
+    /// nothing leaves it and nothing that comes is taken, and nobody is told. (Setting the device down
+    /// would do the same, but a device of User-Mode Linux that was given as a descriptor comes up once only.)
+    #[track_caller]
+    pub fn cut(&self) -> Cut<'_> {
+        self.cable("del");
+        Cut { machine: self }
+    }
+
+    fn cable(&self, what: &str) {
+        self.shell(&format!("busybox ip address {what} {}/24 dev vec1", self.address));
+    }
+
+    /// Makes a mediated device there. It goes when it is dropped.
+    ///
+    /// # Panics
+    ///
+    /// When the kernel there refuses.
+    #[track_caller]
+    pub fn mdev(&self, kind: &Kind) -> Placed<'_> {
+        let uuid = crate::mdev::random_uuid();
+        let Kind { parent, name } = kind;
+        let types = format!("{}/{parent}/mdev_supported_types", crate::kind::PARENTS);
+        self.shell(&format!("echo {uuid} >{types}/{name}/create"));
+        Placed { machine: self, uuid }
+    }
+}
+
+/// A mediated device of a machine.
+#[derive(Debug)]
+pub struct Placed<'a> {
+    machine: &'a Machine,
+    uuid: String,
+}
+
+impl Placed<'_> {
+    /// The UUID by which it is found in `/sys/bus/mdev/devices`.
+    pub fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    /// Writes an attribute of its driver.
+    ///
+    /// # Panics
+    ///
+    /// When the driver refuses.
+    #[track_caller]
+    pub fn set(&self, attribute: &str, value: impl ToString) {
+        let value = value.to_string();
+        self.machine.shell(&format!("echo '{value}' >/sys/bus/mdev/devices/{}/{attribute}", self.uuid));
+    }
+
+    /// Reads an attribute of its driver, without white space at the end.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such attribute.
+    #[track_caller]
+    pub fn get(&self, attribute: &str) -> String {
+        self.machine.shell(&format!("cat /sys/bus/mdev/devices/{}/{attribute}", self.uuid))
+    }
+}
+
+impl Drop for Placed<'_> {
+    fn drop(&mut self) {
+        let line = format!("echo 1 >/sys/bus/mdev/devices/{}/remove", self.uuid);
+        // While a test fails the machine may be in any condition, and its reason is the better one.
+        if !thread::panicking() {
+            self.machine.shell(&line);
+        }
+    }
+}
+
+/// A cable that is cut; joined again when this is dropped.
+#[derive(Debug)]
+pub struct Cut<'a> {
+    machine: &'a Machine,
+}
+
+impl Drop for Cut<'_> {
+    fn drop(&mut self) {
+        self.machine.cable("add");
+    }
+}
+
+/// What a program said, and how it ended.
+#[derive(Clone, Debug, Default)]
+pub struct Ended {
+    /// The exit code; below zero, the number of a signal.
+    pub code: i32,
+    /// What it said on standard output.
+    pub out: String,
+    /// What it said on standard error.
+    pub err: String,
+}
+
+impl Ended {
+    /// It did what it was asked; gives what it printed.
+    ///
+    /// # Panics
+    ///
+    /// When its exit code is another than 0.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert_eq!(self.code, 0, "{self:?}");
+        self.out
+    }
+
+    /// It ended with this code and named each of these on standard error.
+    ///
+    /// # Panics
+    ///
+    /// When it did not.
+    #[track_caller]
+    pub fn fails(&self, code: i32, parts: &[&str]) {
+        assert_eq!(self.code, code, "{self:?}");
+        assert!(!self.err.contains("panicked"), "{self:?}");
+        for part in parts {
+            assert!(self.err.contains(part), "`{part}` is not named: {self:?}");
+        }
+    }
+}
+
+#[derive(Default)]
+struct Said {
+    ended: Ended,
+    /// Whether `ended` is all there will be, or why there is no more.
+    over: Option<Result<(), String>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    said: Mutex<Said>,
+    news: Condvar,
+}
+
+impl Shared {
+    fn said(&self) -> MutexGuard<'_, Said> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes all that the agent sends, to the end.
+    fn listen(&self, link: &TcpStream) {
+        loop {
+            let received = frame::receive(link);
+            let mut said = self.said();
+            match received {
+                Ok((frame::OUT, text)) => said.ended.out.push_str(&String::from_utf8_lossy(&text)),
+                Ok((frame::ERR, text)) => said.ended.err.push_str(&String::from_utf8_lossy(&text)),
+                Ok((frame::END, payload)) => match frame::number(&payload) {
+                    Ok(code) => {
+                        said.ended.code = code;
+                        said.over = Some(Ok(()));
+                    }
+                    Err(error) => said.over = Some(Err(error.to_string())),
+                },
+                Ok((frame::FAILED, text)) => {
+                    said.over = Some(Err(String::from_utf8_lossy(&text).into_owned()));
+                }
+                Ok((kind, _)) => said.over = Some(Err(format!("the agent sent a frame of kind {kind}"))),
+                Err(error) => said.over = Some(Err(format!("the agent is gone: {error}"))),
+            }
+            let over = said.over.is_some();
+            drop(said);
+            self.news.notify_all();
+            if over {
+                return;
+            }
+        }
+    }
+
+    /// Waits until `done` gives something; `None` when all has been said before it does.
+    fn wait<T>(&self, name: &str, done: impl Fn(&Said) -> Option<T>) -> Option<T> {
+        let until = Instant::now() + LIMIT;
+        let mut said = self.said();
+        loop {
+            let now = done(&said);
+            if now.is_some() || said.over.is_some() {
+                return now;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{name} hangs: {:?}", said.ended);
+            said = self.news.wait_timeout(said, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// A program that a machine runs. Killed when it is dropped.
+pub struct Running {
+    link: TcpStream,
+    shared: Arc<Shared>,
+    name: String,
+}
+
+impl Running {
+    /// Waits for a line with this part, and gives it.
+    ///
+    /// # Panics
+    ///
+    /// When the program ends without one.
+    #[track_caller]
+    pub fn line(&self, part: &str) -> String {
+        let line = self.shared.wait(&self.name, |said| {
+            let mut lines = said.ended.out.lines().chain(said.ended.err.lines());
+            lines.find(|line| line.contains(part)).map(str::to_owned)
+        });
+        line.unwrap_or_else(|| {
+            let said = self.shared.said();
+            panic!("{} never said `{part}`: {:?} {:?}", self.name, said.ended, said.over)
+        })
+    }
+
+    /// Gives it and all that it started a signal.
+    #[track_caller]
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let sent = frame::send(&self.link, frame::SIGNAL, &signal.as_raw().to_le_bytes());
+        sent.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    ///
+    /// When it could not be run.
+    #[track_caller]
+    pub fn end(self) -> Ended {
+        self.shared.wait(&self.name, |_| None::<()>);
+        let said = self.shared.said();
+        if let Some(Err(error)) = &said.over {
+            panic!("{}: {error}", self.name);
+        }
+        said.ended.clone()
+    }
+
+    /// As with `kill -9`; returns when it is gone.
+    #[track_caller]
+    pub fn kill(self) -> Ended {
+        self.signal(rustix::process::Signal::KILL);
+        self.end()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // The agent kills what nobody listens to any more.
+        let _ = self.link.shutdown(std::net::Shutdown::Both);
+    }
+}
