@@ -24,8 +24,8 @@ impl Kind {
     }
 }
 
-/// Every kind that the loaded drivers offer, in the order of their names: the kernel's own serial ports
-/// `mtty-1` and `mtty-2`, and those of the lab's module.
+/// Every kind that can be moved, in the order of their names: the kernel's own serial ports `mtty-1` and
+/// `mtty-2`, and those of the lab's module but `limosa-none`.
 ///
 /// # Panics
 ///
@@ -34,7 +34,9 @@ pub fn kinds() -> Vec<Kind> {
     let mut kinds = Vec::new();
     for parent in names(Path::new(PARENTS)) {
         for name in names(&Path::new(PARENTS).join(&parent).join("mdev_supported_types")) {
-            kinds.push(Kind { parent: parent.clone(), name });
+            if name != "limosa-none" {
+                kinds.push(Kind { parent: parent.clone(), name });
+            }
         }
     }
     assert!(!kinds.is_empty(), "no mediated devices in {PARENTS}: run this with lab/run");
