@@ -26,7 +26,7 @@ pub(crate) const HEADER: usize = 16;
 const REGION_ACCESS: usize = 16;
 const REPORT: usize = 8 + 24;
 
-const PAGE_BYTES: u64 = 4096;
+pub(crate) const PAGE_BYTES: u64 = 4096;
 
 /// What is measured.
 #[derive(Clone, Copy)]
@@ -84,14 +84,14 @@ pub fn run(subject: Subject<'_>, each: Duration, mut done: impl FnMut(Figure)) -
 
 /// Where accesses do no harm: the bench's own memory, else the start of a PCI header to read, and its
 /// last eight bytes, reserved ones and the interrupt line, to write back as they are.
-const HARMLESS: Place = Place { region: pci_index::CONFIG, read_at: 0, write_at: 0x38 };
+pub(crate) const HARMLESS: Place = Place { region: pci_index::CONFIG, read_at: 0, write_at: 0x38 };
 const OWN: Place = Place { region: 0, read_at: 0, write_at: 0 };
 
 #[derive(Clone, Copy)]
-struct Place {
-    region: u32,
-    read_at: u64,
-    write_at: u64,
+pub(crate) struct Place {
+    pub(crate) region: u32,
+    pub(crate) read_at: u64,
+    pub(crate) write_at: u64,
 }
 
 /// The rival's eight-byte accesses on the device, read and write.

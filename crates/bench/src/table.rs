@@ -13,7 +13,7 @@ pub struct Figure {
     pub what: String,
     /// Bytes moved by one operation; 0 where time is what counts.
     pub bytes: u64,
-    /// The device first, the floor second, then whoever else could do it.
+    /// The device first, the floor second where there is one, then whoever else could do it.
     pub timings: Vec<Timing>,
 }
 
@@ -36,20 +36,21 @@ impl Figure {
 pub fn print(figures: &[Figure], to: &mut dyn Write) -> io::Result<()> {
     writeln!(to, "{:<38} {:<10} {:>11} {:>11} {:>11} {:>9}", "", "", "median", "99 %", "GiB/s", "x floor")?;
     for figure in figures {
-        let floor = figure.timings.get(1).map_or(0, |floor| floor.p50_ns);
+        let floor = figure.timings.get(1);
         for (row, timing) in figure.timings.iter().enumerate() {
             let what = if row == 0 { figure.what.as_str() } else { "" };
             let rate = match figure.bytes {
                 0 => String::new(),
                 bytes => format!("{:.2}", bytes as f64 / timing.p50_ns as f64 * 1e9 / f64::from(1 << 30)),
             };
+            let ratio = floor.map(|floor| format!("{:.2}", timing.p50_ns as f64 / floor.p50_ns as f64));
             writeln!(
                 to,
-                "{what:<38} {:<10} {:>8.2} us {:>8.2} us {rate:>11} {:>9.2}",
+                "{what:<38} {:<10} {:>8.2} us {:>8.2} us {rate:>11} {:>9}",
                 timing.name,
                 timing.p50_ns as f64 / 1e3,
                 timing.p99_ns as f64 / 1e3,
-                timing.p50_ns as f64 / floor as f64,
+                ratio.as_deref().unwrap_or("-"),
             )?;
         }
     }
@@ -62,5 +63,23 @@ pub(crate) fn size(bytes: usize) -> String {
         0..1024 => format!("{bytes} B"),
         1024..0x10_0000 => format!("{} KiB", bytes >> 10),
         _ => format!("{} MiB", bytes >> 20),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_without_a_floor_has_no_ratio() {
+        let timing = |name| Timing { name, best_ns: 900, p50_ns: 1000, p99_ns: 2000, operations: 3 };
+        let alone = Figure::new("alone", 8, vec![timing("limosa")]);
+        let beside = Figure::new("beside", 8, vec![timing("limosa"), timing("floor")]);
+        assert!(alone.ratio().is_nan());
+        let mut text = Vec::new();
+        print(&[alone, beside], &mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        let ends: Vec<_> = text.lines().skip(1).map(|line| line.rsplit(' ').next().unwrap()).collect();
+        assert_eq!(ends, ["-", "1.00", "1.00"], "{text}");
     }
 }

@@ -27,12 +27,25 @@ Options of synthetic (sizes take K, M and G):
   fault=FAULT            what goes wrong; many times: fail:ARC[:TIMES], error:ARC, truncate:BYTES,
                          stall:ARC:MS, corrupt:OFFSET, with ARC like PRE_COPY_P2P>STOP_COPY";
 
+/// How a device is named. Part of the help of every command that takes one.
+const DEVICES: &str = "\
+Devices are named by
+  PATH                     a vfio-user socket
+  0000:65:00.1, 65:00.1    a PCI device's address
+  UUID                     a mediated device
+  /dev/vfio/devices/vfioN  a device's own node, the cdev
+  /dev/vfio/N, or N        a group with only one device
+  /proc/PID/fd/N           a device that a process holds open: a VMM, or limosa with --hold
+The kernel's are opened through the cdev where there is one, else through the group; --door says which.
+When the last who has a device open closes it, the kernel resets it if it is a PCI device; other drivers may keep
+its state. So what a command leaves in a device is there for the next one only if somebody holds it: --hold.";
+
 /// Live migration of VFIO devices.
 ///
-/// Moves, saves, loads, checks and serves devices that speak the VFIO device migration protocol v2.
-/// A DEVICE is named by the path of its vfio-user socket.
+/// Moves, saves, loads, checks and serves devices that speak the VFIO device migration protocol v2, the kernel's
+/// and those behind vfio-user sockets.
 #[derive(Debug, Parser)]
-#[command(name = "limosa", version, after_help = exit::HELP, max_term_width = 110)]
+#[command(name = "limosa", version, max_term_width = 110)]
 pub struct Cli {
     /// Print one JSON document instead of text.
     #[arg(long, global = true)]
@@ -46,21 +59,41 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub timeout: Duration,
 
+    /// Which of the kernel's doors to open devices through.
+    #[arg(long, global = true, value_name = "DOOR")]
+    pub door: Option<Door>,
+
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// The whole command line. Every command's help documents the exit codes.
-pub fn command() -> clap::Command {
-    with_exit_codes(Cli::command())
+/// The kernel's two ways to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Door {
+    /// The device's own node, with iommufd.
+    Cdev,
+    /// The node of its IOMMU group, with a container.
+    Group,
 }
 
-fn with_exit_codes(command: clap::Command) -> clap::Command {
-    let help = match command.get_after_help().map(ToString::to_string) {
-        Some(own) if own != exit::HELP => format!("{own}\n\n{}", exit::HELP),
-        _ => exit::HELP.into(),
-    };
-    command.after_help(help).mut_subcommands(with_exit_codes)
+/// The whole command line. Every command's help documents the exit codes, and how devices are named where it takes
+/// some.
+pub fn command() -> clap::Command {
+    with_notes(Cli::command())
+}
+
+fn with_notes(command: clap::Command) -> clap::Command {
+    let own = command.get_after_help().map(ToString::to_string);
+    let takes_devices = command.get_name() == "limosa"
+        || command.get_arguments().any(|argument| argument.get_long().is_none() && is_device(argument));
+    let devices = takes_devices.then(|| DEVICES.to_owned());
+    let notes: Vec<_> = own.into_iter().chain(devices).chain([exit::HELP.to_owned()]).collect();
+    command.after_help(notes.join("\n\n")).mut_subcommands(with_notes)
+}
+
+fn is_device(argument: &clap::Arg) -> bool {
+    let names = argument.get_value_names().unwrap_or_default();
+    names.iter().any(|name| ["DEVICE", "SRC", "DST"].contains(&name.as_str()))
 }
 
 #[derive(Debug, Subcommand)]
@@ -69,8 +102,8 @@ pub enum Command {
     Demo(Demo),
     /// Serve a ready device on a vfio-user socket.
     Serve(Serve),
-    /// Say what a device is and whether it can migrate.
-    Probe(Device),
+    /// Say what a device is and whether it can migrate; without one, list the kernel's VFIO devices.
+    Probe(Probe),
     /// Read or drive a device's migration state.
     State(StateArgs),
     /// Stop a device, save its state to a file, and let it run again.
@@ -103,10 +136,19 @@ pub enum Command {
 }
 
 #[derive(Debug, Args)]
-pub struct Device {
-    /// The device: the path of a vfio-user socket.
+pub struct Probe {
+    /// The device; without it, the kernel's VFIO devices are listed.
     #[arg(value_name = "DEVICE")]
-    pub device: String,
+    pub device: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Hold {
+    /// When done, keep the device open until SIGINT or SIGTERM, so that the kernel does not reset it. Other commands
+    /// reach it by the name that is printed.
+    // Global for `state DEVICE set STATE --hold`.
+    #[arg(long, global = true)]
+    pub hold: bool,
 }
 
 #[derive(Debug, Args)]
@@ -155,12 +197,15 @@ pub enum Model {
 
 #[derive(Debug, Args)]
 pub struct StateArgs {
-    /// The device: the path of a vfio-user socket.
+    /// The device.
     #[arg(value_name = "DEVICE")]
     pub device: String,
 
     #[command(subcommand)]
     pub action: Option<StateAction>,
+
+    #[command(flatten)]
+    pub hold: Hold,
 }
 
 #[derive(Debug, Subcommand)]
@@ -179,7 +224,7 @@ pub enum StateAction {
 
 #[derive(Debug, Args)]
 pub struct Save {
-    /// The device: the path of a vfio-user socket.
+    /// The device.
     #[arg(value_name = "DEVICE")]
     pub device: String,
 
@@ -190,6 +235,9 @@ pub struct Save {
     /// Leave the device stopped.
     #[arg(long)]
     pub stop: bool,
+
+    #[command(flatten)]
+    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
@@ -198,13 +246,16 @@ pub struct Load {
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
-    /// The device: the path of a vfio-user socket.
+    /// The device.
     #[arg(value_name = "DEVICE")]
     pub device: String,
 
     /// Leave the device stopped.
     #[arg(long)]
     pub stop: bool,
+
+    #[command(flatten)]
+    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
@@ -233,11 +284,14 @@ pub struct Migrate {
 
     #[command(flatten)]
     pub moving: Moving,
+
+    #[command(flatten)]
+    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
 pub struct Send {
-    /// The device: the path of a vfio-user socket.
+    /// The device.
     #[arg(value_name = "DEVICE")]
     pub device: String,
 
@@ -247,11 +301,14 @@ pub struct Send {
 
     #[command(flatten)]
     pub moving: Moving,
+
+    #[command(flatten)]
+    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
 pub struct Receive {
-    /// The device: the path of a vfio-user socket.
+    /// The device.
     #[arg(value_name = "DEVICE")]
     pub device: String,
 
@@ -262,6 +319,9 @@ pub struct Receive {
     /// Seconds to wait for a sender.
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
     pub wait: Duration,
+
+    #[command(flatten)]
+    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
@@ -282,7 +342,7 @@ pub struct Fsm {
 
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// The device: the path of a vfio-user socket.
+    /// The device.
     #[arg(value_name = "DEVICE")]
     pub device: String,
 

@@ -11,7 +11,7 @@ Exit codes:
   1  failed; what it was about is as it was before, unless the message says otherwise
   2  wrong usage
   3  refused: the device or the peer cannot do this, or the two sides do not fit
-  4  not reachable: no such device or peer, no permission, or the connection was lost
+  4  not reachable: no such device or peer, in use elsewhere, no permission, gone, or the connection was lost
   5  in doubt: the source is stopped and does not know whether the destination runs
   6  damaged: a file or stream is truncated, altered or of an unknown version
   7  cancelled: the move was called off by SIGINT or SIGTERM, and undone";
@@ -63,6 +63,7 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     }
     let client = cause.downcast_ref::<limosa_client::Error>()?;
     Some(match client {
+        error if is_in_use(error) => Code::Unreachable,
         limosa_client::Error::Refused { .. } => Code::Refused,
         limosa_client::Error::Usage { .. } => Code::Usage,
         limosa_client::Error::Os { errno, .. } if unreachable(*errno) => Code::Unreachable,
@@ -71,8 +72,35 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     })
 }
 
+/// Whether an error of opening a device says that somebody else has it open. EINVAL is the kernel's answer to a
+/// second opening of a cdev.
+pub fn is_in_use(error: &limosa_client::Error) -> bool {
+    use limosa_client::Error;
+    match error {
+        Error::Os { errno: Errno::EBUSY, .. } => true,
+        Error::Refused { request, errno, .. } => match *errno {
+            Errno::EBUSY => {
+                ["BIND_IOMMUFD", "GROUP_SET_CONTAINER", "GROUP_GET_DEVICE_FD"].contains(&&**request)
+            }
+            Errno::EINVAL => request == "BIND_IOMMUFD",
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
 fn unreachable(errno: Errno) -> bool {
-    [Errno::ENOENT, Errno::EACCES, Errno::EPERM, Errno::ECONNREFUSED].contains(&errno)
+    let unreachable = [
+        Errno::ENOENT,
+        Errno::EACCES,
+        Errno::EPERM,
+        Errno::ECONNREFUSED,
+        // In use, unplugged, or bound to a driver that is none of VFIO's.
+        Errno::EBUSY,
+        Errno::ENODEV,
+        Errno::ENXIO,
+    ];
+    unreachable.contains(&errno)
 }
 
 fn of_move(error: &limosa_migrate::Error) -> Option<Code> {

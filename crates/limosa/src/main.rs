@@ -4,6 +4,8 @@
 mod args;
 mod commands;
 mod exit;
+mod held;
+mod hold;
 mod open;
 mod output;
 mod progress;
@@ -16,6 +18,9 @@ use clap::FromArgMatches;
 use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
+use hold::Leaves;
+use limosa_vfio_kernel::Door;
+use open::Opening;
 use output::Output;
 
 fn main() -> ExitCode {
@@ -41,29 +46,61 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
-    let open = |device: &str| open::device(device, cli.timeout);
+    let door = cli.door.map(|door| match door {
+        args::Door::Cdev => Door::Cdev,
+        args::Door::Group => Door::Group,
+    });
+    let opening = Opening { limit: cli.timeout, door };
+    let open = |device: &str| opening.open(device);
     match &cli.command {
-        Command::Probe(args) => commands::probe::run(&*open(&args.device)?, out),
+        Command::Probe(args) => match &args.device {
+            Some(device) => commands::probe::run(&open(device)?, out),
+            None => commands::list::run(opening, out),
+        },
         Command::State(args) => {
             let action = args.action.as_ref().unwrap_or(&args::StateAction::Get);
-            commands::state::run(&*open(&args.device)?, action, out)
+            let leaves = match action {
+                args::StateAction::Set { .. } => Leaves::State,
+                args::StateAction::Get | args::StateAction::Reset => Leaves::Nothing,
+            };
+            let device = open(&args.device)?;
+            let done = commands::state::run(&*device, action, out);
+            hold::end(done, &device, args.hold.hold, leaves, out)
         }
         Command::Fsm(args) => commands::fsm::run(args, out),
         Command::Completions { shell } => commands::generate::completions(*shell, out),
         Command::Man { folder } => commands::generate::man(folder, out),
         Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
         Command::Serve(args) => commands::serve::run(args, out),
-        Command::Save(args) => commands::moving::save(&*open(&args.device)?, args, out),
-        Command::Load(args) => commands::moving::load(&*open(&args.device)?, args, out),
+        Command::Save(args) => {
+            let device = open(&args.device)?;
+            let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
+            let done = commands::moving::save(&*device, args, out);
+            hold::end(done, &device, args.hold.hold, leaves, out)
+        }
+        Command::Load(args) => {
+            let device = open(&args.device)?;
+            let done = commands::moving::load(&*device, args, out);
+            hold::end(done, &device, args.hold.hold, Leaves::State, out)
+        }
         Command::Inspect(args) => commands::inspect::run(args, out),
         Command::Migrate(args) => {
             open::different(&args.source, &args.destination)?;
             let (source, destination) = (open(&args.source)?, open(&args.destination)?);
-            commands::moving::migrate(&*source, &*destination, args, out)
+            let done = commands::moving::migrate(&*source, &*destination, args, out);
+            hold::end(done, &destination, args.hold.hold, Leaves::State, out)
         }
-        Command::Send(args) => commands::moving::send(&*open(&args.device)?, args, out),
-        Command::Receive(args) => commands::moving::receive(&*open(&args.device)?, args, out),
-        Command::Bench(args) => commands::bench::run(args, cli.timeout, out),
+        Command::Send(args) => {
+            let device = open(&args.device)?;
+            let done = commands::moving::send(&*device, args, out);
+            hold::end(done, &device, args.hold.hold, Leaves::Nothing, out)
+        }
+        Command::Receive(args) => {
+            let device = open(&args.device)?;
+            let done = commands::moving::receive(&*device, args, out);
+            hold::end(done, &device, args.hold.hold, Leaves::State, out)
+        }
+        Command::Bench(args) => commands::bench::run(args, opening, out),
     }
 }
 

@@ -1,38 +1,180 @@
 //! From the name that a user gave to a device.
 
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use limosa_client::{Device, Error};
 use limosa_protocol::Errno;
+use limosa_vfio_kernel::{Door, KernelDevice, Listed, Name};
 use limosa_vfio_user::client::{Client, Options};
 
 use crate::exit::{self, Code};
+use crate::held::{Held, OpenElsewhere};
 
-/// Opens the device that a user named; requests have this time limit.
-pub fn device(name: &str, limit: Duration) -> anyhow::Result<Box<dyn Device>> {
-    let path = Path::new(name);
-    if !path.exists() {
-        return Err(exit::error(
-            Code::Unreachable,
-            format!(
-                "{name}: there is no such socket; expected the path of a vfio-user socket that a server listens on"
-            ),
-        ));
+/// The forms of a name, for those whose name has none of them.
+const FORMS: &str = "expected the path of a vfio-user socket, a PCI address, the UUID of a mediated device, \
+                     /dev/vfio/devices/vfioN, a group as /dev/vfio/N or N, or /proc/PID/fd/N for a device that a \
+                     process holds open";
+
+/// How devices are opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening {
+    /// How long one request of vfio-user may take.
+    pub limit: Duration,
+    /// Which door of the kernel's to go through; by default what the name is a node of, else the cdev, else the
+    /// group.
+    pub door: Option<Door>,
+}
+
+/// A device that a user named, open.
+pub struct Opened {
+    name: String,
+    transport: Transport,
+}
+
+enum Transport {
+    VfioUser(Client),
+    /// Opened here: the kernel closes it with this process.
+    Kernel(KernelDevice),
+    /// Borrowed from a process that holds it, and goes on to.
+    Held(KernelDevice),
+}
+
+impl Deref for Opened {
+    type Target = dyn Device;
+
+    fn deref(&self) -> &(dyn Device + 'static) {
+        match &self.transport {
+            Transport::VfioUser(device) => device,
+            Transport::Kernel(device) | Transport::Held(device) => device,
+        }
     }
-    if !std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-        return Err(exit::error(
-            Code::Unreachable,
-            format!("{name}: it is no socket; expected the path of a vfio-user socket"),
-        ));
+}
+
+impl Opened {
+    /// The device, if it is one of the kernel's.
+    pub fn kernel(&self) -> Option<&KernelDevice> {
+        match &self.transport {
+            Transport::VfioUser(_) => None,
+            Transport::Kernel(device) | Transport::Held(device) => Some(device),
+        }
     }
-    let options = Options { request_limit: limit, ..Options::default() };
-    let client = Client::connect(path, options).map_err(|error| {
-        let hint = hint(&error);
-        anyhow::Error::from(error).context(format!("{name} cannot be opened{hint}"))
-    })?;
-    Ok(Box::new(client))
+
+    /// The fd of a device of the kernel's.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.kernel().map(AsFd::as_fd)
+    }
+
+    /// Whether the kernel closes the device when this process ends.
+    pub fn closes_with_us(&self) -> bool {
+        matches!(self.transport, Transport::Kernel(_))
+    }
+
+    /// What other commands can call the device as long as this process holds it.
+    pub fn name_while_held(&self) -> Option<String> {
+        let fd = self.fd()?.as_raw_fd();
+        Some(format!("/proc/{}/fd/{fd}", std::process::id()))
+    }
+
+    /// The device alone.
+    pub fn into_device(self) -> Box<dyn Device> {
+        match self.transport {
+            Transport::VfioUser(device) => Box::new(device),
+            Transport::Kernel(device) | Transport::Held(device) => Box::new(device),
+        }
+    }
+
+    /// How the user named it.
+    pub fn given(&self) -> &str {
+        &self.name
+    }
+}
+
+/// What a name is the name of.
+enum Named {
+    Held(Held),
+    Kernel(Name),
+    /// The path of a socket, or of nothing.
+    Path(PathBuf),
+}
+
+impl Named {
+    fn parse(name: &str) -> Named {
+        match (Held::parse(name), name.parse()) {
+            (Some(held), _) => Named::Held(held),
+            (None, Ok(name)) => Named::Kernel(name),
+            (None, Err(_)) => Named::Path(name.into()),
+        }
+    }
+}
+
+impl Opening {
+    /// Opens the device that a user named.
+    pub fn open(self, name: &str) -> anyhow::Result<Opened> {
+        let transport = match Named::parse(name) {
+            Named::Held(held) => {
+                Transport::Held(KernelDevice::from_fd(name, held.borrow(name)?.as_fd(), None)?)
+            }
+            Named::Kernel(_) => Transport::Kernel(self.kernel(name)?),
+            Named::Path(path) => Transport::VfioUser(self.vfio_user(name, &path)?),
+        };
+        Ok(Opened { name: name.into(), transport })
+    }
+
+    fn kernel(self, name: &str) -> anyhow::Result<KernelDevice> {
+        let options = limosa_vfio_kernel::Options { door: self.door, space: None };
+        KernelDevice::open(name, &options).map_err(|error| {
+            let by = if exit::is_in_use(&error) { held_by(name) } else { String::new() };
+            anyhow::Error::from(error).context(format!("{name} cannot be opened{by}"))
+        })
+    }
+
+    fn vfio_user(self, name: &str, path: &Path) -> anyhow::Result<Client> {
+        if !path.exists() {
+            let what = "there is no such socket, and it is no name of a device of the kernel's";
+            return Err(exit::error(Code::Unreachable, format!("{name}: {what}; {FORMS}")));
+        }
+        if !std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+            return Err(exit::error(Code::Unreachable, format!("{name}: it is no socket; {FORMS}")));
+        }
+        let options = Options { request_limit: self.limit, ..Options::default() };
+        Client::connect(path, options).map_err(|error| {
+            let hint = hint(&error);
+            anyhow::Error::from(error).context(format!("{name} cannot be opened{hint}"))
+        })
+    }
+}
+
+/// Who has the device open, as far as this user may know.
+fn held_by(name: &str) -> String {
+    let Some(device) = listed(name) else { return String::new() };
+    let group = device.group.map(|group| Path::new("/dev/vfio").join(group.to_string()));
+    let holders = OpenElsewhere::look().holders(&device.folder, group.as_deref());
+    let names: Vec<_> = holders.iter().map(ToString::to_string).collect();
+    if names.is_empty() { String::new() } else { format!(" (held by {})", names.join(", ")) }
+}
+
+/// What the kernel lists under this name, if that is a device of VFIO's and the name is that of just one.
+pub fn listed(name: &str) -> Option<Listed> {
+    let named = Named::parse(name);
+    let held = match &named {
+        Named::Held(held) => held.place(),
+        _ => None,
+    };
+    let is_it = |device: &Listed| match &named {
+        Named::Held(_) => held.as_ref() == Some(&device.folder),
+        Named::Kernel(Name::Pci(id) | Name::Mdev(id)) => device.id == *id,
+        Named::Kernel(Name::Cdev(number)) => {
+            device.cdev == Some(format!("/dev/vfio/devices/vfio{number}").into())
+        }
+        Named::Kernel(Name::Group(group)) => device.group == Some(*group),
+        Named::Path(_) => false,
+    };
+    let mut devices = limosa_vfio_kernel::list().into_iter().filter(is_it);
+    devices.next().filter(|_| devices.next().is_none())
 }
 
 /// What a person can look for.
@@ -47,12 +189,29 @@ fn hint(error: &Error) -> &'static str {
 
 /// Refuses one device under two names.
 pub fn different(source: &str, destination: &str) -> anyhow::Result<()> {
-    let place = |name: &str| std::fs::metadata(name).ok().map(|found| (found.dev(), found.ino()));
-    match (place(source), place(destination)) {
+    match (identity(source), identity(destination)) {
         (Some(one), Some(other)) if one == other => Err(exit::error(
             Code::Usage,
             format!("{source} and {destination} are the same device; expected another one to move to"),
         )),
         _ => Ok(()),
+    }
+}
+
+/// What a device is whatever it is called.
+#[derive(PartialEq, Eq)]
+enum Identity {
+    /// The inode of a socket, and the file system that it is on.
+    Socket(u64, u64),
+    /// The device's place in sysfs.
+    Kernel(PathBuf),
+}
+
+fn identity(name: &str) -> Option<Identity> {
+    match Named::parse(name) {
+        Named::Held(_) | Named::Kernel(_) => listed(name).map(|device| Identity::Kernel(device.folder)),
+        Named::Path(path) => {
+            std::fs::metadata(path).ok().map(|found| Identity::Socket(found.dev(), found.ino()))
+        }
     }
 }

@@ -19,7 +19,8 @@ const DAMAGED: i32 = 6;
 fn wrong_usage_is_refused_with_what_is_expected() {
     for (args, parts) in [
         (&["frob"][..], &["frob"][..]),
-        (&["probe"], &["DEVICE"]),
+        (&["save"], &["DEVICE"]),
+        (&["probe", "x", "--door", "back"], &["back", "cdev", "group"]),
         (&["state", "x", "set", "HALT"], &["HALT", "RUNNING_P2P", "STOP_COPY"]),
         (&["state", "x", "set"], &["STATE"]),
         (&["state", "x", "frob"], &["frob"]),

@@ -7,6 +7,7 @@ mod feature;
 mod find;
 mod ioctl;
 mod irq;
+mod list;
 mod name;
 mod open;
 mod refusal;
@@ -18,6 +19,7 @@ mod unusable;
 use std::fmt;
 
 pub use device::{KernelDevice, Options};
+pub use list::{Listed, list};
 pub use name::{Group, Name, NotAName};
 pub use space::{AddressSpace, IovaRanges, SpaceLog};
 pub use unusable::Unusable;

@@ -1,20 +1,29 @@
 //! `limosa bench`: a device beside the floor.
 
 use std::path::Path;
-use std::time::Duration;
+
+use std::os::fd::AsFd;
 
 use crate::args;
-use crate::open;
+use crate::open::Opening;
 use crate::output::Output;
 
-pub fn run(args: &args::Bench, limit: Duration, out: &Output) -> anyhow::Result<()> {
+pub fn run(args: &args::Bench, opening: Opening, out: &Output) -> anyhow::Result<()> {
     if args.one_core {
         limosa_bench::pin_to_one_core()?;
     }
-    let socket = Path::new(&args.device);
     let mut figures = Vec::new();
-    let connect = || open::device(&args.device, limit);
-    let subject = limosa_bench::Subject::Device { socket, connect: &connect };
-    limosa_bench::run(subject, args.seconds, |figure| figures.push(figure))?;
+    let done = |figure| figures.push(figure);
+    let device = opening.open(&args.device)?;
+    if let Some(kernel) = device.kernel() {
+        limosa_bench::run_kernel(kernel, kernel.as_fd(), args.seconds, done)?;
+    } else {
+        // A server takes one client at a time, and others are measured too.
+        drop(device);
+        let socket = Path::new(&args.device);
+        let connect = || Ok(opening.open(&args.device)?.into_device());
+        let subject = limosa_bench::Subject::Device { socket, connect: &connect };
+        limosa_bench::run(subject, args.seconds, done)?;
+    }
     out.result(&figures, |to| limosa_bench::print(&figures, to))
 }

@@ -5,6 +5,7 @@ pub mod demo;
 pub mod fsm;
 pub mod generate;
 pub mod inspect;
+pub mod list;
 pub mod moving;
 pub mod probe;
 pub mod serve;

@@ -3,11 +3,13 @@
 use std::io::Write;
 
 use anyhow::Context;
-use limosa_client::{Device, DeviceExt};
+use limosa_client::{Device, DeviceExt, Error};
 use limosa_protocol::info::{DeviceFlags, IrqFlags, RegionFlags};
 use limosa_protocol::{FeatureIndex, FeatureOp, MigrationFlags, pci_index};
+use limosa_vfio_kernel::Listed;
 use serde::Serialize;
 
+use crate::open::{self, Opened};
 use crate::output::{self, Output};
 
 /// What was found.
@@ -15,6 +17,9 @@ use crate::output::{self, Output};
 pub struct Probe {
     device: String,
     flags: Vec<&'static str>,
+    /// Where the kernel has it; absent for a device behind a socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<Kernel>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pci_id: Option<String>,
     migration: Option<MigrationSupport>,
@@ -25,6 +30,18 @@ pub struct Probe {
     features: Vec<String>,
     regions: Vec<RegionFound>,
     irqs: Vec<IrqFound>,
+}
+
+/// What there is to know of a device of the kernel's.
+#[derive(Debug, Serialize)]
+struct Kernel {
+    /// Where it is in sysfs.
+    sysfs: Option<String>,
+    driver: Option<String>,
+    group: Option<String>,
+    cdev: Option<String>,
+    /// The door that it is open through here; absent for one that another process holds.
+    door: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -49,8 +66,21 @@ struct IrqFound {
     flags: Vec<&'static str>,
 }
 
-pub fn run(device: &dyn Device, out: &Output) -> anyhow::Result<()> {
-    let found = probe(device)?;
+pub fn run(device: &Opened, out: &Output) -> anyhow::Result<()> {
+    let mut found = probe(&**device)?;
+    found.kernel = device.kernel().map(|kernel| {
+        let door = kernel.door().map(|door| door.to_string());
+        match open::listed(device.given()) {
+            Some(Listed { folder, driver, group, cdev, .. }) => Kernel {
+                sysfs: Some(folder.display().to_string()),
+                driver,
+                group: group.map(|group| group.to_string()),
+                cdev: cdev.map(|cdev| cdev.display().to_string()),
+                door,
+            },
+            None => Kernel { sysfs: None, driver: None, group: None, cdev: None, door },
+        }
+    });
     out.result(&found, |to| print(&found, to))
 }
 
@@ -61,7 +91,7 @@ fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
 
     let mut regions = Vec::new();
     for index in 0..info.num_regions.min(output::INDEXES_MAX) {
-        let region = device.region(index)?;
+        let Some(region) = or_refused(device.region(index))? else { continue };
         if region.info.size > 0 {
             regions.push(RegionFound {
                 index,
@@ -73,7 +103,7 @@ fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
     }
     let mut irqs = Vec::new();
     for index in 0..info.num_irqs.min(output::INDEXES_MAX) {
-        let irq = device.irq(index)?;
+        let Some(irq) = or_refused(device.irq(index))? else { continue };
         if irq.count > 0 {
             let flags = IrqFlags::from_bits_retain(irq.flags).iter_names().map(|(name, _)| name).collect();
             irqs.push(IrqFound { index, vectors: irq.count, flags });
@@ -94,6 +124,7 @@ fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
     Ok(Probe {
         device: device.name().into(),
         flags: flags.iter_names().map(|(name, _)| name).collect(),
+        kernel: None,
         pci_id: if is_pci { pci_id(device) } else { None },
         cannot_migrate: (!can_stop).then(|| match migration.is_empty() {
             true => {
@@ -115,6 +146,14 @@ fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
         regions,
         irqs,
     })
+}
+
+/// Drivers refuse indexes that they have no use for.
+fn or_refused<T>(answer: limosa_client::Result<T>) -> limosa_client::Result<Option<T>> {
+    match answer {
+        Err(Error::Refused { .. }) => Ok(None),
+        answer => answer.map(Some),
+    }
 }
 
 /// Vendor, device and class as `lspci -nn` writes them, or `None` when the config space cannot be read.
@@ -160,6 +199,13 @@ fn print(found: &Probe, to: &mut dyn Write) -> std::io::Result<()> {
         write!(to, "  PCI {id}")?;
     }
     writeln!(to, "  [{}]", found.flags.join(" "))?;
+    if let Some(Kernel { sysfs: _, driver, group, cdev, door }) = &found.kernel {
+        let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "unknown".into());
+        let door =
+            door.as_ref().map_or("held by another process".into(), |door| format!("open by its {door}"));
+        let (driver, group) = (or_none(driver), or_none(group));
+        writeln!(to, "  kernel       driver {driver}, group {group}, cdev {}, {door}", or_none(cdev))?;
+    }
     match (&found.migration, &found.cannot_migrate) {
         (_, Some(why)) => writeln!(to, "  migration    no: {why}")?,
         (Some(support), None) => {

@@ -84,7 +84,8 @@ impl Iommufd {
         unsafe { ioctl::call(device, ioctl::vfio(BIND_IOMMUFD), (&raw mut bind).cast()) }.map_err(|errno| {
             let hint = match errno {
                 Errno::EBUSY => "it, or its group, is in use by somebody else (fuser -v names who)",
-                Errno::EINVAL => "it is bound already, or not a device node of VFIO's",
+                // What the kernel says of a second opening of a cdev.
+                Errno::EINVAL => "somebody has it open already (fuser -v names who): a cdev has one user at a time",
                 Errno::ENODEV => "the device is gone",
                 Errno::EACCES => "it is the virtual function of a device in use, whose VF token it needs",
                 Errno::EPERM => {
