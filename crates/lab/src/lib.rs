@@ -13,6 +13,7 @@ mod frame;
 mod kind;
 mod machine;
 mod mdev;
+pub mod module;
 
 pub use command::limosa;
 pub use kind::{Kind, kinds};
