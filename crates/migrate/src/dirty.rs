@@ -2,10 +2,9 @@
 
 use std::io;
 
-use limosa_client::DeviceExt;
-use limosa_protocol::bitmap::{DirtyBitmap, Grid, regranulate, words_for};
+use limosa_client::dirty::{DeviceLog, DirtySource, Fused};
+use limosa_protocol::bitmap::{DirtyBitmap, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
-use limosa_protocol::{FeatureIndex, FeatureOp};
 
 use crate::channel::Channel;
 use crate::devices::{MovedDevice, failed};
@@ -24,6 +23,8 @@ pub(crate) struct Dirty {
     harvested: Vec<DirtyBitmap>,
     /// For each device the page size of its log, in bytes, where it logs.
     device_page_bytes: Vec<Option<u64>>,
+    /// So many of the caller's sources are on, from the first.
+    sources_started: usize,
     log_started: bool,
     /// A device whose writes nobody sees: memory is dirty as long as it runs.
     pub(crate) blind: bool,
@@ -55,15 +56,26 @@ impl Dirty {
             log.start().map_err(|error| memory.regions[0].failed(0, error))?;
             self.log_started = true;
         }
+        let regions = memory.regions.iter();
+        let ranges: Vec<_> =
+            regions.map(|region| DmaLoggingRange { iova: region.iova, length: region.size }).collect();
+        for source in &memory.sources {
+            start_source(*source, &ranges)?;
+            self.sources_started += 1;
+        }
         for (at, device) in devices.iter().enumerate() {
-            match start_device(device, &memory.regions)? {
-                Some(page_bytes) => self.device_page_bytes[at] = Some(page_bytes),
-                None if memory.log.as_ref().is_some_and(|log| log.covers_devices()) => {}
-                None => {
-                    self.blind = true;
-                    let name = device.device.name();
-                    recorder.note(format!("{name} does not log its DMA: all memory moves after the stop"));
-                }
+            let device = device.device;
+            let log = DeviceLog::new(device);
+            if log.is_supported().map_err(|error| failed(device, STARTING, error))? {
+                self.device_page_bytes[at] = Some(start_source(&log, &ranges)?);
+                continue;
+            }
+            let name = device.name();
+            let is_seen = memory.sources.iter().any(|source| source.sees(name))
+                || memory.log.as_ref().is_some_and(|log| log.covers_devices());
+            if !is_seen {
+                self.blind = true;
+                recorder.note(format!("nobody logs the DMA of {name}: all memory moves after the stop"));
             }
         }
         Ok(())
@@ -71,30 +83,22 @@ impl Dirty {
 
     /// Collects what was written since the last time. A log that fails makes its region dirty.
     pub(crate) fn harvest(&mut self, devices: &[MovedDevice<'_>], memory: &mut Memory<'_>) -> Result<()> {
+        let logs: Vec<_> = (devices.iter().zip(&self.device_page_bytes))
+            .filter_map(|(device, page_bytes)| Some(DeviceLog::started(device.device, (*page_bytes)?)))
+            .collect();
+        let started = memory.sources.iter().take(self.sources_started).copied();
+        let sources = Fused::new(logs.iter().map(|log| log as &dyn DirtySource).chain(started).collect());
         for (at, region) in memory.regions.iter().enumerate() {
             let Ok(fresh) = DirtyBitmap::new(region.size / PAGE_BYTES) else {
                 return Err(region.failed(0, io::ErrorKind::OutOfMemory.into()));
             };
             let everything = || fresh.set_range(0, fresh.pages());
-            for (device, page_bytes) in devices.iter().zip(&self.device_page_bytes) {
-                let Some(page_bytes) = *page_bytes else { continue };
-                let mut words = vec![0; words_for(region.size.div_ceil(page_bytes)) as usize];
-                match device.device.dma_logging_report(region.iova, region.size, page_bytes, &mut words) {
-                    Ok(()) if page_bytes == PAGE_BYTES => fresh.or_words(0, &words, fresh.pages()),
-                    Ok(()) => {
-                        let mut fine = vec![0; words_for(fresh.pages()) as usize];
-                        let from = Grid { iova: region.iova, page_size: page_bytes };
-                        let to = Grid { iova: region.iova, page_size: PAGE_BYTES };
-                        regranulate(&words, from, &mut fine, to, region.iova, region.size);
-                        fresh.or_words(0, &fine, fresh.pages());
-                    }
-                    Err(error) => {
-                        tracing::warn!(
-                            "{}: its dirty log is lost, all is dirty: {error}",
-                            device.device.name()
-                        );
-                        everything();
-                    }
+            let mut words = vec![0; words_for(fresh.pages())];
+            match sources.report(region.iova, region.size, PAGE_BYTES, &mut words) {
+                Ok(()) => fresh.or_words(0, &words, fresh.pages()),
+                Err(error) => {
+                    tracing::warn!("{region:?}: {error}");
+                    everything();
                 }
             }
             if let Some(log) = &mut memory.log
@@ -138,13 +142,18 @@ impl Dirty {
                 self.harvested.iter().enumerate().for_each(|(at, bitmap)| log.give_back(at, bitmap));
             }
         }
-        for (device, page_bytes) in devices.iter().zip(&mut self.device_page_bytes) {
-            if page_bytes.take().is_some()
-                && let Err(error) = device.device.dma_logging_stop()
-            {
+        let mut stop = |source: &dyn DirtySource| {
+            if let Err(error) = source.stop() {
                 notes.push(format!("DMA logging goes on: {error}"));
             }
+        };
+        for (device, page_bytes) in devices.iter().zip(&mut self.device_page_bytes) {
+            if let Some(page_bytes) = page_bytes.take() {
+                stop(&DeviceLog::started(device.device, page_bytes));
+            }
         }
+        let started = std::mem::take(&mut self.sources_started);
+        memory.sources.iter().take(started).for_each(|source| stop(*source));
         if let Some(log) = &mut memory.log
             && std::mem::take(&mut self.log_started)
         {
@@ -187,32 +196,15 @@ impl Dirty {
     }
 }
 
-/// The page size of the device's log, or `None` when it has none.
-fn start_device(device: &MovedDevice<'_>, regions: &[MemoryRegion<'_>]) -> Result<Option<u64>> {
-    let failed = |error| failed(device.device, "starting its DMA log", error);
-    if !device.device.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET).map_err(failed)? {
-        return Ok(None);
-    }
-    let ranges: Vec<_> =
-        regions.iter().map(|region| DmaLoggingRange { iova: region.iova, length: region.size }).collect();
-    let started = match device.device.dma_logging_start(PAGE_BYTES, &ranges) {
-        // Devices have few range registers; one range round them all is logged more coarsely, not less.
-        Err(limosa_client::Error::Refused { .. }) if ranges.len() > 1 => {
-            let first = regions.iter().map(|region| region.iova).min().unwrap_or(0);
-            let last = regions.iter().map(|region| region.iova + (region.size - 1)).max().unwrap_or(0);
-            let length = (last - first).saturating_add(1);
-            device.device.dma_logging_start(PAGE_BYTES, &[DmaLoggingRange { iova: first, length }])
-        }
-        started => started,
-    };
-    let page_bytes = started.map_err(failed)?;
-    if !page_bytes.is_power_of_two() || page_bytes < PAGE_BYTES {
-        let _ = device.device.dma_logging_stop();
-        let what =
-            format!("it logs DMA in pages of {page_bytes} bytes, expected a power of two from {PAGE_BYTES}");
-        return Err(Error::DeviceMisbehaved { device: device.device.name().into(), what });
-    }
-    Ok(Some(page_bytes))
+const STARTING: &str = "starting its DMA log";
+
+/// Starts a source and returns its page size.
+fn start_source(source: &dyn DirtySource, ranges: &[DmaLoggingRange]) -> Result<u64> {
+    source.start(PAGE_BYTES, ranges).map_err(|error| Error::Device {
+        device: source.name().into(),
+        doing: STARTING.into(),
+        error,
+    })
 }
 
 /// Sends pages of one region, zeroes as runs.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use limosa_client::DirtySource;
 use limosa_protocol::bitmap::DirtyBitmap;
 
 use crate::Error;
@@ -94,8 +95,8 @@ impl MemoryRegion<'_> {
     }
 }
 
-/// The caller's own source of dirty pages: what vCPUs write, or an IOMMU's log. What devices log
-/// themselves, the engine asks them for.
+/// The caller's own log of dirty pages: what vCPUs write. What devices log themselves, the engine asks
+/// them for; other logs of what devices write are [`Memory::sources`].
 ///
 /// Bit *n* of a bitmap stands for page *n* of the region, of [`PAGE_BYTES`].
 pub trait DirtyLog: Send {
@@ -106,8 +107,8 @@ pub trait DirtyLog: Send {
     /// of the region is taken as dirty.
     fn harvest(&mut self, region: usize, dirty: &DirtyBitmap) -> io::Result<()>;
 
-    /// The move was undone: here are all the pages that were harvested in it, from this log and from
-    /// the devices', so that whoever else lives by the log misses nothing.
+    /// The move was undone: here are all the pages that were harvested in it, from this log, from the
+    /// devices' and from the other sources, so that whoever else lives by the log misses nothing.
     fn give_back(&mut self, region: usize, dirty: &DirtyBitmap) {
         let _ = (region, dirty);
     }
@@ -126,8 +127,23 @@ pub trait DirtyLog: Send {
 pub struct Memory<'a> {
     /// The regions; none where only devices move.
     pub regions: Vec<MemoryRegion<'a>>,
-    /// Who tells what vCPUs write. Without it only what devices log is seen.
+    /// Who tells what vCPUs write. Without it only what devices write is seen.
     pub log: Option<&'a mut dyn DirtyLog>,
+    /// Who tells what devices write, besides the devices themselves: an IOMMU, a container. All of them are
+    /// used. A device without a log of its own that none of them sees ([`DirtySource::sees`]) makes all memory
+    /// move after the stop. For devices that log themselves they are not needed, and such logs can be coarser.
+    pub sources: Vec<&'a dyn DirtySource>,
+}
+
+impl std::fmt::Debug for Memory<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let sources: Vec<_> = self.sources.iter().map(|source| source.name()).collect();
+        f.debug_struct("Memory")
+            .field("regions", &self.regions)
+            .field("log", &self.log.is_some())
+            .field("sources", &sources)
+            .finish()
+    }
 }
 
 /// Whether all bytes are zero; whole words at a time.

@@ -90,7 +90,7 @@ fn run(
     let (outcome, received) = move_local(
         &mut Source {
             devices: &ours,
-            memory: Memory { regions: vec![region(&here)], log: None },
+            memory: Memory { regions: vec![region(&here)], ..Memory::default() },
             vmm: &Nobody,
             observer: observers.0,
             options: &options,

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use device::{Step, TestDevice, world};
+use limosa_client::DirtySource;
 use limosa_migrate::{
     Cancel, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Nobody, Observer,
     Options, Outcome, Received, Source, Vmm,
@@ -72,6 +73,8 @@ pub struct Ends {
     pub kinds: (Option<String>, Option<String>),
     /// Of the source; taken by the next move.
     pub log: Mutex<Option<Box<dyn DirtyLog>>>,
+    /// Of the source.
+    pub sources: Vec<Arc<dyn DirtySource>>,
     /// Of each side; region 0 at address 0.
     pub memory: Option<(Pages, Pages, u64)>,
 }
@@ -89,6 +92,7 @@ impl Ends {
             observer: Arc::new(Nobody),
             kinds: (None, None),
             log: Mutex::default(),
+            sources: Vec::new(),
             memory: None,
         }
     }
@@ -110,6 +114,7 @@ impl Ends {
             memory: Memory {
                 regions: regions.collect(),
                 log: log.as_deref_mut().map(|log| log as &mut dyn DirtyLog),
+                sources: self.sources.iter().map(|source| &**source as &dyn DirtySource).collect(),
             },
             vmm: &*self.vmm,
             observer: &*self.observer,
