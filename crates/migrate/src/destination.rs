@@ -111,8 +111,12 @@ impl<'a> Destination<'a> {
             return self.discarded(why, &mut channel, recorder, taken);
         }
         recorder.phase(Phase::Commit);
-        if !self.ledger.hold(preface.id) {
-            let why = channel.damaged(decided_already("an id", preface.id));
+        let why = match self.ledger.hold(preface.id) {
+            Ok(true) => None,
+            Ok(false) => Some(channel.damaged(decided_already("an id", preface.id))),
+            Err(error) => Some(not_recorded(error)),
+        };
+        if let Some(why) = why {
             return self.discarded(why, &mut channel, recorder, taken);
         }
         if let Err(why) = self.hold(preface.id, &mut channel) {
@@ -350,8 +354,9 @@ impl<'a> Destination<'a> {
         channel.send(Kind::READY, 0, 0, &[])?;
         channel.expect(Kind::COMMIT, "holding for the commit", self.options.commit_max)?;
         match self.ledger.start(id) {
-            true => Ok(()),
-            false => Err(channel.damaged(decided_already("a COMMIT", id))),
+            Ok(true) => Ok(()),
+            Ok(false) => Err(channel.damaged(decided_already("a COMMIT", id))),
+            Err(error) => Err(not_recorded(error)),
         }
     }
 
@@ -424,6 +429,10 @@ impl<'a> Destination<'a> {
         tracing::info!("the move was discarded: {why}");
         Received::Discarded { why, report: recorder.finish() }
     }
+}
+
+fn not_recorded(error: std::io::Error) -> Error {
+    Error::Os { doing: "recording the move", error }
 }
 
 fn decided_already(what: &str, id: MigrationId) -> Damage {

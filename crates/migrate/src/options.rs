@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::report::Phase;
-use crate::stream::Totals;
+use crate::stream::{MigrationId, Totals};
 
 /// What a caller may choose. The default suits a machine in one rack.
 #[derive(Clone, Debug)]
@@ -37,6 +37,14 @@ impl Default for Options {
 pub trait Vmm: Sync {
     /// On the source, before devices stop: stop the vCPUs. An `Err` calls the move off.
     fn stop(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// On the source, when the destination has loaded and before it is told to run: note the move's id
+    /// where a process that is started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover).
+    /// The guest stands still meanwhile. An `Err` calls the move off.
+    fn committing(&self, id: MigrationId) -> Result<(), String> {
+        let _ = id;
         Ok(())
     }
 

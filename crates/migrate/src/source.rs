@@ -120,6 +120,10 @@ impl<'a> Source<'a> {
             Err(why) => return self.undone(why, &mut channel, recorder, held),
         };
         recorder.phase(Phase::Commit);
+        if let Err(reason) = self.vmm.committing(id) {
+            let why = Error::Vmm { doing: "commit", reason };
+            return self.undone(why, &mut channel, recorder, held);
+        }
         match self.commit(&mut channel) {
             Ok(()) => {
                 recorder.runs();

@@ -3,13 +3,14 @@
 mod common;
 
 use std::io::{Seek, Write};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Ends, VecPages, world};
 use limosa_client::DeviceExt;
 use limosa_migrate::link::{Address, Listener, Wait, connect};
+use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{
     Cancel, Error, FilePages, MovedDevice, Observer, Outcome, PAGE_BYTES, Phase, Received, Vmm, move_local,
 };
@@ -269,8 +270,9 @@ fn a_cancel_wakes_a_source_that_waits() {
 /// Refuses, or tells in which order it was called.
 #[derive(Default)]
 struct TestVmm {
-    refuses_stop: bool,
-    refuses_prepare: bool,
+    /// The method that refuses, by name.
+    refuses: &'static str,
+    committing: Mutex<Option<MigrationId>>,
     stopped: AtomicBool,
     resumed: AtomicBool,
     started: AtomicBool,
@@ -279,13 +281,17 @@ struct TestVmm {
 impl Vmm for TestVmm {
     fn stop(&self) -> Result<(), String> {
         self.stopped.store(true, Ordering::SeqCst);
-        if self.refuses_stop { Err("vcpu 3 does not answer".into()) } else { Ok(()) }
+        if self.refuses == "stop" { Err("vcpu 3 does not answer".into()) } else { Ok(()) }
+    }
+    fn committing(&self, id: MigrationId) -> Result<(), String> {
+        *self.committing.lock().unwrap() = Some(id);
+        if self.refuses == "committing" { Err("the disk is full".into()) } else { Ok(()) }
     }
     fn resume(&self) {
         self.resumed.store(true, Ordering::SeqCst);
     }
     fn prepare(&self) -> Result<(), String> {
-        if self.refuses_prepare { Err("no memory for a vcpu".into()) } else { Ok(()) }
+        if self.refuses == "prepare" { Err("no memory for a vcpu".into()) } else { Ok(()) }
     }
     fn start(&self) {
         self.started.store(true, Ordering::SeqCst);
@@ -294,15 +300,20 @@ impl Vmm for TestVmm {
 
 #[test]
 fn a_vmm_can_refuse_on_either_side_and_is_told_to_go_on() {
-    for (refuses_stop, refuses_prepare) in [(false, false), (true, false), (false, true)] {
+    for refuses in ["nothing", "stop", "committing", "prepare"] {
         let (source, destination) = world("dev", MigrationFlags::SETS[3], 10_000);
         let mut ends = Ends::new(vec![source], vec![destination]);
-        let vmm = Arc::new(TestVmm { refuses_stop, refuses_prepare, ..Default::default() });
+        let vmm = Arc::new(TestVmm { refuses, ..Default::default() });
         ends.vmm = vmm.clone();
         let (outcome, received) =
             ends.with_source(|source| ends.with_destination(|destination| move_local(source, destination)));
-        let moved = ends.check(outcome, received, "vmm");
-        let undone = refuses_stop || refuses_prepare;
+        let noted = vmm.committing.lock().unwrap().map(|id| id.to_string());
+        let (Outcome::Moved(report) | Outcome::Undone { report, .. }) = &outcome else {
+            panic!("{refuses}: {outcome:?}")
+        };
+        assert_eq!(noted, (refuses != "stop").then(|| report.id.clone()), "{refuses}");
+        let moved = ends.check(outcome, received, refuses);
+        let undone = refuses != "nothing";
         assert_eq!(moved, !undone);
         assert!(vmm.stopped.load(Ordering::SeqCst));
         assert_eq!(vmm.resumed.load(Ordering::SeqCst), undone);

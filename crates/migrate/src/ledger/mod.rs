@@ -1,0 +1,238 @@
+//! [`Ledger`]: what a destination remembers of the moves that came to their commit, so that a source
+//! in doubt can ask (`docs/stream.md: The commit`).
+
+mod record;
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use crate::stream::MigrationId;
+use record::Record;
+
+/// The most moves that are remembered; the oldest that is decided gives way.
+const MOVES_MAX: usize = 1024;
+
+/// What became of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Not known: never heard of, forgotten, or not decided at this moment.
+    Unknown,
+    /// The destination will never run it.
+    NotCommitted,
+    /// The destination runs it, or has run it.
+    Committed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Entry {
+    /// READY was sent.
+    Holding,
+    /// COMMIT has come; devices are being started.
+    Starting,
+    Decided(Decision),
+}
+
+#[derive(Debug)]
+struct Move {
+    id: MigrationId,
+    entry: Entry,
+    /// Where there is a folder, until it is decided.
+    record: Option<Record>,
+}
+
+/// The destination's memory. One for all the moves that a process receives; every method is one step
+/// that no other can come between.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    moves: Mutex<VecDeque<Move>>,
+    folder: Option<PathBuf>,
+}
+
+impl Ledger {
+    /// Remembers nothing yet, and only as long as this process lives.
+    pub fn new() -> Ledger {
+        Ledger::default()
+    }
+
+    /// Remembers in this folder, which is made when it is not there. Any later process can answer from it, or
+    /// several at a time; the oldest of more than a thousand moves are forgotten.
+    pub fn open(folder: &Path) -> io::Result<Ledger> {
+        std::fs::create_dir_all(folder)?;
+        record::prune(folder, MOVES_MAX)?;
+        Ok(Ledger { moves: Mutex::default(), folder: Some(folder.into()) })
+    }
+
+    /// Answers a source in doubt. A move that still holds becomes *not committed* by being asked for:
+    /// its COMMIT, if one is under way, comes too late. So does one whose process died while it held. Of one that
+    /// died while it started its devices nothing is known.
+    pub fn ask(&self, id: MigrationId) -> Decision {
+        let mut moves = self.lock();
+        if let Some(found) = moves.iter_mut().find(|found| found.id == id) {
+            if found.entry == Entry::Holding {
+                found.decide(Decision::NotCommitted);
+            }
+            return match found.entry {
+                Entry::Decided(decision) => decision,
+                _ => Decision::Unknown,
+            };
+        }
+        let Some(folder) = &self.folder else { return Decision::Unknown };
+        record::ask(folder, id).unwrap_or_else(|error| {
+            tracing::warn!("{}: the record of move {id} cannot be read: {error}", folder.display());
+            Decision::Unknown
+        })
+    }
+
+    /// READY is about to be sent. `false` when the id was used before.
+    pub(crate) fn hold(&self, id: MigrationId) -> io::Result<bool> {
+        let mut moves = self.lock();
+        if moves.iter().any(|known| known.id == id) {
+            return Ok(false);
+        }
+        let record = match &self.folder {
+            None => None,
+            Some(folder) => match Record::create(folder, id)? {
+                Some(record) => Some(record),
+                None => return Ok(false),
+            },
+        };
+        if moves.len() >= MOVES_MAX
+            && let Some(oldest) = moves.iter().position(|known| matches!(known.entry, Entry::Decided(_)))
+        {
+            moves.remove(oldest);
+        }
+        moves.push_back(Move { id, entry: Entry::Holding, record });
+        Ok(true)
+    }
+
+    /// COMMIT has come. `false` when the move was decided otherwise meanwhile, and an error when it cannot be
+    /// recorded: it must not run.
+    pub(crate) fn start(&self, id: MigrationId) -> io::Result<bool> {
+        let mut moves = self.lock();
+        let Some(found) = moves.iter_mut().find(|found| found.id == id && found.entry == Entry::Holding)
+        else {
+            return Ok(false);
+        };
+        if let Some(record) = &found.record {
+            record.write(Entry::Starting)?;
+        }
+        found.entry = Entry::Starting;
+        Ok(true)
+    }
+
+    /// The devices run, or cannot be kept from running.
+    pub(crate) fn committed(&self, id: MigrationId) {
+        self.decide(id, Decision::Committed);
+    }
+
+    /// The devices never run this.
+    pub(crate) fn not_committed(&self, id: MigrationId) {
+        self.decide(id, Decision::NotCommitted);
+    }
+
+    /// What is decided stays so.
+    fn decide(&self, id: MigrationId, decision: Decision) {
+        let mut moves = self.lock();
+        let open = moves.iter_mut().find(|found| found.id == id && !matches!(found.entry, Entry::Decided(_)));
+        if let Some(found) = open {
+            found.decide(decision);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Move>> {
+        // Each change is a single assignment, so that a panic leaves nothing half done.
+        self.moves.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Move {
+    fn decide(&mut self, decision: Decision) {
+        self.entry = Entry::Decided(decision);
+        // Without it a later process does not know, and the source stays stopped: safe, and to be looked at.
+        if let Some(record) = self.record.take()
+            && let Err(error) = record.write(self.entry)
+        {
+            tracing::error!("what became of move {} cannot be recorded: {error}", self.id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: MigrationId = MigrationId([1; 16]);
+
+    #[test]
+    fn being_asked_for_a_move_that_holds_decides_it() {
+        let ledger = Ledger::new();
+        assert_eq!(ledger.ask(ID), Decision::Unknown);
+        assert!(ledger.hold(ID).unwrap());
+        assert!(!ledger.hold(ID).unwrap());
+        assert_eq!(ledger.ask(ID), Decision::NotCommitted);
+        assert!(!ledger.start(ID).unwrap(), "too late");
+        assert_eq!(ledger.ask(ID), Decision::NotCommitted);
+    }
+
+    #[test]
+    fn a_move_that_starts_is_not_known_until_it_runs_or_is_given_back() {
+        for (end, decision) in [
+            (Ledger::committed as fn(&Ledger, MigrationId), Decision::Committed),
+            (Ledger::not_committed, Decision::NotCommitted),
+        ] {
+            let ledger = Ledger::new();
+            ledger.hold(ID).unwrap();
+            assert!(ledger.start(ID).unwrap());
+            assert_eq!(ledger.ask(ID), Decision::Unknown);
+            end(&ledger, ID);
+            assert_eq!(ledger.ask(ID), decision);
+        }
+    }
+
+    #[test]
+    fn the_oldest_decided_moves_give_way() {
+        let ledger = Ledger::new();
+        ledger.hold(ID).unwrap();
+        for number in 0..2 * MOVES_MAX as u128 {
+            let id = MigrationId((number + (1 << 100)).to_be_bytes());
+            assert!(ledger.hold(id).unwrap());
+            ledger.not_committed(id);
+        }
+        assert!(ledger.lock().len() <= MOVES_MAX);
+        assert!(ledger.start(ID).unwrap(), "one that holds is never forgotten");
+    }
+
+    #[test]
+    fn a_process_that_died_is_answered_for_by_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Ledger::open(&folder.path().join("moves")).unwrap();
+        let id = |number: u8| MigrationId([number; 16]);
+        let dying = open();
+        (0..4).for_each(|number| assert!(dying.hold(id(number)).unwrap()));
+        (1..4).for_each(|number| assert!(dying.start(id(number)).unwrap()));
+        dying.committed(id(2));
+        dying.not_committed(id(3));
+        let next = open();
+        assert_eq!(next.ask(id(0)), Decision::Unknown, "the first still lives, and decides");
+        assert!(!next.hold(id(0)).unwrap(), "an id is used once");
+        assert_eq!(next.ask(id(2)), Decision::Committed);
+        // Its locks go with it; nothing else is done.
+        drop(dying);
+        assert_eq!(next.ask(id(0)), Decision::NotCommitted, "it held");
+        assert_eq!(next.ask(id(1)), Decision::Unknown, "it was starting");
+        assert_eq!(next.ask(id(2)), Decision::Committed);
+        assert_eq!(open().ask(id(3)), Decision::NotCommitted);
+        assert_eq!(next.ask(id(9)), Decision::Unknown, "never heard of");
+    }
+
+    #[test]
+    fn what_cannot_be_recorded_is_not_begun() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        drop(folder);
+        assert!(ledger.hold(ID).is_err());
+        assert!(!ledger.start(ID).unwrap());
+    }
+}
