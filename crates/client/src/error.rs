@@ -1,6 +1,5 @@
 //! What can go wrong between a VMM and a device, split by whose fault it is.
 
-use std::borrow::Cow;
 use std::time::Duration;
 
 use limosa_protocol::Errno;
@@ -26,7 +25,7 @@ pub enum Error {
         /// The answer.
         errno: Errno,
         /// What it means here and what to do about it; empty where the errno says it all.
-        hint: Cow<'static, str>,
+        hint: Box<str>,
     },
     /// No answer within the limit.
     #[error("{device}: no answer to {request} within {limit:?}")]
@@ -72,7 +71,7 @@ pub enum Error {
         /// The system's answer.
         errno: Errno,
         /// What it means here and what to do about it; empty where the errno says it all.
-        hint: Cow<'static, str>,
+        hint: Box<str>,
     },
 }
 

@@ -1,7 +1,6 @@
 //! The two doors to a device: its cdev, bound to an iommufd (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD`), and its
 //! group, in a container (`vfio.h: VFIO_GROUP_GET_STATUS`, `VFIO_GROUP_GET_DEVICE_FD`).
 
-use std::borrow::Cow;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
@@ -173,7 +172,7 @@ impl Given<'_> {
         Ok(unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) })
     }
 
-    fn failed(&self, what: String, errno: Errno, hint: Cow<'static, str>) -> Error {
+    fn failed(&self, what: String, errno: Errno, hint: Box<str>) -> Error {
         Error::Os { device: self.name.into(), what, errno, hint }
     }
 }

@@ -2,7 +2,6 @@
 //!
 //! The errno are those of `drivers/vfio`, of the drivers with migration, and of what `vfio.h` promises.
 
-use std::borrow::Cow;
 use std::fmt;
 
 use limosa_client::Error;
@@ -192,7 +191,7 @@ impl Request {
             device: device.into(),
             request: self.to_string(),
             errno,
-            hint: Cow::Borrowed(self.hint(errno)),
+            hint: self.hint(errno).into(),
         }
     }
 }
