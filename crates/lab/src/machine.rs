@@ -299,7 +299,13 @@ impl Running {
     ///
     /// When it could not be run.
     #[track_caller]
-    pub fn end(self) -> Ended {
+    pub fn end(mut self) -> Ended {
+        self.wait()
+    }
+
+    /// As [`Running::end`], for one that is still needed.
+    #[track_caller]
+    pub fn wait(&mut self) -> Ended {
         self.shared.wait(&self.name, |_| None::<()>);
         let said = self.shared.said();
         if let Some(Err(error)) = &said.over {
