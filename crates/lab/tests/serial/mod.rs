@@ -187,13 +187,13 @@ pub fn options() -> Options {
 }
 
 /// Runs `act` with a source of this device.
-pub fn with_source<R>(device: &dyn Device, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
+pub fn with_source<R>(device: &dyn Device, options: &Options, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
     act(&mut Source {
         devices: &[MovedDevice::new(device)],
         memory: Memory::default(),
         vmm: &Nobody,
         observer: &Nobody,
-        options: &options(),
+        options,
         cancel: None,
     })
 }
@@ -202,6 +202,7 @@ pub fn with_source<R>(device: &dyn Device, act: impl FnOnce(&mut Source<'_>) -> 
 pub fn with_destination<R>(
     device: &dyn Device,
     ledger: &Ledger,
+    options: &Options,
     act: impl FnOnce(&Destination<'_>) -> R,
 ) -> R {
     act(&Destination {
@@ -209,7 +210,7 @@ pub fn with_destination<R>(
         memory: &[],
         vmm: &Nobody,
         observer: &Nobody,
-        options: &options(),
+        options,
         cancel: None,
         ledger,
     })
@@ -217,9 +218,9 @@ pub fn with_destination<R>(
 
 /// Moves a device within this process.
 pub fn move_here(from: &dyn Device, to: &dyn Device) -> (Outcome, Received) {
-    let ledger = Ledger::new();
-    with_source(from, |source| {
-        with_destination(to, &ledger, |destination| limosa_migrate::move_local(source, destination))
+    let (ledger, options) = (Ledger::new(), options());
+    with_source(from, &options, |source| {
+        with_destination(to, &ledger, &options, |destination| limosa_migrate::move_local(source, destination))
     })
 }
 
