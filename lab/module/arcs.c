@@ -204,6 +204,11 @@ static struct file *limosa_set_state(struct vfio_device *vdev, enum vfio_device_
 		/* A file comes with the last arc of a path, if at all */
 		if (ret || filp || current_state == state)
 			break;
+		/* Of ERROR the core must not be asked the way */
+		if (current_state == VFIO_DEVICE_STATE_ERROR) {
+			ret = -EINVAL;
+			break;
+		}
 		ret = vfio_mig_get_next_state(vdev, current_state, state, &next);
 		if (ret)
 			break;

@@ -256,6 +256,15 @@ impl Guest {
         data
     }
 
+    /// Zeros again, in the same pages.
+    ///
+    /// # Panics
+    ///
+    /// When they cannot be written.
+    pub fn clear(&self) {
+        self.file.write_all_at(&vec![0; self.bytes as usize], 0).expect("zeros within the memory");
+    }
+
     /// The numbers of the pages of 4 KiB that are not all zeros.
     pub fn written(&self) -> Vec<u64> {
         let pages = 0..self.bytes / 4096;
