@@ -1,84 +1,11 @@
-//! Address spaces of the kernel's and the dirty pages that they log.
+//! Dirty pages from the page tables of an IOMMU (`iommufd.h: IOMMU_HWPT_GET_DIRTY_BITMAP`), here mock ones.
 
-mod mock_iommu;
-
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsFd;
-
-use limosa_client::{Device, DirtyBits, DirtySource, DmaMap, DmaMemory};
+use limosa_client::{Device, DirtyBits, DirtySource};
 use limosa_lab::Mdev;
-use limosa_protocol::Errno;
-use limosa_protocol::info::DmaMapFlags;
 use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice, Options};
-use mock_iommu::{APERTURE, MockDevice};
 
-fn device(path: impl AsRef<std::path::Path>) -> File {
-    OpenOptions::new().read(true).write(true).open(path).unwrap()
-}
-
-/// A file of guest memory.
-fn memory(bytes: u64) -> File {
-    let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let memory = File::from(memory);
-    memory.set_len(bytes).unwrap();
-    memory
-}
-
-fn file(memory: &File, iova: u64, size: u64) -> DmaMap<'_> {
-    let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
-    DmaMap { iova, size, flags, memory: DmaMemory::File { fd: memory.as_fd(), offset: 0 } }
-}
-
-#[test]
-#[ignore = "runs in the lab's kernel (lab/run)"]
-fn memory_is_mapped_before_and_after_devices_come_and_unmapped_in_its_pieces() {
-    for door in [Door::Cdev, Door::Group] {
-        let mtty = Mdev::create("mtty", "mtty-1");
-        let space = AddressSpace::new(door).unwrap();
-        let guest = memory(1 << 20);
-        space.map("dev", &file(&guest, 0x10_0000, 0x10000)).unwrap();
-        let again = space.map("dev", &file(&guest, 0x10_f000, 0x1000)).unwrap_err();
-        assert_eq!(again.errno(), Some(Errno::EEXIST), "{again}");
-        let opened = match door {
-            Door::Cdev => {
-                let cdev = device(mtty.cdev());
-                space.attach_cdev("dev", cdev.as_fd()).unwrap();
-                cdev
-            }
-            Door::Group => {
-                let group = device(format!("/dev/vfio/{}", mtty.group()));
-                space.attach_group("dev", group.as_fd()).unwrap();
-                group
-            }
-        };
-        let again = space.map("dev", &file(&guest, 0x10_f000, 0x1000)).unwrap_err();
-        assert_eq!(again.errno(), Some(Errno::EEXIST), "{again}");
-        space.map("dev", &file(&guest, 0x20_0000, 0x10000)).unwrap();
-        let odd = space.map("dev", &file(&guest, 0x30_0000, 0x1001)).unwrap_err();
-        assert_eq!(odd.errno(), Some(Errno::EINVAL), "{odd}");
-        let part = space.unmap("dev", 0x10_0000, 0x1000, None).unwrap_err();
-        assert_eq!(part.errno(), Some(Errno::EINVAL), "{part}");
-        space.unmap("dev", 0x10_0000, 0x10000, None).unwrap();
-        let gone = space.unmap("dev", 0x10_0000, 0x10000, None).unwrap_err();
-        assert_eq!(gone.errno(), Some(Errno::ENOENT), "{gone}");
-        assert_eq!(space.iova_ranges().unwrap().alignment, 4096);
-        drop(opened);
-        space.unmap("dev", 0x20_0000, 0x10000, None).unwrap();
-    }
-}
-
-const PAGE: u64 = 4096;
-
-/// The pages of a report, by number from `iova` on.
-fn report(source: &dyn DirtySource, iova: u64, pages: u64) -> Vec<u64> {
-    let mut words = vec![0; pages.div_ceil(64) as usize];
-    source.report(iova, pages * PAGE, PAGE, &mut words).unwrap();
-    set(&words)
-}
-
-fn set(words: &[u64]) -> Vec<u64> {
-    (0..words.len() as u64 * 64).filter(|bit| words[(bit / 64) as usize] >> (bit % 64) & 1 == 1).collect()
-}
+use crate::mock_iommu::{self, APERTURE, MockDevice};
+use crate::{PAGE, file, memory, report, set};
 
 /// Attaches a mock device to the space, and returns the page table that it came to.
 fn attach(space: &AddressSpace, name: &str, device: &MockDevice<'_>) -> u32 {
@@ -228,33 +155,4 @@ fn the_page_tables_of_a_vmm_are_read_whatever_it_mapped_and_stay_its_own() {
     log.start(PAGE, &[]).unwrap();
     mock_iommu::write(iommufd, page_table, APERTURE, &[1]);
     assert_eq!(report(&log, APERTURE, 16), [1]);
-}
-
-#[test]
-#[ignore = "runs in the lab's kernel (lab/run)"]
-fn a_container_logs_for_its_devices() {
-    let mtty = Mdev::create("mtty", "mtty-1");
-    let space = AddressSpace::new(Door::Group).unwrap();
-    let log = space.dirty_log();
-    assert!(log.start(PAGE, &[]).is_err(), "it has no IOMMU before its first device");
-    let options = Options { space: Some(space.clone()), ..Options::default() };
-    let device = KernelDevice::open(mtty.uuid(), &options).unwrap();
-    let guest = memory(1 << 20);
-    space.map("dev", &file(&guest, 0x10_0000, 16 * PAGE)).unwrap();
-    assert_eq!(log.start(PAGE, &[]).unwrap(), PAGE);
-    assert!(log.sees(device.name()) && !log.sees("another"));
-    space.map("dev", &file(&guest, 0x10_0000 + 16 * PAGE, 16 * PAGE)).unwrap();
-    assert!(report(&log, 0x10_0000, 32).is_empty(), "mtty writes nothing");
-    assert!(report(&log, 0x10_0000 + 8 * PAGE, 16).is_empty(), "though it cuts two mappings");
-    let mut words = [0];
-    space.unmap("dev", 0x10_0000, 16 * PAGE, Some(DirtyBits { page_size: PAGE, words: &mut words })).unwrap();
-    assert_eq!(words, [0]);
-    // With its last device a container loses its IOMMU and what that knew.
-    drop(device);
-    let lost = log.report(0x10_0000, 32 * PAGE, PAGE, &mut [0]).unwrap_err();
-    assert_eq!(lost.errno(), Some(Errno::EINVAL), "{lost}");
-    let _device = KernelDevice::open(mtty.uuid(), &options).unwrap();
-    assert_eq!(report(&log, 0x10_0000, 32), (16..32).collect::<Vec<_>>(), "all that was mapped");
-    assert!(report(&log, 0x10_0000, 32).is_empty(), "and is logged again");
-    log.stop().unwrap();
 }

@@ -1,0 +1,41 @@
+//! Address spaces of the kernel's, and the dirty pages that are logged in them: by the page tables of an IOMMU, by
+//! containers, by devices; and moves that live by these logs.
+
+mod container;
+mod device;
+mod mapping;
+mod mock_iommu;
+mod moves;
+mod page_tables;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use limosa_client::{DirtySource, DmaMap, DmaMemory};
+use limosa_protocol::info::DmaMapFlags;
+
+const PAGE: u64 = 4096;
+
+/// A file of guest memory.
+fn memory(bytes: u64) -> File {
+    let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let memory = File::from(memory);
+    memory.set_len(bytes).unwrap();
+    memory
+}
+
+fn file(memory: &File, iova: u64, size: u64) -> DmaMap<'_> {
+    let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
+    DmaMap { iova, size, flags, memory: DmaMemory::File { fd: memory.as_fd(), offset: 0 } }
+}
+
+/// The pages of a report, by number from `iova` on.
+fn report(source: &dyn DirtySource, iova: u64, pages: u64) -> Vec<u64> {
+    let mut words = vec![0; pages.div_ceil(64) as usize];
+    source.report(iova, pages * PAGE, PAGE, &mut words).unwrap();
+    set(&words)
+}
+
+fn set(words: &[u64]) -> Vec<u64> {
+    (0..words.len() as u64 * 64).filter(|bit| words[(bit / 64) as usize] >> (bit % 64) & 1 == 1).collect()
+}

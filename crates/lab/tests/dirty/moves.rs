@@ -1,0 +1,265 @@
+//! Moves of devices that write guest memory all the while: at the end both memories are the same, and a move that is
+//! undone loses no dirty page.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+
+use limosa_client::{Device, DeviceExt, DirtySource, DmaMap, DmaMemory};
+use limosa_lab::module::{self, Dma, ModuleDevice};
+use limosa_migrate::{
+    Convergence, Destination, DirtyLog, FilePages, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice,
+    Nobody, Observer, Options, Outcome, Phase, Received, Source, move_local,
+};
+use limosa_protocol::State;
+use limosa_protocol::bitmap::DirtyBitmap;
+use limosa_protocol::info::DmaMapFlags;
+use limosa_vfio_kernel::{Door, KernelDevice};
+
+use crate::{PAGE, memory};
+
+/// Memory of a guest: two regions, the first mapped in two pieces.
+const REGIONS: [(u64, u64); 2] = [(0x10_0000, 256 * PAGE), (1 << 32, 64 * PAGE)];
+const PIECES: [(usize, u64, u64); 3] = [(0, 0, 128 * PAGE), (0, 128 * PAGE, 128 * PAGE), (1, 0, 64 * PAGE)];
+const ROUNDS: u32 = 4;
+
+/// Who tells what the device writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Teller {
+    Device,
+    Container,
+    Nobody,
+}
+
+/// Every way in which dirty pages become known: type of device, door, log.
+const WAYS: [(&str, Door, Teller); 6] = [
+    ("limosa-full", Door::Cdev, Teller::Device),
+    ("limosa-full", Door::Group, Teller::Device),
+    ("limosa-p2p", Door::Cdev, Teller::Device),
+    ("limosa-precopy", Door::Group, Teller::Container),
+    ("limosa-plain", Door::Group, Teller::Container),
+    ("limosa-precopy", Door::Cdev, Teller::Nobody),
+];
+
+/// The guest on the source: a device that writes its memory.
+struct Guest {
+    device: KernelDevice,
+    files: [File; 2],
+    /// The pages that were written since the move began, by region.
+    written: Mutex<[BTreeSet<u64>; 2]>,
+    count: Mutex<u64>,
+}
+
+impl Guest {
+    fn new(module: &ModuleDevice, door: Door) -> Guest {
+        let guest = Guest {
+            device: module.open(door),
+            files: REGIONS.map(|(_, bytes)| memory(bytes)),
+            written: Mutex::default(),
+            count: Mutex::default(),
+        };
+        PIECES.into_iter().for_each(|piece| guest.map(piece));
+        // Something that is there before.
+        guest.dma(Dma::Write, 0, 1, 3);
+        guest
+    }
+
+    fn map(&self, (region, offset, size): (usize, u64, u64)) {
+        let memory = DmaMemory::File { fd: self.files[region].as_fd(), offset };
+        let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
+        self.device.dma_map(&DmaMap { iova: REGIONS[region].0 + offset, size, flags, memory }).unwrap();
+    }
+
+    /// The device writes pages, each time something else.
+    fn dma(&self, how: Dma, region: usize, page: u64, pages: u64) {
+        let mut count = self.count.lock().unwrap();
+        *count += 1;
+        module::dma(&self.device, how, REGIONS[region].0 + page * PAGE, pages * PAGE, *count).unwrap();
+        self.written.lock().unwrap()[region].extend(page..page + pages);
+    }
+
+    fn unmap(&self, (region, offset, size): (usize, u64, u64)) {
+        self.device.dma_unmap(REGIONS[region].0 + offset, size, None).unwrap();
+    }
+}
+
+impl Observer for Guest {
+    fn phase(&self, phase: Phase) {
+        match phase {
+            Phase::PreCopy => self.dma(Dma::Write, 0, 10, 2),
+            // The last moment at which it runs.
+            Phase::Stop => self.dma(Dma::Write, 1, 33, 1),
+            _ => {}
+        }
+    }
+
+    fn round(&self, round: u32, _: u64) {
+        let page = u64::from(round) * 7;
+        self.dma(Dma::Write, 0, page, 3);
+        self.dma(Dma::WriteByCpu, 1, page, 1);
+        if round == 1 {
+            self.dma(Dma::WriteAndKeep, 0, 200, 2);
+        }
+        if round == 2 {
+            // Memory comes and goes in mid-migration.
+            self.dma(Dma::Write, 0, 130, 2);
+            self.unmap(PIECES[1]);
+            self.map(PIECES[1]);
+        }
+        if round == 3 {
+            self.dma(Dma::Write, 0, 201, 1);
+        }
+    }
+}
+
+/// A log of no vCPUs, that keeps what comes back.
+#[derive(Default)]
+struct Log(Arc<Mutex<[BTreeSet<u64>; 2]>>);
+
+impl DirtyLog for Log {
+    fn start(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn harvest(&mut self, _: usize, _: &DirtyBitmap) -> io::Result<()> {
+        Ok(())
+    }
+    fn give_back(&mut self, region: usize, dirty: &DirtyBitmap) {
+        let pages = dirty.runs().flat_map(|(first, pages)| first..first + pages);
+        self.0.lock().unwrap()[region].extend(pages);
+    }
+    fn stop(&mut self) {}
+}
+
+fn regions(pages: &[FilePages; 2]) -> Vec<MemoryRegion<'_>> {
+    let regions = REGIONS.into_iter().zip(pages).enumerate();
+    regions.map(|(at, ((iova, size), pages))| MemoryRegion { id: at as u32, iova, size, pages }).collect()
+}
+
+fn pages(files: &[File; 2]) -> [FilePages; 2] {
+    [0, 1].map(|at| FilePages::new(files[at].try_clone().unwrap(), 0))
+}
+
+fn all(pages: &FilePages, bytes: u64) -> Vec<u8> {
+    let mut all = vec![0; bytes as usize];
+    pages.read(0, &mut all).unwrap();
+    all
+}
+
+/// Moves the guest to the device, and says how that went and what was given back.
+fn moved(
+    guest: &Guest,
+    told: Teller,
+    there: &KernelDevice,
+    files: &[File; 2],
+) -> (Outcome, Received, [BTreeSet<u64>; 2]) {
+    let options =
+        Options { convergence: Convergence { rounds_max: ROUNDS, left_bytes_max: 0 }, ..Options::default() };
+    let (near, far) = (pages(&guest.files), pages(files));
+    let space_log = guest.device.address_space().unwrap().dirty_log();
+    let sources: Vec<&dyn DirtySource> = match told {
+        Teller::Container => vec![&space_log],
+        _ => vec![],
+    };
+    let mut log = Log::default();
+    let given_back = Arc::clone(&log.0);
+    let kind = |device| MovedDevice::new(device);
+    let mut source = Source {
+        devices: &[kind(&guest.device)],
+        memory: Memory { regions: regions(&near), log: Some(&mut log), sources },
+        vmm: &Nobody,
+        observer: guest,
+        options: &options,
+        cancel: None,
+    };
+    let destination = Destination {
+        devices: &[kind(there)],
+        memory: &regions(&far),
+        vmm: &Nobody,
+        observer: &Nobody,
+        options: &options,
+        cancel: None,
+        ledger: &Ledger::new(),
+    };
+    let (outcome, received) = move_local(&mut source, &destination);
+    let given_back = given_back.lock().unwrap().clone();
+    (outcome, received, given_back)
+}
+
+fn same_memory(guest: &Guest, files: &[File; 2], what: &str) {
+    let (near, far) = (pages(&guest.files), pages(files));
+    for (at, (_, bytes)) in REGIONS.into_iter().enumerate() {
+        let (near, far) = (all(&near[at], bytes), all(&far[at], bytes));
+        let differ: Vec<_> = (0..bytes / PAGE)
+            .filter(|page| {
+                let range = (page * PAGE) as usize..((page + 1) * PAGE) as usize;
+                near[range.clone()] != far[range]
+            })
+            .collect();
+        assert!(differ.is_empty(), "{what}: pages {differ:?} of region {at}");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn what_a_device_writes_while_it_moves_arrives() {
+    for (name, door, told) in WAYS {
+        let what = format!("{name}, {door:?}, {told:?}");
+        let (from, to) = (ModuleDevice::create(name), ModuleDevice::create(name));
+        let (guest, there) = (Guest::new(&from, door), to.open(door));
+        let files = REGIONS.map(|(_, bytes)| memory(bytes));
+        let (outcome, _, _) = moved(&guest, told, &there, &files);
+        let Outcome::Moved(report) = &outcome else { panic!("{what}: {outcome:?}") };
+        let blind = report.notes.iter().any(|note| note.contains("nobody logs the DMA"));
+        assert_eq!(blind, told == Teller::Nobody, "{what}: {:?}", report.notes);
+        if told != Teller::Nobody {
+            assert_eq!(report.rounds.len(), ROUNDS as usize, "{what}: it wrote in every round");
+        }
+        same_memory(&guest, &files, &what);
+        assert_eq!(from.told("check"), to.told("check"), "{what}: the device's state");
+        assert_eq!(there.state().unwrap(), State::Running);
+        assert_eq!(from.number("logging"), 0, "{what}: stopped");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_move_that_is_undone_gives_back_every_page_and_the_next_one_arrives() {
+    for (name, door, told) in WAYS {
+        let what = format!("{name}, {door:?}, {told:?}");
+        let (from, to) = (ModuleDevice::create(name), ModuleDevice::create(name));
+        let (guest, there) = (Guest::new(&from, door), to.open(door));
+        let files = REGIONS.map(|(_, bytes)| memory(bytes));
+        *guest.written.lock().unwrap() = Default::default();
+        to.wish("fail", "RESUMING>STOP:5");
+        let (outcome, _, given_back) = moved(&guest, told, &there, &files);
+        assert!(matches!(outcome, Outcome::Undone { .. }), "{what}: {outcome:?}");
+        assert_eq!(guest.device.state().unwrap(), State::Running, "{what}");
+        assert_eq!(from.number("logging"), 0, "{what}: stopped");
+        let written = guest.written.lock().unwrap().clone();
+        if told != Teller::Nobody {
+            for (back, written) in given_back.iter().zip(&written) {
+                assert!(back.is_superset(written), "{what}: {back:?} of {written:?}");
+            }
+        }
+        guest.dma(Dma::Write, 0, 77, 1);
+        to.wish("fail", "none");
+        let (outcome, _, _) = moved(&guest, told, &there, &files);
+        assert!(matches!(outcome, Outcome::Moved(_)), "{what}: {outcome:?}");
+        same_memory(&guest, &files, &what);
+        assert_eq!(from.told("check"), to.told("check"), "{what}: the device's state");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_log_that_fails_in_a_move_loses_nothing() {
+    let (from, to) = (ModuleDevice::create("limosa-full"), ModuleDevice::create("limosa-full"));
+    let (guest, there) = (Guest::new(&from, Door::Cdev), to.open(Door::Cdev));
+    let files = REGIONS.map(|(_, bytes)| memory(bytes));
+    from.wish("fail", "report:5");
+    let (outcome, _, _) = moved(&guest, Teller::Device, &there, &files);
+    assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
+    same_memory(&guest, &files, "reports fail");
+}
