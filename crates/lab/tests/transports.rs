@@ -3,19 +3,24 @@
 
 mod serial;
 
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use limosa_client::{Device, DeviceExt, IrqAction};
 use limosa_device::{Loopback, Machine};
+use limosa_lab::{Mdev, limosa};
 use limosa_migrate::Outcome;
 use limosa_models::uart::{Line, Uart};
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{State, pci_index};
+use limosa_vfio_kernel::Door;
 use rustix::event::{EventfdFlags, eventfd};
 use serial::{
-    Card, DATA, LINE_STATUS, SCRATCH, TRANSPORTS, Transport, get, move_here, moves, peek, receive, registers,
-    send, set, set_up,
+    Card, DATA, LINE_STATUS, SCRATCH, Server, TRANSPORTS, Transport, get, kernel, move_here, moves, mtty,
+    peek, receive, registers, send, set, set_up,
 };
 
 /// Gives a card something to lose: every register its own, and FIFOs that wrap.
@@ -253,5 +258,145 @@ fn a_card_of_another_kind_is_refused_by_what_differs_and_the_source_runs_on() {
             assert_eq!(get(&*mtty, 0, SCRATCH), 0x77);
         }
         assert_eq!(receive(&*mtty, 0, 16), b"stay");
+    }
+}
+
+/// A card that the command is to move: a device of the kernel's by one of its names, or a server's socket.
+enum Named {
+    Kernel(Mdev, String),
+    Socket(Server),
+}
+
+impl Named {
+    fn new(transport: Transport, ports: u32) -> Named {
+        if transport == Transport::VfioUser {
+            return Named::Socket(Server::new(ports));
+        }
+        let mdev = mtty(ports);
+        let name = match transport {
+            Transport::Cdev => mdev.cdev().display().to_string(),
+            _ => format!("/dev/vfio/{}", mdev.group()),
+        };
+        Named::Kernel(mdev, name)
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Named::Kernel(_, name) => name,
+            Named::Socket(server) => server.socket.to_str().unwrap(),
+        }
+    }
+
+    /// Looks at the card while no command has it.
+    fn with<R>(&self, act: impl FnOnce(&dyn Device) -> R) -> R {
+        match self {
+            Named::Kernel(mdev, name) => {
+                let door = if name.contains("devices") { Door::Cdev } else { Door::Group };
+                act(&kernel(mdev, door))
+            }
+            Named::Socket(server) => act(&server.client()),
+        }
+    }
+
+    fn fill(&self, ports: u32, text: &[u8]) {
+        self.with(|card| {
+            card.reset().unwrap();
+            for port in 0..ports {
+                set_up(card, port);
+                send(card, port, b"wraps");
+                receive(card, port, 5);
+                send(card, port, text);
+            }
+        });
+    }
+
+    /// The card runs with all it had.
+    #[track_caller]
+    fn has(&self, ports: u32, text: &[u8], what: &str) {
+        self.with(|card| {
+            assert_eq!(card.state().unwrap(), State::Running, "{what}");
+            for port in 0..ports {
+                assert_eq!(get(card, port, SCRATCH), 0x5a + port as u8, "{what}");
+                assert_eq!(receive(card, port, 16), text, "{what}");
+                send(card, port, text);
+            }
+        });
+    }
+}
+
+/// Runs the command, which must do what it is asked.
+#[track_caller]
+fn run(args: &[&str]) -> String {
+    let output = limosa().args(args).output().unwrap();
+    assert!(output.status.success(), "limosa {args:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+const NAMED: [Transport; 3] = [Transport::Cdev, Transport::Group, Transport::VfioUser];
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn limosa_migrate_moves_a_card_between_every_two_transports_and_back() {
+    for (from, to) in NAMED.into_iter().flat_map(|from| NAMED.map(|to| (from, to))) {
+        let ports = if from == to { 2 } else { 1 };
+        let (here, there) = (Named::new(from, ports), Named::new(to, ports));
+        let what = format!("{from:?} -> {to:?}");
+        here.fill(ports, b"by command");
+        run(&["migrate", here.name(), there.name()]);
+        assert_eq!(here.with(|card| card.state().unwrap()), State::Stop, "{what}");
+        there.has(ports, b"by command", &what);
+        run(&["migrate", there.name(), here.name()]);
+        here.has(ports, b"by command", &format!("{what} and back"));
+    }
+}
+
+/// A path for a file or socket, new each time.
+fn fresh(name: &str) -> String {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("{name}-{}-{number}", std::process::id());
+    std::env::temp_dir().join(name).to_str().unwrap().to_owned()
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_card_saved_from_one_transport_is_loaded_into_every_other() {
+    for from in NAMED {
+        let (source, file) = (Named::new(from, 2), fresh("saved"));
+        source.fill(2, b"in a file");
+        run(&["save", source.name(), &file]);
+        source.has(2, b"in a file", "it runs on");
+        run(&["inspect", &file]);
+        for to in NAMED {
+            let destination = Named::new(to, 2);
+            run(&["load", &file, destination.name()]);
+            destination.has(2, b"in a file", &format!("{from:?} -> file -> {to:?}"));
+        }
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_card_sent_by_one_process_is_received_by_another() {
+    for (from, to) in NAMED.into_iter().flat_map(|from| NAMED.map(|to| (from, to))) {
+        let (source, destination) = (Named::new(from, 1), Named::new(to, 1));
+        source.fill(1, b"on the wire");
+        let address = format!("unix:{}", fresh("link"));
+        let mut receiver = limosa()
+            .args(["receive", destination.name(), "--listen", &address])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(receiver.stdout.take().unwrap());
+        let mut line = String::new();
+        said.read_line(&mut line).unwrap();
+        assert!(line.starts_with("listening on "), "{line}");
+        run(&["send", source.name(), "--to", &address]);
+        // Drained, so that it does not wait for room.
+        std::io::copy(&mut said, &mut std::io::sink()).unwrap();
+        assert!(receiver.wait().unwrap().success());
+        let what = format!("{from:?} -> {to:?}");
+        assert_eq!(source.with(|card| card.state().unwrap()), State::Stop, "{what}");
+        destination.has(1, b"on the wire", &what);
     }
 }

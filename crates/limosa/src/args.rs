@@ -13,6 +13,7 @@ const MODEL_OPTIONS: &str = "\
 Options of uart:
   line=echo|PATH         what is at the other end: what is sent comes back (echo), or a terminal or
                          UNIX socket at this path; twice for two ports
+  as=mtty                it is the card that Linux' mtty makes, and moves to and from that; echo only
 Options of synthetic (sizes take K, M and G):
   state=BYTES            its state, a multiple of block (16M)
   block=BYTES            how much of it changes at once (64K)
@@ -188,8 +189,7 @@ pub struct Serve {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Model {
-    /// A PCI 16550A serial card with a port for each line=echo or line=PATH, one or two; with as=mtty it is
-    /// the card of Linux' mtty, and moves to and from that.
+    /// A PCI 16550A serial port.
     Uart,
     /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
     Synthetic,
