@@ -303,7 +303,18 @@ pub struct Send {
     pub moving: Moving,
 
     #[command(flatten)]
+    pub link: Link,
+
+    #[command(flatten)]
     pub hold: Hold,
+}
+
+#[derive(Debug, Args)]
+pub struct Link {
+    /// Seconds that the other side may say nothing before the link counts as lost; so long a source in doubt asks,
+    /// and twice as long a destination stays to be asked.
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub silence: Duration,
 }
 
 #[derive(Debug, Args)]
@@ -319,6 +330,9 @@ pub struct Receive {
     /// Seconds to wait for a sender.
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
     pub wait: Duration,
+
+    #[command(flatten)]
+    pub link: Link,
 
     #[command(flatten)]
     pub hold: Hold,

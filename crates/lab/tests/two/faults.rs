@@ -23,7 +23,7 @@ pub struct Scene<'a> {
     pub mark: Mark,
     pub sender: Running,
     pub receiver: Running,
-    at: At,
+    pub at: At,
 }
 
 impl<'a> Scene<'a> {

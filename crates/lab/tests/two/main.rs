@@ -1,6 +1,7 @@
 //! Two machines, each with a kernel of its own, joined by two cables: devices move between them as between
 //! processes, and what goes wrong on either side or in between leaves one that runs.
 
+mod cables;
 mod faults;
 mod moves;
 mod scene;

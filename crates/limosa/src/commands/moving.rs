@@ -20,12 +20,8 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals;
 
-/// How long a source in doubt asks before it gives up and says so.
-const ASK_LIMIT: Duration = Duration::from_secs(30);
-/// How long it waits before it asks again.
+/// How long a source in doubt waits before it asks again.
 const ASK_EVERY: Duration = Duration::from_millis(500);
-/// How long a destination that could not tell the source stays to be asked.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Serialize)]
 struct Moved<'a> {
@@ -48,6 +44,11 @@ fn cancel_on_signal() -> anyhow::Result<Cancel> {
 
 fn options(moving: &args::Moving) -> Options {
     Options { precopy: !moving.no_precopy, ..Options::default() }
+}
+
+/// With the time limits of a link that may be lost.
+fn over_link(options: Options, link: &args::Link) -> Options {
+    Options { silence_max: link.silence, commit_max: link.silence, ..options }
 }
 
 /// An address of a socket.
@@ -87,7 +88,8 @@ pub fn migrate(from: &dyn Device, to: &dyn Device, args: &args::Migrate, out: &O
 
 pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let address = address(&args.to)?;
-    let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), options(&args.moving));
+    let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
+    let options = over_link(options(&args.moving), &args.link);
     let mut link = connect(&address, options.silence_max)?;
     let moved = [MovedDevice::new(device)];
     let mut source = source(&moved, &progress, &options, &cancel);
@@ -96,7 +98,7 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
     let began = Instant::now();
     while let Outcome::InDoubt(doubt) = outcome {
         tracing::warn!("in doubt: {}; asking {address} what became of move {}", doubt.why, doubt.id);
-        let Some(left) = ASK_LIMIT.checked_sub(began.elapsed()) else {
+        let Some(left) = args.link.silence.checked_sub(began.elapsed()) else {
             return Err(in_doubt(&args.device, &doubt));
         };
         outcome = match link::connect(&address, left) {
@@ -125,11 +127,12 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
         exit::error(Code::Unreachable, format!("cannot listen on {listen}: {error}; {hint}"))
     })?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
-    let (options, ledger) = (Options::default(), Ledger::new());
+    let (options, ledger) = (over_link(Options::default(), &args.link), Ledger::new());
     let moved = [MovedDevice::new(device)];
     let destination = destination(&moved, &progress, &options, &cancel, &ledger);
     say_where(listener.address(), out);
     let accept = |within| listener.accept(Wait::within(within, Some(&cancel)));
+    let stay = 2 * args.link.silence;
     loop {
         let mut link = accept(args.wait).map_err(|error| match error {
             link::LinkError::TimedOut => {
@@ -142,7 +145,7 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
             Received::Runs(report) => {
                 drop(link);
                 if !report.peer_told {
-                    answer(&destination, accept);
+                    answer(&destination, accept, stay);
                 }
                 drop(progress);
                 print(out, "runs", &report)
@@ -153,7 +156,7 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
             Received::Discarded { why, report } => {
                 drop(link);
                 if source_may_doubt(&why, &report) {
-                    answer(&destination, accept);
+                    answer(&destination, accept, stay);
                 }
                 let notes = Notes(&report.notes).to_string();
                 Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", args.device)))
@@ -183,12 +186,16 @@ fn source_may_doubt(why: &Error, report: &Report) -> bool {
 }
 
 /// The source could not be told how the move ended: stays until it has asked.
-fn answer(destination: &Destination<'_>, accept: impl Fn(Duration) -> Result<SocketLink, link::LinkError>) {
+fn answer(
+    destination: &Destination<'_>,
+    accept: impl Fn(Duration) -> Result<SocketLink, link::LinkError>,
+    stay: Duration,
+) {
     tracing::warn!(
-        "the source may be in doubt how the move ended; staying {ANSWER_LIMIT:?} to be asked; SIGINT ends that"
+        "the source may be in doubt how the move ended; staying {stay:?} to be asked; SIGINT ends that"
     );
     let began = Instant::now();
-    while let Some(left) = ANSWER_LIMIT.checked_sub(began.elapsed()) {
+    while let Some(left) = stay.checked_sub(began.elapsed()) {
         let Ok(mut link) = accept(left) else { return };
         if let Received::Answered { .. } = destination.receive(&mut link) {
             return;
