@@ -5,9 +5,12 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, RwLock, Weak};
 
+use limosa_client::dirty::{all_dirty, check};
 use limosa_client::{
-    Device, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Region, Result,
+    Device, DeviceExt, DeviceLog, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Region,
+    Result,
 };
+use limosa_protocol::bitmap::or_into;
 use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionInfo};
 use zerocopy::IntoBytes;
 
@@ -259,6 +262,28 @@ impl Device for KernelDevice {
     }
 
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
-        self.space_for("IOMMU_UNMAP_DMA")?.unmap(&self.name, iova, size, dirty)
+        let space = self.space_for("IOMMU_UNMAP_DMA")?;
+        let Some(DirtyBits { page_size, words }) = dirty else {
+            return space.unmap(&self.name, iova, size, None);
+        };
+        if space.logs(&self.name) {
+            return space.unmap(&self.name, iova, size, Some(DirtyBits { page_size, words }));
+        }
+        // Its own log knows. It outlives the memory, and is complete once the device cannot write there any more.
+        check(&self.name, iova, size, page_size, words)?;
+        if !DeviceLog::new(self).is_supported()? {
+            let what = "neither it nor its address space logs dirty pages";
+            return Err(Error::Usage { device: self.name.to_string(), what: what.into() });
+        }
+        space.unmap(&self.name, iova, size, None)?;
+        let mut found = vec![0; words.len()];
+        match self.dma_logging_report(iova, size, page_size, &mut found) {
+            Ok(()) => or_into(words, &found),
+            Err(error) => {
+                tracing::warn!("all of what is unmapped is taken as dirty: {error}");
+                all_dirty(size, page_size, words);
+            }
+        }
+        Ok(())
     }
 }

@@ -1,6 +1,9 @@
 //! Dirty pages from containers (`vfio.h: VFIO_IOMMU_DIRTY_PAGES`): those that a mediated device pins, and those that
 //! the kernel writes for it.
 
+use std::fs::OpenOptions;
+use std::os::fd::AsFd;
+
 use limosa_client::{Device, DirtyBits, DirtySource};
 use limosa_lab::Mdev;
 use limosa_lab::module::{self, Dma, ModuleDevice};
@@ -150,12 +153,12 @@ fn what_is_unmapped_in_a_container_is_in_its_bitmap_and_in_the_next_report() {
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn the_container_of_a_vmm_is_read_as_it_is() {
     let module = ModuleDevice::create("limosa-plain");
-    let container = std::fs::OpenOptions::new().read(true).write(true).open("/dev/vfio/vfio").unwrap();
-    let space = AddressSpace::from_container(std::os::fd::AsFd::as_fd(&container)).unwrap();
+    let container = OpenOptions::new().read(true).write(true).open("/dev/vfio/vfio").unwrap();
+    let space = AddressSpace::from_container(container.as_fd()).unwrap();
     let options = Options { space: Some(space.clone()), ..Options::default() };
     let device = KernelDevice::open(module.uuid(), &options).unwrap();
     let guest = memory(64 * PAGE);
-    let vmm = AddressSpace::from_container(std::os::fd::AsFd::as_fd(&container)).unwrap();
+    let vmm = AddressSpace::from_container(container.as_fd()).unwrap();
     vmm.map("vmm", &file(&guest, BASE, 64 * PAGE)).unwrap();
     let log = space.dirty_log();
     log.start(PAGE, &[]).unwrap();

@@ -3,6 +3,7 @@
 
 mod container;
 mod device;
+mod host_memory;
 mod mapping;
 mod mock_iommu;
 mod moves;

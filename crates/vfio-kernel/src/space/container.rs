@@ -97,12 +97,15 @@ impl Container {
 
     /// Whether it has an IOMMU, which it gets with its first group and loses with its last.
     pub fn is_set(&self) -> bool {
-        // Every IOMMU has an answer; without one the container refuses all that is an IOMMU's.
-        self.info_of(size_of::<IommuInfo>() as u32).map(drop) != Err(Errno::EINVAL)
+        // Every IOMMU has an answer. Without one a container refuses all that is an IOMMU's; ENODEV is the answer of
+        // iommufd in a container's place.
+        let info = self.info_of(size_of::<IommuInfo>() as u32);
+        !matches!(info, Err(Errno::EINVAL | Errno::ENODEV))
     }
 
     /// Adds a group, and says whether it is the first. If so, `mappings` are what it finds.
     pub fn attach(&self, name: &str, group: BorrowedFd<'_>, mappings: &Mappings) -> Result<bool> {
+        let was_set = self.is_set();
         let mut container: RawFd = self.fd.as_raw_fd();
         // SAFETY: the argument is an fd's number in memory, as the command expects, and the fd is open.
         let added =
@@ -119,12 +122,12 @@ impl Container {
             };
             refused(name, "GROUP_SET_CONTAINER", errno, hint)
         })?;
-        if self.is_set() {
+        if was_set {
             return Ok(false);
         }
-        let ready = self
-            .set_iommu(name)
-            .and_then(|()| mappings.iter().try_for_each(|mapping| self.map(name, mapping)));
+        let is_set = self.is_set();
+        let has_iommu = if is_set { Ok(()) } else { self.set_iommu(name) };
+        let ready = has_iommu.and_then(|()| mappings.iter().try_for_each(|mapping| self.map(name, mapping)));
         if ready.is_err() {
             // SAFETY: the command has no argument.
             let removed =
@@ -271,4 +274,31 @@ impl Container {
 
 fn read_info(bytes: &[u8]) -> IommuInfo {
     IommuInfo::read_from_prefix(bytes).map_or_else(|_| IommuInfo::default(), |(info, _)| info)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use limosa_protocol::info::DmaMapFlags;
+    use vfio_bindings::bindings::vfio;
+
+    use super::*;
+
+    #[test]
+    fn arguments_and_numbers_are_those_of_the_bindings() {
+        type Map = vfio::vfio_iommu_type1_dma_map;
+        assert_eq!(size_of::<DmaMapArgument>(), size_of::<Map>());
+        assert_eq!(offset_of!(DmaMapArgument, vaddr), offset_of!(Map, vaddr));
+        assert_eq!(offset_of!(DmaMapArgument, iova), offset_of!(Map, iova));
+        assert_eq!(offset_of!(DmaMapArgument, size), offset_of!(Map, size));
+        type Unmap = vfio::vfio_iommu_type1_dma_unmap;
+        assert_eq!(size_of::<DmaUnmapArgument>(), size_of::<Unmap>());
+        assert_eq!(offset_of!(DmaUnmapArgument, iova), offset_of!(Unmap, iova));
+        assert_eq!(API_VERSION, vfio::VFIO_API_VERSION);
+        let iommus = [vfio::VFIO_TYPE1v2_IOMMU, vfio::VFIO_TYPE1_IOMMU, vfio::VFIO_NOIOMMU_IOMMU];
+        assert_eq!(IOMMUS, iommus);
+        let access = [DmaMapFlags::READ, DmaMapFlags::WRITE].map(|flag| flag.bits());
+        assert_eq!(access, [vfio::VFIO_DMA_MAP_FLAG_READ, vfio::VFIO_DMA_MAP_FLAG_WRITE]);
+    }
 }

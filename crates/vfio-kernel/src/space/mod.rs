@@ -212,6 +212,12 @@ impl AddressSpace {
         self.inner.state().devices.entry(name.into()).or_insert(is_seen);
     }
 
+    /// Whether it logs now what this device writes.
+    pub(crate) fn logs(&self, name: &str) -> bool {
+        let state = self.inner.state();
+        state.log.is_some() && state.devices.get(name) == Some(&true)
+    }
+
     /// Gives its devices access to memory. `name` is for messages.
     ///
     /// A file is mapped into this process where the kernel needs an address, and stays so until it is unmapped.

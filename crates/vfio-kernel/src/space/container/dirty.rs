@@ -156,3 +156,39 @@ fn bitmap(size: u64, limits: Limits) -> Result<(Vec<u64>, Bitmap)> {
     let bitmap = Bitmap { pgsize: limits.page_size, size: size_of_val(words.as_slice()) as u64, data: 0 };
     Ok((words, bitmap))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use vfio_bindings::bindings::vfio;
+
+    use super::*;
+
+    #[test]
+    fn arguments_are_those_of_the_bindings() {
+        type Header = vfio::vfio_iommu_type1_dirty_bitmap;
+        type Get = vfio::vfio_iommu_type1_dirty_bitmap_get;
+        assert_eq!(size_of::<Header>() + size_of::<Get>(), size_of::<DirtyBitmapArgument>());
+        let offsets = (offset_of!(DirtyBitmapArgument, iova), offset_of!(DirtyBitmapArgument, bitmap));
+        assert_eq!(offsets, (size_of::<Header>(), size_of::<Header>() + offset_of!(Get, bitmap)));
+        assert_eq!(size_of::<Bitmap>(), size_of::<vfio::vfio_bitmap>());
+        assert_eq!(offset_of!(Bitmap, data), offset_of!(vfio::vfio_bitmap, data));
+        type Unmap = vfio::vfio_iommu_type1_dma_unmap;
+        assert_eq!(offset_of!(UnmapArgument, bitmap), offset_of!(Unmap, data));
+        assert_eq!(offset_of!(UnmapArgument, size), offset_of!(Unmap, size));
+        assert_eq!(START, vfio::VFIO_IOMMU_DIRTY_PAGES_FLAG_START);
+        assert_eq!(STOP, vfio::VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP);
+        assert_eq!(GET_BITMAP, vfio::VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP);
+        let unmap = DmaUnmapFlags::GET_DIRTY_BITMAP.bits();
+        assert_eq!(unmap, vfio::VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP);
+    }
+
+    #[test]
+    fn a_bitmap_of_more_pages_than_the_kernel_takes_is_not_allocated() {
+        let limits = Limits { page_size: 4096, pages_max: 1 << 31 };
+        assert!(bitmap(u64::MAX, limits).is_err());
+        let (words, bitmap) = bitmap(65 * 4096, limits).unwrap();
+        assert_eq!((words.len(), bitmap.size, bitmap.pgsize), (2, 16, 4096));
+    }
+}
