@@ -22,7 +22,7 @@ struct limosa_session *limosa_session_new(struct limosa_dev *dev, const char *na
 	int ret = -ENOMEM;
 
 	lockdep_assert_held(&dev->lock);
-	session = kzalloc(sizeof(*session), GFP_KERNEL_ACCOUNT);
+	session = kzalloc_obj(*session, GFP_KERNEL_ACCOUNT);
 	if (!session)
 		return ERR_PTR(-ENOMEM);
 	BUILD_BUG_ON(sizeof(struct limosa_registers) > PAGE_SIZE);
@@ -161,6 +161,8 @@ static struct file *limosa_step(struct limosa_dev *dev, enum vfio_device_mig_sta
 	mutex_unlock(&dev->lock);
 
 	ret = limosa_pass(dev, &here, NULL, true);
+	if (!ret)
+		ret = limosa_linger(READ_ONCE(dev->arc_delay_ms));
 	if (ret)
 		return ERR_PTR(ret);
 

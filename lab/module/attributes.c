@@ -79,8 +79,10 @@ static ssize_t _name##_store(struct device *device, struct device_attribute *att
 }											\
 static DEVICE_ATTR_RW(_name)
 
+LIMOSA_NUMBER(arc_delay_ms);
 LIMOSA_NUMBER(dirty_percent);
 LIMOSA_NUMBER(read_bytes_max);
+LIMOSA_NUMBER(read_delay_ms);
 LIMOSA_NUMBER(write_bytes_max);
 LIMOSA_NUMBER(log_ranges_max);
 
@@ -275,9 +277,14 @@ static ssize_t gone_store(struct device *device, struct device_attribute *attr, 
 	if (ret)
 		return ret;
 	guard(mutex)(&dev->lock);
-	WRITE_ONCE(dev->gone, gone);
+	/* What is plugged in again has just got power */
+	if (dev->gone && !gone) {
+		limosa_content_clear(dev);
+		dev->state = VFIO_DEVICE_STATE_RUNNING;
+	}
 	if (gone)
 		limosa_close_session(dev);
+	WRITE_ONCE(dev->gone, gone);
 	limosa_look_again(dev);
 	return count;
 }
@@ -323,6 +330,7 @@ static ssize_t await_show(struct device *device, struct device_attribute *attr, 
 static DEVICE_ATTR_RO(await);
 
 static struct attribute *limosa_attributes[] = {
+	&dev_attr_arc_delay_ms.attr,
 	&dev_attr_await.attr,
 	&dev_attr_block_bytes.attr,
 	&dev_attr_check.attr,
@@ -342,6 +350,7 @@ static struct attribute *limosa_attributes[] = {
 	&dev_attr_opens.attr,
 	&dev_attr_pinned.attr,
 	&dev_attr_read_bytes_max.attr,
+	&dev_attr_read_delay_ms.attr,
 	&dev_attr_reinit.attr,
 	&dev_attr_resets.attr,
 	&dev_attr_seed.attr,

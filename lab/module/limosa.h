@@ -18,6 +18,10 @@
 #include <linux/wait.h>
 #include <linux/xarray.h>
 
+#ifndef kzalloc_obj	/* before Linux 7.0 */
+#define kzalloc_obj(object, flags) kzalloc(sizeof(object), flags)
+#endif
+
 #define LIMOSA_BLOCKS_MAX	(1U << 22)
 #define LIMOSA_BLOCK_BYTES_MIN	64U
 #define LIMOSA_BLOCK_BYTES_MAX	(1U << 20)
@@ -216,6 +220,8 @@ struct limosa_dev {
 	u32 dirty_percent;
 	u32 read_bytes_max;
 	u32 write_bytes_max;
+	u32 read_delay_ms;
+	u32 arc_delay_ms;
 	u32 log_ranges_max;
 	u64 log_page_bytes;
 
@@ -300,6 +306,7 @@ int limosa_rule_parse(struct limosa_rule *rule, const char *text, bool with_erro
 ssize_t limosa_rule_show(const struct limosa_rule *rule, char *buf, bool with_error);
 ssize_t limosa_place_show(const struct limosa_place *place, char *buf);
 void limosa_look_again(struct limosa_dev *dev);
+int limosa_linger(u32 ms);
 
 /* content.c */
 int limosa_content_resize(struct limosa_dev *dev, u64 state_bytes, u32 block_bytes);

@@ -282,6 +282,9 @@ int limosa_load_finish(struct limosa_dev *dev)
 	struct limosa_session *session = dev->session;
 
 	lockdep_assert_held(&dev->lock);
+	/* A device that was gone in the middle has lost its session */
+	if (!session)
+		return -EINVAL;
 	if (session->broken)
 		return -session->broken;
 	if (!session->ended)

@@ -6,12 +6,14 @@
  * held point sleeps until the rule changes, the device or the session goes, or
  * a signal comes. All of this is the tester's to see, through "held".
  */
-#include <linux/ctype.h>
+#include <linux/delay.h>
 #include <linux/kernel.h>
 #include <linux/string.h>
 #include <linux/sysfs.h>
 
 #include "limosa.h"
+
+#define LIMOSA_LINGER_MS_MAX	10000U
 
 static const char *const limosa_points[] = {
 	[LIMOSA_AT_ARC] = "arc",
@@ -124,11 +126,11 @@ int limosa_rule_parse(struct limosa_rule *rule, const char *text, bool with_erro
 ssize_t limosa_place_show(const struct limosa_place *place, char *buf)
 {
 	if (place->point == LIMOSA_AT_ARC)
-		return sysfs_emit(buf, "%s>%s", limosa_state_name(place->from),
-				  limosa_state_name(place->to));
+		return sysfs_emit_at(buf, 0, "%s>%s", limosa_state_name(place->from),
+				     limosa_state_name(place->to));
 	if (place->point == LIMOSA_AT_READ || place->point == LIMOSA_AT_WRITE)
-		return sysfs_emit(buf, "%s@%llu", limosa_points[place->point], place->at);
-	return sysfs_emit(buf, "%s", limosa_points[place->point]);
+		return sysfs_emit_at(buf, 0, "%s@%llu", limosa_points[place->point], place->at);
+	return sysfs_emit_at(buf, 0, "%s", limosa_points[place->point]);
 }
 
 ssize_t limosa_rule_show(const struct limosa_rule *rule, char *buf, bool with_error)
@@ -216,6 +218,14 @@ int limosa_pass(struct limosa_dev *dev, const struct limosa_place *here,
 		return ret;
 	}
 	return limosa_hit(&dev->fail, here);
+}
+
+/* A device that takes its time, though never so long that nobody can wait for it */
+int limosa_linger(u32 ms)
+{
+	if (ms && msleep_interruptible(min(ms, LIMOSA_LINGER_MS_MAX)))
+		return -EINTR;
+	return 0;
 }
 
 static u64 limosa_rule_room(const struct limosa_rule *rule, enum limosa_point point, u64 position)

@@ -287,6 +287,8 @@ static ssize_t limosa_save_read(struct file *filp, char __user *to, size_t lengt
 		if (!done) {
 			here.at = session->position;
 			ret = limosa_pass(dev, &here, session, wait);
+			if (!ret && wait)
+				ret = limosa_linger(READ_ONCE(dev->read_delay_ms));
 			if (ret)
 				break;
 		}
