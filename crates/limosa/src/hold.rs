@@ -2,12 +2,18 @@
 //! be lost then. `--hold` keeps it open.
 
 use std::io::{self, Write};
-use std::sync::mpsc;
+use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::Context;
+use limosa_client::IrqAction;
+use limosa_migrate::Cancel;
+use limosa_protocol::info::DeviceFlags;
+use limosa_protocol::pci_index;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::retry_on_intr;
 
 use crate::exit::{self, Code};
-use crate::open::Opened;
+use crate::open::{self, Opened};
 use crate::output::Output;
 use crate::signals;
 
@@ -41,23 +47,30 @@ pub fn end(
         Err(error) => return Err(error),
     };
     if hold {
-        until_signal(device, out)?;
+        until_told(device, out)?;
     } else if leaves == Leaves::State && device.closes_with_us() {
-        tracing::warn!(
-            "{}: the kernel closes it with this command, and with that a PCI device is reset, other drivers do as \
-             they like; --hold keeps it open",
-            device.given()
-        );
+        tracing::warn!("{}: {}; --hold keeps it open", device.given(), what_closing_does(device));
     }
     failure.map_or(Ok(()), Err)
 }
 
-fn until_signal(device: &Opened, out: &Output) -> anyhow::Result<()> {
-    let (end, ended) = mpsc::channel();
-    signals::on_end(move || {
-        // The receiver is there until this function returns.
-        let _ = end.send(());
-    })?;
+fn what_closing_does(device: &Opened) -> &'static str {
+    match open::listed(device.given()) {
+        Some(listed) if listed.bus == "pci" => {
+            "the kernel closes it with this command, which resets it, and what it holds now is lost"
+        }
+        _ => {
+            "the kernel closes it with this command, and what it keeps of its state then is up to its driver"
+        }
+    }
+}
+
+/// Holds the device until a signal, or until the kernel asks for it.
+fn until_told(device: &Opened, out: &Output) -> anyhow::Result<()> {
+    let end = Cancel::new().context("cannot make an eventfd")?;
+    let on_signal = end.clone();
+    signals::on_end(move || on_signal.cancel())?;
+    let wanted = wanted_back(device)?;
     let name = match device.name_while_held() {
         Some(name) => format!(" as {name}"),
         None => String::new(),
@@ -69,5 +82,35 @@ fn until_signal(device: &Opened, out: &Output) -> anyhow::Result<()> {
     };
     // Whoever does not listen need not be told.
     let _ = said;
-    ended.recv().context("nobody listens for signals any more")
+    let mut fds: Vec<_> = [Some(end.as_fd()), wanted.as_ref().map(AsFd::as_fd)]
+        .into_iter()
+        .flatten()
+        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+        .collect();
+    retry_on_intr(|| poll(&mut fds, None)).context("cannot wait for signals")?;
+    if !end.is_cancelled() {
+        tracing::warn!("{}: somebody removes it or unbinds its driver, so it is let go", device.given());
+    }
+    Ok(())
+}
+
+/// An eventfd by which the kernel says that somebody wants to remove a device that was opened here, which waits for
+/// its user (`vfio.h: VFIO_PCI_REQ_IRQ_INDEX`); where the device has such an interrupt.
+fn wanted_back(device: &Opened) -> anyhow::Result<Option<OwnedFd>> {
+    let is_pci = DeviceFlags::from_bits_retain(device.info()?.flags).contains(DeviceFlags::PCI);
+    if !is_pci || !device.closes_with_us() {
+        return Ok(None);
+    }
+    let wanted =
+        eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")?;
+    let wire = device.irq(pci_index::IRQ_REQ).and_then(|irq| match irq.count {
+        0 => Ok(false),
+        _ => device.set_irqs(pci_index::IRQ_REQ, 0, IrqAction::Wire(&[Some(wanted.as_fd())])).map(|()| true),
+    });
+    match wire {
+        Ok(wired) => Ok(wired.then_some(wanted)),
+        // Not every driver has it; without it, whoever removes the device waits for the signal too.
+        Err(limosa_client::Error::Refused { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }

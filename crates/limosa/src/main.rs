@@ -64,7 +64,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
                 args::StateAction::Get | args::StateAction::Reset => Leaves::Nothing,
             };
             let device = open(&args.device)?;
-            let done = commands::state::run(&*device, action, out);
+            let done = commands::state::run(&device, action, out);
             hold::end(done, &device, args.hold.hold, leaves, out)
         }
         Command::Fsm(args) => commands::fsm::run(args, out),

@@ -127,8 +127,12 @@ impl Opening {
     fn kernel(self, name: &str) -> anyhow::Result<KernelDevice> {
         let options = limosa_vfio_kernel::Options { door: self.door, space: None };
         KernelDevice::open(name, &options).map_err(|error| {
-            let by = if exit::is_in_use(&error) { held_by(name) } else { String::new() };
-            anyhow::Error::from(error).context(format!("{name} cannot be opened{by}"))
+            let by = if exit::is_in_use(&error) { held_by(name) } else { None };
+            let error = anyhow::Error::from(error);
+            match by {
+                Some(by) => error.context(format!("{name} is held by {by}")),
+                None => error,
+            }
         })
     }
 
@@ -149,12 +153,12 @@ impl Opening {
 }
 
 /// Who has the device open, as far as this user may know.
-fn held_by(name: &str) -> String {
-    let Some(device) = listed(name) else { return String::new() };
+fn held_by(name: &str) -> Option<String> {
+    let device = listed(name)?;
     let group = device.group.map(|group| Path::new("/dev/vfio").join(group.to_string()));
     let holders = OpenElsewhere::look().holders(&device.folder, group.as_deref());
     let names: Vec<_> = holders.iter().map(ToString::to_string).collect();
-    if names.is_empty() { String::new() } else { format!(" (held by {})", names.join(", ")) }
+    (!names.is_empty()).then(|| names.join(", "))
 }
 
 /// What the kernel lists under this name, if that is a device of VFIO's and the name is that of just one.

@@ -1,12 +1,14 @@
 //! `limosa probe`: what a device is, and whether and how it can migrate.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use anyhow::Context;
+use limosa_client::dirty::DirtySource;
 use limosa_client::{Device, DeviceExt, Error};
 use limosa_protocol::info::{DeviceFlags, IrqFlags, RegionFlags};
 use limosa_protocol::{FeatureIndex, FeatureOp, MigrationFlags, pci_index};
-use limosa_vfio_kernel::Listed;
+use limosa_vfio_kernel::KernelDevice;
 use serde::Serialize;
 
 use crate::open::{self, Opened};
@@ -42,6 +44,10 @@ struct Kernel {
     cdev: Option<String>,
     /// The door that it is open through here; absent for one that another process holds.
     door: Option<String>,
+    /// Who can tell which memory it wrote: `device`, `iommufd`, `container`. Absent for a device that another process
+    /// holds: that one knows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dirty_sources: Option<Vec<String>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -68,19 +74,7 @@ struct IrqFound {
 
 pub fn run(device: &Opened, out: &Output) -> anyhow::Result<()> {
     let mut found = probe(&**device)?;
-    found.kernel = device.kernel().map(|kernel| {
-        let door = kernel.door().map(|door| door.to_string());
-        match open::listed(device.given()) {
-            Some(Listed { folder, driver, group, cdev, .. }) => Kernel {
-                sysfs: Some(folder.display().to_string()),
-                driver,
-                group: group.map(|group| group.to_string()),
-                cdev: cdev.map(|cdev| cdev.display().to_string()),
-                door,
-            },
-            None => Kernel { sysfs: None, driver: None, group: None, cdev: None, door },
-        }
-    });
+    found.kernel = device.kernel().map(|kernel| look(kernel, device.given(), found.dma_logging));
     out.result(&found, |to| print(&found, to))
 }
 
@@ -148,6 +142,26 @@ fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
     })
 }
 
+/// What sysfs and its address space say of a device of the kernel's.
+fn look(kernel: &KernelDevice, given: &str, dma_logging: bool) -> Kernel {
+    let listed = open::listed(given);
+    let text = |path: &PathBuf| path.display().to_string();
+    Kernel {
+        sysfs: listed.as_ref().map(|listed| text(&listed.folder)),
+        driver: listed.as_ref().and_then(|listed| listed.driver.clone()),
+        group: listed.as_ref().and_then(|listed| listed.group).map(|group| group.to_string()),
+        cdev: listed.as_ref().and_then(|listed| listed.cdev.as_ref()).map(text),
+        door: kernel.door().map(|door| door.to_string()),
+        dirty_sources: kernel.address_space().map(|space| {
+            let log = space.dirty_log();
+            // A log that does not start tells nothing.
+            let space = log.sees(kernel.name()) && log.start(4096, &[]).and_then(|_| log.stop()).is_ok();
+            let device = dma_logging.then(|| "device".to_owned());
+            device.into_iter().chain(space.then(|| log.name().to_owned())).collect()
+        }),
+    }
+}
+
 /// Drivers refuse indexes that they have no use for.
 fn or_refused<T>(answer: limosa_client::Result<T>) -> limosa_client::Result<Option<T>> {
     match answer {
@@ -199,7 +213,7 @@ fn print(found: &Probe, to: &mut dyn Write) -> std::io::Result<()> {
         write!(to, "  PCI {id}")?;
     }
     writeln!(to, "  [{}]", found.flags.join(" "))?;
-    if let Some(Kernel { sysfs: _, driver, group, cdev, door }) = &found.kernel {
+    if let Some(Kernel { sysfs: _, driver, group, cdev, door, dirty_sources: _ }) = &found.kernel {
         let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "unknown".into());
         let door =
             door.as_ref().map_or("held by another process".into(), |door| format!("open by its {door}"));
@@ -218,6 +232,15 @@ fn print(found: &Probe, to: &mut dyn Write) -> std::io::Result<()> {
         (None, None) => {}
     }
     writeln!(to, "  DMA logging  {}", if found.dma_logging { "yes" } else { "no" })?;
+    match found.kernel.as_ref().and_then(|kernel| kernel.dirty_sources.as_deref()) {
+        None => {}
+        Some([]) => writeln!(
+            to,
+            "  dirty pages  nobody tells: neither the device nor its IOMMU tracks what it writes, so all memory that it \
+             may write is moved while it is stopped"
+        )?,
+        Some(sources) => writeln!(to, "  dirty pages  told by {}", sources.join(", "))?,
+    }
     writeln!(to, "  features     {}", found.features.join(" "))?;
     for region in &found.regions {
         let name = if is_pci { region_name(region.index) } else { format!("region {}", region.index) };

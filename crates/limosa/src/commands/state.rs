@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::args::StateAction;
 use crate::exit::{self, Code};
+use crate::open::Opened;
 use crate::output::Output;
 
 #[derive(Debug, Serialize)]
@@ -18,7 +19,7 @@ struct Answer {
     path: Vec<&'static str>,
 }
 
-pub fn run(device: &dyn Device, action: &StateAction, out: &Output) -> anyhow::Result<()> {
+pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Result<()> {
     let mut path = Vec::new();
     match action {
         StateAction::Get => {}
@@ -28,7 +29,7 @@ pub fn run(device: &dyn Device, action: &StateAction, out: &Output) -> anyhow::R
         }
     }
     let state = match device.migration_flags()? {
-        flags if flags.is_empty() => return no_migration(device, action, out),
+        flags if flags.is_empty() => return no_migration(&**device, action, out),
         _ => device.state()?.name(),
     };
     let answer = Answer { device: device.name().into(), state, path };
@@ -55,12 +56,19 @@ fn cannot(device: &dyn Device) -> anyhow::Error {
     exit::error(Code::Refused, format!("{}: {why}", device.name()))
 }
 
-fn set(device: &dyn Device, to: State) -> anyhow::Result<Vec<&'static str>> {
+fn set(device: &Opened, to: State) -> anyhow::Result<Vec<&'static str>> {
     let flags: MigrationFlags = device.migration_flags()?;
     if flags.is_empty() {
-        return Err(cannot(device));
+        return Err(cannot(&**device));
     }
     let from = device.state()?;
+    if device.closes_with_us() && from == State::Resuming && to != from {
+        // The session was closed with the device. mtty takes the kernel down when it looks for its data.
+        let why =
+            "whoever had it open left it in the middle of loading a state, and the rest cannot come any more";
+        let what = format!("{}: {why}; run `limosa state {} reset`", device.name(), device.given());
+        return Err(exit::error(Code::Refused, what));
+    }
     let path = fsm::path(flags, from, to).map_err(|refusal| {
         let hint = if from == State::Error { "; run `limosa state DEVICE reset`" } else { "" };
         exit::error(Code::Refused, format!("{}: {from} -> {to}: {refusal}{hint}", device.name()))

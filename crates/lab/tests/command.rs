@@ -1,0 +1,274 @@
+//! Every command on devices of the kernel's, through both doors, as processes of their own.
+
+#[path = "command/support.rs"]
+mod support;
+
+use limosa_lab::kinds;
+use limosa_protocol::State;
+use support::{DOORS, Here, Marked, REFUSED, USAGE, flags, full, is_ours, kind, mtty, path};
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn probe_says_what_a_device_is_by_every_name() {
+    let here = Here::new();
+    for kind in kinds() {
+        let device = Marked::empty(&kind);
+        for (name, door) in device.names().iter().zip(["cdev", "cdev", "cdev", "group", "group"]) {
+            let text = here.ok(&["probe", name]);
+            let group = format!("group {}", device.mdev.group());
+            let migration = format!("{}, now in RUNNING", flags(&kind));
+            let by = format!("open by its {door}");
+            for part in [name, &kind.parent, &group, &device.cdev(), &migration, &by] {
+                assert!(text.contains(part), "{part}: {text}");
+            }
+        }
+        for door in DOORS {
+            let json = here.ok(&["--json", "--door", door, "probe", device.uuid()]);
+            for part in [format!("\"door\": \"{door}\""), format!("\"flags\": \"{}\"", flags(&kind))] {
+                assert!(json.contains(&part), "{part}: {json}");
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn probe_says_who_tells_of_dirty_pages() {
+    let here = Here::new();
+    for (name, door, told) in [
+        ("limosa-full", "cdev", "told by device"),
+        ("limosa-full", "group", "told by device, container"),
+        ("limosa-precopy", "group", "told by container"),
+        ("limosa-precopy", "cdev", "nobody tells: neither the device nor its IOMMU"),
+    ] {
+        let device = kind(name).create();
+        let text = here.ok(&["--door", door, "probe", device.uuid()]);
+        assert!(text.contains(&format!("dirty pages  {told}")), "{name} {door}: {text}");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn states_are_read_driven_and_reset_while_somebody_holds_the_device() {
+    let here = Here::new();
+    for (kind, door) in [(mtty(), "cdev"), (full(), "group")] {
+        let device = Marked::new(&kind, 3);
+        let (holding, held) = here.holds(&["--door", door, "state", device.uuid(), "--hold"]);
+        let state = |args: &[&str]| here.ok(&[&["state", &held], args].concat());
+        assert_eq!(state(&[]), "RUNNING\n");
+        assert_eq!(state(&["set", "PRE_COPY"]), "RUNNING > PRE_COPY\n");
+        assert_eq!(state(&["set", "STOP"]), "PRE_COPY > RUNNING > RUNNING_P2P > STOP\n");
+        assert_eq!(state(&["set", "RESUMING"]), "STOP > RESUMING\n");
+        // Nobody but the holder's processes can have the session: it is not said to be left.
+        here.limosa(&["state", &held, "set", "STOP"])
+            .fails(REFUSED, &["RESUMING -> STOP failed", "now in RESUMING"]);
+        assert_eq!(state(&["reset"]), "RUNNING\n");
+        drop(holding.kill());
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn what_closing_leaves_is_what_the_manual_says() {
+    let here = Here::new();
+    for kind in [mtty(), full()] {
+        let device = Marked::new(&kind, 5);
+        let said = here.limosa(&["state", device.uuid(), "set", "STOP"]);
+        assert!(
+            said.err.contains("up to its driver") && said.err.contains("--hold keeps it open"),
+            "{said:?}"
+        );
+        assert_eq!(
+            said.ok(),
+            if flags(&kind).contains("P2P") { "RUNNING > RUNNING_P2P > STOP\n" } else { "" }
+        );
+        // docs/kernel.md: mtty keeps state and contents, the lab's device its contents only.
+        assert_eq!(device.state(), if is_ours(&kind) { State::Running } else { State::Stop });
+        assert_eq!(device.mark(), 5);
+        // Nothing was changed: nothing is said.
+        for quiet in
+            [&["state", device.uuid()][..], &["state", device.uuid(), "reset"], &["probe", device.uuid()]]
+        {
+            assert_eq!(here.limosa(quiet).err, "");
+        }
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_device_that_was_left_in_resuming_takes_nobody_down() {
+    let here = Here::new();
+    let device = Marked::new(&mtty(), 6);
+    here.ok(&["state", device.uuid(), "set", "RESUMING"]);
+    assert_eq!(device.state(), State::Resuming);
+    // Left to itself, this kernel would look for the session's data, which are gone, and panic.
+    let uuid = device.uuid();
+    for command in [&["state", uuid, "set", "STOP"][..], &["state", uuid, "set", "RUNNING"]] {
+        here.limosa(command)
+            .fails(REFUSED, &[uuid, "in the middle of loading", &format!("limosa state {uuid} reset")]);
+    }
+    let file = path("file");
+    here.limosa(&["save", uuid, &file]).fails(REFUSED, &[uuid, "RESUMING"]);
+    here.limosa(&["migrate", Marked::new(&mtty(), 7).uuid(), uuid])
+        .fails(REFUSED, &[uuid, "RESUMING", "reset it"]);
+    device.is_usable(&here);
+    assert_eq!(device.mark(), 6);
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn save_inspect_load_bring_back_the_state_that_was_saved() {
+    let here = Here::new();
+    for kind in kinds() {
+        for door in DOORS {
+            let (one, other) = (Marked::new(&kind, 0x21), Marked::empty(&kind));
+            let file = path("saved");
+            let text = here.ok(&["--door", door, "save", one.uuid(), &file]);
+            assert!(text.contains("stop-copy") && text.contains("downtime"), "{text}");
+            assert!(here.ok(&["inspect", &file]).contains("whole: it can be loaded"));
+            one.set_mark(0x22);
+            here.ok(&["--door", door, "load", &file, one.uuid()]);
+            here.ok(&["--json", "--door", door, "load", "--stop", &file, other.uuid()]);
+            assert_eq!((one.mark(), other.mark()), (0x21, 0x21), "{kind:?}");
+            assert_eq!((one.state(), one.state() == other.state()), (State::Running, is_ours(&kind)));
+        }
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn migrate_moves_a_device_from_any_door_to_any_door() {
+    let here = Here::new();
+    for kind in kinds() {
+        let (mut one, mut other) = (Marked::new(&kind, 0x31), Marked::empty(&kind));
+        for (from, to) in [("cdev", "cdev"), ("cdev", "group"), ("group", "cdev"), ("group", "group")] {
+            let name = |device: &Marked, door| {
+                let [_, _, cdev, group, _] = device.names();
+                if door == "cdev" { cdev } else { group }
+            };
+            let before = is_ours(&kind).then(|| one.mdev.get("limosa/check"));
+            let json = here.ok(&["--json", "migrate", &name(&one, from), &name(&other, to)]);
+            assert!(json.contains("\"outcome\": \"moved\"") && json.contains("\"downtime_ns\""), "{json}");
+            assert_eq!(other.mark(), 0x31, "{kind:?} {from} {to}");
+            assert_eq!(is_ours(&kind).then(|| other.mdev.get("limosa/check")), before);
+            std::mem::swap(&mut one, &mut other);
+            other.set_mark(0);
+        }
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn send_and_receive_say_the_same_as_of_a_vfio_user_device() {
+    let here = Here::new();
+    for (kind, door) in [(mtty(), "group"), (full(), "cdev")] {
+        let (one, other) = (Marked::new(&kind, 0x41), Marked::empty(&kind));
+        let link = format!("unix:{}", path("link"));
+        let receiver = here.start(&["receive", other.uuid(), "--listen", &link, "--hold"]);
+        receiver.line("listening on");
+        let sent = here.ok(&["--door", door, "send", one.uuid(), "--to", &link]);
+        for part in ["handshake", "pre-copy", "stop-copy", "commit", "downtime", one.uuid()] {
+            assert!(sent.contains(part), "{part}: {sent}");
+        }
+        let held = receiver.line("holding ");
+        let held = held.split_once(" as ").and_then(|(_, rest)| rest.split_once(" until")).unwrap().0;
+        assert_eq!(here.ok(&["state", held]), "RUNNING\n");
+        // What was received can be moved on from where it is held.
+        let third = Marked::empty(&kind);
+        here.ok(&["migrate", held, third.uuid()]);
+        assert_eq!(third.mark(), 0x41);
+        receiver.signal(rustix::process::Signal::TERM);
+        let received = receiver.end().ok();
+        assert!(received.contains("start") && received.contains("total"), "{received}");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn one_device_under_two_names_is_refused() {
+    let here = Here::new();
+    let device = Marked::empty(&mtty());
+    let names = device.names();
+    for one in &names {
+        for other in &names {
+            here.limosa(&["migrate", one, other]).fails(USAGE, &[one, other, "the same device"]);
+        }
+    }
+    let (holding, held) = here.holds(&["state", device.uuid(), "--hold"]);
+    for name in &names {
+        here.limosa(&["migrate", &held, name]).fails(USAGE, &[&held, name, "the same device"]);
+    }
+    drop(holding.kill());
+    device.is_usable(&here);
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn devices_of_different_kinds_are_refused_whatever_carries_them() {
+    let here = Here::new();
+    let (serial, two_ports, ours) =
+        (Marked::new(&mtty(), 1), Marked::new(&kind("mtty-2"), 2), Marked::new(&full(), 3));
+    let socket = path("synthetic");
+    let server = here.start(&["serve", "synthetic", "--socket", &socket, "-o", "state=64K"]);
+    server.line("listening on");
+    let names = [serial.uuid(), two_ports.uuid(), ours.uuid(), &socket];
+    for from in names {
+        for to in names.iter().filter(|to| **to != from) {
+            here.limosa(&["migrate", from, to])
+                .fails(REFUSED, &[from, to, "cannot be moved", "as it was before"]);
+        }
+    }
+    assert_eq!((serial.mark(), two_ports.mark(), ours.mark()), (1, 2, 3));
+    assert_eq!([serial.state(), two_ports.state(), ours.state()], [State::Running; 3]);
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn bench_measures_beside_bare_calls_and_leaves_the_state() {
+    let here = Here::new();
+    for kind in [mtty(), full()] {
+        let device = Marked::new(&kind, 0x51);
+        let text = here.ok(&["bench", device.uuid(), "--seconds", "0.001"]);
+        for part in [
+            "region read, 8 B",
+            "floor",
+            "whole state out by 1 MiB",
+            "whole state in by 4 KiB",
+            "dirty report, 64 GiB",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert_eq!((device.state(), device.mark()), (State::Running, 0x51));
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn the_listing_names_every_device_and_what_it_can() {
+    let here = Here::new();
+    let devices: Vec<Marked> =
+        kinds().iter().filter(|kind| kind.name != "limosa-none").map(Marked::empty).collect();
+    let none = kind("limosa-none").create();
+    let (holding, held) = here.holds(&["state", devices[0].uuid(), "--hold"]);
+    let text = here.ok(&["probe"]);
+    let json = here.ok(&["--json", "probe"]);
+    let row = |uuid: &str| {
+        let mut lines = text.lines().skip_while(|line| !line.starts_with(uuid));
+        (lines.next().unwrap_or_else(|| panic!("no {uuid}: {text}")), lines.next().unwrap_or_default())
+    };
+    for device in &devices[1..] {
+        let (line, _) = row(device.uuid());
+        let cdev = device.cdev().rsplit('/').next().unwrap().to_owned();
+        for part in [device.kind.parent.as_str(), &cdev, flags(&device.kind)] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
+        assert!(json.contains(&format!("\"device\": \"{}\"", device.uuid())), "{json}");
+    }
+    let (line, by) = row(devices[0].uuid());
+    assert!(line.ends_with("in use") && by.contains(&format!("as {held}")), "{line} {by}");
+    assert!(json.contains(&format!("\"name\": \"{held}\"")), "{json}");
+    let (line, _) = row(none.uuid());
+    assert!(line.contains("no migration"), "{line}");
+    assert!(json.contains("\"is\": \"in_use\"") && json.contains("\"is\": \"not_movable\""), "{json}");
+    drop(holding.kill());
+}
