@@ -64,6 +64,8 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     let client = cause.downcast_ref::<limosa_client::Error>()?;
     Some(match client {
         error if is_in_use(error) => Code::Unreachable,
+        // The session, or all of the device, is gone.
+        limosa_client::Error::Refused { errno: Errno::ENODEV, .. } => Code::Unreachable,
         limosa_client::Error::Refused { .. } => Code::Refused,
         limosa_client::Error::Usage { .. } => Code::Usage,
         limosa_client::Error::Os { errno, .. } if unreachable(*errno) => Code::Unreachable,

@@ -151,7 +151,7 @@ impl Request {
             (Request::DataRead, Errno::EBADF) => "the session is one of RESUMING: it is written, not read",
             (Request::DataWrite, Errno::EBADF) => "the session is a saving one: it is read, not written",
             (Request::DataRead | Request::DataWrite | Request::PrecopyInfo, Errno::ENODEV) => {
-                "the session is over: the device has left the states that it belongs to, or was reset"
+                "the session is over: the device has left the states that it belongs to, was reset, or is gone"
             }
             (Request::DataWrite, Errno::ENOMEM | Errno::ENOSPC) => {
                 "more than this device's state has; the data are of another kind of device"

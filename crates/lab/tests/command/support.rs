@@ -3,12 +3,13 @@
 
 use std::path::PathBuf;
 
-use limosa_client::{Device, DeviceExt};
+use limosa_client::{Chunk, Device, DeviceExt};
 use limosa_lab::{Ended, Kind, Machine, Mdev, Running};
 use limosa_protocol::State;
 use limosa_vfio_kernel::{KernelDevice, Options};
 
 /// Exit codes, as `limosa --help` has them.
+pub const FAILED: i32 = 1;
 pub const USAGE: i32 = 2;
 pub const REFUSED: i32 = 3;
 pub const UNREACHABLE: i32 = 4;
@@ -156,14 +157,20 @@ impl Marked {
         open(self.uuid()).state().unwrap()
     }
 
-    /// Whatever was done to it: it can be reset, saved and loaded.
+    /// Whatever was done to it: it can be opened, reset, saved and loaded.
     #[track_caller]
-    pub fn is_usable(&self, here: &Here) {
-        let file = path("usable");
-        here.ok(&["state", self.uuid(), "reset"]);
-        here.ok(&["save", self.uuid(), &file]);
-        here.ok(&["load", &file, self.uuid()]);
-        assert_eq!(self.state(), State::Running);
+    pub fn is_usable(&self) {
+        let device = open(self.uuid());
+        device.reset().unwrap();
+        let mut stream = device.set_state(State::StopCopy).unwrap().unwrap();
+        let (mut saved, mut chunk) = (Vec::new(), vec![0; 1 << 20]);
+        while let Chunk::Data(bytes) = stream.read(&mut chunk).unwrap() {
+            saved.extend_from_slice(&chunk[..bytes]);
+        }
+        let mut stream = device.set_state(State::Resuming).unwrap().unwrap();
+        stream.write(&saved).unwrap();
+        device.set_state(State::Running).unwrap();
+        assert_eq!(device.state().unwrap(), State::Running);
     }
 }
 
