@@ -174,7 +174,7 @@ fn what_cannot_be_mapped_is_refused_with_a_reason() {
             Door::Group => Door::Cdev,
         };
         let space = AddressSpace::new(other).unwrap();
-        let options = Options { door: Some(door), space: Some(space), ..Options::default() };
+        let options = Options { door: Some(door), space: Some(space) };
         drop(device);
         let error = KernelDevice::open(module.uuid(), &options).unwrap_err();
         assert!(matches!(error, Error::Usage { .. }), "{error}");

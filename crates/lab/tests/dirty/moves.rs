@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use limosa_client::{Device, DeviceExt, DirtySource, DmaMap, DmaMemory};
@@ -16,12 +18,14 @@ use limosa_migrate::{
 use limosa_protocol::State;
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::info::DmaMapFlags;
-use limosa_vfio_kernel::{Door, KernelDevice};
+use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice};
 
+use crate::mock_iommu::{self, APERTURE, MockDevice};
+use crate::page_tables::attach;
 use crate::{PAGE, memory};
 
 /// Memory of a guest: two regions, the first mapped in two pieces.
-const REGIONS: [(u64, u64); 2] = [(0x10_0000, 256 * PAGE), (1 << 32, 64 * PAGE)];
+const REGIONS: [(u64, u64); 2] = [(APERTURE, 256 * PAGE), (1 << 30, 64 * PAGE)];
 const PIECES: [(usize, u64, u64); 3] = [(0, 0, 128 * PAGE), (0, 128 * PAGE, 128 * PAGE), (1, 0, 64 * PAGE)];
 const ROUNDS: u32 = 4;
 
@@ -30,35 +34,56 @@ const ROUNDS: u32 = 4;
 enum Teller {
     Device,
     Container,
+    /// An IOMMU, a mock one: the device's writes are made up, and marked in its page table.
+    PageTable,
     Nobody,
 }
 
 /// Every way in which dirty pages become known: type of device, door, log.
-const WAYS: [(&str, Door, Teller); 6] = [
+const WAYS: [(&str, Door, Teller); 7] = [
     ("limosa-full", Door::Cdev, Teller::Device),
     ("limosa-full", Door::Group, Teller::Device),
     ("limosa-p2p", Door::Cdev, Teller::Device),
     ("limosa-precopy", Door::Group, Teller::Container),
     ("limosa-plain", Door::Group, Teller::Container),
+    ("limosa-precopy", Door::Cdev, Teller::PageTable),
     ("limosa-precopy", Door::Cdev, Teller::Nobody),
 ];
 
 /// The guest on the source: a device that writes its memory.
 struct Guest {
     device: KernelDevice,
+    /// Where its memory is mapped.
+    space: AddressSpace,
+    /// The page table in which its writes are marked.
+    page_table: Option<u32>,
     files: [File; 2],
     /// The pages that were written since the move began, by region.
     written: Mutex<[BTreeSet<u64>; 2]>,
     count: Mutex<u64>,
+    /// Whether there is a log to mark pages in.
+    marks: AtomicBool,
 }
 
 impl Guest {
-    fn new(module: &ModuleDevice, door: Door) -> Guest {
+    fn new(module: &ModuleDevice, door: Door, teller: Teller) -> Guest {
+        let device = module.open(door);
+        let mut space = device.address_space().unwrap().clone();
+        let mut page_table = None;
+        if teller == Teller::PageTable {
+            space = AddressSpace::new(Door::Cdev).unwrap();
+            let (iommufd, ioas) = space.ioas().unwrap();
+            page_table = Some(attach(&space, "mock", &MockDevice::new(iommufd, ioas, true)));
+            space.has_device(device.name());
+        }
         let guest = Guest {
-            device: module.open(door),
+            device,
+            space,
+            page_table,
             files: REGIONS.map(|(_, bytes)| memory(bytes)),
             written: Mutex::default(),
             count: Mutex::default(),
+            marks: AtomicBool::new(false),
         };
         PIECES.into_iter().for_each(|piece| guest.map(piece));
         // Something that is there before.
@@ -69,26 +94,42 @@ impl Guest {
     fn map(&self, (region, offset, size): (usize, u64, u64)) {
         let memory = DmaMemory::File { fd: self.files[region].as_fd(), offset };
         let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
-        self.device.dma_map(&DmaMap { iova: REGIONS[region].0 + offset, size, flags, memory }).unwrap();
+        let map = DmaMap { iova: REGIONS[region].0 + offset, size, flags, memory };
+        self.space.map(self.device.name(), &map).unwrap();
     }
 
     /// The device writes pages, each time something else.
     fn dma(&self, how: Dma, region: usize, page: u64, pages: u64) {
         let mut count = self.count.lock().unwrap();
         *count += 1;
-        module::dma(&self.device, how, REGIONS[region].0 + page * PAGE, pages * PAGE, *count).unwrap();
+        let (iova, bytes) = (REGIONS[region].0 + page * PAGE, pages * PAGE);
+        match self.page_table {
+            None => module::dma(&self.device, how, iova, bytes, *count).unwrap(),
+            Some(page_table) => {
+                let written = module::pattern(*count, iova, bytes);
+                self.files[region].write_all_at(&written, page * PAGE).unwrap();
+                // There is none to mark before the log is on.
+                if self.marks.load(Ordering::SeqCst) {
+                    let (iommufd, _) = self.space.ioas().unwrap();
+                    mock_iommu::write(iommufd, page_table, iova, &(0..pages).collect::<Vec<_>>());
+                }
+            }
+        }
         self.written.lock().unwrap()[region].extend(page..page + pages);
     }
 
     fn unmap(&self, (region, offset, size): (usize, u64, u64)) {
-        self.device.dma_unmap(REGIONS[region].0 + offset, size, None).unwrap();
+        self.space.unmap(self.device.name(), REGIONS[region].0 + offset, size, None).unwrap();
     }
 }
 
 impl Observer for Guest {
     fn phase(&self, phase: Phase) {
         match phase {
-            Phase::PreCopy => self.dma(Dma::Write, 0, 10, 2),
+            Phase::PreCopy => {
+                self.marks.store(true, Ordering::SeqCst);
+                self.dma(Dma::Write, 0, 10, 2);
+            }
             // The last moment at which it runs.
             Phase::Stop => self.dma(Dma::Write, 1, 33, 1),
             _ => {}
@@ -150,16 +191,16 @@ fn all(pages: &FilePages, bytes: u64) -> Vec<u8> {
 /// Moves the guest to the device, and says how that went and what was given back.
 fn moved(
     guest: &Guest,
-    told: Teller,
+    teller: Teller,
     there: &KernelDevice,
     files: &[File; 2],
 ) -> (Outcome, Received, [BTreeSet<u64>; 2]) {
     let options =
         Options { convergence: Convergence { rounds_max: ROUNDS, left_bytes_max: 0 }, ..Options::default() };
     let (near, far) = (pages(&guest.files), pages(files));
-    let space_log = guest.device.address_space().unwrap().dirty_log();
-    let sources: Vec<&dyn DirtySource> = match told {
-        Teller::Container => vec![&space_log],
+    let space_log = guest.space.dirty_log();
+    let sources: Vec<&dyn DirtySource> = match teller {
+        Teller::Container | Teller::PageTable => vec![&space_log],
         _ => vec![],
     };
     let mut log = Log::default();
@@ -204,16 +245,16 @@ fn same_memory(guest: &Guest, files: &[File; 2], what: &str) {
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn what_a_device_writes_while_it_moves_arrives() {
-    for (name, door, told) in WAYS {
-        let what = format!("{name}, {door:?}, {told:?}");
+    for (name, door, teller) in WAYS {
+        let what = format!("{name}, {door:?}, {teller:?}");
         let (from, to) = (ModuleDevice::create(name), ModuleDevice::create(name));
-        let (guest, there) = (Guest::new(&from, door), to.open(door));
+        let (guest, there) = (Guest::new(&from, door, teller), to.open(door));
         let files = REGIONS.map(|(_, bytes)| memory(bytes));
-        let (outcome, _, _) = moved(&guest, told, &there, &files);
+        let (outcome, _, _) = moved(&guest, teller, &there, &files);
         let Outcome::Moved(report) = &outcome else { panic!("{what}: {outcome:?}") };
         let blind = report.notes.iter().any(|note| note.contains("nobody logs the DMA"));
-        assert_eq!(blind, told == Teller::Nobody, "{what}: {:?}", report.notes);
-        if told != Teller::Nobody {
+        assert_eq!(blind, teller == Teller::Nobody, "{what}: {:?}", report.notes);
+        if teller != Teller::Nobody {
             assert_eq!(report.rounds.len(), ROUNDS as usize, "{what}: it wrote in every round");
         }
         same_memory(&guest, &files, &what);
@@ -226,26 +267,27 @@ fn what_a_device_writes_while_it_moves_arrives() {
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_move_that_is_undone_gives_back_every_page_and_the_next_one_arrives() {
-    for (name, door, told) in WAYS {
-        let what = format!("{name}, {door:?}, {told:?}");
+    for (name, door, teller) in WAYS {
+        let what = format!("{name}, {door:?}, {teller:?}");
         let (from, to) = (ModuleDevice::create(name), ModuleDevice::create(name));
-        let (guest, there) = (Guest::new(&from, door), to.open(door));
+        let (guest, there) = (Guest::new(&from, door, teller), to.open(door));
         let files = REGIONS.map(|(_, bytes)| memory(bytes));
         *guest.written.lock().unwrap() = Default::default();
         to.wish("fail", "RESUMING>STOP:5");
-        let (outcome, _, given_back) = moved(&guest, told, &there, &files);
+        let (outcome, _, given_back) = moved(&guest, teller, &there, &files);
         assert!(matches!(outcome, Outcome::Undone { .. }), "{what}: {outcome:?}");
         assert_eq!(guest.device.state().unwrap(), State::Running, "{what}");
         assert_eq!(from.number("logging"), 0, "{what}: stopped");
         let written = guest.written.lock().unwrap().clone();
-        if told != Teller::Nobody {
+        if teller != Teller::Nobody {
             for (back, written) in given_back.iter().zip(&written) {
                 assert!(back.is_superset(written), "{what}: {back:?} of {written:?}");
             }
         }
+        guest.marks.store(false, Ordering::SeqCst);
         guest.dma(Dma::Write, 0, 77, 1);
         to.wish("fail", "none");
-        let (outcome, _, _) = moved(&guest, told, &there, &files);
+        let (outcome, _, _) = moved(&guest, teller, &there, &files);
         assert!(matches!(outcome, Outcome::Moved(_)), "{what}: {outcome:?}");
         same_memory(&guest, &files, &what);
         assert_eq!(from.told("check"), to.told("check"), "{what}: the device's state");
@@ -256,7 +298,7 @@ fn a_move_that_is_undone_gives_back_every_page_and_the_next_one_arrives() {
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_log_that_fails_in_a_move_loses_nothing() {
     let (from, to) = (ModuleDevice::create("limosa-full"), ModuleDevice::create("limosa-full"));
-    let (guest, there) = (Guest::new(&from, Door::Cdev), to.open(Door::Cdev));
+    let (guest, there) = (Guest::new(&from, Door::Cdev, Teller::Device), to.open(Door::Cdev));
     let files = REGIONS.map(|(_, bytes)| memory(bytes));
     from.wish("fail", "report:5");
     let (outcome, _, _) = moved(&guest, Teller::Device, &there, &files);

@@ -8,7 +8,7 @@ use crate::mock_iommu::{self, APERTURE, MockDevice};
 use crate::{PAGE, file, memory, report, set};
 
 /// Attaches a mock device to the space, and returns the page table that it came to.
-fn attach(space: &AddressSpace, name: &str, device: &MockDevice<'_>) -> u32 {
+pub fn attach(space: &AddressSpace, name: &str, device: &MockDevice<'_>) -> u32 {
     let mut page_table = 0;
     let mut attach = |id| {
         page_table = id;

@@ -60,7 +60,9 @@ impl SpaceLog {
             return Ok(());
         }
         let inner = &self.space.inner;
-        inner.state().log = None;
+        // Held, so that nobody starts before this is over.
+        let mut state = inner.state();
+        state.log = None;
         match &inner.kind {
             Kind::Iommufd(iommufd) => iommufd.set_tracking(self.name(), false),
             Kind::Container(container) => container.stop_dirty(self.name()),
