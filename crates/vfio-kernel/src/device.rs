@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock, Weak};
 
 use limosa_client::dirty::{all_dirty, check};
@@ -10,6 +11,7 @@ use limosa_client::{
     Device, DeviceExt, DeviceLog, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Region,
     Result,
 };
+use limosa_protocol::State;
 use limosa_protocol::bitmap::or_into;
 use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionInfo};
 use zerocopy::IntoBytes;
@@ -70,6 +72,8 @@ pub struct KernelDevice {
     door: Option<Door>,
     /// The regions that were asked for: where they are in the fd does not change.
     pub(crate) regions: RwLock<BTreeMap<u32, RegionInfo>>,
+    /// It was in RESUMING when it was opened, and has not been reset since.
+    pub(crate) forsaken: AtomicBool,
 }
 
 /// What a door hands out.
@@ -96,7 +100,12 @@ impl KernelDevice {
 
     pub(crate) fn open_below(roots: &Roots, name: &str, options: &Options) -> Result<KernelDevice> {
         let opened = open::open(roots, name, options)?;
-        KernelDevice::new(name, opened)
+        let device = KernelDevice::new(name, opened)?;
+        // Whoever opens a device has it alone, so a session that is older has lost its data. Most drivers reset what
+        // is closed. mtty does not, and takes the kernel down when it is asked to load what is gone.
+        let loads = device.state().is_ok_and(|state| state == State::Resuming);
+        device.forsaken.store(loads, Ordering::Relaxed);
+        Ok(device)
     }
 
     /// A device that the caller holds open; `name` is for messages. The fd is duplicated: the caller's own stays
@@ -131,6 +140,7 @@ impl KernelDevice {
             space,
             door,
             regions: RwLock::default(),
+            forsaken: AtomicBool::new(false),
         };
         // Shows that the fd is one of a VFIO device. And mtty does not answer for interrupts before it was asked this.
         device.info()?;
@@ -222,7 +232,10 @@ impl Device for KernelDevice {
     fn reset(&self) -> Result<()> {
         // SAFETY: the request has no argument.
         match unsafe { ioctl::call(self.device_fd(), ioctl::vfio(RESET), std::ptr::null_mut()) } {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                self.forsaken.store(false, Ordering::Relaxed);
+                Ok(())
+            }
             Err(errno) => Err(Request::Reset.refused(&self.name, errno)),
         }
     }

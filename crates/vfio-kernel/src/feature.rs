@@ -4,12 +4,13 @@
 use std::borrow::Cow;
 use std::mem::offset_of;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::Ordering;
 
 use limosa_client::{Error, FeatureReply, FeatureRequest, Refers, Result};
 use limosa_protocol::feature::{
     DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigState,
 };
-use limosa_protocol::{FeatureHeader, FeatureIndex, FeatureOp};
+use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::device::KernelDevice;
@@ -43,6 +44,9 @@ impl KernelDevice {
             (Refers::Nothing | Refers::Bitmap(_), None) => {}
         }
         let sets_state = (index, op) == (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::SET);
+        if sets_state && self.forsaken.load(Ordering::Relaxed) {
+            return Err(self.refuse_to_finish(asked));
+        }
         let data_fd_at = offset_of!(FeatureMigState, data_fd);
         if sets_state && payload.len() >= size_of::<FeatureMigState>() {
             // Whatever the caller left there is not an fd that came from the kernel.
@@ -88,6 +92,18 @@ impl KernelDevice {
             reply.fd = Some(unsafe { OwnedFd::from_raw_fd(answer.cast_signed()) });
         }
         Ok(reply)
+    }
+
+    /// The answer to any state for a device whose load was broken off by the end of whoever had it open.
+    fn refuse_to_finish(&self, asked: Request) -> Error {
+        Error::Refused {
+            device: self.name_str().into(),
+            request: asked.to_string(),
+            errno: Errno::EINVAL,
+            hint: "it is in RESUMING since before it was opened, and what was to be loaded is lost with the process \
+                   that had it open; reset it"
+                .into(),
+        }
     }
 
     /// The address that closes the kernel's form of the payload, for features that have one.
