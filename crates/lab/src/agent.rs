@@ -1,11 +1,13 @@
-//! The agent: runs programs of its machine for a controller elsewhere. One connection is one program,
-//! which does not outlive it.
+//! The agent: runs programs of its machine, and reads and writes files there, for a controller elsewhere. One
+//! connection is one program, which does not outlive it, or one file.
 
 use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, Error, ErrorKind, Read};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,7 +31,7 @@ pub fn serve(listener: &TcpListener) -> io::Result<()> {
             continue;
         }
         thread::spawn(move || {
-            if let Err(error) = run(&link) {
+            if let Err(error) = answer(&link) {
                 // Whoever is gone does not hear it.
                 let _ = frame::send(&link, frame::FAILED, error.to_string().as_bytes());
             }
@@ -38,12 +40,37 @@ pub fn serve(listener: &TcpListener) -> io::Result<()> {
     }
 }
 
-/// Runs the program that the controller names, to its end or the controller's.
-fn run(link: &TcpStream) -> io::Result<()> {
+/// Does what the controller asks.
+fn answer(link: &TcpStream) -> io::Result<()> {
     link.set_nodelay(true)?;
     let (kind, payload) = frame::receive(link)?;
-    let arguments = payload.strip_suffix(b"\0").filter(|_| kind == frame::RUN);
-    let arguments = arguments.ok_or_else(|| Error::new(ErrorKind::InvalidData, "no program to run"))?;
+    let bad = |what| Error::new(ErrorKind::InvalidData, what);
+    let path = |path: &[u8]| PathBuf::from(OsStr::from_bytes(path));
+    match kind {
+        frame::RUN => run(link, payload.strip_suffix(b"\0").ok_or_else(|| bad("no program to run"))?),
+        frame::WRITE => {
+            let at = payload.iter().position(|&byte| byte == 0).ok_or_else(|| bad("no file to write"))?;
+            named(&path(&payload[..at]), |file| fs::write(file, &payload[at + 1..]))?;
+            frame::send(link, frame::END, &[0; 4])
+        }
+        frame::READ => {
+            let mut text = Vec::new();
+            let limit = frame::PAYLOAD_MAX as u64;
+            named(&path(&payload), |file| File::open(file)?.take(limit).read_to_end(&mut text))?;
+            frame::send(link, frame::OUT, &text)?;
+            frame::send(link, frame::END, &[0; 4])
+        }
+        _ => Err(bad("neither a program nor a file is asked for")),
+    }
+}
+
+/// An error says which file it is about.
+fn named<T>(file: &Path, work: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    work(file).map_err(|error| Error::new(error.kind(), format!("{}: {error}", file.display())))
+}
+
+/// Runs the program that the controller names, to its end or the controller's.
+fn run(link: &TcpStream, arguments: &[u8]) -> io::Result<()> {
     let mut arguments = arguments.split(|&byte| byte == 0).map(OsStr::from_bytes);
     let program = arguments.next().unwrap_or_default();
     let mut child = Command::new(program)

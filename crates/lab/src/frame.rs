@@ -7,6 +7,10 @@ pub(crate) const PAYLOAD_MAX: usize = 64 << 10;
 
 /// To the agent, first: a program and its arguments, each ended by NUL.
 pub(crate) const RUN: u8 = 1;
+/// To the agent, first: a file's path, NUL, and what to write to it. Answered by [`END`] or [`FAILED`].
+pub(crate) const WRITE: u8 = 7;
+/// To the agent, first: the path of a file to read. Answered by [`OUT`] and [`END`], or [`FAILED`].
+pub(crate) const READ: u8 = 8;
 /// To the agent: a signal's number (i32) for the program and all that it started.
 pub(crate) const SIGNAL: u8 = 2;
 /// From the agent: what the program said on standard output.

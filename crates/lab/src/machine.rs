@@ -49,12 +49,16 @@ impl Machine {
     #[track_caller]
     pub fn start<S: AsRef<str>>(&self, arguments: &[S]) -> Running {
         let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
-        let name = arguments.join(" ");
+        let mut payload = arguments.join("\0");
+        payload.push('\0');
+        self.ask(frame::RUN, payload.as_bytes(), arguments.join(" "))
+    }
+
+    #[track_caller]
+    fn ask(&self, kind: u8, payload: &[u8], name: String) -> Running {
         let link = TcpStream::connect_timeout(&self.agent.into(), LIMIT);
         let link = link.unwrap_or_else(|error| panic!("{name}: the agent at {}: {error}", self.agent));
-        let mut payload = arguments.join("\0").into_bytes();
-        payload.push(0);
-        let sent = link.set_nodelay(true).and_then(|()| frame::send(&link, frame::RUN, &payload));
+        let sent = link.set_nodelay(true).and_then(|()| frame::send(&link, kind, payload));
         sent.unwrap_or_else(|error| panic!("{name}: the agent at {}: {error}", self.agent));
         let shared = Arc::new(Shared::default());
         let (from, into) = (link.try_clone().expect("a descriptor is free"), Arc::clone(&shared));
@@ -72,6 +76,27 @@ impl Machine {
     #[track_caller]
     pub fn shell(&self, line: &str) -> String {
         self.run(&["/bin/sh", "-c", line]).ok().trim_end().to_owned()
+    }
+
+    /// Writes a file there.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be written; with the file and why.
+    #[track_caller]
+    pub fn write(&self, file: &str, text: &str) {
+        self.ask(frame::WRITE, format!("{file}\0{text}").as_bytes(), format!("writing {file}")).end().ok();
+    }
+
+    /// Reads a file there, without white space at its end.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be read; with the file and why.
+    #[track_caller]
+    pub fn read(&self, file: &str) -> String {
+        let text = self.ask(frame::READ, file.as_bytes(), format!("reading {file}")).end().ok();
+        text.trim_end().to_owned()
     }
 
     /// Cuts the second cable on this machine's side until what is given is dropped: without its address
@@ -97,7 +122,7 @@ impl Machine {
         let uuid = crate::mdev::random_uuid();
         let Kind { parent, name } = kind;
         let types = format!("{}/{parent}/mdev_supported_types", crate::kind::PARENTS);
-        self.shell(&format!("echo {uuid} >{types}/{name}/create"));
+        self.write(&format!("{types}/{name}/create"), &uuid);
         Placed { machine: self, uuid }
     }
 }
@@ -122,8 +147,7 @@ impl Placed<'_> {
     /// When the driver refuses.
     #[track_caller]
     pub fn set(&self, attribute: &str, value: impl ToString) {
-        let value = value.to_string();
-        self.machine.shell(&format!("echo '{value}' >/sys/bus/mdev/devices/{}/{attribute}", self.uuid));
+        self.machine.write(&self.file(attribute), &value.to_string());
     }
 
     /// Reads an attribute of its driver, without white space at the end.
@@ -133,16 +157,19 @@ impl Placed<'_> {
     /// When there is no such attribute.
     #[track_caller]
     pub fn get(&self, attribute: &str) -> String {
-        self.machine.shell(&format!("cat /sys/bus/mdev/devices/{}/{attribute}", self.uuid))
+        self.machine.read(&self.file(attribute))
+    }
+
+    fn file(&self, attribute: &str) -> String {
+        format!("/sys/bus/mdev/devices/{}/{attribute}", self.uuid)
     }
 }
 
 impl Drop for Placed<'_> {
     fn drop(&mut self) {
-        let line = format!("echo 1 >/sys/bus/mdev/devices/{}/remove", self.uuid);
         // While a test fails the machine may be in any condition, and its reason is the better one.
         if !thread::panicking() {
-            self.machine.shell(&line);
+            self.machine.write(&self.file("remove"), "1");
         }
     }
 }
