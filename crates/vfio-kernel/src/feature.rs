@@ -194,3 +194,30 @@ fn asked(request: &FeatureRequest<'_>) -> Request {
         (index, op) => Request::Feature(op, index),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vfio_bindings::bindings::vfio as linux;
+
+    #[test]
+    fn pointers_close_the_fixed_part_as_in_linux() {
+        use std::mem::offset_of;
+        for (index, at, bytes) in [
+            (
+                FeatureIndex::DMA_LOGGING_START,
+                offset_of!(linux::vfio_device_feature_dma_logging_control, ranges),
+                size_of::<linux::vfio_device_feature_dma_logging_control>(),
+            ),
+            (
+                FeatureIndex::DMA_LOGGING_REPORT,
+                offset_of!(linux::vfio_device_feature_dma_logging_report, bitmap),
+                size_of::<linux::vfio_device_feature_dma_logging_report>(),
+            ),
+        ] {
+            assert_eq!(index.rules().unwrap().payload_bytes, at, "{index}");
+            assert_eq!(at + size_of::<u64>(), bytes, "{index}");
+        }
+        assert_eq!(FeatureHeader::BYTES, offset_of!(linux::vfio_device_feature, data));
+    }
+}

@@ -174,3 +174,72 @@ pub(crate) fn entries(folder: &Path) -> Vec<String> {
 pub(crate) fn link_name(link: &Path) -> Option<String> {
     fs::read_link(link).ok()?.file_name()?.to_str().map(str::to_owned)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::Tree;
+
+    fn find(tree: &Tree, name: &str) -> Result<Found> {
+        tree.roots.find(&name.parse().unwrap(), name)
+    }
+
+    #[test]
+    fn every_name_of_a_device_leads_to_it() {
+        let tree = Tree::new();
+        let folder = tree.device("pci", "0000:65:00.1", Some("mlx5_vfio_pci"), Some(12));
+        tree.vfio(&folder, 3, true);
+        tree.group("12");
+        let found = find(&tree, "65:00.1").unwrap();
+        for name in ["0000:65:00.1", "/dev/vfio/devices/vfio3", "/dev/vfio/12", "12"] {
+            assert_eq!(find(&tree, name).unwrap(), found, "{name}");
+        }
+        assert_eq!((found.id.as_str(), found.bus.as_str(), found.vfio), ("0000:65:00.1", "pci", true));
+        assert_eq!(found.cdev, Some(tree.roots.dev.join("vfio/devices/vfio3")));
+        assert_eq!(found.group, Some(Group { number: 12, noiommu: false }));
+        assert_eq!(tree.roots.group_node(found.group.unwrap()), tree.roots.dev.join("vfio/12"));
+        // It is not called so.
+        for name in ["noiommu-12", "/dev/vfio/noiommu-12", "13", "/dev/vfio/devices/vfio12", "65:00.0"] {
+            assert_eq!(find(&tree, name).unwrap_err().errno(), Some(Errno::ENOENT), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_device_without_iommu_is_in_a_group_of_its_own_name() {
+        let tree = Tree::new();
+        tree.vfio(&tree.device("pci", "0000:65:00.1", Some("vfio-pci"), Some(3)), 0, false);
+        tree.group("noiommu-3");
+        let found = find(&tree, "/dev/vfio/noiommu-3").unwrap();
+        assert_eq!(found.group, Some(Group { number: 3, noiommu: true }));
+        assert_eq!(found.cdev, None, "made, but without a node of its own");
+        assert_eq!(tree.roots.group_node(found.group.unwrap()), tree.roots.dev.join("vfio/noiommu-3"));
+        assert!(find(&tree, "3").is_err());
+    }
+
+    #[test]
+    fn a_driver_of_vfios_is_known_on_kernels_without_the_class() {
+        for (driver, is) in
+            [("vfio-pci", true), ("hisi-acc-vfio-pci", true), ("igb", false), ("pci-stub", false)]
+        {
+            let tree = Tree::new();
+            tree.device("pci", "0000:65:00.1", Some(driver), Some(1));
+            assert_eq!(find(&tree, "65:00.1").unwrap().vfio, is, "{driver}");
+        }
+    }
+
+    #[test]
+    fn a_group_of_several_devices_names_them() {
+        let tree = Tree::new();
+        tree.vfio(&tree.device("pci", "0000:06:00.0", Some("vfio-pci"), Some(6)), 0, true);
+        let error = find(&tree, "6").map(|found| found.id);
+        assert_eq!(error.unwrap(), "0000:06:00.0");
+        tree.vfio(&tree.device("pci", "0000:06:00.1", Some("vfio-pci"), Some(6)), 1, true);
+        let error = find(&tree, "/dev/vfio/6").unwrap_err();
+        assert!(matches!(error, Error::Usage { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("0000:06:00.0") && text.contains("0000:06:00.1"), "{text}");
+        tree.device("pci", "0000:07:00.0", Some("igb"), Some(7));
+        let text = find(&tree, "7").unwrap_err().to_string();
+        assert!(text.contains("0000:07:00.0 (driver igb)"), "{text}");
+    }
+}

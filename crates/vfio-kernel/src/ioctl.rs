@@ -60,3 +60,26 @@ pub(crate) unsafe fn call(fd: BorrowedFd<'_>, opcode: Opcode, argument: *mut c_v
 pub(crate) fn errno(error: rustix::io::Errno) -> Errno {
     Errno::from_raw(error.raw_os_error().unsigned_abs())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vfio_bindings::bindings::vfio as linux;
+
+    #[test]
+    fn commands_are_numbered_as_linux_numbers_them() {
+        // _IO(type, number) on x86-64 and aarch64.
+        let io = |number: u32| Opcode::from(u32::from(linux::VFIO_TYPE) << 8 | number);
+        assert_eq!(vfio(17), io(linux::VFIO_BASE + 17), "VFIO_DEVICE_FEATURE");
+        assert_eq!(iommufd(0x80), io(0x80), "IOMMU_DESTROY");
+    }
+
+    #[test]
+    fn a_call_on_what_is_no_device_gives_its_errno() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let fd = std::os::fd::AsFd::as_fd(&file);
+        // SAFETY: the command has no argument.
+        let answer = unsafe { call(fd, vfio(11), std::ptr::null_mut()) };
+        assert_eq!(answer, Err(Errno::ENOTTY));
+    }
+}

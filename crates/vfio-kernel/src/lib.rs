@@ -14,12 +14,14 @@ mod refusal;
 mod region;
 mod space;
 mod stream;
+#[cfg(test)]
+mod tree;
 mod unusable;
 
 use std::fmt;
 
 pub use device::{KernelDevice, Options};
-pub use list::{Listed, list};
+pub use list::{Listed, PciIds, list, list_unbound};
 pub use name::{Group, Name, NotAName};
 pub use space::{AddressSpace, IovaRanges, SpaceLog};
 pub use unusable::Unusable;

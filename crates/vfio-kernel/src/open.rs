@@ -12,7 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::device::{Opened, Options};
 use crate::find::{Found, Roots, names};
 use crate::name::{Group, Name};
-use crate::refusal::Request;
+use crate::refusal::{Request, node_hint};
 use crate::unusable::Unusable;
 use crate::{AddressSpace, Door, ioctl};
 
@@ -41,8 +41,10 @@ pub(crate) fn open(roots: &Roots, given: &str, options: &Options) -> Result<Open
         });
     }
     let found = roots.find(&name, given)?;
-    if let Some(why) = Unusable::by_sysfs(roots, &found) {
-        return Err(why.error(given));
+    match Unusable::by_sysfs(roots, &found) {
+        // Drivers that do no DMA may share a group; the kernel knows them all.
+        None | Some(Unusable::NotViable { .. }) => {}
+        Some(why) => return Err(why.error(given)),
     }
     let given = Given { roots, name: given, found: &found, space: options.space.as_ref() };
     match (options.door.or(of_space), &name) {
@@ -96,7 +98,7 @@ impl Given<'_> {
         };
         let fd = self.open_node(node)?;
         let space = self.space_of(Door::Cdev)?;
-        space.attach_cdev(self.name, fd.as_fd())?;
+        space.attach_cdev(self.name, fd.as_fd()).map_err(|error| self.explained(error))?;
         Ok(Opened { fd, group: None, space: Some(space), door: Some(Door::Cdev) })
     }
 
@@ -107,9 +109,19 @@ impl Given<'_> {
         let node = self.open_node(&self.roots.group_node(group))?;
         self.check_viable(group, node.as_fd())?;
         let space = self.space_of(Door::Group)?;
-        space.attach_group(self.name, node.as_fd())?;
+        space.attach_group(self.name, node.as_fd()).map_err(|error| self.explained(error))?;
         let fd = self.device_of_group(node.as_fd())?;
         Ok(Opened { fd, group: Some(node), space: Some(space), door: Some(Door::Group) })
+    }
+
+    /// Names the devices of the host's that stand in the way, if that is why.
+    fn explained(&self, error: Error) -> Error {
+        match (error.errno(), Unusable::by_sysfs(self.roots, self.found)) {
+            (Some(Errno::EBUSY | Errno::EPERM), Some(why @ Unusable::NotViable { .. })) => {
+                why.error(self.name)
+            }
+            _ => error,
+        }
     }
 
     fn space_of(&self, door: Door) -> Result<AddressSpace> {
@@ -120,28 +132,8 @@ impl Given<'_> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         rustix::io::retry_on_intr(|| rustix::fs::open(node, flags, Mode::empty())).map_err(|error| {
             let errno = ioctl::errno(error);
-            let shown = node.display();
-            let hint = match errno {
-                Errno::EBUSY => format!(
-                    "somebody has it open already, through its group or its cdev; `fuser -v {shown}` and the \
-                     same of its other node show who"
-                ),
-                Errno::EACCES => format!(
-                    "it belongs to root at first: give it to the user who is to have the device, `chown USER {shown}`"
-                ),
-                Errno::EPERM => "a device without IOMMU is for users with CAP_SYS_RAWIO only".into(),
-                Errno::ENOENT if !self.roots.dev.join("vfio").exists() => {
-                    "there is no /dev/vfio here: load the module vfio, or pass the nodes into this container".into()
-                }
-                Errno::ENOENT => {
-                    "the kernel has the device, but its node is missing: is this a container without it, or does \
-                     udev not run?"
-                        .into()
-                }
-                Errno::ENODEV | Errno::ENXIO => "the device is gone: it was unplugged, or its driver was unbound".into(),
-                _ => String::new(),
-            };
-            self.failed(format!("opening {shown}"), errno, hint.into())
+            let has_vfio = self.roots.dev.join("vfio").exists();
+            self.failed(format!("opening {}", node.display()), errno, node_hint(errno, node, has_vfio).into())
         })
     }
 
@@ -180,4 +172,94 @@ impl Given<'_> {
 /// The errno of an error of the standard library's.
 pub(crate) fn os_errno(error: &std::io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, |errno| Errno::from_raw(errno.unsigned_abs()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::Tree;
+
+    fn refused(tree: &Tree, name: &str, door: Option<Door>) -> Error {
+        match open(&tree.roots, name, &Options { door, space: None }) {
+            Ok(_) => panic!("{name} is an ordinary file"),
+            Err(error) => error,
+        }
+    }
+
+    fn assert_says(error: &Error, errno: Errno, words: &[&str]) {
+        assert_eq!(error.errno(), Some(errno), "{error}");
+        for word in words {
+            assert!(error.to_string().contains(word), "`{word}` in: {error}");
+        }
+    }
+
+    #[test]
+    fn the_status_of_a_group_lies_as_in_linux() {
+        use vfio_bindings::bindings::vfio as linux;
+        assert_eq!(size_of::<linux::vfio_group_status>(), size_of::<[u32; 2]>());
+        assert_eq!(std::mem::offset_of!(linux::vfio_group_status, flags), 4);
+        assert_eq!(GROUP_FLAGS_VIABLE, linux::VFIO_GROUP_FLAGS_VIABLE);
+    }
+
+    #[test]
+    fn a_device_that_vfio_does_not_have_says_how_to_bind_it() {
+        let tree = Tree::new();
+        tree.device("pci", "0000:65:00.0", Some("igb"), Some(1));
+        tree.device("pci", "0000:65:00.1", None, Some(1));
+        tree.device("pci", "0000:66:00.0", None, None);
+        tree.device("mdev", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", None, None);
+        let words =
+            ["igb", "driver_override", "echo 0000:65:00.0 > /sys/bus/pci/devices/0000:65:00.0/driver/unbind"];
+        assert_says(&refused(&tree, "65:00.0", None), Errno::ENODEV, &words);
+        assert_says(
+            &refused(&tree, "65:00.1", None),
+            Errno::ENODEV,
+            &["bound to no driver", "drivers_probe"],
+        );
+        assert_says(&refused(&tree, "66:00.0", None), Errno::ENODEV, &["no IOMMU group", "intel_iommu=on"]);
+        let mdev = refused(&tree, "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", None);
+        assert_says(&mdev, Errno::ENODEV, &["VFIO driver of its bus"]);
+    }
+
+    #[test]
+    fn a_node_that_is_missing_is_named_with_its_door() {
+        let tree = Tree::new();
+        tree.vfio(&tree.device("pci", "0000:65:00.1", Some("vfio-pci"), Some(12)), 3, true);
+        tree.group("12");
+        let cdev = refused(&tree, "65:00.1", Some(Door::Cdev));
+        assert_says(&cdev, Errno::ENOENT, &["vfio/devices/vfio3", "there is no /dev/vfio"]);
+        tree.node("vfio/vfio");
+        let group = refused(&tree, "65:00.1", Some(Door::Group));
+        assert_says(&group, Errno::ENOENT, &["vfio/12", "container"]);
+        // Where neither is there, it is the first door that is missed.
+        assert_says(&refused(&tree, "65:00.1", None), Errno::ENOENT, &["vfio/devices/vfio3"]);
+    }
+
+    #[test]
+    fn a_kernel_without_cdevs_has_the_group() {
+        let tree = Tree::new();
+        tree.vfio(&tree.device("pci", "0000:65:00.1", Some("vfio-pci"), Some(12)), 3, false);
+        tree.group("12");
+        tree.node("vfio/12");
+        // The node is an ordinary file, so it was the group that was tried.
+        let error = refused(&tree, "65:00.1", None);
+        assert_says(&error, Errno::ENOTTY, &["GROUP_GET_STATUS"]);
+        let error = refused(&tree, "65:00.1", Some(Door::Cdev));
+        assert_says(&error, Errno::ENOENT, &["CONFIG_VFIO_DEVICE_CDEV"]);
+    }
+
+    #[test]
+    fn a_device_without_a_group_has_no_door_to_it() {
+        let tree = Tree::new();
+        tree.vfio(&tree.device("pci", "0000:65:00.1", Some("vfio-pci"), None), 3, true);
+        let error = refused(&tree, "65:00.1", Some(Door::Group));
+        assert_says(&error, Errno::ENODEV, &["no IOMMU group"]);
+    }
+
+    #[test]
+    fn a_name_that_is_none_says_what_one_looks_like() {
+        let error = refused(&Tree::new(), "/tmp/uart.sock", None);
+        assert!(matches!(error, Error::Usage { .. }), "{error}");
+        assert!(error.to_string().contains("0000:65:00.1"), "{error}");
+    }
 }

@@ -3,9 +3,12 @@
 //! The errno are those of `drivers/vfio`, of the drivers with migration, and of what `vfio.h` promises.
 
 use std::fmt;
+use std::path::Path;
 
 use limosa_client::Error;
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
+
+const TOO_MANY_FILES: &str = "this process has as many open files as it may: raise its limit (ulimit -n)";
 
 /// What was asked of the kernel, in the standard's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -192,6 +195,148 @@ impl Request {
             request: self.to_string(),
             errno,
             hint: self.hint(errno).into(),
+        }
+    }
+}
+
+/// What it means that a node of a device or of a group cannot be opened, and what to do about it.
+pub(crate) fn node_hint(errno: Errno, node: &Path, has_vfio: bool) -> String {
+    let node = node.display();
+    match errno {
+        Errno::EBUSY => format!(
+            "somebody has it open already, through its group or its cdev; `fuser -v {node}` and the same of its \
+             other node show who"
+        ),
+        Errno::EACCES => {
+            format!(
+                "it belongs to root at first: `chown USER {node}` gives it to the user who is to have the device"
+            )
+        }
+        Errno::EPERM => {
+            "a device without IOMMU is for users with CAP_SYS_RAWIO only, and a container may forbid \
+                         all of its device nodes"
+                .into()
+        }
+        Errno::ENOENT if !has_vfio => {
+            "there is no /dev/vfio here: load the module vfio, or pass the nodes into this container".into()
+        }
+        Errno::ENOENT => {
+            "the kernel has the device, but its node is missing: is this a container without it, or \
+                          does udev not run?"
+                .into()
+        }
+        Errno::ENODEV | Errno::ENXIO => {
+            "the device is gone: it was unplugged, or its driver was unbound".into()
+        }
+        Errno::EMFILE => TOO_MANY_FILES.into(),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVERY: [Request; 15] = [
+        Request::Feature(FeatureOp::GET, FeatureIndex::MIGRATION),
+        Request::Feature(FeatureOp::SET, FeatureIndex::DMA_LOGGING_START),
+        Request::SetState(3),
+        Request::GetInfo,
+        Request::GetRegionInfo(0),
+        Request::GetIrqInfo(0),
+        Request::SetIrqs(0),
+        Request::Reset,
+        Request::RegionRead(0),
+        Request::RegionWrite(0),
+        Request::DataRead,
+        Request::DataWrite,
+        Request::PrecopyInfo,
+        Request::GroupStatus,
+        Request::GetDeviceFd,
+    ];
+
+    #[test]
+    fn requests_have_the_names_of_the_standard() {
+        let get = |index| Request::Feature(FeatureOp::GET, index).to_string();
+        assert_eq!(get(FeatureIndex::MIG_DATA_SIZE), "GET MIG_DATA_SIZE");
+        assert_eq!(get(FeatureIndex(99)), "GET feature 99");
+        let probe = Request::Feature(FeatureOp::PROBE | FeatureOp::SET, FeatureIndex::MIGRATION);
+        assert_eq!(probe.to_string(), "PROBE MIGRATION");
+        let none = Request::Feature(FeatureOp::empty(), FeatureIndex::MIGRATION);
+        assert_eq!(none.to_string(), "FEATURE MIGRATION with flags 0x0");
+        assert_eq!(Request::SetState(3).to_string(), "SET MIG_DEVICE_STATE to STOP_COPY");
+        assert_eq!(Request::SetState(8).to_string(), "SET MIG_DEVICE_STATE to 8");
+        assert_eq!(Request::GetRegionInfo(7).to_string(), "DEVICE_GET_REGION_INFO of 7");
+        for request in EVERY {
+            assert!(!request.to_string().is_empty(), "{request:?}");
+        }
+    }
+
+    /// What an operator can meet, and a word of what he is told.
+    #[test]
+    fn refusals_say_what_they_mean() {
+        let feature = |index| Request::Feature(FeatureOp::SET, index);
+        for (request, errno, word) in [
+            (feature(FeatureIndex::MIGRATION), Errno::ENOTTY, "VFIO driver made for it"),
+            (Request::SetState(3), Errno::ENOTTY, "VFIO driver made for it"),
+            (Request::SetState(1), Errno::EINVAL, "not whole"),
+            (Request::SetState(3), Errno::EIO, "only a reset"),
+            (feature(FeatureIndex::DMA_LOGGING_START), Errno::ENOTTY, "IOMMU may"),
+            (feature(FeatureIndex::DMA_LOGGING_START), Errno::E2BIG, "fit a page"),
+            (feature(FeatureIndex::DMA_LOGGING_REPORT), Errno::ENOTSUP, "CONFIG_IOMMUFD_DRIVER"),
+            (feature(FeatureIndex::MIG_DATA_SIZE), Errno::ENOTTY, "no estimate"),
+            (feature(FeatureIndex::MIG_PRECOPY_INFO_V2), Errno::ENOTTY, "older"),
+            (feature(FeatureIndex(77)), Errno::ENOTTY, "does not know"),
+            (Request::GetInfo, Errno::EINVAL, "iommufd"),
+            (Request::GetInfo, Errno::ENOTTY, "not one of a VFIO device"),
+            (Request::GetRegionInfo(9), Errno::EINVAL, "no such region"),
+            (Request::GetIrqInfo(9), Errno::EINVAL, "no such interrupt"),
+            (Request::SetIrqs(2), Errno::ENOSPC, "not that many"),
+            (Request::Reset, Errno::EINVAL, "cannot be reset"),
+            (Request::RegionRead(0), Errno::EIO, "command register"),
+            (Request::DataRead, Errno::EBADF, "written, not read"),
+            (Request::DataWrite, Errno::EBADF, "read, not written"),
+            (Request::DataRead, Errno::ENODEV, "session is over"),
+            (Request::DataWrite, Errno::ENOMEM, "more than"),
+            (Request::DataWrite, Errno::EBADMSG, "damaged"),
+            (Request::PrecopyInfo, Errno::EINVAL, "PRE_COPY"),
+            (Request::GetDeviceFd, Errno::EBUSY, "host's"),
+            (Request::DataRead, Errno::EMFILE, "ulimit"),
+        ] {
+            let hint = request.hint(errno);
+            assert!(hint.contains(word), "{request}, {errno}: `{hint}`");
+        }
+    }
+
+    #[test]
+    fn a_refusal_keeps_its_errno_and_names_the_request() {
+        for request in EVERY {
+            for errno in (1..=133).map(Errno::from_raw) {
+                let error = request.refused("0000:65:00.1", errno);
+                let text = error.to_string();
+                assert!(text.contains("0000:65:00.1") && text.contains(&request.to_string()), "{text}");
+                let is_gone = errno == Errno::ENODEV && !request.is_of_session();
+                assert_eq!(error.is_connection_lost(), is_gone, "{text}");
+                assert_eq!(error.is_refused(errno), !is_gone, "{text}");
+                assert!(!text.ends_with(['.', ' ', ';']), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_node_that_does_not_open_says_what_to_do() {
+        let node = Path::new("/dev/vfio/12");
+        for (errno, has_vfio, word) in [
+            (Errno::EBUSY, true, "fuser -v /dev/vfio/12"),
+            (Errno::EACCES, true, "chown USER /dev/vfio/12"),
+            (Errno::EPERM, true, "CAP_SYS_RAWIO"),
+            (Errno::ENOENT, false, "no /dev/vfio"),
+            (Errno::ENOENT, true, "node is missing"),
+            (Errno::ENODEV, true, "unplugged"),
+            (Errno::EMFILE, true, "ulimit"),
+        ] {
+            let hint = node_hint(errno, node, has_vfio);
+            assert!(hint.contains(word), "{errno}: `{hint}`");
         }
     }
 }

@@ -136,3 +136,77 @@ impl DataStream for DataFd {
         TRANSFER_BYTES_MAX
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use rustix::pipe::{PipeFlags, pipe_with};
+
+    use super::*;
+
+    /// A stream over an fd, of a device that is open or closed.
+    fn stream(fd: OwnedFd, device: &Weak<OwnedFd>) -> DataFd {
+        DataFd { name: "pipe".into(), fd, device: device.clone(), failed: None }
+    }
+
+    fn pipe(flags: PipeFlags) -> (DataFd, DataFd) {
+        let (reader, writer) = pipe_with(flags | PipeFlags::CLOEXEC).unwrap();
+        (stream(reader, &Weak::new()), stream(writer, &Weak::new()))
+    }
+
+    #[test]
+    fn all_is_written_whatever_the_kernel_takes_at_once() {
+        // A pipe takes 64 KiB, and with O_NONBLOCK says EAGAIN then.
+        for flags in [PipeFlags::empty(), PipeFlags::NONBLOCK] {
+            let (mut reader, mut writer) = pipe(flags);
+            let sent: Vec<u8> = (0..3_000_000u32).map(|at| (at % 251) as u8).collect();
+            let mut got = Vec::new();
+            thread::scope(|scope| {
+                scope.spawn(|| writer.write(&sent).unwrap());
+                let mut chunk = vec![0; 70_000];
+                while got.len() < sent.len() {
+                    match reader.read(&mut chunk).unwrap() {
+                        Chunk::Data(bytes) => got.extend_from_slice(&chunk[..bytes]),
+                        other => panic!("{other:?}"),
+                    }
+                }
+            });
+            assert!(got == sent, "{flags:?}");
+        }
+    }
+
+    #[test]
+    fn an_end_is_not_believed_of_a_device_that_is_closed() {
+        let (mut reader, writer) = pipe(PipeFlags::empty());
+        drop(writer);
+        let error = reader.read(&mut [0]).unwrap_err();
+        assert!(error.is_refused(Errno::ENODEV), "{error}");
+    }
+
+    #[test]
+    fn an_end_is_not_believed_of_a_device_that_does_not_tell_its_state() {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        drop(writer);
+        let device: Arc<OwnedFd> = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        let error = stream(reader, &Arc::downgrade(&device)).read(&mut [0]).unwrap_err();
+        assert!(
+            error.is_refused(Errno::ENOTTY) && error.to_string().contains("GET MIG_DEVICE_STATE"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_write_that_failed_is_the_last() {
+        let (mut reader, mut writer) = pipe(PipeFlags::empty());
+        assert!(reader.write(b"x").unwrap_err().is_refused(Errno::EBADF));
+        assert!(writer.read(&mut [0]).unwrap_err().is_refused(Errno::EBADF));
+        drop(reader);
+        for _ in 0..2 {
+            let error = writer.write(b"x").unwrap_err();
+            assert!(error.is_refused(Errno::EPIPE), "{error}");
+        }
+        assert!(matches!(writer.read(&mut []), Err(Error::Usage { .. })));
+        assert!(writer.precopy_info().unwrap_err().is_refused(Errno::ENOTTY));
+    }
+}
