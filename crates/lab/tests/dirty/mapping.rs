@@ -234,3 +234,19 @@ fn an_unmap_asks_whoever_knows_what_was_written() {
         module::dma(&device, Dma::Write, BASE, 8, 1).unwrap();
     }
 }
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn what_a_vmm_hands_over_is_looked_at_first() {
+    let (container, null) = (device("/dev/vfio/vfio"), device("/dev/null"));
+    let vmm = AddressSpace::new(Door::Cdev).unwrap();
+    let (iommufd, ioas) = vmm.ioas().unwrap();
+    let refused = |space: limosa_client::Result<AddressSpace>| space.unwrap_err().errno().unwrap();
+    assert_eq!(refused(AddressSpace::from_iommufd(iommufd, ioas + 1)), Errno::ENOENT);
+    assert_eq!(refused(AddressSpace::from_iommufd(null.as_fd(), ioas)), Errno::ENOTTY);
+    assert_eq!(refused(AddressSpace::from_container(null.as_fd())), Errno::ENOTTY);
+    AddressSpace::from_container(container.as_fd()).unwrap();
+    let space = AddressSpace::from_page_tables(iommufd, ioas, &[ioas + 1]).unwrap();
+    let error = space.dirty_log().start(PAGE, &[]).unwrap_err();
+    assert_eq!(error.errno(), Some(Errno::ENOENT), "{error}");
+}

@@ -71,9 +71,12 @@ impl Iommufd {
     }
 
     /// One that the caller holds, with page tables of his.
-    pub fn borrowed(fd: OwnedFd, ioas: u32, hwpts: &[u32]) -> Iommufd {
+    pub fn borrowed(fd: OwnedFd, ioas: u32, hwpts: &[u32]) -> Result<Iommufd> {
         let page_tables = hwpts.iter().map(|&id| PageTable { id, is_ours: false }).collect();
-        Iommufd { fd, ioas, is_ours: false, page_tables: Mutex::new(page_tables) }
+        let iommufd = Iommufd { fd, ioas, is_ours: false, page_tables: Mutex::new(page_tables) };
+        // Shows that they are what they should be.
+        iommufd.iova_ranges()?;
+        Ok(iommufd)
     }
 
     /// Gives the device to the iommufd and returns its id there.
@@ -260,7 +263,14 @@ impl Iommufd {
                 Err(Errno::EMSGSIZE) if count > ranges.len() as u32 && count <= RANGES_MAX => {
                     ranges.resize(count as usize, IovaRange::default());
                 }
-                Err(errno) => return Err(refused("iommufd", "IOAS_IOVA_RANGES", errno, "")),
+                Err(errno) => {
+                    let hint = match errno {
+                        Errno::ENOENT | Errno::EINVAL => format!("there is no IOAS {}", self.ioas),
+                        Errno::ENOTTY => "the fd is not one of /dev/iommu".into(),
+                        _ => String::new(),
+                    };
+                    return Err(refused("iommufd", "IOAS_IOVA_RANGES", errno, hint));
+                }
             }
         }
     }

@@ -94,18 +94,31 @@ impl AddressSpace {
     }
 
     /// An IOAS that the caller holds. The fd is duplicated.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with ENOENT when there is no such IOAS, and with ENOTTY when the fd is not an iommufd.
     pub fn from_iommufd(iommufd: BorrowedFd<'_>, ioas: u32) -> Result<AddressSpace> {
-        Ok(AddressSpace::of(Kind::Iommufd(Iommufd::borrowed(own("iommufd", iommufd)?, ioas, &[]))))
+        AddressSpace::from_page_tables(iommufd, ioas, &[])
     }
 
     /// An IOAS that the caller holds, with the page tables, allocated with `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`, that
     /// he has attached his devices to. The fd is duplicated, and the page tables stay the caller's: they serve to
     /// see what those devices write, and other devices are attached to them where that can be.
+    ///
+    /// # Errors
+    ///
+    /// As [`AddressSpace::from_iommufd`]. Whether there are such page tables shows when dirty pages are to be logged.
     pub fn from_page_tables(iommufd: BorrowedFd<'_>, ioas: u32, hwpts: &[u32]) -> Result<AddressSpace> {
-        Ok(AddressSpace::of(Kind::Iommufd(Iommufd::borrowed(own("iommufd", iommufd)?, ioas, hwpts))))
+        let iommufd = Iommufd::borrowed(own("iommufd", iommufd)?, ioas, hwpts)?;
+        Ok(AddressSpace::of(Kind::Iommufd(iommufd)))
     }
 
-    /// A container that the caller holds, its IOMMU set. The fd is duplicated.
+    /// A container that the caller holds, with its IOMMU or before it. The fd is duplicated.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with ENOTTY when the fd is not a container.
     pub fn from_container(container: BorrowedFd<'_>) -> Result<AddressSpace> {
         Ok(AddressSpace::of(Kind::Container(Container::new(own("container", container)?, false)?)))
     }
@@ -123,6 +136,9 @@ impl AddressSpace {
     }
 
     /// The iommufd and the id of the IOAS, for what this crate has no call for; `None` for a container.
+    ///
+    /// In an IOAS that [`AddressSpace::new`] made, memory is to be mapped through this object alone: its log
+    /// ([`AddressSpace::dirty_log`]) does not look for any other.
     pub fn ioas(&self) -> Option<(BorrowedFd<'_>, u32)> {
         match &self.inner.kind {
             Kind::Iommufd(iommufd) => Some(iommufd.ioas()),
@@ -157,7 +173,7 @@ impl AddressSpace {
     /// Attaches a device that the caller has bound to the iommufd, as `device_id` (`vfio.h:
     /// VFIO_DEVICE_BIND_IOMMUFD, out_devid`). `attach` is called with the id of one page table or IOAS after the
     /// other until it takes one (`vfio.h: VFIO_DEVICE_ATTACH_IOMMUFD_PT`): page tables with dirty tracking first,
-    /// where the device's IOMMU has that. `name` is for messages.
+    /// where the device's IOMMU has that. It must not use the space. `name` is for messages.
     ///
     /// # Errors
     ///
