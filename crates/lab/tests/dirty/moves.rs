@@ -53,6 +53,7 @@ const WAYS: [(&str, Door, Teller); 7] = [
 /// The guest on the source: a device that writes its memory.
 struct Guest {
     device: KernelDevice,
+    teller: Teller,
     /// Where its memory is mapped.
     space: AddressSpace,
     /// The page table in which its writes are marked.
@@ -67,6 +68,11 @@ struct Guest {
 
 impl Guest {
     fn new(module: &ModuleDevice, door: Door, teller: Teller) -> Guest {
+        Guest::of(module, door, teller, new_memory())
+    }
+
+    /// With this memory.
+    fn of(module: &ModuleDevice, door: Door, teller: Teller, files: [File; 2]) -> Guest {
         let device = module.open(door);
         let mut space = device.address_space().unwrap().clone();
         let mut page_table = None;
@@ -78,9 +84,10 @@ impl Guest {
         }
         let guest = Guest {
             device,
+            teller,
             space,
             page_table,
-            files: REGIONS.map(|(_, bytes)| memory(bytes)),
+            files,
             written: Mutex::default(),
             count: Mutex::default(),
             marks: AtomicBool::new(false),
@@ -155,6 +162,26 @@ impl Observer for Guest {
     }
 }
 
+/// The devices of one guest, which write in turns.
+struct All<'a>(&'a [&'a Guest]);
+
+impl Observer for All<'_> {
+    fn phase(&self, phase: Phase) {
+        self.0.iter().for_each(|guest| guest.phase(phase));
+    }
+    fn round(&self, round: u32, dirty_bytes: u64) {
+        self.0.iter().for_each(|guest| guest.round(round, dirty_bytes));
+    }
+}
+
+fn new_memory() -> [File; 2] {
+    REGIONS.map(|(_, bytes)| memory(bytes))
+}
+
+fn same_files(files: &[File; 2]) -> [File; 2] {
+    [0, 1].map(|at| files[at].try_clone().unwrap())
+}
+
 /// A log of no vCPUs, that keeps what comes back.
 #[derive(Default)]
 struct Log(Arc<Mutex<[BTreeSet<u64>; 2]>>);
@@ -188,34 +215,35 @@ fn all(pages: &FilePages, bytes: u64) -> Vec<u8> {
     all
 }
 
-/// Moves the guest to the device, and says how that went and what was given back.
+/// Moves the guest, which has these devices, to those, and says how that went and what was given back.
 fn moved(
-    guest: &Guest,
-    teller: Teller,
-    there: &KernelDevice,
+    guests: &[&Guest],
+    there: &[&KernelDevice],
     files: &[File; 2],
 ) -> (Outcome, Received, [BTreeSet<u64>; 2]) {
     let options =
         Options { convergence: Convergence { rounds_max: ROUNDS, left_bytes_max: 0 }, ..Options::default() };
-    let (near, far) = (pages(&guest.files), pages(files));
-    let space_log = guest.space.dirty_log();
-    let sources: Vec<&dyn DirtySource> = match teller {
-        Teller::Container | Teller::PageTable => vec![&space_log],
-        _ => vec![],
-    };
+    let (near, far) = (pages(&guests[0].files), pages(files));
+    let told = |guest: &&&Guest| matches!(guest.teller, Teller::Container | Teller::PageTable);
+    let logs: Vec<_> = guests.iter().filter(told).map(|guest| guest.space.dirty_log()).collect();
     let mut log = Log::default();
     let given_back = Arc::clone(&log.0);
-    let kind = |device| MovedDevice::new(device);
+    let here: Vec<_> = guests.iter().map(|guest| MovedDevice::new(&guest.device)).collect();
+    let there: Vec<_> = there.iter().map(|device| MovedDevice::new(*device)).collect();
     let mut source = Source {
-        devices: &[kind(&guest.device)],
-        memory: Memory { regions: regions(&near), log: Some(&mut log), sources },
+        devices: &here,
+        memory: Memory {
+            regions: regions(&near),
+            log: Some(&mut log),
+            sources: logs.iter().map(|log| log as &dyn DirtySource).collect(),
+        },
         vmm: &Nobody,
-        observer: guest,
+        observer: &All(guests),
         options: &options,
         cancel: None,
     };
     let destination = Destination {
-        devices: &[kind(there)],
+        devices: &there,
         memory: &regions(&far),
         vmm: &Nobody,
         observer: &Nobody,
@@ -249,8 +277,8 @@ fn what_a_device_writes_while_it_moves_arrives() {
         let what = format!("{name}, {door:?}, {teller:?}");
         let (from, to) = (ModuleDevice::create(name), ModuleDevice::create(name));
         let (guest, there) = (Guest::new(&from, door, teller), to.open(door));
-        let files = REGIONS.map(|(_, bytes)| memory(bytes));
-        let (outcome, _, _) = moved(&guest, teller, &there, &files);
+        let files = new_memory();
+        let (outcome, _, _) = moved(&[&guest], &[&there], &files);
         let Outcome::Moved(report) = &outcome else { panic!("{what}: {outcome:?}") };
         let blind = report.notes.iter().any(|note| note.contains("nobody logs the DMA"));
         assert_eq!(blind, teller == Teller::Nobody, "{what}: {:?}", report.notes);
@@ -271,10 +299,10 @@ fn a_move_that_is_undone_gives_back_every_page_and_the_next_one_arrives() {
         let what = format!("{name}, {door:?}, {teller:?}");
         let (from, to) = (ModuleDevice::create(name), ModuleDevice::create(name));
         let (guest, there) = (Guest::new(&from, door, teller), to.open(door));
-        let files = REGIONS.map(|(_, bytes)| memory(bytes));
+        let files = new_memory();
         *guest.written.lock().unwrap() = Default::default();
         to.wish("fail", "RESUMING>STOP:5");
-        let (outcome, _, given_back) = moved(&guest, teller, &there, &files);
+        let (outcome, _, given_back) = moved(&[&guest], &[&there], &files);
         assert!(matches!(outcome, Outcome::Undone { .. }), "{what}: {outcome:?}");
         assert_eq!(guest.device.state().unwrap(), State::Running, "{what}");
         assert_eq!(from.number("logging"), 0, "{what}: stopped");
@@ -287,7 +315,7 @@ fn a_move_that_is_undone_gives_back_every_page_and_the_next_one_arrives() {
         guest.marks.store(false, Ordering::SeqCst);
         guest.dma(Dma::Write, 0, 77, 1);
         to.wish("fail", "none");
-        let (outcome, _, _) = moved(&guest, teller, &there, &files);
+        let (outcome, _, _) = moved(&[&guest], &[&there], &files);
         assert!(matches!(outcome, Outcome::Moved(_)), "{what}: {outcome:?}");
         same_memory(&guest, &files, &what);
         assert_eq!(from.told("check"), to.told("check"), "{what}: the device's state");
@@ -299,9 +327,31 @@ fn a_move_that_is_undone_gives_back_every_page_and_the_next_one_arrives() {
 fn a_log_that_fails_in_a_move_loses_nothing() {
     let (from, to) = (ModuleDevice::create("limosa-full"), ModuleDevice::create("limosa-full"));
     let (guest, there) = (Guest::new(&from, Door::Cdev, Teller::Device), to.open(Door::Cdev));
-    let files = REGIONS.map(|(_, bytes)| memory(bytes));
+    let files = new_memory();
     from.wish("fail", "report:5");
-    let (outcome, _, _) = moved(&guest, Teller::Device, &there, &files);
+    let (outcome, _, _) = moved(&[&guest], &[&there], &files);
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     same_memory(&guest, &files, "reports fail");
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn what_several_devices_write_arrives_whoever_tells() {
+    let names = ["limosa-full", "limosa-plain", "limosa-precopy"];
+    let (from, to) = (names.map(ModuleDevice::create), names.map(ModuleDevice::create));
+    let memory = new_memory();
+    let guests = [
+        Guest::of(&from[0], Door::Cdev, Teller::Device, same_files(&memory)),
+        Guest::of(&from[1], Door::Group, Teller::Container, same_files(&memory)),
+        Guest::of(&from[2], Door::Cdev, Teller::PageTable, same_files(&memory)),
+    ];
+    let there = to.each_ref().map(|module| module.open(None));
+    let files = new_memory();
+    let (outcome, _, _) = moved(&guests.each_ref(), &there.each_ref(), &files);
+    let Outcome::Moved(report) = &outcome else { panic!("{outcome:?}") };
+    assert!(report.notes.is_empty(), "every one is seen: {:?}", report.notes);
+    same_memory(&guests[0], &files, "three devices");
+    for (from, to) in from.iter().zip(&to) {
+        assert_eq!(from.told("check"), to.told("check"), "a device's state");
+    }
 }

@@ -44,6 +44,24 @@ pub struct SpaceLog {
 
 impl AddressSpace {
     /// The log of this space, off. A space has one that is on at a time.
+    ///
+    /// ```no_run
+    /// use limosa_client::DirtySource;
+    /// use limosa_vfio_kernel::{KernelDevice, Options};
+    ///
+    /// let device = KernelDevice::open("0000:65:00.1", &Options::default())?;
+    /// let log = device.address_space().expect("one of its own").dirty_log();
+    /// let (iova, bytes) = (0, 1 << 30);
+    /// log.start(4096, &[])?;
+    /// // ... the device writes ...
+    /// let mut words = vec![0; bytes / 4096 / 64];
+    /// if let Err(error) = log.report(iova, bytes as u64, 4096, &mut words) {
+    ///     eprintln!("{error}: all is dirty");
+    ///     words.fill(!0);
+    /// }
+    /// log.stop()?;
+    /// # Ok::<(), limosa_client::Error>(())
+    /// ```
     pub fn dirty_log(&self) -> SpaceLog {
         SpaceLog { space: self.clone(), is_on: Mutex::new(false) }
     }
