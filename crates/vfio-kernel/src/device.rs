@@ -132,8 +132,15 @@ impl KernelDevice {
     }
 
     fn new(name: &str, opened: Opened) -> Result<KernelDevice> {
+        let device = KernelDevice::of(name, opened);
+        // Shows that the fd is one of a VFIO device. And mtty does not answer for interrupts before it was asked this.
+        device.info()?;
+        Ok(device)
+    }
+
+    fn of(name: &str, opened: Opened) -> KernelDevice {
         let Opened { fd, group, space, door } = opened;
-        let device = KernelDevice {
+        KernelDevice {
             name: name.into(),
             fd: Arc::new(fd),
             group,
@@ -141,10 +148,13 @@ impl KernelDevice {
             door,
             regions: RwLock::default(),
             forsaken: AtomicBool::new(false),
-        };
-        // Shows that the fd is one of a VFIO device. And mtty does not answer for interrupts before it was asked this.
-        device.info()?;
-        Ok(device)
+        }
+    }
+
+    /// Whatever the fd is.
+    #[cfg(test)]
+    pub(crate) fn unchecked(name: &str, fd: OwnedFd) -> KernelDevice {
+        KernelDevice::of(name, Opened { fd, group: None, space: None, door: None })
     }
 
     /// Through which door it was opened; `None` for one from an fd without an address space.

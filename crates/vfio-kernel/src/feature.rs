@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering;
 
 use limosa_client::{Error, FeatureReply, FeatureRequest, Refers, Result};
 use limosa_protocol::feature::{
-    DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigState,
+    DmaLoggingRange, FeatureDmaBuf, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigState,
+    RegionDmaRange,
 };
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp};
 use zerocopy::{FromBytes, IntoBytes};
@@ -23,7 +24,7 @@ use crate::stream::DataFd;
 const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 
 /// `VFIO_DEVICE_FEATURE`.
-const FEATURE: u8 = 17;
+pub(crate) const FEATURE: u8 = 17;
 
 impl KernelDevice {
     pub(crate) fn perform(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
@@ -40,8 +41,11 @@ impl KernelDevice {
                 let fixed = index.rules().map_or(0, |rules| rules.payload_bytes);
                 payload = Cow::Owned([&payload[..fixed], pointer.to_ne_bytes().as_slice()].concat());
             }
-            (Refers::In(inline), None) => payload.to_mut().extend_from_slice(inline),
-            (Refers::Nothing | Refers::Bitmap(_), None) => {}
+            (Refers::In(inline), None) if index == FeatureIndex::DMA_BUF => {
+                payload.to_mut().extend_from_slice(inline);
+            }
+            // A probe, or a payload that is too short to refer to anything, which the kernel refuses.
+            (_, None) => {}
         }
         let sets_state = (index, op) == (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::SET);
         if sets_state && self.forsaken.load(Ordering::Relaxed) {
@@ -158,10 +162,22 @@ impl KernelDevice {
                 }
                 Ok(Some(words))
             }
-            (_, Refers::Bitmap(_)) => {
-                Err(self.usage(format!("{} has no bitmap", Request::Feature(op, index))))
+            (FeatureIndex::DMA_BUF, Refers::In(inline)) => {
+                let count = FeatureDmaBuf::read_from_bytes(request.payload).map(|buf| buf.nr_ranges);
+                let have = inline.len() / size_of::<RegionDmaRange>();
+                // The kernel believes the count.
+                match count {
+                    Ok(count) if count as usize <= have => Ok(None),
+                    _ => Err(self.usage(format!("{} with {have} ranges and other numbers", asked(request)))),
+                }
             }
-            _ => Ok(None),
+            (FeatureIndex::DMA_BUF, Refers::Nothing) => {
+                Err(self.usage(format!("{} without ranges", asked(request))))
+            }
+            (_, Refers::In(_) | Refers::Bitmap(_)) => {
+                Err(self.usage(format!("{} refers to nothing", Request::Feature(op, index))))
+            }
+            (_, Refers::Nothing) => Ok(None),
         }
     }
 
@@ -219,5 +235,82 @@ mod tests {
             assert_eq!(at + size_of::<u64>(), bytes, "{index}");
         }
         assert_eq!(FeatureHeader::BYTES, offset_of!(linux::vfio_device_feature, data));
+    }
+
+    /// Whether the request got as far as the ioctl, which knows nothing of it.
+    fn reaches_the_kernel(
+        index: FeatureIndex,
+        op: FeatureOp,
+        payload: &mut [u8],
+        refers: Refers<'_>,
+    ) -> bool {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        match KernelDevice::unchecked("null", null.into()).perform(&mut FeatureRequest {
+            index,
+            op,
+            payload,
+            refers,
+        }) {
+            Err(Error::Refused { errno: Errno::ENOTTY, .. }) => true,
+            Err(Error::Usage { .. }) => false,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_a_payload_refers_to_is_as_long_as_it_says() {
+        let (get, set) = (FeatureOp::GET, FeatureOp::SET);
+        let start = |ranges, have: usize| {
+            let mut payload = FeatureDmaLoggingControl { page_size: 4096, num_ranges: ranges, reserved: 0 };
+            let bytes = vec![0; have];
+            reaches_the_kernel(
+                FeatureIndex::DMA_LOGGING_START,
+                set,
+                payload.as_mut_bytes(),
+                Refers::In(&bytes),
+            )
+        };
+        assert!(start(0, 0) && start(1, 16) && start(2, 40));
+        assert!(!start(1, 0) && !start(2, 31) && !start(u32::MAX, 4096));
+
+        let report = |iova, length, page_size, have: usize| {
+            let mut payload = FeatureDmaLoggingReport { iova, length, page_size };
+            let mut words = vec![0; have];
+            let refers = Refers::Bitmap(&mut words);
+            reaches_the_kernel(FeatureIndex::DMA_LOGGING_REPORT, get, payload.as_mut_bytes(), refers)
+        };
+        assert!(report(0, 64 << 12, 4096, 1) && report(0, 1, 4096, 1));
+        assert!(!report(0, 65 << 12, 4096, 1) && !report(0, 4096, 4096, 0) && !report(0, 0, 4096, 1));
+        // What the kernel refuses before it looks at the bitmap is the kernel's to refuse.
+        assert!(report(0, 4096, 1000, 1) && report(u64::MAX, 4096, 4096, 1));
+
+        let buf = |ranges, have: usize| {
+            let mut payload = FeatureDmaBuf { nr_ranges: ranges, ..FeatureDmaBuf::default() };
+            let bytes = vec![0; have];
+            reaches_the_kernel(FeatureIndex::DMA_BUF, get, payload.as_mut_bytes(), Refers::In(&bytes))
+        };
+        assert!(buf(0, 0) && buf(2, 32));
+        assert!(!buf(1, 0) && !buf(3, 47));
+    }
+
+    #[test]
+    fn nothing_that_a_caller_appends_is_taken_for_a_pointer() {
+        let (get, set) = (FeatureOp::GET, FeatureOp::SET);
+        for (index, op) in [
+            (FeatureIndex::MIG_DEVICE_STATE, set),
+            (FeatureIndex::MIG_DATA_SIZE, get),
+            (FeatureIndex::LOW_POWER_ENTRY, set),
+            (FeatureIndex::DMA_LOGGING_STOP, set),
+        ] {
+            assert!(!reaches_the_kernel(index, op, &mut [0; 8], Refers::In(&[0; 32])), "{index}");
+            assert!(!reaches_the_kernel(index, op, &mut [0; 8], Refers::Bitmap(&mut [0])), "{index}");
+        }
+        // Short payloads go as they are; a kernel that knows the feature finds them too short.
+        for index in [FeatureIndex::DMA_LOGGING_START, FeatureIndex::DMA_LOGGING_REPORT] {
+            let op = if index == FeatureIndex::DMA_LOGGING_START { set } else { get };
+            assert!(reaches_the_kernel(index, op, &mut [0; 8], Refers::In(&[0; 32])), "{index}");
+        }
+        let long = &mut vec![0; PAYLOAD_BYTES_MAX + 1];
+        assert!(!reaches_the_kernel(FeatureIndex::MIGRATION, get, long, Refers::Nothing));
     }
 }

@@ -16,13 +16,14 @@ use crate::refusal::Request;
 /// `VFIO_DEVICE_GET_REGION_INFO`.
 const GET_REGION_INFO: u8 = 8;
 
-/// What there is room for at first; a chain that is longer is asked for again.
-const INFO_BYTES: usize = 256;
+/// What there is room for at first: the structure alone. Most regions have no capabilities; where there are some,
+/// the kernel says how long they are.
+const INFO_BYTES: usize = size_of::<RegionInfo>();
 
 /// The longest information that is asked for: more than two thousand areas that can be mapped.
 const INFO_BYTES_MAX: usize = 64 << 10;
 
-/// How often more room is offered. The kernel names what it needs at the first request.
+/// How often more room is offered. The kernel has named what it needs by the second request.
 const ROUNDS_MAX: usize = 4;
 
 impl KernelDevice {
@@ -78,6 +79,9 @@ impl KernelDevice {
 
     pub(crate) fn pread(&self, index: u32, offset: u64, data: &mut [u8]) -> Result<()> {
         let request = Request::RegionRead(index);
+        if data.is_empty() {
+            return Ok(());
+        }
         let at = self.position(request, index, offset, data.len())?;
         let bytes = data.len();
         match rustix::io::retry_on_intr(|| rustix::io::pread(self.device_fd(), &mut *data, at)) {
@@ -89,6 +93,9 @@ impl KernelDevice {
 
     pub(crate) fn pwrite(&self, index: u32, offset: u64, data: &[u8]) -> Result<()> {
         let request = Request::RegionWrite(index);
+        if data.is_empty() {
+            return Ok(());
+        }
         let at = self.position(request, index, offset, data.len())?;
         match rustix::io::retry_on_intr(|| rustix::io::pwrite(self.device_fd(), data, at)) {
             Ok(done) if done == data.len() => Ok(()),

@@ -10,8 +10,12 @@ use rustix::event::{PollFd, PollFlags};
 use zerocopy::IntoBytes;
 
 use crate::device::KernelDevice;
+use crate::feature::FEATURE;
 use crate::ioctl;
 use crate::refusal::Request;
+
+/// `VFIO_MIG_GET_PRECOPY_INFO`.
+const GET_PRECOPY_INFO: u8 = 21;
 
 /// The most that one read or write moves. A driver has its own pace below it.
 const TRANSFER_BYTES_MAX: usize = 1 << 20;
@@ -72,7 +76,7 @@ impl DataFd {
         let at = argument.as_mut_ptr().cast();
         // SAFETY: a `struct vfio_device_feature` with room for a `struct vfio_device_feature_mig_state`, as argsz says;
         // there are no pointers in it.
-        let answer = unsafe { ioctl::call(device.as_fd(), ioctl::vfio(17), at) };
+        let answer = unsafe { ioctl::call(device.as_fd(), ioctl::vfio(FEATURE), at) };
         answer.map_err(|errno| self.refused(asked, errno))?;
         Ok(State::from_raw(argument[2]))
     }
@@ -126,7 +130,7 @@ impl DataStream for DataFd {
         let mut info = PrecopyInfo { argsz: size_of::<PrecopyInfo>() as u32, ..PrecopyInfo::default() };
         let at = info.as_mut_bytes().as_mut_ptr().cast();
         // SAFETY: a `struct vfio_precopy_info` of argsz bytes, without pointers.
-        match unsafe { ioctl::call(self.fd.as_fd(), ioctl::vfio(21), at) } {
+        match unsafe { ioctl::call(self.fd.as_fd(), ioctl::vfio(GET_PRECOPY_INFO), at) } {
             Ok(_) => Ok(info),
             Err(errno) => Err(self.refused(Request::PrecopyInfo, errno)),
         }
