@@ -17,11 +17,8 @@ use limosa_migrate::{Ledger, Options, Outcome, Received};
 use limosa_protocol::State;
 use limosa_vfio_kernel::{Door, KernelDevice};
 use links::{Fault, FaultyLink, Way};
+use serial::gate::{HEADER, frames};
 use serial::{kernel, options, peek, registers, send, set_up, with_destination, with_source};
-
-/// Of a frame's header.
-const HEADER: u64 = 32;
-const PREFACE: u64 = 40;
 
 /// Two devices of one kind.
 struct Pair {
@@ -213,18 +210,6 @@ impl Link for Tee {
     fn peer(&self) -> &str {
         "the other side"
     }
-}
-
-/// Where frames begin, the preface as the first.
-fn frames(sent: &[u8]) -> Vec<u64> {
-    let (mut begins, mut at) = (vec![0], PREFACE);
-    while at < sent.len() as u64 {
-        begins.push(at);
-        let length = &sent[at as usize + 8..][..4];
-        at += HEADER + u64::from(u32::from_le_bytes(length.try_into().unwrap()));
-    }
-    assert_eq!(at, sent.len() as u64, "the last frame is whole");
-    begins
 }
 
 /// Where to fail in each frame: its first byte, within its header, at its payload, within that, its last.

@@ -3,6 +3,8 @@
 
 mod serial;
 
+use std::path::PathBuf;
+
 use limosa_client::{
     Chunk, DataStream, Device, DeviceExt, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction,
     Region, Result,
@@ -14,8 +16,8 @@ use limosa_protocol::info::{DeviceInfo, IrqInfo};
 use limosa_protocol::{Errno, State};
 use limosa_vfio_kernel::{Door, KernelDevice};
 use serial::{
-    Card, LINE_STATUS, SCRATCH, TRANSPORTS, Transport, drain, get, kernel, move_here, moves, mtty, options,
-    peek, receive, send, set, set_up, with_destination, with_source,
+    Card, LINE_STATUS, SCRATCH, TRANSPORTS, Transport, drain, fresh, get, kernel, move_here, moves, mtty,
+    options, peek, receive, send, set, set_up, with_destination, with_source,
 };
 
 const PORT: usize = 24;
@@ -209,7 +211,7 @@ fn flipped_bits_that_mtty_never_notices_are_refused_before_it_sees_them() {
     assert_eq!(receive(&to, 0, 16), b"wtay", "a byte of the guest's is another");
 
     // In a saved stream every byte is vouched for.
-    let file = std::env::temp_dir().join(format!("quirks-{}", std::process::id()));
+    let file = PathBuf::from(fresh("saved"));
     let saved = with_source(&card, &options(), |source| source.save(&file, AfterSave::Run));
     assert!(matches!(saved, Outcome::Moved(_)), "{saved:?}");
     let whole = std::fs::read(&file).unwrap();

@@ -7,7 +7,6 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use limosa_client::{Device, DeviceExt, IrqAction};
 use limosa_device::{Loopback, Machine};
@@ -19,8 +18,8 @@ use limosa_protocol::{State, pci_index};
 use limosa_vfio_kernel::Door;
 use rustix::event::{EventfdFlags, eventfd};
 use serial::{
-    Card, DATA, LINE_STATUS, SCRATCH, Server, TRANSPORTS, Transport, get, kernel, move_here, moves, mtty,
-    peek, receive, registers, send, set, set_up,
+    Card, DATA, LINE_STATUS, SCRATCH, Server, TRANSPORTS, Transport, fresh, get, kernel, move_here, moves,
+    mtty, peek, receive, registers, send, set, set_up,
 };
 
 /// Gives a card something to lose: every register its own, and FIFOs that wrap.
@@ -348,14 +347,6 @@ fn limosa_migrate_moves_a_card_between_every_two_transports_and_back() {
         run(&["migrate", there.name(), here.name()]);
         here.has(ports, b"by command", &format!("{what} and back"));
     }
-}
-
-/// A path for a file or socket, new each time.
-fn fresh(name: &str) -> String {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let name = format!("{name}-{}-{number}", std::process::id());
-    std::env::temp_dir().join(name).to_str().unwrap().to_owned()
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! a driver does with one.
 #![allow(dead_code, reason = "every suite uses a part of it")]
 
+pub mod gate;
+
 use std::io::{BufRead, BufReader};
 use std::ops::Deref;
 use std::path::PathBuf;
@@ -87,6 +89,14 @@ pub fn kernel(mdev: &Mdev, door: Door) -> KernelDevice {
     KernelDevice::open(mdev.uuid(), &options).unwrap()
 }
 
+/// A path for a file or socket, new each time.
+pub fn fresh(name: &str) -> String {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("{name}-{}-{number}", std::process::id());
+    std::env::temp_dir().join(name).to_str().unwrap().to_owned()
+}
+
 /// `limosa serve uart -o as=mtty`; ends with this object.
 pub struct Server {
     child: Child,
@@ -95,9 +105,7 @@ pub struct Server {
 
 impl Server {
     pub fn new(ports: u32) -> Server {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("mtty-{}-{}.sock", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let socket = std::env::temp_dir().join(name);
+        let socket = PathBuf::from(fresh("socket"));
         let mut command = limosa();
         command.args(["serve", "uart", "--with-parent", "-o", "as=mtty", "--socket"]).arg(&socket);
         (0..ports).for_each(|_| _ = command.args(["-o", "line=echo"]));
