@@ -57,6 +57,24 @@ fn a_device_that_is_open_elsewhere_is_said_to_be_and_by_whom() {
 
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_group_that_somebody_holds_is_said_to_be_held() {
+    let here = Here::new();
+    let device = Marked::new(&mtty(), 19);
+    let [uuid, .., node, number] = device.names();
+    let group = std::fs::OpenOptions::new().read(true).write(true).open(&node).unwrap();
+    let by = format!("(process {})", std::process::id());
+    for door in DOORS {
+        let said = here.limosa(&["--door", door, "state", &uuid, "set", "STOP"]);
+        said.fails(UNREACHABLE, &[&uuid, "is held by command", &by, "EBUSY"]);
+    }
+    here.limosa(&["probe", &number]).fails(UNREACHABLE, &[&number, &by]);
+    assert!(here.ok(&["probe"]).contains(&format!("{by}\n")));
+    drop(group);
+    assert_eq!((device.state(), device.mark()), (State::Running, 19));
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_user_without_permission_is_told_whose_the_device_is() {
     let here = Here::new();
     let device = Marked::new(&mtty(), 10);
