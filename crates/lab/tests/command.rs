@@ -258,7 +258,7 @@ fn the_listing_names_every_device_and_what_it_can() {
     for device in &devices[1..] {
         let (line, _) = row(device.uuid());
         let cdev = device.cdev().rsplit('/').next().unwrap().to_owned();
-        for part in [device.kind.parent.as_str(), &cdev, flags(&device.kind)] {
+        for part in [&device.kind.name, &device.kind.parent, &cdev, flags(&device.kind)] {
             assert!(line.contains(part), "{part}: {line}");
         }
         assert!(json.contains(&format!("\"device\": \"{}\"", device.uuid())), "{json}");

@@ -141,6 +141,10 @@ pub struct Probe {
     /// The device; without it, the kernel's VFIO devices are listed.
     #[arg(value_name = "DEVICE")]
     pub device: Option<String>,
+
+    /// List PCI devices that other drivers have as well, and what to do for VFIO to have them.
+    #[arg(long, conflicts_with = "device")]
+    pub all: bool,
 }
 
 #[derive(Clone, Copy, Debug, Args)]

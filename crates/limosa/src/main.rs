@@ -55,7 +55,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
     match &cli.command {
         Command::Probe(args) => match &args.device {
             Some(device) => commands::probe::run(&open(device)?, out),
-            None => commands::list::run(opening, out),
+            None => commands::list::run(args.all, opening, out),
         },
         Command::State(args) => {
             let action = args.action.as_ref().unwrap_or(&args::StateAction::Get);

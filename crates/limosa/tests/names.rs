@@ -96,6 +96,12 @@ fn the_listing_says_why_it_is_empty() {
     } else {
         assert!(text.starts_with("DEVICE "), "{text}");
     }
+    // Whatever this machine has, each device is something.
+    let all = limosa(&["--json", "probe", "--all"]).json();
+    let devices = all["devices"].as_array().unwrap();
+    assert!(devices.len() >= json["devices"].as_array().unwrap().len());
+    assert!(devices.iter().all(|device| device["device"].is_string() && device["is"].is_string()), "{all}");
+    limosa(&["probe", "--all", "x"]).fails(USAGE, &["--all"]);
 }
 
 #[test]

@@ -26,6 +26,9 @@ struct Listed {
     /// The name to give to other commands.
     device: String,
     bus: String,
+    /// The type of a mediated device, or a PCI device's vendor and device as `lspci -n` writes them.
+    #[serde(rename = "type")]
+    kind: Option<String>,
     driver: Option<String>,
     group: Option<String>,
     cdev: Option<String>,
@@ -47,10 +50,12 @@ enum Found {
     Unusable { unusable: String },
 }
 
-pub fn run(opening: Opening, out: &Output) -> anyhow::Result<()> {
+/// With `all`, PCI devices that could be VFIO's, too.
+pub fn run(all: bool, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let elsewhere = OpenElsewhere::look();
-    let devices: Vec<Listed> =
-        limosa_vfio_kernel::list().into_iter().map(|device| look(device, opening, &elsewhere)).collect();
+    let unbound = if all { limosa_vfio_kernel::list_unbound() } else { Vec::new() };
+    let devices = limosa_vfio_kernel::list().into_iter().chain(unbound);
+    let devices: Vec<Listed> = devices.map(|device| look(device, opening, &elsewhere)).collect();
     let none_because = devices.is_empty().then(why_none);
     let listing = Listing { devices, none_because };
     out.result(&listing, |to| print(&listing, to))
@@ -66,7 +71,9 @@ fn look(device: limosa_vfio_kernel::Listed, opening: Opening, elsewhere: &OpenEl
         None => open(&device.id, opening),
     };
     let cdev = device.cdev.map(|cdev| cdev.display().to_string());
-    Listed { device: device.id, bus: device.bus, driver: device.driver, group, cdev, found }
+    let pci = device.pci.map(|ids| format!("{:04x}:{:04x}", ids.vendor, ids.device));
+    let kind = device.mdev_type.or(pci);
+    Listed { device: device.id, bus: device.bus, kind, driver: device.driver, group, cdev, found }
 }
 
 /// Opens the device for a moment. Nobody has it open, so nothing that it holds is lost by that.
@@ -96,27 +103,28 @@ fn why_none() -> &'static str {
         }
         true => {
             "no device is bound to a VFIO driver: bind one (driverctl set-override 0000:65:00.1 vfio-pci, or the VFIO \
-             driver that it has of its own, which is what migrates), or create a mediated device"
+             driver that it has of its own, which is what migrates), or create a mediated device; `limosa probe --all` \
+             lists PCI devices with other drivers too"
         }
     }
 }
 
-const HEAD: [&str; 5] = ["DEVICE", "DRIVER", "GROUP", "CDEV", "MIGRATION"];
+const HEAD: [&str; 6] = ["DEVICE", "TYPE", "DRIVER", "GROUP", "CDEV", "MIGRATION"];
 
 fn print(listing: &Listing, to: &mut dyn Write) -> std::io::Result<()> {
     if let Some(why) = listing.none_because {
         return writeln!(to, "no VFIO devices; {why}");
     }
-    let rows: Vec<[&str; 5]> = listing.devices.iter().map(row).collect();
+    let rows: Vec<[&str; 6]> = listing.devices.iter().map(row).collect();
     let width = |column: usize| {
         rows.iter().chain([&HEAD]).map(|row| row[column].chars().count()).max().unwrap_or_default()
     };
-    let widths = [0, 1, 2, 3].map(width);
-    let line = |row: &[&str; 5], to: &mut dyn Write| {
+    let widths = [0, 1, 2, 3, 4].map(width);
+    let line = |row: &[&str; 6], to: &mut dyn Write| {
         for (cell, width) in row.iter().zip(widths) {
             write!(to, "{cell:<width$}  ")?;
         }
-        writeln!(to, "{}", row[4])
+        writeln!(to, "{}", row[5])
     };
     line(&HEAD, to)?;
     for (device, row) in listing.devices.iter().zip(&rows) {
@@ -133,14 +141,21 @@ fn print(listing: &Listing, to: &mut dyn Write) -> std::io::Result<()> {
     Ok(())
 }
 
-fn row(device: &Listed) -> [&str; 5] {
+fn row(device: &Listed) -> [&str; 6] {
     let migration = match &device.found {
         Found::Usable { migration } => migration,
         Found::NotMovable { cannot_migrate } => cannot_migrate,
         Found::InUse { .. } => "in use",
         Found::Unusable { .. } => "not usable",
     };
-    [&device.device, or_none(&device.driver), or_none(&device.group), or_none(&device.cdev), migration]
+    [
+        &device.device,
+        or_none(&device.kind),
+        or_none(&device.driver),
+        or_none(&device.group),
+        or_none(&device.cdev),
+        migration,
+    ]
 }
 
 /// The last part of what may be a path.
@@ -158,6 +173,7 @@ mod tests {
         Listed {
             device: device.into(),
             bus: "pci".into(),
+            kind: Some("15b3:101e".to_owned()),
             driver: driver.map(str::to_owned),
             group,
             cdev,
@@ -190,14 +206,14 @@ mod tests {
         let mut text = Vec::new();
         print(&listing(), &mut text).unwrap();
         let expected = "\
-DEVICE        DRIVER         GROUP  CDEV   MIGRATION
-0000:65:00.1  mlx5_vfio_pci  12     vfio3  STOP_COPY+P2P
-0000:65:00.2  mlx5_vfio_pci  12     vfio3  in use
+DEVICE        TYPE       DRIVER         GROUP  CDEV   MIGRATION
+0000:65:00.1  15b3:101e  mlx5_vfio_pci  12     vfio3  STOP_COPY+P2P
+0000:65:00.2  15b3:101e  mlx5_vfio_pci  12     vfio3  in use
   by qemu (process 77) as /proc/77/fd/9
-0000:65:00.3  mlx5_vfio_pci  12     vfio3  in use
+0000:65:00.3  15b3:101e  mlx5_vfio_pci  12     vfio3  in use
   by a process that this user may not look into
-0000:03:00.0  vfio-pci       12     vfio3  it has none
-0000:04:00.0  -              12     -      not usable
+0000:03:00.0  15b3:101e  vfio-pci       12     vfio3  it has none
+0000:04:00.0  15b3:101e  -              12     -      not usable
   bound to no driver; bind it
 ";
         assert_eq!(String::from_utf8(text).unwrap(), expected);
