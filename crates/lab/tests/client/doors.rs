@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
+use std::process::Command;
 
 use limosa_client::{Chunk, Device, DeviceExt, DmaMap, DmaMemory, Error};
 use limosa_lab::{Mdev, kinds};
@@ -165,5 +166,56 @@ fn a_device_that_is_gone_is_not_just_a_refusal() {
         }
         assert_eq!(refusal(what, &stream.read(&mut [0]).unwrap_err()), Errno::ENODEV, "{what}");
         mdev.set("limosa/gone", 0);
+    }
+}
+
+/// How many fds this process has.
+fn fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn no_fd_is_left_behind_whatever_fails() {
+    // In a process of its own, where nobody else opens anything.
+    const ALONE: &str = "LIMOSA_LAB_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let itself = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "doors::no_fd_is_left_behind_whatever_fails", "--test-threads=1"])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&itself.stdout);
+        assert!(itself.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    for kind in kinds() {
+        let mdev = kind.create();
+        let before = fds();
+        for door in DOORS {
+            for _ in 0..3 {
+                let device = open(&mdev, door).unwrap();
+                let taken = KernelDevice::from_fd("taken", device.as_fd(), None).unwrap();
+                open(&mdev, Door::Cdev).unwrap_err();
+                open(&mdev, Door::Group).unwrap_err();
+                device.region(2).unwrap();
+                device.region(99).unwrap_err();
+                if !device.migration_flags().unwrap().is_empty() {
+                    let open = fds();
+                    let stream = device.set_state(State::StopCopy).unwrap();
+                    assert_eq!(fds(), open + 1, "{kind:?}: one session, one fd");
+                    device.set_state(State::PreCopy).err().unwrap();
+                    device.set_state(State::StopCopy).unwrap();
+                    taken.set_state(State::Stop).unwrap();
+                    drop(stream);
+                    assert_eq!(fds(), open, "{kind:?}: none without");
+                    // Nobody takes the stream.
+                    device.set_state(State::Resuming).unwrap();
+                    assert_eq!(fds(), open, "{kind:?}: none that nobody wants");
+                    device.reset().unwrap();
+                }
+            }
+        }
+        assert_eq!(fds(), before, "{kind:?}");
     }
 }

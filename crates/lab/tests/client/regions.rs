@@ -5,12 +5,13 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use limosa_client::{Device, DmaMap, DmaMemory, Error, IrqAction};
+use limosa_client::{Device, DmaMap, DmaMemory, Error, IrqAction, Region};
 use limosa_protocol::info::{DeviceFlags, DmaMapFlags, IrqFlags, RegionFlags};
 use limosa_protocol::{Errno, pci_index};
 use rustix::event::EventfdFlags;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::{Subject, all, refusal};
+use crate::{Subject, all, of_type, refusal};
 
 fn eventfd() -> OwnedFd {
     rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
@@ -164,5 +165,65 @@ fn memory_that_is_mapped_is_reached_and_when_unmapped_no_more() {
         }
         let gone = device.dma_unmap(0x10_0000, 1 << 16, None).unwrap_err();
         assert_eq!(gone.errno(), Some(Errno::ENOENT), "{what}: {gone}");
+    }
+}
+
+/// Pages of a region, mapped; only ever accessed with volatile reads and writes.
+struct Mapping {
+    address: *mut std::ffi::c_void,
+    bytes: usize,
+}
+
+impl Mapping {
+    fn new(region: &Region, (offset, bytes): (u64, u64)) -> rustix::io::Result<Mapping> {
+        let (bytes, at) = (bytes as usize, region.info.offset + offset);
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let fd = region.fd.as_ref().unwrap();
+        // SAFETY: a new mapping, where the kernel likes it.
+        let address = unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, at) }?;
+        Ok(Mapping { address, bytes })
+    }
+
+    fn word(&self, at: usize) -> *mut u32 {
+        assert!(at.is_multiple_of(4) && at < self.bytes);
+        self.address.cast::<u8>().wrapping_add(at).cast()
+    }
+
+    fn read(&self, at: usize) -> u32 {
+        // SAFETY: it lies in the mapping, aligned, and there are no references to it.
+        unsafe { self.word(at).read_volatile() }
+    }
+
+    fn write(&self, at: usize, value: u32) {
+        // SAFETY: as for `read`.
+        unsafe { self.word(at).write_volatile(value) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped here, and nothing refers to it any more.
+        unsafe { munmap(self.address, self.bytes) }.unwrap();
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn what_of_a_region_can_be_mapped_is_the_region_itself() {
+    for subject in of_type("limosa-full") {
+        let Subject { what, device, .. } = &subject;
+        let region = device.region(2).unwrap();
+        for area in region.mappable.clone() {
+            let mapping = Mapping::new(&region, area).unwrap();
+            device.region_write(2, area.0 + 8, &0x600d_cafe_u32.to_le_bytes()).unwrap();
+            assert_eq!(mapping.read(8), 0x600d_cafe, "{what}: {area:x?}");
+            mapping.write(4092, 0x1234_5678);
+            let mut word = [0; 4];
+            device.region_read(2, area.0 + 4092, &mut word).unwrap();
+            assert_eq!(u32::from_le_bytes(word), 0x1234_5678, "{what}: {area:x?}");
+        }
+        // What lies between the areas cannot be mapped.
+        assert!(Mapping::new(&region, (0, 0x1000)).is_err(), "{what}");
+        assert!(Mapping::new(&region, (0x1000, 0x2000)).is_err(), "{what}");
     }
 }
