@@ -73,10 +73,9 @@ impl Roots {
         });
         let registered = entries(&folder.join("vfio-dev"));
         // The folder came with Linux 6.1; before, only a driver's name tells.
-        let vfio = !registered.is_empty()
-            || driver
-                .as_deref()
-                .is_some_and(|driver| driver.starts_with("vfio") || driver.ends_with("vfio-pci"));
+        let by_name =
+            |driver: &str| driver.starts_with("vfio") || driver.replace('_', "-").ends_with("-vfio-pci");
+        let vfio = !registered.is_empty() || driver.as_deref().is_some_and(by_name);
         let cdev = registered.first().filter(|name| folder.join("vfio-dev").join(name).join("dev").exists());
         let cdev = cdev.map(|name| self.dev.join("vfio/devices").join(name));
         let bus = link_name(&folder.join("subsystem")).unwrap_or_default();
@@ -218,9 +217,13 @@ mod tests {
 
     #[test]
     fn a_driver_of_vfios_is_known_on_kernels_without_the_class() {
-        for (driver, is) in
-            [("vfio-pci", true), ("hisi-acc-vfio-pci", true), ("igb", false), ("pci-stub", false)]
-        {
+        for (driver, is) in [
+            ("vfio-pci", true),
+            ("mlx5_vfio_pci", true),
+            ("vfio-platform", true),
+            ("igb", false),
+            ("pci-stub", false),
+        ] {
             let tree = Tree::new();
             tree.device("pci", "0000:65:00.1", Some(driver), Some(1));
             assert_eq!(find(&tree, "65:00.1").unwrap().vfio, is, "{driver}");
