@@ -12,8 +12,8 @@ use limosa_client::{
 use limosa_lab::Mdev;
 use limosa_migrate::{AfterLoad, AfterSave, Ledger, Outcome, Received};
 use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::{DeviceInfo, IrqInfo};
-use limosa_protocol::{Errno, State};
+use limosa_protocol::info::{DeviceFlags, DeviceInfo, IrqInfo};
+use limosa_protocol::{Errno, State, pci_index};
 use limosa_vfio_kernel::{Door, KernelDevice};
 use serial::{
     Card, LINE_STATUS, SCRATCH, TRANSPORTS, Transport, drain, fresh, get, kernel, move_here, moves, mtty,
@@ -263,6 +263,8 @@ fn an_end_in_pre_copy_is_taken_for_nothing_for_now() {
 fn a_reset_keeps_what_mtty_holds_and_a_later_load_replaces_all_of_it() {
     let (_mdev, card) = busy();
     let before = peek(&card);
+    let flags = DeviceFlags::from_bits_retain(card.info().unwrap().flags);
+    assert_eq!(flags, DeviceFlags::PCI, "it does not say that it can be reset");
     card.reset().unwrap();
     assert_eq!(peek(&card), before, "registers and FIFO are those from before");
     let source = Card::new(Transport::Loopback, 1);
@@ -323,6 +325,36 @@ fn a_card_left_in_a_session_by_a_process_that_is_gone_is_named_and_can_be_had_ba
 
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_second_session_opens_where_the_first_was_left_in_pre_copy() {
+    let (_mdev, card) = forsaken(State::PreCopy);
+    let expected = {
+        let (_other, same) = busy();
+        peek(&same)
+    };
+    // PRE_COPY_P2P to STOP_COPY goes on with a session; here there is none, and mtty opens one.
+    let mut stream = card.set_state(State::StopCopy).unwrap().expect("a session opens");
+    assert_eq!(drain(stream.as_mut()), expected, "the whole state");
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn configuration_space_is_not_part_of_the_stream() {
+    for to in TRANSPORTS {
+        let (_mdev, card) = busy();
+        let to = Card::new(to, 1);
+        let line = |card: &dyn Device| {
+            let mut line = [0];
+            card.region_read(pci_index::CONFIG, 0x3c, &mut line).unwrap();
+            line[0]
+        };
+        card.region_write(pci_index::CONFIG, 0x3c, &[9]).unwrap();
+        moves(&card, &*to);
+        assert_eq!((line(&card), line(&*to)), (9, 0), "a VMM keeps it");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_load_that_was_broken_off_is_not_finished_by_the_next_process_which_would_crash_the_kernel() {
     let (_mdev, card) = forsaken(State::Resuming);
     for to in State::ALL.into_iter().filter(|state| *state != State::Error) {
@@ -343,6 +375,13 @@ fn interrupts_are_told_of_though_mtty_wants_to_be_asked_first_what_it_is() {
     // It answers EINVAL for every interrupt until DEVICE_GET_INFO was asked, which opening does.
     for transport in TRANSPORTS {
         let card = Card::new(transport, 1);
-        assert_eq!((card.irq(0).unwrap().count, card.irq(1).unwrap().count), (1, 1), "{transport:?}");
+        let count = |index| card.irq(index).map(|irq| irq.count);
+        assert_eq!((count(0).unwrap(), count(1).unwrap()), (1, 1), "{transport:?}");
+        assert_eq!(card.info().unwrap().num_irqs, 5);
+        for index in 2..5 {
+            // Of the five that it says it has it knows two.
+            let not_there = matches!(count(index), Ok(0) | Err(Error::Refused { errno: Errno::EINVAL, .. }));
+            assert!(not_there, "{transport:?}: {:?}", count(index));
+        }
     }
 }
