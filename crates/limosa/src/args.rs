@@ -37,9 +37,9 @@ Devices are named by
   /dev/vfio/devices/vfioN  a device's own node, the cdev
   /dev/vfio/N, or N        a group with only one device
   /proc/PID/fd/N           a device that a process holds open: a VMM, or limosa with --hold
-The kernel's are opened through the cdev where there is one, else through the group; --door says which.
-When the last who has a device open closes it, the kernel resets it if it is a PCI device; other drivers may keep
-its state. So what a command leaves in a device is there for the next one only if somebody holds it: --hold.";
+The kernel's are opened through the cdev where there is one, else through the group; --door says which. \
+When the last who has a device open closes it, the kernel resets it if it is a PCI device; other drivers may keep its \
+state. So what a command leaves in a device is there for the next one only if somebody holds it: --hold.";
 
 /// Live migration of VFIO devices.
 ///

@@ -11,7 +11,7 @@ Exit codes:
   1  failed; what it was about is as it was before, unless the message says otherwise
   2  wrong usage
   3  refused: the device or the peer cannot do this, or the two sides do not fit
-  4  not reachable: no such device or peer, in use elsewhere, no permission, gone, or the connection was lost
+  4  not reachable: no such device or peer, in use, not permitted, gone, or connection lost
   5  in doubt: the source is stopped and does not know whether the destination runs
   6  damaged: a file or stream is truncated, altered or of an unknown version
   7  cancelled: the move was called off by SIGINT or SIGTERM, and undone";

@@ -73,6 +73,11 @@ impl Opened {
         matches!(self.transport, Transport::Kernel(_))
     }
 
+    /// Whether another process has the device open, and uses it.
+    pub fn is_borrowed(&self) -> bool {
+        matches!(self.transport, Transport::Held(_))
+    }
+
     /// What other commands can call the device as long as this process holds it.
     pub fn name_while_held(&self) -> Option<String> {
         let fd = self.fd()?.as_raw_fd();

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::os::fd::AsFd;
 
 use crate::args;
+use crate::exit::{self, Code};
 use crate::open::Opening;
 use crate::output::Output;
 
@@ -15,6 +16,11 @@ pub fn run(args: &args::Bench, opening: Opening, out: &Output) -> anyhow::Result
     let mut figures = Vec::new();
     let done = |figure| figures.push(figure);
     let device = opening.open(&args.device)?;
+    if device.is_borrowed() {
+        let why = "another process has it open, and a measurement stops and resets it";
+        let what = format!("{}: {why}; end that process and name the device itself", args.device);
+        return Err(exit::error(Code::Usage, what));
+    }
     if let Some(kernel) = device.kernel() {
         limosa_bench::run_kernel(kernel, kernel.as_fd(), args.seconds, done)?;
     } else {
