@@ -2,13 +2,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
-use limosa_client::{Chunk, Device, DeviceExt, DmaMap, DmaMemory, Error};
+use limosa_client::{Chunk, Device, DeviceExt, DmaMap, DmaMemory, Error, IrqAction};
 use limosa_lab::{Mdev, kinds};
 use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, State, pci_index};
 use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice, Options};
+use rustix::event::EventfdFlags;
 
 use crate::{DOORS, Subject, of_type, open, refusal, subject};
 
@@ -169,6 +172,21 @@ fn a_device_that_is_gone_is_not_just_a_refusal() {
     }
 }
 
+/// Runs one of these tests again in a process of its own, which finds `value` in this variable.
+fn again(test: &str, value: &str, uid: u32) {
+    let itself = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", test, "--test-threads=1"])
+        .env(AGAIN, value)
+        .uid(uid)
+        .gid(uid)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&itself.stdout);
+    assert!(itself.status.success() && said.contains("1 passed"), "{value}: {said}");
+}
+
+const AGAIN: &str = "LIMOSA_LAB_AGAIN";
+
 /// How many fds this process has.
 fn fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
@@ -178,16 +196,8 @@ fn fds() -> usize {
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn no_fd_is_left_behind_whatever_fails() {
     // In a process of its own, where nobody else opens anything.
-    const ALONE: &str = "LIMOSA_LAB_ALONE";
-    if std::env::var_os(ALONE).is_none() {
-        let itself = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "doors::no_fd_is_left_behind_whatever_fails", "--test-threads=1"])
-            .env(ALONE, "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&itself.stdout);
-        assert!(itself.status.success() && said.contains("1 passed"), "{said}");
-        return;
+    if std::env::var_os(AGAIN).is_none() {
+        return again("doors::no_fd_is_left_behind_whatever_fails", "alone", 0);
     }
     for kind in kinds() {
         let mdev = kind.create();
@@ -217,5 +227,67 @@ fn no_fd_is_left_behind_whatever_fails() {
             }
         }
         assert_eq!(fds(), before, "{kind:?}");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn another_user_is_told_how_to_get_a_device_and_enters_by_the_door_that_is_his() {
+    const NOBODY: u32 = 65534;
+    if let Ok(asked) = std::env::var(AGAIN) {
+        let (uuid, expected) = asked.split_once(' ').unwrap();
+        match KernelDevice::open(uuid, &Options::default()) {
+            Ok(device) => assert_eq!(device.door().unwrap().to_string(), expected),
+            Err(error) => {
+                assert_eq!(expected, "none", "{error}");
+                assert_eq!(error.errno(), Some(Errno::EACCES), "{error}");
+                assert!(error.to_string().contains("chown USER /dev/vfio/devices/vfio"), "{error}");
+            }
+        }
+        return;
+    }
+    for kind in kinds() {
+        let mdev = kind.create();
+        let try_it = |expected: &str| {
+            let test = "doors::another_user_is_told_how_to_get_a_device_and_enters_by_the_door_that_is_his";
+            again(test, &format!("{} {expected}", mdev.uuid()), NOBODY);
+        };
+        let give = |node: &Path| std::os::unix::fs::chown(node, Some(NOBODY), None).unwrap();
+        try_it("none");
+        give(Path::new(&format!("/dev/vfio/{}", mdev.group())));
+        try_it("group");
+        give(&mdev.cdev());
+        // Without the iommufd, the cdev is of no use.
+        try_it("group");
+        let iommu = Path::new("/dev/iommu");
+        give(iommu);
+        try_it("cdev");
+        std::os::unix::fs::chown(iommu, Some(0), None).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_device_that_is_asked_for_tells_its_user_and_serves_him_until_he_lets_go() {
+    for subject in of_type("limosa-full") {
+        let Subject { what, device, mdev, .. } = subject;
+        // It blocks, as there is something to wait for.
+        let asked = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        device.set_irqs(pci_index::IRQ_REQ, 0, IrqAction::Wire(&[Some(asked.as_fd())])).unwrap();
+        let mut stream = device.set_state(State::StopCopy).unwrap().unwrap();
+        let removed = mdev.unplug();
+        rustix::io::read(&asked, &mut [0; 8]).unwrap();
+        assert!(matches!(stream.read(&mut [0; 64]).unwrap(), Chunk::Data(64)), "{what}");
+        assert_eq!(device.state().unwrap(), State::StopCopy, "{what}");
+        assert!(removed.try_recv().is_err(), "{what}: removed from under its user");
+        // Nobody else finds it any more.
+        let error = open(&mdev, device.door().unwrap()).unwrap_err();
+        assert!(
+            error.errno().is_some_and(|errno| matches!(errno, Errno::ENOENT | Errno::ENODEV)),
+            "{what}: {error}"
+        );
+        drop(device);
+        removed.recv().unwrap().unwrap();
+        assert_eq!(refusal(&what, &stream.read(&mut [0]).unwrap_err()), Errno::ENODEV, "{what}");
     }
 }
