@@ -72,13 +72,16 @@ impl Roots {
             Group { number, noiommu: is_noiommu }
         });
         let registered = entries(&folder.join("vfio-dev"));
-        // The folder came with Linux 6.1; before, only a driver's name tells.
-        let by_name =
-            |driver: &str| driver.starts_with("vfio") || driver.replace('_', "-").ends_with("-vfio-pci");
+        let bus = link_name(&folder.join("subsystem")).unwrap_or_default();
+        // The class came with Linux 6.1; before, only a driver's name tells, and a mediated device has no other.
+        let by_name = |driver: &str| {
+            driver.starts_with("vfio") || driver.replace('_', "-").ends_with("-vfio-pci") || {
+                bus == "mdev" && !self.sys.join("class/vfio-dev").exists()
+            }
+        };
         let vfio = !registered.is_empty() || driver.as_deref().is_some_and(by_name);
         let cdev = registered.first().filter(|name| folder.join("vfio-dev").join(name).join("dev").exists());
         let cdev = cdev.map(|name| self.dev.join("vfio/devices").join(name));
-        let bus = link_name(&folder.join("subsystem")).unwrap_or_default();
         Some(Found { id, bus, folder, driver, vfio, group, cdev })
     }
 
@@ -228,6 +231,10 @@ mod tests {
             tree.device("pci", "0000:65:00.1", Some(driver), Some(1));
             assert_eq!(find(&tree, "65:00.1").unwrap().vfio, is, "{driver}");
         }
+        let tree = Tree::new();
+        let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+        tree.device("mdev", uuid, Some("mtty"), Some(1));
+        assert!(find(&tree, uuid).unwrap().vfio);
     }
 
     #[test]
