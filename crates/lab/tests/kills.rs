@@ -1,4 +1,4 @@
-//! The receiver or the sender killed at every frame, with mtty on both sides. It keeps its state when the
+//! The receiver killed, the sender killed, the link cut at every frame, with mtty on both sides. It keeps its state when the
 //! process that had it open is gone, so what a kill leaves behind stays to be seen.
 
 mod serial;
@@ -8,7 +8,7 @@ use limosa_migrate::stream::Kind;
 use limosa_protocol::State;
 use limosa_vfio_kernel::Door;
 use rustix::process::Signal;
-use serial::gate::{Gate, frames};
+use serial::gate::{Gate, Later, frames};
 use serial::{SCRATCH, fresh, get, kernel, mtty, peek, receive, send, set_up};
 
 /// Two cards, and two processes between which one of them moves.
@@ -35,7 +35,7 @@ fn run(args: &[&str]) -> String {
 
 impl Scene {
     /// A move that is held when that many bytes have passed one way.
-    fn new(from_receiver: bool, at: u64) -> Scene {
+    fn new(from_receiver: bool, at: u64, later: Later) -> Scene {
         let (source, destination) = (mtty(1), mtty(1));
         let fill = |mdev: &Mdev, text: &[u8]| {
             let card = kernel(mdev, Door::Cdev);
@@ -47,7 +47,7 @@ impl Scene {
         let listen = format!("unix:{}", fresh("listen"));
         let receiver = start(&["receive", destination.uuid(), "--listen", &listen]);
         receiver.line("listening on");
-        let gate = Gate::new(&listen, from_receiver, at);
+        let gate = Gate::new(&listen, from_receiver, at, later);
         let sender = start(&["send", source.uuid(), "--to", &gate.address]);
         Scene { source, destination, guest, stranger, sender, receiver, gate }
     }
@@ -55,7 +55,8 @@ impl Scene {
 
 /// Each frame of a whole move: whether the receiver sends it, where it begins, and its kind; `None` for the preface.
 fn all_frames() -> Vec<(bool, u64, Option<Kind>)> {
-    let Scene { sender, receiver, gate, source, destination, .. } = Scene::new(false, u64::MAX);
+    let Scene { sender, receiver, gate, source, destination, .. } =
+        Scene::new(false, u64::MAX, Later::Refused);
     sender.end().ok();
     receiver.end().ok();
     let passed = gate.passed();
@@ -97,7 +98,7 @@ fn a_receiver_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable()
     for (from_receiver, at, kind) in all_frames() {
         let what = format!("{kind:?}, sent by the receiver: {from_receiver}");
         let Scene { source, destination, guest, stranger, sender, receiver, gate } =
-            Scene::new(from_receiver, at);
+            Scene::new(from_receiver, at, Later::Refused);
         gate.held();
         assert_eq!(receiver.kill().code, -9, "{what}");
         gate.cut();
@@ -157,7 +158,8 @@ fn a_sender_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable() {
             continue;
         }
         let what = format!("{kind:?}, sent by the receiver: {from_receiver}");
-        let Scene { source, destination, guest, sender, receiver, gate, .. } = Scene::new(from_receiver, at);
+        let Scene { source, destination, guest, sender, receiver, gate, .. } =
+            Scene::new(from_receiver, at, Later::Refused);
         gate.held();
         assert_eq!(sender.kill().code, -9, "{what}");
         gate.cut();
@@ -182,4 +184,40 @@ fn a_sender_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable() {
         }
     }
     assert!(undone > 10 && moved == 1, "{undone} {moved}");
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_link_cut_at_any_frame_leaves_the_guest_in_one_card_and_who_is_in_doubt_asks() {
+    let (mut undone, mut moved) = (0, 0);
+    for (from_receiver, at, kind) in all_frames() {
+        let what = format!("{kind:?}, sent by the receiver: {from_receiver}");
+        let Scene { source, destination, guest, sender, receiver, gate, .. } =
+            Scene::new(from_receiver, at, Later::Pass);
+        gate.held();
+        gate.cut();
+        let sent = sender.end();
+        if matches!(kind, Some(Kind::READY | Kind::DONE)) {
+            // The receiver cannot know that the sender has nothing to ask: without READY it is not in doubt, and
+            // with RUNNING neither.
+            receiver.line("staying");
+            receiver.signal(Signal::INT);
+        }
+        let received = receiver.end();
+        assert_eq!(sent.code == 0, received.code == 0, "{what}: {sent:?} {received:?}");
+        assert_eq!(state(&destination), State::Running, "{what}");
+        if sent.code == 0 {
+            assert_eq!(state(&source), State::Stop, "{what}");
+            run(&["state", source.uuid(), "reset"]);
+            goes_on(&destination, &source, &guest, &what);
+            moved += 1;
+        } else {
+            sent.fails(4, &["the source is as it was before"]);
+            received.fails(4, &[destination.uuid(), "was not loaded"]);
+            goes_on(&source, &destination, &guest, &what);
+            undone += 1;
+        }
+    }
+    // RUNNING was lost, and asked for; DONE was.
+    assert!(undone > 10 && moved == 2, "{undone} {moved}");
 }

@@ -17,7 +17,16 @@ const PREFACE: u64 = 40;
 /// Longer than anything here takes; what takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A UNIX socket that passes one connection on. Nobody listens there any more once it is made.
+/// Connections after the first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Later {
+    /// Nobody listens any more once the first is made.
+    Refused,
+    /// They pass.
+    Pass,
+}
+
+/// A UNIX socket that passes a connection on.
 pub struct Gate {
     /// For `--to`.
     pub address: String,
@@ -28,7 +37,7 @@ pub struct Gate {
 
 impl Gate {
     /// For a connection to `to`, held where after so many bytes from the sender, or from the receiver, one more comes.
-    pub fn new(to: &str, from_receiver: bool, at: u64) -> Gate {
+    pub fn new(to: &str, from_receiver: bool, at: u64, later: Later) -> Gate {
         let (path, to) = (fresh("gate"), to.strip_prefix("unix:").unwrap().to_owned());
         let listener = UnixListener::bind(&path).unwrap();
         let address = format!("unix:{path}");
@@ -36,9 +45,12 @@ impl Gate {
         let (cut, is_cut) = channel();
         let passing = std::thread::spawn(move || {
             let (near, _) = listener.accept().unwrap();
-            drop(listener);
-            std::fs::remove_file(&path).unwrap();
-            pass(&near, &UnixStream::connect(to).unwrap(), from_receiver, at, &say_held, &is_cut)
+            let far = UnixStream::connect(&to).unwrap();
+            match later {
+                Later::Refused => std::fs::remove_file(&path).unwrap(),
+                Later::Pass => drop(std::thread::spawn(move || pass_all(&listener, &to))),
+            }
+            pass(&near, &far, from_receiver, at, &say_held, &is_cut)
         });
         Gate { address, held, cut, passing }
     }
@@ -59,6 +71,15 @@ impl Gate {
     /// What passed, from the sender and from the receiver, when both have closed it.
     pub fn passed(self) -> [Vec<u8>; 2] {
         self.passing.join().unwrap()
+    }
+}
+
+/// Until the test ends.
+fn pass_all(listener: &UnixListener, to: &str) {
+    for near in listener.incoming() {
+        let (Ok(near), Ok(far)) = (near, UnixStream::connect(to)) else { return };
+        let (held, (_cut, is_cut)) = (channel().0, channel());
+        pass(&near, &far, false, u64::MAX, &held, &is_cut);
     }
 }
 
