@@ -11,6 +11,7 @@ use rustix::process::Signal;
 use support::{Here, Marked, full, mtty, path};
 
 const GUEST: u8 = 0x77;
+const STATE_BYTES: u64 = 2 << 20;
 
 /// A move between two processes that stands still at a point of one of its devices.
 struct Scene {
@@ -28,7 +29,12 @@ enum At {
 
 impl Scene {
     fn at(here: &Here, at: At) -> Scene {
-        let (source, destination) = (Marked::new(&full(), GUEST), Marked::empty(&full()));
+        let (source, destination) = (Marked::empty(&full()), Marked::empty(&full()));
+        for device in [&source, &destination] {
+            // More than a socket takes: a sender whose receiver does not read is not done.
+            device.mdev.set("limosa/state_bytes", STATE_BYTES);
+        }
+        source.set_mark(GUEST);
         let (held, point) = match at {
             At::Source(point) => (&source, point),
             At::Destination(point) => (&destination, point),
@@ -101,6 +107,31 @@ fn a_receiver_killed_before_the_commit_leaves_the_source_running() {
         let after = scene.source.mdev.get("limosa/check");
         assert_eq!((scene.source.mark(), scene.source.state(), after), (GUEST, State::Running, before));
         scene.both_are_usable();
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_move_that_is_called_off_is_undone_on_both_sides() {
+    let here = Here::new();
+    for at in [At::Source("read@65536"), At::Destination("write@65536")] {
+        for by_sender in [true, false] {
+            let mut scene = Scene::at(&here, at);
+            let before = scene.source.mdev.get("limosa/check");
+            let (sender, receiver) = (scene.sender.take().unwrap(), scene.receiver.take().unwrap());
+            let caller = if by_sender { &sender } else { &receiver };
+            caller.signal(Signal::INT);
+            scene.release();
+            sender.end().fails(7, &["the source is as it was before"]);
+            let received = receiver.end();
+            // A frame that the cancel came into is not whole.
+            assert!([4, 6, 7].contains(&received.code), "{received:?}");
+            received.fails(received.code, &[scene.destination.uuid(), "was not loaded"]);
+            let after = scene.source.mdev.get("limosa/check");
+            assert_eq!((scene.source.mark(), scene.source.state(), after), (GUEST, State::Running, before));
+            assert_eq!((scene.destination.mark(), scene.destination.state()), (0, State::Running));
+            scene.both_are_usable();
+        }
     }
 }
 

@@ -140,8 +140,7 @@ impl OpenElsewhere {
                 } else {
                     continue;
                 };
-                let comm = fs::read_to_string(folder.join("comm")).unwrap_or_default();
-                found.push((what, Holder { pid: process, process: comm.trim_end().into(), name }));
+                found.push((what, Holder { pid: process, process: called(&folder), name }));
             }
         }
         OpenElsewhere(found)
@@ -160,6 +159,12 @@ impl OpenElsewhere {
             (holders, _) => holders,
         }
     }
+}
+
+/// What a process calls itself, which can be anything: nothing of it does anything on a terminal.
+fn called(process: &Path) -> String {
+    let comm = fs::read(process.join("comm")).unwrap_or_default();
+    String::from_utf8_lossy(comm.trim_ascii_end()).escape_debug().to_string()
 }
 
 /// The entries of a folder that are numbers, in order.
@@ -199,6 +204,14 @@ mod tests {
         ] {
             assert_eq!(Held::parse(name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn what_a_process_calls_itself_does_nothing_on_a_terminal() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("comm"), b"\x1b[2Jqemu\xff\n\n").unwrap();
+        assert_eq!(called(folder.path()), "\\u{1b}[2Jqemu\u{fffd}");
+        assert_eq!(called(Path::new("/nowhere")), "");
     }
 
     #[test]

@@ -214,11 +214,15 @@ enum Identity {
     Socket(u64, u64),
     /// The device's place in sysfs.
     Kernel(PathBuf),
+    /// The name of a device that VFIO does not have.
+    Name(Name),
 }
 
 fn identity(name: &str) -> Option<Identity> {
+    let listed = listed(name).map(|device| Identity::Kernel(device.folder));
     match Named::parse(name) {
-        Named::Held(_) | Named::Kernel(_) => listed(name).map(|device| Identity::Kernel(device.folder)),
+        Named::Held(_) => listed,
+        Named::Kernel(name) => listed.or(Some(Identity::Name(name))),
         Named::Path(path) => {
             std::fs::metadata(path).ok().map(|found| Identity::Socket(found.dev(), found.ino()))
         }

@@ -78,12 +78,16 @@ fn fds_that_are_no_devices_are_not_taken_for_some() {
 }
 
 #[test]
-fn one_socket_under_two_names_is_one_device() {
+fn one_device_under_two_names_is_one_device() {
     let folder = Folder::new();
     let device = folder.device("device", &[]);
     let link = folder.text("link");
     std::os::unix::fs::symlink(&device.socket, &link).unwrap();
     limosa(&["migrate", &device.socket, &link]).fails(USAGE, &[&link, "the same device"]);
+    // Nor need a device be there.
+    for (one, other) in [("ff:1f.7", "0000:FF:1f.7"), ("4294967295", "/dev/vfio/4294967295")] {
+        limosa(&["migrate", one, other]).fails(USAGE, &[one, other, "the same device"]);
+    }
 }
 
 #[test]
