@@ -59,6 +59,7 @@ errnos! {
     ENOTSUP = 95, "operation not supported";
     EADDRINUSE = 98, "address in use";
     ECONNRESET = 104, "connection reset by peer";
+    ENOTCONN = 107, "not connected";
     ETIMEDOUT = 110, "timed out";
     ECONNREFUSED = 111, "connection refused";
     ECANCELED = 125, "cancelled";

@@ -172,6 +172,9 @@ impl Request {
                 "another device of its group is in use by a driver of the host's"
             }
             (_, Errno::ENOTTY) => "the kernel or the device does not know this request",
+            (_, Errno::ENOTCONN) => {
+                "the device's physical function is not there now: unplugged, or its firmware recovers from a failure"
+            }
             (_, Errno::EMFILE) => {
                 "this process has as many open files as it may: raise its limit (ulimit -n)"
             }
@@ -302,6 +305,7 @@ mod tests {
             (Request::PrecopyInfo, Errno::EINVAL, "PRE_COPY"),
             (Request::GetDeviceFd, Errno::EBUSY, "host's"),
             (Request::DataRead, Errno::EMFILE, "ulimit"),
+            (Request::SetState(3), Errno::ENOTCONN, "physical function"),
         ] {
             let hint = request.hint(errno);
             assert!(hint.contains(word), "{request}, {errno}: `{hint}`");

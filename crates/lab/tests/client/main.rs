@@ -44,7 +44,8 @@ fn movable() -> impl Iterator<Item = Subject> {
 }
 
 fn of_type(name: &str) -> impl Iterator<Item = Subject> + use<'_> {
-    let kind = kinds().into_iter().find(|kind| kind.name == name).unwrap();
+    let kind = kinds().into_iter().find(|kind| kind.name == name);
+    let kind = kind.unwrap_or_else(|| panic!("no {name}: the lab's module is not loaded"));
     DOORS.into_iter().map(move |door| subject(&kind, door))
 }
 
