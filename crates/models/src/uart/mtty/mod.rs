@@ -5,7 +5,7 @@
 //! Where it differs: a reset brings back a new card (mtty's keeps registers and FIFO); a card that is
 //! stopped cannot be changed (mtty's can, and loses what is written); reading where nothing is gives 0
 //! (mtty gives what its stack held); an interrupt that may have got lost in a move is signalled once
-//! more.
+//! more; INTx does not mask itself, and one that comes while its user has masked it is not lost but late.
 
 mod config;
 mod port;
