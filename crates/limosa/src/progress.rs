@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use limosa_migrate::stream::Totals;
-use limosa_migrate::{Observer, Phase};
+use limosa_migrate::{Observer, Phase, Round};
 
 use crate::output::{self, Output};
 
@@ -49,8 +49,9 @@ impl Observer for Progress {
         });
     }
 
-    fn round(&self, round: u32, dirty_bytes: u64) {
-        self.show(|phase| format!("{phase}: round {round}, {} dirty", output::bytes(dirty_bytes)));
+    fn round(&self, round: &Round) {
+        let (number, dirty) = (round.round, output::bytes(round.memory_dirty_bytes));
+        self.show(|phase| format!("{phase}: round {number}, {dirty} dirty"));
     }
 }
 

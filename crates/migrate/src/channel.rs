@@ -32,6 +32,9 @@ pub(crate) struct Channel<'a> {
     payload: Vec<u8>,
     unseen_bytes: usize,
     sent_bytes: u64,
+    written_bytes: u64,
+    /// The rest of a frame that a cancel came into. It is sent before the ABORT, which could not be read without.
+    unfinished: Vec<u8>,
 }
 
 impl<'a> Channel<'a> {
@@ -52,6 +55,8 @@ impl<'a> Channel<'a> {
             payload: Vec::new(),
             unseen_bytes: 0,
             sent_bytes: 0,
+            written_bytes: 0,
+            unfinished: Vec::new(),
         }
     }
 
@@ -119,9 +124,12 @@ impl<'a> Channel<'a> {
             self.unseen_bytes = 0;
             self.look(Instant::now())?;
         }
-        self.sequence_out = self.sequence_out.wrapping_add(1);
         self.sent_bytes += payload.len() as u64;
+        let before = self.written_bytes;
         let sent = self.write_all(&header.encode(), payload, "sending");
+        if self.written_bytes != before {
+            self.sequence_out = self.sequence_out.wrapping_add(1);
+        }
         match sent {
             Err(error @ Error::Link { .. }) if self.has_peer() => Err(self.last_words().unwrap_or(error)),
             sent => sent.map(|()| header),
@@ -199,7 +207,9 @@ impl<'a> Channel<'a> {
         let header = Header::new(Kind::ABORT, 0, 0, self.sequence_out, &header_and_reason);
         self.sequence_out = self.sequence_out.wrapping_add(1);
         self.silence_max = self.silence_max.min(LINGER);
-        if self.write_all(&header.encode(), &header_and_reason, "calling off").is_ok() {
+        let mut frame = std::mem::take(&mut self.unfinished);
+        frame.extend_from_slice(&header.encode());
+        if self.write_all(&frame, &header_and_reason, "calling off").is_ok() {
             self.linger();
         }
     }
@@ -288,8 +298,18 @@ impl<'a> Channel<'a> {
             let rest = sent.saturating_sub(first.len());
             let slices = [IoSlice::new(&first[sent.min(first.len())..]), IoSlice::new(&second[rest..])];
             let slices = if sent < first.len() { &slices[..] } else { &slices[1..] };
-            sent +=
-                self.link.write(slices, wait).map_err(|error| self.failed(error, doing, self.silence_max))?;
+            match self.link.write(slices, wait) {
+                Ok(bytes) => {
+                    sent += bytes;
+                    self.written_bytes += bytes as u64;
+                }
+                Err(error) => {
+                    if matches!(error, LinkError::Cancelled) && sent > 0 {
+                        self.unfinished = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+                    }
+                    return Err(self.failed(error, doing, self.silence_max));
+                }
+            }
         }
         Ok(())
     }

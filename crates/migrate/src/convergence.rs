@@ -1,17 +1,46 @@
-//! When pre-copy stops.
+//! When pre-copy stops: what stopping now would cost, against what it may cost.
 
-/// The limits of pre-copy.
+use std::time::Duration;
+
+/// A round that moved less tells nothing about the rate.
+const SAMPLE_BYTES_MIN: u64 = 1 << 20;
+/// What is taken for the rate, in bytes a second, until a round has told it.
+const ASSUMED: f64 = (1 << 30) as f64;
+
+/// What a caller allows a move to cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Convergence {
+    /// How long nothing may run. Pre-copy goes on below it as long as each round still halves what a stop would
+    /// cost, down to a sixteenth.
+    pub downtime_max: Duration,
+    /// Rounds in a row without a better prediction after which pre-copy has stalled.
+    pub stalled_rounds_max: u32,
     /// The most rounds.
     pub rounds_max: u32,
-    /// Stop when no more than this is left of memory and device data, in bytes, as far as devices say.
-    pub left_bytes_max: u64,
+    /// What to do when it has stalled, and [`Vmm::throttle`](crate::Vmm::throttle) cannot help, or after the last
+    /// round.
+    pub when_stalled: WhenStalled,
+}
+
+/// What to do when the limit cannot be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenStalled {
+    /// Keep trying, until somebody calls the move off or the guest becomes quieter; also beyond the last round.
+    KeepTrying,
+    /// Stop all the same: the move comes about, and its downtime is beyond the limit.
+    SwitchOver,
+    /// Call the move off ([`Error::NotConverging`](crate::Error::NotConverging)).
+    Abort,
 }
 
 impl Default for Convergence {
     fn default() -> Convergence {
-        Convergence { rounds_max: 30, left_bytes_max: 4 << 20 }
+        Convergence {
+            downtime_max: Duration::from_millis(300),
+            stalled_rounds_max: 5,
+            rounds_max: 100,
+            when_stalled: WhenStalled::SwitchOver,
+        }
     }
 }
 
@@ -22,18 +51,117 @@ pub struct Round {
     pub round: u32,
     /// Bytes of memory that are dirty.
     pub memory_dirty_bytes: u64,
+    /// Bytes that devices would still have to give if they were stopped now, as far as they say.
+    pub device_bytes: u64,
     /// Bytes that devices dirtied after they had been read, as far as they say.
     pub device_dirty_bytes: u64,
     /// Bytes of initial pre-copy data that devices still want to be read before the stop, as far as
     /// they say. Can grow again (`VFIO_PRECOPY_INFO_REINIT`).
     pub device_initial_bytes: u64,
+    /// The measured rate, of bytes that the destination has handled; 0 before enough were moved to tell.
+    pub bytes_per_second: u64,
+    /// How long nothing would run if the stop came now.
+    pub predicted_downtime: Duration,
 }
 
-impl Convergence {
-    /// Whether to stop the devices now, rather than begin another round.
-    pub fn stops(&self, round: &Round) -> bool {
-        let left = round.memory_dirty_bytes.saturating_add(round.device_dirty_bytes);
-        round.round >= self.rounds_max || (round.device_initial_bytes == 0 && left <= self.left_bytes_max)
+impl Round {
+    /// Whether another round could move something that would else be moved in the stop.
+    fn can_gain(&self) -> bool {
+        self.memory_dirty_bytes > 0 || self.device_dirty_bytes > 0 || self.device_initial_bytes > 0
+    }
+}
+
+/// What to do after a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Another round.
+    Round,
+    /// Stop the devices.
+    Stop,
+    /// More rounds lead nowhere.
+    Stalled,
+}
+
+/// Follows the rounds of one move.
+#[derive(Debug)]
+pub(crate) struct Course {
+    allowed: Convergence,
+    best: Duration,
+    last: Duration,
+    stalled_rounds: u32,
+}
+
+impl Course {
+    pub(crate) fn new(allowed: Convergence) -> Course {
+        Course { allowed, best: Duration::MAX, last: Duration::MAX, stalled_rounds: 0 }
+    }
+
+    /// After this round.
+    pub(crate) fn next(&mut self, round: &Round) -> Next {
+        let Convergence { downtime_max, stalled_rounds_max, rounds_max, .. } = self.allowed;
+        let cost = round.predicted_downtime;
+        let shrinks = cost < self.last / 2;
+        self.last = cost;
+        // A little better is no progress that leads anywhere.
+        if cost < self.best - self.best / 20 {
+            self.best = cost;
+            self.stalled_rounds = 0;
+        } else {
+            self.stalled_rounds += 1;
+        }
+        let may_shrink = shrinks && cost > downtime_max / 16;
+        let another_helps = may_shrink && round.can_gain();
+        if round.device_initial_bytes == 0 && cost <= downtime_max && !another_helps {
+            return Next::Stop;
+        }
+        let stalled = self.stalled_rounds >= stalled_rounds_max || !round.can_gain();
+        match stalled || round.round >= rounds_max {
+            true => Next::Stalled,
+            false => Next::Round,
+        }
+    }
+
+    /// The guest was slowed down: what was seen before does not count.
+    pub(crate) fn throttled(&mut self) {
+        (self.best, self.last, self.stalled_rounds) = (Duration::MAX, Duration::MAX, 0);
+    }
+}
+
+/// How fast the link and the destination are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
+    /// From a question to its answer.
+    latency: Duration,
+    /// 0 as long as it is not known.
+    bytes_per_second: f64,
+}
+
+impl Pace {
+    pub(crate) fn new(latency: Duration) -> Pace {
+        Pace { latency, bytes_per_second: 0.0 }
+    }
+
+    /// So many bytes were handled by the other side in this time.
+    pub(crate) fn measured(&mut self, bytes: u64, took: Duration) {
+        self.latency = self.latency.min(took);
+        if bytes < SAMPLE_BYTES_MIN {
+            return;
+        }
+        let seconds = took.saturating_sub(self.latency).max(took / 16).as_secs_f64().max(1e-9);
+        let rate = bytes as f64 / seconds;
+        let known = self.bytes_per_second > 0.0;
+        self.bytes_per_second = if known { (self.bytes_per_second + rate) / 2.0 } else { rate };
+    }
+
+    pub(crate) fn bytes_per_second(&self) -> u64 {
+        self.bytes_per_second as u64
+    }
+
+    /// How long so many bytes take, and the words that come after them: READY, COMMIT and RUNNING.
+    pub(crate) fn downtime(&self, bytes: u64) -> Duration {
+        let rate = if self.bytes_per_second > 0.0 { self.bytes_per_second } else { ASSUMED };
+        let moved = Duration::try_from_secs_f64(bytes as f64 / rate).unwrap_or(Duration::MAX);
+        moved.saturating_add(self.latency.saturating_mul(2))
     }
 }
 
@@ -41,15 +169,77 @@ impl Convergence {
 mod tests {
     use super::*;
 
+    const LIMITS: Convergence = Convergence {
+        downtime_max: Duration::from_millis(100),
+        stalled_rounds_max: 3,
+        rounds_max: 50,
+        when_stalled: WhenStalled::Abort,
+    };
+
+    fn rounds(course: &mut Course, costs_ms: &[u64]) -> Vec<Next> {
+        let round = |(at, cost): (usize, &u64)| Round {
+            round: at as u32 + 1,
+            memory_dirty_bytes: *cost,
+            predicted_downtime: Duration::from_millis(*cost),
+            ..Round::default()
+        };
+        costs_ms.iter().enumerate().map(|it| course.next(&round(it))).collect()
+    }
+
     #[test]
-    fn initial_bytes_hold_the_stop_back_until_the_last_round() {
-        let limits = Convergence { rounds_max: 3, left_bytes_max: 100 };
-        let round =
-            Round { round: 1, memory_dirty_bytes: 50, device_dirty_bytes: 50, device_initial_bytes: 0 };
-        assert!(limits.stops(&round));
-        assert!(!limits.stops(&Round { device_initial_bytes: 1, ..round }));
-        assert!(!limits.stops(&Round { memory_dirty_bytes: 51, ..round }));
-        assert!(!limits.stops(&Round { device_dirty_bytes: u64::MAX, ..round }));
-        assert!(limits.stops(&Round { round: 3, device_initial_bytes: 1, ..round }));
+    fn the_stop_comes_below_the_limit_when_no_round_helps_much_any_more() {
+        use Next::*;
+        let run = |costs: &[u64]| rounds(&mut Course::new(LIMITS), costs);
+        assert_eq!(run(&[1000, 300, 90, 40, 35]), [Round, Round, Round, Round, Stop]);
+        assert_eq!(run(&[1000, 300, 90, 40, 5]), [Round, Round, Round, Round, Stop], "a sixteenth");
+        assert_eq!(run(&[0]), [Stop], "nothing is left");
+        let mut course = Course::new(LIMITS);
+        let costly = super::Round {
+            round: 1,
+            device_bytes: 1,
+            predicted_downtime: Duration::from_secs(1),
+            ..Default::default()
+        };
+        assert_eq!(course.next(&costly), Stalled, "and no round makes it cheaper");
+        assert_eq!(run(&[1000, 101, 100]), [Round, Round, Stop]);
+    }
+
+    #[test]
+    fn rounds_that_do_not_get_better_stall_until_the_guest_is_slowed_down() {
+        use Next::*;
+        let mut course = Course::new(LIMITS);
+        assert_eq!(rounds(&mut course, &[500, 490, 495, 510]), [Round, Round, Round, Stalled]);
+        course.throttled();
+        assert_eq!(rounds(&mut course, &[600, 300, 90]), [Round, Round, Round]);
+        let last =
+            super::Round { round: 50, predicted_downtime: Duration::from_secs(1), ..Default::default() };
+        let last = super::Round { memory_dirty_bytes: 1, ..last };
+        assert_eq!(Course::new(LIMITS).next(&last), Stalled, "the last round");
+    }
+
+    #[test]
+    fn initial_bytes_hold_the_stop_back() {
+        let mut course = Course::new(LIMITS);
+        let round = Round { round: 1, device_initial_bytes: 1, ..Round::default() };
+        assert_eq!(course.next(&round), Next::Round);
+        assert_eq!(course.next(&Round { device_initial_bytes: 0, ..round }), Next::Stop);
+    }
+
+    #[test]
+    fn small_rounds_tell_of_latency_and_large_ones_of_the_rate() {
+        let mut pace = Pace::new(Duration::from_millis(2));
+        assert_eq!(pace.downtime(1 << 30), Duration::from_millis(1004), "a rate is assumed");
+        pace.measured(1 << 10, Duration::from_millis(2));
+        assert_eq!(pace.bytes_per_second(), 0, "not known yet");
+        pace.measured(100 << 20, Duration::from_millis(102));
+        assert_eq!(pace.bytes_per_second(), 1000 << 20);
+        pace.measured(1000, Duration::from_millis(1));
+        assert_eq!(pace.bytes_per_second(), 1000 << 20);
+        assert_eq!(pace.downtime(10 << 20), Duration::from_millis(12));
+        pace.measured(100 << 20, Duration::from_millis(201));
+        assert_eq!(pace.bytes_per_second(), 750 << 20);
+        pace.measured(0, Duration::ZERO);
+        pace.measured(u64::MAX, Duration::ZERO);
+        assert!(pace.downtime(u64::MAX) > Duration::ZERO);
     }
 }

@@ -17,7 +17,7 @@ use crate::report::{Phase, Recorder, Report};
 use crate::stream::{
     Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, Order, Preface, PrefaceFlags, Step,
 };
-use crate::{Cancel, Error, Observer, Options, Result, Vmm, inspect};
+use crate::{Cancel, Error, Observer, Options, Result, Round, Vmm, inspect};
 
 /// The side that devices come to.
 pub struct Destination<'a> {
@@ -311,6 +311,7 @@ impl<'a> Destination<'a> {
         let mut order = Order::new(offer);
         // Regions are matched by id, and lie in the same order nowhere but in the offer.
         let region = |at: usize| self.memory.iter().find(|region| region.id == offer.memory[at].id);
+        let has_peer = channel.has_peer();
         while !order.is_whole() {
             let (header, payload) = channel.receive("waiting for the source's data", None)?;
             let step = match order.next(&header, payload) {
@@ -336,7 +337,11 @@ impl<'a> Destination<'a> {
                     }
                     recorder.memory_zero(bytes);
                 }
-                Step::Round(round, dirty_bytes) => recorder.round(round, dirty_bytes),
+                Step::Round(round, dirty_bytes) => {
+                    recorder.round(&Round { round, memory_dirty_bytes: dirty_bytes, ..Round::default() });
+                }
+                Step::Flush if has_peer => channel.send(Kind::FLUSHED, 0, 0, &[]).map(drop)?,
+                Step::Flush => {}
                 Step::Stopped => {
                     recorder.phase(Phase::StopCopy);
                     recorder.stop();

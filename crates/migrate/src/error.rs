@@ -86,6 +86,19 @@ pub enum Error {
         #[source]
         error: LinkError,
     },
+    /// What is dirtied cannot be moved fast enough for the downtime that is allowed.
+    #[error(
+        "it does not converge: after {rounds} rounds a stop would take {predicted:?}, allowed are {allowed:?}; allow \
+         more downtime, slow the guest down, or give it a faster link"
+    )]
+    NotConverging {
+        /// How many rounds there were.
+        rounds: u32,
+        /// How long nothing would run.
+        predicted: Duration,
+        /// How long nothing may run.
+        allowed: Duration,
+    },
     /// The other side let a time limit pass.
     #[error("{peer}: nothing came within {limit:?} while {doing}")]
     TimedOut {
@@ -134,7 +147,7 @@ impl Error {
             Error::Incompatible { .. } => AbortCode::Incompatible,
             Error::Aborted { code, .. } => *code,
             Error::Stream { .. } => AbortCode::Stream,
-            Error::TimedOut { .. } => AbortCode::TimeLimit,
+            Error::TimedOut { .. } | Error::NotConverging { .. } => AbortCode::TimeLimit,
             Error::Cancelled => AbortCode::Cancelled,
             Error::Link { .. } | Error::File { .. } | Error::Os { .. } | Error::StartedAnew => {
                 AbortCode::Other

@@ -68,7 +68,7 @@ pub mod stream;
 mod undo;
 
 pub use cancel::Cancel;
-pub use convergence::{Convergence, Round};
+pub use convergence::{Convergence, Round, WhenStalled};
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
 pub use error::{Error, Result};

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::Round;
 use crate::report::Phase;
 use crate::stream::{MigrationId, Totals};
 
@@ -35,6 +36,14 @@ impl Default for Options {
 
 /// The machine around the devices. Every method does nothing unless it is written.
 pub trait Vmm: Sync {
+    /// On the source, when what the guest dirties cannot be moved fast enough: slow its vCPUs down. `step` counts
+    /// these calls from 1; 0 lets them run at full speed again, after the move whatever became of it, and comes
+    /// only after others. `false` when they cannot be slowed down further.
+    fn throttle(&self, step: u32) -> bool {
+        let _ = step;
+        false
+    }
+
     /// On the source, before devices stop: stop the vCPUs. An `Err` calls the move off.
     fn stop(&self) -> Result<(), String> {
         Ok(())
@@ -74,9 +83,9 @@ pub trait Observer: Sync {
         let _ = totals;
     }
 
-    /// A round of pre-copy is over; this many bytes of memory are still dirty.
-    fn round(&self, round: u32, dirty_bytes: u64) {
-        let _ = (round, dirty_bytes);
+    /// A round of pre-copy is over. A destination knows its number and the dirty memory only.
+    fn round(&self, round: &Round) {
+        let _ = round;
     }
 }
 

@@ -2,12 +2,12 @@
 //! ([`Report`]'s `Display`).
 
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::Observer;
 use crate::stream::{MigrationId, Totals};
+use crate::{Observer, Round};
 
 /// A part of a move, on either side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -76,6 +76,10 @@ pub struct RoundReport {
     pub bytes: Totals,
     /// Bytes of memory that were dirty at its end.
     pub dirty_bytes: u64,
+    /// On the source: bytes that the destination handled in a second.
+    pub bytes_per_second: u64,
+    /// On the source: how long nothing would have run, had the stop come here, in ns.
+    pub predicted_downtime_ns: u64,
 }
 
 /// One device.
@@ -106,6 +110,9 @@ pub struct Report {
     /// How long nothing ran, in ns: on the source from the beginning of the stop to the word that the
     /// destination runs, or until the source runs again. `None` when nothing was stopped.
     pub downtime_ns: Option<u64>,
+    /// On the source: what the downtime was predicted to be when it was decided to stop, in ns. `None` without
+    /// pre-copy, of which it is learned how fast things go.
+    pub predicted_downtime_ns: Option<u64>,
     /// All of it, in ns.
     pub total_ns: u64,
     /// Whether the other side was told how the move ended, as far as this one knows. A destination that
@@ -134,6 +141,7 @@ impl<'a> Recorder<'a> {
             devices: names.map(|name| DeviceReport { name, ..Default::default() }).collect(),
             bytes: Totals::default(),
             downtime_ns: None,
+            predicted_downtime_ns: None,
             total_ns: 0,
             peer_told: true,
             notes: Vec::new(),
@@ -187,12 +195,32 @@ impl<'a> Recorder<'a> {
         self.observer.moved(self.report.bytes);
     }
 
-    pub(crate) fn round(&mut self, round: u32, dirty_bytes: u64) {
+    pub(crate) fn round(&mut self, round: &Round) {
         let bytes = since(self.report.bytes, self.round);
         self.round = self.report.bytes;
         let end_ns = ns(self.began, Instant::now());
-        self.report.rounds.push(RoundReport { round, end_ns, bytes, dirty_bytes });
-        self.observer.round(round, dirty_bytes);
+        self.report.rounds.push(RoundReport {
+            round: round.round,
+            end_ns,
+            bytes,
+            dirty_bytes: round.memory_dirty_bytes,
+            bytes_per_second: round.bytes_per_second,
+            predicted_downtime_ns: nanoseconds(round.predicted_downtime),
+        });
+        self.observer.round(round);
+    }
+
+    /// Notes a downtime beyond what was allowed.
+    pub(crate) fn compare(&mut self, allowed: Duration) {
+        if let Some(downtime_ns) = self.report.downtime_ns.filter(|ns| *ns > nanoseconds(allowed)) {
+            let (downtime, allowed) = (Time(downtime_ns), Time(nanoseconds(allowed)));
+            self.note(format!("nothing ran for {downtime}, allowed were {allowed}"));
+        }
+    }
+
+    /// It is decided to stop.
+    pub(crate) fn predicted(&mut self, downtime: Duration) {
+        self.report.predicted_downtime_ns = Some(nanoseconds(downtime));
     }
 
     pub(crate) fn note(&mut self, note: String) {
@@ -224,7 +252,11 @@ impl<'a> Recorder<'a> {
 }
 
 fn ns(from: Instant, to: Instant) -> u64 {
-    u64::try_from(to.saturating_duration_since(from).as_nanos()).unwrap_or(u64::MAX)
+    nanoseconds(to.saturating_duration_since(from))
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn since(now: Totals, before: Totals) -> Totals {
@@ -266,6 +298,9 @@ impl fmt::Display for Report {
         write!(f, "total {}", Time(self.total_ns))?;
         if let Some(downtime) = self.downtime_ns {
             write!(f, ", downtime {}", Time(downtime))?;
+            if let Some(predicted) = self.predicted_downtime_ns {
+                write!(f, " (predicted {})", Time(predicted))?;
+            }
         }
         let bytes = &self.bytes;
         write!(f, ", devices {}, memory {}", Bytes(bytes.device_bytes), Bytes(bytes.memory_bytes))?;
@@ -330,6 +365,7 @@ mod tests {
             devices: vec![DeviceReport { name: "uart0".into(), bytes: 1 << 20, precopy_bytes: 999 }],
             bytes: bytes(1 << 20, 1 << 26, 1 << 30),
             downtime_ns: Some(3_600_000),
+            predicted_downtime_ns: None,
             total_ns: 16_000_000,
             peer_told: true,
             notes: vec!["all is well".into()],

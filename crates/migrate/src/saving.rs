@@ -1,7 +1,7 @@
 //! One device's saving session on its way to the link. It has its stream to itself, so that it could
 //! run in a thread of its own.
 
-use limosa_client::{Chunk, DataStream, Device};
+use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_protocol::feature::PrecopyInfo;
 
 use crate::channel::Channel;
@@ -103,9 +103,22 @@ impl<'a> Saving<'a> {
         }
     }
 
-    /// What the device last said is left: initial bytes and dirty bytes.
+    /// What the device last said is left of pre-copy: initial bytes and dirty bytes.
     pub(crate) fn left(&self) -> (u64, u64) {
         self.info.map_or((0, 0), |info| (info.initial_bytes, info.dirty_bytes))
+    }
+
+    /// How many bytes the device would have to give if it were stopped now, as far as it says.
+    pub(crate) fn bytes_if_stopped(&self) -> Result<u64> {
+        let (initial, dirty) = self.left();
+        let size = match self.device.mig_data_size() {
+            Ok(size) => size.unwrap_or(0),
+            Err(error) if error.is_connection_lost() => {
+                return Err(failed(self.device, "asking for the size of its data", error));
+            }
+            Err(_) => 0,
+        };
+        Ok(size.max(initial.saturating_add(dirty)))
     }
 
     fn chunk(&mut self, channel: &mut Channel<'_>, recorder: &mut Recorder<'_>) -> Result<Chunk> {

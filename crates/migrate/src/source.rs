@@ -2,23 +2,23 @@
 //! fails before that.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use limosa_client::DeviceExt;
 use limosa_protocol::{MigrationFlags, State};
 
 use crate::channel::Channel;
-use crate::convergence::Round;
+use crate::convergence::{Course, Next, Pace};
 use crate::devices::{MovedDevice, check_movable, each, enter, facts, failed};
 use crate::ledger::Decision;
 use crate::link::Link;
 use crate::memory::Memory;
 use crate::report::{Phase, Recorder, Report};
 use crate::saving::Saving;
-use crate::stream::body::{decode_u32, encode_round};
+use crate::stream::body::{NEEDS_FLUSH, decode_u32, encode_round};
 use crate::stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags};
 use crate::undo::Held;
-use crate::{Cancel, Error, Observer, Options, Result, Vmm, snapshot};
+use crate::{Cancel, Error, Observer, Options, Result, Round, Vmm, WhenStalled, snapshot};
 
 /// The most bytes that a device moves before the others get their turn.
 const TURN_BYTES: u64 = 64 << 20;
@@ -127,6 +127,7 @@ impl<'a> Source<'a> {
         match self.commit(&mut channel) {
             Ok(()) => {
                 recorder.runs();
+                recorder.compare(self.options.convergence.downtime_max);
                 recorder.phase(Phase::Finish);
                 self.finish(&mut recorder, &mut held);
                 Outcome::Moved(recorder.finish())
@@ -260,7 +261,10 @@ impl<'a> Source<'a> {
         let id =
             MigrationId::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
         recorder.id(id);
-        let offer = self.offer()?;
+        let mut offer = self.offer()?;
+        if channel.has_peer() {
+            offer.needs.push(NEEDS_FLUSH.into());
+        }
         for moved in self.devices {
             let state =
                 moved.device.state().map_err(|error| failed(moved.device, "reading its state", error))?;
@@ -325,36 +329,97 @@ impl<'a> Source<'a> {
         if !has_memory && !savings.iter().any(Saving::is_open) {
             return Ok(());
         }
-        for round in 1.. {
+        let mut pace = Pace::new(self.flush(channel)?);
+        let mut course = Course::new(self.options.convergence);
+        for number in 1.. {
             channel.check_cancel()?;
-            let mut moved = 0;
+            let (began, before) = (Instant::now(), recorder.totals());
             if has_memory {
                 held.dirty.send(&self.memory.regions, channel, recorder, |channel, recorder| {
                     channel.check_cancel()?;
                     let mut open = savings.iter_mut().filter(|saving| saving.is_open());
                     open.try_for_each(|saving| saving.precopy(TURN_BYTES, channel, recorder).map(drop))
                 })?;
-                held.dirty.harvest(self.devices, &mut self.memory)?;
             }
-            let mut state = Round { round, ..Default::default() };
             for saving in savings.iter_mut().filter(|saving| saving.is_open()) {
-                moved += saving.precopy(TURN_BYTES, channel, recorder)?;
-                saving.hint(channel)?;
-                let (initial, dirty) = saving.left();
-                state.device_initial_bytes = state.device_initial_bytes.saturating_add(initial);
-                state.device_dirty_bytes = state.device_dirty_bytes.saturating_add(dirty);
+                saving.precopy(TURN_BYTES, channel, recorder)?;
             }
-            state.memory_dirty_bytes = if has_memory { held.dirty.bytes() } else { 0 };
-            channel.send(Kind::ROUND, 0, 0, &encode_round(round, state.memory_dirty_bytes))?;
-            recorder.round(round, state.memory_dirty_bytes);
-            if self.options.convergence.stops(&state) {
-                break;
+            // What is on its way would have to arrive after a stop as well.
+            self.flush(channel)?;
+            let now = recorder.totals();
+            let moved = now.memory_bytes + now.device_bytes - before.memory_bytes - before.device_bytes;
+            pace.measured(moved, began.elapsed());
+            let round = self.look(number, &pace, channel, held, savings)?;
+            channel.send(Kind::ROUND, 0, 0, &encode_round(number, round.memory_dirty_bytes))?;
+            recorder.round(&round);
+            match course.next(&round) {
+                Next::Round => {}
+                Next::Stop => {
+                    recorder.predicted(round.predicted_downtime);
+                    break;
+                }
+                Next::Stalled if self.vmm.throttle(held.throttled + 1) => {
+                    held.throttled += 1;
+                    course.throttled();
+                }
+                Next::Stalled => {
+                    let allowed = self.options.convergence.downtime_max;
+                    let predicted = round.predicted_downtime;
+                    match self.options.convergence.when_stalled {
+                        WhenStalled::KeepTrying => {}
+                        WhenStalled::Abort => {
+                            return Err(Error::NotConverging { rounds: number, predicted, allowed });
+                        }
+                        WhenStalled::SwitchOver => {
+                            tracing::info!("the stop may take {predicted:?}, allowed are {allowed:?}");
+                            recorder.predicted(predicted);
+                            break;
+                        }
+                    }
+                }
             }
-            if moved == 0 && state.memory_dirty_bytes == 0 {
+            if moved == 0 && round.memory_dirty_bytes == 0 {
                 channel.pause(NOTHING_FOR_NOW)?;
             }
         }
         Ok(())
+    }
+
+    /// Waits until the destination has handled all that was sent, and tells how long that took.
+    fn flush(&self, channel: &mut Channel<'_>) -> Result<Duration> {
+        let began = Instant::now();
+        if channel.has_peer() {
+            channel.send(Kind::FLUSH, 0, 0, &[])?;
+            let doing = "waiting for the destination to handle what was sent";
+            channel.expect(Kind::FLUSHED, doing, self.options.load_max)?;
+        }
+        Ok(began.elapsed())
+    }
+
+    /// What is left at the end of a round, and what a stop would cost.
+    fn look(
+        &mut self,
+        number: u32,
+        pace: &Pace,
+        channel: &mut Channel<'_>,
+        held: &mut Held,
+        savings: &mut [Saving<'_>],
+    ) -> Result<Round> {
+        let mut round = Round { round: number, ..Round::default() };
+        for saving in savings {
+            saving.hint(channel)?;
+            let (initial, dirty) = saving.left();
+            round.device_initial_bytes = round.device_initial_bytes.saturating_add(initial);
+            round.device_dirty_bytes = round.device_dirty_bytes.saturating_add(dirty);
+            round.device_bytes = round.device_bytes.saturating_add(saving.bytes_if_stopped()?);
+        }
+        if !held.dirty.blind {
+            held.dirty.harvest(self.devices, &mut self.memory)?;
+        }
+        round.memory_dirty_bytes = held.dirty.bytes();
+        round.bytes_per_second = pace.bytes_per_second();
+        round.predicted_downtime = pace.downtime(round.memory_dirty_bytes.saturating_add(round.device_bytes));
+        Ok(round)
     }
 
     /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices.
@@ -419,6 +484,9 @@ impl<'a> Source<'a> {
                 "{error}: it has been moved and must not run; reset it before it is used again"
             ));
         }
+        if std::mem::take(&mut held.throttled) > 0 {
+            self.vmm.throttle(0);
+        }
         let mut notes = Vec::new();
         held.dirty.stop(self.devices, &mut self.memory, false, &mut notes);
         notes.into_iter().for_each(|note| recorder.note(note));
@@ -427,6 +495,9 @@ impl<'a> Source<'a> {
     fn run_again(&mut self, recorder: &mut Recorder<'_>, held: &mut Held) {
         let notes = held.undo(self.devices, &mut self.memory);
         notes.into_iter().for_each(|note| recorder.note(note));
+        if std::mem::take(&mut held.throttled) > 0 {
+            self.vmm.throttle(0);
+        }
         if std::mem::take(&mut held.vmm_stopped) {
             self.vmm.resume();
         }

@@ -16,6 +16,8 @@ pub(crate) struct Held {
     pub(crate) dirty: Dirty,
     /// Whether anything was done to the devices that must be undone.
     pub(crate) touched: bool,
+    /// How often the VMM was asked to slow its vCPUs down.
+    pub(crate) throttled: u32,
     /// Whether the VMM has stopped its vCPUs.
     pub(crate) vmm_stopped: bool,
 }

@@ -6,11 +6,14 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use common::{Ends, Quirks, Step, TestDevice, VecPages, world};
 use limosa_client::{DeviceLog, DirtySource};
 use limosa_device::{Fault, Loopback};
-use limosa_migrate::{Convergence, DirtyLog, FilePages, GuestPages, Observer, Outcome, PAGE_BYTES, Phase};
+use limosa_migrate::{
+    Convergence, DirtyLog, FilePages, GuestPages, Observer, Outcome, PAGE_BYTES, Phase, Round,
+};
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::{Errno, FeatureIndex, MigrationFlags};
@@ -78,7 +81,8 @@ impl Observer for Vcpu {
             self.write(30, 77);
         }
     }
-    fn round(&self, round: u32, _: u64) {
+    fn round(&self, round: &Round) {
+        let round = round.round;
         if round <= 5 {
             self.write(round.into(), round);
             self.write(u64::from(round) * 2 + 1, round);
@@ -96,7 +100,8 @@ fn ends(log: Log) -> (Ends, Arc<Log>, Arc<Vcpu>) {
     let there = Arc::new(VecPages::new((PAGES * PAGE_BYTES) as usize));
     ends.memory = Some((memory, there, PAGES * PAGE_BYTES));
     ends.log = Mutex::new(Some(Box::new(Handle(log.clone()))));
-    ends.options.convergence = Convergence { rounds_max: 8, left_bytes_max: 0 };
+    ends.options.convergence =
+        Convergence { downtime_max: Duration::ZERO, rounds_max: 8, ..Convergence::default() };
     (ends, log, vcpu)
 }
 

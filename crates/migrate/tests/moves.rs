@@ -2,15 +2,15 @@
 
 mod common;
 
-use std::io::{Seek, Write};
+use std::io::{IoSlice, Seek, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Ends, VecPages, world};
 use limosa_client::DeviceExt;
-use limosa_migrate::link::{Address, Listener, Wait, connect};
-use limosa_migrate::stream::MigrationId;
+use limosa_migrate::link::{Address, Link, LinkError, Listener, SocketLink, Wait, connect};
+use limosa_migrate::stream::{AbortCode, MigrationId};
 use limosa_migrate::{
     Cancel, Error, FilePages, MovedDevice, Observer, Outcome, PAGE_BYTES, Phase, Received, Vmm, move_local,
 };
@@ -265,6 +265,51 @@ fn a_cancel_wakes_a_source_that_waits() {
         waiting.join().unwrap()
     });
     assert!(matches!(outcome, Outcome::Undone { why: Error::Cancelled, .. }), "{outcome:?}");
+}
+
+/// Takes so many bytes, then the move is called off.
+struct CancelAfter(SocketLink, usize, Cancel);
+
+impl Link for CancelAfter {
+    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        if self.1 == 0 {
+            self.2.cancel();
+        }
+        wait.left()?;
+        let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+        // After the cancel there is room for all.
+        let room = if self.2.is_cancelled() { bytes.len() } else { self.1.min(bytes.len()) };
+        let written = self.0.write(&[IoSlice::new(&bytes[..room])], wait)?;
+        self.1 = self.1.saturating_sub(written);
+        Ok(written)
+    }
+    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        self.0.read(into, wait)
+    }
+    fn finish(&mut self) {
+        self.0.finish();
+    }
+    fn peer(&self) -> &str {
+        self.0.peer()
+    }
+}
+
+#[test]
+fn a_cancel_within_a_frame_does_not_garble_the_word_of_it() {
+    for taken in [0, 1, 40, 41, 72, 100, 500, 600, 700, 1000, 2000] {
+        let (source, destination) = world("dev", MigrationFlags::SETS[3], 3000);
+        let mut ends = Ends::new(vec![source], vec![destination]);
+        let cancel = Cancel::new().unwrap();
+        ends.cancel = Some(cancel.clone());
+        let (near, far) = SocketLink::pair().unwrap();
+        let (outcome, received) = ends.run(CancelAfter(near, taken, cancel), far);
+        assert!(matches!(outcome, Outcome::Undone { why: Error::Cancelled, .. }), "{taken}: {outcome:?}");
+        let Received::Discarded { why, .. } = &received else { panic!("{taken}: {received:?}") };
+        // Within the preface nothing can be said yet.
+        let said = matches!(why, Error::Aborted { code: AbortCode::Cancelled, .. });
+        assert!(said || taken < 40, "{taken}: {why}");
+        assert!(!ends.check(outcome, received, "cancelled within a frame"));
+    }
 }
 
 /// Refuses, or tells in which order it was called.

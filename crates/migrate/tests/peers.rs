@@ -63,12 +63,16 @@ impl Peer {
             }
         }
     }
-    /// The next frame that is not PROGRESS.
+    /// The next frame that is not PROGRESS; FLUSH is answered.
     fn read(&mut self) -> (Kind, Vec<u8>) {
         loop {
             match self.decoder.next().unwrap() {
                 Some(Decoded::Frame { header, payload, .. }) if header.kind != Kind::PROGRESS => {
-                    return (header.kind, payload.to_vec());
+                    let (kind, payload) = (header.kind, payload.to_vec());
+                    if kind != Kind::FLUSH {
+                        return (kind, payload);
+                    }
+                    self.frame(Kind::FLUSHED, 0, 0, &[]);
                 }
                 Some(_) => {}
                 None => self.more(),
@@ -265,7 +269,7 @@ fn a_destination_that_breaks_the_order_leaves_the_source_running() {
         peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
         peer.frame(Kind::RUNNING, 0, 0, &[]);
     });
-    assert!(why.to_string().contains("RUNNING is out of place: READY is due"), "{why}");
+    assert!(why.to_string().contains("RUNNING is out of place: FLUSHED is due"), "{why}");
     let why = destination_says(|peer, id| {
         peer.preface(id);
         peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":false,"reasons":["too\u001b[2J old"]}"#);

@@ -8,12 +8,13 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use limosa_client::{Device, DeviceExt, DirtySource, DmaMap, DmaMemory};
 use limosa_lab::module::{self, Dma, ModuleDevice};
 use limosa_migrate::{
     Convergence, Destination, DirtyLog, FilePages, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice,
-    Nobody, Observer, Options, Outcome, Phase, Received, Source, move_local,
+    Nobody, Observer, Options, Outcome, Phase, Received, Round, Source, move_local,
 };
 use limosa_protocol::State;
 use limosa_protocol::bitmap::DirtyBitmap;
@@ -143,7 +144,8 @@ impl Observer for Guest {
         }
     }
 
-    fn round(&self, round: u32, _: u64) {
+    fn round(&self, round: &Round) {
+        let round = round.round;
         let page = u64::from(round) * 7;
         self.dma(Dma::Write, 0, page, 3);
         self.dma(Dma::WriteByCpu, 1, page, 1);
@@ -221,8 +223,14 @@ fn moved(
     there: &[&KernelDevice],
     files: &[File; 2],
 ) -> (Outcome, Received, [BTreeSet<u64>; 2]) {
-    let options =
-        Options { convergence: Convergence { rounds_max: ROUNDS, left_bytes_max: 0 }, ..Options::default() };
+    let options = Options {
+        convergence: Convergence {
+            downtime_max: Duration::ZERO,
+            rounds_max: ROUNDS,
+            ..Convergence::default()
+        },
+        ..Options::default()
+    };
     let (near, far) = (pages(&guests[0].files), pages(files));
     let told = |guest: &&&Guest| matches!(guest.teller, Teller::Container | Teller::PageTable);
     let logs: Vec<_> = guests.iter().filter(told).map(|guest| guest.space.dirty_log()).collect();

@@ -88,6 +88,9 @@ pub struct Answer {
     pub reasons: Vec<String>,
 }
 
+/// In [`Offer::needs`]: the source sends FLUSH.
+pub const NEEDS_FLUSH: &str = "flush";
+
 impl Offer {
     /// The payload, or what exceeds the format's limits.
     pub fn encode(&self) -> Result<Vec<u8>, Damage> {
@@ -98,7 +101,7 @@ impl Offer {
     /// Reads and checks a payload.
     pub fn decode(payload: &[u8]) -> Result<Offer, Damage> {
         let offer: Offer = decode_json(Kind::OFFER, payload)?;
-        if let Some(need) = offer.needs.first() {
+        if let Some(need) = offer.needs.iter().find(|need| *need != NEEDS_FLUSH) {
             return Err(Damage::Unknown { what: printable(need) });
         }
         offer.check()?;

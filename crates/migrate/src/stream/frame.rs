@@ -50,6 +50,8 @@ kinds! {
     QUERY = 17, 0, 0, "What became of this move?";
     OUTCOME = 18, 4, 4, "What became of it.";
     DONE = 19, 0, 0, "The source knows that the destination runs.";
+    FLUSH = 20, 0, 0, "Is all handled that came before?";
+    FLUSHED = 21, 0, 0, "All is handled that came before FLUSH.";
 }
 
 impl Kind {

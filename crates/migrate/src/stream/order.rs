@@ -24,6 +24,8 @@ pub enum Step<'a> {
     MemoryZero(usize, u64, u64),
     /// A round is over; this many bytes of memory are still dirty.
     Round(u32, u64),
+    /// The source waits until all is handled that came before.
+    Flush,
     /// The source's devices are stopped.
     Stopped,
     /// All has come, and the totals agree.
@@ -182,6 +184,7 @@ impl Order {
                 self.summed = true;
                 Step::Sum
             }
+            Kind::FLUSH => Step::Flush,
             Kind::COMMIT if self.summed && !self.committed => {
                 self.committed = true;
                 Step::Commit

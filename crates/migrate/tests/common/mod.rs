@@ -14,8 +14,8 @@ use std::time::Duration;
 pub use device::{Step, TestDevice, world};
 use limosa_client::DirtySource;
 use limosa_migrate::{
-    Cancel, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Nobody, Observer,
-    Options, Outcome, Received, Source, Vmm,
+    Cancel, Convergence, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice,
+    Nobody, Observer, Options, Outcome, Received, Source, Vmm,
 };
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use links::{Fault, FaultyLink, Way};
@@ -31,6 +31,8 @@ pub fn options() -> Options {
         silence_max: Duration::from_secs(10),
         load_max: Duration::from_secs(10),
         commit_max: Duration::from_secs(10),
+        // So long that the first prediction fits, and how fast this machine is does not matter.
+        convergence: Convergence { downtime_max: Duration::from_secs(3600), ..Convergence::default() },
         ..Options::default()
     }
 }
