@@ -171,8 +171,8 @@ impl Observer for All<'_> {
     fn phase(&self, phase: Phase) {
         self.0.iter().for_each(|guest| guest.phase(phase));
     }
-    fn round(&self, round: u32, dirty_bytes: u64) {
-        self.0.iter().for_each(|guest| guest.round(round, dirty_bytes));
+    fn round(&self, round: &Round) {
+        self.0.iter().for_each(|guest| guest.round(round));
     }
 }
 
@@ -357,7 +357,8 @@ fn what_several_devices_write_arrives_whoever_tells() {
     let files = new_memory();
     let (outcome, _, _) = moved(&guests.each_ref(), &there.each_ref(), &files);
     let Outcome::Moved(report) = &outcome else { panic!("{outcome:?}") };
-    assert!(report.notes.is_empty(), "every one is seen: {:?}", report.notes);
+    let blind = |note: &String| note.contains("does not log");
+    assert!(!report.notes.iter().any(blind), "every one is seen: {:?}", report.notes);
     same_memory(&guests[0], &files, "three devices");
     for (from, to) in from.iter().zip(&to) {
         assert_eq!(from.told("check"), to.told("check"), "a device's state");
