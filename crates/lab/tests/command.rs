@@ -3,8 +3,12 @@
 #[path = "command/support.rs"]
 mod support;
 
+use std::os::fd::{AsFd, AsRawFd};
+
+use limosa_client::DeviceExt;
 use limosa_lab::kinds;
 use limosa_protocol::State;
+use limosa_vfio_kernel::{Door, KernelDevice, Options};
 use support::{DOORS, Here, Marked, REFUSED, USAGE, flags, full, is_ours, kind, mtty, path};
 
 #[test]
@@ -178,6 +182,35 @@ fn send_and_receive_say_the_same_as_of_a_vfio_user_device() {
         receiver.signal(rustix::process::Signal::TERM);
         let received = receiver.end().ok();
         assert!(received.contains("start") && received.contains("total"), "{received}");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn what_a_vmm_has_open_is_moved_by_the_name_of_its_fd_and_stays_the_vmms() {
+    let here = Here::new();
+    for (kind, door) in [(mtty(), Door::Group), (full(), Door::Cdev)] {
+        let (device, other) = (Marked::new(&kind, 0x71), Marked::empty(&kind));
+        let vmm =
+            KernelDevice::open(device.uuid(), &Options { door: Some(door), ..Options::default() }).unwrap();
+        let name = format!("/proc/{}/fd/{}", std::process::id(), vmm.as_fd().as_raw_fd());
+        assert!(here.ok(&["probe"]).contains(&format!("as {name}\n")));
+        assert!(here.ok(&["probe", &name]).contains("held by another process"));
+        let file = path("guest");
+        here.ok(&["save", &name, &file]);
+        assert_eq!(vmm.state().unwrap(), State::Running);
+        let said = here.limosa(&["migrate", &name, other.uuid()]);
+        assert!(
+            said.err.contains(other.uuid()) && !said.err.contains(&name),
+            "only the other is closed: {said:?}"
+        );
+        said.ok();
+        assert_eq!((vmm.state().unwrap(), other.mark()), (State::Stop, 0x71));
+        // Nor is anything said of a device that stays open.
+        assert_eq!(here.limosa(&["load", "--stop", &file, &name]).err, "");
+        assert_eq!(vmm.state().unwrap(), State::Stop);
+        assert_eq!(here.ok(&["state", &name, "set", "RUNNING"]).trim().rsplit(' ').next(), Some("RUNNING"));
+        assert_eq!((vmm.state().unwrap(), device.mark_of(&vmm)), (State::Running, 0x71));
     }
 }
 

@@ -56,7 +56,7 @@ pub struct Cli {
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Seconds to wait for the answer to one request.
+    /// Seconds to wait for the answer to one request of vfio-user; the kernel takes the time that it takes.
     #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub timeout: Duration,
 

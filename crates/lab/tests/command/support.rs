@@ -144,7 +144,8 @@ impl Marked {
         self.mark_of(&open(self.uuid()))
     }
 
-    fn mark_of(&self, device: &KernelDevice) -> u8 {
+    /// The same through somebody who has it open.
+    pub fn mark_of(&self, device: &KernelDevice) -> u8 {
         let (at, bytes) = self.register();
         let mut data = vec![0; bytes];
         device.region_read(0, at, &mut data).unwrap();
