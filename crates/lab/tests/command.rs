@@ -141,10 +141,13 @@ fn save_inspect_load_bring_back_the_state_that_was_saved() {
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn migrate_moves_a_device_from_any_door_to_any_door() {
     let here = Here::new();
+    let pairs = [("cdev", "group"), ("group", "cdev"), ("cdev", "cdev"), ("group", "group")];
     for kind in kinds() {
         let (mut one, mut other) = (Marked::new(&kind, 0x31), Marked::empty(&kind));
-        for (from, to) in [("cdev", "cdev"), ("cdev", "group"), ("group", "cdev"), ("group", "group")] {
-            let name = |device: &Marked, door| {
+        // There and back for each kind; all pairs for one of each driver.
+        let pairs = if [mtty(), full()].contains(&kind) { &pairs[..] } else { &pairs[..2] };
+        for (from, to) in pairs {
+            let name = |device: &Marked, door: &str| {
                 let [_, _, cdev, group, _] = device.names();
                 if door == "cdev" { cdev } else { group }
             };

@@ -29,6 +29,11 @@ enum At {
 
 impl Scene {
     fn at(here: &Here, at: At) -> Scene {
+        Scene::sent(here, at, &["--hold"])
+    }
+
+    /// With further words for the sender.
+    fn sent(here: &Here, at: At, words: &[&str]) -> Scene {
         let (source, destination) = (Marked::empty(&full()), Marked::empty(&full()));
         for device in [&source, &destination] {
             // More than a socket takes: a sender whose receiver does not read is not done.
@@ -43,7 +48,7 @@ impl Scene {
         let link = format!("unix:{}", path("link"));
         let receiver = here.start(&["receive", destination.uuid(), "--listen", &link]);
         receiver.line("listening on");
-        let sender = here.start(&["send", source.uuid(), "--to", &link, "--hold"]);
+        let sender = here.start(&[&["send", source.uuid(), "--to", &link], words].concat());
         assert_eq!(held.mdev.get("limosa/await"), point);
         Scene { source, destination, sender: Some(sender), receiver: Some(receiver) }
     }
@@ -163,6 +168,16 @@ fn a_source_in_doubt_is_held_stopped_until_a_person_has_decided() {
     sender.signal(Signal::TERM);
     sender.end().fails(5, &[scene.source.uuid(), "in doubt", "set this one to RUNNING"]);
     assert_eq!(scene.source.mark(), GUEST);
+    scene.both_are_usable();
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_source_in_doubt_that_is_not_held_says_what_becomes_of_its_state() {
+    let here = Here::new();
+    let mut scene = Scene::sent(&here, At::Destination("STOP>RUNNING_P2P"), &[]);
+    let ended = scene.kill_receiver().end();
+    ended.fails(5, &["in doubt", "the kernel closes it with this command", "--hold keeps it open"]);
     scene.both_are_usable();
 }
 

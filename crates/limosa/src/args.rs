@@ -104,6 +104,8 @@ pub enum Command {
     /// Serve a ready device on a vfio-user socket.
     Serve(Serve),
     /// Say what a device is and whether it can migrate; without one, list the kernel's VFIO devices.
+    ///
+    /// For the list, each device that nobody has open is opened for a moment.
     Probe(Probe),
     /// Read or drive a device's migration state.
     State(StateArgs),

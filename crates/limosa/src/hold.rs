@@ -37,21 +37,19 @@ pub fn end(
     leaves: Leaves,
     out: &Output,
 ) -> anyhow::Result<()> {
-    let failure = match done {
-        Ok(()) => None,
-        Err(error) if hold && exit::code(&error) == Code::InDoubt => {
+    let in_doubt = done.as_ref().is_err_and(|error| exit::code(error) == Code::InDoubt);
+    let leaves_state = in_doubt || (done.is_ok() && leaves == Leaves::State);
+    if hold && (in_doubt || done.is_ok()) {
+        if let Err(error) = &done {
             // It is said now, not when somebody ends the wait.
-            tracing::error!("{}", exit::message(&error));
-            Some(error)
+            tracing::error!("{}", exit::message(error));
         }
-        Err(error) => return Err(error),
-    };
-    if hold {
-        until_told(device, out)?;
-    } else if leaves == Leaves::State && device.closes_with_us() {
+        return done.and(until_told(device, out));
+    }
+    if leaves_state && device.closes_with_us() {
         tracing::warn!("{}: {}; --hold keeps it open", device.given(), what_closing_does(device));
     }
-    failure.map_or(Ok(()), Err)
+    done
 }
 
 fn what_closing_does(device: &Opened) -> &'static str {
