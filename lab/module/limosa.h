@@ -336,6 +336,9 @@ void limosa_release_dev(struct vfio_device *vdev);
 int limosa_open_device(struct vfio_device *vdev);
 void limosa_close_device(struct vfio_device *vdev);
 
+/* registers.c */
+int limosa_bar0(struct limosa_dev *dev, u32 at, u8 *data, size_t count, bool write);
+
 /* regions.c */
 extern const struct vfio_device_ops limosa_device_ops;
 

@@ -3,8 +3,8 @@
 
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::{env, fs};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
 
 use limosa_client::{Chunk, Device, DeviceExt, IrqAction};
 use limosa_lab::module::{self, Dma, Guest, IRQ_ERR, IRQ_REQ, ModuleDevice, Register};
@@ -219,6 +219,38 @@ fn a_device_that_is_gone_answers_nobody_and_lets_go_of_those_it_held() {
     module.wish("gone", 0);
     module.wish("hold", "none");
     assert_eq!(module.open(None).state().unwrap(), State::Running);
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_device_that_was_gone_in_resuming_lost_its_session_and_does_not_look_for_it() {
+    let (module, device) = in_use();
+    for state in [State::Resuming, State::PreCopy, State::StopCopy] {
+        let mut stream = device.set_state(state).unwrap().unwrap();
+        module.wish("gone", 1);
+        module.wish("gone", 0);
+        assert_eq!(device.state().unwrap(), State::Running, "{state}");
+        assert!(stream.write(&[0; 64]).is_err(), "{state}");
+        assert!(stream.read(&mut [0; 64]).is_err(), "{state}");
+        assert!(device.set_state(state).unwrap().is_some(), "{state}");
+        device.reset().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_slow_device_takes_its_time_for_each_arc_and_each_read() {
+    let (module, device) = in_use();
+    let delay = Duration::from_millis(30);
+    module.wish("arc_delay_ms", delay.as_millis());
+    let began = Instant::now();
+    let mut stream = device.set_state(State::StopCopy).unwrap().unwrap();
+    assert!(began.elapsed() >= 3 * delay, "three arcs in {:?}", began.elapsed());
+    module.wish("arc_delay_ms", 0);
+    module.wish("read_delay_ms", delay.as_millis());
+    let began = Instant::now();
+    stream.read(&mut [0; 8]).unwrap();
+    assert!(began.elapsed() >= delay, "a read in {:?}", began.elapsed());
 }
 
 #[test]
