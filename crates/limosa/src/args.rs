@@ -121,6 +121,10 @@ pub enum Command {
     Send(Send),
     /// Take a device from a sender.
     Receive(Receive),
+    /// Ask what became of a move in doubt, and act on it; without a device, list the moves in doubt.
+    Resolve(Resolve),
+    /// Answer sources in doubt for a receiver that has ended.
+    Answer(Answer),
     /// Print the migration state machine.
     Fsm(Fsm),
     /// Measure a device: region accesses, data streams, dirty reports, each beside the floor.
@@ -321,6 +325,9 @@ pub struct Link {
     /// and twice as long a destination stays to be asked.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub silence: Duration,
+
+    #[command(flatten)]
+    pub moves: Moves,
 }
 
 #[derive(Debug, Args)]
@@ -342,6 +349,58 @@ pub struct Receive {
 
     #[command(flatten)]
     pub hold: Hold,
+}
+
+#[derive(Debug, Args)]
+pub struct Moves {
+    /// The folder in which moves are remembered; by default limosa/moves below $XDG_STATE_HOME or ~/.local/state.
+    #[arg(long = "moves", value_name = "FOLDER")]
+    pub folder: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Resolve {
+    /// The device that was sent; without it, the moves in doubt are listed.
+    #[arg(value_name = "DEVICE")]
+    pub device: Option<String>,
+
+    /// Where its destination is to be asked: unix:PATH or tcp:HOST:PORT; by default where it was sent to.
+    #[arg(long, value_name = "ADDR", requires = "device")]
+    pub to: Option<String>,
+
+    /// The move, if another one than the device's last.
+    #[arg(long, value_name = "ID", requires = "device")]
+    pub id: Option<String>,
+
+    /// Ask nobody: you have looked, and know what became of the move.
+    #[arg(long, value_name = "OUTCOME", requires = "device", conflicts_with = "to")]
+    pub decide: Option<Decided>,
+
+    #[command(flatten)]
+    pub moves: Moves,
+}
+
+/// What became of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Decided {
+    /// The destination runs it, or did: the device stops for good.
+    Moved,
+    /// The destination does not run it and never will: the device runs again.
+    Undone,
+}
+
+#[derive(Debug, Args)]
+pub struct Answer {
+    /// Where to listen: unix:PATH or tcp:HOST:PORT (port 0 for any).
+    #[arg(long, value_name = "ADDR")]
+    pub listen: String,
+
+    /// Seconds to stay.
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
+    pub wait: Duration,
+
+    #[command(flatten)]
+    pub moves: Moves,
 }
 
 #[derive(Debug, Args)]

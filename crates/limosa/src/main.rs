@@ -6,6 +6,7 @@ mod commands;
 mod exit;
 mod held;
 mod hold;
+mod moves;
 mod open;
 mod output;
 mod progress;
@@ -100,6 +101,8 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             let done = commands::moving::receive(&*device, args, out);
             hold::end(done, &device, args.hold.hold, Leaves::State, out)
         }
+        Command::Resolve(args) => commands::resolve::resolve(args, opening, out),
+        Command::Answer(args) => commands::resolve::answer(args, out),
         Command::Bench(args) => commands::bench::run(args, opening, out),
     }
 }

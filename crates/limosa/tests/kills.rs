@@ -215,6 +215,75 @@ fn the_receiver_killed_in_the_commit_leaves_the_source_in_doubt_and_stopped() {
 }
 
 #[test]
+fn a_move_in_doubt_is_resolved_after_both_processes_are_gone() {
+    // The sender dies with its COMMIT on the way, the receiver after it has run: it has noted that.
+    let scene = Scene::at(At::Commit);
+    scene.sender.kill();
+    scene.receiver.line("the source may be in doubt");
+    scene.receiver.kill();
+    assert!(scene.destination.runs(GUEST));
+    let name = &scene.source.socket;
+    let listed = limosa(&["resolve"]).ok();
+    assert!(listed.contains(name.as_str()), "{listed}");
+    let asked = limosa(&["resolve", name]);
+    asked.fails(4, &["cannot connect to", "limosa answer"]);
+    assert_eq!(scene.source.state(), State::StopCopy, "still in doubt");
+    let there = format!("unix:{}", scene.folder.text("answers"));
+    let answers = start(&["answer", "--listen", &there]);
+    answers.line("listening on");
+    let resolved = limosa(&["resolve", name, "--to", &there]).ok();
+    assert!(resolved.contains("moved"), "{resolved}");
+    assert_eq!(scene.source.state(), State::Stop);
+    answers.line(": committed");
+    answers.signal(Signal::INT);
+    answers.end().ok();
+    assert!(!limosa(&["resolve"]).ok().contains(name.as_str()), "forgotten");
+    limosa(&["resolve", name]).fails(3, &[name, "no move of this device"]);
+}
+
+#[test]
+fn a_move_whose_receiver_died_while_it_started_is_for_a_person_to_decide() {
+    let scene = Scene::at(At::Commit);
+    scene.receiver.kill();
+    let name = &scene.source.socket;
+    scene.sender.end().fails(5, &[name, "in doubt", "limosa resolve"]);
+    let there = format!("unix:{}", scene.folder.text("answers"));
+    let answers = start(&["--json", "answer", "--listen", &there]);
+    answers.line("listening on");
+    limosa(&["resolve", name, "--to", &there]).fails(5, &[name, "does not know either", "--decide"]);
+    answers.line("not known");
+    assert_eq!(scene.source.state(), State::StopCopy);
+    let document = limosa(&["--json", "resolve"]).json();
+    let noted =
+        document["in_doubt"].as_array().unwrap().iter().find(|doubt| doubt["device"] == name.as_str());
+    let id = noted.unwrap()["id"].as_str().unwrap().to_owned();
+    limosa(&["resolve", name, "--id", "17"]).fails(2, &["--id 17", "32 hexadecimal digits"]);
+    // Somebody has seen to it that the destination does not run.
+    scene.destination.is_usable(&scene.folder);
+    let decided = limosa(&["resolve", name, "--id", &id, "--decide", "undone"]).ok();
+    assert!(decided.contains("as before the move"), "{decided}");
+    source_goes_on(&scene.source, &scene.folder);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_to_is_refused_where_it_was_asked_for() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let file = folder.text("file");
+    std::fs::write(&file, "no folder").unwrap();
+    let listen = format!("unix:{}", folder.text("link"));
+    limosa(&["receive", &device.socket, "--listen", &listen, "--moves", &file]).fails(4, &[&file, "--moves"]);
+    let receiver = start(&["receive", &device.socket, "--listen", &listen]);
+    receiver.line("listening on");
+    let source = folder.device("source", &[]);
+    source.mark(GUEST);
+    let sent = limosa(&["send", &source.socket, "--to", &listen, "--moves", &file]);
+    sent.fails(3, &["as it was before", "the VMM refused to commit", &file]);
+    receiver.end().fails(1, &["called the move off"]);
+    assert!(source.runs(GUEST));
+}
+
+#[test]
 fn servers_that_are_dead_before_the_move_are_named() {
     let folder = Folder::new();
     let (mut dead, alive) = (folder.device("dead", &[]), folder.device("alive", &[]));

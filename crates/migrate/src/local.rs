@@ -38,7 +38,7 @@ impl Source<'_> {
     /// Decides a move in doubt whose destination is in this process and done.
     fn settle(&mut self, outcome: Outcome, ledger: &crate::Ledger) -> Outcome {
         match outcome {
-            Outcome::InDoubt(doubt) => self.act_on(ledger.ask(doubt.id), doubt),
+            Outcome::InDoubt(doubt) => self.decide(ledger.ask(doubt.id), doubt),
             outcome => outcome,
         }
     }

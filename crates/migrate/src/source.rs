@@ -146,13 +146,14 @@ impl<'a> Source<'a> {
     pub fn resolve(&mut self, doubt: InDoubt, link: &mut dyn Link) -> Outcome {
         let mut channel = Channel::new(link, None, self.options.silence_max);
         match self.query(doubt.id, &mut channel) {
-            Ok(decision) => self.act_on(decision, doubt),
+            Ok(decision) => self.decide(decision, doubt),
             Err(why) => Outcome::InDoubt(InDoubt { why, ..doubt }),
         }
     }
 
-    /// Does what the destination's memory says.
-    pub(crate) fn act_on(&mut self, decision: Decision, mut doubt: InDoubt) -> Outcome {
+    /// Acts on what became of a move in doubt, where that is known otherwise than by [`Source::resolve`]: a person
+    /// has looked. Who is wrong here makes the guest run twice, or nowhere.
+    pub fn decide(&mut self, decision: Decision, mut doubt: InDoubt) -> Outcome {
         let mut recorder = self.recorder();
         recorder.id(doubt.id);
         match decision {

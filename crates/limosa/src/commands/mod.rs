@@ -8,5 +8,6 @@ pub mod inspect;
 pub mod list;
 pub mod moving;
 pub mod probe;
+pub mod resolve;
 pub mod serve;
 pub mod state;

@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::args;
 use crate::exit::{self, Code};
+use crate::moves::{Moves, Sending};
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals;
@@ -35,7 +36,7 @@ fn print(out: &Output, outcome: &str, report: &Report) -> anyhow::Result<()> {
 }
 
 /// Ctrl-C calls a move off instead of tearing it apart.
-fn cancel_on_signal() -> anyhow::Result<Cancel> {
+pub fn cancel_on_signal() -> anyhow::Result<Cancel> {
     let cancel = Cancel::new().context("cannot make an eventfd")?;
     let on_signal = cancel.clone();
     signals::on_end(move || on_signal.cancel())?;
@@ -52,7 +53,7 @@ fn over_link(options: Options, link: &args::Link) -> Options {
 }
 
 /// An address of a socket.
-fn address(text: &str) -> anyhow::Result<Address> {
+pub fn address(text: &str) -> anyhow::Result<Address> {
     match text.parse() {
         Ok(Address::File(_)) => Err(exit::error(
             Code::Usage,
@@ -92,7 +93,9 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
     let options = over_link(options(&args.moving), &args.link);
     let mut link = connect(&address, options.silence_max)?;
     let moved = [MovedDevice::new(device)];
-    let mut source = source(&moved, &progress, &options, &cancel);
+    let moves = Moves::new(args.link.moves.folder.as_deref());
+    let sending = Sending { moves: &moves, device: &args.device, to: address.to_string() };
+    let mut source = Source { vmm: &sending, ..source(&moved, &progress, &options, &cancel) };
     let mut outcome = source.send(&mut link);
     drop(link);
     let began = Instant::now();
@@ -114,20 +117,29 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
         }
     }
     drop(progress);
+    if let Outcome::Moved(report) | Outcome::Undone { report, .. } = &outcome {
+        moves.forget(&report.id);
+    }
     settled(outcome, out)
 }
 
-pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyhow::Result<()> {
-    let listen = address(&args.listen)?;
-    let listener = Listener::bind(&listen).map_err(|error| {
+/// Listens where the user said.
+pub fn listen(text: &str) -> anyhow::Result<Listener> {
+    let address = address(text)?;
+    Listener::bind(&address).map_err(|error| {
         let hint = match error.kind() {
-            io::ErrorKind::NotFound if matches!(listen, Address::Unix(_)) => "make its folder first",
+            io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => "make its folder first",
             _ => "choose another address",
         };
-        exit::error(Code::Unreachable, format!("cannot listen on {listen}: {error}; {hint}"))
-    })?;
+        exit::error(Code::Unreachable, format!("cannot listen on {address}: {error}; {hint}"))
+    })
+}
+
+pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyhow::Result<()> {
+    let listener = listen(&args.listen)?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
-    let (options, ledger) = (over_link(Options::default(), &args.link), Ledger::new());
+    let moves = Moves::new(args.link.moves.folder.as_deref());
+    let (options, ledger) = (over_link(Options::default(), &args.link), moves.ledger()?);
     let moved = [MovedDevice::new(device)];
     let destination = destination(&moved, &progress, &options, &cancel, &ledger);
     say_where(listener.address(), out);
@@ -135,9 +147,10 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
     let stay = 2 * args.link.silence;
     loop {
         let mut link = accept(args.wait).map_err(|error| match error {
-            link::LinkError::TimedOut => {
-                exit::error(Code::Unreachable, format!("{listen}: nobody connected within {:?}", args.wait))
-            }
+            link::LinkError::TimedOut => exit::error(
+                Code::Unreachable,
+                format!("{}: nobody connected within {:?}", args.listen, args.wait),
+            ),
             link::LinkError::Cancelled => Error::Cancelled.into(),
             error => error.into(),
         })?;
@@ -168,7 +181,7 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
 
 /// Tells whoever waits for it where the sender is to connect. In JSON mode the document is all that goes
 /// to standard output.
-fn say_where(address: &Address, out: &Output) {
+pub fn say_where(address: &Address, out: &Output) {
     let line = format!("listening on {address}");
     let said = match out.json {
         false => writeln!(io::stdout(), "{line}"),
@@ -311,8 +324,9 @@ fn in_doubt(device: &str, doubt: &InDoubt) -> anyhow::Error {
     exit::error(
         Code::InDoubt,
         format!(
-            "{device} is stopped and in doubt: {}. The destination may run move {}. Look there: if it runs, leave \
-             this device stopped; only if it does not, and never will, set this one to RUNNING",
+            "{device} is stopped and in doubt: {}. The destination may run move {}; `limosa resolve` asks it again. \
+             Look there if nobody can answer: if it runs, leave this device stopped; only if it does not, \
+             and never will, set this one to RUNNING (`limosa resolve --decide` does either)",
             doubt.why, doubt.id
         ),
     )

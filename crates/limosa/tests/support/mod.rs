@@ -7,7 +7,7 @@ pub mod link;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use limosa_client::{Device, DeviceExt};
@@ -114,6 +114,8 @@ pub fn start<S: AsRef<str>>(args: &[S]) -> Running {
         .args(&args)
         .env_remove("RUST_LOG")
         .env_remove("RUST_BACKTRACE")
+        // What is remembered of moves is not this user's.
+        .env("XDG_STATE_HOME", state())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -125,6 +127,12 @@ pub fn start<S: AsRef<str>>(args: &[S]) -> Running {
     listen(out, Arc::clone(&shared), |said| &mut said.out);
     listen(err, Arc::clone(&shared), |said| &mut said.err);
     Running { child, shared, name: args.join(" ") }
+}
+
+/// A folder of this test process's.
+fn state() -> &'static Path {
+    static STATE: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
+    STATE.path()
 }
 
 /// Runs the command to its end.

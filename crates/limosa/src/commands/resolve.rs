@@ -1,0 +1,175 @@
+//! `limosa resolve`, on the side of a source in doubt, and `limosa answer`, on the side of a destination whose
+//! process is no more.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use limosa_client::Device;
+use limosa_migrate::link::{self, Wait};
+use limosa_migrate::stream::MigrationId;
+use limosa_migrate::{
+    Decision, Destination, InDoubt, Memory, MovedDevice, Nobody, Options, Outcome, Received, Source,
+};
+use serde::Serialize;
+
+use super::moving;
+use crate::args;
+use crate::exit::{self, Code};
+use crate::moves::{Doubt, Moves};
+use crate::open::{self, Opening};
+use crate::output::Output;
+
+/// What `limosa resolve` without a device prints.
+#[derive(Serialize)]
+struct Doubts {
+    in_doubt: Vec<Doubt>,
+}
+
+#[derive(Serialize)]
+struct Resolved<'a> {
+    device: &'a str,
+    id: String,
+    outcome: &'static str,
+}
+
+#[derive(Serialize)]
+struct Answered {
+    id: String,
+    outcome: &'static str,
+}
+
+pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::Result<()> {
+    let moves = Moves::new(args.moves.folder.as_deref());
+    let Some(name) = &args.device else { return list(&moves, out) };
+    let noted = moves.doubts()?.into_iter().rev().find(|doubt| match &args.id {
+        Some(id) => doubt.id == *id,
+        None => doubt.device == *name || open::same(&doubt.device, name),
+    });
+    let id: MigrationId = match (&args.id, &noted) {
+        (Some(id), _) => {
+            id.parse().map_err(|error| exit::error(Code::Usage, format!("--id {id}: {error}")))?
+        }
+        (None, Some(noted)) => noted.id()?,
+        (None, None) => {
+            let what = format!(
+                "{name}: no move of this device is noted as in doubt; `limosa resolve` lists those that are, and \
+                 --id names one that is not"
+            );
+            return Err(exit::error(Code::Refused, what));
+        }
+    };
+    let device = opening.open(name)?;
+    let doubt = InDoubt::recover(id);
+    let outcome = match args.decide {
+        Some(decision) => with(&*device, |source| source.decide(decision.into(), doubt)),
+        None => {
+            let Some(to) = args.to.as_ref().or(noted.as_ref().map(|noted| &noted.to)) else {
+                return Err(exit::error(
+                    Code::Usage,
+                    format!("{name}: expected --to, where its destination is"),
+                ));
+            };
+            let address = moving::address(to)?;
+            let options = Options::default();
+            let mut link = link::connect(&address, options.silence_max).map_err(|error| {
+                let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
+                exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
+            })?;
+            with(&*device, |source| source.resolve(doubt, &mut link))
+        }
+    };
+    let (outcome, report) = match outcome {
+        Outcome::Moved(report) => ("moved", report),
+        Outcome::Undone { report, .. } => ("undone", report),
+        Outcome::InDoubt(doubt) => {
+            let what = match doubt.why {
+                limosa_migrate::Error::StartedAnew => "its destination does not know either".to_owned(),
+                why => why.to_string(),
+            };
+            let message = format!(
+                "{name} stays stopped and in doubt: {what}. Look at the destination of move {id}: if the guest runs \
+                 there, or did, decide it with `--decide moved`; if it does not and never will, with `--decide undone`"
+            );
+            return Err(exit::error(Code::InDoubt, message));
+        }
+    };
+    if let Some(note) = report.notes.first() {
+        return Err(anyhow::anyhow!("{name}: {outcome}, but {note}"));
+    }
+    moves.forget(&id.to_string());
+    out.result(&Resolved { device: name, id: id.to_string(), outcome }, |to| {
+        let now = if outcome == "moved" { "stopped" } else { "as before the move" };
+        writeln!(to, "{name}: {outcome}; it is {now}")
+    })
+}
+
+fn with(device: &dyn Device, act: impl FnOnce(&mut Source<'_>) -> Outcome) -> Outcome {
+    act(&mut Source {
+        devices: &[MovedDevice::new(device)],
+        memory: Memory::default(),
+        vmm: &Nobody,
+        observer: &Nobody,
+        options: &Options::default(),
+        cancel: None,
+    })
+}
+
+fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
+    let doubts = Doubts { in_doubt: moves.doubts()? };
+    out.result(&doubts, |to| {
+        if doubts.in_doubt.is_empty() {
+            return writeln!(to, "no move is in doubt");
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        doubts.in_doubt.iter().try_for_each(|doubt| {
+            let minutes = now.saturating_sub(doubt.since) / 60;
+            writeln!(to, "{}  {} -> {}, {minutes} min ago", doubt.id, doubt.device, doubt.to)
+        })
+    })
+}
+
+pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
+    let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
+    let (ledger, listener) = (moves.ledger()?, moving::listen(&args.listen)?);
+    let options = Options::default();
+    let destination = Destination {
+        devices: &[],
+        memory: &[],
+        vmm: &Nobody,
+        observer: &Nobody,
+        options: &options,
+        cancel: Some(&cancel),
+        ledger: &ledger,
+    };
+    moving::say_where(listener.address(), out);
+    let began = Instant::now();
+    loop {
+        let left = args.wait.saturating_sub(began.elapsed());
+        let mut link = match listener.accept(Wait::within(left, Some(&cancel))) {
+            Ok(link) => link,
+            Err(link::LinkError::TimedOut | link::LinkError::Cancelled) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        match destination.receive(&mut link) {
+            Received::Answered { id, decision } => {
+                let outcome = match decision {
+                    Decision::Unknown => "not known",
+                    Decision::NotCommitted => "not committed",
+                    Decision::Committed => "committed",
+                };
+                out.result(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
+            }
+            // Somebody who wants to send, or nobody who knows how to ask.
+            Received::Discarded { why, .. } => tracing::warn!("{why}"),
+            Received::Runs(_) | Received::Stopped(_) | Received::Broken { .. } => {}
+        }
+    }
+}
+
+impl From<args::Decided> for Decision {
+    fn from(decided: args::Decided) -> Decision {
+        match decided {
+            args::Decided::Moved => Decision::Committed,
+            args::Decided::Undone => Decision::NotCommitted,
+        }
+    }
+}
