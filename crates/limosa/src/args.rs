@@ -280,6 +280,26 @@ pub struct Moving {
     /// Skip pre-copy: stop the device first, then copy all of its state.
     #[arg(long)]
     pub no_precopy: bool,
+
+    /// Milliseconds for which nothing may run: pre-copy goes on until a stop is predicted to take no longer, and the
+    /// move is called off if that does not come about (--when-stalled). Without it, 300 ms are aimed for.
+    #[arg(long, value_name = "MS", conflicts_with = "no_precopy", value_parser = milliseconds)]
+    pub downtime_limit: Option<Duration>,
+
+    /// What to do when what changes is not moved fast enough: keep trying, switch over all the same, or abort. By
+    /// default abort with --downtime-limit, else switch over.
+    #[arg(long, value_name = "CHOICE")]
+    pub when_stalled: Option<WhenStalled>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WhenStalled {
+    /// Keep trying until the move is interrupted or the device becomes quieter.
+    KeepTrying,
+    /// Stop the device, however long the rest takes.
+    SwitchOver,
+    /// Call the move off.
+    Abort,
 }
 
 #[derive(Debug, Args)]
@@ -433,6 +453,16 @@ pub struct Bench {
     /// `taskset -c 0` for figures on one core.
     #[arg(long)]
     pub one_core: bool,
+}
+
+/// A positive number of milliseconds, fractions allowed.
+fn milliseconds(text: &str) -> Result<Duration, String> {
+    let milliseconds: f64 =
+        text.parse().map_err(|_| "expected a number of milliseconds, such as 300 or 0.5".to_owned())?;
+    if !(milliseconds > 0.0 && milliseconds <= 3_600_000.0) {
+        return Err("expected more than 0 and at most 3600000 milliseconds".into());
+    }
+    Ok(Duration::from_secs_f64(milliseconds / 1000.0))
 }
 
 /// A positive number of seconds, fractions allowed.

@@ -109,7 +109,7 @@ fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
     use limosa_migrate::Error;
     use limosa_migrate::stream::AbortCode;
     Some(match error {
-        Error::Incompatible { .. } | Error::Vmm { .. } => Code::Refused,
+        Error::Incompatible { .. } | Error::Vmm { .. } | Error::NotConverging { .. } => Code::Refused,
         Error::Aborted { code: AbortCode::Incompatible, .. } => Code::Refused,
         Error::Aborted { code: AbortCode::Cancelled, .. } | Error::Cancelled => Code::Cancelled,
         Error::Stream { .. } => Code::Damaged,

@@ -137,3 +137,31 @@ fn a_transition_may_take_longer_than_another_request() {
     limosa(&["--timeout", "0.4", "state", &device.socket, "set", "RUNNING_P2P"]).ok();
     assert_eq!(device.state(), State::RunningP2p);
 }
+
+#[test]
+fn a_downtime_that_cannot_be_had_calls_the_move_off_or_is_said() {
+    let folder = Folder::new();
+    let source = folder.device("source", &["state=16M", "dirty-rate=1G"]);
+    let destination = folder.device("destination", &["state=16M"]);
+    source.mark(GUEST);
+    let (from, to) = (source.socket.as_str(), destination.socket.as_str());
+    let refused = limosa(&["migrate", from, to, "--downtime-limit", "0.001"]);
+    refused.fails(3, &["does not converge", "1µs", "the source is as it was before"]);
+    assert!(source.runs(GUEST) && destination.guest() == 0);
+    limosa(&["migrate", from, to, "--downtime-limit", "0"]).fails(2, &["more than 0"]);
+    limosa(&["migrate", from, to, "--downtime-limit", "1", "--no-precopy"]).fails(2, &["--no-precopy"]);
+    let moved = limosa(&[
+        "--json",
+        "migrate",
+        from,
+        to,
+        "--downtime-limit",
+        "0.001",
+        "--when-stalled",
+        "switch-over",
+    ]);
+    let report = moved.json();
+    assert!(report["predicted_downtime_ns"].as_u64().unwrap() > 0, "{report}");
+    assert!(report["notes"][0].as_str().unwrap().contains("nothing ran for"), "{report}");
+    assert!(destination.runs(GUEST));
+}

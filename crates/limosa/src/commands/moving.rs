@@ -10,7 +10,7 @@ use limosa_migrate::link::{self, Address, Listener, SocketLink, Wait};
 use limosa_migrate::stream::Damage;
 use limosa_migrate::{
     AfterLoad, AfterSave, Cancel, Destination, Error, InDoubt, Ledger, Memory, MovedDevice, Nobody, Options,
-    Outcome, Phase, Received, Report, Source, move_local,
+    Outcome, Phase, Received, Report, Source, WhenStalled, move_local,
 };
 use serde::Serialize;
 
@@ -44,7 +44,18 @@ pub fn cancel_on_signal() -> anyhow::Result<Cancel> {
 }
 
 fn options(moving: &args::Moving) -> Options {
-    Options { precopy: !moving.no_precopy, ..Options::default() }
+    let mut options = Options { precopy: !moving.no_precopy, ..Options::default() };
+    let convergence = &mut options.convergence;
+    if let Some(limit) = moving.downtime_limit {
+        (convergence.downtime_max, convergence.when_stalled) = (limit, WhenStalled::Abort);
+    }
+    convergence.when_stalled = match moving.when_stalled {
+        Some(args::WhenStalled::KeepTrying) => WhenStalled::KeepTrying,
+        Some(args::WhenStalled::SwitchOver) => WhenStalled::SwitchOver,
+        Some(args::WhenStalled::Abort) => WhenStalled::Abort,
+        None => convergence.when_stalled,
+    };
+    options
 }
 
 /// With the time limits of a link that may be lost.
