@@ -75,24 +75,59 @@ impl Held {
     }
 }
 
+/// What the fd of a device links to that was opened through its group.
+const OF_GROUP: &str = "anon_inode:[vfio-device]";
+
 /// Whether this is what the fd of a device links to.
 fn is_device(target: &Path) -> bool {
-    target.starts_with("/dev/vfio/devices") || target.as_os_str() == "anon_inode:[vfio-device]"
+    target.starts_with("/dev/vfio/devices") || target.as_os_str() == OF_GROUP
 }
 
-/// Where a device is in sysfs that a process has open: newer kernels say so in fdinfo; before, only the name
-/// of a cdev tells.
+/// Where a device is in sysfs that a process has open: newer kernels say so in fdinfo; before, the name of a cdev
+/// tells, or the group of a process that has no other.
 fn place_of(process: &Path, fd: &str) -> Option<PathBuf> {
     let target = fs::read_link(process.join("fd").join(fd)).ok()?;
     if !is_device(&target) {
         return None;
     }
-    let info = fs::read_to_string(process.join("fdinfo").join(fd)).ok()?;
+    let info = fs::read_to_string(process.join("fdinfo").join(fd)).unwrap_or_default();
     if let Some(place) = info.lines().find_map(|line| line.strip_prefix("vfio-device-syspath:")) {
         return Some(PathBuf::from(place.trim()));
     }
-    let cdev = target.strip_prefix("/dev/vfio/devices").ok()?;
-    fs::canonicalize(Path::new("/sys/class/vfio-dev").join(cdev).join("device")).ok()
+    if let Ok(cdev) = target.strip_prefix("/dev/vfio/devices") {
+        return fs::canonicalize(Path::new("/sys/class/vfio-dev").join(cdev).join("device")).ok();
+    }
+    only_device(process, |group| {
+        let in_group = limosa_vfio_kernel::list()
+            .into_iter()
+            .filter(|device| device.group.is_some_and(|of| of.to_string() == group));
+        in_group.map(|device| device.folder).collect()
+    })
+}
+
+/// The device of a process that has one device open, and one group, which has no other device.
+fn only_device(process: &Path, in_group: impl Fn(&str) -> Vec<PathBuf>) -> Option<PathBuf> {
+    let folder = process.join("fd");
+    let targets =
+        numbers(&folder).into_iter().filter_map(|fd| fs::read_link(folder.join(fd.to_string())).ok());
+    let (mut devices, mut groups) = (0, Vec::new());
+    for target in targets {
+        if target.as_os_str() == OF_GROUP {
+            devices += 1;
+        } else if let Ok(group) = target.strip_prefix("/dev/vfio")
+            && group.as_os_str() != "vfio"
+            && !target.starts_with("/dev/vfio/devices")
+        {
+            groups.push(group.to_str()?.to_owned());
+        }
+    }
+    match (devices, groups.as_slice()) {
+        (1, [group]) => match in_group(group).as_slice() {
+            [only] => Some(only.clone()),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 /// Somebody who has a device or its group open.
@@ -212,6 +247,31 @@ mod tests {
         fs::write(folder.path().join("comm"), b"\x1b[2Jqemu\xff\n\n").unwrap();
         assert_eq!(called(folder.path()), "\\u{1b}[2Jqemu\u{fffd}");
         assert_eq!(called(Path::new("/nowhere")), "");
+    }
+
+    #[test]
+    fn the_only_device_of_the_only_group_is_known_where_the_kernel_does_not_tell() {
+        let process = tempfile::tempdir().unwrap();
+        let folder = process.path().join("fd");
+        fs::create_dir(&folder).unwrap();
+        let fd =
+            |number: u32, target: &str| std::os::unix::fs::symlink(target, folder.join(number.to_string()));
+        let device = PathBuf::from("/sys/devices/a");
+        let found = |members: usize| {
+            only_device(process.path(), |group| {
+                assert_eq!(group, "7");
+                vec![device.clone(); members]
+            })
+        };
+        fd(0, "/dev/null").unwrap();
+        fd(1, "/dev/vfio/vfio").unwrap();
+        fd(2, "/dev/vfio/7").unwrap();
+        assert_eq!(found(1), None, "only the group is open");
+        fd(3, OF_GROUP).unwrap();
+        assert_eq!(found(1), Some(device.clone()));
+        assert_eq!(found(2), None, "it may be either");
+        fd(4, OF_GROUP).unwrap();
+        assert_eq!(found(1), None, "there is another one");
     }
 
     #[test]
