@@ -102,8 +102,8 @@ fn a_receiver_killed_before_the_commit_leaves_the_source_running() {
         for at in phases(&kind).into_iter().filter(|&at| at != At::Commit) {
             let mut scene = Scene::at(at, &kind, &here, &there, &[]);
             scene.receiver.signal(Signal::KILL);
-            scene.release();
             scene.receiver.wait();
+            scene.release();
             scene.sender.wait().fails(4, &["the link to", "as it was before"]);
             scene.source_goes_on();
         }
@@ -133,8 +133,8 @@ fn a_sender_killed_before_the_commit_leaves_the_source_whole_and_the_destination
         for at in phases(&kind).into_iter().filter(|&at| at != At::Commit) {
             let mut scene = Scene::at(at, &kind, &here, &there, &[]);
             scene.sender.signal(Signal::KILL);
-            scene.release();
             scene.sender.wait();
+            scene.release();
             if at == At::Load {
                 // It had loaded all: the sender might have sent COMMIT.
                 scene.receiver.line("the source may be in doubt");
