@@ -332,6 +332,10 @@ pub struct Send {
     #[command(flatten)]
     pub moving: Moving,
 
+    /// Send no more than this each second.
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub bandwidth: Option<u64>,
+
     #[command(flatten)]
     pub link: Link,
 
@@ -348,6 +352,31 @@ pub struct Link {
 
     #[command(flatten)]
     pub moves: Moves,
+
+    #[command(flatten)]
+    pub tls: Tls,
+}
+
+/// TLS 1.3 with both sides authenticated: all three files, on both sides.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "TLS")]
+pub struct Tls {
+    /// The authorities that the other side's certificate may come from, PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["tls_cert", "tls_key"])]
+    pub tls_ca: Option<PathBuf>,
+
+    /// This side's certificate, followed by those between it and its authority, PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The key of this side's certificate, PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_cert"])]
+    pub tls_key: Option<PathBuf>,
+
+    /// The name that the other side's certificate must have. Without it, send expects the host that it connects to,
+    /// and receive accepts every name.
+    #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
+    pub tls_name: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -398,6 +427,9 @@ pub struct Resolve {
 
     #[command(flatten)]
     pub moves: Moves,
+
+    #[command(flatten)]
+    pub tls: Tls,
 }
 
 /// What became of a move.
@@ -421,6 +453,9 @@ pub struct Answer {
 
     #[command(flatten)]
     pub moves: Moves,
+
+    #[command(flatten)]
+    pub tls: Tls,
 }
 
 #[derive(Debug, Args)]

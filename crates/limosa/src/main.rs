@@ -6,6 +6,7 @@ mod commands;
 mod exit;
 mod held;
 mod hold;
+mod links;
 mod moves;
 mod open;
 mod output;

@@ -5,7 +5,7 @@ use std::io::IoSlice;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use crate::link::{Link, LinkError, Wait};
+use crate::link::{self, Link, LinkError, TlsError, Wait};
 use crate::stream::body::{decode_abort, encode_abort};
 use crate::stream::{Damage, HEADER_BYTES, Header, Kind, MigrationId, PREFACE_BYTES, Preface, PrefaceFlags};
 use crate::{Cancel, Error, Result};
@@ -111,6 +111,14 @@ impl<'a> Channel<'a> {
                     read.map_err(|error| self.failed(error, "waiting for the preface", self.silence_max))?
                 }
             };
+            // Three bytes tell, and an alert is no longer than seven.
+            if link::is_tls(&bytes[..filled]) {
+                return Err(self.failed(
+                    TlsError::TlsPeer.into(),
+                    "waiting for the preface",
+                    self.silence_max,
+                ));
+            }
         }
         Preface::decode(&bytes).map_err(|damage| self.damaged(damage))
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use limosa_client::Device;
-use limosa_migrate::link::{self, Address, Listener, SocketLink, Wait};
+use limosa_migrate::link::{self, Address, Link, LinkError, Listener, SocketLink, Wait};
 use limosa_migrate::stream::Damage;
 use limosa_migrate::{
     AfterLoad, AfterSave, Cancel, Destination, Error, InDoubt, Ledger, Memory, MovedDevice, Nobody, Options,
@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::args;
 use crate::exit::{self, Code};
+use crate::links::{self, Links};
 use crate::moves::{Moves, Sending};
 use crate::output::Output;
 use crate::progress::Progress;
@@ -102,7 +103,8 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
     let address = address(&args.to)?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
     let options = over_link(options(&args.moving), &args.link);
-    let mut link = connect(&address, options.silence_max)?;
+    let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
+    let mut link = connect(&links, &address, options.silence_max, &cancel)?;
     let moved = [MovedDevice::new(device)];
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let sending = Sending { moves: &moves, device: &args.device, to: address.to_string() };
@@ -115,7 +117,7 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
         let Some(left) = args.link.silence.checked_sub(began.elapsed()) else {
             return Err(in_doubt(&args.device, &doubt));
         };
-        outcome = match link::connect(&address, left) {
+        outcome = match links.connect(&address, left, Some(&cancel)) {
             Ok(mut link) => source.resolve(doubt, &mut link),
             // Nobody is there to be asked, now or later.
             Err(error) if nobody_listens(&error) => return Err(in_doubt(&args.device, &doubt)),
@@ -147,6 +149,7 @@ pub fn listen(text: &str) -> anyhow::Result<Listener> {
 }
 
 pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyhow::Result<()> {
+    let links = Links::new(&args.link.tls)?;
     let listener = listen(&args.listen)?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
     let moves = Moves::new(args.link.moves.folder.as_deref());
@@ -155,21 +158,23 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
     let destination = destination(&moved, &progress, &options, &cancel, &ledger);
     say_where(listener.address(), out);
     let accept = |within| listener.accept(Wait::within(within, Some(&cancel)));
+    let take = |link| links.take(link, args.link.silence, &cancel);
     let stay = 2 * args.link.silence;
     loop {
-        let mut link = accept(args.wait).map_err(|error| match error {
-            link::LinkError::TimedOut => exit::error(
+        let link = accept(args.wait).map_err(|error| match error {
+            LinkError::TimedOut => exit::error(
                 Code::Unreachable,
                 format!("{}: nobody connected within {:?}", args.listen, args.wait),
             ),
-            link::LinkError::Cancelled => Error::Cancelled.into(),
+            LinkError::Cancelled => Error::Cancelled.into(),
             error => error.into(),
         })?;
+        let mut link = take(link)?;
         return match destination.receive(&mut link) {
             Received::Runs(report) => {
                 drop(link);
                 if !report.peer_told {
-                    answer(&destination, accept, stay);
+                    answer(&destination, accept, take, stay);
                 }
                 drop(progress);
                 print(out, "runs", &report)
@@ -180,7 +185,7 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
             Received::Discarded { why, report } => {
                 drop(link);
                 if source_may_doubt(&why, &report) {
-                    answer(&destination, accept, stay);
+                    answer(&destination, accept, take, stay);
                 }
                 let notes = Notes(&report.notes).to_string();
                 Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", args.device)))
@@ -212,7 +217,8 @@ fn source_may_doubt(why: &Error, report: &Report) -> bool {
 /// The source could not be told how the move ended: stays until it has asked.
 fn answer(
     destination: &Destination<'_>,
-    accept: impl Fn(Duration) -> Result<SocketLink, link::LinkError>,
+    accept: impl Fn(Duration) -> Result<SocketLink, LinkError>,
+    take: impl Fn(SocketLink) -> anyhow::Result<Box<dyn Link>>,
     stay: Duration,
 ) {
     tracing::warn!(
@@ -220,7 +226,14 @@ fn answer(
     );
     let began = Instant::now();
     while let Some(left) = stay.checked_sub(began.elapsed()) {
-        let Ok(mut link) = accept(left) else { return };
+        let Ok(link) = accept(left) else { return };
+        let mut link = match take(link) {
+            Ok(link) => link,
+            Err(error) => {
+                tracing::warn!("{error}");
+                continue;
+            }
+        };
         if let Received::Answered { .. } = destination.receive(&mut link) {
             return;
         }
@@ -295,14 +308,23 @@ fn destination<'a>(
     Destination { devices, memory: &[], vmm: &Nobody, observer, options, cancel: Some(cancel), ledger }
 }
 
-fn nobody_listens(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
+fn nobody_listens(error: &LinkError) -> bool {
+    let kinds = [io::ErrorKind::ConnectionRefused, io::ErrorKind::NotFound];
+    matches!(error, LinkError::Io(error) if kinds.contains(&error.kind()))
 }
 
-fn connect(address: &Address, limit: Duration) -> anyhow::Result<SocketLink> {
-    link::connect(address, limit).map_err(|error| {
-        let hint = "is `limosa receive` listening there?";
-        exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
+fn connect(
+    links: &Links,
+    address: &Address,
+    limit: Duration,
+    cancel: &Cancel,
+) -> anyhow::Result<Box<dyn Link>> {
+    links.connect(address, limit, Some(cancel)).map_err(|error| match error {
+        LinkError::Io(error) => {
+            let hint = "is `limosa receive` listening there?";
+            exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
+        }
+        error => links::failed(&address.to_string(), error),
     })
 }
 

@@ -4,7 +4,7 @@
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use limosa_client::Device;
-use limosa_migrate::link::{self, Wait};
+use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{
     Decision, Destination, InDoubt, Memory, MovedDevice, Nobody, Options, Outcome, Received, Source,
@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::moving;
 use crate::args;
 use crate::exit::{self, Code};
+use crate::links::{self, Links};
 use crate::moves::{Doubt, Moves};
 use crate::open::{self, Opening};
 use crate::output::Output;
@@ -70,9 +71,14 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             };
             let address = moving::address(to)?;
             let options = Options::default();
-            let mut link = link::connect(&address, options.silence_max).map_err(|error| {
-                let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
-                exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
+            let links = Links::to(&address, &args.tls)?;
+            let connected = links.connect(&address, options.silence_max, None);
+            let mut link = connected.map_err(|error| match error {
+                LinkError::Io(error) => {
+                    let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
+                    exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
+                }
+                error => links::failed(&address.to_string(), error),
             })?;
             with(&*device, |source| source.resolve(doubt, &mut link))
         }
@@ -130,7 +136,7 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
 pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
     let (ledger, listener) = (moves.ledger()?, moving::listen(&args.listen)?);
-    let options = Options::default();
+    let (links, options) = (Links::new(&args.tls)?, Options::default());
     let destination = Destination {
         devices: &[],
         memory: &[],
@@ -144,10 +150,17 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let began = Instant::now();
     loop {
         let left = args.wait.saturating_sub(began.elapsed());
-        let mut link = match listener.accept(Wait::within(left, Some(&cancel))) {
+        let link = match listener.accept(Wait::within(left, Some(&cancel))) {
             Ok(link) => link,
-            Err(link::LinkError::TimedOut | link::LinkError::Cancelled) => return Ok(()),
+            Err(LinkError::TimedOut | LinkError::Cancelled) => return Ok(()),
             Err(error) => return Err(error.into()),
+        };
+        let mut link = match links.take(link, options.silence_max, &cancel) {
+            Ok(link) => link,
+            Err(error) => {
+                tracing::warn!("{error}");
+                continue;
+            }
         };
         match destination.receive(&mut link) {
             Received::Answered { id, decision } => {

@@ -1,18 +1,24 @@
-//! Byte links between the two ends of a move: UNIX and TCP sockets, and files.
+//! Byte links between the two ends of a move: UNIX and TCP sockets, also under TLS or with a limit to their
+//! bandwidth, and files.
 //!
 //! A [`Link`] moves bytes, possibly fewer than asked; framing, checksums and the order of things are
 //! above it. Every wait ends at a deadline or when the move is called off.
 
 mod address;
 mod file;
+mod limited;
 mod socket;
+mod tls;
 
 use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
 pub use address::{Address, AddressError};
 pub use file::FileLink;
+pub use limited::LimitedLink;
 pub use socket::{Listener, SocketLink, connect};
+pub(crate) use tls::is_tls;
+pub use tls::{Tls, TlsError, TlsLink};
 
 use crate::Cancel;
 
@@ -58,6 +64,9 @@ pub enum LinkError {
     /// The other end is gone.
     #[error("closed by the other end")]
     Closed,
+    /// The two sides do not trust each other, or only one of them speaks TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The system refused.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -90,5 +99,27 @@ pub trait Link: Send {
     /// Whether somebody reads and answers at the other end. A file has nobody.
     fn has_peer(&self) -> bool {
         true
+    }
+}
+
+impl<L: Link + ?Sized> Link for Box<L> {
+    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        (**self).write(slices, wait)
+    }
+
+    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        (**self).read(into, wait)
+    }
+
+    fn finish(&mut self) {
+        (**self).finish();
+    }
+
+    fn peer(&self) -> &str {
+        (**self).peer()
+    }
+
+    fn has_peer(&self) -> bool {
+        (**self).has_peer()
     }
 }

@@ -1,0 +1,92 @@
+//! What moves go over: sockets, under TLS where certificates are given, with the bandwidth that is allowed.
+
+use std::time::{Duration, SystemTime};
+
+use limosa_migrate::Cancel;
+use limosa_migrate::link::{self, Address, LimitedLink, Link, LinkError, SocketLink, Tls, TlsLink, Wait};
+use limosa_migrate::stream::DATA_BYTES_MAX;
+
+use crate::args;
+use crate::exit::{self, Code};
+
+/// How this side makes a link of a socket.
+#[derive(Debug)]
+pub struct Links {
+    tls: Option<Tls>,
+    bandwidth: Option<u64>,
+}
+
+impl Links {
+    /// With the certificates that were given, which are read and checked.
+    pub fn new(args: &args::Tls) -> anyhow::Result<Links> {
+        let (Some(ca), Some(certificate), Some(key)) = (&args.tls_ca, &args.tls_cert, &args.tls_key) else {
+            return Ok(Links { tls: None, bandwidth: None });
+        };
+        let tls = Tls::load(ca, certificate, key, args.tls_name.as_deref())
+            .map_err(|error| exit::error(Code::Usage, error.to_string()))?;
+        tls.check(SystemTime::now()).map_err(|error| exit::error(Code::Unreachable, error.to_string()))?;
+        Ok(Links { tls: Some(tls), bandwidth: None })
+    }
+
+    /// To this address, whose host may have to be the name in a certificate.
+    pub fn to(address: &Address, args: &args::Tls) -> anyhow::Result<Links> {
+        let links = Links::new(args)?;
+        if let Some(tls) = &links.tls {
+            tls.expected_name(address)
+                .map_err(|error| exit::error(Code::Usage, format!("{error}, with --tls-name")))?;
+        }
+        Ok(links)
+    }
+
+    /// Sends no more than these bytes a second.
+    pub fn limited(self, bandwidth: Option<u64>, silence: Duration) -> anyhow::Result<Links> {
+        if let Some(bytes_per_second) = bandwidth {
+            // The other side takes a frame that is not whole by then for silence.
+            let least = (2.0 * DATA_BYTES_MAX as f64 / silence.as_secs_f64()).ceil() as u64;
+            if bytes_per_second < least {
+                let what = format!(
+                    "--bandwidth {bytes_per_second}: expected at least {least} bytes per second, at which a frame of the \
+                     stream takes half of the {silence:?} that --silence allows"
+                );
+                return Err(exit::error(Code::Usage, what));
+            }
+        }
+        Ok(Links { bandwidth, ..self })
+    }
+
+    /// Connects to whoever receives there.
+    pub fn connect(
+        &self,
+        address: &Address,
+        limit: Duration,
+        cancel: Option<&Cancel>,
+    ) -> Result<Box<dyn Link>, LinkError> {
+        let wait = Wait::within(limit, cancel);
+        let link = LimitedLink::new(link::connect(address, limit)?, self.bandwidth);
+        Ok(match &self.tls {
+            Some(tls) => Box::new(TlsLink::connect(link, tls, address, wait)?),
+            None => Box::new(link),
+        })
+    }
+
+    /// Makes a link of what has connected. An error names the other side.
+    pub fn take(&self, link: SocketLink, limit: Duration, cancel: &Cancel) -> anyhow::Result<Box<dyn Link>> {
+        let Some(tls) = &self.tls else { return Ok(Box::new(link)) };
+        let peer = link.peer().to_owned();
+        match TlsLink::accept(link, tls, Wait::within(limit, Some(cancel))) {
+            Ok(link) => Ok(Box::new(link)),
+            Err(error) => Err(failed(&peer, error)),
+        }
+    }
+}
+
+/// A link that did not come about.
+pub fn failed(peer: &str, error: LinkError) -> anyhow::Error {
+    match error {
+        LinkError::Cancelled => limosa_migrate::Error::Cancelled.into(),
+        LinkError::TimedOut => {
+            exit::error(Code::Unreachable, format!("{peer}: it stalled in the TLS handshake"))
+        }
+        error => exit::error(Code::Unreachable, format!("{peer}: {error}")),
+    }
+}

@@ -1,0 +1,136 @@
+//! `limosa send` and `receive` under TLS and with a bandwidth.
+
+mod support;
+
+use limosa_protocol::State;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
+use support::{Folder, Server, limosa, start};
+
+const GUEST: u64 = 0x6775_6573;
+
+/// An authority in the file `ca`, and those that it issues certificates for: `NAME` and `NAME.key`.
+fn issue(folder: &Folder, ca: &str, names: &[(&str, i32)]) {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new([]).unwrap();
+    params.distinguished_name.push(rcgen::DnType::CommonName, ca);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    std::fs::write(folder.path(ca), params.self_signed(&key).unwrap().pem()).unwrap();
+    let issuer = Issuer::new(params, key);
+    for (name, until) in names {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new([(*name).to_owned()]).unwrap();
+        (params.not_before, params.not_after) = (date_time_ymd(1990, 1, 1), date_time_ymd(*until, 1, 1));
+        std::fs::write(folder.path(name), params.signed_by(&key, &issuer).unwrap().pem()).unwrap();
+        std::fs::write(folder.path(&format!("{name}.key")), key.serialize_pem()).unwrap();
+    }
+}
+
+struct Pair {
+    folder: Folder,
+    source: Server,
+    destination: Server,
+}
+
+impl Pair {
+    fn new() -> Pair {
+        let folder = Folder::new();
+        issue(&folder, "ca", &[("localhost", 4000), ("source", 4000), ("expired", 1991)]);
+        issue(&folder, "other-ca", &[("stranger", 4000)]);
+        let (source, destination) = (folder.device("a", &[]), folder.device("b", &[]));
+        source.mark(GUEST);
+        Pair { folder, source, destination }
+    }
+
+    /// The options of a side that shows this certificate.
+    fn tls(&self, name: &str) -> Vec<String> {
+        if name.is_empty() {
+            return Vec::new();
+        }
+        let text = |name: &str| self.folder.text(name);
+        let words = ["--tls-ca", &text("ca"), "--tls-cert", &text(name), "--tls-key"];
+        words.map(str::to_owned).into_iter().chain([text(&format!("{name}.key"))]).collect()
+    }
+
+    /// Sends to where somebody listens on the loopback, with these certificates; how both ended.
+    fn move_with(&self, source: &str, destination: &str, more: &[&str]) -> (support::Ended, support::Ended) {
+        let listen = ["receive", &self.destination.socket, "--listen", "tcp:127.0.0.1:0", "--moves"];
+        let mut args: Vec<String> = listen.map(str::to_owned).into();
+        args.push(self.folder.text("moves-there"));
+        args.extend(self.tls(destination));
+        let receiver = start(&args);
+        let to = receiver.after("listening on ").replace("127.0.0.1", "localhost");
+        let mut args: Vec<String> =
+            ["send", &self.source.socket, "--to", &to, "--moves"].map(str::to_owned).into();
+        args.push(self.folder.text("moves-here"));
+        args.extend(self.tls(source));
+        args.extend(more.iter().map(|arg| (*arg).to_owned()));
+        (limosa(&args), receiver.end())
+    }
+
+    #[track_caller]
+    fn is_as_before(&self) {
+        assert!(self.source.runs(GUEST));
+        assert_eq!((self.destination.state(), self.destination.guest()), (State::Running, 0));
+    }
+}
+
+#[test]
+fn a_device_moves_under_tls_with_a_bandwidth() {
+    let pair = Pair::new();
+    let (sent, received) = pair.move_with("source", "localhost", &["--bandwidth", "64M"]);
+    sent.ok();
+    received.ok();
+    assert!(pair.destination.runs(GUEST) && pair.source.state() == State::Stop);
+}
+
+#[test]
+fn a_peer_that_cannot_be_authenticated_is_refused_by_name_and_nothing_is_touched() {
+    let pair = Pair::new();
+    let (ca, stranger) = (pair.folder.text("ca"), pair.folder.text("stranger"));
+    let (sent, received) = pair.move_with("stranger", "localhost", &[]);
+    received.fails(4, &["its certificate is refused", &ca, "authority"]);
+    sent.fails(4, &["refuses this side", &stranger]);
+    pair.is_as_before();
+    let (sent, received) = pair.move_with("source", "localhost", &["--tls-name", "else.where"]);
+    sent.fails(4, &["its certificate is refused", "localhost", "expected is else.where"]);
+    received.fails(4, &["refuses this side", &pair.folder.text("localhost"), "another name"]);
+    pair.is_as_before();
+}
+
+#[test]
+fn a_plain_side_and_one_with_tls_say_so() {
+    let pair = Pair::new();
+    let (sent, received) = pair.move_with("", "localhost", &[]);
+    sent.fails(4, &["it speaks TLS", "both sides"]);
+    received.fails(4, &["does not speak TLS", "both sides"]);
+    pair.is_as_before();
+    let (sent, received) = pair.move_with("source", "", &[]);
+    sent.fails(4, &["expect TLS", "both sides"]);
+    received.fails(4, &["it speaks TLS", "both sides"]);
+    pair.is_as_before();
+}
+
+#[test]
+fn what_is_missing_or_unusable_is_said_before_anybody_is_connected_to() {
+    let pair = Pair::new();
+    let socket = &pair.source.socket;
+    let send = |more: &[String]| {
+        let args = ["send", socket, "--to", "unix:/nowhere"].map(str::to_owned);
+        limosa(&[&args, more].concat())
+    };
+    let tls = pair.tls("source");
+    for missing in [0, 2, 4] {
+        let without: Vec<String> = [&tls[..missing], &tls[missing + 2..]].concat();
+        send(&without).fails(2, &[&tls[missing]]);
+    }
+    send(&["--tls-name".into(), "x".into()]).fails(2, &["--tls-ca"]);
+    send(&tls).fails(2, &["unix:/nowhere has no host name", "--tls-name"]);
+    let (mut wrong, mut none) = (tls.clone(), tls.clone());
+    wrong[5] = pair.folder.text("localhost.key");
+    send(&wrong).fails(2, &["localhost.key", "does not belong to", &tls[3]]);
+    none[1] = pair.folder.text("none");
+    send(&none).fails(2, &["none", "cannot be opened"]);
+    send(&pair.tls("expired")).fails(4, &["expired", "it expired", "days ago"]);
+    send(&["--bandwidth".into(), "1K".into()]).fails(2, &["--bandwidth 1024", "at least 69906 bytes"]);
+    pair.is_as_before();
+}

@@ -1,0 +1,280 @@
+//! What a side of a TLS link shows and whom it believes: read from PEM files (RFC 7468) and checked before
+//! anybody is connected to.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rustls::client::{Resumption, verify_server_name};
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::version::TLS13;
+use rustls::{ClientConfig, InconsistentKeys, RootCertStore, ServerConfig};
+
+use super::error::{self, TlsError};
+use crate::link::Address;
+
+/// More than any chain or list of authorities needs.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+/// What both sides say that they speak (RFC 7301), so that no other service of the same authority is taken for one.
+const ALPN: &[u8] = b"limosa";
+
+/// One side's certificate and key, and the authority that the other side's certificate has to come from.
+#[derive(Clone)]
+pub struct Tls(Arc<Inner>);
+
+struct Inner {
+    pub(super) client: Arc<ClientConfig>,
+    pub(super) server: Arc<ServerConfig>,
+    verifier: Arc<dyn ClientCertVerifier>,
+    chain: Vec<CertificateDer<'static>>,
+    name: Option<ServerName<'static>>,
+    ca: PathBuf,
+    certificate: PathBuf,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (f.debug_struct("Tls"))
+            .field("ca", &self.0.ca)
+            .field("certificate", &self.0.certificate)
+            .field("name", &self.0.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Tls {
+    /// Reads PEM files: the authorities that the other side's certificate may come from, this side's certificate
+    /// followed by those between it and its authority, and its key.
+    ///
+    /// `name` is what the other side's certificate must be made out to, a host name or an IP address. Without it
+    /// a source expects the host that it connects to, and a destination any name: the authority vouches for all.
+    ///
+    /// Whether this side's certificate is valid now is not looked at: see [`Tls::check`].
+    pub fn load(ca: &Path, certificate: &Path, key: &Path, name: Option<&str>) -> Result<Tls, TlsError> {
+        let provider = Arc::new(ring::default_provider());
+        let name = name.map(|name| server_name(name, name)).transpose()?;
+        let roots = Arc::new(authorities(ca)?);
+        let chain = certificates(certificate)?;
+        let own = certified(certificate, &chain, key, &provider)?;
+        let resolver = Arc::new(SingleCertAndKey::from(own));
+        let unusable = |error: &dyn fmt::Display| TlsError::File {
+            path: ca.into(),
+            why: format!("its certificates cannot be used: {error}"),
+        };
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
+            .build()
+            .map_err(|error| unusable(&error))?;
+        let verifier: Arc<dyn ClientCertVerifier> = Arc::new(Named { inner: verifier, name: name.clone() });
+        let mut client = ClientConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|error| unusable(&error))?
+            .with_root_certificates(roots)
+            .with_client_cert_resolver(Arc::clone(&resolver) as _);
+        client.alpn_protocols = vec![ALPN.into()];
+        client.resumption = Resumption::disabled();
+        let mut server = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|error| unusable(&error))?
+            .with_client_cert_verifier(Arc::clone(&verifier))
+            .with_cert_resolver(resolver);
+        server.alpn_protocols = vec![ALPN.into()];
+        // Nobody resumes, and a ticket that nobody reads would reset the connection when it is closed.
+        server.send_tls13_tickets = 0;
+        Ok(Tls(Arc::new(Inner {
+            client: Arc::new(client),
+            server: Arc::new(server),
+            verifier,
+            chain,
+            name,
+            ca: ca.into(),
+            certificate: certificate.into(),
+        })))
+    }
+
+    /// Whether this side's own certificate is valid at that moment, so that it need not be refused by the other.
+    pub fn check(&self, now: SystemTime) -> Result<(), TlsError> {
+        let Some((own, between)) = self.0.chain.split_first() else { return Ok(()) };
+        let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        let verified = self.0.verifier.verify_client_cert(own, between, UnixTime::since_unix_epoch(now));
+        match verified {
+            // Another authority may be the one that the other side believes.
+            Err(rustls::Error::InvalidCertificate(error)) if error::is_about_time(&error) => {
+                Err(TlsError::File {
+                    path: self.0.certificate.clone(),
+                    why: error::certificate(&error, &self.0.ca),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The name that the certificate of the destination at this address must be made out to.
+    /// [`TlsError::NoName`] for a UNIX socket when none was given.
+    pub fn expected_name(&self, address: &Address) -> Result<ServerName<'static>, TlsError> {
+        match (&self.0.name, address) {
+            (Some(name), _) => Ok(name.clone()),
+            (None, Address::Tcp(host, _)) => server_name(host, host),
+            (None, _) => Err(TlsError::NoName { address: address.to_string() }),
+        }
+    }
+
+    pub(super) fn client(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.0.client)
+    }
+
+    pub(super) fn server(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.0.server)
+    }
+
+    pub(super) fn ca(&self) -> &Path {
+        &self.0.ca
+    }
+
+    pub(super) fn certificate(&self) -> &Path {
+        &self.0.certificate
+    }
+}
+
+/// A source's certificate has to come from the authority, and be made out to the name where one is expected.
+#[derive(Debug)]
+struct Named {
+    inner: Arc<dyn ClientCertVerifier>,
+    name: Option<ServerName<'static>>,
+}
+
+impl ClientCertVerifier for Named {
+    fn root_hint_subjects(&self) -> &[rustls::DistinguishedName] {
+        self.inner.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self.inner.verify_client_cert(end_entity, intermediates, now)?;
+        if let Some(name) = &self.name {
+            verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
+        }
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+fn server_name(name: &str, shown: &str) -> Result<ServerName<'static>, TlsError> {
+    ServerName::try_from(name.to_owned()).map_err(|_| TlsError::BadName { name: shown.into() })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+    let failed = |why: String| TlsError::File { path: path.into(), why };
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|error| failed(format!("cannot be opened: {error}")))?;
+    // A pipe or a device may never end.
+    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return Err(failed("it is no regular file".into()));
+    }
+    (file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
+        .map_err(|error| failed(format!("cannot be read: {error}")))?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(failed("it is larger than 1 MiB, which no PEM file of certificates or a key is".into()));
+    }
+    Ok(bytes)
+}
+
+/// What a file holds instead of what was expected.
+fn instead(bytes: &[u8]) -> &'static str {
+    let has = |what: &str| bytes.windows(what.len()).any(|window| window == what.as_bytes());
+    if has("-----BEGIN ENCRYPTED PRIVATE KEY-----") || has("Proc-Type: 4,ENCRYPTED") {
+        "it holds a key that is encrypted with a passphrase; decrypt it into a file that only its user can read"
+    } else if has("PRIVATE KEY-----") {
+        "it holds a private key"
+    } else if has("-----BEGIN CERTIFICATE-----") {
+        "it holds a certificate"
+    } else if has("-----BEGIN ") {
+        "it holds something else"
+    } else {
+        "it is not a PEM file"
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let bytes = read(path)?;
+    let failed = |why: String| TlsError::File { path: path.into(), why };
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(&bytes)
+        .collect::<Result<_, _>>()
+        .map_err(|error| failed(format!("its PEM is damaged: {error:?}")))?;
+    if chain.is_empty() {
+        return Err(failed(format!(
+            "expected certificates in PEM (BEGIN CERTIFICATE), but {}",
+            instead(&bytes)
+        )));
+    }
+    Ok(chain)
+}
+
+fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for (at, certificate) in certificates(path)?.into_iter().enumerate() {
+        roots.add(certificate).map_err(|error| TlsError::File {
+            path: path.into(),
+            why: format!("its certificate {} is none: {error}", at + 1),
+        })?;
+    }
+    Ok(roots)
+}
+
+fn certified(
+    certificate: &Path,
+    chain: &[CertificateDer<'static>],
+    key: &Path,
+    provider: &CryptoProvider,
+) -> Result<CertifiedKey, TlsError> {
+    let bytes = read(key)?;
+    let failed = |why: String| TlsError::File { path: key.into(), why };
+    let der = PrivateKeyDer::from_pem_slice(&bytes).map_err(|error| match error {
+        rustls::pki_types::pem::Error::NoItemsFound => {
+            failed(format!("expected a private key in PEM (BEGIN PRIVATE KEY), but {}", instead(&bytes)))
+        }
+        error => failed(format!("its PEM is damaged: {error:?}")),
+    })?;
+    CertifiedKey::from_der(chain.to_vec(), der, provider).map_err(|error| match error {
+        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+            failed(format!("the key does not belong to the certificate in {}", certificate.display()))
+        }
+        rustls::Error::InvalidCertificate(error) => TlsError::File {
+            path: certificate.into(),
+            why: format!("its first certificate is none: {error}"),
+        },
+        error => failed(format!("expected an ECDSA, Ed25519 or RSA key: {error}")),
+    })
+}

@@ -1,0 +1,177 @@
+//! Why there is no TLS link, in sentences that name the certificate or the file: for the side that refuses
+//! and, from the alert that it is sent (RFC 8446, 6.2), for the side that is refused.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustls::pki_types::UnixTime;
+use rustls::{AlertDescription, CertificateError};
+
+/// Why the two sides of a link do not, or not any more, trust each other.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// A file of this side cannot be used.
+    #[error("{}: {why}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// What the other side is to be called is no name.
+    #[error("`{name}` is no name that a certificate could have; expected a host name or an IP address")]
+    BadName {
+        /// What was given.
+        name: String,
+    },
+    /// There is no host to take the name from.
+    #[error("{address} has no host name: say which name the certificate of the other side has")]
+    NoName {
+        /// The address.
+        address: String,
+    },
+    /// This side does not accept what the other side showed.
+    #[error("its certificate is refused: {why}")]
+    Refuses {
+        /// Why.
+        why: String,
+    },
+    /// The other side does not accept this one, or gave up.
+    #[error("it refuses this side: {why}")]
+    Refused {
+        /// What its alert means.
+        why: String,
+    },
+    /// What came first is not TLS.
+    #[error("it does not speak TLS: give certificates to both sides, or to neither")]
+    PlainPeer,
+    /// The other side expects TLS, and this one has no certificates.
+    #[error("it speaks TLS: give certificates to both sides, or to neither")]
+    TlsPeer,
+    /// The end came before the handshake's.
+    #[error(
+        "it closed the link in the TLS handshake without a reason; does it expect TLS? give certificates to both \
+         sides, or to neither"
+    )]
+    Closed,
+    /// What the other side sent breaks TLS, or was altered on the way.
+    #[error("{why}")]
+    Broken {
+        /// How.
+        why: String,
+    },
+}
+
+/// What an error of the session means. `certificate` is this side's file.
+pub(super) fn session(error: rustls::Error, ca: &Path, certificate: &Path) -> TlsError {
+    use rustls::Error;
+    match error {
+        Error::InvalidCertificate(error) => TlsError::Refuses { why: self::certificate(&error, ca) },
+        Error::NoCertificatesPresented => TlsError::Refuses {
+            why: format!("it showed none; expected one from an authority in {}", ca.display()),
+        },
+        Error::AlertReceived(alert) => TlsError::Refused { why: self::alert(alert, certificate) },
+        Error::PeerIncompatible(how) => TlsError::Broken {
+            why: format!("it has no TLS that this side accepts, which is version 1.3: {how:?}"),
+        },
+        Error::NoApplicationProtocol => {
+            TlsError::Broken { why: "it is there for something else than moving devices (ALPN)".into() }
+        }
+        Error::DecryptError => {
+            TlsError::Broken { why: "a TLS record was altered on the way: it does not decrypt".into() }
+        }
+        error => TlsError::Broken { why: format!("what it sent breaks TLS: {error}") },
+    }
+}
+
+/// What is wrong with a certificate.
+pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
+    match error {
+        CertificateError::ExpiredContext { time, not_after } => {
+            format!("it expired {} ago by this machine's clock", about(*not_after, *time))
+        }
+        CertificateError::Expired => "it has expired by this machine's clock".into(),
+        CertificateError::NotValidYetContext { time, not_before } => {
+            format!("it is not valid before {} from now by this machine's clock", about(*time, *not_before))
+        }
+        CertificateError::NotValidYet => "it is not valid yet by this machine's clock".into(),
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => format!(
+            "it does not come from an authority in {}; certificates between the two belong into its own file",
+            ca.display()
+        ),
+        CertificateError::NotValidForNameContext { expected, presented } => {
+            let expected = expected.to_str();
+            match presented.is_empty() {
+                true => format!("it is made out to no name; expected is {expected} (subjectAltName)"),
+                false => format!("it is made out to {}; expected is {expected}", presented.join(", ")),
+            }
+        }
+        CertificateError::NotValidForName => "it is made out to another name than is expected".into(),
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+            "it is not for this purpose: its extendedKeyUsage needs serverAuth at a destination and clientAuth at a \
+             source, or is left out"
+                .into()
+        }
+        CertificateError::BadEncoding => "it is no certificate: its encoding is damaged".into(),
+        CertificateError::Revoked => "it has been revoked".into(),
+        error => error.to_string(),
+    }
+}
+
+/// Whether it is the time at which it was looked at.
+pub(super) fn is_about_time(error: &CertificateError) -> bool {
+    matches!(
+        error,
+        CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. }
+    )
+}
+
+/// What an alert says about this side, whose certificate is in that file.
+fn alert(alert: AlertDescription, certificate: &Path) -> String {
+    let own = certificate.display();
+    match alert {
+        AlertDescription::CertificateExpired => {
+            format!("{own} has expired or is not valid yet, by that machine's clock")
+        }
+        AlertDescription::UnknownCA => format!("{own} does not come from an authority that it believes"),
+        AlertDescription::CertificateRequired => "it was shown no certificate".into(),
+        AlertDescription::BadCertificate => {
+            format!(
+                "{own} does not fit: it is made out to another name than is expected there, or is damaged"
+            )
+        }
+        AlertDescription::UnsupportedCertificate => {
+            format!("{own} is not for this purpose (extendedKeyUsage)")
+        }
+        AlertDescription::CertificateRevoked => format!("{own} has been revoked"),
+        AlertDescription::CertificateUnknown | AlertDescription::AccessDenied => {
+            format!("{own} is not accepted there")
+        }
+        AlertDescription::ProtocolVersion => "it does not have TLS 1.3".into(),
+        AlertDescription::NoApplicationProtocol => {
+            "it is there for something else than moving devices (ALPN)".into()
+        }
+        // A signature does not verify: what an authority of the same name, but with another key, leads to.
+        AlertDescription::DecryptError => format!(
+            "{own} was not signed by the authority that it believes, though that has the same name; or it was altered \
+             on the way"
+        ),
+        AlertDescription::BadRecordMac => "what this side sent was altered on the way".into(),
+        alert => format!("its TLS alert is {alert:?}"),
+    }
+}
+
+/// About how long from one moment to a later one.
+fn about(from: UnixTime, to: UnixTime) -> String {
+    let seconds = to.as_secs().saturating_sub(from.as_secs());
+    match seconds {
+        172_800.. => format!("{} days", seconds / 86_400),
+        7_200.. => format!("{} hours", seconds / 3_600),
+        120.. => format!("{} minutes", seconds / 60),
+        _ => format!("{:?}", Duration::from_secs(seconds)),
+    }
+}
