@@ -60,6 +60,7 @@ pub mod link;
 mod local;
 mod memory;
 mod options;
+mod precopy;
 mod report;
 mod saving;
 mod snapshot;

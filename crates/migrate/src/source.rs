@@ -2,28 +2,21 @@
 //! fails before that.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use limosa_client::DeviceExt;
 use limosa_protocol::{MigrationFlags, State};
 
 use crate::channel::Channel;
-use crate::convergence::{Course, Next, Pace};
 use crate::devices::{MovedDevice, check_movable, each, enter, facts, failed};
 use crate::ledger::Decision;
 use crate::link::Link;
 use crate::memory::Memory;
 use crate::report::{Phase, Recorder, Report};
 use crate::saving::Saving;
-use crate::stream::body::{NEEDS_FLUSH, decode_u32, encode_round};
+use crate::stream::body::{NEEDS_FLUSH, decode_u32};
 use crate::stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags};
 use crate::undo::Held;
-use crate::{Cancel, Error, Observer, Options, Result, Round, Vmm, WhenStalled, snapshot};
-
-/// The most bytes that a device moves before the others get their turn.
-const TURN_BYTES: u64 = 64 << 20;
-/// How long to wait when devices want initial data to be read and have none for now.
-const NOTHING_FOR_NOW: Duration = Duration::from_millis(2);
+use crate::{Cancel, Error, Observer, Options, Result, Vmm, snapshot};
 
 /// The side that devices leave.
 pub struct Source<'a> {
@@ -306,121 +299,6 @@ impl<'a> Source<'a> {
         }
         offer.memory = self.memory.regions.iter().map(|region| region.facts()).collect();
         if reasons.is_empty() { Ok(offer) } else { Err(Error::Incompatible { reasons }) }
-    }
-
-    /// Rounds of device data and dirty memory while everything runs.
-    fn precopy(
-        &mut self,
-        channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
-        held: &mut Held,
-        savings: &mut [Saving<'_>],
-    ) -> Result<()> {
-        for ((moved, saving), found) in self.devices.iter().zip(&mut *savings).zip(&held.found) {
-            let device = moved.device;
-            let flags =
-                device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
-            if self.options.precopy && flags.contains(MigrationFlags::PRE_COPY) && found.is_running() {
-                // Without it, initial bytes that grow again are taken for dirty ones.
-                let _ = device.precopy_info_v2();
-                saving.open(channel.attend(|| enter(device, State::PreCopy))?)?;
-            }
-        }
-        let has_memory = !self.memory.regions.is_empty() && !held.dirty.blind;
-        if !has_memory && !savings.iter().any(Saving::is_open) {
-            return Ok(());
-        }
-        let mut pace = Pace::new(self.flush(channel)?);
-        let mut course = Course::new(self.options.convergence);
-        for number in 1.. {
-            channel.check_cancel()?;
-            let (began, before) = (Instant::now(), recorder.totals());
-            if has_memory {
-                held.dirty.send(&self.memory.regions, channel, recorder, |channel, recorder| {
-                    channel.check_cancel()?;
-                    let mut open = savings.iter_mut().filter(|saving| saving.is_open());
-                    open.try_for_each(|saving| saving.precopy(TURN_BYTES, channel, recorder).map(drop))
-                })?;
-            }
-            for saving in savings.iter_mut().filter(|saving| saving.is_open()) {
-                saving.precopy(TURN_BYTES, channel, recorder)?;
-            }
-            // What is on its way would have to arrive after a stop as well.
-            self.flush(channel)?;
-            let now = recorder.totals();
-            let moved = now.memory_bytes + now.device_bytes - before.memory_bytes - before.device_bytes;
-            pace.measured(moved, began.elapsed());
-            let round = self.look(number, &pace, channel, held, savings)?;
-            channel.send(Kind::ROUND, 0, 0, &encode_round(number, round.memory_dirty_bytes))?;
-            recorder.round(&round);
-            match course.next(&round) {
-                Next::Round => {}
-                Next::Stop => {
-                    recorder.predicted(round.predicted_downtime);
-                    break;
-                }
-                Next::Stalled if self.vmm.throttle(held.throttled + 1) => {
-                    held.throttled += 1;
-                    course.throttled();
-                }
-                Next::Stalled => {
-                    let allowed = self.options.convergence.downtime_max;
-                    let predicted = round.predicted_downtime;
-                    match self.options.convergence.when_stalled {
-                        WhenStalled::KeepTrying => {}
-                        WhenStalled::Abort => {
-                            return Err(Error::NotConverging { rounds: number, predicted, allowed });
-                        }
-                        WhenStalled::SwitchOver => {
-                            tracing::info!("the stop may take {predicted:?}, allowed are {allowed:?}");
-                            recorder.predicted(predicted);
-                            break;
-                        }
-                    }
-                }
-            }
-            if moved == 0 && round.memory_dirty_bytes == 0 {
-                channel.pause(NOTHING_FOR_NOW)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits until the destination has handled all that was sent, and tells how long that took.
-    fn flush(&self, channel: &mut Channel<'_>) -> Result<Duration> {
-        let began = Instant::now();
-        if channel.has_peer() {
-            channel.send(Kind::FLUSH, 0, 0, &[])?;
-            let doing = "waiting for the destination to handle what was sent";
-            channel.expect(Kind::FLUSHED, doing, self.options.load_max)?;
-        }
-        Ok(began.elapsed())
-    }
-
-    /// What is left at the end of a round, and what a stop would cost.
-    fn look(
-        &mut self,
-        number: u32,
-        pace: &Pace,
-        channel: &mut Channel<'_>,
-        held: &mut Held,
-        savings: &mut [Saving<'_>],
-    ) -> Result<Round> {
-        let mut round = Round { round: number, ..Round::default() };
-        for saving in savings {
-            saving.hint(channel)?;
-            let (initial, dirty) = saving.left();
-            round.device_initial_bytes = round.device_initial_bytes.saturating_add(initial);
-            round.device_dirty_bytes = round.device_dirty_bytes.saturating_add(dirty);
-            round.device_bytes = round.device_bytes.saturating_add(saving.bytes_if_stopped()?);
-        }
-        if !held.dirty.blind {
-            held.dirty.harvest(self.devices, &mut self.memory)?;
-        }
-        round.memory_dirty_bytes = held.dirty.bytes();
-        round.bytes_per_second = pace.bytes_per_second();
-        round.predicted_downtime = pace.downtime(round.memory_dirty_bytes.saturating_add(round.device_bytes));
-        Ok(round)
     }
 
     /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices.
