@@ -1,5 +1,8 @@
 //! The command line.
 
+mod moving;
+mod values;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,6 +10,11 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use limosa_protocol::State;
 
 use crate::exit;
+pub use moving::{
+    Answer, Decided, Link, Load, Migrate, Moving, Receive, Resolve, Save, Send, Tls, WhenStalled,
+};
+pub use values::bytes;
+use values::seconds;
 
 /// What `--option` takes.
 const MODEL_OPTIONS: &str = "\
@@ -233,229 +241,10 @@ pub enum StateAction {
 }
 
 #[derive(Debug, Args)]
-pub struct Save {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
-
-    /// The file; appears when it is whole.
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-
-    /// Leave the device stopped.
-    #[arg(long)]
-    pub stop: bool,
-
-    #[command(flatten)]
-    pub hold: Hold,
-}
-
-#[derive(Debug, Args)]
-pub struct Load {
-    /// A file that `limosa save` wrote.
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
-
-    /// Leave the device stopped.
-    #[arg(long)]
-    pub stop: bool,
-
-    #[command(flatten)]
-    pub hold: Hold,
-}
-
-#[derive(Debug, Args)]
 pub struct Inspect {
     /// A file that `limosa save` wrote.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-}
-
-#[derive(Debug, Args)]
-pub struct Moving {
-    /// Skip pre-copy: stop the device first, then copy all of its state.
-    #[arg(long)]
-    pub no_precopy: bool,
-
-    /// Milliseconds for which nothing may run: pre-copy goes on until a stop is predicted to take no longer, and the
-    /// move is called off if that does not come about (--when-stalled). Without it, 300 ms are aimed for.
-    #[arg(long, value_name = "MS", conflicts_with = "no_precopy", value_parser = milliseconds)]
-    pub downtime_limit: Option<Duration>,
-
-    /// What to do when what changes is not moved fast enough: keep trying, switch over all the same, or abort. By
-    /// default abort with --downtime-limit, else switch over.
-    #[arg(long, value_name = "CHOICE")]
-    pub when_stalled: Option<WhenStalled>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum WhenStalled {
-    /// Keep trying until the move is interrupted or the device becomes quieter.
-    KeepTrying,
-    /// Stop the device, however long the rest takes.
-    SwitchOver,
-    /// Call the move off.
-    Abort,
-}
-
-#[derive(Debug, Args)]
-pub struct Migrate {
-    /// The device to move from.
-    #[arg(value_name = "SRC")]
-    pub source: String,
-
-    /// The device to move to.
-    #[arg(value_name = "DST")]
-    pub destination: String,
-
-    #[command(flatten)]
-    pub moving: Moving,
-
-    #[command(flatten)]
-    pub hold: Hold,
-}
-
-#[derive(Debug, Args)]
-pub struct Send {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
-
-    /// Where the receiver listens: unix:PATH or tcp:HOST:PORT.
-    #[arg(long, value_name = "ADDR")]
-    pub to: String,
-
-    #[command(flatten)]
-    pub moving: Moving,
-
-    /// Send no more than this each second.
-    #[arg(long, value_name = "BYTES", value_parser = bytes)]
-    pub bandwidth: Option<u64>,
-
-    #[command(flatten)]
-    pub link: Link,
-
-    #[command(flatten)]
-    pub hold: Hold,
-}
-
-#[derive(Debug, Args)]
-pub struct Link {
-    /// Seconds that the other side may say nothing before the link counts as lost; so long a source in doubt asks,
-    /// and twice as long a destination stays to be asked.
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
-    pub silence: Duration,
-
-    #[command(flatten)]
-    pub moves: Moves,
-
-    #[command(flatten)]
-    pub tls: Tls,
-}
-
-/// TLS 1.3 with both sides authenticated: all three files, on both sides.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "TLS")]
-pub struct Tls {
-    /// The authorities that the other side's certificate may come from, PEM.
-    #[arg(long, value_name = "FILE", requires_all = ["tls_cert", "tls_key"])]
-    pub tls_ca: Option<PathBuf>,
-
-    /// This side's certificate, followed by those between it and its authority, PEM.
-    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
-    pub tls_cert: Option<PathBuf>,
-
-    /// The key of this side's certificate, PEM.
-    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_cert"])]
-    pub tls_key: Option<PathBuf>,
-
-    /// The name that the other side's certificate must have. Without it, send expects the host that it connects to,
-    /// and receive accepts every name.
-    #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
-    pub tls_name: Option<String>,
-}
-
-#[derive(Debug, Args)]
-pub struct Receive {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
-
-    /// Where to listen: unix:PATH or tcp:HOST:PORT (port 0 for any).
-    #[arg(long, value_name = "ADDR")]
-    pub listen: String,
-
-    /// Seconds to wait for a sender.
-    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
-    pub wait: Duration,
-
-    #[command(flatten)]
-    pub link: Link,
-
-    #[command(flatten)]
-    pub hold: Hold,
-}
-
-#[derive(Debug, Args)]
-pub struct Moves {
-    /// The folder in which moves are remembered; by default limosa/moves below $XDG_STATE_HOME or ~/.local/state.
-    #[arg(long = "moves", value_name = "FOLDER")]
-    pub folder: Option<PathBuf>,
-}
-
-#[derive(Debug, Args)]
-pub struct Resolve {
-    /// The device that was sent; without it, the moves in doubt are listed.
-    #[arg(value_name = "DEVICE")]
-    pub device: Option<String>,
-
-    /// Where its destination is to be asked: unix:PATH or tcp:HOST:PORT; by default where it was sent to.
-    #[arg(long, value_name = "ADDR", requires = "device")]
-    pub to: Option<String>,
-
-    /// The move, if another one than the device's last.
-    #[arg(long, value_name = "ID", requires = "device")]
-    pub id: Option<String>,
-
-    /// Ask nobody: you have looked, and know what became of the move.
-    #[arg(long, value_name = "OUTCOME", requires = "device", conflicts_with = "to")]
-    pub decide: Option<Decided>,
-
-    #[command(flatten)]
-    pub moves: Moves,
-
-    #[command(flatten)]
-    pub tls: Tls,
-}
-
-/// What became of a move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Decided {
-    /// The destination runs it, or did: the device stops for good.
-    Moved,
-    /// The destination does not run it and never will: the device runs again.
-    Undone,
-}
-
-#[derive(Debug, Args)]
-pub struct Answer {
-    /// Where to listen: unix:PATH or tcp:HOST:PORT (port 0 for any).
-    #[arg(long, value_name = "ADDR")]
-    pub listen: String,
-
-    /// Seconds to stay.
-    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
-    pub wait: Duration,
-
-    #[command(flatten)]
-    pub moves: Moves,
-
-    #[command(flatten)]
-    pub tls: Tls,
 }
 
 #[derive(Debug, Args)]
@@ -490,62 +279,10 @@ pub struct Bench {
     pub one_core: bool,
 }
 
-/// A positive number of milliseconds, fractions allowed.
-fn milliseconds(text: &str) -> Result<Duration, String> {
-    let milliseconds: f64 =
-        text.parse().map_err(|_| "expected a number of milliseconds, such as 300 or 0.5".to_owned())?;
-    if !(milliseconds > 0.0 && milliseconds <= 3_600_000.0) {
-        return Err("expected more than 0 and at most 3600000 milliseconds".into());
-    }
-    Ok(Duration::from_secs_f64(milliseconds / 1000.0))
-}
-
-/// A positive number of seconds, fractions allowed.
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 =
-        text.parse().map_err(|_| "expected a number of seconds, such as 10 or 0.5".to_owned())?;
-    // Not a number is in no range.
-    if !(seconds > 0.0 && seconds <= 86_400.0) {
-        return Err("expected more than 0 and at most 86400 seconds".into());
-    }
-    Ok(Duration::from_secs_f64(seconds))
-}
-
-/// A number of bytes with an optional K, M, G or T (powers of 1024).
-pub fn bytes(text: &str) -> Result<u64, String> {
-    let expected = || format!("`{text}` is not a size: expected a number with K, M, G or T, such as 64M");
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift =
-        match text[digits.len()..].trim_end_matches("iB").trim_end_matches('B').to_ascii_uppercase().as_str()
-        {
-            "" => 0,
-            "K" => 10,
-            "M" => 20,
-            "G" => 30,
-            "T" => 40,
-            _ => return Err(expected()),
-        };
-    let number: u64 = digits.parse().map_err(|_| expected())?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     #[test]
     fn the_command_line_is_consistent() {
-        command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_and_seconds() {
-        assert_eq!(bytes("64M"), Ok(64 << 20));
-        assert_eq!(bytes("1GiB"), Ok(1 << 30));
-        assert_eq!(bytes("17"), Ok(17));
-        assert!(bytes("16777216T").unwrap_err().contains("2^64"));
-        assert!(bytes("M").is_err() && bytes("-1").is_err() && bytes("5X").is_err());
-        assert!(seconds("0").is_err() && seconds("x").is_err() && seconds("NaN").is_err());
-        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        super::command().debug_assert();
     }
 }

@@ -1,0 +1,58 @@
+//! Values on the command line: sizes and times.
+
+use std::time::Duration;
+
+/// A positive number of milliseconds, fractions allowed.
+pub fn milliseconds(text: &str) -> Result<Duration, String> {
+    let milliseconds: f64 =
+        text.parse().map_err(|_| "expected a number of milliseconds, such as 300 or 0.5".to_owned())?;
+    if !(milliseconds > 0.0 && milliseconds <= 3_600_000.0) {
+        return Err("expected more than 0 and at most 3600000 milliseconds".into());
+    }
+    Ok(Duration::from_secs_f64(milliseconds / 1000.0))
+}
+
+/// A positive number of seconds, fractions allowed.
+pub fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 =
+        text.parse().map_err(|_| "expected a number of seconds, such as 10 or 0.5".to_owned())?;
+    // Not a number is in no range.
+    if !(seconds > 0.0 && seconds <= 86_400.0) {
+        return Err("expected more than 0 and at most 86400 seconds".into());
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// A number of bytes with an optional K, M, G or T (powers of 1024).
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let expected = || format!("`{text}` is not a size: expected a number with K, M, G or T, such as 64M");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift =
+        match text[digits.len()..].trim_end_matches("iB").trim_end_matches('B').to_ascii_uppercase().as_str()
+        {
+            "" => 0,
+            "K" => 10,
+            "M" => 20,
+            "G" => 30,
+            "T" => 40,
+            _ => return Err(expected()),
+        };
+    let number: u64 = digits.parse().map_err(|_| expected())?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_seconds() {
+        assert_eq!(bytes("64M"), Ok(64 << 20));
+        assert_eq!(bytes("1GiB"), Ok(1 << 30));
+        assert_eq!(bytes("17"), Ok(17));
+        assert!(bytes("16777216T").unwrap_err().contains("2^64"));
+        assert!(bytes("M").is_err() && bytes("-1").is_err() && bytes("5X").is_err());
+        assert!(seconds("0").is_err() && seconds("x").is_err() && seconds("NaN").is_err());
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+    }
+}
