@@ -184,39 +184,35 @@ static ssize_t seed_show(struct device *device, struct device_attribute *attr, c
 	return sysfs_emit(buf, "%llu\n", dev->content.registers.seed);
 }
 
-static ssize_t seed_store(struct device *device, struct device_attribute *attr, const char *buf,
-			  size_t count)
+/* What only a device that runs can do, with the number that was written */
+static ssize_t limosa_act(struct device *device, const char *buf, size_t count,
+			  void (*act)(struct limosa_dev *dev, u64 number))
 {
 	struct limosa_dev *dev = limosa_of(device);
-	u64 seed;
+	u64 number;
 	int ret;
 
-	ret = kstrtou64(buf, 0, &seed);
+	ret = kstrtou64(buf, 0, &number);
 	if (ret)
 		return ret;
 	guard(mutex)(&dev->lock);
 	if (!limosa_runs(dev->state))
 		return -EBUSY;
-	limosa_reseed(dev, seed);
+	act(dev, number);
 	return count;
+}
+
+static ssize_t seed_store(struct device *device, struct device_attribute *attr, const char *buf,
+			  size_t count)
+{
+	return limosa_act(device, buf, count, limosa_reseed);
 }
 static DEVICE_ATTR_RW(seed);
 
 static ssize_t dirty_store(struct device *device, struct device_attribute *attr, const char *buf,
 			   size_t count)
 {
-	struct limosa_dev *dev = limosa_of(device);
-	u64 blocks;
-	int ret;
-
-	ret = kstrtou64(buf, 0, &blocks);
-	if (ret)
-		return ret;
-	guard(mutex)(&dev->lock);
-	if (!limosa_runs(dev->state))
-		return -EBUSY;
-	limosa_dirty(dev, blocks);
-	return count;
+	return limosa_act(device, buf, count, limosa_dirty);
 }
 static DEVICE_ATTR_WO(dirty);
 
