@@ -104,7 +104,8 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
     let options = over_link(options(&args.moving), &args.link);
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
-    let mut link = connect(&links, &address, options.silence_max, &cancel)?;
+    let hint = "is `limosa receive` listening there?";
+    let mut link = connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
     let moved = [MovedDevice::new(device)];
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let sending = Sending { moves: &moves, device: &args.device, to: address.to_string() };
@@ -313,15 +314,16 @@ fn nobody_listens(error: &LinkError) -> bool {
     matches!(error, LinkError::Io(error) if kinds.contains(&error.kind()))
 }
 
-fn connect(
+/// Connects to who is there; `hint` says who that should be.
+pub fn connect(
     links: &Links,
     address: &Address,
     limit: Duration,
-    cancel: &Cancel,
+    cancel: Option<&Cancel>,
+    hint: &str,
 ) -> anyhow::Result<Box<dyn Link>> {
-    links.connect(address, limit, Some(cancel)).map_err(|error| match error {
+    links.connect(address, limit, cancel).map_err(|error| match error {
         LinkError::Io(error) => {
-            let hint = "is `limosa receive` listening there?";
             exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
         }
         error => links::failed(&address.to_string(), error),

@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::moving;
 use crate::args;
 use crate::exit::{self, Code};
-use crate::links::{self, Links};
+use crate::links::Links;
 use crate::moves::{Doubt, Moves};
 use crate::open::{self, Opening};
 use crate::output::Output;
@@ -72,14 +72,8 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             let address = moving::address(to)?;
             let options = Options::default();
             let links = Links::to(&address, &args.tls)?;
-            let connected = links.connect(&address, options.silence_max, None);
-            let mut link = connected.map_err(|error| match error {
-                LinkError::Io(error) => {
-                    let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
-                    exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
-                }
-                error => links::failed(&address.to_string(), error),
-            })?;
+            let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
+            let mut link = moving::connect(&links, &address, options.silence_max, None, hint)?;
             with(&*device, |source| source.resolve(doubt, &mut link))
         }
     };
