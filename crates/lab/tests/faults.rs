@@ -84,18 +84,16 @@ impl Pair {
     /// One move over these links.
     fn run(
         &self,
-        mut near: impl Link,
-        mut far: impl Link,
+        near: impl Link,
+        far: impl Link,
         ledger: &Ledger,
         options: &Options,
     ) -> (Outcome, Received) {
         std::thread::scope(|scope| {
             let received = scope.spawn(move || {
-                with_destination(&self.destination, ledger, options, |destination| {
-                    destination.receive(&mut far)
-                })
+                with_destination(&self.destination, ledger, options, |destination| destination.receive(&far))
             });
-            let outcome = with_source(&self.source, options, |source| source.send(&mut near));
+            let outcome = with_source(&self.source, options, |source| source.send(&near));
             drop(near);
             (outcome, received.join().unwrap())
         })
@@ -120,15 +118,15 @@ impl Pair {
             Outcome::InDoubt(doubt) => {
                 let state = self.source.state().unwrap();
                 assert!(!state.is_running(), "{what}: in doubt, and in {state}");
-                let (mut near, mut far) = SocketLink::pair().unwrap();
+                let (near, far) = SocketLink::pair().unwrap();
                 std::thread::scope(|scope| {
                     let answered = scope.spawn(move || {
                         let answer =
-                            |destination: &limosa_migrate::Destination<'_>| destination.receive(&mut far);
+                            |destination: &limosa_migrate::Destination<'_>| destination.receive(&far);
                         with_destination(&self.destination, ledger, &options(), answer)
                     });
                     let outcome =
-                        with_source(&self.source, &options(), |source| source.resolve(doubt, &mut near));
+                        with_source(&self.source, &options(), |source| source.resolve(doubt, &near));
                     drop(near);
                     let answered = answered.join().unwrap();
                     assert!(matches!(answered, Received::Answered { .. }), "{what}: {answered:?}");
@@ -197,18 +195,18 @@ struct Tee {
 }
 
 impl Link for Tee {
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         let bytes = self.inner.write(slices, wait)?;
         let all = slices.iter().flat_map(|slice| slice.iter().copied());
         self.sent.lock().unwrap().extend(all.take(bytes));
         Ok(bytes)
     }
 
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         self.inner.read(into, wait)
     }
 
-    fn finish(&mut self) {
+    fn finish(&self) {
         self.inner.finish();
     }
 

@@ -3,7 +3,9 @@
 use std::time::{Duration, SystemTime};
 
 use limosa_migrate::Cancel;
-use limosa_migrate::link::{self, Address, LimitedLink, Link, LinkError, SocketLink, Tls, TlsLink, Wait};
+use limosa_migrate::link::{
+    self, Address, Bandwidth, LimitedLink, Link, LinkError, SocketLink, Tls, TlsLink, Wait,
+};
 use limosa_migrate::stream::DATA_BYTES_MAX;
 
 use crate::args;
@@ -13,7 +15,7 @@ use crate::exit::{self, Code};
 #[derive(Debug)]
 pub struct Links {
     tls: Option<Tls>,
-    bandwidth: Option<u64>,
+    bandwidth: Option<Bandwidth>,
 }
 
 impl Links {
@@ -51,7 +53,7 @@ impl Links {
                 return Err(exit::error(Code::Usage, what));
             }
         }
-        Ok(Links { bandwidth, ..self })
+        Ok(Links { bandwidth: bandwidth.map(Bandwidth::new), ..self })
     }
 
     /// Connects to whoever receives there.
@@ -62,7 +64,7 @@ impl Links {
         cancel: Option<&Cancel>,
     ) -> Result<Box<dyn Link>, LinkError> {
         let wait = Wait::within(limit, cancel);
-        let link = LimitedLink::new(link::connect(address, limit)?, self.bandwidth);
+        let link = LimitedLink::new(link::connect(address, limit)?, self.bandwidth.clone());
         Ok(match &self.tls {
             Some(tls) => Box::new(TlsLink::connect(link, tls, address, wait)?),
             None => Box::new(link),

@@ -21,7 +21,7 @@ const LOOK_EVERY_BYTES: usize = 1 << 20;
 
 /// One direction each of frames out and in over a link.
 pub(crate) struct Channel<'a> {
-    link: &'a mut dyn Link,
+    link: &'a dyn Link,
     cancel: Option<&'a Cancel>,
     silence_max: Duration,
     sequence_out: u32,
@@ -39,11 +39,7 @@ pub(crate) struct Channel<'a> {
 
 impl<'a> Channel<'a> {
     /// Over this link. `silence_max` is how long the other side may say nothing.
-    pub(crate) fn new(
-        link: &'a mut dyn Link,
-        cancel: Option<&'a Cancel>,
-        silence_max: Duration,
-    ) -> Channel<'a> {
+    pub(crate) fn new(link: &'a dyn Link, cancel: Option<&'a Cancel>, silence_max: Duration) -> Channel<'a> {
         Channel {
             link,
             cancel,

@@ -96,7 +96,7 @@ struct Taken {
 
 impl<'a> Destination<'a> {
     /// Receives one move, or one question, over the link. Blocks until it is over.
-    pub fn receive(&self, link: &mut dyn Link) -> Received {
+    pub fn receive(&self, link: &dyn Link) -> Received {
         let mut recorder = self.recorder();
         let mut channel = Channel::new(link, self.cancel, self.options.silence_max);
         let mut taken = Vec::new();
@@ -158,8 +158,8 @@ impl<'a> Destination<'a> {
             Ok(file) => file,
             Err(why) => return Received::Discarded { why, report: recorder.finish() },
         };
-        let mut link = FileLink::new(file, path.display().to_string());
-        let mut channel = Channel::new(&mut link, self.cancel, self.options.silence_max);
+        let link = FileLink::new(file, path.display().to_string());
+        let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
         let mut taken = Vec::new();
         let loaded = match self.greet(&mut channel, &mut recorder) {
             Ok((preface, Some(offer))) => {

@@ -22,7 +22,7 @@
 //!         options: &options,
 //!         cancel: None,
 //!     };
-//!     match source.send(&mut link) {
+//!     match source.send(&link) {
 //!         Outcome::Moved(report) => {
 //!             println!("{report}");
 //!             Ok(true)
@@ -32,7 +32,7 @@
 //!         // It runs nowhere until the destination has been asked.
 //!         Outcome::InDoubt(doubt) => {
 //!             let mut link = connect(to, options.silence_max)?;
-//!             Ok(matches!(source.resolve(doubt, &mut link), Outcome::Moved(_)))
+//!             Ok(matches!(source.resolve(doubt, &link), Outcome::Moved(_)))
 //!         }
 //!     }
 //! }

@@ -8,7 +8,7 @@ use crate::{Destination, Error, Received, Source};
 /// Moves from the source to the destination, each in a thread of its own. Since both are here, a move
 /// in doubt is decided on the spot.
 pub fn move_local(source: &mut Source<'_>, destination: &Destination<'_>) -> (Outcome, Received) {
-    let (mut near, mut far) = match SocketLink::pair() {
+    let (near, far) = match SocketLink::pair() {
         Ok(pair) => pair,
         Err(error) => {
             let again = std::io::Error::from(error.kind());
@@ -22,12 +22,12 @@ pub fn move_local(source: &mut Source<'_>, destination: &Destination<'_>) -> (Ou
     };
     std::thread::scope(|scope| {
         let receiving = scope.spawn(move || {
-            let received = destination.receive(&mut far);
+            let received = destination.receive(&far);
             // The source may wait for the close.
             drop(far);
             received
         });
-        let outcome = source.send(&mut near);
+        let outcome = source.send(&near);
         drop(near);
         let received = receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         (source.settle(outcome, destination.ledger), received)

@@ -103,7 +103,7 @@ enum Uncommitted {
 
 impl<'a> Source<'a> {
     /// Moves everything over the link. Blocks until it is over.
-    pub fn send(&mut self, link: &mut dyn Link) -> Outcome {
+    pub fn send(&mut self, link: &dyn Link) -> Outcome {
         let mut recorder = self.recorder();
         let mut channel = Channel::new(link, self.cancel, self.options.silence_max);
         let mut held = Held::default();
@@ -136,7 +136,7 @@ impl<'a> Source<'a> {
     /// Asks the destination over a new link what became of a move in doubt, and acts on the answer:
     /// [`Outcome::Moved`], [`Outcome::Undone`], or still [`Outcome::InDoubt`], when the link fails again
     /// or the destination does not know.
-    pub fn resolve(&mut self, doubt: InDoubt, link: &mut dyn Link) -> Outcome {
+    pub fn resolve(&mut self, doubt: InDoubt, link: &dyn Link) -> Outcome {
         let mut channel = Channel::new(link, None, self.options.silence_max);
         match self.query(doubt.id, &mut channel) {
             Ok(decision) => self.decide(decision, doubt),
@@ -171,11 +171,11 @@ impl<'a> Source<'a> {
         let mut recorder = self.recorder();
         let mut held = Held::default();
         recorder.phase(Phase::Handshake);
-        let (file, mut link) = match snapshot::Unfinished::create(path) {
+        let (file, link) = match snapshot::Unfinished::create(path) {
             Ok(created) => created,
             Err(why) => return Outcome::Undone { why, report: recorder.finish() },
         };
-        let mut channel = Channel::new(&mut link, self.cancel, self.options.silence_max);
+        let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
         if let Err(why) = self.until_sum(&mut channel, &mut recorder, &mut held) {
             return self.undone(why, &mut channel, recorder, held);
         }

@@ -128,13 +128,13 @@ fn a_source_that_is_killed_at_any_frame_leaves_the_destination_empty() {
     let committed = out - WORD;
     for at in (0..committed).step_by(97).chain(committed - WORD - 1..committed) {
         let ends = ends();
-        let (near, mut far) = SocketLink::pair().unwrap();
+        let (near, far) = SocketLink::pair().unwrap();
         let (outcome, received) = std::thread::scope(|scope| {
             let ends = &ends;
             let received =
-                scope.spawn(move || ends.with_destination(|destination| destination.receive(&mut far)));
-            let mut near = FaultyLink::new(near, Way::Out, at, LinkFault::Cut);
-            let outcome = ends.with_source(|source| source.send(&mut near));
+                scope.spawn(move || ends.with_destination(|destination| destination.receive(&far)));
+            let near = FaultyLink::new(near, Way::Out, at, LinkFault::Cut);
+            let outcome = ends.with_source(|source| source.send(&near));
             (outcome, received.join().unwrap())
         });
         drop(outcome);
@@ -270,13 +270,12 @@ fn asking_for_a_move_that_still_holds_takes_it_back() {
     // Only the source is in a hurry; its COMMIT is swallowed, and the old link stays open.
     let short = Duration::from_millis(60);
     ends.source_options = Some(Options { commit_max: short, silence_max: short, ..options() });
-    let (near, mut far) = SocketLink::pair().unwrap();
+    let (near, far) = SocketLink::pair().unwrap();
     let (outcome, received) = std::thread::scope(|scope| {
         let ends = &ends;
-        let received =
-            scope.spawn(move || ends.with_destination(|destination| destination.receive(&mut far)));
-        let mut near = FaultyLink::new(near, Way::Out, out - 2 * WORD, LinkFault::Swallow);
-        let outcome = ends.with_source(|source| source.send(&mut near));
+        let received = scope.spawn(move || ends.with_destination(|destination| destination.receive(&far)));
+        let near = FaultyLink::new(near, Way::Out, out - 2 * WORD, LinkFault::Swallow);
+        let outcome = ends.with_source(|source| source.send(&near));
         let Outcome::InDoubt(doubt) = outcome else { panic!("{outcome:?}") };
         assert!(!ends.source[0].state().is_running(), "in doubt");
         assert_eq!(ends.destination[0].state(), State::Stop, "it holds");
@@ -312,21 +311,21 @@ fn a_peer_that_is_not_one_is_refused() {
     for noise in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", &[0; 40], &[0xff; 4096]] {
         let mut ends = ends();
         hasty(&mut ends);
-        let (mut near, mut far) = SocketLink::pair().unwrap();
+        let (near, far) = SocketLink::pair().unwrap();
         let wait = limosa_migrate::link::Wait::within(Duration::from_secs(1), None);
         if !noise.is_empty() {
             near.write(&[std::io::IoSlice::new(noise)], wait).unwrap();
         }
         near.finish();
-        let received = ends.with_destination(|destination| destination.receive(&mut far));
+        let received = ends.with_destination(|destination| destination.receive(&far));
         let Received::Discarded { why, .. } = received else { panic!("{received:?}") };
         assert!(matches!(why, Error::Stream { .. } | Error::Link { .. }), "{why}");
-        let (mut near, mut far) = SocketLink::pair().unwrap();
+        let (near, far) = SocketLink::pair().unwrap();
         if !noise.is_empty() {
             far.write(&[std::io::IoSlice::new(noise)], wait).unwrap();
         }
         far.finish();
-        let outcome = ends.with_source(|source| source.send(&mut near));
+        let outcome = ends.with_source(|source| source.send(&near));
         assert!(matches!(outcome, Outcome::Undone { .. }), "{outcome:?}");
         assert_eq!(ends.source[0].state(), State::Running);
         assert_eq!(ends.destination[0].state(), State::Running);

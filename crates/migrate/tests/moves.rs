@@ -3,7 +3,7 @@
 mod common;
 
 use std::io::{IoSlice, Seek, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -165,7 +165,7 @@ fn incompatible_ends_are_refused_with_the_reason_before_anything_moves() {
     let mut ends = Ends::new(vec![source], vec![destination]);
     ends.memory = Some((Arc::new(VecPages::new(8192)), Arc::new(VecPages::new(8192)), 8192));
     let text = ends.with_source(|source| {
-        let (mut near, mut far) = limosa_migrate::link::SocketLink::pair().unwrap();
+        let (near, far) = limosa_migrate::link::SocketLink::pair().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let devices = [MovedDevice::new(&ends.destination[0].client)];
@@ -178,9 +178,9 @@ fn incompatible_ends_are_refused_with_the_reason_before_anything_moves() {
                     cancel: None,
                     ledger: &ends.ledger,
                 };
-                destination.receive(&mut far)
+                destination.receive(&far)
             });
-            let Outcome::Undone { why, .. } = source.send(&mut near) else { panic!() };
+            let Outcome::Undone { why, .. } = source.send(&near) else { panic!() };
             drop(near);
             why.to_string()
         })
@@ -256,9 +256,9 @@ fn a_cancel_wakes_a_source_that_waits() {
     let mut ends = Ends::new(vec![source], vec![destination]);
     ends.cancel = Some(Cancel::new().unwrap());
     // Nobody answers at the far end.
-    let (mut near, far) = limosa_migrate::link::SocketLink::pair().unwrap();
+    let (near, far) = limosa_migrate::link::SocketLink::pair().unwrap();
     let outcome = std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| ends.with_source(|source| source.send(&mut near)));
+        let waiting = scope.spawn(|| ends.with_source(|source| source.send(&near)));
         ends.cancel.as_ref().unwrap().cancel();
         // Its last words are not waited for either.
         drop(far);
@@ -268,25 +268,26 @@ fn a_cancel_wakes_a_source_that_waits() {
 }
 
 /// Takes so many bytes, then the move is called off.
-struct CancelAfter(SocketLink, usize, Cancel);
+struct CancelAfter(SocketLink, AtomicUsize, Cancel);
 
 impl Link for CancelAfter {
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        if self.1 == 0 {
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let left = self.1.load(Ordering::SeqCst);
+        if left == 0 {
             self.2.cancel();
         }
         wait.left()?;
         let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
         // After the cancel there is room for all.
-        let room = if self.2.is_cancelled() { bytes.len() } else { self.1.min(bytes.len()) };
+        let room = if self.2.is_cancelled() { bytes.len() } else { left.min(bytes.len()) };
         let written = self.0.write(&[IoSlice::new(&bytes[..room])], wait)?;
-        self.1 = self.1.saturating_sub(written);
+        self.1.store(left.saturating_sub(written), Ordering::SeqCst);
         Ok(written)
     }
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         self.0.read(into, wait)
     }
-    fn finish(&mut self) {
+    fn finish(&self) {
         self.0.finish();
     }
     fn peer(&self) -> &str {
@@ -302,7 +303,7 @@ fn a_cancel_within_a_frame_does_not_garble_the_word_of_it() {
         let cancel = Cancel::new().unwrap();
         ends.cancel = Some(cancel.clone());
         let (near, far) = SocketLink::pair().unwrap();
-        let (outcome, received) = ends.run(CancelAfter(near, taken, cancel), far);
+        let (outcome, received) = ends.run(CancelAfter(near, AtomicUsize::new(taken), cancel), far);
         assert!(matches!(outcome, Outcome::Undone { why: Error::Cancelled, .. }), "{taken}: {outcome:?}");
         let Received::Discarded { why, .. } = &received else { panic!("{taken}: {received:?}") };
         // Within the preface nothing can be said yet.

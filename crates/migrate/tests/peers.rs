@@ -94,7 +94,7 @@ fn ends() -> Ends {
 /// Lets a made-up source speak to a destination; what the destination said of it. Its device is then
 /// as it was.
 fn source_says(ends: &Ends, speak: impl FnOnce(&mut Peer) + Send) -> Error {
-    let (near, mut far) = SocketLink::pair().unwrap();
+    let (near, far) = SocketLink::pair().unwrap();
     let received = std::thread::scope(|scope| {
         scope.spawn(move || {
             let mut peer = Peer::new(near);
@@ -104,7 +104,7 @@ fn source_says(ends: &Ends, speak: impl FnOnce(&mut Peer) + Send) -> Error {
             let wait = Wait::within(Duration::from_secs(10), None);
             while peer.link.read(&mut [0; 4096], wait).is_ok() {}
         });
-        let received = ends.with_destination(|destination| destination.receive(&mut far));
+        let received = ends.with_destination(|destination| destination.receive(&far));
         drop(far);
         received
     });
@@ -233,7 +233,7 @@ fn frames_that_nobody_knows_yet_are_passed_over_when_they_allow_it() {
 fn destination_says(answer: impl FnOnce(&mut Peer, MigrationId) + Send) -> Error {
     let mut ends = ends();
     ends.options = Options { silence_max: Duration::from_secs(2), ..options() };
-    let (mut near, far) = SocketLink::pair().unwrap();
+    let (near, far) = SocketLink::pair().unwrap();
     let outcome = std::thread::scope(|scope| {
         scope.spawn(move || {
             let mut peer = Peer::new(far);
@@ -243,7 +243,7 @@ fn destination_says(answer: impl FnOnce(&mut Peer, MigrationId) + Send) -> Error
             let wait = Wait::within(Duration::from_secs(10), None);
             while peer.link.read(&mut [0; 4096], wait).is_ok() {}
         });
-        let outcome = ends.with_source(|source| source.send(&mut near));
+        let outcome = ends.with_source(|source| source.send(&near));
         drop(near);
         outcome
     });
@@ -300,10 +300,10 @@ fn a_move_that_ran_once_cannot_be_replayed() {
         whole(peer, &data);
         peer.frame(Kind::COMMIT, 0, 0, &[]);
     };
-    let (near, mut far) = SocketLink::pair().unwrap();
+    let (near, far) = SocketLink::pair().unwrap();
     let mut peer = Peer::new(near);
     send(&mut peer);
-    let received = ends.with_destination(|destination| destination.receive(&mut far));
+    let received = ends.with_destination(|destination| destination.receive(&far));
     assert!(matches!(received, Received::Runs(_)), "{received:?}");
     Device::reset(&ends.destination[0].client).unwrap();
     let why = source_says(&ends, send);

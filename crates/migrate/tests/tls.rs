@@ -11,7 +11,8 @@ use std::time::{Duration, SystemTime};
 
 use common::{Ends, Fault, FaultyLink, VecPages, Way, options, world};
 use limosa_migrate::link::{
-    Address, LimitedLink, Link, LinkError, Listener, SocketLink, Tls, TlsError, TlsLink, Wait, connect,
+    Address, Bandwidth, LimitedLink, Link, LinkError, Listener, SocketLink, Tls, TlsError, TlsLink, Wait,
+    connect,
 };
 use limosa_migrate::{Cancel, Error, Options, Outcome, Received};
 use limosa_protocol::{MigrationFlags, State};
@@ -94,10 +95,9 @@ fn attempt(
     far: impl FnOnce() -> Result<Box<dyn Link>, LinkError> + Send,
 ) -> (Result<Outcome, LinkError>, Result<Received, LinkError>) {
     std::thread::scope(|scope| {
-        let received = scope.spawn(|| {
-            far().map(|mut link| ends.with_destination(|destination| destination.receive(&mut link)))
-        });
-        let outcome = near().map(|mut link| ends.with_source(|source| source.send(&mut link)));
+        let received =
+            scope.spawn(|| far().map(|link| ends.with_destination(|destination| destination.receive(&link))));
+        let outcome = near().map(|link| ends.with_source(|source| source.send(&link)));
         (outcome, received.join().unwrap())
     })
 }
@@ -158,7 +158,7 @@ fn devices_and_memory_move_over_tls_also_with_a_limited_bandwidth() {
             let ends = ends();
             let near = connect(listener.address(), LIMIT).unwrap();
             let far = listener.accept(wait()).unwrap();
-            let near = LimitedLink::new(near, limit);
+            let near = LimitedLink::new(near, limit.map(Bandwidth::new));
             let (outcome, received) = attempt(
                 &ends,
                 || boxed(TlsLink::connect(near, &source, &address(), wait())),
@@ -321,7 +321,7 @@ fn garbage_in_place_of_a_handshake_is_refused() {
     ];
     for noise in noises {
         for is_source in [true, false] {
-            let (link, mut other) = SocketLink::pair().unwrap();
+            let (link, other) = SocketLink::pair().unwrap();
             let error = std::thread::scope(|scope| {
                 let shaken = scope.spawn(|| match is_source {
                     true => TlsLink::connect(link, &source, &address(), wait()).unwrap_err(),
@@ -349,7 +349,7 @@ fn a_peer_that_stalls_in_the_handshake_is_given_up_at_the_deadline_and_at_a_canc
     for said in [&b""[..], &[0x16, 3, 1, 1, 0, 1]] {
         for is_source in [true, false] {
             for cancelled in [true, false] {
-                let (link, mut other) = SocketLink::pair().unwrap();
+                let (link, other) = SocketLink::pair().unwrap();
                 if !said.is_empty() {
                     other.write(&[IoSlice::new(said)], wait()).unwrap();
                 }
@@ -445,7 +445,7 @@ fn the_end_is_told_from_nothing_and_what_was_sent_before_it_arrives() {
     let (source, destination) = (authority.tls("source"), authority.tls("destination"));
     for truncated in [false, true] {
         let (near, far) = SocketLink::pair().unwrap();
-        let (mut near, mut far) = std::thread::scope(|scope| {
+        let (near, far) = std::thread::scope(|scope| {
             let far = scope.spawn(|| TlsLink::accept(far, &destination, wait()).unwrap());
             (TlsLink::connect(near, &source, &address(), wait()).unwrap(), far.join().unwrap())
         });
@@ -474,7 +474,7 @@ fn a_peer_that_does_not_read_holds_up_no_more_than_a_bounded_buffer() {
     let authority = Authority::new();
     let (source, destination) = (authority.tls("source"), authority.tls("destination"));
     let (near, far) = SocketLink::pair().unwrap();
-    let (mut near, mut far) = std::thread::scope(|scope| {
+    let (near, far) = std::thread::scope(|scope| {
         let far = scope.spawn(|| TlsLink::accept(far, &destination, wait()).unwrap());
         (TlsLink::connect(near, &source, &address(), wait()).unwrap(), far.join().unwrap())
     });

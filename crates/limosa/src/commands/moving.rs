@@ -105,12 +105,12 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
     let options = over_link(options(&args.moving), &args.link);
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
     let hint = "is `limosa receive` listening there?";
-    let mut link = connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
+    let link = connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
     let moved = [MovedDevice::new(device)];
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let sending = Sending { moves: &moves, device: &args.device, to: address.to_string() };
     let mut source = Source { vmm: &sending, ..source(&moved, &progress, &options, &cancel) };
-    let mut outcome = source.send(&mut link);
+    let mut outcome = source.send(&link);
     drop(link);
     let began = Instant::now();
     while let Outcome::InDoubt(doubt) = outcome {
@@ -119,7 +119,7 @@ pub fn send(device: &dyn Device, args: &args::Send, out: &Output) -> anyhow::Res
             return Err(in_doubt(&args.device, &doubt));
         };
         outcome = match links.connect(&address, left, Some(&cancel)) {
-            Ok(mut link) => source.resolve(doubt, &mut link),
+            Ok(link) => source.resolve(doubt, &link),
             // Nobody is there to be asked, now or later.
             Err(error) if nobody_listens(&error) => return Err(in_doubt(&args.device, &doubt)),
             Err(_) => Outcome::InDoubt(doubt),
@@ -170,8 +170,8 @@ pub fn receive(device: &dyn Device, args: &args::Receive, out: &Output) -> anyho
             LinkError::Cancelled => Error::Cancelled.into(),
             error => error.into(),
         })?;
-        let mut link = take(link)?;
-        return match destination.receive(&mut link) {
+        let link = take(link)?;
+        return match destination.receive(&link) {
             Received::Runs(report) => {
                 drop(link);
                 if !report.peer_told {
@@ -228,14 +228,14 @@ fn answer(
     let began = Instant::now();
     while let Some(left) = stay.checked_sub(began.elapsed()) {
         let Ok(link) = accept(left) else { return };
-        let mut link = match take(link) {
+        let link = match take(link) {
             Ok(link) => link,
             Err(error) => {
                 tracing::warn!("{error}");
                 continue;
             }
         };
-        if let Received::Answered { .. } = destination.receive(&mut link) {
+        if let Received::Answered { .. } = destination.receive(&link) {
             return;
         }
     }

@@ -73,8 +73,8 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             let options = Options::default();
             let links = Links::to(&address, &args.tls)?;
             let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
-            let mut link = moving::connect(&links, &address, options.silence_max, None, hint)?;
-            with(&*device, |source| source.resolve(doubt, &mut link))
+            let link = moving::connect(&links, &address, options.silence_max, None, hint)?;
+            with(&*device, |source| source.resolve(doubt, &link))
         }
     };
     let (outcome, report) = match outcome {
@@ -149,14 +149,14 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
             Err(LinkError::TimedOut | LinkError::Cancelled) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        let mut link = match links.take(link, options.silence_max, &cancel) {
+        let link = match links.take(link, options.silence_max, &cancel) {
             Ok(link) => link,
             Err(error) => {
                 tracing::warn!("{error}");
                 continue;
             }
         };
-        match destination.receive(&mut link) {
+        match destination.receive(&link) {
             Received::Answered { id, decision } => {
                 let outcome = match decision {
                     Decision::Unknown => "not known",

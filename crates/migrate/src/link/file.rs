@@ -25,10 +25,10 @@ fn check(wait: Wait<'_>) -> Result<(), LinkError> {
 }
 
 impl Link for FileLink {
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         check(wait)?;
         loop {
-            match self.file.write_vectored(slices) {
+            match (&self.file).write_vectored(slices) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Ok(0) => return Err(LinkError::Io(std::io::ErrorKind::WriteZero.into())),
                 done => return Ok(done?),
@@ -36,10 +36,10 @@ impl Link for FileLink {
         }
     }
 
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         check(wait)?;
         loop {
-            match self.file.read(into) {
+            match (&self.file).read(into) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Ok(0) if !into.is_empty() => return Err(LinkError::Closed),
                 done => return Ok(done?),
@@ -47,7 +47,7 @@ impl Link for FileLink {
         }
     }
 
-    fn finish(&mut self) {}
+    fn finish(&self) {}
 
     fn peer(&self) -> &str {
         &self.name

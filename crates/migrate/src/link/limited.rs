@@ -1,6 +1,7 @@
 //! A link that sends no faster than it is told to.
 
 use std::io::IoSlice;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Link, LinkError, Wait};
@@ -48,6 +49,16 @@ impl Bucket {
         let from = self.paid_at.map_or(full, |paid_at| paid_at.max(full));
         self.paid_at = Some(from + time_for(bytes as u64, self.bytes_per_second));
     }
+
+    /// So much of what was counted as sent was not.
+    fn unsent(&mut self, bytes: usize) {
+        // Rounded down: what was rounded up before is not given back.
+        let time = Duration::from_nanos(
+            u64::try_from(u128::from(bytes as u64) * 1_000_000_000 / u128::from(self.bytes_per_second))
+                .unwrap_or(u64::MAX),
+        );
+        self.paid_at = self.paid_at.and_then(|paid_at| paid_at.checked_sub(time));
+    }
 }
 
 fn bytes_in(time: Duration, bytes_per_second: u64) -> u64 {
@@ -65,18 +76,50 @@ fn size(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
+/// What may be sent in a second, by all the links together that have it. Clones are the same bandwidth.
+#[derive(Clone, Debug)]
+pub struct Bandwidth(Arc<Mutex<Bucket>>);
+
+impl Bandwidth {
+    /// This many bytes a second. A frame of the stream has to fit into the time that the other side may be silent.
+    pub fn new(bytes_per_second: u64) -> Bandwidth {
+        Bandwidth(Arc::new(Mutex::new(Bucket::new(bytes_per_second))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Bucket> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what may be sent now of this, at least one byte, once there is something.
+    fn take(&self, wanted: usize, wait: Wait<'_>) -> Result<usize, LinkError> {
+        loop {
+            let mut bucket = self.lock();
+            let now = Instant::now();
+            match bucket.allows(wanted, now) {
+                Ok(allowed) => {
+                    bucket.sent(allowed, now);
+                    return Ok(allowed);
+                }
+                Err(time) => {
+                    drop(bucket);
+                    pause(time, wait)?;
+                }
+            }
+        }
+    }
+}
+
 /// A link that keeps to a bandwidth in what it sends. What it receives is the other side's to limit.
 #[derive(Debug)]
 pub struct LimitedLink<L: Link> {
     inner: L,
-    bucket: Option<Bucket>,
+    bandwidth: Option<Bandwidth>,
 }
 
 impl<L: Link> LimitedLink<L> {
-    /// Sends at most this many bytes a second; `None` for no limit. A frame of the stream has to fit into the time
-    /// that the other side may be silent.
-    pub fn new(inner: L, bytes_per_second: Option<u64>) -> LimitedLink<L> {
-        LimitedLink { inner, bucket: bytes_per_second.map(Bucket::new) }
+    /// Sends no more than that; `None` for no limit.
+    pub fn new(inner: L, bandwidth: Option<Bandwidth>) -> LimitedLink<L> {
+        LimitedLink { inner, bandwidth }
     }
 }
 
@@ -95,31 +138,26 @@ fn pause(time: Duration, wait: Wait<'_>) -> Result<(), LinkError> {
 }
 
 impl<L: Link> Link for LimitedLink<L> {
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let Some(bucket) = &mut self.bucket else { return self.inner.write(slices, wait) };
-        let wanted = slices.iter().map(|slice| slice.len()).sum();
-        let mut allowed = loop {
-            match bucket.allows(wanted, Instant::now()) {
-                Ok(allowed) => break allowed,
-                Err(time) => pause(time, wait)?,
-            }
-        };
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let Some(bandwidth) = &self.bandwidth else { return self.inner.write(slices, wait) };
+        let taken = bandwidth.take(slices.iter().map(|slice| slice.len()).sum(), wait)?;
+        let mut allowed = taken;
         let mut parts = Vec::with_capacity(slices.len());
         for slice in slices {
             let part = &slice[..slice.len().min(allowed)];
             allowed -= part.len();
             parts.push(IoSlice::new(part));
         }
-        let sent = self.inner.write(&parts, wait)?;
-        bucket.sent(sent, Instant::now());
-        Ok(sent)
+        let sent = self.inner.write(&parts, wait);
+        bandwidth.lock().unsent(taken - sent.as_ref().map_or(0, |sent| *sent));
+        sent
     }
 
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         self.inner.read(into, wait)
     }
 
-    fn finish(&mut self) {
+    fn finish(&self) {
         self.inner.finish();
     }
 
@@ -180,7 +218,8 @@ mod tests {
                 prop_assert!(allowed >= 1 && allowed <= wanted);
                 // A link may take less than it is given.
                 let taken = (allowed * percent).div_ceil(100);
-                bucket.sent(taken, now);
+                bucket.sent(allowed, now);
+                bucket.unsent(allowed - taken);
                 sent += taken as u128;
                 let most = u128::from(bytes_in(now - began, rate)) + u128::from(bucket.burst_bytes);
                 prop_assert!(sent <= most + 1, "{sent} > {most}");
@@ -190,8 +229,8 @@ mod tests {
 
     #[test]
     fn a_wait_for_the_bucket_ends_at_the_deadline_and_at_a_cancel() {
-        let (one, mut other) = SocketLink::pair().unwrap();
-        let mut one = LimitedLink::new(one, Some(1));
+        let (one, other) = SocketLink::pair().unwrap();
+        let one = LimitedLink::new(one, Some(Bandwidth::new(1)));
         let long = |cancel| Wait::within(Duration::from_secs(60), cancel);
         let bytes = [7; 8192];
         let slices = [IoSlice::new(&bytes[..100]), IoSlice::new(&bytes)];

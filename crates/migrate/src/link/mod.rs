@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 pub use address::{Address, AddressError};
 pub use file::FileLink;
-pub use limited::LimitedLink;
+pub use limited::{Bandwidth, LimitedLink};
 pub use socket::{Listener, SocketLink, connect};
 pub(crate) use tls::is_tls;
 pub use tls::{Tls, TlsError, TlsLink};
@@ -82,16 +82,17 @@ impl From<rustix::io::Errno> for LinkError {
     }
 }
 
-/// A byte link: in order, both ways.
-pub trait Link: Send {
+/// A byte link: in order, both ways. One thread may write while another reads; two that write, or two that read,
+/// come one after the other.
+pub trait Link: Send + Sync {
     /// Writes at least one byte of these slices, in order, and says how many.
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError>;
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError>;
 
     /// Reads at least one byte and says how many; [`LinkError::Closed`] at the end.
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError>;
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError>;
 
     /// Says to the other end that nothing more comes. Reading goes on.
-    fn finish(&mut self);
+    fn finish(&self);
 
     /// The other end, for messages.
     fn peer(&self) -> &str;
@@ -103,15 +104,15 @@ pub trait Link: Send {
 }
 
 impl<L: Link + ?Sized> Link for Box<L> {
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         (**self).write(slices, wait)
     }
 
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         (**self).read(into, wait)
     }
 
-    fn finish(&mut self) {
+    fn finish(&self) {
         (**self).finish();
     }
 

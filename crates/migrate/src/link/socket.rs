@@ -37,6 +37,12 @@ impl SocketLink {
         let (one, other) = UnixStream::pair()?;
         Ok((SocketLink::new(one, "the destination"), SocketLink::new(other, "the source")))
     }
+
+    /// Ends both directions at once, for both ends; whoever waits on the link is woken.
+    pub fn cut(&self) {
+        // Refused only when the connection is gone already.
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
+    }
 }
 
 /// Tries, and between tries waits for the events, until `attempt` gives something else than EAGAIN.
@@ -70,21 +76,21 @@ fn retry<T>(
 }
 
 impl Link for SocketLink {
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         retry(&self.fd, PollFlags::OUT, wait, || {
             rustix::net::sendmsg(&self.fd, slices, &mut SendAncillaryBuffer::default(), flags)
         })
     }
 
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         let got = retry(&self.fd, PollFlags::IN, wait, || {
             rustix::net::recv(&self.fd, &mut *into, RecvFlags::DONTWAIT).map(|(got, _)| got)
         })?;
         if got == 0 && !into.is_empty() { Err(LinkError::Closed) } else { Ok(got) }
     }
 
-    fn finish(&mut self) {
+    fn finish(&self) {
         // Refused only when the connection is gone already.
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Write);
     }
@@ -227,7 +233,7 @@ mod tests {
 
     #[test]
     fn waits_end_at_the_deadline_at_a_cancel_and_at_the_close() {
-        let (mut one, other) = SocketLink::pair().unwrap();
+        let (one, other) = SocketLink::pair().unwrap();
         let mut byte = [0];
         assert!(matches!(one.read(&mut byte, soon(None)), Err(LinkError::TimedOut)));
         let cancel = Cancel::new().unwrap();
@@ -254,8 +260,8 @@ mod tests {
             let listener = Listener::bind(&address).unwrap();
             assert!(matches!(listener.accept(soon(None)), Err(LinkError::TimedOut)));
             let limit = Duration::from_secs(10);
-            let mut one = connect(listener.address(), limit).unwrap();
-            let mut other = listener.accept(Wait::within(limit, None)).unwrap();
+            let one = connect(listener.address(), limit).unwrap();
+            let other = listener.accept(Wait::within(limit, None)).unwrap();
             assert_eq!(one.write(&[IoSlice::new(b"a"), IoSlice::new(b"bc")], soon(None)).unwrap(), 3);
             let mut got = [0; 8];
             assert_eq!(other.read(&mut got, Wait::within(limit, None)).unwrap(), 3);

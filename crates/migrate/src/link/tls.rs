@@ -6,6 +6,7 @@ mod error;
 
 use std::fmt;
 use std::io::{self, IoSlice, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustls::{ClientConnection, Connection, ServerConnection};
@@ -17,8 +18,8 @@ use super::{Address, Link, LinkError, SocketLink, Wait};
 
 /// Room for what was received and is not decrypted yet.
 const INBOX_BYTES: usize = 128 << 10;
-/// The most that is encrypted before it has been sent.
-const OUTBOX_BYTES_MAX: usize = 256 << 10;
+/// The most that is encrypted at once.
+const PLAIN_BYTES_MAX: usize = 256 << 10;
 /// How long the last records may take that are owed to the other side: its alert, or the end.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -29,16 +30,30 @@ const LINGER: Duration = Duration::from_secs(2);
 /// [`LinkError::Tls`], which is before anything is moved.
 ///
 /// The end is [`LinkError::Closed`], whether the other side announced it (close_notify, by [`Link::finish`]) or the
-/// link broke off: the stream itself says what is whole. What is buffered is bounded, to about half a MiB.
+/// link broke off: the stream itself says what is whole. What is buffered is bounded, to less than one MiB.
 pub struct TlsLink<L: Link = SocketLink> {
     inner: L,
-    session: Connection,
     tls: Tls,
-    inbox: Box<[u8]>,
-    /// What of the inbox the session has not taken yet.
+    /// Never held while the inner link is waited for, so that one thread can read while another writes.
+    session: Mutex<Connection>,
+    inbox: Mutex<Inbox>,
+    outbox: Mutex<Outbox>,
+}
+
+/// What has come and is not decrypted yet.
+struct Inbox {
+    bytes: Box<[u8]>,
+    /// What of it the session has not taken yet.
     unread: std::ops::Range<usize>,
     /// Of all that came.
     first_byte: Option<u8>,
+}
+
+/// What is encrypted and has not gone out yet.
+#[derive(Default)]
+struct Outbox {
+    bytes: Vec<u8>,
+    sent: usize,
 }
 
 impl<L: Link> fmt::Debug for TlsLink<L> {
@@ -48,6 +63,11 @@ impl<L: Link> fmt::Debug for TlsLink<L> {
             .field("tls", &self.tls)
             .finish_non_exhaustive()
     }
+}
+
+/// What a thread that panicked left behind is looked at all the same: the frames above tell whether it is whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<L: Link> TlsLink<L> {
@@ -71,21 +91,21 @@ impl<L: Link> TlsLink<L> {
         tls: &Tls,
         wait: Wait<'_>,
     ) -> Result<TlsLink<L>, LinkError> {
-        session.set_buffer_limit(Some(OUTBOX_BYTES_MAX));
-        let mut link = TlsLink {
+        session.set_buffer_limit(Some(PLAIN_BYTES_MAX));
+        let inbox = Inbox { bytes: vec![0; INBOX_BYTES].into(), unread: 0..0, first_byte: None };
+        let link = TlsLink {
             inner,
-            session,
             tls: tls.clone(),
-            inbox: vec![0; INBOX_BYTES].into(),
-            unread: 0..0,
-            first_byte: None,
+            session: Mutex::new(session),
+            inbox: Mutex::new(inbox),
+            outbox: Mutex::default(),
         };
         loop {
-            let shaken = link.flush(wait).map_err(|error| link.last_word(error));
-            if shaken.is_ok() && !link.session.is_handshaking() {
+            let shaken = link.flush(&mut lock(&link.outbox), wait).map_err(|error| link.last_word(error));
+            if shaken.is_ok() && !lock(&link.session).is_handshaking() {
                 return Ok(link);
             }
-            match shaken.and_then(|()| link.fill(wait)) {
+            match shaken.and_then(|()| link.fill(&mut lock(&link.inbox), wait)) {
                 Ok(()) => {}
                 Err(LinkError::Closed) => return Err(TlsError::Closed.into()),
                 Err(error) => {
@@ -97,42 +117,58 @@ impl<L: Link> TlsLink<L> {
     }
 
     /// Sends all that is encrypted.
-    fn flush(&mut self, wait: Wait<'_>) -> Result<(), LinkError> {
-        while self.session.wants_write() {
-            let mut outlet = Outlet { inner: &mut self.inner, wait, failed: None };
-            if let Err(error) = self.session.write_tls(&mut outlet) {
-                return Err(outlet.failed.unwrap_or(LinkError::Io(error)));
+    fn flush(&self, outbox: &mut Outbox, wait: Wait<'_>) -> Result<(), LinkError> {
+        loop {
+            if outbox.sent == outbox.bytes.len() {
+                outbox.sent = 0;
+                outbox.bytes.clear();
+                let mut session = lock(&self.session);
+                while session.wants_write() {
+                    session.write_tls(&mut outbox.bytes)?;
+                }
+                if outbox.bytes.is_empty() {
+                    return Ok(());
+                }
             }
+            outbox.sent += self.inner.write(&[IoSlice::new(&outbox.bytes[outbox.sent..])], wait)?;
         }
-        Ok(())
     }
 
     /// Receives at least one byte and hands it to the session.
-    fn fill(&mut self, wait: Wait<'_>) -> Result<(), LinkError> {
-        if self.unread.is_empty() {
-            let bytes = self.inner.read(&mut self.inbox, wait)?;
-            self.unread = 0..bytes;
-            self.first_byte = self.first_byte.or(self.inbox[..bytes].first().copied());
+    fn fill(&self, inbox: &mut Inbox, wait: Wait<'_>) -> Result<(), LinkError> {
+        if inbox.unread.is_empty() {
+            let bytes = self.inner.read(&mut inbox.bytes, wait)?;
+            inbox.unread = 0..bytes;
+            inbox.first_byte = inbox.first_byte.or(inbox.bytes[..bytes].first().copied());
         }
-        let taken = self.session.read_tls(&mut &self.inbox[self.unread.clone()])?;
-        self.unread.start += taken;
-        match self.session.process_new_packets() {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                // The other side is to learn why. It may not be reading; what is known here is worth more.
-                let _ = self.flush(Wait { deadline: Instant::now(), ..wait });
-                let is_tls = self.first_byte.is_some_and(|byte| matches!(byte, ALERT | HANDSHAKE));
-                Err(if is_tls { failed(error, &self.tls) } else { TlsError::PlainPeer.into() })
-            }
+        let mut session = lock(&self.session);
+        inbox.unread.start += session.read_tls(&mut &inbox.bytes[inbox.unread.clone()])?;
+        let processed = session.process_new_packets();
+        drop(session);
+        processed.map(drop).map_err(|error| {
+            // The other side is to learn why. It may not be reading; what is known here is worth more.
+            let _ = self.flush_owed(Wait { deadline: Instant::now(), ..wait });
+            let is_tls = inbox.first_byte.is_some_and(|byte| matches!(byte, ALERT | HANDSHAKE));
+            if is_tls { failed(error, &self.tls) } else { TlsError::PlainPeer.into() }
+        })
+    }
+
+    /// Sends what the session owes to the other side. A thread that is writing does so itself, before its own.
+    fn flush_owed(&self, wait: Wait<'_>) -> Result<(), LinkError> {
+        match self.outbox.try_lock() {
+            Ok(mut outbox) => self.flush(&mut outbox, wait),
+            Err(_) => Ok(()),
         }
     }
 
-    /// Why the link was closed, where the other side has said so.
-    fn last_word(&mut self, error: LinkError) -> LinkError {
-        if matches!(error, LinkError::Closed) {
+    /// Why the link was closed, where the other side has said so. A thread that is reading finds it itself.
+    fn last_word(&self, error: LinkError) -> LinkError {
+        if matches!(error, LinkError::Closed)
+            && let Ok(mut inbox) = self.inbox.try_lock()
+        {
             let at_hand = Wait { deadline: Instant::now(), cancel: None };
             loop {
-                match self.fill(at_hand) {
+                match self.fill(&mut inbox, at_hand) {
                     Ok(()) => {}
                     Err(why @ LinkError::Tls(_)) => return why,
                     Err(_) => break,
@@ -144,78 +180,58 @@ impl<L: Link> TlsLink<L> {
 
     /// The alert goes out; then the other side gets the time to read it: a socket that is closed with bytes unread
     /// may take back what was sent on it last.
-    fn part(&mut self, wait: Wait<'_>) {
+    fn part(&self, wait: Wait<'_>) {
         let wait = Wait { deadline: wait.deadline.min(Instant::now() + LINGER), ..wait };
-        let _ = self.flush(wait);
+        let _ = self.flush(&mut lock(&self.outbox), wait);
         self.inner.finish();
-        while wait.left().is_ok() && self.inner.read(&mut self.inbox, wait).is_ok() {}
+        let mut inbox = lock(&self.inbox);
+        while wait.left().is_ok() && self.inner.read(&mut inbox.bytes, wait).is_ok() {}
     }
 }
 
 impl<L: Link> Link for TlsLink<L> {
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.flush(wait).map_err(|error| self.last_word(error))?;
-        let taken = self.session.writer().write_vectored(slices)?;
-        match self.flush(wait) {
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let mut outbox = lock(&self.outbox);
+        self.flush(&mut outbox, wait).map_err(|error| self.last_word(error))?;
+        let taken = lock(&self.session).writer().write_vectored(slices)?;
+        match self.flush(&mut outbox, wait) {
             // It is taken, and goes out before anything else does.
             Ok(()) | Err(LinkError::TimedOut | LinkError::Cancelled) => Ok(taken),
             Err(error) => Err(self.last_word(error)),
         }
     }
 
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let mut inbox = lock(&self.inbox);
         loop {
             if wait.cancel.is_some_and(crate::Cancel::is_cancelled) {
                 return Err(LinkError::Cancelled);
             }
-            match io::Read::read(&mut self.session.reader(), into) {
+            match io::Read::read(&mut lock(&self.session).reader(), into) {
                 Ok(0) if !into.is_empty() => return Err(LinkError::Closed),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 read => return Ok(read?),
             }
-            match self.flush(wait) {
+            match self.flush_owed(wait) {
                 // The other side may wait for this one to read first.
                 Ok(()) | Err(LinkError::TimedOut | LinkError::Closed) => {}
                 Err(error) => return Err(error),
             }
-            self.fill(wait)?;
+            self.fill(&mut inbox, wait)?;
         }
     }
 
     /// Waits up to two seconds for the other side to take what is owed to it.
-    fn finish(&mut self) {
-        self.session.send_close_notify();
+    fn finish(&self) {
+        let mut outbox = lock(&self.outbox);
+        lock(&self.session).send_close_notify();
         // Refused only when the connection is gone already.
-        let _ = self.flush(Wait::within(LINGER, None));
+        let _ = self.flush(&mut outbox, Wait::within(LINGER, None));
         self.inner.finish();
     }
 
     fn peer(&self) -> &str {
         self.inner.peer()
-    }
-}
-
-/// Where a session sends its records.
-struct Outlet<'a, L> {
-    inner: &'a mut L,
-    wait: Wait<'a>,
-    failed: Option<LinkError>,
-}
-
-impl<L: Link> Write for Outlet<'_, L> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.write_vectored(&[IoSlice::new(bytes)])
-    }
-
-    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.inner.write(slices, self.wait).map_err(|error| {
-            self.failed = Some(error);
-            io::ErrorKind::Other.into()
-        })
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

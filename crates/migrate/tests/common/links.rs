@@ -1,8 +1,8 @@
 //! A link that fails at a byte.
 
 use std::io::IoSlice;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 
@@ -28,12 +28,13 @@ pub enum Way {
 
 /// One end of a socket pair, with a fault at the n-th byte that it sends or receives.
 pub struct FaultyLink {
-    inner: Option<SocketLink>,
+    inner: SocketLink,
     way: Way,
     at: u64,
     fault: Fault,
-    out: u64,
-    read: u64,
+    /// Gone for both ends.
+    is_cut: AtomicBool,
+    writing: Mutex<()>,
     /// Bytes sent, for the test to know how many there are.
     pub sent: Arc<AtomicU64>,
     pub received: Arc<AtomicU64>,
@@ -42,80 +43,69 @@ pub struct FaultyLink {
 impl FaultyLink {
     pub fn new(inner: SocketLink, way: Way, at: u64, fault: Fault) -> FaultyLink {
         FaultyLink {
-            inner: Some(inner),
+            inner,
             way,
             at,
             fault,
-            out: 0,
-            read: 0,
+            is_cut: AtomicBool::new(false),
+            writing: Mutex::new(()),
             sent: Arc::default(),
             received: Arc::default(),
         }
     }
+
+    fn cut(&self) -> LinkError {
+        self.is_cut.store(true, Ordering::SeqCst);
+        self.inner.cut();
+        LinkError::Closed
+    }
 }
 
 impl Link for FaultyLink {
-    fn write(&mut self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let Some(inner) = &mut self.inner else { return Err(LinkError::Closed) };
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let _alone = self.writing.lock().unwrap();
+        if self.is_cut.load(Ordering::SeqCst) {
+            return Err(LinkError::Closed);
+        }
+        let out = self.sent.load(Ordering::SeqCst);
         let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
-        if self.way == Way::In || self.at >= self.out + bytes.len() as u64 {
-            let sent = inner.write(slices, wait)?;
-            self.out += sent as u64;
-            self.sent.store(self.out, Ordering::SeqCst);
-            return Ok(sent);
-        }
-        let before = self.at.saturating_sub(self.out) as usize;
-        if before > 0 {
-            let sent = inner.write(&[IoSlice::new(&bytes[..before])], wait)?;
-            self.out += sent as u64;
-            return Ok(sent);
-        }
-        if self.fault == Fault::Swallow || self.out == self.at {
+        let before = self.at.saturating_sub(out) as usize;
+        let sent = if self.way == Way::In || before >= bytes.len() {
+            self.inner.write(slices, wait)?
+        } else if before > 0 {
+            self.inner.write(&[IoSlice::new(&bytes[..before])], wait)?
+        } else if self.fault == Fault::Swallow {
+            bytes.len()
+        } else if out > self.at {
+            self.inner.write(slices, wait)?
+        } else {
             match self.fault {
-                Fault::Cut => {
-                    self.inner = None;
-                    return Err(LinkError::Closed);
-                }
-                Fault::Flip(bit) => {
-                    inner.write(&[IoSlice::new(&[bytes[0] ^ 1 << bit])], wait)?;
-                    self.out += 1;
-                    return Ok(1);
-                }
-                Fault::Swallow => {
-                    self.out += bytes.len() as u64;
-                    return Ok(bytes.len());
-                }
-                Fault::Drop => {
-                    self.out += 1;
-                    return Ok(1);
-                }
+                Fault::Cut => return Err(self.cut()),
+                Fault::Flip(bit) => self.inner.write(&[IoSlice::new(&[bytes[0] ^ 1 << bit])], wait)?,
+                Fault::Drop | Fault::Swallow => 1,
             }
-        }
-        let sent = inner.write(slices, wait)?;
-        self.out += sent as u64;
+        };
+        self.sent.fetch_add(sent as u64, Ordering::SeqCst);
         Ok(sent)
     }
 
-    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let Some(inner) = &mut self.inner else { return Err(LinkError::Closed) };
-        if self.way == Way::In && self.fault == Fault::Cut && self.read >= self.at {
-            self.inner = None;
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        if self.is_cut.load(Ordering::SeqCst) {
             return Err(LinkError::Closed);
         }
-        let room = match self.way {
-            Way::In if self.fault == Fault::Cut => into.len().min((self.at - self.read) as usize),
-            _ => into.len(),
-        };
-        let got = inner.read(&mut into[..room], wait)?;
-        self.read += got as u64;
-        self.received.store(self.read, Ordering::SeqCst);
+        let read = self.received.load(Ordering::SeqCst);
+        let cuts = self.way == Way::In && self.fault == Fault::Cut;
+        if cuts && read >= self.at {
+            return Err(self.cut());
+        }
+        let room = if cuts { into.len().min((self.at - read) as usize) } else { into.len() };
+        let got = self.inner.read(&mut into[..room], wait)?;
+        self.received.fetch_add(got as u64, Ordering::SeqCst);
         Ok(got)
     }
 
-    fn finish(&mut self) {
-        if let Some(inner) = &mut self.inner {
-            inner.finish();
-        }
+    fn finish(&self) {
+        self.inner.finish();
     }
 
     fn peer(&self) -> &str {

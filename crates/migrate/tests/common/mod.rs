@@ -145,11 +145,11 @@ impl Ends {
     }
 
     /// One move over these links.
-    pub fn run(&self, mut near: impl Link, mut far: impl Link) -> (Outcome, Received) {
+    pub fn run(&self, near: impl Link, far: impl Link) -> (Outcome, Received) {
         std::thread::scope(|scope| {
             let received =
-                scope.spawn(move || self.with_destination(|destination| destination.receive(&mut far)));
-            let outcome = self.with_source(|source| source.send(&mut near));
+                scope.spawn(move || self.with_destination(|destination| destination.receive(&far)));
+            let outcome = self.with_source(|source| source.send(&near));
             drop(near);
             (outcome, received.join().unwrap())
         })
@@ -163,11 +163,11 @@ impl Ends {
 
     /// Asks over a new link that works.
     pub fn resolve(&self, doubt: limosa_migrate::InDoubt) -> Outcome {
-        let (mut near, mut far) = SocketLink::pair().unwrap();
+        let (near, far) = SocketLink::pair().unwrap();
         std::thread::scope(|scope| {
             let answered =
-                scope.spawn(move || self.with_destination(|destination| destination.receive(&mut far)));
-            let outcome = self.with_source(|source| source.resolve(doubt, &mut near));
+                scope.spawn(move || self.with_destination(|destination| destination.receive(&far)));
+            let outcome = self.with_source(|source| source.resolve(doubt, &near));
             drop(near);
             let answered = answered.join().unwrap();
             assert!(matches!(answered, Received::Answered { .. }), "{answered:?}");
