@@ -11,9 +11,9 @@ use limosa_protocol::{MigrationFlags, State};
 use crate::channel::Channel;
 use crate::devices::{MovedDevice, compare_devices, compare_memory, each, enter, facts, failed};
 use crate::ledger::{Decision, Ledger};
-use crate::link::{FileLink, Link};
+use crate::link::{FileLink, Link, MeteredLink};
 use crate::memory::MemoryRegion;
-use crate::report::{Phase, Recorder, Report};
+use crate::report::{Act, Phase, Recorder, Report, Side};
 use crate::stream::{
     Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, Order, Preface, PrefaceFlags, Step,
 };
@@ -97,16 +97,17 @@ struct Taken {
 impl<'a> Destination<'a> {
     /// Receives one move, or one question, over the link. Blocks until it is over.
     pub fn receive(&self, link: &dyn Link) -> Received {
-        let mut recorder = self.recorder();
-        let mut channel = Channel::new(link, self.cancel, self.options.silence_max);
+        let recorder = self.recorder();
+        let link = MeteredLink::new(link, &recorder);
+        let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
         let mut taken = Vec::new();
         recorder.phase(Phase::Handshake);
-        let (preface, offer) = match self.greet(&mut channel, &mut recorder) {
+        let (preface, offer) = match self.greet(&mut channel, &recorder) {
             Ok((preface, Some(offer))) => (preface, offer),
             Ok((preface, None)) => return self.answer_query(preface.id, &mut channel, recorder),
             Err(why) => return self.discarded(why, &mut channel, recorder, taken),
         };
-        let loaded = self.until_ready(preface.id, &offer, &mut channel, &mut recorder, &mut taken);
+        let loaded = self.until_ready(preface.id, &offer, &mut channel, &recorder, &mut taken);
         if let Err(why) = loaded {
             return self.discarded(why, &mut channel, recorder, taken);
         }
@@ -125,7 +126,7 @@ impl<'a> Destination<'a> {
         }
         channel.ignore_cancel();
         recorder.phase(Phase::Start);
-        match self.start(&mut channel) {
+        match self.start(&mut channel, &recorder) {
             Ok(()) => {
                 self.ledger.committed(preface.id);
                 recorder.runs();
@@ -149,7 +150,7 @@ impl<'a> Destination<'a> {
 
     /// Loads a saved stream. All of the file is checked before a device is touched.
     pub fn load(&self, path: &Path, after: AfterLoad) -> Received {
-        let mut recorder = self.recorder();
+        let recorder = self.recorder();
         recorder.phase(Phase::Handshake);
         let opened = inspect::verify(path).and_then(|()| {
             File::open(path).map_err(|error| Error::File { path: path.into(), doing: "opening it", error })
@@ -159,11 +160,12 @@ impl<'a> Destination<'a> {
             Err(why) => return Received::Discarded { why, report: recorder.finish() },
         };
         let link = FileLink::new(file, path.display().to_string());
+        let link = MeteredLink::new(&link, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
         let mut taken = Vec::new();
-        let loaded = match self.greet(&mut channel, &mut recorder) {
+        let loaded = match self.greet(&mut channel, &recorder) {
             Ok((preface, Some(offer))) => {
-                self.until_ready(preface.id, &offer, &mut channel, &mut recorder, &mut taken)
+                self.until_ready(preface.id, &offer, &mut channel, &recorder, &mut taken)
             }
             Ok((_, None)) => {
                 let why = "a question is not a saved stream".into();
@@ -178,7 +180,7 @@ impl<'a> Destination<'a> {
             return Received::Stopped(recorder.finish());
         }
         recorder.phase(Phase::Start);
-        match self.start(&mut channel) {
+        match self.start(&mut channel, &recorder) {
             Ok(()) => Received::Runs(recorder.finish()),
             Err(NotStarted::GivenBack(why)) => self.discarded(why, &mut channel, recorder, taken),
             Err(NotStarted::Stuck(why)) => Received::Broken { why, report: recorder.finish() },
@@ -186,15 +188,12 @@ impl<'a> Destination<'a> {
     }
 
     fn recorder(&self) -> Recorder<'a> {
-        Recorder::new(self.observer, self.devices.iter().map(|moved| moved.device.name().into()))
+        let names = self.devices.iter().map(|moved| moved.device.name().into());
+        Recorder::new(Side::Destination, self.options, self.observer, names)
     }
 
     /// The prefaces, and what the source wants: a move, or with `None` an answer.
-    fn greet(
-        &self,
-        channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
-    ) -> Result<(Preface, Option<Offer>)> {
+    fn greet(&self, channel: &mut Channel<'_>, recorder: &Recorder<'_>) -> Result<(Preface, Option<Offer>)> {
         let preface = channel.receive_preface()?;
         recorder.id(preface.id);
         if preface.flags.contains(PrefaceFlags::STORED) == channel.has_peer() {
@@ -235,11 +234,11 @@ impl<'a> Destination<'a> {
         id: MigrationId,
         offer: &Offer,
         channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
         taken: &mut Vec<Taken>,
     ) -> Result<()> {
         tracing::debug!(%id, devices = offer.devices.len(), "offer");
-        let accepted = channel.attend(|| self.accept(offer, taken));
+        let accepted = channel.attend(|| self.accept(offer, recorder, taken));
         if channel.has_peer() {
             let answer = match &accepted {
                 Ok(()) => Answer { accepted: true, reasons: Vec::new() },
@@ -253,14 +252,19 @@ impl<'a> Destination<'a> {
         recorder.phase(Phase::PreCopy);
         self.take_frames(offer, channel, recorder, taken)?;
         recorder.phase(Phase::Load);
-        let stopped = channel.attend(|| each(self.devices, |_, device| enter(device, State::Stop)));
+        let stopped = channel.attend(|| {
+            each(self.devices, |at, device| {
+                let _span = recorder.span(at, Act::Enter { state: State::Stop });
+                enter(device, State::Stop)
+            })
+        });
         stopped.into_iter().collect::<Result<Vec<_>>>()?;
         taken.iter_mut().for_each(|device| device.stream = None);
         Ok(())
     }
 
     /// Compares, and opens a session on every device.
-    fn accept(&self, offer: &Offer, taken: &mut Vec<Taken>) -> Result<()> {
+    fn accept(&self, offer: &Offer, recorder: &Recorder<'_>, taken: &mut Vec<Taken>) -> Result<()> {
         let here: Vec<DeviceFacts> = self
             .devices
             .iter()
@@ -290,7 +294,10 @@ impl<'a> Destination<'a> {
             return Err(Error::Incompatible { reasons });
         }
         taken.extend(found.into_iter().map(|found| Taken { found, stream: None }));
-        let opened = each(self.devices, |_, device| enter(device, State::Resuming));
+        let opened = each(self.devices, |at, device| {
+            let _span = recorder.span(at, Act::Enter { state: State::Resuming });
+            enter(device, State::Resuming)
+        });
         for ((moved, taken), stream) in self.devices.iter().zip(taken).zip(opened) {
             taken.stream = Some(stream?.ok_or_else(|| Error::DeviceMisbehaved {
                 device: moved.device.name().into(),
@@ -305,7 +312,7 @@ impl<'a> Destination<'a> {
         &self,
         offer: &Offer,
         channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
         taken: &mut [Taken],
     ) -> Result<()> {
         let mut order = Order::new(offer);
@@ -322,7 +329,10 @@ impl<'a> Destination<'a> {
                 Step::DeviceData(at, data) => {
                     let device = self.devices[at].device;
                     let Some(stream) = &mut taken[at].stream else { continue };
+                    let mut span = recorder.span(at, Act::Load);
                     stream.write(data).map_err(|error| failed(device, "loading its data", error))?;
+                    span.bytes(data.len() as u64);
+                    drop(span);
                     recorder.device_data(at, data.len() as u64);
                 }
                 Step::MemoryData(at, offset, pages) => {
@@ -377,11 +387,12 @@ impl<'a> Destination<'a> {
     }
 
     /// Runs the devices: all to RUNNING_P2P, then all to RUNNING.
-    fn start(&self, channel: &mut Channel<'_>) -> Result<(), NotStarted> {
+    fn start(&self, channel: &mut Channel<'_>, recorder: &Recorder<'_>) -> Result<(), NotStarted> {
         // A device that was never asked to run stays in STOP, also when it can no longer be reached.
         let asked: Vec<_> = self.devices.iter().map(|_| AtomicBool::new(false)).collect();
         let run = |at: usize, device: &dyn Device, state: State| {
             asked[at].store(true, Ordering::Relaxed);
+            let _span = recorder.span(at, Act::Enter { state });
             enter(device, state).map(drop)
         };
         let started: Result<()> =
@@ -418,7 +429,7 @@ impl<'a> Destination<'a> {
         &self,
         why: Error,
         channel: &mut Channel<'_>,
-        mut recorder: Recorder<'_>,
+        recorder: Recorder<'_>,
         taken: Vec<Taken>,
     ) -> Received {
         channel.ignore_cancel();
@@ -426,7 +437,13 @@ impl<'a> Destination<'a> {
             recorder.phase(Phase::Undo);
             let found: Vec<_> = taken.iter().map(|device| device.found).collect();
             drop(taken);
-            for note in each(self.devices, |at, device| discard(device, found[at])).into_iter().flatten() {
+            for note in each(self.devices, |at, device| {
+                let _span = recorder.span(at, Act::Reset);
+                discard(device, found[at])
+            })
+            .into_iter()
+            .flatten()
+            {
                 recorder.note(note);
             }
         }

@@ -36,7 +36,7 @@ impl Dirty {
         &mut self,
         devices: &[MovedDevice<'_>],
         memory: &mut Memory<'_>,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
     ) -> Result<()> {
         self.device_page_bytes = vec![None; devices.len()];
         for region in &memory.regions {
@@ -167,8 +167,8 @@ impl Dirty {
         &mut self,
         regions: &[MemoryRegion<'_>],
         channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
-        mut turn: impl FnMut(&mut Channel<'_>, &mut Recorder<'_>) -> Result<()>,
+        recorder: &Recorder<'_>,
+        mut turn: impl FnMut(&mut Channel<'_>, &Recorder<'_>) -> Result<()>,
     ) -> Result<()> {
         let mut buffer = vec![0; self.bytes().min(DATA_BYTES_MAX as u64) as usize];
         let mut since_turn = 0;
@@ -211,7 +211,7 @@ fn start_source(source: &dyn DirtySource, ranges: &[DmaLoggingRange]) -> Result<
 struct Sender<'a, 'c, 'r> {
     region: &'a MemoryRegion<'a>,
     channel: &'a mut Channel<'c>,
-    recorder: &'a mut Recorder<'r>,
+    recorder: &'a Recorder<'r>,
     /// A run of zeroes that may go on: offset and bytes.
     zeroes: (u64, u64),
 }

@@ -78,5 +78,8 @@ pub use ledger::{Decision, Ledger};
 pub use local::move_local;
 pub use memory::{DirtyLog, FilePages, GuestPages, Memory, MemoryRegion, PAGE_BYTES};
 pub use options::{Nobody, Observer, Options, Vmm};
-pub use report::{DeviceReport, Phase, PhaseReport, Report, RoundReport};
+pub use report::{
+    Act, DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side, SpanReport,
+    Throughput,
+};
 pub use source::{AfterSave, InDoubt, Outcome, Source};

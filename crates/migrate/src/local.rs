@@ -1,7 +1,7 @@
 //! A move within one process: both scripts, joined by a link to itself.
 
 use crate::link::SocketLink;
-use crate::report::Recorder;
+use crate::report::{Recorder, Side};
 use crate::source::Outcome;
 use crate::{Destination, Error, Received, Source};
 
@@ -13,10 +13,11 @@ pub fn move_local(source: &mut Source<'_>, destination: &Destination<'_>) -> (Ou
         Err(error) => {
             let again = std::io::Error::from(error.kind());
             let failed = |error| Error::Os { doing: "making a socket pair", error };
-            let nothing = || Recorder::new(&crate::Nobody, std::iter::empty()).finish();
+            let nothing =
+                |side| Recorder::new(side, source.options, &crate::Nobody, std::iter::empty()).finish();
             return (
-                Outcome::Undone { why: failed(error), report: nothing() },
-                Received::Discarded { why: failed(again), report: nothing() },
+                Outcome::Undone { why: failed(error), report: nothing(Side::Source) },
+                Received::Discarded { why: failed(again), report: nothing(Side::Destination) },
             );
         }
     };

@@ -8,7 +8,7 @@ use limosa_protocol::{MigrationFlags, State};
 use crate::channel::Channel;
 use crate::convergence::{Course, Next, Pace};
 use crate::devices::{enter, failed};
-use crate::report::Recorder;
+use crate::report::{Act, Recorder};
 use crate::saving::Saving;
 use crate::stream::Kind;
 use crate::stream::body::encode_round;
@@ -25,18 +25,23 @@ impl Source<'_> {
     pub(crate) fn precopy(
         &mut self,
         channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
         held: &mut Held,
         savings: &mut [Saving<'_>],
     ) -> Result<()> {
-        for ((moved, saving), found) in self.devices.iter().zip(&mut *savings).zip(&held.found) {
+        for (at, ((moved, saving), found)) in
+            self.devices.iter().zip(&mut *savings).zip(&held.found).enumerate()
+        {
             let device = moved.device;
             let flags =
                 device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
             if self.options.precopy && flags.contains(MigrationFlags::PRE_COPY) && found.is_running() {
                 // Without it, initial bytes that grow again are taken for dirty ones.
                 let _ = device.precopy_info_v2();
-                saving.open(channel.attend(|| enter(device, State::PreCopy))?)?;
+                let span = recorder.span(at, Act::Enter { state: State::PreCopy });
+                let stream = channel.attend(|| enter(device, State::PreCopy))?;
+                drop(span);
+                saving.open(stream)?;
             }
         }
         let has_memory = !self.memory.regions.is_empty() && !held.dirty.blind;
@@ -81,7 +86,7 @@ impl Source<'_> {
         &self,
         round: &Round,
         course: &mut Course,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
         held: &mut Held,
     ) -> Result<bool> {
         let (allowed, predicted) = (self.options.convergence, round.predicted_downtime);
@@ -90,6 +95,7 @@ impl Source<'_> {
             Next::Stop => {}
             Next::Stalled if self.vmm.throttle(held.throttled + 1) => {
                 held.throttled += 1;
+                recorder.throttled(held.throttled);
                 course.throttled();
                 return Ok(false);
             }

@@ -6,7 +6,7 @@ use limosa_protocol::feature::PrecopyInfo;
 
 use crate::channel::Channel;
 use crate::devices::failed;
-use crate::report::Recorder;
+use crate::report::{Act, Recorder};
 use crate::stream::body::{encode_device_end, encode_hint};
 use crate::stream::{DATA_BYTES_MAX, DEVICE_BYTES_MAX, Kind};
 use crate::{Error, Result};
@@ -51,11 +51,11 @@ impl<'a> Saving<'a> {
         &mut self,
         bytes_max: u64,
         channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
     ) -> Result<u64> {
         let mut moved = 0;
         while moved < bytes_max {
-            match self.chunk(channel, recorder)? {
+            match self.chunk(Act::PrecopyData, channel, recorder)? {
                 // An end before STOP_COPY is not the end; some devices say so for "nothing for now".
                 Chunk::NothingForNow | Chunk::End => break,
                 Chunk::Data(bytes) => moved += bytes as u64,
@@ -65,10 +65,10 @@ impl<'a> Saving<'a> {
     }
 
     /// Moves everything that is left, in STOP_COPY.
-    pub(crate) fn drain(&mut self, channel: &mut Channel<'_>, recorder: &mut Recorder<'_>) -> Result<()> {
+    pub(crate) fn drain(&mut self, channel: &mut Channel<'_>, recorder: &Recorder<'_>) -> Result<()> {
         loop {
             channel.check_cancel()?;
-            match self.chunk(channel, recorder)? {
+            match self.chunk(Act::FinalData, channel, recorder)? {
                 Chunk::Data(_) => {}
                 Chunk::NothingForNow => {
                     return Err(self
@@ -121,8 +121,9 @@ impl<'a> Saving<'a> {
         Ok(size.max(initial.saturating_add(dirty)))
     }
 
-    fn chunk(&mut self, channel: &mut Channel<'_>, recorder: &mut Recorder<'_>) -> Result<Chunk> {
+    fn chunk(&mut self, act: Act, channel: &mut Channel<'_>, recorder: &Recorder<'_>) -> Result<Chunk> {
         let Some(stream) = &mut self.stream else { return Ok(Chunk::End) };
+        let mut span = recorder.span(self.at, act);
         let chunk = stream.read(&mut self.buffer);
         let chunk = chunk.map_err(|error| failed(self.device, "reading its data", error))?;
         if let Chunk::Data(bytes) = chunk {
@@ -133,6 +134,8 @@ impl<'a> Saving<'a> {
             if self.bytes + bytes as u64 > DEVICE_BYTES_MAX {
                 return Err(self.misbehaved(&format!("its data has no end within {DEVICE_BYTES_MAX} bytes")));
             }
+            span.bytes(bytes as u64);
+            drop(span);
             self.begin(channel)?;
             let data = &self.buffer[..bytes];
             let header = channel.send(Kind::DEVICE_DATA, self.at as u32, self.bytes, data)?;

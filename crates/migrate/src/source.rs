@@ -9,9 +9,9 @@ use limosa_protocol::{MigrationFlags, State};
 use crate::channel::Channel;
 use crate::devices::{MovedDevice, check_movable, each, enter, facts, failed};
 use crate::ledger::Decision;
-use crate::link::Link;
+use crate::link::{Link, MeteredLink};
 use crate::memory::Memory;
-use crate::report::{Phase, Recorder, Report};
+use crate::report::{Act, Phase, Recorder, Report, Side};
 use crate::saving::Saving;
 use crate::stream::body::{NEEDS_FLUSH, decode_u32};
 use crate::stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags};
@@ -67,7 +67,7 @@ pub struct InDoubt {
 impl InDoubt {
     /// For a source that was started anew and knows only the id. Its devices are taken to have run.
     pub fn recover(id: MigrationId) -> InDoubt {
-        let mut recorder = Recorder::new(&crate::Nobody, std::iter::empty());
+        let recorder = Recorder::new(Side::Source, &Options::default(), &crate::Nobody, std::iter::empty());
         recorder.id(id);
         InDoubt {
             id,
@@ -104,11 +104,12 @@ enum Uncommitted {
 impl<'a> Source<'a> {
     /// Moves everything over the link. Blocks until it is over.
     pub fn send(&mut self, link: &dyn Link) -> Outcome {
-        let mut recorder = self.recorder();
-        let mut channel = Channel::new(link, self.cancel, self.options.silence_max);
+        let recorder = self.recorder();
+        let link = MeteredLink::new(link, &recorder);
+        let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
         let mut held = Held::default();
         recorder.phase(Phase::Handshake);
-        let id = match self.until_ready(&mut channel, &mut recorder, &mut held) {
+        let id = match self.until_ready(&mut channel, &recorder, &mut held) {
             Ok(id) => id,
             Err(why) => return self.undone(why, &mut channel, recorder, held),
         };
@@ -122,7 +123,7 @@ impl<'a> Source<'a> {
                 recorder.runs();
                 recorder.compare(self.options.convergence.downtime_max);
                 recorder.phase(Phase::Finish);
-                self.finish(&mut recorder, &mut held);
+                self.finish(&recorder, &mut held);
                 Outcome::Moved(recorder.finish())
             }
             Err(Uncommitted::Off(why)) => self.undone(why, &mut channel, recorder, held),
@@ -147,17 +148,17 @@ impl<'a> Source<'a> {
     /// Acts on what became of a move in doubt, where that is known otherwise than by [`Source::resolve`]: a person
     /// has looked. Who is wrong here makes the guest run twice, or nowhere.
     pub fn decide(&mut self, decision: Decision, mut doubt: InDoubt) -> Outcome {
-        let mut recorder = self.recorder();
+        let recorder = self.recorder();
         recorder.id(doubt.id);
         match decision {
             Decision::Committed => {
                 recorder.phase(Phase::Finish);
-                self.finish(&mut recorder, &mut doubt.held);
+                self.finish(&recorder, &mut doubt.held);
                 Outcome::Moved(recorder.finish())
             }
             Decision::NotCommitted => {
                 recorder.phase(Phase::Undo);
-                self.run_again(&mut recorder, &mut doubt.held);
+                self.run_again(&recorder, &mut doubt.held);
                 Outcome::Undone { why: doubt.why, report: recorder.finish() }
             }
             Decision::Unknown => Outcome::InDoubt(doubt),
@@ -168,28 +169,29 @@ impl<'a> Source<'a> {
     /// [`Outcome::Moved`]. On failure nothing is there that was not there before, and the source runs as
     /// before: [`Outcome::Undone`].
     pub fn save(&mut self, path: &Path, after: AfterSave) -> Outcome {
-        let mut recorder = self.recorder();
+        let recorder = self.recorder();
         let mut held = Held::default();
         recorder.phase(Phase::Handshake);
         let (file, link) = match snapshot::Unfinished::create(path) {
             Ok(created) => created,
             Err(why) => return Outcome::Undone { why, report: recorder.finish() },
         };
+        let link = MeteredLink::new(&link, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
-        if let Err(why) = self.until_sum(&mut channel, &mut recorder, &mut held) {
+        if let Err(why) = self.until_sum(&mut channel, &recorder, &mut held) {
             return self.undone(why, &mut channel, recorder, held);
         }
         if after == AfterSave::Run {
             // All is read: the guest need not wait for the disk.
             recorder.phase(Phase::Finish);
-            self.run_again(&mut recorder, &mut held);
+            self.run_again(&recorder, &mut held);
         }
         recorder.phase(Phase::Commit);
         match (file.finish(), after) {
             (Ok(()), AfterSave::Run) => Outcome::Moved(recorder.finish()),
             (Ok(()), AfterSave::Stop) => {
                 recorder.phase(Phase::Finish);
-                self.finish(&mut recorder, &mut held);
+                self.finish(&recorder, &mut held);
                 Outcome::Moved(recorder.finish())
             }
             (Err(why), AfterSave::Run) => Outcome::Undone { why, report: recorder.finish() },
@@ -198,14 +200,15 @@ impl<'a> Source<'a> {
     }
 
     fn recorder(&self) -> Recorder<'a> {
-        Recorder::new(self.observer, self.devices.iter().map(|moved| moved.device.name().into()))
+        let names = self.devices.iter().map(|moved| moved.device.name().into());
+        Recorder::new(Side::Source, self.options, self.observer, names)
     }
 
     /// From nothing to READY: the source may still go back.
     fn until_ready(
         &mut self,
         channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
         held: &mut Held,
     ) -> Result<MigrationId> {
         let id = self.until_sum(channel, recorder, held)?;
@@ -218,7 +221,7 @@ impl<'a> Source<'a> {
     fn until_sum(
         &mut self,
         channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
         held: &mut Held,
     ) -> Result<MigrationId> {
         let id = self.handshake(channel, recorder, held)?;
@@ -230,7 +233,7 @@ impl<'a> Source<'a> {
         recorder.phase(Phase::PreCopy);
         self.precopy(channel, recorder, held, &mut savings)?;
         recorder.phase(Phase::Stop);
-        self.stop(channel, held, &mut savings)?;
+        self.stop(channel, recorder, held, &mut savings)?;
         recorder.phase(Phase::StopCopy);
         channel.send(Kind::STOPPED, 0, 0, &[])?;
         for saving in &mut savings {
@@ -249,7 +252,7 @@ impl<'a> Source<'a> {
     fn handshake(
         &mut self,
         channel: &mut Channel<'_>,
-        recorder: &mut Recorder<'_>,
+        recorder: &Recorder<'_>,
         held: &mut Held,
     ) -> Result<MigrationId> {
         let id =
@@ -302,7 +305,13 @@ impl<'a> Source<'a> {
     }
 
     /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices.
-    fn stop(&mut self, channel: &mut Channel<'_>, held: &mut Held, savings: &mut [Saving<'_>]) -> Result<()> {
+    fn stop(
+        &mut self,
+        channel: &mut Channel<'_>,
+        recorder: &Recorder<'_>,
+        held: &mut Held,
+        savings: &mut [Saving<'_>],
+    ) -> Result<()> {
         channel.check_cancel()?;
         held.vmm_stopped = true;
         self.vmm.stop().map_err(|reason| Error::Vmm { doing: "stop", reason })?;
@@ -316,12 +325,19 @@ impl<'a> Source<'a> {
                 if !flags.contains(MigrationFlags::P2P) || !found[at].is_running() {
                     return Ok(());
                 }
-                enter(device, if saves[at] { State::PreCopyP2p } else { State::RunningP2p }).map(drop)
+                let state = if saves[at] { State::PreCopyP2p } else { State::RunningP2p };
+                let _span = recorder.span(at, Act::Enter { state });
+                enter(device, state).map(drop)
             })
         });
         quiesced.into_iter().collect::<Result<()>>()?;
         channel.check_cancel()?;
-        let stopped = channel.attend(|| each(devices, |_, device| enter(device, State::StopCopy)));
+        let stopped = channel.attend(|| {
+            each(devices, |at, device| {
+                let _span = recorder.span(at, Act::Enter { state: State::StopCopy });
+                enter(device, State::StopCopy)
+            })
+        });
         for (saving, stream) in savings.iter_mut().zip(stopped) {
             saving.open(stream?)?;
         }
@@ -355,9 +371,13 @@ impl<'a> Source<'a> {
     }
 
     /// The guest is elsewhere: ends the sessions and the logs.
-    fn finish(&mut self, recorder: &mut Recorder<'_>, held: &mut Held) {
-        for error in
-            each(self.devices, |_, device| enter(device, State::Stop)).into_iter().filter_map(Result::err)
+    fn finish(&mut self, recorder: &Recorder<'_>, held: &mut Held) {
+        for error in each(self.devices, |at, device| {
+            let _span = recorder.span(at, Act::Enter { state: State::Stop });
+            enter(device, State::Stop)
+        })
+        .into_iter()
+        .filter_map(Result::err)
         {
             recorder.note(format!(
                 "{error}: it has been moved and must not run; reset it before it is used again"
@@ -371,7 +391,7 @@ impl<'a> Source<'a> {
         notes.into_iter().for_each(|note| recorder.note(note));
     }
 
-    fn run_again(&mut self, recorder: &mut Recorder<'_>, held: &mut Held) {
+    fn run_again(&mut self, recorder: &Recorder<'_>, held: &mut Held) {
         let notes = held.undo(self.devices, &mut self.memory);
         notes.into_iter().for_each(|note| recorder.note(note));
         if std::mem::take(&mut held.throttled) > 0 {
@@ -388,13 +408,13 @@ impl<'a> Source<'a> {
         &mut self,
         why: Error,
         channel: &mut Channel<'_>,
-        mut recorder: Recorder<'_>,
+        recorder: Recorder<'_>,
         mut held: Held,
     ) -> Outcome {
         channel.ignore_cancel();
         if held.touched {
             recorder.phase(Phase::Undo);
-            self.run_again(&mut recorder, &mut held);
+            self.run_again(&recorder, &mut held);
         }
         channel.abort(&why);
         tracing::info!("the move was undone: {why}");

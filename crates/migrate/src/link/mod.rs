@@ -7,6 +7,7 @@
 mod address;
 mod file;
 mod limited;
+mod metered;
 mod socket;
 mod tls;
 
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 pub use address::{Address, AddressError};
 pub use file::FileLink;
 pub use limited::{Bandwidth, LimitedLink};
+pub(crate) use metered::MeteredLink;
 pub use socket::{Listener, SocketLink, connect};
 pub(crate) use tls::is_tls;
 pub use tls::{Tls, TlsError, TlsLink};

@@ -1,0 +1,43 @@
+//! A link that tells a report what goes over it.
+
+use std::io::IoSlice;
+
+use super::{Link, LinkError, Wait};
+use crate::report::LinkMeter;
+
+/// Counts the bytes of a link, and the time in its reads and writes.
+pub(crate) struct MeteredLink<'a> {
+    inner: &'a dyn Link,
+    meter: LinkMeter,
+}
+
+impl<'a> MeteredLink<'a> {
+    pub(crate) fn new(inner: &'a dyn Link, recorder: &crate::report::Recorder<'_>) -> MeteredLink<'a> {
+        let meter = recorder.link(inner.peer());
+        MeteredLink { inner, meter }
+    }
+}
+
+impl Link for MeteredLink<'_> {
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let began = limosa_clockwork::now();
+        self.inner.write(slices, wait).inspect(|bytes| self.meter.sent(*bytes, began))
+    }
+
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let began = limosa_clockwork::now();
+        self.inner.read(into, wait).inspect(|bytes| self.meter.received(*bytes, began))
+    }
+
+    fn finish(&self) {
+        self.inner.finish();
+    }
+
+    fn peer(&self) -> &str {
+        self.inner.peer()
+    }
+
+    fn has_peer(&self) -> bool {
+        self.inner.has_peer()
+    }
+}

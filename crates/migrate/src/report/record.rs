@@ -1,0 +1,375 @@
+//! Takes the time of a move. All threads of one side share a [`Recorder`].
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::spans::Spans;
+use super::text::Time;
+use super::{
+    Act, DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side, SpanReport,
+};
+use crate::stream::{MigrationId, Totals};
+use crate::{Observer, Options, Round};
+
+/// How many bytes may be moved between two calls of [`Observer::moved`].
+const TELL_EVERY_BYTES: u64 = 1 << 20;
+/// The most rounds that are kept. When there are more, every second one is left out.
+const ROUNDS_MAX: usize = 1000;
+
+/// Takes the time, from any thread.
+pub(crate) struct Recorder<'a> {
+    observer: &'a dyn Observer,
+    began: Instant,
+    device_bytes: AtomicU64,
+    memory_bytes: AtomicU64,
+    zero_bytes: AtomicU64,
+    /// The observer is told when so many bytes have been moved.
+    tell_at: AtomicU64,
+    is_stopped: AtomicBool,
+    devices: Vec<DeviceLog>,
+    log: Mutex<Log>,
+}
+
+/// What one device did.
+struct DeviceLog {
+    name: String,
+    bytes: AtomicU64,
+    precopy_bytes: AtomicU64,
+    spans: Mutex<Spans>,
+}
+
+/// What happens now and then.
+struct Log {
+    phase: Option<(Phase, Instant, Totals)>,
+    /// At the end of the last round.
+    round: Totals,
+    stopped: Option<Instant>,
+    throttle_step: u32,
+    links: Vec<Arc<Mutex<LinkReport>>>,
+    report: Report,
+}
+
+impl<'a> Recorder<'a> {
+    pub(crate) fn new(
+        side: Side,
+        options: &Options,
+        observer: &'a dyn Observer,
+        names: impl Iterator<Item = String>,
+    ) -> Recorder<'a> {
+        let devices = names.map(DeviceLog::new).collect();
+        let log = Log {
+            phase: None,
+            round: Totals::default(),
+            stopped: None,
+            throttle_step: 0,
+            links: Vec::new(),
+            report: Report::nothing(side, limits(side, options)),
+        };
+        Recorder {
+            observer,
+            began: limosa_clockwork::now(),
+            device_bytes: AtomicU64::new(0),
+            memory_bytes: AtomicU64::new(0),
+            zero_bytes: AtomicU64::new(0),
+            tell_at: AtomicU64::new(TELL_EVERY_BYTES),
+            is_stopped: AtomicBool::new(false),
+            devices,
+            log: Mutex::new(log),
+        }
+    }
+
+    pub(crate) fn id(&self, id: MigrationId) {
+        self.log().report.id = id.to_string();
+    }
+
+    /// A phase begins, and with it the one before it is over.
+    pub(crate) fn phase(&self, phase: Phase) {
+        let totals = self.totals();
+        let now = limosa_clockwork::now();
+        let mut log = self.log();
+        log.end_phase(self.began, now, totals);
+        log.phase = Some((phase, now, totals));
+        if phase == Phase::Stop {
+            self.stopped(&mut log, now);
+        }
+        drop(log);
+        self.observer.moved(totals);
+        self.observer.phase(phase);
+        tracing::debug!(phase = phase.name(), "phase");
+    }
+
+    /// Nothing runs from now on.
+    pub(crate) fn stop(&self) {
+        let now = limosa_clockwork::now();
+        self.stopped(&mut self.log(), now);
+    }
+
+    fn stopped(&self, log: &mut Log, now: Instant) {
+        log.stopped = Some(now);
+        log.report.stopped_ns = Some(ns(self.began, now));
+        self.is_stopped.store(true, Ordering::Relaxed);
+    }
+
+    /// Something runs again.
+    pub(crate) fn runs(&self) {
+        let now = limosa_clockwork::now();
+        let mut log = self.log();
+        if let Some(stopped) = log.stopped.take() {
+            log.report.downtime_ns = Some(ns(stopped, now));
+        }
+    }
+
+    /// Bytes of a device's data stream were moved.
+    pub(crate) fn device_data(&self, device: usize, bytes: u64) {
+        let log = &self.devices[device];
+        log.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if !self.is_stopped.load(Ordering::Relaxed) {
+            log.precopy_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        self.device_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.tell();
+    }
+
+    pub(crate) fn memory_data(&self, bytes: u64) {
+        self.memory_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.tell();
+    }
+
+    pub(crate) fn memory_zero(&self, bytes: u64) {
+        self.zero_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.tell();
+    }
+
+    /// A device does this until what is returned is dropped.
+    pub(crate) fn span(&self, device: usize, act: Act) -> Span<'_, 'a> {
+        Span { recorder: self, device, act, began: limosa_clockwork::now(), bytes: 0 }
+    }
+
+    /// A device has done this since then.
+    pub(crate) fn device_span(&self, device: usize, act: Act, began: Instant, bytes: u64) {
+        let duration_ns = ns(began, limosa_clockwork::now());
+        let start_ns = ns(self.began, began);
+        let span = SpanReport { act, start_ns, duration_ns, busy_ns: duration_ns, bytes };
+        lock(&self.devices[device].spans).add(span);
+    }
+
+    /// A further link, which is to be told what goes over it.
+    pub(crate) fn link(&self, peer: &str) -> LinkMeter {
+        let link = Arc::new(Mutex::new(LinkReport { peer: peer.into(), ..LinkReport::default() }));
+        self.log().links.push(link.clone());
+        LinkMeter { began: self.began, link }
+    }
+
+    /// A round is over.
+    pub(crate) fn round(&self, round: &Round) {
+        let (totals, now) = (self.totals(), limosa_clockwork::now());
+        let mut log = self.log();
+        let bytes = since(totals, log.round);
+        log.round = totals;
+        let report = RoundReport {
+            round: round.round,
+            end_ns: ns(self.began, now),
+            bytes,
+            dirty_bytes: round.memory_dirty_bytes,
+            bytes_per_second: round.bytes_per_second,
+            predicted_downtime_ns: nanoseconds(round.predicted_downtime),
+            throttle_step: log.throttle_step,
+        };
+        // A peer may have as many rounds as it likes.
+        if log.report.rounds.len() >= ROUNDS_MAX {
+            let mut at = 0;
+            log.report.rounds.retain(|_| {
+                at += 1;
+                at % 2 == 1
+            });
+        }
+        log.report.rounds.push(report);
+        drop(log);
+        self.observer.round(round);
+    }
+
+    /// The VMM was asked to slow its vCPUs down, and did.
+    pub(crate) fn throttled(&self, step: u32) {
+        self.log().throttle_step = step;
+    }
+
+    /// Notes a downtime beyond what was allowed.
+    pub(crate) fn compare(&self, allowed: Duration) {
+        let downtime_ns = self.log().report.downtime_ns;
+        if let Some(downtime_ns) = downtime_ns.filter(|ns| *ns > nanoseconds(allowed)) {
+            let (downtime, allowed) = (Time(downtime_ns), Time(nanoseconds(allowed)));
+            self.note(format!("nothing ran for {downtime}, allowed were {allowed}"));
+        }
+    }
+
+    /// It is decided to stop.
+    pub(crate) fn predicted(&self, downtime: Duration) {
+        self.log().report.predicted_downtime_ns = Some(nanoseconds(downtime));
+    }
+
+    pub(crate) fn note(&self, note: String) {
+        tracing::warn!("{note}");
+        self.log().report.notes.push(note);
+    }
+
+    pub(crate) fn peer_not_told(&self) {
+        self.log().report.peer_told = false;
+    }
+
+    /// What has been moved so far.
+    pub(crate) fn totals(&self) -> Totals {
+        Totals {
+            device_bytes: self.device_bytes.load(Ordering::Relaxed),
+            memory_bytes: self.memory_bytes.load(Ordering::Relaxed),
+            zero_bytes: self.zero_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The move is over, on this side.
+    pub(crate) fn finish(self) -> Report {
+        let (totals, now) = (self.totals(), limosa_clockwork::now());
+        self.observer.moved(totals);
+        let mut log = self.log.into_inner().unwrap_or_else(PoisonError::into_inner);
+        log.end_phase(self.began, now, totals);
+        let mut report = log.report;
+        report.bytes = totals;
+        report.total_ns = ns(self.began, now);
+        report.devices = self.devices.into_iter().map(DeviceLog::report).collect();
+        report.links = log.links.iter().map(|link| lock(link).clone()).collect();
+        report
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        lock(&self.log)
+    }
+
+    /// Tells the observer, if enough was moved since the last time. One thread of several does.
+    fn tell(&self) {
+        let totals = self.totals();
+        let moved = totals.device_bytes + totals.memory_bytes + totals.zero_bytes;
+        let due = self.tell_at.load(Ordering::Relaxed);
+        let is_mine = || {
+            let next = moved + TELL_EVERY_BYTES;
+            self.tell_at.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        };
+        if moved >= due && is_mine() {
+            self.observer.moved(totals);
+        }
+    }
+}
+
+impl DeviceLog {
+    fn new(name: String) -> DeviceLog {
+        DeviceLog {
+            name,
+            bytes: AtomicU64::new(0),
+            precopy_bytes: AtomicU64::new(0),
+            spans: Mutex::new(Spans::default()),
+        }
+    }
+
+    fn report(self) -> DeviceReport {
+        DeviceReport {
+            name: self.name,
+            bytes: self.bytes.into_inner(),
+            precopy_bytes: self.precopy_bytes.into_inner(),
+            spans: self.spans.into_inner().unwrap_or_else(PoisonError::into_inner).report(),
+        }
+    }
+}
+
+impl Log {
+    fn end_phase(&mut self, began: Instant, now: Instant, totals: Totals) {
+        if let Some((phase, start, before)) = self.phase.take() {
+            let (start_ns, duration_ns) = (ns(began, start), ns(start, now));
+            let bytes = since(totals, before);
+            self.report.phases.push(PhaseReport { phase, start_ns, duration_ns, bytes });
+        }
+    }
+}
+
+/// Something that a device does now. It is over when this is dropped.
+pub(crate) struct Span<'r, 'a> {
+    recorder: &'r Recorder<'a>,
+    device: usize,
+    act: Act,
+    began: Instant,
+    bytes: u64,
+}
+
+impl Span<'_, '_> {
+    /// So many more bytes of its data stream.
+    pub(crate) fn bytes(&mut self, bytes: u64) {
+        self.bytes += bytes;
+    }
+}
+
+impl Drop for Span<'_, '_> {
+    fn drop(&mut self) {
+        self.recorder.device_span(self.device, self.act, self.began, self.bytes);
+    }
+}
+
+/// Is told what goes over one link, by whichever threads use it.
+#[derive(Clone, Debug)]
+pub(crate) struct LinkMeter {
+    began: Instant,
+    link: Arc<Mutex<LinkReport>>,
+}
+
+impl LinkMeter {
+    /// Bytes were written, in a call that began then.
+    pub(crate) fn sent(&self, bytes: usize, since: Instant) {
+        self.add(bytes, since, |link| link.sent_bytes += bytes as u64);
+    }
+
+    /// Bytes were read, in a call that began then.
+    pub(crate) fn received(&self, bytes: usize, since: Instant) {
+        self.add(bytes, since, |link| link.received_bytes += bytes as u64);
+    }
+
+    fn add(&self, bytes: usize, since: Instant, count: impl FnOnce(&mut LinkReport)) {
+        let now = limosa_clockwork::now();
+        let at = now.saturating_duration_since(self.began);
+        let mut link = lock(&self.link);
+        if link.sent_bytes == 0 && link.received_bytes == 0 {
+            link.start_ns = nanoseconds(at);
+        }
+        count(&mut link);
+        link.duration_ns = nanoseconds(at).saturating_sub(link.start_ns);
+        link.waited_ns = link.waited_ns.saturating_add(ns(since, now));
+        link.throughput.add(at, bytes as u64);
+    }
+}
+
+fn limits(side: Side, options: &Options) -> LimitsReport {
+    let is_source = side == Side::Source;
+    LimitsReport {
+        downtime_max_ns: is_source.then(|| nanoseconds(options.convergence.downtime_max)),
+        rounds_max: is_source.then_some(options.convergence.rounds_max),
+        silence_max_ns: nanoseconds(options.silence_max),
+        load_max_ns: nanoseconds(options.load_max),
+        commit_max_ns: nanoseconds(options.commit_max),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn ns(from: Instant, to: Instant) -> u64 {
+    nanoseconds(to.saturating_duration_since(from))
+}
+
+pub(super) fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn since(now: Totals, before: Totals) -> Totals {
+    Totals {
+        device_bytes: now.device_bytes - before.device_bytes,
+        memory_bytes: now.memory_bytes - before.memory_bytes,
+        zero_bytes: now.zero_bytes - before.zero_bytes,
+    }
+}
