@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
+
+use crate::hook;
 
 /// A mutex and the condition variable that goes with it.
 ///
@@ -19,7 +21,12 @@ pub struct Monitor<T> {
 pub struct Guard<'a, T> {
     value: MutexGuard<'a, T>,
     monitor: &'a Monitor<T>,
+    // After `value`: fields are dropped in order.
+    _unlocked: Unlocked,
 }
+
+/// Tells a simulation that a monitor's value has been given back.
+struct Unlocked(usize);
 
 impl<T> Monitor<T> {
     /// A monitor over this value.
@@ -28,8 +35,16 @@ impl<T> Monitor<T> {
     }
 
     /// Takes the value in hand, as soon as nobody else has it.
+    #[track_caller]
     pub fn lock(&self) -> Guard<'_, T> {
-        Guard { value: self.value.lock().unwrap_or_else(PoisonError::into_inner), monitor: self }
+        match hook::current() {
+            Some(task) => self.guard(task.lock(self.address(), || match self.value.try_lock() {
+                Ok(value) => Some(value),
+                Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            })),
+            None => self.guard(self.value.lock().unwrap_or_else(PoisonError::into_inner)),
+        }
     }
 
     /// Gives the value out of hand until somebody says [`Monitor::notify_all`], or until that moment, and takes it
@@ -38,27 +53,53 @@ impl<T> Monitor<T> {
     /// # Panics
     ///
     /// When the guard is another monitor's.
+    #[track_caller]
     pub fn wait<'a>(&'a self, guard: Guard<'a, T>, until: Option<Instant>) -> (Guard<'a, T>, bool) {
-        let Guard { value, monitor } = guard;
-        assert!(std::ptr::eq(self, monitor), "a guard is waited with on its own monitor");
+        assert!(std::ptr::eq(self, guard.monitor), "a guard is waited with on its own monitor");
+        if let Some(task) = hook::current() {
+            drop(guard);
+            let timed_out = task.wait(self.address(), until);
+            return (self.lock(), timed_out);
+        }
+        let Guard { value, .. } = guard;
         let Some(until) = until else {
-            let value = monitor.changed.wait(value).unwrap_or_else(PoisonError::into_inner);
-            return (Guard { value, monitor }, false);
+            return (self.guard(self.changed.wait(value).unwrap_or_else(PoisonError::into_inner)), false);
         };
         let left = until.saturating_duration_since(Instant::now());
-        let waited = monitor.changed.wait_timeout(value, left);
+        let waited = self.changed.wait_timeout(value, left);
         let (value, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-        (Guard { value, monitor }, timeout.timed_out())
+        (self.guard(value), timeout.timed_out())
     }
 
     /// Wakes everybody who waits on this monitor.
+    #[track_caller]
     pub fn notify_all(&self) {
-        self.changed.notify_all();
+        match hook::current() {
+            Some(task) => task.notify(self.address()),
+            None => self.changed.notify_all(),
+        }
     }
 
     /// The value, of a monitor that nobody else has.
     pub fn into_inner(self) -> T {
         self.value.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guard<'a>(&'a self, value: MutexGuard<'a, T>) -> Guard<'a, T> {
+        Guard { value, monitor: self, _unlocked: Unlocked(self.address()) }
+    }
+
+    /// What tells this monitor from others for as long as somebody borrows it.
+    fn address(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+}
+
+impl Drop for Unlocked {
+    fn drop(&mut self) {
+        if let Some(task) = hook::current() {
+            task.unlocked(self.0);
+        }
     }
 }
 

@@ -1,17 +1,25 @@
 //! [`scope`]: threads that end before the function that starts them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread::{Builder, ScopedJoinHandle};
+
+use crate::hook;
 
 /// Where threads are started that may borrow from what is outside of the scope.
 #[derive(Clone, Copy, Debug)]
 pub struct Scope<'scope, 'env: 'scope> {
-    threads: &'scope std::thread::Scope<'scope, 'env>,
+    pub(crate) threads: &'scope std::thread::Scope<'scope, 'env>,
+    pub(crate) simulated: Option<hook::ScopeId>,
 }
 
 /// A thread of a [`scope`].
 #[derive(Debug)]
-pub struct Handle<'scope, R> {
-    thread: ScopedJoinHandle<'scope, R>,
+pub struct Handle<'scope, R>(pub(crate) Thread<'scope, R>);
+
+#[derive(Debug)]
+pub(crate) enum Thread<'scope, R> {
+    Real(ScopedJoinHandle<'scope, R>),
+    Simulated(hook::Child<R>),
 }
 
 /// Runs `f`, which may start threads that borrow; returns when all of them have ended, also when `f` panics.
@@ -19,11 +27,21 @@ pub struct Handle<'scope, R> {
 /// # Panics
 ///
 /// When `f` does, with its panic, or when a thread did that was not joined.
+#[track_caller]
 pub fn scope<'env, F, T>(f: F) -> T
 where
     F: for<'scope> FnOnce(Scope<'scope, 'env>) -> T,
 {
-    std::thread::scope(|threads| f(Scope { threads }))
+    let Some(task) = hook::current() else {
+        return std::thread::scope(|threads| f(Scope { threads, simulated: None }));
+    };
+    let id = task.scope_begins();
+    std::thread::scope(|threads| {
+        // The standard library would wait for the threads where no other one can go on.
+        let returned = catch_unwind(AssertUnwindSafe(|| f(Scope { threads, simulated: Some(id) })));
+        task.scope_ends(id);
+        returned.unwrap_or_else(|panic| resume_unwind(panic))
+    })
 }
 
 impl<'scope, 'env> Scope<'scope, 'env> {
@@ -32,14 +50,20 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     /// # Panics
     ///
     /// When the system starts no further thread.
+    #[track_caller]
     pub fn spawn<F, R>(self, name: impl Into<String>, f: F) -> Handle<'scope, R>
     where
         F: FnOnce() -> R + Send + 'scope,
         R: Send + 'scope,
     {
         let name = name.into().replace('\0', " ");
-        let thread = Builder::new().name(name).spawn_scoped(self.threads, f);
-        Handle { thread: thread.expect("the system starts a thread") }
+        Handle(match self.simulated {
+            Some(scope) => Thread::Simulated(scope.spawn(self.threads, name, f)),
+            None => {
+                let thread = Builder::new().name(name).spawn_scoped(self.threads, f);
+                Thread::Real(thread.expect("the system starts a thread"))
+            }
+        })
     }
 }
 
@@ -49,14 +73,17 @@ impl<R> Handle<'_, R> {
     /// # Errors
     ///
     /// The panic's payload, for [`std::panic::resume_unwind`].
+    #[track_caller]
     pub fn join(self) -> std::thread::Result<R> {
-        self.thread.join()
+        match self.0 {
+            Thread::Real(thread) => thread.join(),
+            Thread::Simulated(child) => child.join(),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
