@@ -1,7 +1,6 @@
 //! What becomes of a device when the command is done: the kernel closes it with the last fd, and what it held may
 //! be lost then. `--hold` keeps it open.
 
-use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::Context;
@@ -26,13 +25,13 @@ pub enum Leaves {
     Nothing,
 }
 
-/// Ends a command on this device: keeps it open if asked to, else says what closing it means.
+/// Ends a command on these devices: keeps them open if asked to, else says what closing them means.
 ///
-/// A failed command ends at once; not so one that leaves its device in doubt, since the device may hold the only
-/// copy of what was moved.
+/// A failed command ends at once; not so one that leaves its devices in doubt, since they may hold the only copy of
+/// what was moved.
 pub fn end(
     done: anyhow::Result<()>,
-    device: &Opened,
+    devices: &[Opened],
     hold: bool,
     leaves: Leaves,
     out: &Output,
@@ -44,9 +43,9 @@ pub fn end(
             // It is said now, not when somebody ends the wait.
             tracing::error!("{}", exit::message(error));
         }
-        return done.and(until_told(device, out));
+        return done.and(until_told(devices, out));
     }
-    if leaves_state && device.closes_with_us() {
+    for device in devices.iter().filter(|device| leaves_state && device.closes_with_us()) {
         tracing::warn!("{}: {}; --hold keeps it open", device.given(), what_closing_does(device));
     }
     done
@@ -63,30 +62,29 @@ fn what_closing_does(device: &Opened) -> &'static str {
     }
 }
 
-/// Holds the device until a signal, or until the kernel asks for it.
-fn until_told(device: &Opened, out: &Output) -> anyhow::Result<()> {
+/// Holds the devices until a signal, or until the kernel asks for one of them.
+fn until_told(devices: &[Opened], out: &Output) -> anyhow::Result<()> {
     let end = Cancel::new().context("cannot make an eventfd")?;
     let on_signal = end.clone();
     signals::on_end(move || on_signal.cancel())?;
-    let wanted = wanted_back(device)?;
-    let name = match device.name_while_held() {
-        Some(name) => format!(" as {name}"),
-        None => String::new(),
-    };
-    let line = format!("holding {}{name} until SIGINT or SIGTERM", device.given());
-    let said = match out.json {
-        false => writeln!(io::stdout(), "{line}"),
-        true => writeln!(io::stderr(), "{line}"),
-    };
-    // Whoever does not listen need not be told.
-    let _ = said;
-    let mut fds: Vec<_> = [Some(end.as_fd()), wanted.as_ref().map(AsFd::as_fd)]
-        .into_iter()
-        .flatten()
+    let mut wanted = Vec::new();
+    for device in devices {
+        wanted.extend(wanted_back(device)?.map(|event| (device, event)));
+    }
+    for device in devices {
+        let name = match device.name_while_held() {
+            Some(name) => format!(" as {name}"),
+            None => String::new(),
+        };
+        out.say(&format!("holding {}{name} until SIGINT or SIGTERM", device.given()));
+    }
+    let mut fds: Vec<_> = std::iter::once(end.as_fd())
+        .chain(wanted.iter().map(|(_, event)| event.as_fd()))
         .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
         .collect();
     retry_on_intr(|| poll(&mut fds, None)).context("cannot wait for signals")?;
-    if !end.is_cancelled() {
+    let asked = fds[1..].iter().zip(&wanted).find(|(fd, _)| !fd.revents().is_empty());
+    if let Some((_, (device, _))) = asked.filter(|_| !end.is_cancelled()) {
         tracing::warn!("{}: somebody removes it or unbinds its driver, so it is let go", device.given());
     }
     Ok(())

@@ -1,10 +1,11 @@
 //! What moves go over: sockets, under TLS where certificates are given, with the bandwidth that is allowed.
 
+use std::io;
 use std::time::{Duration, SystemTime};
 
 use limosa_migrate::Cancel;
 use limosa_migrate::link::{
-    self, Address, Bandwidth, LimitedLink, Link, LinkError, SocketLink, Tls, TlsLink, Wait,
+    self, Address, Bandwidth, LimitedLink, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait,
 };
 use limosa_migrate::stream::DATA_BYTES_MAX;
 
@@ -56,6 +57,11 @@ impl Links {
         Ok(Links { bandwidth: bandwidth.map(Bandwidth::new), ..self })
     }
 
+    /// Whether they are under TLS.
+    pub fn are_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// Connects to whoever receives there.
     pub fn connect(
         &self,
@@ -91,4 +97,47 @@ pub fn failed(peer: &str, error: LinkError) -> anyhow::Error {
         }
         error => exit::error(Code::Unreachable, format!("{peer}: {error}")),
     }
+}
+
+/// An address of a socket.
+pub fn address(text: &str) -> anyhow::Result<Address> {
+    match text.parse() {
+        Ok(Address::File(_)) => Err(exit::error(
+            Code::Usage,
+            format!(
+                "`{text}`: expected unix:PATH or tcp:HOST:PORT; a file is written by `limosa save` and read by \
+                 `limosa load`"
+            ),
+        )),
+        Ok(address) => Ok(address),
+        Err(error) => Err(exit::error(Code::Usage, link::AddressError::to_string(&error))),
+    }
+}
+
+/// Listens where the user said.
+pub fn listen(text: &str) -> anyhow::Result<Listener> {
+    let address = address(text)?;
+    Listener::bind(&address).map_err(|error| {
+        let hint = match error.kind() {
+            io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => "make its folder first",
+            _ => "choose another address",
+        };
+        exit::error(Code::Unreachable, format!("cannot listen on {address}: {error}; {hint}"))
+    })
+}
+
+/// Connects to who is there; `hint` says who that should be.
+pub fn connect(
+    links: &Links,
+    address: &Address,
+    limit: Duration,
+    cancel: Option<&Cancel>,
+    hint: &str,
+) -> anyhow::Result<Box<dyn Link>> {
+    links.connect(address, limit, cancel).map_err(|error| match error {
+        LinkError::Io(error) => {
+            exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
+        }
+        error => failed(&address.to_string(), error),
+    })
 }

@@ -11,6 +11,7 @@ mod moves;
 mod open;
 mod output;
 mod progress;
+mod side;
 mod signals;
 
 use std::io::IsTerminal;
@@ -67,41 +68,19 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             };
             let device = open(&args.device)?;
             let done = commands::state::run(&device, action, out);
-            hold::end(done, &device, args.hold.hold, leaves, out)
+            hold::end(done, std::slice::from_ref(&device), args.hold.hold, leaves, out)
         }
         Command::Fsm(args) => commands::fsm::run(args, out),
         Command::Completions { shell } => commands::generate::completions(*shell, out),
         Command::Man { folder } => commands::generate::man(folder, out),
         Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
         Command::Serve(args) => commands::serve::run(args, out),
-        Command::Save(args) => {
-            let device = open(&args.device)?;
-            let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
-            let done = commands::moving::save(&*device, args, out);
-            hold::end(done, &device, args.hold.hold, leaves, out)
-        }
-        Command::Load(args) => {
-            let device = open(&args.device)?;
-            let done = commands::moving::load(&*device, args, out);
-            hold::end(done, &device, args.hold.hold, Leaves::State, out)
-        }
+        Command::Save(args) => commands::moving::save(args, opening, out),
+        Command::Load(args) => commands::moving::load(args, opening, out),
         Command::Inspect(args) => commands::inspect::run(args, out),
-        Command::Migrate(args) => {
-            open::different(&args.source, &args.destination)?;
-            let (source, destination) = (open(&args.source)?, open(&args.destination)?);
-            let done = commands::moving::migrate(&*source, &*destination, args, out);
-            hold::end(done, &destination, args.hold.hold, Leaves::State, out)
-        }
-        Command::Send(args) => {
-            let device = open(&args.device)?;
-            let done = commands::moving::send(&*device, args, out);
-            hold::end(done, &device, args.hold.hold, Leaves::Nothing, out)
-        }
-        Command::Receive(args) => {
-            let device = open(&args.device)?;
-            let done = commands::moving::receive(&*device, args, out);
-            hold::end(done, &device, args.hold.hold, Leaves::State, out)
-        }
+        Command::Migrate(args) => commands::moving::migrate(args, opening, out),
+        Command::Send(args) => commands::moving::send(args, opening, out),
+        Command::Receive(args) => commands::moving::receive(args, opening, out),
         Command::Resolve(args) => commands::resolve::resolve(args, opening, out),
         Command::Answer(args) => commands::resolve::answer(args, out),
         Command::Bench(args) => commands::bench::run(args, opening, out),

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{Ledger, Vmm};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::exit::{self, Code};
 
@@ -25,12 +25,30 @@ pub struct Moves {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Doubt {
     pub id: String,
-    /// The source's device, as it was named.
-    pub device: String,
+    /// The source's devices, as they were named.
+    #[serde(alias = "device", deserialize_with = "one_or_more")]
+    pub devices: Vec<String>,
     /// Where the destination listened.
     pub to: String,
     /// When it was committed, in seconds since 1970.
     pub since: u64,
+    /// Whether it went over TLS, and its destination is to be asked so.
+    #[serde(default)]
+    pub tls: bool,
+}
+
+/// A record of one device has its name alone.
+fn one_or_more<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Names {
+        One(String),
+        More(Vec<String>),
+    }
+    Ok(match Names::deserialize(from)? {
+        Names::One(name) => vec![name],
+        Names::More(names) => names,
+    })
 }
 
 impl Moves {
@@ -111,19 +129,20 @@ impl Moves {
     }
 }
 
-/// The machine around a device that the command sends: it notes the move before it is committed, so that it can be
+/// The machine around devices that the command sends: it notes the move before it is committed, so that it can be
 /// resolved when this process is no more.
 pub struct Sending<'a> {
     pub moves: &'a Moves,
-    pub device: &'a str,
+    pub devices: Vec<String>,
     pub to: String,
+    pub tls: bool,
 }
 
 impl Vmm for Sending<'_> {
     fn committing(&self, id: MigrationId) -> Result<(), String> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let (device, to) = (self.device.to_owned(), self.to.clone());
-        match self.moves.note(&Doubt { id: id.to_string(), device, to, since }) {
+        let (devices, to) = (self.devices.clone(), self.to.clone());
+        match self.moves.note(&Doubt { id: id.to_string(), devices, to, since, tls: self.tls }) {
             Err(error) if self.moves.given => Err(format!("{}: {error}", self.moves.folder.display())),
             Err(error) => {
                 tracing::info!("{}: {error}; the move is not noted", self.moves.folder.display());

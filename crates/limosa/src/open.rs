@@ -196,17 +196,6 @@ fn hint(error: &Error) -> &'static str {
     }
 }
 
-/// Refuses one device under two names.
-pub fn different(source: &str, destination: &str) -> anyhow::Result<()> {
-    match same(source, destination) {
-        true => Err(exit::error(
-            Code::Usage,
-            format!("{source} and {destination} are the same device; expected another one to move to"),
-        )),
-        false => Ok(()),
-    }
-}
-
 /// Whether two names are those of one device.
 pub fn same(one: &str, other: &str) -> bool {
     matches!((identity(one), identity(other)), (Some(one), Some(other)) if one == other)

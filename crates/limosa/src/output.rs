@@ -20,11 +20,28 @@ impl Output {
         result: &T,
         text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
+        let json = |to: &mut dyn Write| Ok(serde_json::to_writer_pretty(to, result)?);
+        self.print(json, text)
+    }
+
+    /// Prints one of several results, which come as they may: a JSON document in a line, or what `text` writes.
+    pub fn line<T: Serialize>(
+        &self,
+        result: &T,
+        text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> anyhow::Result<()> {
+        let json = |to: &mut dyn Write| Ok(serde_json::to_writer(to, result)?);
+        self.print(json, text)
+    }
+
+    fn print(
+        &self,
+        json: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+        text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> anyhow::Result<()> {
         let mut to = io::BufWriter::new(io::stdout().lock());
         let done = match self.json {
-            true => serde_json::to_writer_pretty(&mut to, result)
-                .map_err(io::Error::from)
-                .and_then(|()| writeln!(to)),
+            true => json(&mut to).and_then(|()| writeln!(to)),
             false => text(&mut to),
         };
         match done.and_then(|()| to.flush()) {
@@ -32,6 +49,17 @@ impl Output {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             other => Ok(other?),
         }
+    }
+
+    /// Tells whoever waits for it what the command does now, in a line. In JSON mode documents are all that goes to
+    /// standard output.
+    pub fn say(&self, line: &str) {
+        let said = match self.json {
+            false => writeln!(io::stdout(), "{line}"),
+            true => writeln!(io::stderr(), "{line}"),
+        };
+        // Whoever does not listen need not be told.
+        let _ = said;
     }
 
     /// Whether progress bars make sense.

@@ -241,27 +241,47 @@ fn nobody_at_the_other_end_is_said_so() {
 }
 
 #[test]
-fn whoever_connects_and_is_no_source_is_refused_and_the_device_is_not_touched() {
+fn whoever_connects_and_is_no_source_is_named_and_does_not_end_the_wait() {
     use std::io::{Read, Write};
     let folder = Folder::new();
-    let device = folder.device("device", &[]);
+    let (source, device) = (folder.device("source", &[]), folder.device("device", &[]));
+    source.mark(5);
     device.mark(77);
-    for (words, code, part) in [
-        (&b""[..], UNREACHABLE, "the link to"),
-        (&b"LIMO"[..], UNREACHABLE, "the link to"),
-        (&b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"[..], DAMAGED, "not a Limosa stream"),
-        (&[0; 100_000][..], DAMAGED, "not a Limosa stream"),
+    let receiver = start(&["receive", &device.socket, "--listen", "tcp:127.0.0.1:0"]);
+    let address = receiver.after("listening on tcp:");
+    for (words, part) in [
+        (&b""[..], "the link to"),
+        (&b"LIMO"[..], "the link to"),
+        (&b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"[..], "not a Limosa stream"),
+        (&[0; 100_000][..], "not a Limosa stream"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "it speaks TLS"),
     ] {
-        let receiver = start(&["receive", &device.socket, "--listen", "tcp:127.0.0.1:0"]);
-        let address = receiver.after("listening on tcp:");
-        let mut stranger = std::net::TcpStream::connect(address).unwrap();
+        let mut stranger = std::net::TcpStream::connect(&address).unwrap();
+        let name = stranger.local_addr().unwrap().to_string();
         // It may be refused before it has said all.
         let _ = stranger.write_all(words);
         stranger.shutdown(std::net::Shutdown::Write).unwrap_or_default();
         let _ = stranger.read_to_end(&mut Vec::new());
-        receiver.end().fails(code, &[&device.socket, "was not loaded", part]);
+        let said = receiver.line(&name);
+        assert!(said.contains(part) && said.contains("still waiting"), "{part}: {said}");
         assert!(device.runs(77));
     }
+    limosa(&["send", &source.socket, "--to", &format!("tcp:{address}")]).ok();
+    receiver.end().ok();
+    assert!(device.runs(5));
+}
+
+#[test]
+fn strangers_do_not_prolong_the_wait_for_a_sender() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let link = folder.text("link");
+    let listen = format!("unix:{link}");
+    let receiver = start(&["receive", &device.socket, "--listen", &listen, "--wait", "1"]);
+    receiver.line("listening on");
+    drop(std::os::unix::net::UnixStream::connect(&link).unwrap());
+    receiver.end().fails(UNREACHABLE, &[&listen, "nobody sent a move within 1s", "one connected"]);
+    device.is_usable(&folder);
 }
 
 #[test]

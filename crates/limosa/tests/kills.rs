@@ -250,12 +250,20 @@ fn a_move_whose_receiver_died_while_it_started_is_for_a_person_to_decide() {
     let there = format!("unix:{}", scene.folder.text("answers"));
     let answers = start(&["--json", "answer", "--listen", &there]);
     answers.line("listening on");
-    limosa(&["resolve", name, "--to", &there]).fails(5, &[name, "does not know either", "--decide"]);
+    for _ in 0..2 {
+        limosa(&["resolve", name, "--to", &there]).fails(5, &[name, "does not know either", "--decide"]);
+    }
     answers.line("not known");
+    answers.signal(Signal::INT);
+    let said = answers.end().ok();
+    let lines: Vec<serde_json::Value> =
+        said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 2, "a document in a line for each answer: {said}");
+    assert!(lines.iter().all(|line| line["outcome"] == "not known"), "{said}");
     assert_eq!(scene.source.state(), State::StopCopy);
     let document = limosa(&["--json", "resolve"]).json();
     let noted =
-        document["in_doubt"].as_array().unwrap().iter().find(|doubt| doubt["device"] == name.as_str());
+        document["in_doubt"].as_array().unwrap().iter().find(|doubt| doubt["devices"][0] == name.as_str());
     let id = noted.unwrap()["id"].as_str().unwrap().to_owned();
     limosa(&["resolve", name, "--id", "17"]).fails(2, &["--id 17", "32 hexadecimal digits"]);
     // Somebody has seen to it that the destination does not run.

@@ -56,7 +56,7 @@ state. So what a command leaves in a device is there for the next one only if so
 #[derive(Debug, Parser)]
 #[command(name = "limosa", version, max_term_width = 110)]
 pub struct Cli {
-    /// Print one JSON document instead of text.
+    /// Print one JSON document instead of text; `answer` prints one in a line for each answer.
     #[arg(long, global = true)]
     pub json: bool,
 
@@ -117,17 +117,17 @@ pub enum Command {
     Probe(Probe),
     /// Read or drive a device's migration state.
     State(StateArgs),
-    /// Stop a device, save its state to a file, and let it run again.
+    /// Stop devices, save their state to a file, and let them run again.
     Save(Save),
-    /// Load a saved state into a device.
+    /// Load a saved state into devices.
     Load(Load),
     /// Say what is in a saved stream, and whether it is whole.
     Inspect(Inspect),
-    /// Move a device's state to another device on this machine.
+    /// Move devices' state to others on this machine.
     Migrate(Migrate),
-    /// Move a device to a receiver.
+    /// Move devices to a receiver.
     Send(Send),
-    /// Take a device from a sender.
+    /// Take devices from a sender.
     Receive(Receive),
     /// Ask what became of a move in doubt, and act on it; without a device, list the moves in doubt.
     Resolve(Resolve),

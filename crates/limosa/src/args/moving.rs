@@ -8,17 +8,37 @@ use clap::{Args, ValueEnum};
 use super::Hold;
 use super::values::{bytes, milliseconds, seconds};
 
+/// The devices of one side.
 #[derive(Debug, Args)]
+pub struct Devices {
+    /// The device; others are named with --device.
+    #[arg(value_name = "DEVICE", required_unless_present = "more")]
+    pub device: Option<String>,
+
+    /// A further device; many times. All of them move as one, and the first here becomes the first there, the
+    /// second the second.
+    #[arg(long = "device", id = "more", value_name = "DEVICE")]
+    pub more: Vec<String>,
+}
+
+impl Devices {
+    /// All of them, in their order.
+    pub fn names(&self) -> Vec<&str> {
+        self.device.iter().chain(&self.more).map(String::as_str).collect()
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(allow_missing_positional = true)]
 pub struct Save {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
+    #[command(flatten)]
+    pub devices: Devices,
 
     /// The file; appears when it is whole.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
-    /// Leave the device stopped.
+    /// Leave the devices stopped.
     #[arg(long)]
     pub stop: bool,
 
@@ -32,11 +52,10 @@ pub struct Load {
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
+    #[command(flatten)]
+    pub devices: Devices,
 
-    /// Leave the device stopped.
+    /// Leave the devices stopped.
     #[arg(long)]
     pub stop: bool,
 
@@ -74,12 +93,16 @@ pub enum WhenStalled {
 #[derive(Debug, Args)]
 pub struct Migrate {
     /// The device to move from.
-    #[arg(value_name = "SRC")]
-    pub source: String,
+    #[arg(value_name = "SRC", required_unless_present = "more", requires = "destination")]
+    pub source: Option<String>,
 
     /// The device to move to.
     #[arg(value_name = "DST")]
-    pub destination: String,
+    pub destination: Option<String>,
+
+    /// A further device, and the one that it is moved to; many times. All of them move as one.
+    #[arg(long = "device", id = "more", num_args = 2, value_names = ["SRC", "DST"])]
+    pub more: Vec<String>,
 
     #[command(flatten)]
     pub moving: Moving,
@@ -88,11 +111,22 @@ pub struct Migrate {
     pub hold: Hold,
 }
 
+impl Migrate {
+    /// The devices to move from, in their order.
+    pub fn sources(&self) -> Vec<&str> {
+        self.source.iter().chain(self.more.iter().step_by(2)).map(String::as_str).collect()
+    }
+
+    /// The devices to move to, in the same order.
+    pub fn destinations(&self) -> Vec<&str> {
+        self.destination.iter().chain(self.more.iter().skip(1).step_by(2)).map(String::as_str).collect()
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct Send {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
+    #[command(flatten)]
+    pub devices: Devices,
 
     /// Where the receiver listens: unix:PATH or tcp:HOST:PORT.
     #[arg(long, value_name = "ADDR")]
@@ -150,9 +184,8 @@ pub struct Tls {
 
 #[derive(Debug, Args)]
 pub struct Receive {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
+    #[command(flatten)]
+    pub devices: Devices,
 
     /// Where to listen: unix:PATH or tcp:HOST:PORT (port 0 for any).
     #[arg(long, value_name = "ADDR")]

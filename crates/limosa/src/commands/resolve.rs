@@ -3,21 +3,19 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use limosa_client::Device;
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::stream::MigrationId;
-use limosa_migrate::{
-    Decision, Destination, InDoubt, Memory, MovedDevice, Nobody, Options, Outcome, Received, Source,
-};
+use limosa_migrate::{Decision, Destination, InDoubt, Memory, Nobody, Options, Outcome, Received, Source};
 use serde::Serialize;
 
 use super::moving;
 use crate::args;
 use crate::exit::{self, Code};
-use crate::links::Links;
+use crate::links::{self, Links};
 use crate::moves::{Doubt, Moves};
 use crate::open::{self, Opening};
 use crate::output::Output;
+use crate::side::Side;
 
 /// What `limosa resolve` without a device prints.
 #[derive(Serialize)]
@@ -27,7 +25,7 @@ struct Doubts {
 
 #[derive(Serialize)]
 struct Resolved<'a> {
-    device: &'a str,
+    devices: &'a [&'a str],
     id: String,
     outcome: &'static str,
 }
@@ -43,7 +41,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
     let Some(name) = &args.device else { return list(&moves, out) };
     let noted = moves.doubts()?.into_iter().rev().find(|doubt| match &args.id {
         Some(id) => doubt.id == *id,
-        None => doubt.device == *name || open::same(&doubt.device, name),
+        None => is_of(doubt, name),
     });
     let id: MigrationId = match (&args.id, &noted) {
         (Some(id), _) => {
@@ -58,10 +56,20 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             return Err(exit::error(Code::Refused, what));
         }
     };
-    let device = opening.open(name)?;
+    // All of them moved as one, and only together they stop or go on.
+    let names = match &noted {
+        Some(noted) => noted.devices.iter().map(String::as_str).collect(),
+        None => vec![name.as_str()],
+    };
+    if !names.iter().any(|other| *other == name || open::same(other, name)) {
+        let what = format!("{name}: move {id} is of {}; expected one of these", names.join(", "));
+        return Err(exit::error(Code::Usage, what));
+    }
+    let side = Side::open(opening, &names)?;
+    let name = side.name();
     let doubt = InDoubt::recover(id);
     let outcome = match args.decide {
-        Some(decision) => with(&*device, |source| source.decide(decision.into(), doubt)),
+        Some(decision) => with(&side, |source| source.decide(decision.into(), doubt)),
         None => {
             let Some(to) = args.to.as_ref().or(noted.as_ref().map(|noted| &noted.to)) else {
                 return Err(exit::error(
@@ -69,12 +77,19 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
                     format!("{name}: expected --to, where its destination is"),
                 ));
             };
-            let address = moving::address(to)?;
+            let address = links::address(to)?;
             let options = Options::default();
             let links = Links::to(&address, &args.tls)?;
+            if !links.are_tls() && noted.as_ref().is_some_and(|noted| noted.tls) {
+                let what = format!("move {id} went over TLS, and {to} is to be asked so");
+                return Err(exit::error(
+                    Code::Usage,
+                    format!("{name}: {what}; expected --tls-ca, --tls-cert and --tls-key as for the send"),
+                ));
+            }
             let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
-            let link = moving::connect(&links, &address, options.silence_max, None, hint)?;
-            with(&*device, |source| source.resolve(doubt, &link))
+            let link = links::connect(&links, &address, options.silence_max, None, hint)?;
+            with(&side, |source| source.resolve(doubt, &link))
         }
     };
     let (outcome, report) = match outcome {
@@ -96,15 +111,20 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
         return Err(anyhow::anyhow!("{name}: {outcome}, but {note}"));
     }
     moves.forget(&id.to_string());
-    out.result(&Resolved { device: name, id: id.to_string(), outcome }, |to| {
+    out.result(&Resolved { devices: &names, id: id.to_string(), outcome }, |to| {
         let now = if outcome == "moved" { "stopped" } else { "as before the move" };
-        writeln!(to, "{name}: {outcome}; it is {now}")
+        names.iter().try_for_each(|name| writeln!(to, "{name}: {outcome}; it is {now}"))
     })
 }
 
-fn with(device: &dyn Device, act: impl FnOnce(&mut Source<'_>) -> Outcome) -> Outcome {
+/// Whether this device is among those of the move.
+fn is_of(doubt: &Doubt, name: &str) -> bool {
+    doubt.devices.iter().any(|device| device == name || open::same(device, name))
+}
+
+fn with(side: &Side, act: impl FnOnce(&mut Source<'_>) -> Outcome) -> Outcome {
     act(&mut Source {
-        devices: &[MovedDevice::new(device)],
+        devices: &side.moved(),
         memory: Memory::default(),
         vmm: &Nobody,
         observer: &Nobody,
@@ -122,14 +142,14 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         doubts.in_doubt.iter().try_for_each(|doubt| {
             let minutes = now.saturating_sub(doubt.since) / 60;
-            writeln!(to, "{}  {} -> {}, {minutes} min ago", doubt.id, doubt.device, doubt.to)
+            writeln!(to, "{}  {} -> {}, {minutes} min ago", doubt.id, doubt.devices.join(", "), doubt.to)
         })
     })
 }
 
 pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
-    let (ledger, listener) = (moves.ledger()?, moving::listen(&args.listen)?);
+    let (ledger, listener) = (moves.ledger()?, links::listen(&args.listen)?);
     let (links, options) = (Links::new(&args.tls)?, Options::default());
     let destination = Destination {
         devices: &[],
@@ -140,7 +160,7 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
         cancel: Some(&cancel),
         ledger: &ledger,
     };
-    moving::say_where(listener.address(), out);
+    out.say(&format!("listening on {}", listener.address()));
     let began = Instant::now();
     loop {
         let left = args.wait.saturating_sub(began.elapsed());
@@ -163,7 +183,7 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
                     Decision::NotCommitted => "not committed",
                     Decision::Committed => "committed",
                 };
-                out.result(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
+                out.line(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
             }
             // Somebody who wants to send, or nobody who knows how to ask.
             Received::Discarded { why, .. } => tracing::warn!("{why}"),

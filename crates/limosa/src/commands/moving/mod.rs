@@ -1,0 +1,68 @@
+//! What moves devices: `limosa migrate`, `send`, `receive`, `save`, `load`; here what they have in common.
+
+mod ended;
+mod migrate;
+mod receive;
+mod send;
+mod snapshot;
+
+use anyhow::Context;
+use limosa_migrate::{
+    Cancel, Destination, Ledger, Memory, MovedDevice, Nobody, Observer, Options, Source, Vmm, WhenStalled,
+};
+
+use crate::args;
+use crate::signals;
+
+pub use migrate::migrate;
+pub use receive::receive;
+pub use send::send;
+pub use snapshot::{load, save};
+
+/// Ctrl-C calls a move off instead of tearing it apart.
+pub fn cancel_on_signal() -> anyhow::Result<Cancel> {
+    let cancel = Cancel::new().context("cannot make an eventfd")?;
+    let on_signal = cancel.clone();
+    signals::on_end(move || on_signal.cancel())?;
+    Ok(cancel)
+}
+
+fn options(moving: &args::Moving) -> Options {
+    let mut options = Options { precopy: !moving.no_precopy, ..Options::default() };
+    let convergence = &mut options.convergence;
+    if let Some(limit) = moving.downtime_limit {
+        (convergence.downtime_max, convergence.when_stalled) = (limit, WhenStalled::Abort);
+    }
+    convergence.when_stalled = match moving.when_stalled {
+        Some(args::WhenStalled::KeepTrying) => WhenStalled::KeepTrying,
+        Some(args::WhenStalled::SwitchOver) => WhenStalled::SwitchOver,
+        Some(args::WhenStalled::Abort) => WhenStalled::Abort,
+        None => convergence.when_stalled,
+    };
+    options
+}
+
+/// With the time limits of a link that may be lost.
+fn over_link(options: Options, link: &args::Link) -> Options {
+    Options { silence_max: link.silence, commit_max: link.silence, ..options }
+}
+
+fn source<'a>(
+    devices: &'a [MovedDevice<'a>],
+    vmm: &'a dyn Vmm,
+    observer: &'a dyn Observer,
+    options: &'a Options,
+    cancel: &'a Cancel,
+) -> Source<'a> {
+    Source { devices, memory: Memory::default(), vmm, observer, options, cancel: Some(cancel) }
+}
+
+fn destination<'a>(
+    devices: &'a [MovedDevice<'a>],
+    observer: &'a dyn Observer,
+    options: &'a Options,
+    cancel: &'a Cancel,
+    ledger: &'a Ledger,
+) -> Destination<'a> {
+    Destination { devices, memory: &[], vmm: &Nobody, observer, options, cancel: Some(cancel), ledger }
+}

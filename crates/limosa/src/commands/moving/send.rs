@@ -1,0 +1,71 @@
+//! `limosa send`: to a receiver, and with the move in doubt, asking it.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use limosa_migrate::Outcome;
+use limosa_migrate::link::LinkError;
+
+use super::ended::{in_doubt, settled};
+use super::{cancel_on_signal, options, over_link, source};
+use crate::args;
+use crate::hold::{self, Leaves};
+use crate::links::{self, Links};
+use crate::moves::{Moves, Sending};
+use crate::open::Opening;
+use crate::output::Output;
+use crate::progress::Progress;
+use crate::side::Side;
+
+/// How long a source in doubt waits before it asks again.
+const ASK_EVERY: Duration = Duration::from_millis(500);
+
+pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result<()> {
+    let side = Side::open(opening, &args.devices.names())?;
+    let done = over(&side, args, out);
+    hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
+}
+
+fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
+    let address = links::address(&args.to)?;
+    let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
+    let options = over_link(options(&args.moving), &args.link);
+    let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
+    let hint = "is `limosa receive` listening there?";
+    let link = links::connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
+    let moved = side.moved();
+    let moves = Moves::new(args.link.moves.folder.as_deref());
+    let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
+    let sending = Sending { moves: &moves, devices, to: address.to_string(), tls: links.are_tls() };
+    let mut source = source(&moved, &sending, &progress, &options, &cancel);
+    let mut outcome = source.send(&link);
+    drop(link);
+    let began = Instant::now();
+    while let Outcome::InDoubt(doubt) = outcome {
+        tracing::warn!("in doubt: {}; asking {address} what became of move {}", doubt.why, doubt.id);
+        let Some(left) = args.link.silence.checked_sub(began.elapsed()) else {
+            return Err(in_doubt(&side.name(), &doubt));
+        };
+        outcome = match links.connect(&address, left, Some(&cancel)) {
+            Ok(link) => source.resolve(doubt, &link),
+            // Nobody is there to be asked, now or later.
+            Err(error) if nobody_listens(&error) => return Err(in_doubt(&side.name(), &doubt)),
+            Err(_) => Outcome::InDoubt(doubt),
+        };
+        if let Outcome::InDoubt(doubt) = &outcome
+            && cancel.wait(ASK_EVERY)
+        {
+            return Err(in_doubt(&side.name(), doubt));
+        }
+    }
+    drop(progress);
+    if let Outcome::Moved(report) | Outcome::Undone { report, .. } = &outcome {
+        moves.forget(&report.id);
+    }
+    settled(outcome, out)
+}
+
+fn nobody_listens(error: &LinkError) -> bool {
+    let kinds = [io::ErrorKind::ConnectionRefused, io::ErrorKind::NotFound];
+    matches!(error, LinkError::Io(error) if kinds.contains(&error.kind()))
+}

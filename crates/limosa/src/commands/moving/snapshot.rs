@@ -1,0 +1,68 @@
+//! `limosa save` and `limosa load`: devices to a file and from one.
+
+use limosa_migrate::stream::Damage;
+use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Nobody, Options, Received};
+
+use super::ended::{Notes, broken, print, settled};
+use super::{cancel_on_signal, destination, source};
+use crate::args;
+use crate::hold::{self, Leaves};
+use crate::open::Opening;
+use crate::output::Output;
+use crate::progress::Progress;
+use crate::side::Side;
+
+pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result<()> {
+    let side = Side::open(opening, &args.devices.names())?;
+    let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
+    let done = to_file(&side, args, out);
+    hold::end(done, side.devices(), args.hold.hold, leaves, out)
+}
+
+fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
+    let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), Options::default());
+    let moved = side.moved();
+    let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
+    let outcome = source(&moved, &Nobody, &progress, &options, &cancel).save(&args.file, after);
+    drop(progress);
+    settled(outcome, out)
+}
+
+pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result<()> {
+    let side = Side::open(opening, &args.devices.names())?;
+    let done = from_file(&side, args, out);
+    hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
+}
+
+fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()> {
+    let (cancel, progress, options, ledger) =
+        (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
+    let moved = side.moved();
+    let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
+    let received = destination(&moved, &progress, &options, &cancel, &ledger).load(&args.file, after);
+    drop(progress);
+    match received {
+        Received::Runs(report) => print(out, "runs", &report),
+        Received::Stopped(report) => print(out, "stopped", &report),
+        Received::Discarded { why, report } => {
+            let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes).to_string());
+            Err(anyhow::Error::from(why)
+                .context(format!("{} was not loaded{hint}{notes}", args.file.display())))
+        }
+        Received::Broken { why, .. } => Err(broken(&side.name(), why)),
+        Received::Answered { .. } => {
+            Err(anyhow::anyhow!("{}: it is not a saved stream", args.file.display()))
+        }
+    }
+}
+
+/// What a person can do with a file that cannot be loaded.
+fn what_to_do_with(why: &Error) -> &'static str {
+    match why {
+        Error::Stream { damage: Damage::NotAStream, .. } => "; expected a file that `limosa save` wrote",
+        Error::Stream { damage: Damage::Newer { .. }, .. } => "; load it with a newer limosa",
+        Error::Stream { .. } => " (`limosa inspect` tells more); save it anew",
+        Error::Incompatible { .. } => "; load it into a device like the one that was saved",
+        _ => "",
+    }
+}
