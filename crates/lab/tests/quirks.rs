@@ -10,7 +10,7 @@ use limosa_client::{
     Region, Result,
 };
 use limosa_lab::Mdev;
-use limosa_migrate::{AfterLoad, AfterSave, Ledger, Outcome, Received};
+use limosa_migrate::{AfterLoad, AfterSave, Ledger, Outcome, Received, SnapshotFile};
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::info::{DeviceFlags, DeviceInfo, IrqInfo};
 use limosa_protocol::{Errno, State, pci_index};
@@ -212,14 +212,17 @@ fn flipped_bits_that_mtty_never_notices_are_refused_before_it_sees_them() {
 
     // In a saved stream every byte is vouched for.
     let file = PathBuf::from(fresh("saved"));
-    let saved = with_source(&card, &options(), |source| source.save(&file, AfterSave::Run));
+    let saved =
+        with_source(&card, &options(), |source| source.save(&SnapshotFile::new(&file), AfterSave::Run));
     assert!(matches!(saved, Outcome::Moved(_)), "{saved:?}");
     let whole = std::fs::read(&file).unwrap();
     set(&to, 0, SCRATCH, 0x44);
     let load = |stream: &[u8]| {
         std::fs::write(&file, stream).unwrap();
         let ledger = Ledger::new();
-        with_destination(&to, &ledger, &options(), |destination| destination.load(&file, AfterLoad::Run))
+        with_destination(&to, &ledger, &options(), |destination| {
+            destination.load(&SnapshotFile::new(&file), AfterLoad::Run)
+        })
     };
     for at in 0..whole.len() {
         let mut altered = whole.clone();

@@ -1,8 +1,6 @@
 //! The destination's script: from the offer to RUNNING, or back to where it was, with all discarded
 //! that was loaded.
 
-use std::fs::File;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_client::{DataStream, Device, DeviceExt};
@@ -11,13 +9,14 @@ use limosa_protocol::{MigrationFlags, State};
 use crate::channel::Channel;
 use crate::devices::{MovedDevice, compare_devices, compare_memory, each, enter, facts, failed};
 use crate::ledger::{Decision, Ledger};
-use crate::link::{FileLink, Link, MeteredLink};
+use crate::link::{Link, MeteredLink};
 use crate::memory::MemoryRegion;
 use crate::report::{Act, Phase, Recorder, Report, Side};
+use crate::snapshot::{Limits, Reading, SnapshotSource, of_place};
 use crate::stream::{
     Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, Order, Preface, PrefaceFlags, Step,
 };
-use crate::{Cancel, Error, Observer, Options, Result, Round, Vmm, inspect};
+use crate::{Cancel, Error, Observer, Options, Result, Round, Vmm};
 
 /// The side that devices come to.
 pub struct Destination<'a> {
@@ -71,7 +70,7 @@ pub enum Received {
     },
 }
 
-/// What becomes of devices when they have been loaded from a file.
+/// What becomes of devices when a snapshot has been loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterLoad {
     /// They run.
@@ -148,19 +147,17 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Loads a saved stream. All of the file is checked before a device is touched.
-    pub fn load(&self, path: &Path, after: AfterLoad) -> Received {
+    /// Loads a snapshot from a place, such as a [`SnapshotFile`](crate::SnapshotFile). All of it is checked before a
+    /// device is touched, and once more while it is read for the devices.
+    pub fn load(&self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
         let recorder = self.recorder();
         recorder.phase(Phase::Handshake);
-        let opened = inspect::verify(path).and_then(|()| {
-            File::open(path).map_err(|error| Error::File { path: path.into(), doing: "opening it", error })
-        });
-        let file = match opened {
-            Ok(file) => file,
+        let limits = Limits { silence_max: self.options.silence_max, cancel: self.cancel };
+        let reading = match Reading::open(from, limits) {
+            Ok(reading) => reading,
             Err(why) => return Received::Discarded { why, report: recorder.finish() },
         };
-        let link = FileLink::new(file, path.display().to_string());
-        let link = MeteredLink::new(&link, &recorder);
+        let link = MeteredLink::new(&reading, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
         let mut taken = Vec::new();
         let loaded = match self.greet(&mut channel, &recorder) {
@@ -174,7 +171,7 @@ impl<'a> Destination<'a> {
             Err(why) => Err(why),
         };
         if let Err(why) = loaded {
-            return self.discarded(why, &mut channel, recorder, taken);
+            return self.discarded(of_place(why, "reading it"), &mut channel, recorder, taken);
         }
         if after == AfterLoad::Stop {
             return Received::Stopped(recorder.finish());
@@ -357,7 +354,7 @@ impl<'a> Destination<'a> {
                     recorder.stop();
                 }
                 Step::DeviceBegin(_) | Step::DeviceHint(..) | Step::DeviceEnd(_) => {}
-                Step::Sum | Step::Commit | Step::Skipped => {}
+                Step::Sum | Step::Sealed(_) | Step::Commit | Step::Skipped => {}
             }
         }
         Ok(())

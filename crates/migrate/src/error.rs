@@ -1,7 +1,6 @@
 //! What can go wrong in a move, split by whose fault it is: this side's devices, memory or VMM, the
 //! other side, what lies between, or nobody's.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::link::LinkError;
@@ -124,14 +123,14 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
-    /// A file could not be read or written.
-    #[error("{}: {doing}: {error}", .path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
+    /// The place of a snapshot, a file or another, could not be read or written.
+    #[error("{name}: {doing}: {error}")]
+    Snapshot {
+        /// The place.
+        name: String,
         /// What was being done.
         doing: &'static str,
-        /// The system's answer.
+        /// What the system or the store answered.
         #[source]
         error: std::io::Error,
     },
@@ -149,7 +148,7 @@ impl Error {
             Error::Stream { .. } => AbortCode::Stream,
             Error::TimedOut { .. } | Error::NotConverging { .. } => AbortCode::TimeLimit,
             Error::Cancelled => AbortCode::Cancelled,
-            Error::Link { .. } | Error::File { .. } | Error::Os { .. } | Error::StartedAnew => {
+            Error::Link { .. } | Error::Snapshot { .. } | Error::Os { .. } | Error::StartedAnew => {
                 AbortCode::Other
             }
         }

@@ -2,19 +2,23 @@
 //! and if not, where the damage is.
 
 use std::fmt;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::stream::{Damage, Damaged, Decoded, Decoder, Header, Kind, Offer, Order, Step};
-use crate::{Error, Result};
+use crate::snapshot::{Limits, PIECE_BYTES, SnapshotFile, SnapshotReader, SnapshotSource, failed};
+use crate::stream::{
+    Damage, Damaged, Decoded, Decoder, HEADER_BYTES, Header, Kind, MigrationId, Offer, Order, PrefaceFlags,
+    Seal, Step,
+};
+use crate::{Cancel, Error, Options, Result};
 
 /// The most damaged places that are listed.
 const DAMAGE_MAX: usize = 16;
-/// Bytes read at once.
-const PIECE_BYTES: usize = 256 << 10;
+/// Bytes of a SEAL with its header: a sealed stream's last, which its hash does not cover.
+const SEAL_BYTES: usize = HEADER_BYTES + 40;
 
 /// What is in a stream.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -37,7 +41,11 @@ pub struct Inspection {
     pub rounds: u32,
     /// How many frames of each kind, in the order of their first.
     pub frames: Vec<FrameCount>,
-    /// Whether it is all there and right, from the preface to the SUM, so that it can be loaded.
+    /// Whether it ends with a SEAL. What was saved before there were any has none, and only the checksums of its parts.
+    pub sealed: bool,
+    /// The BLAKE3 hash of all of it but the SEAL, in hexadecimal digits.
+    pub blake3: String,
+    /// Whether it is all there and right, from the preface to the SUM and the SEAL, so that it can be loaded.
     pub whole: bool,
     /// What is wrong, by place; the first 16.
     pub damage: Vec<DamageReport>,
@@ -92,35 +100,66 @@ pub fn inspect(mut from: impl Read) -> std::io::Result<Inspection> {
     }
 }
 
-/// Inspects a saved stream.
+/// Inspects a saved stream in a file.
 pub fn inspect_file(path: &Path) -> Result<Inspection> {
-    let failed = |error| Error::File { path: path.into(), doing: "reading it", error };
-    inspect(File::open(path).map_err(failed)?).map_err(failed)
+    inspect_snapshot(&SnapshotFile::new(path), Options::default().silence_max, None)
 }
 
-/// Whether a file is a whole saved stream, without a flaw.
-pub(crate) fn verify(path: &Path) -> Result<()> {
-    let failed = |error| Error::File { path: path.into(), doing: "reading it", error };
-    let mut file = File::open(path).map_err(failed)?;
+/// Inspects a snapshot, to its end. `silence_max` is how long its place may give nothing.
+pub fn inspect_snapshot(
+    from: &dyn SnapshotSource,
+    silence_max: Duration,
+    cancel: Option<&Cancel>,
+) -> Result<Inspection> {
+    let limits = Limits { silence_max, cancel };
     let mut inspector = Inspector::default();
-    let mut piece = vec![0; PIECE_BYTES];
-    loop {
-        match file.read(&mut piece) {
-            Ok(0) => break,
-            Ok(bytes) => inspector.push(&piece[..bytes]),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(failed(error)),
-        }
-        if inspector.first.is_some() {
-            break;
-        }
-    }
+    let mut reader = limits.open(from)?;
+    inspector.read(&from.name(), &mut *reader, limits, false)?;
+    Ok(inspector.finish())
+}
+
+/// What a snapshot that was verified is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Verified {
+    /// The move that it is of.
+    pub id: MigrationId,
+    /// Bytes of all of it.
+    pub bytes: u64,
+    /// Bytes that the hash covers: all but the SEAL.
+    pub covered_bytes: u64,
+    /// Their BLAKE3 hash.
+    pub blake3: [u8; 32],
+    /// Whether a SEAL said the same.
+    pub sealed: bool,
+}
+
+/// Goes once over a snapshot, and fails at the first thing that is wrong with it: [`Error::Stream`] says where and what.
+/// No more than a few frames are held in memory. `silence_max` is how long its place may give nothing.
+pub fn verify(from: &dyn SnapshotSource, silence_max: Duration, cancel: Option<&Cancel>) -> Result<Verified> {
+    let limits = Limits { silence_max, cancel };
+    verify_reader(&from.name(), &mut *limits.open(from)?, limits)
+}
+
+/// [`verify`], of what has been opened.
+pub(crate) fn verify_reader(
+    name: &str,
+    reader: &mut dyn SnapshotReader,
+    limits: Limits<'_>,
+) -> Result<Verified> {
+    let mut inspector = Inspector::default();
+    inspector.read(name, reader, limits, true)?;
     inspector.end();
-    match inspector.first {
-        None => Ok(()),
-        Some(Damaged { at, damage, .. }) => {
-            Err(Error::Stream { from: format!("{}, byte {at}", path.display()), damage })
+    match (inspector.first, inspector.id) {
+        (Some(Damaged { at, damage, .. }), _) => {
+            Err(Error::Stream { from: format!("{name}, byte {at}"), damage })
         }
+        (None, Some(id)) => {
+            let (bytes, sealed) = (inspector.found.bytes, inspector.seal.is_some());
+            let covered_bytes = if sealed { bytes - SEAL_BYTES as u64 } else { bytes };
+            Ok(Verified { id, bytes, covered_bytes, blake3: inspector.computed, sealed })
+        }
+        (None, None) => Err(Error::Stream { from: name.into(), damage: Damage::NotAStream }),
     }
 }
 
@@ -131,11 +170,50 @@ struct Inspector {
     /// After damage, frames no longer add up; they are counted, but not blamed.
     first: Option<Damaged>,
     found: Inspection,
+    id: Option<MigrationId>,
+    /// Whether the preface promises a SEAL.
+    promised: bool,
+    seal: Option<Seal>,
+    hasher: blake3::Hasher,
+    /// The last bytes, which are not hashed before it is known whether they are a SEAL.
+    tail: Vec<u8>,
+    /// The hash, at the end.
+    computed: [u8; 32],
 }
 
 impl Inspector {
+    /// Takes all that a reader gives, or with `until_damage` no more than shows the first damage.
+    fn read(
+        &mut self,
+        name: &str,
+        reader: &mut dyn SnapshotReader,
+        limits: Limits<'_>,
+        until_damage: bool,
+    ) -> Result<()> {
+        let mut piece = vec![0; PIECE_BYTES];
+        while self.first.is_none() || !until_damage {
+            let read = reader.read(&mut piece, limits.wait());
+            match read.map_err(|error| failed(name, "reading it", limits.silence_max, error))? {
+                0 => break,
+                bytes => self.push(&piece[..bytes]),
+            }
+        }
+        Ok(())
+    }
+
+    fn hash(&mut self, bytes: &[u8]) {
+        let kept = bytes.len().min(SEAL_BYTES);
+        let passed = (self.tail.len() + kept).saturating_sub(SEAL_BYTES);
+        self.hasher.update(&self.tail[..passed]);
+        self.tail.drain(..passed);
+        let (passed, kept) = bytes.split_at(bytes.len() - kept);
+        self.hasher.update(passed);
+        self.tail.extend_from_slice(kept);
+    }
+
     fn push(&mut self, bytes: &[u8]) {
         self.found.bytes += bytes.len() as u64;
+        self.hash(bytes);
         self.decoder.push(bytes);
         loop {
             // The decoder is taken out, so that a frame can borrow from it while it is counted.
@@ -165,7 +243,9 @@ impl Inspector {
             Decoded::Preface(preface) => {
                 self.found.version = Some(preface.version);
                 self.found.id = Some(preface.id.to_string());
-                self.found.stored = preface.flags.contains(crate::stream::PrefaceFlags::STORED);
+                self.found.stored = preface.flags.contains(PrefaceFlags::STORED);
+                self.promised = preface.flags.contains(PrefaceFlags::SEALED);
+                self.id = Some(preface.id);
             }
             Decoded::Frame { at, header, payload } => {
                 self.count(&header);
@@ -212,6 +292,7 @@ impl Inspector {
                 let zero_bytes = &mut self.found.memory[at].zero_bytes;
                 *zero_bytes = zero_bytes.saturating_add(bytes);
             }
+            Step::Sealed(seal) => self.seal = Some(seal),
             Step::Round(..) => self.found.rounds = self.found.rounds.saturating_add(1),
             _ => {}
         }
@@ -243,15 +324,38 @@ impl Inspector {
             self.blame(damaged);
         }
         let whole = self.order.as_ref().is_some_and(Order::is_whole);
-        if !whole && self.first.is_none() {
-            let damage = Damage::Truncated { what: "its frames: the SUM is missing" };
+        let missing = match (whole, &self.seal) {
+            (false, _) => Some("its frames: the SUM is missing"),
+            (true, None) if self.promised => Some("its frames: the SEAL is missing"),
+            _ => None,
+        };
+        if let (Some(what), None) = (missing, &self.first) {
+            let damage = Damage::Truncated { what };
             self.blame(Damaged { at: self.found.bytes, damage, recoverable: false });
+        }
+        self.check_seal();
+    }
+
+    /// Only a SEAL that is in order has been kept, and then the tail is that, or there was damage behind it.
+    fn check_seal(&mut self) {
+        if self.seal.is_none() {
+            self.hasher.update(&self.tail);
+        }
+        self.computed = *self.hasher.finalize().as_bytes();
+        let Some(Seal { bytes, blake3 }) = self.seal else { return };
+        let at = self.found.bytes.saturating_sub(SEAL_BYTES as u64);
+        if (bytes, blake3) != (at, self.computed) && self.first.is_none() {
+            let say = |bytes, hash| format!("{} over {bytes} bytes", blake3::Hash::from_bytes(hash));
+            let damage = Damage::Seal { expected: say(bytes, blake3), computed: say(at, self.computed) };
+            self.blame(Damaged { at, damage, recoverable: true });
         }
     }
 
     fn finish(mut self) -> Inspection {
         self.end();
         self.found.whole = self.first.is_none();
+        self.found.sealed = self.seal.is_some();
+        self.found.blake3 = blake3::Hash::from_bytes(self.computed).to_string();
         self.found
     }
 }
@@ -273,6 +377,8 @@ impl fmt::Display for Inspection {
         for FrameCount { kind, frames, bytes } in &self.frames {
             writeln!(f, "{frames:>8} x {kind:<13} {bytes:>14} bytes")?;
         }
+        let sealed = if self.sealed { "sealed" } else { "not sealed" };
+        writeln!(f, "{sealed}, blake3 {}", self.blake3)?;
         self.damage
             .iter()
             .try_for_each(|damage| writeln!(f, "damaged at byte {}: {}", damage.at, damage.what))?;

@@ -1,7 +1,7 @@
 //! The engine that moves live VFIO devices, with guest memory where there is any: [`Source`] and
 //! [`Destination`], two scripts over `client::Device` that speak the migration stream
-//! (`docs/stream.md`, [`stream`]) over a [`link`]; the same stream saved to a file and loaded from
-//! it; [`inspect`], which looks into one; [`Report`], the timeline of a move.
+//! (`docs/stream.md`, [`stream`]) over a [`link`]; the same stream saved to a file or another
+//! place and loaded from it; [`inspect`] and [`verify`], which look into one; [`Report`], the timeline of a move.
 //!
 //! It never asks which transport is below a device.
 //!
@@ -73,7 +73,10 @@ pub use convergence::{Convergence, Round, WhenStalled};
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
 pub use error::{Error, Result};
-pub use inspect::{DamageReport, FrameCount, InspectedSection, Inspection, inspect, inspect_file};
+pub use inspect::{
+    DamageReport, FrameCount, InspectedSection, Inspection, Verified, inspect, inspect_file,
+    inspect_snapshot, verify,
+};
 pub use ledger::{Decision, Ledger};
 pub use local::move_local;
 pub use memory::{DirtyLog, FilePages, GuestPages, Memory, MemoryRegion, PAGE_BYTES};
@@ -82,4 +85,5 @@ pub use report::{
     Act, DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side, SpanReport,
     Throughput,
 };
+pub use snapshot::{SnapshotFile, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
 pub use source::{AfterSave, InDoubt, Outcome, Source};

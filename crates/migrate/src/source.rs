@@ -1,8 +1,6 @@
 //! The source's script: from the handshake to the commit, and back to where it was when anything
 //! fails before that.
 
-use std::path::Path;
-
 use limosa_client::DeviceExt;
 use limosa_protocol::{MigrationFlags, State};
 
@@ -13,10 +11,11 @@ use crate::link::{Link, MeteredLink};
 use crate::memory::Memory;
 use crate::report::{Act, Phase, Recorder, Report, Side};
 use crate::saving::Saving;
+use crate::snapshot::{Limits, SnapshotTarget, Writing, of_place};
 use crate::stream::body::{NEEDS_FLUSH, decode_u32};
 use crate::stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags};
 use crate::undo::Held;
-use crate::{Cancel, Error, Observer, Options, Result, Vmm, snapshot};
+use crate::{Cancel, Error, Observer, Options, Result, Vmm};
 
 /// The side that devices leave.
 pub struct Source<'a> {
@@ -84,12 +83,12 @@ impl std::fmt::Debug for InDoubt {
     }
 }
 
-/// What becomes of the devices when they have been saved to a file.
+/// What becomes of the devices when they have been saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterSave {
     /// They go on.
     Run,
-    /// They stay in STOP, so that the file is the only place where the guest goes on.
+    /// They stay in STOP, so that the snapshot is the only place where the guest goes on.
     Stop,
 }
 
@@ -165,29 +164,31 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Saves everything to a file, which appears under its name only when it is whole:
-    /// [`Outcome::Moved`]. On failure nothing is there that was not there before, and the source runs as
+    /// Saves everything to a place, such as a [`SnapshotFile`](crate::SnapshotFile), where it appears only when it is
+    /// whole: [`Outcome::Moved`]. On failure nothing is there that was not there before, and the source runs as
     /// before: [`Outcome::Undone`].
-    pub fn save(&mut self, path: &Path, after: AfterSave) -> Outcome {
+    pub fn save(&mut self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
         let recorder = self.recorder();
         let mut held = Held::default();
         recorder.phase(Phase::Handshake);
-        let (file, link) = match snapshot::Unfinished::create(path) {
-            Ok(created) => created,
+        let limits = Limits { silence_max: self.options.silence_max, cancel: self.cancel };
+        let writing = match Writing::create(to, limits) {
+            Ok(writing) => writing,
             Err(why) => return Outcome::Undone { why, report: recorder.finish() },
         };
-        let link = MeteredLink::new(&link, &recorder);
+        let link = MeteredLink::new(&writing, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
-        if let Err(why) = self.until_sum(&mut channel, &recorder, &mut held) {
-            return self.undone(why, &mut channel, recorder, held);
+        let written = self.until_sum(&mut channel, &recorder, &mut held);
+        if let Err(why) = written.and_then(|_| writing.seal(&mut channel, limits)) {
+            return self.undone(of_place(why, "writing it"), &mut channel, recorder, held);
         }
         if after == AfterSave::Run {
-            // All is read: the guest need not wait for the disk.
+            // All is read: the guest need not wait for what keeps it.
             recorder.phase(Phase::Finish);
             self.run_again(&recorder, &mut held);
         }
         recorder.phase(Phase::Commit);
-        match (file.finish(), after) {
+        match (writing.publish(self.options, limits), after) {
             (Ok(()), AfterSave::Run) => Outcome::Moved(recorder.finish()),
             (Ok(()), AfterSave::Stop) => {
                 recorder.phase(Phase::Finish);
@@ -195,7 +196,11 @@ impl<'a> Source<'a> {
                 Outcome::Moved(recorder.finish())
             }
             (Err(why), AfterSave::Run) => Outcome::Undone { why, report: recorder.finish() },
-            (Err(why), AfterSave::Stop) => self.undone(why, &mut channel, recorder, held),
+            (Err(why), AfterSave::Stop) => {
+                recorder.phase(Phase::Undo);
+                self.run_again(&recorder, &mut held);
+                Outcome::Undone { why, report: recorder.finish() }
+            }
         }
     }
 
@@ -274,7 +279,11 @@ impl<'a> Source<'a> {
             }
             held.found.push(state);
         }
-        let flags = if channel.has_peer() { PrefaceFlags::empty() } else { PrefaceFlags::STORED };
+        let flags = if channel.has_peer() {
+            PrefaceFlags::empty()
+        } else {
+            PrefaceFlags::STORED | PrefaceFlags::SEALED
+        };
         let payload =
             offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
         channel.send_preface(id, flags)?;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::{Ends, Step, TestDevice, VecPages, world};
 use limosa_device::Fault;
-use limosa_migrate::{AfterLoad, AfterSave, Error, Outcome, Received, inspect, inspect_file};
+use limosa_migrate::{AfterLoad, AfterSave, Error, Outcome, Received, SnapshotFile, inspect, inspect_file};
 use limosa_protocol::{Errno, MigrationFlags, State};
 
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
@@ -19,11 +19,11 @@ fn ends() -> Ends {
 }
 
 fn save(ends: &Ends, path: &Path, after: AfterSave) -> Outcome {
-    ends.with_source(|source| source.save(path, after))
+    ends.with_source(|source| source.save(&SnapshotFile::new(path).replacing(true), after))
 }
 
 fn load(ends: &Ends, path: &Path, after: AfterLoad) -> Received {
-    ends.with_destination(|destination| destination.load(path, after))
+    ends.with_destination(|destination| destination.load(&SnapshotFile::new(path), after))
 }
 
 /// A saved stream's bytes, and an idle device to load it into.
@@ -103,7 +103,7 @@ fn a_save_that_fails_leaves_no_file_and_the_old_one_as_it_was() {
     }
     let ends = ends();
     let outcome = save(&ends, Path::new("/nowhere/stream"), AfterSave::Run);
-    let Outcome::Undone { why: Error::File { .. }, .. } = outcome else { panic!("{outcome:?}") };
+    let Outcome::Undone { why: Error::Snapshot { .. }, .. } = outcome else { panic!("{outcome:?}") };
     assert_eq!(ends.source[0].state(), State::Running);
 }
 

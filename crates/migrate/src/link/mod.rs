@@ -1,11 +1,10 @@
 //! Byte links between the two ends of a move: UNIX and TCP sockets, also under TLS or with a limit to their
-//! bandwidth, and files.
+//! bandwidth.
 //!
 //! A [`Link`] moves bytes, possibly fewer than asked; framing, checksums and the order of things are
 //! above it. Every wait ends at a deadline or when the move is called off.
 
 mod address;
-mod file;
 mod limited;
 mod metered;
 mod socket;
@@ -15,7 +14,6 @@ use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
 pub use address::{Address, AddressError};
-pub use file::FileLink;
 pub use limited::{Bandwidth, LimitedLink};
 pub(crate) use metered::MeteredLink;
 pub use socket::{Listener, SocketLink, connect};

@@ -274,6 +274,30 @@ impl Totals {
     }
 }
 
+/// What all of a saved stream before the SEAL is (the payload of SEAL).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seal {
+    /// Its bytes.
+    pub bytes: u64,
+    /// Their BLAKE3 hash.
+    pub blake3: [u8; 32],
+}
+
+impl Seal {
+    /// The payload.
+    pub fn encode(&self) -> [u8; 40] {
+        let mut out = [0; 40];
+        out[..8].copy_from_slice(&self.bytes.to_le_bytes());
+        out[8..].copy_from_slice(&self.blake3);
+        out
+    }
+
+    /// Reads a payload of 40 bytes.
+    pub fn decode(payload: &[u8]) -> Seal {
+        Seal { bytes: u64_at(payload, 0), blake3: payload[8..40].try_into().expect("32 bytes") }
+    }
+}
+
 /// The payload of DEVICE_END.
 pub fn encode_device_end(bytes: u64, crc: u32) -> [u8; 16] {
     let mut out = [0; 16];

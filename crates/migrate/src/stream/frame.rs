@@ -52,12 +52,13 @@ kinds! {
     DONE = 19, 0, 0, "The source knows that the destination runs.";
     FLUSH = 20, 0, 0, "Is all handled that came before?";
     FLUSHED = 21, 0, 0, "All is handled that came before FLUSH.";
+    SEAL = 30, 40, 40, "Bytes and blake3 of all of a saved stream before it.";
 }
 
 impl Kind {
     /// Whether readers that do not know this kind may pass over it.
     pub const fn is_skippable(self) -> bool {
-        matches!(self, Kind::DEVICE_HINT | Kind::PROGRESS)
+        matches!(self, Kind::DEVICE_HINT | Kind::PROGRESS | Kind::SEAL)
     }
 }
 

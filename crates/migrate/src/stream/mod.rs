@@ -9,7 +9,7 @@ mod frame;
 mod order;
 mod preface;
 
-pub use body::{AbortCode, Answer, DeviceFacts, MemoryFacts, Offer, PciIds, Totals};
+pub use body::{AbortCode, Answer, DeviceFacts, MemoryFacts, Offer, PciIds, Seal, Totals};
 pub use decoder::{Damaged, Decoded, Decoder};
 pub use frame::{Header, Kind};
 pub use order::{Order, Step};
@@ -74,6 +74,16 @@ pub enum Damage {
         expected: u32,
         /// Of what came.
         computed: u32,
+    },
+    /// The SEAL does not fit what came before it.
+    #[error(
+        "blake3 of the whole: the SEAL says {expected}, computed {computed}: some of it is not what was written"
+    )]
+    Seal {
+        /// As the SEAL says.
+        expected: String,
+        /// Of what came.
+        computed: String,
     },
     /// A frame was lost, doubled or swapped.
     #[error("frame {found} came where frame {expected} was due: a frame was lost, doubled or swapped")]

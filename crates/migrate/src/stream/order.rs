@@ -4,7 +4,7 @@
 use limosa_protocol::feature::PrecopyInfo;
 
 use super::body::{decode_device_end, decode_hint, decode_round, decode_u64};
-use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, Totals};
+use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, Seal, Totals};
 
 /// A frame that is in order, and what it says. Devices and memory are named by their place in the
 /// offer.
@@ -30,6 +30,8 @@ pub enum Step<'a> {
     Stopped,
     /// All has come, and the totals agree.
     Sum,
+    /// All of a saved stream has come; what it says of that is for whoever has the bytes to check.
+    Sealed(Seal),
     /// The destination is to run.
     Commit,
     /// Nothing that concerns the reader.
@@ -44,6 +46,7 @@ pub struct Order {
     totals: Totals,
     stopped: bool,
     summed: bool,
+    sealed: bool,
     committed: bool,
 }
 
@@ -66,6 +69,7 @@ impl Order {
             totals: Totals::default(),
             stopped: false,
             summed: false,
+            sealed: false,
             committed: false,
         }
     }
@@ -85,15 +89,23 @@ impl Order {
         self.summed
     }
 
+    /// Whether the SEAL has come, so that nothing more may.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed
+    }
+
     /// Takes the next frame. Its payload has been checked against its checksum. An error changes
     /// nothing.
     pub fn next<'a>(&mut self, header: &Header, payload: &'a [u8]) -> Result<Step<'a>, Damage> {
         let kind = header.kind;
         let misplaced = |why: &str| Err(Damage::Misplaced { kind, why: why.into() });
+        if self.sealed {
+            return misplaced("the SEAL came before");
+        }
         if kind.name().is_none() || matches!(kind, Kind::PROGRESS) {
             return Ok(Step::Skipped);
         }
-        if self.summed && kind != Kind::COMMIT {
+        if self.summed && !matches!(kind, Kind::COMMIT | Kind::SEAL) {
             return misplaced("the SUM came before");
         }
         Ok(match kind {
@@ -184,6 +196,11 @@ impl Order {
                 self.summed = true;
                 Step::Sum
             }
+            Kind::SEAL if self.summed && !self.committed => {
+                self.sealed = true;
+                Step::Sealed(Seal::decode(payload))
+            }
+            Kind::SEAL => return misplaced("the SUM has not come"),
             Kind::FLUSH => Step::Flush,
             Kind::COMMIT if self.summed && !self.committed => {
                 self.committed = true;

@@ -60,6 +60,8 @@ bitflags::bitflags! {
     pub struct PrefaceFlags: u32 {
         /// A saved stream: no peer answers, and nothing follows SUM.
         const STORED = 1 << 0;
+        /// A saved stream that ends with a SEAL; without it, it is not whole. Old readers ignore this.
+        const SEALED = 1 << 16;
         const _ = !0;
     }
 }

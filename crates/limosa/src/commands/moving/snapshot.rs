@@ -1,7 +1,7 @@
 //! `limosa save` and `limosa load`: devices to a file and from one.
 
 use limosa_migrate::stream::Damage;
-use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Nobody, Options, Received};
+use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Nobody, Options, Received, SnapshotFile};
 
 use super::ended::{Notes, broken, print, settled};
 use super::{cancel_on_signal, destination, source};
@@ -23,7 +23,8 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), Options::default());
     let moved = side.moved();
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
-    let outcome = source(&moved, &Nobody, &progress, &options, &cancel).save(&args.file, after);
+    let outcome = source(&moved, &Nobody, &progress, &options, &cancel)
+        .save(&SnapshotFile::new(&args.file).replacing(true), after);
     drop(progress);
     settled(outcome, out)
 }
@@ -39,7 +40,8 @@ fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()>
         (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
     let moved = side.moved();
     let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
-    let received = destination(&moved, &progress, &options, &cancel, &ledger).load(&args.file, after);
+    let received = destination(&moved, &progress, &options, &cancel, &ledger)
+        .load(&SnapshotFile::new(&args.file), after);
     drop(progress);
     match received {
         Received::Runs(report) => print(out, "runs", &report),
