@@ -4,9 +4,11 @@
 mod args;
 mod commands;
 mod exit;
+mod guest;
 mod held;
 mod hold;
 mod links;
+mod memory;
 mod moves;
 mod open;
 mod output;

@@ -1,21 +1,60 @@
-//! What one side of a move has: the devices that a user named, open, in their order.
+//! What one side of a move has: the devices and the guest memory that a user named, open, in their order.
 
 use limosa_migrate::MovedDevice;
 
+use crate::args::{Memory, Stopping};
 use crate::exit::{self, Code};
+use crate::memory::{self, DestinationPages, OpenMemory, SourcePages};
 use crate::open::{self, Opened, Opening};
 
 /// One side of a move.
 pub struct Side {
     devices: Vec<Opened>,
+    memory: Vec<OpenMemory>,
 }
 
 impl Side {
-    /// Opens all that was named on this side.
-    pub fn open(opening: Opening, names: &[&str]) -> anyhow::Result<Side> {
-        all_different(names)?;
-        let devices = names.iter().map(|name| opening.open(name)).collect::<anyhow::Result<_>>()?;
-        Ok(Side { devices })
+    /// Opens all that is moved from here.
+    pub fn source(
+        opening: Opening,
+        names: &[&str],
+        memory: &[Memory],
+        stopping: &Stopping,
+    ) -> anyhow::Result<Side> {
+        if !memory.is_empty() && !stopping.stops_the_guest() && !stopping.guest_stopped {
+            let what = "--memory: what the guest writes while the rest of it is moved would be lost; expected --stop-with \
+                        PID or --on-stop COMMAND, which stop the guest, or --guest-stopped if it stands still already";
+            return Err(exit::error(Code::Usage, what));
+        }
+        Ok(Side { devices: open_all(opening, names)?, memory: memory::open(memory, OpenMemory::source)? })
+    }
+
+    /// Opens all that something is moved to.
+    pub fn destination(opening: Opening, names: &[&str], memory: &[Memory]) -> anyhow::Result<Side> {
+        Ok(Side {
+            devices: open_all(opening, names)?,
+            memory: memory::open(memory, OpenMemory::destination)?,
+        })
+    }
+
+    /// Devices alone, that were moved.
+    pub fn moved_before(opening: Opening, names: &[&str]) -> anyhow::Result<Side> {
+        Ok(Side { devices: open_all(opening, names)?, memory: Vec::new() })
+    }
+
+    /// The parts of memory, in the order of their addresses.
+    pub fn memory(&self) -> &[OpenMemory] {
+        &self.memory
+    }
+
+    /// The memory, to be read.
+    pub fn source_pages(&self, stopping: &Stopping) -> anyhow::Result<SourcePages> {
+        SourcePages::new(&self.memory, !stopping.guest_stopped)
+    }
+
+    /// The memory, to be written.
+    pub fn destination_pages(&self) -> anyhow::Result<DestinationPages> {
+        DestinationPages::new(&self.memory)
     }
 
     /// The devices, as the engine takes them.
@@ -30,9 +69,16 @@ impl Side {
 
     /// What is on this side, for messages.
     pub fn name(&self) -> String {
-        let names: Vec<_> = self.devices.iter().map(Opened::given).collect();
-        names.join(", ")
+        match self.devices.as_slice() {
+            [] => "the guest's memory".into(),
+            devices => devices.iter().map(Opened::given).collect::<Vec<_>>().join(", "),
+        }
     }
+}
+
+fn open_all(opening: Opening, names: &[&str]) -> anyhow::Result<Vec<Opened>> {
+    all_different(names)?;
+    names.iter().map(|name| opening.open(name)).collect()
 }
 
 /// Refuses one device under two names, or named twice.

@@ -54,6 +54,7 @@ mod destination;
 mod devices;
 mod dirty;
 mod error;
+mod fingerprint;
 mod inspect;
 mod ledger;
 pub mod link;
@@ -73,6 +74,7 @@ pub use convergence::{Convergence, Round, WhenStalled};
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
 pub use error::{Error, Result};
+pub use fingerprint::{FingerprintKey, FingerprintLog, Fingerprinted};
 pub use inspect::{
     DamageReport, FrameCount, InspectedSection, Inspection, Verified, inspect, inspect_file,
     inspect_snapshot, verify,

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod guest;
 mod moving;
 mod values;
 
@@ -10,6 +11,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use limosa_protocol::State;
 
 use crate::exit;
+pub use guest::{Memory, Starting, Stopping};
 pub use moving::{
     Answer, Decided, Link, Load, Migrate, Moving, Receive, Resolve, Save, Send, Tls, WhenStalled,
 };
@@ -96,7 +98,9 @@ fn with_notes(command: clap::Command) -> clap::Command {
     let takes_devices = command.get_name() == "limosa"
         || command.get_arguments().any(|argument| argument.get_long().is_none() && is_device(argument));
     let devices = takes_devices.then(|| DEVICES.to_owned());
-    let notes: Vec<_> = own.into_iter().chain(devices).chain([exit::HELP.to_owned()]).collect();
+    let takes_memory = command.get_arguments().any(|argument| argument.get_id() == "memory");
+    let memory = (takes_memory && command.get_name() != "demo").then(|| guest::MEMORY.to_owned());
+    let notes: Vec<_> = own.into_iter().chain(devices).chain(memory).chain([exit::HELP.to_owned()]).collect();
     command.after_help(notes.join("\n\n")).mut_subcommands(with_notes)
 }
 

@@ -6,13 +6,14 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use super::Hold;
+use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
 use super::values::{bytes, milliseconds, seconds};
 
 /// The devices of one side.
 #[derive(Debug, Args)]
 pub struct Devices {
     /// The device; others are named with --device.
-    #[arg(value_name = "DEVICE", required_unless_present = "more")]
+    #[arg(value_name = "DEVICE", required_unless_present_any = ["more", "memory"])]
     pub device: Option<String>,
 
     /// A further device; many times. All of them move as one, and the first here becomes the first there, the
@@ -43,6 +44,12 @@ pub struct Save {
     pub stop: bool,
 
     #[command(flatten)]
+    pub memory: SourceMemory,
+
+    #[command(flatten)]
+    pub stopping: Stopping,
+
+    #[command(flatten)]
     pub hold: Hold,
 }
 
@@ -58,6 +65,12 @@ pub struct Load {
     /// Leave the devices stopped.
     #[arg(long)]
     pub stop: bool,
+
+    #[command(flatten)]
+    pub memory: DestinationMemory,
+
+    #[command(flatten)]
+    pub starting: Starting,
 
     #[command(flatten)]
     pub hold: Hold,
@@ -93,7 +106,7 @@ pub enum WhenStalled {
 #[derive(Debug, Args)]
 pub struct Migrate {
     /// The device to move from.
-    #[arg(value_name = "SRC", required_unless_present = "more", requires = "destination")]
+    #[arg(value_name = "SRC", required_unless_present_any = ["more", "memory"], requires = "destination")]
     pub source: Option<String>,
 
     /// The device to move to.
@@ -106,6 +119,15 @@ pub struct Migrate {
 
     #[command(flatten)]
     pub moving: Moving,
+
+    #[command(flatten)]
+    pub memory: MemoryPairs,
+
+    #[command(flatten)]
+    pub stopping: Stopping,
+
+    #[command(flatten)]
+    pub starting: Starting,
 
     #[command(flatten)]
     pub hold: Hold,
@@ -138,6 +160,12 @@ pub struct Send {
     /// Send no more than this each second.
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub bandwidth: Option<u64>,
+
+    #[command(flatten)]
+    pub memory: SourceMemory,
+
+    #[command(flatten)]
+    pub stopping: Stopping,
 
     #[command(flatten)]
     pub link: Link,
@@ -194,6 +222,12 @@ pub struct Receive {
     /// Seconds to wait for a sender.
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
     pub wait: Duration,
+
+    #[command(flatten)]
+    pub memory: DestinationMemory,
+
+    #[command(flatten)]
+    pub starting: Starting,
 
     #[command(flatten)]
     pub link: Link,

@@ -65,7 +65,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
         let what = format!("{name}: move {id} is of {}; expected one of these", names.join(", "));
         return Err(exit::error(Code::Usage, what));
     }
-    let side = Side::open(opening, &names)?;
+    let side = Side::moved_before(opening, &names)?;
     let name = side.name();
     let doubt = InDoubt::recover(id);
     let outcome = match args.decide {

@@ -6,6 +6,7 @@ use limosa_migrate::{Error, InDoubt, Outcome, Report};
 use serde::Serialize;
 
 use crate::exit::{self, Code};
+use crate::guest::Guest;
 use crate::output::Output;
 
 #[derive(Serialize)]
@@ -20,10 +21,12 @@ pub fn print(out: &Output, outcome: &str, report: &Report) -> anyhow::Result<()>
 }
 
 /// What an ended move gives.
-pub fn settled(outcome: Outcome, out: &Output) -> anyhow::Result<()> {
+pub fn settled(outcome: Outcome, guest: &Guest<'_>, out: &Output) -> anyhow::Result<()> {
     match outcome {
-        Outcome::Moved(report) => print(out, "moved", &report),
-        Outcome::Undone { why, report } => {
+        // After a save the guest runs on.
+        Outcome::Moved(report) => print(out, "moved", &report).and(started(guest)),
+        Outcome::Undone { why, mut report } => {
+            report.notes.extend(guest.failures());
             let notes = Notes(&report.notes).to_string();
             let source = match notes.as_str() {
                 "" => "the source is as it was before",
@@ -31,7 +34,15 @@ pub fn settled(outcome: Outcome, out: &Output) -> anyhow::Result<()> {
             };
             Err(anyhow::Error::from(why).context(format!("{source}{notes}")))
         }
-        Outcome::InDoubt(doubt) => Err(in_doubt("the source", &doubt)),
+        Outcome::InDoubt(doubt) => Err(in_doubt("the source", &doubt, guest)),
+    }
+}
+
+/// Whether the guest goes on as asked where its devices do.
+pub fn started(guest: &Guest<'_>) -> anyhow::Result<()> {
+    match guest.failures().as_slice() {
+        [] => Ok(()),
+        failures => Err(exit::error(Code::Failed, failures.join("; "))),
     }
 }
 
@@ -44,13 +55,14 @@ impl fmt::Display for Notes<'_> {
     }
 }
 
-pub fn in_doubt(device: &str, doubt: &InDoubt) -> anyhow::Error {
+pub fn in_doubt(device: &str, doubt: &InDoubt, guest: &Guest<'_>) -> anyhow::Error {
+    let processes = guest.what_stays_stopped();
     exit::error(
         Code::InDoubt,
         format!(
             "{device} is stopped and in doubt: {}. The destination may run move {}; `limosa resolve` asks it again. \
              Look there if nobody can answer: if it runs, leave this device stopped; only if it does not, \
-             and never will, set this one to RUNNING (`limosa resolve --decide` does either)",
+             and never will, set this one to RUNNING (`limosa resolve --decide` does either){processes}",
             doubt.why, doubt.id
         ),
     )

@@ -2,9 +2,10 @@
 
 use limosa_migrate::{Error, Ledger, Nobody, Outcome, Received, move_local};
 
-use super::ended::{broken, settled};
-use super::{cancel_on_signal, destination, options, source};
+use super::ended::{broken, settled, started};
+use super::{cancel_on_signal, destination, memory, options, source};
 use crate::args;
+use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::open::Opening;
 use crate::output::Output;
@@ -14,7 +15,10 @@ use crate::side::{self, Side};
 pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let (from, to) = (args.sources(), args.destinations());
     side::all_different(&[&from[..], &to[..]].concat())?;
-    let (from, to) = (Side::open(opening, &from)?, Side::open(opening, &to)?);
+    let (memory_from, memory_to) = (args.memory.from(), args.memory.to());
+    let from = Side::source(opening, &from, &memory_from, &args.stopping)?;
+    let to = Side::destination(opening, &to, &memory_to)?;
+    crate::memory::different(from.memory(), to.memory())?;
     let done = between(&from, &to, args, out);
     hold::end(done, to.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -22,9 +26,13 @@ pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::
 fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), options(&args.moving));
     let (here, there) = (from.moved(), to.moved());
-    let mut source = source(&here, &Nobody, &progress, &options, &cancel);
-    let ledger = Ledger::new();
-    let destination = destination(&there, &Nobody, &options, &cancel, &ledger);
+    let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
+    let mut log = pages.log();
+    let guest = Guest::source(&args.stopping, None)?;
+    let mut source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, &cancel);
+    let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
+    let guest_there = Guest::destination(&args.starting);
+    let destination = destination(&there, &regions, &guest_there, &Nobody, &options, &cancel, &ledger);
     let (outcome, received) = move_local(&mut source, &destination);
     drop(progress);
     match (outcome, received) {
@@ -33,8 +41,8 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
             report.notes.extend(there.notes);
             // What was called off there is known here at first hand.
             let why = if matches!(why, Error::Aborted { .. }) { why_there } else { why };
-            settled(Outcome::Undone { why, report }, out)
+            settled(Outcome::Undone { why, report }, &guest, out)
         }
-        (outcome, _) => settled(outcome, out),
+        (outcome, _) => settled(outcome, &guest, out).and(started(&guest_there)),
     }
 }

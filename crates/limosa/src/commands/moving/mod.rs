@@ -8,10 +8,13 @@ mod snapshot;
 
 use anyhow::Context;
 use limosa_migrate::{
-    Cancel, Destination, Ledger, Memory, MovedDevice, Nobody, Observer, Options, Source, Vmm, WhenStalled,
+    Cancel, Destination, DirtyLog, FilePages, FingerprintLog, Ledger, Memory, MemoryRegion, MovedDevice,
+    Observer, Options, Source, Vmm, WhenStalled,
 };
 
 use crate::args;
+use crate::memory::SourcePages;
+use crate::side::Side;
 use crate::signals;
 
 pub use migrate::migrate;
@@ -47,22 +50,35 @@ fn over_link(options: Options, link: &args::Link) -> Options {
     Options { silence_max: link.silence, commit_max: link.silence, ..options }
 }
 
+/// The pages and the log are separate so that both outlive what is made of them.
+fn memory<'a>(
+    side: &Side,
+    pages: &'a SourcePages,
+    log: &'a mut Option<FingerprintLog<'a, FilePages>>,
+) -> Memory<'a> {
+    let log = log.as_mut().map(|log| log as &mut dyn DirtyLog);
+    Memory { regions: pages.regions(side.memory()), log, sources: Vec::new() }
+}
+
 fn source<'a>(
     devices: &'a [MovedDevice<'a>],
+    memory: Memory<'a>,
     vmm: &'a dyn Vmm,
     observer: &'a dyn Observer,
     options: &'a Options,
     cancel: &'a Cancel,
 ) -> Source<'a> {
-    Source { devices, memory: Memory::default(), vmm, observer, options, cancel: Some(cancel) }
+    Source { devices, memory, vmm, observer, options, cancel: Some(cancel) }
 }
 
 fn destination<'a>(
     devices: &'a [MovedDevice<'a>],
+    memory: &'a [MemoryRegion<'a>],
+    vmm: &'a dyn Vmm,
     observer: &'a dyn Observer,
     options: &'a Options,
     cancel: &'a Cancel,
     ledger: &'a Ledger,
 ) -> Destination<'a> {
-    Destination { devices, memory: &[], vmm: &Nobody, observer, options, cancel: Some(cancel), ledger }
+    Destination { devices, memory, vmm, observer, options, cancel: Some(cancel), ledger }
 }

@@ -7,10 +7,11 @@ use limosa_migrate::link::{Link, LinkError, Listener, SocketLink, Wait};
 use limosa_migrate::stream::Damage;
 use limosa_migrate::{Cancel, Destination, Error, Phase, Received, Report};
 
-use super::ended::{self, Notes, broken};
+use super::ended::{self, Notes, broken, started};
 use super::{cancel_on_signal, destination, over_link};
 use crate::args;
 use crate::exit::{self, Code};
+use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::links::{self, Links};
 use crate::moves::Moves;
@@ -20,7 +21,7 @@ use crate::progress::Progress;
 use crate::side::Side;
 
 pub fn receive(args: &args::Receive, opening: Opening, out: &Output) -> anyhow::Result<()> {
-    let side = Side::open(opening, &args.devices.names())?;
+    let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
     let done = wait_and_take(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -31,7 +32,9 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let (options, ledger) = (over_link(limosa_migrate::Options::default(), &args.link), moves.ledger()?);
     let moved = side.moved();
-    let destination = destination(&moved, &progress, &options, &cancel, &ledger);
+    let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
+    let regions = pages.regions(side.memory());
+    let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
     out.say(&format!("listening on {}", listener.address()));
     let door = Door { links, listener, silence: args.link.silence, cancel: &cancel };
     let mut wait = Waiting { began: Instant::now(), limit: args.wait, strangers: 0 };
@@ -57,7 +60,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                     door.answer(&destination);
                 }
                 drop(progress);
-                ended::print(out, "runs", &report)
+                ended::print(out, "runs", &report).and(started(&guest))
             }
             Received::Stopped(report) => ended::print(out, "stopped", &report),
             // A source of an earlier move; the one that is waited for is still to come.

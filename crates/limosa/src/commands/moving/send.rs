@@ -7,8 +7,9 @@ use limosa_migrate::Outcome;
 use limosa_migrate::link::LinkError;
 
 use super::ended::{in_doubt, settled};
-use super::{cancel_on_signal, options, over_link, source};
+use super::{cancel_on_signal, memory, options, over_link, source};
 use crate::args;
+use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::links::{self, Links};
 use crate::moves::{Moves, Sending};
@@ -21,7 +22,7 @@ use crate::side::Side;
 const ASK_EVERY: Duration = Duration::from_millis(500);
 
 pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result<()> {
-    let side = Side::open(opening, &args.devices.names())?;
+    let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
     let done = over(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
 }
@@ -37,32 +38,35 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
     let sending = Sending { moves: &moves, devices, to: address.to_string(), tls: links.are_tls() };
-    let mut source = source(&moved, &sending, &progress, &options, &cancel);
+    let guest = Guest::source(&args.stopping, Some(sending))?;
+    let pages = side.source_pages(&args.stopping)?;
+    let mut log = pages.log();
+    let mut source = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
     let mut outcome = source.send(&link);
     drop(link);
     let began = Instant::now();
     while let Outcome::InDoubt(doubt) = outcome {
         tracing::warn!("in doubt: {}; asking {address} what became of move {}", doubt.why, doubt.id);
         let Some(left) = args.link.silence.checked_sub(began.elapsed()) else {
-            return Err(in_doubt(&side.name(), &doubt));
+            return Err(in_doubt(&side.name(), &doubt, &guest));
         };
         outcome = match links.connect(&address, left, Some(&cancel)) {
             Ok(link) => source.resolve(doubt, &link),
             // Nobody is there to be asked, now or later.
-            Err(error) if nobody_listens(&error) => return Err(in_doubt(&side.name(), &doubt)),
+            Err(error) if nobody_listens(&error) => return Err(in_doubt(&side.name(), &doubt, &guest)),
             Err(_) => Outcome::InDoubt(doubt),
         };
         if let Outcome::InDoubt(doubt) = &outcome
             && cancel.wait(ASK_EVERY)
         {
-            return Err(in_doubt(&side.name(), doubt));
+            return Err(in_doubt(&side.name(), doubt, &guest));
         }
     }
     drop(progress);
     if let Outcome::Moved(report) | Outcome::Undone { report, .. } = &outcome {
         moves.forget(&report.id);
     }
-    settled(outcome, out)
+    settled(outcome, &guest, out)
 }
 
 fn nobody_listens(error: &LinkError) -> bool {

@@ -1,11 +1,12 @@
 //! `limosa save` and `limosa load`: devices to a file and from one.
 
 use limosa_migrate::stream::Damage;
-use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Nobody, Options, Received, SnapshotFile};
+use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Options, Received, SnapshotFile};
 
-use super::ended::{Notes, broken, print, settled};
-use super::{cancel_on_signal, destination, source};
+use super::ended::{Notes, broken, print, settled, started};
+use super::{cancel_on_signal, destination, memory, source};
 use crate::args;
+use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::open::Opening;
 use crate::output::Output;
@@ -13,7 +14,7 @@ use crate::progress::Progress;
 use crate::side::Side;
 
 pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result<()> {
-    let side = Side::open(opening, &args.devices.names())?;
+    let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
     let done = to_file(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, leaves, out)
@@ -23,14 +24,17 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), Options::default());
     let moved = side.moved();
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
-    let outcome = source(&moved, &Nobody, &progress, &options, &cancel)
-        .save(&SnapshotFile::new(&args.file).replacing(true), after);
+    let (guest, pages) = (Guest::source(&args.stopping, None)?, side.source_pages(&args.stopping)?);
+    let mut log = pages.log();
+    let memory = memory(side, &pages, &mut log);
+    let place = SnapshotFile::new(&args.file).replacing(true);
+    let outcome = source(&moved, memory, &guest, &progress, &options, &cancel).save(&place, after);
     drop(progress);
-    settled(outcome, out)
+    settled(outcome, &guest, out)
 }
 
 pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result<()> {
-    let side = Side::open(opening, &args.devices.names())?;
+    let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
     let done = from_file(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -40,11 +44,13 @@ fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()>
         (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
     let moved = side.moved();
     let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
-    let received = destination(&moved, &progress, &options, &cancel, &ledger)
-        .load(&SnapshotFile::new(&args.file), after);
+    let (guest, pages) = (Guest::destination(&args.starting), side.destination_pages()?);
+    let regions = pages.regions(side.memory());
+    let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
+    let received = destination.load(&SnapshotFile::new(&args.file), after);
     drop(progress);
     match received {
-        Received::Runs(report) => print(out, "runs", &report),
+        Received::Runs(report) => print(out, "runs", &report).and(started(&guest)),
         Received::Stopped(report) => print(out, "stopped", &report),
         Received::Discarded { why, report } => {
             let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes).to_string());

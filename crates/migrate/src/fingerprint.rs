@@ -1,0 +1,282 @@
+//! Which pages have changed, of memory whose writers nobody logs: another process, a KVM guest whose log is somebody
+//! else's, a device without DMA logging. Each page that is read to be sent leaves a fingerprint; a harvest reads all
+//! of the memory and compares.
+//!
+//! # Why no page is lost
+//!
+//! The fingerprint is of the very bytes that were sent, not of the page a moment before or after. So whatever the other
+//! side has is known, and a page that holds something else when its writers have stopped differs from it.
+//!
+//! A fingerprint is two sums of NH, the hash of UMAC (Black, Halevi, Krawczyk, Krovetz, Rogaway: *UMAC: Fast and Secure
+//! Message Authentication*, CRYPTO 1999), under two independent keys that are drawn for each move. For any two different
+//! pages the probability that one sum is equal is at most 2^-32, whatever the pages hold (their theorem 1), so that both
+//! are with at most 2^-64: a guest that does not know the keys cannot write pages that are taken for equal.
+//!
+//! # What it costs
+//!
+//! 16 bytes for a page, 4 MiB for a GiB of memory; and at every harvest, the one after the stop too, the time that it
+//! takes to read all of the memory, which is a fraction of what sending it would take.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use limosa_protocol::bitmap::DirtyBitmap;
+
+use crate::memory::{DirtyLog, GuestPages, PAGE_BYTES};
+
+/// Bytes that are read and compared at once: what a processor keeps close.
+const PIECE_BYTES: u64 = 256 << 10;
+/// The most threads that compare.
+const THREADS_MAX: usize = 8;
+
+/// Words of a page.
+const WORDS: usize = (PAGE_BYTES / 8) as usize;
+
+/// What the fingerprints of a move depend on, and nobody else may know.
+#[derive(Clone)]
+pub struct FingerprintKey {
+    keys: std::sync::Arc<[[u64; WORDS]; 2]>,
+}
+
+impl FingerprintKey {
+    /// A key that was never used. Fails when the system gives no random numbers.
+    pub fn random() -> io::Result<FingerprintKey> {
+        let mut bytes = vec![0; 2 * PAGE_BYTES as usize];
+        let mut filled = 0;
+        while filled < bytes.len() {
+            let flags = rustix::rand::GetRandomFlags::empty();
+            filled += rustix::io::retry_on_intr(|| rustix::rand::getrandom(&mut bytes[filled..], flags))?;
+        }
+        let mut keys = [[0; WORDS]; 2];
+        for (key, word) in keys.as_flattened_mut().iter_mut().zip(bytes.as_chunks().0) {
+            *key = u64::from_le_bytes(*word);
+        }
+        Ok(FingerprintKey { keys: std::sync::Arc::new(keys) })
+    }
+
+    /// The fingerprint of one page.
+    fn of(&self, page: &[u8]) -> [u64; 2] {
+        let [one, other] = &*self.keys;
+        let (mut sums, words) = ([0_u64; 2], page.as_chunks::<8>().0);
+        for ((word, one), other) in words.iter().zip(one).zip(other) {
+            let word = u64::from_le_bytes(*word);
+            sums[0] = sums[0].wrapping_add(nh(word, *one));
+            sums[1] = sums[1].wrapping_add(nh(word, *other));
+        }
+        sums
+    }
+}
+
+impl std::fmt::Debug for FingerprintKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FingerprintKey")
+    }
+}
+
+/// NH of two 32-bit halves.
+fn nh(word: u64, key: u64) -> u64 {
+    let half = |word: u64, key: u64| u64::from((word as u32).wrapping_add(key as u32));
+    half(word, key).wrapping_mul(half(word >> 32, key >> 32))
+}
+
+/// Pages of a region that remember what was read of them. The engine reads pages in order to send them, and for
+/// nothing else.
+pub struct Fingerprinted<P> {
+    pages: P,
+    bytes: u64,
+    key: FingerprintKey,
+    prints: Vec<[AtomicU64; 2]>,
+}
+
+impl<P: GuestPages> Fingerprinted<P> {
+    /// Around the pages of a region of so many bytes, whole pages. Fails when there is no room for the fingerprints.
+    pub fn new(pages: P, bytes: u64, key: &FingerprintKey) -> io::Result<Fingerprinted<P>> {
+        let count =
+            usize::try_from(bytes / PAGE_BYTES).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let mut prints = Vec::new();
+        prints.try_reserve_exact(count).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        prints.resize_with(count, Default::default);
+        Ok(Fingerprinted { pages, bytes, key: key.clone(), prints })
+    }
+
+    /// Marks every page that holds something else than what was read of it last.
+    fn compare(&self, dirty: &DirtyBitmap) -> io::Result<()> {
+        let next = AtomicU64::new(0);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
+        let pieces = usize::try_from(self.bytes.div_ceil(PIECE_BYTES)).unwrap_or(usize::MAX);
+        std::thread::scope(|scope| {
+            let work = || self.compare_pieces(&next, dirty);
+            let others: Vec<_> = (1..threads.min(pieces)).map(|_| scope.spawn(work)).collect();
+            let mine = work();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, io::Result<()>>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            others.into_iter().map(join).fold(mine, io::Result::and)
+        })
+    }
+
+    /// Takes pieces that no other thread has taken, until there are none.
+    fn compare_pieces(&self, next: &AtomicU64, dirty: &DirtyBitmap) -> io::Result<()> {
+        let mut buffer = vec![0; PIECE_BYTES.min(self.bytes) as usize];
+        loop {
+            let at = next.fetch_add(PIECE_BYTES, Ordering::Relaxed);
+            if at >= self.bytes {
+                return Ok(());
+            }
+            let piece = &mut buffer[..PIECE_BYTES.min(self.bytes - at) as usize];
+            self.pages.read(at, piece)?;
+            let first = at / PAGE_BYTES;
+            for (page, bytes) in (first..).zip(piece.chunks_exact(PAGE_BYTES as usize)) {
+                let sent = self.prints[page as usize].each_ref().map(|sum| sum.load(Ordering::Relaxed));
+                if sent != self.key.of(bytes) {
+                    dirty.set(page);
+                }
+            }
+        }
+    }
+}
+
+impl<P> std::fmt::Debug for Fingerprinted<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fingerprinted").field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
+impl<P: GuestPages> GuestPages for Fingerprinted<P> {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        if !offset.is_multiple_of(PAGE_BYTES) || !into.len().is_multiple_of(PAGE_BYTES as usize) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "whole pages are to be read"));
+        }
+        self.pages.read(offset, into)?;
+        let prints = self.prints.iter().skip((offset / PAGE_BYTES) as usize);
+        for (print, page) in prints.zip(into.chunks_exact(PAGE_BYTES as usize)) {
+            for (stored, sum) in print.iter().zip(self.key.of(page)) {
+                stored.store(sum, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        self.pages.write(offset, from)
+    }
+
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.pages.zero(offset, bytes)
+    }
+}
+
+/// The log of all regions of a move, in their order. Between the last harvest's begin and the end of the move nobody
+/// may write: stop whoever does in [`Vmm::stop`](crate::Vmm::stop).
+#[derive(Debug)]
+pub struct FingerprintLog<'a, P> {
+    /// The regions' pages.
+    pub regions: Vec<&'a Fingerprinted<P>>,
+}
+
+impl<P: GuestPages + Send> DirtyLog for FingerprintLog<'_, P> {
+    fn start(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn harvest(&mut self, region: usize, dirty: &DirtyBitmap) -> io::Result<()> {
+        self.regions.get(region).ok_or(io::ErrorKind::NotFound)?.compare(dirty)
+    }
+
+    fn stop(&mut self) {}
+
+    /// Whoever wrote a page, it differs.
+    fn covers_devices(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    struct Bytes(Mutex<Vec<u8>>);
+
+    impl GuestPages for Bytes {
+        fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+            into.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..into.len()]);
+            Ok(())
+        }
+
+        fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+            self.0.lock().unwrap()[offset as usize..][..from.len()].copy_from_slice(from);
+            Ok(())
+        }
+    }
+
+    fn pages(count: usize) -> Fingerprinted<Bytes> {
+        let bytes = count * PAGE_BYTES as usize;
+        let key = FingerprintKey::random().unwrap();
+        Fingerprinted::new(Bytes(Mutex::new(vec![7; bytes])), bytes as u64, &key).unwrap()
+    }
+
+    fn dirty(pages: &Fingerprinted<Bytes>) -> Vec<(u64, u64)> {
+        let dirty = DirtyBitmap::new(pages.prints.len() as u64).unwrap();
+        FingerprintLog { regions: vec![pages] }.harvest(0, &dirty).unwrap();
+        dirty.runs().collect()
+    }
+
+    #[test]
+    fn a_bit_that_changes_anywhere_in_a_page_is_seen_and_one_that_changes_back_is_not() {
+        let pages = pages(200);
+        let mut all = vec![0; 200 * PAGE_BYTES as usize];
+        pages.read(0, &mut all).unwrap();
+        assert!(dirty(&pages).is_empty());
+        for at in [0, 1, 7, 8, 4095, 4096, 300_000, 200 * 4096 - 1] {
+            let value = pages.pages.0.lock().unwrap()[at];
+            for bit in 0..8 {
+                pages.write(at as u64, &[value ^ (1 << bit)]).unwrap();
+                assert_eq!(dirty(&pages), [(at as u64 / PAGE_BYTES, 1)], "byte {at}, bit {bit}");
+            }
+            pages.write(at as u64, &[value]).unwrap();
+            assert!(dirty(&pages).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_page_that_changed_after_it_was_sent_is_dirty_also_when_it_changed_back_and_was_sent_in_between() {
+        let pages = pages(2);
+        let mut page = vec![0; PAGE_BYTES as usize];
+        pages.read(0, &mut page).unwrap();
+        pages.read(PAGE_BYTES, &mut page).unwrap();
+        // What was sent last counts, not what was sent first.
+        pages.write(0, &[1]).unwrap();
+        pages.read(0, &mut page).unwrap();
+        pages.write(0, &[7]).unwrap();
+        assert_eq!(dirty(&pages), [(0, 1)]);
+    }
+
+    #[test]
+    fn words_that_change_places_or_cancel_out_are_seen() {
+        let pages = pages(1);
+        let mut page: Vec<u8> = (0..PAGE_BYTES).map(|at| (at / 8) as u8).collect();
+        pages.write(0, &page).unwrap();
+        let mut read = vec![0; page.len()];
+        pages.read(0, &mut read).unwrap();
+        page.swap(0, 8);
+        pages.write(0, &page).unwrap();
+        assert_eq!(dirty(&pages), [(0, 1)]);
+        page.swap(0, 8);
+        page.rotate_left(8);
+        pages.write(0, &page).unwrap();
+        assert_eq!(dirty(&pages), [(0, 1)]);
+        page.rotate_right(8);
+        (page[0], page[8]) = (page[0] + 1, page[8] - 1);
+        pages.write(0, &page).unwrap();
+        assert_eq!(dirty(&pages), [(0, 1)]);
+    }
+
+    #[test]
+    fn two_moves_have_different_keys_and_pages_that_were_never_read_are_dirty() {
+        let (one, other) = (FingerprintKey::random().unwrap(), FingerprintKey::random().unwrap());
+        assert_ne!(one.of(&[1; 4096]), other.of(&[1; 4096]));
+        assert_eq!(dirty(&pages(3)), [(0, 3)]);
+    }
+}
