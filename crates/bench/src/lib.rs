@@ -21,4 +21,4 @@ pub use cases::{Subject, run};
 pub use child::{pin_to_one_core, run_if_child};
 pub use kernel::run_kernel;
 pub use measure::Timing;
-pub use table::{Figure, print};
+pub use table::{Figure, print, print_head};

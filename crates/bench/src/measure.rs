@@ -39,14 +39,22 @@ pub struct Timing {
 /// Turns that every contender gets; the first is not counted.
 const TURNS: u32 = 16;
 
+/// Turns that are counted however long an operation takes: the fewest that have a middle.
+const TURNS_MIN: u32 = 3;
+
 /// The most operations timed for each contender in one turn: bounds memory, not accuracy.
 const OPERATIONS_PER_TURN_MAX: usize = 1 << 16;
 
-/// Times each contender for about `each`, in turns.
+/// Times each contender for about `each`, in turns; for longer only where three operations take longer.
 pub fn in_turns(contenders: &mut [Contender<'_>], each: Duration) -> anyhow::Result<Vec<Timing>> {
     let mut samples = vec![Vec::new(); contenders.len()];
+    let mut used = vec![Duration::ZERO; contenders.len()];
     for turn in 0..=TURNS {
-        for (contender, samples) in contenders.iter_mut().zip(&mut samples) {
+        // One whose operations are longer than its share of a turn is done before the others are.
+        if turn > TURNS_MIN && used.iter().any(|used| *used >= each) {
+            break;
+        }
+        for ((contender, samples), used) in contenders.iter_mut().zip(&mut samples).zip(&mut used) {
             let began = Instant::now();
             let mut operations = 0;
             while operations < OPERATIONS_PER_TURN_MAX && (operations == 0 || began.elapsed() < each / TURNS)
@@ -60,6 +68,9 @@ pub fn in_turns(contenders: &mut [Contender<'_>], each: Duration) -> anyhow::Res
                 }
                 operations += 1;
             }
+            if turn > 0 {
+                *used += began.elapsed();
+            }
         }
     }
     Ok(contenders.iter().zip(samples).map(|(contender, samples)| timing(contender.name, samples)).collect())
@@ -67,7 +78,7 @@ pub fn in_turns(contenders: &mut [Contender<'_>], each: Duration) -> anyhow::Res
 
 fn timing(name: &'static str, mut samples: Vec<u64>) -> Timing {
     samples.sort_unstable();
-    let at = |percent: usize| samples[(samples.len() - 1) * percent / 100];
+    let at = |percent: usize| samples[(samples.len() * percent).div_ceil(100).max(1) - 1];
     Timing { name, best_ns: at(0), p50_ns: at(50), p99_ns: at(99), operations: samples.len() }
 }
 
@@ -94,7 +105,36 @@ mod tests {
         .unwrap();
         assert!(timings.iter().all(|t| t.best_ns <= t.p50_ns && t.p50_ns <= t.p99_ns));
         assert!(a > timings[0].operations && b > timings[1].operations, "the first turn is not counted");
-        assert!(timings.iter().all(|t| t.operations >= TURNS as usize));
+        assert!(timings.iter().all(|t| t.operations >= TURNS_MIN as usize));
+    }
+
+    #[test]
+    fn one_that_takes_longer_than_all_of_its_time_is_not_run_once_a_turn_for_that() {
+        let mut slow = 0;
+        let timings = in_turns(
+            &mut [
+                Contender::new("slow", || {
+                    slow += 1;
+                    std::thread::sleep(Duration::from_millis(2));
+                    Ok(())
+                }),
+                Contender::new("fast", || Ok(())),
+            ],
+            Duration::from_micros(1),
+        )
+        .unwrap();
+        assert_eq!((slow, timings[0].operations), (1 + TURNS_MIN, TURNS_MIN as usize));
+        assert!(timings[0].p50_ns <= timings[0].p99_ns && timings[1].operations > 0);
+    }
+
+    #[test]
+    fn of_few_samples_the_slowest_is_the_hundredth() {
+        let three = timing("three", vec![3, 1, 2]);
+        assert_eq!((three.best_ns, three.p50_ns, three.p99_ns), (1, 2, 3));
+        let one = timing("one", vec![5]);
+        assert_eq!((one.best_ns, one.p50_ns, one.p99_ns), (5, 5, 5));
+        let many = timing("many", (1..=1000).collect());
+        assert_eq!((many.p50_ns, many.p99_ns), (500, 990));
     }
 
     #[test]

@@ -34,12 +34,22 @@ impl Figure {
 
 /// Prints the table: medians, 99th percentiles, throughput, ratios to the floor.
 pub fn print(figures: &[Figure], to: &mut dyn Write) -> io::Result<()> {
-    writeln!(to, "{:<38} {:<10} {:>11} {:>11} {:>11} {:>9}", "", "", "median", "99 %", "GiB/s", "x floor")?;
-    for figure in figures {
-        let floor = figure.timings.get(1);
-        for (row, timing) in figure.timings.iter().enumerate() {
-            let what = if row == 0 { figure.what.as_str() } else { "" };
-            let rate = match figure.bytes {
+    print_head(to)?;
+    figures.iter().try_for_each(|figure| figure.print(to))
+}
+
+/// Prints the table's first line, for figures that are printed as they are done.
+pub fn print_head(to: &mut dyn Write) -> io::Result<()> {
+    writeln!(to, "{:<38} {:<10} {:>11} {:>11} {:>11} {:>9}", "", "", "median", "99 %", "GiB/s", "x floor")
+}
+
+impl Figure {
+    /// Prints its lines of the table.
+    pub fn print(&self, to: &mut dyn Write) -> io::Result<()> {
+        let floor = self.timings.get(1);
+        for (row, timing) in self.timings.iter().enumerate() {
+            let what = if row == 0 { self.what.as_str() } else { "" };
+            let rate = match self.bytes {
                 0 => String::new(),
                 bytes => format!("{:.2}", bytes as f64 / timing.p50_ns as f64 * 1e9 / f64::from(1 << 30)),
             };
@@ -53,8 +63,8 @@ pub fn print(figures: &[Figure], to: &mut dyn Write) -> io::Result<()> {
                 ratio.as_deref().unwrap_or("-"),
             )?;
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// A size as people read it.

@@ -34,6 +34,11 @@ impl Output {
         self.print(json, text)
     }
 
+    /// Prints a part of a result for people, when there is one.
+    pub fn text(&self, text: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> anyhow::Result<()> {
+        if self.json { Ok(()) } else { self.print(|_| Ok(()), text) }
+    }
+
     fn print(
         &self,
         json: impl FnOnce(&mut dyn Write) -> io::Result<()>,

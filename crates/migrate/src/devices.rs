@@ -181,16 +181,81 @@ fn print_ids(ids: &PciIds) -> String {
 /// Why the source's memory is not this one. Empty when it is.
 pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Vec<String> {
     let print = |facts: &MemoryFacts| format!("{:#x} bytes at {:#x}", facts.bytes, facts.address);
-    let same = |one: &MemoryFacts, other: &MemoryFacts| {
-        (one.id, one.address, one.bytes) == (other.id, other.address, other.bytes)
-    };
-    let missing = |of: &[MemoryFacts], among: &[MemoryFacts], side: &str| -> Vec<String> {
-        let lacks = |facts: &&MemoryFacts| !among.iter().any(|other| same(facts, other));
-        let say =
-            |facts: &MemoryFacts| format!("only the {side} has memory {} of {}", facts.id, print(facts));
-        of.iter().filter(lacks).map(say).collect()
-    };
-    let mut reasons = missing(source, here, "source");
-    reasons.extend(missing(here, source, "destination"));
+    let with = |among: &[MemoryFacts], id| among.iter().find(|facts| facts.id == id).copied();
+    let only =
+        |side, facts: &MemoryFacts| format!("only the {side} has memory {} of {}", facts.id, print(facts));
+    let mut reasons = Vec::new();
+    for theirs in source {
+        let (id, Some(mine)) = (theirs.id, with(here, theirs.id)) else {
+            reasons.push(only("source", theirs));
+            continue;
+        };
+        if (theirs.address, theirs.bytes) != (mine.address, mine.bytes) {
+            reasons.push(format!(
+                "memory {id}: the source has {}, the destination {}",
+                print(theirs),
+                print(&mine)
+            ));
+        }
+        if theirs.page_bytes != mine.page_bytes {
+            reasons.push(format!(
+                "memory {id}: the source has pages of {} bytes, the destination of {}",
+                theirs.page_bytes, mine.page_bytes
+            ));
+        }
+    }
+    let ours = here.iter().filter(|mine| with(source, mine.id).is_none());
+    reasons.extend(ours.map(|mine| only("destination", mine)));
+    // The source's own were looked at when its offer was read.
+    for (at, mine) in here.iter().enumerate() {
+        if let Some(other) = here[..at].iter().find(|other| other.id == mine.id || other.overlaps(mine)) {
+            reasons.push(format!(
+                "the destination's memory {} of {} and memory {} of {} cannot be one guest's",
+                other.id,
+                print(other),
+                mine.id,
+                print(mine)
+            ));
+        }
+    }
     reasons
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn part(id: u32, address: u64, bytes: u64) -> MemoryFacts {
+        MemoryFacts { id, address, bytes, page_bytes: 4096 }
+    }
+
+    #[test]
+    fn memory_maps_that_differ_are_told_apart_by_what_differs() {
+        let (low, high) = (part(0, 0, 0x8000), part(1, 1 << 32, 0x8000));
+        let refused = |source: &[MemoryFacts], here: &[MemoryFacts], expected: &[&str]| {
+            let reasons = compare_memory(source, here);
+            assert_eq!(reasons.len(), expected.len(), "{reasons:?}");
+            for (reason, expected) in reasons.iter().zip(expected) {
+                assert!(reason.contains(expected), "{expected}: {reason}");
+            }
+        };
+        refused(&[low, high], &[low, high], &[]);
+        refused(&[low, high], &[high, low], &[]);
+        refused(&[low, high], &[low], &["only the source has memory 1 of 0x8000 bytes at 0x100000000"]);
+        refused(&[low], &[low, high], &["only the destination has memory 1"]);
+        let longer = part(0, 0, 0x9000);
+        refused(&[low], &[longer], &["memory 0: the source has 0x8000 bytes at 0x0, the destination 0x9000"]);
+        let elsewhere = part(0, 0x1000, 0x8000);
+        refused(&[low], &[elsewhere], &["bytes at 0x0, the destination 0x8000 bytes at 0x1000"]);
+        let with_holes = [part(0, 0, 0x4000), part(1, 0x6000, 0x2000)];
+        refused(&[low], &with_holes, &["memory 0", "only the destination has memory 1"]);
+        let large = MemoryFacts { page_bytes: 65536, ..part(0, 0, 0x10000) };
+        let small = part(0, 0, 0x10000);
+        refused(&[large], &[small], &["pages of 65536 bytes, the destination of 4096"]);
+        let over = part(1, 0x7000, 0x8000);
+        refused(&[low, over], &[low, over], &["memory 0 of 0x8000 bytes at 0x0 and memory 1 of"]);
+        refused(&[low], &[low, low], &["cannot be one guest's"]);
+        let last = part(1, u64::MAX - 0xfff, 0x1000);
+        refused(&[low, last], &[low, last], &[]);
+    }
 }

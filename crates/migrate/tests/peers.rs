@@ -53,6 +53,16 @@ impl Peer {
         self.sequence += 1;
         self.bytes(&[&header.encode()[..], payload].concat())
     }
+    /// A frame whose header is whole and names a length that its kind cannot have.
+    fn lie_of_length(&mut self, kind: Kind, length: u32) {
+        let mut header = Header::new(Kind::PROGRESS, 0, 0, self.sequence, &[0; 8]).encode();
+        header[..2].copy_from_slice(&kind.0.to_le_bytes());
+        header[8..12].copy_from_slice(&length.to_le_bytes());
+        let checksum = crc32c::crc32c(&header[..28]);
+        header[28..].copy_from_slice(&checksum.to_le_bytes());
+        self.sequence += 1;
+        self.bytes(&header);
+    }
     /// The id of the other side's preface.
     fn read_id(&mut self) -> MigrationId {
         loop {
@@ -206,6 +216,92 @@ fn a_newer_stream_is_refused_by_name() {
 }
 
 #[test]
+fn an_offer_that_lies_is_refused_before_a_device_is_touched() {
+    let ends = ends();
+    let device = |id: u32| format!(r#"{{"id":{id},"name":"made up","flags":7}}"#);
+    let devices = |list: &[String]| format!(r#"{{"devices":[{}]}}"#, list.join(","));
+    let memory = |list: &str| format!(r#"{{"devices":[{}],"memory":[{list}]}}"#, device(7));
+    let part = |id: u32, address: u64, bytes: u64, page: u64| {
+        format!(r#"{{"id":{id},"address":{address},"bytes":{bytes},"page_bytes":{page}}}"#)
+    };
+    let many = |count: u32| devices(&(0..count).map(device).collect::<Vec<_>>());
+    for (expected, offer) in [
+        ("65 devices, the most is 64", many(65)),
+        ("the source has 64 devices, the destination 1", many(64)),
+        ("the source has 0 devices, the destination 1", many(0)),
+        ("two devices have the id 7", devices(&[device(7), device(7)])),
+        ("a name over 255 bytes", devices(&[device(7).replace("made up", &"n".repeat(256))])),
+        (
+            "257 regions, the most is 256",
+            devices(&[device(7).replace('}', &format!(r#","irqs":{:?}}}"#, [1; 257]))]),
+        ),
+        (
+            "made\u{fffd}[2Jup -> ",
+            devices(&[device(7).replace("made up", r#"made\u001b[2Jup","irqs":[9],"x":""#)]),
+        ),
+        ("only the source has memory 3", memory(&part(3, 0, 4096, 4096))),
+        (
+            "two memory regions have the id 1",
+            memory(&[part(1, 0, 4096, 4096), part(1, 1 << 20, 4096, 4096)].join(",")),
+        ),
+        ("overlap", memory(&[part(1, 0, 8192, 4096), part(2, 4096, 4096, 4096)].join(","))),
+        ("address 0xfffffffffffff000", memory(&part(0, u64::MAX - 4095, 8192, 4096))),
+        ("pages of 0 bytes", memory(&part(0, 0, 4096, 0))),
+        ("pages of 18446744073709551615 bytes", memory(&part(0, 0, 4096, u64::MAX))),
+        ("281474976714752 bytes", memory(&part(0, 0, (1 << 48) + 4096, 4096))),
+        ("OFFER", memory(r#"{"id":-1,"address":0,"bytes":4096,"page_bytes":4096}"#)),
+        ("OFFER", memory(r#"{"id":0,"address":1e400,"bytes":4096,"page_bytes":4096}"#)),
+        ("OFFER", "[".repeat(100_000)),
+        ("OFFER", "null".into()),
+        ("OFFER", " ".repeat(256 << 10)),
+    ] {
+        let why = source_says(&ends, |peer| {
+            peer.preface(ID);
+            peer.frame(Kind::OFFER, 0, 0, offer.as_bytes());
+        });
+        assert!(why.to_string().contains(expected), "{expected}: {why}");
+    }
+    let (outcome, received) = ends.run_plain();
+    assert!(ends.check(outcome, received, "after all that"));
+}
+
+#[test]
+fn a_length_that_a_kind_cannot_have_is_not_waited_for() {
+    let ends = ends();
+    for (kind, length) in [
+        (Kind::OFFER, 0),
+        (Kind::OFFER, (256 << 10) + 1),
+        (Kind::OFFER, u32::MAX),
+        (Kind::DEVICE_DATA, 0),
+        (Kind::DEVICE_DATA, (1 << 20) + 1),
+        (Kind::DEVICE_DATA, u32::MAX),
+        (Kind::DEVICE_BEGIN, 1),
+        (Kind::DEVICE_END, 15),
+        (Kind::DEVICE_HINT, 25),
+        (Kind::MEMORY_DATA, 0),
+        (Kind::MEMORY_DATA, u32::MAX),
+        (Kind::MEMORY_ZERO, 7),
+        (Kind::ROUND, 8),
+        (Kind::STOPPED, 1),
+        (Kind::SUM, 0),
+        (Kind::FLUSH, 1),
+        (Kind::ABORT, 3),
+        (Kind::ABORT, 5001),
+        (Kind::PROGRESS, 9),
+        (Kind(4000), u32::MAX),
+    ] {
+        let why = source_says(&ends, |peer| {
+            match kind {
+                Kind::OFFER => peer.preface(ID),
+                _ => greet(peer),
+            }
+            peer.lie_of_length(kind, length);
+        });
+        assert!(matches!(why, Error::Stream { .. }), "{kind} of {length}: {why}");
+    }
+}
+
+#[test]
 fn a_source_that_calls_off_is_believed() {
     let why = source_says(&ends(), |peer| {
         greet(peer);
@@ -275,6 +371,59 @@ fn a_destination_that_breaks_the_order_leaves_the_source_running() {
         peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":false,"reasons":["too\u001b[2J old"]}"#);
     });
     assert_eq!(why.to_string(), "cannot be moved: too\u{fffd}[2J old");
+}
+
+#[test]
+fn a_destination_of_another_version_leaves_the_source_running() {
+    let newer = |version, oldest| {
+        destination_says(move |peer, id| {
+            let preface = Preface { version, oldest, ..Preface::new(id, PrefaceFlags::empty()) };
+            peer.bytes(&preface.encode());
+            peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":false,"reasons":["it was read"]}"#);
+        })
+    };
+    let why = newer(4, 3);
+    assert!(matches!(why, Error::Stream { damage: Damage::Newer { version: 4, oldest: 3 }, .. }), "{why}");
+    for (version, oldest) in [(0, 0), (1, 0x100), (3, 4)] {
+        assert!(matches!(newer(version, oldest), Error::Stream { .. }), "{version} {oldest}");
+    }
+    // One that is newer and speaks to older ones is understood.
+    assert_eq!(newer(4, 1).to_string(), "cannot be moved: it was read");
+}
+
+#[test]
+fn an_answer_that_lies_leaves_the_source_running() {
+    let answers = |payload: &'static [u8]| {
+        destination_says(move |peer, id| {
+            peer.preface(id);
+            peer.frame(Kind::ANSWER, 0, 0, payload);
+        })
+    };
+    for payload in
+        [&b"{}"[..], b"true", br#"{"accepted":1}"#, br#"{"accepted":true,"reasons":7}"#, b"\xff\xfe"]
+    {
+        let why = answers(payload);
+        assert!(matches!(why, Error::Stream { .. }) && why.to_string().contains("ANSWER"), "{why}");
+    }
+    let why = answers(br#"{"accepted":false,"reasons":[]}"#);
+    assert_eq!(why.to_string(), "cannot be moved: the destination refuses and does not say why");
+    // READY for what was not sent, RUNNING for what was not committed, an outcome that nobody asked for.
+    for kind in [Kind::READY, Kind::RUNNING, Kind::OUTCOME, Kind::COMMIT, Kind::DONE] {
+        let why = destination_says(move |peer, id| {
+            peer.preface(id);
+            peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
+            let payload: &[u8] = if kind == Kind::OUTCOME { &[2, 0, 0, 0] } else { &[] };
+            peer.frame(kind, 0, 0, payload);
+        });
+        assert!(matches!(why, Error::Stream { .. }), "{kind}: {why}");
+    }
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
+        while peer.read().0 != Kind::SUM {}
+        peer.frame(Kind::RUNNING, 0, 0, &[]);
+    });
+    assert!(why.to_string().contains("RUNNING is out of place"), "{why}");
 }
 
 #[test]

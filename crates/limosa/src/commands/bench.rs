@@ -14,7 +14,17 @@ pub fn run(args: &args::Bench, opening: Opening, out: &Output) -> anyhow::Result
         limosa_bench::pin_to_one_core()?;
     }
     let mut figures = Vec::new();
-    let done = |figure| figures.push(figure);
+    let mut printed = Ok(());
+    // People read what is done while the next figure is measured.
+    let done = |figure: limosa_bench::Figure| {
+        if printed.is_ok() {
+            printed = out.text(|to| match figures.is_empty() {
+                true => limosa_bench::print_head(to).and_then(|()| figure.print(to)),
+                false => figure.print(to),
+            });
+        }
+        figures.push(figure);
+    };
     let device = opening.open(&args.device)?;
     if device.is_borrowed() {
         let why = "another process has it open, and a measurement stops and resets it";
@@ -31,5 +41,6 @@ pub fn run(args: &args::Bench, opening: Opening, out: &Output) -> anyhow::Result
         let subject = limosa_bench::Subject::Device { socket, connect: &connect };
         limosa_bench::run(subject, args.seconds, done)?;
     }
-    out.result(&figures, |to| limosa_bench::print(&figures, to))
+    printed?;
+    out.result(&figures, |_| Ok(()))
 }

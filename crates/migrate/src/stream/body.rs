@@ -78,6 +78,16 @@ pub struct MemoryFacts {
     pub page_bytes: u64,
 }
 
+impl MemoryFacts {
+    /// Whether both have addresses in common.
+    pub(crate) fn overlaps(&self, other: &MemoryFacts) -> bool {
+        let ends_before = |one: &MemoryFacts, other: &MemoryFacts| {
+            u128::from(one.address) + u128::from(one.bytes) <= u128::from(other.address)
+        };
+        !ends_before(self, other) && !ends_before(other, self)
+    }
+}
+
 /// Whether the destination goes along.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
@@ -145,10 +155,16 @@ impl Offer {
             {
                 return refuse(format!("memory {}: address {:#x}", memory.id, memory.address));
             }
+            if let Some(other) = self.memory[..at].iter().find(|other| other.overlaps(memory)) {
+                return refuse(format!("memory {} and memory {} overlap", other.id, memory.id));
+            }
         }
         Ok(())
     }
 }
+
+/// The most reasons of a refusal that a person is shown.
+const ANSWER_REASONS_MAX: usize = 100;
 
 impl Answer {
     /// The payload. Reasons beyond the limit of a payload are left out.
@@ -167,7 +183,11 @@ impl Answer {
     /// Reads a payload.
     pub fn decode(payload: &[u8]) -> Result<Answer, Damage> {
         let mut answer: Answer = decode_json(Kind::ANSWER, payload)?;
+        answer.reasons.truncate(ANSWER_REASONS_MAX);
         answer.reasons.iter_mut().for_each(|reason| *reason = printable(reason));
+        if !answer.accepted && answer.reasons.is_empty() {
+            answer.reasons.push("the destination refuses and does not say why".into());
+        }
         Ok(answer)
     }
 }
@@ -410,6 +430,13 @@ mod tests {
         refused(&|o| o.devices[0].name = "n".repeat(NAME_BYTES_MAX + 1));
         refused(&|o| o.devices[0].regions = Some(vec![0; REGIONS_MAX + 1]));
         refused(&|o| o.memory.push(o.memory[0]));
+        refused(&|o| o.memory.push(MemoryFacts { id: 1, address: 0x4000, ..o.memory[0] }));
+        refused(&|o| o.memory.push(MemoryFacts { id: 1, address: 0, ..o.memory[0] }));
+        refused(&|o| {
+            let of = |id| MemoryFacts { id, address: u64::from(id) << 20, ..o.memory[0] };
+            o.memory = (0..257).map(of).collect();
+        });
+        refused(&|o| o.memory[0].bytes = MEMORY_BYTES_MAX + 0x1000);
         refused(&|o| o.memory[0].bytes = 0);
         refused(&|o| o.memory[0].bytes = 0x1001);
         refused(&|o| o.memory[0].address = 0x800);
@@ -419,6 +446,23 @@ mod tests {
         refused(&|o| {
             o.devices = (0..65).map(|id| DeviceFacts { id, ..o.devices[0].clone() }).collect();
         });
+    }
+
+    #[test]
+    fn memory_may_touch_and_have_holes() {
+        let mut offer = offer();
+        for (id, address) in [(1, 0x5000), (2, 0x10_0000), (3, u64::MAX - 0x3fff)] {
+            offer.memory.push(MemoryFacts { id, address, ..offer.memory[0] });
+        }
+        assert_eq!(Offer::decode(&offer.encode().unwrap()), Ok(offer));
+    }
+
+    #[test]
+    fn a_refusal_has_reasons_and_not_endlessly_many() {
+        let why = Answer::decode(br#"{"accepted":false}"#).unwrap().reasons;
+        assert_eq!(why, ["the destination refuses and does not say why"]);
+        let many = Answer { accepted: false, reasons: vec!["no".into(); 10_000] };
+        assert_eq!(Answer::decode(&many.encode().unwrap()).unwrap().reasons.len(), ANSWER_REASONS_MAX);
     }
 
     #[test]
