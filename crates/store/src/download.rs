@@ -1,0 +1,151 @@
+//! A snapshot on its way from an object: ranges of it, some ahead of the reader, all of one version.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use limosa_migrate::SnapshotReader;
+use limosa_migrate::link::{LinkError, Wait};
+use object_store::{GetOptions, GetRange, ObjectStore};
+use tokio::sync::mpsc::error::TryRecvError;
+use tokio::sync::mpsc::{Receiver, channel};
+use tokio::task::AbortHandle;
+
+use crate::config::Client;
+use crate::error::{Doing, changed};
+use crate::runtime::Bell;
+
+/// Bytes that are asked for at once.
+const RANGE_BYTES: u64 = 4 << 20;
+/// Ranges that are on their way at once.
+const RANGES_IN_FLIGHT: usize = 4;
+/// Ranges that wait for the reader.
+const RANGES_AHEAD: usize = 2;
+
+/// An object that is being read.
+pub(crate) struct Download {
+    client: Arc<Client>,
+    bytes: u64,
+    /// Names this version of it.
+    e_tag: Option<String>,
+    bell: Bell,
+    coming: Option<Coming>,
+    range: Bytes,
+}
+
+/// Ranges in order, from a task.
+struct Coming {
+    receiver: Receiver<Fetched>,
+    task: AbortHandle,
+}
+
+enum Fetched {
+    Range(Bytes),
+    Changed,
+    Failed(object_store::Error),
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Download {
+    /// Looks what lies there.
+    pub(crate) fn open(client: Arc<Client>, wait: Wait<'_>) -> Result<Download, LinkError> {
+        let look = {
+            let client = Arc::clone(&client);
+            // Unlike that to HEAD, an answer to GET says why it is refused.
+            let options = GetOptions { range: Some(GetRange::Bounded(0..1)), ..GetOptions::default() };
+            async move { client.store.get_opts(&client.path, options).await.map(|found| found.meta) }
+        };
+        let meta = client.runtime.run(&client.traffic, wait, look)?;
+        let (bytes, e_tag) = match meta {
+            Ok(meta) => (meta.size, meta.e_tag),
+            // Of nothing there is no first byte.
+            Err(error) if is_empty(&error) => (0, None),
+            Err(error) => return Err(client.explain(&error, Doing::Reading)),
+        };
+        Ok(Download { client, bytes, e_tag, bell: Bell::new()?, coming: None, range: Bytes::new() })
+    }
+
+    fn begin(&self) -> Coming {
+        let (sender, receiver) = channel(RANGES_AHEAD);
+        let (client, e_tag, bytes) = (Arc::clone(&self.client), self.e_tag.clone(), self.bytes);
+        let bell = self.bell.clone();
+        let task = self.client.runtime.spawn(&self.bell, async move {
+            let count = bytes.div_ceil(RANGE_BYTES);
+            let ranges = (0..count).map(|at| at * RANGE_BYTES..bytes.min((at + 1) * RANGE_BYTES));
+            let fetch = |range| fetch(&client, e_tag.as_deref(), range);
+            let mut fetched = stream::iter(ranges).map(fetch).buffered(RANGES_IN_FLIGHT);
+            while let Some(range) = fetched.next().await {
+                if sender.send(range).await.is_err() {
+                    return;
+                }
+                bell.ring();
+            }
+        });
+        Coming { receiver, task }
+    }
+}
+
+fn is_empty(error: &object_store::Error) -> bool {
+    let text = error.to_string();
+    text.contains("416") || text.contains("InvalidRange")
+}
+
+async fn fetch(client: &Client, e_tag: Option<&str>, range: Range<u64>) -> Fetched {
+    let bytes = range.end - range.start;
+    let options = GetOptions {
+        range: Some(GetRange::Bounded(range)),
+        if_match: e_tag.map(str::to_owned),
+        ..GetOptions::default()
+    };
+    let found = match client.store.get_opts(&client.path, options).await {
+        Ok(found) => found,
+        Err(object_store::Error::Precondition { .. }) => return Fetched::Changed,
+        Err(error) => return Fetched::Failed(error),
+    };
+    // Not every store looks at the condition.
+    if e_tag.is_some() && found.meta.e_tag.as_deref() != e_tag {
+        return Fetched::Changed;
+    }
+    match found.bytes().await {
+        Ok(range) if range.len() as u64 == bytes => Fetched::Range(range),
+        Ok(_) => Fetched::Changed,
+        Err(error) => Fetched::Failed(error),
+    }
+}
+
+impl SnapshotReader for Download {
+    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        if self.range.is_empty() {
+            if self.coming.is_none() {
+                self.coming = Some(self.begin());
+            }
+            let Download { bell, client, coming: Some(coming), .. } = self else { return Ok(0) };
+            let next = bell.wait_until(&client.traffic, wait, || match coming.receiver.try_recv() {
+                Ok(fetched) => Some(Some(fetched)),
+                Err(TryRecvError::Empty) => None,
+                Err(TryRecvError::Disconnected) => Some(None),
+            })?;
+            match next {
+                None => return Ok(0),
+                Some(Fetched::Range(range)) => self.range = range,
+                Some(Fetched::Changed) => return Err(changed()),
+                Some(Fetched::Failed(error)) => return Err(self.client.explain(&error, Doing::Reading)),
+            }
+        }
+        let given = self.range.len().min(into.len());
+        into[..given].copy_from_slice(&self.range.split_to(given));
+        Ok(given)
+    }
+
+    fn rewind(&mut self, _: Wait<'_>) -> Result<(), LinkError> {
+        self.coming = None;
+        self.range = Bytes::new();
+        Ok(())
+    }
+}

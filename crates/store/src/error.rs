@@ -1,0 +1,163 @@
+//! What a store answers, said so that a person can act on it.
+
+use std::error::Error;
+use std::io::{self, ErrorKind};
+
+use limosa_migrate::link::LinkError;
+
+use crate::config::Client;
+
+/// What was being done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Doing {
+    Writing,
+    Reading,
+}
+
+/// The object was replaced while it was being read.
+pub(crate) fn changed() -> LinkError {
+    let what = "the object was replaced while it was being read; nothing of it is used, start anew";
+    io::Error::new(ErrorKind::InvalidData, what).into()
+}
+
+/// There is an object, and it was not to be overwritten.
+pub(crate) fn exists() -> LinkError {
+    let what = "there is an object already; choose another key, or ask to replace it";
+    io::Error::new(ErrorKind::AlreadyExists, what).into()
+}
+
+impl Client {
+    /// An error of the store's client as what it means here.
+    pub(crate) fn explain(&self, error: &object_store::Error, doing: Doing) -> LinkError {
+        let text = chain(error);
+        let Client { bucket, endpoint, region, .. } = self;
+        let said = said(&text);
+        let rights = match doing {
+            Doing::Writing => "s3:PutObject and s3:AbortMultipartUpload",
+            Doing::Reading => "s3:GetObject",
+        };
+        let (kind, what) = match code(&text).unwrap_or_default() {
+            "NoSuchBucket" => (
+                ErrorKind::NotFound,
+                format!(
+                    "there is no bucket `{bucket}` at {endpoint}; create it, or check AWS_ENDPOINT_URL and AWS_REGION"
+                ),
+            ),
+            "NoSuchKey" => {
+                (ErrorKind::NotFound, format!("there is no such object in bucket `{bucket}` at {endpoint}"))
+            }
+            "InvalidAccessKeyId"
+            | "SignatureDoesNotMatch"
+            | "ExpiredToken"
+            | "InvalidToken"
+            | "NotSignedUp" => (
+                ErrorKind::PermissionDenied,
+                format!(
+                    "{endpoint} does not accept the credentials ({said}); check AWS_ACCESS_KEY_ID, \
+                     AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+                ),
+            ),
+            "RequestTimeTooSkewed" => (
+                ErrorKind::PermissionDenied,
+                format!("{endpoint} refuses a request of another time ({said}); set this machine's clock"),
+            ),
+            "AuthorizationHeaderMalformed" | "PermanentRedirect" | "IllegalLocationConstraintException" => (
+                ErrorKind::PermissionDenied,
+                format!("bucket `{bucket}` is not in region {region} ({said}); set AWS_REGION to its region"),
+            ),
+            "NotImplemented" if doing == Doing::Writing => (
+                ErrorKind::Unsupported,
+                format!(
+                    "{endpoint} lacks something ({said}); if that is If-None-Match when an upload is completed, only \
+                     an object that may be replaced can be written there"
+                ),
+            ),
+            "NoSuchUpload" => {
+                (ErrorKind::Other, "the upload was aborted by somebody else; start anew".into())
+            }
+            _ => self.by_kind(error, &text, &said, rights),
+        };
+        io::Error::new(kind, what).into()
+    }
+
+    /// For answers without a code, as those to HEAD are, and for those that no store gave.
+    fn by_kind(
+        &self,
+        error: &object_store::Error,
+        text: &str,
+        said: &str,
+        rights: &str,
+    ) -> (ErrorKind, String) {
+        let Client { bucket, endpoint, region, .. } = self;
+        match error {
+            object_store::Error::NotFound { .. } => {
+                (ErrorKind::NotFound, format!("there is no such object in bucket `{bucket}` at {endpoint}"))
+            }
+            object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => (
+                ErrorKind::PermissionDenied,
+                format!(
+                    "{endpoint} denies access to bucket `{bucket}` ({said}); whose credentials these are needs \
+                     {rights} there"
+                ),
+            ),
+            _ if text.contains("bare redirect")
+                || text.contains("301 Moved")
+                || text.contains("307 Temp") =>
+            {
+                (
+                    ErrorKind::PermissionDenied,
+                    format!("bucket `{bucket}` is not in region {region}; set AWS_REGION to its region"),
+                )
+            }
+            _ => {
+                let reason = innermost(error);
+                (ErrorKind::ConnectionAborted, format!("{endpoint}: {reason}; is the store up?"))
+            }
+        }
+    }
+}
+
+/// The error and its causes.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// The cause of all, in its own words.
+fn innermost(error: &dyn Error) -> String {
+    let mut innermost = error;
+    while let Some(cause) = innermost.source() {
+        innermost = cause;
+    }
+    let text = innermost.to_string();
+    // An answer that is no error of S3's may be a page of anything.
+    text.chars().take(300).filter(|letter| !letter.is_control()).collect()
+}
+
+/// The code in S3's error document.
+fn code(text: &str) -> Option<&str> {
+    element(text, "Code")
+}
+
+/// Code and message as the store gave them.
+fn said(text: &str) -> String {
+    let message = element(text, "Message").unwrap_or_default();
+    match code(text) {
+        Some(code) if message.is_empty() => code.into(),
+        Some(code) => format!("{code}: {message}"),
+        None => "it does not say why".into(),
+    }
+}
+
+fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(&format!("<{name}>"))?;
+    let (inside, _) = rest.split_once(&format!("</{name}>"))?;
+    let short = inside.len() <= 300 && !inside.chars().any(char::is_control);
+    short.then_some(inside)
+}
