@@ -1,8 +1,8 @@
 //! [`Cancel`]: calls a move off from another thread, at any moment, waking what waits.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -11,20 +11,63 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 ///
 /// Before the commit the move is undone. From the commit on it has no effect: only the destination
 /// may run then.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Cancel(Arc<Inner>);
 
-#[derive(Debug)]
+impl std::fmt::Debug for Cancel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cancel").field("cancelled", &self.is_cancelled()).finish_non_exhaustive()
+    }
+}
+
 struct Inner {
     cancelled: AtomicBool,
     wake: OwnedFd,
+    children: Mutex<Vec<Weak<Inner>>>,
+    watches: Mutex<Vec<Weak<dyn Fn() + Send + Sync>>>,
+}
+
+/// As long as it lives, a function is called when a handle is used ([`Cancel::watch`]).
+pub(crate) struct Watch(#[expect(dead_code, reason = "only kept")] Arc<dyn Fn() + Send + Sync>);
+
+/// What a thread that panicked left behind is whole: each change is a single step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Cancel {
     /// A handle that has not been used. Fails when the process is out of file descriptors.
     pub fn new() -> std::io::Result<Cancel> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Cancel(Arc::new(Inner { cancelled: AtomicBool::new(false), wake })))
+        Ok(Cancel(Arc::new(Inner {
+            cancelled: AtomicBool::new(false),
+            wake,
+            children: Mutex::default(),
+            watches: Mutex::default(),
+        })))
+    }
+
+    /// A handle that is used when this one is, and can be used without it.
+    pub(crate) fn child(&self) -> std::io::Result<Cancel> {
+        let child = Cancel::new()?;
+        let mut children = lock(&self.0.children);
+        children.retain(|child| child.strong_count() > 0);
+        children.push(Arc::downgrade(&child.0));
+        drop(children);
+        if self.is_cancelled() {
+            child.cancel();
+        }
+        Ok(child)
+    }
+
+    /// From now on calls this when the handle is used; at once when it was.
+    pub(crate) fn watch(&self, act: impl Fn() + Send + Sync + 'static) -> Watch {
+        let act: Arc<dyn Fn() + Send + Sync> = Arc::new(act);
+        lock(&self.0.watches).push(Arc::downgrade(&act));
+        if self.is_cancelled() {
+            act();
+        }
+        Watch(act)
     }
 
     /// Calls the move off.
@@ -32,6 +75,11 @@ impl Cancel {
         self.0.cancelled.store(true, Ordering::Release);
         // Only a counter at its end refuses, and that wakes as well.
         let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
+        let children = std::mem::take(&mut *lock(&self.0.children));
+        children.iter().filter_map(Weak::upgrade).for_each(|child| Cancel(child).cancel());
+        let watches = std::mem::take(&mut *lock(&self.0.watches));
+        watches.iter().filter_map(Weak::upgrade).for_each(|act| act());
+        limosa_clockwork::wake_all();
     }
 
     /// Whether somebody has called it off.
@@ -41,9 +89,9 @@ impl Cancel {
 
     /// Waits for that long, or until somebody calls it off; whether somebody did.
     pub fn wait(&self, time: Duration) -> bool {
-        let deadline = std::time::Instant::now() + time;
+        let deadline = limosa_clockwork::now() + time;
         while !self.is_cancelled() {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let left = deadline.saturating_duration_since(limosa_clockwork::now());
             if left.is_zero() {
                 break;
             }
@@ -71,6 +119,16 @@ pub(crate) fn timespec(time: Duration) -> Timespec {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_child_is_cancelled_with_its_parent_and_not_the_other_way_round() {
+        let parent = Cancel::new().unwrap();
+        let (early, other) = (parent.child().unwrap(), parent.child().unwrap());
+        early.cancel();
+        assert!(!parent.is_cancelled() && !other.is_cancelled());
+        parent.cancel();
+        assert!(other.is_cancelled() && parent.child().unwrap().is_cancelled());
+    }
 
     #[test]
     fn a_wait_ends_when_somebody_cancels() {

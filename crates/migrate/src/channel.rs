@@ -1,63 +1,312 @@
-//! Frames over a link: numbers them, checks them, keeps the time limits, passes ABORT on as an error
-//! and PROGRESS as a sign of life.
+//! Frames over a link: [`Outlet`] numbers and sends them, [`Inlet`] receives and checks them; both keep the time
+//! limits. A [`Channel`] is the two together, for as long as one thread does both.
 
 use std::io::IoSlice;
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
+
+use limosa_clockwork::{Monitor, now};
 
 use crate::link::{self, Link, LinkError, TlsError, Wait};
 use crate::stream::body::{decode_abort, encode_abort};
 use crate::stream::{Damage, HEADER_BYTES, Header, Kind, MigrationId, PREFACE_BYTES, Preface, PrefaceFlags};
 use crate::{Cancel, Error, Result};
 
-/// How often the side that is busy says that it is alive.
+/// How often, at least, each side says that it is alive.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long a side that called off waits for the other to have read why.
-const LINGER: Duration = Duration::from_secs(2);
-/// The most frames that are taken from the other side before sending goes on.
-const LOOK_FRAMES_MAX: usize = 64;
-/// How many bytes are sent between two looks for word from the other side.
-const LOOK_EVERY_BYTES: usize = 1 << 20;
+pub(crate) const LINGER: Duration = Duration::from_secs(2);
 
-/// One direction each of frames out and in over a link.
+/// How often a side says that it is alive, so that the other does not take it for silent.
+pub(crate) fn pulse(silence_max: Duration) -> Duration {
+    PROGRESS_EVERY.min(silence_max / 4)
+}
+
+/// What is wrong with a link, as an error that says where.
+fn link_failed(link: &dyn Link, error: LinkError, doing: &'static str, limit: Duration) -> Error {
+    let peer = link.peer().into();
+    match error {
+        LinkError::Cancelled => Error::Cancelled,
+        LinkError::TimedOut => Error::TimedOut { peer, doing, limit },
+        error => Error::Link { peer, doing, error },
+    }
+}
+
+/// The sending half of a link. Threads that send come one after the other, in the order in which they ask.
+pub(crate) struct Outlet<'a> {
+    link: &'a dyn Link,
+    silence_max: Duration,
+    turns: Monitor<Turns>,
+}
+
+/// Whose turn it is. The state is away while somebody sends.
+struct Turns {
+    next: u64,
+    serving: u64,
+    state: Option<OutletState>,
+}
+
+struct OutletState {
+    sequence: u32,
+    sent_bytes: u64,
+    /// When something was sent last.
+    last: Instant,
+    /// The rest of a frame that a cancel came into. It is sent before the ABORT, which could not be read without.
+    unfinished: Vec<u8>,
+}
+
+/// A turn at sending.
+struct Turn<'t, 'a> {
+    outlet: &'t Outlet<'a>,
+    state: Option<OutletState>,
+}
+
+impl Drop for Turn<'_, '_> {
+    fn drop(&mut self) {
+        let mut turns = self.outlet.turns.lock();
+        turns.state = self.state.take();
+        turns.serving += 1;
+        if turns.serving < turns.next {
+            self.outlet.turns.notify_all();
+        }
+    }
+}
+
+impl<'a> Outlet<'a> {
+    pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> Outlet<'a> {
+        let state = OutletState { sequence: 0, sent_bytes: 0, last: now(), unfinished: Vec::new() };
+        let turns = Turns { next: 0, serving: 0, state: Some(state) };
+        Outlet { link, silence_max, turns: Monitor::new(turns) }
+    }
+
+    pub(crate) fn has_peer(&self) -> bool {
+        self.link.has_peer()
+    }
+
+    pub(crate) fn peer(&self) -> &str {
+        self.link.peer()
+    }
+
+    /// Sends what is before the first frame.
+    pub(crate) fn send_preface(
+        &self,
+        id: MigrationId,
+        flags: PrefaceFlags,
+        cancel: Option<&Cancel>,
+    ) -> Result<()> {
+        let bytes = Preface::new(id, flags).encode();
+        let mut turn = self.turn();
+        let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
+        let sent = state.write_all(self, &bytes, &[], cancel, "sending the preface");
+        // It is not a frame, and has no number.
+        state.sequence = 0;
+        sent
+    }
+
+    /// How many send or wait to.
+    pub(crate) fn busy(&self) -> u64 {
+        let turns = self.turns.lock();
+        turns.next - turns.serving
+    }
+
+    fn turn(&self) -> Turn<'_, 'a> {
+        let mut turns = self.turns.lock();
+        let ticket = turns.next;
+        turns.next += 1;
+        loop {
+            if turns.serving == ticket
+                && let Some(state) = turns.state.take()
+            {
+                return Turn { outlet: self, state: Some(state) };
+            }
+            (turns, _) = self.turns.wait(turns, None);
+        }
+    }
+
+    /// Sends a frame.
+    pub(crate) fn send(
+        &self,
+        kind: Kind,
+        section: u32,
+        position: u64,
+        payload: &[u8],
+        cancel: Option<&Cancel>,
+    ) -> Result<Header> {
+        // Before the turn, which others wait for.
+        let header = Header::new(kind, section, position, 0, payload);
+        self.send_with(header, payload, cancel)
+    }
+
+    fn send_with(&self, mut header: Header, payload: &[u8], cancel: Option<&Cancel>) -> Result<Header> {
+        let mut turn = self.turn();
+        let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
+        header.sequence = state.sequence;
+        state.write_all(self, &header.encode(), payload, cancel, "sending")?;
+        state.sent_bytes += payload.len() as u64;
+        Ok(header)
+    }
+
+    /// Says that this side is alive, when nothing was said for a while and nobody is saying something now.
+    pub(crate) fn pulse(&self, cancel: Option<&Cancel>) -> Result<()> {
+        let said = match &self.turns.lock().state {
+            Some(state) if state.last + pulse(self.silence_max) <= now() => state.sent_bytes,
+            _ => return Ok(()),
+        };
+        self.send(Kind::PROGRESS, 0, 0, &said.to_le_bytes(), cancel).map(drop)
+    }
+}
+
+impl OutletState {
+    fn write_all(
+        &mut self,
+        outlet: &Outlet<'_>,
+        first: &[u8],
+        second: &[u8],
+        cancel: Option<&Cancel>,
+        doing: &'static str,
+    ) -> Result<()> {
+        let wait = Wait::within(outlet.silence_max, cancel);
+        let mut sent = 0;
+        while sent < first.len() + second.len() {
+            let rest = sent.saturating_sub(first.len());
+            let slices = [IoSlice::new(&first[sent.min(first.len())..]), IoSlice::new(&second[rest..])];
+            let slices = if sent < first.len() { &slices[..] } else { &slices[1..] };
+            match outlet.link.write(slices, wait) {
+                Ok(bytes) => {
+                    // A frame counts from its first byte on.
+                    self.sequence = self.sequence.wrapping_add(u32::from(sent == 0));
+                    sent += bytes;
+                }
+                Err(error) => {
+                    if matches!(error, LinkError::Cancelled) && sent > 0 {
+                        self.unfinished = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+                    }
+                    return Err(link_failed(outlet.link, error, doing, outlet.silence_max));
+                }
+            }
+        }
+        self.last = now();
+        Ok(())
+    }
+}
+
+/// The receiving half of a link.
+pub(crate) struct Inlet<'a> {
+    link: &'a dyn Link,
+    silence_max: Duration,
+    sequence: u32,
+    /// The header that is being read; kept, so that a look can stop in its middle.
+    header: [u8; HEADER_BYTES],
+    header_bytes: usize,
+    /// At least as long as the frame's payload.
+    payload: Vec<u8>,
+}
+
+impl<'a> Inlet<'a> {
+    pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> Inlet<'a> {
+        Inlet {
+            link,
+            silence_max,
+            sequence: 0,
+            header: [0; HEADER_BYTES],
+            header_bytes: 0,
+            payload: Vec::new(),
+        }
+    }
+
+    /// Of a further link, whose first frame, a JOIN, has been taken.
+    pub(crate) fn after_join(link: &'a dyn Link, silence_max: Duration) -> Inlet<'a> {
+        Inlet { sequence: 1, ..Inlet::new(link, silence_max) }
+    }
+
+    pub(crate) fn peer(&self) -> &str {
+        self.link.peer()
+    }
+
+    fn has_peer(&self) -> bool {
+        self.link.has_peer()
+    }
+
+    /// The next frame, whose payload is then in [`Inlet::payload`]; `None` when none has begun within the wait. ABORT
+    /// is [`Error::Aborted`].
+    pub(crate) fn next(&mut self, doing: &'static str, wait: Wait<'_>) -> Result<Option<Header>> {
+        while self.header_bytes < HEADER_BYTES {
+            match self.link.read(&mut self.header[self.header_bytes..], wait) {
+                Ok(bytes) => self.header_bytes += bytes,
+                Err(LinkError::TimedOut) => return Ok(None),
+                Err(error) => return Err(self.failed(error, doing)),
+            }
+        }
+        let header = Header::decode(&self.header).map_err(|damage| self.damaged(damage))?;
+        header.check_sequence(self.sequence).map_err(|damage| self.damaged(damage))?;
+        self.sequence = self.sequence.wrapping_add(1);
+        let bytes = header.length as usize;
+        if self.payload.len() < bytes {
+            self.payload.resize(bytes, 0);
+        }
+        let wait = Wait::within(self.silence_max, wait.cancel);
+        let mut filled = 0;
+        while filled < bytes {
+            match self.link.read(&mut self.payload[filled..bytes], wait) {
+                Ok(bytes) => filled += bytes,
+                Err(error) => return Err(self.failed(error, doing)),
+            }
+        }
+        self.header_bytes = 0;
+        let payload = &self.payload[..bytes];
+        header.check_payload(payload).map_err(|damage| self.damaged(damage))?;
+        if header.kind == Kind::ABORT {
+            let (code, reason) = decode_abort(payload);
+            return Err(Error::Aborted { peer: self.peer().into(), code, reason });
+        }
+        Ok(Some(header))
+    }
+
+    /// The payload of the frame that came last.
+    pub(crate) fn payload(&self, header: &Header) -> &[u8] {
+        &self.payload[..header.length as usize]
+    }
+
+    /// Takes the payload of the frame that came last away, for another buffer.
+    pub(crate) fn take_payload(&mut self, header: &Header, instead: Vec<u8>) -> Vec<u8> {
+        let mut taken = std::mem::replace(&mut self.payload, instead);
+        taken.truncate(header.length as usize);
+        taken
+    }
+
+    /// What is wrong with what came, as an error that names the sender.
+    pub(crate) fn damaged(&self, damage: Damage) -> Error {
+        Error::Stream { from: self.peer().into(), damage }
+    }
+
+    pub(crate) fn timed_out(&self, doing: &'static str, limit: Duration) -> Error {
+        link_failed(self.link, LinkError::TimedOut, doing, limit)
+    }
+
+    fn failed(&self, error: LinkError, doing: &'static str) -> Error {
+        match error {
+            LinkError::Closed if !self.has_peer() => {
+                let what = if self.header_bytes > 0 { "a frame" } else { "its frames: the SUM is missing" };
+                self.damaged(Damage::Truncated { what })
+            }
+            error => link_failed(self.link, error, doing, self.silence_max),
+        }
+    }
+}
+
+/// Both directions of a link, in one hand.
 pub(crate) struct Channel<'a> {
     link: &'a dyn Link,
     cancel: Option<&'a Cancel>,
     silence_max: Duration,
-    sequence_out: u32,
-    sequence_in: u32,
-    /// The header that is being read; kept, so that a look can stop in its middle.
-    header: [u8; HEADER_BYTES],
-    header_bytes: usize,
-    payload: Vec<u8>,
-    unseen_bytes: usize,
-    sent_bytes: u64,
-    written_bytes: u64,
-    /// The rest of a frame that a cancel came into. It is sent before the ABORT, which could not be read without.
-    unfinished: Vec<u8>,
+    pub(crate) outlet: Outlet<'a>,
+    pub(crate) inlet: Inlet<'a>,
 }
 
 impl<'a> Channel<'a> {
     /// Over this link. `silence_max` is how long the other side may say nothing.
     pub(crate) fn new(link: &'a dyn Link, cancel: Option<&'a Cancel>, silence_max: Duration) -> Channel<'a> {
-        Channel {
-            link,
-            cancel,
-            silence_max,
-            sequence_out: 0,
-            sequence_in: 0,
-            header: [0; HEADER_BYTES],
-            header_bytes: 0,
-            payload: Vec::new(),
-            unseen_bytes: 0,
-            sent_bytes: 0,
-            written_bytes: 0,
-            unfinished: Vec::new(),
-        }
-    }
-
-    pub(crate) fn peer(&self) -> String {
-        self.link.peer().into()
+        let (outlet, inlet) = (Outlet::new(link, silence_max), Inlet::new(link, silence_max));
+        Channel { link, cancel, silence_max, outlet, inlet }
     }
 
     pub(crate) fn has_peer(&self) -> bool {
@@ -74,27 +323,12 @@ impl<'a> Channel<'a> {
         if self.cancel.is_some_and(Cancel::is_cancelled) { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    /// Waits while a device has nothing to say; word from the other side or a cancel ends it early.
-    pub(crate) fn pause(&mut self, time: Duration) -> Result<()> {
-        if self.has_peer() {
-            return self.look(Instant::now() + time);
-        }
-        match self.cancel {
-            Some(cancel) if cancel.wait(time) => Err(Error::Cancelled),
-            Some(_) => Ok(()),
-            None => {
-                std::thread::park_timeout(time);
-                Ok(())
-            }
-        }
-    }
-
     pub(crate) fn send_preface(&mut self, id: MigrationId, flags: PrefaceFlags) -> Result<()> {
-        let bytes = Preface::new(id, flags).encode();
-        self.write_all(&bytes, &[], "sending the preface")
+        self.outlet.send_preface(id, flags, self.cancel)
     }
 
     pub(crate) fn receive_preface(&mut self) -> Result<Preface> {
+        let doing = "waiting for the preface";
         let mut bytes = [0; PREFACE_BYTES];
         let wait = Wait::within(self.silence_max, self.cancel);
         let mut filled = 0;
@@ -103,99 +337,82 @@ impl<'a> Channel<'a> {
                 Err(LinkError::Closed) if !self.has_peer() => {
                     return Err(self.damaged(Damage::Truncated { what: "its preface" }));
                 }
-                read => {
-                    read.map_err(|error| self.failed(error, "waiting for the preface", self.silence_max))?
-                }
+                read => read.map_err(|error| self.inlet.failed(error, doing))?,
             };
             // Three bytes tell, and an alert is no longer than seven.
             if link::is_tls(&bytes[..filled]) {
-                return Err(self.failed(
-                    TlsError::TlsPeer.into(),
-                    "waiting for the preface",
-                    self.silence_max,
-                ));
+                return Err(self.inlet.failed(TlsError::TlsPeer.into(), doing));
             }
         }
         Preface::decode(&bytes).map_err(|damage| self.damaged(damage))
     }
 
-    /// Sends a frame. Now and then it looks for word from the other side, so that an ABORT ends a
-    /// long transfer soon.
+    /// Sends a frame.
     pub(crate) fn send(&mut self, kind: Kind, section: u32, position: u64, payload: &[u8]) -> Result<Header> {
-        let header = Header::new(kind, section, position, self.sequence_out, payload);
-        self.unseen_bytes += payload.len();
-        if self.unseen_bytes >= LOOK_EVERY_BYTES && self.has_peer() {
-            self.unseen_bytes = 0;
-            self.look(Instant::now())?;
-        }
-        self.sent_bytes += payload.len() as u64;
-        let before = self.written_bytes;
-        let sent = self.write_all(&header.encode(), payload, "sending");
-        if self.written_bytes != before {
-            self.sequence_out = self.sequence_out.wrapping_add(1);
-        }
-        match sent {
+        match self.outlet.send(kind, section, position, payload, self.cancel) {
             Err(error @ Error::Link { .. }) if self.has_peer() => Err(self.last_words().unwrap_or(error)),
-            sent => sent.map(|()| header),
+            sent => sent,
         }
     }
 
     /// The next frame that is not PROGRESS; ABORT is [`Error::Aborted`]. The other side may be silent
     /// for [`Channel::new`]'s limit, and with PROGRESS keep this side waiting for `within`.
-    pub(crate) fn receive(
-        &mut self,
-        doing: &'static str,
-        within: Option<Duration>,
-    ) -> Result<(Header, &[u8])> {
-        let overall = within.map(|limit| (Wait::within(limit, self.cancel), limit));
+    pub(crate) fn receive(&mut self, doing: &'static str, within: Duration) -> Result<(Header, &[u8])> {
+        let overall = Wait::within(within, self.cancel);
         loop {
             self.check_cancel()?;
             let mut wait = (Wait::within(self.silence_max, self.cancel), self.silence_max);
-            if let Some(overall) = overall
-                && overall.0.deadline < wait.0.deadline
-            {
-                wait = overall;
+            if overall.deadline < wait.0.deadline {
+                wait = (overall, within);
             }
-            self.fill_header(wait.0).map_err(|error| self.receive_failed(error, doing, wait.1))?;
-            let header = self.take_frame(doing)?;
+            let Some(header) = self.inlet.next(doing, wait.0)? else {
+                return Err(self.inlet.timed_out(doing, wait.1));
+            };
             if header.kind != Kind::PROGRESS {
-                return Ok((header, &self.payload));
+                return Ok((header, self.inlet.payload(&header)));
             }
             // There may always be more of these at hand, so that nothing is ever waited for.
-            if let Some((wait, limit)) = overall {
-                wait.left().map_err(|error| self.failed(error, doing, limit))?;
+            if matches!(overall.left(), Err(LinkError::TimedOut)) {
+                return Err(self.inlet.timed_out(doing, within));
             }
         }
     }
 
     /// The frame of this kind, or else an error.
     pub(crate) fn expect(&mut self, kind: Kind, doing: &'static str, within: Duration) -> Result<&[u8]> {
-        let (header, _) = self.receive(doing, Some(within))?;
+        let (header, _) = self.receive(doing, within)?;
         if header.kind != kind {
             let why = format!("{kind} is due");
             return Err(self.damaged(Damage::Misplaced { kind: header.kind, why }));
         }
-        Ok(&self.payload)
+        Ok(self.inlet.payload(&header))
     }
 
-    /// Runs what takes long in another thread, and meanwhile tells the other side that this one is
-    /// alive.
-    pub(crate) fn attend<T: Send>(&mut self, busy: impl FnOnce() -> T + Send) -> T {
+    /// Does what takes long, and meanwhile lets another thread tell the other side that this one is alive.
+    pub(crate) fn attend<T>(&self, busy: impl FnOnce() -> T) -> T {
         if !self.has_peer() {
             return busy();
         }
-        std::thread::scope(|scope| {
-            let (done, is_done) = channel::<()>();
-            let thread = scope.spawn(move || {
-                let result = busy();
-                drop(done);
-                result
+        let done = Monitor::new(false);
+        limosa_clockwork::scope(|scope| {
+            scope.spawn("limosa: alive", || {
+                let mut is_done = done.lock();
+                while !*is_done {
+                    let timed_out;
+                    (is_done, timed_out) = done.wait(is_done, Some(now() + pulse(self.silence_max)));
+                    if timed_out && !*is_done {
+                        drop(is_done);
+                        // A link that has failed shows when it is used next.
+                        let _ = self.outlet.pulse(self.cancel);
+                        is_done = done.lock();
+                    }
+                }
             });
-            while is_done.recv_timeout(PROGRESS_EVERY) == Err(RecvTimeoutError::Timeout) {
-                // A link that has failed shows when it is used next.
-                let _ = self.send(Kind::PROGRESS, 0, 0, &self.sent_bytes.to_le_bytes());
-            }
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            let _told = OnDrop(|| {
+                *done.lock() = true;
+                done.notify_all();
+            });
+            busy()
         })
     }
 
@@ -207,132 +424,51 @@ impl<'a> Channel<'a> {
             self.link.finish();
             return;
         }
-        let header_and_reason = encode_abort(error.abort_code(), &error.to_string());
-        let header = Header::new(Kind::ABORT, 0, 0, self.sequence_out, &header_and_reason);
-        self.sequence_out = self.sequence_out.wrapping_add(1);
-        self.silence_max = self.silence_max.min(LINGER);
-        let mut frame = std::mem::take(&mut self.unfinished);
-        frame.extend_from_slice(&header.encode());
-        if self.write_all(&frame, &header_and_reason, "calling off").is_ok() {
-            self.linger();
+        let code_and_reason = encode_abort(error.abort_code(), &error.to_string());
+        let limit = self.silence_max.min(LINGER);
+        self.outlet.silence_max = limit;
+        let said = {
+            let mut turn = self.outlet.turn();
+            let Some(state) = &mut turn.state else { return };
+            let header = Header::new(Kind::ABORT, 0, 0, state.sequence, &code_and_reason);
+            let mut frame = std::mem::take(&mut state.unfinished);
+            frame.extend_from_slice(&header.encode());
+            state.write_all(&self.outlet, &frame, &code_and_reason, None, "calling off").is_ok()
+        };
+        if said {
+            self.link.part(Wait::within(limit, None));
         }
-    }
-
-    /// Reads and drops what still comes until the other side closes: a socket that is closed with
-    /// bytes unread may take back what was sent on it last.
-    fn linger(&mut self) {
-        self.link.finish();
-        let wait = Wait::within(self.silence_max.min(LINGER), None);
-        let mut dropped = [0; 64 << 10];
-        while wait.left().is_ok() && self.link.read(&mut dropped, wait).is_ok() {}
     }
 
     /// What is wrong with what came, as an error that names the sender.
     pub(crate) fn damaged(&self, damage: Damage) -> Error {
-        Error::Stream { from: self.peer(), damage }
+        self.inlet.damaged(damage)
     }
 
-    /// Takes what the other side has sent until then. Nobody is to send anything but ABORT and
-    /// PROGRESS while this side sends.
-    fn look(&mut self, deadline: Instant) -> Result<()> {
-        // Whoever never stops saying that he lives holds up nobody.
-        for _ in 0..LOOK_FRAMES_MAX {
-            match self.fill_header(Wait { deadline, cancel: self.cancel }) {
-                Err(LinkError::TimedOut) => return Ok(()),
-                Err(error) => return Err(self.receive_failed(error, "sending", Duration::ZERO)),
-                Ok(()) => {}
-            }
-            let header = self.take_frame("sending")?;
-            if header.kind != Kind::PROGRESS {
-                let why = "nothing was asked".into();
-                return Err(self.damaged(Damage::Misplaced { kind: header.kind, why }));
-            }
-        }
-        Ok(())
+    /// What is wrong with this link, or with a further one.
+    pub(crate) fn link_failed(&self, error: LinkError, doing: &'static str) -> Error {
+        link_failed(self.link, error, doing, self.silence_max)
     }
 
     /// After a failed send: the ABORT that explains it, when there is one.
     fn last_words(&mut self) -> Option<Error> {
         let wait = Wait::within(LINGER, self.cancel);
         loop {
-            self.fill_header(wait).ok()?;
-            match self.take_frame("sending") {
+            match self.inlet.next("sending", wait) {
                 Err(error @ Error::Aborted { .. }) => return Some(error),
-                Err(_) => return None,
+                Err(_) | Ok(None) => return None,
                 Ok(_) if wait.left().is_err() => return None,
                 Ok(_) => {}
             }
         }
     }
+}
 
-    fn fill_header(&mut self, wait: Wait<'_>) -> Result<(), LinkError> {
-        while self.header_bytes < HEADER_BYTES {
-            self.header_bytes += self.link.read(&mut self.header[self.header_bytes..], wait)?;
-        }
-        Ok(())
-    }
+/// Does something at the end, also of a panic.
+pub(crate) struct OnDrop<F: FnMut()>(pub(crate) F);
 
-    /// The header is there: checks it, reads the payload, checks that.
-    fn take_frame(&mut self, doing: &'static str) -> Result<Header> {
-        let header = Header::decode(&self.header).map_err(|damage| self.damaged(damage))?;
-        header.check_sequence(self.sequence_in).map_err(|damage| self.damaged(damage))?;
-        self.sequence_in = self.sequence_in.wrapping_add(1);
-        self.payload.resize(header.length as usize, 0);
-        let wait = Wait::within(self.silence_max, self.cancel);
-        let mut filled = 0;
-        while filled < self.payload.len() {
-            match self.link.read(&mut self.payload[filled..], wait) {
-                Ok(bytes) => filled += bytes,
-                Err(error) => return Err(self.receive_failed(error, doing, self.silence_max)),
-            }
-        }
-        self.header_bytes = 0;
-        header.check_payload(&self.payload).map_err(|damage| self.damaged(damage))?;
-        if header.kind == Kind::ABORT {
-            let (code, reason) = decode_abort(&self.payload);
-            return Err(Error::Aborted { peer: self.peer(), code, reason });
-        }
-        Ok(header)
-    }
-
-    fn write_all(&mut self, first: &[u8], second: &[u8], doing: &'static str) -> Result<()> {
-        let wait = Wait::within(self.silence_max, self.cancel);
-        let mut sent = 0;
-        while sent < first.len() + second.len() {
-            let rest = sent.saturating_sub(first.len());
-            let slices = [IoSlice::new(&first[sent.min(first.len())..]), IoSlice::new(&second[rest..])];
-            let slices = if sent < first.len() { &slices[..] } else { &slices[1..] };
-            match self.link.write(slices, wait) {
-                Ok(bytes) => {
-                    sent += bytes;
-                    self.written_bytes += bytes as u64;
-                }
-                Err(error) => {
-                    if matches!(error, LinkError::Cancelled) && sent > 0 {
-                        self.unfinished = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
-                    }
-                    return Err(self.failed(error, doing, self.silence_max));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn failed(&self, error: LinkError, doing: &'static str, limit: Duration) -> Error {
-        match error {
-            LinkError::Cancelled => Error::Cancelled,
-            LinkError::TimedOut => Error::TimedOut { peer: self.peer(), doing, limit },
-            error => Error::Link { peer: self.peer(), doing, error },
-        }
-    }
-
-    fn receive_failed(&self, error: LinkError, doing: &'static str, limit: Duration) -> Error {
-        match error {
-            LinkError::Closed if !self.has_peer() => {
-                let what = if self.header_bytes > 0 { "a frame" } else { "its frames: the SUM is missing" };
-                self.damaged(Damage::Truncated { what })
-            }
-            error => self.failed(error, doing, limit),
-        }
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
     }
 }

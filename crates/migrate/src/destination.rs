@@ -6,17 +6,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use limosa_client::{DataStream, Device, DeviceExt};
 use limosa_protocol::{MigrationFlags, State};
 
-use crate::channel::Channel;
+use crate::channel::{Channel, Inlet, OnDrop};
 use crate::devices::{MovedDevice, compare_devices, compare_memory, each, enter, facts, failed};
 use crate::ledger::{Decision, Ledger};
-use crate::link::{Link, MeteredLink};
+use crate::link::{FurtherLinks, Link, MeteredLink, Wait};
 use crate::memory::MemoryRegion;
+use crate::receiving::{self, Receiving};
 use crate::report::{Act, Phase, Recorder, Report, Side};
 use crate::snapshot::{Limits, Reading, SnapshotSource, of_place};
+use crate::stream::body::decode_u32;
 use crate::stream::{
-    Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, Order, Preface, PrefaceFlags, Step,
+    Answer, Damage, DeviceFacts, Kind, LINKS_MAX, MigrationId, Offer, Preface, PrefaceFlags,
 };
-use crate::{Cancel, Error, Observer, Options, Result, Round, Vmm};
+use crate::{Cancel, Error, Observer, Options, Result, Vmm};
 
 /// The side that devices come to.
 pub struct Destination<'a> {
@@ -96,6 +98,18 @@ struct Taken {
 impl<'a> Destination<'a> {
     /// Receives one move, or one question, over the link. Blocks until it is over.
     pub fn receive(&self, link: &dyn Link) -> Received {
+        self.receive_move(link, None)
+    }
+
+    /// Receives one move, or one question, over the link, and over as many further ones as the source wants, of which
+    /// [`Options::links`] are the most. Blocks until it is over.
+    ///
+    /// Further links belong to the move when they say its id; others are closed.
+    pub fn receive_over(&self, link: &dyn Link, further: &dyn FurtherLinks) -> Received {
+        self.receive_move(link, Some(further))
+    }
+
+    fn receive_move(&self, link: &dyn Link, further: Option<&dyn FurtherLinks>) -> Received {
         let recorder = self.recorder();
         let link = MeteredLink::new(link, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
@@ -106,7 +120,7 @@ impl<'a> Destination<'a> {
             Ok((preface, None)) => return self.answer_query(preface.id, &mut channel, recorder),
             Err(why) => return self.discarded(why, &mut channel, recorder, taken),
         };
-        let loaded = self.until_ready(preface.id, &offer, &mut channel, &recorder, &mut taken);
+        let loaded = self.until_ready(preface.id, &offer, &mut channel, further, &recorder, &mut taken);
         if let Err(why) = loaded {
             return self.discarded(why, &mut channel, recorder, taken);
         }
@@ -162,7 +176,7 @@ impl<'a> Destination<'a> {
         let mut taken = Vec::new();
         let loaded = match self.greet(&mut channel, &recorder) {
             Ok((preface, Some(offer))) => {
-                self.until_ready(preface.id, &offer, &mut channel, &recorder, &mut taken)
+                self.until_ready(preface.id, &offer, &mut channel, None, &recorder, &mut taken)
             }
             Ok((_, None)) => {
                 let why = "a question is not a saved stream".into();
@@ -198,10 +212,14 @@ impl<'a> Destination<'a> {
                 if channel.has_peer() { "a saved stream over a link" } else { "a live stream in a file" };
             return Err(channel.damaged(Damage::Unknown { what: what.into() }));
         }
+        if preface.flags.contains(PrefaceFlags::FURTHER) {
+            let what = format!("a further link of move {}, which is not under way here", preface.id);
+            return Err(channel.damaged(Damage::Unknown { what }));
+        }
         if channel.has_peer() {
             channel.send_preface(preface.id, PrefaceFlags::empty())?;
         }
-        let (header, payload) = channel.receive("waiting for the offer", Some(self.options.load_max))?;
+        let (header, payload) = channel.receive("waiting for the offer", self.options.load_max)?;
         match header.kind {
             Kind::QUERY => Ok((preface, None)),
             Kind::OFFER => match Offer::decode(payload) {
@@ -231,33 +249,109 @@ impl<'a> Destination<'a> {
         id: MigrationId,
         offer: &Offer,
         channel: &mut Channel<'_>,
+        further: Option<&dyn FurtherLinks>,
         recorder: &Recorder<'_>,
         taken: &mut Vec<Taken>,
     ) -> Result<()> {
         tracing::debug!(%id, devices = offer.devices.len(), "offer");
         let accepted = channel.attend(|| self.accept(offer, recorder, taken));
+        let most = if further.is_some() { self.options.links.get() } else { 1 };
+        let links = offer.links.min(most);
         if channel.has_peer() {
-            let answer = match &accepted {
-                Ok(()) => Answer { accepted: true, reasons: Vec::new() },
-                Err(Error::Incompatible { reasons }) => Answer { accepted: false, reasons: reasons.clone() },
-                Err(error) => Answer { accepted: false, reasons: vec![error.to_string()] },
+            let reasons = match &accepted {
+                Ok(()) => Vec::new(),
+                Err(Error::Incompatible { reasons }) => reasons.clone(),
+                Err(error) => vec![error.to_string()],
             };
+            let window = Some(receiving::window(self.devices.len()));
+            let answer = Answer { accepted: accepted.is_ok(), reasons, links, window };
             let payload = answer.encode().map_err(|damage| channel.damaged(damage))?;
             channel.send(Kind::ANSWER, 0, 0, &payload)?;
         }
         accepted?;
+        let links = self.join(id, links, channel, further)?;
         recorder.phase(Phase::PreCopy);
-        self.take_frames(offer, channel, recorder, taken)?;
-        recorder.phase(Phase::Load);
-        let stopped = channel.attend(|| {
-            each(self.devices, |at, device| {
-                let _span = recorder.span(at, Act::Enter { state: State::Stop });
-                enter(device, State::Stop)
-            })
+        let streams: Vec<_> = taken.iter_mut().filter_map(|device| device.stream.take()).collect();
+        let Channel { outlet, inlet, .. } = channel;
+        let receiving = Receiving::new(
+            outlet,
+            offer,
+            links.len() + 1,
+            self.devices,
+            self.memory,
+            recorder,
+            self.options,
+            self.cancel,
+        )?;
+        let links: Vec<_> = links.iter().map(|link| MeteredLink::new(&**link, recorder)).collect();
+        let mut inlets: Vec<_> =
+            links.iter().map(|link| Inlet::after_join(link, self.options.silence_max)).collect();
+        limosa_clockwork::scope(|scope| {
+            let receiving = &receiving;
+            let _end = OnDrop(|| receiving.end());
+            for (at, stream) in streams.into_iter().enumerate() {
+                let name = format!("limosa: {}", self.devices[at].device.name());
+                scope.spawn(name, move || receiving.load(at, stream));
+            }
+            for (at, inlet) in inlets.iter_mut().enumerate() {
+                let name = format!("limosa: link {}", at + 1);
+                scope.spawn(name, move || receiving.read_further(inlet));
+            }
+            if let Err(error) = receiving.read_first(inlet) {
+                receiving.fail(error);
+            }
         });
-        stopped.into_iter().collect::<Result<Vec<_>>>()?;
-        taken.iter_mut().for_each(|device| device.stream = None);
-        Ok(())
+        match receiving.failure() {
+            Some(why) => Err(why),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the further links of the move, in any order. One that is not of the move is closed, and another is
+    /// waited for.
+    fn join(
+        &self,
+        id: MigrationId,
+        links: u32,
+        channel: &Channel<'_>,
+        further: Option<&dyn FurtherLinks>,
+    ) -> Result<Vec<Box<dyn Link>>> {
+        let Some(further) = further else { return Ok(Vec::new()) };
+        let wait = Wait::within(self.options.silence_max, self.cancel);
+        let mut joined: Vec<Option<Box<dyn Link>>> = (1..links).map(|_| None).collect();
+        channel.attend(|| {
+            while let Some(missing) = joined.iter().position(Option::is_none) {
+                let link = further.next(wait).map_err(|error| {
+                    tracing::debug!(link = missing + 1, "a further link does not come");
+                    channel.link_failed(error, "waiting for a further link")
+                })?;
+                match self.greet_further(&*link, id) {
+                    Ok(number) => match joined.get_mut(number as usize - 1) {
+                        Some(place) if place.is_none() => *place = Some(link),
+                        _ => tracing::warn!("link {number} of the move came twice or was not asked for"),
+                    },
+                    Err(error) => tracing::warn!("a link that is not of the move: {error}"),
+                }
+            }
+            Ok(joined.into_iter().flatten().collect())
+        })
+    }
+
+    /// The number of a further link, if it is of this move.
+    fn greet_further(&self, link: &dyn Link, id: MigrationId) -> Result<u32> {
+        let silence_max = self.options.silence_max;
+        let mut channel = Channel::new(link, self.cancel, silence_max);
+        let preface = channel.receive_preface()?;
+        if preface.id != id || !preface.flags.contains(PrefaceFlags::FURTHER) {
+            let what = format!("the id {} where {id} was expected", preface.id);
+            return Err(channel.damaged(Damage::Unknown { what }));
+        }
+        let number = decode_u32(channel.expect(Kind::JOIN, "waiting for a link's number", silence_max)?);
+        if number == 0 || number >= LINKS_MAX {
+            let why = format!("link {number}, expected 1 to {}", LINKS_MAX - 1);
+            return Err(channel.damaged(Damage::Content { kind: Kind::JOIN, why }));
+        }
+        Ok(number)
     }
 
     /// Compares, and opens a session on every device.
@@ -300,62 +394,6 @@ impl<'a> Destination<'a> {
                 device: moved.device.name().into(),
                 what: "it entered RESUMING and gave no data stream".into(),
             })?);
-        }
-        Ok(())
-    }
-
-    /// Everything from the first frame to SUM. What is out of order never reaches a device.
-    fn take_frames(
-        &self,
-        offer: &Offer,
-        channel: &mut Channel<'_>,
-        recorder: &Recorder<'_>,
-        taken: &mut [Taken],
-    ) -> Result<()> {
-        let mut order = Order::new(offer);
-        // Regions are matched by id, and lie in the same order nowhere but in the offer.
-        let region = |at: usize| self.memory.iter().find(|region| region.id == offer.memory[at].id);
-        let has_peer = channel.has_peer();
-        while !order.is_whole() {
-            let (header, payload) = channel.receive("waiting for the source's data", None)?;
-            let step = match order.next(&header, payload) {
-                Ok(step) => step,
-                Err(damage) => return Err(channel.damaged(damage)),
-            };
-            match step {
-                Step::DeviceData(at, data) => {
-                    let device = self.devices[at].device;
-                    let Some(stream) = &mut taken[at].stream else { continue };
-                    let mut span = recorder.span(at, Act::Load);
-                    stream.write(data).map_err(|error| failed(device, "loading its data", error))?;
-                    span.bytes(data.len() as u64);
-                    drop(span);
-                    recorder.device_data(at, data.len() as u64);
-                }
-                Step::MemoryData(at, offset, pages) => {
-                    if let Some(region) = region(at) {
-                        region.pages.write(offset, pages).map_err(|error| region.failed(offset, error))?;
-                    }
-                    recorder.memory_data(pages.len() as u64);
-                }
-                Step::MemoryZero(at, offset, bytes) => {
-                    if let Some(region) = region(at) {
-                        region.pages.zero(offset, bytes).map_err(|error| region.failed(offset, error))?;
-                    }
-                    recorder.memory_zero(bytes);
-                }
-                Step::Round(round, dirty_bytes) => {
-                    recorder.round(&Round { round, memory_dirty_bytes: dirty_bytes, ..Round::default() });
-                }
-                Step::Flush if has_peer => channel.send(Kind::FLUSHED, 0, 0, &[]).map(drop)?,
-                Step::Flush => {}
-                Step::Stopped => {
-                    recorder.phase(Phase::StopCopy);
-                    recorder.stop();
-                }
-                Step::DeviceBegin(_) | Step::DeviceHint(..) | Step::DeviceEnd(_) => {}
-                Step::Sum | Step::Sealed(_) | Step::Commit | Step::Skipped => {}
-            }
         }
         Ok(())
     }

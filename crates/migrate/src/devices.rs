@@ -49,17 +49,17 @@ pub(crate) fn each<'a, T: Send>(
     match devices {
         [] => Vec::new(),
         [only] => vec![act(0, only.device)],
-        several => std::thread::scope(|scope| {
+        several => limosa_clockwork::scope(|scope| {
             let act = &act;
             let threads: Vec<_> = several
                 .iter()
                 .enumerate()
                 .map(|(at, moved)| {
                     let device = moved.device;
-                    scope.spawn(move || act(at, device))
+                    scope.spawn(format!("limosa: {}", device.name()), move || act(at, device))
                 })
                 .collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, T>| {
+            let join = |thread: limosa_clockwork::Handle<'_, T>| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             };
             threads.into_iter().map(join).collect()

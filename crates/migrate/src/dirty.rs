@@ -3,18 +3,18 @@
 use std::io;
 
 use limosa_client::dirty::{DeviceLog, DirtySource, Fused};
+use limosa_clockwork::Monitor;
 use limosa_protocol::bitmap::{DirtyBitmap, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 
-use crate::channel::Channel;
 use crate::devices::{MovedDevice, failed};
-use crate::memory::{Memory, MemoryRegion, PAGE_BYTES, is_zero};
+use crate::memory::{Memory, MemoryRegion, PAGE_BYTES};
 use crate::report::Recorder;
-use crate::stream::{DATA_BYTES_MAX, Kind};
-use crate::{Error, Result};
+use crate::sending::Sending;
+use crate::{Error, Result, pages};
 
-/// After this much memory, devices in pre-copy get their turn.
-const TURN_BYTES: u64 = 16 << 20;
+/// A further link is used for each so many bytes: below that, waking its thread costs more than it saves.
+const LINK_BYTES_MIN: u64 = 4 << 20;
 
 /// Which pages are still to be sent, and which were ever harvested.
 #[derive(Default)]
@@ -161,37 +161,35 @@ impl Dirty {
         }
     }
 
-    /// Sends every pending page; `turn` is called in between. Pages that could not be sent when this
-    /// fails are among the harvested ones, or were pending from the start.
+    /// Sends every pending page, over as many links as that is worth. Pages that could not be sent when this fails are
+    /// among the harvested ones, or were pending from the start.
     pub(crate) fn send(
-        &mut self,
+        &self,
         regions: &[MemoryRegion<'_>],
-        channel: &mut Channel<'_>,
+        sending: &Sending<'_, '_>,
         recorder: &Recorder<'_>,
-        mut turn: impl FnMut(&mut Channel<'_>, &Recorder<'_>) -> Result<()>,
     ) -> Result<()> {
-        let mut buffer = vec![0; self.bytes().min(DATA_BYTES_MAX as u64) as usize];
-        let mut since_turn = 0;
-        for (region, pending) in regions.iter().zip(&self.pending) {
-            let mut sender = Sender { region, channel, recorder, zeroes: (0, 0) };
-            for (first, pages) in pending.runs() {
-                let (mut at, end) = (first * PAGE_BYTES, (first + pages) * PAGE_BYTES);
-                while at < end {
-                    let piece_bytes = (end - at).min(buffer.len() as u64) as usize;
-                    let piece = &mut buffer[..piece_bytes];
-                    region.pages.read(at, piece).map_err(|error| region.failed(at, error))?;
-                    sender.send(at, piece)?;
-                    at += piece.len() as u64;
-                    since_turn += piece.len() as u64;
-                    if since_turn >= TURN_BYTES {
-                        since_turn = 0;
-                        turn(sender.channel, sender.recorder)?;
-                    }
-                }
-            }
-            sender.flush()?;
-            pending.clear();
-        }
+        let links = (self.bytes() / LINK_BYTES_MIN + 1).min(sending.outlets.len() as u64) as usize;
+        let chunks = Monitor::new(pages::chunks(regions, &self.pending));
+        limosa_clockwork::scope(|scope| {
+            let chunks = &chunks;
+            let others: Vec<_> = (1..links)
+                .map(|link| {
+                    scope.spawn(format!("limosa: link {link}"), move || {
+                        pages::send(link, chunks, sending, recorder)
+                            // The others need not go on.
+                            .inspect_err(|_| chunks.lock().end())
+                    })
+                })
+                .collect();
+            let sent = pages::send(0, chunks, sending, recorder).inspect_err(|_| chunks.lock().end());
+            let joined = others
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            // All of them are waited for; what went wrong first is passed on.
+            joined.collect::<Vec<_>>().into_iter().fold(sent, Result::and)
+        })?;
+        self.pending.iter().for_each(DirtyBitmap::clear);
         Ok(())
     }
 }
@@ -205,56 +203,4 @@ fn start_source(source: &dyn DirtySource, ranges: &[DmaLoggingRange]) -> Result<
         doing: STARTING.into(),
         error,
     })
-}
-
-/// Sends pages of one region, zeroes as runs.
-struct Sender<'a, 'c, 'r> {
-    region: &'a MemoryRegion<'a>,
-    channel: &'a mut Channel<'c>,
-    recorder: &'a Recorder<'r>,
-    /// A run of zeroes that may go on: offset and bytes.
-    zeroes: (u64, u64),
-}
-
-impl Sender<'_, '_, '_> {
-    fn send(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let page_bytes = PAGE_BYTES as usize;
-        let is_zero = |page: usize| is_zero(&bytes[page * page_bytes..(page + 1) * page_bytes]);
-        let pages = bytes.len() / page_bytes;
-        let mut page = 0;
-        while page < pages {
-            let first = page;
-            let zero = is_zero(page);
-            while page < pages && is_zero(page) == zero {
-                page += 1;
-            }
-            let at = offset + (first * page_bytes) as u64;
-            let run = &bytes[first * page_bytes..page * page_bytes];
-            if zero {
-                self.add_zeroes(at, run.len() as u64)?;
-            } else {
-                self.channel.send(Kind::MEMORY_DATA, self.region.id, at, run)?;
-                self.recorder.memory_data(run.len() as u64);
-            }
-        }
-        Ok(())
-    }
-
-    fn add_zeroes(&mut self, at: u64, bytes: u64) -> Result<()> {
-        if self.zeroes.0 + self.zeroes.1 != at {
-            self.flush()?;
-            self.zeroes = (at, 0);
-        }
-        self.zeroes.1 += bytes;
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        let (at, bytes) = std::mem::take(&mut self.zeroes);
-        if bytes > 0 {
-            self.channel.send(Kind::MEMORY_ZERO, self.region.id, at, &bytes.to_le_bytes())?;
-            self.recorder.memory_zero(bytes);
-        }
-        Ok(())
-    }
 }

@@ -21,8 +21,8 @@ pub fn move_local(source: &mut Source<'_>, destination: &Destination<'_>) -> (Ou
             );
         }
     };
-    std::thread::scope(|scope| {
-        let receiving = scope.spawn(move || {
+    limosa_clockwork::scope(|scope| {
+        let receiving = scope.spawn("limosa: destination", move || {
             let received = destination.receive(&far);
             // The source may wait for the close.
             drop(far);

@@ -1,5 +1,6 @@
 //! What a caller may choose, and what it may hook into: [`Options`], [`Vmm`], [`Observer`].
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use crate::Round;
@@ -12,6 +13,10 @@ pub struct Options {
     /// Whether devices that have PRE_COPY use it. Some device servers cannot load what they gave out
     /// in PRE_COPY; without it they still move, with a longer stop.
     pub precopy: bool,
+    /// The most links that a move goes over, 1 to [`LINKS_MAX`](crate::stream::LINKS_MAX): the source opens them, and
+    /// the destination takes no more. Of use only where further ones can be had: see
+    /// [`Source::send_over`](crate::Source::send_over).
+    pub links: NonZeroU32,
     /// When pre-copy stops.
     pub convergence: crate::Convergence,
     /// How long the other side may say nothing.
@@ -26,6 +31,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             precopy: true,
+            links: NonZeroU32::MIN,
             convergence: crate::Convergence::default(),
             silence_max: Duration::from_secs(30),
             load_max: Duration::from_secs(600),

@@ -1,74 +1,190 @@
-//! One device's saving session on its way to the link. It has its stream to itself, so that it could
-//! run in a thread of its own.
+//! One device's saving session on its way to the links, in a thread of its own: a device that is slow to stop or to
+//! give its data holds up no other.
 
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};
+use limosa_clockwork::{Monitor, now};
+use limosa_protocol::State;
 use limosa_protocol::feature::PrecopyInfo;
 
-use crate::channel::Channel;
-use crate::devices::failed;
+use crate::devices::{enter, failed};
 use crate::report::{Act, Recorder};
+use crate::sending::Sending;
 use crate::stream::body::{encode_device_end, encode_hint};
 use crate::stream::{DATA_BYTES_MAX, DEVICE_BYTES_MAX, Kind};
 use crate::{Error, Result};
 
+/// What a device's thread is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Job {
+    /// Enter a state; a session that this opens is kept.
+    Enter(State),
+    /// Move what it has to say before the stop, about so many bytes at most, and ask what is left.
+    PreCopy(u64),
+    /// Enter STOP_COPY, and move everything that is left.
+    StopAndDrain,
+}
+
+/// Between a device's thread and the others.
+#[derive(Default)]
+pub(crate) struct Flow {
+    /// Bytes of its data that were sent.
+    pub(crate) sent: u64,
+    /// Bytes of them that the destination's device has taken.
+    pub(crate) taken: u64,
+    /// What is left of pre-copy, as it said last.
+    pub(crate) info: Option<PrecopyInfo>,
+    /// What it would have to give if it were stopped now, as far as it says.
+    pub(crate) bytes_if_stopped: u64,
+    /// Whether it has a session.
+    pub(crate) open: bool,
+    /// Whether it is in STOP_COPY.
+    pub(crate) stopped: bool,
+    /// Jobs given, jobs done.
+    given: u64,
+    done: u64,
+    job: Option<Job>,
+    pub(crate) over: bool,
+}
+
+/// Gives a device's thread a job.
+pub(crate) fn give(device: &Monitor<Flow>, job: Job) {
+    let mut flow = device.lock();
+    flow.job = Some(job);
+    flow.given += 1;
+    device.notify_all();
+}
+
+/// Waits until a device's thread has done what it was given, or that holds.
+pub(crate) fn wait(
+    sending: &Sending<'_, '_>,
+    device: &Monitor<Flow>,
+    enough: impl Fn(&Flow) -> bool,
+) -> Result<()> {
+    let mut flow = device.lock();
+    loop {
+        if flow.over {
+            return Err(Error::Cancelled);
+        }
+        if flow.done == flow.given || enough(&flow) {
+            return Ok(());
+        }
+        sending.check()?;
+        (flow, _) = device.wait(flow, None);
+    }
+}
+
 /// A device's data, from its session to DEVICE_DATA frames.
-pub(crate) struct Saving<'a> {
+pub(crate) struct Saving<'w, 'a> {
     device: &'a dyn Device,
     /// The device's place in the offer, which is its section.
     at: usize,
+    sending: &'w Sending<'w, 'a>,
+    recorder: &'w Recorder<'a>,
     stream: Option<Box<dyn DataStream>>,
     begun: bool,
     bytes: u64,
     crc: u32,
-    info: Option<PrecopyInfo>,
     buffer: Vec<u8>,
 }
 
-impl<'a> Saving<'a> {
-    pub(crate) fn new(at: usize, device: &'a dyn Device) -> Saving<'a> {
-        Saving { device, at, stream: None, begun: false, bytes: 0, crc: 0, info: None, buffer: Vec::new() }
-    }
-
-    /// A session opened, or, with `None`, goes on.
-    pub(crate) fn open(&mut self, stream: Option<Box<dyn DataStream>>) -> Result<()> {
-        if let Some(stream) = stream {
-            let bytes = stream.transfer_bytes_max().clamp(1, DATA_BYTES_MAX);
-            self.buffer.resize(bytes, 0);
-            self.stream = Some(stream);
+impl<'w, 'a> Saving<'w, 'a> {
+    pub(crate) fn new(
+        at: usize,
+        device: &'a dyn Device,
+        sending: &'w Sending<'w, 'a>,
+        recorder: &'w Recorder<'a>,
+    ) -> Saving<'w, 'a> {
+        Saving {
+            device,
+            at,
+            sending,
+            recorder,
+            stream: None,
+            begun: false,
+            bytes: 0,
+            crc: 0,
+            buffer: Vec::new(),
         }
-        match self.stream {
-            Some(_) => Ok(()),
-            None => Err(self.misbehaved("it opened a session and gave no data stream")),
-        }
     }
 
-    pub(crate) fn is_open(&self) -> bool {
-        self.stream.is_some()
+    fn flow(&self) -> &'w Monitor<Flow> {
+        &self.sending.flows[self.at]
     }
 
-    /// Moves what the device has to say before the stop, about `bytes_max` at most.
-    pub(crate) fn precopy(
-        &mut self,
-        bytes_max: u64,
-        channel: &mut Channel<'_>,
-        recorder: &Recorder<'_>,
-    ) -> Result<u64> {
-        let mut moved = 0;
-        while moved < bytes_max {
-            match self.chunk(Act::PrecopyData, channel, recorder)? {
-                // An end before STOP_COPY is not the end; some devices say so for "nothing for now".
-                Chunk::NothingForNow | Chunk::End => break,
-                Chunk::Data(bytes) => moved += bytes as u64,
+    /// Does what it is given until the work is over.
+    pub(crate) fn run(mut self) {
+        loop {
+            let job = {
+                let mut flow = self.flow().lock();
+                loop {
+                    if flow.over {
+                        return;
+                    }
+                    if let Some(job) = flow.job.take() {
+                        break job;
+                    }
+                    (flow, _) = self.flow().wait(flow, None);
+                }
+            };
+            match self.perform(job) {
+                Ok(()) => {
+                    self.flow().lock().done += 1;
+                    self.flow().notify_all();
+                }
+                Err(error) => return self.sending.fail(error),
             }
         }
-        Ok(moved)
+    }
+
+    fn perform(&mut self, job: Job) -> Result<()> {
+        match job {
+            Job::Enter(state) => self.enter(state),
+            Job::PreCopy(bytes_max) => {
+                self.precopy(bytes_max)?;
+                self.look()
+            }
+            Job::StopAndDrain => {
+                self.enter(State::StopCopy)?;
+                self.flow().lock().stopped = true;
+                self.flow().notify_all();
+                self.drain()
+            }
+        }
+    }
+
+    fn enter(&mut self, state: State) -> Result<()> {
+        let stream = {
+            let _span = self.recorder.span(self.at, Act::Enter { state });
+            enter(self.device, state)?
+        };
+        if let Some(stream) = stream {
+            let most = self.sending.window.map_or(DATA_BYTES_MAX as u64, |window| (window / 2).max(1));
+            let bytes = stream.transfer_bytes_max().clamp(1, DATA_BYTES_MAX.min(most as usize));
+            self.buffer.resize(bytes, 0);
+            self.stream = Some(stream);
+            self.flow().lock().open = true;
+        }
+        let saves = matches!(state, State::PreCopy | State::PreCopyP2p | State::StopCopy);
+        match saves && self.stream.is_none() {
+            true => Err(self.misbehaved("it opened a session and gave no data stream")),
+            false => Ok(()),
+        }
+    }
+
+    fn precopy(&mut self, bytes_max: u64) -> Result<()> {
+        let (began, before) = (now(), self.bytes);
+        // An end before STOP_COPY is not the end; some devices say so for "nothing for now".
+        while self.bytes - before < bytes_max && matches!(self.chunk()?, Chunk::Data(_)) {}
+        self.recorder.device_span(self.at, Act::PrecopyData, began, self.bytes - before);
+        Ok(())
     }
 
     /// Moves everything that is left, in STOP_COPY.
-    pub(crate) fn drain(&mut self, channel: &mut Channel<'_>, recorder: &Recorder<'_>) -> Result<()> {
+    fn drain(&mut self) -> Result<()> {
+        let (began, before) = (now(), self.bytes);
         loop {
-            channel.check_cancel()?;
-            match self.chunk(Act::FinalData, channel, recorder)? {
+            self.sending.check()?;
+            match self.chunk()? {
                 Chunk::Data(_) => {}
                 Chunk::NothingForNow => {
                     return Err(self
@@ -77,40 +193,30 @@ impl<'a> Saving<'a> {
                 Chunk::End => break,
             }
         }
-        self.begin(channel)?;
-        channel.send(Kind::DEVICE_END, self.at as u32, 0, &encode_device_end(self.bytes, self.crc))?;
+        self.begin()?;
+        self.sending.until_stopped()?;
+        let end = encode_device_end(self.bytes, self.crc);
+        self.sending.send(0, Kind::DEVICE_END, self.at as u32, 0, &end)?;
+        self.recorder.device_span(self.at, Act::FinalData, began, self.bytes - before);
         Ok(())
     }
 
-    /// Asks what is left of pre-copy, tells it to the other side, and remembers it. A device that does
-    /// not know is not asked again.
-    pub(crate) fn hint(&mut self, channel: &mut Channel<'_>) -> Result<()> {
-        let Some(stream) = &mut self.stream else { return Ok(()) };
-        match stream.precopy_info() {
-            Ok(info) => {
-                self.info = Some(info);
-                self.begin(channel)?;
-                channel.send(Kind::DEVICE_HINT, self.at as u32, 0, &encode_hint(&info))?;
-                Ok(())
-            }
-            Err(error) if error.is_connection_lost() => {
-                Err(failed(self.device, "asking for pre-copy info", error))
-            }
-            Err(_) => {
-                self.info = None;
-                Ok(())
-            }
+    /// Asks what is left of pre-copy, and tells it to the other side. What the device refuses to tell is not known.
+    fn look(&mut self) -> Result<()> {
+        let info = match &mut self.stream {
+            Some(stream) => match stream.precopy_info() {
+                Ok(info) => Some(info),
+                Err(error) if error.is_connection_lost() => {
+                    return Err(failed(self.device, "asking for pre-copy info", error));
+                }
+                Err(_) => None,
+            },
+            None => None,
+        };
+        if let Some(info) = &info {
+            self.begin()?;
+            self.sending.send(0, Kind::DEVICE_HINT, self.at as u32, 0, &encode_hint(info))?;
         }
-    }
-
-    /// What the device last said is left of pre-copy: initial bytes and dirty bytes.
-    pub(crate) fn left(&self) -> (u64, u64) {
-        self.info.map_or((0, 0), |info| (info.initial_bytes, info.dirty_bytes))
-    }
-
-    /// How many bytes the device would have to give if it were stopped now, as far as it says.
-    pub(crate) fn bytes_if_stopped(&self) -> Result<u64> {
-        let (initial, dirty) = self.left();
         let size = match self.device.mig_data_size() {
             Ok(size) => size.unwrap_or(0),
             Err(error) if error.is_connection_lost() => {
@@ -118,12 +224,15 @@ impl<'a> Saving<'a> {
             }
             Err(_) => 0,
         };
-        Ok(size.max(initial.saturating_add(dirty)))
+        let left = info.map_or(0, |info| info.initial_bytes.saturating_add(info.dirty_bytes));
+        let mut flow = self.flow().lock();
+        flow.info = info;
+        flow.bytes_if_stopped = size.max(left);
+        Ok(())
     }
 
-    fn chunk(&mut self, act: Act, channel: &mut Channel<'_>, recorder: &Recorder<'_>) -> Result<Chunk> {
+    fn chunk(&mut self) -> Result<Chunk> {
         let Some(stream) = &mut self.stream else { return Ok(Chunk::End) };
-        let mut span = recorder.span(self.at, act);
         let chunk = stream.read(&mut self.buffer);
         let chunk = chunk.map_err(|error| failed(self.device, "reading its data", error))?;
         if let Chunk::Data(bytes) = chunk {
@@ -134,21 +243,20 @@ impl<'a> Saving<'a> {
             if self.bytes + bytes as u64 > DEVICE_BYTES_MAX {
                 return Err(self.misbehaved(&format!("its data has no end within {DEVICE_BYTES_MAX} bytes")));
             }
-            span.bytes(bytes as u64);
-            drop(span);
-            self.begin(channel)?;
-            let data = &self.buffer[..bytes];
-            let header = channel.send(Kind::DEVICE_DATA, self.at as u32, self.bytes, data)?;
+            self.begin()?;
+            // Credit for it may come before the sending returns.
+            self.flow().lock().sent = self.bytes + bytes as u64;
+            let header = self.sending.send_device(self.at, self.bytes, &self.buffer[..bytes])?;
             self.crc = crc32c::crc32c_combine(self.crc, header.payload_crc, bytes);
             self.bytes += bytes as u64;
-            recorder.device_data(self.at, bytes as u64);
+            self.recorder.device_data(self.at, bytes as u64);
         }
         Ok(chunk)
     }
 
-    fn begin(&mut self, channel: &mut Channel<'_>) -> Result<()> {
+    fn begin(&mut self) -> Result<()> {
         if !std::mem::replace(&mut self.begun, true) {
-            channel.send(Kind::DEVICE_BEGIN, self.at as u32, 0, &[])?;
+            self.sending.send(0, Kind::DEVICE_BEGIN, self.at as u32, 0, &[])?;
         }
         Ok(())
     }

@@ -4,16 +4,17 @@
 use limosa_client::DeviceExt;
 use limosa_protocol::{MigrationFlags, State};
 
-use crate::channel::Channel;
+use crate::channel::{Channel, OnDrop, Outlet};
 use crate::devices::{MovedDevice, check_movable, each, enter, facts, failed};
 use crate::ledger::Decision;
-use crate::link::{Link, MeteredLink};
+use crate::link::{FurtherLinks, Link, MeteredLink, Wait};
 use crate::memory::Memory;
 use crate::report::{Act, Phase, Recorder, Report, Side};
-use crate::saving::Saving;
+use crate::saving::{self, Job, Saving};
+use crate::sending::Sending;
 use crate::snapshot::{Limits, SnapshotTarget, Writing, of_place};
-use crate::stream::body::{NEEDS_FLUSH, decode_u32};
-use crate::stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags};
+use crate::stream::body::{NEEDS_CREDIT, NEEDS_FLUSH, decode_u32};
+use crate::stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, WINDOW_BYTES_MIN};
 use crate::undo::Held;
 use crate::{Cancel, Error, Observer, Options, Result, Vmm};
 
@@ -103,12 +104,22 @@ enum Uncommitted {
 impl<'a> Source<'a> {
     /// Moves everything over the link. Blocks until it is over.
     pub fn send(&mut self, link: &dyn Link) -> Outcome {
+        self.move_over(link, None)
+    }
+
+    /// Moves everything over the link, and over as many further ones as [`Options::links`] says and the destination
+    /// takes. Blocks until it is over.
+    pub fn send_over(&mut self, link: &dyn Link, further: &dyn FurtherLinks) -> Outcome {
+        self.move_over(link, Some(further))
+    }
+
+    fn move_over(&mut self, link: &dyn Link, further: Option<&dyn FurtherLinks>) -> Outcome {
         let recorder = self.recorder();
         let link = MeteredLink::new(link, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
         let mut held = Held::default();
         recorder.phase(Phase::Handshake);
-        let id = match self.until_ready(&mut channel, &recorder, &mut held) {
+        let id = match self.until_ready(&mut channel, further, &recorder, &mut held) {
             Ok(id) => id,
             Err(why) => return self.undone(why, &mut channel, recorder, held),
         };
@@ -178,7 +189,7 @@ impl<'a> Source<'a> {
         };
         let link = MeteredLink::new(&writing, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
-        let written = self.until_sum(&mut channel, &recorder, &mut held);
+        let written = self.until_ready(&mut channel, None, &recorder, &mut held);
         if let Err(why) = written.and_then(|_| writing.seal(&mut channel, limits)) {
             return self.undone(of_place(why, "writing it"), &mut channel, recorder, held);
         }
@@ -209,63 +220,99 @@ impl<'a> Source<'a> {
         Recorder::new(Side::Source, self.options, self.observer, names)
     }
 
-    /// From nothing to READY: the source may still go back.
+    /// From nothing to READY, or to the end of a file: the source may still go back.
     fn until_ready(
         &mut self,
         channel: &mut Channel<'_>,
+        further: Option<&dyn FurtherLinks>,
         recorder: &Recorder<'_>,
         held: &mut Held,
     ) -> Result<MigrationId> {
-        let id = self.until_sum(channel, recorder, held)?;
-        recorder.phase(Phase::Load);
-        channel.expect(Kind::READY, "waiting for the destination to load", self.options.load_max)?;
-        Ok(id)
-    }
-
-    /// Everything up to SUM.
-    fn until_sum(
-        &mut self,
-        channel: &mut Channel<'_>,
-        recorder: &Recorder<'_>,
-        held: &mut Held,
-    ) -> Result<MigrationId> {
-        let id = self.handshake(channel, recorder, held)?;
-        let devices = self.devices;
-        let mut savings: Vec<_> =
-            devices.iter().enumerate().map(|(at, moved)| Saving::new(at, moved.device)).collect();
+        let (id, answer) = self.handshake(channel, further.is_some(), recorder, held)?;
+        let links = self.join(answer.links, channel, further)?;
+        let links: Vec<_> = links.iter().map(|link| MeteredLink::new(&**link, recorder)).collect();
+        let outlets: Vec<_> = links.iter().map(|link| Outlet::new(link, self.options.silence_max)).collect();
+        for (outlet, number) in outlets.iter().zip(1_u32..) {
+            outlet.send_preface(id, PrefaceFlags::FURTHER, self.cancel)?;
+            outlet.send(Kind::JOIN, 0, 0, &number.to_le_bytes(), self.cancel)?;
+        }
         held.touched = true;
         held.dirty.start(self.devices, &mut self.memory, recorder)?;
-        recorder.phase(Phase::PreCopy);
-        self.precopy(channel, recorder, held, &mut savings)?;
-        recorder.phase(Phase::Stop);
-        self.stop(channel, recorder, held, &mut savings)?;
-        recorder.phase(Phase::StopCopy);
-        channel.send(Kind::STOPPED, 0, 0, &[])?;
-        for saving in &mut savings {
-            saving.drain(channel, recorder)?;
+        let Channel { outlet, inlet, .. } = channel;
+        let outlets = std::iter::once(&*outlet).chain(&outlets).collect();
+        let sending = Sending::new(outlets, self.devices.len(), answer.window, self.options, self.cancel)?;
+        let devices = self.devices;
+        limosa_clockwork::scope(|scope| {
+            let sending = &sending;
+            let _end = OnDrop(|| sending.end());
+            let listener =
+                sending.has_peer().then(|| scope.spawn("limosa: listener", move || sending.listen(inlet)));
+            for (at, moved) in devices.iter().enumerate() {
+                let saving = Saving::new(at, moved.device, sending, recorder);
+                scope.spawn(format!("limosa: {}", moved.device.name()), move || saving.run());
+            }
+            if let Err(error) = self.work(sending, recorder, held) {
+                sending.fail(error);
+                // It may bring the reason for a link's failing.
+                if let Some(listener) = listener {
+                    listener.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                }
+            }
+        });
+        match sending.failure() {
+            Some(why) => Err(why),
+            None => Ok(id),
         }
+    }
+
+    /// The further links that both sides want.
+    fn join(
+        &self,
+        links: u32,
+        channel: &Channel<'_>,
+        further: Option<&dyn FurtherLinks>,
+    ) -> Result<Vec<Box<dyn Link>>> {
+        let Some(further) = further else { return Ok(Vec::new()) };
+        let next = || further.next(Wait::within(self.options.silence_max, self.cancel));
+        let failed = |error| channel.link_failed(error, "connecting a further link");
+        (1..links).map(|_| next().map_err(failed)).collect()
+    }
+
+    /// Everything between the handshake and READY.
+    fn work(&mut self, sending: &Sending<'_, '_>, recorder: &Recorder<'_>, held: &mut Held) -> Result<()> {
+        recorder.phase(Phase::PreCopy);
+        self.precopy(sending, recorder, held)?;
+        recorder.phase(Phase::Stop);
+        self.stop(sending, held)?;
+        recorder.phase(Phase::StopCopy);
+        sending.stopped()?;
         match held.dirty.blind {
             true => held.dirty.everything(),
             false => held.dirty.harvest(self.devices, &mut self.memory)?,
         }
-        held.dirty.send(&self.memory.regions, channel, recorder, |channel, _| channel.check_cancel())?;
-        channel.send(Kind::SUM, 0, 0, &recorder.totals().encode())?;
-        Ok(id)
+        held.dirty.send(&self.memory.regions, sending, recorder)?;
+        for device in &sending.flows {
+            saving::wait(sending, device, |_| false)?;
+        }
+        recorder.phase(Phase::Load);
+        sending.finish(&recorder.totals().encode())
     }
 
     /// Compares both sides before anything is touched.
     fn handshake(
         &mut self,
         channel: &mut Channel<'_>,
+        has_further: bool,
         recorder: &Recorder<'_>,
         held: &mut Held,
-    ) -> Result<MigrationId> {
+    ) -> Result<(MigrationId, Answer)> {
         let id =
             MigrationId::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
         recorder.id(id);
         let mut offer = self.offer()?;
         if channel.has_peer() {
-            offer.needs.push(NEEDS_FLUSH.into());
+            offer.needs.extend([NEEDS_FLUSH.into(), NEEDS_CREDIT.into()]);
+            offer.links = if has_further { self.options.links.get() } else { 1 };
         }
         for moved in self.devices {
             let state =
@@ -288,17 +335,27 @@ impl<'a> Source<'a> {
             offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
         channel.send_preface(id, flags)?;
         channel.send(Kind::OFFER, 0, 0, &payload)?;
-        if channel.has_peer() {
-            check_preface(channel, id)?;
-            let payload =
-                channel.expect(Kind::ANSWER, "waiting for an answer to the offer", self.options.load_max)?;
-            let answer = Answer::decode(payload).map_err(|damage| channel.damaged(damage))?;
-            if !answer.accepted {
-                let reasons = answer.reasons;
-                return Err(Error::Incompatible { reasons });
-            }
+        if !channel.has_peer() {
+            return Ok((id, Answer::default()));
         }
-        Ok(id)
+        check_preface(channel, id)?;
+        let payload =
+            channel.expect(Kind::ANSWER, "waiting for an answer to the offer", self.options.load_max)?;
+        let answer = Answer::decode(payload).map_err(|damage| channel.damaged(damage))?;
+        if !answer.accepted {
+            let reasons = answer.reasons;
+            return Err(Error::Incompatible { reasons });
+        }
+        let (links, window) = (answer.links, answer.window.unwrap_or(0));
+        if !(1..=offer.links).contains(&links) || window < WINDOW_BYTES_MIN {
+            let why = format!(
+                "it takes {links} links and {window} bytes of a device at a time; expected are 1 to {} and at least \
+                 {WINDOW_BYTES_MIN}",
+                offer.links
+            );
+            return Err(channel.damaged(Damage::Content { kind: Kind::ANSWER, why }));
+        }
+        Ok((id, answer))
     }
 
     fn offer(&self) -> Result<Offer> {
@@ -313,42 +370,25 @@ impl<'a> Source<'a> {
         if reasons.is_empty() { Ok(offer) } else { Err(Error::Incompatible { reasons }) }
     }
 
-    /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices.
-    fn stop(
-        &mut self,
-        channel: &mut Channel<'_>,
-        recorder: &Recorder<'_>,
-        held: &mut Held,
-        savings: &mut [Saving<'_>],
-    ) -> Result<()> {
-        channel.check_cancel()?;
+    /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices, which from then on give what is left.
+    fn stop(&mut self, sending: &Sending<'_, '_>, held: &mut Held) -> Result<()> {
+        sending.check()?;
         held.vmm_stopped = true;
         self.vmm.stop().map_err(|reason| Error::Vmm { doing: "stop", reason })?;
-        let devices = self.devices;
-        let saves: Vec<bool> = savings.iter().map(Saving::is_open).collect();
-        let found = &held.found;
-        let quiesced = channel.attend(|| {
-            each(devices, |at, device| {
-                let flags =
-                    device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
-                if !flags.contains(MigrationFlags::P2P) || !found[at].is_running() {
-                    return Ok(());
-                }
-                let state = if saves[at] { State::PreCopyP2p } else { State::RunningP2p };
-                let _span = recorder.span(at, Act::Enter { state });
-                enter(device, state).map(drop)
-            })
-        });
-        quiesced.into_iter().collect::<Result<()>>()?;
-        channel.check_cancel()?;
-        let stopped = channel.attend(|| {
-            each(devices, |at, device| {
-                let _span = recorder.span(at, Act::Enter { state: State::StopCopy });
-                enter(device, State::StopCopy)
-            })
-        });
-        for (saving, stream) in savings.iter_mut().zip(stopped) {
-            saving.open(stream?)?;
+        for ((moved, device), found) in self.devices.iter().zip(&sending.flows).zip(&held.found) {
+            let flags = moved.device.migration_flags();
+            let flags = flags.map_err(|error| failed(moved.device, "reading its flags", error))?;
+            if flags.contains(MigrationFlags::P2P) && found.is_running() {
+                let is_open = device.lock().open;
+                saving::give(device, Job::Enter(if is_open { State::PreCopyP2p } else { State::RunningP2p }));
+            }
+        }
+        for device in &sending.flows {
+            saving::wait(sending, device, |_| false)?;
+        }
+        sending.flows.iter().for_each(|device| saving::give(device, Job::StopAndDrain));
+        for device in &sending.flows {
+            saving::wait(sending, device, |flow| flow.stopped)?;
         }
         Ok(())
     }
@@ -381,13 +421,11 @@ impl<'a> Source<'a> {
 
     /// The guest is elsewhere: ends the sessions and the logs.
     fn finish(&mut self, recorder: &Recorder<'_>, held: &mut Held) {
-        for error in each(self.devices, |at, device| {
+        let stopped = each(self.devices, |at, device| {
             let _span = recorder.span(at, Act::Enter { state: State::Stop });
             enter(device, State::Stop)
-        })
-        .into_iter()
-        .filter_map(Result::err)
-        {
+        });
+        for error in stopped.into_iter().filter_map(Result::err) {
             recorder.note(format!(
                 "{error}: it has been moved and must not run; reset it before it is used again"
             ));

@@ -2,9 +2,9 @@
 
 use limosa_migrate::inspect;
 use limosa_migrate::stream::{
-    DATA_BYTES_MAX, DEVICE_BYTES_MAX, DEVICES_MAX, HEADER_BYTES, Header, Kind, MEMORY_BYTES_MAX,
+    DATA_BYTES_MAX, DEVICE_BYTES_MAX, DEVICES_MAX, HEADER_BYTES, Header, Kind, LINKS_MAX, MEMORY_BYTES_MAX,
     MEMORY_REGIONS_MAX, MigrationId, NAME_BYTES_MAX, OFFER_BYTES_MAX, PREFACE_BYTES, Preface, PrefaceFlags,
-    REASON_BYTES_MAX, REGIONS_MAX, VERSION,
+    REASON_BYTES_MAX, REGIONS_MAX, VERSION, WINDOW_BYTES_MIN,
 };
 
 const DOCUMENT: &str = include_str!("../../../docs/stream.md");
@@ -29,11 +29,13 @@ fn every_kind_is_documented_under_its_number() {
 
 #[test]
 fn every_limit_is_documented() {
-    let limits: [(&str, u64, &str); 9] = [
+    let limits: [(&str, u64, &str); 11] = [
         ("DATA_BYTES_MAX", DATA_BYTES_MAX as u64, "1 MiB"),
         ("OFFER_BYTES_MAX", OFFER_BYTES_MAX as u64, "256 KiB"),
         ("REASON_BYTES_MAX", REASON_BYTES_MAX as u64, "4 KiB"),
         ("DEVICES_MAX", DEVICES_MAX as u64, "64"),
+        ("LINKS_MAX", LINKS_MAX.into(), "16"),
+        ("WINDOW_BYTES_MIN", WINDOW_BYTES_MIN, "64 KiB"),
         ("REGIONS_MAX", REGIONS_MAX as u64, "256"),
         ("MEMORY_REGIONS_MAX", MEMORY_REGIONS_MAX as u64, "256"),
         ("MEMORY_BYTES_MAX", MEMORY_BYTES_MAX, "2^48"),

@@ -24,11 +24,13 @@ struct Peer {
     link: SocketLink,
     sequence: u32,
     decoder: Decoder,
+    /// Bytes of a device that have come.
+    taken: u64,
 }
 
 impl Peer {
     fn new(link: SocketLink) -> Peer {
-        Peer { link, sequence: 0, decoder: Decoder::new() }
+        Peer { link, sequence: 0, decoder: Decoder::new(), taken: 0 }
     }
     /// Whether the other side takes them.
     fn bytes(&mut self, bytes: &[u8]) -> bool {
@@ -73,16 +75,20 @@ impl Peer {
             }
         }
     }
-    /// The next frame that is not PROGRESS; FLUSH is answered.
+    /// The next frame that is not PROGRESS; FLUSH is answered, with credit for what has come.
     fn read(&mut self) -> (Kind, Vec<u8>) {
         loop {
             match self.decoder.next().unwrap() {
                 Some(Decoded::Frame { header, payload, .. }) if header.kind != Kind::PROGRESS => {
                     let (kind, payload) = (header.kind, payload.to_vec());
+                    if kind == Kind::DEVICE_DATA {
+                        self.taken = header.position + payload.len() as u64;
+                    }
                     if kind != Kind::FLUSH {
                         return (kind, payload);
                     }
-                    self.frame(Kind::FLUSHED, 0, 0, &[]);
+                    self.frame(Kind::CREDIT, 0, self.taken, &[]);
+                    self.frame(Kind::FLUSHED, header.section, header.position, &[]);
                 }
                 Some(_) => {}
                 None => self.more(),
@@ -349,7 +355,7 @@ fn destination_says(answer: impl FnOnce(&mut Peer, MigrationId) + Send) -> Error
     why
 }
 
-const ACCEPTED: &[u8] = br#"{"accepted":true}"#;
+const ACCEPTED: &[u8] = br#"{"accepted":true,"window":65536}"#;
 
 #[test]
 fn a_destination_that_breaks_the_order_leaves_the_source_running() {
@@ -365,7 +371,7 @@ fn a_destination_that_breaks_the_order_leaves_the_source_running() {
         peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
         peer.frame(Kind::RUNNING, 0, 0, &[]);
     });
-    assert!(why.to_string().contains("RUNNING is out of place: FLUSHED is due"), "{why}");
+    assert!(why.to_string().contains("RUNNING is out of place: nothing was asked"), "{why}");
     let why = destination_says(|peer, id| {
         peer.preface(id);
         peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":false,"reasons":["too\u001b[2J old"]}"#);

@@ -94,7 +94,7 @@ impl Bandwidth {
     fn take(&self, wanted: usize, wait: Wait<'_>) -> Result<usize, LinkError> {
         loop {
             let mut bucket = self.lock();
-            let now = Instant::now();
+            let now = limosa_clockwork::now();
             match bucket.allows(wanted, now) {
                 Ok(allowed) => {
                     bucket.sent(allowed, now);
@@ -131,7 +131,7 @@ fn pause(time: Duration, wait: Wait<'_>) -> Result<(), LinkError> {
         Some(_) => Ok(()),
         None => {
             // There is nothing that could end it early.
-            std::thread::sleep(time);
+            limosa_clockwork::sleep(time);
             Ok(())
         }
     }
@@ -159,6 +159,10 @@ impl<L: Link> Link for LimitedLink<L> {
 
     fn finish(&self) {
         self.inner.finish();
+    }
+
+    fn part(&self, wait: Wait<'_>) {
+        self.inner.part(wait);
     }
 
     fn peer(&self) -> &str {

@@ -33,6 +33,10 @@ impl Link for MeteredLink<'_> {
         self.inner.finish();
     }
 
+    fn part(&self, wait: Wait<'_>) {
+        self.inner.part(wait);
+    }
+
     fn peer(&self) -> &str {
         self.inner.peer()
     }

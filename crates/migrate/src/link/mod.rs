@@ -34,7 +34,7 @@ pub struct Wait<'a> {
 impl<'a> Wait<'a> {
     /// This long from now.
     pub fn within(time: Duration, cancel: Option<&'a Cancel>) -> Wait<'a> {
-        let now = Instant::now();
+        let now = limosa_clockwork::now();
         // A limit beyond what the clock can express is no limit; a year is none either.
         let deadline = now.checked_add(time).unwrap_or(now + Duration::from_secs(365 * 86_400));
         Wait { deadline, cancel }
@@ -45,7 +45,7 @@ impl<'a> Wait<'a> {
         if self.cancel.is_some_and(Cancel::is_cancelled) {
             return Err(LinkError::Cancelled);
         }
-        match self.deadline.saturating_duration_since(Instant::now()) {
+        match self.deadline.saturating_duration_since(limosa_clockwork::now()) {
             Duration::ZERO => Err(LinkError::TimedOut),
             left => Ok(left),
         }
@@ -94,12 +94,32 @@ pub trait Link: Send + Sync {
     /// Says to the other end that nothing more comes. Reading goes on.
     fn finish(&self);
 
+    /// Says so as well, and drops what still comes until the other end closes, or until the wait is over: a socket
+    /// that is closed with bytes unread may take back what was sent on it last.
+    fn part(&self, wait: Wait<'_>) {
+        self.finish();
+        let mut dropped = [0; 64 << 10];
+        while wait.left().is_ok() && self.read(&mut dropped, wait).is_ok() {}
+    }
+
     /// The other end, for messages.
     fn peer(&self) -> &str;
 
     /// Whether somebody reads and answers at the other end. A file has nobody.
     fn has_peer(&self) -> bool {
         true
+    }
+}
+
+/// Where a move gets its further links from: the source connects, the destination accepts. Closures are.
+pub trait FurtherLinks: Sync {
+    /// The next link to the same peer.
+    fn next(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError>;
+}
+
+impl<F: Fn(Wait<'_>) -> Result<Box<dyn Link>, LinkError> + Sync> FurtherLinks for F {
+    fn next(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
+        self(wait)
     }
 }
 
@@ -114,6 +134,10 @@ impl<L: Link + ?Sized> Link for Box<L> {
 
     fn finish(&self) {
         (**self).finish();
+    }
+
+    fn part(&self, wait: Wait<'_>) {
+        (**self).part(wait);
     }
 
     fn peer(&self) -> &str {

@@ -47,6 +47,8 @@ struct Inbox {
     unread: std::ops::Range<usize>,
     /// Of all that came.
     first_byte: Option<u8>,
+    /// What came is not to be believed, and nothing more of it is looked at.
+    broken: bool,
 }
 
 /// What is encrypted and has not gone out yet.
@@ -92,7 +94,8 @@ impl<L: Link> TlsLink<L> {
         wait: Wait<'_>,
     ) -> Result<TlsLink<L>, LinkError> {
         session.set_buffer_limit(Some(PLAIN_BYTES_MAX));
-        let inbox = Inbox { bytes: vec![0; INBOX_BYTES].into(), unread: 0..0, first_byte: None };
+        let inbox =
+            Inbox { bytes: vec![0; INBOX_BYTES].into(), unread: 0..0, first_byte: None, broken: false };
         let link = TlsLink {
             inner,
             tls: tls.clone(),
@@ -109,7 +112,7 @@ impl<L: Link> TlsLink<L> {
                 Ok(()) => {}
                 Err(LinkError::Closed) => return Err(TlsError::Closed.into()),
                 Err(error) => {
-                    link.part(wait);
+                    link.refuse(wait);
                     return Err(error);
                 }
             }
@@ -136,6 +139,9 @@ impl<L: Link> TlsLink<L> {
 
     /// Receives at least one byte and hands it to the session.
     fn fill(&self, inbox: &mut Inbox, wait: Wait<'_>) -> Result<(), LinkError> {
+        if inbox.broken {
+            return Err(LinkError::Closed);
+        }
         if inbox.unread.is_empty() {
             let bytes = self.inner.read(&mut inbox.bytes, wait)?;
             inbox.unread = 0..bytes;
@@ -146,6 +152,7 @@ impl<L: Link> TlsLink<L> {
         let processed = session.process_new_packets();
         drop(session);
         processed.map(drop).map_err(|error| {
+            inbox.broken = true;
             // The other side is to learn why. It may not be reading; what is known here is worth more.
             let _ = self.flush_owed(Wait { deadline: Instant::now(), ..wait });
             let is_tls = inbox.first_byte.is_some_and(|byte| matches!(byte, ALERT | HANDSHAKE));
@@ -178,14 +185,11 @@ impl<L: Link> TlsLink<L> {
         error
     }
 
-    /// The alert goes out; then the other side gets the time to read it: a socket that is closed with bytes unread
-    /// may take back what was sent on it last.
-    fn part(&self, wait: Wait<'_>) {
+    /// The alert goes out; then the other side gets the time to read it.
+    fn refuse(&self, wait: Wait<'_>) {
         let wait = Wait { deadline: wait.deadline.min(Instant::now() + LINGER), ..wait };
         let _ = self.flush(&mut lock(&self.outbox), wait);
-        self.inner.finish();
-        let mut inbox = lock(&self.inbox);
-        while wait.left().is_ok() && self.inner.read(&mut inbox.bytes, wait).is_ok() {}
+        self.inner.part(wait);
     }
 }
 
@@ -228,6 +232,12 @@ impl<L: Link> Link for TlsLink<L> {
         // Refused only when the connection is gone already.
         let _ = self.flush(&mut outbox, Wait::within(LINGER, None));
         self.inner.finish();
+    }
+
+    /// What still comes is not decrypted: a session that has said that it ends cannot answer what it does not believe.
+    fn part(&self, wait: Wait<'_>) {
+        self.finish();
+        self.inner.part(wait);
     }
 
     fn peer(&self) -> &str {

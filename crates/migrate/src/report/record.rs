@@ -143,7 +143,7 @@ impl<'a> Recorder<'a> {
 
     /// A device does this until what is returned is dropped.
     pub(crate) fn span(&self, device: usize, act: Act) -> Span<'_, 'a> {
-        Span { recorder: self, device, act, began: limosa_clockwork::now(), bytes: 0 }
+        Span { recorder: self, device, act, began: limosa_clockwork::now() }
     }
 
     /// A device has done this since then.
@@ -295,19 +295,11 @@ pub(crate) struct Span<'r, 'a> {
     device: usize,
     act: Act,
     began: Instant,
-    bytes: u64,
-}
-
-impl Span<'_, '_> {
-    /// So many more bytes of its data stream.
-    pub(crate) fn bytes(&mut self, bytes: u64) {
-        self.bytes += bytes;
-    }
 }
 
 impl Drop for Span<'_, '_> {
     fn drop(&mut self) {
-        self.recorder.device_span(self.device, self.act, self.began, self.bytes);
+        self.recorder.device_span(self.device, self.act, self.began, 0);
     }
 }
 

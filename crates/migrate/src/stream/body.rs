@@ -5,12 +5,12 @@ use limosa_protocol::feature::PrecopyInfo;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    DEVICES_MAX, Damage, Kind, MEMORY_BYTES_MAX, MEMORY_REGIONS_MAX, NAME_BYTES_MAX, OFFER_BYTES_MAX,
-    REASON_BYTES_MAX, REGIONS_MAX, u16_at, u32_at, u64_at,
+    DEVICES_MAX, Damage, Kind, LINKS_MAX, MEMORY_BYTES_MAX, MEMORY_REGIONS_MAX, NAME_BYTES_MAX,
+    OFFER_BYTES_MAX, REASON_BYTES_MAX, REGIONS_MAX, u16_at, u32_at, u64_at,
 };
 
 /// What the source offers to move.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
     /// What a reader must understand beyond version 1.
     #[serde(default)]
@@ -20,6 +20,18 @@ pub struct Offer {
     /// The memory.
     #[serde(default)]
     pub memory: Vec<MemoryFacts>,
+    /// Over how many links the source can send, this one among them.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub links: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it")]
+fn is_one(links: &u32) -> bool {
+    *links == 1
 }
 
 /// What is known of a device without opening a session.
@@ -89,17 +101,39 @@ impl MemoryFacts {
 }
 
 /// Whether the destination goes along.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
     /// Whether it does; it is then in RESUMING.
     pub accepted: bool,
     /// Why not.
     #[serde(default)]
     pub reasons: Vec<String>,
+    /// Over how many links it is to send, at most as many as it offered.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub links: u32,
+    /// How many bytes of a device may be on their way that it has not taken yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<u64>,
 }
 
 /// In [`Offer::needs`]: the source sends FLUSH.
 pub const NEEDS_FLUSH: &str = "flush";
+/// In [`Offer::needs`]: the source sends no more of a device than CREDIT allows.
+pub const NEEDS_CREDIT: &str = "credit";
+/// All that this version understands.
+const KNOWN_NEEDS: [&str; 2] = [NEEDS_FLUSH, NEEDS_CREDIT];
+
+impl Default for Offer {
+    fn default() -> Offer {
+        Offer { needs: Vec::new(), devices: Vec::new(), memory: Vec::new(), links: 1 }
+    }
+}
+
+impl Default for Answer {
+    fn default() -> Answer {
+        Answer { accepted: false, reasons: Vec::new(), links: 1, window: None }
+    }
+}
 
 impl Offer {
     /// The payload, or what exceeds the format's limits.
@@ -111,7 +145,7 @@ impl Offer {
     /// Reads and checks a payload.
     pub fn decode(payload: &[u8]) -> Result<Offer, Damage> {
         let offer: Offer = decode_json(Kind::OFFER, payload)?;
-        if let Some(need) = offer.needs.iter().find(|need| *need != NEEDS_FLUSH) {
+        if let Some(need) = offer.needs.iter().find(|need| !KNOWN_NEEDS.contains(&need.as_str())) {
             return Err(Damage::Unknown { what: printable(need) });
         }
         offer.check()?;
@@ -120,6 +154,9 @@ impl Offer {
 
     fn check(&self) -> Result<(), Damage> {
         let refuse = |why: String| Err(Damage::Content { kind: Kind::OFFER, why });
+        if !(1..=LINKS_MAX).contains(&self.links) {
+            return refuse(format!("{} links, expected 1 to {LINKS_MAX}", self.links));
+        }
         if self.devices.len() > DEVICES_MAX {
             return refuse(format!("{} devices, the most is {DEVICES_MAX}", self.devices.len()));
         }
@@ -381,7 +418,6 @@ mod tests {
 
     fn offer() -> Offer {
         Offer {
-            needs: vec![],
             devices: vec![DeviceFacts {
                 name: "net0".into(),
                 flags: 7,
@@ -389,6 +425,7 @@ mod tests {
                 ..Default::default()
             }],
             memory: vec![MemoryFacts { id: 0, address: 0x1000, bytes: 0x4000, page_bytes: 0x1000 }],
+            ..Offer::default()
         }
     }
 
@@ -461,13 +498,13 @@ mod tests {
     fn a_refusal_has_reasons_and_not_endlessly_many() {
         let why = Answer::decode(br#"{"accepted":false}"#).unwrap().reasons;
         assert_eq!(why, ["the destination refuses and does not say why"]);
-        let many = Answer { accepted: false, reasons: vec!["no".into(); 10_000] };
+        let many = Answer { accepted: false, reasons: vec!["no".into(); 10_000], ..Answer::default() };
         assert_eq!(Answer::decode(&many.encode().unwrap()).unwrap().reasons.len(), ANSWER_REASONS_MAX);
     }
 
     #[test]
     fn an_answer_with_too_many_reasons_keeps_some() {
-        let answer = Answer { accepted: false, reasons: vec!["x".repeat(10_000); 100] };
+        let answer = Answer { accepted: false, reasons: vec!["x".repeat(10_000); 100], ..Answer::default() };
         let kept = Answer::decode(&answer.encode().unwrap()).unwrap();
         assert!(!kept.accepted && !kept.reasons.is_empty() && kept.reasons.len() < 100);
     }

@@ -52,6 +52,9 @@ kinds! {
     DONE = 19, 0, 0, "The source knows that the destination runs.";
     FLUSH = 20, 0, 0, "Is all handled that came before?";
     FLUSHED = 21, 0, 0, "All is handled that came before FLUSH.";
+    CREDIT = 22, 0, 0, "So much of a device's data it has taken.";
+    JOIN = 23, 4, 4, "Which of a move's further links this is.";
+    LINK_END = 24, 0, 0, "Nothing more comes over this link.";
     SEAL = 30, 40, 40, "Bytes and blake3 of all of a saved stream before it.";
 }
 

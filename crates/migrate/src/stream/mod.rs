@@ -31,6 +31,10 @@ pub const OFFER_BYTES_MAX: usize = 256 << 10;
 pub const REASON_BYTES_MAX: usize = 4 << 10;
 /// The most devices in one move.
 pub const DEVICES_MAX: usize = 64;
+/// The least that a destination may allow of a device to be on its way, in bytes.
+pub const WINDOW_BYTES_MIN: u64 = 64 << 10;
+/// The most links of one move.
+pub const LINKS_MAX: u32 = 16;
 /// The most regions, and the most interrupt indexes, that a device's facts list.
 pub const REGIONS_MAX: usize = 256;
 /// The most regions of memory in one move.

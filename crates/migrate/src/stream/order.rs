@@ -84,6 +84,16 @@ impl Order {
         (self.devices[at].bytes, self.devices[at].ended)
     }
 
+    /// The device that a frame is about.
+    pub(crate) fn section(&mut self, header: &Header) -> Result<usize, Damage> {
+        self.find(header).map(|(at, _)| at)
+    }
+
+    /// The byte of a device's stream that is due; `None` before DEVICE_BEGIN.
+    pub(crate) fn due(&self, at: usize) -> Option<u64> {
+        self.devices[at].begun.then_some(self.devices[at].bytes)
+    }
+
     /// Whether the SUM has come, so that the stream is whole.
     pub fn is_whole(&self) -> bool {
         self.summed
@@ -258,9 +268,9 @@ mod tests {
     fn order() -> Order {
         let device = |id| DeviceFacts { id, flags: 1, ..Default::default() };
         Order::new(&Offer {
-            needs: vec![],
             devices: vec![device(4), device(9)],
             memory: vec![MemoryFacts { id: 2, address: 0, bytes: 0x4000, page_bytes: 0x1000 }],
+            ..Offer::default()
         })
     }
 

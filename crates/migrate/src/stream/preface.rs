@@ -62,6 +62,8 @@ bitflags::bitflags! {
         const STORED = 1 << 0;
         /// A saved stream that ends with a SEAL; without it, it is not whole. Old readers ignore this.
         const SEALED = 1 << 16;
+        /// A further link of a move.
+        const FURTHER = 1 << 1;
         const _ = !0;
     }
 }
@@ -116,7 +118,7 @@ impl Preface {
             return Err(Damage::Unknown { what: format!("version {version} (oldest {oldest})") });
         }
         let flags = u32_at(bytes, 12);
-        let unknown = flags & FLAGS_MANDATORY & !PrefaceFlags::STORED.bits();
+        let unknown = flags & FLAGS_MANDATORY & !PrefaceFlags::STORED.union(PrefaceFlags::FURTHER).bits();
         if unknown != 0 {
             return Err(Damage::Unknown { what: format!("preface flags {unknown:#x}") });
         }

@@ -1,0 +1,422 @@
+//! What the threads of a destination share while devices and memory come in: a reader for each link puts memory where
+//! it belongs, and hands devices' data to a loader for each device, so that a device that is slow to load holds up no
+//! other.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use limosa_client::{DataStream, Device};
+use limosa_clockwork::{Monitor, now};
+use limosa_protocol::State;
+
+use crate::cancel::Watch;
+use crate::channel::{Inlet, Outlet, pulse};
+use crate::devices::{MovedDevice, enter, failed};
+use crate::link::Wait;
+use crate::memory::MemoryRegion;
+use crate::report::{Act, Phase, Recorder};
+use crate::stream::body::{NEEDS_CREDIT, decode_device_end};
+use crate::stream::{Damage, Header, Kind, Offer, Order, Step, WINDOW_BYTES_MIN};
+use crate::{Cancel, Error, Options, Result, Round};
+
+/// The most bytes of a device that may be on their way.
+const WINDOW_BYTES_MAX: u64 = 4 << 20;
+/// The most bytes of all devices together that may be.
+const WINDOWS_BYTES: u64 = 32 << 20;
+/// The most emptied buffers that are kept for later.
+const SPARE_MAX: usize = 8;
+
+const DOING: &str = "waiting for the source's data";
+
+/// How much of each device may be on its way.
+pub(crate) fn window(devices: usize) -> u64 {
+    (WINDOWS_BYTES / devices.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
+}
+
+/// The work between the answer and READY.
+pub(crate) struct Receiving<'w, 'a> {
+    /// The first link's: here is answered.
+    pub(crate) outlet: &'w Outlet<'a>,
+    pub(crate) devices: &'a [MovedDevice<'a>],
+    /// The regions, by their place in the offer.
+    pub(crate) regions: Vec<Option<&'w MemoryRegion<'a>>>,
+    pub(crate) recorder: &'w Recorder<'a>,
+    pub(crate) options: &'w Options,
+    /// Whether the source keeps to the window.
+    credit: bool,
+    window: u64,
+    links: usize,
+    order: Monitor<Order>,
+    inboxes: Vec<Monitor<Inbox>>,
+    /// The devices' ids, as the offer has them.
+    ids: Vec<u32>,
+    spare: Monitor<Vec<Vec<u8>>>,
+    state: Arc<Monitor<Progress>>,
+    ended: Cancel,
+    /// Wakes whoever waits for the state.
+    _watch: Watch,
+}
+
+#[derive(Default)]
+struct Progress {
+    failure: Option<Error>,
+    links_ended: usize,
+    loaded: usize,
+    over: bool,
+}
+
+/// What a device is still to be given.
+#[derive(Default)]
+struct Inbox {
+    queue: VecDeque<Item>,
+    /// Bytes of it that are in the queue or being loaded.
+    queued: u64,
+    /// What came over other links before its turn, by its place in the device's stream.
+    ahead: BTreeMap<u64, (Header, Vec<u8>)>,
+    /// Bytes that the device has taken, and of how many of them the source knows.
+    taken: u64,
+    told: u64,
+    /// The source wants to know when all is taken.
+    flush: bool,
+    over: bool,
+}
+
+enum Item {
+    Data(Vec<u8>),
+    End,
+}
+
+impl<'w, 'a> Receiving<'w, 'a> {
+    #[expect(clippy::too_many_arguments, reason = "it is called once, and keeps them all")]
+    pub(crate) fn new(
+        outlet: &'w Outlet<'a>,
+        offer: &Offer,
+        links: usize,
+        devices: &'a [MovedDevice<'a>],
+        memory: &'a [MemoryRegion<'a>],
+        recorder: &'w Recorder<'a>,
+        options: &'w Options,
+        cancel: Option<&Cancel>,
+    ) -> Result<Receiving<'w, 'a>> {
+        let ended = match cancel {
+            Some(cancel) => cancel.child(),
+            None => Cancel::new(),
+        };
+        let ended = ended.map_err(|error| Error::Os { doing: "making an event", error })?;
+        let state = Arc::<Monitor<Progress>>::default();
+        // Regions are matched by id, and lie in the same order nowhere but in the offer.
+        let region = |id| memory.iter().find(|region| region.id == id);
+        Ok(Receiving {
+            outlet,
+            devices,
+            regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
+            recorder,
+            options,
+            credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
+            window: window(devices.len()),
+            links,
+            order: Monitor::new(Order::new(offer)),
+            inboxes: devices.iter().map(|_| Monitor::default()).collect(),
+            ids: offer.devices.iter().map(|facts| facts.id).collect(),
+            spare: Monitor::default(),
+            _watch: {
+                let state = Arc::clone(&state);
+                ended.watch(move || state.notify_all())
+            },
+            state,
+            ended,
+        })
+    }
+
+    /// An error once the work is to end early; which one, [`Receiving::failure`] knows.
+    fn check(&self) -> Result<()> {
+        if self.ended.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
+    /// Something went wrong: the first such thing counts, and everybody ends.
+    pub(crate) fn fail(&self, error: Error) {
+        self.state.lock().failure.get_or_insert(error);
+        self.end();
+    }
+
+    /// Nothing more is to be done, by anybody.
+    pub(crate) fn end(&self) {
+        self.state.lock().over = true;
+        self.ended.cancel();
+        self.state.notify_all();
+        for inbox in &self.inboxes {
+            inbox.lock().over = true;
+            inbox.notify_all();
+        }
+    }
+
+    /// What went wrong first.
+    pub(crate) fn failure(self) -> Option<Error> {
+        self.state.lock().failure.take()
+    }
+
+    /// Reads the first link to the SUM, and waits until all devices are loaded and in STOP.
+    pub(crate) fn read_first(&self, inlet: &mut Inlet<'_>) -> Result<()> {
+        let silence_max = self.options.silence_max;
+        let mut heard = now();
+        loop {
+            self.pulse();
+            // A file answers at once, and nobody waits for word from this side.
+            let slice = if self.outlet.has_peer() { pulse(silence_max) } else { silence_max };
+            let Some(header) = inlet.next(DOING, Wait::within(slice, Some(&self.ended)))? else {
+                if heard + silence_max <= now() {
+                    return Err(inlet.timed_out(DOING, silence_max));
+                }
+                continue;
+            };
+            heard = now();
+            if header.kind == Kind::SUM {
+                self.wait(|state| state.links_ended == self.links - 1)?;
+            }
+            if let Step::Sum = self.take(&header, inlet)? {
+                self.recorder.phase(Phase::Load);
+                return self.wait(|state| state.loaded == self.devices.len());
+            }
+        }
+    }
+
+    /// Reads a further link to its end.
+    pub(crate) fn read_further(&self, inlet: &mut Inlet<'_>) {
+        if let Err(error) = self.read_to_end(inlet) {
+            self.fail(error);
+        }
+    }
+
+    fn read_to_end(&self, inlet: &mut Inlet<'_>) -> Result<()> {
+        loop {
+            // There may be nothing for this link for long; the first one tells whether the source is alive.
+            let wait = Wait::within(Duration::MAX, Some(&self.ended));
+            let Some(header) = inlet.next(DOING, wait)? else { continue };
+            match header.kind {
+                Kind::LINK_END => {
+                    self.state.lock().links_ended += 1;
+                    self.state.notify_all();
+                    return Ok(());
+                }
+                Kind::MEMORY_DATA | Kind::MEMORY_ZERO | Kind::DEVICE_DATA | Kind::FLUSH | Kind::PROGRESS => {
+                    self.take(&header, inlet)?;
+                }
+                kind => {
+                    let why = "it is for a move's first link".into();
+                    return Err(inlet.damaged(Damage::Misplaced { kind, why }));
+                }
+            }
+        }
+    }
+
+    fn pulse(&self) {
+        if self.outlet.has_peer() {
+            // A link that has failed shows when it is read.
+            let _ = self.outlet.pulse(Some(&self.ended));
+        }
+    }
+
+    fn wait(&self, is_done: impl Fn(&Progress) -> bool) -> Result<()> {
+        let mut state = self.state.lock();
+        while !is_done(&state) {
+            self.check()?;
+            let timed_out;
+            let slice = pulse(self.options.silence_max);
+            (state, timed_out) = self.state.wait(state, Some(now() + slice));
+            if timed_out {
+                drop(state);
+                self.pulse();
+                state = self.state.lock();
+            }
+        }
+        Ok(())
+    }
+
+    /// Acts on a frame. What is out of order never reaches a device.
+    fn take(&self, header: &Header, inlet: &mut Inlet<'_>) -> Result<Step<'static>> {
+        if matches!(header.kind, Kind::DEVICE_DATA | Kind::DEVICE_END) {
+            return self.take_device(header, inlet).map(|()| Step::Skipped);
+        }
+        let next = self.order.lock().next(header, inlet.payload(header));
+        let step = next.map_err(|damage| inlet.damaged(damage))?;
+        match step {
+            Step::MemoryData(at, offset, pages) => {
+                if let Some(region) = self.regions[at] {
+                    region.pages.write(offset, pages).map_err(|error| region.failed(offset, error))?;
+                }
+                self.recorder.memory_data(pages.len() as u64);
+            }
+            Step::MemoryZero(at, offset, bytes) => {
+                if let Some(region) = self.regions[at] {
+                    region.pages.zero(offset, bytes).map_err(|error| region.failed(offset, error))?;
+                }
+                self.recorder.memory_zero(bytes);
+            }
+            Step::Round(round, memory_dirty_bytes) => {
+                self.recorder.round(&Round { round, memory_dirty_bytes, ..Round::default() });
+            }
+            Step::Flush => self.flush(header)?,
+            Step::Stopped => {
+                self.recorder.phase(Phase::StopCopy);
+                self.recorder.stop();
+            }
+            Step::DeviceBegin(at) => self.deliver_ahead(at, inlet)?,
+            Step::Sum => return Ok(Step::Sum),
+            _ => {}
+        }
+        Ok(Step::Skipped)
+    }
+
+    /// All that came before over this link is handled; devices' data may still be waiting.
+    fn flush(&self, header: &Header) -> Result<()> {
+        if !self.outlet.has_peer() {
+            return Ok(());
+        }
+        // Of each device the source is told when it has taken what came, over whichever link.
+        for (at, inbox) in self.inboxes.iter().enumerate() {
+            let mut inbox = inbox.lock();
+            while !self.credit && inbox.queued > 0 && !inbox.over {
+                (inbox, _) = self.inboxes[at].wait(inbox, None);
+            }
+            inbox.flush = true;
+            let told = self.due(&mut inbox);
+            drop(inbox);
+            self.tell(at, told)?;
+        }
+        self.outlet.send(Kind::FLUSHED, header.section, header.position, &[], Some(&self.ended)).map(drop)
+    }
+
+    /// A device's data or its end: hands it on when it is due, and keeps it while something before it is missing.
+    fn take_device(&self, header: &Header, inlet: &mut Inlet<'_>) -> Result<()> {
+        let damaged = |damage| inlet.damaged(damage);
+        let mut order = self.order.lock();
+        let at = order.section(header).map_err(damaged)?;
+        let place = match header.kind {
+            Kind::DEVICE_END => decode_device_end(inlet.payload(header)).0,
+            _ => header.position,
+        };
+        let is_due = order.due(at).is_some_and(|due| place <= due);
+        let mut inbox = self.inboxes[at].lock();
+        let room = inbox.taken.saturating_add(self.window);
+        let is_data = header.kind == Kind::DEVICE_DATA;
+        if self.credit && is_data && place.saturating_add(header.length.into()) > room {
+            let why = format!("it is for byte {place}, with the last credit there is room up to byte {room}");
+            return Err(damaged(Damage::Misplaced { kind: header.kind, why }));
+        }
+        if self.links > 1 && !is_due {
+            if inbox.ahead.contains_key(&place) {
+                let why = format!("what is for byte {place} has come before");
+                return Err(damaged(Damage::Misplaced { kind: header.kind, why }));
+            }
+            drop(order);
+            let payload = inlet.take_payload(header, self.spare.lock().pop().unwrap_or_default());
+            inbox.ahead.insert(place, (*header, payload));
+            return Ok(());
+        }
+        order.next(header, inlet.payload(header)).map_err(damaged)?;
+        drop(order);
+        // The others send over one link.
+        while !self.credit
+            && inbox.queued > 0
+            && inbox.queued + u64::from(header.length) > self.window
+            && !inbox.over
+        {
+            (inbox, _) = self.inboxes[at].wait(inbox, None);
+        }
+        let payload = inlet.take_payload(header, self.spare.lock().pop().unwrap_or_default());
+        self.hand_on(&mut inbox, header, payload);
+        self.inboxes[at].notify_all();
+        drop(inbox);
+        self.deliver_ahead(at, inlet)
+    }
+
+    /// Hands on what has come before its turn and is due now.
+    fn deliver_ahead(&self, at: usize, inlet: &Inlet<'_>) -> Result<()> {
+        loop {
+            let mut order = self.order.lock();
+            let Some(due) = order.due(at) else { return Ok(()) };
+            let mut inbox = self.inboxes[at].lock();
+            let Some((header, payload)) = inbox.ahead.remove(&due) else { return Ok(()) };
+            order.next(&header, &payload).map_err(|damage| inlet.damaged(damage))?;
+            self.hand_on(&mut inbox, &header, payload);
+            self.inboxes[at].notify_all();
+        }
+    }
+
+    fn hand_on(&self, inbox: &mut Inbox, header: &Header, payload: Vec<u8>) {
+        match header.kind {
+            Kind::DEVICE_END => inbox.queue.push_back(Item::End),
+            _ => {
+                inbox.queued += payload.len() as u64;
+                inbox.queue.push_back(Item::Data(payload));
+            }
+        }
+    }
+
+    /// Loads a device until its data has ended and it is in STOP.
+    pub(crate) fn load(&self, at: usize, stream: Box<dyn DataStream>) {
+        let device = self.devices[at].device;
+        match self.load_device(at, device, stream) {
+            Ok(true) => {
+                self.state.lock().loaded += 1;
+                self.state.notify_all();
+            }
+            Ok(false) => {}
+            Err(error) => self.fail(error),
+        }
+    }
+
+    /// Whether it came to the end.
+    fn load_device(&self, at: usize, device: &dyn Device, mut stream: Box<dyn DataStream>) -> Result<bool> {
+        loop {
+            let item = {
+                let mut inbox = self.inboxes[at].lock();
+                loop {
+                    if inbox.over {
+                        return Ok(false);
+                    }
+                    if let Some(item) = inbox.queue.pop_front() {
+                        break item;
+                    }
+                    (inbox, _) = self.inboxes[at].wait(inbox, None);
+                }
+            };
+            let Item::Data(data) = item else { break };
+            let (bytes, began) = (data.len() as u64, now());
+            stream.write(&data).map_err(|error| failed(device, "loading its data", error))?;
+            self.recorder.device_span(at, Act::Load, began, bytes);
+            self.recorder.device_data(at, bytes);
+            let mut inbox = self.inboxes[at].lock();
+            inbox.queued -= bytes;
+            inbox.taken += bytes;
+            let told = self.due(&mut inbox);
+            self.inboxes[at].notify_all();
+            drop(inbox);
+            self.tell(at, told)?;
+            let mut spare = self.spare.lock();
+            if spare.len() < SPARE_MAX {
+                spare.push(data);
+            }
+        }
+        let _span = self.recorder.span(at, Act::Enter { state: State::Stop });
+        enter(device, State::Stop).map(|_| true)
+    }
+
+    /// What the source is to be told of a device now: how much it has taken.
+    fn due(&self, inbox: &mut Inbox) -> Option<u64> {
+        let all = inbox.queued == 0 && inbox.ahead.is_empty();
+        let flushed = all && std::mem::take(&mut inbox.flush);
+        let new = inbox.taken - inbox.told;
+        let due = self.credit && new > 0 && (flushed || new >= self.window / 4);
+        due.then(|| {
+            inbox.told = inbox.taken;
+            inbox.taken
+        })
+    }
+
+    fn tell(&self, at: usize, told: Option<u64>) -> Result<()> {
+        let Some(taken) = told else { return Ok(()) };
+        self.outlet.send(Kind::CREDIT, self.ids[at], taken, &[], Some(&self.ended)).map(drop)
+    }
+}
