@@ -438,3 +438,53 @@ fn a_file_that_can_take_no_more_brings_the_source_back_and_leaves_nothing_behind
     pair.migrate(&["--memory", &here, &there, "--guest-stopped"]).ok();
     same(&from, &to);
 }
+
+/// Runs a shell's commands with a file system of 1 MiB at this folder; `None` where this user may not.
+fn on_a_small_disk(folder: &Path, commands: &str, args: &[&str]) -> Option<support::Ended> {
+    let script = format!("mount -t tmpfs -o size=1m none \"$0\" || exit 99; {commands}");
+    let ended = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "bash", "-c", &script])
+        .arg(folder)
+        .args(args)
+        .env("XDG_STATE_HOME", "/nowhere")
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    let ended =
+        support::Ended { code: ended.status.code()?, out: text(ended.stdout), err: text(ended.stderr) };
+    (ended.code != 99 && !ended.err.starts_with("unshare: ")).then_some(ended)
+}
+
+#[test]
+fn a_full_disk_brings_the_source_back() {
+    let pair = Pair::new(&[]);
+    let folder = &pair.folder;
+    let disk = folder.path("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let from = memory(folder, "from", 512);
+    let (file, here) = (folder.text("disk/file"), format!("{from}@0"));
+    let there = format!("{file}@0,size=2M,create");
+    let limosa = env!("CARGO_BIN_EXE_limosa");
+    let save = ["save", &pair.source.socket, &file, "--memory", &here, "--guest-stopped"];
+    let commands = "\"$@\"; code=$?; [ -z \"$(ls -A \"$0\")\" ] || exit 98; exit $code";
+    let Some(saved) = on_a_small_disk(&disk, commands, &[&[limosa][..], &save].concat()) else {
+        eprintln!("passed over: this user may not mount");
+        return;
+    };
+    saved.fails(1, &[&file, "No space left", "the source is as it was before"]);
+    pair.is_as_before();
+    let migrate = [
+        limosa,
+        "migrate",
+        &pair.source.socket,
+        &pair.destination.socket,
+        "--guest-stopped",
+        "--memory",
+        &here,
+    ];
+    let moved = on_a_small_disk(&disk, "exec \"$@\"", &[&migrate[..], &[&there]].concat()).unwrap();
+    moved.fails(1, &["guest memory at", "No space left", "the source is as it was before"]);
+    pair.is_as_before();
+}

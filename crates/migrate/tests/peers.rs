@@ -458,6 +458,7 @@ fn a_move_that_ran_once_cannot_be_replayed() {
     let (near, far) = SocketLink::pair().unwrap();
     let mut peer = Peer::new(near);
     send(&mut peer);
+    peer.frame(Kind::DONE, 0, 0, &[]);
     let received = ends.with_destination(|destination| destination.receive(&far));
     assert!(matches!(received, Received::Runs(_)), "{received:?}");
     Device::reset(&ends.destination[0].client).unwrap();
