@@ -10,12 +10,13 @@ use super::values::bytes;
 /// What `--memory` takes. Part of the help of every command that has it.
 pub const MEMORY: &str = "\
 Guest memory is named by FILE@GPA[,size=BYTES][,offset=BYTES][,create]
-  FILE    a file that the guest's memory is a shared mapping of: in /dev/shm, on a tmpfs or hugetlbfs, or
-          /proc/PID/fd/N for a memfd that a VMM holds
-  GPA     its first address, as devices and the guest see it: 0x100000000, or 4G
-  size    how much of the file it is; by default all from the offset to the file's end
+  FILE    a file that the guest's memory is a shared mapping of: in /dev/shm, on
+          a tmpfs, or /proc/PID/fd/N for a memfd that a VMM holds
+  GPA     its first address for devices and the guest: 0x100000000, or 4G
+  size    how much of the file it is; by default all from the offset to its end
   offset  where in the file it begins; by default 0
-  create  where memory is written to: make the file if it is not there, without taking room, or make it longer";
+  create  where memory is written to: make the file if it is not there, without
+          taking room, or make it longer; needs size";
 
 /// One part of a guest's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]

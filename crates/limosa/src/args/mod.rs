@@ -59,19 +59,26 @@ state. So what a command leaves in a device is there for the next one only if so
 #[command(name = "limosa", version, max_term_width = 110)]
 pub struct Cli {
     /// Print one JSON document instead of text; `answer` prints one in a line for each answer.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Global")]
     pub json: bool,
 
     /// Say more: once for what is done, twice for every message.
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, help_heading = "Global", action = clap::ArgAction::Count)]
     pub verbose: u8,
 
     /// Seconds to wait for the answer to one request of vfio-user; the kernel takes the time that it takes.
-    #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global",
+        value_name = "SECONDS",
+        default_value = "10",
+        value_parser = seconds
+    )]
     pub timeout: Duration,
 
     /// Which of the kernel's doors to open devices through.
-    #[arg(long, global = true, value_name = "DOOR")]
+    #[arg(long, global = true, help_heading = "Global", value_name = "DOOR")]
     pub door: Option<Door>,
 
     #[command(subcommand)]

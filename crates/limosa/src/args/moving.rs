@@ -44,13 +44,13 @@ pub struct Save {
     pub stop: bool,
 
     #[command(flatten)]
+    pub hold: Hold,
+
+    #[command(flatten)]
     pub memory: SourceMemory,
 
     #[command(flatten)]
     pub stopping: Stopping,
-
-    #[command(flatten)]
-    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
@@ -67,18 +67,19 @@ pub struct Load {
     pub stop: bool,
 
     #[command(flatten)]
+    pub hold: Hold,
+
+    #[command(flatten)]
     pub memory: DestinationMemory,
 
     #[command(flatten)]
     pub starting: Starting,
-
-    #[command(flatten)]
-    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Downtime")]
 pub struct Moving {
-    /// Skip pre-copy: stop the device first, then copy all of its state.
+    /// Skip pre-copy of devices: stop them first, then copy all of their state.
     #[arg(long)]
     pub no_precopy: bool,
 
@@ -118,6 +119,9 @@ pub struct Migrate {
     pub more: Vec<String>,
 
     #[command(flatten)]
+    pub hold: Hold,
+
+    #[command(flatten)]
     pub moving: Moving,
 
     #[command(flatten)]
@@ -128,9 +132,6 @@ pub struct Migrate {
 
     #[command(flatten)]
     pub starting: Starting,
-
-    #[command(flatten)]
-    pub hold: Hold,
 }
 
 impl Migrate {
@@ -155,10 +156,13 @@ pub struct Send {
     pub to: String,
 
     #[command(flatten)]
+    pub hold: Hold,
+
+    #[command(flatten)]
     pub moving: Moving,
 
     /// Send no more than this each second.
-    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Link")]
     pub bandwidth: Option<u64>,
 
     #[command(flatten)]
@@ -169,12 +173,10 @@ pub struct Send {
 
     #[command(flatten)]
     pub link: Link,
-
-    #[command(flatten)]
-    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Link")]
 pub struct Link {
     /// Seconds that the other side may say nothing before the link counts as lost; so long a source in doubt asks,
     /// and twice as long a destination stays to be asked.
@@ -224,6 +226,9 @@ pub struct Receive {
     pub wait: Duration,
 
     #[command(flatten)]
+    pub hold: Hold,
+
+    #[command(flatten)]
     pub memory: DestinationMemory,
 
     #[command(flatten)]
@@ -231,9 +236,6 @@ pub struct Receive {
 
     #[command(flatten)]
     pub link: Link,
-
-    #[command(flatten)]
-    pub hold: Hold,
 }
 
 #[derive(Debug, Args)]
