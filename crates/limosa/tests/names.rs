@@ -114,7 +114,7 @@ fn every_command_that_takes_a_device_says_how_one_is_named() {
         [&["--help"][..], &["probe", "--help"], &["state", "--help"], &["migrate", "--help"], &["load", "-h"]]
     {
         let help = limosa(command).ok();
-        assert_eq!(help.matches("/proc/PID/fd/N").count(), 1, "{help}");
+        assert_eq!(help.matches("/proc/PID/fd/N           a device").count(), 1, "{help}");
         assert!(help.contains("--hold") && help.contains("--door"), "{help}");
     }
     for command in ["fsm", "inspect", "serve", "man"] {
