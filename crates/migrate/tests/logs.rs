@@ -156,6 +156,17 @@ fn an_abort_gives_back_what_devices_wrote() {
 }
 
 #[test]
+fn a_log_that_a_process_left_on_when_it_died_does_not_bar_the_next_move() {
+    let (ends, ..) = ends(Log::default());
+    let everything = DmaLoggingRange { iova: 0, length: PAGES * PAGE_BYTES };
+    let died = DeviceLog::new(&ends.source[0].client);
+    died.start(PAGE_BYTES, &[everything]).unwrap();
+    drop(died);
+    let (outcome, received) = ends.run_plain();
+    assert!(ends.check(outcome, received, "left on"));
+}
+
+#[test]
 fn a_log_that_does_not_start_undoes_the_move_before_anything_stops() {
     let (ends, log, _) = ends(Log { start_fails: true, ..Log::default() });
     let (outcome, received) = ends.run_plain();

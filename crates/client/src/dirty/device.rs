@@ -52,15 +52,22 @@ impl DirtySource for DeviceLog<'_> {
     }
 
     /// Starts the log. Devices have few registers for ranges, and say so with one errno or another: then the
-    /// nearest are joined, so that more is logged, never less.
+    /// nearest are joined, so that more is logged, never less. A log that somebody left on is started anew.
     fn start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64> {
         let mut started = self.page_size();
         if started.is_some() {
             return Err(Error::Usage { device: self.name().into(), what: "its log is on already".into() });
         }
         let mut ranges = merge_nearest(ranges, RANGES_MAX);
+        let mut may_be_on = true;
         let page_size = loop {
             match self.device.dma_logging_start(page_size_hint, &ranges) {
+                // Perhaps whoever started it last died, or could not reach the device to stop it.
+                Err(Error::Refused { errno: Errno::EINVAL, .. })
+                    if std::mem::take(&mut may_be_on) && self.device.dma_logging_stop().is_ok() =>
+                {
+                    tracing::warn!("{}: its DMA log was left on, and is started anew", self.name());
+                }
                 Err(Error::Refused { errno, .. }) if ranges.len() > 1 && may_take_fewer(errno) => {
                     tracing::debug!("{}: {} ranges to log: {errno}", self.name(), ranges.len());
                     ranges = merge_nearest(&ranges, ranges.len() / 2);
