@@ -46,6 +46,8 @@
 //! assert_eq!(device.migration_flags()?, MigrationFlags::empty());
 //! # Ok::<(), limosa_client::Error>(())
 //! ```
+#![forbid(unsafe_code)]
+
 mod describe;
 mod irqs;
 mod loopback;
@@ -58,11 +60,11 @@ mod whole;
 
 pub use describe::RegionView;
 pub use irqs::Irqs;
+pub use limosa_guest_memory::FileMapping;
 pub use loopback::Loopback;
 pub use machine::{FeatureDone, Machine, SessionId};
 pub use memory::{
-    Backing, FileMapping, GuestMemory, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX, Mapping,
-    RemoteMemory,
+    Backing, GuestMemory, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX, Mapping, RemoteMemory,
 };
 pub use model::{Description, Fault, IoEventFd, Irq, Migration, Model, Region, RegionMapping, Save};
 pub use whole::{Whole, WholeState};

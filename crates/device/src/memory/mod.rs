@@ -5,9 +5,7 @@
 //! memory. The one exception is memory that is reached by messages: the lock is not held while an answer is awaited,
 //! because whoever brings the answer may have to unmap first.
 
-mod file;
 mod log;
-mod sigbus;
 #[cfg(test)]
 mod tests;
 
@@ -24,7 +22,7 @@ use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN, check_report, check_start};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-pub use file::FileMapping;
+use limosa_guest_memory::FileMapping;
 use log::Log;
 pub use log::PAGES_MAX as LOGGED_PAGES_MAX;
 

@@ -8,7 +8,7 @@ use std::sync::atomic::fence;
 use limosa_protocol::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::sigbus::Slot;
+use crate::sigbus::Slot;
 
 /// Bytes of a file, mapped shared into this process.
 ///

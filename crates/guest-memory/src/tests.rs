@@ -1,0 +1,95 @@
+//! What holds for mappings of guest memory.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+
+use limosa_protocol::Errno;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use super::*;
+
+const PAGE: u64 = 65536;
+
+fn memfd(bytes: u64) -> OwnedFd {
+    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, bytes).unwrap();
+    fd
+}
+
+#[test]
+fn the_direction_of_a_mapping_is_respected() {
+    let fd = memfd(PAGE);
+    let read_only = FileMapping::new(&fd, 0, 8, true, false).unwrap();
+    assert_eq!(read_only.write(0, &[1]), Err(Errno::EFAULT), "and does not fault");
+    assert_eq!(FileMapping::new(&fd, 0, 8, false, true).unwrap().read(0, &mut [0]), Err(Errno::EFAULT));
+}
+
+/// Runs a test of this binary in a process of its own, in which the environment has a mark.
+fn in_a_child(test: &str) -> std::process::ExitStatus {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", test]).env("LIMOSA_SIGBUS_CHILD", "1");
+    child.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    child.status().unwrap()
+}
+
+fn is_child() -> bool {
+    std::env::var_os("LIMOSA_SIGBUS_CHILD").is_some()
+}
+
+/// Touches memory that is gone, where no mapping of ours is.
+fn fault_elsewhere() {
+    let fd = memfd(PAGE);
+    let (map, share) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::SHARED);
+    // SAFETY: a new mapping, where the kernel likes.
+    let memory = unsafe { rustix::mm::mmap(std::ptr::null_mut(), 4096, map, share, fd.as_fd(), 0) }.unwrap();
+    ftruncate(&fd, 0).unwrap();
+    // SAFETY: not safe; the process is meant to end here.
+    unsafe { memory.cast::<u8>().read_volatile() };
+}
+
+/// A mapping that was torn and still works as one, so that the handler is in place.
+fn with_the_handler_in_use(then: impl FnOnce()) {
+    let fd = memfd(PAGE);
+    let mapping = FileMapping::new(&fd, 0, PAGE, true, true).unwrap();
+    ftruncate(&fd, 0).unwrap();
+    assert_eq!(mapping.read(0, &mut [0]), Err(Errno::EFAULT));
+    then();
+}
+
+#[test]
+fn a_fault_elsewhere_still_ends_the_process() {
+    if is_child() {
+        return with_the_handler_in_use(fault_elsewhere);
+    }
+    let status = in_a_child("tests::a_fault_elsewhere_still_ends_the_process");
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status:?}");
+}
+
+#[test]
+fn a_sigbus_that_was_sent_still_ends_the_process() {
+    if is_child() {
+        // The standard library's own handler, which lives through the first one, is not what is asked about.
+        // SAFETY: the default action needs no handler.
+        assert_ne!(unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) }, libc::SIG_ERR);
+        // SAFETY: raise() has no conditions.
+        return with_the_handler_in_use(|| assert_eq!(unsafe { libc::raise(libc::SIGBUS) }, 0));
+    }
+    let status = in_a_child("tests::a_sigbus_that_was_sent_still_ends_the_process");
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status:?}");
+}
+
+#[test]
+fn a_fault_elsewhere_goes_to_the_handler_that_was_there() {
+    extern "C" fn handler(_: i32) {
+        // SAFETY: _exit() is async-signal-safe.
+        unsafe { libc::_exit(42) }
+    }
+    if is_child() {
+        let handler: extern "C" fn(i32) = handler;
+        // SAFETY: the handler only ends the process.
+        assert_ne!(unsafe { libc::signal(libc::SIGBUS, handler as usize) }, libc::SIG_ERR);
+        return with_the_handler_in_use(fault_elsewhere);
+    }
+    let status = in_a_child("tests::a_fault_elsewhere_goes_to_the_handler_that_was_there");
+    assert_eq!(status.code(), Some(42), "{status:?}");
+}
