@@ -129,6 +129,26 @@ impl FileMapping {
         if self.slot.is_torn() { Err(Errno::EFAULT) } else { Ok(()) }
     }
 
+    /// Brings in the pages of a range as reads of them would, or writes, all of them at once. It is a hint: what cannot be brought in
+    /// (kernels before 5.14, a range outside the mapping, a file that was cut short) is left to the access.
+    pub fn bring_in(&self, offset: u64, bytes: u64, to_write: bool) {
+        let Some(end) = offset.checked_add(bytes).filter(|end| *end <= self.bytes) else { return };
+        let page = rustix::param::page_size();
+        // Of whole pages, and counted from the start of what is mapped.
+        let first = (offset as usize + self.lead) / page * page;
+        let length = (end as usize + self.lead - first).next_multiple_of(page).min(self.mapped - first);
+        let advice = match to_write {
+            true => rustix::mm::Advice::LinuxPopulateWrite,
+            false => rustix::mm::Advice::LinuxPopulateRead,
+        };
+        // SAFETY: `lead` bytes before the start lies the start of the mapping.
+        let base = unsafe { self.start.as_ptr().sub(self.lead) };
+        // SAFETY: so many bytes, less than are mapped, lies the first byte of the range or of its page.
+        let from = unsafe { base.add(first) };
+        // SAFETY: the range lies in the mapping; bringing pages in changes nothing that can be read there.
+        let _ = unsafe { rustix::mm::madvise(from.cast(), length, advice) };
+    }
+
     #[inline]
     fn at(&self, allowed: bool, offset: u64, bytes: usize) -> Result<*mut u8, Errno> {
         let fits = offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes);

@@ -93,3 +93,21 @@ fn a_fault_elsewhere_goes_to_the_handler_that_was_there() {
     let status = in_a_child("tests::a_fault_elsewhere_goes_to_the_handler_that_was_there");
     assert_eq!(status.code(), Some(42), "{status:?}");
 }
+
+#[test]
+fn pages_that_are_brought_in_hold_what_they_held() {
+    let fd = memfd(PAGE);
+    let mapping = FileMapping::new(&fd, 100, PAGE - 200, true, true).unwrap();
+    mapping.write(4000, &[7; 200]).unwrap();
+    for (offset, bytes) in [(0, 1), (3999, 4098), (PAGE - 201, 1), (0, PAGE - 200), (5, PAGE), (u64::MAX, 2)]
+    {
+        mapping.bring_in(offset, bytes, false);
+        mapping.bring_in(offset, bytes, true);
+    }
+    let mut data = [0; 200];
+    mapping.read(4000, &mut data).unwrap();
+    assert_eq!(data, [7; 200]);
+    ftruncate(&fd, 0).unwrap();
+    mapping.bring_in(0, PAGE - 200, true);
+    assert_eq!(mapping.read(0, &mut [0]), Err(Errno::EFAULT));
+}

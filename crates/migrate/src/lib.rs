@@ -54,6 +54,7 @@ mod destination;
 mod devices;
 mod dirty;
 mod error;
+mod file_pages;
 mod fingerprint;
 mod inspect;
 mod ledger;
@@ -77,6 +78,7 @@ pub use convergence::{Convergence, Round, WhenStalled};
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
 pub use error::{Error, Result};
+pub use file_pages::FilePages;
 pub use fingerprint::{FingerprintKey, FingerprintLog, Fingerprinted};
 pub use inspect::{
     DamageReport, FrameCount, InspectedSection, Inspection, Verified, inspect, inspect_file,
@@ -84,7 +86,7 @@ pub use inspect::{
 };
 pub use ledger::{Decision, Ledger};
 pub use local::move_local;
-pub use memory::{DirtyLog, FilePages, GuestPages, Memory, MemoryRegion, PAGE_BYTES};
+pub use memory::{DirtyLog, GuestPages, Memory, MemoryRegion, PAGE_BYTES};
 pub use options::{Nobody, Observer, Options, Vmm};
 pub use report::{
     Act, DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side, SpanReport,

@@ -1,8 +1,7 @@
 //! Guest memory in a move: where it is, and who tells which pages are dirty.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
 
 use limosa_client::DirtySource;
 use limosa_protocol::bitmap::DirtyBitmap;
@@ -21,47 +20,37 @@ pub trait GuestPages: Sync {
     /// Writes all of `from`.
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()>;
 
+    /// The first bytes within the range that may hold anything but zeroes: a part of it, or `None` when all of it is
+    /// known for zeroes. What is not among them is not read, so that memory that was never touched stays so. Unless
+    /// this is written, all of it may.
+    ///
+    /// It is asked before the range is read, when the marks of what was dirty there have been taken: what is written
+    /// meanwhile is dirty again.
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok((!range.is_empty()).then_some(range))
+    }
+
     /// Makes the range zero. Pages that are zero already are left alone, so that memory which was never
     /// touched takes no room.
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        const PIECE_BYTES: u64 = 256 << 10;
         let zeroes = [0; PAGE_BYTES as usize];
-        let mut found = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX).min(1 << 18)];
-        let mut at = offset;
-        while at < offset + bytes {
-            let piece = (offset + bytes - at).min(found.len() as u64) as usize;
-            self.read(at, &mut found[..piece])?;
-            for page in found[..piece].chunks(zeroes.len()) {
-                if !is_zero(page) {
-                    self.write(at, &zeroes[..page.len()])?;
+        let end = offset.saturating_add(bytes);
+        let mut found = Vec::new();
+        let mut from = offset;
+        while let Some(data) = self.data(from..end)? {
+            for at in (data.start..data.end).step_by(PIECE_BYTES as usize) {
+                found.resize(PIECE_BYTES.min(data.end - at) as usize, 0);
+                self.read(at, &mut found)?;
+                for (page, at) in found.chunks(zeroes.len()).zip((at..).step_by(zeroes.len())) {
+                    if !is_zero(page) {
+                        self.write(at, &zeroes[..page.len()])?;
+                    }
                 }
-                at += page.len() as u64;
             }
+            from = data.end;
         }
         Ok(())
-    }
-}
-
-/// Guest memory in a file: a memfd, hugetlbfs, any other.
-#[derive(Debug)]
-pub struct FilePages {
-    file: File,
-    offset: u64,
-}
-
-impl FilePages {
-    /// Memory that starts at this offset of the file.
-    pub fn new(file: File, offset: u64) -> FilePages {
-        FilePages { file, offset }
-    }
-}
-
-impl GuestPages for FilePages {
-    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, self.offset + offset)
-    }
-
-    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(from, self.offset + offset)
     }
 }
 
@@ -166,20 +155,5 @@ mod tests {
             assert!(!is_zero(&page));
         }
         assert!(!is_zero(&[0; 65].map(|byte: u8| byte | 1)[64..]));
-    }
-
-    #[test]
-    fn zeroes_that_come_to_memory_never_touched_take_no_room() {
-        use std::os::unix::fs::MetadataExt;
-        let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-        file.set_len(1 << 20).unwrap();
-        let pages = FilePages::new(file.try_clone().unwrap(), 0);
-        pages.write(300_000, &[7; 5]).unwrap();
-        let before = file.metadata().unwrap().blocks();
-        pages.zero(0, 1 << 20).unwrap();
-        assert_eq!(file.metadata().unwrap().blocks(), before, "the page that was written");
-        let mut all = vec![1; 1 << 20];
-        pages.read(0, &mut all).unwrap();
-        assert!(is_zero(&all));
     }
 }

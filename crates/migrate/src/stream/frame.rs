@@ -114,7 +114,7 @@ impl Header {
             length: payload.len() as u32,
             sequence,
             position,
-            payload_crc: crc32c::crc32c(payload),
+            payload_crc: payload_crc(payload),
         }
     }
 
@@ -169,7 +169,7 @@ impl Header {
 
     /// Checks the payload, which must have [`Header::length`] bytes, against its checksum.
     pub fn check_payload(&self, payload: &[u8]) -> Result<(), Damage> {
-        let computed = crc32c::crc32c(payload);
+        let computed = payload_crc(payload);
         if payload.len() != self.length as usize || computed != self.payload_crc {
             return Err(Damage::Checksum { of: "a frame's payload", expected: self.payload_crc, computed });
         }
@@ -183,6 +183,11 @@ impl Header {
         }
         Ok(())
     }
+}
+
+/// crc32c, twice as fast on long input as by the instruction that has its name.
+fn payload_crc(payload: &[u8]) -> u32 {
+    crc_fast::crc32_iscsi(payload)
 }
 
 #[cfg(test)]
@@ -215,6 +220,14 @@ mod tests {
                 prop_assert!(header.length as usize <= DATA_BYTES_MAX);
                 prop_assert!(header.kind.name().is_some() || header.skippable);
             }
+        }
+    }
+
+    #[test]
+    fn both_ways_to_compute_a_checksum_agree() {
+        let bytes: Vec<u8> = (0..DATA_BYTES_MAX).map(|at| (at ^ (at >> 7)) as u8).collect();
+        for length in (0..600).chain([4095, 4096, 4097, 65_537, DATA_BYTES_MAX]) {
+            assert_eq!(payload_crc(&bytes[..length]), crc32c::crc32c(&bytes[..length]), "of {length} bytes");
         }
     }
 
