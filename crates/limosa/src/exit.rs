@@ -13,7 +13,7 @@ Exit codes:
   3  refused: the device or the peer cannot do this, or the two sides do not fit
   4  not reachable: no such device or peer, in use, not permitted, gone, or connection lost
   5  in doubt: the source is stopped and does not know whether the destination runs
-  6  damaged: a file or stream is truncated, altered or of an unknown version
+  6  damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected
   7  cancelled: the move was called off by SIGINT or SIGTERM, and undone";
 
 /// How the command ends.
@@ -113,8 +113,21 @@ fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
         Error::Aborted { code: AbortCode::Incompatible, .. } => Code::Refused,
         Error::Aborted { code: AbortCode::Cancelled, .. } | Error::Cancelled => Code::Cancelled,
         Error::Stream { .. } => Code::Damaged,
+        Error::Snapshot { name, error, .. } => return of_place(name, error),
         Error::Link { .. } | Error::TimedOut { .. } => Code::Unreachable,
         // The device's own answer is the next cause.
+        _ => return None,
+    })
+}
+
+/// Of a snapshot's place. What a file lacks is for its owner to mend; a store may be there again by itself.
+fn of_place(name: &str, error: &std::io::Error) -> Option<Code> {
+    use std::io::ErrorKind;
+    Some(match error.kind() {
+        ErrorKind::AlreadyExists => Code::Refused,
+        ErrorKind::InvalidData => Code::Damaged,
+        ErrorKind::ConnectionAborted | ErrorKind::TimedOut => Code::Unreachable,
+        ErrorKind::NotFound | ErrorKind::PermissionDenied if name.starts_with("s3://") => Code::Unreachable,
         _ => return None,
     })
 }

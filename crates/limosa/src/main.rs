@@ -12,6 +12,7 @@ mod memory;
 mod moves;
 mod open;
 mod output;
+mod place;
 mod progress;
 mod side;
 mod signals;
@@ -80,6 +81,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Save(args) => commands::moving::save(args, opening, out),
         Command::Load(args) => commands::moving::load(args, opening, out),
         Command::Inspect(args) => commands::inspect::run(args, out),
+        Command::Verify(args) => commands::verify::run(args, out),
         Command::Migrate(args) => commands::moving::migrate(args, opening, out),
         Command::Send(args) => commands::moving::send(args, opening, out),
         Command::Receive(args) => commands::moving::receive(args, opening, out),

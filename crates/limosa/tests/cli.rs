@@ -140,7 +140,7 @@ fn has_moved(folder: &Folder, before: &str, source: &Server, destination: &Serve
     for register in [registers::CHECKSUM, registers::DIRTIED, registers::SEED] {
         assert_eq!(destination.register(register), source.register(register), "{register:#x}");
     }
-    limosa(&["save", &destination.socket, &folder.text("after")]).ok();
+    limosa(&["save", "--replace", &destination.socket, &folder.text("after")]).ok();
     assert!(device_data(&folder.path(before)) == device_data(&folder.path("after")));
 }
 
@@ -151,7 +151,7 @@ fn migrate_moves_a_device_there_and_back() {
     let other = folder.device("other", &["state=4M", "seed=6"]);
     one.mark(41);
     one.write(registers::DIRTY, 9);
-    limosa(&["save", &one.socket, &folder.text("before")]).ok();
+    limosa(&["save", "--replace", &one.socket, &folder.text("before")]).ok();
 
     let text = limosa(&["migrate", &one.socket, &other.socket]).ok();
     for part in ["handshake", "pre-copy", "stop-copy", "commit", "downtime", &one.socket] {
@@ -186,7 +186,7 @@ fn devices_without_p2p_or_precopy_move_too() {
         let folder = Folder::new();
         let (one, other) = (folder.device("one", &options), folder.device("other", &options));
         one.mark(43);
-        limosa(&["save", &one.socket, &folder.text("before")]).ok();
+        limosa(&["save", "--replace", &one.socket, &folder.text("before")]).ok();
         limosa(&["migrate", &one.socket, &other.socket]).ok();
         has_moved(&folder, "before", &one, &other, 43);
     }
@@ -198,7 +198,7 @@ fn send_and_receive_move_a_device_over_unix_and_tcp() {
     let one = folder.device("one", &["state=4M", "seed=5"]);
     let other = folder.device("other", &["state=4M", "seed=6"]);
     one.mark(44);
-    limosa(&["save", &one.socket, &folder.text("before")]).ok();
+    limosa(&["save", "--replace", &one.socket, &folder.text("before")]).ok();
     let unix = format!("unix:{}", folder.text("link"));
 
     let receiver = start(&["receive", &other.socket, "--listen", &unix]);

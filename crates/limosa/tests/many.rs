@@ -82,7 +82,7 @@ fn several_devices_are_saved_to_one_file_and_loaded_from_it() {
     let file = folder.text("file");
     limosa(&words(&["save", &from[0].socket, &file], &options(&from[1..]))).ok();
     assert!(from.iter().all(|device| device.state() == State::Running));
-    limosa(&words(&["save", &file, "--stop"], &options(&from))).ok();
+    limosa(&words(&["save", &file, "--stop", "--replace"], &options(&from))).ok();
     let inspected = limosa(&["--json", "inspect", &file]).json();
     assert_eq!(inspected["devices"].as_array().unwrap().len(), 3);
     limosa(&words(&["load", &file], &options(&to))).ok();
@@ -103,7 +103,7 @@ fn a_device_more_or_fewer_on_one_side_is_refused_before_the_source_is_touched() 
         limosa(&words(&["send", "--to", &link], &options(&from[..sent])))
             .fails(3, &["cannot be moved", part]);
         receiver.end().fails(3, &[part, &to[0].socket, &to[1].socket]);
-        let file = folder.text("file");
+        let file = folder.text(&format!("file{sent}"));
         limosa(&words(&["save", &file], &options(&from[..sent]))).ok();
         limosa(&words(&["load", &file], &options(&to[..taken]))).fails(3, &[part, &file]);
     }

@@ -230,7 +230,7 @@ fn memory_is_saved_with_devices_and_loaded_into_a_file_that_is_made() {
     limosa(&["save", &pair.source.socket, &file, "--memory", &format!("{from}@0"), "--stop-with", &pid]).ok();
     assert!(!writer.is_stopped() && pair.source.runs(GUEST), "the guest runs on");
     writer.writes();
-    let stop = ["--stop", "--memory", &format!("{from}@0"), "--stop-with", &pid];
+    let stop = ["--stop", "--replace", "--memory", &format!("{from}@0"), "--stop-with", &pid];
     limosa(&[&["save", &pair.source.socket, &file][..], &stop].concat()).ok();
     assert!(writer.is_stopped());
     let inspected = limosa(&["--json", "inspect", &file]).json();

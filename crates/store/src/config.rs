@@ -23,14 +23,20 @@ pub struct Object {
 /// What all that is done with an object needs.
 #[derive(Debug)]
 pub(crate) struct Client {
-    pub(crate) store: AmazonS3,
-    pub(crate) path: Path,
+    pub(crate) remote: Arc<Remote>,
     pub(crate) bucket: String,
     /// Where the store is, for messages.
     pub(crate) endpoint: String,
     pub(crate) region: String,
     pub(crate) traffic: Traffic,
     pub(crate) runtime: Runtime,
+}
+
+/// What tasks of the runtime have of it; they must not be the last to have the runtime itself.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    pub(crate) store: AmazonS3,
+    pub(crate) path: Path,
 }
 
 /// Why this is no object that could be asked for.
@@ -151,7 +157,14 @@ fn connect(url: &str, config: &[(String, String)], replace: bool) -> Result<Clie
         return Err(ObjectError::Config { url: url.into(), what });
     }
     let store = builder.build().map_err(|error| wrong(&error))?;
-    Ok(Client { store, path, bucket: bucket.into(), endpoint, region, traffic, runtime })
+    Ok(Client {
+        remote: Arc::new(Remote { store, path }),
+        bucket: bucket.into(),
+        endpoint,
+        region,
+        traffic,
+        runtime,
+    })
 }
 
 /// The client would ask the metadata service of a cloud for them, and on any other machine wait for that in vain.
@@ -217,6 +230,9 @@ mod tests {
         let variables = KEYS.iter().map(|(name, value)| (name.to_string(), value.to_string()));
         let object = Object::new("s3://bucket/some/key", variables).unwrap().replacing(true).unwrap();
         assert_eq!(object.client.endpoint, "https://s3.us-east-1.amazonaws.com");
-        assert_eq!((object.client.bucket.as_str(), object.client.path.as_ref()), ("bucket", "some/key"));
+        assert_eq!(
+            (object.client.bucket.as_str(), object.client.remote.path.as_ref()),
+            ("bucket", "some/key")
+        );
     }
 }

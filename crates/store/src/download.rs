@@ -12,7 +12,7 @@ use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{Receiver, channel};
 use tokio::task::AbortHandle;
 
-use crate::config::Client;
+use crate::config::{Client, Remote};
 use crate::error::{Doing, changed};
 use crate::runtime::Bell;
 
@@ -56,10 +56,10 @@ impl Download {
     /// Looks what lies there.
     pub(crate) fn open(client: Arc<Client>, wait: Wait<'_>) -> Result<Download, LinkError> {
         let look = {
-            let client = Arc::clone(&client);
+            let remote = Arc::clone(&client.remote);
             // Unlike that to HEAD, an answer to GET says why it is refused.
             let options = GetOptions { range: Some(GetRange::Bounded(0..1)), ..GetOptions::default() };
-            async move { client.store.get_opts(&client.path, options).await.map(|found| found.meta) }
+            async move { remote.store.get_opts(&remote.path, options).await.map(|found| found.meta) }
         };
         let meta = client.runtime.run(&client.traffic, wait, look)?;
         let (bytes, e_tag) = match meta {
@@ -73,12 +73,12 @@ impl Download {
 
     fn begin(&self) -> Coming {
         let (sender, receiver) = channel(RANGES_AHEAD);
-        let (client, e_tag, bytes) = (Arc::clone(&self.client), self.e_tag.clone(), self.bytes);
+        let (remote, e_tag, bytes) = (Arc::clone(&self.client.remote), self.e_tag.clone(), self.bytes);
         let bell = self.bell.clone();
         let task = self.client.runtime.spawn(&self.bell, async move {
             let count = bytes.div_ceil(RANGE_BYTES);
             let ranges = (0..count).map(|at| at * RANGE_BYTES..bytes.min((at + 1) * RANGE_BYTES));
-            let fetch = |range| fetch(&client, e_tag.as_deref(), range);
+            let fetch = |range| fetch(&remote, e_tag.as_deref(), range);
             let mut fetched = stream::iter(ranges).map(fetch).buffered(RANGES_IN_FLIGHT);
             while let Some(range) = fetched.next().await {
                 if sender.send(range).await.is_err() {
@@ -96,14 +96,14 @@ fn is_empty(error: &object_store::Error) -> bool {
     text.contains("416") || text.contains("InvalidRange")
 }
 
-async fn fetch(client: &Client, e_tag: Option<&str>, range: Range<u64>) -> Fetched {
+async fn fetch(remote: &Remote, e_tag: Option<&str>, range: Range<u64>) -> Fetched {
     let bytes = range.end - range.start;
     let options = GetOptions {
         range: Some(GetRange::Bounded(range)),
         if_match: e_tag.map(str::to_owned),
         ..GetOptions::default()
     };
-    let found = match client.store.get_opts(&client.path, options).await {
+    let found = match remote.store.get_opts(&remote.path, options).await {
         Ok(found) => found,
         Err(object_store::Error::Precondition { .. }) => return Fetched::Changed,
         Err(error) => return Fetched::Failed(error),

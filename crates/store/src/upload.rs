@@ -61,19 +61,15 @@ impl Upload {
     /// Begins an upload, which shows whether there is a bucket that takes it.
     pub(crate) fn begin(client: Arc<Client>, replace: bool, wait: Wait<'_>) -> Result<Upload, LinkError> {
         if !replace {
-            let there = {
-                let client = Arc::clone(&client);
-                async move { client.store.head(&client.path).await.is_ok() }
-            };
+            let remote = Arc::clone(&client.remote);
+            let there = async move { remote.store.head(&remote.path).await.is_ok() };
             // Whoever may not look may still be allowed to write, and the completion looks again.
             if client.runtime.run(&client.traffic, wait, there)? {
                 return Err(exists());
             }
         }
-        let begun = {
-            let client = Arc::clone(&client);
-            async move { client.store.create_multipart(&client.path).await }
-        };
+        let remote = Arc::clone(&client.remote);
+        let begun = async move { remote.store.create_multipart(&remote.path).await };
         let begun = client.runtime.run(&client.traffic, wait, begun)?;
         let id = begun.map_err(|error| client.explain(&error, Doing::Writing))?;
         let (sender, receiver) = channel();
@@ -115,9 +111,9 @@ impl Upload {
         let pieces = (0..whole.len()).step_by(PIECE_BYTES);
         let payload: PutPayload =
             pieces.map(|at| whole.slice(at..whole.len().min(at + PIECE_BYTES))).collect();
-        let (client, id, sender) = (Arc::clone(&self.client), self.id.clone(), self.sender.clone());
+        let (remote, id, sender) = (Arc::clone(&self.client.remote), self.id.clone(), self.sender.clone());
         let task = self.client.runtime.spawn(&self.bell, async move {
-            let result = client.store.put_part(&client.path, &id, part, payload).await;
+            let result = remote.store.put_part(&remote.path, &id, part, payload).await;
             // An upload that is gone does not want to know.
             let _ = sender.send(Sent { part, result });
         });
@@ -130,11 +126,11 @@ impl Upload {
 
     /// After a completion whose answer says that it failed, or that did not come: whether what lies there is this.
     fn is_published(&self) -> Option<bool> {
-        let client = Arc::clone(&self.client);
+        let remote = Arc::clone(&self.client.remote);
         let look = async move {
             let options =
                 GetOptions { range: Some(GetRange::Suffix(TAIL_BYTES as u64)), ..GetOptions::default() };
-            let found = client.store.get_opts(&client.path, options).await?;
+            let found = remote.store.get_opts(&remote.path, options).await?;
             let bytes = found.meta.size;
             Ok((bytes, found.bytes().await?))
         };
@@ -150,17 +146,17 @@ impl Upload {
     fn abort(&mut self) -> bool {
         self.over = true;
         self.tasks.iter().for_each(AbortHandle::abort);
-        let (client, id) = (Arc::clone(&self.client), self.id.clone());
-        let aborted = async move { client.store.abort_multipart(&client.path, &id).await };
+        let (remote, id) = (Arc::clone(&self.client.remote), self.id.clone());
+        let aborted = async move { remote.store.abort_multipart(&remote.path, &id).await };
         let wait = Wait::within(ABORT_MAX, None);
         match self.client.runtime.run(&self.client.traffic, wait, aborted) {
             Ok(Ok(())) => true,
             Ok(Err(error)) => {
-                tracing::warn!("{}: an upload was not aborted: {error}", self.client.path);
+                tracing::warn!("{}: an upload was not aborted: {error}", self.client.remote.path);
                 false
             }
             Err(error) => {
-                tracing::warn!("{}: an upload was not aborted: {error}", self.client.path);
+                tracing::warn!("{}: an upload was not aborted: {error}", self.client.remote.path);
                 false
             }
         }
@@ -193,8 +189,8 @@ impl SnapshotWriter for Upload {
             self.take(wait)?;
         }
         let parts: Vec<PartId> = self.done.drain(..).flatten().collect();
-        let (client, id) = (Arc::clone(&self.client), self.id.clone());
-        let complete = async move { client.store.complete_multipart(&client.path, &id, parts).await };
+        let (remote, id) = (Arc::clone(&self.client.remote), self.id.clone());
+        let complete = async move { remote.store.complete_multipart(&remote.path, &id, parts).await };
         // From its first byte on only an answer tells whether it is published, so that nobody may call it off.
         let completed =
             self.client.runtime.run(&self.client.traffic, Wait { cancel: None, ..wait }, complete);

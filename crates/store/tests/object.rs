@@ -18,7 +18,7 @@ use limosa_migrate::{
 };
 use limosa_protocol::State;
 use limosa_store::Object;
-use support::{BUCKET, DENIED, End, MISSING, Server};
+use support::{BUCKET, DENIED, End, MISSING, Server, object};
 
 const SILENCE_MAX: Duration = Duration::from_secs(20);
 
@@ -40,7 +40,7 @@ fn discarded(end: &End, received: Received) -> Error {
 
 fn save(server: &Server, key: &str) -> End {
     let source = End::new(7);
-    let outcome = source.save(&server.object(key), AfterSave::Stop, None);
+    let outcome = source.save(&object(server, key), AfterSave::Stop, None);
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     source
 }
@@ -50,7 +50,7 @@ fn devices_and_memory_are_saved_and_loaded() {
     let server = Server::start();
     let source = save(&server, "guests/17");
     assert_eq!(source.device.state().unwrap(), State::Stop);
-    let object = server.object("guests/17");
+    let object = object(&server, "guests/17");
     let verified = verify(&object, SILENCE_MAX, None).unwrap();
     assert!(verified.sealed);
     // The object is the stream and nothing else.
@@ -77,11 +77,11 @@ fn an_object_that_is_there_gives_way_only_where_that_was_asked_for() {
     save(&server, "one");
     let before = std::fs::read(server.file("one")).unwrap();
     let other = End::new(8);
-    let (kind, why) = undone(&other, other.save(&server.object("one"), AfterSave::Stop, None));
+    let (kind, why) = undone(&other, other.save(&object(&server, "one"), AfterSave::Stop, None));
     assert_eq!(kind, ErrorKind::AlreadyExists, "{why}");
     assert!(why.starts_with("s3://snapshots/one: creating it: there is an object already"), "{why}");
     assert!(std::fs::read(server.file("one")).unwrap() == before);
-    let replacing = server.object("one").replacing(true).unwrap();
+    let replacing = object(&server, "one").replacing(true).unwrap();
     assert!(matches!(other.save(&replacing, AfterSave::Run, None), Outcome::Moved(_)));
     assert!(std::fs::read(server.file("one")).unwrap() != before);
 }
@@ -91,7 +91,7 @@ fn an_object_that_comes_while_one_is_uploaded_is_not_overwritten() {
     let server = Server::start();
     let file = server.file("raced");
     let source = End::new(7).when_at(20 << 20, move || std::fs::write(&file, "somebody else's").unwrap());
-    let (kind, why) = undone(&source, source.save(&server.object("raced"), AfterSave::Stop, None));
+    let (kind, why) = undone(&source, source.save(&object(&server, "raced"), AfterSave::Stop, None));
     assert_eq!(kind, ErrorKind::AlreadyExists, "{why}");
     assert!(why.contains("publishing it: there is an object already"), "{why}");
     assert_eq!(std::fs::read(server.file("raced")).unwrap(), b"somebody else's");
@@ -104,7 +104,7 @@ fn a_save_that_is_called_off_leaves_nothing() {
     let cancel = Cancel::new().unwrap();
     let when = cancel.clone();
     let source = End::new(7).when_at(20 << 20, move || when.cancel());
-    let outcome = source.save(&server.object("off"), AfterSave::Run, Some(&cancel));
+    let outcome = source.save(&object(&server, "off"), AfterSave::Run, Some(&cancel));
     assert!(matches!(outcome, Outcome::Undone { why: Error::Cancelled, .. }), "{outcome:?}");
     assert_eq!(source.device.state().unwrap(), State::Running);
     assert_eq!((server.objects().len(), server.unfinished()), (0, 0));
@@ -115,7 +115,7 @@ fn a_server_that_goes_away_while_a_snapshot_is_saved_leaves_the_source_running()
     let server = Arc::new(Mutex::new(Server::start()));
     let going = server.clone();
     let source = End::new(7).when_at(20 << 20, move || going.lock().unwrap().stop());
-    let object = server.lock().unwrap().object("gone");
+    let object = object(&server.lock().unwrap(), "gone");
     let (_, why) = undone(&source, source.save(&object, AfterSave::Stop, None));
     let server = server.lock().unwrap();
     assert!(why.contains(&server.address.to_string()) && why.contains("is the store up?"), "{why}");
@@ -128,7 +128,7 @@ fn a_server_that_goes_away_while_a_snapshot_is_loaded_leaves_the_device_as_it_wa
     save(&server.lock().unwrap(), "gone");
     let going = server.clone();
     let end = End::new(0).when_at(0, move || going.lock().unwrap().stop());
-    let object = server.lock().unwrap().object("gone");
+    let object = object(&server.lock().unwrap(), "gone");
     let why = discarded(&end, end.load(&object, AfterLoad::Run)).to_string();
     assert!(
         why.starts_with("s3://snapshots/gone: reading it: ") && why.contains("is the store up?"),
@@ -141,10 +141,10 @@ fn a_server_that_is_not_there_is_said_before_anything_is_touched() {
     let mut server = Server::start();
     server.stop();
     let end = End::new(7);
-    let (kind, why) = undone(&end, end.save(&server.object("one"), AfterSave::Stop, None));
+    let (kind, why) = undone(&end, end.save(&object(&server, "one"), AfterSave::Stop, None));
     assert_eq!(kind, ErrorKind::ConnectionAborted, "{why}");
     assert!(why.contains(&server.address.to_string()) && why.contains("onnection refused"), "{why}");
-    let why = discarded(&end, end.load(&server.object("one"), AfterLoad::Run)).to_string();
+    let why = discarded(&end, end.load(&object(&server, "one"), AfterLoad::Run)).to_string();
     assert!(why.starts_with("s3://snapshots/one: opening it: "), "{why}");
 }
 
@@ -167,7 +167,7 @@ fn what_a_bucket_refuses_is_said_before_anything_is_touched() {
             ErrorKind::PermissionDenied,
             "does not accept the credentials (SignatureDoesNotMatch",
         ),
-        (with(MISSING, "the-secret"), ErrorKind::NotFound, "`nowhere` at http://127.0.0.1"),
+        (with(MISSING, "the-secret"), ErrorKind::NotFound, "`nowhere` at http://127."),
     ];
     for (object, expected, text) in cases {
         let end = End::new(7);
@@ -180,7 +180,7 @@ fn what_a_bucket_refuses_is_said_before_anything_is_touched() {
         assert!(why.to_string().contains(text), "{why}");
     }
     let end = End::new(0);
-    let why = discarded(&end, end.load(&server.object("missing"), AfterLoad::Run)).to_string();
+    let why = discarded(&end, end.load(&object(&server, "missing"), AfterLoad::Run)).to_string();
     assert!(why.contains("there is no such object in bucket `snapshots`"), "{why}");
 }
 
@@ -195,13 +195,13 @@ fn an_object_that_was_altered_or_cut_at_rest_is_refused_before_a_device_or_memor
         let mut byte = [0];
         file.read_exact_at(&mut byte, at).unwrap();
         file.write_all_at(&[byte[0] ^ 4], at).unwrap();
-        let why = discarded(&touched, touched.load(&server.object("old"), AfterLoad::Run));
+        let why = discarded(&touched, touched.load(&object(&server, "old"), AfterLoad::Run));
         assert!(matches!(why, Error::Stream { .. }), "{at}: {why}");
         file.write_all_at(&byte, at).unwrap();
     }
     for end in [bytes - 1, bytes - 72, bytes / 2, 10, 0] {
         file.set_len(end).unwrap();
-        let why = discarded(&touched, touched.load(&server.object("old"), AfterLoad::Run));
+        let why = discarded(&touched, touched.load(&object(&server, "old"), AfterLoad::Run));
         let Error::Stream { damage, .. } = &why else { panic!("{end}: {why}") };
         // What a server finds behind the end of a file that it did not cut itself is its own affair.
         assert!(matches!(damage, Damage::Truncated { .. }), "{end}: {why}");
@@ -220,7 +220,7 @@ impl SnapshotSource for Replaced<'_> {
     }
 
     fn open(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError> {
-        let replacing = self.server.object("two").replacing(true).unwrap();
+        let replacing = object(self.server, "two").replacing(true).unwrap();
         Ok(Box::new(Replacing(self.object.open(wait)?, replacing)))
     }
 }
@@ -245,10 +245,10 @@ fn an_object_that_is_replaced_between_its_verification_and_its_load_is_discarded
     let server = Server::start();
     save(&server, "two");
     let end = End::new(0);
-    let replaced = Replaced { object: server.object("two"), server: &server };
+    let replaced = Replaced { object: object(&server, "two"), server: &server };
     let why = discarded(&end, end.load(&replaced, AfterLoad::Run)).to_string();
     assert!(why.contains("the object was replaced while it was being read"), "{why}");
-    assert!(matches!(end.load(&server.object("two"), AfterLoad::Run), Received::Runs(_)), "the new one");
+    assert!(matches!(end.load(&object(&server, "two"), AfterLoad::Run), Received::Runs(_)), "the new one");
 }
 
 /// Not a test: the saver that [`a_saver_that_is_killed_leaves_nothing_that_could_be_loaded`] kills.
@@ -289,8 +289,8 @@ fn a_saver_that_is_killed_leaves_nothing_that_could_be_loaded() {
     saver.wait().unwrap();
     assert!(server.objects().is_empty(), "nothing is under any name");
     let end = End::new(0);
-    let why = discarded(&end, end.load(&server.object("killed"), AfterLoad::Run)).to_string();
+    let why = discarded(&end, end.load(&object(&server, "killed"), AfterLoad::Run)).to_string();
     assert!(why.contains("there is no such object"), "{why}");
     save(&server, "killed");
-    assert!(matches!(end.load(&server.object("killed"), AfterLoad::Run), Received::Runs(_)));
+    assert!(matches!(end.load(&object(&server, "killed"), AfterLoad::Run), Received::Runs(_)));
 }

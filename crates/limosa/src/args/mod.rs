@@ -38,6 +38,12 @@ Options of synthetic (sizes take K, M and G):
   fault=FAULT            what goes wrong; many times: fail:ARC[:TIMES], error:ARC, truncate:BYTES,
                          stall:ARC:MS, corrupt:OFFSET, with ARC like PRE_COPY_P2P>STOP_COPY";
 
+/// How an object store is named. Part of the help of every command that takes one.
+pub const STORES: &str = "\
+s3://BUCKET/KEY is an object in an S3-compatible store. AWS_ENDPOINT_URL says where (Amazon's, when it is not set), \
+AWS_REGION in which region (us-east-1), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (with AWS_SESSION_TOKEN) whose; \
+an http:// address needs AWS_ALLOW_HTTP=true.";
+
 /// How a device is named. Part of the help of every command that takes one.
 const DEVICES: &str = "\
 Devices are named by
@@ -128,12 +134,16 @@ pub enum Command {
     Probe(Probe),
     /// Read or drive a device's migration state.
     State(StateArgs),
-    /// Stop devices, save their state to a file, and let them run again.
+    /// Stop devices, save their state to a file or an object store, and let them run again.
     Save(Save),
     /// Load a saved state into devices.
     Load(Load),
     /// Say what is in a saved stream, and whether it is whole.
     Inspect(Inspect),
+    /// Say whether a saved stream is whole and unaltered: exit code 0, or 6 with where and what is wrong.
+    ///
+    /// Reads all of it once, and stops at the first thing that is wrong.
+    Verify(Verify),
     /// Move devices' state to others on this machine.
     Migrate(Migrate),
     /// Move devices to a receiver.
@@ -252,10 +262,23 @@ pub enum StateAction {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = STORES)]
 pub struct Inspect {
-    /// A file that `limosa save` wrote.
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = STORES)]
+pub struct Verify {
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// It has to be the snapshot that has this hash, as `limosa verify` once printed it.
+    #[arg(long, value_name = "HEX")]
+    pub blake3: Option<String>,
 }
 
 #[derive(Debug, Args)]

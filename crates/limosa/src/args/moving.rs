@@ -30,14 +30,18 @@ impl Devices {
 }
 
 #[derive(Debug, Args)]
-#[command(allow_missing_positional = true)]
+#[command(allow_missing_positional = true, after_help = super::STORES)]
 pub struct Save {
     #[command(flatten)]
     pub devices: Devices,
 
-    /// The file; appears when it is whole.
+    /// A file, or s3://BUCKET/KEY; appears when it is whole.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+
+    /// Replace a snapshot that is there already, when the new one is whole.
+    #[arg(long)]
+    pub replace: bool,
 
     /// Leave the devices stopped.
     #[arg(long)]
@@ -54,8 +58,9 @@ pub struct Save {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = super::STORES)]
 pub struct Load {
-    /// A file that `limosa save` wrote.
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 

@@ -2,14 +2,17 @@
 
 use std::io::Write;
 
-use limosa_migrate::{Inspection, inspect_file};
+use limosa_migrate::{Inspection, Options, inspect_snapshot};
 
+use super::moving::cancel_on_signal;
 use crate::args;
 use crate::exit::{self, Code};
 use crate::output::{self, Output};
+use crate::place::Place;
 
 pub fn run(args: &args::Inspect, out: &Output) -> anyhow::Result<()> {
-    let found = inspect_file(&args.file)?;
+    let (place, cancel) = (Place::new(&args.file, false)?, cancel_on_signal()?);
+    let found = inspect_snapshot(place.source(), Options::default().silence_max, Some(&cancel))?;
     out.result(&found, |to| print(&found, to))?;
     if found.whole {
         return Ok(());
@@ -47,6 +50,8 @@ fn print(found: &Inspection, to: &mut dyn Write) -> std::io::Result<()> {
         let bytes = output::bytes(frames.bytes);
         writeln!(to, "  {:<14} {:>8} frames {bytes:>12}", frames.kind, frames.frames)?;
     }
+    let sealed = if found.sealed { "sealed" } else { "not sealed" };
+    writeln!(to, "  {sealed}, blake3 {}", found.blake3)?;
     for damage in &found.damage {
         writeln!(to, "  damaged at byte {}: {}", damage.at, damage.what)?;
     }

@@ -109,6 +109,10 @@ pub struct Running {
 
 /// Starts the command.
 pub fn start<S: AsRef<str>>(args: &[S]) -> Running {
+    start_with(&[], args)
+}
+
+fn start_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Running {
     let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
     let mut child = Command::new(env!("CARGO_BIN_EXE_limosa"))
         .args(&args)
@@ -116,6 +120,7 @@ pub fn start<S: AsRef<str>>(args: &[S]) -> Running {
         .env_remove("RUST_BACKTRACE")
         // What is remembered of moves is not this user's.
         .env("XDG_STATE_HOME", state())
+        .envs(variables.iter().cloned())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -138,6 +143,11 @@ fn state() -> &'static Path {
 /// Runs the command to its end.
 pub fn limosa<S: AsRef<str>>(args: &[S]) -> Ended {
     start(args).end()
+}
+
+/// The same, with these variables in its environment.
+pub fn limosa_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Ended {
+    start_with(variables, args).end()
 }
 
 fn listen(from: impl Read + Send + 'static, shared: Arc<Shared>, into: fn(&mut Said) -> &mut String) {

@@ -52,12 +52,12 @@ impl SnapshotTarget for SnapshotFile {
         let Some(name) = self.path.file_name() else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it names no file").into());
         };
+        if self.path.is_dir() {
+            return Err(io::Error::from(io::ErrorKind::IsADirectory).into());
+        }
         // The rename would refuse as well, but only when all is written.
         if !self.replace && self.path.symlink_metadata().is_ok() {
             return Err(exists().into());
-        }
-        if self.path.is_dir() {
-            return Err(io::Error::from(io::ErrorKind::IsADirectory).into());
         }
         let mut hidden = OsString::from(".");
         hidden.push(name);

@@ -1,7 +1,7 @@
-//! `limosa save` and `limosa load`: devices to a file and from one.
+//! `limosa save` and `limosa load`: devices to a file or an object store, and from there.
 
 use limosa_migrate::stream::Damage;
-use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Options, Received, SnapshotFile};
+use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Options, Received};
 
 use super::ended::{Notes, broken, print, settled, started};
 use super::{cancel_on_signal, destination, memory, source};
@@ -10,6 +10,7 @@ use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::open::Opening;
 use crate::output::Output;
+use crate::place::Place;
 use crate::progress::Progress;
 use crate::side::Side;
 
@@ -27,8 +28,8 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let (guest, pages) = (Guest::source(&args.stopping, None)?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();
     let memory = memory(side, &pages, &mut log);
-    let place = SnapshotFile::new(&args.file).replacing(true);
-    let outcome = source(&moved, memory, &guest, &progress, &options, &cancel).save(&place, after);
+    let place = Place::new(&args.file, args.replace)?;
+    let outcome = source(&moved, memory, &guest, &progress, &options, &cancel).save(place.target(), after);
     drop(progress);
     settled(outcome, &guest, out)
 }
@@ -42,12 +43,12 @@ pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result
 fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress, options, ledger) =
         (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
-    let moved = side.moved();
+    let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
     let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
     let (guest, pages) = (Guest::destination(&args.starting), side.destination_pages()?);
     let regions = pages.regions(side.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
-    let received = destination.load(&SnapshotFile::new(&args.file), after);
+    let received = destination.load(place.source(), after);
     drop(progress);
     match received {
         Received::Runs(report) => print(out, "runs", &report).and(started(&guest)),

@@ -1,0 +1,102 @@
+//! `limosa save`, `inspect`, `verify` and `load` with snapshots in files and in an S3 server on a loopback port.
+#![cfg(feature = "s3")]
+
+#[path = "../../store/tests/support/server.rs"]
+mod server;
+mod support;
+
+use std::os::unix::fs::FileExt;
+
+use server::{BUCKET, DENIED, MISSING, Server};
+use support::{Ended, Folder, limosa_with};
+
+const USAGE: i32 = 2;
+const REFUSED: i32 = 3;
+const UNREACHABLE: i32 = 4;
+const DAMAGED: i32 = 6;
+
+/// With the environment that leads to the server.
+fn at(server: &Server, args: &[&str]) -> Ended {
+    limosa_with(&server.variables(), args)
+}
+
+#[test]
+fn a_device_is_saved_to_a_store_verified_and_loaded() {
+    let (server, folder) = (Server::start(), Folder::new());
+    let (one, other) = (folder.device("one", &["state=12M"]), folder.device("other", &["state=12M"]));
+    one.mark(23);
+    let url = format!("s3://{BUCKET}/cards/one");
+    let json = at(&server, &["--json", "save", "--stop", &one.socket, &url]).json();
+    assert_eq!(json["outcome"], "moved");
+    assert!(server.file("cards/one").metadata().unwrap().len() > 12 << 20);
+    let text = at(&server, &["inspect", &url]).ok();
+    assert!(text.contains("sealed, blake3 ") && text.ends_with("whole: it can be loaded\n"), "{text}");
+    let verified = at(&server, &["--json", "verify", &url]).json();
+    assert_eq!((&verified["whole"], &verified["sealed"]), (&true.into(), &true.into()));
+    assert_eq!(verified["place"], url.as_str());
+    let hash = verified["blake3"].as_str().unwrap();
+    at(&server, &["verify", &url, "--blake3", hash]).ok();
+    at(&server, &["verify", &url, "--blake3", &"0".repeat(64)])
+        .fails(DAMAGED, &[&url, "another snapshot", hash]);
+    at(&server, &["load", &url, &other.socket]).ok();
+    assert!(other.runs(23));
+}
+
+#[test]
+fn what_is_there_is_replaced_only_with_replace() {
+    let (server, folder) = (Server::start(), Folder::new());
+    let device = folder.device("device", &[]);
+    for place in [format!("s3://{BUCKET}/one"), folder.text("one")] {
+        at(&server, &["save", &device.socket, &place]).ok();
+        at(&server, &["save", &device.socket, &place])
+            .fails(REFUSED, &[&place, "already", "the source is as it was before"]);
+        at(&server, &["save", "--replace", &device.socket, &place]).ok();
+        at(&server, &["verify", &place]).ok();
+    }
+}
+
+#[test]
+fn an_object_that_is_not_whole_is_refused_and_the_device_is_not_touched() {
+    let (server, folder) = (Server::start(), Folder::new());
+    let (saved, device) = (folder.device("saved", &[]), folder.device("device", &[]));
+    device.mark(5);
+    let url = format!("s3://{BUCKET}/one");
+    at(&server, &["save", &saved.socket, &url]).ok();
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(server.file("one")).unwrap();
+    let bytes = file.metadata().unwrap().len();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, bytes / 2).unwrap();
+    file.write_all_at(&[!byte[0]], bytes / 2).unwrap();
+    for args in [&["verify", &url][..], &["load", &url, &device.socket], &["inspect", &url]] {
+        at(&server, args).fails(DAMAGED, &[&url, "byte", "checksum of a frame's payload"]);
+        assert!(device.runs(5));
+    }
+    file.set_len(bytes / 2).unwrap();
+    at(&server, &["load", &url, &device.socket]).fails(DAMAGED, &[&url, "ends in the middle of"]);
+    assert!(device.runs(5));
+}
+
+#[test]
+fn what_a_store_refuses_is_said_and_the_device_runs_on() {
+    let (mut server, folder) = (Server::start(), Folder::new());
+    let device = folder.device("device", &[]);
+    device.mark(9);
+    let refused = |variables: &[(String, String)], url: &str, code: i32, parts: &[&str]| {
+        for args in [&["save", &device.socket, url][..], &["load", url, &device.socket], &["verify", url]] {
+            limosa_with(variables, args).fails(code, &[&[url], parts].concat());
+            assert!(device.runs(9), "{args:?}");
+        }
+    };
+    let variables = server.variables();
+    refused(&variables, &format!("s3://{DENIED}/x"), UNREACHABLE, &["AccessDenied", "s3:"]);
+    refused(&variables, &format!("s3://{MISSING}/x"), UNREACHABLE, &["no bucket `nowhere`", "create it"]);
+    refused(&variables, "s3://bucket", USAGE, &["expected s3://BUCKET/KEY"]);
+    let url = format!("s3://{BUCKET}/x");
+    let nobody = [("AWS_EC2_METADATA_DISABLED".to_owned(), "true".to_owned())];
+    refused(&nobody, &url, UNREACHABLE, &["no credentials", "AWS_ACCESS_KEY_ID"]);
+    let mut another = variables.clone();
+    another[1].1 = "wrong".into();
+    refused(&another, &url, UNREACHABLE, &["does not accept the credentials", "AWS_SECRET_ACCESS_KEY"]);
+    server.stop();
+    refused(&variables, &url, UNREACHABLE, &["is the store up?"]);
+}
