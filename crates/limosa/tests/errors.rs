@@ -31,6 +31,8 @@ fn wrong_usage_is_refused_with_what_is_expected() {
         (&["bench", "x", "--seconds", "soon"], &["--seconds", "soon", "a number of seconds"]),
         (&["receive", "x", "--listen", "unix:y", "--wait", "0"], &["--wait", "more than 0"]),
         (&["demo", "--memory", "lots"], &["lots", "a size"]),
+        (&["send", "x", "--to", "unix:y", "--links", "0"], &["--links", "1 to 16"]),
+        (&["send", "x", "--to", "unix:y", "--links", "many"], &["--links", "or auto"]),
     ] {
         limosa(args).fails(USAGE, parts);
     }

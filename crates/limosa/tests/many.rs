@@ -56,6 +56,24 @@ fn several_devices_are_sent_and_received_in_the_order_in_which_they_are_named() 
 }
 
 #[test]
+fn several_devices_are_sent_over_as_many_links_as_both_want() {
+    let folder = Folder::new();
+    for (links, most, expected) in [("3", "16", 3), ("4", "2", 2), ("1", "16", 1)] {
+        let (from, to) = (devices(&folder, "from", true), devices(&folder, "to", false));
+        let receiver = start(&words(
+            &["--json", "receive", "--links", most, "--listen", "tcp:127.0.0.1:0"],
+            &options(&to),
+        ));
+        let address = receiver.after("listening on ");
+        let sent =
+            limosa(&words(&["--json", "send", "--links", links, "--to", &address], &options(&from))).json();
+        receiver.end().json();
+        assert_eq!(sent["links"].as_array().map_or(1, Vec::len), expected, "{sent}");
+        have_moved(&from, &to);
+    }
+}
+
+#[test]
 fn several_devices_migrate_in_pairs() {
     let folder = Folder::new();
     let (from, to) = (devices(&folder, "from", true), devices(&folder, "to", false));

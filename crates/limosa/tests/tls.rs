@@ -82,9 +82,9 @@ impl Pair {
 }
 
 #[test]
-fn a_device_moves_under_tls_with_a_bandwidth() {
+fn a_device_moves_under_tls_over_two_links_with_a_bandwidth() {
     let pair = Pair::new();
-    let (sent, received) = pair.move_with("source", "localhost", &["--bandwidth", "64M"]);
+    let (sent, received) = pair.move_with("source", "localhost", &["--bandwidth", "64M", "--links", "2"]);
     sent.ok();
     received.ok();
     assert!(pair.destination.runs(GUEST) && pair.source.state() == State::Stop);

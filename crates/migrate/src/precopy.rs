@@ -122,12 +122,16 @@ impl Source<'_> {
             round.device_dirty_bytes = round.device_dirty_bytes.saturating_add(info.dirty_bytes);
             round.device_bytes = round.device_bytes.saturating_add(flow.bytes_if_stopped);
         }
+        let began = limosa_clockwork::now();
         if !held.dirty.blind {
             held.dirty.harvest(self.devices, &mut self.memory)?;
         }
+        // After the stop it takes as long; a log that compares has to read all of the memory.
+        let harvest = limosa_clockwork::now() - began;
         round.memory_dirty_bytes = held.dirty.bytes();
         round.bytes_per_second = pace.bytes_per_second();
-        round.predicted_downtime = pace.downtime(round.memory_dirty_bytes.saturating_add(round.device_bytes));
+        let bytes = round.memory_dirty_bytes.saturating_add(round.device_bytes);
+        round.predicted_downtime = pace.downtime(bytes).saturating_add(harvest);
         Ok(round)
     }
 }

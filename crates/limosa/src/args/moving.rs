@@ -1,5 +1,6 @@
 //! What commands that move devices take.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use clap::{Args, ValueEnum};
 
 use super::Hold;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
-use super::values::{bytes, milliseconds, seconds};
+use super::values::{bytes, links, milliseconds, seconds};
 
 /// The devices of one side.
 #[derive(Debug, Args)]
@@ -170,6 +171,11 @@ pub struct Send {
     #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Link")]
     pub bandwidth: Option<u64>,
 
+    /// Send over so many links at once: 1 to 16, or auto, which is as many as this machine has processors and four at
+    /// most. The receiver may take fewer.
+    #[arg(long, value_name = "COUNT", default_value = "1", value_parser = links, help_heading = "Link")]
+    pub links: NonZeroU32,
+
     #[command(flatten)]
     pub memory: SourceMemory,
 
@@ -232,6 +238,10 @@ pub struct Receive {
 
     #[command(flatten)]
     pub hold: Hold,
+
+    /// Take no more than so many links from a sender: 1 to 16.
+    #[arg(long, value_name = "COUNT", default_value = "16", value_parser = links, help_heading = "Link")]
+    pub links: NonZeroU32,
 
     #[command(flatten)]
     pub memory: DestinationMemory,

@@ -1,6 +1,9 @@
 //! Values on the command line: sizes and times.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
+
+use limosa_migrate::stream::LINKS_MAX;
 
 /// A positive number of milliseconds, fractions allowed.
 pub fn milliseconds(text: &str) -> Result<Duration, String> {
@@ -41,9 +44,28 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"))
 }
 
+/// A number of links, or `auto`: as many as this machine has processors, four at most, since each keeps one busy.
+pub fn links(text: &str) -> Result<NonZeroU32, String> {
+    if text == "auto" {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+        return Ok(NonZeroU32::new(processors as u32).unwrap_or(NonZeroU32::MIN));
+    }
+    let links = text.parse().ok().filter(|links: &NonZeroU32| links.get() <= LINKS_MAX);
+    links.ok_or_else(|| format!("expected 1 to {LINKS_MAX} links, or auto"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn links_are_counted_or_chosen() {
+        assert_eq!(links("3").map(NonZeroU32::get), Ok(3));
+        assert!((1..=4).contains(&links("auto").unwrap().get()));
+        for wrong in ["0", "17", "-1", "x", "", "1.5"] {
+            assert!(links(wrong).unwrap_err().contains("1 to 16"), "{wrong}");
+        }
+    }
 
     #[test]
     fn sizes_and_seconds() {

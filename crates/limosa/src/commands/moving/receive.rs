@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use limosa_migrate::link::{Link, LinkError, Listener, SocketLink, Wait};
 use limosa_migrate::stream::Damage;
-use limosa_migrate::{Cancel, Destination, Error, Phase, Received, Report};
+use limosa_migrate::{Cancel, Destination, Error, Options, Phase, Received, Report};
 
 use super::ended::{self, Notes, broken, started};
 use super::{cancel_on_signal, destination, over_link};
@@ -30,7 +30,8 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     let (links, listener) = (Links::new(&args.link.tls)?, links::listen(&args.listen)?);
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
     let moves = Moves::new(args.link.moves.folder.as_deref());
-    let (options, ledger) = (over_link(limosa_migrate::Options::default(), &args.link), moves.ledger()?);
+    let options = Options { links: args.links, ..over_link(Options::default(), &args.link) };
+    let ledger = moves.ledger()?;
     let moved = side.moved();
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
     let regions = pages.regions(side.memory());
@@ -53,7 +54,8 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                 continue;
             }
         };
-        return match destination.receive(&link) {
+        let further = |wait: Wait<'_>| door.next(wait);
+        return match destination.receive_over(&link, &further) {
             Received::Runs(report) => {
                 drop(link);
                 if !report.peer_told {
@@ -97,6 +99,17 @@ impl Door<'_> {
 
     fn take(&self, link: SocketLink) -> anyhow::Result<Box<dyn Link>> {
         self.links.take(link, self.silence, self.cancel)
+    }
+
+    /// A further link of a move that has come: whoever cannot make one is passed over.
+    fn next(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
+        loop {
+            let link = self.listener.accept(wait)?;
+            match self.links.take(link, wait.left()?, self.cancel) {
+                Ok(link) => return Ok(link),
+                Err(error) => tracing::warn!("{error:#}; the further links of the move are still waited for"),
+            }
+        }
     }
 
     /// The source could not be told how the move ended: stays until it has asked.

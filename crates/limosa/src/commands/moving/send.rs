@@ -3,8 +3,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use limosa_migrate::Outcome;
-use limosa_migrate::link::LinkError;
+use limosa_migrate::link::{LinkError, Wait};
+use limosa_migrate::{Options, Outcome};
 
 use super::ended::{in_doubt, settled};
 use super::{cancel_on_signal, memory, options, over_link, source};
@@ -30,7 +30,7 @@ pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result
 fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let address = links::address(&args.to)?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
-    let options = over_link(options(&args.moving), &args.link);
+    let options = Options { links: args.links, ..over_link(options(&args.moving), &args.link) };
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
     let hint = "is `limosa receive` listening there?";
     let link = links::connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
@@ -42,7 +42,8 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let pages = side.source_pages(&args.stopping)?;
     let mut log = pages.log();
     let mut source = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
-    let mut outcome = source.send(&link);
+    let further = |wait: Wait<'_>| links.connect(&address, wait.left()?, wait.cancel);
+    let mut outcome = source.send_over(&link, &further);
     drop(link);
     let began = Instant::now();
     while let Outcome::InDoubt(doubt) = outcome {
