@@ -1,6 +1,7 @@
-//! The timeline of a move: phases, rounds, devices, links, bytes, downtime; for programs (serde) and people
-//! ([`Report`]'s `Display`).
+//! The timeline of a move: phases, rounds, devices, links, bytes, downtime; for programs (serde), for people
+//! ([`Report`]'s `Display`), and as a picture ([`Report::html`]).
 
+mod html;
 mod record;
 mod spans;
 mod text;

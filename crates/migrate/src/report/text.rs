@@ -82,6 +82,15 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// Bytes a second, printed with three digits or so.
+pub(super) struct Rate(pub(super) f64);
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/s", Bytes(self.0 as u64))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{DeviceReport, LimitsReport, Phase, PhaseReport, Side};
