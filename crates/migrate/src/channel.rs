@@ -1,7 +1,9 @@
 //! Frames over a link: [`Outlet`] numbers and sends them, [`Inlet`] receives and checks them; both keep the time
 //! limits. A [`Channel`] is the two together, for as long as one thread does both.
 
+use std::collections::VecDeque;
 use std::io::IoSlice;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::{Monitor, now};
@@ -12,7 +14,7 @@ use crate::stream::{Damage, HEADER_BYTES, Header, Kind, MigrationId, PREFACE_BYT
 use crate::{Cancel, Error, Result};
 
 /// How often, at least, each side says that it is alive.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+const PROGRESS_EVERY: Duration = Duration::from_millis(250);
 /// How long a side that called off waits for the other to have read why.
 pub(crate) const LINGER: Duration = Duration::from_secs(2);
 
@@ -38,11 +40,10 @@ pub(crate) struct Outlet<'a> {
     turns: Monitor<Turns>,
 }
 
-/// Whose turn it is. The state is away while somebody sends.
+/// Whose turn it is. The state is away while somebody sends, and is handed on to who has waited longest.
 struct Turns {
-    next: u64,
-    serving: u64,
     state: Option<OutletState>,
+    waiting: VecDeque<Arc<Monitor<Option<OutletState>>>>,
 }
 
 struct OutletState {
@@ -63,10 +64,13 @@ struct Turn<'t, 'a> {
 impl Drop for Turn<'_, '_> {
     fn drop(&mut self) {
         let mut turns = self.outlet.turns.lock();
-        turns.state = self.state.take();
-        turns.serving += 1;
-        if turns.serving < turns.next {
-            self.outlet.turns.notify_all();
+        match turns.waiting.pop_front() {
+            None => turns.state = self.state.take(),
+            Some(next) => {
+                drop(turns);
+                *next.lock() = self.state.take();
+                next.notify_all();
+            }
         }
     }
 }
@@ -74,7 +78,7 @@ impl Drop for Turn<'_, '_> {
 impl<'a> Outlet<'a> {
     pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> Outlet<'a> {
         let state = OutletState { sequence: 0, sent_bytes: 0, last: now(), unfinished: Vec::new() };
-        let turns = Turns { next: 0, serving: 0, state: Some(state) };
+        let turns = Turns { state: Some(state), waiting: VecDeque::new() };
         Outlet { link, silence_max, turns: Monitor::new(turns) }
     }
 
@@ -103,23 +107,24 @@ impl<'a> Outlet<'a> {
     }
 
     /// How many send or wait to.
-    pub(crate) fn busy(&self) -> u64 {
+    pub(crate) fn busy(&self) -> usize {
         let turns = self.turns.lock();
-        turns.next - turns.serving
+        usize::from(turns.state.is_none()) + turns.waiting.len()
     }
 
     fn turn(&self) -> Turn<'_, 'a> {
         let mut turns = self.turns.lock();
-        let ticket = turns.next;
-        turns.next += 1;
-        loop {
-            if turns.serving == ticket
-                && let Some(state) = turns.state.take()
-            {
-                return Turn { outlet: self, state: Some(state) };
-            }
-            (turns, _) = self.turns.wait(turns, None);
+        if let Some(state) = turns.state.take() {
+            return Turn { outlet: self, state: Some(state) };
         }
+        let place = Arc::<Monitor<Option<OutletState>>>::default();
+        turns.waiting.push_back(Arc::clone(&place));
+        drop(turns);
+        let mut handed = place.lock();
+        while handed.is_none() {
+            (handed, _) = place.wait(handed, None);
+        }
+        Turn { outlet: self, state: handed.take() }
     }
 
     /// Sends a frame.
@@ -164,7 +169,17 @@ impl OutletState {
         cancel: Option<&Cancel>,
         doing: &'static str,
     ) -> Result<()> {
-        let wait = Wait::within(outlet.silence_max, cancel);
+        self.write(Wait::within(outlet.silence_max, cancel), outlet, first, second, doing)
+    }
+
+    fn write(
+        &mut self,
+        wait: Wait<'_>,
+        outlet: &Outlet<'_>,
+        first: &[u8],
+        second: &[u8],
+        doing: &'static str,
+    ) -> Result<()> {
         let mut sent = 0;
         while sent < first.len() + second.len() {
             let rest = sent.saturating_sub(first.len());
@@ -298,7 +313,8 @@ pub(crate) struct Channel<'a> {
     link: &'a dyn Link,
     cancel: Option<&'a Cancel>,
     silence_max: Duration,
-    pub(crate) outlet: Outlet<'a>,
+    /// Shared with the threads of the work.
+    pub(crate) outlet: Arc<Outlet<'a>>,
     pub(crate) inlet: Inlet<'a>,
 }
 
@@ -306,7 +322,7 @@ impl<'a> Channel<'a> {
     /// Over this link. `silence_max` is how long the other side may say nothing.
     pub(crate) fn new(link: &'a dyn Link, cancel: Option<&'a Cancel>, silence_max: Duration) -> Channel<'a> {
         let (outlet, inlet) = (Outlet::new(link, silence_max), Inlet::new(link, silence_max));
-        Channel { link, cancel, silence_max, outlet, inlet }
+        Channel { link, cancel, silence_max, outlet: Arc::new(outlet), inlet }
     }
 
     pub(crate) fn has_peer(&self) -> bool {
@@ -426,14 +442,14 @@ impl<'a> Channel<'a> {
         }
         let code_and_reason = encode_abort(error.abort_code(), &error.to_string());
         let limit = self.silence_max.min(LINGER);
-        self.outlet.silence_max = limit;
         let said = {
             let mut turn = self.outlet.turn();
             let Some(state) = &mut turn.state else { return };
             let header = Header::new(Kind::ABORT, 0, 0, state.sequence, &code_and_reason);
             let mut frame = std::mem::take(&mut state.unfinished);
             frame.extend_from_slice(&header.encode());
-            state.write_all(&self.outlet, &frame, &code_and_reason, None, "calling off").is_ok()
+            let wait = Wait::within(limit, None);
+            state.write(wait, &self.outlet, &frame, &code_and_reason, "calling off").is_ok()
         };
         if said {
             self.link.part(Wait::within(limit, None));

@@ -1,7 +1,7 @@
 //! The destination's script: from the offer to RUNNING, or back to where it was, with all discarded
 //! that was loaded.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 
 use limosa_client::{DataStream, Device, DeviceExt};
 use limosa_protocol::{MigrationFlags, State};
@@ -120,45 +120,59 @@ impl<'a> Destination<'a> {
             Ok((preface, None)) => return self.answer_query(preface.id, &mut channel, recorder),
             Err(why) => return self.discarded(why, &mut channel, recorder, taken),
         };
-        let loaded = self.until_ready(preface.id, &offer, &mut channel, further, &recorder, &mut taken);
-        if let Err(why) = loaded {
-            return self.discarded(why, &mut channel, recorder, taken);
+        let ended = self.until_loaded(
+            preface.id,
+            &offer,
+            &mut channel,
+            further,
+            &recorder,
+            &mut taken,
+            |channel, crew| self.commit(preface.id, channel, crew, &recorder),
+        );
+        match ended {
+            Ok(Ok(())) => Received::Runs(recorder.finish()),
+            Err(why) | Ok(Err(NotStarted::GivenBack(why))) => {
+                self.discarded(why, &mut channel, recorder, taken)
+            }
+            Ok(Err(NotStarted::Stuck(why))) => Received::Broken { why, report: recorder.finish() },
         }
+    }
+
+    /// From READY to RUNNING.
+    fn commit(
+        &self,
+        id: MigrationId,
+        channel: &mut Channel<'_>,
+        crew: &Receiving<'_, '_>,
+        recorder: &Recorder<'_>,
+    ) -> Result<(), NotStarted> {
         recorder.phase(Phase::Commit);
-        let why = match self.ledger.hold(preface.id) {
-            Ok(true) => None,
-            Ok(false) => Some(channel.damaged(decided_already("an id", preface.id))),
-            Err(error) => Some(not_recorded(error)),
-        };
-        if let Some(why) = why {
-            return self.discarded(why, &mut channel, recorder, taken);
+        match self.ledger.hold(id) {
+            Ok(true) => {}
+            Ok(false) => return Err(NotStarted::GivenBack(channel.damaged(decided_already("an id", id)))),
+            Err(error) => return Err(NotStarted::GivenBack(not_recorded(error))),
         }
-        if let Err(why) = self.hold(preface.id, &mut channel) {
-            self.ledger.not_committed(preface.id);
-            return self.discarded(why, &mut channel, recorder, taken);
+        if let Err(why) = self.hold(id, channel) {
+            self.ledger.not_committed(id);
+            return Err(NotStarted::GivenBack(why));
         }
         channel.ignore_cancel();
         recorder.phase(Phase::Start);
-        match self.start(&mut channel, &recorder) {
+        let started = self.start(channel, crew);
+        match &started {
             Ok(()) => {
-                self.ledger.committed(preface.id);
+                self.ledger.committed(id);
                 recorder.runs();
-                if let Err(error) = self.tell(&mut channel) {
+                if let Err(error) = self.tell(channel) {
                     recorder.peer_not_told();
                     recorder
                         .note(format!("the source may not know that the devices run, and may ask: {error}"));
                 }
-                Received::Runs(recorder.finish())
             }
-            Err(NotStarted::GivenBack(why)) => {
-                self.ledger.not_committed(preface.id);
-                self.discarded(why, &mut channel, recorder, taken)
-            }
-            Err(NotStarted::Stuck(why)) => {
-                self.ledger.committed(preface.id);
-                Received::Broken { why, report: recorder.finish() }
-            }
+            Err(NotStarted::GivenBack(_)) => self.ledger.not_committed(id),
+            Err(NotStarted::Stuck(_)) => self.ledger.committed(id),
         }
+        started
     }
 
     /// Loads a snapshot from a place, such as a [`SnapshotFile`](crate::SnapshotFile). All of it is checked before a
@@ -174,9 +188,16 @@ impl<'a> Destination<'a> {
         let link = MeteredLink::new(&reading, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
         let mut taken = Vec::new();
-        let loaded = match self.greet(&mut channel, &recorder) {
+        let ended = match self.greet(&mut channel, &recorder) {
             Ok((preface, Some(offer))) => {
-                self.until_ready(preface.id, &offer, &mut channel, None, &recorder, &mut taken)
+                let then = |channel: &mut Channel<'_>, crew: &Receiving<'_, '_>| match after {
+                    AfterLoad::Stop => Ok(Received::Stopped as fn(Report) -> Received),
+                    AfterLoad::Run => {
+                        recorder.phase(Phase::Start);
+                        self.start(channel, crew).map(|()| Received::Runs as _)
+                    }
+                };
+                self.until_loaded(preface.id, &offer, &mut channel, None, &recorder, &mut taken, then)
             }
             Ok((_, None)) => {
                 let why = "a question is not a saved stream".into();
@@ -184,17 +205,11 @@ impl<'a> Destination<'a> {
             }
             Err(why) => Err(why),
         };
-        if let Err(why) = loaded {
-            return self.discarded(of_place(why, "reading it"), &mut channel, recorder, taken);
-        }
-        if after == AfterLoad::Stop {
-            return Received::Stopped(recorder.finish());
-        }
-        recorder.phase(Phase::Start);
-        match self.start(&mut channel, &recorder) {
-            Ok(()) => Received::Runs(recorder.finish()),
-            Err(NotStarted::GivenBack(why)) => self.discarded(why, &mut channel, recorder, taken),
-            Err(NotStarted::Stuck(why)) => Received::Broken { why, report: recorder.finish() },
+        match ended {
+            Ok(Ok(received)) => received(recorder.finish()),
+            Err(why) => self.discarded(of_place(why, "reading it"), &mut channel, recorder, taken),
+            Ok(Err(NotStarted::GivenBack(why))) => self.discarded(why, &mut channel, recorder, taken),
+            Ok(Err(NotStarted::Stuck(why))) => Received::Broken { why, report: recorder.finish() },
         }
     }
 
@@ -243,8 +258,10 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// From the offer to devices that are loaded and in STOP.
-    fn until_ready(
+    /// From the offer to devices that are loaded and in STOP, and then on, while the devices' threads are still there
+    /// to drive them.
+    #[expect(clippy::too_many_arguments, reason = "what a move consists of")]
+    fn until_loaded<T>(
         &self,
         id: MigrationId,
         offer: &Offer,
@@ -252,7 +269,8 @@ impl<'a> Destination<'a> {
         further: Option<&dyn FurtherLinks>,
         recorder: &Recorder<'_>,
         taken: &mut Vec<Taken>,
-    ) -> Result<()> {
+        then: impl FnOnce(&mut Channel<'_>, &Receiving<'_, '_>) -> T,
+    ) -> Result<T> {
         tracing::debug!(%id, devices = offer.devices.len(), "offer");
         let accepted = channel.attend(|| self.accept(offer, recorder, taken));
         let most = if further.is_some() { self.options.links.get() } else { 1 };
@@ -272,9 +290,8 @@ impl<'a> Destination<'a> {
         let links = self.join(id, links, channel, further)?;
         recorder.phase(Phase::PreCopy);
         let streams: Vec<_> = taken.iter_mut().filter_map(|device| device.stream.take()).collect();
-        let Channel { outlet, inlet, .. } = channel;
         let receiving = Receiving::new(
-            outlet,
+            Arc::clone(&channel.outlet),
             offer,
             links.len() + 1,
             self.devices,
@@ -291,20 +308,17 @@ impl<'a> Destination<'a> {
             let _end = OnDrop(|| receiving.end());
             for (at, stream) in streams.into_iter().enumerate() {
                 let name = format!("limosa: {}", self.devices[at].device.name());
-                scope.spawn(name, move || receiving.load(at, stream));
+                scope.spawn(name, move || receiving.drive(at, stream));
             }
             for (at, inlet) in inlets.iter_mut().enumerate() {
                 let name = format!("limosa: link {}", at + 1);
                 scope.spawn(name, move || receiving.read_further(inlet));
             }
-            if let Err(error) = receiving.read_first(inlet) {
-                receiving.fail(error);
+            match receiving.read_first(&mut channel.inlet) {
+                Ok(()) => Ok(then(channel, receiving)),
+                Err(why) => Err(receiving.fail(why)),
             }
-        });
-        match receiving.failure() {
-            Some(why) => Err(why),
-            None => Ok(()),
-        }
+        })
     }
 
     /// Takes the further links of the move, in any order. One that is not of the move is closed, and another is
@@ -422,37 +436,19 @@ impl<'a> Destination<'a> {
     }
 
     /// Runs the devices: all to RUNNING_P2P, then all to RUNNING.
-    fn start(&self, channel: &mut Channel<'_>, recorder: &Recorder<'_>) -> Result<(), NotStarted> {
-        // A device that was never asked to run stays in STOP, also when it can no longer be reached.
-        let asked: Vec<_> = self.devices.iter().map(|_| AtomicBool::new(false)).collect();
-        let run = |at: usize, device: &dyn Device, state: State| {
-            asked[at].store(true, Ordering::Relaxed);
-            let _span = recorder.span(at, Act::Enter { state });
-            enter(device, state).map(drop)
-        };
-        let started: Result<()> =
-            self.vmm.prepare().map_err(|reason| Error::Vmm { doing: "run", reason }).and_then(|()| {
-                channel.attend(|| {
-                    let flags = each(self.devices, |_, device| {
-                        device.migration_flags().map_err(|error| failed(device, "reading its flags", error))
-                    });
-                    let flags = flags.into_iter().collect::<Result<Vec<_>>>()?;
-                    let quiesced =
-                        each(self.devices, |at, device| match flags[at].contains(MigrationFlags::P2P) {
-                            true => run(at, device, State::RunningP2p),
-                            false => Ok(()),
-                        });
-                    quiesced.into_iter().collect::<Result<()>>()?;
-                    each(self.devices, |at, device| run(at, device, State::Running)).into_iter().collect()
-                })
-            });
+    fn start(&self, channel: &mut Channel<'_>, crew: &Receiving<'_, '_>) -> Result<(), NotStarted> {
+        let p2p = |at| crew.flags(at).contains(MigrationFlags::P2P);
+        let started = channel
+            .attend(|| self.vmm.prepare())
+            .map_err(|reason| Error::Vmm { doing: "run", reason })
+            .and_then(|()| crew.enter(|at| p2p(at).then_some(State::RunningP2p)))
+            .and_then(|()| crew.enter(|_| Some(State::Running)));
         let Err(why) = started else {
             self.vmm.start();
             return Ok(());
         };
         // The others are reset, so that none of them can ever run this guest.
-        let never_runs =
-            |at: usize, device: &dyn Device| !asked[at].load(Ordering::Relaxed) || device.reset().is_ok();
+        let never_runs = |at: usize, device: &dyn Device| !crew.was_asked(at) || device.reset().is_ok();
         match each(self.devices, never_runs).into_iter().all(|never| never) {
             true => Err(NotStarted::GivenBack(why)),
             false => Err(NotStarted::Stuck(why)),

@@ -19,7 +19,8 @@ pub struct Options {
     pub links: NonZeroU32,
     /// When pre-copy stops.
     pub convergence: crate::Convergence,
-    /// How long the other side may say nothing.
+    /// How long the other side may say nothing. It says that it is alive four times a second, or as often within its own
+    /// limit: one below a second has to be the same on both sides.
     pub silence_max: Duration,
     /// How long the other side may take, though alive, to answer an offer or to load.
     pub load_max: Duration,

@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use limosa_client::{DataStream, Device};
+use limosa_client::{DataStream, Device, DeviceExt};
 use limosa_clockwork::{Monitor, now};
-use limosa_protocol::State;
+use limosa_protocol::{MigrationFlags, State};
 
 use crate::cancel::Watch;
 use crate::channel::{Inlet, Outlet, pulse};
@@ -24,8 +24,8 @@ use crate::{Cancel, Error, Options, Result, Round};
 const WINDOW_BYTES_MAX: u64 = 4 << 20;
 /// The most bytes of all devices together that may be.
 const WINDOWS_BYTES: u64 = 32 << 20;
-/// The most emptied buffers that are kept for later.
-const SPARE_MAX: usize = 8;
+/// The most bytes of emptied buffers that are kept for later.
+const SPARE_BYTES: usize = 8 << 20;
 
 const DOING: &str = "waiting for the source's data";
 
@@ -37,7 +37,7 @@ pub(crate) fn window(devices: usize) -> u64 {
 /// The work between the answer and READY.
 pub(crate) struct Receiving<'w, 'a> {
     /// The first link's: here is answered.
-    pub(crate) outlet: &'w Outlet<'a>,
+    pub(crate) outlet: Arc<Outlet<'a>>,
     pub(crate) devices: &'a [MovedDevice<'a>],
     /// The regions, by their place in the offer.
     pub(crate) regions: Vec<Option<&'w MemoryRegion<'a>>>,
@@ -46,6 +46,7 @@ pub(crate) struct Receiving<'w, 'a> {
     /// Whether the source keeps to the window.
     credit: bool,
     window: u64,
+    flags: Vec<MigrationFlags>,
     links: usize,
     order: Monitor<Order>,
     inboxes: Vec<Monitor<Inbox>>,
@@ -79,6 +80,11 @@ struct Inbox {
     told: u64,
     /// The source wants to know when all is taken.
     flush: bool,
+    /// A state that it is driven to once it is loaded, and how that went.
+    enter: Option<State>,
+    entered: Option<Result<()>>,
+    /// It was asked to run, and may.
+    asked: bool,
     over: bool,
 }
 
@@ -90,7 +96,7 @@ enum Item {
 impl<'w, 'a> Receiving<'w, 'a> {
     #[expect(clippy::too_many_arguments, reason = "it is called once, and keeps them all")]
     pub(crate) fn new(
-        outlet: &'w Outlet<'a>,
+        outlet: Arc<Outlet<'a>>,
         offer: &Offer,
         links: usize,
         devices: &'a [MovedDevice<'a>],
@@ -105,6 +111,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
         };
         let ended = ended.map_err(|error| Error::Os { doing: "making an event", error })?;
         let state = Arc::<Monitor<Progress>>::default();
+        let flags = devices.iter().map(|moved| {
+            let flags = moved.device.migration_flags();
+            flags.map_err(|error| failed(moved.device, "reading its flags", error))
+        });
+        let flags = flags.collect::<Result<_>>()?;
         // Regions are matched by id, and lie in the same order nowhere but in the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
         Ok(Receiving {
@@ -115,6 +126,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
             options,
             credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
             window: window(devices.len()),
+            flags,
             links,
             order: Monitor::new(Order::new(offer)),
             inboxes: devices.iter().map(|_| Monitor::default()).collect(),
@@ -134,8 +146,15 @@ impl<'w, 'a> Receiving<'w, 'a> {
         if self.ended.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    /// Something went wrong: the first such thing counts, and everybody ends.
-    pub(crate) fn fail(&self, error: Error) {
+    /// Something went wrong: everybody ends. The first such thing counts, and is returned once.
+    pub(crate) fn fail(&self, error: Error) -> Error {
+        let first = self.state.lock().failure.take();
+        self.end();
+        first.unwrap_or(error)
+    }
+
+    /// Something went wrong in a thread: the first such thing counts, and everybody ends.
+    fn fail_from_thread(&self, error: Error) {
         self.state.lock().failure.get_or_insert(error);
         self.end();
     }
@@ -149,11 +168,6 @@ impl<'w, 'a> Receiving<'w, 'a> {
             inbox.lock().over = true;
             inbox.notify_all();
         }
-    }
-
-    /// What went wrong first.
-    pub(crate) fn failure(self) -> Option<Error> {
-        self.state.lock().failure.take()
     }
 
     /// Reads the first link to the SUM, and waits until all devices are loaded and in STOP.
@@ -184,7 +198,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
     /// Reads a further link to its end.
     pub(crate) fn read_further(&self, inlet: &mut Inlet<'_>) {
         if let Err(error) = self.read_to_end(inlet) {
-            self.fail(error);
+            self.fail_from_thread(error);
         }
     }
 
@@ -354,17 +368,82 @@ impl<'w, 'a> Receiving<'w, 'a> {
         }
     }
 
-    /// Loads a device until its data has ended and it is in STOP.
-    pub(crate) fn load(&self, at: usize, stream: Box<dyn DataStream>) {
+    /// Loads a device until its data has ended and it is in STOP; then drives it to where it is told.
+    pub(crate) fn drive(&self, at: usize, stream: Box<dyn DataStream>) {
         let device = self.devices[at].device;
         match self.load_device(at, device, stream) {
             Ok(true) => {
                 self.state.lock().loaded += 1;
                 self.state.notify_all();
+                self.drive_on(at, device);
             }
             Ok(false) => {}
-            Err(error) => self.fail(error),
+            Err(error) => self.fail_from_thread(error),
         }
+    }
+
+    fn drive_on(&self, at: usize, device: &dyn Device) {
+        let mut inbox = self.inboxes[at].lock();
+        while !inbox.over {
+            match inbox.enter.take() {
+                None => (inbox, _) = self.inboxes[at].wait(inbox, None),
+                Some(state) => {
+                    drop(inbox);
+                    let entered = self.run_device(at, device, state);
+                    inbox = self.inboxes[at].lock();
+                    inbox.entered = Some(entered);
+                    self.inboxes[at].notify_all();
+                }
+            }
+        }
+    }
+
+    fn run_device(&self, at: usize, device: &dyn Device, state: State) -> Result<()> {
+        // One that is gone already never runs.
+        device.state().map_err(|error| failed(device, "reading its state", error))?;
+        self.inboxes[at].lock().asked = true;
+        let _span = self.recorder.span(at, Act::Enter { state });
+        enter(device, state).map(drop)
+    }
+
+    /// Whether a device was asked to run. One that was not stays in STOP, also when it can no longer be reached.
+    pub(crate) fn was_asked(&self, at: usize) -> bool {
+        self.inboxes[at].lock().asked
+    }
+
+    /// Drives loaded devices to the states that are wanted, each in its thread; an error when one refuses. All of them
+    /// are waited for, whatever happens.
+    pub(crate) fn enter(&self, wanted: impl Fn(usize) -> Option<State>) -> Result<()> {
+        for (at, device) in self.inboxes.iter().enumerate() {
+            let mut inbox = device.lock();
+            inbox.enter = wanted(at);
+            inbox.entered = inbox.enter.is_none().then_some(Ok(()));
+            device.notify_all();
+        }
+        let slice = pulse(self.options.silence_max);
+        let mut entered = Ok(());
+        for device in &self.inboxes {
+            let mut inbox = device.lock();
+            entered = loop {
+                if let Some(done) = inbox.entered.take() {
+                    break entered.and(done);
+                }
+                let timed_out;
+                (inbox, timed_out) = device.wait(inbox, Some(now() + slice));
+                if timed_out {
+                    drop(inbox);
+                    // Nobody can call the move off any more.
+                    let _ = self.outlet.pulse(None);
+                    inbox = device.lock();
+                }
+            };
+        }
+        entered
+    }
+
+    /// What a device can do in migration.
+    pub(crate) fn flags(&self, at: usize) -> MigrationFlags {
+        self.flags[at]
     }
 
     /// Whether it came to the end.
@@ -395,12 +474,14 @@ impl<'w, 'a> Receiving<'w, 'a> {
             drop(inbox);
             self.tell(at, told)?;
             let mut spare = self.spare.lock();
-            if spare.len() < SPARE_MAX {
+            if spare.len() * data.capacity() < SPARE_BYTES {
                 spare.push(data);
             }
         }
         let _span = self.recorder.span(at, Act::Enter { state: State::Stop });
-        enter(device, State::Stop).map(|_| true)
+        let entered = enter(device, State::Stop).map(|_| true);
+        drop(stream);
+        entered
     }
 
     /// What the source is to be told of a device now: how much it has taken.

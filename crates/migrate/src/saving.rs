@@ -10,8 +10,11 @@ use crate::devices::{enter, failed};
 use crate::report::{Act, Recorder};
 use crate::sending::Sending;
 use crate::stream::body::{encode_device_end, encode_hint};
-use crate::stream::{DATA_BYTES_MAX, DEVICE_BYTES_MAX, Kind};
+use crate::stream::{DEVICE_BYTES_MAX, Kind};
 use crate::{Error, Result};
+
+/// The most that is read from a device at once: it stays in a core's cache on the way.
+const READ_BYTES_MAX: usize = 512 << 10;
 
 /// What a device's thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,12 +110,19 @@ impl<'w, 'a> Saving<'w, 'a> {
         }
     }
 
+    /// How many bytes are read and sent at once: two of them fit into the window.
+    fn room(&self) -> usize {
+        self.sending.window.map_or(READ_BYTES_MAX, |window| READ_BYTES_MAX.min(window as usize / 2).max(1))
+    }
+
     fn flow(&self) -> &'w Monitor<Flow> {
         &self.sending.flows[self.at]
     }
 
     /// Does what it is given until the work is over.
     pub(crate) fn run(mut self) {
+        // Now, and not when nothing runs: memory that is touched first takes its time.
+        self.buffer.resize(self.room(), 0);
         loop {
             let job = {
                 let mut flow = self.flow().lock();
@@ -158,9 +168,8 @@ impl<'w, 'a> Saving<'w, 'a> {
             enter(self.device, state)?
         };
         if let Some(stream) = stream {
-            let most = self.sending.window.map_or(DATA_BYTES_MAX as u64, |window| (window / 2).max(1));
-            let bytes = stream.transfer_bytes_max().clamp(1, DATA_BYTES_MAX.min(most as usize));
-            self.buffer.resize(bytes, 0);
+            let bytes = stream.transfer_bytes_max().clamp(1, self.room());
+            self.buffer.truncate(bytes);
             self.stream = Some(stream);
             self.flow().lock().open = true;
         }

@@ -239,7 +239,7 @@ impl<'a> Source<'a> {
         held.touched = true;
         held.dirty.start(self.devices, &mut self.memory, recorder)?;
         let Channel { outlet, inlet, .. } = channel;
-        let outlets = std::iter::once(&*outlet).chain(&outlets).collect();
+        let outlets = std::iter::once(&**outlet).chain(&outlets).collect();
         let sending = Sending::new(outlets, self.devices.len(), answer.window, self.options, self.cancel)?;
         let devices = self.devices;
         limosa_clockwork::scope(|scope| {

@@ -268,7 +268,7 @@ fn asking_for_a_move_that_still_holds_takes_it_back() {
     let (out, _) = lengths();
     let mut ends = ends();
     // Only the source is in a hurry; its COMMIT is swallowed, and the old link stays open.
-    let short = Duration::from_millis(60);
+    let short = Duration::from_millis(1500);
     ends.source_options = Some(Options { commit_max: short, silence_max: short, ..options() });
     let (near, far) = SocketLink::pair().unwrap();
     let (outcome, received) = std::thread::scope(|scope| {
