@@ -135,6 +135,15 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         (Kind::SUM, 0, 0, &[0; 24]),
         (Kind::COMMIT, 0, 0, &[]),
     ]);
+    let sealed = move_of(&[
+        (Kind::OFFER, 0, 0, br#"{"devices":[]}"#),
+        (Kind::SEAL, 0, 0, &[3; 40]),
+        (Kind::STOPPED, 0, 0, &[]),
+        (Kind::SUM, 0, 0, &[0; 24]),
+        (Kind::SEAL, 0, 0, &[3; 40]),
+        (Kind::PROGRESS, 0, 0, &[0; 8]),
+        (Kind::COMMIT, 0, 0, &[]),
+    ]);
     let mut raw = vec![0, 7];
     raw.extend(framed(Input(&whole[2..])).0);
     vec![
@@ -149,6 +158,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             ]),
         ),
         ("raw", raw),
+        ("sealed", sealed),
     ]
 }
 

@@ -1,0 +1,145 @@
+//! A GiB of guest memory to a file and to an S3 server on a loopback port, and back; how fast, and how much memory of
+//! its own the engine has meanwhile. The floor is the same bytes written to a file and put on the disk by themselves.
+
+#[path = "../tests/support/server.rs"]
+mod server;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use limosa_migrate::{
+    AfterLoad, AfterSave, Destination, FilePages, Ledger, Memory, MemoryRegion, Nobody, Options, Outcome,
+    Received, SnapshotFile, SnapshotSource, SnapshotTarget, Source, verify,
+};
+use limosa_store::Object;
+use rustix::fs::{MemfdFlags, memfd_create};
+use server::{BUCKET, Server};
+
+const BYTES: u64 = 1 << 30;
+const PIECE_BYTES: usize = 1 << 20;
+
+fn main() {
+    // `cargo bench` and `cargo test` give arguments of their own.
+    if std::env::var_os("LIMOSA_BENCH_SERVER").is_some() {
+        return serve();
+    }
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    let mut server = Command::new(std::env::current_exe().unwrap())
+        .env("LIMOSA_BENCH_SERVER", "1")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut variables = Vec::new();
+    for line in BufReader::new(server.stdout.take().unwrap()).lines() {
+        match line.unwrap().split_once('=') {
+            Some((name, value)) => variables.push((name.to_owned(), value.to_owned())),
+            None => break,
+        }
+    }
+    let guest = guest(true);
+    let idle = self::guest(false);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("guest");
+    measure("write and sync a file (floor)", || floor(&guest, &folder.path().join("floor")));
+    let file = SnapshotFile::new(&path);
+    measure("save to a file", || save(&guest, &file));
+    measure("verify a file", || drop(verify(&file, Options::default().silence_max, None).unwrap()));
+    measure("load from a file", || load(&idle, &file));
+    let object = Object::new(&format!("s3://{BUCKET}/guest"), variables).unwrap();
+    measure("save to S3", || save(&guest, &object));
+    measure("verify in S3", || drop(verify(&object, Options::default().silence_max, None).unwrap()));
+    measure("load from S3", || load(&idle, &object));
+    drop(server.stdin.take());
+    server.wait().unwrap();
+}
+
+/// Says where it is, and stays until nobody wants it any more.
+fn serve() {
+    let server = Server::start();
+    for (name, value) in server.variables() {
+        println!("{name}={value}");
+    }
+    println!("ready");
+    std::io::stdout().flush().unwrap();
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+fn guest(touched: bool) -> File {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(BYTES).unwrap();
+    let mut piece: Vec<u8> =
+        (0..PIECE_BYTES as u64 / 8).flat_map(|word| (word | 1 << 60).to_le_bytes()).collect();
+    for at in (0..BYTES).step_by(PIECE_BYTES).take_while(|_| touched) {
+        piece[..8].copy_from_slice(&at.to_le_bytes());
+        file.write_all_at(&piece, at).unwrap();
+    }
+    file
+}
+
+fn measure(what: &str, act: impl FnOnce()) {
+    // Resets the peak (proc(5): clear_refs).
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = kibibytes("VmRSS:");
+    let began = Instant::now();
+    act();
+    let seconds = began.elapsed().as_secs_f64();
+    let peak = kibibytes("VmHWM:").saturating_sub(before) / 1024;
+    println!(
+        "{what:<32} {:>8.0} MiB/s   at most {peak:>4} MiB of memory",
+        BYTES as f64 / 1048576.0 / seconds
+    );
+}
+
+fn kibibytes(name: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn floor(guest: &File, path: &std::path::Path) {
+    let (mut to, mut piece) = (File::create(path).unwrap(), vec![0; PIECE_BYTES]);
+    for at in (0..BYTES).step_by(PIECE_BYTES) {
+        guest.read_exact_at(&mut piece, at).unwrap();
+        to.write_all(&piece).unwrap();
+    }
+    to.sync_all().unwrap();
+    std::fs::remove_file(path).unwrap();
+}
+
+fn save(guest: &File, to: &dyn SnapshotTarget) {
+    let pages = FilePages::new(guest.try_clone().unwrap(), 0);
+    let mut source = Source {
+        devices: &[],
+        memory: Memory {
+            regions: vec![MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }],
+            ..Memory::default()
+        },
+        vmm: &Nobody,
+        observer: &Nobody,
+        options: &Options::default(),
+        cancel: None,
+    };
+    let outcome = source.save(to, AfterSave::Run);
+    assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
+}
+
+fn load(guest: &File, from: &dyn SnapshotSource) {
+    let pages = FilePages::new(guest.try_clone().unwrap(), 0);
+    let destination = Destination {
+        devices: &[],
+        memory: &[MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }],
+        vmm: &Nobody,
+        observer: &Nobody,
+        options: &Options::default(),
+        cancel: None,
+        ledger: &Ledger::new(),
+    };
+    let received = destination.load(from, AfterLoad::Stop);
+    assert!(matches!(received, Received::Stopped(_)), "{received:?}");
+}
