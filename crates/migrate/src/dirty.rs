@@ -170,19 +170,18 @@ impl Dirty {
         recorder: &Recorder<'_>,
     ) -> Result<()> {
         let links = (self.bytes() / LINK_BYTES_MIN + 1).min(sending.outlets.len() as u64) as usize;
+        sending.fewest.lock().pause();
         let chunks = Monitor::new(pages::chunks(regions, &self.pending));
         limosa_clockwork::scope(|scope| {
             let chunks = &chunks;
             let others: Vec<_> = (1..links)
                 .map(|link| {
                     scope.spawn(format!("limosa: link {link}"), move || {
-                        pages::send(link, chunks, sending, recorder)
-                            // The others need not go on.
-                            .inspect_err(|_| chunks.lock().end())
+                        pages::send(link, chunks, sending, recorder).inspect_err(|_| pages::end(chunks))
                     })
                 })
                 .collect();
-            let sent = pages::send(0, chunks, sending, recorder).inspect_err(|_| chunks.lock().end());
+            let sent = pages::send(0, chunks, sending, recorder).inspect_err(|_| pages::end(chunks));
             let joined = others
                 .into_iter()
                 .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));

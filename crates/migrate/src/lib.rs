@@ -54,6 +54,7 @@ mod destination;
 mod devices;
 mod dirty;
 mod error;
+mod fewest;
 mod file_pages;
 mod fingerprint;
 mod inspect;

@@ -17,6 +17,9 @@ pub struct Options {
     /// the destination takes no more. Of use only where further ones can be had: see
     /// [`Source::send_over`](crate::Source::send_over).
     pub links: NonZeroU32,
+    /// Whether the source uses only as many of them as make it faster, by what it measures while memory moves. Otherwise
+    /// it uses all.
+    pub links_measured: bool,
     /// When pre-copy stops.
     pub convergence: crate::Convergence,
     /// How long the other side may say nothing. It says that it is alive four times a second, or as often within its own
@@ -33,6 +36,7 @@ impl Default for Options {
         Options {
             precopy: true,
             links: NonZeroU32::MIN,
+            links_measured: false,
             convergence: crate::Convergence::default(),
             silence_max: Duration::from_secs(30),
             load_max: Duration::from_secs(600),

@@ -1,7 +1,7 @@
 //! Pages of guest memory on their way to the links: threads take chunks of what is dirty from one row, copy them,
 //! and send what is not zero.
 
-use limosa_clockwork::Monitor;
+use limosa_clockwork::{Monitor, now};
 use limosa_protocol::bitmap::DirtyBitmap;
 
 use crate::Result;
@@ -28,15 +28,18 @@ pub(crate) struct Chunks<I> {
 
 impl<'m, I: Iterator<Item = Chunk<'m>>> Chunks<I> {
     fn next(&mut self) -> Option<Chunk<'m>> {
-        self.left.as_mut()?.next()
+        let next = self.left.as_mut()?.next();
+        if next.is_none() {
+            self.left = None;
+        }
+        next
     }
 }
 
-impl<I> Chunks<I> {
-    /// No more are to be sent.
-    pub(crate) fn end(&mut self) {
-        self.left = None;
-    }
+/// No more are to be sent: one of the links has failed, and the others need not go on.
+pub(crate) fn end<I>(chunks: &Monitor<Chunks<I>>) {
+    chunks.lock().left = None;
+    chunks.notify_all();
 }
 
 /// All that is dirty, in chunks.
@@ -64,8 +67,19 @@ pub(crate) fn send<'m>(
     let mut buffer = Vec::new();
     let mut zeroes = Zeroes { link, sending, recorder, run: None };
     loop {
-        // In a step of its own: the lock is not held while the chunk is sent.
-        let chunk = chunks.lock().next();
+        let chunk = {
+            let mut chunks_left = chunks.lock();
+            // A link that is not worth its while waits until it is, or until all is taken.
+            while chunks_left.left.is_some() && link >= sending.fewest.lock().used() {
+                (chunks_left, _) = chunks.wait(chunks_left, None);
+            }
+            chunks_left.next()
+        };
+        if link == 0 && sending.fewest.lock().sent(recorder.totals().memory_bytes, now()) || chunk.is_none() {
+            // Whoever is about to wait does so first.
+            drop(chunks.lock());
+            chunks.notify_all();
+        }
         let Some(Chunk { region, at, bytes }) = chunk else { break };
         buffer.resize(CHUNK_BYTES as usize, 0);
         let piece = &mut buffer[..bytes as usize];

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::{Monitor, now};
 
 use crate::channel::{Inlet, LINGER, Outlet, pulse};
+use crate::fewest::Fewest;
 use crate::link::Wait;
 use crate::saving::Flow;
 use crate::stream::{Damage, Header, Kind};
@@ -20,6 +21,8 @@ pub(crate) struct Sending<'w, 'a> {
     /// How much of a device may be on its way; `None` where nobody answers.
     pub(crate) window: Option<u64>,
     pub(crate) options: &'w Options,
+    /// How many links memory goes over.
+    pub(crate) fewest: Monitor<Fewest>,
     state: Monitor<State>,
     /// Ends what waits on links once something has gone wrong.
     ended: Cancel,
@@ -53,11 +56,13 @@ impl<'w, 'a> Sending<'w, 'a> {
             None => Cancel::new(),
         };
         let os = |error| Error::Os { doing: "making an event", error };
+        let fewest = Monitor::new(Fewest::new(outlets.len(), options.links_measured));
         Ok(Sending {
             outlets,
             flows: (0..devices).map(|_| Monitor::default()).collect(),
             window,
             options,
+            fewest,
             state: Monitor::default(),
             ended: child().map_err(os)?,
             deaf: child().map_err(os)?,

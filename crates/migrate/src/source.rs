@@ -73,7 +73,8 @@ impl InDoubt {
             id,
             why: Error::StartedAnew,
             report: recorder.finish(),
-            held: Held { touched: true, ..Held::default() },
+            // Whoever came to the commit had stopped the guest.
+            held: Held { touched: true, vmm_stopped: true, ..Held::default() },
         }
     }
 }

@@ -111,6 +111,15 @@ fn everything_arrives_over_any_number_of_links() {
 }
 
 #[test]
+fn links_that_are_chosen_by_measurement_carry_everything() {
+    let mut ends = ends(2, 4);
+    ends.options.links_measured = true;
+    let (outcome, received, connected) = run(&ends, |_| pair());
+    assert_eq!(connected, 3);
+    assert!(ends.check(outcome, received, "up to four links"));
+}
+
+#[test]
 fn the_destination_takes_no_more_links_than_it_wants() {
     let mut ends = ends(2, 2);
     ends.source_options = Some(links(8));

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 
 use super::Hold;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
-use super::values::{bytes, links, milliseconds, seconds};
+use super::values::{LinkCount, bytes, link_count, links, milliseconds, seconds};
 
 /// The devices of one side.
 #[derive(Debug, Args)]
@@ -171,10 +171,10 @@ pub struct Send {
     #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Link")]
     pub bandwidth: Option<u64>,
 
-    /// Send over so many links at once: 1 to 16, or auto, which is as many as this machine has processors and four at
-    /// most. The receiver may take fewer.
-    #[arg(long, value_name = "COUNT", default_value = "1", value_parser = links, help_heading = "Link")]
-    pub links: NonZeroU32,
+    /// Send over so many links at once: 1 to 16, or auto: up to four, as many as make it faster.
+    /// The receiver may take fewer.
+    #[arg(long, value_name = "COUNT", default_value = "1", value_parser = link_count, help_heading = "Link")]
+    pub links: LinkCount,
 
     #[command(flatten)]
     pub memory: SourceMemory,

@@ -44,14 +44,27 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"))
 }
 
-/// A number of links, or `auto`: as many as this machine has processors, four at most, since each keeps one busy.
+/// A number of links.
 pub fn links(text: &str) -> Result<NonZeroU32, String> {
-    if text == "auto" {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-        return Ok(NonZeroU32::new(processors as u32).unwrap_or(NonZeroU32::MIN));
-    }
     let links = text.parse().ok().filter(|links: &NonZeroU32| links.get() <= LINKS_MAX);
-    links.ok_or_else(|| format!("expected 1 to {LINKS_MAX} links, or auto"))
+    links.ok_or_else(|| format!("expected 1 to {LINKS_MAX} links"))
+}
+
+/// How many links to send over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkCount {
+    pub most: NonZeroU32,
+    /// As many of them as make it faster.
+    pub measured: bool,
+}
+
+/// A number of links, or `auto`: as many as make it faster, and four at most, since each keeps a processor busy.
+pub fn link_count(text: &str) -> Result<LinkCount, String> {
+    if text == "auto" {
+        return Ok(LinkCount { most: NonZeroU32::MIN.saturating_add(3), measured: true });
+    }
+    let most = links(text).map_err(|expected| format!("{expected}, or auto"))?;
+    Ok(LinkCount { most, measured: false })
 }
 
 #[cfg(test)]
@@ -61,7 +74,9 @@ mod tests {
     #[test]
     fn links_are_counted_or_chosen() {
         assert_eq!(links("3").map(NonZeroU32::get), Ok(3));
-        assert!((1..=4).contains(&links("auto").unwrap().get()));
+        assert!(link_count("auto").unwrap().measured);
+        assert_eq!(link_count("3").map(|count| (count.most.get(), count.measured)), Ok((3, false)));
+        assert!(link_count("17").unwrap_err().ends_with("or auto"));
         for wrong in ["0", "17", "-1", "x", "", "1.5"] {
             assert!(links(wrong).unwrap_err().contains("1 to 16"), "{wrong}");
         }

@@ -30,7 +30,11 @@ pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result
 fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let address = links::address(&args.to)?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
-    let options = Options { links: args.links, ..over_link(options(&args.moving), &args.link) };
+    let options = Options {
+        links: args.links.most,
+        links_measured: args.links.measured,
+        ..over_link(options(&args.moving), &args.link)
+    };
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
     let hint = "is `limosa receive` listening there?";
     let link = links::connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
