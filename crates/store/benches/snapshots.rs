@@ -1,5 +1,5 @@
-//! A GiB of guest memory to a file and to an S3 server on a loopback port, and back; how fast, and how much memory of
-//! its own the engine has meanwhile. The floor is the same bytes written to a file and put on the disk by themselves.
+//! A GiB of guest memory to a file and to an S3 server on a loopback port, and back; how fast, at what cost of processor
+//! time in this process, and how much memory of its own the engine has meanwhile. The floor is the same bytes written to a file and put on the disk by themselves.
 
 #[path = "../tests/support/server.rs"]
 mod server;
@@ -49,11 +49,11 @@ fn main() {
     measure("write and sync a file (floor)", || floor(&guest, &folder.path().join("floor")));
     let file = SnapshotFile::new(&path);
     measure("save to a file", || save(&guest, &file));
-    measure("verify a file", || drop(verify(&file, Options::default().silence_max, None).unwrap()));
+    measure("verify a file", || check(&file));
     measure("load from a file", || load(&idle, &file));
     let object = Object::new(&format!("s3://{BUCKET}/guest"), variables).unwrap();
     measure("save to S3", || save(&guest, &object));
-    measure("verify in S3", || drop(verify(&object, Options::default().silence_max, None).unwrap()));
+    measure("verify in S3", || check(&object));
     measure("load from S3", || load(&idle, &object));
     drop(server.stdin.take());
     server.wait().unwrap();
@@ -85,15 +85,25 @@ fn guest(touched: bool) -> File {
 fn measure(what: &str, act: impl FnOnce()) {
     // Resets the peak (proc(5): clear_refs).
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
-    let before = kibibytes("VmRSS:");
-    let began = Instant::now();
+    let (before, began, busy) = (kibibytes("VmRSS:"), Instant::now(), cpu_seconds());
     act();
-    let seconds = began.elapsed().as_secs_f64();
+    let (seconds, busy) = (began.elapsed().as_secs_f64(), cpu_seconds() - busy);
     let peak = kibibytes("VmHWM:").saturating_sub(before) / 1024;
-    println!(
-        "{what:<32} {:>8.0} MiB/s   at most {peak:>4} MiB of memory",
-        BYTES as f64 / 1048576.0 / seconds
-    );
+    let rate = BYTES as f64 / f64::from(1 << 20) / seconds;
+    println!("{what:<32} {rate:>8.0} MiB/s {busy:>6.2} CPU s   at most {peak:>3} MiB of memory");
+}
+
+/// What this process has used of the processors: proc(5), stat, the 14th and 15th field, in hundredths.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let ticks: u64 =
+        fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
+    ticks as f64 / 100.0
+}
+
+fn check(from: &dyn SnapshotSource) {
+    assert!(verify(from, Options::default().silence_max, None).unwrap().sealed);
 }
 
 fn kibibytes(name: &str) -> u64 {
