@@ -22,6 +22,7 @@ pub mod inspect;
 pub mod logging;
 pub mod mtty;
 pub mod names;
+pub mod packed;
 pub mod saved_state;
 pub mod stream;
 pub mod vfio_user_client;
@@ -55,6 +56,7 @@ pub const TARGETS: &[Target] = &targets![
     logging,
     mtty,
     names,
+    packed,
     saved_state,
     stream,
     vfio_user_client,

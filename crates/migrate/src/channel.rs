@@ -3,13 +3,14 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::{Monitor, now};
 
 use crate::link::{self, Link, LinkError, TlsError, Wait};
 use crate::stream::body::{decode_abort, encode_abort};
+use crate::stream::{Compression, Packer, Unpacker, unpack};
 use crate::stream::{Damage, HEADER_BYTES, Header, Kind, MigrationId, PREFACE_BYTES, Preface, PrefaceFlags};
 use crate::{Cancel, Error, Result};
 
@@ -22,6 +23,8 @@ pub(crate) const LINGER: Duration = Duration::from_secs(2);
 pub(crate) fn pulse(silence_max: Duration) -> Duration {
     PROGRESS_EVERY.min(silence_max / 4)
 }
+
+const COMPRESSING: &str = "making room to compress in";
 
 /// What is wrong with a link, as an error that says where.
 fn link_failed(link: &dyn Link, error: LinkError, doing: &'static str, limit: Duration) -> Error {
@@ -38,6 +41,9 @@ pub(crate) struct Outlet<'a> {
     link: &'a dyn Link,
     silence_max: Duration,
     turns: Monitor<Turns>,
+    compression: OnceLock<Compression>,
+    /// Of which nobody is compressing with one now. There are never more than threads that send at once.
+    packers: Monitor<Vec<Packer>>,
 }
 
 /// Whose turn it is. The state is away while somebody sends, and is handed on to who has waited longest.
@@ -79,7 +85,20 @@ impl<'a> Outlet<'a> {
     pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> Outlet<'a> {
         let state = OutletState { sequence: 0, sent_bytes: 0, last: now(), unfinished: Vec::new() };
         let turns = Turns { state: Some(state), waiting: VecDeque::new() };
-        Outlet { link, silence_max, turns: Monitor::new(turns) }
+        Outlet {
+            link,
+            silence_max,
+            turns: Monitor::new(turns),
+            compression: OnceLock::new(),
+            packers: Monitor::default(),
+        }
+    }
+
+    /// From now on devices' data and memory are compressed.
+    pub(crate) fn compress(&self, compression: Option<Compression>) {
+        if let Some(compression) = compression {
+            let _ = self.compression.set(compression);
+        }
     }
 
     pub(crate) fn has_peer(&self) -> bool {
@@ -138,7 +157,23 @@ impl<'a> Outlet<'a> {
     ) -> Result<Header> {
         // Before the turn, which others wait for.
         let header = Header::new(kind, section, position, 0, payload);
-        self.send_with(header, payload, cancel)
+        let Some(compression) = self.compression.get().filter(|_| kind.may_be_compressed()) else {
+            return self.send_with(header, payload, cancel);
+        };
+        let spare = self.packers.lock().pop();
+        let mut packer = match spare {
+            Some(packer) => packer,
+            None => Packer::new(*compression).map_err(|error| Error::Os { doing: COMPRESSING, error })?,
+        };
+        let sent = match packer.pack(payload) {
+            // Whoever asked knows nothing of it.
+            Some(packed) => self
+                .send_with(header.packed(packed), packed, cancel)
+                .map(|sent| Header { sequence: sent.sequence, ..header }),
+            None => self.send_with(header, payload, cancel),
+        };
+        self.packers.lock().push(packer);
+        sent
     }
 
     fn send_with(&self, mut header: Header, payload: &[u8], cancel: Option<&Cancel>) -> Result<Header> {
@@ -214,6 +249,9 @@ pub(crate) struct Inlet<'a> {
     header_bytes: usize,
     /// At least as long as the frame's payload.
     payload: Vec<u8>,
+    unpacker: Option<Unpacker>,
+    /// What the next payload that is compressed goes into.
+    unpacked: Vec<u8>,
 }
 
 impl<'a> Inlet<'a> {
@@ -225,7 +263,16 @@ impl<'a> Inlet<'a> {
             header: [0; HEADER_BYTES],
             header_bytes: 0,
             payload: Vec::new(),
+            unpacker: None,
+            unpacked: Vec::new(),
         }
+    }
+
+    /// Payloads that are compressed are so in this way.
+    pub(crate) fn decompress(&mut self, compression: Option<Compression>) -> Result<()> {
+        let unpacker = compression.map(Unpacker::new).transpose();
+        self.unpacker = unpacker.map_err(|error| Error::Os { doing: COMPRESSING, error })?;
+        Ok(())
     }
 
     /// Of a further link, whose first frame, a JOIN, has been taken.
@@ -272,6 +319,12 @@ impl<'a> Inlet<'a> {
         if header.kind == Kind::ABORT {
             let (code, reason) = decode_abort(payload);
             return Err(Error::Aborted { peer: self.peer().into(), code, reason });
+        }
+        if header.compressed {
+            let unpacked = unpack(self.unpacker.as_mut(), &header, payload, &mut self.unpacked);
+            let header = unpacked.map_err(|damage| self.damaged(damage))?;
+            std::mem::swap(&mut self.payload, &mut self.unpacked);
+            return Ok(Some(header));
         }
         Ok(Some(header))
     }

@@ -238,7 +238,10 @@ impl<'a> Destination<'a> {
         match header.kind {
             Kind::QUERY => Ok((preface, None)),
             Kind::OFFER => match Offer::decode(payload) {
-                Ok(offer) => Ok((preface, Some(offer))),
+                Ok(offer) => {
+                    channel.inlet.decompress(offer.compression())?;
+                    Ok((preface, Some(offer)))
+                }
                 Err(damage) => Err(channel.damaged(damage)),
             },
             kind => Err(channel.damaged(Damage::Misplaced { kind, why: "an OFFER is due".into() })),
@@ -303,6 +306,9 @@ impl<'a> Destination<'a> {
         let links: Vec<_> = links.iter().map(|link| MeteredLink::new(&**link, recorder)).collect();
         let mut inlets: Vec<_> =
             links.iter().map(|link| Inlet::after_join(link, self.options.silence_max)).collect();
+        for inlet in &mut inlets {
+            inlet.decompress(offer.compression())?;
+        }
         limosa_clockwork::scope(|scope| {
             let receiving = &receiving;
             let _end = OnDrop(|| receiving.end());

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::snapshot::{Limits, PIECE_BYTES, SnapshotFile, SnapshotReader, SnapshotSource, failed};
 use crate::stream::{
     Damage, Damaged, Decoded, Decoder, HEADER_BYTES, Header, Kind, MigrationId, Offer, Order, PrefaceFlags,
-    Seal, Step,
+    Seal, Step, Unpacker, unpack,
 };
 use crate::{Cancel, Error, Options, Result};
 
@@ -167,6 +167,8 @@ pub(crate) fn verify_reader(
 struct Inspector {
     decoder: Decoder,
     order: Option<Order>,
+    unpacker: Option<Unpacker>,
+    unpacked: Vec<u8>,
     /// After damage, frames no longer add up; they are counted, but not blamed.
     first: Option<Damaged>,
     found: Inspection,
@@ -267,6 +269,8 @@ impl Inspector {
             }
             let offer = Offer::decode(payload)?;
             self.order = Some(Order::new(&offer));
+            // Without it what is compressed is taken for damage, which a lack of memory is as well.
+            self.unpacker = offer.compression().and_then(|compression| Unpacker::new(compression).ok());
             self.found.devices = (offer.devices.iter())
                 .map(|facts| InspectedSection {
                     id: facts.id,
@@ -283,6 +287,13 @@ impl Inspector {
                 .collect();
             self.found.offer = Some(offer);
             return Ok(());
+        };
+        let (header, payload) = match header.compressed {
+            true => {
+                let raw = &mut self.unpacked;
+                (&unpack(self.unpacker.as_mut(), header, payload, raw)?, &self.unpacked[..])
+            }
+            false => (header, payload),
         };
         match order.next(header, payload)? {
             Step::DeviceData(at, data) => self.found.devices[at].bytes += data.len() as u64,

@@ -45,6 +45,13 @@
 //! - After the commit only the destination may run. A source that does not know whether it came to that
 //!   stays stopped ([`Outcome::InDoubt`]) until [`Source::resolve`] has asked.
 //! - Every wait has a limit ([`Options`]), and can be ended by [`Cancel`] until the commit.
+//!
+//! # What it takes
+//!
+//! Beside the guest's memory and bitmaps (of each region a bit for each page, a few times), a move takes on each side: a
+//! frame (1 MiB) for each link and each device, one more for each link where payloads are compressed, and at the
+//! destination what of devices' data was sent and is not loaded yet, 32 MiB at most of all of them together, with up to
+//! 8 MiB of buffers kept for it. With four links that is under 64 MiB, whatever the size of the guest.
 #![forbid(unsafe_code)]
 
 mod cancel;
@@ -95,3 +102,4 @@ pub use report::{
 };
 pub use snapshot::{SnapshotFile, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
 pub use source::{AfterSave, InDoubt, Outcome, Source};
+pub use stream::Compression;

@@ -79,6 +79,18 @@ impl MemoryRegion<'_> {
         MemoryFacts { id: self.id, address: self.iova, bytes: self.size, page_bytes: PAGE_BYTES }
     }
 
+    /// The first whole pages of a range of whole pages that may hold anything but zeroes.
+    pub(crate) fn data(&self, range: Range<u64>) -> Result<Option<Range<u64>>, Error> {
+        let found = self.pages.data(range.clone()).map_err(|error| self.failed(range.start, error))?;
+        // Whoever implements it may err.
+        let found = found.map(|data| {
+            let start = data.start / PAGE_BYTES * PAGE_BYTES;
+            let end = data.end.min(range.end).next_multiple_of(PAGE_BYTES);
+            start.max(range.start)..end.min(range.end)
+        });
+        Ok(found.filter(|data| !data.is_empty()))
+    }
+
     pub(crate) fn failed(&self, offset: u64, error: io::Error) -> Error {
         Error::Memory { address: self.iova.saturating_add(offset), error }
     }

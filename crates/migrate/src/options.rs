@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::Round;
 use crate::report::Phase;
-use crate::stream::{MigrationId, Totals};
+use crate::stream::{Compression, MigrationId, Totals};
 
 /// What a caller may choose. The default suits a machine in one rack.
 #[derive(Clone, Debug)]
@@ -20,6 +20,9 @@ pub struct Options {
     /// Whether the source uses only as many of them as make it faster, by what it measures while memory moves. Otherwise
     /// it uses all.
     pub links_measured: bool,
+    /// How a source compresses memory and devices' data, on links and in what it saves; what would not become shorter
+    /// goes as it is. A destination takes either. It pays on links that are slower than a core compresses.
+    pub compress: Option<Compression>,
     /// When pre-copy stops.
     pub convergence: crate::Convergence,
     /// How long the other side may say nothing. It says that it is alive four times a second, or as often within its own
@@ -37,6 +40,7 @@ impl Default for Options {
             precopy: true,
             links: NonZeroU32::MIN,
             links_measured: false,
+            compress: None,
             convergence: crate::Convergence::default(),
             silence_max: Duration::from_secs(30),
             load_max: Duration::from_secs(600),

@@ -8,10 +8,11 @@ use crate::Result;
 use crate::memory::{MemoryRegion, PAGE_BYTES, is_zero};
 use crate::report::Recorder;
 use crate::sending::Sending;
-use crate::stream::Kind;
+use crate::stream::{DATA_BYTES_MAX, Kind};
 
-/// What is copied and sent at once: it stays in a core's cache on the way.
-const CHUNK_BYTES: u64 = 256 << 10;
+/// What is copied and sent at once: a whole frame. Larger ones are not allowed, and each costs the receiver a wake-up or
+/// two, which weighs more than that this much no longer stays in the nearest cache.
+const CHUNK_BYTES: u64 = DATA_BYTES_MAX as u64;
 
 /// A run of dirty pages of one region.
 #[derive(Clone, Copy)]
@@ -81,19 +82,27 @@ pub(crate) fn send<'m>(
             chunks.notify_all();
         }
         let Some(Chunk { region, at, bytes }) = chunk else { break };
-        buffer.resize(CHUNK_BYTES as usize, 0);
-        let piece = &mut buffer[..bytes as usize];
-        region.pages.read(at, piece).map_err(|error| region.failed(at, error))?;
-        let mut offset = at;
-        for run in (Runs { bytes: piece }) {
-            if run.zero {
-                zeroes.add(region.id, offset, run.bytes.len() as u64)?;
-            } else {
-                sending.send(link, Kind::MEMORY_DATA, region.id, offset, run.bytes)?;
-                recorder.memory_data(run.bytes.len() as u64);
+        let end = at + bytes;
+        let mut from = at;
+        // What is known for zeroes is not read, so that memory that was never touched stays so.
+        while let Some(data) = region.data(from..end)? {
+            zeroes.add(region.id, from, data.start - from)?;
+            buffer.resize(CHUNK_BYTES as usize, 0);
+            let piece = &mut buffer[..(data.end - data.start) as usize];
+            region.pages.read(data.start, piece).map_err(|error| region.failed(data.start, error))?;
+            let mut offset = data.start;
+            for run in (Runs { bytes: piece }) {
+                if run.zero {
+                    zeroes.add(region.id, offset, run.bytes.len() as u64)?;
+                } else {
+                    sending.send(link, Kind::MEMORY_DATA, region.id, offset, run.bytes)?;
+                    recorder.memory_data(run.bytes.len() as u64);
+                }
+                offset += run.bytes.len() as u64;
             }
-            offset += run.bytes.len() as u64;
+            from = data.end;
         }
+        zeroes.add(region.id, from, end - from)?;
     }
     zeroes.flush()
 }
@@ -133,6 +142,9 @@ struct Zeroes<'s, 'w, 'a> {
 
 impl Zeroes<'_, '_, '_> {
     fn add(&mut self, region: u32, at: u64, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         if let Some((same, begin, length)) = &mut self.run
             && *same == region
             && *begin + *length == at

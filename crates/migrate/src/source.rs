@@ -232,7 +232,13 @@ impl<'a> Source<'a> {
         let (id, answer) = self.handshake(channel, further.is_some(), recorder, held)?;
         let links = self.join(answer.links, channel, further)?;
         let links: Vec<_> = links.iter().map(|link| MeteredLink::new(&**link, recorder)).collect();
-        let outlets: Vec<_> = links.iter().map(|link| Outlet::new(link, self.options.silence_max)).collect();
+        let outlets: Vec<_> = (links.iter())
+            .map(|link| {
+                let outlet = Outlet::new(link, self.options.silence_max);
+                outlet.compress(self.options.compress);
+                outlet
+            })
+            .collect();
         for (outlet, number) in outlets.iter().zip(1_u32..) {
             outlet.send_preface(id, PrefaceFlags::FURTHER, self.cancel)?;
             outlet.send(Kind::JOIN, 0, 0, &number.to_le_bytes(), self.cancel)?;
@@ -315,6 +321,8 @@ impl<'a> Source<'a> {
             offer.needs.extend([NEEDS_FLUSH.into(), NEEDS_CREDIT.into()]);
             offer.links = if has_further { self.options.links.get() } else { 1 };
         }
+        offer.needs.extend(self.options.compress.map(|compression| compression.name().into()));
+        channel.outlet.compress(self.options.compress);
         for moved in self.devices {
             let state =
                 moved.device.state().map_err(|error| failed(moved.device, "reading its state", error))?;

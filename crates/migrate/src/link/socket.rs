@@ -118,6 +118,7 @@ pub fn connect(address: &Address, within: Duration) -> std::io::Result<SocketLin
                 match TcpStream::connect_timeout(&socket_address, within) {
                     Ok(stream) => {
                         stream.set_nodelay(true)?;
+                        unpaced_at_home(&stream);
                         return Ok(SocketLink::new(stream, address.to_string()));
                     }
                     Err(error) => failed = error,
@@ -129,6 +130,17 @@ pub fn connect(address: &Address, within: Duration) -> std::io::Result<SocketLin
             std::io::ErrorKind::InvalidInput,
             "a file is not listening; save to it or load from it instead",
         )),
+    }
+}
+
+/// To a peer on the same host there is no network that could be congested: what a system chose for networks, BBR with
+/// its timer for every burst, would only cost time. Reno, which is in every kernel, waits for nothing here.
+fn unpaced_at_home(stream: &TcpStream) {
+    if let (Ok(here), Ok(there)) = (stream.local_addr(), stream.peer_addr())
+        && here.ip() == there.ip()
+    {
+        // A choice that is refused leaves the system's.
+        let _ = rustix::net::sockopt::set_tcp_congestion(stream, "reno");
     }
 }
 

@@ -5,7 +5,7 @@ use limosa_protocol::feature::PrecopyInfo;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    DEVICES_MAX, Damage, Kind, LINKS_MAX, MEMORY_BYTES_MAX, MEMORY_REGIONS_MAX, NAME_BYTES_MAX,
+    Compression, DEVICES_MAX, Damage, Kind, LINKS_MAX, MEMORY_BYTES_MAX, MEMORY_REGIONS_MAX, NAME_BYTES_MAX,
     OFFER_BYTES_MAX, REASON_BYTES_MAX, REGIONS_MAX, u16_at, u32_at, u64_at,
 };
 
@@ -121,7 +121,7 @@ pub const NEEDS_FLUSH: &str = "flush";
 /// In [`Offer::needs`]: the source sends no more of a device than CREDIT allows.
 pub const NEEDS_CREDIT: &str = "credit";
 /// All that this version understands.
-const KNOWN_NEEDS: [&str; 2] = [NEEDS_FLUSH, NEEDS_CREDIT];
+const KNOWN_NEEDS: [&str; 4] = [NEEDS_FLUSH, NEEDS_CREDIT, Compression::Zstd.name(), Compression::Lz4.name()];
 
 impl Default for Offer {
     fn default() -> Offer {
@@ -152,8 +152,16 @@ impl Offer {
         Ok(offer)
     }
 
+    /// How payloads are compressed that are.
+    pub fn compression(&self) -> Option<Compression> {
+        self.needs.iter().find_map(|need| need.parse().ok())
+    }
+
     fn check(&self) -> Result<(), Damage> {
         let refuse = |why: String| Err(Damage::Content { kind: Kind::OFFER, why });
+        if self.needs.iter().filter(|need| need.parse::<Compression>().is_ok()).count() > 1 {
+            return refuse("it needs more than one compression".into());
+        }
         if !(1..=LINKS_MAX).contains(&self.links) {
             return refuse(format!("{} links, expected 1 to {LINKS_MAX}", self.links));
         }

@@ -7,6 +7,7 @@ use super::{
 };
 
 const FLAG_SKIPPABLE: u16 = 1 << 0;
+const FLAG_COMPRESSED: u16 = 1 << 1;
 
 /// What a frame is. Open: an unknown number survives a round trip.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +60,11 @@ kinds! {
 }
 
 impl Kind {
+    /// Whether its payload may be compressed.
+    pub const fn may_be_compressed(self) -> bool {
+        matches!(self, Kind::MEMORY_DATA | Kind::DEVICE_DATA)
+    }
+
     /// Whether readers that do not know this kind may pass over it.
     pub const fn is_skippable(self) -> bool {
         matches!(self, Kind::DEVICE_HINT | Kind::PROGRESS | Kind::SEAL)
@@ -87,6 +93,8 @@ pub struct Header {
     pub kind: Kind,
     /// Whether a reader that does not know the kind may pass over it.
     pub skippable: bool,
+    /// Whether the payload is compressed, and begins with its length before it was.
+    pub compressed: bool,
     /// The device or memory region that it is about, 0 for none.
     pub section: u32,
     /// Bytes of payload that follow.
@@ -110,6 +118,7 @@ impl Header {
         Header {
             kind,
             skippable: kind.is_skippable(),
+            compressed: false,
             section,
             length: payload.len() as u32,
             sequence,
@@ -118,11 +127,23 @@ impl Header {
         }
     }
 
+    /// The header of the same frame when its payload is compressed to this.
+    pub(crate) fn packed(self, payload: &[u8]) -> Header {
+        Header { compressed: true, length: payload.len() as u32, payload_crc: payload_crc(payload), ..self }
+    }
+
+    /// The header of the same frame before its payload, this one, was compressed.
+    pub(crate) fn unpacked(self, payload: &[u8]) -> Header {
+        Header { compressed: false, ..self.packed(payload) }
+    }
+
     /// The bytes.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut out = [0; HEADER_BYTES];
         out[0..2].copy_from_slice(&self.kind.0.to_le_bytes());
-        out[2..4].copy_from_slice(&(if self.skippable { FLAG_SKIPPABLE } else { 0 }).to_le_bytes());
+        let skippable = if self.skippable { FLAG_SKIPPABLE } else { 0 };
+        let compressed = if self.compressed { FLAG_COMPRESSED } else { 0 };
+        out[2..4].copy_from_slice(&(skippable | compressed).to_le_bytes());
         out[4..8].copy_from_slice(&self.section.to_le_bytes());
         out[8..12].copy_from_slice(&self.length.to_le_bytes());
         out[12..16].copy_from_slice(&self.sequence.to_le_bytes());
@@ -147,7 +168,9 @@ impl Header {
         if kind.name().is_none() && !skippable {
             return Err(Damage::Unknown { what: kind.to_string() });
         }
-        if kind.name().is_some() && flags & !FLAG_SKIPPABLE != 0 {
+        let compressed = kind.may_be_compressed() && flags & FLAG_COMPRESSED != 0;
+        let known = if compressed { FLAG_SKIPPABLE | FLAG_COMPRESSED } else { FLAG_SKIPPABLE };
+        if kind.name().is_some() && flags & !known != 0 {
             return Err(Damage::Unknown { what: format!("{kind} with flags {flags:#x}") });
         }
         let length = u32_at(bytes, 8);
@@ -159,6 +182,7 @@ impl Header {
         Ok(Header {
             kind,
             skippable,
+            compressed,
             section: u32_at(bytes, 4),
             length,
             sequence: u32_at(bytes, 12),

@@ -7,12 +7,15 @@ pub mod body;
 mod decoder;
 mod frame;
 mod order;
+mod packed;
 mod preface;
 
 pub use body::{AbortCode, Answer, DeviceFacts, MemoryFacts, Offer, PciIds, Seal, Totals};
 pub use decoder::{Damaged, Decoded, Decoder};
 pub use frame::{Header, Kind};
 pub use order::{Order, Step};
+pub(crate) use packed::unpack;
+pub use packed::{Compression, Packer, UnknownCompression, Unpacker};
 pub use preface::{MigrationId, Preface, PrefaceFlags};
 
 /// The version of the stream that this crate writes.

@@ -1,0 +1,107 @@
+//! What a move takes of the heap is bounded, whatever the size of the guest. This test has a process of its own, whose
+//! allocator counts; the `unsafe` is that of counting.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::io;
+use std::num::NonZeroU32;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::channel;
+
+use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
+use limosa_migrate::{
+    Compression, Destination, GuestPages, Ledger, Memory, MemoryRegion, Nobody, Options, Outcome, Received,
+    Source,
+};
+
+struct Counting;
+
+static NOW: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: all is the system's allocator, with its arguments as they came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        PEAK.fetch_max(NOW.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        NOW.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Memory that is nowhere: all of it holds the same, and takes anything.
+struct Nowhere;
+
+impl GuestPages for Nowhere {
+    fn read(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(7);
+        Ok(())
+    }
+    fn write(&self, _: u64, from: &[u8]) -> io::Result<()> {
+        assert!(from.iter().all(|byte| *byte == 7));
+        Ok(())
+    }
+}
+
+/// The most bytes of heap that both sides take for a guest of this size, over four links.
+fn footprint(bytes: u64, compress: Option<Compression>) -> usize {
+    let options = Options { links: NonZeroU32::new(4).unwrap(), compress, ..Options::default() };
+    let region = MemoryRegion { id: 0, iova: 0, size: bytes, pages: &Nowhere };
+    let (near, far) = SocketLink::pair().unwrap();
+    let (connected, accepted) = channel::<SocketLink>();
+    let (connected, accepted) = (Mutex::new(connected), Mutex::new(accepted));
+    let ledger = Ledger::new();
+    let before = NOW.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let destination = Destination {
+                devices: &[],
+                memory: &[region],
+                vmm: &Nobody,
+                observer: &Nobody,
+                options: &options,
+                cancel: None,
+                ledger: &ledger,
+            };
+            destination.receive_over(&far, &|_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
+                Ok(Box::new(accepted.lock().unwrap().recv().map_err(|_| LinkError::Closed)?))
+            })
+        });
+        let mut source = Source {
+            devices: &[],
+            memory: Memory { regions: vec![region], ..Memory::default() },
+            vmm: &Nobody,
+            observer: &Nobody,
+            options: &options,
+            cancel: None,
+        };
+        let outcome = source.send_over(&near, &|_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
+            let (near, far) = SocketLink::pair()?;
+            connected.lock().unwrap().send(far).map_err(|_| LinkError::Closed)?;
+            Ok(Box::new(near))
+        });
+        assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
+        let received = receiving.join().unwrap();
+        assert!(matches!(received, Received::Runs(_)), "{received:?}");
+    });
+    PEAK.load(Relaxed) - before
+}
+
+#[test]
+fn the_heap_that_a_move_takes_does_not_grow_with_the_guest() {
+    for compress in [None, Some(Compression::Lz4)] {
+        let small = footprint(32 << 20, compress);
+        let large = footprint(256 << 20, compress);
+        assert!(large < 64 << 20, "{large} bytes, both sides together");
+        // The guest is 224 MiB larger; of which bitmaps have 7 KiB each.
+        assert!(large < small + (4 << 20), "{small} bytes for 32 MiB, {large} for 256");
+    }
+}
