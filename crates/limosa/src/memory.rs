@@ -25,7 +25,9 @@ impl OpenMemory {
             let what = format!("--memory {}: create is for where memory is written to", named.file.display());
             return Err(exit::error(Code::Usage, what));
         }
-        OpenMemory::open(named, OpenOptions::new().read(true))
+        // One that may only be read cannot be mapped, and moves all the same.
+        OpenMemory::open(named, OpenOptions::new().read(true).write(true))
+            .or_else(|_| OpenMemory::open(named, OpenOptions::new().read(true)))
     }
 
     /// To be written on the destination.
@@ -91,8 +93,13 @@ impl OpenMemory {
         Ok(is_one_file && start < other_start + other.size && other_start < start + self.size)
     }
 
+    /// Mapped where that can be.
     fn pages(&self) -> anyhow::Result<FilePages> {
-        Ok(FilePages::new(self.file.try_clone()?, self.named.offset))
+        let offset = self.named.offset;
+        if let Ok(mapped) = FilePages::mapped(self.file.try_clone()?, offset, self.size) {
+            return Ok(mapped);
+        }
+        Ok(FilePages::new(self.file.try_clone()?, offset))
     }
 
     fn region<'a>(&self, id: usize, pages: &'a dyn GuestPages) -> MemoryRegion<'a> {

@@ -78,7 +78,7 @@ impl Mapped {
 }
 
 fn cut_short(_: limosa_protocol::Errno) -> io::Error {
-    let why = "beyond the memory's end, or the file behind it was cut short";
+    let why = "beyond the memory's end, or the file behind it was cut short or has no more room on its disk";
     io::Error::new(io::ErrorKind::UnexpectedEof, why)
 }
 

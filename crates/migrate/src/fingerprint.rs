@@ -18,6 +18,7 @@
 //! takes to read all of the memory, which is a fraction of what sending it would take.
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use limosa_protocol::bitmap::DirtyBitmap;
@@ -36,6 +37,8 @@ const WORDS: usize = (PAGE_BYTES / 8) as usize;
 #[derive(Clone)]
 pub struct FingerprintKey {
     keys: std::sync::Arc<[[u64; WORDS]; 2]>,
+    /// The fingerprint of a page of zeroes.
+    zero: [u64; 2],
 }
 
 impl FingerprintKey {
@@ -51,7 +54,8 @@ impl FingerprintKey {
         for (key, word) in keys.as_flattened_mut().iter_mut().zip(bytes.as_chunks().0) {
             *key = u64::from_le_bytes(*word);
         }
-        Ok(FingerprintKey { keys: std::sync::Arc::new(keys) })
+        let key = FingerprintKey { keys: std::sync::Arc::new(keys), zero: [0; 2] };
+        Ok(FingerprintKey { zero: key.of(&[0; PAGE_BYTES as usize]), ..key })
     }
 
     /// The fingerprint of one page.
@@ -123,17 +127,42 @@ impl<P: GuestPages> Fingerprinted<P> {
             if at >= self.bytes {
                 return Ok(());
             }
-            let piece = &mut buffer[..PIECE_BYTES.min(self.bytes - at) as usize];
-            self.pages.read(at, piece)?;
-            let first = at / PAGE_BYTES;
-            for (page, bytes) in (first..).zip(piece.chunks_exact(PAGE_BYTES as usize)) {
-                let sent = self.prints[page as usize].each_ref().map(|sum| sum.load(Ordering::Relaxed));
-                if sent != self.key.of(bytes) {
-                    dirty.set(page);
-                }
-            }
+            self.compare_piece(at..(at + PIECE_BYTES).min(self.bytes), &mut buffer, dirty)?;
         }
     }
+
+    fn compare_piece(&self, piece: Range<u64>, buffer: &mut [u8], dirty: &DirtyBitmap) -> io::Result<()> {
+        let differs = |page: u64, now: [u64; 2]| {
+            if self.prints[page as usize].each_ref().map(|sum| sum.load(Ordering::Relaxed)) != now {
+                dirty.set(page);
+            }
+        };
+        let mut at = piece.start;
+        while at < piece.end {
+            let data = whole_pages(self.pages.data(at..piece.end)?, &piece);
+            (at / PAGE_BYTES..data.start / PAGE_BYTES).for_each(|page| differs(page, self.key.zero));
+            let bytes = &mut buffer[..(data.end - data.start) as usize];
+            self.pages.read(data.start, bytes)?;
+            for (page, bytes) in (data.start / PAGE_BYTES..).zip(bytes.chunks_exact(PAGE_BYTES as usize)) {
+                differs(page, self.key.of(bytes));
+            }
+            at = data.end;
+        }
+        Ok(())
+    }
+
+    fn leave(&self, page: u64, print: [u64; 2]) {
+        if let Some(stored) = self.prints.get(page as usize) {
+            stored.iter().zip(print).for_each(|(stored, sum)| stored.store(sum, Ordering::Relaxed));
+        }
+    }
+}
+
+/// Data as whole pages; without any, nothing at the end.
+fn whole_pages(data: Option<Range<u64>>, within: &Range<u64>) -> Range<u64> {
+    let data = data.unwrap_or(within.end..within.end);
+    let (start, end) = (data.start / PAGE_BYTES * PAGE_BYTES, data.end.next_multiple_of(PAGE_BYTES));
+    start..end.min(within.end)
 }
 
 impl<P> std::fmt::Debug for Fingerprinted<P> {
@@ -148,17 +177,22 @@ impl<P: GuestPages> GuestPages for Fingerprinted<P> {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "whole pages are to be read"));
         }
         self.pages.read(offset, into)?;
-        let prints = self.prints.iter().skip((offset / PAGE_BYTES) as usize);
-        for (print, page) in prints.zip(into.chunks_exact(PAGE_BYTES as usize)) {
-            for (stored, sum) in print.iter().zip(self.key.of(page)) {
-                stored.store(sum, Ordering::Relaxed);
-            }
+        for (page, bytes) in (offset / PAGE_BYTES..).zip(into.chunks_exact(PAGE_BYTES as usize)) {
+            self.leave(page, self.key.of(bytes));
         }
         Ok(())
     }
 
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         self.pages.write(offset, from)
+    }
+
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        let data = self.pages.data(range.clone())?;
+        // What lies before is sent as zeroes.
+        let zeroes = range.start.div_ceil(PAGE_BYTES)..whole_pages(data.clone(), &range).start / PAGE_BYTES;
+        zeroes.for_each(|page| self.leave(page, self.key.zero));
+        Ok(data)
     }
 
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
@@ -199,7 +233,22 @@ mod tests {
 
     struct Bytes(Mutex<Vec<u8>>);
 
+    impl Bytes {
+        /// Whether all of the page is zero, which stands for a hole.
+        fn is_hole(&self, at: u64) -> bool {
+            let page = (at / PAGE_BYTES * PAGE_BYTES) as usize;
+            self.0.lock().unwrap()[page..][..PAGE_BYTES as usize].iter().all(|byte| *byte == 0)
+        }
+    }
+
     impl GuestPages for Bytes {
+        fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+            let pages = || range.clone().step_by(PAGE_BYTES as usize);
+            let Some(start) = pages().find(|at| !self.is_hole(*at)) else { return Ok(None) };
+            let end = pages().find(|at| *at > start && self.is_hole(*at));
+            Ok(Some(start..end.unwrap_or(range.end)))
+        }
+
         fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
             into.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..into.len()]);
             Ok(())
@@ -271,6 +320,29 @@ mod tests {
         (page[0], page[8]) = (page[0] + 1, page[8] - 1);
         pages.write(0, &page).unwrap();
         assert_eq!(dirty(&pages), [(0, 1)]);
+    }
+
+    #[test]
+    fn holes_are_pages_of_zeroes_that_were_sent() {
+        let pages = pages(200);
+        let page = |page: u64| page * PAGE_BYTES..(page + 1) * PAGE_BYTES;
+        for hole in [0, 3, 4, 150, 199] {
+            pages.write(page(hole).start, &[0; PAGE_BYTES as usize]).unwrap();
+        }
+        // As the engine goes over it.
+        let (mut at, mut read) = (0, Vec::new());
+        while let Some(data) = pages.data(at..page(199).end).unwrap() {
+            let mut bytes = vec![0; (data.end - data.start) as usize];
+            pages.read(data.start, &mut bytes).unwrap();
+            at = data.end;
+            read.push(data.start / PAGE_BYTES..data.end / PAGE_BYTES);
+        }
+        assert_eq!(read, [1..3, 5..150, 151..199]);
+        assert!(dirty(&pages).is_empty());
+        pages.write(page(4).start + 9, &[1]).unwrap();
+        pages.write(page(100).start, &[0; PAGE_BYTES as usize]).unwrap();
+        pages.write(page(199).end - 1, &[1]).unwrap();
+        assert_eq!(dirty(&pages), [(4, 1), (100, 1), (199, 1)]);
     }
 
     #[test]

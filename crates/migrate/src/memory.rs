@@ -25,7 +25,7 @@ pub trait GuestPages: Sync {
     /// this is written, all of it may.
     ///
     /// It is asked before the range is read, when the marks of what was dirty there have been taken: what is written
-    /// meanwhile is dirty again.
+    /// meanwhile is dirty again. What lies before the data, or all of the range, is then sent as zeroes.
     fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         Ok((!range.is_empty()).then_some(range))
     }

@@ -36,8 +36,6 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
         ..over_link(options(&args.moving), &args.link)
     };
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
-    let hint = "is `limosa receive` listening there?";
-    let link = links::connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
     let moved = side.moved();
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
@@ -45,6 +43,8 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let guest = Guest::source(&args.stopping, Some(sending))?;
     let pages = side.source_pages(&args.stopping)?;
     let mut log = pages.log();
+    let hint = "is `limosa receive` listening there?";
+    let link = links::connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
     let mut source = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
     let further = |wait: Wait<'_>| links.connect(&address, wait.left()?, wait.cancel);
     let mut outcome = source.send_over(&link, &further);
