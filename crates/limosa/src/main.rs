@@ -14,6 +14,7 @@ mod open;
 mod output;
 mod place;
 mod progress;
+mod reports;
 mod side;
 mod signals;
 

@@ -64,7 +64,12 @@ impl Scene {
             At::Handshake => {}
             At::PreCopy => drop(sender.line("phase=\"pre-copy\"")),
             At::StopCopy => drop(sender.line("phase=\"stop-copy\"")),
-            At::Load | At::Commit => destination.line("stalls as scripted"),
+            At::Load => {
+                // A device may finish what it has before the SUM has come.
+                drop(sender.line("phase=\"load\""));
+                destination.line("stalls as scripted");
+            }
+            At::Commit => destination.line("stalls as scripted"),
         }
         Scene { folder, source, destination, proxy, sender, receiver }
     }

@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use super::Hold;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
 use super::values::{LinkCount, bytes, link_count, links, milliseconds, seconds};
+use crate::reports::{ReportFile, report_file};
 
 /// The devices of one side.
 #[derive(Debug, Args)]
@@ -30,6 +31,15 @@ impl Devices {
     }
 }
 
+/// Where the report goes, besides standard output.
+#[derive(Debug, Args)]
+pub struct Reporting {
+    /// Write the report to this file too, also when the move fails: .html with a picture of the timeline, .json or
+    /// .txt; many times. A file that is there is replaced.
+    #[arg(long, value_name = "FILE", value_parser = report_file)]
+    pub report: Vec<ReportFile>,
+}
+
 #[derive(Debug, Args)]
 #[command(allow_missing_positional = true, after_help = super::STORES)]
 pub struct Save {
@@ -47,6 +57,9 @@ pub struct Save {
     /// Leave the devices stopped.
     #[arg(long)]
     pub stop: bool,
+
+    #[command(flatten)]
+    pub reporting: Reporting,
 
     #[command(flatten)]
     pub hold: Hold,
@@ -71,6 +84,9 @@ pub struct Load {
     /// Leave the devices stopped.
     #[arg(long)]
     pub stop: bool,
+
+    #[command(flatten)]
+    pub reporting: Reporting,
 
     #[command(flatten)]
     pub hold: Hold,
@@ -125,6 +141,9 @@ pub struct Migrate {
     pub more: Vec<String>,
 
     #[command(flatten)]
+    pub reporting: Reporting,
+
+    #[command(flatten)]
     pub hold: Hold,
 
     #[command(flatten)]
@@ -160,6 +179,9 @@ pub struct Send {
     /// Where the receiver listens: unix:PATH or tcp:HOST:PORT.
     #[arg(long, value_name = "ADDR")]
     pub to: String,
+
+    #[command(flatten)]
+    pub reporting: Reporting,
 
     #[command(flatten)]
     pub hold: Hold,
@@ -235,6 +257,9 @@ pub struct Receive {
     /// Seconds to wait for a sender.
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
     pub wait: Duration,
+
+    #[command(flatten)]
+    pub reporting: Reporting,
 
     #[command(flatten)]
     pub hold: Hold,

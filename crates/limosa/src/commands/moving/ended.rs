@@ -3,38 +3,68 @@
 use std::fmt;
 
 use limosa_migrate::{Error, InDoubt, Outcome, Report};
-use serde::Serialize;
 
+use crate::args;
 use crate::exit::{self, Code};
 use crate::guest::Guest;
 use crate::output::Output;
+use crate::reports::{Ended, Reports};
 
-#[derive(Serialize)]
-struct Moved<'a> {
-    outcome: &'a str,
-    #[serde(flatten)]
-    report: &'a Report,
+/// Where it is said how a move ended.
+pub struct Ending<'a> {
+    out: &'a Output,
+    reports: Reports,
 }
 
-pub fn print(out: &Output, outcome: &str, report: &Report) -> anyhow::Result<()> {
-    out.result(&Moved { outcome, report }, |to| write!(to, "{report}"))
-}
+impl<'a> Ending<'a> {
+    /// Opens the files for the report.
+    pub fn new(reporting: &args::Reporting, out: &'a Output) -> anyhow::Result<Ending<'a>> {
+        Ok(Ending { out, reports: Reports::open(reporting)? })
+    }
 
-/// What an ended move gives.
-pub fn settled(outcome: Outcome, guest: &Guest<'_>, out: &Output) -> anyhow::Result<()> {
-    match outcome {
-        // After a save the guest runs on.
-        Outcome::Moved(report) => print(out, "moved", &report).and(started(guest)),
-        Outcome::Undone { why, mut report } => {
-            report.notes.extend(guest.failures());
-            let notes = Notes(&report.notes).to_string();
-            let source = match notes.as_str() {
-                "" => "the source is as it was before",
-                _ => "the move was undone, but not all is as it was before",
-            };
-            Err(anyhow::Error::from(why).context(format!("{source}{notes}")))
+    /// It went well.
+    pub fn print(&self, outcome: &str, report: &Report) -> anyhow::Result<()> {
+        self.out.result(&Ended { outcome, report }, |to| write!(to, "{report}"))?;
+        self.reports.write(outcome, report)
+    }
+
+    /// It did not; the error is said by who ends the command.
+    pub fn failed(&self, outcome: &str, report: &Report) {
+        self.reports.write_failed(outcome, report);
+    }
+
+    /// What an ended move gives on the source.
+    pub fn settled(&self, outcome: Outcome, guest: &Guest<'_>) -> anyhow::Result<()> {
+        match outcome {
+            // After a save the guest runs on.
+            Outcome::Moved(report) => self.print("moved", &report).and(started(guest)),
+            Outcome::Undone { why, mut report } => {
+                report.notes.extend(guest.failures());
+                self.failed("undone", &report);
+                let notes = Notes(&report.notes).to_string();
+                let source = match notes.as_str() {
+                    "" => "the source is as it was before",
+                    _ => "the move was undone, but not all is as it was before",
+                };
+                Err(anyhow::Error::from(why).context(format!("{source}{notes}")))
+            }
+            Outcome::InDoubt(doubt) => Err(self.in_doubt("the source", &doubt, guest)),
         }
-        Outcome::InDoubt(doubt) => Err(in_doubt("the source", &doubt, guest)),
+    }
+
+    /// Nobody here knows who runs.
+    pub fn in_doubt(&self, device: &str, doubt: &InDoubt, guest: &Guest<'_>) -> anyhow::Error {
+        self.failed("in doubt", &doubt.report);
+        let processes = guest.what_stays_stopped();
+        exit::error(
+            Code::InDoubt,
+            format!(
+                "{device} is stopped and in doubt: {}. The destination may run move {}; `limosa resolve` asks it again. \
+                 Look there if nobody can answer: if it runs, leave this device stopped; only if it does not, \
+                 and never will, set this one to RUNNING (`limosa resolve --decide` does either){processes}",
+                doubt.why, doubt.id
+            ),
+        )
     }
 }
 
@@ -53,19 +83,6 @@ impl fmt::Display for Notes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|note| write!(f, "; {note}"))
     }
-}
-
-pub fn in_doubt(device: &str, doubt: &InDoubt, guest: &Guest<'_>) -> anyhow::Error {
-    let processes = guest.what_stays_stopped();
-    exit::error(
-        Code::InDoubt,
-        format!(
-            "{device} is stopped and in doubt: {}. The destination may run move {}; `limosa resolve` asks it again. \
-             Look there if nobody can answer: if it runs, leave this device stopped; only if it does not, \
-             and never will, set this one to RUNNING (`limosa resolve --decide` does either){processes}",
-            doubt.why, doubt.id
-        ),
-    )
 }
 
 pub fn broken(device: &str, why: Error) -> anyhow::Error {

@@ -2,7 +2,7 @@
 
 use limosa_migrate::{Error, Ledger, Nobody, Outcome, Received, move_local};
 
-use super::ended::{broken, settled, started};
+use super::ended::{Ending, broken, started};
 use super::{cancel_on_signal, destination, memory, options, source};
 use crate::args;
 use crate::guest::Guest;
@@ -25,6 +25,7 @@ pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::
 
 fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), options(&args.moving));
+    let ending = Ending::new(&args.reporting, out)?;
     let (here, there) = (from.moved(), to.moved());
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
@@ -36,13 +37,16 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
     let (outcome, received) = move_local(&mut source, &destination);
     drop(progress);
     match (outcome, received) {
-        (_, Received::Broken { why, .. }) => Err(broken(&to.name(), why)),
+        (_, Received::Broken { why, report }) => {
+            ending.failed("broken", &report);
+            Err(broken(&to.name(), why))
+        }
         (Outcome::Undone { why, mut report }, Received::Discarded { why: why_there, report: there }) => {
             report.notes.extend(there.notes);
             // What was called off there is known here at first hand.
             let why = if matches!(why, Error::Aborted { .. }) { why_there } else { why };
-            settled(Outcome::Undone { why, report }, &guest, out)
+            ending.settled(Outcome::Undone { why, report }, &guest)
         }
-        (outcome, _) => settled(outcome, &guest, out).and(started(&guest_there)),
+        (outcome, _) => ending.settled(outcome, &guest).and(started(&guest_there)),
     }
 }

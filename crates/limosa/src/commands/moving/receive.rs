@@ -7,7 +7,7 @@ use limosa_migrate::link::{Link, LinkError, Listener, SocketLink, Wait};
 use limosa_migrate::stream::Damage;
 use limosa_migrate::{Cancel, Destination, Error, Options, Phase, Received, Report};
 
-use super::ended::{self, Notes, broken, started};
+use super::ended::{Ending, Notes, broken, started};
 use super::{cancel_on_signal, destination, over_link};
 use crate::args;
 use crate::exit::{self, Code};
@@ -32,7 +32,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let options = Options { links: args.links, ..over_link(Options::default(), &args.link) };
     let ledger = moves.ledger()?;
-    let moved = side.moved();
+    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
     let regions = pages.regions(side.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
@@ -62,9 +62,9 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                     door.answer(&destination);
                 }
                 drop(progress);
-                ended::print(out, "runs", &report).and(started(&guest))
+                ending.print("runs", &report).and(started(&guest))
             }
-            Received::Stopped(report) => ended::print(out, "stopped", &report),
+            Received::Stopped(report) => ending.print("stopped", &report),
             // A source of an earlier move; the one that is waited for is still to come.
             Received::Answered { .. } => continue,
             Received::Discarded { why, report } if is_stranger(&why, &report) => {
@@ -73,13 +73,17 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
             }
             Received::Discarded { why, report } => {
                 drop(link);
+                ending.failed("discarded", &report);
                 if source_may_doubt(&why, &report) {
                     door.answer(&destination);
                 }
                 let notes = Notes(&report.notes).to_string();
                 Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", side.name())))
             }
-            Received::Broken { why, .. } => Err(broken(&side.name(), why)),
+            Received::Broken { why, report } => {
+                ending.failed("broken", &report);
+                Err(broken(&side.name(), why))
+            }
         };
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{Options, Outcome};
 
-use super::ended::{in_doubt, settled};
+use super::ended::Ending;
 use super::{cancel_on_signal, memory, options, over_link, source};
 use crate::args;
 use crate::guest::Guest;
@@ -36,7 +36,7 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
         ..over_link(options(&args.moving), &args.link)
     };
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
-    let moved = side.moved();
+    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
     let sending = Sending { moves: &moves, devices, to: address.to_string(), tls: links.are_tls() };
@@ -53,25 +53,27 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     while let Outcome::InDoubt(doubt) = outcome {
         tracing::warn!("in doubt: {}; asking {address} what became of move {}", doubt.why, doubt.id);
         let Some(left) = args.link.silence.checked_sub(began.elapsed()) else {
-            return Err(in_doubt(&side.name(), &doubt, &guest));
+            return Err(ending.in_doubt(&side.name(), &doubt, &guest));
         };
         outcome = match links.connect(&address, left, Some(&cancel)) {
             Ok(link) => source.resolve(doubt, &link),
             // Nobody is there to be asked, now or later.
-            Err(error) if nobody_listens(&error) => return Err(in_doubt(&side.name(), &doubt, &guest)),
+            Err(error) if nobody_listens(&error) => {
+                return Err(ending.in_doubt(&side.name(), &doubt, &guest));
+            }
             Err(_) => Outcome::InDoubt(doubt),
         };
         if let Outcome::InDoubt(doubt) = &outcome
             && cancel.wait(ASK_EVERY)
         {
-            return Err(in_doubt(&side.name(), doubt, &guest));
+            return Err(ending.in_doubt(&side.name(), doubt, &guest));
         }
     }
     drop(progress);
     if let Outcome::Moved(report) | Outcome::Undone { report, .. } = &outcome {
         moves.forget(&report.id);
     }
-    settled(outcome, &guest, out)
+    ending.settled(outcome, &guest)
 }
 
 fn nobody_listens(error: &LinkError) -> bool {

@@ -3,7 +3,7 @@
 use limosa_migrate::stream::Damage;
 use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Options, Received};
 
-use super::ended::{Notes, broken, print, settled, started};
+use super::ended::{Ending, Notes, broken, started};
 use super::{cancel_on_signal, destination, memory, source};
 use crate::args;
 use crate::guest::Guest;
@@ -23,7 +23,7 @@ pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result
 
 fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), Options::default());
-    let moved = side.moved();
+    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
     let (guest, pages) = (Guest::source(&args.stopping, None)?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();
@@ -31,7 +31,7 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let place = Place::new(&args.file, args.replace)?;
     let outcome = source(&moved, memory, &guest, &progress, &options, &cancel).save(place.target(), after);
     drop(progress);
-    settled(outcome, &guest, out)
+    ending.settled(outcome, &guest)
 }
 
 pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result<()> {
@@ -44,6 +44,7 @@ fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()>
     let (cancel, progress, options, ledger) =
         (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
     let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
+    let ending = Ending::new(&args.reporting, out)?;
     let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
     let (guest, pages) = (Guest::destination(&args.starting), side.destination_pages()?);
     let regions = pages.regions(side.memory());
@@ -51,14 +52,18 @@ fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()>
     let received = destination.load(place.source(), after);
     drop(progress);
     match received {
-        Received::Runs(report) => print(out, "runs", &report).and(started(&guest)),
-        Received::Stopped(report) => print(out, "stopped", &report),
+        Received::Runs(report) => ending.print("runs", &report).and(started(&guest)),
+        Received::Stopped(report) => ending.print("stopped", &report),
         Received::Discarded { why, report } => {
+            ending.failed("discarded", &report);
             let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes).to_string());
             Err(anyhow::Error::from(why)
                 .context(format!("{} was not loaded{hint}{notes}", args.file.display())))
         }
-        Received::Broken { why, .. } => Err(broken(&side.name(), why)),
+        Received::Broken { why, report } => {
+            ending.failed("broken", &report);
+            Err(broken(&side.name(), why))
+        }
         Received::Answered { .. } => {
             Err(anyhow::anyhow!("{}: it is not a saved stream", args.file.display()))
         }

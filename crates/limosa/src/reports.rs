@@ -1,0 +1,96 @@
+//! The report of a move as files: what their names ask for, opened before anything is moved.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, Write};
+use std::path::{Path, PathBuf};
+
+use limosa_migrate::Report;
+use serde::Serialize;
+
+use crate::args::Reporting;
+use crate::exit::{self, Code};
+
+/// What a report is written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Html,
+    Json,
+    Text,
+}
+
+/// A file that a user named.
+#[derive(Clone, Debug)]
+pub struct ReportFile {
+    path: PathBuf,
+    format: Format,
+}
+
+/// A name that ends in .html, .json or .txt.
+pub fn report_file(text: &str) -> Result<ReportFile, String> {
+    let path = PathBuf::from(text);
+    let format = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("html") => Format::Html,
+        Some("json") => Format::Json,
+        Some("txt") => Format::Text,
+        _ => return Err("expected a file whose name ends in .html, .json or .txt".into()),
+    };
+    Ok(ReportFile { path, format })
+}
+
+/// A report, and how the move that it is of ended.
+#[derive(Serialize)]
+pub struct Ended<'a> {
+    pub outcome: &'a str,
+    #[serde(flatten)]
+    pub report: &'a Report,
+}
+
+/// The files, open.
+pub struct Reports(Vec<(ReportFile, File)>);
+
+impl Reports {
+    /// Opens all of them. What is there stays until there is a report.
+    pub fn open(args: &Reporting) -> anyhow::Result<Reports> {
+        let open = |named: &ReportFile| {
+            let file = OpenOptions::new().write(true).create(true).truncate(false).open(&named.path);
+            Ok((named.clone(), file.map_err(|error| failed(&named.path, error))?))
+        };
+        Ok(Reports(args.report.iter().map(open).collect::<anyhow::Result<_>>()?))
+    }
+
+    /// Writes the report of a move that has ended.
+    pub fn write(&self, outcome: &str, report: &Report) -> anyhow::Result<()> {
+        for (named, file) in &self.0 {
+            let text = match named.format {
+                Format::Html => report.html(),
+                Format::Json => serde_json::to_string_pretty(&Ended { outcome, report })? + "\n",
+                Format::Text => report.to_string(),
+            };
+            replace(file, text.as_bytes()).map_err(|error| failed(&named.path, error))?;
+        }
+        Ok(())
+    }
+
+    /// The same of a move that has failed, which is what the user has to be told first.
+    pub fn write_failed(&self, outcome: &str, report: &Report) {
+        if let Err(error) = self.write(outcome, report) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+fn replace(mut file: &File, bytes: &[u8]) -> std::io::Result<()> {
+    // A pipe or a terminal has no length and no position.
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+        file.rewind()?;
+    }
+    file.write_all(bytes)
+}
+
+fn failed(path: &Path, error: std::io::Error) -> anyhow::Error {
+    exit::error(
+        Code::Failed,
+        format!("--report {}: {error}; expected a file that can be written", path.display()),
+    )
+}

@@ -1,0 +1,67 @@
+//! `--report`: a file for each form, of moves that succeed and of those that fail.
+
+mod support;
+
+use support::{Folder, limosa, start};
+
+#[test]
+fn a_report_is_written_in_the_form_that_its_name_asks_for_on_both_sides() {
+    let folder = Folder::new();
+    let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
+    let files = ["a.html", "b.json", "c.txt"].map(|name| folder.text(name));
+    let [html, json, text] = &files;
+    std::fs::write(json, "x".repeat(100_000)).unwrap();
+    let (link, there) = (format!("unix:{}", folder.text("link")), folder.text("there.json"));
+    let receiver = start(&["receive", &destination.socket, "--listen", &link, "--report", &there]);
+    receiver.line("listening on");
+    let sent = limosa(&[
+        "send",
+        &source.socket,
+        "--to",
+        &link,
+        "--report",
+        html,
+        "--report",
+        json,
+        "--report",
+        text,
+    ])
+    .ok();
+    receiver.end().ok();
+    let [html, json, text] = files.map(|file| std::fs::read_to_string(file).unwrap());
+    assert_eq!(text, sent, "what was printed");
+    assert!(html.starts_with("<!") && html.contains("<svg") && html.contains("</html>"), "{html}");
+    assert!(html.contains(&*source.socket));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let there: serde_json::Value = serde_json::from_slice(&std::fs::read(there).unwrap()).unwrap();
+    assert_eq!((&json["outcome"], &there["outcome"]), (&"moved".into(), &"runs".into()));
+    assert_eq!(json["id"], there["id"]);
+}
+
+#[test]
+fn a_move_that_fails_is_reported_too() {
+    let folder = Folder::new();
+    let source = folder.device("source", &[]);
+    let destination = folder.device("destination", &["fault=fail:RESUMING>STOP"]);
+    let report = folder.text("report.json");
+    limosa(&["migrate", &source.socket, &destination.socket, "--report", &report])
+        .fails(3, &["as it was before"]);
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    assert_eq!(json["outcome"], "undone");
+    assert!(json["phases"].as_array().unwrap().iter().any(|phase| phase["phase"] == "undo"), "{json}");
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_said_before_anything_is_moved() {
+    let folder = Folder::new();
+    let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
+    source.mark(5);
+    let nowhere = folder.text("no/where.html");
+    let migrate =
+        |report: &str| limosa(&["migrate", &source.socket, &destination.socket, "--report", report]);
+    migrate(&nowhere).fails(1, &["--report", &nowhere, "No such file"]);
+    for unknown in ["report", "report.pdf", ".html"] {
+        migrate(unknown).fails(2, &["--report", unknown, ".html, .json or .txt"]);
+    }
+    assert!(source.runs(5) && destination.runs(0));
+}
