@@ -186,11 +186,13 @@ impl<'w, 'a> Receiving<'w, 'a> {
             };
             heard = now();
             if header.kind == Kind::SUM {
-                self.wait(|state| state.links_ended == self.links - 1)?;
+                let doing = "waiting for the end of the further links";
+                self.wait(inlet, doing, |state| state.links_ended == self.links - 1)?;
             }
             if let Step::Sum = self.take(&header, inlet)? {
                 self.recorder.phase(Phase::Load);
-                return self.wait(|state| state.loaded == self.devices.len());
+                let doing = "waiting for the devices to load";
+                return self.wait(inlet, doing, |state| state.loaded == self.devices.len());
             }
         }
     }
@@ -231,16 +233,30 @@ impl<'w, 'a> Receiving<'w, 'a> {
         }
     }
 
-    fn wait(&self, is_done: impl Fn(&Progress) -> bool) -> Result<()> {
+    /// Waits for this side, which tells the source meanwhile that it is alive; not longer than the source does.
+    fn wait(
+        &self,
+        inlet: &Inlet<'_>,
+        doing: &'static str,
+        is_done: impl Fn(&Progress) -> bool,
+    ) -> Result<()> {
+        let limit = self.options.load_max;
+        let overall = Wait::within(limit, None);
         let mut state = self.state.lock();
         while !is_done(&state) {
             self.check()?;
             let timed_out;
             let slice = pulse(self.options.silence_max);
-            (state, timed_out) = self.state.wait(state, Some(now() + slice));
+            (state, timed_out) = self.state.wait(state, Some(overall.deadline.min(now() + slice)));
             if timed_out {
                 drop(state);
-                self.pulse();
+                if overall.left().is_err() {
+                    return Err(inlet.timed_out(doing, limit));
+                }
+                if self.outlet.has_peer() {
+                    // Nobody reads the link now: that it failed shows here alone.
+                    self.outlet.pulse(Some(&self.ended))?;
+                }
                 state = self.state.lock();
             }
         }

@@ -1,0 +1,214 @@
+//! A device as one end's engine reaches it: over a transport that takes virtual time and may be lost.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use limosa_client::{
+    Chunk, DataStream, Device, DeviceExt, DirtyBits, DmaMap, DmaMemory, DmaTarget, Error, FeatureReply,
+    FeatureRequest, IrqAction, Region, Result,
+};
+use limosa_clockwork::{simulation, sleep};
+use limosa_device::{Loopback, Machine};
+use limosa_protocol::feature::PrecopyInfo;
+use limosa_protocol::info::{DeviceInfo, DmaMapFlags, IrqInfo};
+use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
+
+use crate::memory::{DeviceMemory, SimMemory, iova};
+use crate::model::{Outside, SimModel, set};
+use crate::plan::{DevicePlan, End, Mutation};
+use crate::world::{PAGE, World};
+
+pub struct SimDevice {
+    inner: Loopback,
+    number: usize,
+    plan: DevicePlan,
+    world: Arc<World>,
+    reach: Arc<Reach>,
+    runs_early: bool,
+    pub outside: Arc<Outside>,
+}
+
+/// Whether the device can be reached, and how fast.
+struct Reach {
+    gone: AtomicBool,
+    slow: Duration,
+    name: String,
+}
+
+impl Reach {
+    /// A call on its way to the device.
+    fn call(&self) -> Result<()> {
+        if !self.slow.is_zero() && simulation::random(4) == 0 {
+            sleep(Duration::from_nanos(simulation::random(self.slow.as_nanos() as u64)));
+        } else if simulation::random(4) == 0 {
+            sleep(Duration::from_micros(1));
+        }
+        // What a process does that has crashed, it never did.
+        if self.gone.load(Ordering::SeqCst) || simulation::crashing() {
+            let reason = "the transport is gone".into();
+            return Err(Error::Disconnected { device: self.name.clone(), reason });
+        }
+        Ok(())
+    }
+}
+
+impl SimDevice {
+    pub fn new(
+        end: End,
+        number: usize,
+        plan: DevicePlan,
+        regions: &[u64],
+        memory: &Arc<SimMemory>,
+        world: &Arc<World>,
+    ) -> SimDevice {
+        let mutation = memory.mutation.filter(|_| end == End::Destination);
+        let name = format!("{end:?} {number}");
+        let outside = Arc::new(Outside::default());
+        let model = SimModel::new(end, number, plan, regions, world.clone(), outside.clone());
+        set(&outside.forgets, mutation == Some(Mutation::DeviceForgets));
+        let inner = Loopback::new(name.clone(), Machine::new(Box::new(model)));
+        for (region, pages) in regions.iter().enumerate() {
+            let target: Arc<dyn DmaTarget> =
+                Arc::new(DeviceMemory { memory: memory.clone(), region, device: number });
+            let (size, flags) = (pages * PAGE as u64, DmaMapFlags::READ | DmaMapFlags::WRITE);
+            let map = DmaMap { iova: iova(region), size, flags, memory: DmaMemory::Messages(&target) };
+            inner.dma_map(&map).expect("memory can be mapped");
+        }
+        let reach = Arc::new(Reach { gone: AtomicBool::new(false), slow: plan.slow, name });
+        let runs_early = mutation == Some(Mutation::RunsBeforeCommit);
+        SimDevice { inner, number, plan, world: world.clone(), reach, runs_early, outside }
+    }
+
+    /// The device itself, where no engine is in between: for its guest, and for whoever looks.
+    pub fn itself(&self) -> &Loopback {
+        &self.inner
+    }
+
+    /// It cannot be reached any more.
+    pub fn lose(&self) {
+        self.reach.gone.store(true, Ordering::SeqCst);
+    }
+
+    pub fn find(&self) {
+        self.reach.gone.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Device for SimDevice {
+    fn name(&self) -> &str {
+        &self.reach.name
+    }
+
+    fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
+        self.reach.call()?;
+        let logging = [
+            FeatureIndex::DMA_LOGGING_START,
+            FeatureIndex::DMA_LOGGING_STOP,
+            FeatureIndex::DMA_LOGGING_REPORT,
+        ];
+        if !self.plan.logs && logging.contains(&request.index) {
+            let (device, request) = (self.name().into(), "DMA logging".into());
+            return Err(Error::Refused { device, request, errno: Errno::ENOTTY, hint: "".into() });
+        }
+        let word = |at: usize| request.payload.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes);
+        // vfio.h: struct vfio_device_feature_dma_logging_report begins with the address and the length.
+        let reported = match (word(0), word(8)) {
+            (Some(at), Some(length)) if request.index == FeatureIndex::DMA_LOGGING_REPORT => at..at + length,
+            _ => 0..0,
+        };
+        let done = self.inner.feature(request);
+        let is_reported =
+            |(region, page): &(usize, u64)| reported.contains(&(iova(*region) + page * PAGE as u64));
+        let mut truth = self.world.truth();
+        if request.index == FeatureIndex::DMA_LOGGING_START && !request.op.contains(FeatureOp::PROBE) {
+            // What was written before is not in its log.
+            truth.device_marks[self.number].clear();
+        }
+        let marks = std::mem::take(&mut truth.device_marks[self.number]);
+        let (taken, left): (BTreeSet<_>, _) = marks.into_iter().partition(is_reported);
+        truth.taken.extend(taken);
+        truth.device_marks[self.number] = left;
+        drop(truth);
+        let mut reply = done?;
+        if self.runs_early && self.inner.machine().state() == State::Stop {
+            let _ = self.inner.set_state(State::Running);
+        }
+        let opened = reply.stream.take();
+        reply.stream = opened
+            .map(|inner| Box::new(SimStream { inner, reach: self.reach.clone() }) as Box<dyn DataStream>);
+        Ok(reply)
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.reach.call()?;
+        self.inner.reset()
+    }
+
+    fn info(&self) -> Result<DeviceInfo> {
+        self.reach.call()?;
+        self.inner.info()
+    }
+
+    fn region(&self, index: u32) -> Result<Region> {
+        self.reach.call()?;
+        self.inner.region(index)
+    }
+
+    fn irq(&self, index: u32) -> Result<IrqInfo> {
+        self.reach.call()?;
+        self.inner.irq(index)
+    }
+
+    fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.reach.call()?;
+        self.inner.region_read(region, offset, data)
+    }
+
+    fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+        self.reach.call()?;
+        self.inner.region_write(region, offset, data)
+    }
+
+    fn set_irqs(&self, index: u32, start: u32, action: IrqAction<'_>) -> Result<()> {
+        self.reach.call()?;
+        self.inner.set_irqs(index, start, action)
+    }
+
+    fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {
+        self.reach.call()?;
+        self.inner.dma_map(map)
+    }
+
+    fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
+        self.reach.call()?;
+        self.inner.dma_unmap(iova, size, dirty)
+    }
+}
+
+struct SimStream {
+    inner: Box<dyn DataStream>,
+    reach: Arc<Reach>,
+}
+
+impl DataStream for SimStream {
+    fn read(&mut self, data: &mut [u8]) -> Result<Chunk> {
+        self.reach.call()?;
+        self.inner.read(data)
+    }
+
+    fn write(&mut self, data: &[u8]) -> Result<()> {
+        self.reach.call()?;
+        self.inner.write(data)
+    }
+
+    fn precopy_info(&mut self) -> Result<PrecopyInfo> {
+        self.reach.call()?;
+        self.inner.precopy_info()
+    }
+
+    fn transfer_bytes_max(&self) -> usize {
+        self.inner.transfer_bytes_max()
+    }
+}

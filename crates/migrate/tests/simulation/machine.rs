@@ -1,0 +1,312 @@
+//! One end: devices, memory, a VMM, what it keeps on disk, and the engine's process.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use limosa_client::DeviceExt;
+use limosa_clockwork::{Monitor, now};
+use limosa_migrate::link::{Link, Wait};
+use limosa_migrate::stream::MigrationId;
+use limosa_migrate::{
+    Cancel, Convergence, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
+    Options, Outcome, Phase, Received, Source, Vmm, WhenStalled,
+};
+use limosa_protocol::State;
+
+use crate::device::SimDevice;
+use crate::guest::Guest;
+use crate::link::Network;
+use crate::memory::{RegionPages, SimLog, SimMemory, iova};
+use crate::model::{get, set};
+use crate::plan::{End, Mutation, Plan};
+use crate::world::World;
+
+pub struct Computer {
+    pub end: End,
+    pub world: Arc<World>,
+    pub guest: Arc<Guest>,
+    pub network: Arc<Network>,
+    pub memory: Arc<SimMemory>,
+    pub devices: Vec<SimDevice>,
+    pages: Vec<RegionPages>,
+    pub options: Options,
+    cancel: Mutex<Cancel>,
+    /// When it was called off, of which the engine is to take note soon.
+    pub cancelled: Monitor<Option<std::time::Instant>>,
+    /// What the source notes before it commits, for the process that is started anew.
+    pub noted: Mutex<Option<MigrationId>>,
+    pub note_full: AtomicBool,
+    pub prepare_refused: AtomicBool,
+    pub stop_refused: AtomicBool,
+    pub log_lost: Arc<AtomicBool>,
+    mutation: Option<Mutation>,
+    /// What phases this end has come to.
+    pub phases: Monitor<Phases>,
+    /// It has begun to start its devices.
+    pub starts: AtomicBool,
+    pub ledger: Mutex<Option<Arc<Ledger>>>,
+    pub ledger_folder: PathBuf,
+}
+
+#[derive(Default)]
+pub struct Phases {
+    pub begun: Vec<Phase>,
+    /// No more come.
+    pub over: bool,
+}
+
+impl Computer {
+    pub fn new(
+        end: End,
+        plan: &Plan,
+        world: &Arc<World>,
+        guest: &Arc<Guest>,
+        network: &Arc<Network>,
+        folder: PathBuf,
+    ) -> Computer {
+        let memory = SimMemory::new(end, world.clone(), plan);
+        let memory = Arc::new(memory);
+        let devices = (plan.devices.iter().enumerate())
+            .map(|(number, device)| SimDevice::new(end, number, *device, &plan.regions, &memory, world))
+            .collect();
+        let pages =
+            (0..plan.regions.len()).map(|region| RegionPages { memory: memory.clone(), region }).collect();
+        Computer {
+            end,
+            world: world.clone(),
+            guest: guest.clone(),
+            network: network.clone(),
+            memory,
+            devices,
+            pages,
+            options: plan.options(end),
+            cancel: Mutex::new(Cancel::new().expect("an eventfd")),
+            cancelled: Monitor::default(),
+            noted: Mutex::default(),
+            note_full: AtomicBool::new(false),
+            prepare_refused: AtomicBool::new(false),
+            stop_refused: AtomicBool::new(false),
+            log_lost: Arc::default(),
+            mutation: plan.mutation,
+            phases: Monitor::default(),
+            starts: AtomicBool::new(false),
+            ledger: Mutex::default(),
+            ledger_folder: folder,
+        }
+    }
+
+    fn regions(&self) -> Vec<MemoryRegion<'_>> {
+        let regions = self.pages.iter().enumerate();
+        let regions = regions.map(|(region, pages)| MemoryRegion {
+            id: region as u32,
+            iova: iova(region),
+            size: self.memory.bytes(region).len() as u64,
+            pages,
+        });
+        regions.collect()
+    }
+
+    fn moved(&self) -> Vec<MovedDevice<'_>> {
+        self.devices.iter().map(|device| MovedDevice::new(device)).collect()
+    }
+
+    /// With the source's side of the engine.
+    pub fn as_source<R>(&self, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
+        self.as_source_with(&self.options, act)
+    }
+
+    fn as_source_with<R>(&self, options: &Options, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
+        let devices = self.moved();
+        let mut log = SimLog {
+            world: self.world.clone(),
+            covers_devices: self.memory.log_covers_devices,
+            lost: self.log_lost.clone(),
+            mutation: self.mutation,
+        };
+        let log: &mut dyn DirtyLog = &mut log;
+        let cancel = self.cancel.lock().expect("not poisoned").clone();
+        act(&mut Source {
+            devices: &devices,
+            memory: Memory { regions: self.regions(), log: Some(log), sources: Vec::new() },
+            vmm: self,
+            observer: self,
+            options,
+            cancel: Some(&cancel),
+        })
+    }
+
+    pub fn send(&self, link: &dyn Link) -> Outcome {
+        self.as_source(|source| source.send_over(link, &|_: Wait<'_>| self.network.call()))
+    }
+
+    /// A move that never waits for a better moment.
+    pub fn send_at_any_cost(&self, link: &dyn Link) -> Outcome {
+        let convergence = Convergence { when_stalled: WhenStalled::SwitchOver, ..self.options.convergence };
+        let options = Options { convergence, ..self.options.clone() };
+        self.as_source_with(&options, |source| source.send_over(link, &|_: Wait<'_>| self.network.call()))
+    }
+
+    pub fn resolve(&self, doubt: InDoubt, link: &dyn Link) -> Outcome {
+        self.as_source(|source| source.resolve(doubt, link))
+    }
+
+    /// Receives a move or a question.
+    pub fn receive(&self, link: &dyn Link) -> Received {
+        let devices = self.moved();
+        let ledger = self.ledger();
+        let cancel = self.cancel.lock().expect("not poisoned").clone();
+        Destination {
+            devices: &devices,
+            memory: &self.regions(),
+            vmm: self,
+            observer: self,
+            options: &self.options,
+            cancel: Some(&cancel),
+            ledger: &ledger,
+        }
+        .receive_over(link, &|wait: Wait<'_>| self.network.answer(wait))
+    }
+
+    /// The ledger of this life of the process.
+    pub fn ledger(&self) -> Arc<Ledger> {
+        let mut ledger = self.ledger.lock().expect("not poisoned");
+        let open = || Arc::new(Ledger::open(&self.ledger_folder).expect("the folder can be made"));
+        ledger.get_or_insert_with(open).clone()
+    }
+
+    /// The process has crashed: what it had is gone.
+    pub fn crashed(&self) {
+        self.ledger.lock().expect("not poisoned").take();
+        self.free_ledger();
+        if self.mutation == Some(Mutation::LedgerForgets) {
+            let _ = std::fs::remove_dir_all(&self.ledger_folder);
+        }
+    }
+
+    /// Whether all of it runs the guest.
+    pub fn runs_all(&self) -> Result<(), String> {
+        for device in &self.devices {
+            let state = device.itself().state().map_err(|error| error.to_string())?;
+            if state != State::Running || !get(&device.outside.holds) {
+                return Err(format!("{:?}: a device is in {state}", self.end));
+            }
+        }
+        match self.guest.runs_at() {
+            Some(at) if at == self.end => Ok(()),
+            at => Err(format!("{:?}: the vCPU runs at {at:?}", self.end)),
+        }
+    }
+
+    /// Memory and devices are what the guest made them.
+    pub fn compare(&self) -> Result<(), String> {
+        if let Some(difference) = self.memory.difference() {
+            return Err(difference);
+        }
+        let truth = self.world.truth();
+        for (number, device) in self.devices.iter().enumerate() {
+            if get(&device.outside.blocks) != truth.devices[number] {
+                return Err(format!("device {number} of the {:?} has not what the guest gave it", self.end));
+            }
+        }
+        Ok(())
+    }
+
+    /// Somebody calls it off.
+    pub fn cancel(&self) {
+        let begun = self.phases.lock().begun.clone();
+        let too_late = [Phase::Commit, Phase::Start, Phase::Finish, Phase::Undo];
+        // Before that it is known what must come of it.
+        if !begun.iter().any(|phase| too_late.contains(phase)) {
+            self.cancelled.lock().get_or_insert(now());
+        }
+        if self.mutation != Some(Mutation::DeafToCancel) {
+            let cancel = self.cancel.lock().expect("not poisoned").clone();
+            cancel.cancel();
+        }
+    }
+
+    /// Nothing is wrong here any more.
+    pub fn heal(&self) {
+        *self.cancel.lock().expect("not poisoned") = Cancel::new().expect("an eventfd");
+        for flag in
+            [&self.note_full, &self.prepare_refused, &self.stop_refused, &self.log_lost, &self.memory.fails]
+        {
+            flag.store(false, Ordering::SeqCst);
+        }
+        for device in &self.devices {
+            device.find();
+            set(&device.outside.fail, None);
+        }
+        self.free_ledger();
+        self.network.refuse(false);
+    }
+
+    /// No record can be made any more; those that are there can be written.
+    pub fn fill_ledger(&self) {
+        let away = self.ledger_folder.with_extension("away");
+        if self.ledger_folder.is_dir() && std::fs::rename(&self.ledger_folder, away).is_ok() {
+            std::fs::write(&self.ledger_folder, "full").expect("the folder's folder can be written");
+        }
+    }
+
+    pub fn free_ledger(&self) {
+        let away = self.ledger_folder.with_extension("away");
+        if away.is_dir() {
+            std::fs::remove_file(&self.ledger_folder).expect("it is a file");
+            std::fs::rename(away, &self.ledger_folder).expect("nothing is in its place");
+        }
+    }
+}
+
+impl Vmm for Computer {
+    fn throttle(&self, step: u32) -> bool {
+        self.guest.slow(step);
+        step < 4
+    }
+
+    fn stop(&self) -> Result<(), String> {
+        if self.stop_refused.load(Ordering::SeqCst) {
+            return Err("a vCPU does not answer".into());
+        }
+        if self.mutation != Some(Mutation::NeverStops) {
+            self.guest.stop(self.end);
+        }
+        Ok(())
+    }
+
+    fn committing(&self, id: MigrationId) -> Result<(), String> {
+        if self.note_full.load(Ordering::SeqCst) {
+            return Err("no space left on the disk".into());
+        }
+        *self.noted.lock().expect("not poisoned") = Some(id);
+        Ok(())
+    }
+
+    fn resume(&self) {
+        self.guest.start(self.end);
+    }
+
+    fn prepare(&self) -> Result<(), String> {
+        // Nothing has run since the source stopped.
+        if let Err(difference) = self.compare() {
+            self.world.wrong(format!("about to run: {difference}"));
+        }
+        if self.prepare_refused.load(Ordering::SeqCst) { Err("no memory for it".into()) } else { Ok(()) }
+    }
+
+    fn start(&self) {
+        self.guest.start(self.end);
+    }
+}
+
+impl Observer for Computer {
+    fn phase(&self, phase: Phase) {
+        limosa_clockwork::simulation::note(|| format!("phase {phase:?}"));
+        // Before anything at which the process could crash.
+        self.starts.fetch_or(phase == Phase::Start, Ordering::SeqCst);
+        self.guest.wake();
+        self.phases.lock().begun.push(phase);
+        self.phases.notify_all();
+    }
+}

@@ -1,0 +1,193 @@
+//! Guest memory of one end, and the VMM's log of what is written there.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use limosa_client::DmaTarget;
+use limosa_clockwork::{simulation, sleep};
+use limosa_migrate::{DirtyLog, GuestPages};
+use limosa_protocol::bitmap::DirtyBitmap;
+
+use crate::plan::{End, Mutation, Plan};
+use crate::world::{PAGE, World};
+
+/// The first address of a region, as devices see it.
+pub fn iova(region: usize) -> u64 {
+    (region as u64 + 1) << 24
+}
+
+/// Memory of one end.
+pub struct SimMemory {
+    end: End,
+    world: Arc<World>,
+    regions: Vec<Mutex<Vec<u8>>>,
+    pub fails: AtomicBool,
+    /// What devices write is in the VMM's log as well.
+    pub log_covers_devices: bool,
+    pub mutation: Option<Mutation>,
+}
+
+impl SimMemory {
+    pub fn new(end: End, world: Arc<World>, plan: &Plan) -> SimMemory {
+        // What was there before must not show after a move.
+        let fill = if end == End::Source { 0 } else { 0xaa };
+        let regions =
+            plan.regions.iter().map(|pages| Mutex::new(vec![fill; *pages as usize * PAGE])).collect();
+        let (log_covers_devices, mutation) = (plan.log_covers_devices, plan.mutation);
+        SimMemory { end, world, regions, fails: AtomicBool::new(false), log_covers_devices, mutation }
+    }
+
+    pub fn bytes(&self, region: usize) -> MutexGuard<'_, Vec<u8>> {
+        self.regions[region].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn regions(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// A write of the guest's: of a vCPU, or of this device.
+    pub fn guest_writes(&self, device: Option<usize>, region: usize, offset: usize, bytes: &[u8]) {
+        self.bytes(region)[offset..][..bytes.len()].copy_from_slice(bytes);
+        let mut truth = self.world.truth();
+        truth.memory[region][offset..][..bytes.len()].copy_from_slice(bytes);
+        if self.end == End::Source && truth.logs {
+            let page = (offset / PAGE) as u64;
+            if let Some(device) = device {
+                truth.device_marks[device].insert((region, page));
+            }
+            if device.is_none() || self.log_covers_devices {
+                truth.marks[region].insert(page);
+            }
+        }
+    }
+
+    /// What differs from the truth, if anything does.
+    pub fn difference(&self) -> Option<String> {
+        let truth = self.world.truth();
+        (0..self.regions.len()).find_map(|region| {
+            let (have, want) = (self.bytes(region), &truth.memory[region]);
+            let page = have.chunks(PAGE).zip(want.chunks(PAGE)).position(|(have, want)| have != want)?;
+            Some(format!("page {page} of region {region} of the {:?} is not what the guest wrote", self.end))
+        })
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.fails.load(Ordering::SeqCst) { Err(io::ErrorKind::HostUnreachable.into()) } else { Ok(()) }
+    }
+}
+
+/// A region, for the engine.
+pub struct RegionPages {
+    pub memory: Arc<SimMemory>,
+    pub region: usize,
+}
+
+impl GuestPages for RegionPages {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        // Page by page: the guest writes in between.
+        for (at, page) in into.chunks_mut(PAGE).enumerate() {
+            if at % 16 == 0 && simulation::random(4) == 0 {
+                sleep(Duration::from_nanos(1_000));
+            }
+            self.memory.check()?;
+            page.copy_from_slice(
+                &self.memory.bytes(self.region)[offset as usize + at * PAGE..][..page.len()],
+            );
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        for (at, page) in from.chunks(PAGE).enumerate() {
+            if at % 16 == 0 && simulation::random(4) == 0 {
+                sleep(Duration::from_nanos(1_000));
+            }
+            self.memory.check()?;
+            if simulation::crashing() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            if self.memory.mutation == Some(Mutation::MemoryForgets) && simulation::random(16) == 0 {
+                continue;
+            }
+            self.memory.bytes(self.region)[offset as usize + at * PAGE..][..page.len()].copy_from_slice(page);
+        }
+        Ok(())
+    }
+}
+
+/// Where a device's DMA goes.
+pub struct DeviceMemory {
+    pub memory: Arc<SimMemory>,
+    pub region: usize,
+    pub device: usize,
+}
+
+impl DmaTarget for DeviceMemory {
+    fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        data.copy_from_slice(&self.memory.bytes(self.region)[offset as usize..][..data.len()]);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.memory.guest_writes(Some(self.device), self.region, offset as usize, data);
+        Ok(())
+    }
+}
+
+/// The VMM's log at the source.
+pub struct SimLog {
+    pub world: Arc<World>,
+    pub covers_devices: bool,
+    /// The next look fails.
+    pub lost: Arc<AtomicBool>,
+    pub mutation: Option<Mutation>,
+}
+
+impl DirtyLog for SimLog {
+    fn start(&mut self) -> io::Result<()> {
+        let mut truth = self.world.truth();
+        truth.marks.iter_mut().for_each(|marks| marks.clear());
+        truth.device_marks.iter_mut().for_each(|marks| marks.clear());
+        truth.taken.clear();
+        truth.given_back.clear();
+        truth.logs = true;
+        Ok(())
+    }
+
+    fn harvest(&mut self, region: usize, dirty: &DirtyBitmap) -> io::Result<()> {
+        let mut truth = self.world.truth();
+        let marks = std::mem::take(&mut truth.marks[region]);
+        truth.taken.extend(marks.iter().map(|page| (region, *page)));
+        if self.lost.swap(false, Ordering::SeqCst) {
+            let pages = dirty.pages();
+            truth.taken.extend((0..pages).map(|page| (region, page)));
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        for page in marks {
+            if self.mutation != Some(Mutation::LogForgets) || simulation::random(4) != 0 {
+                dirty.set_range(page, 1);
+            }
+        }
+        Ok(())
+    }
+
+    fn give_back(&mut self, region: usize, dirty: &DirtyBitmap) {
+        let mut truth = self.world.truth();
+        for (first, pages) in dirty.runs() {
+            if self.mutation == Some(Mutation::UndoForgets) && first % 2 == 0 {
+                continue;
+            }
+            truth.given_back.extend((first..first + pages).map(|page| (region, page)));
+        }
+    }
+
+    fn stop(&mut self) {
+        self.world.truth().logs = false;
+    }
+
+    fn covers_devices(&self) -> bool {
+        self.covers_devices
+    }
+}

@@ -1,0 +1,302 @@
+//! A device of the simulation: blocks of state that the guest changes by ringing a doorbell, DMA that is under way when
+//! it stops, and faults where it is told to have them.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use limosa_device::{Bus, Description, Fault, Migration, Model, Region, Save};
+use limosa_protocol::feature::PrecopyInfo;
+use limosa_protocol::info::{DeviceFlags, RegionFlags};
+use limosa_protocol::{Errno, MigrationFlags};
+
+use crate::guest::BUSY_PAGES;
+use crate::memory::iova;
+use crate::plan::{DevicePlan, End, Step};
+use crate::world::{PAGE, World};
+
+/// Bytes of a block in the stream.
+const RECORD: usize = 24;
+const END: u64 = u64::MAX;
+
+/// What is known of a device from outside.
+#[derive(Default)]
+pub struct Outside {
+    /// It holds the guest's state.
+    pub holds: Mutex<bool>,
+    pub blocks: Mutex<Vec<u64>>,
+    /// Fails there, once.
+    pub fail: Mutex<Option<(Step, Fault)>>,
+    /// It has failed, or was told to.
+    pub hurt: Mutex<bool>,
+    /// Loses a block when it loads, for the checker to find.
+    pub forgets: Mutex<bool>,
+}
+
+pub fn get<T: Clone>(of: &Mutex<T>) -> T {
+    of.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+pub fn set<T>(of: &Mutex<T>, to: T) {
+    *of.lock().unwrap_or_else(PoisonError::into_inner) = to;
+}
+
+pub struct SimModel {
+    end: End,
+    number: usize,
+    world: Arc<World>,
+    outside: Arc<Outside>,
+    flags: MigrationFlags,
+    blocks: Vec<u64>,
+    regions: Vec<u64>,
+    running: bool,
+    /// Blocks that the saving session has not given out as they are now.
+    dirty: BTreeSet<u64>,
+    ready: Vec<u8>,
+    given: usize,
+    ended: bool,
+    staging: Vec<u8>,
+    /// DMA under way: region, page, and what it writes.
+    in_flight: Option<(usize, u64, u64)>,
+    bus: Option<Bus>,
+}
+
+impl SimModel {
+    pub fn new(
+        end: End,
+        number: usize,
+        plan: DevicePlan,
+        regions: &[u64],
+        world: Arc<World>,
+        outside: Arc<Outside>,
+    ) -> SimModel {
+        let holds = end == End::Source;
+        let blocks: Vec<u64> =
+            (0..u64::from(plan.blocks)).map(|block| if holds { block * 7 } else { 0 }).collect();
+        if holds {
+            world.truth().devices[number] = blocks.clone();
+            world.runs(end, true);
+        }
+        set(&outside.holds, holds);
+        set(&outside.blocks, blocks.clone());
+        SimModel {
+            end,
+            number,
+            world,
+            outside,
+            flags: plan.flags,
+            blocks,
+            regions: regions.to_vec(),
+            running: true,
+            dirty: BTreeSet::new(),
+            ready: Vec::new(),
+            given: 0,
+            ended: false,
+            staging: Vec::new(),
+            in_flight: None,
+            bus: None,
+        }
+    }
+
+    fn step(&mut self, step: Step) -> Result<(), Fault> {
+        let Some((_, how)) = get(&self.outside.fail).filter(|(at, _)| *at == step) else { return Ok(()) };
+        set(&self.outside.fail, None);
+        set(&self.outside.hurt, true);
+        if matches!(how, Fault::Broken(_)) {
+            self.set_running(false);
+        }
+        Err(how)
+    }
+
+    fn holds(&self) -> bool {
+        get(&self.outside.holds)
+    }
+
+    fn set_running(&mut self, running: bool) {
+        if self.running != running && self.holds() {
+            self.world.runs(self.end, running);
+        }
+        self.running = running;
+    }
+
+    fn set_block(&mut self, block: usize, value: u64) {
+        self.blocks[block] = value;
+        self.dirty.insert(block as u64);
+        set(&self.outside.blocks, self.blocks.clone());
+        self.world.truth().devices[self.number] = self.blocks.clone();
+    }
+
+    /// DMA that was started ends.
+    fn land(&mut self) {
+        if let (Some((region, page, value)), Some(bus)) = (self.in_flight.take(), &self.bus) {
+            // Refused only where nothing is mapped.
+            let at = iova(region) + page * PAGE as u64 + value % 500 * 8;
+            let _ = bus.memory.write(at, &value.to_le_bytes());
+        }
+    }
+}
+
+impl Model for SimModel {
+    fn description(&self) -> Description {
+        let flags = RegionFlags::READ | RegionFlags::WRITE;
+        let region = Region { flags, size: 4096, ..Region::default() };
+        Description { flags: Some(DeviceFlags::RESET), regions: vec![region], irqs: vec![] }
+    }
+
+    fn attach(&mut self, bus: Bus) {
+        self.bus = Some(bus);
+    }
+
+    fn region_read(&mut self, _: u32, _: u64, data: &mut [u8]) -> Result<(), Errno> {
+        data.fill(0);
+        Ok(())
+    }
+
+    /// The doorbell: a block becomes another, and DMA is started; what was under way before ends.
+    fn region_write(&mut self, _: u32, _: u64, data: &[u8]) -> Result<(), Errno> {
+        let value = u64::from_le_bytes(data.try_into().map_err(|_| Errno::EINVAL)?);
+        if !self.running || !self.holds() {
+            return Err(Errno::EBUSY);
+        }
+        self.land();
+        let block = value as usize % self.blocks.len();
+        self.set_block(block, value);
+        if !self.regions.is_empty() {
+            let region = value as usize / 3 % self.regions.len();
+            self.in_flight = Some((region, value / 5 % self.regions[region].min(BUSY_PAGES), value));
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        self.step(Step::Reset).map_err(Fault::errno)?;
+        self.set_running(false);
+        set(&self.outside.holds, false);
+        self.blocks.fill(0);
+        set(&self.outside.blocks, self.blocks.clone());
+        (self.running, self.in_flight) = (true, None);
+        Ok(())
+    }
+
+    fn migration(&mut self) -> Option<&mut dyn Migration> {
+        Some(self)
+    }
+}
+
+impl Migration for SimModel {
+    fn flags(&self) -> MigrationFlags {
+        self.flags
+    }
+
+    fn quiesce_p2p(&mut self) -> Result<(), Fault> {
+        self.step(Step::Quiesce)?;
+        self.land();
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), Fault> {
+        self.step(Step::Stop)?;
+        self.land();
+        self.set_running(false);
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Fault> {
+        self.step(Step::Start)?;
+        self.set_running(true);
+        Ok(())
+    }
+
+    fn save_begin(&mut self) -> Result<(), Fault> {
+        self.step(Step::SaveBegin)?;
+        self.dirty = (0..self.blocks.len() as u64).collect();
+        (self.ready, self.given, self.ended) = (Vec::new(), 0, false);
+        Ok(())
+    }
+
+    fn save(&mut self, bytes_max: usize, stopped: bool) -> Result<Save<'_>, Errno> {
+        self.step(Step::Save).map_err(Fault::errno)?;
+        if self.given == self.ready.len() {
+            (self.ready, self.given) = (Vec::new(), 0);
+            let next: Vec<u64> = self.dirty.iter().copied().take(10).collect();
+            for block in next {
+                self.dirty.remove(&block);
+                let mut record = [0; RECORD];
+                record[..8].copy_from_slice(&block.to_le_bytes());
+                record[8..16].copy_from_slice(&self.blocks[block as usize].to_le_bytes());
+                self.ready.extend_from_slice(&record);
+            }
+            if self.ready.is_empty() && stopped && !self.ended {
+                self.ended = true;
+                let mut record = [0; RECORD];
+                record[..8].copy_from_slice(&END.to_le_bytes());
+                let sum = self.blocks.iter().fold(0u64, |sum, block| sum.rotate_left(1) ^ block);
+                record[8..16].copy_from_slice(&sum.to_le_bytes());
+                self.ready.extend_from_slice(&record);
+            }
+        }
+        let bytes = (self.ready.len() - self.given).min(bytes_max);
+        self.given += bytes;
+        Ok(match (bytes, stopped) {
+            (0, true) => Save::End,
+            (0, false) => Save::NothingForNow,
+            _ => Save::Data(&self.ready[self.given - bytes..self.given]),
+        })
+    }
+
+    fn save_final(&mut self) -> Result<(), Fault> {
+        self.step(Step::SaveFinal)
+    }
+
+    fn save_end(&mut self) {}
+
+    fn precopy_info(&mut self, _: bool) -> PrecopyInfo {
+        let dirty_bytes = (self.dirty.len() * RECORD + self.ready.len() - self.given) as u64;
+        PrecopyInfo { dirty_bytes, ..Default::default() }
+    }
+
+    fn data_size(&self) -> u64 {
+        ((self.blocks.len() + 1) * RECORD) as u64
+    }
+
+    fn load_begin(&mut self) -> Result<(), Fault> {
+        self.staging.clear();
+        self.step(Step::LoadBegin)
+    }
+
+    fn load(&mut self, chunk: &[u8]) -> Result<(), Errno> {
+        self.step(Step::Load).map_err(Fault::errno)?;
+        self.staging.extend_from_slice(chunk);
+        Ok(())
+    }
+
+    fn load_finish(&mut self) -> Result<(), Fault> {
+        self.step(Step::LoadFinish)?;
+        let refused = Err(Fault::Refused(Errno::EINVAL));
+        let mut blocks = vec![0; self.blocks.len()];
+        let mut ended = None;
+        for record in self.staging.chunks(RECORD) {
+            let word = |at: usize| Some(u64::from_le_bytes(record.get(at..at + 8)?.try_into().ok()?));
+            match (word(0), word(8)) {
+                (Some(END), Some(sum)) if ended.is_none() => ended = Some(sum),
+                (Some(block), Some(value)) if ended.is_none() && (block as usize) < blocks.len() => {
+                    blocks[block as usize] = value;
+                }
+                _ => return refused,
+            }
+        }
+        if ended != Some(blocks.iter().fold(0u64, |sum, block| sum.rotate_left(1) ^ block)) {
+            return refused;
+        }
+        if get(&self.outside.forgets) {
+            blocks[0] ^= 1;
+        }
+        self.blocks = blocks;
+        set(&self.outside.blocks, self.blocks.clone());
+        set(&self.outside.holds, true);
+        Ok(())
+    }
+
+    fn load_abort(&mut self) {
+        self.staging.clear();
+    }
+}

@@ -1,0 +1,344 @@
+//! What a seed makes of a run: the machines, the link between them, and what goes wrong and when.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use limosa_device::Fault as Arc;
+use limosa_migrate::stream::Compression;
+use limosa_migrate::{Convergence, Options, Phase, WhenStalled};
+use limosa_protocol::{Errno, MigrationFlags};
+
+pub const SILENCE_MAX: Duration = Duration::from_secs(5);
+pub const LOAD_MAX: Duration = Duration::from_secs(60);
+pub const COMMIT_MAX: Duration = Duration::from_secs(10);
+
+/// Draws from a seed (SplitMix64); apart from the simulator's own draws, so that a plan can be read before it runs.
+pub struct Chance(u64);
+
+impl Chance {
+    pub fn new(seed: u64) -> Chance {
+        Chance(seed.wrapping_mul(0xd134_2543_de82_ef95) ^ 0x006c_696d_6f73_6100)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+
+    /// As often small as large.
+    pub fn log_below(&mut self, bound: u64) -> u64 {
+        let bits = 64 - bound.max(1).leading_zeros();
+        let magnitude = self.below(u64::from(bits) + 1) as u32;
+        self.below(1u64.checked_shl(magnitude).unwrap_or(u64::MAX)).min(bound)
+    }
+
+    pub fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// One of the two machines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Source,
+    Destination,
+}
+
+impl End {
+    pub const BOTH: [End; 2] = [End::Source, End::Destination];
+}
+
+/// When something goes wrong.
+#[derive(Clone, Copy, Debug)]
+pub enum When {
+    /// After so many steps of this end's process.
+    Point(End, u64),
+    /// So many steps of this end's process after it began this phase.
+    Phase(End, Phase, u64),
+}
+
+/// Where a device's model can fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Quiesce,
+    Stop,
+    Start,
+    SaveBegin,
+    Save,
+    SaveFinal,
+    LoadBegin,
+    Load,
+    LoadFinish,
+    Reset,
+}
+
+const STEPS: [Step; 10] = [
+    Step::Quiesce,
+    Step::Stop,
+    Step::Start,
+    Step::SaveBegin,
+    Step::Save,
+    Step::SaveFinal,
+    Step::LoadBegin,
+    Step::Load,
+    Step::LoadFinish,
+    Step::Reset,
+];
+
+const PHASES: [Phase; 9] = [
+    Phase::Handshake,
+    Phase::PreCopy,
+    Phase::Stop,
+    Phase::StopCopy,
+    Phase::Load,
+    Phase::Commit,
+    Phase::Start,
+    Phase::Finish,
+    Phase::Undo,
+];
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// One of the links is gone, and both ends see it.
+    Cut(usize),
+    /// No further link can be had.
+    NoMoreLinks,
+    /// Nothing of what this end sends on one of its links arrives any more, and nobody is told.
+    Silence(End, usize),
+    /// Nothing of what this end sends arrives for this long.
+    Stall(End, usize, Duration),
+    /// A bit of what this end sends next flips.
+    Flip(End, usize, u8),
+    /// The engine's process at this end dies; with it the machine's network when `silent`.
+    Crash { end: End, silent: bool },
+    /// Somebody calls the move off at this end.
+    Cancel(End),
+    /// From now on the destination's ledger cannot write.
+    LedgerFull,
+    /// The source cannot note that it commits.
+    NoteFull,
+    /// The destination's VMM refuses to run the guest.
+    PrepareRefused,
+    /// The source's VMM refuses to stop its vCPUs.
+    StopRefused,
+    /// The source's log of dirty pages is lost at the next look.
+    LogLost,
+    /// Guest memory cannot be read or written any more.
+    MemoryFails(End),
+    /// A device cannot be reached any more.
+    DeviceGone(End, usize),
+    /// A device fails where it says, the next time.
+    Device(End, usize, Step, Arc),
+}
+
+/// Something that is broken in what the engine relies on, or in what is done with it: the checks have to find it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// The destination's devices run as soon as they are loaded.
+    RunsBeforeCommit,
+    /// The VMM says that its vCPU has stopped, and it has not.
+    NeverStops,
+    /// A source in doubt runs again without asking.
+    RunsInDoubt,
+    /// The log loses one page in four.
+    LogForgets,
+    /// The log's other user is not told of some pages after an undo.
+    UndoForgets,
+    /// The destination's ledger is empty after a crash.
+    LedgerForgets,
+    /// The destination loses pages that came.
+    MemoryForgets,
+    /// A device of the destination loads something else.
+    DeviceForgets,
+    /// Who calls it off is not heard.
+    DeafToCancel,
+}
+
+/// A fault and its moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Planned {
+    pub when: When,
+    pub fault: Fault,
+}
+
+/// A device, alike on both ends.
+#[derive(Clone, Copy, Debug)]
+pub struct DevicePlan {
+    pub flags: MigrationFlags,
+    pub blocks: u32,
+    /// It logs its DMA.
+    pub logs: bool,
+    /// What its slowest calls take.
+    pub slow: Duration,
+}
+
+/// A link.
+#[derive(Clone, Copy, Debug)]
+pub struct LinkPlan {
+    pub latency: Duration,
+    pub bytes_per_second: u64,
+    /// What each direction takes before its writer waits.
+    pub buffer_bytes: usize,
+}
+
+impl LinkPlan {
+    /// What so many bytes take at least.
+    fn time(&self, bytes: u64) -> Duration {
+        let turns = bytes as f64 / self.buffer_bytes as f64;
+        self.latency * 4
+            + self.latency.mul_f64(turns)
+            + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64)
+    }
+}
+
+/// All of it.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub devices: Vec<DevicePlan>,
+    /// Pages of each region.
+    pub regions: Vec<u64>,
+    pub links: Vec<LinkPlan>,
+    /// How many of them the destination takes.
+    pub links_taken: u32,
+    pub log_covers_devices: bool,
+    pub convergence: Convergence,
+    pub precopy: bool,
+    /// How long the vCPU rests between two of its steps, at most.
+    pub rest: Duration,
+    pub faults: Vec<Planned>,
+    pub mutation: Option<Mutation>,
+}
+
+impl Plan {
+    pub fn new(seed: u64) -> Plan {
+        let mut chance = Chance::new(seed);
+        let optional = [
+            MigrationFlags::empty(),
+            MigrationFlags::P2P,
+            MigrationFlags::PRE_COPY,
+            MigrationFlags::P2P | MigrationFlags::PRE_COPY,
+            MigrationFlags::P2P | MigrationFlags::PRE_COPY,
+        ];
+        let slow_us = [0, 0, 50, 3_000, 200_000];
+        let devices = (0..1 + chance.below(3))
+            .map(|_| DevicePlan {
+                flags: MigrationFlags::STOP_COPY | chance.pick(&optional),
+                blocks: 1 + chance.log_below(120) as u32,
+                logs: !chance.one_in(5),
+                slow: Duration::from_micros(chance.pick(&slow_us)),
+            })
+            .collect::<Vec<_>>();
+        let mut regions: Vec<u64> = (0..chance.below(3)).map(|_| 1 + chance.log_below(40)).collect();
+        let bytes = devices.iter().map(|device| u64::from(device.blocks) * 32).sum::<u64>()
+            + regions.iter().sum::<u64>() * 4096;
+        let count = chance.pick(&[1, 1, 2, 3, 4]);
+        if count > 1 && chance.one_in(4) {
+            // So much that several links are worth it; most of it is zero.
+            regions.push(3_000);
+        }
+        let mut link = || LinkPlan {
+            latency: Duration::from_micros(chance.log_below(20_000)),
+            bytes_per_second: 1 << (16 + chance.below(16)),
+            // Many turns of a small buffer, but not endless ones.
+            buffer_bytes: (bytes / 100).max(1 << (9 + chance.below(9))) as usize,
+        };
+        let links: Vec<LinkPlan> = (0..count).map(|_| link()).collect();
+        // About as long as all of it takes once.
+        let about = links.iter().map(|link| link.time(bytes)).max().unwrap_or_default();
+        let convergence = Convergence {
+            downtime_max: Duration::from_micros(chance.pick(&[100, 10_000, 300_000, 10_000_000])),
+            stalled_rounds_max: 1 + chance.below(5) as u32,
+            rounds_max: 1 + chance.below(12) as u32,
+            when_stalled: chance.pick(&[
+                WhenStalled::SwitchOver,
+                WhenStalled::SwitchOver,
+                WhenStalled::Abort,
+            ]),
+        };
+        let mut plan = Plan {
+            seed,
+            devices,
+            regions,
+            links_taken: 1 + chance.below(links.len() as u64) as u32,
+            links,
+            log_covers_devices: chance.one_in(2),
+            convergence,
+            precopy: !chance.one_in(6),
+            rest: (about / chance.pick(&[3, 20, 100, 300])).max(Duration::from_micros(5)),
+            faults: Vec::new(),
+            mutation: None,
+        };
+        let count = chance.pick(&[0, 1, 1, 1, 1, 1, 2, 2, 2, 3]);
+        plan.faults = (0..count).map(|_| plan.draw(&mut chance)).collect();
+        plan
+    }
+
+    fn draw(&self, chance: &mut Chance) -> Planned {
+        let end = chance.pick(&End::BOTH);
+        let when = match chance.below(4) {
+            0 => When::Point(end, chance.log_below(3_000)),
+            1 => When::Phase(end, chance.pick(&PHASES), chance.log_below(300)),
+            // What matters most lasts the shortest.
+            2 => When::Phase(end, chance.pick(&PHASES[4..]), chance.log_below(100)),
+            _ => When::Phase(End::Source, Phase::Commit, chance.log_below(60)),
+        };
+        let end = chance.pick(&End::BOTH);
+        let link = chance.below(self.links.len() as u64) as usize;
+        let device = chance.below(self.devices.len() as u64) as usize;
+        let fault = match chance.below(22) {
+            0..=2 => Fault::Cut(link),
+            3..=4 => Fault::Silence(end, link),
+            5 => Fault::Stall(end, link, Duration::from_millis(1 + chance.log_below(10_000))),
+            6..=8 => Fault::Flip(end, link, chance.below(8) as u8),
+            9..=11 => Fault::Crash { end, silent: chance.one_in(3) },
+            12..=13 => Fault::Cancel(end),
+            14 => Fault::LedgerFull,
+            15 => Fault::NoteFull,
+            16 => {
+                chance.pick(&[Fault::PrepareRefused, Fault::StopRefused, Fault::LogLost, Fault::NoMoreLinks])
+            }
+            17 => Fault::MemoryFails(end),
+            18 => Fault::DeviceGone(end, device),
+            _ => {
+                let how = chance.pick(&[Arc::Refused(Errno::EBUSY), Arc::Broken(Errno::EIO)]);
+                Fault::Device(end, device, chance.pick(&STEPS), how)
+            }
+        };
+        Planned { when, fault }
+    }
+
+    /// Whether something can go wrong with a device, so that it may have to be reset and lose its state.
+    pub fn hurts_devices(&self) -> bool {
+        self.faults.iter().any(|planned| matches!(planned.fault, Fault::Device(..) | Fault::DeviceGone(..)))
+    }
+}
+
+impl Plan {
+    pub fn options(&self, end: End) -> Options {
+        let links = if end == End::Source { self.links.len() as u32 } else { self.links_taken };
+        Options {
+            links: NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN),
+            precopy: self.precopy,
+            convergence: self.convergence,
+            silence_max: SILENCE_MAX,
+            load_max: LOAD_MAX,
+            commit_max: COMMIT_MAX,
+            links_measured: self.seed.is_multiple_of(2),
+            compress: [None, None, Some(Compression::Zstd), Some(Compression::Lz4)]
+                [(self.seed / 2 % 4) as usize],
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! What only the simulation knows: who runs at this moment, and what memory and devices must contain.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::plan::End;
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+
+/// The truth about one guest.
+#[derive(Default)]
+pub struct World {
+    /// How many devices and vCPUs run at each end, with the guest's state.
+    running: [AtomicI64; 2],
+    wrong: Mutex<Option<String>>,
+    truth: Mutex<Truth>,
+}
+
+/// What a guest that lost nothing has.
+#[derive(Default)]
+pub struct Truth {
+    pub memory: Vec<Vec<u8>>,
+    pub devices: Vec<Vec<u64>>,
+    /// Pages that vCPUs wrote since the log was started or harvested.
+    pub marks: Vec<BTreeSet<u64>>,
+    /// Pages that each device wrote since its log was started or reported: region and page.
+    pub device_marks: Vec<BTreeSet<(usize, u64)>>,
+    /// Pages that were taken from the logs of a move: an undo has to give them back.
+    pub taken: BTreeSet<(usize, u64)>,
+    pub given_back: BTreeSet<(usize, u64)>,
+    pub logs: bool,
+}
+
+impl World {
+    pub fn new(regions: &[u64], devices: usize) -> World {
+        let truth = Truth {
+            memory: regions.iter().map(|pages| vec![0; *pages as usize * PAGE]).collect(),
+            devices: vec![Vec::new(); devices],
+            marks: vec![BTreeSet::new(); regions.len()],
+            device_marks: vec![BTreeSet::new(); devices],
+            ..Truth::default()
+        };
+        World { truth: Mutex::new(truth), ..World::default() }
+    }
+
+    pub fn truth(&self) -> MutexGuard<'_, Truth> {
+        self.truth.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something of the guest begins or ends to run at this end.
+    pub fn runs(&self, end: End, runs: bool) {
+        let by = if runs { 1 } else { -1 };
+        self.running[end as usize].fetch_add(by, Ordering::SeqCst);
+        if let Err(wrong) = self.check() {
+            self.wrong(wrong);
+        }
+    }
+
+    pub fn running(&self, end: End) -> i64 {
+        self.running[end as usize].load(Ordering::SeqCst)
+    }
+
+    /// Something is not as it should be; the first one counts.
+    pub fn wrong(&self, what: impl Into<String>) {
+        let mut wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
+        let what = what.into();
+        limosa_clockwork::simulation::note(|| format!("WRONG: {what}"));
+        wrong.get_or_insert(what);
+    }
+
+    /// What must hold at every step.
+    pub fn check(&self) -> Result<(), String> {
+        let (source, destination) = (self.running(End::Source), self.running(End::Destination));
+        if source > 0 && destination > 0 {
+            return Err(format!("two run: {source} parts at the source, {destination} at the destination"));
+        }
+        if source < 0 || destination < 0 {
+            return Err("the simulation counts who runs, and has counted wrong".into());
+        }
+        match &*self.wrong.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(wrong) => Err(wrong.clone()),
+            None => Ok(()),
+        }
+    }
+}
