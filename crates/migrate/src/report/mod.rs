@@ -1,6 +1,7 @@
 //! The timeline of a move: phases, rounds, devices, links, bytes, downtime; for programs (serde), for people
 //! ([`Report`]'s `Display`), and as a picture ([`Report::html`]).
 
+mod estimate;
 mod html;
 mod record;
 mod spans;
@@ -10,6 +11,7 @@ mod throughput;
 use limosa_protocol::State;
 use serde::{Serialize, Serializer};
 
+pub use estimate::Estimate;
 pub(crate) use record::{LinkMeter, Recorder};
 
 use crate::stream::Totals;

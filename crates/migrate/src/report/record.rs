@@ -1,9 +1,10 @@
 //! Takes the time of a move. All threads of one side share a [`Recorder`].
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::estimate::Estimate;
 use super::spans::Spans;
 use super::text::Time;
 use super::{
@@ -27,6 +28,9 @@ pub(crate) struct Recorder<'a> {
     /// The observer is told when so many bytes have been moved.
     tell_at: AtomicU64,
     is_stopped: AtomicBool,
+    side: Side,
+    id: OnceLock<String>,
+    downtime_max: Duration,
     devices: Vec<DeviceLog>,
     log: Mutex<Log>,
 }
@@ -44,6 +48,7 @@ struct Log {
     phase: Option<(Phase, Instant, Totals)>,
     /// At the end of the last round.
     round: Totals,
+    round_began: Option<Instant>,
     stopped: Option<Instant>,
     throttle_step: u32,
     links: Vec<Arc<Mutex<LinkReport>>>,
@@ -61,6 +66,7 @@ impl<'a> Recorder<'a> {
         let log = Log {
             phase: None,
             round: Totals::default(),
+            round_began: None,
             stopped: None,
             throttle_step: 0,
             links: Vec::new(),
@@ -74,6 +80,9 @@ impl<'a> Recorder<'a> {
             zero_bytes: AtomicU64::new(0),
             tell_at: AtomicU64::new(TELL_EVERY_BYTES),
             is_stopped: AtomicBool::new(false),
+            side,
+            id: OnceLock::new(),
+            downtime_max: options.convergence.downtime_max,
             devices,
             log: Mutex::new(log),
         }
@@ -81,6 +90,8 @@ impl<'a> Recorder<'a> {
 
     pub(crate) fn id(&self, id: MigrationId) {
         self.log().report.id = id.to_string();
+        // It is told once.
+        let _ = self.id.set(id.to_string());
     }
 
     /// A phase begins, and with it the one before it is over.
@@ -96,7 +107,8 @@ impl<'a> Recorder<'a> {
         drop(log);
         self.observer.moved(totals);
         self.observer.phase(phase);
-        tracing::debug!(phase = phase.name(), "phase");
+        let (move_id, side) = self.names();
+        tracing::info!(target: "limosa::phase", move_id, side, phase = phase.name(), "phase");
     }
 
     /// Nothing runs from now on.
@@ -151,6 +163,17 @@ impl<'a> Recorder<'a> {
         let duration_ns = ns(began, limosa_clockwork::now());
         let start_ns = ns(self.began, began);
         let span = SpanReport { act, start_ns, duration_ns, busy_ns: duration_ns, bytes };
+        let ((move_id, side), name) = (self.names(), self.devices[device].name.as_str());
+        let took_us = duration_ns / 1000;
+        // Arcs are few; pieces of data are many.
+        match act {
+            Act::Enter { .. } | Act::Reset => {
+                tracing::debug!(target: "limosa::device", move_id, side, device = name, act = act.name(), took_us, "device");
+            }
+            _ => {
+                tracing::trace!(target: "limosa::device", move_id, side, device = name, act = act.name(), bytes, took_us, "device");
+            }
+        }
         lock(&self.devices[device].spans).add(span);
     }
 
@@ -166,6 +189,7 @@ impl<'a> Recorder<'a> {
         let (totals, now) = (self.totals(), limosa_clockwork::now());
         let mut log = self.log();
         let bytes = since(totals, log.round);
+        let began = log.round_began.replace(now).or(log.phase.map(|phase| phase.1)).unwrap_or(self.began);
         log.round = totals;
         let report = RoundReport {
             round: round.round,
@@ -186,7 +210,24 @@ impl<'a> Recorder<'a> {
         }
         log.report.rounds.push(report);
         drop(log);
+        let (move_id, side) = self.names();
+        let predicted_downtime_us = round.predicted_downtime.as_micros() as u64;
+        tracing::info!(
+            target: "limosa::round",
+            move_id,
+            side,
+            round = round.round,
+            bytes = bytes.memory_bytes + bytes.device_bytes,
+            dirty_bytes = round.memory_dirty_bytes,
+            bytes_per_second = round.bytes_per_second,
+            predicted_downtime_us,
+            "round"
+        );
         self.observer.round(round);
+        if self.side == Side::Source {
+            let took = now.saturating_duration_since(began);
+            self.observer.estimate(&Estimate::new(round, took, self.downtime_max));
+        }
     }
 
     /// The VMM was asked to slow its vCPUs down, and did.
@@ -209,7 +250,8 @@ impl<'a> Recorder<'a> {
     }
 
     pub(crate) fn note(&self, note: String) {
-        tracing::warn!("{note}");
+        let (move_id, side) = self.names();
+        tracing::warn!(target: "limosa::note", move_id, side, "{note}");
         self.log().report.notes.push(note);
     }
 
@@ -237,11 +279,26 @@ impl<'a> Recorder<'a> {
         report.total_ns = ns(self.began, now);
         report.devices = self.devices.into_iter().map(DeviceLog::report).collect();
         report.links = log.links.iter().map(|link| lock(link).clone()).collect();
+        tracing::info!(
+            target: "limosa::end",
+            move_id = self.id.get().map_or("", String::as_str),
+            side = self.side.name(),
+            device_bytes = totals.device_bytes,
+            memory_bytes = totals.memory_bytes,
+            total_us = report.total_ns / 1000,
+            downtime_us = report.downtime_ns.map(|ns| ns / 1000),
+            "end"
+        );
         report
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
         lock(&self.log)
+    }
+
+    /// The move's id, as far as it is known, and the side: every event has them.
+    fn names(&self) -> (&str, &'static str) {
+        (self.id.get().map_or("", String::as_str), self.side.name())
     }
 
     /// Tells the observer, if enough was moved since the last time. One thread of several does.
