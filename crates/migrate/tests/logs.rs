@@ -161,7 +161,6 @@ fn a_log_that_a_process_left_on_when_it_died_does_not_bar_the_next_move() {
     let everything = DmaLoggingRange { iova: 0, length: PAGES * PAGE_BYTES };
     let died = DeviceLog::new(&ends.source[0].client);
     died.start(PAGE_BYTES, &[everything]).unwrap();
-    drop(died);
     let (outcome, received) = ends.run_plain();
     assert!(ends.check(outcome, received, "left on"));
 }
