@@ -86,8 +86,22 @@ impl GuestPages for FilePages {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         match &self.mapped {
             Some(mapped) => {
-                mapped.bring_in(offset, into.len() as u64, false);
-                mapped.mapping.read(offset, into).map_err(cut_short)
+                // To touch what has no data, be it to read, would make it.
+                let end = offset.saturating_add(into.len() as u64);
+                if end > mapped.mapping.len() {
+                    return Err(cut_short(limosa_protocol::Errno::EFAULT));
+                }
+                let (mut at, mut rest) = (offset, into);
+                while let Some(data) = self.data(at..end)? {
+                    let (hole, more) = rest.split_at_mut((data.start - at) as usize);
+                    let (piece, more) = more.split_at_mut((data.end - data.start) as usize);
+                    hole.fill(0);
+                    mapped.bring_in(data.start, piece.len() as u64, false);
+                    mapped.mapping.read(data.start, piece).map_err(cut_short)?;
+                    (at, rest) = (data.end, more);
+                }
+                rest.fill(0);
+                Ok(())
             }
             None => self.file.read_exact_at(into, self.offset + offset),
         }
@@ -208,6 +222,23 @@ mod tests {
             );
         }
         assert_eq!(file.metadata().unwrap().blocks(), 16, "two pages");
+    }
+
+    #[test]
+    fn to_read_memory_never_touched_does_not_touch_it() {
+        let file = memfd(MIB);
+        for pages in both(&file, 0, MIB) {
+            let mut all = vec![1; MIB as usize];
+            pages.read(0, &mut all).unwrap();
+            assert!(is_zero(&all));
+            assert_eq!(file.metadata().unwrap().blocks(), 0);
+        }
+        let [plain, mapped] = both(&file, 0, MIB);
+        plain.write(8192, &[7; 4096]).unwrap();
+        let mut three = vec![1; 3 * 4096];
+        mapped.read(4096, &mut three).unwrap();
+        assert!(is_zero(&three[..4096]) && three[4096..8192] == [7; 4096] && is_zero(&three[8192..]));
+        assert_eq!(file.metadata().unwrap().blocks(), 8, "one page");
     }
 
     #[test]
