@@ -265,6 +265,32 @@ fn memory_moves_without_any_device_and_from_a_memfd_of_another_process() {
 }
 
 #[test]
+fn compressed_memory_and_devices_arrive_over_links_and_in_files() {
+    for method in ["zstd", "lz4"] {
+        let pair = Pair::new(&[]);
+        let folder = &pair.folder;
+        let (from, to) = (memory(folder, "from", 512), empty(folder, "to", 512));
+        let (here, there, file) = (format!("{from}@0"), format!("{to}@0"), folder.text("file"));
+        let save =
+            ["save", &pair.source.socket, &file, "--memory", &here, "--guest-stopped", "--compress", method];
+        limosa(&save).ok();
+        assert!(std::fs::metadata(&file).unwrap().len() < 2 << 20, "3 MiB of memory and state");
+        limosa(&["load", &file, &pair.destination.socket, "--memory", &there]).ok();
+        same(&from, &to);
+        assert!(pair.destination.runs(GUEST));
+        std::fs::File::options().write(true).open(&to).unwrap().write_all_at(&[9; 8192], 8192).unwrap();
+        let link = format!("unix:{}", folder.text("link"));
+        let receiver = start(&["receive", &pair.destination.socket, "--listen", &link, "--memory", &there]);
+        receiver.line("listening on");
+        let send = ["send", &pair.source.socket, "--to", &link, "--memory", &here, "--guest-stopped"];
+        limosa(&[&send[..], &["--compress", method]].concat()).ok();
+        receiver.end().ok();
+        same(&from, &to);
+    }
+    limosa(&["save", "x", "y", "--compress", "gzip"]).fails(2, &["gzip", "expected zstd or lz4"]);
+}
+
+#[test]
 fn memory_that_was_never_touched_takes_no_room_at_the_destination() {
     let folder = Folder::new();
     let (from, to) = (empty(&folder, "from", 8192), empty(&folder, "to", 8192));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use limosa_migrate::Compression;
 
 use super::Hold;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
@@ -53,6 +54,10 @@ pub struct Save {
     /// Replace a snapshot that is there already, when the new one is whole.
     #[arg(long)]
     pub replace: bool,
+
+    /// Compress memory and devices' data with zstd, or with lz4, which takes less time and saves less.
+    #[arg(long, value_name = "METHOD")]
+    pub compress: Option<Compression>,
 
     /// Leave the devices stopped.
     #[arg(long)]
@@ -188,6 +193,11 @@ pub struct Send {
 
     #[command(flatten)]
     pub moving: Moving,
+
+    /// Compress memory and devices' data with zstd, or with lz4, which takes less time and saves less. Worth it on links
+    /// that are slower than a processor compresses; what would not become shorter goes as it is.
+    #[arg(long, value_name = "METHOD", help_heading = "Link")]
+    pub compress: Option<Compression>,
 
     /// Send no more than this each second.
     #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Link")]

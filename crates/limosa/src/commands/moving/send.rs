@@ -33,6 +33,7 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let options = Options {
         links: args.links.most,
         links_measured: args.links.measured,
+        compress: args.compress,
         ..over_link(options(&args.moving), &args.link)
     };
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
