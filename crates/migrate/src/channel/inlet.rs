@@ -1,0 +1,131 @@
+//! The receiving half of a link: frames, checked.
+
+use std::time::Duration;
+
+use super::{COMPRESSING, link_failed};
+use crate::link::{Link, LinkError, Wait};
+use crate::stream::body::decode_abort;
+use crate::stream::{Compression, Damage, HEADER_BYTES, Header, Kind, Unpacker, unpack};
+use crate::{Error, Result};
+
+/// The receiving half of a link.
+pub(crate) struct Inlet<'a> {
+    link: &'a dyn Link,
+    silence_max: Duration,
+    sequence: u32,
+    /// The header that is being read; kept, so that a look can stop in its middle.
+    header: [u8; HEADER_BYTES],
+    header_bytes: usize,
+    /// At least as long as the frame's payload.
+    payload: Vec<u8>,
+    unpacker: Option<Unpacker>,
+    /// What the next payload that is compressed goes into.
+    unpacked: Vec<u8>,
+}
+
+impl<'a> Inlet<'a> {
+    pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> Inlet<'a> {
+        Inlet {
+            link,
+            silence_max,
+            sequence: 0,
+            header: [0; HEADER_BYTES],
+            header_bytes: 0,
+            payload: Vec::new(),
+            unpacker: None,
+            unpacked: Vec::new(),
+        }
+    }
+
+    /// Payloads that are compressed are so in this way.
+    pub(crate) fn decompress(&mut self, compression: Option<Compression>) -> Result<()> {
+        let unpacker = compression.map(Unpacker::new).transpose();
+        self.unpacker = unpacker.map_err(|error| Error::Os { doing: COMPRESSING, error })?;
+        Ok(())
+    }
+
+    /// Of a further link, whose first frame, a JOIN, has been taken.
+    pub(crate) fn after_join(link: &'a dyn Link, silence_max: Duration) -> Inlet<'a> {
+        Inlet { sequence: 1, ..Inlet::new(link, silence_max) }
+    }
+
+    pub(crate) fn peer(&self) -> &str {
+        self.link.peer()
+    }
+
+    fn has_peer(&self) -> bool {
+        self.link.has_peer()
+    }
+
+    /// The next frame, whose payload is then in [`Inlet::payload`]; `None` when none has begun within the wait. ABORT
+    /// is [`Error::Aborted`].
+    pub(crate) fn next(&mut self, doing: &'static str, wait: Wait<'_>) -> Result<Option<Header>> {
+        while self.header_bytes < HEADER_BYTES {
+            match self.link.read(&mut self.header[self.header_bytes..], wait) {
+                Ok(bytes) => self.header_bytes += bytes,
+                Err(LinkError::TimedOut) => return Ok(None),
+                Err(error) => return Err(self.failed(error, doing)),
+            }
+        }
+        let header = Header::decode(&self.header).map_err(|damage| self.damaged(damage))?;
+        header.check_sequence(self.sequence).map_err(|damage| self.damaged(damage))?;
+        self.sequence = self.sequence.wrapping_add(1);
+        let bytes = header.length as usize;
+        if self.payload.len() < bytes {
+            self.payload.resize(bytes, 0);
+        }
+        let wait = Wait::within(self.silence_max, wait.cancel);
+        let mut filled = 0;
+        while filled < bytes {
+            match self.link.read(&mut self.payload[filled..bytes], wait) {
+                Ok(bytes) => filled += bytes,
+                Err(error) => return Err(self.failed(error, doing)),
+            }
+        }
+        self.header_bytes = 0;
+        let payload = &self.payload[..bytes];
+        header.check_payload(payload).map_err(|damage| self.damaged(damage))?;
+        if header.kind == Kind::ABORT {
+            let (code, reason) = decode_abort(payload);
+            return Err(Error::Aborted { peer: self.peer().into(), code, reason });
+        }
+        if header.compressed {
+            let unpacked = unpack(self.unpacker.as_mut(), &header, payload, &mut self.unpacked);
+            let header = unpacked.map_err(|damage| self.damaged(damage))?;
+            std::mem::swap(&mut self.payload, &mut self.unpacked);
+            return Ok(Some(header));
+        }
+        Ok(Some(header))
+    }
+
+    /// The payload of the frame that came last.
+    pub(crate) fn payload(&self, header: &Header) -> &[u8] {
+        &self.payload[..header.length as usize]
+    }
+
+    /// Takes the payload of the frame that came last away, for another buffer.
+    pub(crate) fn take_payload(&mut self, header: &Header, instead: Vec<u8>) -> Vec<u8> {
+        let mut taken = std::mem::replace(&mut self.payload, instead);
+        taken.truncate(header.length as usize);
+        taken
+    }
+
+    /// What is wrong with what came, as an error that names the sender.
+    pub(crate) fn damaged(&self, damage: Damage) -> Error {
+        Error::Stream { from: self.peer().into(), damage }
+    }
+
+    pub(crate) fn timed_out(&self, doing: &'static str, limit: Duration) -> Error {
+        link_failed(self.link, LinkError::TimedOut, doing, limit)
+    }
+
+    pub(super) fn failed(&self, error: LinkError, doing: &'static str) -> Error {
+        match error {
+            LinkError::Closed if !self.has_peer() => {
+                let what = if self.header_bytes > 0 { "a frame" } else { "its frames: the SUM is missing" };
+                self.damaged(Damage::Truncated { what })
+            }
+            error => link_failed(self.link, error, doing, self.silence_max),
+        }
+    }
+}
