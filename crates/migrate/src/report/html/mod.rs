@@ -47,7 +47,7 @@ impl Report {
         if let Some(rounds) = rounds::draw(self) {
             writeln!(page, "<h2>Rounds of pre-copy</h2>\n<figure>\n{rounds}</figure>")?;
         }
-        self.notes(page)?;
+        self.list_notes(page)?;
         self.tables(page)?;
         writeln!(page, "</main>\n</body>\n</html>")
     }
@@ -134,7 +134,7 @@ impl Report {
         writeln!(page, "</ul>")
     }
 
-    fn notes(&self, page: &mut String) -> std::fmt::Result {
+    fn list_notes(&self, page: &mut String) -> std::fmt::Result {
         if self.notes.is_empty() && self.peer_told {
             return Ok(());
         }
