@@ -1,23 +1,24 @@
-//! What the engine adds to a stop: idle devices with 1 MiB of final state each and no memory, moved over a UNIX socket
-//! pair again and again. From the downtime the arcs of the slowest device on each side are taken, and the time that
+//! What the engine adds to a stop: idle devices with 1 MiB of final state each and no memory, moved over loopback TCP
+//! again and again. From the downtime the arcs of the slowest device on each side are taken, and the time that
 //! plain `send` and `recv` of the same bytes take in the same run; what is left is the engine's, with the devices'
 //! reading and loading of their data.
 //!
 //! `cargo bench -p limosa-migrate --bench switchover -- [RUNS]`
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
 use limosa_client::Device;
 use limosa_device::{Loopback, Machine};
+use limosa_migrate::link::{Listener, Wait, connect};
 use limosa_migrate::{
     Act, Destination, Ledger, Memory, MovedDevice, Nobody, Options, Outcome, Received, Report, Source,
-    move_local,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 
 const STATE_BYTES: usize = 1 << 20;
+const SOON: Duration = Duration::from_secs(10);
 
 fn device() -> Loopback {
     let config = format!("state={STATE_BYTES},block=1M,verify=off,pre-copy=off").parse::<SyntheticConfig>();
@@ -37,7 +38,10 @@ fn arcs(report: &Report) -> f64 {
 
 /// In ms: as many bytes through a bare socket.
 fn floor(devices: usize) -> f64 {
-    let (mut near, mut far) = UnixStream::pair().expect("a socket pair");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let mut near = TcpStream::connect(listener.local_addr().expect("bound")).expect("it listens");
+    let (mut far, _) = listener.accept().expect("it connected");
+    near.set_nodelay(true).expect("a TCP socket");
     let data = vec![0x5a; STATE_BYTES];
     let mut into = vec![0; STATE_BYTES];
     let began = Instant::now();
@@ -53,16 +57,11 @@ fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 3] {
     let (options, ledger) = (Options::default(), Ledger::new());
     let ours: Vec<_> = sources.iter().map(|device| MovedDevice::new(device)).collect();
     let theirs: Vec<_> = destinations.iter().map(|device| MovedDevice::new(device)).collect();
-    let (outcome, received) = move_local(
-        &mut Source {
-            devices: &ours,
-            memory: Memory::default(),
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-        },
-        &Destination {
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("a port");
+    let near = connect(listener.address(), SOON).expect("it listens");
+    let far = listener.accept(Wait::within(SOON, None)).expect("it connected");
+    let (outcome, received) = std::thread::scope(|scope| {
+        let destination = Destination {
             devices: &theirs,
             memory: &[],
             vmm: &Nobody,
@@ -70,8 +69,19 @@ fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 3] {
             options: &options,
             cancel: None,
             ledger: &ledger,
-        },
-    );
+        };
+        let receiving = scope.spawn(move || destination.receive(&far));
+        let mut source = Source {
+            devices: &ours,
+            memory: Memory::default(),
+            vmm: &Nobody,
+            observer: &Nobody,
+            options: &options,
+            cancel: None,
+        };
+        let outcome = source.send(&near);
+        (outcome, receiving.join().expect("no panic"))
+    });
     let (Outcome::Moved(report), Received::Runs(theirs)) = (&outcome, &received) else {
         panic!("{outcome:?} {received:?}")
     };

@@ -391,7 +391,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         let all = inbox.queued == 0 && inbox.ahead.is_empty();
         let flushed = all && std::mem::take(&mut inbox.flush);
         let new = inbox.taken - inbox.told;
-        let due = self.credit && new > 0 && (flushed || new >= self.window / 4);
+        let due = self.credit && new > 0 && (flushed || new >= self.window / 2);
         due.then(|| {
             inbox.told = inbox.taken;
             inbox.taken

@@ -10,7 +10,7 @@ use crate::devices::{enter, failed};
 use crate::report::{Act, Recorder};
 use crate::sending::Sending;
 use crate::stream::body::{encode_device_end, encode_hint};
-use crate::stream::{DEVICE_BYTES_MAX, Kind};
+use crate::stream::{DEVICE_BYTES_MAX, Kind, RunningCrc};
 use crate::{Error, Result};
 
 /// The most that is read from a device at once: it stays in a core's cache on the way.
@@ -86,7 +86,7 @@ pub(crate) struct Saving<'w, 'a> {
     stream: Option<Box<dyn DataStream>>,
     begun: bool,
     bytes: u64,
-    crc: u32,
+    crc: RunningCrc,
     buffer: Vec<u8>,
 }
 
@@ -105,7 +105,7 @@ impl<'w, 'a> Saving<'w, 'a> {
             stream: None,
             begun: false,
             bytes: 0,
-            crc: 0,
+            crc: RunningCrc::new(),
             buffer: Vec::new(),
         }
     }
@@ -204,7 +204,7 @@ impl<'w, 'a> Saving<'w, 'a> {
         }
         self.begin()?;
         self.sending.until_stopped()?;
-        let end = encode_device_end(self.bytes, self.crc);
+        let end = encode_device_end(self.bytes, self.crc.value());
         self.sending.send(0, Kind::DEVICE_END, self.at as u32, 0, &end)?;
         self.recorder.device_span(self.at, Act::FinalData, began, self.bytes - before);
         Ok(())
@@ -255,8 +255,8 @@ impl<'w, 'a> Saving<'w, 'a> {
             self.begin()?;
             // Credit for it may come before the sending returns.
             self.flow().lock().sent = self.bytes + bytes as u64;
-            let header = self.sending.send_device(self.at, self.bytes, &self.buffer[..bytes])?;
-            self.crc = crc32c::crc32c_combine(self.crc, header.payload_crc, bytes);
+            self.sending.send_device(self.at, self.bytes, &self.buffer[..bytes])?;
+            self.crc.add(&self.buffer[..bytes]);
             self.bytes += bytes as u64;
             self.recorder.device_data(self.at, bytes as u64);
         }

@@ -12,6 +12,7 @@ mod preface;
 
 pub use body::{AbortCode, Answer, DeviceFacts, MemoryFacts, Offer, PciIds, Seal, Totals};
 pub use decoder::{Damaged, Decoded, Decoder};
+pub(crate) use frame::RunningCrc;
 pub use frame::{Header, Kind};
 pub use order::{Order, Step};
 pub(crate) use packed::unpack;

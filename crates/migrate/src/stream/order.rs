@@ -4,7 +4,7 @@
 use limosa_protocol::feature::PrecopyInfo;
 
 use super::body::{decode_device_end, decode_hint, decode_round, decode_u64};
-use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, Seal, Totals};
+use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, RunningCrc, Seal, Totals};
 
 /// A frame that is in order, and what it says. Devices and memory are named by their place in the
 /// offer.
@@ -56,13 +56,13 @@ struct Device {
     begun: bool,
     ended: bool,
     bytes: u64,
-    crc: u32,
+    crc: RunningCrc,
 }
 
 impl Order {
     /// At the OFFER.
     pub fn new(offer: &Offer) -> Order {
-        let device = |id| Device { id, begun: false, ended: false, bytes: 0, crc: 0 };
+        let device = |id| Device { id, begun: false, ended: false, bytes: 0, crc: RunningCrc::new() };
         Order {
             devices: offer.devices.iter().map(|facts| device(facts.id)).collect(),
             memory: offer.memory.clone(),
@@ -138,8 +138,7 @@ impl Order {
                 if bytes > DEVICE_BYTES_MAX {
                     return misplaced("the device's stream is too long");
                 }
-                // Of the two checksums, so that the bytes are gone over once.
-                device.crc = crc32c::crc32c_combine(device.crc, header.payload_crc, payload.len());
+                device.crc.add(payload);
                 device.bytes = bytes;
                 self.totals.device_bytes += payload.len() as u64;
                 Step::DeviceData(at, payload)
@@ -161,9 +160,10 @@ impl Order {
                     let why = format!("it counts {bytes} bytes, {} came", device.bytes);
                     return Err(Damage::Misplaced { kind, why });
                 }
-                if crc != device.crc {
+                let computed = device.crc.value();
+                if crc != computed {
                     let of = "a device's data";
-                    return Err(Damage::Checksum { of, expected: crc, computed: device.crc });
+                    return Err(Damage::Checksum { of, expected: crc, computed });
                 }
                 device.ended = true;
                 Step::DeviceEnd(at)
