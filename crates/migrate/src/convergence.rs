@@ -132,13 +132,16 @@ impl Course {
 pub(crate) struct Pace {
     /// From a question to its answer.
     latency: Duration,
+    /// How long all devices take for an arc, as far as one was walked. A stop is five: to PRE_COPY_P2P, to STOP_COPY,
+    /// and at the destination to STOP, to RUNNING_P2P and to RUNNING.
+    arc: Duration,
     /// 0 as long as it is not known.
     bytes_per_second: f64,
 }
 
 impl Pace {
-    pub(crate) fn new(latency: Duration) -> Pace {
-        Pace { latency, bytes_per_second: 0.0 }
+    pub(crate) fn new(latency: Duration, arc: Duration) -> Pace {
+        Pace { latency, arc, bytes_per_second: 0.0 }
     }
 
     /// So many bytes were handled by the other side in this time.
@@ -157,11 +160,11 @@ impl Pace {
         self.bytes_per_second as u64
     }
 
-    /// How long so many bytes take, and the words that come after them: READY, COMMIT and RUNNING.
+    /// How long so many bytes take, the arcs around them, and the words that come after: READY, COMMIT and RUNNING.
     pub(crate) fn downtime(&self, bytes: u64) -> Duration {
         let rate = if self.bytes_per_second > 0.0 { self.bytes_per_second } else { ASSUMED };
         let moved = Duration::try_from_secs_f64(bytes as f64 / rate).unwrap_or(Duration::MAX);
-        moved.saturating_add(self.latency.saturating_mul(2))
+        moved.saturating_add(self.latency.saturating_mul(2)).saturating_add(self.arc.saturating_mul(5))
     }
 }
 
@@ -227,7 +230,7 @@ mod tests {
 
     #[test]
     fn small_rounds_tell_of_latency_and_large_ones_of_the_rate() {
-        let mut pace = Pace::new(Duration::from_millis(2));
+        let mut pace = Pace::new(Duration::from_millis(2), Duration::ZERO);
         assert_eq!(pace.downtime(1 << 30), Duration::from_millis(1004), "a rate is assumed");
         pace.measured(1 << 10, Duration::from_millis(2));
         assert_eq!(pace.bytes_per_second(), 0, "not known yet");
@@ -238,6 +241,11 @@ mod tests {
         assert_eq!(pace.downtime(10 << 20), Duration::from_millis(12));
         pace.measured(100 << 20, Duration::from_millis(201));
         assert_eq!(pace.bytes_per_second(), 750 << 20);
+        assert_eq!(
+            Pace::new(Duration::ZERO, Duration::from_millis(3)).downtime(0),
+            Duration::from_millis(15),
+            "arcs"
+        );
         pace.measured(0, Duration::ZERO);
         pace.measured(u64::MAX, Duration::ZERO);
         assert!(pace.downtime(u64::MAX) > Duration::ZERO);

@@ -29,6 +29,7 @@ impl Source<'_> {
         recorder: &Recorder<'_>,
         held: &mut Held,
     ) -> Result<()> {
+        let began = now();
         for ((moved, flow), found) in self.devices.iter().zip(&sending.flows).zip(&held.found) {
             let device = moved.device;
             let flags =
@@ -40,12 +41,13 @@ impl Source<'_> {
             }
         }
         sending.flows.iter().try_for_each(|device| saving::wait(sending, device, |_| false))?;
+        let arc = now() - began;
         let open: Vec<_> = sending.flows.iter().filter(|device| device.lock().open).collect();
         let has_memory = !self.memory.regions.is_empty() && !held.dirty.blind;
         if !has_memory && open.is_empty() {
             return Ok(());
         }
-        let mut pace = Pace::new(sending.flush()?);
+        let mut pace = Pace::new(sending.flush()?, if open.is_empty() { Duration::ZERO } else { arc });
         let mut course = Course::new(self.options.convergence);
         for number in 1.. {
             sending.check()?;
