@@ -171,9 +171,8 @@ fn the_sender_killed_before_the_commit_leaves_a_source_that_can_be_run_and_an_em
         if let Some(proxy) = &scene.proxy {
             proxy.release();
         }
-        if at == At::Load {
-            // It had loaded all: the sender might have sent COMMIT.
-            scene.receiver.line("the source may be in doubt");
+        // If all was loaded before it was noticed, the sender might have sent COMMIT.
+        if at == At::Load && scene.receiver.says("the source may be in doubt") {
             scene.receiver.signal(Signal::INT);
         }
         scene.receiver.end().fails(4, &["the link to", &scene.destination.socket, "was not loaded"]);
