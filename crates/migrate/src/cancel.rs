@@ -2,10 +2,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use crate::lock::lock;
 
 /// A handle to call a move off. Clones are the same handle.
 ///
@@ -29,11 +31,6 @@ struct Inner {
 
 /// As long as it lives, a function is called when a handle is used ([`Cancel::watch`]).
 pub(crate) struct Watch(#[expect(dead_code, reason = "only kept")] Arc<dyn Fn() + Send + Sync>);
-
-/// What a thread that panicked left behind is whole: each change is a single step.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Cancel {
     /// A handle that has not been used. Fails when the process is out of file descriptors.

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use limosa_guest_memory::FileMapping;
 use rustix::fs::{SeekFrom, seek};
@@ -127,7 +127,7 @@ impl GuestPages for FilePages {
             (start < end).then(|| start - self.offset..end - self.offset)
         };
         // Held meanwhile, for the file has one position.
-        let mut known = self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = crate::lock::lock(&self.data);
         if known.contains(&wanted.start) {
             return Ok(within(&known));
         }

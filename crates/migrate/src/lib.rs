@@ -68,6 +68,7 @@ mod inspect;
 mod ledger;
 pub mod link;
 mod local;
+mod lock;
 mod memory;
 mod options;
 mod pages;

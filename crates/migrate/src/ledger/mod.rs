@@ -143,7 +143,7 @@ impl Ledger {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Move>> {
         // Each change is a single assignment, so that a panic leaves nothing half done.
-        self.moves.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        crate::lock::lock(&self.moves)
     }
 }
 

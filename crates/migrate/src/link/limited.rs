@@ -1,10 +1,11 @@
 //! A link that sends no faster than it is told to.
 
 use std::io::IoSlice;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::{Link, LinkError, Wait};
+use crate::lock::lock;
 
 /// How long a burst may be that follows a pause, as time at the full rate.
 const BURST: Duration = Duration::from_millis(20);
@@ -87,7 +88,7 @@ impl Bandwidth {
     }
 
     fn lock(&self) -> MutexGuard<'_, Bucket> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Takes what may be sent now of this, at least one byte, once there is something.

@@ -6,7 +6,7 @@ mod error;
 
 use std::fmt;
 use std::io::{self, IoSlice, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rustls::{ClientConnection, Connection, ServerConnection};
@@ -15,6 +15,7 @@ pub use config::Tls;
 pub use error::TlsError;
 
 use super::{Address, Link, LinkError, SocketLink, Wait};
+use crate::lock::lock;
 
 /// Room for what was received and is not decrypted yet.
 const INBOX_BYTES: usize = 128 << 10;
@@ -65,11 +66,6 @@ impl<L: Link> fmt::Debug for TlsLink<L> {
             .field("tls", &self.tls)
             .finish_non_exhaustive()
     }
-}
-
-/// What a thread that panicked left behind is looked at all the same: the frames above tell whether it is whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<L: Link> TlsLink<L> {

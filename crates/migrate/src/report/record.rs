@@ -10,6 +10,7 @@ use super::text::Time;
 use super::{
     Act, DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side, SpanReport,
 };
+use crate::lock::lock;
 use crate::stream::{MigrationId, Totals};
 use crate::{Observer, Options, Round};
 
@@ -401,10 +402,6 @@ fn limits(side: Side, options: &Options) -> LimitsReport {
         load_max_ns: nanoseconds(options.load_max),
         commit_max_ns: nanoseconds(options.commit_max),
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn ns(from: Instant, to: Instant) -> u64 {

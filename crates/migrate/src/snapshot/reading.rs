@@ -2,7 +2,7 @@
 //! it gave is what was verified.
 
 use std::io::{self, IoSlice};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::{Limits, PIECE_BYTES, SnapshotReader, SnapshotSource, failed};
 use crate::inspect::{Verified, verify_reader};
@@ -72,7 +72,7 @@ impl Link for Reading {
         if wait.cancel.is_some_and(Cancel::is_cancelled) {
             return Err(LinkError::Cancelled);
         }
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = crate::lock::lock(&self.inner);
         if inner.used == inner.piece.len() {
             inner.fill(wait)?;
         }

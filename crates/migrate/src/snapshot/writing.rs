@@ -51,7 +51,7 @@ impl Writing {
     /// After the SUM: the SEAL, over everything that came before it.
     pub(crate) fn seal(&self, channel: &mut Channel<'_>, limits: Limits<'_>) -> Result<()> {
         let seal = {
-            let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut inner = crate::lock::lock(&self.inner);
             let flushed = inner.flush(limits.wait());
             flushed.map_err(|error| failed(&self.name, "writing it", limits.silence_max, error))?;
             Seal { bytes: inner.bytes, blake3: *inner.hasher.finalize().as_bytes() }
@@ -74,7 +74,7 @@ impl Link for Writing {
         if wait.cancel.is_some_and(crate::Cancel::is_cancelled) {
             return Err(LinkError::Cancelled);
         }
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = crate::lock::lock(&self.inner);
         let mut taken = 0;
         for slice in slices {
             if inner.piece.len() == PIECE_BYTES {
