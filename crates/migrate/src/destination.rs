@@ -14,7 +14,7 @@ use crate::memory::MemoryRegion;
 use crate::receiving::{self, Receiving};
 use crate::report::{Act, Phase, Recorder, Report, Side};
 use crate::snapshot::{Limits, Reading, SnapshotSource, of_place};
-use crate::stream::body::decode_u32;
+use crate::stream::body::{NEEDS_CREDIT, decode_u32};
 use crate::stream::{
     Answer, Damage, DeviceFacts, Kind, LINKS_MAX, MigrationId, Offer, Preface, PrefaceFlags,
 };
@@ -113,6 +113,7 @@ impl<'a> Destination<'a> {
         let recorder = self.recorder();
         let link = MeteredLink::new(link, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
+        channel.inlet.count(recorder.buffers());
         let mut taken = Vec::new();
         recorder.phase(Phase::Handshake);
         let (preface, offer) = match self.greet(&mut channel, &recorder) {
@@ -187,6 +188,7 @@ impl<'a> Destination<'a> {
         };
         let link = MeteredLink::new(&reading, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
+        channel.inlet.count(recorder.buffers());
         let mut taken = Vec::new();
         let ended = match self.greet(&mut channel, &recorder) {
             Ok((preface, Some(offer))) => {
@@ -277,14 +279,16 @@ impl<'a> Destination<'a> {
         tracing::debug!(%id, devices = offer.devices.len(), "offer");
         let accepted = channel.attend(|| self.accept(offer, recorder, taken));
         let most = if further.is_some() { self.options.links.get() } else { 1 };
-        let links = offer.links.min(most);
+        // Without credit nothing would bound what comes over one link ahead of what another brings.
+        let links =
+            if offer.needs.iter().any(|need| need == NEEDS_CREDIT) { offer.links.min(most) } else { 1 };
         if channel.has_peer() {
             let reasons = match &accepted {
                 Ok(()) => Vec::new(),
                 Err(Error::Incompatible { reasons }) => reasons.clone(),
                 Err(error) => vec![error.to_string()],
             };
-            let window = Some(receiving::window(self.devices.len()));
+            let window = Some(receiving::window(self.devices.len(), self.options));
             let answer = Answer { accepted: accepted.is_ok(), reasons, links, window };
             let payload = answer.encode().map_err(|damage| channel.damaged(damage))?;
             channel.send(Kind::ANSWER, 0, 0, &payload)?;
@@ -308,6 +312,7 @@ impl<'a> Destination<'a> {
             links.iter().map(|link| Inlet::after_join(link, self.options.silence_max)).collect();
         for inlet in &mut inlets {
             inlet.decompress(offer.compression())?;
+            inlet.count(recorder.buffers());
         }
         limosa_clockwork::scope(|scope| {
             let receiving = &receiving;

@@ -48,12 +48,15 @@
 //!
 //! # What it takes
 //!
-//! Beside the guest's memory and bitmaps (of each region a bit for each page, a few times), a move takes on each side: a
-//! frame (1 MiB) for each link and each device, one more for each link where payloads are compressed, and at the
-//! destination what of devices' data was sent and is not loaded yet, 32 MiB at most of all of them together, with up to
-//! 8 MiB of buffers kept for it. With four links that is under 64 MiB, whatever the size of the guest.
+//! Beside the guest's memory and bitmaps (of each region a bit for each page, a few times), a move takes at the source a
+//! frame (1 MiB) for each link and half of one for each device, and as much as a frame for each of both where payloads are
+//! compressed. At the destination it takes a frame and a half for each link, one more where payloads are compressed, and
+//! what of devices' data has come and is not loaded yet: 32 MiB of all of them together ([`Options::windows_bytes`]), in
+//! buffers that are up to a quarter larger, with up to 8 MiB of emptied ones. With four links that is under 64 MiB,
+//! whatever the size of the guest; [`Report::buffer_bytes_max`] says how much it was.
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod cancel;
 mod channel;
 mod convergence;

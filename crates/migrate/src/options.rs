@@ -23,6 +23,10 @@ pub struct Options {
     /// How a source compresses memory and devices' data, on links and in what it saves; what would not become shorter
     /// goes as it is. A destination takes either. It pays on links that are slower than a core compresses.
     pub compress: Option<Compression>,
+    /// On the destination: how many bytes of devices' data may have come and not be loaded, of all devices together.
+    /// Each may have an equal part of it, [`WINDOW_BYTES_MIN`](crate::stream::WINDOW_BYTES_MIN) at least and 4 MiB at
+    /// most: less costs speed where the way to the source takes long.
+    pub windows_bytes: u64,
     /// When pre-copy stops.
     pub convergence: crate::Convergence,
     /// How long the other side may say nothing. It says that it is alive four times a second, or as often within its own
@@ -41,6 +45,7 @@ impl Default for Options {
             links: NonZeroU32::MIN,
             links_measured: false,
             compress: None,
+            windows_bytes: 32 << 20,
             convergence: crate::Convergence::default(),
             silence_max: Duration::from_secs(30),
             load_max: Duration::from_secs(600),

@@ -5,6 +5,7 @@ use limosa_clockwork::{Monitor, now};
 use limosa_protocol::bitmap::DirtyBitmap;
 
 use crate::Result;
+use crate::buffer::Buffer;
 use crate::memory::{MemoryRegion, PAGE_BYTES, is_zero};
 use crate::report::Recorder;
 use crate::sending::Sending;
@@ -65,7 +66,7 @@ pub(crate) fn send<'m>(
     sending: &Sending<'_, '_>,
     recorder: &Recorder<'_>,
 ) -> Result<()> {
-    let mut buffer = Vec::new();
+    let mut buffer = Buffer::new(recorder.buffers());
     let mut zeroes = Zeroes { link, sending, recorder, run: None };
     loop {
         let chunk = {
@@ -87,7 +88,7 @@ pub(crate) fn send<'m>(
         // What is known for zeroes is not read, so that memory that was never touched stays so.
         while let Some(data) = region.data(from..end)? {
             zeroes.add(region.id, from, data.start - from)?;
-            buffer.resize(CHUNK_BYTES as usize, 0);
+            buffer.grow(CHUNK_BYTES as usize);
             let piece = &mut buffer[..(data.end - data.start) as usize];
             region.pages.read(data.start, piece).map_err(|error| region.failed(data.start, error))?;
             let mut offset = data.start;

@@ -2,16 +2,17 @@
 //! it belongs, and hands devices' data to a loader for each device, so that a device that is slow to load holds up no
 //! other.
 
+mod inbox;
 mod loading;
 
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_client::DeviceExt;
 use limosa_clockwork::{Monitor, now};
-use limosa_protocol::{MigrationFlags, State};
+use limosa_protocol::MigrationFlags;
 
+use crate::buffer::{Buffer, Spares};
 use crate::cancel::Watch;
 use crate::channel::{Inlet, Outlet, pulse};
 use crate::devices::{MovedDevice, failed};
@@ -21,19 +22,17 @@ use crate::report::{Phase, Recorder};
 use crate::stream::body::{NEEDS_CREDIT, decode_device_end};
 use crate::stream::{Damage, Header, Kind, Offer, Order, Step, WINDOW_BYTES_MIN};
 use crate::{Cancel, Error, Options, Result, Round};
+use inbox::{Inbox, data_bytes};
 
 /// The most bytes of a device that may be on their way.
-const WINDOW_BYTES_MAX: u64 = 4 << 20;
-/// The most bytes of all devices together that may be.
-const WINDOWS_BYTES: u64 = 32 << 20;
-/// The most bytes of emptied buffers that are kept for later.
-const SPARE_BYTES: usize = 8 << 20;
-
+pub(crate) const WINDOW_BYTES_MAX: u64 = 4 << 20;
+/// The most bytes of emptied buffers that are kept for later, beside a quarter of all windows.
+const SPARE_BYTES: u64 = 8 << 20;
 const DOING: &str = "waiting for the source's data";
 
 /// How much of each device may be on its way.
-pub(crate) fn window(devices: usize) -> u64 {
-    (WINDOWS_BYTES / devices.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
+pub(crate) fn window(devices: usize, options: &Options) -> u64 {
+    (options.windows_bytes / devices.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
 }
 
 /// The work between the answer and READY.
@@ -54,7 +53,7 @@ pub(crate) struct Receiving<'w, 'a> {
     inboxes: Vec<Monitor<Inbox>>,
     /// The devices' ids, as the offer has them.
     ids: Vec<u32>,
-    spare: Monitor<Vec<Vec<u8>>>,
+    spare: Monitor<Spares>,
     state: Arc<Monitor<Progress>>,
     ended: Cancel,
     /// Wakes whoever waits for the state.
@@ -67,32 +66,6 @@ struct Progress {
     links_ended: usize,
     loaded: usize,
     over: bool,
-}
-
-/// What a device is still to be given.
-#[derive(Default)]
-struct Inbox {
-    queue: VecDeque<Item>,
-    /// Bytes of it that are in the queue or being loaded.
-    queued: u64,
-    /// What came over other links before its turn, by its place in the device's stream.
-    ahead: BTreeMap<u64, (Header, Vec<u8>)>,
-    /// Bytes that the device has taken, and of how many of them the source knows.
-    taken: u64,
-    told: u64,
-    /// The source wants to know when all is taken.
-    flush: bool,
-    /// A state that it is driven to once it is loaded, and how that went.
-    enter: Option<State>,
-    entered: Option<Result<()>>,
-    /// It was asked to run, and may.
-    asked: bool,
-    over: bool,
-}
-
-enum Item {
-    Data(Vec<u8>),
-    End,
 }
 
 impl<'w, 'a> Receiving<'w, 'a> {
@@ -118,6 +91,8 @@ impl<'w, 'a> Receiving<'w, 'a> {
             flags.map_err(|error| failed(moved.device, "reading its flags", error))
         });
         let flags = flags.collect::<Result<_>>()?;
+        let window = window(devices.len(), options);
+        let spare_bytes = SPARE_BYTES.min(window * devices.len() as u64 / 4);
         // Regions are matched by id, and lie in the same order nowhere but in the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
         Ok(Receiving {
@@ -127,13 +102,13 @@ impl<'w, 'a> Receiving<'w, 'a> {
             recorder,
             options,
             credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
-            window: window(devices.len()),
+            window,
             flags,
             links,
             order: Monitor::new(Order::new(offer)),
             inboxes: devices.iter().map(|_| Monitor::default()).collect(),
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
-            spare: Monitor::default(),
+            spare: Monitor::new(Spares::new(spare_bytes as usize)),
             _watch: {
                 let state = Arc::clone(&state);
                 ended.watch(move || state.notify_all())
@@ -337,15 +312,13 @@ impl<'w, 'a> Receiving<'w, 'a> {
             return Err(damaged(Damage::Misplaced { kind: header.kind, why }));
         }
         if self.links > 1 && !is_due {
-            if inbox.ahead.contains_key(&place) {
-                let why = format!("what is for byte {place} has come before");
-                return Err(damaged(Damage::Misplaced { kind: header.kind, why }));
-            }
             drop(order);
-            let payload = inlet.take_payload(header, self.spare.lock().pop().unwrap_or_default());
-            inbox.ahead.insert(place, (*header, payload));
+            let payload = inlet.take_payload(header, || self.spare());
+            inbox.keep_ahead(place, *header, payload).map_err(|damage| inlet.damaged(damage))?;
+            self.recorder.device_waits(at, inbox.waiting());
             return Ok(());
         }
+        inbox.check_ahead(place, header).map_err(damaged)?;
         order.next(header, inlet.payload(header)).map_err(damaged)?;
         drop(order);
         // The others send over one link.
@@ -356,8 +329,9 @@ impl<'w, 'a> Receiving<'w, 'a> {
         {
             (inbox, _) = self.inboxes[at].wait(inbox, None);
         }
-        let payload = inlet.take_payload(header, self.spare.lock().pop().unwrap_or_default());
-        self.hand_on(&mut inbox, header, payload);
+        let payload = inlet.take_payload(header, || self.spare());
+        inbox.hand_on(header, payload);
+        self.recorder.device_waits(at, inbox.waiting());
         self.inboxes[at].notify_all();
         drop(inbox);
         self.deliver_ahead(at, inlet)
@@ -371,19 +345,15 @@ impl<'w, 'a> Receiving<'w, 'a> {
             let mut inbox = self.inboxes[at].lock();
             let Some((header, payload)) = inbox.ahead.remove(&due) else { return Ok(()) };
             order.next(&header, &payload).map_err(|damage| inlet.damaged(damage))?;
-            self.hand_on(&mut inbox, &header, payload);
+            inbox.ahead_bytes -= data_bytes(&header, &payload);
+            inbox.hand_on(&header, payload);
             self.inboxes[at].notify_all();
         }
     }
 
-    fn hand_on(&self, inbox: &mut Inbox, header: &Header, payload: Vec<u8>) {
-        match header.kind {
-            Kind::DEVICE_END => inbox.queue.push_back(Item::End),
-            _ => {
-                inbox.queued += payload.len() as u64;
-                inbox.queue.push_back(Item::Data(payload));
-            }
-        }
+    /// A buffer for what comes next.
+    fn spare(&self) -> Buffer {
+        self.spare.lock().take().unwrap_or_else(|| Buffer::new(self.recorder.buffers()))
     }
 
     /// What the source is to be told of a device now: how much it has taken.

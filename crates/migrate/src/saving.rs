@@ -6,6 +6,7 @@ use limosa_clockwork::{Monitor, now};
 use limosa_protocol::State;
 use limosa_protocol::feature::PrecopyInfo;
 
+use crate::buffer::Buffer;
 use crate::devices::{enter, failed};
 use crate::report::{Act, Recorder};
 use crate::sending::Sending;
@@ -87,7 +88,7 @@ pub(crate) struct Saving<'w, 'a> {
     begun: bool,
     bytes: u64,
     crc: RunningCrc,
-    buffer: Vec<u8>,
+    buffer: Buffer,
 }
 
 impl<'w, 'a> Saving<'w, 'a> {
@@ -106,7 +107,7 @@ impl<'w, 'a> Saving<'w, 'a> {
             begun: false,
             bytes: 0,
             crc: RunningCrc::new(),
-            buffer: Vec::new(),
+            buffer: Buffer::new(recorder.buffers()),
         }
     }
 
@@ -122,7 +123,7 @@ impl<'w, 'a> Saving<'w, 'a> {
     /// Does what it is given until the work is over.
     pub(crate) fn run(mut self) {
         // Now, and not when nothing runs: memory that is touched first takes its time.
-        self.buffer.resize(self.room(), 0);
+        self.buffer.grow(self.room());
         loop {
             let job = {
                 let mut flow = self.flow().lock();
@@ -255,7 +256,7 @@ impl<'w, 'a> Saving<'w, 'a> {
             self.begin()?;
             // Credit for it may come before the sending returns.
             self.flow().lock().sent = self.bytes + bytes as u64;
-            self.sending.send_device(self.at, self.bytes, &self.buffer[..bytes])?;
+            self.sending.send_device(self.at, self.bytes, &self.buffer[..bytes], self.recorder)?;
             self.crc.add(&self.buffer[..bytes]);
             self.bytes += bytes as u64;
             self.recorder.device_data(self.at, bytes as u64);

@@ -8,9 +8,14 @@ use limosa_clockwork::{Monitor, now};
 use crate::channel::{Inlet, LINGER, Outlet, pulse};
 use crate::fewest::Fewest;
 use crate::link::Wait;
+use crate::report::Recorder;
 use crate::saving::Flow;
 use crate::stream::{Damage, Header, Kind};
 use crate::{Cancel, Error, Options, Result};
+
+/// Of less than this at once all that a device gives goes over one link, so that not many pieces of it are ahead of
+/// others (`docs/stream.md: Several links`).
+pub(crate) const SMALL_BYTES: usize = 4 << 10;
 
 /// The work between the handshake and READY.
 pub(crate) struct Sending<'w, 'a> {
@@ -131,7 +136,13 @@ impl<'w, 'a> Sending<'w, 'a> {
     }
 
     /// Sends a device's data over the link that has the least to do, once the destination has room for it.
-    pub(crate) fn send_device(&self, device: usize, position: u64, data: &[u8]) -> Result<Header> {
+    pub(crate) fn send_device(
+        &self,
+        device: usize,
+        position: u64,
+        data: &[u8],
+        recorder: &Recorder<'_>,
+    ) -> Result<Header> {
         if let Some(window) = self.window {
             let end = position + data.len() as u64;
             let mut flow = self.flows[device].lock();
@@ -147,10 +158,12 @@ impl<'w, 'a> Sending<'w, 'a> {
                     return Err(self.timed_out("waiting for it to take a device's data"));
                 }
             }
+            recorder.device_waits(device, end - flow.taken);
         }
         // Devices begin at different links, so that one with little to do is found at once.
         let links = self.outlets.len();
-        let link = (0..links).map(|at| (at + device) % links).min_by_key(|at| self.outlets[*at].busy());
+        let among = if data.len() < SMALL_BYTES { 1 } else { links };
+        let link = (0..among).map(|at| (at + device) % links).min_by_key(|at| self.outlets[*at].busy());
         self.send(link.unwrap_or(0), Kind::DEVICE_DATA, device as u32, position, data)
     }
 

@@ -118,6 +118,7 @@ impl<'a> Source<'a> {
         let recorder = self.recorder();
         let link = MeteredLink::new(link, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
+        channel.inlet.count(recorder.buffers());
         let mut held = Held::default();
         recorder.phase(Phase::Handshake);
         let id = match self.until_ready(&mut channel, further, &recorder, &mut held) {
@@ -235,7 +236,7 @@ impl<'a> Source<'a> {
         let outlets: Vec<_> = (links.iter())
             .map(|link| {
                 let outlet = Outlet::new(link, self.options.silence_max);
-                outlet.compress(self.options.compress);
+                outlet.compress(self.options.compress, recorder.buffers());
                 outlet
             })
             .collect();
@@ -322,7 +323,7 @@ impl<'a> Source<'a> {
             offer.links = if has_further { self.options.links.get() } else { 1 };
         }
         offer.needs.extend(self.options.compress.map(|compression| compression.name().into()));
-        channel.outlet.compress(self.options.compress);
+        channel.outlet.compress(self.options.compress, recorder.buffers());
         for moved in self.devices {
             let state =
                 moved.device.state().map_err(|error| failed(moved.device, "reading its state", error))?;

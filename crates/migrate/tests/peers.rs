@@ -184,6 +184,21 @@ fn a_source_that_breaks_the_order_is_refused_and_the_destination_stays_usable() 
 }
 
 #[test]
+fn a_source_that_sends_more_than_it_has_credit_for_is_refused() {
+    let why = source_says(&ends(), |peer| {
+        peer.preface(ID);
+        let device = DeviceFacts { id: 7, name: "made up".into(), flags: 7, ..DeviceFacts::default() };
+        let needs = vec!["credit".into()];
+        let offer = Offer { needs, devices: vec![device], ..Offer::default() };
+        peer.frame(Kind::OFFER, 0, 0, &offer.encode().unwrap());
+        peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+        // Whether it is in order does not matter any more.
+        peer.frame(Kind::DEVICE_DATA, 7, (4 << 20) - 3, b"four");
+    });
+    assert!(why.to_string().contains("with the last credit there is room up to byte 4194304"), "{why}");
+}
+
+#[test]
 fn a_foreign_device_s_state_is_refused_before_ready() {
     let why = source_says(&ends(), |peer| {
         greet(peer);

@@ -1,8 +1,10 @@
 //! The receiving half of a link: frames, checked.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{COMPRESSING, link_failed};
+use crate::buffer::{Buffer, Gauge};
 use crate::link::{Link, LinkError, Wait};
 use crate::stream::body::decode_abort;
 use crate::stream::{Compression, Damage, HEADER_BYTES, Header, Kind, Unpacker, unpack};
@@ -17,10 +19,14 @@ pub(crate) struct Inlet<'a> {
     header: [u8; HEADER_BYTES],
     header_bytes: usize,
     /// At least as long as the frame's payload.
-    payload: Vec<u8>,
+    payload: Buffer,
     unpacker: Option<Unpacker>,
     /// What the next payload that is compressed goes into.
-    unpacked: Vec<u8>,
+    unpacked: Buffer,
+    /// The buffer of the other frames, while there is a device's data in the payload, and the other way round.
+    other: Buffer,
+    is_device: bool,
+    buffers: Arc<Gauge>,
 }
 
 impl<'a> Inlet<'a> {
@@ -31,9 +37,12 @@ impl<'a> Inlet<'a> {
             sequence: 0,
             header: [0; HEADER_BYTES],
             header_bytes: 0,
-            payload: Vec::new(),
+            payload: Buffer::default(),
             unpacker: None,
-            unpacked: Vec::new(),
+            unpacked: Buffer::default(),
+            other: Buffer::default(),
+            is_device: false,
+            buffers: Arc::default(),
         }
     }
 
@@ -42,6 +51,14 @@ impl<'a> Inlet<'a> {
         let unpacker = compression.map(Unpacker::new).transpose();
         self.unpacker = unpacker.map_err(|error| Error::Os { doing: COMPRESSING, error })?;
         Ok(())
+    }
+
+    /// What it holds is counted there.
+    pub(crate) fn count(&mut self, buffers: &Arc<Gauge>) {
+        self.buffers = Arc::clone(buffers);
+        for buffer in [&mut self.payload, &mut self.unpacked, &mut self.other] {
+            *buffer = Buffer::new(buffers);
+        }
     }
 
     /// Of a further link, whose first frame, a JOIN, has been taken.
@@ -71,9 +88,12 @@ impl<'a> Inlet<'a> {
         header.check_sequence(self.sequence).map_err(|damage| self.damaged(damage))?;
         self.sequence = self.sequence.wrapping_add(1);
         let bytes = header.length as usize;
-        if self.payload.len() < bytes {
-            self.payload.resize(bytes, 0);
+        // A device's data is taken away, in a buffer that should not be larger than it.
+        let is_device = header.kind == Kind::DEVICE_DATA;
+        if std::mem::replace(&mut self.is_device, is_device) != is_device {
+            std::mem::swap(&mut self.payload, &mut self.other);
         }
+        self.payload.grow(bytes);
         let wait = Wait::within(self.silence_max, wait.cancel);
         let mut filled = 0;
         while filled < bytes {
@@ -90,7 +110,8 @@ impl<'a> Inlet<'a> {
             return Err(Error::Aborted { peer: self.peer().into(), code, reason });
         }
         if header.compressed {
-            let unpacked = unpack(self.unpacker.as_mut(), &header, payload, &mut self.unpacked);
+            let unpacker = self.unpacker.as_mut();
+            let unpacked = self.unpacked.change(|raw| unpack(unpacker, &header, payload, raw));
             let header = unpacked.map_err(|damage| self.damaged(damage))?;
             std::mem::swap(&mut self.payload, &mut self.unpacked);
             return Ok(Some(header));
@@ -103,10 +124,15 @@ impl<'a> Inlet<'a> {
         &self.payload[..header.length as usize]
     }
 
-    /// Takes the payload of the frame that came last away, for another buffer.
-    pub(crate) fn take_payload(&mut self, header: &Header, instead: Vec<u8>) -> Vec<u8> {
-        let mut taken = std::mem::replace(&mut self.payload, instead);
-        taken.truncate(header.length as usize);
+    /// Takes the payload of the frame that came last away, for another buffer; or a copy of it, so that what is taken
+    /// away never holds much more than its bytes.
+    pub(crate) fn take_payload(&mut self, header: &Header, instead: impl FnOnce() -> Buffer) -> Buffer {
+        let bytes = header.length as usize;
+        if self.payload.is_wide_for(bytes) {
+            return Buffer::copy(&self.buffers, &self.payload[..bytes]);
+        }
+        let mut taken = std::mem::replace(&mut self.payload, instead());
+        taken.truncate(bytes);
         taken
     }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::{Monitor, now};
 
 use super::{COMPRESSING, link_failed, pulse};
+use crate::buffer::Gauge;
 use crate::link::{Link, LinkError, Wait};
 use crate::stream::body::encode_abort;
 use crate::stream::{Compression, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
@@ -18,7 +19,7 @@ pub(crate) struct Outlet<'a> {
     link: &'a dyn Link,
     silence_max: Duration,
     turns: Monitor<Turns>,
-    compression: OnceLock<Compression>,
+    compression: OnceLock<(Compression, Arc<Gauge>)>,
     /// Of which nobody is compressing with one now. There are never more than threads that send at once.
     packers: Monitor<Vec<Packer>>,
 }
@@ -71,10 +72,10 @@ impl<'a> Outlet<'a> {
         }
     }
 
-    /// From now on devices' data and memory are compressed.
-    pub(crate) fn compress(&self, compression: Option<Compression>) {
+    /// From now on devices' data and memory are compressed; what that holds is counted.
+    pub(crate) fn compress(&self, compression: Option<Compression>, buffers: &Arc<Gauge>) {
         if let Some(compression) = compression {
-            let _ = self.compression.set(compression);
+            let _ = self.compression.set((compression, Arc::clone(buffers)));
         }
     }
 
@@ -145,13 +146,14 @@ impl<'a> Outlet<'a> {
     ) -> Result<Header> {
         // Before the turn, which others wait for.
         let header = Header::new(kind, section, position, 0, payload);
-        let Some(compression) = self.compression.get().filter(|_| kind.may_be_compressed()) else {
+        let Some((compression, buffers)) = self.compression.get().filter(|_| kind.may_be_compressed()) else {
             return self.send_with(header, payload, cancel);
         };
         let spare = self.packers.lock().pop();
         let mut packer = match spare {
             Some(packer) => packer,
-            None => Packer::new(*compression).map_err(|error| Error::Os { doing: COMPRESSING, error })?,
+            None => Packer::counted(*compression, buffers)
+                .map_err(|error| Error::Os { doing: COMPRESSING, error })?,
         };
         let sent = match packer.pack(payload) {
             // Whoever asked knows nothing of it.

@@ -5,7 +5,8 @@ use limosa_client::{DataStream, Device, DeviceExt};
 use limosa_clockwork::now;
 use limosa_protocol::{MigrationFlags, State};
 
-use super::{Item, Receiving, SPARE_BYTES};
+use super::Receiving;
+use super::inbox::Item;
 use crate::Result;
 use crate::channel::pulse;
 use crate::devices::{enter, failed};
@@ -113,14 +114,12 @@ impl Receiving<'_, '_> {
             let mut inbox = self.inboxes[at].lock();
             inbox.queued -= bytes;
             inbox.taken += bytes;
+            self.recorder.device_waits(at, inbox.waiting());
             let told = self.due(&mut inbox);
             self.inboxes[at].notify_all();
             drop(inbox);
             self.tell(at, told)?;
-            let mut spare = self.spare.lock();
-            if spare.len() * data.capacity() < SPARE_BYTES {
-                spare.push(data);
-            }
+            self.spare.lock().keep(data);
         }
         let _span = self.recorder.span(at, Act::Enter { state: State::Stop });
         let entered = enter(device, State::Stop).map(|_| true);

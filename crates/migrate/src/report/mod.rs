@@ -174,6 +174,9 @@ pub struct DeviceReport {
     pub bytes: u64,
     /// How many of them before the stop.
     pub precopy_bytes: u64,
+    /// The most bytes of its data that were under way at once: on the source, sent and not known to be loaded; on the
+    /// destination, come and not loaded. Never more than its window there; 0 on a source that saves, whom nobody answers.
+    pub waiting_bytes_max: u64,
     /// What it did when, by time.
     pub spans: Vec<SpanReport>,
 }
@@ -250,6 +253,9 @@ pub struct Report {
     /// On the source: what the downtime was predicted to be when it was decided to stop, in ns. `None` without
     /// pre-copy, of which it is learned how fast things go.
     pub predicted_downtime_ns: Option<u64>,
+    /// The most bytes that this side's buffers took at once: what the move needed beside the guest, its bitmaps and what
+    /// a compression keeps for itself.
+    pub buffer_bytes_max: u64,
     /// All of it, in ns.
     pub total_ns: u64,
     /// Whether the other side was told how the move ended, as far as this one knows. A destination that
@@ -274,6 +280,7 @@ impl Report {
             downtime_ns: None,
             stopped_ns: None,
             predicted_downtime_ns: None,
+            buffer_bytes_max: 0,
             total_ns: 0,
             peer_told: true,
             notes: Vec::new(),

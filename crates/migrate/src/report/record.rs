@@ -10,6 +10,7 @@ use super::text::Time;
 use super::{
     Act, DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side, SpanReport,
 };
+use crate::buffer::Gauge;
 use crate::lock::lock;
 use crate::stream::{MigrationId, Totals};
 use crate::{Observer, Options, Round};
@@ -33,6 +34,7 @@ pub(crate) struct Recorder<'a> {
     id: OnceLock<String>,
     downtime_max: Duration,
     devices: Vec<DeviceLog>,
+    buffers: Arc<Gauge>,
     log: Mutex<Log>,
 }
 
@@ -41,6 +43,7 @@ struct DeviceLog {
     name: String,
     bytes: AtomicU64,
     precopy_bytes: AtomicU64,
+    waiting: Gauge,
     spans: Mutex<Spans>,
 }
 
@@ -85,6 +88,7 @@ impl<'a> Recorder<'a> {
             id: OnceLock::new(),
             downtime_max: options.convergence.downtime_max,
             devices,
+            buffers: Arc::default(),
             log: Mutex::new(log),
         }
     }
@@ -142,6 +146,16 @@ impl<'a> Recorder<'a> {
         }
         self.device_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.tell();
+    }
+
+    /// So many bytes of a device's data are under way now.
+    pub(crate) fn device_waits(&self, device: usize, bytes: u64) {
+        self.devices[device].waiting.set(bytes);
+    }
+
+    /// Where this side's buffers are counted.
+    pub(crate) fn buffers(&self) -> &Arc<Gauge> {
+        &self.buffers
     }
 
     pub(crate) fn memory_data(&self, bytes: u64) {
@@ -278,6 +292,7 @@ impl<'a> Recorder<'a> {
         let mut report = log.report;
         report.bytes = totals;
         report.total_ns = ns(self.began, now);
+        report.buffer_bytes_max = self.buffers.most();
         report.devices = self.devices.into_iter().map(DeviceLog::report).collect();
         report.links = log.links.iter().map(|link| lock(link).clone()).collect();
         tracing::info!(
@@ -323,6 +338,7 @@ impl DeviceLog {
             name,
             bytes: AtomicU64::new(0),
             precopy_bytes: AtomicU64::new(0),
+            waiting: Gauge::default(),
             spans: Mutex::new(Spans::default()),
         }
     }
@@ -332,6 +348,7 @@ impl DeviceLog {
             name: self.name,
             bytes: self.bytes.into_inner(),
             precopy_bytes: self.precopy_bytes.into_inner(),
+            waiting_bytes_max: self.waiting.most(),
             spans: self.spans.into_inner().unwrap_or_else(PoisonError::into_inner).report(),
         }
     }

@@ -47,6 +47,9 @@ impl fmt::Display for Report {
         if !self.rounds.is_empty() {
             write!(f, ", rounds {}", self.rounds.len())?;
         }
+        if self.buffer_bytes_max > 0 {
+            write!(f, ", buffers {}", Bytes(self.buffer_bytes_max))?;
+        }
         writeln!(f)?;
         self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
     }
@@ -113,10 +116,12 @@ mod tests {
                 name: "uart0".into(),
                 bytes: 1 << 20,
                 precopy_bytes: 999,
+                waiting_bytes_max: 4096,
                 spans: vec![],
             }],
             bytes: bytes(1 << 20, 1 << 26, 1 << 30),
             downtime_ns: Some(3_600_000),
+            buffer_bytes_max: 3 << 20,
             total_ns: 16_000_000,
             notes: vec!["all is well".into()],
             ..Report::nothing(Side::Source, LimitsReport::default())
@@ -128,7 +133,7 @@ handshake     0.0 us    400 us       0 B       0 B  █
 pre-copy      400 us   12.0 ms   1.0 MiB  64.0 MiB  ████████████████████████
 stop-copy    12.4 ms    3.6 ms   4.9 KiB   4.0 KiB                          ████████
 uart0: 1.0 MiB, 999 B of it before the stop
-total 16.0 ms, downtime 3.6 ms, devices 1.0 MiB, memory 64.0 MiB and 1.00 GiB of zeroes
+total 16.0 ms, downtime 3.6 ms, devices 1.0 MiB, memory 64.0 MiB and 1.00 GiB of zeroes, buffers 3.0 MiB
 note: all is well
 ";
         assert_eq!(text, expected);
@@ -137,5 +142,7 @@ note: all is well
         assert_eq!(json["phases"][1]["memory_bytes"], 1 << 26);
         assert_eq!(json["device_bytes"], 1 << 20);
         assert_eq!(json["downtime_ns"], 3_600_000);
+        assert_eq!(json["buffer_bytes_max"], 3 << 20);
+        assert_eq!(json["devices"][0]["waiting_bytes_max"], 4096);
     }
 }

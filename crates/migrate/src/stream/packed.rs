@@ -3,8 +3,10 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use super::{DATA_BYTES_MAX, Damage, Header, u32_at};
+use crate::buffer::{Buffer, Gauge};
 
 /// Bytes of the length in front.
 const LENGTH_BYTES: usize = 4;
@@ -56,7 +58,7 @@ impl FromStr for Compression {
 /// Compresses payloads. Kept from one to the next, for what it allocates.
 pub struct Packer {
     coder: Coder,
-    packed: Vec<u8>,
+    packed: Buffer,
 }
 
 enum Coder {
@@ -73,11 +75,16 @@ impl fmt::Debug for Packer {
 impl Packer {
     /// The error is the system's: no memory.
     pub fn new(compression: Compression) -> std::io::Result<Packer> {
+        Packer::counted(compression, &Arc::default())
+    }
+
+    /// What it holds is counted there.
+    pub(crate) fn counted(compression: Compression, buffers: &Arc<Gauge>) -> std::io::Result<Packer> {
         let coder = match compression {
             Compression::Zstd => Coder::Zstd(zstd::bulk::Compressor::new(ZSTD_LEVEL)?),
             Compression::Lz4 => Coder::Lz4,
         };
-        Ok(Packer { coder, packed: Vec::new() })
+        Ok(Packer { coder, packed: Buffer::new(buffers) })
     }
 
     /// The payload compressed, or `None` when it would not become shorter: then it goes as it is.
@@ -87,7 +94,7 @@ impl Packer {
             Coder::Zstd(_) => payload.len(),
             Coder::Lz4 => lz4_flex::block::get_maximum_output_size(payload.len()),
         };
-        self.packed.resize((LENGTH_BYTES + room).max(self.packed.len()), 0);
+        self.packed.grow(LENGTH_BYTES + room);
         let (length, packed) = self.packed.split_at_mut(LENGTH_BYTES);
         length.copy_from_slice(&raw.to_le_bytes());
         // What has no room in as many bytes as there were has not become shorter.
@@ -145,6 +152,7 @@ impl Unpacker {
             )));
         }
         raw.clear();
+        raw.reserve_exact(length);
         raw.resize(length, 0);
         let packed = &payload[LENGTH_BYTES..];
         let bytes = match &mut self.coder {

@@ -19,7 +19,9 @@ struct Pipe {
 #[derive(Default)]
 struct Flow {
     /// What is on its way, and when it arrives.
-    pieces: VecDeque<(Instant, VecDeque<u8>)>,
+    pieces: VecDeque<(Instant, Vec<u8>)>,
+    /// How much of the first one has been read.
+    read: usize,
     bytes: usize,
     /// When all that was sent has left.
     line_free: Option<Instant>,
@@ -177,8 +179,10 @@ impl Link for SimLink {
         };
         let taken =
             wanted.min(room).min(1 + simulation::random(2 * self.out.plan.buffer_bytes as u64) as usize);
-        let mut bytes: VecDeque<u8> =
-            slices.iter().flat_map(|slice| slice.iter().copied()).take(taken).collect();
+        let mut bytes = Vec::with_capacity(taken);
+        for slice in slices {
+            bytes.extend_from_slice(&slice[..slice.len().min(taken - bytes.len())]);
+        }
         if let Some(bit) = flow.flip.take() {
             let at = simulation::random(bytes.len() as u64) as usize;
             bytes[at] ^= 1 << bit;
@@ -206,12 +210,16 @@ impl Link for SimLink {
             }
             let mut until = wait.deadline;
             let ended = flow.finished && !flow.silent;
-            match flow.pieces.front_mut() {
+            match flow.pieces.front() {
                 Some((due, piece)) if *due <= now() => {
-                    let bytes = piece.len().min(into.len());
-                    into.iter_mut().zip(piece.drain(..bytes)).for_each(|(into, byte)| *into = byte);
-                    if piece.is_empty() {
+                    let rest = &piece[flow.read..];
+                    let bytes = rest.len().min(into.len());
+                    into[..bytes].copy_from_slice(&rest[..bytes]);
+                    let is_read = bytes == rest.len();
+                    flow.read += bytes;
+                    if is_read {
                         flow.pieces.pop_front();
+                        flow.read = 0;
                     }
                     flow.bytes -= bytes;
                     drop(flow);

@@ -3,6 +3,7 @@
 //!
 //! `LIMOSA_SEEDS` is how many seeds to run (300 otherwise), `LIMOSA_SEED` is one to run alone, with its trace.
 
+mod bounds;
 mod device;
 mod fate;
 mod found;
@@ -82,6 +83,7 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
                 ("looked at by a person", summary.looked_at),
                 ("with a crash", summary.crashes > 0),
                 ("with a fault", summary.fired > 0),
+                ("with a full window", summary.filled),
             ] {
                 *tally.entry(what.into()).or_default() += u64::from(is_so);
             }
@@ -99,7 +101,7 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
     }
     assert!(failures.is_empty(), "{} of {count} seeds fail: {:?}", failures.len(), failures.keys());
     let tally = tally.into_inner().unwrap();
-    for what in ["Moved", "Undone", "in doubt", "with a crash"] {
+    for what in ["Moved", "Undone", "in doubt", "with a crash", "with a full window"] {
         assert!(count < 100 || tally.get(what).is_some_and(|times| *times > 0), "no seed ended {what}");
     }
 }

@@ -14,8 +14,6 @@ use crate::memory::iova;
 use crate::plan::{DevicePlan, End, Step};
 use crate::world::{PAGE, World};
 
-/// Bytes of a block in the stream.
-const RECORD: usize = 24;
 const END: u64 = u64::MAX;
 
 /// What is known of a device from outside.
@@ -47,6 +45,7 @@ pub struct SimModel {
     outside: Arc<Outside>,
     flags: MigrationFlags,
     blocks: Vec<u64>,
+    record_bytes: usize,
     regions: Vec<u64>,
     running: bool,
     /// Blocks that the saving session has not given out as they are now.
@@ -85,6 +84,7 @@ impl SimModel {
             outside,
             flags: plan.flags,
             blocks,
+            record_bytes: plan.record_bytes,
             regions: regions.to_vec(),
             running: true,
             dirty: BTreeSet::new(),
@@ -123,6 +123,15 @@ impl SimModel {
         self.dirty.insert(block as u64);
         set(&self.outside.blocks, self.blocks.clone());
         self.world.truth().devices[self.number] = self.blocks.clone();
+    }
+
+    /// Makes a record ready to be given out.
+    fn record(&mut self, block: u64, value: u64) {
+        self.ready.extend_from_slice(&block.to_le_bytes());
+        self.ready.extend_from_slice(&value.to_le_bytes());
+        // What nobody can compress to nothing.
+        let words = (0..(self.record_bytes as u64 - 16) / 8).map(|at| (value ^ at).wrapping_mul(END / 77));
+        self.ready.extend(words.flat_map(u64::to_le_bytes));
     }
 
     /// DMA that was started ends.
@@ -220,18 +229,11 @@ impl Migration for SimModel {
             let next: Vec<u64> = self.dirty.iter().copied().take(10).collect();
             for block in next {
                 self.dirty.remove(&block);
-                let mut record = [0; RECORD];
-                record[..8].copy_from_slice(&block.to_le_bytes());
-                record[8..16].copy_from_slice(&self.blocks[block as usize].to_le_bytes());
-                self.ready.extend_from_slice(&record);
+                self.record(block, self.blocks[block as usize]);
             }
             if self.ready.is_empty() && stopped && !self.ended {
                 self.ended = true;
-                let mut record = [0; RECORD];
-                record[..8].copy_from_slice(&END.to_le_bytes());
-                let sum = self.blocks.iter().fold(0u64, |sum, block| sum.rotate_left(1) ^ block);
-                record[8..16].copy_from_slice(&sum.to_le_bytes());
-                self.ready.extend_from_slice(&record);
+                self.record(END, self.blocks.iter().fold(0u64, |sum, block| sum.rotate_left(1) ^ block));
             }
         }
         let bytes = (self.ready.len() - self.given).min(bytes_max);
@@ -250,12 +252,12 @@ impl Migration for SimModel {
     fn save_end(&mut self) {}
 
     fn precopy_info(&mut self, _: bool) -> PrecopyInfo {
-        let dirty_bytes = (self.dirty.len() * RECORD + self.ready.len() - self.given) as u64;
+        let dirty_bytes = (self.dirty.len() * self.record_bytes + self.ready.len() - self.given) as u64;
         PrecopyInfo { dirty_bytes, ..Default::default() }
     }
 
     fn data_size(&self) -> u64 {
-        ((self.blocks.len() + 1) * RECORD) as u64
+        ((self.blocks.len() + 1) * self.record_bytes) as u64
     }
 
     fn load_begin(&mut self) -> Result<(), Fault> {
@@ -274,7 +276,7 @@ impl Migration for SimModel {
         let refused = Err(Fault::Refused(Errno::EINVAL));
         let mut blocks = vec![0; self.blocks.len()];
         let mut ended = None;
-        for record in self.staging.chunks(RECORD) {
+        for record in self.staging.chunks(self.record_bytes) {
             let word = |at: usize| Some(u64::from_le_bytes(record.get(at..at + 8)?.try_into().ok()?));
             match (word(0), word(8)) {
                 (Some(END), Some(sum)) if ended.is_none() => ended = Some(sum),

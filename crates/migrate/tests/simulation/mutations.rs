@@ -76,6 +76,11 @@ fn a_device_that_loads_something_else_is_found() {
 }
 
 #[test]
+fn a_destination_that_lets_more_come_than_its_window_is_found() {
+    says(&found(Mutation::GivesTooMuch, calm), "on their way at once");
+}
+
+#[test]
 fn a_cancel_that_nobody_hears_is_found() {
     says(&found(Mutation::DeafToCancel, |_| {}), "called off at the");
 }

@@ -4,13 +4,15 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use limosa_device::Fault as Arc;
-use limosa_migrate::stream::Compression;
+use limosa_migrate::stream::{Compression, WINDOW_BYTES_MIN};
 use limosa_migrate::{Convergence, Options, Phase, WhenStalled};
 use limosa_protocol::{Errno, MigrationFlags};
 
 pub const SILENCE_MAX: Duration = Duration::from_secs(5);
 pub const LOAD_MAX: Duration = Duration::from_secs(60);
 pub const COMMIT_MAX: Duration = Duration::from_secs(10);
+/// Bytes of a block of a device in the stream, at least.
+pub const RECORD_BYTES_MIN: usize = 24;
 
 /// Draws from a seed (SplitMix64); apart from the simulator's own draws, so that a plan can be read before it runs.
 pub struct Chance(u64);
@@ -164,6 +166,8 @@ pub enum Mutation {
     DeviceForgets,
     /// Who calls it off is not heard.
     DeafToCancel,
+    /// The destination lets the source send more than it is to have.
+    GivesTooMuch,
 }
 
 /// A fault and its moment.
@@ -178,6 +182,8 @@ pub struct Planned {
 pub struct DevicePlan {
     pub flags: MigrationFlags,
     pub blocks: u32,
+    /// Bytes of a block in the stream.
+    pub record_bytes: usize,
     /// It logs its DMA.
     pub logs: bool,
     /// What its slowest calls take.
@@ -233,17 +239,20 @@ impl Plan {
             MigrationFlags::P2P | MigrationFlags::PRE_COPY,
         ];
         let slow_us = [0, 0, 50, 3_000, 200_000];
+        // Some have more than may be on its way at once.
+        let is_large = chance.one_in(8);
         let devices = (0..1 + chance.below(3))
             .map(|_| DevicePlan {
                 flags: MigrationFlags::STOP_COPY | chance.pick(&optional),
                 blocks: 1 + chance.log_below(120) as u32,
+                record_bytes: if is_large { 4096 } else { RECORD_BYTES_MIN },
                 logs: !chance.one_in(5),
                 slow: Duration::from_micros(chance.pick(&slow_us)),
             })
             .collect::<Vec<_>>();
         let mut regions: Vec<u64> = (0..chance.below(3)).map(|_| 1 + chance.log_below(40)).collect();
-        let bytes = devices.iter().map(|device| u64::from(device.blocks) * 32).sum::<u64>()
-            + regions.iter().sum::<u64>() * 4096;
+        let of_device = |device: &DevicePlan| u64::from(device.blocks) * (device.record_bytes as u64 + 8);
+        let bytes = devices.iter().map(of_device).sum::<u64>() + regions.iter().sum::<u64>() * 4096;
         let count = chance.pick(&[1, 1, 2, 3, 4]);
         if count > 1 && chance.one_in(4) {
             // So much that several links are worth it; most of it is zero.
@@ -327,18 +336,35 @@ impl Plan {
 }
 
 impl Plan {
+    pub fn compression(&self) -> Option<Compression> {
+        [None, None, Some(Compression::Zstd), Some(Compression::Lz4)][(self.seed / 2 % 4) as usize]
+    }
+
+    /// How much of all devices may be on its way.
+    pub fn windows_bytes(&self) -> u64 {
+        self.devices.len() as u64 * self.window_bytes()
+    }
+
+    /// How much of one device may be.
+    pub fn window_bytes(&self) -> u64 {
+        WINDOW_BYTES_MIN << (self.seed / 8 % 2)
+    }
+
     pub fn options(&self, end: End) -> Options {
         let links = if end == End::Source { self.links.len() as u32 } else { self.links_taken };
         Options {
             links: NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN),
             precopy: self.precopy,
+            windows_bytes: match (self.mutation, end) {
+                (Some(Mutation::GivesTooMuch), End::Destination) => 4 * self.windows_bytes(),
+                _ => self.windows_bytes(),
+            },
             convergence: self.convergence,
             silence_max: SILENCE_MAX,
             load_max: LOAD_MAX,
             commit_max: COMMIT_MAX,
             links_measured: self.seed.is_multiple_of(2),
-            compress: [None, None, Some(Compression::Zstd), Some(Compression::Lz4)]
-                [(self.seed / 2 % 4) as usize],
+            compress: self.compression(),
         }
     }
 }

@@ -14,6 +14,7 @@ use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{Decision, Error, InDoubt, Outcome, Received, WhenStalled};
 use limosa_protocol::State;
 
+use crate::bounds;
 use crate::fate::Fates;
 use crate::guest::Guest;
 use crate::link::Network;
@@ -49,6 +50,8 @@ pub struct Summary {
     pub looked_at: bool,
     pub crashes: u32,
     pub fired: u32,
+    /// Whether as much of a device was on its way as may be.
+    pub filled: bool,
 }
 
 /// A run of this plan.
@@ -132,15 +135,24 @@ impl<'a> Script<'a> {
         let (near, far) = self.network.connect();
         let mut receiving = Some(destination.spawn(scope, "receive", move || self.destination.receive(&far)));
         let sending = source.spawn(scope, "send", move || self.source.send(&near));
+        let mut summary = Summary {
+            ended: Ended::Moved,
+            in_doubt: false,
+            looked_at: false,
+            crashes: 0,
+            fired: 0,
+            filled: false,
+        };
         let mut sent = sending.join();
+        if let Ok(outcome) = &sent {
+            summary.filled |= bounds::check(self.plan, bounds::of_source(outcome))?;
+        }
         let called_off = self.check_cancel(&self.source)?;
         if let Ok(outcome @ (Outcome::Moved(_) | Outcome::InDoubt(_))) = &sent
             && called_off
         {
             return Err(format!("called off at the source, and not undone: {outcome:?}"));
         }
-        let mut summary =
-            Summary { ended: Ended::Moved, in_doubt: false, looked_at: false, crashes: 0, fired: 0 };
         let mut received = None;
         let mut destination_crashed = false;
         let mut source_crashed = false;
@@ -253,6 +265,9 @@ impl<'a> Script<'a> {
     ) -> Result<Option<Received>, String> {
         match receiving.join() {
             Ok(received) => {
+                if let Some(report) = bounds::of_destination(&received) {
+                    summary.filled |= bounds::check(self.plan, report)?;
+                }
                 let called_off = self.check_cancel(&self.destination)?;
                 if called_off && !matches!(received, Received::Discarded { .. }) {
                     return Err(format!("called off at the destination, and not discarded: {received:?}"));

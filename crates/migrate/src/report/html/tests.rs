@@ -53,6 +53,7 @@ fn moved(devices: u64, links: u64, rounds: u32, downtime_ms: u64) -> Report {
         })
         .collect();
     let device = |at: u64| DeviceReport {
+        waiting_bytes_max: 0,
         name: format!("0000:{at:02x}:00.0 nvme"),
         bytes: (1 << 20) + (1 << 16),
         precopy_bytes: 1 << 20,

@@ -1,0 +1,57 @@
+//! What the engine's buffers may hold (`docs/failure.md: Limits`), against what its reports say that they held.
+
+use limosa_migrate::stream::DATA_BYTES_MAX;
+use limosa_migrate::{Outcome, Received, Report, Side};
+
+use crate::plan::Plan;
+
+/// The most that one reads from a device at once, and the most spare buffers; both less where windows are small.
+const READ_BYTES_MAX: u64 = 512 << 10;
+const SPARE_BYTES_MAX: u64 = 8 << 20;
+
+pub fn of_source(outcome: &Outcome) -> &Report {
+    match outcome {
+        Outcome::Moved(report) | Outcome::Undone { report, .. } => report,
+        Outcome::InDoubt(doubt) => &doubt.report,
+    }
+}
+
+pub fn of_destination(received: &Received) -> Option<&Report> {
+    match received {
+        Received::Runs(report)
+        | Received::Stopped(report)
+        | Received::Discarded { report, .. }
+        | Received::Broken { report, .. } => Some(report),
+        Received::Answered { .. } => None,
+    }
+}
+
+/// Whether a device's window was filled, but for a piece; an error when more was held than may be.
+pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
+    let (window, side) = (plan.window_bytes(), report.side.name());
+    let most = report.devices.iter().map(|device| device.waiting_bytes_max).max().unwrap_or_default();
+    if most > window {
+        return Err(format!(
+            "{most} bytes of a device were on their way at once at the {side}, not {window}"
+        ));
+    }
+    let frame = DATA_BYTES_MAX as u64;
+    let (links, devices) = (u64::from(plan.links_taken), plan.devices.len() as u64);
+    let read = READ_BYTES_MAX.min(window / 2);
+    // What a compression puts into may have to be a little longer than a frame.
+    let packed = (links + devices) * (frame + frame / 64);
+    let is_compressed = plan.compression().is_some();
+    let limit = match report.side {
+        Side::Source => links * frame + devices * read + if is_compressed { packed } else { 0 },
+        Side::Destination => {
+            let windows = plan.windows_bytes();
+            let spare = SPARE_BYTES_MAX.min(windows / 4);
+            links * (frame + read) + if is_compressed { links * frame } else { 0 } + windows * 5 / 4 + spare
+        }
+    };
+    // Of the first link also what belongs to the handshake.
+    if report.buffer_bytes_max > limit + frame / 4 {
+        return Err(format!("the {side}'s buffers held {} bytes, not {limit}", report.buffer_bytes_max));
+    }
+    Ok(most + read > window)
+}
