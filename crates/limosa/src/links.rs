@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use limosa_migrate::Cancel;
 use limosa_migrate::link::{
-    self, Address, Bandwidth, LimitedLink, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait,
+    self, Address, Arrivals, Bandwidth, LimitedLink, Link, LinkError, Listener, Tls, TlsLink, Wait,
 };
 use limosa_migrate::stream::DATA_BYTES_MAX;
 
@@ -77,14 +77,9 @@ impl Links {
         })
     }
 
-    /// Makes a link of what has connected. An error names the other side.
-    pub fn take(&self, link: SocketLink, limit: Duration, cancel: &Cancel) -> anyhow::Result<Box<dyn Link>> {
-        let Some(tls) = &self.tls else { return Ok(Box::new(link)) };
-        let peer = link.peer().to_owned();
-        match TlsLink::accept(link, tls, Wait::within(limit, Some(cancel))) {
-            Ok(link) => Ok(Box::new(link)),
-            Err(error) => Err(failed(&peer, error)),
-        }
+    /// Whoever connects to this listener.
+    pub fn arrivals(&self, listener: Listener, silence: Duration) -> anyhow::Result<Arrivals> {
+        Ok(Arrivals::new(listener, self.tls.clone(), silence)?)
     }
 }
 

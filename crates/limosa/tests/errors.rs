@@ -273,6 +273,23 @@ fn whoever_connects_and_is_no_source_is_named_and_does_not_end_the_wait() {
 }
 
 #[test]
+fn strangers_that_stay_silent_do_not_hold_up_a_sender() {
+    let folder = Folder::new();
+    let (source, device) = (folder.device("source", &[]), folder.device("device", &[]));
+    source.mark(6);
+    let args = ["receive", &device.socket, "--listen", "tcp:127.0.0.1:0", "--silence", "3600", "-v"];
+    let receiver = start(&args);
+    let address = receiver.after("listening on tcp:");
+    // More than are heard at a time.
+    let silent: Vec<_> = (0..20).map(|_| std::net::TcpStream::connect(&address).unwrap()).collect();
+    receiver.line("others came");
+    limosa(&["send", &source.socket, "--to", &format!("tcp:{address}"), "--links", "2"]).ok();
+    receiver.end().ok();
+    drop(silent);
+    assert!(device.runs(6));
+}
+
+#[test]
 fn strangers_do_not_prolong_the_wait_for_a_sender() {
     let folder = Folder::new();
     let device = folder.device("device", &[]);

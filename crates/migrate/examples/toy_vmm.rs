@@ -25,7 +25,7 @@ use std::time::Duration;
 use limosa_client::{Device, DmaMap, DmaMemory};
 use limosa_device::saved::Section;
 use limosa_device::{Bus, Description, Fault, Loopback, Machine, Model, Whole, WholeState};
-use limosa_migrate::link::{Address, Bandwidth, LimitedLink, Listener, Wait, connect};
+use limosa_migrate::link::{Address, Arrival, Arrivals, Bandwidth, LimitedLink, Listener, Wait, connect};
 use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{
     Cancel, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory, MemoryRegion,
@@ -453,7 +453,7 @@ impl Machinery {
     }
 
     /// Waits for a machine, and takes it over. The devices and the memory here are as those of the source, and idle.
-    fn receive(&self, listener: &Listener, ledger: &Ledger) -> Result<()> {
+    fn receive(&self, arrivals: &Arrivals, ledger: &Ledger) -> Result<()> {
         let devices = self.devices.moved();
         let memory = [self.memory()];
         loop {
@@ -468,7 +468,10 @@ impl Machinery {
                 cancel: Some(&cancel),
                 ledger,
             };
-            let link = listener.accept(Wait::within(Duration::MAX, Some(&cancel)))?;
+            let Arrival::Stream(link) = arrivals.next(Wait::within(Duration::MAX, Some(&cancel)))? else {
+                // A stranger, who had no move.
+                continue;
+            };
             match destination.receive(&link) {
                 Received::Runs(report) => {
                     *lock(&self.cancel) = None;
@@ -492,7 +495,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// From now on this process has a guest that runs, and takes no other one; but a source in doubt may still ask for the
 /// one that came, as long as this process lives. A destination without devices refuses every offer.
-fn answer(listener: &Listener, ledger: &Ledger, options: &Options) {
+fn answer(arrivals: &Arrivals, ledger: &Ledger, options: &Options) {
     let nothing = Destination {
         devices: &[],
         memory: &[],
@@ -502,8 +505,10 @@ fn answer(listener: &Listener, ledger: &Ledger, options: &Options) {
         cancel: None,
         ledger,
     };
-    while let Ok(link) = listener.accept(Wait::within(Duration::MAX, None)) {
-        if let Received::Answered { id, decision } = nothing.receive(&link) {
+    while let Ok(arrival) = arrivals.next(Wait::within(Duration::MAX, None)) {
+        if let Arrival::Stream(link) = arrival
+            && let Received::Answered { id, decision } = nothing.receive(&link)
+        {
             println!("answered for {id}: {decision:?}");
         }
     }
@@ -560,13 +565,15 @@ fn main() -> Result<()> {
         }
         ["receive", address] => {
             let listener = Listener::bind(&address.parse()?)?;
-            println!("listens at {}", listener.address());
+            // Who connects and says nothing, or what is no move, holds up nobody.
+            let arrivals = Arrivals::new(listener, None, machinery.options.silence_max)?;
+            println!("listens at {}", arrivals.address());
             // Kept in memory, what became of a move is forgotten with the process. A VMM whose machines matter keeps
             // it on a disk: `Ledger::open`.
             let ledger = Ledger::new();
-            machinery.receive(&listener, &ledger)?;
+            machinery.receive(&arrivals, &ledger)?;
             let options = machinery.options.clone();
-            std::thread::spawn(move || answer(&listener, &ledger, &options));
+            std::thread::spawn(move || answer(&arrivals, &ledger, &options));
         }
         _ => return Err("expected `run` or `receive ADDRESS`".into()),
     }

@@ -73,6 +73,12 @@ impl<'a> Channel<'a> {
     }
 
     pub(crate) fn receive_preface(&mut self) -> Result<Preface> {
+        let bytes = self.read_preface()?;
+        Preface::decode(&bytes).map_err(|damage| self.damaged(damage))
+    }
+
+    /// The bytes where a preface is due, and no byte more.
+    pub(crate) fn read_preface(&self) -> Result<[u8; PREFACE_BYTES]> {
         let doing = "waiting for the preface";
         let mut bytes = [0; PREFACE_BYTES];
         let wait = Wait::within(self.silence_max, self.cancel);
@@ -89,7 +95,7 @@ impl<'a> Channel<'a> {
                 return Err(self.inlet.failed(TlsError::TlsPeer.into(), doing));
             }
         }
-        Preface::decode(&bytes).map_err(|damage| self.damaged(damage))
+        Ok(bytes)
     }
 
     /// Sends a frame.

@@ -3,7 +3,7 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use limosa_migrate::link::{LinkError, Wait};
+use limosa_migrate::link::{Arrival, LinkError, Wait};
 use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{Decision, Destination, InDoubt, Memory, Nobody, Options, Outcome, Received, Source};
 use serde::Serialize;
@@ -160,21 +160,19 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
         cancel: Some(&cancel),
         ledger: &ledger,
     };
-    out.say(&format!("listening on {}", listener.address()));
+    let arrivals = links.arrivals(listener, options.silence_max)?;
+    out.say(&format!("listening on {}", arrivals.address()));
     let began = Instant::now();
     loop {
         let left = args.wait.saturating_sub(began.elapsed());
-        let link = match listener.accept(Wait::within(left, Some(&cancel))) {
-            Ok(link) => link,
-            Err(LinkError::TimedOut | LinkError::Cancelled) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        let link = match links.take(link, options.silence_max, &cancel) {
-            Ok(link) => link,
-            Err(error) => {
-                tracing::warn!("{error}");
+        let link = match arrivals.next(Wait::within(left, Some(&cancel))) {
+            Ok(Arrival::Stream(link)) => link,
+            Ok(Arrival::Stranger { why, .. }) => {
+                tracing::warn!("{why}");
                 continue;
             }
+            Err(LinkError::TimedOut | LinkError::Cancelled) => return Ok(()),
+            Err(error) => return Err(error.into()),
         };
         match destination.receive(&link) {
             Received::Answered { id, decision } => {

@@ -5,15 +5,18 @@
 //! above it. Every wait ends at a deadline or when the move is called off.
 
 mod address;
+mod arrivals;
 mod limited;
 mod metered;
 mod socket;
 mod tls;
 
 use std::io::IoSlice;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use address::{Address, AddressError};
+pub use arrivals::{Arrival, Arrivals, UNHEARD_MAX};
 pub use limited::{Bandwidth, LimitedLink};
 pub(crate) use metered::MeteredLink;
 pub use socket::{Listener, SocketLink, connect};
@@ -123,28 +126,34 @@ impl<F: Fn(Wait<'_>) -> Result<Box<dyn Link>, LinkError> + Sync> FurtherLinks fo
     }
 }
 
-impl<L: Link + ?Sized> Link for Box<L> {
-    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        (**self).write(slices, wait)
-    }
+macro_rules! link_for {
+    ($($pointer:ident),*) => {$(
+        impl<L: Link + ?Sized> Link for $pointer<L> {
+            fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+                (**self).write(slices, wait)
+            }
 
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        (**self).read(into, wait)
-    }
+            fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+                (**self).read(into, wait)
+            }
 
-    fn finish(&self) {
-        (**self).finish();
-    }
+            fn finish(&self) {
+                (**self).finish();
+            }
 
-    fn part(&self, wait: Wait<'_>) {
-        (**self).part(wait);
-    }
+            fn part(&self, wait: Wait<'_>) {
+                (**self).part(wait);
+            }
 
-    fn peer(&self) -> &str {
-        (**self).peer()
-    }
+            fn peer(&self) -> &str {
+                (**self).peer()
+            }
 
-    fn has_peer(&self) -> bool {
-        (**self).has_peer()
-    }
+            fn has_peer(&self) -> bool {
+                (**self).has_peer()
+            }
+        }
+    )*};
 }
+
+link_for!(Box, Arc);

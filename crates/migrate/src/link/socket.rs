@@ -2,7 +2,7 @@
 
 use std::io::IoSlice;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -221,6 +221,16 @@ impl Listener {
                 stream.set_nodelay(true)?;
                 Ok(SocketLink::new(stream, format!("tcp:{from}")))
             }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    /// Readable when somebody has connected.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Unix(listener, _) => listener.as_fd(),
+            Socket::Tcp(listener) => listener.as_fd(),
         }
     }
 }

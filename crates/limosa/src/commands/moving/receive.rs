@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use limosa_migrate::link::{Link, LinkError, Listener, SocketLink, Wait};
+use limosa_migrate::link::{Arrival, Arrivals, Link, LinkError, Wait};
 use limosa_migrate::stream::Damage;
 use limosa_migrate::{Cancel, Destination, Error, Options, Phase, Received, Report};
 
@@ -37,24 +37,24 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     let regions = pages.regions(side.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
     out.say(&format!("listening on {}", listener.address()));
-    let door = Door { links, listener, silence: args.link.silence, cancel: &cancel };
+    let arrivals = links.arrivals(listener, args.link.silence)?;
+    let door = Door { arrivals, silence: args.link.silence, cancel: &cancel };
     let mut wait = Waiting { began: Instant::now(), limit: args.wait, strangers: 0 };
     loop {
-        let link = door.accept(wait.left()).map_err(|error| match error {
+        let arrival = door.next(wait.left()).map_err(|error| match error {
             LinkError::TimedOut => wait.over(&args.listen),
             LinkError::Cancelled => Error::Cancelled.into(),
             error => error.into(),
         })?;
-        let peer = link.peer().to_owned();
-        let link = match door.take(link) {
-            Ok(link) => link,
-            Err(error) if cancel.is_cancelled() => return Err(error),
-            Err(error) => {
-                wait.passed_over(&peer, &exit::message(&error));
+        let link = match arrival {
+            Arrival::Stream(link) => link,
+            Arrival::Stranger { peer, why } => {
+                wait.passed_over(&peer, &why.to_string());
                 continue;
             }
         };
-        let further = |wait: Wait<'_>| door.next(wait);
+        let peer = link.peer().to_owned();
+        let further = |wait: Wait<'_>| door.further(wait);
         return match destination.receive_over(&link, &further) {
             Received::Runs(report) => {
                 drop(link);
@@ -90,28 +90,24 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
 
 /// Where senders come in.
 struct Door<'a> {
-    links: Links,
-    listener: Listener,
+    arrivals: Arrivals,
     silence: Duration,
     cancel: &'a Cancel,
 }
 
 impl Door<'_> {
-    fn accept(&self, within: Duration) -> Result<SocketLink, LinkError> {
-        self.listener.accept(Wait::within(within, Some(self.cancel)))
-    }
-
-    fn take(&self, link: SocketLink) -> anyhow::Result<Box<dyn Link>> {
-        self.links.take(link, self.silence, self.cancel)
+    fn next(&self, within: Duration) -> Result<Arrival, LinkError> {
+        self.arrivals.next(Wait::within(within, Some(self.cancel)))
     }
 
     /// A further link of a move that has come: whoever cannot make one is passed over.
-    fn next(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
+    fn further(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
         loop {
-            let link = self.listener.accept(wait)?;
-            match self.links.take(link, wait.left()?, self.cancel) {
-                Ok(link) => return Ok(link),
-                Err(error) => tracing::warn!("{error:#}; the further links of the move are still waited for"),
+            match self.arrivals.next(wait)? {
+                Arrival::Stream(link) => return Ok(link),
+                Arrival::Stranger { why, .. } => {
+                    tracing::warn!("{why}; the further links of the move are still waited for");
+                }
             }
         }
     }
@@ -124,13 +120,13 @@ impl Door<'_> {
         );
         let began = Instant::now();
         while let Some(left) = stay.checked_sub(began.elapsed()) {
-            let Ok(link) = self.accept(left) else { return };
-            let link = match self.take(link) {
-                Ok(link) => link,
-                Err(error) => {
-                    tracing::warn!("{error}");
+            let link = match self.next(left) {
+                Ok(Arrival::Stream(link)) => link,
+                Ok(Arrival::Stranger { why, .. }) => {
+                    tracing::warn!("{why}");
                     continue;
                 }
+                Err(_) => return,
             };
             if let Received::Answered { .. } = destination.receive(&link) {
                 return;
