@@ -2,6 +2,7 @@
 
 mod support;
 
+use limosa_migrate::link::{Link, Listener, Tls, TlsLink, Wait, connect};
 use limosa_protocol::State;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use rustix::process::Signal;
@@ -102,6 +103,65 @@ fn a_peer_that_cannot_be_authenticated_is_refused_by_name_and_nothing_is_touched
     sent.fails(4, &["its certificate is refused", "localhost", "expected is else.where"]);
     received.fails(7, &["refuses this side", &pair.folder.text("localhost"), "another name"]);
     pair.is_as_before();
+}
+
+/// What a side shows that does not look at its own certificate before it is used, as a clock that is wrong would have it.
+fn expired(pair: &Pair, expects: Option<&str>) -> Tls {
+    let path = |name: &str| pair.folder.path(name);
+    Tls::load(&path("ca"), &path("expired"), &path("expired.key"), expects).unwrap()
+}
+
+fn wait() -> Wait<'static> {
+    Wait::within(support::LIMIT, None)
+}
+
+#[test]
+fn a_receiver_whose_certificate_has_expired_is_refused_and_the_source_runs_on() {
+    let pair = Pair::new();
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let to = listener.address().to_string();
+    let (sent, taken) = std::thread::scope(|scope| {
+        let tls = expired(&pair, None);
+        let taken = scope.spawn(move || TlsLink::accept(listener.accept(wait()).unwrap(), &tls, wait()));
+        let args = ["send", &pair.source.socket, "--to", &to, "--tls-name", "expired"].map(str::to_owned);
+        (limosa(&[&args[..], &pair.tls("source")].concat()), taken.join().unwrap())
+    });
+    sent.fails(4, &[&to, "its certificate is refused: it expired", "days ago by this machine's clock"]);
+    let told = taken.err().unwrap().to_string();
+    let own = pair.folder.text("expired");
+    assert!(told.contains("refuses this side") && told.contains(&own) && told.contains("expired or is not"));
+    pair.is_as_before();
+    // Nothing of the move is left at the source: the next one moves it.
+    let (sent, received) = pair.move_with("source", "localhost", &[]);
+    sent.ok();
+    received.ok();
+    assert!(pair.destination.runs(GUEST) && pair.source.state() == State::Stop);
+}
+
+#[test]
+fn a_sender_whose_certificate_has_expired_is_refused_and_the_receiver_waits_on() {
+    let pair = Pair::new();
+    let listen = ["receive", &pair.destination.socket, "--listen", "tcp:127.0.0.1:0"].map(str::to_owned);
+    let receiver = start(&[&listen[..], &pair.tls("localhost")].concat());
+    let to = receiver.after("listening on ").replace("127.0.0.1", "localhost");
+    // The sender by itself does not even connect.
+    let send = |name: &str| {
+        let args = ["send", &pair.source.socket, "--to", &to].map(str::to_owned);
+        limosa(&[&args[..], &pair.tls(name)].concat())
+    };
+    send("expired").fails(4, &[&pair.folder.text("expired"), "it expired", "days ago"]);
+    let address = to.parse().unwrap();
+    let link = connect(&address, support::LIMIT).unwrap();
+    let refused = TlsLink::connect(link, &expired(&pair, Some("localhost")), &address, wait())
+        .and_then(|link| link.read(&mut [0], wait()))
+        .unwrap_err();
+    assert!(refused.to_string().contains("refuses this side"), "{refused}");
+    let said = receiver.line("its certificate is refused: it expired");
+    assert!(said.contains("days ago by this machine's clock; it sent no move, still waiting"), "{said}");
+    assert!(pair.source.runs(GUEST));
+    send("source").ok();
+    receiver.end().ok();
+    assert!(pair.destination.runs(GUEST) && pair.source.state() == State::Stop);
 }
 
 #[test]
