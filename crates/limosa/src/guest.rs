@@ -13,6 +13,7 @@ use limosa_migrate::Vmm;
 use limosa_migrate::stream::MigrationId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process};
+use serde::{Deserialize, Serialize};
 
 use crate::args::{Starting, Stopping};
 use crate::exit::{self, Code};
@@ -31,6 +32,8 @@ pub struct Guest<'a> {
     on_resume: Option<&'a str>,
     on_start: Option<&'a str>,
     noting: Option<Sending<'a>>,
+    /// What would be said if the guest were to go on: processes that were stopped and are no more.
+    lost: Vec<String>,
     failed: Mutex<Vec<String>>,
 }
 
@@ -41,6 +44,24 @@ impl<'a> Guest<'a> {
             stopping.stop_with.iter().map(|pid| Process::open(*pid)).collect::<anyhow::Result<_>>()?;
         let (on_stop, on_resume) = (stopping.on_stop.as_deref(), stopping.on_resume.as_deref());
         Ok(Guest { processes, on_stop, on_resume, noting, ..Guest::default() })
+    }
+
+    /// On a source whose process is gone: those that it stopped, and how a user lets the guest go on that was stopped by
+    /// a command.
+    pub fn stopped_before(stopped: &[Stopped], on_resume: Option<&'a str>) -> Guest<'a> {
+        let mut guest = Guest { on_resume, ..Guest::default() };
+        for stopped in stopped {
+            match Process::find(stopped) {
+                Ok(process) => guest.processes.push(process),
+                Err(why) => guest.lost.push(why),
+            }
+        }
+        guest
+    }
+
+    /// The processes that stand still with the guest.
+    fn stopped(&self) -> impl Iterator<Item = &Process> {
+        self.processes.iter().filter(|process| process.stopped.load(Ordering::Relaxed))
     }
 
     /// On the destination.
@@ -55,13 +76,14 @@ impl<'a> Guest<'a> {
 
     /// What a person has to see to when the move is in doubt, for the end of a sentence.
     pub fn what_stays_stopped(&self) -> String {
-        let stopped = self.processes.iter().filter(|process| process.stopped.load(Ordering::Relaxed));
-        let stopped: Vec<_> = stopped.map(|process| process.pid.to_string()).collect();
+        let stopped: Vec<_> = self.stopped().map(|process| process.pid.to_string()).collect();
         match stopped.as_slice() {
             [] => String::new(),
-            pids => {
-                format!("; with it process {} stays stopped, and goes on with `kill -CONT`", pids.join(", "))
-            }
+            pids => format!(
+                "; with it process {} stays stopped, and is set going by `limosa resolve` if the move is undone, or by \
+                 `kill -CONT`",
+                pids.join(", ")
+            ),
         }
     }
 
@@ -82,10 +104,16 @@ impl Vmm for Guest<'_> {
     }
 
     fn committing(&self, id: MigrationId) -> Result<(), String> {
-        self.noting.as_ref().map_or(Ok(()), |noting| noting.committing(id))
+        let Some(noting) = &self.noting else { return Ok(()) };
+        let stopped = self.stopped().map(Process::noted).collect::<Result<_, _>>()?;
+        noting.note(id, stopped, self.on_stop.map(str::to_owned))
     }
 
     fn resume(&self) {
+        self.failed
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .extend(self.lost.iter().cloned());
         for process in &self.processes {
             if let Err(why) = process.resume() {
                 self.too_late("--stop-with", &process.pid.to_string(), &format!("it stays stopped: {why}"));
@@ -166,6 +194,27 @@ impl Process {
         Ok(Process { pid, fd, stopped: AtomicBool::new(false) })
     }
 
+    /// One that was stopped by another process of the command.
+    fn find(stopped: &Stopped) -> Result<Process, String> {
+        let Stopped { pid, started, boot } = stopped;
+        let gone = || format!("--stop-with {pid}: the process that was stopped with the guest is gone");
+        let number = Pid::from_raw(*pid).ok_or_else(gone)?;
+        let fd = pidfd_open(number, PidfdFlags::empty()).map_err(|_| gone())?;
+        // It is looked at after the descriptor is had, which is that of no later process.
+        if started_at(*pid).ok() != Some(*started) || boot_id().ok().as_ref() != Some(boot) {
+            return Err(gone());
+        }
+        Ok(Process { pid: *pid, fd, stopped: AtomicBool::new(true) })
+    }
+
+    /// By what a later process of the command finds it.
+    fn noted(&self) -> Result<Stopped, String> {
+        let fails = |error: io::Error| format!("--stop-with {}: {error}", self.pid);
+        let started = started_at(self.pid).map_err(fails)?;
+        test_kill_process_by(&self.fd).map_err(fails)?;
+        Ok(Stopped { pid: self.pid, started, boot: boot_id().map_err(fails)? })
+    }
+
     fn stop(&self) -> Result<(), String> {
         // One that stands still already is left so.
         if self.is_stopped()? {
@@ -219,6 +268,26 @@ impl Process {
         test_kill_process_by(&self.fd).map_err(gone)?;
         Ok(true)
     }
+}
+
+/// A process that stands still: no other one has its number and began at the same time since the same boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    pub pid: i32,
+    /// In clock ticks since the boot (`proc_pid_stat.5`: starttime).
+    pub started: u64,
+    pub boot: String,
+}
+
+fn started_at(pid: i32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in parentheses, may have any characters; starttime is the 20th field behind it.
+    let field = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19));
+    field.and_then(|ticks| ticks.parse().ok()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn boot_id() -> io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 /// An error when the process is gone.

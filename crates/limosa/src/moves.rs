@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
+use limosa_migrate::Ledger;
 use limosa_migrate::stream::MigrationId;
-use limosa_migrate::{Ledger, Vmm};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::exit::{self, Code};
+use crate::guest::Stopped;
 
 /// The folder.
 #[derive(Clone, Debug)]
@@ -35,6 +36,12 @@ pub struct Doubt {
     /// Whether it went over TLS, and its destination is to be asked so.
     #[serde(default)]
     pub tls: bool,
+    /// The processes that were stopped with the guest, and go on if the move is undone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stopped: Vec<Stopped>,
+    /// The command that stopped the guest, whose end only its user knows how to undo.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_stop: Option<String>,
 }
 
 /// A record of one device has its name alone.
@@ -129,8 +136,8 @@ impl Moves {
     }
 }
 
-/// The machine around devices that the command sends: it notes the move before it is committed, so that it can be
-/// resolved when this process is no more.
+/// What the command sends: it is noted before the move is committed, so that it can be resolved when this process is no
+/// more.
 pub struct Sending<'a> {
     pub moves: &'a Moves,
     pub devices: Vec<String>,
@@ -138,11 +145,18 @@ pub struct Sending<'a> {
     pub tls: bool,
 }
 
-impl Vmm for Sending<'_> {
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
+impl Sending<'_> {
+    /// Notes a move that is about to be committed, with those that stand still for it.
+    pub fn note(
+        &self,
+        id: MigrationId,
+        stopped: Vec<Stopped>,
+        on_stop: Option<String>,
+    ) -> Result<(), String> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (devices, to) = (self.devices.clone(), self.to.clone());
-        match self.moves.note(&Doubt { id: id.to_string(), devices, to, since, tls: self.tls }) {
+        let doubt = Doubt { id: id.to_string(), devices, to, since, tls: self.tls, stopped, on_stop };
+        match self.moves.note(&doubt) {
             Err(error) if self.moves.given => Err(format!("{}: {error}", self.moves.folder.display())),
             Err(error) => {
                 tracing::info!("{}: {error}; the move is not noted", self.moves.folder.display());

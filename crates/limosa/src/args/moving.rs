@@ -296,22 +296,28 @@ pub struct Moves {
 }
 
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("which").args(["device", "id"]).multiple(true))]
 pub struct Resolve {
-    /// The device that was sent; without it, the moves in doubt are listed.
+    /// The device that was sent; without it and --id, the moves in doubt are listed.
     #[arg(value_name = "DEVICE")]
     pub device: Option<String>,
 
     /// Where its destination is to be asked: unix:PATH or tcp:HOST:PORT; by default where it was sent to.
-    #[arg(long, value_name = "ADDR", requires = "device")]
+    #[arg(long, value_name = "ADDR", requires = "which")]
     pub to: Option<String>,
 
-    /// The move, if another one than the device's last.
-    #[arg(long, value_name = "ID", requires = "device")]
+    /// The move, if another one than the device's last, or one of memory alone.
+    #[arg(long, value_name = "ID")]
     pub id: Option<String>,
 
     /// Ask nobody: you have looked, and know what became of the move.
-    #[arg(long, value_name = "OUTCOME", requires = "device", conflicts_with = "to")]
+    #[arg(long, value_name = "OUTCOME", requires = "which", conflicts_with = "to")]
     pub decide: Option<Decided>,
+
+    /// Run this by the shell to let the guest go on if the move was undone, where --on-stop has stopped it. Processes
+    /// that --stop-with has stopped go on by themselves then.
+    #[arg(long, value_name = "COMMAND", requires = "which")]
+    pub on_resume: Option<String>,
 
     #[command(flatten)]
     pub moves: Moves,

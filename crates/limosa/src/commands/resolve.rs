@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::moving;
 use crate::args;
 use crate::exit::{self, Code};
+use crate::guest::Guest;
 use crate::links::{self, Links};
 use crate::moves::{Doubt, Moves};
 use crate::open::{self, Opening};
@@ -38,10 +39,13 @@ struct Answered {
 
 pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let moves = Moves::new(args.moves.folder.as_deref());
-    let Some(name) = &args.device else { return list(&moves, out) };
-    let noted = moves.doubts()?.into_iter().rev().find(|doubt| match &args.id {
-        Some(id) => doubt.id == *id,
-        None => is_of(doubt, name),
+    if args.device.is_none() && args.id.is_none() {
+        return list(&moves, out);
+    }
+    let noted = moves.doubts()?.into_iter().rev().find(|doubt| match (&args.id, &args.device) {
+        (Some(id), _) => doubt.id == *id,
+        (None, Some(name)) => is_of(doubt, name),
+        (None, None) => false,
     });
     let id: MigrationId = match (&args.id, &noted) {
         (Some(id), _) => {
@@ -50,26 +54,35 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
         (None, Some(noted)) => noted.id()?,
         (None, None) => {
             let what = format!(
-                "{name}: no move of this device is noted as in doubt; `limosa resolve` lists those that are, and \
-                 --id names one that is not"
+                "{}: no move of this device is noted as in doubt; `limosa resolve` lists those that are, and --id names \
+                 one that is not",
+                args.device.as_deref().unwrap_or_default()
             );
             return Err(exit::error(Code::Refused, what));
         }
     };
     // All of them moved as one, and only together they stop or go on.
-    let names = match &noted {
-        Some(noted) => noted.devices.iter().map(String::as_str).collect(),
-        None => vec![name.as_str()],
+    let names = match (&noted, &args.device) {
+        (Some(noted), _) => noted.devices.iter().map(String::as_str).collect(),
+        (None, Some(name)) => vec![name.as_str()],
+        (None, None) => {
+            let what = format!("--id {id}: this move is not noted as in doubt; expected the device as well");
+            return Err(exit::error(Code::Refused, what));
+        }
     };
-    if !names.iter().any(|other| *other == name || open::same(other, name)) {
+    if let Some(name) = &args.device
+        && !names.iter().any(|other| *other == name || open::same(other, name))
+    {
         let what = format!("{name}: move {id} is of {}; expected one of these", names.join(", "));
         return Err(exit::error(Code::Usage, what));
     }
+    let stopped = noted.as_ref().map_or(&[][..], |noted| &noted.stopped);
+    let guest = Guest::stopped_before(stopped, args.on_resume.as_deref());
     let side = Side::moved_before(opening, &names)?;
     let name = side.name();
     let doubt = InDoubt::recover(id);
     let outcome = match args.decide {
-        Some(decision) => with(&side, |source| source.decide(decision.into(), doubt)),
+        Some(decision) => with(&side, &guest, |source| source.decide(decision.into(), doubt)),
         None => {
             let Some(to) = args.to.as_ref().or(noted.as_ref().map(|noted| &noted.to)) else {
                 return Err(exit::error(
@@ -89,7 +102,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             }
             let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
             let link = links::connect(&links, &address, options.silence_max, None, hint)?;
-            with(&side, |source| source.resolve(doubt, &link))
+            with(&side, &guest, |source| source.resolve(doubt, &link))
         }
     };
     let (outcome, report) = match outcome {
@@ -111,10 +124,23 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
         return Err(anyhow::anyhow!("{name}: {outcome}, but {note}"));
     }
     moves.forget(&id.to_string());
+    let undone = outcome == "undone";
     out.result(&Resolved { devices: &names, id: id.to_string(), outcome }, |to| {
-        let now = if outcome == "moved" { "stopped" } else { "as before the move" };
+        let now = if undone { "as before the move" } else { "stopped" };
+        if names.is_empty() {
+            return writeln!(to, "{name}: {outcome}");
+        }
         names.iter().try_for_each(|name| writeln!(to, "{name}: {outcome}; it is {now}"))
-    })
+    })?;
+    if undone
+        && args.on_resume.is_none()
+        && let Some(on_stop) = noted.as_ref().and_then(|noted| noted.on_stop.as_ref())
+    {
+        tracing::warn!(
+            "the guest was stopped by `{on_stop}`: let it go on, which --on-resume would have done"
+        );
+    }
+    moving::started(&guest)
 }
 
 /// Whether this device is among those of the move.
@@ -122,11 +148,11 @@ fn is_of(doubt: &Doubt, name: &str) -> bool {
     doubt.devices.iter().any(|device| device == name || open::same(device, name))
 }
 
-fn with(side: &Side, act: impl FnOnce(&mut Source<'_>) -> Outcome) -> Outcome {
+fn with(side: &Side, guest: &Guest<'_>, act: impl FnOnce(&mut Source<'_>) -> Outcome) -> Outcome {
     act(&mut Source {
         devices: &side.moved(),
         memory: Memory::default(),
-        vmm: &Nobody,
+        vmm: guest,
         observer: &Nobody,
         options: &Options::default(),
         cancel: None,
@@ -142,7 +168,16 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         doubts.in_doubt.iter().try_for_each(|doubt| {
             let minutes = now.saturating_sub(doubt.since) / 60;
-            writeln!(to, "{}  {} -> {}, {minutes} min ago", doubt.id, doubt.devices.join(", "), doubt.to)
+            let what = match doubt.devices.as_slice() {
+                [] => "the guest's memory".to_owned(),
+                devices => devices.join(", "),
+            };
+            write!(to, "{}  {what} -> {}, {minutes} min ago", doubt.id, doubt.to)?;
+            let pids: Vec<_> = doubt.stopped.iter().map(|stopped| stopped.pid.to_string()).collect();
+            match pids.as_slice() {
+                [] => writeln!(to),
+                pids => writeln!(to, "; with process {} stopped", pids.join(", ")),
+            }
         })
     })
 }

@@ -17,6 +17,7 @@ use crate::memory::SourcePages;
 use crate::side::Side;
 use crate::signals;
 
+pub use ended::started;
 pub use migrate::migrate;
 pub use receive::receive;
 pub use send::send;
