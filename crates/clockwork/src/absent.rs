@@ -26,6 +26,10 @@ impl Task {
         match self.0 {}
     }
 
+    pub(crate) fn random_bytes(&self) -> [u8; 16] {
+        match self.0 {}
+    }
+
     pub(crate) fn wake_all(&self) {
         match self.0 {}
     }

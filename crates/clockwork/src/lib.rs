@@ -3,7 +3,7 @@
 //! The engine waits, starts threads and reads the clock through this crate alone. In production these are
 //! the standard library's own: [`Monitor`] is a mutex with its condition variable, [`scope()`] is
 //! [`std::thread::scope`], [`now`] is [`Instant::now`]. In a simulation (the feature `simulation`) the same
-//! calls are the points at which another thread may go on, and time is virtual.
+//! calls are the points at which another thread may go on, time is virtual, and chance is the seed's ([`random_bytes`]).
 
 #![forbid(unsafe_code)]
 
@@ -48,6 +48,12 @@ pub fn sleep(time: Duration) {
 #[must_use]
 pub fn in_simulation() -> bool {
     hook::current().is_some()
+}
+
+/// Random bytes that the seed determines, in a simulation; otherwise `None`, for the caller to ask the system.
+#[must_use]
+pub fn random_bytes() -> Option<[u8; 16]> {
+    hook::current().map(|task| task.random_bytes())
 }
 
 /// In a simulation: everybody who waits on a [`Monitor`] looks again, because something has changed that no monitor

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::lock::lock;
+use crate::{Error, Result};
 
 /// A handle to call a move off. Clones are the same handle.
 ///
@@ -105,6 +106,11 @@ impl AsFd for Cancel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.wake.as_fd()
     }
+}
+
+/// [`Error::Cancelled`] when somebody called it off.
+pub(crate) fn check(cancel: Option<&Cancel>) -> Result<()> {
+    if cancel.is_some_and(Cancel::is_cancelled) { Err(Error::Cancelled) } else { Ok(()) }
 }
 
 /// For `poll`; rounded up to a nanosecond so that a wait never spins.

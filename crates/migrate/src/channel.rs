@@ -13,7 +13,7 @@ pub(crate) use outlet::Outlet;
 
 use crate::link::{self, Link, LinkError, TlsError, Wait};
 use crate::stream::{Damage, Header, Kind, MigrationId, PREFACE_BYTES, Preface, PrefaceFlags};
-use crate::{Cancel, Error, Result};
+use crate::{Cancel, Error, Result, cancel};
 
 /// How often, at least, each side says that it is alive.
 const PROGRESS_EVERY: Duration = Duration::from_millis(250);
@@ -65,7 +65,7 @@ impl<'a> Channel<'a> {
 
     /// [`Error::Cancelled`] when somebody called the move off.
     pub(crate) fn check_cancel(&self) -> Result<()> {
-        if self.cancel.is_some_and(Cancel::is_cancelled) { Err(Error::Cancelled) } else { Ok(()) }
+        cancel::check(self.cancel)
     }
 
     pub(crate) fn send_preface(&mut self, id: MigrationId, flags: PrefaceFlags) -> Result<()> {

@@ -18,7 +18,7 @@ use crate::stream::body::{NEEDS_CREDIT, decode_u32};
 use crate::stream::{
     Answer, Damage, DeviceFacts, Kind, LINKS_MAX, MigrationId, Offer, Preface, PrefaceFlags,
 };
-use crate::{Cancel, Error, Observer, Options, Result, Vmm};
+use crate::{Cancel, Error, Observer, Options, Result, Vmm, cancel};
 
 /// The side that devices come to.
 pub struct Destination<'a> {
@@ -192,11 +192,15 @@ impl<'a> Destination<'a> {
         let mut taken = Vec::new();
         let ended = match self.greet(&mut channel, &recorder) {
             Ok((preface, Some(offer))) => {
-                let then = |channel: &mut Channel<'_>, crew: &Receiving<'_, '_>| match after {
-                    AfterLoad::Stop => Ok(Received::Stopped as fn(Report) -> Received),
-                    AfterLoad::Run => {
-                        recorder.phase(Phase::Start);
-                        self.start(channel, crew).map(|()| Received::Runs as _)
+                let then = |channel: &mut Channel<'_>, crew: &Receiving<'_, '_>| {
+                    recorder.phase(Phase::Commit);
+                    channel.check_cancel().map_err(NotStarted::GivenBack)?;
+                    match after {
+                        AfterLoad::Stop => Ok(Received::Stopped as fn(Report) -> Received),
+                        AfterLoad::Run => {
+                            recorder.phase(Phase::Start);
+                            self.start(channel, crew).map(|()| Received::Runs as _)
+                        }
                     }
                 };
                 self.until_loaded(preface.id, &offer, &mut channel, None, &recorder, &mut taken, then)
@@ -385,7 +389,7 @@ impl<'a> Destination<'a> {
             .devices
             .iter()
             .enumerate()
-            .map(|(at, moved)| facts(at as u32, moved))
+            .map(|(at, moved)| cancel::check(self.cancel).and_then(|()| facts(at as u32, moved)))
             .collect::<Result<_>>()?;
         let memory: Vec<_> = self.memory.iter().map(MemoryRegion::facts).collect();
         let mut reasons = compare_devices(&offer.devices, &here);

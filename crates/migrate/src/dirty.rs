@@ -7,11 +7,12 @@ use limosa_clockwork::Monitor;
 use limosa_protocol::bitmap::{DirtyBitmap, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 
+use crate::cancel::check;
 use crate::devices::{MovedDevice, failed};
 use crate::memory::{Memory, MemoryRegion, PAGE_BYTES};
 use crate::report::Recorder;
 use crate::sending::Sending;
-use crate::{Error, Result, pages};
+use crate::{Cancel, Error, Result, pages};
 
 /// A further link is used for each so many bytes: below that, waking its thread costs more than it saves.
 const LINK_BYTES_MIN: u64 = 4 << 20;
@@ -37,6 +38,7 @@ impl Dirty {
         devices: &[MovedDevice<'_>],
         memory: &mut Memory<'_>,
         recorder: &Recorder<'_>,
+        cancel: Option<&Cancel>,
     ) -> Result<()> {
         self.device_page_bytes = vec![None; devices.len()];
         for region in &memory.regions {
@@ -64,6 +66,7 @@ impl Dirty {
             self.sources_started += 1;
         }
         for (at, device) in devices.iter().enumerate() {
+            check(cancel)?;
             let device = device.device;
             let log = DeviceLog::new(device);
             if log.is_supported().map_err(|error| failed(device, STARTING, error))? {

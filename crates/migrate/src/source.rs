@@ -16,7 +16,7 @@ use crate::snapshot::{Limits, SnapshotTarget, Writing, of_place};
 use crate::stream::body::{NEEDS_CREDIT, NEEDS_FLUSH, decode_u32};
 use crate::stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, WINDOW_BYTES_MIN};
 use crate::undo::Held;
-use crate::{Cancel, Error, Observer, Options, Result, Vmm};
+use crate::{Cancel, Error, Observer, Options, Result, Vmm, cancel};
 
 /// The side that devices leave.
 pub struct Source<'a> {
@@ -245,7 +245,7 @@ impl<'a> Source<'a> {
             outlet.send(Kind::JOIN, 0, 0, &number.to_le_bytes(), self.cancel)?;
         }
         held.touched = true;
-        held.dirty.start(self.devices, &mut self.memory, recorder)?;
+        held.dirty.start(self.devices, &mut self.memory, recorder, self.cancel)?;
         let Channel { outlet, inlet, .. } = channel;
         let outlets = std::iter::once(&**outlet).chain(&outlets).collect();
         let sending = Sending::new(outlets, self.devices.len(), answer.window, self.options, self.cancel)?;
@@ -372,6 +372,7 @@ impl<'a> Source<'a> {
         let mut offer = Offer::default();
         let mut reasons = Vec::new();
         for (at, moved) in self.devices.iter().enumerate() {
+            cancel::check(self.cancel)?;
             let facts = facts(at as u32, moved)?;
             reasons.extend(check_movable(&facts).err());
             offer.devices.push(facts);

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use common::{Ends, Step, TestDevice, VecPages, world};
 use limosa_device::Fault;
-use limosa_migrate::{AfterLoad, AfterSave, Error, Outcome, Received, SnapshotFile, inspect, inspect_file};
+use limosa_migrate::{
+    AfterLoad, AfterSave, Cancel, Destination, Error, Observer, Outcome, Phase, Received, SnapshotFile,
+    inspect, inspect_file,
+};
 use limosa_protocol::{Errno, MigrationFlags, State};
 
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
@@ -69,6 +72,35 @@ fn a_saved_device_is_loaded_with_its_memory() {
         assert!(text.contains("device 0 dev-source: 100020 bytes, complete"), "{text}");
         assert!(text.ends_with("whole\n"), "{text}");
         assert_eq!(files(directory.path()), ["stream"]);
+    }
+}
+
+#[test]
+fn a_load_that_is_called_off_at_its_very_end_is_discarded() {
+    /// Calls it off when everything is loaded.
+    struct AtTheEnd(Cancel);
+    impl Observer for AtTheEnd {
+        fn phase(&self, phase: Phase) {
+            if phase == Phase::Commit {
+                self.0.cancel();
+            }
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("stream");
+    for after in [AfterLoad::Run, AfterLoad::Stop] {
+        let ends = ends();
+        assert!(matches!(save(&ends, &path, AfterSave::Stop), Outcome::Moved(_)));
+        let cancel = Cancel::new().unwrap();
+        let observer = AtTheEnd(cancel.clone());
+        let received = ends.with_destination(|destination| {
+            let Destination { devices, memory, vmm, options, ledger, .. } = *destination;
+            let cancel = Some(&cancel);
+            let observed = Destination { observer: &observer, cancel, devices, memory, vmm, options, ledger };
+            observed.load(&SnapshotFile::new(&path), after)
+        });
+        assert!(matches!(received, Received::Discarded { why: Error::Cancelled, .. }), "{received:?}");
+        assert!(!ends.destination[0].holds_guest());
     }
 }
 

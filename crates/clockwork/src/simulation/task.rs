@@ -144,6 +144,12 @@ impl Task {
         &self.core
     }
 
+    pub(crate) fn random_bytes(&self) -> [u8; 16] {
+        let mut state = self.core.lock();
+        let mut word = || u128::from(state.chance.below(u64::MAX));
+        (word() << 64 | word()).to_le_bytes()
+    }
+
     pub(crate) fn now(&self) -> Instant {
         let now = self.core.lock().tick();
         self.end_if_crashed();

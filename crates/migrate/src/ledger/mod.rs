@@ -227,6 +227,43 @@ mod tests {
         assert_eq!(next.ask(id(9)), Decision::Unknown, "never heard of");
     }
 
+    /// Whose moves hold or start, and cannot be written any more; and what a later process is to make of them.
+    fn unwritable(ledger: &Ledger, folder: &Path) {
+        for found in ledger.lock().iter_mut() {
+            // Its lock is the open file's: it goes with the first.
+            found.record = found.record.take().map(|record| record.unwritable(folder));
+        }
+    }
+
+    #[test]
+    fn a_decision_that_cannot_be_recorded_holds_as_long_as_the_process_and_is_never_the_opposite_later() {
+        let id = |number: u8| MigrationId([number; 16]);
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Ledger::open(folder.path()).unwrap();
+        let ledger = open();
+        (0..5).for_each(|number| assert!(ledger.hold(id(number)).unwrap()));
+        (3..5).for_each(|number| assert!(ledger.start(id(number)).unwrap()));
+        unwritable(&ledger, folder.path());
+        assert!(ledger.start(id(0)).is_err(), "a commit that cannot be recorded is not taken");
+        ledger.not_committed(id(0));
+        assert_eq!(ledger.ask(id(1)), Decision::NotCommitted);
+        assert!(!ledger.start(id(1)).unwrap(), "it was answered");
+        ledger.committed(id(3));
+        ledger.not_committed(id(4));
+        for (number, now, later) in [
+            (0, Decision::NotCommitted, Decision::NotCommitted),
+            (1, Decision::NotCommitted, Decision::NotCommitted),
+            (2, Decision::NotCommitted, Decision::NotCommitted),
+            (3, Decision::Committed, Decision::Unknown),
+            (4, Decision::NotCommitted, Decision::Unknown),
+        ] {
+            assert_eq!(ledger.ask(id(number)), now, "{number}");
+            assert_eq!(open().ask(id(number)), later, "{number}, by another process");
+        }
+        drop(ledger);
+        assert_eq!(open().ask(id(0)), Decision::NotCommitted);
+    }
+
     #[test]
     fn what_cannot_be_recorded_is_not_begun() {
         let folder = tempfile::tempdir().unwrap();

@@ -57,6 +57,17 @@ impl Record {
     }
 }
 
+#[cfg(test)]
+impl Record {
+    /// The same on a disk that takes no more writes.
+    pub fn unwritable(self, folder: &Path) -> Record {
+        let file = File::open(path(folder, self.id)).expect("it is there");
+        drop(self.file);
+        flock(&file, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
+        Record { file, id: self.id }
+    }
+}
+
 /// What the record of a move that is not this process's says.
 pub(super) fn ask(folder: &Path, id: MigrationId) -> io::Result<Decision> {
     let file = match OpenOptions::new().read(true).write(true).open(path(folder, id)) {

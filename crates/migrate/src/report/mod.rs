@@ -50,7 +50,7 @@ pub enum Phase {
     StopCopy,
     /// The destination's devices finish and validate what they loaded.
     Load,
-    /// From READY over COMMIT to RUNNING.
+    /// From READY over COMMIT to RUNNING. Of a snapshot: it is published, or loaded for good.
     Commit,
     /// The destination's devices begin to run.
     Start,

@@ -16,6 +16,9 @@ pub struct MigrationId(pub [u8; 16]);
 impl MigrationId {
     /// A new one, from the system's random numbers.
     pub fn random() -> std::io::Result<MigrationId> {
+        if let Some(id) = limosa_clockwork::random_bytes() {
+            return Ok(MigrationId(id));
+        }
         let mut id = [0; 16];
         let mut filled = 0;
         while filled < id.len() {

@@ -68,6 +68,9 @@ impl Fates<'_> {
             }
             Fault::Cancel(end) => computer(end).cancel(),
             Fault::LedgerFull => destination.fill_ledger(),
+            Fault::DiskFull => self.network.disk.fill(),
+            Fault::DiskFails => self.network.disk.fail(),
+            Fault::DiskFlips(bit) => self.network.disk.flip(bit),
             Fault::NoteFull => source.note_full.store(true, Ordering::SeqCst),
             Fault::PrepareRefused => destination.prepare_refused.store(true, Ordering::SeqCst),
             Fault::StopRefused => source.stop_refused.store(true, Ordering::SeqCst),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::{Monitor, now, simulation};
 use limosa_migrate::link::{Link, LinkError, Wait};
 
+use crate::disk::Disk;
 use crate::plan::LinkPlan;
 
 /// One direction.
@@ -47,6 +48,8 @@ pub struct SimLink {
 /// What lies between the two ends: the links of the move that is under way.
 pub struct Network {
     plans: Vec<LinkPlan>,
+    /// What both ends can reach as well.
+    pub disk: Disk,
     state: Monitor<Lines>,
 }
 
@@ -60,8 +63,8 @@ struct Lines {
 }
 
 impl Network {
-    pub fn new(plans: &[LinkPlan]) -> Network {
-        Network { plans: plans.to_vec(), state: Monitor::default() }
+    pub fn new(plans: &[LinkPlan], disk: Disk) -> Network {
+        Network { plans: plans.to_vec(), disk, state: Monitor::default() }
     }
 
     /// The first link of a move, or of a question.

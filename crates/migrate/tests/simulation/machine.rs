@@ -9,12 +9,13 @@ use limosa_clockwork::{Monitor, now};
 use limosa_migrate::link::{Link, Wait};
 use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{
-    Cancel, Convergence, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
-    Options, Outcome, Phase, Received, Source, Vmm, WhenStalled,
+    AfterLoad, Cancel, Convergence, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion,
+    MovedDevice, Observer, Options, Outcome, Phase, Received, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::State;
 
 use crate::device::SimDevice;
+use crate::disk::Disk;
 use crate::guest::Guest;
 use crate::link::Network;
 use crate::memory::{RegionPages, SimLog, SimMemory, iova};
@@ -147,16 +148,27 @@ impl Computer {
         self.as_source_with(&options, |source| source.send_over(link, &|_: Wait<'_>| self.network.call()))
     }
 
+    /// Loads what was saved there.
+    pub fn load(&self, from: &Disk, after: AfterLoad) -> Received {
+        self.as_destination(|destination| destination.load(from, after))
+    }
+
     pub fn resolve(&self, doubt: InDoubt, link: &dyn Link) -> Outcome {
         self.as_source(|source| source.resolve(doubt, link))
     }
 
     /// Receives a move or a question.
     pub fn receive(&self, link: &dyn Link) -> Received {
+        self.as_destination(|destination| {
+            destination.receive_over(link, &|wait: Wait<'_>| self.network.answer(wait))
+        })
+    }
+
+    fn as_destination(&self, act: impl FnOnce(&Destination<'_>) -> Received) -> Received {
         let devices = self.moved();
         let ledger = self.ledger();
         let cancel = self.cancel.lock().expect("not poisoned").clone();
-        Destination {
+        act(&Destination {
             devices: &devices,
             memory: &self.regions(),
             vmm: self,
@@ -164,8 +176,7 @@ impl Computer {
             options: &self.options,
             cancel: Some(&cancel),
             ledger: &ledger,
-        }
-        .receive_over(link, &|wait: Wait<'_>| self.network.answer(wait))
+        })
     }
 
     /// The ledger of this life of the process.

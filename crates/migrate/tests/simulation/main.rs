@@ -5,6 +5,7 @@
 
 mod bounds;
 mod device;
+mod disk;
 mod fate;
 mod found;
 mod guest;
@@ -66,6 +67,21 @@ fn play(plan: &Plan, trace: bool) -> Result<Summary, String> {
 }
 
 #[test]
+fn a_seed_plays_the_same_twice() {
+    for seed in 0..30 {
+        let traces = [(); 2].map(|()| {
+            let folder = tempfile::tempdir().expect("a folder for the ledger");
+            let run = run(&Plan::new(seed), folder.path(), true);
+            run.map(|run| (run.digest, run.trace)).unwrap_or_else(|failure| panic!("{failure}"))
+        });
+        let [(digest, first), (again, second)] = traces;
+        let differs = first.lines().zip(second.lines()).find(|(one, other)| one != other);
+        assert_eq!(differs, None, "seed {seed}");
+        assert_eq!((digest, first.len()), (again, second.len()), "seed {seed}");
+    }
+}
+
+#[test]
 fn moves_keep_the_failure_contract_whatever_goes_wrong() {
     if let Some(seed) = number("LIMOSA_SEED") {
         return play(&Plan::new(seed), true).map(drop).unwrap_or_else(|failure| panic!("{failure}"));
@@ -101,7 +117,7 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
     }
     assert!(failures.is_empty(), "{} of {count} seeds fail: {:?}", failures.len(), failures.keys());
     let tally = tally.into_inner().unwrap();
-    for what in ["Moved", "Undone", "in doubt", "with a crash", "with a full window"] {
+    for what in ["Moved", "Undone", "in doubt", "with a crash", "with a full window", "Saved", "NotSaved"] {
         assert!(count < 100 || tally.get(what).is_some_and(|times| *times > 0), "no seed ended {what}");
     }
 }

@@ -31,7 +31,11 @@ fn a_destination_that_runs_before_the_commit_is_found() {
 
 #[test]
 fn a_guest_that_does_not_stop_is_found() {
-    says(&found(Mutation::NeverStops, calm), "is not what the guest wrote");
+    let calm_move = |plan: &mut Plan| {
+        calm(plan);
+        plan.saves = None;
+    };
+    says(&found(Mutation::NeverStops, calm_move), "is not what the guest wrote");
 }
 
 #[test]
@@ -77,7 +81,13 @@ fn a_device_that_loads_something_else_is_found() {
 
 #[test]
 fn a_destination_that_lets_more_come_than_its_window_is_found() {
-    says(&found(Mutation::GivesTooMuch, calm), "on their way at once");
+    says(&found(Mutation::GivesTooMuch, calm), "at once, not");
+}
+
+#[test]
+fn a_partial_snapshot_that_gets_its_name_is_found() {
+    let saves = |plan: &mut Plan| plan.saves = plan.saves.or(Some(limosa_migrate::AfterSave::Run));
+    says(&found(Mutation::PublishesPartial, saves), "there is something");
 }
 
 #[test]

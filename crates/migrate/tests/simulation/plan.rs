@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use limosa_device::Fault as Arc;
 use limosa_migrate::stream::{Compression, WINDOW_BYTES_MIN};
-use limosa_migrate::{Convergence, Options, Phase, WhenStalled};
+use limosa_migrate::{AfterSave, Convergence, Options, Phase, WhenStalled};
 use limosa_protocol::{Errno, MigrationFlags};
 
 pub const SILENCE_MAX: Duration = Duration::from_secs(5);
@@ -127,6 +127,12 @@ pub enum Fault {
     Crash { end: End, silent: bool },
     /// Somebody calls the move off at this end.
     Cancel(End),
+    /// Where snapshots lie is full.
+    DiskFull,
+    /// It fails once.
+    DiskFails,
+    /// It alters a bit of what it keeps.
+    DiskFlips(u8),
     /// From now on the destination's ledger cannot write.
     LedgerFull,
     /// The source cannot note that it commits.
@@ -168,6 +174,8 @@ pub enum Mutation {
     DeafToCancel,
     /// The destination lets the source send more than it is to have.
     GivesTooMuch,
+    /// A snapshot that was given up gets its name all the same.
+    PublishesPartial,
 }
 
 /// A fault and its moment.
@@ -222,6 +230,8 @@ pub struct Plan {
     pub log_covers_devices: bool,
     pub convergence: Convergence,
     pub precopy: bool,
+    /// The guest is saved and not moved; what becomes of the source then.
+    pub saves: Option<AfterSave>,
     /// How long the vCPU rests between two of its steps, at most.
     pub rest: Duration,
     pub faults: Vec<Planned>,
@@ -286,6 +296,7 @@ impl Plan {
             log_covers_devices: chance.one_in(2),
             convergence,
             precopy: !chance.one_in(6),
+            saves: chance.one_in(5).then(|| chance.pick(&[AfterSave::Run, AfterSave::Stop])),
             rest: (about / chance.pick(&[3, 20, 100, 300])).max(Duration::from_micros(5)),
             faults: Vec::new(),
             mutation: None,
@@ -308,6 +319,10 @@ impl Plan {
         let link = chance.below(self.links.len() as u64) as usize;
         let device = chance.below(self.devices.len() as u64) as usize;
         let fault = match chance.below(22) {
+            // There is no link.
+            0..=2 if self.saves.is_some() => Fault::DiskFull,
+            3..=4 if self.saves.is_some() => Fault::DiskFails,
+            5..=8 if self.saves.is_some() => Fault::DiskFlips(chance.below(8) as u8),
             0..=2 => Fault::Cut(link),
             3..=4 => Fault::Silence(end, link),
             5 => Fault::Stall(end, link, Duration::from_millis(1 + chance.log_below(10_000))),

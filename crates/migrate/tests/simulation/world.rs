@@ -18,6 +18,9 @@ pub struct World {
     truth: Mutex<Truth>,
 }
 
+/// Memory, and the blocks of devices.
+pub type Contents = (Vec<Vec<u8>>, Vec<Vec<u64>>);
+
 /// What a guest that lost nothing has.
 #[derive(Default)]
 pub struct Truth {
@@ -31,6 +34,9 @@ pub struct Truth {
     pub taken: BTreeSet<(usize, u64)>,
     pub given_back: BTreeSet<(usize, u64)>,
     pub logs: bool,
+    /// Memory and devices when nothing ran any more, the last time; only where that is asked for.
+    pub at_stop: Option<Contents>,
+    pub keeps_stop: bool,
 }
 
 impl World {
@@ -52,7 +58,13 @@ impl World {
     /// Something of the guest begins or ends to run at this end.
     pub fn runs(&self, end: End, runs: bool) {
         let by = if runs { 1 } else { -1 };
-        self.running[end as usize].fetch_add(by, Ordering::SeqCst);
+        let before = self.running[end as usize].fetch_add(by, Ordering::SeqCst);
+        if before + by == 0 && end == End::Source {
+            let truth = &mut *self.truth();
+            if truth.keeps_stop {
+                truth.at_stop = Some((truth.memory.clone(), truth.devices.clone()));
+            }
+        }
         if let Err(wrong) = self.check() {
             self.wrong(wrong);
         }

@@ -1,0 +1,213 @@
+//! Where snapshots of the simulation lie: a disk on which one appears under its name when it is published, and not
+//! before; which is full, fails, or alters what it keeps.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use limosa_clockwork::{simulation, sleep};
+use limosa_migrate::link::{LinkError, Wait};
+use limosa_migrate::{SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
+
+use crate::plan::Mutation;
+
+#[derive(Default)]
+pub struct Disk {
+    state: Arc<Mutex<State>>,
+    mutation: Option<Mutation>,
+}
+
+#[derive(Default)]
+struct State {
+    published: Option<Vec<u8>>,
+    /// What is written and has no name yet; what a saver that died left.
+    partial: Vec<u8>,
+    full: bool,
+    /// The next write, or publication, fails.
+    fails: bool,
+    /// A bit was altered in what it kept.
+    altered: bool,
+}
+
+impl Disk {
+    pub fn new(mutation: Option<Mutation>) -> Disk {
+        Disk { state: Arc::default(), mutation }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Nothing more can be written.
+    pub fn fill(&self) {
+        self.state().full = true;
+    }
+
+    /// What is asked for next fails.
+    pub fn fail(&self) {
+        self.state().fails = true;
+    }
+
+    /// A bit of what it keeps flips.
+    pub fn flip(&self, bit: u8) {
+        let mut state = self.state();
+        let State { published, partial, .. } = &mut *state;
+        let bytes = published.as_mut().unwrap_or(partial);
+        if !bytes.is_empty() {
+            let at = simulation::random(bytes.len() as u64) as usize;
+            bytes[at] ^= 1 << bit;
+            state.altered = true;
+        }
+    }
+
+    /// There is room, and nothing fails.
+    pub fn heal(&self) {
+        let mut state = self.state();
+        (state.full, state.fails) = (false, false);
+    }
+
+    pub fn has_published(&self) -> bool {
+        self.state().published.is_some()
+    }
+
+    pub fn is_altered(&self) -> bool {
+        self.state().altered
+    }
+
+    /// What a saver left without a name is given the snapshot's name, by somebody who knows no better; whether it is
+    /// less than a whole one.
+    pub fn name_what_is_left(&self) -> bool {
+        let mut state = self.state();
+        let partial = std::mem::take(&mut state.partial);
+        // The last frame is a SEAL: its kind, and its payload of 40 bytes.
+        let is_whole = partial.len() >= 72 && partial[partial.len() - 72..][..2] == 30_u16.to_le_bytes();
+        state.published = Some(partial);
+        !is_whole
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// It takes a while, in which much can happen.
+fn turn(wait: Wait<'_>) -> Result<(), LinkError> {
+    if simulation::random(2) == 0 {
+        sleep(Duration::from_micros(1 + simulation::random(2_000)));
+    }
+    if simulation::crashing() {
+        return Err(LinkError::Closed);
+    }
+    wait.left().map(drop)
+}
+
+fn fails(state: &mut State) -> Result<(), LinkError> {
+    match std::mem::take(&mut state.fails) {
+        true => Err(io::Error::other("the disk does not answer").into()),
+        false => Ok(()),
+    }
+}
+
+struct Writer {
+    state: Arc<Mutex<State>>,
+    mutation: Option<Mutation>,
+    published: bool,
+}
+
+impl SnapshotTarget for Disk {
+    fn name(&self) -> String {
+        "the disk".into()
+    }
+
+    fn create(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotWriter>, LinkError> {
+        turn(wait)?;
+        let mut state = self.state();
+        fails(&mut state)?;
+        state.partial.clear();
+        Ok(Box::new(Writer { state: self.state.clone(), mutation: self.mutation, published: false }))
+    }
+}
+
+impl SnapshotWriter for Writer {
+    fn write(&mut self, bytes: &[u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        turn(wait)?;
+        let mut state = lock(&self.state);
+        fails(&mut state)?;
+        if state.full {
+            return Err(io::Error::from(io::ErrorKind::StorageFull).into());
+        }
+        let taken = 1 + simulation::random(bytes.len() as u64) as usize;
+        state.partial.extend_from_slice(&bytes[..taken]);
+        Ok(taken)
+    }
+
+    fn publish(mut self: Box<Self>, wait: Wait<'_>) -> Result<(), LinkError> {
+        turn(wait)?;
+        let mut state = lock(&self.state);
+        fails(&mut state)?;
+        state.published = Some(std::mem::take(&mut state.partial));
+        drop(state);
+        self.published = true;
+        // It is there, and nobody has been told.
+        if simulation::random(2) == 0 {
+            sleep(Duration::from_micros(1));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let mut state = lock(&self.state);
+        if self.mutation == Some(Mutation::PublishesPartial) && !self.published {
+            state.published = Some(std::mem::take(&mut state.partial));
+        }
+        // What a process leaves that died stays.
+        if !simulation::crashing() {
+            state.partial.clear();
+        }
+    }
+}
+
+struct Reader {
+    state: Arc<Mutex<State>>,
+    at: usize,
+}
+
+impl SnapshotSource for Disk {
+    fn name(&self) -> String {
+        "the disk".into()
+    }
+
+    fn open(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError> {
+        turn(wait)?;
+        let mut state = self.state();
+        fails(&mut state)?;
+        match &state.published {
+            Some(_) => Ok(Box::new(Reader { state: self.state.clone(), at: 0 })),
+            None => Err(io::Error::from(io::ErrorKind::NotFound).into()),
+        }
+    }
+}
+
+impl SnapshotReader for Reader {
+    fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        turn(wait)?;
+        let mut state = lock(&self.state);
+        fails(&mut state)?;
+        let Some(published) = &state.published else { return Err(LinkError::Closed) };
+        let rest = &published[self.at..];
+        let most = rest.len().min(into.len());
+        let bytes = most.min(1 + simulation::random(2 * most as u64) as usize);
+        into[..bytes].copy_from_slice(&rest[..bytes]);
+        self.at += bytes;
+        Ok(bytes)
+    }
+
+    fn rewind(&mut self, wait: Wait<'_>) -> Result<(), LinkError> {
+        turn(wait)?;
+        fails(&mut lock(&self.state))?;
+        self.at = 0;
+        Ok(())
+    }
+}

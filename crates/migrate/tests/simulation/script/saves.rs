@@ -1,0 +1,194 @@
+//! A run in which the guest is not moved but saved, and what was saved is loaded: with what goes wrong in both, and then
+//! once more without.
+
+use limosa_client::DeviceExt;
+use limosa_clockwork::{Scope, simulation, sleep};
+use limosa_migrate::{AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, WhenStalled};
+use limosa_protocol::State;
+
+use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
+use crate::bounds;
+use crate::fate::Fates;
+use crate::model::get;
+use crate::plan::End;
+
+impl Script<'_> {
+    /// Saves the guest, and loads what was published, if anything was.
+    pub(super) fn save_and_load<'scope>(
+        &'scope self,
+        scope: Scope<'scope, '_>,
+        fates: &Fates<'_>,
+        after: AfterSave,
+    ) -> Result<Summary, String> {
+        let mut summary = Summary::new(Ended::NotSaved);
+        let is_saved = self.save(scope, fates, after, &mut summary)?;
+        let at_stop = self.world.truth().at_stop.take();
+        if is_saved {
+            summary.ended = Ended::Saved;
+        }
+        // The guest goes on where it does, and looks around.
+        sleep(self.plan.rest * 20);
+        let runs = self.source.runs_all().is_ok();
+        if runs && simulation::random(3) == 0 {
+            // A save is no reason why it could not be moved.
+            fates.end();
+            self.second_move(scope, fates.processes, &Summary { ended: Ended::Undone, ..summary.clone() })?;
+            return Ok(summary);
+        }
+        self.turn_off_source();
+        let go_back = || {
+            let truth = &mut *self.world.truth();
+            let at_stop = at_stop.clone();
+            (truth.memory, truth.devices) = at_stop.ok_or("saved, and nothing ever stopped")?;
+            Ok::<_, String>(())
+        };
+        if is_saved {
+            go_back()?;
+        }
+        let received = self.load(scope, fates, &mut summary)?;
+        let loaded = matches!(received, Some(Received::Runs(_) | Received::Stopped(_)));
+        if loaded && !is_saved {
+            return Err(format!("nothing was saved, and it was loaded: {received:?}"));
+        }
+        if received.is_some() && !loaded && is_saved && *fates.fired.lock() == 0 {
+            return Err(format!("nothing went wrong, and what was saved was not loaded: {received:?}"));
+        }
+        fates.end();
+        if loaded || matches!(received, Some(Received::Broken { .. })) {
+            return Ok(summary);
+        }
+        self.destination.heal();
+        self.network.disk.heal();
+        self.clear_destination()?;
+        let is_whole = is_saved && !self.network.disk.is_altered();
+        let is_partial = !is_saved && self.network.disk.name_what_is_left();
+        if !is_saved && !is_partial {
+            go_back()?;
+        }
+        match self.load(scope, fates, &mut summary)? {
+            Some(Received::Runs(_) | Received::Stopped(_)) if is_whole => Ok(summary),
+            Some(Received::Discarded { .. }) if !is_whole => Ok(summary),
+            // Whoever died when all of it was written had only not said so.
+            Some(_) if !is_saved && !is_partial => Ok(summary),
+            other => Err(format!("loaded without trouble what is whole: {is_whole}, and: {other:?}")),
+        }
+    }
+
+    /// Whether there is something to load now.
+    fn save<'scope>(
+        &'scope self,
+        scope: Scope<'scope, '_>,
+        fates: &Fates<'_>,
+        after: AfterSave,
+        summary: &mut Summary,
+    ) -> Result<bool, String> {
+        let [process, _] = fates.processes;
+        let saving = move || self.source.as_source(|source| source.save(&self.network.disk, after));
+        let saved = process.spawn(scope, "save", saving).join();
+        let called_off = self.check_cancel(&self.source)?;
+        let is_published = self.network.disk.has_published();
+        simulation::note(|| format!("{saved:?}"));
+        let outcome = match saved {
+            Ok(outcome) => outcome,
+            Err(panic) => {
+                crash_or_panic(panic);
+                summary.crashes += 1;
+                self.source_restarts();
+                // Nobody else can run it; whoever restarts the source may let it go on.
+                let undone = self.decide(scope, process, Decision::NotCommitted, InDoubt::recover(NO_MOVE));
+                let Ok(Outcome::Undone { report, .. }) = undone else {
+                    return match undone {
+                        Ok(other) => Err(format!("a saver that was started anew: {other:?}")),
+                        // Once more.
+                        Err(panic) => {
+                            crash_or_panic(panic);
+                            Ok(is_published)
+                        }
+                    };
+                };
+                self.source_runs(&report.notes)?;
+                return Ok(is_published);
+            }
+        };
+        summary.filled |= bounds::check(self.plan, bounds::of_source(&outcome))?;
+        match &outcome {
+            Outcome::Moved(report) => {
+                if called_off {
+                    return Err(format!("called off, and saved: {outcome:?}"));
+                }
+                if !is_published {
+                    return Err(format!("nothing was published: {outcome:?}"));
+                }
+                match after {
+                    AfterSave::Run => self.source_runs(&report.notes)?,
+                    AfterSave::Stop if self.world.running(End::Source) > 0 => {
+                        return Err("saved to go on elsewhere, and the source runs".into());
+                    }
+                    AfterSave::Stop => return Ok(true),
+                }
+            }
+            Outcome::Undone { why, report } => {
+                let excused = matches!(why, Error::NotConverging { .. })
+                    && self.plan.convergence.when_stalled == WhenStalled::Abort;
+                if *fates.fired.lock() == 0 && !excused {
+                    return Err(format!("nothing went wrong, and it was not saved: {why}"));
+                }
+                if is_published {
+                    return Err(format!("not saved, and yet there is something: {why}"));
+                }
+                self.source_runs(&report.notes)?;
+            }
+            Outcome::InDoubt(doubt) => return Err(format!("a save in doubt: {doubt:?}")),
+        }
+        self.nothing_lost_in_undo()?;
+        Ok(is_published)
+    }
+
+    /// Loads what is there; nothing when the loader died.
+    fn load<'scope>(
+        &'scope self,
+        scope: Scope<'scope, '_>,
+        fates: &Fates<'_>,
+        summary: &mut Summary,
+    ) -> Result<Option<Received>, String> {
+        let after = if simulation::random(2) == 0 { AfterLoad::Run } else { AfterLoad::Stop };
+        let loading = move || self.destination.load(&self.network.disk, after);
+        let loading = fates.processes[1].spawn(scope, "load", loading);
+        let mut crashed = false;
+        let received = self.received(loading, summary, &mut crashed)?;
+        simulation::note(|| format!("{received:?}"));
+        let destination = &self.destination;
+        let holds = || destination.devices.iter().any(|device| get(&device.outside.holds));
+        match &received {
+            Some(Received::Runs(_)) => {
+                destination.runs_all()?;
+                sleep(self.plan.rest * 20);
+                self.guest.stop(End::Destination);
+                destination.compare()?;
+            }
+            Some(Received::Stopped(_)) => {
+                destination.compare()?;
+                if self.world.running(End::Destination) > 0 {
+                    return Err("loaded to stay in STOP, and it runs".into());
+                }
+            }
+            Some(Received::Discarded { .. }) if holds() && !self.plan.hurts_devices() => {
+                return Err("discarded, and what was loaded is still there".into());
+            }
+            Some(Received::Broken { .. }) if !self.plan.hurts_devices() => {
+                return Err("broken without a device that fails".into());
+            }
+            _ => {}
+        }
+        Ok(received)
+    }
+
+    /// What was saved is to go on elsewhere.
+    fn turn_off_source(&self) {
+        self.guest.stop(End::Source);
+        for device in &self.source.devices {
+            // One in ERROR does not run.
+            let _ = device.itself().set_state(State::Stop);
+        }
+    }
+}
