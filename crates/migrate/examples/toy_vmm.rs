@@ -44,6 +44,9 @@ type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 /// Pages of guest memory. The vCPU writes to the lower half, a device by DMA to the upper one.
 const PAGES: u64 = 4096;
 const VCPU_PAGES: u64 = PAGES / 2;
+/// How the vCPU is slowed down: by a rest after each step, which doubles each time.
+const THROTTLE_STEPS: u32 = 6;
+const THROTTLE_REST: Duration = Duration::from_millis(1);
 /// How often a source in doubt asks before it leaves that to a person, once a second.
 const RESOLVE_TRIES: u32 = 10;
 
@@ -65,6 +68,8 @@ struct Guest {
 struct Vcpu {
     count: u64,
     runs: bool,
+    /// How long it rests after each step, so that it dirties less.
+    rest: Duration,
 }
 
 /// Which pages the vCPU wrote since the last harvest. With KVM this is `KVM_GET_DIRTY_LOG`, or the dirty ring.
@@ -95,6 +100,13 @@ impl Guest {
                 self.log.dirty.set(page);
             }
             devices.ring(vcpu.count)?;
+            let rest = vcpu.rest;
+            drop(vcpu);
+            // Whoever waits for the vCPU is to have it between two steps.
+            match rest {
+                Duration::ZERO => std::thread::yield_now(),
+                rest => std::thread::sleep(rest),
+            }
         }
     }
 
@@ -284,6 +296,18 @@ fn serve(path: PathBuf, model: Box<dyn Model>, memory: &File) -> Result<Client> 
 struct Hooks<'a>(&'a Guest);
 
 impl Vmm for Hooks<'_> {
+    /// On the source, when the guest dirties memory faster than the link takes it: slow it down, step by step, and with
+    /// step 0 not any more.
+    fn throttle(&self, step: u32) -> bool {
+        if step > THROTTLE_STEPS {
+            return false;
+        }
+        let rest = if step == 0 { Duration::ZERO } else { THROTTLE_REST * (1 << (step - 1)) };
+        self.0.vcpu().rest = rest;
+        println!("throttle {step}: the vCPU rests {rest:?} after each step");
+        true
+    }
+
     /// On the source, to begin with the stop. When this returns the vCPUs must not write any more. The devices still
     /// run; the engine stops them next, so that nothing here may wait for one of them.
     fn stop(&self) -> Result<(), String> {

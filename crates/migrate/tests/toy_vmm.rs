@@ -1,12 +1,17 @@
 //! The example of a VMM, as two processes: its guest moves under load with nothing lost, and goes on where it was when
-//! the destination dies or the move is called off.
+//! the destination dies or the move is called off. When the link dies at the commit it runs where the destination says
+//! that it does, and nowhere as long as nobody says.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
+
+use limosa_migrate::stream::{HEADER_BYTES, Header, Kind, PREFACE_BYTES};
 
 /// So long that only a process that hangs is waited for in vain.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -157,5 +162,132 @@ fn a_move_that_is_called_off_leaves_the_guest_running_and_the_destination_waitin
     source.say(&format!("send {address}"));
     source.expect("moved");
     destination.expect("runs");
+    destination.counts_beyond(count);
+}
+
+/// Where a source connects to, instead of to the destination. When the COMMIT of the first move comes, this is asked
+/// whether it arrives there, and then the link is cut, before any answer. Links that come later pass.
+fn gate(folder: &Path, to: &str, arrives: impl FnOnce() -> bool + Send + 'static) -> String {
+    let (path, to) = (folder.join("gate"), PathBuf::from(to.strip_prefix("unix:").unwrap()));
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || {
+        let mut arrives = Some(arrives);
+        for near in listener.incoming() {
+            // Where nobody listens the source is not heard either.
+            let (Ok(near), Ok(far)) = (near, UnixStream::connect(&to)) else { continue };
+            let (back_from, back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+            std::thread::spawn(move || pass(back_from, back_to));
+            let arrives = arrives.take();
+            std::thread::spawn(move || match arrives {
+                Some(arrives) => pass_until_commit(near, far, arrives),
+                None => pass(near, far),
+            });
+        }
+    });
+    format!("unix:{}", path.display())
+}
+
+fn pass(mut from: UnixStream, mut to: UnixStream) {
+    // It may be cut, by either side or by [`pass_until_commit`].
+    let _ = std::io::copy(&mut from, &mut to);
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// Frame by frame.
+fn pass_until_commit(mut from: UnixStream, mut to: UnixStream, arrives: impl FnOnce() -> bool) {
+    let mut piece = vec![0; PREFACE_BYTES];
+    from.read_exact(&mut piece).unwrap();
+    to.write_all(&piece).unwrap();
+    loop {
+        let mut header = [0; HEADER_BYTES];
+        from.read_exact(&mut header).unwrap();
+        let decoded = Header::decode(&header).unwrap();
+        if decoded.kind == Kind::COMMIT {
+            let arrives = arrives();
+            // The source has sent it, and what goes back ends here.
+            from.shutdown(Shutdown::Both).unwrap();
+            if arrives {
+                to.write_all(&header).unwrap();
+            }
+            // A process that was killed has done so itself.
+            let _ = to.shutdown(Shutdown::Both);
+            return;
+        }
+        piece.resize(decoded.length as usize, 0);
+        from.read_exact(&mut piece).unwrap();
+        to.write_all(&header).unwrap();
+        to.write_all(&piece).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_whose_move_is_in_doubt_stays_stopped_until_the_destination_says_that_it_runs_there() {
+    let (mut source, mut destination, address, folder) = two();
+    let gate = gate(folder.path(), &address, || true);
+    source.say(&format!("send {gate}"));
+    let left = source.expect("commits");
+    source.expect("in doubt:");
+    // It asks by itself.
+    source.expect("moved");
+    destination.expect("runs");
+    let (_, left) = left.split_once(": count ").unwrap();
+    let count = left.split_whitespace().next().unwrap().parse().unwrap();
+    assert_eq!(source.count(), count, "it stands still");
+    destination.counts_beyond(count);
+}
+
+#[test]
+fn a_guest_whose_move_is_in_doubt_goes_on_when_the_destination_says_that_it_never_ran() {
+    let (mut source, mut destination, address, folder) = two();
+    let gate = gate(folder.path(), &address, || false);
+    source.say(&format!("send {gate}"));
+    source.expect("in doubt:");
+    destination.expect("discarded:");
+    destination.expect("answered for");
+    source.expect("undone:");
+    let count = source.count();
+    source.counts_beyond(count);
+    source.say(&format!("send {address}"));
+    source.expect("moved");
+    destination.expect("runs");
+    destination.counts_beyond(count);
+}
+
+#[test]
+fn a_guest_whose_move_is_in_doubt_stays_stopped_when_the_destination_is_killed() {
+    let (mut source, mut destination, address, folder) = two();
+    let ((reached, commits), (killed, goes_on)) = (channel(), channel());
+    let gate = gate(folder.path(), &address, move || {
+        reached.send(()).unwrap();
+        goes_on.recv().unwrap()
+    });
+    source.say(&format!("send {gate}"));
+    commits.recv_timeout(PATIENCE).unwrap();
+    destination.process.kill().unwrap();
+    destination.process.wait().unwrap();
+    killed.send(false).unwrap();
+    source.expect("in doubt:");
+    let count = source.count();
+    // One that remembers nothing of the move says so, and the source guesses nothing.
+    std::fs::remove_file(folder.path().join("move")).unwrap();
+    let another = Vmm::new(&["receive", &address]);
+    another.expect("listens at");
+    source.say(&format!("resolve {address}"));
+    assert!(another.expect("answered for").ends_with("Unknown"));
+    source.expect("in doubt:");
+    assert_eq!(source.count(), count, "it stands still");
+}
+
+#[test]
+fn a_guest_that_is_too_fast_for_the_link_is_slowed_down_until_it_fits_and_then_no_more() {
+    let (mut source, mut destination, address, _folder) = two();
+    source.say(&format!("send {address} 30000000"));
+    source.expect("throttle 1:");
+    let left = source.expect("commits");
+    assert!(source.expect("throttle 0:").starts_with("the vCPU rests 0ns"));
+    source.expect("moved");
+    assert_eq!(destination.expect("takes over:"), left.split_once(": ").unwrap().1);
+    destination.expect("runs");
+    let count = source.count();
     destination.counts_beyond(count);
 }
