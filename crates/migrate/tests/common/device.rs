@@ -11,6 +11,7 @@ use limosa_protocol::info::{DeviceFlags, DmaMapFlags, RegionFlags};
 use limosa_protocol::{Errno, MigrationFlags, State};
 
 use super::odd::{Odd, Quirks};
+use super::steps::{Script, Step};
 
 /// One guest's device, wherever it is: how many devices run it now, and how many ever did at once.
 #[derive(Debug, Default)]
@@ -33,48 +34,9 @@ impl Guest {
     }
 }
 
-/// Where a device can fail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    Quiesce,
-    Stop,
-    Start,
-    SaveBegin,
-    Save,
-    SaveFinal,
-    LoadBegin,
-    Load,
-    LoadFinish,
-    Reset,
-}
-
-impl Step {
-    pub const ALL: [Step; 9] = [
-        Step::Quiesce,
-        Step::Stop,
-        Step::Start,
-        Step::SaveBegin,
-        Step::Save,
-        Step::SaveFinal,
-        Step::LoadBegin,
-        Step::Load,
-        Step::LoadFinish,
-    ];
-}
-
-/// A fault: at the step, after this many times that it went well, this way.
-#[derive(Clone, Copy, Debug)]
-pub struct Fail {
-    pub step: Step,
-    pub after: u32,
-    pub how: Fault,
-}
-
 /// What the tests see of a device, from outside.
 struct Shared {
-    fail: Mutex<Option<Fail>>,
-    /// Times that the scripted step went well.
-    went_well: AtomicU32,
+    script: Script,
     holds_guest: AtomicBool,
     data: Mutex<Vec<u8>>,
     saves: AtomicU32,
@@ -98,8 +60,7 @@ pub fn world(name: &str, flags: MigrationFlags, bytes: usize) -> (TestDevice, Te
 impl TestDevice {
     pub fn new(name: String, flags: MigrationFlags, guest: Arc<Guest>, data: Option<Vec<u8>>) -> TestDevice {
         let shared = Arc::new(Shared {
-            fail: Mutex::new(None),
-            went_well: AtomicU32::new(0),
+            script: Script::default(),
             holds_guest: AtomicBool::new(data.is_some()),
             data: Mutex::new(data.clone().unwrap_or_default()),
             saves: AtomicU32::new(0),
@@ -130,8 +91,7 @@ impl TestDevice {
         *self.client.quirks.lock().unwrap() = quirks;
     }
     pub fn fail(&self, step: Step, after: u32, how: Fault) {
-        *self.shared.fail.lock().unwrap() = Some(Fail { step, after, how });
-        self.shared.went_well.store(0, Ordering::SeqCst);
+        self.shared.script.fail(step, after, how);
     }
     pub fn state(&self) -> State {
         self.client.state().unwrap()
@@ -169,13 +129,7 @@ const MAGIC: &[u8; 8] = b"testdev1";
 
 impl TestModel {
     fn step(&self, step: Step) -> Result<(), Fault> {
-        match *self.shared.fail.lock().unwrap() {
-            Some(fail) if fail.step == step => {
-                let well = self.shared.went_well.fetch_add(1, Ordering::SeqCst);
-                if well == fail.after { Err(fail.how) } else { Ok(()) }
-            }
-            _ => Ok(()),
-        }
+        self.shared.script.step(step)
     }
 
     fn set_running(&mut self, running: bool) {

@@ -5,13 +5,14 @@
 mod device;
 mod links;
 mod odd;
+mod steps;
 
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 #[allow(unused_imports, reason = "each test binary uses a part")]
-pub use device::{Step, TestDevice, world};
+pub use device::{TestDevice, world};
 use limosa_client::DirtySource;
 use limosa_migrate::{
     Cancel, Convergence, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice,
@@ -21,6 +22,8 @@ use limosa_migrate::{
 pub use links::{Fault, FaultyLink, Way};
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use odd::Quirks;
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub use steps::Step;
 
 use limosa_migrate::link::{Link, SocketLink};
 use limosa_protocol::State;

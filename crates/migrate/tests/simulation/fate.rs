@@ -6,14 +6,23 @@ use std::sync::atomic::Ordering;
 
 use crate::link::{Hand, Network};
 use crate::machine::Computer;
-use crate::model::set;
 use crate::plan::{Fault, Planned, When};
 
 pub struct Fates<'a> {
     pub computers: [&'a Computer; 2],
     pub processes: [Process; 2],
     pub network: &'a Network,
-    pub fired: Monitor<u32>,
+    pub state: Monitor<State>,
+}
+
+#[derive(Default)]
+pub struct State {
+    /// How often something has gone wrong.
+    fired: u32,
+    /// How much is going wrong at this moment.
+    firing: u32,
+    /// Nothing goes wrong any more.
+    over: bool,
 }
 
 impl Fates<'_> {
@@ -33,15 +42,31 @@ impl Fates<'_> {
                 !over && process.reaches(process.points() + points)
             }
         };
-        if came && !self.computers[0].phases.lock().over {
-            *self.fired.lock() += 1;
-            simulation::note(|| format!("FAULT: {:?}", planned.fault));
-            self.fire(planned.fault);
+        let mut state = self.state.lock();
+        if !came || state.over {
+            return;
         }
+        (state.fired, state.firing) = (state.fired + 1, state.firing + 1);
+        drop(state);
+        simulation::note(|| format!("FAULT: {:?}", planned.fault));
+        self.fire(planned.fault);
+        self.state.lock().firing -= 1;
+        self.state.notify_all();
     }
 
-    /// Nothing goes wrong any more.
+    /// How often something has gone wrong.
+    pub fn fired(&self) -> u32 {
+        self.state.lock().fired
+    }
+
+    /// Nothing goes wrong any more when this returns.
     pub fn end(&self) {
+        let mut state = self.state.lock();
+        state.over = true;
+        while state.firing > 0 {
+            (state, _) = self.state.wait(state, None);
+        }
+        drop(state);
         for computer in self.computers {
             computer.phases.lock().over = true;
             computer.phases.notify_all();
@@ -78,7 +103,7 @@ impl Fates<'_> {
             Fault::MemoryFails(end) => computer(end).memory.fails.store(true, Ordering::SeqCst),
             Fault::DeviceGone(end, device) => computer(end).devices[device].lose(),
             Fault::Device(end, device, step, how) => {
-                set(&computer(end).devices[device].outside.fail, Some((step, how)));
+                computer(end).devices[device].outside.script.fail(step, 0, how);
             }
         }
     }

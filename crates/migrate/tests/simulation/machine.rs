@@ -19,7 +19,7 @@ use crate::disk::Disk;
 use crate::guest::Guest;
 use crate::link::Network;
 use crate::memory::{RegionPages, SimLog, SimMemory, iova};
-use crate::model::{get, set};
+use crate::model::get;
 use crate::plan::{End, Mutation, Plan};
 use crate::world::World;
 
@@ -225,14 +225,15 @@ impl Computer {
 
     /// Somebody calls it off.
     pub fn cancel(&self) {
-        let begun = self.phases.lock().begun.clone();
+        let cancel = self.cancel.lock().expect("not poisoned").clone();
+        // Nothing new begins meanwhile.
+        let phases = self.phases.lock();
         let too_late = [Phase::Commit, Phase::Start, Phase::Finish, Phase::Undo];
         // Before that it is known what must come of it.
-        if !begun.iter().any(|phase| too_late.contains(phase)) {
+        if !phases.begun.iter().any(|phase| too_late.contains(phase)) {
             self.cancelled.lock().get_or_insert(now());
         }
         if self.mutation != Some(Mutation::DeafToCancel) {
-            let cancel = self.cancel.lock().expect("not poisoned").clone();
             cancel.cancel();
         }
     }
@@ -247,7 +248,7 @@ impl Computer {
         }
         for device in &self.devices {
             device.find();
-            set(&device.outside.fail, None);
+            device.outside.script.clear();
         }
         self.free_ledger();
         self.network.refuse(false);

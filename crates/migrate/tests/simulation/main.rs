@@ -16,6 +16,8 @@ mod model;
 mod mutations;
 mod plan;
 mod script;
+#[path = "../common/steps.rs"]
+mod steps;
 mod world;
 
 use std::collections::BTreeMap;

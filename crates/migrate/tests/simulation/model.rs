@@ -11,7 +11,8 @@ use limosa_protocol::{Errno, MigrationFlags};
 
 use crate::guest::BUSY_PAGES;
 use crate::memory::iova;
-use crate::plan::{DevicePlan, End, Step};
+use crate::plan::{DevicePlan, End};
+use crate::steps::{Script, Step};
 use crate::world::{PAGE, World};
 
 const END: u64 = u64::MAX;
@@ -22,10 +23,8 @@ pub struct Outside {
     /// It holds the guest's state.
     pub holds: Mutex<bool>,
     pub blocks: Mutex<Vec<u64>>,
-    /// Fails there, once.
-    pub fail: Mutex<Option<(Step, Fault)>>,
-    /// It has failed, or was told to.
-    pub hurt: Mutex<bool>,
+    /// Where it fails.
+    pub script: Script,
     /// Loses a block when it loads, for the checker to find.
     pub forgets: Mutex<bool>,
 }
@@ -98,13 +97,11 @@ impl SimModel {
     }
 
     fn step(&mut self, step: Step) -> Result<(), Fault> {
-        let Some((_, how)) = get(&self.outside.fail).filter(|(at, _)| *at == step) else { return Ok(()) };
-        set(&self.outside.fail, None);
-        set(&self.outside.hurt, true);
-        if matches!(how, Fault::Broken(_)) {
-            self.set_running(false);
-        }
-        Err(how)
+        self.outside.script.step(step).inspect_err(|how| {
+            if matches!(how, Fault::Broken(_)) {
+                self.set_running(false);
+            }
+        })
     }
 
     fn holds(&self) -> bool {

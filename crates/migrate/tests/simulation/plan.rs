@@ -8,6 +8,8 @@ use limosa_migrate::stream::{Compression, WINDOW_BYTES_MIN};
 use limosa_migrate::{AfterSave, Convergence, Options, Phase, WhenStalled};
 use limosa_protocol::{Errno, MigrationFlags};
 
+use crate::steps::Step;
+
 pub const SILENCE_MAX: Duration = Duration::from_secs(5);
 pub const LOAD_MAX: Duration = Duration::from_secs(60);
 pub const COMMIT_MAX: Duration = Duration::from_secs(10);
@@ -69,34 +71,6 @@ pub enum When {
     /// So many steps of this end's process after it began this phase.
     Phase(End, Phase, u64),
 }
-
-/// Where a device's model can fail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    Quiesce,
-    Stop,
-    Start,
-    SaveBegin,
-    Save,
-    SaveFinal,
-    LoadBegin,
-    Load,
-    LoadFinish,
-    Reset,
-}
-
-const STEPS: [Step; 10] = [
-    Step::Quiesce,
-    Step::Stop,
-    Step::Start,
-    Step::SaveBegin,
-    Step::Save,
-    Step::SaveFinal,
-    Step::LoadBegin,
-    Step::Load,
-    Step::LoadFinish,
-    Step::Reset,
-];
 
 const PHASES: [Phase; 9] = [
     Phase::Handshake,
@@ -338,7 +312,8 @@ impl Plan {
             18 => Fault::DeviceGone(end, device),
             _ => {
                 let how = chance.pick(&[Arc::Refused(Errno::EBUSY), Arc::Broken(Errno::EIO)]);
-                Fault::Device(end, device, chance.pick(&STEPS), how)
+                let steps = [&Step::ALL[..], &[Step::Reset]].concat();
+                Fault::Device(end, device, chance.pick(&steps), how)
             }
         };
         Planned { when, fault }

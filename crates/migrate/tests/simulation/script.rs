@@ -116,7 +116,7 @@ impl<'a> Script<'a> {
             computers: [&self.source, &self.destination],
             processes,
             network: &self.network,
-            fired: Monitor::new(0),
+            state: Monitor::default(),
         };
         self.guest.start(End::Source);
         scope(|scope| {
@@ -134,7 +134,7 @@ impl<'a> Script<'a> {
                 fates.end();
                 self.settled(&summary)?;
                 self.second_move(scope, processes, &summary)?;
-                Ok(Summary { fired: *fates.fired.lock(), ..summary })
+                Ok(Summary { fired: fates.fired(), ..summary })
             });
             fates.end();
             self.guest.end();
@@ -262,7 +262,7 @@ impl<'a> Script<'a> {
         if let Outcome::Undone { why, report } = &outcome {
             let excused = matches!(why, Error::NotConverging { .. })
                 && self.plan.convergence.when_stalled == WhenStalled::Abort;
-            if *fates.fired.lock() == 0 && !excused {
+            if fates.fired() == 0 && !excused {
                 return Err(format!("nothing went wrong, and it was undone: {why}"));
             }
             if !source_crashed {
@@ -340,6 +340,8 @@ impl<'a> Script<'a> {
     /// Whoever restarts the destination resets what was loaded for nothing.
     fn clear_destination(&self) -> Result<(), String> {
         for device in &self.destination.devices {
+            // One that fails is asked again.
+            device.outside.script.clear();
             device.itself().reset().map_err(|error| error.to_string())?;
         }
         Ok(())

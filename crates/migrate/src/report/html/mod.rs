@@ -104,6 +104,13 @@ impl Report {
             };
             fact("rounds", last.round.to_string(), slowed)?;
         }
+        if self.buffer_bytes_max > 0 {
+            fact(
+                "buffers",
+                Bytes(self.buffer_bytes_max).to_string(),
+                "the most at once, on this side".into(),
+            )?;
+        }
         writeln!(page, "</dl>")
     }
 

@@ -2,7 +2,7 @@
 //! once more without.
 
 use limosa_client::DeviceExt;
-use limosa_clockwork::{Scope, simulation, sleep};
+use limosa_clockwork::{Scope, now, simulation, sleep};
 use limosa_migrate::{AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, WhenStalled};
 use limosa_protocol::State;
 
@@ -50,7 +50,7 @@ impl Script<'_> {
         if loaded && !is_saved {
             return Err(format!("nothing was saved, and it was loaded: {received:?}"));
         }
-        if received.is_some() && !loaded && is_saved && *fates.fired.lock() == 0 {
+        if received.is_some() && !loaded && is_saved && fates.fired() == 0 {
             return Err(format!("nothing went wrong, and what was saved was not loaded: {received:?}"));
         }
         fates.end();
@@ -130,7 +130,7 @@ impl Script<'_> {
             Outcome::Undone { why, report } => {
                 let excused = matches!(why, Error::NotConverging { .. })
                     && self.plan.convergence.when_stalled == WhenStalled::Abort;
-                if *fates.fired.lock() == 0 && !excused {
+                if fates.fired() == 0 && !excused {
                     return Err(format!("nothing went wrong, and it was not saved: {why}"));
                 }
                 if is_published {
@@ -152,6 +152,10 @@ impl Script<'_> {
         summary: &mut Summary,
     ) -> Result<Option<Received>, String> {
         let after = if simulation::random(2) == 0 { AfterLoad::Run } else { AfterLoad::Stop };
+        if let Some(cancelled) = &mut *self.destination.cancelled.lock() {
+            // Nobody was there who could have ended for it.
+            *cancelled = now();
+        }
         let loading = move || self.destination.load(&self.network.disk, after);
         let loading = fates.processes[1].spawn(scope, "load", loading);
         let mut crashed = false;
