@@ -26,8 +26,9 @@ use inbox::{Inbox, data_bytes};
 
 /// The most bytes of a device that may be on their way.
 pub(crate) const WINDOW_BYTES_MAX: u64 = 4 << 20;
-/// The most bytes of emptied buffers that are kept for later, beside a quarter of all windows.
+/// The most bytes of emptied buffers that are kept for later; never more than the windows.
 const SPARE_BYTES: u64 = 8 << 20;
+
 const DOING: &str = "waiting for the source's data";
 
 /// How much of each device may be on its way.
@@ -92,7 +93,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         });
         let flags = flags.collect::<Result<_>>()?;
         let window = window(devices.len(), options);
-        let spare_bytes = SPARE_BYTES.min(window * devices.len() as u64 / 4);
+        let spare_bytes = SPARE_BYTES.min(window * devices.len() as u64);
         // Regions are matched by id, and lie in the same order nowhere but in the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
         Ok(Receiving {

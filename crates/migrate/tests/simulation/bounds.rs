@@ -46,7 +46,7 @@ pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
         Side::Source => links * frame + devices * read + if is_compressed { packed } else { 0 },
         Side::Destination => {
             let windows = plan.windows_bytes();
-            let spare = SPARE_BYTES_MAX.min(windows / 4);
+            let spare = SPARE_BYTES_MAX.min(windows);
             links * (frame + read) + if is_compressed { links * frame } else { 0 } + windows * 5 / 4 + spare
         }
     };

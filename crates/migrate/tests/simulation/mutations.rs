@@ -8,8 +8,9 @@ fn found(mutation: Mutation, suits: impl Fn(&mut Plan)) -> String {
     let found = (0..400).find_map(|seed| {
         let mut plan = Plan::new(seed);
         suits(&mut plan);
+        let found = play(&Plan { mutation: Some(mutation), ..plan.clone() }, false).err()?;
         assert_eq!(play(&plan, false).err(), None, "seed {seed} is to be whole without the defect");
-        play(&Plan { mutation: Some(mutation), ..plan }, false).err()
+        Some(found)
     });
     found.unwrap_or_else(|| panic!("no seed finds {mutation:?}"))
 }
