@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use common::{Ends, options, world};
 use limosa_client::Device;
-use limosa_migrate::link::{Link, SocketLink, Wait};
+use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::stream::body::{encode_abort, encode_device_end};
 use limosa_migrate::stream::{
-    AbortCode, Damage, Decoded, Decoder, DeviceFacts, Header, Kind, MigrationId, Offer, Preface,
+    AbortCode, Answer, Damage, Decoded, Decoder, DeviceFacts, Header, Kind, MigrationId, Offer, Preface,
     PrefaceFlags, Totals,
 };
 use limosa_migrate::{Decision, Error, Options, Outcome, Received};
@@ -196,6 +196,31 @@ fn a_source_that_sends_more_than_it_has_credit_for_is_refused() {
         peer.frame(Kind::DEVICE_DATA, 7, (4 << 20) - 3, b"four");
     });
     assert!(why.to_string().contains("with the last credit there is room up to byte 4194304"), "{why}");
+}
+
+#[test]
+fn a_source_that_knows_no_credit_is_given_one_link() {
+    let mut ends = ends();
+    ends.options.links = std::num::NonZeroU32::new(4).unwrap();
+    let (near, far) = SocketLink::pair().unwrap();
+    let received = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(near);
+            peer.preface(ID);
+            let device = DeviceFacts { id: 7, name: "made up".into(), flags: 7, ..DeviceFacts::default() };
+            let offer = Offer { devices: vec![device], links: 4, ..Offer::default() };
+            peer.frame(Kind::OFFER, 0, 0, &offer.encode().unwrap());
+            peer.read_id();
+            let (kind, answer) = peer.read();
+            assert_eq!(kind, Kind::ANSWER);
+            let answer = Answer::decode(&answer).unwrap();
+            // What came over one link ahead of another would have no bound.
+            assert!(answer.accepted && answer.links == 1, "{answer:?}");
+        });
+        let nobody = |_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> { panic!("nobody asks for more") };
+        ends.with_destination(|destination| destination.receive_over(&far, &nobody))
+    });
+    assert!(matches!(received, Received::Discarded { .. }), "{received:?}");
 }
 
 #[test]

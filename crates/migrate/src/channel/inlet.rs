@@ -155,3 +155,41 @@ impl<'a> Inlet<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Outlet;
+    use super::*;
+    use crate::link::SocketLink;
+
+    #[test]
+    fn a_small_payload_takes_no_large_buffer_away() {
+        let (near, far) = SocketLink::pair().unwrap();
+        let silence_max = Duration::from_secs(10);
+        let gauge = Arc::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let outlet = Outlet::new(&near, silence_max);
+                for at in 0..20 {
+                    outlet.send(Kind::MEMORY_DATA, 0, 0, &[1; 1 << 20], None).unwrap();
+                    outlet.send(Kind::DEVICE_DATA, 0, at * 3, b"few", None).unwrap();
+                    outlet.send(Kind::DEVICE_DATA, 0, at * 3, &[2; 300_000], None).unwrap();
+                }
+            });
+            let mut inlet = Inlet::new(&far, silence_max);
+            inlet.count(&gauge);
+            let mut taken = Vec::new();
+            while taken.len() < 40 {
+                let header = inlet.next("reading", Wait::within(silence_max, None)).unwrap().unwrap();
+                if header.kind == Kind::DEVICE_DATA {
+                    let payload = inlet.take_payload(&header, || Buffer::new(&gauge));
+                    assert!(!payload.is_wide_for(header.length as usize), "{}", payload.capacity());
+                    assert_eq!(payload.len(), header.length as usize);
+                    taken.push(payload);
+                }
+            }
+            let held = 20 * (3 + 300_000) + (1 << 20) + 300_000;
+            assert!(gauge.most() <= held, "{} bytes for {held}", gauge.most());
+        });
+    }
+}
