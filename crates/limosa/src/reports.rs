@@ -5,7 +5,6 @@ use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 
 use limosa_migrate::Report;
-use serde::Serialize;
 
 use crate::args::Reporting;
 use crate::exit::{self, Code};
@@ -37,14 +36,6 @@ pub fn report_file(text: &str) -> Result<ReportFile, String> {
     Ok(ReportFile { path, format })
 }
 
-/// A report, and how the move that it is of ended.
-#[derive(Serialize)]
-pub struct Ended<'a> {
-    pub outcome: &'a str,
-    #[serde(flatten)]
-    pub report: &'a Report,
-}
-
 /// The files, open.
 pub struct Reports(Vec<(ReportFile, File)>);
 
@@ -59,11 +50,11 @@ impl Reports {
     }
 
     /// Writes the report of a move that has ended.
-    pub fn write(&self, outcome: &str, report: &Report) -> anyhow::Result<()> {
+    pub fn write(&self, report: &Report) -> anyhow::Result<()> {
         for (named, file) in &self.0 {
             let text = match named.format {
                 Format::Html => report.html(),
-                Format::Json => serde_json::to_string_pretty(&Ended { outcome, report })? + "\n",
+                Format::Json => serde_json::to_string_pretty(report)? + "\n",
                 Format::Text => report.to_string(),
             };
             replace(file, text.as_bytes()).map_err(|error| failed(&named.path, error))?;
@@ -72,8 +63,8 @@ impl Reports {
     }
 
     /// The same of a move that has failed, which is what the user has to be told first.
-    pub fn write_failed(&self, outcome: &str, report: &Report) {
-        if let Err(error) = self.write(outcome, report) {
+    pub fn write_failed(&self, report: &Report) {
+        if let Err(error) = self.write(report) {
             tracing::warn!("{error}");
         }
     }

@@ -44,10 +44,17 @@ fn a_move_that_fails_is_reported_too() {
     let source = folder.device("source", &[]);
     let destination = folder.device("destination", &["fault=fail:RESUMING>STOP"]);
     let report = folder.text("report.json");
-    limosa(&["migrate", &source.socket, &destination.socket, "--report", &report])
+    let (text, html) = (folder.text("report.txt"), folder.text("report.html"));
+    let more = ["--report", &text, "--report", &html];
+    limosa(&[&["migrate", &source.socket, &destination.socket, "--report", &report], &more[..]].concat())
         .fails(3, &["as it was before"]);
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
     assert_eq!(json["outcome"], "undone");
+    let why = json["why"].as_str().unwrap();
+    assert!(why.contains(&destination.socket), "{why}");
+    let [text, html] = [text, html].map(|file| std::fs::read_to_string(file).unwrap());
+    assert!(text.contains(&format!("outcome undone: {why}")), "{text}");
+    assert!(html.contains("Outcome: undone: ") && html.contains(": called off</h1>"), "{html}");
     assert!(json["phases"].as_array().unwrap().iter().any(|phase| phase["phase"] == "undo"), "{json}");
 }
 

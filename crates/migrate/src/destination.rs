@@ -12,7 +12,7 @@ use crate::ledger::{Decision, Ledger};
 use crate::link::{FurtherLinks, Link, MeteredLink, Wait};
 use crate::memory::MemoryRegion;
 use crate::receiving::{self, Receiving};
-use crate::report::{Act, Phase, Recorder, Report, Side};
+use crate::report::{Act, End, Phase, Recorder, Report, Side};
 use crate::snapshot::{Limits, Reading, SnapshotSource, of_place};
 use crate::stream::body::{NEEDS_CREDIT, decode_u32};
 use crate::stream::{
@@ -131,11 +131,14 @@ impl<'a> Destination<'a> {
             |channel, crew| self.commit(preface.id, channel, crew, &recorder),
         );
         match ended {
-            Ok(Ok(())) => Received::Runs(recorder.finish()),
+            Ok(Ok(())) => Received::Runs(recorder.finish(End::Runs, None)),
             Err(why) | Ok(Err(NotStarted::GivenBack(why))) => {
                 self.discarded(why, &mut channel, recorder, taken)
             }
-            Ok(Err(NotStarted::Stuck(why))) => Received::Broken { why, report: recorder.finish() },
+            Ok(Err(NotStarted::Stuck(why))) => {
+                let report = recorder.finish(End::Broken, Some(&why));
+                Received::Broken { why, report }
+            }
         }
     }
 
@@ -184,7 +187,10 @@ impl<'a> Destination<'a> {
         let limits = Limits { silence_max: self.options.silence_max, cancel: self.cancel };
         let reading = match Reading::open(from, limits) {
             Ok(reading) => reading,
-            Err(why) => return Received::Discarded { why, report: recorder.finish() },
+            Err(why) => {
+                let report = recorder.finish(End::Discarded, Some(&why));
+                return Received::Discarded { why, report };
+            }
         };
         let link = MeteredLink::new(&reading, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
@@ -196,10 +202,10 @@ impl<'a> Destination<'a> {
                     recorder.phase(Phase::Commit);
                     channel.check_cancel().map_err(NotStarted::GivenBack)?;
                     match after {
-                        AfterLoad::Stop => Ok(Received::Stopped as fn(Report) -> Received),
+                        AfterLoad::Stop => Ok(()),
                         AfterLoad::Run => {
                             recorder.phase(Phase::Start);
-                            self.start(channel, crew).map(|()| Received::Runs as _)
+                            self.start(channel, crew)
                         }
                     }
                 };
@@ -212,10 +218,16 @@ impl<'a> Destination<'a> {
             Err(why) => Err(why),
         };
         match ended {
-            Ok(Ok(received)) => received(recorder.finish()),
+            Ok(Ok(())) => match after {
+                AfterLoad::Run => Received::Runs(recorder.finish(End::Runs, None)),
+                AfterLoad::Stop => Received::Stopped(recorder.finish(End::Stopped, None)),
+            },
             Err(why) => self.discarded(of_place(why, "reading it"), &mut channel, recorder, taken),
             Ok(Err(NotStarted::GivenBack(why))) => self.discarded(why, &mut channel, recorder, taken),
-            Ok(Err(NotStarted::Stuck(why))) => Received::Broken { why, report: recorder.finish() },
+            Ok(Err(NotStarted::Stuck(why))) => {
+                let report = recorder.finish(End::Broken, Some(&why));
+                Received::Broken { why, report }
+            }
         }
     }
 
@@ -263,7 +275,10 @@ impl<'a> Destination<'a> {
         };
         match channel.send(Kind::OUTCOME, 0, 0, &number.to_le_bytes()) {
             Ok(_) => Received::Answered { id, decision },
-            Err(why) => Received::Discarded { why, report: recorder.finish() },
+            Err(why) => {
+                let report = recorder.finish(End::Discarded, Some(&why));
+                Received::Discarded { why, report }
+            }
         }
     }
 
@@ -495,7 +510,8 @@ impl<'a> Destination<'a> {
         }
         channel.abort(&why);
         tracing::info!("the move was discarded: {why}");
-        Received::Discarded { why, report: recorder.finish() }
+        let report = recorder.finish(End::Discarded, Some(&why));
+        Received::Discarded { why, report }
     }
 }
 

@@ -101,8 +101,8 @@ pub use local::move_local;
 pub use memory::{DirtyLog, GuestPages, Memory, MemoryRegion, PAGE_BYTES};
 pub use options::{Nobody, Observer, Options, Vmm};
 pub use report::{
-    Act, DeviceReport, Estimate, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side,
-    SpanReport, Throughput,
+    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport,
+    Side, SpanReport, Throughput,
 };
 pub use snapshot::{SnapshotFile, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
 pub use source::{AfterSave, InDoubt, Outcome, Source};

@@ -1,7 +1,7 @@
 //! A move within one process: both scripts, joined by a link to itself.
 
 use crate::link::SocketLink;
-use crate::report::{Recorder, Side};
+use crate::report::{End, Recorder, Side};
 use crate::source::Outcome;
 use crate::{Destination, Error, Received, Source};
 
@@ -13,12 +13,15 @@ pub fn move_local(source: &mut Source<'_>, destination: &Destination<'_>) -> (Ou
         Err(error) => {
             let again = std::io::Error::from(error.kind());
             let failed = |error| Error::Os { doing: "making a socket pair", error };
-            let nothing =
-                |side| Recorder::new(side, source.options, &crate::Nobody, std::iter::empty()).finish();
-            return (
-                Outcome::Undone { why: failed(error), report: nothing(Side::Source) },
-                Received::Discarded { why: failed(again), report: nothing(Side::Destination) },
-            );
+            let (here, there) = (failed(error), failed(again));
+            let nothing = |side, end, why: &Error| {
+                let recorder = Recorder::new(side, source.options, &crate::Nobody, std::iter::empty());
+                recorder.finish(end, Some(why))
+            };
+            let report = nothing(Side::Source, End::Undone, &here);
+            let outcome = Outcome::Undone { why: here, report };
+            let report = nothing(Side::Destination, End::Discarded, &there);
+            return (outcome, Received::Discarded { why: there, report });
         }
     };
     limosa_clockwork::scope(|scope| {

@@ -9,7 +9,7 @@ use crate::devices::{MovedDevice, check_movable, each, enter, facts, failed};
 use crate::ledger::Decision;
 use crate::link::{FurtherLinks, Link, MeteredLink, Wait};
 use crate::memory::Memory;
-use crate::report::{Act, Phase, Recorder, Report, Side};
+use crate::report::{Act, End, Phase, Recorder, Report, Side};
 use crate::saving::{self, Job, Saving};
 use crate::sending::Sending;
 use crate::snapshot::{Limits, SnapshotTarget, Writing, of_place};
@@ -72,7 +72,7 @@ impl InDoubt {
         InDoubt {
             id,
             why: Error::StartedAnew,
-            report: recorder.finish(),
+            report: recorder.finish(End::InDoubt, Some(&Error::StartedAnew)),
             // Whoever came to the commit had stopped the guest.
             held: Held { touched: true, vmm_stopped: true, ..Held::default() },
         }
@@ -136,12 +136,13 @@ impl<'a> Source<'a> {
                 recorder.compare(self.options.convergence.downtime_max);
                 recorder.phase(Phase::Finish);
                 self.finish(&recorder, &mut held);
-                Outcome::Moved(recorder.finish())
+                Outcome::Moved(recorder.finish(End::Moved, None))
             }
             Err(Uncommitted::Off(why)) => self.undone(why, &mut channel, recorder, held),
             Err(Uncommitted::Doubt(why)) => {
                 tracing::error!(%id, "in doubt whether the destination runs: {why}");
-                Outcome::InDoubt(InDoubt { id, why, report: recorder.finish(), held })
+                let report = recorder.finish(End::InDoubt, Some(&why));
+                Outcome::InDoubt(InDoubt { id, why, report, held })
             }
         }
     }
@@ -166,12 +167,13 @@ impl<'a> Source<'a> {
             Decision::Committed => {
                 recorder.phase(Phase::Finish);
                 self.finish(&recorder, &mut doubt.held);
-                Outcome::Moved(recorder.finish())
+                Outcome::Moved(recorder.finish(End::Moved, None))
             }
             Decision::NotCommitted => {
                 recorder.phase(Phase::Undo);
                 self.run_again(&recorder, &mut doubt.held);
-                Outcome::Undone { why: doubt.why, report: recorder.finish() }
+                let report = recorder.finish(End::Undone, Some(&doubt.why));
+                Outcome::Undone { why: doubt.why, report }
             }
             Decision::Unknown => Outcome::InDoubt(doubt),
         }
@@ -187,7 +189,10 @@ impl<'a> Source<'a> {
         let limits = Limits { silence_max: self.options.silence_max, cancel: self.cancel };
         let writing = match Writing::create(to, limits) {
             Ok(writing) => writing,
-            Err(why) => return Outcome::Undone { why, report: recorder.finish() },
+            Err(why) => {
+                let report = recorder.finish(End::Undone, Some(&why));
+                return Outcome::Undone { why, report };
+            }
         };
         let link = MeteredLink::new(&writing, &recorder);
         let mut channel = Channel::new(&link, self.cancel, self.options.silence_max);
@@ -202,17 +207,21 @@ impl<'a> Source<'a> {
         }
         recorder.phase(Phase::Commit);
         match (writing.publish(self.options, limits), after) {
-            (Ok(()), AfterSave::Run) => Outcome::Moved(recorder.finish()),
+            (Ok(()), AfterSave::Run) => Outcome::Moved(recorder.finish(End::Moved, None)),
             (Ok(()), AfterSave::Stop) => {
                 recorder.phase(Phase::Finish);
                 self.finish(&recorder, &mut held);
-                Outcome::Moved(recorder.finish())
+                Outcome::Moved(recorder.finish(End::Moved, None))
             }
-            (Err(why), AfterSave::Run) => Outcome::Undone { why, report: recorder.finish() },
+            (Err(why), AfterSave::Run) => {
+                let report = recorder.finish(End::Undone, Some(&why));
+                Outcome::Undone { why, report }
+            }
             (Err(why), AfterSave::Stop) => {
                 recorder.phase(Phase::Undo);
                 self.run_again(&recorder, &mut held);
-                Outcome::Undone { why, report: recorder.finish() }
+                let report = recorder.finish(End::Undone, Some(&why));
+                Outcome::Undone { why, report }
             }
         }
     }
@@ -476,7 +485,8 @@ impl<'a> Source<'a> {
         }
         channel.abort(&why);
         tracing::info!("the move was undone: {why}");
-        Outcome::Undone { why, report: recorder.finish() }
+        let report = recorder.finish(End::Undone, Some(&why));
+        Outcome::Undone { why, report }
     }
 }
 

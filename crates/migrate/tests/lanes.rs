@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{Ends, Fault, FaultyLink, Pages, VecPages, Way, options, world};
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
-use limosa_migrate::{Error, GuestPages, Options, Outcome, Received};
+use limosa_migrate::{Compression, Error, GuestPages, Options, Outcome, Received};
 use limosa_protocol::MigrationFlags;
 
 const MEMORY_BYTES: usize = 9 << 20;
@@ -107,6 +107,22 @@ fn everything_arrives_over_any_number_of_links() {
             }
             assert!(ends.check(outcome, received, &format!("{most} links, {devices} devices")));
         }
+    }
+}
+
+#[test]
+fn everything_that_was_compressed_arrives_over_several_links() {
+    for compression in Compression::ALL {
+        let mut ends = ends(3, 3);
+        ends.options.compress = Some(compression);
+        let (outcome, received, connected) = run(&ends, |_| pair());
+        assert_eq!(connected, 2);
+        let Outcome::Moved(report) = &outcome else { panic!("{outcome:?}") };
+        let carried: u64 = report.links.iter().map(|link| link.sent_bytes).sum();
+        let moved = report.bytes.memory_bytes - report.bytes.zero_bytes;
+        assert!(carried < moved, "{}: {carried} bytes for {moved}", compression.name());
+        // Compares the memory and the devices' states of both sides.
+        assert!(ends.check(outcome, received, &format!("{} over 3 links", compression.name())));
     }
 }
 

@@ -77,6 +77,47 @@ impl Phase {
     }
 }
 
+/// How a move ended, for one side: as [`Outcome`](crate::Outcome) or [`Received`](crate::Received) says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub enum End {
+    /// On the source: the destination runs; or the snapshot is there.
+    #[serde(rename = "moved")]
+    Moved,
+    /// On the source: it is as it was before.
+    #[serde(rename = "undone")]
+    Undone,
+    /// On the source: it stands still until it is known whether the destination runs.
+    #[serde(rename = "in doubt")]
+    InDoubt,
+    /// On the destination: the devices run here.
+    #[serde(rename = "runs")]
+    Runs,
+    /// On the destination: a snapshot was loaded, and the devices are in STOP.
+    #[serde(rename = "stopped")]
+    Stopped,
+    /// On the destination: what was loaded is gone again.
+    #[serde(rename = "discarded")]
+    Discarded,
+    /// On the destination: devices could neither be started nor stopped.
+    #[serde(rename = "broken")]
+    Broken,
+}
+
+impl End {
+    /// The name, for people and in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            End::Moved => "moved",
+            End::Undone => "undone",
+            End::InDoubt => "in doubt",
+            End::Runs => "runs",
+            End::Stopped => "stopped",
+            End::Discarded => "discarded",
+            End::Broken => "broken",
+        }
+    }
+}
+
 /// One phase of the timeline.
 #[derive(Clone, Debug, Serialize)]
 pub struct PhaseReport {
@@ -232,6 +273,10 @@ pub struct Report {
     pub id: String,
     /// Whose report it is.
     pub side: Side,
+    /// How it ended.
+    pub outcome: End,
+    /// Why, unless it went well.
+    pub why: Option<String>,
     /// The limits that were in force.
     pub limits: LimitsReport,
     /// The phases, in order.
@@ -271,6 +316,11 @@ impl Report {
         Report {
             id: String::new(),
             side,
+            outcome: match side {
+                Side::Source => End::Undone,
+                Side::Destination => End::Discarded,
+            },
+            why: None,
             limits,
             phases: Vec::new(),
             rounds: Vec::new(),

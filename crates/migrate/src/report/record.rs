@@ -8,12 +8,13 @@ use super::estimate::Estimate;
 use super::spans::Spans;
 use super::text::Time;
 use super::{
-    Act, DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side, SpanReport,
+    Act, DeviceReport, End, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side,
+    SpanReport,
 };
 use crate::buffer::Gauge;
 use crate::lock::lock;
 use crate::stream::{MigrationId, Totals};
-use crate::{Observer, Options, Round};
+use crate::{Error, Observer, Options, Round};
 
 /// How many bytes may be moved between two calls of [`Observer::moved`].
 const TELL_EVERY_BYTES: u64 = 1 << 20;
@@ -283,8 +284,8 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// The move is over, on this side.
-    pub(crate) fn finish(self) -> Report {
+    /// The move is over, on this side: how, and why if it did not go well.
+    pub(crate) fn finish(self, end: End, why: Option<&Error>) -> Report {
         let (totals, now) = (self.totals(), limosa_clockwork::now());
         self.observer.moved(totals);
         let mut log = self.log.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -292,6 +293,8 @@ impl<'a> Recorder<'a> {
         let mut report = log.report;
         report.bytes = totals;
         report.total_ns = ns(self.began, now);
+        report.outcome = end;
+        report.why = why.map(Error::to_string);
         report.buffer_bytes_max = self.buffers.most();
         report.devices = self.devices.into_iter().map(DeviceLog::report).collect();
         report.links = log.links.iter().map(|link| lock(link).clone()).collect();
@@ -303,6 +306,8 @@ impl<'a> Recorder<'a> {
             memory_bytes = totals.memory_bytes,
             total_us = report.total_ns / 1000,
             downtime_us = report.downtime_ns.map(|ns| ns / 1000),
+            outcome = end.name(),
+            why = report.why,
             "end"
         );
         report

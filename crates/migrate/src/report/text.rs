@@ -51,6 +51,11 @@ impl fmt::Display for Report {
             write!(f, ", buffers {}", Bytes(self.buffer_bytes_max))?;
         }
         writeln!(f)?;
+        write!(f, "outcome {}", self.outcome.name())?;
+        if let Some(why) = &self.why {
+            write!(f, ": {why}")?;
+        }
+        writeln!(f)?;
         self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
     }
 }
@@ -123,6 +128,7 @@ mod tests {
             downtime_ns: Some(3_600_000),
             buffer_bytes_max: 3 << 20,
             total_ns: 16_000_000,
+            why: Some("the link is gone".into()),
             notes: vec!["all is well".into()],
             ..Report::nothing(Side::Source, LimitsReport::default())
         };
@@ -134,10 +140,12 @@ pre-copy      400 us   12.0 ms   1.0 MiB  64.0 MiB  █████████�
 stop-copy    12.4 ms    3.6 ms   4.9 KiB   4.0 KiB                          ████████
 uart0: 1.0 MiB, 999 B of it before the stop
 total 16.0 ms, downtime 3.6 ms, devices 1.0 MiB, memory 64.0 MiB and 1.00 GiB of zeroes, buffers 3.0 MiB
+outcome undone: the link is gone
 note: all is well
 ";
         assert_eq!(text, expected);
         let json = serde_json::to_value(&report).unwrap();
+        assert_eq!((&json["outcome"], &json["why"]), (&"undone".into(), &"the link is gone".into()));
         assert_eq!(json["phases"][1]["phase"], "pre_copy");
         assert_eq!(json["phases"][1]["memory_bytes"], 1 << 26);
         assert_eq!(json["device_bytes"], 1 << 20);

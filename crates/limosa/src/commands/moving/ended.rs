@@ -8,7 +8,7 @@ use crate::args;
 use crate::exit::{self, Code};
 use crate::guest::Guest;
 use crate::output::Output;
-use crate::reports::{Ended, Reports};
+use crate::reports::Reports;
 
 /// Where it is said how a move ended.
 pub struct Ending<'a> {
@@ -23,24 +23,24 @@ impl<'a> Ending<'a> {
     }
 
     /// It went well.
-    pub fn print(&self, outcome: &str, report: &Report) -> anyhow::Result<()> {
-        self.out.result(&Ended { outcome, report }, |to| write!(to, "{report}"))?;
-        self.reports.write(outcome, report)
+    pub fn print(&self, report: &Report) -> anyhow::Result<()> {
+        self.out.result(report, |to| write!(to, "{report}"))?;
+        self.reports.write(report)
     }
 
     /// It did not; the error is said by who ends the command.
-    pub fn failed(&self, outcome: &str, report: &Report) {
-        self.reports.write_failed(outcome, report);
+    pub fn failed(&self, report: &Report) {
+        self.reports.write_failed(report);
     }
 
     /// What an ended move gives on the source.
     pub fn settled(&self, outcome: Outcome, guest: &Guest<'_>) -> anyhow::Result<()> {
         match outcome {
             // After a save the guest runs on.
-            Outcome::Moved(report) => self.print("moved", &report).and(started(guest)),
+            Outcome::Moved(report) => self.print(&report).and(started(guest)),
             Outcome::Undone { why, mut report } => {
                 report.notes.extend(guest.failures());
-                self.failed("undone", &report);
+                self.failed(&report);
                 let notes = Notes(&report.notes).to_string();
                 let source = match notes.as_str() {
                     "" => "the source is as it was before",
@@ -54,7 +54,7 @@ impl<'a> Ending<'a> {
 
     /// Nobody here knows who runs.
     pub fn in_doubt(&self, device: &str, doubt: &InDoubt, guest: &Guest<'_>) -> anyhow::Error {
-        self.failed("in doubt", &doubt.report);
+        self.failed(&doubt.report);
         let processes = guest.what_stays_stopped();
         exit::error(
             Code::InDoubt,

@@ -38,7 +38,7 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
     drop(progress);
     match (outcome, received) {
         (_, Received::Broken { why, report }) => {
-            ending.failed("broken", &report);
+            ending.failed(&report);
             Err(broken(&to.name(), why))
         }
         (Outcome::Undone { why, mut report }, Received::Discarded { why: why_there, report: there }) => {

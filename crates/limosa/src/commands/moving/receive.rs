@@ -62,9 +62,9 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                     door.answer(&destination);
                 }
                 drop(progress);
-                ending.print("runs", &report).and(started(&guest))
+                ending.print(&report).and(started(&guest))
             }
-            Received::Stopped(report) => ending.print("stopped", &report),
+            Received::Stopped(report) => ending.print(&report),
             // A source of an earlier move; the one that is waited for is still to come.
             Received::Answered { .. } => continue,
             Received::Discarded { why, report } if is_stranger(&why, &report) => {
@@ -73,7 +73,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
             }
             Received::Discarded { why, report } => {
                 drop(link);
-                ending.failed("discarded", &report);
+                ending.failed(&report);
                 if source_may_doubt(&why, &report) {
                     door.answer(&destination);
                 }
@@ -81,7 +81,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                 Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", side.name())))
             }
             Received::Broken { why, report } => {
-                ending.failed("broken", &report);
+                ending.failed(&report);
                 Err(broken(&side.name(), why))
             }
         };

@@ -53,16 +53,16 @@ fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()>
     let received = destination.load(place.source(), after);
     drop(progress);
     match received {
-        Received::Runs(report) => ending.print("runs", &report).and(started(&guest)),
-        Received::Stopped(report) => ending.print("stopped", &report),
+        Received::Runs(report) => ending.print(&report).and(started(&guest)),
+        Received::Stopped(report) => ending.print(&report),
         Received::Discarded { why, report } => {
-            ending.failed("discarded", &report);
+            ending.failed(&report);
             let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes).to_string());
             Err(anyhow::Error::from(why)
                 .context(format!("{} was not loaded{hint}{notes}", args.file.display())))
         }
         Received::Broken { why, report } => {
-            ending.failed("broken", &report);
+            ending.failed(&report);
             Err(broken(&side.name(), why))
         }
         Received::Answered { .. } => {

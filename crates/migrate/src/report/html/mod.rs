@@ -10,7 +10,7 @@ mod timeline;
 use std::fmt::Write as _;
 
 use super::text::{Bytes, Rate, Time};
-use super::{Act, Phase, Report};
+use super::{Act, End, Report};
 use svg::Escaped;
 
 const STYLE: &str = include_str!("style.css");
@@ -41,6 +41,9 @@ impl Report {
             .first()
             .map_or(String::new(), |link| format!("; the other side is {}", Escaped(&link.peer)));
         writeln!(page, "<p class=\"id\">move {}, as the {side} saw it{from}</p>", Escaped(&self.id))?;
+        let why = self.why.as_deref().map_or(String::new(), |why| format!(": {}", Escaped(why)));
+        let class = if self.why.is_some() { " class=\"over\"" } else { "" };
+        writeln!(page, "<p{class}>Outcome: {}{why}</p>", self.outcome.name())?;
         self.facts(page)?;
         writeln!(page, "<figure>\n{}</figure>", timeline::draw(self))?;
         self.key(page)?;
@@ -59,9 +62,10 @@ impl Report {
             several => format!("{} devices", several.len()),
         };
         let memory = if self.bytes.memory_bytes + self.bytes.zero_bytes > 0 { " with memory" } else { "" };
-        match self.phases.iter().any(|phase| phase.phase == Phase::Undo) {
-            true => format!("Move of {what}{memory}: called off"),
-            false => format!("Move of {what}{memory}"),
+        match self.outcome {
+            End::Moved | End::Runs | End::Stopped => format!("Move of {what}{memory}"),
+            End::Undone | End::Discarded => format!("Move of {what}{memory}: called off"),
+            End::InDoubt | End::Broken => format!("Move of {what}{memory}: {}", self.outcome.name()),
         }
     }
 

@@ -5,8 +5,8 @@ use roxmltree::{Document, Node, ParsingOptions};
 
 use super::svg::text_width;
 use crate::report::{
-    Act, DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side, SpanReport,
-    Throughput,
+    Act, DeviceReport, End, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side,
+    SpanReport, Throughput,
 };
 use crate::stream::Totals;
 
@@ -89,6 +89,7 @@ fn moved(devices: u64, links: u64, rounds: u32, downtime_ms: u64) -> Report {
     };
     Report {
         id: "8d1f6f0e-33b6-4b0c-9f3e-4f1f0f4b6a55".into(),
+        outcome: End::Moved,
         phases,
         rounds,
         devices: (0..devices).map(device).collect(),
@@ -111,6 +112,7 @@ fn received() -> Report {
     let mut report = moved(3, 2, 9, 40);
     let stop = report.stopped_ns.unwrap();
     report.side = Side::Destination;
+    report.outcome = End::Runs;
     report.limits = LimitsReport::default();
     report.predicted_downtime_ns = None;
     report.rounds.iter_mut().for_each(|round| round.predicted_downtime_ns = 0);
@@ -131,6 +133,7 @@ fn received() -> Report {
 fn undone() -> Report {
     let mut report = moved(2, 1, 3, 10);
     report.phases.truncate(2);
+    (report.outcome, report.why) = (End::Undone, Some("somebody <else>".into()));
     report.phases.push(PhaseReport {
         phase: Phase::Undo,
         start_ns: 4000 * MS,
@@ -147,6 +150,7 @@ fn undone() -> Report {
 fn hostile() -> Report {
     let mut report = moved(2, 2, 2, 700);
     report.id = HOSTILE.into();
+    report.why = Some(HOSTILE.into());
     report.devices[0].name = HOSTILE.repeat(40);
     report.devices[1].name = "\u{6771}\u{4eac}".repeat(99);
     report.links[1].peer = HOSTILE.repeat(9);
