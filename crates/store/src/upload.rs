@@ -8,7 +8,7 @@ use bytes::Bytes;
 use limosa_migrate::SnapshotWriter;
 use limosa_migrate::link::{LinkError, Wait};
 use object_store::multipart::{MultipartStore, PartId};
-use object_store::{GetOptions, GetRange, MultipartId, ObjectStore, ObjectStoreExt, PutPayload};
+use object_store::{MultipartId, ObjectStoreExt, PutPayload};
 use tokio::task::AbortHandle;
 
 use crate::config::Client;
@@ -126,17 +126,18 @@ impl Upload {
 
     /// After a completion whose answer says that it failed, or that did not come: whether what lies there is this.
     fn is_published(&self) -> Option<bool> {
-        let remote = Arc::clone(&self.client.remote);
+        let (remote, bytes, tail) = (Arc::clone(&self.client.remote), self.bytes, self.tail.clone());
         let look = async move {
-            let options =
-                GetOptions { range: Some(GetRange::Suffix(TAIL_BYTES as u64)), ..GetOptions::default() };
-            let found = remote.store.get_opts(&remote.path, options).await?;
-            let bytes = found.meta.size;
-            Ok((bytes, found.bytes().await?))
+            // The length first: of an object that is shorter than the tail a store may refuse to give one.
+            if remote.store.head(&remote.path).await?.size != bytes {
+                return Ok(false);
+            }
+            let range = bytes - tail.len() as u64..bytes;
+            Ok(remote.store.get_range(&remote.path, range).await?[..] == tail[..])
         };
         let looked = self.client.runtime.run(&self.client.traffic, Wait::within(ABORT_MAX, None), look);
         match looked.ok()? {
-            Ok((bytes, tail)) => Some(bytes == self.bytes && tail[..] == self.tail[..]),
+            Ok(is_this) => Some(is_this),
             Err(object_store::Error::NotFound { .. }) => Some(false),
             Err(_) => None,
         }
@@ -206,13 +207,19 @@ impl SnapshotWriter for Upload {
             Err(error) => error,
         };
         // An answer can be lost, and then the request is refused when it is made again.
-        let published = self.is_published();
+        let mut published = self.is_published();
+        if published != Some(true) {
+            // One that is still on its way must not come about after it was said to have failed: after an abort it
+            // cannot, and if it was before, it is there now.
+            let aborted = self.abort();
+            published = self.is_published();
+            if aborted && published == Some(false) {
+                return Err(why);
+            }
+        }
         if published == Some(true) {
             self.over = true;
             return Ok(());
-        }
-        if self.abort() || published == Some(false) {
-            return Err(why);
         }
         let what = format!("{why}; it is not known whether it was published: look with `limosa verify`");
         Err(std::io::Error::other(what).into())
