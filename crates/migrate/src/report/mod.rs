@@ -216,7 +216,8 @@ pub struct DeviceReport {
     /// How many of them before the stop.
     pub precopy_bytes: u64,
     /// The most bytes of its data that were under way at once: on the source, sent and not known to be loaded; on the
-    /// destination, come and not loaded. Never more than its window there; 0 on a source that saves, whom nobody answers.
+    /// destination, come and not loaded. Never more than its window there, or than one frame where it is of a snapshot; 0 on
+    /// a source that saves, whom nobody answers.
     pub waiting_bytes_max: u64,
     /// What it did when, by time.
     pub spans: Vec<SpanReport>,
