@@ -9,7 +9,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use limosa_migrate::{FilePages, GuestPages};
 use limosa_protocol::State;
+use rustix::fs::MemfdFlags;
 use rustix::process::Signal;
 use support::{Folder, LIMIT, Server, limosa, start};
 
@@ -262,6 +264,96 @@ fn memory_moves_without_any_device_and_from_a_memfd_of_another_process() {
     let mut back = vec![0; 64 * PAGE as usize];
     memfd.read_exact_at(&mut back, 0).unwrap();
     assert!(back == moved);
+}
+
+const HUGE: u64 = 2 << 20;
+
+/// So many huge pages of 2 MiB that nobody has. The reservation is as it was before when this is dropped.
+struct HugePages(Option<String>);
+
+impl HugePages {
+    const COUNT: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+    fn reserve(wanted: u64) -> Result<HugePages, String> {
+        let path = |name: &str| format!("{}/{name}", HugePages::COUNT);
+        let read = |name: &str| -> Result<u64, String> {
+            let text = std::fs::read_to_string(path(name)).map_err(|error| format!("{name}: {error}"))?;
+            text.trim().parse().map_err(|_| format!("{name}: {text}"))
+        };
+        let free = || Ok::<u64, String>(read("free_hugepages")?.saturating_sub(read("resv_hugepages")?));
+        if free()? >= wanted {
+            return Ok(HugePages(None));
+        }
+        let before = read("nr_hugepages")?;
+        let more = (before + wanted - free()?).to_string();
+        std::fs::write(path("nr_hugepages"), more).map_err(|error| format!("nr_hugepages: {error}"))?;
+        let reserved = HugePages(Some(before.to_string()));
+        match free()? {
+            free if free >= wanted => Ok(reserved),
+            free => Err(format!("{wanted} huge pages are needed, {free} can be had")),
+        }
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = std::fs::write(format!("{}/nr_hugepages", HugePages::COUNT), before);
+        }
+    }
+}
+
+/// Memory of huge pages, reserved when it is touched.
+fn huge(pages: u64) -> (std::fs::File, FilePages, String) {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = std::fs::File::from(rustix::fs::memfd_create("guest", flags).unwrap());
+    file.set_len(pages * HUGE).unwrap();
+    let name = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+    // There is no write to such a file but by a mapping.
+    let mapped = FilePages::mapped(file.try_clone().unwrap(), 0, pages * HUGE).unwrap();
+    (file, mapped, format!("{name}@0"))
+}
+
+#[test]
+fn memory_of_huge_pages_moves() {
+    const PAGES: u64 = 4;
+    let _reserved = match HugePages::reserve(2 * PAGES) {
+        Ok(reserved) => reserved,
+        Err(why) => {
+            eprintln!("not tested, as this machine has no huge pages to give: {why}");
+            return;
+        }
+    };
+    let (_here_file, here, from) = huge(PAGES);
+    let (_there_file, there, to) = huge(PAGES);
+    let read = |pages: &FilePages| {
+        let mut all = vec![0; (PAGES * HUGE) as usize];
+        pages.read(0, &mut all).unwrap();
+        all
+    };
+    here.write(3 * PAGE, &[1; 5000]).unwrap();
+    here.write(2 * HUGE - 7, &[2; 20]).unwrap();
+    there.write(HUGE, &[9; 10_000]).unwrap();
+    limosa(&["migrate", "--memory", &from, &to, "--guest-stopped"]).ok();
+    assert!(read(&here) == read(&there));
+    // With a guest that might write, whose changes are found by comparing, over links and compressed.
+    let folder = Folder::new();
+    let other = memory(&folder, "other", 16);
+    let writer = Writer::start(Path::new(&other));
+    here.write(3 * HUGE + 100, &[3; 100_000]).unwrap();
+    here.write(0, &[0; 8 * PAGE as usize]).unwrap();
+    let link = format!("unix:{}", folder.text("link"));
+    let receiver = start(&["receive", "--listen", &link, "--memory", &to]);
+    receiver.line("listening on");
+    let send = ["send", "--to", &link, "--memory", &from, "--stop-with", &writer.pid()];
+    limosa(&[&send[..], &["--links", "2", "--compress", "lz4"]].concat()).ok();
+    receiver.end().ok();
+    assert!(read(&here) == read(&there));
+    let file = folder.text("snapshot");
+    limosa(&["save", &file, "--memory", &from, "--guest-stopped"]).ok();
+    there.write(3 * HUGE, &[4; 4096]).unwrap();
+    limosa(&["load", &file, "--memory", &to]).ok();
+    assert!(read(&here) == read(&there));
 }
 
 #[test]
