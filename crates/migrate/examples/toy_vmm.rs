@@ -29,7 +29,7 @@ use limosa_migrate::link::{Address, Arrival, Arrivals, Bandwidth, LimitedLink, L
 use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{
     Cancel, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory, MemoryRegion,
-    MovedDevice, Nobody, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,
+    MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig, registers};
 use limosa_models::uart::{Line, Uart};
@@ -518,20 +518,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// From now on this process has a guest that runs, and takes no other one; but a source in doubt may still ask for the
-/// one that came, as long as this process lives. A destination without devices refuses every offer.
+/// one that came, as long as this process lives.
 fn answer(arrivals: &Arrivals, ledger: &Ledger, options: &Options) {
-    let nothing = Destination {
-        devices: &[],
-        memory: &[],
-        vmm: &Nobody,
-        observer: &Nobody,
-        options,
-        cancel: None,
-        ledger,
-    };
     while let Ok(arrival) = arrivals.next(Wait::within(Duration::MAX, None)) {
         if let Arrival::Stream(link) = arrival
-            && let Received::Answered { id, decision } = nothing.receive(&link)
+            && let Received::Answered { id, decision } = ledger.answer(&link, options, None)
         {
             println!("answered for {id}: {decision:?}");
         }

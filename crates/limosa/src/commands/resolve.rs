@@ -5,7 +5,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use limosa_migrate::link::{Arrival, LinkError, Wait};
 use limosa_migrate::stream::MigrationId;
-use limosa_migrate::{Decision, Destination, InDoubt, Memory, Nobody, Options, Outcome, Received, Source};
+use limosa_migrate::{Decision, InDoubt, Memory, Nobody, Options, Outcome, Received, Source};
 use serde::Serialize;
 
 use super::moving;
@@ -186,15 +186,6 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
     let (ledger, listener) = (moves.ledger()?, links::listen(&args.listen)?);
     let (links, options) = (Links::new(&args.tls)?, Options::default());
-    let destination = Destination {
-        devices: &[],
-        memory: &[],
-        vmm: &Nobody,
-        observer: &Nobody,
-        options: &options,
-        cancel: Some(&cancel),
-        ledger: &ledger,
-    };
     let arrivals = links.arrivals(listener, options.silence_max)?;
     out.say(&format!("listening on {}", arrivals.address()));
     let began = Instant::now();
@@ -209,7 +200,7 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
             Err(LinkError::TimedOut | LinkError::Cancelled) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        match destination.receive(&link) {
+        match ledger.answer(&link, &options, Some(&cancel)) {
             Received::Answered { id, decision } => {
                 let outcome = match decision {
                     Decision::Unknown => "not known",

@@ -8,7 +8,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use crate::link::Link;
 use crate::stream::MigrationId;
+use crate::{Cancel, Destination, Nobody, Options, Received};
 use record::Record;
 
 /// The most moves that are remembered; the oldest that is decided gives way.
@@ -83,6 +85,21 @@ impl Ledger {
             tracing::warn!("{}: the record of move {id} cannot be read: {error}", folder.display());
             Decision::Unknown
         })
+    }
+
+    /// Answers a source in doubt that has connected: [`Received::Answered`]. Who has a move to send is refused, as there
+    /// is nothing to receive it: [`Received::Discarded`].
+    pub fn answer(&self, link: &dyn Link, options: &Options, cancel: Option<&Cancel>) -> Received {
+        let nothing = Destination {
+            devices: &[],
+            memory: &[],
+            vmm: &Nobody,
+            observer: &Nobody,
+            options,
+            cancel,
+            ledger: self,
+        };
+        nothing.receive(link)
     }
 
     /// READY is about to be sent. `false` when the id was used before.
