@@ -18,7 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -58,6 +58,8 @@ struct Guest {
     /// A memfd: the devices' servers map the same pages.
     memory: FilePages,
     vcpu: Mutex<Vcpu>,
+    /// How many wait for the vCPU. It lets them have it between two steps: the mutex alone is not fair.
+    wanted: AtomicU32,
     /// The vCPU may run, or the process ends.
     changed: Condvar,
     log: Log,
@@ -80,14 +82,20 @@ struct Log {
 
 impl Guest {
     fn vcpu(&self) -> MutexGuard<'_, Vcpu> {
-        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+        self.wanted.fetch_add(1, Ordering::AcqRel);
+        let vcpu = lock(&self.vcpu);
+        self.wanted.fetch_sub(1, Ordering::AcqRel);
+        vcpu
     }
 
     /// What the vCPU's thread does: it counts, leaves each number in the page that is its turn, and rings both devices.
     fn run(&self, devices: &Devices) -> Result<()> {
         loop {
             // A step is done under the lock. Whoever stops the vCPU takes it, so that no step is under way then.
-            let mut vcpu = self.vcpu();
+            while self.wanted.load(Ordering::Acquire) > 0 {
+                std::thread::yield_now();
+            }
+            let mut vcpu = lock(&self.vcpu);
             while !vcpu.runs {
                 vcpu = self.changed.wait(vcpu).unwrap_or_else(PoisonError::into_inner);
             }
@@ -102,10 +110,8 @@ impl Guest {
             devices.ring(vcpu.count)?;
             let rest = vcpu.rest;
             drop(vcpu);
-            // Whoever waits for the vCPU is to have it between two steps.
-            match rest {
-                Duration::ZERO => std::thread::yield_now(),
-                rest => std::thread::sleep(rest),
+            if !rest.is_zero() {
+                std::thread::sleep(rest);
             }
         }
     }
@@ -386,6 +392,7 @@ impl Machinery {
         let guest = Arc::new(Guest {
             memory: FilePages::new(memory.try_clone()?, 0),
             vcpu: Mutex::default(),
+            wanted: AtomicU32::new(0),
             changed: Condvar::new(),
             log: Log { is_on: AtomicBool::new(false), dirty: DirtyBitmap::new(PAGES)? },
         });
