@@ -1,21 +1,22 @@
 //! What the engine adds to a stop: idle devices with 1 MiB of final state each and no memory, moved over loopback TCP
 //! again and again. From the downtime the arcs of the slowest device on each side are taken, and the time that
-//! plain `send` and `recv` of the same bytes take in the same run; what is left is the engine's, with the devices'
-//! reading and loading of their data.
+//! plain `send` and `recv` of the same bytes take in the same run, alone and with the devices' reading and loading at
+//! their ends; what is left is the engine's own.
 //!
-//! `cargo bench -p limosa-migrate --bench switchover -- [RUNS]`
+//! `cargo bench -p limosa-migrate --bench switchover -- [RUNS [DEVICES]]`
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use limosa_client::Device;
+use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::link::{Listener, Wait, connect};
 use limosa_migrate::{
     Act, Destination, Ledger, Memory, MovedDevice, Nobody, Options, Outcome, Received, Report, Source,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
+use limosa_protocol::State;
 
 const STATE_BYTES: usize = 1 << 20;
 const SOON: Duration = Duration::from_secs(10);
@@ -36,24 +37,64 @@ fn arcs(report: &Report) -> f64 {
     devices.max().unwrap_or(0) as f64 / 1e6
 }
 
-/// In ms: as many bytes through a bare socket.
-fn floor(devices: usize) -> f64 {
+/// In ms: as many bytes through a bare socket, and then the same with devices that are read and loaded at its ends.
+fn floors(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 2] {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let mut near = TcpStream::connect(listener.local_addr().expect("bound")).expect("it listens");
     let (mut far, _) = listener.accept().expect("it connected");
     near.set_nodelay(true).expect("a TCP socket");
-    let data = vec![0x5a; STATE_BYTES];
+    let mut data = vec![0x5a; STATE_BYTES];
     let mut into = vec![0; STATE_BYTES];
-    let began = Instant::now();
-    std::thread::scope(|scope| {
-        scope.spawn(|| (0..devices).for_each(|_| near.write_all(&data).expect("the far end reads")));
-        (0..devices).for_each(|_| far.read_exact(&mut into).expect("the near end writes"));
+    let bare = timed(|| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| sources.iter().for_each(|_| near.write_all(&data).expect("the far end reads")));
+            sources.iter().for_each(|_| far.read_exact(&mut into).expect("the near end writes"));
+        });
     });
+    let open = |devices: &[Loopback], state| -> Vec<Box<dyn DataStream>> {
+        let enter = |device: &Loopback| device.set_state(state).expect("it may").expect("a session");
+        devices.iter().map(enter).collect()
+    };
+    let mut savings = open(sources, State::StopCopy);
+    let mut loadings = open(destinations, State::Resuming);
+    let with_devices = timed(|| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for saving in &mut savings {
+                    while let Chunk::Data(bytes) = saving.read(&mut data).expect("data") {
+                        near.write_all(&(bytes as u32).to_le_bytes()).expect("the far end reads");
+                        near.write_all(&data[..bytes]).expect("the far end reads");
+                    }
+                    near.write_all(&[0; 4]).expect("the far end reads");
+                }
+            });
+            for loading in &mut loadings {
+                loop {
+                    let mut bytes = [0; 4];
+                    far.read_exact(&mut bytes).expect("the near end writes");
+                    let bytes = u32::from_le_bytes(bytes) as usize;
+                    if bytes == 0 {
+                        break;
+                    }
+                    far.read_exact(&mut into[..bytes]).expect("the near end writes");
+                    loading.write(&into[..bytes]).expect("it takes its data");
+                }
+            }
+        });
+    });
+    drop((savings, loadings));
+    [bare, with_devices]
+}
+
+/// In ms.
+fn timed(act: impl FnOnce()) -> f64 {
+    let began = Instant::now();
+    act();
     began.elapsed().as_secs_f64() * 1e3
 }
 
-/// In ms: downtime, arcs on both sides, the floor.
-fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 3] {
+/// In ms: downtime, arcs on both sides, the floors.
+fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 4] {
     let (options, ledger) = (Options::default(), Ledger::new());
     let ours: Vec<_> = sources.iter().map(|device| MovedDevice::new(device)).collect();
     let theirs: Vec<_> = destinations.iter().map(|device| MovedDevice::new(device)).collect();
@@ -85,9 +126,36 @@ fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 3] {
     let (Outcome::Moved(report), Received::Runs(theirs)) = (&outcome, &received) else {
         panic!("{outcome:?} {received:?}")
     };
-    sources.iter().chain(destinations).for_each(|device| device.reset().expect("a reset"));
+    if std::env::var("DBG").is_ok() {
+        for r in [report, theirs] {
+            let z = r.stopped_ns.unwrap_or(0) as f64;
+            println!("-- {:?} stopped {:.0} us", r.side, z / 1e3);
+            for p in &r.phases {
+                println!(
+                    "  {:?} at {:.0} for {:.0}",
+                    p.phase,
+                    (p.start_ns as f64 - z) / 1e3,
+                    p.duration_ns as f64 / 1e3
+                );
+            }
+            for d in &r.devices {
+                print!("  {}:", d.name);
+                for s in &d.spans {
+                    let a = (s.start_ns as f64 - z) / 1e3;
+                    if a > -100.0 {
+                        print!(" {:?}@{:.0}+{:.0}", s.act, a, s.duration_ns as f64 / 1e3);
+                    }
+                }
+                println!();
+            }
+        }
+    }
+    let reset = || sources.iter().chain(destinations).for_each(|device| device.reset().expect("a reset"));
+    reset();
+    let [bare, with_devices] = floors(sources, destinations);
+    reset();
     let downtime = report.downtime_ns.expect("it was stopped") as f64 / 1e6;
-    [downtime, arcs(report) + arcs(theirs), floor(sources.len())]
+    [downtime, arcs(report) + arcs(theirs), bare, with_devices]
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
@@ -97,15 +165,22 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 fn main() {
-    let runs = std::env::args().filter_map(|arg| arg.parse::<usize>().ok()).next().unwrap_or(30);
+    let mut numbers = std::env::args().filter_map(|arg| arg.parse::<usize>().ok());
+    let runs = numbers.next().unwrap_or(30);
+    let counts = numbers.next().map_or(vec![1, 4, 16], |devices| vec![devices]);
     println!("median of {runs} moves, in ms");
-    println!("devices  downtime     arcs  bare socket  the engine's");
-    for devices in [1, 4, 16] {
+    println!("devices  downtime     arcs  bare socket  with devices  beyond socket  beyond both");
+    for devices in counts {
         let make = || (0..devices).map(|_| device()).collect::<Vec<_>>();
         let (sources, destinations) = (make(), make());
         let all: Vec<_> = (0..runs).map(|_| once(&sources, &destinations)).collect();
-        let column = |at: usize| median(all.iter().map(|run| run[at]));
-        let share = median(all.iter().map(|[downtime, arcs, floor]| downtime - arcs - floor));
-        println!("{devices:7}  {:8.3}  {:7.3}  {:11.3}  {share:12.3}", column(0), column(1), column(2));
+        let [downtime, arcs, bare, with_devices] =
+            [0, 1, 2, 3].map(|column| median(all.iter().map(|run| run[column])));
+        let beyond = |floor: usize| median(all.iter().map(|run| run[0] - run[1] - run[floor]));
+        println!(
+            "{devices:7}  {downtime:8.3}  {arcs:7.3}  {bare:11.3}  {with_devices:12.3}  {:13.3}  {:11.3}",
+            beyond(2),
+            beyond(3)
+        );
     }
 }

@@ -134,6 +134,15 @@ impl Spares {
         Spares { buffers: Vec::new(), bytes: 0, bytes_max }
     }
 
+    /// Adds so many bytes, in touched buffers of that length.
+    pub(crate) fn fill(&mut self, bytes: usize, length: usize, gauge: &Arc<Gauge>) {
+        for _ in 0..bytes / length {
+            let mut buffer = Buffer::new(gauge);
+            buffer.grow(length);
+            self.keep(buffer);
+        }
+    }
+
     /// The one that was kept last.
     pub(crate) fn take(&mut self) -> Option<Buffer> {
         let buffer = self.buffers.pop()?;

@@ -99,7 +99,7 @@ impl<'a> Channel<'a> {
     }
 
     /// Sends a frame.
-    pub(crate) fn send(&mut self, kind: Kind, section: u32, position: u64, payload: &[u8]) -> Result<Header> {
+    pub(crate) fn send(&mut self, kind: Kind, section: u32, position: u64, payload: &[u8]) -> Result<()> {
         match self.outlet.send(kind, section, position, payload, self.cancel) {
             Err(error @ Error::Link { .. }) if self.has_peer() => Err(self.last_words().unwrap_or(error)),
             sent => sent,

@@ -321,6 +321,7 @@ impl<'a> Destination<'a> {
             offer,
             links.len() + 1,
             self.devices,
+            streams,
             self.memory,
             recorder,
             self.options,
@@ -336,9 +337,9 @@ impl<'a> Destination<'a> {
         limosa_clockwork::scope(|scope| {
             let receiving = &receiving;
             let _end = OnDrop(|| receiving.end());
-            for (at, stream) in streams.into_iter().enumerate() {
-                let name = format!("limosa: {}", self.devices[at].device.name());
-                scope.spawn(name, move || receiving.drive(at, stream));
+            for thread in 0..self.devices.len() {
+                let name = format!("limosa: device work {thread}");
+                scope.spawn(name, move || receiving.crew.work(thread, |at| receiving.attend(at)));
             }
             for (at, inlet) in inlets.iter_mut().enumerate() {
                 let name = format!("limosa: link {}", at + 1);

@@ -60,6 +60,7 @@ mod buffer;
 mod cancel;
 mod channel;
 mod convergence;
+mod crew;
 mod destination;
 mod devices;
 mod dirty;

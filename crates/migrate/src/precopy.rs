@@ -30,19 +30,19 @@ impl Source<'_> {
         held: &mut Held,
     ) -> Result<()> {
         let began = now();
-        for ((moved, flow), found) in self.devices.iter().zip(&sending.flows).zip(&held.found) {
+        for (at, (moved, found)) in self.devices.iter().zip(&held.found).enumerate() {
             let device = moved.device;
             let flags =
                 device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
             if self.options.precopy && flags.contains(MigrationFlags::PRE_COPY) && found.is_running() {
                 // Without it, initial bytes that grow again are taken for dirty ones.
                 let _ = device.precopy_info_v2();
-                saving::give(flow, Job::Enter(State::PreCopy));
+                saving::give(sending, at, Job::Enter(State::PreCopy));
             }
         }
-        sending.flows.iter().try_for_each(|device| saving::wait(sending, device, |_| false))?;
+        saving::wait_all(sending, |_| false)?;
         let arc = now() - began;
-        let open: Vec<_> = sending.flows.iter().filter(|device| device.lock().open).collect();
+        let open: Vec<_> = (0..self.devices.len()).filter(|at| sending.flows[*at].lock().open).collect();
         let has_memory = !self.memory.regions.is_empty() && !held.dirty.blind;
         if !has_memory && open.is_empty() {
             return Ok(());
@@ -52,11 +52,11 @@ impl Source<'_> {
         for number in 1.. {
             sending.check()?;
             let (began, before) = (now(), recorder.totals());
-            open.iter().for_each(|device| saving::give(device, Job::PreCopy(TURN_BYTES)));
+            open.iter().for_each(|at| saving::give(sending, *at, Job::PreCopy(TURN_BYTES)));
             if has_memory {
                 held.dirty.send(&self.memory.regions, sending, recorder)?;
             }
-            open.iter().try_for_each(|device| saving::wait(sending, device, |_| false))?;
+            saving::wait_all(sending, |_| false)?;
             // What is on its way would have to arrive after a stop as well.
             sending.flush()?;
             let after = recorder.totals();

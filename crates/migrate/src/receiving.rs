@@ -8,17 +8,19 @@ mod loading;
 use std::sync::Arc;
 use std::time::Duration;
 
-use limosa_client::DeviceExt;
-use limosa_clockwork::{Monitor, now};
+use limosa_client::{DataStream, DeviceExt};
+use limosa_clockwork::{Guard, Monitor, now};
 use limosa_protocol::MigrationFlags;
 
 use crate::buffer::{Buffer, Spares};
 use crate::cancel::Watch;
 use crate::channel::{Inlet, Outlet, pulse};
+use crate::crew::Crew;
 use crate::devices::{MovedDevice, failed};
 use crate::link::Wait;
 use crate::memory::MemoryRegion;
 use crate::report::{Phase, Recorder};
+use crate::saving::READ_BYTES_MAX;
 use crate::stream::body::{NEEDS_CREDIT, decode_device_end};
 use crate::stream::{Damage, Header, Kind, Offer, Order, Step, WINDOW_BYTES_MIN};
 use crate::{Cancel, Error, Options, Result, Round};
@@ -52,6 +54,10 @@ pub(crate) struct Receiving<'w, 'a> {
     links: usize,
     order: Monitor<Order>,
     inboxes: Vec<Monitor<Inbox>>,
+    /// The devices' sessions, until their data has ended.
+    streams: Vec<Monitor<Option<Box<dyn DataStream>>>>,
+    /// The threads that devices are loaded and driven in.
+    pub(crate) crew: Crew,
     /// The devices' ids, as the offer has them.
     ids: Vec<u32>,
     spare: Monitor<Spares>,
@@ -76,6 +82,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         offer: &Offer,
         links: usize,
         devices: &'a [MovedDevice<'a>],
+        streams: Vec<Box<dyn DataStream>>,
         memory: &'a [MemoryRegion<'a>],
         recorder: &'w Recorder<'a>,
         options: &'w Options,
@@ -93,7 +100,10 @@ impl<'w, 'a> Receiving<'w, 'a> {
         });
         let flags = flags.collect::<Result<_>>()?;
         let window = window(devices.len(), options);
-        let spare_bytes = SPARE_BYTES.min(window * devices.len() as u64);
+        let windows = window * devices.len() as u64;
+        let mut spare = Spares::new(SPARE_BYTES.min(windows) as usize);
+        // Touched before anything stops for it.
+        spare.fill(SPARE_BYTES.min(windows / 4) as usize, READ_BYTES_MAX, recorder.buffers());
         // Regions are matched by id, and lie in the same order nowhere but in the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
         Ok(Receiving {
@@ -108,8 +118,10 @@ impl<'w, 'a> Receiving<'w, 'a> {
             links,
             order: Monitor::new(Order::new(offer)),
             inboxes: devices.iter().map(|_| Monitor::default()).collect(),
+            streams: streams.into_iter().map(|stream| Monitor::new(Some(stream))).collect(),
+            crew: Crew::new(devices.len(), usize::MAX),
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
-            spare: Monitor::new(Spares::new(spare_bytes as usize)),
+            spare: Monitor::new(spare),
             _watch: {
                 let state = Arc::clone(&state);
                 ended.watch(move || state.notify_all())
@@ -146,6 +158,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
             inbox.lock().over = true;
             inbox.notify_all();
         }
+        self.crew.end();
     }
 
     /// Reads the first link to the SUM, and waits until all devices are loaded and in STOP.
@@ -292,7 +305,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
             drop(inbox);
             self.tell(at, told)?;
         }
-        self.outlet.send(Kind::FLUSHED, header.section, header.position, &[], Some(&self.ended)).map(drop)
+        self.outlet.post(Kind::FLUSHED, header.section, header.position, &[], Some(&self.ended))
     }
 
     /// A device's data or its end: hands it on when it is due, and keeps it while something before it is missing.
@@ -331,10 +344,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
             (inbox, _) = self.inboxes[at].wait(inbox, None);
         }
         let payload = inlet.take_payload(header, || self.spare());
-        inbox.hand_on(header, payload);
-        self.recorder.device_waits(at, inbox.waiting());
-        self.inboxes[at].notify_all();
-        drop(inbox);
+        self.hand_on(at, inbox, header, payload);
         self.deliver_ahead(at, inlet)
     }
 
@@ -347,8 +357,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
             let Some((header, payload)) = inbox.ahead.remove(&due) else { return Ok(()) };
             order.next(&header, &payload).map_err(|damage| inlet.damaged(damage))?;
             inbox.ahead_bytes -= data_bytes(&header, &payload);
-            inbox.hand_on(&header, payload);
-            self.inboxes[at].notify_all();
+            self.hand_on(at, inbox, &header, payload);
         }
     }
 
@@ -357,12 +366,27 @@ impl<'w, 'a> Receiving<'w, 'a> {
         self.spare.lock().take().unwrap_or_else(|| Buffer::new(self.recorder.buffers()))
     }
 
+    fn hand_on(&self, at: usize, mut inbox: Guard<'_, Inbox>, header: &Header, payload: Buffer) {
+        inbox.hand_on(header, payload);
+        self.recorder.device_waits(at, inbox.waiting());
+        self.see_to(at, inbox);
+    }
+
+    /// Somebody sees to what is to be done for a device.
+    fn see_to(&self, at: usize, mut inbox: Guard<'_, Inbox>) {
+        let seen_to = std::mem::replace(&mut inbox.seen_to, true);
+        drop(inbox);
+        if !seen_to {
+            self.crew.post(at);
+        }
+    }
+
     /// What the source is to be told of a device now: how much it has taken.
     fn due(&self, inbox: &mut Inbox) -> Option<u64> {
         let all = inbox.queued == 0 && inbox.ahead.is_empty();
         let flushed = all && std::mem::take(&mut inbox.flush);
         let new = inbox.taken - inbox.told;
-        let due = self.credit && new > 0 && (flushed || new >= self.window / 2);
+        let due = self.credit && new > 0 && (flushed || !inbox.ended && new > self.window / 2);
         due.then(|| {
             inbox.told = inbox.taken;
             inbox.taken
@@ -371,6 +395,6 @@ impl<'w, 'a> Receiving<'w, 'a> {
 
     fn tell(&self, at: usize, told: Option<u64>) -> Result<()> {
         let Some(taken) = told else { return Ok(()) };
-        self.outlet.send(Kind::CREDIT, self.ids[at], taken, &[], Some(&self.ended)).map(drop)
+        self.outlet.post(Kind::CREDIT, self.ids[at], taken, &[], Some(&self.ended))
     }
 }

@@ -1,5 +1,4 @@
-//! One device's saving session on its way to the links, in a thread of its own: a device that is slow to stop or to
-//! give its data holds up no other.
+//! One device's saving session on its way to the links, job by job.
 
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_clockwork::{Monitor, now};
@@ -15,20 +14,22 @@ use crate::stream::{DEVICE_BYTES_MAX, Kind, RunningCrc};
 use crate::{Error, Result};
 
 /// The most that is read from a device at once: it stays in a core's cache on the way.
-const READ_BYTES_MAX: usize = 512 << 10;
+pub(crate) const READ_BYTES_MAX: usize = 512 << 10;
 
-/// What a device's thread is to do.
+/// What a device is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Job {
     /// Enter a state; a session that this opens is kept.
     Enter(State),
     /// Move what it has to say before the stop, about so many bytes at most, and ask what is left.
     PreCopy(u64),
-    /// Enter STOP_COPY, and move everything that is left.
-    StopAndDrain,
+    /// Enter STOP_COPY; moving everything that is left is its next job.
+    Stop,
+    /// Move everything that is left.
+    Drain,
 }
 
-/// Between a device's thread and the others.
+/// Between whoever does a device's job and the others.
 #[derive(Default)]
 pub(crate) struct Flow {
     /// Bytes of its data that were sent.
@@ -50,20 +51,21 @@ pub(crate) struct Flow {
     pub(crate) over: bool,
 }
 
-/// Gives a device's thread a job.
-pub(crate) fn give(device: &Monitor<Flow>, job: Job) {
-    let mut flow = device.lock();
+/// Gives a device a job, which has done those before.
+pub(crate) fn give(sending: &Sending<'_, '_>, at: usize, job: Job) {
+    let mut flow = sending.flows[at].lock();
     flow.job = Some(job);
     flow.given += 1;
-    device.notify_all();
+    drop(flow);
+    sending.crew.post(at);
 }
 
-/// Waits until a device's thread has done what it was given, or that holds.
-pub(crate) fn wait(
-    sending: &Sending<'_, '_>,
-    device: &Monitor<Flow>,
-    enough: impl Fn(&Flow) -> bool,
-) -> Result<()> {
+/// Waits until all devices have done what they were given, or that holds.
+pub(crate) fn wait_all(sending: &Sending<'_, '_>, enough: impl Fn(&Flow) -> bool) -> Result<()> {
+    sending.flows.iter().try_for_each(|device| wait(sending, device, &enough))
+}
+
+fn wait(sending: &Sending<'_, '_>, device: &Monitor<Flow>, enough: impl Fn(&Flow) -> bool) -> Result<()> {
     let mut flow = device.lock();
     loop {
         if flow.over {
@@ -98,6 +100,12 @@ impl<'w, 'a> Saving<'w, 'a> {
         sending: &'w Sending<'w, 'a>,
         recorder: &'w Recorder<'a>,
     ) -> Saving<'w, 'a> {
+        // Two of them fit into the window.
+        let room =
+            sending.window.map_or(READ_BYTES_MAX, |window| READ_BYTES_MAX.min(window as usize / 2).max(1));
+        let mut buffer = Buffer::new(recorder.buffers());
+        // Now, and not when nothing runs: memory that is touched first takes its time.
+        buffer.grow(room);
         Saving {
             device,
             at,
@@ -107,43 +115,23 @@ impl<'w, 'a> Saving<'w, 'a> {
             begun: false,
             bytes: 0,
             crc: RunningCrc::new(),
-            buffer: Buffer::new(recorder.buffers()),
+            buffer,
         }
-    }
-
-    /// How many bytes are read and sent at once: two of them fit into the window.
-    fn room(&self) -> usize {
-        self.sending.window.map_or(READ_BYTES_MAX, |window| READ_BYTES_MAX.min(window as usize / 2).max(1))
     }
 
     fn flow(&self) -> &'w Monitor<Flow> {
         &self.sending.flows[self.at]
     }
 
-    /// Does what it is given until the work is over.
-    pub(crate) fn run(mut self) {
-        // Now, and not when nothing runs: memory that is touched first takes its time.
-        self.buffer.grow(self.room());
-        loop {
-            let job = {
-                let mut flow = self.flow().lock();
-                loop {
-                    if flow.over {
-                        return;
-                    }
-                    if let Some(job) = flow.job.take() {
-                        break job;
-                    }
-                    (flow, _) = self.flow().wait(flow, None);
-                }
-            };
-            match self.perform(job) {
-                Ok(()) => {
-                    self.flow().lock().done += 1;
-                    self.flow().notify_all();
-                }
-                Err(error) => return self.sending.fail(error),
+    /// Does the job that the device was given.
+    pub(crate) fn run(&mut self) {
+        let Some(job) = self.flow().lock().job.take() else { return };
+        match self.perform(job) {
+            Ok(()) => {
+                self.flow().lock().done += 1;
+                self.flow().notify_all();
             }
+            Err(error) => self.sending.fail(error),
         }
     }
 
@@ -154,12 +142,14 @@ impl<'w, 'a> Saving<'w, 'a> {
                 self.precopy(bytes_max)?;
                 self.look()
             }
-            Job::StopAndDrain => {
+            Job::Stop => {
                 self.enter(State::StopCopy)?;
                 self.flow().lock().stopped = true;
-                self.flow().notify_all();
-                self.drain()
+                // Behind those that are not stopped yet.
+                give(self.sending, self.at, Job::Drain);
+                Ok(())
             }
+            Job::Drain => self.drain(),
         }
     }
 
@@ -169,7 +159,7 @@ impl<'w, 'a> Saving<'w, 'a> {
             enter(self.device, state)?
         };
         if let Some(stream) = stream {
-            let bytes = stream.transfer_bytes_max().clamp(1, self.room());
+            let bytes = stream.transfer_bytes_max().clamp(1, self.buffer.len());
             self.buffer.truncate(bytes);
             self.stream = Some(stream);
             self.flow().lock().open = true;

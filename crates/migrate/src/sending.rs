@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::{Monitor, now};
 
 use crate::channel::{Inlet, LINGER, Outlet, pulse};
+use crate::crew::Crew;
 use crate::fewest::Fewest;
 use crate::link::Wait;
 use crate::report::Recorder;
 use crate::saving::Flow;
-use crate::stream::{Damage, Header, Kind};
+use crate::stream::{Damage, Kind};
 use crate::{Cancel, Error, Options, Result};
 
 /// Of less than this at once all that a device gives goes over one link, so that not many pieces of it are ahead of
@@ -23,6 +24,8 @@ pub(crate) struct Sending<'w, 'a> {
     pub(crate) outlets: Vec<&'w Outlet<'a>>,
     /// The devices, by their place in the offer.
     pub(crate) flows: Vec<Monitor<Flow>>,
+    /// The threads that the devices' jobs are done in.
+    pub(crate) crew: Crew,
     /// How much of a device may be on its way; `None` where nobody answers.
     pub(crate) window: Option<u64>,
     pub(crate) options: &'w Options,
@@ -63,8 +66,9 @@ impl<'w, 'a> Sending<'w, 'a> {
         let os = |error| Error::Os { doing: "making an event", error };
         let fewest = Monitor::new(Fewest::new(outlets.len(), options.links_measured));
         Ok(Sending {
-            outlets,
             flows: (0..devices).map(|_| Monitor::default()).collect(),
+            crew: Crew::new(devices, outlets.len() + 1),
+            outlets,
             window,
             options,
             fewest,
@@ -121,18 +125,14 @@ impl<'w, 'a> Sending<'w, 'a> {
             flow.lock().over |= self.ended.is_cancelled();
             flow.notify_all();
         }
+        if self.ended.is_cancelled() {
+            self.crew.end();
+        }
     }
 
     /// Sends a frame over a link.
-    pub(crate) fn send(
-        &self,
-        link: usize,
-        kind: Kind,
-        section: u32,
-        at: u64,
-        payload: &[u8],
-    ) -> Result<Header> {
-        self.outlets[link].send(kind, section, at, payload, Some(&self.ended))
+    pub(crate) fn send(&self, link: usize, kind: Kind, section: u32, at: u64, payload: &[u8]) -> Result<()> {
+        self.outlets[link].post(kind, section, at, payload, Some(&self.ended))
     }
 
     /// Sends a device's data over the link that has the least to do, once the destination has room for it.
@@ -142,7 +142,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         position: u64,
         data: &[u8],
         recorder: &Recorder<'_>,
-    ) -> Result<Header> {
+    ) -> Result<()> {
         if let Some(window) = self.window {
             let end = position + data.len() as u64;
             let mut flow = self.flows[device].lock();
@@ -164,7 +164,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         let links = self.outlets.len();
         let among = if data.len() < SMALL_BYTES { 1 } else { links };
         let link = (0..among).map(|at| (at + device) % links).min_by_key(|at| self.outlets[*at].busy());
-        self.send(link.unwrap_or(0), Kind::DEVICE_DATA, device as u32, position, data)
+        self.crew.send(|| self.send(link.unwrap_or(0), Kind::DEVICE_DATA, device as u32, position, data))
     }
 
     fn timed_out(&self, doing: &'static str) -> Error {

@@ -2,6 +2,7 @@
 //! fails before that.
 
 use limosa_client::DeviceExt;
+use limosa_clockwork::Monitor;
 use limosa_protocol::{MigrationFlags, State};
 
 use crate::channel::{Channel, OnDrop, Outlet};
@@ -259,15 +260,21 @@ impl<'a> Source<'a> {
         let outlets = std::iter::once(&**outlet).chain(&outlets).collect();
         let sending = Sending::new(outlets, self.devices.len(), answer.window, self.options, self.cancel)?;
         let devices = self.devices;
+        let saving = |(at, moved): (usize, &MovedDevice<'a>)| {
+            Monitor::new(Saving::new(at, moved.device, &sending, recorder))
+        };
+        let savings: Vec<_> = devices.iter().enumerate().map(saving).collect();
         limosa_clockwork::scope(|scope| {
             let sending = &sending;
             let _end = OnDrop(|| sending.end());
             let listener =
                 sending.has_peer().then(|| scope.spawn("limosa: listener", move || sending.listen(inlet)));
-            for (at, moved) in devices.iter().enumerate() {
-                let saving = Saving::new(at, moved.device, sending, recorder);
-                scope.spawn(format!("limosa: {}", moved.device.name()), move || saving.run());
+            for thread in 0..devices.len() {
+                let savings = &savings;
+                let act = |at: usize| savings[at].lock().run();
+                scope.spawn(format!("limosa: device work {thread}"), move || sending.crew.work(thread, act));
             }
+            sending.crew.assemble();
             if let Err(error) = self.work(sending, recorder, held) {
                 sending.fail(error);
                 // It may bring the reason for a link's failing.
@@ -276,6 +283,7 @@ impl<'a> Source<'a> {
                 }
             }
         });
+        drop(savings);
         match sending.failure() {
             Some(why) => Err(why),
             None => Ok(id),
@@ -308,9 +316,7 @@ impl<'a> Source<'a> {
             false => held.dirty.harvest(self.devices, &mut self.memory)?,
         }
         held.dirty.send(&self.memory.regions, sending, recorder)?;
-        for device in &sending.flows {
-            saving::wait(sending, device, |_| false)?;
-        }
+        saving::wait_all(sending, |_| false)?;
         recorder.phase(Phase::Load);
         sending.finish(&recorder.totals().encode())
     }
@@ -395,22 +401,21 @@ impl<'a> Source<'a> {
         sending.check()?;
         held.vmm_stopped = true;
         self.vmm.stop().map_err(|reason| Error::Vmm { doing: "stop", reason })?;
-        for ((moved, device), found) in self.devices.iter().zip(&sending.flows).zip(&held.found) {
+        for (at, (moved, found)) in self.devices.iter().zip(&held.found).enumerate() {
             let flags = moved.device.migration_flags();
             let flags = flags.map_err(|error| failed(moved.device, "reading its flags", error))?;
             if flags.contains(MigrationFlags::P2P) && found.is_running() {
-                let is_open = device.lock().open;
-                saving::give(device, Job::Enter(if is_open { State::PreCopyP2p } else { State::RunningP2p }));
+                let is_open = sending.flows[at].lock().open;
+                saving::give(
+                    sending,
+                    at,
+                    Job::Enter(if is_open { State::PreCopyP2p } else { State::RunningP2p }),
+                );
             }
         }
-        for device in &sending.flows {
-            saving::wait(sending, device, |_| false)?;
-        }
-        sending.flows.iter().for_each(|device| saving::give(device, Job::StopAndDrain));
-        for device in &sending.flows {
-            saving::wait(sending, device, |flow| flow.stopped)?;
-        }
-        Ok(())
+        saving::wait_all(sending, |_| false)?;
+        (0..self.devices.len()).for_each(|at| saving::give(sending, at, Job::Stop));
+        saving::wait_all(sending, |flow| flow.stopped)
     }
 
     /// From COMMIT's first byte on only an answer tells who runs.

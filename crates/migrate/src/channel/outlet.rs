@@ -1,4 +1,5 @@
-//! The sending half of a link: frames, one after the other, from whichever threads send.
+//! The sending half of a link: frames, one after the other, from whichever threads send. Who comes while another sends
+//! leaves a small frame with him, and waits for his turn with a large one.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -11,8 +12,13 @@ use super::{COMPRESSING, link_failed, pulse};
 use crate::buffer::Gauge;
 use crate::link::{Link, LinkError, Wait};
 use crate::stream::body::encode_abort;
-use crate::stream::{Compression, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
+use crate::stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
 use crate::{Cancel, Error, Result};
+
+/// The largest payload that is left with another.
+const SMALL_BYTES_MAX: usize = 1 << 10;
+/// The most bytes of frames that are left with another and not sent yet.
+const LEFT_BYTES_MAX: usize = 64 << 10;
 
 /// The sending half of a link. Threads that send come one after the other, in the order in which they ask.
 pub(crate) struct Outlet<'a> {
@@ -27,7 +33,19 @@ pub(crate) struct Outlet<'a> {
 /// Whose turn it is. The state is away while somebody sends, and is handed on to who has waited longest.
 struct Turns {
     state: Option<OutletState>,
-    waiting: VecDeque<Arc<Monitor<Option<OutletState>>>>,
+    waiting: VecDeque<Waiting>,
+    /// Of the frames that are left with others.
+    left_bytes: usize,
+    /// Why a frame that was left with another could not be sent.
+    failed: Option<Error>,
+}
+
+/// What is next on a link.
+enum Waiting {
+    /// A thread, for its turn.
+    Thread(Arc<Monitor<Option<OutletState>>>),
+    /// A small frame, header and payload.
+    Frame(Header, Box<[u8]>),
 }
 
 struct OutletState {
@@ -39,21 +57,40 @@ struct OutletState {
     unfinished: Vec<u8>,
 }
 
-/// A turn at sending.
+/// A turn at sending. What was left meanwhile is sent at its end.
 struct Turn<'t, 'a> {
     outlet: &'t Outlet<'a>,
     state: Option<OutletState>,
+    /// Ends what is sent for others as well.
+    cancel: Option<&'t Cancel>,
 }
 
 impl Drop for Turn<'_, '_> {
     fn drop(&mut self) {
-        let mut turns = self.outlet.turns.lock();
-        match turns.waiting.pop_front() {
-            None => turns.state = self.state.take(),
-            Some(next) => {
-                drop(turns);
-                *next.lock() = self.state.take();
-                next.notify_all();
+        let mut failed = None;
+        loop {
+            let mut turns = self.outlet.turns.lock();
+            if let Some(error) = failed.take() {
+                turns.failed.get_or_insert(error);
+            }
+            match turns.waiting.pop_front() {
+                None => {
+                    turns.state = self.state.take();
+                    return;
+                }
+                Some(Waiting::Thread(next)) => {
+                    drop(turns);
+                    *next.lock() = self.state.take();
+                    return next.notify_all();
+                }
+                Some(Waiting::Frame(header, payload)) => {
+                    turns.left_bytes -= HEADER_BYTES + payload.len();
+                    let failed_before = turns.failed.is_some();
+                    drop(turns);
+                    if let (Some(state), false) = (&mut self.state, failed_before) {
+                        failed = state.write_frame(self.outlet, header, &payload, self.cancel).err();
+                    }
+                }
             }
         }
     }
@@ -62,7 +99,7 @@ impl Drop for Turn<'_, '_> {
 impl<'a> Outlet<'a> {
     pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> Outlet<'a> {
         let state = OutletState { sequence: 0, sent_bytes: 0, last: now(), unfinished: Vec::new() };
-        let turns = Turns { state: Some(state), waiting: VecDeque::new() };
+        let turns = Turns { state: Some(state), waiting: VecDeque::new(), left_bytes: 0, failed: None };
         Outlet {
             link,
             silence_max,
@@ -95,7 +132,7 @@ impl<'a> Outlet<'a> {
         cancel: Option<&Cancel>,
     ) -> Result<()> {
         let bytes = Preface::new(id, flags).encode();
-        let mut turn = self.turn();
+        let mut turn = self.turn(cancel);
         let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
         let sent = state.write_all(self, &bytes, &[], cancel, "sending the preface");
         // It is not a frame, and has no number.
@@ -105,7 +142,7 @@ impl<'a> Outlet<'a> {
 
     /// Sends what is left of a frame that a cancel came into, and why the move is off; whether that went out.
     pub(super) fn abort(&self, error: &Error, limit: Duration) -> bool {
-        let mut turn = self.turn();
+        let mut turn = self.turn(None);
         let Some(state) = &mut turn.state else { return false };
         let code_and_reason = encode_abort(error.abort_code(), &error.to_string());
         let header = Header::new(Kind::ABORT, 0, 0, state.sequence, &code_and_reason);
@@ -120,19 +157,47 @@ impl<'a> Outlet<'a> {
         usize::from(turns.state.is_none()) + turns.waiting.len()
     }
 
-    fn turn(&self) -> Turn<'_, 'a> {
+    fn turn<'t>(&'t self, cancel: Option<&'t Cancel>) -> Turn<'t, 'a> {
         let mut turns = self.turns.lock();
         if let Some(state) = turns.state.take() {
-            return Turn { outlet: self, state: Some(state) };
+            return Turn { outlet: self, state: Some(state), cancel };
         }
         let place = Arc::<Monitor<Option<OutletState>>>::default();
-        turns.waiting.push_back(Arc::clone(&place));
+        turns.waiting.push_back(Waiting::Thread(Arc::clone(&place)));
         drop(turns);
         let mut handed = place.lock();
         while handed.is_none() {
             (handed, _) = place.wait(handed, None);
         }
-        Turn { outlet: self, state: handed.take() }
+        Turn { outlet: self, state: handed.take(), cancel }
+    }
+
+    /// Leaves a small frame with whoever sends now; whether somebody does.
+    fn leave(&self, header: Header, payload: &[u8]) -> bool {
+        let mut turns = self.turns.lock();
+        let bytes = HEADER_BYTES + payload.len();
+        if turns.state.is_some() || turns.left_bytes + bytes > LEFT_BYTES_MAX {
+            return false;
+        }
+        turns.left_bytes += bytes;
+        turns.waiting.push_back(Waiting::Frame(header, payload.into()));
+        true
+    }
+
+    /// Sends a frame, or leaves it with a thread that sends now: that it could not be sent shows at a later one.
+    pub(crate) fn post(
+        &self,
+        kind: Kind,
+        section: u32,
+        position: u64,
+        payload: &[u8],
+        cancel: Option<&Cancel>,
+    ) -> Result<()> {
+        let is_small = payload.len() <= SMALL_BYTES_MAX;
+        match is_small && self.leave(Header::new(kind, section, position, 0, payload), payload) {
+            true => Ok(()),
+            false => self.send(kind, section, position, payload, cancel),
+        }
     }
 
     /// Sends a frame.
@@ -143,7 +208,7 @@ impl<'a> Outlet<'a> {
         position: u64,
         payload: &[u8],
         cancel: Option<&Cancel>,
-    ) -> Result<Header> {
+    ) -> Result<()> {
         // Before the turn, which others wait for.
         let header = Header::new(kind, section, position, 0, payload);
         let Some((compression, buffers)) = self.compression.get().filter(|_| kind.may_be_compressed()) else {
@@ -156,23 +221,20 @@ impl<'a> Outlet<'a> {
                 .map_err(|error| Error::Os { doing: COMPRESSING, error })?,
         };
         let sent = match packer.pack(payload) {
-            // Whoever asked knows nothing of it.
-            Some(packed) => self
-                .send_with(header.packed(packed), packed, cancel)
-                .map(|sent| Header { sequence: sent.sequence, ..header }),
+            Some(packed) => self.send_with(header.packed(packed), packed, cancel),
             None => self.send_with(header, payload, cancel),
         };
         self.packers.lock().push(packer);
         sent
     }
 
-    fn send_with(&self, mut header: Header, payload: &[u8], cancel: Option<&Cancel>) -> Result<Header> {
-        let mut turn = self.turn();
+    fn send_with(&self, header: Header, payload: &[u8], cancel: Option<&Cancel>) -> Result<()> {
+        let mut turn = self.turn(cancel);
+        if let Some(error) = self.turns.lock().failed.take() {
+            return Err(error);
+        }
         let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
-        header.sequence = state.sequence;
-        state.write_all(self, &header.encode(), payload, cancel, "sending")?;
-        state.sent_bytes += payload.len() as u64;
-        Ok(header)
+        state.write_frame(self, header, payload, cancel)
     }
 
     /// Says that this side is alive, when nothing was said for a while and nobody is saying something now.
@@ -181,11 +243,24 @@ impl<'a> Outlet<'a> {
             Some(state) if state.last + pulse(self.silence_max) <= now() => state.sent_bytes,
             _ => return Ok(()),
         };
-        self.send(Kind::PROGRESS, 0, 0, &said.to_le_bytes(), cancel).map(drop)
+        self.send(Kind::PROGRESS, 0, 0, &said.to_le_bytes(), cancel)
     }
 }
 
 impl OutletState {
+    fn write_frame(
+        &mut self,
+        outlet: &Outlet<'_>,
+        mut header: Header,
+        payload: &[u8],
+        cancel: Option<&Cancel>,
+    ) -> Result<()> {
+        header.sequence = self.sequence;
+        self.write_all(outlet, &header.encode(), payload, cancel, "sending")?;
+        self.sent_bytes += payload.len() as u64;
+        Ok(())
+    }
+
     fn write_all(
         &mut self,
         outlet: &Outlet<'_>,

@@ -31,6 +31,10 @@ pub(super) struct Inbox {
     pub(super) told: u64,
     /// The source wants to know when all is taken.
     pub(super) flush: bool,
+    /// Its end has come, and nothing after it needs room.
+    pub(super) ended: bool,
+    /// Somebody sees to it, or is about to.
+    pub(super) seen_to: bool,
     /// A state that it is driven to once it is loaded, and how that went.
     pub(super) enter: Option<State>,
     pub(super) entered: Option<Result<()>>,
@@ -101,6 +105,7 @@ impl Inbox {
     /// The next of a device's data, or its end.
     pub(super) fn hand_on(&mut self, header: &Header, payload: Buffer) {
         if header.kind == Kind::DEVICE_END {
+            self.ended = true;
             return self.queue.push_back(Item::End);
         }
         self.queued += payload.len() as u64;

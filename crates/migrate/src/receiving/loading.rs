@@ -1,7 +1,7 @@
-//! A destination's devices, each in a thread of its own: it loads what came, brings the device to STOP, and drives it on
-//! when the move is committed.
+//! What is done for a destination's device: what came is loaded, the device is brought to STOP, and driven on when the
+//! move is committed.
 
-use limosa_client::{DataStream, Device, DeviceExt};
+use limosa_client::{Device, DeviceExt};
 use limosa_clockwork::now;
 use limosa_protocol::{MigrationFlags, State};
 
@@ -13,33 +13,29 @@ use crate::devices::{enter, failed};
 use crate::report::Act;
 
 impl Receiving<'_, '_> {
-    /// Loads a device until its data has ended and it is in STOP; then drives it to where it is told.
-    pub(crate) fn drive(&self, at: usize, stream: Box<dyn DataStream>) {
+    /// Does what is to be done for a device, as long as there is something.
+    pub(crate) fn attend(&self, at: usize) {
         let device = self.devices[at].device;
-        match self.load_device(at, device, stream) {
-            Ok(true) => {
-                self.state.lock().loaded += 1;
-                self.state.notify_all();
-                self.drive_on(at, device);
+        loop {
+            let mut inbox = self.inboxes[at].lock();
+            if inbox.over {
+                return;
             }
-            Ok(false) => {}
-            Err(error) => self.fail_from_thread(error),
-        }
-    }
-
-    fn drive_on(&self, at: usize, device: &dyn Device) {
-        let mut inbox = self.inboxes[at].lock();
-        while !inbox.over {
-            match inbox.enter.take() {
-                None => (inbox, _) = self.inboxes[at].wait(inbox, None),
-                Some(state) => {
-                    drop(inbox);
-                    let entered = self.run_device(at, device, state);
-                    inbox = self.inboxes[at].lock();
-                    inbox.entered = Some(entered);
-                    self.inboxes[at].notify_all();
+            if let Some(item) = inbox.queue.pop_front() {
+                drop(inbox);
+                match self.load(at, device, item) {
+                    Ok(()) => continue,
+                    Err(error) => return self.fail_from_thread(error),
                 }
             }
+            let Some(state) = inbox.enter.take() else {
+                inbox.seen_to = false;
+                return;
+            };
+            drop(inbox);
+            let entered = self.run_device(at, device, state);
+            self.inboxes[at].lock().entered = Some(entered);
+            self.inboxes[at].notify_all();
         }
     }
 
@@ -56,14 +52,16 @@ impl Receiving<'_, '_> {
         self.inboxes[at].lock().asked
     }
 
-    /// Drives loaded devices to the states that are wanted, each in its thread; an error when one refuses. All of them
+    /// Drives loaded devices to the states that are wanted; an error when one refuses. All of them
     /// are waited for, whatever happens.
     pub(crate) fn enter(&self, wanted: impl Fn(usize) -> Option<State>) -> Result<()> {
         for (at, device) in self.inboxes.iter().enumerate() {
             let mut inbox = device.lock();
             inbox.enter = wanted(at);
-            inbox.entered = inbox.enter.is_none().then_some(Ok(()));
-            device.notify_all();
+            match inbox.enter {
+                None => inbox.entered = Some(Ok(())),
+                Some(_) => self.see_to(at, inbox),
+            }
         }
         let slice = pulse(self.options.silence_max);
         let mut entered = Ok(());
@@ -91,39 +89,35 @@ impl Receiving<'_, '_> {
         self.flags[at]
     }
 
-    /// Whether it came to the end.
-    fn load_device(&self, at: usize, device: &dyn Device, mut stream: Box<dyn DataStream>) -> Result<bool> {
-        loop {
-            let item = {
-                let mut inbox = self.inboxes[at].lock();
-                loop {
-                    if inbox.over {
-                        return Ok(false);
-                    }
-                    if let Some(item) = inbox.queue.pop_front() {
-                        break item;
-                    }
-                    (inbox, _) = self.inboxes[at].wait(inbox, None);
-                }
-            };
-            let Item::Data(data) = item else { break };
-            let (bytes, began) = (data.len() as u64, now());
+    /// Loads a piece of a device's data, or brings it to STOP at the end.
+    fn load(&self, at: usize, device: &dyn Device, item: Item) -> Result<()> {
+        let mut stream = self.streams[at].lock();
+        let Item::Data(data) = item else {
+            {
+                let _span = self.recorder.span(at, Act::Enter { state: State::Stop });
+                enter(device, State::Stop)?;
+            }
+            *stream = None;
+            self.state.lock().loaded += 1;
+            self.state.notify_all();
+            return Ok(());
+        };
+        let (bytes, began) = (data.len() as u64, now());
+        if let Some(stream) = &mut *stream {
             stream.write(&data).map_err(|error| failed(device, "loading its data", error))?;
-            self.recorder.device_span(at, Act::Load, began, bytes);
-            self.recorder.device_data(at, bytes);
-            let mut inbox = self.inboxes[at].lock();
-            inbox.queued -= bytes;
-            inbox.taken += bytes;
-            self.recorder.device_waits(at, inbox.waiting());
-            let told = self.due(&mut inbox);
-            self.inboxes[at].notify_all();
-            drop(inbox);
-            self.tell(at, told)?;
-            self.spare.lock().keep(data);
         }
-        let _span = self.recorder.span(at, Act::Enter { state: State::Stop });
-        let entered = enter(device, State::Stop).map(|_| true);
         drop(stream);
-        entered
+        self.recorder.device_span(at, Act::Load, began, bytes);
+        self.recorder.device_data(at, bytes);
+        let mut inbox = self.inboxes[at].lock();
+        inbox.queued -= bytes;
+        inbox.taken += bytes;
+        self.recorder.device_waits(at, inbox.waiting());
+        let told = self.due(&mut inbox);
+        self.inboxes[at].notify_all();
+        drop(inbox);
+        self.tell(at, told)?;
+        self.spare.lock().keep(data);
+        Ok(())
     }
 }

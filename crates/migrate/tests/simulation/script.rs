@@ -222,11 +222,11 @@ impl<'a> Script<'a> {
         }
     }
 
-    /// The source runs again; or says of every device that does not.
-    fn source_runs(&self, notes: &[String]) -> Result<(), String> {
+    /// The source runs again; or says of every device that does not. Who died as he brought devices back says nothing.
+    fn source_runs(&self, notes: &[String], crashed: bool) -> Result<(), String> {
         match self.source.runs_all() {
             Ok(()) => Ok(()),
-            Err(_) if self.plan.hurts_devices() && !notes.is_empty() => Ok(()),
+            Err(_) if self.plan.hurts_devices() && (crashed || !notes.is_empty()) => Ok(()),
             Err(wrong) => Err(format!("undone, and {wrong}; notes: {notes:?}")),
         }
     }

@@ -145,7 +145,7 @@ impl Script<'_> {
             if !source_crashed {
                 self.nothing_lost_in_undo()?;
             }
-            self.source_runs(&report.notes)?;
+            self.source_runs(&report.notes, source_crashed)?;
             if destination_crashed {
                 self.clear_destination()?;
             }

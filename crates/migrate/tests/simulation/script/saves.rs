@@ -106,7 +106,7 @@ impl Script<'_> {
                         }
                     };
                 };
-                self.source_runs(&report.notes)?;
+                self.source_runs(&report.notes, true)?;
                 return Ok(is_published);
             }
         };
@@ -120,7 +120,7 @@ impl Script<'_> {
                     return Err(format!("nothing was published: {outcome:?}"));
                 }
                 match after {
-                    AfterSave::Run => self.source_runs(&report.notes)?,
+                    AfterSave::Run => self.source_runs(&report.notes, false)?,
                     AfterSave::Stop if self.world.running(End::Source) > 0 => {
                         return Err("saved to go on elsewhere, and the source runs".into());
                     }
@@ -136,7 +136,7 @@ impl Script<'_> {
                 if is_published {
                     return Err(format!("not saved, and yet there is something: {why}"));
                 }
-                self.source_runs(&report.notes)?;
+                self.source_runs(&report.notes, false)?;
             }
             Outcome::InDoubt(doubt) => return Err(format!("a save in doubt: {doubt:?}")),
         }
