@@ -59,10 +59,12 @@ impl Script<'_> {
         }
         self.destination.heal();
         self.network.disk.heal();
+        // Where the loader died the guest may have begun to run: that is over.
+        self.guest.stop(End::Destination);
         self.clear_destination()?;
         let is_whole = is_saved && !self.network.disk.is_altered();
         let is_partial = !is_saved && self.network.disk.name_what_is_left();
-        if !is_saved && !is_partial {
+        if !is_partial {
             go_back()?;
         }
         match self.load(scope, fates, &mut summary)? {
