@@ -27,13 +27,29 @@ fn program() -> &'static Path {
 fn built() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let folder = test.parent().and_then(|deps| deps.parent()).unwrap();
+    let program = folder.join("examples/toy_vmm");
+    if is_fresh(&program) {
+        return program;
+    }
     let mut build = Command::new(env!("CARGO"));
     build.args(["build", "--quiet", "--package", "limosa-migrate", "--example", "toy_vmm"]);
     if folder.ends_with("release") {
         build.arg("--release");
     }
     assert!(build.status().unwrap().success(), "the example does not build");
-    folder.join("examples/toy_vmm")
+    program
+}
+
+/// Whether no source of a program is newer than it is, as far as cargo has noted which they are. Building it without the
+/// rest of the workspace would build what it depends on once more, with other features.
+fn is_fresh(program: &Path) -> bool {
+    let changed = |path: &Path| path.metadata().and_then(|found| found.modified()).ok();
+    let (Some(built), Ok(noted)) = (changed(program), std::fs::read_to_string(program.with_extension("d")))
+    else {
+        return false;
+    };
+    let sources = noted.split_whitespace().skip(1);
+    sources.map(Path::new).all(|source| changed(source).is_some_and(|changed| changed <= built))
 }
 
 /// A process of the example.
