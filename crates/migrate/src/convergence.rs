@@ -135,13 +135,16 @@ pub(crate) struct Pace {
     /// How long all devices take for an arc, as far as one was walked. A stop is five: to PRE_COPY_P2P, to STOP_COPY,
     /// and at the destination to STOP, to RUNNING_P2P and to RUNNING.
     arc: Duration,
+    /// What it takes to have another thread do something. Beside those around arcs the stop has four such passings:
+    /// once all is loaded, to READY, to COMMIT and to RUNNING.
+    passing: Duration,
     /// 0 as long as it is not known.
     bytes_per_second: f64,
 }
 
 impl Pace {
-    pub(crate) fn new(latency: Duration, arc: Duration) -> Pace {
-        Pace { latency, arc, bytes_per_second: 0.0 }
+    pub(crate) fn new(latency: Duration, arc: Duration, passing: Duration) -> Pace {
+        Pace { latency, arc, passing, bytes_per_second: 0.0 }
     }
 
     /// So many bytes were handled by the other side in this time.
@@ -164,7 +167,8 @@ impl Pace {
     pub(crate) fn downtime(&self, bytes: u64) -> Duration {
         let rate = if self.bytes_per_second > 0.0 { self.bytes_per_second } else { ASSUMED };
         let moved = Duration::try_from_secs_f64(bytes as f64 / rate).unwrap_or(Duration::MAX);
-        moved.saturating_add(self.latency.saturating_mul(2)).saturating_add(self.arc.saturating_mul(5))
+        let words = self.latency.saturating_mul(2).saturating_add(self.passing.saturating_mul(4));
+        moved.saturating_add(words).saturating_add(self.arc.saturating_mul(5))
     }
 }
 
@@ -230,7 +234,7 @@ mod tests {
 
     #[test]
     fn small_rounds_tell_of_latency_and_large_ones_of_the_rate() {
-        let mut pace = Pace::new(Duration::from_millis(2), Duration::ZERO);
+        let mut pace = Pace::new(Duration::from_millis(2), Duration::ZERO, Duration::ZERO);
         assert_eq!(pace.downtime(1 << 30), Duration::from_millis(1004), "a rate is assumed");
         pace.measured(1 << 10, Duration::from_millis(2));
         assert_eq!(pace.bytes_per_second(), 0, "not known yet");
@@ -242,9 +246,9 @@ mod tests {
         pace.measured(100 << 20, Duration::from_millis(201));
         assert_eq!(pace.bytes_per_second(), 750 << 20);
         assert_eq!(
-            Pace::new(Duration::ZERO, Duration::from_millis(3)).downtime(0),
-            Duration::from_millis(15),
-            "arcs"
+            Pace::new(Duration::ZERO, Duration::from_millis(3), Duration::from_millis(1)).downtime(0),
+            Duration::from_millis(19),
+            "arcs, and threads that wait for each other"
         );
         pace.measured(0, Duration::ZERO);
         pace.measured(u64::MAX, Duration::ZERO);

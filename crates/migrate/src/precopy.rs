@@ -47,7 +47,16 @@ impl Source<'_> {
         if !has_memory && open.is_empty() {
             return Ok(());
         }
-        let mut pace = Pace::new(sending.flush()?, if open.is_empty() { Duration::ZERO } else { arc });
+        let mut pace = match open.first() {
+            None => Pace::new(sending.flush()?, Duration::ZERO, Duration::ZERO),
+            Some(at) => {
+                let began = now();
+                saving::give(sending, *at, Job::Nothing);
+                saving::wait_all(sending, |_| false)?;
+                let passing = now() - began;
+                Pace::new(sending.flush()?, arc, passing)
+            }
+        };
         let mut course = Course::new(self.options.convergence);
         for number in 1.. {
             sending.check()?;

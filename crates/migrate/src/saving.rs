@@ -19,6 +19,8 @@ pub(crate) const READ_BYTES_MAX: usize = 512 << 10;
 /// What a device is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Job {
+    /// Nothing: what a job takes beside what is done in it.
+    Nothing,
     /// Enter a state; a session that this opens is kept.
     Enter(State),
     /// Move what it has to say before the stop, about so many bytes at most, and ask what is left.
@@ -137,6 +139,7 @@ impl<'w, 'a> Saving<'w, 'a> {
 
     fn perform(&mut self, job: Job) -> Result<()> {
         match job {
+            Job::Nothing => Ok(()),
             Job::Enter(state) => self.enter(state),
             Job::PreCopy(bytes_max) => {
                 self.precopy(bytes_max)?;

@@ -114,15 +114,16 @@ fn a_stranger_that_stays_silent_before_or_after_the_tls_handshake_holds_up_no_mo
         before.push(stranger(arrivals));
         // Only whoever accepts shakes hands.
         let (address, tls) = (arrivals.address().clone(), tls.clone());
+        let link = connect(&address, LIMIT).unwrap();
         after.push(std::thread::spawn(move || {
-            let link = connect(&address, LIMIT).unwrap();
-            let link = TlsLink::connect(link, &tls, &address, wait()).unwrap();
-            // Closed in the end, when nobody listens any more.
+            let link = TlsLink::connect(link, &tls, &address, wait())?;
             link.read(&mut [0], wait()).map(drop)
         }));
     });
     for silent in after {
-        assert!(matches!(silent.join().unwrap(), Err(LinkError::Closed)));
+        // In the end, when nobody listens any more; on a slow machine that may come before the handshake's end.
+        let closed = silent.join().unwrap().unwrap_err();
+        assert!(!matches!(closed, LinkError::TimedOut | LinkError::Cancelled), "{closed}");
     }
 }
 
