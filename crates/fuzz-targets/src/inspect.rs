@@ -3,10 +3,8 @@
 //! Input: the stream.
 
 use limosa_migrate::inspect;
-use limosa_migrate::stream::body::encode_device_end;
-use limosa_migrate::stream::{
-    DeviceFacts, Header, Kind, MigrationId, Offer, Preface, PrefaceFlags, Seal, Totals,
-};
+use limosa_stream::body::encode_device_end;
+use limosa_stream::{DeviceFacts, Header, Kind, MigrationId, Offer, Preface, PrefaceFlags, Seal, Totals};
 
 /// See the module.
 pub fn run(data: &[u8]) {

@@ -2,7 +2,7 @@
 //!
 //! Input: with what (u8), whether the rest is compressed already (u8), the rest.
 
-use limosa_migrate::stream::{Compression, DATA_BYTES_MAX, Header, Kind, Packer, Unpacker};
+use limosa_stream::{Compression, DATA_BYTES_MAX, Header, Kind, Packer, Unpacker};
 
 use crate::input::Input;
 

@@ -5,8 +5,8 @@
 //! position (u64), length (u16, modulo 300) and payload, with the checksums that they need to come
 //! through.
 
-use limosa_migrate::stream::body::decode_abort;
-use limosa_migrate::stream::{
+use limosa_stream::body::decode_abort;
+use limosa_stream::{
     Answer, Decoded, Decoder, DeviceFacts, Header, Kind, MemoryFacts, MigrationId, Offer, Order, Preface,
     PrefaceFlags,
 };

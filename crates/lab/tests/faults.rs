@@ -2,7 +2,7 @@
 //! source runs with what it had, or the destination does; what was in doubt is known by asking; and both
 //! devices can be used again, by the very guest that was to be moved.
 
-#[path = "../../migrate/tests/common/links.rs"]
+#[path = "../../migrate/tests/it/common/links.rs"]
 mod links;
 mod serial;
 

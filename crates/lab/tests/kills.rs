@@ -4,8 +4,8 @@
 mod serial;
 
 use limosa_lab::{Machine, Mdev, Running, limosa};
-use limosa_migrate::stream::Kind;
 use limosa_protocol::State;
+use limosa_stream::Kind;
 use limosa_vfio_kernel::Door;
 use rustix::process::Signal;
 use serial::gate::{Gate, Later, frames};

@@ -107,7 +107,7 @@ fn unreachable(errno: Errno) -> bool {
 
 fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
     use limosa_migrate::Error;
-    use limosa_migrate::stream::AbortCode;
+    use limosa_stream::AbortCode;
     Some(match error {
         Error::Incompatible { .. } | Error::Vmm { .. } | Error::NotConverging { .. } => Code::Refused,
         Error::Aborted { code: AbortCode::Incompatible, .. } => Code::Refused,

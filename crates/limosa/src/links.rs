@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use limosa_migrate::Cancel;
 use limosa_migrate::link::{
-    self, Address, Arrivals, Bandwidth, LimitedLink, Link, LinkError, Listener, Tls, TlsLink, Wait,
+    self, Acceptor, Address, Bandwidth, LimitedLink, Link, LinkError, Listener, Tls, TlsLink, Wait,
 };
-use limosa_migrate::stream::DATA_BYTES_MAX;
+use limosa_stream::DATA_BYTES_MAX;
 
 use crate::args;
 use crate::exit::{self, Code};
@@ -78,8 +78,8 @@ impl Links {
     }
 
     /// Whoever connects to this listener.
-    pub fn arrivals(&self, listener: Listener, silence: Duration) -> anyhow::Result<Arrivals> {
-        Ok(Arrivals::new(listener, self.tls.clone(), silence)?)
+    pub fn arrivals(&self, listener: Listener, silence: Duration) -> anyhow::Result<Acceptor> {
+        Ok(Acceptor::new(listener, self.tls.clone(), silence)?)
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use limosa_migrate::Ledger;
-use limosa_migrate::stream::MigrationId;
+use limosa_stream::MigrationId;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::exit::{self, Code};

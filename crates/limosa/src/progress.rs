@@ -4,8 +4,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use limosa_migrate::stream::Totals;
 use limosa_migrate::{Observer, Phase, Round};
+use limosa_stream::Totals;
 
 use crate::output::{self, Output};
 

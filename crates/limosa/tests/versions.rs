@@ -5,10 +5,8 @@ mod support;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use limosa_migrate::stream::body::encode_abort;
-use limosa_migrate::stream::{
-    AbortCode, Decoded, Decoder, Header, Kind, MigrationId, Preface, PrefaceFlags, VERSION,
-};
+use limosa_stream::body::encode_abort;
+use limosa_stream::{AbortCode, Decoded, Decoder, Header, Kind, MigrationId, Preface, PrefaceFlags, VERSION};
 use support::{Ended, Folder, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;

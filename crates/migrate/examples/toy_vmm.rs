@@ -25,8 +25,7 @@ use std::time::Duration;
 use limosa_client::{Device, DmaMap, DmaMemory};
 use limosa_device::saved::Section;
 use limosa_device::{Bus, Description, Fault, Loopback, Machine, Model, Whole, WholeState};
-use limosa_migrate::link::{Address, Arrival, Arrivals, Bandwidth, LimitedLink, Listener, Wait, connect};
-use limosa_migrate::stream::MigrationId;
+use limosa_migrate::link::{Acceptor, Address, Bandwidth, Incoming, LimitedLink, Listener, Wait, connect};
 use limosa_migrate::{
     Cancel, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory, MemoryRegion,
     MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,
@@ -36,6 +35,7 @@ use limosa_models::uart::{Line, Uart};
 use limosa_protocol::bitmap::{DirtyBitmap, words_for};
 use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, pci_index};
+use limosa_stream::MigrationId;
 use limosa_vfio_user::client::{self, Client};
 use limosa_vfio_user::server::{self, Server};
 
@@ -484,7 +484,7 @@ impl Machinery {
     }
 
     /// Waits for a machine, and takes it over. The devices and the memory here are as those of the source, and idle.
-    fn receive(&self, arrivals: &Arrivals, ledger: &Ledger) -> Result<()> {
+    fn receive(&self, arrivals: &Acceptor, ledger: &Ledger) -> Result<()> {
         let devices = self.devices.moved();
         let memory = [self.memory()];
         loop {
@@ -499,7 +499,7 @@ impl Machinery {
                 cancel: Some(&cancel),
                 ledger,
             };
-            let Arrival::Stream(link) = arrivals.next(Wait::within(Duration::MAX, Some(&cancel)))? else {
+            let Incoming::Peer(link) = arrivals.next(Wait::within(Duration::MAX, Some(&cancel)))? else {
                 // A stranger, who had no move.
                 continue;
             };
@@ -526,9 +526,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// From now on this process has a guest that runs, and takes no other one; but a source in doubt may still ask for the
 /// one that came, as long as this process lives.
-fn answer(arrivals: &Arrivals, ledger: &Ledger, options: &Options) {
+fn answer(arrivals: &Acceptor, ledger: &Ledger, options: &Options) {
     while let Ok(arrival) = arrivals.next(Wait::within(Duration::MAX, None)) {
-        if let Arrival::Stream(link) = arrival
+        if let Incoming::Peer(link) = arrival
             && let Received::Answered { id, decision } = ledger.answer(&link, options, None)
         {
             println!("answered for {id}: {decision:?}");
@@ -588,7 +588,7 @@ fn main() -> Result<()> {
         ["receive", address] => {
             let listener = Listener::bind(&address.parse()?)?;
             // Who connects and says nothing, or what is no move, holds up nobody.
-            let arrivals = Arrivals::new(listener, None, machinery.options.silence_max)?;
+            let arrivals = Acceptor::new(listener, None, machinery.options.silence_max)?;
             println!("listens at {}", arrivals.address());
             // Kept in memory, what became of a move is forgotten with the process. A VMM whose machines matter keeps
             // it on a disk: `Ledger::open`.

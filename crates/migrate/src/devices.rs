@@ -4,9 +4,9 @@ use limosa_client::{Device, DeviceExt};
 use limosa_protocol::info::{DeviceFlags, pci_index};
 use limosa_protocol::{MigrationFlags, State};
 
-use crate::stream::body::printable;
-use crate::stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MAX};
 use crate::{Error, Result};
+use limosa_stream::body::printable;
+use limosa_stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MAX};
 
 /// A device that is to be moved, or that is to become one that is moved.
 #[derive(Clone)]

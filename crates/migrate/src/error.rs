@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::link::LinkError;
-use crate::stream::{AbortCode, Damage};
+use limosa_stream::{AbortCode, Damage};
 
 /// The result of the engine's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

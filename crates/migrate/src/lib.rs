@@ -56,55 +56,42 @@
 //! whatever the size of the guest; [`Report::buffer_bytes_max`] says how much it was.
 #![forbid(unsafe_code)]
 
-mod buffer;
 mod cancel;
-mod channel;
-mod convergence;
-mod crew;
 mod destination;
 mod devices;
-mod dirty;
 mod error;
-mod fewest;
-mod file_pages;
-mod fingerprint;
-mod inspect;
 mod ledger;
 pub mod link;
 mod local;
 mod lock;
 mod memory;
 mod options;
-mod pages;
-mod precopy;
-mod receiving;
+mod protocol;
 mod report;
-mod saving;
-mod sending;
 mod snapshot;
 mod source;
-pub mod stream;
-mod undo;
+mod transfer;
+mod wire;
 
 pub use cancel::Cancel;
-pub use convergence::{Convergence, Round, WhenStalled};
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
 pub use error::{Error, Result};
-pub use file_pages::FilePages;
-pub use fingerprint::{FingerprintKey, FingerprintLog, Fingerprinted};
-pub use inspect::{
-    DamageReport, FrameCount, InspectedSection, Inspection, Verified, inspect, inspect_file,
-    inspect_snapshot, verify,
-};
 pub use ledger::{Decision, Ledger};
+pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Totals};
 pub use local::move_local;
-pub use memory::{DirtyLog, GuestPages, Memory, MemoryRegion, PAGE_BYTES};
+pub use memory::{
+    DirtyLog, FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Memory, MemoryRegion,
+    PAGE_BYTES,
+};
 pub use options::{Nobody, Observer, Options, Vmm};
+pub use protocol::{Convergence, Round, WhenStalled};
 pub use report::{
     Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport,
     Side, SpanReport, Throughput,
 };
-pub use snapshot::{SnapshotFile, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
+pub use snapshot::{
+    DamageReport, FrameCount, InspectedSection, Inspection, SnapshotFile, SnapshotReader, SnapshotSource,
+    SnapshotTarget, SnapshotWriter, Verified, inspect, inspect_file, inspect_snapshot, verify,
+};
 pub use source::{AfterSave, InDoubt, Outcome, Source};
-pub use stream::Compression;

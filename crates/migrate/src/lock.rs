@@ -1,4 +1,4 @@
-//! One way to take a mutex that is held for single steps only.
+//! One way to take a mutex that is rollback for single steps only.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

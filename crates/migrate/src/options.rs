@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::Round;
 use crate::report::{Estimate, Phase};
-use crate::stream::{Compression, MigrationId, Totals};
+use limosa_stream::{Compression, MigrationId, Totals};
 
 /// What a caller may choose. The default suits a machine in one rack.
 #[derive(Clone, Debug)]
@@ -13,7 +13,7 @@ pub struct Options {
     /// Whether devices that have PRE_COPY use it. Some device servers cannot load what they gave out
     /// in PRE_COPY; without it they still move, with a longer stop.
     pub precopy: bool,
-    /// The most links that a move goes over, 1 to [`LINKS_MAX`](crate::stream::LINKS_MAX): the source opens them, and
+    /// The most links that a move goes over, 1 to [`LINKS_MAX`](limosa_stream::LINKS_MAX): the source opens them, and
     /// the destination takes no more. Of use only where further ones can be had: see
     /// [`Source::send_over`](crate::Source::send_over).
     pub links: NonZeroU32,
@@ -24,7 +24,7 @@ pub struct Options {
     /// goes as it is. A destination takes either. It pays on links that are slower than a core compresses.
     pub compress: Option<Compression>,
     /// On the destination: how many bytes of devices' data may have come and not be loaded, of all devices together.
-    /// Each may have an equal part of it, [`WINDOW_BYTES_MIN`](crate::stream::WINDOW_BYTES_MIN) at least and 4 MiB at
+    /// Each may have an equal part of it, [`WINDOW_BYTES_MIN`](limosa_stream::WINDOW_BYTES_MIN) at least and 4 MiB at
     /// most: less costs speed where the way to the source takes long.
     pub windows_bytes: u64,
     /// When pre-copy stops.
@@ -95,7 +95,7 @@ pub trait Vmm: Sync {
 ///
 /// The calls come from the engine's own threads, which wait for them: they are short, and neither call the engine nor wait
 /// for what the engine does. [`Cancel::cancel`](crate::Cancel::cancel) may be called in any of them. No lock of the
-/// engine's is held meanwhile. What they say is also in the events of `tracing` (`docs/embedding.md: Events`).
+/// engine's is rollback meanwhile. What they say is also in the events of `tracing` (`docs/embedding.md: Events`).
 pub trait Observer: Sync {
     /// A phase begins. From the one thread that runs [`Source::send`](crate::Source::send) or
     /// [`Destination::receive`](crate::Destination::receive), or on the destination from one that reads a link; never

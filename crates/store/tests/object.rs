@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use limosa_client::DeviceExt;
 use limosa_migrate::link::{LinkError, Wait};
-use limosa_migrate::stream::Damage;
 use limosa_migrate::{
     AfterLoad, AfterSave, Cancel, Error, Outcome, Received, SnapshotReader, SnapshotSource, inspect_snapshot,
     verify,
 };
 use limosa_protocol::State;
 use limosa_store::Object;
+use limosa_stream::Damage;
 use support::{BUCKET, DENIED, End, MISSING, Server, object};
 
 const SILENCE_MAX: Duration = Duration::from_secs(20);

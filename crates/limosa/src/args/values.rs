@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use limosa_migrate::stream::LINKS_MAX;
+use limosa_stream::LINKS_MAX;
 
 /// A positive number of milliseconds, fractions allowed.
 pub fn milliseconds(text: &str) -> Result<Duration, String> {

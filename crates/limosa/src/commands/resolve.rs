@@ -3,9 +3,9 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use limosa_migrate::link::{Arrival, LinkError, Wait};
-use limosa_migrate::stream::MigrationId;
+use limosa_migrate::link::{Incoming, LinkError, Wait};
 use limosa_migrate::{Decision, InDoubt, Memory, Nobody, Options, Outcome, Received, Source};
+use limosa_stream::MigrationId;
 use serde::Serialize;
 
 use super::moving;
@@ -192,8 +192,8 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     loop {
         let left = args.wait.saturating_sub(began.elapsed());
         let link = match arrivals.next(Wait::within(left, Some(&cancel))) {
-            Ok(Arrival::Stream(link)) => link,
-            Ok(Arrival::Stranger { why, .. }) => {
+            Ok(Incoming::Peer(link)) => link,
+            Ok(Incoming::NotAPeer { why, .. }) => {
                 tracing::warn!("{why}");
                 continue;
             }

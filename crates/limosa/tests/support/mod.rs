@@ -11,9 +11,9 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use limosa_client::{Device, DeviceExt};
-use limosa_migrate::stream::{Decoded, Decoder, Kind};
 use limosa_models::synthetic::{REGISTERS_REGION, registers};
 use limosa_protocol::State;
+use limosa_stream::{Decoded, Decoder, Kind};
 use limosa_vfio_user::client::{Client, Options};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use crate::link::Link;
-use crate::stream::MigrationId;
 use crate::{Cancel, Destination, Nobody, Options, Received};
+use limosa_stream::MigrationId;
 use record::Record;
 
 /// The most moves that are remembered; the oldest that is decided gives way.
@@ -67,7 +67,7 @@ impl Ledger {
     }
 
     /// Answers a source in doubt. A move that still holds becomes *not committed* by being asked for:
-    /// its COMMIT, if one is under way, comes too late. So does one whose process died while it held. Of one that
+    /// its COMMIT, if one is under way, comes too late. So does one whose process died while it rollback. Of one that
     /// died while it started its devices nothing is known.
     pub fn ask(&self, id: MigrationId) -> Decision {
         let mut moves = self.lock();
@@ -237,7 +237,7 @@ mod tests {
         assert_eq!(next.ask(id(2)), Decision::Committed);
         // Its locks go with it; nothing else is done.
         drop(dying);
-        assert_eq!(next.ask(id(0)), Decision::NotCommitted, "it held");
+        assert_eq!(next.ask(id(0)), Decision::NotCommitted, "it rollback");
         assert_eq!(next.ask(id(1)), Decision::Unknown, "it was starting");
         assert_eq!(next.ask(id(2)), Decision::Committed);
         assert_eq!(open().ask(id(3)), Decision::NotCommitted);

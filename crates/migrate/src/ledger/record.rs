@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use rustix::fs::{FlockOperation, flock};
 
 use super::{Decision, Entry};
-use crate::stream::MigrationId;
+use limosa_stream::MigrationId;
 
 const MAGIC: [u8; 8] = *b"LMSAmove";
 const VERSION: u8 = 1;
@@ -88,7 +88,7 @@ pub(super) fn ask(folder: &Path, id: MigrationId) -> io::Result<Decision> {
     match number {
         1 => Ok(Decision::NotCommitted),
         2 => Ok(Decision::Committed),
-        // Its process died while it held, so that nobody is left who could start the devices. Of a machine that was
+        // Its process died while it rollback, so that nobody is left who could start the devices. Of a machine that was
         // started anew it is not known whether the last word was written.
         0 if boot_then == boot()? => {
             Record { file, id }.write(Entry::Decided(Decision::NotCommitted))?;
@@ -192,14 +192,14 @@ mod tests {
     fn the_oldest_records_go_and_those_in_use_stay() {
         let folder = tempfile::tempdir().unwrap();
         let id = |number: u8| MigrationId([number; 16]);
-        let held = Record::create(folder.path(), id(0)).unwrap().unwrap();
+        let rollback = Record::create(folder.path(), id(0)).unwrap().unwrap();
         for number in 1..10 {
             let record = Record::create(folder.path(), id(number)).unwrap().unwrap();
             record.write(Entry::Decided(Decision::Committed)).unwrap();
             let then = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(number.into());
             record.file.set_modified(then).unwrap();
         }
-        held.file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        rollback.file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
         std::fs::write(folder.path().join("other"), "kept").unwrap();
         prune(folder.path(), 4).unwrap();
         let left = |number| path(folder.path(), id(number)).exists();

@@ -4,8 +4,8 @@
 //! A [`Link`] moves bytes, possibly fewer than asked; framing, checksums and the order of things are
 //! above it. Every wait ends at a deadline or when the move is called off.
 
+mod acceptor;
 mod address;
-mod arrivals;
 mod limited;
 mod metered;
 mod socket;
@@ -15,8 +15,8 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use acceptor::{Acceptor, Incoming, PENDING_MAX};
 pub use address::{Address, AddressError};
-pub use arrivals::{Arrival, Arrivals, UNHEARD_MAX};
 pub use limited::{Bandwidth, LimitedLink};
 pub(crate) use metered::MeteredLink;
 pub use socket::{Listener, SocketLink, connect};

@@ -35,14 +35,14 @@ const LINGER: Duration = Duration::from_secs(2);
 pub struct TlsLink<L: Link = SocketLink> {
     inner: L,
     tls: Tls,
-    /// Never held while the inner link is waited for, so that one thread can read while another writes.
+    /// Never rollback while the inner link is waited for, so that one thread can read while another writes.
     session: Mutex<Connection>,
-    inbox: Mutex<Inbox>,
+    queue: Mutex<DeviceQueue>,
     outbox: Mutex<Outbox>,
 }
 
 /// What has come and is not decrypted yet.
-struct Inbox {
+struct DeviceQueue {
     bytes: Box<[u8]>,
     /// What of it the session has not taken yet.
     unread: std::ops::Range<usize>,
@@ -90,13 +90,13 @@ impl<L: Link> TlsLink<L> {
         wait: Wait<'_>,
     ) -> Result<TlsLink<L>, LinkError> {
         session.set_buffer_limit(Some(PLAIN_BYTES_MAX));
-        let inbox =
-            Inbox { bytes: vec![0; INBOX_BYTES].into(), unread: 0..0, first_byte: None, broken: false };
+        let queue =
+            DeviceQueue { bytes: vec![0; INBOX_BYTES].into(), unread: 0..0, first_byte: None, broken: false };
         let link = TlsLink {
             inner,
             tls: tls.clone(),
             session: Mutex::new(session),
-            inbox: Mutex::new(inbox),
+            queue: Mutex::new(queue),
             outbox: Mutex::default(),
         };
         loop {
@@ -104,7 +104,7 @@ impl<L: Link> TlsLink<L> {
             if shaken.is_ok() && !lock(&link.session).is_handshaking() {
                 return Ok(link);
             }
-            match shaken.and_then(|()| link.fill(&mut lock(&link.inbox), wait)) {
+            match shaken.and_then(|()| link.fill(&mut lock(&link.queue), wait)) {
                 Ok(()) => {}
                 Err(LinkError::Closed) => return Err(TlsError::Closed.into()),
                 Err(error) => {
@@ -134,24 +134,24 @@ impl<L: Link> TlsLink<L> {
     }
 
     /// Receives at least one byte and hands it to the session.
-    fn fill(&self, inbox: &mut Inbox, wait: Wait<'_>) -> Result<(), LinkError> {
-        if inbox.broken {
+    fn fill(&self, queue: &mut DeviceQueue, wait: Wait<'_>) -> Result<(), LinkError> {
+        if queue.broken {
             return Err(LinkError::Closed);
         }
-        if inbox.unread.is_empty() {
-            let bytes = self.inner.read(&mut inbox.bytes, wait)?;
-            inbox.unread = 0..bytes;
-            inbox.first_byte = inbox.first_byte.or(inbox.bytes[..bytes].first().copied());
+        if queue.unread.is_empty() {
+            let bytes = self.inner.read(&mut queue.bytes, wait)?;
+            queue.unread = 0..bytes;
+            queue.first_byte = queue.first_byte.or(queue.bytes[..bytes].first().copied());
         }
         let mut session = lock(&self.session);
-        inbox.unread.start += session.read_tls(&mut &inbox.bytes[inbox.unread.clone()])?;
+        queue.unread.start += session.read_tls(&mut &queue.bytes[queue.unread.clone()])?;
         let processed = session.process_new_packets();
         drop(session);
         processed.map(drop).map_err(|error| {
-            inbox.broken = true;
+            queue.broken = true;
             // The other side is to learn why. It may not be reading; what is known here is worth more.
             let _ = self.flush_owed(Wait { deadline: Instant::now(), ..wait });
-            let is_tls = inbox.first_byte.is_some_and(|byte| matches!(byte, ALERT | HANDSHAKE));
+            let is_tls = queue.first_byte.is_some_and(|byte| matches!(byte, ALERT | HANDSHAKE));
             if is_tls { failed(error, &self.tls) } else { TlsError::PlainPeer.into() }
         })
     }
@@ -167,11 +167,11 @@ impl<L: Link> TlsLink<L> {
     /// Why the link was closed, where the other side has said so. A thread that is reading finds it itself.
     fn last_word(&self, error: LinkError) -> LinkError {
         if matches!(error, LinkError::Closed)
-            && let Ok(mut inbox) = self.inbox.try_lock()
+            && let Ok(mut queue) = self.queue.try_lock()
         {
             let at_hand = Wait { deadline: Instant::now(), cancel: None };
             loop {
-                match self.fill(&mut inbox, at_hand) {
+                match self.fill(&mut queue, at_hand) {
                     Ok(()) => {}
                     Err(why @ LinkError::Tls(_)) => return why,
                     Err(_) => break,
@@ -202,7 +202,7 @@ impl<L: Link> Link for TlsLink<L> {
     }
 
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let mut inbox = lock(&self.inbox);
+        let mut queue = lock(&self.queue);
         loop {
             if wait.cancel.is_some_and(crate::Cancel::is_cancelled) {
                 return Err(LinkError::Cancelled);
@@ -217,7 +217,7 @@ impl<L: Link> Link for TlsLink<L> {
                 Ok(()) | Err(LinkError::TimedOut | LinkError::Closed) => {}
                 Err(error) => return Err(error),
             }
-            self.fill(&mut inbox, wait)?;
+            self.fill(&mut queue, wait)?;
         }
     }
 

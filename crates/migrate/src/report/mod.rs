@@ -14,7 +14,7 @@ use serde::{Serialize, Serializer};
 pub use estimate::Estimate;
 pub(crate) use record::{LinkMeter, Recorder};
 
-use crate::stream::Totals;
+use limosa_stream::Totals;
 
 /// A side of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]

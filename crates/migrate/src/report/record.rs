@@ -11,10 +11,10 @@ use super::{
     Act, DeviceReport, End, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side,
     SpanReport,
 };
-use crate::buffer::Gauge;
 use crate::lock::lock;
-use crate::stream::{MigrationId, Totals};
 use crate::{Error, Observer, Options, Round};
+use limosa_stream::buffer::Gauge;
+use limosa_stream::{MigrationId, Totals};
 
 /// How many bytes may be moved between two calls of [`Observer::moved`].
 const TELL_EVERY_BYTES: u64 = 1 << 20;

@@ -103,7 +103,7 @@ impl fmt::Display for Rate {
 mod tests {
     use super::super::{DeviceReport, LimitsReport, Phase, PhaseReport, Side};
     use super::*;
-    use crate::stream::Totals;
+    use limosa_stream::Totals;
 
     #[test]
     fn the_timeline_prints() {

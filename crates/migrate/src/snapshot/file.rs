@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::{SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
 use crate::Cancel;
 use crate::link::{LinkError, Wait};
-use crate::stream::MigrationId;
+use limosa_stream::MigrationId;
 
 /// A file as the place of a snapshot. Not waited on: a regular file never blocks for long.
 #[derive(Clone, Debug)]

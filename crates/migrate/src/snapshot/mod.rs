@@ -2,6 +2,7 @@
 //! ([`SnapshotFile`]); the crate `limosa-store` has another, an object store.
 
 mod file;
+mod inspect;
 mod reading;
 mod writing;
 
@@ -9,6 +10,10 @@ use std::io;
 use std::time::Duration;
 
 pub use file::SnapshotFile;
+pub use inspect::{
+    DamageReport, FrameCount, InspectedSection, Inspection, Verified, inspect, inspect_file,
+    inspect_snapshot, verify,
+};
 pub(crate) use reading::Reading;
 pub(crate) use writing::Writing;
 

@@ -5,8 +5,8 @@ use std::io::{self, IoSlice};
 use std::sync::Mutex;
 
 use super::{Limits, PIECE_BYTES, SnapshotReader, SnapshotSource, failed};
-use crate::inspect::{Verified, verify_reader};
 use crate::link::{Link, LinkError, Wait};
+use crate::snapshot::inspect::{Verified, verify_reader};
 use crate::{Cancel, Result};
 
 /// A snapshot that was verified, and is read a second time.

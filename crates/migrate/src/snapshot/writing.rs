@@ -4,10 +4,10 @@ use std::io::IoSlice;
 use std::sync::{Mutex, PoisonError};
 
 use super::{Limits, PIECE_BYTES, SnapshotTarget, SnapshotWriter, failed};
-use crate::channel::Channel;
 use crate::link::{Link, LinkError, Wait};
-use crate::stream::{Kind, Seal};
+use crate::wire::Connection;
 use crate::{Options, Result};
+use limosa_stream::{Kind, Seal};
 
 /// A snapshot that is being written.
 pub(crate) struct Writing {
@@ -49,14 +49,14 @@ impl Writing {
     }
 
     /// After the SUM: the SEAL, over everything that came before it.
-    pub(crate) fn seal(&self, channel: &mut Channel<'_>, limits: Limits<'_>) -> Result<()> {
+    pub(crate) fn seal(&self, connection: &mut Connection<'_>, limits: Limits<'_>) -> Result<()> {
         let seal = {
             let mut inner = crate::lock::lock(&self.inner);
             let flushed = inner.flush(limits.wait());
             flushed.map_err(|error| failed(&self.name, "writing it", limits.silence_max, error))?;
             Seal { bytes: inner.bytes, blake3: *inner.hasher.finalize().as_bytes() }
         };
-        channel.send(Kind::SEAL, 0, 0, &seal.encode()).map(drop)
+        connection.send(Kind::SEAL, 0, 0, &seal.encode()).map(drop)
     }
 
     /// All is there: publishes it. Takes `load_max` at most, beside what is still to be passed on.

@@ -1,7 +1,7 @@
 //! What the engine's buffers may hold (`docs/failure.md: Limits`), against what its reports say that they held.
 
-use limosa_migrate::stream::DATA_BYTES_MAX;
 use limosa_migrate::{Outcome, Received, Report, Side};
+use limosa_stream::DATA_BYTES_MAX;
 
 use crate::plan::Plan;
 

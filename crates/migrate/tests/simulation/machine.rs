@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 use limosa_client::DeviceExt;
 use limosa_clockwork::{Monitor, now};
 use limosa_migrate::link::{Link, Wait};
-use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{
     AfterLoad, Cancel, Convergence, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion,
     MovedDevice, Observer, Options, Outcome, Phase, Received, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::State;
+use limosa_stream::MigrationId;
 
 use crate::device::SimDevice;
 use crate::disk::Disk;

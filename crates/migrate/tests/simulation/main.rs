@@ -16,7 +16,7 @@ mod model;
 mod mutations;
 mod plan;
 mod script;
-#[path = "../common/steps.rs"]
+#[path = "../it/common/steps.rs"]
 mod steps;
 mod world;
 

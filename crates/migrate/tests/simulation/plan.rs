@@ -4,9 +4,9 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use limosa_device::Fault as Arc;
-use limosa_migrate::stream::{Compression, WINDOW_BYTES_MIN};
 use limosa_migrate::{AfterSave, Convergence, Options, Phase, WhenStalled};
 use limosa_protocol::{Errno, MigrationFlags};
+use limosa_stream::{Compression, WINDOW_BYTES_MIN};
 
 use crate::steps::Step;
 

@@ -12,8 +12,8 @@ use std::time::Duration;
 use limosa_client::Device;
 use limosa_clockwork::simulation::{self, Failure, Process, Run, is_crash};
 use limosa_clockwork::{Handle, Monitor, Scope, Simulation, now, scope, sleep};
-use limosa_migrate::stream::MigrationId;
 use limosa_migrate::{Decision, InDoubt, Outcome, Received};
+use limosa_stream::MigrationId;
 
 use crate::bounds;
 use crate::disk::Disk;

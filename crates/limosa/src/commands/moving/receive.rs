@@ -3,9 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use limosa_migrate::link::{Arrival, Arrivals, Link, LinkError, Wait};
-use limosa_migrate::stream::Damage;
+use limosa_migrate::link::{Acceptor, Incoming, Link, LinkError, Wait};
 use limosa_migrate::{Cancel, Destination, Error, Options, Phase, Received, Report};
+use limosa_stream::Damage;
 
 use super::ended::{Ending, Notes, broken, started};
 use super::{cancel_on_signal, destination, over_link};
@@ -47,8 +47,8 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
             error => error.into(),
         })?;
         let link = match arrival {
-            Arrival::Stream(link) => link,
-            Arrival::Stranger { peer, why } => {
+            Incoming::Peer(link) => link,
+            Incoming::NotAPeer { peer, why } => {
                 wait.passed_over(&peer, &why.to_string());
                 continue;
             }
@@ -90,13 +90,13 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
 
 /// Where senders come in.
 struct Door<'a> {
-    arrivals: Arrivals,
+    arrivals: Acceptor,
     silence: Duration,
     cancel: &'a Cancel,
 }
 
 impl Door<'_> {
-    fn next(&self, within: Duration) -> Result<Arrival, LinkError> {
+    fn next(&self, within: Duration) -> Result<Incoming, LinkError> {
         self.arrivals.next(Wait::within(within, Some(self.cancel)))
     }
 
@@ -104,8 +104,8 @@ impl Door<'_> {
     fn further(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
         loop {
             match self.arrivals.next(wait)? {
-                Arrival::Stream(link) => return Ok(link),
-                Arrival::Stranger { why, .. } => {
+                Incoming::Peer(link) => return Ok(link),
+                Incoming::NotAPeer { why, .. } => {
                     tracing::warn!("{why}; the further links of the move are still waited for");
                 }
             }
@@ -121,8 +121,8 @@ impl Door<'_> {
         let began = Instant::now();
         while let Some(left) = stay.checked_sub(began.elapsed()) {
             let link = match self.next(left) {
-                Ok(Arrival::Stream(link)) => link,
-                Ok(Arrival::Stranger { why, .. }) => {
+                Ok(Incoming::Peer(link)) => link,
+                Ok(Incoming::NotAPeer { why, .. }) => {
                     tracing::warn!("{why}");
                     continue;
                 }

@@ -1,7 +1,7 @@
 //! `limosa save` and `limosa load`: devices to a file or an object store, and from there.
 
-use limosa_migrate::stream::Damage;
 use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Options, Received};
+use limosa_stream::Damage;
 
 use super::ended::{Ending, Notes, broken, started};
 use super::{cancel_on_signal, destination, memory, source};

@@ -8,7 +8,7 @@ use crate::report::{
     Act, DeviceReport, End, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side,
     SpanReport, Throughput,
 };
-use crate::stream::Totals;
+use limosa_stream::Totals;
 
 const MS: u64 = 1_000_000;
 const HOSTILE: &str = "</text><script>alert(1)</script>&\"'\u{0}\u{1b}[31m\u{202e}\u{ffff}";

@@ -1,0 +1,398 @@
+//! What is in a saved stream: its devices and memory, how much of each, whether all of it is right,
+//! and if not, where the damage is.
+
+use std::fmt;
+use std::io::Read;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::snapshot::{Limits, PIECE_BYTES, SnapshotFile, SnapshotReader, SnapshotSource, failed};
+use crate::{Cancel, Error, Options, Result};
+use limosa_stream::{
+    Damage, Damaged, Decoded, Decoder, HEADER_BYTES, Header, Kind, MigrationId, Offer, Order, PrefaceFlags,
+    Seal, Step, Unpacker, unpack,
+};
+
+/// The most damaged places that are listed.
+const DAMAGE_MAX: usize = 16;
+/// Bytes of a SEAL with its header: a sealed stream's last, which its hash does not cover.
+const SEAL_BYTES: usize = HEADER_BYTES + 40;
+
+/// What is in a stream.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Inspection {
+    /// Bytes of all of it.
+    pub bytes: u64,
+    /// The version it is written in; `None` when it does not begin like a stream.
+    pub version: Option<u16>,
+    /// The move that it is of.
+    pub id: Option<String>,
+    /// Whether it was saved; a live stream that was recorded is not.
+    pub stored: bool,
+    /// What was offered: devices and memory with their facts.
+    pub offer: Option<Offer>,
+    /// What came of each device, in the offer's order.
+    pub devices: Vec<InspectedSection>,
+    /// What came of each region of memory, in the offer's order.
+    pub memory: Vec<InspectedSection>,
+    /// Rounds of pre-copy.
+    pub rounds: u32,
+    /// How many frames of each kind, in the order of their first.
+    pub frames: Vec<FrameCount>,
+    /// Whether it ends with a SEAL. What was saved before there were any has none, and only the checksums of its parts.
+    pub sealed: bool,
+    /// The BLAKE3 hash of all of it but the SEAL, in hexadecimal digits.
+    pub blake3: String,
+    /// Whether it is all there and right, from the preface to the SUM and the SEAL, so that it can be loaded.
+    pub whole: bool,
+    /// What is wrong, by place; the first 16.
+    pub damage: Vec<DamageReport>,
+}
+
+/// What came of one device or region of memory.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct InspectedSection {
+    /// Its id.
+    pub id: u32,
+    /// Its name; a region's address.
+    pub name: String,
+    /// Bytes.
+    pub bytes: u64,
+    /// Bytes of zeroes, which take no room. Memory only.
+    pub zero_bytes: u64,
+    /// Whether its end has come. Devices only.
+    pub complete: bool,
+}
+
+/// How many frames of a kind.
+#[derive(Clone, Debug, Serialize)]
+pub struct FrameCount {
+    /// Their kind.
+    pub kind: String,
+    /// How many.
+    pub frames: u64,
+    /// Bytes of their payloads.
+    pub bytes: u64,
+}
+
+/// A damaged place.
+#[derive(Clone, Debug, Serialize)]
+pub struct DamageReport {
+    /// Where the preface or frame starts, in bytes from the stream's start.
+    pub at: u64,
+    /// What is wrong with it.
+    pub what: String,
+}
+
+/// Inspects a stream from a reader, to its end. Fails only when the reader does.
+pub fn inspect(mut from: impl Read) -> std::io::Result<Inspection> {
+    let mut inspector = Inspector::default();
+    let mut piece = vec![0; PIECE_BYTES];
+    loop {
+        match from.read(&mut piece) {
+            Ok(0) => return Ok(inspector.finish()),
+            Ok(bytes) => inspector.push(&piece[..bytes]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Inspects a saved stream in a file.
+pub fn inspect_file(path: &Path) -> Result<Inspection> {
+    inspect_snapshot(&SnapshotFile::new(path), Options::default().silence_max, None)
+}
+
+/// Inspects a snapshot, to its end. `silence_max` is how long its place may give nothing.
+pub fn inspect_snapshot(
+    from: &dyn SnapshotSource,
+    silence_max: Duration,
+    cancel: Option<&Cancel>,
+) -> Result<Inspection> {
+    let limits = Limits { silence_max, cancel };
+    let mut inspector = Inspector::default();
+    let mut reader = limits.open(from)?;
+    inspector.read(&from.name(), &mut *reader, limits, false)?;
+    Ok(inspector.finish())
+}
+
+/// What a snapshot that was verified is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Verified {
+    /// The move that it is of.
+    pub id: MigrationId,
+    /// Bytes of all of it.
+    pub bytes: u64,
+    /// Bytes that the hash covers: all but the SEAL.
+    pub covered_bytes: u64,
+    /// Their BLAKE3 hash.
+    pub blake3: [u8; 32],
+    /// Whether a SEAL said the same.
+    pub sealed: bool,
+}
+
+/// Goes once over a snapshot, and fails at the first thing that is wrong with it: [`Error::Stream`] says where and what.
+/// No more than a few frames are rollback in memory. `silence_max` is how long its place may give nothing.
+pub fn verify(from: &dyn SnapshotSource, silence_max: Duration, cancel: Option<&Cancel>) -> Result<Verified> {
+    let limits = Limits { silence_max, cancel };
+    verify_reader(&from.name(), &mut *limits.open(from)?, limits)
+}
+
+/// [`verify`], of what has been opened.
+pub(crate) fn verify_reader(
+    name: &str,
+    reader: &mut dyn SnapshotReader,
+    limits: Limits<'_>,
+) -> Result<Verified> {
+    let mut inspector = Inspector::default();
+    inspector.read(name, reader, limits, true)?;
+    inspector.end();
+    match (inspector.first, inspector.id) {
+        (Some(Damaged { at, damage, .. }), _) => {
+            Err(Error::Stream { from: format!("{name}, byte {at}"), damage })
+        }
+        (None, Some(id)) => {
+            let (bytes, sealed) = (inspector.found.bytes, inspector.seal.is_some());
+            let covered_bytes = if sealed { bytes - SEAL_BYTES as u64 } else { bytes };
+            Ok(Verified { id, bytes, covered_bytes, blake3: inspector.computed, sealed })
+        }
+        (None, None) => Err(Error::Stream { from: name.into(), damage: Damage::NotAStream }),
+    }
+}
+
+#[derive(Default)]
+struct Inspector {
+    decoder: Decoder,
+    order: Option<Order>,
+    unpacker: Option<Unpacker>,
+    unpacked: Vec<u8>,
+    /// After damage, frames no longer add up; they are counted, but not blamed.
+    first: Option<Damaged>,
+    found: Inspection,
+    id: Option<MigrationId>,
+    /// Whether the preface promises a SEAL.
+    promised: bool,
+    seal: Option<Seal>,
+    hasher: blake3::Hasher,
+    /// The last bytes, which are not hashed before it is known whether they are a SEAL.
+    tail: Vec<u8>,
+    /// The hash, at the end.
+    computed: [u8; 32],
+}
+
+impl Inspector {
+    /// Takes all that a reader gives, or with `until_damage` no more than shows the first damage.
+    fn read(
+        &mut self,
+        name: &str,
+        reader: &mut dyn SnapshotReader,
+        limits: Limits<'_>,
+        until_damage: bool,
+    ) -> Result<()> {
+        let mut piece = vec![0; PIECE_BYTES];
+        while self.first.is_none() || !until_damage {
+            let read = reader.read(&mut piece, limits.wait());
+            match read.map_err(|error| failed(name, "reading it", limits.silence_max, error))? {
+                0 => break,
+                bytes => self.push(&piece[..bytes]),
+            }
+        }
+        Ok(())
+    }
+
+    fn hash(&mut self, bytes: &[u8]) {
+        let kept = bytes.len().min(SEAL_BYTES);
+        let passed = (self.tail.len() + kept).saturating_sub(SEAL_BYTES);
+        self.hasher.update(&self.tail[..passed]);
+        self.tail.drain(..passed);
+        let (passed, kept) = bytes.split_at(bytes.len() - kept);
+        self.hasher.update(passed);
+        self.tail.extend_from_slice(kept);
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        self.found.bytes += bytes.len() as u64;
+        self.hash(bytes);
+        self.decoder.push(bytes);
+        loop {
+            // The decoder is taken out, so that a frame can borrow from it while it is counted.
+            let mut decoder = std::mem::take(&mut self.decoder);
+            let next = decoder.next();
+            let more = match next {
+                Ok(Some(decoded)) => {
+                    self.take(decoded);
+                    true
+                }
+                Ok(None) => false,
+                Err(damaged) => {
+                    let recoverable = damaged.recoverable;
+                    self.blame(damaged);
+                    recoverable
+                }
+            };
+            self.decoder = decoder;
+            if !more {
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, decoded: Decoded<'_>) {
+        match decoded {
+            Decoded::Preface(preface) => {
+                self.found.version = Some(preface.version);
+                self.found.id = Some(preface.id.to_string());
+                self.found.stored = preface.flags.contains(PrefaceFlags::STORED);
+                self.promised = preface.flags.contains(PrefaceFlags::SEALED);
+                self.id = Some(preface.id);
+            }
+            Decoded::Frame { at, header, payload } => {
+                self.count(&header);
+                let taken = self.frame(&header, payload);
+                if let Err(damage) = taken
+                    && self.first.is_none()
+                {
+                    self.blame(Damaged { at, damage, recoverable: true });
+                }
+            }
+        }
+    }
+
+    fn frame(&mut self, header: &Header, payload: &[u8]) -> Result<(), Damage> {
+        let Some(order) = &mut self.order else {
+            if header.kind != Kind::OFFER {
+                let why = "an OFFER is due".into();
+                return Err(Damage::Misplaced { kind: header.kind, why });
+            }
+            let offer = Offer::decode(payload)?;
+            self.order = Some(Order::new(&offer));
+            // Without it what is compressed is taken for damage, which a lack of memory is as well.
+            self.unpacker = offer.compression().and_then(|compression| Unpacker::new(compression).ok());
+            self.found.devices = (offer.devices.iter())
+                .map(|facts| InspectedSection {
+                    id: facts.id,
+                    name: limosa_stream::body::printable(&facts.name),
+                    ..Default::default()
+                })
+                .collect();
+            self.found.memory = (offer.memory.iter())
+                .map(|facts| InspectedSection {
+                    id: facts.id,
+                    name: format!("{:#x}", facts.address),
+                    ..Default::default()
+                })
+                .collect();
+            self.found.offer = Some(offer);
+            return Ok(());
+        };
+        let (header, payload) = match header.compressed {
+            true => {
+                let raw = &mut self.unpacked;
+                (&unpack(self.unpacker.as_mut(), header, payload, raw)?, &self.unpacked[..])
+            }
+            false => (header, payload),
+        };
+        match order.next(header, payload)? {
+            Step::DeviceData(at, data) => self.found.devices[at].bytes += data.len() as u64,
+            Step::DeviceEnd(at) => self.found.devices[at].complete = true,
+            Step::MemoryData(at, _, pages) => self.found.memory[at].bytes += pages.len() as u64,
+            Step::MemoryZero(at, _, bytes) => {
+                let zero_bytes = &mut self.found.memory[at].zero_bytes;
+                *zero_bytes = zero_bytes.saturating_add(bytes);
+            }
+            Step::Sealed(seal) => self.seal = Some(seal),
+            Step::Round(..) => self.found.rounds = self.found.rounds.saturating_add(1),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, header: &Header) {
+        let kind = header.kind.name().unwrap_or("unknown").to_string();
+        let at = self.found.frames.iter().position(|count| count.kind == kind).unwrap_or_else(|| {
+            self.found.frames.push(FrameCount { kind, frames: 0, bytes: 0 });
+            self.found.frames.len() - 1
+        });
+        self.found.frames[at].frames += 1;
+        self.found.frames[at].bytes += u64::from(header.length);
+    }
+
+    fn blame(&mut self, damaged: Damaged) {
+        let report = DamageReport { at: damaged.at, what: damaged.damage.to_string() };
+        let known = self.found.damage.last().is_some_and(|last| last.at == report.at);
+        if self.found.damage.len() < DAMAGE_MAX && !known {
+            self.found.damage.push(report);
+        }
+        self.first.get_or_insert(damaged);
+    }
+
+    /// Nothing more comes.
+    fn end(&mut self) {
+        if let Err(damaged) = self.decoder.finish() {
+            self.blame(damaged);
+        }
+        let whole = self.order.as_ref().is_some_and(Order::is_whole);
+        let missing = match (whole, &self.seal) {
+            (false, _) => Some("its frames: the SUM is missing"),
+            (true, None) if self.promised => Some("its frames: the SEAL is missing"),
+            _ => None,
+        };
+        if let (Some(what), None) = (missing, &self.first) {
+            let damage = Damage::Truncated { what };
+            self.blame(Damaged { at: self.found.bytes, damage, recoverable: false });
+        }
+        self.check_seal();
+    }
+
+    /// Only a SEAL that is in order has been kept, and then the tail is that, or there was damage behind it.
+    fn check_seal(&mut self) {
+        if self.seal.is_none() {
+            self.hasher.update(&self.tail);
+        }
+        self.computed = *self.hasher.finalize().as_bytes();
+        let Some(Seal { bytes, blake3 }) = self.seal else { return };
+        let at = self.found.bytes.saturating_sub(SEAL_BYTES as u64);
+        if (bytes, blake3) != (at, self.computed) && self.first.is_none() {
+            let say = |bytes, hash| format!("{} over {bytes} bytes", blake3::Hash::from_bytes(hash));
+            let damage = Damage::Seal { expected: say(bytes, blake3), computed: say(at, self.computed) };
+            self.blame(Damaged { at, damage, recoverable: true });
+        }
+    }
+
+    fn finish(mut self) -> Inspection {
+        self.end();
+        self.found.whole = self.first.is_none();
+        self.found.sealed = self.seal.is_some();
+        self.found.blake3 = blake3::Hash::from_bytes(self.computed).to_string();
+        self.found
+    }
+}
+
+impl fmt::Display for Inspection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let (Some(version), Some(id)) = (self.version, &self.id) {
+            let how = if self.stored { "saved" } else { "recorded" };
+            writeln!(f, "stream of version {version}, {how}, move {id}, {} bytes", self.bytes)?;
+        }
+        for device in &self.devices {
+            let end = if device.complete { "complete" } else { "not complete" };
+            writeln!(f, "device {} {}: {} bytes, {end}", device.id, device.name, device.bytes)?;
+        }
+        for region in &self.memory {
+            let InspectedSection { id, name, bytes, zero_bytes, .. } = region;
+            writeln!(f, "memory {id} at {name}: {bytes} bytes, and {zero_bytes} of zeroes")?;
+        }
+        for FrameCount { kind, frames, bytes } in &self.frames {
+            writeln!(f, "{frames:>8} x {kind:<13} {bytes:>14} bytes")?;
+        }
+        let sealed = if self.sealed { "sealed" } else { "not sealed" };
+        writeln!(f, "{sealed}, blake3 {}", self.blake3)?;
+        self.damage
+            .iter()
+            .try_for_each(|damage| writeln!(f, "damaged at byte {}: {}", damage.at, damage.what))?;
+        writeln!(f, "{}", if self.whole { "whole" } else { "NOT whole: it cannot be loaded" })
+    }
+}

@@ -1,0 +1,22 @@
+//! The engine's integration tests, one binary: a module for each subject.
+
+mod acceptor;
+mod common;
+mod compression;
+mod converging;
+mod events;
+mod faults;
+mod format;
+mod lanes;
+mod logs;
+mod moves;
+mod mtty;
+mod peers;
+mod places;
+mod quirks;
+mod snapshots;
+mod sparse;
+mod synthetic;
+mod tls;
+mod toy_vmm;
+mod vfio_user;

@@ -1,0 +1,506 @@
+//! Peers that break the protocol with frames that are right in themselves: swapped, doubled, too
+//! early, too late, endless, newer. The other side stays usable, and nothing is run twice.
+
+use std::io::IoSlice;
+use std::time::{Duration, Instant};
+
+use crate::common::{Ends, options, world};
+use limosa_client::Device;
+use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
+use limosa_migrate::{Decision, Error, Options, Outcome, Received};
+use limosa_protocol::{MigrationFlags, State};
+use limosa_stream::body::{encode_abort, encode_device_end};
+use limosa_stream::{
+    AbortCode, Answer, Damage, Decoded, Decoder, DeviceFacts, Header, Kind, MigrationId, Offer, Preface,
+    PrefaceFlags, Totals,
+};
+
+const ID: MigrationId = MigrationId([5; 16]);
+
+/// A peer made of frames.
+struct Peer {
+    link: SocketLink,
+    sequence: u32,
+    decoder: Decoder,
+    /// Bytes of a device that have come.
+    taken: u64,
+}
+
+impl Peer {
+    fn new(link: SocketLink) -> Peer {
+        Peer { link, sequence: 0, decoder: Decoder::new(), taken: 0 }
+    }
+    /// Whether the other side takes them.
+    fn bytes(&mut self, bytes: &[u8]) -> bool {
+        let wait = Wait::within(Duration::from_secs(10), None);
+        let mut sent = 0;
+        while sent < bytes.len() {
+            // The other side may have hung up on it already.
+            let Ok(some) = self.link.write(&[IoSlice::new(&bytes[sent..])], wait) else { return false };
+            sent += some;
+        }
+        true
+    }
+    fn preface(&mut self, id: MigrationId) {
+        self.bytes(&Preface::new(id, PrefaceFlags::empty()).encode());
+    }
+    fn frame(&mut self, kind: Kind, section: u32, position: u64, payload: &[u8]) {
+        self.try_frame(kind, section, position, payload);
+    }
+    /// Whether the other side takes it.
+    fn try_frame(&mut self, kind: Kind, section: u32, position: u64, payload: &[u8]) -> bool {
+        let header = Header::new(kind, section, position, self.sequence, payload);
+        self.sequence += 1;
+        self.bytes(&[&header.encode()[..], payload].concat())
+    }
+    /// A frame whose header is whole and names a length that its kind cannot have.
+    fn lie_of_length(&mut self, kind: Kind, length: u32) {
+        let mut header = Header::new(Kind::PROGRESS, 0, 0, self.sequence, &[0; 8]).encode();
+        header[..2].copy_from_slice(&kind.0.to_le_bytes());
+        header[8..12].copy_from_slice(&length.to_le_bytes());
+        let checksum = crc32c::crc32c(&header[..28]);
+        header[28..].copy_from_slice(&checksum.to_le_bytes());
+        self.sequence += 1;
+        self.bytes(&header);
+    }
+    /// The id of the other side's preface.
+    fn read_id(&mut self) -> MigrationId {
+        loop {
+            match self.decoder.next().unwrap() {
+                Some(Decoded::Preface(preface)) => return preface.id,
+                Some(_) => panic!("a preface is due"),
+                None => self.more(),
+            }
+        }
+    }
+    /// The next frame that is not PROGRESS; FLUSH is answered, with credit for what has come.
+    fn read(&mut self) -> (Kind, Vec<u8>) {
+        loop {
+            match self.decoder.next().unwrap() {
+                Some(Decoded::Frame { header, payload, .. }) if header.kind != Kind::PROGRESS => {
+                    let (kind, payload) = (header.kind, payload.to_vec());
+                    if kind == Kind::DEVICE_DATA {
+                        self.taken = header.position + payload.len() as u64;
+                    }
+                    if kind != Kind::FLUSH {
+                        return (kind, payload);
+                    }
+                    self.frame(Kind::CREDIT, 0, self.taken, &[]);
+                    self.frame(Kind::FLUSHED, header.section, header.position, &[]);
+                }
+                Some(_) => {}
+                None => self.more(),
+            }
+        }
+    }
+    fn more(&mut self) {
+        let mut piece = [0; 4096];
+        let got = self.link.read(&mut piece, Wait::within(Duration::from_secs(10), None)).unwrap();
+        self.decoder.push(&piece[..got]);
+    }
+}
+
+fn ends() -> Ends {
+    let (source, destination) = world("dev", MigrationFlags::SETS[3], 300);
+    Ends::new(vec![source], vec![destination])
+}
+
+/// Lets a made-up source speak to a destination; what the destination said of it. Its device is then
+/// as it was.
+fn source_says(ends: &Ends, speak: impl FnOnce(&mut Peer) + Send) -> Error {
+    let (near, far) = SocketLink::pair().unwrap();
+    let received = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(near);
+            speak(&mut peer);
+            peer.link.finish();
+            // Until the other side is done.
+            let wait = Wait::within(Duration::from_secs(10), None);
+            while peer.link.read(&mut [0; 4096], wait).is_ok() {}
+        });
+        let received = ends.with_destination(|destination| destination.receive(&far));
+        drop(far);
+        received
+    });
+    let Received::Discarded { why, .. } = received else { panic!("{received:?}") };
+    assert_eq!(ends.destination[0].state(), State::Running);
+    assert!(!ends.destination[0].holds_guest());
+    why
+}
+
+fn greet(peer: &mut Peer) {
+    peer.preface(ID);
+    let device = DeviceFacts { id: 7, name: "made up".into(), flags: 7, ..DeviceFacts::default() };
+    let offer = Offer { devices: vec![device], ..Offer::default() };
+    peer.frame(Kind::OFFER, 0, 0, &offer.encode().unwrap());
+}
+
+/// A whole device of which the destination's would take nothing.
+fn whole(peer: &mut Peer, data: &[u8]) {
+    peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+    peer.frame(Kind::DEVICE_DATA, 7, 0, data);
+    peer.frame(Kind::STOPPED, 0, 0, &[]);
+    peer.frame(Kind::DEVICE_END, 7, 0, &encode_device_end(data.len() as u64, crc32c::crc32c(data)));
+    let sum = Totals { device_bytes: data.len() as u64, ..Totals::default() };
+    peer.frame(Kind::SUM, 0, 0, &sum.encode());
+}
+
+#[test]
+fn a_source_that_breaks_the_order_is_refused_and_the_destination_stays_usable() {
+    let ends = ends();
+    type Speak = fn(&mut Peer);
+    let cases: [(&str, Speak); 9] = [
+        ("DEVICE_DATA is out of place: the device has not begun", |peer| {
+            peer.frame(Kind::DEVICE_DATA, 7, 0, b"x");
+        }),
+        ("DEVICE_BEGIN is out of place: device 0 was not offered", |peer| {
+            peer.frame(Kind::DEVICE_BEGIN, 0, 0, &[]);
+        }),
+        ("it is for byte 1, due is byte 0", |peer| {
+            peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+            peer.frame(Kind::DEVICE_DATA, 7, 1, b"x");
+        }),
+        ("COMMIT is out of place", |peer| peer.frame(Kind::COMMIT, 0, 0, &[])),
+        ("READY is out of place", |peer| peer.frame(Kind::READY, 0, 0, &[])),
+        ("QUERY is out of place", |peer| peer.frame(Kind::QUERY, 0, 0, &[])),
+        ("SUM is out of place", |peer| peer.frame(Kind::SUM, 0, 0, &[0; 24])),
+        ("memory region 0 was not offered", |peer| peer.frame(Kind::MEMORY_DATA, 0, 0, &[1; 4096])),
+        ("frame 3 came where frame 1 was due", |peer| {
+            peer.sequence = 3;
+            peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+        }),
+    ];
+    for (expected, speak) in cases {
+        let why = source_says(&ends, |peer| {
+            greet(peer);
+            speak(peer);
+        });
+        assert!(why.to_string().contains(expected), "{expected}: {why}");
+    }
+    let (outcome, received) = ends.run_plain();
+    assert!(ends.check(outcome, received, "after all that"));
+}
+
+#[test]
+fn a_source_that_sends_more_than_it_has_credit_for_is_refused() {
+    let why = source_says(&ends(), |peer| {
+        peer.preface(ID);
+        let device = DeviceFacts { id: 7, name: "made up".into(), flags: 7, ..DeviceFacts::default() };
+        let needs = vec!["credit".into()];
+        let offer = Offer { needs, devices: vec![device], ..Offer::default() };
+        peer.frame(Kind::OFFER, 0, 0, &offer.encode().unwrap());
+        peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+        // Whether it is in order does not matter any more.
+        peer.frame(Kind::DEVICE_DATA, 7, (4 << 20) - 3, b"four");
+    });
+    assert!(why.to_string().contains("with the last credit there is room up to byte 4194304"), "{why}");
+}
+
+#[test]
+fn a_source_that_knows_no_credit_is_given_one_link() {
+    let mut ends = ends();
+    ends.options.links = std::num::NonZeroU32::new(4).unwrap();
+    let (near, far) = SocketLink::pair().unwrap();
+    let received = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(near);
+            peer.preface(ID);
+            let device = DeviceFacts { id: 7, name: "made up".into(), flags: 7, ..DeviceFacts::default() };
+            let offer = Offer { devices: vec![device], links: 4, ..Offer::default() };
+            peer.frame(Kind::OFFER, 0, 0, &offer.encode().unwrap());
+            peer.read_id();
+            let (kind, answer) = peer.read();
+            assert_eq!(kind, Kind::ANSWER);
+            let answer = Answer::decode(&answer).unwrap();
+            // What came over one link ahead of another would have no bound.
+            assert!(answer.accepted && answer.links == 1, "{answer:?}");
+        });
+        let nobody = |_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> { panic!("nobody asks for more") };
+        ends.with_destination(|destination| destination.receive_over(&far, &nobody))
+    });
+    assert!(matches!(received, Received::Discarded { .. }), "{received:?}");
+}
+
+#[test]
+fn a_foreign_device_s_state_is_refused_before_ready() {
+    let why = source_says(&ends(), |peer| {
+        greet(peer);
+        whole(peer, b"what another device would load");
+        peer.frame(Kind::COMMIT, 0, 0, &[]);
+    });
+    assert!(why.to_string().contains("entering STOP") && why.to_string().contains("EINVAL"), "{why}");
+}
+
+#[test]
+fn a_source_that_says_nothing_more_than_that_it_lives_holds_nobody_for_ever() {
+    let mut ends = ends();
+    ends.options = Options { load_max: Duration::from_millis(100), ..options() };
+    let why = source_says(&ends, |peer| {
+        peer.preface(ID);
+        // Until the other side hangs up.
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(20) && peer.try_frame(Kind::PROGRESS, 0, 0, &[0; 8]) {}
+        assert!(began.elapsed() < Duration::from_secs(20), "nobody hung up");
+    });
+    assert!(matches!(why, Error::TimedOut { .. }), "{why}");
+}
+
+#[test]
+fn a_newer_stream_is_refused_by_name() {
+    let why = source_says(&ends(), |peer| {
+        let preface = Preface { version: 4, oldest: 3, ..Preface::new(ID, PrefaceFlags::empty()) };
+        peer.bytes(&preface.encode());
+    });
+    let Error::Stream { damage: Damage::Newer { version: 4, oldest: 3 }, .. } = why else { panic!("{why}") };
+    let why = source_says(&ends(), |peer| {
+        peer.preface(ID);
+        peer.frame(Kind::OFFER, 0, 0, br#"{"devices":[],"needs":["postcopy"]}"#);
+    });
+    assert!(why.to_string().contains("the stream uses postcopy"), "{why}");
+}
+
+#[test]
+fn an_offer_that_lies_is_refused_before_a_device_is_touched() {
+    let ends = ends();
+    let device = |id: u32| format!(r#"{{"id":{id},"name":"made up","flags":7}}"#);
+    let devices = |list: &[String]| format!(r#"{{"devices":[{}]}}"#, list.join(","));
+    let memory = |list: &str| format!(r#"{{"devices":[{}],"memory":[{list}]}}"#, device(7));
+    let part = |id: u32, address: u64, bytes: u64, page: u64| {
+        format!(r#"{{"id":{id},"address":{address},"bytes":{bytes},"page_bytes":{page}}}"#)
+    };
+    let many = |count: u32| devices(&(0..count).map(device).collect::<Vec<_>>());
+    for (expected, offer) in [
+        ("65 devices, the most is 64", many(65)),
+        ("the source has 64 devices, the destination 1", many(64)),
+        ("the source has 0 devices, the destination 1", many(0)),
+        ("two devices have the id 7", devices(&[device(7), device(7)])),
+        ("a name over 255 bytes", devices(&[device(7).replace("made up", &"n".repeat(256))])),
+        (
+            "257 regions, the most is 256",
+            devices(&[device(7).replace('}', &format!(r#","irqs":{:?}}}"#, [1; 257]))]),
+        ),
+        (
+            "made\u{fffd}[2Jup -> ",
+            devices(&[device(7).replace("made up", r#"made\u001b[2Jup","irqs":[9],"x":""#)]),
+        ),
+        ("only the source has memory 3", memory(&part(3, 0, 4096, 4096))),
+        (
+            "two memory regions have the id 1",
+            memory(&[part(1, 0, 4096, 4096), part(1, 1 << 20, 4096, 4096)].join(",")),
+        ),
+        ("overlap", memory(&[part(1, 0, 8192, 4096), part(2, 4096, 4096, 4096)].join(","))),
+        ("address 0xfffffffffffff000", memory(&part(0, u64::MAX - 4095, 8192, 4096))),
+        ("pages of 0 bytes", memory(&part(0, 0, 4096, 0))),
+        ("pages of 18446744073709551615 bytes", memory(&part(0, 0, 4096, u64::MAX))),
+        ("281474976714752 bytes", memory(&part(0, 0, (1 << 48) + 4096, 4096))),
+        ("OFFER", memory(r#"{"id":-1,"address":0,"bytes":4096,"page_bytes":4096}"#)),
+        ("OFFER", memory(r#"{"id":0,"address":1e400,"bytes":4096,"page_bytes":4096}"#)),
+        ("OFFER", "[".repeat(100_000)),
+        ("OFFER", "null".into()),
+        ("OFFER", " ".repeat(256 << 10)),
+    ] {
+        let why = source_says(&ends, |peer| {
+            peer.preface(ID);
+            peer.frame(Kind::OFFER, 0, 0, offer.as_bytes());
+        });
+        assert!(why.to_string().contains(expected), "{expected}: {why}");
+    }
+    let (outcome, received) = ends.run_plain();
+    assert!(ends.check(outcome, received, "after all that"));
+}
+
+#[test]
+fn a_length_that_a_kind_cannot_have_is_not_waited_for() {
+    let ends = ends();
+    for (kind, length) in [
+        (Kind::OFFER, 0),
+        (Kind::OFFER, (256 << 10) + 1),
+        (Kind::OFFER, u32::MAX),
+        (Kind::DEVICE_DATA, 0),
+        (Kind::DEVICE_DATA, (1 << 20) + 1),
+        (Kind::DEVICE_DATA, u32::MAX),
+        (Kind::DEVICE_BEGIN, 1),
+        (Kind::DEVICE_END, 15),
+        (Kind::DEVICE_HINT, 25),
+        (Kind::MEMORY_DATA, 0),
+        (Kind::MEMORY_DATA, u32::MAX),
+        (Kind::MEMORY_ZERO, 7),
+        (Kind::ROUND, 8),
+        (Kind::STOPPED, 1),
+        (Kind::SUM, 0),
+        (Kind::FLUSH, 1),
+        (Kind::ABORT, 3),
+        (Kind::ABORT, 5001),
+        (Kind::PROGRESS, 9),
+        (Kind(4000), u32::MAX),
+    ] {
+        let why = source_says(&ends, |peer| {
+            match kind {
+                Kind::OFFER => peer.preface(ID),
+                _ => greet(peer),
+            }
+            peer.lie_of_length(kind, length);
+        });
+        assert!(matches!(why, Error::Stream { .. }), "{kind} of {length}: {why}");
+    }
+}
+
+#[test]
+fn a_source_that_calls_off_is_believed() {
+    let why = source_says(&ends(), |peer| {
+        greet(peer);
+        peer.frame(Kind::ABORT, 0, 0, &encode_abort(AbortCode::Vmm, "second thoughts"));
+    });
+    let Error::Aborted { code: AbortCode::Vmm, reason, .. } = why else { panic!("{why}") };
+    assert_eq!(reason, "second thoughts");
+}
+
+#[test]
+fn frames_that_nobody_knows_yet_are_passed_over_when_they_allow_it() {
+    let ends = ends();
+    let why = source_says(&ends, |peer| {
+        greet(peer);
+        let mut header = Header::new(Kind(4000), 0, 0, peer.sequence, b"news");
+        header.skippable = true;
+        peer.sequence += 1;
+        peer.bytes(&[&header.encode()[..], b"news"].concat());
+        peer.frame(Kind(4001), 0, 0, b"bad news");
+    });
+    assert!(why.to_string().contains("frame of kind 4001"), "{why}");
+}
+
+/// Lets a made-up destination answer a source; why the source went back.
+fn destination_says(answer: impl FnOnce(&mut Peer, MigrationId) + Send) -> Error {
+    let mut ends = ends();
+    ends.options = Options { silence_max: Duration::from_secs(2), ..options() };
+    let (near, far) = SocketLink::pair().unwrap();
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(far);
+            let id = peer.read_id();
+            answer(&mut peer, id);
+            peer.link.finish();
+            let wait = Wait::within(Duration::from_secs(10), None);
+            while peer.link.read(&mut [0; 4096], wait).is_ok() {}
+        });
+        let outcome = ends.with_source(|source| source.send(&near));
+        drop(near);
+        outcome
+    });
+    let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };
+    assert_eq!(ends.source[0].state(), State::Running);
+    assert!(ends.source[0].holds_guest());
+    why
+}
+
+const ACCEPTED: &[u8] = br#"{"accepted":true,"window":65536}"#;
+
+#[test]
+fn a_destination_that_breaks_the_order_leaves_the_source_running() {
+    let why = destination_says(|peer, _| peer.preface(ID));
+    assert!(why.to_string().contains("in answer to"), "{why}");
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::READY, 0, 0, &[]);
+    });
+    assert!(why.to_string().contains("READY is out of place: ANSWER is due"), "{why}");
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
+        peer.frame(Kind::RUNNING, 0, 0, &[]);
+    });
+    assert!(why.to_string().contains("RUNNING is out of place: nothing was asked"), "{why}");
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":false,"reasons":["too\u001b[2J old"]}"#);
+    });
+    assert_eq!(why.to_string(), "cannot be moved: too\u{fffd}[2J old");
+}
+
+#[test]
+fn a_destination_of_another_version_leaves_the_source_running() {
+    let newer = |version, oldest| {
+        destination_says(move |peer, id| {
+            let preface = Preface { version, oldest, ..Preface::new(id, PrefaceFlags::empty()) };
+            peer.bytes(&preface.encode());
+            peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":false,"reasons":["it was read"]}"#);
+        })
+    };
+    let why = newer(4, 3);
+    assert!(matches!(why, Error::Stream { damage: Damage::Newer { version: 4, oldest: 3 }, .. }), "{why}");
+    for (version, oldest) in [(0, 0), (1, 0x100), (3, 4)] {
+        assert!(matches!(newer(version, oldest), Error::Stream { .. }), "{version} {oldest}");
+    }
+    // One that is newer and speaks to older ones is understood.
+    assert_eq!(newer(4, 1).to_string(), "cannot be moved: it was read");
+}
+
+#[test]
+fn an_answer_that_lies_leaves_the_source_running() {
+    let answers = |payload: &'static [u8]| {
+        destination_says(move |peer, id| {
+            peer.preface(id);
+            peer.frame(Kind::ANSWER, 0, 0, payload);
+        })
+    };
+    for payload in
+        [&b"{}"[..], b"true", br#"{"accepted":1}"#, br#"{"accepted":true,"reasons":7}"#, b"\xff\xfe"]
+    {
+        let why = answers(payload);
+        assert!(matches!(why, Error::Stream { .. }) && why.to_string().contains("ANSWER"), "{why}");
+    }
+    let why = answers(br#"{"accepted":false,"reasons":[]}"#);
+    assert_eq!(why.to_string(), "cannot be moved: the destination refuses and does not say why");
+    // READY for what was not sent, RUNNING for what was not committed, an outcome that nobody asked for.
+    for kind in [Kind::READY, Kind::RUNNING, Kind::OUTCOME, Kind::COMMIT, Kind::DONE] {
+        let why = destination_says(move |peer, id| {
+            peer.preface(id);
+            peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
+            let payload: &[u8] = if kind == Kind::OUTCOME { &[2, 0, 0, 0] } else { &[] };
+            peer.frame(kind, 0, 0, payload);
+        });
+        assert!(matches!(why, Error::Stream { .. }), "{kind}: {why}");
+    }
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
+        while peer.read().0 != Kind::SUM {}
+        peer.frame(Kind::RUNNING, 0, 0, &[]);
+    });
+    assert!(why.to_string().contains("RUNNING is out of place"), "{why}");
+}
+
+#[test]
+fn a_destination_that_calls_off_at_the_commit_gives_the_guest_back() {
+    let why = destination_says(|peer, id| {
+        peer.preface(id);
+        peer.frame(Kind::ANSWER, 0, 0, ACCEPTED);
+        while peer.read().0 != Kind::SUM {}
+        peer.frame(Kind::READY, 0, 0, &[]);
+        assert_eq!(peer.read().0, Kind::COMMIT);
+        peer.frame(Kind::ABORT, 0, 0, &encode_abort(AbortCode::Device, "it does not start"));
+    });
+    assert!(why.to_string().contains("it does not start"), "{why}");
+}
+
+#[test]
+fn a_move_that_ran_once_cannot_be_replayed() {
+    let ends = ends();
+    // A state that the device takes: no bytes.
+    let data = [&b"testdev1"[..], &[0; 8], &crc32c::crc32c(&[]).to_le_bytes()].concat();
+    let send = |peer: &mut Peer| {
+        greet(peer);
+        whole(peer, &data);
+        peer.frame(Kind::COMMIT, 0, 0, &[]);
+    };
+    let (near, far) = SocketLink::pair().unwrap();
+    let mut peer = Peer::new(near);
+    send(&mut peer);
+    peer.frame(Kind::DONE, 0, 0, &[]);
+    let received = ends.with_destination(|destination| destination.receive(&far));
+    assert!(matches!(received, Received::Runs(_)), "{received:?}");
+    Device::reset(&ends.destination[0].client).unwrap();
+    let why = source_says(&ends, send);
+    assert!(why.to_string().contains("which is decided already"), "{why}");
+    assert_eq!(ends.ledger.ask(ID), Decision::Committed, "as before");
+}

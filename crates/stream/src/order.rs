@@ -1,0 +1,365 @@
+//! Which frame may follow which (`docs/stream.md: Order`). Shared by everyone who reads a source's
+//! half of a stream: the destination, a load, an inspection.
+
+use limosa_protocol::feature::PrecopyInfo;
+
+use super::body::{decode_device_end, decode_hint, decode_round, decode_u64};
+use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, RunningCrc, Seal, Totals};
+
+/// A frame that is in order, and what it says. Devices and memory are named by their place in the
+/// offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step<'a> {
+    /// A device's data follows.
+    DeviceBegin(usize),
+    /// The next bytes of a device.
+    DeviceData(usize, &'a [u8]),
+    /// What a device says of its pre-copy.
+    DeviceHint(usize, PrecopyInfo),
+    /// A device's data is complete.
+    DeviceEnd(usize),
+    /// Pages of a memory region, from this offset on.
+    MemoryData(usize, u64, &'a [u8]),
+    /// Zeroes in a memory region, from this offset on, this many bytes.
+    MemoryZero(usize, u64, u64),
+    /// A round is over; this many bytes of memory are still dirty.
+    Round(u32, u64),
+    /// The source waits until all is handled that came before.
+    Flush,
+    /// The source's devices are stopped.
+    Stopped,
+    /// All has come, and the totals agree.
+    Sum,
+    /// All of a saved stream has come; what it says of that is for whoever has the bytes to check.
+    Sealed(Seal),
+    /// The destination is to run.
+    Commit,
+    /// Nothing that concerns the reader.
+    Skipped,
+}
+
+/// Follows a source's half of a stream from its OFFER on.
+#[derive(Debug)]
+pub struct Order {
+    devices: Vec<Device>,
+    memory: Vec<MemoryFacts>,
+    totals: Totals,
+    stopped: bool,
+    summed: bool,
+    sealed: bool,
+    committed: bool,
+}
+
+#[derive(Debug)]
+struct Device {
+    id: u32,
+    begun: bool,
+    ended: bool,
+    bytes: u64,
+    crc: RunningCrc,
+}
+
+impl Order {
+    /// At the OFFER.
+    pub fn new(offer: &Offer) -> Order {
+        let device = |id| Device { id, begun: false, ended: false, bytes: 0, crc: RunningCrc::new() };
+        Order {
+            devices: offer.devices.iter().map(|facts| device(facts.id)).collect(),
+            memory: offer.memory.clone(),
+            totals: Totals::default(),
+            stopped: false,
+            summed: false,
+            sealed: false,
+            committed: false,
+        }
+    }
+
+    /// What has come so far.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// Bytes of one device that have come so far, and whether they are all.
+    pub fn device(&self, at: usize) -> (u64, bool) {
+        (self.devices[at].bytes, self.devices[at].ended)
+    }
+
+    /// The device that a frame is about.
+    pub fn section(&mut self, header: &Header) -> Result<usize, Damage> {
+        self.find(header).map(|(at, _)| at)
+    }
+
+    /// The byte of a device's stream that is due; `None` before DEVICE_BEGIN.
+    pub fn due(&self, at: usize) -> Option<u64> {
+        self.devices[at].begun.then_some(self.devices[at].bytes)
+    }
+
+    /// Whether the SUM has come, so that the stream is whole.
+    pub fn is_whole(&self) -> bool {
+        self.summed
+    }
+
+    /// Whether the SEAL has come, so that nothing more may.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed
+    }
+
+    /// Takes the next frame. Its payload has been checked against its checksum. An error changes
+    /// nothing.
+    pub fn next<'a>(&mut self, header: &Header, payload: &'a [u8]) -> Result<Step<'a>, Damage> {
+        let kind = header.kind;
+        let misplaced = |why: &str| Err(Damage::Misplaced { kind, why: why.into() });
+        if self.sealed {
+            return misplaced("the SEAL came before");
+        }
+        if kind.name().is_none() || matches!(kind, Kind::PROGRESS) {
+            return Ok(Step::Skipped);
+        }
+        if self.summed && !matches!(kind, Kind::COMMIT | Kind::SEAL) {
+            return misplaced("the SUM came before");
+        }
+        Ok(match kind {
+            Kind::DEVICE_BEGIN => {
+                let (at, device) = self.find(header)?;
+                if device.begun {
+                    return misplaced("the device has begun before");
+                }
+                device.begun = true;
+                Step::DeviceBegin(at)
+            }
+            Kind::DEVICE_DATA => {
+                let (at, device) = self.find(header)?;
+                device.check_open(kind)?;
+                if header.position != device.bytes {
+                    let why = format!("it is for byte {}, due is byte {}", header.position, device.bytes);
+                    return Err(Damage::Misplaced { kind, why });
+                }
+                let bytes = device.bytes + payload.len() as u64;
+                if bytes > DEVICE_BYTES_MAX {
+                    return misplaced("the device's stream is too long");
+                }
+                device.crc.add(payload);
+                device.bytes = bytes;
+                self.totals.device_bytes += payload.len() as u64;
+                Step::DeviceData(at, payload)
+            }
+            Kind::DEVICE_HINT => {
+                let (at, device) = self.find(header)?;
+                device.check_open(kind)?;
+                Step::DeviceHint(at, decode_hint(payload))
+            }
+            Kind::DEVICE_END => {
+                let stopped = self.stopped;
+                let (at, device) = self.find(header)?;
+                device.check_open(kind)?;
+                if !stopped {
+                    return misplaced("the source is not stopped yet");
+                }
+                let (bytes, crc) = decode_device_end(payload);
+                if bytes != device.bytes {
+                    let why = format!("it counts {bytes} bytes, {} came", device.bytes);
+                    return Err(Damage::Misplaced { kind, why });
+                }
+                let computed = device.crc.value();
+                if crc != computed {
+                    let of = "a device's data";
+                    return Err(Damage::Checksum { of, expected: crc, computed });
+                }
+                device.ended = true;
+                Step::DeviceEnd(at)
+            }
+            Kind::MEMORY_DATA => {
+                let length = payload.len() as u64;
+                let at = self.pages(header, length)?;
+                self.totals.memory_bytes = self.totals.memory_bytes.saturating_add(length);
+                Step::MemoryData(at, header.position, payload)
+            }
+            Kind::MEMORY_ZERO => {
+                let length = decode_u64(payload);
+                let at = self.pages(header, length)?;
+                self.totals.zero_bytes = self.totals.zero_bytes.saturating_add(length);
+                Step::MemoryZero(at, header.position, length)
+            }
+            Kind::ROUND if self.stopped => return misplaced("the source is stopped"),
+            Kind::ROUND => {
+                let (round, dirty_bytes) = decode_round(payload);
+                Step::Round(round, dirty_bytes)
+            }
+            Kind::STOPPED if self.stopped => return misplaced("it came before"),
+            Kind::STOPPED => {
+                self.stopped = true;
+                Step::Stopped
+            }
+            Kind::SUM => {
+                if !self.stopped {
+                    return misplaced("the source is not stopped yet");
+                }
+                if let Some(device) = self.devices.iter().find(|device| !device.ended) {
+                    let why = format!("device {} has not ended", device.id);
+                    return Err(Damage::Misplaced { kind, why });
+                }
+                let sum = Totals::decode(payload);
+                if sum != self.totals {
+                    let why = format!("it says {sum:?}, what came is {:?}", self.totals);
+                    return Err(Damage::Misplaced { kind, why });
+                }
+                self.summed = true;
+                Step::Sum
+            }
+            Kind::SEAL if self.summed && !self.committed => {
+                self.sealed = true;
+                Step::Sealed(Seal::decode(payload))
+            }
+            Kind::SEAL => return misplaced("the SUM has not come"),
+            Kind::FLUSH => Step::Flush,
+            Kind::COMMIT if self.summed && !self.committed => {
+                self.committed = true;
+                Step::Commit
+            }
+            Kind::COMMIT => return misplaced("nothing is ready to be committed"),
+            _ => return misplaced("a source does not send it here"),
+        })
+    }
+
+    fn find(&mut self, header: &Header) -> Result<(usize, &mut Device), Damage> {
+        let found = self.devices.iter_mut().enumerate().find(|(_, device)| device.id == header.section);
+        found.ok_or_else(|| Damage::Misplaced {
+            kind: header.kind,
+            why: format!("device {} was not offered", header.section),
+        })
+    }
+
+    /// Finds the region and checks a run of pages in it.
+    fn pages(&self, header: &Header, length: u64) -> Result<usize, Damage> {
+        let refuse = |why: String| Err(Damage::Misplaced { kind: header.kind, why });
+        let Some(at) = self.memory.iter().position(|region| region.id == header.section) else {
+            return refuse(format!("memory region {} was not offered", header.section));
+        };
+        let region = &self.memory[at];
+        let start = header.position;
+        let inside = start.checked_add(length).is_some_and(|end| end <= region.bytes);
+        if length == 0 || !inside {
+            return refuse(format!("{length} bytes at {start:#x} of region {} lie outside it", region.id));
+        }
+        if !start.is_multiple_of(region.page_bytes) || !length.is_multiple_of(region.page_bytes) {
+            return refuse(format!("{length} bytes at {start:#x} are not whole pages"));
+        }
+        Ok(at)
+    }
+}
+
+impl Device {
+    fn check_open(&self, kind: Kind) -> Result<(), Damage> {
+        let why = match (self.begun, self.ended) {
+            (false, _) => "the device has not begun",
+            (true, true) => "the device has ended",
+            (true, false) => return Ok(()),
+        };
+        Err(Damage::Misplaced { kind, why: why.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::DeviceFacts;
+    use super::super::body::{encode_device_end, encode_round};
+    use super::*;
+
+    fn order() -> Order {
+        let device = |id| DeviceFacts { id, flags: 1, ..Default::default() };
+        Order::new(&Offer {
+            devices: vec![device(4), device(9)],
+            memory: vec![MemoryFacts { id: 2, address: 0, bytes: 0x4000, page_bytes: 0x1000 }],
+            ..Offer::default()
+        })
+    }
+
+    fn take(
+        order: &mut Order,
+        kind: Kind,
+        section: u32,
+        position: u64,
+        payload: &[u8],
+    ) -> Result<(), Damage> {
+        order.next(&Header::new(kind, section, position, 0, payload), payload).map(drop)
+    }
+
+    fn end_of(data: &[u8]) -> [u8; 16] {
+        encode_device_end(data.len() as u64, crc32c::crc32c(data))
+    }
+
+    #[test]
+    fn a_whole_stream_is_taken() {
+        let mut order = order();
+        take(&mut order, Kind::DEVICE_BEGIN, 9, 0, &[]).unwrap();
+        take(&mut order, Kind::DEVICE_DATA, 9, 0, b"abc").unwrap();
+        take(&mut order, Kind::MEMORY_DATA, 2, 0x1000, &[1; 0x1000]).unwrap();
+        take(&mut order, Kind::MEMORY_ZERO, 2, 0, &0x4000u64.to_le_bytes()).unwrap();
+        take(&mut order, Kind::ROUND, 0, 0, &encode_round(1, 0)).unwrap();
+        take(&mut order, Kind::DEVICE_BEGIN, 4, 0, &[]).unwrap();
+        take(&mut order, Kind::STOPPED, 0, 0, &[]).unwrap();
+        take(&mut order, Kind::DEVICE_END, 4, 0, &end_of(b"")).unwrap();
+        take(&mut order, Kind::DEVICE_DATA, 9, 3, b"defg").unwrap();
+        take(&mut order, Kind::DEVICE_END, 9, 0, &end_of(b"abcdefg")).unwrap();
+        let sum = Totals { device_bytes: 7, memory_bytes: 0x1000, zero_bytes: 0x4000 };
+        take(&mut order, Kind::SUM, 0, 0, &sum.encode()).unwrap();
+        assert!(order.is_whole());
+        take(&mut order, Kind::COMMIT, 0, 0, &[]).unwrap();
+        assert!(take(&mut order, Kind::COMMIT, 0, 0, &[]).is_err());
+    }
+
+    #[test]
+    fn frames_out_of_order_are_refused_and_change_nothing() {
+        let mut order = order();
+        let mut refused = |kind, section, position, payload: &[u8]| {
+            assert!(
+                take(&mut order, kind, section, position, payload).is_err(),
+                "{kind} {section} {position}"
+            );
+        };
+        refused(Kind::DEVICE_DATA, 9, 0, b"x");
+        refused(Kind::DEVICE_BEGIN, 3, 0, &[]);
+        refused(Kind::DEVICE_END, 9, 0, &end_of(b""));
+        refused(Kind::SUM, 0, 0, &Totals::default().encode());
+        refused(Kind::COMMIT, 0, 0, &[]);
+        refused(Kind::READY, 0, 0, &[]);
+        refused(Kind::OFFER, 0, 0, b"{}");
+        refused(Kind::MEMORY_DATA, 1, 0, &[0; 0x1000]);
+        refused(Kind::MEMORY_DATA, 2, 0x800, &[0; 0x1000]);
+        refused(Kind::MEMORY_DATA, 2, 0, &[0; 0x1800]);
+        refused(Kind::MEMORY_DATA, 2, 0x4000, &[0; 0x1000]);
+        refused(Kind::MEMORY_ZERO, 2, 0, &0u64.to_le_bytes());
+        refused(Kind::MEMORY_ZERO, 2, 0x1000, &(u64::MAX - 0xfff).to_le_bytes());
+        take(&mut order, Kind::DEVICE_BEGIN, 9, 0, &[]).unwrap();
+        take(&mut order, Kind::DEVICE_DATA, 9, 0, b"abc").unwrap();
+        let mut refused = |kind, section, position, payload: &[u8]| {
+            assert!(
+                take(&mut order, kind, section, position, payload).is_err(),
+                "{kind} {section} {position}"
+            );
+        };
+        refused(Kind::DEVICE_BEGIN, 9, 0, &[]);
+        refused(Kind::DEVICE_DATA, 9, 2, b"x");
+        refused(Kind::DEVICE_DATA, 9, 4, b"x");
+        refused(Kind::DEVICE_DATA, 4, 3, b"x");
+        refused(Kind::DEVICE_END, 9, 0, &end_of(b"abc"));
+        take(&mut order, Kind::STOPPED, 0, 0, &[]).unwrap();
+        let mut refused = |kind, section, position, payload: &[u8]| {
+            assert!(
+                take(&mut order, kind, section, position, payload).is_err(),
+                "{kind} {section} {position}"
+            );
+        };
+        refused(Kind::STOPPED, 0, 0, &[]);
+        refused(Kind::DEVICE_END, 9, 0, &end_of(b"abcd"));
+        refused(Kind::DEVICE_END, 9, 0, &end_of(b"abd"));
+        take(&mut order, Kind::DEVICE_END, 9, 0, &end_of(b"abc")).unwrap();
+        let sum = Totals { device_bytes: 3, ..Default::default() };
+        assert!(take(&mut order, Kind::SUM, 0, 0, &sum.encode()).is_err(), "device 4 is missing");
+        take(&mut order, Kind::DEVICE_BEGIN, 4, 0, &[]).unwrap();
+        take(&mut order, Kind::DEVICE_END, 4, 0, &end_of(b"")).unwrap();
+        assert!(take(&mut order, Kind::SUM, 0, 0, &Totals::default().encode()).is_err(), "wrong totals");
+        take(&mut order, Kind::SUM, 0, 0, &sum.encode()).unwrap();
+        assert!(take(&mut order, Kind::MEMORY_DATA, 2, 0, &[0; 0x1000]).is_err(), "after the SUM");
+    }
+}
