@@ -1,6 +1,6 @@
 //! Tests of `catch` in a simulation: it catches a panic of the program, and never a simulated crash.
 
-use std::panic::resume_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -80,6 +80,23 @@ fn catch_does_not_catch_a_crash() {
         run.unwrap();
         assert_eq!(returned.into_inner(), 0, "seed {seed}");
     }
+}
+
+#[test]
+fn catch_does_not_catch_the_crash_of_another_process() {
+    let run = Simulation::new(1).run(|| {
+        let process = Process::new("crashes");
+        scope(|scope| {
+            let thread = process.spawn(scope, "main", || sleep(Duration::from_secs(60)));
+            sleep(Duration::from_secs(1));
+            process.crash();
+            let outer = catch_unwind(AssertUnwindSafe(|| {
+                catch(|| thread.join().unwrap_or_else(|payload| resume_unwind(payload)))
+            }));
+            is_crash(outer.unwrap_err().as_ref())
+        })
+    });
+    assert!(run.unwrap().value);
 }
 
 #[test]

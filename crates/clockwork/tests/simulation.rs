@@ -111,7 +111,7 @@ fn a_sleep_of_a_day_takes_no_real_time() {
 
 #[test]
 fn a_deadlock_of_two_threads_is_found_and_both_are_named() {
-    let failed = (0..50).find_map(|seed| {
+    let failed = (0..500).find_map(|seed| {
         let (one, two) = (Monitor::new(()), Monitor::new(()));
         Simulation::new(seed)
             .run(|| {

@@ -17,7 +17,7 @@ const STEP_TIME: Duration = Duration::from_micros(1);
 const LATE_NS_MAX: u64 = 50_000;
 /// The rates of spurious wake-ups that a seed may have: one wait in 2^4 up to one in 2^12.
 const SPURIOUS_SHIFTS: std::ops::RangeInclusive<u64> = 4..=12;
-/// A spurious wake-up comes within 2^0 to 2^10 choices of the next task.
+/// A spurious wake-up comes within 2^0 to 2^10 choices of the next task, and sooner rather than later.
 const SPURIOUS_DELAY_SHIFTS: u64 = 11;
 /// The relative probabilities with which a task is chosen. Each task draws one.
 const WEIGHTS: [u64; 6] = [1, 1, 1, 4, 16, 64];
@@ -225,7 +225,8 @@ impl State {
             (self.limits.spurious_one_in, waiting)
             && self.random.below(one_in) == 0
         {
-            let delay_max = 1 << self.random.below(SPURIOUS_DELAY_SHIFTS);
+            let shift_max = self.random.below(SPURIOUS_DELAY_SHIFTS);
+            let delay_max = 1 << self.random.below(shift_max + 1);
             spurious_at = Some(self.choices + 1 + self.random.below(delay_max));
         }
         if let Some(task) = self.tasks.get_mut(&id) {
