@@ -61,8 +61,8 @@ impl<T> Monitor<T> {
         self.wait_with(guard, until, false)
     }
 
-    /// A [`Monitor::wait`] that stands for a `poll` of file descriptors: in a simulation, [`wake_polls`](crate::wake_polls)
-    /// ends it as well. Outside of a simulation it is the same as [`Monitor::wait`].
+    /// A [`Monitor::wait`] that stands for a `poll` of file descriptors. In a simulation,
+    /// [`wake_polls`](crate::wake_polls) ends it as well. Outside of a simulation it is the same as [`Monitor::wait`].
     ///
     /// # Panics
     ///

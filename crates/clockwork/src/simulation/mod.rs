@@ -53,7 +53,7 @@ pub use failure::{Failure, What};
 pub use process::{Process, crashing, elapsed, note, random};
 pub use task::is_crash;
 
-use state::{Baton, Limits, State};
+use state::{Baton, Settings, State};
 use task::{Core, SIMULATIONS, Watch};
 
 /// Longest real time that a task may run without a call of this crate. A task that takes longer is assumed to block
@@ -63,7 +63,7 @@ const STUCK_AFTER: Duration = Duration::from_secs(120);
 /// The settings of a simulation.
 pub struct Simulation {
     seed: u64,
-    limits: Limits,
+    settings: Settings,
     trace: bool,
     watch: Option<Watch>,
 }
@@ -88,25 +88,25 @@ impl Simulation {
     /// A simulation in which `seed` determines every random choice.
     #[must_use]
     pub fn new(seed: u64) -> Simulation {
-        let limits = Limits {
+        let settings = Settings {
             steps_max: 1_000_000,
             time_max: Duration::from_secs(30 * 86_400),
             spurious_one_in: state::draw_spurious_one_in(seed),
         };
-        Simulation { seed, limits, trace: false, watch: None }
+        Simulation { seed, settings, trace: false, watch: None }
     }
 
     /// Largest number of steps; more are a failure. The default is a million.
     #[must_use]
     pub fn steps_max(mut self, steps_max: u64) -> Simulation {
-        self.limits.steps_max = steps_max;
+        self.settings.steps_max = steps_max;
         self
     }
 
     /// Longest virtual time; more is a failure. The default is thirty days.
     #[must_use]
     pub fn time_max(mut self, time_max: Duration) -> Simulation {
-        self.limits.time_max = time_max;
+        self.settings.time_max = time_max;
         self
     }
 
@@ -114,7 +114,7 @@ impl Simulation {
     /// wait. The default depends on the seed: `None` for half of the seeds, 16 to 4096 for the others.
     #[must_use]
     pub fn spurious_one_in(mut self, spurious_one_in: Option<u64>) -> Simulation {
-        self.limits.spurious_one_in = spurious_one_in;
+        self.settings.spurious_one_in = spurious_one_in;
         self
     }
 
@@ -140,7 +140,7 @@ impl Simulation {
     ///
     /// A [`Failure`]: a deadlock, an exceeded limit, an error of the watching function, or a panic of a task.
     pub fn run<T: Send>(self, main: impl FnOnce() -> T + Send) -> Result<Run<T>, Failure> {
-        let mut state = State::new(self.seed, self.limits, self.trace);
+        let mut state = State::new(self.seed, self.settings, self.trace);
         let id = state.next_id();
         let go = Arc::new(AtomicBool::new(false));
         let core = Arc::new(Core::new(state, self.watch));

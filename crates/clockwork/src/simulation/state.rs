@@ -89,7 +89,7 @@ pub(crate) struct State {
     /// For random numbers of the program. Their use does not change the interleaving.
     pub(crate) program_random: Random,
     random: Random,
-    limits: Limits,
+    settings: Settings,
     eagerness: u64,
     /// How often the next task was chosen.
     choices: u64,
@@ -98,7 +98,7 @@ pub(crate) struct State {
 
 /// The settings of a simulation that its steps depend on.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Limits {
+pub(crate) struct Settings {
     pub(crate) steps_max: u64,
     pub(crate) time_max: Duration,
     pub(crate) spurious_one_in: Option<u64>,
@@ -130,7 +130,7 @@ impl ProcessState {
 }
 
 impl State {
-    pub(crate) fn new(seed: u64, limits: Limits, trace: bool) -> State {
+    pub(crate) fn new(seed: u64, settings: Settings, trace: bool) -> State {
         let mut random = Random::new(seed);
         let eagerness = EAGERNESS[random.below(EAGERNESS.len() as u64) as usize];
         State {
@@ -143,7 +143,7 @@ impl State {
             trace: Trace::new(trace),
             program_random: Random::new(seed ^ 0x6368_616e_6365),
             random,
-            limits,
+            settings,
             eagerness,
             choices: 0,
             next_id: 0,
@@ -204,7 +204,7 @@ impl State {
     pub(crate) fn tick(&mut self) -> Duration {
         self.steps += 1;
         self.now += STEP_TIME;
-        if self.steps > self.limits.steps_max {
+        if self.steps > self.settings.steps_max {
             self.fail(What::Steps);
         }
         self.now
@@ -222,7 +222,7 @@ impl State {
     pub(crate) fn begin_wait(&mut self, id: usize, waiting: Waiting) {
         let mut spurious_at = None;
         if let (Some(one_in), Waiting::Notified(..) | Waiting::Polls(..)) =
-            (self.limits.spurious_one_in, waiting)
+            (self.settings.spurious_one_in, waiting)
             && self.random.below(one_in) == 0
         {
             let shift_max = self.random.below(SPURIOUS_DELAY_SHIFTS);
@@ -235,9 +235,9 @@ impl State {
         }
     }
 
-    /// Ends the waits that `whom` selects.
-    pub(crate) fn wake(&mut self, whom: impl Fn(Waiting) -> bool, urgent: bool) {
-        for task in self.tasks.values_mut().filter(|task| whom(task.waiting)) {
+    /// Ends the waits that `is_woken` selects.
+    pub(crate) fn wake(&mut self, is_woken: impl Fn(Waiting) -> bool, urgent: bool) {
+        for task in self.tasks.values_mut().filter(|task| is_woken(task.waiting)) {
             task.waiting = Waiting::Ready;
             task.woken = Woken::Happened;
             task.urgent = urgent;
@@ -306,7 +306,7 @@ impl State {
             match deadlines.min() {
                 Some(due) => {
                     self.now = self.now.max(due) + Duration::from_nanos(self.random.below(LATE_NS_MAX));
-                    if self.now > self.limits.time_max {
+                    if self.now > self.settings.time_max {
                         self.fail(What::Time);
                     }
                 }
