@@ -87,7 +87,8 @@ impl Process {
     }
 
     /// Waits until the threads of this process have made `points` calls of this crate, and returns `true` before any
-    /// other task runs. Returns `false` when no other task can run before this one does.
+    /// other task runs. Returns `false` when the process cannot get there: no task is ready, and
+    /// no wait has a deadline.
     #[track_caller]
     pub fn reaches(self, points: u64) -> bool {
         here().await_points(self.0, points)
