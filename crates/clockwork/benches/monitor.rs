@@ -1,4 +1,4 @@
-//! What a call through this crate costs beside the standard library's own, ns.
+//! Compares the cost of a call of this crate with the cost of the standard library's call, in ns.
 
 use std::hint::black_box;
 use std::sync::Mutex;
@@ -7,18 +7,18 @@ use std::time::Instant;
 use limosa_clockwork::{Monitor, now};
 
 const CALLS: u32 = 2_000_000;
-const TURNS: usize = 9;
+const ROUNDS: usize = 9;
 
-/// The least of several turns, ns a call.
+/// The lowest mean of several rounds, in ns per call.
 fn ns(call: impl Fn()) -> f64 {
-    let turn = || {
+    let round = || {
         let began = Instant::now();
         for _ in 0..CALLS {
             call();
         }
         began.elapsed().as_secs_f64() * 1e9 / f64::from(CALLS)
     };
-    (0..TURNS).map(|_| turn()).fold(f64::INFINITY, f64::min)
+    (0..ROUNDS).map(|_| round()).fold(f64::INFINITY, f64::min)
 }
 
 fn main() {

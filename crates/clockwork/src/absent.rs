@@ -1,8 +1,10 @@
-//! What stands for a simulation where there is none: a task that cannot be, so that nothing of it is left in the
-//! compiled code.
+//! The simulator's interface when the feature `simulation` is off: types without values, so that the compiler removes
+//! every branch that would use them.
 
+use std::any::Any;
 use std::convert::Infallible;
-use std::thread::Result;
+use std::io;
+use std::thread::{Builder, Result};
 use std::time::{Duration, Instant};
 
 pub(crate) struct Task(Infallible);
@@ -15,6 +17,10 @@ pub(crate) struct Child<R>(Infallible, std::marker::PhantomData<R>);
 
 pub(crate) const fn current() -> Option<Task> {
     None
+}
+
+pub(crate) fn is_crash(_: &(dyn Any + Send)) -> bool {
+    false
 }
 
 impl Task {
@@ -30,7 +36,15 @@ impl Task {
         match self.0 {}
     }
 
+    pub(crate) fn end_if_crashed(&self) {
+        match self.0 {}
+    }
+
     pub(crate) fn wake_all(&self) {
+        match self.0 {}
+    }
+
+    pub(crate) fn wake_polls(&self) {
         match self.0 {}
     }
 
@@ -42,7 +56,7 @@ impl Task {
         match self.0 {}
     }
 
-    pub(crate) fn wait(&self, _: usize, _: Option<Instant>) -> bool {
+    pub(crate) fn wait(&self, _: usize, _: Option<Instant>, _: bool) -> bool {
         match self.0 {}
     }
 
@@ -60,12 +74,17 @@ impl Task {
 }
 
 impl ScopeId {
+    pub(crate) fn check_thread_limit(self, _: &str) -> io::Result<()> {
+        match self.0 {}
+    }
+
     pub(crate) fn spawn<'scope, R: Send + 'scope>(
         self,
         _: &'scope std::thread::Scope<'scope, '_>,
+        _: Builder,
         _: String,
         _: impl FnOnce() -> R + Send + 'scope,
-    ) -> Child<R> {
+    ) -> io::Result<Child<R>> {
         match self.0 {}
     }
 }

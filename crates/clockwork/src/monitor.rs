@@ -1,4 +1,4 @@
-//! [`Monitor`]: a value that one thread at a time has, and that others wait for a change of.
+//! [`Monitor`]: a value behind a mutex, with a condition variable to wait for changes of the value.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -7,34 +7,35 @@ use std::time::Instant;
 
 use crate::hook;
 
-/// A mutex and the condition variable that goes with it.
+/// A mutex that owns a value, and its condition variable.
 ///
-/// A thread that panics with the value in hand leaves it as it is for the next: there is no poison.
+/// The mutex is never poisoned: when a thread panics with the lock held, the next thread finds the value as the panic
+/// left it.
 #[derive(Default)]
 pub struct Monitor<T> {
     value: Mutex<T>,
     changed: Condvar,
 }
 
-/// The value of a [`Monitor`], in hand. It may be held across what blocks, such as the writing to a link.
-#[must_use = "the value is given back at once when the guard is not kept"]
+/// A locked [`Monitor`]. A thread may hold the lock while it blocks, as in a write to a link.
+#[must_use = "dropping the guard unlocks the monitor"]
 pub struct Guard<'a, T> {
     value: MutexGuard<'a, T>,
     monitor: &'a Monitor<T>,
-    // After `value`: fields are dropped in order.
+    // Declared after `value`, so that the mutex is unlocked before the report.
     _unlocked: Unlocked,
 }
 
-/// Tells a simulation that a monitor's value has been given back.
+/// Reports to the simulator, when it is dropped, that the monitor at this address is unlocked.
 struct Unlocked(usize);
 
 impl<T> Monitor<T> {
-    /// A monitor over this value.
+    /// A monitor that owns `value`.
     pub const fn new(value: T) -> Monitor<T> {
         Monitor { value: Mutex::new(value), changed: Condvar::new() }
     }
 
-    /// Takes the value in hand, as soon as nobody else has it.
+    /// Locks the monitor; blocks while another thread holds the lock.
     #[track_caller]
     pub fn lock(&self) -> Guard<'_, T> {
         match hook::current() {
@@ -47,18 +48,42 @@ impl<T> Monitor<T> {
         }
     }
 
-    /// Gives the value out of hand until somebody says [`Monitor::notify_all`], or until that moment, and takes it
-    /// back; and whether the moment came. It may also return for no reason, so the caller looks again.
+    /// Unlocks the monitor, waits for [`Monitor::notify_all`] or for the time `until`, and locks the monitor again.
+    /// The flag is `true` when the wait timed out.
+    ///
+    /// A wait may also end without a notification (a spurious wake-up), so the caller checks its condition again.
     ///
     /// # Panics
     ///
-    /// When the guard is another monitor's.
+    /// When the guard belongs to another monitor.
     #[track_caller]
     pub fn wait<'a>(&'a self, guard: Guard<'a, T>, until: Option<Instant>) -> (Guard<'a, T>, bool) {
-        assert!(std::ptr::eq(self, guard.monitor), "a guard is waited with on its own monitor");
+        self.wait_with(guard, until, false)
+    }
+
+    /// A [`Monitor::wait`] that stands for a `poll` of file descriptors. In a simulation,
+    /// [`wake_polls`](crate::wake_polls) ends it as well. Outside of a simulation it is the same as [`Monitor::wait`].
+    ///
+    /// # Panics
+    ///
+    /// When the guard belongs to another monitor.
+    #[track_caller]
+    pub fn wait_as_poll<'a>(&'a self, guard: Guard<'a, T>, until: Option<Instant>) -> (Guard<'a, T>, bool) {
+        self.wait_with(guard, until, true)
+    }
+
+    #[track_caller]
+    fn wait_with<'a>(
+        &'a self,
+        guard: Guard<'a, T>,
+        until: Option<Instant>,
+        as_poll: bool,
+    ) -> (Guard<'a, T>, bool) {
+        assert!(std::ptr::eq(self, guard.monitor), "the guard belongs to another monitor");
         if let Some(task) = hook::current() {
+            // The task keeps running until its wait begins, so no notification is lost in between.
             drop(guard);
-            let timed_out = task.wait(self.address(), until);
+            let timed_out = task.wait(self.address(), until, as_poll);
             return (self.lock(), timed_out);
         }
         let Guard { value, .. } = guard;
@@ -71,7 +96,7 @@ impl<T> Monitor<T> {
         (self.guard(value), timeout.timed_out())
     }
 
-    /// Wakes everybody who waits on this monitor.
+    /// Ends all waits on this monitor.
     #[track_caller]
     pub fn notify_all(&self) {
         match hook::current() {
@@ -80,7 +105,7 @@ impl<T> Monitor<T> {
         }
     }
 
-    /// The value, of a monitor that nobody else has.
+    /// Consumes the monitor and returns its value.
     pub fn into_inner(self) -> T {
         self.value.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
@@ -89,7 +114,7 @@ impl<T> Monitor<T> {
         Guard { value, monitor: self, _unlocked: Unlocked(self.address()) }
     }
 
-    /// What tells this monitor from others for as long as somebody borrows it.
+    /// Identifies the monitor while it is borrowed.
     fn address(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
@@ -136,31 +161,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_ends_when_somebody_notifies() {
-        let turn = Monitor::new(0);
+    fn a_notification_ends_a_wait() {
+        let number = Monitor::new(0);
         crate::scope(|scope| {
             let waiter = scope.spawn("waiter", || {
-                let mut guard = turn.lock();
+                let mut guard = number.lock();
                 while *guard == 0 {
-                    (guard, _) = turn.wait(guard, None);
+                    (guard, _) = number.wait(guard, None);
                 }
                 *guard
             });
-            *turn.lock() = 7;
-            turn.notify_all();
+            *number.lock() = 7;
+            number.notify_all();
             assert_eq!(waiter.join().unwrap(), 7);
         });
-        assert_eq!(turn.into_inner(), 7);
+        assert_eq!(number.into_inner(), 7);
     }
 
     #[test]
-    fn a_wait_until_a_moment_ends_then() {
-        let nobody = Monitor::new(());
+    fn a_wait_ends_when_its_time_has_come() {
+        let monitor = Monitor::new(());
         let until = crate::now() + Duration::from_millis(2);
-        let mut guard = nobody.lock();
+        let mut guard = monitor.lock();
         loop {
             let timed_out;
-            (guard, timed_out) = nobody.wait(guard, Some(until));
+            (guard, timed_out) = monitor.wait(guard, Some(until));
             if timed_out {
                 break;
             }
@@ -169,17 +194,17 @@ mod tests {
     }
 
     #[test]
-    fn a_moment_in_the_past_times_out_at_once() {
-        let nobody = Monitor::new(());
-        assert!(nobody.wait(nobody.lock(), Some(crate::now())).1);
+    fn a_wait_until_a_past_time_times_out_at_once() {
+        let monitor = Monitor::new(());
+        assert!(monitor.wait(monitor.lock(), Some(crate::now())).1);
     }
 
     #[test]
-    fn a_panic_with_the_value_in_hand_leaves_it_to_others() {
+    fn a_panic_with_the_lock_held_does_not_poison_the_monitor() {
         let value = Monitor::new(1);
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             *value.lock() = 2;
-            let _held = value.lock();
+            let _guard = value.lock();
             std::panic::resume_unwind(Box::new(()));
         }));
         assert!(panicked.is_err());

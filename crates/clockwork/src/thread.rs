@@ -1,18 +1,19 @@
-//! [`scope`]: threads that end before the function that starts them.
+//! [`scope`]: threads that end before the function that starts them returns.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread::{Builder, ScopedJoinHandle};
 
 use crate::hook;
 
-/// Where threads are started that may borrow from what is outside of the scope.
+/// Starts threads that may borrow from outside of the [`scope()`].
 #[derive(Clone, Copy, Debug)]
 pub struct Scope<'scope, 'env: 'scope> {
     pub(crate) threads: &'scope std::thread::Scope<'scope, 'env>,
     pub(crate) simulated: Option<hook::ScopeId>,
 }
 
-/// A thread of a [`scope`].
+/// A thread of a [`scope()`].
 #[derive(Debug)]
 pub struct Handle<'scope, R>(pub(crate) Thread<'scope, R>);
 
@@ -22,11 +23,11 @@ pub(crate) enum Thread<'scope, R> {
     Simulated(hook::Child<R>),
 }
 
-/// Runs `f`, which may start threads that borrow; returns when all of them have ended, also when `f` panics.
+/// Runs `f`, which may start threads that borrow, and waits for all of these threads, also when `f` panics.
 ///
 /// # Panics
 ///
-/// When `f` does, with its panic, or when a thread did that was not joined.
+/// With the panic of `f`. Panics also when a thread panicked and was not joined.
 #[track_caller]
 pub fn scope<'env, F, T>(f: F) -> T
 where
@@ -37,7 +38,8 @@ where
     };
     let id = task.scope_begins();
     std::thread::scope(|threads| {
-        // The standard library would wait for the threads where no other one can go on.
+        // The wait of the standard library would block the only thread that the simulator lets run, so the simulator
+        // waits first.
         let returned = catch_unwind(AssertUnwindSafe(|| f(Scope { threads, simulated: Some(id) })));
         task.scope_ends(id);
         returned.unwrap_or_else(|panic| resume_unwind(panic))
@@ -45,34 +47,61 @@ where
 }
 
 impl<'scope, 'env> Scope<'scope, 'env> {
-    /// Starts a thread of this name, which is for people: debuggers and panics show it.
+    /// Starts a thread. Debuggers and panic messages show its name.
+    ///
+    /// # Errors
+    ///
+    /// The system refused to start the thread, as at a limit on processes or memory (`EAGAIN`). In a simulation,
+    /// `simulation::Process::refuse_threads` causes this error. `f` is dropped without a call.
+    #[track_caller]
+    pub fn try_spawn<F, R>(self, name: impl Into<String>, f: F) -> io::Result<Handle<'scope, R>>
+    where
+        F: FnOnce() -> R + Send + 'scope,
+        R: Send + 'scope,
+    {
+        let name = name.into();
+        if let Some(scope) = self.simulated {
+            scope.check_thread_limit(&name)?;
+        }
+        self.start(Builder::new(), name, f)
+    }
+
+    /// Starts a thread, for tests: as [`Scope::try_spawn`], but panics where that returns an error. A simulation never
+    /// refuses this thread.
     ///
     /// # Panics
     ///
-    /// When the system starts no further thread.
+    /// When the system refused to start the thread.
     #[track_caller]
     pub fn spawn<F, R>(self, name: impl Into<String>, f: F) -> Handle<'scope, R>
     where
         F: FnOnce() -> R + Send + 'scope,
         R: Send + 'scope,
     {
-        let name = name.into().replace('\0', " ");
-        Handle(match self.simulated {
-            Some(scope) => Thread::Simulated(scope.spawn(self.threads, name, f)),
-            None => {
-                let thread = Builder::new().name(name).spawn_scoped(self.threads, f);
-                Thread::Real(thread.expect("the system starts a thread"))
-            }
-        })
+        self.start(Builder::new(), name.into(), f).expect("the system starts a thread")
+    }
+
+    #[track_caller]
+    fn start<F, R>(self, builder: Builder, name: String, f: F) -> io::Result<Handle<'scope, R>>
+    where
+        F: FnOnce() -> R + Send + 'scope,
+        R: Send + 'scope,
+    {
+        // The standard library panics on a name that holds a NUL.
+        let name = name.replace('\0', " ");
+        Ok(Handle(match self.simulated {
+            Some(scope) => Thread::Simulated(scope.spawn(self.threads, builder, name, f)?),
+            None => Thread::Real(builder.name(name).spawn_scoped(self.threads, f)?),
+        }))
     }
 }
 
 impl<R> Handle<'_, R> {
-    /// Waits for the thread to end; what it returned, or its panic.
+    /// Waits for the thread to end and returns its result.
     ///
     /// # Errors
     ///
-    /// The panic's payload, for [`std::panic::resume_unwind`].
+    /// The payload of the thread's panic, for [`std::panic::resume_unwind`].
     #[track_caller]
     pub fn join(self) -> std::thread::Result<R> {
         match self.0 {
@@ -90,7 +119,7 @@ mod tests {
     use crate::Monitor;
 
     #[test]
-    fn threads_that_nobody_joins_end_before_the_scope_does() {
+    fn threads_that_are_not_joined_end_before_the_scope_does() {
         let ended = AtomicU32::new(0);
         let go = Monitor::new(false);
         scope(|scope| {
@@ -120,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_of_a_thread_comes_out_of_join_and_one_of_the_closure_out_of_scope() {
+    fn join_returns_a_thread_s_panic_and_scope_resumes_the_closure_s() {
         let payload = scope(|scope| {
             let thread = scope.spawn("panics", || resume_unwind(Box::new(5u32)));
             let payload = thread.join().map(|(): ()| ()).unwrap_err();
@@ -136,5 +165,65 @@ mod tests {
         }));
         assert_eq!(out.unwrap_err().downcast_ref::<u32>(), Some(&6));
         assert_eq!(ended.into_inner(), 1);
+    }
+
+    /// A stack that no address space has room for: the system refuses the thread.
+    const STACK_BYTES_REFUSED: usize = 1 << 50;
+
+    #[test]
+    fn try_spawn_starts_a_thread() {
+        let answer = scope(|scope| scope.try_spawn("adds", || 40 + 2).unwrap().join().unwrap());
+        assert_eq!(answer, 42);
+    }
+
+    #[test]
+    fn try_spawn_accepts_a_name_with_a_nul() {
+        scope(|scope| assert!(scope.try_spawn("a\0b", || {}).is_ok()));
+    }
+
+    #[test]
+    fn a_thread_that_the_system_refuses_is_an_error() {
+        scope(|scope| {
+            let refused =
+                scope.start(Builder::new().stack_size(STACK_BYTES_REFUSED), "refused".into(), || {});
+            assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            scope.try_spawn("next", || {}).unwrap().join().unwrap();
+        });
+    }
+
+    #[cfg(feature = "simulation")]
+    #[test]
+    fn a_thread_that_the_system_refuses_leaves_no_trace_in_the_simulator() {
+        /// Locks a monitor when `start` drops it, so the simulator may run other tasks at that point.
+        struct LocksWhenDropped<'a>(&'a Monitor<u32>);
+        impl Drop for LocksWhenDropped<'_> {
+            fn drop(&mut self) {
+                *self.0.lock() += 1;
+            }
+        }
+        let play = |seed| {
+            let run = crate::Simulation::new(seed).trace(true).run(|| {
+                let drops = Monitor::new(0);
+                let sum = scope(|scope| {
+                    let before = scope.spawn("before", || {
+                        drop(drops.lock());
+                        1
+                    });
+                    let captured = LocksWhenDropped(&drops);
+                    let builder = Builder::new().stack_size(STACK_BYTES_REFUSED);
+                    let refused = scope.start(builder, "refused".into(), move || drop(captured));
+                    assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+                    let after = scope.try_spawn("after", || 2).unwrap();
+                    before.join().unwrap() + after.join().unwrap()
+                });
+                (sum, drops.into_inner())
+            });
+            let run = run.unwrap();
+            assert_eq!(run.value, (3, 1));
+            (run.trace, run.digest)
+        };
+        for seed in 0..50 {
+            assert_eq!(play(seed), play(seed));
+        }
     }
 }

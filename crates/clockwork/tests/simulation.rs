@@ -1,4 +1,4 @@
-//! The simulator itself: that a seed determines everything, that time is virtual, and that what is wrong is found.
+//! Tests of the simulator: a seed determines a run, time is virtual, and defects are found.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::simulation::{self, Failure, Process, Run, What, is_crash};
 use limosa_clockwork::{Monitor, Simulation, in_simulation, now, scope, sleep, wake_all};
 
-/// A bounded queue between several tasks on each side, whose order is up to chance; what arrived, in order.
+/// Several producers and consumers of a bounded queue. Returns the items in the order of their arrival.
 fn queue() -> Vec<u32> {
     let queue = Monitor::new(Vec::new());
     let taken = Monitor::new(Vec::new());
@@ -54,7 +54,7 @@ fn traced(seed: u64) -> Run<Vec<u32>> {
 }
 
 #[test]
-fn the_same_seed_gives_the_same_interleaving_and_another_one_another() {
+fn the_same_seed_gives_the_same_interleaving_and_other_seeds_give_others() {
     let mut orders = BTreeSet::new();
     for seed in 0..40 {
         let (one, two) = (traced(seed), traced(seed));
@@ -72,7 +72,7 @@ fn the_same_seed_gives_the_same_interleaving_and_another_one_another() {
 }
 
 #[test]
-fn a_run_is_the_same_whatever_else_the_machine_does() {
+fn the_load_of_the_machine_does_not_change_a_run() {
     let alone = traced(5).trace;
     let busy = AtomicBool::new(true);
     std::thread::scope(|scope| {
@@ -89,13 +89,13 @@ fn a_run_is_the_same_whatever_else_the_machine_does() {
 }
 
 #[test]
-fn a_trace_that_is_not_kept_has_the_same_digest() {
+fn the_digest_does_not_depend_on_whether_the_trace_is_kept() {
     let run = Simulation::new(5).run(queue).unwrap();
     assert_eq!((run.digest, run.trace), (traced(5).digest, String::new()));
 }
 
 #[test]
-fn a_day_goes_by_at_once() {
+fn a_sleep_of_a_day_takes_no_real_time() {
     let began = Instant::now();
     let day = Duration::from_secs(86_400);
     let run = Simulation::new(1).run(|| {
@@ -110,8 +110,8 @@ fn a_day_goes_by_at_once() {
 }
 
 #[test]
-fn two_who_wait_for_each_other_are_found_and_named() {
-    let failed = (0..50).find_map(|seed| {
+fn a_deadlock_of_two_threads_is_found_and_both_are_named() {
+    let failed = (0..500).find_map(|seed| {
         let (one, two) = (Monitor::new(()), Monitor::new(()));
         Simulation::new(seed)
             .run(|| {
@@ -130,22 +130,22 @@ fn two_who_wait_for_each_other_are_found_and_named() {
     let failure = failed.unwrap();
     assert_eq!(failure.what, What::Deadlock);
     let text = failure.to_string();
-    assert!(text.contains("world/there: waits for a monitor's value, "), "{text}");
-    assert!(text.contains("world/back: waits for a monitor's value, "), "{text}");
-    assert!(text.contains("world/main: waits for its threads to end"), "{text}");
+    assert!(text.contains("world/there: waits to lock a monitor, "), "{text}");
+    assert!(text.contains("world/back: waits to lock a monitor, "), "{text}");
+    assert!(text.contains("world/main: waits for the threads of its scope"), "{text}");
     assert!(text.contains("tests/simulation.rs:"), "{text}");
 }
 
 #[test]
-fn a_notification_that_came_too_early_is_a_deadlock_of_some_seed() {
-    // A wait that does not look before: lost when the notification comes first.
+fn a_notification_before_the_wait_is_a_deadlock_in_some_seeds() {
+    // The waiter does not check a condition, so a notification that comes before the wait is lost.
     let lost = |seed| {
-        let bell = Monitor::new(());
+        let flag = Monitor::new(());
         Simulation::new(seed)
             .run(|| {
                 scope(|scope| {
-                    scope.spawn("ringer", || bell.notify_all());
-                    drop(bell.wait(bell.lock(), None));
+                    scope.spawn("sender", || flag.notify_all());
+                    drop(flag.wait(flag.lock(), None));
                 });
             })
             .is_err()
@@ -155,7 +155,7 @@ fn a_notification_that_came_too_early_is_a_deadlock_of_some_seed() {
 }
 
 #[test]
-fn a_loop_without_an_end_meets_the_limit() {
+fn an_endless_loop_reaches_the_limit() {
     let spins = Simulation::new(3).steps_max(1_000).run(|| {
         loop {
             wake_all();
@@ -163,12 +163,12 @@ fn a_loop_without_an_end_meets_the_limit() {
     });
     let spins: Result<Run<()>, Failure> = spins;
     assert_eq!(spins.unwrap_err().what, What::Steps);
-    let looks: Result<Run<()>, Failure> = Simulation::new(3).steps_max(1_000).run(|| {
+    let reads_clock: Result<Run<()>, Failure> = Simulation::new(3).steps_max(1_000).run(|| {
         loop {
             let _ = now();
         }
     });
-    assert_eq!(looks.unwrap_err().what, What::Steps);
+    assert_eq!(reads_clock.unwrap_err().what, What::Steps);
     let sleeps: Result<Run<()>, _> = Simulation::new(3).time_max(Duration::from_secs(60)).run(|| {
         loop {
             sleep(Duration::from_secs(1));
@@ -182,17 +182,17 @@ fn a_panic_is_a_failure_with_its_seed() {
     let failure = Simulation::new(11)
         .run(|| {
             scope(|scope| {
-                let thread = scope.spawn("falls", || std::panic::resume_unwind(Box::new("over")));
+                let thread = scope.spawn("panics", || std::panic::resume_unwind(Box::new("over")));
                 let _: Result<(), _> = thread.join();
             });
         })
         .unwrap_err();
     assert_eq!(failure.what, What::Panic("over".into()));
-    assert!(failure.to_string().starts_with("seed 11: a panic: over"), "{failure}");
+    assert!(failure.to_string().starts_with("seed 11: a task panicked: over"), "{failure}");
 }
 
 #[test]
-fn the_watcher_sees_every_step_and_ends_the_run() {
+fn the_watching_function_sees_every_step_and_can_fail_the_run() {
     let value = Arc::new(AtomicU64::new(0));
     let seen = Arc::new(Mutex::new(Vec::new()));
     let watch = {
@@ -217,7 +217,7 @@ fn the_watcher_sees_every_step_and_ends_the_run() {
 }
 
 #[test]
-fn a_crash_ends_all_threads_of_a_process_and_it_can_be_started_again() {
+fn a_crash_ends_all_threads_of_a_process_and_the_process_can_be_restarted() {
     for seed in 0..60 {
         let run = Simulation::new(seed).run(|| {
             let work = Monitor::new(0u32);
@@ -243,21 +243,21 @@ fn a_crash_ends_all_threads_of_a_process_and_it_can_be_started_again() {
                                 }
                             });
                         }
-                        // Held across a wait, and given back by the crash.
+                        // The lock is held across a wait. The crash unlocks it.
                         let guard = Monitor::new(());
                         let guard = (guard.lock(), &guard);
                         sleep(Duration::from_secs(u64::MAX));
                         drop(guard);
                     });
                 };
-                let first = server.spawn(outer, "first life", serve);
+                let first = server.spawn(outer, "before the crash", serve);
                 assert!(server.reaches(1 + simulation::random(30)));
                 server.crash();
                 assert!(is_crash(first.join().unwrap_err().as_ref()));
                 let done = *work.lock();
                 sleep(Duration::from_secs(1));
                 assert_eq!(*work.lock(), done);
-                let second = server.spawn(outer, "second life", || *work.lock() + 1);
+                let second = server.spawn(outer, "after the crash", || *work.lock() + 1);
                 assert_eq!(second.join().unwrap(), done + 1);
             });
             dropped.into_inner()
@@ -267,7 +267,7 @@ fn a_crash_ends_all_threads_of_a_process_and_it_can_be_started_again() {
 }
 
 #[test]
-fn a_process_that_comes_to_rest_does_not_reach_a_later_point() {
+fn a_process_that_ends_early_does_not_reach_a_later_point() {
     let run = Simulation::new(4).run(|| {
         let process = Process::new("short");
         scope(|scope| {
@@ -279,18 +279,18 @@ fn a_process_that_comes_to_rest_does_not_reach_a_later_point() {
 }
 
 #[test]
-fn everybody_looks_again_when_told_to() {
+fn wake_all_ends_all_waits() {
     let run = Simulation::new(9).run(|| {
-        let (bell, rung) = (Monitor::new(()), AtomicBool::new(false));
+        let (monitor, is_set) = (Monitor::new(()), AtomicBool::new(false));
         scope(|scope| {
-            scope.spawn("sets a flag that no monitor guards", || {
+            scope.spawn("sets a flag without a monitor", || {
                 sleep(Duration::from_secs(5));
-                rung.store(true, Ordering::Relaxed);
+                is_set.store(true, Ordering::Relaxed);
                 wake_all();
             });
-            let mut guard = bell.lock();
-            while !rung.load(Ordering::Relaxed) {
-                (guard, _) = bell.wait(guard, None);
+            let mut guard = monitor.lock();
+            while !is_set.load(Ordering::Relaxed) {
+                (guard, _) = monitor.wait(guard, None);
             }
         });
     });
@@ -298,15 +298,15 @@ fn everybody_looks_again_when_told_to() {
 }
 
 #[test]
-fn a_notes_cost_is_paid_only_when_the_trace_is_kept() {
+fn a_note_is_formatted_only_when_the_trace_is_kept() {
     let noted = |kept| {
         Simulation::new(1).trace(kept).run(|| {
-            let mut asked = false;
+            let mut is_called = false;
             simulation::note(|| {
-                asked = true;
+                is_called = true;
                 "a note".into()
             });
-            asked
+            is_called
         })
     };
     let kept = noted(true).unwrap();

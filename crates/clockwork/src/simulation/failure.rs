@@ -1,21 +1,21 @@
-//! Why a simulation failed, with what it takes to see it again.
+//! [`Failure`]: why a simulation failed, and the seed that reproduces it.
 
 use std::fmt;
 use std::time::Duration;
 
-/// What must not happen in a simulation, and did.
+/// The kinds of failure of a simulation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum What {
-    /// Every task waits for another one.
+    /// Every task waits, and no wait has a time at which it ends.
     Deadlock,
-    /// There were more steps than the limit allows.
+    /// The simulation exceeded [`Simulation::steps_max`](super::Simulation::steps_max).
     Steps,
-    /// Virtual time passed the limit.
+    /// Virtual time exceeded [`Simulation::time_max`](super::Simulation::time_max).
     Time,
-    /// The watcher found something wrong.
+    /// The function of [`Simulation::watch`](super::Simulation::watch) returned this error.
     Watch(String),
-    /// A task panicked.
+    /// A task panicked with this message and did not catch the panic.
     Panic(String),
 }
 
@@ -23,17 +23,17 @@ pub enum What {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Failure {
-    /// The seed; with the same program it leads here again.
+    /// The seed. The same program fails with it in the same way.
     pub seed: u64,
-    /// What went wrong.
+    /// The kind of failure.
     pub what: What,
-    /// After how many steps.
+    /// Number of steps before the failure.
     pub steps: u64,
-    /// After how much virtual time.
+    /// Virtual time from the start of the simulation to the failure.
     pub time: Duration,
-    /// Every task, and what it waited for.
+    /// A line for each task: its name, what it waited for, and the source location of its call.
     pub tasks: Vec<String>,
-    /// All that happened, when the trace was kept.
+    /// The trace, if [`Simulation::trace`](super::Simulation::trace) asked for it. Otherwise empty.
     pub trace: String,
 }
 
@@ -42,11 +42,11 @@ impl fmt::Display for Failure {
         let Failure { seed, what, steps, time, tasks, .. } = self;
         write!(f, "seed {seed}: ")?;
         match what {
-            What::Deadlock => write!(f, "nothing can ever go on")?,
-            What::Steps => write!(f, "no end within the limit of steps")?,
-            What::Time => write!(f, "no end within the limit of virtual time")?,
+            What::Deadlock => write!(f, "deadlock: every task waits")?,
+            What::Steps => write!(f, "more steps than the limit")?,
+            What::Time => write!(f, "more virtual time than the limit")?,
             What::Watch(what) => write!(f, "{what}")?,
-            What::Panic(what) => write!(f, "a panic: {what}")?,
+            What::Panic(what) => write!(f, "a task panicked: {what}")?,
         }
         writeln!(f, " (step {steps}, {time:?})")?;
         tasks.iter().try_for_each(|task| writeln!(f, "  {task}"))

@@ -1,31 +1,36 @@
-//! A simulation of threads: real ones, of which one runs at a time, in an order that a seed determines, under a
-//! virtual clock.
+//! A simulation of threads. The threads are real, but only one of them runs at a time, in an order that a seed
+//! determines, under a virtual clock.
 //!
-//! Every call of this crate gives the turn away, or may. Who goes next is drawn; when nobody can go on, the clock
-//! jumps to the next moment that somebody waits for; when there is none, the simulation has failed and says what every
-//! task waits for. The same seed gives the same run, as long as what runs in it
+//! At each call of this crate the simulator may let another task (a thread of the simulation) run, and chooses it at
+//! random. When all tasks wait, the clock jumps to the earliest deadline. When there is no deadline either, the
+//! simulation has failed, and the [`Failure`] lists what each task waits for. The same seed gives the same run, as long
+//! as the program
 //!
-//! - waits, starts threads and reads the clock through this crate alone,
-//! - holds no other lock across a call of it,
-//! - takes nothing else that differs from run to run (addresses, random numbers, the order of a hash map) for a decision.
+//! - waits, starts threads and reads the clock only through this crate,
+//! - holds no lock of another kind across a call of this crate,
+//! - makes no decision that depends on an address, a random number of the system or the order of a hash map.
 //!
-//! Tasks belong to [`Process`]es, which [crash](Process::crash) as one and can be started again.
+//! Tasks belong to [`Process`]es. The tasks of a process [crash](Process::crash) together, and the process can be
+//! started again.
+//!
+//! A program must survive spurious wake-ups, but a spurious wake-up also hides a forgotten notification. So half of the
+//! seeds have none, and the others end one wait in 16 to one in 4096 spuriously.
 //!
 //! ```
 //! use std::time::Duration;
 //! use limosa_clockwork::{Monitor, Simulation, scope, sleep};
 //!
 //! let run = Simulation::new(7).run(|| {
-//!     let bell = Monitor::new(false);
+//!     let flag = Monitor::new(false);
 //!     scope(|scope| {
-//!         scope.spawn("ringer", || {
+//!         scope.spawn("sender", || {
 //!             sleep(Duration::from_secs(3600));
-//!             *bell.lock() = true;
-//!             bell.notify_all();
+//!             *flag.lock() = true;
+//!             flag.notify_all();
 //!         });
-//!         let mut rung = bell.lock();
-//!         while !*rung {
-//!             (rung, _) = bell.wait(rung, None);
+//!         let mut is_set = flag.lock();
+//!         while !*is_set {
+//!             (is_set, _) = flag.wait(is_set, None);
 //!         }
 //!     });
 //! });
@@ -40,7 +45,7 @@ pub(crate) mod task;
 mod trace;
 
 use std::panic::Location;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -48,86 +53,96 @@ pub use failure::{Failure, What};
 pub use process::{Process, crashing, elapsed, note, random};
 pub use task::is_crash;
 
-use state::State;
+use state::{Baton, Settings, State};
 use task::{Core, SIMULATIONS, Watch};
 
-/// How long a task may go on without a call of this crate, real time: longer, and it waits for what cannot come.
+/// Longest real time that a task may run without a call of this crate. A task that takes longer is assumed to block
+/// outside of this crate, where no other task can wake it.
 const STUCK_AFTER: Duration = Duration::from_secs(120);
 
-/// A simulation, before it runs.
+/// The settings of a simulation.
 pub struct Simulation {
     seed: u64,
-    steps_max: u64,
-    time_max: Duration,
+    settings: Settings,
     trace: bool,
     watch: Option<Watch>,
 }
 
-/// A simulation that came to its end.
+/// The result of a simulation that did not fail.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Run<T> {
-    /// What its main function returned.
+    /// The result of the main function.
     pub value: T,
-    /// How many steps there were.
+    /// Number of steps.
     pub steps: u64,
-    /// How much virtual time passed.
+    /// Virtual time that passed.
     pub time: Duration,
-    /// A digest of all that happened: the same in two runs of the same seed.
+    /// A digest of all events. Two runs of the same seed have the same digest.
     pub digest: u64,
-    /// All that happened, a line each, when it was [kept](Simulation::trace).
+    /// A line for each event, if [`Simulation::trace`] asked for it. Otherwise empty.
     pub trace: String,
 }
 
 impl Simulation {
-    /// One whose chances are drawn from this seed.
+    /// A simulation in which `seed` determines every random choice.
     #[must_use]
     pub fn new(seed: u64) -> Simulation {
-        Simulation {
-            seed,
+        let settings = Settings {
             steps_max: 1_000_000,
             time_max: Duration::from_secs(30 * 86_400),
-            trace: false,
-            watch: None,
-        }
+            spurious_one_in: state::draw_spurious_one_in(seed),
+        };
+        Simulation { seed, settings, trace: false, watch: None }
     }
 
-    /// The most steps it may take; a million otherwise.
+    /// Largest number of steps; more are a failure. The default is a million.
     #[must_use]
-    pub fn steps_max(self, steps_max: u64) -> Simulation {
-        Simulation { steps_max, ..self }
+    pub fn steps_max(mut self, steps_max: u64) -> Simulation {
+        self.settings.steps_max = steps_max;
+        self
     }
 
-    /// The most virtual time it may take; thirty days otherwise.
+    /// Longest virtual time; more is a failure. The default is thirty days.
     #[must_use]
-    pub fn time_max(self, time_max: Duration) -> Simulation {
-        Simulation { time_max, ..self }
+    pub fn time_max(mut self, time_max: Duration) -> Simulation {
+        self.settings.time_max = time_max;
+        self
     }
 
-    /// Whether to keep a line about everything that happens.
+    /// The rate of spurious wake-ups: on average one wait in this number ends without a notification; `None` for no
+    /// wait. The default depends on the seed: `None` for half of the seeds, 16 to 4096 for the others.
+    #[must_use]
+    pub fn spurious_one_in(mut self, spurious_one_in: Option<u64>) -> Simulation {
+        self.settings.spurious_one_in = spurious_one_in;
+        self
+    }
+
+    /// Whether to keep the trace, a line for each event.
     #[must_use]
     pub fn trace(self, trace: bool) -> Simulation {
         Simulation { trace, ..self }
     }
 
-    /// Calls this at every step; what it finds wrong ends the simulation. It waits for nothing, and calls
-    /// nothing of this crate.
+    /// Calls `watch` at every step. An error that it returns fails the simulation. The function must not block. Its
+    /// calls of this crate are outside of the simulation.
     #[must_use]
     pub fn watch(self, watch: impl FnMut() -> Result<(), String> + Send + 'static) -> Simulation {
         Simulation { watch: Some(Box::new(watch)), ..self }
     }
 
-    /// Runs this function as the first task of the simulation, in the process "world", and all tasks that it starts.
+    /// Runs `main` as the first task of the simulation, in the process "world", and all tasks that it starts.
     ///
-    /// A task that waits outside of this crate for what another task would have to do stops everything: after two
-    /// minutes of real time the program is aborted with a word on which it was.
+    /// A task that blocks outside of this crate stops the simulation. After two minutes of real time without a step,
+    /// the program prints the tasks and aborts.
     ///
     /// # Errors
     ///
-    /// A [`Failure`]: nothing could go on, a limit was passed, the watcher found something, or a task panicked.
+    /// A [`Failure`]: a deadlock, an exceeded limit, an error of the watching function, or a panic of a task.
     pub fn run<T: Send>(self, main: impl FnOnce() -> T + Send) -> Result<Run<T>, Failure> {
-        let mut state = State::new(self.seed, self.steps_max, self.time_max, self.trace);
-        let (id, go) = state.add_task("main".into(), 0, None, Location::caller());
+        let mut state = State::new(self.seed, self.settings, self.trace);
+        let id = state.next_id();
+        let go = Arc::new(AtomicBool::new(false));
         let core = Arc::new(Core::new(state, self.watch));
         let result = Mutex::new(None);
         SIMULATIONS.fetch_add(1, Ordering::Relaxed);
@@ -136,10 +151,9 @@ impl Simulation {
                 core.run(id, 0, go.clone(), main, &result);
                 core.end(id);
             });
+            let baton = Baton::new(go.clone(), thread.thread().clone());
             let mut state = core.lock();
-            if let Some(task) = state.tasks.get_mut(&id) {
-                task.thread = Some(thread.thread().clone());
-            }
+            state.add_task(id, "main", 0, None, baton, Location::caller());
             if let Some(baton) = state.pick().and_then(|main| state.baton(main)) {
                 baton.hand_over();
             }
@@ -151,7 +165,7 @@ impl Simulation {
                 let steps = core.steps.load(Ordering::Relaxed);
                 if timeout.timed_out() && steps == before {
                     state.fail(What::Deadlock);
-                    eprintln!("a task of the simulation waits outside of clockwork:");
+                    eprintln!("a task of the simulation blocks outside of limosa-clockwork:");
                     eprintln!("{}", state.failure.as_ref().map(Failure::to_string).unwrap_or_default());
                     std::process::abort();
                 }

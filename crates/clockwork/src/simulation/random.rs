@@ -1,13 +1,13 @@
-//! The generator that everything a simulation leaves to chance is drawn from: SplitMix64, small and the same everywhere.
+//! The random number generator of a simulation: SplitMix64, which gives the same numbers on every machine.
 
-/// A sequence of numbers that its seed determines.
+/// A sequence of random numbers that the seed determines.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(u64);
 
 impl Random {
     pub(crate) fn new(seed: u64) -> Random {
         let mut random = Random(seed);
-        // Seeds are small and near each other; what is drawn from them is not to be.
+        // Adjacent small seeds must not give similar sequences.
         random.0 = random.next() ^ seed.rotate_left(32);
         random
     }
@@ -20,7 +20,7 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number below this; 0 when there is none.
+    /// A number below `bound`; 0 when `bound` is 0.
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }

@@ -1,4 +1,4 @@
-//! The state of a simulation: its tasks, its clock, and who goes next.
+//! The state of a simulation: its tasks, its clock, and the choice of the next task to run.
 
 use std::collections::BTreeMap;
 use std::panic::Location;
@@ -11,39 +11,43 @@ use super::failure::{Failure, What};
 use super::random::Random;
 use super::trace::{Event, Place, Trace};
 
-/// What time goes by with every step: a loop that never waits sees its deadline come.
+/// Virtual time of a step. A loop that never waits still reaches its deadline.
 const STEP_TIME: Duration = Duration::from_micros(1);
-/// A timer is this late at most.
+/// Longest delay between the deadline of a wait and its end.
 const LATE_NS_MAX: u64 = 50_000;
-/// Once in so many turns a wait ends for no reason, as a condition variable's may.
-const SPURIOUS_ONE_IN: u64 = 256;
-/// How much more often than others a task goes next; drawn for each.
+/// The rates of spurious wake-ups that a seed may have: one wait in 2^4 up to one in 2^12.
+const SPURIOUS_SHIFTS: std::ops::RangeInclusive<u64> = 4..=12;
+/// A spurious wake-up comes within 2^0 to 2^10 choices of the next task, and sooner rather than later.
+const SPURIOUS_DELAY_SHIFTS: u64 = 11;
+/// The relative probabilities with which a task is chosen. Each task draws one.
 const WEIGHTS: [u64; 6] = [1, 1, 1, 4, 16, 64];
-/// In how many of 256 cases a task that could go on makes way all the same; drawn for each seed.
+/// In how many of 256 calls a task that need not wait lets another one run. Each seed draws one.
 const EAGERNESS: [u64; 4] = [256, 96, 24, 6];
 
 /// What a task waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waiting {
-    /// For its turn.
-    Turn,
-    /// For a monitor's value.
+    /// Nothing: the simulator may choose the task.
+    Ready,
+    /// The lock of a monitor.
     Unlocked(usize),
-    /// For a monitor's notification, or until then.
+    /// A notification of a monitor, until a time.
     Notified(usize, Option<Duration>),
+    /// As [`Waiting::Notified`]. [`wake_polls`](crate::wake_polls) ends it as well.
+    Polls(usize, Option<Duration>),
     Until(Duration),
     End(usize),
-    /// For all tasks of a scope to end. Nothing cuts this short: they borrow from whoever waits.
+    /// The end of all tasks of a scope. Nothing cuts this wait short: the tasks borrow from the task that waits.
     ScopeEnd(usize),
-    /// For a process to come so far.
+    /// A number of calls by a process.
     Points(usize, u64),
 }
 
-/// Why a task goes on.
+/// Why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Woken {
     Happened,
-    /// Its time has come; or, for [`Waiting::Points`], the process will not come so far.
+    /// The time of the wait came. For [`Waiting::Points`]: the process cannot reach the number.
     TimedOut,
 }
 
@@ -56,21 +60,24 @@ pub(crate) struct TaskState {
     pub(crate) woken: Woken,
     pub(crate) at: &'static Location<'static>,
     pub(crate) crashed: bool,
-    /// Goes before all others.
+    /// The value of `State::choices` at which the current wait ends spuriously.
+    spurious_at: Option<u64>,
+    /// The task is chosen before all others.
     urgent: bool,
     weight: u64,
-    go: Arc<AtomicBool>,
-    /// Known once it has been started.
-    pub(crate) thread: Option<Thread>,
+    baton: Baton,
 }
 
-/// Some tasks that crash together.
+/// Tasks that crash together.
 pub(crate) struct ProcessState {
     pub(crate) name: String,
+    /// Calls of this crate by the tasks of the process.
     pub(crate) points: u64,
+    /// How many more threads [`Scope::try_spawn`](crate::Scope::try_spawn) may start; `None` without a limit.
+    pub(crate) threads_left: Option<u64>,
 }
 
-/// All of it.
+/// The whole state, under the lock of [`Core`](super::task::Core).
 pub(crate) struct State {
     pub(crate) seed: u64,
     pub(crate) now: Duration,
@@ -79,16 +86,51 @@ pub(crate) struct State {
     pub(crate) processes: Vec<ProcessState>,
     pub(crate) failure: Option<Failure>,
     pub(crate) trace: Trace,
-    pub(crate) chance: Random,
-    pub(crate) steps_max: u64,
-    pub(crate) time_max: Duration,
+    /// For random numbers of the program. Their use does not change the interleaving.
+    pub(crate) program_random: Random,
     random: Random,
+    settings: Settings,
     eagerness: u64,
+    /// How often the next task was chosen.
+    choices: u64,
     next_id: usize,
 }
 
+/// The settings of a simulation that its steps depend on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Settings {
+    pub(crate) steps_max: u64,
+    pub(crate) time_max: Duration,
+    pub(crate) spurious_one_in: Option<u64>,
+}
+
+/// The rate of spurious wake-ups of a seed: none for half of the seeds.
+pub(crate) fn draw_spurious_one_in(seed: u64) -> Option<u64> {
+    let mut random = Random::new(seed ^ 0x7370_7572_696f_7573);
+    let (first, last) = SPURIOUS_SHIFTS.into_inner();
+    (random.below(2) == 1).then(|| 1 << (first + random.below(last - first + 1)))
+}
+
+impl ProcessState {
+    pub(crate) fn new(name: impl Into<String>) -> ProcessState {
+        ProcessState { name: name.into(), points: 0, threads_left: None }
+    }
+
+    /// Counts a thread against the limit; `false` when the limit is reached.
+    pub(crate) fn admit_thread(&mut self) -> bool {
+        match &mut self.threads_left {
+            None => true,
+            Some(0) => false,
+            Some(left) => {
+                *left -= 1;
+                true
+            }
+        }
+    }
+}
+
 impl State {
-    pub(crate) fn new(seed: u64, steps_max: u64, time_max: Duration, trace: bool) -> State {
+    pub(crate) fn new(seed: u64, settings: Settings, trace: bool) -> State {
         let mut random = Random::new(seed);
         let eagerness = EAGERNESS[random.below(EAGERNESS.len() as u64) as usize];
         State {
@@ -96,33 +138,34 @@ impl State {
             now: Duration::ZERO,
             steps: 0,
             tasks: BTreeMap::new(),
-            processes: vec![ProcessState { name: "world".into(), points: 0 }],
+            processes: vec![ProcessState::new("world")],
             failure: None,
             trace: Trace::new(trace),
-            chance: Random::new(seed ^ 0x6368_616e_6365),
-            steps_max,
-            time_max,
+            program_random: Random::new(seed ^ 0x6368_616e_6365),
             random,
+            settings,
             eagerness,
+            choices: 0,
             next_id: 0,
         }
     }
 
-    /// A number for a task or a scope.
+    /// An unused number for a task or a scope.
     pub(crate) fn next_id(&mut self) -> usize {
         self.next_id += 1;
         self.next_id
     }
 
+    /// Adds a task whose thread has been started and waits for its baton.
     pub(crate) fn add_task(
         &mut self,
-        name: String,
+        id: usize,
+        name: &str,
         process: usize,
         scope: Option<usize>,
+        baton: Baton,
         at: &'static Location<'static>,
-    ) -> (usize, Arc<AtomicBool>) {
-        let id = self.next_id();
-        let go = Arc::new(AtomicBool::new(false));
+    ) {
         let weight = WEIGHTS[self.random.below(WEIGHTS.len() as u64) as usize];
         let name = format!("{}/{name}", self.processes[process].name);
         self.trace.add(self.now, &name, &Event::Starts, at);
@@ -130,20 +173,19 @@ impl State {
             name,
             process,
             scope,
-            waiting: Waiting::Turn,
+            waiting: Waiting::Ready,
             woken: Woken::Happened,
             at,
             crashed: self.failure.is_some(),
+            spurious_at: None,
             urgent: false,
             weight,
-            go: go.clone(),
-            thread: None,
+            baton,
         };
         self.tasks.insert(id, task);
-        (id, go)
     }
 
-    /// A step of a task: counted, timed, traced, and checked against the limits.
+    /// Counts and traces a call by a task, and lets its time pass.
     pub(crate) fn step(&mut self, id: usize, event: &Event, at: &'static Location<'static>) {
         self.tick();
         let Some(task) = self.tasks.get_mut(&id) else { return };
@@ -158,42 +200,62 @@ impl State {
         );
     }
 
-    /// What every call takes of the steps and of the time, which it returns.
+    /// Advances the step count and the clock by one step. Returns the time.
     pub(crate) fn tick(&mut self) -> Duration {
         self.steps += 1;
         self.now += STEP_TIME;
-        if self.steps > self.steps_max {
+        if self.steps > self.settings.steps_max {
             self.fail(What::Steps);
         }
         self.now
     }
 
-    /// Whether the task makes way though it could go on.
-    pub(crate) fn makes_way(&mut self) -> bool {
+    /// Whether a task that need not wait lets another one run.
+    pub(crate) fn yields(&mut self) -> bool {
         self.tasks.values().any(|task| task.urgent) || self.random.below(256) < self.eagerness
     }
 
-    /// Everybody who waits for such a thing goes on when it is his turn.
-    pub(crate) fn wake(&mut self, whom: impl Fn(Waiting) -> bool, urgent: bool) {
-        for task in self.tasks.values_mut().filter(|task| whom(task.waiting)) {
-            task.waiting = Waiting::Turn;
+    /// Begins a wait of a task, and draws whether the wait ends spuriously.
+    ///
+    /// The draw is for the wait and not for a period, so the steps and timers of other tasks do not make a spurious
+    /// wake-up more likely while a task waits for a notification that never comes.
+    pub(crate) fn begin_wait(&mut self, id: usize, waiting: Waiting) {
+        let mut spurious_at = None;
+        if let (Some(one_in), Waiting::Notified(..) | Waiting::Polls(..)) =
+            (self.settings.spurious_one_in, waiting)
+            && self.random.below(one_in) == 0
+        {
+            let shift_max = self.random.below(SPURIOUS_DELAY_SHIFTS);
+            let delay_max = 1 << self.random.below(shift_max + 1);
+            spurious_at = Some(self.choices + 1 + self.random.below(delay_max));
+        }
+        if let Some(task) = self.tasks.get_mut(&id) {
+            // A wait that a crash ends counts as timed out.
+            (task.waiting, task.woken, task.spurious_at) = (waiting, Woken::TimedOut, spurious_at);
+        }
+    }
+
+    /// Ends the waits that `is_woken` selects.
+    pub(crate) fn wake(&mut self, is_woken: impl Fn(Waiting) -> bool, urgent: bool) {
+        for task in self.tasks.values_mut().filter(|task| is_woken(task.waiting)) {
+            task.waiting = Waiting::Ready;
             task.woken = Woken::Happened;
             task.urgent = urgent;
         }
     }
 
-    /// All tasks of a process end as soon as they have their turn.
+    /// Marks all tasks of a process as crashed. Each one unwinds when it is chosen next.
     pub(crate) fn crash(&mut self, process: usize) {
         for task in self.tasks.values_mut().filter(|task| task.process == process) {
             task.crashed = true;
             if !matches!(task.waiting, Waiting::ScopeEnd(_)) {
-                task.waiting = Waiting::Turn;
+                task.waiting = Waiting::Ready;
             }
             self.trace.add(self.now, &task.name, &Event::Crashes, task.at);
         }
     }
 
-    /// The simulation has failed: says so, and ends all tasks.
+    /// Records the first failure, and crashes all processes to end the simulation.
     pub(crate) fn fail(&mut self, what: What) {
         if self.failure.is_some() {
             return;
@@ -208,27 +270,30 @@ impl State {
 
     fn describe(&self, task: &TaskState) -> String {
         let waits = match task.waiting {
-            Waiting::Turn => "can go on".into(),
-            Waiting::Unlocked(_) => "waits for a monitor's value".into(),
-            Waiting::Notified(_, None) => "waits to be notified".into(),
-            Waiting::Notified(_, Some(until)) => format!("waits to be notified, until {until:?}"),
+            Waiting::Ready => "is ready to run".into(),
+            Waiting::Unlocked(_) => "waits to lock a monitor".into(),
+            Waiting::Notified(_, None) => "waits for a notification".into(),
+            Waiting::Notified(_, Some(until)) => format!("waits for a notification until {until:?}"),
+            Waiting::Polls(_, None) => "polls".into(),
+            Waiting::Polls(_, Some(until)) => format!("polls until {until:?}"),
             Waiting::Until(until) => format!("sleeps until {until:?}"),
             Waiting::End(other) => match self.tasks.get(&other) {
-                Some(other) => format!("waits for {} to end", other.name),
+                Some(other) => format!("waits for the end of {}", other.name),
                 None => "waits for a thread that has ended".into(),
             },
-            Waiting::ScopeEnd(_) => "waits for its threads to end".into(),
+            Waiting::ScopeEnd(_) => "waits for the threads of its scope".into(),
             Waiting::Points(process, points) => {
-                format!("waits for {} to come to point {points}", self.processes[process].name)
+                format!("waits for call {points} of {}", self.processes[process].name)
             }
         };
         format!("{}: {waits}, {}", task.name, Place(task.at))
     }
 
-    /// Who goes next. When nobody can, time goes on to where somebody can.
+    /// Chooses the next task. When no task is ready, advances the clock to the earliest deadline. `None` without tasks.
     pub(crate) fn pick(&mut self) -> Option<usize> {
         loop {
-            self.wake_who_is_due();
+            self.choices += 1;
+            self.end_due_waits();
             if let Some(next) = self.pick_ready() {
                 let task = self.tasks.get_mut(&next)?;
                 task.urgent = false;
@@ -241,14 +306,14 @@ impl State {
             match deadlines.min() {
                 Some(due) => {
                     self.now = self.now.max(due) + Duration::from_nanos(self.random.below(LATE_NS_MAX));
-                    if self.now > self.time_max {
+                    if self.now > self.settings.time_max {
                         self.fail(What::Time);
                     }
                 }
                 None if self.tasks.values().any(|task| matches!(task.waiting, Waiting::Points(..))) => {
                     for task in self.tasks.values_mut() {
                         if let Waiting::Points(..) = task.waiting {
-                            (task.waiting, task.woken) = (Waiting::Turn, Woken::TimedOut);
+                            (task.waiting, task.woken) = (Waiting::Ready, Woken::TimedOut);
                         }
                     }
                 }
@@ -257,26 +322,29 @@ impl State {
         }
     }
 
-    fn wake_who_is_due(&mut self) {
-        let spurious = self.random.below(SPURIOUS_ONE_IN) == 0;
+    /// Ends the waits whose deadline has come, and those that end spuriously now.
+    fn end_due_waits(&mut self) {
         let now = self.now;
         for task in self.tasks.values_mut() {
             if task.waiting.deadline().is_some_and(|deadline| deadline <= now) {
-                (task.waiting, task.woken) = (Waiting::Turn, Woken::TimedOut);
-            } else if spurious && matches!(task.waiting, Waiting::Notified(..)) {
-                (task.waiting, task.woken) = (Waiting::Turn, Woken::Happened);
+                (task.waiting, task.woken) = (Waiting::Ready, Woken::TimedOut);
+            } else if task.waiting.is_for_notification()
+                && task.spurious_at.is_some_and(|choice| choice <= self.choices)
+            {
+                (task.waiting, task.woken) = (Waiting::Ready, Woken::Happened);
+                self.trace.add(now, &task.name, &Event::SpuriousWakeUp, task.at);
             }
         }
     }
 
     fn pick_ready(&mut self) -> Option<usize> {
-        let ready = || self.tasks.iter().filter(|(_, task)| task.waiting == Waiting::Turn);
+        let ready = || self.tasks.iter().filter(|(_, task)| task.waiting == Waiting::Ready);
         if let Some((&urgent, _)) = ready().find(|(_, task)| task.urgent) {
             return Some(urgent);
         }
         let all = ready().map(|(_, task)| task.weight).sum();
         let mut drawn = self.random.below(all);
-        for (&id, task) in self.tasks.iter().filter(|(_, task)| task.waiting == Waiting::Turn) {
+        for (&id, task) in self.tasks.iter().filter(|(_, task)| task.waiting == Waiting::Ready) {
             if drawn < task.weight {
                 return Some(id);
             }
@@ -285,38 +353,53 @@ impl State {
         None
     }
 
-    /// What wakes a task's thread.
+    /// The baton of a task.
     pub(crate) fn baton(&self, id: usize) -> Option<Baton> {
-        let task = self.tasks.get(&id)?;
-        Some(Baton { go: task.go.clone(), thread: task.thread.clone()? })
+        Some(self.tasks.get(&id)?.baton.clone())
     }
 }
 
 impl Waiting {
     fn deadline(self) -> Option<Duration> {
         match self {
-            Waiting::Notified(_, until) => until,
+            Waiting::Notified(_, until) | Waiting::Polls(_, until) => until,
             Waiting::Until(until) => Some(until),
             _ => None,
         }
     }
+
+    /// Whether this is a wait of a condition variable or a poll.
+    pub(crate) fn is_for_notification(self) -> bool {
+        matches!(self, Waiting::Notified(..) | Waiting::Polls(..))
+    }
+
+    /// Whether a notification of this monitor ends the wait.
+    pub(crate) fn is_on(self, monitor: usize) -> bool {
+        matches!(self, Waiting::Notified(at, _) | Waiting::Polls(at, _) if at == monitor)
+    }
 }
 
-/// The turn of a task, to be given to its thread.
+/// Lets the thread of a task run.
+#[derive(Clone)]
 pub(crate) struct Baton {
     go: Arc<AtomicBool>,
     thread: Thread,
 }
 
 impl Baton {
+    /// The baton of a thread that waits for `go` with [`await_baton`].
+    pub(crate) fn new(go: Arc<AtomicBool>, thread: Thread) -> Baton {
+        Baton { go, thread }
+    }
+
     pub(crate) fn hand_over(self) {
         self.go.store(true, Ordering::Release);
         self.thread.unpark();
     }
 }
 
-/// Waits for the turn of the calling thread.
-pub(crate) fn await_turn(go: &AtomicBool) {
+/// Blocks until the calling thread is handed its baton.
+pub(crate) fn await_baton(go: &AtomicBool) {
     while !go.swap(false, Ordering::Acquire) {
         std::thread::park();
     }

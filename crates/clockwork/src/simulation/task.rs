@@ -1,38 +1,44 @@
-//! A thread of a simulation, and what becomes of its calls.
+//! [`Task`]: a thread of a simulation, and the simulated form of each call of this crate.
 
 use std::any::Any;
 use std::cell::RefCell;
+use std::io;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use super::failure::What;
-use super::state::{State, Waiting, Woken, await_turn};
+use super::state::{Baton, State, Waiting, Woken, await_baton};
 use super::trace::Event;
+use crate::panic::message;
 
-/// How many simulations there are in this process: while there is none, no thread looks whether it is in one.
+/// `errno.h` of Linux: pthread_create(3) returns it when the system refuses a thread.
+const EAGAIN: i32 = 11;
+
+/// Number of simulations that run in this process. While it is 0, [`current`] does not look for a task.
 pub(super) static SIMULATIONS: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Task>>> = const { RefCell::new(None) };
 }
 
-/// Looks at the world after every step; what it finds wrong.
+/// The function of [`Simulation::watch`](super::Simulation::watch).
 pub(super) type Watch = Box<dyn FnMut() -> Result<(), String> + Send>;
 
-/// What the threads of a simulation share.
+/// The part of a simulation that its threads share.
 pub(crate) struct Core {
     pub(super) state: Mutex<State>,
     pub(super) watch: Option<Mutex<Watch>>,
     pub(super) ended: Condvar,
-    /// As in the state; for who must not wait for it.
+    /// A copy of `State::steps` that can be read without the lock.
     pub(super) steps: AtomicU64,
     base: Instant,
 }
 
-/// A thread of the simulation; lives on this thread.
+/// The task of the current thread.
 pub(crate) struct Task {
     core: Arc<Core>,
     id: usize,
@@ -40,32 +46,32 @@ pub(crate) struct Task {
     go: Arc<AtomicBool>,
 }
 
-/// A scope of the calling task.
+/// A scope that a task opened.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ScopeId(usize);
 
-/// A task that another one started.
+/// The handle of a task for the task that started it.
 #[derive(Debug)]
 pub(crate) struct Child<R> {
     id: usize,
     result: Arc<Mutex<Option<std::thread::Result<R>>>>,
 }
 
-/// What a task unwinds with whose process crashes.
+/// The payload with which the tasks of a crashed process unwind.
 struct Crashed;
 
-/// Whether this is what a thread ends with whose process was crashed.
+/// Whether a panic payload, as of [`Handle::join`](crate::Handle::join), comes from a crash of the thread's process.
 #[must_use]
 pub fn is_crash(payload: &(dyn Any + Send)) -> bool {
     payload.is::<Crashed>()
 }
 
-/// The simulation's task on this thread.
+/// The task of the calling thread, in a simulation.
 pub(crate) fn current() -> Option<Rc<Task>> {
     if SIMULATIONS.load(Ordering::Relaxed) == 0 {
         return None;
     }
-    // A thread that ends has left its simulation.
+    // The thread-local is gone when the thread is about to end; its task has ended before.
     CURRENT.try_with(|current| current.try_borrow().ok()?.clone()).ok().flatten()
 }
 
@@ -86,7 +92,7 @@ impl Core {
 
     fn watch(&self) {
         let Some(watch) = &self.watch else { return };
-        // What it calls is not part of the simulation.
+        // The calls of the function are not part of the simulation.
         let task = CURRENT.with(|current| current.borrow_mut().take());
         let found = watch.lock().unwrap_or_else(PoisonError::into_inner)();
         CURRENT.with(|current| *current.borrow_mut() = task);
@@ -95,7 +101,7 @@ impl Core {
         }
     }
 
-    /// Runs a task in this thread, from its first turn to its end.
+    /// Runs a task on the calling thread: waits for the first baton, calls `f` and stores its result.
     pub(super) fn run<R>(
         self: &Arc<Core>,
         id: usize,
@@ -104,7 +110,7 @@ impl Core {
         f: impl FnOnce() -> R,
         result: &Mutex<Option<std::thread::Result<R>>>,
     ) {
-        await_turn(&go);
+        await_baton(&go);
         let task = Rc::new(Task { core: self.clone(), id, process, go });
         CURRENT.with(|current| *current.borrow_mut() = Some(task.clone()));
         let returned = catch_unwind(AssertUnwindSafe(|| {
@@ -118,7 +124,7 @@ impl Core {
         *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(returned);
     }
 
-    /// The task has nothing more to do, and nobody is to find it here.
+    /// Removes a task that has finished, and lets another one run.
     pub(super) fn end(&self, id: usize) {
         CURRENT.with(|current| current.borrow_mut().take());
         let mut state = self.lock();
@@ -144,9 +150,13 @@ impl Task {
         &self.core
     }
 
+    pub(super) fn process(&self) -> usize {
+        self.process
+    }
+
     pub(crate) fn random_bytes(&self) -> [u8; 16] {
         let mut state = self.core.lock();
-        let mut word = || u128::from(state.chance.below(u64::MAX));
+        let mut word = || u128::from(state.program_random.below(u64::MAX));
         (word() << 64 | word()).to_le_bytes()
     }
 
@@ -165,8 +175,15 @@ impl Task {
 
     #[track_caller]
     pub(crate) fn wake_all(&self) {
-        self.core.lock().wake(|waiting| matches!(waiting, Waiting::Notified(..)), false);
+        self.core.lock().wake(Waiting::is_for_notification, false);
         self.point(&Event::WakesAll);
+        self.end_if_crashed();
+    }
+
+    #[track_caller]
+    pub(crate) fn wake_polls(&self) {
+        self.core.lock().wake(|waiting| matches!(waiting, Waiting::Polls(..)), false);
+        self.point(&Event::WakesPolls);
         self.end_if_crashed();
     }
 
@@ -187,18 +204,19 @@ impl Task {
         self.core.lock().wake(|waiting| waiting == Waiting::Unlocked(monitor), false);
     }
 
-    /// Whether the moment came.
+    /// Waits for a notification; `true` when the wait timed out.
     #[track_caller]
-    pub(crate) fn wait(&self, monitor: usize, until: Option<Instant>) -> bool {
+    pub(crate) fn wait(&self, monitor: usize, until: Option<Instant>, as_poll: bool) -> bool {
         let until = until.map(|until| until.saturating_duration_since(self.core.base));
-        let woken = self.block(Waiting::Notified(monitor, until), &Event::Waits(until));
+        let waiting = if as_poll { Waiting::Polls } else { Waiting::Notified }(monitor, until);
+        let woken = self.block(waiting, &Event::Waits(until));
         self.end_if_crashed();
         woken == Woken::TimedOut
     }
 
     #[track_caller]
     pub(crate) fn notify(&self, monitor: usize) {
-        self.core.lock().wake(|waiting| matches!(waiting, Waiting::Notified(at, _) if at == monitor), false);
+        self.core.lock().wake(|waiting| waiting.is_on(monitor), false);
         self.point(&Event::Notifies);
         self.end_if_crashed();
     }
@@ -207,7 +225,7 @@ impl Task {
         ScopeId(self.core.lock().next_id())
     }
 
-    /// Waits for the tasks of a scope, whatever happens.
+    /// Waits for the tasks of a scope, also after a crash or a failure.
     #[track_caller]
     pub(crate) fn scope_ends(&self, scope: ScopeId) {
         let alive = || self.core.lock().tasks.values().any(|task| task.scope == Some(scope.0));
@@ -216,13 +234,13 @@ impl Task {
         }
     }
 
-    /// Waits for a process to come so far; whether it did.
+    /// Waits for a process to make `points` calls; `false` when it cannot.
     #[track_caller]
     pub(super) fn await_points(&self, process: usize, points: u64) -> bool {
         if self.core.lock().processes[process].points >= points {
             return true;
         }
-        let note = Event::Note(format!("waits for point {points}"));
+        let note = Event::Note(format!("waits for call {points}"));
         let woken = self.block(Waiting::Points(process, points), &note);
         self.end_if_crashed();
         woken == Woken::Happened
@@ -243,25 +261,26 @@ impl Task {
         self.core.lock().tasks.get(&self.id).is_some_and(|task| task.crashed)
     }
 
-    /// Unwinds when the process has crashed. What already unwinds goes on, and never waits.
-    pub(super) fn end_if_crashed(&self) {
+    /// Unwinds the task if its process has crashed. A task that already unwinds goes on with that.
+    pub(crate) fn end_if_crashed(&self) {
         if !std::thread::panicking() && self.is_crashed() {
             resume_unwind(Box::new(Crashed));
         }
     }
 
-    /// A point at which others may go on.
+    /// A call that need not wait. Another task may run before it returns.
     #[track_caller]
     fn point(&self, event: &Event) {
         self.core.watch();
         let mut state = self.core.lock();
         state.step(self.id, event, Location::caller());
         self.core.steps.store(state.steps, Ordering::Relaxed);
-        if state.makes_way() {
-            self.pass(state, Waiting::Turn);
+        if state.yields() {
+            self.pass(state, Waiting::Ready);
         }
     }
 
+    /// A call that waits.
     #[track_caller]
     fn block(&self, waiting: Waiting, event: &Event) -> Woken {
         self.core.watch();
@@ -269,23 +288,21 @@ impl Task {
         state.step(self.id, event, Location::caller());
         self.core.steps.store(state.steps, Ordering::Relaxed);
         let crashed = state.tasks.get(&self.id).is_some_and(|task| task.crashed);
-        // Who has crashed waits for nothing but for threads that borrow from it.
+        // A crashed task waits for nothing except the threads that borrow from it.
         let waits = !crashed || matches!(waiting, Waiting::ScopeEnd(_));
-        self.pass(state, if waits { waiting } else { Waiting::Turn })
+        self.pass(state, if waits { waiting } else { Waiting::Ready })
     }
 
-    /// Gives the turn away until it comes back.
+    /// Lets the next task run, and returns once this one is chosen again.
     fn pass<'a>(&'a self, mut state: MutexGuard<'a, State>, waiting: Waiting) -> Woken {
-        if let Some(task) = state.tasks.get_mut(&self.id) {
-            (task.waiting, task.woken) = (waiting, Woken::TimedOut);
-        }
+        state.begin_wait(self.id, waiting);
         if let Some(next) = state.pick()
             && next != self.id
             && let Some(baton) = state.baton(next)
         {
             drop(state);
             baton.hand_over();
-            await_turn(&self.go);
+            await_baton(&self.go);
             state = self.core.lock();
         }
         state.tasks.get(&self.id).map_or(Woken::Happened, |task| task.woken)
@@ -293,60 +310,68 @@ impl Task {
 }
 
 impl ScopeId {
+    /// Counts a thread against the limit of the calling task's process.
+    #[track_caller]
+    pub(crate) fn check_thread_limit(self, name: &str) -> io::Result<()> {
+        let task = current().expect("a scope of a simulation is used in the simulation");
+        task.end_if_crashed();
+        if task.core.lock().processes[task.process].admit_thread() {
+            return Ok(());
+        }
+        task.point(&Event::Note(format!("is refused the thread {name}")));
+        task.end_if_crashed();
+        Err(io::Error::from_raw_os_error(EAGAIN))
+    }
+
     #[track_caller]
     pub(crate) fn spawn<'scope, R: Send + 'scope>(
         self,
         threads: &'scope std::thread::Scope<'scope, '_>,
+        builder: Builder,
         name: String,
         f: impl FnOnce() -> R + Send + 'scope,
-    ) -> Child<R> {
-        let task = current().expect("a scope of a simulation is used in it");
+    ) -> io::Result<Child<R>> {
+        let task = current().expect("a scope of a simulation is used in the simulation");
         let process = task.process;
-        self.spawn_in(&task, process, threads, name, f)
+        self.spawn_in(&task, process, threads, builder, name, f)
     }
 
+    /// Starts a thread, and adds its task once the system has started it.
     #[track_caller]
     pub(super) fn spawn_in<'scope, R: Send + 'scope>(
         self,
         task: &Task,
         process: usize,
         threads: &'scope std::thread::Scope<'scope, '_>,
+        builder: Builder,
         name: String,
         f: impl FnOnce() -> R + Send + 'scope,
-    ) -> Child<R> {
+    ) -> io::Result<Child<R>> {
         task.end_if_crashed();
         let core = task.core.clone();
-        let (id, go) = core.lock().add_task(name.clone(), process, Some(self.0), Location::caller());
+        let id = core.lock().next_id();
+        let go = Arc::new(AtomicBool::new(false));
         let result = Arc::new(Mutex::new(None));
-        let thread = std::thread::Builder::new().name(name).spawn_scoped(threads, {
-            let result = result.clone();
-            let core = core.clone();
+        let thread = builder.name(name.clone()).spawn_scoped(threads, {
+            let (core, go, result) = (core.clone(), go.clone(), result.clone());
             move || {
                 core.run(id, process, go, f, &result);
-                // Before the end: what nobody joins is dropped while it is still this task's turn.
+                // Before the task ends: a result that is not joined is dropped by this task, and not beside another.
                 drop(result);
                 core.end(id);
             }
-        });
-        let thread = match thread {
-            Ok(thread) => thread.thread().clone(),
-            Err(error) => {
-                core.lock().tasks.remove(&id);
-                panic!("the system starts no thread: {error}");
-            }
-        };
-        if let Some(child) = core.lock().tasks.get_mut(&id) {
-            child.thread = Some(thread);
-        }
+        })?;
+        let baton = Baton::new(go, thread.thread().clone());
+        core.lock().add_task(id, &name, process, Some(self.0), baton, Location::caller());
         task.point(&Event::Note(String::from("starts a thread")));
-        Child { id, result }
+        Ok(Child { id, result })
     }
 }
 
 impl<R> Child<R> {
     #[track_caller]
     pub(crate) fn join(self) -> std::thread::Result<R> {
-        let task = current().expect("a thread of a simulation is joined in it");
+        let task = current().expect("a thread of a simulation is joined in the simulation");
         loop {
             if let Some(result) = self.result.lock().unwrap_or_else(PoisonError::into_inner).take() {
                 return result;
@@ -357,9 +382,4 @@ impl<R> Child<R> {
             task.end_if_crashed();
         }
     }
-}
-
-fn message(payload: &(dyn Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "of an unknown kind".into())
 }

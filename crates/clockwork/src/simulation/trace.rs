@@ -1,11 +1,11 @@
-//! What happened in a simulation, in order: as text when it is kept, and as one number in any case.
+//! The events of a simulation in their order: always as a digest, and as text on request.
 
 use std::fmt::{self, Write};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::Location;
 use std::time::Duration;
 
-/// Something that a task did.
+/// An action of a task, or of the simulator on a task.
 #[derive(Clone, Debug, Hash)]
 pub(crate) enum Event {
     Starts,
@@ -16,12 +16,15 @@ pub(crate) enum Event {
     Sleeps(Duration),
     Notifies,
     WakesAll,
+    WakesPolls,
+    /// The simulator ends a wait without a notification.
+    SpuriousWakeUp,
     Joins(String),
     ScopeEnds,
     Note(String),
 }
 
-/// The events so far.
+/// The events so far. `text` is `None` unless the simulation keeps it.
 #[derive(Debug)]
 pub(crate) struct Trace {
     text: Option<String>,
@@ -41,7 +44,7 @@ impl Trace {
         (now, task, event, at.line(), at.column()).hash(&mut self.hasher);
         if let Some(text) = &mut self.text {
             let place = Place(at);
-            // Writing to a string does not fail.
+            // Formatting into a `String` does not fail.
             let _ = match event {
                 Event::Starts => writeln!(text, "{now:>14.6?}  {task:<28} starts"),
                 Event::Ends => writeln!(text, "{now:>14.6?}  {task:<28} ends"),
@@ -56,6 +59,10 @@ impl Trace {
                 }
                 Event::Notifies => writeln!(text, "{now:>14.6?}  {task:<28} notifies     {place}"),
                 Event::WakesAll => writeln!(text, "{now:>14.6?}  {task:<28} wakes all    {place}"),
+                Event::WakesPolls => writeln!(text, "{now:>14.6?}  {task:<28} wakes polls  {place}"),
+                Event::SpuriousWakeUp => {
+                    writeln!(text, "{now:>14.6?}  {task:<28} is woken spuriously  {place}")
+                }
                 Event::Joins(other) => writeln!(text, "{now:>14.6?}  {task:<28} joins {other}  {place}"),
                 Event::ScopeEnds => writeln!(text, "{now:>14.6?}  {task:<28} waits for its threads  {place}"),
                 Event::Note(note) => writeln!(text, "{now:>14.6?}  {task:<28} {note}"),
@@ -72,7 +79,7 @@ impl Trace {
     }
 }
 
-/// A place in the source, by the end of its path.
+/// Displays a source location without the directories up to `src`.
 pub(crate) struct Place(pub(crate) &'static Location<'static>);
 
 impl fmt::Display for Place {
