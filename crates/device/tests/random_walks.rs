@@ -185,6 +185,7 @@ proptest! {
         walk.rig.script().faults.clear();
         walk.rig.script().panics = None;
         walk.rig.device.reset().unwrap();
+        walk.resets += 1;
         walk.rig.device.set_state(State::StopCopy).unwrap();
         walk.check(false);
     }
