@@ -2,7 +2,7 @@
 
 use limosa_protocol::feature::{
     DmaLoggingRange, FeatureBusMaster, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigDataSize,
-    FeatureMigState, FeatureMigration,
+    FeatureMigState, FeatureMigration, FeatureResetCount,
 };
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, MigrationFlags, State};
 use zerocopy::{FromBytes, IntoBytes};
@@ -57,6 +57,22 @@ pub trait DeviceExt: Device {
         match get::<FeatureMigDataSize, _>(self, FeatureIndex::MIG_DATA_SIZE) {
             Ok(answer) => Ok(Some(answer.stop_copy_length)),
             Err(error) if error.is_refused(Errno::ENOTTY) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How many times the device was reset since it came into being; `None` where it has no such
+    /// feature (`docs/vfio-user-extensions.md: RESET_COUNT`).
+    ///
+    /// When two reads through the same device object are equal, no reset came between them. A caller
+    /// that drives a device over several arcs thus finds out about a reset that a SET did not reveal.
+    /// The feature is an extension: kernel devices and foreign vfio-user servers lack it. A refusal
+    /// with ENOTTY or EINVAL is an answer, `None`; other failures are errors.
+    fn reset_count(&self) -> Result<Option<u64>> {
+        match get::<FeatureResetCount, _>(self, FeatureIndex::RESET_COUNT) {
+            Ok(answer) => Ok(Some(answer.resets)),
+            // Linux answers EINVAL for a driver that has no features at all.
+            Err(Error::Refused { errno: Errno::ENOTTY | Errno::EINVAL, .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }

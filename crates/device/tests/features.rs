@@ -16,7 +16,7 @@ const SET: FeatureOp = FeatureOp::SET;
 const PROBE: FeatureOp = FeatureOp::PROBE;
 
 /// The features that every device with migration has, with GET and SET.
-const HAS: [(u16, bool, bool); 7] = [
+const HAS: [(u16, bool, bool); 8] = [
     (1, true, false),
     (2, true, true),
     (6, false, true),
@@ -24,12 +24,13 @@ const HAS: [(u16, bool, bool); 7] = [
     (8, true, false),
     (9, true, false),
     (12, false, true),
+    (0xfe02, true, false),
 ];
 
 #[test]
 fn probes_name_what_is_there_and_do_nothing() {
     let rig = Rig::new(ALL);
-    for index in (0..32).chain([0xfff0, 0xffff]) {
+    for index in (0..32).chain([0xfe00, 0xfe01, 0xfe02, 0xfe03, 0xfff0, 0xffff]) {
         let has = HAS.iter().find(|(known, ..)| *known == index);
         for (op, there) in [
             (PROBE, has.is_some()),
@@ -63,6 +64,7 @@ fn a_device_without_migration_has_none_of_its_features() {
     assert_eq!(rig.device.mig_data_size().unwrap(), None);
     assert_eq!(feature(&rig, 6, PROBE | SET, &mut []), Ok(0), "it has DMA logging");
     rig.device.reset().unwrap();
+    assert_eq!(rig.device.reset_count().unwrap(), Some(1), "it can be reset all the same");
 }
 
 #[test]
@@ -77,7 +79,8 @@ fn the_wrong_operation_or_too_short_a_payload_is_einval() {
     let rig = Rig::new(ALL);
     for (index, get, set) in HAS {
         for (op, there) in [(GET, get), (SET, set)] {
-            let bytes = FeatureIndex(index).rules().unwrap().payload_bytes;
+            let index_rules = FeatureIndex(index).rules().or(FeatureIndex(index).extension_rules());
+            let bytes = index_rules.unwrap().payload_bytes;
             if !there {
                 assert_eq!(feature(&rig, index, op, &mut [0; 64]), Err(Errno::EINVAL), "{index} {op:?}");
             } else if bytes > 0 {

@@ -74,6 +74,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 struct Walk {
     rig: Rig,
+    resets: u64,
     newest: Option<Box<dyn DataStream>>,
     older: Option<Box<dyn DataStream>>,
 }
@@ -114,6 +115,7 @@ impl Walk {
             }
             Step::Reset => {
                 let reset = self.rig.device.reset();
+                self.resets += 1;
                 assert_eq!(self.rig.machine.session(), None);
                 assert_eq!(self.rig.state(), if reset.is_ok() { State::Running } else { State::Error });
             }
@@ -155,6 +157,7 @@ impl Walk {
         let state = self.rig.state();
         assert!(self.rig.flags.has(state), "a state that the device lacks");
         assert_eq!(self.rig.machine.session().is_some(), state.has_session());
+        assert_eq!(self.rig.device.reset_count().unwrap(), Some(self.resets));
         if !panicked {
             self.rig.check();
         }
@@ -167,7 +170,7 @@ proptest! {
         flags in prop::sample::select(&MigrationFlags::SETS[..]),
         steps in prop::collection::vec(step(), 1..60),
     ) {
-        let mut walk = Walk { rig: Rig::new(flags), newest: None, older: None };
+        let mut walk = Walk { rig: Rig::new(flags), resets: 0, newest: None, older: None };
         // After a panic the model is in a condition of its own until a reset that succeeds.
         let mut panicked = false;
         for step in steps {
@@ -182,6 +185,7 @@ proptest! {
         walk.rig.script().faults.clear();
         walk.rig.script().panics = None;
         walk.rig.device.reset().unwrap();
+        walk.resets += 1;
         walk.rig.device.set_state(State::StopCopy).unwrap();
         walk.check(false);
     }

@@ -60,16 +60,28 @@ impl FeatureIndex {
     pub const DMA_BUF: FeatureIndex = FeatureIndex(11);
     /// Opt in to output flags in pre-copy info, [`PrecopyFlags::REINIT`] (SET, no payload).
     pub const MIG_PRECOPY_INFO_V2: FeatureIndex = FeatureIndex(12);
+    /// How often the device was reset (GET, [`FeatureResetCount`]). Not in `vfio.h`: an extension,
+    /// `docs/vfio-user-extensions.md: RESET_COUNT`.
+    pub const RESET_COUNT: FeatureIndex = FeatureIndex(0xfe02);
 
     /// What the standard says of this index, or `None` for one that it does not assign.
     pub const fn rules(self) -> Option<&'static FeatureRules> {
         if (self.0 as usize) < RULES.len() { Some(&RULES[self.0 as usize]) } else { None }
     }
+
+    /// What `docs/vfio-user-extensions.md` says of this index, for an extension that any transport
+    /// can carry; `None` for every other index. A kernel device knows none of these.
+    pub const fn extension_rules(self) -> Option<&'static FeatureRules> {
+        match self {
+            FeatureIndex::RESET_COUNT => Some(&RESET_COUNT_RULES),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for FeatureIndex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.rules() {
+        match self.rules().or(self.extension_rules()) {
             Some(rules) => f.pad(rules.name),
             None => write!(f, "feature {}", self.0),
         }
@@ -79,7 +91,7 @@ impl fmt::Display for FeatureIndex {
 /// What may be done with a feature, and how long the fixed part of its payload is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FeatureRules {
-    /// The standard's name without `VFIO_DEVICE_FEATURE_`.
+    /// The standard's name without `VFIO_DEVICE_FEATURE_`, or the extension's name.
     pub name: &'static str,
     /// Whether GET is defined.
     pub get: bool,
@@ -109,6 +121,8 @@ const RULES: [FeatureRules; 13] = [
     rules("DMA_BUF", true, false, size_of::<FeatureDmaBuf>()),
     rules("MIG_PRECOPY_INFO_V2", false, true, 0),
 ];
+
+const RESET_COUNT_RULES: FeatureRules = rules("RESET_COUNT", true, false, size_of::<FeatureResetCount>());
 
 bitflags::bitflags! {
     /// The upper half of the header's *flags*: what is asked of the feature.
@@ -289,6 +303,14 @@ payload! {
     FeatureMigDataSize {
         /// Bytes.
         stop_copy_length: u64,
+    }
+}
+
+payload! {
+    /// The payload of [`FeatureIndex::RESET_COUNT`].
+    FeatureResetCount {
+        /// Resets since the device came into being. Never decreases.
+        resets: u64,
     }
 }
 

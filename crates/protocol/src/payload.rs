@@ -41,7 +41,7 @@ pub enum FeaturePayload<'a> {
     DmaBuf(FeatureDmaBuf, Records<'a, RegionDmaRange>),
     /// [`FeatureIndex::MIG_PRECOPY_INFO_V2`].
     MigPrecopyInfoV2,
-    /// An index that this crate does not know, and its bytes.
+    /// An index that the standard does not assign, and its bytes.
     Unknown(FeatureIndex, &'a [u8]),
 }
 

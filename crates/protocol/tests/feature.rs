@@ -3,7 +3,7 @@
 
 use limosa_protocol::feature::{
     DmaLoggingRange, FeatureBusMaster, FeatureDmaBuf, FeatureDmaLoggingControl, FeatureDmaLoggingReport,
-    PrecopyInfo, RegionDmaRange,
+    FeatureResetCount, PrecopyInfo, RegionDmaRange,
 };
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp, FeaturePayload, Records};
 use proptest::prelude::*;
@@ -88,6 +88,19 @@ fn a_header_is_built_as_it_is_read() {
 fn features_print_by_name_or_number() {
     assert_eq!(format!("{}", FeatureIndex::MIG_PRECOPY_INFO_V2), "MIG_PRECOPY_INFO_V2");
     assert_eq!(format!("{}", FeatureIndex(4711)), "feature 4711");
+    assert_eq!(format!("{}", FeatureIndex::RESET_COUNT), "RESET_COUNT");
+}
+
+#[test]
+fn the_standard_assigns_no_extension() {
+    let extensions: Vec<_> = (0..=u16::MAX)
+        .map(FeatureIndex)
+        .filter_map(|index| index.extension_rules().map(|rules| (index, rules)))
+        .inspect(|(index, _)| assert!(index.rules().is_none(), "{index}"))
+        .map(|(index, rules)| (index.0, rules.name, rules.get, rules.set, rules.payload_bytes))
+        .collect();
+    assert_eq!(extensions, [(0xfe02, "RESET_COUNT", true, false, size_of::<FeatureResetCount>())]);
+    assert_eq!(size_of::<FeatureResetCount>(), 8);
 }
 
 #[test]

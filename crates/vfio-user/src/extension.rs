@@ -14,6 +14,10 @@ pub const PRECOPY_INFO: FeatureIndex = FeatureIndex(0xfe00);
 /// when the session has one already or data has moved by messages.
 pub const DATA_FD: FeatureIndex = FeatureIndex(0xfe01);
 
+/// GET: [`FeatureResetCount`](limosa_protocol::feature::FeatureResetCount), how many times the device
+/// was reset.
+pub const RESET_COUNT: FeatureIndex = FeatureIndex::RESET_COUNT;
+
 /// The payload of [`DATA_FD`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

@@ -8,10 +8,14 @@ use std::time::Duration;
 
 use limosa_client::{Chunk, Device, DeviceExt, DirtyBits, DmaMap, DmaMemory, DmaTarget, Error};
 use limosa_protocol::info::DmaMapFlags;
-use limosa_protocol::{Errno, FeatureOp, State};
+use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
 use limosa_vfio_user::client::{Client, Options};
 use limosa_vfio_user::codec::{Command, DmaAccess, Header, MigData};
 use zerocopy::{FromBytes, IntoBytes};
+
+/// What a client asks between VERSION and its first request: the probe of MIGRATION, DEVICE_GET_INFO, and
+/// a PROBE of each feature that not every server has.
+const FEATURE_PROBES: usize = 2 + 7;
 
 /// A server's end of a connection.
 struct Peer(UnixStream);
@@ -43,7 +47,7 @@ impl Peer {
     /// Answers the probe and says yes to every feature.
     fn answer_probes(&mut self) {
         self.answer_version("{}");
-        for _ in 0..8 {
+        for _ in 0..FEATURE_PROBES {
             let (header, body) = self.receive();
             self.reply(&header, &[&body[..], &[0; 16]].concat());
         }
@@ -614,7 +618,7 @@ fn what_the_server_asks_for_is_bounded_and_refused_in_step() {
 fn a_server_that_refuses_device_feature_is_used_without() {
     let (client, thread) = with(Options { features: true, ..options() }, |peer| {
         peer.answer_version("{}");
-        for _ in 0..8 {
+        for _ in 0..FEATURE_PROBES {
             let (header, _) = peer.receive();
             peer.send(header.refusal(Errno::EINVAL), &[]);
         }
@@ -624,7 +628,57 @@ fn a_server_that_refuses_device_feature_is_used_without() {
     assert!(client.migration_flags().unwrap().is_empty());
     assert_eq!(client.mig_data_size().unwrap(), None);
     assert!(!client.precopy_info_v2().unwrap());
+    assert_eq!(client.reset_count().unwrap(), None, "and nothing is sent: the next request is the read");
     assert_eq!(read(&client).unwrap(), 3);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_server_whose_only_extension_is_not_the_reset_count_is_not_asked_for_it() {
+    // As a server that keeps its step and refuses indexes that it does not know, by whatever errno.
+    for errno in [Errno::ENOTTY, Errno::EINVAL, Errno::ENOTSUP, Errno::EIO] {
+        let (client, thread) = with(Options { features: true, ..options() }, move |peer| {
+            peer.answer_version("{}");
+            for _ in 0..FEATURE_PROBES {
+                let (header, body) = peer.receive();
+                let asked = body.get(4..6).map(|index| [index[0], index[1]]);
+                match asked {
+                    Some([0x02, 0xfe]) => peer.send(header.refusal(errno), &[]),
+                    _ => peer.reply(&header, &[&body[..], &[0; 16]].concat()),
+                }
+            }
+            peer.region(4);
+        });
+        let client = client.unwrap();
+        assert_eq!(client.reset_count().unwrap(), None, "{errno}");
+        assert!(!client.probe(FeatureIndex::RESET_COUNT, FeatureOp::GET).unwrap());
+        assert_eq!(read(&client).unwrap(), 4);
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_reset_count_that_is_cut_or_refused_leaves_the_connection_in_step() {
+    let (client, thread) = with_features(|peer| {
+        for bytes in [0, 7, 8] {
+            let (header, body) = peer.receive();
+            assert_eq!(body, [16u32, 1 << 16 | 0xfe02].map(u32::to_ne_bytes).concat(), "the header alone");
+            peer.reply(&header, &[&body[..], &[1; 8][..bytes]].concat());
+        }
+        for errno in [Errno::ENOTTY, Errno::EINVAL, Errno::EIO] {
+            let (header, _) = peer.receive();
+            peer.send(header.refusal(errno), &[]);
+        }
+        peer.region(5);
+    });
+    for _ in 0..2 {
+        assert!(matches!(client.reset_count(), Err(Error::Misbehaved { .. })), "it said that it has it");
+    }
+    assert_eq!(client.reset_count().unwrap(), Some(0x0101_0101_0101_0101));
+    assert_eq!(client.reset_count().unwrap(), None);
+    assert_eq!(client.reset_count().unwrap(), None);
+    assert!(client.reset_count().unwrap_err().is_refused(Errno::EIO), "no answer either way");
+    assert_eq!(read(&client).unwrap(), 5);
     thread.join().unwrap();
 }
 

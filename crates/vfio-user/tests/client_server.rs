@@ -378,6 +378,50 @@ fn data_over_its_own_socket_does_not_hold_up_other_requests() {
 }
 
 #[test]
+fn a_reset_that_the_states_do_not_show_is_seen_by_the_count() {
+    let served = Served::new();
+    let client = client(&served);
+    assert!(client.probe(FeatureIndex::RESET_COUNT, FeatureOp::GET).unwrap());
+    assert!(!client.probe(FeatureIndex::RESET_COUNT, FeatureOp::SET).unwrap());
+    let mut state = Vec::new();
+    drain(&mut *client.set_state(State::StopCopy).unwrap().unwrap(), &mut state, 1 << 20);
+    client.set_state(State::Stop).unwrap();
+    for by_the_client in [false, true] {
+        let load = |count: u64| {
+            client.set_state(State::Resuming).unwrap().unwrap().write(&state).unwrap();
+            client.set_state(State::Stop).unwrap();
+            assert_eq!(client.reset_count().unwrap(), Some(count), "no arc is a reset");
+        };
+        let before = client.reset_count().unwrap().unwrap();
+        load(before);
+        client.set_state(State::Running).unwrap();
+        assert_eq!(client.reset_count().unwrap(), Some(before));
+        // The same again, with a reset in between: both SETs succeed.
+        load(before);
+        if by_the_client {
+            client.reset().unwrap()
+        } else {
+            served.machine.reset().unwrap()
+        }
+        client.set_state(State::Running).unwrap();
+        assert_eq!(client.reset_count().unwrap(), Some(before + 1));
+        assert_eq!(served.machine.reset_count(), before + 1);
+    }
+    // The device is as it was left, and the next client counts on.
+    drop(client);
+    let next = Client::connect(served.path(), Options::default()).unwrap();
+    assert_eq!(next.reset_count().unwrap(), Some(2));
+}
+
+#[test]
+fn a_server_is_asked_for_its_resets_only_if_features_are() {
+    let served = Served::new();
+    let client = Client::connect(served.path(), Options { features: false, ..Options::default() }).unwrap();
+    assert_eq!(client.reset_count().unwrap(), None);
+    client.info().unwrap();
+}
+
+#[test]
 fn a_new_client_takes_over_a_session() {
     let served = Served::new();
     let first = client(&served);

@@ -108,6 +108,7 @@ fn a_server_of_the_crate_vfio_user_is_driven() {
     assert!(client.migration_flags().unwrap().is_empty(), "it has no features");
     assert!(client.set_state(State::Stop).map(drop).unwrap_err().is_refused(Errno::ENOTTY));
     assert_eq!(client.mig_data_size().unwrap(), None);
+    assert_eq!(client.reset_count().unwrap(), None);
     let info = client.info().unwrap();
     assert_eq!((info.num_regions, info.num_irqs), (9, 5));
     let bar1 = client.region(1).unwrap();

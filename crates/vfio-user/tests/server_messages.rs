@@ -275,6 +275,59 @@ fn features_are_got_set_and_probed() {
     assert_eq!(raw.feature(GET | 9, &[], 16).ok().u64(8), 3 << 20);
 }
 
+#[test]
+fn the_reset_count_is_got_and_probed() {
+    const RESET_COUNT: u32 = 0xfe02;
+    const EIO: u32 = 5;
+    let served = Served::new();
+    let mut raw = served.peer();
+    for ops in [PROBE, PROBE | GET] {
+        assert_eq!(raw.feature(ops | RESET_COUNT, &[], 8).ok().body, bytes![8u32, ops | RESET_COUNT]);
+    }
+    for ops in [PROBE | SET, PROBE | GET | SET, SET, GET | SET, 0] {
+        assert_eq!(raw.feature(ops | RESET_COUNT, &[0; 8], 16).refused(), EINVAL, "{ops:#x}");
+    }
+    assert_eq!(raw.feature(SET | RESET_COUNT, &[], 8).refused(), EINVAL);
+    for argsz in [0, 8, 15] {
+        assert_eq!(raw.feature(GET | RESET_COUNT, &[], argsz).refused(), EINVAL, "argsz {argsz}");
+    }
+    assert_eq!(raw.feature(GET | 0xfe03, &[], 16).refused(), ENOTTY);
+    let count = |raw: &mut Raw, data: &[u8], argsz| {
+        let body = raw.feature(GET | RESET_COUNT, data, argsz).ok().body;
+        assert_eq!(body[..8], bytes![16u32, GET | RESET_COUNT]);
+        assert_eq!(body.len(), 16);
+        u64::from_ne_bytes(body[8..].try_into().unwrap())
+    };
+    // With the room sent along or not, and with more of it than is needed.
+    assert_eq!(
+        [count(&mut raw, &[], 16), count(&mut raw, &[0xff; 8], 16), count(&mut raw, &[], 100)],
+        [0; 3]
+    );
+    let mut resets = 0;
+    for state in [STOP, RUNNING, STOP_COPY, RESUMING, PRE_COPY] {
+        raw.set_state(state).ok();
+        assert_eq!(count(&mut raw, &[], 16), resets, "on the way to {state}");
+        raw.call(RESET, &[]).ok();
+        resets += 1;
+        assert_eq!(count(&mut raw, &[], 16), resets, "out of {state}");
+    }
+    // A reset that wants no reply counts as well.
+    raw.post(RESET, &[]);
+    assert_eq!(count(&mut raw, &[], 16), resets + 1);
+    // ERROR is no reset; what leads out of it is.
+    let engine = bytes![PANIC, 0u64, 0u64];
+    assert_eq!(raw.region_write(BAR2, 0, &engine).refused(), EIO);
+    assert_eq!(raw.state(), 0);
+    assert_eq!(count(&mut raw, &[], 16), resets + 1);
+    raw.call(RESET, &[]).ok();
+    assert_eq!(count(&mut raw, &[], 16), resets + 2);
+    // A client that dies in the middle of a session resets nothing.
+    raw.set_state(RESUMING).ok();
+    drop(raw);
+    let mut next = served.peer();
+    assert_eq!((next.state(), count(&mut next, &[], 16)), (RESUMING, resets + 2));
+}
+
 /// Reads the session to its end in pieces of this size.
 fn read_all(raw: &mut Raw, size: u32) -> Vec<u8> {
     let mut data = Vec::new();

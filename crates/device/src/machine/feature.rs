@@ -3,7 +3,7 @@
 use limosa_client::Refers;
 use limosa_protocol::feature::{
     DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigDataSize, FeatureMigState,
-    FeatureMigration,
+    FeatureMigration, FeatureResetCount,
 };
 use limosa_protocol::{Errno, FeatureCall, FeatureIndex, FeatureOp, MigrationFlags};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -39,7 +39,8 @@ impl Machine {
         payload: &mut [u8],
         refers: Refers<'_>,
     ) -> Result<FeatureDone, Errno> {
-        let rules = call.index.rules().filter(|_| self.has_feature(call.index)).ok_or(Errno::ENOTTY)?;
+        let rules = call.index.rules().or(call.index.extension_rules());
+        let rules = rules.filter(|_| self.has_feature(call.index)).ok_or(Errno::ENOTTY)?;
         if !call.check(rules)? {
             return Ok(FeatureDone::default());
         }
@@ -85,6 +86,7 @@ impl Machine {
                 }
                 self.bus.memory.logging_report(report.iova, report.length, report.page_size, words)?;
             }
+            FeatureIndex::RESET_COUNT => answer(payload, FeatureResetCount { resets: self.reset_count() })?,
             _ => return Err(Errno::ENOTTY),
         }
         Ok(done)
@@ -99,7 +101,8 @@ impl Machine {
             FeatureIndex::MIG_PRECOPY_INFO_V2 => self.has_precopy_reinit,
             FeatureIndex::DMA_LOGGING_START
             | FeatureIndex::DMA_LOGGING_STOP
-            | FeatureIndex::DMA_LOGGING_REPORT => true,
+            | FeatureIndex::DMA_LOGGING_REPORT
+            | FeatureIndex::RESET_COUNT => true,
             _ => false,
         }
     }

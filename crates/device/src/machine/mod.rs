@@ -45,6 +45,8 @@ struct Inner {
     precopy_reinit: bool,
     /// The model panicked and has not been reset since: it is not called.
     panicked: bool,
+    /// Resets so far, those that failed included.
+    resets: u64,
 }
 
 impl std::fmt::Debug for Machine {
@@ -70,6 +72,7 @@ impl Machine {
             ids: SessionIds::default(),
             precopy_reinit: false,
             panicked: false,
+            resets: 0,
         };
         Arc::new(Machine { bus, description, flags, has_precopy_reinit, inner: Mutex::new(inner) })
     }
@@ -122,9 +125,12 @@ impl Machine {
 
     /// Resets to RUNNING from any state, ERROR too (`vfio.h: VFIO_DEVICE_RESET`). A session ends,
     /// and the opt-in to pre-copy flags is forgotten; mappings, interrupt wiring and DMA logging
-    /// stay. When the model cannot be reset: its errno, and ERROR.
+    /// stay. When the model cannot be reset: its errno, and ERROR. Every call raises
+    /// [`Machine::reset_count`] by one, also one that fails.
     pub fn reset(&self) -> Result<(), Errno> {
         self.with(|inner| {
+            // First: a model that fails or panics below may have lost its state already.
+            inner.resets += 1;
             inner.precopy_reinit = false;
             inner.end_session();
             inner.panicked = false;
@@ -140,6 +146,16 @@ impl Machine {
                 }
             }
         })
+    }
+
+    /// How many times [`Machine::reset`] was called since the machine was made
+    /// (`docs/vfio-user-extensions.md: RESET_COUNT`). When two reads are equal, no reset came between
+    /// them. Arcs do not count, nor does entering ERROR: only a reset leads out of it.
+    ///
+    /// Read under the lock that covers resets and arcs, so a reset that came before an arc has been
+    /// counted when the arc is done.
+    pub fn reset_count(&self) -> u64 {
+        self.lock().resets
     }
 
     /// The state. RUNNING or ERROR for a device without migration.

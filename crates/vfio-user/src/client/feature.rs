@@ -32,13 +32,14 @@ pub(super) struct Features {
 }
 
 impl Features {
-    pub const ASKED: [(FeatureIndex, FeatureOp); 6] = [
+    pub const ASKED: [(FeatureIndex, FeatureOp); 7] = [
         (FeatureIndex::MIGRATION, FeatureOp::GET),
         (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::GET.union(FeatureOp::SET)),
         (FeatureIndex::MIG_DATA_SIZE, FeatureOp::GET),
         (FeatureIndex::MIG_PRECOPY_INFO_V2, FeatureOp::SET),
         (extension::PRECOPY_INFO, FeatureOp::GET),
         (extension::DATA_FD, FeatureOp::GET),
+        (extension::RESET_COUNT, FeatureOp::GET),
     ];
 
     pub fn add(&mut self, index: FeatureIndex) {
@@ -165,6 +166,7 @@ impl Shared {
                     | FeatureIndex::MIG_DATA_SIZE
                     | extension::PRECOPY_INFO
                     | extension::DATA_FD
+                    | extension::RESET_COUNT
             );
         let sent = if probe || only_output { 0 } else { payload.len() };
         let mut bitmap_bytes = 0;
