@@ -2,7 +2,7 @@
 
 use limosa_client::{Device, DeviceExt};
 use limosa_protocol::info::{DeviceFlags, pci_index};
-use limosa_protocol::{MigrationFlags, State};
+use limosa_protocol::MigrationFlags;
 
 use crate::{Error, Result};
 use limosa_stream::body::printable;
@@ -10,17 +10,33 @@ use limosa_stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MA
 
 /// A device that is to be moved, or that is to become one that is moved.
 #[derive(Clone)]
+#[non_exhaustive]
 pub struct MovedDevice<'a> {
     /// The device.
     pub device: &'a dyn Device,
     /// What it is, in its owner's words. Where both sides say so, it must be the same.
     pub kind: Option<String>,
+    /// How many bytes it is expected to give in the stop, where it does not say so itself (it has no MIG_DATA_SIZE):
+    /// what it gave the last time ([`DeviceReport`](crate::DeviceReport): `bytes` less `precopy_bytes`), for example.
+    pub stop_bytes: Option<u64>,
 }
 
 impl<'a> MovedDevice<'a> {
     /// A device of which nothing is said.
     pub fn new(device: &'a dyn Device) -> MovedDevice<'a> {
-        MovedDevice { device, kind: None }
+        MovedDevice { device, kind: None, stop_bytes: None }
+    }
+
+    /// The same with what its owner says that it is.
+    #[must_use]
+    pub fn with_kind(self, kind: Option<String>) -> MovedDevice<'a> {
+        MovedDevice { kind, ..self }
+    }
+
+    /// The same with what it is expected to give in the stop, in bytes.
+    #[must_use]
+    pub fn with_stop_bytes(self, stop_bytes: Option<u64>) -> MovedDevice<'a> {
+        MovedDevice { stop_bytes, ..self }
     }
 }
 
@@ -35,36 +51,29 @@ pub(crate) fn failed(device: &dyn Device, doing: &str, error: limosa_client::Err
     Error::Device { device: device.name().into(), doing: doing.into(), error }
 }
 
-/// Drives one device to a state.
-pub(crate) fn enter(device: &dyn Device, state: State) -> Result<Option<Box<dyn limosa_client::DataStream>>> {
-    device.set_state(state).map_err(|error| failed(device, &format!("entering {state}"), error))
-}
-
-/// Does something to every device, each in a thread of its own, and waits for all. The results are in
-/// the devices' order.
+/// Does something to every device, each in a thread of its own where the system starts one, and waits for all. The
+/// results are in the devices' order.
 pub(crate) fn each<'a, T: Send>(
     devices: &[MovedDevice<'a>],
     act: impl Fn(usize, &'a dyn Device) -> T + Sync,
 ) -> Vec<T> {
-    match devices {
-        [] => Vec::new(),
-        [only] => vec![act(0, only.device)],
-        several => limosa_clockwork::scope(|scope| {
-            let act = &act;
-            let threads: Vec<_> = several
-                .iter()
-                .enumerate()
-                .map(|(at, moved)| {
-                    let device = moved.device;
-                    scope.spawn(format!("limosa: {}", device.name()), move || act(at, device))
-                })
-                .collect();
-            let join = |thread: limosa_clockwork::Handle<'_, T>| {
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            threads.into_iter().map(join).collect()
-        }),
-    }
+    limosa_clockwork::scope(|scope| {
+        let act = &act;
+        let started: Vec<_> = (devices.iter().enumerate().skip(1))
+            .map(|(at, moved)| {
+                let device = moved.device;
+                scope.try_spawn(format!("limosa: {}", device.name()), move || act(at, device))
+            })
+            .collect();
+        let first = devices.first().map(|moved| act(0, moved.device));
+        let others = started.into_iter().zip(devices.iter().enumerate().skip(1)).map(|(thread, (at, moved))| {
+            match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                Err(_) => act(at, moved.device),
+            }
+        });
+        first.into_iter().chain(others).collect()
+    })
 }
 
 /// Looks at a device without changing it. What it refuses to tell is not known; a lost connection is

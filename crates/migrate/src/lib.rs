@@ -57,9 +57,11 @@
 #![forbid(unsafe_code)]
 
 mod cancel;
+mod context;
 mod destination;
 mod devices;
 mod error;
+mod hooks;
 mod ledger;
 pub mod link;
 mod local;
@@ -76,7 +78,8 @@ mod wire;
 pub use cancel::Cancel;
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
-pub use error::{Error, Result};
+pub use error::{Changed, Difference, Error, Misbehaviour, Result};
+pub use hooks::{Nobody, Observer, Vmm};
 pub use ledger::{Decision, Ledger};
 pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Totals};
 pub use local::move_local;
@@ -84,11 +87,11 @@ pub use memory::{
     DirtyLog, FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Memory, MemoryRegion,
     PAGE_BYTES,
 };
-pub use options::{Nobody, Observer, Options, Vmm};
-pub use protocol::{Convergence, Round, WhenStalled};
+pub use options::Options;
+pub use protocol::{Convergence, Obstacle, Round, WhenStalled};
 pub use report::{
-    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport,
-    Side, SpanReport, Throughput,
+    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Phase, PhaseReport, Report, RoundReport,
+    Side, SpanReport, Throughput, Unrecovered,
 };
 pub use snapshot::{
     DamageReport, FrameCount, InspectedSection, Inspection, SnapshotFile, SnapshotReader, SnapshotSource,

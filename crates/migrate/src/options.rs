@@ -1,14 +1,25 @@
-//! What a caller may choose, and what it may hook into: [`Options`], [`Vmm`], [`Observer`].
+//! What a caller may choose: [`Options`].
 
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use crate::Round;
-use crate::report::{Estimate, Phase};
-use limosa_stream::{Compression, MigrationId, Totals};
+use limosa_stream::Compression;
+
+use crate::Convergence;
 
 /// What a caller may choose. The default suits a machine in one rack.
+///
+/// ```
+/// use std::time::Duration;
+/// use limosa_migrate::{Convergence, Options, WhenStalled};
+///
+/// let convergence = Convergence::default()
+///     .with_downtime_goal(Duration::from_millis(50))
+///     .with_when_stalled(WhenStalled::Abort);
+/// let options = Options::default().with_convergence(convergence).with_silence_max(Duration::from_secs(10));
+/// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// Whether devices that have PRE_COPY use it. Some device servers cannot load what they gave out
     /// in PRE_COPY; without it they still move, with a longer stop.
@@ -28,14 +39,19 @@ pub struct Options {
     /// most: less costs speed where the way to the source takes long.
     pub windows_bytes: u64,
     /// When pre-copy stops.
-    pub convergence: crate::Convergence,
-    /// How long the other side may say nothing. It says that it is alive four times a second, or as often within its own
-    /// limit: one below a second has to be the same on both sides.
+    pub convergence: Convergence,
+    /// Longest time without a byte from the other side, on each link. Each side sends a keep-alive four times a second,
+    /// or as often within its own limit: a limit below a second has to be the same on both sides.
     pub silence_max: Duration,
-    /// How long the other side may take, though alive, to answer an offer or to load.
+    /// Longest time for the other side to answer the offer, or to handle what was sent while the guest runs, even
+    /// while it sends keep-alives.
     pub load_max: Duration,
-    /// How long the destination holds for COMMIT, and the source waits for RUNNING.
+    /// Longest time that the destination holds for COMMIT, and that the source waits for RUNNING.
     pub commit_max: Duration,
+    /// Longest time that the guest stands still: from the stop of its vCPUs until the destination has loaded everything.
+    /// Nothing renews it. When it has passed, the move is undone and the guest runs on at the source. A move that is
+    /// predicted to take longer does not stop the guest at all. Of a snapshot: until everything is written.
+    pub standstill_max: Duration,
 }
 
 impl Default for Options {
@@ -46,86 +62,46 @@ impl Default for Options {
             links_measured: false,
             compress: None,
             windows_bytes: 32 << 20,
-            convergence: crate::Convergence::default(),
+            convergence: Convergence::default(),
             silence_max: Duration::from_secs(30),
             load_max: Duration::from_secs(600),
             commit_max: Duration::from_secs(30),
+            standstill_max: Duration::from_secs(60),
         }
     }
 }
 
-/// The machine around the devices. Every method does nothing unless it is written.
-pub trait Vmm: Sync {
-    /// On the source, when what the guest dirties cannot be moved fast enough: slow its vCPUs down. `step` counts
-    /// these calls from 1; 0 lets them run at full speed again, after the move whatever became of it, and comes
-    /// only after others. `false` when they cannot be slowed down further.
-    fn throttle(&self, step: u32) -> bool {
-        let _ = step;
-        false
-    }
-
-    /// On the source, before devices stop: stop the vCPUs. An `Err` calls the move off.
-    fn stop(&self) -> Result<(), String> {
-        Ok(())
-    }
-
-    /// On the source, when the destination has loaded and before it is told to run: note the move's id
-    /// where a process that is started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover).
-    /// The guest stands still meanwhile. An `Err` calls the move off.
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
-        let _ = id;
-        Ok(())
-    }
-
-    /// On the source, after a move was undone and the devices run again: let the vCPUs go on. Called
-    /// only after [`Vmm::stop`] was, also when that refused.
-    fn resume(&self) {}
-
-    /// On the destination, after COMMIT and before devices run. An `Err` gives the machine back to
-    /// the source.
-    fn prepare(&self) -> Result<(), String> {
-        Ok(())
-    }
-
-    /// On the destination, when the devices run: start the vCPUs.
-    fn start(&self) {}
+macro_rules! with {
+    ($of:ty { $($with:ident: $field:ident: $type:ty,)* }) => {
+        impl $of {
+            $(
+                #[doc = concat!("The same with another [`", stringify!($field), "`](Self::", stringify!($field), ").")]
+                #[must_use]
+                pub fn $with(self, $field: $type) -> Self {
+                    Self { $field, ..self }
+                }
+            )*
+        }
+    };
 }
 
-/// Watches a move, for a progress bar.
-///
-/// The calls come from the engine's own threads, which wait for them: they are short, and neither call the engine nor wait
-/// for what the engine does. [`Cancel::cancel`](crate::Cancel::cancel) may be called in any of them. No lock of the
-/// engine's is rollback meanwhile. What they say is also in the events of `tracing` (`docs/embedding.md: Events`).
-pub trait Observer: Sync {
-    /// A phase begins. From the one thread that runs [`Source::send`](crate::Source::send) or
-    /// [`Destination::receive`](crate::Destination::receive), or on the destination from one that reads a link; never
-    /// from two at once. During the stop the guest waits for this, too.
-    fn phase(&self, phase: Phase) {
-        let _ = phase;
-    }
+with!(Options {
+    with_precopy: precopy: bool,
+    with_links: links: NonZeroU32,
+    with_links_measured: links_measured: bool,
+    with_compress: compress: Option<Compression>,
+    with_windows_bytes: windows_bytes: u64,
+    with_convergence: convergence: Convergence,
+    with_silence_max: silence_max: Duration,
+    with_load_max: load_max: Duration,
+    with_commit_max: commit_max: Duration,
+    with_standstill_max: standstill_max: Duration,
+});
 
-    /// What has been moved so far, about once for each MiB and at the beginning and end of a phase. From any thread that
-    /// moves data, also from two at once, so that a later call may tell of slightly less.
-    fn moved(&self, totals: Totals) {
-        let _ = totals;
-    }
-
-    /// A round of pre-copy is over. A destination knows its number and the dirty memory only. From the same thread as
-    /// [`Observer::phase`].
-    fn round(&self, round: &Round) {
-        let _ = round;
-    }
-
-    /// On the source after each round, behind [`Observer::round`]: what is left, how long that will take, or that it will
-    /// not come to an end.
-    fn estimate(&self, estimate: &Estimate) {
-        let _ = estimate;
-    }
-}
-
-/// Nobody: a VMM that does nothing, and an observer that does not look.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Nobody;
-
-impl Vmm for Nobody {}
-impl Observer for Nobody {}
+with!(Convergence {
+    with_downtime_goal: downtime_goal: Duration,
+    with_stalled_rounds_max: stalled_rounds_max: u32,
+    with_rounds_max: rounds_max: u32,
+    with_when_stalled: when_stalled: crate::WhenStalled,
+    with_initial_max: initial_max: Duration,
+});

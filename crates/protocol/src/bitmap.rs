@@ -234,7 +234,17 @@ impl DirtyBitmap {
     /// The runs of marked pages, in order, as (first page, pages), each word as it is when the
     /// iterator comes to it.
     pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        Runs::new(0, self.words.iter().map(|word| word.load(Acquire)))
+        self.runs_from(0)
+    }
+
+    /// The runs of marked pages from this page on, as [`DirtyBitmap::runs`] gives them.
+    pub fn runs_from(&self, page: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let first = usize::try_from(page / 64).unwrap_or(usize::MAX).min(self.words.len());
+        let mut mask = u64::MAX << (page % 64);
+        let words = self.words[first..].iter().map(move |word| {
+            word.load(Acquire) & core::mem::replace(&mut mask, u64::MAX)
+        });
+        Runs::new(first as u64 * 64, words)
     }
 }
 

@@ -65,6 +65,10 @@ proptest! {
         let atomic = marked(&pages);
         atomic.set_range(start, len);
         prop_assert_eq!(&pages_of_runs(atomic.runs()), &union);
+        for from in [0, 1, 63, 64, 65, 127, 200, u64::MAX] {
+            let rest = union.range(from..).copied().collect();
+            prop_assert_eq!(pages_of_runs(atomic.runs_from(from)), rest, "from {}", from);
+        }
         let locked = marked(&pages);
         locked.set_range_locked(start, len);
         prop_assert_eq!(&pages_of_runs(locked.runs()), &union);

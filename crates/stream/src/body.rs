@@ -23,6 +23,9 @@ pub struct Offer {
     /// Over how many links the source can send, this one among them.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub links: u32,
+    /// Whether the source says on every link that it is alive.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keeps_links_alive: bool,
 }
 
 fn one() -> u32 {
@@ -125,7 +128,13 @@ const KNOWN_NEEDS: [&str; 4] = [NEEDS_FLUSH, NEEDS_CREDIT, Compression::Zstd.nam
 
 impl Default for Offer {
     fn default() -> Offer {
-        Offer { needs: Vec::new(), devices: Vec::new(), memory: Vec::new(), links: 1 }
+        Offer {
+            needs: Vec::new(),
+            devices: Vec::new(),
+            memory: Vec::new(),
+            links: 1,
+            keeps_links_alive: false,
+        }
     }
 }
 

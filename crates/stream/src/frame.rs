@@ -56,6 +56,7 @@ kinds! {
     CREDIT = 22, 0, 0, "So much of a device's data it has taken.";
     JOIN = 23, 4, 4, "Which of a move's further links this is.";
     LINK_END = 24, 0, 0, "Nothing more comes over this link.";
+    LINKS = 25, 4, 4, "How many links the source has, where they are fewer than the destination takes.";
     SEAL = 30, 40, 40, "Bytes and blake3 of all of a saved stream before it.";
 }
 

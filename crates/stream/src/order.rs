@@ -3,7 +3,7 @@
 
 use limosa_protocol::feature::PrecopyInfo;
 
-use super::body::{decode_device_end, decode_hint, decode_round, decode_u64};
+use super::body::{decode_device_end, decode_hint, decode_round, decode_u32, decode_u64};
 use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, RunningCrc, Seal, Totals};
 
 /// A frame that is in order, and what it says. Devices and memory are named by their place in the
@@ -26,6 +26,8 @@ pub enum Step<'a> {
     Round(u32, u64),
     /// The source waits until all is handled that came before.
     Flush,
+    /// The source has only so many links.
+    Links(u32),
     /// The source's devices are stopped.
     Stopped,
     /// All has come, and the totals agree.
@@ -212,6 +214,7 @@ impl Order {
             }
             Kind::SEAL => return misplaced("the SUM has not come"),
             Kind::FLUSH => Step::Flush,
+            Kind::LINKS => Step::Links(decode_u32(payload)),
             Kind::COMMIT if self.summed && !self.committed => {
                 self.committed = true;
                 Step::Commit

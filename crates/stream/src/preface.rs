@@ -10,7 +10,7 @@ const MAGIC: [u8; 8] = *b"\x89LMSA\r\n\x1a";
 const FLAGS_MANDATORY: u32 = 0xffff;
 
 /// Names one move, for ever: 16 random bytes, printed as 32 hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
 impl MigrationId {

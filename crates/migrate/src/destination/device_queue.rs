@@ -5,9 +5,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use limosa_protocol::State;
 
-use super::receive::WINDOW_BYTES_MAX;
 use crate::Result;
-use crate::transfer::sending::SMALL_BYTES;
+use crate::protocol::credit::{ReceiveWindow, SMALL_BYTES, WINDOW_BYTES_MAX};
 use limosa_stream::buffer::Buffer;
 use limosa_stream::{Damage, Header, Kind};
 
@@ -17,30 +16,38 @@ const JOINED_BYTES: usize = 64 << 10;
 /// The most pieces of a device's data that wait for what belongs before them.
 const PIECES_AHEAD_MAX: usize = 2 * WINDOW_BYTES_MAX as usize / SMALL_BYTES;
 
-/// What a device is still to be given.
+/// What a device is still to be given, and told to do.
 #[derive(Default)]
 pub(super) struct DeviceQueue {
-    pub(super) queue: VecDeque<Item>,
-    /// Bytes of it that are in the queue or being loaded.
+    pub(super) items: VecDeque<Item>,
+    /// Bytes of them that wait or are being loaded.
     pub(super) queued: u64,
     /// What came over other links before its turn, by its place in the device's stream.
     pub(super) ahead: BTreeMap<u64, (Header, Buffer)>,
     pub(super) ahead_bytes: u64,
-    /// Bytes that the device has taken, and of how many of them the source knows.
-    pub(super) taken: u64,
-    pub(super) told: u64,
-    /// The source wants to know when all is taken.
-    pub(super) flush: bool,
-    /// Its end has come, and nothing after it needs room.
-    pub(super) ended: bool,
-    /// Somebody sees to it, or is about to.
-    pub(super) seen_to: bool,
-    /// A state that it is driven to once it is loaded, and how that went.
-    pub(super) enter: Option<State>,
-    pub(super) entered: Option<Result<()>>,
+    pub(super) window: ReceiveWindow,
+    /// A worker is busy with the device, or about to be.
+    pub(super) is_busy: bool,
+    /// What it is to do once everything is loaded, and how that went.
+    pub(super) command: Option<Command>,
+    pub(super) done: Option<Result<()>>,
+    /// The state in which the device was found, once it has been touched.
+    pub(super) found: Option<State>,
     /// It was asked to run, and may.
-    pub(super) asked: bool,
-    pub(super) over: bool,
+    pub(super) asked_to_run: bool,
+}
+
+/// What a device is told to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Command {
+    /// Enter RESUMING; it was found in this state.
+    Open(State),
+    /// Enter a state.
+    Enter(State),
+    /// Be reset, so that it never runs what it was given.
+    Reset,
+    /// Be reset, and go back to where it was found.
+    Discard,
 }
 
 pub(super) enum Item {
@@ -105,13 +112,13 @@ impl DeviceQueue {
     /// The next of a device's data, or its end.
     pub(super) fn hand_on(&mut self, header: &Header, payload: Buffer) {
         if header.kind == Kind::DEVICE_END {
-            self.ended = true;
-            return self.queue.push_back(Item::End);
+            self.window.end_of_data();
+            return self.items.push_back(Item::End);
         }
         self.queued += payload.len() as u64;
-        match self.queue.back_mut() {
+        match self.items.back_mut() {
             Some(Item::Data(last)) if last.len() + payload.len() <= JOINED_BYTES => last.extend(&payload),
-            _ => self.queue.push_back(Item::Data(payload)),
+            _ => self.items.push_back(Item::Data(payload)),
         }
     }
 }
@@ -170,7 +177,7 @@ mod tests {
             queue.hand_on(&header, Buffer::copy(&gauge, &[7; 24]));
         }
         assert_eq!(queue.queued, 960_000);
-        assert!(queue.queue.len() <= 15, "{} buffers", queue.queue.len());
+        assert!(queue.items.len() <= 15, "{} buffers", queue.items.len());
         assert!(gauge.most() < 960_000 * 5 / 4 + 100_000, "{} bytes", gauge.most());
     }
 }

@@ -1,202 +1,331 @@
 //! What the threads of a destination share while devices and memory come in: a reader for each link puts memory where
-//! it belongs, and hands devices' data to a loader for each device, so that a device that is slow to load holds up no
-//! other.
+//! it belongs, and hands devices' data to their workers, so that a device that is slow to load blocks no other.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use limosa_client::{DataStream, DeviceExt};
-use limosa_clockwork::{Guard, Monitor, now};
-use limosa_protocol::MigrationFlags;
-
-use super::device_queue::{DeviceQueue, data_bytes};
-use crate::cancel::Watch;
-use crate::devices::{MovedDevice, failed};
-use crate::link::Wait;
-use crate::memory::MemoryRegion;
-use crate::report::{Phase, Recorder};
-use crate::transfer::device_stream::READ_BYTES_MAX;
-use crate::transfer::device_workers::DeviceWorkers;
-use crate::wire::{FrameReader, FrameWriter, pulse};
-use crate::{Cancel, Error, Options, Result, Round};
-use limosa_stream::body::{NEEDS_CREDIT, decode_device_end};
+use limosa_client::DeviceExt;
+use limosa_clockwork::{Guard, Monitor, Scope, now};
+use limosa_protocol::{MigrationFlags, State};
+use limosa_stream::body::{NEEDS_CREDIT, decode_device_end, decode_u32};
 use limosa_stream::buffer::{Buffer, Spares};
-use limosa_stream::{Damage, Header, Kind, Offer, Order, Step, WINDOW_BYTES_MIN};
+use limosa_stream::{Damage, Header, Kind, LINKS_MAX, MigrationId, Offer, Order, PrefaceFlags, Step};
 
-/// The most bytes of a device that may be on their way.
-pub(crate) const WINDOW_BYTES_MAX: u64 = 4 << 20;
-/// The most bytes of emptied buffers that are kept for later; never more than the windows.
+use super::device_loader::DeviceLoader;
+use super::device_queue::{Command, DeviceQueue, data_bytes};
+use crate::context::Context;
+use crate::devices::{MovedDevice, failed};
+use crate::link::{FurtherLinks, Link, LinkError, Wait};
+use crate::memory::MemoryRegion;
+use crate::protocol::credit::{ReceiveWindow, window};
+use crate::report::{Phase, Recorder};
+use crate::transfer::device_sender::READ_BYTES_MAX;
+use crate::transfer::device_workers::DeviceWorkers;
+use crate::transfer::keep_alive::KeepAlive;
+use crate::transfer::team::{Shared, Team};
+use crate::wire::{Connection, Frame, FrameReader, FrameWriter, MeteredLink};
+use crate::{Cancel, Error, Options, Result, Round};
+
+/// Emptied buffers of no more bytes are kept for what comes next.
 const SPARE_BYTES: u64 = 8 << 20;
+/// So much memory is made zero at once: between two pieces a cancel is heard.
+const ZERO_BYTES_MAX: u64 = 64 << 20;
 
 const DOING: &str = "waiting for the source's data";
 
-/// How much of each device may be on its way.
-pub(crate) fn window(devices: usize, options: &Options) -> u64 {
-    (options.windows_bytes / devices.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
-}
-
-/// The work between the answer and READY.
-pub(crate) struct Receiving<'w, 'a> {
-    /// The first link's: here is answered.
-    pub(crate) writer: Arc<FrameWriter<'a>>,
-    pub(crate) devices: &'a [MovedDevice<'a>],
-    /// The regions, by their place in the offer.
-    pub(crate) regions: Vec<Option<&'w MemoryRegion<'a>>>,
-    pub(crate) recorder: &'w Recorder<'a>,
-    pub(crate) options: &'w Options,
-    /// Whether the source keeps to the window.
-    pub(super) credit: bool,
-    window: u64,
-    pub(super) flags: Vec<MigrationFlags>,
-    links: usize,
-    order: Monitor<Order>,
-    pub(super) queues: Vec<Monitor<DeviceQueue>>,
-    /// The devices' sessions, until their data has ended.
-    pub(super) streams: Vec<Monitor<Option<Box<dyn DataStream>>>>,
-    /// The threads that devices are loaded and driven in.
-    pub(crate) workers: DeviceWorkers,
+/// The work between the offer and the end, and its threads.
+pub(super) struct Receiving<'w, 'a> {
+    context: &'w Context<'a>,
+    /// The first link: here is answered.
+    pub(super) connection: &'w Connection<'w>,
+    writers: [&'w FrameWriter<'w>; 1],
+    pub(super) team: Team,
+    workers: DeviceWorkers,
+    alive: KeepAlive,
+    pub(super) queues: Vec<Shared<DeviceQueue>>,
+    pub(super) loaders: Vec<Monitor<DeviceLoader<'a>>>,
+    flags: Vec<MigrationFlags>,
     /// The devices' ids, as the offer has them.
     ids: Vec<u32>,
-    pub(super) spare: Monitor<Spares>,
-    pub(super) state: Arc<Monitor<Progress>>,
-    ended: Cancel,
-    /// Wakes whoever waits for the state.
-    _watch: Watch,
+    /// The regions, by their place in the offer.
+    regions: Vec<Option<&'w MemoryRegion<'a>>>,
+    order: Monitor<Order>,
+    /// Whether the source keeps to the window.
+    has_credit: bool,
+    window: u64,
+    /// Whether further links are silent for no longer than the first.
+    keeps_links_alive: bool,
+    spares: Monitor<Spares>,
+    state: Shared<Progress>,
+    /// Ends the wait for further links.
+    joined: Cancel,
+    /// The further links, kept open to the end: the source is to hear the reason, and not that a link is closed.
+    further: Monitor<Vec<Arc<dyn Link>>>,
 }
 
 #[derive(Default)]
-pub(super) struct Progress {
-    failure: Option<Error>,
-    links_ended: usize,
-    pub(super) loaded: usize,
-    over: bool,
+struct Progress {
+    /// How many links the source uses, the first among them.
+    links: u32,
+    /// Which further links have joined, a bit each.
+    joined: u32,
+    links_ended: u32,
+    loaded: usize,
 }
 
 impl<'w, 'a> Receiving<'w, 'a> {
-    #[expect(clippy::too_many_arguments, reason = "it is called once, and keeps them all")]
-    pub(crate) fn new(
-        writer: Arc<FrameWriter<'a>>,
-        offer: &Offer,
-        links: usize,
+    pub(super) fn new(
+        context: &'w Context<'a>,
+        connection: &'w Connection<'_>,
         devices: &'a [MovedDevice<'a>],
-        streams: Vec<Box<dyn DataStream>>,
-        memory: &'a [MemoryRegion<'a>],
-        recorder: &'w Recorder<'a>,
-        options: &'w Options,
-        cancel: Option<&Cancel>,
+        memory: &'w [MemoryRegion<'a>],
+        offer: &Offer,
     ) -> Result<Receiving<'w, 'a>> {
-        let ended = match cancel {
-            Some(cancel) => cancel.child(),
-            None => Cancel::new(),
-        };
-        let ended = ended.map_err(|error| Error::Os { doing: "making an event", error })?;
-        let state = Arc::<Monitor<Progress>>::default();
+        let team = Team::new(context.cancel)?;
+        let joined = team.ended().child().map_err(|error| Error::Os { doing: "making an event", error })?;
+        let window = window(devices.len(), context.options.windows_bytes);
+        let windows = window * devices.len() as u64;
+        let mut spares = Spares::new(SPARE_BYTES.min(windows) as usize);
+        // Touched before anything stops for it.
+        spares.fill(SPARE_BYTES.min(windows / 4) as usize, READ_BYTES_MAX, context.recorder.buffers());
+        // Regions are matched by id, and lie in the same order nowhere but in the offer.
+        let region = |id| memory.iter().find(|region| region.id == id);
+        let queue = || DeviceQueue { window: ReceiveWindow::new(window), ..DeviceQueue::default() };
+        Ok(Receiving {
+            context,
+            connection,
+            writers: [&connection.writer],
+            workers: DeviceWorkers::new(devices.len(), usize::MAX),
+            alive: KeepAlive::default(),
+            queues: devices.iter().map(|_| team.share(queue())).collect(),
+            loaders: devices.iter().map(|moved| Monitor::new(DeviceLoader::new(moved.device))).collect(),
+            flags: vec![MigrationFlags::empty(); devices.len()],
+            ids: offer.devices.iter().map(|facts| facts.id).collect(),
+            regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
+            order: Monitor::new(Order::new(offer)),
+            has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
+            window,
+            keeps_links_alive: offer.keeps_links_alive,
+            spares: Monitor::new(spares),
+            state: team.share(Progress { links: 1, ..Progress::default() }),
+            joined,
+            further: Monitor::default(),
+            team,
+        })
+        .and_then(|receiving| receiving.with_flags(devices))
+    }
+
+    fn with_flags(self, devices: &[MovedDevice<'_>]) -> Result<Receiving<'w, 'a>> {
         let flags = devices.iter().map(|moved| {
             let flags = moved.device.migration_flags();
             flags.map_err(|error| failed(moved.device, "reading its flags", error))
         });
-        let flags = flags.collect::<Result<_>>()?;
-        let window = window(devices.len(), options);
-        let windows = window * devices.len() as u64;
-        let mut spare = Spares::new(SPARE_BYTES.min(windows) as usize);
-        // Touched before anything stops for it.
-        spare.fill(SPARE_BYTES.min(windows / 4) as usize, READ_BYTES_MAX, recorder.buffers());
-        // Regions are matched by id, and lie in the same order nowhere but in the offer.
-        let region = |id| memory.iter().find(|region| region.id == id);
-        Ok(Receiving {
-            writer,
-            devices,
-            regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
-            recorder,
-            options,
-            credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
-            window,
-            flags,
-            links,
-            order: Monitor::new(Order::new(offer)),
-            queues: devices.iter().map(|_| Monitor::default()).collect(),
-            streams: streams.into_iter().map(|stream| Monitor::new(Some(stream))).collect(),
-            workers: DeviceWorkers::new(devices.len(), usize::MAX),
-            ids: offer.devices.iter().map(|facts| facts.id).collect(),
-            spare: Monitor::new(spare),
-            _watch: {
-                let state = Arc::clone(&state);
-                ended.watch(move || state.notify_all())
-            },
-            state,
-            ended,
-        })
+        Ok(Receiving { flags: flags.collect::<Result<_>>()?, ..self })
     }
 
-    /// An error once the work is to end early; which one, [`Receiving::failure`] knows.
-    pub(super) fn check(&self) -> Result<()> {
-        if self.ended.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    pub(super) fn recorder(&self) -> &'w Recorder<'a> {
+        &self.context.recorder
     }
 
-    /// Something went wrong: everybody ends. The first such thing counts, and is returned once.
-    pub(crate) fn fail(&self, error: Error) -> Error {
-        let first = self.state.lock().failure.take();
-        self.end();
-        first.unwrap_or(error)
+    fn options(&self) -> &'a Options {
+        self.context.options
     }
 
-    /// Something went wrong in a thread: the first such thing counts, and everybody ends.
-    pub(super) fn fail_from_thread(&self, error: Error) {
-        self.state.lock().failure.get_or_insert(error);
-        self.end();
+    /// What a device can do in migration.
+    pub(super) fn flags(&self, at: usize) -> MigrationFlags {
+        self.flags[at]
     }
 
-    /// Nothing more is to be done, by anybody.
-    pub(crate) fn end(&self) {
-        self.state.lock().over = true;
-        self.ended.cancel();
-        self.state.notify_all();
-        for queue in &self.queues {
-            queue.lock().over = true;
-            queue.notify_all();
+    /// Starts the threads that do devices' work and the one that says that this side is alive. They serve the commit and
+    /// the way back as well.
+    pub(super) fn start<'scope>(&'scope self, scope: Scope<'scope, '_>) -> Result<()> {
+        let interval = self.connection.limits().keep_alive;
+        self.team.spawn(scope, "keep-alive".into(), move || {
+            self.alive.run(&self.team, &self.writers, interval);
+            Ok(())
+        })?;
+        for thread in 0..self.queues.len() {
+            self.team.spawn(scope, format!("device worker {thread}"), move || {
+                self.workers.work(thread, |at| self.attend(at));
+                Ok(())
+            })?;
         }
+        Ok(())
+    }
+
+    /// All threads end.
+    pub(super) fn end(&self) {
+        self.team.end();
         self.workers.end();
+        self.alive.end();
     }
 
-    /// Reads the first link to the SUM, and waits until all devices are loaded and in STOP.
-    pub(crate) fn read_first(&self, reader: &mut FrameReader<'_>) -> Result<()> {
-        let silence_max = self.options.silence_max;
-        let mut heard = now();
-        loop {
-            self.pulse();
-            // A file answers at once, and nobody waits for word from this side.
-            let slice = if self.writer.has_peer() { pulse(silence_max) } else { silence_max };
-            let Some(header) = reader.next(DOING, Wait::within(slice, Some(&self.ended)))? else {
-                if heard + silence_max <= now() {
-                    return Err(reader.timed_out(DOING, silence_max));
+    /// Opens a session on every device, found in these states.
+    pub(super) fn open_sessions(&self, found: Vec<State>) -> Result<()> {
+        self.command(|at| Some(Command::Open(found[at]))).into_iter().collect()
+    }
+
+    /// Which devices have been touched.
+    pub(super) fn opened(&self) -> Vec<bool> {
+        self.queues.iter().map(|queue| queue.lock().found.is_some()).collect()
+    }
+
+    /// Drives loaded devices to the states that are wanted; an error when one refuses.
+    pub(super) fn enter(&self, wanted: impl Fn(usize) -> Option<State>) -> Result<()> {
+        // All of them are waited for, whatever happens.
+        self.command(|at| wanted(at).map(Command::Enter)).into_iter().collect()
+    }
+
+    /// Resets the devices that were asked to run, so that none of them ever runs this guest. Whether that is so. A
+    /// device that was not asked stays in STOP, also when it can no longer be reached.
+    pub(super) fn never_run(&self) -> bool {
+        let asked: Vec<_> = self.queues.iter().map(|queue| queue.lock().asked_to_run).collect();
+        self.command(|at| asked[at].then_some(Command::Reset)).iter().all(Result::is_ok)
+    }
+
+    /// Tells devices what to do, all at once, and waits for all of them as long as their own calls take.
+    pub(super) fn command(&self, wanted: impl Fn(usize) -> Option<Command>) -> Vec<Result<()>> {
+        for (at, queue) in self.queues.iter().enumerate() {
+            let mut queue = queue.lock();
+            (queue.command, queue.done) = (wanted(at), None);
+            match queue.command {
+                None => queue.done = Some(Ok(())),
+                Some(_) => self.see_to(at, queue),
+            }
+        }
+        let done = self.queues.iter().map(|queue| {
+            let mut guard = queue.lock();
+            loop {
+                if let Some(done) = guard.done.take() {
+                    return done;
                 }
-                continue;
-            };
-            heard = now();
-            if header.kind == Kind::SUM {
-                let doing = "waiting for the end of the further links";
-                self.wait(reader, doing, |state| state.links_ended == self.links - 1)?;
+                (guard, _) = queue.wait(guard, None);
             }
-            if let Step::Sum = self.take(&header, reader)? {
-                self.recorder.phase(Phase::Load);
-                let doing = "waiting for the devices to load";
-                return self.wait(reader, doing, |state| state.loaded == self.devices.len());
-            }
-        }
+        });
+        done.collect()
     }
 
-    /// Reads a further link to its end.
-    pub(crate) fn read_further(&self, reader: &mut FrameReader<'_>) {
-        if let Err(error) = self.read_to_end(reader) {
-            self.fail_from_thread(error);
-        }
+    /// The source was told to use so many links.
+    pub(super) fn expect_links(&self, links: u32) {
+        self.state.lock().links = links;
     }
 
-    fn read_to_end(&self, reader: &mut FrameReader<'_>) -> Result<()> {
+    /// Reads the first link to the SUM, and waits until all devices are loaded and in STOP. The source was told to use
+    /// so many links.
+    pub(super) fn read_first(&self, links: u32) -> Result<()> {
+        let mut reader = self.connection.reader();
         loop {
-            // There may be nothing for this link for long; the first one tells whether the source is alive.
-            let wait = Wait::within(Duration::MAX, Some(&self.ended));
-            let Some(header) = reader.next(DOING, wait)? else { continue };
+            let header = reader.next(self.connection.link(), DOING, None, Some(self.team.ended()))?;
+            match header.kind {
+                Kind::LINKS => self.fewer_links(decode_u32(reader.payload(&header)), links, &reader)?,
+                Kind::SUM => {
+                    let doing = "waiting for the end of the further links";
+                    self.wait(doing, |state| state.links_ended == state.links - 1)?;
+                }
+                _ => {}
+            }
+            if let Step::Sum = self.take(&header, &mut reader)? {
+                self.recorder().phase(Phase::Load);
+                let doing = "waiting for the devices to load";
+                return self.wait(doing, |state| state.loaded == self.queues.len());
+            }
+        }
+    }
+
+    /// The source has fewer links than it was to use.
+    fn fewer_links(&self, had: u32, wanted: u32, reader: &FrameReader) -> Result<()> {
+        let mut state = self.state.lock();
+        if !(1..wanted).contains(&had) || state.joined >> had != 0 {
+            let why = format!("{had} links of {wanted}, of which {} further ones have joined", state.joined.count_ones());
+            return Err(reader.damaged(Damage::Content { kind: Kind::LINKS, why }));
+        }
+        state.links = had;
+        let is_complete = state.joined.count_ones() == had - 1;
+        drop(state);
+        self.state.notify_all();
+        if is_complete {
+            self.joined.cancel();
+        }
+        Ok(())
+    }
+
+    /// The thread that takes the further links of the move, in any order, and starts a reader for each. A link that is
+    /// not of the move is closed, and another is waited for.
+    pub(super) fn join<'scope>(
+        &'scope self,
+        scope: Scope<'scope, '_>,
+        id: MigrationId,
+        further: &dyn FurtherLinks,
+        offer: &'scope Offer,
+    ) -> Result<()> {
+        let silence_max = self.options().silence_max;
+        let wait = Wait::within(silence_max, Some(&self.joined));
+        loop {
+            let (joined, links) = {
+                let state = self.state.lock();
+                (state.joined, state.links)
+            };
+            if joined.count_ones() >= links - 1 {
+                return Ok(());
+            }
+            let link: Arc<dyn Link> = match further.next(wait) {
+                Ok(link) => Arc::from(link),
+                Err(LinkError::Cancelled) if self.team.check().is_ok() => return Ok(()),
+                Err(error) => {
+                    return Err(self.connection.failed(error, "waiting for a further link", silence_max));
+                }
+            };
+            let (number, mut reader) = match self.greet_further(&*link, id) {
+                Ok(greeted) => greeted,
+                Err(error) => {
+                    tracing::warn!("a link that is not of the move: {error}");
+                    continue;
+                }
+            };
+            if number >= links || joined & 1 << number != 0 {
+                tracing::warn!("link {number} of the move came twice or was not asked for");
+                continue;
+            }
+            reader.decompress(offer.compression())?;
+            reader.count(self.recorder().buffers());
+            self.further.lock().push(Arc::clone(&link));
+            self.state.lock().joined |= 1 << number;
+            self.team.spawn(scope, format!("link {number}"), move || {
+                let link = MeteredLink::new(&*link, self.recorder());
+                self.read_further(&link, reader)
+            })?;
+        }
+    }
+
+    /// The number of a further link, if it is of this move, and what reads on.
+    fn greet_further(&self, link: &dyn Link, id: MigrationId) -> Result<(u32, FrameReader)> {
+        let silence_max = self.options().silence_max;
+        let mut reader = FrameReader::new(link, silence_max);
+        let preface = reader.preface(link, Some(&self.joined))?;
+        if preface.id != id || !preface.flags.contains(PrefaceFlags::FURTHER) {
+            let what = format!("the id {} where {id} was expected", preface.id);
+            return Err(reader.damaged(Damage::Unknown { what }));
+        }
+        let within = now().checked_add(silence_max).map(|until| (until, silence_max));
+        let header = reader.next(link, "waiting for a link's number", within, Some(&self.joined))?;
+        let misplaced = |why: String| Damage::Misplaced { kind: header.kind, why };
+        if header.kind != Kind::JOIN {
+            return Err(reader.damaged(misplaced("JOIN is due".into())));
+        }
+        let number = decode_u32(reader.payload(&header));
+        if number == 0 || number >= LINKS_MAX {
+            let why = format!("link {number}, expected 1 to {}", LINKS_MAX - 1);
+            return Err(reader.damaged(Damage::Content { kind: Kind::JOIN, why }));
+        }
+        Ok((number, reader))
+    }
+
+    /// The thread of a further link, to its end.
+    fn read_further(&self, link: &dyn Link, mut reader: FrameReader) -> Result<()> {
+        if !self.keeps_links_alive {
+            reader.allow_silence();
+        }
+        loop {
+            let header = reader.next(link, DOING, None, Some(self.team.ended()))?;
             match header.kind {
                 Kind::LINK_END => {
                     self.state.lock().links_ended += 1;
@@ -204,7 +333,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
                     return Ok(());
                 }
                 Kind::MEMORY_DATA | Kind::MEMORY_ZERO | Kind::DEVICE_DATA | Kind::FLUSH | Kind::PROGRESS => {
-                    self.take(&header, reader)?;
+                    self.take(&header, &mut reader)?;
                 }
                 kind => {
                     let why = "it is for a move's first link".into();
@@ -214,45 +343,18 @@ impl<'w, 'a> Receiving<'w, 'a> {
         }
     }
 
-    fn pulse(&self) {
-        if self.writer.has_peer() {
-            // A link that has failed shows when it is read.
-            let _ = self.writer.pulse(Some(&self.ended));
+    /// Waits for this side; not longer than the source does.
+    fn wait(&self, doing: &'static str, is_done: impl Fn(&Progress) -> bool) -> Result<()> {
+        let limit = self.options().load_max;
+        let until = now().checked_add(limit);
+        match self.team.wait(&self.state, self.state.lock(), until, is_done)?.1 {
+            true => Ok(()),
+            false => Err(self.connection.failed(LinkError::TimedOut, doing, limit)),
         }
-    }
-
-    /// Waits for this side, which tells the source meanwhile that it is alive; not longer than the source does.
-    fn wait(
-        &self,
-        reader: &FrameReader<'_>,
-        doing: &'static str,
-        is_done: impl Fn(&Progress) -> bool,
-    ) -> Result<()> {
-        let limit = self.options.load_max;
-        let overall = Wait::within(limit, None);
-        let mut state = self.state.lock();
-        while !is_done(&state) {
-            self.check()?;
-            let timed_out;
-            let slice = pulse(self.options.silence_max);
-            (state, timed_out) = self.state.wait(state, Some(overall.deadline.min(now() + slice)));
-            if timed_out {
-                drop(state);
-                if overall.left().is_err() {
-                    return Err(reader.timed_out(doing, limit));
-                }
-                if self.writer.has_peer() {
-                    // Nobody reads the link now: that it failed shows here alone.
-                    self.writer.pulse(Some(&self.ended))?;
-                }
-                state = self.state.lock();
-            }
-        }
-        Ok(())
     }
 
     /// Acts on a frame. What is out of order never reaches a device.
-    fn take(&self, header: &Header, reader: &mut FrameReader<'_>) -> Result<Step<'static>> {
+    fn take(&self, header: &Header, reader: &mut FrameReader) -> Result<Step<'static>> {
         if matches!(header.kind, Kind::DEVICE_DATA | Kind::DEVICE_END) {
             return self.take_device(header, reader).map(|()| Step::Skipped);
         }
@@ -263,21 +365,16 @@ impl<'w, 'a> Receiving<'w, 'a> {
                 if let Some(region) = self.regions[at] {
                     region.pages.write(offset, pages).map_err(|error| region.failed(offset, error))?;
                 }
-                self.recorder.memory_data(pages.len() as u64);
+                self.recorder().memory_data(pages.len() as u64);
             }
-            Step::MemoryZero(at, offset, bytes) => {
-                if let Some(region) = self.regions[at] {
-                    region.pages.zero(offset, bytes).map_err(|error| region.failed(offset, error))?;
-                }
-                self.recorder.memory_zero(bytes);
-            }
+            Step::MemoryZero(at, offset, bytes) => self.zero(at, offset, bytes)?,
             Step::Round(round, memory_dirty_bytes) => {
-                self.recorder.round(&Round { round, memory_dirty_bytes, ..Round::default() });
+                self.recorder().round(&Round { round, memory_dirty_bytes, ..Round::default() });
             }
             Step::Flush => self.flush(header)?,
             Step::Stopped => {
-                self.recorder.phase(Phase::StopCopy);
-                self.recorder.stop();
+                self.recorder().phase(Phase::StopCopy);
+                self.recorder().stop();
             }
             Step::DeviceBegin(at) => self.deliver_ahead(at, reader)?,
             Step::Sum => return Ok(Step::Sum),
@@ -286,59 +383,72 @@ impl<'w, 'a> Receiving<'w, 'a> {
         Ok(Step::Skipped)
     }
 
+    fn zero(&self, at: usize, offset: u64, bytes: u64) -> Result<()> {
+        let end = offset + bytes;
+        let mut from = offset;
+        while from < end {
+            self.team.check()?;
+            let piece = ZERO_BYTES_MAX.min(end - from);
+            if let Some(region) = self.regions[at] {
+                region.pages.zero(from, piece).map_err(|error| region.failed(from, error))?;
+            }
+            self.recorder().memory_zero(piece);
+            from += piece;
+        }
+        Ok(())
+    }
+
     /// All that came before over this link is handled; devices' data may still be waiting.
     fn flush(&self, header: &Header) -> Result<()> {
-        if !self.writer.has_peer() {
+        if !self.connection.has_peer() {
             return Ok(());
         }
         // Of each device the source is told when it has taken what came, over whichever link.
         for (at, queue) in self.queues.iter().enumerate() {
-            let mut queue = queue.lock();
-            while !self.credit && queue.queued > 0 && !queue.over {
-                (queue, _) = self.queues[at].wait(queue, None);
+            let mut guard = queue.lock();
+            if !self.has_credit {
+                (guard, _) = self.team.wait(queue, guard, None, |queue| queue.queued == 0)?;
             }
-            queue.flush = true;
-            let told = self.due(&mut queue);
-            drop(queue);
-            self.tell(at, told)?;
+            let waiting = guard.waiting();
+            guard.window.ask(waiting);
+            let credit = self.credit_due(&mut guard);
+            drop(guard);
+            self.tell(at, credit)?;
         }
-        self.writer.post(Kind::FLUSHED, header.section, header.position, &[], Some(&self.ended))
+        self.post(&Frame::of(header.section, Kind::FLUSHED, &[]).at(header.position))
     }
 
     /// A device's data or its end: hands it on when it is due, and keeps it while something before it is missing.
-    fn take_device(&self, header: &Header, reader: &mut FrameReader<'_>) -> Result<()> {
-        let damaged = |damage| reader.damaged(damage);
+    fn take_device(&self, header: &Header, reader: &mut FrameReader) -> Result<()> {
         let mut order = self.order.lock();
-        let at = order.section(header).map_err(damaged)?;
+        let at = order.section(header).map_err(|damage| reader.damaged(damage))?;
         let place = match header.kind {
             Kind::DEVICE_END => decode_device_end(reader.payload(header)).0,
             _ => header.position,
         };
         let is_due = order.due(at).is_some_and(|due| place <= due);
         let mut queue = self.queues[at].lock();
-        let room = queue.taken.saturating_add(self.window);
+        let room = queue.window.end();
         let is_data = header.kind == Kind::DEVICE_DATA;
-        if self.credit && is_data && place.saturating_add(header.length.into()) > room {
+        if self.has_credit && is_data && place.saturating_add(header.length.into()) > room {
             let why = format!("it is for byte {place}, with the last credit there is room up to byte {room}");
-            return Err(damaged(Damage::Misplaced { kind: header.kind, why }));
+            return Err(reader.damaged(Damage::Misplaced { kind: header.kind, why }));
         }
-        if self.links > 1 && !is_due {
+        if !is_due && self.state.lock().joined != 0 {
             drop(order);
             let payload = reader.take_payload(header, || self.spare());
             queue.keep_ahead(place, *header, payload).map_err(|damage| reader.damaged(damage))?;
-            self.recorder.device_waits(at, queue.waiting());
+            self.recorder().device_waits(at, queue.waiting());
             return Ok(());
         }
-        queue.check_ahead(place, header).map_err(damaged)?;
-        order.next(header, reader.payload(header)).map_err(damaged)?;
+        queue.check_ahead(place, header).map_err(|damage| reader.damaged(damage))?;
+        order.next(header, reader.payload(header)).map_err(|damage| reader.damaged(damage))?;
         drop(order);
-        // The others send over one link.
-        while !self.credit
-            && queue.queued > 0
-            && queue.queued + u64::from(header.length) > self.window
-            && !queue.over
-        {
-            (queue, _) = self.queues[at].wait(queue, None);
+        if !self.has_credit {
+            // Such a source sends over one link, and is kept waiting by it.
+            let has_room =
+                |queue: &DeviceQueue| queue.queued == 0 || queue.queued + u64::from(header.length) <= self.window;
+            (queue, _) = self.team.wait(&self.queues[at], queue, None, has_room)?;
         }
         let payload = reader.take_payload(header, || self.spare());
         self.hand_on(at, queue, header, payload);
@@ -346,7 +456,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
     }
 
     /// Hands on what has come before its turn and is due now.
-    fn deliver_ahead(&self, at: usize, reader: &FrameReader<'_>) -> Result<()> {
+    fn deliver_ahead(&self, at: usize, reader: &FrameReader) -> Result<()> {
         loop {
             let mut order = self.order.lock();
             let Some(due) = order.due(at) else { return Ok(()) };
@@ -358,40 +468,50 @@ impl<'w, 'a> Receiving<'w, 'a> {
         }
     }
 
-    /// A buffer for what comes next.
-    fn spare(&self) -> Buffer {
-        self.spare.lock().take().unwrap_or_else(|| Buffer::new(self.recorder.buffers()))
-    }
-
     fn hand_on(&self, at: usize, mut queue: Guard<'_, DeviceQueue>, header: &Header, payload: Buffer) {
         queue.hand_on(header, payload);
-        self.recorder.device_waits(at, queue.waiting());
+        self.recorder().device_waits(at, queue.waiting());
         self.see_to(at, queue);
     }
 
-    /// Somebody sees to what is to be done for a device.
-    pub(super) fn see_to(&self, at: usize, mut queue: Guard<'_, DeviceQueue>) {
-        let seen_to = std::mem::replace(&mut queue.seen_to, true);
+    /// A worker sees to what is to be done for a device.
+    fn see_to(&self, at: usize, mut queue: Guard<'_, DeviceQueue>) {
+        let was_busy = std::mem::replace(&mut queue.is_busy, true);
         drop(queue);
-        if !seen_to {
+        if !was_busy {
             self.workers.post(at);
         }
     }
 
-    /// What the source is to be told of a device now: how much it has taken.
-    pub(super) fn due(&self, queue: &mut DeviceQueue) -> Option<u64> {
-        let all = queue.queued == 0 && queue.ahead.is_empty();
-        let flushed = all && std::mem::take(&mut queue.flush);
-        let new = queue.taken - queue.told;
-        let due = self.credit && new > 0 && (flushed || !queue.ended && new > self.window / 2);
-        due.then(|| {
-            queue.told = queue.taken;
-            queue.taken
-        })
+    /// A device has loaded everything and is in STOP.
+    pub(super) fn is_loaded(&self) -> Result<()> {
+        self.state.lock().loaded += 1;
+        self.state.notify_all();
+        Ok(())
     }
 
-    pub(super) fn tell(&self, at: usize, told: Option<u64>) -> Result<()> {
-        let Some(taken) = told else { return Ok(()) };
-        self.writer.post(Kind::CREDIT, self.ids[at], taken, &[], Some(&self.ended))
+    /// A buffer for what comes next.
+    fn spare(&self) -> Buffer {
+        self.spares.lock().take().unwrap_or_else(|| Buffer::new(self.recorder().buffers()))
+    }
+
+    pub(super) fn keep_spare(&self, buffer: Buffer) {
+        self.spares.lock().keep(buffer);
+    }
+
+    /// The credit that a source is to be given now.
+    pub(super) fn credit_due(&self, queue: &mut DeviceQueue) -> Option<u64> {
+        queue.window.due().filter(|_| self.has_credit)
+    }
+
+    pub(super) fn tell(&self, at: usize, credit: Option<u64>) -> Result<()> {
+        match credit {
+            Some(taken) => self.post(&Frame::of(self.ids[at], Kind::CREDIT, &[]).at(taken)),
+            None => Ok(()),
+        }
+    }
+
+    fn post(&self, frame: &Frame<'_>) -> Result<()> {
+        self.connection.writer.post(frame, Some(self.team.ended()))
     }
 }

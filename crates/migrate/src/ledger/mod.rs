@@ -8,8 +8,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use crate::link::Link;
-use crate::{Cancel, Destination, Nobody, Options, Received};
 use limosa_stream::MigrationId;
 use record::Record;
 
@@ -42,6 +40,8 @@ struct Move {
     entry: Entry,
     /// Where there is a folder, until it is decided.
     record: Option<Record>,
+    /// Why the decision is not on the disk.
+    unrecorded: Option<String>,
 }
 
 /// The destination's memory. One for all the moves that a process receives; every method is one step
@@ -87,21 +87,6 @@ impl Ledger {
         })
     }
 
-    /// Answers a source in doubt that has connected: [`Received::Answered`]. Who has a move to send is refused, as there
-    /// is nothing to receive it: [`Received::Discarded`].
-    pub fn answer(&self, link: &dyn Link, options: &Options, cancel: Option<&Cancel>) -> Received {
-        let nothing = Destination {
-            devices: &[],
-            memory: &[],
-            vmm: &Nobody,
-            observer: &Nobody,
-            options,
-            cancel,
-            ledger: self,
-        };
-        nothing.receive(link)
-    }
-
     /// READY is about to be sent. `false` when the id was used before.
     pub(crate) fn hold(&self, id: MigrationId) -> io::Result<bool> {
         let mut moves = self.lock();
@@ -120,7 +105,7 @@ impl Ledger {
         {
             moves.remove(oldest);
         }
-        moves.push_back(Move { id, entry: Entry::Holding, record });
+        moves.push_back(Move { id, entry: Entry::Holding, record, unrecorded: None });
         Ok(true)
     }
 
@@ -149,6 +134,11 @@ impl Ledger {
         self.decide(id, Decision::NotCommitted);
     }
 
+    /// Why the decision about a move is not on the disk, where it should be.
+    pub(crate) fn unrecorded(&self, id: MigrationId) -> Option<String> {
+        self.lock().iter().find(|found| found.id == id)?.unrecorded.clone()
+    }
+
     /// What is decided stays so.
     fn decide(&self, id: MigrationId, decision: Decision) {
         let mut moves = self.lock();
@@ -172,6 +162,7 @@ impl Move {
             && let Err(error) = record.write(self.entry)
         {
             tracing::error!("what became of move {} cannot be recorded: {error}", self.id);
+            self.unrecorded = Some(error.to_string());
         }
     }
 }

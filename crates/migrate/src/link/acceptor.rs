@@ -14,7 +14,7 @@ use super::{Address, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait};
 use crate::Error;
 use crate::cancel::timespec;
 use crate::lock::lock;
-use crate::wire::Connection;
+use crate::wire::{FrameReader, say_why};
 use limosa_stream::{Damage, PREFACE_BYTES, Preface};
 
 /// How many may be connected at once that have not said yet what they want. When one more comes, the one goes that has
@@ -205,20 +205,19 @@ impl Hearing {
                 }
             },
         };
-        let mut connection = Connection::new(&*link, None, self.silence_max);
-        let why = match connection.read_preface() {
+        let mut reader = FrameReader::new(&*link, self.silence_max);
+        let why = match reader.preface_bytes(&*link, None) {
             Ok(preface) => match Preface::decode(&preface) {
-                Err(damage @ Damage::NotAStream) => connection.damaged(damage),
+                Err(damage @ Damage::NotAStream) => reader.damaged(damage),
                 // Whatever else is wrong with it, whoever takes the link says so.
                 _ => {
-                    drop(connection);
                     let heard = Heard { inner: link, preface: Mutex::new((preface, 0)) };
                     return self.is(Incoming::Peer(Box::new(heard)));
                 }
             },
             Err(why) => why,
         };
-        connection.abort(&why);
+        say_why(&*link, &why, self.silence_max);
         self.is(Incoming::NotAPeer { peer, why });
     }
 

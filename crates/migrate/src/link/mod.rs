@@ -7,7 +7,6 @@
 mod acceptor;
 mod address;
 mod limited;
-mod metered;
 mod socket;
 mod tls;
 
@@ -18,7 +17,6 @@ use std::time::{Duration, Instant};
 pub use acceptor::{Acceptor, Incoming, PENDING_MAX};
 pub use address::{Address, AddressError};
 pub use limited::{Bandwidth, LimitedLink};
-pub(crate) use metered::MeteredLink;
 pub use socket::{Listener, SocketLink, connect};
 pub(crate) use tls::is_tls;
 pub use tls::{Tls, TlsError, TlsLink};

@@ -1,63 +1,79 @@
-//! Dirty pages of a source: the logs that tell them, and the rounds in which they are sent.
+//! Dirty pages of a source: the logs that tell them, and what is still to be sent.
 
 use std::io;
+use std::sync::Arc;
 
 use limosa_client::dirty::{DeviceLog, DirtySource, Fused};
-use limosa_clockwork::Monitor;
 use limosa_protocol::bitmap::{DirtyBitmap, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 
+use super::{Memory, PAGE_BYTES};
 use crate::cancel::check;
 use crate::devices::{MovedDevice, failed};
-use crate::memory::{Memory, MemoryRegion, PAGE_BYTES};
-use crate::report::Recorder;
-use crate::transfer::ram as pages;
-use crate::transfer::sending::Sending;
 use crate::{Cancel, Error, Result};
 
-/// A further link is used for each so many bytes: below that, waking its thread costs more than it saves.
-const LINK_BYTES_MIN: u64 = 4 << 20;
-
-/// Which pages are still to be sent, and which were ever harvested.
-#[derive(Default)]
-pub(crate) struct Dirty {
-    pending: Vec<DirtyBitmap>,
+/// Which pages are still to be sent, and which were ever harvested, by region.
+#[derive(Debug, Default)]
+pub(crate) struct DirtyPages {
+    pub(crate) pending: Vec<DirtyBitmap>,
     harvested: Vec<DirtyBitmap>,
+}
+
+impl DirtyPages {
+    /// Takes every page as dirty.
+    pub(crate) fn everything(&self) {
+        self.pending.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+    }
+
+    /// Bytes that are still to be sent.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.pending.iter().map(|bitmap| bitmap.count() * PAGE_BYTES).sum()
+    }
+}
+
+/// The logs of a move, and how far each was started.
+#[derive(Default)]
+pub(crate) struct DirtyLogs {
+    pub(crate) pages: Arc<DirtyPages>,
     /// For each device the page size of its log, in bytes, where it logs.
     device_page_bytes: Vec<Option<u64>>,
     /// So many of the caller's sources are on, from the first.
     sources_started: usize,
+    /// The caller's log was asked to start, whether or not it did.
     log_started: bool,
-    /// A device whose writes nobody sees: memory is dirty as long as it runs.
+    /// A device whose writes no log sees: memory is dirty as long as it runs.
     pub(crate) blind: bool,
 }
 
-impl Dirty {
-    /// Starts all logs and takes every page as dirty.
+impl DirtyLogs {
+    /// Starts all logs and takes every page as dirty. What no log sees, is told. After an error [`DirtyLogs::stop`] ends
+    /// what was started.
     pub(crate) fn start(
         &mut self,
         devices: &[MovedDevice<'_>],
         memory: &mut Memory<'_>,
-        recorder: &Recorder<'_>,
+        notes: &mut Vec<String>,
         cancel: Option<&Cancel>,
     ) -> Result<()> {
         self.device_page_bytes = vec![None; devices.len()];
+        let mut pages = DirtyPages::default();
         for region in &memory.regions {
             let bitmap = || {
                 let bitmap = DirtyBitmap::new(region.size / PAGE_BYTES);
                 bitmap.map_err(|_| region.failed(0, io::ErrorKind::OutOfMemory.into()))
             };
-            let all = bitmap()?;
-            all.set_range(0, all.pages());
-            self.pending.push(all);
-            self.harvested.push(bitmap()?);
+            pages.pending.push(bitmap()?);
+            pages.harvested.push(bitmap()?);
         }
+        pages.everything();
+        self.pages = Arc::new(pages);
         if memory.regions.is_empty() {
             return Ok(());
         }
         if let Some(log) = &mut memory.log {
-            log.start().map_err(|error| memory.regions[0].failed(0, error))?;
+            // One that fails half-way has to be stopped as well.
             self.log_started = true;
+            log.start().map_err(|error| memory.regions[0].failed(0, error))?;
         }
         let regions = memory.regions.iter();
         let ranges: Vec<_> =
@@ -79,14 +95,19 @@ impl Dirty {
                 || memory.log.as_ref().is_some_and(|log| log.covers_devices());
             if !is_seen {
                 self.blind = true;
-                recorder.note(format!("nobody logs the DMA of {name}: all memory moves after the stop"));
+                notes.push(format!("no log sees the DMA of {name}: all memory moves after the stop"));
             }
         }
         Ok(())
     }
 
-    /// Collects what was written since the last time. A log that fails makes its region dirty.
-    pub(crate) fn harvest(&mut self, devices: &[MovedDevice<'_>], memory: &mut Memory<'_>) -> Result<()> {
+    /// Collects what was written since the last time. A log that fails makes its region dirty; the answer is why.
+    pub(crate) fn harvest(
+        &mut self,
+        devices: &[MovedDevice<'_>],
+        memory: &mut Memory<'_>,
+    ) -> Result<Option<String>> {
+        let mut lost = None;
         let logs: Vec<_> = (devices.iter().zip(&self.device_page_bytes))
             .filter_map(|(device, page_bytes)| Some(DeviceLog::started(device.device, (*page_bytes)?)))
             .collect();
@@ -101,7 +122,7 @@ impl Dirty {
             match sources.report(region.iova, region.size, PAGE_BYTES, &mut words) {
                 Ok(()) => fresh.or_words(0, &words, fresh.pages()),
                 Err(error) => {
-                    tracing::warn!("{region:?}: {error}");
+                    lost.get_or_insert(format!("{region:?}: {error}"));
                     everything();
                 }
             }
@@ -109,27 +130,17 @@ impl Dirty {
                 && self.log_started
                 && let Err(error) = log.harvest(at, &fresh)
             {
-                tracing::warn!("the dirty log is lost, all is dirty: {error}");
+                lost.get_or_insert(format!("{region:?}: the log of dirty pages: {error}"));
                 everything();
             }
-            self.pending[at].or(&fresh);
-            self.harvested[at].or(&fresh);
+            self.pages.pending[at].or(&fresh);
+            self.pages.harvested[at].or(&fresh);
         }
-        Ok(())
+        Ok(lost)
     }
 
-    /// Takes every page as dirty.
-    pub(crate) fn everything(&self) {
-        self.pending.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
-    }
-
-    /// Bytes that are still to be sent.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.pending.iter().map(|bitmap| bitmap.count() * PAGE_BYTES).sum()
-    }
-
-    /// Ends all logs. With `give_back`, harvests once more and hands the caller's log everything that
-    /// was harvested. A log that cannot be stopped is a note.
+    /// Ends all logs. With `give_back`, harvests once more and hands the caller's log everything that was harvested, if
+    /// anybody else lives by it. What could not be done is told.
     pub(crate) fn stop(
         &mut self,
         devices: &[MovedDevice<'_>],
@@ -137,13 +148,20 @@ impl Dirty {
         give_back: bool,
         notes: &mut Vec<String>,
     ) {
-        if give_back && self.log_started {
-            if let Err(error) = self.harvest(devices, memory) {
-                notes.push(format!("the last dirty pages are not known: {error}"));
-                self.harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+        let has_readers = memory.log.as_ref().is_some_and(|log| log.has_other_readers());
+        if give_back && self.log_started && has_readers {
+            match self.harvest(devices, memory) {
+                Ok(None) => {}
+                Ok(Some(lost)) => notes.push(format!("the last dirty pages are not known: {lost}")),
+                Err(error) => {
+                    notes.push(format!("the last dirty pages are not known: {error}"));
+                    let harvested = &self.pages.harvested;
+                    harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+                }
             }
             if let Some(log) = &mut memory.log {
-                self.harvested.iter().enumerate().for_each(|(at, bitmap)| log.give_back(at, bitmap));
+                let harvested = self.pages.harvested.iter().enumerate();
+                harvested.for_each(|(at, bitmap)| log.give_back(at, bitmap));
             }
         }
         let mut stop = |source: &dyn DirtySource| {
@@ -163,37 +181,6 @@ impl Dirty {
         {
             log.stop();
         }
-    }
-
-    /// Sends every pending page, over as many links as that is worth. Pages that could not be sent when this fails are
-    /// among the harvested ones, or were pending from the start.
-    pub(crate) fn send(
-        &self,
-        regions: &[MemoryRegion<'_>],
-        sending: &Sending<'_, '_>,
-        recorder: &Recorder<'_>,
-    ) -> Result<()> {
-        let links = (self.bytes() / LINK_BYTES_MIN + 1).min(sending.writers.len() as u64) as usize;
-        sending.link_count.lock().pause();
-        let chunks = Monitor::new(pages::chunks(regions, &self.pending));
-        limosa_clockwork::scope(|scope| {
-            let chunks = &chunks;
-            let others: Vec<_> = (1..links)
-                .map(|link| {
-                    scope.spawn(format!("limosa: link {link}"), move || {
-                        pages::send(link, chunks, sending, recorder).inspect_err(|_| pages::end(chunks))
-                    })
-                })
-                .collect();
-            let sent = pages::send(0, chunks, sending, recorder).inspect_err(|_| pages::end(chunks));
-            let joined = others
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            // All of them are waited for; what went wrong first is passed on.
-            joined.collect::<Vec<_>>().into_iter().fold(sent, Result::and)
-        })?;
-        self.pending.iter().for_each(DirtyBitmap::clear);
-        Ok(())
     }
 }
 

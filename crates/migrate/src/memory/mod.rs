@@ -1,12 +1,13 @@
 //! Guest memory in a move: where it is, and who tells which pages are dirty.
 
-pub(crate) mod dirty;
+mod dirty;
 mod file_pages;
 mod fingerprint;
 
 use std::io;
 use std::ops::Range;
 
+pub(crate) use dirty::DirtyLogs;
 pub use file_pages::FilePages;
 pub use fingerprint::{FingerprintKey, FingerprintLog, Fingerprinted};
 use limosa_client::DirtySource;
@@ -122,6 +123,11 @@ pub trait DirtyLog: Send {
 
     /// The move is over, one way or the other.
     fn stop(&mut self);
+
+    /// Whether anybody else lives by this log, so that [`DirtyLog::give_back`] means something.
+    fn has_other_readers(&self) -> bool {
+        true
+    }
 
     /// Whether it sees what devices write as well, so that devices without DMA logging are covered.
     fn covers_devices(&self) -> bool {

@@ -1,6 +1,11 @@
 //! The rules of a move without threads, links or a clock: `now` is an argument.
 
+pub(crate) mod commit;
+pub(crate) mod credit;
+pub(crate) mod flush;
+pub(crate) mod limits;
 pub(crate) mod link_count;
+pub(crate) mod pace;
 pub(crate) mod stop_policy;
 
-pub use stop_policy::{Convergence, Round, WhenStalled};
+pub use stop_policy::{Convergence, Obstacle, Round, WhenStalled};

@@ -1,33 +1,47 @@
-//! When pre-copy stops: what stopping now would cost, against what it may cost.
+//! When pre-copy stops: what stopping now would cost, against what it is to cost, and whether going on helps.
+//!
+//! Memory and devices are judged apart, each by the bytes that are left against the bytes that were dirtied while
+//! others moved. Rounds are counted for memory only.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// A round that moved less tells nothing about the rate.
-const SAMPLE_BYTES_MIN: u64 = 1 << 20;
-/// What is taken for the rate, in bytes a second, until a round has told it.
-const ASSUMED: f64 = (1 << 30) as f64;
+use super::pace::Pace;
 
-/// What a caller allows a move to cost.
+/// A device is judged after it has moved so much, or after this time.
+const WINDOW_BYTES: u64 = 32 << 20;
+const WINDOW_TIME: Duration = Duration::from_millis(250);
+/// The longest time between two looks at devices that stream.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// What a device that says nothing of its size may give in pre-copy, for each round that is allowed.
+const UNKNOWN_BYTES: u64 = 1 << 30;
+
+/// What a caller wants a move to cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Convergence {
-    /// How long nothing may run. Pre-copy goes on below it as long as each round still halves what a stop would
-    /// cost, down to a sixteenth.
-    pub downtime_max: Duration,
-    /// Rounds in a row without a better prediction after which pre-copy has stalled.
+    /// How long nothing is to run. Pre-copy goes on until a stop is predicted to take no longer, and below that as
+    /// long as it still gains much. It is a goal: what happens when it cannot be met says
+    /// [`Convergence::when_stalled`]. With [`WhenStalled::Abort`] it is a limit to what is predicted, at the decision
+    /// to stop and once more when the last dirty pages are known.
+    pub downtime_goal: Duration,
+    /// Rounds of memory in a row, or looks at a device, without gain after which pre-copy has stalled.
     pub stalled_rounds_max: u32,
-    /// The most rounds.
+    /// The most rounds of memory, and how many times over a device may give what it had at first.
     pub rounds_max: u32,
-    /// What to do when it has stalled, and [`Vmm::throttle`](crate::Vmm::throttle) cannot help, or after the last
-    /// round.
+    /// What to do when pre-copy has stalled above the goal, and [`Vmm::throttle`](crate::Vmm::throttle) cannot help.
     pub when_stalled: WhenStalled,
+    /// How long a device's initial bytes (`vfio.h: struct vfio_precopy_info`) hold the stop back. While any are
+    /// left to be read at the source or to be loaded at the destination nothing stops; after this time they are taken
+    /// for ordinary pre-copy data.
+    pub initial_max: Duration,
 }
 
-/// What to do when the limit cannot be kept.
+/// What to do when the downtime goal cannot be met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenStalled {
-    /// Keep trying, until somebody calls the move off or the guest becomes quieter; also beyond the last round.
+    /// Keep trying, until the move is called off or the guest becomes quieter; also beyond the last round.
     KeepTrying,
-    /// Stop all the same: the move comes about, and its downtime is beyond the limit.
+    /// Stop all the same: the move succeeds, with a longer downtime.
     SwitchOver,
     /// Call the move off ([`Error::NotConverging`](crate::Error::NotConverging)).
     Abort,
@@ -36,139 +50,360 @@ pub enum WhenStalled {
 impl Default for Convergence {
     fn default() -> Convergence {
         Convergence {
-            downtime_max: Duration::from_millis(300),
+            downtime_goal: Duration::from_millis(300),
             stalled_rounds_max: 5,
             rounds_max: 100,
             when_stalled: WhenStalled::SwitchOver,
+            initial_max: Duration::from_secs(30),
         }
     }
 }
 
-/// What is known at the end of a round.
+/// What is known at the end of a round, or at a look at devices between rounds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Round {
-    /// Its number, from 1.
+    /// The number of the look, from 1.
     pub round: u32,
     /// Bytes of memory that are dirty.
     pub memory_dirty_bytes: u64,
-    /// Bytes that devices would still have to give if they were stopped now, as far as they say.
+    /// Bytes that devices would still have to give if they were stopped now, as far as that is known.
     pub device_bytes: u64,
+    /// How many devices do not say how much they would give.
+    pub devices_unknown: u32,
     /// Bytes that devices dirtied after they had been read, as far as they say.
     pub device_dirty_bytes: u64,
-    /// Bytes of initial pre-copy data that devices still want to be read before the stop, as far as
-    /// they say. Can grow again (`VFIO_PRECOPY_INFO_REINIT`).
+    /// Bytes of initial pre-copy data that are still to be read or loaded, as far as devices say. Can grow again
+    /// (`VFIO_PRECOPY_INFO_REINIT`).
     pub device_initial_bytes: u64,
-    /// The measured rate, of bytes that the destination has handled; 0 before enough were moved to tell.
+    /// The measured rate of bytes that the destination has handled, in a second; 0 before enough were moved to tell.
     pub bytes_per_second: u64,
-    /// How long nothing would run if the stop came now.
+    /// How long nothing would run if the stop came now, of what is known: at least this long when
+    /// [`Round::devices_unknown`] is not 0.
     pub predicted_downtime: Duration,
 }
 
-impl Round {
-    /// Whether another round could move something that would else be moved in the stop.
-    fn can_gain(&self) -> bool {
-        self.memory_dirty_bytes > 0 || self.device_dirty_bytes > 0 || self.device_initial_bytes > 0
+/// What keeps a move from stopping within its goal.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Obstacle {
+    /// The guest dirties memory as fast as it is moved.
+    #[error(
+        "the guest dirties its memory about as fast as it is moved ({dirty_bytes} bytes are dirty); slow the guest \
+         down, give it a faster link, or allow more downtime"
+    )]
+    DirtyMemory {
+        /// Bytes that are dirty.
+        dirty_bytes: u64,
+    },
+    /// A device dirties its state as fast as it is moved, or gives nothing of what it says is left.
+    #[error(
+        "{device} does not get ahead of its own changes in pre-copy ({left_bytes} bytes are left); make it less busy, \
+         give it a faster link, or allow more downtime"
+    )]
+    DirtyDevice {
+        /// The device.
+        device: String,
+        /// Bytes that it says are left.
+        left_bytes: u64,
+    },
+    /// A device has more to give in the stop than fits into the goal, and pre-copy cannot make that less.
+    #[error("{device} has {bytes} bytes to give once it is stopped; allow more downtime, or give it a faster link")]
+    DeviceState {
+        /// The device.
+        device: String,
+        /// Bytes that it would give.
+        bytes: u64,
+    },
+    /// A device's initial bytes were not read and loaded in time.
+    #[error(
+        "{device} still has {left_bytes} bytes of initial data to give or to load after {limit:?}; allow it more time"
+    )]
+    InitialData {
+        /// The device.
+        device: String,
+        /// Bytes that are left; 0 when all are read and not all are loaded.
+        left_bytes: u64,
+        /// The limit that has passed ([`Convergence::initial_max`]).
+        limit: Duration,
+    },
+    /// A device does not say how much it has to give in the stop.
+    #[error(
+        "{device} does not say how much state it has (no MIG_DATA_SIZE), so that no downtime can be promised; tell \
+         its size (MovedDevice::stop_bytes), or allow the stop whatever it takes"
+    )]
+    SizeUnknown {
+        /// The device.
+        device: String,
+    },
+    /// The log of dirty pages was lost after the guest had stopped, so that all memory would have to move in the stop.
+    #[error("the log of dirty pages was lost at the stop, and all memory would have to be moved while nothing runs")]
+    LogLost,
+    /// What has to be moved after the stop, with the guest standing still, takes longer than it may stand still.
+    #[error("it would stand still for longer than {limit:?}, the limit for that")]
+    Standstill {
+        /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
+        limit: Duration,
+    },
+    /// Words and arcs alone take longer than the goal.
+    #[error("the link's latency and the devices' own arcs take longer than that; allow more downtime")]
+    Latency,
+}
+
+/// What a look finds of one device.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DeviceLook {
+    pub(crate) name: String,
+    /// Whether it has a session, so that it can give something before the stop.
+    pub(crate) streams: bool,
+    /// Bytes that it gave so far.
+    pub(crate) sent: u64,
+    /// Bytes of these that the destination has not taken yet.
+    pub(crate) on_the_way: u64,
+    /// Bytes of initial data left to be read.
+    pub(crate) initial: u64,
+    /// Whether the destination has loaded the initial data that was read.
+    pub(crate) initial_loaded: bool,
+    /// Bytes left in pre-copy, initial ones included; `None` when the device does not say.
+    pub(crate) left: Option<u64>,
+    /// Whether it said "nothing for now" since it last gave something.
+    pub(crate) drained: bool,
+    /// Bytes that it would give in the stop; `None` when that is not known.
+    pub(crate) stop_bytes: Option<u64>,
+}
+
+/// What a look finds.
+#[derive(Clone, Debug)]
+pub(crate) struct Look<'a> {
+    pub(crate) now: Instant,
+    /// Whether a round of memory has just ended.
+    pub(crate) is_round: bool,
+    pub(crate) memory_dirty_bytes: u64,
+    pub(crate) devices: &'a [DeviceLook],
+    /// How long the stop takes beside what is moved in it: the harvest of the dirty log.
+    pub(crate) harvest: Duration,
+}
+
+/// What to do after a look.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Go on. The next look comes after a device has something to tell, or after this time.
+    Continue(Duration),
+    /// Stop the devices.
+    Stop,
+    /// Going on leads nowhere.
+    Stalled(Obstacle),
+}
+
+/// Follows one move.
+#[derive(Debug)]
+pub(crate) struct StopPolicy {
+    wanted: Convergence,
+    looks: u32,
+    /// Rounds that were made because of memory.
+    rounds: u32,
+    is_for_memory: bool,
+    memory: Gains,
+    devices: Vec<Tracked>,
+}
+
+/// Whether rounds of memory get anywhere.
+#[derive(Clone, Copy, Debug)]
+struct Gains {
+    best: u64,
+    last: u64,
+    stalled: u32,
+    shrinks: bool,
+}
+
+impl Default for Gains {
+    fn default() -> Gains {
+        Gains { best: u64::MAX, last: u64::MAX, stalled: 0, shrinks: false }
     }
 }
 
-/// What to do after a round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Next {
-    /// Another round.
-    Round,
-    /// Stop the devices.
-    Stop,
-    /// More rounds lead nowhere.
-    Stalled,
-}
-
-/// Follows the rounds of one move.
-#[derive(Debug)]
-pub(crate) struct StopPolicy {
-    allowed: Convergence,
-    best: Duration,
-    last: Duration,
-    stalled_rounds: u32,
+/// Whether a device gets anywhere.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tracked {
+    /// When the window began, and what was sent and left then.
+    window: Option<(Instant, u64, u64)>,
+    /// What was left at first.
+    first_left: u64,
+    stalled: u32,
+    /// Since when initial data holds the stop back.
+    initial_since: Option<Instant>,
 }
 
 impl StopPolicy {
-    pub(crate) fn new(allowed: Convergence) -> StopPolicy {
-        StopPolicy { allowed, best: Duration::MAX, last: Duration::MAX, stalled_rounds: 0 }
-    }
-
-    /// After this round.
-    pub(crate) fn next(&mut self, round: &Round) -> Next {
-        let Convergence { downtime_max, stalled_rounds_max, rounds_max, .. } = self.allowed;
-        let cost = round.predicted_downtime;
-        let shrinks = cost < self.last / 2;
-        self.last = cost;
-        // A little better is no progress that leads anywhere.
-        if cost < self.best - self.best / 20 {
-            self.best = cost;
-            self.stalled_rounds = 0;
-        } else {
-            self.stalled_rounds += 1;
-        }
-        let may_shrink = shrinks && cost > downtime_max / 16;
-        let another_helps = may_shrink && round.can_gain();
-        if round.device_initial_bytes == 0 && cost <= downtime_max && !another_helps {
-            return Next::Stop;
-        }
-        let stalled = self.stalled_rounds >= stalled_rounds_max || !round.can_gain();
-        match stalled || round.round >= rounds_max {
-            true => Next::Stalled,
-            false => Next::Round,
+    pub(crate) fn new(wanted: Convergence, devices: usize) -> StopPolicy {
+        StopPolicy {
+            wanted,
+            looks: 0,
+            rounds: 0,
+            is_for_memory: true,
+            memory: Gains::default(),
+            devices: vec![Tracked::default(); devices],
         }
     }
 
-    /// The guest was slowed down: what was seen before does not count.
+    /// The look as it is reported.
+    pub(crate) fn round(&self, look: &Look<'_>, pace: &Pace) -> Round {
+        let sum = |of: &dyn Fn(&DeviceLook) -> u64| {
+            look.devices.iter().fold(0_u64, |sum, device| sum.saturating_add(of(device)))
+        };
+        let stop = sum(&|device| device.stop_bytes.unwrap_or(0).saturating_add(device.on_the_way));
+        let bytes = look.memory_dirty_bytes.saturating_add(stop);
+        let initial = sum(&|device| device.initial);
+        Round {
+            round: self.looks,
+            memory_dirty_bytes: look.memory_dirty_bytes,
+            device_bytes: stop,
+            devices_unknown: look.devices.iter().filter(|device| device.stop_bytes.is_none()).count() as u32,
+            device_dirty_bytes: sum(&|device| device.left.unwrap_or(0)).saturating_sub(initial),
+            device_initial_bytes: initial,
+            bytes_per_second: pace.bytes_per_second(),
+            predicted_downtime: pace.downtime(bytes).saturating_add(look.harvest),
+        }
+    }
+
+    /// What to do after this look.
+    pub(crate) fn next(&mut self, look: &Look<'_>, pace: &Pace) -> (Round, Next) {
+        self.looks = self.looks.saturating_add(1);
+        if look.is_round {
+            self.end_round(look.memory_dirty_bytes);
+        }
+        let round = self.round(look, pace);
+        let next = self.decide(look, pace, &round);
+        self.is_for_memory = next == Next::Continue(Duration::ZERO);
+        (round, next)
+    }
+
+    fn decide(&mut self, look: &Look<'_>, pace: &Pace, round: &Round) -> Next {
+        let goal = self.wanted.downtime_goal;
+        let fits = round.predicted_downtime <= goal;
+        let overdue = match self.initial_data(look) {
+            Initial::Pending => return Next::Continue(LOOK_EVERY),
+            Initial::Overdue(obstacle) => Some(obstacle),
+            Initial::Loaded => None,
+        };
+        let mut device_gains = false;
+        for (tracked, device) in self.devices.iter_mut().zip(look.devices) {
+            device_gains |= tracked.gains(device, look.now, &self.wanted, pace);
+        }
+        if device_gains {
+            return Next::Continue(LOOK_EVERY);
+        }
+        let memory_left = pace.transfer(look.memory_dirty_bytes);
+        let memory_gains = look.memory_dirty_bytes > 0 && self.rounds < self.wanted.rounds_max;
+        if fits {
+            if memory_gains && self.memory.shrinks && memory_left > goal / 16 {
+                return Next::Continue(Duration::ZERO);
+            }
+            let unknown = look.devices.iter().find(|device| device.stop_bytes.is_none());
+            let obstacle =
+                overdue.or_else(|| Some(Obstacle::SizeUnknown { device: unknown?.name.clone() }));
+            return obstacle.map_or(Next::Stop, Next::Stalled);
+        }
+        if memory_gains && self.memory.stalled < self.wanted.stalled_rounds_max {
+            return Next::Continue(Duration::ZERO);
+        }
+        Next::Stalled(overdue.unwrap_or_else(|| self.obstacle(look)))
+    }
+
+    /// The guest was slowed down: what was seen of memory before does not count.
     pub(crate) fn throttled(&mut self) {
-        (self.best, self.last, self.stalled_rounds) = (Duration::MAX, Duration::MAX, 0);
-    }
-}
-
-/// How fast the link and the destination are.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Pace {
-    /// From a question to its answer.
-    latency: Duration,
-    /// How long all devices take for an arc, as far as one was walked. A stop is five: to PRE_COPY_P2P, to STOP_COPY,
-    /// and at the destination to STOP, to RUNNING_P2P and to RUNNING.
-    arc: Duration,
-    /// What it takes to have another thread do something. Beside those around arcs the stop has four such passings:
-    /// once all is loaded, to READY, to COMMIT and to RUNNING.
-    passing: Duration,
-    /// 0 as long as it is not known.
-    bytes_per_second: f64,
-}
-
-impl Pace {
-    pub(crate) fn new(latency: Duration, arc: Duration, passing: Duration) -> Pace {
-        Pace { latency, arc, passing, bytes_per_second: 0.0 }
+        self.memory = Gains::default();
     }
 
-    /// So many bytes were handled by the other side in this time.
-    pub(crate) fn measured(&mut self, bytes: u64, took: Duration) {
-        self.latency = self.latency.min(took);
-        if bytes < SAMPLE_BYTES_MIN {
-            return;
+    fn end_round(&mut self, dirty: u64) {
+        let memory = &mut self.memory;
+        memory.shrinks = dirty < memory.last / 2;
+        memory.last = dirty;
+        // A little less is no gain that leads anywhere.
+        if dirty < memory.best - memory.best / 20 {
+            memory.best = dirty;
+            memory.stalled = 0;
+        } else {
+            memory.stalled += u32::from(self.is_for_memory);
         }
-        let seconds = took.saturating_sub(self.latency).max(took / 16).as_secs_f64().max(1e-9);
-        let rate = bytes as f64 / seconds;
-        let known = self.bytes_per_second > 0.0;
-        self.bytes_per_second = if known { (self.bytes_per_second + rate) / 2.0 } else { rate };
+        self.rounds = self.rounds.saturating_add(u32::from(self.is_for_memory));
     }
 
-    pub(crate) fn bytes_per_second(&self) -> u64 {
-        self.bytes_per_second as u64
+    /// Whether initial data holds the stop back, and if it did for too long, of which device.
+    fn initial_data(&mut self, look: &Look<'_>) -> Initial {
+        let limit = self.wanted.initial_max;
+        let waits_for_ever = self.wanted.when_stalled == WhenStalled::KeepTrying;
+        let mut found = Initial::Loaded;
+        for (tracked, device) in self.devices.iter_mut().zip(look.devices) {
+            if !device.streams || device.initial == 0 && device.initial_loaded {
+                tracked.initial_since = None;
+                continue;
+            }
+            let since = *tracked.initial_since.get_or_insert(look.now);
+            if waits_for_ever || look.now.saturating_duration_since(since) < limit {
+                return Initial::Pending;
+            }
+            let (device, left_bytes) = (device.name.clone(), device.initial);
+            found = Initial::Overdue(Obstacle::InitialData { device, left_bytes, limit });
+        }
+        found
     }
 
-    /// How long so many bytes take, the arcs around them, and the words that come after: READY, COMMIT and RUNNING.
-    pub(crate) fn downtime(&self, bytes: u64) -> Duration {
-        let rate = if self.bytes_per_second > 0.0 { self.bytes_per_second } else { ASSUMED };
-        let moved = Duration::try_from_secs_f64(bytes as f64 / rate).unwrap_or(Duration::MAX);
-        let words = self.latency.saturating_mul(2).saturating_add(self.passing.saturating_mul(4));
-        moved.saturating_add(words).saturating_add(self.arc.saturating_mul(5))
+    /// What is most in the way.
+    fn obstacle(&self, look: &Look<'_>) -> Obstacle {
+        let most = look.devices.iter().max_by_key(|device| device.stop_bytes.unwrap_or(0));
+        let bytes = most.and_then(|device| device.stop_bytes).unwrap_or(0);
+        if look.memory_dirty_bytes > 0 && look.memory_dirty_bytes >= bytes {
+            return Obstacle::DirtyMemory { dirty_bytes: look.memory_dirty_bytes };
+        }
+        let Some(device) = most.filter(|_| bytes > 0) else { return Obstacle::Latency };
+        let name = device.name.clone();
+        match device.left {
+            Some(left) if device.streams && left > bytes / 2 => {
+                Obstacle::DirtyDevice { device: name, left_bytes: left }
+            }
+            _ => Obstacle::DeviceState { device: name, bytes },
+        }
+    }
+}
+
+enum Initial {
+    Loaded,
+    Pending,
+    Overdue(Obstacle),
+}
+
+impl Tracked {
+    /// Whether more pre-copy of the device makes the stop much cheaper.
+    fn gains(&mut self, device: &DeviceLook, now: Instant, wanted: &Convergence, pace: &Pace) -> bool {
+        if !device.streams {
+            return false;
+        }
+        let Some(left) = device.left else {
+            // All that is known is whether it has something to give.
+            return !device.drained && device.sent <= UNKNOWN_BYTES.saturating_mul(wanted.rounds_max.into());
+        };
+        let floor = (wanted.downtime_goal / 64).max(Duration::from_millis(1));
+        if left == 0 || pace.transfer(left) <= floor {
+            (self.window, self.stalled) = (None, 0);
+            return false;
+        }
+        let Some((since, sent, left_then)) = self.window else {
+            if self.first_left == 0 {
+                self.first_left = left;
+            }
+            self.window = Some((now, device.sent, left));
+            return self.stalled < wanted.stalled_rounds_max;
+        };
+        let moved = device.sent - sent;
+        if moved >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME {
+            let gained = left_then.saturating_sub(left);
+            let gains = gained > moved / 20 && gained > 0;
+            self.stalled = if gains { 0 } else { self.stalled + 1 };
+            self.window = Some((now, device.sent, left));
+        }
+        let most = self.first_left.saturating_mul(wanted.rounds_max.into());
+        self.stalled < wanted.stalled_rounds_max && device.sent <= most
     }
 }
 
@@ -176,82 +411,204 @@ impl Pace {
 mod tests {
     use super::*;
 
-    const LIMITS: Convergence = Convergence {
-        downtime_max: Duration::from_millis(100),
-        stalled_rounds_max: 3,
-        rounds_max: 50,
-        when_stalled: WhenStalled::Abort,
-    };
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
 
-    fn rounds(policy: &mut StopPolicy, costs_ms: &[u64]) -> Vec<Next> {
-        let round = |(at, cost): (usize, &u64)| Round {
-            round: at as u32 + 1,
-            memory_dirty_bytes: *cost,
-            predicted_downtime: Duration::from_millis(*cost),
-            ..Round::default()
-        };
-        costs_ms.iter().enumerate().map(|it| policy.next(&round(it))).collect()
+    fn wanted() -> Convergence {
+        Convergence {
+            downtime_goal: Duration::from_millis(100),
+            stalled_rounds_max: 3,
+            rounds_max: 50,
+            when_stalled: WhenStalled::Abort,
+            initial_max: Duration::from_secs(30),
+        }
+    }
+
+    /// A GiB in a second, and nothing else takes time.
+    fn pace() -> Pace {
+        Pace::new(Duration::ZERO, Duration::ZERO, Duration::ZERO)
+    }
+
+    struct Played {
+        policy: StopPolicy,
+        now: Instant,
+        devices: Vec<DeviceLook>,
+    }
+
+    impl Played {
+        fn new(wanted: Convergence, devices: Vec<DeviceLook>) -> Played {
+            Played { policy: StopPolicy::new(wanted, devices.len()), now: Instant::now(), devices }
+        }
+
+        fn look(&mut self, is_round: bool, memory_dirty_bytes: u64) -> Next {
+            self.now += Duration::from_millis(50);
+            let (now, harvest) = (self.now, Duration::ZERO);
+            let look = Look { now, is_round, memory_dirty_bytes, devices: &self.devices, harvest };
+            self.policy.next(&look, &pace()).1
+        }
+    }
+
+    fn rounds(played: &mut Played, dirty_mib: &[u64]) -> Vec<Next> {
+        dirty_mib.iter().map(|dirty| played.look(true, dirty * MIB)).collect()
+    }
+
+    fn another() -> Next {
+        Next::Continue(Duration::ZERO)
+    }
+
+    fn device(left: u64) -> DeviceLook {
+        DeviceLook {
+            name: "net0".into(),
+            streams: true,
+            initial_loaded: true,
+            left: Some(left),
+            stop_bytes: Some(left),
+            ..DeviceLook::default()
+        }
     }
 
     #[test]
-    fn the_stop_comes_below_the_limit_when_no_round_helps_much_any_more() {
-        use Next::*;
-        let run = |costs: &[u64]| rounds(&mut StopPolicy::new(LIMITS), costs);
-        assert_eq!(run(&[1000, 300, 90, 40, 35]), [Round, Round, Round, Round, Stop]);
-        assert_eq!(run(&[1000, 300, 90, 40, 5]), [Round, Round, Round, Round, Stop], "a sixteenth");
-        assert_eq!(run(&[0]), [Stop], "nothing is left");
-        let mut policy = StopPolicy::new(LIMITS);
-        let costly = super::Round {
-            round: 1,
-            device_bytes: 1,
-            predicted_downtime: Duration::from_secs(1),
-            ..Default::default()
-        };
-        assert_eq!(policy.next(&costly), Stalled, "and no round makes it cheaper");
-        assert_eq!(run(&[1000, 101, 100]), [Round, Round, Stop]);
+    fn the_stop_comes_below_the_goal_when_no_round_of_memory_helps_much() {
+        let run = |dirty: &[u64]| rounds(&mut Played::new(wanted(), Vec::new()), dirty);
+        assert_eq!(run(&[1000, 300, 90, 40, 35]), [another(), another(), another(), another(), Next::Stop]);
+        assert_eq!(run(&[1000, 300, 90, 40, 5]).last(), Some(&Next::Stop), "a sixteenth");
+        assert_eq!(run(&[0]), [Next::Stop], "nothing is left");
+        assert_eq!(run(&[1000, 103, 100]), [another(), another(), Next::Stop]);
     }
 
     #[test]
     fn rounds_that_do_not_get_better_stall_until_the_guest_is_slowed_down() {
-        use Next::*;
-        let mut policy = StopPolicy::new(LIMITS);
-        assert_eq!(rounds(&mut policy, &[500, 490, 495, 510]), [Round, Round, Round, Stalled]);
-        policy.throttled();
-        assert_eq!(rounds(&mut policy, &[600, 300, 90]), [Round, Round, Round]);
-        let last =
-            super::Round { round: 50, predicted_downtime: Duration::from_secs(1), ..Default::default() };
-        let last = super::Round { memory_dirty_bytes: 1, ..last };
-        assert_eq!(StopPolicy::new(LIMITS).next(&last), Stalled, "the last round");
+        let mut played = Played::new(wanted(), Vec::new());
+        let stalled = Next::Stalled(Obstacle::DirtyMemory { dirty_bytes: 510 * MIB });
+        assert_eq!(rounds(&mut played, &[500, 490, 495, 510]), [another(), another(), another(), stalled]);
+        played.policy.throttled();
+        assert_eq!(rounds(&mut played, &[600, 300, 90]), [another(), another(), another()]);
+        let mut played = Played::new(Convergence { rounds_max: 2, ..wanted() }, Vec::new());
+        assert!(matches!(rounds(&mut played, &[9000, 3000])[1], Next::Stalled(_)), "the last round");
     }
 
     #[test]
-    fn initial_bytes_hold_the_stop_back() {
-        let mut policy = StopPolicy::new(LIMITS);
-        let round = Round { round: 1, device_initial_bytes: 1, ..Round::default() };
-        assert_eq!(policy.next(&round), Next::Round);
-        assert_eq!(policy.next(&Round { device_initial_bytes: 0, ..round }), Next::Stop);
+    fn a_quiet_device_with_gigabytes_is_streamed_to_its_end_however_small_each_step_is() {
+        let mut played = Played::new(wanted(), vec![device(40 * GIB)]);
+        let mut looks = 0;
+        loop {
+            looks += 1;
+            let left = played.devices[0].left.unwrap();
+            match played.look(false, 0) {
+                Next::Continue(_) => {}
+                Next::Stop => {
+                    assert!(pace().transfer(left) <= Duration::from_millis(2), "{left} bytes are left");
+                    break;
+                }
+                next => panic!("{left} bytes are left: {next:?}"),
+            }
+            let step = left.min(13 * MIB);
+            played.devices[0].sent += step;
+            played.devices[0].left = Some(left - step);
+            played.devices[0].stop_bytes = Some(left - step);
+        }
+        assert!(looks > 3000, "{looks}");
     }
 
     #[test]
-    fn small_rounds_tell_of_latency_and_large_ones_of_the_rate() {
-        let mut pace = Pace::new(Duration::from_millis(2), Duration::ZERO, Duration::ZERO);
-        assert_eq!(pace.downtime(1 << 30), Duration::from_millis(1004), "a rate is assumed");
-        pace.measured(1 << 10, Duration::from_millis(2));
-        assert_eq!(pace.bytes_per_second(), 0, "not known yet");
-        pace.measured(100 << 20, Duration::from_millis(102));
-        assert_eq!(pace.bytes_per_second(), 1000 << 20);
-        pace.measured(1000, Duration::from_millis(1));
-        assert_eq!(pace.bytes_per_second(), 1000 << 20);
-        assert_eq!(pace.downtime(10 << 20), Duration::from_millis(12));
-        pace.measured(100 << 20, Duration::from_millis(201));
-        assert_eq!(pace.bytes_per_second(), 750 << 20);
-        assert_eq!(
-            Pace::new(Duration::ZERO, Duration::from_millis(3), Duration::from_millis(1)).downtime(0),
-            Duration::from_millis(19),
-            "arcs, and threads that wait for each other"
-        );
-        pace.measured(0, Duration::ZERO);
-        pace.measured(u64::MAX, Duration::ZERO);
-        assert!(pace.downtime(u64::MAX) > Duration::ZERO);
+    fn a_device_that_dirties_as_fast_as_it_gives_stalls_by_its_name_and_not_before_it_was_watched() {
+        let mut played = Played::new(wanted(), vec![device(GIB)]);
+        let stalled = (0..1000).find_map(|look| {
+            played.devices[0].sent += 10 * MIB;
+            match played.look(false, 0) {
+                Next::Continue(_) => None,
+                next => Some((look, next)),
+            }
+        });
+        let (looks, next) = stalled.unwrap();
+        assert!(looks >= 10, "{looks}");
+        let left_bytes = GIB;
+        assert_eq!(next, Next::Stalled(Obstacle::DirtyDevice { device: "net0".into(), left_bytes }));
+    }
+
+    #[test]
+    fn a_device_that_claims_to_have_endlessly_much_does_not_go_on_for_ever() {
+        let mut played = Played::new(wanted(), vec![device(u64::MAX)]);
+        played.devices[0].drained = true;
+        assert!((0..100).any(|_| matches!(played.look(false, 0), Next::Stalled(_))));
+        // Each look makes less of it, but it never ends.
+        let mut played = Played::new(wanted(), vec![device(GIB)]);
+        let ended = (0..100_000).any(|look| {
+            played.devices[0].sent += 64 * MIB;
+            played.devices[0].left = Some(if look % 2 == 0 { GIB / 2 } else { GIB });
+            matches!(played.look(false, 0), Next::Stalled(_))
+        });
+        assert!(ended);
+        let unknown = DeviceLook { left: None, ..device(0) };
+        let mut played = Played::new(wanted(), vec![unknown]);
+        assert!(matches!(played.look(false, 0), Next::Continue(_)), "it has not said that it has nothing");
+        played.devices[0].drained = true;
+        assert_eq!(played.look(false, 0), Next::Stop);
+    }
+
+    #[test]
+    fn initial_data_holds_the_stop_back_until_it_is_loaded_and_again_when_it_grows_again() {
+        let mut played = Played::new(wanted(), vec![DeviceLook { initial: 1, ..device(1) }]);
+        let held = |next| assert!(matches!(next, Next::Continue(wait) if wait > Duration::ZERO), "{next:?}");
+        (0..200).for_each(|_| held(played.look(false, 0)));
+        (played.devices[0].initial, played.devices[0].left) = (0, Some(0));
+        played.devices[0].initial_loaded = false;
+        held(played.look(true, 0));
+        played.devices[0].initial_loaded = true;
+        assert_eq!(played.look(false, 0), Next::Stop);
+        played.devices[0].initial = 100;
+        held(played.look(false, 0));
+    }
+
+    #[test]
+    fn initial_data_that_never_ends_is_named_when_its_limit_has_passed() {
+        let lying = DeviceLook { initial: 4096, drained: true, ..device(4096) };
+        let mut played = Played::new(wanted(), vec![lying.clone()]);
+        let looks = (0..2000).take_while(|_| matches!(played.look(false, 0), Next::Continue(_))).count();
+        assert!((599..=602).contains(&looks), "{looks} of 50 ms");
+        let limit = Duration::from_secs(30);
+        let obstacle = Obstacle::InitialData { device: "net0".into(), left_bytes: 4096, limit };
+        assert_eq!(played.look(false, 0), Next::Stalled(obstacle));
+        let keep = Convergence { when_stalled: WhenStalled::KeepTrying, ..wanted() };
+        let mut played = Played::new(keep, vec![lying]);
+        assert!((0..2000).all(|_| matches!(played.look(false, 0), Next::Continue(_))));
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_promised() {
+        let unknown = DeviceLook { streams: false, left: None, stop_bytes: None, ..device(0) };
+        let mut played = Played::new(wanted(), vec![unknown]);
+        let next = played.look(false, 0);
+        assert_eq!(next, Next::Stalled(Obstacle::SizeUnknown { device: "net0".into() }));
+    }
+
+    #[test]
+    fn rounds_made_while_a_device_streams_are_not_counted_for_memory() {
+        let wanted = Convergence { rounds_max: 3, ..wanted() };
+        let mut played = Played::new(wanted, vec![device(10 * GIB)]);
+        for _ in 0..100 {
+            played.devices[0].sent += 50 * MIB;
+            let left = played.devices[0].left.unwrap() - 50 * MIB;
+            played.devices[0].left = Some(left);
+            assert!(matches!(played.look(true, 5 * MIB), Next::Continue(_)), "{left}");
+        }
+    }
+
+    #[test]
+    fn a_device_with_more_to_give_than_fits_is_named() {
+        let large = DeviceLook { streams: false, left: None, stop_bytes: Some(GIB), ..device(0) };
+        let mut played = Played::new(wanted(), vec![large]);
+        let obstacle = Obstacle::DeviceState { device: "net0".into(), bytes: GIB };
+        assert_eq!(played.look(false, 0), Next::Stalled(obstacle));
+        let slow = Pace::new(Duration::from_secs(1), Duration::ZERO, Duration::ZERO);
+        let look = Look {
+            now: Instant::now(),
+            is_round: false,
+            memory_dirty_bytes: 0,
+            devices: &[],
+            harvest: Duration::ZERO,
+        };
+        let next = StopPolicy::new(wanted(), 0).next(&look, &slow).1;
+        assert_eq!(next, Next::Stalled(Obstacle::Latency));
     }
 }

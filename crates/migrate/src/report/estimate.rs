@@ -26,7 +26,7 @@ pub struct Estimate {
 
 impl Estimate {
     /// After a round that took so long, with this limit to the downtime.
-    pub(super) fn new(round: &Round, took: Duration, downtime_max: Duration) -> Estimate {
+    pub(super) fn new(round: &Round, took: Duration, downtime_goal: Duration) -> Estimate {
         let seconds = took.as_secs_f64().max(1e-9);
         let dirtied = round.memory_dirty_bytes as f64 / seconds;
         let estimate = Estimate {
@@ -36,13 +36,13 @@ impl Estimate {
             predicted_downtime: round.predicted_downtime,
             remaining: None,
         };
-        Estimate { remaining: remaining(&estimate, dirtied, downtime_max), ..estimate }
+        Estimate { remaining: remaining(&estimate, dirtied, downtime_goal), ..estimate }
     }
 }
 
 /// Each round takes as long as what was dirtied in the one before needs: a geometric series, until what is left fits.
-fn remaining(estimate: &Estimate, dirtied: f64, downtime_max: Duration) -> Option<Duration> {
-    if estimate.predicted_downtime <= downtime_max {
+fn remaining(estimate: &Estimate, dirtied: f64, downtime_goal: Duration) -> Option<Duration> {
+    if estimate.predicted_downtime <= downtime_goal {
         return Some(Duration::ZERO);
     }
     let rate = estimate.bytes_per_second as f64;
@@ -50,7 +50,7 @@ fn remaining(estimate: &Estimate, dirtied: f64, downtime_max: Duration) -> Optio
         return None;
     }
     let shrinks = dirtied / rate;
-    let (now, then) = (estimate.predicted_downtime.as_secs_f64(), downtime_max.as_secs_f64().max(1e-6));
+    let (now, then) = (estimate.predicted_downtime.as_secs_f64(), downtime_goal.as_secs_f64().max(1e-6));
     let rounds = match shrinks > 0.0 {
         true => ((then / now).ln() / shrinks.ln()).ceil().max(1.0),
         false => 1.0,

@@ -256,7 +256,7 @@ pub struct LinkReport {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LimitsReport {
     /// On the source: how long nothing was to run, in ns.
-    pub downtime_max_ns: Option<u64>,
+    pub downtime_goal_ns: Option<u64>,
     /// On the source: the most rounds of pre-copy.
     pub rounds_max: Option<u32>,
     /// How long the other side could be silent, in ns.
@@ -265,6 +265,8 @@ pub struct LimitsReport {
     pub load_max_ns: u64,
     /// How long the destination was to hold for the commit, in ns.
     pub commit_max_ns: u64,
+    /// On the source: how long the guest could stand still, in ns.
+    pub standstill_max_ns: Option<u64>,
 }
 
 /// What happened in a move, as one side saw it.
@@ -307,8 +309,65 @@ pub struct Report {
     /// Whether the other side was told how the move ended, as far as this one knows. A destination that
     /// could not tell will be asked by its source ([`crate::Source::resolve`]).
     pub peer_told: bool,
+    /// Devices that are not what they were before a move that did not succeed.
+    pub unrecovered: Vec<Unrecovered>,
     /// What a person should know: a device that could not be tracked, one that had to be reset.
     pub notes: Vec<String>,
+}
+
+/// A device that could not be brought back to what it was before the move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unrecovered {
+    /// Its name.
+    pub device: String,
+    /// What became of it.
+    #[serde(flatten)]
+    pub loss: Loss,
+    /// What it answered.
+    pub why: String,
+}
+
+/// What became of a device that could not be brought back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "loss", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Loss {
+    /// On the source: it was in ERROR and had to be reset. It runs, and the guest's state in it is lost.
+    StateLost,
+    /// It stays in another state than it should be in.
+    StaysIn {
+        /// Where it is.
+        #[serde(serialize_with = "state_name")]
+        found: State,
+        /// Where it should be.
+        #[serde(serialize_with = "state_name")]
+        wanted: State,
+    },
+    /// On the destination: it could not be reset, and may still hold the source's state. It does not run.
+    NotReset,
+    /// It does not answer.
+    Unknown,
+}
+
+impl std::fmt::Display for Unrecovered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Unrecovered { device, loss, why } = self;
+        match loss {
+            Loss::StateLost => {
+                write!(f, "{device} was in ERROR and had to be reset: its state is lost ({why})")
+            }
+            Loss::StaysIn { found: State::Error, .. } => {
+                write!(f, "{device} is in ERROR and cannot be reset: {why}")
+            }
+            Loss::StaysIn { found, wanted } => {
+                write!(f, "{device} stays in {found}, it should be in {wanted}: {why}")
+            }
+            Loss::NotReset => {
+                write!(f, "{device} could not be reset and may still hold the source's state: {why}")
+            }
+            Loss::Unknown => write!(f, "{device}: its state is not known: {why}"),
+        }
+    }
 }
 
 impl Report {
@@ -334,6 +393,7 @@ impl Report {
             buffer_bytes_max: 0,
             total_ns: 0,
             peer_told: true,
+            unrecovered: Vec::new(),
             notes: Vec::new(),
         }
     }

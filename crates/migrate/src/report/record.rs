@@ -4,15 +4,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use limosa_clockwork::{Panic, catch};
+
 use super::estimate::Estimate;
 use super::spans::Spans;
 use super::text::Time;
 use super::{
     Act, DeviceReport, End, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side,
-    SpanReport,
+    SpanReport, Unrecovered,
 };
 use crate::lock::lock;
-use crate::{Error, Observer, Options, Round};
+use crate::{Error, Observer, Options, Result, Round};
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{MigrationId, Totals};
 
@@ -24,6 +26,8 @@ const ROUNDS_MAX: usize = 1000;
 /// Takes the time, from any thread.
 pub(crate) struct Recorder<'a> {
     observer: &'a dyn Observer,
+    /// What the observer panicked with. It is not called any more.
+    observer_panic: OnceLock<Panic>,
     began: Instant,
     device_bytes: AtomicU64,
     memory_bytes: AtomicU64,
@@ -33,7 +37,7 @@ pub(crate) struct Recorder<'a> {
     is_stopped: AtomicBool,
     side: Side,
     id: OnceLock<String>,
-    downtime_max: Duration,
+    downtime_goal: Duration,
     devices: Vec<DeviceLog>,
     buffers: Arc<Gauge>,
     log: Mutex<Log>,
@@ -79,6 +83,7 @@ impl<'a> Recorder<'a> {
         };
         Recorder {
             observer,
+            observer_panic: OnceLock::new(),
             began: limosa_clockwork::now(),
             device_bytes: AtomicU64::new(0),
             memory_bytes: AtomicU64::new(0),
@@ -87,7 +92,7 @@ impl<'a> Recorder<'a> {
             is_stopped: AtomicBool::new(false),
             side,
             id: OnceLock::new(),
-            downtime_max: options.convergence.downtime_max,
+            downtime_goal: options.convergence.downtime_goal,
             devices,
             buffers: Arc::default(),
             log: Mutex::new(log),
@@ -111,8 +116,10 @@ impl<'a> Recorder<'a> {
             self.stopped(&mut log, now);
         }
         drop(log);
-        self.observer.moved(totals);
-        self.observer.phase(phase);
+        self.observe(|observer| {
+            observer.moved(totals);
+            observer.phase(phase);
+        });
         let (move_id, side) = self.names();
         tracing::info!(target: "limosa::phase", move_id, side, phase = phase.name(), "phase");
     }
@@ -239,11 +246,13 @@ impl<'a> Recorder<'a> {
             predicted_downtime_us,
             "round"
         );
-        self.observer.round(round);
-        if self.side == Side::Source {
-            let took = now.saturating_duration_since(began);
-            self.observer.estimate(&Estimate::new(round, took, self.downtime_max));
-        }
+        self.observe(|observer| {
+            observer.round(round);
+            if self.side == Side::Source {
+                let took = now.saturating_duration_since(began);
+                observer.estimate(&Estimate::new(round, took, self.downtime_goal));
+            }
+        });
     }
 
     /// The VMM was asked to slow its vCPUs down, and did.
@@ -256,13 +265,13 @@ impl<'a> Recorder<'a> {
         let downtime_ns = self.log().report.downtime_ns;
         if let Some(downtime_ns) = downtime_ns.filter(|ns| *ns > nanoseconds(allowed)) {
             let (downtime, allowed) = (Time(downtime_ns), Time(nanoseconds(allowed)));
-            self.note(format!("nothing ran for {downtime}, allowed were {allowed}"));
+            self.note(format!("nothing ran for {downtime}, wanted were {allowed}"));
         }
     }
 
-    /// It is decided to stop.
-    pub(crate) fn predicted(&self, downtime: Duration) {
-        self.log().report.predicted_downtime_ns = Some(nanoseconds(downtime));
+    /// It is decided to stop, with this prediction; `None` when a device does not say what it would give.
+    pub(crate) fn predicted(&self, downtime: Option<Duration>) {
+        self.log().report.predicted_downtime_ns = downtime.map(nanoseconds);
     }
 
     pub(crate) fn note(&self, note: String) {
@@ -287,7 +296,10 @@ impl<'a> Recorder<'a> {
     /// The move is over, on this side: how, and why if it did not go well.
     pub(crate) fn finish(self, end: End, why: Option<&Error>) -> Report {
         let (totals, now) = (self.totals(), limosa_clockwork::now());
-        self.observer.moved(totals);
+        self.observe(|observer| observer.moved(totals));
+        if let Some(panic) = self.observer_panic.get().filter(|_| !matches!(why, Some(Error::Panicked { .. }))) {
+            self.note(Error::panicked("Observer", panic).to_string());
+        }
         let mut log = self.log.into_inner().unwrap_or_else(PoisonError::into_inner);
         log.end_phase(self.began, now, totals);
         let mut report = log.report;
@@ -332,8 +344,31 @@ impl<'a> Recorder<'a> {
             self.tell_at.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         };
         if moved >= due && is_mine() {
-            self.observer.moved(totals);
+            self.observe(|observer| observer.moved(totals));
         }
+    }
+
+    /// Calls the observer, unless it has panicked before. A panic never leaves the thread that moves data.
+    fn observe(&self, call: impl FnOnce(&dyn Observer)) {
+        if self.observer_panic.get().is_none()
+            && let Err(panic) = catch(|| call(self.observer))
+        {
+            let _ = self.observer_panic.set(panic);
+        }
+    }
+
+    /// [`Error::Panicked`] when the observer has panicked: before the commit that ends a move.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.observer_panic.get() {
+            Some(panic) => Err(Error::panicked("Observer", panic)),
+            None => Ok(()),
+        }
+    }
+
+    /// A device that could not be brought back.
+    pub(crate) fn unrecovered(&self, unrecovered: Unrecovered) {
+        self.note(unrecovered.to_string());
+        self.log().report.unrecovered.push(unrecovered);
     }
 }
 
@@ -418,11 +453,12 @@ impl LinkMeter {
 fn limits(side: Side, options: &Options) -> LimitsReport {
     let is_source = side == Side::Source;
     LimitsReport {
-        downtime_max_ns: is_source.then(|| nanoseconds(options.convergence.downtime_max)),
+        downtime_goal_ns: is_source.then(|| nanoseconds(options.convergence.downtime_goal)),
         rounds_max: is_source.then_some(options.convergence.rounds_max),
         silence_max_ns: nanoseconds(options.silence_max),
         load_max_ns: nanoseconds(options.load_max),
         commit_max_ns: nanoseconds(options.commit_max),
+        standstill_max_ns: is_source.then(|| nanoseconds(options.standstill_max)),
     }
 }
 

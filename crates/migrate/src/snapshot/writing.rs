@@ -1,11 +1,11 @@
 //! The way to a snapshot's place as a link that only goes one way: what passes is gathered to pieces and hashed.
 
 use std::io::IoSlice;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::{Limits, PIECE_BYTES, SnapshotTarget, SnapshotWriter, failed};
 use crate::link::{Link, LinkError, Wait};
-use crate::wire::Connection;
+use crate::wire::{Connection, Frame};
 use crate::{Options, Result};
 use limosa_stream::{Kind, Seal};
 
@@ -16,7 +16,8 @@ pub(crate) struct Writing {
 }
 
 struct Inner {
-    writer: Box<dyn SnapshotWriter>,
+    /// Until it is published.
+    writer: Option<Box<dyn SnapshotWriter>>,
     /// What has come and was not passed on yet; never longer than a piece.
     piece: Vec<u8>,
     hasher: blake3::Hasher,
@@ -29,7 +30,8 @@ impl Inner {
         let mut rest = &self.piece[..];
         self.hasher.update(rest);
         while !rest.is_empty() {
-            let taken = self.writer.write(rest, wait)?;
+            let writer = self.writer.as_mut().ok_or(LinkError::Closed)?;
+            let taken = writer.write(rest, wait)?;
             rest = &rest[taken..];
         }
         self.piece.clear();
@@ -44,27 +46,28 @@ impl Writing {
         let writer = (to.create(limits.wait()))
             .map_err(|error| failed(&name, "creating it", limits.silence_max, error))?;
         let inner =
-            Inner { writer, piece: Vec::with_capacity(PIECE_BYTES), hasher: blake3::Hasher::new(), bytes: 0 };
+            Inner { writer: Some(writer), piece: Vec::with_capacity(PIECE_BYTES), hasher: blake3::Hasher::new(), bytes: 0 };
         Ok(Writing { name, inner: Mutex::new(inner) })
     }
 
     /// After the SUM: the SEAL, over everything that came before it.
-    pub(crate) fn seal(&self, connection: &mut Connection<'_>, limits: Limits<'_>) -> Result<()> {
+    pub(crate) fn seal(&self, connection: &Connection<'_>, limits: Limits<'_>) -> Result<()> {
         let seal = {
             let mut inner = crate::lock::lock(&self.inner);
             let flushed = inner.flush(limits.wait());
             flushed.map_err(|error| failed(&self.name, "writing it", limits.silence_max, error))?;
             Seal { bytes: inner.bytes, blake3: *inner.hasher.finalize().as_bytes() }
         };
-        connection.send(Kind::SEAL, 0, 0, &seal.encode()).map(drop)
+        connection.send(&Frame::new(Kind::SEAL, &seal.encode()), limits.cancel)
     }
 
     /// All is there: publishes it. Takes `load_max` at most, beside what is still to be passed on.
-    pub(crate) fn publish(self, options: &Options, limits: Limits<'_>) -> Result<()> {
-        let mut inner = self.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn publish(&self, options: &Options, limits: Limits<'_>) -> Result<()> {
+        let mut inner = crate::lock::lock(&self.inner);
         let flushed = inner.flush(limits.wait());
         flushed.map_err(|error| failed(&self.name, "writing it", limits.silence_max, error))?;
-        let published = inner.writer.publish(Wait::within(options.load_max, limits.cancel));
+        let Some(writer) = inner.writer.take() else { return Ok(()) };
+        let published = writer.publish(Wait::within(options.load_max, limits.cancel));
         published.map_err(|error| failed(&self.name, "publishing it", options.load_max, error))
     }
 }

@@ -1,51 +1,65 @@
-//! The source's script: from the handshake to the commit, and back to where it was when anything
-//! fails before that.
+//! The side that devices leave, as a script: handshake, pre-copy, switchover, commit; and back to where it was when
+//! anything fails before the commit.
 
+mod commit;
+mod doubt;
+mod handshake;
 mod precopy;
-pub(crate) mod rollback;
+mod rollback;
+mod save;
+mod switchover;
 
-use limosa_client::DeviceExt;
-use limosa_clockwork::Monitor;
-use limosa_protocol::{MigrationFlags, State};
+use std::sync::Arc;
 
-use crate::devices::{MovedDevice, check_movable, each, enter, facts, failed};
-use crate::ledger::Decision;
-use crate::link::{FurtherLinks, Link, MeteredLink, Wait};
+use limosa_clockwork::{Monitor, Scope};
+use limosa_stream::{Kind, MigrationId, PrefaceFlags};
+
+pub use doubt::InDoubt;
+pub use save::AfterSave;
+
+use crate::context::Context;
+use crate::devices::MovedDevice;
+use crate::link::{FurtherLinks, Link};
 use crate::memory::Memory;
-use crate::report::{Act, End, Phase, Recorder, Report, Side};
-use crate::snapshot::{Limits, SnapshotTarget, Writing, of_place};
-use crate::source::rollback::Rollback;
-use crate::transfer::device_stream::{self, Job, Saving};
+use crate::protocol::commit::Uncommitted;
+use crate::protocol::limits::Limits;
+use crate::report::{End, Phase, Report, Side};
+use crate::transfer::device_sender::DeviceSender;
+use crate::transfer::ram::Ram;
 use crate::transfer::sending::Sending;
-use crate::wire::{Connection, FrameWriter, OnDrop};
-use crate::{Cancel, Error, Observer, Options, Result, Vmm, cancel};
-use limosa_stream::body::{NEEDS_CREDIT, NEEDS_FLUSH, decode_u32};
-use limosa_stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, WINDOW_BYTES_MIN};
+use crate::transfer::team::{OnDrop, Team};
+use crate::wire::{Connection, Frame, FrameWriter, MeteredLink};
+use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
+use handshake::Agreed;
+use rollback::Rollback;
+use save::Place;
 
-/// The side that devices leave.
+/// The side that devices leave. One move or one save takes it: a guest that was moved is not sent a second time.
+#[must_use = "it does nothing until it is sent or saved"]
 pub struct Source<'a> {
-    /// The devices, in RUNNING or STOP.
-    pub devices: &'a [MovedDevice<'a>],
-    /// The guest memory that goes with them.
-    pub memory: Memory<'a>,
-    /// The machine around them.
-    pub vmm: &'a dyn Vmm,
-    /// Who watches.
-    pub observer: &'a dyn Observer,
-    /// What was chosen.
-    pub options: &'a Options,
-    /// Calls the move off.
-    pub cancel: Option<&'a Cancel>,
+    devices: &'a [MovedDevice<'a>],
+    memory: Memory<'a>,
+    vmm: &'a dyn Vmm,
+    observer: &'a dyn Observer,
+    options: &'a Options,
+    cancel: Option<&'a Cancel>,
+}
+
+impl std::fmt::Debug for Source<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source").field("devices", &self.devices).field("memory", &self.memory).finish_non_exhaustive()
+    }
 }
 
 /// How a move ended, on the source.
 #[derive(Debug)]
 #[must_use]
 pub enum Outcome {
-    /// The destination runs. The source's devices are in STOP and must not run this guest again.
+    /// The destination runs, or the snapshot is there. After a move the source's devices are in STOP and must not run
+    /// this guest again.
     Moved(Report),
     /// The move failed or was called off, and the source is as it was before: its devices run, with
-    /// their dirty log complete. [`Report::notes`] names a device that could not be brought back.
+    /// their dirty log complete. [`Report::unrecovered`] has the devices that could not be brought back.
     Undone {
         /// Why.
         why: Error,
@@ -57,468 +71,284 @@ pub enum Outcome {
     InDoubt(InDoubt),
 }
 
-/// A source that may not run, because the destination may.
-pub struct InDoubt {
-    /// The move, to ask for.
-    pub id: MigrationId,
-    /// What went wrong.
-    pub why: Error,
-    /// How far it came.
-    pub report: Report,
-    rollback: Rollback,
-}
-
-impl InDoubt {
-    /// For a source that was started anew and knows only the id. Its devices are taken to have run.
-    pub fn recover(id: MigrationId) -> InDoubt {
-        let recorder = Recorder::new(Side::Source, &Options::default(), &crate::Nobody, std::iter::empty());
-        recorder.id(id);
-        InDoubt {
-            id,
-            why: Error::StartedAnew,
-            report: recorder.finish(End::InDoubt, Some(&Error::StartedAnew)),
-            // Whoever came to the commit had stopped the guest.
-            rollback: Rollback { touched: true, vmm_stopped: true, ..Rollback::default() },
-        }
-    }
-}
-
-impl std::fmt::Debug for InDoubt {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("InDoubt").field("id", &self.id).field("why", &self.why).finish_non_exhaustive()
-    }
-}
-
-/// What becomes of the devices when they have been saved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AfterSave {
-    /// They go on.
-    Run,
-    /// They stay in STOP, so that the snapshot is the only place where the guest goes on.
-    Stop,
-}
-
-/// How an attempt to commit failed.
-enum Uncommitted {
-    /// The destination will never run.
-    Off(Error),
-    /// Nobody here knows.
+/// How the work of a move ended.
+enum Ending {
+    Moved,
+    Undone(Error),
     Doubt(Error),
 }
 
 impl<'a> Source<'a> {
+    /// Devices in RUNNING or STOP that are to be moved, alone.
+    pub fn new(devices: &'a [MovedDevice<'a>], options: &'a Options) -> Source<'a> {
+        let memory = Memory::default();
+        Source { devices, memory, vmm: &Nobody, observer: &Nobody, options, cancel: None }
+    }
+
+    /// With the guest's memory.
+    pub fn with_memory(self, memory: Memory<'a>) -> Source<'a> {
+        Source { memory, ..self }
+    }
+
+    /// With the machine around the devices.
+    pub fn with_vmm(self, vmm: &'a dyn Vmm) -> Source<'a> {
+        Source { vmm, ..self }
+    }
+
+    /// With an observer.
+    pub fn with_observer(self, observer: &'a dyn Observer) -> Source<'a> {
+        Source { observer, ..self }
+    }
+
+    /// With a handle to call it off.
+    pub fn with_cancel(self, cancel: Option<&'a Cancel>) -> Source<'a> {
+        Source { cancel, ..self }
+    }
+
     /// Moves everything over the link. Blocks until it is over.
-    pub fn send(&mut self, link: &dyn Link) -> Outcome {
+    pub fn send(mut self, link: &dyn Link) -> Outcome {
         self.move_over(link, None)
     }
 
-    /// Moves everything over the link, and over as many further ones as [`Options::links`] says and the destination
-    /// takes. Blocks until it is over.
-    pub fn send_over(&mut self, link: &dyn Link, further: &dyn FurtherLinks) -> Outcome {
+    /// Moves everything over the link, and over as many further ones as [`Options::links`] says, the destination
+    /// takes and can be had. Blocks until it is over.
+    pub fn send_over(mut self, link: &dyn Link, further: &dyn FurtherLinks) -> Outcome {
         self.move_over(link, Some(further))
     }
 
-    fn move_over(&mut self, link: &dyn Link, further: Option<&dyn FurtherLinks>) -> Outcome {
-        let recorder = self.recorder();
-        let link = MeteredLink::new(link, &recorder);
-        let mut connection = Connection::new(&link, self.cancel, self.options.silence_max);
-        connection.reader.count(recorder.buffers());
-        let mut rollback = Rollback::default();
-        recorder.phase(Phase::Handshake);
-        let id = match self.until_ready(&mut connection, further, &recorder, &mut rollback) {
-            Ok(id) => id,
-            Err(why) => return self.undone(why, &mut connection, recorder, rollback),
-        };
-        recorder.phase(Phase::Commit);
-        if let Err(reason) = self.vmm.committing(id) {
-            let why = Error::Vmm { doing: "commit", reason };
-            return self.undone(why, &mut connection, recorder, rollback);
-        }
-        match self.commit(&mut connection) {
-            Ok(()) => {
-                recorder.runs();
-                recorder.compare(self.options.convergence.downtime_max);
-                recorder.phase(Phase::Finish);
-                self.finish(&recorder, &mut rollback);
-                Outcome::Moved(recorder.finish(End::Moved, None))
-            }
-            Err(Uncommitted::Off(why)) => self.undone(why, &mut connection, recorder, rollback),
-            Err(Uncommitted::Doubt(why)) => {
-                tracing::error!(%id, "in doubt whether the destination runs: {why}");
-                let report = recorder.finish(End::InDoubt, Some(&why));
-                Outcome::InDoubt(InDoubt { id, why, report, rollback })
-            }
-        }
-    }
-
-    /// Asks the destination over a new link what became of a move in doubt, and acts on the answer:
-    /// [`Outcome::Moved`], [`Outcome::Undone`], or still [`Outcome::InDoubt`], when the link fails again
-    /// or the destination does not know.
-    pub fn resolve(&mut self, doubt: InDoubt, link: &dyn Link) -> Outcome {
-        let mut connection = Connection::new(link, None, self.options.silence_max);
-        match self.query(doubt.id, &mut connection) {
-            Ok(decision) => self.decide(decision, doubt),
-            Err(why) => Outcome::InDoubt(InDoubt { why, ..doubt }),
-        }
-    }
-
-    /// Acts on what became of a move in doubt, where that is known otherwise than by [`Source::resolve`]: a person
-    /// has looked. Who is wrong here makes the guest run twice, or nowhere.
-    pub fn decide(&mut self, decision: Decision, mut doubt: InDoubt) -> Outcome {
-        let recorder = self.recorder();
-        recorder.id(doubt.id);
-        match decision {
-            Decision::Committed => {
-                recorder.phase(Phase::Finish);
-                self.finish(&recorder, &mut doubt.rollback);
-                Outcome::Moved(recorder.finish(End::Moved, None))
-            }
-            Decision::NotCommitted => {
-                recorder.phase(Phase::Undo);
-                self.run_again(&recorder, &mut doubt.rollback);
-                let report = recorder.finish(End::Undone, Some(&doubt.why));
-                Outcome::Undone { why: doubt.why, report }
-            }
-            Decision::Unknown => Outcome::InDoubt(doubt),
-        }
-    }
-
-    /// Saves everything to a place, such as a [`SnapshotFile`](crate::SnapshotFile), where it appears only when it is
-    /// whole: [`Outcome::Moved`]. On failure nothing is there that was not there before, and the source runs as
-    /// before: [`Outcome::Undone`].
-    pub fn save(&mut self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
-        let recorder = self.recorder();
-        let mut rollback = Rollback::default();
-        recorder.phase(Phase::Handshake);
-        let limits = Limits { silence_max: self.options.silence_max, cancel: self.cancel };
-        let writing = match Writing::create(to, limits) {
-            Ok(writing) => writing,
-            Err(why) => {
-                let report = recorder.finish(End::Undone, Some(&why));
-                return Outcome::Undone { why, report };
-            }
-        };
-        let link = MeteredLink::new(&writing, &recorder);
-        let mut connection = Connection::new(&link, self.cancel, self.options.silence_max);
-        let written = self.until_ready(&mut connection, None, &recorder, &mut rollback);
-        if let Err(why) = written.and_then(|_| writing.seal(&mut connection, limits)) {
-            return self.undone(of_place(why, "writing it"), &mut connection, recorder, rollback);
-        }
-        if after == AfterSave::Run {
-            // All is read: the guest need not wait for what keeps it.
-            recorder.phase(Phase::Finish);
-            self.run_again(&recorder, &mut rollback);
-        }
-        recorder.phase(Phase::Commit);
-        match (writing.publish(self.options, limits), after) {
-            (Ok(()), AfterSave::Run) => Outcome::Moved(recorder.finish(End::Moved, None)),
-            (Ok(()), AfterSave::Stop) => {
-                recorder.phase(Phase::Finish);
-                self.finish(&recorder, &mut rollback);
-                Outcome::Moved(recorder.finish(End::Moved, None))
-            }
-            (Err(why), AfterSave::Run) => {
-                let report = recorder.finish(End::Undone, Some(&why));
-                Outcome::Undone { why, report }
-            }
-            (Err(why), AfterSave::Stop) => {
-                recorder.phase(Phase::Undo);
-                self.run_again(&recorder, &mut rollback);
-                let report = recorder.finish(End::Undone, Some(&why));
-                Outcome::Undone { why, report }
-            }
-        }
-    }
-
-    fn recorder(&self) -> Recorder<'a> {
-        let names = self.devices.iter().map(|moved| moved.device.name().into());
-        Recorder::new(Side::Source, self.options, self.observer, names)
-    }
-
-    /// From nothing to READY, or to the end of a file: the source may still go back.
-    fn until_ready(
+    pub(crate) fn move_over(
         &mut self,
-        connection: &mut Connection<'_>,
-        further: Option<&dyn FurtherLinks>,
-        recorder: &Recorder<'_>,
-        rollback: &mut Rollback,
-    ) -> Result<MigrationId> {
-        let (id, answer) = self.handshake(connection, further.is_some(), recorder, rollback)?;
-        let links = self.join(answer.links, connection, further)?;
-        let links: Vec<_> = links.iter().map(|link| MeteredLink::new(&**link, recorder)).collect();
-        let writers: Vec<_> = (links.iter())
-            .map(|link| {
-                let writer = FrameWriter::new(link, self.options.silence_max);
-                writer.compress(self.options.compress, recorder.buffers());
-                writer
-            })
-            .collect();
-        for (writer, number) in writers.iter().zip(1_u32..) {
-            writer.send_preface(id, PrefaceFlags::FURTHER, self.cancel)?;
-            writer.send(Kind::JOIN, 0, 0, &number.to_le_bytes(), self.cancel)?;
-        }
-        rollback.touched = true;
-        rollback.dirty.start(self.devices, &mut self.memory, recorder, self.cancel)?;
-        let Connection { writer, reader, .. } = connection;
-        let writers = std::iter::once(&**writer).chain(&writers).collect();
-        let sending = Sending::new(writers, self.devices.len(), answer.window, self.options, self.cancel)?;
-        let devices = self.devices;
-        let saving = |(at, moved): (usize, &MovedDevice<'a>)| {
-            Monitor::new(Saving::new(at, moved.device, &sending, recorder))
-        };
-        let savings: Vec<_> = devices.iter().enumerate().map(saving).collect();
-        limosa_clockwork::scope(|scope| {
-            let sending = &sending;
-            let _end = OnDrop(|| sending.end());
-            let listener =
-                sending.has_peer().then(|| scope.spawn("limosa: listener", move || sending.listen(reader)));
-            for thread in 0..devices.len() {
-                let savings = &savings;
-                let act = |at: usize| savings[at].lock().run();
-                scope.spawn(format!("limosa: device work {thread}"), move || {
-                    sending.workers.work(thread, act)
-                });
+        link: &dyn Link, further: Option<&dyn FurtherLinks>) -> Outcome {
+        let context = self.context();
+        let link = MeteredLink::new(link, &context.recorder);
+        let connection = Connection::new(&link, Limits::new(self.options));
+        let mut rollback = Rollback::default();
+        let (id, ending) = self.run(&context, &connection, further, &mut rollback, None);
+        match ending {
+            Ending::Moved => Outcome::Moved(context.recorder.finish(End::Moved, None)),
+            Ending::Undone(why) => {
+                tracing::info!("the move was undone: {why}");
+                let report = context.recorder.finish(End::Undone, Some(&why));
+                Outcome::Undone { why, report }
             }
-            sending.workers.assemble();
-            if let Err(error) = self.work(sending, recorder, rollback) {
-                sending.fail(error);
-                // It may bring the reason for a link's failing.
-                if let Some(listener) = listener {
-                    listener.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                }
+            Ending::Doubt(why) => {
+                tracing::error!(%id, "in doubt whether the destination runs: {why}");
+                let report = context.recorder.finish(End::InDoubt, Some(&why));
+                Outcome::InDoubt(InDoubt::new(id, why, report, rollback, self))
             }
-        });
-        drop(savings);
-        match sending.failure() {
-            Some(why) => Err(why),
-            None => Ok(id),
         }
     }
 
-    /// The further links that both sides want.
-    fn join(
-        &self,
-        links: u32,
+    pub(crate) fn context(&self) -> Context<'a> {
+        Context::new(Side::Source, self.devices, self.options, self.observer, self.cancel)
+    }
+
+    /// A move, or a save to that place: from the handshake to the end, or back. When this returns with
+    /// [`Ending::Undone`], the guest runs as before.
+    fn run(
+        &mut self,
+        context: &Context<'a>,
         connection: &Connection<'_>,
         further: Option<&dyn FurtherLinks>,
-    ) -> Result<Vec<Box<dyn Link>>> {
-        let Some(further) = further else { return Ok(Vec::new()) };
-        let next = || further.next(Wait::within(self.options.silence_max, self.cancel));
-        let failed = |error| connection.link_failed(error, "connecting a further link");
-        (1..links).map(|_| next().map_err(failed)).collect()
+        rollback: &mut Rollback,
+        place: Option<&mut Place<'_>>,
+    ) -> (MigrationId, Ending) {
+        let recorder = &context.recorder;
+        connection.reader().count(recorder.buffers());
+        connection.writer.compress(self.options.compress, recorder.buffers());
+        recorder.phase(Phase::Handshake);
+        let agreed = Team::guard("the handshake", || self.handshake(context, connection, further, rollback));
+        let Agreed { id, window, links } = match agreed {
+            Ok(agreed) => agreed,
+            Err(why) => return (MigrationId::default(), Ending::Undone(tell(why, connection))),
+        };
+        let links: Vec<_> = links.iter().map(|link| MeteredLink::new(&**link, recorder)).collect();
+        let silence_max = self.options.silence_max;
+        let writers: Vec<_> = links.iter().map(|link| FrameWriter::new(link, silence_max)).collect();
+        writers.iter().for_each(|writer| writer.compress(self.options.compress, recorder.buffers()));
+        let wires = Wires { id, connection, writers: &writers, window };
+        let ending = match self.work(context, &wires, rollback, place) {
+            // While all links are open: the destination is to hear this, and not that one of them is closed.
+            Ending::Undone(why) => Ending::Undone(tell(why, connection)),
+            ending => ending,
+        };
+        (id, ending)
     }
 
-    /// Everything between the handshake and READY.
+    /// What follows the handshake: starts the logs and all threads, and goes on in [`Source::script`].
     fn work(
         &mut self,
-        sending: &Sending<'_, '_>,
-        recorder: &Recorder<'_>,
+        context: &Context<'a>,
+        wires: &Wires<'_, '_>,
         rollback: &mut Rollback,
-    ) -> Result<()> {
-        recorder.phase(Phase::PreCopy);
-        self.precopy(sending, recorder, rollback)?;
-        recorder.phase(Phase::Stop);
-        self.stop(sending, rollback)?;
-        recorder.phase(Phase::StopCopy);
-        sending.stopped()?;
-        match rollback.dirty.blind {
-            true => rollback.dirty.everything(),
-            false => rollback.dirty.harvest(self.devices, &mut self.memory)?,
+        place: Option<&mut Place<'_>>,
+    ) -> Ending {
+        rollback.touched = true;
+        if let Err(why) = wires.join(self.cancel).and_then(|()| self.start_logs(context, rollback)) {
+            self.roll_back(context, rollback, None);
+            return Ending::Undone(why);
         }
-        rollback.dirty.send(&self.memory.regions, sending, recorder)?;
-        device_stream::wait_all(sending, |_| false)?;
-        recorder.phase(Phase::Load);
-        sending.finish(&recorder.totals().encode())
-    }
-
-    /// Compares both sides before anything is touched.
-    fn handshake(
-        &mut self,
-        connection: &mut Connection<'_>,
-        has_further: bool,
-        recorder: &Recorder<'_>,
-        rollback: &mut Rollback,
-    ) -> Result<(MigrationId, Answer)> {
-        let id =
-            MigrationId::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
-        recorder.id(id);
-        let mut offer = self.offer()?;
-        if connection.has_peer() {
-            offer.needs.extend([NEEDS_FLUSH.into(), NEEDS_CREDIT.into()]);
-            offer.links = if has_further { self.options.links.get() } else { 1 };
-        }
-        offer.needs.extend(self.options.compress.map(|compression| compression.name().into()));
-        connection.writer.compress(self.options.compress, recorder.buffers());
-        for moved in self.devices {
-            let state =
-                moved.device.state().map_err(|error| failed(moved.device, "reading its state", error))?;
-            if !matches!(state, State::Running | State::Stop) {
-                let name = moved.device.name();
-                let reason = format!(
-                    "{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?"
-                );
-                return Err(Error::Incompatible { reasons: vec![reason] });
+        let (regions, pages) = (self.memory.regions.clone(), Arc::clone(&rollback.logs.pages));
+        let sending = match Sending::new(context, wires.all(), self.devices.len(), wires.window) {
+            Ok(sending) => sending,
+            Err(why) => {
+                self.roll_back(context, rollback, None);
+                return Ending::Undone(why);
             }
-            rollback.found.push(state);
-        }
-        let flags = if connection.has_peer() {
-            PrefaceFlags::empty()
-        } else {
-            PrefaceFlags::STORED | PrefaceFlags::SEALED
         };
-        let payload =
-            offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
-        connection.send_preface(id, flags)?;
-        connection.send(Kind::OFFER, 0, 0, &payload)?;
-        if !connection.has_peer() {
-            return Ok((id, Answer::default()));
-        }
-        check_preface(connection, id)?;
-        let payload =
-            connection.expect(Kind::ANSWER, "waiting for an answer to the offer", self.options.load_max)?;
-        let answer = Answer::decode(payload).map_err(|damage| connection.damaged(damage))?;
-        if !answer.accepted {
-            let reasons = answer.reasons;
-            return Err(Error::Incompatible { reasons });
-        }
-        let (links, window) = (answer.links, answer.window.unwrap_or(0));
-        if !(1..=offer.links).contains(&links) || window < WINDOW_BYTES_MIN {
-            let why = format!(
-                "it takes {links} links and {window} bytes of a device at a time; expected are 1 to {} and at least \
-                 {WINDOW_BYTES_MIN}",
-                offer.links
-            );
-            return Err(connection.damaged(Damage::Content { kind: Kind::ANSWER, why }));
-        }
-        Ok((id, answer))
-    }
-
-    fn offer(&self) -> Result<Offer> {
-        let mut offer = Offer::default();
-        let mut reasons = Vec::new();
-        for (at, moved) in self.devices.iter().enumerate() {
-            cancel::check(self.cancel)?;
-            let facts = facts(at as u32, moved)?;
-            reasons.extend(check_movable(&facts).err());
-            offer.devices.push(facts);
-        }
-        offer.memory = self.memory.regions.iter().map(|region| region.facts()).collect();
-        if reasons.is_empty() { Ok(offer) } else { Err(Error::Incompatible { reasons }) }
-    }
-
-    /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices, which from then on give what is left.
-    fn stop(&mut self, sending: &Sending<'_, '_>, rollback: &mut Rollback) -> Result<()> {
-        sending.check()?;
-        rollback.vmm_stopped = true;
-        self.vmm.stop().map_err(|reason| Error::Vmm { doing: "stop", reason })?;
-        for (at, (moved, found)) in self.devices.iter().zip(&rollback.found).enumerate() {
-            let flags = moved.device.migration_flags();
-            let flags = flags.map_err(|error| failed(moved.device, "reading its flags", error))?;
-            if flags.contains(MigrationFlags::P2P) && found.is_running() {
-                let is_open = sending.flows[at].lock().open;
-                device_stream::give(
-                    sending,
-                    at,
-                    Job::Enter(if is_open { State::PreCopyP2p } else { State::RunningP2p }),
-                );
+        let ram = Ram::new(&regions, &pages.pending, &sending);
+        let devices = self.devices.iter().enumerate().zip(&rollback.found);
+        let senders: Vec<_> = devices
+            .map(|((at, moved), found)| Monitor::new(DeviceSender::new(at, moved, *found, &sending)))
+            .collect();
+        limosa_clockwork::scope(|scope| {
+            let _end = OnDrop(|| {
+                sending.team.end();
+                sending.workers.end();
+                sending.alive.end();
+            });
+            if let Err(why) = start(scope, &sending, &senders, &ram, wires.connection) {
+                self.roll_back(context, rollback, None);
+                return Ending::Undone(why);
             }
-        }
-        device_stream::wait_all(sending, |_| false)?;
-        (0..self.devices.len()).for_each(|at| device_stream::give(sending, at, Job::Stop));
-        device_stream::wait_all(sending, |flow| flow.stopped)
-    }
-
-    /// From COMMIT's first byte on only an answer tells who runs.
-    fn commit(&mut self, connection: &mut Connection<'_>) -> Result<(), Uncommitted> {
-        connection.check_cancel().map_err(Uncommitted::Off)?;
-        connection.ignore_cancel();
-        connection.send(Kind::COMMIT, 0, 0, &[]).map_err(decide)?;
-        let limit = self.options.commit_max.max(self.options.silence_max);
-        connection.expect(Kind::RUNNING, "waiting for the destination to run", limit).map_err(decide)?;
-        if let Err(error) = connection.send(Kind::DONE, 0, 0, &[]) {
-            tracing::debug!("the destination may wait to be asked: {error}");
-        }
-        Ok(())
-    }
-
-    fn query(&mut self, id: MigrationId, connection: &mut Connection<'_>) -> Result<Decision> {
-        connection.send_preface(id, PrefaceFlags::empty())?;
-        connection.send(Kind::QUERY, 0, 0, &[])?;
-        check_preface(connection, id)?;
-        let payload =
-            connection.expect(Kind::OUTCOME, "asking what became of the move", self.options.commit_max)?;
-        Ok(match decode_u32(payload) {
-            1 => Decision::NotCommitted,
-            2 => Decision::Committed,
-            _ => Decision::Unknown,
+            sending.workers.assemble();
+            self.script(context, &Stage { sending: &sending, ram: &ram, wires }, rollback, place)
         })
     }
 
-    /// The guest is elsewhere: ends the sessions and the logs.
-    fn finish(&mut self, recorder: &Recorder<'_>, rollback: &mut Rollback) {
-        let stopped = each(self.devices, |at, device| {
-            let _span = recorder.span(at, Act::Enter { state: State::Stop });
-            enter(device, State::Stop)
-        });
-        for error in stopped.into_iter().filter_map(Result::err) {
-            recorder.note(format!(
-                "{error}: it has been moved and must not run; reset it before it is used again"
-            ));
-        }
-        if std::mem::take(&mut rollback.throttled) > 0 {
-            self.vmm.throttle(0);
-        }
-        let mut notes = Vec::new();
-        rollback.dirty.stop(self.devices, &mut self.memory, false, &mut notes);
-        notes.into_iter().for_each(|note| recorder.note(note));
-    }
-
-    fn run_again(&mut self, recorder: &Recorder<'_>, rollback: &mut Rollback) {
-        let notes = rollback.undo(self.devices, &mut self.memory);
-        notes.into_iter().for_each(|note| recorder.note(note));
-        if std::mem::take(&mut rollback.throttled) > 0 {
-            self.vmm.throttle(0);
-        }
-        if std::mem::take(&mut rollback.vmm_stopped) {
-            self.vmm.resume();
-        }
-        recorder.runs();
-    }
-
-    /// Back to where it was, first; then the other side is told.
-    fn undone(
+    /// The move itself, once all its threads are there: they serve the stop, the way back and the end as well.
+    fn script(
         &mut self,
-        why: Error,
-        connection: &mut Connection<'_>,
-        recorder: Recorder<'_>,
-        mut rollback: Rollback,
-    ) -> Outcome {
-        connection.ignore_cancel();
-        if rollback.touched {
-            recorder.phase(Phase::Undo);
-            self.run_again(&recorder, &mut rollback);
+        context: &Context<'a>,
+        stage: &Stage<'_, '_, '_>,
+        rollback: &mut Rollback,
+        place: Option<&mut Place<'_>>,
+    ) -> Ending {
+        let ready = Team::guard("the source", || self.until_ready(context, stage, rollback));
+        if let Err(error) = ready {
+            stage.sending.team.fail(error);
+            let why = stage.sending.team.first_failure(Error::Cancelled);
+            self.roll_back(context, rollback, Some(stage.sending));
+            return Ending::Undone(why);
         }
-        connection.abort(&why);
-        tracing::info!("the move was undone: {why}");
-        let report = recorder.finish(End::Undone, Some(&why));
-        Outcome::Undone { why, report }
+        if let Some(place) = place {
+            return self.keep(context, stage, rollback, place);
+        }
+        match self.commit(context, stage) {
+            Ok(()) => {
+                self.finish(context, rollback, Some(stage.sending));
+                Ending::Moved
+            }
+            Err(Uncommitted::Off(why)) => {
+                self.roll_back(context, rollback, Some(stage.sending));
+                Ending::Undone(why)
+            }
+            Err(Uncommitted::Doubt(why)) => Ending::Doubt(why),
+        }
+    }
+
+    /// Everything between the handshake and READY.
+    fn until_ready(
+        &mut self,
+        context: &Context<'a>,
+        stage: &Stage<'_, '_, '_>,
+        rollback: &mut Rollback,
+    ) -> Result<()> {
+        let recorder = &context.recorder;
+        recorder.phase(Phase::PreCopy);
+        let pace = self.precopy(context, stage, rollback)?;
+        recorder.phase(Phase::Stop);
+        self.stop(stage, rollback)?;
+        recorder.phase(Phase::StopCopy);
+        stage.sending.stopped()?;
+        self.last_pages(context, stage, rollback, &pace)?;
+        stage.ram.send_round(stage.sending)?;
+        stage.sending.wait_all(|_| false)?;
+        recorder.phase(Phase::Load);
+        stage.sending.finish(&recorder.totals().encode())?;
+        recorder.check()
+    }
+
+    fn start_logs(&mut self, context: &Context<'a>, rollback: &mut Rollback) -> Result<()> {
+        let mut notes = Vec::new();
+        let started = Team::guard("starting the dirty log", || {
+            rollback.logs.start(self.devices, &mut self.memory, &mut notes, self.cancel)
+        });
+        notes.into_iter().for_each(|note| context.recorder.note(note));
+        started
     }
 }
 
-/// A destination that answers ABORT never runs the move; anything else leaves it open.
-fn decide(error: Error) -> Uncommitted {
-    match error {
-        Error::Aborted { .. } => Uncommitted::Off(error),
-        error => Uncommitted::Doubt(error),
+/// The links of a move, once both sides have agreed on them.
+struct Wires<'w, 'a> {
+    id: MigrationId,
+    connection: &'w Connection<'a>,
+    /// Of the further links, which are numbered from 1.
+    writers: &'w [FrameWriter<'a>],
+    /// How much of a device may be on its way; `None` where nobody answers.
+    window: Option<u64>,
+}
+
+impl<'w, 'a> Wires<'w, 'a> {
+    /// All links' writers, by number.
+    fn all(&self) -> Vec<&'w FrameWriter<'a>> {
+        std::iter::once(&self.connection.writer).chain(self.writers).collect()
+    }
+
+    /// Says on each further link what it is.
+    fn join(&self, cancel: Option<&Cancel>) -> Result<()> {
+        for (writer, number) in self.writers.iter().zip(1_u32..) {
+            writer.preface(self.id, PrefaceFlags::FURTHER, cancel)?;
+            writer.send(&Frame::new(Kind::JOIN, &number.to_le_bytes()), cancel)?;
+        }
+        Ok(())
     }
 }
 
-/// The other side's preface, which must be about the same move.
-fn check_preface(connection: &mut Connection<'_>, id: MigrationId) -> Result<()> {
-    let preface = connection.receive_preface()?;
-    if preface.id != id || preface.flags.contains(PrefaceFlags::STORED) {
-        let what = format!("the id {} in answer to {id}", preface.id);
-        return Err(connection.damaged(Damage::Unknown { what }));
+/// What the stages of a move work with.
+struct Stage<'s, 'w, 'a> {
+    sending: &'s Sending<'w, 'a>,
+    ram: &'s Ram<'s>,
+    wires: &'s Wires<'w, 'a>,
+}
+
+/// Starts all threads of a source.
+fn start<'scope, 'w, 'a>(
+    scope: Scope<'scope, '_>,
+    sending: &'scope Sending<'w, 'a>,
+    senders: &'scope [Monitor<DeviceSender<'w, 'a>>],
+    ram: &'scope Ram<'_>,
+    connection: &'scope Connection<'_>,
+) -> Result<()> {
+    let team = &sending.team;
+    let interval = connection.limits().keep_alive;
+    team.spawn(scope, "keep-alive".into(), move || {
+        sending.alive.run(team, &sending.writers, interval);
+        Ok(())
+    })?;
+    if sending.has_peer() {
+        team.spawn(scope, "listener".into(), move || sending.listen(connection))?;
+    }
+    for thread in 0..senders.len() {
+        team.spawn(scope, format!("device worker {thread}"), move || {
+            sending.workers.work(thread, |at| senders[at].lock().run());
+            Ok(())
+        })?;
+    }
+    for link in 1..sending.writers.len() {
+        team.spawn(scope, format!("link {link}"), move || ram.work(link, sending))?;
     }
     Ok(())
+}
+
+/// Tells the destination why the move is off; or, where the link has failed, listens for its own reason, which is then
+/// the better one.
+fn tell(why: Error, connection: &Connection<'_>) -> Error {
+    let why = match why {
+        Error::Link { .. } => connection.last_words().unwrap_or(why),
+        why => why,
+    };
+    connection.abort(&why);
+    connection.part(&why);
+    why
 }

@@ -1,34 +1,108 @@
-//! The source's pre-copy: rounds while everything runs, until a stop costs no more than it may.
+//! The source's pre-copy: devices stream and memory is sent in rounds while everything runs, until a stop costs no
+//! more than it is to cost.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use limosa_client::DeviceExt;
 use limosa_clockwork::now;
 use limosa_protocol::{MigrationFlags, State};
-
-use crate::devices::failed;
-use crate::protocol::stop_policy::{Next, Pace, StopPolicy};
-use crate::report::Recorder;
-use crate::source::rollback::Rollback;
-use crate::transfer::device_stream::{self, Job};
-use crate::transfer::sending::Sending;
-use crate::{Error, Result, Round, Source, WhenStalled};
 use limosa_stream::Kind;
 use limosa_stream::body::encode_round;
 
-/// The most bytes that a device moves in a round.
-const TURN_BYTES: u64 = 64 << 20;
-/// How long to wait when devices want initial data to be read and have none for now.
-const NOTHING_FOR_NOW: Duration = Duration::from_millis(2);
+use super::rollback::Rollback;
+use super::{Source, Stage};
+use crate::context::Context;
+use crate::devices::failed;
+use crate::hooks;
+use crate::memory::PAGE_BYTES;
+use crate::protocol::pace::Pace;
+use crate::protocol::stop_policy::{Look, Next, StopPolicy};
+use crate::transfer::device_sender::Job;
+use crate::transfer::sending::Sending;
+use crate::wire::Frame;
+use crate::{Error, Obstacle, Result, Round, WhenStalled};
 
-impl Source<'_> {
-    /// Rounds of device data and dirty memory while everything runs.
-    pub(crate) fn precopy(
+/// How long to wait where going on makes nothing better, and is wanted all the same.
+const KEEP_TRYING: Duration = Duration::from_millis(50);
+/// Looks between rounds of memory are reported as often as this.
+const REPORT_EVERY: Duration = Duration::from_millis(250);
+
+/// The loop of pre-copy, from look to look.
+struct Looking {
+    names: Vec<String>,
+    /// Of the devices that do not say how much they would give in the stop.
+    unknown: Vec<String>,
+    policy: StopPolicy,
+    pace: Pace,
+    has_memory: bool,
+    /// Since when, and from how many handled bytes on, the rate is measured.
+    sample: (Instant, u64),
+    reported: Option<Instant>,
+    news: u64,
+}
+
+impl<'a> Source<'a> {
+    /// Rounds of dirty memory beside streaming devices while everything runs. The pace that this found.
+    pub(super) fn precopy(
         &mut self,
-        sending: &Sending<'_, '_>,
-        recorder: &Recorder<'_>,
+        context: &Context<'a>,
+        stage: &Stage<'_, '_, '_>,
         rollback: &mut Rollback,
-    ) -> Result<()> {
+    ) -> Result<Pace> {
+        let sending = stage.sending;
+        let pace = self.open_sessions(sending, rollback)?;
+        for (at, flow) in sending.flows.iter().enumerate() {
+            let streaming = {
+                let mut flow = flow.lock();
+                flow.streaming = flow.has_session;
+                flow.streaming
+            };
+            sending.give(at, if streaming { Job::Stream } else { Job::Look });
+        }
+        // A device that streams looks first of all, and the others do nothing else.
+        sending.wait_all(|flow| flow.streaming)?;
+        let mut looking = Looking {
+            names: self.devices.iter().map(|moved| moved.device.name().into()).collect(),
+            unknown: Vec::new(),
+            policy: StopPolicy::new(self.options.convergence, self.devices.len()),
+            pace,
+            has_memory: !self.memory.regions.is_empty() && !rollback.logs.blind,
+            sample: (now(), handled(context, sending)),
+            reported: None,
+            news: 0,
+        };
+        loop {
+            sending.team.check()?;
+            context.recorder.check()?;
+            let (round, next) = self.look(context, stage, rollback, &mut looking)?;
+            looking.report(context, sending, &round, &next)?;
+            let pause = match next {
+                Next::Continue(pause) => pause,
+                Next::Stop => {
+                    self.check_standstill(&round)?;
+                    break self.predict(context, &round, &looking);
+                }
+                Next::Stalled(obstacle) => {
+                    if self.throttle(context, &obstacle, rollback) {
+                        looking.policy.throttled();
+                        continue;
+                    }
+                    match self.stalled(&obstacle, &round)? {
+                        true => KEEP_TRYING,
+                        false => {
+                            tracing::info!("stopping all the same: {obstacle}");
+                            break self.predict(context, &round, &looking);
+                        }
+                    }
+                }
+            };
+            looking.pause(sending, pause)?;
+        }
+        Ok(looking.pace)
+    }
+
+    /// Opens a session on each device that can give something before the stop, and measures what that takes.
+    fn open_sessions(&mut self, sending: &Sending<'_, '_>, rollback: &Rollback) -> Result<Pace> {
         let began = now();
         for (at, (moved, found)) in self.devices.iter().zip(&rollback.found).enumerate() {
             let device = moved.device;
@@ -37,112 +111,176 @@ impl Source<'_> {
             if self.options.precopy && flags.contains(MigrationFlags::PRE_COPY) && found.is_running() {
                 // Without it, initial bytes that grow again are taken for dirty ones.
                 let _ = device.precopy_info_v2();
-                device_stream::give(sending, at, Job::Enter(State::PreCopy));
+                sending.give(at, Job::Enter(State::PreCopy));
             }
         }
-        device_stream::wait_all(sending, |_| false)?;
-        let arc = now() - began;
-        let open: Vec<_> = (0..self.devices.len()).filter(|at| sending.flows[*at].lock().open).collect();
-        let has_memory = !self.memory.regions.is_empty() && !rollback.dirty.blind;
-        if !has_memory && open.is_empty() {
-            return Ok(());
-        }
-        let mut pace = match open.first() {
-            None => Pace::new(sending.flush()?, Duration::ZERO, Duration::ZERO),
-            Some(at) => {
-                let began = now();
-                device_stream::give(sending, *at, Job::Nothing);
-                device_stream::wait_all(sending, |_| false)?;
-                let passing = now() - began;
-                Pace::new(sending.flush()?, arc, passing)
-            }
+        sending.wait_all(|_| false)?;
+        let took = now() - began;
+        let opened = sending.flows.iter().position(|flow| flow.lock().has_session);
+        let Some(at) = opened else {
+            return Ok(Pace::new(sending.flush()?, Duration::ZERO, Duration::ZERO));
         };
-        let mut policy = StopPolicy::new(self.options.convergence);
-        for number in 1.. {
-            sending.check()?;
-            let (began, before) = (now(), recorder.totals());
-            open.iter().for_each(|at| device_stream::give(sending, *at, Job::PreCopy(TURN_BYTES)));
-            if has_memory {
-                rollback.dirty.send(&self.memory.regions, sending, recorder)?;
-            }
-            device_stream::wait_all(sending, |_| false)?;
+        let began = now();
+        sending.give(at, Job::NoOp);
+        sending.wait_all(|_| false)?;
+        let hand_off = now() - began;
+        Ok(Pace::new(sending.flush()?, took, hand_off))
+    }
+
+    /// A round of memory, if there is any, and what is left after it.
+    fn look(
+        &mut self,
+        context: &Context<'a>,
+        stage: &Stage<'_, '_, '_>,
+        rollback: &mut Rollback,
+        looking: &mut Looking,
+    ) -> Result<(Round, Next)> {
+        let sending = stage.sending;
+        let loads = |flow: &crate::transfer::device_sender::DeviceFlow| flow.initial_is_loaded();
+        if looking.has_memory {
+            looking.sample = (now(), handled(context, sending));
+            stage.ram.send_round(sending)?;
             // What is on its way would have to arrive after a stop as well.
-            sending.flush()?;
-            let after = recorder.totals();
-            let moved = after.memory_bytes + after.device_bytes - before.memory_bytes - before.device_bytes;
-            pace.measured(moved, now() - began);
-            let round = self.look(number, &pace, sending, rollback)?;
-            sending.send(0, Kind::ROUND, 0, 0, &encode_round(number, round.memory_dirty_bytes))?;
-            recorder.round(&round);
-            if self.is_last(&round, &mut policy, recorder, rollback)? {
-                break;
+            looking.pace.answered(sending.flush()?);
+            looking.measure(context, sending);
+        } else {
+            looking.measure(context, sending);
+            if !sending.flows.iter().all(|flow| loads(&flow.lock())) {
+                // The destination says how much it has loaded when it is asked.
+                looking.pace.answered(sending.flush()?);
             }
-            if moved == 0 && round.memory_dirty_bytes == 0 {
-                sending.pause(NOTHING_FOR_NOW)?;
+        }
+        let began = now();
+        if !rollback.logs.blind
+            && let Some(lost) = rollback.logs.harvest(self.devices, &mut self.memory)?
+        {
+            tracing::warn!("a log of dirty pages is lost, all is dirty: {lost}");
+        }
+        let blind = rollback.logs.blind;
+        let all = self.memory.regions.iter().map(|region| region.size / PAGE_BYTES * PAGE_BYTES).sum();
+        let devices = sending.look(&looking.names);
+        let unknown = devices.iter().filter(|device| device.stop_bytes.is_none());
+        looking.unknown = unknown.map(|device| device.name.clone()).collect();
+        let look = Look {
+            now: now(),
+            is_round: looking.has_memory,
+            memory_dirty_bytes: if blind { all } else { rollback.logs.pages.bytes() },
+            devices: &devices,
+            // After the stop it takes as long; a log that compares has to read all of the memory.
+            harvest: now() - began,
+        };
+        Ok(looking.policy.next(&look, &looking.pace))
+    }
+
+    /// Asks the VMM to slow its vCPUs down, if that can help; whether it did.
+    fn throttle(&self, context: &Context<'a>, obstacle: &Obstacle, rollback: &mut Rollback) -> bool {
+        let helps = matches!(obstacle, Obstacle::DirtyMemory { .. } | Obstacle::DirtyDevice { .. });
+        if !helps {
+            return false;
+        }
+        let step = rollback.throttled + 1;
+        let mut slowed = false;
+        if let Err(why) = hooks::tell("Vmm::throttle", || slowed = self.vmm.throttle(step)) {
+            context.recorder.note(why);
+        }
+        if slowed {
+            rollback.throttled = step;
+            context.recorder.throttled(step);
+        }
+        slowed
+    }
+
+    /// Pre-copy leads nowhere any more: whether to go on all the same; an error to call the move off.
+    fn stalled(&self, obstacle: &Obstacle, round: &Round) -> Result<bool> {
+        let wanted = &self.options.convergence;
+        // Trying on does not make a device tell what it does not know.
+        let is_final = matches!(obstacle, Obstacle::SizeUnknown { .. });
+        match wanted.when_stalled {
+            WhenStalled::KeepTrying if !is_final => Ok(true),
+            WhenStalled::Abort => Err(self.not_converging(obstacle.clone(), round)),
+            WhenStalled::KeepTrying | WhenStalled::SwitchOver => {
+                self.check_standstill(round)?;
+                Ok(false)
             }
+        }
+    }
+
+    /// A stop that takes longer than the guest may stand still is not begun.
+    fn check_standstill(&self, round: &Round) -> Result<()> {
+        let limit = self.options.standstill_max;
+        match round.predicted_downtime > limit {
+            true => Err(self.not_converging(Obstacle::Standstill { limit }, round)),
+            false => Ok(()),
+        }
+    }
+
+    fn not_converging(&self, obstacle: Obstacle, round: &Round) -> Error {
+        Error::NotConverging {
+            obstacle,
+            predicted: round.predicted_downtime,
+            is_minimum: round.devices_unknown > 0,
+            goal: self.options.convergence.downtime_goal,
+        }
+    }
+
+    /// Records what the stop is predicted to take, or of which devices that is not known.
+    fn predict(&self, context: &Context<'a>, round: &Round, looking: &Looking) {
+        let is_known = looking.unknown.is_empty();
+        context.recorder.predicted(is_known.then_some(round.predicted_downtime));
+        for name in &looking.unknown {
+            context.recorder.note(format!(
+                "{name} does not say how much it gives in the stop (no MIG_DATA_SIZE): the downtime is not predicted"
+            ));
+        }
+    }
+}
+
+impl Looking {
+    /// Takes the rate since the last sample, if devices were not idle meanwhile.
+    fn measure(&mut self, context: &Context<'_>, sending: &Sending<'_, '_>) {
+        let (began, before) = self.sample;
+        let bytes = handled(context, sending);
+        let idle = !self.has_memory && sending.flows.iter().any(|flow| flow.lock().drained);
+        let moved = bytes.saturating_sub(before);
+        if !idle && moved < 1 << 20 && !self.has_memory {
+            // Too little to tell: the sample goes on.
+            return;
+        }
+        if !idle {
+            self.pace.measured(moved, now() - began);
+        }
+        self.sample = (now(), bytes);
+    }
+
+    fn report(
+        &mut self,
+        context: &Context<'_>,
+        sending: &Sending<'_, '_>,
+        round: &Round,
+        next: &Next,
+    ) -> Result<()> {
+        let is_due = self.reported.is_none_or(|at| at + REPORT_EVERY <= now());
+        if self.has_memory || is_due || !matches!(next, Next::Continue(_)) {
+            self.reported = Some(now());
+            let payload = encode_round(round.round, round.memory_dirty_bytes);
+            sending.post(0, &Frame::new(Kind::ROUND, &payload))?;
+            context.recorder.round(round);
         }
         Ok(())
     }
 
-    /// Whether the stop comes now.
-    fn is_last(
-        &self,
-        round: &Round,
-        policy: &mut StopPolicy,
-        recorder: &Recorder<'_>,
-        rollback: &mut Rollback,
-    ) -> Result<bool> {
-        let (allowed, predicted) = (self.options.convergence, round.predicted_downtime);
-        match policy.next(round) {
-            Next::Round => return Ok(false),
-            Next::Stop => {}
-            Next::Stalled if self.vmm.throttle(rollback.throttled + 1) => {
-                rollback.throttled += 1;
-                recorder.throttled(rollback.throttled);
-                policy.throttled();
-                return Ok(false);
-            }
-            Next::Stalled => match allowed.when_stalled {
-                WhenStalled::KeepTrying => return Ok(false),
-                WhenStalled::Abort => {
-                    let allowed = allowed.downtime_max;
-                    return Err(Error::NotConverging { rounds: round.round, predicted, allowed });
-                }
-                WhenStalled::SwitchOver => {
-                    tracing::info!("the stop may take {predicted:?}, allowed are {:?}", allowed.downtime_max);
-                }
-            },
+    /// Waits for the next look.
+    fn pause(&mut self, sending: &Sending<'_, '_>, pause: Duration) -> Result<()> {
+        match self.has_memory {
+            // Each look is a round, and takes its time.
+            true => sending.pause(pause),
+            false => sending.wait_for_news(&mut self.news, pause),
         }
-        recorder.predicted(predicted);
-        Ok(true)
     }
+}
 
-    /// What is left at the end of a round, and what a stop would cost.
-    fn look(
-        &mut self,
-        number: u32,
-        pace: &Pace,
-        sending: &Sending<'_, '_>,
-        rollback: &mut Rollback,
-    ) -> Result<Round> {
-        let mut round = Round { round: number, ..Round::default() };
-        for device in &sending.flows {
-            let flow = device.lock();
-            let info = flow.info.unwrap_or_default();
-            round.device_initial_bytes = round.device_initial_bytes.saturating_add(info.initial_bytes);
-            round.device_dirty_bytes = round.device_dirty_bytes.saturating_add(info.dirty_bytes);
-            round.device_bytes = round.device_bytes.saturating_add(flow.bytes_if_stopped);
-        }
-        let began = limosa_clockwork::now();
-        if !rollback.dirty.blind {
-            rollback.dirty.harvest(self.devices, &mut self.memory)?;
-        }
-        // After the stop it takes as long; a log that compares has to read all of the memory.
-        let harvest = limosa_clockwork::now() - began;
-        round.memory_dirty_bytes = rollback.dirty.bytes();
-        round.bytes_per_second = pace.bytes_per_second();
-        let bytes = round.memory_dirty_bytes.saturating_add(round.device_bytes);
-        round.predicted_downtime = pace.downtime(bytes).saturating_add(harvest);
-        Ok(round)
-    }
+/// Bytes that the destination has handled.
+fn handled(context: &Context<'_>, sending: &Sending<'_, '_>) -> u64 {
+    let taken = sending.flows.iter().map(|flow| flow.lock().window.taken()).sum::<u64>();
+    context.recorder.totals().memory_bytes + taken
 }

@@ -1,63 +1,143 @@
 //! The way back of a source: every device runs again as it did before, and no dirty page is lost.
 
-use limosa_client::{Device, DeviceExt};
+use limosa_client::DeviceExt;
 use limosa_protocol::{MigrationFlags, State};
 
-use crate::devices::{MovedDevice, each};
-use crate::memory::Memory;
-use crate::memory::dirty::Dirty;
+use super::Source;
+use crate::context::Context;
+use crate::devices::each;
+use crate::hooks;
+use crate::memory::DirtyLogs;
+use crate::report::{Act, Loss, Phase, Unrecovered};
+use crate::transfer::device_sender::{Job, return_to};
+use crate::transfer::sending::Sending;
+use crate::transfer::team::Team;
 
 /// What a source must remember to go back.
 #[derive(Default)]
-pub(crate) struct Rollback {
+pub(super) struct Rollback {
     /// The state in which each device was found; empty for "it ran".
-    pub(crate) found: Vec<State>,
+    pub(super) found: Vec<State>,
     /// The logs, and what was harvested from them.
-    pub(crate) dirty: Dirty,
+    pub(super) logs: DirtyLogs,
     /// Whether anything was done to the devices that must be undone.
-    pub(crate) touched: bool,
+    pub(super) touched: bool,
     /// How often the VMM was asked to slow its vCPUs down.
-    pub(crate) throttled: u32,
-    /// Whether the VMM has stopped its vCPUs.
-    pub(crate) vmm_stopped: bool,
+    pub(super) throttled: u32,
+    /// Whether the VMM was asked to stop its vCPUs.
+    pub(super) vmm_stopped: bool,
 }
 
 impl Rollback {
     fn found(&self, at: usize) -> State {
         self.found.get(at).copied().unwrap_or(State::Running)
     }
-
-    /// Brings every device back to where it was found: those that are stopped first to RUNNING_P2P, all
-    /// of them, then on. A device in ERROR is reset, which is all that can be done with it. Ends the
-    /// logs. What could not be done is in the notes.
-    pub(crate) fn undo(&mut self, devices: &[MovedDevice<'_>], memory: &mut Memory<'_>) -> Vec<String> {
-        each(devices, |at, device| {
-            let stopped = device.state().is_ok_and(|state| !state.is_running() && state != State::Error);
-            let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
-            if stopped && has_p2p && self.found(at).is_running() {
-                // If it fails, so does the next step, which says so.
-                let _ = device.set_state(State::RunningP2p);
-            }
-        });
-        let done = each(devices, |at, device| return_to(device, self.found(at)));
-        let mut notes: Vec<_> = done.into_iter().filter_map(Result::err).collect();
-        self.dirty.stop(devices, memory, true, &mut notes);
-        notes
-    }
 }
 
-/// Drives a device to the state, by reset where nothing else helps.
-fn return_to(device: &dyn Device, state: State) -> Result<(), String> {
-    let name = device.name();
-    let Err(error) = device.set_state(state) else { return Ok(()) };
-    match device.state() {
-        Ok(State::Error) => {}
-        Ok(at) => return Err(format!("{name} stays in {at}, it should be in {state}: {error}")),
-        Err(_) => return Err(format!("{name}: its state is not known, it should be in {state}: {error}")),
+impl<'a> Source<'a> {
+    /// Brings every device back to where it was found: those that are stopped first to RUNNING_P2P, all of them, then
+    /// on. A device in ERROR is reset, which is all that can be done with it. Then ends the logs, and lets the vCPUs go
+    /// on. Whatever fails or panics on this way, the rest of it is gone.
+    ///
+    /// The devices' workers do it, where there are any; otherwise threads that are started for it, as far as the system
+    /// starts them.
+    pub(super) fn roll_back(
+        &mut self,
+        context: &Context<'a>,
+        rollback: &mut Rollback,
+        workers: Option<&Sending<'_, '_>>,
+    ) {
+        let recorder = &context.recorder;
+        recorder.phase(Phase::Undo);
+        let losses: Vec<_> = match workers {
+            Some(sending) => {
+                sending.all_to_the_end(Job::ReturnP2p);
+                sending.all_to_the_end(Job::Return);
+                sending.flows.iter().map(|flow| flow.lock().loss.take()).collect()
+            }
+            None => self.return_without_workers(rollback),
+        };
+        losses.into_iter().flatten().for_each(|loss| recorder.unrecovered(loss));
+        let mut notes = Vec::new();
+        let stopped = Team::guard("giving back the dirty log", || {
+            rollback.logs.stop(self.devices, &mut self.memory, true, &mut notes);
+            Ok(())
+        });
+        notes.extend(stopped.err().map(|error| format!("the dirty pages were not given back: {error}")));
+        self.let_go(rollback, &mut notes);
+        recorder.runs();
+        notes.into_iter().for_each(|note| recorder.note(note));
     }
-    let reset = device.reset();
-    match reset.and_then(|()| device.set_state(state).map(drop)) {
-        Ok(()) => Err(format!("{name} was in ERROR and had to be reset: its state is lost ({error})")),
-        Err(reset) => Err(format!("{name} is in ERROR and cannot be reset: {reset}")),
+
+    fn return_without_workers(&self, rollback: &Rollback) -> Vec<Option<Unrecovered>> {
+        each(self.devices, |at, device| {
+            let _ = limosa_clockwork::catch(|| {
+                let stopped = device.state().is_ok_and(|state| !state.is_running() && state != State::Error);
+                let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
+                if stopped && has_p2p && rollback.found(at).is_running() {
+                    // If it fails, so does the next step, which says so.
+                    let _ = device.set_state(State::RunningP2p);
+                }
+            });
+        });
+        each(self.devices, |at, device| {
+            let returned = limosa_clockwork::catch(|| return_to(device, rollback.found(at)));
+            returned.unwrap_or_else(|panic| {
+                let why = panic.to_string();
+                Some(Unrecovered { device: device.name().into(), loss: Loss::Unknown, why })
+            })
+        })
+    }
+
+    /// The vCPUs run again at full speed.
+    fn let_go(&self, rollback: &mut Rollback, notes: &mut Vec<String>) {
+        if std::mem::take(&mut rollback.throttled) > 0 {
+            notes.extend(hooks::tell("Vmm::throttle", || _ = self.vmm.throttle(0)).err());
+        }
+        if std::mem::take(&mut rollback.vmm_stopped) {
+            notes.extend(hooks::tell("Vmm::resume", || self.vmm.resume()).err());
+        }
+    }
+
+    /// The guest is elsewhere: ends the sessions and the logs.
+    pub(super) fn finish(
+        &mut self,
+        context: &Context<'a>,
+        rollback: &mut Rollback,
+        workers: Option<&Sending<'_, '_>>,
+    ) {
+        let recorder = &context.recorder;
+        recorder.phase(Phase::Finish);
+        let unfinished: Vec<_> = match workers {
+            Some(sending) => {
+                sending.all_to_the_end(Job::Finish);
+                sending.flows.iter().filter_map(|flow| flow.lock().unfinished.take()).collect()
+            }
+            None => each(self.devices, |at, device| {
+                let _span = recorder.span(at, Act::Enter { state: State::Stop });
+                let doing = format!("entering {}", State::Stop);
+                Team::guard(device.name(), || {
+                    let entered = device.set_state(State::Stop).map(drop);
+                    entered.map_err(|error| crate::devices::failed(device, &doing, error))
+                })
+            })
+            .into_iter()
+            .filter_map(Result::err)
+            .collect(),
+        };
+        for error in unfinished {
+            recorder.note(format!(
+                "{error}: it has been moved and must not run; reset it before it is used again"
+            ));
+        }
+        let mut notes = Vec::new();
+        rollback.vmm_stopped = false;
+        self.let_go(rollback, &mut notes);
+        let stopped = Team::guard("ending the dirty log", || {
+            rollback.logs.stop(self.devices, &mut self.memory, false, &mut notes);
+            Ok(())
+        });
+        notes.extend(stopped.err().map(|error| error.to_string()));
+        notes.into_iter().for_each(|note| recorder.note(note));
     }
 }

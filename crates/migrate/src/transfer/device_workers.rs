@@ -1,48 +1,48 @@
-//! Threads that devices' work is done in: as many as there are devices, so that one that is slow holds up no other, of
-//! which only as many wake as find something to do, so that for quick ones nobody waits for threads to wake.
+//! Threads that devices' work is done in: as many as there are devices, so that a slow device blocks no other. Only as
+//! many of them wake as find something to do, so that quick devices do not wait for threads to wake.
 
 use std::collections::VecDeque;
 
 use limosa_clockwork::Monitor;
 
-/// Which devices have something to do, and the threads that wait for them.
+/// Which devices have something to do, and the threads that wait for it.
 pub(crate) struct DeviceWorkers {
     state: Monitor<State>,
-    /// A bell for each thread; whether it has been rung.
-    bells: Vec<Monitor<bool>>,
-    /// With so many threads at the links more would only wait there.
+    /// For each thread, whether it has been woken.
+    wakeups: Vec<Monitor<bool>>,
+    /// While so many threads send, more would only wait for links.
     sending_max: usize,
 }
 
 #[derive(Default)]
 struct State {
     ready: VecDeque<usize>,
-    /// The threads that wait. Who came last goes first: what it needs is in a cache.
+    /// The threads that wait. The last one is woken first: what it needs is in a cache.
     idle: Vec<usize>,
     /// A thread has been woken and has not looked yet. It wakes the next one when there is more than it takes itself.
-    wakes: bool,
+    is_waking: bool,
     /// Threads that wait for a link, or send.
     sending: usize,
     over: bool,
 }
 
 impl State {
-    /// The thread that is to be woken now.
+    /// The thread to wake now.
     fn next(&mut self, sending_max: usize) -> Option<usize> {
-        let wanted = !self.wakes && !self.ready.is_empty() && self.sending < sending_max;
+        let wanted = !self.is_waking && !self.ready.is_empty() && self.sending < sending_max;
         let next = if wanted { self.idle.pop() } else { None };
-        self.wakes |= next.is_some();
+        self.is_waking |= next.is_some();
         next
     }
 }
 
 impl DeviceWorkers {
     pub(crate) fn new(threads: usize, sending_max: usize) -> DeviceWorkers {
-        let bells = (0..threads).map(|_| Monitor::default()).collect();
-        DeviceWorkers { state: Monitor::default(), bells, sending_max }
+        let wakeups = (0..threads).map(|_| Monitor::default()).collect();
+        DeviceWorkers { state: Monitor::default(), wakeups, sending_max }
     }
 
-    /// There is something to do for a device. Not to be said again before a thread has begun with it.
+    /// There is something to do for a device: some thread calls `act` with it, once for each post.
     pub(crate) fn post(&self, device: usize) {
         let mut state = self.state.lock();
         state.ready.push_back(device);
@@ -63,7 +63,7 @@ impl DeviceWorkers {
         sent
     }
 
-    /// Does what is to be done, in the thread with this number, until the work is over.
+    /// The thread with this number, until [`DeviceWorkers::end`].
     pub(crate) fn work(&self, thread: usize, act: impl Fn(usize)) {
         let mut state = self.state.lock();
         while !state.over {
@@ -76,40 +76,40 @@ impl DeviceWorkers {
                 continue;
             }
             state.idle.push(thread);
-            if state.idle.len() == self.bells.len() {
+            if state.idle.len() == self.wakeups.len() {
                 self.state.notify_all();
             }
             drop(state);
-            let bell = &self.bells[thread];
-            let mut rung = bell.lock();
-            while !std::mem::take(&mut *rung) {
-                (rung, _) = bell.wait(rung, None);
+            let wakeup = &self.wakeups[thread];
+            let mut woken = wakeup.lock();
+            while !std::mem::take(&mut *woken) {
+                (woken, _) = wakeup.wait(woken, None);
             }
-            drop(rung);
+            drop(woken);
             state = self.state.lock();
-            state.wakes = false;
+            state.is_waking = false;
         }
     }
 
     /// Waits until all threads wait for something to do: from then on none of them has to come up first.
     pub(crate) fn assemble(&self) {
         let mut state = self.state.lock();
-        while state.idle.len() < self.bells.len() && !state.over {
+        while state.idle.len() < self.wakeups.len() && !state.over {
             (state, _) = self.state.wait(state, None);
         }
     }
 
-    /// Nothing more is begun.
+    /// The threads end. What is posted and not begun is not done.
     pub(crate) fn end(&self) {
         self.state.lock().over = true;
         self.state.notify_all();
-        (0..self.bells.len()).for_each(|thread| self.wake(Some(thread)));
+        (0..self.wakeups.len()).for_each(|thread| self.wake(Some(thread)));
     }
 
     fn wake(&self, thread: Option<usize>) {
         if let Some(thread) = thread {
-            *self.bells[thread].lock() = true;
-            self.bells[thread].notify_all();
+            *self.wakeups[thread].lock() = true;
+            self.wakeups[thread].notify_all();
         }
     }
 }

@@ -1,113 +1,174 @@
-//! Pages of guest memory on their way to the links: threads take chunks of what is dirty from one row, copy them,
-//! and send what is not zero.
+//! Pages of guest memory on their way to the links. A thread for each link takes chunks of what is dirty from one row,
+//! copies them, and sends what is not zero.
 
-use limosa_clockwork::{Monitor, now};
+use limosa_clockwork::now;
 use limosa_protocol::bitmap::DirtyBitmap;
-
-use crate::Result;
-use crate::memory::{MemoryRegion, PAGE_BYTES, is_zero};
-use crate::report::Recorder;
-use crate::transfer::sending::Sending;
 use limosa_stream::buffer::Buffer;
 use limosa_stream::{DATA_BYTES_MAX, Kind};
+
+use super::sending::Sending;
+use super::team::Shared;
+use crate::Result;
+use crate::memory::{MemoryRegion, PAGE_BYTES, is_zero};
+use crate::protocol::link_count::LinkCount;
+use crate::wire::Frame;
 
 /// What is copied and sent at once: a whole frame. Larger ones are not allowed, and each costs the receiver a wake-up or
 /// two, which weighs more than that this much no longer stays in the nearest cache.
 const CHUNK_BYTES: u64 = DATA_BYTES_MAX as u64;
+/// A further link is used for each so many bytes: below that, waking its thread costs more than it saves.
+const LINK_BYTES_MIN: u64 = 4 << 20;
+/// The longest run of zeroes in one frame: so much memory is made zero before the destination looks at anything else.
+const ZERO_BYTES_MAX: u64 = 1 << 30;
+
+/// The memory of a source, and the round in which its threads send it.
+pub(crate) struct Ram<'m> {
+    regions: &'m [MemoryRegion<'m>],
+    /// What is to be sent, by region.
+    pending: &'m [DirtyBitmap],
+    round: Shared<RoundState>,
+}
+
+struct RoundState {
+    number: u64,
+    /// The region that chunks are taken from, the next page of the run of dirty ones, and how many are left of it.
+    region: usize,
+    page: u64,
+    pages: u64,
+    exhausted: bool,
+    /// How many links take part.
+    links: usize,
+    /// How many of the further links' threads are not done with the round.
+    active: usize,
+    /// How many links memory goes over.
+    link_count: LinkCount,
+}
 
 /// A run of dirty pages of one region.
 #[derive(Clone, Copy)]
-pub(crate) struct Chunk<'m> {
+struct Chunk<'m> {
     region: &'m MemoryRegion<'m>,
     at: u64,
     bytes: u64,
 }
 
-/// The chunks that are still to be sent.
-pub(crate) struct Chunks<I> {
-    left: Option<I>,
-}
-
-impl<'m, I: Iterator<Item = Chunk<'m>>> Chunks<I> {
-    fn next(&mut self) -> Option<Chunk<'m>> {
-        let next = self.left.as_mut()?.next();
-        if next.is_none() {
-            self.left = None;
-        }
-        next
+impl<'m> Ram<'m> {
+    pub(crate) fn new(
+        regions: &'m [MemoryRegion<'m>],
+        pending: &'m [DirtyBitmap],
+        sending: &Sending<'_, '_>,
+    ) -> Ram<'m> {
+        let link_count = LinkCount::new(sending.writers.len(), sending.options().links_measured);
+        let state = RoundState {
+                number: 0,
+                region: 0,
+                page: 0,
+                pages: 0,
+                exhausted: true,
+                links: 0,
+                active: 0,
+                link_count,
+            };
+        Ram { regions, pending, round: sending.team.share(state) }
     }
-}
 
-/// No more are to be sent: one of the links has failed, and the others need not go on.
-pub(crate) fn end<I>(chunks: &Monitor<Chunks<I>>) {
-    chunks.lock().left = None;
-    chunks.notify_all();
-}
+    /// Bytes that are to be sent.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.pending.iter().map(|bitmap| bitmap.count() * PAGE_BYTES).sum()
+    }
 
-/// All that is dirty, in chunks.
-pub(crate) fn chunks<'m>(
-    regions: &'m [MemoryRegion<'m>],
-    dirty: &'m [DirtyBitmap],
-) -> Chunks<impl Iterator<Item = Chunk<'m>> + Send> {
-    let all = regions.iter().zip(dirty).flat_map(|(region, dirty)| {
-        dirty.runs().flat_map(move |(first, pages)| {
-            let (begin, end) = (first * PAGE_BYTES, (first + pages) * PAGE_BYTES);
-            let starts = (begin..end).step_by(CHUNK_BYTES as usize);
-            starts.map(move |at| Chunk { region, at, bytes: CHUNK_BYTES.min(end - at) })
-        })
-    });
-    Chunks { left: Some(all) }
-}
-
-/// Sends chunks over one link until none is left.
-pub(crate) fn send<'m>(
-    link: usize,
-    chunks: &Monitor<Chunks<impl Iterator<Item = Chunk<'m>>>>,
-    sending: &Sending<'_, '_>,
-    recorder: &Recorder<'_>,
-) -> Result<()> {
-    let mut buffer = Buffer::new(recorder.buffers());
-    let mut zeroes = Zeroes { link, sending, recorder, run: None };
-    loop {
-        let chunk = {
-            let mut chunks_left = chunks.lock();
-            // A link that is not worth its while waits until it is, or until all is taken.
-            while chunks_left.left.is_some() && link >= sending.link_count.lock().used() {
-                (chunks_left, _) = chunks.wait(chunks_left, None);
-            }
-            chunks_left.next()
-        };
-        if link == 0 && sending.link_count.lock().sent(recorder.totals().memory_bytes, now())
-            || chunk.is_none()
+    /// Sends every pending page, over as many links as that is worth. The calling thread sends over the first one.
+    pub(crate) fn send_round(&self, sending: &Sending<'_, '_>) -> Result<()> {
+        let links = (self.bytes() / LINK_BYTES_MIN + 1).min(sending.writers.len() as u64) as usize;
         {
-            // Whoever is about to wait does so first.
-            drop(chunks.lock());
-            chunks.notify_all();
+            let mut round = self.round.lock();
+            round.number += 1;
+            (round.region, round.page, round.pages) = (0, 0, 0);
+            round.exhausted = false;
+            (round.links, round.active) = (links, links - 1);
+            round.link_count.pause();
         }
-        let Some(Chunk { region, at, bytes }) = chunk else { break };
-        let end = at + bytes;
-        let mut from = at;
-        // What is known for zeroes is not read, so that memory that was never touched stays so.
-        while let Some(data) = region.data(from..end)? {
-            zeroes.add(region.id, from, data.start - from)?;
-            buffer.grow(CHUNK_BYTES as usize);
-            let piece = &mut buffer[..(data.end - data.start) as usize];
-            region.pages.read(data.start, piece).map_err(|error| region.failed(data.start, error))?;
-            let mut offset = data.start;
-            for run in (Runs { bytes: piece }) {
-                if run.zero {
-                    zeroes.add(region.id, offset, run.bytes.len() as u64)?;
-                } else {
-                    sending.send(link, Kind::MEMORY_DATA, region.id, offset, run.bytes)?;
-                    recorder.memory_data(run.bytes.len() as u64);
-                }
-                offset += run.bytes.len() as u64;
-            }
-            from = data.end;
-        }
-        zeroes.add(region.id, from, end - from)?;
+        self.round.notify_all();
+        self.send_chunks(0, sending)?;
+        drop(sending.team.wait(&self.round, self.round.lock(), None, |round| round.active == 0)?);
+        self.pending.iter().for_each(DirtyBitmap::clear);
+        Ok(())
     }
-    zeroes.flush()
+
+    /// The thread of a further link.
+    pub(crate) fn work(&self, link: usize, sending: &Sending<'_, '_>) -> Result<()> {
+        let mut seen = 0;
+        loop {
+            let takes_part = |round: &RoundState| round.number != seen && link < round.links;
+            let (round, _) = sending.team.wait(&self.round, self.round.lock(), None, takes_part)?;
+            seen = round.number;
+            drop(round);
+            self.send_chunks(link, sending)?;
+            self.round.lock().active -= 1;
+            self.round.notify_all();
+        }
+    }
+
+    /// Sends chunks over one link until none is left.
+    fn send_chunks(&self, link: usize, sending: &Sending<'_, '_>) -> Result<()> {
+        let recorder = sending.recorder();
+        let mut buffer = Buffer::new(recorder.buffers());
+        let mut zeroes = Zeroes { link, sending, run: None };
+        while let Some(Chunk { region, at, bytes }) = self.next(link, sending)? {
+            let end = at + bytes;
+            let mut from = at;
+            // What is known for zeroes is not read, so that memory that was never touched stays so.
+            while let Some(data) = region.data(from..end)? {
+                zeroes.add(region.id, from, data.start - from)?;
+                buffer.grow(CHUNK_BYTES as usize);
+                let piece = &mut buffer[..(data.end - data.start) as usize];
+                region.pages.read(data.start, piece).map_err(|error| region.failed(data.start, error))?;
+                let mut offset = data.start;
+                for run in (Runs { bytes: piece }) {
+                    if run.zero {
+                        zeroes.add(region.id, offset, run.bytes.len() as u64)?;
+                    } else {
+                        let frame = Frame::of(region.id, Kind::MEMORY_DATA, run.bytes).at(offset);
+                        sending.post(link, &frame)?;
+                        recorder.memory_data(run.bytes.len() as u64);
+                    }
+                    offset += run.bytes.len() as u64;
+                }
+                from = data.end;
+            }
+            zeroes.add(region.id, from, end - from)?;
+        }
+        zeroes.flush()
+    }
+
+    /// The next chunk for a link. A link that is not worth its while waits until it is, or until all chunks are taken.
+    fn next(&self, link: usize, sending: &Sending<'_, '_>) -> Result<Option<Chunk<'m>>> {
+        let is_wanted = |round: &RoundState| round.exhausted || link < round.link_count.used();
+        let (mut round, _) = sending.team.wait(&self.round, self.round.lock(), None, is_wanted)?;
+        let chunk = if round.exhausted { None } else { self.take(&mut round) };
+        round.exhausted |= chunk.is_none();
+        let moved = sending.recorder().totals().memory_bytes;
+        let changed = link == 0 && round.link_count.sent(moved, now());
+        drop(round);
+        if changed || chunk.is_none() {
+            self.round.notify_all();
+        }
+        Ok(chunk)
+    }
+
+    fn take(&self, round: &mut RoundState) -> Option<Chunk<'m>> {
+        while round.pages == 0 {
+            let pending = self.pending.get(round.region)?;
+            match pending.runs_from(round.page).next() {
+                Some(run) => (round.page, round.pages) = run,
+                None => (round.region, round.page) = (round.region + 1, 0),
+            }
+        }
+        let region = self.regions.get(round.region)?;
+        let (first, pages) = (round.page, round.pages.min(CHUNK_BYTES / PAGE_BYTES));
+        (round.page, round.pages) = (first + pages, round.pages - pages);
+        Some(Chunk { region, at: first * PAGE_BYTES, bytes: pages * PAGE_BYTES })
+    }
 }
 
 /// Pages in a row that are zero, or are not.
@@ -138,7 +199,6 @@ impl<'b> Iterator for Runs<'b> {
 struct Zeroes<'s, 'w, 'a> {
     link: usize,
     sending: &'s Sending<'w, 'a>,
-    recorder: &'s Recorder<'a>,
     /// Region, offset and bytes.
     run: Option<(u32, u64, u64)>,
 }
@@ -151,6 +211,7 @@ impl Zeroes<'_, '_, '_> {
         if let Some((same, begin, length)) = &mut self.run
             && *same == region
             && *begin + *length == at
+            && *length < ZERO_BYTES_MAX
         {
             *length += bytes;
             return Ok(());
@@ -162,8 +223,9 @@ impl Zeroes<'_, '_, '_> {
 
     fn flush(&mut self) -> Result<()> {
         if let Some((region, at, bytes)) = self.run.take() {
-            self.sending.send(self.link, Kind::MEMORY_ZERO, region, at, &bytes.to_le_bytes())?;
-            self.recorder.memory_zero(bytes);
+            let length = bytes.to_le_bytes();
+            self.sending.post(self.link, &Frame::of(region, Kind::MEMORY_ZERO, &length).at(at))?;
+            self.sending.recorder().memory_zero(bytes);
         }
         Ok(())
     }

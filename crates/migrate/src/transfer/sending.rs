@@ -1,332 +1,302 @@
-//! What the threads of a source share while devices and memory are on their way: the links, how much of each device
-//! the destination has taken, and the first thing that went wrong.
+//! What the threads of a source share while devices and memory are on their way.
 
 use std::time::{Duration, Instant};
 
-use limosa_clockwork::{Monitor, now};
+use limosa_clockwork::now;
+use limosa_stream::{Damage, Header, Kind};
 
-use crate::link::Wait;
-use crate::protocol::link_count::LinkCount;
+use super::device_sender::{DeviceFlow, Job};
+use super::device_workers::DeviceWorkers;
+use super::keep_alive::KeepAlive;
+use super::team::{Shared, Team};
+use crate::context::Context;
+use crate::protocol::credit::SMALL_BYTES;
+use crate::protocol::flush::Flushes;
+use crate::protocol::limits::Limits;
+use crate::protocol::stop_policy::DeviceLook;
 use crate::report::Recorder;
-use crate::transfer::device_stream::Flow;
-use crate::transfer::device_workers::DeviceWorkers;
-use crate::wire::{FrameReader, FrameWriter, LINGER, pulse};
-use crate::{Cancel, Error, Options, Result};
-use limosa_stream::{Damage, Kind};
+use crate::wire::{Connection, Frame, FrameWriter};
+use crate::{Error, Options, Result};
 
-/// Of less than this at once all that a device gives goes over one link, so that not many pieces of it are ahead of
-/// others (`docs/stream.md: Several links`).
-pub(crate) const SMALL_BYTES: usize = 4 << 10;
-
-/// The work between the handshake and READY.
+/// The work between the handshake and READY, and its threads.
 pub(crate) struct Sending<'w, 'a> {
+    context: &'w Context<'a>,
+    pub(crate) team: Team,
     /// The links, by number; on the first the other side answers.
     pub(crate) writers: Vec<&'w FrameWriter<'a>>,
     /// The devices, by their place in the offer.
-    pub(crate) flows: Vec<Monitor<Flow>>,
-    /// The threads that the devices' jobs are done in.
+    pub(crate) flows: Vec<Shared<DeviceFlow>>,
+    /// The threads that do the devices' jobs.
     pub(crate) workers: DeviceWorkers,
+    pub(crate) alive: KeepAlive,
     /// How much of a device may be on its way; `None` where nobody answers.
     pub(crate) window: Option<u64>,
-    pub(crate) options: &'w Options,
-    /// How many links memory goes over.
-    pub(crate) link_count: Monitor<LinkCount>,
-    state: Monitor<State>,
-    /// Ends what waits on links once something has gone wrong.
-    ended: Cancel,
-    /// Ends the listening. Used later: a link that fails may still bring the reason.
-    deaf: Cancel,
+    limits: Limits,
+    flushes: Shared<Flushes>,
+    state: Shared<State>,
+    /// How often a device had something new to tell.
+    news: Shared<u64>,
 }
 
 #[derive(Default)]
 struct State {
-    failure: Option<Error>,
-    failed_at: Option<Instant>,
-    /// The flush that is under way, and how many links have answered it.
-    flush: u64,
-    flushed: usize,
     stopped: bool,
     summed: bool,
     ready: bool,
-    over: bool,
 }
 
 impl<'w, 'a> Sending<'w, 'a> {
     pub(crate) fn new(
+        context: &'w Context<'a>,
         writers: Vec<&'w FrameWriter<'a>>,
         devices: usize,
         window: Option<u64>,
-        options: &'w Options,
-        cancel: Option<&Cancel>,
     ) -> Result<Sending<'w, 'a>> {
-        let child = || match cancel {
-            Some(cancel) => cancel.child(),
-            None => Cancel::new(),
-        };
-        let os = |error| Error::Os { doing: "making an event", error };
-        let link_count = Monitor::new(LinkCount::new(writers.len(), options.links_measured));
+        let team = Team::new(context.cancel)?;
         Ok(Sending {
-            flows: (0..devices).map(|_| Monitor::default()).collect(),
+            context,
+            flows: (0..devices).map(|_| team.share(DeviceFlow::new(window))).collect(),
             workers: DeviceWorkers::new(devices, writers.len() + 1),
+            alive: KeepAlive::default(),
             writers,
             window,
-            options,
-            link_count,
-            state: Monitor::default(),
-            ended: child().map_err(os)?,
-            deaf: child().map_err(os)?,
+            limits: Limits::new(context.options),
+            flushes: team.share(Flushes::default()),
+            state: team.share(State::default()),
+            news: team.share(0),
+            team,
         })
     }
 
-    /// Whether somebody answers.
+    pub(crate) fn recorder(&self) -> &'w Recorder<'a> {
+        &self.context.recorder
+    }
+
+    pub(crate) fn options(&self) -> &'a Options {
+        self.context.options
+    }
+
+    /// Whether a peer answers.
     pub(crate) fn has_peer(&self) -> bool {
         self.writers[0].has_peer()
     }
 
-    /// An error once the work is to end early; which one, [`Sending::failure`] knows.
-    pub(crate) fn check(&self) -> Result<()> {
-        if self.ended.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    /// Gives a device a job, behind those that it has.
+    pub(crate) fn give(&self, at: usize, job: Job) {
+        self.flows[at].lock().give(job);
+        self.workers.post(at);
     }
 
-    /// Something went wrong: the first such thing counts, and everybody ends.
-    pub(crate) fn fail(&self, error: Error) {
-        let mut state = self.state.lock();
-        let (link_failed, words) =
-            (matches!(error, Error::Link { .. }), matches!(error, Error::Aborted { .. }));
-        match &state.failure {
-            // The other side has said why it is gone.
-            Some(Error::Link { .. }) if words => state.failure = Some(error),
-            Some(_) => {}
-            None => (state.failure, state.failed_at) = (Some(error), Some(now())),
-        }
-        drop(state);
-        self.ended.cancel();
-        if !link_failed || !self.has_peer() {
-            self.deaf.cancel();
-        }
-        self.wake();
+    /// Gives all devices a job, and waits until they have done it, or until that holds of them.
+    pub(crate) fn all(&self, job: Job, enough: impl Fn(&DeviceFlow) -> bool) -> Result<()> {
+        (0..self.flows.len()).for_each(|at| self.give(at, job));
+        self.wait_all(enough)
     }
 
-    /// Nothing more is to be done, by anybody.
-    pub(crate) fn end(&self) {
-        self.state.lock().over = true;
-        self.ended.cancel();
-        self.wake();
+    /// Waits until all devices have done their jobs, or until that holds of them.
+    pub(crate) fn wait_all(&self, enough: impl Fn(&DeviceFlow) -> bool) -> Result<()> {
+        self.flows.iter().try_for_each(|flow| {
+            self.team.wait(flow, flow.lock(), None, |flow| flow.is_idle() || enough(flow)).map(drop)
+        })
     }
 
-    /// What went wrong first.
-    pub(crate) fn failure(self) -> Option<Error> {
-        self.state.into_inner().failure
-    }
-
-    fn wake(&self) {
-        self.state.notify_all();
+    /// Gives all devices a job of the way back or of the end, and waits until they have done it: whatever became of the
+    /// work before, and as long as the devices' own calls take.
+    pub(crate) fn all_to_the_end(&self, job: Job) {
+        (0..self.flows.len()).for_each(|at| self.give(at, job));
         for flow in &self.flows {
-            flow.lock().over |= self.ended.is_cancelled();
-            flow.notify_all();
-        }
-        if self.ended.is_cancelled() {
-            self.workers.end();
+            let mut guard = flow.lock();
+            while !guard.is_idle() {
+                (guard, _) = flow.wait(guard, None);
+            }
         }
     }
 
-    /// Sends a frame over a link.
-    pub(crate) fn send(&self, link: usize, kind: Kind, section: u32, at: u64, payload: &[u8]) -> Result<()> {
-        self.writers[link].post(kind, section, at, payload, Some(&self.ended))
+    /// Sends a frame over a link, or queues it there when it is small.
+    pub(crate) fn post(&self, link: usize, frame: &Frame<'_>) -> Result<()> {
+        self.writers[link].post(frame, Some(self.team.ended()))
     }
 
     /// Sends a device's data over the link that has the least to do, once the destination has room for it.
-    pub(crate) fn send_device(
-        &self,
-        device: usize,
-        position: u64,
-        data: &[u8],
-        recorder: &Recorder<'_>,
-    ) -> Result<()> {
-        if let Some(window) = self.window {
-            let end = position + data.len() as u64;
-            let mut flow = self.flows[device].lock();
-            let mut until = now() + self.options.load_max;
-            let mut taken = flow.taken;
-            while end > flow.taken.saturating_add(window) {
-                self.check()?;
-                let timed_out;
-                (flow, timed_out) = self.flows[device].wait(flow, Some(until));
-                if std::mem::replace(&mut taken, flow.taken) != flow.taken {
-                    until = now() + self.options.load_max;
-                } else if timed_out {
-                    return Err(self.timed_out("waiting for it to take a device's data"));
-                }
+    pub(crate) fn send_device(&self, device: usize, position: u64, data: &[u8]) -> Result<()> {
+        let end = position + data.len() as u64;
+        let flow = &self.flows[device];
+        let mut guard = flow.lock();
+        while !guard.window.has_room(end) {
+            // The limit is for a destination that takes nothing at all.
+            let (taken, until) = (guard.window.taken(), self.until_loaded());
+            let moved;
+            (guard, moved) = self.team.wait(flow, guard, until, |flow| flow.window.taken() > taken)?;
+            if !moved {
+                return Err(self.timed_out("waiting for it to take a device's data"));
             }
-            recorder.device_waits(device, end - flow.taken);
         }
+        // Credit for it may come before the sending returns.
+        guard.window.send(end);
+        if self.window.is_some() {
+            self.recorder().device_waits(device, guard.window.on_the_way());
+        }
+        drop(guard);
         // Devices begin at different links, so that one with little to do is found at once.
         let links = self.writers.len();
         let among = if data.len() < SMALL_BYTES { 1 } else { links };
         let link = (0..among).map(|at| (at + device) % links).min_by_key(|at| self.writers[*at].busy());
-        self.workers.send(|| self.send(link.unwrap_or(0), Kind::DEVICE_DATA, device as u32, position, data))
+        let frame = Frame::of(device as u32, Kind::DEVICE_DATA, data).at(position);
+        self.workers.send(|| self.post(link.unwrap_or(0), &frame))
     }
 
-    fn timed_out(&self, doing: &'static str) -> Error {
-        Error::TimedOut { peer: self.writers[0].peer().into(), doing, limit: self.options.load_max }
-    }
-
-    /// Waits until the destination has handled all that was sent, devices' data and memory.
+    /// Asks on every link whether all that was sent over it is handled, and waits for the answers; how long they took.
     pub(crate) fn flush(&self) -> Result<Duration> {
         let began = now();
         if !self.has_peer() {
-            return self.check().map(|()| Duration::ZERO);
+            return self.team.check().map(|()| Duration::ZERO);
         }
-        let number = {
-            let mut state = self.state.lock();
-            state.flush += 1;
-            state.flushed = 0;
-            state.flush
-        };
+        let number = self.flushes.lock().begin(self.writers.len());
         for link in 0..self.writers.len() {
-            self.send(link, Kind::FLUSH, link as u32, number, &[])?;
+            self.post(link, &Frame::of(link as u32, Kind::FLUSH, &[]).at(number))?;
         }
-        let doing = "waiting for it to handle what was sent";
-        self.wait(doing, |state| state.flushed == self.writers.len())?;
-        for device in &self.flows {
-            let until = now() + self.options.load_max;
-            let mut flow = device.lock();
-            while flow.taken < flow.sent {
-                self.check()?;
-                let timed_out;
-                (flow, timed_out) = device.wait(flow, Some(until));
-                if timed_out {
-                    return Err(self.timed_out(doing));
-                }
-            }
+        let flushes = &*self.flushes;
+        let (_, done) = self.team.wait(flushes, flushes.lock(), self.until_loaded(), Flushes::is_done)?;
+        match done {
+            true => Ok(now() - began),
+            false => Err(self.timed_out("waiting for it to handle what was sent")),
         }
-        Ok(now() - began)
     }
 
-    /// Waits that long, or until something goes wrong.
+    /// A device has something new to tell.
+    pub(crate) fn device_has_news(&self) {
+        *self.news.lock() += 1;
+        self.news.notify_all();
+    }
+
+    /// Waits until a device has something new to tell since the last time, or for so long.
+    pub(crate) fn wait_for_news(&self, seen: &mut u64, time: Duration) -> Result<()> {
+        let until = now().checked_add(time);
+        let (news, _) = self.team.wait(&self.news, self.news.lock(), until, |news| *news != *seen)?;
+        *seen = *news;
+        Ok(())
+    }
+
+    /// Waits for so long, or until the work ends.
     pub(crate) fn pause(&self, time: Duration) -> Result<()> {
-        let until = now() + time;
-        let mut state = self.state.lock();
-        loop {
-            if state.failure.is_some() {
-                return Err(Error::Cancelled);
-            }
-            self.check()?;
-            let timed_out;
-            (state, timed_out) = self.state.wait(state, Some(until));
-            if timed_out {
-                return Ok(());
-            }
+        let until = now().checked_add(time);
+        self.team.wait(&self.state, self.state.lock(), until, |_| time.is_zero()).map(drop)
+    }
+
+    /// Devices give no more before the stop: their pre-copy jobs end.
+    pub(crate) fn end_streams(&self) {
+        for flow in &self.flows {
+            flow.lock().streaming = false;
+            flow.notify_all();
         }
     }
 
-    /// All source devices are stopped: those that have given all may say so.
+    /// What is known of the devices now.
+    pub(crate) fn look(&self, names: &[String]) -> Vec<DeviceLook> {
+        let look = |(flow, name): (&Shared<DeviceFlow>, &String)| {
+            let flow = flow.lock();
+            DeviceLook {
+                name: name.clone(),
+                streams: flow.streaming,
+                sent: flow.window.sent(),
+                on_the_way: flow.window.on_the_way(),
+                initial: flow.initial,
+                initial_loaded: flow.initial_is_loaded(),
+                left: flow.left,
+                drained: flow.drained,
+                stop_bytes: flow.stop_bytes,
+            }
+        };
+        self.flows.iter().zip(names).map(look).collect()
+    }
+
+    /// All devices are stopped: those that have given everything may say so.
     pub(crate) fn stopped(&self) -> Result<()> {
-        self.send(0, Kind::STOPPED, 0, 0, &[])?;
+        self.post(0, &Frame::new(Kind::STOPPED, &[]))?;
         self.state.lock().stopped = true;
         self.state.notify_all();
         Ok(())
     }
 
-    /// Waits until the devices are stopped, all of them.
+    /// Waits until all devices are stopped.
     pub(crate) fn until_stopped(&self) -> Result<()> {
-        let mut state = self.state.lock();
-        while !state.stopped {
-            self.check()?;
-            (state, _) = self.state.wait(state, None);
-        }
-        Ok(())
+        self.team.wait(&self.state, self.state.lock(), None, |state| state.stopped).map(drop)
     }
 
-    /// Everything is sent: says so over each link, and waits until the destination has loaded.
+    /// Everything is sent: says so over each link, and waits until the destination has loaded it.
     pub(crate) fn finish(&self, sum: &[u8]) -> Result<()> {
         for link in 1..self.writers.len() {
-            self.send(link, Kind::LINK_END, 0, 0, &[])?;
+            self.post(link, &Frame::new(Kind::LINK_END, &[]))?;
         }
         self.state.lock().summed = true;
-        self.send(0, Kind::SUM, 0, 0, sum)?;
-        match self.has_peer() {
-            true => self.wait("waiting for it to load", |state| state.ready),
-            false => Ok(()),
+        self.post(0, &Frame::new(Kind::SUM, sum))?;
+        if !self.has_peer() {
+            return Ok(());
+        }
+        // The limit for a guest that stands still is shorter.
+        let state = &*self.state;
+        match self.team.wait(state, state.lock(), self.until_loaded(), |state| state.ready)?.1 {
+            true => Ok(()),
+            false => Err(self.timed_out("waiting for it to load")),
         }
     }
 
-    fn wait(&self, doing: &'static str, is_done: impl Fn(&State) -> bool) -> Result<()> {
-        let until = now() + self.options.load_max;
-        let mut state = self.state.lock();
-        while !is_done(&state) {
-            self.check()?;
-            let timed_out;
-            (state, timed_out) = self.state.wait(state, Some(until));
-            if timed_out && !is_done(&state) {
-                return Err(self.timed_out(doing));
-            }
-        }
-        Ok(())
+    fn until_loaded(&self) -> Option<Instant> {
+        now().checked_add(self.limits.load_max)
     }
 
-    /// Listens to the destination until it is ready, and lets it know that this side is alive.
-    pub(crate) fn listen(&self, reader: &mut FrameReader<'_>) {
-        if let Err(error) = self.hear(reader) {
-            self.fail(error);
-        }
+    fn timed_out(&self, doing: &'static str) -> Error {
+        Error::TimedOut { peer: self.writers[0].peer().into(), doing, limit: self.limits.load_max }
     }
 
-    fn hear(&self, reader: &mut FrameReader<'_>) -> Result<()> {
-        const DOING: &str = "listening to it";
-        let silence_max = self.options.silence_max;
-        let mut heard = now();
+    /// The thread that listens to the destination until it is ready.
+    pub(crate) fn listen(&self, connection: &Connection<'_>) -> Result<()> {
+        let mut reader = connection.reader();
         loop {
-            {
-                let state = self.state.lock();
-                if state.over || state.failed_at.is_some_and(|at| at + LINGER <= now()) {
-                    return Ok(());
-                }
+            let header = reader.next(connection.link(), "listening to it", None, Some(self.team.ended()))?;
+            match self.hear(&header) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(damage) => return Err(reader.damaged(damage)),
             }
-            // A link that has failed shows when it is used for more than this.
-            let _ = self.writers[0].pulse(Some(&self.ended));
-            let slice = pulse(silence_max).min(LINGER);
-            let Some(header) = reader.next(DOING, Wait::within(slice, Some(&self.deaf)))? else {
-                if heard + silence_max <= now() {
-                    return Err(reader.timed_out(DOING, silence_max));
-                }
-                continue;
-            };
-            heard = now();
-            let misplaced = |why: &str| Damage::Misplaced { kind: header.kind, why: why.into() };
-            let heard = match header.kind {
-                Kind::PROGRESS => Ok(()),
-                Kind::FLUSHED => {
-                    let mut state = self.state.lock();
-                    state.flushed += usize::from(header.position == state.flush);
-                    self.state.notify_all();
-                    Ok(())
-                }
-                Kind::CREDIT => match self.flows.get(header.section as usize) {
-                    None => Err(misplaced("no such device was offered")),
-                    Some(device) => {
-                        let mut flow = device.lock();
-                        if header.position <= flow.sent {
-                            flow.taken = flow.taken.max(header.position);
-                            device.notify_all();
-                            Ok(())
-                        } else {
-                            Err(misplaced("it has taken more than was sent"))
-                        }
-                    }
-                },
-                Kind::READY => {
-                    let mut state = self.state.lock();
-                    if state.summed {
-                        state.ready = true;
-                        self.state.notify_all();
-                        return Ok(());
-                    }
-                    Err(misplaced("not all is sent"))
-                }
-                _ => Err(misplaced("nothing was asked")),
-            };
-            heard.map_err(|damage| reader.damaged(damage))?;
         }
+    }
+
+    /// Takes a frame of the destination's; whether it was the last.
+    fn hear(&self, header: &Header) -> Result<bool, Damage> {
+        let misplaced = |why: &str| Err(Damage::Misplaced { kind: header.kind, why: why.into() });
+        match header.kind {
+            Kind::PROGRESS => {}
+            Kind::FLUSHED => {
+                self.flushes.lock().answered(header.section, header.position)?;
+                self.flushes.notify_all();
+            }
+            Kind::CREDIT => match self.flows.get(header.section as usize) {
+                None => return misplaced("no such device was offered"),
+                Some(flow) => {
+                    let loaded = {
+                        let mut flow = flow.lock();
+                        let before = flow.initial_is_loaded();
+                        flow.window.credit(header.position)?;
+                        before != flow.initial_is_loaded()
+                    };
+                    flow.notify_all();
+                    if loaded {
+                        self.device_has_news();
+                    }
+                }
+            },
+            Kind::READY => {
+                let mut state = self.state.lock();
+                if !state.summed {
+                    return misplaced("not all is sent");
+                }
+                state.ready = true;
+                self.state.notify_all();
+                return Ok(true);
+            }
+            _ => return misplaced("nothing was asked"),
+        }
+        Ok(false)
     }
 }

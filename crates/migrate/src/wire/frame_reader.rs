@@ -1,23 +1,31 @@
 //! The receiving half of a link: frames, checked.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::{COMPRESSING, link_failed};
-use crate::link::{Link, LinkError, Wait};
-use crate::{Error, Result};
+use limosa_clockwork::now;
 use limosa_stream::body::decode_abort;
 use limosa_stream::buffer::{Buffer, Gauge};
-use limosa_stream::{Compression, Damage, HEADER_BYTES, Header, Kind, Unpacker, unpack};
+use limosa_stream::{
+    Compression, Damage, HEADER_BYTES, Header, Kind, PREFACE_BYTES, Preface, Unpacker, unpack,
+};
 
-/// The receiving half of a link.
-pub(crate) struct FrameReader<'a> {
-    link: &'a dyn Link,
+use super::{COMPRESSING, link_failed};
+use crate::link::{Link, LinkError, TlsError, Wait};
+use crate::{Cancel, Error, Result};
+
+/// The receiving half of a link. A wait that ends early, at a deadline or by a cancel, loses nothing: the next call
+/// goes on in the middle of the frame.
+pub(crate) struct FrameReader {
+    peer: String,
+    has_peer: bool,
     silence_max: Duration,
     sequence: u32,
-    /// The header that is being read; kept, so that a look can stop in its middle.
     header: [u8; HEADER_BYTES],
     header_bytes: usize,
+    /// The header once it is whole and checked, while its payload is being read.
+    reading: Option<Header>,
+    payload_bytes: usize,
     /// At least as long as the frame's payload.
     payload: Buffer,
     unpacker: Option<Unpacker>,
@@ -29,14 +37,18 @@ pub(crate) struct FrameReader<'a> {
     buffers: Arc<Gauge>,
 }
 
-impl<'a> FrameReader<'a> {
-    pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> FrameReader<'a> {
+impl FrameReader {
+    /// Of this link, which every read is given.
+    pub(crate) fn new(link: &dyn Link, silence_max: Duration) -> FrameReader {
         FrameReader {
-            link,
+            peer: link.peer().into(),
+            has_peer: link.has_peer(),
             silence_max,
             sequence: 0,
             header: [0; HEADER_BYTES],
             header_bytes: 0,
+            reading: None,
+            payload_bytes: 0,
             payload: Buffer::default(),
             unpacker: None,
             unpacked: Buffer::default(),
@@ -46,14 +58,19 @@ impl<'a> FrameReader<'a> {
         }
     }
 
-    /// Payloads that are compressed are so in this way.
+    /// Compressed payloads are compressed in this way.
     pub(crate) fn decompress(&mut self, compression: Option<Compression>) -> Result<()> {
         let unpacker = compression.map(Unpacker::new).transpose();
         self.unpacker = unpacker.map_err(|error| Error::Os { doing: COMPRESSING, error })?;
         Ok(())
     }
 
-    /// What it holds is counted there.
+    /// From now on the peer may be silent on this link for as long as it likes.
+    pub(crate) fn allow_silence(&mut self) {
+        self.silence_max = Duration::MAX;
+    }
+
+    /// From now on its buffers are counted there.
     pub(crate) fn count(&mut self, buffers: &Arc<Gauge>) {
         self.buffers = Arc::clone(buffers);
         for buffer in [&mut self.payload, &mut self.unpacked, &mut self.other] {
@@ -61,49 +78,95 @@ impl<'a> FrameReader<'a> {
         }
     }
 
-    /// Of a further link, whose first frame, a JOIN, has been taken.
-    pub(crate) fn after_join(link: &'a dyn Link, silence_max: Duration) -> FrameReader<'a> {
-        FrameReader { sequence: 1, ..FrameReader::new(link, silence_max) }
+    /// The other side's preface, which comes before all frames.
+    pub(crate) fn preface(&mut self, link: &dyn Link, cancel: Option<&Cancel>) -> Result<Preface> {
+        let bytes = self.preface_bytes(link, cancel)?;
+        Preface::decode(&bytes).map_err(|damage| self.damaged(damage))
     }
 
-    pub(crate) fn peer(&self) -> &str {
-        self.link.peer()
-    }
-
-    fn has_peer(&self) -> bool {
-        self.link.has_peer()
-    }
-
-    /// The next frame, whose payload is then in [`FrameReader::payload`]; `None` when none has begun within the wait. ABORT
-    /// is [`Error::Aborted`].
-    pub(crate) fn next(&mut self, doing: &'static str, wait: Wait<'_>) -> Result<Option<Header>> {
-        while self.header_bytes < HEADER_BYTES {
-            match self.link.read(&mut self.header[self.header_bytes..], wait) {
-                Ok(bytes) => self.header_bytes += bytes,
-                Err(LinkError::TimedOut) => return Ok(None),
-                Err(error) => return Err(self.failed(error, doing)),
+    /// The bytes where a preface is due, and no byte more. Unlike a frame it has to be whole within `silence_max`: the
+    /// peer has not shown yet that it is one.
+    pub(crate) fn preface_bytes(
+        &mut self,
+        link: &dyn Link,
+        cancel: Option<&Cancel>,
+    ) -> Result<[u8; PREFACE_BYTES]> {
+        let doing = "waiting for the preface";
+        let mut bytes = [0; PREFACE_BYTES];
+        let wait = Wait::within(self.silence_max, cancel);
+        let mut filled = 0;
+        while filled < bytes.len() {
+            filled += match link.read(&mut bytes[filled..], wait) {
+                Err(LinkError::Closed) if !self.has_peer => {
+                    return Err(self.damaged(Damage::Truncated { what: "its preface" }));
+                }
+                read => read.map_err(|error| self.failed(error, doing))?,
+            };
+            // Three bytes tell, and an alert is no longer than seven.
+            if crate::link::is_tls(&bytes[..filled]) {
+                return Err(self.failed(TlsError::TlsPeer.into(), doing));
             }
         }
+        Ok(bytes)
+    }
+
+    /// The next frame, whose payload is then in [`FrameReader::payload`]. Every byte renews the peer's time to be
+    /// silent; `within` is a limit that nothing renews. ABORT is [`Error::Aborted`].
+    pub(crate) fn next(
+        &mut self,
+        link: &dyn Link,
+        doing: &'static str,
+        within: Option<(Instant, Duration)>,
+        cancel: Option<&Cancel>,
+    ) -> Result<Header> {
+        loop {
+            let mut wait = Wait::within(self.silence_max, cancel);
+            let mut limit = self.silence_max;
+            if let Some((until, whole)) = within.filter(|(until, _)| *until < wait.deadline) {
+                (wait.deadline, limit) = (until, whole);
+            }
+            let into = match &self.reading {
+                None => &mut self.header[self.header_bytes..],
+                Some(header) => &mut self.payload[self.payload_bytes..header.length as usize],
+            };
+            if !into.is_empty() {
+                match link.read(into, wait) {
+                    Ok(bytes) if self.reading.is_none() => self.header_bytes += bytes,
+                    Ok(bytes) => self.payload_bytes += bytes,
+                    Err(LinkError::TimedOut) => return Err(self.timed_out(doing, limit)),
+                    Err(error) => return Err(self.failed(error, doing)),
+                }
+            }
+            if self.reading.is_none() && self.header_bytes == HEADER_BYTES {
+                self.begin()?;
+            }
+            if let Some(header) = self.reading
+                && self.payload_bytes == header.length as usize
+            {
+                (self.reading, self.header_bytes) = (None, 0);
+                return self.end(header);
+            }
+        }
+    }
+
+    /// The header is there: checks it, and makes room for its payload.
+    fn begin(&mut self) -> Result<()> {
         let header = Header::decode(&self.header).map_err(|damage| self.damaged(damage))?;
         header.check_sequence(self.sequence).map_err(|damage| self.damaged(damage))?;
         self.sequence = self.sequence.wrapping_add(1);
-        let bytes = header.length as usize;
         // A device's data is taken away, in a buffer that should not be larger than it.
         let is_device = header.kind == Kind::DEVICE_DATA;
         if std::mem::replace(&mut self.is_device, is_device) != is_device {
             std::mem::swap(&mut self.payload, &mut self.other);
         }
-        self.payload.grow(bytes);
-        let wait = Wait::within(self.silence_max, wait.cancel);
-        let mut filled = 0;
-        while filled < bytes {
-            match self.link.read(&mut self.payload[filled..bytes], wait) {
-                Ok(bytes) => filled += bytes,
-                Err(error) => return Err(self.failed(error, doing)),
-            }
-        }
-        self.header_bytes = 0;
-        let payload = &self.payload[..bytes];
+        self.payload.grow(header.length as usize);
+        (self.reading, self.payload_bytes) = (Some(header), 0);
+        Ok(())
+    }
+
+    /// The payload is there: checks it, and unpacks it.
+    fn end(&mut self, header: Header) -> Result<Header> {
+        let payload = &self.payload[..header.length as usize];
         header.check_payload(payload).map_err(|damage| self.damaged(damage))?;
         if header.kind == Kind::ABORT {
             let (code, reason) = decode_abort(payload);
@@ -114,18 +177,18 @@ impl<'a> FrameReader<'a> {
             let unpacked = self.unpacked.change(|raw| unpack(unpacker, &header, payload, raw));
             let header = unpacked.map_err(|damage| self.damaged(damage))?;
             std::mem::swap(&mut self.payload, &mut self.unpacked);
-            return Ok(Some(header));
+            return Ok(header);
         }
-        Ok(Some(header))
+        Ok(header)
     }
 
-    /// The payload of the frame that came last.
+    /// The payload of the last frame.
     pub(crate) fn payload(&self, header: &Header) -> &[u8] {
         &self.payload[..header.length as usize]
     }
 
-    /// Takes the payload of the frame that came last away, for another buffer; or a copy of it, so that what is taken
-    /// away never holds much more than its bytes.
+    /// Takes the last frame's payload away, for another buffer; or a copy of it, so that what is taken away never
+    /// holds much more than its bytes.
     pub(crate) fn take_payload(&mut self, header: &Header, instead: impl FnOnce() -> Buffer) -> Buffer {
         let bytes = header.length as usize;
         if self.payload.is_wide_for(bytes) {
@@ -136,51 +199,64 @@ impl<'a> FrameReader<'a> {
         taken
     }
 
+    pub(crate) fn peer(&self) -> &str {
+        &self.peer
+    }
+
     /// What is wrong with what came, as an error that names the sender.
     pub(crate) fn damaged(&self, damage: Damage) -> Error {
         Error::Stream { from: self.peer().into(), damage }
     }
 
-    pub(crate) fn timed_out(&self, doing: &'static str, limit: Duration) -> Error {
-        link_failed(self.link, LinkError::TimedOut, doing, limit)
+    fn timed_out(&self, doing: &'static str, limit: Duration) -> Error {
+        link_failed(&self.peer, LinkError::TimedOut, doing, limit)
     }
 
-    pub(super) fn failed(&self, error: LinkError, doing: &'static str) -> Error {
+    fn failed(&self, error: LinkError, doing: &'static str) -> Error {
         match error {
-            LinkError::Closed if !self.has_peer() => {
+            LinkError::Closed if !self.has_peer => {
                 let what = if self.header_bytes > 0 { "a frame" } else { "its frames: the SUM is missing" };
                 self.damaged(Damage::Truncated { what })
             }
-            error => link_failed(self.link, error, doing, self.silence_max),
+            error => link_failed(&self.peer, error, doing, self.silence_max),
         }
     }
 }
 
+/// The deadline of a limit that begins now, for [`FrameReader::next`].
+pub(crate) fn within(limit: Duration) -> Option<(Instant, Duration)> {
+    Some((now().checked_add(limit)?, limit))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::FrameWriter;
+    use std::io::IoSlice;
+
+    use super::super::{Frame, FrameWriter};
     use super::*;
     use crate::link::SocketLink;
+
+    const SILENCE_MAX: Duration = Duration::from_secs(10);
 
     #[test]
     fn a_small_payload_takes_no_large_buffer_away() {
         let (near, far) = SocketLink::pair().unwrap();
-        let silence_max = Duration::from_secs(10);
         let gauge = Arc::default();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let writer = FrameWriter::new(&near, silence_max);
+                let writer = FrameWriter::new(&near, SILENCE_MAX);
+                let data = |payload| Frame::of(0, Kind::DEVICE_DATA, payload);
                 for at in 0..20 {
-                    writer.send(Kind::MEMORY_DATA, 0, 0, &[1; 1 << 20], None).unwrap();
-                    writer.send(Kind::DEVICE_DATA, 0, at * 3, b"few", None).unwrap();
-                    writer.send(Kind::DEVICE_DATA, 0, at * 3, &[2; 300_000], None).unwrap();
+                    writer.send(&Frame::of(0, Kind::MEMORY_DATA, &[1; 1 << 20]), None).unwrap();
+                    writer.send(&data(b"few").at(at * 3), None).unwrap();
+                    writer.send(&data(&[2; 300_000]).at(at * 3), None).unwrap();
                 }
             });
-            let mut reader = FrameReader::new(&far, silence_max);
+            let mut reader = FrameReader::new(&far, SILENCE_MAX);
             reader.count(&gauge);
             let mut taken = Vec::new();
             while taken.len() < 40 {
-                let header = reader.next("reading", Wait::within(silence_max, None)).unwrap().unwrap();
+                let header = reader.next(&far, "reading", None, None).unwrap();
                 if header.kind == Kind::DEVICE_DATA {
                     let payload = reader.take_payload(&header, || Buffer::new(&gauge));
                     assert!(!payload.is_wide_for(header.length as usize), "{}", payload.capacity());
@@ -188,8 +264,46 @@ mod tests {
                     taken.push(payload);
                 }
             }
-            let rollback = 20 * (3 + 300_000) + (1 << 20) + 300_000;
-            assert!(gauge.most() <= rollback, "{} bytes for {rollback}", gauge.most());
+            let held = 20 * (3 + 300_000) + (1 << 20) + 300_000;
+            assert!(gauge.most() <= held, "{} bytes for {held}", gauge.most());
+        });
+    }
+
+    #[test]
+    fn a_cancel_in_the_middle_of_a_frame_loses_nothing_of_it() {
+        let (near, far) = SocketLink::pair().unwrap();
+        let payload = vec![7; 1000];
+        let frame = [&Header::new(Kind::MEMORY_DATA, 3, 0, 0, &payload).encode()[..], &payload].concat();
+        let mut reader = FrameReader::new(&far, SILENCE_MAX);
+        let past = Some((now(), Duration::ZERO));
+        for part in frame.chunks(100) {
+            assert!(matches!(reader.next(&far, "reading", past, None), Err(Error::TimedOut { .. })));
+            near.write(&[IoSlice::new(part)], Wait::within(SILENCE_MAX, None)).unwrap();
+        }
+        let header = reader.next(&far, "reading", None, None).unwrap();
+        assert_eq!((header.section, reader.payload(&header)), (3, &payload[..]));
+    }
+
+    #[test]
+    fn a_slow_link_is_not_a_silent_one() {
+        let (near, far) = SocketLink::pair().unwrap();
+        let silence_max = Duration::from_millis(400);
+        let payload = vec![7; 1000];
+        let frame = [&Header::new(Kind::MEMORY_DATA, 3, 0, 0, &payload).encode()[..], &payload].concat();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let began = Instant::now();
+                for (at, part) in frame.chunks(80).enumerate() {
+                    near.write(&[IoSlice::new(part)], Wait::within(SILENCE_MAX, None)).unwrap();
+                    // In all, three times as long as the peer may be silent.
+                    let due = began + silence_max / 4 * (at as u32 + 1);
+                    limosa_clockwork::sleep(due.saturating_duration_since(Instant::now()));
+                }
+            });
+            let mut reader = FrameReader::new(&far, silence_max);
+            let header = reader.next(&far, "reading", None, None).unwrap();
+            assert_eq!(reader.payload(&header), payload);
+            assert!(matches!(reader.next(&far, "reading", None, None), Err(Error::TimedOut { .. })));
         });
     }
 }

@@ -1,5 +1,5 @@
-//! The sending half of a link: frames, one after the other, from whichever threads send. Who comes while another sends
-//! leaves a small frame with him, and waits for his turn with a large one.
+//! The sending half of a link: frames, one after the other, from several threads. A thread that finds the link busy
+//! queues a small frame for the current sender, and waits for its turn with a large one.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -7,36 +7,38 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::{Monitor, now};
-
-use super::{COMPRESSING, link_failed, pulse};
-use crate::link::{Link, LinkError, Wait};
-use crate::{Cancel, Error, Result};
 use limosa_stream::body::encode_abort;
 use limosa_stream::buffer::Gauge;
-use limosa_stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
+use limosa_stream::{
+    Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags,
+};
 
-/// The largest payload that is left with another.
+use super::{COMPRESSING, Frame, link_failed};
+use crate::link::{Link, LinkError, Wait};
+use crate::{Cancel, Error, Result};
+
+/// The largest payload that is queued for another sender.
 const SMALL_BYTES_MAX: usize = 1 << 10;
-/// The most bytes of frames that are left with another and not sent yet.
-const LEFT_BYTES_MAX: usize = 64 << 10;
+/// The most bytes of frames that are queued and not sent yet.
+const QUEUED_BYTES_MAX: usize = 64 << 10;
 
-/// The sending half of a link. Threads that send come one after the other, in the order in which they ask.
+/// The sending half of a link. Threads that send take turns, in the order in which they ask.
 pub(crate) struct FrameWriter<'a> {
     link: &'a dyn Link,
     silence_max: Duration,
-    turns: Monitor<Turns>,
+    queue: Monitor<WriteQueue>,
     compression: OnceLock<(Compression, Arc<Gauge>)>,
-    /// Of which nobody is compressing with one now. There are never more than threads that send at once.
+    /// Those that no thread compresses with now. There are never more than threads that send at once.
     packers: Monitor<Vec<Packer>>,
 }
 
-/// Whose turn it is. The state is away while somebody sends, and is handed on to who has waited longest.
-struct Turns {
+/// Whose turn it is. The state is away while a thread sends, and is handed to the one that has waited longest.
+struct WriteQueue {
     state: Option<WriterState>,
     waiting: VecDeque<Waiting>,
-    /// Of the frames that are left with others.
-    left_bytes: usize,
-    /// Why a frame that was left with another could not be sent.
+    /// Bytes of the queued frames.
+    queued_bytes: usize,
+    /// Why a frame could not be sent. It stays: whatever was queued behind it is lost, too.
     failed: Option<Error>,
 }
 
@@ -44,49 +46,47 @@ struct Turns {
 enum Waiting {
     /// A thread, for its turn.
     Thread(Arc<Monitor<Option<WriterState>>>),
-    /// A small frame, header and payload.
+    /// A small frame: header and payload.
     Frame(Header, Box<[u8]>),
 }
 
 struct WriterState {
     sequence: u32,
     sent_bytes: u64,
-    /// When something was sent last.
-    last: Instant,
-    /// The rest of a frame that a cancel came into. It is sent before the ABORT, which could not be read without.
+    last_sent: Instant,
+    /// The rest of a frame whose sending ended early. It is sent before anything else, which could not be read without.
     unfinished: Vec<u8>,
 }
 
-/// A turn at sending. What was left meanwhile is sent at its end.
-struct Turn<'t, 'a> {
+/// A turn at sending. Frames that were queued meanwhile are sent at its end.
+struct WriteTurn<'t, 'a> {
     writer: &'t FrameWriter<'a>,
     state: Option<WriterState>,
-    /// Ends what is sent for others as well.
     cancel: Option<&'t Cancel>,
 }
 
-impl Drop for Turn<'_, '_> {
+impl Drop for WriteTurn<'_, '_> {
     fn drop(&mut self) {
         let mut failed = None;
         loop {
-            let mut turns = self.writer.turns.lock();
+            let mut queue = self.writer.queue.lock();
             if let Some(error) = failed.take() {
-                turns.failed.get_or_insert(error);
+                queue.failed.get_or_insert(error);
             }
-            match turns.waiting.pop_front() {
+            match queue.waiting.pop_front() {
                 None => {
-                    turns.state = self.state.take();
+                    queue.state = self.state.take();
                     return;
                 }
                 Some(Waiting::Thread(next)) => {
-                    drop(turns);
+                    drop(queue);
                     *next.lock() = self.state.take();
                     return next.notify_all();
                 }
                 Some(Waiting::Frame(header, payload)) => {
-                    turns.left_bytes -= HEADER_BYTES + payload.len();
-                    let failed_before = turns.failed.is_some();
-                    drop(turns);
+                    queue.queued_bytes -= HEADER_BYTES + payload.len();
+                    let failed_before = queue.failed.is_some();
+                    drop(queue);
                     if let (Some(state), false) = (&mut self.state, failed_before) {
                         failed = state.write_frame(self.writer, header, &payload, self.cancel).err();
                     }
@@ -98,18 +98,19 @@ impl Drop for Turn<'_, '_> {
 
 impl<'a> FrameWriter<'a> {
     pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> FrameWriter<'a> {
-        let state = WriterState { sequence: 0, sent_bytes: 0, last: now(), unfinished: Vec::new() };
-        let turns = Turns { state: Some(state), waiting: VecDeque::new(), left_bytes: 0, failed: None };
+        let state = WriterState { sequence: 0, sent_bytes: 0, last_sent: now(), unfinished: Vec::new() };
+        let queue =
+            WriteQueue { state: Some(state), waiting: VecDeque::new(), queued_bytes: 0, failed: None };
         FrameWriter {
             link,
             silence_max,
-            turns: Monitor::new(turns),
+            queue: Monitor::new(queue),
             compression: OnceLock::new(),
             packers: Monitor::default(),
         }
     }
 
-    /// From now on devices' data and memory are compressed; what that holds is counted.
+    /// From now on devices' data and memory are compressed, in memory that is counted there.
     pub(crate) fn compress(&self, compression: Option<Compression>, buffers: &Arc<Gauge>) {
         if let Some(compression) = compression {
             let _ = self.compression.set((compression, Arc::clone(buffers)));
@@ -124,8 +125,8 @@ impl<'a> FrameWriter<'a> {
         self.link.peer()
     }
 
-    /// Sends what is before the first frame.
-    pub(crate) fn send_preface(
+    /// Sends what comes before the first frame.
+    pub(crate) fn preface(
         &self,
         id: MigrationId,
         flags: PrefaceFlags,
@@ -134,85 +135,27 @@ impl<'a> FrameWriter<'a> {
         let bytes = Preface::new(id, flags).encode();
         let mut turn = self.turn(cancel);
         let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
-        let sent = state.write_all(self, &bytes, &[], cancel, "sending the preface");
+        let sent = state.write(self, [&bytes, &[]], cancel, "sending the preface");
         // It is not a frame, and has no number.
         state.sequence = 0;
         sent
     }
 
-    /// Sends what is left of a frame that a cancel came into, and why the move is off; whether that went out.
-    pub(super) fn abort(&self, error: &Error, limit: Duration) -> bool {
-        let mut turn = self.turn(None);
-        let Some(state) = &mut turn.state else { return false };
-        let code_and_reason = encode_abort(error.abort_code(), &error.to_string());
-        let header = Header::new(Kind::ABORT, 0, 0, state.sequence, &code_and_reason);
-        let mut frame = std::mem::take(&mut state.unfinished);
-        frame.extend_from_slice(&header.encode());
-        state.write(Wait::within(limit, None), self, &frame, &code_and_reason, "calling off").is_ok()
-    }
-
-    /// How many send or wait to.
-    pub(crate) fn busy(&self) -> usize {
-        let turns = self.turns.lock();
-        usize::from(turns.state.is_none()) + turns.waiting.len()
-    }
-
-    fn turn<'t>(&'t self, cancel: Option<&'t Cancel>) -> Turn<'t, 'a> {
-        let mut turns = self.turns.lock();
-        if let Some(state) = turns.state.take() {
-            return Turn { writer: self, state: Some(state), cancel };
+    /// Sends a frame, or queues it for a thread that sends now: that it could not be sent shows at a later one.
+    pub(crate) fn post(&self, frame: &Frame<'_>, cancel: Option<&Cancel>) -> Result<()> {
+        if frame.payload.len() <= SMALL_BYTES_MAX && self.enqueue(frame)? {
+            return Ok(());
         }
-        let place = Arc::<Monitor<Option<WriterState>>>::default();
-        turns.waiting.push_back(Waiting::Thread(Arc::clone(&place)));
-        drop(turns);
-        let mut handed = place.lock();
-        while handed.is_none() {
-            (handed, _) = place.wait(handed, None);
-        }
-        Turn { writer: self, state: handed.take(), cancel }
-    }
-
-    /// Leaves a small frame with whoever sends now; whether somebody does.
-    fn leave(&self, header: Header, payload: &[u8]) -> bool {
-        let mut turns = self.turns.lock();
-        let bytes = HEADER_BYTES + payload.len();
-        if turns.state.is_some() || turns.left_bytes + bytes > LEFT_BYTES_MAX {
-            return false;
-        }
-        turns.left_bytes += bytes;
-        turns.waiting.push_back(Waiting::Frame(header, payload.into()));
-        true
-    }
-
-    /// Sends a frame, or leaves it with a thread that sends now: that it could not be sent shows at a later one.
-    pub(crate) fn post(
-        &self,
-        kind: Kind,
-        section: u32,
-        position: u64,
-        payload: &[u8],
-        cancel: Option<&Cancel>,
-    ) -> Result<()> {
-        let is_small = payload.len() <= SMALL_BYTES_MAX;
-        match is_small && self.leave(Header::new(kind, section, position, 0, payload), payload) {
-            true => Ok(()),
-            false => self.send(kind, section, position, payload, cancel),
-        }
+        self.send(frame, cancel)
     }
 
     /// Sends a frame.
-    pub(crate) fn send(
-        &self,
-        kind: Kind,
-        section: u32,
-        position: u64,
-        payload: &[u8],
-        cancel: Option<&Cancel>,
-    ) -> Result<()> {
+    pub(crate) fn send(&self, frame: &Frame<'_>, cancel: Option<&Cancel>) -> Result<()> {
         // Before the turn, which others wait for.
-        let header = Header::new(kind, section, position, 0, payload);
-        let Some((compression, buffers)) = self.compression.get().filter(|_| kind.may_be_compressed()) else {
-            return self.send_with(header, payload, cancel);
+        let header = header_of(frame);
+        let compression = self.compression.get().filter(|_| frame.kind.may_be_compressed());
+        let Some((compression, buffers)) = compression else {
+            return self.send_with(header, frame.payload, cancel);
         };
         let spare = self.packers.lock().pop();
         let mut packer = match spare {
@@ -220,31 +163,93 @@ impl<'a> FrameWriter<'a> {
             None => Packer::counted(*compression, buffers)
                 .map_err(|error| Error::Os { doing: COMPRESSING, error })?,
         };
-        let sent = match packer.pack(payload) {
+        let sent = match packer.pack(frame.payload) {
             Some(packed) => self.send_with(header.packed(packed), packed, cancel),
-            None => self.send_with(header, payload, cancel),
+            None => self.send_with(header, frame.payload, cancel),
         };
         self.packers.lock().push(packer);
         sent
     }
 
+    /// Says that this side is alive, when nothing was sent for `interval` and no thread is sending now. It never
+    /// waits: a link that is full carries enough already.
+    pub(crate) fn keep_alive(&self, interval: Duration) -> Result<()> {
+        let mut queue = self.queue.lock();
+        let is_due = |state: &mut WriterState| state.last_sent + interval <= now();
+        let Some(state) = queue.state.take_if(is_due) else { return Ok(()) };
+        drop(queue);
+        let mut turn = WriteTurn { writer: self, state: Some(state), cancel: None };
+        let Some(state) = &mut turn.state else { return Ok(()) };
+        let sent_bytes = state.sent_bytes.to_le_bytes();
+        let mut header = header_of(&Frame::new(Kind::PROGRESS, &sent_bytes));
+        header.sequence = state.sequence;
+        let at_once = Wait { deadline: now(), cancel: None };
+        match state.write_within(&|| at_once, self, [&header.encode(), &sent_bytes], "sending") {
+            Err(Error::TimedOut { .. }) => Ok(()),
+            sent => sent,
+        }
+    }
+
+    /// Says why the move is off. Whether that was sent within the limit.
+    pub(crate) fn abort(&self, error: &Error, limit: Duration) -> bool {
+        let mut turn = self.turn(None);
+        let Some(state) = &mut turn.state else { return false };
+        let code_and_reason = encode_abort(error.abort_code(), &error.to_string());
+        let mut header = header_of(&Frame::new(Kind::ABORT, &code_and_reason));
+        header.sequence = state.sequence;
+        let whole = Wait::within(limit, None);
+        state.write_within(&|| whole, self, [&header.encode(), &code_and_reason], "calling off").is_ok()
+    }
+
+    /// How many threads send or wait to.
+    pub(crate) fn busy(&self) -> usize {
+        let queue = self.queue.lock();
+        usize::from(queue.state.is_none()) + queue.waiting.len()
+    }
+
+    fn turn<'t>(&'t self, cancel: Option<&'t Cancel>) -> WriteTurn<'t, 'a> {
+        let mut queue = self.queue.lock();
+        if let Some(state) = queue.state.take() {
+            return WriteTurn { writer: self, state: Some(state), cancel };
+        }
+        let ticket = Arc::<Monitor<Option<WriterState>>>::default();
+        queue.waiting.push_back(Waiting::Thread(Arc::clone(&ticket)));
+        drop(queue);
+        let mut handed = ticket.lock();
+        while handed.is_none() {
+            (handed, _) = ticket.wait(handed, None);
+        }
+        WriteTurn { writer: self, state: handed.take(), cancel }
+    }
+
+    /// Queues a small frame for the current sender, if there is one and there is room.
+    fn enqueue(&self, frame: &Frame<'_>) -> Result<bool> {
+        let header = header_of(frame);
+        let mut queue = self.queue.lock();
+        if let Some(error) = &queue.failed {
+            return Err(error.again());
+        }
+        let bytes = HEADER_BYTES + frame.payload.len();
+        if queue.state.is_some() || queue.queued_bytes + bytes > QUEUED_BYTES_MAX {
+            return Ok(false);
+        }
+        queue.queued_bytes += bytes;
+        queue.waiting.push_back(Waiting::Frame(header, frame.payload.into()));
+        Ok(true)
+    }
+
     fn send_with(&self, header: Header, payload: &[u8], cancel: Option<&Cancel>) -> Result<()> {
         let mut turn = self.turn(cancel);
-        if let Some(error) = self.turns.lock().failed.take() {
-            return Err(error);
+        if let Some(error) = &self.queue.lock().failed {
+            return Err(error.again());
         }
         let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
         state.write_frame(self, header, payload, cancel)
     }
+}
 
-    /// Says that this side is alive, when nothing was said for a while and nobody is saying something now.
-    pub(crate) fn pulse(&self, cancel: Option<&Cancel>) -> Result<()> {
-        let said = match &self.turns.lock().state {
-            Some(state) if state.last + pulse(self.silence_max) <= now() => state.sent_bytes,
-            _ => return Ok(()),
-        };
-        self.send(Kind::PROGRESS, 0, 0, &said.to_le_bytes(), cancel)
-    }
+fn header_of(frame: &Frame<'_>) -> Header {
+    Header::new(frame.kind, frame.section, frame.position, 0, frame.payload)
 }
 
 impl WriterState {
@@ -256,50 +261,104 @@ impl WriterState {
         cancel: Option<&Cancel>,
     ) -> Result<()> {
         header.sequence = self.sequence;
-        self.write_all(writer, &header.encode(), payload, cancel, "sending")?;
+        self.write(writer, [&header.encode(), payload], cancel, "sending")?;
         self.sent_bytes += payload.len() as u64;
         Ok(())
     }
 
-    fn write_all(
+    /// Every byte that the link takes renews the time that it may take none.
+    fn write(
         &mut self,
         writer: &FrameWriter<'_>,
-        first: &[u8],
-        second: &[u8],
+        parts: [&[u8]; 2],
         cancel: Option<&Cancel>,
         doing: &'static str,
     ) -> Result<()> {
-        self.write(Wait::within(writer.silence_max, cancel), writer, first, second, doing)
+        self.write_within(&|| Wait::within(writer.silence_max, cancel), writer, parts, doing)
     }
 
-    fn write(
+    fn write_within<'w>(
         &mut self,
-        wait: Wait<'_>,
+        wait: &dyn Fn() -> Wait<'w>,
         writer: &FrameWriter<'_>,
-        first: &[u8],
-        second: &[u8],
+        [first, second]: [&[u8]; 2],
         doing: &'static str,
     ) -> Result<()> {
+        let failed = |error| link_failed(writer.link.peer(), error, doing, writer.silence_max);
+        while !self.unfinished.is_empty() {
+            let sent = writer.link.write(&[IoSlice::new(&self.unfinished)], wait()).map_err(failed)?;
+            self.unfinished.drain(..sent);
+            self.last_sent = now();
+        }
         let mut sent = 0;
         while sent < first.len() + second.len() {
             let rest = sent.saturating_sub(first.len());
             let slices = [IoSlice::new(&first[sent.min(first.len())..]), IoSlice::new(&second[rest..])];
             let slices = if sent < first.len() { &slices[..] } else { &slices[1..] };
-            match writer.link.write(slices, wait) {
+            match writer.link.write(slices, wait()) {
                 Ok(bytes) => {
                     // A frame counts from its first byte on.
                     self.sequence = self.sequence.wrapping_add(u32::from(sent == 0));
                     sent += bytes;
                 }
                 Err(error) => {
-                    if matches!(error, LinkError::Cancelled) && sent > 0 {
+                    if matches!(error, LinkError::Cancelled | LinkError::TimedOut) && sent > 0 {
                         self.unfinished = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
                     }
-                    return Err(link_failed(writer.link, error, doing, writer.silence_max));
+                    return Err(failed(error));
                 }
             }
         }
-        self.last = now();
+        self.last_sent = now();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::FrameReader;
+    use super::*;
+    use crate::link::SocketLink;
+
+    const SILENCE_MAX: Duration = Duration::from_millis(50);
+
+    #[test]
+    fn a_keep_alive_on_a_full_link_waits_for_nothing_and_breaks_no_frame() {
+        let (near, far) = SocketLink::pair().unwrap();
+        let writer = FrameWriter::new(&near, SILENCE_MAX);
+        let mut sent = 0;
+        let large = vec![1; 100_000];
+        while writer.send(&Frame::of(0, Kind::MEMORY_DATA, &large), None).is_ok() {
+            sent += 1;
+        }
+        for _ in 0..100 {
+            writer.keep_alive(Duration::ZERO).unwrap();
+        }
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| {
+                let mut reader = FrameReader::new(&far, Duration::from_secs(10));
+                (0..=sent + 1).map(|_| reader.next(&far, "reading", None, None).unwrap().kind).last().unwrap()
+            });
+            // The frame that did not fit is whole in the end, and numbers go on behind it.
+            while !reading.is_finished() {
+                writer.keep_alive(Duration::ZERO).unwrap();
+            }
+            assert_eq!(reading.join().unwrap(), Kind::PROGRESS);
+        });
+    }
+
+    #[test]
+    fn an_error_of_a_queued_frame_is_told_by_every_later_call() {
+        let (near, far) = SocketLink::pair().unwrap();
+        let writer = FrameWriter::new(&near, SILENCE_MAX);
+        let turn = writer.turn(None);
+        writer.post(&Frame::new(Kind::STOPPED, &[]), None).unwrap();
+        drop(far);
+        drop(turn);
+        let small = Frame::new(Kind::STOPPED, &[]);
+        for _ in 0..3 {
+            assert!(matches!(writer.send(&small, None), Err(Error::Link { .. })));
+            assert!(matches!(writer.post(&small, None), Err(Error::Link { .. })));
+        }
     }
 }

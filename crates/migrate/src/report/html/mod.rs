@@ -73,7 +73,7 @@ impl Report {
     fn facts(&self, page: &mut String) -> std::fmt::Result {
         writeln!(page, "<dl class=\"facts\">")?;
         if let Some(downtime) = self.downtime_ns {
-            let limit = self.limits.downtime_max_ns;
+            let limit = self.limits.downtime_goal_ns;
             let class = if limit.is_some_and(|limit| downtime > limit) { " class=\"over\"" } else { "" };
             write!(page, "<div{class}><dt>nothing ran for</dt><dd>{}<small>", Time(downtime))?;
             if let Some(predicted) = self.predicted_downtime_ns {

@@ -66,7 +66,7 @@ pub(super) fn draw(report: &Report) -> Option<String> {
             rounds,
             base: 10.0,
             print: &|ns| Time(ns).to_string(),
-            limit: report.limits.downtime_max_ns,
+            limit: report.limits.downtime_goal_ns,
         }
         .draw(
             &mut svg,

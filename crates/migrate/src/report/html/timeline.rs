@@ -119,7 +119,7 @@ fn panels(report: &Report) -> Vec<Panel> {
     let predicted = report.predicted_downtime_ns.unwrap_or(0) as f64;
     // A prediction far beyond what came about would make the picture of that small.
     let mut shown = downtime.max(predicted.min(downtime * 2.0));
-    if let Some(limit) = report.limits.downtime_max_ns.map(|ns| ns as f64)
+    if let Some(limit) = report.limits.downtime_goal_ns.map(|ns| ns as f64)
         && limit <= shown * 1.5
     {
         shown = shown.max(limit);
@@ -269,7 +269,7 @@ fn stops(report: &Report) -> Vec<Stop> {
     let all = [
         stop("downtime", "band real", report.downtime_ns),
         stop("predicted", "band predicted", report.predicted_downtime_ns),
-        stop("limit", "band limit", report.limits.downtime_max_ns),
+        stop("limit", "band limit", report.limits.downtime_goal_ns),
     ];
     // A destination knows neither prediction nor limit.
     if report.downtime_ns.is_some() { all.into_iter().flatten().collect() } else { Vec::new() }

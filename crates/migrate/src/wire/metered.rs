@@ -2,7 +2,7 @@
 
 use std::io::IoSlice;
 
-use super::{Link, LinkError, Wait};
+use crate::link::{Link, LinkError, Wait};
 use crate::report::LinkMeter;
 
 /// Counts the bytes of a link, and the time in its reads and writes.

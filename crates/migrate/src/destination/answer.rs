@@ -1,0 +1,42 @@
+//! Answers to sources in doubt, from the ledger.
+
+use limosa_stream::{Kind, MigrationId};
+
+use super::{Destination, Received};
+use crate::context::Context;
+use crate::ledger::{Decision, Ledger};
+use crate::link::Link;
+use crate::report::End;
+use crate::wire::{Connection, Frame};
+use crate::{Cancel, Options};
+
+impl Destination<'_> {
+    pub(super) fn answer_query(
+        &self,
+        id: MigrationId,
+        connection: &Connection<'_>,
+        context: Context<'_>,
+    ) -> Received {
+        let decision = self.ledger.ask(id);
+        let number: u32 = match decision {
+            Decision::Unknown => 0,
+            Decision::NotCommitted => 1,
+            Decision::Committed => 2,
+        };
+        match connection.send(&Frame::new(Kind::OUTCOME, &number.to_le_bytes()), self.cancel) {
+            Ok(()) => Received::Answered { id, decision },
+            Err(why) => {
+                let report = context.recorder.finish(End::Discarded, Some(&why));
+                Received::Discarded { why, report }
+            }
+        }
+    }
+}
+
+impl Ledger {
+    /// Answers a source in doubt that has connected: [`Received::Answered`]. A source that has a move to send is
+    /// refused, as there is nothing to receive it: [`Received::Discarded`].
+    pub fn answer(&self, link: &dyn Link, options: &Options, cancel: Option<&Cancel>) -> Received {
+        Destination::new(&[], self, options).with_cancel(cancel).receive(link)
+    }
+}

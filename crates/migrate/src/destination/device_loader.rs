@@ -1,0 +1,124 @@
+//! One device of a destination: what came is loaded, the device is brought to STOP, and driven on when the move is
+//! committed, or reset.
+
+use limosa_client::{DataStream, Device, DeviceExt};
+use limosa_clockwork::now;
+use limosa_protocol::State;
+
+use super::device_queue::{Command, Item};
+use super::receive::Receiving;
+use crate::devices::failed;
+use crate::report::Act;
+use crate::transfer::driven::DrivenDevice;
+use crate::transfer::team::Team;
+use crate::{Error, Result};
+
+/// A device and its session.
+pub(super) struct DeviceLoader<'a> {
+    device: &'a dyn Device,
+    driven: DrivenDevice<'a>,
+    stream: Option<Box<dyn DataStream>>,
+}
+
+impl<'a> DeviceLoader<'a> {
+    pub(super) fn new(device: &'a dyn Device) -> DeviceLoader<'a> {
+        DeviceLoader { device, driven: DrivenDevice::new(device, State::Running), stream: None }
+    }
+}
+
+impl Receiving<'_, '_> {
+    /// Does what is to be done for a device, as long as there is something. A panic of the device's is its failure.
+    pub(super) fn attend(&self, at: usize) {
+        let mut loader = self.loaders[at].lock();
+        let name = loader.device.name();
+        loop {
+            let mut queue = self.queues[at].lock();
+            if self.team.check().is_err() {
+                queue.items.clear();
+            }
+            if let Some(item) = queue.items.pop_front() {
+                drop(queue);
+                if let Err(error) = Team::guard(name, || self.load(at, &mut loader, item)) {
+                    self.team.fail(error);
+                }
+                continue;
+            }
+            let Some(command) = queue.command.take() else {
+                queue.is_busy = false;
+                return;
+            };
+            drop(queue);
+            let done = Team::guard(name, || self.obey(at, &mut loader, command));
+            self.queues[at].lock().done = Some(done);
+            self.queues[at].notify_all();
+        }
+    }
+
+    fn obey(&self, at: usize, loader: &mut DeviceLoader<'_>, command: Command) -> Result<()> {
+        let device = loader.device;
+        match command {
+            Command::Open(found) => {
+                let state = State::Resuming;
+                let _span = self.recorder().span(at, Act::Enter { state });
+                loader.driven = DrivenDevice::new(device, found);
+                loader.stream = loader.driven.enter(state)?;
+                self.queues[at].lock().found = Some(found);
+                Ok(())
+            }
+            Command::Enter(state) => {
+                let _span = self.recorder().span(at, Act::Enter { state });
+                // A device that is gone already, or was reset, is not asked.
+                loader.driven.enter_with(state, || self.queues[at].lock().asked_to_run = true).map(drop)
+            }
+            Command::Reset => {
+                let _span = self.recorder().span(at, Act::Reset);
+                device.reset().map_err(|error| failed(device, "resetting it", error))
+            }
+            Command::Discard => {
+                let _span = self.recorder().span(at, Act::Reset);
+                loader.stream = None;
+                device.reset().map_err(|error| failed(device, "resetting it", error))?;
+                match self.queues[at].lock().found {
+                    Some(State::Stop) => {}
+                    _ => return Ok(()),
+                }
+                let stopped = device.set_state(State::Stop).map(drop);
+                // The guest's state is gone; that the device runs is another matter.
+                stopped.map_err(|error| Error::Device {
+                    device: device.name().into(),
+                    doing: format!("it stays in {}: entering {}", State::Running, State::Stop),
+                    error,
+                })
+            }
+        }
+    }
+
+    /// Loads a piece of a device's data, or brings the device to STOP at the end.
+    fn load(&self, at: usize, loader: &mut DeviceLoader<'_>, item: Item) -> Result<()> {
+        let device = loader.device;
+        let Item::Data(data) = item else {
+            {
+                let _span = self.recorder().span(at, Act::Enter { state: State::Stop });
+                loader.driven.enter(State::Stop)?;
+            }
+            loader.stream = None;
+            return self.is_loaded();
+        };
+        let (bytes, began) = (data.len() as u64, now());
+        if let Some(stream) = &mut loader.stream {
+            stream.write(&data).map_err(|error| failed(device, "loading its data", error))?;
+        }
+        self.recorder().device_span(at, Act::Load, began, bytes);
+        self.recorder().device_data(at, bytes);
+        let mut queue = self.queues[at].lock();
+        queue.queued -= bytes;
+        queue.window.take(bytes);
+        self.recorder().device_waits(at, queue.waiting());
+        let credit = self.credit_due(&mut queue);
+        drop(queue);
+        self.queues[at].notify_all();
+        self.tell(at, credit)?;
+        self.keep_spare(data);
+        Ok(())
+    }
+}

@@ -1,0 +1,47 @@
+//! The way back of a destination: what was loaded is discarded, and the source is told why.
+
+use limosa_protocol::State;
+
+use super::device_queue::Command;
+use super::receive::Receiving;
+use super::{Destination, Ending};
+use crate::report::{Loss, Phase, Unrecovered};
+use crate::{Error, Result};
+
+impl<'a> Destination<'a> {
+    /// Tells the source why the move is off, so that its guest need not wait, and resets every device that was touched.
+    pub(super) fn discard(&self, receiving: &Receiving<'_, 'a>, why: Error) -> Ending {
+        let connection = receiving.connection;
+        connection.abort(&why);
+        let opened = receiving.opened();
+        if opened.iter().any(|opened| *opened) {
+            receiving.recorder().phase(Phase::Undo);
+            let done = receiving.command(|at| opened[at].then_some(Command::Discard));
+            for (moved, done) in self.devices.iter().zip(done) {
+                if let Some(unrecovered) = loss(moved.device.name(), done) {
+                    receiving.recorder().unrecovered(unrecovered);
+                }
+            }
+        }
+        Ending::Discarded(match why {
+            // Another link than the first may have failed, and the first may bring the reason.
+            Error::Link { .. } => connection.last_words().unwrap_or(why),
+            why => why,
+        })
+    }
+}
+
+fn loss(device: &str, done: Result<()>) -> Option<Unrecovered> {
+    let error = done.err()?;
+    let loss = match &error {
+        Error::Device { doing, .. } if doing.starts_with("it stays in") => {
+            Loss::StaysIn { found: State::Running, wanted: State::Stop }
+        }
+        _ => Loss::NotReset,
+    };
+    let why = match error {
+        Error::Device { error, .. } => error.to_string(),
+        error => error.to_string(),
+    };
+    Some(Unrecovered { device: device.into(), loss, why })
+}

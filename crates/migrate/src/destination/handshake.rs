@@ -1,0 +1,114 @@
+//! The handshake of a destination: it compares, and answers the offer.
+
+use limosa_client::DeviceExt;
+use limosa_protocol::State;
+use limosa_stream::body::NEEDS_CREDIT;
+use limosa_stream::{Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, PrefaceFlags};
+
+use super::Destination;
+use super::receive::Receiving;
+use crate::cancel;
+use crate::context::Context;
+use crate::devices::{compare_devices, compare_memory, facts, failed};
+use crate::link::FurtherLinks;
+use crate::memory::MemoryRegion;
+use crate::protocol::credit::window;
+use crate::wire::{Connection, Frame};
+use crate::{Error, Result};
+
+/// What a source wants.
+pub(super) enum Greeting {
+    /// To move something.
+    Offer(MigrationId, Offer),
+    /// To know what became of a move.
+    Query(MigrationId),
+}
+
+impl<'a> Destination<'a> {
+    /// The prefaces, and what the source wants.
+    pub(super) fn greet(&self, context: &Context<'a>, connection: &Connection<'_>) -> Result<Greeting> {
+        connection.reader().count(context.recorder.buffers());
+        let preface = connection.receive_preface(self.cancel)?;
+        context.recorder.id(preface.id);
+        let has_peer = connection.has_peer();
+        let unknown = |what: String| Err(connection.damaged(Damage::Unknown { what }));
+        if preface.flags.contains(PrefaceFlags::STORED) == has_peer {
+            let what = if has_peer { "a saved stream over a link" } else { "a live stream in a file" };
+            return unknown(what.into());
+        }
+        if preface.flags.contains(PrefaceFlags::FURTHER) {
+            return unknown(format!("a further link of move {}, which is not under way here", preface.id));
+        }
+        if has_peer {
+            connection.send_preface(preface.id, PrefaceFlags::empty(), self.cancel)?;
+        }
+        let received = connection.receive("waiting for the offer", self.options.load_max, self.cancel)?;
+        match received.header.kind {
+            Kind::QUERY => Ok(Greeting::Query(preface.id)),
+            Kind::OFFER => match Offer::decode(&received.payload) {
+                Ok(offer) => {
+                    connection.reader().decompress(offer.compression())?;
+                    Ok(Greeting::Offer(preface.id, offer))
+                }
+                Err(damage) => Err(connection.damaged(damage)),
+            },
+            kind => Err(connection.damaged(Damage::Misplaced { kind, why: "an OFFER is due".into() })),
+        }
+    }
+
+    /// Compares, opens a session on every device, and answers the offer. Over how many links the source is to send.
+    pub(super) fn accept(
+        &self,
+        connection: &Connection<'_>,
+        receiving: &Receiving<'_, 'a>,
+        offer: &Offer,
+        further: Option<&dyn FurtherLinks>,
+    ) -> Result<u32> {
+        tracing::debug!(devices = offer.devices.len(), "offer");
+        let accepted = self.compare(offer).and_then(|found| receiving.open_sessions(found));
+        let most = if further.is_some() { self.options.links.get() } else { 1 };
+        // Without credit nothing would bound what comes over one link ahead of what another brings.
+        let has_credit = offer.needs.iter().any(|need| need == NEEDS_CREDIT);
+        let links = if has_credit { offer.links.min(most) } else { 1 };
+        if connection.has_peer() {
+            let reasons = match &accepted {
+                Ok(()) => Vec::new(),
+                Err(Error::Incompatible { reasons }) => reasons.clone(),
+                Err(Error::Cancelled) => return Err(Error::Cancelled),
+                Err(error) => vec![error.to_string()],
+            };
+            let window = Some(window(self.devices.len(), self.options.windows_bytes));
+            let answer = Answer { accepted: accepted.is_ok(), reasons, links, window };
+            let payload = answer.encode().map_err(|damage| connection.damaged(damage))?;
+            connection.send(&Frame::new(Kind::ANSWER, &payload), self.cancel)?;
+        }
+        accepted.map(|()| links)
+    }
+
+    /// Compares without touching anything. The states in which the devices are found.
+    fn compare(&self, offer: &Offer) -> Result<Vec<State>> {
+        let here: Vec<DeviceFacts> = (self.devices.iter().enumerate())
+            .map(|(at, moved)| cancel::check(self.cancel).and_then(|()| facts(at as u32, moved)))
+            .collect::<Result<_>>()?;
+        let memory: Vec<_> = self.memory.iter().map(MemoryRegion::facts).collect();
+        let mut reasons = compare_devices(&offer.devices, &here);
+        reasons.extend(compare_memory(&offer.memory, &memory));
+        if !reasons.is_empty() {
+            // A device without migration has no state that could be read.
+            return Err(Error::Incompatible { reasons });
+        }
+        let mut found = Vec::new();
+        for moved in self.devices {
+            let device = moved.device;
+            let state = device.state().map_err(|error| failed(device, "reading its state", error))?;
+            if !matches!(state, State::Running | State::Stop) {
+                let name = device.name();
+                reasons.push(format!(
+                    "{name}: it is in {state}, RUNNING or STOP is expected; is it in use? if not, reset it"
+                ));
+            }
+            found.push(state);
+        }
+        if reasons.is_empty() { Ok(found) } else { Err(Error::Incompatible { reasons }) }
+    }
+}

@@ -1,0 +1,74 @@
+//! Loading a snapshot: the same script as receiving a move, from a place that keeps one.
+
+use limosa_stream::{Damage, Kind};
+
+use super::commit::NotStarted;
+use super::handshake::Greeting;
+use super::receive::Receiving;
+use super::{Destination, Ending, Received, Then, ended};
+use crate::cancel;
+use crate::context::Context;
+use crate::protocol::limits::Limits;
+use crate::report::{End, Phase};
+use crate::snapshot::{self, Reading, SnapshotSource, of_place};
+use crate::transfer::team::Team;
+use crate::wire::{Connection, MeteredLink};
+
+/// What becomes of devices when a snapshot has been loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AfterLoad {
+    /// They run.
+    Run,
+    /// They stay in STOP.
+    Stop,
+}
+
+impl<'a> Destination<'a> {
+    /// Loads a snapshot from a place, such as a [`SnapshotFile`](crate::SnapshotFile). All of it is checked before a
+    /// device is touched, and once more while it is read for the devices.
+    pub fn load(&self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
+        let context = self.context();
+        context.recorder.phase(Phase::Handshake);
+        let limits = snapshot::Limits { silence_max: self.options.silence_max, cancel: self.cancel };
+        let reading = match Reading::open(from, limits) {
+            Ok(reading) => reading,
+            Err(why) => return ended(Ending::Discarded(why), context, End::Stopped),
+        };
+        let link = MeteredLink::new(&reading, &context.recorder);
+        let connection = Connection::new(&link, Limits::new(self.options));
+        let ending = match Team::guard("the handshake", || self.greet(&context, &connection)) {
+            Ok(Greeting::Offer(_, offer)) => {
+                self.run(&context, &connection, None, &offer, Then::Loaded(after))
+            }
+            Ok(Greeting::Query(_)) => {
+                let why = "a question is not a saved stream".into();
+                Ending::Discarded(connection.damaged(Damage::Misplaced { kind: Kind::QUERY, why }))
+            }
+            Err(why) => Ending::Discarded(why),
+        };
+        let ending = match ending {
+            Ending::Discarded(why) => Ending::Discarded(of_place(why, "reading it")),
+            ending => ending,
+        };
+        ended(ending, context, if after == AfterLoad::Run { End::Runs } else { End::Stopped })
+    }
+
+    /// Everything is loaded: the devices run, or stay in STOP.
+    pub(super) fn end_load(
+        &self,
+        after: AfterLoad,
+        context: &Context<'a>,
+        receiving: &Receiving<'_, 'a>,
+    ) -> Result<(), NotStarted> {
+        cancel::check(self.cancel).map_err(NotStarted::GivenBack)?;
+        context.recorder.check().map_err(NotStarted::GivenBack)?;
+        match after {
+            AfterLoad::Stop => Ok(()),
+            AfterLoad::Run => match self.start(context, receiving) {
+                // Nothing is committed: what was loaded is discarded as before.
+                Err(NotStarted::Stuck(why)) if receiving.never_run() => Err(NotStarted::GivenBack(why)),
+                started => started,
+            },
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What a caller may hook into: [`Vmm`], [`Observer`].
+
+use limosa_clockwork::catch;
+use limosa_stream::{MigrationId, Totals};
+
+use crate::report::{Estimate, Phase};
+use crate::{Error, Result as MoveResult, Round};
+
+/// The machine around the devices. Every method does nothing unless it is written.
+pub trait Vmm: Sync {
+    /// On the source, when what the guest dirties cannot be moved fast enough: slow its vCPUs down. `step` counts
+    /// these calls from 1; 0 lets them run at full speed again, after the move whatever became of it, and comes
+    /// only after others. `false` when they cannot be slowed down further.
+    fn throttle(&self, step: u32) -> bool {
+        let _ = step;
+        false
+    }
+
+    /// On the source, before devices stop: stop the vCPUs. An `Err` calls the move off.
+    fn stop(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// On the source, when the destination has loaded and before it is told to run: note the move's id
+    /// where a process that is started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover).
+    /// The guest stands still meanwhile. An `Err` calls the move off.
+    fn committing(&self, id: MigrationId) -> Result<(), String> {
+        let _ = id;
+        Ok(())
+    }
+
+    /// On the source, after a move was undone and the devices run again: let the vCPUs go on. Called
+    /// only after [`Vmm::stop`] was, also when that refused.
+    fn resume(&self) {}
+
+    /// On the destination, after COMMIT and before devices run. An `Err` gives the machine back to
+    /// the source.
+    fn prepare(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// On the destination, when the devices run: start the vCPUs.
+    fn start(&self) {}
+}
+
+/// Watches a move, for a progress bar.
+///
+/// The calls come from the engine's own threads, which wait for them: they are short, and neither call the engine nor wait
+/// for what the engine does. [`Cancel::cancel`](crate::Cancel::cancel) may be called in any of them. No lock of the
+/// engine's is rollback meanwhile. What they say is also in the events of `tracing` (`docs/embedding.md: Events`).
+pub trait Observer: Sync {
+    /// A phase begins. From the one thread that runs [`Source::send`](crate::Source::send) or
+    /// [`Destination::receive`](crate::Destination::receive), or on the destination from one that reads a link; never
+    /// from two at once. During the stop the guest waits for this, too.
+    fn phase(&self, phase: Phase) {
+        let _ = phase;
+    }
+
+    /// What has been moved so far, about once for each MiB and at the beginning and end of a phase. From any thread that
+    /// moves data, also from two at once, so that a later call may tell of slightly less.
+    fn moved(&self, totals: Totals) {
+        let _ = totals;
+    }
+
+    /// A round of pre-copy is over. A destination knows its number and the dirty memory only. From the same thread as
+    /// [`Observer::phase`].
+    fn round(&self, round: &Round) {
+        let _ = round;
+    }
+
+    /// On the source after each round, behind [`Observer::round`]: what is left, how long that will take, or that it will
+    /// not come to an end.
+    fn estimate(&self, estimate: &Estimate) {
+        let _ = estimate;
+    }
+}
+
+/// Nobody: a VMM that does nothing, and an observer that does not look.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Nobody;
+
+impl Vmm for Nobody {}
+impl Observer for Nobody {}
+
+/// Calls a hook that may refuse. A panic in it is an error like a refusal.
+pub(crate) fn ask(
+    what: &'static str,
+    doing: &'static str,
+    hook: impl FnOnce() -> Result<(), String>,
+) -> MoveResult<()> {
+    match catch(hook) {
+        Ok(done) => done.map_err(|reason| Error::Vmm { doing, reason }),
+        Err(panic) => Err(Error::panicked(what, &panic)),
+    }
+}
+
+/// Calls a hook that is only told; what it panics with, in words.
+pub(crate) fn tell(what: &'static str, hook: impl FnOnce()) -> Result<(), String> {
+    catch(hook).map_err(|panic| Error::panicked(what, &panic).to_string())
+}

@@ -1,0 +1,157 @@
+//! Credit: how much of a device's data may be on its way (`docs/stream.md: CREDIT`), as each side counts it.
+
+use limosa_stream::{Damage, Kind, WINDOW_BYTES_MIN};
+
+/// The most bytes of a device that may be on their way.
+pub(crate) const WINDOW_BYTES_MAX: u64 = 4 << 20;
+/// Less data than this at once goes over one link, so that not many pieces of a device's data are ahead of others
+/// (`docs/stream.md: Several links`).
+pub(crate) const SMALL_BYTES: usize = 4 << 10;
+
+/// How much of each of so many devices may be on its way, of what all of them may have.
+pub(crate) fn window(devices: usize, windows_bytes: u64) -> u64 {
+    (windows_bytes / devices.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
+}
+
+/// The source's count of one device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SendWindow {
+    /// Bytes that may be sent and not taken; `None` where no peer answers.
+    window: Option<u64>,
+    sent: u64,
+    taken: u64,
+}
+
+impl SendWindow {
+    pub(crate) fn new(window: Option<u64>) -> SendWindow {
+        SendWindow { window, sent: 0, taken: 0 }
+    }
+
+    /// Bytes that were sent.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Bytes that the destination's device has taken; those that were sent where no peer answers.
+    pub(crate) fn taken(&self) -> u64 {
+        if self.window.is_some() { self.taken } else { self.sent }
+    }
+
+    /// Bytes that are on their way.
+    pub(crate) fn on_the_way(&self) -> u64 {
+        self.sent - self.taken()
+    }
+
+    /// Whether the stream may be sent up to this byte now.
+    pub(crate) fn has_room(&self, end: u64) -> bool {
+        self.window.is_none_or(|window| end <= self.taken.saturating_add(window))
+    }
+
+    /// The stream is sent up to this byte.
+    pub(crate) fn send(&mut self, end: u64) {
+        self.sent = self.sent.max(end);
+    }
+
+    /// A CREDIT has come.
+    pub(crate) fn credit(&mut self, taken: u64) -> Result<(), Damage> {
+        if taken > self.sent {
+            let why = format!("{taken} bytes are taken of {} that were sent", self.sent);
+            return Err(Damage::Misplaced { kind: Kind::CREDIT, why });
+        }
+        self.taken = self.taken.max(taken);
+        Ok(())
+    }
+}
+
+/// The destination's count of one device.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ReceiveWindow {
+    window: u64,
+    taken: u64,
+    /// What the last CREDIT said.
+    told: u64,
+    /// Tell the source once this much is taken: a FLUSH has asked.
+    asked: Option<u64>,
+    ended: bool,
+}
+
+impl ReceiveWindow {
+    pub(crate) fn new(window: u64) -> ReceiveWindow {
+        ReceiveWindow { window, ..ReceiveWindow::default() }
+    }
+
+    /// The byte before which the source has to stop until it has more credit.
+    pub(crate) fn end(&self) -> u64 {
+        self.taken.saturating_add(self.window)
+    }
+
+    /// The device has taken so many more bytes.
+    pub(crate) fn take(&mut self, bytes: u64) {
+        self.taken += bytes;
+    }
+
+    /// A FLUSH has come, behind so many bytes that are not taken yet.
+    pub(crate) fn ask(&mut self, waiting: u64) {
+        self.asked = Some(self.taken.saturating_add(waiting));
+    }
+
+    /// The end of the device's data has come: no more credit is needed.
+    pub(crate) fn end_of_data(&mut self) {
+        self.ended = true;
+    }
+
+    /// The credit to send now: when half of the window is taken, or what a FLUSH asked for.
+    pub(crate) fn due(&mut self) -> Option<u64> {
+        let is_answer = self.asked.is_some_and(|asked| asked <= self.taken);
+        if is_answer {
+            self.asked = None;
+        }
+        let new = self.taken - self.told;
+        let is_due = new > 0 && (is_answer || !self.ended && new > self.window / 2);
+        is_due.then(|| {
+            self.told = self.taken;
+            self.taken
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_sends_no_more_than_its_window_and_believes_no_credit_beyond_what_it_sent() {
+        let mut window = SendWindow::new(Some(100));
+        assert!(window.has_room(100) && !window.has_room(101));
+        window.send(100);
+        assert_eq!(window.on_the_way(), 100);
+        window.credit(60).unwrap();
+        window.credit(40).unwrap();
+        assert_eq!((window.taken(), window.on_the_way()), (60, 40), "credit never shrinks");
+        assert!(window.has_room(160) && !window.has_room(161));
+        assert!(window.credit(101).is_err());
+        let mut file = SendWindow::new(None);
+        assert!(file.has_room(u64::MAX));
+        file.send(10);
+        assert_eq!((file.taken(), file.on_the_way()), (10, 0));
+    }
+
+    #[test]
+    fn credit_is_due_at_half_a_window_and_when_a_flush_has_asked() {
+        let mut window = ReceiveWindow::new(100);
+        window.take(50);
+        assert_eq!(window.due(), None);
+        window.take(1);
+        assert_eq!(window.due(), Some(51));
+        assert_eq!(window.due(), None, "once");
+        window.ask(9);
+        window.take(5);
+        assert_eq!(window.due(), None, "not all of what came before the FLUSH is taken");
+        // More comes behind the FLUSH.
+        window.take(10);
+        assert_eq!(window.due(), Some(66));
+        window.end_of_data();
+        window.take(90);
+        assert_eq!(window.due(), None, "nobody needs it");
+    }
+}

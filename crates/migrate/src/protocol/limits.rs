@@ -1,0 +1,40 @@
+//! Every time limit of a move, in one place (`docs/failure.md: Limits`).
+
+use std::time::Duration;
+
+use crate::Options;
+
+/// A keep-alive is sent at least this often.
+const KEEP_ALIVE_MAX: Duration = Duration::from_millis(250);
+/// How long a side that calls a move off waits for the peer to read the reason, or for the peer's own.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
+
+/// The time limits of one side.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Longest time without a byte from the peer, on each link.
+    pub(crate) silence_max: Duration,
+    /// Longest time for the peer to answer the offer or to load while the guest runs.
+    pub(crate) load_max: Duration,
+    /// Longest time from READY to COMMIT, and from COMMIT to RUNNING.
+    pub(crate) commit_max: Duration,
+    /// Longest time from the stop to READY. Nothing renews it.
+    pub(crate) standstill_max: Duration,
+    /// Longest time to exchange the reason for calling a move off.
+    pub(crate) last_words_max: Duration,
+    /// How often a keep-alive is sent on a link that is otherwise idle.
+    pub(crate) keep_alive: Duration,
+}
+
+impl Limits {
+    pub(crate) fn new(options: &Options) -> Limits {
+        Limits {
+            silence_max: options.silence_max,
+            load_max: options.load_max,
+            commit_max: options.commit_max.max(options.silence_max),
+            standstill_max: options.standstill_max,
+            last_words_max: LAST_WORDS_MAX.min(options.silence_max),
+            keep_alive: KEEP_ALIVE_MAX.min(options.silence_max / 4),
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! A source in doubt, and how it learns what became of its move (`docs/failure.md: In doubt`).
+
+use limosa_stream::body::decode_u32;
+use limosa_stream::{Kind, MigrationId, PrefaceFlags};
+
+use super::handshake::check_preface;
+use super::rollback::Rollback;
+use super::{Outcome, Source};
+use crate::error::Difference;
+use crate::ledger::Decision;
+use crate::link::Link;
+use crate::protocol::limits::Limits;
+use crate::report::{End, Recorder, Report, Side};
+use crate::wire::{Connection, Frame};
+use crate::{Error, Options, Result};
+
+/// A source that may not run, because the destination may.
+pub struct InDoubt {
+    /// The move, to ask for.
+    pub id: MigrationId,
+    /// What went wrong.
+    pub why: Error,
+    /// How far it came.
+    pub report: Report,
+    rollback: Rollback,
+    /// The machine that it is about; `None` in a process that was started anew.
+    machine: Option<Machine>,
+}
+
+/// What tells one machine from another.
+#[derive(Debug)]
+struct Machine {
+    devices: Vec<String>,
+    regions: Vec<u64>,
+}
+
+impl Machine {
+    fn of(source: &Source<'_>) -> Machine {
+        Machine {
+            devices: source.devices.iter().map(|moved| moved.device.name().into()).collect(),
+            regions: source.memory.regions.iter().map(|region| region.size).collect(),
+        }
+    }
+
+    fn compare(&self, found: Machine) -> Result<()> {
+        if self.devices != found.devices {
+            let (expected, found) = (self.devices.clone(), found.devices);
+            return Err(Error::AnotherMachine(Difference::Devices { expected, found }));
+        }
+        if self.regions != found.regions {
+            let (expected, found) = (self.regions.clone(), found.regions);
+            return Err(Error::AnotherMachine(Difference::Memory { expected, found }));
+        }
+        Ok(())
+    }
+}
+
+impl InDoubt {
+    pub(super) fn new(
+        id: MigrationId,
+        why: Error,
+        report: Report,
+        rollback: Rollback,
+        source: &Source<'_>,
+    ) -> InDoubt {
+        InDoubt { id, why, report, rollback, machine: Some(Machine::of(source)) }
+    }
+
+    /// For a source that was started anew and knows only the id. Its devices are taken to have run.
+    pub fn recover(id: MigrationId) -> InDoubt {
+        let recorder = Recorder::new(Side::Source, &Options::default(), &crate::Nobody, std::iter::empty());
+        recorder.id(id);
+        InDoubt {
+            id,
+            why: Error::StartedAnew,
+            report: recorder.finish(End::InDoubt, Some(&Error::StartedAnew)),
+            // A source that came to the commit had stopped the guest.
+            rollback: Rollback { touched: true, vmm_stopped: true, ..Rollback::default() },
+            machine: None,
+        }
+    }
+}
+
+impl std::fmt::Debug for InDoubt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InDoubt").field("id", &self.id).field("why", &self.why).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Source<'a> {
+    /// Asks the destination over a new link what became of a move in doubt, and acts on the answer:
+    /// [`Outcome::Moved`], [`Outcome::Undone`], or still [`Outcome::InDoubt`], when the link fails again
+    /// or the destination does not know. The source is made of the same devices and memory as the one that was sent.
+    pub fn resolve(self, doubt: InDoubt, link: &dyn Link) -> Outcome {
+        let connection = Connection::new(link, Limits::new(self.options));
+        match self.query(doubt.id, &connection) {
+            Ok(decision) => self.decide(decision, doubt),
+            Err(why) => Outcome::InDoubt(InDoubt { why, ..doubt }),
+        }
+    }
+
+    /// Acts on what became of a move in doubt, where that is known otherwise than by [`Source::resolve`]: a person
+    /// has looked. A wrong decision here runs the guest twice, or not at all.
+    ///
+    /// The source is made of the same devices and memory as the one that was sent. With others the move stays in doubt:
+    /// [`Error::AnotherMachine`].
+    pub fn decide(mut self, decision: Decision, doubt: InDoubt) -> Outcome {
+        self.settle(decision, doubt)
+    }
+
+    pub(crate) fn settle(&mut self, decision: Decision, mut doubt: InDoubt) -> Outcome {
+        if let Some(Err(why)) = doubt.machine.as_ref().map(|machine| machine.compare(Machine::of(self))) {
+            return Outcome::InDoubt(InDoubt { why, ..doubt });
+        }
+        let context = self.context();
+        context.recorder.id(doubt.id);
+        match decision {
+            Decision::Committed => {
+                self.finish(&context, &mut doubt.rollback, None);
+                Outcome::Moved(context.recorder.finish(End::Moved, None))
+            }
+            Decision::NotCommitted => {
+                self.roll_back(&context, &mut doubt.rollback, None);
+                let report = context.recorder.finish(End::Undone, Some(&doubt.why));
+                Outcome::Undone { why: doubt.why, report }
+            }
+            Decision::Unknown => Outcome::InDoubt(doubt),
+        }
+    }
+
+    fn query(&self, id: MigrationId, connection: &Connection<'_>) -> Result<Decision> {
+        connection.send_preface(id, PrefaceFlags::empty(), None)?;
+        connection.send(&Frame::new(Kind::QUERY, &[]), None)?;
+        check_preface(connection, id, None)?;
+        let limit = self.options.commit_max;
+        let payload = connection.expect(Kind::OUTCOME, "asking what became of the move", limit, None)?;
+        Ok(match decode_u32(&payload) {
+            1 => Decision::NotCommitted,
+            2 => Decision::Committed,
+            _ => Decision::Unknown,
+        })
+    }
+}

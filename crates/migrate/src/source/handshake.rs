@@ -1,0 +1,149 @@
+//! The handshake of a source: both sides are compared before anything is touched.
+
+use limosa_client::DeviceExt;
+use limosa_protocol::State;
+use limosa_stream::body::{NEEDS_CREDIT, NEEDS_FLUSH};
+use limosa_stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, WINDOW_BYTES_MIN};
+
+use super::Source;
+use super::rollback::Rollback;
+use crate::cancel;
+use crate::context::Context;
+use crate::devices::{check_movable, facts, failed};
+use crate::link::{FurtherLinks, Link, Wait};
+use crate::wire::{Connection, Frame};
+use crate::{Error, Result};
+
+/// What both sides have agreed on.
+pub(super) struct Agreed {
+    pub(super) id: MigrationId,
+    /// How much of a device may be on its way; `None` where nobody answers.
+    pub(super) window: Option<u64>,
+    pub(super) links: Vec<Box<dyn Link>>,
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn handshake(
+        &mut self,
+        context: &Context<'a>,
+        connection: &Connection<'_>,
+        further: Option<&dyn FurtherLinks>,
+        rollback: &mut Rollback,
+    ) -> Result<Agreed> {
+        let has_peer = connection.has_peer();
+        let id =
+            MigrationId::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
+        context.recorder.id(id);
+        let mut offer = self.offer()?;
+        if has_peer {
+            offer.needs.extend([NEEDS_FLUSH.into(), NEEDS_CREDIT.into()]);
+            offer.links = if further.is_some() { self.options.links.get() } else { 1 };
+            offer.keeps_links_alive = true;
+        }
+        offer.needs.extend(self.options.compress.map(|compression| compression.name().into()));
+        rollback.found = self.states()?;
+        let stored = PrefaceFlags::STORED | PrefaceFlags::SEALED;
+        let flags = if has_peer { PrefaceFlags::empty() } else { stored };
+        let payload =
+            offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
+        connection.send_preface(id, flags, self.cancel)?;
+        connection.send(&Frame::new(Kind::OFFER, &payload), self.cancel)?;
+        if !has_peer {
+            return Ok(Agreed { id, window: None, links: Vec::new() });
+        }
+        check_preface(connection, id, self.cancel)?;
+        let answer = self.answer(connection, &offer)?;
+        let links = self.further_links(context, connection, further, answer.links)?;
+        Ok(Agreed { id, window: answer.window, links })
+    }
+
+    fn offer(&self) -> Result<Offer> {
+        let mut offer = Offer::default();
+        let mut reasons = Vec::new();
+        for (at, moved) in self.devices.iter().enumerate() {
+            cancel::check(self.cancel)?;
+            let facts = facts(at as u32, moved)?;
+            reasons.extend(check_movable(&facts).err());
+            offer.devices.push(facts);
+        }
+        offer.memory = self.memory.regions.iter().map(|region| region.facts()).collect();
+        if reasons.is_empty() { Ok(offer) } else { Err(Error::Incompatible { reasons }) }
+    }
+
+    /// The states in which the devices are found.
+    fn states(&self) -> Result<Vec<State>> {
+        let state = |moved: &crate::MovedDevice<'_>| {
+            let state = moved.device.state();
+            let state = state.map_err(|error| failed(moved.device, "reading its state", error))?;
+            if matches!(state, State::Running | State::Stop) {
+                return Ok(state);
+            }
+            let name = moved.device.name();
+            let reason =
+                format!("{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?");
+            Err(Error::Incompatible { reasons: vec![reason] })
+        };
+        self.devices.iter().map(state).collect()
+    }
+
+    fn answer(&self, connection: &Connection<'_>, offer: &Offer) -> Result<Answer> {
+        let doing = "waiting for an answer to the offer";
+        let payload = connection.expect(Kind::ANSWER, doing, self.options.load_max, self.cancel)?;
+        let answer = Answer::decode(&payload).map_err(|damage| connection.damaged(damage))?;
+        if !answer.accepted {
+            return Err(Error::Incompatible { reasons: answer.reasons });
+        }
+        let (links, window) = (answer.links, answer.window.unwrap_or(0));
+        if !(1..=offer.links).contains(&links) || window < WINDOW_BYTES_MIN {
+            let why = format!(
+                "it takes {links} links and {window} bytes of a device at a time; expected are 1 to {} and at least \
+                 {WINDOW_BYTES_MIN}",
+                offer.links
+            );
+            return Err(connection.damaged(Damage::Content { kind: Kind::ANSWER, why }));
+        }
+        Ok(answer)
+    }
+
+    /// The further links that both sides want, or as many of them as can be had.
+    fn further_links(
+        &self,
+        context: &Context<'a>,
+        connection: &Connection<'_>,
+        further: Option<&dyn FurtherLinks>,
+        wanted: u32,
+    ) -> Result<Vec<Box<dyn Link>>> {
+        let mut links = Vec::new();
+        let Some(further) = further else { return Ok(links) };
+        // All of them together: the destination hears nothing meanwhile.
+        let wait = Wait::within(self.options.silence_max / 2, self.cancel);
+        while (links.len() as u32) < wanted - 1 {
+            match further.next(wait) {
+                Ok(link) => links.push(link),
+                Err(crate::link::LinkError::Cancelled) => return Err(Error::Cancelled),
+                Err(error) => {
+                    let had = links.len() as u32 + 1;
+                    let note = format!("a further link cannot be had ({error}): {had} of {wanted} are used");
+                    context.recorder.note(note);
+                    connection.send(&Frame::new(Kind::LINKS, &had.to_le_bytes()), self.cancel)?;
+                    break;
+                }
+            }
+        }
+        Ok(links)
+    }
+}
+
+/// The other side's preface, which must be about the same move.
+pub(super) fn check_preface(
+    connection: &Connection<'_>,
+    id: MigrationId,
+    cancel: Option<&crate::Cancel>,
+) -> Result<()> {
+    let preface = connection.receive_preface(cancel)?;
+    if preface.id != id || preface.flags.contains(PrefaceFlags::STORED) {
+        let what = format!("the id {} in answer to {id}", preface.id);
+        return Err(connection.damaged(Damage::Unknown { what }));
+    }
+    Ok(())
+}

@@ -1,0 +1,62 @@
+//! The stop of a source: vCPUs, then peer-to-peer DMA of all devices, then the devices, then the last dirty pages.
+
+use limosa_client::DeviceExt;
+use limosa_protocol::{MigrationFlags, State};
+
+use super::rollback::Rollback;
+use super::{Source, Stage};
+use crate::context::Context;
+use crate::devices::failed;
+use crate::hooks;
+use crate::protocol::pace::Pace;
+use crate::transfer::device_sender::Job;
+use crate::{Error, Obstacle, Result, WhenStalled};
+
+impl<'a> Source<'a> {
+    /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices, which from then on give what is left.
+    pub(super) fn stop(&mut self, stage: &Stage<'_, '_, '_>, rollback: &mut Rollback) -> Result<()> {
+        let sending = stage.sending;
+        sending.team.check()?;
+        sending.recorder().check()?;
+        rollback.vmm_stopped = true;
+        sending.alive.stands_still(stage.wires.connection.limits().standstill_max);
+        sending.end_streams();
+        hooks::ask("Vmm::stop", "stop", || self.vmm.stop())?;
+        sending.wait_all(|_| false)?;
+        for (at, (moved, found)) in self.devices.iter().zip(&rollback.found).enumerate() {
+            let flags = moved.device.migration_flags();
+            let flags = flags.map_err(|error| failed(moved.device, "reading its flags", error))?;
+            if flags.contains(MigrationFlags::P2P) && found.is_running() {
+                let has_session = sending.flows[at].lock().has_session;
+                let quiesced = if has_session { State::PreCopyP2p } else { State::RunningP2p };
+                sending.give(at, Job::Enter(quiesced));
+            }
+        }
+        sending.wait_all(|_| false)?;
+        sending.all(Job::Stop, |flow| flow.stopped)
+    }
+
+    /// The pages that were written since the last round. A log that is lost now makes all of them dirty: where the
+    /// downtime goal is a limit, that ends the move.
+    pub(super) fn last_pages(
+        &mut self,
+        context: &Context<'a>,
+        stage: &Stage<'_, '_, '_>,
+        rollback: &mut Rollback,
+        pace: &Pace,
+    ) -> Result<()> {
+        if rollback.logs.blind {
+            rollback.logs.pages.everything();
+            return Ok(());
+        }
+        let Some(lost) = rollback.logs.harvest(self.devices, &mut self.memory)? else { return Ok(()) };
+        context.recorder.note(format!("the log of dirty pages was lost at the stop, all is sent again: {lost}"));
+        let goal = self.options.convergence.downtime_goal;
+        let predicted = pace.downtime(stage.ram.bytes());
+        if self.options.convergence.when_stalled == WhenStalled::Abort && predicted > goal {
+            let obstacle = Obstacle::LogLost;
+            return Err(Error::NotConverging { obstacle, predicted, is_minimum: false, goal });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,378 @@
+//! One device of a source: jobs that its worker does one after the other, from pre-copy to the end of its data, and the
+//! way back.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use limosa_client::{Chunk, DataStream, Device, DeviceExt};
+use limosa_clockwork::now;
+use limosa_protocol::{MigrationFlags, State};
+use limosa_stream::body::{encode_device_end, encode_hint};
+use limosa_stream::buffer::Buffer;
+use limosa_stream::{DEVICE_BYTES_MAX, Kind, RunningCrc};
+
+use super::driven::DrivenDevice;
+use super::sending::Sending;
+use super::team::Team;
+use crate::devices::{MovedDevice, failed};
+use crate::error::Misbehaviour;
+use crate::protocol::credit::SendWindow;
+use crate::report::{Act, Loss, Unrecovered};
+use crate::wire::Frame;
+use crate::{Error, Result};
+
+/// The most that is read from a device at once: it stays in a core's cache on the way.
+pub(crate) const READ_BYTES_MAX: usize = 512 << 10;
+/// What is left of pre-copy is asked for again after so many bytes, or this time.
+const LOOK_BYTES: u64 = 16 << 20;
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// A device that has nothing for now is asked again after a time that doubles as long as it has nothing.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+const PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// What a device is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Job {
+    /// Nothing: it takes the time of a hand-off.
+    NoOp,
+    /// Ask how much it has to give.
+    Look,
+    /// Enter a state; a session that this opens is kept.
+    Enter(State),
+    /// Give what it has before the stop, until [`DeviceFlow::streaming`] ends.
+    Stream,
+    /// Enter STOP_COPY; giving everything that is left is its next job.
+    Stop,
+    /// Give everything that is left.
+    Drain,
+    /// Enter STOP: the guest runs elsewhere.
+    Finish,
+    /// On the way back: to RUNNING_P2P.
+    ReturnP2p,
+    /// On the way back: to the state where it was found.
+    Return,
+}
+
+/// What a device's worker and the other threads share.
+pub(crate) struct DeviceFlow {
+    pub(crate) window: SendWindow,
+    /// Bytes of initial data that are left, as the device said last.
+    pub(crate) initial: u64,
+    /// Up to where the destination has to load before all initial data is loaded.
+    pub(crate) initial_end: u64,
+    /// Bytes that are left in pre-copy; `None` when the device does not say.
+    pub(crate) left: Option<u64>,
+    /// Bytes that it would give in the stop; `None` when that is not known.
+    pub(crate) stop_bytes: Option<u64>,
+    /// Whether it had nothing for now when it was asked last.
+    pub(crate) drained: bool,
+    /// Whether it has a session.
+    pub(crate) has_session: bool,
+    /// Whether it is to give what it has before the stop.
+    pub(crate) streaming: bool,
+    /// Whether it is in STOP_COPY.
+    pub(crate) stopped: bool,
+    /// What went wrong on the way back.
+    pub(crate) loss: Option<Unrecovered>,
+    /// Why it could not be stopped for good after the move.
+    pub(crate) unfinished: Option<Error>,
+    jobs: VecDeque<Job>,
+    given: u64,
+    done: u64,
+}
+
+impl DeviceFlow {
+    pub(crate) fn new(window: Option<u64>) -> DeviceFlow {
+        DeviceFlow {
+            window: SendWindow::new(window),
+            initial: 0,
+            initial_end: 0,
+            left: None,
+            stop_bytes: None,
+            drained: false,
+            has_session: false,
+            streaming: false,
+            stopped: false,
+            loss: None,
+            unfinished: None,
+            jobs: VecDeque::new(),
+            given: 0,
+            done: 0,
+        }
+    }
+
+    /// Adds a job behind the others.
+    pub(crate) fn give(&mut self, job: Job) {
+        self.jobs.push_back(job);
+        self.given += 1;
+    }
+
+    /// Whether all jobs are done.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.done == self.given
+    }
+
+    /// Whether the destination has loaded the initial data that was read so far.
+    pub(crate) fn initial_is_loaded(&self) -> bool {
+        self.window.taken() >= self.initial_end
+    }
+}
+
+/// A device, its session, and what of its data was sent.
+pub(crate) struct DeviceSender<'w, 'a> {
+    driven: DrivenDevice<'a>,
+    /// What its owner says it gives in the stop.
+    stop_bytes: Option<u64>,
+    found: State,
+    /// The device's place in the offer, which is its section.
+    at: usize,
+    sending: &'w Sending<'w, 'a>,
+    stream: Option<Box<dyn DataStream>>,
+    begun: bool,
+    bytes: u64,
+    crc: RunningCrc,
+    buffer: Buffer,
+}
+
+impl<'w, 'a> DeviceSender<'w, 'a> {
+    pub(crate) fn new(
+        at: usize,
+        moved: &MovedDevice<'a>,
+        found: State,
+        sending: &'w Sending<'w, 'a>,
+    ) -> DeviceSender<'w, 'a> {
+        // Two reads fit into the window.
+        let room =
+            sending.window.map_or(READ_BYTES_MAX, |window| READ_BYTES_MAX.min(window as usize / 2).max(1));
+        let mut buffer = Buffer::new(sending.recorder().buffers());
+        // Now, and not when nothing runs: memory that is touched first takes its time.
+        buffer.grow(room);
+        DeviceSender {
+            driven: DrivenDevice::new(moved.device, found),
+            stop_bytes: moved.stop_bytes,
+            found,
+            at,
+            sending,
+            stream: None,
+            begun: false,
+            bytes: 0,
+            crc: RunningCrc::new(),
+            buffer,
+        }
+    }
+
+    /// Does the next job that the device was given.
+    pub(crate) fn run(&mut self) {
+        let flow = &self.sending.flows[self.at];
+        let Some(job) = flow.lock().jobs.pop_front() else { return };
+        let name = self.driven.device().name();
+        match job {
+            Job::ReturnP2p | Job::Return => {
+                let returned = limosa_clockwork::catch(|| self.go_back(job));
+                let loss = returned.unwrap_or_else(|panic| {
+                    Some(self.lost(Loss::Unknown, &Error::panicked(name, &panic).to_string()))
+                });
+                flow.lock().loss = loss;
+            }
+            Job::Finish => {
+                let finished = Team::guard(name, || self.perform(job));
+                flow.lock().unfinished = finished.err();
+            }
+            _ => {
+                if let Err(error) = Team::guard(name, || self.perform(job)) {
+                    self.sending.team.fail(error);
+                }
+            }
+        }
+        flow.lock().done += 1;
+        flow.notify_all();
+    }
+
+    fn perform(&mut self, job: Job) -> Result<()> {
+        match job {
+            Job::NoOp => Ok(()),
+            Job::Look => self.look(),
+            Job::Enter(state) => self.enter(state),
+            Job::Stream => self.stream(),
+            Job::Stop => {
+                self.enter(State::StopCopy)?;
+                self.sending.flows[self.at].lock().stopped = true;
+                // Behind those that are not stopped yet.
+                self.sending.give(self.at, Job::Drain);
+                Ok(())
+            }
+            Job::Drain => self.drain(),
+            Job::Finish => self.enter(State::Stop),
+            Job::ReturnP2p | Job::Return => Ok(()),
+        }
+    }
+
+    fn enter(&mut self, state: State) -> Result<()> {
+        let stream = {
+            let _span = self.sending.recorder().span(self.at, Act::Enter { state });
+            self.driven.enter(state)?
+        };
+        if let Some(stream) = stream {
+            let bytes = stream.transfer_bytes_max().clamp(1, self.buffer.len());
+            self.buffer.truncate(bytes);
+            self.stream = Some(stream);
+            self.sending.flows[self.at].lock().has_session = true;
+        }
+        Ok(())
+    }
+
+    /// Gives what the device has before the stop, until it is told to end.
+    fn stream(&mut self) -> Result<()> {
+        let flow = &self.sending.flows[self.at];
+        let mut pause = PAUSE_MIN;
+        self.look()?;
+        let mut looked = (self.bytes, now());
+        while flow.lock().streaming {
+            self.sending.team.check()?;
+            let (began, before) = (now(), self.bytes);
+            // An end before STOP_COPY is not the end; some devices say so for "nothing for now".
+            let has_data = matches!(self.chunk()?, Chunk::Data(_));
+            if has_data {
+                self.sending.recorder().device_span(self.at, Act::PrecopyData, began, self.bytes - before);
+                pause = PAUSE_MIN;
+            }
+            let drained = !has_data;
+            let was_drained = std::mem::replace(&mut flow.lock().drained, drained);
+            if drained || was_drained || self.bytes - looked.0 >= LOOK_BYTES || looked.1 + LOOK_EVERY <= now() {
+                self.look()?;
+                looked = (self.bytes, now());
+            }
+            if drained {
+                let until = now() + pause;
+                drop(self.sending.team.wait(flow, flow.lock(), Some(until), |flow| !flow.streaming)?);
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives everything that is left, in STOP_COPY.
+    fn drain(&mut self) -> Result<()> {
+        let (began, before) = (now(), self.bytes);
+        loop {
+            self.sending.team.check()?;
+            match self.chunk()? {
+                Chunk::Data(_) => {}
+                Chunk::NothingForNow => return Err(self.misbehaved(Misbehaviour::NothingInStopCopy)),
+                Chunk::End => break,
+            }
+        }
+        // A device that was reset meanwhile has no more data, either.
+        self.driven.check()?;
+        self.begin()?;
+        self.sending.until_stopped()?;
+        let end = encode_device_end(self.bytes, self.crc.value());
+        self.sending.post(0, &Frame::of(self.at as u32, Kind::DEVICE_END, &end))?;
+        self.sending.recorder().device_span(self.at, Act::FinalData, began, self.bytes - before);
+        Ok(())
+    }
+
+    /// Asks what the device has to give, and tells it to the other side. What the device refuses to tell is not known.
+    fn look(&mut self) -> Result<()> {
+        let device = self.driven.device();
+        let info = match &mut self.stream {
+            None => None,
+            Some(stream) => match stream.precopy_info() {
+                Ok(info) => Some(info),
+                Err(error) => refused(device, "asking for pre-copy info", error)?,
+            },
+        };
+        let size = match device.mig_data_size() {
+            Ok(size) => size,
+            Err(error) => refused(device, "asking for the size of its data", error)?,
+        };
+        let left = info.map(|info| info.initial_bytes.saturating_add(info.dirty_bytes));
+        let stop_bytes = size.or(self.stop_bytes).map(|size| size.max(left.unwrap_or(0)));
+        let mut flow = self.sending.flows[self.at].lock();
+        let is_new = (flow.left, flow.stop_bytes) != (left, stop_bytes);
+        let initial = info.map_or(0, |info| info.initial_bytes);
+        if flow.initial > 0 || initial > 0 {
+            flow.initial_end = self.bytes;
+        }
+        (flow.initial, flow.left, flow.stop_bytes) = (initial, left, stop_bytes);
+        drop(flow);
+        if let Some(info) = info.filter(|_| is_new) {
+            self.begin()?;
+            self.sending.post(0, &Frame::of(self.at as u32, Kind::DEVICE_HINT, &encode_hint(&info)))?;
+        }
+        self.sending.device_has_news();
+        Ok(())
+    }
+
+    fn chunk(&mut self) -> Result<Chunk> {
+        let Some(stream) = &mut self.stream else { return Ok(Chunk::End) };
+        let chunk = stream.read(&mut self.buffer);
+        let chunk = chunk.map_err(|error| failed(self.driven.device(), "reading its data", error))?;
+        if let Chunk::Data(bytes) = chunk {
+            let room = self.buffer.len();
+            if bytes == 0 || bytes > room {
+                return Err(self.misbehaved(Misbehaviour::WrongLength { room, bytes }));
+            }
+            if self.bytes + bytes as u64 > DEVICE_BYTES_MAX {
+                return Err(self.misbehaved(Misbehaviour::Endless(DEVICE_BYTES_MAX)));
+            }
+            self.begin()?;
+            self.sending.send_device(self.at, self.bytes, &self.buffer[..bytes])?;
+            self.crc.add(&self.buffer[..bytes]);
+            self.bytes += bytes as u64;
+            self.sending.recorder().device_data(self.at, bytes as u64);
+        }
+        Ok(chunk)
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        if !std::mem::replace(&mut self.begun, true) {
+            self.sending.post(0, &Frame::of(self.at as u32, Kind::DEVICE_BEGIN, &[]))?;
+        }
+        Ok(())
+    }
+
+    /// Back to where it was found; what of that cannot be done.
+    fn go_back(&mut self, job: Job) -> Option<Unrecovered> {
+        let device = self.driven.device();
+        if job == Job::Return {
+            self.stream = None;
+            return return_to(device, self.found);
+        }
+        let stopped = device.state().is_ok_and(|state| !state.is_running() && state != State::Error);
+        let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
+        if stopped && has_p2p && self.found.is_running() {
+            // If it fails, so does the next step, which says so.
+            let _ = device.set_state(State::RunningP2p);
+        }
+        None
+    }
+
+    fn lost(&self, loss: Loss, why: &str) -> Unrecovered {
+        Unrecovered { device: self.driven.device().name().into(), loss, why: why.into() }
+    }
+
+    fn misbehaved(&self, how: Misbehaviour) -> Error {
+        Error::DeviceMisbehaved { device: self.driven.device().name().into(), how }
+    }
+}
+
+/// What a device refuses to tell is not known. A lost connection is an error.
+fn refused<T>(device: &dyn Device, doing: &str, error: limosa_client::Error) -> Result<Option<T>> {
+    if error.is_connection_lost() { Err(failed(device, doing, error)) } else { Ok(None) }
+}
+
+/// Drives a device to the state, by reset where nothing else helps.
+pub(crate) fn return_to(device: &dyn Device, state: State) -> Option<Unrecovered> {
+    let Err(error) = device.set_state(state) else { return None };
+    let lost = |loss, why: String| Some(Unrecovered { device: device.name().into(), loss, why });
+    match device.state() {
+        Ok(State::Error) => {}
+        Ok(found) => return lost(Loss::StaysIn { found, wanted: state }, error.to_string()),
+        Err(_) => return lost(Loss::Unknown, error.to_string()),
+    }
+    match device.reset().and_then(|()| device.set_state(state).map(drop)) {
+        Ok(()) => lost(Loss::StateLost, error.to_string()),
+        Err(reset) => lost(Loss::StaysIn { found: State::Error, wanted: state }, reset.to_string()),
+    }
+}

@@ -1,0 +1,95 @@
+//! A device that the engine drives from state to state, and is alone to drive.
+//!
+//! Most arcs are legal from more than one state, so that a device that a guest resets in mid-move would go on as if
+//! nothing had happened, with a state that is not the one that was saved or loaded. So the engine looks at a device
+//! before each arc, and after it where the device counts its resets ([`DeviceExt::reset_count`]): without a count, a
+//! reset between the look and the arc is seen only where the arc opens a second session.
+
+use limosa_client::{DataStream, Device, DeviceExt};
+use limosa_protocol::State;
+
+use crate::devices::failed;
+use crate::error::{Changed, Misbehaviour};
+use crate::{Error, Result};
+
+/// A device, and where the engine has driven it.
+pub(crate) struct DrivenDevice<'a> {
+    device: &'a dyn Device,
+    expected: State,
+    /// The count of resets when the session opened; `None` without a session, or without a count.
+    resets: Option<u64>,
+    has_session: bool,
+}
+
+impl<'a> DrivenDevice<'a> {
+    /// A device that was found in this state.
+    pub(crate) fn new(device: &'a dyn Device, found: State) -> DrivenDevice<'a> {
+        DrivenDevice { device, expected: found, resets: None, has_session: false }
+    }
+
+    pub(crate) fn device(&self) -> &'a dyn Device {
+        self.device
+    }
+
+    /// Drives the device on. A session that this opens gives a data stream, one that is open goes on.
+    pub(crate) fn enter(&mut self, to: State) -> Result<Option<Box<dyn DataStream>>> {
+        self.enter_with(to, || ())
+    }
+
+    /// The same, and says so just before the device is asked to: from then on it may be in the new state.
+    pub(crate) fn enter_with(
+        &mut self,
+        to: State,
+        asks: impl FnOnce(),
+    ) -> Result<Option<Box<dyn DataStream>>> {
+        self.check_state()?;
+        asks();
+        let entered = self.device.set_state(to);
+        let stream = entered.map_err(|error| failed(self.device, &format!("entering {to}"), error))?;
+        self.expected = to;
+        let saves = matches!(to, State::PreCopy | State::PreCopyP2p | State::StopCopy);
+        match (&stream, saves || to == State::Resuming) {
+            (Some(_), true) if self.has_session => return Err(self.changed(Changed::SecondSession(to))),
+            (None, true) if !self.has_session => {
+                let (device, how) = (self.device.name().into(), Misbehaviour::NoDataStream(to));
+                return Err(Error::DeviceMisbehaved { device, how });
+            }
+            (Some(_), true) => {
+                self.has_session = true;
+                self.resets = self.count()?;
+            }
+            _ => self.check_resets()?,
+        }
+        Ok(stream)
+    }
+
+    /// That nothing but the engine has driven the device since its session opened.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.check_state()?;
+        self.check_resets()
+    }
+
+    fn check_state(&self) -> Result<()> {
+        let found = self.device.state().map_err(|error| failed(self.device, "reading its state", error))?;
+        if found == self.expected {
+            return Ok(());
+        }
+        Err(self.changed(Changed::State { expected: self.expected, found }))
+    }
+
+    fn check_resets(&self) -> Result<()> {
+        let Some(before) = self.resets else { return Ok(()) };
+        match self.count()? {
+            Some(now) if now != before => Err(self.changed(Changed::Reset(now.wrapping_sub(before)))),
+            _ => Ok(()),
+        }
+    }
+
+    fn count(&self) -> Result<Option<u64>> {
+        self.device.reset_count().map_err(|error| failed(self.device, "reading its count of resets", error))
+    }
+
+    fn changed(&self, found: Changed) -> Error {
+        Error::DeviceChanged { device: self.device.name().into(), found }
+    }
+}

@@ -1,0 +1,161 @@
+//! A move's first link: frames both ways, and the words that begin and end a move.
+
+use std::time::Duration;
+
+use limosa_clockwork::{Guard, Monitor, now};
+use limosa_stream::{Damage, Header, Kind, MigrationId, Preface, PrefaceFlags};
+
+use super::frame_reader::within;
+use super::{Frame, FrameReader, FrameWriter, link_failed};
+use crate::link::{Link, LinkError, Wait};
+use crate::protocol::limits::Limits;
+use crate::{Cancel, Error, Result};
+
+/// Both directions of a move's first link, shared by the threads of one side.
+pub(crate) struct Connection<'a> {
+    link: &'a dyn Link,
+    limits: Limits,
+    pub(crate) writer: FrameWriter<'a>,
+    reader: Monitor<FrameReader>,
+}
+
+/// A frame that came, with its payload.
+#[derive(Debug)]
+pub(crate) struct Received {
+    pub(crate) header: Header,
+    pub(crate) payload: Vec<u8>,
+}
+
+/// Tells a peer that is not heard any further why, and gives it the time to read that.
+pub(crate) fn say_why(link: &dyn Link, why: &Error, silence_max: Duration) {
+    let limits = Limits::new(&crate::Options::default().with_silence_max(silence_max));
+    let connection = Connection::new(link, limits);
+    connection.abort(why);
+    connection.part(why);
+}
+
+impl<'a> Connection<'a> {
+    pub(crate) fn new(link: &'a dyn Link, limits: Limits) -> Connection<'a> {
+        let writer = FrameWriter::new(link, limits.silence_max);
+        let reader = Monitor::new(FrameReader::new(link, limits.silence_max));
+        Connection { link, limits, writer, reader }
+    }
+
+    pub(crate) fn has_peer(&self) -> bool {
+        self.link.has_peer()
+    }
+
+    /// The link, to read from.
+    pub(crate) fn link(&self) -> &'a dyn Link {
+        self.link
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The reading half, for as long as one thread reads.
+    pub(crate) fn reader(&self) -> Guard<'_, FrameReader> {
+        self.reader.lock()
+    }
+
+    pub(crate) fn send_preface(
+        &self,
+        id: MigrationId,
+        flags: PrefaceFlags,
+        cancel: Option<&Cancel>,
+    ) -> Result<()> {
+        self.writer.preface(id, flags, cancel)
+    }
+
+    pub(crate) fn receive_preface(&self, cancel: Option<&Cancel>) -> Result<Preface> {
+        self.reader().preface(self.link, cancel)
+    }
+
+    pub(crate) fn send(&self, frame: &Frame<'_>, cancel: Option<&Cancel>) -> Result<()> {
+        self.writer.send(frame, cancel)
+    }
+
+    /// The next frame that is not PROGRESS. The peer may be silent for `silence_max`, and keep this side waiting with
+    /// PROGRESS for `limit`.
+    pub(crate) fn receive(
+        &self,
+        doing: &'static str,
+        limit: Duration,
+        cancel: Option<&Cancel>,
+    ) -> Result<Received> {
+        let within = within(limit);
+        let mut reader = self.reader();
+        loop {
+            crate::cancel::check(cancel)?;
+            let header = reader.next(self.link, doing, within, cancel)?;
+            if header.kind != Kind::PROGRESS {
+                let payload = reader.payload(&header).to_vec();
+                return Ok(Received { header, payload });
+            }
+            // There may always be more of these at hand, so that nothing is ever waited for.
+            if within.is_some_and(|(until, _)| until <= now()) {
+                return Err(self.failed(LinkError::TimedOut, doing, limit));
+            }
+        }
+    }
+
+    /// The payload of a frame of this kind, which is due.
+    pub(crate) fn expect(
+        &self,
+        kind: Kind,
+        doing: &'static str,
+        limit: Duration,
+        cancel: Option<&Cancel>,
+    ) -> Result<Vec<u8>> {
+        let received = self.receive(doing, limit, cancel)?;
+        if received.header.kind != kind {
+            let why = format!("{kind} is due");
+            return Err(self.damaged(Damage::Misplaced { kind: received.header.kind, why }));
+        }
+        Ok(received.payload)
+    }
+
+    /// Tells the peer that the move is off and why.
+    pub(crate) fn abort(&self, error: &Error) {
+        if self.has_peer() && !error.peer_needs_no_word() {
+            self.writer.abort(error, self.limits.last_words_max);
+        }
+    }
+
+    /// Ends the link: nothing more is sent. After an ABORT the peer gets the time to read it, since a socket that is
+    /// closed with bytes unread may take back what was sent on it last.
+    pub(crate) fn part(&self, error: &Error) {
+        match self.has_peer() && !error.peer_needs_no_word() {
+            true => self.link.part(Wait::within(self.limits.last_words_max, None)),
+            false => self.link.finish(),
+        }
+    }
+
+    /// The reason that the peer gives for ending the move, if one comes: for a side whose link has failed.
+    pub(crate) fn last_words(&self) -> Option<Error> {
+        if !self.has_peer() {
+            return None;
+        }
+        let within = within(self.limits.last_words_max);
+        let mut reader = self.reader();
+        loop {
+            match reader.next(self.link, "listening for a reason", within, None) {
+                Err(error @ Error::Aborted { .. }) => return Some(error),
+                Err(_) => return None,
+                Ok(_) if within.is_some_and(|(until, _)| until <= now()) => return None,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// What is wrong with what came, as an error that names the sender.
+    pub(crate) fn damaged(&self, damage: Damage) -> Error {
+        Error::Stream { from: self.link.peer().into(), damage }
+    }
+
+    /// A link's error, as an error that names the peer.
+    pub(crate) fn failed(&self, error: LinkError, doing: &'static str, limit: Duration) -> Error {
+        link_failed(self.link.peer(), error, doing, limit)
+    }
+}
