@@ -75,7 +75,7 @@ impl Dirty {
                 continue;
             }
             let name = device.name();
-            let is_seen = memory.sources.iter().any(|source| source.sees(name))
+            let is_seen = memory.sources.iter().any(|source| source.sees(device))
                 || memory.log.as_ref().is_some_and(|log| log.covers_devices());
             if !is_seen {
                 self.blind = true;
