@@ -6,7 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use limosa_protocol::info::{DeviceInfo, DmaMapFlags, IrqInfo, RegionInfo};
 use limosa_protocol::{FeatureIndex, FeatureOp};
 
-use crate::{DataStream, Result};
+use crate::{DataStream, DeviceIdentity, Result};
 
 /// A VFIO device.
 ///
@@ -18,6 +18,13 @@ use crate::{DataStream, Result};
 pub trait Device: Send + Sync {
     /// How the user named the device: a socket's path, a PCI address. Used in messages.
     fn name(&self) -> &str;
+
+    /// The identity of this device object, by which logs of other parts know the device
+    /// ([`DirtySource::sees`](crate::DirtySource::sees)). Names need not be unique, identities are. An object that
+    /// wraps another device returns that device's identity. `None`, the default, is known to no log.
+    fn identity(&self) -> Option<DeviceIdentity> {
+        None
+    }
 
     /// Performs one request of the FEATURE multiplexer (`vfio.h: VFIO_DEVICE_FEATURE`).
     ///

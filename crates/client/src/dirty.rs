@@ -1,5 +1,5 @@
-//! [`DirtySource`]: who tells which pages were written by DMA, whatever logs them: a device itself
-//! ([`DeviceLog`]), the page tables of an IOMMU, a container. Several together are [`Fused`].
+//! [`DirtySource`]: a log of the pages that devices write by DMA. The log may be a device's own ([`DeviceLog`]), the
+//! page tables of an IOMMU or a container. [`Fused`] joins several of them.
 
 mod device;
 mod fused;
@@ -9,7 +9,7 @@ use limosa_protocol::bitmap::{set_range, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::logging::{REPORT_PAGE_SIZE_MIN, check_report};
 
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 
 pub use device::DeviceLog;
 pub use fused::Fused;
@@ -17,52 +17,54 @@ pub use ranges::merge_nearest;
 
 /// A log of the pages that devices write by DMA.
 ///
-/// **No page is lost.** A page that is written between [`DirtySource::start`] and [`DirtySource::stop`] is in
-/// the first report of its range that is asked for after the write was done. It may be in later ones too, and
-/// pages may be in them that nobody wrote. What is unmapped meanwhile comes out of the next report all the same.
-/// When a report fails, all of its range must be taken as dirty.
+/// **No page is lost.** A page that is written between [`DirtySource::start`] and [`DirtySource::stop`] is in the first
+/// report of its range that is requested after the write was done. It may be in later reports as well, and a report may
+/// have pages that were not written. Memory that is unmapped meanwhile is still in the next report. When a report
+/// fails, all of its range must be taken as dirty.
 ///
-/// A log has one reader: a page that one of two has been told of, the other is not.
+/// A log has one reader: a report clears the pages that it returns, so a second reader would miss them.
 pub trait DirtySource: Send + Sync {
-    /// What is named in messages.
+    /// The source's name, for messages.
     fn name(&self) -> &str;
 
-    /// Whether what the device of this name ([`Device::name`](crate::Device::name)) writes is in the reports. A
-    /// device that no source sees must be taken to have written everything.
-    fn sees(&self, device: &str) -> bool;
+    /// Whether the reports contain what this device writes. Devices are told apart by [`Device::identity`], never by
+    /// their names, which need not be unique.
+    ///
+    /// A device that no source sees must be taken to have written everything. So a false that is wrong costs time, and
+    /// a true that is wrong loses pages: a source returns true only for a device that it knows.
+    fn sees(&self, device: &dyn Device) -> bool;
 
-    /// Starts logging, all clean, and returns how large the pages are that it tells apart, in bytes: a power
-    /// of two, as near to `page_size_hint` as the source can. More than these ranges may be logged.
+    /// Starts logging, with all pages clean. Returns the page size of the log in bytes: a power of two, as near to
+    /// `page_size_hint` as the source can. More than these ranges may be logged.
     ///
     /// # Errors
     ///
     /// Nothing is logged then.
     fn start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64>;
 
-    /// Reads and clears the log of a range: bit *n* of `words` is set when the `page_size` bytes from
-    /// `iova + n * page_size` on were written. Bits that are set already stay so, those of pages beyond the
-    /// range too.
+    /// Reads and clears the log of a range. Bit *n* of `words` is set when one of the `page_size` bytes from
+    /// `iova + n * page_size` on was written. Bits that are set already stay set, those of pages beyond the range too.
     ///
-    /// The page size is a power of two from 4096 on, whatever [`DirtySource::start`] returned. The range lies in
-    /// one that was given to `start`, and its ends are multiples of 4096.
+    /// The page size is a power of two from 4096 on; it may differ from the one that [`DirtySource::start`] returned. The
+    /// range lies within one that was given to `start`, and its ends are multiples of 4096.
     ///
     /// # Errors
     ///
-    /// [`Error::Usage`] when the log is off, or when [`check`] says so. Whatever the error, what was written may
-    /// be forgotten: all of the range must be taken as dirty. Logging goes on.
+    /// [`Error::Usage`] when the log is off, and when [`check`] returns it. After any error the source may have
+    /// forgotten what was written: all of the range must be taken as dirty. Logging goes on.
     fn report(&self, iova: u64, length: u64, page_size: u64, words: &mut [u64]) -> Result<()>;
 
-    /// Stops logging. Nothing happens when it is off.
+    /// Stops logging. Does nothing when the log is off.
     fn stop(&self) -> Result<()>;
 }
 
-/// Takes all of a range as dirty, as is due when [`DirtySource::report`] fails.
+/// Marks all of a range as dirty, as a caller has to when [`DirtySource::report`] fails.
 pub fn all_dirty(length: u64, page_size: u64, words: &mut [u64]) {
     set_range(words, 0, length.div_ceil(page_size.max(1)));
 }
 
-/// What a source refuses in a report ([`Error::Usage`]): a page size that is no power of two from 4096 on, a range
-/// that is empty or ends beyond 2^64, and a bitmap without room for its pages. `name` is for the message.
+/// Checks the arguments of a report. [`Error::Usage`] for a page size that is not a power of two from 4096 on, for a
+/// range that is empty or ends beyond 2^64, and for a bitmap that is too short. `name` is for the message.
 pub fn check(name: &str, iova: u64, length: u64, page_size: u64, words: &[u64]) -> Result<()> {
     let usage = |what| Err(Error::Usage { device: name.into(), what });
     if check_report(iova, length, page_size).is_err() {

@@ -7,6 +7,7 @@ mod device;
 pub mod dirty;
 mod error;
 mod ext;
+mod identity;
 mod stream;
 
 pub use device::{
@@ -16,5 +17,6 @@ pub use device::{
 pub use dirty::{DeviceLog, DirtySource};
 pub use error::{Error, Result};
 pub use ext::DeviceExt;
+pub use identity::DeviceIdentity;
 pub use limosa_protocol as protocol;
 pub use stream::{Chunk, DataStream};

@@ -5,7 +5,8 @@ use std::sync::Mutex;
 
 use limosa_client::dirty::{DeviceLog, DirtySource, Fused};
 use limosa_client::{
-    Device, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Refers, Region, Result,
+    Device, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Refers,
+    Region, Result,
 };
 use limosa_protocol::feature::{DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport};
 use limosa_protocol::info::{DeviceInfo, IrqInfo};
@@ -16,6 +17,7 @@ const PAGE: u64 = 4096;
 
 /// A device that logs pages of one size, in a few ranges.
 struct Logger {
+    identity: DeviceIdentity,
     ranges_max: usize,
     refusal: Errno,
     page_size: u64,
@@ -28,6 +30,7 @@ struct Logger {
 impl Logger {
     fn new(ranges_max: usize) -> Logger {
         Logger {
+            identity: DeviceIdentity::unique(),
             ranges_max,
             refusal: Errno::E2BIG,
             page_size: PAGE,
@@ -53,6 +56,10 @@ impl Logger {
 impl Device for Logger {
     fn name(&self) -> &str {
         "logger"
+    }
+
+    fn identity(&self) -> Option<DeviceIdentity> {
+        Some(self.identity)
     }
 
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
@@ -229,13 +236,22 @@ fn several_sources_are_one() {
     let (fine, coarse) = (Logger::new(8), Logger { page_size: 4 * PAGE, ..Logger::new(8) });
     let (fine_log, coarse_log) = (DeviceLog::new(&fine), DeviceLog::new(&coarse));
     let both = Fused::new(vec![&fine_log, &coarse_log]);
-    assert!(both.sees("logger") && !both.sees("other"));
+    assert!(both.sees(&fine) && both.sees(&coarse));
     assert_eq!(both.start(PAGE, &ranges([(0, 64 * PAGE)])).unwrap(), 4 * PAGE);
     fine.write(PAGE);
     coarse.write(9 * PAGE);
     assert_eq!(report(&both, 0, 64 * PAGE, PAGE).unwrap(), [1, 8, 9, 10, 11]);
     both.stop().unwrap();
     assert!(fine.ranges.lock().unwrap().is_empty() && coarse.ranges.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_device_of_the_same_name_as_another_is_not_taken_for_it() {
+    let (logger, namesake) = (Logger::new(1), Logger::new(1));
+    let log = DeviceLog::new(&logger);
+    assert_eq!(logger.name(), namesake.name());
+    assert!(log.sees(&logger) && !log.sees(&namesake));
+    assert!(!Fused::new(vec![&log]).sees(&namesake));
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use limosa_client::{
-    Chunk, DataStream, Device, DirtyBits, DmaMap, DmaMemory, DmaTarget, Error, FeatureReply, FeatureRequest,
-    IrqAction, Region, Result,
+    Chunk, DataStream, Device, DeviceIdentity, DirtyBits, DmaMap, DmaMemory, DmaTarget, Error, FeatureReply,
+    FeatureRequest, IrqAction, Region, Result,
 };
 use limosa_protocol::feature::{FeatureMigState, PrecopyInfo};
 use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionFlags};
@@ -22,13 +22,14 @@ use crate::{Backing, Machine, Mapping, RemoteMemory, Save, SessionId};
 #[derive(Clone, Debug)]
 pub struct Loopback {
     name: String,
+    identity: DeviceIdentity,
     machine: Arc<Machine>,
 }
 
 impl Loopback {
     /// A client of the machine.
     pub fn new(name: impl Into<String>, machine: Arc<Machine>) -> Loopback {
-        Loopback { name: name.into(), machine }
+        Loopback { name: name.into(), identity: DeviceIdentity::unique(), machine }
     }
 
     /// The device.
@@ -58,6 +59,10 @@ impl Loopback {
 impl Device for Loopback {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn identity(&self) -> Option<DeviceIdentity> {
+        Some(self.identity)
     }
 
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {

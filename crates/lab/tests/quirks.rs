@@ -6,8 +6,8 @@ mod serial;
 use std::path::PathBuf;
 
 use limosa_client::{
-    Chunk, DataStream, Device, DeviceExt, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction,
-    Region, Result,
+    Chunk, DataStream, Device, DeviceExt, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply,
+    FeatureRequest, IrqAction, Region, Result,
 };
 use limosa_lab::Mdev;
 use limosa_migrate::{AfterLoad, AfterSave, Ledger, Outcome, Received, SnapshotFile};
@@ -80,6 +80,10 @@ impl DataStream for AlteredStream {
 impl Device for Altered<'_> {
     fn name(&self) -> &str {
         self.device.name()
+    }
+
+    fn identity(&self) -> Option<DeviceIdentity> {
+        self.device.identity()
     }
 
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {

@@ -1,18 +1,18 @@
-//! What moves go over: sockets, under TLS where certificates are given, with the bandwidth that is allowed.
+//! The links of a move as the user chose them: addresses, TLS certificates and bandwidth.
 
 use std::io;
 use std::time::{Duration, SystemTime};
 
 use limosa_migrate::Cancel;
 use limosa_migrate::link::{
-    self, Acceptor, Address, Bandwidth, LimitedLink, Link, LinkError, Listener, Tls, TlsLink, Wait,
+    self, Acceptor, Address, Bandwidth, Connector, Link, LinkError, Listener, Tls, Wait,
 };
 use limosa_stream::DATA_BYTES_MAX;
 
 use crate::args;
 use crate::exit::{self, Code};
 
-/// How this side makes a link of a socket.
+/// TLS and bandwidth of this side's links.
 #[derive(Debug)]
 pub struct Links {
     tls: Option<Tls>,
@@ -20,7 +20,7 @@ pub struct Links {
 }
 
 impl Links {
-    /// With the certificates that were given, which are read and checked.
+    /// Reads and checks the certificates that were given.
     pub fn new(args: &args::Tls) -> anyhow::Result<Links> {
         let (Some(ca), Some(certificate), Some(key)) = (&args.tls_ca, &args.tls_cert, &args.tls_key) else {
             return Ok(Links { tls: None, bandwidth: None });
@@ -31,7 +31,7 @@ impl Links {
         Ok(Links { tls: Some(tls), bandwidth: None })
     }
 
-    /// To this address, whose host may have to be the name in a certificate.
+    /// As [`Links::new`], and checks that a name is known for the certificate of the destination at this address.
     pub fn to(address: &Address, args: &args::Tls) -> anyhow::Result<Links> {
         let links = Links::new(args)?;
         if let Some(tls) = &links.tls {
@@ -41,10 +41,10 @@ impl Links {
         Ok(links)
     }
 
-    /// Sends no more than these bytes a second.
+    /// Limits what all links together send, in bytes per second.
     pub fn limited(self, bandwidth: Option<u64>, silence: Duration) -> anyhow::Result<Links> {
         if let Some(bytes_per_second) = bandwidth {
-            // The other side takes a frame that is not whole by then for silence.
+            // A frame has to arrive before the other side takes its delay for silence.
             let least = (2.0 * DATA_BYTES_MAX as f64 / silence.as_secs_f64()).ceil() as u64;
             if bytes_per_second < least {
                 let what = format!(
@@ -57,33 +57,30 @@ impl Links {
         Ok(Links { bandwidth: bandwidth.map(Bandwidth::new), ..self })
     }
 
-    /// Whether they are under TLS.
+    /// Whether the links are under TLS.
     pub fn are_tls(&self) -> bool {
         self.tls.is_some()
     }
 
-    /// Connects to whoever receives there.
-    pub fn connect(
-        &self,
-        address: &Address,
-        limit: Duration,
-        cancel: Option<&Cancel>,
-    ) -> Result<Box<dyn Link>, LinkError> {
-        let wait = Wait::within(limit, cancel);
-        let link = LimitedLink::new(link::connect(address, limit)?, self.bandwidth.clone());
-        Ok(match &self.tls {
-            Some(tls) => Box::new(TlsLink::connect(link, tls, address, wait)?),
-            None => Box::new(link),
-        })
+    /// Makes links to this address, which share the bandwidth.
+    pub fn connector(&self, address: &Address) -> Connector {
+        let mut connector = Connector::new(address.clone());
+        if let Some(tls) = &self.tls {
+            connector = connector.with_tls(tls.clone());
+        }
+        if let Some(bandwidth) = &self.bandwidth {
+            connector = connector.with_bandwidth(bandwidth.clone());
+        }
+        connector
     }
 
-    /// Whoever connects to this listener.
-    pub fn arrivals(&self, listener: Listener, silence: Duration) -> anyhow::Result<Acceptor> {
+    /// Accepts connections from this listener.
+    pub fn acceptor(&self, listener: Listener, silence: Duration) -> anyhow::Result<Acceptor> {
         Ok(Acceptor::new(listener, self.tls.clone(), silence)?)
     }
 }
 
-/// A link that did not come about.
+/// The error for a link that could not be made.
 pub fn failed(peer: &str, error: LinkError) -> anyhow::Error {
     match error {
         LinkError::Cancelled => limosa_migrate::Error::Cancelled.into(),
@@ -109,7 +106,7 @@ pub fn address(text: &str) -> anyhow::Result<Address> {
     }
 }
 
-/// Listens where the user said.
+/// Listens on the address that the user gave.
 pub fn listen(text: &str) -> anyhow::Result<Listener> {
     let address = address(text)?;
     Listener::bind(&address).map_err(|error| {
@@ -121,15 +118,15 @@ pub fn listen(text: &str) -> anyhow::Result<Listener> {
     })
 }
 
-/// Connects to who is there; `hint` says who that should be.
+/// Connects, within this limit. `hint` is for the message when the destination does not listen.
 pub fn connect(
-    links: &Links,
-    address: &Address,
+    connector: &Connector,
     limit: Duration,
     cancel: Option<&Cancel>,
     hint: &str,
 ) -> anyhow::Result<Box<dyn Link>> {
-    links.connect(address, limit, cancel).map_err(|error| match error {
+    let address = connector.address();
+    connector.connect(Wait::within(limit, cancel)).map_err(|error| match error {
         LinkError::Io(error) => {
             exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
         }

@@ -110,7 +110,7 @@ fn once(limit: Duration, pages_per_second: f64, files: &[File; 2]) -> (f64, f64,
     let (outcome, _) = move_local(
         &mut Source {
             devices: &[MovedDevice::new(&devices[0])],
-            memory: Memory { regions: vec![region(&here)], log: Some(&mut log), ..Memory::default() },
+            memory: Memory::logged(vec![region(&here)], &mut log),
             vmm: &*vcpu,
             observer: &Nobody,
             options: &options,

@@ -129,7 +129,7 @@ fn engine(bytes: u64, links: u32, here: &FilePages, there: &FilePages) -> Cost {
             };
             let mut source = Source {
                 devices: &[],
-                memory: Memory { regions: vec![region(here)], ..Memory::default() },
+                memory: Memory::stopped(vec![region(here)]),
                 vmm: &Nobody,
                 observer: &Nobody,
                 options,

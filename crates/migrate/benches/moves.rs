@@ -54,7 +54,7 @@ fn move_once(source: &Loopback, destination: &Loopback, memory: Option<(&FilePag
     let (outcome, _) = move_local(
         &mut Source {
             devices: &ours,
-            memory: Memory { regions: here, ..Memory::default() },
+            memory: Memory::stopped(here),
             vmm: &Nobody,
             observer: &Nobody,
             options: &options,

@@ -114,7 +114,7 @@ fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 4] {
         let receiving = scope.spawn(move || destination.receive(&far));
         let mut source = Source {
             devices: &ours,
-            memory: Memory::default(),
+            memory: Memory::none(),
             vmm: &Nobody,
             observer: &Nobody,
             options: &options,

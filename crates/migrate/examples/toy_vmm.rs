@@ -25,7 +25,7 @@ use std::time::Duration;
 use limosa_client::{Device, DmaMap, DmaMemory};
 use limosa_device::saved::Section;
 use limosa_device::{Bus, Description, Fault, Loopback, Machine, Model, Whole, WholeState};
-use limosa_migrate::link::{Acceptor, Address, Bandwidth, Incoming, LimitedLink, Listener, Wait, connect};
+use limosa_migrate::link::{Acceptor, Address, Bandwidth, Connector, Incoming, Listener, Wait, connect};
 use limosa_migrate::{
     Cancel, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory, MemoryRegion,
     MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,
@@ -418,7 +418,7 @@ impl Machinery {
         let mut log = LogHandle(&self.guest.log);
         act(&mut Source {
             devices: &self.devices.moved(),
-            memory: Memory { regions: vec![self.memory()], log: Some(&mut log), sources: Vec::new() },
+            memory: Memory::logged(vec![self.memory()], &mut log),
             vmm: &Hooks(&self.guest),
             observer: &Watch,
             options: &self.options,
@@ -430,8 +430,13 @@ impl Machinery {
     fn send(&self, to: &Address, bandwidth: Option<u64>) -> Result<()> {
         let cancel = Cancel::new()?;
         *lock(&self.cancel) = Some(cancel.clone());
-        let link = LimitedLink::new(connect(to, self.options.silence_max)?, bandwidth.map(Bandwidth::new));
-        let outcome = self.with_source(Some(&cancel), |source| source.send(&link));
+        // Further links of the move, as many as `Options::links` allows, come from here too, and share the bandwidth.
+        let mut connector = Connector::new(to.clone());
+        if let Some(bytes_per_second) = bandwidth {
+            connector = connector.with_bandwidth(Bandwidth::new(bytes_per_second));
+        }
+        let link = connector.connect(Wait::within(self.options.silence_max, Some(&cancel)))?;
+        let outcome = self.with_source(Some(&cancel), |source| source.send_over(&link, &connector));
         *lock(&self.cancel) = None;
         self.ended(outcome);
         // The link may have died just when the destination was to run. It knows.
@@ -484,7 +489,7 @@ impl Machinery {
     }
 
     /// Waits for a machine, and takes it over. The devices and the memory here are as those of the source, and idle.
-    fn receive(&self, arrivals: &Acceptor, ledger: &Ledger) -> Result<()> {
+    fn receive(&self, acceptor: &Acceptor, ledger: &Ledger) -> Result<()> {
         let devices = self.devices.moved();
         let memory = [self.memory()];
         loop {
@@ -499,11 +504,11 @@ impl Machinery {
                 cancel: Some(&cancel),
                 ledger,
             };
-            let Incoming::Peer(link) = arrivals.next(Wait::within(Duration::MAX, Some(&cancel)))? else {
-                // A stranger, who had no move.
+            let Incoming::Peer(link) = acceptor.accept(Wait::within(Duration::MAX, Some(&cancel)))? else {
+                // A client that is not migrating.
                 continue;
             };
-            match destination.receive(&link) {
+            match destination.receive_over(&link, acceptor) {
                 Received::Runs(report) => {
                     *lock(&self.cancel) = None;
                     print!("{report}");
@@ -526,9 +531,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// From now on this process has a guest that runs, and takes no other one; but a source in doubt may still ask for the
 /// one that came, as long as this process lives.
-fn answer(arrivals: &Acceptor, ledger: &Ledger, options: &Options) {
-    while let Ok(arrival) = arrivals.next(Wait::within(Duration::MAX, None)) {
-        if let Incoming::Peer(link) = arrival
+fn answer(acceptor: &Acceptor, ledger: &Ledger, options: &Options) {
+    while let Ok(incoming) = acceptor.accept(Wait::within(Duration::MAX, None)) {
+        if let Incoming::Peer(link) = incoming
             && let Received::Answered { id, decision } = ledger.answer(&link, options, None)
         {
             println!("answered for {id}: {decision:?}");
@@ -587,15 +592,15 @@ fn main() -> Result<()> {
         }
         ["receive", address] => {
             let listener = Listener::bind(&address.parse()?)?;
-            // Who connects and says nothing, or what is no move, holds up nobody.
-            let arrivals = Acceptor::new(listener, None, machinery.options.silence_max)?;
-            println!("listens at {}", arrivals.address());
+            // A client that stays silent, or is not migrating, does not block others.
+            let acceptor = Acceptor::new(listener, None, machinery.options.silence_max)?;
+            println!("listens at {}", acceptor.address());
             // Kept in memory, what became of a move is forgotten with the process. A VMM whose machines matter keeps
             // it on a disk: `Ledger::open`.
             let ledger = Ledger::new();
-            machinery.receive(&arrivals, &ledger)?;
+            machinery.receive(&acceptor, &ledger)?;
             let options = machinery.options.clone();
-            std::thread::spawn(move || answer(&arrivals, &ledger, &options));
+            std::thread::spawn(move || answer(&acceptor, &ledger, &options));
         }
         _ => return Err("expected `run` or `receive ADDRESS`".into()),
     }

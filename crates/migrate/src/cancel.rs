@@ -87,7 +87,7 @@ impl Cancel {
 
     /// Waits for that long, or until somebody calls it off; whether somebody did.
     pub fn wait(&self, time: Duration) -> bool {
-        let deadline = limosa_clockwork::now() + time;
+        let deadline = crate::link::after(limosa_clockwork::now(), time);
         while !self.is_cancelled() {
             let left = deadline.saturating_duration_since(limosa_clockwork::now());
             if left.is_zero() {

@@ -16,7 +16,7 @@
 //!     let mut link = connect(to, options.silence_max)?;
 //!     let mut source = Source {
 //!         devices: &[MovedDevice::new(device)],
-//!         memory: Memory::default(),
+//!         memory: Memory::none(),
 //!         vmm: &Nobody,
 //!         observer: &Nobody,
 //!         options: &options,

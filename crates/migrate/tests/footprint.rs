@@ -77,7 +77,7 @@ fn footprint(bytes: u64, compress: Option<Compression>) -> usize {
         });
         let mut source = Source {
             devices: &[],
-            memory: Memory { regions: vec![region], ..Memory::default() },
+            memory: Memory::stopped(vec![region]),
             vmm: &Nobody,
             observer: &Nobody,
             options: &options,

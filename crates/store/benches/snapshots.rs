@@ -126,10 +126,7 @@ fn save(guest: &File, to: &dyn SnapshotTarget) {
     let pages = FilePages::new(guest.try_clone().unwrap(), 0);
     let mut source = Source {
         devices: &[],
-        memory: Memory {
-            regions: vec![MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }],
-            ..Memory::default()
-        },
+        memory: Memory::stopped(vec![MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }]),
         vmm: &Nobody,
         observer: &Nobody,
         options: &Options::default(),

@@ -8,8 +8,8 @@ use std::sync::{Arc, RwLock, Weak};
 
 use limosa_client::dirty::{all_dirty, check};
 use limosa_client::{
-    Device, DeviceExt, DeviceLog, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Region,
-    Result,
+    Device, DeviceExt, DeviceIdentity, DeviceLog, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest,
+    IrqAction, Region, Result,
 };
 use limosa_protocol::State;
 use limosa_protocol::bitmap::or_into;
@@ -65,6 +65,7 @@ pub struct Options {
 /// ```
 pub struct KernelDevice {
     name: Arc<str>,
+    identity: DeviceIdentity,
     // Closed in this order: the device before its group, the group before the space that it is in.
     fd: Arc<OwnedFd>,
     group: Option<OwnedFd>,
@@ -124,17 +125,16 @@ impl KernelDevice {
             hint: "".into(),
         })?;
         let door = space.as_ref().map(AddressSpace::door);
-        let device = KernelDevice::new(name, Opened { fd, group: None, space, door })?;
-        if let Some(space) = &device.space {
-            space.has_device(name);
-        }
-        Ok(device)
+        KernelDevice::new(name, Opened { fd, group: None, space, door })
     }
 
     fn new(name: &str, opened: Opened) -> Result<KernelDevice> {
         let device = KernelDevice::of(name, opened);
         // Shows that the fd is one of a VFIO device. And mtty does not answer for interrupts before it was asked this.
         device.info()?;
+        if let Some(space) = &device.space {
+            space.has_device(&device);
+        }
         Ok(device)
     }
 
@@ -142,6 +142,7 @@ impl KernelDevice {
         let Opened { fd, group, space, door } = opened;
         KernelDevice {
             name: name.into(),
+            identity: DeviceIdentity::unique(),
             fd: Arc::new(fd),
             group,
             space,
@@ -235,6 +236,10 @@ impl Device for KernelDevice {
         &self.name
     }
 
+    fn identity(&self) -> Option<DeviceIdentity> {
+        Some(self.identity)
+    }
+
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         self.perform(request)
     }
@@ -289,7 +294,7 @@ impl Device for KernelDevice {
         let Some(DirtyBits { page_size, words }) = dirty else {
             return space.unmap(&self.name, iova, size, None);
         };
-        if space.logs(&self.name) {
+        if space.logs(self.identity) {
             return space.unmap(&self.name, iova, size, Some(DirtyBits { page_size, words }));
         }
         // Its own log knows. It outlives the memory, and is complete once the device cannot write there any more.

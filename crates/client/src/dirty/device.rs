@@ -1,4 +1,4 @@
-//! [`DeviceLog`]: what a device itself logs (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`, `_STOP` and
+//! [`DeviceLog`]: the log of a device itself (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`, `_STOP` and
 //! `_REPORT`).
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,23 +11,23 @@ use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 use super::{DirtySource, check, merge_nearest};
 use crate::{Device, DeviceExt, Error, Result};
 
-/// The bitmap of one report, in words: what a message carries on every transport.
+/// The size of one report's bitmap in words, which fits in a message on every transport.
 const REPORT_WORDS: u64 = 1 << 16;
 
 /// The log of one device.
 pub struct DeviceLog<'a> {
     device: &'a dyn Device,
-    /// The log's page size, in bytes, while it is on.
+    /// The log's page size in bytes, while the log is on.
     page_size: Mutex<Option<u64>>,
 }
 
 impl<'a> DeviceLog<'a> {
-    /// The log of this device, off.
+    /// The log of this device. It is off.
     pub fn new(device: &'a dyn Device) -> DeviceLog<'a> {
         DeviceLog { device, page_size: Mutex::new(None) }
     }
 
-    /// The log of this device, which was started before and has pages of so many bytes.
+    /// The log of this device, which is on and has this page size in bytes.
     pub fn started(device: &'a dyn Device, page_size: u64) -> DeviceLog<'a> {
         DeviceLog { device, page_size: Mutex::new(Some(page_size)) }
     }
@@ -47,12 +47,13 @@ impl DirtySource for DeviceLog<'_> {
         self.device.name()
     }
 
-    fn sees(&self, device: &str) -> bool {
-        device == self.device.name()
+    fn sees(&self, device: &dyn Device) -> bool {
+        let own = self.device.identity();
+        own.is_some() && device.identity() == own
     }
 
-    /// Starts the log. Devices have few registers for ranges, and say so with one errno or another: then the
-    /// nearest are joined, so that more is logged, never less. A log that somebody left on is started anew.
+    /// Starts the log. Devices have few registers for ranges, and refuse too many with different errnos. Then the ranges
+    /// with the smallest gaps are joined, so that the device logs more, never less. A log that was left on is restarted.
     fn start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64> {
         let mut started = self.page_size();
         if started.is_some() {
@@ -62,11 +63,11 @@ impl DirtySource for DeviceLog<'_> {
         let mut may_be_on = true;
         let page_size = loop {
             match self.device.dma_logging_start(page_size_hint, &ranges) {
-                // Perhaps whoever started it last died, or could not reach the device to stop it.
+                // The log may be on: its last user may have died, or could not reach the device to stop it.
                 Err(Error::Refused { errno: Errno::EINVAL, .. })
                     if std::mem::take(&mut may_be_on) && self.device.dma_logging_stop().is_ok() =>
                 {
-                    tracing::warn!("{}: its DMA log was left on, and is started anew", self.name());
+                    tracing::warn!("{}: its DMA log was left on, and is restarted", self.name());
                 }
                 Err(Error::Refused { errno, .. }) if ranges.len() > 1 && may_take_fewer(errno) => {
                     tracing::debug!("{}: {} ranges to log: {errno}", self.name(), ranges.len());
@@ -126,7 +127,7 @@ impl std::fmt::Debug for DeviceLog<'_> {
     }
 }
 
-/// Whether a refused START may be for the number of its ranges.
+/// Whether the cause of a refused START may be the number of its ranges.
 fn may_take_fewer(errno: Errno) -> bool {
     !matches!(errno, Errno::ENOTTY | Errno::EBUSY | Errno::ENODEV | Errno::EPERM | Errno::EACCES)
 }

@@ -1,19 +1,19 @@
-//! [`Fused`]: several sources of dirty pages as one.
+//! [`Fused`]: joins several sources of dirty pages.
 
 use limosa_protocol::feature::DmaLoggingRange;
 
 use super::{DirtySource, all_dirty};
-use crate::Result;
+use crate::{Device, Result};
 
-/// Several sources as one: a page is dirty when one of them says so, and a source whose report fails makes
-/// its range dirty.
+/// Several sources as one. A page is dirty when one of the sources reports it. When the report of a source fails, all of
+/// its range is dirty.
 pub struct Fused<'a> {
     name: String,
     sources: Vec<&'a dyn DirtySource>,
 }
 
 impl<'a> Fused<'a> {
-    /// These sources. With none, nothing is ever dirty and no device seen.
+    /// Joins these sources. Without any, no page is dirty and no device is seen.
     pub fn new(sources: Vec<&'a dyn DirtySource>) -> Fused<'a> {
         let names: Vec<_> = sources.iter().map(|source| source.name()).collect();
         Fused { name: names.join(" and "), sources }
@@ -25,12 +25,12 @@ impl DirtySource for Fused<'_> {
         &self.name
     }
 
-    fn sees(&self, device: &str) -> bool {
+    fn sees(&self, device: &dyn Device) -> bool {
         self.sources.iter().any(|source| source.sees(device))
     }
 
-    /// Starts all, and returns the page size of the coarsest. When one does not start, those before it are
-    /// stopped again.
+    /// Starts all sources. Returns the largest page size. When a source does not start, those before it are stopped
+    /// again.
     fn start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64> {
         let mut coarsest = page_size_hint;
         for (at, source) in self.sources.iter().enumerate() {
@@ -49,7 +49,7 @@ impl DirtySource for Fused<'_> {
         Ok(coarsest)
     }
 
-    /// Never fails: a source that does makes the range dirty, and is named in a warning.
+    /// Never fails. A source that fails makes the range dirty, and is named in a warning.
     fn report(&self, iova: u64, length: u64, page_size: u64, words: &mut [u64]) -> Result<()> {
         for source in &self.sources {
             if let Err(error) = source.report(iova, length, page_size, words) {
@@ -60,9 +60,9 @@ impl DirtySource for Fused<'_> {
         Ok(())
     }
 
-    /// Stops all; the first failure is returned.
+    /// Stops all sources. Returns the first failure.
     fn stop(&self) -> Result<()> {
-        // All of them, whatever the first one answers.
+        // All are stopped before the first failure is returned.
         let stopped: Vec<_> = self.sources.iter().map(|source| source.stop()).collect();
         stopped.into_iter().collect()
     }

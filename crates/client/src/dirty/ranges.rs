@@ -1,10 +1,10 @@
-//! Fewer ranges to log than there are, for devices that have few registers for them.
+//! [`merge_nearest`]: reduces the number of ranges to log, for devices that have few registers for ranges.
 
 use limosa_protocol::feature::DmaLoggingRange;
 
-/// At most `max` ranges, and at least one, that cover all that `ranges` do: those with the smallest gaps
-/// between them are joined. They come in order and apart. Empty ranges are left out, and one that runs beyond
-/// 2^64 ends before its last byte.
+/// Returns at most `max` ranges, but at least one, that cover all of `ranges`. Ranges with the smallest gaps between
+/// them are joined. The result is sorted, and its ranges neither overlap nor touch. Empty ranges are left out, and a
+/// range that extends beyond 2^64 ends before its last byte.
 pub fn merge_nearest(ranges: &[DmaLoggingRange], max: usize) -> Vec<DmaLoggingRange> {
     let mut spans: Vec<(u64, u64)> = ranges
         .iter()
@@ -50,7 +50,7 @@ mod tests {
         assert_eq!(merged(&ranges, 3), [(0, 0x1000), (0x3000, 0x3000), (0x9000, 0x1000)]);
         assert_eq!(merged(&ranges, 2), [(0, 0x6000), (0x9000, 0x1000)]);
         assert_eq!(merged(&ranges, 1), [(0, 0xa000)]);
-        assert_eq!(merged(&ranges, 0), [(0, 0xa000)], "nothing is not an answer");
+        assert_eq!(merged(&ranges, 0), [(0, 0xa000)], "at least one");
         assert_eq!(merged(&[], 0), []);
     }
 

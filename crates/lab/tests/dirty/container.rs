@@ -4,7 +4,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::AsFd;
 
-use limosa_client::{Device, DirtyBits, DirtySource};
+use limosa_client::{DirtyBits, DirtySource};
 use limosa_lab::Mdev;
 use limosa_lab::module::{self, Dma, ModuleDevice};
 use limosa_protocol::Errno;
@@ -24,7 +24,7 @@ fn a_container_logs_for_its_devices() {
     let guest = memory(1 << 20);
     space.map("dev", &file(&guest, 0x10_0000, 16 * PAGE)).unwrap();
     assert_eq!(log.start(PAGE, &[]).unwrap(), PAGE);
-    assert!(log.sees(device.name()) && !log.sees("another"));
+    assert!(log.sees(&device));
     space.map("dev", &file(&guest, 0x10_0000 + 16 * PAGE, 16 * PAGE)).unwrap();
     assert!(report(&log, 0x10_0000, 32).is_empty(), "mtty writes nothing");
     assert!(report(&log, 0x10_0000 + 8 * PAGE, 16).is_empty(), "though it cuts two mappings");
@@ -35,7 +35,8 @@ fn a_container_logs_for_its_devices() {
     drop(device);
     let lost = log.report(0x10_0000, 32 * PAGE, PAGE, &mut [0]).unwrap_err();
     assert_eq!(lost.errno(), Some(Errno::EINVAL), "{lost}");
-    let _device = KernelDevice::open(mtty.uuid(), &options).unwrap();
+    let device = KernelDevice::open(mtty.uuid(), &options).unwrap();
+    assert!(log.sees(&device));
     assert_eq!(report(&log, 0x10_0000, 32), (16..32).collect::<Vec<_>>(), "all that was mapped");
     assert!(report(&log, 0x10_0000, 32).is_empty(), "and is logged again");
     log.stop().unwrap();
@@ -162,7 +163,9 @@ fn the_container_of_a_vmm_is_read_as_it_is() {
     vmm.map("vmm", &file(&guest, BASE, 64 * PAGE)).unwrap();
     let log = space.dirty_log();
     log.start(PAGE, &[]).unwrap();
-    assert!(log.sees(module.uuid()));
+    assert!(log.sees(&device));
+    let namesake = Loopback::new(module.uuid(), Machine::new(Box::new(Uart::new(vec![Line::Echo]).unwrap())));
+    assert!(!log.sees(&namesake), "a device of the same name elsewhere");
     writes(&device, Dma::Write, 7, 2);
     assert_eq!(report(&log, BASE, 64), [7, 8]);
     let cut = log.report(BASE, 8 * PAGE, PAGE, &mut [0]).unwrap_err();

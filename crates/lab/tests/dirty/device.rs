@@ -24,7 +24,7 @@ fn a_device_tells_exactly_what_it_wrote() {
         let guest = Guest::new(64 * PAGE);
         guest.map(&device, BASE);
         let log = DeviceLog::new(&device);
-        assert!(log.is_supported().unwrap() && log.sees(device.name()));
+        assert!(log.is_supported().unwrap() && log.sees(&device));
         module::dma(&device, Dma::Write, BASE, PAGE, 1).unwrap();
         assert_eq!(log.start(PAGE, &ranges([(0, 64)])).unwrap(), PAGE);
         assert_eq!(module.number("logging"), 1);

@@ -81,7 +81,7 @@ impl Guest {
             space = AddressSpace::new(Door::Cdev).unwrap();
             let (iommufd, ioas) = space.ioas().unwrap();
             page_table = Some(attach(&space, "mock", &MockDevice::new(iommufd, ioas, true)));
-            space.has_device(device.name());
+            space.has_device(&device);
         }
         let guest = Guest {
             device,
@@ -240,11 +240,8 @@ fn moved(
     let there: Vec<_> = there.iter().map(|device| MovedDevice::new(*device)).collect();
     let mut source = Source {
         devices: &here,
-        memory: Memory {
-            regions: regions(&near),
-            log: Some(&mut log),
-            sources: logs.iter().map(|log| log as &dyn DirtySource).collect(),
-        },
+        memory: Memory::logged(regions(&near), &mut log)
+            .with_sources(logs.iter().map(|log| log as &dyn DirtySource).collect()),
         vmm: &Nobody,
         observer: &All(guests),
         options: &options,

@@ -198,7 +198,7 @@ pub fn options() -> Options {
 pub fn with_source<R>(device: &dyn Device, options: &Options, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
     act(&mut Source {
         devices: &[MovedDevice::new(device)],
-        memory: Memory::default(),
+        memory: Memory::none(),
         vmm: &Nobody,
         observer: &Nobody,
         options,

@@ -155,7 +155,7 @@ fn look(kernel: &KernelDevice, given: &str, dma_logging: bool) -> Kernel {
         dirty_sources: kernel.address_space().map(|space| {
             let log = space.dirty_log();
             // A log that does not start tells nothing.
-            let space = log.sees(kernel.name()) && log.start(4096, &[]).and_then(|_| log.stop()).is_ok();
+            let space = log.sees(kernel) && log.start(4096, &[]).and_then(|_| log.stop()).is_ok();
             let device = dma_logging.then(|| "device".to_owned());
             device.into_iter().chain(space.then(|| log.name().to_owned())).collect()
         }),

@@ -101,7 +101,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
                 ));
             }
             let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
-            let link = links::connect(&links, &address, options.silence_max, None, hint)?;
+            let link = links::connect(&links.connector(&address), options.silence_max, None, hint)?;
             with(&side, &guest, |source| source.resolve(doubt, &link))
         }
     };
@@ -151,7 +151,7 @@ fn is_of(doubt: &Doubt, name: &str) -> bool {
 fn with(side: &Side, guest: &Guest<'_>, act: impl FnOnce(&mut Source<'_>) -> Outcome) -> Outcome {
     act(&mut Source {
         devices: &side.moved(),
-        memory: Memory::default(),
+        memory: Memory::none(),
         vmm: guest,
         observer: &Nobody,
         options: &Options::default(),
@@ -186,12 +186,12 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
     let (ledger, listener) = (moves.ledger()?, links::listen(&args.listen)?);
     let (links, options) = (Links::new(&args.tls)?, Options::default());
-    let arrivals = links.arrivals(listener, options.silence_max)?;
-    out.say(&format!("listening on {}", arrivals.address()));
+    let acceptor = links.acceptor(listener, options.silence_max)?;
+    out.say(&format!("listening on {}", acceptor.address()));
     let began = Instant::now();
     loop {
         let left = args.wait.saturating_sub(began.elapsed());
-        let link = match arrivals.next(Wait::within(left, Some(&cancel))) {
+        let link = match acceptor.accept(Wait::within(left, Some(&cancel))) {
             Ok(Incoming::Peer(link)) => link,
             Ok(Incoming::NotAPeer { why, .. }) => {
                 tracing::warn!("{why}");
@@ -209,7 +209,7 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
                 };
                 out.line(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
             }
-            // Somebody who wants to send, or nobody who knows how to ask.
+            // A source that wants to send, or a client that is not a source.
             Received::Discarded { why, .. } => tracing::warn!("{why}"),
             Received::Runs(_) | Received::Stopped(_) | Received::Broken { .. } => {}
         }

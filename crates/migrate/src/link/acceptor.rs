@@ -1,35 +1,38 @@
-//! Whoever connects to a listener, several at a time: who says nothing, or what no move begins with, holds up nobody
-//! who has one.
+//! [`Acceptor`]: takes connections from a listener, several at a time, so that a client that stays silent, or is not
+//! migrating, does not block others.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use super::{Address, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait};
+use super::{Address, FurtherLinks, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait};
 use crate::Error;
 use crate::cancel::timespec;
 use crate::lock::lock;
 use crate::wire::{FrameReader, say_why};
 use limosa_stream::{Damage, PREFACE_BYTES, Preface};
 
-/// How many may be connected at once that have not said yet what they want. When one more comes, the one goes that has
-/// said nothing for longest, so that a sender never has to wait for them.
+/// The most connections that may wait for their preface at once. One more closes the one that has been silent for
+/// longest, so that a source never waits for clients that stay silent.
 pub const PENDING_MAX: usize = 16;
 
-/// Who has connected.
+/// A connection, once it is known what it is.
 pub enum Incoming {
-    /// It has sent a preface, which the link still has to be read for: a source that moves or asks, or a further link.
+    /// A source, or a further link of one: it has sent a preface. The preface can still be read from the link.
     Peer(Box<dyn Link>),
-    /// It is no source: it failed in the TLS handshake, sent something else than a preface, left or stayed silent.
+    /// A client that is not a source, or a connection that could not be looked at. It is closed.
     NotAPeer {
-        /// Which.
+        /// The client.
         peer: String,
-        /// What it did instead. [`Error::TimedOut`] also when it had to go because others came.
+        /// What it did instead of sending a preface: it failed in the TLS handshake, sent something else, left or stayed
+        /// silent. [`Error::TimedOut`] also when more clients than [`PENDING_MAX`] connected. [`Error::Os`] when this
+        /// side could not start a thread for it.
         why: Error,
     },
 }
@@ -45,8 +48,22 @@ impl fmt::Debug for Incoming {
     }
 }
 
-/// Takes those who connect to a listener, [`PENDING_MAX`] at a time, each in a thread of its own until it has sent its
-/// preface, under TLS after the handshake. They come out in the order in which they have done so.
+/// Accepts connections, at most [`PENDING_MAX`] at a time, and reads the preface of each in a thread of its own, under
+/// TLS after the handshake. Connections come out in the order in which their prefaces arrive.
+///
+/// As [`FurtherLinks`] it gives a destination the further links of its move:
+///
+/// ```no_run
+/// use limosa_migrate::link::{Acceptor, Incoming, Wait};
+/// use limosa_migrate::{Destination, Received};
+///
+/// fn receive(destination: &Destination<'_>, acceptor: &Acceptor, wait: Wait<'_>) -> std::io::Result<Option<Received>> {
+///     match acceptor.accept(wait).map_err(std::io::Error::other)? {
+///         Incoming::Peer(link) => Ok(Some(destination.receive_over(&link, acceptor))),
+///         Incoming::NotAPeer { .. } => Ok(None),
+///     }
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Acceptor {
     listener: Listener,
@@ -58,64 +75,65 @@ pub struct Acceptor {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Readable when somebody has been heard since it was read.
+    /// An eventfd: readable when a connection has become ready since it was read.
     wake: OwnedFd,
 }
 
 impl Shared {
     fn wake(&self) {
-        // Only a counter at its end refuses, and that wakes as well.
+        // Refused only when the counter is at its maximum, where the eventfd is readable as well.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 }
 
 #[derive(Debug, Default)]
 struct State {
-    heard: VecDeque<Incoming>,
-    /// Those who have not been heard, or are being told why they are not taken, in the order in which they came.
-    unheard: VecDeque<Unheard>,
-    next: u64,
+    /// Connections of which it is known what they are.
+    ready: VecDeque<Incoming>,
+    /// Connections that have sent no preface yet, and those that are being refused, oldest first.
+    pending: VecDeque<Pending>,
+    next_number: u64,
 }
 
 #[derive(Debug)]
-struct Unheard {
+struct Pending {
     number: u64,
     link: Arc<SocketLink>,
     since: Instant,
 }
 
 impl Acceptor {
-    /// At this listener, under TLS where that is given. `silence_max` is how long each of them may take for the
-    /// handshake, and then for the preface. Fails when the process is out of file descriptors.
+    /// Accepts from this listener, under TLS if certificates are given. `silence_max` bounds the TLS handshake of each
+    /// connection, and then the wait for its preface. Fails when the process has no file descriptors left.
     pub fn new(listener: Listener, tls: Option<Tls>, silence_max: Duration) -> std::io::Result<Acceptor> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let shared = Arc::new(Shared { state: Mutex::default(), wake });
         Ok(Acceptor { listener, tls, silence_max, shared })
     }
 
-    /// Where it listens.
+    /// The address that it listens on.
     pub fn address(&self) -> &Address {
         self.listener.address()
     }
 
-    /// The next one that has been heard. Nobody is accepted but in these calls; who was accepted is heard on between
-    /// them.
-    pub fn next(&self, wait: Wait<'_>) -> Result<Incoming, LinkError> {
+    /// The next connection of which it is known what it is. New connections are accepted only during these calls;
+    /// prefaces are read between them, too.
+    pub fn accept(&self, wait: Wait<'_>) -> Result<Incoming, LinkError> {
         loop {
-            // Read before the look, so that whoever is heard after it wakes the poll.
+            // Cleared before the queue is looked at: a connection that becomes ready later wakes the poll.
             let _ = rustix::io::read(&self.shared.wake, &mut [0; 8]);
             let mut state = lock(&self.shared.state);
-            if let Some(arrival) = state.heard.pop_front() {
-                if !state.heard.is_empty() {
-                    // Somebody else may be waiting for it.
+            if let Some(incoming) = state.ready.pop_front() {
+                if !state.ready.is_empty() {
+                    // Another thread may be waiting for it.
                     self.shared.wake();
                 }
-                return Ok(arrival);
+                return Ok(incoming);
             }
             drop(state);
             match self.listener.accept(Wait { deadline: Instant::now(), cancel: None }) {
                 Ok(link) => {
-                    self.hear(link);
+                    self.start(link, thread::Builder::new());
                     wait.left()?;
                 }
                 Err(LinkError::TimedOut) => self.poll(wait)?,
@@ -124,7 +142,7 @@ impl Acceptor {
         }
     }
 
-    /// Waits until somebody connects or has been heard.
+    /// Waits until a client connects or a connection becomes ready.
     fn poll(&self, wait: Wait<'_>) -> Result<(), LinkError> {
         let left = timespec(wait.left()?);
         let mut fds =
@@ -136,57 +154,74 @@ impl Acceptor {
         }
     }
 
-    fn hear(&self, link: SocketLink) {
+    /// Starts the thread that finds out what a new connection is.
+    fn start(&self, link: SocketLink, thread: thread::Builder) {
         let link = Arc::new(link);
         let number = {
             let mut state = lock(&self.shared.state);
-            if state.unheard.len() >= PENDING_MAX
-                && let Some(longest) = state.unheard.pop_front()
+            if state.pending.len() >= PENDING_MAX
+                && let Some(oldest) = state.pending.pop_front()
             {
-                longest.link.cut();
-                let (peer, limit) = (longest.link.peer().to_owned(), longest.since.elapsed());
-                let why = Error::TimedOut { peer: peer.clone(), doing: "others came", limit };
-                state.heard.push_back(Incoming::NotAPeer { peer, why });
+                oldest.link.cut();
+                let (peer, limit) = (oldest.link.peer().to_owned(), oldest.since.elapsed());
+                let doing = "more clients connected than may wait for their preface";
+                let why = Error::TimedOut { peer: peer.clone(), doing, limit };
+                state.ready.push_back(Incoming::NotAPeer { peer, why });
             }
-            let number = state.next;
-            state.next += 1;
+            let number = state.next_number;
+            state.next_number += 1;
             let since = Instant::now();
-            state.unheard.push_back(Unheard { number, link: Arc::clone(&link), since });
+            state.pending.push_back(Pending { number, link: Arc::clone(&link), since });
             number
         };
-        let hearing = Hearing {
+        let peer_thread = PeerThread {
             shared: Arc::clone(&self.shared),
             number,
             tls: self.tls.clone(),
             silence_max: self.silence_max,
         };
         let peer = link.peer().to_owned();
-        let thread = std::thread::Builder::new().name("limosa: arrival".into());
-        if let Err(error) = thread.spawn(move || hearing.run(link)) {
+        let started = thread.name("limosa: accepted".into()).spawn(move || peer_thread.run(link));
+        if let Err(error) = started {
             let mut state = lock(&self.shared.state);
-            state.unheard.retain(|unheard| unheard.number != number);
-            let why = Error::Os { doing: "starting a thread for who has connected", error };
-            state.heard.push_back(Incoming::NotAPeer { peer, why });
+            state.pending.retain(|pending| pending.number != number);
+            let why = Error::Os { doing: "starting a thread for a connection", error };
+            state.ready.push_back(Incoming::NotAPeer { peer, why });
         }
     }
 }
 
 impl Drop for Acceptor {
-    /// Who has not been heard is closed.
+    /// Closes the connections that are still pending.
     fn drop(&mut self) {
-        lock(&self.shared.state).unheard.drain(..).for_each(|unheard| unheard.link.cut());
+        lock(&self.shared.state).pending.drain(..).for_each(|pending| pending.link.cut());
     }
 }
 
-/// The thread of one that has connected.
-struct Hearing {
+/// The further links of a move, at the destination. Connections that are not peers are passed over, with a warning in
+/// the log.
+impl FurtherLinks for Acceptor {
+    fn next(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
+        loop {
+            match self.accept(wait)? {
+                Incoming::Peer(link) => return Ok(link),
+                Incoming::NotAPeer { peer, why } => {
+                    tracing::warn!(peer, "while waiting for a further link of the move: {why}");
+                }
+            }
+        }
+    }
+}
+
+/// The thread of one connection, until its preface has arrived or it is refused.
+struct PeerThread {
     shared: Arc<Shared>,
     number: u64,
     tls: Option<Tls>,
     silence_max: Duration,
 }
 
-impl Hearing {
+impl PeerThread {
     fn run(self, link: Arc<SocketLink>) {
         let peer = link.peer().to_owned();
         let link: Box<dyn Link> = match &self.tls {
@@ -194,14 +229,14 @@ impl Hearing {
             Some(tls) => match TlsLink::accept(link, tls, Wait::within(self.silence_max, None)) {
                 Ok(link) => Box::new(link),
                 Err(error) => {
-                    let doing = "shaking hands under TLS";
+                    let doing = "in the TLS handshake";
                     let why = match error {
                         LinkError::TimedOut => {
                             Error::TimedOut { peer: peer.clone(), doing, limit: self.silence_max }
                         }
                         error => Error::Link { peer: peer.clone(), doing, error },
                     };
-                    return self.is(Incoming::NotAPeer { peer, why });
+                    return self.is_ready(Incoming::NotAPeer { peer, why });
                 }
             },
         };
@@ -209,53 +244,53 @@ impl Hearing {
         let why = match reader.preface_bytes(&*link, None) {
             Ok(preface) => match Preface::decode(&preface) {
                 Err(damage @ Damage::NotAStream) => reader.damaged(damage),
-                // Whatever else is wrong with it, whoever takes the link says so.
+                // Any other damage is reported by the code that uses the link.
                 _ => {
-                    let heard = Heard { inner: link, preface: Mutex::new((preface, 0)) };
-                    return self.is(Incoming::Peer(Box::new(heard)));
+                    let link = WithPreface { inner: link, preface: Mutex::new((preface, 0)) };
+                    return self.is_ready(Incoming::Peer(Box::new(link)));
                 }
             },
             Err(why) => why,
         };
         say_why(&*link, &why, self.silence_max);
-        self.is(Incoming::NotAPeer { peer, why });
+        self.is_ready(Incoming::NotAPeer { peer, why });
     }
 
-    /// It has been heard, unless it had to go before.
-    fn is(&self, arrival: Incoming) {
+    /// Queues the connection, unless it was closed to make room for another.
+    fn is_ready(&self, incoming: Incoming) {
         let mut state = lock(&self.shared.state);
-        if let Some(at) = state.unheard.iter().position(|unheard| unheard.number == self.number) {
-            state.unheard.remove(at);
-            state.heard.push_back(arrival);
+        if let Some(at) = state.pending.iter().position(|pending| pending.number == self.number) {
+            state.pending.remove(at);
+            state.ready.push_back(incoming);
         }
         drop(state);
         self.shared.wake();
     }
 }
 
-/// A link whose preface has been read, and is read again by whoever takes it.
-struct Heard {
+/// A link whose preface was read already, and can be read once more.
+struct WithPreface {
     inner: Box<dyn Link>,
-    /// And how much of it has been read again.
+    /// The preface, and how many of its bytes were read again.
     preface: Mutex<([u8; PREFACE_BYTES], usize)>,
 }
 
-impl Link for Heard {
+impl Link for WithPreface {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         self.inner.write(slices, wait)
     }
 
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         let mut preface = lock(&self.preface);
-        let (bytes, given) = &mut *preface;
-        if *given == PREFACE_BYTES || into.is_empty() {
+        let (bytes, read) = &mut *preface;
+        if *read == PREFACE_BYTES || into.is_empty() {
             drop(preface);
             return self.inner.read(into, wait);
         }
-        let part = &bytes[*given..];
+        let part = &bytes[*read..];
         let length = part.len().min(into.len());
         into[..length].copy_from_slice(&part[..length]);
-        *given += length;
+        *read += length;
         Ok(length)
     }
 
@@ -273,5 +308,27 @@ impl Link for Heard {
 
     fn has_peer(&self) -> bool {
         self.inner.has_peer()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_for_which_no_thread_can_be_started_is_an_error_and_no_panic() {
+        let listener = Listener::bind(&Address::Tcp("127.0.0.1".into(), 0)).unwrap();
+        let acceptor = Acceptor::new(listener, None, Duration::from_secs(10)).unwrap();
+        let (near, far) = SocketLink::pair().unwrap();
+        // No system has room for such a stack.
+        acceptor.start(near, thread::Builder::new().stack_size(1 << 62));
+        let wait = Wait::within(Duration::from_secs(10), None);
+        let Incoming::NotAPeer { peer, why } = acceptor.accept(wait).unwrap() else {
+            panic!("it is no peer")
+        };
+        assert_eq!(peer, "the destination");
+        assert!(matches!(why, Error::Os { .. }), "{why}");
+        assert!(matches!(far.read(&mut [0], wait), Err(LinkError::Closed)), "it is closed");
+        assert!(lock(&acceptor.shared.state).pending.is_empty());
     }
 }

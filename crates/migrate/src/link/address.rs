@@ -1,10 +1,10 @@
-//! How people name the other end: `unix:PATH`, `tcp:HOST:PORT`, `file:PATH`.
+//! Addresses as users write them: `unix:PATH`, `tcp:HOST:PORT`, `file:PATH`.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Where the other end is.
+/// The address of the other end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
     /// A UNIX socket.
@@ -15,7 +15,7 @@ pub enum Address {
     File(PathBuf),
 }
 
-/// Not an address.
+/// A text that is not an address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not an address: {why}; expected unix:PATH, tcp:HOST:PORT or file:PATH")]
 pub struct AddressError {
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused_with_the_reason() {
+    fn a_text_that_is_not_an_address_is_refused_with_the_reason() {
         for text in [
             "",
             "x",

@@ -1,11 +1,11 @@
-//! Byte links between the two ends of a move: UNIX and TCP sockets, also under TLS or with a limit to their
-//! bandwidth.
+//! Byte links between the two ends of a move: UNIX and TCP sockets, optionally under TLS or with limited bandwidth.
 //!
-//! A [`Link`] moves bytes, possibly fewer than asked; framing, checksums and the order of things are
-//! above it. Every wait ends at a deadline or when the move is called off.
+//! A [`Link`] carries bytes. It may write or read fewer than it was asked to; framing and checksums are the task of the
+//! layer above. Every wait has a deadline and ends when the move is called off.
 
 mod acceptor;
 mod address;
+mod connector;
 mod limited;
 mod socket;
 mod tls;
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 pub use acceptor::{Acceptor, Incoming, PENDING_MAX};
 pub use address::{Address, AddressError};
+pub use connector::Connector;
 pub use limited::{Bandwidth, LimitedLink};
 pub use socket::{Listener, SocketLink, connect};
 pub(crate) use tls::is_tls;
@@ -23,25 +24,24 @@ pub use tls::{Tls, TlsError, TlsLink};
 
 use crate::Cancel;
 
-/// How long a link may wait, and who may end the wait.
+/// The limit of a wait: its deadline, and the handle that ends it early.
+///
+/// A link that shares a [`Bandwidth`] does not count the wait for its budget: see [`LimitedLink`].
 #[derive(Clone, Copy, Debug)]
 pub struct Wait<'a> {
-    /// When to give up. A moment in the past allows what can be done without waiting.
+    /// When to give up. With a moment in the past, a call does what it can do without waiting.
     pub deadline: Instant,
     /// Ends the wait early.
     pub cancel: Option<&'a Cancel>,
 }
 
 impl<'a> Wait<'a> {
-    /// This long from now.
+    /// A deadline `time` from now. [`Duration::MAX`] is no deadline.
     pub fn within(time: Duration, cancel: Option<&'a Cancel>) -> Wait<'a> {
-        let now = limosa_clockwork::now();
-        // A limit beyond what the clock can express is no limit; a year is none either.
-        let deadline = now.checked_add(time).unwrap_or(now + Duration::from_secs(365 * 86_400));
-        Wait { deadline, cancel }
+        Wait { deadline: after(limosa_clockwork::now(), time), cancel }
     }
 
-    /// What is left of it; [`LinkError::Cancelled`] or [`LinkError::TimedOut`] when nothing is.
+    /// The time until the deadline; [`LinkError::Cancelled`] or [`LinkError::TimedOut`] when the wait is over.
     pub fn left(&self) -> Result<Duration, LinkError> {
         if self.cancel.is_some_and(Cancel::is_cancelled) {
             return Err(LinkError::Cancelled);
@@ -53,7 +53,13 @@ impl<'a> Wait<'a> {
     }
 }
 
-/// Why a link did not do what was asked.
+/// The moment `time` after another. A moment that the clock cannot express is replaced by one that is a year away.
+pub(crate) fn after(moment: Instant, time: Duration) -> Instant {
+    const YEAR: Duration = Duration::from_secs(365 * 86_400);
+    moment.checked_add(time).or_else(|| moment.checked_add(YEAR)).unwrap_or(moment)
+}
+
+/// Why a call on a link failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
     /// The deadline passed.
@@ -65,7 +71,7 @@ pub enum LinkError {
     /// The other end is gone.
     #[error("closed by the other end")]
     Closed,
-    /// The two sides do not trust each other, or only one of them speaks TLS.
+    /// The two ends do not trust each other, or only one of them uses TLS.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The system refused.
@@ -83,38 +89,43 @@ impl From<rustix::io::Errno> for LinkError {
     }
 }
 
-/// A byte link: in order, both ways. One thread may write while another reads; two that write, or two that read,
-/// come one after the other.
+/// An ordered byte stream in both directions. One thread may write while another reads; concurrent writes are done one
+/// after the other, and so are concurrent reads.
 pub trait Link: Send + Sync {
-    /// Writes at least one byte of these slices, in order, and says how many.
+    /// Writes at least one byte of these slices, in order. Returns how many bytes were written.
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError>;
 
-    /// Reads at least one byte and says how many; [`LinkError::Closed`] at the end.
+    /// Reads at least one byte. Returns how many bytes were read; [`LinkError::Closed`] at the end of the stream.
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError>;
 
-    /// Says to the other end that nothing more comes. Reading goes on.
+    /// Ends the stream to the other end. Reading is still possible.
     fn finish(&self);
 
-    /// Says so as well, and drops what still comes until the other end closes, or until the wait is over: a socket
-    /// that is closed with bytes unread may take back what was sent on it last.
+    /// Ends the stream as well, then reads and drops data until the other end closes or the wait is over. Closing a
+    /// socket that has unread data may discard what was sent on it last.
     fn part(&self, wait: Wait<'_>) {
         self.finish();
         let mut dropped = [0; 64 << 10];
         while wait.left().is_ok() && self.read(&mut dropped, wait).is_ok() {}
     }
 
-    /// The other end, for messages.
+    /// The other end's name, for messages.
     fn peer(&self) -> &str;
 
-    /// Whether somebody reads and answers at the other end. A file has nobody.
+    /// Whether a peer at the other end reads and answers. A file has none.
     fn has_peer(&self) -> bool {
         true
     }
 }
 
-/// Where a move gets its further links from: the source connects, the destination accepts. Closures are.
+/// Makes the further links of a move: a source connects them ([`Connector`]), a destination accepts them
+/// ([`Acceptor`]). A closure can serve as well.
 pub trait FurtherLinks: Sync {
     /// The next link to the same peer.
+    ///
+    /// # Errors
+    ///
+    /// Any error but [`LinkError::Cancelled`] means that there are no more links. The move goes on with fewer.
     fn next(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError>;
 }
 
@@ -155,3 +166,25 @@ macro_rules! link_for {
 }
 
 link_for!(Box, Arc);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_without_a_limit_does_not_overflow_the_clock() {
+        for time in [Duration::MAX, Duration::from_secs(u64::MAX / 2), Duration::from_secs(i64::MAX as u64)] {
+            let wait = Wait::within(time, None);
+            assert!(wait.left().unwrap() > Duration::from_secs(86_400));
+            let (one, other) = SocketLink::pair().unwrap();
+            one.write(&[IoSlice::new(b"a")], wait).unwrap();
+            assert_eq!(other.read(&mut [0], wait).unwrap(), 1);
+        }
+        let (mut last, mut step) = (Instant::now(), Duration::from_secs(1 << 62));
+        while step > Duration::ZERO {
+            last = last.checked_add(step).unwrap_or(last);
+            step /= 2;
+        }
+        assert!(after(last, Duration::MAX) >= last, "at the end of the clock's range");
+    }
+}

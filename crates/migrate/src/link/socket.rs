@@ -1,12 +1,13 @@
-//! Links over stream sockets, UNIX and TCP: header and payload in one `sendmsg`, waits in `poll`.
+//! Links over stream sockets, UNIX and TCP. A frame's header and payload go out in one `sendmsg`; waits use `poll`.
 
 use std::io::IoSlice;
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -16,8 +17,12 @@ use rustix::net::{
     SocketType, socket_with,
 };
 
-use super::{Address, Link, LinkError, Wait};
+use super::{Address, Link, LinkError, Wait, after};
 use crate::cancel::timespec;
+
+/// The shortest and the longest time that one connection attempt may take.
+const CONNECT_MIN: Duration = Duration::from_millis(1);
+const CONNECT_MAX: Duration = Duration::from_secs(365 * 86_400);
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -27,25 +32,25 @@ pub struct SocketLink {
 }
 
 impl SocketLink {
-    /// Takes a connected stream socket; `peer` is for messages.
+    /// Wraps a connected stream socket; `peer` names the other end in messages.
     pub fn new(socket: impl Into<OwnedFd>, peer: impl Into<String>) -> SocketLink {
         SocketLink { fd: socket.into(), peer: peer.into() }
     }
 
-    /// Two ends of a link within this process.
+    /// Both ends of a link within this process.
     pub fn pair() -> std::io::Result<(SocketLink, SocketLink)> {
         let (one, other) = UnixStream::pair()?;
         Ok((SocketLink::new(one, "the destination"), SocketLink::new(other, "the source")))
     }
 
-    /// Ends both directions at once, for both ends; whoever waits on the link is woken.
+    /// Shuts down both directions for both ends. Threads that wait on the link return.
     pub fn cut(&self) {
         // Refused only when the connection is gone already.
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
     }
 }
 
-/// Tries, and between tries waits for the events, until `attempt` gives something else than EAGAIN.
+/// Calls `attempt` until it returns something other than EAGAIN, and waits for the events between the calls.
 fn retry<T>(
     fd: &impl AsFd,
     events: PollFlags,
@@ -100,22 +105,29 @@ impl Link for SocketLink {
     }
 }
 
-/// Connects to a listening destination. The name of a TCP host is looked up without the time limit;
-/// every address that it has is tried.
+/// Connects to a listening destination. `within` bounds the whole call. All addresses of a TCP host are tried in turn,
+/// each for its share of the time that is left.
+///
+/// The resolver cannot be interrupted. When the lookup of a host's name exceeds the limit, its thread stays behind until
+/// the resolver's own time limit, and its answer is dropped.
 pub fn connect(address: &Address, within: Duration) -> std::io::Result<SocketLink> {
     match address {
         Address::Unix(path) => {
             let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-            // Holds for connect as well, which waits while the listener's queue is full.
-            set_socket_timeout(&fd, Timeout::Send, Some(within.max(Duration::from_millis(1))))?;
+            // Applies to connect as well, which waits while the listener's queue is full.
+            set_socket_timeout(&fd, Timeout::Send, Some(within.clamp(CONNECT_MIN, CONNECT_MAX)))?;
             rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)?;
             set_socket_timeout(&fd, Timeout::Send, None)?;
             Ok(SocketLink::new(fd, address.to_string()))
         }
         Address::Tcp(host, port) => {
+            let deadline = after(Instant::now(), within);
             let mut failed = std::io::Error::new(std::io::ErrorKind::NotFound, "the host has no address");
-            for socket_address in (host.as_str(), *port).to_socket_addrs()? {
-                match TcpStream::connect_timeout(&socket_address, within) {
+            let addresses = look_up(host, *port, within)?;
+            for (at, socket_address) in addresses.iter().enumerate() {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let share = left / u32::try_from(addresses.len() - at).unwrap_or(u32::MAX);
+                match TcpStream::connect_timeout(socket_address, share.clamp(CONNECT_MIN, CONNECT_MAX)) {
                     Ok(stream) => {
                         stream.set_nodelay(true)?;
                         unpaced_at_home(&stream);
@@ -133,18 +145,43 @@ pub fn connect(address: &Address, within: Duration) -> std::io::Result<SocketLin
     }
 }
 
-/// To a peer on the same host there is no network that could be congested: what a system chose for networks, BBR with
-/// its timer for every burst, would only cost time. Reno, which is in every kernel, waits for nothing here.
+/// The addresses of a host.
+fn look_up(host: &str, port: u16, within: Duration) -> std::io::Result<Vec<SocketAddr>> {
+    if let Ok(ip) = host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(ip, port)]);
+    }
+    let host = host.to_owned();
+    in_time(within, move || Ok((host.as_str(), port).to_socket_addrs()?.collect()))
+}
+
+/// Does something that cannot be interrupted in a thread of its own, and leaves that thread behind at the time limit.
+fn in_time<T: Send + 'static>(
+    within: Duration,
+    act: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> std::io::Result<T> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    std::thread::Builder::new().name("limosa: name lookup".into()).spawn(move || {
+        // Refused when the caller has given up.
+        let _ = sender.send(act());
+    })?;
+    receiver.recv_timeout(within).unwrap_or_else(|_| {
+        let what = format!("the lookup of the host's name did not end within {within:?}");
+        Err(std::io::Error::new(std::io::ErrorKind::TimedOut, what))
+    })
+}
+
+/// Chooses Reno for a connection within this host. There is no network to be congested: a congestion control that the
+/// system chose for networks, such as BBR with its timer for every burst, would only cost time. Every kernel has Reno.
 fn unpaced_at_home(stream: &TcpStream) {
     if let (Ok(here), Ok(there)) = (stream.local_addr(), stream.peer_addr())
         && here.ip() == there.ip()
     {
-        // A choice that is refused leaves the system's.
+        // If it is refused the system's choice remains.
         let _ = rustix::net::sockopt::set_tcp_congestion(stream, "reno");
     }
 }
 
-/// Waits for sources to connect.
+/// A listening socket of a destination.
 #[derive(Debug)]
 pub struct Listener {
     socket: Socket,
@@ -158,8 +195,7 @@ enum Socket {
 }
 
 impl Listener {
-    /// Listens. A UNIX socket left behind by a process that has died is replaced; one that somebody
-    /// listens on is not.
+    /// Listens on this address. The UNIX socket of a process that has died is replaced; one that is in use is not.
     pub fn bind(address: &Address) -> std::io::Result<Listener> {
         match address {
             Address::Unix(path) => {
@@ -196,16 +232,16 @@ impl Listener {
         }
     }
 
-    /// Where it listens, the port included that the system chose for port 0.
+    /// The address that it listens on. For port 0 it has the port that the system chose.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// The next source.
+    /// Accepts the next connection.
     pub fn accept(&self, wait: Wait<'_>) -> Result<SocketLink, LinkError> {
         let errno = |error: std::io::Error| {
             match Errno::from_raw_os_error(error.raw_os_error().unwrap_or(Errno::IO.raw_os_error())) {
-                // That one gave up before it was accepted: wait for the next.
+                // The client gave up before it was accepted: wait for the next one.
                 Errno::CONNABORTED => Errno::AGAIN,
                 errno => errno,
             }
@@ -226,7 +262,7 @@ impl Listener {
 }
 
 impl AsFd for Listener {
-    /// Readable when somebody has connected.
+    /// Readable when a client has connected.
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
             Socket::Unix(listener, _) => listener.as_fd(),
@@ -238,7 +274,7 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Socket::Unix(_, path) = &self.socket {
-            // Somebody may have removed it already.
+            // It may have been removed already.
             let _ = std::fs::remove_file(path);
         }
     }
@@ -310,6 +346,26 @@ mod tests {
             }
         };
         assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "after {}", queued.len());
+    }
+
+    #[test]
+    fn a_name_lookup_that_does_not_end_is_not_waited_for() {
+        let (end, ended) = mpsc::channel::<()>();
+        let stuck = move || ended.recv().map_err(std::io::Error::other);
+        let error = in_time(Duration::from_millis(5), stuck).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+        drop(end);
+        assert_eq!(in_time(Duration::MAX, || Ok(7)).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_host_is_connected_to_by_its_name_without_a_limit() {
+        let listener = Listener::bind(&Address::Tcp("localhost".into(), 0)).unwrap();
+        let link = connect(listener.address(), Duration::MAX).unwrap();
+        assert_eq!(link.peer(), listener.address().to_string());
+        let dir = tempfile::tempdir().unwrap();
+        let listener = Listener::bind(&Address::Unix(dir.path().join("socket"))).unwrap();
+        connect(listener.address(), Duration::MAX).unwrap();
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Links over TLS 1.3 (RFC 8446) with both sides authenticated: [`Tls`], what a side shows and whom it
-//! believes, and [`TlsLink`], a link within another.
+//! Links over TLS 1.3 (RFC 8446) with both ends authenticated: [`Tls`] holds the certificates, and [`TlsLink`] wraps
+//! another link.
 
 mod config;
 mod error;
@@ -14,45 +14,47 @@ use rustls::{ClientConnection, Connection, ServerConnection};
 pub use config::Tls;
 pub use error::TlsError;
 
-use super::{Address, Link, LinkError, SocketLink, Wait};
+use super::{Address, Link, LinkError, SocketLink, Wait, after};
 use crate::lock::lock;
 
-/// Room for what was received and is not decrypted yet.
-const INBOX_BYTES: usize = 128 << 10;
-/// The most that is encrypted at once.
+/// The size of the buffer for received bytes that are not decrypted yet.
+const RECEIVED_BYTES: usize = 128 << 10;
+/// The most bytes that are encrypted at once.
 const PLAIN_BYTES_MAX: usize = 256 << 10;
-/// How long the last records may take that are owed to the other side: its alert, or the end.
+/// The longest time that the last records, an alert or close_notify, may take to go out.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// A link whose bytes cross another one under TLS.
+/// A link that carries its bytes over another link under TLS.
 ///
-/// Until the other side's certificate is accepted nothing of the stream is sent to it. A destination's accepting
-/// comes after the source's handshake is done: a source whose certificate is refused is told when it reads, as
-/// [`LinkError::Tls`], which is before anything is moved.
+/// Nothing of the stream is sent before the other end's certificate is accepted. A destination accepts a source's
+/// certificate only after the source has finished its handshake. So a source whose certificate is refused learns of it
+/// from its first read, as [`LinkError::Tls`], before anything is moved.
 ///
-/// The end is [`LinkError::Closed`], whether the other side announced it (close_notify, by [`Link::finish`]) or the
-/// link broke off: the stream itself says what is whole. What is buffered is bounded, to less than one MiB.
+/// The end of the stream is [`LinkError::Closed`], both after close_notify ([`Link::finish`]) and when the inner link
+/// breaks off: the migration stream itself shows whether it is complete. Buffers are bounded, to less than 1 MiB.
+///
+/// A write renews its deadline whenever bytes move on the inner link.
 pub struct TlsLink<L: Link = SocketLink> {
     inner: L,
     tls: Tls,
-    /// Never rollback while the inner link is waited for, so that one thread can read while another writes.
+    /// Not locked during waits for the inner link, so that one thread can read while another writes.
     session: Mutex<Connection>,
-    queue: Mutex<DeviceQueue>,
+    received: Mutex<Received>,
     outbox: Mutex<Outbox>,
 }
 
-/// What has come and is not decrypted yet.
-struct DeviceQueue {
+/// Received bytes that are not decrypted yet.
+struct Received {
     bytes: Box<[u8]>,
-    /// What of it the session has not taken yet.
+    /// The part that the session has not taken yet.
     unread: std::ops::Range<usize>,
-    /// Of all that came.
+    /// The first byte of the connection.
     first_byte: Option<u8>,
-    /// What came is not to be believed, and nothing more of it is looked at.
+    /// The session has failed, and reads nothing more.
     broken: bool,
 }
 
-/// What is encrypted and has not gone out yet.
+/// Encrypted bytes that are not sent yet.
 #[derive(Default)]
 struct Outbox {
     bytes: Vec<u8>,
@@ -69,15 +71,15 @@ impl<L: Link> fmt::Debug for TlsLink<L> {
 }
 
 impl<L: Link> TlsLink<L> {
-    /// The source's side: shakes hands with the destination to which `inner` is connected, and refuses it unless its
-    /// certificate is made out to [`Tls::expected_name`].
+    /// The source's end: does the handshake over `inner`, and refuses a destination whose certificate is not issued to
+    /// [`Tls::expected_name`].
     pub fn connect(inner: L, tls: &Tls, address: &Address, wait: Wait<'_>) -> Result<TlsLink<L>, LinkError> {
         let name = tls.expected_name(address)?;
         let session = ClientConnection::new(tls.client(), name).map_err(|error| failed(error, tls))?;
         TlsLink::shake_hands(inner, Connection::Client(session), tls, wait)
     }
 
-    /// The destination's side: shakes hands with the source that has connected.
+    /// The destination's end: does the handshake with a source that has connected.
     pub fn accept(inner: L, tls: &Tls, wait: Wait<'_>) -> Result<TlsLink<L>, LinkError> {
         let session = ServerConnection::new(tls.server()).map_err(|error| failed(error, tls))?;
         TlsLink::shake_hands(inner, Connection::Server(session), tls, wait)
@@ -90,13 +92,13 @@ impl<L: Link> TlsLink<L> {
         wait: Wait<'_>,
     ) -> Result<TlsLink<L>, LinkError> {
         session.set_buffer_limit(Some(PLAIN_BYTES_MAX));
-        let queue =
-            DeviceQueue { bytes: vec![0; INBOX_BYTES].into(), unread: 0..0, first_byte: None, broken: false };
+        let received =
+            Received { bytes: vec![0; RECEIVED_BYTES].into(), unread: 0..0, first_byte: None, broken: false };
         let link = TlsLink {
             inner,
             tls: tls.clone(),
             session: Mutex::new(session),
-            queue: Mutex::new(queue),
+            received: Mutex::new(received),
             outbox: Mutex::default(),
         };
         loop {
@@ -104,7 +106,7 @@ impl<L: Link> TlsLink<L> {
             if shaken.is_ok() && !lock(&link.session).is_handshaking() {
                 return Ok(link);
             }
-            match shaken.and_then(|()| link.fill(&mut lock(&link.queue), wait)) {
+            match shaken.and_then(|()| link.fill(&mut lock(&link.received), wait)) {
                 Ok(()) => {}
                 Err(LinkError::Closed) => return Err(TlsError::Closed.into()),
                 Err(error) => {
@@ -117,46 +119,59 @@ impl<L: Link> TlsLink<L> {
 
     /// Sends all that is encrypted.
     fn flush(&self, outbox: &mut Outbox, wait: Wait<'_>) -> Result<(), LinkError> {
-        loop {
-            if outbox.sent == outbox.bytes.len() {
-                outbox.sent = 0;
-                outbox.bytes.clear();
-                let mut session = lock(&self.session);
-                while session.wants_write() {
-                    session.write_tls(&mut outbox.bytes)?;
-                }
-                if outbox.bytes.is_empty() {
-                    return Ok(());
-                }
-            }
-            outbox.sent += self.inner.write(&[IoSlice::new(&outbox.bytes[outbox.sent..])], wait)?;
-        }
+        while self.flush_some(outbox, wait)? {}
+        Ok(())
     }
 
-    /// Receives at least one byte and hands it to the session.
-    fn fill(&self, queue: &mut DeviceQueue, wait: Wait<'_>) -> Result<(), LinkError> {
-        if queue.broken {
+    /// Sends all that is encrypted. The deadline is renewed whenever bytes move.
+    fn flush_steadily(&self, outbox: &mut Outbox, wait: Wait<'_>) -> Result<(), LinkError> {
+        let limit = wait.deadline.saturating_duration_since(limosa_clockwork::now());
+        let renewed = || Wait { deadline: after(limosa_clockwork::now(), limit), ..wait };
+        while self.flush_some(outbox, renewed())? {}
+        Ok(())
+    }
+
+    /// Writes once to the inner link. Returns false when there was nothing to send.
+    fn flush_some(&self, outbox: &mut Outbox, wait: Wait<'_>) -> Result<bool, LinkError> {
+        if outbox.sent == outbox.bytes.len() {
+            outbox.sent = 0;
+            outbox.bytes.clear();
+            let mut session = lock(&self.session);
+            while session.wants_write() {
+                session.write_tls(&mut outbox.bytes)?;
+            }
+            if outbox.bytes.is_empty() {
+                return Ok(false);
+            }
+        }
+        outbox.sent += self.inner.write(&[IoSlice::new(&outbox.bytes[outbox.sent..])], wait)?;
+        Ok(true)
+    }
+
+    /// Receives at least one byte and passes it to the session.
+    fn fill(&self, received: &mut Received, wait: Wait<'_>) -> Result<(), LinkError> {
+        if received.broken {
             return Err(LinkError::Closed);
         }
-        if queue.unread.is_empty() {
-            let bytes = self.inner.read(&mut queue.bytes, wait)?;
-            queue.unread = 0..bytes;
-            queue.first_byte = queue.first_byte.or(queue.bytes[..bytes].first().copied());
+        if received.unread.is_empty() {
+            let bytes = self.inner.read(&mut received.bytes, wait)?;
+            received.unread = 0..bytes;
+            received.first_byte = received.first_byte.or(received.bytes[..bytes].first().copied());
         }
         let mut session = lock(&self.session);
-        queue.unread.start += session.read_tls(&mut &queue.bytes[queue.unread.clone()])?;
+        received.unread.start += session.read_tls(&mut &received.bytes[received.unread.clone()])?;
         let processed = session.process_new_packets();
         drop(session);
         processed.map(drop).map_err(|error| {
-            queue.broken = true;
-            // The other side is to learn why. It may not be reading; what is known here is worth more.
+            received.broken = true;
+            // Sends the alert if that is possible at once. The other end may not read; this end's error counts more.
             let _ = self.flush_owed(Wait { deadline: Instant::now(), ..wait });
-            let is_tls = queue.first_byte.is_some_and(|byte| matches!(byte, ALERT | HANDSHAKE));
+            let is_tls = received.first_byte.is_some_and(|byte| matches!(byte, ALERT | HANDSHAKE));
             if is_tls { failed(error, &self.tls) } else { TlsError::PlainPeer.into() }
         })
     }
 
-    /// Sends what the session owes to the other side. A thread that is writing does so itself, before its own.
+    /// Sends the session's own records. A thread that is writing sends them before its data.
     fn flush_owed(&self, wait: Wait<'_>) -> Result<(), LinkError> {
         match self.outbox.try_lock() {
             Ok(mut outbox) => self.flush(&mut outbox, wait),
@@ -164,14 +179,14 @@ impl<L: Link> TlsLink<L> {
         }
     }
 
-    /// Why the link was closed, where the other side has said so. A thread that is reading finds it itself.
+    /// The reason for a closed link, if the other end sent an alert. A thread that is reading finds the alert itself.
     fn last_word(&self, error: LinkError) -> LinkError {
         if matches!(error, LinkError::Closed)
-            && let Ok(mut queue) = self.queue.try_lock()
+            && let Ok(mut received) = self.received.try_lock()
         {
             let at_hand = Wait { deadline: Instant::now(), cancel: None };
             loop {
-                match self.fill(&mut queue, at_hand) {
+                match self.fill(&mut received, at_hand) {
                     Ok(()) => {}
                     Err(why @ LinkError::Tls(_)) => return why,
                     Err(_) => break,
@@ -181,9 +196,9 @@ impl<L: Link> TlsLink<L> {
         error
     }
 
-    /// The alert goes out; then the other side gets the time to read it.
+    /// Sends the alert, and gives the other end time to read it.
     fn refuse(&self, wait: Wait<'_>) {
-        let wait = Wait { deadline: wait.deadline.min(Instant::now() + LINGER), ..wait };
+        let wait = Wait { deadline: wait.deadline.min(after(limosa_clockwork::now(), LINGER)), ..wait };
         let _ = self.flush(&mut lock(&self.outbox), wait);
         self.inner.part(wait);
     }
@@ -192,17 +207,17 @@ impl<L: Link> TlsLink<L> {
 impl<L: Link> Link for TlsLink<L> {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         let mut outbox = lock(&self.outbox);
-        self.flush(&mut outbox, wait).map_err(|error| self.last_word(error))?;
+        self.flush_steadily(&mut outbox, wait).map_err(|error| self.last_word(error))?;
         let taken = lock(&self.session).writer().write_vectored(slices)?;
-        match self.flush(&mut outbox, wait) {
-            // It is taken, and goes out before anything else does.
+        match self.flush_steadily(&mut outbox, wait) {
+            // The bytes are taken, and are sent before any others.
             Ok(()) | Err(LinkError::TimedOut | LinkError::Cancelled) => Ok(taken),
             Err(error) => Err(self.last_word(error)),
         }
     }
 
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let mut queue = lock(&self.queue);
+        let mut received = lock(&self.received);
         loop {
             if wait.cancel.is_some_and(crate::Cancel::is_cancelled) {
                 return Err(LinkError::Cancelled);
@@ -213,15 +228,15 @@ impl<L: Link> Link for TlsLink<L> {
                 read => return Ok(read?),
             }
             match self.flush_owed(wait) {
-                // The other side may wait for this one to read first.
+                // The other end may be waiting for this one to read.
                 Ok(()) | Err(LinkError::TimedOut | LinkError::Closed) => {}
                 Err(error) => return Err(error),
             }
-            self.fill(&mut queue, wait)?;
+            self.fill(&mut received, wait)?;
         }
     }
 
-    /// Waits up to two seconds for the other side to take what is owed to it.
+    /// Waits up to two seconds until close_notify is sent.
     fn finish(&self) {
         let mut outbox = lock(&self.outbox);
         lock(&self.session).send_close_notify();
@@ -230,7 +245,7 @@ impl<L: Link> Link for TlsLink<L> {
         self.inner.finish();
     }
 
-    /// What still comes is not decrypted: a session that has said that it ends cannot answer what it does not believe.
+    /// Received data is not decrypted any more: after close_notify the session could not send an alert about it.
     fn part(&self, wait: Wait<'_>) {
         self.finish();
         self.inner.part(wait);
@@ -241,11 +256,11 @@ impl<L: Link> Link for TlsLink<L> {
     }
 }
 
-/// Types of records (RFC 8446, 5.1).
+/// Record types (RFC 8446, section 5.1).
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 
-/// Whether these, the first bytes that came, begin a record of the TLS handshake, or an alert in one.
+/// Whether the first bytes of a connection begin a TLS handshake record or an alert record.
 pub(crate) fn is_tls(first: &[u8]) -> bool {
     matches!(first, [ALERT | HANDSHAKE, 3, 0..=4, ..])
 }

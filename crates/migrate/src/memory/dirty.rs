@@ -91,7 +91,7 @@ impl DirtyLogs {
                 continue;
             }
             let name = device.name();
-            let is_seen = memory.sources.iter().any(|source| source.sees(name))
+            let is_seen = memory.sources.iter().any(|source| source.sees(device))
                 || memory.log.as_ref().is_some_and(|log| log.covers_devices());
             if !is_seen {
                 self.blind = true;

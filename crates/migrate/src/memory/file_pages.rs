@@ -1,4 +1,4 @@
-//! Guest memory in a file, mapped or not: what the engine reads and writes, and where the file has data at all.
+//! [`FilePages`]: guest memory in a file, mapped or not. Holes of the file are neither read nor filled.
 
 use std::fs::File;
 use std::io;
@@ -13,38 +13,39 @@ use rustix::io::Errno;
 
 use crate::memory::GuestPages;
 
-/// Pages of a mapping are brought in by so many bytes, which costs a fraction of a fault for each.
+/// Pages of a mapping are populated in blocks of this size, at a fraction of the cost of a fault for each page.
 const BLOCK_BYTES: u64 = 64 << 10;
 
 /// Guest memory in a file: a memfd, hugetlbfs, any other.
 ///
-/// Parts of it that have no data (`SEEK_HOLE` in lseek(2)) are known for zeroes without being read, so that memory that
-/// was never touched stays so. To find them moves the file's position, which nothing else here depends on.
+/// Holes of the file (`SEEK_HOLE` in lseek(2)) count as zeroes and are not read, so that untouched memory stays
+/// untouched. The search for holes moves the file's position; reads and writes do not depend on it.
 #[derive(Debug)]
 pub struct FilePages {
     file: File,
     offset: u64,
     mapped: Option<Mapped>,
-    /// Bytes of the file that have data, found last: the next question is mostly about the same.
+    /// The data of the file that was found last, as offsets in the file: the next search is mostly within it.
     data: Mutex<Range<u64>>,
 }
 
 #[derive(Debug)]
 struct Mapped {
     mapping: FileMapping,
-    /// A bit for each block whose pages were brought in.
+    /// A bit for each block whose pages were populated.
     present: Vec<AtomicU64>,
 }
 
 impl FilePages {
-    /// Memory that starts at this offset of the file. It is read and written by system calls.
+    /// Memory that starts at this offset of the file, in bytes. It is accessed by system calls.
     pub fn new(file: File, offset: u64) -> FilePages {
         FilePages { file, offset, mapped: None, data: Mutex::default() }
     }
 
-    /// The same, and `bytes` of it are mapped, which is faster. The errors are mmap(2)'s: the file has to be open for
-    /// reading and writing. When the file is cut short while it is mapped, accesses fail and the process lives; for this
-    /// a handler for SIGBUS is installed, see [`FileMapping`].
+    /// Memory of `bytes` bytes that starts at this offset of the file, in bytes, and is mapped, which is faster. The
+    /// errors are those of mmap(2); the file must be open for reading and writing. If the file is truncated while it is
+    /// mapped, accesses return an error and the process survives: a handler for SIGBUS is installed for this, see
+    /// [`FileMapping`].
     pub fn mapped(file: File, offset: u64, bytes: u64) -> io::Result<FilePages> {
         let mapping = FileMapping::new(&file, offset, bytes, true, true)
             .map_err(|errno| io::Error::from_raw_os_error(errno.raw() as i32))?;
@@ -54,11 +55,18 @@ impl FilePages {
     }
 }
 
+impl FilePages {
+    /// The position in the file of an offset in the memory.
+    fn position(&self, offset: u64) -> io::Result<u64> {
+        self.offset.checked_add(offset).ok_or_else(|| cut_short(limosa_protocol::Errno::EFAULT))
+    }
+}
+
 impl Mapped {
-    /// Before a long access: brings in what it will touch, at once instead of by a fault for each page.
-    fn bring_in(&self, offset: u64, bytes: u64, to_write: bool) {
+    /// Populates the pages of a long access in one call instead of by a fault for each page.
+    fn populate(&self, offset: u64, bytes: u64, to_write: bool) {
         // Blocks that lie wholly in the range; a short access may fault.
-        let blocks = offset.div_ceil(BLOCK_BYTES)..(offset + bytes) / BLOCK_BYTES;
+        let blocks = offset.div_ceil(BLOCK_BYTES)..offset.saturating_add(bytes) / BLOCK_BYTES;
         let mask = |block: u64| (block / u64::from(u64::BITS), 1 << (block % u64::from(u64::BITS)));
         let is_missing = |block: u64| {
             let (word, bit) = mask(block);
@@ -86,7 +94,7 @@ impl GuestPages for FilePages {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         match &self.mapped {
             Some(mapped) => {
-                // To touch what has no data, be it to read, would make it.
+                // Reading a hole through the mapping would fill it with pages.
                 let end = offset.saturating_add(into.len() as u64);
                 if end > mapped.mapping.len() {
                     return Err(cut_short(limosa_protocol::Errno::EFAULT));
@@ -96,24 +104,24 @@ impl GuestPages for FilePages {
                     let (hole, more) = rest.split_at_mut((data.start - at) as usize);
                     let (piece, more) = more.split_at_mut((data.end - data.start) as usize);
                     hole.fill(0);
-                    mapped.bring_in(data.start, piece.len() as u64, false);
+                    mapped.populate(data.start, piece.len() as u64, false);
                     mapped.mapping.read(data.start, piece).map_err(cut_short)?;
                     (at, rest) = (data.end, more);
                 }
                 rest.fill(0);
                 Ok(())
             }
-            None => self.file.read_exact_at(into, self.offset + offset),
+            None => self.file.read_exact_at(into, self.position(offset)?),
         }
     }
 
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         match &self.mapped {
             Some(mapped) => {
-                mapped.bring_in(offset, from.len() as u64, true);
+                mapped.populate(offset, from.len() as u64, true);
                 mapped.mapping.write(offset, from).map_err(cut_short)
             }
-            None => self.file.write_all_at(from, self.offset + offset),
+            None => self.file.write_all_at(from, self.position(offset)?),
         }
     }
 
@@ -121,19 +129,20 @@ impl GuestPages for FilePages {
         if range.is_empty() {
             return Ok(None);
         }
-        let wanted = range.start + self.offset..range.end + self.offset;
+        let wanted = self.position(range.start)?..self.position(range.end)?;
         let within = |data: &Range<u64>| {
             let (start, end) = (data.start.max(wanted.start), data.end.min(wanted.end));
             (start < end).then(|| start - self.offset..end - self.offset)
         };
-        // Rollback meanwhile, for the file has one position.
+        // Locked during the search: the file has one position for all threads.
         let mut known = crate::lock::lock(&self.data);
         if known.contains(&wanted.start) {
             return Ok(within(&known));
         }
         let start = match seek(&self.file, SeekFrom::Data(wanted.start)) {
             Ok(start) => start,
-            // Nothing until the end of the file. Beyond it there is no memory, which a read has to say.
+            // No data up to the end of the file. A range beyond the end is no memory: it counts as data, so that the
+            // read fails.
             Err(Errno::NXIO) if self.file.metadata()?.len() >= wanted.end => return Ok(None),
             Err(_) => return Ok(Some(range)),
         };
@@ -172,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_that_come_to_memory_never_touched_take_no_room() {
+    fn zeroes_that_arrive_in_untouched_memory_take_no_room() {
         for at in [0, 1] {
             let file = memfd(4 * MIB);
             let pages = &both(&file, MIB, 3 * MIB)[at];
@@ -183,6 +192,40 @@ mod tests {
             let mut all = vec![1; MIB as usize];
             FilePages::new(file, MIB).read(0, &mut all).unwrap();
             assert!(is_zero(&all));
+        }
+    }
+
+    #[test]
+    fn a_huge_range_is_made_zero_in_pieces_as_the_engine_asks_for_it() {
+        const PIECE_BYTES: u64 = 64 << 20;
+        let (bytes, page) = (4 * PIECE_BYTES + MIB, 4096);
+        for at in [0, 1] {
+            let file = memfd(bytes);
+            let pages = &both(&file, 0, bytes)[at];
+            // On both sides of the pieces' ends.
+            let touched = [0, PIECE_BYTES - page, PIECE_BYTES, 3 * PIECE_BYTES - page, bytes - page];
+            touched.iter().for_each(|at| pages.write(*at, &[7; 4096]).unwrap());
+            for from in (0..bytes).step_by(PIECE_BYTES as usize) {
+                pages.zero(from, PIECE_BYTES.min(bytes - from)).unwrap();
+            }
+            for at in touched {
+                let mut found = [1; 4096];
+                pages.read(at, &mut found).unwrap();
+                assert!(is_zero(&found), "at {at:#x}");
+            }
+            assert_eq!(file.metadata().unwrap().blocks(), 5 * 8, "only pages that were touched");
+        }
+    }
+
+    #[test]
+    fn offsets_beyond_all_files_are_errors_and_no_overflow() {
+        for pages in both(&memfd(MIB), 4096, MIB - 4096) {
+            for offset in [u64::MAX, u64::MAX - 4096, i64::MAX as u64] {
+                assert!(pages.read(offset, &mut [0; 4096]).is_err());
+                assert!(pages.write(offset, &[0; 4096]).is_err());
+                let _ = pages.data(offset - 1..offset);
+                let _ = pages.zero(offset, 4096);
+            }
         }
     }
 
@@ -202,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_of_64_gib_that_was_hardly_touched_is_gone_over_without_being_read() {
+    fn memory_of_64_gib_that_was_hardly_touched_is_searched_without_being_read() {
         let bytes = 64 << 30;
         let file = memfd(bytes + 4096);
         for pages in both(&file, 4096, bytes) {
@@ -225,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn to_read_memory_never_touched_does_not_touch_it() {
+    fn reading_untouched_memory_does_not_touch_it() {
         let file = memfd(MIB);
         for pages in both(&file, 0, MIB) {
             let mut all = vec![1; MIB as usize];
@@ -254,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_cut_short_is_an_error_and_not_the_end() {
+    fn a_truncated_file_is_an_error_and_does_not_kill_the_process() {
         for at in [0, 1] {
             let file = memfd(MIB);
             let pages = &both(&file, 0, MIB)[at];

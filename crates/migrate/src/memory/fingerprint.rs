@@ -1,39 +1,41 @@
-//! Which pages have changed, of memory whose writers nobody logs: another process, a KVM guest whose log is somebody
-//! else's, a device without DMA logging. Each page that is read to be sent leaves a fingerprint; a harvest reads all
-//! of the memory and compares.
+//! [`FingerprintLog`]: a dirty log for memory whose writers are not logged, such as another process, a KVM guest whose
+//! log has another reader, or a device without DMA logging. Each page that is read in order to be sent leaves a
+//! fingerprint. A harvest reads all of the memory and compares.
 //!
 //! # Why no page is lost
 //!
-//! The fingerprint is of the very bytes that were sent, not of the page a moment before or after. So whatever the other
-//! side has is known, and a page that holds something else when its writers have stopped differs from it.
+//! The fingerprint is that of the bytes that were sent, not of the page a moment earlier or later. So the source knows
+//! what the destination has, and a page with other content, once its writers have stopped, has another fingerprint.
 //!
 //! A fingerprint is two sums of NH, the hash of UMAC (Black, Halevi, Krawczyk, Krovetz, Rogaway: *UMAC: Fast and Secure
-//! Message Authentication*, CRYPTO 1999), under two independent keys that are drawn for each move. For any two different
-//! pages the probability that one sum is equal is at most 2^-32, whatever the pages hold (their theorem 1), so that both
-//! are with at most 2^-64: a guest that does not know the keys cannot write pages that are taken for equal.
+//! Message Authentication*, CRYPTO 1999), under two independent random keys that are new for each move. For any two
+//! different pages the probability that one sum is equal is at most 2^-32 (theorem 1 there), and that both are equal is
+//! at most 2^-64, whatever the pages contain. A guest does not know the keys, so it cannot write pages that are mistaken
+//! for equal.
 //!
 //! # What it costs
 //!
-//! 16 bytes for a page, 4 MiB for a GiB of memory; and at every harvest, the one after the stop too, the time that it
-//! takes to read all of the memory, which is a fraction of what sending it would take.
+//! 16 bytes for each page, which is 4 MiB for each GiB of memory. Each harvest, including the one after the stop, takes
+//! the time to read all of the memory, which is a fraction of the time to send it.
 
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use limosa_protocol::bitmap::DirtyBitmap;
 
-use crate::memory::{DirtyLog, GuestPages, PAGE_BYTES};
+use crate::memory::{DirtyLog, GuestPages, PAGE_BYTES, whole_pages};
 
-/// Bytes that are read and compared at once: what a processor keeps close.
+/// Bytes that are read and compared at once; they fit in a processor's cache.
 const PIECE_BYTES: u64 = 256 << 10;
-/// The most threads that compare.
+/// The most threads that compare at once.
 const THREADS_MAX: usize = 8;
 
 /// Words of a page.
 const WORDS: usize = (PAGE_BYTES / 8) as usize;
 
-/// What the fingerprints of a move depend on, and nobody else may know.
+/// The secret keys of a move's fingerprints.
 #[derive(Clone)]
 pub struct FingerprintKey {
     keys: std::sync::Arc<[[u64; WORDS]; 2]>,
@@ -42,7 +44,7 @@ pub struct FingerprintKey {
 }
 
 impl FingerprintKey {
-    /// A key that was never used. Fails when the system gives no random numbers.
+    /// New random keys. Fails when the system has no random numbers.
     pub fn random() -> io::Result<FingerprintKey> {
         let mut bytes = vec![0; 2 * PAGE_BYTES as usize];
         let mut filled = 0;
@@ -77,14 +79,14 @@ impl std::fmt::Debug for FingerprintKey {
     }
 }
 
-/// NH of two 32-bit halves.
+/// One step of NH: the product of two 32-bit sums.
 fn nh(word: u64, key: u64) -> u64 {
     let half = |word: u64, key: u64| u64::from((word as u32).wrapping_add(key as u32));
     half(word, key).wrapping_mul(half(word >> 32, key >> 32))
 }
 
-/// Pages of a region that remember what was read of them. The engine reads pages in order to send them, and for
-/// nothing else.
+/// Pages of a region, with a fingerprint of what was last read of each. The engine reads pages only in order to send
+/// them.
 pub struct Fingerprinted<P> {
     pages: P,
     bytes: u64,
@@ -93,8 +95,13 @@ pub struct Fingerprinted<P> {
 }
 
 impl<P: GuestPages> Fingerprinted<P> {
-    /// Around the pages of a region of so many bytes, whole pages. Fails when there is no room for the fingerprints.
+    /// Wraps the pages of a region of `bytes` bytes. Fails when that is not a multiple of [`PAGE_BYTES`], and when there
+    /// is no memory for the fingerprints.
     pub fn new(pages: P, bytes: u64, key: &FingerprintKey) -> io::Result<Fingerprinted<P>> {
+        if !bytes.is_multiple_of(PAGE_BYTES) {
+            let what = format!("{bytes} bytes of memory, expected whole pages of {PAGE_BYTES} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
         let count =
             usize::try_from(bytes / PAGE_BYTES).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let mut prints = Vec::new();
@@ -103,23 +110,44 @@ impl<P: GuestPages> Fingerprinted<P> {
         Ok(Fingerprinted { pages, bytes, key: key.clone(), prints })
     }
 
-    /// Marks every page that holds something else than what was read of it last.
+    /// Marks every page whose content differs from what was read of it last.
     fn compare(&self, dirty: &DirtyBitmap) -> io::Result<()> {
-        let next = AtomicU64::new(0);
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
         let pieces = usize::try_from(self.bytes.div_ceil(PIECE_BYTES)).unwrap_or(usize::MAX);
-        std::thread::scope(|scope| {
-            let work = || self.compare_pieces(&next, dirty);
-            let others: Vec<_> = (1..threads.min(pieces)).map(|_| scope.spawn(work)).collect();
-            let mine = work();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, io::Result<()>>| {
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        self.compare_on(threads.min(pieces), thread::Builder::new, dirty)
+    }
+
+    /// Compares on this many threads, the calling one included, or on as many as the system starts. A panic in one of
+    /// them is passed on to the caller.
+    fn compare_on(
+        &self,
+        threads: usize,
+        thread: impl Fn() -> thread::Builder,
+        dirty: &DirtyBitmap,
+    ) -> io::Result<()> {
+        let next = AtomicU64::new(0);
+        thread::scope(|scope| {
+            let work = || {
+                // Ends the other threads early when this one fails or panics.
+                let mut end = EndAll { next: &next, armed: true };
+                let compared = self.compare_pieces(&next, dirty);
+                end.armed = compared.is_err();
+                compared
             };
-            others.into_iter().map(join).fold(mine, io::Result::and)
+            let others: Vec<_> = (1..threads)
+                .map_while(|_| thread().name("limosa: compare".into()).spawn_scoped(scope, work).ok())
+                .collect();
+            let own = work();
+            // All threads are joined before the first failure is passed on.
+            let joined: Vec<_> = others.into_iter().map(|other| other.join()).collect();
+            joined
+                .into_iter()
+                .map(|other| other.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .fold(own, io::Result::and)
         })
     }
 
-    /// Takes pieces that no other thread has taken, until there are none.
+    /// Compares pieces that no other thread has taken, until all are taken.
     fn compare_pieces(&self, next: &AtomicU64, dirty: &DirtyBitmap) -> io::Result<()> {
         let mut buffer = vec![0; PIECE_BYTES.min(self.bytes) as usize];
         loop {
@@ -127,42 +155,52 @@ impl<P: GuestPages> Fingerprinted<P> {
             if at >= self.bytes {
                 return Ok(());
             }
-            self.compare_piece(at..(at + PIECE_BYTES).min(self.bytes), &mut buffer, dirty)?;
+            self.compare_piece(at..at.saturating_add(PIECE_BYTES).min(self.bytes), &mut buffer, dirty)?;
         }
     }
 
     fn compare_piece(&self, piece: Range<u64>, buffer: &mut [u8], dirty: &DirtyBitmap) -> io::Result<()> {
-        let differs = |page: u64, now: [u64; 2]| {
-            if self.prints[page as usize].each_ref().map(|sum| sum.load(Ordering::Relaxed)) != now {
+        let compare = |page: u64, now: [u64; 2]| {
+            let read = self.prints.get(page as usize);
+            if read.map(|sums| sums.each_ref().map(|sum| sum.load(Ordering::Relaxed))) != Some(now) {
                 dirty.set(page);
             }
         };
         let mut at = piece.start;
         while at < piece.end {
-            let data = whole_pages(self.pages.data(at..piece.end)?, &piece);
-            (at / PAGE_BYTES..data.start / PAGE_BYTES).for_each(|page| differs(page, self.key.zero));
+            let rest = at..piece.end;
+            let data = whole_pages(self.pages.data(rest.clone())?, &rest).unwrap_or(piece.end..piece.end);
+            (at / PAGE_BYTES..data.start / PAGE_BYTES).for_each(|page| compare(page, self.key.zero));
             let bytes = &mut buffer[..(data.end - data.start) as usize];
             self.pages.read(data.start, bytes)?;
             for (page, bytes) in (data.start / PAGE_BYTES..).zip(bytes.chunks_exact(PAGE_BYTES as usize)) {
-                differs(page, self.key.of(bytes));
+                compare(page, self.key.of(bytes));
             }
             at = data.end;
         }
         Ok(())
     }
 
-    fn leave(&self, page: u64, print: [u64; 2]) {
+    fn set_print(&self, page: u64, print: [u64; 2]) {
         if let Some(stored) = self.prints.get(page as usize) {
             stored.iter().zip(print).for_each(|(stored, sum)| stored.store(sum, Ordering::Relaxed));
         }
     }
 }
 
-/// Data as whole pages; without any, nothing at the end.
-fn whole_pages(data: Option<Range<u64>>, within: &Range<u64>) -> Range<u64> {
-    let data = data.unwrap_or(within.end..within.end);
-    let (start, end) = (data.start / PAGE_BYTES * PAGE_BYTES, data.end.next_multiple_of(PAGE_BYTES));
-    start..end.min(within.end)
+/// Leaves no pieces for the other threads when it is dropped armed.
+struct EndAll<'a> {
+    next: &'a AtomicU64,
+    armed: bool,
+}
+
+impl Drop for EndAll<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            // Beyond all pieces, and far from where the counter wraps.
+            self.next.store(u64::MAX / 2, Ordering::Relaxed);
+        }
+    }
 }
 
 impl<P> std::fmt::Debug for Fingerprinted<P> {
@@ -174,11 +212,11 @@ impl<P> std::fmt::Debug for Fingerprinted<P> {
 impl<P: GuestPages> GuestPages for Fingerprinted<P> {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         if !offset.is_multiple_of(PAGE_BYTES) || !into.len().is_multiple_of(PAGE_BYTES as usize) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "whole pages are to be read"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "expected a read of whole pages"));
         }
         self.pages.read(offset, into)?;
         for (page, bytes) in (offset / PAGE_BYTES..).zip(into.chunks_exact(PAGE_BYTES as usize)) {
-            self.leave(page, self.key.of(bytes));
+            self.set_print(page, self.key.of(bytes));
         }
         Ok(())
     }
@@ -189,9 +227,10 @@ impl<P: GuestPages> GuestPages for Fingerprinted<P> {
 
     fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         let data = self.pages.data(range.clone())?;
-        // What lies before is sent as zeroes.
-        let zeroes = range.start.div_ceil(PAGE_BYTES)..whole_pages(data.clone(), &range).start / PAGE_BYTES;
-        zeroes.for_each(|page| self.leave(page, self.key.zero));
+        // The pages before the data are sent as zeroes.
+        let first = whole_pages(data.clone(), &range).map_or(range.end, |data| data.start);
+        let zeroes = range.start.div_ceil(PAGE_BYTES)..first.min(self.bytes) / PAGE_BYTES;
+        zeroes.for_each(|page| self.set_print(page, self.key.zero));
         Ok(data)
     }
 
@@ -200,11 +239,11 @@ impl<P: GuestPages> GuestPages for Fingerprinted<P> {
     }
 }
 
-/// The log of all regions of a move, in their order. Between the last harvest's begin and the end of the move nobody
-/// may write: stop whoever does in [`Vmm::stop`](crate::Vmm::stop).
+/// The log of all regions of a move. From the start of the last harvest to the end of the move the memory must not be
+/// written: stop its writers in [`Vmm::stop`](crate::Vmm::stop).
 #[derive(Debug)]
 pub struct FingerprintLog<'a, P> {
-    /// The regions' pages.
+    /// The pages of the regions, in their order in the move.
     pub regions: Vec<&'a Fingerprinted<P>>,
 }
 
@@ -219,7 +258,12 @@ impl<P: GuestPages + Send> DirtyLog for FingerprintLog<'_, P> {
 
     fn stop(&mut self) {}
 
-    /// Whoever wrote a page, it differs.
+    /// The fingerprints belong to this log alone.
+    fn has_other_readers(&self) -> bool {
+        false
+    }
+
+    /// Pages differ no matter what wrote them.
     fn covers_devices(&self) -> bool {
         true
     }
@@ -234,7 +278,7 @@ mod tests {
     struct Bytes(Mutex<Vec<u8>>);
 
     impl Bytes {
-        /// Whether all of the page is zero, which stands for a hole.
+        /// Whether all of the page is zero, which counts as a hole.
         fn is_hole(&self, at: u64) -> bool {
             let page = (at / PAGE_BYTES * PAGE_BYTES) as usize;
             self.0.lock().unwrap()[page..][..PAGE_BYTES as usize].iter().all(|byte| *byte == 0)
@@ -295,7 +339,7 @@ mod tests {
         let mut page = vec![0; PAGE_BYTES as usize];
         pages.read(0, &mut page).unwrap();
         pages.read(PAGE_BYTES, &mut page).unwrap();
-        // What was sent last counts, not what was sent first.
+        // The content that was sent last counts.
         pages.write(0, &[1]).unwrap();
         pages.read(0, &mut page).unwrap();
         pages.write(0, &[7]).unwrap();
@@ -329,7 +373,7 @@ mod tests {
         for hole in [0, 3, 4, 150, 199] {
             pages.write(page(hole).start, &[0; PAGE_BYTES as usize]).unwrap();
         }
-        // As the engine goes over it.
+        // In the order in which the engine reads.
         let (mut at, mut read) = (0, Vec::new());
         while let Some(data) = pages.data(at..page(199).end).unwrap() {
             let mut bytes = vec![0; (data.end - data.start) as usize];
@@ -343,6 +387,74 @@ mod tests {
         pages.write(page(100).start, &[0; PAGE_BYTES as usize]).unwrap();
         pages.write(page(199).end - 1, &[1]).unwrap();
         assert_eq!(dirty(&pages), [(4, 1), (100, 1), (199, 1)]);
+    }
+
+    #[test]
+    fn threads_that_the_system_refuses_are_done_without() {
+        let pages = pages(2000);
+        let dirty = DirtyBitmap::new(2000).unwrap();
+        // No system has room for such stacks.
+        pages.compare_on(8, || thread::Builder::new().stack_size(1 << 62), &dirty).unwrap();
+        assert_eq!(dirty.count(), 2000);
+    }
+
+    /// Pages that panic, or fail, when a certain thread reads them.
+    struct Defective {
+        reader: thread::ThreadId,
+        panics_elsewhere: bool,
+        fails: bool,
+        read: AtomicU64,
+    }
+
+    impl GuestPages for Defective {
+        fn read(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+            into.fill(0);
+            self.read.fetch_add(into.len() as u64, Ordering::Relaxed);
+            if (thread::current().id() == self.reader) == self.panics_elsewhere {
+                // Slow, so that the other threads get pieces.
+                thread::sleep(std::time::Duration::from_millis(1));
+                return Ok(());
+            }
+            if self.fails {
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
+            std::panic::panic_any("a defect in GuestPages".to_owned())
+        }
+
+        fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_panic_in_the_pages_of_a_caller_is_passed_on_from_every_thread() {
+        const BYTES: u64 = 256 << 20;
+        for (panics_elsewhere, fails) in [(false, false), (true, false), (false, true), (true, true)] {
+            let read = AtomicU64::new(0);
+            let pages = Defective { reader: thread::current().id(), panics_elsewhere, fails, read };
+            let key = FingerprintKey::random().unwrap();
+            let pages = Fingerprinted::new(pages, BYTES, &key).unwrap();
+            let dirty = DirtyBitmap::new(BYTES / PAGE_BYTES).unwrap();
+            let compared = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                pages.compare_on(4, thread::Builder::new, &dirty)
+            }));
+            match fails {
+                true => assert_eq!(compared.unwrap().unwrap_err().kind(), io::ErrorKind::PermissionDenied),
+                false => {
+                    let panic = compared.unwrap_err();
+                    assert_eq!(panic.downcast_ref::<String>().unwrap(), "a defect in GuestPages");
+                }
+            }
+            assert!(pages.pages.read.load(Ordering::Relaxed) < BYTES / 2, "the others end early");
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_page_is_refused_and_not_forgotten() {
+        let key = FingerprintKey::random().unwrap();
+        let bytes = Bytes(Mutex::new(vec![0; 5000]));
+        let error = Fingerprinted::new(bytes, 5000, &key).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Guest memory in a move: where it is, and who tells which pages are dirty.
+//! Guest memory of a move: its regions, and the logs of dirty pages.
 
 mod dirty;
 mod file_pages;
@@ -16,10 +16,12 @@ use limosa_protocol::bitmap::DirtyBitmap;
 use crate::Error;
 use limosa_stream::MemoryFacts;
 
-/// Bytes of a page, as the engine counts them. Guest memory is made of whole ones.
+/// The engine's page size in bytes. Guest memory consists of whole pages.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// Reads and writes pages of guest memory. Offsets are within the region.
+/// Reads and writes pages of guest memory. Offsets are in bytes from the start of the region.
+///
+/// The engine calls these from several threads at once.
 pub trait GuestPages: Sync {
     /// Reads all of `into`.
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
@@ -27,18 +29,20 @@ pub trait GuestPages: Sync {
     /// Writes all of `from`.
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()>;
 
-    /// The first bytes within the range that may hold anything but zeroes: a part of it, or `None` when all of it is
-    /// known for zeroes. What is not among them is not read, so that memory that was never touched stays so. Unless
-    /// this is written, all of it may.
+    /// The first part of the range that may hold anything but zeroes; `None` when all of the range is zero. The engine
+    /// does not read the rest, so that untouched memory stays untouched. The default treats the whole range as data.
     ///
-    /// It is asked before the range is read, when the marks of what was dirty there have been taken: what is written
-    /// meanwhile is dirty again. What lies before the data, or all of the range, is then sent as zeroes.
+    /// The engine calls it after it has taken the dirty marks of the range, and before it reads. A page that is written
+    /// meanwhile is dirty again. The pages before the data, or the whole range, are then sent as zeroes.
     fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         Ok((!range.is_empty()).then_some(range))
     }
 
-    /// Makes the range zero. Pages that are zero already are left alone, so that memory which was never
-    /// touched takes no room.
+    /// Makes the range zero. The default leaves pages alone that are zero already, so that untouched memory takes no
+    /// room.
+    ///
+    /// The engine calls it for at most 64 MiB at a time, in whole pages, so that it can answer its peer between two
+    /// calls.
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         const PIECE_BYTES: u64 = 256 << 10;
         let zeroes = [0; PAGE_BYTES as usize];
@@ -46,6 +50,11 @@ pub trait GuestPages: Sync {
         let mut found = Vec::new();
         let mut from = offset;
         while let Some(data) = self.data(from..end)? {
+            // An implementation may give more than it was asked for, or nothing.
+            let data = data.start.max(from)..data.end.min(end);
+            if data.is_empty() {
+                break;
+            }
             for at in (data.start..data.end).step_by(PIECE_BYTES as usize) {
                 found.resize(PIECE_BYTES.min(data.end - at) as usize, 0);
                 self.read(at, &mut found)?;
@@ -64,12 +73,12 @@ pub trait GuestPages: Sync {
 /// A region of guest memory.
 #[derive(Clone, Copy)]
 pub struct MemoryRegion<'a> {
-    /// Names it on both sides.
+    /// The region's number, the same on both sides.
     pub id: u32,
-    /// Its first address, as devices see it (IOVA): page-aligned. It should be mapped to the devices
-    /// as one piece or several, but not together with another region.
+    /// Its first address as devices see it (IOVA), a multiple of [`PAGE_BYTES`]. The region should be mapped to the
+    /// devices as one piece or several, but not in one piece with another region.
     pub iova: u64,
-    /// Bytes; whole pages.
+    /// Its size in bytes, a multiple of [`PAGE_BYTES`].
     pub size: u64,
     /// Its pages.
     pub pages: &'a dyn GuestPages,
@@ -89,13 +98,7 @@ impl MemoryRegion<'_> {
     /// The first whole pages of a range of whole pages that may hold anything but zeroes.
     pub(crate) fn data(&self, range: Range<u64>) -> Result<Option<Range<u64>>, Error> {
         let found = self.pages.data(range.clone()).map_err(|error| self.failed(range.start, error))?;
-        // Whoever implements it may err.
-        let found = found.map(|data| {
-            let start = data.start / PAGE_BYTES * PAGE_BYTES;
-            let end = data.end.min(range.end).next_multiple_of(PAGE_BYTES);
-            start.max(range.start)..end.min(range.end)
-        });
-        Ok(found.filter(|data| !data.is_empty()))
+        Ok(whole_pages(found, &range))
     }
 
     pub(crate) fn failed(&self, offset: u64, error: io::Error) -> Error {
@@ -103,49 +106,91 @@ impl MemoryRegion<'_> {
     }
 }
 
-/// The caller's own log of dirty pages: what vCPUs write. What devices log themselves, the engine asks
-/// them for; other logs of what devices write are [`Memory::sources`].
+/// What [`GuestPages::data`] found in a range of whole pages, as whole pages within the range. An implementation may
+/// give more than it was asked for, or an empty range.
+fn whole_pages(found: Option<Range<u64>>, range: &Range<u64>) -> Option<Range<u64>> {
+    let found = found?;
+    let start = found.start / PAGE_BYTES * PAGE_BYTES;
+    let end = found.end.min(range.end).checked_next_multiple_of(PAGE_BYTES).unwrap_or(range.end);
+    let pages = start.max(range.start)..end.min(range.end);
+    (!pages.is_empty()).then_some(pages)
+}
+
+/// The caller's own log of dirty pages: the pages that vCPUs write. The engine itself asks devices for the pages that
+/// they log; other logs of device writes are [`Memory::with_sources`].
 ///
 /// Bit *n* of a bitmap stands for page *n* of the region, of [`PAGE_BYTES`].
 pub trait DirtyLog: Send {
-    /// Logs from now on, all clean.
+    /// Starts logging, with all pages clean. When this fails the engine calls [`DirtyLog::stop`], which then undoes
+    /// what was started.
     fn start(&mut self) -> io::Result<()>;
 
-    /// Moves the marks of a region (by its place among the regions) to `dirty`. When this fails, all
-    /// of the region is taken as dirty.
+    /// Moves the marks of a region to `dirty`. `region` is its index among the regions of the move. When this fails,
+    /// all of the region is taken as dirty.
     fn harvest(&mut self, region: usize, dirty: &DirtyBitmap) -> io::Result<()>;
 
-    /// The move was undone: here are all the pages that were harvested in it, from this log, from the
-    /// devices' and from the other sources, so that whoever else lives by the log misses nothing.
+    /// Returns pages to the log after a move was undone: all pages of a region that were harvested in the move, from
+    /// this log, from devices and from other sources. A log that has other readers passes the pages on to them.
     fn give_back(&mut self, region: usize, dirty: &DirtyBitmap) {
         let _ = (region, dirty);
     }
 
-    /// The move is over, one way or the other.
-    fn stop(&mut self);
-
-    /// Whether anybody else lives by this log, so that [`DirtyLog::give_back`] means something.
+    /// Whether the log has readers besides the engine, so that [`DirtyLog::give_back`] is of use. A log that returns
+    /// false is not harvested again when a move is undone, which can save the time of reading all memory while the
+    /// guest stands still.
     fn has_other_readers(&self) -> bool {
         true
     }
 
-    /// Whether it sees what devices write as well, so that devices without DMA logging are covered.
+    /// Stops logging: the move is over, or [`DirtyLog::start`] has failed.
+    fn stop(&mut self);
+
+    /// Whether the log sees what devices write as well, so that devices without DMA logging are covered.
     fn covers_devices(&self) -> bool {
         false
     }
 }
 
-/// The guest memory of a move.
+/// The guest memory of a move, at the source.
+///
+/// Every page that is written during the move has to be seen, or the destination gets an old one. So there is no memory
+/// without a decision about its writers: [`Memory::logged`] has a log of what vCPUs write, and with
+/// [`Memory::stopped`] the caller promises that they write nothing.
 #[derive(Default)]
 pub struct Memory<'a> {
-    /// The regions; none where only devices move.
-    pub regions: Vec<MemoryRegion<'a>>,
-    /// Who tells what vCPUs write. Without it only what devices write is seen.
-    pub log: Option<&'a mut dyn DirtyLog>,
-    /// Who tells what devices write, besides the devices themselves: an IOMMU, a container. All of them are
-    /// used. A device without a log of its own that none of them sees ([`DirtySource::sees`]) makes all memory
-    /// move after the stop. For devices that log themselves they are not needed, and such logs can be coarser.
-    pub sources: Vec<&'a dyn DirtySource>,
+    pub(crate) regions: Vec<MemoryRegion<'a>>,
+    /// The log of what vCPUs write.
+    pub(crate) log: Option<&'a mut dyn DirtyLog>,
+    /// Logs of what devices write, besides the devices' own.
+    pub(crate) sources: Vec<&'a dyn DirtySource>,
+}
+
+impl<'a> Memory<'a> {
+    /// No memory: only devices move.
+    pub fn none() -> Memory<'a> {
+        Memory::default()
+    }
+
+    /// Memory that vCPUs write while it moves, as `log` sees it.
+    pub fn logged(regions: Vec<MemoryRegion<'a>>, log: &'a mut dyn DirtyLog) -> Memory<'a> {
+        Memory { regions, log: Some(log), sources: Vec::new() }
+    }
+
+    /// Memory that only devices write. The caller promises that all other writers, vCPUs above all, are stopped from
+    /// before the move until its end. Pages that they write meanwhile are lost, without an error.
+    pub fn stopped(regions: Vec<MemoryRegion<'a>>) -> Memory<'a> {
+        Memory { regions, log: None, sources: Vec::new() }
+    }
+
+    /// Adds logs of what devices write, besides the devices' own: an IOMMU, a container. All of them are used.
+    ///
+    /// A device that does not log itself, and that no source sees ([`DirtySource::sees`]), makes all memory move after
+    /// the stop. Sources are not needed for devices that log themselves, and may be coarser.
+    #[must_use]
+    pub fn with_sources(mut self, sources: Vec<&'a dyn DirtySource>) -> Memory<'a> {
+        self.sources.extend(sources);
+        self
+    }
 }
 
 impl std::fmt::Debug for Memory<'_> {
@@ -168,7 +213,63 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
+
+    /// Bytes in a vector, of which `data` gives a range that was not asked for.
+    struct Careless(Mutex<Vec<u8>>, Range<u64>);
+
+    impl GuestPages for Careless {
+        fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+            into.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..into.len()]);
+            Ok(())
+        }
+        fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+            self.0.lock().unwrap()[offset as usize..][..from.len()].copy_from_slice(from);
+            Ok(())
+        }
+        fn data(&self, _: Range<u64>) -> io::Result<Option<Range<u64>>> {
+            Ok(Some(self.1.clone()))
+        }
+    }
+
+    #[test]
+    fn data_that_is_empty_or_beyond_the_range_ends_no_loop_late_and_panics_nowhere() {
+        for data in [0..0, 8192..8192, 4096..0, 0..u64::MAX, u64::MAX - 1..u64::MAX, 100..101] {
+            let pages = Careless(Mutex::new(vec![7; 16384]), data.clone());
+            let region = MemoryRegion { id: 0, iova: 0, size: 16384, pages: &pages };
+            if let Some(found) = region.data(4096..12288).unwrap() {
+                assert!(
+                    found.start >= 4096 && found.end <= 12288 && !found.is_empty(),
+                    "{data:?}: {found:?}"
+                );
+            }
+            pages.zero(4096, 8192).unwrap();
+            let bytes = pages.0.lock().unwrap();
+            assert!(bytes[..4096] == [7; 4096] && bytes[12288..] == [7; 4096], "{data:?}");
+        }
+    }
+
+    #[test]
+    fn memory_says_what_is_known_of_its_writers() {
+        struct Log;
+        impl DirtyLog for Log {
+            fn start(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+            fn harvest(&mut self, _: usize, _: &DirtyBitmap) -> io::Result<()> {
+                Ok(())
+            }
+            fn stop(&mut self) {}
+        }
+        let pages = Careless(Mutex::default(), 0..0);
+        let region = MemoryRegion { id: 0, iova: 0, size: 4096, pages: &pages };
+        let mut log = Log;
+        assert!(Memory::logged(vec![region], &mut log).log.is_some());
+        assert!(Memory::stopped(vec![region]).log.is_none());
+        assert!(Memory::none().regions.is_empty());
+    }
 
     #[test]
     fn one_byte_makes_a_page_not_zero() {

@@ -1,11 +1,11 @@
-//! A link that tells a report what goes over it.
+//! [`MeteredLink`]: a link that counts its traffic for the report.
 
 use std::io::IoSlice;
 
 use crate::link::{Link, LinkError, Wait};
 use crate::report::LinkMeter;
 
-/// Counts the bytes of a link, and the time in its reads and writes.
+/// Counts the bytes of a link, and the time spent in its reads and writes.
 pub(crate) struct MeteredLink<'a> {
     inner: &'a dyn Link,
     meter: LinkMeter,

@@ -156,21 +156,21 @@ fn the_destination_takes_no_more_links_than_it_wants() {
 }
 
 #[test]
-fn a_stranger_s_link_is_closed_and_the_right_one_waited_for() {
+fn a_link_of_another_client_is_closed_and_the_right_one_waited_for() {
     let ends = ends(2, 3);
     let (outcome, received, _) = run(&ends, |number| {
         let (near, mut far) = pair();
-        // Taken last in, first out: the stranger comes before the link.
-        let (stranger, theirs) = SocketLink::pair().unwrap();
+        // Taken last in, first out: the other client comes before the link.
+        let (other, theirs) = SocketLink::pair().unwrap();
         let wait = Wait::within(Duration::from_secs(10), None);
         let words: &[u8] =
             if number == 1 { b"GET / HTTP/1.1\r\nHost: somewhere\r\n\r\n......" } else { b"\x16\x03\x01" };
-        stranger.write(&[std::io::IoSlice::new(words)], wait).unwrap();
-        stranger.finish();
+        other.write(&[std::io::IoSlice::new(words)], wait).unwrap();
+        other.finish();
         far.push(Box::new(theirs));
         (near, far)
     });
-    assert!(ends.check(outcome, received, "a stranger between"));
+    assert!(ends.check(outcome, received, "another client between"));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::common::{Ends, Quirks, Step, TestDevice, VecPages, world};
-use limosa_client::{DeviceLog, DirtySource};
+use limosa_client::{Device, DeviceIdentity, DeviceLog, DirtySource};
 use limosa_device::{Fault, Loopback};
 use limosa_migrate::{
     Convergence, DirtyLog, FilePages, GuestPages, Observer, Outcome, PAGE_BYTES, Phase, Round,
@@ -176,7 +176,7 @@ fn a_log_that_does_not_start_undoes_the_move_before_anything_stops() {
 /// What a device writes, as its IOMMU would see it: the log of the device behind the quirks that hide it.
 struct Iommu {
     device: Loopback,
-    sees: String,
+    sees: Option<DeviceIdentity>,
     page_bytes: Mutex<Option<u64>>,
     starts: Option<Errno>,
     reports: Option<Errno>,
@@ -187,7 +187,7 @@ impl Iommu {
     fn new(device: &TestDevice) -> Iommu {
         Iommu {
             device: device.client.inner.clone(),
-            sees: device.name().into(),
+            sees: device.client.identity(),
             page_bytes: Mutex::new(None),
             starts: None,
             reports: None,
@@ -208,8 +208,8 @@ impl DirtySource for Iommu {
     fn name(&self) -> &str {
         "iommu"
     }
-    fn sees(&self, device: &str) -> bool {
-        device == self.sees
+    fn sees(&self, device: &dyn Device) -> bool {
+        self.sees.is_some() && device.identity() == self.sees
     }
     fn start(&self, hint: u64, ranges: &[DmaLoggingRange]) -> limosa_client::Result<u64> {
         if let Some(errno) = self.starts {
@@ -276,7 +276,8 @@ fn a_device_without_a_log_is_seen_by_a_source() {
 
 #[test]
 fn a_device_that_no_source_sees_makes_all_memory_move_after_the_stop() {
-    let (ends, iommus) = behind(|device| vec![Iommu { sees: "another".into(), ..Iommu::new(device) }]);
+    let another = Some(DeviceIdentity::unique());
+    let (ends, iommus) = behind(|device| vec![Iommu { sees: another, ..Iommu::new(device) }]);
     let (outcome, received) = ends.run_plain();
     let Outcome::Moved(report) = &outcome else { panic!("{outcome:?}") };
     assert!(report.notes.iter().any(|note| note.contains("nobody logs the DMA of dev-source")), "{report:?}");

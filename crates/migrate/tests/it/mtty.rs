@@ -17,7 +17,7 @@ fn moved(from: &Loopback, to: &Loopback) -> (Outcome, Received) {
     let (options, ledger) = (options(), Ledger::new());
     let mut source = Source {
         devices: &[MovedDevice::new(from)],
-        memory: Memory::default(),
+        memory: Memory::none(),
         vmm: &Nobody,
         observer: &Nobody,
         options: &options,

@@ -31,7 +31,7 @@ fn a_guest_of_64_gib_that_touched_three_pages_moves_as_three_pages() {
     let (outcome, received) = move_local(
         &mut Source {
             devices: &[],
-            memory: Memory { regions: vec![region(&here)], ..Memory::default() },
+            memory: Memory::stopped(vec![region(&here)]),
             vmm: &Nobody,
             observer: &Nobody,
             options: &options,

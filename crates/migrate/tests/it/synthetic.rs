@@ -58,7 +58,7 @@ fn run(source: &End, destination: &End) -> (Outcome, Received) {
     move_local(
         &mut Source {
             devices: &ours,
-            memory: Memory { regions: vec![source.region()], ..Memory::default() },
+            memory: Memory::stopped(vec![source.region()]),
             vmm: &Nobody,
             observer: &Nobody,
             options: &options,

@@ -88,7 +88,7 @@ fn run(
     let (outcome, received) = move_local(
         &mut Source {
             devices: &ours,
-            memory: Memory { regions: vec![region(&here)], ..Memory::default() },
+            memory: Memory::stopped(vec![region(&here)]),
             vmm: &Nobody,
             observer: observers.0,
             options: &options,

@@ -129,7 +129,7 @@ impl Computer {
         let cancel = self.cancel.lock().expect("not poisoned").clone();
         act(&mut Source {
             devices: &devices,
-            memory: Memory { regions: self.regions(), log: Some(log), sources: Vec::new() },
+            memory: Memory::logged(self.regions(), log),
             vmm: self,
             observer: self,
             options,

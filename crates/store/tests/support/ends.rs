@@ -98,7 +98,7 @@ impl End {
     pub fn save(&self, to: &dyn SnapshotTarget, after: AfterSave, cancel: Option<&Cancel>) -> Outcome {
         let mut source = Source {
             devices: &[MovedDevice::new(&self.device)],
-            memory: Memory { regions: vec![self.region()], ..Memory::default() },
+            memory: Memory::stopped(vec![self.region()]),
             vmm: &Nobody,
             observer: &Nobody,
             options: &self.options,

@@ -4,7 +4,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use limosa_client::dirty::{DirtySource, check};
-use limosa_client::{DirtyBits, Result};
+use limosa_client::{Device, DirtyBits, Result};
 use limosa_protocol::bitmap::{Grid, regranulate, runs, set_range, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 
@@ -96,8 +96,9 @@ impl DirtySource for SpaceLog {
         }
     }
 
-    fn sees(&self, device: &str) -> bool {
-        self.space.inner.state().devices.get(device).copied().unwrap_or(false)
+    fn sees(&self, device: &dyn Device) -> bool {
+        let state = self.space.inner.state();
+        device.identity().is_some_and(|device| state.devices.get(&device) == Some(&true))
     }
 
     /// Logs the whole space.

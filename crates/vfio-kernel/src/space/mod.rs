@@ -16,7 +16,7 @@ use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use limosa_client::{DirtyBits, DmaMap, DmaMemory, Error, Result};
+use limosa_client::{Device, DeviceIdentity, DirtyBits, DmaMap, DmaMemory, Error, Result};
 use limosa_protocol::capability::IovaRange;
 use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, range};
@@ -49,8 +49,11 @@ struct Inner {
 #[derive(Default)]
 struct State {
     mappings: Mappings,
-    /// The devices in it, by name, and whether its log sees what they write.
-    devices: BTreeMap<String, bool>,
+    /// The attachments, by the names given for them, and whether the log sees what those devices write. For a name that
+    /// was given several times it has to see all of them.
+    attached: BTreeMap<String, bool>,
+    /// The devices in the space, and whether the log sees what they write.
+    devices: BTreeMap<DeviceIdentity, bool>,
     /// While it logs.
     log: Option<Log>,
 }
@@ -157,8 +160,9 @@ impl AddressSpace {
     /// Binds a cdev to the iommufd and attaches it: to a page table with dirty tracking where its IOMMU has
     /// that, else to the IOAS (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD`, `VFIO_DEVICE_ATTACH_IOMMUFD_PT`).
     ///
-    /// A device that could not be attached stays bound until its fd is closed.
-    pub fn attach_cdev(&self, name: &str, device: BorrowedFd<'_>) -> Result<()> {
+    /// A device that could not be attached stays bound until its fd is closed. Returns whether the space's log sees what
+    /// the device writes.
+    pub fn attach_cdev(&self, name: &str, device: BorrowedFd<'_>) -> Result<bool> {
         match &self.inner.kind {
             Kind::Iommufd(iommufd) => {
                 let id = iommufd.bind(name, device)?;
@@ -173,7 +177,8 @@ impl AddressSpace {
     /// Attaches a device that the caller has bound to the iommufd, as `device_id` (`vfio.h:
     /// VFIO_DEVICE_BIND_IOMMUFD, out_devid`). `attach` is called with the id of one page table or IOAS after the
     /// other until it takes one (`vfio.h: VFIO_DEVICE_ATTACH_IOMMUFD_PT`): page tables with dirty tracking first,
-    /// where the device's IOMMU has that. It must not use the space. `name` is for messages.
+    /// where the device's IOMMU has that. It must not use the space. Returns whether the space's log sees what the
+    /// device writes. `name` is for messages, and for [`AddressSpace::has_device`].
     ///
     /// # Errors
     ///
@@ -183,13 +188,13 @@ impl AddressSpace {
         name: &str,
         device_id: u32,
         attach: &mut dyn FnMut(u32) -> Result<(), Errno>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         match &self.inner.kind {
             Kind::Iommufd(iommufd) => {
                 let mut state = self.inner.state();
                 let is_seen = iommufd.attach(name, device_id, state.log.is_some(), attach)?;
-                state.devices.insert(name.into(), is_seen);
-                Ok(())
+                state.attach(name, is_seen);
+                Ok(is_seen)
             }
             Kind::Container(_) => {
                 Err(usage(name, "it is bound to an iommufd, its address space is a container"))
@@ -203,35 +208,42 @@ impl AddressSpace {
         match &self.inner.kind {
             Kind::Container(container) => {
                 let mut state = self.inner.state();
-                let State { mappings, devices, log } = &mut *state;
+                let State { mappings, log, .. } = &mut *state;
                 let is_first = container.attach(name, group, mappings)?;
                 if is_first && let Some(log) = log {
                     // The IOMMU before this one took its log along.
                     mappings.iter().for_each(|mapping| log.collected.add(mapping.iova, mapping.last()));
                     container.start_dirty(name)?;
                 }
-                devices.insert(name.into(), true);
+                state.attach(name, true);
                 Ok(())
             }
             Kind::Iommufd(_) => Err(usage(name, "it was opened by its group, its address space is an IOAS")),
         }
     }
 
-    /// Notes that a device of this name, which the caller has attached, is in this space, so that its log
-    /// ([`AddressSpace::dirty_log`]) answers for it. In an IOAS, the device must be attached to one of the page
-    /// tables of [`AddressSpace::from_page_tables`] for that; without any, it is not seen.
-    pub fn has_device(&self, name: &str) {
-        let is_seen = match &self.inner.kind {
+    /// Notes that a device is in this space, so that the space's log ([`AddressSpace::dirty_log`]) answers for it. A
+    /// [`KernelDevice`](crate::KernelDevice) does this itself for the space that it is given.
+    ///
+    /// If the device was attached through this space under its name, the log sees what it writes where it saw that of
+    /// the attachment. Else the caller has attached it: in an IOAS it must be attached to one of the page tables of
+    /// [`AddressSpace::from_page_tables`]; without any, it is not seen. A device without an identity
+    /// ([`Device::identity`]) is never seen.
+    pub fn has_device(&self, device: &dyn Device) {
+        let Some(identity) = device.identity() else { return };
+        let mut state = self.inner.state();
+        let attached = state.attached.get(device.name()).copied();
+        let is_seen = attached.unwrap_or_else(|| match &self.inner.kind {
             Kind::Iommufd(iommufd) => iommufd.has_page_tables(),
             Kind::Container(_) => true,
-        };
-        self.inner.state().devices.entry(name.into()).or_insert(is_seen);
+        });
+        state.devices.entry(identity).or_insert(is_seen);
     }
 
-    /// Whether it logs now what this device writes.
-    pub(crate) fn logs(&self, name: &str) -> bool {
+    /// Whether the space is logging what this device writes.
+    pub(crate) fn logs(&self, device: DeviceIdentity) -> bool {
         let state = self.inner.state();
-        state.log.is_some() && state.devices.get(name) == Some(&true)
+        state.log.is_some() && state.devices.get(&device) == Some(&true)
     }
 
     /// Gives its devices access to memory. `name` is for messages.
@@ -319,6 +331,13 @@ impl AddressSpace {
         }
         state.mappings.remove(iova, size);
         Ok(())
+    }
+}
+
+impl State {
+    fn attach(&mut self, name: &str, is_seen: bool) {
+        let all_seen = self.attached.entry(name.into()).or_insert(true);
+        *all_seen &= is_seen;
     }
 }
 

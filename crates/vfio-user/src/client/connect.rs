@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use limosa_client::{Error, Result};
+use limosa_client::{DeviceIdentity, Error, Result};
 use limosa_protocol::info::DeviceInfo;
 use limosa_protocol::{FeatureHeader, FeatureIndex, FeatureOp};
 use zerocopy::{FromBytes, IntoBytes};
@@ -88,6 +88,7 @@ pub(super) fn connect(
     };
     let shared = Shared {
         name,
+        identity: DeviceIdentity::unique(),
         options,
         limits,
         exchange,

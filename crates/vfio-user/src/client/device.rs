@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use limosa_client::{
-    Device, DirtyBits, DmaMap, DmaMemory, Error, FeatureReply, FeatureRequest, IrqAction, Refers, Region,
-    Result,
+    Device, DeviceIdentity, DirtyBits, DmaMap, DmaMemory, Error, FeatureReply, FeatureRequest, IrqAction,
+    Refers, Region, Result,
 };
 use limosa_protocol::capability::mappable;
 use limosa_protocol::feature::FeatureDmaLoggingReport;
@@ -23,6 +23,10 @@ use crate::codec::{Command, DirtyBitmap, DmaMapMessage, DmaUnmapMessage, RegionA
 impl Device for Client {
     fn name(&self) -> &str {
         &self.shared.name
+    }
+
+    fn identity(&self) -> Option<DeviceIdentity> {
+        Some(self.shared.identity)
     }
 
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {

@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use limosa_client::{Error, Result};
+use limosa_client::{DeviceIdentity, Error, Result};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::codec::{Command, IoFd, IoFdsMessage, ShadowIoFd, SingleWrite};
@@ -83,6 +83,7 @@ pub struct Client {
 /// What a client shares with its data streams.
 struct Shared {
     name: String,
+    identity: DeviceIdentity,
     options: Options,
     limits: Limits,
     exchange: Arc<Exchange>,

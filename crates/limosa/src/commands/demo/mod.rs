@@ -198,7 +198,7 @@ fn migrate(source: &End, destination: &End, guest: &Guest<'_>, out: &Output) -> 
     let (outcome, received) = move_local(
         &mut Source {
             devices: &from,
-            memory: Memory { regions: vec![region(&source_pages)], ..Memory::default() },
+            memory: Memory::stopped(vec![region(&source_pages)]),
             vmm: guest,
             observer: &progress,
             options: &options,

@@ -57,8 +57,12 @@ fn memory<'a>(
     pages: &'a SourcePages,
     log: &'a mut Option<FingerprintLog<'a, FilePages>>,
 ) -> Memory<'a> {
-    let log = log.as_mut().map(|log| log as &mut dyn DirtyLog);
-    Memory { regions: pages.regions(side.memory()), log, sources: Vec::new() }
+    let regions = pages.regions(side.memory());
+    match log {
+        Some(log) => Memory::logged(regions, log),
+        // The user has said that the guest stands still, or that there is none.
+        None => Memory::stopped(regions),
+    }
 }
 
 fn source<'a>(

@@ -1,5 +1,5 @@
-//! `limosa receive`: waits for a sender, takes what it sends, and stays to be asked when the sender may not know how
-//! that ended. Whoever connects and is no sender is named, and waited on past.
+//! `limosa receive`: waits for a source, takes its move, and stays to answer when the source may not know how the move
+//! ended. A client that is not a source is named in a warning, and the wait goes on.
 
 use std::time::{Duration, Instant};
 
@@ -37,16 +37,16 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     let regions = pages.regions(side.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
     out.say(&format!("listening on {}", listener.address()));
-    let arrivals = links.arrivals(listener, args.link.silence)?;
-    let door = Door { arrivals, silence: args.link.silence, cancel: &cancel };
-    let mut wait = Waiting { began: Instant::now(), limit: args.wait, strangers: 0 };
+    let acceptor = links.acceptor(listener, args.link.silence)?;
+    let sources = Sources { acceptor, silence: args.link.silence, cancel: &cancel };
+    let mut wait = Waiting { began: Instant::now(), limit: args.wait, passed_over: 0 };
     loop {
-        let arrival = door.next(wait.left()).map_err(|error| match error {
+        let incoming = sources.next(wait.left()).map_err(|error| match error {
             LinkError::TimedOut => wait.over(&args.listen),
             LinkError::Cancelled => Error::Cancelled.into(),
             error => error.into(),
         })?;
-        let link = match arrival {
+        let link = match incoming {
             Incoming::Peer(link) => link,
             Incoming::NotAPeer { peer, why } => {
                 wait.passed_over(&peer, &why.to_string());
@@ -54,20 +54,19 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
             }
         };
         let peer = link.peer().to_owned();
-        let further = |wait: Wait<'_>| door.further(wait);
-        return match destination.receive_over(&link, &further) {
+        return match destination.receive_over(&link, &sources.acceptor) {
             Received::Runs(report) => {
                 drop(link);
                 if !report.peer_told {
-                    door.answer(&destination);
+                    sources.answer(&destination);
                 }
                 drop(progress);
                 ending.print(&report).and(started(&guest))
             }
             Received::Stopped(report) => ending.print(&report),
-            // A source of an earlier move; the one that is waited for is still to come.
+            // A source of an earlier move. The wait for a move goes on.
             Received::Answered { .. } => continue,
-            Received::Discarded { why, report } if is_stranger(&why, &report) => {
+            Received::Discarded { why, report } if is_no_source(&why, &report) => {
                 wait.passed_over(&peer, &why.to_string());
                 continue;
             }
@@ -75,7 +74,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                 drop(link);
                 ending.failed(&report);
                 if source_may_doubt(&why, &report) {
-                    door.answer(&destination);
+                    sources.answer(&destination);
                 }
                 let notes = Notes(&report.notes).to_string();
                 Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", side.name())))
@@ -88,28 +87,16 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     }
 }
 
-/// Where senders come in.
-struct Door<'a> {
-    arrivals: Acceptor,
+/// Accepts sources, until they are answered or the user cancels.
+struct Sources<'a> {
+    acceptor: Acceptor,
     silence: Duration,
     cancel: &'a Cancel,
 }
 
-impl Door<'_> {
+impl Sources<'_> {
     fn next(&self, within: Duration) -> Result<Incoming, LinkError> {
-        self.arrivals.next(Wait::within(within, Some(self.cancel)))
-    }
-
-    /// A further link of a move that has come: whoever cannot make one is passed over.
-    fn further(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
-        loop {
-            match self.arrivals.next(wait)? {
-                Incoming::Peer(link) => return Ok(link),
-                Incoming::NotAPeer { why, .. } => {
-                    tracing::warn!("{why}; the further links of the move are still waited for");
-                }
-            }
-        }
+        self.acceptor.accept(Wait::within(within, Some(self.cancel)))
     }
 
     /// The source could not be told how the move ended: stays until it has asked.
@@ -135,11 +122,12 @@ impl Door<'_> {
     }
 }
 
-/// The wait for a sender. Whoever connects meanwhile and is none does not prolong it.
+/// The wait for a source. Other clients that connect meanwhile do not prolong it.
 struct Waiting {
     began: Instant,
     limit: Duration,
-    strangers: u64,
+    /// Clients that were not sources.
+    passed_over: u64,
 }
 
 impl Waiting {
@@ -148,15 +136,15 @@ impl Waiting {
     }
 
     fn passed_over(&mut self, peer: &str, why: &str) {
-        self.strangers += 1;
-        // Every message names the other side by itself.
+        self.passed_over += 1;
+        // Most messages name the other side themselves.
         let peer = if why.contains(peer) { String::new() } else { format!("{peer}: ") };
         tracing::warn!("{peer}{why}; it sent no move, still waiting for one");
     }
 
     fn over(&self, listen: &str) -> anyhow::Error {
         let limit = self.limit;
-        let what = match self.strangers {
+        let what = match self.passed_over {
             0 => format!("{listen}: nobody connected within {limit:?}"),
             1 => format!("{listen}: nobody sent a move within {limit:?}; one connected that did not"),
             some => format!("{listen}: nobody sent a move within {limit:?}; {some} connected that did not"),
@@ -165,18 +153,17 @@ impl Waiting {
     }
 }
 
-/// Whether whoever connected never said that it is a source: it said something else, or nothing.
-fn is_stranger(why: &Error, report: &Report) -> bool {
+/// Whether the client sent no preface: it sent something else, or nothing.
+fn is_no_source(why: &Error, report: &Report) -> bool {
     let is_no_preface = matches!(
         why,
         Error::Stream { damage: Damage::NotAStream, .. } | Error::Link { .. } | Error::TimedOut { .. }
     );
-    // With a preface comes the move's id.
+    // The move's id is known once the preface has arrived.
     report.id.is_empty() && is_no_preface
 }
 
-/// Whether the link was lost when the source may have sent its COMMIT: it cannot know that this did not
-/// come.
+/// Whether the link was lost when the source may have sent its COMMIT. The source cannot know that it did not arrive.
 fn source_may_doubt(why: &Error, report: &Report) -> bool {
     let held = report.phases.iter().any(|phase| phase.phase == Phase::Commit);
     held && matches!(why, Error::Link { .. } | Error::TimedOut { .. })

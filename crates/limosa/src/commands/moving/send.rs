@@ -45,10 +45,10 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let pages = side.source_pages(&args.stopping)?;
     let mut log = pages.log();
     let hint = "is `limosa receive` listening there?";
-    let link = links::connect(&links, &address, options.silence_max, Some(&cancel), hint)?;
+    let connector = links.connector(&address);
+    let link = links::connect(&connector, options.silence_max, Some(&cancel), hint)?;
     let mut source = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
-    let further = |wait: Wait<'_>| links.connect(&address, wait.left()?, wait.cancel);
-    let mut outcome = source.send_over(&link, &further);
+    let mut outcome = source.send_over(&link, &connector);
     drop(link);
     let began = Instant::now();
     while let Outcome::InDoubt(doubt) = outcome {
@@ -56,7 +56,7 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
         let Some(left) = args.link.silence.checked_sub(began.elapsed()) else {
             return Err(ending.in_doubt(&side.name(), &doubt, &guest));
         };
-        outcome = match links.connect(&address, left, Some(&cancel)) {
+        outcome = match connector.connect(Wait::within(left, Some(&cancel))) {
             Ok(link) => source.resolve(doubt, &link),
             // Nobody is there to be asked, now or later.
             Err(error) if nobody_listens(&error) => {

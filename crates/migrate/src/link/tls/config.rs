@@ -1,5 +1,5 @@
-//! What a side of a TLS link shows and whom it believes: read from PEM files (RFC 7468) and checked before
-//! anybody is connected to.
+//! [`Tls`]: one end's certificate and key, and the authorities that it trusts. They are read from PEM files (RFC 7468)
+//! and checked before any connection is made.
 
 use std::fmt;
 use std::fs::File;
@@ -21,12 +21,13 @@ use rustls::{ClientConfig, InconsistentKeys, RootCertStore, ServerConfig};
 use super::error::{self, TlsError};
 use crate::link::Address;
 
-/// More than any chain or list of authorities needs.
+/// The size limit for PEM files, more than any chain or list of authorities needs.
 const FILE_BYTES_MAX: u64 = 1 << 20;
-/// What both sides say that they speak (RFC 7301), so that no other service of the same authority is taken for one.
+/// The protocol name in ALPN (RFC 7301): a service that has a certificate of the same authority for another purpose is
+/// refused.
 const ALPN: &[u8] = b"limosa";
 
-/// One side's certificate and key, and the authority that the other side's certificate has to come from.
+/// One end's certificate and key, and the authorities that may have issued the other end's certificate.
 #[derive(Clone)]
 pub struct Tls(Arc<Inner>);
 
@@ -51,13 +52,13 @@ impl fmt::Debug for Tls {
 }
 
 impl Tls {
-    /// Reads PEM files: the authorities that the other side's certificate may come from, this side's certificate
-    /// followed by those between it and its authority, and its key.
+    /// Reads PEM files: the authorities that may have issued the other end's certificate; this end's certificate,
+    /// followed by the intermediate ones up to its authority; and its key.
     ///
-    /// `name` is what the other side's certificate must be made out to, a host name or an IP address. Without it
-    /// a source expects the host that it connects to, and a destination any name: the authority vouches for all.
+    /// `name` is the name in the other end's certificate, a host name or an IP address. Without it a source expects the
+    /// host that it connects to, and a destination accepts any certificate of the authorities.
     ///
-    /// Whether this side's certificate is valid now is not looked at: see [`Tls::check`].
+    /// The validity period of this end's certificate is not checked here: see [`Tls::check`].
     pub fn load(ca: &Path, certificate: &Path, key: &Path, name: Option<&str>) -> Result<Tls, TlsError> {
         let provider = Arc::new(ring::default_provider());
         let name = name.map(|name| server_name(name, name)).transpose()?;
@@ -86,7 +87,7 @@ impl Tls {
             .with_client_cert_verifier(Arc::clone(&verifier))
             .with_cert_resolver(resolver);
         server.alpn_protocols = vec![ALPN.into()];
-        // Nobody resumes, and a ticket that nobody reads would reset the connection when it is closed.
+        // Sessions are not resumed, and an unread ticket would reset the connection when it is closed.
         server.send_tls13_tickets = 0;
         Ok(Tls(Arc::new(Inner {
             client: Arc::new(client),
@@ -99,13 +100,13 @@ impl Tls {
         })))
     }
 
-    /// Whether this side's own certificate is valid at that moment, so that it need not be refused by the other.
+    /// Checks the validity period of this end's own certificate, before the other end refuses it.
     pub fn check(&self, now: SystemTime) -> Result<(), TlsError> {
         let Some((own, between)) = self.0.chain.split_first() else { return Ok(()) };
         let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
         let verified = self.0.verifier.verify_client_cert(own, between, UnixTime::since_unix_epoch(now));
         match verified {
-            // Another authority may be the one that the other side believes.
+            // The other end may trust another authority.
             Err(rustls::Error::InvalidCertificate(error)) if error::is_about_time(&error) => {
                 Err(TlsError::File {
                     path: self.0.certificate.clone(),
@@ -116,7 +117,7 @@ impl Tls {
         }
     }
 
-    /// The name that the certificate of the destination at this address must be made out to.
+    /// The name that the certificate of the destination at this address must have.
     /// [`TlsError::NoName`] for a UNIX socket when none was given.
     pub fn expected_name(&self, address: &Address) -> Result<ServerName<'static>, TlsError> {
         match (&self.0.name, address) {
@@ -143,7 +144,7 @@ impl Tls {
     }
 }
 
-/// A source's certificate has to come from the authority, and be made out to the name where one is expected.
+/// Accepts the certificates of the authorities; if a name is expected, only those with that name.
 #[derive(Debug)]
 struct Named {
     inner: Arc<dyn ClientCertVerifier>,
@@ -201,7 +202,7 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     let file = File::open(path).map_err(|error| failed(format!("cannot be opened: {error}")))?;
     // A pipe or a device may never end.
     if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
-        return Err(failed("it is no regular file".into()));
+        return Err(failed("it is not a regular file".into()));
     }
     (file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
         .map_err(|error| failed(format!("cannot be read: {error}")))?;
@@ -211,7 +212,7 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     Ok(bytes)
 }
 
-/// What a file holds instead of what was expected.
+/// Describes the content of a file that is not the expected one.
 fn instead(bytes: &[u8]) -> &'static str {
     let has = |what: &str| bytes.windows(what.len()).any(|window| window == what.as_bytes());
     if has("-----BEGIN ENCRYPTED PRIVATE KEY-----") || has("Proc-Type: 4,ENCRYPTED") {
@@ -247,7 +248,7 @@ fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
     for (at, certificate) in certificates(path)?.into_iter().enumerate() {
         roots.add(certificate).map_err(|error| TlsError::File {
             path: path.into(),
-            why: format!("its certificate {} is none: {error}", at + 1),
+            why: format!("its certificate {} is not valid: {error}", at + 1),
         })?;
     }
     Ok(roots)
@@ -273,7 +274,7 @@ fn certified(
         }
         rustls::Error::InvalidCertificate(error) => TlsError::File {
             path: certificate.into(),
-            why: format!("its first certificate is none: {error}"),
+            why: format!("its first certificate is not valid: {error}"),
         },
         error => failed(format!("expected an ECDSA, Ed25519 or RSA key: {error}")),
     })

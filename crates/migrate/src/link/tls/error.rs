@@ -1,5 +1,5 @@
-//! Why there is no TLS link, in sentences that name the certificate or the file: for the side that refuses
-//! and, from the alert that it is sent (RFC 8446, 6.2), for the side that is refused.
+//! [`TlsError`]: why there is no TLS link, in sentences that name the certificate or the file. The refusing end takes
+//! them from its check, the refused end from the alert that it receives (RFC 8446, section 6.2).
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,11 +7,11 @@ use std::time::Duration;
 use rustls::pki_types::UnixTime;
 use rustls::{AlertDescription, CertificateError};
 
-/// Why the two sides of a link do not, or not any more, trust each other.
+/// Why the two ends of a link do not, or no longer, trust each other.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TlsError {
-    /// A file of this side cannot be used.
+    /// A file of this end cannot be used.
     #[error("{}: {why}", .path.display())]
     File {
         /// The file.
@@ -19,43 +19,43 @@ pub enum TlsError {
         /// What is wrong with it.
         why: String,
     },
-    /// What the other side is to be called is no name.
-    #[error("`{name}` is no name that a certificate could have; expected a host name or an IP address")]
+    /// The name given for the other end is not a valid name.
+    #[error("`{name}` is not a name that a certificate can have; expected a host name or an IP address")]
     BadName {
         /// What was given.
         name: String,
     },
-    /// There is no host to take the name from.
-    #[error("{address} has no host name: say which name the certificate of the other side has")]
+    /// The address has no host name, and no name was given.
+    #[error("{address} has no host name: give the name in the other side's certificate")]
     NoName {
         /// The address.
         address: String,
     },
-    /// This side does not accept what the other side showed.
+    /// This end does not accept the other end's certificate.
     #[error("its certificate is refused: {why}")]
     Refuses {
         /// Why.
         why: String,
     },
-    /// The other side does not accept this one, or gave up.
+    /// The other end does not accept this one's certificate, or gave up.
     #[error("it refuses this side: {why}")]
     Refused {
         /// What its alert means.
         why: String,
     },
-    /// What came first is not TLS.
+    /// The first bytes received are not TLS.
     #[error("it does not speak TLS: give certificates to both sides, or to neither")]
     PlainPeer,
-    /// The other side expects TLS, and this one has no certificates.
+    /// The other end expects TLS, and this one has no certificates.
     #[error("it speaks TLS: give certificates to both sides, or to neither")]
     TlsPeer,
-    /// The end came before the handshake's.
+    /// The link was closed before the handshake was complete.
     #[error(
         "it closed the link in the TLS handshake without a reason; does it expect TLS? give certificates to both \
          sides, or to neither"
     )]
     Closed,
-    /// What the other side sent breaks TLS, or was altered on the way.
+    /// The received data violates TLS, or was altered on the way.
     #[error("{why}")]
     Broken {
         /// How.
@@ -63,7 +63,7 @@ pub enum TlsError {
     },
 }
 
-/// What an error of the session means. `certificate` is this side's file.
+/// Translates an error of the session. `certificate` is this end's file.
 pub(super) fn session(error: rustls::Error, ca: &Path, certificate: &Path) -> TlsError {
     use rustls::Error;
     match error {
@@ -85,7 +85,7 @@ pub(super) fn session(error: rustls::Error, ca: &Path, certificate: &Path) -> Tl
     }
 }
 
-/// What is wrong with a certificate.
+/// Describes what is wrong with a certificate.
 pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
     match error {
         CertificateError::ExpiredContext { time, not_after } => {
@@ -119,7 +119,7 @@ pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
     }
 }
 
-/// Whether it is the time at which it was looked at.
+/// Whether the error is about the certificate's validity period.
 pub(super) fn is_about_time(error: &CertificateError) -> bool {
     matches!(
         error,
@@ -130,7 +130,7 @@ pub(super) fn is_about_time(error: &CertificateError) -> bool {
     )
 }
 
-/// What an alert says about this side, whose certificate is in that file.
+/// Translates an alert about this end, whose certificate is in the file `certificate`.
 fn alert(alert: AlertDescription, certificate: &Path) -> String {
     let own = certificate.display();
     match alert {
@@ -155,7 +155,7 @@ fn alert(alert: AlertDescription, certificate: &Path) -> String {
         AlertDescription::NoApplicationProtocol => {
             "it is there for something else than moving devices (ALPN)".into()
         }
-        // A signature does not verify: what an authority of the same name, but with another key, leads to.
+        // A signature does not verify: the cause is an authority of the same name with another key.
         AlertDescription::DecryptError => format!(
             "{own} was not signed by the authority that it believes, though that has the same name; or it was altered \
              on the way"
@@ -165,7 +165,7 @@ fn alert(alert: AlertDescription, certificate: &Path) -> String {
     }
 }
 
-/// About how long from one moment to a later one.
+/// The time between two moments, rounded for people.
 fn about(from: UnixTime, to: UnixTime) -> String {
     let seconds = to.as_secs().saturating_sub(from.as_secs());
     match seconds {

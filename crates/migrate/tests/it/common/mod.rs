@@ -116,11 +116,11 @@ impl Ends {
         let mut log = self.log.lock().unwrap().take();
         act(&mut Source {
             devices: &devices,
-            memory: Memory {
-                regions: regions.collect(),
-                log: log.as_deref_mut().map(|log| log as &mut dyn DirtyLog),
-                sources: self.sources.iter().map(|source| &**source as &dyn DirtySource).collect(),
-            },
+            memory: match log.as_deref_mut() {
+                Some(log) => Memory::logged(regions.collect(), log),
+                None => Memory::stopped(regions.collect()),
+            }
+            .with_sources(self.sources.iter().map(|source| &**source as &dyn DirtySource).collect()),
             vmm: &*self.vmm,
             observer: &*self.observer,
             options: self.source_options.as_ref().unwrap_or(&self.options),

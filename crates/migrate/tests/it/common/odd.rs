@@ -4,8 +4,8 @@
 use std::sync::Mutex;
 
 use limosa_client::{
-    Chunk, DataStream, Device, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Region,
-    Result,
+    Chunk, DataStream, Device, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest,
+    IrqAction, Region, Result,
 };
 use limosa_device::Loopback;
 use limosa_protocol::feature::PrecopyInfo;
@@ -55,6 +55,9 @@ impl Odd {
 impl Device for Odd {
     fn name(&self) -> &str {
         self.inner.name()
+    }
+    fn identity(&self) -> Option<DeviceIdentity> {
+        self.inner.identity()
     }
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         let quirks = self.quirks();

@@ -1,0 +1,66 @@
+//! [`Connector`]: makes the links of a move to one destination.
+
+use super::{Address, Bandwidth, FurtherLinks, LimitedLink, Link, LinkError, Tls, TlsLink, Wait, connect};
+
+/// Connects to one destination as often as needed: for the first link of a move, for its further links, and to ask
+/// what became of it. All links share one bandwidth, and are under TLS if it has certificates.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use limosa_migrate::link::{Bandwidth, Connector, Wait};
+/// use limosa_migrate::{Outcome, Source};
+///
+/// fn send(source: &mut Source<'_>) -> Result<Outcome, Box<dyn std::error::Error>> {
+///     let connector = Connector::new("tcp:destination:7000".parse()?).with_bandwidth(Bandwidth::new(100 << 20));
+///     let link = connector.connect(Wait::within(Duration::from_secs(30), None))?;
+///     Ok(source.send_over(&link, &connector))
+/// }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Connector {
+    address: Address,
+    tls: Option<Tls>,
+    bandwidth: Option<Bandwidth>,
+}
+
+impl Connector {
+    /// Plain links without a limit to this address.
+    pub fn new(address: Address) -> Connector {
+        Connector { address, tls: None, bandwidth: None }
+    }
+
+    /// Links under TLS.
+    #[must_use]
+    pub fn with_tls(self, tls: Tls) -> Connector {
+        Connector { tls: Some(tls), ..self }
+    }
+
+    /// Links that share this bandwidth when they send.
+    #[must_use]
+    pub fn with_bandwidth(self, bandwidth: Bandwidth) -> Connector {
+        Connector { bandwidth: Some(bandwidth), ..self }
+    }
+
+    /// The destination's address.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// One more link. The wait bounds the connecting and the TLS handshake together; a cancel takes effect once the
+    /// link is connected.
+    pub fn connect(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
+        let socket = connect(&self.address, wait.left()?)?;
+        let link = LimitedLink::new(socket, self.bandwidth.clone());
+        Ok(match &self.tls {
+            Some(tls) => Box::new(TlsLink::connect(link, tls, &self.address, wait)?),
+            None => Box::new(link),
+        })
+    }
+}
+
+impl FurtherLinks for Connector {
+    fn next(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
+        self.connect(wait)
+    }
+}
