@@ -134,6 +134,16 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+    /// A snapshot may have been published, or may still be: the answer was lost. [`published`](crate::published) finds
+    /// out.
+    #[error("{name}: it is not known whether the snapshot was published: {error}; look with `limosa verify {name}`")]
+    PublicationUnknown {
+        /// The place.
+        name: String,
+        /// What was reported instead of an answer.
+        #[source]
+        error: std::io::Error,
+    },
 }
 
 impl Error {
@@ -148,9 +158,11 @@ impl Error {
             Error::Stream { .. } => AbortCode::Stream,
             Error::TimedOut { .. } | Error::NotConverging { .. } => AbortCode::TimeLimit,
             Error::Cancelled => AbortCode::Cancelled,
-            Error::Link { .. } | Error::Snapshot { .. } | Error::Os { .. } | Error::StartedAnew => {
-                AbortCode::Other
-            }
+            Error::Link { .. }
+            | Error::Snapshot { .. }
+            | Error::PublicationUnknown { .. }
+            | Error::Os { .. }
+            | Error::StartedAnew => AbortCode::Other,
         }
     }
 

@@ -91,7 +91,8 @@ pub use report::{
     Side, SpanReport, Throughput,
 };
 pub use snapshot::{
-    DamageReport, FrameCount, InspectedSection, Inspection, SnapshotFile, SnapshotReader, SnapshotSource,
-    SnapshotTarget, SnapshotWriter, Verified, inspect, inspect_file, inspect_snapshot, verify,
+    DamageReport, Durability, FrameCount, InspectedSection, Inspection, Publication, SnapshotFile,
+    SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter, Verified, inspect, inspect_file,
+    inspect_snapshot, published, verify,
 };
 pub use source::{AfterSave, InDoubt, Outcome, Source};
