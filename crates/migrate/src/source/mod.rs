@@ -13,7 +13,7 @@ use crate::ledger::Decision;
 use crate::link::{FurtherLinks, Link, MeteredLink, Wait};
 use crate::memory::Memory;
 use crate::report::{Act, End, Phase, Recorder, Report, Side};
-use crate::snapshot::{Limits, SnapshotTarget, Writing, of_place};
+use crate::snapshot::{Limits, Published, SnapshotTarget, Writing, of_place};
 use crate::source::rollback::Rollback;
 use crate::transfer::device_stream::{self, Job, Saving};
 use crate::transfer::sending::Sending;
@@ -54,6 +54,9 @@ pub enum Outcome {
     },
     /// The link died at the commit: the destination may run. The source stays stopped until
     /// [`Source::resolve`] has asked the destination.
+    ///
+    /// Of [`Source::save`] with [`AfterSave::Stop`]: the snapshot may have been published. The source stays stopped until
+    /// [`published`](crate::published) has found out, and [`Source::decide`] is told.
     InDoubt(InDoubt),
 }
 
@@ -183,9 +186,13 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Saves everything to a place, such as a [`SnapshotFile`](crate::SnapshotFile), where it appears only when it is
-    /// whole: [`Outcome::Moved`]. On failure nothing is there that was not there before, and the source runs as
-    /// before: [`Outcome::Undone`].
+    /// Saves everything to a place, such as a [`SnapshotFile`](crate::SnapshotFile), where the snapshot appears only when
+    /// it is complete: [`Outcome::Moved`]. On failure nothing appears there, and the source runs as before:
+    /// [`Outcome::Undone`].
+    ///
+    /// If it cannot be learned whether the snapshot was published, then with [`AfterSave::Run`] the source runs on, and
+    /// the outcome is [`Outcome::Undone`] with [`Error::PublicationUnknown`]; with [`AfterSave::Stop`] the source stays
+    /// stopped, as the guest may be loaded elsewhere: [`Outcome::InDoubt`].
     pub fn save(&mut self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
         let recorder = self.recorder();
         let mut rollback = Rollback::default();
@@ -201,9 +208,11 @@ impl<'a> Source<'a> {
         let link = MeteredLink::new(&writing, &recorder);
         let mut connection = Connection::new(&link, self.cancel, self.options.silence_max);
         let written = self.until_ready(&mut connection, None, &recorder, &mut rollback);
-        if let Err(why) = written.and_then(|_| writing.seal(&mut connection, limits)) {
-            return self.undone(of_place(why, "writing it"), &mut connection, recorder, rollback);
-        }
+        let sealed = written.and_then(|id| writing.seal(&mut connection, limits).map(|()| id));
+        let id = match sealed {
+            Ok(id) => id,
+            Err(why) => return self.undone(of_place(why, "writing it"), &mut connection, recorder, rollback),
+        };
         if after == AfterSave::Run {
             // All is read: the guest need not wait for what keeps it.
             recorder.phase(Phase::Finish);
@@ -211,21 +220,30 @@ impl<'a> Source<'a> {
         }
         recorder.phase(Phase::Commit);
         match (writing.publish(self.options, limits), after) {
-            (Ok(()), AfterSave::Run) => Outcome::Moved(recorder.finish(End::Moved, None)),
-            (Ok(()), AfterSave::Stop) => {
-                recorder.phase(Phase::Finish);
-                self.finish(&recorder, &mut rollback);
+            (Published::Yes { note }, after) => {
+                if let Some(note) = note {
+                    recorder.note(note);
+                }
+                if after == AfterSave::Stop {
+                    recorder.phase(Phase::Finish);
+                    self.finish(&recorder, &mut rollback);
+                }
                 Outcome::Moved(recorder.finish(End::Moved, None))
             }
-            (Err(why), AfterSave::Run) => {
+            (Published::No(why) | Published::Unknown(why), AfterSave::Run) => {
                 let report = recorder.finish(End::Undone, Some(&why));
                 Outcome::Undone { why, report }
             }
-            (Err(why), AfterSave::Stop) => {
+            (Published::No(why), AfterSave::Stop) => {
                 recorder.phase(Phase::Undo);
                 self.run_again(&recorder, &mut rollback);
                 let report = recorder.finish(End::Undone, Some(&why));
                 Outcome::Undone { why, report }
+            }
+            (Published::Unknown(why), AfterSave::Stop) => {
+                tracing::error!(%id, "in doubt whether the snapshot is there: {why}");
+                let report = recorder.finish(End::InDoubt, Some(&why));
+                Outcome::InDoubt(InDoubt { id, why, report, rollback })
             }
         }
     }
