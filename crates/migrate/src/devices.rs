@@ -1,8 +1,8 @@
 //! Devices in a move: their facts, whether two match, and what is done to all of them at once.
 
 use limosa_client::{Device, DeviceExt};
-use limosa_protocol::info::{DeviceFlags, pci_index};
 use limosa_protocol::MigrationFlags;
+use limosa_protocol::info::{DeviceFlags, pci_index};
 
 use crate::{Error, Result};
 use limosa_stream::body::printable;
@@ -66,12 +66,13 @@ pub(crate) fn each<'a, T: Send>(
             })
             .collect();
         let first = devices.first().map(|moved| act(0, moved.device));
-        let others = started.into_iter().zip(devices.iter().enumerate().skip(1)).map(|(thread, (at, moved))| {
-            match thread {
-                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                Err(_) => act(at, moved.device),
-            }
-        });
+        let others =
+            started.into_iter().zip(devices.iter().enumerate().skip(1)).map(|(thread, (at, moved))| {
+                match thread {
+                    Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                    Err(_) => act(at, moved.device),
+                }
+            });
         first.into_iter().chain(others).collect()
     })
 }

@@ -169,6 +169,18 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+    /// A snapshot may have been published, or may still be: the answer was lost. [`published`](crate::published) finds
+    /// out.
+    #[error(
+        "{name}: it is not known whether the snapshot was published: {error}; look with `limosa verify {name}`"
+    )]
+    PublicationUnknown {
+        /// The place.
+        name: String,
+        /// What was reported instead of an answer.
+        #[source]
+        error: std::io::Error,
+    },
 }
 
 /// What a device did that the standard does not allow.
@@ -283,6 +295,7 @@ impl Error {
             Error::Cancelled => AbortCode::Cancelled,
             Error::Link { .. }
             | Error::Snapshot { .. }
+            | Error::PublicationUnknown { .. }
             | Error::Os { .. }
             | Error::Panicked { .. }
             | Error::AnotherMachine(_)

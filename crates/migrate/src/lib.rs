@@ -90,11 +90,12 @@ pub use memory::{
 pub use options::Options;
 pub use protocol::{Convergence, Obstacle, Round, WhenStalled};
 pub use report::{
-    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Phase, PhaseReport, Report, RoundReport,
-    Side, SpanReport, Throughput, Unrecovered,
+    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Phase, PhaseReport, Report,
+    RoundReport, Side, SpanReport, Throughput, Unrecovered,
 };
 pub use snapshot::{
-    DamageReport, FrameCount, InspectedSection, Inspection, SnapshotFile, SnapshotReader, SnapshotSource,
-    SnapshotTarget, SnapshotWriter, Verified, inspect, inspect_file, inspect_snapshot, verify,
+    DamageReport, Durability, FrameCount, InspectedSection, Inspection, Publication, SnapshotFile,
+    SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter, Verified, inspect, inspect_file,
+    inspect_snapshot, published, verify,
 };
 pub use source::{AfterSave, InDoubt, Outcome, Source};

@@ -241,9 +241,9 @@ impl DirtyBitmap {
     pub fn runs_from(&self, page: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let first = usize::try_from(page / 64).unwrap_or(usize::MAX).min(self.words.len());
         let mut mask = u64::MAX << (page % 64);
-        let words = self.words[first..].iter().map(move |word| {
-            word.load(Acquire) & core::mem::replace(&mut mask, u64::MAX)
-        });
+        let words = self.words[first..]
+            .iter()
+            .map(move |word| word.load(Acquire) & core::mem::replace(&mut mask, u64::MAX));
         Runs::new(first as u64 * 64, words)
     }
 }

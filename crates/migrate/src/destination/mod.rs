@@ -103,11 +103,7 @@ enum Then {
 impl<'a> Destination<'a> {
     /// Idle devices in RUNNING or STOP that are to become those of a source, in its order. The ledger remembers
     /// outcomes for sources in doubt: one for all that a process receives.
-    pub fn new(
-        devices: &'a [MovedDevice<'a>],
-        ledger: &'a Ledger,
-        options: &'a Options,
-    ) -> Destination<'a> {
+    pub fn new(devices: &'a [MovedDevice<'a>], ledger: &'a Ledger, options: &'a Options) -> Destination<'a> {
         let (vmm, observer) = (&Nobody, &Nobody);
         Destination { devices, memory: &[], vmm, observer, options, cancel: None, ledger }
     }
@@ -250,9 +246,7 @@ impl<'a> Destination<'a> {
         then: Then,
     ) -> Result<()> {
         let Then::Commit(id) = then else { return Ok(()) };
-        receiving.team.spawn(scope, "further links".into(), move || {
-            receiving.join(scope, id, further, offer)
-        })
+        receiving.team.spawn(scope, "further links".into(), move || receiving.join(scope, id, further, offer))
     }
 }
 

@@ -235,7 +235,10 @@ impl<'w, 'a> Receiving<'w, 'a> {
     fn fewer_links(&self, had: u32, wanted: u32, reader: &FrameReader) -> Result<()> {
         let mut state = self.state.lock();
         if !(1..wanted).contains(&had) || state.joined >> had != 0 {
-            let why = format!("{had} links of {wanted}, of which {} further ones have joined", state.joined.count_ones());
+            let why = format!(
+                "{had} links of {wanted}, of which {} further ones have joined",
+                state.joined.count_ones()
+            );
             return Err(reader.damaged(Damage::Content { kind: Kind::LINKS, why }));
         }
         state.links = had;
@@ -446,8 +449,9 @@ impl<'w, 'a> Receiving<'w, 'a> {
         drop(order);
         if !self.has_credit {
             // Such a source sends over one link, and is kept waiting by it.
-            let has_room =
-                |queue: &DeviceQueue| queue.queued == 0 || queue.queued + u64::from(header.length) <= self.window;
+            let has_room = |queue: &DeviceQueue| {
+                queue.queued == 0 || queue.queued + u64::from(header.length) <= self.window
+            };
             (queue, _) = self.team.wait(&self.queues[at], queue, None, has_room)?;
         }
         let payload = reader.take_payload(header, || self.spare());

@@ -1,27 +1,29 @@
-//! [`Ledger`]: what a destination remembers of the moves that came to their commit, so that a source
-//! in doubt can ask (`docs/stream.md: The commit`).
+//! [`Ledger`]: what a destination remembers of the moves that reached their commit, so that a source in doubt can ask
+//! (`docs/stream.md: The commit`).
 
 mod record;
 
 use std::collections::VecDeque;
+use std::fs::DirBuilder;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use limosa_stream::MigrationId;
 use record::Record;
 
-/// The most moves that are remembered; the oldest that is decided gives way.
+/// How many moves are remembered at most. The oldest decided ones are forgotten first.
 const MOVES_MAX: usize = 1024;
 
 /// What became of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Not known: never heard of, forgotten, or not decided at this moment.
+    /// Not known: the move was never heard of, was forgotten, or is not decided yet.
     Unknown,
-    /// The destination will never run it.
+    /// The destination will never run it. Of a save: there is no snapshot, and none will appear.
     NotCommitted,
-    /// The destination runs it, or has run it.
+    /// The destination runs it, or has run it. Of a save: the snapshot was published.
     Committed,
 }
 
@@ -29,7 +31,7 @@ pub enum Decision {
 enum Entry {
     /// READY was sent.
     Holding,
-    /// COMMIT has come; devices are being started.
+    /// COMMIT was received; devices are being started.
     Starting,
     Decided(Decision),
 }
@@ -38,14 +40,14 @@ enum Entry {
 struct Move {
     id: MigrationId,
     entry: Entry,
-    /// Where there is a folder, until it is decided.
+    /// Until the move is decided, if there is a folder.
     record: Option<Record>,
     /// Why the decision is not on the disk.
     unrecorded: Option<String>,
 }
 
-/// The destination's memory. One for all the moves that a process receives; every method is one step
-/// that no other can come between.
+/// What a destination remembers of its moves. A process has one for all the moves that it receives. Every method is
+/// atomic.
 #[derive(Debug, Default)]
 pub struct Ledger {
     moves: Mutex<VecDeque<Move>>,
@@ -53,22 +55,22 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Remembers nothing yet, and only as long as this process lives.
+    /// An empty ledger, which is lost with this process.
     pub fn new() -> Ledger {
         Ledger::default()
     }
 
-    /// Remembers in this folder, which is made when it is not there. Any later process can answer from it, or
-    /// several at a time; the oldest of more than a thousand moves are forgotten.
+    /// A ledger in this folder, which is created if it does not exist (mode 0700). Later processes can answer from it,
+    /// several of them at a time. Of more than 1024 moves the oldest are forgotten.
     pub fn open(folder: &Path) -> io::Result<Ledger> {
-        std::fs::create_dir_all(folder)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         record::prune(folder, MOVES_MAX)?;
         Ok(Ledger { moves: Mutex::default(), folder: Some(folder.into()) })
     }
 
-    /// Answers a source in doubt. A move that still holds becomes *not committed* by being asked for:
-    /// its COMMIT, if one is under way, comes too late. So does one whose process died while it rollback. Of one that
-    /// died while it started its devices nothing is known.
+    /// Answers a source in doubt. A move that is still *holding* becomes *not committed* by the question: a COMMIT that
+    /// is on its way is refused from then on. So does a move whose process died while it was *holding*. Nothing is known
+    /// of a move whose process died while it started its devices.
     pub fn ask(&self, id: MigrationId) -> Decision {
         let mut moves = self.lock();
         if let Some(found) = moves.iter_mut().find(|found| found.id == id) {
@@ -87,7 +89,7 @@ impl Ledger {
         })
     }
 
-    /// READY is about to be sent. `false` when the id was used before.
+    /// READY is about to be sent. `false` if the id was used before.
     pub(crate) fn hold(&self, id: MigrationId) -> io::Result<bool> {
         let mut moves = self.lock();
         if moves.iter().any(|known| known.id == id) {
@@ -109,8 +111,8 @@ impl Ledger {
         Ok(true)
     }
 
-    /// COMMIT has come. `false` when the move was decided otherwise meanwhile, and an error when it cannot be
-    /// recorded: it must not run.
+    /// COMMIT was received. `false` if the move was decided otherwise meanwhile, an error if the start cannot be recorded:
+    /// in both cases the devices must not run.
     pub(crate) fn start(&self, id: MigrationId) -> io::Result<bool> {
         let mut moves = self.lock();
         let Some(found) = moves.iter_mut().find(|found| found.id == id && found.entry == Entry::Holding)
@@ -129,7 +131,7 @@ impl Ledger {
         self.decide(id, Decision::Committed);
     }
 
-    /// The devices never run this.
+    /// The devices will never run this move.
     pub(crate) fn not_committed(&self, id: MigrationId) {
         self.decide(id, Decision::NotCommitted);
     }
@@ -139,7 +141,7 @@ impl Ledger {
         self.lock().iter().find(|found| found.id == id)?.unrecorded.clone()
     }
 
-    /// What is decided stays so.
+    /// A decision is final.
     fn decide(&self, id: MigrationId, decision: Decision) {
         let mut moves = self.lock();
         let open = moves.iter_mut().find(|found| found.id == id && !matches!(found.entry, Entry::Decided(_)));
@@ -157,7 +159,7 @@ impl Ledger {
 impl Move {
     fn decide(&mut self, decision: Decision) {
         self.entry = Entry::Decided(decision);
-        // Without it a later process does not know, and the source stays stopped: safe, and to be looked at.
+        // Without the record a later process cannot tell, and the source stays stopped until a person looks: safe.
         if let Some(record) = self.record.take()
             && let Err(error) = record.write(self.entry)
         {
@@ -228,17 +230,17 @@ mod tests {
         assert_eq!(next.ask(id(2)), Decision::Committed);
         // Its locks go with it; nothing else is done.
         drop(dying);
-        assert_eq!(next.ask(id(0)), Decision::NotCommitted, "it rollback");
+        assert_eq!(next.ask(id(0)), Decision::NotCommitted, "it was holding");
         assert_eq!(next.ask(id(1)), Decision::Unknown, "it was starting");
         assert_eq!(next.ask(id(2)), Decision::Committed);
         assert_eq!(open().ask(id(3)), Decision::NotCommitted);
         assert_eq!(next.ask(id(9)), Decision::Unknown, "never heard of");
     }
 
-    /// Whose moves hold or start, and cannot be written any more; and what a later process is to make of them.
+    /// Makes the records of undecided moves unwritable.
     fn unwritable(ledger: &Ledger, folder: &Path) {
         for found in ledger.lock().iter_mut() {
-            // Its lock is the open file's: it goes with the first.
+            // The lock belongs to the open file and is released with it.
             found.record = found.record.take().map(|record| record.unwritable(folder));
         }
     }

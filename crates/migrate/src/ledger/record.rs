@@ -1,11 +1,11 @@
-//! One move's record on disk, so that a source in doubt is answered after the process that received has ended.
+//! The record of a move on disk, so that a source in doubt is answered after the process that received it has ended.
 //!
-//! A file of 64 bytes named by the move's id, locked by the process that decides about the move for as long as it
-//! has not, and overwritten in place. The system gives the lock back when that process dies, however it does.
+//! It is a file of 64 bytes, named by the move's id and overwritten in place. The process that decides about the move
+//! holds a lock on it until it has decided. The kernel releases the lock when that process dies.
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -17,7 +17,7 @@ use limosa_stream::MigrationId;
 const MAGIC: [u8; 8] = *b"LMSAmove";
 const VERSION: u8 = 1;
 const BYTES: usize = 64;
-/// What a record's name ends with.
+/// The suffix of a record's name.
 const SUFFIX: &str = "move";
 
 /// The record of a move that this process decides about.
@@ -28,10 +28,11 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// A new one; `None` when there is one of this id.
+    /// Creates a record (mode 0600); `None` if there is one with this id.
     pub fn create(folder: &Path, id: MigrationId) -> io::Result<Option<Record>> {
         let path = path(folder, id);
-        let file = match OpenOptions::new().write(true).read(true).create_new(true).open(&path) {
+        let new = OpenOptions::new().write(true).read(true).create_new(true).mode(0o600).open(&path);
+        let file = match new {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
             file => file?,
         };
@@ -41,7 +42,7 @@ impl Record {
         Ok(Some(record))
     }
 
-    /// Notes how far the move has come. What is decided outlasts the machine; what is not only this process.
+    /// Records how far the move has come. A decision survives a power failure, anything else only this process.
     pub fn write(&self, entry: Entry) -> io::Result<()> {
         let number = match entry {
             Entry::Holding => 0,
@@ -59,7 +60,7 @@ impl Record {
 
 #[cfg(test)]
 impl Record {
-    /// The same on a disk that takes no more writes.
+    /// The same record on a disk that takes no more writes.
     pub fn unwritable(self, folder: &Path) -> Record {
         let file = File::open(path(folder, self.id)).expect("it is there");
         drop(self.file);
@@ -68,14 +69,14 @@ impl Record {
     }
 }
 
-/// What the record of a move that is not this process's says.
+/// What the record of another process's move says.
 pub(super) fn ask(folder: &Path, id: MigrationId) -> io::Result<Decision> {
     let file = match OpenOptions::new().read(true).write(true).open(path(folder, id)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Decision::Unknown),
         file => file?,
     };
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        // Another process decides, or two ask.
+        // Another process decides about it, or asks at the same moment.
         Err(rustix::io::Errno::WOULDBLOCK) => return Ok(Decision::Unknown),
         locked => locked?,
     }
@@ -88,8 +89,8 @@ pub(super) fn ask(folder: &Path, id: MigrationId) -> io::Result<Decision> {
     match number {
         1 => Ok(Decision::NotCommitted),
         2 => Ok(Decision::Committed),
-        // Its process died while it rollback, so that nobody is left who could start the devices. Of a machine that was
-        // started anew it is not known whether the last word was written.
+        // Its process died while it was holding, so no process is left that could start the devices. If the machine was
+        // restarted since, the last record may not have reached the disk.
         0 if boot_then == boot()? => {
             Record { file, id }.write(Entry::Decided(Decision::NotCommitted))?;
             Ok(Decision::NotCommitted)
@@ -98,7 +99,7 @@ pub(super) fn ask(folder: &Path, id: MigrationId) -> io::Result<Decision> {
     }
 }
 
-/// Removes the oldest records beyond this number that are nobody's any more.
+/// Removes the oldest records beyond this number, except those that a process has locked.
 pub(super) fn prune(folder: &Path, keep: usize) -> io::Result<()> {
     let mut records: Vec<(SystemTime, PathBuf)> = Vec::new();
     for entry in std::fs::read_dir(folder)? {
@@ -122,7 +123,7 @@ fn path(folder: &Path, id: MigrationId) -> PathBuf {
     folder.join(format!("{id}.{SUFFIX}"))
 }
 
-/// This run of the machine, as the kernel names it.
+/// The kernel's id of this boot.
 fn boot() -> io::Result<[u8; 16]> {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
@@ -189,17 +190,17 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_records_go_and_those_in_use_stay() {
+    fn the_oldest_records_are_removed_and_those_in_use_stay() {
         let folder = tempfile::tempdir().unwrap();
         let id = |number: u8| MigrationId([number; 16]);
-        let rollback = Record::create(folder.path(), id(0)).unwrap().unwrap();
+        let holding = Record::create(folder.path(), id(0)).unwrap().unwrap();
         for number in 1..10 {
             let record = Record::create(folder.path(), id(number)).unwrap().unwrap();
             record.write(Entry::Decided(Decision::Committed)).unwrap();
             let then = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(number.into());
             record.file.set_modified(then).unwrap();
         }
-        rollback.file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        holding.file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
         std::fs::write(folder.path().join("other"), "kept").unwrap();
         prune(folder.path(), 4).unwrap();
         let left = |number| path(folder.path(), id(number)).exists();

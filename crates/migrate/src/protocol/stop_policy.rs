@@ -108,7 +108,9 @@ pub enum Obstacle {
         left_bytes: u64,
     },
     /// A device has more to give in the stop than fits into the goal, and pre-copy cannot make that less.
-    #[error("{device} has {bytes} bytes to give once it is stopped; allow more downtime, or give it a faster link")]
+    #[error(
+        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or give it a faster link"
+    )]
     DeviceState {
         /// The device.
         device: String,
@@ -137,7 +139,9 @@ pub enum Obstacle {
         device: String,
     },
     /// The log of dirty pages was lost after the guest had stopped, so that all memory would have to move in the stop.
-    #[error("the log of dirty pages was lost at the stop, and all memory would have to be moved while nothing runs")]
+    #[error(
+        "the log of dirty pages was lost at the stop, and all memory would have to be moved while nothing runs"
+    )]
     LogLost,
     /// What has to be moved after the stop, with the guest standing still, takes longer than it may stand still.
     #[error("it would stand still for longer than {limit:?}, the limit for that")]
@@ -300,8 +304,7 @@ impl StopPolicy {
                 return Next::Continue(Duration::ZERO);
             }
             let unknown = look.devices.iter().find(|device| device.stop_bytes.is_none());
-            let obstacle =
-                overdue.or_else(|| Some(Obstacle::SizeUnknown { device: unknown?.name.clone() }));
+            let obstacle = overdue.or_else(|| Some(Obstacle::SizeUnknown { device: unknown?.name.clone() }));
             return obstacle.map_or(Next::Stop, Next::Stalled);
         }
         if memory_gains && self.memory.stalled < self.wanted.stalled_rounds_max {

@@ -297,7 +297,9 @@ impl<'a> Recorder<'a> {
     pub(crate) fn finish(self, end: End, why: Option<&Error>) -> Report {
         let (totals, now) = (self.totals(), limosa_clockwork::now());
         self.observe(|observer| observer.moved(totals));
-        if let Some(panic) = self.observer_panic.get().filter(|_| !matches!(why, Some(Error::Panicked { .. }))) {
+        if let Some(panic) =
+            self.observer_panic.get().filter(|_| !matches!(why, Some(Error::Panicked { .. })))
+        {
             self.note(Error::panicked("Observer", panic).to_string());
         }
         let mut log = self.log.into_inner().unwrap_or_else(PoisonError::into_inner);

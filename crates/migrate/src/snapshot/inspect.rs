@@ -1,5 +1,4 @@
-//! What is in a saved stream: its devices and memory, how much of each, whether all of it is right,
-//! and if not, where the damage is.
+//! The contents of a saved stream: its devices and memory, how much there is of each, and where it is damaged.
 
 use std::fmt;
 use std::io::Read;
@@ -15,43 +14,43 @@ use limosa_stream::{
     Seal, Step, Unpacker, unpack,
 };
 
-/// The most damaged places that are listed.
+/// How many damaged places are listed at most.
 const DAMAGE_MAX: usize = 16;
-/// Bytes of a SEAL with its header: a sealed stream's last, which its hash does not cover.
+/// Bytes of a SEAL with its header: the last bytes of a sealed stream, which its hash does not cover.
 const SEAL_BYTES: usize = HEADER_BYTES + 40;
 
-/// What is in a stream.
+/// The contents of a stream.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Inspection {
-    /// Bytes of all of it.
+    /// The stream's length in bytes.
     pub bytes: u64,
-    /// The version it is written in; `None` when it does not begin like a stream.
+    /// The version it is written in; `None` if it does not begin like a stream.
     pub version: Option<u16>,
-    /// The move that it is of.
+    /// The id of its move.
     pub id: Option<String>,
-    /// Whether it was saved; a live stream that was recorded is not.
+    /// Whether it was saved; `false` for a recorded live stream.
     pub stored: bool,
-    /// What was offered: devices and memory with their facts.
+    /// The offer: devices and memory with their facts.
     pub offer: Option<Offer>,
-    /// What came of each device, in the offer's order.
+    /// What the stream has of each device, in the offer's order.
     pub devices: Vec<InspectedSection>,
-    /// What came of each region of memory, in the offer's order.
+    /// What the stream has of each region of memory, in the offer's order.
     pub memory: Vec<InspectedSection>,
     /// Rounds of pre-copy.
     pub rounds: u32,
-    /// How many frames of each kind, in the order of their first.
+    /// The number of frames of each kind, in the order in which the kinds first appear.
     pub frames: Vec<FrameCount>,
-    /// Whether it ends with a SEAL. What was saved before there were any has none, and only the checksums of its parts.
+    /// Whether it ends with a SEAL. Streams of the first versions have none, and only the checksums of their frames.
     pub sealed: bool,
-    /// The BLAKE3 hash of all of it but the SEAL, in hexadecimal digits.
+    /// The BLAKE3 hash of the stream without its SEAL, in hexadecimal digits.
     pub blake3: String,
-    /// Whether it is all there and right, from the preface to the SUM and the SEAL, so that it can be loaded.
+    /// Whether it is complete and undamaged, from the preface to the SUM and the SEAL, so that it can be loaded.
     pub whole: bool,
-    /// What is wrong, by place; the first 16.
+    /// The damaged places, by their position; at most 16.
     pub damage: Vec<DamageReport>,
 }
 
-/// What came of one device or region of memory.
+/// What a stream has of one device or region of memory.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct InspectedSection {
     /// Its id.
@@ -60,18 +59,18 @@ pub struct InspectedSection {
     pub name: String,
     /// Bytes.
     pub bytes: u64,
-    /// Bytes of zeroes, which take no room. Memory only.
+    /// Bytes of zeroes, which the stream only counts. Memory only.
     pub zero_bytes: u64,
-    /// Whether its end has come. Devices only.
+    /// Whether its data ends properly. Devices only.
     pub complete: bool,
 }
 
-/// How many frames of a kind.
+/// The number of frames of one kind.
 #[derive(Clone, Debug, Serialize)]
 pub struct FrameCount {
     /// Their kind.
     pub kind: String,
-    /// How many.
+    /// Their number.
     pub frames: u64,
     /// Bytes of their payloads.
     pub bytes: u64,
@@ -80,13 +79,13 @@ pub struct FrameCount {
 /// A damaged place.
 #[derive(Clone, Debug, Serialize)]
 pub struct DamageReport {
-    /// Where the preface or frame starts, in bytes from the stream's start.
+    /// Where the damaged preface or frame starts, in bytes from the start of the stream.
     pub at: u64,
     /// What is wrong with it.
     pub what: String,
 }
 
-/// Inspects a stream from a reader, to its end. Fails only when the reader does.
+/// Inspects a stream from a reader, to its end. Fails only if the reader does.
 pub fn inspect(mut from: impl Read) -> std::io::Result<Inspection> {
     let mut inspector = Inspector::default();
     let mut piece = vec![0; PIECE_BYTES];
@@ -105,7 +104,7 @@ pub fn inspect_file(path: &Path) -> Result<Inspection> {
     inspect_snapshot(&SnapshotFile::new(path), Options::default().silence_max, None)
 }
 
-/// Inspects a snapshot, to its end. `silence_max` is how long its place may give nothing.
+/// Inspects a snapshot, to its end. `silence_max` is how long its place may make no progress.
 pub fn inspect_snapshot(
     from: &dyn SnapshotSource,
     silence_max: Duration,
@@ -118,30 +117,30 @@ pub fn inspect_snapshot(
     Ok(inspector.finish())
 }
 
-/// What a snapshot that was verified is.
+/// A snapshot that was verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Verified {
-    /// The move that it is of.
+    /// The id of its move.
     pub id: MigrationId,
-    /// Bytes of all of it.
+    /// The snapshot's length in bytes.
     pub bytes: u64,
     /// Bytes that the hash covers: all but the SEAL.
     pub covered_bytes: u64,
     /// Their BLAKE3 hash.
     pub blake3: [u8; 32],
-    /// Whether a SEAL said the same.
+    /// Whether the snapshot ends with a SEAL that has the same hash.
     pub sealed: bool,
 }
 
-/// Goes once over a snapshot, and fails at the first thing that is wrong with it: [`Error::Stream`] says where and what.
-/// No more than a few frames are rollback in memory. `silence_max` is how long its place may give nothing.
+/// Reads a snapshot once, to its end, and fails at the first damage: [`Error::Stream`] says where and what. No more than
+/// a few frames are held in memory. `silence_max` is how long its place may make no progress.
 pub fn verify(from: &dyn SnapshotSource, silence_max: Duration, cancel: Option<&Cancel>) -> Result<Verified> {
     let limits = Limits { silence_max, cancel };
     verify_reader(&from.name(), &mut *limits.open(from)?, limits)
 }
 
-/// [`verify`], of what has been opened.
+/// [`verify`], for a snapshot that is open.
 pub(crate) fn verify_reader(
     name: &str,
     reader: &mut dyn SnapshotReader,
@@ -169,7 +168,7 @@ struct Inspector {
     order: Option<Order>,
     unpacker: Option<Unpacker>,
     unpacked: Vec<u8>,
-    /// After damage, frames no longer add up; they are counted, but not blamed.
+    /// The first damage. The frames behind it are counted, but no longer checked against each other.
     first: Option<Damaged>,
     found: Inspection,
     id: Option<MigrationId>,
@@ -177,14 +176,14 @@ struct Inspector {
     promised: bool,
     seal: Option<Seal>,
     hasher: blake3::Hasher,
-    /// The last bytes, which are not hashed before it is known whether they are a SEAL.
+    /// The last bytes, which are not hashed until it is known whether they are a SEAL.
     tail: Vec<u8>,
     /// The hash, at the end.
     computed: [u8; 32],
 }
 
 impl Inspector {
-    /// Takes all that a reader gives, or with `until_damage` no more than shows the first damage.
+    /// Reads to the end, or with `until_damage` to the first damage.
     fn read(
         &mut self,
         name: &str,
@@ -218,7 +217,7 @@ impl Inspector {
         self.hash(bytes);
         self.decoder.push(bytes);
         loop {
-            // The decoder is taken out, so that a frame can borrow from it while it is counted.
+            // The decoder is taken out, because the frame borrows from it while `self` counts the frame.
             let mut decoder = std::mem::take(&mut self.decoder);
             let next = decoder.next();
             let more = match next {
@@ -329,7 +328,7 @@ impl Inspector {
         self.first.get_or_insert(damaged);
     }
 
-    /// Nothing more comes.
+    /// The stream has ended.
     fn end(&mut self) {
         if let Err(damaged) = self.decoder.finish() {
             self.blame(damaged);
@@ -347,7 +346,7 @@ impl Inspector {
         self.check_seal();
     }
 
-    /// Only a SEAL that is in order has been kept, and then the tail is that, or there was damage behind it.
+    /// Only a SEAL in its proper position was kept. Then the tail is that SEAL, or damage follows it.
     fn check_seal(&mut self) {
         if self.seal.is_none() {
             self.hasher.update(&self.tail);

@@ -1,8 +1,10 @@
-//! Streams at rest: where a snapshot goes to and comes from, whatever keeps it. A file is one such place
-//! ([`SnapshotFile`]); the crate `limosa-store` has another, an object store.
+//! Streams at rest: the places that a snapshot is saved to and loaded from (`docs/snapshots.md`). A file is one
+//! ([`SnapshotFile`]); an object in an S3-compatible store, in the crate `limosa-store`, is another.
 
 mod file;
+mod folder;
 mod inspect;
+mod publication;
 mod reading;
 mod writing;
 
@@ -14,71 +16,90 @@ pub use inspect::{
     DamageReport, FrameCount, InspectedSection, Inspection, Verified, inspect, inspect_file,
     inspect_snapshot, verify,
 };
+pub use publication::{Durability, Publication, published};
 pub(crate) use reading::Reading;
-pub(crate) use writing::Writing;
+pub(crate) use writing::{Published, Writing};
 
 use crate::link::{LinkError, Wait};
 use crate::{Cancel, Error};
+use limosa_stream::MigrationId;
 
 /// Bytes that are read, written and hashed at once.
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
 
-/// A place where a snapshot can be put.
+/// A place that a snapshot can be saved to.
 pub trait SnapshotTarget: Sync {
-    /// The place, for messages.
+    /// The place's name, for messages. `limosa verify` takes the same name.
     fn name(&self) -> String;
 
-    /// Begins a snapshot there, before anything is touched that is to be saved. Until it is published nothing of it can
-    /// be seen, or be taken for a snapshot, under the place's name.
+    /// Begins a snapshot, before any device or memory is touched. Until the snapshot is published, nothing of it is
+    /// visible under the place's name.
     ///
-    /// Fails when it is known already that it cannot be published, with a reason that says what to do.
+    /// Fails where it is already known that the snapshot cannot be published, with an error that says what to do.
     fn create(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotWriter>, LinkError>;
 }
 
 /// A snapshot that is being written. Dropped before [`SnapshotWriter::publish`], it leaves nothing that could be loaded.
 pub trait SnapshotWriter: Send {
-    /// Takes at least one of these bytes, and says how many. Waits while no more can be kept in memory.
+    /// Takes at least one of these bytes and returns how many. Waits while the place cannot take more.
     fn write(&mut self, bytes: &[u8], wait: Wait<'_>) -> Result<usize, LinkError>;
 
-    /// All is written: makes it last, and gives it its name, at once and whole. When this fails there is nothing of it
-    /// under the name, or the error says that this is not known.
-    fn publish(self: Box<Self>, wait: Wait<'_>) -> Result<(), LinkError>;
+    /// Makes the snapshot durable and gives it its name, in one step and complete.
+    ///
+    /// The caller acts on the answer: it may let a guest run again after [`Publication::NotPublished`], so an
+    /// implementation returns that only where the snapshot is not there and cannot appear later. A cancel is observed
+    /// until the request that publishes the snapshot is made, and not after.
+    fn publish(self: Box<Self>, wait: Wait<'_>) -> Publication;
 }
 
-/// A place where a snapshot lies.
+/// A place that a snapshot can be loaded from.
 pub trait SnapshotSource: Sync {
-    /// The place, for messages.
+    /// The place's name, for messages.
     fn name(&self) -> String;
 
-    /// Opens what lies there now, at its start.
+    /// Opens what is there now, at its start. The error is [`io::ErrorKind::NotFound`] if nothing is there.
     fn open(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError>;
+
+    /// After a [`Publication::Unknown`] of this move's snapshot, which is not under the place's name now: makes sure that
+    /// it cannot appear there later. Returns `true` only if that is certain, and the snapshot was never there.
+    ///
+    /// The default cannot tell and returns `false`.
+    fn withdraw(&self, id: MigrationId, wait: Wait<'_>) -> Result<bool, LinkError> {
+        let _ = (id, wait);
+        Ok(false)
+    }
 }
 
-/// A snapshot that is being read. All that it gives is of what was opened, also after [`SnapshotReader::rewind`]: when
-/// something else is put in its place it gives the old one still, or an error.
+/// A snapshot that is being read. Every byte is from what was opened, also after [`SnapshotReader::rewind`]: if the place
+/// is given other contents meanwhile, a read returns the old ones or fails.
 pub trait SnapshotReader: Send {
-    /// Reads at least one byte and says how many; 0 at the end.
+    /// Reads at least one byte and returns how many; 0 at the end.
     fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError>;
 
-    /// Back to the start.
+    /// Goes back to the start.
     fn rewind(&mut self, wait: Wait<'_>) -> Result<(), LinkError>;
 }
 
-/// What went wrong with a snapshot's place.
+/// An error of a snapshot's place, as one of the move.
 pub(crate) fn failed(name: &str, doing: &'static str, limit: Duration, error: LinkError) -> Error {
-    let error = match error {
-        LinkError::Cancelled => return Error::Cancelled,
+    match error {
+        LinkError::Cancelled => Error::Cancelled,
+        error => Error::Snapshot { name: name.into(), doing, error: os_error(limit, error) },
+    }
+}
+
+fn os_error(limit: Duration, error: LinkError) -> io::Error {
+    match error {
         LinkError::TimedOut => {
             io::Error::new(io::ErrorKind::TimedOut, format!("no progress within {limit:?}; is it reachable?"))
         }
         LinkError::Io(error) => error,
         LinkError::Closed => io::ErrorKind::UnexpectedEof.into(),
         other => io::Error::other(other),
-    };
-    Error::Snapshot { name: name.into(), doing, error }
+    }
 }
 
-/// What went wrong on the link that leads to such a place, in the words of the place.
+/// An error of the link to a snapshot's place, as one of the place.
 pub(crate) fn of_place(why: Error, doing: &'static str) -> Error {
     match why {
         Error::Link { peer, error, .. } => failed(&peer, doing, Duration::ZERO, error),
@@ -87,7 +108,7 @@ pub(crate) fn of_place(why: Error, doing: &'static str) -> Error {
     }
 }
 
-/// How long one step with a place may take, and who may end it.
+/// How long one call to a place may make no progress, and what cancels it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits<'a> {
     pub(crate) silence_max: Duration,

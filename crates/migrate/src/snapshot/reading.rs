@@ -1,5 +1,5 @@
-//! The way from a snapshot's place as a link that only goes one way. It gives its last bytes only when everything that
-//! it gave is what was verified.
+//! A snapshot that is being loaded, as a [`Link`] that can only be read from. It returns its last bytes only if
+//! everything that it returned is what was verified before.
 
 use std::io::{self, IoSlice};
 use std::sync::Mutex;
@@ -9,7 +9,7 @@ use crate::link::{Link, LinkError, Wait};
 use crate::snapshot::inspect::{Verified, verify_reader};
 use crate::{Cancel, Result};
 
-/// A snapshot that was verified, and is read a second time.
+/// A snapshot that was verified and is read for the second time.
 pub(crate) struct Reading {
     name: String,
     inner: Mutex<Inner>,
@@ -19,15 +19,15 @@ struct Inner {
     reader: Box<dyn SnapshotReader>,
     verified: Verified,
     piece: Vec<u8>,
-    /// The part of the piece that has been given.
+    /// Bytes of the piece that were returned already.
     used: usize,
     hasher: blake3::Hasher,
-    /// Bytes of the stream up to the end of the piece.
+    /// Bytes of the stream that were read, up to the end of the piece.
     bytes: u64,
 }
 
 impl Reading {
-    /// Verifies all of a snapshot, and goes back to its start.
+    /// Verifies a snapshot to its end and goes back to its start.
     pub(crate) fn open(from: &dyn SnapshotSource, limits: Limits<'_>) -> Result<Reading> {
         let name = from.name();
         let mut reader = limits.open(from)?;
@@ -40,7 +40,7 @@ impl Reading {
 }
 
 impl Inner {
-    /// The next piece; nothing at the end of what the seal covers.
+    /// Reads the next piece; an empty one at the end of what the SEAL covers.
     fn fill(&mut self, wait: Wait<'_>) -> Result<(), LinkError> {
         let left = self.verified.covered_bytes - self.bytes;
         let size = usize::try_from(left).unwrap_or(usize::MAX).min(PIECE_BYTES);
@@ -55,7 +55,7 @@ impl Inner {
         self.bytes += read as u64;
         let last = self.bytes == self.verified.covered_bytes;
         if read == 0 || last && *self.hasher.finalize().as_bytes() != self.verified.blake3 {
-            let what = "it was altered while it was being loaded; nothing of it is used, load it again";
+            let what = "it was altered while it was being loaded, and is discarded; load it again";
             return Err(io::Error::new(io::ErrorKind::InvalidData, what).into());
         }
         self.used = 0;

@@ -1,15 +1,26 @@
-//! The way to a snapshot's place as a link that only goes one way: what passes is gathered to pieces and hashed.
+//! A snapshot that is being saved, as a [`Link`] that can only be written to. It collects what is written into pieces
+//! and hashes them.
 
 use std::io::IoSlice;
 use std::sync::Mutex;
 
-use super::{Limits, PIECE_BYTES, SnapshotTarget, SnapshotWriter, failed};
+use super::{Durability, Limits, PIECE_BYTES, Publication, SnapshotTarget, SnapshotWriter, failed, os_error};
 use crate::link::{Link, LinkError, Wait};
 use crate::wire::{Connection, Frame};
-use crate::{Options, Result};
+use crate::{Error, Options, Result};
 use limosa_stream::{Kind, Seal};
 
-/// A snapshot that is being written.
+/// How [`Writing::publish`] ended.
+pub(crate) enum Published {
+    /// The snapshot is there. A note says if it may not survive a power failure.
+    Yes { note: Option<String> },
+    /// It is not there, and cannot appear later.
+    No(Error),
+    /// It may be there, or appear later.
+    Unknown(Error),
+}
+
+/// A snapshot that is being saved.
 pub(crate) struct Writing {
     name: String,
     inner: Mutex<Inner>,
@@ -18,14 +29,14 @@ pub(crate) struct Writing {
 struct Inner {
     /// Until it is published.
     writer: Option<Box<dyn SnapshotWriter>>,
-    /// What has come and was not passed on yet; never longer than a piece.
+    /// What was written and not passed on yet; never longer than [`PIECE_BYTES`].
     piece: Vec<u8>,
     hasher: blake3::Hasher,
     bytes: u64,
 }
 
 impl Inner {
-    /// Passes on what was gathered. What an error leaves is lost, and the snapshot with it.
+    /// Passes the piece on. After an error the snapshot cannot be completed.
     fn flush(&mut self, wait: Wait<'_>) -> Result<(), LinkError> {
         let mut rest = &self.piece[..];
         self.hasher.update(rest);
@@ -45,12 +56,16 @@ impl Writing {
         let name = to.name();
         let writer = (to.create(limits.wait()))
             .map_err(|error| failed(&name, "creating it", limits.silence_max, error))?;
-        let inner =
-            Inner { writer: Some(writer), piece: Vec::with_capacity(PIECE_BYTES), hasher: blake3::Hasher::new(), bytes: 0 };
+        let inner = Inner {
+            writer: Some(writer),
+            piece: Vec::with_capacity(PIECE_BYTES),
+            hasher: blake3::Hasher::new(),
+            bytes: 0,
+        };
         Ok(Writing { name, inner: Mutex::new(inner) })
     }
 
-    /// After the SUM: the SEAL, over everything that came before it.
+    /// Sends the SEAL, over everything that was sent before it. It follows the SUM (`docs/stream.md`).
     pub(crate) fn seal(&self, connection: &Connection<'_>, limits: Limits<'_>) -> Result<()> {
         let seal = {
             let mut inner = crate::lock::lock(&self.inner);
@@ -61,14 +76,28 @@ impl Writing {
         connection.send(&Frame::new(Kind::SEAL, &seal.encode()), limits.cancel)
     }
 
-    /// All is there: publishes it. Takes `load_max` at most, beside what is still to be passed on.
-    pub(crate) fn publish(&self, options: &Options, limits: Limits<'_>) -> Result<()> {
+    /// Publishes the snapshot, which is complete. Takes [`Options::load_max`] at most, apart from what is still to be
+    /// written.
+    pub(crate) fn publish(&self, options: &Options, limits: Limits<'_>) -> Published {
+        let (name, limit) = (self.name.clone(), options.load_max);
         let mut inner = crate::lock::lock(&self.inner);
-        let flushed = inner.flush(limits.wait());
-        flushed.map_err(|error| failed(&self.name, "writing it", limits.silence_max, error))?;
-        let Some(writer) = inner.writer.take() else { return Ok(()) };
-        let published = writer.publish(Wait::within(options.load_max, limits.cancel));
-        published.map_err(|error| failed(&self.name, "publishing it", options.load_max, error))
+        if let Err(error) = inner.flush(limits.wait()) {
+            return Published::No(failed(&name, "writing it", limits.silence_max, error));
+        }
+        let Some(writer) = inner.writer.take() else {
+            return Published::No(failed(&name, "publishing it", limit, LinkError::Closed));
+        };
+        match writer.publish(Wait::within(limit, limits.cancel)) {
+            Publication::Published { durability: Durability::Durable } => Published::Yes { note: None },
+            Publication::Published { durability: Durability::Unknown(error) } => {
+                let note = format!("{name}: it was saved, and may not survive a power failure: {error}");
+                Published::Yes { note: Some(note) }
+            }
+            Publication::NotPublished(error) => Published::No(failed(&name, "publishing it", limit, error)),
+            Publication::Unknown(error) => {
+                Published::Unknown(Error::PublicationUnknown { name, error: os_error(limit, error) })
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::error::Difference;
 use crate::ledger::Decision;
 use crate::link::Link;
 use crate::protocol::limits::Limits;
-use crate::report::{End, Recorder, Report, Side};
+use crate::report::{End, Phase, Recorder, Report, Side};
 use crate::wire::{Connection, Frame};
 use crate::{Error, Options, Result};
 
@@ -120,6 +120,7 @@ impl<'a> Source<'a> {
                 Outcome::Moved(context.recorder.finish(End::Moved, None))
             }
             Decision::NotCommitted => {
+                context.recorder.phase(Phase::Undo);
                 self.roll_back(&context, &mut doubt.rollback, None);
                 let report = context.recorder.finish(End::Undone, Some(&doubt.why));
                 Outcome::Undone { why: doubt.why, report }

@@ -47,7 +47,10 @@ pub struct Source<'a> {
 
 impl std::fmt::Debug for Source<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Source").field("devices", &self.devices).field("memory", &self.memory).finish_non_exhaustive()
+        f.debug_struct("Source")
+            .field("devices", &self.devices)
+            .field("memory", &self.memory)
+            .finish_non_exhaustive()
     }
 }
 
@@ -116,9 +119,7 @@ impl<'a> Source<'a> {
         self.move_over(link, Some(further))
     }
 
-    pub(crate) fn move_over(
-        &mut self,
-        link: &dyn Link, further: Option<&dyn FurtherLinks>) -> Outcome {
+    pub(crate) fn move_over(&mut self, link: &dyn Link, further: Option<&dyn FurtherLinks>) -> Outcome {
         let context = self.context();
         let link = MeteredLink::new(link, &context.recorder);
         let connection = Connection::new(&link, Limits::new(self.options));
@@ -185,6 +186,7 @@ impl<'a> Source<'a> {
     ) -> Ending {
         rollback.touched = true;
         if let Err(why) = wires.join(self.cancel).and_then(|()| self.start_logs(context, rollback)) {
+            context.recorder.phase(Phase::Undo);
             self.roll_back(context, rollback, None);
             return Ending::Undone(why);
         }
@@ -192,6 +194,7 @@ impl<'a> Source<'a> {
         let sending = match Sending::new(context, wires.all(), self.devices.len(), wires.window) {
             Ok(sending) => sending,
             Err(why) => {
+                context.recorder.phase(Phase::Undo);
                 self.roll_back(context, rollback, None);
                 return Ending::Undone(why);
             }
@@ -208,6 +211,7 @@ impl<'a> Source<'a> {
                 sending.alive.end();
             });
             if let Err(why) = start(scope, &sending, &senders, &ram, wires.connection) {
+                context.recorder.phase(Phase::Undo);
                 self.roll_back(context, rollback, None);
                 return Ending::Undone(why);
             }
@@ -228,6 +232,7 @@ impl<'a> Source<'a> {
         if let Err(error) = ready {
             stage.sending.team.fail(error);
             let why = stage.sending.team.first_failure(Error::Cancelled);
+            context.recorder.phase(Phase::Undo);
             self.roll_back(context, rollback, Some(stage.sending));
             return Ending::Undone(why);
         }
@@ -240,6 +245,7 @@ impl<'a> Source<'a> {
                 Ending::Moved
             }
             Err(Uncommitted::Off(why)) => {
+                context.recorder.phase(Phase::Undo);
                 self.roll_back(context, rollback, Some(stage.sending));
                 Ending::Undone(why)
             }

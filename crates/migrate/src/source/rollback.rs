@@ -48,7 +48,6 @@ impl<'a> Source<'a> {
         workers: Option<&Sending<'_, '_>>,
     ) {
         let recorder = &context.recorder;
-        recorder.phase(Phase::Undo);
         let losses: Vec<_> = match workers {
             Some(sending) => {
                 sending.all_to_the_end(Job::ReturnP2p);

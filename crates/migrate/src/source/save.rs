@@ -5,7 +5,7 @@ use super::{Ending, InDoubt, Outcome, Source, Stage};
 use crate::context::Context;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase};
-use crate::snapshot::{self, SnapshotTarget, Writing, of_place};
+use crate::snapshot::{self, Published, SnapshotTarget, Writing, of_place};
 use crate::wire::{Connection, MeteredLink};
 
 /// What becomes of the devices when they have been saved.
@@ -28,6 +28,10 @@ impl<'a> Source<'a> {
     /// Saves everything to a place, such as a [`SnapshotFile`](crate::SnapshotFile), where it appears only when it is
     /// whole: [`Outcome::Moved`]. On failure nothing is there that was not there before, and the source runs as
     /// before: [`Outcome::Undone`].
+    ///
+    /// If it cannot be learned whether the snapshot was published, then with [`AfterSave::Run`] the source runs on, and
+    /// the error says so ([`Error::PublicationUnknown`](crate::Error::PublicationUnknown)). With [`AfterSave::Stop`] it
+    /// stays stopped: [`Outcome::InDoubt`], until [`published`](crate::published) has found out, for [`Source::decide`].
     pub fn save(mut self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
@@ -56,6 +60,7 @@ impl<'a> Source<'a> {
                 Outcome::Undone { why, report }
             }
             Ending::Doubt(why) => {
+                tracing::error!(%id, "in doubt whether the snapshot is there: {why}");
                 let report = recorder.finish(End::InDoubt, Some(&why));
                 Outcome::InDoubt(InDoubt::new(id, why, report, rollback, &self))
             }
@@ -72,26 +77,32 @@ impl<'a> Source<'a> {
     ) -> Ending {
         let Place { writing, limits, after } = *place;
         if let Err(why) = writing.seal(stage.wires.connection, limits) {
+            context.recorder.phase(Phase::Undo);
             self.roll_back(context, rollback, Some(stage.sending));
             return Ending::Undone(why);
         }
         stage.sending.alive.stands_still_no_more();
         if after == AfterSave::Run {
             // All is read: the guest need not wait for what keeps it.
+            context.recorder.phase(Phase::Finish);
             self.roll_back(context, rollback, Some(stage.sending));
         }
         context.recorder.phase(Phase::Commit);
         match (writing.publish(self.options, limits), after) {
-            (Ok(()), AfterSave::Run) => Ending::Moved,
-            (Ok(()), AfterSave::Stop) => {
-                self.finish(context, rollback, Some(stage.sending));
+            (Published::Yes { note }, after) => {
+                note.into_iter().for_each(|note| context.recorder.note(note));
+                if after == AfterSave::Stop {
+                    self.finish(context, rollback, Some(stage.sending));
+                }
                 Ending::Moved
             }
-            (Err(why), AfterSave::Run) => Ending::Undone(why),
-            (Err(why), AfterSave::Stop) => {
+            (Published::No(why) | Published::Unknown(why), AfterSave::Run) => Ending::Undone(why),
+            (Published::No(why), AfterSave::Stop) => {
+                context.recorder.phase(Phase::Undo);
                 self.roll_back(context, rollback, Some(stage.sending));
                 Ending::Undone(why)
             }
+            (Published::Unknown(why), AfterSave::Stop) => Ending::Doubt(why),
         }
     }
 }

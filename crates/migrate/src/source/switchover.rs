@@ -50,7 +50,9 @@ impl<'a> Source<'a> {
             return Ok(());
         }
         let Some(lost) = rollback.logs.harvest(self.devices, &mut self.memory)? else { return Ok(()) };
-        context.recorder.note(format!("the log of dirty pages was lost at the stop, all is sent again: {lost}"));
+        context
+            .recorder
+            .note(format!("the log of dirty pages was lost at the stop, all is sent again: {lost}"));
         let goal = self.options.convergence.downtime_goal;
         let predicted = pace.downtime(stage.ram.bytes());
         if self.options.convergence.when_stalled == WhenStalled::Abort && predicted > goal {

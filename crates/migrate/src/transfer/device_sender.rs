@@ -238,7 +238,8 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             }
             let drained = !has_data;
             let was_drained = std::mem::replace(&mut flow.lock().drained, drained);
-            if drained || was_drained || self.bytes - looked.0 >= LOOK_BYTES || looked.1 + LOOK_EVERY <= now() {
+            if drained || was_drained || self.bytes - looked.0 >= LOOK_BYTES || looked.1 + LOOK_EVERY <= now()
+            {
                 self.look()?;
                 looked = (self.bytes, now());
             }

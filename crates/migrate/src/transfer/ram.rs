@@ -60,15 +60,15 @@ impl<'m> Ram<'m> {
     ) -> Ram<'m> {
         let link_count = LinkCount::new(sending.writers.len(), sending.options().links_measured);
         let state = RoundState {
-                number: 0,
-                region: 0,
-                page: 0,
-                pages: 0,
-                exhausted: true,
-                links: 0,
-                active: 0,
-                link_count,
-            };
+            number: 0,
+            region: 0,
+            page: 0,
+            pages: 0,
+            exhausted: true,
+            links: 0,
+            active: 0,
+            link_count,
+        };
         Ram { regions, pending, round: sending.team.share(state) }
     }
 

@@ -185,7 +185,8 @@ mod tests {
         let team = Team::new(Some(&cancel)).unwrap();
         let never = team.share(false);
         scope(|scope| {
-            let waiting = scope.spawn("waits", || team.wait(&never, never.lock(), None, |never| *never).is_err());
+            let waiting =
+                scope.spawn("waits", || team.wait(&never, never.lock(), None, |never| *never).is_err());
             cancel.cancel();
             assert!(waiting.join().unwrap());
         });

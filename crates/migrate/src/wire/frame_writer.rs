@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::{Monitor, now};
 use limosa_stream::body::encode_abort;
 use limosa_stream::buffer::Gauge;
-use limosa_stream::{
-    Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags,
-};
+use limosa_stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
 
 use super::{COMPRESSING, Frame, link_failed};
 use crate::link::{Link, LinkError, Wait};

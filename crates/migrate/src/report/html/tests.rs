@@ -104,7 +104,11 @@ fn moved(devices: u64, links: u64, rounds: u32, downtime_ms: u64) -> Report {
 }
 
 fn limits(downtime_ms: u64) -> LimitsReport {
-    LimitsReport { downtime_goal_ns: Some(downtime_ms * MS), rounds_max: Some(100), ..LimitsReport::default() }
+    LimitsReport {
+        downtime_goal_ns: Some(downtime_ms * MS),
+        rounds_max: Some(100),
+        ..LimitsReport::default()
+    }
 }
 
 /// As a destination sees it: no prediction, no limit, devices that load.
