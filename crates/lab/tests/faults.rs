@@ -275,7 +275,7 @@ fn a_bit_flipped_in_any_frame_is_noticed_and_never_reaches_the_guest() {
 fn a_link_that_falls_silent_or_loses_a_byte_in_any_frame_is_given_up() {
     // Such a fault shows by silence alone. A machine so slow that silence comes by itself is one fault more.
     let short = Duration::from_millis(60);
-    let hasty = Options { silence_max: short, load_max: short, commit_max: short, ..options() };
+    let hasty = options().with_silence_max(short).with_load_max(short).with_commit_max(short);
     let some =
         |(kind, door): &(Kind, Door)| *door == Door::Cdev && ["mtty-1", "limosa-full"].contains(&&*kind.name);
     let subjects: Vec<_> = subjects().into_iter().filter(some).collect();

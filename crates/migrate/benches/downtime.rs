@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::{
     Convergence, Destination, DirtyLog, FilePages, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice,
-    Nobody, Options, Outcome, PAGE_BYTES, Source, Vmm, WhenStalled, move_local,
+    Options, Outcome, PAGE_BYTES, Source, Vmm, WhenStalled, move_local,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::bitmap::DirtyBitmap;
@@ -101,30 +101,16 @@ fn once(limit: Duration, pages_per_second: f64, files: &[File; 2]) -> (f64, f64,
     });
     let running = Arc::clone(&vcpu);
     let thread = std::thread::spawn(move || running.run(pages_per_second));
-    let convergence =
-        Convergence { downtime_max: limit, when_stalled: WhenStalled::Abort, ..Convergence::default() };
-    let (options, ledger) = (Options { convergence, ..Options::default() }, Ledger::new());
+    let convergence = Convergence::default().with_downtime_goal(limit).with_when_stalled(WhenStalled::Abort);
+    let (options, ledger) = (Options::default().with_convergence(convergence), Ledger::new());
     let (here, there, devices) = (pages(&files[0]), pages(&files[1]), [device(), device()]);
     let region = |pages| MemoryRegion { id: 0, iova: 0, size: BYTES, pages };
     let mut log = Log(Arc::clone(&vcpu));
     let (outcome, _) = move_local(
-        &mut Source {
-            devices: &[MovedDevice::new(&devices[0])],
-            memory: Memory::logged(vec![region(&here)], &mut log),
-            vmm: &*vcpu,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-        },
-        &Destination {
-            devices: &[MovedDevice::new(&devices[1])],
-            memory: &[region(&there)],
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-            ledger: &ledger,
-        },
+        Source::new(&[MovedDevice::new(&devices[0])], &options)
+            .with_memory(Memory::logged(vec![region(&here)], &mut log))
+            .with_vmm(&*vcpu),
+        &Destination::new(&[MovedDevice::new(&devices[1])], &ledger, &options).with_memory(&[region(&there)]),
     );
     vcpu.quit.store(true, Ordering::SeqCst);
     vcpu.news.notify_all();

@@ -11,8 +11,7 @@ use std::time::{Duration, Instant};
 
 use limosa_migrate::link::{Link, LinkError, Listener, SocketLink, Wait, connect};
 use limosa_migrate::{
-    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, Nobody, Options, Outcome, Received,
-    Source,
+    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, Options, Outcome, Received, Source,
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::time::{ClockId, clock_gettime};
@@ -100,7 +99,7 @@ fn floor(bytes: usize, links: usize, from: &[u8], to: &mut [u8]) -> Cost {
 
 /// The engine.
 fn engine(bytes: u64, links: u32, here: &FilePages, there: &FilePages) -> Cost {
-    let options = Options { links: NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN), ..Options::default() };
+    let options = Options::default().with_links(NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN));
     let region = |pages| MemoryRegion { id: 0, iova: 0, size: bytes, pages };
     let listener = listener();
     let near: SocketLink = connect(listener.address(), SOON).expect("listening");
@@ -113,28 +112,14 @@ fn engine(bytes: u64, links: u32, here: &FilePages, there: &FilePages) -> Cost {
                     Ok(Box::new(listener.accept(wait)?))
                 };
                 let ledger = Ledger::new();
-                let destination = Destination {
-                    devices: &[],
-                    memory: &[region(there)],
-                    vmm: &Nobody,
-                    observer: &Nobody,
-                    options,
-                    cancel: None,
-                    ledger: &ledger,
-                };
+                let regions = [region(there)];
+                let destination = Destination::new(&[], &ledger, options).with_memory(&regions);
                 destination.receive_over(&far, &accept)
             });
             let further = |_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
                 Ok(Box::new(connect(listener.address(), SOON)?))
             };
-            let mut source = Source {
-                devices: &[],
-                memory: Memory::stopped(vec![region(here)]),
-                vmm: &Nobody,
-                observer: &Nobody,
-                options,
-                cancel: None,
-            };
+            let source = Source::new(&[], options).with_memory(Memory::stopped(vec![region(here)]));
             let outcome = source.send_over(&near, &further);
             drop(near);
             assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");

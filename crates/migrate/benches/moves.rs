@@ -9,8 +9,8 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use limosa_client::Device;
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::{
-    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Nobody, Options, Outcome,
-    Source, move_local,
+    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Options, Outcome, Source,
+    move_local,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -52,23 +52,8 @@ fn move_once(source: &Loopback, destination: &Loopback, memory: Option<(&FilePag
     let here = memory.map(|(here, _)| region(here)).into_iter().collect();
     let there: Vec<_> = memory.map(|(_, there)| region(there)).into_iter().collect();
     let (outcome, _) = move_local(
-        &mut Source {
-            devices: &ours,
-            memory: Memory::stopped(here),
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-        },
-        &Destination {
-            devices: &theirs,
-            memory: &there,
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-            ledger: &ledger,
-        },
+        Source::new(&ours, &options).with_memory(Memory::stopped(here)),
+        &Destination::new(&theirs, &ledger, &options).with_memory(&there),
     );
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     source.reset().expect("a reset");

@@ -12,9 +12,7 @@ use std::time::{Duration, Instant};
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::link::{Listener, Wait, connect};
-use limosa_migrate::{
-    Act, Destination, Ledger, Memory, MovedDevice, Nobody, Options, Outcome, Received, Report, Source,
-};
+use limosa_migrate::{Act, Destination, Ledger, MovedDevice, Options, Outcome, Received, Report, Source};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::State;
 
@@ -102,24 +100,9 @@ fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 4] {
     let near = connect(listener.address(), SOON).expect("it listens");
     let far = listener.accept(Wait::within(SOON, None)).expect("it connected");
     let (outcome, received) = std::thread::scope(|scope| {
-        let destination = Destination {
-            devices: &theirs,
-            memory: &[],
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-            ledger: &ledger,
-        };
+        let destination = Destination::new(&theirs, &ledger, &options);
         let receiving = scope.spawn(move || destination.receive(&far));
-        let mut source = Source {
-            devices: &ours,
-            memory: Memory::none(),
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-        };
+        let source = Source::new(&ours, &options);
         let outcome = source.send(&near);
         (outcome, receiving.join().expect("no panic"))
     });

@@ -414,16 +414,13 @@ impl Machinery {
     }
 
     /// The source. It blocks until the move is over, so that a VMM gives it a thread.
-    fn with_source<R>(&self, cancel: Option<&Cancel>, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
+    fn with_source<R>(&self, cancel: Option<&Cancel>, act: impl FnOnce(Source<'_>) -> R) -> R {
         let mut log = LogHandle(&self.guest.log);
-        act(&mut Source {
-            devices: &self.devices.moved(),
-            memory: Memory::logged(vec![self.memory()], &mut log),
-            vmm: &Hooks(&self.guest),
-            observer: &Watch,
-            options: &self.options,
-            cancel,
-        })
+        act(Source::new(&self.devices.moved(), &self.options)
+            .with_memory(Memory::logged(vec![self.memory()], &mut log))
+            .with_vmm(&Hooks(&self.guest))
+            .with_observer(&Watch)
+            .with_cancel(cancel))
     }
 
     /// Moves the machine to whoever receives at the address.
@@ -492,18 +489,15 @@ impl Machinery {
     fn receive(&self, acceptor: &Acceptor, ledger: &Ledger) -> Result<()> {
         let devices = self.devices.moved();
         let memory = [self.memory()];
+        let hooks = Hooks(&self.guest);
         loop {
             let cancel = Cancel::new()?;
             *lock(&self.cancel) = Some(cancel.clone());
-            let destination = Destination {
-                devices: &devices,
-                memory: &memory,
-                vmm: &Hooks(&self.guest),
-                observer: &Watch,
-                options: &self.options,
-                cancel: Some(&cancel),
-                ledger,
-            };
+            let destination = Destination::new(&devices, ledger, &self.options)
+                .with_memory(&memory)
+                .with_vmm(&hooks)
+                .with_observer(&Watch)
+                .with_cancel(Some(&cancel));
             let Incoming::Peer(link) = acceptor.accept(Wait::within(Duration::MAX, Some(&cancel)))? else {
                 // A client that is not migrating.
                 continue;

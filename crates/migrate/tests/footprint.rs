@@ -10,8 +10,7 @@ use std::sync::mpsc::channel;
 
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
-    Compression, Destination, GuestPages, Ledger, Memory, MemoryRegion, Nobody, Options, Outcome, Received,
-    Source,
+    Compression, Destination, GuestPages, Ledger, Memory, MemoryRegion, Options, Outcome, Received, Source,
 };
 
 struct Counting;
@@ -52,7 +51,7 @@ impl GuestPages for Nowhere {
 
 /// The most bytes of heap that both sides take for a guest of this size, over four links.
 fn footprint(bytes: u64, compress: Option<Compression>) -> usize {
-    let options = Options { links: NonZeroU32::new(4).unwrap(), compress, ..Options::default() };
+    let options = Options::default().with_links(NonZeroU32::new(4).unwrap()).with_compress(compress);
     let region = MemoryRegion { id: 0, iova: 0, size: bytes, pages: &Nowhere };
     let (near, far) = SocketLink::pair().unwrap();
     let (connected, accepted) = channel::<SocketLink>();
@@ -62,27 +61,13 @@ fn footprint(bytes: u64, compress: Option<Compression>) -> usize {
     PEAK.store(before, Relaxed);
     std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let destination = Destination {
-                devices: &[],
-                memory: &[region],
-                vmm: &Nobody,
-                observer: &Nobody,
-                options: &options,
-                cancel: None,
-                ledger: &ledger,
-            };
+            let regions = [region];
+            let destination = Destination::new(&[], &ledger, &options).with_memory(&regions);
             destination.receive_over(&far, &|_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
                 Ok(Box::new(accepted.lock().unwrap().recv().map_err(|_| LinkError::Closed)?))
             })
         });
-        let mut source = Source {
-            devices: &[],
-            memory: Memory::stopped(vec![region]),
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-        };
+        let source = Source::new(&[], &options).with_memory(Memory::stopped(vec![region]));
         let outcome = source.send_over(&near, &|_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
             let (near, far) = SocketLink::pair()?;
             connected.lock().unwrap().send(far).map_err(|_| LinkError::Closed)?;

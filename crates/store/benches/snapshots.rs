@@ -124,29 +124,20 @@ fn floor(guest: &File, path: &std::path::Path) {
 
 fn save(guest: &File, to: &dyn SnapshotTarget) {
     let pages = FilePages::new(guest.try_clone().unwrap(), 0);
-    let mut source = Source {
-        devices: &[],
-        memory: Memory::stopped(vec![MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }]),
-        vmm: &Nobody,
-        observer: &Nobody,
-        options: &Options::default(),
-        cancel: None,
-    };
+    let source = Source::new(&[], &Options::default()).with_memory(Memory::stopped(vec![MemoryRegion {
+        id: 0,
+        iova: 0,
+        size: BYTES,
+        pages: &pages,
+    }]));
     let outcome = source.save(to, AfterSave::Run);
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
 }
 
 fn load(guest: &File, from: &dyn SnapshotSource) {
     let pages = FilePages::new(guest.try_clone().unwrap(), 0);
-    let destination = Destination {
-        devices: &[],
-        memory: &[MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }],
-        vmm: &Nobody,
-        observer: &Nobody,
-        options: &Options::default(),
-        cancel: None,
-        ledger: &Ledger::new(),
-    };
+    let destination = Destination::new(&[], &Ledger::new(), &Options::default())
+        .with_memory(&[MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }]);
     let received = destination.load(from, AfterLoad::Stop);
     assert!(matches!(received, Received::Stopped(_)), "{received:?}");
 }

@@ -223,14 +223,8 @@ fn moved(
     there: &[&KernelDevice],
     files: &[File; 2],
 ) -> (Outcome, Received, [BTreeSet<u64>; 2]) {
-    let options = Options {
-        convergence: Convergence {
-            downtime_max: Duration::ZERO,
-            rounds_max: ROUNDS,
-            ..Convergence::default()
-        },
-        ..Options::default()
-    };
+    let options = Options::default()
+        .with_convergence(Convergence::default().with_downtime_goal(Duration::ZERO).with_rounds_max(ROUNDS));
     let (near, far) = (pages(&guests[0].files), pages(files));
     let told = |guest: &&&Guest| matches!(guest.teller, Teller::Container | Teller::PageTable);
     let logs: Vec<_> = guests.iter().filter(told).map(|guest| guest.space.dirty_log()).collect();
@@ -238,24 +232,13 @@ fn moved(
     let given_back = Arc::clone(&log.0);
     let here: Vec<_> = guests.iter().map(|guest| MovedDevice::new(&guest.device)).collect();
     let there: Vec<_> = there.iter().map(|device| MovedDevice::new(*device)).collect();
-    let mut source = Source {
-        devices: &here,
-        memory: Memory::logged(regions(&near), &mut log)
-            .with_sources(logs.iter().map(|log| log as &dyn DirtySource).collect()),
-        vmm: &Nobody,
-        observer: &All(guests),
-        options: &options,
-        cancel: None,
-    };
-    let destination = Destination {
-        devices: &there,
-        memory: &regions(&far),
-        vmm: &Nobody,
-        observer: &Nobody,
-        options: &options,
-        cancel: None,
-        ledger: &Ledger::new(),
-    };
+    let source = Source::new(&here, &options)
+        .with_memory(
+            Memory::logged(regions(&near), &mut log)
+                .with_sources(logs.iter().map(|log| log as &dyn DirtySource).collect()),
+        )
+        .with_observer(&All(guests));
+    let destination = Destination::new(&there, &Ledger::new(), &options).with_memory(&regions(&far));
     let (outcome, received) = move_local(&mut source, &destination);
     let given_back = given_back.lock().unwrap().clone();
     (outcome, received, given_back)

@@ -191,19 +191,12 @@ pub fn peek(card: &dyn Device) -> Vec<u8> {
 pub fn options() -> Options {
     // Nothing here takes a second; whoever waits so long hangs.
     let limit = Duration::from_secs(30);
-    Options { silence_max: limit, load_max: limit, commit_max: limit, ..Options::default() }
+    Options::default().with_silence_max(limit).with_load_max(limit).with_commit_max(limit)
 }
 
 /// Runs `act` with a source of this device.
-pub fn with_source<R>(device: &dyn Device, options: &Options, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
-    act(&mut Source {
-        devices: &[MovedDevice::new(device)],
-        memory: Memory::none(),
-        vmm: &Nobody,
-        observer: &Nobody,
-        options,
-        cancel: None,
-    })
+pub fn with_source<R>(device: &dyn Device, options: &Options, act: impl FnOnce(Source<'_>) -> R) -> R {
+    act(Source::new(&[MovedDevice::new(device)], options))
 }
 
 /// Runs `act` with a destination of this device.
@@ -213,15 +206,7 @@ pub fn with_destination<R>(
     options: &Options,
     act: impl FnOnce(&Destination<'_>) -> R,
 ) -> R {
-    act(&Destination {
-        devices: &[MovedDevice::new(device)],
-        memory: &[],
-        vmm: &Nobody,
-        observer: &Nobody,
-        options,
-        cancel: None,
-        ledger,
-    })
+    act(&Destination::new(&[MovedDevice::new(device)], ledger, options))
 }
 
 /// Moves a device within this process.

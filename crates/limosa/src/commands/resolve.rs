@@ -148,15 +148,8 @@ fn is_of(doubt: &Doubt, name: &str) -> bool {
     doubt.devices.iter().any(|device| device == name || open::same(device, name))
 }
 
-fn with(side: &Side, guest: &Guest<'_>, act: impl FnOnce(&mut Source<'_>) -> Outcome) -> Outcome {
-    act(&mut Source {
-        devices: &side.moved(),
-        memory: Memory::none(),
-        vmm: guest,
-        observer: &Nobody,
-        options: &Options::default(),
-        cancel: None,
-    })
+fn with(side: &Side, guest: &Guest<'_>, act: impl FnOnce(Source<'_>) -> Outcome) -> Outcome {
+    act(Source::new(&side.moved(), &Options::default()).with_vmm(guest))
 }
 
 fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {

@@ -30,6 +30,7 @@ use handshake::Greeting;
 use receive::Receiving;
 
 /// The side that devices come to.
+#[derive(Clone)]
 pub struct Destination<'a> {
     devices: &'a [MovedDevice<'a>],
     memory: &'a [MemoryRegion<'a>],

@@ -10,7 +10,7 @@ use limosa_migrate::link::{
     Acceptor, Address, Connector, FurtherLinks, Incoming, Link, LinkError, Listener, PENDING_MAX, Tls,
     TlsLink, Wait, connect,
 };
-use limosa_migrate::{Cancel, Error, Options, Outcome, Received};
+use limosa_migrate::{Cancel, Error, Outcome, Received};
 use limosa_protocol::MigrationFlags;
 use limosa_stream::{MigrationId, Preface, PrefaceFlags};
 use rcgen::{CertificateParams, KeyPair};
@@ -58,7 +58,7 @@ fn named(acceptor: &Acceptor) -> (String, Error) {
 fn move_among(tls: Option<&Tls>, mut silent: impl FnMut(&Acceptor) + Send) {
     let (source, destination) = world("dev", MigrationFlags::SETS[3], 100_000);
     let mut ends = Ends::new(vec![source], vec![destination]);
-    ends.options = Options { links: 2.try_into().unwrap(), ..options() };
+    ends.options = options().with_links(2.try_into().unwrap());
     let acceptor = listening(tls.cloned(), SILENCE);
     silent(&acceptor);
     let mut connector = Connector::new(acceptor.address().clone());

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use crate::common::{Ends, Pages, VecPages, options, world};
-use limosa_migrate::{
-    AfterLoad, AfterSave, Compression, Options, Outcome, Received, SnapshotFile, inspect_file,
-};
+use limosa_migrate::{AfterLoad, AfterSave, Compression, Outcome, Received, SnapshotFile, inspect_file};
 use limosa_protocol::MigrationFlags;
 
 const MEMORY_BYTES: usize = 3 << 20;
@@ -21,7 +19,7 @@ fn ends(compress: Option<Compression>) -> Ends {
         *byte = if at < MEMORY_BYTES / 2 { 7 } else { (noise >> 24) as u8 };
     }
     ends.memory = Some((Arc::new(here) as Pages, Arc::new(there) as Pages, MEMORY_BYTES as u64));
-    ends.options = Options { compress, ..options() };
+    ends.options = options().with_compress(compress);
     ends
 }
 

@@ -115,14 +115,22 @@ fn run(
     ends.memory = Some((memory, there, PAGES * PAGE_BYTES));
     ends.log = Mutex::new(Some(Box::new(Log(guest.clone()))));
     (ends.vmm, ends.observer) = (guest.clone(), guest.clone());
-    ends.options.convergence =
-        Convergence { downtime_max: Duration::ZERO, stalled_rounds_max: 3, rounds_max: 40, when_stalled };
+    ends.options.convergence = Convergence::default()
+        .with_downtime_goal(Duration::ZERO)
+        .with_stalled_rounds_max(3)
+        .with_rounds_max(40)
+        .with_when_stalled(when_stalled);
     let (outcome, received) = ends.run_plain();
     let kept = match &outcome {
         Outcome::Moved(report) => Outcome::Moved(report.clone()),
-        Outcome::Undone { why: Error::NotConverging { rounds, predicted, allowed }, report } => {
+        Outcome::Undone { why: Error::NotConverging { obstacle, predicted, is_minimum, goal }, report } => {
             Outcome::Undone {
-                why: Error::NotConverging { rounds: *rounds, predicted: *predicted, allowed: *allowed },
+                why: Error::NotConverging {
+                    obstacle: obstacle.clone(),
+                    predicted: *predicted,
+                    is_minimum: *is_minimum,
+                    goal: *goal,
+                },
                 report: report.clone(),
             }
         }
@@ -138,7 +146,7 @@ fn a_guest_that_does_not_converge_is_stopped_all_the_same_and_that_is_said() {
     assert!(moved);
     let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
     assert!((3..=40).contains(&report.rounds.len()), "{}", report.rounds.len());
-    assert!(report.notes.iter().any(|note| note.contains("allowed were 0.0 us")), "{:?}", report.notes);
+    assert!(report.notes.iter().any(|note| note.contains("wanted were 0.0 us")), "{:?}", report.notes);
     assert_eq!(report.predicted_downtime_ns, report.rounds.last().map(|round| round.predicted_downtime_ns));
     // The first round has zeroes only.
     assert!(report.rounds.iter().skip(1).all(|round| round.bytes_per_second > 0));

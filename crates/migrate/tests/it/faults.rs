@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::common::{Ends, Fault as LinkFault, FaultyLink, Step, VecPages, Way, options, world};
 use limosa_device::Fault;
 use limosa_migrate::link::{Link, SocketLink};
-use limosa_migrate::{Error, Options, Outcome, Received};
+use limosa_migrate::{Error, Outcome, Received};
 use limosa_protocol::{Errno, MigrationFlags, State};
 
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
@@ -101,7 +101,7 @@ fn every_altered_byte_is_noticed() {
 /// For faults that show by silence only.
 fn hasty(ends: &mut Ends) {
     let short = Duration::from_millis(60);
-    ends.options = Options { silence_max: short, load_max: short, commit_max: short, ..options() };
+    ends.options = options().with_silence_max(short).with_load_max(short).with_commit_max(short);
 }
 
 #[test]
@@ -267,7 +267,7 @@ fn asking_for_a_move_that_still_holds_takes_it_back() {
     let mut ends = ends();
     // Only the source is in a hurry; its COMMIT is swallowed, and the old link stays open.
     let short = Duration::from_millis(1500);
-    ends.source_options = Some(Options { commit_max: short, silence_max: short, ..options() });
+    ends.source_options = Some(options().with_commit_max(short).with_silence_max(short));
     let (near, far) = SocketLink::pair().unwrap();
     let (outcome, received) = std::thread::scope(|scope| {
         let ends = &ends;

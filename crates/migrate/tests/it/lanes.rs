@@ -15,7 +15,7 @@ use limosa_protocol::MigrationFlags;
 const MEMORY_BYTES: usize = 9 << 20;
 
 fn links(links: u32) -> Options {
-    Options { links: NonZeroU32::new(links).unwrap(), ..options() }
+    options().with_links(NonZeroU32::new(links).unwrap())
 }
 
 /// Devices of different sizes, and memory with zeroes in it.
@@ -179,7 +179,7 @@ fn a_further_link_that_fails_anywhere_ends_the_move_without_harm() {
     let with_fault = |fault, at| {
         let mut ends = ends(2, 2);
         let short = Duration::from_millis(400);
-        ends.options = Options { silence_max: short, load_max: short, commit_max: short, ..links(2) };
+        ends.options = links(2).with_silence_max(short).with_load_max(short).with_commit_max(short);
         let (outcome, received, _) = run(&ends, |_| {
             let (near, far) = SocketLink::pair().unwrap();
             (Box::new(FaultyLink::new(near, Way::Out, at, fault)), vec![Box::new(far)])
@@ -276,7 +276,7 @@ fn a_link_that_lags_behind_does_not_bring_back_old_pages() {
         }
     }
     let mut ends = ends(1, 4);
-    ends.options.convergence.downtime_max = Duration::ZERO;
+    ends.options.convergence.downtime_goal = Duration::ZERO;
     let here = Arc::new(VecPages::new(MEMORY_BYTES));
     here.write(0, &[0xff; MEMORY_BYTES]).unwrap();
     let there = LastPage { inner: VecPages::new(MEMORY_BYTES) };

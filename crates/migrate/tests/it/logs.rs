@@ -98,8 +98,7 @@ fn ends(log: Log) -> (Ends, Arc<Log>, Arc<Vcpu>) {
     let there = Arc::new(VecPages::new((PAGES * PAGE_BYTES) as usize));
     ends.memory = Some((memory, there, PAGES * PAGE_BYTES));
     ends.log = Mutex::new(Some(Box::new(Handle(log.clone()))));
-    ends.options.convergence =
-        Convergence { downtime_max: Duration::ZERO, rounds_max: 8, ..Convergence::default() };
+    ends.options.convergence = Convergence::default().with_downtime_goal(Duration::ZERO).with_rounds_max(8);
     (ends, log, vcpu)
 }
 

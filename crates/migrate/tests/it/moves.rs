@@ -167,15 +167,9 @@ fn incompatible_ends_are_refused_with_the_reason_before_anything_moves() {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let devices = [MovedDevice::new(&ends.destination[0].client)];
-                let destination = limosa_migrate::Destination {
-                    devices: &devices,
-                    memory: &[],
-                    vmm: &limosa_migrate::Nobody,
-                    observer: &limosa_migrate::Nobody,
-                    options: &ends.options,
-                    cancel: None,
-                    ledger: &ends.ledger,
-                };
+                let destination = limosa_migrate::Destination::new(&devices, &ends.ledger, &ends.options)
+                    .with_vmm(&limosa_migrate::Nobody)
+                    .with_observer(&limosa_migrate::Nobody);
                 destination.receive(&far)
             });
             let Outcome::Undone { why, .. } = source.send(&near) else { panic!() };

@@ -3,9 +3,7 @@
 use crate::common::options;
 use limosa_client::{Device, DeviceExt};
 use limosa_device::{Loopback, Machine, Model};
-use limosa_migrate::{
-    Destination, Ledger, Memory, MovedDevice, Nobody, Outcome, Received, Source, move_local,
-};
+use limosa_migrate::{Destination, Ledger, MovedDevice, Outcome, Received, Source, move_local};
 use limosa_models::uart::{Line, Mtty, Uart};
 use limosa_protocol::State;
 
@@ -15,24 +13,8 @@ fn device(name: &str, model: impl Model) -> Loopback {
 
 fn moved(from: &Loopback, to: &Loopback) -> (Outcome, Received) {
     let (options, ledger) = (options(), Ledger::new());
-    let mut source = Source {
-        devices: &[MovedDevice::new(from)],
-        memory: Memory::none(),
-        vmm: &Nobody,
-        observer: &Nobody,
-        options: &options,
-        cancel: None,
-    };
-    let destination = Destination {
-        devices: &[MovedDevice::new(to)],
-        memory: &[],
-        vmm: &Nobody,
-        observer: &Nobody,
-        options: &options,
-        cancel: None,
-        ledger: &ledger,
-    };
-    move_local(&mut source, &destination)
+    let (from, to) = ([MovedDevice::new(from)], [MovedDevice::new(to)]);
+    move_local(Source::new(&from, &options), &Destination::new(&to, &ledger, &options))
 }
 
 #[test]

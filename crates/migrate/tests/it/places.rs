@@ -500,16 +500,7 @@ fn a_load_can_be_called_off_while_it_reads() {
     let cancel = Cancel::new().unwrap();
     let place = Handle(Arc::new(Place { cancel: Some(cancel.clone()), ..Place::of(&bytes) }));
     let received = ends.with_destination(|destination| {
-        let destination = limosa_migrate::Destination {
-            devices: destination.devices,
-            memory: destination.memory,
-            vmm: destination.vmm,
-            observer: destination.observer,
-            options: destination.options,
-            cancel: Some(&cancel),
-            ledger: destination.ledger,
-        };
-        destination.load(&place, AfterLoad::Run)
+        destination.clone().with_cancel(Some(&cancel)).load(&place, AfterLoad::Run)
     });
     assert!(matches!(received, Received::Discarded { why: Error::Cancelled, .. }), "{received:?}");
     assert!(!ends.destination[0].holds_guest());

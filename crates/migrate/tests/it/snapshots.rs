@@ -7,8 +7,8 @@ use std::sync::Arc;
 use crate::common::{Ends, Step, TestDevice, VecPages, world};
 use limosa_device::Fault;
 use limosa_migrate::{
-    AfterLoad, AfterSave, Cancel, Destination, Error, Observer, Outcome, Phase, Received, SnapshotFile,
-    inspect, inspect_file,
+    AfterLoad, AfterSave, Cancel, Error, Observer, Outcome, Phase, Received, SnapshotFile, inspect,
+    inspect_file,
 };
 use limosa_protocol::{Errno, MigrationFlags, State};
 
@@ -92,9 +92,7 @@ fn a_load_that_is_called_off_at_its_very_end_is_discarded() {
         let cancel = Cancel::new().unwrap();
         let observer = AtTheEnd(cancel.clone());
         let received = ends.with_destination(|destination| {
-            let Destination { devices, memory, vmm, options, ledger, .. } = *destination;
-            let cancel = Some(&cancel);
-            let observed = Destination { observer: &observer, cancel, devices, memory, vmm, options, ledger };
+            let observed = destination.clone().with_observer(&observer).with_cancel(Some(&cancel));
             observed.load(&SnapshotFile::new(&path), after)
         });
         assert!(matches!(received, Received::Discarded { why: Error::Cancelled, .. }), "{received:?}");

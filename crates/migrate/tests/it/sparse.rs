@@ -4,8 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
 use limosa_migrate::{
-    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, Nobody, Options, Outcome, Received,
-    Source, move_local,
+    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, Options, Outcome, Received, Source,
+    move_local,
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -29,23 +29,8 @@ fn a_guest_of_64_gib_that_touched_three_pages_moves_as_three_pages() {
     let region = |pages| MemoryRegion { id: 0, iova: 0, size: BYTES, pages };
     let (options, ledger) = (Options::default(), Ledger::new());
     let (outcome, received) = move_local(
-        &mut Source {
-            devices: &[],
-            memory: Memory::stopped(vec![region(&here)]),
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-        },
-        &Destination {
-            devices: &[],
-            memory: &[region(&there)],
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-            ledger: &ledger,
-        },
+        Source::new(&[], &options).with_memory(Memory::stopped(vec![region(&here)])),
+        &Destination::new(&[], &ledger, &options).with_memory(&[region(&there)]),
     );
     let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
     assert!(matches!(received, Received::Runs(_)), "{received:?}");

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use limosa_client::{Device, DeviceExt, DmaMap, DmaMemory};
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::{
-    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Nobody, Options, Outcome,
+    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice, Options, Outcome,
     Received, Source, move_local,
 };
 use limosa_models::synthetic::registers::*;
@@ -56,23 +56,8 @@ fn run(source: &End, destination: &End) -> (Outcome, Received) {
     let (ours, theirs) = ([MovedDevice::new(&source.device)], [MovedDevice::new(&destination.device)]);
     let memory = [destination.region()];
     move_local(
-        &mut Source {
-            devices: &ours,
-            memory: Memory::stopped(vec![source.region()]),
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-        },
-        &Destination {
-            devices: &theirs,
-            memory: &memory,
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &options,
-            cancel: None,
-            ledger: &ledger,
-        },
+        Source::new(&ours, &options).with_memory(Memory::stopped(vec![source.region()])),
+        &Destination::new(&theirs, &ledger, &options).with_memory(&memory),
     )
 }
 

@@ -12,7 +12,7 @@ use limosa_migrate::link::{
     Address, Bandwidth, LimitedLink, Link, LinkError, Listener, SocketLink, Tls, TlsError, TlsLink, Wait,
     connect,
 };
-use limosa_migrate::{Cancel, Error, Options, Outcome, Received};
+use limosa_migrate::{Cancel, Error, Outcome, Received};
 use limosa_protocol::{MigrationFlags, State};
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, date_time_ymd,
@@ -393,7 +393,7 @@ fn with_fault(source: &Tls, destination: &Tls, way: Way, at: u64, fault: Fault) 
     let (mut ends, what) = (ends(), format!("{fault:?} at byte {at}, {way:?}"));
     // A record that has become longer shows by its end that does not come.
     let short = Duration::from_millis(if fault == Fault::Cut { 10_000 } else { 150 });
-    ends.options = Options { silence_max: short, load_max: short, commit_max: short, ..options() };
+    ends.options = options().with_silence_max(short).with_load_max(short).with_commit_max(short);
     let wait = || Wait::within(short, None);
     let (near, far) = SocketLink::pair().unwrap();
     let none = |link| FaultyLink::new(link, Way::Out, u64::MAX, Fault::Cut);

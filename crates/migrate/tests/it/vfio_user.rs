@@ -86,23 +86,12 @@ fn run(
     let (options, ledger) = (options(), Ledger::new());
     let destination_memory = [region(&there)];
     let (outcome, received) = move_local(
-        &mut Source {
-            devices: &ours,
-            memory: Memory::stopped(vec![region(&here)]),
-            vmm: &Nobody,
-            observer: observers.0,
-            options: &options,
-            cancel: None,
-        },
-        &Destination {
-            devices: &theirs,
-            memory: &destination_memory,
-            vmm: &Nobody,
-            observer: observers.1,
-            options: &options,
-            cancel: None,
-            ledger: &ledger,
-        },
+        Source::new(&ours, &options)
+            .with_memory(Memory::stopped(vec![region(&here)]))
+            .with_observer(observers.0),
+        &Destination::new(&theirs, &ledger, &options)
+            .with_memory(&destination_memory)
+            .with_observer(observers.1),
     );
     let read = |pages: &FilePages| {
         let mut all = vec![0; (PAGES * PAGE_BYTES) as usize];

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use limosa_clockwork::{simulation, sleep};
 use limosa_migrate::link::{LinkError, Wait};
-use limosa_migrate::{SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
+use limosa_migrate::{
+    Durability, Publication, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter,
+};
 
 use crate::plan::Mutation;
 
@@ -141,10 +143,11 @@ impl SnapshotWriter for Writer {
         Ok(taken)
     }
 
-    fn publish(mut self: Box<Self>, wait: Wait<'_>) -> Result<(), LinkError> {
-        turn(wait)?;
+    fn publish(mut self: Box<Self>, wait: Wait<'_>) -> Publication {
+        if let Err(error) = turn(wait).and_then(|()| fails(&mut lock(&self.state))) {
+            return Publication::NotPublished(error);
+        }
         let mut state = lock(&self.state);
-        fails(&mut state)?;
         state.published = Some(std::mem::take(&mut state.partial));
         drop(state);
         self.published = true;
@@ -152,7 +155,7 @@ impl SnapshotWriter for Writer {
         if simulation::random(2) == 0 {
             sleep(Duration::from_micros(1));
         }
-        Ok(())
+        Publication::Published { durability: Durability::Durable }
     }
 }
 

@@ -8,8 +8,8 @@ use limosa_client::DeviceExt;
 use limosa_clockwork::{Monitor, now};
 use limosa_migrate::link::{Link, Wait};
 use limosa_migrate::{
-    AfterLoad, Cancel, Convergence, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion,
-    MovedDevice, Observer, Options, Outcome, Phase, Received, Source, Vmm, WhenStalled,
+    AfterLoad, Cancel, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
+    Options, Outcome, Phase, Received, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::State;
 use limosa_stream::MigrationId;
@@ -113,11 +113,11 @@ impl Computer {
     }
 
     /// With the source's side of the engine.
-    pub fn as_source<R>(&self, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
+    pub fn as_source<R>(&self, act: impl FnOnce(Source<'_>) -> R) -> R {
         self.as_source_with(&self.options, act)
     }
 
-    fn as_source_with<R>(&self, options: &Options, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
+    fn as_source_with<R>(&self, options: &Options, act: impl FnOnce(Source<'_>) -> R) -> R {
         let devices = self.moved();
         let mut log = SimLog {
             world: self.world.clone(),
@@ -127,14 +127,11 @@ impl Computer {
         };
         let log: &mut dyn DirtyLog = &mut log;
         let cancel = self.cancel.lock().expect("not poisoned").clone();
-        act(&mut Source {
-            devices: &devices,
-            memory: Memory::logged(self.regions(), log),
-            vmm: self,
-            observer: self,
-            options,
-            cancel: Some(&cancel),
-        })
+        act(Source::new(&devices, options)
+            .with_memory(Memory::logged(self.regions(), log))
+            .with_vmm(self)
+            .with_observer(self)
+            .with_cancel(Some(&cancel)))
     }
 
     pub fn send(&self, link: &dyn Link) -> Outcome {
@@ -143,8 +140,8 @@ impl Computer {
 
     /// A move that never waits for a better moment.
     pub fn send_at_any_cost(&self, link: &dyn Link) -> Outcome {
-        let convergence = Convergence { when_stalled: WhenStalled::SwitchOver, ..self.options.convergence };
-        let options = Options { convergence, ..self.options.clone() };
+        let convergence = self.options.convergence.with_when_stalled(WhenStalled::SwitchOver);
+        let options = self.options.clone().with_convergence(convergence);
         self.as_source_with(&options, |source| source.send_over(link, &|_: Wait<'_>| self.network.call()))
     }
 
@@ -168,15 +165,11 @@ impl Computer {
         let devices = self.moved();
         let ledger = self.ledger();
         let cancel = self.cancel.lock().expect("not poisoned").clone();
-        act(&Destination {
-            devices: &devices,
-            memory: &self.regions(),
-            vmm: self,
-            observer: self,
-            options: &self.options,
-            cancel: Some(&cancel),
-            ledger: &ledger,
-        })
+        act(&Destination::new(&devices, &ledger, &self.options)
+            .with_memory(&self.regions())
+            .with_vmm(self)
+            .with_observer(self)
+            .with_cancel(Some(&cancel)))
     }
 
     /// The ledger of this life of the process.

@@ -251,16 +251,15 @@ impl Plan {
         let links: Vec<LinkPlan> = (0..count).map(|_| link()).collect();
         // About as long as all of it takes once.
         let about = links.iter().map(|link| link.time(bytes)).max().unwrap_or_default();
-        let convergence = Convergence {
-            downtime_max: Duration::from_micros(chance.pick(&[100, 10_000, 300_000, 10_000_000])),
-            stalled_rounds_max: 1 + chance.below(5) as u32,
-            rounds_max: 1 + chance.below(12) as u32,
-            when_stalled: chance.pick(&[
+        let convergence = Convergence::default()
+            .with_downtime_goal(Duration::from_micros(chance.pick(&[100, 10_000, 300_000, 10_000_000])))
+            .with_stalled_rounds_max(1 + chance.below(5) as u32)
+            .with_rounds_max(1 + chance.below(12) as u32)
+            .with_when_stalled(chance.pick(&[
                 WhenStalled::SwitchOver,
                 WhenStalled::SwitchOver,
                 WhenStalled::Abort,
-            ]),
-        };
+            ]));
         let mut plan = Plan {
             seed,
             devices,
@@ -342,19 +341,18 @@ impl Plan {
 
     pub fn options(&self, end: End) -> Options {
         let links = if end == End::Source { self.links.len() as u32 } else { self.links_taken };
-        Options {
-            links: NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN),
-            precopy: self.precopy,
-            windows_bytes: match (self.mutation, end) {
+        Options::default()
+            .with_links(NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN))
+            .with_precopy(self.precopy)
+            .with_windows_bytes(match (self.mutation, end) {
                 (Some(Mutation::GivesTooMuch), End::Destination) => 4 * self.windows_bytes(),
                 _ => self.windows_bytes(),
-            },
-            convergence: self.convergence,
-            silence_max: SILENCE_MAX,
-            load_max: LOAD_MAX,
-            commit_max: COMMIT_MAX,
-            links_measured: self.seed.is_multiple_of(2),
-            compress: self.compression(),
-        }
+            })
+            .with_convergence(self.convergence)
+            .with_silence_max(SILENCE_MAX)
+            .with_load_max(LOAD_MAX)
+            .with_commit_max(COMMIT_MAX)
+            .with_links_measured(self.seed.is_multiple_of(2))
+            .with_compress(self.compression())
     }
 }

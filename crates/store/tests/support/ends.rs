@@ -74,7 +74,7 @@ impl End {
             pages.write(0, &contents).unwrap();
         }
         let memory = Memory24 { file, pages, at: AtomicU64::new(u64::MAX), act: Box::new(|| {}) };
-        let options = Options { silence_max: Duration::from_secs(20), ..Options::default() };
+        let options = Options::default().with_silence_max(Duration::from_secs(20));
         End { device, memory, options }
     }
 
@@ -96,28 +96,16 @@ impl End {
     }
 
     pub fn save(&self, to: &dyn SnapshotTarget, after: AfterSave, cancel: Option<&Cancel>) -> Outcome {
-        let mut source = Source {
-            devices: &[MovedDevice::new(&self.device)],
-            memory: Memory::stopped(vec![self.region()]),
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &self.options,
-            cancel,
-        };
+        let source = Source::new(&[MovedDevice::new(&self.device)], &self.options)
+            .with_memory(Memory::stopped(vec![self.region()]))
+            .with_cancel(cancel);
         source.save(to, after)
     }
 
     pub fn load(&self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
         let (ledger, memory) = (Ledger::new(), [self.region()]);
-        let destination = Destination {
-            devices: &[MovedDevice::new(&self.device)],
-            memory: &memory,
-            vmm: &Nobody,
-            observer: &Nobody,
-            options: &self.options,
-            cancel: None,
-            ledger: &ledger,
-        };
+        let destination =
+            Destination::new(&[MovedDevice::new(&self.device)], &ledger, &self.options).with_memory(&memory);
         destination.load(from, after)
     }
 }

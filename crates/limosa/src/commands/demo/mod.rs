@@ -81,7 +81,7 @@ impl End {
     }
 
     fn devices(&self) -> [MovedDevice<'_>; 2] {
-        let named = |device, kind: &str| MovedDevice { device, kind: Some(kind.into()) };
+        let named = |device, kind: &str| MovedDevice::new(device).with_kind(Some(kind.into()));
         [named(&*self.serial, "uart"), named(&*self.synthetic, "synthetic")]
     }
 }
@@ -196,23 +196,14 @@ fn migrate(source: &End, destination: &End, guest: &Guest<'_>, out: &Output) -> 
     let options = Options::default();
     let (from, to) = (source.devices(), destination.devices());
     let (outcome, received) = move_local(
-        &mut Source {
-            devices: &from,
-            memory: Memory::stopped(vec![region(&source_pages)]),
-            vmm: guest,
-            observer: &progress,
-            options: &options,
-            cancel: None,
-        },
-        &Destination {
-            devices: &to,
-            memory: &[region(&destination_pages)],
-            vmm: guest,
-            observer: &limosa_migrate::Nobody,
-            options: &options,
-            cancel: None,
-            ledger: &Ledger::new(),
-        },
+        Source::new(&from, &options)
+            .with_memory(Memory::stopped(vec![region(&source_pages)]))
+            .with_vmm(guest)
+            .with_observer(&progress),
+        &Destination::new(&to, &Ledger::new(), &options)
+            .with_memory(&[region(&destination_pages)])
+            .with_vmm(guest)
+            .with_observer(&limosa_migrate::Nobody),
     );
     match (outcome, received) {
         (Outcome::Moved(report), Received::Runs(_)) => Ok(report),

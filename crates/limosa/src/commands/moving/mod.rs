@@ -32,10 +32,10 @@ pub fn cancel_on_signal() -> anyhow::Result<Cancel> {
 }
 
 fn options(moving: &args::Moving) -> Options {
-    let mut options = Options { precopy: !moving.no_precopy, ..Options::default() };
+    let mut options = Options::default().with_precopy(!moving.no_precopy);
     let convergence = &mut options.convergence;
     if let Some(limit) = moving.downtime_limit {
-        (convergence.downtime_max, convergence.when_stalled) = (limit, WhenStalled::Abort);
+        (convergence.downtime_goal, convergence.when_stalled) = (limit, WhenStalled::Abort);
     }
     convergence.when_stalled = match moving.when_stalled {
         Some(args::WhenStalled::KeepTrying) => WhenStalled::KeepTrying,
@@ -48,7 +48,7 @@ fn options(moving: &args::Moving) -> Options {
 
 /// With the time limits of a link that may be lost.
 fn over_link(options: Options, link: &args::Link) -> Options {
-    Options { silence_max: link.silence, commit_max: link.silence, ..options }
+    options.with_silence_max(link.silence).with_commit_max(link.silence)
 }
 
 /// The pages and the log are separate so that both outlive what is made of them.
@@ -73,7 +73,11 @@ fn source<'a>(
     options: &'a Options,
     cancel: &'a Cancel,
 ) -> Source<'a> {
-    Source { devices, memory, vmm, observer, options, cancel: Some(cancel) }
+    Source::new(devices, options)
+        .with_memory(memory)
+        .with_vmm(vmm)
+        .with_observer(observer)
+        .with_cancel(Some(cancel))
 }
 
 fn destination<'a>(
@@ -85,5 +89,9 @@ fn destination<'a>(
     cancel: &'a Cancel,
     ledger: &'a Ledger,
 ) -> Destination<'a> {
-    Destination { devices, memory, vmm, observer, options, cancel: Some(cancel), ledger }
+    Destination::new(devices, ledger, options)
+        .with_memory(memory)
+        .with_vmm(vmm)
+        .with_observer(observer)
+        .with_cancel(Some(cancel))
 }

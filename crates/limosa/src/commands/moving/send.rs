@@ -30,12 +30,10 @@ pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result
 fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let address = links::address(&args.to)?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
-    let options = Options {
-        links: args.links.most,
-        links_measured: args.links.measured,
-        compress: args.compress,
-        ..over_link(options(&args.moving), &args.link)
-    };
+    let options = over_link(options(&args.moving), &args.link)
+        .with_links(args.links.most)
+        .with_links_measured(args.links.measured)
+        .with_compress(args.compress);
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());

@@ -30,14 +30,11 @@ use limosa_protocol::State;
 
 /// Limits short enough for tests in which somebody stays silent.
 pub fn options() -> Options {
-    Options {
-        silence_max: Duration::from_secs(10),
-        load_max: Duration::from_secs(10),
-        commit_max: Duration::from_secs(10),
-        // So long that the first prediction fits, and how fast this machine is does not matter.
-        convergence: Convergence { downtime_max: Duration::from_secs(3600), ..Convergence::default() },
-        ..Options::default()
-    }
+    Options::default()
+        .with_silence_max(Duration::from_secs(10))
+        .with_load_max(Duration::from_secs(10))
+        .with_commit_max(Duration::from_secs(10))
+        .with_convergence(Convergence::default().with_downtime_goal(Duration::from_secs(3600)))
 }
 
 /// Guest memory in a vector.
@@ -103,9 +100,9 @@ impl Ends {
     }
 
     /// Runs `act` with the source's end.
-    pub fn with_source<R>(&self, act: impl FnOnce(&mut Source<'_>) -> R) -> R {
+    pub fn with_source<R>(&self, act: impl FnOnce(Source<'_>) -> R) -> R {
         let devices: Vec<_> = (self.source.iter())
-            .map(|device| MovedDevice { device: &device.client, kind: self.kinds.0.clone() })
+            .map(|device| MovedDevice::new(&device.client).with_kind(self.kinds.0.clone()))
             .collect();
         let regions = self.memory.iter().map(|(pages, _, size)| MemoryRegion {
             id: 0,
@@ -114,37 +111,30 @@ impl Ends {
             pages: &**pages,
         });
         let mut log = self.log.lock().unwrap().take();
-        act(&mut Source {
-            devices: &devices,
-            memory: match log.as_deref_mut() {
-                Some(log) => Memory::logged(regions.collect(), log),
-                None => Memory::stopped(regions.collect()),
-            }
-            .with_sources(self.sources.iter().map(|source| &**source as &dyn DirtySource).collect()),
-            vmm: &*self.vmm,
-            observer: &*self.observer,
-            options: self.source_options.as_ref().unwrap_or(&self.options),
-            cancel: self.cancel.as_ref(),
-        })
+        act(Source::new(&devices, self.source_options.as_ref().unwrap_or(&self.options))
+            .with_memory(
+                match log.as_deref_mut() {
+                    Some(log) => Memory::logged(regions.collect(), log),
+                    None => Memory::stopped(regions.collect()),
+                }
+                .with_sources(self.sources.iter().map(|source| &**source as &dyn DirtySource).collect()),
+            )
+            .with_vmm(&*self.vmm)
+            .with_observer(&*self.observer)
+            .with_cancel(self.cancel.as_ref()))
     }
 
     /// Runs `act` with the destination's end.
     pub fn with_destination<R>(&self, act: impl FnOnce(&Destination<'_>) -> R) -> R {
         let devices: Vec<_> = (self.destination.iter())
-            .map(|device| MovedDevice { device: &device.client, kind: self.kinds.1.clone() })
+            .map(|device| MovedDevice::new(&device.client).with_kind(self.kinds.1.clone()))
             .collect();
         let regions: Vec<_> = (self.memory.iter())
             .map(|(_, pages, size)| MemoryRegion { id: 0, iova: 0, size: *size, pages: &**pages })
             .collect();
-        act(&Destination {
-            devices: &devices,
-            memory: &regions,
-            vmm: &*self.vmm,
-            observer: &Nobody,
-            options: &self.options,
-            cancel: None,
-            ledger: &self.ledger,
-        })
+        act(&Destination::new(&devices, &self.ledger, &self.options)
+            .with_memory(&regions)
+            .with_vmm(&*self.vmm))
     }
 
     /// One move over these links.
