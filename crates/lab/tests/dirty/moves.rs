@@ -268,7 +268,7 @@ fn what_a_device_writes_while_it_moves_arrives() {
         let files = new_memory();
         let (outcome, _, _) = moved(&[&guest], &[&there], &files);
         let Outcome::Moved(report) = &outcome else { panic!("{what}: {outcome:?}") };
-        let blind = report.notes.iter().any(|note| note.contains("nobody logs the DMA"));
+        let blind = report.notes.iter().any(|note| note.contains("no log sees the DMA"));
         assert_eq!(blind, teller == Teller::Nobody, "{what}: {:?}", report.notes);
         if teller != Teller::Nobody {
             assert_eq!(report.rounds.len(), ROUNDS as usize, "{what}: it wrote in every round");

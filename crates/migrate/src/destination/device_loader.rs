@@ -61,8 +61,8 @@ impl Receiving<'_, '_> {
                 let state = State::Resuming;
                 let _span = self.recorder().span(at, Act::Enter { state });
                 loader.driven = DrivenDevice::new(device, found);
-                loader.stream = loader.driven.enter(state)?;
                 self.queues[at].lock().found = Some(found);
+                loader.stream = loader.driven.enter(state)?;
                 Ok(())
             }
             Command::Enter(state) => {

@@ -60,7 +60,7 @@ impl<'a> Source<'a> {
             sending.give(at, if streaming { Job::Stream } else { Job::Look });
         }
         // A device that streams looks first of all, and the others do nothing else.
-        sending.wait_all(|flow| flow.streaming)?;
+        sending.wait_all(|flow| flow.looked)?;
         let mut looking = Looking {
             names: self.devices.iter().map(|moved| moved.device.name().into()).collect(),
             unknown: Vec::new(),

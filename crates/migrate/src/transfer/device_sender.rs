@@ -64,6 +64,8 @@ pub(crate) struct DeviceFlow {
     pub(crate) left: Option<u64>,
     /// Bytes that it would give in the stop; `None` when that is not known.
     pub(crate) stop_bytes: Option<u64>,
+    /// Whether it was asked what it has to give.
+    pub(crate) looked: bool,
     /// Whether it had nothing for now when it was asked last.
     pub(crate) drained: bool,
     /// Whether it has a session.
@@ -89,6 +91,7 @@ impl DeviceFlow {
             initial_end: 0,
             left: None,
             stop_bytes: None,
+            looked: false,
             drained: false,
             has_session: false,
             streaming: false,
@@ -296,7 +299,9 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             flow.initial_end = self.bytes;
         }
         (flow.initial, flow.left, flow.stop_bytes) = (initial, left, stop_bytes);
+        flow.looked = true;
         drop(flow);
+        self.sending.flows[self.at].notify_all();
         if let Some(info) = info.filter(|_| is_new) {
             self.begin()?;
             self.sending.post(0, &Frame::of(self.at as u32, Kind::DEVICE_HINT, &encode_hint(&info)))?;

@@ -166,8 +166,8 @@ fn a_move_that_does_not_converge_is_called_off_where_that_was_chosen() {
 fn a_guest_that_is_slowed_down_converges_and_is_let_go() {
     let (outcome, moved, guest) = run(WhenStalled::SwitchOver, 2, None);
     assert!(moved, "{outcome:?}");
-    // No downtime at all cannot be had, and that is asked for once more.
-    assert_eq!(*guest.steps.lock().unwrap(), [1, 2, 3, 0]);
+    // That no downtime at all cannot be had is not the guest's fault.
+    assert_eq!(*guest.steps.lock().unwrap(), [1, 2, 0]);
     let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
     assert_eq!(report.rounds.last().unwrap().dirty_bytes, 0, "it came to rest");
 }

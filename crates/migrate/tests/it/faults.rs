@@ -12,10 +12,17 @@ use limosa_migrate::link::{Link, SocketLink};
 use limosa_migrate::{Error, Outcome, Received};
 use limosa_protocol::{Errno, MigrationFlags, State};
 
+/// A device that streams in pre-copy, so that no two moves have the same bytes at the same place.
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
+/// A device all of whose data comes after the stop, in a stream that is always the same.
+const EXACT: MigrationFlags = MigrationFlags::STOP_COPY.union(MigrationFlags::P2P);
 
 fn ends() -> Ends {
-    let (source, destination) = world("dev", FLAGS, 300);
+    ends_with(EXACT)
+}
+
+fn ends_with(flags: MigrationFlags) -> Ends {
+    let (source, destination) = world("dev", flags, 300);
     let mut ends = Ends::new(vec![source], vec![destination]);
     let pages = || {
         let pages = VecPages::new(4 * 4096);
@@ -47,7 +54,10 @@ fn places(bytes: u64) -> impl Iterator<Item = u64> {
 
 /// One move with a fault in what one side sends; whether it was moved.
 fn with_fault(way: Way, at: u64, fault: LinkFault, change: impl FnOnce(&mut Ends)) -> bool {
-    let mut ends = ends();
+    fails(ends(), way, at, fault, change)
+}
+
+fn fails(mut ends: Ends, way: Way, at: u64, fault: LinkFault, change: impl FnOnce(&mut Ends)) -> bool {
     change(&mut ends);
     let (near, far) = SocketLink::pair().unwrap();
     let what = format!("{fault:?} at byte {at}, {way:?}");
@@ -80,6 +90,19 @@ fn a_link_cut_for_the_reader_leaves_one_side_running() {
         let (near, far) = SocketLink::pair().unwrap();
         let (outcome, received) = ends.run(FaultyLink::new(near, Way::In, at, LinkFault::Cut), far);
         ends.check(outcome, received, &format!("source cannot read beyond {at}"));
+    }
+}
+
+#[test]
+fn a_link_that_fails_anywhere_while_a_device_streams_leaves_one_side_running() {
+    let (out, back) = lengths();
+    for fault in [LinkFault::Cut, LinkFault::Flip(3)] {
+        for at in (0..out + 200).step_by(43) {
+            fails(ends_with(FLAGS), Way::Out, at, fault, |_| {});
+        }
+        for at in (0..back + 200).step_by(23) {
+            fails(ends_with(FLAGS), Way::In, at, fault, |_| {});
+        }
     }
 }
 

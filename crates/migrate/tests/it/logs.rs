@@ -279,7 +279,7 @@ fn a_device_that_no_source_sees_makes_all_memory_move_after_the_stop() {
     let (ends, iommus) = behind(|device| vec![Iommu { sees: another, ..Iommu::new(device) }]);
     let (outcome, received) = ends.run_plain();
     let Outcome::Moved(report) = &outcome else { panic!("{outcome:?}") };
-    assert!(report.notes.iter().any(|note| note.contains("nobody logs the DMA of dev-source")), "{report:?}");
+    assert!(report.notes.iter().any(|note| note.contains("no log sees the DMA of dev-source")), "{report:?}");
     assert!(ends.check(outcome, received, "not seen"));
     assert!(!iommus[0].is_on(), "stopped");
 }

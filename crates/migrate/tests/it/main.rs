@@ -4,7 +4,6 @@ mod acceptor;
 mod common;
 mod compression;
 mod converging;
-mod events;
 mod faults;
 mod format;
 mod lanes;

@@ -88,7 +88,9 @@ fn memory_that_the_device_writes_during_the_move_arrives() {
             Some((Arc::new(FilePages::new(here, 0)), Arc::new(FilePages::new(there, 0)), PAGES * PAGE_BYTES));
         let (outcome, received) = ends.run_plain();
         let Outcome::Moved(report) = &outcome else { panic!("{outcome:?}") };
-        assert!(report.bytes.zero_bytes >= PAGES / 3 * PAGE_BYTES, "{:?}", report.bytes);
+        // The device may have written a page that was zero before it was sent.
+        let moved = report.bytes.zero_bytes + report.bytes.memory_bytes;
+        assert!(report.bytes.zero_bytes > 0 && moved >= PAGES * PAGE_BYTES, "{:?}", report.bytes);
         assert!(report.bytes.memory_bytes >= PAGES / 3 * 2 * PAGE_BYTES, "{:?}", report.bytes);
         assert!(ends.check(outcome, received, &flags.to_string()));
     }

@@ -146,7 +146,7 @@ fn undone() -> Report {
     });
     report.devices.iter_mut().for_each(|device| device.spans.truncate(3));
     (report.downtime_ns, report.stopped_ns, report.predicted_downtime_ns) = (None, None, None);
-    report.notes = vec!["nobody logs the DMA of uart0: all memory moves after the stop".into()];
+    report.notes = vec!["no log sees the DMA of uart0: all memory moves after the stop".into()];
     report.peer_told = false;
     report
 }
@@ -322,7 +322,7 @@ fn every_device_link_phase_and_round_is_there() {
 fn a_move_that_was_called_off_says_so_and_shows_no_downtime() {
     let page = undone().html();
     assert!(page.contains("called off") && !page.contains("nothing ran for"));
-    assert!(page.contains("nobody logs the DMA of uart0"));
+    assert!(page.contains("no log sees the DMA of uart0"));
     assert!(page.contains("the other side may not know"));
 }
 

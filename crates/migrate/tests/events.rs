@@ -1,6 +1,9 @@
 //! The events that `docs/embedding.md` promises, as a subscriber of the whole process gets them, and what the observer
 //! is told of progress.
 
+#[path = "it/common/mod.rs"]
+mod common;
+
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
