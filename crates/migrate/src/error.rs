@@ -136,7 +136,9 @@ pub enum Error {
     },
     /// A snapshot may have been published, or may still be: the answer was lost. [`published`](crate::published) finds
     /// out.
-    #[error("{name}: it is not known whether the snapshot was published: {error}; look with `limosa verify {name}`")]
+    #[error(
+        "{name}: it is not known whether the snapshot was published: {error}; look with `limosa verify {name}`"
+    )]
     PublicationUnknown {
         /// The place.
         name: String,

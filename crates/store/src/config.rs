@@ -30,12 +30,19 @@ pub(crate) struct Client {
     pub(crate) region: String,
     pub(crate) traffic: Traffic,
     pub(crate) runtime: Runtime,
-    /// Uploads whose completion was lost, so that it is not known whether they were published.
-    unsettled: Mutex<Vec<MultipartId>>,
+    unsettled: Mutex<Vec<Unsettled>>,
+}
+
+/// An upload whose completion was lost, so that it is not known whether it was published.
+#[derive(Debug)]
+pub(crate) struct Unsettled {
+    pub(crate) id: MultipartId,
+    /// The store has confirmed that this client's abort came before any completion.
+    pub(crate) is_aborted: bool,
 }
 
 impl Client {
-    pub(crate) fn unsettled(&self) -> MutexGuard<'_, Vec<MultipartId>> {
+    pub(crate) fn unsettled(&self) -> MutexGuard<'_, Vec<Unsettled>> {
         self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

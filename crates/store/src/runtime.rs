@@ -35,7 +35,11 @@ impl Runtime {
     }
 
     /// Runs a task, and notifies when it is done.
-    pub(crate) fn spawn(&self, wakeup: &Wakeup, work: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
+    pub(crate) fn spawn(
+        &self,
+        wakeup: &Wakeup,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) -> AbortHandle {
         let wakeup = wakeup.clone();
         let task = async move {
             work.await;

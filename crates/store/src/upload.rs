@@ -11,7 +11,7 @@ use object_store::multipart::{MultipartStore, PartId};
 use object_store::{MultipartId, ObjectStoreExt, PutPayload};
 use tokio::task::AbortHandle;
 
-use crate::config::Client;
+use crate::config::{Client, Unsettled};
 use crate::error::{Doing, exists};
 use crate::runtime::Wakeup;
 
@@ -184,7 +184,7 @@ impl Upload {
             Some(true) => Publication::Published { durability: Durability::Durable },
             Some(false) if is_gone => Publication::NotPublished(why),
             _ => {
-                self.client.unsettled().push(self.id.clone());
+                self.client.unsettled().push(Unsettled { id: self.id.clone(), is_aborted: false });
                 Publication::Unknown(why)
             }
         }
@@ -210,18 +210,18 @@ fn abort(client: &Client, id: &MultipartId, wait: Wait<'_>) -> Result<Aborted, L
     }
 }
 
-/// Aborts the uploads whose completion was lost. Returns whether there was one and all of them are aborted by this, which
-/// proves that none was completed.
+/// Aborts the uploads whose completion was lost. Returns whether there was one and all of them are aborted by this, now or
+/// earlier, which proves that none was completed.
 pub(crate) fn withdraw(client: &Client, wait: Wait<'_>) -> Result<bool, LinkError> {
-    let ids = client.unsettled().clone();
-    for id in &ids {
+    let mut unsettled = client.unsettled();
+    for upload in unsettled.iter_mut().filter(|upload| !upload.is_aborted) {
         // One that is gone may have been completed long ago, and the object replaced or deleted since.
-        if abort(client, id, wait)? == Aborted::Before {
+        if abort(client, &upload.id, wait)? == Aborted::Before {
             return Ok(false);
         }
-        client.unsettled().retain(|other| other != id);
+        upload.is_aborted = true;
     }
-    Ok(!ids.is_empty())
+    Ok(!unsettled.is_empty())
 }
 
 impl SnapshotWriter for Upload {

@@ -46,9 +46,8 @@ impl OpenFolder {
         };
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = match open(folder, flags | OFlags::RDONLY, Mode::empty()) {
-            Err(Errno::ACCESS) => {
-                open(folder, flags | OFlags::PATH, Mode::empty()).map(|fd| OpenFolder { fd, is_readable: false })
-            }
+            Err(Errno::ACCESS) => open(folder, flags | OFlags::PATH, Mode::empty())
+                .map(|fd| OpenFolder { fd, is_readable: false }),
             opened => opened.map(|fd| OpenFolder { fd, is_readable: true }),
         };
         opened.map_err(|errno| {
@@ -69,9 +68,9 @@ impl OpenFolder {
         Ok(names)
     }
 
-    /// Opens a regular file to be read; follows no symbolic link, and waits for no FIFO's writer.
-    pub(super) fn read(&self, name: &OsStr) -> Result<File, Errno> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    /// Opens a file; follows no symbolic link, and waits for no other end of a FIFO.
+    pub(super) fn open(&self, name: &OsStr) -> Result<File, Errno> {
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         openat(&self.fd, name, flags, Mode::empty()).map(File::from)
     }
 }

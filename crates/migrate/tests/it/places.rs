@@ -28,7 +28,10 @@ enum Publishes {
     NotDurably,
     Refuses,
     /// The answer is lost; whether it is there, and whether what is not there can be withdrawn.
-    LosesAnswer { is_there: bool, can_withdraw: bool },
+    LosesAnswer {
+        is_there: bool,
+        can_withdraw: bool,
+    },
 }
 
 /// A place in memory, which misbehaves as it is told.
@@ -368,7 +371,8 @@ fn a_file_that_was_not_published_is_withdrawn_and_its_source_may_run() {
     let partial = folder.path().join(".snapshot.1.partial");
     std::fs::write(&partial, &bytes).unwrap();
     assert_eq!(find(), Decision::NotCommitted);
-    assert!(!partial.exists());
+    assert_eq!(find(), Decision::NotCommitted, "as a later process finds it");
+    assert_eq!(std::fs::read(&partial).unwrap(), &bytes[..PREFACE_BYTES], "nothing that could be loaded");
     std::fs::write(&path, &bytes).unwrap();
     assert_eq!(find(), Decision::Committed);
     let nowhere = SnapshotFile::new(folder.path().join("no/where"));
@@ -485,9 +489,7 @@ fn a_file_that_comes_while_a_snapshot_is_written_is_not_overwritten() {
     let mut writer = file.create(wait).unwrap();
     assert_eq!(writer.write(b"mine", wait).unwrap(), 4);
     std::fs::write(&path, "somebody else's").unwrap();
-    let Publication::NotPublished(LinkError::Io(error)) = writer.publish(wait) else {
-        panic!("not refused")
-    };
+    let Publication::NotPublished(LinkError::Io(error)) = writer.publish(wait) else { panic!("not refused") };
     assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
     assert_eq!(std::fs::read(&path).unwrap(), b"somebody else's");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing of it is left");

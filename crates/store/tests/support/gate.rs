@@ -104,7 +104,8 @@ impl Gate {
 }
 
 /// What S3 answers to the completion or the abort of an upload that was aborted before.
-const NO_SUCH_UPLOAD: &[u8] = b"HTTP/1.1 404 Not Found\r\ncontent-type: application/xml\r\ncontent-length: 47\r\n\r\n\
+const NO_SUCH_UPLOAD: &[u8] =
+    b"HTTP/1.1 404 Not Found\r\ncontent-type: application/xml\r\ncontent-length: 47\r\n\r\n\
                                 <Error><Code>NoSuchUpload</Code></Error>       ";
 
 /// A whole message of HTTP, with its body unless it answers a HEAD.
@@ -132,4 +133,3 @@ fn message(from: &mut TcpStream, answers_head: bool) -> Option<Vec<u8>> {
     }
     Some(all)
 }
-
