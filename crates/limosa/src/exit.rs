@@ -12,7 +12,7 @@ Exit codes:
   2  wrong usage
   3  refused: the device or the peer cannot do this, or the two sides do not fit
   4  not reachable: no such device or peer, in use, not permitted, gone, or connection lost
-  5  in doubt: the source is stopped and does not know whether the destination runs
+  5  in doubt: the source is stopped and does not know whether the destination runs, or the snapshot is there
   6  damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected
   7  cancelled: the move was called off by SIGINT or SIGTERM, and undone";
 

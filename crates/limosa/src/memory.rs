@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use limosa_migrate::{
     FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, MemoryRegion, PAGE_BYTES,
@@ -30,9 +30,9 @@ impl OpenMemory {
             .or_else(|_| OpenMemory::open(named, OpenOptions::new().read(true)))
     }
 
-    /// To be written on the destination.
+    /// To be written on the destination. A file that is created is its owner's alone, as it holds the guest's secrets.
     pub fn destination(named: &Memory) -> anyhow::Result<OpenMemory> {
-        OpenMemory::open(named, OpenOptions::new().read(true).write(true).create(named.create))
+        OpenMemory::open(named, OpenOptions::new().read(true).write(true).create(named.create).mode(0o600))
     }
 
     fn open(named: &Memory, how: &OpenOptions) -> anyhow::Result<OpenMemory> {

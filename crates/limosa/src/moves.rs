@@ -1,8 +1,9 @@
-//! What the command remembers of moves beyond its own end: what became of those that it received, and which of those
-//! that it sent are in doubt.
+//! The folder of moves, which outlasts the process: the outcomes of moves that were received, and notes of moves and saves
+//! that are in doubt. Only its owner can read it.
 
-use std::fs;
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -22,15 +23,19 @@ pub struct Moves {
     given: bool,
 }
 
-/// A move whose source committed and does not know how that ended.
+/// The note of a move whose source committed, or of a save that was published, and whose source does not know how that
+/// ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Doubt {
     pub id: String,
     /// The source's devices, as they were named.
     #[serde(alias = "device", deserialize_with = "one_or_more")]
     pub devices: Vec<String>,
-    /// Where the destination listened.
+    /// The address at which the destination listened; of a save, the snapshot's place.
     pub to: String,
+    /// Whether this is a save.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub saved: bool,
     /// When it was committed, in seconds since 1970.
     pub since: u64,
     /// Whether it went over TLS, and its destination is to be asked so.
@@ -119,9 +124,11 @@ impl Moves {
     }
 
     fn note(&self, doubt: &Doubt) -> anyhow::Result<()> {
-        fs::create_dir_all(&self.folder)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
         let hidden = self.folder.join(format!(".{}.partial", doubt.id));
-        let mut file = fs::File::create(&hidden)?;
+        // Of a process that died; it may have another mode.
+        let _ = fs::remove_file(&hidden);
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&hidden)?;
         file.write_all(&serde_json::to_vec(doubt)?)?;
         Ok(fs::rename(&hidden, self.path(&doubt.id))?)
     }
@@ -136,12 +143,13 @@ impl Moves {
     }
 }
 
-/// What the command sends: it is noted before the move is committed, so that it can be resolved when this process is no
-/// more.
+/// What the command sends or saves. A move is noted before it is committed, so that it can be resolved after this process
+/// has ended.
 pub struct Sending<'a> {
     pub moves: &'a Moves,
     pub devices: Vec<String>,
     pub to: String,
+    pub saved: bool,
     pub tls: bool,
 }
 
@@ -155,7 +163,8 @@ impl Sending<'_> {
     ) -> Result<(), String> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (devices, to) = (self.devices.clone(), self.to.clone());
-        let doubt = Doubt { id: id.to_string(), devices, to, since, tls: self.tls, stopped, on_stop };
+        let (saved, tls) = (self.saved, self.tls);
+        let doubt = Doubt { id: id.to_string(), devices, to, saved, since, tls, stopped, on_stop };
         match self.moves.note(&doubt) {
             Err(error) if self.moves.given => Err(format!("{}: {error}", self.moves.folder.display())),
             Err(error) => {

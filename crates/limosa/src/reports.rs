@@ -1,7 +1,8 @@
-//! The report of a move as files: what their names ask for, opened before anything is moved.
+//! The report of a move, written to files in the formats of their names. The files are opened before anything is moved.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use limosa_migrate::Report;
@@ -9,7 +10,7 @@ use limosa_migrate::Report;
 use crate::args::Reporting;
 use crate::exit::{self, Code};
 
-/// What a report is written as.
+/// The format of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Html,
@@ -17,14 +18,14 @@ pub enum Format {
     Text,
 }
 
-/// A file that a user named.
+/// The file of a `--report`.
 #[derive(Clone, Debug)]
 pub struct ReportFile {
     path: PathBuf,
     format: Format,
 }
 
-/// A name that ends in .html, .json or .txt.
+/// Parses a name that ends in .html, .json or .txt.
 pub fn report_file(text: &str) -> Result<ReportFile, String> {
     let path = PathBuf::from(text);
     let format = match path.extension().and_then(|extension| extension.to_str()) {
@@ -40,11 +41,13 @@ pub fn report_file(text: &str) -> Result<ReportFile, String> {
 pub struct Reports(Vec<(ReportFile, File)>);
 
 impl Reports {
-    /// Opens all of them. What is there stays until there is a report.
+    /// Opens all files. An existing one keeps its contents until there is a report, and its mode; a new one is readable by
+    /// its owner alone, as a report names devices and addresses.
     pub fn open(args: &Reporting) -> anyhow::Result<Reports> {
         let open = |named: &ReportFile| {
-            let file = OpenOptions::new().write(true).create(true).truncate(false).open(&named.path);
-            Ok((named.clone(), file.map_err(|error| failed(&named.path, error))?))
+            let mut how = OpenOptions::new();
+            how.write(true).create(true).truncate(false).mode(0o600);
+            Ok((named.clone(), how.open(&named.path).map_err(|error| failed(&named.path, error))?))
         };
         Ok(Reports(args.report.iter().map(open).collect::<anyhow::Result<_>>()?))
     }
@@ -62,7 +65,7 @@ impl Reports {
         Ok(())
     }
 
-    /// The same of a move that has failed, which is what the user has to be told first.
+    /// Writes the report of a move that has failed. An error is only logged: that of the move matters more.
     pub fn write_failed(&self, report: &Report) {
         if let Err(error) = self.write(report) {
             tracing::warn!("{error}");

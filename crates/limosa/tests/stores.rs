@@ -1,18 +1,24 @@
 //! `limosa save`, `inspect`, `verify` and `load` with snapshots in files and in an S3 server on a loopback port.
 #![cfg(feature = "s3")]
 
+#[path = "../../store/tests/support/gate.rs"]
+mod gate;
 #[path = "../../store/tests/support/server.rs"]
 mod server;
 mod support;
 
 use std::os::unix::fs::FileExt;
 
+use gate::{Gate, Plan};
+use limosa_protocol::State;
+use rustix::process::Signal;
 use server::{BUCKET, DENIED, MISSING, Server};
-use support::{Ended, Folder, limosa_with};
+use support::{Ended, Folder, limosa_with, start_with};
 
 const USAGE: i32 = 2;
 const REFUSED: i32 = 3;
 const UNREACHABLE: i32 = 4;
+const IN_DOUBT: i32 = 5;
 const DAMAGED: i32 = 6;
 
 /// With the environment that leads to the server.
@@ -99,4 +105,60 @@ fn what_a_store_refuses_is_said_and_the_device_runs_on() {
     refused(&another, &url, UNREACHABLE, &["does not accept the credentials", "AWS_SECRET_ACCESS_KEY"]);
     server.stop();
     refused(&variables, &url, UNREACHABLE, &["is the store up?"]);
+}
+
+/// A save that leaves its device stopped, in doubt. It is told to stop asking.
+#[track_caller]
+fn in_doubt(variables: &[(String, String)], device: &str, moves: &str) -> String {
+    let url = format!("s3://{BUCKET}/lost");
+    let saving = start_with(variables, &["save", "--stop", device, &url, "--moves", moves]);
+    saving.line("looking again");
+    saving.signal(Signal::INT);
+    saving.end().fails(
+        IN_DOUBT,
+        &[
+            "is stopped and in doubt",
+            "it is not known whether the snapshot was published",
+            &format!("limosa resolve {device}"),
+            &format!("limosa verify {url}"),
+        ],
+    );
+    url
+}
+
+#[test]
+fn a_device_that_was_to_stay_stopped_ran_again_though_its_snapshot_was_published() {
+    let (server, folder) = (Server::start(), Folder::new());
+    let (device, other) = (folder.device("device", &[]), folder.device("other", &[]));
+    device.mark(31);
+    let (_gate, variables) = Gate::new(&server, Plan::NetworkIsLost);
+    let moves = folder.text("moves");
+    let url = in_doubt(&variables, &device.socket, &moves);
+    assert!(!device.state().is_running());
+    let listed = at(&server, &["resolve", "--moves", &moves]).ok();
+    assert!(listed.contains(&format!("{} -> {url}", device.socket)), "{listed}");
+    at(&server, &["resolve", &device.socket, "--moves", &moves, "--to", "unix:/nowhere"])
+        .fails(USAGE, &[&url, "expected no --to"]);
+    let resolved = at(&server, &["resolve", &device.socket, "--moves", &moves]).ok();
+    assert!(resolved.contains("moved; it is stopped"), "{resolved}");
+    assert_eq!(device.state(), State::Stop);
+    at(&server, &["load", &url, &other.socket]).ok();
+    assert!(other.runs(31));
+    let listed = at(&server, &["resolve", "--moves", &moves]).ok();
+    assert!(listed.contains("no move is in doubt"), "{listed}");
+}
+
+#[test]
+fn a_snapshot_that_may_still_appear_is_left_to_a_person_to_decide() {
+    let (server, folder) = (Server::start(), Folder::new());
+    let device = folder.device("device", &[]);
+    device.mark(32);
+    let (_gate, variables) = Gate::new(&server, Plan::NetworkIsLostBefore);
+    let moves = folder.text("moves");
+    let url = in_doubt(&variables, &device.socket, &moves);
+    at(&server, &["resolve", &device.socket, "--moves", &moves])
+        .fails(IN_DOUBT, &["stays stopped", &url, "--decide moved", "--decide undone"]);
+    assert!(!device.state().is_running());
+    at(&server, &["resolve", &device.socket, "--moves", &moves, "--decide", "undone"]).ok();
+    assert!(device.runs(32));
 }

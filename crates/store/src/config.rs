@@ -1,12 +1,12 @@
-//! Which object, in which store, with whose credentials.
+//! [`Object`]: an object's address, its store and the credentials, from the environment.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::client::ClientConfigKey;
 use object_store::path::Path;
-use object_store::{BackoffConfig, RetryConfig};
+use object_store::{BackoffConfig, MultipartId, RetryConfig};
 
 use crate::connector::{Connector, Traffic};
 use crate::runtime::Runtime;
@@ -20,7 +20,7 @@ pub struct Object {
     config: Vec<(String, String)>,
 }
 
-/// What all that is done with an object needs.
+/// The store's client, and what messages name.
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) remote: Arc<Remote>,
@@ -30,20 +30,35 @@ pub(crate) struct Client {
     pub(crate) region: String,
     pub(crate) traffic: Traffic,
     pub(crate) runtime: Runtime,
+    unsettled: Mutex<Vec<Unsettled>>,
 }
 
-/// What tasks of the runtime have of it; they must not be the last to have the runtime itself.
+/// An upload whose completion was lost, so that it is not known whether it was published.
+#[derive(Debug)]
+pub(crate) struct Unsettled {
+    pub(crate) id: MultipartId,
+    /// The store has confirmed that this client's abort came before any completion.
+    pub(crate) is_aborted: bool,
+}
+
+impl Client {
+    pub(crate) fn unsettled(&self) -> MutexGuard<'_, Vec<Unsettled>> {
+        self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The part that tasks of the runtime share. It does not own the runtime, which a task must not drop.
 #[derive(Debug)]
 pub(crate) struct Remote {
     pub(crate) store: AmazonS3,
     pub(crate) path: Path,
 }
 
-/// Why this is no object that could be asked for.
+/// Why an object cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ObjectError {
-    /// It does not look like `s3://BUCKET/KEY`.
+    /// The address is not of the form `s3://BUCKET/KEY`.
     #[error("`{url}`: {what}; expected s3://BUCKET/KEY, such as s3://snapshots/guest-17")]
     Url {
         /// What was given.
@@ -51,7 +66,7 @@ pub enum ObjectError {
         /// What is wrong with it.
         what: String,
     },
-    /// The environment does not say enough, or something that makes no sense.
+    /// A variable is missing, or has no valid value.
     #[error("{url}: {what}")]
     Config {
         /// The object.
@@ -76,8 +91,7 @@ impl Object {
         name.starts_with("s3://")
     }
 
-    /// The object `s3://BUCKET/KEY`, in the store that the environment names. Of the variables that the AWS tools know
-    /// it takes `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_REGION` or `AWS_DEFAULT_REGION`,
+    /// The object `s3://BUCKET/KEY`, in the store that the environment names. Of the variables of the AWS tools it uses `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_REGION` or `AWS_DEFAULT_REGION`,
     /// `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, those of web identities and containers, and
     /// `AWS_EC2_METADATA_DISABLED`; of its own, `AWS_ALLOW_HTTP` and `AWS_VIRTUAL_HOSTED_STYLE_REQUEST`. Nothing is
     /// connected yet.
@@ -99,7 +113,7 @@ impl Object {
         Ok(Object { url: url.into(), replace: false, client, config })
     }
 
-    /// Whether an object that is there already gives way, at the moment when the new one is whole.
+    /// Whether a save replaces an existing object, at the moment when the new one is complete.
     pub fn replacing(self, replace: bool) -> Result<Object, ObjectError> {
         let client = Arc::new(connect(&self.url, &self.config, replace)?);
         Ok(Object { replace, client, ..self })
@@ -131,9 +145,9 @@ fn connect(url: &str, config: &[(String, String)], replace: bool) -> Result<Clie
     let endpoint =
         given("AWS_ENDPOINT_URL_S3").or_else(|| given("AWS_ENDPOINT_URL")).or_else(|| given("AWS_ENDPOINT"));
     let endpoint = endpoint.map_or_else(|| format!("https://s3.{region}.amazonaws.com"), str::to_owned);
-    // Credentials may come from elsewhere than the store.
+    // Credentials may come from another server, which is reached over TLS.
     let encrypted = !endpoint.starts_with("http://") || given("AWS_ACCESS_KEY_ID").is_none();
-    // A step is tried again within a caller's patience, not beyond it.
+    // Retries have to end before the caller's own time limit.
     let backoff = BackoffConfig {
         init_backoff: Duration::from_millis(100),
         max_backoff: Duration::from_secs(3),
@@ -164,10 +178,12 @@ fn connect(url: &str, config: &[(String, String)], replace: bool) -> Result<Clie
         region,
         traffic,
         runtime,
+        unsettled: Mutex::default(),
     })
 }
 
-/// The client would ask the metadata service of a cloud for them, and on any other machine wait for that in vain.
+/// Refuses an environment without credentials. The client would ask a cloud's metadata service for them, and on any other
+/// machine wait for it in vain.
 fn check_credentials<'a>(url: &str, given: &dyn Fn(&str) -> Option<&'a str>) -> Result<(), ObjectError> {
     let refuse = |what: &str| Err(ObjectError::Config { url: url.into(), what: what.into() });
     match (given("AWS_ACCESS_KEY_ID"), given("AWS_SECRET_ACCESS_KEY")) {

@@ -1,5 +1,5 @@
-//! HTTP for the store's client: what is sent and received is counted, a connection on which nothing moves is given up,
-//! and the request that publishes an object says that it must not be there yet.
+//! HTTP for the store's client. It counts the bytes that are sent and received, gives up a connection on which no byte
+//! moves, and makes the request that publishes an object conditional on there being none yet.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,11 +19,11 @@ use reqwest::Method;
 use reqwest::header::{HeaderValue, IF_NONE_MATCH};
 use rustls_platform_verifier::BuilderVerifierExt;
 
-/// How long a connection may take.
+/// How long connecting may take.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
-/// How long nothing may move while a request is sent, answered or read.
+/// How long no byte may move while a request is sent or its answer read.
 const IDLE_MAX: Duration = Duration::from_secs(15);
-/// How long the store may take to put an object together.
+/// How long the store may take to assemble an object from its parts.
 const COMPLETE_MAX: Duration = Duration::from_secs(300);
 
 /// Bytes that have moved, in both directions.
@@ -44,9 +44,9 @@ impl Traffic {
 #[derive(Debug)]
 pub(crate) struct Connector {
     pub(crate) traffic: Traffic,
-    /// Whether an object that is there already must not be overwritten.
+    /// Whether an existing object must not be overwritten.
     pub(crate) create_only: bool,
-    /// Whether TLS is used at all, which needs the system's certificates.
+    /// Whether TLS is used, which needs the system's certificates.
     pub(crate) encrypted: bool,
 }
 
@@ -86,7 +86,7 @@ struct Service {
     create_only: bool,
 }
 
-/// Nothing moved.
+/// No byte moved within the time limit.
 #[derive(Debug, thiserror::Error)]
 #[error("the store gave no answer within {0:?}")]
 struct Idle(Duration);
@@ -95,14 +95,14 @@ struct Idle(Duration);
 impl HttpService for Service {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let (mut parts, body) = request.into_parts();
-        // Of all that is sent only this is a POST that names an upload.
+        // Only CompleteMultipartUpload is a POST with an upload id.
         let completes = parts.method == Method::POST
             && parts
                 .uri
                 .query()
                 .is_some_and(|query| query.split('&').any(|part| part.starts_with("uploadId=")));
         if completes && self.create_only {
-            // It need not be signed.
+            // The signature does not have to cover it.
             parts.headers.insert(IF_NONE_MATCH, HeaderValue::from_static("*"));
         }
         let url = parts.uri.to_string().parse().map_err(|error| broken(HttpErrorKind::Unknown, error))?;
@@ -135,20 +135,20 @@ fn broken(kind: HttpErrorKind, error: impl std::error::Error + Send + Sync + 'st
     HttpError::new(kind, error)
 }
 
-/// What became of a request, for the client to know whether to try again.
+/// The kind of a request's failure, from which the client decides whether to try again.
 fn failed(error: reqwest::Error) -> HttpError {
     let kind = match &error {
         error if error.is_connect() => HttpErrorKind::Connect,
         error if error.is_timeout() => HttpErrorKind::Timeout,
         error if error.is_builder() || error.is_redirect() => HttpErrorKind::Unknown,
-        // The connection ended where it should not.
+        // The connection ended in the middle of a message.
         _ => HttpErrorKind::Interrupted,
     };
-    // The client says itself which request it was.
+    // The client adds the request itself.
     broken(kind, error.without_url())
 }
 
-/// A request's body that is counted as it is sent.
+/// The body of a request, whose bytes are counted as they are sent.
 struct Counted {
     body: HttpRequestBody,
     own: Traffic,
@@ -181,7 +181,7 @@ impl Body for Counted {
     }
 }
 
-/// An answer's body that is counted as it comes, and given up when nothing does.
+/// The body of an answer, whose bytes are counted as they arrive; given up when none do for too long.
 struct Received {
     body: reqwest::Body,
     traffic: Traffic,

@@ -1,4 +1,4 @@
-//! A snapshot on its way from an object: ranges of it, some ahead of the reader, all of one version.
+//! A snapshot that is loaded from an object: in ranges, some of them ahead of the reader, all of one version.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,28 +14,28 @@ use tokio::task::AbortHandle;
 
 use crate::config::{Client, Remote};
 use crate::error::{Doing, changed};
-use crate::runtime::Bell;
+use crate::runtime::Wakeup;
 
-/// Bytes that are asked for at once.
+/// Bytes of a range.
 const RANGE_BYTES: u64 = 4 << 20;
-/// Ranges that are on their way at once.
+/// How many ranges are requested at once.
 const RANGES_IN_FLIGHT: usize = 4;
-/// Ranges that wait for the reader.
+/// How many ranges wait for the reader at most.
 const RANGES_AHEAD: usize = 2;
 
 /// An object that is being read.
 pub(crate) struct Download {
     client: Arc<Client>,
     bytes: u64,
-    /// Names this version of it.
+    /// The version that is read.
     e_tag: Option<String>,
-    bell: Bell,
-    coming: Option<Coming>,
+    wakeup: Wakeup,
+    ranges: Option<Ranges>,
     range: Bytes,
 }
 
-/// Ranges in order, from a task.
-struct Coming {
+/// The ranges, in order, from a task.
+struct Ranges {
     receiver: Receiver<Fetched>,
     task: AbortHandle,
 }
@@ -46,36 +46,36 @@ enum Fetched {
     Failed(object_store::Error),
 }
 
-impl Drop for Coming {
+impl Drop for Ranges {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
 impl Download {
-    /// Looks what lies there.
+    /// Looks up the object's length and version.
     pub(crate) fn open(client: Arc<Client>, wait: Wait<'_>) -> Result<Download, LinkError> {
         let look = {
             let remote = Arc::clone(&client.remote);
-            // Unlike that to HEAD, an answer to GET says why it is refused.
+            // An answer to GET says why it is refused, one to HEAD does not.
             let options = GetOptions { range: Some(GetRange::Bounded(0..1)), ..GetOptions::default() };
             async move { remote.store.get_opts(&remote.path, options).await.map(|found| found.meta) }
         };
         let meta = client.runtime.run(&client.traffic, wait, look)?;
         let (bytes, e_tag) = match meta {
             Ok(meta) => (meta.size, meta.e_tag),
-            // Of nothing there is no first byte.
+            // An empty object has no first byte.
             Err(error) if is_empty(&error) => (0, None),
             Err(error) => return Err(client.explain(&error, Doing::Reading)),
         };
-        Ok(Download { client, bytes, e_tag, bell: Bell::new()?, coming: None, range: Bytes::new() })
+        Ok(Download { client, bytes, e_tag, wakeup: Wakeup::new()?, ranges: None, range: Bytes::new() })
     }
 
-    fn begin(&self) -> Coming {
+    fn begin(&self) -> Ranges {
         let (sender, receiver) = channel(RANGES_AHEAD);
         let (remote, e_tag, bytes) = (Arc::clone(&self.client.remote), self.e_tag.clone(), self.bytes);
-        let bell = self.bell.clone();
-        let task = self.client.runtime.spawn(&self.bell, async move {
+        let wakeup = self.wakeup.clone();
+        let task = self.client.runtime.spawn(&self.wakeup, async move {
             let count = bytes.div_ceil(RANGE_BYTES);
             let ranges = (0..count).map(|at| at * RANGE_BYTES..bytes.min((at + 1) * RANGE_BYTES));
             let fetch = |range| fetch(&remote, e_tag.as_deref(), range);
@@ -84,10 +84,10 @@ impl Download {
                 if sender.send(range).await.is_err() {
                     return;
                 }
-                bell.ring();
+                wakeup.notify();
             }
         });
-        Coming { receiver, task }
+        Ranges { receiver, task }
     }
 }
 
@@ -108,7 +108,7 @@ async fn fetch(remote: &Remote, e_tag: Option<&str>, range: Range<u64>) -> Fetch
         Err(object_store::Error::Precondition { .. }) => return Fetched::Changed,
         Err(error) => return Fetched::Failed(error),
     };
-    // Not every store looks at the condition.
+    // Some stores ignore If-Match.
     if e_tag.is_some() && found.meta.e_tag.as_deref() != e_tag {
         return Fetched::Changed;
     }
@@ -122,11 +122,11 @@ async fn fetch(remote: &Remote, e_tag: Option<&str>, range: Range<u64>) -> Fetch
 impl SnapshotReader for Download {
     fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         if self.range.is_empty() {
-            if self.coming.is_none() {
-                self.coming = Some(self.begin());
+            if self.ranges.is_none() {
+                self.ranges = Some(self.begin());
             }
-            let Download { bell, client, coming: Some(coming), .. } = self else { return Ok(0) };
-            let next = bell.wait_until(&client.traffic, wait, || match coming.receiver.try_recv() {
+            let Download { wakeup, client, ranges: Some(ranges), .. } = self else { return Ok(0) };
+            let next = wakeup.wait_until(&client.traffic, wait, || match ranges.receiver.try_recv() {
                 Ok(fetched) => Some(Some(fetched)),
                 Err(TryRecvError::Empty) => None,
                 Err(TryRecvError::Disconnected) => Some(None),
@@ -144,7 +144,7 @@ impl SnapshotReader for Download {
     }
 
     fn rewind(&mut self, _: Wait<'_>) -> Result<(), LinkError> {
-        self.coming = None;
+        self.ranges = None;
         self.range = Bytes::new();
         Ok(())
     }

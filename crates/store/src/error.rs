@@ -1,4 +1,4 @@
-//! What a store answers, said so that a person can act on it.
+//! The errors of a store, in words that say what to do.
 
 use std::error::Error;
 use std::io::{self, ErrorKind};
@@ -7,7 +7,7 @@ use limosa_migrate::link::LinkError;
 
 use crate::config::Client;
 
-/// What was being done.
+/// The access that was attempted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Doing {
     Writing,
@@ -16,18 +16,18 @@ pub(crate) enum Doing {
 
 /// The object was replaced while it was being read.
 pub(crate) fn changed() -> LinkError {
-    let what = "the object was replaced while it was being read; nothing of it is used, start anew";
+    let what = "the object was replaced while it was being read, and is discarded; load it again";
     io::Error::new(ErrorKind::InvalidData, what).into()
 }
 
-/// There is an object, and it was not to be overwritten.
+/// There is an object already, and it may not be replaced.
 pub(crate) fn exists() -> LinkError {
     let what = "there is an object already; choose another key, or ask to replace it";
     io::Error::new(ErrorKind::AlreadyExists, what).into()
 }
 
 impl Client {
-    /// An error of the store's client as what it means here.
+    /// An error of the store's client, with its meaning and what to do.
     pub(crate) fn explain(&self, error: &object_store::Error, doing: Doing) -> LinkError {
         let text = chain(error);
         let Client { bucket, endpoint, region, .. } = self;
@@ -73,14 +73,14 @@ impl Client {
                 ),
             ),
             "NoSuchUpload" => {
-                (ErrorKind::Other, "the upload was aborted by somebody else; start anew".into())
+                (ErrorKind::Other, "the upload was aborted by another client; save again".into())
             }
             _ => self.by_kind(error, &text, &said, rights),
         };
         io::Error::new(kind, what).into()
     }
 
-    /// For answers without a code, as those to HEAD are, and for those that no store gave.
+    /// For answers without an S3 error code, such as those to HEAD, and for errors on the way to the store.
     fn by_kind(
         &self,
         error: &object_store::Error,
@@ -96,8 +96,8 @@ impl Client {
             object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => (
                 ErrorKind::PermissionDenied,
                 format!(
-                    "{endpoint} denies access to bucket `{bucket}` ({said}); whose credentials these are needs \
-                     {rights} there"
+                    "{endpoint} denies access to bucket `{bucket}` ({said}); these credentials need {rights} \
+                     there"
                 ),
             ),
             _ if text.contains("bare redirect")
@@ -129,14 +129,14 @@ fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// The cause of all, in its own words.
+/// The innermost cause.
 fn innermost(error: &dyn Error) -> String {
     let mut innermost = error;
     while let Some(cause) = innermost.source() {
         innermost = cause;
     }
     let text = innermost.to_string();
-    // An answer that is no error of S3's may be a page of anything.
+    // An answer that is not an S3 error document may be any text.
     text.chars().take(300).filter(|letter| !letter.is_control()).collect()
 }
 
@@ -145,13 +145,13 @@ fn code(text: &str) -> Option<&str> {
     element(text, "Code")
 }
 
-/// Code and message as the store gave them.
+/// The code and message of the store's answer.
 fn said(text: &str) -> String {
     let message = element(text, "Message").unwrap_or_default();
     match code(text) {
         Some(code) if message.is_empty() => code.into(),
         Some(code) => format!("{code}: {message}"),
-        None => "it does not say why".into(),
+        None => "it gives no reason".into(),
     }
 }
 

@@ -11,26 +11,27 @@
 //!     match source.save(&object, AfterSave::Run) {
 //!         Outcome::Moved(report) => println!("{report}"),
 //!         Outcome::Undone { why, .. } => return Err(why.into()),
-//!         Outcome::InDoubt(_) => unreachable!("nobody else runs a snapshot"),
+//!         // Only after a save that leaves the guest stopped: see `limosa_migrate::published`.
+//!         Outcome::InDoubt(doubt) => return Err(doubt.why.into()),
 //!     }
 //!     Ok(())
 //! }
 //! ```
 //!
-//! The object is one stream of `docs/stream.md`, the same bytes as in a file. `docs/snapshots.md` says what is promised
-//! of it. In short: it appears when it is whole, with the request that completes a multipart upload; one that is there
-//! already is not overwritten unless [`Object::replacing`] says so; a load reads it twice, and both times the same.
+//! The object is one stream of `docs/stream.md`, the same bytes as in a file. `docs/snapshots.md` has the guarantees. In
+//! short: the object appears when it is complete, with the request that completes a multipart upload; an existing object is
+//! not overwritten unless [`Object::replacing`] asks for it; a load reads the object twice, and the same bytes both times.
 //!
 //! # Memory
 //!
-//! A save holds the part that is being filled and those on their way: of an object of up to 8 GiB, 8 MiB and at most
-//! four times 8 MiB. As S3 takes no more than 10,000 parts their size doubles with every thousand; with parts of 64 MiB
-//! and more, which is from 56 GiB on, two are held. A load holds at most eight ranges of 4 MiB.
+//! A save holds the part that is being filled and the parts in flight: for an object of up to 8 GiB, 8 MiB and at most
+//! four times 8 MiB. S3 takes no more than 10,000 parts, so their size doubles with every thousand; from 56 GiB on, with
+//! parts of 64 MiB and more, two parts are held. A load holds at most eight ranges of 4 MiB.
 //!
 //! # Threads
 //!
-//! The client is asynchronous; nobody sees that. It runs in one thread that each [`Object`] has, and callers wait on
-//! an eventfd until something has come, somebody calls the move off, or nothing has moved for too long.
+//! The client is asynchronous, and its interface here is not. Each [`Object`] has a thread that runs the client. A caller
+//! waits on an eventfd until there is a result, the move is cancelled, or no byte has moved for too long.
 #![forbid(unsafe_code)]
 
 mod config;
@@ -44,7 +45,7 @@ use std::sync::Arc;
 
 pub use config::{Object, ObjectError};
 use limosa_migrate::link::{LinkError, Wait};
-use limosa_migrate::{SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
+use limosa_migrate::{MigrationId, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
 
 impl SnapshotTarget for Object {
     fn name(&self) -> String {
@@ -63,5 +64,11 @@ impl SnapshotSource for Object {
 
     fn open(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError> {
         Ok(Box::new(download::Download::open(Arc::clone(&self.client), wait)?))
+    }
+
+    /// Aborts the upload, which this [`Object`] remembers. Another process cannot know it, and there the answer is
+    /// `false`.
+    fn withdraw(&self, _: MigrationId, wait: Wait<'_>) -> Result<bool, LinkError> {
+        upload::withdraw(&self.client, wait)
     }
 }

@@ -1,4 +1,4 @@
-//! The thread in which the store's client runs, and how others wait for what it does.
+//! The thread that runs the store's asynchronous client, and how other threads wait for its results.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use tokio::task::AbortHandle;
 
 use crate::connector::Traffic;
 
-/// A thread with a runtime. It ends when this is dropped, and with it all that runs there.
+/// A thread with a runtime. Dropping it ends the thread and every task that runs there.
 #[derive(Debug)]
 pub(crate) struct Runtime {
     handle: Handle,
@@ -28,36 +28,40 @@ impl Runtime {
         let handle = runtime.handle().clone();
         let (end, ended) = oneshot::channel();
         let thread = std::thread::Builder::new().name("object-store".into()).spawn(move || {
-            // An error says that the other end is gone, which is the same.
+            // An error means that the sender was dropped, which ends the thread as well.
             let _ = runtime.block_on(ended);
         })?;
         Ok(Runtime { handle, end: Some(end), thread: Some(thread) })
     }
 
-    /// Runs this, and rings when it is done.
-    pub(crate) fn spawn(&self, bell: &Bell, work: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
-        let bell = bell.clone();
+    /// Runs a task, and notifies when it is done.
+    pub(crate) fn spawn(
+        &self,
+        wakeup: &Wakeup,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) -> AbortHandle {
+        let wakeup = wakeup.clone();
         let task = async move {
             work.await;
-            bell.ring();
+            wakeup.notify();
         };
         self.handle.spawn(task).abort_handle()
     }
 
-    /// Runs this and waits for what it gives.
+    /// Runs a task and waits for its result.
     pub(crate) fn run<T: Send + 'static>(
         &self,
         traffic: &Traffic,
         wait: Wait<'_>,
         work: impl Future<Output = T> + Send + 'static,
     ) -> Result<T, LinkError> {
-        let bell = Bell::new()?;
+        let wakeup = Wakeup::new()?;
         let (sender, receiver) = channel();
-        let task = self.spawn(&bell, async move {
-            // Whoever no longer waits does not want it.
+        let task = self.spawn(&wakeup, async move {
+            // It fails if the caller no longer waits.
             let _ = sender.send(work.await);
         });
-        let done = bell.wait_for(&receiver, traffic, wait);
+        let done = wakeup.wait_for(&receiver, traffic, wait);
         if done.is_err() {
             task.abort();
         }
@@ -74,21 +78,21 @@ impl Drop for Runtime {
     }
 }
 
-/// What wakes a thread that waits for the runtime.
+/// An eventfd that wakes a thread which waits for the runtime.
 #[derive(Clone, Debug)]
-pub(crate) struct Bell(Arc<OwnedFd>);
+pub(crate) struct Wakeup(Arc<OwnedFd>);
 
-impl Bell {
-    pub(crate) fn new() -> Result<Bell, LinkError> {
-        Ok(Bell(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
+impl Wakeup {
+    pub(crate) fn new() -> Result<Wakeup, LinkError> {
+        Ok(Wakeup(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
     }
 
-    pub(crate) fn ring(&self) {
-        // Only a counter at its end refuses, and that wakes as well.
+    pub(crate) fn notify(&self) {
+        // A write fails only if the counter is at its maximum, and then the fd is readable already.
         let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
     }
 
-    /// The next of what comes, at latest when nothing has moved for as long as the wait allows.
+    /// Waits for the next value, and fails when no byte has moved for as long as the wait allows.
     pub(crate) fn wait_for<T>(
         &self,
         receiver: &Receiver<T>,
@@ -102,7 +106,7 @@ impl Bell {
         })?
     }
 
-    /// Waits until there is something.
+    /// Waits until `look` returns something.
     pub(crate) fn wait_until<T>(
         &self,
         traffic: &Traffic,
@@ -133,7 +137,7 @@ impl Bell {
             fds.extend(cancel.as_ref().map(|cancel| PollFd::new(cancel, PollFlags::IN)));
             let seconds = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
             let time = Timespec { tv_sec: seconds, tv_nsec: left.subsec_nanos().into() };
-            // Whatever ends it early, the loop looks again.
+            // The loop looks again, whatever has ended the wait.
             let _ = poll(&mut fds, Some(&time));
             let _ = rustix::io::read(&*self.0, &mut [0; 8]);
         }

@@ -1,124 +1,15 @@
-//! The request that publishes a snapshot, where it or its answer is lost on the way: what the saver says is what is true.
+//! The request that publishes a snapshot, or its answer, is lost on the way: what the saver reports is true.
 
 mod support;
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use limosa_client::DeviceExt;
-use limosa_migrate::{AfterLoad, AfterSave, Outcome, Received};
+use limosa_migrate::{AfterLoad, AfterSave, Decision, Error, Outcome, Received, SnapshotSource, published};
 use limosa_protocol::State;
 use limosa_store::Object;
-use support::{BUCKET, End, Server, object};
-
-/// What becomes of the request that completes an upload.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Plan {
-    /// The first is lost.
-    RequestIsLost,
-    /// The first is carried out, and its answer is lost.
-    AnswerIsLost,
-    /// The same, and after it nothing comes through any more.
-    NetworkIsLost,
-    /// All are lost, and the first is carried out later, just before the upload is given up.
-    ComesLate,
-}
-
-/// Between a saver and the server.
-struct Gate {
-    plan: Plan,
-    server: std::net::SocketAddr,
-    completions: AtomicUsize,
-    closed: AtomicBool,
-    late: Mutex<Option<Vec<u8>>>,
-}
-
-/// A gate before the server, and the object behind it.
-fn gate(server: &Server, plan: Plan) -> (Arc<Gate>, Object) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let (completions, closed, late) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::default());
-    let gate = Arc::new(Gate { plan, server: server.address, completions, closed, late });
-    let shared = Arc::clone(&gate);
-    std::thread::spawn(move || {
-        for near in listener.incoming() {
-            let (near, gate) = (near.unwrap(), Arc::clone(&shared));
-            if !gate.closed.load(Ordering::SeqCst) {
-                std::thread::spawn(move || gate.pass(near));
-            }
-        }
-    });
-    let variables = server.variables().into_iter().map(|(name, value)| match name.as_str() {
-        "AWS_ENDPOINT_URL" => (name, format!("http://{address}")),
-        _ => (name, value),
-    });
-    (gate, Object::new(&format!("s3://{BUCKET}/lost"), variables).unwrap())
-}
-
-impl Gate {
-    /// One connection, request by request.
-    fn pass(&self, mut near: TcpStream) {
-        let mut far = TcpStream::connect(self.server).unwrap();
-        while let Some(request) = message(&mut near, false) {
-            let first = String::from_utf8_lossy(&request[..request.len().min(400)]).into_owned();
-            let is_completion = first.starts_with("POST ") && first.contains("uploadId=");
-            let is_first = is_completion && self.completions.fetch_add(1, Ordering::SeqCst) == 0;
-            match self.plan {
-                Plan::RequestIsLost if is_first => break,
-                Plan::ComesLate if is_completion => {
-                    self.late.lock().unwrap().get_or_insert(request);
-                    break;
-                }
-                _ => {}
-            }
-            if first.starts_with("DELETE ")
-                && let Some(late) = self.late.lock().unwrap().take()
-            {
-                let mut far = TcpStream::connect(self.server).unwrap();
-                far.write_all(&late).unwrap();
-                message(&mut far, false).unwrap();
-            }
-            far.write_all(&request).unwrap();
-            let Some(answer) = message(&mut far, first.starts_with("HEAD ")) else { break };
-            if is_first && matches!(self.plan, Plan::AnswerIsLost | Plan::NetworkIsLost) {
-                self.closed.store(self.plan == Plan::NetworkIsLost, Ordering::SeqCst);
-            }
-            let is_lost = is_first && self.plan == Plan::AnswerIsLost;
-            if is_lost || self.closed.load(Ordering::SeqCst) || near.write_all(&answer).is_err() {
-                break;
-            }
-        }
-        let _ = near.shutdown(Shutdown::Both);
-    }
-}
-
-/// A whole message of HTTP, with its body unless it answers a HEAD.
-fn message(from: &mut TcpStream, answers_head: bool) -> Option<Vec<u8>> {
-    let (mut all, mut byte) = (Vec::new(), [0]);
-    while !all.ends_with(b"\r\n\r\n") {
-        from.read_exact(&mut byte).ok()?;
-        all.push(byte[0]);
-    }
-    let head = String::from_utf8_lossy(&all).to_ascii_lowercase();
-    let field = |name: &str| head.lines().find_map(|line| line.strip_prefix(name).map(str::trim));
-    if answers_head || head.starts_with("http/1.1 204") {
-        return Some(all);
-    }
-    if field("transfer-encoding:") == Some("chunked") {
-        while !all.ends_with(b"\r\n0\r\n\r\n") {
-            from.read_exact(&mut byte).ok()?;
-            all.push(byte[0]);
-        }
-    } else {
-        let length = field("content-length:").map_or(0, |length| length.parse().unwrap());
-        let begin = all.len();
-        all.resize(begin + length, 0);
-        from.read_exact(&mut all[begin..]).ok()?;
-    }
-    Some(all)
-}
+use support::{BUCKET, End, Gate, Plan, Server, object};
 
 /// The snapshot is whole, and the guest goes on where it is loaded.
 #[track_caller]
@@ -130,46 +21,119 @@ fn is_there(server: &Server, source: &End) {
     assert!(end.contents() == source.contents());
 }
 
-fn save(plan: Plan) -> (Server, End, Outcome, usize) {
+/// A save through a gate.
+struct Saved {
+    server: Server,
+    gate: Arc<Gate>,
+    object: Arc<Object>,
+    source: End,
+    outcome: Outcome,
+}
+
+fn save(plan: Plan, after: AfterSave) -> Saved {
     let (server, source) = (Server::start(), End::new(7));
-    let (gate, object) = gate(&server, plan);
-    let outcome = source.save(&object, AfterSave::Stop, None);
-    (server, source, outcome, gate.completions.load(Ordering::SeqCst))
+    let (gate, variables) = Gate::new(&server, plan);
+    let object = Arc::new(Object::new(&format!("s3://{BUCKET}/lost"), variables).unwrap());
+    let outcome = source.save(&*object, after, None);
+    Saved { server, gate, object, source, outcome }
+}
+
+impl Saved {
+    /// It is reported as saved, and it is.
+    #[track_caller]
+    fn is_saved(&self) {
+        assert!(matches!(self.outcome, Outcome::Moved(_)), "{:?}", self.outcome);
+        assert_eq!(self.source.device.state().unwrap(), State::Stop);
+        is_there(&self.server, &self.source);
+    }
+
+    fn completions(&self) -> usize {
+        self.gate.completions.load(Ordering::SeqCst)
+    }
 }
 
 #[test]
 fn a_snapshot_whose_completion_is_lost_on_the_way_is_published_by_the_next_one() {
-    let (server, source, outcome, completions) = save(Plan::RequestIsLost);
-    assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
-    assert!(completions > 1);
-    is_there(&server, &source);
+    let saved = save(Plan::RequestIsLost, AfterSave::Stop);
+    saved.is_saved();
+    assert!(saved.completions() > 1);
 }
 
 #[test]
 fn a_snapshot_that_was_published_though_the_answer_was_lost_is_said_to_be_there() {
-    let (server, source, outcome, completions) = save(Plan::AnswerIsLost);
-    assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
-    assert!(completions > 0);
-    assert_eq!(source.device.state().unwrap(), State::Stop);
-    is_there(&server, &source);
+    let saved = save(Plan::AnswerIsLost, AfterSave::Stop);
+    saved.is_saved();
+    assert!(saved.completions() > 0);
 }
 
 #[test]
 fn a_completion_that_is_carried_out_late_is_not_taken_for_one_that_failed() {
-    let (server, source, outcome, _) = save(Plan::ComesLate);
+    save(Plan::ComesLate, AfterSave::Stop).is_saved();
+}
+
+#[test]
+fn an_upload_that_another_client_has_aborted_is_no_snapshot_and_the_guest_runs_again() {
+    let Saved { source, outcome, .. } = save(Plan::IsAborted, AfterSave::Stop);
+    let Outcome::Undone { why: why @ Error::Snapshot { .. }, .. } = outcome else { panic!("{outcome:?}") };
+    assert!(why.to_string().contains("the upload was aborted by another client"), "{why}");
+    assert_eq!(source.device.state().unwrap(), State::Running);
+}
+
+#[test]
+fn a_saver_that_cannot_learn_whether_it_published_says_so() {
+    let Saved { server, source, outcome, .. } = save(Plan::NetworkIsLost, AfterSave::Run);
+    let Outcome::Undone { why: why @ Error::PublicationUnknown { .. }, .. } = outcome else {
+        panic!("{outcome:?}")
+    };
+    let why = why.to_string();
+    assert!(why.contains("it is not known whether the snapshot was published"), "{why}");
+    assert!(why.contains("look with `limosa verify s3://snapshots/lost`"), "{why}");
+    assert_eq!(source.device.state().unwrap(), State::Running, "the guest goes on");
+    // It is there, and a look finds it.
+    let (there, limit) = (object(&server, "lost"), source.options.silence_max);
+    limosa_migrate::verify(&there, limit, None).unwrap();
+}
+
+/// Settles a save in doubt by looking at this place.
+fn settle(saved: Saved, place: &dyn SnapshotSource) -> (Server, End, Decision, Outcome) {
+    let Saved { server, source, outcome, .. } = saved;
+    assert!(!source.device.state().unwrap().is_running(), "it may be loaded elsewhere");
+    let Outcome::InDoubt(doubt) = outcome else { panic!("{outcome:?}") };
+    assert!(matches!(doubt.why, Error::PublicationUnknown { .. }), "{doubt:?}");
+    let decision = published(place, doubt.id, source.options.silence_max, None).unwrap();
+    let outcome = source.decide(decision, doubt);
+    (server, source, decision, outcome)
+}
+
+#[test]
+fn a_guest_that_was_to_stay_stopped_ran_again_though_its_snapshot_was_published() {
+    let saved = save(Plan::NetworkIsLost, AfterSave::Stop);
+    let by_another = object(&saved.server, "lost");
+    let (server, source, decision, outcome) = settle(saved, &by_another);
+    assert_eq!(decision, Decision::Committed);
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     assert_eq!(source.device.state().unwrap(), State::Stop);
     is_there(&server, &source);
 }
 
 #[test]
-fn a_saver_that_cannot_learn_whether_it_published_says_so() {
-    let (server, source, outcome, _) = save(Plan::NetworkIsLost);
-    let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };
-    let why = why.to_string();
-    assert!(why.contains("it is not known whether it was published: look with `limosa verify`"), "{why}");
-    assert_eq!(source.device.state().unwrap(), State::Running, "the guest goes on");
-    // It is there: who looks finds it.
-    let (there, limit) = (object(&server, "lost"), source.options.silence_max);
-    limosa_migrate::verify(&there, limit, None).unwrap();
+fn a_completion_that_never_arrived_is_withdrawn_by_the_saver_and_its_guest_runs_again() {
+    let saved = save(Plan::NetworkIsLostBefore, AfterSave::Stop);
+    saved.gate.closed.store(false, Ordering::SeqCst);
+    let same = Arc::clone(&saved.object);
+    let (server, source, decision, outcome) = settle(saved, &*same);
+    assert_eq!(decision, Decision::NotCommitted);
+    assert!(matches!(outcome, Outcome::Undone { .. }), "{outcome:?}");
+    assert_eq!(source.device.state().unwrap(), State::Running);
+    assert_eq!((server.objects().len(), server.unfinished()), (0, 0));
+}
+
+#[test]
+fn a_process_that_does_not_know_the_upload_cannot_tell_that_it_will_never_be_completed() {
+    let saved = save(Plan::NetworkIsLostBefore, AfterSave::Stop);
+    let by_another = object(&saved.server, "lost");
+    let (_server, source, decision, outcome) = settle(saved, &by_another);
+    assert_eq!(decision, Decision::Unknown);
+    assert!(matches!(outcome, Outcome::InDoubt(_)), "{outcome:?}");
+    assert!(!source.device.state().unwrap().is_running());
 }

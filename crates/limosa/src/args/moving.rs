@@ -74,6 +74,9 @@ pub struct Save {
 
     #[command(flatten)]
     pub stopping: Stopping,
+
+    #[command(flatten)]
+    pub moves: Moves,
 }
 
 #[derive(Debug, Args)]
@@ -298,7 +301,7 @@ pub struct Moves {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("which").args(["device", "id"]).multiple(true))]
 pub struct Resolve {
-    /// The device that was sent; without it and --id, the moves in doubt are listed.
+    /// The device that was sent or saved; without it and --id, the moves in doubt are listed.
     #[arg(value_name = "DEVICE")]
     pub device: Option<String>,
 
@@ -329,9 +332,9 @@ pub struct Resolve {
 /// What became of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Decided {
-    /// The destination runs it, or did: the device stops for good.
+    /// The destination runs it, or did, or the snapshot was published: the device stops for good.
     Moved,
-    /// The destination does not run it and never will: the device runs again.
+    /// The destination does not run it and never will, or there is no snapshot and never will be: the device runs again.
     Undone,
 }
 

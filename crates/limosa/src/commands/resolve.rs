@@ -1,10 +1,11 @@
-//! `limosa resolve`, on the side of a source in doubt, and `limosa answer`, on the side of a destination whose
-//! process is no more.
+//! `limosa resolve`, on the side of a source that is in doubt of a move or of a save, and `limosa answer`, on the side of
+//! a destination whose process has ended.
 
+use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use limosa_migrate::link::{Incoming, LinkError, Wait};
-use limosa_migrate::{Decision, InDoubt, Memory, Nobody, Options, Outcome, Received, Source};
+use limosa_migrate::{Decision, InDoubt, Memory, Nobody, Options, Outcome, Received, Source, published};
 use limosa_stream::MigrationId;
 use serde::Serialize;
 
@@ -16,6 +17,7 @@ use crate::links::{self, Links};
 use crate::moves::{Doubt, Moves};
 use crate::open::{self, Opening};
 use crate::output::Output;
+use crate::place::Place;
 use crate::side::Side;
 
 /// What `limosa resolve` without a device prints.
@@ -76,13 +78,30 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
         let what = format!("{name}: move {id} is of {}; expected one of these", names.join(", "));
         return Err(exit::error(Code::Usage, what));
     }
+    let is_saved = noted.as_ref().is_some_and(|noted| noted.saved);
+    let saved_to = noted.as_ref().map(|noted| noted.to.clone()).unwrap_or_default();
+    if is_saved && args.to.is_some() {
+        let what =
+            format!("move {id} was saved to {saved_to}, and no destination can be asked; expected no --to");
+        return Err(exit::error(Code::Usage, what));
+    }
     let stopped = noted.as_ref().map_or(&[][..], |noted| &noted.stopped);
     let guest = Guest::stopped_before(stopped, args.on_resume.as_deref());
     let side = Side::moved_before(opening, &names)?;
     let name = side.name();
-    let doubt = InDoubt::recover(id);
+    let mut doubt = InDoubt::recover(id);
     let outcome = match args.decide {
         Some(decision) => with(&side, &guest, |source| source.decide(decision.into(), doubt)),
+        None if is_saved => {
+            let place = Place::new(Path::new(&saved_to), false)?;
+            match published(place.source(), id, Options::default().silence_max, None) {
+                Ok(decision) => with(&side, &guest, |source| source.decide(decision, doubt)),
+                Err(why) => {
+                    doubt.why = why;
+                    Outcome::InDoubt(doubt)
+                }
+            }
+        }
         None => {
             let Some(to) = args.to.as_ref().or(noted.as_ref().map(|noted| &noted.to)) else {
                 return Err(exit::error(
@@ -108,6 +127,18 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
     let (outcome, report) = match outcome {
         Outcome::Moved(report) => ("moved", report),
         Outcome::Undone { report, .. } => ("undone", report),
+        Outcome::InDoubt(doubt) if is_saved => {
+            let why = match doubt.why {
+                limosa_migrate::Error::StartedAnew => String::new(),
+                why => format!(" ({why})"),
+            };
+            let message = format!(
+                "{name} stays stopped and in doubt: it is not certain whether its snapshot is at {saved_to}{why}. Look with \
+                 `limosa verify {saved_to}` for move {id}: if it is there, or was, decide with `--decide moved`; if it is \
+                 not and never will be, with `--decide undone`"
+            );
+            return Err(exit::error(Code::InDoubt, message));
+        }
         Outcome::InDoubt(doubt) => {
             let what = match doubt.why {
                 limosa_migrate::Error::StartedAnew => "its destination does not know either".to_owned(),

@@ -112,9 +112,21 @@ pub fn start<S: AsRef<str>>(args: &[S]) -> Running {
     start_with(&[], args)
 }
 
-fn start_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Running {
+/// The same, with this file mode creation mask.
+pub fn start_under<S: AsRef<str>>(umask: &str, args: &[S]) -> Running {
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", "umask \"$1\"; shift; exec \"$@\"", "sh", umask, env!("CARGO_BIN_EXE_limosa")]);
+    spawn(shell, &[], args)
+}
+
+/// The same, with these variables in its environment.
+pub fn start_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Running {
+    spawn(Command::new(env!("CARGO_BIN_EXE_limosa")), variables, args)
+}
+
+fn spawn<S: AsRef<str>>(mut command: Command, variables: &[(String, String)], args: &[S]) -> Running {
     let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_limosa"))
+    let mut child = command
         .args(&args)
         .env_remove("RUST_LOG")
         .env_remove("RUST_BACKTRACE")

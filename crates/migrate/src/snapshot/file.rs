@@ -263,17 +263,18 @@ impl SnapshotSource for SnapshotFile {
         Ok(Box::new(OpenFile(File::open(&self.path)?)))
     }
 
-    /// Removes the move's file under its temporary name. That it was still there proves that it never got the
-    /// snapshot's name; that nothing is there under that name would not, as the folder may be another one by now.
+    /// Cuts the move's file under its temporary name down to the preface, which names the move. That the file is still
+    /// there proves that it never got the snapshot's name, also to a later process. That there is nothing under the
+    /// snapshot's name would prove nothing: another file system may be mounted there by now.
     fn withdraw(&self, id: MigrationId, wait: Wait<'_>) -> Result<bool, LinkError> {
         let folder = OpenFolder::of(&self.path)?;
         let prefix = [b".", self.file_name()?.as_bytes(), b"."].concat();
         for temporary in folder.names(&prefix, PARTIAL.as_bytes())? {
             check(wait)?;
             // A file that cannot be read proves nothing.
-            let read = folder.read(&temporary).map_err(io::Error::from).and_then(|file| read_id(&file));
-            if read.is_ok_and(|found| found == Some(id)) {
-                folder.remove(&temporary).map_err(io::Error::from)?;
+            let Ok(file) = folder.open(&temporary) else { continue };
+            if read_id(&file).is_ok_and(|found| found == Some(id)) {
+                file.set_len(PREFACE_BYTES as u64)?;
                 return Ok(true);
             }
         }

@@ -68,9 +68,9 @@ impl OpenFolder {
         Ok(names)
     }
 
-    /// Opens a regular file to be read; follows no symbolic link, and waits for no FIFO's writer.
-    pub(super) fn read(&self, name: &OsStr) -> Result<File, Errno> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    /// Opens a file; follows no symbolic link, and waits for no other end of a FIFO.
+    pub(super) fn open(&self, name: &OsStr) -> Result<File, Errno> {
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         openat(&self.fd, name, flags, Mode::empty()).map(File::from)
     }
 }

@@ -61,7 +61,8 @@ pub trait SnapshotSource: Sync {
     fn open(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError>;
 
     /// After a [`Publication::Unknown`] of this move's snapshot, which is not under the place's name now: makes sure that
-    /// it cannot appear there later. Returns `true` only if that is certain, and the snapshot was never there.
+    /// it cannot appear there later. Returns `true` only if that is certain and the snapshot was never there, and does so
+    /// again when it is asked again.
     ///
     /// The default cannot tell and returns `false`.
     fn withdraw(&self, id: MigrationId, wait: Wait<'_>) -> Result<bool, LinkError> {

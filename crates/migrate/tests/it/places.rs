@@ -371,7 +371,8 @@ fn a_file_that_was_not_published_is_withdrawn_and_its_source_may_run() {
     let partial = folder.path().join(".snapshot.1.partial");
     std::fs::write(&partial, &bytes).unwrap();
     assert_eq!(find(), Decision::NotCommitted);
-    assert!(!partial.exists());
+    assert_eq!(find(), Decision::NotCommitted, "as a later process finds it");
+    assert_eq!(std::fs::read(&partial).unwrap(), &bytes[..PREFACE_BYTES], "nothing that could be loaded");
     std::fs::write(&path, &bytes).unwrap();
     assert_eq!(find(), Decision::Committed);
     let nowhere = SnapshotFile::new(folder.path().join("no/where"));

@@ -1,5 +1,5 @@
 //! Where snapshots of the simulation lie: a disk on which one appears under its name when it is published, and not
-//! before; which is full, fails, or alters what it keeps.
+//! before; which is full, fails, alters what it keeps, or loses the answer to a publication.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use std::time::Duration;
 use limosa_clockwork::{simulation, sleep};
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{
-    Durability, Publication, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter,
+    Durability, MigrationId, Publication, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter,
 };
 
 use crate::plan::Mutation;
@@ -29,6 +29,8 @@ struct State {
     fails: bool,
     /// A bit was altered in what it kept.
     altered: bool,
+    /// What was written will never have a name.
+    withdrawn: bool,
 }
 
 impl Disk {
@@ -114,6 +116,8 @@ struct Writer {
     state: Arc<Mutex<State>>,
     mutation: Option<Mutation>,
     published: bool,
+    /// What has no name stays, as when the saver does not know whether it has one.
+    keeps_partial: bool,
 }
 
 impl SnapshotTarget for Disk {
@@ -126,7 +130,8 @@ impl SnapshotTarget for Disk {
         let mut state = self.state();
         fails(&mut state)?;
         state.partial.clear();
-        Ok(Box::new(Writer { state: self.state.clone(), mutation: self.mutation, published: false }))
+        let (state, mutation) = (self.state.clone(), self.mutation);
+        Ok(Box::new(Writer { state, mutation, published: false, keeps_partial: false }))
     }
 }
 
@@ -144,19 +149,46 @@ impl SnapshotWriter for Writer {
     }
 
     fn publish(mut self: Box<Self>, wait: Wait<'_>) -> Publication {
-        if let Err(error) = turn(wait).and_then(|()| fails(&mut lock(&self.state))) {
-            return Publication::NotPublished(error);
+        if let Err(why) = turn(wait) {
+            return Publication::NotPublished(why);
         }
         let mut state = lock(&self.state);
+        let fate = match fails(&mut state) {
+            Ok(()) => Fate::Answered,
+            Err(why) => match simulation::random(4) {
+                0 => return Publication::NotPublished(why),
+                1 => Fate::SyncFails(why),
+                2 => Fate::AnswerLost(why),
+                _ => {
+                    // The request is lost, so what was written stays without a name.
+                    self.keeps_partial = true;
+                    return Publication::Unknown(why);
+                }
+            },
+        };
         state.published = Some(std::mem::take(&mut state.partial));
         drop(state);
         self.published = true;
-        // It is there, and nobody has been told.
+        // It is there, and the saver does not know yet.
         if simulation::random(2) == 0 {
             sleep(Duration::from_micros(1));
         }
-        Publication::Published { durability: Durability::Durable }
+        match fate {
+            Fate::Answered => Publication::Published { durability: Durability::Durable },
+            Fate::SyncFails(why) => {
+                Publication::Published { durability: Durability::Unknown(io::Error::other(why)) }
+            }
+            Fate::AnswerLost(why) => Publication::Unknown(why),
+        }
     }
+}
+
+/// What becomes of a publication that is carried out.
+enum Fate {
+    Answered,
+    /// The folder could not be synchronized.
+    SyncFails(LinkError),
+    AnswerLost(LinkError),
 }
 
 impl Drop for Writer {
@@ -166,7 +198,7 @@ impl Drop for Writer {
             state.published = Some(std::mem::take(&mut state.partial));
         }
         // What a process leaves that died stays.
-        if !simulation::crashing() {
+        if !simulation::crashing() && !self.keeps_partial {
             state.partial.clear();
         }
     }
@@ -190,6 +222,15 @@ impl SnapshotSource for Disk {
             Some(_) => Ok(Box::new(Reader { state: self.state.clone(), at: 0 })),
             None => Err(io::Error::from(io::ErrorKind::NotFound).into()),
         }
+    }
+
+    fn withdraw(&self, _: MigrationId, wait: Wait<'_>) -> Result<bool, LinkError> {
+        turn(wait)?;
+        let mut state = self.state();
+        fails(&mut state)?;
+        // What has no name will never get one.
+        state.withdrawn |= !std::mem::take(&mut state.partial).is_empty();
+        Ok(state.withdrawn)
     }
 }
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 use limosa_client::{Device, DmaMap, DmaMemory};
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::{
-    AfterLoad, AfterSave, Cancel, Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion,
-    MovedDevice, Nobody, Options, Outcome, Received, SnapshotSource, SnapshotTarget, Source,
+    AfterLoad, AfterSave, Cancel, Decision, Destination, FilePages, GuestPages, InDoubt, Ledger, Memory,
+    MemoryRegion, MovedDevice, Nobody, Options, Outcome, Received, SnapshotSource, SnapshotTarget, Source,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DmaMapFlags;
@@ -95,11 +95,19 @@ impl End {
         MemoryRegion { id: 0, iova: 0, size: MEMORY_BYTES, pages: &self.memory }
     }
 
+    fn as_source(&self, cancel: Option<&Cancel>, act: impl FnOnce(Source<'_>) -> Outcome) -> Outcome {
+        let devices = [MovedDevice::new(&self.device)];
+        let source = Source::new(&devices, &self.options).with_memory(Memory::stopped(vec![self.region()]));
+        act(source.with_cancel(cancel))
+    }
+
     pub fn save(&self, to: &dyn SnapshotTarget, after: AfterSave, cancel: Option<&Cancel>) -> Outcome {
-        let source = Source::new(&[MovedDevice::new(&self.device)], &self.options)
-            .with_memory(Memory::stopped(vec![self.region()]))
-            .with_cancel(cancel);
-        source.save(to, after)
+        self.as_source(cancel, |source| source.save(to, after))
+    }
+
+    /// Acts on what became of a save in doubt.
+    pub fn decide(&self, decision: Decision, doubt: InDoubt) -> Outcome {
+        self.as_source(None, |source| source.decide(decision, doubt))
     }
 
     pub fn load(&self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {

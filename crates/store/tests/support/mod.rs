@@ -2,11 +2,13 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
 mod ends;
+mod gate;
 mod server;
 
 use limosa_store::Object;
 
 pub use ends::End;
+pub use gate::{Gate, Plan};
 pub use server::{BUCKET, DENIED, MISSING, Server};
 
 /// The object of this key in a server's bucket.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use limosa_migrate::{Error, InDoubt, Outcome, Report};
+use limosa_migrate::{Error, InDoubt, Outcome, Report, SnapshotTarget};
 
 use crate::args;
 use crate::exit::{self, Code};
@@ -62,6 +62,28 @@ impl<'a> Ending<'a> {
                 "{device} is stopped and in doubt: {}. The destination may run move {}; `limosa resolve` asks it again. \
                  Look there if nobody can answer: if it runs, leave this device stopped; only if it does not, \
                  and never will, set this one to RUNNING (`limosa resolve --decide` does either){processes}",
+                doubt.why, doubt.id
+            ),
+        )
+    }
+
+    /// It is not known whether the snapshot is there.
+    pub fn saved_in_doubt(
+        &self,
+        device: &str,
+        place: &dyn SnapshotTarget,
+        doubt: &InDoubt,
+        guest: &Guest<'_>,
+    ) -> anyhow::Error {
+        self.failed(&doubt.report);
+        let (place, processes) = (place.name(), guest.what_stays_stopped());
+        exit::error(
+            Code::InDoubt,
+            format!(
+                "{device} is stopped and in doubt: {}. `limosa resolve {device}` looks again for the snapshot of move {}. \
+                 If nothing answers, look yourself: if the snapshot is at {place}, or was, leave the guest stopped here \
+                 (`limosa resolve --decide moved`); only if it is not, and never will be, let it run \
+                 (`limosa resolve --decide undone`){processes}",
                 doubt.why, doubt.id
             ),
         )

@@ -6,6 +6,8 @@ mod receive;
 mod send;
 mod snapshot;
 
+use std::time::Duration;
+
 use anyhow::Context;
 use limosa_migrate::{
     Cancel, Destination, DirtyLog, FilePages, FingerprintLog, Ledger, Memory, MemoryRegion, MovedDevice,
@@ -22,6 +24,9 @@ pub use migrate::migrate;
 pub use receive::receive;
 pub use send::send;
 pub use snapshot::{load, save};
+
+/// How long a source in doubt waits before it asks again.
+const ASK_EVERY: Duration = Duration::from_millis(500);
 
 /// Ctrl-C calls a move off instead of tearing it apart.
 pub fn cancel_on_signal() -> anyhow::Result<Cancel> {

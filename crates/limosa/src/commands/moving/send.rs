@@ -1,13 +1,13 @@
 //! `limosa send`: to a receiver, and with the move in doubt, asking it.
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{Options, Outcome};
 
 use super::ended::Ending;
-use super::{cancel_on_signal, memory, options, over_link, source};
+use super::{ASK_EVERY, cancel_on_signal, memory, options, over_link, source};
 use crate::args;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
@@ -17,9 +17,6 @@ use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::Side;
-
-/// How long a source in doubt waits before it asks again.
-const ASK_EVERY: Duration = Duration::from_millis(500);
 
 pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
@@ -38,7 +35,8 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
-    let sending = Sending { moves: &moves, devices, to: address.to_string(), tls: links.are_tls() };
+    let sending =
+        Sending { moves: &moves, devices, to: address.to_string(), saved: false, tls: links.are_tls() };
     let guest = Guest::source(&args.stopping, Some(sending))?;
     let pages = side.source_pages(&args.stopping)?;
     let mut log = pages.log();

@@ -1,13 +1,20 @@
 //! `limosa save` and `limosa load`: devices to a file or an object store, and from there.
 
-use limosa_migrate::{AfterLoad, AfterSave, Error, Ledger, Options, Received};
+use std::path::Path;
+use std::time::Instant;
+
+use limosa_migrate::{
+    AfterLoad, AfterSave, Cancel, Decision, Error, InDoubt, Ledger, Options, Outcome, Received, Vmm,
+    published,
+};
 use limosa_stream::Damage;
 
 use super::ended::{Ending, Notes, broken, started};
-use super::{cancel_on_signal, destination, memory, source};
+use super::{ASK_EVERY, cancel_on_signal, destination, memory, source};
 use crate::args;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
+use crate::moves::{Moves, Sending};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::place::Place;
@@ -26,13 +33,72 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let options = Options::default().with_compress(args.compress);
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
-    let (guest, pages) = (Guest::source(&args.stopping, None)?, side.source_pages(&args.stopping)?);
+    let place = Place::new(&args.file, args.replace)?;
+    let moves = Moves::new(args.moves.folder.as_deref());
+    let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
+    let noting = Sending { moves: &moves, devices, to: noted_name(&args.file)?, saved: true, tls: false };
+    let (guest, pages) = (Guest::source(&args.stopping, Some(noting))?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();
     let memory = memory(side, &pages, &mut log);
-    let place = Place::new(&args.file, args.replace)?;
-    let outcome = source(&moved, memory, &guest, &progress, &options, &cancel).save(place.target(), after);
+    let mut source = source(&moved, memory, &guest, &progress, &options, &cancel);
+    let mut outcome = source.save(place.target(), after);
+    if let Outcome::InDoubt(doubt) = outcome {
+        // Before anything else: this process may end at any moment.
+        let noted = guest.committing(doubt.id);
+        if let Err(why) = &noted {
+            tracing::warn!("the save in doubt cannot be noted: {why}");
+        }
+        outcome = settle(doubt, &place, &options, &cancel, |decision, doubt| source.decide(decision, doubt));
+    }
     drop(progress);
+    match &outcome {
+        Outcome::InDoubt(doubt) => {
+            return Err(ending.saved_in_doubt(&side.name(), place.target(), doubt, &guest));
+        }
+        Outcome::Moved(report) | Outcome::Undone { report, .. } => moves.forget(&report.id),
+    }
     ending.settled(outcome, &guest)
+}
+
+/// Looks, for as long as a place may make no progress, whether the snapshot was published.
+fn settle(
+    mut doubt: InDoubt,
+    place: &Place,
+    options: &Options,
+    cancel: &Cancel,
+    decide: impl FnOnce(Decision, InDoubt) -> Outcome,
+) -> Outcome {
+    let began = Instant::now();
+    loop {
+        tracing::warn!("in doubt: {}; looking again", doubt.why);
+        match published(place.source(), doubt.id, options.silence_max, Some(cancel)) {
+            Ok(Decision::NotCommitted) => {
+                doubt.why = match doubt.why {
+                    Error::PublicationUnknown { name, error } => {
+                        Error::Snapshot { name, doing: "publishing it", error }
+                    }
+                    why => why,
+                };
+                return decide(Decision::NotCommitted, doubt);
+            }
+            Ok(Decision::Committed) => return decide(Decision::Committed, doubt),
+            Ok(Decision::Unknown) => {}
+            Err(why) => tracing::warn!("{why}"),
+        }
+        if began.elapsed() >= options.silence_max || cancel.wait(ASK_EVERY) {
+            return Outcome::InDoubt(doubt);
+        }
+    }
+}
+
+/// The place's name, for a process with another working directory.
+fn noted_name(place: &Path) -> anyhow::Result<String> {
+    let path = match place.to_str() {
+        Some(url) if url.starts_with("s3://") => place.to_owned(),
+        _ => std::path::absolute(place)?,
+    };
+    // A note is JSON. A place whose name is not Unicode can be looked at by a person alone.
+    Ok(path.to_string_lossy().into_owned())
 }
 
 pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result<()> {

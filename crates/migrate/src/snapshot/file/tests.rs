@@ -342,7 +342,10 @@ fn only_the_file_of_the_move_under_its_temporary_name_proves_that_it_was_not_pub
     std::fs::write(folder.path().join(".snapshot.y.partial"), "short").unwrap();
     std::fs::write(folder.path().join(".another.z.partial"), preface(mine)).unwrap();
     assert!(!withdraw());
-    std::fs::write(folder.path().join(".snapshot.z.partial"), preface(mine)).unwrap();
-    assert!(withdraw());
-    assert_eq!(names(&folder), [".another.z.partial", ".snapshot.x.partial", ".snapshot.y.partial"]);
+    let partial = folder.path().join(".snapshot.z.partial");
+    std::fs::write(&partial, [&preface(mine)[..], &[7; 1000]].concat()).unwrap();
+    for _ in 0..2 {
+        assert!(withdraw(), "a later process finds the same");
+        assert_eq!(std::fs::read(&partial).unwrap(), preface(mine), "what is left takes no room");
+    }
 }

@@ -2,15 +2,18 @@
 //! once more without.
 
 use limosa_client::DeviceExt;
+use limosa_clockwork::simulation::Process;
 use limosa_clockwork::{Scope, now, simulation, sleep};
-use limosa_migrate::{AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, WhenStalled};
+use limosa_migrate::{
+    AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, WhenStalled, published,
+};
 use limosa_protocol::State;
 
 use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
 use crate::bounds;
 use crate::fate::Fates;
 use crate::model::get;
-use crate::plan::End;
+use crate::plan::{End, SILENCE_MAX};
 
 impl Script<'_> {
     /// Saves the guest, and loads what was published, if anything was.
@@ -135,15 +138,88 @@ impl Script<'_> {
                 if fates.fired() == 0 && !excused {
                     return Err(format!("nothing went wrong, and it was not saved: {why}"));
                 }
-                if is_published {
+                let is_unknown = matches!(why, Error::PublicationUnknown { .. });
+                if is_unknown && after == AfterSave::Stop {
+                    return Err(format!("it may be loaded elsewhere, and the source runs: {why}"));
+                }
+                if is_published && !is_unknown {
                     return Err(format!("not saved, and yet there is something: {why}"));
                 }
                 self.source_runs(&report.notes, false)?;
             }
-            Outcome::InDoubt(doubt) => return Err(format!("a save in doubt: {doubt:?}")),
+            Outcome::InDoubt(doubt) if after == AfterSave::Run => {
+                return Err(format!("the guest was to run on, and is in doubt: {doubt:?}"));
+            }
+            Outcome::InDoubt(_) => {
+                let Outcome::InDoubt(doubt) = outcome else { unreachable!("it was just matched") };
+                return self.settle_save(scope, process, doubt, summary);
+            }
         }
         self.nothing_lost_in_undo()?;
         Ok(is_published)
+    }
+
+    /// Looks whether the snapshot is there, as often as it takes, and acts on that. Whether it is there.
+    fn settle_save<'scope>(
+        &'scope self,
+        scope: Scope<'scope, '_>,
+        process: Process,
+        mut doubt: InDoubt,
+        summary: &mut Summary,
+    ) -> Result<bool, String> {
+        summary.in_doubt = true;
+        let is_published = self.network.disk.has_published();
+        // More failures of the disk than are planned.
+        for _ in 0..8 {
+            if self.world.running(End::Source) > 0 {
+                return Err(format!("in doubt, and the source runs: {doubt:?}"));
+            }
+            let id = doubt.id;
+            let deciding = move || {
+                let found = published(&self.network.disk, id, SILENCE_MAX, None);
+                let decision = found.as_ref().copied().unwrap_or(Decision::Unknown);
+                simulation::note(|| format!("{found:?}"));
+                self.source.as_source(|source| source.decide(decision, doubt))
+            };
+            match process.spawn(scope, "settle", deciding).join() {
+                Ok(Outcome::Moved(_)) if !is_published => return Err("nothing was published".into()),
+                Ok(Outcome::Moved(_)) if self.world.running(End::Source) > 0 => {
+                    return Err("settled that it goes on elsewhere, and the source runs".into());
+                }
+                Ok(Outcome::Moved(_)) => return Ok(true),
+                Ok(Outcome::Undone { .. }) if is_published => {
+                    return Err("it was published, and the source runs".into());
+                }
+                Ok(Outcome::Undone { report, .. }) => {
+                    self.source_runs(&report.notes, false)?;
+                    self.nothing_lost_in_undo()?;
+                    return Ok(false);
+                }
+                Ok(Outcome::InDoubt(still)) => doubt = still,
+                Err(panic) => {
+                    crash_or_panic(panic);
+                    summary.crashes += 1;
+                    self.source_restarts();
+                    doubt = InDoubt::recover(id);
+                }
+            }
+            sleep(self.plan.rest);
+        }
+        // What was altered at rest is not known again; a person looks.
+        if !self.network.disk.is_altered() {
+            return Err(format!("nothing is wrong any more, and it is still in doubt: {doubt:?}"));
+        }
+        summary.looked_at = true;
+        let decision = if is_published { Decision::Committed } else { Decision::NotCommitted };
+        let decided = self.source.as_source(|source| source.decide(decision, doubt));
+        match decided {
+            Outcome::Moved(_) if is_published => Ok(true),
+            Outcome::Undone { report, .. } if !is_published => {
+                self.source_runs(&report.notes, false)?;
+                Ok(false)
+            }
+            other => Err(format!("decided, and {other:?}")),
+        }
     }
 
     /// Loads what is there; nothing when the loader died.
