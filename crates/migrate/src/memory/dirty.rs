@@ -137,7 +137,8 @@ impl Dirty {
         give_back: bool,
         notes: &mut Vec<String>,
     ) {
-        if give_back && self.log_started {
+        let has_readers = memory.log.as_ref().is_some_and(|log| log.has_other_readers());
+        if give_back && self.log_started && has_readers {
             if let Err(error) = self.harvest(devices, memory) {
                 notes.push(format!("the last dirty pages are not known: {error}"));
                 self.harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
