@@ -94,13 +94,15 @@ impl<'a> FrameReader<'a> {
             std::mem::swap(&mut self.payload, &mut self.other);
         }
         self.payload.grow(bytes);
-        let wait = Wait::within(self.silence_max, wait.cancel);
+        let mut wait = Wait::within(self.silence_max, wait.cancel);
         let mut filled = 0;
         while filled < bytes {
             match self.link.read(&mut self.payload[filled..bytes], wait) {
                 Ok(bytes) => filled += bytes,
                 Err(error) => return Err(self.failed(error, doing)),
             }
+            // A link that shares a small bandwidth takes long for a frame, and is not silent.
+            wait = Wait::within(self.silence_max, wait.cancel);
         }
         self.header_bytes = 0;
         let payload = &self.payload[..bytes];

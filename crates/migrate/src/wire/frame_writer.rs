@@ -148,7 +148,7 @@ impl<'a> FrameWriter<'a> {
         let header = Header::new(Kind::ABORT, 0, 0, state.sequence, &code_and_reason);
         let mut frame = std::mem::take(&mut state.unfinished);
         frame.extend_from_slice(&header.encode());
-        state.write(Wait::within(limit, None), self, &frame, &code_and_reason, "calling off").is_ok()
+        state.write(Wait::within(limit, None), None, self, &frame, &code_and_reason, "calling off").is_ok()
     }
 
     /// How many send or wait to.
@@ -269,12 +269,15 @@ impl WriterState {
         cancel: Option<&Cancel>,
         doing: &'static str,
     ) -> Result<()> {
-        self.write(Wait::within(writer.silence_max, cancel), writer, first, second, doing)
+        let wait = Wait::within(writer.silence_max, cancel);
+        self.write(wait, Some(writer.silence_max), writer, first, second, doing)
     }
 
+    /// With `renewed`, the deadline is renewed whenever bytes move.
     fn write(
         &mut self,
-        wait: Wait<'_>,
+        mut wait: Wait<'_>,
+        renewed: Option<Duration>,
         writer: &FrameWriter<'_>,
         first: &[u8],
         second: &[u8],
@@ -290,6 +293,9 @@ impl WriterState {
                     // A frame counts from its first byte on.
                     self.sequence = self.sequence.wrapping_add(u32::from(sent == 0));
                     sent += bytes;
+                    if let Some(limit) = renewed {
+                        wait = Wait::within(limit, wait.cancel);
+                    }
                 }
                 Err(error) => {
                     if matches!(error, LinkError::Cancelled) && sent > 0 {
