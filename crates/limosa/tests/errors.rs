@@ -258,12 +258,12 @@ fn whoever_connects_and_is_no_source_is_named_and_does_not_end_the_wait() {
         (&[0; 100_000][..], "not a Limosa stream"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "it speaks TLS"),
     ] {
-        let mut stranger = std::net::TcpStream::connect(&address).unwrap();
-        let name = stranger.local_addr().unwrap().to_string();
+        let mut client = std::net::TcpStream::connect(&address).unwrap();
+        let name = client.local_addr().unwrap().to_string();
         // It may be refused before it has said all.
-        let _ = stranger.write_all(words);
-        stranger.shutdown(std::net::Shutdown::Write).unwrap_or_default();
-        let _ = stranger.read_to_end(&mut Vec::new());
+        let _ = client.write_all(words);
+        client.shutdown(std::net::Shutdown::Write).unwrap_or_default();
+        let _ = client.read_to_end(&mut Vec::new());
         let said = receiver.line(&name);
         assert!(said.contains(part) && said.contains("still waiting"), "{part}: {said}");
     }
@@ -273,7 +273,7 @@ fn whoever_connects_and_is_no_source_is_named_and_does_not_end_the_wait() {
 }
 
 #[test]
-fn strangers_that_stay_silent_do_not_hold_up_a_sender() {
+fn clients_that_stay_silent_do_not_block_a_source() {
     let folder = Folder::new();
     let (source, device) = (folder.device("source", &[]), folder.device("device", &[]));
     source.mark(6);
@@ -290,7 +290,7 @@ fn strangers_that_stay_silent_do_not_hold_up_a_sender() {
 }
 
 #[test]
-fn strangers_do_not_prolong_the_wait_for_a_sender() {
+fn clients_that_are_not_migrating_do_not_prolong_the_wait_for_a_source() {
     let folder = Folder::new();
     let device = folder.device("device", &[]);
     let link = folder.text("link");

@@ -5,8 +5,10 @@ use std::fs::OpenOptions;
 use std::os::fd::AsFd;
 
 use limosa_client::{DirtyBits, DirtySource};
+use limosa_device::{Loopback, Machine};
 use limosa_lab::Mdev;
 use limosa_lab::module::{self, Dma, ModuleDevice};
+use limosa_models::uart::{Line, Uart};
 use limosa_protocol::Errno;
 use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice, Options};
 

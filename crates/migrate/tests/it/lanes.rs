@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::common::{Ends, Fault, FaultyLink, Pages, VecPages, Way, options, world};
-use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
+use limosa_migrate::link::{Bandwidth, LimitedLink, Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{Compression, Error, GuestPages, Options, Outcome, Received};
 use limosa_protocol::MigrationFlags;
 
@@ -75,8 +75,18 @@ fn run(
     ends: &Ends,
     make: impl Fn(usize) -> (Box<dyn Link>, Vec<Box<dyn Link>>) + Sync,
 ) -> (Outcome, Received, usize) {
-    let exchange = Exchange::new(make);
     let (near, far) = SocketLink::pair().unwrap();
+    run_over(ends, near, far, make)
+}
+
+/// With this first link.
+fn run_over(
+    ends: &Ends,
+    near: impl Link,
+    far: SocketLink,
+    make: impl Fn(usize) -> (Box<dyn Link>, Vec<Box<dyn Link>>) + Sync,
+) -> (Outcome, Received, usize) {
+    let exchange = Exchange::new(make);
     let (outcome, received) = std::thread::scope(|scope| {
         let exchange = &exchange;
         let receiving = scope.spawn(move || {
@@ -106,6 +116,25 @@ fn everything_arrives_over_any_number_of_links() {
             assert!(ends.check(outcome, received, &format!("{most} links, {devices} devices")));
         }
     }
+}
+
+#[test]
+fn links_that_share_a_small_bandwidth_are_not_taken_for_silent() {
+    let mut ends = ends(1, 8);
+    // A frame takes longer, with all links together.
+    ends.options.silence_max = Duration::from_millis(300);
+    let bandwidth = Bandwidth::new(4 << 20);
+    let limited = || {
+        let (near, far) = SocketLink::pair().unwrap();
+        (LimitedLink::new(near, Some(bandwidth.clone())), far)
+    };
+    let (near, far) = limited();
+    let (outcome, received, connected) = run_over(&ends, near, far, |_| {
+        let (near, far) = limited();
+        (Box::new(near), vec![Box::new(far)])
+    });
+    assert_eq!(connected, 7);
+    assert!(ends.check(outcome, received, "eight links at 4 MiB/s"));
 }
 
 #[test]

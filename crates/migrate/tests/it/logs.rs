@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,8 +24,11 @@ struct Log {
     marks: Mutex<BTreeSet<u64>>,
     given_back: Mutex<BTreeSet<u64>>,
     on: AtomicBool,
+    harvests: AtomicU32,
     harvest_fails: bool,
     start_fails: bool,
+    /// The engine is its only reader.
+    is_alone: bool,
 }
 
 struct Handle(Arc<Log>);
@@ -40,6 +43,7 @@ impl DirtyLog for Handle {
     }
     fn harvest(&mut self, region: usize, dirty: &DirtyBitmap) -> io::Result<()> {
         assert_eq!(region, 0);
+        self.0.harvests.fetch_add(1, Ordering::SeqCst);
         if self.0.harvest_fails {
             return Err(io::ErrorKind::Other.into());
         }
@@ -51,8 +55,12 @@ impl DirtyLog for Handle {
         let pages = dirty.runs().flat_map(|(first, pages)| first..first + pages);
         self.0.given_back.lock().unwrap().extend(pages);
     }
+    fn has_other_readers(&self) -> bool {
+        !self.0.is_alone
+    }
     fn stop(&mut self) {
-        assert!(self.0.on.swap(false, Ordering::SeqCst));
+        // Called after a start that failed, too.
+        assert!(self.0.on.swap(false, Ordering::SeqCst) || self.0.start_fails);
     }
 }
 
@@ -131,6 +139,20 @@ fn an_abort_gives_back_what_was_harvested() {
             assert!(!log.on.load(Ordering::SeqCst), "stopped");
         }
     }
+}
+
+#[test]
+fn an_abort_does_not_read_all_memory_for_a_log_that_has_no_other_readers() {
+    let harvests = [false, true].map(|is_alone| {
+        let (ends, log, _) = ends(Log { is_alone, ..Log::default() });
+        ends.destination[0].fail(Step::LoadFinish, 0, Fault::Refused(Errno::EIO));
+        let (outcome, received) = ends.run_plain();
+        assert!(!ends.check(outcome, received, "abort"));
+        assert_eq!(log.given_back.lock().unwrap().is_empty(), is_alone);
+        assert!(!log.on.load(Ordering::SeqCst), "stopped");
+        log.harvests.load(Ordering::SeqCst)
+    });
+    assert_eq!(harvests[0], harvests[1] + 1);
 }
 
 #[test]

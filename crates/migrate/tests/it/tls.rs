@@ -468,7 +468,7 @@ fn the_end_is_told_from_nothing_and_what_was_sent_before_it_arrives() {
 }
 
 #[test]
-fn a_peer_that_does_not_read_holds_up_no_more_than_a_bounded_buffer() {
+fn a_peer_that_does_not_read_blocks_no_more_than_a_bounded_buffer() {
     let authority = Authority::new();
     let (source, destination) = (authority.tls("source"), authority.tls("destination"));
     let (near, far) = SocketLink::pair().unwrap();
@@ -540,7 +540,7 @@ fn files_that_do_not_fit_are_named_with_what_was_expected() {
         says(&load("ca", wrong, "one.key", None), &[&named(wrong), "not a PEM file"]);
         says(&load("ca", "one", wrong, None), &[&named(wrong), "not a PEM file"]);
     }
-    says(&load("none", "one", "one.key", None), &[&named("none"), "certificate 1 is none"]);
+    says(&load("none", "one", "one.key", None), &[&named("none"), "certificate 1 is not valid"]);
     says(&load("ca", "none", "one.key", None), &[&named("none")]);
     says(&load("cut", "one", "one.key", None), &[&named("cut"), "damaged"]);
     says(&load("ca", "one", "one.key", Some("no name")), &["`no name`", "host name"]);
