@@ -11,8 +11,8 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use limosa_migrate::{
-    AfterLoad, AfterSave, Destination, FilePages, Ledger, Memory, MemoryRegion, Nobody, Options, Outcome,
-    Received, SnapshotFile, SnapshotSource, SnapshotTarget, Source, verify,
+    AfterLoad, AfterSave, Destination, FilePages, Ledger, Memory, MemoryRegion, Options, Outcome, Received,
+    SnapshotFile, SnapshotSource, SnapshotTarget, Source, verify,
 };
 use limosa_store::Object;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -124,20 +124,17 @@ fn floor(guest: &File, path: &std::path::Path) {
 
 fn save(guest: &File, to: &dyn SnapshotTarget) {
     let pages = FilePages::new(guest.try_clone().unwrap(), 0);
-    let source = Source::new(&[], &Options::default()).with_memory(Memory::stopped(vec![MemoryRegion {
-        id: 0,
-        iova: 0,
-        size: BYTES,
-        pages: &pages,
-    }]));
+    let (options, region) = (Options::default(), MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages });
+    let source = Source::new(&[], &options).with_memory(Memory::stopped(vec![region]));
     let outcome = source.save(to, AfterSave::Run);
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
 }
 
 fn load(guest: &File, from: &dyn SnapshotSource) {
     let pages = FilePages::new(guest.try_clone().unwrap(), 0);
-    let destination = Destination::new(&[], &Ledger::new(), &Options::default())
-        .with_memory(&[MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }]);
+    let (options, ledger) = (Options::default(), Ledger::new());
+    let regions = [MemoryRegion { id: 0, iova: 0, size: BYTES, pages: &pages }];
+    let destination = Destination::new(&[], &ledger, &options).with_memory(&regions);
     let received = destination.load(from, AfterLoad::Stop);
     assert!(matches!(received, Received::Stopped(_)), "{received:?}");
 }

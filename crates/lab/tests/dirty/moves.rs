@@ -14,7 +14,7 @@ use limosa_client::{Device, DeviceExt, DirtySource, DmaMap, DmaMemory};
 use limosa_lab::module::{self, Dma, ModuleDevice};
 use limosa_migrate::{
     Convergence, Destination, DirtyLog, FilePages, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice,
-    Nobody, Observer, Options, Outcome, Phase, Received, Round, Source, move_local,
+    Observer, Options, Outcome, Phase, Received, Round, Source, move_local,
 };
 use limosa_protocol::State;
 use limosa_protocol::bitmap::DirtyBitmap;
@@ -232,14 +232,16 @@ fn moved(
     let given_back = Arc::clone(&log.0);
     let here: Vec<_> = guests.iter().map(|guest| MovedDevice::new(&guest.device)).collect();
     let there: Vec<_> = there.iter().map(|device| MovedDevice::new(*device)).collect();
+    let observer = All(guests);
     let source = Source::new(&here, &options)
         .with_memory(
             Memory::logged(regions(&near), &mut log)
                 .with_sources(logs.iter().map(|log| log as &dyn DirtySource).collect()),
         )
-        .with_observer(&All(guests));
-    let destination = Destination::new(&there, &Ledger::new(), &options).with_memory(&regions(&far));
-    let (outcome, received) = move_local(&mut source, &destination);
+        .with_observer(&observer);
+    let (ledger, far) = (Ledger::new(), regions(&far));
+    let destination = Destination::new(&there, &ledger, &options).with_memory(&far);
+    let (outcome, received) = move_local(source, &destination);
     let given_back = given_back.lock().unwrap().clone();
     (outcome, received, given_back)
 }

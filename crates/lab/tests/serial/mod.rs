@@ -14,7 +14,7 @@ use std::time::Duration;
 use limosa_client::{Chunk, Device, DeviceExt};
 use limosa_device::{Loopback, Machine};
 use limosa_lab::{Mdev, limosa};
-use limosa_migrate::{Destination, Ledger, Memory, MovedDevice, Nobody, Options, Outcome, Received, Source};
+use limosa_migrate::{Destination, Ledger, MovedDevice, Options, Outcome, Received, Source};
 use limosa_models::uart::Mtty;
 use limosa_protocol::State;
 use limosa_vfio_kernel::{Door, KernelDevice};

@@ -64,6 +64,9 @@ pub struct Save {
     pub stop: bool,
 
     #[command(flatten)]
+    pub standstill: Standstill,
+
+    #[command(flatten)]
     pub reporting: Reporting,
 
     #[command(flatten)]
@@ -122,6 +125,30 @@ pub struct Moving {
     /// default abort with --downtime-limit, else switch over.
     #[arg(long, value_name = "CHOICE")]
     pub when_stalled: Option<WhenStalled>,
+
+    /// Seconds for which devices' initial data holds the stop back: while a device has some to give or to load, nothing
+    /// stops.
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub initial_limit: Duration,
+
+    #[command(flatten)]
+    pub standstill: Standstill,
+}
+
+/// How long the guest may stand still.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Downtime")]
+pub struct Standstill {
+    /// Longest time in seconds that the guest stands still, from its stop until everything is there. After that it runs
+    /// on here, and nothing is moved or saved. A move that is predicted to take longer does not stop it at all.
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    standstill: Duration,
+}
+
+impl Standstill {
+    pub fn limit(&self) -> Duration {
+        self.standstill
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use limosa_migrate::link::{Incoming, LinkError, Wait};
-use limosa_migrate::{Decision, InDoubt, Memory, Nobody, Options, Outcome, Received, Source, published};
+use limosa_migrate::{Decision, InDoubt, Options, Outcome, Received, Source, published};
 use limosa_stream::MigrationId;
 use serde::Serialize;
 

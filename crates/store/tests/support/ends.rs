@@ -112,8 +112,7 @@ impl End {
 
     pub fn load(&self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
         let (ledger, memory) = (Ledger::new(), [self.region()]);
-        let destination =
-            Destination::new(&[MovedDevice::new(&self.device)], &ledger, &self.options).with_memory(&memory);
-        destination.load(from, after)
+        let devices = [MovedDevice::new(&self.device)];
+        Destination::new(&devices, &ledger, &self.options).with_memory(&memory).load(from, after)
     }
 }

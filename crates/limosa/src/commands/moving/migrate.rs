@@ -30,11 +30,11 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
     let guest = Guest::source(&args.stopping, None)?;
-    let mut source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, &cancel);
+    let source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, &cancel);
     let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
     let guest_there = Guest::destination(&args.starting);
     let destination = destination(&there, &regions, &guest_there, &Nobody, &options, &cancel, &ledger);
-    let (outcome, received) = move_local(&mut source, &destination);
+    let (outcome, received) = move_local(source, &destination);
     drop(progress);
     match (outcome, received) {
         (_, Received::Broken { why, report }) => {

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use limosa_migrate::{
-    Cancel, Destination, DirtyLog, FilePages, FingerprintLog, Ledger, Memory, MemoryRegion, MovedDevice,
-    Observer, Options, Source, Vmm, WhenStalled,
+    Cancel, Destination, FilePages, FingerprintLog, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
+    Options, Source, Vmm, WhenStalled,
 };
 
 use crate::args;
@@ -37,8 +37,10 @@ pub fn cancel_on_signal() -> anyhow::Result<Cancel> {
 }
 
 fn options(moving: &args::Moving) -> Options {
-    let mut options = Options::default().with_precopy(!moving.no_precopy);
+    let mut options =
+        Options::default().with_precopy(!moving.no_precopy).with_standstill_max(moving.standstill.limit());
     let convergence = &mut options.convergence;
+    convergence.initial_max = moving.initial_limit;
     if let Some(limit) = moving.downtime_limit {
         (convergence.downtime_goal, convergence.when_stalled) = (limit, WhenStalled::Abort);
     }

@@ -3,8 +3,8 @@
 use std::io;
 use std::time::Instant;
 
+use limosa_migrate::Outcome;
 use limosa_migrate::link::{LinkError, Wait};
-use limosa_migrate::{Options, Outcome};
 
 use super::ended::Ending;
 use super::{ASK_EVERY, cancel_on_signal, memory, options, over_link, source};
@@ -39,12 +39,12 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
         Sending { moves: &moves, devices, to: address.to_string(), saved: false, tls: links.are_tls() };
     let guest = Guest::source(&args.stopping, Some(sending))?;
     let pages = side.source_pages(&args.stopping)?;
-    let mut log = pages.log();
     let hint = "is `limosa receive` listening there?";
     let connector = links.connector(&address);
     let link = links::connect(&connector, options.silence_max, Some(&cancel), hint)?;
-    let mut source = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
-    let mut outcome = source.send_over(&link, &connector);
+    let mut log = pages.log();
+    let sent = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
+    let mut outcome = sent.send_over(&link, &connector);
     drop(link);
     let began = Instant::now();
     while let Outcome::InDoubt(doubt) = outcome {
@@ -53,7 +53,12 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
             return Err(ending.in_doubt(&side.name(), &doubt, &guest));
         };
         outcome = match connector.connect(Wait::within(left, Some(&cancel))) {
-            Ok(link) => source.resolve(doubt, &link),
+            Ok(link) => {
+                let mut log = pages.log();
+                let asking =
+                    source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
+                asking.resolve(doubt, &link)
+            }
             // Nobody is there to be asked, now or later.
             Err(error) if nobody_listens(&error) => {
                 return Err(ending.in_doubt(&side.name(), &doubt, &guest));

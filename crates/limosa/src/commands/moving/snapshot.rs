@@ -30,7 +30,8 @@ pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result
 
 fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
-    let options = Options::default().with_compress(args.compress);
+    let options =
+        Options::default().with_compress(args.compress).with_standstill_max(args.standstill.limit());
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
     let place = Place::new(&args.file, args.replace)?;
@@ -39,16 +40,20 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let noting = Sending { moves: &moves, devices, to: noted_name(&args.file)?, saved: true, tls: false };
     let (guest, pages) = (Guest::source(&args.stopping, Some(noting))?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();
-    let memory = memory(side, &pages, &mut log);
-    let mut source = source(&moved, memory, &guest, &progress, &options, &cancel);
-    let mut outcome = source.save(place.target(), after);
+    let saved = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
+    let mut outcome = saved.save(place.target(), after);
     if let Outcome::InDoubt(doubt) = outcome {
         // Before anything else: this process may end at any moment.
         let noted = guest.committing(doubt.id);
         if let Err(why) = &noted {
             tracing::warn!("the save in doubt cannot be noted: {why}");
         }
-        outcome = settle(doubt, &place, &options, &cancel, |decision, doubt| source.decide(decision, doubt));
+        outcome = settle(doubt, &place, &options, &cancel, |decision, doubt| {
+            let mut log = pages.log();
+            let settled =
+                source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
+            settled.decide(decision, doubt)
+        });
     }
     drop(progress);
     match &outcome {
