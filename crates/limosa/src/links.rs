@@ -4,9 +4,7 @@ use std::io;
 use std::time::{Duration, SystemTime};
 
 use limosa_migrate::Cancel;
-use limosa_migrate::link::{
-    self, Acceptor, Address, Bandwidth, Connector, Link, LinkError, Listener, Tls, Wait,
-};
+use limosa_migrate::link::{self, Address, Bandwidth, Connector, Link, LinkError, Listener, Tls, Wait};
 use limosa_stream::DATA_BYTES_MAX;
 
 use crate::args;
@@ -75,8 +73,12 @@ impl Links {
     }
 
     /// Accepts connections from this listener.
-    pub fn acceptor(&self, listener: Listener, silence: Duration) -> anyhow::Result<Acceptor> {
-        Ok(Acceptor::new(listener, self.tls.clone(), silence)?)
+    pub fn acceptor(
+        &self,
+        listener: Listener,
+        silence: Duration,
+    ) -> anyhow::Result<limosa_migrate::Acceptor> {
+        Ok(limosa_migrate::Acceptor::new(listener, self.tls.clone(), silence)?)
     }
 }
 

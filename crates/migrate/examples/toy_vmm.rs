@@ -25,7 +25,8 @@ use std::time::Duration;
 use limosa_client::{Device, DmaMap, DmaMemory};
 use limosa_device::saved::Section;
 use limosa_device::{Bus, Description, Fault, Loopback, Machine, Model, Whole, WholeState};
-use limosa_migrate::link::{Acceptor, Address, Bandwidth, Connector, Incoming, Listener, Wait, connect};
+use limosa_migrate::link::{Address, Bandwidth, Connector, Listener, Wait, connect};
+use limosa_migrate::{Acceptor, Incoming};
 use limosa_migrate::{
     Cancel, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory, MemoryRegion,
     MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,

@@ -3,12 +3,11 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::lock::lock;
-use crate::{Error, Result};
 
 /// A handle to call a move off. Clones are the same handle.
 ///
@@ -87,7 +86,7 @@ impl Cancel {
 
     /// Waits for that long, or until somebody calls it off; whether somebody did.
     pub fn wait(&self, time: Duration) -> bool {
-        let deadline = crate::link::after(limosa_clockwork::now(), time);
+        let deadline = after(limosa_clockwork::now(), time);
         while !self.is_cancelled() {
             let left = deadline.saturating_duration_since(limosa_clockwork::now());
             if left.is_zero() {
@@ -108,9 +107,10 @@ impl AsFd for Cancel {
     }
 }
 
-/// [`Error::Cancelled`] when somebody called it off.
-pub(crate) fn check(cancel: Option<&Cancel>) -> Result<()> {
-    if cancel.is_some_and(Cancel::is_cancelled) { Err(Error::Cancelled) } else { Ok(()) }
+/// The moment `time` after another. A moment that the clock cannot express is replaced by one that is a year away.
+pub(crate) fn after(moment: Instant, time: Duration) -> Instant {
+    const YEAR: Duration = Duration::from_secs(365 * 86_400);
+    moment.checked_add(time).or_else(|| moment.checked_add(YEAR)).unwrap_or(moment)
 }
 
 /// For `poll`; rounded up to a nanosecond so that a wait never spins.

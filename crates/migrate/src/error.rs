@@ -7,8 +7,8 @@ use limosa_clockwork::Panic;
 use limosa_protocol::State;
 use limosa_stream::{AbortCode, Damage};
 
+use crate::Cancel;
 use crate::link::LinkError;
-use crate::protocol::Obstacle;
 
 /// The result of the engine's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -183,6 +183,77 @@ pub enum Error {
     },
 }
 
+/// What keeps a move from stopping within its goal.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Obstacle {
+    /// The guest dirties memory as fast as it is moved.
+    #[error(
+        "the guest dirties its memory about as fast as it is moved ({dirty_bytes} bytes are dirty); slow the guest \
+         down, give it a faster link, or allow more downtime"
+    )]
+    DirtyMemory {
+        /// Bytes that are dirty.
+        dirty_bytes: u64,
+    },
+    /// A device dirties its state as fast as it is moved, or gives nothing of what it says is left.
+    #[error(
+        "{device} does not get ahead of its own changes in pre-copy ({left_bytes} bytes are left); make it less busy, \
+         give it a faster link, or allow more downtime"
+    )]
+    DirtyDevice {
+        /// The device.
+        device: String,
+        /// Bytes that it says are left.
+        left_bytes: u64,
+    },
+    /// A device has more to give in the stop than fits into the goal, and pre-copy cannot make that less.
+    #[error(
+        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or give it a faster link"
+    )]
+    DeviceState {
+        /// The device.
+        device: String,
+        /// Bytes that it would give.
+        bytes: u64,
+    },
+    /// A device's initial bytes were not read and loaded in time.
+    #[error(
+        "{device} still has {left_bytes} bytes of initial data to give or to load after {limit:?}; allow it more time"
+    )]
+    InitialData {
+        /// The device.
+        device: String,
+        /// Bytes that are left; 0 when all are read and not all are loaded.
+        left_bytes: u64,
+        /// The limit that has passed ([`Convergence::initial_max`](crate::Convergence::initial_max)).
+        limit: Duration,
+    },
+    /// A device does not say how much it has to give in the stop.
+    #[error(
+        "{device} does not say how much state it has (no MIG_DATA_SIZE), so that no downtime can be promised; tell \
+         its size (MovedDevice::stop_bytes), or allow the stop whatever it takes"
+    )]
+    SizeUnknown {
+        /// The device.
+        device: String,
+    },
+    /// The log of dirty pages was lost after the guest had stopped, so that all memory would have to move in the stop.
+    #[error(
+        "the log of dirty pages was lost at the stop, and all memory would have to be moved while nothing runs"
+    )]
+    LogLost,
+    /// What has to be moved after the stop, with the guest standing still, takes longer than it may stand still.
+    #[error("it would stand still for longer than {limit:?}, the limit for that")]
+    Standstill {
+        /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
+        limit: Duration,
+    },
+    /// Words and arcs alone take longer than the goal.
+    #[error("the link's latency and the devices' own arcs take longer than that; allow more downtime")]
+    Latency,
+}
+
 /// What a device did that the standard does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -307,4 +378,9 @@ impl Error {
     pub(crate) fn peer_needs_no_word(&self) -> bool {
         matches!(self, Error::Aborted { .. })
     }
+}
+
+/// [`Error::Cancelled`] when the move was called off.
+pub(crate) fn check_cancel(cancel: Option<&Cancel>) -> Result<()> {
+    if cancel.is_some_and(Cancel::is_cancelled) { Err(Error::Cancelled) } else { Ok(()) }
 }

@@ -56,12 +56,12 @@
 //! whatever the size of the guest; [`Report::buffer_bytes_max`] says how much it was.
 #![forbid(unsafe_code)]
 
+mod acceptor;
 mod cancel;
 mod context;
 mod destination;
 mod devices;
 mod error;
-mod hooks;
 mod ledger;
 pub mod link;
 mod local;
@@ -73,13 +73,14 @@ mod report;
 mod snapshot;
 mod source;
 mod transfer;
+mod vmm;
 mod wire;
 
+pub use acceptor::{Acceptor, Incoming, PENDING_MAX};
 pub use cancel::Cancel;
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
-pub use error::{Changed, Difference, Error, Misbehaviour, Result};
-pub use hooks::{Nobody, Observer, Vmm};
+pub use error::{Changed, Difference, Error, Misbehaviour, Obstacle, Result};
 pub use ledger::{Decision, Ledger};
 pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Totals};
 pub use local::move_local;
@@ -87,10 +88,10 @@ pub use memory::{
     DirtyLog, FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Memory, MemoryRegion,
     PAGE_BYTES,
 };
-pub use options::Options;
-pub use protocol::{Convergence, Obstacle, Round, WhenStalled};
+pub use options::{Convergence, Options, WhenStalled};
+pub use protocol::Round;
 pub use report::{
-    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Phase, PhaseReport, Report,
+    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Observer, Phase, PhaseReport, Report,
     RoundReport, Side, SpanReport, Throughput, Unrecovered,
 };
 pub use snapshot::{
@@ -99,3 +100,4 @@ pub use snapshot::{
     inspect_snapshot, published, verify,
 };
 pub use source::{AfterSave, InDoubt, Outcome, Source};
+pub use vmm::{Nobody, Vmm};

@@ -1,11 +1,9 @@
-//! What a caller may choose: [`Options`].
+//! What a caller may choose: [`Options`], and [`Convergence`] among them.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
 
 use limosa_stream::Compression;
-
-use crate::Convergence;
 
 /// What a caller may choose. The default suits a machine in one rack.
 ///
@@ -71,6 +69,50 @@ impl Default for Options {
     }
 }
 
+/// What a caller wants a move to cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Convergence {
+    /// How long nothing is to run. Pre-copy goes on until a stop is predicted to take no longer, and below that as
+    /// long as it still gains much. It is a goal: what happens when it cannot be met says
+    /// [`Convergence::when_stalled`]. With [`WhenStalled::Abort`] it is a limit to what is predicted, at the decision
+    /// to stop and once more when the last dirty pages are known.
+    pub downtime_goal: Duration,
+    /// Rounds of memory in a row, or looks at a device, without gain after which pre-copy has stalled.
+    pub stalled_rounds_max: u32,
+    /// The most rounds of memory, and how many times over a device may give what it had at first.
+    pub rounds_max: u32,
+    /// What to do when pre-copy has stalled above the goal, and [`Vmm::throttle`](crate::Vmm::throttle) cannot help.
+    pub when_stalled: WhenStalled,
+    /// How long a device's initial bytes (`vfio.h: struct vfio_precopy_info`) hold the stop back. While any are
+    /// left to be read at the source or to be loaded at the destination nothing stops; after this time they are taken
+    /// for ordinary pre-copy data.
+    pub initial_max: Duration,
+}
+
+/// What to do when the downtime goal cannot be met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenStalled {
+    /// Keep trying, until the move is called off or the guest becomes quieter; also beyond the last round.
+    KeepTrying,
+    /// Stop all the same: the move succeeds, with a longer downtime.
+    SwitchOver,
+    /// Call the move off ([`Error::NotConverging`](crate::Error::NotConverging)).
+    Abort,
+}
+
+impl Default for Convergence {
+    fn default() -> Convergence {
+        Convergence {
+            downtime_goal: Duration::from_millis(300),
+            stalled_rounds_max: 5,
+            rounds_max: 100,
+            when_stalled: WhenStalled::SwitchOver,
+            initial_max: Duration::from_secs(30),
+        }
+    }
+}
+
 macro_rules! with {
     ($of:ty { $($with:ident: $field:ident: $type:ty,)* }) => {
         impl $of {
@@ -102,6 +144,6 @@ with!(Convergence {
     with_downtime_goal: downtime_goal: Duration,
     with_stalled_rounds_max: stalled_rounds_max: u32,
     with_rounds_max: rounds_max: u32,
-    with_when_stalled: when_stalled: crate::WhenStalled,
+    with_when_stalled: when_stalled: WhenStalled,
     with_initial_max: initial_max: Duration,
 });

@@ -4,7 +4,8 @@
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use limosa_migrate::link::{Incoming, LinkError, Wait};
+use limosa_migrate::Incoming;
+use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{Decision, InDoubt, Options, Outcome, Received, Source, published};
 use limosa_stream::MigrationId;
 use serde::Serialize;

@@ -5,10 +5,10 @@ use limosa_stream::{Damage, Kind, MigrationId};
 
 use super::Destination;
 use super::receive::Receiving;
-use crate::cancel;
 use crate::context::Context;
-use crate::hooks;
+use crate::error::check_cancel;
 use crate::report::Phase;
+use crate::vmm;
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
@@ -67,7 +67,7 @@ impl<'a> Destination<'a> {
 
     /// READY, and the wait for COMMIT. When this fails the move must never run here.
     fn hold(&self, id: MigrationId, connection: &Connection<'_>) -> Result<()> {
-        cancel::check(self.cancel)?;
+        check_cancel(self.cancel)?;
         connection.send(&Frame::new(Kind::READY, &[]), self.cancel)?;
         let limit = self.options.commit_max;
         connection.expect(Kind::COMMIT, "holding for the commit", limit, self.cancel)?;
@@ -86,13 +86,13 @@ impl<'a> Destination<'a> {
     ) -> Result<(), NotStarted> {
         context.recorder.phase(Phase::Start);
         let p2p = |at| receiving.flags(at).contains(MigrationFlags::P2P);
-        let started = hooks::ask("Vmm::prepare", "run", || self.vmm.prepare())
+        let started = vmm::ask("Vmm::prepare", "run", || self.vmm.prepare())
             .and_then(|()| receiving.enter(|at| p2p(at).then_some(State::RunningP2p)))
             .and_then(|()| receiving.enter(|_| Some(State::Running)));
         let why = match started {
             Ok(()) => {
                 // The devices run: whatever it says, this is where the guest is.
-                if let Err(note) = hooks::tell("Vmm::start", || self.vmm.start()) {
+                if let Err(note) = vmm::tell("Vmm::start", || self.vmm.start()) {
                     context.recorder.note(note);
                 }
                 return Ok(());

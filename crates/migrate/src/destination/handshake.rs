@@ -7,9 +7,9 @@ use limosa_stream::{Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, Prefa
 
 use super::Destination;
 use super::receive::Receiving;
-use crate::cancel;
 use crate::context::Context;
 use crate::devices::{compare_devices, compare_memory, facts, failed};
+use crate::error::check_cancel;
 use crate::link::FurtherLinks;
 use crate::memory::MemoryRegion;
 use crate::protocol::credit::window;
@@ -88,7 +88,7 @@ impl<'a> Destination<'a> {
     /// Compares without touching anything. The states in which the devices are found.
     fn compare(&self, offer: &Offer) -> Result<Vec<State>> {
         let here: Vec<DeviceFacts> = (self.devices.iter().enumerate())
-            .map(|(at, moved)| cancel::check(self.cancel).and_then(|()| facts(at as u32, moved)))
+            .map(|(at, moved)| check_cancel(self.cancel).and_then(|()| facts(at as u32, moved)))
             .collect::<Result<_>>()?;
         let memory: Vec<_> = self.memory.iter().map(MemoryRegion::facts).collect();
         let mut reasons = compare_devices(&offer.devices, &here);

@@ -6,8 +6,8 @@ use super::commit::NotStarted;
 use super::handshake::Greeting;
 use super::receive::Receiving;
 use super::{Destination, Ending, Received, Then, ended};
-use crate::cancel;
 use crate::context::Context;
+use crate::error::check_cancel;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase};
 use crate::snapshot::{self, Reading, SnapshotSource, of_place};
@@ -60,7 +60,7 @@ impl<'a> Destination<'a> {
         context: &Context<'a>,
         receiving: &Receiving<'_, 'a>,
     ) -> Result<(), NotStarted> {
-        cancel::check(self.cancel).map_err(NotStarted::GivenBack)?;
+        check_cancel(self.cancel).map_err(NotStarted::GivenBack)?;
         context.recorder.check().map_err(NotStarted::GivenBack)?;
         match after {
             AfterLoad::Stop => Ok(()),

@@ -4,7 +4,8 @@ use std::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::{Link, LinkError, Wait, after};
+use super::{Link, LinkError, Wait};
+use crate::cancel::after;
 use crate::lock::lock;
 
 /// The longest burst after a pause, as time at the full rate.

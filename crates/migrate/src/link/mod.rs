@@ -3,7 +3,6 @@
 //! A [`Link`] carries bytes. It may write or read fewer than it was asked to; framing and checksums are the task of the
 //! layer above. Every wait has a deadline and ends when the move is called off.
 
-mod acceptor;
 mod address;
 mod connector;
 mod limited;
@@ -14,7 +13,6 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use acceptor::{Acceptor, Incoming, PENDING_MAX};
 pub use address::{Address, AddressError};
 pub use connector::Connector;
 pub use limited::{Bandwidth, LimitedLink};
@@ -23,6 +21,7 @@ pub(crate) use tls::is_tls;
 pub use tls::{Tls, TlsError, TlsLink};
 
 use crate::Cancel;
+use crate::cancel::after;
 
 /// The limit of a wait: its deadline, and the handle that ends it early.
 ///
@@ -51,12 +50,6 @@ impl<'a> Wait<'a> {
             left => Ok(left),
         }
     }
-}
-
-/// The moment `time` after another. A moment that the clock cannot express is replaced by one that is a year away.
-pub(crate) fn after(moment: Instant, time: Duration) -> Instant {
-    const YEAR: Duration = Duration::from_secs(365 * 86_400);
-    moment.checked_add(time).or_else(|| moment.checked_add(YEAR)).unwrap_or(moment)
 }
 
 /// Why a call on a link failed.
@@ -119,7 +112,7 @@ pub trait Link: Send + Sync {
 }
 
 /// Makes the further links of a move: a source connects them ([`Connector`]), a destination accepts them
-/// ([`Acceptor`]). A closure can serve as well.
+/// ([`Acceptor`](crate::Acceptor)). A closure can serve as well.
 pub trait FurtherLinks: Sync {
     /// The next link to the same peer.
     ///

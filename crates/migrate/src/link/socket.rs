@@ -17,8 +17,8 @@ use rustix::net::{
     SocketType, socket_with,
 };
 
-use super::{Address, Link, LinkError, Wait, after};
-use crate::cancel::timespec;
+use super::{Address, Link, LinkError, Wait};
+use crate::cancel::{after, timespec};
 
 /// The shortest and the longest time that one connection attempt may take.
 const CONNECT_MIN: Duration = Duration::from_millis(1);

@@ -14,7 +14,8 @@ use rustls::{ClientConnection, Connection, ServerConnection};
 pub use config::Tls;
 pub use error::TlsError;
 
-use super::{Address, Link, LinkError, SocketLink, Wait, after};
+use super::{Address, Link, LinkError, SocketLink, Wait};
+use crate::cancel::after;
 use crate::lock::lock;
 
 /// The size of the buffer for received bytes that are not decrypted yet.

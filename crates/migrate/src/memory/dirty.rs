@@ -8,8 +8,8 @@ use limosa_protocol::bitmap::{DirtyBitmap, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 
 use super::{Memory, PAGE_BYTES};
-use crate::cancel::check;
 use crate::devices::{MovedDevice, failed};
+use crate::error::check_cancel;
 use crate::{Cancel, Error, Result};
 
 /// Which pages are still to be sent, and which were ever harvested, by region.
@@ -83,7 +83,7 @@ impl DirtyLogs {
             self.sources_started += 1;
         }
         for (at, device) in devices.iter().enumerate() {
-            check(cancel)?;
+            check_cancel(cancel)?;
             let device = device.device;
             let log = DeviceLog::new(device);
             if log.is_supported().map_err(|error| failed(device, STARTING, error))? {

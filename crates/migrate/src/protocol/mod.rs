@@ -6,6 +6,7 @@ pub(crate) mod flush;
 pub(crate) mod limits;
 pub(crate) mod link_count;
 pub(crate) mod pace;
+mod round;
 pub(crate) mod stop_policy;
 
-pub use stop_policy::{Convergence, Obstacle, Round, WhenStalled};
+pub use round::Round;

@@ -6,6 +6,9 @@
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
+use super::round::Round;
+use crate::error::Obstacle;
+use crate::options::{Convergence, WhenStalled};
 
 /// A device is judged after it has moved so much, or after this time.
 const WINDOW_BYTES: u64 = 32 << 20;
@@ -14,145 +17,6 @@ const WINDOW_TIME: Duration = Duration::from_millis(250);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What a device that says nothing of its size may give in pre-copy, for each round that is allowed.
 const UNKNOWN_BYTES: u64 = 1 << 30;
-
-/// What a caller wants a move to cost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Convergence {
-    /// How long nothing is to run. Pre-copy goes on until a stop is predicted to take no longer, and below that as
-    /// long as it still gains much. It is a goal: what happens when it cannot be met says
-    /// [`Convergence::when_stalled`]. With [`WhenStalled::Abort`] it is a limit to what is predicted, at the decision
-    /// to stop and once more when the last dirty pages are known.
-    pub downtime_goal: Duration,
-    /// Rounds of memory in a row, or looks at a device, without gain after which pre-copy has stalled.
-    pub stalled_rounds_max: u32,
-    /// The most rounds of memory, and how many times over a device may give what it had at first.
-    pub rounds_max: u32,
-    /// What to do when pre-copy has stalled above the goal, and [`Vmm::throttle`](crate::Vmm::throttle) cannot help.
-    pub when_stalled: WhenStalled,
-    /// How long a device's initial bytes (`vfio.h: struct vfio_precopy_info`) hold the stop back. While any are
-    /// left to be read at the source or to be loaded at the destination nothing stops; after this time they are taken
-    /// for ordinary pre-copy data.
-    pub initial_max: Duration,
-}
-
-/// What to do when the downtime goal cannot be met.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WhenStalled {
-    /// Keep trying, until the move is called off or the guest becomes quieter; also beyond the last round.
-    KeepTrying,
-    /// Stop all the same: the move succeeds, with a longer downtime.
-    SwitchOver,
-    /// Call the move off ([`Error::NotConverging`](crate::Error::NotConverging)).
-    Abort,
-}
-
-impl Default for Convergence {
-    fn default() -> Convergence {
-        Convergence {
-            downtime_goal: Duration::from_millis(300),
-            stalled_rounds_max: 5,
-            rounds_max: 100,
-            when_stalled: WhenStalled::SwitchOver,
-            initial_max: Duration::from_secs(30),
-        }
-    }
-}
-
-/// What is known at the end of a round, or at a look at devices between rounds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Round {
-    /// The number of the look, from 1.
-    pub round: u32,
-    /// Bytes of memory that are dirty.
-    pub memory_dirty_bytes: u64,
-    /// Bytes that devices would still have to give if they were stopped now, as far as that is known.
-    pub device_bytes: u64,
-    /// How many devices do not say how much they would give.
-    pub devices_unknown: u32,
-    /// Bytes that devices dirtied after they had been read, as far as they say.
-    pub device_dirty_bytes: u64,
-    /// Bytes of initial pre-copy data that are still to be read or loaded, as far as devices say. Can grow again
-    /// (`VFIO_PRECOPY_INFO_REINIT`).
-    pub device_initial_bytes: u64,
-    /// The measured rate of bytes that the destination has handled, in a second; 0 before enough were moved to tell.
-    pub bytes_per_second: u64,
-    /// How long nothing would run if the stop came now, of what is known: at least this long when
-    /// [`Round::devices_unknown`] is not 0.
-    pub predicted_downtime: Duration,
-}
-
-/// What keeps a move from stopping within its goal.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Obstacle {
-    /// The guest dirties memory as fast as it is moved.
-    #[error(
-        "the guest dirties its memory about as fast as it is moved ({dirty_bytes} bytes are dirty); slow the guest \
-         down, give it a faster link, or allow more downtime"
-    )]
-    DirtyMemory {
-        /// Bytes that are dirty.
-        dirty_bytes: u64,
-    },
-    /// A device dirties its state as fast as it is moved, or gives nothing of what it says is left.
-    #[error(
-        "{device} does not get ahead of its own changes in pre-copy ({left_bytes} bytes are left); make it less busy, \
-         give it a faster link, or allow more downtime"
-    )]
-    DirtyDevice {
-        /// The device.
-        device: String,
-        /// Bytes that it says are left.
-        left_bytes: u64,
-    },
-    /// A device has more to give in the stop than fits into the goal, and pre-copy cannot make that less.
-    #[error(
-        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or give it a faster link"
-    )]
-    DeviceState {
-        /// The device.
-        device: String,
-        /// Bytes that it would give.
-        bytes: u64,
-    },
-    /// A device's initial bytes were not read and loaded in time.
-    #[error(
-        "{device} still has {left_bytes} bytes of initial data to give or to load after {limit:?}; allow it more time"
-    )]
-    InitialData {
-        /// The device.
-        device: String,
-        /// Bytes that are left; 0 when all are read and not all are loaded.
-        left_bytes: u64,
-        /// The limit that has passed ([`Convergence::initial_max`]).
-        limit: Duration,
-    },
-    /// A device does not say how much it has to give in the stop.
-    #[error(
-        "{device} does not say how much state it has (no MIG_DATA_SIZE), so that no downtime can be promised; tell \
-         its size (MovedDevice::stop_bytes), or allow the stop whatever it takes"
-    )]
-    SizeUnknown {
-        /// The device.
-        device: String,
-    },
-    /// The log of dirty pages was lost after the guest had stopped, so that all memory would have to move in the stop.
-    #[error(
-        "the log of dirty pages was lost at the stop, and all memory would have to be moved while nothing runs"
-    )]
-    LogLost,
-    /// What has to be moved after the stop, with the guest standing still, takes longer than it may stand still.
-    #[error("it would stand still for longer than {limit:?}, the limit for that")]
-    Standstill {
-        /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
-        limit: Duration,
-    },
-    /// Words and arcs alone take longer than the goal.
-    #[error("the link's latency and the devices' own arcs take longer than that; allow more downtime")]
-    Latency,
-}
 
 /// What a look finds of one device.
 #[derive(Clone, Debug, Default)]

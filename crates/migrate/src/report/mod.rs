@@ -3,6 +3,7 @@
 
 mod estimate;
 mod html;
+mod observer;
 mod record;
 mod spans;
 mod text;
@@ -12,6 +13,7 @@ use limosa_protocol::State;
 use serde::{Serialize, Serializer};
 
 pub use estimate::Estimate;
+pub use observer::Observer;
 pub(crate) use record::{LinkMeter, Recorder};
 
 use limosa_stream::Totals;

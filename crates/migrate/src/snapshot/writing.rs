@@ -6,9 +6,8 @@ use std::sync::Mutex;
 
 use super::{Durability, Limits, PIECE_BYTES, Publication, SnapshotTarget, SnapshotWriter, failed, os_error};
 use crate::link::{Link, LinkError, Wait};
-use crate::wire::{Connection, Frame};
 use crate::{Error, Options, Result};
-use limosa_stream::{Kind, Seal};
+use limosa_stream::Seal;
 
 /// How [`Writing::publish`] ended.
 pub(crate) enum Published {
@@ -65,15 +64,12 @@ impl Writing {
         Ok(Writing { name, inner: Mutex::new(inner) })
     }
 
-    /// Sends the SEAL, over everything that was sent before it. It follows the SUM (`docs/stream.md`).
-    pub(crate) fn seal(&self, connection: &Connection<'_>, limits: Limits<'_>) -> Result<()> {
-        let seal = {
-            let mut inner = crate::lock::lock(&self.inner);
-            let flushed = inner.flush(limits.wait());
-            flushed.map_err(|error| failed(&self.name, "writing it", limits.silence_max, error))?;
-            Seal { bytes: inner.bytes, blake3: *inner.hasher.finalize().as_bytes() }
-        };
-        connection.send(&Frame::new(Kind::SEAL, &seal.encode()), limits.cancel)
+    /// The SEAL over everything that was written before it. It follows the SUM (`docs/stream.md`).
+    pub(crate) fn seal(&self, limits: Limits<'_>) -> Result<Seal> {
+        let mut inner = crate::lock::lock(&self.inner);
+        let flushed = inner.flush(limits.wait());
+        flushed.map_err(|error| failed(&self.name, "writing it", limits.silence_max, error))?;
+        Ok(Seal { bytes: inner.bytes, blake3: *inner.hasher.finalize().as_bytes() })
     }
 
     /// Publishes the snapshot, which is complete. Takes [`Options::load_max`] at most, apart from what is still to be

@@ -4,11 +4,11 @@ use limosa_clockwork::catch;
 use limosa_stream::Kind;
 
 use super::{Source, Stage};
-use crate::cancel;
 use crate::context::Context;
-use crate::hooks;
+use crate::error::check_cancel;
 use crate::protocol::commit::{Uncommitted, after_commit};
 use crate::report::Phase;
+use crate::vmm;
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
@@ -22,10 +22,10 @@ impl<'a> Source<'a> {
         context.recorder.phase(Phase::Commit);
         let alive = &stage.sending.alive;
         let may_commit = || -> Result<()> {
-            hooks::ask("Vmm::committing", "commit", || self.vmm.committing(stage.wires.id))?;
+            vmm::ask("Vmm::committing", "commit", || self.vmm.committing(stage.wires.id))?;
             alive.check()?;
             context.recorder.check()?;
-            cancel::check(self.cancel)
+            check_cancel(self.cancel)
         };
         may_commit().map_err(Uncommitted::Off)?;
         alive.stands_still_no_more();

@@ -7,9 +7,9 @@ use limosa_stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, WIND
 
 use super::Source;
 use super::rollback::Rollback;
-use crate::cancel;
 use crate::context::Context;
 use crate::devices::{check_movable, facts, failed};
+use crate::error::check_cancel;
 use crate::link::{FurtherLinks, Link, Wait};
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
@@ -61,7 +61,7 @@ impl<'a> Source<'a> {
         let mut offer = Offer::default();
         let mut reasons = Vec::new();
         for (at, moved) in self.devices.iter().enumerate() {
-            cancel::check(self.cancel)?;
+            check_cancel(self.cancel)?;
             let facts = facts(at as u32, moved)?;
             reasons.extend(check_movable(&facts).err());
             offer.devices.push(facts);

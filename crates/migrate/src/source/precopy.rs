@@ -13,12 +13,12 @@ use super::rollback::Rollback;
 use super::{Source, Stage};
 use crate::context::Context;
 use crate::devices::failed;
-use crate::hooks;
 use crate::memory::PAGE_BYTES;
 use crate::protocol::pace::Pace;
 use crate::protocol::stop_policy::{Look, Next, StopPolicy};
 use crate::transfer::device_sender::Job;
 use crate::transfer::sending::Sending;
+use crate::vmm;
 use crate::wire::Frame;
 use crate::{Error, Obstacle, Result, Round, WhenStalled};
 
@@ -180,7 +180,7 @@ impl<'a> Source<'a> {
         }
         let step = rollback.throttled + 1;
         let mut slowed = false;
-        if let Err(why) = hooks::tell("Vmm::throttle", || slowed = self.vmm.throttle(step)) {
+        if let Err(why) = vmm::tell("Vmm::throttle", || slowed = self.vmm.throttle(step)) {
             context.recorder.note(why);
         }
         if slowed {

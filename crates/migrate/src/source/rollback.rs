@@ -6,12 +6,12 @@ use limosa_protocol::{MigrationFlags, State};
 use super::Source;
 use crate::context::Context;
 use crate::devices::each;
-use crate::hooks;
 use crate::memory::DirtyLogs;
 use crate::report::{Act, Loss, Phase, Unrecovered};
 use crate::transfer::device_sender::{Job, return_to};
 use crate::transfer::sending::Sending;
 use crate::transfer::team::Team;
+use crate::vmm;
 
 /// What a source must remember to go back.
 #[derive(Default)]
@@ -91,10 +91,10 @@ impl<'a> Source<'a> {
     /// The vCPUs run again at full speed.
     fn let_go(&self, rollback: &mut Rollback, notes: &mut Vec<String>) {
         if std::mem::take(&mut rollback.throttled) > 0 {
-            notes.extend(hooks::tell("Vmm::throttle", || _ = self.vmm.throttle(0)).err());
+            notes.extend(vmm::tell("Vmm::throttle", || _ = self.vmm.throttle(0)).err());
         }
         if std::mem::take(&mut rollback.vmm_stopped) {
-            notes.extend(hooks::tell("Vmm::resume", || self.vmm.resume()).err());
+            notes.extend(vmm::tell("Vmm::resume", || self.vmm.resume()).err());
         }
     }
 

@@ -1,12 +1,14 @@
 //! A save: the same script as a move, to a place that keeps it, with the publication in the commit's stead.
 
+use limosa_stream::Kind;
+
 use super::rollback::Rollback;
 use super::{Ending, InDoubt, Outcome, Source, Stage};
 use crate::context::Context;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase};
 use crate::snapshot::{self, Published, SnapshotTarget, Writing, of_place};
-use crate::wire::{Connection, MeteredLink};
+use crate::wire::{Connection, Frame, MeteredLink};
 
 /// What becomes of the devices when they have been saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +78,11 @@ impl<'a> Source<'a> {
         place: &mut Place<'_>,
     ) -> Ending {
         let Place { writing, limits, after } = *place;
-        if let Err(why) = writing.seal(stage.wires.connection, limits) {
+        let sealed = writing.seal(limits).and_then(|seal| {
+            let payload = seal.encode();
+            stage.wires.connection.send(&Frame::new(Kind::SEAL, &payload), limits.cancel)
+        });
+        if let Err(why) = sealed {
             context.recorder.phase(Phase::Undo);
             self.roll_back(context, rollback, Some(stage.sending));
             return Ending::Undone(why);

@@ -7,9 +7,9 @@ use super::rollback::Rollback;
 use super::{Source, Stage};
 use crate::context::Context;
 use crate::devices::failed;
-use crate::hooks;
 use crate::protocol::pace::Pace;
 use crate::transfer::device_sender::Job;
+use crate::vmm;
 use crate::{Error, Obstacle, Result, WhenStalled};
 
 impl<'a> Source<'a> {
@@ -21,7 +21,7 @@ impl<'a> Source<'a> {
         rollback.vmm_stopped = true;
         sending.alive.stands_still(stage.wires.connection.limits().standstill_max);
         sending.end_streams();
-        hooks::ask("Vmm::stop", "stop", || self.vmm.stop())?;
+        vmm::ask("Vmm::stop", "stop", || self.vmm.stop())?;
         sending.wait_all(|_| false)?;
         for (at, (moved, found)) in self.devices.iter().zip(&rollback.found).enumerate() {
             let flags = moved.device.migration_flags();

@@ -87,7 +87,7 @@ impl<'a> Connection<'a> {
         let within = within(limit);
         let mut reader = self.reader();
         loop {
-            crate::cancel::check(cancel)?;
+            crate::error::check_cancel(cancel)?;
             let header = reader.next(self.link, doing, within, cancel)?;
             if header.kind != Kind::PROGRESS {
                 let payload = reader.payload(&header).to_vec();

@@ -7,10 +7,9 @@ use std::time::Duration;
 
 use crate::common::{Ends, options, world};
 use limosa_migrate::link::{
-    Acceptor, Address, Connector, FurtherLinks, Incoming, Link, LinkError, Listener, PENDING_MAX, Tls,
-    TlsLink, Wait, connect,
+    Address, Connector, FurtherLinks, Link, LinkError, Listener, Tls, TlsLink, Wait, connect,
 };
-use limosa_migrate::{Cancel, Error, Outcome, Received};
+use limosa_migrate::{Acceptor, Cancel, Error, Incoming, Outcome, PENDING_MAX, Received};
 use limosa_protocol::MigrationFlags;
 use limosa_stream::{MigrationId, Preface, PrefaceFlags};
 use rcgen::{CertificateParams, KeyPair};

@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use limosa_migrate::link::{Acceptor, Incoming, Link, LinkError, Wait};
+use limosa_migrate::link::{Link, LinkError, Wait};
+use limosa_migrate::{Acceptor, Incoming};
 use limosa_migrate::{Cancel, Destination, Error, Options, Phase, Received, Report};
 use limosa_stream::Damage;
 

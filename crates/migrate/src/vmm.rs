@@ -1,10 +1,9 @@
-//! What a caller may hook into: [`Vmm`], [`Observer`].
+//! The machine around the devices, as the engine asks it to stop and to go on: [`Vmm`].
 
 use limosa_clockwork::catch;
-use limosa_stream::{MigrationId, Totals};
+use limosa_stream::MigrationId;
 
-use crate::report::{Estimate, Phase};
-use crate::{Error, Result as MoveResult, Round};
+use crate::{Error, Result as MoveResult};
 
 /// The machine around the devices. Every method does nothing unless it is written.
 pub trait Vmm: Sync {
@@ -43,44 +42,11 @@ pub trait Vmm: Sync {
     fn start(&self) {}
 }
 
-/// Watches a move, for a progress bar.
-///
-/// The calls come from the engine's own threads, which wait for them: they are short, and neither call the engine nor wait
-/// for what the engine does. [`Cancel::cancel`](crate::Cancel::cancel) may be called in any of them. No lock of the
-/// engine's is rollback meanwhile. What they say is also in the events of `tracing` (`docs/embedding.md: Events`).
-pub trait Observer: Sync {
-    /// A phase begins. From the one thread that runs [`Source::send`](crate::Source::send) or
-    /// [`Destination::receive`](crate::Destination::receive), or on the destination from one that reads a link; never
-    /// from two at once. During the stop the guest waits for this, too.
-    fn phase(&self, phase: Phase) {
-        let _ = phase;
-    }
-
-    /// What has been moved so far, about once for each MiB and at the beginning and end of a phase. From any thread that
-    /// moves data, also from two at once, so that a later call may tell of slightly less.
-    fn moved(&self, totals: Totals) {
-        let _ = totals;
-    }
-
-    /// A round of pre-copy is over. A destination knows its number and the dirty memory only. From the same thread as
-    /// [`Observer::phase`].
-    fn round(&self, round: &Round) {
-        let _ = round;
-    }
-
-    /// On the source after each round, behind [`Observer::round`]: what is left, how long that will take, or that it will
-    /// not come to an end.
-    fn estimate(&self, estimate: &Estimate) {
-        let _ = estimate;
-    }
-}
-
 /// Nobody: a VMM that does nothing, and an observer that does not look.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Nobody;
 
 impl Vmm for Nobody {}
-impl Observer for Nobody {}
 
 /// Calls a hook that may refuse. A panic in it is an error like a refusal.
 pub(crate) fn ask(

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use super::{Address, FurtherLinks, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait};
 use crate::Error;
 use crate::cancel::timespec;
+use crate::link::{Address, FurtherLinks, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait};
 use crate::lock::lock;
 use crate::wire::{FrameReader, say_why};
 use limosa_stream::{Damage, PREFACE_BYTES, Preface};
@@ -54,7 +54,8 @@ impl fmt::Debug for Incoming {
 /// As [`FurtherLinks`] it gives a destination the further links of its move:
 ///
 /// ```no_run
-/// use limosa_migrate::link::{Acceptor, Incoming, Wait};
+/// use limosa_migrate::link::Wait;
+/// use limosa_migrate::{Acceptor, Incoming};
 /// use limosa_migrate::{Destination, Received};
 ///
 /// fn receive(destination: &Destination<'_>, acceptor: &Acceptor, wait: Wait<'_>) -> std::io::Result<Option<Received>> {
