@@ -25,8 +25,10 @@ struct State {
     /// What is written and has no name yet; what a saver that died left.
     partial: Vec<u8>,
     full: bool,
-    /// The next write, or publication, fails.
+    /// The next request fails.
     fails: bool,
+    /// The next publication fails, in one way or another.
+    publication_fails: bool,
     /// A bit was altered in what it kept.
     altered: bool,
     /// What was written will never have a name.
@@ -52,6 +54,11 @@ impl Disk {
         self.state().fails = true;
     }
 
+    /// The next publication is refused, is not durable, or has no answer.
+    pub fn fail_publication(&self) {
+        self.state().publication_fails = true;
+    }
+
     /// A bit of what it keeps flips.
     pub fn flip(&self, bit: u8) {
         let mut state = self.state();
@@ -67,7 +74,7 @@ impl Disk {
     /// There is room, and nothing fails.
     pub fn heal(&self) {
         let mut state = self.state();
-        (state.full, state.fails) = (false, false);
+        (state.full, state.fails, state.publication_fails) = (false, false, false);
     }
 
     pub fn has_published(&self) -> bool {
@@ -153,6 +160,9 @@ impl SnapshotWriter for Writer {
             return Publication::NotPublished(why);
         }
         let mut state = lock(&self.state);
+        if std::mem::take(&mut state.publication_fails) {
+            state.fails = true;
+        }
         let fate = match fails(&mut state) {
             Ok(()) => Fate::Answered,
             Err(why) => match simulation::random(4) {

@@ -95,6 +95,7 @@ impl Fates<'_> {
             Fault::LedgerFull => destination.fill_ledger(),
             Fault::DiskFull => self.network.disk.fill(),
             Fault::DiskFails => self.network.disk.fail(),
+            Fault::PublicationFails => self.network.disk.fail_publication(),
             Fault::DiskFlips(bit) => self.network.disk.flip(bit),
             Fault::NoteFull => source.note_full.store(true, Ordering::SeqCst),
             Fault::PrepareRefused => destination.prepare_refused.store(true, Ordering::SeqCst),

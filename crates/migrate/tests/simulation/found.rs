@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use limosa_migrate::Phase;
+use limosa_migrate::{AfterSave, Phase};
 
-use crate::plan::{End, Fault, LinkPlan, Plan, Planned, When};
+use crate::plan::{End, Fault, LinkPlan, Mutation, Plan, Planned, When};
 use crate::play;
 
 /// Moves with this fault at any of so many points of a phase of the source's.
@@ -43,4 +43,29 @@ fn a_further_link_that_falls_silent_at_the_end_holds_nobody_for_ever() {
         let link = LinkPlan { latency: Duration::from_micros(300), bytes_per_second, buffer_bytes: 8192 };
         (plan.links, plan.links_taken) = (vec![link; 2], 2);
     });
+}
+
+const SEEDS: u64 = 60;
+
+/// A save that leaves the guest stopped, whose publication fails in one way or another.
+fn publication_fails(seed: u64, mutation: Option<Mutation>) -> Plan {
+    let mut plan = Plan::new(seed);
+    let when = When::Phase(End::Source, Phase::Handshake, 0);
+    plan.faults = vec![Planned { when, fault: Fault::PublicationFails }];
+    (plan.saves, plan.mutation) = (Some(AfterSave::Stop), mutation);
+    plan
+}
+
+#[test]
+fn a_guest_ran_again_though_its_snapshot_was_published_and_only_the_answer_lost() {
+    let in_doubt = (0..SEEDS).filter(|seed| match play(&publication_fails(*seed, None), false) {
+        Ok(summary) => summary.in_doubt,
+        Err(failure) => panic!("seed {seed}: {failure}"),
+    });
+    let count = in_doubt.count();
+    assert!(count > 15, "{count}");
+    // That the check can fail: a source that runs again without a look.
+    let found =
+        (0..SEEDS).find_map(|seed| play(&publication_fails(seed, Some(Mutation::RunsInDoubt)), false).err());
+    assert!(found.is_some_and(|found| found.contains("in doubt, and the source runs")));
 }

@@ -105,6 +105,8 @@ pub enum Fault {
     DiskFull,
     /// It fails once.
     DiskFails,
+    /// Its next publication is refused, is not durable, or has no answer.
+    PublicationFails,
     /// It alters a bit of what it keeps.
     DiskFlips(u8),
     /// From now on the destination's ledger cannot write.
@@ -294,7 +296,8 @@ impl Plan {
         let fault = match chance.below(22) {
             // There is no link.
             0..=2 if self.saves.is_some() => Fault::DiskFull,
-            3..=4 if self.saves.is_some() => Fault::DiskFails,
+            3 if self.saves.is_some() => Fault::DiskFails,
+            4 if self.saves.is_some() => Fault::PublicationFails,
             5..=8 if self.saves.is_some() => Fault::DiskFlips(chance.below(8) as u8),
             0..=2 => Fault::Cut(link),
             3..=4 => Fault::Silence(end, link),

@@ -13,7 +13,7 @@ use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
 use crate::bounds;
 use crate::fate::Fates;
 use crate::model::get;
-use crate::plan::{End, SILENCE_MAX};
+use crate::plan::{End, Mutation, SILENCE_MAX};
 
 impl Script<'_> {
     /// Saves the guest, and loads what was published, if anything was.
@@ -171,10 +171,14 @@ impl Script<'_> {
         let is_published = self.network.disk.has_published();
         // More failures of the disk than are planned.
         for _ in 0..8 {
+            let id = doubt.id;
+            if self.plan.mutation == Some(Mutation::RunsInDoubt) {
+                let again = std::mem::replace(&mut doubt, InDoubt::recover(id));
+                self.source.as_source(|source| drop(source.decide(Decision::NotCommitted, again)));
+            }
             if self.world.running(End::Source) > 0 {
                 return Err(format!("in doubt, and the source runs: {doubt:?}"));
             }
-            let id = doubt.id;
             let deciding = move || {
                 let found = published(&self.network.disk, id, SILENCE_MAX, None);
                 let decision = found.as_ref().copied().unwrap_or(Decision::Unknown);
