@@ -253,7 +253,7 @@ impl PeerThread {
             },
             Err(why) => why,
         };
-        say_why(&*link, &why, self.silence_max);
+        let why = say_why(&*link, why, self.silence_max);
         self.is_ready(Incoming::NotAPeer { peer, why });
     }
 

@@ -23,11 +23,7 @@ impl<'a> Destination<'a> {
                 }
             }
         }
-        Ending::Discarded(match why {
-            // Another link than the first may have failed, and the first may bring the reason.
-            Error::Link { .. } => connection.last_words().unwrap_or(why),
-            why => why,
-        })
+        Ending::Discarded(why)
     }
 }
 

@@ -162,9 +162,10 @@ impl<'a> Destination<'a> {
                 Ending::Discarded(why)
             }
         };
-        if let Ending::Discarded(why) = &ending {
-            connection.part(why);
-        }
+        let ending = match ending {
+            Ending::Discarded(why) => Ending::Discarded(connection.part(why)),
+            ending => ending,
+        };
         ended(ending, context, End::Runs)
     }
 

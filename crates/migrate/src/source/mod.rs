@@ -347,14 +347,8 @@ fn start<'scope, 'w, 'a>(
     Ok(())
 }
 
-/// Tells the destination why the move is off; or, where the link has failed, listens for its own reason, which is then
-/// the better one.
+/// Tells the destination why the move is off; where a link has failed, the destination's own reason is the better one.
 fn tell(why: Error, connection: &Connection<'_>) -> Error {
-    let why = match why {
-        Error::Link { .. } => connection.last_words().unwrap_or(why),
-        why => why,
-    };
     connection.abort(&why);
-    connection.part(&why);
-    why
+    connection.part(why)
 }

@@ -27,11 +27,11 @@ pub(crate) struct Received {
 }
 
 /// Tells a peer that is not heard any further why, and gives it the time to read that.
-pub(crate) fn say_why(link: &dyn Link, why: &Error, silence_max: Duration) {
+pub(crate) fn say_why(link: &dyn Link, why: Error, silence_max: Duration) -> Error {
     let limits = Limits::new(&crate::Options::default().with_silence_max(silence_max));
     let connection = Connection::new(link, limits);
-    connection.abort(why);
-    connection.part(why);
+    connection.abort(&why);
+    connection.part(why)
 }
 
 impl<'a> Connection<'a> {
@@ -123,17 +123,32 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Ends the link: nothing more is sent. After an ABORT the peer gets the time to read it, since a socket that is
-    /// closed with bytes unread may take back what was sent on it last.
-    pub(crate) fn part(&self, error: &Error) {
-        match self.has_peer() && !error.peer_needs_no_word() {
-            true => self.link.part(Wait::within(self.limits.last_words_max, None)),
-            false => self.link.finish(),
+    /// Ends the link after [`Connection::abort`], and returns the better reason. After an ABORT the peer gets the time to
+    /// read it, since a socket that is closed with bytes unread may take back what was sent on it last. Where a link has
+    /// failed, the peer's own ABORT may still come, and tells why.
+    pub(crate) fn part(&self, why: Error) -> Error {
+        match why {
+            Error::Link { .. } => {
+                self.link.finish();
+                self.last_words().unwrap_or(why)
+            }
+            Error::Aborted { .. } => {
+                self.link.finish();
+                why
+            }
+            why => {
+                if self.has_peer() {
+                    self.link.part(Wait::within(self.limits.last_words_max, None));
+                } else {
+                    self.link.finish();
+                }
+                why
+            }
         }
     }
 
-    /// The reason that the peer gives for ending the move, if one comes: for a side whose link has failed.
-    pub(crate) fn last_words(&self) -> Option<Error> {
+    /// The reason that the peer gives for ending the move, if one comes.
+    fn last_words(&self) -> Option<Error> {
         if !self.has_peer() {
             return None;
         }
