@@ -21,7 +21,8 @@ pub trait Vmm: Sync {
     }
 
     /// On the source, when the destination has loaded and before it is told to run: note the move's id
-    /// where a process that is started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover).
+    /// where a process that is started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover). Also before
+    /// the snapshot of a guest that stays stopped ([`AfterSave::Stop`](crate::AfterSave::Stop)) is published.
     /// The guest stands still meanwhile. An `Err` calls the move off.
     fn committing(&self, id: MigrationId) -> Result<(), String> {
         let _ = id;

@@ -8,6 +8,7 @@ use crate::context::Context;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase};
 use crate::snapshot::{self, Published, SnapshotTarget, Writing, of_place};
+use crate::vmm;
 use crate::wire::{Connection, Frame, MeteredLink};
 
 /// What becomes of the devices when they have been saved.
@@ -88,12 +89,24 @@ impl<'a> Source<'a> {
             return Ending::Undone(why);
         }
         stage.sending.alive.stands_still_no_more();
-        if after == AfterSave::Run {
-            // All is read: the guest need not wait for what keeps it.
-            context.recorder.phase(Phase::Finish);
-            self.roll_back(context, rollback, Some(stage.sending));
+        match after {
+            AfterSave::Run => {
+                // All is read: the guest need not wait for what keeps it.
+                context.recorder.phase(Phase::Finish);
+                self.roll_back(context, rollback, Some(stage.sending));
+                context.recorder.phase(Phase::Commit);
+            }
+            // Here the publication is what the commit is in a move.
+            AfterSave::Stop => {
+                context.recorder.phase(Phase::Commit);
+                let id = stage.wires.id;
+                if let Err(why) = vmm::ask("Vmm::committing", "commit", || self.vmm.committing(id)) {
+                    context.recorder.phase(Phase::Undo);
+                    self.roll_back(context, rollback, Some(stage.sending));
+                    return Ending::Undone(why);
+                }
+            }
         }
-        context.recorder.phase(Phase::Commit);
         match (writing.publish(self.options, limits), after) {
             (Published::Yes { note }, after) => {
                 note.into_iter().for_each(|note| context.recorder.note(note));

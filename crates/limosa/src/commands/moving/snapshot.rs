@@ -4,8 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use limosa_migrate::{
-    AfterLoad, AfterSave, Cancel, Decision, Error, InDoubt, Ledger, Options, Outcome, Received, Vmm,
-    published,
+    AfterLoad, AfterSave, Cancel, Decision, Error, InDoubt, Ledger, Options, Outcome, Received, published,
 };
 use limosa_stream::Damage;
 
@@ -43,11 +42,6 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let saved = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
     let mut outcome = saved.save(place.target(), after);
     if let Outcome::InDoubt(doubt) = outcome {
-        // Before anything else: this process may end at any moment.
-        let noted = guest.committing(doubt.id);
-        if let Err(why) = &noted {
-            tracing::warn!("the save in doubt cannot be noted: {why}");
-        }
         outcome = settle(doubt, &place, &options, &cancel, |decision, doubt| {
             let mut log = pages.log();
             let settled =
