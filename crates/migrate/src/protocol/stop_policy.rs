@@ -93,8 +93,10 @@ impl Default for Gains {
 /// Whether a device gets anywhere.
 #[derive(Clone, Copy, Debug, Default)]
 struct Tracked {
-    /// When the window began, and what was sent and left then.
-    window: Option<(Instant, u64, u64)>,
+    /// When the window began, and what was sent then.
+    window: Option<(Instant, u64)>,
+    /// The least that was left at the end of a window, and what had been sent then.
+    best: (u64, u64),
     /// What was left at first.
     first_left: u64,
     stalled: u32,
@@ -255,19 +257,22 @@ impl Tracked {
             (self.window, self.stalled) = (None, 0);
             return false;
         }
-        let Some((since, sent, left_then)) = self.window else {
+        let Some((since, sent)) = self.window else {
             if self.first_left == 0 {
                 self.first_left = left;
             }
-            self.window = Some((now, device.sent, left));
+            (self.window, self.best) = (Some((now, device.sent)), (left, device.sent));
             return self.stalled < wanted.stalled_rounds_max;
         };
-        let moved = device.sent - sent;
-        if moved >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME {
-            let gained = left_then.saturating_sub(left);
-            let gains = gained > moved / 20 && gained > 0;
-            self.stalled = if gains { 0 } else { self.stalled + 1 };
-            self.window = Some((now, device.sent, left));
+        if device.sent - sent >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME {
+            let (best, sent_then) = self.best;
+            // A twentieth of what was moved is gained at least; less is noise, or leads nowhere.
+            if left < best.saturating_sub((device.sent - sent_then) / 20) {
+                (self.best, self.stalled) = ((left, device.sent), 0);
+            } else {
+                self.stalled += 1;
+            }
+            self.window = Some((now, device.sent));
         }
         let most = self.first_left.saturating_mul(wanted.rounds_max.into());
         self.stalled < wanted.stalled_rounds_max && device.sent <= most
