@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::common::{Ends, Fault, FaultyLink, Pages, VecPages, Way, options, world};
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
-use limosa_migrate::{Compression, Error, GuestPages, Options, Outcome, Received};
+use limosa_migrate::{Compression, GuestPages, Options, Outcome, Received};
 use limosa_protocol::MigrationFlags;
 
 const MEMORY_BYTES: usize = 9 << 20;
