@@ -186,7 +186,10 @@ impl<'a> Destination<'a> {
         offer: &Offer,
         then: Then,
     ) -> Ending {
-        let receiving = match Receiving::new(context, connection, self.devices, self.memory, offer) {
+        let receiving = Team::guard("the destination", || {
+            Receiving::new(context, connection, self.devices, self.memory, offer)
+        });
+        let receiving = match receiving {
             Ok(receiving) => receiving,
             Err(why) => {
                 connection.abort(&why);
