@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use limosa_clockwork::Panic;
+use limosa_clockwork::{Panic, catch};
 use limosa_protocol::State;
 use limosa_stream::{AbortCode, Damage};
 
@@ -383,4 +383,12 @@ impl Error {
 /// [`Error::Cancelled`] when the move was called off.
 pub(crate) fn check_cancel(cancel: Option<&Cancel>) -> Result<()> {
     if cancel.is_some_and(Cancel::is_cancelled) { Err(Error::Cancelled) } else { Ok(()) }
+}
+
+/// Does something that may call the caller's code; a panic of it is an error that names the place.
+pub(crate) fn guard<T>(place: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    match catch(work) {
+        Ok(done) => done,
+        Err(panic) => Err(Error::panicked(place, &panic)),
+    }
 }

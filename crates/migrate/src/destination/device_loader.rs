@@ -8,9 +8,9 @@ use limosa_protocol::State;
 use super::device_queue::{Command, Item};
 use super::receive::Receiving;
 use crate::devices::failed;
+use crate::error::guard;
 use crate::report::Act;
 use crate::transfer::driven::DrivenDevice;
-use crate::transfer::team::Team;
 use crate::{Error, Result};
 
 /// A device and its session.
@@ -38,7 +38,7 @@ impl Receiving<'_, '_> {
             }
             if let Some(item) = queue.items.pop_front() {
                 drop(queue);
-                if let Err(error) = Team::guard(name, || self.load(at, &mut loader, item)) {
+                if let Err(error) = guard(name, || self.load(at, &mut loader, item)) {
                     self.team.fail(error);
                 }
                 continue;
@@ -48,7 +48,7 @@ impl Receiving<'_, '_> {
                 return;
             };
             drop(queue);
-            let done = Team::guard(name, || self.obey(at, &mut loader, command));
+            let done = guard(name, || self.obey(at, &mut loader, command));
             self.queues[at].lock().done = Some(done);
             self.queues[at].notify_all();
         }

@@ -17,12 +17,13 @@ pub use snapshot::AfterLoad;
 
 use crate::context::Context;
 use crate::devices::MovedDevice;
+use crate::error::guard;
 use crate::ledger::{Decision, Ledger};
 use crate::link::{FurtherLinks, Link};
 use crate::memory::MemoryRegion;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase, Report, Side};
-use crate::transfer::team::{OnDrop, Team};
+use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
 use commit::NotStarted;
@@ -151,7 +152,7 @@ impl<'a> Destination<'a> {
         let link = MeteredLink::new(link, &context.recorder);
         let connection = Connection::new(&link, Limits::new(self.options));
         context.recorder.phase(Phase::Handshake);
-        let greeting = Team::guard("the handshake", || self.greet(&context, &connection));
+        let greeting = guard("the handshake", || self.greet(&context, &connection));
         let ending = match greeting {
             Ok(Greeting::Query(id)) => return self.answer_query(id, &connection, context),
             Ok(Greeting::Offer(id, offer)) => {
@@ -187,7 +188,10 @@ impl<'a> Destination<'a> {
         offer: &Offer,
         then: Then,
     ) -> Ending {
-        let receiving = match Receiving::new(context, connection, self.devices, self.memory, offer) {
+        let receiving = guard("the destination", || {
+            Receiving::new(context, connection, self.devices, self.memory, offer)
+        });
+        let receiving = match receiving {
             Ok(receiving) => receiving,
             Err(why) => {
                 connection.abort(&why);
@@ -197,12 +201,12 @@ impl<'a> Destination<'a> {
         limosa_clockwork::scope(|scope| {
             let receiving = &receiving;
             let _end = OnDrop(|| receiving.end());
-            let accepted = Team::guard("the destination", || {
+            let accepted = guard("the destination", || {
                 receiving.start(scope)?;
                 self.accept(connection, receiving, offer, further)
             });
             let loaded = accepted.and_then(|links| {
-                Team::guard("the destination", || {
+                guard("the destination", || {
                     if let Some(further) = further.filter(|_| links > 1) {
                         receiving.expect_links(links);
                         self.start_further_links(scope, receiving, further, offer, then)?;
@@ -216,7 +220,7 @@ impl<'a> Destination<'a> {
                 let why = receiving.team.first_failure(Error::Cancelled);
                 return self.discard(receiving, why);
             }
-            match Team::guard("the destination", || Ok(self.end_of(context, receiving, then))) {
+            match guard("the destination", || Ok(self.end_of(context, receiving, then))) {
                 Ok(Ok(())) => Ending::Done,
                 Ok(Err(NotStarted::GivenBack(why))) => self.discard(receiving, why),
                 Ok(Err(NotStarted::Stuck(why))) | Err(why) => Ending::Broken(why),

@@ -7,11 +7,10 @@ use super::handshake::Greeting;
 use super::receive::Receiving;
 use super::{Destination, Ending, Received, Then, ended};
 use crate::context::Context;
-use crate::error::check_cancel;
+use crate::error::{check_cancel, guard};
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase};
 use crate::snapshot::{self, Reading, SnapshotSource, of_place};
-use crate::transfer::team::Team;
 use crate::wire::{Connection, MeteredLink};
 
 /// What becomes of devices when a snapshot has been loaded.
@@ -36,7 +35,7 @@ impl<'a> Destination<'a> {
         };
         let link = MeteredLink::new(&reading, &context.recorder);
         let connection = Connection::new(&link, Limits::new(self.options));
-        let ending = match Team::guard("the handshake", || self.greet(&context, &connection)) {
+        let ending = match guard("the handshake", || self.greet(&context, &connection)) {
             Ok(Greeting::Offer(_, offer)) => {
                 self.run(&context, &connection, None, &offer, Then::Loaded(after))
             }

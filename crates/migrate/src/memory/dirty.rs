@@ -9,7 +9,8 @@ use limosa_protocol::feature::DmaLoggingRange;
 
 use super::{Memory, PAGE_BYTES};
 use crate::devices::{MovedDevice, failed};
-use crate::error::check_cancel;
+use crate::error::{check_cancel, guard};
+use crate::vmm;
 use crate::{Cancel, Error, Result};
 
 /// Which pages are still to be sent, and which were ever harvested, by region.
@@ -140,7 +141,7 @@ impl DirtyLogs {
     }
 
     /// Ends all logs. With `give_back`, harvests once more and hands the caller's log everything that was harvested, if
-    /// anybody else lives by it. What could not be done is told.
+    /// anybody else lives by it. What could not be done is told. A panic of one log does not keep the others on.
     pub(crate) fn stop(
         &mut self,
         devices: &[MovedDevice<'_>],
@@ -150,7 +151,8 @@ impl DirtyLogs {
     ) {
         let has_readers = memory.log.as_ref().is_some_and(|log| log.has_other_readers());
         if give_back && self.log_started && has_readers {
-            match self.harvest(devices, memory) {
+            let harvested = guard("the log of dirty pages", || self.harvest(devices, memory));
+            match harvested {
                 Ok(None) => {}
                 Ok(Some(lost)) => notes.push(format!("the last dirty pages are not known: {lost}")),
                 Err(error) => {
@@ -161,13 +163,19 @@ impl DirtyLogs {
             }
             if let Some(log) = &mut memory.log {
                 let harvested = self.pages.harvested.iter().enumerate();
-                harvested.for_each(|(at, bitmap)| log.give_back(at, bitmap));
+                let given_back = vmm::tell("DirtyLog::give_back", || {
+                    harvested.for_each(|(at, bitmap)| log.give_back(at, bitmap));
+                });
+                notes.extend(given_back.err().map(|why| format!("dirty pages were not given back: {why}")));
             }
         }
         let mut stop = |source: &dyn DirtySource| {
-            if let Err(error) = source.stop() {
-                notes.push(format!("DMA logging goes on: {error}"));
-            }
+            let stopped = limosa_clockwork::catch(|| source.stop());
+            let error = match stopped {
+                Ok(stopped) => stopped.err().map(|error| error.to_string()),
+                Err(panic) => Some(panic.to_string()),
+            };
+            notes.extend(error.map(|error| format!("DMA logging goes on: {error}")));
         };
         for (device, page_bytes) in devices.iter().zip(&mut self.device_page_bytes) {
             if let Some(page_bytes) = page_bytes.take() {
@@ -179,7 +187,7 @@ impl DirtyLogs {
         if let Some(log) = &mut memory.log
             && std::mem::take(&mut self.log_started)
         {
-            log.stop();
+            notes.extend(vmm::tell("DirtyLog::stop", || log.stop()).err());
         }
     }
 }

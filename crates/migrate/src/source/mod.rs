@@ -19,6 +19,7 @@ pub use save::AfterSave;
 
 use crate::context::Context;
 use crate::devices::MovedDevice;
+use crate::error::guard;
 use crate::link::{FurtherLinks, Link};
 use crate::memory::Memory;
 use crate::protocol::commit::Uncommitted;
@@ -27,7 +28,7 @@ use crate::report::{End, Phase, Report, Side};
 use crate::transfer::device_sender::DeviceSender;
 use crate::transfer::ram::Ram;
 use crate::transfer::sending::Sending;
-use crate::transfer::team::{OnDrop, Team};
+use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, Frame, FrameWriter, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
 use handshake::Agreed;
@@ -158,7 +159,7 @@ impl<'a> Source<'a> {
         connection.reader().count(recorder.buffers());
         connection.writer.compress(self.options.compress, recorder.buffers());
         recorder.phase(Phase::Handshake);
-        let agreed = Team::guard("the handshake", || self.handshake(context, connection, further, rollback));
+        let agreed = guard("the handshake", || self.handshake(context, connection, further, rollback));
         let Agreed { id, window, links } = match agreed {
             Ok(agreed) => agreed,
             Err(why) => return (MigrationId::default(), Ending::Undone(tell(why, connection))),
@@ -228,7 +229,7 @@ impl<'a> Source<'a> {
         rollback: &mut Rollback,
         place: Option<&mut Place<'_>>,
     ) -> Ending {
-        let ready = Team::guard("the source", || self.until_ready(context, stage, rollback));
+        let ready = guard("the source", || self.until_ready(context, stage, rollback));
         if let Err(error) = ready {
             stage.sending.team.fail(error);
             let why = stage.sending.team.first_failure(Error::Cancelled);
@@ -277,7 +278,7 @@ impl<'a> Source<'a> {
 
     fn start_logs(&mut self, context: &Context<'a>, rollback: &mut Rollback) -> Result<()> {
         let mut notes = Vec::new();
-        let started = Team::guard("starting the dirty log", || {
+        let started = guard("starting the dirty log", || {
             rollback.logs.start(self.devices, &mut self.memory, &mut notes, self.cancel)
         });
         notes.into_iter().for_each(|note| context.recorder.note(note));

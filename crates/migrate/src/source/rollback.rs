@@ -6,11 +6,11 @@ use limosa_protocol::{MigrationFlags, State};
 use super::Source;
 use crate::context::Context;
 use crate::devices::each;
+use crate::error::guard;
 use crate::memory::DirtyLogs;
 use crate::report::{Act, Loss, Phase, Unrecovered};
 use crate::transfer::device_sender::{Job, return_to};
 use crate::transfer::sending::Sending;
-use crate::transfer::team::Team;
 use crate::vmm;
 
 /// What a source must remember to go back.
@@ -58,7 +58,7 @@ impl<'a> Source<'a> {
         };
         losses.into_iter().flatten().for_each(|loss| recorder.unrecovered(loss));
         let mut notes = Vec::new();
-        let stopped = Team::guard("giving back the dirty log", || {
+        let stopped = guard("giving back the dirty log", || {
             rollback.logs.stop(self.devices, &mut self.memory, true, &mut notes);
             Ok(())
         });
@@ -115,7 +115,7 @@ impl<'a> Source<'a> {
             None => each(self.devices, |at, device| {
                 let _span = recorder.span(at, Act::Enter { state: State::Stop });
                 let doing = format!("entering {}", State::Stop);
-                Team::guard(device.name(), || {
+                guard(device.name(), || {
                     let entered = device.set_state(State::Stop).map(drop);
                     entered.map_err(|error| crate::devices::failed(device, &doing, error))
                 })
@@ -132,7 +132,7 @@ impl<'a> Source<'a> {
         let mut notes = Vec::new();
         rollback.vmm_stopped = false;
         self.let_go(rollback, &mut notes);
-        let stopped = Team::guard("ending the dirty log", || {
+        let stopped = guard("ending the dirty log", || {
             rollback.logs.stop(self.devices, &mut self.memory, false, &mut notes);
             Ok(())
         });

@@ -13,9 +13,8 @@ use limosa_stream::{DEVICE_BYTES_MAX, Kind, RunningCrc};
 
 use super::driven::DrivenDevice;
 use super::sending::Sending;
-use super::team::Team;
 use crate::devices::{MovedDevice, failed};
-use crate::error::Misbehaviour;
+use crate::error::{Misbehaviour, guard};
 use crate::protocol::credit::SendWindow;
 use crate::report::{Act, Loss, Unrecovered};
 use crate::wire::Frame;
@@ -178,11 +177,11 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                 flow.lock().loss = loss;
             }
             Job::Finish => {
-                let finished = Team::guard(name, || self.perform(job));
+                let finished = guard(name, || self.perform(job));
                 flow.lock().unfinished = finished.err();
             }
             _ => {
-                if let Err(error) = Team::guard(name, || self.perform(job)) {
+                if let Err(error) = guard(name, || self.perform(job)) {
                     self.sending.team.fail(error);
                 }
             }

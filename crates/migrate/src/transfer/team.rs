@@ -4,9 +4,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use limosa_clockwork::{Guard, Monitor, Scope, catch};
+use limosa_clockwork::{Guard, Monitor, Scope};
 
 use crate::cancel::Watch;
+use crate::error::guard;
 use crate::lock::lock;
 use crate::{Cancel, Error, Result};
 
@@ -113,14 +114,6 @@ impl Team {
         self.failure.lock().take().unwrap_or(otherwise)
     }
 
-    /// Does something; a panic is an error that names the place.
-    pub(crate) fn guard<T>(place: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        match catch(work) {
-            Ok(done) => done,
-            Err(panic) => Err(Error::panicked(place, &panic)),
-        }
-    }
-
     /// Starts a thread of the team. Its error, or its panic, is the team's failure.
     pub(crate) fn spawn<'scope>(
         &'scope self,
@@ -131,7 +124,7 @@ impl Team {
         let body = {
             let name = name.clone();
             move || {
-                if let Err(error) = Team::guard(&name, work) {
+                if let Err(error) = guard(&name, work) {
                     self.fail(error);
                 }
             }
