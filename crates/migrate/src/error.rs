@@ -145,12 +145,12 @@ pub enum Error {
     #[error("cancelled")]
     Cancelled,
     /// This process was restarted and knows only the move's id.
-    #[error("started anew after the commit, with only the move's id known")]
+    #[error("restarted after the commit, with only the move's id known")]
     StartedAnew,
     /// A system call on this side failed.
     #[error("{doing}: {error}")]
     Os {
-        /// What was being done.
+        /// What the engine was doing.
         doing: &'static str,
         /// The system's answer.
         #[source]
@@ -159,11 +159,11 @@ pub enum Error {
     /// The place of a snapshot, a file or another, could not be read or written.
     #[error("{name}: {doing}: {error}")]
     Snapshot {
-        /// The place.
+        /// The place's name.
         name: String,
-        /// What was being done.
+        /// What the engine was doing.
         doing: &'static str,
-        /// What the system or the store answered.
+        /// The answer of the system or the store.
         #[source]
         error: std::io::Error,
     },
@@ -173,9 +173,9 @@ pub enum Error {
         "{name}: it is not known whether the snapshot was published: {error}; look with `limosa verify {name}`"
     )]
     PublicationUnknown {
-        /// The place.
+        /// The place's name.
         name: String,
-        /// What was reported instead of an answer.
+        /// The error that came instead of an answer.
         #[source]
         error: std::io::Error,
     },
