@@ -115,7 +115,9 @@ pub enum Error {
         goal: Duration,
     },
     /// The guest has stood still for as long as it may, and the destination was not told to run yet.
-    #[error("the guest has stood still for {limit:?}, the limit, and the destination was not told to run yet")]
+    #[error(
+        "the guest has stood still for {limit:?}, the limit, and the destination was not told to run yet"
+    )]
     StoodStill {
         /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
         limit: Duration,

@@ -1,49 +1,50 @@
-//! When pre-copy stops: what stopping now would cost, against what it is to cost, and whether going on helps.
+//! [`StopPolicy`]: when pre-copy ends. It compares the predicted downtime with the goal, and judges whether going on would
+//! lower it.
 //!
-//! Memory and devices are judged apart, each by the bytes that are left against the bytes that were dirtied while
-//! others moved. Rounds are counted for memory only.
+//! Memory and each device are judged separately: by how much fewer bytes are left after others were moved. Rounds are
+//! counted for memory only.
 
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 
-/// A device is judged after it has moved so much, or after this time.
+/// A device is judged after it has moved this many bytes, or after this time.
 const WINDOW_BYTES: u64 = 32 << 20;
 const WINDOW_TIME: Duration = Duration::from_millis(250);
 /// The longest time between two looks at devices that stream.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// What a device that says nothing of its size may give in pre-copy, for each round that is allowed.
+/// How much a device that does not say its size may give in pre-copy, for each allowed round.
 const UNKNOWN_BYTES: u64 = 1 << 30;
 
-/// What a caller wants a move to cost.
+/// When pre-copy ends, as the caller wants it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Convergence {
-    /// How long nothing is to run. Pre-copy goes on until a stop is predicted to take no longer, and below that as
-    /// long as it still gains much. It is a goal: what happens when it cannot be met says
-    /// [`Convergence::when_stalled`]. With [`WhenStalled::Abort`] it is a limit to what is predicted, at the decision
-    /// to stop and once more when the last dirty pages are known.
+    /// The downtime that a move aims at. Pre-copy goes on until the predicted downtime meets the goal, and then as long as
+    /// it still gains much. It is a goal, not a limit: [`Convergence::when_stalled`] says what happens if it cannot be met.
+    /// With [`WhenStalled::Abort`] it limits the predicted downtime, at the decision to stop and again if the dirty log
+    /// fails at the stop.
     pub downtime_goal: Duration,
-    /// Rounds of memory in a row, or looks at a device, without gain after which pre-copy has stalled.
+    /// After this many rounds of memory in a row, or measurements of a device, without gain pre-copy has stalled.
     pub stalled_rounds_max: u32,
-    /// The most rounds of memory, and how many times over a device may give what it had at first.
+    /// The maximum number of rounds of memory. A device may give up to this many times the data that it had at first.
     pub rounds_max: u32,
-    /// What to do when pre-copy has stalled above the goal, and [`Vmm::throttle`](crate::Vmm::throttle) cannot help.
+    /// What to do if pre-copy has stalled above the goal, and [`Vmm::throttle`](crate::Vmm::throttle) does not help.
     pub when_stalled: WhenStalled,
-    /// How long a device's initial bytes (`vfio.h: struct vfio_precopy_info`) hold the stop back. While any are
-    /// left to be read at the source or to be loaded at the destination nothing stops; after this time they are taken
-    /// for ordinary pre-copy data.
+    /// How long a device's initial bytes (`vfio.h: struct vfio_precopy_info`) hold back the stop. Nothing stops while any
+    /// are left to be read at the source, or to be loaded at the destination. After this time they count as ordinary
+    /// pre-copy data, and pre-copy has stalled. With [`WhenStalled::KeepTrying`] they hold back the stop without a limit.
     pub initial_max: Duration,
 }
 
-/// What to do when the downtime goal cannot be met.
+/// What to do if the downtime goal cannot be met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenStalled {
-    /// Keep trying, until the move is called off or the guest becomes quieter; also beyond the last round.
+    /// Keep trying until the move is cancelled or the guest dirties less, also beyond the last round.
     KeepTrying,
-    /// Stop all the same: the move succeeds, with a longer downtime.
+    /// Stop nevertheless: the move succeeds with a longer downtime.
     SwitchOver,
-    /// Call the move off ([`Error::NotConverging`](crate::Error::NotConverging)).
+    /// End the move ([`Error::NotConverging`](crate::Error::NotConverging)).
     Abort,
 }
 
@@ -59,124 +60,122 @@ impl Default for Convergence {
     }
 }
 
-/// What is known at the end of a round, or at a look at devices between rounds.
+/// The state of pre-copy at the end of a round of memory, or at a look at the devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Round {
-    /// The number of the look, from 1.
+    /// The number of the round or look, from 1.
     pub round: u32,
-    /// Bytes of memory that are dirty.
+    /// Dirty memory in bytes.
     pub memory_dirty_bytes: u64,
-    /// Bytes that devices would still have to give if they were stopped now, as far as that is known.
+    /// How many bytes the devices would give if they were stopped now, as far as that is known.
     pub device_bytes: u64,
     /// How many devices do not say how much they would give.
     pub devices_unknown: u32,
-    /// Bytes that devices dirtied after they had been read, as far as they say.
+    /// How many bytes the devices say they have dirtied after these were read.
     pub device_dirty_bytes: u64,
-    /// Bytes of initial pre-copy data that are still to be read or loaded, as far as devices say. Can grow again
+    /// How many bytes of initial pre-copy data the devices say are left to be read. Can grow again
     /// (`VFIO_PRECOPY_INFO_REINIT`).
     pub device_initial_bytes: u64,
-    /// The measured rate of bytes that the destination has handled, in a second; 0 before enough were moved to tell.
+    /// The measured rate in bytes per second at which the destination handles data; 0 until enough was moved to tell.
     pub bytes_per_second: u64,
-    /// How long nothing would run if the stop came now, of what is known: at least this long when
-    /// [`Round::devices_unknown`] is not 0.
+    /// The downtime if the stop came now. It is a minimum if [`Round::devices_unknown`] is not 0.
     pub predicted_downtime: Duration,
 }
 
-/// What keeps a move from stopping within its goal.
+/// What keeps a move from meeting the downtime goal.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Obstacle {
     /// The guest dirties memory as fast as it is moved.
     #[error(
         "the guest dirties its memory about as fast as it is moved ({dirty_bytes} bytes are dirty); slow the guest \
-         down, give it a faster link, or allow more downtime"
+         down, use a faster link, or allow more downtime"
     )]
     DirtyMemory {
-        /// Bytes that are dirty.
+        /// Dirty memory in bytes.
         dirty_bytes: u64,
     },
-    /// A device dirties its state as fast as it is moved, or gives nothing of what it says is left.
+    /// A device dirties its state as fast as it is moved, or does not give the data that it says is left.
     #[error(
-        "{device} does not get ahead of its own changes in pre-copy ({left_bytes} bytes are left); make it less busy, \
-         give it a faster link, or allow more downtime"
+        "{device} dirties its state about as fast as it is moved ({left_bytes} bytes are left); make the device less \
+         busy, use a faster link, or allow more downtime"
     )]
     DirtyDevice {
         /// The device.
         device: String,
-        /// Bytes that it says are left.
+        /// How many bytes it says are left.
         left_bytes: u64,
     },
-    /// A device has more to give in the stop than fits into the goal, and pre-copy cannot make that less.
+    /// A device gives more data in the stop than the goal allows, and pre-copy cannot reduce it.
     #[error(
-        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or give it a faster link"
+        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or use a faster link"
     )]
     DeviceState {
         /// The device.
         device: String,
-        /// Bytes that it would give.
+        /// How many bytes it would give.
         bytes: u64,
     },
     /// A device's initial bytes were not read and loaded in time.
     #[error(
-        "{device} still has {left_bytes} bytes of initial data to give or to load after {limit:?}; allow it more time"
+        "the initial data of {device} is not read and loaded after {limit:?} ({left_bytes} bytes are left to be read); \
+         allow more time"
     )]
     InitialData {
         /// The device.
         device: String,
-        /// Bytes that are left; 0 when all are read and not all are loaded.
+        /// How many bytes are left to be read; 0 if all are read and not all are loaded.
         left_bytes: u64,
         /// The limit that has passed ([`Convergence::initial_max`]).
         limit: Duration,
     },
     /// A device does not say how much it has to give in the stop.
     #[error(
-        "{device} does not say how much state it has (no MIG_DATA_SIZE), so that no downtime can be promised; tell \
-         its size (MovedDevice::stop_bytes), or allow the stop whatever it takes"
+        "{device} does not say how much state it has (no MIG_DATA_SIZE), so its downtime cannot be predicted; set \
+         MovedDevice::stop_bytes, or allow a stop of any length"
     )]
     SizeUnknown {
         /// The device.
         device: String,
     },
-    /// The log of dirty pages was lost after the guest had stopped, so that all memory would have to move in the stop.
-    #[error(
-        "the log of dirty pages was lost at the stop, and all memory would have to be moved while nothing runs"
-    )]
+    /// The log of dirty pages failed after the guest had stopped, so that all memory would have to move in the downtime.
+    #[error("the log of dirty pages failed at the stop, and all memory would have to move in the downtime")]
     LogLost,
-    /// What has to be moved after the stop, with the guest standing still, takes longer than it may stand still.
-    #[error("it would stand still for longer than {limit:?}, the limit for that")]
+    /// The stop is predicted to take longer than the guest may stand still.
+    #[error("the guest would stand still for longer than the limit, {limit:?}")]
     Standstill {
         /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
         limit: Duration,
     },
-    /// Words and arcs alone take longer than the goal.
-    #[error("the link's latency and the devices' own arcs take longer than that; allow more downtime")]
+    /// The exchange of READY, COMMIT and RUNNING and the devices' arcs alone exceed the goal.
+    #[error("the link's latency and the devices' arcs alone take longer than the goal; allow more downtime")]
     Latency,
 }
 
-/// What a look finds of one device.
+/// What a look found out about one device.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DeviceLook {
     pub(crate) name: String,
-    /// Whether it has a session, so that it can give something before the stop.
+    /// Whether it has a session and gives data before the stop.
     pub(crate) streams: bool,
-    /// Bytes that it gave so far.
+    /// How many bytes it gave so far.
     pub(crate) sent: u64,
-    /// Bytes of these that the destination has not taken yet.
+    /// How many of them the destination has not taken yet.
     pub(crate) on_the_way: u64,
-    /// Bytes of initial data left to be read.
+    /// How many bytes of initial data are left to be read.
     pub(crate) initial: u64,
     /// Whether the destination has loaded the initial data that was read.
     pub(crate) initial_loaded: bool,
-    /// Bytes left in pre-copy, initial ones included; `None` when the device does not say.
+    /// How many bytes are left in pre-copy, initial ones included; `None` if the device does not say.
     pub(crate) left: Option<u64>,
-    /// Whether it said "nothing for now" since it last gave something.
+    /// Whether it had nothing for now when it was read last.
     pub(crate) drained: bool,
-    /// Bytes that it would give in the stop; `None` when that is not known.
+    /// How many bytes it would give in the stop; `None` if that is not known.
     pub(crate) stop_bytes: Option<u64>,
 }
 
-/// What a look finds.
+/// What a look found out.
 #[derive(Clone, Debug)]
 pub(crate) struct Look<'a> {
     pub(crate) now: Instant,
@@ -184,34 +183,34 @@ pub(crate) struct Look<'a> {
     pub(crate) is_round: bool,
     pub(crate) memory_dirty_bytes: u64,
     pub(crate) devices: &'a [DeviceLook],
-    /// How long the stop takes beside what is moved in it: the harvest of the dirty log.
+    /// How long a harvest of the dirty log takes, which is part of the downtime.
     pub(crate) harvest: Duration,
 }
 
 /// What to do after a look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// Go on. The next look comes after a device has something to tell, or after this time.
+    /// Go on. Look again when a device has news, or after this time.
     Continue(Duration),
     /// Stop the devices.
     Stop,
-    /// Going on leads nowhere.
+    /// Pre-copy has stalled.
     Stalled(Obstacle),
 }
 
-/// Follows one move.
+/// Follows the pre-copy of one move.
 #[derive(Debug)]
 pub(crate) struct StopPolicy {
     wanted: Convergence,
     looks: u32,
-    /// Rounds that were made because of memory.
+    /// The number of rounds that were made because of memory.
     rounds: u32,
     is_for_memory: bool,
     memory: Gains,
     devices: Vec<Tracked>,
 }
 
-/// Whether rounds of memory get anywhere.
+/// Whether rounds of memory gain.
 #[derive(Clone, Copy, Debug)]
 struct Gains {
     best: u64,
@@ -226,15 +225,15 @@ impl Default for Gains {
     }
 }
 
-/// Whether a device gets anywhere.
+/// Whether the pre-copy of one device gains.
 #[derive(Clone, Copy, Debug, Default)]
 struct Tracked {
-    /// When the window began, and what was sent and left then.
+    /// The start of the current measurement, and the bytes that were sent and left then.
     window: Option<(Instant, u64, u64)>,
-    /// What was left at first.
+    /// How many bytes were left at first.
     first_left: u64,
     stalled: u32,
-    /// Since when initial data holds the stop back.
+    /// Since when its initial data holds back the stop.
     initial_since: Option<Instant>,
 }
 
@@ -250,7 +249,7 @@ impl StopPolicy {
         }
     }
 
-    /// The look as it is reported.
+    /// The look, as it is reported to the caller.
     pub(crate) fn round(&self, look: &Look<'_>, pace: &Pace) -> Round {
         let sum = |of: &dyn Fn(&DeviceLook) -> u64| {
             look.devices.iter().fold(0_u64, |sum, device| sum.saturating_add(of(device)))
@@ -313,7 +312,7 @@ impl StopPolicy {
         Next::Stalled(overdue.unwrap_or_else(|| self.obstacle(look)))
     }
 
-    /// The guest was slowed down: what was seen of memory before does not count.
+    /// The guest was slowed down: earlier rounds of memory do not count any more.
     pub(crate) fn throttled(&mut self) {
         self.memory = Gains::default();
     }
@@ -322,7 +321,7 @@ impl StopPolicy {
         let memory = &mut self.memory;
         memory.shrinks = dirty < memory.last / 2;
         memory.last = dirty;
-        // A little less is no gain that leads anywhere.
+        // A slightly smaller number is not a gain.
         if dirty < memory.best - memory.best / 20 {
             memory.best = dirty;
             memory.stalled = 0;
@@ -332,7 +331,7 @@ impl StopPolicy {
         self.rounds = self.rounds.saturating_add(u32::from(self.is_for_memory));
     }
 
-    /// Whether initial data holds the stop back, and if it did for too long, of which device.
+    /// Whether initial data holds back the stop, and if it has for too long, of which device.
     fn initial_data(&mut self, look: &Look<'_>) -> Initial {
         let limit = self.wanted.initial_max;
         let waits_for_ever = self.wanted.when_stalled == WhenStalled::KeepTrying;
@@ -352,7 +351,7 @@ impl StopPolicy {
         found
     }
 
-    /// What is most in the way.
+    /// The greatest obstacle.
     fn obstacle(&self, look: &Look<'_>) -> Obstacle {
         let most = look.devices.iter().max_by_key(|device| device.stop_bytes.unwrap_or(0));
         let bytes = most.and_then(|device| device.stop_bytes).unwrap_or(0);
@@ -377,13 +376,13 @@ enum Initial {
 }
 
 impl Tracked {
-    /// Whether more pre-copy of the device makes the stop much cheaper.
+    /// Whether more pre-copy of the device makes the downtime much shorter.
     fn gains(&mut self, device: &DeviceLook, now: Instant, wanted: &Convergence, pace: &Pace) -> bool {
         if !device.streams {
             return false;
         }
         let Some(left) = device.left else {
-            // All that is known is whether it has something to give.
+            // It is only known whether the device has data.
             return !device.drained && device.sent <= UNKNOWN_BYTES.saturating_mul(wanted.rounds_max.into());
         };
         let floor = (wanted.downtime_goal / 64).max(Duration::from_millis(1));
