@@ -1,4 +1,4 @@
-//! A move's first link: frames both ways, and the words that begin and end a move.
+//! [`Connection`]: the first link of a move, with frames in both directions and the exchanges that begin and end a move.
 
 use std::time::Duration;
 
@@ -19,14 +19,14 @@ pub(crate) struct Connection<'a> {
     reader: Monitor<FrameReader>,
 }
 
-/// A frame that came, with its payload.
+/// A received frame, with its payload.
 #[derive(Debug)]
 pub(crate) struct Received {
     pub(crate) header: Header,
     pub(crate) payload: Vec<u8>,
 }
 
-/// Tells a peer that is not heard any further why, and gives it the time to read that.
+/// Tells a peer why this side closes the link, and gives the peer time to read that.
 pub(crate) fn say_why(link: &dyn Link, why: &Error, silence_max: Duration) {
     let limits = Limits::new(&crate::Options::default().with_silence_max(silence_max));
     let connection = Connection::new(link, limits);
@@ -54,7 +54,7 @@ impl<'a> Connection<'a> {
         &self.limits
     }
 
-    /// The reading half, for as long as one thread reads.
+    /// The receiving half, locked for one thread.
     pub(crate) fn reader(&self) -> Guard<'_, FrameReader> {
         self.reader.lock()
     }
@@ -76,8 +76,7 @@ impl<'a> Connection<'a> {
         self.writer.send(frame, cancel)
     }
 
-    /// The next frame that is not PROGRESS. The peer may be silent for `silence_max`, and keep this side waiting with
-    /// PROGRESS for `limit`.
+    /// The next frame that is not PROGRESS. The peer may be silent for `silence_max`, and send PROGRESS only for `limit`.
     pub(crate) fn receive(
         &self,
         doing: &'static str,
@@ -93,14 +92,14 @@ impl<'a> Connection<'a> {
                 let payload = reader.payload(&header).to_vec();
                 return Ok(Received { header, payload });
             }
-            // There may always be more of these at hand, so that nothing is ever waited for.
+            // Frames may arrive so fast that no read waits: the limit is checked here as well.
             if within.is_some_and(|(until, _)| until <= now()) {
                 return Err(self.failed(LinkError::TimedOut, doing, limit));
             }
         }
     }
 
-    /// The payload of a frame of this kind, which is due.
+    /// The payload of the next frame, which must be of this kind.
     pub(crate) fn expect(
         &self,
         kind: Kind,
@@ -116,15 +115,15 @@ impl<'a> Connection<'a> {
         Ok(received.payload)
     }
 
-    /// Tells the peer that the move is off and why.
+    /// Sends ABORT with the reason, unless the peer knows it.
     pub(crate) fn abort(&self, error: &Error) {
         if self.has_peer() && !error.peer_needs_no_word() {
             self.writer.abort(error, self.limits.last_words_max);
         }
     }
 
-    /// Ends the link: nothing more is sent. After an ABORT the peer gets the time to read it, since a socket that is
-    /// closed with bytes unread may take back what was sent on it last.
+    /// Ends the sending direction of the link. After an ABORT the peer gets time to read it: closing a socket that has unread
+    /// data may discard what was sent on it last.
     pub(crate) fn part(&self, error: &Error) {
         match self.has_peer() && !error.peer_needs_no_word() {
             true => self.link.part(Wait::within(self.limits.last_words_max, None)),
@@ -132,7 +131,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// The reason that the peer gives for ending the move, if one comes: for a side whose link has failed.
+    /// Waits for the peer's reason for ending the move, for a side whose link has failed. `None` if no reason arrives.
     pub(crate) fn last_words(&self) -> Option<Error> {
         if !self.has_peer() {
             return None;
@@ -149,7 +148,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// What is wrong with what came, as an error that names the sender.
+    /// Damage, as an error that names the sender.
     pub(crate) fn damaged(&self, damage: Damage) -> Error {
         Error::Stream { from: self.link.peer().into(), damage }
     }

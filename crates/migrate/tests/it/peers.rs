@@ -193,7 +193,7 @@ fn a_source_that_sends_more_than_it_has_credit_for_is_refused() {
         // Whether it is in order does not matter any more.
         peer.frame(Kind::DEVICE_DATA, 7, (4 << 20) - 3, b"four");
     });
-    assert!(why.to_string().contains("with the last credit there is room up to byte 4194304"), "{why}");
+    assert!(why.to_string().contains("the last credit allows data up to byte 4194304"), "{why}");
 }
 
 #[test]
