@@ -12,7 +12,8 @@ use crate::{Error, Result as MoveResult, Round};
 /// note in the report.
 pub trait Vmm: Sync {
     /// On the source, if the guest dirties memory or devices faster than they are moved: slow the vCPUs down. `step`
-    /// counts these calls from 1. Returns `false` if the vCPUs cannot be slowed down further.
+    /// is 1 in the first call, and one more after each call that returned `true`. Returns `false` if the vCPUs cannot be
+    /// slowed down further.
     ///
     /// A step of 0 lets the vCPUs run at full speed again. It comes at the end of a move, however the move ended, and only
     /// after other steps.

@@ -131,7 +131,7 @@ impl Order {
                 let (at, device) = self.find(header)?;
                 device.check_open(kind)?;
                 if header.position != device.bytes {
-                    let why = format!("it is for byte {}, due is byte {}", header.position, device.bytes);
+                    let why = format!("it starts at byte {}, byte {} is due", header.position, device.bytes);
                     return Err(Damage::Misplaced { kind, why });
                 }
                 let bytes = device.bytes + payload.len() as u64;
