@@ -1,4 +1,4 @@
-//! Devices in a move: their facts, whether two match, and what is done to all of them at once.
+//! Devices in a move: their facts, how they are compared, and work that is done on all of them at once.
 
 use limosa_client::{Device, DeviceExt};
 use limosa_protocol::MigrationFlags;
@@ -8,32 +8,32 @@ use crate::{Error, Result};
 use limosa_stream::body::printable;
 use limosa_stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MAX};
 
-/// A device that is to be moved, or that is to become one that is moved.
+/// A device that is to be moved, or to which a device is moved.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct MovedDevice<'a> {
     /// The device.
     pub device: &'a dyn Device,
-    /// What it is, in its owner's words. Where both sides say so, it must be the same.
+    /// What it is, in its owner's words. If both sides say it, it must be the same.
     pub kind: Option<String>,
-    /// How many bytes it is expected to give in the stop, where it does not say so itself (it has no MIG_DATA_SIZE):
-    /// what it gave the last time ([`DeviceReport`](crate::DeviceReport): `bytes` less `precopy_bytes`), for example.
+    /// How many bytes it is expected to give in the stop, if it does not say so itself (it has no MIG_DATA_SIZE). For
+    /// example what it gave the last time ([`DeviceReport`](crate::DeviceReport): `bytes` less `precopy_bytes`).
     pub stop_bytes: Option<u64>,
 }
 
 impl<'a> MovedDevice<'a> {
-    /// A device of which nothing is said.
+    /// A device without further description.
     pub fn new(device: &'a dyn Device) -> MovedDevice<'a> {
         MovedDevice { device, kind: None, stop_bytes: None }
     }
 
-    /// The same with what its owner says that it is.
+    /// The same with another [`kind`](Self::kind).
     #[must_use]
     pub fn with_kind(self, kind: Option<String>) -> MovedDevice<'a> {
         MovedDevice { kind, ..self }
     }
 
-    /// The same with what it is expected to give in the stop, in bytes.
+    /// The same with another [`stop_bytes`](Self::stop_bytes).
     #[must_use]
     pub fn with_stop_bytes(self, stop_bytes: Option<u64>) -> MovedDevice<'a> {
         MovedDevice { stop_bytes, ..self }
@@ -46,13 +46,13 @@ impl std::fmt::Debug for MovedDevice<'_> {
     }
 }
 
-/// Makes an error of a device's into the engine's.
+/// A device's error, as an error of the engine.
 pub(crate) fn failed(device: &dyn Device, doing: &str, error: limosa_client::Error) -> Error {
     Error::Device { device: device.name().into(), doing: doing.into(), error }
 }
 
-/// Does something to every device, each in a thread of its own where the system starts one, and waits for all. The
-/// results are in the devices' order.
+/// Calls `act` for every device, each in a thread of its own if the system starts one, and waits for all calls. The results
+/// are in the order of the devices.
 pub(crate) fn each<'a, T: Send>(
     devices: &[MovedDevice<'a>],
     act: impl Fn(usize, &'a dyn Device) -> T + Sync,
@@ -77,8 +77,7 @@ pub(crate) fn each<'a, T: Send>(
     })
 }
 
-/// Looks at a device without changing it. What it refuses to tell is not known; a lost connection is
-/// an error.
+/// Reads a device's facts without changing it. A fact that it refuses to tell is not known. A lost connection is an error.
 pub(crate) fn facts(id: u32, moved: &MovedDevice<'_>) -> Result<DeviceFacts> {
     let device = moved.device;
     let lost = |error| failed(device, "reading its facts", error);
@@ -113,7 +112,7 @@ pub(crate) fn facts(id: u32, moved: &MovedDevice<'_>) -> Result<DeviceFacts> {
     Ok(facts)
 }
 
-/// A refusal is "not known".
+/// Turns a refusal into "not known".
 fn known<T>(answer: limosa_client::Result<T>) -> limosa_client::Result<Option<T>> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
@@ -135,7 +134,7 @@ fn pci_ids(config: &[u8; 64]) -> PciIds {
     }
 }
 
-/// Why this device cannot be moved at all.
+/// Checks that this device can be moved at all. The error is the reason.
 pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), String> {
     let flags = MigrationFlags::from_bits_retain(facts.flags);
     if flags.contains(MigrationFlags::STOP_COPY) {
@@ -144,7 +143,7 @@ pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), String> {
     Err(format!("{}: it has no migration (flags {flags}, STOP_COPY is needed)", printable(&facts.name)))
 }
 
-/// Why the source's devices cannot become these. Empty when they can.
+/// The reasons why the source's devices cannot be moved to these. Empty if they can.
 pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> Vec<String> {
     let mut reasons = Vec::new();
     if source.len() != here.len() {
@@ -188,7 +187,7 @@ fn print_ids(ids: &PciIds) -> String {
     format!("{vendor:04x}:{device:04x} ({subsystem_vendor:04x}:{subsystem_device:04x}, class {class:06x})")
 }
 
-/// Why the source's memory is not this one. Empty when it is.
+/// The differences between the source's memory and this one. Empty if there are none.
 pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Vec<String> {
     let print = |facts: &MemoryFacts| format!("{:#x} bytes at {:#x}", facts.bytes, facts.address);
     let with = |among: &[MemoryFacts], id| among.iter().find(|facts| facts.id == id).copied();
@@ -216,7 +215,7 @@ pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Ve
     }
     let ours = here.iter().filter(|mine| with(source, mine.id).is_none());
     reasons.extend(ours.map(|mine| only("destination", mine)));
-    // The source's own were looked at when its offer was read.
+    // The source's own regions were checked when its offer was read.
     for (at, mine) in here.iter().enumerate() {
         if let Some(other) = here[..at].iter().find(|other| other.id == mine.id || other.overlaps(mine)) {
             reasons.push(format!(

@@ -1,4 +1,4 @@
-//! Dirty pages of a source: the logs that tell them, and what is still to be sent.
+//! [`DirtyLogs`]: the logs of dirty pages of a source, and the pages that are still to be sent.
 
 use std::io;
 use std::sync::Arc;
@@ -38,17 +38,17 @@ pub(crate) struct DirtyLogs {
     pub(crate) pages: Arc<DirtyPages>,
     /// For each device the page size of its log, in bytes, where it logs.
     device_page_bytes: Vec<Option<u64>>,
-    /// So many of the caller's sources are on, from the first.
+    /// How many of the caller's sources were started, from the first on.
     sources_started: usize,
     /// The caller's log was asked to start, whether or not it did.
     log_started: bool,
-    /// A device whose writes no log sees: memory is dirty as long as it runs.
+    /// Whether there is a device whose writes no log sees: memory is dirty as long as the device runs.
     pub(crate) blind: bool,
 }
 
 impl DirtyLogs {
-    /// Starts all logs and takes every page as dirty. What no log sees, is told. After an error [`DirtyLogs::stop`] ends
-    /// what was started.
+    /// Starts all logs and takes every page as dirty. A note names each device whose writes no log sees. After an error
+    /// [`DirtyLogs::stop`] stops the logs that were started.
     pub(crate) fn start(
         &mut self,
         devices: &[MovedDevice<'_>],
@@ -72,7 +72,7 @@ impl DirtyLogs {
             return Ok(());
         }
         if let Some(log) = &mut memory.log {
-            // One that fails half-way has to be stopped as well.
+            // A log that fails half-way has to be stopped as well.
             self.log_started = true;
             log.start().map_err(|error| memory.regions[0].failed(0, error))?;
         }
@@ -102,7 +102,8 @@ impl DirtyLogs {
         Ok(())
     }
 
-    /// Collects what was written since the last time. A log that fails makes its region dirty; the answer is why.
+    /// Collects the pages that were written since the last harvest. If a log fails, its region is dirty, and the result says
+    /// why.
     pub(crate) fn harvest(
         &mut self,
         devices: &[MovedDevice<'_>],

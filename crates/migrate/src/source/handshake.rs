@@ -1,4 +1,4 @@
-//! The handshake of a source: both sides are compared before anything is touched.
+//! The handshake of a source: both sides compare devices and memory before anything is touched.
 
 use limosa_client::DeviceExt;
 use limosa_protocol::State;
@@ -17,7 +17,7 @@ use crate::{Error, Result};
 /// What both sides have agreed on.
 pub(super) struct Agreed {
     pub(super) id: MigrationId,
-    /// How much of a device may be on its way; `None` where nobody answers.
+    /// How many bytes of a device may be on their way; `None` if no peer answers.
     pub(super) window: Option<u64>,
     pub(super) links: Vec<Box<dyn Link>>,
 }
@@ -96,8 +96,8 @@ impl<'a> Source<'a> {
         let (links, window) = (answer.links, answer.window.unwrap_or(0));
         if !(1..=offer.links).contains(&links) || window < WINDOW_BYTES_MIN {
             let why = format!(
-                "it takes {links} links and {window} bytes of a device at a time; expected are 1 to {} and at least \
-                 {WINDOW_BYTES_MIN}",
+                "it accepts {links} links and a window of {window} bytes; expected 1 to {} links and at least \
+                 {WINDOW_BYTES_MIN} bytes",
                 offer.links
             );
             return Err(connection.damaged(Damage::Content { kind: Kind::ANSWER, why }));
@@ -105,7 +105,7 @@ impl<'a> Source<'a> {
         Ok(answer)
     }
 
-    /// The further links that both sides want, or as many of them as can be had.
+    /// Makes the further links on which both sides agreed, or as many of them as it can.
     fn further_links(
         &self,
         context: &Context<'a>,
@@ -115,7 +115,7 @@ impl<'a> Source<'a> {
     ) -> Result<Vec<Box<dyn Link>>> {
         let mut links = Vec::new();
         let Some(further) = further else { return Ok(links) };
-        // All of them together: the destination hears nothing meanwhile.
+        // One limit for all of them, since this side sends nothing meanwhile.
         let wait = Wait::within(self.options.silence_max / 2, self.cancel);
         while (links.len() as u32) < wanted - 1 {
             match further.next(wait) {
@@ -123,7 +123,7 @@ impl<'a> Source<'a> {
                 Err(crate::link::LinkError::Cancelled) => return Err(Error::Cancelled),
                 Err(error) => {
                     let had = links.len() as u32 + 1;
-                    let note = format!("a further link cannot be had ({error}): {had} of {wanted} are used");
+                    let note = format!("a further link cannot be made ({error}): {had} of {wanted} are used");
                     context.recorder.note(note);
                     connection.send(&Frame::new(Kind::LINKS, &had.to_le_bytes()), self.cancel)?;
                     break;
@@ -134,7 +134,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// The other side's preface, which must be about the same move.
+/// Reads the other side's preface, which must be of the same move.
 pub(super) fn check_preface(
     connection: &Connection<'_>,
     id: MigrationId,
