@@ -4,6 +4,7 @@ use limosa_client::{Device, DeviceExt};
 use limosa_protocol::MigrationFlags;
 use limosa_protocol::info::{DeviceFlags, pci_index};
 
+use crate::error::{Mismatch, MismatchKind};
 use crate::{Error, Result};
 use limosa_stream::body::printable;
 use limosa_stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MAX};
@@ -135,47 +136,54 @@ fn pci_ids(config: &[u8; 64]) -> PciIds {
 }
 
 /// Checks that this device can be moved at all. The error is the reason.
-pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), String> {
+pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), Mismatch> {
     let flags = MigrationFlags::from_bits_retain(facts.flags);
     if flags.contains(MigrationFlags::STOP_COPY) {
         return Ok(());
     }
-    Err(format!("{}: it has no migration (flags {flags}, STOP_COPY is needed)", printable(&facts.name)))
+    let message =
+        format!("{}: it has no migration (flags {flags}, STOP_COPY is needed)", printable(&facts.name));
+    Err(Mismatch::new(MismatchKind::NoMigration, message))
 }
 
 /// The reasons why the source's devices cannot be moved to these. Empty if they can.
-pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> Vec<String> {
+pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> Vec<Mismatch> {
     let mut reasons = Vec::new();
     if source.len() != here.len() {
-        reasons.push(format!("the source has {} devices, the destination {}", source.len(), here.len()));
+        let message = format!("the source has {} devices, the destination {}", source.len(), here.len());
+        reasons.push(Mismatch::new(MismatchKind::DeviceCount, message));
     }
     for (theirs, mine) in source.iter().zip(here) {
         let (from, named) = (printable(&theirs.name), printable(&mine.name));
-        let mut differ = |what: &str, theirs: String, mine: String| {
-            reasons.push(format!(
-                "{from} -> {named}: the source's {what} is {}, this one's is {mine}",
-                printable(&theirs)
-            ));
+        let mut differ = |kind, what: &str, theirs: String, mine: String| {
+            let theirs = printable(&theirs);
+            let message = format!("{from} -> {named}: the source's {what} is {theirs}, this one's is {mine}");
+            reasons.push(Mismatch::new(kind, message));
         };
         if let (Some(theirs), Some(mine)) = (&theirs.kind, &mine.kind)
             && theirs != mine
         {
-            differ("kind", theirs.clone(), mine.clone());
+            differ(MismatchKind::DeviceKind, "kind", theirs.clone(), mine.clone());
         }
         if let (Some(theirs), Some(mine)) = (theirs.pci, mine.pci)
             && (PciIds { revision: 0, ..theirs }) != (PciIds { revision: 0, ..mine })
         {
-            differ("PCI identification", print_ids(&theirs), print_ids(&mine));
+            differ(MismatchKind::Pci, "PCI identification", print_ids(&theirs), print_ids(&mine));
         }
         if let (Some(theirs), Some(mine)) = (&theirs.regions, &mine.regions)
             && theirs != mine
         {
-            differ("list of region sizes", format!("{theirs:?}"), format!("{mine:?}"));
+            differ(MismatchKind::Regions, "list of region sizes", format!("{theirs:?}"), format!("{mine:?}"));
         }
         if let (Some(theirs), Some(mine)) = (&theirs.irqs, &mine.irqs)
             && theirs != mine
         {
-            differ("list of interrupt vectors", format!("{theirs:?}"), format!("{mine:?}"));
+            differ(
+                MismatchKind::Irqs,
+                "list of interrupt vectors",
+                format!("{theirs:?}"),
+                format!("{mine:?}"),
+            );
         }
     }
     reasons.extend(here.iter().filter_map(|mine| check_movable(mine).err()));
@@ -188,11 +196,13 @@ fn print_ids(ids: &PciIds) -> String {
 }
 
 /// The differences between the source's memory and this one. Empty if there are none.
-pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Vec<String> {
+pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Vec<Mismatch> {
+    let differs = |message| Mismatch::new(MismatchKind::Memory, message);
     let print = |facts: &MemoryFacts| format!("{:#x} bytes at {:#x}", facts.bytes, facts.address);
     let with = |among: &[MemoryFacts], id| among.iter().find(|facts| facts.id == id).copied();
-    let only =
-        |side, facts: &MemoryFacts| format!("only the {side} has memory {} of {}", facts.id, print(facts));
+    let only = |side, facts: &MemoryFacts| {
+        differs(format!("only the {side} has memory {} of {}", facts.id, print(facts)))
+    };
     let mut reasons = Vec::new();
     for theirs in source {
         let (id, Some(mine)) = (theirs.id, with(here, theirs.id)) else {
@@ -200,17 +210,17 @@ pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Ve
             continue;
         };
         if (theirs.address, theirs.bytes) != (mine.address, mine.bytes) {
-            reasons.push(format!(
+            reasons.push(differs(format!(
                 "memory {id}: the source has {}, the destination {}",
                 print(theirs),
                 print(&mine)
-            ));
+            )));
         }
         if theirs.page_bytes != mine.page_bytes {
-            reasons.push(format!(
+            reasons.push(differs(format!(
                 "memory {id}: the source has pages of {} bytes, the destination of {}",
                 theirs.page_bytes, mine.page_bytes
-            ));
+            )));
         }
     }
     let ours = here.iter().filter(|mine| with(source, mine.id).is_none());
@@ -218,13 +228,13 @@ pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Ve
     // The source's own regions were checked when its offer was read.
     for (at, mine) in here.iter().enumerate() {
         if let Some(other) = here[..at].iter().find(|other| other.id == mine.id || other.overlaps(mine)) {
-            reasons.push(format!(
+            reasons.push(differs(format!(
                 "the destination's memory {} of {} and memory {} of {} cannot be one guest's",
                 other.id,
                 print(other),
                 mine.id,
                 print(mine)
-            ));
+            )));
         }
     }
     reasons
@@ -245,7 +255,7 @@ mod tests {
             let reasons = compare_memory(source, here);
             assert_eq!(reasons.len(), expected.len(), "{reasons:?}");
             for (reason, expected) in reasons.iter().zip(expected) {
-                assert!(reason.contains(expected), "{expected}: {reason}");
+                assert!(reason.message.contains(expected), "{expected}: {reason}");
             }
         };
         refused(&[low, high], &[low, high], &[]);

@@ -63,10 +63,10 @@ pub enum Error {
         reason: String,
     },
     /// The devices or the memory of the two sides do not match. Nothing was moved.
-    #[error("cannot be moved: {}", .reasons.join("; "))]
+    #[error("cannot be moved: {}", joined(.reasons))]
     Incompatible {
         /// The reasons. Each names a device or memory region, what was found and what was expected.
-        reasons: Vec<String>,
+        reasons: Vec<Mismatch>,
     },
     /// The other side ended the move.
     #[error("{peer} called the move off: {reason}")]
@@ -181,6 +181,54 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+}
+
+/// Why two sides do not match.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+#[non_exhaustive]
+pub struct Mismatch {
+    /// What does not match.
+    pub kind: MismatchKind,
+    /// The device or memory region, what was found and what was expected.
+    pub message: String,
+}
+
+/// What does not match between two sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MismatchKind {
+    /// A device has no migration.
+    NoMigration,
+    /// A device is not in a state in which it can be moved.
+    State,
+    /// The sides have different numbers of devices.
+    DeviceCount,
+    /// A device is of another kind.
+    DeviceKind,
+    /// A device has another PCI identification.
+    Pci,
+    /// A device has other regions.
+    Regions,
+    /// A device has other interrupts.
+    Irqs,
+    /// The memory is not the same.
+    Memory,
+    /// The machine exceeds a limit of the stream's format.
+    Format,
+    /// The other side's reason, in its words.
+    Told,
+}
+
+impl Mismatch {
+    pub(crate) fn new(kind: MismatchKind, message: impl Into<String>) -> Mismatch {
+        Mismatch { kind, message: message.into() }
+    }
+}
+
+fn joined(reasons: &[Mismatch]) -> String {
+    let messages: Vec<_> = reasons.iter().map(|reason| reason.message.as_str()).collect();
+    messages.join("; ")
 }
 
 /// What keeps a move from stopping within its goal.

@@ -78,7 +78,7 @@ pub use acceptor::{Acceptor, Incoming, PENDING_MAX};
 pub use cancel::Cancel;
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
-pub use error::{Changed, Difference, Error, Misbehaviour, Obstacle, Result};
+pub use error::{Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, Obstacle, Result};
 pub use ledger::{Decision, Ledger};
 pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Totals};
 pub use local::move_local;

@@ -9,7 +9,7 @@ use super::Destination;
 use super::receive::Receiving;
 use crate::context::Context;
 use crate::devices::{compare_devices, compare_memory, facts, failed};
-use crate::error::check_cancel;
+use crate::error::{Mismatch, MismatchKind, check_cancel};
 use crate::link::FurtherLinks;
 use crate::memory::MemoryRegion;
 use crate::protocol::credit::window;
@@ -74,7 +74,7 @@ impl<'a> Destination<'a> {
         if connection.has_peer() {
             let reasons = match &accepted {
                 Ok(()) => Vec::new(),
-                Err(Error::Incompatible { reasons }) => reasons.clone(),
+                Err(Error::Incompatible { reasons }) => reasons.iter().map(ToString::to_string).collect(),
                 Err(Error::Cancelled) => return Err(Error::Cancelled),
                 Err(error) => vec![error.to_string()],
             };
@@ -104,9 +104,10 @@ impl<'a> Destination<'a> {
             let state = device.state().map_err(|error| failed(device, "reading its state", error))?;
             if !matches!(state, State::Running | State::Stop) {
                 let name = device.name();
-                reasons.push(format!(
+                let message = format!(
                     "{name}: it is in {state}, RUNNING or STOP is expected; is it in use? if not, reset it"
-                ));
+                );
+                reasons.push(Mismatch::new(MismatchKind::State, message));
             }
             found.push(state);
         }

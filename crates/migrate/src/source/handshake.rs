@@ -9,7 +9,7 @@ use super::Source;
 use super::rollback::Rollback;
 use crate::context::Context;
 use crate::devices::{check_movable, facts, failed};
-use crate::error::check_cancel;
+use crate::error::{Mismatch, MismatchKind, check_cancel};
 use crate::link::{FurtherLinks, Link, Wait};
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
@@ -45,7 +45,7 @@ impl<'a> Source<'a> {
         let stored = PrefaceFlags::STORED | PrefaceFlags::SEALED;
         let flags = if has_peer { PrefaceFlags::empty() } else { stored };
         let payload =
-            offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
+            offer.encode().map_err(|damage| incompatible(MismatchKind::Format, damage.to_string()))?;
         connection.send_preface(id, flags, self.cancel)?;
         connection.send(&Frame::new(Kind::OFFER, &payload), self.cancel)?;
         if !has_peer {
@@ -81,7 +81,7 @@ impl<'a> Source<'a> {
             let name = moved.device.name();
             let reason =
                 format!("{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?");
-            Err(Error::Incompatible { reasons: vec![reason] })
+            Err(incompatible(MismatchKind::State, reason))
         };
         self.devices.iter().map(state).collect()
     }
@@ -91,7 +91,8 @@ impl<'a> Source<'a> {
         let payload = connection.expect(Kind::ANSWER, doing, self.options.load_max, self.cancel)?;
         let answer = Answer::decode(&payload).map_err(|damage| connection.damaged(damage))?;
         if !answer.accepted {
-            return Err(Error::Incompatible { reasons: answer.reasons });
+            let told = |reason| Mismatch::new(MismatchKind::Told, reason);
+            return Err(Error::Incompatible { reasons: answer.reasons.into_iter().map(told).collect() });
         }
         let (links, window) = (answer.links, answer.window.unwrap_or(0));
         if !(1..=offer.links).contains(&links) || window < WINDOW_BYTES_MIN {
@@ -146,4 +147,8 @@ pub(super) fn check_preface(
         return Err(connection.damaged(Damage::Unknown { what }));
     }
     Ok(())
+}
+
+fn incompatible(kind: MismatchKind, message: String) -> Error {
+    Error::Incompatible { reasons: vec![Mismatch::new(kind, message)] }
 }
