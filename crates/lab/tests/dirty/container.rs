@@ -4,7 +4,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::AsFd;
 
-use limosa_client::{DirtyBits, DirtySource};
+use limosa_client::{Device, DirtyBits, DirtySource};
 use limosa_device::{Loopback, Machine};
 use limosa_lab::Mdev;
 use limosa_lab::module::{self, Dma, ModuleDevice};

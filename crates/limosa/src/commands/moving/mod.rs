@@ -8,8 +8,8 @@ mod snapshot;
 
 use anyhow::Context;
 use limosa_migrate::{
-    Cancel, Destination, DirtyLog, FilePages, FingerprintLog, Ledger, Memory, MemoryRegion, MovedDevice,
-    Observer, Options, Source, Vmm, WhenStalled,
+    Cancel, Destination, FilePages, FingerprintLog, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
+    Options, Source, Vmm, WhenStalled,
 };
 
 use crate::args;
