@@ -4,7 +4,7 @@ use limosa_stream::{Damage, Kind};
 
 use super::commit::NotStarted;
 use super::handshake::Greeting;
-use super::receive::Receiving;
+use super::receiving::Receiving;
 use super::{Destination, Ending, Received, Then, ended};
 use crate::context::Context;
 use crate::error::{check_cancel, guard};
