@@ -243,7 +243,7 @@ fn nobody_at_the_other_end_is_said_so() {
 }
 
 #[test]
-fn whoever_connects_and_is_no_source_is_named_and_does_not_end_the_wait() {
+fn a_client_that_is_not_a_source_is_named_and_does_not_end_the_wait() {
     use std::io::{Read, Write};
     let folder = Folder::new();
     let (source, device) = (folder.device("source", &[]), folder.device("device", &[]));
@@ -282,7 +282,7 @@ fn clients_that_stay_silent_do_not_block_a_source() {
     let address = receiver.after("listening on tcp:");
     // More than are heard at a time.
     let silent: Vec<_> = (0..20).map(|_| std::net::TcpStream::connect(&address).unwrap()).collect();
-    receiver.line("others came");
+    receiver.line("more clients connected");
     limosa(&["send", &source.socket, "--to", &format!("tcp:{address}"), "--links", "2"]).ok();
     receiver.end().ok();
     drop(silent);

@@ -1,8 +1,8 @@
 //! A VMM in one file, and how it moves its machine with Limosa. It is meant to be read from top to bottom.
 //!
 //! The machine has memory, a vCPU that writes to it and rings the devices, and two devices behind vfio-user
-//! sockets. There is no guest code and no KVM; what stands for them is as small as it can be, and does what matters
-//! here: it dirties memory all the time, and can be stopped and started.
+//! sockets. There is no guest code and no KVM. Their replacement is as small as possible, and does what matters here: it
+//! dirties memory all the time, and can be stopped and started.
 //!
 //! ```console
 //! $ cargo run --example toy_vmm receive unix:/tmp/move     # one terminal
@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Both read commands from standard input: `send ADDRESS [BYTES_PER_SECOND]`, `resolve ADDRESS`, `count`, `quit`.
-//! Ctrl-C, or `cancel`, calls off a move that is under way.
+//! Ctrl-C, or `cancel`, cancels the current move.
 
 use std::error::Error;
 use std::fs::File;
@@ -48,7 +48,7 @@ const VCPU_PAGES: u64 = PAGES / 2;
 /// How the vCPU is slowed down: by a rest after each step, which doubles each time.
 const THROTTLE_STEPS: u32 = 6;
 const THROTTLE_REST: Duration = Duration::from_millis(1);
-/// How often a source in doubt asks before it leaves that to a person, once a second.
+/// How many times a source in doubt asks, once a second, before it leaves the decision to a person.
 const RESOLVE_TRIES: u32 = 10;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ struct Guest {
     /// A memfd: the devices' servers map the same pages.
     memory: FilePages,
     vcpu: Mutex<Vcpu>,
-    /// How many wait for the vCPU. It lets them have it between two steps: the mutex alone is not fair.
+    /// How many threads wait for the vCPU, which yields to them between two steps: the mutex alone is not fair.
     wanted: AtomicU32,
     /// The vCPU may run, or the process ends.
     changed: Condvar,
@@ -71,7 +71,7 @@ struct Guest {
 struct Vcpu {
     count: u64,
     runs: bool,
-    /// How long it rests after each step, so that it dirties less.
+    /// How long it rests after each step, in order to dirty less.
     rest: Duration,
 }
 
@@ -92,7 +92,7 @@ impl Guest {
     /// What the vCPU's thread does: it counts, leaves each number in the page that is its turn, and rings both devices.
     fn run(&self, devices: &Devices) -> Result<()> {
         loop {
-            // A step is done under the lock. Whoever stops the vCPU takes it, so that no step is under way then.
+            // A step is done under the lock. A thread that stops the vCPU takes the lock, and so waits for the step's end.
             while self.wanted.load(Ordering::Acquire) > 0 {
                 std::thread::yield_now();
             }
@@ -122,7 +122,7 @@ impl Guest {
         self.changed.notify_all();
     }
 
-    /// Whether each page holds the last number that was left there. The vCPU does not run.
+    /// Checks that each page holds the last number that the vCPU left there. The vCPU must not run.
     fn check(&self) -> Result<()> {
         let count = self.vcpu().count;
         for page in 0..VCPU_PAGES {
@@ -149,7 +149,7 @@ impl Guest {
     }
 }
 
-/// The engine's handle to the log. Its four calls are all that the engine wants of KVM.
+/// The engine's handle to the log. Its calls are all that the engine needs of KVM.
 struct LogHandle<'a>(&'a Log);
 
 impl DirtyLog for LogHandle<'_> {
@@ -174,9 +174,9 @@ impl DirtyLog for LogHandle<'_> {
 // ---------------------------------------------------------------------------------------------------------------------
 // The devices: two behind vfio-user sockets, and the vCPU's registers.
 
-/// What of a machine is neither in its memory nor in a device of somebody else's, its VMM must move as well: registers
-/// of vCPUs, an interrupt controller, clocks. The engine moves devices, so that is what this is: a device of the VMM's
-/// own, in its own process. It is saved when everything has stopped, as checked sections that have a version.
+/// A VMM must also move the state that is neither in memory nor in a device of another process: registers of vCPUs, an
+/// interrupt controller, clocks. The engine moves devices, so this state is a device too, in the VMM's own process. It is
+/// saved when everything has stopped, as sections with versions and checksums.
 struct Registers(Arc<Guest>);
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -285,7 +285,7 @@ impl Devices {
     }
 }
 
-/// Serves a device on a thread, where a real one is a process of its own, connects, and shares the memory with it.
+/// Serves a device on a thread, instead of in a process of its own, connects to it, and shares the memory with it.
 fn serve(path: PathBuf, model: Box<dyn Model>, memory: &File) -> Result<Client> {
     let server = Server::bind(&path, Machine::new(model), server::Options::default())?;
     std::thread::spawn(move || server.serve());
@@ -297,14 +297,14 @@ fn serve(path: PathBuf, model: Box<dyn Model>, memory: &File) -> Result<Client> 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What the engine asks of the VMM, and what it tells.
+// The hooks that the engine calls.
 
 /// The hooks, in the order in which they are called.
 struct Hooks<'a>(&'a Guest);
 
 impl Vmm for Hooks<'_> {
-    /// On the source, when the guest dirties memory faster than the link takes it: slow it down, step by step, and with
-    /// step 0 not any more.
+    /// On the source, when the guest dirties memory faster than the link carries it: slow the guest down, step by step. Step
+    /// 0 lets it run at full speed again.
     fn throttle(&self, step: u32) -> bool {
         if step > THROTTLE_STEPS {
             return false;
@@ -315,16 +315,16 @@ impl Vmm for Hooks<'_> {
         true
     }
 
-    /// On the source, to begin with the stop. When this returns the vCPUs must not write any more. The devices still
-    /// run; the engine stops them next, so that nothing here may wait for one of them.
+    /// On the source, at the beginning of the stop. When this returns, the vCPUs must not write any more. The devices still
+    /// run. The engine stops them next, so this must not wait for a device.
     fn stop(&self) -> Result<(), String> {
         self.0.set_running(false);
         Ok(())
     }
 
-    /// On the source, when all has arrived and before the destination is told to run. A VMM writes the id to a disk
-    /// here: should its process end before it knows what became of the move, the next one resolves that by it
-    /// ([`InDoubt::recover`]). Everything stands still, which is of use to show that nothing is lost.
+    /// On the source, when everything has arrived and before the destination is told to run. A VMM writes the id to a disk
+    /// here. If its process ends before it knows how the move ended, the next process resolves the move by the id
+    /// ([`InDoubt::recover`]). Everything stands still, so this example prints what must not be lost.
     fn committing(&self, id: MigrationId) -> Result<(), String> {
         let checksum = self.0.checksum().map_err(|error| error.to_string())?;
         println!("commits {id}: count {} checksum {checksum:016x}", self.0.vcpu().count);
@@ -336,8 +336,8 @@ impl Vmm for Hooks<'_> {
         self.0.set_running(true);
     }
 
-    /// On the destination, when it is told to run and before the devices do: the last chance to say no, by which the
-    /// source goes on.
+    /// On the destination, when it is told to run and before the devices do: the last chance to refuse, after which the
+    /// source runs again.
     fn prepare(&self) -> Result<(), String> {
         let checksum = self.0.checksum().map_err(|error| error.to_string())?;
         println!("takes over: count {} checksum {checksum:016x}", self.0.vcpu().count);
@@ -350,7 +350,7 @@ impl Vmm for Hooks<'_> {
     }
 }
 
-/// Whoever watches is called by the threads of the engine, which wait for it: so it is quick.
+/// An observer. The engine's threads call it and wait for it, so it is quick.
 struct Watch;
 
 impl Observer for Watch {
@@ -362,7 +362,7 @@ impl Observer for Watch {
         println!("round {}: {} KiB dirty", round.round, round.memory_dirty_bytes >> 10);
     }
 
-    /// On the source, what lies ahead. A VMM shows it to its operator, who may call the move off.
+    /// On the source, how long the move will take. A VMM shows it to its operator, who may cancel the move.
     fn estimate(&self, estimate: &Estimate) {
         match estimate.remaining {
             Some(remaining) => {
@@ -379,9 +379,9 @@ impl Observer for Watch {
 struct Machinery {
     guest: Arc<Guest>,
     devices: Arc<Devices>,
-    /// Of the move that is under way.
+    /// The handle of the current move.
     cancel: Mutex<Option<Cancel>>,
-    /// A move of which nobody here knows whether it came about. As long as it is here the guest must not run.
+    /// A move in doubt. As long as there is one, the guest must not run.
     doubt: Mutex<Option<InDoubt>>,
     options: Options,
 }
@@ -414,7 +414,7 @@ impl Machinery {
         MemoryRegion { id: 0, iova: 0, size: PAGES * PAGE_BYTES, pages: &self.guest.memory }
     }
 
-    /// The source. It blocks until the move is over, so that a VMM gives it a thread.
+    /// Calls a function with the source. A move blocks until it has ended, so a VMM gives it a thread of its own.
     fn with_source<R>(&self, cancel: Option<&Cancel>, act: impl FnOnce(Source<'_>) -> R) -> R {
         let mut log = LogHandle(&self.guest.log);
         act(Source::new(&self.devices.moved(), &self.options)
@@ -424,11 +424,11 @@ impl Machinery {
             .with_cancel(cancel))
     }
 
-    /// Moves the machine to whoever receives at the address.
+    /// Moves the machine to the destination at this address.
     fn send(&self, to: &Address, bandwidth: Option<u64>) -> Result<()> {
         let cancel = Cancel::new()?;
         *lock(&self.cancel) = Some(cancel.clone());
-        // Further links of the move, as many as `Options::links` allows, come from here too, and share the bandwidth.
+        // It also makes the further links of the move, up to `Options::links`, which share the bandwidth.
         let mut connector = Connector::new(to.clone());
         if let Some(bytes_per_second) = bandwidth {
             connector = connector.with_bandwidth(Bandwidth::new(bytes_per_second));
@@ -437,7 +437,7 @@ impl Machinery {
         let outcome = self.with_source(Some(&cancel), |source| source.send_over(&link, &connector));
         *lock(&self.cancel) = None;
         self.ended(outcome);
-        // The link may have died just when the destination was to run. It knows.
+        // If the link failed just when the destination was to run, the destination knows whether it does.
         for _ in 0..RESOLVE_TRIES {
             if lock(&self.doubt).is_none() {
                 break;
@@ -448,8 +448,7 @@ impl Machinery {
         Ok(())
     }
 
-    /// Asks what became of a move in doubt. Nothing else may decide that: a source that guesses makes the guest run
-    /// twice, or nowhere.
+    /// Asks how a move in doubt ended. A source that guesses instead runs the guest twice, or not at all.
     fn resolve(&self, to: &Address) -> Result<()> {
         let Some(doubt) = lock(&self.doubt).take() else { return Ok(()) };
         let link = match connect(to, Duration::from_secs(1)) {
@@ -468,17 +467,17 @@ impl Machinery {
     /// The three ways in which a move ends.
     fn ended(&self, outcome: Outcome) {
         match outcome {
-            // The guest is elsewhere. All that is left to do here is to go.
+            // The guest runs elsewhere. This process can exit.
             Outcome::Moved(report) => {
                 print!("{report}");
                 println!("moved");
             }
-            // It runs here as before, with its devices, and can be moved again at any time.
+            // The guest runs here as before, with its devices, and can be moved again at any time.
             Outcome::Undone { why, report } => {
                 report.notes.iter().for_each(|note| println!("note: {note}"));
                 println!("undone: {why}");
             }
-            // It runs nowhere, or at the destination: the vCPUs stay stopped, and so do the devices.
+            // The guest may run at the destination: here the vCPUs and the devices stay stopped.
             Outcome::InDoubt(doubt) => {
                 println!("in doubt: {}; the guest stays stopped", doubt.why);
                 *lock(&self.doubt) = Some(doubt);
@@ -486,7 +485,7 @@ impl Machinery {
         }
     }
 
-    /// Waits for a machine, and takes it over. The devices and the memory here are as those of the source, and idle.
+    /// Waits for a machine, and takes it over. The devices and the memory here are like those of the source, and idle.
     fn receive(&self, acceptor: &Acceptor, ledger: &Ledger) -> Result<()> {
         let devices = self.devices.moved();
         let memory = [self.memory()];
@@ -510,7 +509,7 @@ impl Machinery {
                     println!("runs");
                     return Ok(());
                 }
-                // What had come is gone, the devices are reset: the next source may come.
+                // What was loaded is discarded and the devices are reset: another source may connect.
                 Received::Discarded { why, .. } => println!("discarded: {why}"),
                 Received::Answered { id, decision } => println!("answered for {id}: {decision:?}"),
                 Received::Broken { why, .. } => return Err(why.into()),
@@ -524,8 +523,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From now on this process has a guest that runs, and takes no other one; but a source in doubt may still ask for the
-/// one that came, as long as this process lives.
+/// This process has a guest that runs now, and receives no other. As long as it lives it answers a source in doubt.
 fn answer(acceptor: &Acceptor, ledger: &Ledger, options: &Options) {
     while let Ok(incoming) = acceptor.accept(Wait::within(Duration::MAX, None)) {
         if let Incoming::Peer(link) = incoming
@@ -560,7 +558,7 @@ fn monitor(machinery: &Arc<Machinery>) -> Result<()> {
     Ok(())
 }
 
-/// Calls off the move that is under way, or without one ends the process.
+/// Cancels the current move, or without one ends the process.
 fn interrupt(machinery: &Machinery) {
     match &*lock(&machinery.cancel) {
         Some(cancel) => cancel.cancel(),
@@ -572,7 +570,7 @@ fn main() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("toy-vmm-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
     let machinery = Arc::new(Machinery::new(&folder)?);
-    // The sockets have been connected to, and nobody else is to come.
+    // The clients are connected, and no other client is expected.
     std::fs::remove_dir_all(&folder)?;
     let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT])?;
     let interrupted = machinery.clone();

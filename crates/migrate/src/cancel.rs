@@ -1,4 +1,4 @@
-//! [`Cancel`]: calls a move off from another thread, at any moment, waking what waits.
+//! [`Cancel`]: ends a move from another thread, at any moment, and wakes the threads that wait.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,10 +9,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::lock::lock;
 
-/// A handle to call a move off. Clones are the same handle.
+/// A handle that cancels a move. Clones are the same handle.
 ///
-/// Before the commit the move is undone. From the commit on it has no effect: only the destination
-/// may run then.
+/// Before the commit the move is undone. From the commit on a cancel has no effect, since only the destination may run.
 #[derive(Clone)]
 pub struct Cancel(Arc<Inner>);
 
@@ -29,11 +28,11 @@ struct Inner {
     watches: Mutex<Vec<Weak<dyn Fn() + Send + Sync>>>,
 }
 
-/// As long as it lives, a function is called when a handle is used ([`Cancel::watch`]).
+/// Keeps the function of a [`Cancel::watch`]: it is called as long as this exists.
 pub(crate) struct Watch(#[expect(dead_code, reason = "only kept")] Arc<dyn Fn() + Send + Sync>);
 
 impl Cancel {
-    /// A handle that has not been used. Fails when the process is out of file descriptors.
+    /// A new handle. Fails when the process has no file descriptors left.
     pub fn new() -> std::io::Result<Cancel> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Cancel(Arc::new(Inner {
@@ -44,7 +43,7 @@ impl Cancel {
         })))
     }
 
-    /// A handle that is used when this one is, and can be used without it.
+    /// A handle that is cancelled with this one, and can be cancelled alone.
     pub(crate) fn child(&self) -> std::io::Result<Cancel> {
         let child = Cancel::new()?;
         let mut children = lock(&self.0.children);
@@ -57,7 +56,7 @@ impl Cancel {
         Ok(child)
     }
 
-    /// From now on calls this when the handle is used; at once when it was.
+    /// Calls this function when the handle is cancelled; at once if it was cancelled already.
     pub(crate) fn watch(&self, act: impl Fn() + Send + Sync + 'static) -> Watch {
         let act: Arc<dyn Fn() + Send + Sync> = Arc::new(act);
         lock(&self.0.watches).push(Arc::downgrade(&act));
@@ -67,10 +66,10 @@ impl Cancel {
         Watch(act)
     }
 
-    /// Calls the move off.
+    /// Cancels the move.
     pub fn cancel(&self) {
         self.0.cancelled.store(true, Ordering::Release);
-        // Only a counter at its end refuses, and that wakes as well.
+        // Refused only when the counter is at its maximum, where the eventfd is readable as well.
         let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
         let children = std::mem::take(&mut *lock(&self.0.children));
         children.iter().filter_map(Weak::upgrade).for_each(|child| Cancel(child).cancel());
@@ -79,12 +78,12 @@ impl Cancel {
         limosa_clockwork::wake_polls();
     }
 
-    /// Whether somebody has called it off.
+    /// Whether the move was cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::Acquire)
     }
 
-    /// Waits for that long, or until somebody calls it off; whether somebody did.
+    /// Waits for this time, or until the move is cancelled. Returns whether it was cancelled.
     pub fn wait(&self, time: Duration) -> bool {
         let deadline = after(limosa_clockwork::now(), time);
         while !self.is_cancelled() {
@@ -93,7 +92,7 @@ impl Cancel {
                 break;
             }
             let mut fds = [PollFd::new(&self.0.wake, PollFlags::IN)];
-            // Whatever ends it early, the loop looks again.
+            // If a signal ends it early, the loop tries again.
             let _ = poll(&mut fds, Some(&timespec(left)));
         }
         self.is_cancelled()
@@ -101,7 +100,7 @@ impl Cancel {
 }
 
 impl AsFd for Cancel {
-    /// Readable once the move is called off.
+    /// Readable once the move is cancelled.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.wake.as_fd()
     }

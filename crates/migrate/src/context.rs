@@ -1,14 +1,14 @@
-//! What everything in one side's part of a move refers to.
+//! [`Context`]: what all parts of one side of a move refer to.
 
 use crate::devices::MovedDevice;
 use crate::report::{Recorder, Side};
 use crate::{Cancel, Observer, Options};
 
-/// The options, the report and the cancel of one side.
+/// The options, the report and the cancel handle of one side.
 pub(crate) struct Context<'a> {
     pub(crate) options: &'a Options,
     pub(crate) recorder: Recorder<'a>,
-    /// Ends waits until the commit.
+    /// Ends every wait until the commit.
     pub(crate) cancel: Option<&'a Cancel>,
 }
 

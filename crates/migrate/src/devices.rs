@@ -1,39 +1,40 @@
-//! Devices in a move: their facts, whether two match, and what is done to all of them at once.
+//! Devices in a move: their facts, how they are compared, and work that is done on all of them at once.
 
 use limosa_client::{Device, DeviceExt};
 use limosa_protocol::MigrationFlags;
 use limosa_protocol::info::{DeviceFlags, pci_index};
 
+use crate::error::{Mismatch, MismatchKind};
 use crate::{Error, Result};
 use limosa_stream::body::printable;
 use limosa_stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MAX};
 
-/// A device that is to be moved, or that is to become one that is moved.
+/// A device that is to be moved, or to which a device is moved.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct MovedDevice<'a> {
     /// The device.
     pub device: &'a dyn Device,
-    /// What it is, in its owner's words. Where both sides say so, it must be the same.
+    /// What it is, in its owner's words. If both sides say it, it must be the same.
     pub kind: Option<String>,
-    /// How many bytes it is expected to give in the stop, where it does not say so itself (it has no MIG_DATA_SIZE):
-    /// what it gave the last time ([`DeviceReport`](crate::DeviceReport): `bytes` less `precopy_bytes`), for example.
+    /// How many bytes it is expected to give in the stop, if it does not say so itself (it has no MIG_DATA_SIZE). For
+    /// example what it gave the last time ([`DeviceReport`](crate::DeviceReport): `bytes` less `precopy_bytes`).
     pub stop_bytes: Option<u64>,
 }
 
 impl<'a> MovedDevice<'a> {
-    /// A device of which nothing is said.
+    /// A device without further description.
     pub fn new(device: &'a dyn Device) -> MovedDevice<'a> {
         MovedDevice { device, kind: None, stop_bytes: None }
     }
 
-    /// The same with what its owner says that it is.
+    /// The same with another [`kind`](Self::kind).
     #[must_use]
     pub fn with_kind(self, kind: Option<String>) -> MovedDevice<'a> {
         MovedDevice { kind, ..self }
     }
 
-    /// The same with what it is expected to give in the stop, in bytes.
+    /// The same with another [`stop_bytes`](Self::stop_bytes).
     #[must_use]
     pub fn with_stop_bytes(self, stop_bytes: Option<u64>) -> MovedDevice<'a> {
         MovedDevice { stop_bytes, ..self }
@@ -46,13 +47,13 @@ impl std::fmt::Debug for MovedDevice<'_> {
     }
 }
 
-/// Makes an error of a device's into the engine's.
+/// A device's error, as an error of the engine.
 pub(crate) fn failed(device: &dyn Device, doing: &str, error: limosa_client::Error) -> Error {
     Error::Device { device: device.name().into(), doing: doing.into(), error }
 }
 
-/// Does something to every device, each in a thread of its own where the system starts one, and waits for all. The
-/// results are in the devices' order.
+/// Calls `act` for every device, each in a thread of its own if the system starts one, and waits for all calls. The results
+/// are in the order of the devices.
 pub(crate) fn each<'a, T: Send>(
     devices: &[MovedDevice<'a>],
     act: impl Fn(usize, &'a dyn Device) -> T + Sync,
@@ -77,8 +78,7 @@ pub(crate) fn each<'a, T: Send>(
     })
 }
 
-/// Looks at a device without changing it. What it refuses to tell is not known; a lost connection is
-/// an error.
+/// Reads a device's facts without changing it. A fact that it refuses to tell is not known. A lost connection is an error.
 pub(crate) fn facts(id: u32, moved: &MovedDevice<'_>) -> Result<DeviceFacts> {
     let device = moved.device;
     let lost = |error| failed(device, "reading its facts", error);
@@ -113,7 +113,7 @@ pub(crate) fn facts(id: u32, moved: &MovedDevice<'_>) -> Result<DeviceFacts> {
     Ok(facts)
 }
 
-/// A refusal is "not known".
+/// Turns a refusal into "not known".
 fn known<T>(answer: limosa_client::Result<T>) -> limosa_client::Result<Option<T>> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
@@ -135,48 +135,55 @@ fn pci_ids(config: &[u8; 64]) -> PciIds {
     }
 }
 
-/// Why this device cannot be moved at all.
-pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), String> {
+/// Checks that this device can be moved at all. The error is the reason.
+pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), Mismatch> {
     let flags = MigrationFlags::from_bits_retain(facts.flags);
     if flags.contains(MigrationFlags::STOP_COPY) {
         return Ok(());
     }
-    Err(format!("{}: it has no migration (flags {flags}, STOP_COPY is needed)", printable(&facts.name)))
+    let message =
+        format!("{}: it has no migration (flags {flags}, STOP_COPY is needed)", printable(&facts.name));
+    Err(Mismatch::new(MismatchKind::NoMigration, message))
 }
 
-/// Why the source's devices cannot become these. Empty when they can.
-pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> Vec<String> {
+/// The reasons why the source's devices cannot be moved to these. Empty if they can.
+pub(crate) fn compare_devices(source: &[DeviceFacts], here: &[DeviceFacts]) -> Vec<Mismatch> {
     let mut reasons = Vec::new();
     if source.len() != here.len() {
-        reasons.push(format!("the source has {} devices, the destination {}", source.len(), here.len()));
+        let message = format!("the source has {} devices, the destination {}", source.len(), here.len());
+        reasons.push(Mismatch::new(MismatchKind::DeviceCount, message));
     }
     for (theirs, mine) in source.iter().zip(here) {
         let (from, named) = (printable(&theirs.name), printable(&mine.name));
-        let mut differ = |what: &str, theirs: String, mine: String| {
-            reasons.push(format!(
-                "{from} -> {named}: the source's {what} is {}, this one's is {mine}",
-                printable(&theirs)
-            ));
+        let mut differ = |kind, what: &str, theirs: String, mine: String| {
+            let theirs = printable(&theirs);
+            let message = format!("{from} -> {named}: the source's {what} is {theirs}, this one's is {mine}");
+            reasons.push(Mismatch::new(kind, message));
         };
         if let (Some(theirs), Some(mine)) = (&theirs.kind, &mine.kind)
             && theirs != mine
         {
-            differ("kind", theirs.clone(), mine.clone());
+            differ(MismatchKind::DeviceKind, "kind", theirs.clone(), mine.clone());
         }
         if let (Some(theirs), Some(mine)) = (theirs.pci, mine.pci)
             && (PciIds { revision: 0, ..theirs }) != (PciIds { revision: 0, ..mine })
         {
-            differ("PCI identification", print_ids(&theirs), print_ids(&mine));
+            differ(MismatchKind::Pci, "PCI identification", print_ids(&theirs), print_ids(&mine));
         }
         if let (Some(theirs), Some(mine)) = (&theirs.regions, &mine.regions)
             && theirs != mine
         {
-            differ("list of region sizes", format!("{theirs:?}"), format!("{mine:?}"));
+            differ(MismatchKind::Regions, "list of region sizes", format!("{theirs:?}"), format!("{mine:?}"));
         }
         if let (Some(theirs), Some(mine)) = (&theirs.irqs, &mine.irqs)
             && theirs != mine
         {
-            differ("list of interrupt vectors", format!("{theirs:?}"), format!("{mine:?}"));
+            differ(
+                MismatchKind::Irqs,
+                "list of interrupt vectors",
+                format!("{theirs:?}"),
+                format!("{mine:?}"),
+            );
         }
     }
     reasons.extend(here.iter().filter_map(|mine| check_movable(mine).err()));
@@ -188,12 +195,14 @@ fn print_ids(ids: &PciIds) -> String {
     format!("{vendor:04x}:{device:04x} ({subsystem_vendor:04x}:{subsystem_device:04x}, class {class:06x})")
 }
 
-/// Why the source's memory is not this one. Empty when it is.
-pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Vec<String> {
+/// The differences between the source's memory and this one. Empty if there are none.
+pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Vec<Mismatch> {
+    let differs = |message| Mismatch::new(MismatchKind::Memory, message);
     let print = |facts: &MemoryFacts| format!("{:#x} bytes at {:#x}", facts.bytes, facts.address);
     let with = |among: &[MemoryFacts], id| among.iter().find(|facts| facts.id == id).copied();
-    let only =
-        |side, facts: &MemoryFacts| format!("only the {side} has memory {} of {}", facts.id, print(facts));
+    let only = |side, facts: &MemoryFacts| {
+        differs(format!("only the {side} has memory {} of {}", facts.id, print(facts)))
+    };
     let mut reasons = Vec::new();
     for theirs in source {
         let (id, Some(mine)) = (theirs.id, with(here, theirs.id)) else {
@@ -201,31 +210,31 @@ pub(crate) fn compare_memory(source: &[MemoryFacts], here: &[MemoryFacts]) -> Ve
             continue;
         };
         if (theirs.address, theirs.bytes) != (mine.address, mine.bytes) {
-            reasons.push(format!(
+            reasons.push(differs(format!(
                 "memory {id}: the source has {}, the destination {}",
                 print(theirs),
                 print(&mine)
-            ));
+            )));
         }
         if theirs.page_bytes != mine.page_bytes {
-            reasons.push(format!(
+            reasons.push(differs(format!(
                 "memory {id}: the source has pages of {} bytes, the destination of {}",
                 theirs.page_bytes, mine.page_bytes
-            ));
+            )));
         }
     }
     let ours = here.iter().filter(|mine| with(source, mine.id).is_none());
     reasons.extend(ours.map(|mine| only("destination", mine)));
-    // The source's own were looked at when its offer was read.
+    // The source's own regions were checked when its offer was read.
     for (at, mine) in here.iter().enumerate() {
         if let Some(other) = here[..at].iter().find(|other| other.id == mine.id || other.overlaps(mine)) {
-            reasons.push(format!(
+            reasons.push(differs(format!(
                 "the destination's memory {} of {} and memory {} of {} cannot be one guest's",
                 other.id,
                 print(other),
                 mine.id,
                 print(mine)
-            ));
+            )));
         }
     }
     reasons
@@ -246,7 +255,7 @@ mod tests {
             let reasons = compare_memory(source, here);
             assert_eq!(reasons.len(), expected.len(), "{reasons:?}");
             for (reason, expected) in reasons.iter().zip(expected) {
-                assert!(reason.contains(expected), "{expected}: {reason}");
+                assert!(reason.message.contains(expected), "{expected}: {reason}");
             }
         };
         refused(&[low, high], &[low, high], &[]);

@@ -1,9 +1,9 @@
-//! What can go wrong in a move, split by whose fault it is: this side's devices, memory or VMM, the
-//! other side, what lies between, or nobody's.
+//! The errors of a move, grouped by whose fault they are: that of this side's devices, memory or VMM, of the other side, or
+//! of the link between them.
 
 use std::time::Duration;
 
-use limosa_clockwork::Panic;
+use limosa_clockwork::{Panic, catch};
 use limosa_protocol::State;
 use limosa_stream::{AbortCode, Damage};
 
@@ -13,7 +13,7 @@ use crate::link::LinkError;
 /// The result of the engine's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a move did not happen, or a file is not what it should be.
+/// Why a move failed, or why a file is not what it should be.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -22,9 +22,9 @@ pub enum Error {
     Device {
         /// The device.
         device: String,
-        /// What was being done.
+        /// What the engine was doing.
         doing: String,
-        /// What it answered.
+        /// The device's answer.
         #[source]
         error: limosa_client::Error,
     },
@@ -36,19 +36,19 @@ pub enum Error {
         /// What it did.
         how: Misbehaviour,
     },
-    /// A device of this side was reset, or driven by somebody else, while it was being moved: what was saved or loaded
-    /// of it is no longer its state.
-    #[error("{device}: it was reset or driven by somebody else while it was being moved: {found}")]
+    /// A device of this side was reset or driven by another client during the move: what was saved or loaded is no longer
+    /// its state.
+    #[error("{device}: it was reset or driven by another client during the move: {found}")]
     DeviceChanged {
         /// The device.
         device: String,
-        /// How that shows.
+        /// What the engine found.
         found: Changed,
     },
     /// Guest memory of this side could not be read or written.
     #[error("guest memory at {address:#x}: {error}")]
     Memory {
-        /// Where.
+        /// The address, as devices see it.
         address: u64,
         /// The system's answer.
         #[source]
@@ -57,28 +57,28 @@ pub enum Error {
     /// The VMM of this side refused.
     #[error("the VMM refused to {doing}: {reason}")]
     Vmm {
-        /// What it was asked.
+        /// What it was asked to do.
         doing: &'static str,
-        /// Why.
+        /// Its reason.
         reason: String,
     },
     /// The devices or the memory of the two sides do not match. Nothing was moved.
-    #[error("cannot be moved: {}", .reasons.join("; "))]
+    #[error("cannot be moved: {}", joined(.reasons))]
     Incompatible {
-        /// Why not: each names a device or memory region, what was found and what was expected.
-        reasons: Vec<String>,
+        /// The reasons. Each names a device or memory region, what was found and what was expected.
+        reasons: Vec<Mismatch>,
     },
-    /// The other side called the move off.
+    /// The other side ended the move.
     #[error("{peer} called the move off: {reason}")]
     Aborted {
         /// The other side.
         peer: String,
-        /// What kind of reason it gave.
+        /// The kind of its reason.
         code: AbortCode,
-        /// Its words.
+        /// The reason in its words.
         reason: String,
     },
-    /// The other side sent what it must not, or it was altered on the way; or a file is damaged.
+    /// The other side violated the format, or bytes were altered on the way; or a file is damaged.
     #[error("{from}: {damage}")]
     Stream {
         /// The other side, or the file.
@@ -92,67 +92,67 @@ pub enum Error {
     Link {
         /// The other side.
         peer: String,
-        /// What was being done.
+        /// What the engine was doing.
         doing: &'static str,
-        /// What was seen.
+        /// The link's error.
         #[source]
         error: LinkError,
     },
-    /// A stop within the downtime goal cannot be had, and nothing else is wanted
-    /// ([`WhenStalled::Abort`](crate::WhenStalled::Abort)).
+    /// A stop would exceed the downtime goal, which was made a limit ([`WhenStalled::Abort`](crate::WhenStalled::Abort)), or
+    /// the limit for a guest that stands still.
     #[error(
-        "it does not converge: a stop would take {}{predicted:?}, wanted are {goal:?}: {obstacle}",
+        "the move does not converge: a stop would take {}{predicted:?}, the goal is {goal:?}: {obstacle}",
         if *is_minimum { "at least " } else { "" }
     )]
     NotConverging {
-        /// What is in the way.
+        /// What keeps the move from converging.
         obstacle: Obstacle,
-        /// How long nothing would run.
+        /// The predicted downtime.
         predicted: Duration,
-        /// Whether that is only what is known of it.
+        /// Whether the downtime is at least that long, since a device does not say how much it gives.
         is_minimum: bool,
-        /// How long nothing is to run.
+        /// The downtime goal.
         goal: Duration,
     },
-    /// The guest stood still for as long as it may, and the destination was not ready.
+    /// The guest has stood still for as long as it may, and the destination was not told to run yet.
     #[error(
-        "the guest has stood still for {limit:?}, the limit for that, and the destination has not loaded everything"
+        "the guest has stood still for {limit:?}, the limit, and the destination was not told to run yet"
     )]
     StoodStill {
         /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
         limit: Duration,
     },
-    /// Code that the engine called panicked, or the engine did.
+    /// Code that the engine called, or the engine itself, panicked.
     #[error("{place} panicked: {message}")]
     Panicked {
-        /// Which call or thread.
+        /// The device, hook or thread.
         place: String,
         /// The panic's message.
         message: String,
     },
-    /// A move in doubt was to be settled with another machine than the one that it is about.
+    /// A move in doubt was to be settled with another machine than the one that was sent.
     #[error("it is another machine than the one that was moved: {0}")]
     AnotherMachine(Difference),
-    /// The other side let a time limit pass.
+    /// The other side exceeded a time limit.
     #[error("{peer}: nothing came within {limit:?} while {doing}")]
     TimedOut {
         /// The other side.
         peer: String,
-        /// What was being done.
+        /// What the engine was doing.
         doing: &'static str,
-        /// How long was waited.
+        /// The limit.
         limit: Duration,
     },
-    /// Somebody called the move off on this side.
+    /// A user cancelled the move on this side.
     #[error("cancelled")]
     Cancelled,
-    /// This side was started anew and knows no more than the move's id.
-    #[error("started anew after the commit, with only the move's id known")]
+    /// This process was restarted and knows only the move's id.
+    #[error("restarted after the commit, with only the move's id known")]
     StartedAnew,
     /// A system call on this side failed.
     #[error("{doing}: {error}")]
     Os {
-        /// What was being done.
+        /// What the engine was doing.
         doing: &'static str,
         /// The system's answer.
         #[source]
@@ -161,11 +161,11 @@ pub enum Error {
     /// The place of a snapshot, a file or another, could not be read or written.
     #[error("{name}: {doing}: {error}")]
     Snapshot {
-        /// The place.
+        /// The place's name.
         name: String,
-        /// What was being done.
+        /// What the engine was doing.
         doing: &'static str,
-        /// What the system or the store answered.
+        /// The answer of the system or the store.
         #[source]
         error: std::io::Error,
     },
@@ -175,12 +175,60 @@ pub enum Error {
         "{name}: it is not known whether the snapshot was published: {error}; look with `limosa verify {name}`"
     )]
     PublicationUnknown {
-        /// The place.
+        /// The place's name.
         name: String,
-        /// What was reported instead of an answer.
+        /// The error that came instead of an answer.
         #[source]
         error: std::io::Error,
     },
+}
+
+/// Why two sides do not match.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+#[non_exhaustive]
+pub struct Mismatch {
+    /// What does not match.
+    pub kind: MismatchKind,
+    /// The device or memory region, what was found and what was expected.
+    pub message: String,
+}
+
+/// What does not match between two sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MismatchKind {
+    /// A device has no migration.
+    NoMigration,
+    /// A device is not in a state in which it can be moved.
+    State,
+    /// The sides have different numbers of devices.
+    DeviceCount,
+    /// A device is of another kind.
+    DeviceKind,
+    /// A device has another PCI identification.
+    Pci,
+    /// A device has other regions.
+    Regions,
+    /// A device has other interrupts.
+    Irqs,
+    /// The memory is not the same.
+    Memory,
+    /// The machine exceeds a limit of the stream's format.
+    Format,
+    /// The other side's reason, in its words.
+    Told,
+}
+
+impl Mismatch {
+    pub(crate) fn new(kind: MismatchKind, message: impl Into<String>) -> Mismatch {
+        Mismatch { kind, message: message.into() }
+    }
+}
+
+fn joined(reasons: &[Mismatch]) -> String {
+    let messages: Vec<_> = reasons.iter().map(|reason| reason.message.as_str()).collect();
+    messages.join("; ")
 }
 
 /// What keeps a move from stopping within its goal.
@@ -258,63 +306,63 @@ pub enum Obstacle {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Misbehaviour {
-    /// A session opened and there was no data stream.
+    /// It opened a session without a data stream.
     #[error("it entered {0} and gave no data stream")]
     NoDataStream(State),
-    /// A read gave nothing, or more than there was room for.
+    /// A read returned no data, or more than the buffer can hold.
     #[error("a read of up to {room} bytes gave {bytes}")]
     WrongLength {
-        /// The room.
+        /// The size of the buffer in bytes.
         room: usize,
-        /// What the device said.
+        /// The length that the device returned, in bytes.
         bytes: usize,
     },
     /// Its data never ends.
     #[error("its data has no end within {0} bytes")]
     Endless(u64),
-    /// In STOP_COPY a device has data, or is at its end.
+    /// It said "nothing for now" in STOP_COPY, where a device has data or is at the end.
     #[error("in STOP_COPY it said \"nothing for now\" instead of data or the end")]
     NothingInStopCopy,
 }
 
-/// How it shows that a device was changed behind the engine's back.
+/// How the engine noticed that a device was reset or driven by another client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Changed {
     /// It is in another state than the engine has driven it to.
     #[error("it is in {found}, the engine has driven it to {expected}")]
     State {
-        /// Where the engine has driven it.
+        /// The state to which the engine has driven it.
         expected: State,
-        /// Where it is.
+        /// The state in which it is.
         found: State,
     },
     /// A second saving session opened while the first was open.
     #[error("entering {0} opened a second session while the first was open")]
     SecondSession(State),
     /// It counts more resets than before.
-    #[error("it has been reset {0} times meanwhile")]
+    #[error("it has been reset {0} times since its session opened")]
     Reset(u64),
 }
 
-/// How two machines differ.
+/// The difference between two machines.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Difference {
-    /// They have other devices.
+    /// Their devices differ.
     #[error("its devices are [{}], those that were moved are [{}]", .found.join(", "), .expected.join(", "))]
     Devices {
-        /// The names of those that were moved.
+        /// The names of the devices that were moved.
         expected: Vec<String>,
-        /// The names of those that are here.
+        /// The names of the devices of this source.
         found: Vec<String>,
     },
-    /// They have other memory.
+    /// Their memory differs.
     #[error("its regions of memory are of {found:?} bytes, those that were moved are of {expected:?}")]
     Memory {
-        /// Bytes of the regions that were moved.
+        /// The sizes of the regions that were moved, in bytes.
         expected: Vec<u64>,
-        /// Bytes of the regions that are here.
+        /// The sizes of the regions of this source, in bytes.
         found: Vec<u64>,
     },
 }
@@ -324,7 +372,7 @@ impl Error {
         Error::Panicked { place: place.into(), message: panic.message.clone() }
     }
 
-    /// The same error once more, for another caller: what the system answered is kept in words.
+    /// A copy of the error for another caller. An error of the system keeps its number or its text.
     pub(crate) fn again(&self) -> Error {
         let io = |error: &std::io::Error| match error.raw_os_error() {
             Some(errno) => std::io::Error::from_raw_os_error(errno),
@@ -349,7 +397,7 @@ impl Error {
         }
     }
 
-    /// What the other side is told.
+    /// The kind of reason that the other side is told.
     pub(crate) fn abort_code(&self) -> AbortCode {
         match self {
             Error::Device { .. } | Error::DeviceMisbehaved { .. } | Error::DeviceChanged { .. } => {
@@ -374,7 +422,7 @@ impl Error {
         }
     }
 
-    /// Whether the other side knows that the move is off.
+    /// Whether the other side knows already that the move has ended.
     pub(crate) fn peer_needs_no_word(&self) -> bool {
         matches!(self, Error::Aborted { .. })
     }
@@ -383,4 +431,12 @@ impl Error {
 /// [`Error::Cancelled`] when the move was called off.
 pub(crate) fn check_cancel(cancel: Option<&Cancel>) -> Result<()> {
     if cancel.is_some_and(Cancel::is_cancelled) { Err(Error::Cancelled) } else { Ok(()) }
+}
+
+/// Does something that may call the caller's code; a panic of it is an error that names the place.
+pub(crate) fn guard<T>(place: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    match catch(work) {
+        Ok(done) => done,
+        Err(panic) => Err(Error::panicked(place, &panic)),
+    }
 }

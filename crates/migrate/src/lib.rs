@@ -1,38 +1,32 @@
-//! The engine that moves live VFIO devices, with guest memory where there is any: [`Source`] and
-//! [`Destination`], two scripts over `client::Device` that speak the migration stream
-//! (`docs/stream.md`, [`stream`]) over a [`link`]; the same stream saved to a file or another
-//! place and loaded from it; [`inspect`] and [`verify`], which look into one; [`Report`], the timeline of a move.
+//! The engine that moves live VFIO devices, with guest memory if there is any. [`Source`] and [`Destination`] are two
+//! scripts over `client::Device` that exchange the migration stream (`docs/stream.md`, the crate `limosa-stream`) over a
+//! [`link`]. A source can also save the stream to a file or another place, and a destination load it from there.
+//! [`inspect`] and [`verify`] read a saved stream. A [`Report`] is the timeline of a move.
 //!
-//! It never asks which transport is below a device.
+//! The engine never asks which transport is below a device.
 //!
 //! ```
 //! use limosa_client::Device;
 //! use limosa_migrate::link::{Address, connect};
-//! use limosa_migrate::{Memory, MovedDevice, Nobody, Options, Outcome, Source};
+//! use limosa_migrate::{MovedDevice, Options, Outcome, Source};
 //!
-//! /// Moves a device to whoever receives at the address; whether it runs there now.
+//! /// Moves a device to the destination at this address. Returns whether the device runs there now.
 //! fn send(device: &dyn Device, to: &Address) -> Result<bool, Box<dyn std::error::Error>> {
 //!     let options = Options::default();
-//!     let mut link = connect(to, options.silence_max)?;
-//!     let mut source = Source {
-//!         devices: &[MovedDevice::new(device)],
-//!         memory: Memory::none(),
-//!         vmm: &Nobody,
-//!         observer: &Nobody,
-//!         options: &options,
-//!         cancel: None,
-//!     };
-//!     match source.send(&link) {
+//!     let devices = [MovedDevice::new(device)];
+//!     let link = connect(to, options.silence_max)?;
+//!     match Source::new(&devices, &options).send(&link) {
 //!         Outcome::Moved(report) => {
 //!             println!("{report}");
 //!             Ok(true)
 //!         }
-//!         // It runs here, as before.
+//!         // The device runs here, as before.
 //!         Outcome::Undone { why, .. } => Err(why.into()),
-//!         // It runs nowhere until the destination has been asked.
+//!         // The device stays stopped until the destination has been asked.
 //!         Outcome::InDoubt(doubt) => {
-//!             let mut link = connect(to, options.silence_max)?;
-//!             Ok(matches!(source.resolve(doubt, &link), Outcome::Moved(_)))
+//!             let link = connect(to, options.silence_max)?;
+//!             let outcome = Source::new(&devices, &options).resolve(doubt, &link);
+//!             Ok(matches!(outcome, Outcome::Moved(_)))
 //!         }
 //!     }
 //! }
@@ -40,20 +34,24 @@
 //!
 //! # What holds under any failure
 //!
-//! - Until the commit, a failure on any side or in between leaves the source running, its dirty log
-//!   complete, and the destination's devices reset.
-//! - After the commit only the destination may run. A source that does not know whether it came to that
-//!   stays stopped ([`Outcome::InDoubt`]) until [`Source::resolve`] has asked.
-//! - Every wait has a limit ([`Options`]), and can be ended by [`Cancel`] until the commit.
+//! - Until the commit, a failure on either side or between them leaves the source running, its dirty log complete, and
+//!   the destination's devices reset.
+//! - After the commit only the destination may run. A source that does not know whether the commit took place stays
+//!   stopped ([`Outcome::InDoubt`]) until [`Source::resolve`] has asked.
+//! - Every wait has a limit ([`Options`]), and until the commit [`Cancel`] ends it. A guest that stands still has a limit
+//!   that nothing renews ([`Options::standstill_max`]).
+//! - A panic of a device, a hook or the engine is an error ([`Error::Panicked`]).
 //!
-//! # What it takes
+//! `docs/failure.md` is the complete contract.
 //!
-//! Beside the guest's memory and bitmaps (of each region a bit for each page, a few times), a move takes at the source a
-//! frame (1 MiB) for each link and half of one for each device, and as much as a frame for each of both where payloads are
-//! compressed. At the destination it takes a frame and a half for each link, one more where payloads are compressed, and
-//! what of devices' data has come and is not loaded yet: 32 MiB of all of them together ([`Options::windows_bytes`]), in
-//! buffers that are up to a quarter larger, with up to 8 MiB of emptied ones. With four links that is under 64 MiB,
-//! whatever the size of the guest; [`Report::buffer_bytes_max`] says how much it was.
+//! # Memory use
+//!
+//! In addition to the guest's memory and its dirty bitmaps (several, with a bit for each page), a move needs at the source
+//! a frame (1 MiB) for each link and half a frame for each device, and, if payloads are compressed, another frame for each
+//! link and device. At the destination it needs a frame and a half for each link, one more if payloads are compressed,
+//! and buffers for device data that has arrived and is not loaded yet: 32 MiB for all devices together
+//! ([`Options::windows_bytes`]), in buffers that are up to a quarter larger, and up to 8 MiB of empty ones. With four links
+//! that is less than 64 MiB, whatever the size of the guest. [`Report::buffer_bytes_max`] is the maximum that a move used.
 #![forbid(unsafe_code)]
 
 mod acceptor;
@@ -80,7 +78,7 @@ pub use acceptor::{Acceptor, Incoming, PENDING_MAX};
 pub use cancel::Cancel;
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
-pub use error::{Changed, Difference, Error, Misbehaviour, Obstacle, Result};
+pub use error::{Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, Obstacle, Result};
 pub use ledger::{Decision, Ledger};
 pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Totals};
 pub use local::move_local;

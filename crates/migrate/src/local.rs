@@ -5,8 +5,8 @@ use crate::report::End;
 use crate::transfer::team::STARTING;
 use crate::{Destination, Error, Outcome, Received, Source};
 
-/// Moves from the source to the destination, each in a thread of its own. Since both are here, a move
-/// in doubt is decided on the spot.
+/// Moves from the source to the destination, each in a thread of its own. Both are in this process, so a move in doubt is
+/// decided at once.
 pub fn move_local(mut source: Source<'_>, destination: &Destination<'_>) -> (Outcome, Received) {
     let (near, far) = match SocketLink::pair() {
         Ok(pair) => pair,
@@ -34,7 +34,7 @@ pub fn move_local(mut source: Source<'_>, destination: &Destination<'_>) -> (Out
     })
 }
 
-/// Nothing was moved.
+/// Both outcomes of a move that did not begin.
 fn nothing(
     source: &Source<'_>,
     destination: &Destination<'_>,

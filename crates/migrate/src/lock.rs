@@ -1,8 +1,8 @@
-//! One way to take a mutex that is rollback for single steps only.
+//! One way to lock a mutex that is held for single steps only.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Takes it. What a thread that panicked left behind is whole, or is looked at by whoever comes next all the same.
+/// Locks it, also after a thread has panicked with the lock: single steps leave no half-done change behind.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

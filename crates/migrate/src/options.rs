@@ -19,22 +19,23 @@ use limosa_stream::Compression;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Options {
-    /// Whether devices that have PRE_COPY use it. Some device servers cannot load what they gave out
-    /// in PRE_COPY; without it they still move, with a longer stop.
+    /// Whether devices that have PRE_COPY use it. Some device servers cannot load the data that they gave in PRE_COPY.
+    /// Without PRE_COPY they still move, with a longer stop.
     pub precopy: bool,
-    /// The most links that a move goes over, 1 to [`LINKS_MAX`](limosa_stream::LINKS_MAX): the source opens them, and
-    /// the destination takes no more. Of use only where further ones can be had: see
+    /// The maximum number of links, 1 to [`LINKS_MAX`](limosa_stream::LINKS_MAX): the source opens at most this many, and
+    /// the destination accepts at most this many. More than one needs a way to make further links: see
     /// [`Source::send_over`](crate::Source::send_over).
     pub links: NonZeroU32,
-    /// Whether the source uses only as many of them as make it faster, by what it measures while memory moves. Otherwise
-    /// it uses all.
+    /// Whether the source measures, while memory moves, how many links make the transfer faster, and uses only that many.
+    /// Otherwise it uses all.
     pub links_measured: bool,
-    /// How a source compresses memory and devices' data, on links and in what it saves; what would not become shorter
-    /// goes as it is. A destination takes either. It pays on links that are slower than a core compresses.
+    /// How a source compresses memory and device data, on links and in snapshots. A payload that would not become shorter
+    /// is sent as it is. A destination accepts either compression. Compression pays on links that are slower than a
+    /// processor core compresses.
     pub compress: Option<Compression>,
-    /// On the destination: how many bytes of devices' data may have come and not be loaded, of all devices together.
-    /// Each may have an equal part of it, [`WINDOW_BYTES_MIN`](limosa_stream::WINDOW_BYTES_MIN) at least and 4 MiB at
-    /// most: less costs speed where the way to the source takes long.
+    /// On the destination: how many bytes of device data may have arrived without being loaded, for all devices
+    /// together. Each device gets an equal part, at least [`WINDOW_BYTES_MIN`](limosa_stream::WINDOW_BYTES_MIN) and at most
+    /// 4 MiB. A small part costs speed if the latency to the source is high.
     pub windows_bytes: u64,
     /// When pre-copy stops.
     pub convergence: Convergence,

@@ -5,17 +5,24 @@ use limosa_stream::MigrationId;
 
 use crate::{Error, Result as MoveResult};
 
-/// The machine around the devices. Every method does nothing unless it is written.
+/// The machine around the devices. The default of every method does nothing.
+///
+/// A panic in [`Vmm::stop`], [`Vmm::committing`] or [`Vmm::prepare`] counts as a refusal. In the other methods it becomes a
+/// note in the report.
 pub trait Vmm: Sync {
-    /// On the source, when what the guest dirties cannot be moved fast enough: slow its vCPUs down. `step` counts
-    /// these calls from 1; 0 lets them run at full speed again, after the move whatever became of it, and comes
-    /// only after others. `false` when they cannot be slowed down further.
+    /// On the source, if the guest dirties memory or devices faster than they are moved: slow the vCPUs down. `step`
+    /// is 1 in the first call, and one more after each call that returned `true`. Returns `false` if the vCPUs cannot be
+    /// slowed down further.
+    ///
+    /// A step of 0 lets the vCPUs run at full speed again. It comes at the end of a move, however the move ended, and only
+    /// after other steps.
     fn throttle(&self, step: u32) -> bool {
         let _ = step;
         false
     }
 
-    /// On the source, before devices stop: stop the vCPUs. An `Err` calls the move off.
+    /// On the source, before devices stop: stop the vCPUs. The downtime begins with this call. An `Err` ends the move, and
+    /// [`Vmm::resume`] is called.
     fn stop(&self) -> Result<(), String> {
         Ok(())
     }
@@ -29,17 +36,17 @@ pub trait Vmm: Sync {
         Ok(())
     }
 
-    /// On the source, after a move was undone and the devices run again: let the vCPUs go on. Called
-    /// only after [`Vmm::stop`] was, also when that refused.
+    /// On the source, after a move was undone and the devices run again: let the vCPUs go on. It is called only if
+    /// [`Vmm::stop`] was called, also if that refused.
     fn resume(&self) {}
 
-    /// On the destination, after COMMIT and before devices run. An `Err` gives the machine back to
-    /// the source.
+    /// On the destination, after COMMIT and before the devices run. This is part of the downtime. An `Err` gives the guest
+    /// back to the source.
     fn prepare(&self) -> Result<(), String> {
         Ok(())
     }
 
-    /// On the destination, when the devices run: start the vCPUs.
+    /// On the destination, when the devices run: start the vCPUs. The downtime ends with this call.
     fn start(&self) {}
 }
 
@@ -49,7 +56,7 @@ pub struct Nobody;
 
 impl Vmm for Nobody {}
 
-/// Calls a hook that may refuse. A panic in it is an error like a refusal.
+/// Calls a hook that may refuse. A panic is an error like a refusal.
 pub(crate) fn ask(
     what: &'static str,
     doing: &'static str,
@@ -61,7 +68,7 @@ pub(crate) fn ask(
     }
 }
 
-/// Calls a hook that is only told; what it panics with, in words.
+/// Calls a hook that cannot refuse. A panic is returned as a text for a note.
 pub(crate) fn tell(what: &'static str, hook: impl FnOnce()) -> Result<(), String> {
     catch(hook).map_err(|panic| Error::panicked(what, &panic).to_string())
 }

@@ -5,7 +5,7 @@
 //! use limosa_migrate::{AfterSave, Outcome, Source};
 //! use limosa_store::Object;
 //!
-//! fn save(source: &mut Source<'_>) -> Result<(), Box<dyn std::error::Error>> {
+//! fn save(source: Source<'_>) -> Result<(), Box<dyn std::error::Error>> {
 //!     // Credentials, region and endpoint are the environment's: AWS_ACCESS_KEY_ID and so on.
 //!     let object = Object::from_env("s3://snapshots/guest-17")?;
 //!     match source.save(&object, AfterSave::Run) {

@@ -1,5 +1,4 @@
-//! What payloads say (`docs/stream.md: Kinds`, `OFFER`, `ANSWER`): small fixed structures, and JSON
-//! for the handshake.
+//! The payloads of frames (`docs/stream.md: Kinds`, `OFFER`, `ANSWER`): small fixed structures, and JSON for the handshake.
 
 use limosa_protocol::feature::PrecopyInfo;
 use serde::{Deserialize, Serialize};
@@ -9,10 +8,10 @@ use super::{
     OFFER_BYTES_MAX, REASON_BYTES_MAX, REGIONS_MAX, u16_at, u32_at, u64_at,
 };
 
-/// What the source offers to move.
+/// The devices and the memory that a source offers to move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
-    /// What a reader must understand beyond version 1.
+    /// What a reader must understand beyond the first readers of version 1.
     #[serde(default)]
     pub needs: Vec<String>,
     /// The devices.
@@ -20,10 +19,10 @@ pub struct Offer {
     /// The memory.
     #[serde(default)]
     pub memory: Vec<MemoryFacts>,
-    /// Over how many links the source can send, this one among them.
+    /// Over how many links the source can send, the first one included.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub links: u32,
-    /// Whether the source says on every link that it is alive.
+    /// Whether the source sends keep-alives over further links as well (`docs/stream.md: Keep-alive`).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keeps_links_alive: bool,
 }
@@ -37,28 +36,28 @@ fn is_one(links: &u32) -> bool {
     *links == 1
 }
 
-/// What is known of a device without opening a session.
+/// What a side knows of a device without opening a session.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceFacts {
     /// Its section in the stream.
     pub id: u32,
-    /// For people.
+    /// Its name, for people.
     pub name: String,
-    /// What it is, where its owner said so.
+    /// What it is, if its owner says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
-    /// `VFIO_DEVICE_FEATURE_MIGRATION`'s flags.
+    /// The flags of `VFIO_DEVICE_FEATURE_MIGRATION`.
     pub flags: u64,
-    /// `MIG_DATA_SIZE`'s estimate, in bytes.
+    /// The estimate of `MIG_DATA_SIZE`, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_bytes: Option<u64>,
-    /// Sizes of its regions, in bytes, by index.
+    /// The sizes of its regions, in bytes, by index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub regions: Option<Vec<u64>>,
-    /// Vectors of its interrupts, by index.
+    /// The numbers of its interrupt vectors, by index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub irqs: Option<Vec<u32>>,
-    /// What its PCI configuration space says.
+    /// Its identification in PCI configuration space.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci: Option<PciIds>,
 }
@@ -87,9 +86,9 @@ pub struct MemoryFacts {
     pub id: u32,
     /// Its first address, as devices see it.
     pub address: u64,
-    /// Bytes.
+    /// Its size in bytes.
     pub bytes: u64,
-    /// Bytes of a page; all runs of pages begin and end on its boundaries.
+    /// The page size in bytes. All runs of pages begin and end on page boundaries.
     pub page_bytes: u64,
 }
 
@@ -103,27 +102,27 @@ impl MemoryFacts {
     }
 }
 
-/// Whether the destination goes along.
+/// Whether the destination accepts an offer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// Whether it does; it is then in RESUMING.
+    /// Whether it does. Its devices are then in RESUMING.
     pub accepted: bool,
-    /// Why not.
+    /// Why it does not.
     #[serde(default)]
     pub reasons: Vec<String>,
-    /// Over how many links it is to send, at most as many as it offered.
+    /// Over how many links the source is to send, at most as many as it offered.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub links: u32,
-    /// How many bytes of a device may be on their way that it has not taken yet.
+    /// How many bytes of a device may be on their way (`docs/stream.md: CREDIT`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<u64>,
 }
 
-/// In [`Offer::needs`]: the source sends FLUSH.
+/// In [`Offer::needs`]: the source sends FLUSH, and waits for FLUSHED.
 pub const NEEDS_FLUSH: &str = "flush";
 /// In [`Offer::needs`]: the source sends no more of a device than CREDIT allows.
 pub const NEEDS_CREDIT: &str = "credit";
-/// All that this version understands.
+/// All entries of [`Offer::needs`] that this version understands.
 const KNOWN_NEEDS: [&str; 4] = [NEEDS_FLUSH, NEEDS_CREDIT, Compression::Zstd.name(), Compression::Lz4.name()];
 
 impl Default for Offer {
@@ -145,7 +144,7 @@ impl Default for Answer {
 }
 
 impl Offer {
-    /// The payload, or what exceeds the format's limits.
+    /// The payload. Fails if the offer exceeds a limit of the format.
     pub fn encode(&self) -> Result<Vec<u8>, Damage> {
         self.check()?;
         encode_json(Kind::OFFER, self)
@@ -161,7 +160,7 @@ impl Offer {
         Ok(offer)
     }
 
-    /// How payloads are compressed that are.
+    /// The compression of payloads that are compressed.
     pub fn compression(&self) -> Option<Compression> {
         self.needs.iter().find_map(|need| need.parse().ok())
     }
@@ -217,11 +216,11 @@ impl Offer {
     }
 }
 
-/// The most reasons of a refusal that a person is shown.
+/// The maximum number of reasons that are kept of a refusal.
 const ANSWER_REASONS_MAX: usize = 100;
 
 impl Answer {
-    /// The payload. Reasons beyond the limit of a payload are left out.
+    /// The payload. Reasons that exceed the limit of a payload are left out.
     pub fn encode(&self) -> Result<Vec<u8>, Damage> {
         let mut answer = self.clone();
         loop {
@@ -260,16 +259,16 @@ fn decode_json<'a, T: Deserialize<'a>>(kind: Kind, payload: &'a [u8]) -> Result<
     serde_json::from_slice(payload).map_err(|error| Damage::Content { kind, why: error.to_string() })
 }
 
-/// A peer's text, fit for a terminal: no control characters, and not endless.
+/// A peer's text, made safe for a terminal: without control characters, and cut to [`REASON_BYTES_MAX`] characters.
 pub fn printable(text: &str) -> String {
     let clean = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
     text.chars().take(REASON_BYTES_MAX).map(clean).collect()
 }
 
-/// Why a move was called off.
+/// The kind of reason for ending a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AbortCode {
-    /// Somebody cancelled.
+    /// A user cancelled.
     Cancelled,
     /// A device failed.
     Device,
@@ -317,14 +316,14 @@ pub fn decode_abort(payload: &[u8]) -> (AbortCode, String) {
     (code, printable(&String::from_utf8_lossy(&payload[4..])))
 }
 
-/// What the frames of a stream come to, in bytes (the payload of SUM).
+/// The bytes of a stream's frames in total (the payload of SUM).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Totals {
-    /// In DEVICE_DATA.
+    /// Bytes in DEVICE_DATA.
     pub device_bytes: u64,
-    /// In MEMORY_DATA.
+    /// Bytes in MEMORY_DATA.
     pub memory_bytes: u64,
-    /// Covered by MEMORY_ZERO.
+    /// Bytes covered by MEMORY_ZERO.
     pub zero_bytes: u64,
 }
 
@@ -348,12 +347,12 @@ impl Totals {
     }
 }
 
-/// What all of a saved stream before the SEAL is (the payload of SEAL).
+/// Length and hash of a saved stream before its SEAL (the payload of SEAL).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seal {
-    /// Its bytes.
+    /// The length in bytes.
     pub bytes: u64,
-    /// Their BLAKE3 hash.
+    /// The BLAKE3 hash of these bytes.
     pub blake3: [u8; 32],
 }
 

@@ -1,11 +1,11 @@
-//! Buffers in which payloads lie on their way between devices, memory and links. What all those of one side hold is
-//! counted, so that its report can say what a move took beside the guest.
+//! Buffers for payloads on their way between devices, memory and links. A [`Gauge`] counts the memory of all buffers of
+//! one side, so that its report can say how much memory a move took.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How many bytes are held, and the most that ever were.
+/// The number of bytes that buffers hold, and its maximum.
 #[derive(Debug, Default)]
 pub struct Gauge {
     held: AtomicU64,
@@ -13,26 +13,26 @@ pub struct Gauge {
 }
 
 impl Gauge {
-    /// Somebody holds so many bytes, and held that many before.
+    /// A buffer that held `before` bytes holds `now` bytes.
     pub fn change(&self, before: u64, now: u64) {
         let change = now.wrapping_sub(before);
         let held = self.held.fetch_add(change, Ordering::Relaxed).wrapping_add(change);
         self.most.fetch_max(held, Ordering::Relaxed);
     }
 
-    /// So many are held.
+    /// This many bytes are held.
     pub fn set(&self, held: u64) {
         self.held.store(held, Ordering::Relaxed);
         self.most.fetch_max(held, Ordering::Relaxed);
     }
 
-    /// The most that ever were.
+    /// The maximum so far.
     pub fn most(&self) -> u64 {
         self.most.load(Ordering::Relaxed)
     }
 }
 
-/// Bytes on the heap that a [`Gauge`] knows of: all that is allocated for them, used or not.
+/// Bytes on the heap whose allocation, used or not, a [`Gauge`] counts.
 #[derive(Debug, Default)]
 pub struct Buffer {
     bytes: Vec<u8>,
@@ -45,39 +45,39 @@ impl Buffer {
         Buffer { bytes: Vec::new(), gauge: Arc::clone(gauge) }
     }
 
-    /// A copy that has no room for more.
+    /// A copy of these bytes, without spare capacity.
     pub fn copy(gauge: &Arc<Gauge>, bytes: &[u8]) -> Buffer {
         gauge.change(0, bytes.len() as u64);
         Buffer { bytes: bytes.to_vec(), gauge: Arc::clone(gauge) }
     }
 
-    /// How many bytes it takes, used or not.
+    /// The size of the allocation in bytes.
     pub fn capacity(&self) -> usize {
         self.bytes.capacity()
     }
 
-    /// Whether it takes more than a quarter beyond these.
+    /// Whether the allocation is more than a quarter larger than this many bytes.
     pub fn is_wide_for(&self, bytes: usize) -> bool {
         self.bytes.capacity().saturating_sub(bytes) > bytes / 4
     }
 
-    /// Makes it at least that long; what is added is zero.
+    /// Makes it at least this long. Added bytes are zero.
     pub fn grow(&mut self, length: usize) {
         self.change(|bytes| {
             if bytes.len() < length {
-                // No more than that: it does not grow step by step.
+                // Exactly: it does not grow in steps.
                 bytes.reserve_exact(length - bytes.len());
                 bytes.resize(length, 0);
             }
         });
     }
 
-    /// Makes it no longer than that. What it takes stays the same.
+    /// Makes it at most this long. The allocation stays.
     pub fn truncate(&mut self, length: usize) {
         self.bytes.truncate(length);
     }
 
-    /// Appends, and takes no more than a quarter beyond what it then has.
+    /// Appends bytes. The allocation is then at most a quarter larger than the content.
     pub fn extend(&mut self, more: &[u8]) {
         self.change(|bytes| {
             if bytes.capacity() - bytes.len() < more.len() {
@@ -87,7 +87,7 @@ impl Buffer {
         });
     }
 
-    /// Does something with it that may make it larger or smaller.
+    /// Calls a function that may change the allocation, and counts the change.
     pub fn change<R>(&mut self, act: impl FnOnce(&mut Vec<u8>) -> R) -> R {
         let before = self.bytes.capacity();
         let result = act(&mut self.bytes);
@@ -119,7 +119,7 @@ impl Drop for Buffer {
     }
 }
 
-/// Emptied buffers that are kept for later, up to a number of bytes.
+/// Empty buffers that are kept for reuse, up to a number of bytes.
 #[derive(Debug)]
 pub struct Spares {
     buffers: Vec<Buffer>,
@@ -131,12 +131,12 @@ pub struct Spares {
 const SPARE_BYTES_MIN: usize = 16 << 10;
 
 impl Spares {
-    /// Keeps up to this many bytes.
+    /// Keeps buffers of up to this many bytes in all.
     pub fn new(bytes_max: usize) -> Spares {
         Spares { buffers: Vec::new(), bytes: 0, bytes_max }
     }
 
-    /// Adds so many bytes, in touched buffers of that length.
+    /// Adds this many bytes, in buffers of that length whose memory is touched.
     pub fn fill(&mut self, bytes: usize, length: usize, gauge: &Arc<Gauge>) {
         for _ in 0..bytes / length {
             let mut buffer = Buffer::new(gauge);
@@ -145,14 +145,14 @@ impl Spares {
         }
     }
 
-    /// The one that was kept last.
+    /// The buffer that was kept last.
     pub fn take(&mut self) -> Option<Buffer> {
         let buffer = self.buffers.pop()?;
         self.bytes -= buffer.capacity();
         Some(buffer)
     }
 
-    /// Keeps it, if there is room.
+    /// Keeps a buffer, if the limit allows.
     pub fn keep(&mut self, buffer: Buffer) {
         let bytes = buffer.capacity();
         if bytes >= SPARE_BYTES_MIN && self.bytes + bytes <= self.bytes_max {

@@ -1,13 +1,13 @@
-//! Takes a stream in pieces of any size, and hands out its preface and frames.
+//! [`Decoder`]: takes a stream in pieces of any size, and returns its preface and frames.
 
 use super::{Damage, HEADER_BYTES, Header, PREFACE_BYTES, Preface};
 
-/// What comes out of a [`Decoder`].
+/// A part of a stream that a [`Decoder`] returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decoded<'a> {
     /// The stream's first bytes.
     Preface(Preface),
-    /// A frame, its checksums and its number checked.
+    /// A frame whose checksums and number are correct.
     Frame {
         /// Where its header starts, in bytes from the stream's start.
         at: u64,
@@ -18,24 +18,23 @@ pub enum Decoded<'a> {
     },
 }
 
-/// Damage, and where.
+/// Damage, and its position.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("at byte {at}: {damage}")]
 pub struct Damaged {
     /// Where the damaged preface or frame starts, in bytes from the stream's start.
     pub at: u64,
-    /// What is wrong.
+    /// The damage.
     pub damage: Damage,
-    /// Whether the frames after it can still be found. If not, every further call gives this same
-    /// error.
+    /// Whether the frames after it can still be found. If not, every later call returns the same error.
     pub recoverable: bool,
 }
 
-/// Decodes one direction of a stream. Holds at most one frame beside what was pushed last.
+/// Decodes one direction of a stream. It holds at most one frame in addition to the bytes that were pushed last.
 #[derive(Debug, Default)]
 pub struct Decoder {
     buffer: Vec<u8>,
-    /// The part of the buffer that has been handed out.
+    /// The length of the part of the buffer that has been returned.
     used: usize,
     /// Bytes of the stream before `buffer[used]`.
     at: u64,
@@ -50,7 +49,7 @@ impl Decoder {
         Decoder::default()
     }
 
-    /// Adds bytes. [`Decoder::next`] should be called until it gives `None` before more are added.
+    /// Adds bytes. Call [`Decoder::next`] until it returns `None` before you add more.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.lost.is_none() {
             self.buffer.drain(..self.used);
@@ -60,7 +59,7 @@ impl Decoder {
     }
 
     /// The next part of the stream, or `None` when more bytes are needed.
-    #[allow(clippy::should_implement_trait, reason = "what it gives borrows from the decoder")]
+    #[allow(clippy::should_implement_trait, reason = "the result borrows from the decoder")]
     pub fn next(&mut self) -> Result<Option<Decoded<'_>>, Damaged> {
         if let Some(lost) = &self.lost {
             return Err(lost.clone());
@@ -92,7 +91,7 @@ impl Decoder {
         Ok(Some(Decoded::Frame { at, header, payload }))
     }
 
-    /// Says that nothing more comes: damage when the stream ends within a preface or a frame.
+    /// Tells the decoder that the stream ends here. Fails if that is within the preface or a frame.
     pub fn finish(&self) -> Result<(), Damaged> {
         if let Some(lost) = &self.lost {
             return Err(lost.clone());

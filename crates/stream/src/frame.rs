@@ -9,7 +9,7 @@ use super::{
 const FLAG_SKIPPABLE: u16 = 1 << 0;
 const FLAG_COMPRESSED: u16 = 1 << 1;
 
-/// What a frame is. Open: an unknown number survives a round trip.
+/// The kind of a frame. An unknown number survives a round trip.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Kind(pub u16);
 
@@ -23,7 +23,7 @@ macro_rules! kinds {
                 match self.0 { $($number => Some(stringify!($name)),)* _ => None }
             }
 
-            /// The least and the most bytes of its payload.
+            /// The minimum and the maximum length of its payload, in bytes.
             pub const fn payload_bytes(self) -> (usize, usize) {
                 match self.0 { $($number => ($least, $most),)* _ => (0, DATA_BYTES_MAX) }
             }
@@ -33,7 +33,7 @@ macro_rules! kinds {
 
 kinds! {
     OFFER = 1, 2, OFFER_BYTES_MAX, "Devices and memory with their facts, JSON.";
-    ANSWER = 2, 2, OFFER_BYTES_MAX, "Accepted, or refused with reasons, JSON.";
+    ANSWER = 2, 2, OFFER_BYTES_MAX, "Whether the offer is accepted, and if not why, JSON.";
     DEVICE_BEGIN = 3, 0, 0, "A device's data follows.";
     DEVICE_DATA = 4, 1, DATA_BYTES_MAX, "The next bytes of a device's data stream.";
     DEVICE_HINT = 5, 24, 24, "A device's pre-copy info.";
@@ -42,22 +42,22 @@ kinds! {
     MEMORY_ZERO = 8, 8, 8, "A run of pages that hold zeroes.";
     ROUND = 9, 16, 16, "A round of pre-copy is over.";
     STOPPED = 10, 0, 0, "The source's devices are stopped.";
-    SUM = 11, 24, 24, "All is sent, and this is what it comes to.";
-    READY = 12, 0, 0, "The destination has loaded, is in STOP, and holds.";
-    COMMIT = 13, 0, 0, "The destination is to run.";
+    SUM = 11, 24, 24, "Everything is sent, and these are the totals.";
+    READY = 12, 0, 0, "The destination has loaded everything, is in STOP, and holds.";
+    COMMIT = 13, 0, 0, "The destination is told to run.";
     RUNNING = 14, 0, 0, "The destination runs.";
-    ABORT = 15, 4, 4 + REASON_BYTES_MAX, "The move is off, and why.";
-    PROGRESS = 16, 8, 8, "The sender is alive and busy.";
-    QUERY = 17, 0, 0, "What became of this move?";
-    OUTCOME = 18, 4, 4, "What became of it.";
+    ABORT = 15, 4, 4 + REASON_BYTES_MAX, "The sender gives up, and why.";
+    PROGRESS = 16, 8, 8, "A keep-alive.";
+    QUERY = 17, 0, 0, "Asks how this move ended.";
+    OUTCOME = 18, 4, 4, "How it ended.";
     DONE = 19, 0, 0, "The source knows that the destination runs.";
-    FLUSH = 20, 0, 0, "Is all handled that came before?";
-    FLUSHED = 21, 0, 0, "All is handled that came before FLUSH.";
-    CREDIT = 22, 0, 0, "So much of a device's data it has taken.";
-    JOIN = 23, 4, 4, "Which of a move's further links this is.";
-    LINK_END = 24, 0, 0, "Nothing more comes over this link.";
-    LINKS = 25, 4, 4, "How many links the source has, where they are fewer than the destination takes.";
-    SEAL = 30, 40, 40, "Bytes and blake3 of all of a saved stream before it.";
+    FLUSH = 20, 0, 0, "Asks whether every frame before it on this link is handled.";
+    FLUSHED = 21, 0, 0, "Every frame before FLUSH on that link is handled.";
+    CREDIT = 22, 0, 0, "How much of its data a device has taken.";
+    JOIN = 23, 4, 4, "The number of a further link.";
+    LINK_END = 24, 0, 0, "The last frame of a further link.";
+    LINKS = 25, 4, 4, "How many links the source uses, if they are fewer than was agreed.";
+    SEAL = 30, 40, 40, "Length and BLAKE3 hash of a saved stream up to here.";
 }
 
 impl Kind {
@@ -87,22 +87,22 @@ impl fmt::Debug for Kind {
     }
 }
 
-/// What precedes a payload.
+/// The header of a frame, which precedes the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// What the frame is.
+    /// The kind of the frame.
     pub kind: Kind,
     /// Whether a reader that does not know the kind may pass over it.
     pub skippable: bool,
-    /// Whether the payload is compressed, and begins with its length before it was.
+    /// Whether the payload is compressed, and begins with its decompressed length.
     pub compressed: bool,
-    /// The device or memory region that it is about, 0 for none.
+    /// The id of its device or memory region, or the number of its link; 0 for none (`docs/stream.md: Frame`).
     pub section: u32,
     /// Bytes of payload that follow.
     pub length: u32,
     /// The number of the frame.
     pub sequence: u32,
-    /// Where the payload belongs in its section, in bytes.
+    /// The position in the section, in bytes; for some kinds another number (`docs/stream.md: Frame`).
     pub position: u64,
     /// crc32c of the payload.
     pub payload_crc: u32,
@@ -112,7 +112,7 @@ impl Header {
     /// The header of a frame with this payload.
     ///
     /// # Panics
-    /// When the payload is longer than the kind allows: a defect of the caller.
+    /// If the kind does not allow a payload of this length: a defect of the caller.
     pub fn new(kind: Kind, section: u32, position: u64, sequence: u32, payload: &[u8]) -> Header {
         let (least, most) = kind.payload_bytes();
         assert!((least..=most).contains(&payload.len()), "{kind} of {} bytes", payload.len());
@@ -128,12 +128,12 @@ impl Header {
         }
     }
 
-    /// The header of the same frame when its payload is compressed to this.
+    /// The header of the same frame with this compressed payload.
     pub fn packed(self, payload: &[u8]) -> Header {
         Header { compressed: true, length: payload.len() as u32, payload_crc: payload_crc(payload), ..self }
     }
 
-    /// The header of the same frame before its payload, this one, was compressed.
+    /// The header of the same frame with this decompressed payload.
     pub fn unpacked(self, payload: &[u8]) -> Header {
         Header { compressed: false, ..self.packed(payload) }
     }
@@ -155,9 +155,8 @@ impl Header {
         out
     }
 
-    /// Reads the bytes and checks all that can be checked without the payload: the checksum, the
-    /// flags, the length against what the kind allows. A kind that is not known is let through when
-    /// it is skippable; what its other flags say does not matter then.
+    /// Reads the bytes and checks everything that does not need the payload: the checksum, the flags, and the length
+    /// against the limits of the kind. A skippable frame of an unknown kind is accepted, whatever its other flags are.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Header, Damage> {
         let (expected, computed) = (u32_at(bytes, 28), crc32c::crc32c(&bytes[..28]));
         if expected != computed {
@@ -201,7 +200,7 @@ impl Header {
         Ok(())
     }
 
-    /// Checks the frame's number against the one that is due.
+    /// Checks the frame's number against the expected one.
     pub fn check_sequence(&self, due: u32) -> Result<(), Damage> {
         if self.sequence != due {
             return Err(Damage::Sequence { expected: due, found: self.sequence });
@@ -210,18 +209,18 @@ impl Header {
     }
 }
 
-/// crc32c, twice as fast on long input as by the instruction that has its name.
+/// crc32c, on long input twice as fast as by the processor's crc32 instruction.
 fn payload_crc(payload: &[u8]) -> u32 {
     crc_fast::crc32_iscsi(payload)
 }
 
-/// The same of what comes in pieces. That goes over the bytes once more, while they are at hand: putting the pieces'
-/// checksums together takes longer, up to half a MiB.
+/// The checksum of bytes that arrive in pieces. It reads the bytes again while they are in the cache. Combining the
+/// checksums of pieces takes longer, for pieces of up to half a MiB.
 #[derive(Clone, Debug)]
 pub struct RunningCrc(crc_fast::Digest);
 
 impl RunningCrc {
-    /// Of no bytes.
+    /// The checksum of no bytes.
     pub fn new() -> RunningCrc {
         RunningCrc(crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi))
     }

@@ -1,7 +1,7 @@
 //! The migration stream's codec (`docs/stream.md`): bytes in, frames out, and back. No I/O, no clock.
 //!
-//! [`Preface`] and [`Header`] are the fixed structures, [`body`] holds what payloads say, [`Order`]
-//! which frame may follow which, [`Decoder`] takes a stream in pieces of any size.
+//! [`Preface`] and [`Header`] are the fixed structures. [`body`] has the payloads of frames. [`Order`] checks which frame
+//! may follow which. [`Decoder`] takes a stream in pieces of any size.
 
 #![forbid(unsafe_code)]
 
@@ -20,9 +20,9 @@ pub use order::{Order, Step};
 pub use packed::{Compression, Packer, UnknownCompression, Unpacker, unpack};
 pub use preface::{MigrationId, Preface, PrefaceFlags};
 
-/// The version of the stream that this crate writes.
+/// The version of the streams that this crate writes.
 pub const VERSION: u16 = 1;
-/// The oldest version whose readers can read what this crate writes.
+/// The oldest version whose readers can read the streams that this crate writes.
 pub const VERSION_OLDEST: u16 = 1;
 /// Bytes of a preface.
 pub const PREFACE_BYTES: usize = 40;
@@ -34,24 +34,24 @@ pub const DATA_BYTES_MAX: usize = 1 << 20;
 pub const OFFER_BYTES_MAX: usize = 256 << 10;
 /// The longest reason in an ABORT, in bytes.
 pub const REASON_BYTES_MAX: usize = 4 << 10;
-/// The most devices in one move.
+/// The maximum number of devices in one move.
 pub const DEVICES_MAX: usize = 64;
-/// The least that a destination may allow of a device to be on its way, in bytes.
+/// The smallest window of a device, in bytes: how much of its data may be on its way (`docs/stream.md: CREDIT`).
 pub const WINDOW_BYTES_MIN: u64 = 64 << 10;
-/// The most links of one move.
+/// The maximum number of links of one move.
 pub const LINKS_MAX: u32 = 16;
-/// The most regions, and the most interrupt indexes, that a device's facts list.
+/// The maximum number of regions, and of interrupt indexes, in the facts of a device.
 pub const REGIONS_MAX: usize = 256;
-/// The most regions of memory in one move.
+/// The maximum number of memory regions in one move.
 pub const MEMORY_REGIONS_MAX: usize = 256;
-/// The longest region of memory, in bytes.
+/// The largest memory region, in bytes.
 pub const MEMORY_BYTES_MAX: u64 = 1 << 48;
 /// The longest name of a device or a kind, in bytes.
 pub const NAME_BYTES_MAX: usize = 255;
 /// The longest data stream of one device, in bytes.
 pub const DEVICE_BYTES_MAX: u64 = 1 << 40;
 
-/// Why a stream is refused. The writer, or the way from it, is at fault.
+/// Why a stream is refused. The fault is the writer's, or that of the path from it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Damage {
@@ -63,49 +63,47 @@ pub enum Damage {
         "the stream is of version {version} and needs a reader of {oldest} or newer, this one is {VERSION}"
     )]
     Newer {
-        /// What the writer speaks.
+        /// The writer's version.
         version: u16,
-        /// The oldest reader that would do.
+        /// The oldest version whose readers can read it.
         oldest: u16,
     },
-    /// It uses something that this reader does not know, and that must not be ignored.
+    /// It uses something that this reader does not know and must not ignore.
     #[error("the stream uses {what}, which this version does not know")]
     Unknown {
-        /// What.
+        /// What it uses.
         what: String,
     },
-    /// A checksum is wrong: altered on the way or at rest.
+    /// A checksum is wrong: bytes were altered on the way or at rest.
     #[error("checksum of {of}: expected {expected:#010x}, computed {computed:#010x}")]
     Checksum {
-        /// What it covers.
+        /// What the checksum covers.
         of: &'static str,
-        /// As the stream says.
+        /// The checksum in the stream.
         expected: u32,
-        /// Of what came.
+        /// The checksum of the bytes that arrived.
         computed: u32,
     },
-    /// The SEAL does not fit what came before it.
-    #[error(
-        "blake3 of the whole: the SEAL says {expected}, computed {computed}: some of it is not what was written"
-    )]
+    /// The hash in the SEAL is not that of the bytes before it.
+    #[error("blake3 of the stream: the SEAL says {expected}, computed {computed}: the stream was altered")]
     Seal {
-        /// As the SEAL says.
+        /// The hash in the SEAL.
         expected: String,
-        /// Of what came.
+        /// The hash of the bytes that arrived.
         computed: String,
     },
-    /// A frame was lost, doubled or swapped.
-    #[error("frame {found} came where frame {expected} was due: a frame was lost, doubled or swapped")]
+    /// A frame was lost, duplicated or reordered.
+    #[error("frame {found} came where frame {expected} was due: a frame was lost, duplicated or reordered")]
     Sequence {
-        /// The number that was due.
+        /// The number that was expected.
         expected: u32,
-        /// The number that came.
+        /// The number that arrived.
         found: u32,
     },
     /// It ends too early.
     #[error("the stream ends in the middle of {what}")]
     Truncated {
-        /// Of what.
+        /// In the middle of what.
         what: &'static str,
     },
     /// A payload has the wrong length.
@@ -113,12 +111,12 @@ pub enum Damage {
     Length {
         /// The frame.
         kind: Kind,
-        /// What it has.
+        /// Its length.
         bytes: usize,
-        /// What would be right.
+        /// The lengths that are allowed.
         expected: String,
     },
-    /// Right in itself, wrong at this place.
+    /// The frame is valid, but not at this place in the stream.
     #[error("{kind} is out of place: {why}")]
     Misplaced {
         /// The frame.
@@ -126,7 +124,7 @@ pub enum Damage {
         /// Why.
         why: String,
     },
-    /// The content of a frame makes no sense.
+    /// The content of a frame is invalid.
     #[error("{kind}: {why}")]
     Content {
         /// The frame.

@@ -1,42 +1,41 @@
-//! Which frame may follow which (`docs/stream.md: Order`). Shared by everyone who reads a source's
-//! half of a stream: the destination, a load, an inspection.
+//! Which frame may follow which (`docs/stream.md: Order`). Every reader of a source's half of a stream uses it: the
+//! destination, a load, an inspection.
 
 use limosa_protocol::feature::PrecopyInfo;
 
 use super::body::{decode_device_end, decode_hint, decode_round, decode_u32, decode_u64};
 use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, RunningCrc, Seal, Totals};
 
-/// A frame that is in order, and what it says. Devices and memory are named by their place in the
-/// offer.
+/// A frame that is in order, and its content. Devices and memory regions are named by their index in the offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step<'a> {
     /// A device's data follows.
     DeviceBegin(usize),
-    /// The next bytes of a device.
+    /// The next bytes of a device's data.
     DeviceData(usize, &'a [u8]),
-    /// What a device says of its pre-copy.
+    /// A device's pre-copy info.
     DeviceHint(usize, PrecopyInfo),
     /// A device's data is complete.
     DeviceEnd(usize),
-    /// Pages of a memory region, from this offset on.
+    /// Pages of a memory region, from this offset on, in bytes.
     MemoryData(usize, u64, &'a [u8]),
-    /// Zeroes in a memory region, from this offset on, this many bytes.
+    /// Zeroes in a memory region: offset and length, in bytes.
     MemoryZero(usize, u64, u64),
     /// A round is over; this many bytes of memory are still dirty.
     Round(u32, u64),
-    /// The source waits until all is handled that came before.
+    /// The source asks whether everything before this is handled.
     Flush,
-    /// The source has only so many links.
+    /// The source uses this many links, fewer than were agreed on.
     Links(u32),
     /// The source's devices are stopped.
     Stopped,
-    /// All has come, and the totals agree.
+    /// Everything has arrived, and the totals agree.
     Sum,
-    /// All of a saved stream has come; what it says of that is for whoever has the bytes to check.
+    /// The end of a saved stream. The caller, which has the bytes, checks the hash.
     Sealed(Seal),
-    /// The destination is to run.
+    /// The destination is told to run.
     Commit,
-    /// Nothing that concerns the reader.
+    /// A frame without meaning for the reader.
     Skipped,
 }
 
@@ -62,7 +61,7 @@ struct Device {
 }
 
 impl Order {
-    /// At the OFFER.
+    /// A stream whose OFFER has been read.
     pub fn new(offer: &Offer) -> Order {
         let device = |id| Device { id, begun: false, ended: false, bytes: 0, crc: RunningCrc::new() };
         Order {
@@ -76,55 +75,54 @@ impl Order {
         }
     }
 
-    /// What has come so far.
+    /// Bytes that have arrived so far.
     pub fn totals(&self) -> Totals {
         self.totals
     }
 
-    /// Bytes of one device that have come so far, and whether they are all.
+    /// Bytes of one device that have arrived so far, and whether its data is complete.
     pub fn device(&self, at: usize) -> (u64, bool) {
         (self.devices[at].bytes, self.devices[at].ended)
     }
 
-    /// The device that a frame is about.
+    /// The index of the device that a frame belongs to.
     pub fn section(&mut self, header: &Header) -> Result<usize, Damage> {
         self.find(header).map(|(at, _)| at)
     }
 
-    /// The byte of a device's stream that is due; `None` before DEVICE_BEGIN.
+    /// The position in a device's stream that is expected next; `None` before DEVICE_BEGIN.
     pub fn due(&self, at: usize) -> Option<u64> {
         self.devices[at].begun.then_some(self.devices[at].bytes)
     }
 
-    /// Whether the SUM has come, so that the stream is whole.
+    /// Whether the SUM has arrived, so that the stream is complete.
     pub fn is_whole(&self) -> bool {
         self.summed
     }
 
-    /// Whether the SEAL has come, so that nothing more may.
+    /// Whether the SEAL has arrived, after which no frame is allowed.
     pub fn is_sealed(&self) -> bool {
         self.sealed
     }
 
-    /// Takes the next frame. Its payload has been checked against its checksum. An error changes
-    /// nothing.
+    /// Takes the next frame. The caller has checked the payload against its checksum. After an error nothing has changed.
     pub fn next<'a>(&mut self, header: &Header, payload: &'a [u8]) -> Result<Step<'a>, Damage> {
         let kind = header.kind;
         let misplaced = |why: &str| Err(Damage::Misplaced { kind, why: why.into() });
         if self.sealed {
-            return misplaced("the SEAL came before");
+            return misplaced("it follows the SEAL");
         }
         if kind.name().is_none() || matches!(kind, Kind::PROGRESS) {
             return Ok(Step::Skipped);
         }
         if self.summed && !matches!(kind, Kind::COMMIT | Kind::SEAL) {
-            return misplaced("the SUM came before");
+            return misplaced("it follows the SUM");
         }
         Ok(match kind {
             Kind::DEVICE_BEGIN => {
                 let (at, device) = self.find(header)?;
                 if device.begun {
-                    return misplaced("the device has begun before");
+                    return misplaced("the device has begun already");
                 }
                 device.begun = true;
                 Step::DeviceBegin(at)
@@ -133,7 +131,7 @@ impl Order {
                 let (at, device) = self.find(header)?;
                 device.check_open(kind)?;
                 if header.position != device.bytes {
-                    let why = format!("it is for byte {}, due is byte {}", header.position, device.bytes);
+                    let why = format!("it starts at byte {}, byte {} is due", header.position, device.bytes);
                     return Err(Damage::Misplaced { kind, why });
                 }
                 let bytes = device.bytes + payload.len() as u64;
@@ -187,7 +185,7 @@ impl Order {
                 let (round, dirty_bytes) = decode_round(payload);
                 Step::Round(round, dirty_bytes)
             }
-            Kind::STOPPED if self.stopped => return misplaced("it came before"),
+            Kind::STOPPED if self.stopped => return misplaced("it came already"),
             Kind::STOPPED => {
                 self.stopped = true;
                 Step::Stopped

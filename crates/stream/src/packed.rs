@@ -1,5 +1,5 @@
-//! Payloads that are compressed on their way (`docs/stream.md: Compressed payloads`). Each stands for itself: the
-//! length before compression, u32, then the compressed bytes.
+//! Compressed payloads (`docs/stream.md: Compressed payloads`). Each is compressed on its own: the decompressed length,
+//! u32, then the compressed bytes.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use crate::buffer::{Buffer, Gauge};
 
 /// Bytes of the length in front.
 const LENGTH_BYTES: usize = 4;
-/// Of zstd's levels the one that costs least: a link that is worth compressing for is faster than the higher ones.
+/// The fastest level of zstd: links for which compression pays are faster than the higher levels.
 const ZSTD_LEVEL: i32 = 1;
 
 /// How payloads are compressed.
@@ -18,15 +18,15 @@ const ZSTD_LEVEL: i32 = 1;
 pub enum Compression {
     /// Zstandard (RFC 8878), a frame for each payload, at level 1.
     Zstd,
-    /// LZ4's block format, a block for each payload: less is saved, in less time.
+    /// LZ4's block format, a block for each payload: faster, and compresses less.
     Lz4,
 }
 
 impl Compression {
-    /// All there are.
+    /// All algorithms.
     pub const ALL: [Compression; 2] = [Compression::Zstd, Compression::Lz4];
 
-    /// As [`Offer::needs`](super::Offer::needs) names it.
+    /// The name in [`Offer::needs`](super::Offer::needs).
     pub const fn name(self) -> &'static str {
         match self {
             Compression::Zstd => "zstd",
@@ -41,9 +41,9 @@ impl fmt::Display for Compression {
     }
 }
 
-/// What is not the name of a [`Compression`].
+/// A text that is not the name of a [`Compression`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no compression: expected zstd or lz4")]
+#[error("{0:?} is not a compression: expected zstd or lz4")]
 pub struct UnknownCompression(String);
 
 impl FromStr for Compression {
@@ -55,7 +55,7 @@ impl FromStr for Compression {
     }
 }
 
-/// Compresses payloads. Kept from one to the next, for what it allocates.
+/// Compresses payloads. Keep it for the next payload, since its memory is reused.
 pub struct Packer {
     coder: Coder,
     packed: Buffer,
@@ -78,7 +78,7 @@ impl Packer {
         Packer::counted(compression, &Arc::default())
     }
 
-    /// What it holds is counted there.
+    /// Like [`Packer::new`], with a buffer that this gauge counts.
     pub fn counted(compression: Compression, buffers: &Arc<Gauge>) -> std::io::Result<Packer> {
         let coder = match compression {
             Compression::Zstd => Coder::Zstd(zstd::bulk::Compressor::new(ZSTD_LEVEL)?),
@@ -87,7 +87,7 @@ impl Packer {
         Ok(Packer { coder, packed: Buffer::new(buffers) })
     }
 
-    /// The payload compressed, or `None` when it would not become shorter: then it goes as it is.
+    /// The compressed payload, or `None` if it would not be shorter: then the payload is sent as it is.
     pub fn pack(&mut self, payload: &[u8]) -> Option<&[u8]> {
         let raw = u32::try_from(payload.len()).ok().filter(|raw| *raw as usize <= DATA_BYTES_MAX)?;
         let room = match self.coder {
@@ -97,7 +97,7 @@ impl Packer {
         self.packed.grow(LENGTH_BYTES + room);
         let (length, packed) = self.packed.split_at_mut(LENGTH_BYTES);
         length.copy_from_slice(&raw.to_le_bytes());
-        // What has no room in as many bytes as there were has not become shorter.
+        // A compressed payload that does not fit into the length of the original is not shorter.
         let bytes = match &mut self.coder {
             Coder::Zstd(zstd) => zstd.compress_to_buffer(payload, &mut packed[..room]).ok()?,
             Coder::Lz4 => lz4_flex::block::compress_into(payload, &mut packed[..room]).ok()?,
@@ -107,7 +107,7 @@ impl Packer {
     }
 }
 
-/// Takes payloads apart that were compressed.
+/// Decompresses payloads.
 pub struct Unpacker {
     coder: Decoder,
 }
@@ -133,8 +133,8 @@ impl Unpacker {
         Ok(Unpacker { coder })
     }
 
-    /// What the payload of a frame was before it was compressed, into `raw`, and the header that the frame would have
-    /// had then. The payload has been checked against its checksum. Nothing is allocated for more than
+    /// Decompresses the payload of a frame into `raw`, and returns the header that the frame would have had without
+    /// compression. The caller has checked the payload against its checksum. Never allocates more than
     /// [`DATA_BYTES_MAX`].
     pub fn unpack(&mut self, header: &Header, payload: &[u8], raw: &mut Vec<u8>) -> Result<Header, Damage> {
         let kind = header.kind;
@@ -144,7 +144,7 @@ impl Unpacker {
             return Err(Damage::Length { kind, bytes: payload.len(), expected });
         }
         let length = u32_at(payload, 0) as usize;
-        // Only what became shorter is sent so.
+        // A writer compresses only if that makes the payload shorter.
         if !(payload.len() + 1..=DATA_BYTES_MAX).contains(&length) {
             let least = payload.len() + 1;
             return Err(content(format!(
@@ -169,7 +169,7 @@ impl Unpacker {
     }
 }
 
-/// Takes a payload apart that says it is compressed, where there is anything to do it with.
+/// Decompresses a payload whose header says that it is compressed. Fails without an unpacker.
 pub fn unpack(
     unpacker: Option<&mut Unpacker>,
     header: &Header,

@@ -1,4 +1,4 @@
-//! The preface: what a stream begins with (`docs/stream.md: Preface`).
+//! The preface, the first bytes of a stream (`docs/stream.md: Preface`).
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,10 +6,10 @@ use std::str::FromStr;
 use super::{Damage, PREFACE_BYTES, VERSION, VERSION_OLDEST, u16_at, u32_at};
 
 const MAGIC: [u8; 8] = *b"\x89LMSA\r\n\x1a";
-/// Preface flags that a reader refuses when it does not know them.
+/// The preface flags that a reader must know: it refuses others among these bits.
 const FLAGS_MANDATORY: u32 = 0xffff;
 
-/// Names one move, for ever: 16 random bytes, printed as 32 hexadecimal digits.
+/// The unique name of one move: 16 random bytes, printed as 32 hexadecimal digits.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
@@ -40,7 +40,7 @@ impl fmt::Debug for MigrationId {
     }
 }
 
-/// Not the id of a move.
+/// A text that is not the id of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not the id of a move: expected 32 hexadecimal digits")]
 pub struct NotAnId;
@@ -63,7 +63,7 @@ bitflags::bitflags! {
     pub struct PrefaceFlags: u32 {
         /// A saved stream: no peer answers, and nothing follows SUM.
         const STORED = 1 << 0;
-        /// A saved stream that ends with a SEAL; without it, it is not whole. Old readers ignore this.
+        /// A saved stream that is complete only with a SEAL. Old readers ignore this.
         const SEALED = 1 << 16;
         /// A further link of a move.
         const FURTHER = 1 << 1;
@@ -74,13 +74,13 @@ bitflags::bitflags! {
 /// The first bytes of a stream, in either direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Preface {
-    /// What the writer speaks.
+    /// The writer's version.
     pub version: u16,
     /// The oldest version whose readers can read the stream.
     pub oldest: u16,
     /// What kind of stream it is.
     pub flags: PrefaceFlags,
-    /// The move.
+    /// The id of the move.
     pub id: MigrationId,
 }
 
@@ -103,8 +103,8 @@ impl Preface {
         out
     }
 
-    /// Reads the bytes: [`Damage::NotAStream`], [`Damage::Checksum`], [`Damage::Newer`], or
-    /// [`Damage::Unknown`] for a flag that must not be ignored.
+    /// Reads the bytes. Fails with [`Damage::NotAStream`], [`Damage::Checksum`], [`Damage::Newer`], or with
+    /// [`Damage::Unknown`] for an unknown flag that must not be ignored.
     pub fn decode(bytes: &[u8; PREFACE_BYTES]) -> Result<Preface, Damage> {
         if bytes[..8] != MAGIC {
             return Err(Damage::NotAStream);

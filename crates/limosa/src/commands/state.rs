@@ -73,11 +73,23 @@ fn set(device: &Opened, to: State) -> anyhow::Result<Vec<&'static str>> {
         let hint = if from == State::Error { "; run `limosa state DEVICE reset`" } else { "" };
         exit::error(Code::Refused, format!("{}: {from} -> {to}: {refusal}{hint}", device.name()))
     })?;
+    let resets = device.reset_count()?;
     // The session that this may open ends with the stream, or stays for the next client to end.
     let stream = device.set_state(to).with_context(|| {
         let stayed = device.state().map_or_else(|_| "unknown".into(), |state| state.to_string());
         format!("{}: {from} -> {to} failed; the device is now in {stayed}", device.name())
     })?;
+    let saves = |state| matches!(state, State::PreCopy | State::PreCopyP2p | State::StopCopy);
+    let reopened = stream.is_some() && saves(from) && saves(to);
     drop(stream);
+    let found = device.state()?;
+    // Most arcs are legal from more than one state: that the device took the last one proves little.
+    if found != to || reopened || device.reset_count()? != resets {
+        let what = format!(
+            "{}: {from} -> {to}: the device was reset, or driven by another client, meanwhile; it is now in {found}",
+            device.name()
+        );
+        return Err(exit::error(Code::Failed, what));
+    }
     Ok(path.states().iter().map(|state| state.name()).collect())
 }

@@ -34,8 +34,8 @@ impl Destination<'_> {
 }
 
 impl Ledger {
-    /// Answers a source in doubt that has connected: [`Received::Answered`]. A source that has a move to send is
-    /// refused, as there is nothing to receive it: [`Received::Discarded`].
+    /// Answers a source in doubt that has connected: [`Received::Answered`]. A source that wants to move is refused:
+    /// [`Received::Discarded`].
     pub fn answer(&self, link: &dyn Link, options: &Options, cancel: Option<&Cancel>) -> Received {
         Destination::new(&[], self, options).with_cancel(cancel).receive(link)
     }

@@ -1,4 +1,4 @@
-//! The commit, from the destination's side (`docs/stream.md: The commit`): holds, and then runs.
+//! The commit on the destination (`docs/stream.md: The commit`): it holds, and then runs.
 
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::{Damage, Kind, MigrationId};
@@ -14,9 +14,9 @@ use crate::{Error, Result};
 
 /// Why devices do not run after COMMIT.
 pub(super) enum NotStarted {
-    /// They are stopped and empty, or about to be; the source may run.
+    /// They never will: they are reset, or are going to be. The source may run.
     GivenBack(Error),
-    /// Nobody knows.
+    /// It is not known whether any of them runs.
     Stuck(Error),
 }
 
@@ -65,7 +65,7 @@ impl<'a> Destination<'a> {
         started
     }
 
-    /// READY, and the wait for COMMIT. When this fails the move must never run here.
+    /// Sends READY and waits for COMMIT. If this fails, the move must never run here.
     fn hold(&self, id: MigrationId, connection: &Connection<'_>) -> Result<()> {
         check_cancel(self.cancel)?;
         connection.send(&Frame::new(Kind::READY, &[]), self.cancel)?;
@@ -78,7 +78,7 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Runs the devices: all to RUNNING_P2P, then all to RUNNING, then the vCPUs.
+    /// Starts the devices: all enter RUNNING_P2P, then all enter RUNNING. Then starts the vCPUs.
     pub(super) fn start(
         &self,
         context: &Context<'a>,
@@ -100,10 +100,10 @@ impl<'a> Destination<'a> {
             Err(why) => why,
         };
         if matches!(why, Error::DeviceChanged { .. }) {
-            // A device that lost what it had loaded is in RUNNING: what it has done meanwhile, nobody knows.
+            // A device that was reset is in RUNNING without its state, and may have acted.
             return Err(NotStarted::Stuck(why));
         }
-        // The others are reset, so that none of them can ever run this guest.
+        // All devices that were asked to run are reset, so that none of them can ever run this guest.
         match receiving.never_run() {
             true => Err(NotStarted::GivenBack(why)),
             false => Err(NotStarted::Stuck(why)),
@@ -111,7 +111,7 @@ impl<'a> Destination<'a> {
     }
 }
 
-/// RUNNING, and the source's word that it has come.
+/// Sends RUNNING and waits for DONE.
 fn tell(connection: &Connection<'_>) -> Result<()> {
     connection.send(&Frame::new(Kind::RUNNING, &[]), None)?;
     let doing = "waiting for the source to know that the devices run";

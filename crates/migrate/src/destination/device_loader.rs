@@ -1,5 +1,5 @@
-//! One device of a destination: what came is loaded, the device is brought to STOP, and driven on when the move is
-//! committed, or reset.
+//! [`DeviceLoader`]: one device of a destination. It loads the device's data, brings the device to STOP, and later drives it
+//! to RUNNING or resets it.
 
 use limosa_client::{DataStream, Device, DeviceExt};
 use limosa_clockwork::now;
@@ -8,9 +8,9 @@ use limosa_protocol::State;
 use super::device_queue::{Command, Item};
 use super::receive::Receiving;
 use crate::devices::failed;
+use crate::error::guard;
 use crate::report::Act;
 use crate::transfer::driven::DrivenDevice;
-use crate::transfer::team::Team;
 use crate::{Error, Result};
 
 /// A device and its session.
@@ -27,7 +27,7 @@ impl<'a> DeviceLoader<'a> {
 }
 
 impl Receiving<'_, '_> {
-    /// Does what is to be done for a device, as long as there is something. A panic of the device's is its failure.
+    /// Does the work of a device as long as there is any. A panic of the device is a failure of the device.
     pub(super) fn attend(&self, at: usize) {
         let mut loader = self.loaders[at].lock();
         let name = loader.device.name();
@@ -38,7 +38,7 @@ impl Receiving<'_, '_> {
             }
             if let Some(item) = queue.items.pop_front() {
                 drop(queue);
-                if let Err(error) = Team::guard(name, || self.load(at, &mut loader, item)) {
+                if let Err(error) = guard(name, || self.load(at, &mut loader, item)) {
                     self.team.fail(error);
                 }
                 continue;
@@ -48,7 +48,7 @@ impl Receiving<'_, '_> {
                 return;
             };
             drop(queue);
-            let done = Team::guard(name, || self.obey(at, &mut loader, command));
+            let done = guard(name, || self.obey(at, &mut loader, command));
             self.queues[at].lock().done = Some(done);
             self.queues[at].notify_all();
         }
@@ -67,7 +67,7 @@ impl Receiving<'_, '_> {
             }
             Command::Enter(state) => {
                 let _span = self.recorder().span(at, Act::Enter { state });
-                // A device that is gone already, or was reset, is not asked.
+                // A device that is gone or was reset is not asked to run.
                 loader.driven.enter_with(state, || self.queues[at].lock().asked_to_run = true).map(drop)
             }
             Command::Reset => {
@@ -83,7 +83,7 @@ impl Receiving<'_, '_> {
                     _ => return Ok(()),
                 }
                 let stopped = device.set_state(State::Stop).map(drop);
-                // The guest's state is gone; that the device runs is another matter.
+                // The guest's state is gone. The device only stays in another state than before.
                 stopped.map_err(|error| Error::Device {
                     device: device.name().into(),
                     doing: format!("it stays in {}: entering {}", State::Running, State::Stop),
@@ -93,7 +93,7 @@ impl Receiving<'_, '_> {
         }
     }
 
-    /// Loads a piece of a device's data, or brings the device to STOP at the end.
+    /// Loads a piece of the device's data, or at its end brings the device to STOP.
     fn load(&self, at: usize, loader: &mut DeviceLoader<'_>, item: Item) -> Result<()> {
         let device = loader.device;
         let Item::Data(data) = item else {

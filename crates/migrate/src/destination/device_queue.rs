@@ -1,5 +1,5 @@
-//! What a device of the destination is still to be given: what is in order, and what came over another link before its
-//! turn; of neither more than its window, in buffers and pieces that are not much more than their bytes.
+//! [`DeviceQueue`]: the data that a device of the destination has not loaded yet. Some is in order, some arrived ahead over
+//! another link. Both together are at most the device's window, in buffers that are not much larger than the data.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -10,43 +10,43 @@ use crate::protocol::credit::{ReceiveWindow, SMALL_BYTES, WINDOW_BYTES_MAX};
 use limosa_stream::buffer::Buffer;
 use limosa_stream::{Damage, Header, Kind};
 
-/// Pieces of a device's data in a row become one as long as it has no more bytes than this: a row of many small ones
-/// would need more room than their bytes.
+/// Consecutive pieces of a device's data are joined as long as they have at most this many bytes, since many small pieces
+/// would take more memory than their bytes.
 const JOINED_BYTES: usize = 64 << 10;
-/// The most pieces of a device's data that wait for what belongs before them.
+/// The most pieces of a device's data that may be ahead.
 const PIECES_AHEAD_MAX: usize = 2 * WINDOW_BYTES_MAX as usize / SMALL_BYTES;
 
-/// What a device is still to be given, and told to do.
+/// The data that a device has not loaded yet, and its command.
 #[derive(Default)]
 pub(super) struct DeviceQueue {
     pub(super) items: VecDeque<Item>,
-    /// Bytes of them that wait or are being loaded.
+    /// How many bytes wait in order or are being loaded.
     pub(super) queued: u64,
-    /// What came over other links before its turn, by its place in the device's stream.
+    /// The pieces that are ahead, by their position in the device's stream.
     pub(super) ahead: BTreeMap<u64, (Header, Buffer)>,
     pub(super) ahead_bytes: u64,
     pub(super) window: ReceiveWindow,
-    /// A worker is busy with the device, or about to be.
+    /// Whether a worker is busy with the device, or was posted to be.
     pub(super) is_busy: bool,
-    /// What it is to do once everything is loaded, and how that went.
+    /// The next command, and the result of the last one.
     pub(super) command: Option<Command>,
     pub(super) done: Option<Result<()>>,
     /// The state in which the device was found, once it has been touched.
     pub(super) found: Option<State>,
-    /// It was asked to run, and may.
+    /// Whether it was asked to run, so that it may be running.
     pub(super) asked_to_run: bool,
 }
 
-/// What a device is told to do.
+/// A command for a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// Enter RESUMING; it was found in this state.
+    /// Enter RESUMING. It was found in this state.
     Open(State),
     /// Enter a state.
     Enter(State),
-    /// Be reset, so that it never runs what it was given.
+    /// Reset it, so that it never runs the state that it loaded.
     Reset,
-    /// Be reset, and go back to where it was found.
+    /// Reset it, and return it to the state in which it was found.
     Discard,
 }
 
@@ -55,18 +55,18 @@ pub(super) enum Item {
     End,
 }
 
-/// How much of a device's data a frame has.
+/// The bytes of device data in a frame.
 pub(super) fn data_bytes(header: &Header, payload: &[u8]) -> u64 {
     if header.kind == Kind::DEVICE_DATA { payload.len() as u64 } else { 0 }
 }
 
 impl DeviceQueue {
-    /// Bytes that have come and are not loaded.
+    /// How many bytes have arrived and are not loaded.
     pub(super) fn waiting(&self) -> u64 {
         self.queued + self.ahead_bytes
     }
 
-    /// Keeps what has come before its turn. What overlaps with something that is kept is refused.
+    /// Keeps a piece that is ahead. A piece that overlaps with another is refused.
     pub(super) fn keep_ahead(&mut self, place: u64, header: Header, payload: Buffer) -> Result<(), Damage> {
         let misplaced = |why: String| Err(Damage::Misplaced { kind: header.kind, why });
         let bytes = data_bytes(&header, &payload);
@@ -74,7 +74,7 @@ impl DeviceQueue {
             |(at, (header, payload)): (&u64, &(Header, Buffer))| (*at, at + data_bytes(header, payload));
         let before = self.ahead.range(..=place).next_back().map(end_of);
         if before.is_some_and(|(at, end)| end > place || at == place) {
-            return misplaced(format!("what is for byte {place} has come before"));
+            return misplaced(format!("byte {place} has arrived already"));
         }
         self.check_ahead(place, &header)?;
         self.ahead_bytes += bytes;
@@ -89,27 +89,25 @@ impl DeviceQueue {
             return Ok(());
         }
         if self.ahead.len() >= PIECES_AHEAD_MAX {
-            return misplaced(format!(
-                "{PIECES_AHEAD_MAX} pieces of the device's data wait for what is before them"
-            ));
+            return misplaced(format!("{PIECES_AHEAD_MAX} pieces of the device's data are ahead already"));
         }
         self.ahead.insert(place, (header, payload));
         Ok(())
     }
 
-    /// Refuses what overlaps with what has come for later: the window bounds bytes that are there once.
+    /// Refuses a piece that overlaps with one that is ahead. The window bounds memory only if no byte is kept twice.
     pub(super) fn check_ahead(&self, place: u64, header: &Header) -> Result<(), Damage> {
         let is_data = header.kind == Kind::DEVICE_DATA;
         match self.ahead.range(place..).next() {
             Some((at, _)) if is_data && *at < place.saturating_add(header.length.into()) => {
-                let why = format!("what is for byte {at} has come before");
+                let why = format!("byte {at} has arrived already");
                 Err(Damage::Misplaced { kind: header.kind, why })
             }
             _ => Ok(()),
         }
     }
 
-    /// The next of a device's data, or its end.
+    /// Queues the next piece of the device's data, or its end.
     pub(super) fn hand_on(&mut self, header: &Header, payload: Buffer) {
         if header.kind == Kind::DEVICE_END {
             self.window.end_of_data();
@@ -144,7 +142,7 @@ mod tests {
         keep(&mut queue, 100, &[1; 50]).unwrap();
         for (place, bytes) in [(100, 1), (100, 50), (149, 1), (90, 11), (0, 500), (120, 5)] {
             let refused = keep(&mut queue, place, &vec![1; bytes]).unwrap_err();
-            assert!(refused.contains("has come before"), "{place}: {refused}");
+            assert!(refused.contains("has arrived already"), "{place}: {refused}");
         }
         let (header, _) = piece(60, &[0; 41]);
         assert!(queue.check_ahead(60, &header).is_err(), "nor does what is due reach into it");
@@ -165,7 +163,7 @@ mod tests {
             keep(&mut queue, 2 * at + 1, &[1]).unwrap();
         }
         let refused = keep(&mut queue, 2 * PIECES_AHEAD_MAX as u64 + 1, &[1]).unwrap_err();
-        assert!(refused.contains("wait for what is before them"), "{refused}");
+        assert!(refused.contains("are ahead already"), "{refused}");
     }
 
     #[test]

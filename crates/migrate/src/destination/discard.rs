@@ -1,4 +1,4 @@
-//! The way back of a destination: what was loaded is discarded, and the source is told why.
+//! The rollback of a destination: the source is told why, and everything that was loaded is discarded.
 
 use limosa_protocol::State;
 
@@ -9,7 +9,8 @@ use crate::report::{Loss, Phase, Unrecovered};
 use crate::{Error, Result};
 
 impl<'a> Destination<'a> {
-    /// Tells the source why the move is off, so that its guest need not wait, and resets every device that was touched.
+    /// Tells the source why the move has ended, so that its guest need not wait, and then resets every device that was
+    /// touched.
     pub(super) fn discard(&self, receiving: &Receiving<'_, 'a>, why: Error) -> Ending {
         let connection = receiving.connection;
         connection.abort(&why);

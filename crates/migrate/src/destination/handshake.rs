@@ -1,4 +1,4 @@
-//! The handshake of a destination: it compares, and answers the offer.
+//! The handshake of a destination: it compares devices and memory, and answers the offer.
 
 use limosa_client::DeviceExt;
 use limosa_protocol::State;
@@ -9,23 +9,23 @@ use super::Destination;
 use super::receive::Receiving;
 use crate::context::Context;
 use crate::devices::{compare_devices, compare_memory, facts, failed};
-use crate::error::check_cancel;
+use crate::error::{Mismatch, MismatchKind, check_cancel};
 use crate::link::FurtherLinks;
 use crate::memory::MemoryRegion;
 use crate::protocol::credit::window;
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
-/// What a source wants.
+/// What a source asks for.
 pub(super) enum Greeting {
-    /// To move something.
+    /// A move.
     Offer(MigrationId, Offer),
-    /// To know what became of a move.
+    /// How a move ended.
     Query(MigrationId),
 }
 
 impl<'a> Destination<'a> {
-    /// The prefaces, and what the source wants.
+    /// Exchanges prefaces, and reads what the source asks for.
     pub(super) fn greet(&self, context: &Context<'a>, connection: &Connection<'_>) -> Result<Greeting> {
         connection.reader().count(context.recorder.buffers());
         let preface = connection.receive_preface(self.cancel)?;
@@ -56,7 +56,8 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Compares, opens a session on every device, and answers the offer. Over how many links the source is to send.
+    /// Compares both sides, opens a session on every device, and answers the offer. Returns over how many links the source is
+    /// to send.
     pub(super) fn accept(
         &self,
         connection: &Connection<'_>,
@@ -67,13 +68,13 @@ impl<'a> Destination<'a> {
         tracing::debug!(devices = offer.devices.len(), "offer");
         let accepted = self.compare(offer).and_then(|found| receiving.open_sessions(found));
         let most = if further.is_some() { self.options.links.get() } else { 1 };
-        // Without credit nothing would bound what comes over one link ahead of what another brings.
+        // Without credit nothing would bound the data that arrives over one link before earlier data of another.
         let has_credit = offer.needs.iter().any(|need| need == NEEDS_CREDIT);
         let links = if has_credit { offer.links.min(most) } else { 1 };
         if connection.has_peer() {
             let reasons = match &accepted {
                 Ok(()) => Vec::new(),
-                Err(Error::Incompatible { reasons }) => reasons.clone(),
+                Err(Error::Incompatible { reasons }) => reasons.iter().map(ToString::to_string).collect(),
                 Err(Error::Cancelled) => return Err(Error::Cancelled),
                 Err(error) => vec![error.to_string()],
             };
@@ -85,7 +86,7 @@ impl<'a> Destination<'a> {
         accepted.map(|()| links)
     }
 
-    /// Compares without touching anything. The states in which the devices are found.
+    /// Compares both sides without touching anything. Returns the states in which the devices were found.
     fn compare(&self, offer: &Offer) -> Result<Vec<State>> {
         let here: Vec<DeviceFacts> = (self.devices.iter().enumerate())
             .map(|(at, moved)| check_cancel(self.cancel).and_then(|()| facts(at as u32, moved)))
@@ -94,7 +95,7 @@ impl<'a> Destination<'a> {
         let mut reasons = compare_devices(&offer.devices, &here);
         reasons.extend(compare_memory(&offer.memory, &memory));
         if !reasons.is_empty() {
-            // A device without migration has no state that could be read.
+            // The state of a device without migration cannot be read.
             return Err(Error::Incompatible { reasons });
         }
         let mut found = Vec::new();
@@ -103,9 +104,10 @@ impl<'a> Destination<'a> {
             let state = device.state().map_err(|error| failed(device, "reading its state", error))?;
             if !matches!(state, State::Running | State::Stop) {
                 let name = device.name();
-                reasons.push(format!(
+                let message = format!(
                     "{name}: it is in {state}, RUNNING or STOP is expected; is it in use? if not, reset it"
-                ));
+                );
+                reasons.push(Mismatch::new(MismatchKind::State, message));
             }
             found.push(state);
         }

@@ -1,5 +1,5 @@
-//! The side that devices come to, as a script: from the offer to RUNNING, or back to where it was, with everything
-//! discarded that was loaded.
+//! [`Destination`]: the side to which devices come, as a script from the offer to RUNNING. A failure leads back to the start,
+//! and everything that was loaded is discarded.
 
 mod answer;
 mod commit;
@@ -17,19 +17,20 @@ pub use snapshot::AfterLoad;
 
 use crate::context::Context;
 use crate::devices::MovedDevice;
+use crate::error::guard;
 use crate::ledger::{Decision, Ledger};
 use crate::link::{FurtherLinks, Link};
 use crate::memory::MemoryRegion;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase, Report, Side};
-use crate::transfer::team::{OnDrop, Team};
+use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
 use commit::NotStarted;
 use handshake::Greeting;
 use receive::Receiving;
 
-/// The side that devices come to.
+/// The side to which devices come.
 #[derive(Clone)]
 pub struct Destination<'a> {
     devices: &'a [MovedDevice<'a>],
@@ -50,34 +51,34 @@ impl std::fmt::Debug for Destination<'_> {
     }
 }
 
-/// How receiving ended.
+/// How a move, a load or a query ended, on the destination.
 #[derive(Debug)]
 #[must_use]
 pub enum Received {
     /// The devices run here.
     Runs(Report),
-    /// A saved stream was loaded, and the devices stay in STOP.
+    /// A snapshot was loaded, and the devices stay in STOP.
     Stopped(Report),
-    /// The move failed or was called off. What was loaded is discarded: every device was reset, and
-    /// returned to the state (RUNNING or STOP) in which it was found. Memory that was written stays so.
-    /// [`Report::unrecovered`] has the devices that could not be reset. They will never run this guest.
+    /// The move failed or was cancelled. Everything that was loaded is discarded: every device was reset, and returned to
+    /// the state (RUNNING or STOP) in which it was found. Memory stays as it was written. [`Report::unrecovered`] lists the
+    /// devices that could not be reset. They will never run this guest.
     Discarded {
         /// Why.
         why: Error,
         /// How far it came.
         report: Report,
     },
-    /// After the commit the devices could neither be started nor be stopped again. Only here may the
-    /// guest run, and a person must look after it.
+    /// After the commit the devices could neither be started nor be reset. The guest may run only here, and needs a person's
+    /// attention.
     Broken {
         /// Why.
         why: Error,
         /// How far it came.
         report: Report,
     },
-    /// It was not a move: a source in doubt asked, and was answered.
+    /// It was not a move: a source in doubt asked, and got an answer.
     Answered {
-        /// The move it asked for.
+        /// The move that it asked about.
         id: MigrationId,
         /// The answer.
         decision: Decision,
@@ -92,7 +93,7 @@ enum Ending {
     Broken(Error),
 }
 
-/// What comes after everything is loaded.
+/// What follows when everything is loaded.
 #[derive(Clone, Copy)]
 enum Then {
     /// The commit of this move.
@@ -102,46 +103,46 @@ enum Then {
 }
 
 impl<'a> Destination<'a> {
-    /// Idle devices in RUNNING or STOP that are to become those of a source, in its order. The ledger remembers
-    /// outcomes for sources in doubt: one for all that a process receives.
+    /// A destination of these devices, which are idle, in RUNNING or STOP, and in the source's order. The ledger remembers
+    /// outcomes for sources in doubt. Use one ledger for all moves that a process receives.
     pub fn new(devices: &'a [MovedDevice<'a>], ledger: &'a Ledger, options: &'a Options) -> Destination<'a> {
         let (vmm, observer) = (&Nobody, &Nobody);
         Destination { devices, memory: &[], vmm, observer, options, cancel: None, ledger }
     }
 
-    /// With the guest's memory, region by region like the source's.
+    /// Sets the guest's memory: the same regions as the source's.
     #[must_use]
     pub fn with_memory(self, memory: &'a [MemoryRegion<'a>]) -> Destination<'a> {
         Destination { memory, ..self }
     }
 
-    /// With the machine around the devices.
+    /// Sets the hooks of the machine around the devices.
     #[must_use]
     pub fn with_vmm(self, vmm: &'a dyn Vmm) -> Destination<'a> {
         Destination { vmm, ..self }
     }
 
-    /// With an observer.
+    /// Sets an observer.
     #[must_use]
     pub fn with_observer(self, observer: &'a dyn Observer) -> Destination<'a> {
         Destination { observer, ..self }
     }
 
-    /// With a handle to call it off.
+    /// Sets a handle that cancels the move.
     #[must_use]
     pub fn with_cancel(self, cancel: Option<&'a Cancel>) -> Destination<'a> {
         Destination { cancel, ..self }
     }
 
-    /// Receives one move, or one question, over the link. Blocks until it is over.
+    /// Receives one move, or one query, over the link. Blocks until that has ended.
     pub fn receive(&self, link: &dyn Link) -> Received {
         self.receive_move(link, None)
     }
 
-    /// Receives one move, or one question, over the link, and over as many further ones as the source wants, of which
-    /// [`Options::links`] are the most. Blocks until it is over.
+    /// Receives one move, or one query, over the link and over further links: in all as many as the source offers and
+    /// [`Options::links`] allows. Blocks until the move has ended.
     ///
-    /// Further links belong to the move when they say its id; others are closed.
+    /// A further link belongs to the move if its preface has the id of the move. Other links are closed.
     pub fn receive_over(&self, link: &dyn Link, further: &dyn FurtherLinks) -> Received {
         self.receive_move(link, Some(further))
     }
@@ -151,7 +152,7 @@ impl<'a> Destination<'a> {
         let link = MeteredLink::new(link, &context.recorder);
         let connection = Connection::new(&link, Limits::new(self.options));
         context.recorder.phase(Phase::Handshake);
-        let greeting = Team::guard("the handshake", || self.greet(&context, &connection));
+        let greeting = guard("the handshake", || self.greet(&context, &connection));
         let ending = match greeting {
             Ok(Greeting::Query(id)) => return self.answer_query(id, &connection, context),
             Ok(Greeting::Offer(id, offer)) => {
@@ -177,7 +178,7 @@ impl<'a> Destination<'a> {
         Context::new(Side::Destination, self.devices, self.options, self.observer, self.cancel)
     }
 
-    /// From the offer to the end: devices that run, or that are as they were. All threads that this takes are started
+    /// From the offer to the end. The devices then run, or are as they were. The threads that work on devices are started
     /// before a device is touched.
     fn run(
         &self,
@@ -187,7 +188,10 @@ impl<'a> Destination<'a> {
         offer: &Offer,
         then: Then,
     ) -> Ending {
-        let receiving = match Receiving::new(context, connection, self.devices, self.memory, offer) {
+        let receiving = guard("the destination", || {
+            Receiving::new(context, connection, self.devices, self.memory, offer)
+        });
+        let receiving = match receiving {
             Ok(receiving) => receiving,
             Err(why) => {
                 connection.abort(&why);
@@ -197,12 +201,12 @@ impl<'a> Destination<'a> {
         limosa_clockwork::scope(|scope| {
             let receiving = &receiving;
             let _end = OnDrop(|| receiving.end());
-            let accepted = Team::guard("the destination", || {
+            let accepted = guard("the destination", || {
                 receiving.start(scope)?;
                 self.accept(connection, receiving, offer, further)
             });
             let loaded = accepted.and_then(|links| {
-                Team::guard("the destination", || {
+                guard("the destination", || {
                     if let Some(further) = further.filter(|_| links > 1) {
                         receiving.expect_links(links);
                         self.start_further_links(scope, receiving, further, offer, then)?;
@@ -216,7 +220,7 @@ impl<'a> Destination<'a> {
                 let why = receiving.team.first_failure(Error::Cancelled);
                 return self.discard(receiving, why);
             }
-            match Team::guard("the destination", || Ok(self.end_of(context, receiving, then))) {
+            match guard("the destination", || Ok(self.end_of(context, receiving, then))) {
                 Ok(Ok(())) => Ending::Done,
                 Ok(Err(NotStarted::GivenBack(why))) => self.discard(receiving, why),
                 Ok(Err(NotStarted::Stuck(why))) | Err(why) => Ending::Broken(why),
@@ -224,7 +228,7 @@ impl<'a> Destination<'a> {
         })
     }
 
-    /// What follows when all is loaded.
+    /// The commit, or the end of a load.
     fn end_of(
         &self,
         context: &Context<'a>,
@@ -238,7 +242,7 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Starts the thread that takes further links, and with them the threads that read them.
+    /// Starts the thread that accepts further links and starts a reader for each.
     fn start_further_links<'scope>(
         &self,
         scope: Scope<'scope, '_>,

@@ -1,5 +1,5 @@
-//! What the threads of a destination share while devices and memory come in: a reader for each link puts memory where
-//! it belongs, and hands devices' data to their workers, so that a device that is slow to load blocks no other.
+//! [`Receiving`]: what the threads of a destination share while data arrives. A reader for each link writes memory, and hands
+//! device data to the device workers, so that a device that is slow to load blocks no other.
 
 use std::sync::Arc;
 
@@ -25,17 +25,17 @@ use crate::transfer::team::{Shared, Team};
 use crate::wire::{Connection, Frame, FrameReader, FrameWriter, MeteredLink};
 use crate::{Cancel, Error, Options, Result, Round};
 
-/// Emptied buffers of no more bytes are kept for what comes next.
+/// Empty buffers of up to this many bytes are kept for reuse.
 const SPARE_BYTES: u64 = 8 << 20;
-/// So much memory is made zero at once: between two pieces a cancel is heard.
+/// How much memory is made zero at once. A cancel is observed between two pieces.
 const ZERO_BYTES_MAX: u64 = 64 << 20;
 
 const DOING: &str = "waiting for the source's data";
 
-/// The work between the offer and the end, and its threads.
+/// The work between the offer and the end, and the state of its threads.
 pub(super) struct Receiving<'w, 'a> {
     context: &'w Context<'a>,
-    /// The first link: here is answered.
+    /// The first link, over which this side answers.
     pub(super) connection: &'w Connection<'w>,
     writers: [&'w FrameWriter<'w>; 1],
     pub(super) team: Team,
@@ -44,27 +44,27 @@ pub(super) struct Receiving<'w, 'a> {
     pub(super) queues: Vec<Shared<DeviceQueue>>,
     pub(super) loaders: Vec<Monitor<DeviceLoader<'a>>>,
     flags: Vec<MigrationFlags>,
-    /// The devices' ids, as the offer has them.
+    /// The ids of the devices in the offer.
     ids: Vec<u32>,
-    /// The regions, by their place in the offer.
+    /// The regions, by their index in the offer.
     regions: Vec<Option<&'w MemoryRegion<'a>>>,
     order: Monitor<Order>,
-    /// Whether the source keeps to the window.
+    /// Whether the source sends no more than the window allows.
     has_credit: bool,
     window: u64,
-    /// Whether further links are silent for no longer than the first.
+    /// Whether the limit for silence applies to further links as well.
     keeps_links_alive: bool,
     spares: Monitor<Spares>,
     state: Shared<Progress>,
     /// Ends the wait for further links.
     joined: Cancel,
-    /// The further links, kept open to the end: the source is to hear the reason, and not that a link is closed.
+    /// The further links. They stay open to the end, so that the source hears the reason, and not that a link is closed.
     further: Monitor<Vec<Arc<dyn Link>>>,
 }
 
 #[derive(Default)]
 struct Progress {
-    /// How many links the source uses, the first among them.
+    /// How many links the source uses, the first one included.
     links: u32,
     /// Which further links have joined, a bit each.
     joined: u32,
@@ -85,9 +85,9 @@ impl<'w, 'a> Receiving<'w, 'a> {
         let window = window(devices.len(), context.options.windows_bytes);
         let windows = window * devices.len() as u64;
         let mut spares = Spares::new(SPARE_BYTES.min(windows) as usize);
-        // Touched before anything stops for it.
+        // Touched now, and not in the downtime.
         spares.fill(SPARE_BYTES.min(windows / 4) as usize, READ_BYTES_MAX, context.recorder.buffers());
-        // Regions are matched by id, and lie in the same order nowhere but in the offer.
+        // Regions are matched by id: this side may have them in another order than the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
         let queue = || DeviceQueue { window: ReceiveWindow::new(window), ..DeviceQueue::default() };
         Ok(Receiving {
@@ -130,13 +130,12 @@ impl<'w, 'a> Receiving<'w, 'a> {
         self.context.options
     }
 
-    /// What a device can do in migration.
+    /// A device's migration flags.
     pub(super) fn flags(&self, at: usize) -> MigrationFlags {
         self.flags[at]
     }
 
-    /// Starts the threads that do devices' work and the one that says that this side is alive. They serve the commit and
-    /// the way back as well.
+    /// Starts the device workers and the keep-alive thread. They serve the commit and the rollback as well.
     pub(super) fn start<'scope>(&'scope self, scope: Scope<'scope, '_>) -> Result<()> {
         let interval = self.connection.limits().keep_alive;
         self.team.spawn(scope, "keep-alive".into(), move || {
@@ -152,14 +151,14 @@ impl<'w, 'a> Receiving<'w, 'a> {
         Ok(())
     }
 
-    /// All threads end.
+    /// Ends all threads.
     pub(super) fn end(&self) {
         self.team.end();
         self.workers.end();
         self.alive.end();
     }
 
-    /// Opens a session on every device, found in these states.
+    /// Opens a session on every device. They were found in these states.
     pub(super) fn open_sessions(&self, found: Vec<State>) -> Result<()> {
         self.command(|at| Some(Command::Open(found[at]))).into_iter().collect()
     }
@@ -169,20 +168,20 @@ impl<'w, 'a> Receiving<'w, 'a> {
         self.queues.iter().map(|queue| queue.lock().found.is_some()).collect()
     }
 
-    /// Drives loaded devices to the states that are wanted; an error when one refuses.
+    /// Drives loaded devices to these states. Fails if one of them refuses.
     pub(super) fn enter(&self, wanted: impl Fn(usize) -> Option<State>) -> Result<()> {
-        // All of them are waited for, whatever happens.
+        // This waits for all devices, also after a failure.
         self.command(|at| wanted(at).map(Command::Enter)).into_iter().collect()
     }
 
-    /// Resets the devices that were asked to run, so that none of them ever runs this guest. Whether that is so. A
-    /// device that was not asked stays in STOP, also when it can no longer be reached.
+    /// Resets the devices that were asked to run, so that none of them ever runs this guest. Returns whether all resets
+    /// succeeded. A device that was not asked stays in STOP, also if it can no longer be reached.
     pub(super) fn never_run(&self) -> bool {
         let asked: Vec<_> = self.queues.iter().map(|queue| queue.lock().asked_to_run).collect();
         self.command(|at| asked[at].then_some(Command::Reset)).iter().all(Result::is_ok)
     }
 
-    /// Tells devices what to do, all at once, and waits for all of them as long as their own calls take.
+    /// Gives devices commands, all at once, and waits for all of them, for as long as the devices' own calls take.
     pub(super) fn command(&self, wanted: impl Fn(usize) -> Option<Command>) -> Vec<Result<()>> {
         for (at, queue) in self.queues.iter().enumerate() {
             let mut queue = queue.lock();
@@ -204,13 +203,13 @@ impl<'w, 'a> Receiving<'w, 'a> {
         done.collect()
     }
 
-    /// The source was told to use so many links.
+    /// The source was told to use this many links.
     pub(super) fn expect_links(&self, links: u32) {
         self.state.lock().links = links;
     }
 
-    /// Reads the first link to the SUM, and waits until all devices are loaded and in STOP. The source was told to use
-    /// so many links.
+    /// Reads the first link up to the SUM, and waits until all devices are loaded and in STOP. The source was told to use
+    /// `links` links.
     pub(super) fn read_first(&self, links: u32) -> Result<()> {
         let mut reader = self.connection.reader();
         loop {
@@ -231,12 +230,12 @@ impl<'w, 'a> Receiving<'w, 'a> {
         }
     }
 
-    /// The source has fewer links than it was to use.
+    /// Takes LINKS: the source uses fewer links than it was told to.
     fn fewer_links(&self, had: u32, wanted: u32, reader: &FrameReader) -> Result<()> {
         let mut state = self.state.lock();
         if !(1..wanted).contains(&had) || state.joined >> had != 0 {
             let why = format!(
-                "{had} links of {wanted}, of which {} further ones have joined",
+                "{had} links instead of {wanted}, where {} further ones have joined",
                 state.joined.count_ones()
             );
             return Err(reader.damaged(Damage::Content { kind: Kind::LINKS, why }));
@@ -251,8 +250,8 @@ impl<'w, 'a> Receiving<'w, 'a> {
         Ok(())
     }
 
-    /// The thread that takes the further links of the move, in any order, and starts a reader for each. A link that is
-    /// not of the move is closed, and another is waited for.
+    /// The body of the thread that accepts the further links of the move, in any order, and starts a reader for each. A link
+    /// that is not of the move is closed, and the thread waits for another.
     pub(super) fn join<'scope>(
         &'scope self,
         scope: Scope<'scope, '_>,
@@ -285,7 +284,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
                 }
             };
             if number >= links || joined & 1 << number != 0 {
-                tracing::warn!("link {number} of the move came twice or was not asked for");
+                tracing::warn!("link {number} of the move joined twice or was not asked for");
                 continue;
             }
             reader.decompress(offer.compression())?;
@@ -299,7 +298,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         }
     }
 
-    /// The number of a further link, if it is of this move, and what reads on.
+    /// Reads preface and JOIN of a further link of this move. Returns its number and its reader.
     fn greet_further(&self, link: &dyn Link, id: MigrationId) -> Result<(u32, FrameReader)> {
         let silence_max = self.options().silence_max;
         let mut reader = FrameReader::new(link, silence_max);
@@ -322,7 +321,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         Ok((number, reader))
     }
 
-    /// The thread of a further link, to its end.
+    /// The body of a further link's reader, up to LINK_END.
     fn read_further(&self, link: &dyn Link, mut reader: FrameReader) -> Result<()> {
         if !self.keeps_links_alive {
             reader.allow_silence();
@@ -346,7 +345,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         }
     }
 
-    /// Waits for this side; not longer than the source does.
+    /// Waits for this side's own work, for no longer than the source waits.
     fn wait(&self, doing: &'static str, is_done: impl Fn(&Progress) -> bool) -> Result<()> {
         let limit = self.options().load_max;
         let until = now().checked_add(limit);
@@ -356,7 +355,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         }
     }
 
-    /// Acts on a frame. What is out of order never reaches a device.
+    /// Acts on a frame. A frame that is out of order never reaches a device.
     fn take(&self, header: &Header, reader: &mut FrameReader) -> Result<Step<'static>> {
         if matches!(header.kind, Kind::DEVICE_DATA | Kind::DEVICE_END) {
             return self.take_device(header, reader).map(|()| Step::Skipped);
@@ -401,12 +400,12 @@ impl<'w, 'a> Receiving<'w, 'a> {
         Ok(())
     }
 
-    /// All that came before over this link is handled; devices' data may still be waiting.
+    /// Answers a FLUSH: everything before it on this link is handled, except that device data may wait for its device.
     fn flush(&self, header: &Header) -> Result<()> {
         if !self.connection.has_peer() {
             return Ok(());
         }
-        // Of each device the source is told when it has taken what came, over whichever link.
+        // CREDIT tells the source when each device has taken the data that arrived before, over any link.
         for (at, queue) in self.queues.iter().enumerate() {
             let mut guard = queue.lock();
             if !self.has_credit {
@@ -421,7 +420,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         self.post(&Frame::of(header.section, Kind::FLUSHED, &[]).at(header.position))
     }
 
-    /// A device's data or its end: hands it on when it is due, and keeps it while something before it is missing.
+    /// Takes device data or DEVICE_END: hands it on if it is next, and keeps it while earlier data is missing.
     fn take_device(&self, header: &Header, reader: &mut FrameReader) -> Result<()> {
         let mut order = self.order.lock();
         let at = order.section(header).map_err(|damage| reader.damaged(damage))?;
@@ -434,7 +433,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         let room = queue.window.end();
         let is_data = header.kind == Kind::DEVICE_DATA;
         if self.has_credit && is_data && place.saturating_add(header.length.into()) > room {
-            let why = format!("it is for byte {place}, with the last credit there is room up to byte {room}");
+            let why = format!("it is for byte {place}, the last credit allows data up to byte {room}");
             return Err(reader.damaged(Damage::Misplaced { kind: header.kind, why }));
         }
         if !is_due && self.state.lock().joined != 0 {
@@ -448,7 +447,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         order.next(header, reader.payload(header)).map_err(|damage| reader.damaged(damage))?;
         drop(order);
         if !self.has_credit {
-            // Such a source sends over one link, and is kept waiting by it.
+            // Such a source sends over one link only, which is not read until there is room.
             let has_room = |queue: &DeviceQueue| {
                 queue.queued == 0 || queue.queued + u64::from(header.length) <= self.window
             };
@@ -459,7 +458,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         self.deliver_ahead(at, reader)
     }
 
-    /// Hands on what has come before its turn and is due now.
+    /// Hands on the data that was ahead and is next now.
     fn deliver_ahead(&self, at: usize, reader: &FrameReader) -> Result<()> {
         loop {
             let mut order = self.order.lock();
@@ -478,7 +477,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         self.see_to(at, queue);
     }
 
-    /// A worker sees to what is to be done for a device.
+    /// Makes a worker do the work of a device.
     fn see_to(&self, at: usize, mut queue: Guard<'_, DeviceQueue>) {
         let was_busy = std::mem::replace(&mut queue.is_busy, true);
         drop(queue);
@@ -494,7 +493,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         Ok(())
     }
 
-    /// A buffer for what comes next.
+    /// A buffer for the next payload.
     fn spare(&self) -> Buffer {
         self.spares.lock().take().unwrap_or_else(|| Buffer::new(self.recorder().buffers()))
     }
@@ -503,7 +502,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         self.spares.lock().keep(buffer);
     }
 
-    /// The credit that a source is to be given now.
+    /// The credit to send to the source now.
     pub(super) fn credit_due(&self, queue: &mut DeviceQueue) -> Option<u64> {
         queue.window.due().filter(|_| self.has_credit)
     }

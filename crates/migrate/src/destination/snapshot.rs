@@ -1,4 +1,4 @@
-//! Loading a snapshot: the same script as receiving a move, from a place that keeps one.
+//! The load of a snapshot: the same script as for a move, from a place that keeps the stream.
 
 use limosa_stream::{Damage, Kind};
 
@@ -7,14 +7,13 @@ use super::handshake::Greeting;
 use super::receive::Receiving;
 use super::{Destination, Ending, Received, Then, ended};
 use crate::context::Context;
-use crate::error::check_cancel;
+use crate::error::{check_cancel, guard};
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase};
 use crate::snapshot::{self, Reading, SnapshotSource, of_place};
-use crate::transfer::team::Team;
 use crate::wire::{Connection, MeteredLink};
 
-/// What becomes of devices when a snapshot has been loaded.
+/// What happens to the devices after a snapshot was loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterLoad {
     /// They run.
@@ -24,8 +23,8 @@ pub enum AfterLoad {
 }
 
 impl<'a> Destination<'a> {
-    /// Loads a snapshot from a place, such as a [`SnapshotFile`](crate::SnapshotFile). All of it is checked before a
-    /// device is touched, and once more while it is read for the devices.
+    /// Loads a snapshot from a place, such as a [`SnapshotFile`](crate::SnapshotFile). The complete snapshot is verified before
+    /// a device is touched, and again while it is read for the devices.
     pub fn load(&self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
@@ -36,7 +35,7 @@ impl<'a> Destination<'a> {
         };
         let link = MeteredLink::new(&reading, &context.recorder);
         let connection = Connection::new(&link, Limits::new(self.options));
-        let ending = match Team::guard("the handshake", || self.greet(&context, &connection)) {
+        let ending = match guard("the handshake", || self.greet(&context, &connection)) {
             Ok(Greeting::Offer(_, offer)) => {
                 self.run(&context, &connection, None, &offer, Then::Loaded(after))
             }

@@ -11,7 +11,7 @@ use super::{Address, Bandwidth, FurtherLinks, LimitedLink, Link, LinkError, Tls,
 /// use limosa_migrate::link::{Bandwidth, Connector, Wait};
 /// use limosa_migrate::{Outcome, Source};
 ///
-/// fn send(source: &mut Source<'_>) -> Result<Outcome, Box<dyn std::error::Error>> {
+/// fn send(source: Source<'_>) -> Result<Outcome, Box<dyn std::error::Error>> {
 ///     let connector = Connector::new("tcp:destination:7000".parse()?).with_bandwidth(Bandwidth::new(100 << 20));
 ///     let link = connector.connect(Wait::within(Duration::from_secs(30), None))?;
 ///     Ok(source.send_over(&link, &connector))

@@ -1,4 +1,4 @@
-//! Dirty pages of a source: the logs that tell them, and what is still to be sent.
+//! [`DirtyLogs`]: the logs of dirty pages of a source, and the pages that are still to be sent.
 
 use std::io;
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use limosa_protocol::feature::DmaLoggingRange;
 
 use super::{Memory, PAGE_BYTES};
 use crate::devices::{MovedDevice, failed};
-use crate::error::check_cancel;
+use crate::error::{check_cancel, guard};
+use crate::vmm;
 use crate::{Cancel, Error, Result};
 
 /// Which pages are still to be sent, and which were ever harvested, by region.
@@ -37,17 +38,17 @@ pub(crate) struct DirtyLogs {
     pub(crate) pages: Arc<DirtyPages>,
     /// For each device the page size of its log, in bytes, where it logs.
     device_page_bytes: Vec<Option<u64>>,
-    /// So many of the caller's sources are on, from the first.
+    /// How many of the caller's sources were started, from the first on.
     sources_started: usize,
     /// The caller's log was asked to start, whether or not it did.
     log_started: bool,
-    /// A device whose writes no log sees: memory is dirty as long as it runs.
+    /// Whether there is a device whose writes no log sees: memory is dirty as long as the device runs.
     pub(crate) blind: bool,
 }
 
 impl DirtyLogs {
-    /// Starts all logs and takes every page as dirty. What no log sees, is told. After an error [`DirtyLogs::stop`] ends
-    /// what was started.
+    /// Starts all logs and takes every page as dirty. A note names each device whose writes no log sees. After an error
+    /// [`DirtyLogs::stop`] stops the logs that were started.
     pub(crate) fn start(
         &mut self,
         devices: &[MovedDevice<'_>],
@@ -71,7 +72,7 @@ impl DirtyLogs {
             return Ok(());
         }
         if let Some(log) = &mut memory.log {
-            // One that fails half-way has to be stopped as well.
+            // A log that fails half-way has to be stopped as well.
             self.log_started = true;
             log.start().map_err(|error| memory.regions[0].failed(0, error))?;
         }
@@ -101,7 +102,8 @@ impl DirtyLogs {
         Ok(())
     }
 
-    /// Collects what was written since the last time. A log that fails makes its region dirty; the answer is why.
+    /// Collects the pages that were written since the last harvest. If a log fails, its region is dirty, and the result says
+    /// why.
     pub(crate) fn harvest(
         &mut self,
         devices: &[MovedDevice<'_>],
@@ -140,7 +142,7 @@ impl DirtyLogs {
     }
 
     /// Ends all logs. With `give_back`, harvests once more and hands the caller's log everything that was harvested, if
-    /// anybody else lives by it. What could not be done is told.
+    /// anybody else lives by it. What could not be done is told. A panic of one log does not keep the others on.
     pub(crate) fn stop(
         &mut self,
         devices: &[MovedDevice<'_>],
@@ -150,7 +152,8 @@ impl DirtyLogs {
     ) {
         let has_readers = memory.log.as_ref().is_some_and(|log| log.has_other_readers());
         if give_back && self.log_started && has_readers {
-            match self.harvest(devices, memory) {
+            let harvested = guard("the log of dirty pages", || self.harvest(devices, memory));
+            match harvested {
                 Ok(None) => {}
                 Ok(Some(lost)) => notes.push(format!("the last dirty pages are not known: {lost}")),
                 Err(error) => {
@@ -161,13 +164,19 @@ impl DirtyLogs {
             }
             if let Some(log) = &mut memory.log {
                 let harvested = self.pages.harvested.iter().enumerate();
-                harvested.for_each(|(at, bitmap)| log.give_back(at, bitmap));
+                let given_back = vmm::tell("DirtyLog::give_back", || {
+                    harvested.for_each(|(at, bitmap)| log.give_back(at, bitmap));
+                });
+                notes.extend(given_back.err().map(|why| format!("dirty pages were not given back: {why}")));
             }
         }
         let mut stop = |source: &dyn DirtySource| {
-            if let Err(error) = source.stop() {
-                notes.push(format!("DMA logging goes on: {error}"));
-            }
+            let stopped = limosa_clockwork::catch(|| source.stop());
+            let error = match stopped {
+                Ok(stopped) => stopped.err().map(|error| error.to_string()),
+                Err(panic) => Some(panic.to_string()),
+            };
+            notes.extend(error.map(|error| format!("DMA logging goes on: {error}")));
         };
         for (device, page_bytes) in devices.iter().zip(&mut self.device_page_bytes) {
             if let Some(page_bytes) = page_bytes.take() {
@@ -179,7 +188,7 @@ impl DirtyLogs {
         if let Some(log) = &mut memory.log
             && std::mem::take(&mut self.log_started)
         {
-            log.stop();
+            notes.extend(vmm::tell("DirtyLog::stop", || log.stop()).err());
         }
     }
 }

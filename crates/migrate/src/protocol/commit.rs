@@ -1,4 +1,4 @@
-//! The source's half of the commit: from the first byte of COMMIT on, only the destination's word tells who may run
+//! The source's half of the commit: from the first byte of COMMIT on, only the destination's answer tells which side may run
 //! (`docs/stream.md: The commit`).
 
 use crate::Error;
@@ -12,8 +12,8 @@ pub(crate) enum Uncommitted {
     Doubt(Error),
 }
 
-/// What follows from an error after the first byte of COMMIT. Only the destination's ABORT proves that it will never
-/// run.
+/// The consequence of an error after the first byte of COMMIT. Only an ABORT of the destination proves that it will never
+/// run this move.
 pub(crate) fn after_commit(error: Error) -> Uncommitted {
     match error {
         Error::Aborted { .. } => Uncommitted::Off(error),

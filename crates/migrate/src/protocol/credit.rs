@@ -1,14 +1,14 @@
-//! Credit: how much of a device's data may be on its way (`docs/stream.md: CREDIT`), as each side counts it.
+//! Credit: how much of a device's data may be on its way (`docs/stream.md: CREDIT`). Each side has its own count.
 
 use limosa_stream::{Damage, Kind, WINDOW_BYTES_MIN};
 
-/// The most bytes of a device that may be on their way.
+/// The largest window of a device in bytes.
 pub(crate) const WINDOW_BYTES_MAX: u64 = 4 << 20;
-/// Less data than this at once goes over one link, so that not many pieces of a device's data are ahead of others
+/// Smaller pieces of a device's data all go over the same link, so that few pieces are ahead of others
 /// (`docs/stream.md: Several links`).
 pub(crate) const SMALL_BYTES: usize = 4 << 10;
 
-/// How much of each of so many devices may be on its way, of what all of them may have.
+/// The window of each of this many devices, which have `windows_bytes` together.
 pub(crate) fn window(devices: usize, windows_bytes: u64) -> u64 {
     (windows_bytes / devices.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
 }
@@ -16,7 +16,7 @@ pub(crate) fn window(devices: usize, windows_bytes: u64) -> u64 {
 /// The source's count of one device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SendWindow {
-    /// Bytes that may be sent and not taken; `None` where no peer answers.
+    /// How many bytes may be sent and not taken; `None` if no peer answers.
     window: Option<u64>,
     sent: u64,
     taken: u64,
@@ -27,17 +27,17 @@ impl SendWindow {
         SendWindow { window, sent: 0, taken: 0 }
     }
 
-    /// Bytes that were sent.
+    /// The bytes that were sent.
     pub(crate) fn sent(&self) -> u64 {
         self.sent
     }
 
-    /// Bytes that the destination's device has taken; those that were sent where no peer answers.
+    /// The bytes that the destination's device has taken; without a peer, the bytes that were sent.
     pub(crate) fn taken(&self) -> u64 {
         if self.window.is_some() { self.taken } else { self.sent }
     }
 
-    /// Bytes that are on their way.
+    /// The bytes that are on their way.
     pub(crate) fn on_the_way(&self) -> u64 {
         self.sent - self.taken()
     }
@@ -52,7 +52,7 @@ impl SendWindow {
         self.sent = self.sent.max(end);
     }
 
-    /// A CREDIT has come.
+    /// Takes a CREDIT.
     pub(crate) fn credit(&mut self, taken: u64) -> Result<(), Damage> {
         if taken > self.sent {
             let why = format!("{taken} bytes are taken of {} that were sent", self.sent);
@@ -68,9 +68,9 @@ impl SendWindow {
 pub(crate) struct ReceiveWindow {
     window: u64,
     taken: u64,
-    /// What the last CREDIT said.
+    /// The position of the last CREDIT.
     told: u64,
-    /// Tell the source once this much is taken: a FLUSH has asked.
+    /// A FLUSH asks for a CREDIT once this many bytes are taken.
     asked: Option<u64>,
     ended: bool,
 }
@@ -80,27 +80,27 @@ impl ReceiveWindow {
         ReceiveWindow { window, ..ReceiveWindow::default() }
     }
 
-    /// The byte before which the source has to stop until it has more credit.
+    /// The position up to which the source may send.
     pub(crate) fn end(&self) -> u64 {
         self.taken.saturating_add(self.window)
     }
 
-    /// The device has taken so many more bytes.
+    /// The device has taken this many more bytes.
     pub(crate) fn take(&mut self, bytes: u64) {
         self.taken += bytes;
     }
 
-    /// A FLUSH has come, behind so many bytes that are not taken yet.
+    /// A FLUSH has arrived after this many bytes that the device has not taken yet.
     pub(crate) fn ask(&mut self, waiting: u64) {
         self.asked = Some(self.taken.saturating_add(waiting));
     }
 
-    /// The end of the device's data has come: no more credit is needed.
+    /// The end of the device's data has arrived: the source needs no more credit.
     pub(crate) fn end_of_data(&mut self) {
         self.ended = true;
     }
 
-    /// The credit to send now: when half of the window is taken, or what a FLUSH asked for.
+    /// The credit to send now, if half of the window was taken, or the bytes for which a FLUSH asked.
     pub(crate) fn due(&mut self) -> Option<u64> {
         let is_answer = self.asked.is_some_and(|asked| asked <= self.taken);
         if is_answer {

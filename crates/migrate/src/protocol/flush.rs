@@ -2,7 +2,7 @@
 
 use limosa_stream::{Damage, Kind, LINKS_MAX};
 
-/// The flush that is under way, and which links have answered it.
+/// The current flush, and which links have answered it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Flushes {
     number: u64,
@@ -11,7 +11,7 @@ pub(crate) struct Flushes {
 }
 
 impl Flushes {
-    /// Begins the next flush, on this many links, and returns its number.
+    /// Begins the next flush, over this many links, and returns its number.
     pub(crate) fn begin(&mut self, links: usize) -> u64 {
         debug_assert!(links <= LINKS_MAX as usize);
         self.number += 1;
@@ -19,7 +19,7 @@ impl Flushes {
         self.number
     }
 
-    /// Takes an answer. An answer to an earlier flush is ignored; one that was not asked for is refused.
+    /// Takes an answer. An answer to an earlier flush is ignored. An answer that no flush asked for is refused.
     pub(crate) fn answered(&mut self, link: u32, number: u64) -> Result<(), Damage> {
         if number < self.number {
             return Ok(());

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use crate::Options;
 
-/// A keep-alive is sent at least this often.
+/// The longest interval between two keep-alives.
 const KEEP_ALIVE_MAX: Duration = Duration::from_millis(250);
-/// How long a side that calls a move off waits for the peer to read the reason, or for the peer's own.
+/// How long a side that ends a move waits for its peer to read the reason, or for the peer's own reason.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
 
 /// The time limits of one side.
@@ -14,15 +14,15 @@ const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
 pub(crate) struct Limits {
     /// Longest time without a byte from the peer, on each link.
     pub(crate) silence_max: Duration,
-    /// Longest time for the peer to answer the offer or to load while the guest runs.
+    /// Longest time for the peer to answer the offer or to load, even while it sends keep-alives.
     pub(crate) load_max: Duration,
     /// Longest time from READY to COMMIT, and from COMMIT to RUNNING.
     pub(crate) commit_max: Duration,
-    /// Longest time from the stop to READY. Nothing renews it.
+    /// Longest time from the stop to COMMIT. Nothing renews it.
     pub(crate) standstill_max: Duration,
-    /// Longest time to exchange the reason for calling a move off.
+    /// Longest time to exchange the reason for ending a move.
     pub(crate) last_words_max: Duration,
-    /// How often a keep-alive is sent on a link that is otherwise idle.
+    /// The interval between keep-alives on an idle link.
     pub(crate) keep_alive: Duration,
 }
 

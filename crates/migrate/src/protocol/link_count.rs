@@ -1,11 +1,11 @@
-//! How many links are worth their while: more are used as long as each makes it faster.
+//! [`LinkCount`]: how many links to use. Another link is added as long as it makes the transfer faster.
 
 use std::time::{Duration, Instant};
 
-/// A measurement is of at least so many bytes and so much time.
+/// The minimum bytes and time of a measurement.
 const SAMPLE_BYTES: u64 = 32 << 20;
 const SAMPLE_TIME: Duration = Duration::from_millis(20);
-/// What one more link has to bring.
+/// The factor by which one more link has to raise the rate.
 const GAIN: f64 = 1.08;
 
 /// Follows the throughput of a move from link to link.
@@ -13,30 +13,30 @@ const GAIN: f64 = 1.08;
 pub(crate) struct LinkCount {
     most: usize,
     used: usize,
-    /// Links and bytes a second of the best measurement.
+    /// The number of links and the bytes per second of the best measurement.
     best: (usize, f64),
     settled: bool,
     sample: Option<(Instant, u64)>,
 }
 
 impl LinkCount {
-    /// All of them at once, or, when it is to be measured, one at first.
+    /// Begins with all links, or with one if the number is to be measured.
     pub(crate) fn new(most: usize, measured: bool) -> LinkCount {
         let used = if measured { 1 } else { most };
         LinkCount { most, used, best: (used, 0.0), settled: !measured || most == 1, sample: None }
     }
 
-    /// How many are to be used now.
+    /// How many links to use now.
     pub(crate) fn used(&self) -> usize {
         self.used
     }
 
-    /// A round begins: what came before it is not measured, for there was a pause.
+    /// A round begins. The current measurement is dropped, since there was a pause.
     pub(crate) fn pause(&mut self) {
         self.sample = None;
     }
 
-    /// So many bytes were sent up to now, in all. Whether it is a different number of links from now on.
+    /// This many bytes were sent in all, up to now. Returns whether the number of links changes.
     pub(crate) fn sent(&mut self, bytes: u64, now: Instant) -> bool {
         if self.settled {
             return false;

@@ -1,4 +1,4 @@
-//! The rules of a move without threads, links or a clock: `now` is an argument.
+//! The rules of a move, without threads, links or a clock: `now` is an argument.
 
 pub(crate) mod commit;
 pub(crate) mod credit;

@@ -1,24 +1,24 @@
-//! How fast the link and the destination are, and what a stop would take at that pace.
+//! [`Pace`]: how fast the link and the destination are, and how long a stop would take at that pace.
 
 use std::time::Duration;
 
-/// A sample that moved less tells nothing about the rate.
+/// A sample of fewer bytes tells nothing about the rate.
 const SAMPLE_BYTES_MIN: u64 = 1 << 20;
-/// The rate, in bytes a second, that is assumed until one was measured.
+/// The rate, in bytes per second, that is assumed until one was measured.
 const ASSUMED: f64 = (1 << 30) as f64;
 
 /// Measured times and rates of one move.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
-    /// From a question to its answer.
+    /// The time from a question to its answer.
     latency: Duration,
-    /// How long all devices take for one arc. A stop walks five: to PRE_COPY_P2P and to STOP_COPY at the source, to
-    /// STOP, RUNNING_P2P and RUNNING at the destination.
+    /// How long all devices take for one arc. A stop has five arcs: to PRE_COPY_P2P and to STOP_COPY at the source, to STOP,
+    /// RUNNING_P2P and RUNNING at the destination.
     arc: Duration,
-    /// How long one hand-off to another thread takes. Beside those around arcs, a stop has four: when all is loaded,
-    /// and for READY, COMMIT and RUNNING.
+    /// How long one hand-off to another thread takes. In addition to the hand-offs around arcs, a stop has four: when
+    /// everything is loaded, and for READY, COMMIT and RUNNING.
     hand_off: Duration,
-    /// 0 until it was measured.
+    /// 0 until the rate was measured.
     bytes_per_second: f64,
 }
 
@@ -27,7 +27,7 @@ impl Pace {
         Pace { latency, arc, hand_off, bytes_per_second: 0.0 }
     }
 
-    /// The destination handled so many bytes in this time.
+    /// The destination handled this many bytes in this time.
     pub(crate) fn measured(&mut self, bytes: u64, took: Duration) {
         if bytes < SAMPLE_BYTES_MIN {
             return;
@@ -47,13 +47,13 @@ impl Pace {
         self.bytes_per_second as u64
     }
 
-    /// How long so many bytes take to be moved.
+    /// How long the transfer of this many bytes takes.
     pub(crate) fn transfer(&self, bytes: u64) -> Duration {
         let rate = if self.bytes_per_second > 0.0 { self.bytes_per_second } else { ASSUMED };
         Duration::try_from_secs_f64(bytes as f64 / rate).unwrap_or(Duration::MAX)
     }
 
-    /// How long a stop takes that moves so many bytes: the bytes, the arcs around them, and READY, COMMIT and RUNNING.
+    /// How long a stop takes that moves this many bytes: the transfer, the arcs, and READY, COMMIT and RUNNING.
     pub(crate) fn downtime(&self, bytes: u64) -> Duration {
         let words = self.latency.saturating_mul(2).saturating_add(self.hand_off.saturating_mul(4));
         self.transfer(bytes).saturating_add(words).saturating_add(self.arc.saturating_mul(5))

@@ -1,7 +1,8 @@
-//! When pre-copy stops: what stopping now would cost, against what it is to cost, and whether going on helps.
+//! [`StopPolicy`]: when pre-copy ends. It compares the predicted downtime with the goal, and judges whether going on would
+//! lower it.
 //!
-//! Memory and devices are judged apart, each by the bytes that are left against the bytes that were dirtied while
-//! others moved. Rounds are counted for memory only.
+//! Memory and each device are judged separately: by how much fewer bytes are left after others were moved. Rounds are
+//! counted for memory only.
 
 use std::time::{Duration, Instant};
 
@@ -10,37 +11,37 @@ use super::round::Round;
 use crate::error::Obstacle;
 use crate::options::{Convergence, WhenStalled};
 
-/// A device is judged after it has moved so much, or after this time.
+/// A device is judged after it has moved this many bytes, or after this time.
 const WINDOW_BYTES: u64 = 32 << 20;
 const WINDOW_TIME: Duration = Duration::from_millis(250);
 /// The longest time between two looks at devices that stream.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// What a device that says nothing of its size may give in pre-copy, for each round that is allowed.
+/// How much a device that does not say its size may give in pre-copy, for each allowed round.
 const UNKNOWN_BYTES: u64 = 1 << 30;
 
 /// What a look finds of one device.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DeviceLook {
     pub(crate) name: String,
-    /// Whether it has a session, so that it can give something before the stop.
+    /// Whether it has a session and gives data before the stop.
     pub(crate) streams: bool,
-    /// Bytes that it gave so far.
+    /// How many bytes it gave so far.
     pub(crate) sent: u64,
-    /// Bytes of these that the destination has not taken yet.
+    /// How many of them the destination has not taken yet.
     pub(crate) on_the_way: u64,
-    /// Bytes of initial data left to be read.
+    /// How many bytes of initial data are left to be read.
     pub(crate) initial: u64,
     /// Whether the destination has loaded the initial data that was read.
     pub(crate) initial_loaded: bool,
-    /// Bytes left in pre-copy, initial ones included; `None` when the device does not say.
+    /// How many bytes are left in pre-copy, initial ones included; `None` if the device does not say.
     pub(crate) left: Option<u64>,
-    /// Whether it said "nothing for now" since it last gave something.
+    /// Whether it had nothing for now when it was read last.
     pub(crate) drained: bool,
-    /// Bytes that it would give in the stop; `None` when that is not known.
+    /// How many bytes it would give in the stop; `None` if that is not known.
     pub(crate) stop_bytes: Option<u64>,
 }
 
-/// What a look finds.
+/// What a look found out.
 #[derive(Clone, Debug)]
 pub(crate) struct Look<'a> {
     pub(crate) now: Instant,
@@ -48,34 +49,34 @@ pub(crate) struct Look<'a> {
     pub(crate) is_round: bool,
     pub(crate) memory_dirty_bytes: u64,
     pub(crate) devices: &'a [DeviceLook],
-    /// How long the stop takes beside what is moved in it: the harvest of the dirty log.
+    /// How long a harvest of the dirty log takes, which is part of the downtime.
     pub(crate) harvest: Duration,
 }
 
 /// What to do after a look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// Go on. The next look comes after a device has something to tell, or after this time.
+    /// Go on. Look again when a device has news, or after this time.
     Continue(Duration),
     /// Stop the devices.
     Stop,
-    /// Going on leads nowhere.
+    /// Pre-copy has stalled.
     Stalled(Obstacle),
 }
 
-/// Follows one move.
+/// Follows the pre-copy of one move.
 #[derive(Debug)]
 pub(crate) struct StopPolicy {
     wanted: Convergence,
     looks: u32,
-    /// Rounds that were made because of memory.
+    /// The number of rounds that were made because of memory.
     rounds: u32,
     is_for_memory: bool,
     memory: Gains,
     devices: Vec<Tracked>,
 }
 
-/// Whether rounds of memory get anywhere.
+/// Whether rounds of memory gain.
 #[derive(Clone, Copy, Debug)]
 struct Gains {
     best: u64,
@@ -90,15 +91,17 @@ impl Default for Gains {
     }
 }
 
-/// Whether a device gets anywhere.
+/// Whether the pre-copy of one device gains.
 #[derive(Clone, Copy, Debug, Default)]
 struct Tracked {
-    /// When the window began, and what was sent and left then.
-    window: Option<(Instant, u64, u64)>,
+    /// When the window began, and what was sent then.
+    window: Option<(Instant, u64)>,
+    /// The least that was left at the end of a window, and what had been sent then.
+    best: (u64, u64),
     /// What was left at first.
     first_left: u64,
     stalled: u32,
-    /// Since when initial data holds the stop back.
+    /// Since when its initial data holds back the stop.
     initial_since: Option<Instant>,
 }
 
@@ -114,7 +117,7 @@ impl StopPolicy {
         }
     }
 
-    /// The look as it is reported.
+    /// The look, as it is reported to the caller.
     pub(crate) fn round(&self, look: &Look<'_>, pace: &Pace) -> Round {
         let sum = |of: &dyn Fn(&DeviceLook) -> u64| {
             look.devices.iter().fold(0_u64, |sum, device| sum.saturating_add(of(device)))
@@ -179,7 +182,7 @@ impl StopPolicy {
         Next::Stalled(overdue.unwrap_or_else(|| self.obstacle(look)))
     }
 
-    /// The guest was slowed down: what was seen of memory before does not count.
+    /// The guest was slowed down: earlier rounds of memory do not count any more.
     pub(crate) fn throttled(&mut self) {
         self.memory = Gains::default();
     }
@@ -188,7 +191,7 @@ impl StopPolicy {
         let memory = &mut self.memory;
         memory.shrinks = dirty < memory.last / 2;
         memory.last = dirty;
-        // A little less is no gain that leads anywhere.
+        // A slightly smaller number is not a gain.
         if dirty < memory.best - memory.best / 20 {
             memory.best = dirty;
             memory.stalled = 0;
@@ -198,7 +201,7 @@ impl StopPolicy {
         self.rounds = self.rounds.saturating_add(u32::from(self.is_for_memory));
     }
 
-    /// Whether initial data holds the stop back, and if it did for too long, of which device.
+    /// Whether initial data holds back the stop, and if it has for too long, of which device.
     fn initial_data(&mut self, look: &Look<'_>) -> Initial {
         let limit = self.wanted.initial_max;
         let waits_for_ever = self.wanted.when_stalled == WhenStalled::KeepTrying;
@@ -218,7 +221,7 @@ impl StopPolicy {
         found
     }
 
-    /// What is most in the way.
+    /// The greatest obstacle.
     fn obstacle(&self, look: &Look<'_>) -> Obstacle {
         let most = look.devices.iter().max_by_key(|device| device.stop_bytes.unwrap_or(0));
         let bytes = most.and_then(|device| device.stop_bytes).unwrap_or(0);
@@ -243,13 +246,13 @@ enum Initial {
 }
 
 impl Tracked {
-    /// Whether more pre-copy of the device makes the stop much cheaper.
+    /// Whether more pre-copy of the device makes the downtime much shorter.
     fn gains(&mut self, device: &DeviceLook, now: Instant, wanted: &Convergence, pace: &Pace) -> bool {
         if !device.streams {
             return false;
         }
         let Some(left) = device.left else {
-            // All that is known is whether it has something to give.
+            // It is only known whether the device has data.
             return !device.drained && device.sent <= UNKNOWN_BYTES.saturating_mul(wanted.rounds_max.into());
         };
         let floor = (wanted.downtime_goal / 64).max(Duration::from_millis(1));
@@ -257,19 +260,22 @@ impl Tracked {
             (self.window, self.stalled) = (None, 0);
             return false;
         }
-        let Some((since, sent, left_then)) = self.window else {
+        let Some((since, sent)) = self.window else {
             if self.first_left == 0 {
                 self.first_left = left;
             }
-            self.window = Some((now, device.sent, left));
+            (self.window, self.best) = (Some((now, device.sent)), (left, device.sent));
             return self.stalled < wanted.stalled_rounds_max;
         };
-        let moved = device.sent - sent;
-        if moved >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME {
-            let gained = left_then.saturating_sub(left);
-            let gains = gained > moved / 20 && gained > 0;
-            self.stalled = if gains { 0 } else { self.stalled + 1 };
-            self.window = Some((now, device.sent, left));
+        if device.sent - sent >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME {
+            let (best, sent_then) = self.best;
+            // A twentieth of what was moved is gained at least; less is noise, or leads nowhere.
+            if left < best.saturating_sub((device.sent - sent_then) / 20) {
+                (self.best, self.stalled) = ((left, device.sent), 0);
+            } else {
+                self.stalled += 1;
+            }
+            self.window = Some((now, device.sent));
         }
         let most = self.first_left.saturating_mul(wanted.rounds_max.into());
         self.stalled < wanted.stalled_rounds_max && device.sent <= most

@@ -1,31 +1,31 @@
-//! How long pre-copy will still take, from what the last round has shown.
+//! [`Estimate`]: how long pre-copy will still take, at the rates of the last round.
 
 use std::time::Duration;
 
 use crate::Round;
 
-/// More rounds than this are no estimate.
+/// An estimate of more rounds than this is useless.
 const ROUNDS_MAX: f64 = 1e6;
 
-/// What lies ahead of a source, as far as the last round tells: it supposes that the link goes on as fast, and that the
-/// guest goes on dirtying as fast.
+/// How long a source will still be in pre-copy. It assumes that the rate of the link and the rate at which the guest dirties
+/// memory stay those of the last round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Estimate {
-    /// Bytes that are still to be moved as of now: dirty memory, and what devices would give.
+    /// How many bytes are left now: dirty memory, and the data that devices would give.
     pub left_bytes: u64,
-    /// Bytes that the destination handles in a second; 0 as long as that is not known.
+    /// The rate at which the destination handles data, in bytes per second; 0 as long as it is not known.
     pub bytes_per_second: u64,
-    /// Bytes of memory that the guest dirties in a second.
+    /// The rate at which the guest dirties memory, in bytes per second.
     pub dirtied_per_second: u64,
-    /// How long nothing would run if the stop came now.
+    /// The downtime if the stop came now.
     pub predicted_downtime: Duration,
-    /// How long until the stop may come within the limit, zero when it may now. `None` when the guest dirties as fast as
-    /// memory is moved, so that it never will, and as long as the rate is not known.
+    /// How long until a stop would meet the downtime goal; zero if it would now. `None` if the guest dirties memory as fast
+    /// as it is moved, so that a stop never would, and as long as the rate is not known.
     pub remaining: Option<Duration>,
 }
 
 impl Estimate {
-    /// After a round that took so long, with this limit to the downtime.
+    /// The estimate after a round that took this long, with this downtime goal.
     pub(super) fn new(round: &Round, took: Duration, downtime_goal: Duration) -> Estimate {
         let seconds = took.as_secs_f64().max(1e-9);
         let dirtied = round.memory_dirty_bytes as f64 / seconds;
@@ -40,7 +40,8 @@ impl Estimate {
     }
 }
 
-/// Each round takes as long as what was dirtied in the one before needs: a geometric series, until what is left fits.
+/// Each round sends the memory that was dirtied in the round before. Their durations are a geometric series, up to the round
+/// after which the downtime meets the goal.
 fn remaining(estimate: &Estimate, dirtied: f64, downtime_goal: Duration) -> Option<Duration> {
     if estimate.predicted_downtime <= downtime_goal {
         return Some(Duration::ZERO);

@@ -1,5 +1,5 @@
-//! The timeline of a move: phases, rounds, devices, links, bytes, downtime; for programs (serde), for people
-//! ([`Report`]'s `Display`), and as a picture ([`Report::html`]).
+//! [`Report`]: the timeline of a move, with phases, rounds, devices, links, bytes and downtime. For programs (serde), for
+//! people (`Display`), and as a picture ([`Report::html`]).
 
 mod estimate;
 mod html;
@@ -22,9 +22,9 @@ use limosa_stream::Totals;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Side {
-    /// The one that devices leave.
+    /// The side that devices leave.
     Source,
-    /// The one that they come to.
+    /// The side to which devices come.
     Destination,
 }
 
@@ -38,27 +38,27 @@ impl Side {
     }
 }
 
-/// A part of a move, on either side.
+/// A phase of a move, on either side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Facts are compared; the destination enters RESUMING.
+    /// Both sides compare facts; the destination enters RESUMING.
     Handshake,
-    /// The source runs, and what it has is moved meanwhile.
+    /// The source runs while data is moved.
     PreCopy,
     /// The source's vCPUs and devices stop.
     Stop,
-    /// The rest is moved.
+    /// The remaining data is moved.
     StopCopy,
     /// The destination's devices finish and validate what they loaded.
     Load,
-    /// From READY over COMMIT to RUNNING. Of a snapshot: it is published, or loaded for good.
+    /// From READY over COMMIT to RUNNING. Of a snapshot: its publication, or the end of its load.
     Commit,
-    /// The destination's devices begin to run.
+    /// The destination's devices enter RUNNING.
     Start,
     /// The source's devices end their sessions.
     Finish,
-    /// Back to where it was.
+    /// This side returns to where it was before.
     Undo,
 }
 
@@ -79,16 +79,16 @@ impl Phase {
     }
 }
 
-/// How a move ended, for one side: as [`Outcome`](crate::Outcome) or [`Received`](crate::Received) says it.
+/// How a move ended, for one side: like [`Outcome`](crate::Outcome) or [`Received`](crate::Received).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub enum End {
-    /// On the source: the destination runs; or the snapshot is there.
+    /// On the source: the destination runs, or the snapshot was published.
     #[serde(rename = "moved")]
     Moved,
     /// On the source: it is as it was before.
     #[serde(rename = "undone")]
     Undone,
-    /// On the source: it stands still until it is known whether the destination runs.
+    /// On the source: it stays stopped until it is known whether the destination runs.
     #[serde(rename = "in doubt")]
     InDoubt,
     /// On the destination: the devices run here.
@@ -97,10 +97,10 @@ pub enum End {
     /// On the destination: a snapshot was loaded, and the devices are in STOP.
     #[serde(rename = "stopped")]
     Stopped,
-    /// On the destination: what was loaded is gone again.
+    /// On the destination: everything that was loaded was discarded.
     #[serde(rename = "discarded")]
     Discarded,
-    /// On the destination: devices could neither be started nor stopped.
+    /// On the destination: devices could neither be started nor be reset.
     #[serde(rename = "broken")]
     Broken,
 }
@@ -123,52 +123,52 @@ impl End {
 /// One phase of the timeline.
 #[derive(Clone, Debug, Serialize)]
 pub struct PhaseReport {
-    /// Which.
+    /// The phase.
     pub phase: Phase,
     /// When it began, in ns from the move's start.
     pub start_ns: u64,
     /// How long it took, in ns.
     pub duration_ns: u64,
-    /// What was moved in it.
+    /// The bytes that were moved in it.
     #[serde(flatten)]
     pub bytes: Totals,
 }
 
-/// One round of pre-copy.
+/// One round of memory, or one look at the devices.
 #[derive(Clone, Debug, Serialize)]
 pub struct RoundReport {
     /// Its number, from 1.
     pub round: u32,
     /// When it ended, in ns from the move's start.
     pub end_ns: u64,
-    /// What was moved in it.
+    /// The bytes that were moved in it.
     #[serde(flatten)]
     pub bytes: Totals,
-    /// Bytes of memory that were dirty at its end.
+    /// Dirty memory at its end, in bytes.
     pub dirty_bytes: u64,
-    /// On the source: bytes that the destination handled in a second.
+    /// On the source: the rate at which the destination handled data, in bytes per second.
     pub bytes_per_second: u64,
-    /// On the source: how long nothing would have run, had the stop come here, in ns.
+    /// On the source: the predicted downtime of a stop at its end, in ns.
     pub predicted_downtime_ns: u64,
-    /// On the source: how often the VMM had been asked to slow its vCPUs down, 0 for not at all.
+    /// On the source: the step by which the VMM had slowed its vCPUs down, 0 for none.
     pub throttle_step: u32,
 }
 
-/// What a device, or the engine with it, was doing.
+/// What a device was doing, or the engine with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(tag = "what", rename_all = "snake_case")]
 pub enum Act {
     /// The device is driven to a state, over the arcs of the shortest path.
     Enter {
-        /// Where to; in JSON by the standard's name (`vfio.h: enum vfio_device_mig_state`).
+        /// The state; in JSON by the standard's name (`vfio.h: enum vfio_device_mig_state`).
         #[serde(serialize_with = "state_name")]
         state: State,
     },
-    /// The source reads what the device has to say before the stop.
+    /// The source reads the device's data before the stop.
     PrecopyData,
-    /// The source reads what is left when the device is stopped.
+    /// The source reads the device's remaining data in STOP_COPY.
     FinalData,
-    /// The destination writes to the device what came from the source.
+    /// The destination loads data into the device.
     Load,
     /// The device is reset.
     Reset,
@@ -191,18 +191,18 @@ fn state_name<S: Serializer>(state: &State, serializer: S) -> Result<S::Ok, S::E
     serializer.serialize_str(state.name())
 }
 
-/// A time in which a device did one thing. Data that comes without long pauses is one span; of a very long move
-/// neighbouring spans of data become one, so that their number is bounded.
+/// A time in which a device did one thing. Pieces of data without long pauses between them are one span. In a very long move
+/// neighbouring spans of data are joined, so that their number is bounded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SpanReport {
-    /// What it did.
+    /// What the device did.
     #[serde(flatten)]
     pub act: Act,
     /// When it began, in ns from the move's start.
     pub start_ns: u64,
     /// How long it took, in ns.
     pub duration_ns: u64,
-    /// How much of that the device was busy, in ns: the rest is pauses between its pieces of data.
+    /// How long the device was busy in it, in ns. The rest is pauses between pieces of data.
     pub busy_ns: u64,
     /// Bytes of the device's data stream.
     pub bytes: u64,
@@ -213,107 +213,107 @@ pub struct SpanReport {
 pub struct DeviceReport {
     /// Its name.
     pub name: String,
-    /// Bytes of its data stream.
+    /// The length of its data stream in bytes.
     pub bytes: u64,
-    /// How many of them before the stop.
+    /// How many of these bytes were moved before the stop.
     pub precopy_bytes: u64,
-    /// The most bytes of its data that were under way at once: on the source, sent and not known to be loaded; on the
-    /// destination, come and not loaded. Never more than its window there, or than one frame where it is of a snapshot; 0 on
-    /// a source that saves, whom nobody answers.
+    /// The most bytes of its data that were on their way at once. On the source, bytes that were sent and not acknowledged;
+    /// 0 in a save, which no peer acknowledges. On the destination, bytes that had arrived and were not loaded: at most its
+    /// window, or one frame in a load.
     pub waiting_bytes_max: u64,
-    /// What it did when, by time.
+    /// What the device did, by time.
     pub spans: Vec<SpanReport>,
 }
 
-/// Bytes over a link by time, in equal steps.
+/// The bytes that a link carried over time, in equal steps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Throughput {
-    /// How long a step is, in ns. The first one begins at the move's start.
+    /// The length of a step in ns. The first step begins at the move's start.
     pub step_ns: u64,
-    /// Bytes that went over the link in each step, both ways.
+    /// The bytes that the link carried in each step, in both directions.
     pub bytes: Vec<u64>,
 }
 
 /// One link.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct LinkReport {
-    /// The other end, as the link names it.
+    /// The name of the other end.
     pub peer: String,
-    /// Bytes that this side wrote, with all headers.
+    /// The bytes that this side wrote, headers included.
     pub sent_bytes: u64,
-    /// Bytes that this side read, with all headers.
+    /// The bytes that this side read, headers included.
     pub received_bytes: u64,
     /// When it carried its first byte, in ns from the move's start.
     pub start_ns: u64,
-    /// From its first byte to its last, in ns.
+    /// The time from its first byte to its last, in ns.
     pub duration_ns: u64,
-    /// How long this side was within reads and writes, in ns: on the source mostly waiting for a link that was full,
-    /// on the destination for what comes next.
+    /// How long this side's reads and writes took, in ns. On the source this is mostly time in which the link was full, on the
+    /// destination time in which nothing had arrived.
     pub waited_ns: u64,
-    /// How much it carried when.
+    /// The bytes that it carried over time.
     pub throughput: Throughput,
 }
 
 /// The limits that were in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LimitsReport {
-    /// On the source: how long nothing was to run, in ns.
+    /// On the source: the downtime goal, in ns.
     pub downtime_goal_ns: Option<u64>,
-    /// On the source: the most rounds of pre-copy.
+    /// On the source: the maximum number of rounds of memory.
     pub rounds_max: Option<u32>,
-    /// How long the other side could be silent, in ns.
+    /// How long the other side may be silent, in ns.
     pub silence_max_ns: u64,
-    /// How long the destination could take to answer or to load, in ns.
+    /// How long the destination may take to answer or to load, in ns.
     pub load_max_ns: u64,
-    /// How long the destination was to hold for the commit, in ns.
+    /// How long the destination holds for the commit, in ns.
     pub commit_max_ns: u64,
-    /// On the source: how long the guest could stand still, in ns.
+    /// On the source: how long the guest may stand still, in ns.
     pub standstill_max_ns: Option<u64>,
 }
 
 /// What happened in a move, as one side saw it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// The move.
+    /// The id of the move.
     pub id: String,
-    /// Whose report it is.
+    /// The side that made the report.
     pub side: Side,
     /// How it ended.
     pub outcome: End,
-    /// Why, unless it went well.
+    /// The reason, if it did not succeed.
     pub why: Option<String>,
     /// The limits that were in force.
     pub limits: LimitsReport,
     /// The phases, in order.
     pub phases: Vec<PhaseReport>,
-    /// The rounds of pre-copy, in order. Of very many some are left out, which shows in their numbers.
+    /// The rounds of pre-copy, in order. If there were very many, some are left out, which their numbers show.
     pub rounds: Vec<RoundReport>,
     /// The devices.
     pub devices: Vec<DeviceReport>,
     /// The links.
     pub links: Vec<LinkReport>,
-    /// What was moved in all.
+    /// The bytes that were moved in all.
     #[serde(flatten)]
     pub bytes: Totals,
-    /// How long nothing ran, in ns: on the source from the beginning of the stop to the word that the
-    /// destination runs, or until the source runs again. `None` when nothing was stopped.
+    /// The downtime in ns: on the source from the beginning of the stop to the answer that the destination runs, or until the
+    /// source runs again. `None` if nothing was stopped.
     pub downtime_ns: Option<u64>,
-    /// When nothing ran any more, in ns from the move's start. `None` when nothing was stopped.
+    /// When the downtime began, in ns from the move's start. `None` if nothing was stopped.
     pub stopped_ns: Option<u64>,
-    /// On the source: what the downtime was predicted to be when it was decided to stop, in ns. `None` without
-    /// pre-copy, of which it is learned how fast things go.
+    /// On the source: the downtime that was predicted at the decision to stop, in ns. `None` if a device does not say how
+    /// much it gives in the stop, or if pre-copy did not end.
     pub predicted_downtime_ns: Option<u64>,
-    /// The most bytes that this side's buffers took at once: what the move needed beside the guest, its bitmaps and what
-    /// a compression keeps for itself.
+    /// The most bytes that this side's buffers took at once: the memory that the move needed, without the guest's, its
+    /// bitmaps and the state of a compression.
     pub buffer_bytes_max: u64,
-    /// All of it, in ns.
+    /// The duration of the move in ns.
     pub total_ns: u64,
-    /// Whether the other side was told how the move ended, as far as this one knows. A destination that
-    /// could not tell will be asked by its source ([`crate::Source::resolve`]).
+    /// Whether the other side was told how the move ended, as far as this side knows. A destination that could not tell will
+    /// be asked by its source ([`crate::Source::resolve`]).
     pub peer_told: bool,
-    /// Devices that are not what they were before a move that did not succeed.
+    /// After a move that did not succeed: the devices that could not be brought back to what they were.
     pub unrecovered: Vec<Unrecovered>,
-    /// What a person should know: a device that could not be tracked, one that had to be reset.
+    /// What a person should know: for example that a device's writes were not logged, or that a device had to be reset.
     pub notes: Vec<String>,
 }
 
@@ -322,32 +322,32 @@ pub struct Report {
 pub struct Unrecovered {
     /// Its name.
     pub device: String,
-    /// What became of it.
+    /// What happened to it.
     #[serde(flatten)]
     pub loss: Loss,
-    /// What it answered.
+    /// The reason, as the device gave it.
     pub why: String,
 }
 
-/// What became of a device that could not be brought back.
+/// What happened to a device that could not be brought back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "loss", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Loss {
-    /// On the source: it was in ERROR and had to be reset. It runs, and the guest's state in it is lost.
+    /// On the source: it was in ERROR and had to be reset. It runs, but has lost its state.
     StateLost,
-    /// It stays in another state than it should be in.
+    /// It stays in another state than before.
     StaysIn {
-        /// Where it is.
+        /// The state in which it is.
         #[serde(serialize_with = "state_name")]
         found: State,
-        /// Where it should be.
+        /// The state in which it should be.
         #[serde(serialize_with = "state_name")]
         wanted: State,
     },
     /// On the destination: it could not be reset, and may still hold the source's state. It does not run.
     NotReset,
-    /// It does not answer.
+    /// It does not answer, or panicked.
     Unknown,
 }
 
@@ -373,7 +373,7 @@ impl std::fmt::Display for Unrecovered {
 }
 
 impl Report {
-    /// Of a move in which nothing happened.
+    /// The report of a move in which nothing happened.
     pub(crate) fn nothing(side: Side, limits: LimitsReport) -> Report {
         Report {
             id: String::new(),

@@ -1,4 +1,4 @@
-//! Takes the time of a move. All threads of one side share a [`Recorder`].
+//! [`Recorder`]: records the timeline of a move, and calls the observer. All threads of one side share it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -18,21 +18,21 @@ use crate::{Error, Observer, Options, Result, Round};
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{MigrationId, Totals};
 
-/// How many bytes may be moved between two calls of [`Observer::moved`].
+/// How many bytes are moved between two calls of [`Observer::moved`].
 const TELL_EVERY_BYTES: u64 = 1 << 20;
-/// The most rounds that are kept. When there are more, every second one is left out.
+/// The maximum number of rounds that are kept. When there are more, every second one is dropped.
 const ROUNDS_MAX: usize = 1000;
 
-/// Takes the time, from any thread.
+/// Records the timeline of one side, from any thread.
 pub(crate) struct Recorder<'a> {
     observer: &'a dyn Observer,
-    /// What the observer panicked with. It is not called any more.
+    /// The observer's panic. It is not called any more after that.
     observer_panic: OnceLock<Panic>,
     began: Instant,
     device_bytes: AtomicU64,
     memory_bytes: AtomicU64,
     zero_bytes: AtomicU64,
-    /// The observer is told when so many bytes have been moved.
+    /// The observer is called when this many bytes have been moved.
     tell_at: AtomicU64,
     is_stopped: AtomicBool,
     side: Side,
@@ -52,10 +52,10 @@ struct DeviceLog {
     spans: Mutex<Spans>,
 }
 
-/// What happens now and then.
+/// The part of the timeline that changes rarely.
 struct Log {
     phase: Option<(Phase, Instant, Totals)>,
-    /// At the end of the last round.
+    /// The totals at the end of the last round.
     round: Totals,
     round_began: Option<Instant>,
     stopped: Option<Instant>,
@@ -101,11 +101,11 @@ impl<'a> Recorder<'a> {
 
     pub(crate) fn id(&self, id: MigrationId) {
         self.log().report.id = id.to_string();
-        // It is told once.
+        // The id is set once.
         let _ = self.id.set(id.to_string());
     }
 
-    /// A phase begins, and with it the one before it is over.
+    /// A phase begins, which ends the one before.
     pub(crate) fn phase(&self, phase: Phase) {
         let totals = self.totals();
         let now = limosa_clockwork::now();
@@ -156,12 +156,12 @@ impl<'a> Recorder<'a> {
         self.tell();
     }
 
-    /// So many bytes of a device's data are under way now.
+    /// This many bytes of a device's data are on their way now.
     pub(crate) fn device_waits(&self, device: usize, bytes: u64) {
         self.devices[device].waiting.set(bytes);
     }
 
-    /// Where this side's buffers are counted.
+    /// The gauge that counts this side's buffers.
     pub(crate) fn buffers(&self) -> &Arc<Gauge> {
         &self.buffers
     }
@@ -176,12 +176,12 @@ impl<'a> Recorder<'a> {
         self.tell();
     }
 
-    /// A device does this until what is returned is dropped.
+    /// A device does this until the returned span is dropped.
     pub(crate) fn span(&self, device: usize, act: Act) -> Span<'_, 'a> {
         Span { recorder: self, device, act, began: limosa_clockwork::now() }
     }
 
-    /// A device has done this since then.
+    /// A device has done this since `began`.
     pub(crate) fn device_span(&self, device: usize, act: Act, began: Instant, bytes: u64) {
         let duration_ns = ns(began, limosa_clockwork::now());
         let start_ns = ns(self.began, began);
@@ -200,14 +200,14 @@ impl<'a> Recorder<'a> {
         lock(&self.devices[device].spans).add(span);
     }
 
-    /// A further link, which is to be told what goes over it.
+    /// Adds a link. Its meter counts what the link carries.
     pub(crate) fn link(&self, peer: &str) -> LinkMeter {
         let link = Arc::new(Mutex::new(LinkReport { peer: peer.into(), ..LinkReport::default() }));
         self.log().links.push(link.clone());
         LinkMeter { began: self.began, link }
     }
 
-    /// A round is over.
+    /// A round of memory, or a look at the devices, is over.
     pub(crate) fn round(&self, round: &Round) {
         let (totals, now) = (self.totals(), limosa_clockwork::now());
         let mut log = self.log();
@@ -223,7 +223,7 @@ impl<'a> Recorder<'a> {
             predicted_downtime_ns: nanoseconds(round.predicted_downtime),
             throttle_step: log.throttle_step,
         };
-        // A peer may have as many rounds as it likes.
+        // A peer may send any number of rounds.
         if log.report.rounds.len() >= ROUNDS_MAX {
             let mut at = 0;
             log.report.rounds.retain(|_| {
@@ -255,21 +255,21 @@ impl<'a> Recorder<'a> {
         });
     }
 
-    /// The VMM was asked to slow its vCPUs down, and did.
+    /// The VMM has slowed its vCPUs down.
     pub(crate) fn throttled(&self, step: u32) {
         self.log().throttle_step = step;
     }
 
-    /// Notes a downtime beyond what was allowed.
+    /// Adds a note if the downtime exceeds the goal.
     pub(crate) fn compare(&self, allowed: Duration) {
         let downtime_ns = self.log().report.downtime_ns;
         if let Some(downtime_ns) = downtime_ns.filter(|ns| *ns > nanoseconds(allowed)) {
             let (downtime, allowed) = (Time(downtime_ns), Time(nanoseconds(allowed)));
-            self.note(format!("nothing ran for {downtime}, wanted were {allowed}"));
+            self.note(format!("nothing ran for {downtime}, the goal was {allowed}"));
         }
     }
 
-    /// It is decided to stop, with this prediction; `None` when a device does not say what it would give.
+    /// The source has decided to stop, with this predicted downtime; `None` if a device does not say how much it would give.
     pub(crate) fn predicted(&self, downtime: Option<Duration>) {
         self.log().report.predicted_downtime_ns = downtime.map(nanoseconds);
     }
@@ -284,7 +284,7 @@ impl<'a> Recorder<'a> {
         self.log().report.peer_told = false;
     }
 
-    /// What has been moved so far.
+    /// The bytes that were moved so far.
     pub(crate) fn totals(&self) -> Totals {
         Totals {
             device_bytes: self.device_bytes.load(Ordering::Relaxed),
@@ -293,7 +293,7 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// The move is over, on this side: how, and why if it did not go well.
+    /// The move has ended on this side: how, and why if it did not succeed.
     pub(crate) fn finish(self, end: End, why: Option<&Error>) -> Report {
         let (totals, now) = (self.totals(), limosa_clockwork::now());
         self.observe(|observer| observer.moved(totals));
@@ -331,12 +331,12 @@ impl<'a> Recorder<'a> {
         lock(&self.log)
     }
 
-    /// The move's id, as far as it is known, and the side: every event has them.
+    /// The move's id (empty until it is known) and the side, which every event has.
     fn names(&self) -> (&str, &'static str) {
         (self.id.get().map_or("", String::as_str), self.side.name())
     }
 
-    /// Tells the observer, if enough was moved since the last time. One thread of several does.
+    /// Calls the observer, if enough was moved since the last call. Of several threads one does.
     fn tell(&self) {
         let totals = self.totals();
         let moved = totals.device_bytes + totals.memory_bytes + totals.zero_bytes;
@@ -350,7 +350,7 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// Calls the observer, unless it has panicked before. A panic never leaves the thread that moves data.
+    /// Calls the observer, unless it has panicked before. A panic does not unwind the thread that moves data.
     fn observe(&self, call: impl FnOnce(&dyn Observer)) {
         if self.observer_panic.get().is_none()
             && let Err(panic) = catch(|| call(self.observer))
@@ -359,7 +359,7 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// [`Error::Panicked`] when the observer has panicked: before the commit that ends a move.
+    /// Fails if the observer has panicked ([`Error::Panicked`]). Before the commit that ends a move.
     pub(crate) fn check(&self) -> Result<()> {
         match self.observer_panic.get() {
             Some(panic) => Err(Error::panicked("Observer", panic)),
@@ -406,7 +406,7 @@ impl Log {
     }
 }
 
-/// Something that a device does now. It is over when this is dropped.
+/// Something that a device is doing. It ends when this is dropped.
 pub(crate) struct Span<'r, 'a> {
     recorder: &'r Recorder<'a>,
     device: usize,
@@ -420,7 +420,7 @@ impl Drop for Span<'_, '_> {
     }
 }
 
-/// Is told what goes over one link, by whichever threads use it.
+/// Counts the traffic of one link, from any thread.
 #[derive(Clone, Debug)]
 pub(crate) struct LinkMeter {
     began: Instant,

@@ -1,11 +1,11 @@
-//! The spans of one device: pieces of data that follow each other closely become one, so that a move of any length
-//! has a bounded number of them.
+//! [`Spans`]: the spans of one device. Pieces of data that follow each other closely are joined, so that a move of any length
+//! has a bounded number of spans.
 
 use super::{Act, SpanReport};
 
-/// Data after a shorter pause belongs to the span before it.
+/// Data after a shorter pause is joined to the span before it.
 const PAUSE_NS: u64 = 1_000_000;
-/// The most spans. When there are more, longer pauses of data are bridged.
+/// The maximum number of spans. When it is reached, data after longer pauses is joined as well.
 const SPANS_MAX: usize = 512;
 
 /// What a device did so far.
@@ -39,7 +39,7 @@ impl Spans {
         spans
     }
 
-    /// Makes room by bridging longer pauses. Arcs, of which a move has a few, are kept, whatever happens.
+    /// Makes room by joining data after longer pauses. Arcs are kept, since a move has only a few.
     fn thin(&mut self) {
         while self.spans.len() > SPANS_MAX / 2 && self.pause_ns < u64::MAX / 2 {
             self.pause_ns *= 2;
@@ -54,7 +54,7 @@ impl Spans {
     }
 }
 
-/// Whether it is more of the same data.
+/// Whether a span continues the last one.
 fn follows(last: &SpanReport, span: &SpanReport, pause_ns: u64) -> bool {
     let is_data = matches!(span.act, Act::PrecopyData | Act::FinalData | Act::Load);
     is_data && last.act == span.act && span.start_ns.saturating_sub(end(last)) <= pause_ns

@@ -1,4 +1,4 @@
-//! A report as text: a table with a bar for each phase, and what a person reads of times and bytes.
+//! A report as text: a table with a bar for each phase. Also how times and bytes are printed for people.
 
 use std::fmt;
 

@@ -1,16 +1,16 @@
-//! Bytes by time in a bounded number of equal steps, whose length grows with the move.
+//! Bytes over time, in a bounded number of equal steps whose length grows with the move.
 
 use std::time::Duration;
 
 use super::Throughput;
 
-/// The first length of a step.
+/// The initial length of a step.
 const STEP_NS: u64 = 1_000_000;
-/// The most steps. When more are needed, each two become one.
+/// The maximum number of steps. When more are needed, each two are joined.
 const STEPS_MAX: usize = 256;
 
 impl Throughput {
-    /// Takes note of bytes at this time from the move's start.
+    /// Adds bytes at this time from the move's start.
     pub(super) fn add(&mut self, at: Duration, bytes: u64) {
         let at_ns = super::record::nanoseconds(at);
         self.step_ns = self.step_ns.max(STEP_NS);

@@ -13,7 +13,8 @@ use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
 impl<'a> Source<'a> {
-    /// From COMMIT's first byte on only an answer tells who runs. A panic after it leaves the move in doubt as well.
+    /// From the first byte of COMMIT on, only an answer tells which side runs. A panic from then on leaves the move in doubt
+    /// as well.
     pub(super) fn commit(
         &mut self,
         context: &Context<'a>,
@@ -37,7 +38,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// COMMIT and its answer. A cancel has no effect any more.
+/// Sends COMMIT and waits for the answer. A cancel has no effect any more.
 fn ask_to_run(connection: &Connection<'_>) -> Result<()> {
     connection.send(&Frame::new(Kind::COMMIT, &[]), None)?;
     let limit = connection.limits().commit_max;

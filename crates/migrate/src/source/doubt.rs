@@ -1,4 +1,4 @@
-//! A source in doubt, and how it learns what became of its move (`docs/failure.md: In doubt`).
+//! A source in doubt, and how it learns how its move ended (`docs/failure.md: In doubt`).
 
 use limosa_stream::body::decode_u32;
 use limosa_stream::{Kind, MigrationId, PrefaceFlags};
@@ -14,20 +14,20 @@ use crate::report::{End, Phase, Recorder, Report, Side};
 use crate::wire::{Connection, Frame};
 use crate::{Error, Options, Result};
 
-/// A source that may not run, because the destination may.
+/// A move in doubt: the source may not run, because the destination may.
 pub struct InDoubt {
-    /// The move, to ask for.
+    /// The id of the move.
     pub id: MigrationId,
-    /// What went wrong.
+    /// Why it is in doubt.
     pub why: Error,
     /// How far it came.
     pub report: Report,
     rollback: Rollback,
-    /// The machine that it is about; `None` in a process that was started anew.
+    /// The machine that was sent; `None` in a process that was restarted.
     machine: Option<Machine>,
 }
 
-/// What tells one machine from another.
+/// The facts by which one machine is told from another.
 #[derive(Debug)]
 struct Machine {
     devices: Vec<String>,
@@ -66,7 +66,8 @@ impl InDoubt {
         InDoubt { id, why, report, rollback, machine: Some(Machine::of(source)) }
     }
 
-    /// For a source that was started anew and knows only the id. Its devices are taken to have run.
+    /// The move in doubt of a source that was restarted and knows only the id. Its devices are assumed to have been in
+    /// RUNNING before the move.
     pub fn recover(id: MigrationId) -> InDoubt {
         let recorder = Recorder::new(Side::Source, &Options::default(), &crate::Nobody, std::iter::empty());
         recorder.id(id);
@@ -74,7 +75,7 @@ impl InDoubt {
             id,
             why: Error::StartedAnew,
             report: recorder.finish(End::InDoubt, Some(&Error::StartedAnew)),
-            // A source that came to the commit had stopped the guest.
+            // A source that reached the commit had stopped the guest.
             rollback: Rollback { touched: true, vmm_stopped: true, ..Rollback::default() },
             machine: None,
         }
@@ -88,9 +89,11 @@ impl std::fmt::Debug for InDoubt {
 }
 
 impl<'a> Source<'a> {
-    /// Asks the destination over a new link what became of a move in doubt, and acts on the answer:
-    /// [`Outcome::Moved`], [`Outcome::Undone`], or still [`Outcome::InDoubt`], when the link fails again
-    /// or the destination does not know. The source is made of the same devices and memory as the one that was sent.
+    /// Asks the destination over a new link how a move in doubt ended, and acts on the answer: [`Outcome::Moved`],
+    /// [`Outcome::Undone`], or again [`Outcome::InDoubt`], if the link fails once more or the destination does not know.
+    ///
+    /// The source must have the same devices and memory as the one that was sent. With others the move stays in doubt:
+    /// [`Error::AnotherMachine`].
     pub fn resolve(self, doubt: InDoubt, link: &dyn Link) -> Outcome {
         let connection = Connection::new(link, Limits::new(self.options));
         match self.query(doubt.id, &connection) {
@@ -99,10 +102,10 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Acts on what became of a move in doubt, where that is known otherwise than by [`Source::resolve`]: a person
-    /// has looked. A wrong decision here runs the guest twice, or not at all.
+    /// Acts on a decision about a move in doubt that was made without [`Source::resolve`], for example by a person who has
+    /// looked at the destination. A wrong decision here runs the guest twice, or not at all.
     ///
-    /// The source is made of the same devices and memory as the one that was sent. With others the move stays in doubt:
+    /// The source must have the same devices and memory as the one that was sent. With others the move stays in doubt:
     /// [`Error::AnotherMachine`].
     pub fn decide(mut self, decision: Decision, doubt: InDoubt) -> Outcome {
         self.settle(decision, doubt)

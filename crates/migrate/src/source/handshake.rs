@@ -1,4 +1,4 @@
-//! The handshake of a source: both sides are compared before anything is touched.
+//! The handshake of a source: both sides compare devices and memory before anything is touched.
 
 use limosa_client::DeviceExt;
 use limosa_protocol::State;
@@ -9,7 +9,7 @@ use super::Source;
 use super::rollback::Rollback;
 use crate::context::Context;
 use crate::devices::{check_movable, facts, failed};
-use crate::error::check_cancel;
+use crate::error::{Mismatch, MismatchKind, check_cancel};
 use crate::link::{FurtherLinks, Link, Wait};
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
@@ -17,7 +17,7 @@ use crate::{Error, Result};
 /// What both sides have agreed on.
 pub(super) struct Agreed {
     pub(super) id: MigrationId,
-    /// How much of a device may be on its way; `None` where nobody answers.
+    /// How many bytes of a device may be on their way; `None` if no peer answers.
     pub(super) window: Option<u64>,
     pub(super) links: Vec<Box<dyn Link>>,
 }
@@ -45,7 +45,7 @@ impl<'a> Source<'a> {
         let stored = PrefaceFlags::STORED | PrefaceFlags::SEALED;
         let flags = if has_peer { PrefaceFlags::empty() } else { stored };
         let payload =
-            offer.encode().map_err(|damage| Error::Incompatible { reasons: vec![damage.to_string()] })?;
+            offer.encode().map_err(|damage| incompatible(MismatchKind::Format, damage.to_string()))?;
         connection.send_preface(id, flags, self.cancel)?;
         connection.send(&Frame::new(Kind::OFFER, &payload), self.cancel)?;
         if !has_peer {
@@ -81,7 +81,7 @@ impl<'a> Source<'a> {
             let name = moved.device.name();
             let reason =
                 format!("{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?");
-            Err(Error::Incompatible { reasons: vec![reason] })
+            Err(incompatible(MismatchKind::State, reason))
         };
         self.devices.iter().map(state).collect()
     }
@@ -91,13 +91,14 @@ impl<'a> Source<'a> {
         let payload = connection.expect(Kind::ANSWER, doing, self.options.load_max, self.cancel)?;
         let answer = Answer::decode(&payload).map_err(|damage| connection.damaged(damage))?;
         if !answer.accepted {
-            return Err(Error::Incompatible { reasons: answer.reasons });
+            let told = |reason| Mismatch::new(MismatchKind::Told, reason);
+            return Err(Error::Incompatible { reasons: answer.reasons.into_iter().map(told).collect() });
         }
         let (links, window) = (answer.links, answer.window.unwrap_or(0));
         if !(1..=offer.links).contains(&links) || window < WINDOW_BYTES_MIN {
             let why = format!(
-                "it takes {links} links and {window} bytes of a device at a time; expected are 1 to {} and at least \
-                 {WINDOW_BYTES_MIN}",
+                "it accepts {links} links and a window of {window} bytes; expected 1 to {} links and at least \
+                 {WINDOW_BYTES_MIN} bytes",
                 offer.links
             );
             return Err(connection.damaged(Damage::Content { kind: Kind::ANSWER, why }));
@@ -105,7 +106,7 @@ impl<'a> Source<'a> {
         Ok(answer)
     }
 
-    /// The further links that both sides want, or as many of them as can be had.
+    /// Makes the further links on which both sides agreed, or as many of them as it can.
     fn further_links(
         &self,
         context: &Context<'a>,
@@ -115,7 +116,7 @@ impl<'a> Source<'a> {
     ) -> Result<Vec<Box<dyn Link>>> {
         let mut links = Vec::new();
         let Some(further) = further else { return Ok(links) };
-        // All of them together: the destination hears nothing meanwhile.
+        // One limit for all of them, since this side sends nothing meanwhile.
         let wait = Wait::within(self.options.silence_max / 2, self.cancel);
         while (links.len() as u32) < wanted - 1 {
             match further.next(wait) {
@@ -123,7 +124,7 @@ impl<'a> Source<'a> {
                 Err(crate::link::LinkError::Cancelled) => return Err(Error::Cancelled),
                 Err(error) => {
                     let had = links.len() as u32 + 1;
-                    let note = format!("a further link cannot be had ({error}): {had} of {wanted} are used");
+                    let note = format!("a further link cannot be made ({error}): {had} of {wanted} are used");
                     context.recorder.note(note);
                     connection.send(&Frame::new(Kind::LINKS, &had.to_le_bytes()), self.cancel)?;
                     break;
@@ -134,7 +135,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// The other side's preface, which must be about the same move.
+/// Reads the other side's preface, which must be of the same move.
 pub(super) fn check_preface(
     connection: &Connection<'_>,
     id: MigrationId,
@@ -146,4 +147,8 @@ pub(super) fn check_preface(
         return Err(connection.damaged(Damage::Unknown { what }));
     }
     Ok(())
+}
+
+fn incompatible(kind: MismatchKind, message: String) -> Error {
+    Error::Incompatible { reasons: vec![Mismatch::new(kind, message)] }
 }

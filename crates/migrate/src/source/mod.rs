@@ -1,5 +1,5 @@
-//! The side that devices leave, as a script: handshake, pre-copy, switchover, commit; and back to where it was when
-//! anything fails before the commit.
+//! [`Source`]: the side that devices leave, as a script of handshake, pre-copy, switchover and commit. A failure before the
+//! commit leads back to the start.
 
 mod commit;
 mod doubt;
@@ -19,6 +19,7 @@ pub use save::AfterSave;
 
 use crate::context::Context;
 use crate::devices::MovedDevice;
+use crate::error::guard;
 use crate::link::{FurtherLinks, Link};
 use crate::memory::Memory;
 use crate::protocol::commit::Uncommitted;
@@ -27,14 +28,14 @@ use crate::report::{End, Phase, Report, Side};
 use crate::transfer::device_sender::DeviceSender;
 use crate::transfer::ram::Ram;
 use crate::transfer::sending::Sending;
-use crate::transfer::team::{OnDrop, Team};
+use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, Frame, FrameWriter, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
 use handshake::Agreed;
 use rollback::Rollback;
 use save::Place;
 
-/// The side that devices leave. One move or one save takes it: a guest that was moved is not sent a second time.
+/// The side that devices leave. One move or one save consumes it, so that a guest that was moved is not sent a second time.
 #[must_use = "it does nothing until it is sent or saved"]
 pub struct Source<'a> {
     devices: &'a [MovedDevice<'a>],
@@ -58,19 +59,19 @@ impl std::fmt::Debug for Source<'_> {
 #[derive(Debug)]
 #[must_use]
 pub enum Outcome {
-    /// The destination runs, or the snapshot is there. After a move the source's devices are in STOP and must not run
+    /// The destination runs, or the snapshot was published. After a move the source's devices are in STOP and must not run
     /// this guest again.
     Moved(Report),
-    /// The move failed or was called off, and the source is as it was before: its devices run, with
-    /// their dirty log complete. [`Report::unrecovered`] has the devices that could not be brought back.
+    /// The move failed or was cancelled, and the source is as it was before: its devices run, with their dirty log
+    /// complete. [`Report::unrecovered`] lists the devices that could not be brought back.
     Undone {
-        /// Why.
+        /// The reason.
         why: Error,
-        /// How far it came.
+        /// How far the move came.
         report: Report,
     },
-    /// The link died at the commit: the destination may run. The source stays stopped until
-    /// [`Source::resolve`] has asked the destination.
+    /// The link failed at the commit, and the destination may run. The source stays stopped until [`Source::resolve`] has
+    /// asked the destination. Of a save: see [`Source::save`].
     InDoubt(InDoubt),
 }
 
@@ -82,39 +83,39 @@ enum Ending {
 }
 
 impl<'a> Source<'a> {
-    /// Devices in RUNNING or STOP that are to be moved, alone.
+    /// A source of these devices, which are in RUNNING or STOP, without memory.
     pub fn new(devices: &'a [MovedDevice<'a>], options: &'a Options) -> Source<'a> {
         let memory = Memory::default();
         Source { devices, memory, vmm: &Nobody, observer: &Nobody, options, cancel: None }
     }
 
-    /// With the guest's memory.
+    /// Adds the guest's memory.
     pub fn with_memory(self, memory: Memory<'a>) -> Source<'a> {
         Source { memory, ..self }
     }
 
-    /// With the machine around the devices.
+    /// Sets the hooks of the machine around the devices.
     pub fn with_vmm(self, vmm: &'a dyn Vmm) -> Source<'a> {
         Source { vmm, ..self }
     }
 
-    /// With an observer.
+    /// Sets an observer.
     pub fn with_observer(self, observer: &'a dyn Observer) -> Source<'a> {
         Source { observer, ..self }
     }
 
-    /// With a handle to call it off.
+    /// Sets a handle that cancels the move.
     pub fn with_cancel(self, cancel: Option<&'a Cancel>) -> Source<'a> {
         Source { cancel, ..self }
     }
 
-    /// Moves everything over the link. Blocks until it is over.
+    /// Moves everything over the link. Blocks until the move has ended.
     pub fn send(mut self, link: &dyn Link) -> Outcome {
         self.move_over(link, None)
     }
 
-    /// Moves everything over the link, and over as many further ones as [`Options::links`] says, the destination
-    /// takes and can be had. Blocks until it is over.
+    /// Moves everything over the link and over further links: in all as many as [`Options::links`] allows, the destination
+    /// accepts, and `further` can make. Blocks until the move has ended.
     pub fn send_over(mut self, link: &dyn Link, further: &dyn FurtherLinks) -> Outcome {
         self.move_over(link, Some(further))
     }
@@ -144,8 +145,8 @@ impl<'a> Source<'a> {
         Context::new(Side::Source, self.devices, self.options, self.observer, self.cancel)
     }
 
-    /// A move, or a save to that place: from the handshake to the end, or back. When this returns with
-    /// [`Ending::Undone`], the guest runs as before.
+    /// A move, or a save to a place: from the handshake to the end, or back. When this returns [`Ending::Undone`], the guest
+    /// runs as before.
     fn run(
         &mut self,
         context: &Context<'a>,
@@ -158,7 +159,7 @@ impl<'a> Source<'a> {
         connection.reader().count(recorder.buffers());
         connection.writer.compress(self.options.compress, recorder.buffers());
         recorder.phase(Phase::Handshake);
-        let agreed = Team::guard("the handshake", || self.handshake(context, connection, further, rollback));
+        let agreed = guard("the handshake", || self.handshake(context, connection, further, rollback));
         let Agreed { id, window, links } = match agreed {
             Ok(agreed) => agreed,
             Err(why) => return (MigrationId::default(), Ending::Undone(tell(why, connection))),
@@ -169,14 +170,14 @@ impl<'a> Source<'a> {
         writers.iter().for_each(|writer| writer.compress(self.options.compress, recorder.buffers()));
         let wires = Wires { id, connection, writers: &writers, window };
         let ending = match self.work(context, &wires, rollback, place) {
-            // While all links are open: the destination is to hear this, and not that one of them is closed.
+            // While all links are open: the destination hears the reason, and not that a link is closed.
             Ending::Undone(why) => Ending::Undone(tell(why, connection)),
             ending => ending,
         };
         (id, ending)
     }
 
-    /// What follows the handshake: starts the logs and all threads, and goes on in [`Source::script`].
+    /// The part after the handshake: starts the logs and all threads, and goes on in [`Source::script`].
     fn work(
         &mut self,
         context: &Context<'a>,
@@ -220,7 +221,7 @@ impl<'a> Source<'a> {
         })
     }
 
-    /// The move itself, once all its threads are there: they serve the stop, the way back and the end as well.
+    /// The move itself, once all its threads have started. They serve the stop, the rollback and the end as well.
     fn script(
         &mut self,
         context: &Context<'a>,
@@ -228,7 +229,7 @@ impl<'a> Source<'a> {
         rollback: &mut Rollback,
         place: Option<&mut Place<'_>>,
     ) -> Ending {
-        let ready = Team::guard("the source", || self.until_ready(context, stage, rollback));
+        let ready = guard("the source", || self.until_ready(context, stage, rollback));
         if let Err(error) = ready {
             stage.sending.team.fail(error);
             let why = stage.sending.team.first_failure(Error::Cancelled);
@@ -277,7 +278,7 @@ impl<'a> Source<'a> {
 
     fn start_logs(&mut self, context: &Context<'a>, rollback: &mut Rollback) -> Result<()> {
         let mut notes = Vec::new();
-        let started = Team::guard("starting the dirty log", || {
+        let started = guard("starting the dirty log", || {
             rollback.logs.start(self.devices, &mut self.memory, &mut notes, self.cancel)
         });
         notes.into_iter().for_each(|note| context.recorder.note(note));
@@ -285,23 +286,23 @@ impl<'a> Source<'a> {
     }
 }
 
-/// The links of a move, once both sides have agreed on them.
+/// The links of a move on which both sides have agreed.
 struct Wires<'w, 'a> {
     id: MigrationId,
     connection: &'w Connection<'a>,
-    /// Of the further links, which are numbered from 1.
+    /// The writers of the further links, which are numbered from 1.
     writers: &'w [FrameWriter<'a>],
-    /// How much of a device may be on its way; `None` where nobody answers.
+    /// How many bytes of a device may be on their way; `None` if no peer answers.
     window: Option<u64>,
 }
 
 impl<'w, 'a> Wires<'w, 'a> {
-    /// All links' writers, by number.
+    /// The writers of all links, by number.
     fn all(&self) -> Vec<&'w FrameWriter<'a>> {
         std::iter::once(&self.connection.writer).chain(self.writers).collect()
     }
 
-    /// Says on each further link what it is.
+    /// Sends the preface and JOIN over each further link.
     fn join(&self, cancel: Option<&Cancel>) -> Result<()> {
         for (writer, number) in self.writers.iter().zip(1_u32..) {
             writer.preface(self.id, PrefaceFlags::FURTHER, cancel)?;
@@ -311,7 +312,7 @@ impl<'w, 'a> Wires<'w, 'a> {
     }
 }
 
-/// What the stages of a move work with.
+/// What every stage of a move uses.
 struct Stage<'s, 'w, 'a> {
     sending: &'s Sending<'w, 'a>,
     ram: &'s Ram<'s>,

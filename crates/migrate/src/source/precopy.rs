@@ -1,5 +1,5 @@
-//! The source's pre-copy: devices stream and memory is sent in rounds while everything runs, until a stop costs no
-//! more than it is to cost.
+//! The source's pre-copy: devices stream and memory is sent in rounds while everything runs, until the predicted downtime
+//! meets the goal, or pre-copy has stalled.
 
 use std::time::{Duration, Instant};
 
@@ -22,27 +22,27 @@ use crate::vmm;
 use crate::wire::Frame;
 use crate::{Error, Obstacle, Result, Round, WhenStalled};
 
-/// How long to wait where going on makes nothing better, and is wanted all the same.
+/// The pause between two looks when pre-copy has stalled and the caller wants to keep trying.
 const KEEP_TRYING: Duration = Duration::from_millis(50);
-/// Looks between rounds of memory are reported as often as this.
+/// The interval at which looks without a round of memory are reported.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
 
 /// The loop of pre-copy, from look to look.
 struct Looking {
     names: Vec<String>,
-    /// Of the devices that do not say how much they would give in the stop.
+    /// The names of the devices that do not say how much they would give in the stop.
     unknown: Vec<String>,
     policy: StopPolicy,
     pace: Pace,
     has_memory: bool,
-    /// Since when, and from how many handled bytes on, the rate is measured.
+    /// The start of the current measurement of the rate, and the bytes that the destination had handled then.
     sample: (Instant, u64),
     reported: Option<Instant>,
     news: u64,
 }
 
 impl<'a> Source<'a> {
-    /// Rounds of dirty memory beside streaming devices while everything runs. The pace that this found.
+    /// Sends rounds of dirty memory, while devices stream and everything runs. Returns the measured pace.
     pub(super) fn precopy(
         &mut self,
         context: &Context<'a>,
@@ -59,7 +59,7 @@ impl<'a> Source<'a> {
             };
             sending.give(at, if streaming { Job::Stream } else { Job::Look });
         }
-        // A device that streams looks first of all, and the others do nothing else.
+        // The first act of a streaming device, and the only one of the others, is to ask what is left.
         sending.wait_all(|flow| flow.looked)?;
         let mut looking = Looking {
             names: self.devices.iter().map(|moved| moved.device.name().into()).collect(),
@@ -90,7 +90,7 @@ impl<'a> Source<'a> {
                     match self.stalled(&obstacle, &round)? {
                         true => KEEP_TRYING,
                         false => {
-                            tracing::info!("stopping all the same: {obstacle}");
+                            tracing::info!("stopping although the goal is not met: {obstacle}");
                             break self.predict(context, &round, &looking);
                         }
                     }
@@ -101,7 +101,7 @@ impl<'a> Source<'a> {
         Ok(looking.pace)
     }
 
-    /// Opens a session on each device that can give something before the stop, and measures what that takes.
+    /// Opens a session on each device that has PRE_COPY, and measures how long an arc and a hand-off take.
     fn open_sessions(&mut self, sending: &Sending<'_, '_>, rollback: &Rollback) -> Result<Pace> {
         let began = now();
         for (at, (moved, found)) in self.devices.iter().zip(&rollback.found).enumerate() {
@@ -109,7 +109,7 @@ impl<'a> Source<'a> {
             let flags =
                 device.migration_flags().map_err(|error| failed(device, "reading its flags", error))?;
             if self.options.precopy && flags.contains(MigrationFlags::PRE_COPY) && found.is_running() {
-                // Without it, initial bytes that grow again are taken for dirty ones.
+                // Without this feature, initial bytes that reappear are counted as dirty ones.
                 let _ = device.precopy_info_v2();
                 sending.give(at, Job::Enter(State::PreCopy));
             }
@@ -127,7 +127,7 @@ impl<'a> Source<'a> {
         Ok(Pace::new(sending.flush()?, took, hand_off))
     }
 
-    /// A round of memory, if there is any, and what is left after it.
+    /// Sends a round of memory, if there is any memory, and asks the policy what to do next.
     fn look(
         &mut self,
         context: &Context<'a>,
@@ -140,13 +140,13 @@ impl<'a> Source<'a> {
         if looking.has_memory {
             looking.sample = (now(), handled(context, sending));
             stage.ram.send_round(sending)?;
-            // What is on its way would have to arrive after a stop as well.
+            // A stop would have to wait for data on its way as well.
             looking.pace.answered(sending.flush()?);
             looking.measure(context, sending);
         } else {
             looking.measure(context, sending);
             if !sending.flows.iter().all(|flow| loads(&flow.lock())) {
-                // The destination says how much it has loaded when it is asked.
+                // The flush makes the destination say how much it has loaded.
                 looking.pace.answered(sending.flush()?);
             }
         }
@@ -166,13 +166,13 @@ impl<'a> Source<'a> {
             is_round: looking.has_memory,
             memory_dirty_bytes: if blind { all } else { rollback.logs.pages.bytes() },
             devices: &devices,
-            // After the stop it takes as long; a log that compares has to read all of the memory.
+            // The harvest after the stop takes as long. A log that compares pages has to read all memory.
             harvest: now() - began,
         };
         Ok(looking.policy.next(&look, &looking.pace))
     }
 
-    /// Asks the VMM to slow its vCPUs down, if that can help; whether it did.
+    /// Asks the VMM to slow its vCPUs down, if that can help. Returns whether it did.
     fn throttle(&self, context: &Context<'a>, obstacle: &Obstacle, rollback: &mut Rollback) -> bool {
         let helps = match obstacle {
             // Where no log sees the memory, all of it moves after the stop, however slow the guest is.
@@ -195,10 +195,10 @@ impl<'a> Source<'a> {
         slowed
     }
 
-    /// Pre-copy leads nowhere any more: whether to go on all the same; an error to call the move off.
+    /// Pre-copy has stalled. Returns whether to go on nevertheless; an error ends the move.
     fn stalled(&self, obstacle: &Obstacle, round: &Round) -> Result<bool> {
         let wanted = &self.options.convergence;
-        // Trying on does not make a device tell what it does not know.
+        // Waiting does not make a device say its size.
         let is_final = matches!(obstacle, Obstacle::SizeUnknown { .. });
         match wanted.when_stalled {
             WhenStalled::KeepTrying if !is_final => Ok(true),
@@ -210,7 +210,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// A stop that takes longer than the guest may stand still is not begun.
+    /// Refuses a stop that is predicted to take longer than the guest may stand still.
     fn check_standstill(&self, round: &Round) -> Result<()> {
         let limit = self.options.standstill_max;
         match round.predicted_downtime > limit {
@@ -228,7 +228,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Records what the stop is predicted to take, or of which devices that is not known.
+    /// Records the predicted downtime, or the devices because of which it is not known.
     fn predict(&self, context: &Context<'a>, round: &Round, looking: &Looking) {
         let is_known = looking.unknown.is_empty();
         context.recorder.predicted(is_known.then_some(round.predicted_downtime));
@@ -241,14 +241,14 @@ impl<'a> Source<'a> {
 }
 
 impl Looking {
-    /// Takes the rate since the last sample, if devices were not idle meanwhile.
+    /// Measures the rate since the last sample, unless a device was idle meanwhile.
     fn measure(&mut self, context: &Context<'_>, sending: &Sending<'_, '_>) {
         let (began, before) = self.sample;
         let bytes = handled(context, sending);
         let idle = !self.has_memory && sending.flows.iter().any(|flow| flow.lock().drained);
         let moved = bytes.saturating_sub(before);
         if !idle && moved < 1 << 20 && !self.has_memory {
-            // Too little to tell: the sample goes on.
+            // Too few bytes to tell: the sample goes on.
             return;
         }
         if !idle {
@@ -277,14 +277,14 @@ impl Looking {
     /// Waits for the next look.
     fn pause(&mut self, sending: &Sending<'_, '_>, pause: Duration) -> Result<()> {
         match self.has_memory {
-            // Each look is a round, and takes its time.
+            // Each look is a round, which takes its time.
             true => sending.pause(pause),
             false => sending.wait_for_news(&mut self.news, pause),
         }
     }
 }
 
-/// Bytes that the destination has handled.
+/// The bytes that the destination has handled.
 fn handled(context: &Context<'_>, sending: &Sending<'_, '_>) -> u64 {
     let taken = sending.flows.iter().map(|flow| flow.lock().window.taken()).sum::<u64>();
     context.recorder.totals().memory_bytes + taken

@@ -1,4 +1,4 @@
-//! The way back of a source: every device runs again as it did before, and no dirty page is lost.
+//! The rollback of a source: every device runs again as it did before, and no dirty page is lost.
 
 use limosa_client::DeviceExt;
 use limosa_protocol::{MigrationFlags, State};
@@ -6,23 +6,23 @@ use limosa_protocol::{MigrationFlags, State};
 use super::Source;
 use crate::context::Context;
 use crate::devices::each;
+use crate::error::guard;
 use crate::memory::DirtyLogs;
 use crate::report::{Act, Loss, Phase, Unrecovered};
 use crate::transfer::device_sender::{Job, return_to};
 use crate::transfer::sending::Sending;
-use crate::transfer::team::Team;
 use crate::vmm;
 
-/// What a source must remember to go back.
+/// What a source has changed, and has to undo.
 #[derive(Default)]
 pub(super) struct Rollback {
-    /// The state in which each device was found; empty for "it ran".
+    /// The state in which each device was found. A device without an entry was in RUNNING.
     pub(super) found: Vec<State>,
     /// The logs, and what was harvested from them.
     pub(super) logs: DirtyLogs,
-    /// Whether anything was done to the devices that must be undone.
+    /// Whether the devices were changed.
     pub(super) touched: bool,
-    /// How often the VMM was asked to slow its vCPUs down.
+    /// The last step by which the VMM slowed its vCPUs down; 0 for none.
     pub(super) throttled: u32,
     /// Whether the VMM was asked to stop its vCPUs.
     pub(super) vmm_stopped: bool,
@@ -35,12 +35,12 @@ impl Rollback {
 }
 
 impl<'a> Source<'a> {
-    /// Brings every device back to where it was found: those that are stopped first to RUNNING_P2P, all of them, then
-    /// on. A device in ERROR is reset, which is all that can be done with it. Then ends the logs, and lets the vCPUs go
-    /// on. Whatever fails or panics on this way, the rest of it is gone.
+    /// Returns every device to the state in which it was found: all that are stopped enter RUNNING_P2P first. A device in
+    /// ERROR is reset, since no other arc leads out of it. Then ends the logs and lets the vCPUs go on. If one step fails or
+    /// panics, the others are done all the same.
     ///
-    /// The devices' workers do it, where there are any; otherwise threads that are started for it, as far as the system
-    /// starts them.
+    /// The device workers do this, if they have started; otherwise threads that are started for it, or this thread if the
+    /// system starts none.
     pub(super) fn roll_back(
         &mut self,
         context: &Context<'a>,
@@ -58,7 +58,7 @@ impl<'a> Source<'a> {
         };
         losses.into_iter().flatten().for_each(|loss| recorder.unrecovered(loss));
         let mut notes = Vec::new();
-        let stopped = Team::guard("giving back the dirty log", || {
+        let stopped = guard("giving back the dirty log", || {
             rollback.logs.stop(self.devices, &mut self.memory, true, &mut notes);
             Ok(())
         });
@@ -74,7 +74,7 @@ impl<'a> Source<'a> {
                 let stopped = device.state().is_ok_and(|state| !state.is_running() && state != State::Error);
                 let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
                 if stopped && has_p2p && rollback.found(at).is_running() {
-                    // If it fails, so does the next step, which says so.
+                    // If this fails, so does the next arc, which reports it.
                     let _ = device.set_state(State::RunningP2p);
                 }
             });
@@ -88,7 +88,7 @@ impl<'a> Source<'a> {
         })
     }
 
-    /// The vCPUs run again at full speed.
+    /// Lets the vCPUs run again, at full speed.
     fn let_go(&self, rollback: &mut Rollback, notes: &mut Vec<String>) {
         if std::mem::take(&mut rollback.throttled) > 0 {
             notes.extend(vmm::tell("Vmm::throttle", || _ = self.vmm.throttle(0)).err());
@@ -98,7 +98,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// The guest is elsewhere: ends the sessions and the logs.
+    /// The guest runs elsewhere: ends the sessions and the logs.
     pub(super) fn finish(
         &mut self,
         context: &Context<'a>,
@@ -115,7 +115,7 @@ impl<'a> Source<'a> {
             None => each(self.devices, |at, device| {
                 let _span = recorder.span(at, Act::Enter { state: State::Stop });
                 let doing = format!("entering {}", State::Stop);
-                Team::guard(device.name(), || {
+                guard(device.name(), || {
                     let entered = device.set_state(State::Stop).map(drop);
                     entered.map_err(|error| crate::devices::failed(device, &doing, error))
                 })
@@ -132,7 +132,7 @@ impl<'a> Source<'a> {
         let mut notes = Vec::new();
         rollback.vmm_stopped = false;
         self.let_go(rollback, &mut notes);
-        let stopped = Team::guard("ending the dirty log", || {
+        let stopped = guard("ending the dirty log", || {
             rollback.logs.stop(self.devices, &mut self.memory, false, &mut notes);
             Ok(())
         });

@@ -1,4 +1,4 @@
-//! A save: the same script as a move, to a place that keeps it, with the publication in the commit's stead.
+//! A save: the same script as a move, to a place that keeps the stream. The publication takes the place of the commit.
 
 use limosa_stream::Kind;
 
@@ -11,16 +11,16 @@ use crate::snapshot::{self, Published, SnapshotTarget, Writing, of_place};
 use crate::vmm;
 use crate::wire::{Connection, Frame, MeteredLink};
 
-/// What becomes of the devices when they have been saved.
+/// What happens to the guest after a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterSave {
-    /// They go on.
+    /// It goes on.
     Run,
-    /// They stay in STOP, so that the snapshot is the only place where the guest goes on.
+    /// Its devices stay in STOP, so that it goes on only where the snapshot is loaded.
     Stop,
 }
 
-/// Where a save goes, and what becomes of the guest.
+/// The place of a save, and what happens to the guest.
 pub(super) struct Place<'p> {
     writing: &'p Writing,
     limits: snapshot::Limits<'p>,
@@ -28,13 +28,13 @@ pub(super) struct Place<'p> {
 }
 
 impl<'a> Source<'a> {
-    /// Saves everything to a place, such as a [`SnapshotFile`](crate::SnapshotFile), where it appears only when it is
-    /// whole: [`Outcome::Moved`]. On failure nothing is there that was not there before, and the source runs as
-    /// before: [`Outcome::Undone`].
+    /// Saves everything to a place, such as a [`SnapshotFile`](crate::SnapshotFile). The snapshot appears there only when it
+    /// is complete: [`Outcome::Moved`]. On failure the place is as before, and so is the source: [`Outcome::Undone`].
     ///
-    /// If it cannot be learned whether the snapshot was published, then with [`AfterSave::Run`] the source runs on, and
-    /// the error says so ([`Error::PublicationUnknown`](crate::Error::PublicationUnknown)). With [`AfterSave::Stop`] it
-    /// stays stopped: [`Outcome::InDoubt`], until [`published`](crate::published) has found out, for [`Source::decide`].
+    /// If the answer to the publication is lost, the snapshot may be there. With [`AfterSave::Run`] the source runs on, and
+    /// the error says so ([`Error::PublicationUnknown`](crate::Error::PublicationUnknown)). With [`AfterSave::Stop`] the
+    /// source stays stopped: [`Outcome::InDoubt`]. Then [`published`](crate::published) finds out, and [`Source::decide`]
+    /// acts on that.
     pub fn save(mut self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
@@ -70,7 +70,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// All is written but its end: seals and publishes it, and lets the guest go on or ends it.
+    /// Everything but the SEAL is written: seals and publishes the snapshot, and lets the guest go on or ends it.
     pub(super) fn keep(
         &mut self,
         context: &Context<'a>,

@@ -1,4 +1,4 @@
-//! The stop of a source: vCPUs, then peer-to-peer DMA of all devices, then the devices, then the last dirty pages.
+//! The stop of a source: vCPUs, then the peer-to-peer DMA of all devices, then the devices, then the last dirty pages.
 
 use limosa_client::DeviceExt;
 use limosa_protocol::{MigrationFlags, State};
@@ -13,7 +13,8 @@ use crate::vmm;
 use crate::{Error, Obstacle, Result, WhenStalled};
 
 impl<'a> Source<'a> {
-    /// Stops vCPUs, then peer-to-peer DMA of all devices, then the devices, which from then on give what is left.
+    /// Stops the vCPUs, then the peer-to-peer DMA of all devices, then the devices, which from then on give the rest of their
+    /// data.
     pub(super) fn stop(&mut self, stage: &Stage<'_, '_, '_>, rollback: &mut Rollback) -> Result<()> {
         let sending = stage.sending;
         sending.team.check()?;
@@ -36,8 +37,8 @@ impl<'a> Source<'a> {
         sending.all(Job::Stop, |flow| flow.stopped)
     }
 
-    /// The pages that were written since the last round. A log that is lost now makes all of them dirty: where the
-    /// downtime goal is a limit, that ends the move.
+    /// Harvests the pages that were written since the last round. If a log fails now, all pages are dirty. If the downtime
+    /// goal is a limit and sending them would exceed it, that ends the move.
     pub(super) fn last_pages(
         &mut self,
         context: &Context<'a>,

@@ -1,5 +1,5 @@
-//! One device of a source: jobs that its worker does one after the other, from pre-copy to the end of its data, and the
-//! way back.
+//! [`DeviceSender`]: one device of a source, and its jobs, which a worker does in order: from pre-copy to the end of the
+//! data, and the rollback.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -13,70 +13,69 @@ use limosa_stream::{DEVICE_BYTES_MAX, Kind, RunningCrc};
 
 use super::driven::DrivenDevice;
 use super::sending::Sending;
-use super::team::Team;
 use crate::devices::{MovedDevice, failed};
-use crate::error::Misbehaviour;
+use crate::error::{Misbehaviour, guard};
 use crate::protocol::credit::SendWindow;
 use crate::report::{Act, Loss, Unrecovered};
 use crate::wire::Frame;
 use crate::{Error, Result};
 
-/// The most that is read from a device at once: it stays in a core's cache on the way.
+/// The most that is read from a device at once, so that it stays in a core's cache on the way.
 pub(crate) const READ_BYTES_MAX: usize = 512 << 10;
-/// What is left of pre-copy is asked for again after so many bytes, or this time.
+/// A streaming device is asked again how much is left after this many bytes, or after this time.
 const LOOK_BYTES: u64 = 16 << 20;
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// A device that has nothing for now is asked again after a time that doubles as long as it has nothing.
+/// A device that has nothing for now is read again after a pause, which doubles as long as it has nothing.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
-/// What a device is to do.
+/// A job of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Job {
-    /// Nothing: it takes the time of a hand-off.
+    /// No-op, used to time a hand-off to another thread.
     NoOp,
     /// Ask how much it has to give.
     Look,
     /// Enter a state; a session that this opens is kept.
     Enter(State),
-    /// Give what it has before the stop, until [`DeviceFlow::streaming`] ends.
+    /// Give data before the stop, as long as [`DeviceFlow::streaming`] is set.
     Stream,
-    /// Enter STOP_COPY; giving everything that is left is its next job.
+    /// Enter STOP_COPY. [`Job::Drain`] is the next job.
     Stop,
-    /// Give everything that is left.
+    /// Give all remaining data.
     Drain,
     /// Enter STOP: the guest runs elsewhere.
     Finish,
-    /// On the way back: to RUNNING_P2P.
+    /// Rollback: return to RUNNING_P2P.
     ReturnP2p,
-    /// On the way back: to the state where it was found.
+    /// Rollback: return to the state in which it was found.
     Return,
 }
 
-/// What a device's worker and the other threads share.
+/// What the worker of a device shares with the other threads.
 pub(crate) struct DeviceFlow {
     pub(crate) window: SendWindow,
-    /// Bytes of initial data that are left, as the device said last.
+    /// How many bytes of initial data are left, as the device said last.
     pub(crate) initial: u64,
-    /// Up to where the destination has to load before all initial data is loaded.
+    /// The position up to which the destination has to load the stream before all initial data is loaded.
     pub(crate) initial_end: u64,
-    /// Bytes that are left in pre-copy; `None` when the device does not say.
+    /// How many bytes are left in pre-copy; `None` if the device does not say.
     pub(crate) left: Option<u64>,
-    /// Bytes that it would give in the stop; `None` when that is not known.
+    /// How many bytes it would give in the stop; `None` if that is not known.
     pub(crate) stop_bytes: Option<u64>,
-    /// Whether it was asked what it has to give.
+    /// Whether it was asked how much it has to give.
     pub(crate) looked: bool,
-    /// Whether it had nothing for now when it was asked last.
+    /// Whether it had nothing for now when it was read last.
     pub(crate) drained: bool,
     /// Whether it has a session.
     pub(crate) has_session: bool,
-    /// Whether it is to give what it has before the stop.
+    /// Whether it is to give data before the stop.
     pub(crate) streaming: bool,
     /// Whether it is in STOP_COPY.
     pub(crate) stopped: bool,
-    /// What went wrong on the way back.
+    /// What went wrong in the rollback.
     pub(crate) loss: Option<Unrecovered>,
-    /// Why it could not be stopped for good after the move.
+    /// Why it did not enter STOP after the move.
     pub(crate) unfinished: Option<Error>,
     jobs: VecDeque<Job>,
     given: u64,
@@ -104,7 +103,7 @@ impl DeviceFlow {
         }
     }
 
-    /// Adds a job behind the others.
+    /// Adds a job after the others.
     pub(crate) fn give(&mut self, job: Job) {
         self.jobs.push_back(job);
         self.given += 1;
@@ -121,13 +120,13 @@ impl DeviceFlow {
     }
 }
 
-/// A device, its session, and what of its data was sent.
+/// A device, its session, and how much of its data was sent.
 pub(crate) struct DeviceSender<'w, 'a> {
     driven: DrivenDevice<'a>,
-    /// What its owner says it gives in the stop.
+    /// How many bytes it gives in the stop, as its owner says.
     stop_bytes: Option<u64>,
     found: State,
-    /// The device's place in the offer, which is its section.
+    /// The device's index in the offer, which is its section.
     at: usize,
     sending: &'w Sending<'w, 'a>,
     stream: Option<Box<dyn DataStream>>,
@@ -148,7 +147,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         let room =
             sending.window.map_or(READ_BYTES_MAX, |window| READ_BYTES_MAX.min(window as usize / 2).max(1));
         let mut buffer = Buffer::new(sending.recorder().buffers());
-        // Now, and not when nothing runs: memory that is touched first takes its time.
+        // Touched now, since the first access to memory takes time that would add to the downtime.
         buffer.grow(room);
         DeviceSender {
             driven: DrivenDevice::new(moved.device, found),
@@ -178,11 +177,11 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                 flow.lock().loss = loss;
             }
             Job::Finish => {
-                let finished = Team::guard(name, || self.perform(job));
+                let finished = guard(name, || self.perform(job));
                 flow.lock().unfinished = finished.err();
             }
             _ => {
-                if let Err(error) = Team::guard(name, || self.perform(job)) {
+                if let Err(error) = guard(name, || self.perform(job)) {
                     self.sending.team.fail(error);
                 }
             }
@@ -200,7 +199,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             Job::Stop => {
                 self.enter(State::StopCopy)?;
                 self.sending.flows[self.at].lock().stopped = true;
-                // Behind those that are not stopped yet.
+                // After the jobs of devices that are not stopped yet.
                 self.sending.give(self.at, Job::Drain);
                 Ok(())
             }
@@ -224,7 +223,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         Ok(())
     }
 
-    /// Gives what the device has before the stop, until it is told to end.
+    /// Gives data before the stop, until streaming ends.
     fn stream(&mut self) -> Result<()> {
         let flow = &self.sending.flows[self.at];
         let mut pause = PAUSE_MIN;
@@ -233,7 +232,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         while flow.lock().streaming {
             self.sending.team.check()?;
             let (began, before) = (now(), self.bytes);
-            // An end before STOP_COPY is not the end; some devices say so for "nothing for now".
+            // Before STOP_COPY some devices report the end when they have nothing for now.
             let has_data = matches!(self.chunk()?, Chunk::Data(_));
             if has_data {
                 self.sending.recorder().device_span(self.at, Act::PrecopyData, began, self.bytes - before);
@@ -255,7 +254,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         Ok(())
     }
 
-    /// Gives everything that is left, in STOP_COPY.
+    /// Gives all remaining data, in STOP_COPY.
     fn drain(&mut self) -> Result<()> {
         let (began, before) = (now(), self.bytes);
         loop {
@@ -266,7 +265,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                 Chunk::End => break,
             }
         }
-        // A device that was reset meanwhile has no more data, either.
+        // A device that was reset meanwhile has no more data either.
         self.driven.check()?;
         self.begin()?;
         self.sending.until_stopped()?;
@@ -276,7 +275,8 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         Ok(())
     }
 
-    /// Asks what the device has to give, and tells it to the other side. What the device refuses to tell is not known.
+    /// Asks the device how much it has to give, and tells the destination. A number that the device refuses to tell is not
+    /// known.
     fn look(&mut self) -> Result<()> {
         let device = self.driven.device();
         let info = match &mut self.stream {
@@ -338,7 +338,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         Ok(())
     }
 
-    /// Back to where it was found; what of that cannot be done.
+    /// Returns the device to the state in which it was found. The result says what could not be done.
     fn go_back(&mut self, job: Job) -> Option<Unrecovered> {
         let device = self.driven.device();
         if job == Job::Return {
@@ -348,7 +348,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         let stopped = device.state().is_ok_and(|state| !state.is_running() && state != State::Error);
         let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
         if stopped && has_p2p && self.found.is_running() {
-            // If it fails, so does the next step, which says so.
+            // If this fails, so does the next arc, which reports it.
             let _ = device.set_state(State::RunningP2p);
         }
         None
@@ -363,12 +363,12 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
     }
 }
 
-/// What a device refuses to tell is not known. A lost connection is an error.
+/// Turns a refusal into "not known". A lost connection is an error.
 fn refused<T>(device: &dyn Device, doing: &str, error: limosa_client::Error) -> Result<Option<T>> {
     if error.is_connection_lost() { Err(failed(device, doing, error)) } else { Ok(None) }
 }
 
-/// Drives a device to the state, by reset where nothing else helps.
+/// Drives a device to a state, after a reset if it is in ERROR. The result says what was lost.
 pub(crate) fn return_to(device: &dyn Device, state: State) -> Option<Unrecovered> {
     let Err(error) = device.set_state(state) else { return None };
     let lost = |loss, why: String| Some(Unrecovered { device: device.name().into(), loss, why });

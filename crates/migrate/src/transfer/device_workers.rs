@@ -1,27 +1,27 @@
-//! Threads that devices' work is done in: as many as there are devices, so that a slow device blocks no other. Only as
-//! many of them wake as find something to do, so that quick devices do not wait for threads to wake.
+//! [`DeviceWorkers`]: threads for the jobs of devices, as many as there are devices, so that a slow device blocks no other.
+//! Only as many wake as find a job, so that fast devices do not wait for threads to wake.
 
 use std::collections::VecDeque;
 
 use limosa_clockwork::Monitor;
 
-/// Which devices have something to do, and the threads that wait for it.
+/// The devices that have jobs, and the threads that wait for jobs.
 pub(crate) struct DeviceWorkers {
     state: Monitor<State>,
     /// For each thread, whether it has been woken.
     wakeups: Vec<Monitor<bool>>,
-    /// While so many threads send, more would only wait for links.
+    /// While this many threads send, another one would only wait for a link.
     sending_max: usize,
 }
 
 #[derive(Default)]
 struct State {
     ready: VecDeque<usize>,
-    /// The threads that wait. The last one is woken first: what it needs is in a cache.
+    /// The threads that wait. The last one is woken first, since its data is still in a cache.
     idle: Vec<usize>,
-    /// A thread has been woken and has not looked yet. It wakes the next one when there is more than it takes itself.
+    /// A thread has been woken and has not looked for a job yet. It wakes the next one if it finds more than one job.
     is_waking: bool,
-    /// Threads that wait for a link, or send.
+    /// The number of threads that send or wait for a link.
     sending: usize,
     over: bool,
 }
@@ -42,7 +42,7 @@ impl DeviceWorkers {
         DeviceWorkers { state: Monitor::default(), wakeups, sending_max }
     }
 
-    /// There is something to do for a device: some thread calls `act` with it, once for each post.
+    /// Posts a job of a device: one thread calls `act` with the device, once for each post.
     pub(crate) fn post(&self, device: usize) {
         let mut state = self.state.lock();
         state.ready.push_back(device);
@@ -51,7 +51,7 @@ impl DeviceWorkers {
         self.wake(next);
     }
 
-    /// Sends something in one of the threads.
+    /// Calls a function that sends, from one of the threads.
     pub(crate) fn send<T>(&self, send: impl FnOnce() -> T) -> T {
         self.state.lock().sending += 1;
         let sent = send();
@@ -63,7 +63,7 @@ impl DeviceWorkers {
         sent
     }
 
-    /// The thread with this number, until [`DeviceWorkers::end`].
+    /// The body of the thread with this number. Returns after [`DeviceWorkers::end`].
     pub(crate) fn work(&self, thread: usize, act: impl Fn(usize)) {
         let mut state = self.state.lock();
         while !state.over {
@@ -91,7 +91,7 @@ impl DeviceWorkers {
         }
     }
 
-    /// Waits until all threads wait for something to do: from then on none of them has to come up first.
+    /// Waits until all threads wait for jobs, so that no job has to wait for a thread to start.
     pub(crate) fn assemble(&self) {
         let mut state = self.state.lock();
         while state.idle.len() < self.wakeups.len() && !state.over {
@@ -99,7 +99,7 @@ impl DeviceWorkers {
         }
     }
 
-    /// The threads end. What is posted and not begun is not done.
+    /// Ends the threads. Posted jobs that have not begun are dropped.
     pub(crate) fn end(&self) {
         self.state.lock().over = true;
         self.state.notify_all();

@@ -1,9 +1,9 @@
-//! A device that the engine drives from state to state, and is alone to drive.
+//! [`DrivenDevice`]: a device that only the engine is to drive from state to state.
 //!
-//! Most arcs are legal from more than one state, so that a device that a guest resets in mid-move would go on as if
-//! nothing had happened, with a state that is not the one that was saved or loaded. So the engine looks at a device
-//! before each arc, and after it where the device counts its resets ([`DeviceExt::reset_count`]): without a count, a
-//! reset between the look and the arc is seen only where the arc opens a second session.
+//! Most arcs are legal from more than one state. A device that a guest resets during a move would go on without an error,
+//! with a state that is not the one that was saved or loaded. So the engine compares the device's state before each arc,
+//! and its reset count after each arc, if the device has one ([`DeviceExt::reset_count`]). Without a count, a reset between
+//! the comparison and the arc is noticed only if the arc opens a second session.
 
 use limosa_client::{DataStream, Device, DeviceExt};
 use limosa_protocol::State;
@@ -12,11 +12,11 @@ use crate::devices::failed;
 use crate::error::{Changed, Misbehaviour};
 use crate::{Error, Result};
 
-/// A device, and where the engine has driven it.
+/// A device, and the state to which the engine has driven it.
 pub(crate) struct DrivenDevice<'a> {
     device: &'a dyn Device,
     expected: State,
-    /// The count of resets when the session opened; `None` without a session, or without a count.
+    /// The reset count at the start of the session; `None` without a session, or without a count.
     resets: Option<u64>,
     has_session: bool,
 }
@@ -31,12 +31,12 @@ impl<'a> DrivenDevice<'a> {
         self.device
     }
 
-    /// Drives the device on. A session that this opens gives a data stream, one that is open goes on.
+    /// Drives the device to a state. Returns the data stream of a session that this opens. An open session goes on.
     pub(crate) fn enter(&mut self, to: State) -> Result<Option<Box<dyn DataStream>>> {
         self.enter_with(to, || ())
     }
 
-    /// The same, and says so just before the device is asked to: from then on it may be in the new state.
+    /// The same. Calls `asks` just before the device is asked: from then on it may be in the new state.
     pub(crate) fn enter_with(
         &mut self,
         to: State,
@@ -63,7 +63,7 @@ impl<'a> DrivenDevice<'a> {
         Ok(stream)
     }
 
-    /// That nothing but the engine has driven the device since its session opened.
+    /// Checks that only the engine has driven the device since its session opened.
     pub(crate) fn check(&self) -> Result<()> {
         self.check_state()?;
         self.check_resets()

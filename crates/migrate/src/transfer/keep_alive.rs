@@ -1,5 +1,5 @@
-//! The thread that tells the peer, on every link, that this side is alive; and that ends a move whose guest has stood
-//! still for too long, whatever the others are waiting for.
+//! [`KeepAlive`]: the thread that sends keep-alives over every link, and that fails a move whose guest has stood still for
+//! too long, whatever the other threads wait for.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use super::team::Team;
 use crate::wire::FrameWriter;
 use crate::{Error, Result};
 
-/// What the thread looks at. It outlives the team's work: the commit and the way back are told of, too.
+/// The state of the thread. The thread outlives the team's work: it also serves the commit and the rollback.
 #[derive(Default)]
 pub(crate) struct KeepAlive {
     state: Monitor<State>,
@@ -17,24 +17,24 @@ pub(crate) struct KeepAlive {
 
 #[derive(Default)]
 struct State {
-    /// When the guest has stood still for too long, and the limit.
+    /// The time from which the guest has stood still for too long, and the limit.
     standstill: Option<(Instant, Duration)>,
     over: bool,
 }
 
 impl KeepAlive {
-    /// The guest stands still from now on, and no longer than this.
+    /// The guest stands still from now on, for at most this long.
     pub(crate) fn stands_still(&self, limit: Duration) {
         self.state.lock().standstill = now().checked_add(limit).map(|until| (until, limit));
         self.state.notify_all();
     }
 
-    /// The destination is ready, or the guest runs again.
+    /// The limit has no effect any more: COMMIT is sent next, or the guest runs again.
     pub(crate) fn stands_still_no_more(&self) {
         self.state.lock().standstill = None;
     }
 
-    /// Whether the guest has stood still for too long.
+    /// Fails if the guest has stood still for too long.
     pub(crate) fn check(&self) -> Result<()> {
         match self.state.lock().standstill {
             Some((until, limit)) if until <= now() => Err(Error::StoodStill { limit }),
@@ -42,13 +42,13 @@ impl KeepAlive {
         }
     }
 
-    /// The thread is to end.
+    /// Ends the thread.
     pub(crate) fn end(&self) {
         self.state.lock().over = true;
         self.state.notify_all();
     }
 
-    /// The thread. A link that has failed fails the team: its reader may be waiting for something else.
+    /// The body of the thread. A link that fails is a failure of the team, since no other thread may be using the link.
     pub(crate) fn run<'a>(&self, team: &Team, writers: &[&FrameWriter<'a>], interval: Duration) {
         let mut state = self.state.lock();
         while !state.over {

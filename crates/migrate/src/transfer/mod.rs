@@ -1,4 +1,4 @@
-//! What moves devices' data and memory: the threads of one side, and what they share.
+//! The threads of one side, which move device data and memory, and what they share.
 
 pub(crate) mod device_sender;
 pub(crate) mod device_workers;

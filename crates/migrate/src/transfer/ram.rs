@@ -1,5 +1,5 @@
-//! Pages of guest memory on their way to the links. A thread for each link takes chunks of what is dirty from one row,
-//! copies them, and sends what is not zero.
+//! [`Ram`]: dirty pages on their way to the links. A thread for each link takes chunks from one queue, copies them, and sends
+//! pages that are not zero as data and the others as runs of zeroes.
 
 use limosa_clockwork::now;
 use limosa_protocol::bitmap::DirtyBitmap;
@@ -13,34 +13,34 @@ use crate::memory::{MemoryRegion, PAGE_BYTES, is_zero};
 use crate::protocol::link_count::LinkCount;
 use crate::wire::Frame;
 
-/// What is copied and sent at once: a whole frame. Larger ones are not allowed, and each costs the receiver a wake-up or
-/// two, which weighs more than that this much no longer stays in the nearest cache.
+/// How much is copied and sent at once: a frame of the maximum length. Each frame costs the receiver a wake-up or two, which
+/// outweighs that a chunk of this size does not stay in the nearest cache.
 const CHUNK_BYTES: u64 = DATA_BYTES_MAX as u64;
-/// A further link is used for each so many bytes: below that, waking its thread costs more than it saves.
+/// A round uses one further link for each multiple of this: for fewer bytes, waking its thread costs more than it saves.
 const LINK_BYTES_MIN: u64 = 4 << 20;
-/// The longest run of zeroes in one frame: so much memory is made zero before the destination looks at anything else.
+/// A run of zeroes that has reached this length is sent, and the next frame begins another.
 const ZERO_BYTES_MAX: u64 = 1 << 30;
 
 /// The memory of a source, and the round in which its threads send it.
 pub(crate) struct Ram<'m> {
     regions: &'m [MemoryRegion<'m>],
-    /// What is to be sent, by region.
+    /// The pages to send, by region.
     pending: &'m [DirtyBitmap],
     round: Shared<RoundState>,
 }
 
 struct RoundState {
     number: u64,
-    /// The region that chunks are taken from, the next page of the run of dirty ones, and how many are left of it.
+    /// The region of the next chunk, the next page of its run of dirty pages, and the length of the rest of the run.
     region: usize,
     page: u64,
     pages: u64,
     exhausted: bool,
-    /// How many links take part.
+    /// How many links take part in the round.
     links: usize,
-    /// How many of the further links' threads are not done with the round.
+    /// How many further links' threads have not finished the round.
     active: usize,
-    /// How many links memory goes over.
+    /// How many of these links are used.
     link_count: LinkCount,
 }
 
@@ -72,12 +72,12 @@ impl<'m> Ram<'m> {
         Ram { regions, pending, round: sending.team.share(state) }
     }
 
-    /// Bytes that are to be sent.
+    /// How many bytes are to be sent.
     pub(crate) fn bytes(&self) -> u64 {
         self.pending.iter().map(|bitmap| bitmap.count() * PAGE_BYTES).sum()
     }
 
-    /// Sends every pending page, over as many links as that is worth. The calling thread sends over the first one.
+    /// Sends every pending page, over as many links as pay. The calling thread sends over the first one.
     pub(crate) fn send_round(&self, sending: &Sending<'_, '_>) -> Result<()> {
         let links = (self.bytes() / LINK_BYTES_MIN + 1).min(sending.writers.len() as u64) as usize;
         {
@@ -95,7 +95,7 @@ impl<'m> Ram<'m> {
         Ok(())
     }
 
-    /// The thread of a further link.
+    /// The body of a further link's thread.
     pub(crate) fn work(&self, link: usize, sending: &Sending<'_, '_>) -> Result<()> {
         let mut seen = 0;
         loop {
@@ -117,7 +117,7 @@ impl<'m> Ram<'m> {
         while let Some(Chunk { region, at, bytes }) = self.next(link, sending)? {
             let end = at + bytes;
             let mut from = at;
-            // What is known for zeroes is not read, so that memory that was never touched stays so.
+            // Memory that is known to be zero is not read, so that untouched memory stays untouched.
             while let Some(data) = region.data(from..end)? {
                 zeroes.add(region.id, from, data.start - from)?;
                 buffer.grow(CHUNK_BYTES as usize);
@@ -141,7 +141,7 @@ impl<'m> Ram<'m> {
         zeroes.flush()
     }
 
-    /// The next chunk for a link. A link that is not worth its while waits until it is, or until all chunks are taken.
+    /// The next chunk for a link. A link that is not used now waits until it is, or until all chunks are taken.
     fn next(&self, link: usize, sending: &Sending<'_, '_>) -> Result<Option<Chunk<'m>>> {
         let is_wanted = |round: &RoundState| round.exhausted || link < round.link_count.used();
         let (mut round, _) = sending.team.wait(&self.round, self.round.lock(), None, is_wanted)?;
@@ -171,13 +171,13 @@ impl<'m> Ram<'m> {
     }
 }
 
-/// Pages in a row that are zero, or are not.
+/// Consecutive pages that are all zero, or all not zero.
 struct Run<'b> {
     bytes: &'b [u8],
     zero: bool,
 }
 
-/// Splits pages into runs.
+/// Splits pages into such runs.
 struct Runs<'b> {
     bytes: &'b [u8],
 }
@@ -195,7 +195,7 @@ impl<'b> Iterator for Runs<'b> {
     }
 }
 
-/// A run of zeroes that may go on.
+/// The current run of zeroes, which the next chunk may continue.
 struct Zeroes<'s, 'w, 'a> {
     link: usize,
     sending: &'s Sending<'w, 'a>,

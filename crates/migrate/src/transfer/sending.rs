@@ -1,4 +1,4 @@
-//! What the threads of a source share while devices and memory are on their way.
+//! [`Sending`]: what the threads of a source share while devices and memory are on their way.
 
 use std::time::{Duration, Instant};
 
@@ -18,23 +18,23 @@ use crate::report::Recorder;
 use crate::wire::{Connection, Frame, FrameWriter};
 use crate::{Error, Options, Result};
 
-/// The work between the handshake and READY, and its threads.
+/// The work between the handshake and READY, and the state of its threads.
 pub(crate) struct Sending<'w, 'a> {
     context: &'w Context<'a>,
     pub(crate) team: Team,
-    /// The links, by number; on the first the other side answers.
+    /// The links, by number. The destination answers on the first.
     pub(crate) writers: Vec<&'w FrameWriter<'a>>,
-    /// The devices, by their place in the offer.
+    /// The devices, by their index in the offer.
     pub(crate) flows: Vec<Shared<DeviceFlow>>,
-    /// The threads that do the devices' jobs.
+    /// The threads for the devices' jobs.
     pub(crate) workers: DeviceWorkers,
     pub(crate) alive: KeepAlive,
-    /// How much of a device may be on its way; `None` where nobody answers.
+    /// The window of each device in bytes; `None` if no peer answers.
     pub(crate) window: Option<u64>,
     limits: Limits,
     flushes: Shared<Flushes>,
     state: Shared<State>,
-    /// How often a device had something new to tell.
+    /// How many times a device had news.
     news: Shared<u64>,
 }
 
@@ -81,27 +81,27 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.writers[0].has_peer()
     }
 
-    /// Gives a device a job, behind those that it has.
+    /// Gives a device a job, after those that it has.
     pub(crate) fn give(&self, at: usize, job: Job) {
         self.flows[at].lock().give(job);
         self.workers.post(at);
     }
 
-    /// Gives all devices a job, and waits until they have done it, or until that holds of them.
+    /// Gives all devices a job, and waits until each of them has done it or meets the condition.
     pub(crate) fn all(&self, job: Job, enough: impl Fn(&DeviceFlow) -> bool) -> Result<()> {
         (0..self.flows.len()).for_each(|at| self.give(at, job));
         self.wait_all(enough)
     }
 
-    /// Waits until all devices have done their jobs, or until that holds of them.
+    /// Waits until each device has done its jobs or meets the condition.
     pub(crate) fn wait_all(&self, enough: impl Fn(&DeviceFlow) -> bool) -> Result<()> {
         self.flows.iter().try_for_each(|flow| {
             self.team.wait(flow, flow.lock(), None, |flow| flow.is_idle() || enough(flow)).map(drop)
         })
     }
 
-    /// Gives all devices a job of the way back or of the end, and waits until they have done it: whatever became of the
-    /// work before, and as long as the devices' own calls take.
+    /// Gives all devices a job of the rollback or of the end, and waits until they have done it: also after a failure or a
+    /// cancel, and for as long as the devices' own calls take.
     pub(crate) fn all_to_the_end(&self, job: Job) {
         (0..self.flows.len()).for_each(|at| self.give(at, job));
         for flow in &self.flows {
@@ -112,18 +112,18 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
     }
 
-    /// Sends a frame over a link, or queues it there when it is small.
+    /// Sends a frame over a link, or queues it there if it is small and the link is busy.
     pub(crate) fn post(&self, link: usize, frame: &Frame<'_>) -> Result<()> {
         self.writers[link].post(frame, Some(self.team.ended()))
     }
 
-    /// Sends a device's data over the link that has the least to do, once the destination has room for it.
+    /// Sends a device's data over the least busy link, once the destination has room for it.
     pub(crate) fn send_device(&self, device: usize, position: u64, data: &[u8]) -> Result<()> {
         let end = position + data.len() as u64;
         let flow = &self.flows[device];
         let mut guard = flow.lock();
         while !guard.window.has_room(end) {
-            // The limit is for a destination that takes nothing at all.
+            // The limit applies to a destination that takes nothing at all.
             let (taken, until) = (guard.window.taken(), self.until_loaded());
             let moved;
             (guard, moved) = self.team.wait(flow, guard, until, |flow| flow.window.taken() > taken)?;
@@ -131,13 +131,13 @@ impl<'w, 'a> Sending<'w, 'a> {
                 return Err(self.timed_out("waiting for it to take a device's data"));
             }
         }
-        // Credit for it may come before the sending returns.
+        // Credit for this data may arrive before the call that sends it returns.
         guard.window.send(end);
         if self.window.is_some() {
             self.recorder().device_waits(device, guard.window.on_the_way());
         }
         drop(guard);
-        // Devices begin at different links, so that one with little to do is found at once.
+        // Devices begin the search at different links, so that an idle link is found at once.
         let links = self.writers.len();
         let among = if data.len() < SMALL_BYTES { 1 } else { links };
         let link = (0..among).map(|at| (at + device) % links).min_by_key(|at| self.writers[*at].busy());
@@ -145,7 +145,8 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.workers.send(|| self.post(link.unwrap_or(0), &frame))
     }
 
-    /// Asks on every link whether all that was sent over it is handled, and waits for the answers; how long they took.
+    /// Asks on every link whether everything that was sent over it is handled, and waits for the answers. Returns how long
+    /// they took.
     pub(crate) fn flush(&self) -> Result<Duration> {
         let began = now();
         if !self.has_peer() {
@@ -163,13 +164,13 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
     }
 
-    /// A device has something new to tell.
+    /// A device has news.
     pub(crate) fn device_has_news(&self) {
         *self.news.lock() += 1;
         self.news.notify_all();
     }
 
-    /// Waits until a device has something new to tell since the last time, or for so long.
+    /// Waits until a device has had news since the last call, but no longer than this time.
     pub(crate) fn wait_for_news(&self, seen: &mut u64, time: Duration) -> Result<()> {
         let until = now().checked_add(time);
         let (news, _) = self.team.wait(&self.news, self.news.lock(), until, |news| *news != *seen)?;
@@ -177,13 +178,13 @@ impl<'w, 'a> Sending<'w, 'a> {
         Ok(())
     }
 
-    /// Waits for so long, or until the work ends.
+    /// Waits for this time, or until the work ends.
     pub(crate) fn pause(&self, time: Duration) -> Result<()> {
         let until = now().checked_add(time);
         self.team.wait(&self.state, self.state.lock(), until, |_| time.is_zero()).map(drop)
     }
 
-    /// Devices give no more before the stop: their pre-copy jobs end.
+    /// Ends the devices' streaming: they give no more data before the stop.
     pub(crate) fn end_streams(&self) {
         for flow in &self.flows {
             flow.lock().streaming = false;
@@ -191,7 +192,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
     }
 
-    /// What is known of the devices now.
+    /// What is known about the devices now.
     pub(crate) fn look(&self, names: &[String]) -> Vec<DeviceLook> {
         let look = |(flow, name): (&Shared<DeviceFlow>, &String)| {
             let flow = flow.lock();
@@ -210,7 +211,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.flows.iter().zip(names).map(look).collect()
     }
 
-    /// All devices are stopped: those that have given everything may say so.
+    /// All devices are stopped. From now on a device that has given everything may send DEVICE_END.
     pub(crate) fn stopped(&self) -> Result<()> {
         self.post(0, &Frame::new(Kind::STOPPED, &[]))?;
         self.state.lock().stopped = true;
@@ -223,7 +224,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.team.wait(&self.state, self.state.lock(), None, |state| state.stopped).map(drop)
     }
 
-    /// Everything is sent: says so over each link, and waits until the destination has loaded it.
+    /// Everything is sent: sends LINK_END and SUM, and waits until the destination has loaded everything.
     pub(crate) fn finish(&self, sum: &[u8]) -> Result<()> {
         for link in 1..self.writers.len() {
             self.post(link, &Frame::new(Kind::LINK_END, &[]))?;
@@ -233,7 +234,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         if !self.has_peer() {
             return Ok(());
         }
-        // The limit for a guest that stands still is shorter.
+        // The limit for a guest that stands still applies as well.
         let state = &*self.state;
         match self.team.wait(state, state.lock(), self.until_loaded(), |state| state.ready)?.1 {
             true => Ok(()),
@@ -249,7 +250,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         Error::TimedOut { peer: self.writers[0].peer().into(), doing, limit: self.limits.load_max }
     }
 
-    /// The thread that listens to the destination until it is ready.
+    /// The body of the thread that listens to the destination until READY.
     pub(crate) fn listen(&self, connection: &Connection<'_>) -> Result<()> {
         let mut reader = connection.reader();
         loop {
@@ -262,7 +263,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
     }
 
-    /// Takes a frame of the destination's; whether it was the last.
+    /// Takes a frame of the destination. Returns whether it was the last one.
     fn hear(&self, header: &Header) -> Result<bool, Damage> {
         let misplaced = |why: &str| Err(Damage::Misplaced { kind: header.kind, why: why.into() });
         match header.kind {
@@ -289,13 +290,13 @@ impl<'w, 'a> Sending<'w, 'a> {
             Kind::READY => {
                 let mut state = self.state.lock();
                 if !state.summed {
-                    return misplaced("not all is sent");
+                    return misplaced("the SUM is not sent yet");
                 }
                 state.ready = true;
                 self.state.notify_all();
                 return Ok(true);
             }
-            _ => return misplaced("nothing was asked"),
+            _ => return misplaced("nothing was asked for"),
         }
         Ok(false)
     }

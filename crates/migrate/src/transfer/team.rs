@@ -1,16 +1,17 @@
-//! The threads of one side of a move as a team: the first failure counts, a cancel or a failure wakes all of them, and
+//! [`Team`]: how the work of one side's threads ends. The first failure counts, a cancel or a failure wakes all threads, and
 //! a panic is a failure like any other.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use limosa_clockwork::{Guard, Monitor, Scope, catch};
+use limosa_clockwork::{Guard, Monitor, Scope};
 
 use crate::cancel::Watch;
+use crate::error::guard;
 use crate::lock::lock;
 use crate::{Cancel, Error, Result};
 
-/// A value that threads of the team wait on. They are woken when the team's work ends.
+/// A value that threads of the team wait for. They are woken when the team's work ends.
 pub(crate) type Shared<T> = Arc<Monitor<T>>;
 
 trait Wake: Send + Sync {
@@ -19,15 +20,15 @@ trait Wake: Send + Sync {
 
 impl<T: Send> Wake for Monitor<T> {
     fn wake(&self) {
-        // A thread that has looked and not yet begun to wait has the value still.
+        // A thread that has checked the value and does not wait yet still holds the lock.
         drop(self.lock());
         self.notify_all();
     }
 }
 
-/// What the threads of one side share about how their work ends.
+/// What the threads of one side share about the end of their work.
 pub(crate) struct Team {
-    /// Ends every wait of the work: used by the first failure, by the user's cancel, and at the end.
+    /// Ends every wait. Cancelled by the first failure, by the user's cancel, and at the end.
     ended: Cancel,
     failure: Monitor<Option<Error>>,
     wakeups: Arc<Mutex<Vec<Arc<dyn Wake>>>>,
@@ -35,7 +36,7 @@ pub(crate) struct Team {
 }
 
 impl Team {
-    /// A team whose work ends when this handle is used, and may end without.
+    /// A team whose work ends at the latest when this handle is cancelled.
     pub(crate) fn new(cancel: Option<&Cancel>) -> Result<Team> {
         let ended = match cancel {
             Some(cancel) => cancel.child(),
@@ -51,24 +52,24 @@ impl Team {
         Ok(Team { ended, failure: Monitor::default(), wakeups, _watch })
     }
 
-    /// A value for the team's threads to wait on.
+    /// A value that the team's threads can wait for.
     pub(crate) fn share<T: Send + 'static>(&self, value: T) -> Shared<T> {
         let shared = Arc::new(Monitor::new(value));
         lock(&self.wakeups).push(Arc::clone(&shared) as Arc<dyn Wake>);
         shared
     }
 
-    /// For waits on links: used when the work is to end early.
+    /// The handle for waits on links: cancelled when the work is to end.
     pub(crate) fn ended(&self) -> &Cancel {
         &self.ended
     }
 
-    /// An error once the work is to end early; the reason is [`Team::first_failure`]'s.
+    /// Fails once the work is to end. The reason is that of [`Team::first_failure`].
     pub(crate) fn check(&self) -> Result<()> {
         if self.ended.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    /// Waits until the condition holds; whether it does before `until`. An error once the work is to end early.
+    /// Waits until the condition holds, and returns whether it does before `until`. Fails once the work is to end.
     pub(crate) fn wait<'s, T>(
         &self,
         shared: &'s Monitor<T>,
@@ -89,12 +90,12 @@ impl Team {
         }
     }
 
-    /// Something went wrong: the first failure counts, and ends the work of all.
+    /// Reports a failure. The first failure counts, and ends the work of all threads.
     pub(crate) fn fail(&self, error: Error) {
         {
             let mut failure = self.failure.lock();
             match &*failure {
-                // The other side has said why its link has failed.
+                // The other side has said why it ended the link.
                 Some(Error::Link { .. }) if matches!(error, Error::Aborted { .. }) => *failure = Some(error),
                 Some(_) => {}
                 None => *failure = Some(error),
@@ -103,22 +104,14 @@ impl Team {
         self.end();
     }
 
-    /// The work is over.
+    /// Ends the work.
     pub(crate) fn end(&self) {
         self.ended.cancel();
     }
 
-    /// What went wrong first, or else this.
+    /// The first failure, or this error if there was none.
     pub(crate) fn first_failure(&self, otherwise: Error) -> Error {
         self.failure.lock().take().unwrap_or(otherwise)
-    }
-
-    /// Does something; a panic is an error that names the place.
-    pub(crate) fn guard<T>(place: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        match catch(work) {
-            Ok(done) => done,
-            Err(panic) => Err(Error::panicked(place, &panic)),
-        }
     }
 
     /// Starts a thread of the team. Its error, or its panic, is the team's failure.
@@ -131,7 +124,7 @@ impl Team {
         let body = {
             let name = name.clone();
             move || {
-                if let Err(error) = Team::guard(&name, work) {
+                if let Err(error) = guard(&name, work) {
                     self.fail(error);
                 }
             }
@@ -141,10 +134,10 @@ impl Team {
     }
 }
 
-/// What fails when the system starts no thread.
+/// What the engine was doing when the system refused to start a thread.
 pub(crate) const STARTING: &str = "starting a thread of the move";
 
-/// Does something at the end, also of a panic.
+/// Calls a function when it is dropped, also by a panic.
 pub(crate) struct OnDrop<F: FnMut()>(pub(crate) F);
 
 impl<F: FnMut()> Drop for OnDrop<F> {

@@ -1,4 +1,4 @@
-//! A move's first link: frames both ways, and the words that begin and end a move.
+//! [`Connection`]: the first link of a move, with frames in both directions and the exchanges that begin and end a move.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ pub(crate) struct Connection<'a> {
     reader: Monitor<FrameReader>,
 }
 
-/// A frame that came, with its payload.
+/// A received frame, with its payload.
 #[derive(Debug)]
 pub(crate) struct Received {
     pub(crate) header: Header,
@@ -54,7 +54,7 @@ impl<'a> Connection<'a> {
         &self.limits
     }
 
-    /// The reading half, for as long as one thread reads.
+    /// The receiving half, locked for one thread.
     pub(crate) fn reader(&self) -> Guard<'_, FrameReader> {
         self.reader.lock()
     }
@@ -76,8 +76,7 @@ impl<'a> Connection<'a> {
         self.writer.send(frame, cancel)
     }
 
-    /// The next frame that is not PROGRESS. The peer may be silent for `silence_max`, and keep this side waiting with
-    /// PROGRESS for `limit`.
+    /// The next frame that is not PROGRESS. The peer may be silent for `silence_max`, and send PROGRESS only for `limit`.
     pub(crate) fn receive(
         &self,
         doing: &'static str,
@@ -93,14 +92,14 @@ impl<'a> Connection<'a> {
                 let payload = reader.payload(&header).to_vec();
                 return Ok(Received { header, payload });
             }
-            // There may always be more of these at hand, so that nothing is ever waited for.
+            // Frames may arrive so fast that no read waits: the limit is checked here as well.
             if within.is_some_and(|(until, _)| until <= now()) {
                 return Err(self.failed(LinkError::TimedOut, doing, limit));
             }
         }
     }
 
-    /// The payload of a frame of this kind, which is due.
+    /// The payload of the next frame, which must be of this kind.
     pub(crate) fn expect(
         &self,
         kind: Kind,
@@ -116,7 +115,7 @@ impl<'a> Connection<'a> {
         Ok(received.payload)
     }
 
-    /// Tells the peer that the move is off and why.
+    /// Sends ABORT with the reason, unless the peer knows it.
     pub(crate) fn abort(&self, error: &Error) {
         if self.has_peer() && !error.peer_needs_no_word() {
             self.writer.abort(error, self.limits.last_words_max);
@@ -164,7 +163,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// What is wrong with what came, as an error that names the sender.
+    /// Damage, as an error that names the sender.
     pub(crate) fn damaged(&self, damage: Damage) -> Error {
         Error::Stream { from: self.link.peer().into(), damage }
     }

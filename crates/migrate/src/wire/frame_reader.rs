@@ -1,4 +1,4 @@
-//! The receiving half of a link: frames, checked.
+//! [`FrameReader`]: the receiving half of a link, which checks frames.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,22 +23,22 @@ pub(crate) struct FrameReader {
     sequence: u32,
     header: [u8; HEADER_BYTES],
     header_bytes: usize,
-    /// The header once it is whole and checked, while its payload is being read.
+    /// The header, once it is complete and checked, while its payload is being read.
     reading: Option<Header>,
     payload_bytes: usize,
     /// At least as long as the frame's payload.
     payload: Buffer,
     unpacker: Option<Unpacker>,
-    /// What the next payload that is compressed goes into.
+    /// The buffer for the next payload that is decompressed.
     unpacked: Buffer,
-    /// The buffer of the other frames, while there is a device's data in the payload, and the other way round.
+    /// While `payload` has the data of a device, the buffer for other frames, and the other way round.
     other: Buffer,
     is_device: bool,
     buffers: Arc<Gauge>,
 }
 
 impl FrameReader {
-    /// Of this link, which every read is given.
+    /// The receiving half of this link. The link is passed to every read again.
     pub(crate) fn new(link: &dyn Link, silence_max: Duration) -> FrameReader {
         FrameReader {
             peer: link.peer().into(),
@@ -58,19 +58,19 @@ impl FrameReader {
         }
     }
 
-    /// Compressed payloads are compressed in this way.
+    /// Sets the compression of compressed payloads.
     pub(crate) fn decompress(&mut self, compression: Option<Compression>) -> Result<()> {
         let unpacker = compression.map(Unpacker::new).transpose();
         self.unpacker = unpacker.map_err(|error| Error::Os { doing: COMPRESSING, error })?;
         Ok(())
     }
 
-    /// From now on the peer may be silent on this link for as long as it likes.
+    /// From now on the peer's silence on this link has no limit.
     pub(crate) fn allow_silence(&mut self) {
         self.silence_max = Duration::MAX;
     }
 
-    /// From now on its buffers are counted there.
+    /// From now on this gauge counts its buffers.
     pub(crate) fn count(&mut self, buffers: &Arc<Gauge>) {
         self.buffers = Arc::clone(buffers);
         for buffer in [&mut self.payload, &mut self.unpacked, &mut self.other] {
@@ -78,14 +78,14 @@ impl FrameReader {
         }
     }
 
-    /// The other side's preface, which comes before all frames.
+    /// Reads the other side's preface, which comes before all frames.
     pub(crate) fn preface(&mut self, link: &dyn Link, cancel: Option<&Cancel>) -> Result<Preface> {
         let bytes = self.preface_bytes(link, cancel)?;
         Preface::decode(&bytes).map_err(|damage| self.damaged(damage))
     }
 
-    /// The bytes where a preface is due, and no byte more. Unlike a frame it has to be whole within `silence_max`: the
-    /// peer has not shown yet that it is one.
+    /// Reads the bytes of a preface, and no more. Unlike a frame, they have to be complete within `silence_max`, since the
+    /// client has not shown yet that it is a peer.
     pub(crate) fn preface_bytes(
         &mut self,
         link: &dyn Link,
@@ -102,7 +102,7 @@ impl FrameReader {
                 }
                 read => read.map_err(|error| self.failed(error, doing))?,
             };
-            // Three bytes tell, and an alert is no longer than seven.
+            // Three bytes are enough to tell, and a TLS alert has only seven.
             if crate::link::is_tls(&bytes[..filled]) {
                 return Err(self.failed(TlsError::TlsPeer.into(), doing));
             }
@@ -110,8 +110,8 @@ impl FrameReader {
         Ok(bytes)
     }
 
-    /// The next frame, whose payload is then in [`FrameReader::payload`]. Every byte renews the peer's time to be
-    /// silent; `within` is a limit that nothing renews. ABORT is [`Error::Aborted`].
+    /// The next frame. Its payload is then in [`FrameReader::payload`]. Every byte renews the limit for silence; `within` is
+    /// a limit that nothing renews. ABORT is returned as [`Error::Aborted`].
     pub(crate) fn next(
         &mut self,
         link: &dyn Link,
@@ -149,12 +149,12 @@ impl FrameReader {
         }
     }
 
-    /// The header is there: checks it, and makes room for its payload.
+    /// The header is complete: checks it, and makes room for the payload.
     fn begin(&mut self) -> Result<()> {
         let header = Header::decode(&self.header).map_err(|damage| self.damaged(damage))?;
         header.check_sequence(self.sequence).map_err(|damage| self.damaged(damage))?;
         self.sequence = self.sequence.wrapping_add(1);
-        // A device's data is taken away, in a buffer that should not be larger than it.
+        // The caller takes device data away with its buffer, which should not be much larger than the data.
         let is_device = header.kind == Kind::DEVICE_DATA;
         if std::mem::replace(&mut self.is_device, is_device) != is_device {
             std::mem::swap(&mut self.payload, &mut self.other);
@@ -164,7 +164,7 @@ impl FrameReader {
         Ok(())
     }
 
-    /// The payload is there: checks it, and unpacks it.
+    /// The payload is complete: checks it, and decompresses it.
     fn end(&mut self, header: Header) -> Result<Header> {
         let payload = &self.payload[..header.length as usize];
         header.check_payload(payload).map_err(|damage| self.damaged(damage))?;
@@ -187,8 +187,8 @@ impl FrameReader {
         &self.payload[..header.length as usize]
     }
 
-    /// Takes the last frame's payload away, for another buffer; or a copy of it, so that what is taken away never
-    /// holds much more than its bytes.
+    /// Takes the payload of the last frame away and puts another buffer in its place. If the buffer is much larger than the
+    /// payload, returns a copy instead.
     pub(crate) fn take_payload(&mut self, header: &Header, instead: impl FnOnce() -> Buffer) -> Buffer {
         let bytes = header.length as usize;
         if self.payload.is_wide_for(bytes) {
@@ -203,7 +203,7 @@ impl FrameReader {
         &self.peer
     }
 
-    /// What is wrong with what came, as an error that names the sender.
+    /// Damage, as an error that names the sender.
     pub(crate) fn damaged(&self, damage: Damage) -> Error {
         Error::Stream { from: self.peer().into(), damage }
     }
@@ -223,7 +223,7 @@ impl FrameReader {
     }
 }
 
-/// The deadline of a limit that begins now, for [`FrameReader::next`].
+/// The deadline and length of a limit that begins now, for [`FrameReader::next`].
 pub(crate) fn within(limit: Duration) -> Option<(Instant, Duration)> {
     Some((now().checked_add(limit)?, limit))
 }

@@ -1,5 +1,5 @@
-//! The sending half of a link: frames, one after the other, from several threads. A thread that finds the link busy
-//! queues a small frame for the current sender, and waits for its turn with a large one.
+//! [`FrameWriter`]: the sending half of a link, shared by several threads. A thread that finds the link busy queues a small
+//! frame for the current sender, and waits for its turn with a large one.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -17,32 +17,32 @@ use crate::{Cancel, Error, Result};
 
 /// The largest payload that is queued for another sender.
 const SMALL_BYTES_MAX: usize = 1 << 10;
-/// The most bytes of frames that are queued and not sent yet.
+/// The most bytes of frames in the queue.
 const QUEUED_BYTES_MAX: usize = 64 << 10;
 
-/// The sending half of a link. Threads that send take turns, in the order in which they ask.
+/// The sending half of a link. Threads take turns to send, in the order in which they ask.
 pub(crate) struct FrameWriter<'a> {
     link: &'a dyn Link,
     silence_max: Duration,
     queue: Monitor<WriteQueue>,
     compression: OnceLock<(Compression, Arc<Gauge>)>,
-    /// Those that no thread compresses with now. There are never more than threads that send at once.
+    /// The packers that no thread uses now. There are at most as many as threads that send at once.
     packers: Monitor<Vec<Packer>>,
 }
 
-/// Whose turn it is. The state is away while a thread sends, and is handed to the one that has waited longest.
+/// The queue of a link. A thread that sends has taken the state, and passes it on to the thread that has waited longest.
 struct WriteQueue {
     state: Option<WriterState>,
     waiting: VecDeque<Waiting>,
     /// Bytes of the queued frames.
     queued_bytes: usize,
-    /// Why a frame could not be sent. It stays: whatever was queued behind it is lost, too.
+    /// Why a queued frame could not be sent. It stays, since the frames queued after that one are lost as well.
     failed: Option<Error>,
 }
 
-/// What is next on a link.
+/// An entry of the queue.
 enum Waiting {
-    /// A thread, for its turn.
+    /// A thread that waits for its turn.
     Thread(Arc<Monitor<Option<WriterState>>>),
     /// A small frame: header and payload.
     Frame(Header, Box<[u8]>),
@@ -52,11 +52,11 @@ struct WriterState {
     sequence: u32,
     sent_bytes: u64,
     last_sent: Instant,
-    /// The rest of a frame whose sending ended early. It is sent before anything else, which could not be read without.
+    /// The rest of a frame whose sending ended early. It is sent first, since the peer expects it.
     unfinished: Vec<u8>,
 }
 
-/// A turn at sending. Frames that were queued meanwhile are sent at its end.
+/// A turn at sending. Its end sends the frames that were queued meanwhile.
 struct WriteTurn<'t, 'a> {
     writer: &'t FrameWriter<'a>,
     state: Option<WriterState>,
@@ -108,7 +108,7 @@ impl<'a> FrameWriter<'a> {
         }
     }
 
-    /// From now on devices' data and memory are compressed, in memory that is counted there.
+    /// From now on compresses device data and memory, in buffers that this gauge counts.
     pub(crate) fn compress(&self, compression: Option<Compression>, buffers: &Arc<Gauge>) {
         if let Some(compression) = compression {
             let _ = self.compression.set((compression, Arc::clone(buffers)));
@@ -123,7 +123,7 @@ impl<'a> FrameWriter<'a> {
         self.link.peer()
     }
 
-    /// Sends what comes before the first frame.
+    /// Sends the preface, before the first frame.
     pub(crate) fn preface(
         &self,
         id: MigrationId,
@@ -139,7 +139,7 @@ impl<'a> FrameWriter<'a> {
         sent
     }
 
-    /// Sends a frame, or queues it for a thread that sends now: that it could not be sent shows at a later one.
+    /// Sends a frame, or queues it for the thread that sends now. A later call reports that a queued frame could not be sent.
     pub(crate) fn post(&self, frame: &Frame<'_>, cancel: Option<&Cancel>) -> Result<()> {
         if frame.payload.len() <= SMALL_BYTES_MAX && self.enqueue(frame)? {
             return Ok(());
@@ -149,7 +149,7 @@ impl<'a> FrameWriter<'a> {
 
     /// Sends a frame.
     pub(crate) fn send(&self, frame: &Frame<'_>, cancel: Option<&Cancel>) -> Result<()> {
-        // Before the turn, which others wait for.
+        // Checksums and compression come before the turn, for which other threads wait.
         let header = header_of(frame);
         let compression = self.compression.get().filter(|_| frame.kind.may_be_compressed());
         let Some((compression, buffers)) = compression else {
@@ -169,8 +169,8 @@ impl<'a> FrameWriter<'a> {
         sent
     }
 
-    /// Says that this side is alive, when nothing was sent for `interval` and no thread is sending now. It never
-    /// waits: a link that is full carries enough already.
+    /// Sends a keep-alive, if nothing was sent for `interval` and no thread is sending now. Never waits: a full link has data
+    /// for the peer to read.
     pub(crate) fn keep_alive(&self, interval: Duration) -> Result<()> {
         let mut queue = self.queue.lock();
         let is_due = |state: &mut WriterState| state.last_sent + interval <= now();
@@ -188,7 +188,7 @@ impl<'a> FrameWriter<'a> {
         }
     }
 
-    /// Says why the move is off. Whether that was sent within the limit.
+    /// Sends ABORT with the reason. Returns whether it was sent within the limit.
     pub(crate) fn abort(&self, error: &Error, limit: Duration) -> bool {
         let mut turn = self.turn(None);
         let Some(state) = &mut turn.state else { return false };
@@ -199,7 +199,7 @@ impl<'a> FrameWriter<'a> {
         state.write_within(&|| whole, self, [&header.encode(), &code_and_reason], "calling off").is_ok()
     }
 
-    /// How many threads send or wait to.
+    /// How many threads and frames send or wait.
     pub(crate) fn busy(&self) -> usize {
         let queue = self.queue.lock();
         usize::from(queue.state.is_none()) + queue.waiting.len()
@@ -264,7 +264,7 @@ impl WriterState {
         Ok(())
     }
 
-    /// Every byte that the link takes renews the time that it may take none.
+    /// Every byte that the link takes renews the limit for a link that takes none.
     fn write(
         &mut self,
         writer: &FrameWriter<'_>,
@@ -295,7 +295,7 @@ impl WriterState {
             let slices = if sent < first.len() { &slices[..] } else { &slices[1..] };
             match writer.link.write(slices, wait()) {
                 Ok(bytes) => {
-                    // A frame counts from its first byte on.
+                    // A frame has its number from its first byte on.
                     self.sequence = self.sequence.wrapping_add(u32::from(sent == 0));
                     sent += bytes;
                 }

@@ -5,7 +5,7 @@ use std::io::IoSlice;
 use crate::link::{Link, LinkError, Wait};
 use crate::report::LinkMeter;
 
-/// Counts the bytes of a link, and the time spent in its reads and writes.
+/// A link that counts its bytes, and the time spent in its reads and writes.
 pub(crate) struct MeteredLink<'a> {
     inner: &'a dyn Link,
     meter: LinkMeter,

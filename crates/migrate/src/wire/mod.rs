@@ -1,5 +1,5 @@
-//! Frames over links: [`FrameWriter`] numbers and sends them, [`FrameReader`] receives and checks them, and a
-//! [`Connection`] is both over a move's first link, with the words that begin and end a move.
+//! Frames over links. [`FrameWriter`] numbers and sends them, [`FrameReader`] receives and checks them. A [`Connection`] is
+//! both, for the first link of a move, with the exchanges that begin and end a move.
 
 mod connection;
 mod frame_reader;
@@ -23,20 +23,20 @@ const COMPRESSING: &str = "making room to compress in";
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Frame<'p> {
     pub(crate) kind: Kind,
-    /// The device or memory region that it is about, or 0.
+    /// The id of its device or memory region, or the number of its link; otherwise 0.
     pub(crate) section: u32,
-    /// Where the payload belongs in its section, in bytes.
+    /// The position in the section, in bytes; for some kinds another number (`docs/stream.md: Frame`).
     pub(crate) position: u64,
     pub(crate) payload: &'p [u8],
 }
 
 impl<'p> Frame<'p> {
-    /// A frame that is about the move as a whole.
+    /// A frame of the move as a whole.
     pub(crate) fn new(kind: Kind, payload: &'p [u8]) -> Frame<'p> {
         Frame { kind, section: 0, position: 0, payload }
     }
 
-    /// A frame about a device or a region, or of a numbered link.
+    /// A frame of a device, a region or a numbered link.
     pub(crate) fn of(section: u32, kind: Kind, payload: &'p [u8]) -> Frame<'p> {
         Frame { kind, section, position: 0, payload }
     }

@@ -1,4 +1,4 @@
-//! When pre-copy stops: the limit, the stall, and what the caller chose to do then.
+//! When pre-copy stops: the goal, the stall, and what the caller chose to do then.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -14,7 +14,7 @@ use limosa_migrate::{
 use limosa_protocol::MigrationFlags;
 use limosa_protocol::bitmap::DirtyBitmap;
 
-/// Enough for a rate to be learned from.
+/// Enough pages for the rate to be measured.
 const PAGES: u64 = 512;
 
 /// A guest that dirties all of its pages in every round, until it is slowed down enough.
@@ -146,7 +146,7 @@ fn a_guest_that_does_not_converge_is_stopped_all_the_same_and_that_is_said() {
     assert!(moved);
     let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
     assert!((3..=40).contains(&report.rounds.len()), "{}", report.rounds.len());
-    assert!(report.notes.iter().any(|note| note.contains("wanted were 0.0 us")), "{:?}", report.notes);
+    assert!(report.notes.iter().any(|note| note.contains("the goal was 0.0 us")), "{:?}", report.notes);
     assert_eq!(report.predicted_downtime_ns, report.rounds.last().map(|round| round.predicted_downtime_ns));
     // The first round has zeroes only.
     assert!(report.rounds.iter().skip(1).all(|round| round.bytes_per_second > 0));
@@ -166,7 +166,7 @@ fn a_move_that_does_not_converge_is_called_off_where_that_was_chosen() {
 fn a_guest_that_is_slowed_down_converges_and_is_let_go() {
     let (outcome, moved, guest) = run(WhenStalled::SwitchOver, 2, None);
     assert!(moved, "{outcome:?}");
-    // That no downtime at all cannot be had is not the guest's fault.
+    // It is not the guest's fault that a downtime of zero is impossible.
     assert_eq!(*guest.steps.lock().unwrap(), [1, 2, 0]);
     let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
     assert_eq!(report.rounds.last().unwrap().dirty_bytes, 0, "it came to rest");

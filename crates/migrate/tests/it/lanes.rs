@@ -235,7 +235,7 @@ fn a_further_link_that_fails_anywhere_ends_the_move_without_harm() {
 }
 
 #[test]
-fn a_further_link_that_cannot_be_had_failed_a_move_that_can_do_with_fewer() {
+fn a_further_link_that_cannot_be_made_failed_a_move_that_can_go_on_with_fewer() {
     let mut ends = ends(1, 4);
     ends.options.silence_max = Duration::from_millis(300);
     let (near, far) = SocketLink::pair().unwrap();

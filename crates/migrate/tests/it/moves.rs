@@ -138,7 +138,7 @@ fn refused(ends: &Ends) -> String {
         panic!("{outcome:?}")
     };
     assert!(report.phases.iter().all(|phase| phase.phase == Phase::Handshake), "nothing was touched");
-    let text = reasons.join("; ");
+    let text = reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     if let Received::Discarded { why, .. } = &received {
         assert!(matches!(why, Error::Incompatible { .. } | Error::Link { .. }), "{why}");
     }

@@ -156,7 +156,7 @@ fn a_source_that_breaks_the_order_is_refused_and_the_destination_stays_usable() 
         ("DEVICE_BEGIN is out of place: device 0 was not offered", |peer| {
             peer.frame(Kind::DEVICE_BEGIN, 0, 0, &[]);
         }),
-        ("it is for byte 1, due is byte 0", |peer| {
+        ("it starts at byte 1, byte 0 is due", |peer| {
             peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
             peer.frame(Kind::DEVICE_DATA, 7, 1, b"x");
         }),
@@ -193,7 +193,7 @@ fn a_source_that_sends_more_than_it_has_credit_for_is_refused() {
         // Whether it is in order does not matter any more.
         peer.frame(Kind::DEVICE_DATA, 7, (4 << 20) - 3, b"four");
     });
-    assert!(why.to_string().contains("with the last credit there is room up to byte 4194304"), "{why}");
+    assert!(why.to_string().contains("the last credit allows data up to byte 4194304"), "{why}");
 }
 
 #[test]

@@ -213,7 +213,7 @@ fn a_stream_of_another_device_is_refused() {
     let Received::Discarded { why: Error::Incompatible { reasons }, .. } = received else {
         panic!("{received:?}")
     };
-    assert!(reasons[0].contains("the source has 1 devices, the destination 2"), "{reasons:?}");
+    assert!(reasons[0].message.contains("the source has 1 devices, the destination 2"), "{reasons:?}");
 }
 
 #[test]

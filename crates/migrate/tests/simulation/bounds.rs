@@ -37,7 +37,7 @@ pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
     }
     let frame = DATA_BYTES_MAX as u64;
     let (links, devices) = (u64::from(plan.links_taken), plan.devices.len() as u64);
-    // Who saves has nobody who gives a window.
+    // A save has no peer that gives a window.
     let read = if plan.saves.is_some() { READ_BYTES_MAX } else { READ_BYTES_MAX.min(window / 2) };
     // What a compression puts into may have to be a little longer than a frame.
     let packed = (links + devices) * (frame + frame / 64);

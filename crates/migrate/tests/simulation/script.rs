@@ -222,7 +222,7 @@ impl<'a> Script<'a> {
         }
     }
 
-    /// The source runs again; or says of every device that does not. Who died as he brought devices back says nothing.
+    /// The source runs again, or names every device that does not. A source that died during the undo names none.
     fn source_runs(&self, notes: &[String], crashed: bool) -> Result<(), String> {
         match self.source.runs_all() {
             Ok(()) => Ok(()),

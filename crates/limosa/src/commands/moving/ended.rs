@@ -42,9 +42,9 @@ impl<'a> Ending<'a> {
                 report.notes.extend(guest.failures());
                 self.failed(&report);
                 let notes = Notes(&report.notes).to_string();
-                let source = match notes.as_str() {
-                    "" => "the source is as it was before",
-                    _ => "the move was undone, but not all is as it was before",
+                let source = match report.unrecovered.is_empty() && guest.failures().is_empty() {
+                    true => "the source is as it was before",
+                    false => "the move was undone, but not all is as it was before",
                 };
                 Err(anyhow::Error::from(why).context(format!("{source}{notes}")))
             }

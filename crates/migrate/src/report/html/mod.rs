@@ -1,5 +1,5 @@
-//! A report as one HTML file that needs nothing else: the numbers, the pictures, the tables. It is XML as well, so that
-//! any tool can take the pictures out.
+//! [`Report::html`]: a report as one self-contained HTML file with numbers, pictures and tables. The file is also XML, so that
+//! any tool can extract the pictures.
 
 mod rounds;
 mod svg;
@@ -16,10 +16,9 @@ use svg::Escaped;
 const STYLE: &str = include_str!("style.css");
 
 impl Report {
-    /// The report as an HTML file: a timeline with phases, rounds, devices and links, beside it the time in which
-    /// nothing ran, the rounds as charts, and tables of all numbers. It loads nothing, runs no script, follows the
-    /// reader's choice of light or dark, and prints on paper in landscape. Names of devices and peers, and all other
-    /// text, are escaped.
+    /// The report as an HTML file: a timeline with phases, rounds, devices and links, a close-up of the downtime, charts of the
+    /// rounds, and tables of all numbers. The file loads nothing, runs no script, follows the reader's choice of light or
+    /// dark, and prints on paper in landscape. All text, such as names of devices and peers, is escaped.
     #[must_use]
     pub fn html(&self) -> String {
         let mut page = String::new();
@@ -69,7 +68,7 @@ impl Report {
         }
     }
 
-    /// The numbers that are asked for first.
+    /// The most important numbers.
     fn facts(&self, page: &mut String) -> std::fmt::Result {
         writeln!(page, "<dl class=\"facts\">")?;
         if let Some(downtime) = self.downtime_ns {
@@ -118,7 +117,7 @@ impl Report {
         writeln!(page, "</dl>")
     }
 
-    /// What the colours of the lanes mean, of those that there are.
+    /// The legend: the colours that the lanes use.
     fn key(&self, page: &mut String) -> std::fmt::Result {
         writeln!(page, "<ul class=\"key\">")?;
         let mut entry = |class: &str, name: &str| writeln!(page, "<li><i class=\"{class}\"></i>{name}</li>");

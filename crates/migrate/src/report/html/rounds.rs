@@ -1,5 +1,5 @@
-//! The rounds of pre-copy as two charts: how much was moved and how much was dirty again, and what the stop would have
-//! cost, against its limit. Both fall by orders of magnitude, so that their axes are logarithmic.
+//! The rounds of pre-copy as two charts: the bytes that were moved and those that were dirty afterwards, and the predicted
+//! downtime with its goal. Both fall by orders of magnitude, so their axes are logarithmic.
 
 use super::svg::{Anchor, Area, Svg, fitting, text_width};
 use super::timeline::{WIDTH, nice_step};
@@ -27,13 +27,13 @@ struct Chart<'a> {
     area: Area,
     title: &'static str,
     rounds: &'a [RoundReport],
-    /// A power of what the axis has lines at: two for bytes, ten for times.
+    /// The base of the axis: it has lines at powers of two for bytes, and of ten for times.
     base: f64,
     print: &'a dyn Fn(u64) -> String,
     limit: Option<u64>,
 }
 
-/// Draws both; nothing when no round has come to its end.
+/// Draws both charts; nothing if no round has ended.
 pub(super) fn draw(report: &Report) -> Option<String> {
     let rounds = &report.rounds;
     if rounds.is_empty() {
@@ -87,7 +87,7 @@ impl Chart<'_> {
         if high <= low {
             high = low + 1.0;
         }
-        // Nothing lies on the lowest line but what is zero.
+        // Only zero lies on the lowest line.
         let place = |value: u64| match value {
             0 => y + height,
             value => y + height - (log(value) - low) / (high - low) * (height - 8.0) - 4.0,
@@ -105,7 +105,7 @@ impl Chart<'_> {
         let every = ((high - low) / LINES_MAX as f64).ceil().max(1.0);
         let mut power = low;
         while power <= high {
-            // Far beyond what there is to measure it is not drawn.
+            // A goal far outside the range of the values is not drawn.
             let value = self.base.powf(power).min(1e18) as u64;
             let height = place(value);
             svg.line((x, height), (x + width, height), "grid");
@@ -118,7 +118,7 @@ impl Chart<'_> {
         if let Some(limit) = self.limit {
             let (at, text) = (place(limit), format!("limit {}", (self.print)(limit)));
             svg.line((x, at), (x + width, at), "curve allowed");
-            // Above the line, unless that is where the picture ends.
+            // Above the line, unless the picture ends there.
             let beside = if at - y > 16.0 { at - 5.0 } else { at + 13.0 };
             svg.text((x + width - 6.0, beside), SMALL_SIZE, Anchor::End, "name", &text);
         }
@@ -138,7 +138,7 @@ impl Chart<'_> {
         }
     }
 
-    /// The rounds' numbers, and where the guest was slowed down.
+    /// The numbers of the rounds, and marks where the guest was slowed down.
     fn columns(&self, svg: &mut Svg) {
         let Area { x, y, width, height } = self.area;
         let each = nice_step(self.rounds.len() as f64 / (width / 40.0)) as usize;

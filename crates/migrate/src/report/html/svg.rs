@@ -1,12 +1,12 @@
-//! The few shapes that the pictures are made of. All coordinates are absolute, so that what lies where can be read off
-//! the file; every text is escaped.
+//! The few shapes of the pictures. All coordinates are absolute, so that positions can be read in the file. Every text is
+//! escaped.
 
 use std::fmt::{self, Write as _};
 
-/// How wide a character of the page's font is at most, on average, in parts of its size.
+/// The average width of a character of the page's font at most, as a fraction of the font's size.
 const CHARACTER_WIDTH: f64 = 0.6;
 
-/// A text in XML: no markup, and no character that cannot be there or that turns what is around it.
+/// A text in XML: without markup, and without characters that XML forbids or that change the direction of other text.
 pub(super) struct Escaped<'a>(pub(super) &'a str);
 
 impl fmt::Display for Escaped<'_> {
@@ -29,18 +29,18 @@ impl fmt::Display for Escaped<'_> {
     }
 }
 
-/// Whether it changes the direction of the text around it, or hides in it.
+/// Whether a character changes the direction of the text around it, or is invisible.
 fn turns(c: char) -> bool {
     matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
-/// How wide a text of this size is at most.
+/// The maximum width of a text of this size.
 pub(super) fn text_width(text: &str, size: f64) -> f64 {
     let wide = |c: char| if c.is_ascii() { CHARACTER_WIDTH } else { 2.0 * CHARACTER_WIDTH };
     text.chars().map(wide).sum::<f64>() * size
 }
 
-/// As much of a text as has room, with an ellipsis where something is missing.
+/// As much of a text as fits, with an ellipsis if some is missing.
 pub(super) fn fitting(text: &str, size: f64, room: f64) -> String {
     let one_line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if text_width(&one_line, size) <= room {
@@ -70,7 +70,7 @@ pub(super) struct Area {
     pub(super) height: f64,
 }
 
-/// Where a text is fastened.
+/// Where a text is anchored.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Anchor {
     Start,
@@ -99,7 +99,7 @@ impl Svg {
         Svg { body, width, height }
     }
 
-    /// A rectangle, kept within the picture; what it is shows when it is pointed at.
+    /// A rectangle, clipped to the picture, with a tooltip.
     pub(super) fn area(&mut self, area: Area, class: &str, title: &str) {
         let (x, y) = (area.x.clamp(0.0, self.width), area.y.clamp(0.0, self.height));
         let width = area.width.clamp(0.0, self.width - x);
@@ -125,7 +125,7 @@ impl Svg {
         self.close("circle", title);
     }
 
-    /// A line through points, or with `filled` what it surrounds.
+    /// A line through points, or with `filled` the area that it encloses.
     pub(super) fn points(&mut self, points: &[(f64, f64)], class: &str, filled: bool, title: &str) {
         let kind = if filled { "polygon" } else { "polyline" };
         let _ = write!(self.body, "<{kind} class=\"{class}\" points=\"");
@@ -142,7 +142,7 @@ impl Svg {
         self.titled_text(at, size, anchor, class, text, "");
     }
 
-    /// A text that has more to say when it is pointed at.
+    /// A text with a tooltip.
     pub(super) fn titled_text(
         &mut self,
         (x, y): (f64, f64),

@@ -1,11 +1,11 @@
-//! The picture of a move: the whole of it, and beside it the time in which nothing ran, with the same lanes: phases,
-//! rounds, the downtime with its prediction and limit, a lane for each device and each link.
+//! The picture of a move in two panels, the complete move and a close-up of the downtime. Both have the same lanes: phases,
+//! rounds, the downtime with its prediction and goal, and a lane for each device and each link.
 
 use super::svg::{Anchor, Area, Svg, fitting, text_width};
 use crate::report::text::{Bytes, Rate, Time};
 use crate::report::{Act, DeviceReport, LinkReport, Phase, Report};
 
-/// How wide the picture is.
+/// The width of the picture.
 pub(super) const WIDTH: f64 = 1200.0;
 /// Where the names of the lanes end and the first panel begins.
 const NAMES: f64 = 196.0;
@@ -14,11 +14,11 @@ const MARGIN: f64 = 12.0;
 const LEFT: f64 = 1.0;
 /// Between the panels.
 const GAP: f64 = 36.0;
-/// Of the two panels' width, how much the whole move gets.
+/// The share of the complete move in the width of both panels.
 const WHOLE: f64 = 0.56;
 /// The panels' titles and their axes.
 const HEAD: f64 = 58.0;
-/// What is shorter would not be seen.
+/// The minimum width of a band: a narrower one would be invisible.
 const SEEN: f64 = 1.5;
 const NAME_SIZE: f64 = 12.0;
 const SMALL_SIZE: f64 = 10.0;
@@ -29,9 +29,9 @@ struct Panel {
     width: f64,
     from: f64,
     to: f64,
-    /// What the axis counts from.
+    /// The origin of the axis.
     zero: f64,
-    /// Whether it shows what a band is on it.
+    /// Whether bands have labels.
     is_zoom: bool,
 }
 
@@ -40,7 +40,7 @@ impl Panel {
         self.x + ((ns - self.from) / (self.to - self.from)).clamp(0.0, 1.0) * self.width
     }
 
-    /// Where something is drawn that takes this long, if any of it is in the window.
+    /// The position of a band of this duration, if any of it is in the window.
     fn band(&self, start: u64, duration: u64) -> Option<(f64, f64)> {
         let (start, end) = (start as f64, start as f64 + duration as f64);
         if end < self.from || start > self.to {
@@ -57,7 +57,7 @@ struct Lane {
     height: f64,
 }
 
-/// Draws it.
+/// Draws the picture.
 pub(super) fn draw(report: &Report) -> String {
     let panels = panels(report);
     let mut y = HEAD;
@@ -106,7 +106,7 @@ pub(super) fn draw(report: &Report) -> String {
     svg.finish()
 }
 
-/// The whole move, and the time around the stop when there was one.
+/// The complete move, and the time around the stop if there was one.
 fn panels(report: &Report) -> Vec<Panel> {
     let x = NAMES + MARGIN;
     let room = WIDTH - MARGIN - x;
@@ -117,7 +117,7 @@ fn panels(report: &Report) -> Vec<Panel> {
     };
     let (stopped, downtime) = (stopped as f64, (downtime as f64).max(1.0));
     let predicted = report.predicted_downtime_ns.unwrap_or(0) as f64;
-    // A prediction far beyond what came about would make the picture of that small.
+    // A prediction far beyond the downtime would leave little room for the downtime.
     let mut shown = downtime.max(predicted.min(downtime * 2.0));
     if let Some(limit) = report.limits.downtime_goal_ns.map(|ns| ns as f64)
         && limit <= shown * 1.5
@@ -179,7 +179,7 @@ fn whole_width() -> f64 {
     (WIDTH - 2.0 * MARGIN - NAMES - GAP) * WHOLE
 }
 
-/// A name, and below it what is said in short.
+/// A name, and below it a summary.
 fn name(svg: &mut Svg, lane: &Lane, name: &str, what: &str) {
     let room = NAMES - MARGIN;
     let text = fitting(name, NAME_SIZE, room);
@@ -223,7 +223,7 @@ fn phases(svg: &mut Svg, panel: &Panel, lane: &Lane, report: &Report) {
     }
 }
 
-/// A text in the middle of an area, when it has room.
+/// A text in the middle of an area, if it fits.
 fn label(svg: &mut Svg, area: Area, text: &str, size: f64) {
     if text_width(text, size) + 4.0 <= area.width {
         let at = (area.x + area.width / 2.0, area.y + area.height / 2.0 + size * 0.36);
@@ -260,7 +260,7 @@ struct Stop {
     duration_ns: u64,
 }
 
-/// What was, what was said before, and what was allowed.
+/// The downtime, its prediction and its goal.
 fn stops(report: &Report) -> Vec<Stop> {
     let Some(start_ns) = report.stopped_ns else { return Vec::new() };
     let stop = |name, class, duration_ns: Option<u64>| {
@@ -271,7 +271,7 @@ fn stops(report: &Report) -> Vec<Stop> {
         stop("predicted", "band predicted", report.predicted_downtime_ns),
         stop("limit", "band limit", report.limits.downtime_goal_ns),
     ];
-    // A destination knows neither prediction nor limit.
+    // A destination knows neither prediction nor goal.
     if report.downtime_ns.is_some() { all.into_iter().flatten().collect() } else { Vec::new() }
 }
 
@@ -354,7 +354,7 @@ fn link(svg: &mut Svg, panel: &Panel, lane: &Lane, link: &LinkReport, top: f64) 
     }
 }
 
-/// The smallest of 1, 2, 5 times a power of ten that is not smaller.
+/// The smallest 1, 2 or 5 times a power of ten that is at least this value.
 pub(super) fn nice_step(least: f64) -> f64 {
     let power = 10f64.powf(least.max(1.0).log10().floor());
     [1.0, 2.0, 5.0, 10.0]

@@ -4,6 +4,7 @@
 #![allow(dead_code, unused_imports, reason = "each binary uses a part")]
 
 mod device;
+pub mod hooked;
 mod links;
 mod odd;
 mod steps;
