@@ -75,7 +75,7 @@ impl Cancel {
         children.iter().filter_map(Weak::upgrade).for_each(|child| Cancel(child).cancel());
         let watches = std::mem::take(&mut *lock(&self.0.watches));
         watches.iter().filter_map(Weak::upgrade).for_each(|act| act());
-        limosa_clockwork::wake_all();
+        limosa_clockwork::wake_polls();
     }
 
     /// Whether the move was cancelled.

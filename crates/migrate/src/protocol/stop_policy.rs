@@ -45,7 +45,7 @@ pub(crate) struct DeviceLook {
 #[derive(Clone, Debug)]
 pub(crate) struct Look<'a> {
     pub(crate) now: Instant,
-    /// Whether a round of memory has just ended.
+    /// Whether a round of memory has just ended; of memory that no log sees there are none.
     pub(crate) is_round: bool,
     pub(crate) memory_dirty_bytes: u64,
     pub(crate) devices: &'a [DeviceLook],
@@ -165,7 +165,9 @@ impl StopPolicy {
             return Next::Continue(LOOK_EVERY);
         }
         let memory_left = pace.transfer(look.memory_dirty_bytes);
-        let memory_gains = look.memory_dirty_bytes > 0 && self.rounds < self.wanted.rounds_max;
+        // Memory that no log sees does not move in rounds.
+        let memory_gains =
+            look.is_round && look.memory_dirty_bytes > 0 && self.rounds < self.wanted.rounds_max;
         if fits {
             if memory_gains && self.memory.shrinks && memory_left > goal / 16 {
                 return Next::Continue(Duration::ZERO);

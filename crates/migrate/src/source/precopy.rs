@@ -174,7 +174,12 @@ impl<'a> Source<'a> {
 
     /// Asks the VMM to slow its vCPUs down, if that can help. Returns whether it did.
     fn throttle(&self, context: &Context<'a>, obstacle: &Obstacle, rollback: &mut Rollback) -> bool {
-        let helps = matches!(obstacle, Obstacle::DirtyMemory { .. } | Obstacle::DirtyDevice { .. });
+        let helps = match obstacle {
+            // Where no log sees the memory, all of it moves after the stop, however slow the guest is.
+            Obstacle::DirtyMemory { .. } => !rollback.logs.blind,
+            Obstacle::DirtyDevice { .. } => true,
+            _ => false,
+        };
         if !helps {
             return false;
         }

@@ -100,7 +100,7 @@ impl Network {
                 return Ok(Box::new(link));
             }
             wait.left()?;
-            (lines, _) = self.state.wait(lines, Some(wait.deadline));
+            (lines, _) = self.state.wait_as_poll(lines, Some(wait.deadline));
         }
     }
 
@@ -178,7 +178,7 @@ impl Link for SimLink {
                 break room;
             }
             wait.left()?;
-            (flow, _) = self.out.state.wait(flow, Some(wait.deadline));
+            (flow, _) = self.out.state.wait_as_poll(flow, Some(wait.deadline));
         };
         let taken =
             wanted.min(room).min(1 + simulation::random(2 * self.out.plan.buffer_bytes as u64) as usize);
@@ -234,7 +234,7 @@ impl Link for SimLink {
                 None => {}
             }
             wait.left()?;
-            (flow, _) = self.inward.state.wait(flow, Some(until));
+            (flow, _) = self.inward.state.wait_as_poll(flow, Some(until));
         }
     }
 
