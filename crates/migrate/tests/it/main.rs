@@ -13,6 +13,7 @@ mod mtty;
 mod panics;
 mod peers;
 mod places;
+mod precopy;
 mod quirks;
 mod resets;
 mod snapshots;
