@@ -18,6 +18,7 @@ mod quirks;
 mod resets;
 mod snapshots;
 mod sparse;
+mod standstill;
 mod synthetic;
 mod tls;
 mod toy_vmm;
