@@ -41,7 +41,9 @@ pub(crate) struct DirtyLogs {
     device_page_bytes: Vec<Option<u64>>,
     /// So many of the caller's sources are on, from the first.
     sources_started: usize,
-    /// The caller's log was asked to start, whether or not it did.
+    /// The caller's log was asked to start, whether or not it did: it has to be stopped.
+    log_asked: bool,
+    /// The caller's log has started.
     log_started: bool,
     /// A device whose writes no log sees: memory is dirty as long as it runs.
     pub(crate) blind: bool,
@@ -74,8 +76,9 @@ impl DirtyLogs {
         }
         if let Some(log) = &mut memory.log {
             // One that fails half-way has to be stopped as well.
-            self.log_started = true;
+            self.log_asked = true;
             log.start().map_err(|error| memory.regions[0].failed(0, error))?;
+            self.log_started = true;
         }
         let regions = memory.regions.iter();
         let ranges: Vec<_> =
@@ -186,7 +189,7 @@ impl DirtyLogs {
         let started = std::mem::take(&mut self.sources_started);
         memory.sources.iter().take(started).for_each(|source| stop(*source));
         if let Some(log) = &mut memory.log
-            && std::mem::take(&mut self.log_started)
+            && std::mem::take(&mut self.log_asked)
         {
             notes.extend(hooks::tell("DirtyLog::stop", || log.stop()).err());
         }
