@@ -6,6 +6,7 @@ use crate::context::Context;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase};
 use crate::snapshot::{self, Published, SnapshotTarget, Writing, of_place};
+use crate::transfer::team::Team;
 use crate::wire::{Connection, MeteredLink};
 
 /// What becomes of the devices when they have been saved.
@@ -36,7 +37,7 @@ impl<'a> Source<'a> {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
         let limits = snapshot::Limits { silence_max: self.options.silence_max, cancel: self.cancel };
-        let writing = match Writing::create(to, limits) {
+        let writing = match Team::guard("creating the snapshot", || Writing::create(to, limits)) {
             Ok(writing) => writing,
             Err(why) => {
                 let report = context.recorder.finish(End::Undone, Some(&why));
@@ -76,7 +77,8 @@ impl<'a> Source<'a> {
         place: &mut Place<'_>,
     ) -> Ending {
         let Place { writing, limits, after } = *place;
-        if let Err(why) = writing.seal(stage.wires.connection, limits) {
+        let sealed = Team::guard("sealing the snapshot", || writing.seal(stage.wires.connection, limits));
+        if let Err(why) = sealed {
             context.recorder.phase(Phase::Undo);
             self.roll_back(context, rollback, Some(stage.sending));
             return Ending::Undone(why);
