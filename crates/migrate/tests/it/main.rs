@@ -22,4 +22,5 @@ mod standstill;
 mod synthetic;
 mod tls;
 mod toy_vmm;
+mod traps;
 mod vfio_user;

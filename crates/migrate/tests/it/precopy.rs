@@ -91,11 +91,15 @@ fn a_quiet_device_with_gigabytes_was_stopped_with_most_of_it_left() {
                     let goal = Duration::from_millis(300);
                     let options = options().with_convergence(convergence(goal, when_stalled));
                     let devices = [MovedDevice::new(&device)];
-                    let saved = Source::new(&devices, &options).with_vmm(&vmm).save(&Nowhere, AfterSave::Stop);
+                    let saved =
+                        Source::new(&devices, &options).with_vmm(&vmm).save(&Nowhere, AfterSave::Stop);
                     let Outcome::Moved(report) = saved else { panic!("{what}: {saved:?}") };
                     let left = at_stop.into_inner();
                     assert!(left < gib * GIB / 16, "{what}: {left} bytes were left at the stop");
-                    assert_eq!(report.devices[0].precopy_bytes + left.div_ceil(each), report.devices[0].bytes);
+                    assert_eq!(
+                        report.devices[0].precopy_bytes + left.div_ceil(each),
+                        report.devices[0].bytes
+                    );
                 }
             });
         }
@@ -170,7 +174,8 @@ fn initial_bytes_that_come_late_did_not_hold_the_stop_back() {
                     let goal = Duration::from_secs(3600);
                     let options = options().with_convergence(convergence(goal, when_stalled));
                     let devices = [MovedDevice::new(&device)];
-                    let saved = Source::new(&devices, &options).with_vmm(&vmm).save(&Nowhere, AfterSave::Stop);
+                    let saved =
+                        Source::new(&devices, &options).with_vmm(&vmm).save(&Nowhere, AfterSave::Stop);
                     assert!(matches!(saved, Outcome::Moved(_)), "{when_stalled:?}: {saved:?}");
                     let expected = (1 << 16) * (1 + again);
                     assert_eq!(at_stop.into_inner(), expected, "{when_stalled:?}, again: {again}");
@@ -225,7 +230,8 @@ fn the_stop_did_not_wait_until_initial_bytes_were_loaded() {
     let was_loaded = AtomicBool::new(false);
     let vmm = AtStop(|| was_loaded.store(loaded.load(Ordering::SeqCst), Ordering::SeqCst));
     let options = options();
-    let (here, there, ledger) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
+    let (here, there, ledger) =
+        ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
     let (outcome, received) = move_over_a_link(
         Source::new(&here, &options).with_vmm(&vmm),
         &Destination::new(&there, &ledger, &options),
@@ -276,7 +282,9 @@ fn moved(
 fn initial_bytes_that_never_end_were_not_named() {
     let estimates = Estimates { initial: Some(4096), ..Estimates::default() };
     let limit = Duration::from_millis(60);
-    let with = |when| options().with_convergence(options().convergence.with_initial_max(limit).with_when_stalled(when));
+    let with = |when| {
+        options().with_convergence(options().convergence.with_initial_max(limit).with_when_stalled(when))
+    };
     let (aborted, _) = moved(estimates, &[], None, &with(WhenStalled::Abort));
     let Err(Error::NotConverging { obstacle, .. }) = aborted else { panic!("{aborted:?}") };
     assert_eq!(obstacle, Obstacle::InitialData { device: "source".into(), left_bytes: 4096, limit });
@@ -323,7 +331,10 @@ fn nonsense_in_estimates_ends_in_time_and_is_named() {
                         (Err(Error::NotConverging { obstacle, predicted, .. }), WhenStalled::Abort) => {
                             assert!(names(&obstacle), "{what}: {obstacle}");
                             let is_initial = matches!(obstacle, Obstacle::InitialData { .. });
-                            assert!(is_initial || predicted > Duration::from_secs(2), "{what}: {predicted:?}");
+                            assert!(
+                                is_initial || predicted > Duration::from_secs(2),
+                                "{what}: {predicted:?}"
+                            );
                         }
                         // What it says would take longer than the guest may stand still.
                         (Err(Error::NotConverging { obstacle, predicted, .. }), _) => {
@@ -446,7 +457,8 @@ fn rounds_in_which_a_device_streamed_were_counted_as_memory_s() {
         .with_stalled_rounds_max(2);
     // The device gives a GiB in a frame: its progress is all that is looked at.
     let options = options().with_convergence(wanted);
-    let (here, there, ledger) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
+    let (here, there, ledger) =
+        ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
     let regions = [region(1)];
     let (outcome, _) = move_over_a_link(
         Source::new(&here, &options).with_memory(Memory::logged(vec![region(0)], &mut log)),

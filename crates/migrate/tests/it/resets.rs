@@ -133,7 +133,9 @@ fn a_source_reset_between_its_last_pre_copy_data_and_stop_copy_is_noticed() {
                 let moved = run(&source, &destination, false, &options());
                 let what = format!("{flags}, counted: {counts_resets}, before {arc}");
                 check_source(&source, &destination, &moved, &what);
-                let Outcome::Undone { why, .. } = moved.outcome else { panic!("{what}: {:?}", moved.outcome) };
+                let Outcome::Undone { why, .. } = moved.outcome else {
+                    panic!("{what}: {:?}", moved.outcome)
+                };
                 let Error::DeviceChanged { found: Changed::SecondSession(at), .. } = why else {
                     panic!("{what}: {why}")
                 };
@@ -158,7 +160,8 @@ fn a_source_reset_in_the_rounds_is_noticed_while_it_would_go_on_for_ever() {
             hook
         };
         let estimates = Estimates { initial: Some(4096), ..Estimates::default() };
-        let source = Hooked::with_estimates("source", MigrationFlags::SETS[3], &guest(), estimates).hook(hook);
+        let source =
+            Hooked::with_estimates("source", MigrationFlags::SETS[3], &guest(), estimates).hook(hook);
         let source = if counts_resets { source } else { source.without(FeatureIndex::RESET_COUNT) };
         let destination = device("destination", MigrationFlags::SETS[3], counts_resets, &[]);
         let mut options = options();
@@ -182,7 +185,8 @@ fn a_source_reset_while_it_is_saved_leaves_no_snapshot_of_two_states() {
             let devices = [MovedDevice::new(&source)];
             match Source::new(&devices, &options).save(&place, AfterSave::Stop) {
                 Outcome::Moved(_) => {
-                    verify(&place, options.silence_max, None).unwrap_or_else(|error| panic!("{what}: {error}"));
+                    verify(&place, options.silence_max, None)
+                        .unwrap_or_else(|error| panic!("{what}: {error}"));
                     let destination = device("destination", flags, true, &[]);
                     let (there, ledger) = ([MovedDevice::new(&destination)], Ledger::new());
                     let loaded = Destination::new(&there, &ledger, &options).load(&place, AfterLoad::Stop);
@@ -287,7 +291,9 @@ fn a_destination_reset_in_a_set_after_the_commit_is_broken_and_no_other_runs() {
             let source = device("source", flags, true, &guest());
             let destination = device("destination", flags, true, &[]).hook(hook);
             let moved = run(&source, &destination, false, &options());
-            let Received::Broken { why, .. } = &moved.received else { panic!("{flags}: {:?}", moved.received) };
+            let Received::Broken { why, .. } = &moved.received else {
+                panic!("{flags}: {:?}", moved.received)
+            };
             let Error::DeviceChanged { found: Changed::Reset(1), .. } = why else { panic!("{why}") };
             assert!(matches!(moved.outcome, Outcome::InDoubt(_)), "{flags}: {:?}", moved.outcome);
             assert!(!source.state().is_running(), "{flags}");
@@ -306,9 +312,12 @@ fn a_snapshot_that_a_reset_device_lost_is_discarded() {
         let devices = [MovedDevice::new(&source)];
         let saved = Source::new(&devices, &options).save(&place, AfterSave::Stop);
         assert!(matches!(saved, Outcome::Moved(_)), "{saved:?}");
-        for (after, counts_resets) in
-            [(AfterLoad::Run, true), (AfterLoad::Run, false), (AfterLoad::Stop, true), (AfterLoad::Stop, false)]
-        {
+        for (after, counts_resets) in [
+            (AfterLoad::Run, true),
+            (AfterLoad::Run, false),
+            (AfterLoad::Stop, true),
+            (AfterLoad::Stop, false),
+        ] {
             for n in 0.. {
                 let what = format!("{flags}, {after:?}, counted: {counts_resets}, reset before call {n}");
                 let (hook, fired) = before_call(n, move |device, call| {

@@ -123,9 +123,11 @@ impl Link for Dark {
 fn a_further_link_that_goes_dark_at_the_stop_held_the_guest_for_as_long_as_loading_may_take() {
     ends_in_time("a dark link", || {
         let load_max = Duration::from_secs(50);
-        let options = links(options(), 2).with_silence_max(Duration::from_millis(800)).with_load_max(load_max);
+        let options =
+            links(options(), 2).with_silence_max(Duration::from_millis(800)).with_load_max(load_max);
         let (source, destination) = (Hooked::new("source", FLAGS, &[7; 9]), Hooked::new("there", FLAGS, &[]));
-        let (here, there, ledger) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
+        let (here, there, ledger) =
+            ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
         let pages = [VecPages::new(9 * MIB as usize), VecPages::new(9 * MIB as usize)];
         pages[0].0.lock().unwrap().fill(7);
         let (clock, mut log) = (Clock::default(), Quiet::default());
@@ -152,7 +154,8 @@ fn a_guest_waited_for_the_last_words_of_a_peer_that_is_silent() {
     ends_in_time("a failing write", || {
         let options = options().with_silence_max(Duration::from_secs(30));
         let (source, destination) = (Hooked::new("source", FLAGS, &[7; 9]), Hooked::new("there", FLAGS, &[]));
-        let (here, there, ledger) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
+        let (here, there, ledger) =
+            ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
         let clock = Clock::default();
         let (near, far) = SocketLink::pair().unwrap();
         let near = Dark { inner: near, from: clock.is_stopped.clone(), fails: true };
@@ -196,8 +199,7 @@ fn a_destination_that_loads_for_ever_held_the_guest_for_ever() {
             let options = options().with_load_max(Duration::MAX).with_standstill_max(standstill_max);
             let door = Arc::new(Door::default());
             let opens = door.clone();
-            let clock =
-                Clock { resumed: Some(Box::new(move || opens.open())), ..Clock::default() };
+            let clock = Clock { resumed: Some(Box::new(move || opens.open())), ..Clock::default() };
             let stopped = clock.is_stopped.clone();
             let destination = Hooked::new("there", FLAGS, &[]).on(move |_, made| {
                 if made == call && stopped.load(Ordering::SeqCst) {
@@ -211,7 +213,9 @@ fn a_destination_that_loads_for_ever_held_the_guest_for_ever() {
                 Source::new(&here, &options).with_vmm(&clock),
                 &Destination::new(&there, &ledger, &options),
             );
-            let Outcome::Undone { why: Error::StoodStill { limit }, .. } = outcome else { panic!("{outcome:?}") };
+            let Outcome::Undone { why: Error::StoodStill { limit }, .. } = outcome else {
+                panic!("{outcome:?}")
+            };
             assert_eq!(limit, standstill_max);
             assert!(matches!(received, Received::Discarded { .. }), "{received:?}");
             assert_eq!(source.state(), State::Running);
@@ -342,10 +346,8 @@ fn all_is_zero(
                 look(header.kind);
             }
         });
-        let received = Destination::new(&[], &ledger, options)
-            .with_memory(&regions)
-            .with_cancel(cancel)
-            .receive(&far);
+        let received =
+            Destination::new(&[], &ledger, options).with_memory(&regions).with_cancel(cancel).receive(&far);
         drop(far);
         received
     })
@@ -405,9 +407,11 @@ fn a_slow_link_that_is_healthy_was_taken_for_a_dead_one() {
         // A frame of a MiB takes longer than the limit for silence where eight links share the bandwidth.
         let (rate, silence_max) = (5_000_000, Duration::from_secs(1));
         let (source, destination) = (Hooked::new("source", FLAGS, &[7; 9]), Hooked::new("there", FLAGS, &[]));
-        let (here, there, ledger) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
+        let (here, there, ledger) =
+            ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
         // Nobody waits for a destination that is busy elsewhere.
-        let options = links(options(), 8).with_silence_max(silence_max).with_load_max(Duration::from_secs(60));
+        let options =
+            links(options(), 8).with_silence_max(silence_max).with_load_max(Duration::from_secs(60));
         let size = 8 * MIB;
         let pages = [VecPages::new(size as usize), VecPages::new(size as usize)];
         pages[0].0.lock().unwrap().fill(7);

@@ -128,7 +128,10 @@ impl Hooked {
 }
 
 /// Does something before the n-th call, counted from 0, and once only. Whether it did.
-pub fn before_call(n: usize, act: impl Fn(&Loopback, Call) + Send + Sync + 'static) -> (Hook, Arc<AtomicBool>) {
+pub fn before_call(
+    n: usize,
+    act: impl Fn(&Loopback, Call) + Send + Sync + 'static,
+) -> (Hook, Arc<AtomicBool>) {
     let (calls, done) = (AtomicUsize::new(0), Arc::new(AtomicBool::new(false)));
     let fired = done.clone();
     let hook = move |device: &Loopback, call| {
