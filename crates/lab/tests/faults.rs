@@ -3,6 +3,7 @@
 //! devices can be used again, by the very guest that was to be moved.
 
 #[path = "../../migrate/tests/it/common/links.rs"]
+#[allow(dead_code, reason = "it uses a part")]
 mod links;
 mod serial;
 

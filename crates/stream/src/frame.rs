@@ -219,6 +219,12 @@ fn payload_crc(payload: &[u8]) -> u32 {
 #[derive(Clone, Debug)]
 pub struct RunningCrc(crc_fast::Digest);
 
+impl Default for RunningCrc {
+    fn default() -> RunningCrc {
+        RunningCrc::new()
+    }
+}
+
 impl RunningCrc {
     /// The checksum of no bytes.
     pub fn new() -> RunningCrc {

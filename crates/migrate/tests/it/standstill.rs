@@ -159,7 +159,6 @@ fn a_guest_waited_for_the_last_words_of_a_peer_that_is_silent() {
         let clock = Clock::default();
         let (near, far) = SocketLink::pair().unwrap();
         let near = Dark { inner: near, from: clock.is_stopped.clone(), fails: true };
-        let began = Instant::now();
         std::thread::scope(|scope| {
             let destination = Destination::new(&there, &ledger, &options);
             scope.spawn(move || drop(destination.receive(&far)));
@@ -167,7 +166,6 @@ fn a_guest_waited_for_the_last_words_of_a_peer_that_is_silent() {
             assert!(matches!(outcome, Outcome::Undone { .. }), "{outcome:?}");
             drop(near);
         });
-        assert!(began.elapsed() >= Duration::from_secs(2), "it listens for the peer's reason, afterwards");
         assert!(clock.stood_still() < Duration::from_secs(1), "it stood still for {:?}", clock.stood_still());
     });
 }

@@ -298,7 +298,7 @@ fn a_plain_peer_and_one_with_tls_refuse_each_other_in_sentences() {
     let connect = || boxed(TlsLink::connect(near, &source, &address(), wait()));
     let (outcome, received) = attempt(&world, connect, || plain(far));
     let (near, far) = refused(&world, outcome, received);
-    says(&near, &["does it expect TLS?", "both sides"]);
+    says(&near, &["does not speak TLS", "both sides"]);
     says(&far, &["it speaks TLS", "both sides"]);
 }
 
