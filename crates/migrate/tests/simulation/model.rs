@@ -25,6 +25,10 @@ pub struct Outside {
     pub blocks: Mutex<Vec<u64>>,
     /// Where it fails.
     pub script: Script,
+    /// Somebody has reset it in a way that the engine need not see.
+    pub lost: Mutex<bool>,
+    /// The guest resets it, and keeps it.
+    pub reset_by_guest: Mutex<bool>,
     /// Loses a block when it loads, for the checker to find.
     pub forgets: Mutex<bool>,
 }
@@ -98,6 +102,7 @@ impl SimModel {
 
     fn step(&mut self, step: Step) -> Result<(), Fault> {
         self.outside.script.step(step).inspect_err(|how| {
+            self.world.strikes();
             if matches!(how, Fault::Broken(_)) {
                 self.set_running(false);
             }
@@ -174,6 +179,12 @@ impl Model for SimModel {
     }
 
     fn reset(&mut self) -> Result<(), Errno> {
+        if get(&self.outside.reset_by_guest) {
+            self.set_running(true);
+            self.in_flight = None;
+            (0..self.blocks.len()).for_each(|block| self.set_block(block, 0));
+            return Ok(());
+        }
         self.step(Step::Reset).map_err(Fault::errno)?;
         self.set_running(false);
         set(&self.outside.holds, false);

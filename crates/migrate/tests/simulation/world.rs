@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use limosa_clockwork::simulation;
 
 use crate::plan::End;
 
@@ -16,6 +19,8 @@ pub struct World {
     running: [AtomicI64; 2],
     wrong: Mutex<Option<String>>,
     truth: Mutex<Truth>,
+    /// When something went wrong last.
+    struck: Mutex<Option<Duration>>,
 }
 
 /// Memory, and the blocks of devices.
@@ -68,6 +73,16 @@ impl World {
         if let Err(wrong) = self.check() {
             self.wrong(wrong);
         }
+    }
+
+    /// Something goes wrong now, of what was planned.
+    pub fn strikes(&self) {
+        *self.struck.lock().unwrap_or_else(PoisonError::into_inner) = Some(simulation::elapsed());
+    }
+
+    /// When something went wrong last.
+    pub fn struck(&self) -> Option<Duration> {
+        *self.struck.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn running(&self, end: End) -> i64 {

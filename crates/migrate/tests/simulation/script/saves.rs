@@ -5,7 +5,7 @@ use limosa_client::DeviceExt;
 use limosa_clockwork::simulation::Process;
 use limosa_clockwork::{Scope, now, simulation, sleep};
 use limosa_migrate::{
-    AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, WhenStalled, published,
+    AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, published,
 };
 use limosa_protocol::State;
 
@@ -90,6 +90,11 @@ impl Script<'_> {
         let [process, _] = fates.processes;
         let saving = move || self.source.as_source(|source| source.save(&self.network.disk, after));
         let saved = process.spawn(scope, "save", saving).join();
+        if let Ok(outcome) = &saved
+            && let (false, Some((stopped, again))) = (matches!(outcome, Outcome::InDoubt(_)), self.guest.stood())
+        {
+            self.check_stood(stopped, again)?;
+        }
         let called_off = self.check_cancel(&self.source)?;
         let is_published = self.network.disk.has_published();
         simulation::note(|| format!("{saved:?}"));
@@ -133,9 +138,7 @@ impl Script<'_> {
                 }
             }
             Outcome::Undone { why, report } => {
-                let excused = matches!(why, Error::NotConverging { .. })
-                    && self.plan.convergence.when_stalled == WhenStalled::Abort;
-                if fates.fired() == 0 && !excused {
+                if fates.fired() == 0 && !self.may_be_undone(why) {
                     return Err(format!("nothing went wrong, and it was not saved: {why}"));
                 }
                 let is_unknown = matches!(why, Error::PublicationUnknown { .. });
