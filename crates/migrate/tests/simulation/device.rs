@@ -103,6 +103,11 @@ impl SimDevice {
         &self.inner
     }
 
+    /// Whether its guest leaves it alone.
+    pub fn is_quiet(&self) -> bool {
+        self.plan.quiet
+    }
+
     /// Whether it counts its resets.
     pub fn counts_resets(&self) -> bool {
         self.plan.counts_resets

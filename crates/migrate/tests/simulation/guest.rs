@@ -137,6 +137,9 @@ impl Guest {
         match simulation::random(8) {
             0..=2 => {
                 let device = &computer.devices[value as usize % computer.devices.len()];
+                if device.is_quiet() {
+                    return;
+                }
                 // A device that failed does not answer.
                 let _ = device.itself().region_write(0, 0, &value.to_le_bytes());
             }

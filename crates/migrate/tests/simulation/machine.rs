@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use limosa_client::DeviceExt;
-use limosa_clockwork::{Monitor, now};
+use limosa_clockwork::{Monitor, now, simulation};
 use limosa_migrate::link::{Link, Wait};
 use limosa_migrate::{
     AfterLoad, Cancel, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
-    Options, Outcome, Phase, Received, Source, Vmm, WhenStalled,
+    Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::State;
 use limosa_stream::MigrationId;
@@ -43,6 +44,10 @@ pub struct Computer {
     pub stop_refused: AtomicBool,
     pub log_lost: Arc<AtomicBool>,
     pub panics: Arc<Panics>,
+    /// How long initial data may hold the stop back.
+    initial_max: Duration,
+    /// Nothing goes wrong.
+    is_calm: bool,
     /// The guest is saved, and not moved.
     saves: bool,
     mutation: Option<Mutation>,
@@ -95,6 +100,8 @@ impl Computer {
             stop_refused: AtomicBool::new(false),
             log_lost: Arc::default(),
             panics,
+            initial_max: plan.convergence.initial_max,
+            is_calm: plan.faults.is_empty(),
             saves: plan.saves.is_some(),
             mutation: plan.mutation,
             phases: Monitor::default(),
@@ -210,6 +217,40 @@ impl Computer {
         }
     }
 
+    /// At the stop: initial data is loaded, and a device that is quiet has given what it had.
+    fn check_precopy(&self) {
+        let truth = self.world.truth();
+        let Some(round) = truth.last_round else { return };
+        let now = simulation::elapsed();
+        let mut wrong = None;
+        for (number, device) in self.devices.iter().enumerate() {
+            let precopy = truth.precopy[number];
+            let Some(since) = precopy.since else { continue };
+            let name = format!("device {number}");
+            let is_overdue = now - since >= self.initial_max;
+            // A look that came after it had said so. What it says between the last look and the stop comes too late.
+            let looked = truth.rounds >= precopy.told_at_round + 2;
+            if !is_overdue && precopy.initial_told > 0 && (looked || round.device_initial_bytes > 0) {
+                wrong = Some(format!("the stop comes, and {name} still has initial data: {precopy:?}"));
+            }
+            let loaded = truth.loaded[number];
+            if !is_overdue && !self.saves && precopy.initial_told == 0 && loaded < precopy.initial_end.unwrap_or(0) {
+                wrong = Some(format!("the stop comes, and {name} has loaded {loaded} bytes: {precopy:?}"));
+            }
+            // What takes no more than this is not worth another look (`StopPolicy`).
+            let floor = (self.options.convergence.downtime_goal / 64).max(Duration::from_millis(1));
+            let little = (round.bytes_per_second as f64 * floor.as_secs_f64()) as u64;
+            let may_drain = device.is_quiet() && !is_overdue && self.is_calm;
+            if may_drain && precopy.left > little {
+                wrong = Some(format!("the stop comes, and {name}, which is quiet, has {} bytes", precopy.left));
+            }
+        }
+        drop(truth);
+        if let Some(wrong) = wrong {
+            self.world.wrong(wrong);
+        }
+    }
+
     /// Whether somebody has reset the device in a way that the engine need not see, or before it comes to see it.
     fn lost(&self, device: &SimDevice) -> bool {
         get(&device.outside.lost) || !get(&device.outside.holds)
@@ -318,6 +359,7 @@ impl Vmm for Computer {
             self.world.strikes();
             return Err("a vCPU does not answer".into());
         }
+        self.check_precopy();
         if self.mutation != Some(Mutation::NeverStops) {
             self.guest.stop(self.end);
         }
@@ -359,6 +401,14 @@ impl Vmm for Computer {
 }
 
 impl Observer for Computer {
+    fn round(&self, round: &Round) {
+        if self.end == End::Source {
+            let truth = &mut *self.world.truth();
+            truth.rounds += 1;
+            truth.last_round = Some(*round);
+        }
+    }
+
     fn phase(&self, phase: Phase) {
         limosa_clockwork::simulation::note(|| format!("phase {phase:?}"));
         // Before anything at which the process could crash.

@@ -178,6 +178,14 @@ pub struct DevicePlan {
     pub record_bytes: usize,
     /// It logs its DMA.
     pub logs: bool,
+    /// Its guest never rings it.
+    pub quiet: bool,
+    /// So many of its blocks, from the first, are initial data.
+    pub initial: u32,
+    /// The second half of its initial data comes so long after its session opened.
+    pub late: Duration,
+    /// Once in a session, when it has given everything, its initial data is there anew.
+    pub rearms: bool,
     /// It counts its resets.
     pub counts_resets: bool,
     /// What its slowest calls take.
@@ -239,11 +247,20 @@ impl Plan {
         let slow_us = [0, 0, 50, 3_000, 200_000];
         // Some have more than may be on its way at once.
         let is_large = chance.one_in(8);
+        let record_bytes = match is_large {
+            // Several MiB, many turns of their windows.
+            true => chance.pick(&[4096, 4096, 32 << 10]),
+            false => RECORD_BYTES_MIN,
+        };
         let devices = (0..1 + chance.below(3))
             .map(|_| DevicePlan {
                 flags: MigrationFlags::STOP_COPY | chance.pick(&optional),
                 blocks: 1 + chance.log_below(120) as u32,
-                record_bytes: if is_large { 4096 } else { RECORD_BYTES_MIN },
+                record_bytes,
+                quiet: chance.one_in(4),
+                initial: if chance.one_in(3) { 1 + chance.log_below(60) as u32 } else { 0 },
+                late: Duration::from_micros(chance.pick(&[0, 1_000, 400_000])),
+                rearms: chance.one_in(2),
                 logs: !chance.one_in(5),
                 counts_resets: chance.one_in(2),
                 slow: Duration::from_micros(chance.pick(&slow_us)),
@@ -274,7 +291,8 @@ impl Plan {
                 WhenStalled::SwitchOver,
                 WhenStalled::SwitchOver,
                 WhenStalled::Abort,
-            ]));
+            ]))
+            .with_initial_max(Duration::from_millis(chance.pick(&[30_000, 30_000, 30_000, 100])));
         let mut plan = Plan {
             seed,
             devices,

@@ -13,6 +13,7 @@ use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
 use crate::bounds;
 use crate::fate::Fates;
 use crate::model::get;
+use crate::panics::Place;
 use crate::plan::{End, Mutation, SILENCE_MAX};
 
 impl Script<'_> {
@@ -250,7 +251,9 @@ impl Script<'_> {
         let holds = || destination.devices.iter().any(|device| get(&device.outside.holds));
         match &received {
             Some(Received::Runs(_)) => {
-                destination.runs_all()?;
+                if !destination.has_lost() && !self.plan.panics(End::Destination, Place::Start) {
+                    destination.runs_all()?;
+                }
                 sleep(self.plan.rest * 20);
                 self.guest.stop(End::Destination);
                 destination.compare()?;
