@@ -29,7 +29,8 @@ impl Pair {
     /// The move fails, the source goes on, the destination is empty.
     #[track_caller]
     fn is_undone(&self, codes: &[i32], parts: &[&str]) {
-        let ended = limosa(&["migrate", &self.source.socket, &self.destination.socket]);
+        let devices = [&*self.source.socket, &*self.destination.socket];
+        let ended = limosa(&["migrate", devices[0], devices[1], "--initial-limit", "0.2"]);
         assert!(codes.contains(&ended.code), "{ended:?}");
         ended.fails(ended.code, &[parts, &["the source is as it was before"]].concat());
         assert!(self.source.runs(GUEST), "{} {ended:?}", self.source.state());
@@ -101,7 +102,7 @@ fn a_state_that_is_cut_short_or_altered_by_the_device_is_refused_by_the_other() 
         let pair = Pair::new(fault, "");
         let file = pair.folder.text("file");
         if fault != "truncate:0" {
-            limosa(&["save", &pair.source.socket, &file]).ok();
+            limosa(&["save", &pair.source.socket, &file, "--initial-limit", "0.2"]).ok();
             limosa(&["load", &file, &pair.destination.socket])
                 .fails(3, &[&file, &pair.destination.socket, "was not loaded"]);
         }

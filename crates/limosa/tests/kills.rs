@@ -442,7 +442,8 @@ impl Cut {
         let receiver = start(&["receive", &self.destination.socket, "--listen", &listen]);
         receiver.line("listening on");
         let proxy = Proxy::new(&self.folder, &listen, plan);
-        let sender = start(&["send", &self.source.socket, "--to", &proxy.address]);
+        // With it, no two moves have the same bytes at the same place.
+        let sender = start(&["send", &self.source.socket, "--to", &proxy.address, "--no-precopy"]);
         let sent = sender.end();
         if matches!(plan, Plan::Cut(..PREFACE_BYTES)) {
             // It was nobody's move yet, and another sender may come.

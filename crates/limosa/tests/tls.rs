@@ -172,7 +172,7 @@ fn a_plain_side_and_one_with_tls_say_so() {
     received.fails(7, &["does not speak TLS", "both sides"]);
     pair.is_as_before();
     let (sent, received) = pair.move_with("source", "", &[]);
-    sent.fails(4, &["expect TLS", "both sides"]);
+    sent.fails(4, &["does not speak TLS", "both sides"]);
     received.fails(7, &["it speaks TLS", "both sides"]);
     pair.is_as_before();
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use limosa_migrate::Compression;
+use limosa_migrate::{Compression, Options};
 
 use super::Hold;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
@@ -64,7 +64,7 @@ pub struct Save {
     pub stop: bool,
 
     #[command(flatten)]
-    pub standstill: Standstill,
+    pub stop_limits: StopLimits,
 
     #[command(flatten)]
     pub reporting: Reporting,
@@ -126,28 +126,30 @@ pub struct Moving {
     #[arg(long, value_name = "CHOICE")]
     pub when_stalled: Option<WhenStalled>,
 
+    #[command(flatten)]
+    pub stop_limits: StopLimits,
+}
+
+/// When the guest stops, and for how long at most.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Downtime")]
+pub struct StopLimits {
     /// Seconds for which devices' initial data holds the stop back: while a device has some to give or to load, nothing
     /// stops.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
-    pub initial_limit: Duration,
+    initial_limit: Duration,
 
-    #[command(flatten)]
-    pub standstill: Standstill,
-}
-
-/// How long the guest may stand still.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Downtime")]
-pub struct Standstill {
     /// Longest time in seconds that the guest stands still, from its stop until everything is there. After that it runs
     /// on here, and nothing is moved or saved. A move that is predicted to take longer does not stop it at all.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     standstill: Duration,
 }
 
-impl Standstill {
-    pub fn limit(&self) -> Duration {
-        self.standstill
+impl StopLimits {
+    /// These options with the limits.
+    pub fn limit(&self, mut options: Options) -> Options {
+        options.convergence.initial_max = self.initial_limit;
+        options.with_standstill_max(self.standstill)
     }
 }
 

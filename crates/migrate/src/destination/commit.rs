@@ -4,9 +4,9 @@ use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::{Damage, Kind, MigrationId};
 
 use super::Destination;
-use super::receive::Receiving;
+use super::receiving::Receiving;
 use crate::context::Context;
-use crate::error::check_cancel;
+use crate::error::{check_cancel, guard};
 use crate::report::Phase;
 use crate::vmm;
 use crate::wire::{Connection, Frame};
@@ -38,11 +38,12 @@ impl<'a> Destination<'a> {
             }
             Err(error) => return Err(NotStarted::GivenBack(not_recorded(error))),
         }
-        if let Err(why) = self.hold(id, connection) {
+        if let Err(why) = guard("holding for the commit", || self.hold(id, connection)) {
             self.ledger.not_committed(id);
             return Err(NotStarted::GivenBack(why));
         }
-        let started = self.start(context, receiving);
+        let started = guard("the start", || Ok(self.start(context, receiving)));
+        let started = started.unwrap_or_else(|why| Err(NotStarted::Stuck(why)));
         match &started {
             Ok(()) => {
                 self.ledger.committed(id);

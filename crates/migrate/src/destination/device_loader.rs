@@ -6,12 +6,12 @@ use limosa_clockwork::now;
 use limosa_protocol::State;
 
 use super::device_queue::{Command, Item};
-use super::receive::Receiving;
+use super::receiving::Receiving;
+use crate::Result;
 use crate::devices::failed;
 use crate::error::guard;
 use crate::report::Act;
 use crate::transfer::driven::DrivenDevice;
-use crate::{Error, Result};
 
 /// A device and its session.
 pub(super) struct DeviceLoader<'a> {
@@ -72,23 +72,13 @@ impl Receiving<'_, '_> {
             }
             Command::Reset => {
                 let _span = self.recorder().span(at, Act::Reset);
+                loader.stream = None;
                 device.reset().map_err(|error| failed(device, "resetting it", error))
             }
-            Command::Discard => {
-                let _span = self.recorder().span(at, Act::Reset);
-                loader.stream = None;
-                device.reset().map_err(|error| failed(device, "resetting it", error))?;
-                match self.queues[at].lock().found {
-                    Some(State::Stop) => {}
-                    _ => return Ok(()),
-                }
+            Command::ReturnToStop => {
+                let _span = self.recorder().span(at, Act::Enter { state: State::Stop });
                 let stopped = device.set_state(State::Stop).map(drop);
-                // The guest's state is gone. The device only stays in another state than before.
-                stopped.map_err(|error| Error::Device {
-                    device: device.name().into(),
-                    doing: format!("it stays in {}: entering {}", State::Running, State::Stop),
-                    error,
-                })
+                stopped.map_err(|error| failed(device, "returning it to STOP", error))
             }
         }
     }

@@ -46,8 +46,8 @@ pub(super) enum Command {
     Enter(State),
     /// Reset it, so that it never runs the state that it loaded.
     Reset,
-    /// Reset it, and return it to the state in which it was found.
-    Discard,
+    /// After a reset, go back to STOP, where it was found.
+    ReturnToStop,
 }
 
 pub(super) enum Item {

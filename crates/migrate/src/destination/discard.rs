@@ -3,42 +3,43 @@
 use limosa_protocol::State;
 
 use super::device_queue::Command;
-use super::receive::Receiving;
+use super::receiving::Receiving;
 use super::{Destination, Ending};
+use crate::Error;
 use crate::report::{Loss, Phase, Unrecovered};
-use crate::{Error, Result};
 
 impl<'a> Destination<'a> {
     /// Tells the source why the move has ended, so that its guest need not wait, and then resets every device that was
-    /// touched.
+    /// touched and returns it to the state in which it was found.
     pub(super) fn discard(&self, receiving: &Receiving<'_, 'a>, why: Error) -> Ending {
-        let connection = receiving.connection;
-        connection.abort(&why);
-        let opened = receiving.opened();
-        if opened.iter().any(|opened| *opened) {
-            receiving.recorder().phase(Phase::Undo);
-            let done = receiving.command(|at| opened[at].then_some(Command::Discard));
-            for (moved, done) in self.devices.iter().zip(done) {
-                if let Some(unrecovered) = loss(moved.device.name(), done) {
-                    receiving.recorder().unrecovered(unrecovered);
-                }
+        receiving.connection.abort(&why);
+        let found = receiving.found();
+        if found.iter().all(Option::is_none) {
+            return Ending::Discarded(why);
+        }
+        receiving.recorder().phase(Phase::Undo);
+        let reset = receiving.command(|at| found[at].map(|_| Command::Reset));
+        let stops = |at: usize| reset[at].is_ok() && found[at] == Some(State::Stop);
+        let stopped = receiving.command(|at| stops(at).then_some(Command::ReturnToStop));
+        let stays = Loss::StaysIn { found: State::Running, wanted: State::Stop };
+        for (moved, (reset, stopped)) in self.devices.iter().zip(reset.iter().zip(&stopped)) {
+            let lost = |loss, error: &Error| {
+                let why = match error {
+                    Error::Device { error, .. } => error.to_string(),
+                    error => error.to_string(),
+                };
+                receiving.recorder().unrecovered(Unrecovered {
+                    device: moved.device.name().into(),
+                    loss,
+                    why,
+                });
+            };
+            match (reset, stopped) {
+                (Err(error), _) => lost(Loss::NotReset, error),
+                (_, Err(error)) => lost(stays, error),
+                _ => {}
             }
         }
         Ending::Discarded(why)
     }
-}
-
-fn loss(device: &str, done: Result<()>) -> Option<Unrecovered> {
-    let error = done.err()?;
-    let loss = match &error {
-        Error::Device { doing, .. } if doing.starts_with("it stays in") => {
-            Loss::StaysIn { found: State::Running, wanted: State::Stop }
-        }
-        _ => Loss::NotReset,
-    };
-    let why = match error {
-        Error::Device { error, .. } => error.to_string(),
-        error => error.to_string(),
-    };
-    Some(Unrecovered { device: device.into(), loss, why })
 }

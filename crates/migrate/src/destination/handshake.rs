@@ -6,7 +6,7 @@ use limosa_stream::body::NEEDS_CREDIT;
 use limosa_stream::{Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, PrefaceFlags};
 
 use super::Destination;
-use super::receive::Receiving;
+use super::receiving::Receiving;
 use crate::context::Context;
 use crate::devices::{compare_devices, compare_memory, facts, failed};
 use crate::error::{Mismatch, MismatchKind, check_cancel};
@@ -66,7 +66,7 @@ impl<'a> Destination<'a> {
         further: Option<&dyn FurtherLinks>,
     ) -> Result<u32> {
         tracing::debug!(devices = offer.devices.len(), "offer");
-        let accepted = self.compare(offer).and_then(|found| receiving.open_sessions(found));
+        let accepted = self.compare(offer).and_then(|found| receiving.open_sessions(self.devices, found));
         let most = if further.is_some() { self.options.links.get() } else { 1 };
         // Without credit nothing would bound the data that arrives over one link before earlier data of another.
         let has_credit = offer.needs.iter().any(|need| need == NEEDS_CREDIT);

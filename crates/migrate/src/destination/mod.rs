@@ -6,8 +6,10 @@ mod commit;
 mod device_loader;
 mod device_queue;
 mod discard;
+mod further_links;
 mod handshake;
 mod receive;
+mod receiving;
 mod snapshot;
 
 use limosa_clockwork::Scope;
@@ -28,7 +30,7 @@ use crate::wire::{Connection, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
 use commit::NotStarted;
 use handshake::Greeting;
-use receive::Receiving;
+use receiving::Receiving;
 
 /// The side to which devices come.
 #[derive(Clone)]

@@ -4,7 +4,7 @@ use limosa_stream::{Damage, Kind};
 
 use super::commit::NotStarted;
 use super::handshake::Greeting;
-use super::receive::Receiving;
+use super::receiving::Receiving;
 use super::{Destination, Ending, Received, Then, ended};
 use crate::context::Context;
 use crate::error::{check_cancel, guard};
@@ -29,7 +29,7 @@ impl<'a> Destination<'a> {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
         let limits = snapshot::Limits { silence_max: self.options.silence_max, cancel: self.cancel };
-        let reading = match Reading::open(from, limits) {
+        let reading = match guard("opening the snapshot", || Reading::open(from, limits)) {
             Ok(reading) => reading,
             Err(why) => return ended(Ending::Discarded(why), context, End::Stopped),
         };

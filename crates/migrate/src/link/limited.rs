@@ -16,6 +16,8 @@ const PIECE_TIME_MAX: Duration = Duration::from_millis(20);
 const PIECE_BYTES_MAX: u64 = 16 << 10;
 /// The smallest limit for pieces and bursts, at any rate: smaller writes cost more than they carry.
 const PIECE_BYTES_MIN: u64 = 4 << 10;
+/// A write of no more bytes that may not wait at all goes ahead of the budget, which still pays for it.
+const AHEAD_BYTES_MAX: usize = 64;
 
 /// A token bucket whose tokens are bytes. It hands out reservations, each with the moment from which its bytes may be
 /// sent, in the order of the requests. It has no clock of its own.
@@ -103,7 +105,9 @@ impl Bandwidth {
         let now = limosa_clockwork::now();
         let Reservation { bytes, due } = self.lock().reserve(wanted, now);
         let left = due.saturating_duration_since(now);
-        if left.is_zero() {
+        // Links that are idle would never get a keep-alive through while others use up the budget.
+        let goes_ahead = wait.deadline <= now && wanted <= AHEAD_BYTES_MAX;
+        if left.is_zero() || goes_ahead {
             return Ok((bytes, Duration::ZERO));
         }
         let stopped = if wait.deadline <= now {
@@ -131,7 +135,8 @@ impl Bandwidth {
 ///
 /// The wait for the budget is not silence of the peer. [`Wait::deadline`] does not bound it, only [`Wait::cancel`]
 /// does; the deadline bounds the wait for the inner link, and counts from when the bytes may be sent. A deadline that
-/// has passed already when a write begins allows no wait for the budget either.
+/// has passed already when a write begins allows no wait for the budget either: the write fails, unless it is of 64
+/// bytes or fewer. A keep-alive is, and goes ahead of the budget.
 #[derive(Debug)]
 pub struct LimitedLink<L: Link> {
     inner: L,
@@ -339,6 +344,8 @@ mod tests {
         assert_eq!(other.read(&mut got, long(None)).unwrap(), sent);
         let none = Wait { deadline: Instant::now(), cancel: None };
         assert!(matches!(one.write(&slices, none), Err(LinkError::TimedOut)));
+        assert_eq!(one.write(&[IoSlice::new(&bytes[..40])], none).unwrap(), 40, "a keep-alive");
+        assert_eq!(other.read(&mut got, long(None)).unwrap(), 40);
         let cancel = Cancel::new().unwrap();
         let from_another = cancel.clone();
         let thread = std::thread::spawn(move || {

@@ -40,7 +40,9 @@ pub(crate) struct DirtyLogs {
     device_page_bytes: Vec<Option<u64>>,
     /// How many of the caller's sources were started, from the first on.
     sources_started: usize,
-    /// The caller's log was asked to start, whether or not it did.
+    /// The caller's log was asked to start, whether or not it did: it has to be stopped.
+    log_asked: bool,
+    /// The caller's log has started.
     log_started: bool,
     /// Whether there is a device whose writes no log sees: memory is dirty as long as the device runs.
     pub(crate) blind: bool,
@@ -72,9 +74,10 @@ impl DirtyLogs {
             return Ok(());
         }
         if let Some(log) = &mut memory.log {
-            // A log that fails half-way has to be stopped as well.
-            self.log_started = true;
+            // One that fails half-way has to be stopped as well.
+            self.log_asked = true;
             log.start().map_err(|error| memory.regions[0].failed(0, error))?;
+            self.log_started = true;
         }
         let regions = memory.regions.iter();
         let ranges: Vec<_> =
@@ -186,7 +189,7 @@ impl DirtyLogs {
         let started = std::mem::take(&mut self.sources_started);
         memory.sources.iter().take(started).for_each(|source| stop(*source));
         if let Some(log) = &mut memory.log
-            && std::mem::take(&mut self.log_started)
+            && std::mem::take(&mut self.log_asked)
         {
             notes.extend(vmm::tell("DirtyLog::stop", || log.stop()).err());
         }

@@ -3,6 +3,7 @@
 
 mod estimate;
 mod html;
+mod link_meter;
 mod observer;
 mod record;
 mod spans;
@@ -13,8 +14,9 @@ use limosa_protocol::State;
 use serde::{Serialize, Serializer};
 
 pub use estimate::Estimate;
+pub(crate) use link_meter::LinkMeter;
 pub use observer::Observer;
-pub(crate) use record::{LinkMeter, Recorder};
+pub(crate) use record::Recorder;
 
 use limosa_stream::Totals;
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::{Panic, catch};
 
 use super::estimate::Estimate;
+use super::link_meter::LinkMeter;
 use super::spans::Spans;
 use super::text::Time;
 use super::{
@@ -204,7 +205,7 @@ impl<'a> Recorder<'a> {
     pub(crate) fn link(&self, peer: &str) -> LinkMeter {
         let link = Arc::new(Mutex::new(LinkReport { peer: peer.into(), ..LinkReport::default() }));
         self.log().links.push(link.clone());
-        LinkMeter { began: self.began, link }
+        LinkMeter::new(self.began, link)
     }
 
     /// A round of memory, or a look at the devices, is over.
@@ -420,38 +421,6 @@ impl Drop for Span<'_, '_> {
     }
 }
 
-/// Counts the traffic of one link, from any thread.
-#[derive(Clone, Debug)]
-pub(crate) struct LinkMeter {
-    began: Instant,
-    link: Arc<Mutex<LinkReport>>,
-}
-
-impl LinkMeter {
-    /// Bytes were written, in a call that began then.
-    pub(crate) fn sent(&self, bytes: usize, since: Instant) {
-        self.add(bytes, since, |link| link.sent_bytes += bytes as u64);
-    }
-
-    /// Bytes were read, in a call that began then.
-    pub(crate) fn received(&self, bytes: usize, since: Instant) {
-        self.add(bytes, since, |link| link.received_bytes += bytes as u64);
-    }
-
-    fn add(&self, bytes: usize, since: Instant, count: impl FnOnce(&mut LinkReport)) {
-        let now = limosa_clockwork::now();
-        let at = now.saturating_duration_since(self.began);
-        let mut link = lock(&self.link);
-        if link.sent_bytes == 0 && link.received_bytes == 0 {
-            link.start_ns = nanoseconds(at);
-        }
-        count(&mut link);
-        link.duration_ns = nanoseconds(at).saturating_sub(link.start_ns);
-        link.waited_ns = link.waited_ns.saturating_add(ns(since, now));
-        link.throughput.add(at, bytes as u64);
-    }
-}
-
 fn limits(side: Side, options: &Options) -> LimitsReport {
     let is_source = side == Side::Source;
     LimitsReport {
@@ -464,7 +433,7 @@ fn limits(side: Side, options: &Options) -> LimitsReport {
     }
 }
 
-fn ns(from: Instant, to: Instant) -> u64 {
+pub(super) fn ns(from: Instant, to: Instant) -> u64 {
     nanoseconds(to.saturating_duration_since(from))
 }
 

@@ -4,7 +4,10 @@
 use std::io::IoSlice;
 use std::sync::Mutex;
 
+use limosa_clockwork::catch;
+
 use super::{Durability, Limits, PIECE_BYTES, Publication, SnapshotTarget, SnapshotWriter, failed, os_error};
+use crate::error::guard;
 use crate::link::{Link, LinkError, Wait};
 use crate::{Error, Options, Result};
 use limosa_stream::Seal;
@@ -77,13 +80,22 @@ impl Writing {
     pub(crate) fn publish(&self, options: &Options, limits: Limits<'_>) -> Published {
         let (name, limit) = (self.name.clone(), options.load_max);
         let mut inner = crate::lock::lock(&self.inner);
-        if let Err(error) = inner.flush(limits.wait()) {
-            return Published::No(failed(&name, "writing it", limits.silence_max, error));
+        let flushed = guard("writing the snapshot", || {
+            let flushed = inner.flush(limits.wait());
+            flushed.map_err(|error| failed(&name, "writing it", limits.silence_max, error))
+        });
+        if let Err(why) = flushed {
+            return Published::No(why);
         }
         let Some(writer) = inner.writer.take() else {
             return Published::No(failed(&name, "publishing it", limit, LinkError::Closed));
         };
-        match writer.publish(Wait::within(limit, limits.cancel)) {
+        let publication = match catch(|| writer.publish(Wait::within(limit, limits.cancel))) {
+            Ok(publication) => publication,
+            // It may have published it before.
+            Err(panic) => return Published::Unknown(Error::panicked("publishing the snapshot", &panic)),
+        };
+        match publication {
             Publication::Published { durability: Durability::Durable } => Published::Yes { note: None },
             Publication::Published { durability: Durability::Unknown(error) } => {
                 let note = format!("{name}: it was saved, and may not survive a power failure: {error}");

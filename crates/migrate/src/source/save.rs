@@ -5,6 +5,7 @@ use limosa_stream::Kind;
 use super::rollback::Rollback;
 use super::{Ending, InDoubt, Outcome, Source, Stage};
 use crate::context::Context;
+use crate::error::guard;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase};
 use crate::snapshot::{self, Published, SnapshotTarget, Writing, of_place};
@@ -39,7 +40,7 @@ impl<'a> Source<'a> {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
         let limits = snapshot::Limits { silence_max: self.options.silence_max, cancel: self.cancel };
-        let writing = match Writing::create(to, limits) {
+        let writing = match guard("creating the snapshot", || Writing::create(to, limits)) {
             Ok(writing) => writing,
             Err(why) => {
                 let report = context.recorder.finish(End::Undone, Some(&why));
@@ -79,8 +80,8 @@ impl<'a> Source<'a> {
         place: &mut Place<'_>,
     ) -> Ending {
         let Place { writing, limits, after } = *place;
-        let sealed = writing.seal(limits).and_then(|seal| {
-            let payload = seal.encode();
+        let sealed = guard("sealing the snapshot", || {
+            let payload = writing.seal(limits)?.encode();
             stage.wires.connection.send(&Frame::new(Kind::SEAL, &payload), limits.cancel)
         });
         if let Err(why) = sealed {

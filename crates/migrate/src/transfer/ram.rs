@@ -211,7 +211,7 @@ impl Zeroes<'_, '_, '_> {
         if let Some((same, begin, length)) = &mut self.run
             && *same == region
             && *begin + *length == at
-            && *length < ZERO_BYTES_MAX
+            && *length + bytes <= ZERO_BYTES_MAX
         {
             *length += bytes;
             return Ok(());

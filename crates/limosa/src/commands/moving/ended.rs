@@ -39,10 +39,12 @@ impl<'a> Ending<'a> {
             // After a save the guest runs on.
             Outcome::Moved(report) => self.print(&report).and(started(guest)),
             Outcome::Undone { why, mut report } => {
-                report.notes.extend(guest.failures());
+                let failures = guest.failures();
+                let is_whole = report.unrecovered.is_empty() && failures.is_empty();
+                report.notes.extend(failures);
                 self.failed(&report);
                 let notes = Notes(&report.notes).to_string();
-                let source = match report.unrecovered.is_empty() && guest.failures().is_empty() {
+                let source = match is_whole {
                     true => "the source is as it was before",
                     false => "the move was undone, but not all is as it was before",
                 };

@@ -37,10 +37,8 @@ pub fn cancel_on_signal() -> anyhow::Result<Cancel> {
 }
 
 fn options(moving: &args::Moving) -> Options {
-    let mut options =
-        Options::default().with_precopy(!moving.no_precopy).with_standstill_max(moving.standstill.limit());
+    let mut options = moving.stop_limits.limit(Options::default().with_precopy(!moving.no_precopy));
     let convergence = &mut options.convergence;
-    convergence.initial_max = moving.initial_limit;
     if let Some(limit) = moving.downtime_limit {
         (convergence.downtime_goal, convergence.when_stalled) = (limit, WhenStalled::Abort);
     }

@@ -29,8 +29,7 @@ pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result
 
 fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
-    let options =
-        Options::default().with_compress(args.compress).with_standstill_max(args.standstill.limit());
+    let options = args.stop_limits.limit(Options::default().with_compress(args.compress));
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
     let place = Place::new(&args.file, args.replace)?;

@@ -1,10 +1,12 @@
-//! A link that fails at a byte.
+//! Links that fail at a byte, and moves over several links.
 
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
+use limosa_migrate::{Destination, Outcome, Received, Source};
 use limosa_stream::{HEADER_BYTES, Header, Kind};
 
 /// What happens at the byte.
@@ -118,4 +120,37 @@ impl Link for FaultyLink {
     fn peer(&self) -> &str {
         "the other side"
     }
+}
+
+/// One move over as many links as the options say. `wrap` makes the source's ends, the first link being number 0. A move
+/// in doubt stays so.
+pub fn move_over_links(
+    source: Source<'_>,
+    destination: &Destination<'_>,
+    wrap: impl Fn(usize, SocketLink) -> Box<dyn Link> + Sync,
+) -> (Outcome, Received) {
+    let (near, far) = SocketLink::pair().unwrap();
+    let near = wrap(0, near);
+    let (connected, accepted) = mpsc::channel();
+    let (connected, accepted, count) = (Mutex::new(connected), Mutex::new(accepted), AtomicU64::new(0));
+    let connect = |_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
+        let (near, far) = SocketLink::pair()?;
+        connected.lock().unwrap().send(far).unwrap();
+        Ok(wrap(count.fetch_add(1, Ordering::SeqCst) as usize + 1, near))
+    };
+    let accept = |wait: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
+        loop {
+            match accepted.lock().unwrap().recv_timeout(Duration::from_millis(5)) {
+                Ok(far) => return Ok(Box::new(far)),
+                Err(_) => wait.left()?,
+            };
+        }
+    };
+    std::thread::scope(|scope| {
+        let accept = &accept;
+        let receiving = scope.spawn(move || destination.receive_over(&far, accept));
+        let outcome = source.send_over(&*near, &connect);
+        drop(near);
+        (outcome, receiving.join().unwrap())
+    })
 }

@@ -7,6 +7,7 @@ mod device;
 pub mod hooked;
 mod links;
 mod odd;
+pub mod peer;
 mod steps;
 
 use std::io;
@@ -21,7 +22,7 @@ use limosa_migrate::{
     Nobody, Observer, Options, Outcome, Received, Source, Vmm,
 };
 #[allow(unused_imports, reason = "each test binary uses a part")]
-pub use links::{Fault, FaultyLink, Way};
+pub use links::{Fault, FaultyLink, Way, move_over_links};
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use odd::Quirks;
 #[allow(unused_imports, reason = "each test binary uses a part")]

@@ -1,0 +1,130 @@
+//! The further links of a move: they join in any order, and each has a reader.
+
+use std::sync::Arc;
+
+use limosa_clockwork::{Scope, now};
+use limosa_stream::body::decode_u32;
+use limosa_stream::{Damage, Kind, LINKS_MAX, MigrationId, Offer, PrefaceFlags};
+
+use super::receive::DOING;
+use super::receiving::Receiving;
+use crate::Result;
+use crate::link::{FurtherLinks, Link, LinkError, Wait};
+use crate::wire::{FrameReader, MeteredLink};
+
+impl Receiving<'_, '_> {
+    /// Takes LINKS: the source uses fewer links than it was told to.
+    pub(super) fn fewer_links(&self, had: u32, wanted: u32, reader: &FrameReader) -> Result<()> {
+        let mut state = self.state.lock();
+        if !(1..wanted).contains(&had) || state.joined >> had != 0 {
+            let why = format!(
+                "{had} links instead of {wanted}, where {} further ones have joined",
+                state.joined.count_ones()
+            );
+            return Err(reader.damaged(Damage::Content { kind: Kind::LINKS, why }));
+        }
+        state.links = had;
+        let is_complete = state.joined.count_ones() == had - 1;
+        drop(state);
+        self.state.notify_all();
+        if is_complete {
+            self.joined.cancel();
+        }
+        Ok(())
+    }
+
+    /// The body of the thread that accepts the further links of the move, in any order, and starts a reader for each. A link
+    /// that is not of the move is closed, and the thread waits for another.
+    pub(super) fn join<'scope>(
+        &'scope self,
+        scope: Scope<'scope, '_>,
+        id: MigrationId,
+        further: &dyn FurtherLinks,
+        offer: &'scope Offer,
+    ) -> Result<()> {
+        let silence_max = self.options().silence_max;
+        let wait = Wait::within(silence_max, Some(&self.joined));
+        loop {
+            let (joined, links) = {
+                let state = self.state.lock();
+                (state.joined, state.links)
+            };
+            if joined.count_ones() >= links - 1 {
+                return Ok(());
+            }
+            let link: Arc<dyn Link> = match further.next(wait) {
+                Ok(link) => Arc::from(link),
+                Err(LinkError::Cancelled) if self.team.check().is_ok() => return Ok(()),
+                Err(error) => {
+                    return Err(self.connection.failed(error, "waiting for a further link", silence_max));
+                }
+            };
+            let (number, mut reader) = match self.greet_further(&*link, id) {
+                Ok(greeted) => greeted,
+                Err(error) => {
+                    tracing::warn!("a link that is not of the move: {error}");
+                    continue;
+                }
+            };
+            if number >= links || joined & 1 << number != 0 {
+                tracing::warn!("link {number} of the move joined twice or was not asked for");
+                continue;
+            }
+            reader.decompress(offer.compression())?;
+            reader.count(self.recorder().buffers());
+            self.further.lock().push(Arc::clone(&link));
+            self.state.lock().joined |= 1 << number;
+            self.team.spawn(scope, format!("link {number}"), move || {
+                let link = MeteredLink::new(&*link, self.recorder());
+                self.read_further(&link, reader)
+            })?;
+        }
+    }
+
+    /// Reads preface and JOIN of a further link of this move. Returns its number and its reader.
+    fn greet_further(&self, link: &dyn Link, id: MigrationId) -> Result<(u32, FrameReader)> {
+        let silence_max = self.options().silence_max;
+        let mut reader = FrameReader::new(link, silence_max);
+        let preface = reader.preface(link, Some(&self.joined))?;
+        if preface.id != id || !preface.flags.contains(PrefaceFlags::FURTHER) {
+            let what = format!("the id {} where {id} was expected", preface.id);
+            return Err(reader.damaged(Damage::Unknown { what }));
+        }
+        let within = now().checked_add(silence_max).map(|until| (until, silence_max));
+        let header = reader.next(link, "waiting for a link's number", within, Some(&self.joined))?;
+        let misplaced = |why: String| Damage::Misplaced { kind: header.kind, why };
+        if header.kind != Kind::JOIN {
+            return Err(reader.damaged(misplaced("JOIN is due".into())));
+        }
+        let number = decode_u32(reader.payload(&header));
+        if number == 0 || number >= LINKS_MAX {
+            let why = format!("link {number}, expected 1 to {}", LINKS_MAX - 1);
+            return Err(reader.damaged(Damage::Content { kind: Kind::JOIN, why }));
+        }
+        Ok((number, reader))
+    }
+
+    /// The body of a further link's reader, up to LINK_END.
+    fn read_further(&self, link: &dyn Link, mut reader: FrameReader) -> Result<()> {
+        if !self.keeps_links_alive {
+            reader.allow_silence();
+        }
+        loop {
+            let header = reader.next(link, DOING, None, Some(self.team.ended()))?;
+            match header.kind {
+                Kind::LINK_END => {
+                    self.state.lock().links_ended += 1;
+                    self.state.notify_all();
+                    return Ok(());
+                }
+                Kind::MEMORY_DATA | Kind::MEMORY_ZERO | Kind::DEVICE_DATA | Kind::FLUSH | Kind::PROGRESS => {
+                    self.take(&header, &mut reader)?;
+                }
+                kind => {
+                    let why = "it is for a move's first link".into();
+                    return Err(reader.damaged(Damage::Misplaced { kind, why }));
+                }
+            }
+        }
+    }
+}

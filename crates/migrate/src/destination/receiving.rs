@@ -1,0 +1,210 @@
+//! [`Receiving`]: what the threads of a destination share while data arrives, and what devices are told to do.
+
+use std::sync::{Arc, OnceLock};
+
+use limosa_client::DeviceExt;
+use limosa_clockwork::{Guard, Monitor, Scope};
+use limosa_protocol::{MigrationFlags, State};
+use limosa_stream::body::NEEDS_CREDIT;
+use limosa_stream::buffer::Spares;
+use limosa_stream::{Offer, Order};
+
+use super::device_loader::DeviceLoader;
+use super::device_queue::{Command, DeviceQueue};
+use crate::context::Context;
+use crate::devices::{MovedDevice, failed};
+use crate::link::Link;
+use crate::memory::MemoryRegion;
+use crate::protocol::credit::{ReceiveWindow, window};
+use crate::report::Recorder;
+use crate::transfer::device_sender::READ_BYTES_MAX;
+use crate::transfer::device_workers::DeviceWorkers;
+use crate::transfer::keep_alive::KeepAlive;
+use crate::transfer::team::{Shared, Team};
+use crate::wire::{Connection, FrameWriter};
+use crate::{Cancel, Error, Options, Result};
+
+/// Empty buffers of up to this many bytes are kept for reuse.
+const SPARE_BYTES: u64 = 8 << 20;
+
+/// The work between the offer and the end, and the state of its threads.
+pub(super) struct Receiving<'w, 'a> {
+    pub(super) context: &'w Context<'a>,
+    /// The first link, over which this side answers.
+    pub(super) connection: &'w Connection<'w>,
+    pub(super) writers: [&'w FrameWriter<'w>; 1],
+    pub(super) team: Team,
+    pub(super) workers: DeviceWorkers,
+    pub(super) alive: KeepAlive,
+    pub(super) queues: Vec<Shared<DeviceQueue>>,
+    pub(super) loaders: Vec<Monitor<DeviceLoader<'a>>>,
+    flags: OnceLock<Vec<MigrationFlags>>,
+    /// The ids of the devices in the offer.
+    pub(super) ids: Vec<u32>,
+    /// The regions, by their index in the offer.
+    pub(super) regions: Vec<Option<&'w MemoryRegion<'a>>>,
+    pub(super) order: Monitor<Order>,
+    /// Whether the source sends no more than the window allows.
+    pub(super) has_credit: bool,
+    pub(super) window: u64,
+    /// Whether the limit for silence applies to further links as well.
+    pub(super) keeps_links_alive: bool,
+    pub(super) spares: Monitor<Spares>,
+    pub(super) state: Shared<Progress>,
+    /// Ends the wait for further links.
+    pub(super) joined: Cancel,
+    /// The further links. They stay open to the end, so that the source hears the reason, and not that a link is closed.
+    pub(super) further: Monitor<Vec<Arc<dyn Link>>>,
+}
+
+#[derive(Default)]
+pub(super) struct Progress {
+    /// How many links the source uses, the first one included.
+    pub(super) links: u32,
+    /// Which further links have joined, a bit each.
+    pub(super) joined: u32,
+    pub(super) links_ended: u32,
+    pub(super) loaded: usize,
+}
+
+impl<'w, 'a> Receiving<'w, 'a> {
+    pub(super) fn new(
+        context: &'w Context<'a>,
+        connection: &'w Connection<'_>,
+        devices: &'a [MovedDevice<'a>],
+        memory: &'w [MemoryRegion<'a>],
+        offer: &Offer,
+    ) -> Result<Receiving<'w, 'a>> {
+        let team = Team::new(context.cancel)?;
+        let joined = team.ended().child().map_err(|error| Error::Os { doing: "making an event", error })?;
+        let window = window(devices.len(), context.options.windows_bytes);
+        let windows = window * devices.len() as u64;
+        let mut spares = Spares::new(SPARE_BYTES.min(windows) as usize);
+        // Touched now, and not in the downtime.
+        spares.fill(SPARE_BYTES.min(windows / 4) as usize, READ_BYTES_MAX, context.recorder.buffers());
+        // Regions are matched by id: this side may have them in another order than the offer.
+        let region = |id| memory.iter().find(|region| region.id == id);
+        let queue = || DeviceQueue { window: ReceiveWindow::new(window), ..DeviceQueue::default() };
+        Ok(Receiving {
+            context,
+            connection,
+            writers: [&connection.writer],
+            workers: DeviceWorkers::new(devices.len(), usize::MAX),
+            alive: KeepAlive::default(),
+            queues: devices.iter().map(|_| team.share(queue())).collect(),
+            loaders: devices.iter().map(|moved| Monitor::new(DeviceLoader::new(moved.device))).collect(),
+            flags: OnceLock::new(),
+            ids: offer.devices.iter().map(|facts| facts.id).collect(),
+            regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
+            order: Monitor::new(Order::new(offer)),
+            has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
+            window,
+            keeps_links_alive: offer.keeps_links_alive,
+            spares: Monitor::new(spares),
+            state: team.share(Progress { links: 1, ..Progress::default() }),
+            joined,
+            further: Monitor::default(),
+            team,
+        })
+    }
+
+    pub(super) fn recorder(&self) -> &'w Recorder<'a> {
+        &self.context.recorder
+    }
+
+    pub(super) fn options(&self) -> &'a Options {
+        self.context.options
+    }
+
+    /// A device's migration flags.
+    pub(super) fn flags(&self, at: usize) -> MigrationFlags {
+        self.flags.get().and_then(|flags| flags.get(at)).copied().unwrap_or(MigrationFlags::empty())
+    }
+
+    /// Starts the device workers and the keep-alive thread. They serve the commit and the rollback as well.
+    pub(super) fn start<'scope>(&'scope self, scope: Scope<'scope, '_>) -> Result<()> {
+        let interval = self.connection.limits().keep_alive;
+        self.team.spawn(scope, "keep-alive".into(), move || {
+            self.alive.run(&self.team, &self.writers, interval);
+            Ok(())
+        })?;
+        for thread in 0..self.queues.len() {
+            self.team.spawn(scope, format!("device worker {thread}"), move || {
+                self.workers.work(thread, |at| self.attend(at));
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Ends all threads.
+    pub(super) fn end(&self) {
+        self.team.end();
+        self.workers.end();
+        self.alive.end();
+    }
+
+    /// Opens a session on every device. They were found in these states.
+    pub(super) fn open_sessions(&self, devices: &[MovedDevice<'_>], found: Vec<State>) -> Result<()> {
+        let flags = devices.iter().map(|moved| {
+            let flags = moved.device.migration_flags();
+            flags.map_err(|error| failed(moved.device, "reading its flags", error))
+        });
+        let _ = self.flags.set(flags.collect::<Result<_>>()?);
+        self.command(|at| Some(Command::Open(found[at]))).into_iter().collect()
+    }
+
+    /// The states in which devices were found that have been touched.
+    pub(super) fn found(&self) -> Vec<Option<State>> {
+        self.queues.iter().map(|queue| queue.lock().found).collect()
+    }
+
+    /// Drives loaded devices to these states. Fails if one of them refuses.
+    pub(super) fn enter(&self, wanted: impl Fn(usize) -> Option<State>) -> Result<()> {
+        // This waits for all devices, also after a failure.
+        self.command(|at| wanted(at).map(Command::Enter)).into_iter().collect()
+    }
+
+    /// Resets the devices that were asked to run, so that none of them ever runs this guest. Returns whether all resets
+    /// succeeded. A device that was not asked stays in STOP, also if it can no longer be reached.
+    pub(super) fn never_run(&self) -> bool {
+        let asked: Vec<_> = self.queues.iter().map(|queue| queue.lock().asked_to_run).collect();
+        self.command(|at| asked[at].then_some(Command::Reset)).iter().all(Result::is_ok)
+    }
+
+    /// Gives devices commands, all at once, and waits for all of them, for as long as the devices' own calls take.
+    pub(super) fn command(&self, wanted: impl Fn(usize) -> Option<Command>) -> Vec<Result<()>> {
+        for (at, queue) in self.queues.iter().enumerate() {
+            let mut queue = queue.lock();
+            (queue.command, queue.done) = (wanted(at), None);
+            match queue.command {
+                None => queue.done = Some(Ok(())),
+                Some(_) => self.see_to(at, queue),
+            }
+        }
+        let done = self.queues.iter().map(|queue| {
+            let mut guard = queue.lock();
+            loop {
+                if let Some(done) = guard.done.take() {
+                    return done;
+                }
+                (guard, _) = queue.wait(guard, None);
+            }
+        });
+        done.collect()
+    }
+
+    /// The source was told to use this many links.
+    pub(super) fn expect_links(&self, links: u32) {
+        self.state.lock().links = links;
+    }
+
+    /// Makes a worker do the work of a device.
+    pub(super) fn see_to(&self, at: usize, mut queue: Guard<'_, DeviceQueue>) {
+        let was_busy = std::mem::replace(&mut queue.is_busy, true);
+        drop(queue);
+        if !was_busy {
+            self.workers.post(at);
+        }
+    }
+}
