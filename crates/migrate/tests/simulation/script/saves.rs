@@ -62,6 +62,7 @@ impl Script<'_> {
             return Ok(summary);
         }
         self.destination.heal();
+        fates.processes[1].allow_threads();
         self.network.disk.heal();
         // Where the loader died the guest may have begun to run: that is over.
         self.guest.stop(End::Destination);
@@ -279,6 +280,7 @@ impl Script<'_> {
     fn turn_off_source(&self) {
         self.guest.stop(End::Source);
         for device in &self.source.devices {
+            device.outside.script.clear();
             // One in ERROR does not run.
             let _ = device.itself().set_state(State::Stop);
         }
