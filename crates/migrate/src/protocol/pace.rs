@@ -34,7 +34,7 @@ impl Pace {
         }
         let seconds = took.saturating_sub(self.latency).max(took / 16).as_secs_f64().max(1e-9);
         let rate = bytes as f64 / seconds;
-        let known = self.bytes_per_second > 0.0;
+        let known = self.is_measured();
         self.bytes_per_second = if known { (self.bytes_per_second + rate) / 2.0 } else { rate };
     }
 
@@ -43,13 +43,18 @@ impl Pace {
         self.latency = self.latency.min(took);
     }
 
+    /// Whether a rate was measured.
+    pub(crate) fn is_measured(&self) -> bool {
+        self.bytes_per_second > 0.0
+    }
+
     pub(crate) fn bytes_per_second(&self) -> u64 {
         self.bytes_per_second as u64
     }
 
     /// How long the transfer of this many bytes takes.
     pub(crate) fn transfer(&self, bytes: u64) -> Duration {
-        let rate = if self.bytes_per_second > 0.0 { self.bytes_per_second } else { ASSUMED };
+        let rate = if self.is_measured() { self.bytes_per_second } else { ASSUMED };
         Duration::try_from_secs_f64(bytes as f64 / rate).unwrap_or(Duration::MAX)
     }
 

@@ -98,7 +98,7 @@ struct Tracked {
     window: Option<(Instant, u64)>,
     /// The least that was left at the end of a window, and what had been sent then.
     best: (u64, u64),
-    /// What was left at first.
+    /// What it had at first, sent or left.
     first_left: u64,
     stalled: u32,
     /// Since when its initial data holds back the stop.
@@ -256,18 +256,24 @@ impl Tracked {
             return !device.drained && device.sent <= UNKNOWN_BYTES.saturating_mul(wanted.rounds_max.into());
         };
         let floor = (wanted.downtime_goal / 64).max(Duration::from_millis(1));
-        if left == 0 || pace.transfer(left) <= floor {
+        // Before a rate was measured, only a device that has given all its data has little left.
+        let has_little =
+            if pace.is_measured() { pace.transfer(left) <= floor } else { left == 0 || device.drained };
+        if has_little {
             (self.window, self.stalled) = (None, 0);
             return false;
         }
         let Some((since, sent)) = self.window else {
             if self.first_left == 0 {
-                self.first_left = left;
+                self.first_left = device.sent.saturating_add(left);
             }
             (self.window, self.best) = (Some((now, device.sent)), (left, device.sent));
             return self.stalled < wanted.stalled_rounds_max;
         };
-        if device.sent - sent >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME {
+        // A device whose data is still being sent may be quiet.
+        let is_sending = device.sent == sent && !device.drained;
+        let is_over = device.sent - sent >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME;
+        if is_over && !is_sending {
             let (best, sent_then) = self.best;
             // A twentieth of what was moved is gained at least; less is noise, or leads nowhere.
             if left < best.saturating_sub((device.sent - sent_then) / 20) {

@@ -29,6 +29,8 @@ pub fn of_destination(received: &Received) -> Option<&Report> {
 /// Whether a device's window was filled, but for a piece; an error when more was held than may be.
 pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
     let (window, side) = (plan.window_bytes(), report.side.name());
+    // Who loads a snapshot takes a whole frame.
+    let window = if plan.saves.is_some() { window.max(READ_BYTES_MAX) } else { window };
     let most = report.devices.iter().map(|device| device.waiting_bytes_max).max().unwrap_or_default();
     if most > window {
         return Err(format!(
@@ -45,7 +47,7 @@ pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
     let limit = match report.side {
         Side::Source => links * frame + devices * read + if is_compressed { packed } else { 0 },
         Side::Destination => {
-            let windows = plan.windows_bytes();
+            let windows = if plan.saves.is_some() { devices * window } else { plan.windows_bytes() };
             let spare = SPARE_BYTES_MAX.min(windows);
             links * (frame + read) + if is_compressed { links * frame } else { 0 } + windows * 5 / 4 + spare
         }

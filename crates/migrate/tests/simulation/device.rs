@@ -17,6 +17,7 @@ use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
 
 use crate::memory::{DeviceMemory, SimMemory, iova};
 use crate::model::{Outside, SimModel, set};
+use crate::panics::{Panics, Place};
 use crate::plan::{DevicePlan, End, Mutation};
 use crate::world::{PAGE, World};
 
@@ -35,11 +36,19 @@ struct Reach {
     gone: AtomicBool,
     slow: Duration,
     name: String,
+    number: usize,
+    world: Arc<World>,
+    panics: Arc<Panics>,
 }
 
 impl Reach {
     /// A call on its way to the device.
     fn call(&self) -> Result<()> {
+        self.call_of(Place::Device(self.number))
+    }
+
+    fn call_of(&self, place: Place) -> Result<()> {
+        self.panics.call(place, &self.world);
         if !self.slow.is_zero() && simulation::random(4) == 0 {
             sleep(Duration::from_nanos(simulation::random(self.slow.as_nanos() as u64)));
         } else if simulation::random(4) == 0 {
@@ -47,6 +56,7 @@ impl Reach {
         }
         // What a process does that has crashed, it never did.
         if self.gone.load(Ordering::SeqCst) || simulation::crashing() {
+            self.world.strikes();
             let reason = "the transport is gone".into();
             return Err(Error::Disconnected { device: self.name.clone(), reason });
         }
@@ -76,7 +86,14 @@ impl SimDevice {
             let map = DmaMap { iova: iova(region), size, flags, memory: DmaMemory::Messages(&target) };
             inner.dma_map(&map).expect("memory can be mapped");
         }
-        let reach = Arc::new(Reach { gone: AtomicBool::new(false), slow: plan.slow, name });
+        let reach = Arc::new(Reach {
+            gone: AtomicBool::new(false),
+            slow: plan.slow,
+            name,
+            number,
+            world: world.clone(),
+            panics: memory.panics.clone(),
+        });
         let runs_early = mutation == Some(Mutation::RunsBeforeCommit);
         SimDevice { inner, number, plan, world: world.clone(), reach, runs_early, outside }
     }
@@ -84,6 +101,16 @@ impl SimDevice {
     /// The device itself, where no engine is in between: for its guest, and for whoever looks.
     pub fn itself(&self) -> &Loopback {
         &self.inner
+    }
+
+    /// Whether its guest leaves it alone.
+    pub fn is_quiet(&self) -> bool {
+        self.plan.quiet
+    }
+
+    /// Whether it counts its resets.
+    pub fn counts_resets(&self) -> bool {
+        self.plan.counts_resets
     }
 
     /// It cannot be reached any more.
@@ -110,6 +137,10 @@ impl Device for SimDevice {
         ];
         if !self.plan.logs && logging.contains(&request.index) {
             let (device, request) = (self.name().into(), "DMA logging".into());
+            return Err(Error::Refused { device, request, errno: Errno::ENOTTY, hint: "".into() });
+        }
+        if !self.plan.counts_resets && request.index == FeatureIndex::RESET_COUNT {
+            let (device, request) = (self.name().into(), "RESET_COUNT".into());
             return Err(Error::Refused { device, request, errno: Errno::ENOTTY, hint: "".into() });
         }
         let word = |at: usize| request.payload.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes);
@@ -194,17 +225,17 @@ struct SimStream {
 
 impl DataStream for SimStream {
     fn read(&mut self, data: &mut [u8]) -> Result<Chunk> {
-        self.reach.call()?;
+        self.reach.call_of(Place::Stream(self.reach.number))?;
         self.inner.read(data)
     }
 
     fn write(&mut self, data: &[u8]) -> Result<()> {
-        self.reach.call()?;
+        self.reach.call_of(Place::Stream(self.reach.number))?;
         self.inner.write(data)
     }
 
     fn precopy_info(&mut self) -> Result<PrecopyInfo> {
-        self.reach.call()?;
+        self.reach.call_of(Place::Stream(self.reach.number))?;
         self.inner.precopy_info()
     }
 

@@ -49,6 +49,7 @@ impl Fates<'_> {
         (state.fired, state.firing) = (state.fired + 1, state.firing + 1);
         drop(state);
         simulation::note(|| format!("FAULT: {:?}", planned.fault));
+        self.computers[0].world.strikes();
         self.fire(planned.fault);
         self.state.lock().firing -= 1;
         self.state.notify_all();
@@ -103,6 +104,9 @@ impl Fates<'_> {
             Fault::LogLost => source.log_lost.store(true, Ordering::SeqCst),
             Fault::MemoryFails(end) => computer(end).memory.fails.store(true, Ordering::SeqCst),
             Fault::DeviceGone(end, device) => computer(end).devices[device].lose(),
+            Fault::Reset(end, device) => computer(end).reset(device),
+            Fault::Panic(end, place) => computer(end).panics.arm(place),
+            Fault::RefuseThreads(end, after) => self.processes[end as usize].refuse_threads(after),
             Fault::Device(end, device, step, how) => {
                 computer(end).devices[device].outside.script.fail(step, 0, how);
             }

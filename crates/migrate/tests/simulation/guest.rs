@@ -7,7 +7,9 @@ use std::time::Duration;
 use limosa_client::Device;
 use limosa_clockwork::{Monitor, simulation, sleep};
 
+use crate::device::SimDevice;
 use crate::machine::Computer;
+use crate::model::set;
 use crate::plan::End;
 use crate::world::{PAGE, World};
 
@@ -33,6 +35,8 @@ struct State {
     slowed: u32,
     /// How many steps it has made since something new began.
     steps: u32,
+    /// When it was stopped at the source the last time, and when it ran again.
+    stood: Option<(Duration, Option<Duration>)>,
     /// Nobody needs it any more.
     over: bool,
 }
@@ -46,7 +50,12 @@ impl Guest {
     pub fn start(&self, end: End) {
         let mut state = self.state.lock();
         match state.at.replace(end) {
-            None => self.world.runs(end, true),
+            None => {
+                self.world.runs(end, true);
+                if let Some((_, again @ None)) = &mut state.stood {
+                    *again = Some(simulation::elapsed());
+                }
+            }
             Some(at) if at == end => {}
             Some(at) => {
                 self.world.wrong(format!("the vCPU runs at the {at:?}, and is started at the {end:?}"))
@@ -62,7 +71,23 @@ impl Guest {
         if state.at == Some(end) {
             state.at = None;
             self.world.runs(end, false);
+            state.stood = (end == End::Source).then(|| (simulation::elapsed(), None));
         }
+    }
+
+    /// Somebody resets a device: the guest itself, where it runs. Whether it was the guest.
+    pub fn reset(&self, end: End, device: &SimDevice) -> bool {
+        let state = self.state.lock();
+        set(&device.outside.reset_by_guest, state.at == Some(end));
+        // A device that failed does not answer.
+        let _ = device.itself().reset();
+        set(&device.outside.reset_by_guest, false);
+        state.at == Some(end)
+    }
+
+    /// Since when it has stood still, or how long it did the last time: from the stop at the source until it ran again.
+    pub fn stood(&self) -> Option<(Duration, Option<Duration>)> {
+        self.state.lock().stood
     }
 
     pub fn slow(&self, step: u32) {
@@ -112,6 +137,9 @@ impl Guest {
         match simulation::random(8) {
             0..=2 => {
                 let device = &computer.devices[value as usize % computer.devices.len()];
+                if device.is_quiet() {
+                    return;
+                }
                 // A device that failed does not answer.
                 let _ = device.itself().region_write(0, 0, &value.to_le_bytes());
             }

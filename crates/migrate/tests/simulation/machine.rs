@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use limosa_client::DeviceExt;
-use limosa_clockwork::{Monitor, now};
+use limosa_clockwork::{Monitor, now, simulation};
 use limosa_migrate::link::{Link, Wait};
 use limosa_migrate::{
     AfterLoad, Cancel, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
-    Options, Outcome, Phase, Received, Source, Vmm, WhenStalled,
+    Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::State;
 use limosa_stream::MigrationId;
@@ -19,8 +20,9 @@ use crate::disk::Disk;
 use crate::guest::Guest;
 use crate::link::Network;
 use crate::memory::{RegionPages, SimLog, SimMemory, iova};
-use crate::model::get;
-use crate::plan::{End, Mutation, Plan};
+use crate::model::{get, set};
+use crate::panics::{Panics, Place};
+use crate::plan::{End, Mutation, Plan, STANDSTILL_MAX};
 use crate::world::World;
 
 pub struct Computer {
@@ -41,6 +43,13 @@ pub struct Computer {
     pub prepare_refused: AtomicBool,
     pub stop_refused: AtomicBool,
     pub log_lost: Arc<AtomicBool>,
+    pub panics: Arc<Panics>,
+    /// How long initial data may hold the stop back.
+    initial_max: Duration,
+    /// Nothing goes wrong.
+    is_calm: bool,
+    /// The guest is saved, and not moved.
+    saves: bool,
     mutation: Option<Mutation>,
     /// What phases this end has come to.
     pub phases: Monitor<Phases>,
@@ -66,7 +75,8 @@ impl Computer {
         network: &Arc<Network>,
         folder: PathBuf,
     ) -> Computer {
-        let memory = SimMemory::new(end, world.clone(), plan);
+        let panics = Arc::<Panics>::default();
+        let memory = SimMemory::new(end, world.clone(), plan, panics.clone());
         let memory = Arc::new(memory);
         let devices = (plan.devices.iter().enumerate())
             .map(|(number, device)| SimDevice::new(end, number, *device, &plan.regions, &memory, world))
@@ -89,6 +99,10 @@ impl Computer {
             prepare_refused: AtomicBool::new(false),
             stop_refused: AtomicBool::new(false),
             log_lost: Arc::default(),
+            panics,
+            initial_max: plan.convergence.initial_max,
+            is_calm: plan.faults.is_empty(),
+            saves: plan.saves.is_some(),
             mutation: plan.mutation,
             phases: Monitor::default(),
             starts: AtomicBool::new(false),
@@ -124,6 +138,7 @@ impl Computer {
             covers_devices: self.memory.log_covers_devices,
             lost: self.log_lost.clone(),
             mutation: self.mutation,
+            panics: self.panics.clone(),
         };
         let log: &mut dyn DirtyLog = &mut log;
         let cancel = self.cancel.lock().expect("not poisoned").clone();
@@ -141,7 +156,7 @@ impl Computer {
     /// A move that never waits for a better moment.
     pub fn send_at_any_cost(&self, link: &dyn Link) -> Outcome {
         let convergence = self.options.convergence.with_when_stalled(WhenStalled::SwitchOver);
-        let options = self.options.clone().with_convergence(convergence);
+        let options = self.options.clone().with_convergence(convergence).with_standstill_max(STANDSTILL_MAX);
         self.as_source_with(&options, |source| source.send_over(link, &|_: Wait<'_>| self.network.call()))
     }
 
@@ -202,6 +217,50 @@ impl Computer {
         }
     }
 
+    /// At the stop: initial data is loaded, and a device that is quiet has given what it had.
+    fn check_precopy(&self) {
+        let truth = self.world.truth();
+        let Some(round) = truth.last_round else { return };
+        let now = simulation::elapsed();
+        let mut wrong = None;
+        for (number, device) in self.devices.iter().enumerate() {
+            let precopy = truth.precopy[number];
+            let Some(since) = precopy.since else { continue };
+            let name = format!("device {number}");
+            let is_overdue = now - since >= self.initial_max;
+            // A look that came after it had said so. What it says between the last look and the stop comes too late.
+            let looked = truth.rounds >= precopy.told_at_round + 2;
+            if !is_overdue && precopy.initial_told > 0 && (looked || round.device_initial_bytes > 0) {
+                wrong = Some(format!("the stop comes, and {name} still has initial data: {precopy:?}"));
+            }
+            let loaded = truth.loaded[number];
+            if !is_overdue && !self.saves && precopy.initial_told == 0 && loaded < precopy.initial_end.unwrap_or(0) {
+                wrong = Some(format!("the stop comes, and {name} has loaded {loaded} bytes: {precopy:?}"));
+            }
+            // What takes no more than this is not worth another look (`StopPolicy`).
+            let floor = (self.options.convergence.downtime_goal / 64).max(Duration::from_millis(1));
+            let little = (round.bytes_per_second as f64 * floor.as_secs_f64()) as u64;
+            let may_drain = device.is_quiet() && !is_overdue && self.is_calm;
+            if may_drain && precopy.left > little {
+                wrong = Some(format!("the stop comes, and {name}, which is quiet, has {} bytes", precopy.left));
+            }
+        }
+        drop(truth);
+        if let Some(wrong) = wrong {
+            self.world.wrong(wrong);
+        }
+    }
+
+    /// Whether somebody has reset the device in a way that the engine need not see, or before it comes to see it.
+    fn lost(&self, device: &SimDevice) -> bool {
+        get(&device.outside.lost) || !get(&device.outside.holds)
+    }
+
+    /// Whether a device was reset in a way that the engine need not see.
+    pub fn has_lost(&self) -> bool {
+        self.devices.iter().any(|device| get(&device.outside.lost))
+    }
+
     /// Memory and devices are what the guest made them.
     pub fn compare(&self) -> Result<(), String> {
         if let Some(difference) = self.memory.difference() {
@@ -209,7 +268,7 @@ impl Computer {
         }
         let truth = self.world.truth();
         for (number, device) in self.devices.iter().enumerate() {
-            if get(&device.outside.blocks) != truth.devices[number] {
+            if !self.lost(device) && get(&device.outside.blocks) != truth.devices[number] {
                 return Err(format!("device {number} of the {:?} has not what the guest gave it", self.end));
             }
         }
@@ -231,6 +290,27 @@ impl Computer {
         }
     }
 
+    /// A device is reset by its guest, where that runs; otherwise by somebody else.
+    pub fn reset(&self, device: usize) {
+        let device = &self.devices[device];
+        let held = get(&device.outside.holds);
+        let state = device.itself().machine().state();
+        if self.guest.reset(self.end, device) || !held {
+            return;
+        }
+        // After the last look at a device nothing of it can be seen, and between a look and an arc only by the count.
+        let is_late = match self.end {
+            End::Source => true,
+            End::Destination if self.saves => true,
+            End::Destination => {
+                self.starts.load(Ordering::SeqCst) && (!device.counts_resets() || state == State::Running)
+            }
+        };
+        if is_late {
+            set(&device.outside.lost, true);
+        }
+    }
+
     /// Nothing is wrong here any more.
     pub fn heal(&self) {
         *self.cancel.lock().expect("not poisoned") = Cancel::new().expect("an eventfd");
@@ -242,7 +322,9 @@ impl Computer {
         for device in &self.devices {
             device.find();
             device.outside.script.clear();
+            set(&device.outside.lost, false);
         }
+        self.panics.disarm();
         self.free_ledger();
         self.network.refuse(false);
     }
@@ -266,14 +348,18 @@ impl Computer {
 
 impl Vmm for Computer {
     fn throttle(&self, step: u32) -> bool {
+        self.panics.call(Place::Throttle, &self.world);
         self.guest.slow(step);
         step < 4
     }
 
     fn stop(&self) -> Result<(), String> {
+        self.panics.call(Place::Stop, &self.world);
         if self.stop_refused.load(Ordering::SeqCst) {
+            self.world.strikes();
             return Err("a vCPU does not answer".into());
         }
+        self.check_precopy();
         if self.mutation != Some(Mutation::NeverStops) {
             self.guest.stop(self.end);
         }
@@ -281,7 +367,9 @@ impl Vmm for Computer {
     }
 
     fn committing(&self, id: MigrationId) -> Result<(), String> {
+        self.panics.call(Place::Committing, &self.world);
         if self.note_full.load(Ordering::SeqCst) {
+            self.world.strikes();
             return Err("no space left on the disk".into());
         }
         *self.noted.lock().expect("not poisoned") = Some(id);
@@ -289,6 +377,7 @@ impl Vmm for Computer {
     }
 
     fn resume(&self) {
+        self.panics.call(Place::Resume, &self.world);
         self.guest.start(self.end);
     }
 
@@ -297,15 +386,29 @@ impl Vmm for Computer {
         if let Err(difference) = self.compare() {
             self.world.wrong(format!("about to run: {difference}"));
         }
-        if self.prepare_refused.load(Ordering::SeqCst) { Err("no memory for it".into()) } else { Ok(()) }
+        self.panics.call(Place::Prepare, &self.world);
+        if self.prepare_refused.load(Ordering::SeqCst) {
+            self.world.strikes();
+            return Err("no memory for it".into());
+        }
+        Ok(())
     }
 
     fn start(&self) {
+        self.panics.call(Place::Start, &self.world);
         self.guest.start(self.end);
     }
 }
 
 impl Observer for Computer {
+    fn round(&self, round: &Round) {
+        if self.end == End::Source {
+            let truth = &mut *self.world.truth();
+            truth.rounds += 1;
+            truth.last_round = Some(*round);
+        }
+    }
+
     fn phase(&self, phase: Phase) {
         limosa_clockwork::simulation::note(|| format!("phase {phase:?}"));
         // Before anything at which the process could crash.
@@ -313,5 +416,6 @@ impl Observer for Computer {
         self.guest.wake();
         self.phases.lock().begun.push(phase);
         self.phases.notify_all();
+        self.panics.call(Place::Observer, &self.world);
     }
 }

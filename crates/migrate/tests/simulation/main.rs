@@ -14,8 +14,10 @@ mod machine;
 mod memory;
 mod model;
 mod mutations;
+mod panics;
 mod plan;
 mod script;
+mod standstill;
 #[path = "../it/common/steps.rs"]
 mod steps;
 mod world;

@@ -10,6 +10,7 @@ use limosa_clockwork::{simulation, sleep};
 use limosa_migrate::{DirtyLog, GuestPages};
 use limosa_protocol::bitmap::DirtyBitmap;
 
+use crate::panics::{Panics, Place};
 use crate::plan::{End, Mutation, Plan};
 use crate::world::{PAGE, World};
 
@@ -27,16 +28,17 @@ pub struct SimMemory {
     /// What devices write is in the VMM's log as well.
     pub log_covers_devices: bool,
     pub mutation: Option<Mutation>,
+    pub panics: Arc<Panics>,
 }
 
 impl SimMemory {
-    pub fn new(end: End, world: Arc<World>, plan: &Plan) -> SimMemory {
+    pub fn new(end: End, world: Arc<World>, plan: &Plan, panics: Arc<Panics>) -> SimMemory {
         // What was there before must not show after a move.
         let fill = if end == End::Source { 0 } else { 0xaa };
         let regions =
             plan.regions.iter().map(|pages| Mutex::new(vec![fill; *pages as usize * PAGE])).collect();
         let (log_covers_devices, mutation) = (plan.log_covers_devices, plan.mutation);
-        SimMemory { end, world, regions, fails: AtomicBool::new(false), log_covers_devices, mutation }
+        SimMemory { end, world, regions, fails: AtomicBool::new(false), log_covers_devices, mutation, panics }
     }
 
     pub fn bytes(&self, region: usize) -> MutexGuard<'_, Vec<u8>> {
@@ -74,7 +76,12 @@ impl SimMemory {
     }
 
     fn check(&self) -> io::Result<()> {
-        if self.fails.load(Ordering::SeqCst) { Err(io::ErrorKind::HostUnreachable.into()) } else { Ok(()) }
+        self.panics.call(Place::Memory, &self.world);
+        if self.fails.load(Ordering::SeqCst) {
+            self.world.strikes();
+            return Err(io::ErrorKind::HostUnreachable.into());
+        }
+        Ok(())
     }
 }
 
@@ -143,10 +150,12 @@ pub struct SimLog {
     /// The next look fails.
     pub lost: Arc<AtomicBool>,
     pub mutation: Option<Mutation>,
+    pub panics: Arc<Panics>,
 }
 
 impl DirtyLog for SimLog {
     fn start(&mut self) -> io::Result<()> {
+        self.panics.call(Place::Log, &self.world);
         let mut truth = self.world.truth();
         truth.marks.iter_mut().for_each(|marks| marks.clear());
         truth.device_marks.iter_mut().for_each(|marks| marks.clear());
@@ -157,10 +166,12 @@ impl DirtyLog for SimLog {
     }
 
     fn harvest(&mut self, region: usize, dirty: &DirtyBitmap) -> io::Result<()> {
+        self.panics.call(Place::Log, &self.world);
         let mut truth = self.world.truth();
         let marks = std::mem::take(&mut truth.marks[region]);
         truth.taken.extend(marks.iter().map(|page| (region, *page)));
         if self.lost.swap(false, Ordering::SeqCst) {
+            self.world.strikes();
             let pages = dirty.pages();
             truth.taken.extend((0..pages).map(|page| (region, page)));
             return Err(io::ErrorKind::BrokenPipe.into());

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use limosa_clockwork::simulation;
 use limosa_device::{Bus, Description, Fault, Migration, Model, Region, Save};
-use limosa_protocol::feature::PrecopyInfo;
+use limosa_protocol::feature::{PrecopyFlags, PrecopyInfo};
 use limosa_protocol::info::{DeviceFlags, RegionFlags};
 use limosa_protocol::{Errno, MigrationFlags};
 
@@ -13,7 +15,7 @@ use crate::guest::BUSY_PAGES;
 use crate::memory::iova;
 use crate::plan::{DevicePlan, End};
 use crate::steps::{Script, Step};
-use crate::world::{PAGE, World};
+use crate::world::{PAGE, Precopy, World};
 
 const END: u64 = u64::MAX;
 
@@ -25,6 +27,10 @@ pub struct Outside {
     pub blocks: Mutex<Vec<u64>>,
     /// Where it fails.
     pub script: Script,
+    /// Somebody has reset it in a way that the engine need not see.
+    pub lost: Mutex<bool>,
+    /// The guest resets it, and keeps it.
+    pub reset_by_guest: Mutex<bool>,
     /// Loses a block when it loads, for the checker to find.
     pub forgets: Mutex<bool>,
 }
@@ -44,6 +50,7 @@ pub struct SimModel {
     outside: Arc<Outside>,
     flags: MigrationFlags,
     blocks: Vec<u64>,
+    plan: DevicePlan,
     record_bytes: usize,
     regions: Vec<u64>,
     running: bool,
@@ -51,6 +58,13 @@ pub struct SimModel {
     dirty: BTreeSet<u64>,
     ready: Vec<u8>,
     given: usize,
+    /// Blocks of initial data that are not made ready, whether those that are ready are some, and what is held back until
+    /// when.
+    initial: BTreeSet<u64>,
+    ready_is_initial: bool,
+    late_until: Duration,
+    rearmed: bool,
+    given_bytes: u64,
     ended: bool,
     staging: Vec<u8>,
     /// DMA under way: region, page, and what it writes.
@@ -83,12 +97,18 @@ impl SimModel {
             outside,
             flags: plan.flags,
             blocks,
+            plan,
             record_bytes: plan.record_bytes,
             regions: regions.to_vec(),
             running: true,
             dirty: BTreeSet::new(),
             ready: Vec::new(),
             given: 0,
+            initial: BTreeSet::new(),
+            ready_is_initial: false,
+            late_until: Duration::ZERO,
+            rearmed: false,
+            given_bytes: 0,
             ended: false,
             staging: Vec::new(),
             in_flight: None,
@@ -98,6 +118,7 @@ impl SimModel {
 
     fn step(&mut self, step: Step) -> Result<(), Fault> {
         self.outside.script.step(step).inspect_err(|how| {
+            self.world.strikes();
             if matches!(how, Fault::Broken(_)) {
                 self.set_running(false);
             }
@@ -118,8 +139,46 @@ impl SimModel {
     fn set_block(&mut self, block: usize, value: u64) {
         self.blocks[block] = value;
         self.dirty.insert(block as u64);
+        self.tell_left();
         set(&self.outside.blocks, self.blocks.clone());
         self.world.truth().devices[self.number] = self.blocks.clone();
+    }
+
+    fn initial_blocks(&self) -> BTreeSet<u64> {
+        (0..u64::from(self.plan.initial).min(self.blocks.len() as u64)).collect()
+    }
+
+    /// Bytes of initial data, and of all data, that are not given.
+    fn left(&self) -> (u64, u64) {
+        let ready = (self.ready.len() - self.given) as u64;
+        let initial = (self.initial.len() * self.record_bytes) as u64 + u64::from(self.ready_is_initial) * ready;
+        let others = self.dirty.difference(&self.initial).count();
+        let all = ((self.initial.len() + others) * self.record_bytes) as u64 + ready;
+        (initial, all)
+    }
+
+    /// For the checker, what is left and was loaded.
+    fn tell_left(&self) {
+        let (initial, left) = self.left();
+        let precopy = &mut self.world.truth().precopy[self.number];
+        precopy.left = left;
+        if initial == 0 {
+            precopy.initial_end.get_or_insert(self.given_bytes);
+        }
+    }
+
+    /// The blocks to be given out next.
+    fn next_blocks(&mut self, stopped: bool) -> Vec<u64> {
+        let (first, half) = (self.initial.len(), self.plan.initial as usize / 2);
+        let is_late = !stopped && simulation::elapsed() < self.late_until;
+        let held = if is_late { half.min(first) } else { 0 };
+        let initial: Vec<u64> = self.initial.iter().copied().take((first - held).min(10)).collect();
+        self.ready_is_initial = !initial.is_empty();
+        if first > 0 {
+            // Initial data comes before all others.
+            return initial;
+        }
+        self.dirty.iter().copied().take(10).collect()
     }
 
     /// Makes a record ready to be given out.
@@ -174,6 +233,12 @@ impl Model for SimModel {
     }
 
     fn reset(&mut self) -> Result<(), Errno> {
+        if get(&self.outside.reset_by_guest) {
+            self.set_running(true);
+            self.in_flight = None;
+            (0..self.blocks.len()).for_each(|block| self.set_block(block, 0));
+            return Ok(());
+        }
         self.step(Step::Reset).map_err(Fault::errno)?;
         self.set_running(false);
         set(&self.outside.holds, false);
@@ -216,6 +281,12 @@ impl Migration for SimModel {
         self.step(Step::SaveBegin)?;
         self.dirty = (0..self.blocks.len() as u64).collect();
         (self.ready, self.given, self.ended) = (Vec::new(), 0, false);
+        (self.initial, self.ready_is_initial, self.rearmed) = (self.initial_blocks(), false, false);
+        self.given_bytes = 0;
+        self.late_until = simulation::elapsed() + self.plan.late;
+        let since = Some(simulation::elapsed());
+        self.world.truth().precopy[self.number] = Precopy { since, ..Precopy::default() };
+        self.tell_left();
         Ok(())
     }
 
@@ -223,9 +294,9 @@ impl Migration for SimModel {
         self.step(Step::Save).map_err(Fault::errno)?;
         if self.given == self.ready.len() {
             (self.ready, self.given) = (Vec::new(), 0);
-            let next: Vec<u64> = self.dirty.iter().copied().take(10).collect();
-            for block in next {
+            for block in self.next_blocks(stopped) {
                 self.dirty.remove(&block);
+                self.initial.remove(&block);
                 self.record(block, self.blocks[block as usize]);
             }
             if self.ready.is_empty() && stopped && !self.ended {
@@ -235,6 +306,8 @@ impl Migration for SimModel {
         }
         let bytes = (self.ready.len() - self.given).min(bytes_max);
         self.given += bytes;
+        self.given_bytes += bytes as u64;
+        self.tell_left();
         Ok(match (bytes, stopped) {
             (0, true) => Save::End,
             (0, false) => Save::NothingForNow,
@@ -246,11 +319,31 @@ impl Migration for SimModel {
         self.step(Step::SaveFinal)
     }
 
-    fn save_end(&mut self) {}
+    fn save_end(&mut self) {
+        self.world.truth().precopy[self.number].since = None;
+    }
 
-    fn precopy_info(&mut self, _: bool) -> PrecopyInfo {
-        let dirty_bytes = (self.dirty.len() * self.record_bytes + self.ready.len() - self.given) as u64;
-        PrecopyInfo { dirty_bytes, ..Default::default() }
+    fn has_precopy_reinit(&self) -> bool {
+        self.plan.rearms
+    }
+
+    fn precopy_info(&mut self, reinit: bool) -> PrecopyInfo {
+        let mut flags = PrecopyFlags::empty();
+        if reinit && self.plan.initial > 0 && self.left().1 == 0 && !std::mem::replace(&mut self.rearmed, true) {
+            self.initial = self.initial_blocks();
+            flags |= PrecopyFlags::REINIT;
+            self.world.truth().precopy[self.number].initial_end = None;
+        }
+        let (initial_bytes, left) = self.left();
+        self.tell_left();
+        let truth = &mut *self.world.truth();
+        let precopy = &mut truth.precopy[self.number];
+        if precopy.initial_told == 0 {
+            precopy.told_at_round = truth.rounds;
+        }
+        precopy.initial_told = initial_bytes;
+        let (dirty_bytes, flags) = (left - initial_bytes, flags.bits());
+        PrecopyInfo { initial_bytes, dirty_bytes, flags, ..Default::default() }
     }
 
     fn data_size(&self) -> u64 {
@@ -259,12 +352,14 @@ impl Migration for SimModel {
 
     fn load_begin(&mut self) -> Result<(), Fault> {
         self.staging.clear();
+        self.world.truth().loaded[self.number] = 0;
         self.step(Step::LoadBegin)
     }
 
     fn load(&mut self, chunk: &[u8]) -> Result<(), Errno> {
         self.step(Step::Load).map_err(Fault::errno)?;
         self.staging.extend_from_slice(chunk);
+        self.world.truth().loaded[self.number] = self.staging.len() as u64;
         Ok(())
     }
 

@@ -8,11 +8,13 @@ use limosa_migrate::{AfterSave, Convergence, Options, Phase, WhenStalled};
 use limosa_protocol::{Errno, MigrationFlags};
 use limosa_stream::{Compression, WINDOW_BYTES_MIN};
 
+use crate::panics::Place;
 use crate::steps::Step;
 
 pub const SILENCE_MAX: Duration = Duration::from_secs(5);
 pub const LOAD_MAX: Duration = Duration::from_secs(60);
 pub const COMMIT_MAX: Duration = Duration::from_secs(10);
+pub const STANDSTILL_MAX: Duration = Duration::from_secs(60);
 /// Bytes of a block of a device in the stream, at least.
 pub const RECORD_BYTES_MIN: usize = 24;
 
@@ -125,6 +127,12 @@ pub enum Fault {
     DeviceGone(End, usize),
     /// A device fails where it says, the next time.
     Device(End, usize, Step, Arc),
+    /// A device is reset: by its guest where that runs, which then has a device at power-on; otherwise by somebody else.
+    Reset(End, usize),
+    /// What the engine calls panics, the next time.
+    Panic(End, Place),
+    /// The system starts only so many more threads.
+    RefuseThreads(End, u64),
 }
 
 /// Something that is broken in what the engine relies on, or in what is done with it: the checks have to find it.
@@ -170,6 +178,16 @@ pub struct DevicePlan {
     pub record_bytes: usize,
     /// It logs its DMA.
     pub logs: bool,
+    /// Its guest never rings it.
+    pub quiet: bool,
+    /// So many of its blocks, from the first, are initial data.
+    pub initial: u32,
+    /// The second half of its initial data comes so long after its session opened.
+    pub late: Duration,
+    /// Once in a session, when it has given everything, its initial data is there anew.
+    pub rearms: bool,
+    /// It counts its resets.
+    pub counts_resets: bool,
     /// What its slowest calls take.
     pub slow: Duration,
 }
@@ -185,7 +203,7 @@ pub struct LinkPlan {
 
 impl LinkPlan {
     /// What so many bytes take at least.
-    fn time(&self, bytes: u64) -> Duration {
+    pub fn time(&self, bytes: u64) -> Duration {
         let turns = bytes as f64 / self.buffer_bytes as f64;
         self.latency * 4
             + self.latency.mul_f64(turns)
@@ -211,6 +229,8 @@ pub struct Plan {
     /// How long the vCPU rests between two of its steps, at most.
     pub rest: Duration,
     pub faults: Vec<Planned>,
+    /// How long the guest may stand still.
+    pub standstill_max: Duration,
     pub mutation: Option<Mutation>,
 }
 
@@ -227,12 +247,22 @@ impl Plan {
         let slow_us = [0, 0, 50, 3_000, 200_000];
         // Some have more than may be on its way at once.
         let is_large = chance.one_in(8);
+        let record_bytes = match is_large {
+            // Several MiB, many turns of their windows.
+            true => chance.pick(&[4096, 4096, 32 << 10]),
+            false => RECORD_BYTES_MIN,
+        };
         let devices = (0..1 + chance.below(3))
             .map(|_| DevicePlan {
                 flags: MigrationFlags::STOP_COPY | chance.pick(&optional),
                 blocks: 1 + chance.log_below(120) as u32,
-                record_bytes: if is_large { 4096 } else { RECORD_BYTES_MIN },
+                record_bytes,
+                quiet: chance.one_in(4),
+                initial: if chance.one_in(3) { 1 + chance.log_below(60) as u32 } else { 0 },
+                late: Duration::from_micros(chance.pick(&[0, 1_000, 400_000])),
+                rearms: chance.one_in(2),
                 logs: !chance.one_in(5),
+                counts_resets: chance.one_in(2),
                 slow: Duration::from_micros(chance.pick(&slow_us)),
             })
             .collect::<Vec<_>>();
@@ -261,7 +291,8 @@ impl Plan {
                 WhenStalled::SwitchOver,
                 WhenStalled::SwitchOver,
                 WhenStalled::Abort,
-            ]));
+            ]))
+            .with_initial_max(Duration::from_millis(chance.pick(&[30_000, 30_000, 30_000, 100])));
         let mut plan = Plan {
             seed,
             devices,
@@ -274,6 +305,7 @@ impl Plan {
             saves: chance.one_in(5).then(|| chance.pick(&[AfterSave::Run, AfterSave::Stop])),
             rest: (about / chance.pick(&[3, 20, 100, 300])).max(Duration::from_micros(5)),
             faults: Vec::new(),
+            standstill_max: if chance.one_in(8) { Duration::from_secs(2) } else { STANDSTILL_MAX },
             mutation: None,
         };
         let count = chance.pick(&[0, 1, 1, 1, 1, 1, 2, 2, 2, 3]);
@@ -293,7 +325,7 @@ impl Plan {
         let end = chance.pick(&End::BOTH);
         let link = chance.below(self.links.len() as u64) as usize;
         let device = chance.below(self.devices.len() as u64) as usize;
-        let fault = match chance.below(22) {
+        let fault = match chance.below(29) {
             // There is no link.
             0..=2 if self.saves.is_some() => Fault::DiskFull,
             3 if self.saves.is_some() => Fault::DiskFails,
@@ -312,6 +344,11 @@ impl Plan {
             }
             17 => Fault::MemoryFails(end),
             18 => Fault::DeviceGone(end, device),
+            19..=21 => Fault::Reset(end, device),
+            22 => Fault::Panic(end, Place::Device(device)),
+            23 => Fault::Panic(end, Place::Stream(device)),
+            24 => Fault::Panic(end, chance.pick(&Place::OTHERS)),
+            25 => Fault::RefuseThreads(end, chance.log_below(12)),
             _ => {
                 let how = chance.pick(&[Arc::Refused(Errno::EBUSY), Arc::Broken(Errno::EIO)]);
                 let steps = [&Step::ALL[..], &[Step::Reset]].concat();
@@ -323,7 +360,33 @@ impl Plan {
 
     /// Whether something can go wrong with a device, so that it may have to be reset and lose its state.
     pub fn hurts_devices(&self) -> bool {
-        self.faults.iter().any(|planned| matches!(planned.fault, Fault::Device(..) | Fault::DeviceGone(..)))
+        self.faults.iter().any(|planned| {
+            matches!(
+                planned.fault,
+                Fault::Device(..)
+                    | Fault::DeviceGone(..)
+                    | Fault::Reset(..)
+                    | Fault::Panic(_, Place::Device(_) | Place::Stream(_))
+            )
+        })
+    }
+
+    /// Whether this place may panic at this end.
+    pub fn panics(&self, end: End, place: Place) -> bool {
+        let is_it = |fault| matches!(fault, Fault::Panic(at, of) if at == end && of == place);
+        self.faults.iter().any(|planned| is_it(planned.fault))
+    }
+
+    /// What the slowest call of a device takes.
+    pub fn slowest(&self) -> Duration {
+        self.devices.iter().map(|device| device.slow).max().unwrap_or_default()
+    }
+
+    /// What an undo's calls of devices take at most: of all devices at once, those of one that is being compared, and
+    /// those of one after the other.
+    pub fn undo_calls(&self) -> Duration {
+        let (devices, regions) = (self.devices.len() as u32, self.regions.len() as u32);
+        (8 + 6 + devices * (2 * regions + 3)) * self.slowest()
     }
 }
 
@@ -355,6 +418,7 @@ impl Plan {
             .with_silence_max(SILENCE_MAX)
             .with_load_max(LOAD_MAX)
             .with_commit_max(COMMIT_MAX)
+            .with_standstill_max(self.standstill_max)
             .with_links_measured(self.seed.is_multiple_of(2))
             .with_compress(self.compression())
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use limosa_client::Device;
 use limosa_clockwork::simulation::{self, Failure, Process, Run, is_crash};
 use limosa_clockwork::{Handle, Monitor, Scope, Simulation, now, scope, sleep};
-use limosa_migrate::{Decision, InDoubt, Outcome, Received};
+use limosa_migrate::{Decision, Error, InDoubt, Obstacle, Outcome, Received, WhenStalled};
 use limosa_stream::MigrationId;
 
 use crate::bounds;
@@ -21,7 +21,10 @@ use crate::fate::Fates;
 use crate::guest::Guest;
 use crate::link::Network;
 use crate::machine::Computer;
-use crate::plan::{End, Plan};
+use crate::model::set;
+use crate::panics::Place;
+use crate::plan::{End, Plan, STANDSTILL_MAX};
+use crate::standstill;
 use crate::world::World;
 
 /// Steps and virtual time of a run, at most.
@@ -189,6 +192,7 @@ impl<'a> Script<'a> {
         for device in &self.destination.devices {
             // One that fails is asked again.
             device.outside.script.clear();
+            set(&device.outside.lost, false);
             device.itself().reset().map_err(|error| error.to_string())?;
         }
         Ok(())
@@ -197,11 +201,7 @@ impl<'a> Script<'a> {
     /// Whether it was called off in time; then it has ended soon.
     fn check_cancel(&self, computer: &Computer) -> Result<bool, String> {
         let Some(cancelled) = computer.cancelled.lock().take() else { return Ok(false) };
-        let slowest = self.plan.devices.iter().map(|device| device.slow).max().unwrap_or_default();
-        let (devices, regions) = (self.plan.devices.len() as u32, self.plan.regions.len() as u32);
-        // The calls of all devices at once, those of one that is being compared, and those of one after the other.
-        let calls = 8 + 6 + devices * (2 * regions + 3);
-        let (took, limit) = (now() - cancelled, CANCEL_MAX + calls * slowest);
+        let (took, limit) = (now() - cancelled, CANCEL_MAX + self.plan.undo_calls());
         if took > limit {
             return Err(format!(
                 "the {:?} ended {took:?} after it was called off, {limit:?} are allowed",
@@ -211,8 +211,54 @@ impl<'a> Script<'a> {
         Ok(true)
     }
 
+    /// The guest has not stood still for longer than it may.
+    fn check_standstill(&self, ended: &Result<Outcome, Box<dyn Any + Send>>) -> Result<(), String> {
+        let (Ok(outcome), Some((stopped, again))) = (ended, self.guest.stood()) else { return Ok(()) };
+        let stood_until = again.unwrap_or_else(simulation::elapsed);
+        let why = match outcome {
+            // The destination starts it, and may do so later than this.
+            Outcome::Moved(_) => return self.check_stood(stopped, again),
+            Outcome::Undone { why, .. } => why,
+            Outcome::InDoubt(doubt) => &doubt.why,
+        };
+        self.check_stood(stopped, Some(stood_until))?;
+        let by_limit = matches!(why, Error::StoodStill { .. });
+        let (Some(limit), false) = (standstill::after_faults(self.plan), by_limit) else { return Ok(()) };
+        let from = self.world.struck().unwrap_or_default().max(stopped);
+        match stood_until.saturating_sub(from) {
+            took if took > limit => Err(format!(
+                "the guest stood still for {took:?} after something went wrong, {limit:?} are allowed: {why}"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_stood(&self, stopped: Duration, again: Option<Duration>) -> Result<(), String> {
+        let Some(again) = again else { return Ok(()) };
+        let limit = standstill::whatever_happens(self.plan, self.plan.standstill_max);
+        match again.saturating_sub(stopped) {
+            took if took > limit => Err(format!("the guest stood still for {took:?}, {limit:?} are allowed")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a move without a fault need not succeed: it would cost more than it may.
+    fn may_be_undone(&self, why: &Error) -> bool {
+        match why {
+            Error::NotConverging { obstacle: Obstacle::Standstill { .. }, .. } | Error::StoodStill { .. } => {
+                self.plan.standstill_max < STANDSTILL_MAX
+            }
+            Error::NotConverging { .. } => self.plan.convergence.when_stalled == WhenStalled::Abort,
+            _ => false,
+        }
+    }
+
     /// After an undo whoever else lives by the log knows all that the move took from it.
     fn nothing_lost_in_undo(&self) -> Result<(), String> {
+        if self.plan.panics(End::Source, Place::Log) {
+            // Its owner knows that it failed.
+            return Ok(());
+        }
         let truth = self.world.truth();
         match truth.taken.difference(&truth.given_back).next() {
             Some((region, page)) => {
@@ -224,9 +270,11 @@ impl<'a> Script<'a> {
 
     /// The source runs again, or names every device that does not. A source that died during the undo names none.
     fn source_runs(&self, notes: &[String], crashed: bool) -> Result<(), String> {
+        let may_fail = self.plan.hurts_devices() || self.plan.panics(End::Source, Place::Resume);
         match self.source.runs_all() {
             Ok(()) => Ok(()),
-            Err(_) if self.plan.hurts_devices() && (crashed || !notes.is_empty()) => Ok(()),
+            Err(_) if may_fail && (crashed || !notes.is_empty()) => Ok(()),
+            Err(_) if self.source.has_lost() => Ok(()),
             Err(wrong) => Err(format!("undone, and {wrong}; notes: {notes:?}")),
         }
     }

@@ -3,6 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use limosa_clockwork::simulation;
+use limosa_migrate::Round;
 
 use crate::plan::End;
 
@@ -16,6 +20,8 @@ pub struct World {
     running: [AtomicI64; 2],
     wrong: Mutex<Option<String>>,
     truth: Mutex<Truth>,
+    /// When something went wrong last.
+    struck: Mutex<Option<Duration>>,
 }
 
 /// Memory, and the blocks of devices.
@@ -37,6 +43,27 @@ pub struct Truth {
     /// Memory and devices when nothing ran any more, the last time; only where that is asked for.
     pub at_stop: Option<Contents>,
     pub keeps_stop: bool,
+    /// What the source's devices have said of their pre-copy data.
+    pub precopy: Vec<Precopy>,
+    /// Bytes that each device of the destination has loaded.
+    pub loaded: Vec<u64>,
+    /// How many rounds were reported at the source, and the last one.
+    pub rounds: u64,
+    pub last_round: Option<Round>,
+}
+
+/// What a device has said of its pre-copy data.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Precopy {
+    /// When its saving session opened; `None` without one.
+    pub since: Option<Duration>,
+    /// Bytes of initial data that were left when it was asked last, and how many rounds were reported then.
+    pub initial_told: u64,
+    pub told_at_round: u64,
+    /// Bytes it had given when all initial data was given.
+    pub initial_end: Option<u64>,
+    /// Bytes that are left now.
+    pub left: u64,
 }
 
 impl World {
@@ -46,6 +73,8 @@ impl World {
             devices: vec![Vec::new(); devices],
             marks: vec![BTreeSet::new(); regions.len()],
             device_marks: vec![BTreeSet::new(); devices],
+            precopy: vec![Precopy::default(); devices],
+            loaded: vec![0; devices],
             ..Truth::default()
         };
         World { truth: Mutex::new(truth), ..World::default() }
@@ -68,6 +97,16 @@ impl World {
         if let Err(wrong) = self.check() {
             self.wrong(wrong);
         }
+    }
+
+    /// Something goes wrong now, of what was planned.
+    pub fn strikes(&self) {
+        *self.struck.lock().unwrap_or_else(PoisonError::into_inner) = Some(simulation::elapsed());
+    }
+
+    /// When something went wrong last.
+    pub fn struck(&self) -> Option<Duration> {
+        *self.struck.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn running(&self, end: End) -> i64 {

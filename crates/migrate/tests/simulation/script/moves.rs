@@ -6,13 +6,14 @@ use std::sync::atomic::Ordering;
 use limosa_client::DeviceExt;
 use limosa_clockwork::simulation::{self, Process};
 use limosa_clockwork::{Scope, sleep};
-use limosa_migrate::{Decision, Error, InDoubt, Outcome, Phase, Received, WhenStalled};
+use limosa_migrate::{Decision, InDoubt, Outcome, Phase, Received};
 use limosa_protocol::State;
 
 use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
 use crate::bounds;
 use crate::fate::Fates;
 use crate::model::get;
+use crate::panics::Place;
 use crate::plan::{End, Mutation};
 
 /// After this many questions nothing goes wrong any more, and the next one has to be answered.
@@ -34,6 +35,7 @@ impl Script<'_> {
         if let Ok(outcome) = &sent {
             summary.filled |= bounds::check(self.plan, bounds::of_source(outcome))?;
         }
+        self.check_standstill(&sent)?;
         let called_off = self.check_cancel(&self.source)?;
         if let Ok(outcome @ (Outcome::Moved(_) | Outcome::InDoubt(_))) = &sent
             && called_off
@@ -137,9 +139,7 @@ impl Script<'_> {
             _ => return Err(format!("the ends differ in what became of it: {outcome:?}\n{received:?}")),
         };
         if let Outcome::Undone { why, report } = &outcome {
-            let excused = matches!(why, Error::NotConverging { .. })
-                && self.plan.convergence.when_stalled == WhenStalled::Abort;
-            if fates.fired() == 0 && !excused {
+            if fates.fired() == 0 && !self.may_be_undone(why) {
                 return Err(format!("nothing went wrong, and it was undone: {why}"));
             }
             if !source_crashed {
@@ -173,7 +173,9 @@ impl Script<'_> {
         let hurt = self.plan.hurts_devices();
         match summary.ended {
             Ended::Moved => {
-                self.destination.runs_all()?;
+                if !self.destination.has_lost() && !self.plan.panics(End::Destination, Place::Start) {
+                    self.destination.runs_all()?;
+                }
                 if self.world.running(End::Source) > 0 {
                     return Err("moved, and the source runs".into());
                 }
@@ -212,11 +214,13 @@ impl Script<'_> {
         }
         self.source.heal();
         self.destination.heal();
+        [source, destination].iter().for_each(|process| process.allow_threads());
         self.clear_destination()?;
         let (near, far) = self.network.connect();
         let receiving = destination.spawn(scope, "receive again", move || self.destination.receive(&far));
         let sending = source.spawn(scope, "send again", move || self.source.send_at_any_cost(&near));
         let (sent, received) = (sending.join(), receiving.join());
+        self.check_standstill(&sent)?;
         let (Ok(Outcome::Moved(_)), Ok(Received::Runs(_))) = (&sent, &received) else {
             return Err(format!("the second move failed: {sent:?}\n{received:?}"));
         };

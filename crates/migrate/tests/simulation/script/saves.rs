@@ -5,7 +5,7 @@ use limosa_client::DeviceExt;
 use limosa_clockwork::simulation::Process;
 use limosa_clockwork::{Scope, now, simulation, sleep};
 use limosa_migrate::{
-    AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, WhenStalled, published,
+    AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, published,
 };
 use limosa_protocol::State;
 
@@ -13,6 +13,7 @@ use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
 use crate::bounds;
 use crate::fate::Fates;
 use crate::model::get;
+use crate::panics::Place;
 use crate::plan::{End, Mutation, SILENCE_MAX};
 
 impl Script<'_> {
@@ -61,6 +62,7 @@ impl Script<'_> {
             return Ok(summary);
         }
         self.destination.heal();
+        fates.processes[1].allow_threads();
         self.network.disk.heal();
         // Where the loader died the guest may have begun to run: that is over.
         self.guest.stop(End::Destination);
@@ -90,6 +92,11 @@ impl Script<'_> {
         let [process, _] = fates.processes;
         let saving = move || self.source.as_source(|source| source.save(&self.network.disk, after));
         let saved = process.spawn(scope, "save", saving).join();
+        if let Ok(outcome) = &saved
+            && let (false, Some((stopped, again))) = (matches!(outcome, Outcome::InDoubt(_)), self.guest.stood())
+        {
+            self.check_stood(stopped, again)?;
+        }
         let called_off = self.check_cancel(&self.source)?;
         let is_published = self.network.disk.has_published();
         simulation::note(|| format!("{saved:?}"));
@@ -133,9 +140,7 @@ impl Script<'_> {
                 }
             }
             Outcome::Undone { why, report } => {
-                let excused = matches!(why, Error::NotConverging { .. })
-                    && self.plan.convergence.when_stalled == WhenStalled::Abort;
-                if fates.fired() == 0 && !excused {
+                if fates.fired() == 0 && !self.may_be_undone(why) {
                     return Err(format!("nothing went wrong, and it was not saved: {why}"));
                 }
                 let is_unknown = matches!(why, Error::PublicationUnknown { .. });
@@ -247,7 +252,9 @@ impl Script<'_> {
         let holds = || destination.devices.iter().any(|device| get(&device.outside.holds));
         match &received {
             Some(Received::Runs(_)) => {
-                destination.runs_all()?;
+                if !destination.has_lost() && !self.plan.panics(End::Destination, Place::Start) {
+                    destination.runs_all()?;
+                }
                 sleep(self.plan.rest * 20);
                 self.guest.stop(End::Destination);
                 destination.compare()?;
@@ -273,6 +280,7 @@ impl Script<'_> {
     fn turn_off_source(&self) {
         self.guest.stop(End::Source);
         for device in &self.source.devices {
+            device.outside.script.clear();
             // One in ERROR does not run.
             let _ = device.itself().set_state(State::Stop);
         }
