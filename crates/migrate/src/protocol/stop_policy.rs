@@ -272,7 +272,8 @@ impl Tracked {
         };
         // A device whose data is still being sent may be quiet.
         let is_sending = device.sent == sent && !device.drained;
-        let is_over = device.sent - sent >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME;
+        let is_over =
+            device.sent - sent >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME;
         if is_over && !is_sending {
             let (best, sent_then) = self.best;
             // A twentieth of what was moved is gained at least; less is noise, or leads nowhere.

@@ -234,7 +234,11 @@ impl Computer {
                 wrong = Some(format!("the stop comes, and {name} still has initial data: {precopy:?}"));
             }
             let loaded = truth.loaded[number];
-            if !is_overdue && !self.saves && precopy.initial_told == 0 && loaded < precopy.initial_end.unwrap_or(0) {
+            if !is_overdue
+                && !self.saves
+                && precopy.initial_told == 0
+                && loaded < precopy.initial_end.unwrap_or(0)
+            {
                 wrong = Some(format!("the stop comes, and {name} has loaded {loaded} bytes: {precopy:?}"));
             }
             // What takes no more than this is not worth another look (`StopPolicy`).
@@ -242,7 +246,8 @@ impl Computer {
             let little = (round.bytes_per_second as f64 * floor.as_secs_f64()) as u64;
             let may_drain = device.is_quiet() && !is_overdue && self.is_calm;
             if may_drain && precopy.left > little {
-                wrong = Some(format!("the stop comes, and {name}, which is quiet, has {} bytes", precopy.left));
+                wrong =
+                    Some(format!("the stop comes, and {name}, which is quiet, has {} bytes", precopy.left));
             }
         }
         drop(truth);

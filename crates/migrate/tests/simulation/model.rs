@@ -151,7 +151,8 @@ impl SimModel {
     /// Bytes of initial data, and of all data, that are not given.
     fn left(&self) -> (u64, u64) {
         let ready = (self.ready.len() - self.given) as u64;
-        let initial = (self.initial.len() * self.record_bytes) as u64 + u64::from(self.ready_is_initial) * ready;
+        let initial =
+            (self.initial.len() * self.record_bytes) as u64 + u64::from(self.ready_is_initial) * ready;
         let others = self.dirty.difference(&self.initial).count();
         let all = ((self.initial.len() + others) * self.record_bytes) as u64 + ready;
         (initial, all)
@@ -329,7 +330,11 @@ impl Migration for SimModel {
 
     fn precopy_info(&mut self, reinit: bool) -> PrecopyInfo {
         let mut flags = PrecopyFlags::empty();
-        if reinit && self.plan.initial > 0 && self.left().1 == 0 && !std::mem::replace(&mut self.rearmed, true) {
+        if reinit
+            && self.plan.initial > 0
+            && self.left().1 == 0
+            && !std::mem::replace(&mut self.rearmed, true)
+        {
             self.initial = self.initial_blocks();
             flags |= PrecopyFlags::REINIT;
             self.world.truth().precopy[self.number].initial_end = None;

@@ -4,9 +4,7 @@
 use limosa_client::DeviceExt;
 use limosa_clockwork::simulation::Process;
 use limosa_clockwork::{Scope, now, simulation, sleep};
-use limosa_migrate::{
-    AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, published,
-};
+use limosa_migrate::{AfterLoad, AfterSave, Decision, Error, InDoubt, Outcome, Received, published};
 use limosa_protocol::State;
 
 use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
@@ -93,7 +91,8 @@ impl Script<'_> {
         let saving = move || self.source.as_source(|source| source.save(&self.network.disk, after));
         let saved = process.spawn(scope, "save", saving).join();
         if let Ok(outcome) = &saved
-            && let (false, Some((stopped, again))) = (matches!(outcome, Outcome::InDoubt(_)), self.guest.stood())
+            && let (false, Some((stopped, again))) =
+                (matches!(outcome, Outcome::InDoubt(_)), self.guest.stood())
         {
             self.check_stood(stopped, again)?;
         }
