@@ -9,6 +9,7 @@ use crate::cancel;
 use crate::context::Context;
 use crate::hooks;
 use crate::report::Phase;
+use crate::transfer::team::Team;
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
@@ -38,7 +39,7 @@ impl<'a> Destination<'a> {
             }
             Err(error) => return Err(NotStarted::GivenBack(not_recorded(error))),
         }
-        if let Err(why) = self.hold(id, connection) {
+        if let Err(why) = Team::guard("the wait for the commit", || self.hold(id, connection)) {
             self.ledger.not_committed(id);
             return Err(NotStarted::GivenBack(why));
         }
@@ -47,7 +48,7 @@ impl<'a> Destination<'a> {
             Ok(()) => {
                 self.ledger.committed(id);
                 context.recorder.runs();
-                if let Err(error) = tell(connection) {
+                if let Err(error) = Team::guard("the end of the commit", || tell(connection)) {
                     context.recorder.peer_not_told();
                     let note = format!("the source may not know that the devices run, and may ask: {error}");
                     context.recorder.note(note);
