@@ -11,6 +11,7 @@ use crate::ledger::Decision;
 use crate::link::Link;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase, Recorder, Report, Side};
+use crate::transfer::team::Team;
 use crate::wire::{Connection, Frame};
 use crate::{Error, Options, Result};
 
@@ -93,7 +94,7 @@ impl<'a> Source<'a> {
     /// or the destination does not know. The source is made of the same devices and memory as the one that was sent.
     pub fn resolve(self, doubt: InDoubt, link: &dyn Link) -> Outcome {
         let connection = Connection::new(link, Limits::new(self.options));
-        match self.query(doubt.id, &connection) {
+        match Team::guard("the question", || self.query(doubt.id, &connection)) {
             Ok(decision) => self.decide(decision, doubt),
             Err(why) => Outcome::InDoubt(InDoubt { why, ..doubt }),
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use limosa_clockwork::{Guard, Monitor, now};
+use limosa_clockwork::{Guard, Monitor, catch, now};
 use limosa_stream::{Damage, Header, Kind, MigrationId, Preface, PrefaceFlags};
 
 use super::frame_reader::within;
@@ -116,20 +116,20 @@ impl<'a> Connection<'a> {
         Ok(received.payload)
     }
 
-    /// Tells the peer that the move is off and why.
+    /// Tells the peer that the move is off and why. A link that panics now has nothing to tell any more.
     pub(crate) fn abort(&self, error: &Error) {
         if self.has_peer() && !error.peer_needs_no_word() {
-            self.writer.abort(error, self.limits.last_words_max);
+            let _ = catch(|| self.writer.abort(error, self.limits.last_words_max));
         }
     }
 
     /// Ends the link: nothing more is sent. After an ABORT the peer gets the time to read it, since a socket that is
     /// closed with bytes unread may take back what was sent on it last.
     pub(crate) fn part(&self, error: &Error) {
-        match self.has_peer() && !error.peer_needs_no_word() {
+        let _ = catch(|| match self.has_peer() && !error.peer_needs_no_word() {
             true => self.link.part(Wait::within(self.limits.last_words_max, None)),
             false => self.link.finish(),
-        }
+        });
     }
 
     /// The reason that the peer gives for ending the move, if one comes: for a side whose link has failed.
@@ -140,7 +140,7 @@ impl<'a> Connection<'a> {
         let within = within(self.limits.last_words_max);
         let mut reader = self.reader();
         loop {
-            match reader.next(self.link, "listening for a reason", within, None) {
+            match catch(|| reader.next(self.link, "listening for a reason", within, None)).ok()? {
                 Err(error @ Error::Aborted { .. }) => return Some(error),
                 Err(_) => return None,
                 Ok(_) if within.is_some_and(|(until, _)| until <= now()) => return None,
