@@ -738,19 +738,28 @@ fn a_panic_of_a_snapshot_s_place_is_an_error_and_leaves_the_guest_in_doubt_only_
     }
 }
 
-/// A link that panics in its n-th call.
+/// A link that panics in its n-th call, or in all from that on.
 struct PanickingLink {
     inner: SocketLink,
-    panicking: Arc<Panicking<&'static str>>,
+    calls: AtomicUsize,
+    panics: Range<usize>,
+}
+
+impl PanickingLink {
+    fn call(&self) {
+        if self.panics.contains(&self.calls.fetch_add(1, Ordering::SeqCst)) {
+            panic_quietly();
+        }
+    }
 }
 
 impl Link for PanickingLink {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.panicking.call("write");
+        self.call();
         self.inner.write(slices, wait)
     }
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.panicking.call("read");
+        self.call();
         self.inner.read(into, wait)
     }
     fn finish(&self) {
@@ -761,25 +770,39 @@ impl Link for PanickingLink {
     }
 }
 
+/// Moves over links of which one side's panics there.
+fn panics_of_a_link(at_source: bool, panics: Range<usize>) {
+    let what = format!("calls {panics:?} of the link, source: {at_source}");
+    let again = what.clone();
+    ends_in_time(&what, move || {
+        let mut machine = Machine::new(FLAGS);
+        machine.options = machine.options.with_silence_max(std::time::Duration::from_millis(200));
+        let (outcome, received) = machine.run_over(|inner, is_source| {
+            let panics = if is_source == at_source { panics.clone() } else { 0..0 };
+            Box::new(PanickingLink { inner, calls: AtomicUsize::new(0), panics })
+        });
+        match outcome {
+            // A COMMIT that was not sent: it is in doubt until the source has asked.
+            Outcome::InDoubt(_) => assert!(!machine.source.state().is_running(), "{again}"),
+            outcome => machine.check(&outcome, &received, &again),
+        }
+    });
+}
+
 #[test]
 fn a_panic_in_any_call_of_a_link_is_an_error() {
     for at_source in [true, false] {
         for n in 0..60 {
-            let what = format!("call {n} of the link, source: {at_source}");
-            let again = what.clone();
-            ends_in_time(&what, move || {
-                let mut machine = Machine::new(FLAGS);
-                machine.options = machine.options.with_silence_max(std::time::Duration::from_millis(200));
-                let (outcome, received) = machine.run_over(|inner, is_source| {
-                    let at = if is_source == at_source { n } else { usize::MAX };
-                    Box::new(PanickingLink { inner, panicking: Arc::new(Panicking::new(at)) })
-                });
-                match outcome {
-                    // A COMMIT that was not sent: it is in doubt until the source has asked.
-                    Outcome::InDoubt(_) => assert!(!machine.source.state().is_running(), "{again}"),
-                    outcome => machine.check(&outcome, &received, &again),
-                }
-            });
+            panics_of_a_link(at_source, n..n + 1);
+        }
+    }
+}
+
+#[test]
+fn a_link_that_panics_from_any_call_on_is_an_error() {
+    for at_source in [true, false] {
+        for n in 0..60 {
+            panics_of_a_link(at_source, n..usize::MAX);
         }
     }
 }
