@@ -91,7 +91,7 @@ impl Computer {
             memory,
             devices,
             pages,
-            options: plan.options(end),
+            options: plan.broken_options(end),
             cancel: Mutex::new(Cancel::new().expect("an eventfd")),
             cancelled: Monitor::default(),
             noted: Mutex::default(),
