@@ -85,6 +85,10 @@ impl<'a> Source<'a> {
                 Next::Stalled(obstacle) => {
                     if self.throttle(context, &obstacle, rollback) {
                         looking.policy.throttled();
+                        if !looking.has_memory {
+                            // A round of memory takes its time. Other looks give the guest some to become slower.
+                            looking.pause(sending, KEEP_TRYING)?;
+                        }
                         continue;
                     }
                     match self.stalled(&obstacle, &round)? {

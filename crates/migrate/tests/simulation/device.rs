@@ -1,7 +1,7 @@
 //! A device as one end's engine reaches it: over a transport that takes virtual time and may be lost.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use limosa_protocol::info::{DeviceInfo, DmaMapFlags, IrqInfo};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
 
 use crate::memory::{DeviceMemory, SimMemory, iova};
-use crate::model::{Outside, SimModel, set};
+use crate::model::{Outside, SimModel, get, set};
 use crate::panics::{Panics, Place};
 use crate::plan::{DevicePlan, End, Mutation};
 use crate::world::{PAGE, World};
@@ -28,6 +28,8 @@ pub struct SimDevice {
     world: Arc<World>,
     reach: Arc<Reach>,
     runs_early: bool,
+    /// Where it was driven last, by a transport that hides resets.
+    driven: Option<Mutex<Option<State>>>,
     pub outside: Arc<Outside>,
 }
 
@@ -95,7 +97,8 @@ impl SimDevice {
             panics: memory.panics.clone(),
         });
         let runs_early = mutation == Some(Mutation::RunsBeforeCommit);
-        SimDevice { inner, number, plan, world: world.clone(), reach, runs_early, outside }
+        let driven = (memory.mutation == Some(Mutation::ResetHidden)).then(Mutex::default);
+        SimDevice { inner, number, plan, world: world.clone(), reach, runs_early, driven, outside }
     }
 
     /// The device itself, where no engine is in between: for its guest, and for whoever looks.
@@ -139,7 +142,7 @@ impl Device for SimDevice {
             let (device, request) = (self.name().into(), "DMA logging".into());
             return Err(Error::Refused { device, request, errno: Errno::ENOTTY, hint: "".into() });
         }
-        if !self.plan.counts_resets && request.index == FeatureIndex::RESET_COUNT {
+        if (!self.plan.counts_resets || self.driven.is_some()) && request.index == FeatureIndex::RESET_COUNT {
             let (device, request) = (self.name().into(), "RESET_COUNT".into());
             return Err(Error::Refused { device, request, errno: Errno::ENOTTY, hint: "".into() });
         }
@@ -163,6 +166,9 @@ impl Device for SimDevice {
         truth.device_marks[self.number] = left;
         drop(truth);
         let mut reply = done?;
+        if let (Some(driven), FeatureIndex::MIG_DEVICE_STATE) = (&self.driven, request.index) {
+            hide(driven, request);
+        }
         if self.runs_early && self.inner.machine().state() == State::Stop {
             let _ = self.inner.set_state(State::Running);
         }
@@ -174,6 +180,9 @@ impl Device for SimDevice {
 
     fn reset(&self) -> Result<()> {
         self.reach.call()?;
+        if let Some(driven) = &self.driven {
+            set(driven, None);
+        }
         self.inner.reset()
     }
 
@@ -215,6 +224,17 @@ impl Device for SimDevice {
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
         self.reach.call()?;
         self.inner.dma_unmap(iova, size, dirty)
+    }
+}
+
+/// Answers a GET of the state with where the device was driven last.
+fn hide(driven: &Mutex<Option<State>>, request: &mut FeatureRequest<'_>) {
+    // vfio.h: struct vfio_device_feature_mig_state begins with the state.
+    let Some(state) = request.payload.first_chunk_mut::<4>() else { return };
+    if request.op.contains(FeatureOp::SET) {
+        set(driven, State::from_raw(u32::from_le_bytes(*state)));
+    } else if let Some(driven) = get(driven) {
+        *state = (driven as u32).to_le_bytes();
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use limosa_migrate::{AfterSave, Phase};
 
+use crate::panics::Place;
 use crate::plan::{End, Fault, LinkPlan, Mutation, Plan, Planned, When};
 use crate::play;
 
@@ -68,4 +69,42 @@ fn a_guest_ran_again_though_its_snapshot_was_published_and_only_the_answer_lost(
     let found =
         (0..SEEDS).find_map(|seed| play(&publication_fails(seed, Some(Mutation::RunsInDoubt)), false).err());
     assert!(found.is_some_and(|found| found.contains("in doubt, and the source runs")));
+}
+
+#[test]
+fn threads_that_the_system_refuses_end_a_move_before_a_device_is_touched() {
+    for end in End::BOTH {
+        for after in 0..14 {
+            let mut plan = Plan::new(after);
+            let fault = Fault::RefuseThreads(end, after);
+            plan.faults = vec![Planned { when: When::Point(end, 1), fault }];
+            plan.saves = None;
+            if let Err(failure) = play(&plan, false) {
+                panic!("{fault:?}: {failure}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_panic_of_a_device_loses_no_dirty_page() {
+    for phase in [Phase::Handshake, Phase::PreCopy, Phase::StopCopy, Phase::Undo] {
+        keeps_the_contract(phase, 25, Fault::Panic(End::Source, Place::Device(0)), |plan| {
+            plan.regions = vec![8];
+            plan.devices.iter_mut().for_each(|device| device.logs = true);
+            if phase == Phase::Undo {
+                let when = When::Phase(End::Source, Phase::PreCopy, 100);
+                plan.faults.push(Planned { when, fault: Fault::Cancel(End::Source) });
+            }
+        });
+    }
+}
+
+#[test]
+fn a_panic_of_whatever_the_engine_calls_ends_the_move() {
+    for place in Place::OTHERS {
+        for end in End::BOTH {
+            keeps_the_contract(Phase::PreCopy, 6, Fault::Panic(end, place), |plan| plan.saves = None);
+        }
+    }
 }

@@ -44,6 +44,8 @@ pub struct Computer {
     pub stop_refused: AtomicBool,
     pub log_lost: Arc<AtomicBool>,
     pub panics: Arc<Panics>,
+    /// In what time what a device says is acted upon.
+    look_max: Duration,
     /// How long initial data may hold the stop back.
     initial_max: Duration,
     /// Nothing goes wrong.
@@ -91,7 +93,7 @@ impl Computer {
             memory,
             devices,
             pages,
-            options: plan.options(end),
+            options: plan.broken_options(end),
             cancel: Mutex::new(Cancel::new().expect("an eventfd")),
             cancelled: Monitor::default(),
             noted: Mutex::default(),
@@ -100,6 +102,7 @@ impl Computer {
             stop_refused: AtomicBool::new(false),
             log_lost: Arc::default(),
             panics,
+            look_max: Duration::from_millis(100) + plan.slowest(),
             initial_max: plan.convergence.initial_max,
             is_calm: plan.faults.is_empty(),
             saves: plan.saves.is_some(),
@@ -228,8 +231,8 @@ impl Computer {
             let Some(since) = precopy.since else { continue };
             let name = format!("device {number}");
             let is_overdue = now - since >= self.initial_max;
-            // A look that came after it had said so. What it says between the last look and the stop comes too late.
-            let looked = truth.rounds >= precopy.told_at_round + 2;
+            // What it has said just before the stop may come too late.
+            let looked = now - precopy.told_at > self.look_max;
             if !is_overdue && precopy.initial_told > 0 && (looked || round.device_initial_bytes > 0) {
                 wrong = Some(format!("the stop comes, and {name} still has initial data: {precopy:?}"));
             }
@@ -409,7 +412,6 @@ impl Observer for Computer {
     fn round(&self, round: &Round) {
         if self.end == End::Source {
             let truth = &mut *self.world.truth();
-            truth.rounds += 1;
             truth.last_round = Some(*round);
         }
     }

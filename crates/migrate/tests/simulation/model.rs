@@ -344,7 +344,7 @@ impl Migration for SimModel {
         let truth = &mut *self.world.truth();
         let precopy = &mut truth.precopy[self.number];
         if precopy.initial_told == 0 {
-            precopy.told_at_round = truth.rounds;
+            precopy.told_at = simulation::elapsed();
         }
         precopy.initial_told = initial_bytes;
         let (dirty_bytes, flags) = (left - initial_bytes, flags.bits());

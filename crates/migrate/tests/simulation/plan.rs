@@ -160,6 +160,16 @@ pub enum Mutation {
     GivesTooMuch,
     /// A snapshot that was given up gets its name all the same.
     PublishesPartial,
+    /// A transport says that a device is where it was driven, though the device was reset.
+    ResetHidden,
+    /// Devices have given enough after their first piece.
+    DrainsNothing,
+    /// Initial data is taken for ordinary data.
+    InitialIgnored,
+    /// A link may be silent for ten times as long.
+    SilenceIgnored,
+    /// The guest may stand still for as long as it takes.
+    StandsForever,
 }
 
 /// A fault and its moment.
@@ -421,5 +431,22 @@ impl Plan {
             .with_standstill_max(self.standstill_max)
             .with_links_measured(self.seed.is_multiple_of(2))
             .with_compress(self.compression())
+    }
+
+    /// The options, with the defect that the plan has.
+    pub fn broken_options(&self, end: End) -> Options {
+        let options = self.options(end);
+        let convergence = options.convergence;
+        match self.mutation {
+            Some(Mutation::DrainsNothing) => {
+                options.with_convergence(convergence.with_rounds_max(0).with_stalled_rounds_max(0))
+            }
+            Some(Mutation::InitialIgnored) => {
+                options.with_convergence(convergence.with_initial_max(Duration::ZERO))
+            }
+            Some(Mutation::SilenceIgnored) => options.with_silence_max(10 * SILENCE_MAX),
+            Some(Mutation::StandsForever) => options.with_standstill_max(Duration::from_secs(3_000)),
+            _ => options,
+        }
     }
 }

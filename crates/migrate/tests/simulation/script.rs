@@ -212,16 +212,16 @@ impl<'a> Script<'a> {
     }
 
     /// The guest has not stood still for longer than it may.
-    fn check_standstill(&self, ended: &Result<Outcome, Box<dyn Any + Send>>) -> Result<(), String> {
+    fn check_standstill(&self, ended: &Ending<Outcome>, standstill_max: Duration) -> Result<(), String> {
         let (Ok(outcome), Some((stopped, again))) = (ended, self.guest.stood()) else { return Ok(()) };
         let stood_until = again.unwrap_or_else(simulation::elapsed);
         let why = match outcome {
             // The destination starts it, and may do so later than this.
-            Outcome::Moved(_) => return self.check_stood(stopped, again),
+            Outcome::Moved(_) => return self.check_stood(stopped, again, standstill_max),
             Outcome::Undone { why, .. } => why,
             Outcome::InDoubt(doubt) => &doubt.why,
         };
-        self.check_stood(stopped, Some(stood_until))?;
+        self.check_stood(stopped, Some(stood_until), standstill_max)?;
         let by_limit = matches!(why, Error::StoodStill { .. });
         let (Some(limit), false) = (standstill::after_faults(self.plan), by_limit) else { return Ok(()) };
         let from = self.world.struck().unwrap_or_default().max(stopped);
@@ -233,9 +233,14 @@ impl<'a> Script<'a> {
         }
     }
 
-    fn check_stood(&self, stopped: Duration, again: Option<Duration>) -> Result<(), String> {
+    fn check_stood(
+        &self,
+        stopped: Duration,
+        again: Option<Duration>,
+        standstill_max: Duration,
+    ) -> Result<(), String> {
         let Some(again) = again else { return Ok(()) };
-        let limit = standstill::whatever_happens(self.plan, self.plan.standstill_max);
+        let limit = standstill::whatever_happens(self.plan, standstill_max);
         match again.saturating_sub(stopped) {
             took if took > limit => Err(format!("the guest stood still for {took:?}, {limit:?} are allowed")),
             _ => Ok(()),

@@ -47,8 +47,7 @@ pub struct Truth {
     pub precopy: Vec<Precopy>,
     /// Bytes that each device of the destination has loaded.
     pub loaded: Vec<u64>,
-    /// How many rounds were reported at the source, and the last one.
-    pub rounds: u64,
+    /// The round that was reported last at the source.
     pub last_round: Option<Round>,
 }
 
@@ -57,9 +56,10 @@ pub struct Truth {
 pub struct Precopy {
     /// When its saving session opened; `None` without one.
     pub since: Option<Duration>,
-    /// Bytes of initial data that were left when it was asked last, and how many rounds were reported then.
+    /// Bytes of initial data that were left when it was asked last, and when it said for the first time that there are
+    /// some.
     pub initial_told: u64,
-    pub told_at_round: u64,
+    pub told_at: Duration,
     /// Bytes it had given when all initial data was given.
     pub initial_end: Option<u64>,
     /// Bytes that are left now.

@@ -14,7 +14,7 @@ use crate::bounds;
 use crate::fate::Fates;
 use crate::model::get;
 use crate::panics::Place;
-use crate::plan::{End, Mutation};
+use crate::plan::{End, Mutation, STANDSTILL_MAX};
 
 /// After this many questions nothing goes wrong any more, and the next one has to be answered.
 const QUESTIONS_IN_TROUBLE: u32 = 2;
@@ -35,7 +35,7 @@ impl Script<'_> {
         if let Ok(outcome) = &sent {
             summary.filled |= bounds::check(self.plan, bounds::of_source(outcome))?;
         }
-        self.check_standstill(&sent)?;
+        self.check_standstill(&sent, self.plan.standstill_max)?;
         let called_off = self.check_cancel(&self.source)?;
         if let Ok(outcome @ (Outcome::Moved(_) | Outcome::InDoubt(_))) = &sent
             && called_off
@@ -220,7 +220,7 @@ impl Script<'_> {
         let receiving = destination.spawn(scope, "receive again", move || self.destination.receive(&far));
         let sending = source.spawn(scope, "send again", move || self.source.send_at_any_cost(&near));
         let (sent, received) = (sending.join(), receiving.join());
-        self.check_standstill(&sent)?;
+        self.check_standstill(&sent, STANDSTILL_MAX)?;
         let (Ok(Outcome::Moved(_)), Ok(Received::Runs(_))) = (&sent, &received) else {
             return Err(format!("the second move failed: {sent:?}\n{received:?}"));
         };

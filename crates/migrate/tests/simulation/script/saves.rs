@@ -94,7 +94,7 @@ impl Script<'_> {
             && let (false, Some((stopped, again))) =
                 (matches!(outcome, Outcome::InDoubt(_)), self.guest.stood())
         {
-            self.check_stood(stopped, again)?;
+            self.check_stood(stopped, again, self.plan.standstill_max)?;
         }
         let called_off = self.check_cancel(&self.source)?;
         let is_published = self.network.disk.has_published();
