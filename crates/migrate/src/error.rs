@@ -393,6 +393,9 @@ impl Error {
                 Error::TimedOut { peer: peer.clone(), doing, limit: *limit }
             }
             Error::Os { doing, error } => Error::Os { doing, error: io(error) },
+            Error::Panicked { place, message } => {
+                Error::Panicked { place: place.clone(), message: message.clone() }
+            }
             _ => Error::Cancelled,
         }
     }

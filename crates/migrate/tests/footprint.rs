@@ -80,13 +80,24 @@ fn footprint(bytes: u64, compress: Option<Compression>) -> usize {
     PEAK.load(Relaxed) - before
 }
 
+/// Four links, each with a frame at the source and one and a half at the destination, twice that where payloads are
+/// compressed; and what threads, reports and sockets take.
+fn bound(compress: Option<Compression>) -> usize {
+    let frames = if compress.is_some() { 5 } else { 3 };
+    (4 * frames + 6) << 20
+}
+
 #[test]
 fn the_heap_that_a_move_takes_does_not_grow_with_the_guest() {
     for compress in [None, Some(Compression::Lz4)] {
-        let small = footprint(32 << 20, compress);
-        let large = footprint(256 << 20, compress);
-        assert!(large < 64 << 20, "{large} bytes, both sides together");
-        // The guest is 224 MiB larger; of which bitmaps have 7 KiB each.
-        assert!(large < small + (4 << 20), "{small} bytes for 32 MiB, {large} for 256");
+        // How much of it is in use at once depends on the machine's load: each size is held to the same bound, and not
+        // the peak of one to that of the other.
+        for bytes in [32 << 20, 256 << 20] {
+            let (taken, bound) = (footprint(bytes, compress), bound(compress));
+            assert!(
+                taken < bound,
+                "{taken} bytes on both sides together for a guest of {bytes}, not {bound}"
+            );
+        }
     }
 }

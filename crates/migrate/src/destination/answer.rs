@@ -4,6 +4,7 @@ use limosa_stream::{Kind, MigrationId};
 
 use super::{Destination, Received};
 use crate::context::Context;
+use crate::error::guard;
 use crate::ledger::{Decision, Ledger};
 use crate::link::Link;
 use crate::report::End;
@@ -23,7 +24,10 @@ impl Destination<'_> {
             Decision::NotCommitted => 1,
             Decision::Committed => 2,
         };
-        match connection.send(&Frame::new(Kind::OUTCOME, &number.to_le_bytes()), self.cancel) {
+        let outcome = number.to_le_bytes();
+        let answered =
+            guard("the answer", || connection.send(&Frame::new(Kind::OUTCOME, &outcome), self.cancel));
+        match answered {
             Ok(()) => Received::Answered { id, decision },
             Err(why) => {
                 let report = context.recorder.finish(End::Discarded, Some(&why));

@@ -48,7 +48,7 @@ impl<'a> Destination<'a> {
             Ok(()) => {
                 self.ledger.committed(id);
                 context.recorder.runs();
-                if let Err(error) = tell(connection) {
+                if let Err(error) = guard("the end of the commit", || tell(connection)) {
                     context.recorder.peer_not_told();
                     let note = format!("the source may not know that the devices run, and may ask: {error}");
                     context.recorder.note(note);

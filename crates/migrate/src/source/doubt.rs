@@ -7,6 +7,7 @@ use super::handshake::check_preface;
 use super::rollback::Rollback;
 use super::{Outcome, Source};
 use crate::error::Difference;
+use crate::error::guard;
 use crate::ledger::Decision;
 use crate::link::Link;
 use crate::protocol::limits::Limits;
@@ -96,7 +97,7 @@ impl<'a> Source<'a> {
     /// [`Error::AnotherMachine`].
     pub fn resolve(self, doubt: InDoubt, link: &dyn Link) -> Outcome {
         let connection = Connection::new(link, Limits::new(self.options));
-        match self.query(doubt.id, &connection) {
+        match guard("the question", || self.query(doubt.id, &connection)) {
             Ok(decision) => self.decide(decision, doubt),
             Err(why) => Outcome::InDoubt(InDoubt { why, ..doubt }),
         }

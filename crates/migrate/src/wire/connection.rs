@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use limosa_clockwork::{Guard, Monitor, now};
+use limosa_clockwork::{Guard, Monitor, catch, now};
 use limosa_stream::{Damage, Header, Kind, MigrationId, Preface, PrefaceFlags};
 
 use super::frame_reader::within;
@@ -118,7 +118,7 @@ impl<'a> Connection<'a> {
     /// Sends ABORT with the reason, unless the peer knows it.
     pub(crate) fn abort(&self, error: &Error) {
         if self.has_peer() && !error.peer_needs_no_word() {
-            self.writer.abort(error, self.limits.last_words_max);
+            let _ = catch(|| self.writer.abort(error, self.limits.last_words_max));
         }
     }
 
@@ -126,23 +126,16 @@ impl<'a> Connection<'a> {
     /// read it, since a socket that is closed with bytes unread may take back what was sent on it last. Where a link has
     /// failed, the peer's own ABORT may still come, and tells why.
     pub(crate) fn part(&self, why: Error) -> Error {
-        match why {
-            Error::Link { .. } => {
-                self.link.finish();
-                self.last_words().unwrap_or(why)
-            }
-            Error::Aborted { .. } => {
-                self.link.finish();
-                why
-            }
-            why => {
-                if self.has_peer() {
-                    self.link.part(Wait::within(self.limits.last_words_max, None));
-                } else {
-                    self.link.finish();
-                }
-                why
-            }
+        let gives_reason = matches!(why, Error::Link { .. });
+        // A link that panics now ends here all the same.
+        let _ = catch(|| match &why {
+            Error::Link { .. } | Error::Aborted { .. } => self.link.finish(),
+            _ if self.has_peer() => self.link.part(Wait::within(self.limits.last_words_max, None)),
+            _ => self.link.finish(),
+        });
+        match gives_reason {
+            true => self.last_words().unwrap_or(why),
+            false => why,
         }
     }
 
@@ -154,7 +147,7 @@ impl<'a> Connection<'a> {
         let within = within(self.limits.last_words_max);
         let mut reader = self.reader();
         loop {
-            match reader.next(self.link, "listening for a reason", within, None) {
+            match catch(|| reader.next(self.link, "listening for a reason", within, None)).ok()? {
                 Err(error @ Error::Aborted { .. }) => return Some(error),
                 Err(_) => return None,
                 Ok(_) if within.is_some_and(|(until, _)| until <= now()) => return None,

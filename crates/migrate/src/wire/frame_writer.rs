@@ -6,7 +6,7 @@ use std::io::IoSlice;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use limosa_clockwork::{Monitor, now};
+use limosa_clockwork::{Monitor, catch, now};
 use limosa_stream::body::encode_abort;
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
@@ -86,7 +86,10 @@ impl Drop for WriteTurn<'_, '_> {
                     let failed_before = queue.failed.is_some();
                     drop(queue);
                     if let (Some(state), false) = (&mut self.state, failed_before) {
-                        failed = state.write_frame(self.writer, header, &payload, self.cancel).err();
+                        // A panic must not take the turn with it, for which others wait.
+                        let written = catch(|| state.write_frame(self.writer, header, &payload, self.cancel));
+                        let written = written.map_err(|panic| Error::panicked("sending on a link", &panic));
+                        failed = written.flatten().err();
                     }
                 }
             }

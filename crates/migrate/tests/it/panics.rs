@@ -1,17 +1,16 @@
 //! Panics in what the engine calls: devices, observers, the VMM, memory and its log. None leaves a call of the engine's
 //! or hangs it; the guest runs on one side, or the move is in doubt.
 
+use std::io::IoSlice;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::common::hooked::{
-    Call, Hook, Hooked, before, before_call, ends_in_time, move_over_a_link, panic_quietly,
-};
+use crate::common::hooked::{Call, Hook, Hooked, before, before_call, ends_in_time, panic_quietly};
 use crate::common::options;
 use limosa_client::DeviceExt;
-use limosa_migrate::link::{LinkError, Wait};
+use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
     AfterLoad, AfterSave, Destination, DirtyLog, Error, Estimate, GuestPages, Ledger, Memory, MemoryRegion,
     MigrationId, MovedDevice, Nobody, Observer, Options, Outcome, PAGE_BYTES, Phase, Publication, Received,
@@ -59,6 +58,10 @@ impl Machine {
     }
 
     fn run(&mut self) -> (Outcome, Received) {
+        self.run_over(|link, _| Box::new(link))
+    }
+
+    fn run_over(&mut self, wrap: impl Fn(SocketLink, bool) -> Box<dyn Link>) -> (Outcome, Received) {
         let (here, there) = ([MovedDevice::new(&self.source)], [MovedDevice::new(&self.destination)]);
         let region =
             |at: usize| MemoryRegion { id: 0, iova: 0, size: PAGES * PAGE_BYTES, pages: &*self.memory[at] };
@@ -71,7 +74,14 @@ impl Machine {
             .with_memory(&regions)
             .with_vmm(&*self.vmms[1])
             .with_observer(&*self.observers[1]);
-        move_over_a_link(source, &destination)
+        let (near, far) = SocketLink::pair().unwrap();
+        let (near, far) = (wrap(near, true), wrap(far, false));
+        std::thread::scope(|scope| {
+            let receiving = scope.spawn(move || destination.receive(&*far));
+            let outcome = source.send(&*near);
+            drop(near);
+            (outcome, receiving.join().unwrap())
+        })
     }
 
     /// The guest runs on one side, or somebody says that it does not.
@@ -724,6 +734,75 @@ fn a_panic_of_a_snapshot_s_place_is_an_error_and_leaves_the_guest_in_doubt_only_
                 assert!(destination.data() != guest(), "{n}");
             }
             (received, fired) => panic!("call {n}, {fired:?}: {received:?}"),
+        }
+    }
+}
+
+/// A link that panics in its n-th call, or in all from that on.
+struct PanickingLink {
+    inner: SocketLink,
+    calls: AtomicUsize,
+    panics: Range<usize>,
+}
+
+impl PanickingLink {
+    fn call(&self) {
+        if self.panics.contains(&self.calls.fetch_add(1, Ordering::SeqCst)) {
+            panic_quietly();
+        }
+    }
+}
+
+impl Link for PanickingLink {
+    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        self.call();
+        self.inner.write(slices, wait)
+    }
+    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        self.call();
+        self.inner.read(into, wait)
+    }
+    fn finish(&self) {
+        self.inner.finish();
+    }
+    fn peer(&self) -> &str {
+        "the other side"
+    }
+}
+
+/// Moves over links of which one side's panics there.
+fn panics_of_a_link(at_source: bool, panics: Range<usize>) {
+    let what = format!("calls {panics:?} of the link, source: {at_source}");
+    let again = what.clone();
+    ends_in_time(&what, move || {
+        let mut machine = Machine::new(FLAGS);
+        machine.options = machine.options.with_silence_max(std::time::Duration::from_millis(200));
+        let (outcome, received) = machine.run_over(|inner, is_source| {
+            let panics = if is_source == at_source { panics.clone() } else { 0..0 };
+            Box::new(PanickingLink { inner, calls: AtomicUsize::new(0), panics })
+        });
+        match outcome {
+            // A COMMIT that was not sent: it is in doubt until the source has asked.
+            Outcome::InDoubt(_) => assert!(!machine.source.state().is_running(), "{again}"),
+            outcome => machine.check(&outcome, &received, &again),
+        }
+    });
+}
+
+#[test]
+fn a_panic_in_any_call_of_a_link_is_an_error() {
+    for at_source in [true, false] {
+        for n in 0..60 {
+            panics_of_a_link(at_source, n..n + 1);
+        }
+    }
+}
+
+#[test]
+fn a_link_that_panics_from_any_call_on_is_an_error() {
+    for at_source in [true, false] {
+        for n in 0..60 {
+            panics_of_a_link(at_source, n..usize::MAX);
         }
     }
 }

@@ -1,17 +1,18 @@
 //! Pre-copy of devices: what they say is left, when they say nonsense or nothing, and what that means for the stop.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::common::hooked::{Call, Estimates, Hooked, MadeUp, ends_in_time, move_over_a_link};
-use crate::common::{VecPages, options};
+use crate::common::options;
 use limosa_client::Chunk;
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{
-    AfterSave, Convergence, Destination, DirtyLog, Durability, Error, Ledger, Memory, MemoryRegion,
-    MovedDevice, Obstacle, Options, Outcome, PAGE_BYTES, Publication, Received, Report, SnapshotTarget,
-    SnapshotWriter, Source, Vmm, WhenStalled,
+    AfterSave, Convergence, Destination, DirtyLog, Durability, Error, GuestPages, Ledger, Memory,
+    MemoryRegion, MovedDevice, Obstacle, Options, Outcome, PAGE_BYTES, Publication, Received, Report,
+    SnapshotTarget, SnapshotWriter, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::feature::{PrecopyFlags, PrecopyInfo};
@@ -420,16 +421,42 @@ impl MadeUp for Steady {
     }
 }
 
-/// One page is written in each round.
-struct OnePage(Arc<AtomicU32>);
+/// Memory of zeroes, which costs nothing: the rate is the one that is assumed, a GiB in a second.
+struct Zeroes;
 
-impl DirtyLog for OnePage {
+impl GuestPages for Zeroes {
+    fn read(&self, _: u64, into: &mut [u8]) -> std::io::Result<()> {
+        into.fill(0);
+        Ok(())
+    }
+    fn write(&self, _: u64, _: &[u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn data(&self, _: Range<u64>) -> std::io::Result<Option<Range<u64>>> {
+        Ok(None)
+    }
+    fn zero(&self, _: u64, _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// All is written in each round while the device streams. Then it is half as much in each.
+struct Halving {
+    rounds: Arc<AtomicU32>,
+    steady: Arc<Steady>,
+    pages: u64,
+}
+
+impl DirtyLog for Halving {
     fn start(&mut self) -> std::io::Result<()> {
         Ok(())
     }
     fn harvest(&mut self, _: usize, dirty: &DirtyBitmap) -> std::io::Result<()> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        dirty.set_range(0, 1);
+        self.rounds.fetch_add(1, Ordering::SeqCst);
+        dirty.set_range(0, self.pages);
+        if self.steady.given.load(Ordering::SeqCst) == STEPS {
+            self.pages /= 2;
+        }
         Ok(())
     }
     fn stop(&mut self) {}
@@ -448,20 +475,19 @@ fn rounds_in_which_a_device_streamed_were_counted_as_memory_s() {
     });
     let source = Hooked::new("steady", FLAGS, &[]).making_up(steady.clone());
     let destination = Hooked::new("destination", FLAGS, &[]);
-    let pages = [VecPages::new(1 << 16), VecPages::new(1 << 16)];
-    pages[0].0.lock().unwrap().fill(7);
-    let region = |at: usize| MemoryRegion { id: 0, iova: 0, size: 16 * PAGE_BYTES, pages: &pages[at] };
-    let mut log = OnePage(rounds);
-    let wanted = convergence(Duration::from_millis(500), WhenStalled::Abort)
-        .with_rounds_max(3)
-        .with_stalled_rounds_max(2);
-    // The device gives a GiB in a frame: its progress is all that is looked at.
+    let size = 8 * GIB;
+    let region = MemoryRegion { id: 0, iova: 0, size, pages: &Zeroes };
+    let mut log = Halving { rounds, steady: steady.clone(), pages: size / PAGE_BYTES };
+    // From 8 GiB to one in four rounds; so many came before.
+    let wanted = convergence(Duration::from_millis(1500), WhenStalled::Abort)
+        .with_rounds_max(STEPS / 2 + 2)
+        .with_stalled_rounds_max(3);
     let options = options().with_convergence(wanted);
     let (here, there, ledger) =
         ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
-    let regions = [region(1)];
+    let regions = [region];
     let (outcome, _) = move_over_a_link(
-        Source::new(&here, &options).with_memory(Memory::logged(vec![region(0)], &mut log)),
+        Source::new(&here, &options).with_memory(Memory::logged(vec![region], &mut log)),
         &Destination::new(&there, &ledger, &options).with_memory(&regions),
     );
     let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };

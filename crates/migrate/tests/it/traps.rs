@@ -297,6 +297,73 @@ fn refused(device: &limosa_device::Loopback) -> DeviceError {
     DeviceError::Refused { device, request: "a test's".into(), errno: Errno::EIO, hint: "".into() }
 }
 
+/// From COMMIT on this process can write no file any more.
+struct FullDisk {
+    refuses: bool,
+}
+
+impl Vmm for FullDisk {
+    fn prepare(&self) -> Result<(), String> {
+        let nothing = rustix::process::Rlimit { current: Some(0), maximum: None };
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, nothing)
+            .map_err(|error| error.to_string())?;
+        if self.refuses { Err("no room".into()) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn a_decision_that_is_not_on_the_disk_was_not_told() {
+    for part in ["traps::record_of_a_move_that_runs", "traps::record_of_a_move_that_is_given_back"] {
+        // The limit is for all of a process.
+        let test = std::env::current_exe().unwrap();
+        let ran = std::process::Command::new(test)
+            .args(["--exact", part, "--ignored"])
+            .env(PART, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ran.stdout);
+        assert!(ran.status.success() && said.contains("1 passed"), "{said}");
+    }
+}
+
+#[test]
+#[ignore = "a part of another test"]
+fn record_of_a_move_that_runs() {
+    move_with_a_full_disk(false);
+}
+
+#[test]
+#[ignore = "a part of another test"]
+fn record_of_a_move_that_is_given_back() {
+    move_with_a_full_disk(true);
+}
+
+/// Set in the process that is for one of these alone.
+const PART: &str = "LIMOSA_TEST_PART";
+
+fn move_with_a_full_disk(refuses: bool) {
+    if std::env::var_os(PART).is_none() {
+        return;
+    }
+    // Otherwise a write beyond the limit ends the process.
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default()).unwrap();
+    let (folder, options) = (tempfile::tempdir().unwrap(), options());
+    let ledger = Ledger::open(folder.path()).unwrap();
+    let (source, destination) = (Hooked::new("source", FLAGS, &[7; 9]), Hooked::new("there", FLAGS, &[]));
+    let (here, there) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)]);
+    let (outcome, received) = move_over_a_link(
+        Source::new(&here, &options),
+        &Destination::new(&there, &ledger, &options).with_vmm(&FullDisk { refuses }),
+    );
+    let report = match (&outcome, received) {
+        (Outcome::Moved(_), Received::Runs(report)) if !refuses => report,
+        (Outcome::Undone { .. }, Received::Discarded { report, .. }) if refuses => report,
+        (_, received) => panic!("{outcome:?} {received:?}"),
+    };
+    let told = |note: &String| note.contains("is not on the disk") && note.contains(&report.id);
+    assert!(report.notes.iter().any(told), "{:?}", report.notes);
+}
+
 #[test]
 fn a_part_of_the_further_links_is_enough() {
     let options = options().with_links(NonZeroU32::new(4).unwrap()).with_silence_max(Duration::from_secs(2));

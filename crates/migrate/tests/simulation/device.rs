@@ -1,8 +1,8 @@
 //! A device as one end's engine reaches it: over a transport that takes virtual time and may be lost.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use limosa_client::{

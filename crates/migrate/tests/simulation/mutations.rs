@@ -14,7 +14,9 @@ fn finds(mutation: Mutation, suits: impl Fn(&mut Plan), says: &[&str]) {
     let found = (0..400).any(|seed| {
         let mut plan = Plan::new(seed);
         suits(&mut plan);
-        let Err(found) = play(&Plan { mutation: Some(mutation), ..plan.clone() }, false) else { return false };
+        let Err(found) = play(&Plan { mutation: Some(mutation), ..plan.clone() }, false) else {
+            return false;
+        };
         if !says.iter().any(|says| found.contains(says)) {
             others = found;
             return false;
@@ -132,7 +134,8 @@ fn a_reset_that_the_engine_does_not_see_is_found() {
 fn a_device_that_could_have_given_more_before_the_stop_is_found() {
     let quiet = |plan: &mut Plan| {
         calm_move(plan);
-        (plan.precopy, plan.convergence) = (true, plan.convergence.with_when_stalled(WhenStalled::SwitchOver));
+        (plan.precopy, plan.convergence) =
+            (true, plan.convergence.with_when_stalled(WhenStalled::SwitchOver));
         plan.devices.iter_mut().for_each(|device| (device.quiet, device.initial) = (true, 0));
     };
     finds(Mutation::DrainsNothing, quiet, &["which is quiet, has"]);
@@ -142,7 +145,8 @@ fn a_device_that_could_have_given_more_before_the_stop_is_found() {
 fn a_stop_before_initial_data_is_loaded_is_found() {
     let initial = |plan: &mut Plan| {
         calm_move(plan);
-        (plan.precopy, plan.convergence) = (true, plan.convergence.with_when_stalled(WhenStalled::SwitchOver));
+        (plan.precopy, plan.convergence) =
+            (true, plan.convergence.with_when_stalled(WhenStalled::SwitchOver));
         plan.devices.iter_mut().for_each(|device| device.initial = 20);
     };
     finds(Mutation::InitialIgnored, initial, &["still has initial data", "has loaded"]);
