@@ -106,12 +106,21 @@ impl DirtyLogs {
     }
 
     /// Collects the pages that were written since the last harvest. If a log fails, its region is dirty, and the result says
-    /// why.
+    /// why. After an error, as of a log that panics, every page counts as harvested: what the other logs had reported by
+    /// then is lost.
     pub(crate) fn harvest(
         &mut self,
         devices: &[MovedDevice<'_>],
         memory: &mut Memory<'_>,
     ) -> Result<Option<String>> {
+        let harvested = guard("a log of dirty pages", || self.collect(devices, memory));
+        if harvested.is_err() {
+            self.pages.harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+        }
+        harvested
+    }
+
+    fn collect(&self, devices: &[MovedDevice<'_>], memory: &mut Memory<'_>) -> Result<Option<String>> {
         let mut lost = None;
         let logs: Vec<_> = (devices.iter().zip(&self.device_page_bytes))
             .filter_map(|(device, page_bytes)| Some(DeviceLog::started(device.device, (*page_bytes)?)))
@@ -155,15 +164,10 @@ impl DirtyLogs {
     ) {
         let has_readers = memory.log.as_ref().is_some_and(|log| log.has_other_readers());
         if give_back && self.log_started && has_readers {
-            let harvested = guard("the log of dirty pages", || self.harvest(devices, memory));
-            match harvested {
+            match self.harvest(devices, memory) {
                 Ok(None) => {}
                 Ok(Some(lost)) => notes.push(format!("the last dirty pages are not known: {lost}")),
-                Err(error) => {
-                    notes.push(format!("the last dirty pages are not known: {error}"));
-                    let harvested = &self.pages.harvested;
-                    harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
-                }
+                Err(error) => notes.push(format!("the last dirty pages are not known: {error}")),
             }
             if let Some(log) = &mut memory.log {
                 let harvested = self.pages.harvested.iter().enumerate();

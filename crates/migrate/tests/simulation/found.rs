@@ -89,9 +89,12 @@ fn threads_that_the_system_refuses_end_a_move_before_a_device_is_touched() {
 #[test]
 fn a_panic_of_a_device_loses_no_dirty_page() {
     for phase in [Phase::Handshake, Phase::PreCopy, Phase::StopCopy, Phase::Undo] {
-        keeps_the_contract(phase, 25, Fault::Panic(End::Source, Place::Device(0)), |plan| {
+        let points = if phase == Phase::PreCopy { 40 } else { 10 };
+        keeps_the_contract(phase, points, Fault::Panic(End::Source, Place::Device(0)), |plan| {
             plan.regions = vec![8];
             plan.devices.iter_mut().for_each(|device| device.logs = true);
+            // The logs of the others have been read by then.
+            plan.faults[0].fault = Fault::Panic(End::Source, Place::Device(plan.devices.len() - 1));
             if phase == Phase::Undo {
                 let when = When::Phase(End::Source, Phase::PreCopy, 100);
                 plan.faults.push(Planned { when, fault: Fault::Cancel(End::Source) });
@@ -104,7 +107,13 @@ fn a_panic_of_a_device_loses_no_dirty_page() {
 fn a_panic_of_whatever_the_engine_calls_ends_the_move() {
     for place in Place::OTHERS {
         for end in End::BOTH {
-            keeps_the_contract(Phase::PreCopy, 6, Fault::Panic(end, place), |plan| plan.saves = None);
+            keeps_the_contract(Phase::PreCopy, 3, Fault::Panic(end, place), |plan| plan.saves = None);
         }
     }
+}
+
+#[test]
+fn a_saver_that_died_while_it_published_looks_before_its_guest_runs() {
+    let crash = Fault::Crash { end: End::Source, silent: false };
+    keeps_the_contract(Phase::Commit, 25, crash, |plan| plan.saves = Some(AfterSave::Stop));
 }

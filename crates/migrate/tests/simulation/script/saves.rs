@@ -105,6 +105,10 @@ impl Script<'_> {
                 crash_or_panic(panic);
                 summary.crashes += 1;
                 self.source_restarts();
+                let noted = self.source.noted.lock().expect("not poisoned").take();
+                if let (AfterSave::Stop, Some(id)) = (after, noted) {
+                    return self.settle_save(scope, process, InDoubt::recover(id), summary);
+                }
                 // Nobody else can run it; whoever restarts the source may let it go on.
                 let undone = self.decide(scope, process, Decision::NotCommitted, InDoubt::recover(NO_MOVE));
                 let Ok(Outcome::Undone { report, .. }) = undone else {
