@@ -113,7 +113,7 @@ impl DirtyLogs {
         devices: &[MovedDevice<'_>],
         memory: &mut Memory<'_>,
     ) -> Result<Option<String>> {
-        let harvested = guard("a log of dirty pages", || self.collect(devices, memory));
+        let harvested = guard("the source's logs of dirty pages", || self.collect(devices, memory));
         if harvested.is_err() {
             self.pages.harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
         }
