@@ -1,6 +1,5 @@
 //! What the engine's tests are made of: a device with scripted faults, a world that counts how often
 //! its guest runs, and links that fail where they are told to.
-#![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(dead_code, unused_imports, reason = "each binary uses a part")]
 
 mod device;
