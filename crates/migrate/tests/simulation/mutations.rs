@@ -156,7 +156,7 @@ fn a_stop_before_initial_data_is_loaded_is_found() {
 fn a_silence_that_is_borne_for_too_long_is_found() {
     let silent = |plan: &mut Plan| {
         moves(plan);
-        let end = if plan.seed % 2 == 0 { End::Source } else { End::Destination };
+        let end = if plan.seed.is_multiple_of(2) { End::Source } else { End::Destination };
         at(plan, Phase::StopCopy, Fault::Silence(end, 0));
     };
     finds(Mutation::SilenceIgnored, silent, &["after something went wrong"]);
