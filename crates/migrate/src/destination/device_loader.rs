@@ -28,7 +28,7 @@ impl<'a> DeviceLoader<'a> {
 
 impl Receiving<'_, '_> {
     /// Does the work of a device as long as there is any. A panic of the device is a failure of the device.
-    pub(super) fn attend(&self, at: usize) {
+    pub(super) fn work_on(&self, at: usize) {
         let mut loader = self.loaders[at].lock();
         let name = loader.device.name();
         loop {

@@ -130,7 +130,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         })?;
         for thread in 0..self.queues.len() {
             self.team.spawn(scope, format!("device worker {thread}"), move || {
-                self.workers.work(thread, |at| self.attend(at));
+                self.workers.work(thread, |at| self.work_on(at));
                 Ok(())
             })?;
         }

@@ -54,6 +54,7 @@ impl<'a> Wait<'a> {
 
 /// Why a call on a link failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LinkError {
     /// The deadline passed.
     #[error("no progress within the time limit")]

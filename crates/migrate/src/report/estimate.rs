@@ -10,6 +10,7 @@ const ROUNDS_MAX: f64 = 1e6;
 /// How long a source will still be in pre-copy. It assumes that the rate of the link and the rate at which the guest dirties
 /// memory stay those of the last round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Estimate {
     /// How many bytes are left now: dirty memory, and the data that devices would give.
     pub left_bytes: u64,

@@ -43,6 +43,7 @@ impl Side {
 /// A phase of a move, on either side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Phase {
     /// Both sides compare facts; the destination enters RESUMING.
     Handshake,
@@ -124,6 +125,7 @@ impl End {
 
 /// One phase of the timeline.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct PhaseReport {
     /// The phase.
     pub phase: Phase,
@@ -138,6 +140,7 @@ pub struct PhaseReport {
 
 /// One round of memory, or one look at the devices.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct RoundReport {
     /// Its number, from 1.
     pub round: u32,
@@ -159,6 +162,7 @@ pub struct RoundReport {
 /// What a device was doing, or the engine with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(tag = "what", rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Act {
     /// The device is driven to a state, over the arcs of the shortest path.
     Enter {
@@ -196,6 +200,7 @@ fn state_name<S: Serializer>(state: &State, serializer: S) -> Result<S::Ok, S::E
 /// A time in which a device did one thing. Pieces of data without long pauses between them are one span. In a very long move
 /// neighbouring spans of data are joined, so that their number is bounded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct SpanReport {
     /// What the device did.
     #[serde(flatten)]
@@ -212,6 +217,7 @@ pub struct SpanReport {
 
 /// One device.
 #[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
 pub struct DeviceReport {
     /// Its name.
     pub name: String,
@@ -229,6 +235,7 @@ pub struct DeviceReport {
 
 /// The bytes that a link carried over time, in equal steps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Throughput {
     /// The length of a step in ns. The first step begins at the move's start.
     pub step_ns: u64,
@@ -238,6 +245,7 @@ pub struct Throughput {
 
 /// One link.
 #[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
 pub struct LinkReport {
     /// The name of the other end.
     pub peer: String,
@@ -258,6 +266,7 @@ pub struct LinkReport {
 
 /// The limits that were in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct LimitsReport {
     /// On the source: the downtime goal, in ns.
     pub downtime_goal_ns: Option<u64>,
@@ -275,6 +284,7 @@ pub struct LimitsReport {
 
 /// What happened in a move, as one side saw it.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// The id of the move.
     pub id: String,
@@ -321,6 +331,7 @@ pub struct Report {
 
 /// A device that could not be brought back to what it was before the move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Unrecovered {
     /// Its name.
     pub device: String,
