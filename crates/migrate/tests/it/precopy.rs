@@ -89,14 +89,15 @@ fn a_quiet_device_with_gigabytes_was_stopped_with_most_of_it_left() {
                     let device = Hooked::new("vast", FLAGS, &[]).making_up(vast.clone());
                     let at_stop = AtomicU64::new(u64::MAX);
                     let vmm = AtStop(|| at_stop.store(vast.left.load(Ordering::SeqCst), Ordering::SeqCst));
-                    let goal = Duration::from_millis(300);
+                    // What one arc took is counted five times, and a busy machine may take its time over it.
+                    let goal = Duration::from_secs(1);
                     let options = options().with_convergence(convergence(goal, when_stalled));
                     let devices = [MovedDevice::new(&device)];
                     let saved =
                         Source::new(&devices, &options).with_vmm(&vmm).save(&Nowhere, AfterSave::Stop);
                     let Outcome::Moved(report) = saved else { panic!("{what}: {saved:?}") };
                     let left = at_stop.into_inner();
-                    assert!(left < gib * GIB / 16, "{what}: {left} bytes were left at the stop");
+                    assert!(left < gib * GIB / 8, "{what}: {left} bytes were left at the stop");
                     assert_eq!(
                         report.devices[0].precopy_bytes + left.div_ceil(each),
                         report.devices[0].bytes
