@@ -8,7 +8,7 @@ use limosa_protocol::State;
 use limosa_stream::Kind;
 use limosa_vfio_kernel::Door;
 use rustix::process::Signal;
-use serial::gate::{Gate, Later, frames};
+use serial::gate::{Gate, Later, Place, places};
 use serial::{SCRATCH, fresh, get, kernel, mtty, peek, receive, send, set_up};
 
 /// Two cards, and two processes between which one of them moves.
@@ -34,8 +34,8 @@ fn run(args: &[&str]) -> String {
 }
 
 impl Scene {
-    /// A move that is held when that many bytes have passed one way.
-    fn new(from_receiver: bool, at: u64, later: Later) -> Scene {
+    /// A move that is held at a place, one way.
+    fn new(from_receiver: bool, at: Place, later: Later) -> Scene {
         let (source, destination) = (mtty(1), mtty(1));
         let fill = |mdev: &Mdev, text: &[u8]| {
             let card = kernel(mdev, Door::Cdev);
@@ -53,28 +53,25 @@ impl Scene {
     }
 }
 
-/// Each frame of a whole move: whether the receiver sends it, where it begins, and its kind; `None` for the preface.
-fn all_frames() -> Vec<(bool, u64, Option<Kind>)> {
+/// Each kind of frame in a whole move, and the prefaces: whether the receiver sends it, and the place.
+fn all_frames() -> Vec<(bool, Place)> {
     let Scene { sender, receiver, gate, source, destination, .. } =
-        Scene::new(false, u64::MAX, Later::Refused);
+        Scene::new(false, Place::Never, Later::Refused);
     sender.end().ok();
     receiver.end().ok();
     let passed = gate.passed();
     drop((source, destination));
-    let each = [false, true].into_iter().zip(&passed).flat_map(|(from_receiver, sent)| {
-        frames(sent).into_iter().map(move |at| {
-            let kind = &sent[at as usize..][..2];
-            (from_receiver, at, (at > 0).then(|| Kind(u16::from_le_bytes([kind[0], kind[1]]))))
-        })
-    });
-    let all: Vec<_> = each.collect();
+    let each = [false, true].into_iter().zip(&passed);
+    let all: Vec<_> = each
+        .flat_map(|(from_receiver, sent)| places(sent).into_iter().map(move |at| (from_receiver, at)))
+        .collect();
     assert!(all.len() > 12, "{all:?}");
     all
 }
 
 /// Whoever sent no whole preface was nobody's sender, and the receiver waits for another until it is told not to.
-fn gives_up_on_nobody(receiver: &Running, from_receiver: bool, kind: Option<Kind>) -> bool {
-    let is_no_move = kind.is_none() && !from_receiver;
+fn gives_up_on_nobody(receiver: &Running, from_receiver: bool, at: Place) -> bool {
+    let is_no_move = at == Place::Preface && !from_receiver;
     if is_no_move {
         receiver.line("still waiting for one");
         receiver.signal(Signal::INT);
@@ -105,8 +102,8 @@ fn goes_on(here: &Mdev, other: &Mdev, guest: &[u8], what: &str) {
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_receiver_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable() {
     let (mut undone, mut doubted, mut moved) = (0, 0, 0);
-    for (from_receiver, at, kind) in all_frames() {
-        let what = format!("{kind:?}, sent by the receiver: {from_receiver}");
+    for (from_receiver, at) in all_frames() {
+        let what = format!("{at:?}, sent by the receiver: {from_receiver}");
         let Scene { source, destination, guest, stranger, sender, receiver, gate } =
             Scene::new(from_receiver, at, Later::Refused);
         gate.held();
@@ -162,23 +159,23 @@ fn a_receiver_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable()
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_sender_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable() {
     let (mut undone, mut moved) = (0, 0);
-    for (from_receiver, at, kind) in all_frames() {
-        if kind == Some(Kind::DONE) {
+    for (from_receiver, at) in all_frames() {
+        if at == Place::Frame(Kind::DONE) {
             // Its sender has nothing more to do, and has ended.
             continue;
         }
-        let what = format!("{kind:?}, sent by the receiver: {from_receiver}");
+        let what = format!("{at:?}, sent by the receiver: {from_receiver}");
         let Scene { source, destination, guest, sender, receiver, gate, .. } =
             Scene::new(from_receiver, at, Later::Refused);
         gate.held();
         assert_eq!(sender.kill().code, -9, "{what}");
         gate.cut();
-        if matches!(kind, Some(Kind::READY | Kind::COMMIT | Kind::RUNNING)) {
+        if matches!(at, Place::Frame(Kind::READY | Kind::COMMIT | Kind::RUNNING)) {
             // The source may come to ask; it never will.
             receiver.line("staying");
             receiver.signal(Signal::INT);
         }
-        let is_no_move = gives_up_on_nobody(&receiver, from_receiver, kind);
+        let is_no_move = gives_up_on_nobody(&receiver, from_receiver, at);
         let ended = receiver.end();
         assert_eq!(state(&destination), State::Running, "{what}: with the guest, or reset");
         if ended.code == 0 {
@@ -204,20 +201,20 @@ fn a_sender_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable() {
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_link_cut_at_any_frame_leaves_the_guest_in_one_card_and_who_is_in_doubt_asks() {
     let (mut undone, mut moved) = (0, 0);
-    for (from_receiver, at, kind) in all_frames() {
-        let what = format!("{kind:?}, sent by the receiver: {from_receiver}");
+    for (from_receiver, at) in all_frames() {
+        let what = format!("{at:?}, sent by the receiver: {from_receiver}");
         let Scene { source, destination, guest, sender, receiver, gate, .. } =
             Scene::new(from_receiver, at, Later::Pass);
         gate.held();
         gate.cut();
         let sent = sender.end();
-        if matches!(kind, Some(Kind::READY | Kind::DONE)) {
+        if matches!(at, Place::Frame(Kind::READY | Kind::DONE)) {
             // The receiver cannot know that the sender has nothing to ask: without READY it is not in doubt, and
             // with RUNNING neither.
             receiver.line("staying");
             receiver.signal(Signal::INT);
         }
-        let is_no_move = gives_up_on_nobody(&receiver, from_receiver, kind);
+        let is_no_move = gives_up_on_nobody(&receiver, from_receiver, at);
         let received = receiver.end();
         assert_eq!(sent.code == 0, received.code == 0, "{what}: {sent:?} {received:?}");
         assert_eq!(state(&destination), State::Running, "{what}");

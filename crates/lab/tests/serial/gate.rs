@@ -8,14 +8,27 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use limosa_stream::Kind;
+
 use super::fresh;
 
 /// Bytes of a frame's header, and of the preface before the first.
 pub const HEADER: u64 = 32;
-const PREFACE: u64 = 40;
+const PREFACE: usize = 40;
 
 /// Longer than anything here takes; what takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// Where one way of a link is held. Pre-copy is as long as it takes, so frames are known by kind, not by number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere.
+    Never,
+    /// Before the preface.
+    Preface,
+    /// Before the first frame of a kind.
+    Frame(Kind),
+}
 
 /// Connections after the first.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -36,8 +49,8 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// For a connection to `to`, held where after so many bytes from the sender, or from the receiver, one more comes.
-    pub fn new(to: &str, from_receiver: bool, at: u64, later: Later) -> Gate {
+    /// For a connection to `to`, whose way from the sender or from the receiver is held at a place.
+    pub fn new(to: &str, from_receiver: bool, at: Place, later: Later) -> Gate {
         let (path, to) = (fresh("gate"), to.strip_prefix("unix:").unwrap().to_owned());
         let listener = UnixListener::bind(&path).unwrap();
         let address = format!("unix:{path}");
@@ -79,7 +92,7 @@ fn pass_all(listener: &UnixListener, to: &str) {
     for near in listener.incoming() {
         let (Ok(near), Ok(far)) = (near, UnixStream::connect(to)) else { return };
         let (held, (_cut, is_cut)) = (channel().0, channel());
-        pass(&near, &far, false, u64::MAX, &held, &is_cut);
+        pass(&near, &far, false, Place::Never, &held, &is_cut);
     }
 }
 
@@ -87,7 +100,7 @@ fn pass(
     near: &UnixStream,
     far: &UnixStream,
     from_receiver: bool,
-    at: u64,
+    at: Place,
     held: &Sender<()>,
     is_cut: &Receiver<()>,
 ) -> [Vec<u8>; 2] {
@@ -96,27 +109,25 @@ fn pass(
         let ways = [(near, far, !from_receiver, &passed[0]), (far, near, from_receiver, &passed[1])];
         for (mut from, mut into, is_held, passed) in ways {
             scope.spawn(move || {
-                let mut left = if is_held { at } else { u64::MAX };
-                let mut piece = [0; 4096];
-                loop {
-                    let room = piece.len().min(usize::try_from(left.max(1)).unwrap_or(usize::MAX));
-                    let bytes = from.read(&mut piece[..room]).unwrap_or(0);
-                    if bytes > 0 && left == 0 {
-                        // The frame that is not to pass is on its way.
+                let mut is_preface = true;
+                // A link that ends in a frame passes no part of it.
+                while let Some((place, piece)) = next(&mut from, is_preface) {
+                    if is_held && place == at {
+                        // The frame that is not to pass has come.
                         let _ = held.send(());
                         return;
                     }
-                    if bytes == 0 || into.write_all(&piece[..bytes]).is_err() {
-                        let _ = into.shutdown(Shutdown::Write);
-                        return;
+                    if into.write_all(&piece).is_err() {
+                        break;
                     }
-                    passed.lock().unwrap().extend_from_slice(&piece[..bytes]);
-                    left -= bytes as u64;
+                    passed.lock().unwrap().extend_from_slice(&piece);
+                    is_preface = false;
                 }
+                let _ = into.shutdown(Shutdown::Write);
             });
         }
         // A gate that is held nowhere ends with its connection.
-        if at < u64::MAX {
+        if at != Place::Never {
             let _ = is_cut.recv();
             for end in [near, far] {
                 let _ = end.shutdown(Shutdown::Both);
@@ -126,14 +137,42 @@ fn pass(
     passed.map(|passed| std::mem::take(&mut *passed.lock().unwrap()))
 }
 
+/// The preface or the frame that comes next, whole; `None` at the end.
+fn next(from: &mut impl Read, is_preface: bool) -> Option<(Place, Vec<u8>)> {
+    let mut piece = vec![0; if is_preface { PREFACE } else { HEADER as usize }];
+    from.read_exact(&mut piece).ok()?;
+    if is_preface {
+        return Some((Place::Preface, piece));
+    }
+    let kind = Kind(u16::from_le_bytes([piece[0], piece[1]]));
+    let length = u32::from_le_bytes(piece[8..12].try_into().unwrap());
+    piece.resize(HEADER as usize + length as usize, 0);
+    from.read_exact(&mut piece[HEADER as usize..]).ok()?;
+    Some((Place::Frame(kind), piece))
+}
+
+/// The places of what was sent, each kind of frame once.
+pub fn places(sent: &[u8]) -> Vec<Place> {
+    let mut places = Vec::new();
+    for (_, place) in all(sent) {
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    places
+}
+
 /// Where frames begin, the preface as the first.
 pub fn frames(sent: &[u8]) -> Vec<u64> {
-    let (mut begins, mut at) = (vec![0], PREFACE);
-    while at < sent.len() as u64 {
-        begins.push(at);
-        let length = &sent[at as usize + 8..][..4];
-        at += HEADER + u64::from(u32::from_le_bytes(length.try_into().unwrap()));
+    all(sent).into_iter().map(|(begin, _)| begin).collect()
+}
+
+fn all(sent: &[u8]) -> Vec<(u64, Place)> {
+    let (mut all, mut left, mut at) = (Vec::new(), sent, 0);
+    while let Some((place, piece)) = next(&mut left, all.is_empty()) {
+        all.push((at as u64, place));
+        at += piece.len();
     }
-    assert_eq!(at, sent.len() as u64, "the last frame is whole");
-    begins
+    assert_eq!(at, sent.len(), "the last frame is whole");
+    all
 }
