@@ -76,13 +76,14 @@ impl Guest {
     }
 
     /// Somebody resets a device: the guest itself, where it runs. Whether it was the guest.
-    pub fn reset(&self, end: End, device: &SimDevice) -> bool {
+    pub fn reset(&self, end: End, device: &SimDevice, by_guest: bool) -> bool {
         let state = self.state.lock();
-        set(&device.outside.reset_by_guest, state.at == Some(end));
+        let by_guest = by_guest || state.at == Some(end);
+        set(&device.outside.reset_by_guest, by_guest);
         // A device that failed does not answer.
         let _ = device.itself().reset();
         set(&device.outside.reset_by_guest, false);
-        state.at == Some(end)
+        by_guest
     }
 
     /// Since when it has stood still, or how long it did the last time: from the stop at the source until it ran again.

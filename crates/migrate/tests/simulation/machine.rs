@@ -302,13 +302,16 @@ impl Computer {
     pub fn reset(&self, device: usize) {
         let device = &self.devices[device];
         let held = get(&device.outside.holds);
-        let state = device.itself().machine().state();
-        if self.guest.reset(self.end, device) || !held {
+        let (state, begun) = (device.itself().machine().state(), self.phases.lock().begun.clone());
+        // As long as it runs and is not being saved, whoever resets it does so for its guest.
+        let by_guest = held && self.end == End::Source && state == State::Running;
+        if self.guest.reset(self.end, device, by_guest) || !held {
             return;
         }
         // After the last look at a device nothing of it can be seen, and between a look and an arc only by the count.
         let is_late = match self.end {
-            End::Source => true,
+            // The error tells of one that is not stopped yet, a note of others.
+            End::Source => state.is_running() || begun.contains(&Phase::Undo),
             End::Destination if self.saves => true,
             End::Destination => {
                 self.starts.load(Ordering::SeqCst) && (!device.counts_resets() || state == State::Running)
@@ -330,7 +333,6 @@ impl Computer {
         for device in &self.devices {
             device.find();
             device.outside.script.clear();
-            set(&device.outside.lost, false);
         }
         self.panics.disarm();
         self.free_ledger();
