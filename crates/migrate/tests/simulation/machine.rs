@@ -301,25 +301,22 @@ impl Computer {
     /// A device is reset by its guest, where that runs; otherwise by somebody else.
     pub fn reset(&self, device: usize) {
         let device = &self.devices[device];
-        let held = get(&device.outside.holds);
-        let (state, begun) = (device.itself().machine().state(), self.phases.lock().begun.clone());
-        // As long as it runs and is not being saved, whoever resets it does so for its guest.
-        let by_guest = held && self.end == End::Source && state == State::Running;
-        if self.guest.reset(self.end, device, by_guest) || !held {
-            return;
-        }
+        let Some(state) = self.guest.reset(self.end, device) else { return };
+        // Until more is known: others run from here on.
+        set(&device.outside.lost, true);
         // After the last look at a device nothing of it can be seen, and between a look and an arc only by the count.
         let is_late = match self.end {
             // The error tells of one that is not stopped yet, a note of others.
-            End::Source => state.is_running() || begun.contains(&Phase::Undo),
+            End::Source => {
+                let returns = |phase: &Phase| matches!(phase, Phase::Undo | Phase::Finish);
+                state.is_running() || self.phases.lock().begun.iter().any(returns)
+            }
             End::Destination if self.saves => true,
             End::Destination => {
                 self.starts.load(Ordering::SeqCst) && (!device.counts_resets() || state == State::Running)
             }
         };
-        if is_late {
-            set(&device.outside.lost, true);
-        }
+        set(&device.outside.lost, is_late);
     }
 
     /// Nothing is wrong here any more.
