@@ -349,6 +349,8 @@ pub struct Unrecovered {
 pub enum Loss {
     /// On the source: it was in ERROR and had to be reset. It runs, but has lost its state.
     StateLost,
+    /// On the source: it was reset while it was stopped, and not by the engine. It runs, but has lost its state.
+    WasReset,
     /// It stays in another state than before.
     StaysIn {
         /// The state in which it is.
@@ -371,6 +373,7 @@ impl std::fmt::Display for Unrecovered {
             Loss::StateLost => {
                 write!(f, "{device} was in ERROR and had to be reset: its state is lost ({why})")
             }
+            Loss::WasReset => write!(f, "{device} was reset while it was stopped: its state is lost ({why})"),
             Loss::StaysIn { found: State::Error, .. } => {
                 write!(f, "{device} is in ERROR and cannot be reset: {why}")
             }

@@ -1,15 +1,17 @@
 //! The rollback of a source: every device runs again as it did before, and no dirty page is lost.
 
 use limosa_client::DeviceExt;
-use limosa_protocol::{MigrationFlags, State};
+use limosa_clockwork::catch;
+use limosa_protocol::State;
 
 use super::Source;
 use crate::context::Context;
+
 use crate::devices::each;
 use crate::error::guard;
 use crate::memory::DirtyLogs;
 use crate::report::{Act, Loss, Phase, Unrecovered};
-use crate::transfer::device_sender::{Job, return_to};
+use crate::transfer::device_sender::{Job, return_to, return_to_p2p};
 use crate::transfer::sending::Sending;
 use crate::vmm;
 
@@ -26,6 +28,8 @@ pub(super) struct Rollback {
     pub(super) throttled: u32,
     /// Whether the VMM was asked to stop its vCPUs.
     pub(super) vmm_stopped: bool,
+    /// Whether the engine has stopped all devices, so that one that runs was reset.
+    pub(super) devices_stopped: bool,
 }
 
 impl Rollback {
@@ -69,23 +73,18 @@ impl<'a> Source<'a> {
     }
 
     fn return_without_workers(&self, rollback: &Rollback) -> Vec<Option<Unrecovered>> {
-        each(self.devices, |at, device| {
-            let _ = limosa_clockwork::catch(|| {
-                let stopped = device.state().is_ok_and(|state| !state.is_running() && state != State::Error);
-                let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
-                if stopped && has_p2p && rollback.found(at).is_running() {
-                    // If this fails, so does the next arc, which reports it.
-                    let _ = device.set_state(State::RunningP2p);
-                }
-            });
+        let is_stopped = rollback.devices_stopped;
+        let reset = each(self.devices, |at, device| {
+            catch(|| return_to_p2p(device, rollback.found(at), is_stopped)).unwrap_or_default()
         });
-        each(self.devices, |at, device| {
-            let returned = limosa_clockwork::catch(|| return_to(device, rollback.found(at)));
+        let returned = each(self.devices, |at, device| {
+            let returned = catch(|| return_to(device, rollback.found(at)));
             returned.unwrap_or_else(|panic| {
                 let why = panic.to_string();
                 Some(Unrecovered { device: device.name().into(), loss: Loss::Unknown, why })
             })
-        })
+        });
+        returned.into_iter().zip(reset).map(|(returned, reset)| returned.or(reset)).collect()
     }
 
     /// Lets the vCPUs run again, at full speed.

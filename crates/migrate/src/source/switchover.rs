@@ -34,7 +34,9 @@ impl<'a> Source<'a> {
             }
         }
         sending.wait_all(|_| false)?;
-        sending.all(Job::Stop, |flow| flow.stopped)
+        sending.all(Job::Stop, |flow| flow.stopped)?;
+        rollback.devices_stopped = true;
+        Ok(())
     }
 
     /// Harvests the pages that were written since the last round. If a log fails now, all pages are dirty. If the downtime

@@ -174,7 +174,8 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                 let loss = returned.unwrap_or_else(|panic| {
                     Some(self.lost(Loss::Unknown, &Error::panicked(name, &panic).to_string()))
                 });
-                flow.lock().loss = loss;
+                let mut flow = flow.lock();
+                flow.loss = loss.or(flow.loss.take());
             }
             Job::Finish => {
                 let finished = guard(name, || self.perform(job));
@@ -345,13 +346,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             self.stream = None;
             return return_to(device, self.found);
         }
-        let stopped = device.state().is_ok_and(|state| !state.is_running() && state != State::Error);
-        let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
-        if stopped && has_p2p && self.found.is_running() {
-            // If this fails, so does the next arc, which reports it.
-            let _ = device.set_state(State::RunningP2p);
-        }
-        None
+        return_to_p2p(device, self.found, !self.driven.expected().is_running())
     }
 
     fn lost(&self, loss: Loss, why: &str) -> Unrecovered {
@@ -366,6 +361,22 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
 /// Turns a refusal into "not known". A lost connection is an error.
 fn refused<T>(device: &dyn Device, doing: &str, error: limosa_client::Error) -> Result<Option<T>> {
     if error.is_connection_lost() { Err(failed(device, doing, error)) } else { Ok(None) }
+}
+
+/// Drives a device that is stopped to RUNNING_P2P, if it has that state and was found running. If the engine has stopped it
+/// and it runs, somebody else has reset it.
+pub(crate) fn return_to_p2p(device: &dyn Device, found: State, is_stopped: bool) -> Option<Unrecovered> {
+    let state = device.state().ok()?;
+    if is_stopped && state.is_running() {
+        let why = format!("it is in {state}");
+        return Some(Unrecovered { device: device.name().into(), loss: Loss::WasReset, why });
+    }
+    let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
+    if !state.is_running() && state != State::Error && has_p2p && found.is_running() {
+        // If this fails, so does the next arc, which reports it.
+        let _ = device.set_state(State::RunningP2p);
+    }
+    None
 }
 
 /// Drives a device to a state, after a reset if it is in ERROR. The result says what was lost.

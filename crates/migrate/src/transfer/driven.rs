@@ -63,6 +63,11 @@ impl<'a> DrivenDevice<'a> {
         Ok(stream)
     }
 
+    /// The state to which the engine has driven it.
+    pub(crate) fn expected(&self) -> State {
+        self.expected
+    }
+
     /// Checks that only the engine has driven the device since its session opened.
     pub(crate) fn check(&self) -> Result<()> {
         self.check_state()?;

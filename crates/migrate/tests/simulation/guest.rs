@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use limosa_client::Device;
 use limosa_clockwork::{Monitor, simulation, sleep};
+use limosa_protocol::State as DeviceState;
 
 use crate::device::SimDevice;
 use crate::machine::Computer;
-use crate::model::set;
+use crate::model::{get, set};
 use crate::plan::End;
 use crate::world::{PAGE, World};
 
@@ -75,14 +76,19 @@ impl Guest {
         }
     }
 
-    /// Somebody resets a device: the guest itself, where it runs. Whether it was the guest.
-    pub fn reset(&self, end: End, device: &SimDevice) -> bool {
+    /// Somebody resets a device. For the guest, where that runs, and as long as the device runs and is not being saved.
+    /// Otherwise the guest's state is lost: the result is the state that the device was in.
+    pub fn reset(&self, end: End, device: &SimDevice) -> Option<DeviceState> {
         let state = self.state.lock();
-        set(&device.outside.reset_by_guest, state.at == Some(end));
+        // Nothing else runs from here to the end of the reset.
+        let (was, held) = (device.itself().machine().state(), get(&device.outside.holds));
+        let runs = end == End::Source && was == DeviceState::Running;
+        let by_guest = held && (runs || state.at == Some(end));
+        set(&device.outside.reset_by_guest, by_guest);
         // A device that failed does not answer.
         let _ = device.itself().reset();
         set(&device.outside.reset_by_guest, false);
-        state.at == Some(end)
+        (held && !by_guest).then_some(was)
     }
 
     /// Since when it has stood still, or how long it did the last time: from the stop at the source until it ran again.

@@ -301,22 +301,22 @@ impl Computer {
     /// A device is reset by its guest, where that runs; otherwise by somebody else.
     pub fn reset(&self, device: usize) {
         let device = &self.devices[device];
-        let held = get(&device.outside.holds);
-        let state = device.itself().machine().state();
-        if self.guest.reset(self.end, device) || !held {
-            return;
-        }
+        let Some(state) = self.guest.reset(self.end, device) else { return };
+        // Until more is known: others run from here on.
+        set(&device.outside.lost, true);
         // After the last look at a device nothing of it can be seen, and between a look and an arc only by the count.
         let is_late = match self.end {
-            End::Source => true,
+            // The error tells of one that is not stopped yet, a note of others.
+            End::Source => {
+                let returns = |phase: &Phase| matches!(phase, Phase::Undo | Phase::Finish);
+                state.is_running() || self.phases.lock().begun.iter().any(returns)
+            }
             End::Destination if self.saves => true,
             End::Destination => {
                 self.starts.load(Ordering::SeqCst) && (!device.counts_resets() || state == State::Running)
             }
         };
-        if is_late {
-            set(&device.outside.lost, true);
-        }
+        set(&device.outside.lost, is_late);
     }
 
     /// Nothing is wrong here any more.
@@ -330,7 +330,6 @@ impl Computer {
         for device in &self.devices {
             device.find();
             device.outside.script.clear();
-            set(&device.outside.lost, false);
         }
         self.panics.disarm();
         self.free_ledger();
