@@ -6,7 +6,6 @@ use limosa_protocol::State;
 
 use super::Source;
 use crate::context::Context;
-
 use crate::devices::each;
 use crate::error::guard;
 use crate::memory::DirtyLogs;
