@@ -14,9 +14,10 @@ fn kind() -> Kind {
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_cable_cut_before_the_commit_leaves_the_source_running_and_one_joined_again_ends_the_doubt() {
     let (here, there) = (Machine::here(), Machine::there());
-    let scene = |at| Scene::at(at, &kind(), &here, &there, &["--silence", "4"]);
-    let mut committed = scene(At::Commit);
-    let mut scenes = [At::Handshake, At::Load, At::StopCopy, At::PreCopy].map(scene);
+    let scene = |at, silence| Scene::at(at, &kind(), &here, &there, &["--silence", silence]);
+    // This one still asks for its answer when the others have ended.
+    let mut committed = scene(At::Commit, "8");
+    let mut scenes = [At::Handshake, At::Load, At::StopCopy, At::PreCopy].map(|at| scene(at, "4"));
     let cut = here.cut();
     scenes.iter().chain([&committed]).for_each(Scene::release);
     for scene in &mut scenes {

@@ -17,6 +17,8 @@ pub(crate) struct Connection<'a> {
     limits: Limits,
     pub(crate) writer: FrameWriter<'a>,
     reader: Monitor<FrameReader>,
+    /// How much of `last_words_max` is left for an ABORT and the peer's own reason together.
+    last_words_left: Monitor<Duration>,
 }
 
 /// A received frame, with its payload.
@@ -38,7 +40,8 @@ impl<'a> Connection<'a> {
     pub(crate) fn new(link: &'a dyn Link, limits: Limits) -> Connection<'a> {
         let writer = FrameWriter::new(link, limits.silence_max);
         let reader = Monitor::new(FrameReader::new(link, limits.silence_max));
-        Connection { link, limits, writer, reader }
+        let last_words_left = Monitor::new(limits.last_words_max);
+        Connection { link, limits, writer, reader, last_words_left }
     }
 
     pub(crate) fn has_peer(&self) -> bool {
@@ -118,7 +121,9 @@ impl<'a> Connection<'a> {
     /// Sends ABORT with the reason, unless the peer knows it.
     pub(crate) fn abort(&self, error: &Error) {
         if self.has_peer() && !error.peer_needs_no_word() {
-            let _ = catch(|| self.writer.abort(error, self.limits.last_words_max));
+            let (began, mut left) = (now(), self.last_words_left.lock());
+            let _ = catch(|| self.writer.abort(error, *left));
+            *left = left.saturating_sub(now() - began);
         }
     }
 
@@ -130,7 +135,7 @@ impl<'a> Connection<'a> {
         // A link that panics now ends here all the same.
         let _ = catch(|| match &why {
             Error::Link { .. } | Error::Aborted { .. } => self.link.finish(),
-            _ if self.has_peer() => self.link.part(Wait::within(self.limits.last_words_max, None)),
+            _ if self.has_peer() => self.link.part(Wait::within(*self.last_words_left.lock(), None)),
             _ => self.link.finish(),
         });
         match gives_reason {
@@ -144,7 +149,7 @@ impl<'a> Connection<'a> {
         if !self.has_peer() {
             return None;
         }
-        let within = within(self.limits.last_words_max);
+        let within = within(*self.last_words_left.lock());
         let mut reader = self.reader();
         loop {
             match catch(|| reader.next(self.link, "listening for a reason", within, None)).ok()? {
@@ -164,5 +169,58 @@ impl<'a> Connection<'a> {
     /// A link's error, as an error that names the peer.
     pub(crate) fn failed(&self, error: LinkError, doing: &'static str, limit: Duration) -> Error {
         link_failed(self.link.peer(), error, doing, limit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+
+    use limosa_clockwork::simulation::Simulation;
+
+    use super::*;
+
+    /// A link to a peer that neither reads nor writes.
+    struct Dark;
+
+    impl Dark {
+        fn wait(wait: Wait<'_>) -> Result<usize, LinkError> {
+            let nothing = Monitor::new(());
+            let mut guard = nothing.lock();
+            while now() < wait.deadline {
+                (guard, _) = nothing.wait(guard, Some(wait.deadline));
+            }
+            Err(LinkError::TimedOut)
+        }
+    }
+
+    impl Link for Dark {
+        fn write(&self, _: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+            Dark::wait(wait)
+        }
+        fn read(&self, _: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+            Dark::wait(wait)
+        }
+        fn finish(&self) {}
+        fn peer(&self) -> &str {
+            "the peer"
+        }
+    }
+
+    #[test]
+    fn a_peer_that_read_no_abort_was_listened_to_for_as_long_again() {
+        let silence_max = Duration::from_secs(4);
+        let limits = Limits::new(&crate::Options::default().with_silence_max(silence_max));
+        let last_words_max = limits.last_words_max;
+        let run = Simulation::new(1).run(|| {
+            let connection = Connection::new(&Dark, limits);
+            let why = connection.failed(LinkError::TimedOut, "listening to it", silence_max);
+            connection.abort(&why);
+            connection.part(why).to_string()
+        });
+        let run = run.unwrap();
+        assert!(run.value.contains("nothing came within 4s"), "{}", run.value);
+        // Each step of a simulation takes some time as well.
+        assert!(run.time < last_words_max + Duration::from_millis(1), "{:?}", run.time);
     }
 }
