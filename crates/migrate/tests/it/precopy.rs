@@ -1,12 +1,12 @@
 //! Pre-copy of devices: what they say is left, when they say nonsense or nothing, and what that means for the stop.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::common::hooked::{Call, Estimates, Hooked, MadeUp, ends_in_time, move_over_a_link};
-use crate::common::options;
+use crate::common::{Door, options};
 use limosa_client::Chunk;
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{
@@ -187,26 +187,6 @@ fn initial_bytes_that_come_late_did_not_hold_the_stop_back() {
     });
 }
 
-/// A door that opens once.
-#[derive(Default)]
-struct Door {
-    open: Mutex<bool>,
-    opened: Condvar,
-}
-
-impl Door {
-    fn open(&self) {
-        *self.open.lock().unwrap() = true;
-        self.opened.notify_all();
-    }
-    fn pass(&self) {
-        let open = self.open.lock().unwrap();
-        let limit = Duration::from_secs(20);
-        let (open, _) = self.opened.wait_timeout_while(open, limit, |open| !*open).unwrap();
-        assert!(*open, "nobody opened it");
-    }
-}
-
 #[test]
 fn the_stop_did_not_wait_until_initial_bytes_were_loaded() {
     let (door, loaded) = (Arc::new(Door::default()), Arc::new(AtomicBool::new(false)));
@@ -224,7 +204,7 @@ fn the_stop_did_not_wait_until_initial_bytes_were_loaded() {
         let (door, loaded) = (door.clone(), loaded.clone());
         Hooked::new("destination", FLAGS, &[]).on(move |_, call| {
             if call == Call::Write {
-                door.pass();
+                assert!(door.pass(), "nobody opened it");
                 loaded.store(true, Ordering::SeqCst);
             }
         })

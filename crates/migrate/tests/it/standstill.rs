@@ -4,12 +4,12 @@ use std::io::IoSlice;
 use std::num::NonZeroU32;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::common::hooked::{Call, Hooked, ends_in_time, move_over_a_link};
 use crate::common::peer::Peer;
-use crate::common::{VecPages, move_over_links, options};
+use crate::common::{Door, VecPages, move_over_links, options};
 use limosa_migrate::link::{Bandwidth, LimitedLink, Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
     Cancel, Destination, DirtyLog, Error, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Ledger,
@@ -168,25 +168,6 @@ fn a_guest_waited_for_the_last_words_of_a_peer_that_is_silent() {
         });
         assert!(clock.stood_still() < Duration::from_secs(1), "it stood still for {:?}", clock.stood_still());
     });
-}
-
-/// Opened once.
-#[derive(Default)]
-struct Door {
-    open: Mutex<bool>,
-    opened: Condvar,
-}
-
-impl Door {
-    fn open(&self) {
-        *self.open.lock().unwrap() = true;
-        self.opened.notify_all();
-    }
-    fn pass(&self) {
-        let limit = Duration::from_secs(30);
-        let open = self.open.lock().unwrap();
-        drop(self.opened.wait_timeout_while(open, limit, |open| !*open).unwrap());
-    }
 }
 
 #[test]

@@ -130,6 +130,14 @@ fn two() -> (Vmm, Vmm, String, tempfile::TempDir) {
     (source, destination, address, folder)
 }
 
+/// Moves a guest that has counted to `count`, and sees it count on at the destination.
+fn moves_on(source: &mut Vmm, destination: &mut Vmm, address: &str, count: u64) {
+    source.say(&format!("send {address}"));
+    source.expect("moved");
+    destination.expect("runs");
+    destination.counts_beyond(count);
+}
+
 #[test]
 fn a_guest_moves_between_two_processes_under_load_with_nothing_lost() {
     let (mut source, mut destination, address, _folder) = two();
@@ -159,10 +167,7 @@ fn a_destination_that_is_killed_leaves_the_guest_running_and_movable() {
     std::fs::remove_file(folder.path().join("move")).unwrap();
     let mut another = Vmm::new(&["receive", &address]);
     another.expect("listens at");
-    source.say(&format!("send {address}"));
-    source.expect("moved");
-    another.expect("runs");
-    another.counts_beyond(count);
+    moves_on(&mut source, &mut another, &address, count);
 }
 
 #[test]
@@ -175,10 +180,7 @@ fn a_move_that_is_called_off_leaves_the_guest_running_and_the_destination_waitin
     destination.expect("discarded:");
     let count = source.count();
     source.counts_beyond(count);
-    source.say(&format!("send {address}"));
-    source.expect("moved");
-    destination.expect("runs");
-    destination.counts_beyond(count);
+    moves_on(&mut source, &mut destination, &address, count);
 }
 
 /// Where a source connects to, instead of to the destination. When the COMMIT of the first move comes, this is asked
@@ -263,10 +265,7 @@ fn a_guest_whose_move_is_in_doubt_goes_on_when_the_destination_says_that_it_neve
     source.expect("undone:");
     let count = source.count();
     source.counts_beyond(count);
-    source.say(&format!("send {address}"));
-    source.expect("moved");
-    destination.expect("runs");
-    destination.counts_beyond(count);
+    moves_on(&mut source, &mut destination, &address, count);
 }
 
 #[test]

@@ -6,14 +6,13 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use limosa_client::{
-    Chunk, DataStream, Device, DeviceExt, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply,
-    FeatureRequest, IrqAction, Region, Result,
+    Chunk, DataStream, Device, DeviceExt, DeviceIdentity, Error, FeatureReply, FeatureRequest, Region, Result,
 };
 use limosa_device::{Bus, Description, Fault, Loopback, Machine, Migration, Model, Save};
 use limosa_migrate::link::SocketLink;
 use limosa_migrate::{Destination, Outcome, Received, Source};
 use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::{DeviceFlags, DeviceInfo, IrqInfo, RegionFlags};
+use limosa_protocol::info::{DeviceFlags, DeviceInfo, RegionFlags};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, MigrationFlags, State};
 
 /// A call on a device or on its stream.
@@ -222,27 +221,7 @@ impl Device for Hooked {
     fn info(&self) -> Result<DeviceInfo> {
         self.inner.info()
     }
-    fn region(&self, index: u32) -> Result<Region> {
-        self.inner.region(index)
-    }
-    fn irq(&self, index: u32) -> Result<IrqInfo> {
-        self.inner.irq(index)
-    }
-    fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        self.inner.region_read(region, offset, data)
-    }
-    fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        self.inner.region_write(region, offset, data)
-    }
-    fn set_irqs(&self, index: u32, start: u32, action: IrqAction<'_>) -> Result<()> {
-        self.inner.set_irqs(index, start, action)
-    }
-    fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {
-        self.inner.dma_map(map)
-    }
-    fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
-        self.inner.dma_unmap(iova, size, dirty)
-    }
+    forward_registers!();
 }
 
 struct HookedStream {

@@ -3,13 +3,10 @@
 
 use std::sync::Mutex;
 
-use limosa_client::{
-    Chunk, DataStream, Device, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest,
-    IrqAction, Region, Result,
-};
+use limosa_client::{Chunk, DataStream, Device, DeviceIdentity, Error, FeatureReply, FeatureRequest, Result};
 use limosa_device::Loopback;
 use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::{DeviceInfo, IrqInfo};
+use limosa_protocol::info::DeviceInfo;
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 
 /// What is odd about it.
@@ -94,27 +91,7 @@ impl Device for Odd {
     fn info(&self) -> Result<DeviceInfo> {
         if self.quirks().no_info { self.refuse(Errno::EINVAL) } else { self.inner.info() }
     }
-    fn region(&self, index: u32) -> Result<Region> {
-        self.inner.region(index)
-    }
-    fn irq(&self, index: u32) -> Result<IrqInfo> {
-        self.inner.irq(index)
-    }
-    fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        self.inner.region_read(region, offset, data)
-    }
-    fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        self.inner.region_write(region, offset, data)
-    }
-    fn set_irqs(&self, index: u32, start: u32, action: IrqAction<'_>) -> Result<()> {
-        self.inner.set_irqs(index, start, action)
-    }
-    fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {
-        self.inner.dma_map(map)
-    }
-    fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
-        self.inner.dma_unmap(iova, size, dirty)
-    }
+    forward_registers!();
 }
 
 struct OddStream {
