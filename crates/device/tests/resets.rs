@@ -1,4 +1,4 @@
-//! What the reset count counts (`docs/vfio-user-extensions.md: RESET_COUNT`), and what a caller that
+//! The resets that RESET_COUNT counts (`docs/vfio-user-extensions.md: RESET_COUNT`), and their use to a caller that
 //! drives a device over several arcs learns from it.
 
 mod common;

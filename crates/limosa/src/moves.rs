@@ -143,7 +143,7 @@ impl Moves {
     }
 }
 
-/// What the command sends or saves. A move is noted before it is committed, so that it can be resolved after this process
+/// The parts of a send or a save. A move is noted before it is committed, so that it can be resolved after this process
 /// has ended.
 pub struct Sending<'a> {
     pub moves: &'a Moves,

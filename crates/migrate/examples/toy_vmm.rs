@@ -362,7 +362,7 @@ impl Observer for Watch {
         println!("round {}: {} KiB dirty", round.round, round.memory_dirty_bytes >> 10);
     }
 
-    /// On the source, how long the move will take. A VMM shows it to its operator, who may cancel the move.
+    /// The time that the move will still take, on the source. A VMM shows it to its operator, who may cancel the move.
     fn estimate(&self, estimate: &Estimate) {
         match estimate.remaining {
             Some(remaining) => {
@@ -509,7 +509,7 @@ impl Machinery {
                     println!("runs");
                     return Ok(());
                 }
-                // What was loaded is discarded and the devices are reset: another source may connect.
+                // The loaded state is discarded and the devices are reset: another source may connect.
                 Received::Discarded { why, .. } => println!("discarded: {why}"),
                 Received::Answered { id, decision } => println!("answered for {id}: {decision:?}"),
                 Received::Broken { why, .. } => return Err(why.into()),

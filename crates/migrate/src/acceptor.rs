@@ -30,7 +30,7 @@ pub enum Incoming {
     NotAPeer {
         /// The client.
         peer: String,
-        /// What it did instead of sending a preface: it failed in the TLS handshake, sent something else, left or stayed
+        /// The reason: it failed in the TLS handshake, sent something other than a preface, left or stayed
         /// silent. [`Error::TimedOut`] also when more clients than [`PENDING_MAX`] connected. [`Error::Os`] when this
         /// side could not start a thread for it.
         why: Error,

@@ -15,7 +15,7 @@ use limosa_stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MA
 pub struct MovedDevice<'a> {
     /// The device.
     pub device: &'a dyn Device,
-    /// What it is, in its owner's words. If both sides say it, it must be the same.
+    /// The kind of device, in its owner's words. If both sides name one, it must be the same.
     pub kind: Option<String>,
     /// How many bytes it is expected to give in the stop, if it does not say so itself (it has no MIG_DATA_SIZE). For
     /// example what it gave the last time ([`DeviceReport`](crate::DeviceReport): `bytes` less `precopy_bytes`).

@@ -22,7 +22,7 @@ pub enum Error {
     Device {
         /// The device.
         device: String,
-        /// What the engine was doing.
+        /// The step of the engine that failed.
         doing: String,
         /// The device's answer.
         #[source]
@@ -33,7 +33,7 @@ pub enum Error {
     DeviceMisbehaved {
         /// The device.
         device: String,
-        /// What it did.
+        /// The behaviour.
         how: Misbehaviour,
     },
     /// A device of this side was reset or driven by another client during the move: what was saved or loaded is no longer
@@ -42,7 +42,7 @@ pub enum Error {
     DeviceChanged {
         /// The device.
         device: String,
-        /// What the engine found.
+        /// The change that the engine found.
         found: Changed,
     },
     /// Guest memory of this side could not be read or written.
@@ -57,7 +57,7 @@ pub enum Error {
     /// The VMM of this side refused.
     #[error("the VMM refused to {doing}: {reason}")]
     Vmm {
-        /// What it was asked to do.
+        /// The request that it refused.
         doing: &'static str,
         /// Its reason.
         reason: String,
@@ -92,7 +92,7 @@ pub enum Error {
     Link {
         /// The other side.
         peer: String,
-        /// What the engine was doing.
+        /// The step of the engine that failed.
         doing: &'static str,
         /// The link's error.
         #[source]
@@ -105,7 +105,7 @@ pub enum Error {
         if *is_minimum { "at least " } else { "" }
     )]
     NotConverging {
-        /// What keeps the move from converging.
+        /// The obstacle to a short stop.
         obstacle: Obstacle,
         /// The predicted downtime.
         predicted: Duration,
@@ -138,7 +138,7 @@ pub enum Error {
     TimedOut {
         /// The other side.
         peer: String,
-        /// What the engine was doing.
+        /// The step of the engine that failed.
         doing: &'static str,
         /// The limit.
         limit: Duration,
@@ -152,7 +152,7 @@ pub enum Error {
     /// A system call on this side failed.
     #[error("{doing}: {error}")]
     Os {
-        /// What the engine was doing.
+        /// The step of the engine that failed.
         doing: &'static str,
         /// The system's answer.
         #[source]
@@ -163,7 +163,7 @@ pub enum Error {
     Snapshot {
         /// The place's name.
         name: String,
-        /// What the engine was doing.
+        /// The step of the engine that failed.
         doing: &'static str,
         /// The answer of the system or the store.
         #[source]
@@ -188,13 +188,13 @@ pub enum Error {
 #[error("{message}")]
 #[non_exhaustive]
 pub struct Mismatch {
-    /// What does not match.
+    /// The mismatch.
     pub kind: MismatchKind,
     /// The device or memory region, what was found and what was expected.
     pub message: String,
 }
 
-/// What does not match between two sides.
+/// A difference between two sides that prevents a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MismatchKind {
@@ -231,7 +231,7 @@ fn joined(reasons: &[Mismatch]) -> String {
     messages.join("; ")
 }
 
-/// What keeps a move from stopping within its goal.
+/// An obstacle that keeps a move from stopping within its goal.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Obstacle {
@@ -291,7 +291,7 @@ pub enum Obstacle {
         "the log of dirty pages was lost at the stop, and all memory would have to be moved while nothing runs"
     )]
     LogLost,
-    /// What has to be moved after the stop, with the guest standing still, takes longer than it may stand still.
+    /// The move of the data that is left after the stop takes longer than the guest may stand still.
     #[error("it would stand still for longer than {limit:?}, the limit for that")]
     Standstill {
         /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
@@ -302,7 +302,7 @@ pub enum Obstacle {
     Latency,
 }
 
-/// What a device did that the standard does not allow.
+/// Behaviour of a device that the standard does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Misbehaviour {

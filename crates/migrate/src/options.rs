@@ -1,4 +1,4 @@
-//! What a caller may choose: [`Options`], and [`Convergence`] among them.
+//! The choices of a caller: [`Options`], and [`Convergence`] among them.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -70,7 +70,7 @@ impl Default for Options {
     }
 }
 
-/// What a caller wants a move to cost.
+/// The costs of a move that a caller accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Convergence {

@@ -36,7 +36,7 @@ fn is_one(links: &u32) -> bool {
     *links == 1
 }
 
-/// What a side knows of a device without opening a session.
+/// The facts that a side knows of a device without opening a session.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceFacts {
     /// Its section in the stream.

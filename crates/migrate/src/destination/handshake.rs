@@ -16,7 +16,7 @@ use crate::protocol::credit::window;
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
-/// What a source asks for.
+/// The request of a source.
 pub(super) enum Greeting {
     /// A move.
     Offer(MigrationId, Offer),

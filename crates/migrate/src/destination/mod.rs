@@ -95,7 +95,7 @@ enum Ending {
     Broken(Error),
 }
 
-/// What follows when everything is loaded.
+/// The step after everything is loaded.
 #[derive(Clone, Copy)]
 enum Then {
     /// The commit of this move.

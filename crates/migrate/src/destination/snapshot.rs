@@ -13,7 +13,7 @@ use crate::report::{End, Phase};
 use crate::snapshot::{self, Reading, SnapshotSource, of_place};
 use crate::wire::{Connection, MeteredLink};
 
-/// What happens to the devices after a snapshot was loaded.
+/// The fate of the devices after a snapshot was loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterLoad {
     /// They run.

@@ -46,7 +46,7 @@ struct Move {
     unrecorded: Option<String>,
 }
 
-/// What a destination remembers of its moves. A process has one for all the moves that it receives. Every method is
+/// A destination's memory of its moves. A process has one for all the moves that it receives. Every method is
 /// atomic.
 #[derive(Debug, Default)]
 pub struct Ledger {

@@ -69,7 +69,7 @@ impl Record {
     }
 }
 
-/// What the record of another process's move says.
+/// The contents of the record of another process's move.
 pub(super) fn ask(folder: &Path, id: MigrationId) -> io::Result<Decision> {
     let file = match OpenOptions::new().read(true).write(true).open(path(folder, id)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Decision::Unknown),

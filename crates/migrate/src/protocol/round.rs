@@ -1,8 +1,8 @@
-//! What is known at the end of a round of pre-copy.
+//! The findings at the end of a round of pre-copy.
 
 use std::time::Duration;
 
-/// What is known at the end of a round, or at a look at devices between rounds.
+/// The findings at the end of a round, or at a look at devices between rounds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Round {

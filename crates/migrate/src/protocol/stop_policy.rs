@@ -19,7 +19,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How much a device that does not say its size may give in pre-copy, for each allowed round.
 const UNKNOWN_BYTES: u64 = 1 << 30;
 
-/// What a look finds of one device.
+/// The findings of a look at one device.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DeviceLook {
     pub(crate) name: String,
@@ -41,7 +41,7 @@ pub(crate) struct DeviceLook {
     pub(crate) stop_bytes: Option<u64>,
 }
 
-/// What a look found out.
+/// The findings of a look.
 #[derive(Clone, Debug)]
 pub(crate) struct Look<'a> {
     pub(crate) now: Instant,

@@ -159,7 +159,7 @@ pub struct RoundReport {
     pub throttle_step: u32,
 }
 
-/// What a device was doing, or the engine with it.
+/// An activity of a device, or of the engine with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(tag = "what", rename_all = "snake_case")]
 #[non_exhaustive]
@@ -342,7 +342,7 @@ pub struct Unrecovered {
     pub why: String,
 }
 
-/// What happened to a device that could not be brought back.
+/// The loss of a device that could not be brought back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "loss", rename_all = "snake_case")]
 #[non_exhaustive]

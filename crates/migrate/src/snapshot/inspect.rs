@@ -50,7 +50,7 @@ pub struct Inspection {
     pub damage: Vec<DamageReport>,
 }
 
-/// What a stream has of one device or region of memory.
+/// A stream's share of one device or region of memory.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct InspectedSection {
     /// Its id.

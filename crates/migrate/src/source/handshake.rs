@@ -14,7 +14,7 @@ use crate::link::{FurtherLinks, Link, Wait};
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
-/// What both sides have agreed on.
+/// The terms on which both sides have agreed.
 pub(super) struct Agreed {
     pub(super) id: MigrationId,
     /// How many bytes of a device may be on their way; `None` if no peer answers.

@@ -312,7 +312,7 @@ impl<'w, 'a> Wires<'w, 'a> {
     }
 }
 
-/// What every stage of a move uses.
+/// The objects that every stage of a move uses.
 struct Stage<'s, 'w, 'a> {
     sending: &'s Sending<'w, 'a>,
     ram: &'s Ram<'s>,

@@ -14,7 +14,7 @@ use crate::transfer::device_sender::{Job, return_to, return_to_p2p};
 use crate::transfer::sending::Sending;
 use crate::vmm;
 
-/// What a source has changed, and has to undo.
+/// The changes that a source has made, and has to undo.
 #[derive(Default)]
 pub(super) struct Rollback {
     /// The state in which each device was found. A device without an entry was in RUNNING.

@@ -12,7 +12,7 @@ use crate::snapshot::{self, Published, SnapshotTarget, Writing, of_place};
 use crate::vmm;
 use crate::wire::{Connection, Frame, MeteredLink};
 
-/// What happens to the guest after a save.
+/// The fate of the guest after a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterSave {
     /// It goes on.

@@ -134,7 +134,7 @@ impl Team {
     }
 }
 
-/// What the engine was doing when the system refused to start a thread.
+/// The step of the engine in which the system refused to start a thread.
 pub(crate) const STARTING: &str = "starting a thread of the move";
 
 /// Calls a function when it is dropped, also by a panic.
