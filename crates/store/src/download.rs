@@ -13,7 +13,7 @@ use tokio::sync::mpsc::{Receiver, channel};
 use tokio::task::AbortHandle;
 
 use crate::config::{Client, Remote};
-use crate::error::{Doing, changed};
+use crate::error::{Doing, changed, is_beyond_the_end};
 use crate::runtime::Wakeup;
 
 /// Bytes of a range.
@@ -65,7 +65,7 @@ impl Download {
         let (bytes, e_tag) = match meta {
             Ok(meta) => (meta.size, meta.e_tag),
             // An empty object has no first byte.
-            Err(error) if is_empty(&error) => (0, None),
+            Err(error) if is_beyond_the_end(&error) => (0, None),
             Err(error) => return Err(client.explain(&error, Doing::Reading)),
         };
         Ok(Download { client, bytes, e_tag, wakeup: Wakeup::new()?, ranges: None, range: Bytes::new() })
@@ -89,11 +89,6 @@ impl Download {
         });
         Ranges { receiver, task }
     }
-}
-
-fn is_empty(error: &object_store::Error) -> bool {
-    let text = error.to_string();
-    text.contains("416") || text.contains("InvalidRange")
 }
 
 async fn fetch(remote: &Remote, e_tag: Option<&str>, range: Range<u64>) -> Fetched {

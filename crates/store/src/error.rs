@@ -117,6 +117,14 @@ impl Client {
     }
 }
 
+/// Whether the store refuses a range that begins behind the end of the object. The error has no kind of its own, and names
+/// of objects and addresses of stores are in its text too.
+pub(crate) fn is_beyond_the_end(error: &object_store::Error) -> bool {
+    let text = chain(error);
+    matches!(error, object_store::Error::Generic { .. })
+        && (code(&text) == Some("InvalidRange") || text.contains("non-2xx status code: 416 "))
+}
+
 /// The error and its causes.
 fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();

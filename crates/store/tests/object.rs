@@ -149,6 +149,20 @@ fn a_server_that_is_not_there_is_said_before_anything_is_touched() {
 }
 
 #[test]
+fn an_object_that_is_missing_passed_for_an_empty_one_when_its_name_had_the_status_of_a_range() {
+    let server = Server::start();
+    let end = End::new(0);
+    let load = |key: &str| discarded(&end, end.load(&object(&server, key), AfterLoad::Run)).to_string();
+    for key in ["vm-416", "InvalidRange"] {
+        let why = load(key);
+        assert!(why.contains("there is no such object"), "{why}");
+    }
+    std::fs::write(server.file("empty"), b"").unwrap();
+    let why = load("empty");
+    assert!(why.contains("s3://snapshots/empty, byte 0: "), "{why}");
+}
+
+#[test]
 fn what_a_bucket_refuses_is_said_before_anything_is_touched() {
     let server = Server::start();
     let with = |bucket: &str, secret: &str| {
