@@ -60,6 +60,9 @@ pub struct DeviceFacts {
     /// Its identification in PCI configuration space.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci: Option<PciIds>,
+    /// Whether it stood in STOP when it was offered, and is to stay so at the destination.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stopped: bool,
 }
 
 /// Identification in PCI configuration space.

@@ -152,18 +152,24 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             return Err(exit::error(Code::InDoubt, message));
         }
     };
-    if let Some(note) = report.notes.first() {
-        return Err(anyhow::anyhow!("{name}: {outcome}, but {note}"));
+    if !report.notes.is_empty() {
+        return Err(exit::reported(exit::but(format_args!("{name}: {outcome}"), &report.notes), &report));
     }
     moves.forget(&id.to_string());
     let undone = outcome == "undone";
-    out.result(&Resolved { devices: &names, id: id.to_string(), outcome }, |to| {
+    let mut failures = guest.failures();
+    // It was to go on, and that failed.
+    let guest_stands = !failures.is_empty();
+    let resolved = Resolved { devices: &names, id: id.to_string(), outcome };
+    let text = |to: &mut dyn std::io::Write| {
         let now = if undone { "as before the move" } else { "stopped" };
         if names.is_empty() {
             return writeln!(to, "{name}: {outcome}");
         }
         names.iter().try_for_each(|name| writeln!(to, "{name}: {outcome}; it is {now}"))
-    })?;
+    };
+    let printed = if failures.is_empty() { out.result(&resolved, text) } else { out.text(text) };
+    failures.extend(printed.err().map(|error| exit::message(&error)));
     if undone
         && args.on_resume.is_none()
         && let Some(on_stop) = noted.as_ref().and_then(|noted| noted.on_stop.as_ref())
@@ -172,7 +178,14 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             "the guest was stopped by `{on_stop}`: let it go on, which --on-resume would have done"
         );
     }
-    moving::started(&guest)
+    match (failures.is_empty(), guest_stands) {
+        (true, _) => Ok(()),
+        (false, true) => {
+            let what = format!("{name}: {outcome}, but {}", failures.join("; "));
+            Err(exit::error(Code::Failed, what))
+        }
+        (false, false) => Err(exit::but(format_args!("{name}: {outcome}"), &failures)),
+    }
 }
 
 /// Whether this device is among those of the move.

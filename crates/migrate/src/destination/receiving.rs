@@ -39,6 +39,8 @@ pub(super) struct Receiving<'w, 'a> {
     pub(super) queues: Vec<Shared<DeviceQueue>>,
     pub(super) loaders: Vec<Monitor<DeviceLoader<'a>>>,
     flags: OnceLock<Vec<MigrationFlags>>,
+    /// Which devices stood in STOP when they were offered.
+    stopped: Vec<bool>,
     /// The ids of the devices in the offer.
     pub(super) ids: Vec<u32>,
     /// The regions, by their index in the offer.
@@ -94,6 +96,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
             queues: devices.iter().map(|_| team.share(queue())).collect(),
             loaders: devices.iter().map(|moved| Monitor::new(DeviceLoader::new(moved.device))).collect(),
             flags: OnceLock::new(),
+            stopped: offer.devices.iter().map(|facts| facts.stopped).collect(),
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
             regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
             order: Monitor::new(Order::new(offer)),
@@ -119,6 +122,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
     /// A device's migration flags.
     pub(super) fn flags(&self, at: usize) -> MigrationFlags {
         self.flags.get().and_then(|flags| flags.get(at)).copied().unwrap_or(MigrationFlags::empty())
+    }
+
+    /// Whether a device stood in STOP when it was offered.
+    pub(super) fn was_stopped(&self, at: usize) -> bool {
+        self.stopped.get(at).copied().unwrap_or(false)
     }
 
     /// Starts the device workers and the keep-alive thread. They serve the commit and the rollback as well.

@@ -2,7 +2,7 @@
 
 use limosa_migrate::{Error, Ledger, Nobody, Outcome, Received, move_local};
 
-use super::ended::{Ending, broken, started};
+use super::ended::{Ending, Work};
 use super::{cancel_on_signal, destination, memory, options, source};
 use crate::args;
 use crate::guest::Guest;
@@ -25,7 +25,7 @@ pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::
 
 fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), options(&args.moving));
-    let ending = Ending::new(&args.reporting, out)?;
+    let ending = Ending::new(Work::Move, &args.reporting, out)?;
     let (here, there) = (from.moved(), to.moved());
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
@@ -37,16 +37,17 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
     let (outcome, received) = move_local(source, &destination);
     drop(progress);
     match (outcome, received) {
-        (_, Received::Broken { why, report }) => {
-            ending.failed(&report);
-            Err(broken(&to.name(), why))
-        }
+        (_, Received::Broken { why, report }) => Err(ending.broken(&to.name(), why, &report)),
         (Outcome::Undone { why, mut report }, Received::Discarded { why: why_there, report: there }) => {
             report.notes.extend(there.notes);
             // What was called off there is known here at first hand.
             let why = if matches!(why, Error::Aborted { .. }) { why_there } else { why };
+            report.why = Some(why.to_string());
             ending.settled(Outcome::Undone { why, report }, &guest)
         }
-        (outcome, _) => ending.settled(outcome, &guest).and(started(&guest_there)),
+        (Outcome::Moved(report), _) => {
+            ending.done(&report, [guest.failures(), guest_there.failures()].concat())
+        }
+        (outcome, _) => ending.settled(outcome, &guest),
     }
 }

@@ -19,7 +19,6 @@ use crate::memory::SourcePages;
 use crate::side::Side;
 use crate::signals;
 
-pub use ended::started;
 pub use migrate::migrate;
 pub use receive::receive;
 pub use send::send;

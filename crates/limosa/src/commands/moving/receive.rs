@@ -8,7 +8,7 @@ use limosa_migrate::{Acceptor, Incoming};
 use limosa_migrate::{Cancel, Destination, Error, Options, Phase, Received, Report};
 use limosa_stream::Damage;
 
-use super::ended::{Ending, Notes, broken, started};
+use super::ended::{Ending, Notes, Work};
 use super::{cancel_on_signal, destination, over_link};
 use crate::args;
 use crate::exit::{self, Code};
@@ -33,7 +33,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let options = over_link(Options::default(), &args.link).with_links(args.links);
     let ledger = moves.ledger()?;
-    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
+    let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
     let regions = pages.regions(side.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
@@ -62,9 +62,9 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                     sources.answer(&destination);
                 }
                 drop(progress);
-                ending.print(&report).and(started(&guest))
+                ending.done(&report, guest.failures())
             }
-            Received::Stopped(report) => ending.print(&report),
+            Received::Stopped(report) => ending.done(&report, guest.failures()),
             // A source of an earlier move. The wait for a move goes on.
             Received::Answered { .. } => continue,
             Received::Discarded { why, report } if is_no_source(&why, &report) => {
@@ -73,17 +73,15 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
             }
             Received::Discarded { why, report } => {
                 drop(link);
-                ending.failed(&report);
-                if source_may_doubt(&why, &report) {
+                let may_doubt = source_may_doubt(&why, &report);
+                let what = format!("{} was not loaded{}", side.name(), Notes(&report.notes));
+                let error = ending.failed(&report, anyhow::Error::from(why).context(what));
+                if may_doubt {
                     sources.answer(&destination);
                 }
-                let notes = Notes(&report.notes).to_string();
-                Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", side.name())))
+                Err(error)
             }
-            Received::Broken { why, report } => {
-                ending.failed(&report);
-                Err(broken(&side.name(), why))
-            }
+            Received::Broken { why, report } => Err(ending.broken(&side.name(), why, &report)),
         };
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use limosa_migrate::Outcome;
 use limosa_migrate::link::{LinkError, Wait};
 
-use super::ended::Ending;
+use super::ended::{Ending, Work};
 use super::{ASK_EVERY, cancel_on_signal, memory, options, over_link, source};
 use crate::args;
 use crate::guest::Guest;
@@ -32,7 +32,7 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
         .with_links_measured(args.links.measured)
         .with_compress(args.compress);
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
-    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
+    let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
     let sending =

@@ -8,7 +8,7 @@ use limosa_migrate::{
 };
 use limosa_stream::Damage;
 
-use super::ended::{Ending, Notes, broken, started};
+use super::ended::{Ending, Notes, Work};
 use super::{ASK_EVERY, cancel_on_signal, destination, memory, source};
 use crate::args;
 use crate::guest::Guest;
@@ -30,7 +30,7 @@ pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result
 fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
     let options = args.stop_limits.limit(Options::default().with_compress(args.compress));
-    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
+    let (moved, ending) = (side.moved(), Ending::new(Work::Save, &args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
     let place = Place::new(&args.file, args.replace)?;
     let moves = Moves::new(args.moves.folder.as_deref());
@@ -109,7 +109,7 @@ fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()>
     let (cancel, progress, options, ledger) =
         (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
     let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
-    let ending = Ending::new(&args.reporting, out)?;
+    let ending = Ending::new(Work::Load, &args.reporting, out)?;
     let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
     let (guest, pages) = (Guest::destination(&args.starting), side.destination_pages()?);
     let regions = pages.regions(side.memory());
@@ -117,18 +117,13 @@ fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()>
     let received = destination.load(place.source(), after);
     drop(progress);
     match received {
-        Received::Runs(report) => ending.print(&report).and(started(&guest)),
-        Received::Stopped(report) => ending.print(&report),
+        Received::Runs(report) | Received::Stopped(report) => ending.done(&report, guest.failures()),
         Received::Discarded { why, report } => {
-            ending.failed(&report);
-            let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes).to_string());
-            Err(anyhow::Error::from(why)
-                .context(format!("{} was not loaded{hint}{notes}", args.file.display())))
+            let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes));
+            let what = format!("{} was not loaded{hint}{notes}", args.file.display());
+            Err(ending.failed(&report, anyhow::Error::from(why).context(what)))
         }
-        Received::Broken { why, report } => {
-            ending.failed(&report);
-            Err(broken(&side.name(), why))
-        }
+        Received::Broken { why, report } => Err(ending.broken(&side.name(), why, &report)),
         Received::Answered { .. } => {
             Err(anyhow::anyhow!("{}: it is not a saved stream", args.file.display()))
         }
