@@ -4,6 +4,7 @@
 mod args;
 mod commands;
 mod exit;
+mod found;
 mod guest;
 mod held;
 mod hold;

@@ -1,8 +1,8 @@
 //! Devices in a move: their facts, how they are compared, and work that is done on all of them at once.
 
 use limosa_client::{Device, DeviceExt};
-use limosa_protocol::{MigrationFlags, State};
 use limosa_protocol::info::{DeviceFlags, pci_index};
+use limosa_protocol::{MigrationFlags, State};
 
 use crate::error::{Mismatch, MismatchKind};
 use crate::{Error, Result};

@@ -505,6 +505,16 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_stood_still_is_said_to_and_others_are_as_older_readers_know_them() {
+        let (running, mut stopped) = (offer(), offer());
+        stopped.devices[0].stopped = true;
+        let json = |offer: &Offer| String::from_utf8(offer.encode().unwrap()).unwrap();
+        assert!(json(&stopped).contains(r#""stopped":true"#) && !json(&running).contains("stopped"));
+        assert_eq!(Offer::decode(json(&stopped).as_bytes()), Ok(stopped));
+        assert!(!Offer::decode(json(&running).as_bytes()).unwrap().devices[0].stopped);
+    }
+
+    #[test]
     fn memory_may_touch_and_have_holes() {
         let mut offer = offer();
         for (id, address) in [(1, 0x5000), (2, 0x10_0000), (3, u64::MAX - 0x3fff)] {

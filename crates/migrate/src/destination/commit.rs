@@ -96,33 +96,35 @@ impl<'a> Destination<'a> {
             0 => after == AfterLoad::Stop,
             devices => !(0..devices).any(runs),
         };
-        if stays {
-            return Ok(End::Stopped);
-        }
         context.recorder.phase(Phase::Start);
         let p2p = |at: usize| runs(at) && receiving.flags(at).contains(MigrationFlags::P2P);
-        let started = vmm::ask("Vmm::prepare", "run", || self.vmm.prepare())
+        // Of the others the next arc tells.
+        let checked = receiving.check(|at| !runs(at));
+        if stays {
+            return checked.map(|()| End::Stopped).map_err(|why| not_started(why, receiving));
+        }
+        let started = checked
+            .and_then(|()| vmm::ask("Vmm::prepare", "run", || self.vmm.prepare()))
             .and_then(|()| receiving.enter(|at| p2p(at).then_some(State::RunningP2p)))
             .and_then(|()| receiving.enter(|at| runs(at).then_some(State::Running)));
-        let why = match started {
-            Ok(()) => {
-                // The devices run: whatever it says, this is where the guest is.
-                if let Err(note) = vmm::tell("Vmm::start", || self.vmm.start()) {
-                    context.recorder.note(note);
-                }
-                return Ok(End::Runs);
-            }
-            Err(why) => why,
-        };
-        if matches!(why, Error::DeviceChanged { .. }) {
-            // A device that was reset is in RUNNING without its state, and may have acted.
-            return Err(NotStarted::Stuck(why));
+        started.map_err(|why| not_started(why, receiving))?;
+        // The devices run: whatever it says, this is where the guest is.
+        if let Err(note) = vmm::tell("Vmm::start", || self.vmm.start()) {
+            context.recorder.note(note);
         }
-        // All devices that were asked to run are reset, so that none of them can ever run this guest.
-        match receiving.never_run() {
-            true => Err(NotStarted::GivenBack(why)),
-            false => Err(NotStarted::Stuck(why)),
-        }
+        Ok(End::Runs)
+    }
+}
+
+fn not_started(why: Error, receiving: &Receiving<'_, '_>) -> NotStarted {
+    if matches!(why, Error::DeviceChanged { .. }) {
+        // A device that was reset is in RUNNING without its state, and may have acted.
+        return NotStarted::Stuck(why);
+    }
+    // All devices that were asked to run are reset, so that none of them can ever run this guest.
+    match receiving.never_run() {
+        true => NotStarted::GivenBack(why),
+        false => NotStarted::Stuck(why),
     }
 }
 

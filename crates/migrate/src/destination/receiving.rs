@@ -173,6 +173,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
         self.command(|at| wanted(at).map(Command::Enter)).into_iter().collect()
     }
 
+    /// Checks that loaded devices are where the engine has left them.
+    pub(super) fn check(&self, wanted: impl Fn(usize) -> bool) -> Result<()> {
+        self.command(|at| wanted(at).then_some(Command::Check)).into_iter().collect()
+    }
+
     /// Resets the devices that were asked to run, so that none of them ever runs this guest. Returns whether all resets
     /// succeeded. A device that was not asked stays in STOP, also if it can no longer be reached.
     pub(super) fn never_run(&self) -> bool {

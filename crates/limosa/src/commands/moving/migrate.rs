@@ -2,11 +2,13 @@
 
 use limosa_migrate::{Error, Ledger, Nobody, Outcome, Received, move_local};
 
-use super::ended::{Ending, Work};
+use super::ended::{self, Ending, Work};
 use super::{cancel_on_signal, destination, memory, options, source};
 use crate::args;
+use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
+use crate::moves::Moves;
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -19,6 +21,9 @@ pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::
     let from = Side::source(opening, &from, &memory_from, &args.stopping)?;
     let to = Side::destination(opening, &to, &memory_to)?;
     crate::memory::different(from.memory(), to.memory())?;
+    let moves = Moves::new(None);
+    found::check_source(from.devices(), args.stopping.stopped, &moves)?;
+    found::check_destination(to.devices(), &moves)?;
     let done = between(&from, &to, args, out);
     hold::end(done, to.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -33,7 +38,8 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
     let source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, &cancel);
     let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
     let guest_there = Guest::destination(&args.starting);
-    let destination = destination(&there, &regions, &guest_there, &Nobody, &options, &cancel, &ledger);
+    let destination = destination(&there, &regions, &guest_there, &Nobody, &options, &cancel, &ledger)
+        .with_after(args.starting.after());
     let (outcome, received) = move_local(source, &destination);
     drop(progress);
     match (outcome, received) {
@@ -45,7 +51,10 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
             report.why = Some(why.to_string());
             ending.settled(Outcome::Undone { why, report }, &guest)
         }
-        (Outcome::Moved(report), _) => {
+        (Outcome::Moved(mut report), received) => {
+            if let Received::Stopped(_) = received {
+                report.notes.push(ended::STAYS_STOPPED.into());
+            }
             ending.done(&report, [guest.failures(), guest_there.failures()].concat())
         }
         (outcome, _) => ending.settled(outcome, &guest),

@@ -8,9 +8,10 @@ use limosa_migrate::{Acceptor, Incoming};
 use limosa_migrate::{Cancel, Destination, Error, Options, Phase, Received, Report};
 use limosa_stream::Damage;
 
-use super::ended::{Ending, Notes, Work};
+use super::ended::{Ending, Notes, STAYS_STOPPED, Work};
 use super::{cancel_on_signal, destination, over_link};
 use crate::args;
+use crate::found;
 use crate::exit::{self, Code};
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
@@ -23,6 +24,7 @@ use crate::side::Side;
 
 pub fn receive(args: &args::Receive, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
+    found::check_destination(side.devices(), &Moves::new(args.link.moves.folder.as_deref()))?;
     let done = wait_and_take(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -36,7 +38,8 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
     let regions = pages.regions(side.memory());
-    let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
+    let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger)
+        .with_after(args.starting.after());
     out.say(&format!("listening on {}", listener.address()));
     let acceptor = links.acceptor(listener, args.link.silence)?;
     let sources = Sources { acceptor, silence: args.link.silence, cancel: &cancel };
@@ -64,7 +67,15 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                 drop(progress);
                 ending.done(&report, guest.failures())
             }
-            Received::Stopped(report) => ending.done(&report, guest.failures()),
+            Received::Stopped(mut report) => {
+                drop(link);
+                if !report.peer_told {
+                    sources.answer(&destination);
+                }
+                drop(progress);
+                report.notes.push(STAYS_STOPPED.into());
+                ending.done(&report, guest.failures())
+            }
             // A source of an earlier move. The wait for a move goes on.
             Received::Answered { .. } => continue,
             Received::Discarded { why, report } if is_no_source(&why, &report) => {

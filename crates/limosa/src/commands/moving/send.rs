@@ -9,6 +9,7 @@ use limosa_migrate::link::{LinkError, Wait};
 use super::ended::{Ending, Work};
 use super::{ASK_EVERY, cancel_on_signal, memory, options, over_link, source};
 use crate::args;
+use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::links::{self, Links};
@@ -20,6 +21,7 @@ use crate::side::Side;
 
 pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
+    found::check_source(side.devices(), args.stopping.stopped, &Moves::new(args.link.moves.folder.as_deref()))?;
     let done = over(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
 }

@@ -8,9 +8,10 @@ use limosa_migrate::{
 };
 use limosa_stream::Damage;
 
-use super::ended::{Ending, Notes, Work};
+use super::ended::{Ending, Notes, STAYS_STOPPED, Work};
 use super::{ASK_EVERY, cancel_on_signal, destination, memory, source};
 use crate::args;
+use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::moves::{Moves, Sending};
@@ -22,6 +23,7 @@ use crate::side::Side;
 
 pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
+    found::check_source(side.devices(), args.stopping.stopped, &Moves::new(args.moves.folder.as_deref()))?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
     let done = to_file(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, leaves, out)
@@ -108,6 +110,7 @@ fn noted_name(place: &Path) -> anyhow::Result<String> {
 
 pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
+    found::check_destination(side.devices(), &Moves::new(None))?;
     let done = from_file(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -117,14 +120,20 @@ fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()>
         (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
     let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
     let ending = Ending::new(Work::Load, &args.reporting, out)?;
-    let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
+    let after = if args.stop { AfterLoad::Stop } else { args.starting.after() };
     let (guest, pages) = (Guest::destination(&args.starting), side.destination_pages()?);
     let regions = pages.regions(side.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
     let received = destination.load(place.source(), after);
     drop(progress);
     match received {
-        Received::Runs(report) | Received::Stopped(report) => ending.done(&report, guest.failures()),
+        Received::Runs(report) => ending.done(&report, guest.failures()),
+        Received::Stopped(mut report) => {
+            if !args.stop {
+                report.notes.push(STAYS_STOPPED.into());
+            }
+            ending.done(&report, guest.failures())
+        }
         Received::Discarded { why, report } => {
             let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes));
             let what = format!("{} was not loaded{hint}{notes}", args.file.display());

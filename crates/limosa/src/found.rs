@@ -1,0 +1,83 @@
+//! The states in which devices are found, before anything is touched: which of them cannot be moved, or moved to, and the
+//! command that leads out of each.
+
+use limosa_client::DeviceExt;
+use limosa_protocol::State;
+
+use crate::exit::{self, Code};
+use crate::moves::Moves;
+use crate::open::{self, Opened};
+
+/// Refuses devices that cannot be moved as they are found. One in STOP is moved only where that is meant (`stopped`): an
+/// earlier move has left it so, or somebody has paused its guest, and only the user knows which.
+pub fn check_source(devices: &[Opened], stopped: bool, moves: &Moves) -> anyhow::Result<()> {
+    refuse(devices, |device, state| match state {
+        State::Running => None,
+        State::Stop if stopped => None,
+        State::Stop => Some(in_stop(device.given(), moves)),
+        _ => Some(left(device.given(), state, moves)),
+    })
+}
+
+/// Refuses devices to which nothing can be moved.
+pub fn check_destination(devices: &[Opened], moves: &Moves) -> anyhow::Result<()> {
+    refuse(devices, |device, state| match state {
+        State::Running | State::Stop => None,
+        _ => Some(left(device.given(), state, moves)),
+    })
+}
+
+fn refuse(devices: &[Opened], why: impl Fn(&Opened, State) -> Option<String>) -> anyhow::Result<()> {
+    let reasons: Vec<_> = devices.iter().filter_map(|device| why(device, state(device)?)).collect();
+    match reasons.is_empty() {
+        true => Ok(()),
+        false => Err(exit::error(Code::Refused, reasons.join("; "))),
+    }
+}
+
+/// `None` for a device that has no state, or does not tell: the move says why that is so.
+fn state(device: &Opened) -> Option<State> {
+    let flags = device.migration_flags().ok().filter(|flags| !flags.is_empty());
+    flags.and_then(|_| device.state().ok())
+}
+
+fn in_stop(name: &str, moves: &Moves) -> String {
+    if let Some(id) = in_doubt(name, moves) {
+        return format!("{name} is in STOP, and its move {id} is in doubt: settle that with `limosa resolve {name}`");
+    }
+    let why = "an earlier move has left it so, or somebody has paused it";
+    format!(
+        "{name} is in STOP: {why}. Where its guest runs elsewhere, moving it again would put what it held over that guest. \
+         If the guest runs nowhere else, `limosa state {name} set RUNNING` lets it run here, and --stopped moves it as it \
+         stands, to stay in STOP there"
+    )
+}
+
+/// What a command that died has left, or another one is doing.
+fn left(name: &str, state: State, moves: &Moves) -> String {
+    if let Some(id) = in_doubt(name, moves) {
+        return format!("{name} is in {state}, and its move {id} is in doubt: settle that with `limosa resolve {name}`");
+    }
+    let what = match state {
+        State::PreCopy | State::PreCopyP2p | State::StopCopy => format!(
+            "it is being moved or saved from here, or what did that was killed: then `limosa state {name} set RUNNING` \
+             brings its guest back (`set STOP` one that stood still before)"
+        ),
+        State::Resuming => format!(
+            "something is being loaded into it, or what did that was killed: then there is no guest in it, and `limosa state \
+             {name} reset` makes it usable"
+        ),
+        State::Error => format!(
+            "it has failed, and what it held is lost: `limosa state {name} reset` leads out of that, and nothing else"
+        ),
+        _ => format!("somebody has driven it there: `limosa state {name} set RUNNING` lets it run"),
+    };
+    format!("{name} is in {state}, expected is RUNNING or STOP: {what}")
+}
+
+/// The move in doubt that is noted of this device. Notes that cannot be read are no reason to refuse a device.
+fn in_doubt(name: &str, moves: &Moves) -> Option<String> {
+    let mut doubts = moves.notes().ok()?.doubts.into_iter().rev();
+    let is_it = |device: &String| device == name || open::same(device, name);
+    doubts.find(|doubt| doubt.devices.iter().any(is_it)).map(|doubt| doubt.id)
+}
