@@ -170,6 +170,10 @@ pub enum Mutation {
     SilenceIgnored,
     /// The guest may stand still for as long as it takes.
     StandsForever,
+    /// The notifications in one line of the engine have no effect.
+    ForgetsNotification { file: &'static str, line: u32 },
+    /// A panic is caught nowhere.
+    LetsPanicsEscape,
 }
 
 /// A fault and its moment.
