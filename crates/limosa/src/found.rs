@@ -15,7 +15,7 @@ pub fn check_source(devices: &[Opened], stopped: bool, moves: &Moves) -> anyhow:
         State::Running => None,
         State::Stop if stopped => None,
         State::Stop => Some(in_stop(device.given(), moves)),
-        _ => Some(left(device.given(), state, moves)),
+        _ => Some(left(device.given(), state, "is it being moved already?", moves)),
     })
 }
 
@@ -23,7 +23,7 @@ pub fn check_source(devices: &[Opened], stopped: bool, moves: &Moves) -> anyhow:
 pub fn check_destination(devices: &[Opened], moves: &Moves) -> anyhow::Result<()> {
     refuse(devices, |device, state| match state {
         State::Running | State::Stop => None,
-        _ => Some(left(device.given(), state, moves)),
+        _ => Some(left(device.given(), state, "is it in use?", moves)),
     })
 }
 
@@ -43,7 +43,9 @@ fn state(device: &Opened) -> Option<State> {
 
 fn in_stop(name: &str, moves: &Moves) -> String {
     if let Some(id) = in_doubt(name, moves) {
-        return format!("{name} is in STOP, and its move {id} is in doubt: settle that with `limosa resolve {name}`");
+        return format!(
+            "{name} is in STOP, and its move {id} is in doubt: settle that with `limosa resolve {name}`"
+        );
     }
     let why = "an earlier move has left it so, or somebody has paused it";
     format!(
@@ -54,25 +56,27 @@ fn in_stop(name: &str, moves: &Moves) -> String {
 }
 
 /// What a command that died has left, or another one is doing.
-fn left(name: &str, state: State, moves: &Moves) -> String {
+fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
     if let Some(id) = in_doubt(name, moves) {
-        return format!("{name} is in {state}, and its move {id} is in doubt: settle that with `limosa resolve {name}`");
+        return format!(
+            "{name} is in {state}, and its move {id} is in doubt: settle that with `limosa resolve {name}`"
+        );
     }
     let what = match state {
         State::PreCopy | State::PreCopyP2p | State::StopCopy => format!(
-            "it is being moved or saved from here, or what did that was killed: then `limosa state {name} set RUNNING` \
-             brings its guest back (`set STOP` one that stood still before)"
+            "{question} If what was moving or saving it was killed, `limosa state {name} set RUNNING` brings its guest back \
+             (`set STOP` one that stood still before)"
         ),
         State::Resuming => format!(
-            "something is being loaded into it, or what did that was killed: then there is no guest in it, and `limosa state \
-             {name} reset` makes it usable"
+            "{question} If what was loading it was killed, there is no guest in it, and `limosa state {name} reset` makes it \
+             usable"
         ),
         State::Error => format!(
-            "it has failed, and what it held is lost: `limosa state {name} reset` leads out of that, and nothing else"
+            "it has failed, and what it held is lost; nothing but `limosa state {name} reset` leads out of that"
         ),
-        _ => format!("somebody has driven it there: `limosa state {name} set RUNNING` lets it run"),
+        _ => format!("{question} If not, `limosa state {name} set RUNNING` lets it run"),
     };
-    format!("{name} is in {state}, expected is RUNNING or STOP: {what}")
+    format!("{name} is in {state}, RUNNING or STOP is expected; {what}")
 }
 
 /// The move in doubt that is noted of this device. Notes that cannot be read are no reason to refuse a device.

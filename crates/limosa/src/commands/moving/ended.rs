@@ -14,7 +14,8 @@ use crate::output::Output;
 use crate::reports::Reports;
 
 /// What is to be known of devices that stay in STOP.
-pub const STAYS_STOPPED: &str = "the devices stood in STOP before, and stay in STOP where they are now: nothing was started";
+pub const STAYS_STOPPED: &str =
+    "the devices stood in STOP before, and stay in STOP where they are now: nothing was started";
 
 /// What a command does, in the words of its messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,7 +21,11 @@ use crate::side::Side;
 
 pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
-    found::check_source(side.devices(), args.stopping.stopped, &Moves::new(args.link.moves.folder.as_deref()))?;
+    found::check_source(
+        side.devices(),
+        args.stopping.stopped,
+        &Moves::new(args.link.moves.folder.as_deref()),
+    )?;
     let done = over(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
 }
