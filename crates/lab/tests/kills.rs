@@ -73,7 +73,7 @@ fn all_frames() -> Vec<(bool, Place)> {
 fn gives_up_on_nobody(receiver: &Running, from_receiver: bool, at: Place) -> bool {
     let is_no_move = at == Place::Preface && !from_receiver;
     if is_no_move {
-        receiver.line("still waiting for one");
+        receiver.line("passed over");
         receiver.signal(Signal::INT);
     }
     is_no_move

@@ -1,10 +1,12 @@
 //! The links of a move as the user chose them: addresses, TLS certificates and bandwidth.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use limosa_migrate::Cancel;
+use anyhow::Context;
 use limosa_migrate::link::{self, Address, Bandwidth, Connector, Link, LinkError, Listener, Tls, Wait};
+use limosa_migrate::{Acceptor, Cancel, Ledger};
 use limosa_stream::DATA_BYTES_MAX;
 
 use crate::args;
@@ -72,13 +74,26 @@ impl Links {
         connector
     }
 
-    /// Accepts connections from this listener.
+    /// Accepts sources from this listener, and answers those in doubt.
     pub fn acceptor(
         &self,
         listener: Listener,
+        ledger: &Arc<Ledger>,
         silence: Duration,
-    ) -> anyhow::Result<limosa_migrate::Acceptor> {
-        Ok(limosa_migrate::Acceptor::new(listener, self.tls.clone(), silence)?)
+    ) -> anyhow::Result<Acceptor> {
+        let started = Acceptor::new(listener, self.tls.clone(), Arc::clone(ledger), silence);
+        started.context("cannot accept connections")
+    }
+
+    /// Only answers sources in doubt that connect to this listener.
+    pub fn answering(
+        &self,
+        listener: Listener,
+        ledger: &Arc<Ledger>,
+        silence: Duration,
+    ) -> anyhow::Result<Acceptor> {
+        let started = Acceptor::answering(listener, self.tls.clone(), Arc::clone(ledger), silence);
+        started.context("cannot accept connections")
     }
 }
 

@@ -447,7 +447,7 @@ impl Cut {
         let sent = sender.end();
         if matches!(plan, Plan::Cut(..PREFACE_BYTES)) {
             // It was nobody's move yet, and another sender may come.
-            receiver.line("still waiting for one");
+            receiver.line("passed over");
             receiver.signal(Signal::INT);
         } else if receiver.says("the source may be in doubt") {
             // It may have to answer and stays; the sender has ended and will not ask any more.

@@ -2,11 +2,11 @@
 //! a destination whose process has ended.
 
 use std::path::Path;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use limosa_migrate::Incoming;
 use limosa_migrate::link::{LinkError, Wait};
-use limosa_migrate::{Decision, InDoubt, Options, Outcome, Received, Source, published};
+use limosa_migrate::{Decision, InDoubt, Incoming, Options, Outcome, Source, published};
 use limosa_stream::MigrationId;
 use serde::Serialize;
 
@@ -209,35 +209,25 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
 
 pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
-    let (ledger, listener) = (moves.ledger()?, links::listen(&args.listen)?);
+    let (ledger, listener) = (Arc::new(moves.ledger()?), links::listen(&args.listen)?);
     let (links, options) = (Links::new(&args.tls)?, Options::default());
-    let acceptor = links.acceptor(listener, options.silence_max)?;
+    let acceptor = links.answering(listener, &ledger, options.silence_max)?;
     out.say(&format!("listening on {}", acceptor.address()));
-    let began = Instant::now();
+    let wait = Wait::within(args.wait, Some(&cancel));
     loop {
-        let left = args.wait.saturating_sub(began.elapsed());
-        let link = match acceptor.accept(Wait::within(left, Some(&cancel))) {
-            Ok(Incoming::Peer(link)) => link,
-            Ok(Incoming::NotAPeer { why, .. }) => {
-                tracing::warn!("{why}");
-                continue;
-            }
+        let (id, decision) = match acceptor.accept(wait) {
+            Ok(Incoming::Answered { id, decision }) => (id, decision),
+            // None is taken.
+            Ok(Incoming::Offer(_)) => continue,
             Err(LinkError::TimedOut | LinkError::Cancelled) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        match ledger.answer(&link, &options, Some(&cancel)) {
-            Received::Answered { id, decision } => {
-                let outcome = match decision {
-                    Decision::Unknown => "not known",
-                    Decision::NotCommitted => "not committed",
-                    Decision::Committed => "committed",
-                };
-                out.line(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
-            }
-            // A source that wants to send, or a client that is not a source.
-            Received::Discarded { why, .. } => tracing::warn!("{why}"),
-            Received::Runs(_) | Received::Stopped(_) | Received::Broken { .. } => {}
-        }
+        let outcome = match decision {
+            Decision::Unknown => "not known",
+            Decision::NotCommitted => "not committed",
+            Decision::Committed => "committed",
+        };
+        out.line(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
     }
 }
 

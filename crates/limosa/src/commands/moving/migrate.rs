@@ -34,7 +34,7 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
     let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
     let guest_there = Guest::destination(&args.starting);
     let destination = destination(&there, &regions, &guest_there, &Nobody, &options, &cancel, &ledger);
-    let (outcome, received) = move_local(source, &destination);
+    let (outcome, received) = move_local(source, destination);
     drop(progress);
     match (outcome, received) {
         (_, Received::Broken { why, report }) => {
