@@ -281,10 +281,24 @@ pub struct Tls {
     #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_cert"])]
     pub tls_key: Option<PathBuf>,
 
-    /// The name that the other side's certificate must have. Without it, send expects the host that it connects to,
-    /// and receive accepts every name.
+    /// The name that the other side's certificate must have. Without it, send and resolve expect the host that they
+    /// connect to; receive and answer need it, or --tls-any-name.
     #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
     pub tls_name: Option<String>,
+
+    /// Use TCP beyond this host without TLS. Anyone on the path can then read and alter guest memory and device state,
+    /// and take the devices over.
+    #[arg(long, conflicts_with = "tls_ca")]
+    pub insecure: bool,
+}
+
+/// The certificates that a listening side accepts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "TLS")]
+pub struct Names {
+    /// Accept every certificate of the authorities, whatever its name: whoever has one can send, or ask.
+    #[arg(long, requires_all = ["tls_ca", "tls_cert", "tls_key"], conflicts_with = "tls_name")]
+    pub tls_any_name: bool,
 }
 
 #[derive(Debug, Args)]
@@ -310,6 +324,20 @@ pub struct Receive {
     #[arg(long, value_name = "COUNT", default_value = "16", value_parser = links, help_heading = "Link")]
     pub links: NonZeroU32,
 
+    /// Longest time in seconds for which the sender may send nothing but keep-alives; by default four times --silence.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Link")]
+    pub idle: Option<Duration>,
+
+    /// Longest time in seconds from the sender's offer until everything has arrived.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "86400",
+        value_parser = seconds,
+        help_heading = "Link"
+    )]
+    pub move_limit: Duration,
+
     #[command(flatten)]
     pub memory: DestinationMemory,
 
@@ -318,6 +346,9 @@ pub struct Receive {
 
     #[command(flatten)]
     pub link: Link,
+
+    #[command(flatten)]
+    pub names: Names,
 }
 
 #[derive(Debug, Args)]
@@ -382,4 +413,7 @@ pub struct Answer {
 
     #[command(flatten)]
     pub tls: Tls,
+
+    #[command(flatten)]
+    pub names: Names,
 }

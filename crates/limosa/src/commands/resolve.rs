@@ -112,14 +112,14 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             };
             let address = links::address(to)?;
             let options = Options::default();
-            let links = Links::to(&address, &args.tls)?;
-            if !links.are_tls() && noted.as_ref().is_some_and(|noted| noted.tls) {
+            if args.tls.tls_ca.is_none() && noted.as_ref().is_some_and(|noted| noted.tls) {
                 let what = format!("move {id} went over TLS, and {to} is to be asked so");
                 return Err(exit::error(
                     Code::Usage,
                     format!("{name}: {what}; expected --tls-ca, --tls-cert and --tls-key as for the send"),
                 ));
             }
+            let links = Links::to(&address, &args.tls)?;
             let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
             let link = links::connect(&links.connector(&address), options.silence_max, None, hint)?;
             with(&side, &guest, |source| source.resolve(doubt, &link))
@@ -209,8 +209,9 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
 
 pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
-    let (ledger, listener) = (Arc::new(moves.ledger()?), links::listen(&args.listen)?);
-    let (links, options) = (Links::new(&args.tls)?, Options::default());
+    let (links, address) = Links::listening(&args.listen, &args.tls, &args.names)?;
+    let (ledger, options) = (Arc::new(moves.ledger()?), Options::default());
+    let listener = links.bind(&address)?;
     let acceptor = links.answering(listener, &ledger, options.silence_max)?;
     out.say(&format!("listening on {}", acceptor.address()));
     let wait = Wait::within(args.wait, Some(&cancel));

@@ -1,7 +1,9 @@
 //! Clients of a listener that stay silent, or are not migrating, do not block those that are.
 
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -130,6 +132,7 @@ fn tls(folder: &Path) -> Tls {
     let (pem, key_pem) = (folder.join("both"), folder.join("key"));
     std::fs::write(&pem, certificate.pem()).unwrap();
     std::fs::write(&key_pem, key.serialize_pem()).unwrap();
+    std::fs::set_permissions(&key_pem, Permissions::from_mode(0o600)).unwrap();
     Tls::load(&pem, &pem, &key_pem, Some("both")).unwrap()
 }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use limosa_migrate::link::{LinkError, Wait};
+use limosa_migrate::link::{Address, LinkError, Wait};
 use limosa_migrate::{
     Acceptor, Cancel, Decision, Error, Incoming, MigrationId, OfferedMove, Options, Phase, Received, Report,
 };
@@ -15,7 +15,7 @@ use crate::args;
 use crate::exit::{self, Code};
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
-use crate::links::{self, Links};
+use crate::links::Links;
 use crate::moves::Moves;
 use crate::open::Opening;
 use crate::output::Output;
@@ -23,25 +23,35 @@ use crate::progress::Progress;
 use crate::side::Side;
 
 pub fn receive(args: &args::Receive, opening: Opening, out: &Output) -> anyhow::Result<()> {
+    let cancel = cancel_on_signal()?;
+    let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
-    let done = wait_and_take(&side, args, out);
+    let done = wait_and_take(&side, args, (&links, &address), &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
 }
 
-fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Result<()> {
-    let (links, listener) = (Links::new(&args.link.tls)?, links::listen(&args.listen)?);
-    let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
+fn wait_and_take(
+    side: &Side,
+    args: &args::Receive,
+    (links, address): (&Links, &Address),
+    cancel: &Cancel,
+    out: &Output,
+) -> anyhow::Result<()> {
+    let (listener, progress) = (links.bind(address)?, Progress::new(out));
     let moves = Moves::new(args.link.moves.folder.as_deref());
-    let options = over_link(Options::default(), &args.link).with_links(args.links);
+    let options = over_link(Options::default(), &args.link)
+        .with_links(args.links)
+        .with_idle_max(args.idle.unwrap_or(4 * args.link.silence))
+        .with_move_max(args.move_limit);
     let ledger = Arc::new(moves.ledger()?);
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
     let regions = pages.regions(side.memory());
-    let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
+    let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger);
     out.say(&format!("listening on {}", listener.address()));
     let acceptor = links.acceptor(listener, &ledger, args.link.silence)?;
-    let offered = offer(&acceptor, args, &cancel)?;
-    let stay = Stay { acceptor: &acceptor, id: offered.id(), silence: args.link.silence, cancel: &cancel };
+    let offered = offer(&acceptor, args, cancel)?;
+    let stay = Stay { acceptor: &acceptor, id: offered.id(), silence: args.link.silence, cancel };
     match destination.receive_offered(offered) {
         Received::Runs(report) => {
             if !report.peer_told {
