@@ -49,9 +49,9 @@ pub(crate) fn read(
 ) -> Result<Opening, Unopened> {
     let bytes = reader.preface_bytes(link, within, cancel).map_err(|why| Unopened { id: None, why })?;
     let id = Preface::id(&bytes);
-    reader.limit(Some(FRAMES_BYTES_MAX));
+    reader.limit_opening(Some(FRAMES_BYTES_MAX));
     let opened = request(reader, link, &bytes, within, cancel);
-    reader.limit(None);
+    reader.limit_opening(None);
     opened.map_err(|why| Unopened { id, why })
 }
 

@@ -61,8 +61,8 @@ impl FrameReader {
         }
     }
 
-    /// Refuses frames that are longer than this, all together; `None` allows any number of bytes.
-    pub(crate) fn limit(&mut self, bytes: Option<usize>) {
+    /// Limits the bytes of frames before and with an OFFER, a QUERY or a JOIN; `None` is no limit.
+    pub(crate) fn limit_opening(&mut self, bytes: Option<usize>) {
         self.room = bytes;
     }
 
@@ -176,7 +176,7 @@ impl FrameReader {
         if let Some(room) = self.room {
             let left = room.checked_sub(HEADER_BYTES + header.length as usize);
             self.room = Some(left.ok_or_else(|| {
-                let why = format!("no more than {room} bytes may come here");
+                let why = "an OFFER is due by now".into();
                 self.damaged(Damage::Misplaced { kind: header.kind, why })
             })?);
         }

@@ -307,7 +307,7 @@ fn keep_alives_before_an_offer_fill_no_memory() {
     let alive: Vec<(Kind, &[u8])> = vec![(Kind::PROGRESS, &[0; 8]); 10_000];
     let _ = client.write_all(&opening(preface(PrefaceFlags::empty()), &alive));
     let why = refusal(&mut client);
-    assert!(why.contains("PROGRESS is out of place: no more than"), "{why}");
+    assert!(why.contains("PROGRESS is out of place: an OFFER is due by now"), "{why}");
 }
 
 #[test]

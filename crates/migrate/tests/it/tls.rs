@@ -1,7 +1,9 @@
 //! Moves over TLS: both sides are authenticated before anything is moved, and whatever does not fit is named to
 //! both; a link that is cut or altered below the encryption leaves one side running.
 
+use std::fs::Permissions;
 use std::io::IoSlice;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -560,7 +560,7 @@ fn a_receiver_with_several_links_was_told_of_a_closed_link_instead_of_the_reason
                     panic!("{again}: {received:?}")
                 };
                 let Error::Aborted { code, reason, .. } = heard else { panic!("{again}: {heard}") };
-                let expected = if cancels { AbortCode::Cancelled } else { AbortCode::TimeLimit };
+                let expected = if cancels { AbortCode::Cancelled } else { AbortCode::Standstill };
                 assert_eq!((code, reason), (expected, why.to_string()), "{again}");
                 assert_eq!(matches!(why, Error::Cancelled), cancels, "{again}: {why}");
                 assert_eq!(matches!(why, Error::NotConverging { .. }), !cancels, "{again}: {why}");
