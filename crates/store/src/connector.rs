@@ -94,11 +94,6 @@ struct Service {
 #[error("the store gave no answer within {0:?}")]
 struct Idle(Duration);
 
-/// The answer is longer than it may be.
-#[derive(Debug, thiserror::Error)]
-#[error("the store sent more than the {0} bytes that were asked for")]
-struct TooLong(u64);
-
 #[async_trait]
 impl HttpService for Service {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
@@ -135,12 +130,9 @@ impl HttpService for Service {
         };
         let (parts, body) = answer.into_parts();
         let idle = Box::pin(tokio::time::sleep(patience));
-        let is_error = !parts.status.is_success();
-        let range = range.filter(|_| !is_error);
-        let most = range.unwrap_or(DOCUMENT_BYTES_MAX);
-        let is_renewed = range.is_some();
-        let traffic = self.traffic.clone();
-        let received = Received { body, traffic, patience, idle, is_renewed, most, left: most, is_error };
+        let range = range.filter(|_| parts.status.is_success());
+        let (is_renewed, left) = (range.is_some(), range.unwrap_or(DOCUMENT_BYTES_MAX));
+        let received = Received { body, traffic: self.traffic.clone(), patience, idle, is_renewed, left };
         Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(received)))
     }
 }
@@ -202,8 +194,8 @@ fn range_bytes(headers: &HeaderMap) -> Option<u64> {
     last.checked_sub(first)?.checked_add(1)
 }
 
-/// The body of an answer, whose bytes are counted as they arrive; given up when none do for too long. A document has as long
-/// for all of its bytes.
+/// The body of an answer, whose bytes are counted as they arrive; given up when none do for too long, and no longer than was
+/// asked for, whatever the store sends. A document has as long for all of its bytes.
 struct Received {
     body: reqwest::Body,
     traffic: Traffic,
@@ -211,26 +203,18 @@ struct Received {
     idle: Pin<Box<tokio::time::Sleep>>,
     /// Whether each byte that arrives allows for further time.
     is_renewed: bool,
-    /// How many bytes it may have, and how many of them have not arrived yet.
-    most: u64,
+    /// How many more bytes are read.
     left: u64,
-    /// Whether the answer is an error, of which the rest is not read. Any other one that is too long is refused.
-    is_error: bool,
 }
 
 impl Received {
-    /// The part of what has arrived that may be read.
-    fn take(&mut self, frame: Frame<Bytes>) -> Result<Frame<Bytes>, HttpError> {
-        let Ok(mut data) = frame.into_data() else { return Ok(Frame::data(Bytes::new())) };
+    /// The part of what has arrived that is read.
+    fn take(&mut self, frame: Frame<Bytes>) -> Frame<Bytes> {
+        let mut data = frame.into_data().unwrap_or_default();
         self.traffic.add(data.len() as u64);
-        if data.len() as u64 > self.left {
-            if !self.is_error {
-                return Err(broken(HttpErrorKind::Unknown, TooLong(self.most)));
-            }
-            data.truncate(usize::try_from(self.left).unwrap_or(usize::MAX));
-        }
+        data.truncate(usize::try_from(self.left).unwrap_or(usize::MAX));
         self.left -= data.len() as u64;
-        Ok(Frame::data(data))
+        Frame::data(data)
     }
 }
 
@@ -242,7 +226,7 @@ impl Body for Received {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
-        if self.is_error && self.left == 0 {
+        if self.left == 0 {
             return Poll::Ready(None);
         }
         match Pin::new(&mut self.body).poll_frame(context) {
@@ -254,7 +238,7 @@ impl Body for Received {
                     let late = broken(HttpErrorKind::Timeout, Idle(self.patience));
                     return Poll::Ready(Some(Err(late)));
                 }
-                Poll::Ready(Some(self.take(frame)))
+                Poll::Ready(Some(Ok(self.take(frame))))
             }
             Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(failed(error)))),
             Poll::Ready(None) => Poll::Ready(None),
@@ -268,7 +252,7 @@ impl Body for Received {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.is_error && self.left == 0 || self.body.is_end_stream()
+        self.left == 0 || self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
