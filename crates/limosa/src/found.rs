@@ -5,8 +5,8 @@ use limosa_client::DeviceExt;
 use limosa_protocol::State;
 
 use crate::exit::{self, Code};
-use crate::moves::Moves;
-use crate::open::{self, Opened};
+use crate::moves::{Moves, Note};
+use crate::open::Opened;
 
 /// Refuses devices that cannot be moved as they are found. One in STOP is moved only where that is meant (`stopped`): an
 /// earlier move has left it so, or somebody has paused its guest, and only the user knows which.
@@ -42,25 +42,20 @@ fn state(device: &Opened) -> Option<State> {
 }
 
 fn in_stop(name: &str, moves: &Moves) -> String {
-    if let Some(id) = in_doubt(name, moves) {
-        return format!(
-            "{name} is in STOP, and its move {id} is in doubt: settle that with `limosa resolve {name}`"
-        );
+    if let Some(what) = noted(name, moves) {
+        return format!("{name} is in STOP: {what}");
     }
-    let why = "an earlier move has left it so, or somebody has paused it";
     format!(
-        "{name} is in STOP: {why}. Where its guest runs elsewhere, moving it again would put what it held over that guest. \
-         If the guest runs nowhere else, `limosa state {name} set RUNNING` lets it run here, and --stopped moves it as it \
-         stands, to stay in STOP there"
+        "{name} is in STOP: an earlier move has left it so, or somebody has paused it. Where its guest runs elsewhere, moving \
+         it again would put what it held over that guest. If the guest runs nowhere else, `limosa state {name} set RUNNING` \
+         lets it run here, and --stopped moves it as it stands, to stay in STOP there"
     )
 }
 
 /// What a command that died has left, or another one is doing.
 fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
-    if let Some(id) = in_doubt(name, moves) {
-        return format!(
-            "{name} is in {state}, and its move {id} is in doubt: settle that with `limosa resolve {name}`"
-        );
+    if let Some(what) = noted(name, moves) {
+        return format!("{name} is in {state}, RUNNING or STOP is expected; {question} {what}");
     }
     let what = match state {
         State::PreCopy | State::PreCopyP2p | State::StopCopy => format!(
@@ -71,17 +66,27 @@ fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
             "{question} If what was loading it was killed, there is no guest in it, and `limosa state {name} reset` makes it \
              usable"
         ),
-        State::Error => format!(
-            "it has failed, and what it held is lost; nothing but `limosa state {name} reset` leads out of that"
-        ),
+        State::Error => {
+            format!(
+                "it has failed, and what it held is lost; only `limosa state {name} reset` leads out of that"
+            )
+        }
         _ => format!("{question} If not, `limosa state {name} set RUNNING` lets it run"),
     };
     format!("{name} is in {state}, RUNNING or STOP is expected; {what}")
 }
 
-/// The move in doubt that is noted of this device. Notes that cannot be read are no reason to refuse a device.
-fn in_doubt(name: &str, moves: &Moves) -> Option<String> {
-    let mut doubts = moves.notes().ok()?.doubts.into_iter().rev();
-    let is_it = |device: &String| device == name || open::same(device, name);
-    doubts.find(|doubt| doubt.devices.iter().any(is_it)).map(|doubt| doubt.id)
+/// What is noted of a move of this device that is not settled. Notes that cannot be read are no reason to refuse a device.
+fn noted(name: &str, moves: &Moves) -> Option<String> {
+    let note = moves.notes().ok()?.into_all().into_iter().rfind(|note| note.halted().is_of(name))?;
+    let id = note.id();
+    Some(match (moves.is_in_use(&note), &note) {
+        (true, _) => format!("a process of limosa works on its move {id}"),
+        (false, Note::Doubt(_)) => {
+            format!("its move {id} is in doubt, which `limosa resolve {name}` settles")
+        }
+        (false, Note::Stop(_)) => {
+            format!("what was moving it has left its guest stopped, which `limosa resolve {name}` lets go on")
+        }
+    })
 }

@@ -8,12 +8,16 @@ mod found;
 mod guest;
 mod held;
 mod hold;
+mod hook;
 mod links;
 mod memory;
 mod moves;
+mod noted_devices;
+mod noting;
 mod open;
 mod output;
 mod place;
+mod process;
 mod progress;
 mod reports;
 mod side;
@@ -97,7 +101,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Migrate(args) => commands::moving::migrate(args, opening, out),
         Command::Send(args) => commands::moving::send(args, opening, out),
         Command::Receive(args) => commands::moving::receive(args, opening, out),
-        Command::Resolve(args) => commands::resolve::resolve(args, opening, out),
+        Command::Resolve(args) => commands::settle::resolve(args, opening, out),
         Command::Answer(args) => commands::resolve::answer(args, out),
         Command::Bench(args) => commands::bench::run(args, opening, out),
     }
@@ -109,7 +113,9 @@ fn log(verbose: u8) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(output::log)
+        .with_writer(std::io::stderr)
+        // It would be said on standard error, which is what failed.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();

@@ -98,23 +98,16 @@ impl Output {
     }
 }
 
-/// Where logs go: to standard error, or nowhere where nobody can be told any more. A log that fails must not be what ends
-/// a move.
-pub fn log() -> impl Write {
-    Log
-}
-
-struct Log;
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let _ = io::stderr().write_all(bytes);
-        Ok(bytes.len())
+/// A text of somebody else's, in which nothing does anything on a terminal.
+pub fn plain(text: &str) -> String {
+    let mut plain = String::new();
+    for letter in text.chars() {
+        match letter {
+            '\'' | '"' | '\\' => plain.push(letter),
+            letter => plain.extend(letter.escape_debug()),
+        }
     }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+    plain
 }
 
 /// A number of bytes as people read it.

@@ -85,9 +85,8 @@ impl InDoubt {
         }
     }
 
-    /// The same of devices that were in these states (RUNNING or STOP) before the move, in their order. A device without an
-    /// entry was in RUNNING.
-    #[must_use]
+    /// The same, of devices that were found in these states before the move, in their order. Use it for a source that had
+    /// not reached its commit as well, with [`Source::decide`] and [`Decision::NotCommitted`].
     pub fn with_found(mut self, found: Vec<State>) -> InDoubt {
         self.rollback.found = found;
         self

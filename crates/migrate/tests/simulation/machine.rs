@@ -191,7 +191,7 @@ impl Computer {
         })
     }
 
-    fn as_destination(&self, act: impl FnOnce(&Destination<'_>) -> Received) -> Received {
+    fn as_destination(&self, act: impl FnOnce(Destination<'_>) -> Received) -> Received {
         let devices = self.moved();
         let ledger = self.ledger();
         let cancel = self.cancel.lock().expect("not poisoned").clone();
@@ -199,7 +199,7 @@ impl Computer {
             Some(Mutation::RunsWhatStood) => AfterLoad::Run,
             _ => AfterLoad::AsFound,
         };
-        act(&Destination::new(&devices, &ledger, &self.options)
+        act(Destination::new(&devices, &ledger, &self.options)
             .with_after(after)
             .with_memory(&self.regions())
             .with_vmm(self)
