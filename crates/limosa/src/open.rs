@@ -26,6 +26,8 @@ const FORMS: &str = "expected the path of a vfio-user socket, a PCI address, the
 pub struct Opening {
     /// How long one request of vfio-user may take.
     pub limit: Duration,
+    /// How long a change of the migration state, or a reset, may take by vfio-user.
+    pub state_limit: Duration,
     /// Which door of the kernel's to go through; by default what the name is a node of, else the cdev, else the
     /// group.
     pub door: Option<Door>,
@@ -84,6 +86,14 @@ impl Opened {
     pub fn name_while_held(&self) -> Option<String> {
         let fd = self.fd()?.as_raw_fd();
         Some(format!("/proc/{}/fd/{fd}", std::process::id()))
+    }
+
+    /// The process that serves it, where it is behind a socket and that process can be seen from here.
+    pub fn server(&self) -> Option<i32> {
+        match &self.transport {
+            Transport::VfioUser(device) => device.server_process(),
+            Transport::Kernel(_) | Transport::Held(_) => None,
+        }
     }
 
     /// The device alone.
@@ -151,7 +161,8 @@ impl Opening {
         if !std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
             return Err(exit::error(Code::Unreachable, format!("{name}: it is no socket; {FORMS}")));
         }
-        let options = Options { request_limit: self.limit, ..Options::default() };
+        let options =
+            Options { request_limit: self.limit, state_limit: self.state_limit, ..Options::default() };
         Client::connect(path, options).map_err(|error| {
             let hint = hint(&error);
             anyhow::Error::from(error).context(format!("{name} cannot be opened{hint}"))

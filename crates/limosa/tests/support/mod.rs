@@ -251,6 +251,10 @@ impl Running {
         line.split_once(part).map(|(_, rest)| rest.trim().to_owned()).unwrap()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(self.child.id().try_into().unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
@@ -366,6 +370,15 @@ impl Server {
     /// Whether this guest runs here.
     pub fn runs(&self, guest: u64) -> bool {
         self.state() == State::Running && self.guest() == guest
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.running.as_ref().unwrap().pid()
+    }
+
+    /// It is killed, and nothing more is wanted of it.
+    pub fn kill_now(mut self) {
+        self.kill();
     }
 
     pub fn kill(&mut self) {
