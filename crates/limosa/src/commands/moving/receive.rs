@@ -31,7 +31,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
     let (links, listener) = (Links::new(&args.link.tls)?, links::listen(&args.listen)?);
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
     let moves = Moves::new(args.link.moves.folder.as_deref());
-    let options = over_link(Options::default(), &args.link).with_links(args.links);
+    let options = args.state.limit(over_link(Options::default(), &args.link).with_links(args.links));
     let ledger = moves.ledger()?;
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));

@@ -107,7 +107,7 @@ pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result
 
 fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()> {
     let (cancel, progress, options, ledger) =
-        (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
+        (cancel_on_signal()?, Progress::new(out), args.state.limit(Options::default()), Ledger::new());
     let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
     let ending = Ending::new(&args.reporting, out)?;
     let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
