@@ -136,7 +136,8 @@ impl Device for Loopback {
         };
         match action {
             IrqAction::Wire(fds) => {
-                let owned = fds.iter().map(|fd| fd.map(|fd| self.own(fd).map(ForeignFd::harmless)).transpose());
+                let owned =
+                    fds.iter().map(|fd| fd.map(|fd| self.own(fd).map(ForeignFd::harmless)).transpose());
                 irqs.wire(index, start, owned.collect::<Result<_>>()?)
             }
             IrqAction::Disable => irqs.disable(index),
@@ -149,7 +150,9 @@ impl Device for Loopback {
 
     fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {
         let backing = match map.memory {
-            DmaMemory::File { fd, offset } => Backing::AnyFile { fd: ForeignFd::harmless(self.own(fd)?), offset },
+            DmaMemory::File { fd, offset } => {
+                Backing::AnyFile { fd: ForeignFd::harmless(self.own(fd)?), offset }
+            }
             DmaMemory::Messages(target) => {
                 Backing::Remote(Arc::new(AtIova { iova: map.iova, target: Arc::clone(target) }))
             }

@@ -3,7 +3,8 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Threads that may be stuck at once.
 const THREADS_MAX: usize = 8;
@@ -20,6 +21,9 @@ struct Closer {
     busy: usize,
 }
 
+/// Fewer wait than before.
+static CAUGHT_UP: Condvar = Condvar::new();
+
 static CLOSER: Mutex<Closer> = Mutex::new(Closer { waiting: VecDeque::new(), threads: 0, busy: 0 });
 
 fn lock() -> MutexGuard<'static, Closer> {
@@ -27,10 +31,13 @@ fn lock() -> MutexGuard<'static, Closer> {
     CLOSER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether more than [`WAITING_MAX`] values wait to be dropped. Whoever still takes fds from a peer then fills the table of
-/// open files, and in the end the kernel closes what has no room there, in the thread that receives.
-pub fn is_behind() -> bool {
-    lock().waiting.len() > WAITING_MAX
+/// Whether no more than [`WAITING_MAX`] values wait to be dropped, or no longer do after a while. Whoever takes fds from a
+/// peer although more wait fills the table of open files, and in the end the kernel closes what has no room there, in the
+/// thread that receives.
+pub fn keeps_up(within: Duration) -> bool {
+    let is_behind = |closer: &mut Closer| closer.waiting.len() > WAITING_MAX;
+    let waited = CAUGHT_UP.wait_timeout_while(lock(), within, is_behind);
+    !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
 }
 
 /// Drops a value on a thread of the closer.
@@ -54,6 +61,9 @@ fn work() {
     let mut closer = lock();
     while let Some(value) = closer.waiting.pop_front() {
         closer.busy += 1;
+        if closer.waiting.len() == WAITING_MAX {
+            CAUGHT_UP.notify_all();
+        }
         drop(closer);
         // A panic in somebody's destructor is reported by its hook, and costs nothing but that value.
         let _ = catch_unwind(AssertUnwindSafe(|| drop(value)));

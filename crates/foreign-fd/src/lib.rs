@@ -22,6 +22,6 @@ mod receive;
 #[cfg(test)]
 mod tests;
 
-pub use closer::{WAITING_MAX, is_behind};
+pub use closer::{WAITING_MAX, keeps_up};
 pub use foreign::{Foreign, ForeignFd};
 pub use receive::{FDS_MAX, Received, receive, receive_bytes};

@@ -7,10 +7,10 @@ mod common;
 use std::fs::File;
 use std::os::fd::AsFd;
 
+use common::Served;
 use common::device::*;
 use common::lingering::{in_time, lingering, send_with};
 use common::raw::*;
-use common::Served;
 use limosa_vfio_user::server::Options;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::OFlags;

@@ -8,10 +8,10 @@ use limosa_stream::{Damage, Header, Kind, Step};
 
 use super::device_queue::{DeviceQueue, data_bytes};
 use super::receiving::{Progress, Receiving};
+use crate::error::Misbehaviour;
 use crate::link::LinkError;
 use crate::report::Phase;
 use crate::wire::{Frame, FrameReader};
-use crate::error::Misbehaviour;
 use crate::{Error, Result, Round};
 
 /// How much memory is made zero at once. A cancel is observed between two pieces.

@@ -93,9 +93,8 @@ impl Link for SocketLink {
     }
 
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let got = retry(&self.fd, PollFlags::IN, wait, || {
-            receive_bytes(&self.fd, into, RecvFlags::DONTWAIT)
-        })?;
+        let got =
+            retry(&self.fd, PollFlags::IN, wait, || receive_bytes(&self.fd, into, RecvFlags::DONTWAIT))?;
         if got == 0 && !into.is_empty() { Err(LinkError::Closed) } else { Ok(got) }
     }
 

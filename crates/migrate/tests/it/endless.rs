@@ -70,8 +70,7 @@ fn a_device_without_an_end_undoes_the_move_whether_it_is_stopped_or_not() {
         let (from, to) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)]);
         let moved = Source::new(&from, &options).with_vmm(&vmm);
         let unlimited = crate::common::options();
-        let (outcome, received) =
-            move_over_a_link(moved, &Destination::new(&to, &ledger, &unlimited));
+        let (outcome, received) = move_over_a_link(moved, &Destination::new(&to, &ledger, &unlimited));
         let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };
         assert_endless(&why, "endless");
         assert!(matches!(received, Received::Discarded { .. }));

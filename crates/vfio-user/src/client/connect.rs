@@ -155,7 +155,8 @@ impl<'a> Fresh<'a> {
                 let index = twin.fd_index.and_then(|index| usize::try_from(index).ok());
                 let fd = index.and_then(|index| fds.fds.into_iter().nth(index));
                 let fd = fd.ok_or_else(|| fresh.misbehaved("the twin socket that it names did not come"))?;
-                let no_socket = |_| fresh.misbehaved("what came for the twin socket is no UNIX stream socket");
+                let no_socket =
+                    |_| fresh.misbehaved("what came for the twin socket is no UNIX stream socket");
                 Some(fd.into_unix_stream().map_err(no_socket)?)
             }
         };

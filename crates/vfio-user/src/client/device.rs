@@ -20,7 +20,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::dma::{FileTarget, os_errno};
 use super::exchange::{Ask, Limit};
-use super::{Client, INFO_BYTES_MAX};
+use super::{Client, INFO_ASKS_MAX, INFO_BYTES_MAX};
 use crate::codec::{Command, DirtyBitmap, DmaMapMessage, DmaUnmapMessage, RegionAccess};
 
 impl Device for Client {
@@ -50,8 +50,7 @@ impl Device for Client {
     fn info(&self) -> Result<DeviceInfo> {
         let argsz = size_of::<DeviceInfo>() as u32;
         let ask = DeviceInfo { argsz, ..DeviceInfo::default() };
-        let info: DeviceInfo =
-            self.ask_info("DEVICE_GET_INFO", Command::DEVICE_GET_INFO, ask.as_bytes())?;
+        let info: DeviceInfo = self.ask_info("DEVICE_GET_INFO", Command::DEVICE_GET_INFO, ask.as_bytes())?;
         if info.num_regions > REGIONS_MAX || info.num_irqs > IRQ_INDEXES_MAX {
             return Err(self.shared.misbehaved(format!(
                 "DEVICE_GET_INFO answered with {} regions and {} interrupt indexes, more than {REGIONS_MAX} and \
@@ -64,7 +63,7 @@ impl Device for Client {
 
     fn region(&self, index: u32) -> Result<Region> {
         let request = "DEVICE_GET_REGION_INFO";
-        let (mut argsz, mut again) = (1024, true);
+        let (mut argsz, mut asks) = (1024, 1);
         loop {
             let ask = RegionInfo { argsz, index, ..RegionInfo::default() };
             let mut body = vec![0; argsz as usize];
@@ -79,8 +78,8 @@ impl Device for Client {
                     .shared
                     .misbehaved(format!("{request} of {index} answered with {}", info.index)));
             }
-            if info.argsz > argsz && info.argsz <= INFO_BYTES_MAX && again {
-                (argsz, again) = (info.argsz, false);
+            if info.argsz > argsz && info.argsz <= INFO_BYTES_MAX && asks < INFO_ASKS_MAX {
+                (argsz, asks) = (info.argsz, asks + 1);
                 continue;
             }
             let fd = answer.fds.fds.into_iter().next();
@@ -213,7 +212,8 @@ impl Device for Client {
             })?;
         }
         let fds: &[BorrowedFd<'_>] = fds.as_slice();
-        let mapped = shared.call_with(shared.limit(), "DMA_MAP", Command::DMA_MAP, &[message.as_bytes()], fds);
+        let mapped =
+            shared.call_with(shared.limit(), "DMA_MAP", Command::DMA_MAP, &[message.as_bytes()], fds);
         if mapped.is_err() {
             shared.exchange.dma.remove(map.iova, map.size);
         }
@@ -267,7 +267,11 @@ impl Client {
         let bytes_max = self.shared.limits.data_xfer_bytes_max as usize;
         let (mut at, mut pieces) = (offset, self.shared.pieces());
         for chunk in data.chunks(bytes_max) {
-            write(pieces.next(chunk.len()), &RegionAccess { offset: at, region, count: chunk.len() as u32 }, chunk)?;
+            write(
+                pieces.next(chunk.len()),
+                &RegionAccess { offset: at, region, count: chunk.len() as u32 },
+                chunk,
+            )?;
             at = at.wrapping_add(chunk.len() as u64);
         }
         Ok(())

@@ -156,19 +156,18 @@ impl Client {
     /// The eventfds that stand for writes to parts of a region; none where the server has none.
     pub fn region_io_fds(&self, index: u32) -> Result<RegionIoFds> {
         let request = "DEVICE_GET_REGION_IO_FDS";
-        let (mut argsz, mut again) = (16 + 40 * 32, true);
+        let (mut argsz, mut asks) = (16 + 40 * 32, 1);
         loop {
             let message = IoFdsMessage { argsz, flags: 0, index, count: 0 };
             let mut body = vec![0; argsz as usize];
             let command = Command::DEVICE_GET_REGION_IO_FDS;
-            let answer =
-                self.shared.call(request, command, &[message.as_bytes()], &mut [&mut body])?;
+            let answer = self.shared.call(request, command, &[message.as_bytes()], &mut [&mut body])?;
             body.truncate(answer.body_bytes);
             let Ok((reply, entries)) = IoFdsMessage::read_from_prefix(&body) else {
                 return Err(self.shared.short(request, answer.body_bytes, IoFdsMessage::BYTES));
             };
-            if reply.argsz > argsz && reply.argsz <= INFO_BYTES_MAX && again {
-                (argsz, again) = (reply.argsz, false);
+            if reply.argsz > argsz && reply.argsz <= INFO_BYTES_MAX && asks < INFO_ASKS_MAX {
+                (argsz, asks) = (reply.argsz, asks + 1);
                 continue;
             }
             let found = io_fds(&reply, entries, answer.fds.fds);
@@ -207,6 +206,9 @@ impl Client {
 
 /// The most bytes of information that are read of a region.
 const INFO_BYTES_MAX: u32 = 64 << 10;
+
+/// How often the same is asked for with more room. A server has named what it needs by the second time.
+const INFO_ASKS_MAX: u32 = 4;
 
 /// The most writes in one REGION_WRITE_MULTI.
 const MULTI_WRITES_MAX: usize = 160;

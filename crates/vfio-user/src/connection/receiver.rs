@@ -3,9 +3,9 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use limosa_foreign_fd::{Foreign, ForeignFd, is_behind};
+use limosa_foreign_fd::{Foreign, ForeignFd, keeps_up};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{RecvFlags, sockopt};
 use zerocopy::FromBytes;
@@ -51,7 +51,7 @@ struct Wire {
     fds: Vec<Arrived>,
     /// Where fds are received.
     came: Vec<ForeignFd>,
-    /// More fds of peers wait to be closed than should be when the last fds came.
+    /// Fds of peers cannot be closed as fast as they come.
     is_behind: bool,
 }
 
@@ -292,7 +292,9 @@ impl Wire {
         loop {
             match self.receive_now(into, position, flags | hurry) {
                 Ok(_) if self.is_behind => {
-                    return Err(ConnectionError::Broken("fds that cannot be closed, as closing others blocks"));
+                    return Err(ConnectionError::Broken(
+                        "fds that cannot be closed, as closing others blocks",
+                    ));
                 }
                 Ok(0) | Err(rustix::io::Errno::CONNRESET) => return Err(ConnectionError::Cut),
                 Ok(bytes) => return Ok(bytes),
@@ -342,7 +344,7 @@ impl Wire {
             self.fds.truncate(4 * MSG_FDS_MAX);
             self.fds.push(Arrived { position, fd: None });
         }
-        self.is_behind = is_behind();
+        self.is_behind = !keeps_up(CLOSING_MAX);
     }
 
     /// Before waiting for the rest of a message.
@@ -364,6 +366,9 @@ impl Wire {
         Ok(())
     }
 }
+
+/// How long the closing of other fds may hold up a peer that sends more of them.
+const CLOSING_MAX: Duration = Duration::from_secs(1);
 
 /// [`ConnectionError::TimedOut`] when there is more to receive and the deadline has passed.
 fn in_time(done: bool, deadline: Option<Instant>) -> Result<(), ConnectionError> {

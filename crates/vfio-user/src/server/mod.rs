@@ -157,8 +157,10 @@ impl Server {
             if self.shutdown.is_shut_down() {
                 return Ok(());
             }
-            if limosa_foreign_fd::is_behind() {
-                tracing::error!("no client is served: fds of others cannot be closed, as closing them blocks");
+            if !limosa_foreign_fd::keeps_up(Duration::ZERO) {
+                tracing::error!(
+                    "no client is served: fds of others cannot be closed, as closing them blocks"
+                );
                 self.pause();
                 continue;
             }
@@ -265,8 +267,7 @@ impl Watch<'_> {
 
     /// Waits for the end, the shutdown or one of these.
     fn wait(&self, others: &mut [PollFd<'_>], limit: Option<Timespec>) {
-        let mut fds =
-            vec![PollFd::new(self.shutdown, PollFlags::IN), PollFd::new(&self.done, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(self.shutdown, PollFlags::IN), PollFd::new(&self.done, PollFlags::IN)];
         fds.extend_from_slice(others);
         while matches!(poll(&mut fds, limit.as_ref()), Err(rustix::io::Errno::INTR)) {}
     }
