@@ -15,6 +15,7 @@ mod panics;
 mod peers;
 mod places;
 mod precopy;
+mod predicted;
 mod quirks;
 mod resets;
 mod snapshots;
