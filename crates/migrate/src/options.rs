@@ -40,8 +40,8 @@ pub struct Options {
     /// The most bytes of data that one device may give or be given, pre-copy included. Without it, a device may give in
     /// the stop four times the most that it said (MIG_DATA_SIZE, pre-copy info, or
     /// [`MovedDevice::stop_bytes`](crate::MovedDevice::stop_bytes)), and at least 1 GiB; and before the stop
-    /// [`Convergence::rounds_max`] times as much, with [`WhenStalled::KeepTrying`] without a limit. On the destination
-    /// the same holds of the stop, for what the source said. A device without an end fails the move
+    /// [`Convergence::rounds_max`] times as much, and at least 2 GiB, with [`WhenStalled::KeepTrying`] without a limit. On
+    /// the destination the same holds of the stop, for what the source said. A device without an end fails the move
     /// ([`Misbehaviour::Endless`](crate::Misbehaviour::Endless)).
     pub state_max: Option<u64>,
     /// When pre-copy stops.

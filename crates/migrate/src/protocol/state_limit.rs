@@ -9,18 +9,20 @@ use limosa_stream::DEVICE_BYTES_MAX;
 use crate::Options;
 use crate::options::WhenStalled;
 
-/// A device may give in the stop as many times what it has said...
+/// In the stop a device may give so many times what it has said...
 const TIMES_SAID: u64 = 4;
 /// ... and at least this much.
 const STOP_BYTES_MIN: u64 = 1 << 30;
+/// Before the stop it may give at least this much.
+const PRECOPY_BYTES_MIN: u64 = 2 << 30;
 
 /// Follows the data of one device.
 #[derive(Clone, Debug)]
 pub(crate) struct StateLimit {
     /// The caller's limit for all of it.
     max: Option<u64>,
-    /// How many times over it may give before the stop what it may give in the stop.
-    times: u64,
+    /// How many times over it may give before the stop what it may give in the stop; `None` for any number.
+    times: Option<u64>,
     /// The most that it has said to have.
     said: u64,
     bytes: u64,
@@ -31,15 +33,15 @@ impl StateLimit {
     pub(crate) fn new(options: &Options) -> StateLimit {
         let convergence = &options.convergence;
         let times = match convergence.when_stalled {
-            WhenStalled::KeepTrying => u64::MAX,
-            _ => u64::from(convergence.rounds_max).max(1),
+            WhenStalled::KeepTrying => None,
+            _ => Some(convergence.rounds_max.into()),
         };
         StateLimit { max: options.state_max, times, said: 0, bytes: 0, before_stop: None }
     }
 
     /// For a device that is loaded: the source decides how long it gives data before the stop.
     pub(crate) fn for_load(options: &Options) -> StateLimit {
-        StateLimit { times: u64::MAX, ..StateLimit::new(options) }
+        StateLimit { times: None, ..StateLimit::new(options) }
     }
 
     /// The device says that it has so many bytes.
@@ -55,11 +57,12 @@ impl StateLimit {
     /// Counts bytes that it gave. The error is the limit that they exceed.
     pub(crate) fn give(&mut self, bytes: u64) -> Result<(), u64> {
         self.bytes = self.bytes.saturating_add(bytes);
-        let in_stop = self.said.saturating_mul(TIMES_SAID).max(STOP_BYTES_MIN);
-        let limit = match (self.max, self.before_stop) {
-            (Some(max), _) => max,
-            (None, None) => in_stop.saturating_mul(self.times),
-            (None, Some(before)) => before.saturating_add(in_stop),
+        let has = self.said.saturating_mul(TIMES_SAID);
+        let limit = match (self.max, self.before_stop, self.times) {
+            (Some(max), ..) => max,
+            (None, Some(before), _) => before.saturating_add(has.max(STOP_BYTES_MIN)),
+            (None, None, Some(times)) => has.saturating_mul(times).max(PRECOPY_BYTES_MIN),
+            (None, None, None) => DEVICE_BYTES_MAX,
         };
         let limit = limit.min(DEVICE_BYTES_MAX);
         if self.bytes > limit { Err(limit) } else { Ok(()) }
@@ -101,18 +104,25 @@ mod tests {
         let convergence = Convergence::default().with_rounds_max(10);
         let options = Options::default().with_convergence(convergence);
         let mut limit = StateLimit::new(&options);
-        assert_eq!(limit.give(10 * GIB), Ok(()));
+        limit.said(GIB);
+        assert_eq!(limit.give(40 * GIB), Ok(()));
         limit.stopped();
         // Asked once more in the stop, it is the same stop.
         limit.stopped();
-        assert_eq!(limit.give(GIB), Ok(()), "the rest is counted apart");
-        assert_eq!(limit.give(1), Err(11 * GIB));
+        assert_eq!(limit.give(4 * GIB), Ok(()), "the rest is counted apart");
+        assert_eq!(limit.give(1), Err(44 * GIB));
         let mut limit = StateLimit::new(&options);
-        assert_eq!(limit.give(10 * GIB + 1), Err(10 * GIB));
-        let patient = convergence.with_when_stalled(WhenStalled::KeepTrying);
-        let mut limit = StateLimit::new(&options.with_convergence(patient));
-        assert_eq!(limit.give(500 * GIB), Ok(()));
-        assert_eq!(limit.give(600 * GIB), Err(DEVICE_BYTES_MAX));
+        limit.said(GIB);
+        assert_eq!(limit.give(40 * GIB + 1), Err(40 * GIB));
+        let mut silent = StateLimit::new(&options);
+        assert_eq!(silent.give(2 * GIB), Ok(()));
+        assert_eq!(silent.give(1), Err(2 * GIB));
+        let patient =
+            options.clone().with_convergence(convergence.with_when_stalled(WhenStalled::KeepTrying));
+        for mut limit in [StateLimit::new(&patient), StateLimit::for_load(&options)] {
+            assert_eq!(limit.give(500 * GIB), Ok(()));
+            assert_eq!(limit.give(600 * GIB), Err(DEVICE_BYTES_MAX));
+        }
     }
 
     #[test]

@@ -45,21 +45,22 @@ enum Probed {
 }
 
 /// Connects to the socket at a path. EAGAIN when the server's queue of connections is full for so long.
-pub(super) fn open(path: &Path, limit: Duration) -> rustix::io::Result<UnixStream> {
+pub(super) fn open(path: &Path, limit: Duration) -> rustix::io::Result<Foreign<UnixStream>> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // It holds for connect(2) too, which else waits for ever.
     let limit = limit.clamp(Duration::from_millis(1), Duration::from_secs(365 * 86_400));
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(limit))?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let socket = Foreign::new(UnixStream::from(socket));
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 pub(super) fn connect(
     name: String,
     options: Options,
-    stream: UnixStream,
-    again: Option<&dyn Fn() -> Result<UnixStream>>,
+    stream: Foreign<UnixStream>,
+    again: Option<&dyn Fn() -> Result<Foreign<UnixStream>>>,
 ) -> Result<Client> {
     let (mut fresh, mut agreed) = Fresh::negotiate(&name, &options, stream)?;
     let mut features = Features::default();
@@ -121,7 +122,7 @@ impl<'a> Fresh<'a> {
     fn negotiate(
         name: &'a str,
         options: &'a Options,
-        stream: UnixStream,
+        stream: Foreign<UnixStream>,
     ) -> Result<(Fresh<'a>, (Limits, Option<Foreign<UnixStream>>))> {
         let (receiver, sender) = connection::split(stream, options.waits())
             .map_err(|failure| error(name, "VERSION", failure.into()))?;

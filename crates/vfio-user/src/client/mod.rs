@@ -145,7 +145,7 @@ impl Client {
     /// its step on DEVICE_FEATURE for good cannot be connected to again: [`Options::features`] avoids
     /// asking.
     pub fn from_stream(stream: UnixStream, name: impl Into<String>, options: Options) -> Result<Client> {
-        connect::connect(name.into(), options, stream, None)
+        connect::connect(name.into(), options, stream.into(), None)
     }
 
     /// What the two sides agreed on.

@@ -71,11 +71,6 @@ impl Sender {
         &self.socket
     }
 
-    /// Whether a message went out in part and cannot be finished: nothing may follow it.
-    pub(crate) fn is_broken(&self) -> bool {
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner).broken
-    }
-
     /// Ends the connection for both halves and for the peer. Who waits on it is woken.
     pub fn shutdown(&self) {
         // It may be shut down already.
@@ -89,7 +84,8 @@ impl Sender {
         self.hold().send(parts, fds)
     }
 
-    /// The same until a deadline, if that is earlier.
+    /// The same until a deadline, if that is earlier; [`ConnectionError::TimedOut`] when nothing of it
+    /// went out until then, so that the connection can go on.
     pub fn send_by(
         &self,
         parts: &mut [IoSlice<'_>],
@@ -98,7 +94,10 @@ impl Sender {
     ) -> Result<(), ConnectionError> {
         let mut sending = self.hold();
         sending.deadline = Some(deadline.min(Instant::now() + self.limit));
-        sending.send(parts, fds)
+        sending.send(parts, fds).map_err(|error| match error {
+            ConnectionError::Stalled if !sending.turn.broken => ConnectionError::TimedOut,
+            other => other,
+        })
     }
 
     /// Takes the turn to send, for a message that is made piece by piece.

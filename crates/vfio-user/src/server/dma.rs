@@ -243,7 +243,7 @@ impl TwinInner {
         self.next_id = self.next_id.wrapping_add(1);
         let id = self.next_id;
         match transfer.send(id, |pieces| sender.send_by(pieces, &[], until)) {
-            Err(ConnectionError::Stalled) if !sender.is_broken() => return Ok(Err(Errno::ETIMEDOUT)),
+            Err(ConnectionError::TimedOut) => return Ok(Err(Errno::ETIMEDOUT)),
             sent => sent?,
         }
         loop {

@@ -338,7 +338,7 @@ impl Link {
     pub(super) fn send_by(&self, pieces: &mut [IoSlice<'_>], until: Instant) -> Result<(), Errno> {
         match self.sender.send_by(pieces, &[], until) {
             Ok(()) => Ok(()),
-            Err(ConnectionError::Stalled) if !self.sender.is_broken() => Err(Errno::ETIMEDOUT),
+            Err(ConnectionError::TimedOut) => Err(Errno::ETIMEDOUT),
             Err(error) => {
                 tracing::debug!(%error, "connection over while sending for DMA");
                 self.end();
