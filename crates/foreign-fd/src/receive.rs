@@ -54,7 +54,7 @@ pub fn receive(
         let before = fds.len();
         // SAFETY: recvmsg has just filled the message in.
         unsafe { take(&message, fds) };
-        if fds[before..].iter().any(|fd| is_too_high(fd)) {
+        if fds[before..].iter().any(is_too_high) {
             fds.truncate(before);
             lost_fds = true;
         }
@@ -99,12 +99,14 @@ unsafe fn take(message: &libc::msghdr, fds: &mut Vec<ForeignFd>) {
         let libc::cmsghdr { cmsg_len, cmsg_level, cmsg_type, .. } = unsafe { header.read() };
         if cmsg_level == libc::SOL_SOCKET && matches!(cmsg_type, libc::SCM_RIGHTS | SCM_PIDFD) {
             // SAFETY: only computes where the data begins.
-            let data = unsafe { libc::CMSG_DATA(header.as_ptr()) };
+            let data = unsafe { libc::CMSG_DATA(header.as_ptr()) }.cast::<[u8; 4]>();
             // SAFETY: only computes.
-            let data_bytes = cmsg_len as usize - unsafe { libc::CMSG_LEN(0) as usize };
-            for at in 0..data_bytes / size_of::<i32>() {
-                // SAFETY: the kernel fills in whole messages, also when it leaves some out, so the data is there.
-                let fd = unsafe { data.cast::<i32>().add(at).read_unaligned() };
+            let data_bytes = (cmsg_len as u64).saturating_sub(unsafe { libc::CMSG_LEN(0) }.into());
+            // SAFETY: the kernel fills in whole messages, also when it leaves some out, so so many bytes are there; they are
+            // bytes, and nobody writes them as long as the message is borrowed.
+            let numbers = unsafe { std::slice::from_raw_parts(data, data_bytes as usize / 4) };
+            for number in numbers {
+                let fd = i32::from_ne_bytes(*number);
                 // In the place of a pidfd there can be an errno.
                 if fd < 0 {
                     continue;

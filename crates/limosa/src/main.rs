@@ -4,20 +4,26 @@
 mod args;
 mod commands;
 mod exit;
+mod found;
 mod guest;
 mod held;
 mod hold;
+mod hook;
 mod links;
 mod memory;
 mod moves;
+mod noted_devices;
+mod noting;
 mod open;
 mod output;
 mod place;
+mod process;
 mod progress;
 mod reports;
 mod side;
 mod signals;
 
+use std::ffi::OsStr;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
@@ -34,22 +40,31 @@ fn main() -> ExitCode {
     match limosa_bench::run_if_child() {
         Ok(false) => {}
         Ok(true) => return ExitCode::SUCCESS,
-        Err(error) => return failed(&error),
+        Err(error) => return ExitCode::from(exit::tell(&error, &Output::new(false)) as u8),
     }
-    let cli = Cli::from_arg_matches(&args::command().get_matches()).unwrap_or_else(|error| error.exit());
+    let matches = args::command().try_get_matches();
+    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => {
+            return ExitCode::from(exit::tell_usage(&error, &Output::new(json_is_asked_for())) as u8);
+        }
+        // It is what was asked for: the help, or the version.
+        Err(error) => error.exit(),
+    };
     log(cli.verbose);
-    let out = Output { json: cli.json };
+    let out = Output::new(cli.json);
     match run(&cli, &out) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed(&error),
+        Err(error) => ExitCode::from(exit::tell(&error, &out) as u8),
     }
 }
 
-fn failed(error: &anyhow::Error) -> ExitCode {
-    let code = exit::code(error);
-    tracing::debug!(?code, ?error, "failed");
-    eprintln!("limosa: {}", exit::message(error));
-    ExitCode::from(code as u8)
+/// Whether a command line that cannot be understood asks for JSON.
+fn json_is_asked_for() -> bool {
+    std::env::args_os()
+        .skip(1)
+        .take_while(|arg| arg != OsStr::new("--"))
+        .any(|arg| arg == OsStr::new("--json"))
 }
 
 fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
@@ -86,7 +101,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Migrate(args) => commands::moving::migrate(args, opening, out),
         Command::Send(args) => commands::moving::send(args, opening, out),
         Command::Receive(args) => commands::moving::receive(args, opening, out),
-        Command::Resolve(args) => commands::resolve::resolve(args, opening, out),
+        Command::Resolve(args) => commands::settle::resolve(args, opening, out),
         Command::Answer(args) => commands::resolve::answer(args, out),
         Command::Bench(args) => commands::bench::run(args, opening, out),
     }
@@ -99,6 +114,8 @@ fn log(verbose: u8) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would be said on standard error, which is what failed.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();

@@ -10,8 +10,6 @@ use support::link::{Plan, Proxy};
 use support::{Folder, Running, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
-/// Bytes of a preface (docs/stream.md).
-const PREFACE_BYTES: u64 = 40;
 /// How long a device stalls where it is the stall that holds a phase open. It says when it begins, so that
 /// this only has to be longer than a signal takes.
 const STALL_MS: u32 = 800;
@@ -37,6 +35,11 @@ enum At {
 
 impl Scene {
     fn at(at: At) -> Scene {
+        Scene::at_with(at, &[])
+    }
+
+    /// The same with further arguments for the sender.
+    fn at_with(at: At, more: &[&str]) -> Scene {
         let folder = Folder::new();
         let precopy = if at == At::StopCopy { "precopy=0" } else { "precopy=100" };
         let stall = match at {
@@ -56,7 +59,7 @@ impl Scene {
             _ => None,
         };
         let to = proxy.as_ref().map_or(&listen, |proxy| &proxy.address);
-        let sender = start(&["-vv", "send", &source.socket, "--to", to]);
+        let sender = start(&[&["-vv", "send", &source.socket, "--to", to], more].concat());
         if let Some(proxy) = &proxy {
             proxy.held();
         }
@@ -249,10 +252,12 @@ fn a_move_in_doubt_is_resolved_after_both_processes_are_gone() {
 
 #[test]
 fn a_move_whose_receiver_died_while_it_started_is_for_a_person_to_decide() {
-    let scene = Scene::at(At::Commit);
+    let scene = Scene::at_with(At::Commit, &["--json"]);
     scene.receiver.kill();
     let name = &scene.source.socket;
-    scene.sender.end().fails(5, &[name, "in doubt", "limosa resolve"]);
+    let sent = scene.sender.end();
+    sent.fails(5, &[name, "in doubt", "limosa resolve"]);
+    assert_eq!(sent.json_failure(5)["report"]["outcome"], "in doubt");
     let there = format!("unix:{}", scene.folder.text("answers"));
     let answers = start(&["--json", "answer", "--listen", &there]);
     answers.line("listening on");
@@ -427,12 +432,9 @@ impl Cut {
         // With it, no two moves have the same bytes at the same place.
         let sender = start(&["send", &self.source.socket, "--to", &proxy.address, "--no-precopy"]);
         let sent = sender.end();
-        if matches!(plan, Plan::Cut(..PREFACE_BYTES)) {
-            // It was nobody's move yet, and another sender may come.
-            receiver.line("still waiting for one");
-            receiver.signal(Signal::INT);
-        } else if receiver.says("the source may be in doubt") {
-            // It may have to answer and stays; the sender has ended and will not ask any more.
+        // Before its offer was complete it was nobody's move, and another sender may come. At the commit the receiver may have
+        // to answer and stays; the sender has ended and will not ask any more.
+        if receiver.says_one_of(&["passed over", "the source may be in doubt"]).is_some() {
             receiver.signal(Signal::INT);
         }
         let received = receiver.end();

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 pub mod link;
+pub mod vcpus;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -43,6 +44,18 @@ impl Ended {
     pub fn json(self) -> serde_json::Value {
         let text = self.ok();
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    /// It failed with this code, and standard output is one JSON document that says the same as standard error.
+    #[track_caller]
+    pub fn json_failure(&self, code: i32) -> serde_json::Value {
+        assert_eq!(self.code, code, "{self:?}");
+        let document: serde_json::Value =
+            serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"));
+        assert_eq!(document["code"], code, "{self:?}");
+        let message = document["message"].as_str().unwrap_or_else(|| panic!("no message: {self:?}"));
+        assert!(!message.is_empty() && self.err.contains(message), "{self:?}");
+        document
     }
 
     /// It failed with this code, said so in a line that begins like all others, printed nothing else,
@@ -119,6 +132,20 @@ pub fn start_under<S: AsRef<str>>(umask: &str, args: &[S]) -> Running {
     spawn(shell, &[], args)
 }
 
+/// The same, in this folder.
+pub fn start_in<S: AsRef<str>>(folder: &Path, args: &[S]) -> Running {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    command.current_dir(folder);
+    spawn(command, &[], args)
+}
+
+/// The same, by another program, which gets the command and its arguments after these of its own.
+pub fn start_by<S: AsRef<str>>(program: &str, own: &[&str], args: &[S]) -> Running {
+    let mut command = Command::new(program);
+    command.args(own).arg(env!("CARGO_BIN_EXE_limosa"));
+    spawn(command, &[], args)
+}
+
 /// The same, with these variables in its environment.
 pub fn start_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Running {
     spawn(Command::new(env!("CARGO_BIN_EXE_limosa")), variables, args)
@@ -162,6 +189,20 @@ pub fn limosa_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) ->
     start_with(variables, args).end()
 }
 
+/// Runs the command to its end with its output in these places, of which nothing is read here.
+pub fn limosa_into<S: AsRef<str>>(out: impl Into<Stdio>, err: impl Into<Stdio>, args: &[S]) -> i32 {
+    let args = args.iter().map(AsRef::as_ref);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    command.args(args).env_remove("RUST_LOG").env("XDG_STATE_HOME", state()).stdin(Stdio::null());
+    let status = command.stdout(out).stderr(err).status().unwrap();
+    status.code().unwrap_or_else(|| -std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0))
+}
+
+/// Where nothing can be written: a disk that is full.
+pub fn full() -> std::fs::File {
+    std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap()
+}
+
 fn listen(from: impl Read + Send + 'static, shared: Arc<Shared>, into: fn(&mut Said) -> &mut String) {
     std::thread::spawn(move || {
         let mut from = BufReader::new(from);
@@ -196,6 +237,11 @@ impl Running {
     /// Whether it says this before it ends.
     pub fn says(&self, part: &str) -> bool {
         self.shared.wait(&self.name, |said| said.line(part)).is_some()
+    }
+
+    /// The first line with one of these parts, if it says one before it ends.
+    pub fn says_one_of(&self, parts: &[&str]) -> Option<String> {
+        self.shared.wait(&self.name, |said| parts.iter().find_map(|part| said.line(part)))
     }
 
     /// What comes after this in the line with it, such as an address.

@@ -1,6 +1,8 @@
 //! [`Receiving`]: what the threads of a destination share while data arrives, and what devices are told to do.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use limosa_client::DeviceExt;
 use limosa_clockwork::{Guard, Monitor, Scope};
@@ -22,7 +24,7 @@ use crate::transfer::device_sender::READ_BYTES_MAX;
 use crate::transfer::device_workers::DeviceWorkers;
 use crate::transfer::keep_alive::KeepAlive;
 use crate::transfer::team::{Shared, Team};
-use crate::wire::{Connection, FrameWriter};
+use crate::wire::{Connection, FrameWriter, within};
 use crate::{Cancel, Error, Options, Result};
 
 /// Empty buffers of up to this many bytes are kept for reuse.
@@ -41,11 +43,17 @@ pub(super) struct Receiving<'w, 'a> {
     pub(super) queues: Vec<Shared<DeviceQueue>>,
     pub(super) loaders: Vec<Monitor<DeviceLoader<'a>>>,
     flags: OnceLock<Vec<MigrationFlags>>,
+    /// Which devices stood in STOP when they were offered.
+    stopped: Vec<bool>,
     /// The ids of the devices in the offer.
     pub(super) ids: Vec<u32>,
     /// The regions, by their index in the offer.
     pub(super) regions: Vec<Option<&'w MemoryRegion<'a>>>,
     pub(super) order: Monitor<Order>,
+    /// The end of the time from the offer to the SUM, and that time; `None` if no peer sends.
+    pub(super) until: Option<(Instant, Duration)>,
+    /// The frames over all links that were not keep-alives.
+    pub(super) frames: AtomicU64,
     /// Whether the source sends no more than the window allows.
     pub(super) has_credit: bool,
     pub(super) window: u64,
@@ -101,9 +109,12 @@ impl<'w, 'a> Receiving<'w, 'a> {
             queues: (0..devices.len()).map(|at| team.share(queue(at))).collect(),
             loaders: devices.iter().map(|moved| Monitor::new(DeviceLoader::new(moved.device))).collect(),
             flags: OnceLock::new(),
+            stopped: offer.devices.iter().map(|facts| facts.stopped).collect(),
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
             regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
             order: Monitor::new(Order::new(offer)),
+            until: within(connection.limits().move_max).filter(|_| connection.has_peer()),
+            frames: AtomicU64::new(0),
             has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
             window,
             keeps_links_alive: offer.keeps_links_alive,
@@ -126,6 +137,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
     /// A device's migration flags.
     pub(super) fn flags(&self, at: usize) -> MigrationFlags {
         self.flags.get().and_then(|flags| flags.get(at)).copied().unwrap_or(MigrationFlags::empty())
+    }
+
+    /// Whether a device stood in STOP when it was offered.
+    pub(super) fn was_stopped(&self, at: usize) -> bool {
+        self.stopped.get(at).copied().unwrap_or(false)
     }
 
     /// Starts the device workers and the keep-alive thread. They serve the commit and the rollback as well.
@@ -170,6 +186,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
     pub(super) fn enter(&self, wanted: impl Fn(usize) -> Option<State>) -> Result<()> {
         // This waits for all devices, also after a failure.
         self.command(|at| wanted(at).map(Command::Enter)).into_iter().collect()
+    }
+
+    /// Checks that loaded devices are where the engine has left them.
+    pub(super) fn check(&self, wanted: impl Fn(usize) -> bool) -> Result<()> {
+        self.command(|at| wanted(at).then_some(Command::Check)).into_iter().collect()
     }
 
     /// Resets the devices that were asked to run, so that none of them ever runs this guest. Returns whether all resets

@@ -70,7 +70,7 @@ fn a_device_without_an_end_undoes_the_move_whether_it_is_stopped_or_not() {
         let (from, to) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)]);
         let moved = Source::new(&from, &options).with_vmm(&vmm);
         let unlimited = crate::common::options();
-        let (outcome, received) = move_over_a_link(moved, &Destination::new(&to, &ledger, &unlimited));
+        let (outcome, received) = move_over_a_link(moved, Destination::new(&to, &ledger, &unlimited));
         let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };
         assert_endless(&why, "endless");
         assert!(matches!(received, Received::Discarded { .. }));
@@ -89,7 +89,7 @@ fn a_source_or_a_snapshot_with_more_data_than_a_device_may_have_is_refused() {
     let destination = Hooked::new("here", flags, &[]);
     let to = [MovedDevice::new(&destination)];
     let moved = Source::new(&from, &unlimited);
-    let (outcome, received) = move_over_a_link(moved, &Destination::new(&to, &ledger, &limited));
+    let (outcome, received) = move_over_a_link(moved, Destination::new(&to, &ledger, &limited));
     let Received::Discarded { why, .. } = received else { panic!("{received:?}") };
     assert_endless(&why, "here");
     let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };

@@ -45,7 +45,8 @@ pub mod hooked;
 mod links;
 mod odd;
 pub mod peer;
-mod steps;
+#[path = "../../scripted/mod.rs"]
+mod scripted;
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -56,15 +57,15 @@ pub use device::{TestDevice, world};
 pub use door::Door;
 use limosa_client::DirtySource;
 use limosa_migrate::{
-    Cancel, Convergence, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice,
-    Nobody, Observer, Options, Outcome, Received, Source, Vmm,
+    AfterLoad, Cancel, Convergence, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion,
+    MovedDevice, Nobody, Observer, Options, Outcome, Received, Source, Vmm,
 };
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use links::{Fault, FaultyLink, Way, move_over_links};
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use odd::Quirks;
 #[allow(unused_imports, reason = "each test binary uses a part")]
-pub use steps::Step;
+pub use scripted::Step;
 
 use limosa_migrate::link::{Link, SocketLink};
 use limosa_protocol::State;
@@ -110,6 +111,7 @@ pub struct Ends {
     /// Of the source, where it differs.
     pub source_options: Option<Options>,
     pub cancel: Option<Cancel>,
+    pub after: AfterLoad,
     pub vmm: Arc<dyn Vmm + Send>,
     pub observer: Arc<dyn Observer + Send>,
     /// What each side says that its devices are.
@@ -131,6 +133,7 @@ impl Ends {
             options: options(),
             source_options: None,
             cancel: None,
+            after: AfterLoad::default(),
             vmm: Arc::new(Nobody),
             observer: Arc::new(Nobody),
             kinds: (None, None),
@@ -166,15 +169,16 @@ impl Ends {
     }
 
     /// Runs `act` with the destination's end.
-    pub fn with_destination<R>(&self, act: impl FnOnce(&Destination<'_>) -> R) -> R {
+    pub fn with_destination<R>(&self, act: impl FnOnce(Destination<'_>) -> R) -> R {
         let devices: Vec<_> = (self.destination.iter())
             .map(|device| MovedDevice::new(&device.client).with_kind(self.kinds.1.clone()))
             .collect();
         let regions: Vec<_> = (self.memory.iter())
             .map(|(_, pages, size)| MemoryRegion { id: 0, iova: 0, size: *size, pages: &**pages })
             .collect();
-        act(&Destination::new(&devices, &self.ledger, &self.options)
+        act(Destination::new(&devices, &self.ledger, &self.options)
             .with_memory(&regions)
+            .with_after(self.after)
             .with_vmm(&*self.vmm))
     }
 
