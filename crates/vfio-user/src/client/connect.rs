@@ -34,6 +34,9 @@ struct Fresh<'a> {
     deadline: Instant,
 }
 
+/// What was agreed on, and the server's socket for DMA messages.
+type Agreed = (Limits, Option<Foreign<UnixStream>>);
+
 /// What a look at the server's handling of DEVICE_FEATURE showed.
 enum Probed {
     /// It keeps its step.
@@ -123,7 +126,7 @@ impl<'a> Fresh<'a> {
         name: &'a str,
         options: &'a Options,
         stream: Foreign<UnixStream>,
-    ) -> Result<(Fresh<'a>, (Limits, Option<Foreign<UnixStream>>))> {
+    ) -> Result<(Fresh<'a>, Agreed)> {
         let (receiver, sender) = connection::split(stream, options.waits())
             .map_err(|failure| error(name, "VERSION", failure.into()))?;
         let deadline = Instant::now() + options.request_limit;
