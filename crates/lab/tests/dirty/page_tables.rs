@@ -78,6 +78,30 @@ fn page_tables_with_huge_pages_tell_at_least_what_was_written() {
 
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_report_of_a_part_of_a_huge_page_lost_the_rest_of_it() {
+    let vmm = AddressSpace::new(Door::Cdev).unwrap();
+    let (iommufd, ioas) = vmm.ioas().unwrap();
+    let device = MockDevice::new(iommufd, ioas, true);
+    let page_table = attach(&vmm, "dev", &device);
+    let guest = memory(4 << 20);
+    vmm.map("vmm", &file(&guest, APERTURE, 4 << 20)).unwrap();
+    // One that knows what is mapped, and one that has to ask.
+    for space in [vmm.clone(), AddressSpace::from_page_tables(iommufd, ioas, &[page_table]).unwrap()] {
+        let log = space.dirty_log();
+        log.start(PAGE, &[]).unwrap();
+        for (written, asked) in [(0, 300), (255, 256), (500, 1), (1023, 700)] {
+            mock_iommu::write(iommufd, page_table, APERTURE, &[written]);
+            let part = report(&log, APERTURE + asked * PAGE, 1);
+            let rest = report(&log, APERTURE, 1024);
+            assert!(rest.contains(&written), "{written} after {asked}: {part:?}, {} pages", rest.len());
+            assert!(!rest.contains(&asked) || part.is_empty(), "{asked} is told once");
+            assert!(report(&log, APERTURE, 1024).is_empty(), "told once");
+        }
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
 fn what_is_unmapped_in_an_ioas_is_in_its_bitmap_and_in_the_next_report() {
     let space = AddressSpace::new(Door::Cdev).unwrap();
     let (iommufd, ioas) = space.ioas().unwrap();

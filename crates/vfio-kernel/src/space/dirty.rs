@@ -16,6 +16,9 @@ use super::{AddressSpace, Kind, State, usage};
 ///
 /// Of a page that a mediated device keeps pinned a container never knows that it is clean.
 ///
+/// A report may be of any range. The kernel is asked for all of the mappings that the range touches, and what was written
+/// beside the range is kept for the next report of it. So a report of whole mappings costs least.
+///
 /// Memory is best unmapped through its [`AddressSpace`]: what was written there comes out of the next report. With
 /// iommufd, whatever a device writes *while* its memory is being unmapped may be missed: the kernel has no way to
 /// unmap and read at once.

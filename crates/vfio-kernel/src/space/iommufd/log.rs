@@ -2,8 +2,10 @@
 //!
 //! A bitmap may be asked for of memory that is mapped without a hole, from and to a multiple of the IOAS's alignment. Linux
 //! refuses ranges that are aligned otherwise, and not those with a hole: of these it answers up to the first hole, and
-//! says that all is well. So what is mapped must be known here. In an IOAS of a caller's, who may have mapped memory
-//! otherwise, the kernel is asked ([`PageTables::with_questions`]).
+//! says that all is well. Of a page of the IOMMU's that begins before the range it tells what lies in the range, and
+//! clears all of it; such a page may be as large as the mapping that it is in. So what is mapped must be known here, and
+//! is read whole. In an IOAS of a caller's, who may have mapped memory otherwise, the kernel is asked
+//! ([`PageTables::with_questions`]).
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,8 +23,9 @@ use super::super::usage;
 /// arithmetic.
 pub const PAGE_SIZE: u64 = REPORT_PAGE_SIZE_MIN;
 
-/// How many bytes of memory are asked for at once: a bitmap of 512 KiB. iommufd knows no limit of its own.
-const CHUNK_BYTES: u64 = PAGE_SIZE << 22;
+/// How many bytes of memory are asked for at once, which makes a bitmap of 32 MiB; iommufd knows no limit of its own. No
+/// page of an IOMMU's is as large, so that none is cut by the multiples of this.
+const CHUNK_BYTES: u64 = 1 << 40;
 
 /// How often the kernel is asked what is mapped, for one report.
 const QUESTIONS_MAX: usize = 10_000;
@@ -114,14 +117,18 @@ impl<K: PageTables> DoorLog for PageTableLog<K> {
     }
 
     fn spans(&self, name: &str, mappings: &Mappings, range: Span) -> Result<Vec<Span>> {
-        let alignment = self.kernel.alignment()?.max(PAGE_SIZE);
-        let range = range.rounded_out(alignment);
         let parts = if self.kernel.is_ours() {
-            joined(mappings.touching(range).filter_map(|mapping| mapping.span().overlap(range)))
+            // The kernel took them as they are aligned.
+            joined(mappings.touching(range).map(|mapping| mapping.span()))
         } else {
-            self.kernel.with_questions(name, |is_mapped| mapped(name, range, alignment, is_mapped))?
+            let alignment = self.kernel.alignment()?.max(PAGE_SIZE);
+            self.kernel.with_questions(name, |is_mapped| {
+                let first = page_around(range.first, alignment, is_mapped)?.first;
+                let last = page_around(range.last, alignment, is_mapped)?.last;
+                mapped(name, Span { first, last }, alignment, is_mapped)
+            })?
         };
-        Ok(chunks(&parts, CHUNK_BYTES.max(alignment)))
+        Ok(chunks(&parts))
     }
 
     fn read(&self, name: &str, span: Span) -> Result<Vec<u64>> {
@@ -156,15 +163,37 @@ fn joined(spans: impl IntoIterator<Item = Span>) -> Vec<Span> {
     parts
 }
 
-/// These spans in pieces of at most so many bytes.
-fn chunks(spans: &[Span], bytes: u64) -> Vec<Span> {
-    let chunks = spans.iter().flat_map(|span| {
-        (0..span.pages(bytes)).map(move |at| {
-            let first = span.first + at * bytes;
-            Span { first, last: first.saturating_add(bytes - 1).min(span.last) }
-        })
-    });
-    chunks.collect()
+/// These spans, none of them with more than [`CHUNK_BYTES`].
+fn chunks(spans: &[Span]) -> Vec<Span> {
+    let mut chunks = Vec::new();
+    for span in spans {
+        let mut first = span.first;
+        loop {
+            let last = span.last.min(first | (CHUNK_BYTES - 1));
+            chunks.push(Span { first, last });
+            if last == span.last {
+                break;
+            }
+            first = last + 1;
+        }
+    }
+    chunks
+}
+
+/// The largest page of an IOMMU's that an address may lie in: it begins at a multiple of its size, and all of it is mapped.
+fn page_around(
+    address: u64,
+    alignment: u64,
+    is_mapped: &mut dyn FnMut(Span) -> Result<bool>,
+) -> Result<Span> {
+    let around = |bytes| Span { first: address, last: address }.rounded_out(bytes);
+    let mut bytes = alignment;
+    // One larger would have to be mapped here, too.
+    while bytes < CHUNK_BYTES && is_mapped(around(bytes))? {
+        bytes *= 2;
+    }
+    // This one is not mapped any more.
+    Ok(around(if bytes > alignment { bytes / 2 } else { bytes }))
 }
 
 /// The parts of an aligned range that are mapped, each without a hole, by halves.

@@ -1,18 +1,18 @@
-//! The log of page tables over a kernel that keeps iommufd's rules, with an IOMMU of 64 KiB pages.
+//! The log of page tables over a kernel that keeps iommufd's rules, with an IOMMU of pages of 64 KiB and larger ones.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use limosa_client::DirtyBits;
 use limosa_protocol::Errno;
-use limosa_protocol::bitmap::runs;
+use limosa_protocol::bitmap::{runs, set_range};
 
 use super::super::super::log::Log;
 use super::super::super::refused;
 use super::*;
 
 const PAGE: u64 = PAGE_SIZE;
-/// A page of the IOMMU's, which it knows to be dirty or clean as a whole.
+/// The smallest page of the IOMMU's.
 const UNIT: u64 = 16 * PAGE;
 
 /// A kernel with an IOAS.
@@ -28,11 +28,11 @@ struct State {
     tables: BTreeMap<u32, bool>,
     /// The tables that refuse to be turned on or off.
     stubborn: BTreeSet<u32>,
-    /// Dirty pages of the IOMMU's, by table and number.
+    /// Dirty pages of the IOMMU's, which are dirty or clean as a whole, by table and first address.
     dirty: BTreeSet<(u32, u64)>,
     mapped: Vec<Span>,
-    /// Of each successful reading, its span.
-    reads: Vec<Span>,
+    /// Pages of the IOMMU's that are larger than [`UNIT`].
+    large: Vec<Span>,
     /// A reading fails once it comes to these addresses.
     fails_at: Option<u64>,
     unmap_refusal: Option<Errno>,
@@ -53,11 +53,21 @@ impl Kernel {
     }
 
     fn write(&self, table: u32, page: u64) {
-        self.state.lock().unwrap().dirty.insert((table, page * PAGE / UNIT));
+        let mut state = self.state.lock().unwrap();
+        let first = state.page_around(page * PAGE).first;
+        state.dirty.insert((table, first));
     }
 
     fn tracking(&self) -> Vec<bool> {
         self.state.lock().unwrap().tables.values().copied().collect()
+    }
+}
+
+impl State {
+    fn page_around(&self, address: u64) -> Span {
+        let address = Span { first: address, last: address };
+        let large = self.large.iter().find(|large| large.contains(address));
+        large.copied().unwrap_or_else(|| address.rounded_out(UNIT))
     }
 }
 
@@ -88,23 +98,25 @@ impl PageTables for Kernel {
         if span != span.rounded_out(UNIT) {
             return Err(refusal(Errno::EINVAL));
         }
-        for unit in span.first / UNIT..=span.last / UNIT {
-            let at = unit * UNIT;
+        let mut at = span.first;
+        while at < span.last {
             if !state.mapped.iter().any(|mapped| (mapped.first..=mapped.last).contains(&at)) {
                 break;
             }
             if state.fails_at.is_some_and(|fails| fails <= at) {
                 return Err(refusal(Errno::EFAULT));
             }
-            if state.dirty.contains(&(table, unit)) {
-                let page = (at - span.first) / PAGE;
-                (page..page + UNIT / PAGE).for_each(|bit| words[(bit / 64) as usize] |= 1 << (bit % 64));
+            let page = state.page_around(at);
+            if state.dirty.contains(&(table, page.first)) {
+                let last = page.last.min(span.last);
+                let (first, last) = ((at - span.first) / PAGE, (last - span.first) / PAGE);
+                set_range(words, first, last - first + 1);
                 if !keep {
-                    state.dirty.remove(&(table, unit));
+                    state.dirty.remove(&(table, page.first));
                 }
             }
+            at = page.last + 1;
         }
-        state.reads.push(span);
         Ok(())
     }
 
@@ -172,11 +184,28 @@ fn a_range_that_cuts_a_page_of_the_iommu_was_refused_by_the_kernel() {
         [20, 60, 100].iter().for_each(|page| kernel.write(1, *page));
         // From within one dirty page of the IOMMU to within another, over a hole.
         assert_eq!(report(&mut log, &mappings, 24, 75).unwrap(), list(&[24..32, 48..64, 96..99]));
-        assert_eq!(kernel.state.lock().unwrap().reads, [span(16, 48), span(96, 16)], "aligned");
         // What lies beside it was cleared with it, and is told once.
         assert_eq!(report(&mut log, &mappings, 0, 20).unwrap(), list(&[16..20]));
         assert_eq!(report(&mut log, &mappings, 0, 128).unwrap(), list(&[20..24, 99..112]));
         assert_eq!(report(&mut log, &mappings, 0, 128).unwrap(), []);
+    }
+}
+
+#[test]
+fn a_report_of_a_part_of_a_large_page_lost_the_rest_of_it() {
+    for is_ours in [true, false] {
+        // All of a mapping, a part of one, and a large page beside small ones.
+        let (kernel, mut log, mappings) = logged(is_ours, &[(0, 64), (64, 64), (144, 48)]);
+        kernel.state.lock().unwrap().large = vec![span(0, 64), span(64, 32), span(160, 32)];
+        for (page, first, last) in [(3, 0, 64), (63, 0, 64), (70, 64, 96), (100, 96, 112), (191, 160, 192)] {
+            for cut in [first, first + 5, last - 1] {
+                kernel.write(1, page);
+                assert_eq!(report(&mut log, &mappings, cut, 1).unwrap(), [cut], "{page}");
+                let rest = list(&[first..cut, cut + 1..last]);
+                assert_eq!(report(&mut log, &mappings, 0, 200).unwrap(), rest, "{page} after {cut}");
+                assert_eq!(report(&mut log, &mappings, 0, 200).unwrap(), []);
+            }
+        }
     }
 }
 
@@ -188,7 +217,7 @@ fn a_report_that_failed_lost_the_pages_beside_its_range() {
     report(&mut log, &mappings, 20, 40).unwrap_err();
     kernel.state.lock().unwrap().fails_at = None;
     let after = report(&mut log, &mappings, 0, 64).unwrap();
-    assert_eq!(after, list(&[16..20, 60..64]), "all that the caller was not told is lost");
+    assert_eq!(after, list(&[0..20, 60..64]), "all of which the caller was not told that it is lost");
 }
 
 #[test]
@@ -277,11 +306,10 @@ fn memory_in_more_pieces_than_can_be_asked_for_is_an_error() {
 }
 
 #[test]
-fn chunks_cover_their_spans() {
-    let chunk = CHUNK_BYTES;
+fn chunks_end_at_multiples_of_their_size() {
     let of = |iova, size| Span::of(iova, size).unwrap();
-    let far = 1 << 50;
-    let spans = [of(0, chunk), of(far, 2 * chunk + PAGE), of(u64::MAX - PAGE + 1, PAGE)];
-    let expected = [spans[0], of(far, chunk), of(far + chunk, chunk), of(far + 2 * chunk, PAGE), spans[2]];
-    assert_eq!(chunks(&spans, chunk), expected);
+    let (chunk, far) = (CHUNK_BYTES, 1 << 50);
+    let spans = [of(0, chunk), of(far - PAGE, 2 * chunk + 2 * PAGE), of(u64::MAX - PAGE + 1, PAGE)];
+    let far = [of(far - PAGE, PAGE), of(far, chunk), of(far + chunk, chunk), of(far + 2 * chunk, PAGE)];
+    assert_eq!(chunks(&spans), [&spans[..1], &far, &spans[2..]].concat());
 }
