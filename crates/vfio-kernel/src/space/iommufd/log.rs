@@ -2,8 +2,8 @@
 //!
 //! A bitmap may be asked for of memory that is mapped without a hole, from and to a multiple of the IOAS's alignment. Linux
 //! refuses ranges that are aligned otherwise, and not those with a hole: of these it answers up to the first hole, and
-//! says that all is well. Of a page of the IOMMU's that begins before the range it tells what lies in the range, and
-//! clears all of it; such a page may be as large as the mapping that it is in. So what is mapped must be known here, and
+//! says that all is well. Of a page of the IOMMU's that begins before the range it tells what lies in the range, or in
+//! newer kernels nothing, and clears all of it; such a page may be as large as the mapping that it is in. So what is mapped must be known here, and
 //! is read whole. In an IOAS of a caller's, who may have mapped memory otherwise, the kernel is asked
 //! ([`PageTables::with_questions`]).
 
