@@ -188,11 +188,11 @@ impl Computer {
         })
     }
 
-    fn as_destination(&self, act: impl FnOnce(&Destination<'_>) -> Received) -> Received {
+    fn as_destination(&self, act: impl FnOnce(Destination<'_>) -> Received) -> Received {
         let devices = self.moved();
         let ledger = self.ledger();
         let cancel = self.cancel.lock().expect("not poisoned").clone();
-        act(&Destination::new(&devices, &ledger, &self.options)
+        act(Destination::new(&devices, &ledger, &self.options)
             .with_memory(&self.regions())
             .with_vmm(self)
             .with_observer(self)
@@ -331,6 +331,8 @@ impl Computer {
     /// Nothing is wrong here any more.
     pub fn heal(&self) {
         *self.cancel.lock().expect("not poisoned") = Cancel::new().expect("an eventfd");
+        // The process that was called off may have crashed before anybody asked how it ended.
+        self.cancelled.lock().take();
         for flag in
             [&self.note_full, &self.prepare_refused, &self.stop_refused, &self.log_lost, &self.memory.fails]
         {
