@@ -61,25 +61,6 @@ fn page_tables_tell_what_was_written() {
 
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
-fn page_tables_with_huge_pages_tell_at_least_what_was_written() {
-    let space = AddressSpace::new(Door::Cdev).unwrap();
-    let (iommufd, ioas) = space.ioas().unwrap();
-    let device = MockDevice::new(iommufd, ioas, true);
-    let page_table = attach(&space, "dev", &device);
-    let guest = memory(4 << 20);
-    space.map("dev", &file(&guest, APERTURE, 4 << 20)).unwrap();
-    let log = space.dirty_log();
-    log.start(PAGE, &[]).unwrap();
-    for page in [0, 1, 511, 512, 1000] {
-        mock_iommu::write(iommufd, page_table, APERTURE, &[page]);
-        let told = report(&log, APERTURE, 1024);
-        assert!(told.contains(&page), "{page}: {told:?}");
-        assert!(report(&log, APERTURE, 1024).is_empty(), "told once");
-    }
-}
-
-#[test]
-#[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_report_of_a_part_of_a_huge_page_lost_the_rest_of_it() {
     let vmm = AddressSpace::new(Door::Cdev).unwrap();
     let (iommufd, ioas) = vmm.ioas().unwrap();
