@@ -35,8 +35,7 @@ fn framed(mut input: Input<'_>) -> (Vec<u8>, u32) {
         let (section, position) = (input.take(), input.take());
         let length = usize::from(input.take::<u16>()) % 300;
         let (payload, rest) = input.0.split_at(input.0.len().min(length));
-        let (least, most) = kind.payload_bytes();
-        if kind.name().is_some() && (least..=most).contains(&payload.len()) {
+        if kind.name().is_some() && kind.allows(payload.len()) {
             stream.extend(Header::new(kind, section, position, frames, payload).encode());
             stream.extend(payload);
             frames += 1;

@@ -13,7 +13,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::Error;
 use crate::cancel::timespec;
-use crate::link::{Address, FurtherLinks, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait};
+use crate::link::{
+    Address, Fingerprint, FurtherLinks, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait,
+};
 use crate::lock::lock;
 use crate::wire::{FrameReader, say_why};
 use limosa_stream::{Damage, PREFACE_BYTES, Preface};
@@ -309,6 +311,10 @@ impl Link for WithPreface {
 
     fn has_peer(&self) -> bool {
         self.inner.has_peer()
+    }
+
+    fn peer_fingerprint(&self) -> Option<Fingerprint> {
+        self.inner.peer_fingerprint()
     }
 }
 

@@ -96,7 +96,8 @@ impl Receiving<'_, '_> {
         if header.kind != Kind::JOIN {
             return Err(reader.damaged(misplaced("JOIN is due".into())));
         }
-        let number = decode_u32(reader.payload(&header));
+        let number = self.proofs.check(header.kind, reader.payload(&header)).map(decode_u32);
+        let number = number.map_err(|damage| reader.damaged(damage))?;
         if number == 0 || number >= LINKS_MAX {
             let why = format!("link {number}, expected 1 to {}", LINKS_MAX - 1);
             return Err(reader.damaged(Damage::Content { kind: Kind::JOIN, why }));

@@ -13,7 +13,7 @@ mod receiving;
 mod snapshot;
 
 use limosa_clockwork::Scope;
-use limosa_stream::{MigrationId, Offer};
+use limosa_stream::{MigrationId, Offer, Proofs};
 
 pub use snapshot::AfterLoad;
 
@@ -29,7 +29,7 @@ use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
 use commit::NotStarted;
-use handshake::Greeting;
+use handshake::{Greeting, proofs};
 use receiving::Receiving;
 
 /// The side to which devices come.
@@ -78,7 +78,8 @@ pub enum Received {
         /// How far it came.
         report: Report,
     },
-    /// It was not a move: a source in doubt asked, and got an answer.
+    /// It was not a move: a source in doubt asked, proved that it is the move's, and got an answer. Or anybody asked about a
+    /// move that is not known here.
     Answered {
         /// The move that it asked about.
         id: MigrationId,
@@ -156,7 +157,7 @@ impl<'a> Destination<'a> {
         context.recorder.phase(Phase::Handshake);
         let greeting = guard("the handshake", || self.greet(&context, &connection));
         let ending = match greeting {
-            Ok(Greeting::Query(id)) => return self.answer_query(id, &connection, context),
+            Ok(Greeting::Query(id, query)) => return self.answer_query(id, &query, &connection, context),
             Ok(Greeting::Offer(id, offer)) => {
                 self.run(&context, &connection, further, &offer, Then::Commit(id))
             }
@@ -191,7 +192,11 @@ impl<'a> Destination<'a> {
         then: Then,
     ) -> Ending {
         let receiving = guard("the destination", || {
-            Receiving::new(context, connection, self.devices, self.memory, offer)
+            let proofs = match then {
+                Then::Commit(id) => proofs(id, offer)?,
+                Then::Loaded(_) => Proofs::none(),
+            };
+            Receiving::new(context, connection, self.devices, self.memory, offer, proofs)
         });
         let receiving = match receiving {
             Ok(receiving) => receiving,

@@ -7,7 +7,7 @@ use limosa_clockwork::{Guard, Monitor, Scope};
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::NEEDS_CREDIT;
 use limosa_stream::buffer::Spares;
-use limosa_stream::{Offer, Order};
+use limosa_stream::{Offer, Order, Proofs};
 
 use super::device_loader::DeviceLoader;
 use super::device_queue::{Command, DeviceQueue};
@@ -44,6 +44,7 @@ pub(super) struct Receiving<'w, 'a> {
     /// The regions, by their index in the offer.
     pub(super) regions: Vec<Option<&'w MemoryRegion<'a>>>,
     pub(super) order: Monitor<Order>,
+    pub(super) proofs: Proofs,
     /// Whether the source sends no more than the window allows.
     pub(super) has_credit: bool,
     pub(super) window: u64,
@@ -74,6 +75,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         devices: &'a [MovedDevice<'a>],
         memory: &'w [MemoryRegion<'a>],
         offer: &Offer,
+        proofs: Proofs,
     ) -> Result<Receiving<'w, 'a>> {
         let team = Team::new(context.cancel)?;
         let joined = team.ended().child().map_err(|error| Error::Os { doing: "making an event", error })?;
@@ -96,7 +98,8 @@ impl<'w, 'a> Receiving<'w, 'a> {
             flags: OnceLock::new(),
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
             regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
-            order: Monitor::new(Order::new(offer)),
+            order: Monitor::new(Order::new(offer).with_proofs(proofs.clone())),
+            proofs,
             has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
             window,
             keeps_links_alive: offer.keeps_links_alive,

@@ -7,7 +7,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::{Monitor, catch, now};
-use limosa_stream::body::encode_abort;
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
 
@@ -191,15 +190,14 @@ impl<'a> FrameWriter<'a> {
         }
     }
 
-    /// Sends ABORT with the reason. Returns whether it was sent within the limit.
-    pub(crate) fn abort(&self, error: &Error, limit: Duration) -> bool {
+    /// Sends a frame that ends the move. Returns whether it was sent within the limit.
+    pub(crate) fn last_word(&self, frame: &Frame<'_>, limit: Duration) -> bool {
         let mut turn = self.turn(None);
         let Some(state) = &mut turn.state else { return false };
-        let code_and_reason = encode_abort(error.abort_code(), &error.to_string());
-        let mut header = header_of(&Frame::new(Kind::ABORT, &code_and_reason));
+        let mut header = header_of(frame);
         header.sequence = state.sequence;
         let whole = Wait::within(limit, None);
-        state.write_within(&|| whole, self, [&header.encode(), &code_and_reason], "calling off").is_ok()
+        state.write_within(&|| whole, self, [&header.encode(), frame.payload], "calling off").is_ok()
     }
 
     /// How many threads and frames send or wait.

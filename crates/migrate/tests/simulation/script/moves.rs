@@ -62,8 +62,9 @@ impl Script<'_> {
                     source_crashed = true;
                     summary.crashes += 1;
                     self.source_restarts();
-                    match *self.source.noted.lock().expect("not poisoned") {
-                        Some(id) => InDoubt::recover(id),
+                    let noted = self.source.noted.lock().expect("not poisoned").clone();
+                    match noted {
+                        Some(note) => InDoubt::recover(note),
                         // It never came to the commit.
                         None => {
                             sent =
