@@ -9,8 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use limosa_migrate::Vmm;
-use limosa_stream::MigrationId;
+use limosa_migrate::{CommitNote, Vmm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process};
 use serde::{Deserialize, Serialize};
@@ -103,10 +102,10 @@ impl Vmm for Guest<'_> {
         self.processes.iter().try_for_each(Process::wait_until_stopped)
     }
 
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
         let Some(noting) = &self.noting else { return Ok(()) };
         let stopped = self.stopped().map(Process::noted).collect::<Result<_, _>>()?;
-        noting.note(id, stopped, self.on_stop.map(str::to_owned))
+        noting.note(note.clone(), stopped, self.on_stop.map(str::to_owned))
     }
 
     fn resume(&self) {

@@ -7,9 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::Context;
-use limosa_migrate::Ledger;
-use limosa_stream::MigrationId;
+use limosa_migrate::{CommitNote, Ledger};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::exit::{self, Code};
@@ -27,7 +25,9 @@ pub struct Moves {
 /// ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Doubt {
-    pub id: String,
+    /// The id, and what tells the destination's answer from a stranger's: a secret, which is for nobody else.
+    #[serde(flatten)]
+    pub commit: CommitNote,
     /// The source's devices, as they were named.
     #[serde(alias = "device", deserialize_with = "one_or_more")]
     pub devices: Vec<String>,
@@ -125,12 +125,12 @@ impl Moves {
 
     fn note(&self, doubt: &Doubt) -> anyhow::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
-        let hidden = self.folder.join(format!(".{}.partial", doubt.id));
+        let hidden = self.folder.join(format!(".{}.partial", doubt.commit.id));
         // Of a process that died; it may have another mode.
         let _ = fs::remove_file(&hidden);
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&hidden)?;
         file.write_all(&serde_json::to_vec(doubt)?)?;
-        Ok(fs::rename(&hidden, self.path(&doubt.id))?)
+        Ok(fs::rename(&hidden, self.path(&doubt.commit.id.to_string()))?)
     }
 
     fn path(&self, id: &str) -> PathBuf {
@@ -157,14 +157,14 @@ impl Sending<'_> {
     /// Notes a move that is about to be committed, with those that stand still for it.
     pub fn note(
         &self,
-        id: MigrationId,
+        commit: CommitNote,
         stopped: Vec<Stopped>,
         on_stop: Option<String>,
     ) -> Result<(), String> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (devices, to) = (self.devices.clone(), self.to.clone());
         let (saved, tls) = (self.saved, self.tls);
-        let doubt = Doubt { id: id.to_string(), devices, to, saved, since, tls, stopped, on_stop };
+        let doubt = Doubt { commit, devices, to, saved, since, tls, stopped, on_stop };
         match self.moves.note(&doubt) {
             Err(error) if self.moves.given => Err(format!("{}: {error}", self.moves.folder.display())),
             Err(error) => {
@@ -173,11 +173,5 @@ impl Sending<'_> {
             }
             Ok(()) => Ok(()),
         }
-    }
-}
-
-impl Doubt {
-    pub fn id(&self) -> anyhow::Result<MigrationId> {
-        self.id.parse().with_context(|| format!("`{}`", self.id))
     }
 }

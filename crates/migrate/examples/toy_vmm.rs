@@ -28,8 +28,8 @@ use limosa_device::{Bus, Description, Fault, Loopback, Machine, Model, Whole, Wh
 use limosa_migrate::link::{Address, Bandwidth, Connector, Listener, Wait, connect};
 use limosa_migrate::{Acceptor, Incoming};
 use limosa_migrate::{
-    Cancel, CommitNote, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory, MemoryRegion,
-    MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,
+    Cancel, CommitNote, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory,
+    MemoryRegion, MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig, registers};
 use limosa_models::uart::{Line, Uart};

@@ -285,6 +285,11 @@ pub struct Tls {
     /// and receive accepts every name.
     #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
     pub tls_name: Option<String>,
+
+    /// Believe a peer that is not authenticated. A peer of a version whose words about the commit carry no proofs is one,
+    /// and so is the other end of a move of which no secret was noted.
+    #[arg(long)]
+    pub insecure: bool,
 }
 
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::moving;
 use crate::args;
 use crate::exit::{self, Code};
-use crate::guest::Guest;
+use crate::guest::{Guest, Stopped};
 use crate::links::{self, Links};
 use crate::moves::{Doubt, Moves};
 use crate::open::{self, Opening};
@@ -23,8 +23,39 @@ use crate::side::Side;
 
 /// What `limosa resolve` without a device prints.
 #[derive(Serialize)]
-struct Doubts {
-    in_doubt: Vec<Doubt>,
+struct Doubts<'a> {
+    in_doubt: Vec<Listed<'a>>,
+}
+
+/// A note of a move in doubt without its secret.
+#[derive(Serialize)]
+struct Listed<'a> {
+    id: String,
+    devices: &'a [String],
+    to: &'a str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    saved: bool,
+    since: u64,
+    tls: bool,
+    #[serde(skip_serializing_if = "<[Stopped]>::is_empty")]
+    stopped: &'a [Stopped],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    on_stop: Option<&'a str>,
+}
+
+impl<'a> From<&'a Doubt> for Listed<'a> {
+    fn from(doubt: &'a Doubt) -> Listed<'a> {
+        Listed {
+            id: doubt.commit.id.to_string(),
+            devices: &doubt.devices,
+            to: &doubt.to,
+            saved: doubt.saved,
+            since: doubt.since,
+            tls: doubt.tls,
+            stopped: &doubt.stopped,
+            on_stop: doubt.on_stop.as_deref(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -46,7 +77,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
         return list(&moves, out);
     }
     let noted = moves.doubts()?.into_iter().rev().find(|doubt| match (&args.id, &args.device) {
-        (Some(id), _) => doubt.id == *id,
+        (Some(id), _) => doubt.commit.id.to_string() == *id,
         (None, Some(name)) => is_of(doubt, name),
         (None, None) => false,
     });
@@ -54,7 +85,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
         (Some(id), _) => {
             id.parse().map_err(|error| exit::error(Code::Usage, format!("--id {id}: {error}")))?
         }
-        (None, Some(noted)) => noted.id()?,
+        (None, Some(noted)) => noted.commit.id,
         (None, None) => {
             let what = format!(
                 "{}: no move of this device is noted as in doubt; `limosa resolve` lists those that are, and --id names \
@@ -90,13 +121,16 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
     let guest = Guest::stopped_before(stopped, args.on_resume.as_deref());
     let side = Side::moved_before(opening, &names)?;
     let name = side.name();
-    let mut doubt = InDoubt::recover(id);
+    // Of a move that is not noted nobody's answer can be told from a stranger's.
+    let commit = noted.as_ref().map_or_else(|| id.into(), |noted| noted.commit.clone());
+    let mut doubt = InDoubt::recover(commit);
+    let options = Options::default().with_unauthenticated_peers(args.tls.insecure);
     let outcome = match args.decide {
-        Some(decision) => with(&side, &guest, |source| source.decide(decision.into(), doubt)),
+        Some(decision) => with(&side, &guest, &options, |source| source.decide(decision.into(), doubt)),
         None if is_saved => {
             let place = Place::new(Path::new(&saved_to), false)?;
-            match published(place.source(), id, Options::default().silence_max, None) {
-                Ok(decision) => with(&side, &guest, |source| source.decide(decision, doubt)),
+            match published(place.source(), id, options.silence_max, None) {
+                Ok(decision) => with(&side, &guest, &options, |source| source.decide(decision, doubt)),
                 Err(why) => {
                     doubt.why = why;
                     Outcome::InDoubt(doubt)
@@ -111,7 +145,6 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
                 ));
             };
             let address = links::address(to)?;
-            let options = Options::default();
             let links = Links::to(&address, &args.tls)?;
             if !links.are_tls() && noted.as_ref().is_some_and(|noted| noted.tls) {
                 let what = format!("move {id} went over TLS, and {to} is to be asked so");
@@ -122,7 +155,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             }
             let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
             let link = links::connect(&links.connector(&address), options.silence_max, None, hint)?;
-            with(&side, &guest, |source| source.resolve(doubt, &link))
+            with(&side, &guest, &options, |source| source.resolve(doubt, &link))
         }
     };
     let (outcome, report) = match outcome {
@@ -180,12 +213,18 @@ fn is_of(doubt: &Doubt, name: &str) -> bool {
     doubt.devices.iter().any(|device| device == name || open::same(device, name))
 }
 
-fn with(side: &Side, guest: &Guest<'_>, act: impl FnOnce(Source<'_>) -> Outcome) -> Outcome {
-    act(Source::new(&side.moved(), &Options::default()).with_vmm(guest))
+fn with(
+    side: &Side,
+    guest: &Guest<'_>,
+    options: &Options,
+    act: impl FnOnce(Source<'_>) -> Outcome,
+) -> Outcome {
+    act(Source::new(&side.moved(), options).with_vmm(guest))
 }
 
 fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
-    let doubts = Doubts { in_doubt: moves.doubts()? };
+    let noted = moves.doubts()?;
+    let doubts = Doubts { in_doubt: noted.iter().map(Listed::from).collect() };
     out.result(&doubts, |to| {
         if doubts.in_doubt.is_empty() {
             return writeln!(to, "no move is in doubt");
@@ -193,7 +232,7 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         doubts.in_doubt.iter().try_for_each(|doubt| {
             let minutes = now.saturating_sub(doubt.since) / 60;
-            let what = match doubt.devices.as_slice() {
+            let what = match doubt.devices {
                 [] => "the guest's memory".to_owned(),
                 devices => devices.join(", "),
             };
@@ -210,7 +249,8 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
 pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
     let (ledger, listener) = (moves.ledger()?, links::listen(&args.listen)?);
-    let (links, options) = (Links::new(&args.tls)?, Options::default());
+    let links = Links::new(&args.tls)?;
+    let options = Options::default().with_unauthenticated_peers(args.tls.insecure);
     let acceptor = links.acceptor(listener, options.silence_max)?;
     out.say(&format!("listening on {}", acceptor.address()));
     let began = Instant::now();

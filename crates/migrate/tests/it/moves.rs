@@ -9,7 +9,8 @@ use crate::common::{Ends, VecPages, world};
 use limosa_client::DeviceExt;
 use limosa_migrate::link::{Address, Link, LinkError, Listener, SocketLink, Wait, connect};
 use limosa_migrate::{
-    Cancel, CommitNote, Error, FilePages, MovedDevice, Observer, Outcome, PAGE_BYTES, Phase, Received, Vmm, move_local,
+    Cancel, CommitNote, Error, FilePages, MovedDevice, Observer, Outcome, PAGE_BYTES, Phase, Received, Vmm,
+    move_local,
 };
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::{AbortCode, MigrationId};

@@ -12,8 +12,8 @@ use crate::common::options;
 use limosa_client::DeviceExt;
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
-    AfterLoad, AfterSave, CommitNote, Destination, DirtyLog, Error, Estimate, GuestPages, Ledger, Memory, MemoryRegion,
-    MovedDevice, Nobody, Observer, Options, Outcome, PAGE_BYTES, Phase, Publication, Received,
+    AfterLoad, AfterSave, CommitNote, Destination, DirtyLog, Error, Estimate, GuestPages, Ledger, Memory,
+    MemoryRegion, MovedDevice, Nobody, Observer, Options, Outcome, PAGE_BYTES, Phase, Publication, Received,
     Round, SnapshotFile, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter, Source, Totals, Vmm,
     WhenStalled,
 };

@@ -9,9 +9,9 @@ use limosa_client::Device;
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{Decision, Error, Options, Outcome, Received};
 use limosa_protocol::{MigrationFlags, State};
-use limosa_stream::body::{encode_abort, encode_device_end};
+use limosa_stream::body::encode_abort;
 use limosa_stream::{
-    AbortCode, Answer, Damage, DeviceFacts, Header, Kind, MigrationId, Offer, Preface, PrefaceFlags, Totals,
+    AbortCode, Answer, Damage, DeviceFacts, Header, Kind, MigrationId, Offer, Preface, PrefaceFlags,
 };
 
 const ID: MigrationId = MigrationId([5; 16]);
@@ -58,11 +58,7 @@ fn greet(peer: &mut Peer) {
 
 /// A whole device of which the destination's would take nothing.
 fn whole(peer: &mut Peer, data: &[u8]) {
-    peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
-    peer.frame(Kind::DEVICE_DATA, 7, 0, data);
-    peer.frame(Kind::STOPPED, 0, 0, &[]);
-    peer.frame(Kind::DEVICE_END, 7, 0, &encode_device_end(data.len() as u64, crc32c::crc32c(data)));
-    let sum = Totals { device_bytes: data.len() as u64, ..Totals::default() };
+    let sum = peer.whole(data);
     peer.frame(Kind::SUM, 0, 0, &sum.encode());
 }
 

@@ -12,9 +12,9 @@ use crate::common::peer::Peer;
 use crate::common::{Door, VecPages, move_over_links, options};
 use limosa_migrate::link::{Bandwidth, LimitedLink, Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
-    Cancel, CommitNote, Destination, DirtyLog, Error, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Ledger,
-    Memory, MemoryRegion, MigrationId, MovedDevice, Obstacle, Options, Outcome, Received, Source, Vmm,
-    WhenStalled,
+    Cancel, CommitNote, Destination, DirtyLog, Error, FingerprintKey, FingerprintLog, Fingerprinted,
+    GuestPages, Ledger, Memory, MemoryRegion, MigrationId, MovedDevice, Obstacle, Options, Outcome, Received,
+    Source, Vmm, WhenStalled,
 };
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{MigrationFlags, State};

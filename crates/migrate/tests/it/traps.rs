@@ -14,9 +14,9 @@ use limosa_client::Error as DeviceError;
 use limosa_device::Fault;
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
-    AbortCode, Cancel, CommitNote, Convergence, Decision, Destination, Difference, DirtyLog, Error, InDoubt, Ledger,
-    Loss, Memory, MemoryRegion, MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Received,
-    Round, Source, Vmm, WhenStalled,
+    AbortCode, Cancel, CommitNote, Convergence, Decision, Destination, Difference, DirtyLog, Error, InDoubt,
+    Ledger, Loss, Memory, MemoryRegion, MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Received, Round,
+    Source, Vmm, WhenStalled,
 };
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{Errno, MigrationFlags, State};

@@ -9,8 +9,8 @@ use limosa_client::DeviceExt;
 use limosa_clockwork::{Monitor, now, simulation};
 use limosa_migrate::link::{Link, Wait};
 use limosa_migrate::{
-    AfterLoad, Cancel, CommitNote, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
-    Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
+    AfterLoad, Cancel, CommitNote, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice,
+    Observer, Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::State;
 

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use limosa_migrate::link::{Link, LinkError, Wait};
 use limosa_migrate::{Acceptor, Incoming};
-use limosa_migrate::{Cancel, Destination, Error, Options, Phase, Received, Report};
-use limosa_stream::Damage;
+use limosa_migrate::{Cancel, Decision, Destination, Error, Mistrust, Options, Phase, Received, Report};
+use limosa_stream::{Damage, Kind};
 
 use super::ended::{Ending, Notes, broken, started};
 use super::{cancel_on_signal, destination, over_link};
@@ -59,7 +59,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
             Received::Runs(report) => {
                 drop(link);
                 if !report.peer_told {
-                    sources.answer(&destination);
+                    sources.answer(&destination, &report.id);
                 }
                 drop(progress);
                 ending.print(&report).and(started(&guest))
@@ -75,7 +75,7 @@ fn wait_and_take(side: &Side, args: &args::Receive, out: &Output) -> anyhow::Res
                 drop(link);
                 ending.failed(&report);
                 if source_may_doubt(&why, &report) {
-                    sources.answer(&destination);
+                    sources.answer(&destination, &report.id);
                 }
                 let notes = Notes(&report.notes).to_string();
                 Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", side.name())))
@@ -100,8 +100,8 @@ impl Sources<'_> {
         self.acceptor.accept(Wait::within(within, Some(self.cancel)))
     }
 
-    /// The source could not be told how the move ended: stays until it has asked.
-    fn answer(&self, destination: &Destination<'_>) {
+    /// The source could not be told how the move ended: stays until it has asked. Nobody else ends the stay by a question.
+    fn answer(&self, destination: &Destination<'_>, of: &str) {
         let stay = 2 * self.silence;
         tracing::warn!(
             "the source may be in doubt how the move ended; staying {stay:?} to be asked; SIGINT ends that"
@@ -116,7 +116,10 @@ impl Sources<'_> {
                 }
                 Err(_) => return,
             };
-            if let Received::Answered { .. } = destination.receive(&link) {
+            if let Received::Answered { id, decision } = destination.receive(&link)
+                && id.to_string() == of
+                && decision != Decision::Unknown
+            {
                 return;
             }
         }
@@ -154,14 +157,19 @@ impl Waiting {
     }
 }
 
-/// Whether the client sent no preface: it sent something else, or nothing.
+/// Whether the client sent no preface: it sent something else, or nothing; or asked about a move that is not its own.
 fn is_no_source(why: &Error, report: &Report) -> bool {
     let is_no_preface = matches!(
         why,
         Error::Stream { damage: Damage::NotAStream, .. } | Error::Link { .. } | Error::TimedOut { .. }
     );
+    let asks_unproven = match why {
+        Error::Stream { damage: Damage::Unproven { kind, .. }, .. } => *kind == Kind::QUERY,
+        Error::Unauthenticated { why, .. } => matches!(why, Mistrust::NoSecret { .. }),
+        _ => false,
+    };
     // The move's id is known once the preface has arrived.
-    report.id.is_empty() && is_no_preface
+    (report.id.is_empty() && is_no_preface) || asks_unproven
 }
 
 /// Whether the link was lost when the source may have sent its COMMIT. The source cannot know that it did not arrive.
