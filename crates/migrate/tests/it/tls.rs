@@ -177,6 +177,27 @@ impl Vmm for Cutting {
     }
 }
 
+/// Asks a destination with this certificate, or without TLS.
+fn resolve(ends: &Ends, doubt: InDoubt, source: &Tls, destination: Option<&Tls>) -> (Outcome, Received) {
+    let (near, far) = SocketLink::pair().unwrap();
+    std::thread::scope(|scope| {
+        let answered = scope.spawn(move || {
+            let far = match destination {
+                Some(tls) => boxed(TlsLink::accept(far, tls, wait())).unwrap(),
+                None => Box::new(far),
+            };
+            ends.with_destination(|destination| destination.receive(&far))
+        });
+        let near = match destination {
+            Some(_) => boxed(TlsLink::connect(near, source, &address(), wait())).unwrap(),
+            None => Box::new(near),
+        };
+        let outcome = ends.with_source(|source| source.resolve(doubt, &near));
+        drop(near);
+        (outcome, answered.join().unwrap())
+    })
+}
+
 #[test]
 fn any_destination_of_the_same_authority_could_answer_for_the_one_that_was_sent_to() {
     let authority = Authority::new();
@@ -197,41 +218,22 @@ fn any_destination_of_the_same_authority_could_answer_for_the_one_that_was_sent_
     let Ok(Outcome::InDoubt(doubt)) = outcome else { panic!("{outcome:?}") };
     assert!(matches!(received, Ok(Received::Discarded { .. })), "{received:?}");
     let expected = doubt.note().peer.expect("it has shown a certificate");
-    let resolve = |doubt: InDoubt, tls: Option<&Tls>| {
-        let (near, far) = SocketLink::pair().unwrap();
-        std::thread::scope(|scope| {
-            let (source, ends) = (&source, &ends);
-            let answered = scope.spawn(move || {
-                let far: Box<dyn Link> = match tls {
-                    Some(tls) => boxed(TlsLink::accept(far, tls, wait())).unwrap(),
-                    None => Box::new(far),
-                };
-                ends.with_destination(|destination| destination.receive(&far))
-            });
-            let near: Box<dyn Link> = match tls {
-                Some(_) => boxed(TlsLink::connect(near, source, &address(), wait())).unwrap(),
-                None => Box::new(near),
-            };
-            let outcome = ends.with_source(|source| source.resolve(doubt, &near));
-            drop(near);
-            (outcome, answered.join().unwrap())
-        })
-    };
     let mut doubt = doubt;
     for tls in [Some(&other), None] {
-        let (outcome, received) = resolve(doubt, tls);
+        let (outcome, received) = resolve(&ends, doubt, &source, tls);
         assert!(!matches!(received, Received::Answered { .. }), "it is not asked: {received:?}");
         let Outcome::InDoubt(still) = outcome else { panic!("{outcome:?}") };
         let said = still.why.to_string();
         says(&said, &["not the destination to which the COMMIT was sent", &expected.to_string(), "--decide"]);
-        let Error::Unauthenticated { why: Mistrust::AnotherCertificate { found, .. }, .. } = &still.why else {
+        let Error::Unauthenticated { why: Mistrust::AnotherCertificate { found, .. }, .. } = &still.why
+        else {
             panic!("{said}")
         };
         assert!(found.is_some() == tls.is_some() && *found != Some(expected), "{said}");
         assert!(!ends.source[0].state().is_running());
         doubt = still;
     }
-    let (outcome, received) = resolve(doubt, Some(&destination));
+    let (outcome, received) = resolve(&ends, doubt, &source, Some(&destination));
     assert!(matches!(outcome, Outcome::Undone { .. }), "{outcome:?}");
     assert!(matches!(received, Received::Answered { .. }), "{received:?}");
     assert_eq!(ends.source[0].state(), State::Running);
@@ -478,6 +480,11 @@ fn with_fault(source: &Tls, destination: &Tls, way: Way, at: u64, fault: Fault) 
         || boxed(TlsLink::accept(far, destination, wait())),
     );
     match (outcome, received) {
+        (Ok(Outcome::InDoubt(doubt)), Ok(received)) => {
+            assert!(!ends.source[0].state().is_running(), "{what}: in doubt");
+            let (outcome, _) = resolve(&ends, doubt, source, Some(destination));
+            ends.check(outcome, received, &what)
+        }
         (Ok(outcome), Ok(received)) => ends.check(outcome, received, &what),
         (outcome, received) => {
             let moved = matches!(outcome, Ok(Outcome::Moved(_) | Outcome::InDoubt(_)));

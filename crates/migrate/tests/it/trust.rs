@@ -227,7 +227,10 @@ fn a_source_that_has_committed_runs_on_and_ends_by_proven_words_only() {
             });
             let Outcome::InDoubt(doubt) = outcome else { panic!("{kind} {forged:?}: {outcome:?}") };
             assert!(is_unproven(&doubt.why, kind), "{forged:?}: {}", doubt.why);
-            assert!(!ends.source[0].state().is_running() && ends.source[0].holds_guest(), "{kind} {forged:?}");
+            assert!(
+                !ends.source[0].state().is_running() && ends.source[0].holds_guest(),
+                "{kind} {forged:?}"
+            );
         }
     }
     // An ABORT can be sent by anybody; before COMMIT it ends the move.
@@ -239,7 +242,9 @@ fn a_source_that_has_committed_runs_on_and_ends_by_proven_words_only() {
 
     let ends = self::ends();
     let outcome = commits(&ends, |peer, _| peer.word(Kind::REFUSED, &reason));
-    let Outcome::Undone { why: Error::Aborted { code, reason, .. }, .. } = outcome else { panic!("{outcome:?}") };
+    let Outcome::Undone { why: Error::Aborted { code, reason, .. }, .. } = outcome else {
+        panic!("{outcome:?}")
+    };
     assert_eq!((code, reason.as_str()), (AbortCode::Device, "it does not start"));
     assert!(ends.source[0].holds_guest() && ends.source[0].state() == State::Running);
 
@@ -385,7 +390,8 @@ fn a_stranger_who_knew_the_id_undid_a_move_by_asking_about_it() {
             if asked_rightly {
                 let (kind, outcome, received) = query(&ends.ledger, None, false);
                 assert_eq!((kind, &outcome[..]), (Kind::OUTCOME, &[1, 0, 0, 0][..]));
-                let answered = matches!(received, Received::Answered { decision: Decision::NotCommitted, .. });
+                let answered =
+                    matches!(received, Received::Answered { decision: Decision::NotCommitted, .. });
                 assert!(answered, "{received:?}");
             }
             peer.word(Kind::COMMIT, &[]);
@@ -411,7 +417,9 @@ fn a_record_without_a_secret_was_answered_to_anybody() {
     assert_eq!(kind, Kind::ABORT);
     let reason = String::from_utf8_lossy(&reason[4..]).into_owned();
     assert!(reason.contains("no secret of it was noted") && reason.contains("--insecure"), "{reason}");
-    let Received::Discarded { why: Error::Unauthenticated { .. }, .. } = received else { panic!("{received:?}") };
+    let Received::Discarded { why: Error::Unauthenticated { .. }, .. } = received else {
+        panic!("{received:?}")
+    };
     let (kind, outcome, received) = query(&ledger, Some(Forged::Bare), true);
     assert_eq!((kind, &outcome[..]), (Kind::OUTCOME, &[2, 0, 0, 0][..]));
     assert!(matches!(received, Received::Answered { decision: Decision::Committed, .. }), "{received:?}");
@@ -457,6 +465,43 @@ fn a_destination_of_an_older_version_is_refused_before_the_guest_is_touched() {
     let Error::Unauthenticated { why, .. } = why else { panic!("{why}") };
     assert_eq!(why, Mistrust::OlderVersion { kind: Kind::ANSWER, lacks: "challenge" });
     assert!(report.devices[0].spans.is_empty(), "{:?}", report.devices[0].spans);
+    assert!(ends.source[0].holds_guest() && ends.source[0].state() == State::Running);
+}
+
+#[test]
+fn a_destination_that_proves_nothing_is_believed_where_that_is_allowed() {
+    let mut ends = ends();
+    ends.options.unauthenticated_peers = true;
+    let outcome = sends(&ends, |peer| {
+        let id = peer.read_id();
+        let (_, payload) = peer.read();
+        let offer = Offer::decode(&payload).unwrap();
+        assert!(offer.needs.iter().all(|need| need != NEEDS_PROOFS), "{:?}", offer.needs);
+        peer.preface(id);
+        let answer = Answer { accepted: true, window: Some(1 << 16), ..Answer::default() };
+        peer.frame(Kind::ANSWER, 0, 0, &answer.encode().unwrap());
+        assert_eq!(peer.expect(Kind::SUM).len(), 24);
+        peer.word(Kind::READY, &[]);
+        peer.expect(Kind::COMMIT);
+    });
+    let Outcome::InDoubt(doubt) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(doubt.note().secret, None, "it does not know it");
+    let (near, far) = SocketLink::pair().unwrap();
+    let id = doubt.id;
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(far);
+            assert_eq!(peer.read_id(), id);
+            peer.preface(id);
+            assert_eq!(peer.read(), (Kind::QUERY, Vec::new()));
+            peer.word(Kind::OUTCOME, &1_u32.to_le_bytes());
+            while peer.next().is_some() {}
+        });
+        let outcome = ends.with_source(|source| source.resolve(doubt, &near));
+        drop(near);
+        outcome
+    });
+    assert!(matches!(outcome, Outcome::Undone { .. }), "{outcome:?}");
     assert!(ends.source[0].holds_guest() && ends.source[0].state() == State::Running);
 }
 
@@ -519,7 +564,8 @@ fn a_link_that_does_not_prove_that_it_is_of_the_move_does_not_join_it() {
             }
             let (own, far) = joins(&peer.proofs, None, 1);
             links.lock().unwrap().push(far);
-            let mut own = Peer { sequence: 1, ..Peer::new(own) };
+            let mut own = Peer::new(own);
+            own.sequence = 1;
             own.frame(Kind::LINK_END, 0, 0, &[]);
             let sum = peer.whole(&state()).encode();
             peer.word(Kind::SUM, &sum);

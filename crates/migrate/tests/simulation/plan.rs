@@ -8,6 +8,7 @@ use limosa_migrate::{AfterSave, Convergence, Options, Phase, WhenStalled};
 use limosa_protocol::{Errno, MigrationFlags};
 use limosa_stream::{Compression, WINDOW_BYTES_MIN};
 
+use crate::adversary::{self, Forgery, Proof};
 use crate::panics::Place;
 use crate::steps::Step;
 
@@ -133,6 +134,10 @@ pub enum Fault {
     Panic(End, Place),
     /// The system starts only so many more threads.
     RefuseThreads(End, u64),
+    /// An adversary puts a frame among those that this end sends over one of its links.
+    Forge { from: End, link: usize, forgery: Forgery },
+    /// An adversary connects, as if it were a further link of the move.
+    ForgedLink(Proof),
 }
 
 /// Something that is broken in what the engine relies on, or in what is done with it: the checks have to find it.
@@ -170,6 +175,10 @@ pub enum Mutation {
     SilenceIgnored,
     /// The guest may stand still for as long as it takes.
     StandsForever,
+    /// Nobody checks the proof of COMMIT: the adversary's is right.
+    CommitUnchecked,
+    /// Nobody checks the proof of OUTCOME.
+    OutcomeUnchecked,
 }
 
 /// A fault and its moment.
@@ -320,6 +329,10 @@ impl Plan {
         };
         let count = chance.pick(&[0, 1, 1, 1, 1, 1, 2, 2, 2, 3]);
         plan.faults = (0..count).map(|_| plan.draw(&mut chance)).collect();
+        if plan.saves.is_none() {
+            // By draws of its own, so that the rest of the plan does not depend on it.
+            plan.faults.extend(adversary::draw(&mut Chance::new(!seed)));
+        }
         plan
     }
 
@@ -379,6 +392,12 @@ impl Plan {
                     | Fault::Panic(_, Place::Device(_) | Place::Stream(_))
             )
         })
+    }
+
+    /// Whether an adversary is on the links.
+    pub fn has_adversary(&self) -> bool {
+        let forges = |planned: &Planned| matches!(planned.fault, Fault::Forge { .. } | Fault::ForgedLink(_));
+        self.faults.iter().any(forges)
     }
 
     /// Whether this place may panic at this end.

@@ -6,8 +6,8 @@ use std::time::Duration;
 use limosa_migrate::link::{Link, SocketLink, Wait};
 use limosa_stream::body::encode_device_end;
 use limosa_stream::{
-    Answer, Decoded, Decoder, DeviceFacts, Header, Kind, MigrationId, Nonce, Offer, Preface, PrefaceFlags, Proofs,
-    Secret, Totals, WINDOW_BYTES_MIN,
+    Answer, Decoded, Decoder, DeviceFacts, Header, Kind, MigrationId, Nonce, Offer, Preface, PrefaceFlags,
+    Proofs, Secret, Totals, WINDOW_BYTES_MIN,
 };
 
 /// A peer made of frames.
@@ -25,7 +25,14 @@ pub struct Peer {
 
 impl Peer {
     pub fn new(link: SocketLink) -> Peer {
-        Peer { link, sequence: 0, decoder: Decoder::new(), taken: 0, id: MigrationId::default(), proofs: Proofs::none() }
+        Peer {
+            link,
+            sequence: 0,
+            decoder: Decoder::new(),
+            taken: 0,
+            id: MigrationId::default(),
+            proofs: Proofs::none(),
+        }
     }
     /// Whether the other side takes them.
     pub fn bytes(&mut self, bytes: &[u8]) -> bool {
