@@ -166,6 +166,13 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+    /// The destination's ledger cannot record the move, so that it is not committed: nobody could answer for it later.
+    #[error("the move cannot be recorded, and is not committed: {error}")]
+    NotRecorded {
+        /// The system's answer, with the record or the folder that it is about.
+        #[source]
+        error: std::io::Error,
+    },
     /// The place of a snapshot, a file or another, could not be read or written.
     #[error("{name}: {doing}: {error}")]
     Snapshot {
@@ -476,6 +483,7 @@ impl Error {
             }
             Error::Cancelled => AbortCode::Cancelled,
             Error::Link { .. }
+            | Error::NotRecorded { .. }
             | Error::Snapshot { .. }
             | Error::PublicationUnknown { .. }
             | Error::Os { .. }

@@ -15,7 +15,7 @@ use crate::args;
 use crate::exit::{self, Code};
 use crate::guest::{Guest, Stopped};
 use crate::links::{self, Links};
-use crate::moves::{Doubt, Moves};
+use crate::moves::{Doubt, Moves, Refused};
 use crate::open::{self, Opening};
 use crate::output::Output;
 use crate::place::Place;
@@ -25,6 +25,9 @@ use crate::side::Side;
 #[derive(Serialize)]
 struct Doubts<'a> {
     in_doubt: Vec<Listed<'a>>,
+    /// Notes that are not believed.
+    #[serde(skip_serializing_if = "<[Refused]>::is_empty")]
+    refused: &'a [Refused],
 }
 
 /// A note of a move in doubt without its secret.
@@ -76,7 +79,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
     if args.device.is_none() && args.id.is_none() {
         return list(&moves, out);
     }
-    let noted = moves.doubts()?.into_iter().rev().find(|doubt| match (&args.id, &args.device) {
+    let noted = moves.notes()?.doubts.into_iter().rev().find(|doubt| match (&args.id, &args.device) {
         (Some(id), _) => doubt.commit.id.to_string() == *id,
         (None, Some(name)) => is_of(doubt, name),
         (None, None) => false,
@@ -223,8 +226,9 @@ fn with(
 }
 
 fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
-    let noted = moves.doubts()?;
-    let doubts = Doubts { in_doubt: noted.iter().map(Listed::from).collect() };
+    let notes = moves.notes()?;
+    let in_doubt = notes.doubts.iter().map(Listed::from).collect();
+    let doubts = Doubts { in_doubt, refused: &notes.refused };
     out.result(&doubts, |to| {
         if doubts.in_doubt.is_empty() {
             return writeln!(to, "no move is in doubt");
@@ -248,7 +252,7 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
 
 pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
-    let (ledger, listener) = (moves.ledger()?, links::listen(&args.listen)?);
+    let (ledger, listener) = (moves.record()?, links::listen(&args.listen)?);
     let links = Links::new(&args.tls)?;
     let options = Options::default().with_unauthenticated_peers(args.tls.insecure);
     let acceptor = links.acceptor(listener, options.silence_max)?;

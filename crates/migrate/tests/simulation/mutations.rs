@@ -6,6 +6,7 @@ use limosa_migrate::{Phase, WhenStalled};
 use limosa_stream::Kind;
 
 use crate::adversary::{Forgery, Proof};
+use crate::panics::Place;
 use crate::plan::{End, Fault, Mutation, Plan, Planned, When};
 use crate::play;
 
@@ -211,4 +212,13 @@ fn a_source_that_takes_anybody_s_outcome_is_found() {
         plan.faults.push(Planned { when, fault: forges(plan, Kind::OUTCOME, Some(Kind::OUTCOME)) });
     };
     finds(Mutation::OutcomeUnchecked, forged, &["two run", "differ in what became of it"]);
+}
+
+#[test]
+fn a_panic_that_nothing_catches_is_found() {
+    let panics = |plan: &mut Plan| {
+        moves(plan);
+        at(plan, Phase::PreCopy, Fault::Panic(End::Source, Place::Device(0)));
+    };
+    finds(Mutation::LetsPanicsEscape, panics, &["has a defect"]);
 }
