@@ -2,6 +2,7 @@
 //! (`docs/stream.md: Proofs`): nobody acts on them.
 
 use std::num::NonZeroU32;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -412,6 +413,7 @@ fn a_record_without_a_secret_was_answered_to_anybody() {
     // As the first versions wrote it: committed.
     let fields = [&b"LMSAmove\x01\x02\0\0\0\0\0\0"[..], &ID.0, &[9; 16], &[0; 12]].concat();
     std::fs::write(&path, [&fields[..], &crc32c::crc32c(&fields).to_le_bytes()].concat()).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     let ledger = Ledger::open(folder.path()).unwrap();
     let (kind, reason, received) = query(&ledger, Some(Forged::Bare), false);
     assert_eq!(kind, Kind::ABORT);
