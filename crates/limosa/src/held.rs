@@ -40,6 +40,12 @@ impl Held {
         self.pid.map_or("self".into(), |pid| pid.as_raw_nonzero().to_string())
     }
 
+    /// What other processes can call it while the process lives.
+    pub fn lasting_name(self) -> String {
+        let pid = self.pid.unwrap_or_else(getpid);
+        format!("/proc/{}/fd/{}", pid.as_raw_nonzero(), self.fd)
+    }
+
     /// A further fd of what the process holds there.
     pub fn borrow(self, name: &str) -> anyhow::Result<OwnedFd> {
         let process = self.process();

@@ -145,6 +145,15 @@ fn connect(url: &str, config: &[(String, String)], replace: bool) -> Result<Clie
     let endpoint =
         given("AWS_ENDPOINT_URL_S3").or_else(|| given("AWS_ENDPOINT_URL")).or_else(|| given("AWS_ENDPOINT"));
     let endpoint = endpoint.map_or_else(|| format!("https://s3.{region}.amazonaws.com"), str::to_owned);
+    // It is in messages and in logs.
+    if endpoint
+        .split_once("://")
+        .is_some_and(|(_, rest)| rest.split('/').next().unwrap_or_default().contains('@'))
+    {
+        let what = "the address of the store (AWS_ENDPOINT_URL) has a user's name or password in it, which would be \
+                    printed; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead";
+        return Err(ObjectError::Config { url: url.into(), what: what.into() });
+    }
     // Credentials may come from another server, which is reached over TLS.
     let encrypted = !endpoint.starts_with("http://") || given("AWS_ACCESS_KEY_ID").is_none();
     // Retries have to end before the caller's own time limit.
@@ -239,6 +248,9 @@ mod tests {
         let plain = [KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", "http://127.0.0.1:1")];
         let why = refused("s3://b/k", &plain);
         assert!(why.contains("http://127.0.0.1:1 is reached without encryption"), "{why}");
+        let secret = [KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", "https://user:password@127.0.0.1:1/x")];
+        let why = refused("s3://b/k", &secret);
+        assert!(why.contains("AWS_ENDPOINT_URL") && !why.contains("password@"), "{why}");
     }
 
     #[test]

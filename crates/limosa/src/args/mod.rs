@@ -150,7 +150,8 @@ pub enum Command {
     Send(Send),
     /// Take devices from a sender.
     Receive(Receive),
-    /// Ask what became of a move in doubt, and act on it; without a device, list the moves in doubt.
+    /// Ask what became of a move in doubt, and act on it; let a guest go on that a process of limosa has left stopped.
+    /// Without a device, list both.
     Resolve(Resolve),
     /// Answer sources in doubt for a receiver that has ended.
     Answer(Answer),

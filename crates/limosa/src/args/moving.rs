@@ -194,6 +194,9 @@ pub struct Migrate {
 
     #[command(flatten)]
     pub starting: Starting,
+
+    #[command(flatten)]
+    pub moves: Moves,
 }
 
 impl Migrate {
@@ -327,7 +330,8 @@ pub struct Receive {
 
 #[derive(Debug, Args)]
 pub struct Moves {
-    /// The folder in which moves are remembered; by default limosa/moves below $XDG_STATE_HOME or ~/.local/state.
+    /// The folder in which moves are remembered, which has to be your own; by default limosa/moves below $XDG_STATE_HOME,
+    /// ~/.local/state or, without either, /var/lib. What cannot be remembered there is not moved.
     #[arg(long = "moves", value_name = "FOLDER")]
     pub folder: Option<PathBuf>,
 }
@@ -335,7 +339,8 @@ pub struct Moves {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("which").args(["device", "id"]).multiple(true))]
 pub struct Resolve {
-    /// The device that was sent or saved; without it and --id, the moves in doubt are listed.
+    /// The device that was sent or saved; without it and --id, the moves in doubt are listed, and the guests that a process
+    /// of limosa has left stopped.
     #[arg(value_name = "DEVICE")]
     pub device: Option<String>,
 
@@ -350,6 +355,10 @@ pub struct Resolve {
     /// Ask nobody: you have looked, and know what became of the move.
     #[arg(long, value_name = "OUTCOME", requires = "which", conflicts_with = "to")]
     pub decide: Option<Decided>,
+
+    /// Drop the note and do nothing else: ask nobody, change no device, let no process go on.
+    #[arg(long, requires = "which", conflicts_with_all = ["to", "decide", "on_resume"])]
+    pub forget: bool,
 
     /// Run this by the shell to let the guest go on if the move was undone, where --on-stop has stopped it. Processes
     /// that --stop-with has stopped go on by themselves then.

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 pub mod link;
+pub mod vcpus;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -117,6 +118,20 @@ pub fn start_under<S: AsRef<str>>(umask: &str, args: &[S]) -> Running {
     let mut shell = Command::new("/bin/sh");
     shell.args(["-c", "umask \"$1\"; shift; exec \"$@\"", "sh", umask, env!("CARGO_BIN_EXE_limosa")]);
     spawn(shell, &[], args)
+}
+
+/// The same, in this folder.
+pub fn start_in<S: AsRef<str>>(folder: &Path, args: &[S]) -> Running {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    command.current_dir(folder);
+    spawn(command, &[], args)
+}
+
+/// The same, by another program, which gets the command and its arguments after these of its own.
+pub fn start_by<S: AsRef<str>>(program: &str, own: &[&str], args: &[S]) -> Running {
+    let mut command = Command::new(program);
+    command.args(own).arg(env!("CARGO_BIN_EXE_limosa"));
+    spawn(command, &[], args)
 }
 
 /// The same, with these variables in its environment.

@@ -10,7 +10,7 @@ use limosa_stream::{Compression, WINDOW_BYTES_MIN};
 
 use crate::adversary::{self, Forgery, Proof};
 use crate::panics::Place;
-use crate::steps::Step;
+use crate::scripted::Step;
 
 pub const SILENCE_MAX: Duration = Duration::from_secs(5);
 pub const LOAD_MAX: Duration = Duration::from_secs(60);

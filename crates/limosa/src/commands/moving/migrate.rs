@@ -7,6 +7,8 @@ use super::{cancel_on_signal, destination, memory, options, source};
 use crate::args;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
+use crate::moves::Moves;
+use crate::noting::{Noting, Target};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -29,13 +31,22 @@ fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow
     let (here, there) = (from.moved(), to.moved());
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
-    let guest = Guest::source(&args.stopping, None)?;
+    // A guest that is not stopped from here is not left so either.
+    let noting = match args.stopping.stops_the_guest() {
+        true => {
+            let moves = Moves::new(args.moves.folder.as_deref());
+            Some(Noting::new(&moves, from, Target::Here(to.name()))?)
+        }
+        false => None,
+    };
+    let guest = Guest::source(&args.stopping, noting)?;
     let source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, &cancel);
     let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
     let guest_there = Guest::destination(&args.starting);
     let destination = destination(&there, &regions, &guest_there, &Nobody, &options, &cancel, &ledger);
     let (outcome, received) = move_local(source, &destination);
     drop(progress);
+    guest.forget(&outcome);
     match (outcome, received) {
         (_, Received::Broken { why, report }) => {
             ending.failed(&report);

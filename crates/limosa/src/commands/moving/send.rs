@@ -12,7 +12,8 @@ use crate::args;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::links::{self, Links};
-use crate::moves::{Moves, Sending};
+use crate::moves::Moves;
+use crate::noting::{Noting, Target};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -34,15 +35,8 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
-    let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
-    let sending = Sending {
-        folder: moves.open()?,
-        devices,
-        to: address.to_string(),
-        saved: false,
-        tls: links.are_tls(),
-    };
-    let guest = Guest::source(&args.stopping, Some(sending))?;
+    let target = Target::Address { address: address.lasting()?.to_string(), tls: links.are_tls() };
+    let guest = Guest::source(&args.stopping, Some(Noting::new(&moves, side, target)?))?;
     let pages = side.source_pages(&args.stopping)?;
     let hint = "is `limosa receive` listening there?";
     let connector = links.connector(&address);
@@ -77,9 +71,6 @@ fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
         }
     }
     drop(progress);
-    if let Outcome::Moved(report) | Outcome::Undone { report, .. } = &outcome {
-        moves.forget(&report.id);
-    }
     ending.settled(outcome, &guest)
 }
 

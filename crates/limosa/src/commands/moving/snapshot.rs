@@ -13,7 +13,8 @@ use super::{ASK_EVERY, cancel_on_signal, destination, memory, source};
 use crate::args;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
-use crate::moves::{Moves, Sending};
+use crate::moves::Moves;
+use crate::noting::{Noting, Target};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::place::Place;
@@ -34,14 +35,10 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
     let place = Place::new(&args.file, args.replace)?;
     let moves = Moves::new(args.moves.folder.as_deref());
-    let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
+    // A save is in doubt only where the guest stays stopped.
     let noting = match after {
-        // A save is in doubt only where the guest stays stopped.
-        AfterSave::Run => None,
-        AfterSave::Stop => {
-            let (folder, to) = (moves.open()?, noted_name(&args.file)?);
-            Some(Sending { folder, devices, to, saved: true, tls: false })
-        }
+        AfterSave::Run if !args.stopping.stops_the_guest() => None,
+        _ => Some(Noting::new(&moves, side, Target::Place(noted_name(&args.file)?))?),
     };
     let (guest, pages) = (Guest::source(&args.stopping, noting)?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();
@@ -56,11 +53,8 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
         });
     }
     drop(progress);
-    match &outcome {
-        Outcome::InDoubt(doubt) => {
-            return Err(ending.saved_in_doubt(&side.name(), place.target(), doubt, &guest));
-        }
-        Outcome::Moved(report) | Outcome::Undone { report, .. } => moves.forget(&report.id),
+    if let Outcome::InDoubt(doubt) = &outcome {
+        return Err(ending.saved_in_doubt(&side.name(), place.target(), doubt, &guest));
     }
     ending.settled(outcome, &guest)
 }

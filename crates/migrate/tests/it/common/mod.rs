@@ -45,7 +45,8 @@ pub mod hooked;
 mod links;
 mod odd;
 pub mod peer;
-mod steps;
+#[path = "../../scripted/mod.rs"]
+mod scripted;
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -64,7 +65,7 @@ pub use links::{Fault, FaultyLink, Way, move_over_links};
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use odd::Quirks;
 #[allow(unused_imports, reason = "each test binary uses a part")]
-pub use steps::Step;
+pub use scripted::Step;
 
 use limosa_migrate::link::{Link, SocketLink};
 use limosa_protocol::State;
