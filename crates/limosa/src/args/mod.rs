@@ -13,7 +13,8 @@ use limosa_protocol::State;
 use crate::exit;
 pub use guest::{Memory, Starting, Stopping};
 pub use moving::{
-    Answer, Decided, Link, Load, Migrate, Moving, Receive, Reporting, Resolve, Save, Send, Tls, WhenStalled,
+    Answer, Decided, Link, Load, Migrate, Moving, Names, Receive, Reporting, Resolve, Save, Send, Tls,
+    WhenStalled,
 };
 pub use values::bytes;
 use values::seconds;

@@ -284,15 +284,25 @@ pub struct Tls {
     #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_cert"])]
     pub tls_key: Option<PathBuf>,
 
-    /// The name that the other side's certificate must have. Without it, send expects the host that it connects to,
-    /// and receive accepts every name.
+    /// The name that the other side's certificate must have. Without it, send and resolve expect the host that they
+    /// connect to; receive and answer need it, or --tls-any-name.
     #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
     pub tls_name: Option<String>,
 
-    /// Believe a peer that is not authenticated. A peer of a version whose words about the commit carry no proofs is one,
-    /// and so is the other end of a move of which no secret was noted.
+    /// Peers need not be authenticated. Without TLS, use TCP beyond this host: anyone on the path can then read and alter
+    /// guest memory and device state, and take the devices over. And believe peers that prove nothing: those of older
+    /// versions, and the other end of a move of which no secret was noted.
     #[arg(long)]
     pub insecure: bool,
+}
+
+/// The certificates that a listening side accepts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "TLS")]
+pub struct Names {
+    /// Accept every certificate of the authorities, whatever its name: whoever has one can send, or ask.
+    #[arg(long, requires_all = ["tls_ca", "tls_cert", "tls_key"], conflicts_with = "tls_name")]
+    pub tls_any_name: bool,
 }
 
 #[derive(Debug, Args)]
@@ -318,6 +328,20 @@ pub struct Receive {
     #[arg(long, value_name = "COUNT", default_value = "16", value_parser = links, help_heading = "Link")]
     pub links: NonZeroU32,
 
+    /// Longest time in seconds for which the sender may send nothing but keep-alives; by default four times --silence.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Link")]
+    pub idle: Option<Duration>,
+
+    /// Longest time in seconds from the sender's offer until everything has arrived.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "86400",
+        value_parser = seconds,
+        help_heading = "Link"
+    )]
+    pub move_limit: Duration,
+
     #[command(flatten)]
     pub memory: DestinationMemory,
 
@@ -326,6 +350,9 @@ pub struct Receive {
 
     #[command(flatten)]
     pub link: Link,
+
+    #[command(flatten)]
+    pub names: Names,
 }
 
 #[derive(Debug, Args)]
@@ -396,4 +423,7 @@ pub struct Answer {
 
     #[command(flatten)]
     pub tls: Tls,
+
+    #[command(flatten)]
+    pub names: Names,
 }

@@ -1,15 +1,14 @@
 //! `limosa answer`, on the side of a destination whose process has ended: sources in doubt are answered.
 
-use std::time::Instant;
+use std::sync::Arc;
 
-use limosa_migrate::Incoming;
 use limosa_migrate::link::{LinkError, Wait};
-use limosa_migrate::{Decision, Options, Received};
+use limosa_migrate::{Decision, Incoming, Options};
 use serde::Serialize;
 
 use super::moving;
 use crate::args;
-use crate::links::{self, Links};
+use crate::links::Links;
 use crate::moves::Moves;
 use crate::output::Output;
 
@@ -21,35 +20,26 @@ struct Answered {
 
 pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
-    let (ledger, listener) = (moves.record()?, links::listen(&args.listen)?);
-    let links = Links::new(&args.tls)?;
-    let options = Options::default().with_unauthenticated_peers(args.tls.insecure);
-    let acceptor = links.acceptor(listener, options.silence_max)?;
+    let (links, address) = Links::listening(&args.listen, &args.tls, &args.names)?;
+    let (ledger, options) = (Arc::new(moves.record()?), Options::default());
+    let options = options.with_unauthenticated_peers(args.tls.insecure);
+    let listener = links.bind(&address)?;
+    let acceptor = links.answering(listener, &ledger, &options)?;
     out.say(&format!("listening on {}", acceptor.address()));
-    let began = Instant::now();
+    let wait = Wait::within(args.wait, Some(&cancel));
     loop {
-        let left = args.wait.saturating_sub(began.elapsed());
-        let link = match acceptor.accept(Wait::within(left, Some(&cancel))) {
-            Ok(Incoming::Peer(link)) => link,
-            Ok(Incoming::NotAPeer { why, .. }) => {
-                tracing::warn!("{why}");
-                continue;
-            }
+        let (id, decision) = match acceptor.accept(wait) {
+            Ok(Incoming::Answered { id, decision }) => (id, decision),
+            // None is taken.
+            Ok(Incoming::Offer(_)) => continue,
             Err(LinkError::TimedOut | LinkError::Cancelled) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        match ledger.answer(&link, &options, Some(&cancel)) {
-            Received::Answered { id, decision } => {
-                let outcome = match decision {
-                    Decision::Unknown => "not known",
-                    Decision::NotCommitted => "not committed",
-                    Decision::Committed => "committed",
-                };
-                out.line(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
-            }
-            // A source that wants to send, or a client that is not a source.
-            Received::Discarded { why, .. } => tracing::warn!("{why}"),
-            Received::Runs(_) | Received::Stopped(_) | Received::Broken { .. } => {}
-        }
+        let outcome = match decision {
+            Decision::Unknown => "not known",
+            Decision::NotCommitted => "not committed",
+            Decision::Committed => "committed",
+        };
+        out.line(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
     }
 }

@@ -195,14 +195,14 @@ impl Settling<'_> {
         };
         let address = links::address(to)?;
         let options = Options::default().with_unauthenticated_peers(args.tls.insecure);
-        let links = Links::to(&address, &args.tls)?;
-        if !links.are_tls() && doubt.is_some_and(|doubt| doubt.tls) {
+        if args.tls.tls_ca.is_none() && doubt.is_some_and(|doubt| doubt.tls) {
             let what = format!("move {id} went over TLS, and {to} is to be asked so");
             return Err(exit::error(
                 Code::Usage,
                 format!("{name}: {what}; expected --tls-ca, --tls-cert and --tls-key as for the send"),
             ));
         }
+        let links = Links::to(&address, &args.tls)?;
         let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
         let link = links::connect(&links.connector(&address), options.silence_max, None, hint)?;
         let commit = Doubt::commit(*id, doubt);

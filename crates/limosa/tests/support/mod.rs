@@ -213,6 +213,11 @@ impl Running {
         self.shared.wait(&self.name, |said| said.line(part)).is_some()
     }
 
+    /// The first line with one of these parts, if it says one before it ends.
+    pub fn says_one_of(&self, parts: &[&str]) -> Option<String> {
+        self.shared.wait(&self.name, |said| parts.iter().find_map(|part| said.line(part)))
+    }
+
     /// What comes after this in the line with it, such as an address.
     #[track_caller]
     pub fn after(&self, part: &str) -> String {

@@ -1,77 +1,104 @@
 //! Answers to sources in doubt, from the ledger (`docs/stream.md: The commit`, `Proofs`).
 
-use limosa_stream::{Kind, MigrationId, Nonce, Proofs, Secret};
+use limosa_stream::{Kind, MigrationId, Nonce, PrefaceFlags, Proofs, Secret};
 
-use super::{Destination, Received};
-use crate::context::Context;
-use crate::error::{Mistrust, guard};
+use super::opening::{self, Opening, Request};
+use crate::error::{Mistrust, NoMove, guard};
 use crate::ledger::{Decision, Ledger};
 use crate::link::Link;
-use crate::report::End;
-use crate::wire::{Connection, Frame};
+use crate::protocol::limits::Limits;
+use crate::wire::{Connection, Frame, within};
 use crate::{Cancel, Error, Options, Result};
 
-impl Destination<'_> {
-    /// Answers a QUERY with this payload. Nothing becomes of a QUERY that does not prove that it is of the move's source.
-    pub(super) fn answer_query(
-        &self,
-        id: MigrationId,
-        query: &[u8],
-        connection: &Connection<'_>,
-        context: Context<'_>,
-    ) -> Received {
-        let answered = guard("the answer", || {
-            let (decision, proofs) = self.ask_ledger(id, query, connection)?;
-            let number: u32 = match decision {
-                Decision::Unknown => 0,
-                Decision::NotCommitted => 1,
-                Decision::Committed => 2,
-            };
-            let outcome = proofs.prove(Kind::OUTCOME, &number.to_le_bytes());
-            connection.send(&Frame::new(Kind::OUTCOME, &outcome), self.cancel)?;
-            Ok(decision)
-        });
-        match answered {
-            Ok(decision) => Received::Answered { id, decision },
-            Err(why) => {
-                connection.abort(&why);
-                let why = connection.part(why);
-                let report = context.recorder.finish(End::Discarded, Some(&why));
-                Received::Discarded { why, report }
-            }
-        }
+/// A question.
+pub(crate) struct Asked<'q> {
+    /// The move that it is about.
+    pub(crate) id: MigrationId,
+    /// The payload of the QUERY.
+    pub(crate) query: &'q [u8],
+    /// Whether a question about a move without a secret is answered ([`Options::unauthenticated_peers`]).
+    pub(crate) believes: bool,
+}
+
+impl Asked<'_> {
+    /// The proofs of question and answer.
+    fn proofs(&self, secret: Option<&Secret>) -> Proofs {
+        secret.map_or_else(Proofs::none, |secret| {
+            // A question without a nonce proves nothing.
+            let nonce = Nonce::of_query(self.query).unwrap_or_default();
+            Proofs::new(secret.clone(), self.id, nonce)
+        })
     }
 
-    /// What became of a move, and the proofs of the answer.
-    fn ask_ledger(
-        &self,
-        id: MigrationId,
-        query: &[u8],
-        connection: &Connection<'_>,
-    ) -> Result<(Decision, Proofs)> {
-        let proofs = |secret: Option<&Secret>| match (secret, Nonce::of_query(query)) {
-            (Some(secret), nonce) => Proofs::new(secret.clone(), id, nonce.unwrap_or_default()),
-            (None, _) => Proofs::none(),
-        };
-        let may_ask = |secret: Option<&Secret>| {
-            if secret.is_none() {
-                let why = Mistrust::NoSecret { id };
-                let peer = connection.link().peer().into();
-                let allowed = self.options.unauthenticated_peers;
-                return if allowed { Ok(()) } else { Err(Error::Unauthenticated { peer, why }) };
-            }
-            let checked = proofs(secret).check(Kind::QUERY, query).map(drop);
-            checked.map_err(|damage| connection.damaged(damage))
-        };
-        let (decision, secret) = self.ledger.ask_for_peer(id, may_ask)?;
-        Ok((decision, proofs(secret.as_ref())))
+    /// Whether the question may be asked about the move with this secret.
+    fn check(&self, secret: Option<&Secret>, connection: &Connection<'_>) -> Result<()> {
+        if secret.is_none() {
+            let (peer, why) = (connection.link().peer().into(), Mistrust::NoSecret { id: self.id });
+            return if self.believes { Ok(()) } else { Err(Error::Unauthenticated { peer, why }) };
+        }
+        let checked = self.proofs(secret).check(Kind::QUERY, self.query);
+        checked.map(drop).map_err(|damage| connection.damaged(damage))
     }
 }
 
+/// Answers a question, whose preface has been answered. Nothing becomes of one that does not prove that it is of the move's
+/// source: the peer is told so.
+pub(crate) fn reply(
+    ledger: &Ledger,
+    asked: &Asked<'_>,
+    connection: &Connection<'_>,
+    cancel: Option<&Cancel>,
+) -> Result<Decision> {
+    let answered = guard("the answer", || {
+        let (decision, secret) = ledger.ask_for_peer(asked.id, |secret| asked.check(secret, connection))?;
+        let number: u32 = match decision {
+            Decision::Unknown => 0,
+            Decision::NotCommitted => 1,
+            Decision::Committed => 2,
+        };
+        let outcome = asked.proofs(secret.as_ref()).prove(Kind::OUTCOME, &number.to_le_bytes());
+        connection.send(&Frame::new(Kind::OUTCOME, &outcome), cancel)?;
+        Ok(decision)
+    });
+    answered.map_err(|why| refuse(connection, None, why))
+}
+
+/// Tells a peer why it is refused, behind a preface with its id if that is known, and gives it the time to read that.
+pub(crate) fn refuse(connection: &Connection<'_>, id: Option<MigrationId>, why: Error) -> Error {
+    if let Some(id) = id {
+        // A link that fails now fails at the ABORT as well.
+        let _ = connection.send_preface(id, PrefaceFlags::empty(), None);
+    }
+    connection.abort(&why);
+    connection.part(why)
+}
+
 impl Ledger {
-    /// Answers a source in doubt that has connected: [`Received::Answered`]. A source that wants to move is refused, and so is
-    /// a client that does not prove that it is the move's source: [`Received::Discarded`].
-    pub fn answer(&self, link: &dyn Link, options: &Options, cancel: Option<&Cancel>) -> Received {
-        Destination::new(&[], self, options).with_cancel(cancel).receive(link)
+    /// Answers a source in doubt that has connected, and returns the move that it asked about and the answer. Blocks until
+    /// then, at most for [`Options::silence_max`]. [`Acceptor::answering`](crate::Acceptor::answering) answers several at once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotTaken`] for a source that wants to move: it is told so. Other errors when no whole question came, the question
+    /// does not prove that it is of the move's source, or the answer could not be sent.
+    pub fn answer(
+        &self,
+        link: &dyn Link,
+        options: &Options,
+        cancel: Option<&Cancel>,
+    ) -> Result<(MigrationId, Decision)> {
+        let connection = Connection::new(link, Limits::new(options));
+        let opened = opening::read(&mut connection.reader(), link, within(options.silence_max), cancel);
+        let (id, why) = match opened {
+            Ok(Opening { id, request: Request::Answer(query) }) => {
+                let sent = connection.send_preface(id, PrefaceFlags::empty(), cancel);
+                sent.map_err(|why| connection.part(why))?;
+                let asked = Asked { id, query: &query, believes: options.unauthenticated_peers };
+                return reply(self, &asked, &connection, cancel).map(|decision| (id, decision));
+            }
+            Ok(Opening { id, .. }) => (Some(id), Error::NotTaken { why: NoMove::Answers }),
+            Err(unopened) => (unopened.id, unopened.why),
+        };
+        Err(refuse(&connection, id, why))
     }
 }

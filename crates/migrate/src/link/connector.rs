@@ -1,6 +1,7 @@
 //! [`Connector`]: makes the links of a move to one destination.
 
-use super::{Address, Bandwidth, FurtherLinks, LimitedLink, Link, LinkError, Tls, TlsLink, Wait, connect};
+use super::{Address, Bandwidth, FurtherLinks, LimitedLink, Link, LinkError, Tls, TlsLink, Wait};
+use crate::link::socket::connect_to;
 
 /// Connects to one destination as often as needed: for the first link of a move, for its further links, and to ask
 /// what became of it. All links share one bandwidth, and are under TLS if it has certificates.
@@ -22,12 +23,13 @@ pub struct Connector {
     address: Address,
     tls: Option<Tls>,
     bandwidth: Option<Bandwidth>,
+    within_host: bool,
 }
 
 impl Connector {
     /// Plain links without a limit to this address.
     pub fn new(address: Address) -> Connector {
-        Connector { address, tls: None, bandwidth: None }
+        Connector { address, tls: None, bandwidth: None, within_host: false }
     }
 
     /// Links under TLS.
@@ -42,15 +44,21 @@ impl Connector {
         Connector { bandwidth: Some(bandwidth), ..self }
     }
 
+    /// Refuses to connect over TCP to a host that has other addresses than those of the loopback.
+    #[must_use]
+    pub fn within_host(self) -> Connector {
+        Connector { within_host: true, ..self }
+    }
+
     /// The destination's address.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// One more link. The wait bounds the connecting and the TLS handshake together; a cancel takes effect once the
-    /// link is connected.
+    /// One more link. The wait bounds the connecting and the TLS handshake together. A cancel does not end the wait for a UNIX
+    /// socket whose listener accepts nobody.
     pub fn connect(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
-        let socket = connect(&self.address, wait.left()?)?;
+        let socket = connect_to(&self.address, self.within_host, wait)?;
         let link = LimitedLink::new(socket, self.bandwidth.clone());
         Ok(match &self.tls {
             Some(tls) => Box::new(TlsLink::connect(link, tls, &self.address, wait)?),

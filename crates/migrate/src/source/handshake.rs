@@ -4,7 +4,7 @@ use limosa_client::DeviceExt;
 use limosa_protocol::State;
 use limosa_stream::body::{NEEDS_CREDIT, NEEDS_FLUSH, NEEDS_PROOFS};
 use limosa_stream::{
-    Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, Proofs, Secret, WINDOW_BYTES_MIN,
+    AbortCode, Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, Proofs, Secret, WINDOW_BYTES_MIN,
 };
 
 use super::rollback::Rollback;
@@ -103,15 +103,20 @@ impl<'a> Source<'a> {
 
     fn answer(&self, connection: &Connection<'_>, offer: &Offer) -> Result<Answer> {
         let doing = "waiting for an answer to the offer";
-        let payload = connection.expect(Kind::ANSWER, doing, self.options.load_max, self.cancel)?;
+        let payload = match connection.expect(Kind::ANSWER, doing, self.options.load_max, self.cancel) {
+            // It refuses the entry of `needs`, as all that it does not know, by its name.
+            Err(Error::Aborted { code: AbortCode::Stream, reason, .. }) if reason.contains(NEEDS_PROOFS) => {
+                return Err(older(connection, "it does not know the proofs of this stream"));
+            }
+            answered => answered?,
+        };
         let answer = Answer::decode(&payload).map_err(|damage| connection.damaged(damage))?;
         if !answer.accepted {
             let told = |reason| Mismatch::new(MismatchKind::Told, reason);
             return Err(Error::Incompatible { reasons: answer.reasons.into_iter().map(told).collect() });
         }
         if answer.challenge.is_none() && !self.options.unauthenticated_peers {
-            let why = Mistrust::OlderVersion { kind: Kind::ANSWER, lacks: "challenge" };
-            return Err(Error::Unauthenticated { peer: connection.link().peer().into(), why });
+            return Err(older(connection, "its ANSWER has no challenge"));
         }
         let (links, window) = (answer.links, answer.window.unwrap_or(0));
         if !(1..=offer.links).contains(&links) || window < WINDOW_BYTES_MIN {
@@ -162,10 +167,16 @@ pub(super) fn check_preface(
 ) -> Result<()> {
     let preface = connection.receive_preface(cancel)?;
     if preface.id != id || preface.flags.contains(PrefaceFlags::STORED) {
-        let what = format!("the id {} in answer to {id}", preface.id);
-        return Err(connection.damaged(Damage::Unknown { what }));
+        let what = format!("it answers for move {}, move {id} was offered or asked about", preface.id);
+        return Err(connection.damaged(Damage::Unexpected { what }));
     }
     Ok(())
+}
+
+/// The destination is of a version whose words carry no proofs.
+fn older(connection: &Connection<'_>, sign: &'static str) -> Error {
+    let (peer, why) = (connection.link().peer().into(), Mistrust::OlderVersion { sign });
+    Error::Unauthenticated { peer, why }
 }
 
 fn incompatible(kind: MismatchKind, message: String) -> Error {

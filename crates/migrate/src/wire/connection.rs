@@ -36,14 +36,6 @@ pub(crate) struct Received {
     pub(crate) payload: Vec<u8>,
 }
 
-/// Tells a peer that is not heard any further why, and gives it the time to read that.
-pub(crate) fn say_why(link: &dyn Link, why: Error, silence_max: Duration) -> Error {
-    let limits = Limits::new(&crate::Options::default().with_silence_max(silence_max));
-    let connection = Connection::new(link, limits);
-    connection.abort(&why);
-    connection.part(why)
-}
-
 impl<'a> Connection<'a> {
     pub(crate) fn new(link: &'a dyn Link, limits: Limits) -> Connection<'a> {
         let writer = FrameWriter::new(link, limits.silence_max);
@@ -131,7 +123,7 @@ impl<'a> Connection<'a> {
         let mut words = self.last_words.lock();
         if self.has_peer() && !error.peer_needs_no_word() && !words.refused {
             let payload = encode_abort(error.abort_code(), &error.to_string());
-            self.say(&mut words, &Frame::new(Kind::ABORT, &payload));
+            self.say(&mut words, &Frame::new(Kind::ABORT, &payload), error);
         }
     }
 
@@ -141,14 +133,15 @@ impl<'a> Connection<'a> {
         let mut words = self.last_words.lock();
         if !proofs.are_none() && !words.refused {
             let reason = encode_abort(error.abort_code(), &error.to_string());
-            self.say(&mut words, &Frame::new(Kind::REFUSED, &proofs.prove(Kind::REFUSED, &reason)));
+            let payload = proofs.prove(Kind::REFUSED, &reason);
+            self.say(&mut words, &Frame::new(Kind::REFUSED, &payload), error);
             words.refused = true;
         }
     }
 
-    fn say(&self, words: &mut LastWords, frame: &Frame<'_>) {
+    fn say(&self, words: &mut LastWords, frame: &Frame<'_>, error: &Error) {
         let began = now();
-        let _ = catch(|| self.writer.last_word(frame, words.left));
+        let _ = catch(|| self.writer.last_word(frame, error, words.left));
         words.left = words.left.saturating_sub(now() - began);
     }
 

@@ -342,7 +342,11 @@ fn a_source_that_knows_only_the_id_believes_nobody() {
 }
 
 /// A QUERY about the move, with a proof that is forged or right; how it was answered, and what its receiver says of it.
-fn query(ledger: &Ledger, forged: Option<Forged>, believing: bool) -> (Kind, Vec<u8>, Received) {
+fn query(
+    ledger: &Ledger,
+    forged: Option<Forged>,
+    believing: bool,
+) -> (Kind, Vec<u8>, Result<(MigrationId, Decision), Error>) {
     let (near, far) = SocketLink::pair().unwrap();
     std::thread::scope(|scope| {
         let asking = scope.spawn(move || {
@@ -382,18 +386,16 @@ fn a_stranger_who_knew_the_id_undid_a_move_by_asking_about_it() {
             peer.expect(Kind::READY);
             for forged in FORGED {
                 for believing in [false, true] {
-                    let (kind, reason, received) = query(&ends.ledger, Some(forged), believing);
+                    let (kind, reason, answered) = query(&ends.ledger, Some(forged), believing);
                     assert_eq!(kind, Kind::ABORT, "{forged:?}: {}", String::from_utf8_lossy(&reason));
-                    let Received::Discarded { why, .. } = received else { panic!("{received:?}") };
+                    let why = answered.unwrap_err();
                     assert!(is_unproven(&why, Kind::QUERY), "{forged:?}: {why}");
                 }
             }
             if asked_rightly {
-                let (kind, outcome, received) = query(&ends.ledger, None, false);
+                let (kind, outcome, answered) = query(&ends.ledger, None, false);
                 assert_eq!((kind, &outcome[..]), (Kind::OUTCOME, &[1, 0, 0, 0][..]));
-                let answered =
-                    matches!(received, Received::Answered { decision: Decision::NotCommitted, .. });
-                assert!(answered, "{received:?}");
+                assert_eq!(answered.unwrap(), (ID, Decision::NotCommitted));
             }
             peer.word(Kind::COMMIT, &[]);
             match asked_rightly {
@@ -415,16 +417,14 @@ fn a_record_without_a_secret_was_answered_to_anybody() {
     std::fs::write(&path, [&fields[..], &crc32c::crc32c(&fields).to_le_bytes()].concat()).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     let ledger = Ledger::open(folder.path()).unwrap();
-    let (kind, reason, received) = query(&ledger, Some(Forged::Bare), false);
+    let (kind, reason, answered) = query(&ledger, Some(Forged::Bare), false);
     assert_eq!(kind, Kind::ABORT);
     let reason = String::from_utf8_lossy(&reason[4..]).into_owned();
     assert!(reason.contains("no secret of it was noted") && reason.contains("--insecure"), "{reason}");
-    let Received::Discarded { why: Error::Unauthenticated { .. }, .. } = received else {
-        panic!("{received:?}")
-    };
-    let (kind, outcome, received) = query(&ledger, Some(Forged::Bare), true);
+    assert!(matches!(answered, Err(Error::Unauthenticated { .. })), "{answered:?}");
+    let (kind, outcome, answered) = query(&ledger, Some(Forged::Bare), true);
     assert_eq!((kind, &outcome[..]), (Kind::OUTCOME, &[2, 0, 0, 0][..]));
-    assert!(matches!(received, Received::Answered { decision: Decision::Committed, .. }), "{received:?}");
+    assert_eq!(answered.unwrap(), (ID, Decision::Committed));
 }
 
 #[test]
@@ -445,7 +445,7 @@ fn a_source_of_an_older_version_is_refused_before_a_device_is_touched() {
     });
     let Received::Discarded { why, report } = received else { panic!("{received:?}") };
     let Error::Unauthenticated { why, .. } = why else { panic!("{why}") };
-    assert_eq!(why, Mistrust::OlderVersion { kind: Kind::OFFER, lacks: "secret" });
+    assert_eq!(why, Mistrust::OlderVersion { sign: "its OFFER has no secret" });
     assert!(report.devices[0].spans.is_empty(), "{:?}", report.devices[0].spans);
 }
 
@@ -465,7 +465,7 @@ fn a_destination_of_an_older_version_is_refused_before_the_guest_is_touched() {
     });
     let Outcome::Undone { why, report } = outcome else { panic!("{outcome:?}") };
     let Error::Unauthenticated { why, .. } = why else { panic!("{why}") };
-    assert_eq!(why, Mistrust::OlderVersion { kind: Kind::ANSWER, lacks: "challenge" });
+    assert_eq!(why, Mistrust::OlderVersion { sign: "its ANSWER has no challenge" });
     assert!(report.devices[0].spans.is_empty(), "{:?}", report.devices[0].spans);
     assert!(ends.source[0].holds_guest() && ends.source[0].state() == State::Running);
 }

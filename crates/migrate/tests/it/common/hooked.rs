@@ -151,7 +151,7 @@ pub fn before(when: Call, act: impl Fn(&Loopback) + Send + Sync + 'static) -> Ho
 }
 
 /// One move over one link. A move in doubt stays so.
-pub fn move_over_a_link(source: Source<'_>, destination: &Destination<'_>) -> (Outcome, Received) {
+pub fn move_over_a_link(source: Source<'_>, destination: Destination<'_>) -> (Outcome, Received) {
     let (near, far) = SocketLink::pair().unwrap();
     std::thread::scope(|scope| {
         let receiving = scope.spawn(move || destination.receive(&far));

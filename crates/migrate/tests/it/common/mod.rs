@@ -167,14 +167,14 @@ impl Ends {
     }
 
     /// Runs `act` with the destination's end.
-    pub fn with_destination<R>(&self, act: impl FnOnce(&Destination<'_>) -> R) -> R {
+    pub fn with_destination<R>(&self, act: impl FnOnce(Destination<'_>) -> R) -> R {
         let devices: Vec<_> = (self.destination.iter())
             .map(|device| MovedDevice::new(&device.client).with_kind(self.kinds.1.clone()))
             .collect();
         let regions: Vec<_> = (self.memory.iter())
             .map(|(_, pages, size)| MemoryRegion { id: 0, iova: 0, size: *size, pages: &**pages })
             .collect();
-        act(&Destination::new(&devices, &self.ledger, &self.options)
+        act(Destination::new(&devices, &self.ledger, &self.options)
             .with_memory(&regions)
             .with_vmm(&*self.vmm))
     }
