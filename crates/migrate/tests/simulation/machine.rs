@@ -330,6 +330,8 @@ impl Computer {
     /// Nothing is wrong here any more.
     pub fn heal(&self) {
         *self.cancel.lock().expect("not poisoned") = Cancel::new().expect("an eventfd");
+        // The process that was called off may have crashed before anybody asked how it ended.
+        self.cancelled.lock().take();
         for flag in
             [&self.note_full, &self.prepare_refused, &self.stop_refused, &self.log_lost, &self.memory.fails]
         {
