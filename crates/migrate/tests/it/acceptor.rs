@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::common::hooked::Hooked;
@@ -16,8 +16,8 @@ use limosa_migrate::link::{
     Address, Connector, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait, connect,
 };
 use limosa_migrate::{
-    Acceptor, Cancel, Decision, Destination, Error, Incoming, Ledger, MovedDevice, NoMove, OfferedMove,
-    Options, Outcome, PENDING_MAX, Received, Source,
+    Acceptor, Cancel, CommitNote, Decision, Destination, Error, InDoubt, Incoming, Ledger, MovedDevice,
+    NoMove, OfferedMove, Options, Outcome, PENDING_MAX, Received, Source, Vmm,
 };
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::decode_u32;
@@ -337,20 +337,31 @@ fn counted(called: &Arc<AtomicUsize>) -> Hooked {
     })
 }
 
+/// What a source notes before its commit.
+#[derive(Default)]
+struct Noted(Mutex<Option<CommitNote>>);
+
+impl Vmm for Noted {
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
+        *self.0.lock().unwrap() = Some(note.clone());
+        Ok(())
+    }
+}
+
 #[test]
 fn a_second_offer_reset_the_devices_of_a_guest_that_had_just_arrived() {
     let (options, ledger, called) = (options(), Arc::new(Ledger::new()), Arc::default());
     let acceptor = accepting(None, &ledger, SILENCE);
     let (source, there) = (Hooked::new("source", FLAGS, &[7; 900]), counted(&called));
     let (here, there) = ([MovedDevice::new(&source)], [MovedDevice::new(&there)]);
-    let address = acceptor.address().clone();
+    let (address, noted) = (acceptor.address().clone(), Noted::default());
     let (outcome, received) = std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let offered = offered(&acceptor);
             Destination::new(&there, &ledger, &options).receive_offered(offered)
         });
         let link = connect(&address, LIMIT).unwrap();
-        let outcome = Source::new(&here, &options).send(&link);
+        let outcome = Source::new(&here, &options).with_vmm(&noted).send(&link);
         drop(link);
         (outcome, receiving.join().unwrap())
     });
@@ -367,10 +378,14 @@ fn a_second_offer_reset_the_devices_of_a_guest_that_had_just_arrived() {
     let reason = refusal(&mut stranger);
     assert!(reason.contains("no move is taken here"), "{reason}");
     assert_eq!(called.load(Ordering::SeqCst), before, "no device was called");
-    // It still answers.
+    // It still answers the source, and nobody else.
     let id = report.id.parse().unwrap();
     let asks = Preface::new(id, PrefaceFlags::empty());
-    says(&acceptor, &opening(asks, &[(Kind::QUERY, &[])])).read_to_end(&mut Vec::new()).unwrap();
+    let reason = refusal(&mut says(&acceptor, &opening(asks, &[(Kind::QUERY, &[])])));
+    assert!(reason.contains("QUERY: it carries no proof"), "{reason}");
+    let doubt = InDoubt::recover(noted.0.into_inner().unwrap().unwrap());
+    let outcome = Source::new(&[], &options).resolve(doubt, &connect(&address, LIMIT).unwrap());
+    assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     let answer = acceptor.accept(wait()).unwrap();
     let Incoming::Answered { id: asked, decision: Decision::Committed } = answer else {
         panic!("{answer:?}")

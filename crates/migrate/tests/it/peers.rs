@@ -175,7 +175,7 @@ fn send_for_ever(peer: &mut Peer, kind: Kind, payload: &[u8]) {
 fn keep_alives_behind_an_offer_held_the_devices_for_ever() {
     for stops in [false, true] {
         let mut ends = ends();
-        ends.options = options().with_idle_max(Duration::from_millis(50));
+        ends.options = believing().with_idle_max(Duration::from_millis(50));
         ends.options.standstill_max = Duration::from_millis(100);
         let why = source_says(&ends, |peer| {
             greet(peer);
@@ -193,7 +193,7 @@ fn keep_alives_behind_an_offer_held_the_devices_for_ever() {
 #[test]
 fn a_source_that_never_sent_its_sum_held_the_devices_for_ever() {
     let mut ends = ends();
-    ends.options = options().with_move_max(Duration::from_millis(50));
+    ends.options = believing().with_move_max(Duration::from_millis(50));
     let why = source_says(&ends, |peer| {
         greet(peer);
         send_for_ever(peer, Kind::ROUND, &[0; 16]);
@@ -212,7 +212,7 @@ fn a_source_that_waits_for_a_slow_device_is_not_idle() {
         }
     });
     let (ledger, idle_max) = (Ledger::new(), Duration::from_millis(10));
-    let (options, devices) = (options().with_idle_max(idle_max), [MovedDevice::new(&device)]);
+    let (options, devices) = (believing().with_idle_max(idle_max), [MovedDevice::new(&device)]);
     let (near, far) = SocketLink::pair().unwrap();
     let received = std::thread::scope(|scope| {
         scope.spawn(move || {
