@@ -4,6 +4,7 @@ use limosa_clockwork::catch;
 use limosa_stream::body::decode_abort;
 use limosa_stream::{Damage, Kind, Proofs};
 
+use super::rollback::Rollback;
 use super::{Source, Stage};
 use crate::context::Context;
 use crate::error::check_cancel;
@@ -20,6 +21,7 @@ impl<'a> Source<'a> {
         &mut self,
         context: &Context<'a>,
         stage: &Stage<'_, '_, '_>,
+        rollback: &Rollback,
     ) -> Result<(), Uncommitted> {
         context.recorder.phase(Phase::Commit);
         let alive = &stage.sending.alive;
@@ -37,8 +39,11 @@ impl<'a> Source<'a> {
         if let Answer::Refused(why) = answer.map_err(|error| after_commit(error, proofs))? {
             return Err(Uncommitted::Off(why));
         }
-        context.recorder.runs();
-        context.recorder.compare(self.options.convergence.downtime_goal);
+        // A machine that stood still before has no downtime.
+        if !rollback.stood_still() {
+            context.recorder.runs();
+            context.recorder.compare(self.options.convergence.downtime_goal);
+        }
         Ok(())
     }
 }

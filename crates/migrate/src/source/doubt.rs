@@ -27,6 +27,7 @@ pub struct InDoubt {
     rollback: Rollback,
     /// The machine that was sent; `None` in a process that was restarted.
     machine: Option<Machine>,
+    is_save: bool,
 }
 
 /// The facts by which one machine is told from another.
@@ -65,11 +66,20 @@ impl InDoubt {
         rollback: Rollback,
         source: &Source<'_>,
     ) -> InDoubt {
-        InDoubt { id: note.id, why, report, note, rollback, machine: Some(Machine::of(source)) }
+        InDoubt {
+            id: note.id,
+            why,
+            report,
+            note,
+            rollback,
+            machine: Some(Machine::of(source)),
+            is_save: false,
+        }
     }
 
     /// The move in doubt of a source that was restarted and knows only what it noted before the commit. Its devices are assumed
-    /// to have been in RUNNING before the move. An id alone is a note as well; nobody can answer for that with a proof.
+    /// to have been in RUNNING before the move; [`InDoubt::with_found`] says otherwise. An id alone is a note as well, for which
+    /// nobody can answer with a proof.
     pub fn recover(note: impl Into<CommitNote>) -> InDoubt {
         let note = note.into();
         let id = note.id;
@@ -83,6 +93,7 @@ impl InDoubt {
             // A source that reached the commit had stopped the guest.
             rollback: Rollback { touched: true, vmm_stopped: true, ..Rollback::default() },
             machine: None,
+            is_save: false,
         }
     }
 
@@ -96,6 +107,12 @@ impl InDoubt {
     pub fn with_found(mut self, found: Vec<State>) -> InDoubt {
         self.rollback.found = found;
         self
+    }
+
+    /// The same of a save, whose report says so when it is settled.
+    #[must_use]
+    pub fn of_save(self) -> InDoubt {
+        InDoubt { is_save: true, ..self }
     }
 }
 
@@ -139,7 +156,8 @@ impl<'a> Source<'a> {
         match decision {
             Decision::Committed => {
                 self.finish(&context, &mut doubt.rollback, None);
-                Outcome::Moved(context.recorder.finish(End::Moved, None))
+                let end = if doubt.is_save { End::Saved } else { End::Moved };
+                Outcome::Moved(context.recorder.finish(end, None))
             }
             Decision::NotCommitted => {
                 context.recorder.phase(Phase::Undo);

@@ -177,6 +177,8 @@ pub enum Mutation {
     SilenceIgnored,
     /// The guest may stand still for as long as it takes.
     StandsForever,
+    /// The destination runs a machine that stood still.
+    RunsWhatStood,
     /// Nobody checks the proof of COMMIT: the adversary's is right.
     CommitUnchecked,
     /// Nobody checks the proof of OUTCOME.
@@ -251,6 +253,8 @@ pub struct Plan {
     pub precopy: bool,
     /// The guest is saved and not moved; what becomes of the source then.
     pub saves: Option<AfterSave>,
+    /// The machine stands still before the move: its devices are in STOP, and its vCPU does not run.
+    pub stands: bool,
     /// How long the vCPU rests between two of its steps, at most.
     pub rest: Duration,
     pub faults: Vec<Planned>,
@@ -328,6 +332,7 @@ impl Plan {
             convergence,
             precopy: !chance.one_in(6),
             saves: chance.one_in(5).then(|| chance.pick(&[AfterSave::Run, AfterSave::Stop])),
+            stands: false,
             rest: (about / chance.pick(&[3, 20, 100, 300])).max(Duration::from_micros(5)),
             faults: Vec::new(),
             standstill_max: if chance.one_in(8) { Duration::from_secs(2) } else { STANDSTILL_MAX },
@@ -335,6 +340,11 @@ impl Plan {
         };
         let count = chance.pick(&[0, 1, 1, 1, 1, 1, 2, 2, 2, 3]);
         plan.faults = (0..count).map(|_| plan.draw(&mut chance)).collect();
+        plan.stands = chance.one_in(8);
+        if plan.stands {
+            // A device that is reset runs, and is found so by a move that comes later.
+            plan.faults.retain(|planned| !matches!(planned.fault, Fault::Reset(End::Source, _)));
+        }
         if plan.saves.is_none() {
             // By draws of its own, so that the rest of the plan does not depend on it.
             plan.faults.extend(adversary::draw(&mut Chance::new(!seed)));
