@@ -62,7 +62,7 @@ impl Ledger {
                 return answered.map(|decision| (id, decision)).map_err(|why| connection.part(why));
             }
             Ok(Opening { id, .. }) => (Some(id), Error::NotTaken { why: NoMove::Answers }),
-            Err(unopened) => (unopened.id, unopened.why),
+            Err(unopened) => (unopened.id, *unopened.why),
         };
         Err(refuse(&connection, id, why))
     }

@@ -86,7 +86,7 @@ impl Receiving<'_, '_> {
         let silence_max = self.options().silence_max;
         let mut reader = FrameReader::new(link, silence_max);
         let opened = opening::read(&mut reader, link, within(silence_max), Some(&self.joined));
-        let opened = opened.map_err(|unopened| unopened.why)?;
+        let opened = opened.map_err(|unopened| *unopened.why)?;
         match opened.request {
             Request::Join(number) if opened.id == id => Ok((number, reader)),
             Request::Join(_) => Err(reader.damaged(not_under_way(opened.id))),
