@@ -147,7 +147,7 @@ impl Opener {
             }
             Err(Unopened { id, why }) => {
                 link.forget();
-                Err(refuse(&connection, id, why))
+                Err(refuse(&connection, id, *why))
             }
         }
     }

@@ -97,7 +97,7 @@ impl Ledger {
                 return reply(self, &asked, &connection, cancel).map(|decision| (id, decision));
             }
             Ok(Opening { id, .. }) => (Some(id), Error::NotTaken { why: NoMove::Answers }),
-            Err(unopened) => (unopened.id, unopened.why),
+            Err(unopened) => (unopened.id, *unopened.why),
         };
         Err(refuse(&connection, id, why))
     }

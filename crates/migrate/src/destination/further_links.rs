@@ -87,7 +87,7 @@ impl Receiving<'_, '_> {
         let silence_max = self.options().silence_max;
         let mut reader = FrameReader::new(link, silence_max);
         let opened = opening::read(&mut reader, link, within(silence_max), Some(&self.joined));
-        let opened = opened.map_err(|unopened| unopened.why)?;
+        let opened = opened.map_err(|unopened| *unopened.why)?;
         match opened.request {
             Request::Join(join) if opened.id == id => {
                 let number = self.proofs.check(Kind::JOIN, &join).map(decode_u32);

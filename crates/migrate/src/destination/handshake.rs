@@ -47,7 +47,7 @@ impl<'a> Destination<'a> {
         let opened = opening::read(&mut connection.reader(), connection.link(), within(limit), self.cancel);
         let (id, request) = match opened {
             Ok(Opening { id, request }) => (Some(id), Ok(request)),
-            Err(Unopened { id, why }) => (id, Err(why)),
+            Err(Unopened { id, why }) => (id, Err(*why)),
         };
         if let Some(id) = id {
             context.recorder.id(id);

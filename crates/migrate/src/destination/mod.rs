@@ -121,25 +121,21 @@ impl<'a> Destination<'a> {
     }
 
     /// Sets the guest's memory: the same regions as the source's.
-    #[must_use]
     pub fn with_memory(self, memory: &'a [MemoryRegion<'a>]) -> Destination<'a> {
         Destination { memory, ..self }
     }
 
     /// Sets the hooks of the machine around the devices.
-    #[must_use]
     pub fn with_vmm(self, vmm: &'a dyn Vmm) -> Destination<'a> {
         Destination { vmm, ..self }
     }
 
     /// Sets an observer.
-    #[must_use]
     pub fn with_observer(self, observer: &'a dyn Observer) -> Destination<'a> {
         Destination { observer, ..self }
     }
 
     /// Sets a handle that cancels the move.
-    #[must_use]
     pub fn with_cancel(self, cancel: Option<&'a Cancel>) -> Destination<'a> {
         Destination { cancel, ..self }
     }

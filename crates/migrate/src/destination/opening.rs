@@ -37,7 +37,7 @@ pub(crate) enum Request {
 pub(crate) struct Unopened {
     /// The id with which the peer is answered, once its preface has arrived.
     pub(crate) id: Option<MigrationId>,
-    pub(crate) why: Error,
+    pub(crate) why: Box<Error>,
 }
 
 /// Reads an opening, in which the whole of the wait may take no longer than until `within`. The reader is then behind it.
@@ -47,12 +47,13 @@ pub(crate) fn read(
     within: Option<(Instant, Duration)>,
     cancel: Option<&Cancel>,
 ) -> Result<Opening, Unopened> {
-    let bytes = reader.preface_bytes(link, within, cancel).map_err(|why| Unopened { id: None, why })?;
+    let bytes =
+        reader.preface_bytes(link, within, cancel).map_err(|why| Unopened { id: None, why: why.into() })?;
     let id = Preface::id(&bytes);
     reader.limit_opening(Some(FRAMES_BYTES_MAX));
     let opened = request(reader, link, &bytes, within, cancel);
     reader.limit_opening(None);
-    opened.map_err(|why| Unopened { id, why })
+    opened.map_err(|why| Unopened { id, why: why.into() })
 }
 
 fn request(
