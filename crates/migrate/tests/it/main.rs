@@ -26,4 +26,5 @@ mod synthetic;
 mod tls;
 mod toy_vmm;
 mod traps;
+mod trust;
 mod vfio_user;
