@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use limosa_protocol::State;
 use rustix::process::Signal;
 use support::link::{Plan, Proxy};

@@ -9,7 +9,7 @@ use limosa_clockwork::{Guard, Monitor, Scope};
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::NEEDS_CREDIT;
 use limosa_stream::buffer::Spares;
-use limosa_stream::{Offer, Order};
+use limosa_stream::{Offer, Order, Proofs};
 
 use super::device_loader::DeviceLoader;
 use super::device_queue::{Command, DeviceQueue};
@@ -18,6 +18,7 @@ use crate::devices::{MovedDevice, failed};
 use crate::link::Link;
 use crate::memory::MemoryRegion;
 use crate::protocol::credit::{ReceiveWindow, window};
+use crate::protocol::state_limit::StateLimit;
 use crate::report::Recorder;
 use crate::transfer::device_sender::READ_BYTES_MAX;
 use crate::transfer::device_workers::DeviceWorkers;
@@ -38,6 +39,7 @@ pub(super) struct Receiving<'w, 'a> {
     pub(super) team: Team,
     pub(super) workers: DeviceWorkers,
     pub(super) alive: KeepAlive,
+    pub(super) devices: &'a [MovedDevice<'a>],
     pub(super) queues: Vec<Shared<DeviceQueue>>,
     pub(super) loaders: Vec<Monitor<DeviceLoader<'a>>>,
     flags: OnceLock<Vec<MigrationFlags>>,
@@ -48,6 +50,7 @@ pub(super) struct Receiving<'w, 'a> {
     /// The regions, by their index in the offer.
     pub(super) regions: Vec<Option<&'w MemoryRegion<'a>>>,
     pub(super) order: Monitor<Order>,
+    pub(super) proofs: Proofs,
     /// The end of the time from the offer to the SUM, and that time; `None` if no peer sends.
     pub(super) until: Option<(Instant, Duration)>,
     /// The frames over all links that were not keep-alives.
@@ -82,6 +85,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         devices: &'a [MovedDevice<'a>],
         memory: &'w [MemoryRegion<'a>],
         offer: &Offer,
+        proofs: Proofs,
     ) -> Result<Receiving<'w, 'a>> {
         let team = Team::new(context.cancel)?;
         let joined = team.ended().child().map_err(|error| Error::Os { doing: "making an event", error })?;
@@ -92,20 +96,26 @@ impl<'w, 'a> Receiving<'w, 'a> {
         spares.fill(SPARE_BYTES.min(windows / 4) as usize, READ_BYTES_MAX, context.recorder.buffers());
         // Regions are matched by id: this side may have them in another order than the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
-        let queue = || DeviceQueue { window: ReceiveWindow::new(window), ..DeviceQueue::default() };
+        let queue = |at: usize| {
+            let mut limit = StateLimit::for_load(context.options);
+            limit.said(offer.devices.get(at).and_then(|facts| facts.data_bytes).unwrap_or(0));
+            DeviceQueue { window: ReceiveWindow::new(window), limit, ..DeviceQueue::default() }
+        };
         Ok(Receiving {
             context,
             connection,
             writers: [&connection.writer],
             workers: DeviceWorkers::new(devices.len(), usize::MAX),
             alive: KeepAlive::default(),
-            queues: devices.iter().map(|_| team.share(queue())).collect(),
+            devices,
+            queues: (0..devices.len()).map(|at| team.share(queue(at))).collect(),
             loaders: devices.iter().map(|moved| Monitor::new(DeviceLoader::new(moved.device))).collect(),
             flags: OnceLock::new(),
             stopped: offer.devices.iter().map(|facts| facts.stopped).collect(),
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
             regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
-            order: Monitor::new(Order::new(offer)),
+            order: Monitor::new(Order::new(offer).with_proofs(proofs.clone())),
+            proofs,
             until: within(connection.limits().move_max).filter(|_| connection.has_peer()),
             frames: AtomicU64::new(0),
             has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),

@@ -45,6 +45,7 @@ fn wait_and_take(
         .with_links(args.links)
         .with_idle_max(args.idle.unwrap_or(4 * args.link.silence))
         .with_move_max(args.move_limit);
+    let options = args.state.limit(options);
     let ledger = Arc::new(moves.ledger()?);
     let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
@@ -52,7 +53,7 @@ fn wait_and_take(
     let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger)
         .with_after(args.starting.after());
     out.say(&format!("listening on {}", listener.address()));
-    let acceptor = links.acceptor(listener, &ledger, args.link.silence)?;
+    let acceptor = links.acceptor(listener, &ledger, &options)?;
     let offered = offer(&acceptor, args, cancel)?;
     let stay = Stay { acceptor: &acceptor, id: offered.id(), silence: args.link.silence, cancel };
     let received = destination.receive_offered(offered);
