@@ -14,7 +14,7 @@ Exit codes:
   4  not reachable: no such device or peer, in use, not permitted, gone, or connection lost
   5  in doubt: the source is stopped and does not know whether the destination runs, or the snapshot is there
   6  damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected
-  7  cancelled: the move was called off by SIGINT or SIGTERM, and undone";
+  7  cancelled: the move was called off by SIGINT, SIGTERM, SIGHUP, SIGQUIT or SIGXCPU, and undone";
 
 /// How the command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

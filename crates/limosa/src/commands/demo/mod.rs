@@ -124,7 +124,7 @@ pub fn run(args: &args::Demo, limit: Duration, out: &Output) -> anyhow::Result<(
     let destination = End::start(folder.path(), "destination", args, limit)?;
     let say = |line: &dyn Fn() -> String| {
         if !out.json {
-            println!("{}", line());
+            out.say(&line());
         }
     };
     say(&|| {
