@@ -117,6 +117,16 @@ impl Halted {
         }
     }
 
+    /// Whether a user means one of these devices.
+    pub fn is_of(&self, name: &str) -> bool {
+        let lasting = open::lasting_name(name).ok();
+        let identity = open::identity(name);
+        self.devices.iter().enumerate().any(|(at, device)| {
+            let known = self.known(at).identity;
+            device == name || Some(device) == lasting.as_ref() || known.is_some() && known == identity
+        })
+    }
+
     /// What is known of the device at this place.
     pub fn known(&self, at: usize) -> Known {
         self.known.get(at).cloned().unwrap_or_default()

@@ -21,8 +21,8 @@ pub trait Vmm: Sync {
         false
     }
 
-    /// On the source, before devices stop: stop the vCPUs. The downtime begins with this call. An `Err` ends the move, and
-    /// [`Vmm::resume`] is called.
+    /// On the source, before devices stop: stop the vCPUs, if they do not stand still already. The downtime begins with this
+    /// call. An `Err` ends the move, and [`Vmm::resume`] is called.
     fn stop(&self) -> Result<(), String> {
         Ok(())
     }
@@ -36,8 +36,8 @@ pub trait Vmm: Sync {
         Ok(())
     }
 
-    /// On the source, after a move was undone and the devices run again: let the vCPUs go on. It is called only if
-    /// [`Vmm::stop`] was called, also if that refused.
+    /// On the source, after a move was undone and the devices run again: let the vCPUs go on that [`Vmm::stop`] has stopped.
+    /// Those that stood still before stay so. It is called only if [`Vmm::stop`] was called, also if that refused.
     fn resume(&self) {}
 
     /// On the destination, after COMMIT and before the devices run. This is part of the downtime. An `Err` gives the guest
@@ -46,7 +46,8 @@ pub trait Vmm: Sync {
         Ok(())
     }
 
-    /// On the destination, when the devices run: start the vCPUs. The downtime ends with this call.
+    /// On the destination, when the devices run: start the vCPUs. The downtime ends with this call. It is not called where
+    /// nothing is to run ([`Received::Stopped`](crate::Received::Stopped)), and neither is [`Vmm::prepare`].
     fn start(&self) {}
 }
 

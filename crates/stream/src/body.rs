@@ -60,6 +60,9 @@ pub struct DeviceFacts {
     /// Its identification in PCI configuration space.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci: Option<PciIds>,
+    /// Whether it stood in STOP when it was offered, and is to stay so at the destination.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stopped: bool,
 }
 
 /// Identification in PCI configuration space.
@@ -505,6 +508,16 @@ mod tests {
         refused(&|o| {
             o.devices = (0..65).map(|id| DeviceFacts { id, ..o.devices[0].clone() }).collect();
         });
+    }
+
+    #[test]
+    fn a_device_that_stood_still_is_said_to_and_others_are_as_older_readers_know_them() {
+        let (running, mut stopped) = (offer(), offer());
+        stopped.devices[0].stopped = true;
+        let json = |offer: &Offer| String::from_utf8(offer.encode().unwrap()).unwrap();
+        assert!(json(&stopped).contains(r#""stopped":true"#) && !json(&running).contains("stopped"));
+        assert_eq!(Offer::decode(json(&stopped).as_bytes()), Ok(stopped));
+        assert!(!Offer::decode(json(&running).as_bytes()).unwrap().devices[0].stopped);
     }
 
     #[test]

@@ -93,7 +93,7 @@ pub struct Load {
     pub devices: Devices,
 
     /// Leave the devices stopped.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "run")]
     pub stop: bool,
 
     #[command(flatten)]

@@ -9,7 +9,7 @@ use super::Destination;
 use super::opening::{self, Opening, Request, Unopened};
 use super::receiving::Receiving;
 use crate::context::Context;
-use crate::devices::{compare_devices, compare_memory, facts, failed};
+use crate::devices::{compare_devices, compare_memory, facts, failed, way_out_of};
 use crate::error::{Mismatch, MismatchKind, check_cancel};
 use crate::link::FurtherLinks;
 use crate::memory::MemoryRegion;
@@ -107,9 +107,8 @@ impl<'a> Destination<'a> {
             let state = device.state().map_err(|error| failed(device, "reading its state", error))?;
             if !matches!(state, State::Running | State::Stop) {
                 let name = device.name();
-                let message = format!(
-                    "{name}: it is in {state}, RUNNING or STOP is expected; is it in use? if not, reset it"
-                );
+                let message =
+                    format!("{name}: it is in {state}, RUNNING or STOP is expected; {}", way_out_of(state));
                 reasons.push(Mismatch::new(MismatchKind::State, message));
             }
             found.push(state);

@@ -45,6 +45,7 @@ pub struct Destination<'a> {
     options: &'a Options,
     cancel: Option<&'a Cancel>,
     ledger: &'a Ledger,
+    after: AfterLoad,
 }
 
 impl std::fmt::Debug for Destination<'_> {
@@ -62,7 +63,8 @@ impl std::fmt::Debug for Destination<'_> {
 pub enum Received {
     /// The devices run here.
     Runs(Report),
-    /// A snapshot was loaded, and the devices stay in STOP.
+    /// Everything is here and committed, and all devices stay in STOP: they stood in STOP at the source or when they were
+    /// saved, or the caller asked for that ([`AfterLoad`]). The vCPUs were not started.
     Stopped(Report),
     /// The move failed or was cancelled. Everything that was loaded is discarded: every device was reset, and returned to
     /// the state (RUNNING or STOP) in which it was found. Memory stays as it was written. [`Report::unrecovered`] lists the
@@ -92,8 +94,8 @@ pub enum Received {
 
 /// How the work of a move ended.
 enum Ending {
-    /// The devices are loaded, and in RUNNING or, from a snapshot, in STOP.
-    Done,
+    /// The devices are loaded, and in RUNNING ([`End::Runs`]) or in STOP ([`End::Stopped`]).
+    Done(End),
     Discarded(Error),
     Broken(Error),
 }
@@ -112,7 +114,8 @@ impl<'a> Destination<'a> {
     /// outcomes for sources in doubt. Use one ledger for all moves that a process receives.
     pub fn new(devices: &'a [MovedDevice<'a>], ledger: &'a Ledger, options: &'a Options) -> Destination<'a> {
         let (vmm, observer) = (&Nobody, &Nobody);
-        Destination { devices, memory: &[], vmm, observer, options, cancel: None, ledger }
+        let after = AfterLoad::default();
+        Destination { devices, memory: &[], vmm, observer, options, cancel: None, ledger, after }
     }
 
     /// Sets the guest's memory: the same regions as the source's.
@@ -139,6 +142,12 @@ impl<'a> Destination<'a> {
         Destination { cancel, ..self }
     }
 
+    /// Sets the fate of devices that are received. By default each is again what it was at the source.
+    #[must_use]
+    pub fn with_after(self, after: AfterLoad) -> Destination<'a> {
+        Destination { after, ..self }
+    }
+
     /// Receives one move, or answers one query, over the link. Blocks until that has ended. The source must have sent its
     /// whole OFFER or QUERY within [`Options::silence_max`].
     pub fn receive(self, link: &dyn Link) -> Received {
@@ -163,7 +172,7 @@ impl<'a> Destination<'a> {
             Ok(Greeting::Query(id)) => {
                 return match answer::reply(self.ledger, id, &connection, self.cancel) {
                     Ok(decision) => Received::Answered { id, decision },
-                    Err(why) => ended(Ending::Discarded(why), context, End::Runs),
+                    Err(why) => ended(Ending::Discarded(why), context),
                 };
             }
             Ok(Greeting::Offer(id, offer)) => {
@@ -178,7 +187,7 @@ impl<'a> Destination<'a> {
             Ending::Discarded(why) => Ending::Discarded(connection.part(why)),
             ending => ending,
         };
-        ended(ending, context, End::Runs)
+        ended(ending, context)
     }
 
     pub(crate) fn ledger(&self) -> &'a Ledger {
@@ -232,7 +241,7 @@ impl<'a> Destination<'a> {
                 return self.discard(receiving, why);
             }
             match guard("the destination", || Ok(self.end_of(context, receiving, then))) {
-                Ok(Ok(())) => Ending::Done,
+                Ok(Ok(end)) => Ending::Done(end),
                 Ok(Err(NotStarted::GivenBack(why))) => self.discard(receiving, why),
                 Ok(Err(NotStarted::Stuck(why))) | Err(why) => Ending::Broken(why),
             }
@@ -245,7 +254,7 @@ impl<'a> Destination<'a> {
         context: &Context<'a>,
         receiving: &Receiving<'_, 'a>,
         then: Then,
-    ) -> Result<(), NotStarted> {
+    ) -> Result<End, NotStarted> {
         context.recorder.phase(Phase::Commit);
         match then {
             Then::Commit(id) => self.commit(id, context, receiving),
@@ -268,11 +277,11 @@ impl<'a> Destination<'a> {
 }
 
 /// The report of a move that has ended.
-fn ended(ending: Ending, context: Context<'_>, done: End) -> Received {
+fn ended(ending: Ending, context: Context<'_>) -> Received {
     let recorder = context.recorder;
     match ending {
-        Ending::Done if done == End::Stopped => Received::Stopped(recorder.finish(End::Stopped, None)),
-        Ending::Done => Received::Runs(recorder.finish(End::Runs, None)),
+        Ending::Done(End::Stopped) => Received::Stopped(recorder.finish(End::Stopped, None)),
+        Ending::Done(_) => Received::Runs(recorder.finish(End::Runs, None)),
         Ending::Discarded(why) => {
             tracing::info!("the move was discarded: {why}");
             let report = recorder.finish(End::Discarded, Some(&why));

@@ -3,6 +3,7 @@
 use limosa_clockwork::catch;
 use limosa_stream::Kind;
 
+use super::rollback::Rollback;
 use super::{Source, Stage};
 use crate::context::Context;
 use crate::error::check_cancel;
@@ -19,6 +20,7 @@ impl<'a> Source<'a> {
         &mut self,
         context: &Context<'a>,
         stage: &Stage<'_, '_, '_>,
+        rollback: &Rollback,
     ) -> Result<(), Uncommitted> {
         context.recorder.phase(Phase::Commit);
         let alive = &stage.sending.alive;
@@ -32,8 +34,11 @@ impl<'a> Source<'a> {
         alive.stands_still_no_more();
         let committed = catch(|| ask_to_run(stage.wires.connection));
         committed.map_err(|panic| Error::panicked("the commit", &panic)).flatten().map_err(after_commit)?;
-        context.recorder.runs();
-        context.recorder.compare(self.options.convergence.downtime_goal);
+        // A machine that stood still before has no downtime.
+        if !rollback.stood_still() {
+            context.recorder.runs();
+            context.recorder.compare(self.options.convergence.downtime_goal);
+        }
         Ok(())
     }
 }

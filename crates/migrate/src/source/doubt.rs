@@ -27,6 +27,7 @@ pub struct InDoubt {
     rollback: Rollback,
     /// The machine that was sent; `None` in a process that was restarted.
     machine: Option<Machine>,
+    is_save: bool,
 }
 
 /// The facts by which one machine is told from another.
@@ -65,11 +66,11 @@ impl InDoubt {
         rollback: Rollback,
         source: &Source<'_>,
     ) -> InDoubt {
-        InDoubt { id, why, report, rollback, machine: Some(Machine::of(source)) }
+        InDoubt { id, why, report, rollback, machine: Some(Machine::of(source)), is_save: false }
     }
 
     /// The move in doubt of a source that was restarted and knows only the id. Its devices are assumed to have been in
-    /// RUNNING before the move.
+    /// RUNNING before the move; [`InDoubt::with_found`] says otherwise.
     pub fn recover(id: MigrationId) -> InDoubt {
         let recorder = Recorder::new(Side::Source, &Options::default(), &crate::Nobody, std::iter::empty());
         recorder.id(id);
@@ -80,6 +81,7 @@ impl InDoubt {
             // A source that reached the commit had stopped the guest.
             rollback: Rollback { touched: true, vmm_stopped: true, ..Rollback::default() },
             machine: None,
+            is_save: false,
         }
     }
 
@@ -88,6 +90,12 @@ impl InDoubt {
     pub fn with_found(mut self, found: Vec<State>) -> InDoubt {
         self.rollback.found = found;
         self
+    }
+
+    /// The same of a save, whose report says so when it is settled.
+    #[must_use]
+    pub fn of_save(self) -> InDoubt {
+        InDoubt { is_save: true, ..self }
     }
 }
 
@@ -129,7 +137,8 @@ impl<'a> Source<'a> {
         match decision {
             Decision::Committed => {
                 self.finish(&context, &mut doubt.rollback, None);
-                Outcome::Moved(context.recorder.finish(End::Moved, None))
+                let end = if doubt.is_save { End::Saved } else { End::Moved };
+                Outcome::Moved(context.recorder.finish(end, None))
             }
             Decision::NotCommitted => {
                 context.recorder.phase(Phase::Undo);

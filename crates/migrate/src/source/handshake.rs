@@ -8,7 +8,7 @@ use limosa_stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, WIND
 use super::Source;
 use super::rollback::Rollback;
 use crate::context::Context;
-use crate::devices::{check_movable, facts, failed};
+use crate::devices::{check_movable, facts, failed, way_out_of};
 use crate::error::{Mismatch, MismatchKind, check_cancel};
 use crate::link::{FurtherLinks, Link, Wait};
 use crate::wire::{Connection, Frame};
@@ -42,6 +42,9 @@ impl<'a> Source<'a> {
         }
         offer.needs.extend(self.options.compress.map(|compression| compression.name().into()));
         rollback.found = self.states()?;
+        for (facts, found) in offer.devices.iter_mut().zip(&rollback.found) {
+            facts.stopped = *found == State::Stop;
+        }
         let stored = PrefaceFlags::STORED | PrefaceFlags::SEALED;
         let flags = if has_peer { PrefaceFlags::empty() } else { stored };
         let payload =
@@ -80,7 +83,7 @@ impl<'a> Source<'a> {
             }
             let name = moved.device.name();
             let reason =
-                format!("{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?");
+                format!("{name}: it is in {state}, RUNNING or STOP is expected; {}", way_out_of(state));
             Err(incompatible(MismatchKind::State, reason))
         };
         self.devices.iter().map(state).collect()

@@ -59,8 +59,10 @@ impl std::fmt::Debug for Source<'_> {
 #[derive(Debug)]
 #[must_use]
 pub enum Outcome {
-    /// The destination runs, or the snapshot was published. After a move the source's devices are in STOP and must not run
-    /// this guest again.
+    /// The destination runs, or has everything and stays stopped as the source was ([`Received::Stopped`]), or the snapshot
+    /// was published. After a move the source's devices are in STOP and must not run this guest again.
+    ///
+    /// [`Received::Stopped`]: crate::Received::Stopped
     Moved(Report),
     /// The move failed or was cancelled, and the source is as it was before: its devices run, with their dirty log
     /// complete. [`Report::unrecovered`] lists the devices that could not be brought back.
@@ -84,6 +86,10 @@ enum Ending {
 
 impl<'a> Source<'a> {
     /// A source of these devices, which are in RUNNING or STOP, without memory.
+    ///
+    /// The destination is told which devices stand in STOP, and by default leaves them so
+    /// ([`AfterLoad::AsFound`](crate::AfterLoad::AsFound)). An earlier move leaves its source's devices in STOP too, with a
+    /// guest that runs elsewhere: whoever calls this knows which of both it is.
     pub fn new(devices: &'a [MovedDevice<'a>], options: &'a Options) -> Source<'a> {
         let memory = Memory::default();
         Source { devices, memory, vmm: &Nobody, observer: &Nobody, options, cancel: None }
@@ -240,7 +246,7 @@ impl<'a> Source<'a> {
         if let Some(place) = place {
             return self.keep(context, stage, rollback, place);
         }
-        match self.commit(context, stage) {
+        match self.commit(context, stage, rollback) {
             Ok(()) => {
                 self.finish(context, rollback, Some(stage.sending));
                 Ending::Moved

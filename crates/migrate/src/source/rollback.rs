@@ -36,6 +36,11 @@ impl Rollback {
     fn found(&self, at: usize) -> State {
         self.found.get(at).copied().unwrap_or(State::Running)
     }
+
+    /// Whether the machine stood still before the move: there are devices, and all of them were found in STOP.
+    pub(super) fn stood_still(&self) -> bool {
+        !self.found.is_empty() && self.found.iter().all(|found| *found == State::Stop)
+    }
 }
 
 impl<'a> Source<'a> {

@@ -56,7 +56,7 @@ impl<'a> Source<'a> {
         };
         let recorder = context.recorder;
         match ending {
-            Ending::Moved => Outcome::Moved(recorder.finish(End::Moved, None)),
+            Ending::Moved => Outcome::Moved(recorder.finish(End::Saved, None)),
             Ending::Undone(why) => {
                 let why = of_place(why, "writing it");
                 tracing::info!("the save was undone: {why}");
@@ -66,7 +66,7 @@ impl<'a> Source<'a> {
             Ending::Doubt(why) => {
                 tracing::error!(%id, "in doubt whether the snapshot is there: {why}");
                 let report = recorder.finish(End::InDoubt, Some(&why));
-                Outcome::InDoubt(InDoubt::new(id, why, report, rollback, &self))
+                Outcome::InDoubt(InDoubt::new(id, why, report, rollback, &self).of_save())
             }
         }
     }

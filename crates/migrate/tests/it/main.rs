@@ -20,6 +20,7 @@ mod resets;
 mod snapshots;
 mod sparse;
 mod standstill;
+mod stopped;
 mod synthetic;
 mod tls;
 mod toy_vmm;

@@ -64,6 +64,15 @@ fn a_guest_that_does_not_stop_is_found() {
 }
 
 #[test]
+fn a_destination_that_runs_a_machine_that_stood_still_is_found() {
+    let stands = |plan: &mut Plan| {
+        calm_move(plan);
+        plan.stands = true;
+    };
+    finds(Mutation::RunsWhatStood, stands, &["differ in what became of it"]);
+}
+
+#[test]
 fn a_source_that_runs_in_doubt_is_found() {
     let commit_and_cut = |plan: &mut Plan| {
         plan.faults.retain(|planned| matches!(planned.fault, Fault::Cut(_) | Fault::Silence(..)));

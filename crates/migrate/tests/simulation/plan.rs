@@ -172,6 +172,8 @@ pub enum Mutation {
     SilenceIgnored,
     /// The guest may stand still for as long as it takes.
     StandsForever,
+    /// The destination runs a machine that stood still.
+    RunsWhatStood,
     /// The notifications in one line of the engine have no effect.
     ForgetsNotification { file: &'static str, line: u32 },
     /// A panic is caught nowhere.
@@ -242,6 +244,8 @@ pub struct Plan {
     pub precopy: bool,
     /// The guest is saved and not moved; what becomes of the source then.
     pub saves: Option<AfterSave>,
+    /// The machine stands still before the move: its devices are in STOP, and its vCPU does not run.
+    pub stands: bool,
     /// How long the vCPU rests between two of its steps, at most.
     pub rest: Duration,
     pub faults: Vec<Planned>,
@@ -319,6 +323,7 @@ impl Plan {
             convergence,
             precopy: !chance.one_in(6),
             saves: chance.one_in(5).then(|| chance.pick(&[AfterSave::Run, AfterSave::Stop])),
+            stands: false,
             rest: (about / chance.pick(&[3, 20, 100, 300])).max(Duration::from_micros(5)),
             faults: Vec::new(),
             standstill_max: if chance.one_in(8) { Duration::from_secs(2) } else { STANDSTILL_MAX },
@@ -326,6 +331,11 @@ impl Plan {
         };
         let count = chance.pick(&[0, 1, 1, 1, 1, 1, 2, 2, 2, 3]);
         plan.faults = (0..count).map(|_| plan.draw(&mut chance)).collect();
+        plan.stands = chance.one_in(8);
+        if plan.stands {
+            // A device that is reset runs, and is found so by a move that comes later.
+            plan.faults.retain(|planned| !matches!(planned.fault, Fault::Reset(End::Source, _)));
+        }
         plan
     }
 

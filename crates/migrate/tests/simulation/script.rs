@@ -13,6 +13,7 @@ use limosa_client::Device;
 use limosa_clockwork::simulation::{self, Failure, Process, Run, is_crash};
 use limosa_clockwork::{Handle, Monitor, Scope, Simulation, now, scope, sleep};
 use limosa_migrate::{Decision, Error, InDoubt, Obstacle, Outcome, Received, WhenStalled};
+use limosa_protocol::State;
 use limosa_stream::MigrationId;
 
 use crate::bounds;
@@ -126,7 +127,10 @@ impl<'a> Script<'a> {
             network: &self.network,
             state: Monitor::default(),
         };
-        self.guest.start(End::Source);
+        match self.plan.stands {
+            true => self.source.stand(),
+            false => self.guest.start(End::Source),
+        }
         scope(|scope| {
             let vcpu = Process::new("guest");
             vcpu.spawn(scope, "vcpu", || self.guest.run([&self.source, &self.destination]));
@@ -192,8 +196,17 @@ impl<'a> Script<'a> {
         decision: Decision,
         doubt: InDoubt,
     ) -> Ending<Outcome> {
+        let doubt = self.as_found(doubt);
         let decided = move || self.source.as_source(|source| source.decide(decision, doubt));
         source.spawn(scope, "decide", decided).join()
+    }
+
+    /// With what whoever drives the source knows of its devices.
+    fn as_found(&self, doubt: InDoubt) -> InDoubt {
+        match self.plan.stands {
+            true => doubt.with_found(vec![State::Stop; self.plan.devices.len()]),
+            false => doubt,
+        }
     }
 
     /// Whoever restarts the destination resets what was loaded for nothing.
@@ -281,7 +294,7 @@ impl<'a> Script<'a> {
     /// The source runs again, or names every device that does not. A source that died during the undo names none.
     fn source_runs(&self, notes: &[String], crashed: bool) -> Result<(), String> {
         let may_fail = self.plan.hurts_devices() || self.plan.panics(End::Source, Place::Resume);
-        match self.source.runs_all() {
+        match self.source.is_as_before() {
             Ok(()) => Ok(()),
             Err(_) if may_fail && (crashed || !notes.is_empty()) => Ok(()),
             Err(_) if self.source.has_lost() => Ok(()),

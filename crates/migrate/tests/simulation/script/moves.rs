@@ -93,6 +93,7 @@ impl Script<'_> {
             }
             let (near, far) = self.network.connect();
             let answering = destination.spawn(scope, "answer", move || self.destination.receive(&far));
+            let doubt = self.as_found(doubt);
             let resolving = source.spawn(scope, "resolve", move || self.source.resolve(doubt, &near));
             sent = resolving.join();
             let mut answer_crashed = false;
@@ -124,12 +125,13 @@ impl Script<'_> {
         simulation::note(|| format!("{outcome:?}\n{received:?}"));
         summary.ended = match (&outcome, &received) {
             (Outcome::Moved(_), Some(Received::Broken { .. })) => Ended::Broken,
-            (Outcome::Moved(_), Some(Received::Runs(_))) => Ended::Moved,
+            (Outcome::Moved(_), Some(Received::Runs(_))) if !self.plan.stands => Ended::Moved,
+            (Outcome::Moved(_), Some(Received::Stopped(_))) if self.plan.stands => Ended::Moved,
             // It found that a device would not start, and died before it could say so.
             (Outcome::Moved(_), None)
                 if destination_crashed
                     && self.plan.hurts_devices()
-                    && self.destination.runs_all().is_err() =>
+                    && self.destination.is_as_before().is_err() =>
             {
                 Ended::Broken
             }
@@ -174,7 +176,7 @@ impl Script<'_> {
         match summary.ended {
             Ended::Moved => {
                 if !self.destination.has_lost() && !self.plan.panics(End::Destination, Place::Start) {
-                    self.destination.runs_all()?;
+                    self.destination.is_as_before()?;
                 }
                 if self.world.running(End::Source) > 0 {
                     return Err("moved, and the source runs".into());
@@ -209,7 +211,7 @@ impl Script<'_> {
                 return self.destination.compare();
             }
             // A device that had to be reset has lost its state.
-            Ended::Undone if self.source.runs_all().is_err() => return Ok(()),
+            Ended::Undone if self.source.is_as_before().is_err() => return Ok(()),
             Ended::Undone => {}
         }
         self.source.heal();
@@ -221,10 +223,15 @@ impl Script<'_> {
         let sending = source.spawn(scope, "send again", move || self.source.send_at_any_cost(&near));
         let (sent, received) = (sending.join(), receiving.join());
         self.check_standstill(&sent, STANDSTILL_MAX)?;
-        let (Ok(Outcome::Moved(_)), Ok(Received::Runs(_))) = (&sent, &received) else {
-            return Err(format!("the second move failed: {sent:?}\n{received:?}"));
+        let is_received = match &received {
+            Ok(Received::Runs(_)) => !self.plan.stands,
+            Ok(Received::Stopped(_)) => self.plan.stands,
+            _ => false,
         };
-        self.destination.runs_all()?;
+        if !is_received || !matches!(sent, Ok(Outcome::Moved(_))) {
+            return Err(format!("the second move failed: {sent:?}\n{received:?}"));
+        }
+        self.destination.is_as_before()?;
         sleep(self.plan.rest * 20);
         self.guest.stop(End::Destination);
         self.destination.compare()
