@@ -14,7 +14,7 @@ Exit codes:
   0  done
   1  failed; what it was about is as it was before, unless the message says otherwise
   2  wrong usage
-  3  refused: the device or the peer cannot do this, or the two sides do not fit
+  3  refused: the device or the peer cannot do this, the two sides do not fit, or the peer proves nothing
   4  not reachable: no such device or peer, in use, not permitted, gone, or connection lost
   5  in doubt: the source is stopped and does not know whether the destination runs, or the snapshot is there
   6  damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected
@@ -177,9 +177,12 @@ fn unreachable(errno: Errno) -> bool {
 
 fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
     use limosa_migrate::Error;
-    use limosa_stream::AbortCode;
+    use limosa_stream::{AbortCode, Damage};
     Some(match error {
         Error::Incompatible { .. } | Error::Vmm { .. } | Error::NotConverging { .. } => Code::Refused,
+        Error::Unauthenticated { .. } | Error::Stream { damage: Damage::Unproven { .. }, .. } => {
+            Code::Refused
+        }
         Error::Aborted { code: AbortCode::Incompatible, .. } => Code::Refused,
         // It is in use, or was silent or not heard for too long.
         Error::Aborted { code: AbortCode::NotTaken | AbortCode::TimeLimit, .. } => Code::Unreachable,

@@ -410,6 +410,9 @@ struct Cut {
     destination: Server,
 }
 
+/// Bytes of COMMIT, and of DONE.
+const WORD: u64 = 64;
+
 impl Cut {
     fn new() -> Cut {
         let folder = Folder::new();
@@ -465,8 +468,8 @@ fn a_link_that_is_cut_anywhere_leaves_one_that_runs() {
     let ((all, _), code) = cut.with(Plan::Pass);
     assert_eq!(code, 0);
     assert!(all > 2 << 20, "{all}");
-    // DONE comes after COMMIT, when both know that the move is over.
-    let out = all - 32;
+    // DONE, with its proof, comes after COMMIT, when both know that the move is over.
+    let out = all - WORD;
     assert_eq!(cut.with(Plan::Cut(all - 1)).1, 0);
     for at in [
         1,
@@ -479,8 +482,8 @@ fn a_link_that_is_cut_anywhere_leaves_one_that_runs() {
         5000,
         600_000,
         1_500_000,
-        out - 97,
-        out - 64,
+        out - WORD - 33,
+        out - WORD,
         out - 33,
         out - 32,
         out - 1,

@@ -1,9 +1,8 @@
 //! The machine around the devices, as the engine asks it to stop and to go on: [`Vmm`].
 
 use limosa_clockwork::catch;
-use limosa_stream::MigrationId;
 
-use crate::{Error, Result as MoveResult};
+use crate::{CommitNote, Error, Result as MoveResult};
 
 /// The machine around the devices. The default of every method does nothing.
 ///
@@ -27,12 +26,12 @@ pub trait Vmm: Sync {
         Ok(())
     }
 
-    /// On the source, when the destination has loaded and before it is told to run: note the move's id
-    /// where a process that is started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover). Also before
-    /// the snapshot of a guest that stays stopped ([`AfterSave::Stop`](crate::AfterSave::Stop)) is published.
-    /// The guest stands still meanwhile. An `Err` calls the move off.
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
-        let _ = id;
+    /// On the source, when the destination has loaded and before it is told to run: keep the note where a process that is
+    /// started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover), and where only the machine's owner can
+    /// read it. Also before the snapshot of a guest that stays stopped ([`AfterSave::Stop`](crate::AfterSave::Stop)) is
+    /// published. The guest stands still meanwhile. An `Err` calls the move off.
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
+        let _ = note;
         Ok(())
     }
 

@@ -184,7 +184,7 @@ impl Settling<'_> {
             return Err(exit::error(Code::Usage, format!("{name}: expected --to, where its destination is")));
         };
         let address = links::address(to)?;
-        let options = Options::default();
+        let options = Options::default().with_unauthenticated_peers(args.tls.insecure);
         if args.tls.tls_ca.is_none() && doubt.is_some_and(|doubt| doubt.tls) {
             let what = format!("move {id} went over TLS, and {to} is to be asked so");
             return Err(exit::error(
@@ -195,7 +195,8 @@ impl Settling<'_> {
         let links = Links::to(&address, &args.tls)?;
         let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
         let link = links::connect(&links.connector(&address), options.silence_max, None, hint)?;
-        match Source::new(&[], &options).resolve(InDoubt::recover(*id), &link) {
+        let commit = Doubt::commit(*id, doubt);
+        match Source::new(&[], &options).resolve(InDoubt::recover(commit), &link) {
             Outcome::Moved(_) => Ok(Decision::Committed),
             Outcome::Undone { .. } => Ok(Decision::NotCommitted),
             Outcome::InDoubt(doubt) => Err(match doubt.why {

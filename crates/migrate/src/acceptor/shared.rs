@@ -12,11 +12,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::PENDING_MAX;
 use super::heard::HeardLink;
 use super::passed_over::PassedOver;
-use crate::Error;
 use crate::error::NoMove;
 use crate::ledger::{Decision, Ledger};
 use crate::link::{Link, SocketLink};
 use crate::lock::lock;
+use crate::{Error, Options};
 
 /// The most answers that are kept for [`Acceptor::accept`](super::Acceptor::accept). The oldest ones are dropped.
 const ANSWERED_MAX: usize = 64;
@@ -51,6 +51,8 @@ impl AsFd for Event {
 pub(super) struct Shared {
     pub(super) ledger: Arc<Ledger>,
     pub(super) silence_max: Duration,
+    /// Whether questions about moves without a secret are answered.
+    pub(super) believes: bool,
     state: Mutex<State>,
     /// There is an offer or an answer.
     pub(super) news: Event,
@@ -111,7 +113,7 @@ pub(super) struct Pending {
 }
 
 impl Shared {
-    pub(super) fn new(ledger: Arc<Ledger>, silence_max: Duration, slot: Slot) -> std::io::Result<Shared> {
+    pub(super) fn new(ledger: Arc<Ledger>, options: &Options, slot: Slot) -> std::io::Result<Shared> {
         let state = State {
             slot,
             answered: VecDeque::new(),
@@ -121,7 +123,8 @@ impl Shared {
             is_over: false,
         };
         let (news, joined, control) = (Event::new()?, Event::new()?, Event::new()?);
-        Ok(Shared { ledger, silence_max, state: Mutex::new(state), news, joined, control })
+        let (silence_max, believes) = (options.silence_max, options.unauthenticated_peers);
+        Ok(Shared { ledger, silence_max, believes, state: Mutex::new(state), news, joined, control })
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {

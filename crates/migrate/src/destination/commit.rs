@@ -1,7 +1,7 @@
 //! The commit on the destination (`docs/stream.md: The commit`): it holds, and then runs.
 
 use limosa_protocol::{MigrationFlags, State};
-use limosa_stream::{Damage, Kind, MigrationId};
+use limosa_stream::{Damage, Kind, MigrationId, Proofs, Step};
 
 use super::receiving::Receiving;
 use super::{AfterLoad, Destination};
@@ -30,7 +30,7 @@ impl<'a> Destination<'a> {
     ) -> Result<End, NotStarted> {
         let connection = receiving.connection;
         context.recorder.check().map_err(NotStarted::GivenBack)?;
-        match self.ledger.hold(id) {
+        match self.ledger.hold(id, receiving.proofs.secret()) {
             Ok(true) => {}
             Ok(false) => {
                 let why = connection.damaged(decided_already("an id", id));
@@ -38,8 +38,9 @@ impl<'a> Destination<'a> {
             }
             Err(error) => return Err(NotStarted::GivenBack(not_recorded(error))),
         }
-        if let Err(why) = guard("holding for the commit", || self.hold(id, connection)) {
+        if let Err(why) = guard("holding for the commit", || self.hold(id, receiving)) {
             self.ledger.not_committed(id);
+            connection.refuse(&why, &receiving.proofs);
             return Err(NotStarted::GivenBack(why));
         }
         let started = guard("the start", || Ok(self.start(self.after, context, receiving)));
@@ -48,13 +49,16 @@ impl<'a> Destination<'a> {
             Ok(_) => {
                 self.ledger.committed(id);
                 context.recorder.runs();
-                if let Err(error) = guard("the end of the commit", || tell(connection)) {
+                if let Err(error) = guard("the end of the commit", || tell(connection, &receiving.proofs)) {
                     context.recorder.peer_not_told();
                     let note = format!("the source may not know that the devices run, and may ask: {error}");
                     context.recorder.note(note);
                 }
             }
-            Err(NotStarted::GivenBack(_)) => self.ledger.not_committed(id),
+            Err(NotStarted::GivenBack(why)) => {
+                self.ledger.not_committed(id);
+                connection.refuse(why, &receiving.proofs);
+            }
             Err(NotStarted::Stuck(_)) => self.ledger.committed(id),
         }
         if let Some(error) = self.ledger.unrecorded(id) {
@@ -67,11 +71,21 @@ impl<'a> Destination<'a> {
     }
 
     /// Sends READY and waits for COMMIT. If this fails, the move must never run here.
-    fn hold(&self, id: MigrationId, connection: &Connection<'_>) -> Result<()> {
+    fn hold(&self, id: MigrationId, receiving: &Receiving<'_, 'a>) -> Result<()> {
+        let (connection, proofs) = (receiving.connection, &receiving.proofs);
         check_cancel(self.cancel)?;
-        connection.send(&Frame::new(Kind::READY, &[]), self.cancel)?;
+        connection.send(&Frame::new(Kind::READY, &proofs.prove(Kind::READY, &[])), self.cancel)?;
         let limit = self.options.commit_max;
-        connection.expect(Kind::COMMIT, "holding for the commit", limit, self.cancel)?;
+        let received = connection.receive("holding for the commit", limit, self.cancel)?;
+        let step = receiving
+            .order
+            .lock()
+            .next(&received.header, &received.payload)
+            .map_err(|damage| connection.damaged(damage))?;
+        if step != Step::Commit {
+            let why = "COMMIT is due".into();
+            return Err(connection.damaged(Damage::Misplaced { kind: received.header.kind, why }));
+        }
         match self.ledger.start(id) {
             Ok(true) => Ok(()),
             Ok(false) => Err(connection.damaged(decided_already("a COMMIT", id))),
@@ -129,10 +143,11 @@ fn not_started(why: Error, receiving: &Receiving<'_, '_>) -> NotStarted {
 }
 
 /// Sends RUNNING and waits for DONE.
-fn tell(connection: &Connection<'_>) -> Result<()> {
-    connection.send(&Frame::new(Kind::RUNNING, &[]), None)?;
+fn tell(connection: &Connection<'_>, proofs: &Proofs) -> Result<()> {
+    connection.send(&Frame::new(Kind::RUNNING, &proofs.prove(Kind::RUNNING, &[])), None)?;
     let doing = "waiting for the source to know that the devices run";
-    connection.expect(Kind::DONE, doing, connection.limits().commit_max, None).map(drop)
+    let payload = connection.expect(Kind::DONE, doing, connection.limits().commit_max, None)?;
+    proofs.check(Kind::DONE, &payload).map(drop).map_err(|damage| connection.damaged(damage))
 }
 
 fn not_recorded(error: std::io::Error) -> Error {

@@ -14,7 +14,7 @@ mod receiving;
 mod snapshot;
 
 use limosa_clockwork::Scope;
-use limosa_stream::{MigrationId, Offer};
+use limosa_stream::{MigrationId, Offer, Proofs};
 
 pub use snapshot::AfterLoad;
 
@@ -29,8 +29,9 @@ use crate::report::{End, Phase, Report, Side};
 use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
+use answer::Asked;
 use commit::NotStarted;
-use handshake::Greeting;
+use handshake::{Greeting, proofs};
 use receiving::Receiving;
 
 /// The side to which devices come. One move or one load consumes it, so that devices that run a guest are not offered to a
@@ -83,7 +84,8 @@ pub enum Received {
         /// How far it came.
         report: Report,
     },
-    /// It was not a move: a source in doubt asked, and got an answer.
+    /// It was not a move: a source in doubt asked, proved that it is the move's, and got an answer. Or anybody asked about a
+    /// move that is not known here.
     Answered {
         /// The move that it asked about.
         id: MigrationId,
@@ -119,25 +121,21 @@ impl<'a> Destination<'a> {
     }
 
     /// Sets the guest's memory: the same regions as the source's.
-    #[must_use]
     pub fn with_memory(self, memory: &'a [MemoryRegion<'a>]) -> Destination<'a> {
         Destination { memory, ..self }
     }
 
     /// Sets the hooks of the machine around the devices.
-    #[must_use]
     pub fn with_vmm(self, vmm: &'a dyn Vmm) -> Destination<'a> {
         Destination { vmm, ..self }
     }
 
     /// Sets an observer.
-    #[must_use]
     pub fn with_observer(self, observer: &'a dyn Observer) -> Destination<'a> {
         Destination { observer, ..self }
     }
 
     /// Sets a handle that cancels the move.
-    #[must_use]
     pub fn with_cancel(self, cancel: Option<&'a Cancel>) -> Destination<'a> {
         Destination { cancel, ..self }
     }
@@ -157,7 +155,8 @@ impl<'a> Destination<'a> {
     /// Receives one move, or answers one query, over the link and over further links: in all as many as the source offers and
     /// [`Options::links`] allows. Blocks until the move has ended.
     ///
-    /// A further link belongs to the move if its preface has the id of the move. Other links are closed.
+    /// A further link belongs to the move if its preface has the id of the move, and its JOIN proves that. Other links are
+    /// closed.
     pub fn receive_over(self, link: &dyn Link, further: &dyn FurtherLinks) -> Received {
         self.receive_move(link, Some(further))
     }
@@ -169,8 +168,9 @@ impl<'a> Destination<'a> {
         context.recorder.phase(Phase::Handshake);
         let greeting = guard("the handshake", || self.greet(&context, &connection));
         let ending = match greeting {
-            Ok(Greeting::Query(id)) => {
-                return match answer::reply(self.ledger, id, &connection, self.cancel) {
+            Ok(Greeting::Query(id, query)) => {
+                let asked = Asked { id, query: &query, believes: self.options.unauthenticated_peers };
+                return match answer::reply(self.ledger, &asked, &connection, self.cancel) {
                     Ok(decision) => Received::Answered { id, decision },
                     Err(why) => ended(Ending::Discarded(why), context),
                 };
@@ -209,7 +209,11 @@ impl<'a> Destination<'a> {
         then: Then,
     ) -> Ending {
         let receiving = guard("the destination", || {
-            Receiving::new(context, connection, self.devices, self.memory, offer)
+            let proofs = match then {
+                Then::Commit(id) => proofs(id, offer)?,
+                Then::Loaded(_) => Proofs::none(),
+            };
+            Receiving::new(context, connection, self.devices, self.memory, offer, proofs)
         });
         let receiving = match receiving {
             Ok(receiving) => receiving,

@@ -9,7 +9,7 @@ use limosa_clockwork::{Guard, Monitor, Scope};
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::NEEDS_CREDIT;
 use limosa_stream::buffer::Spares;
-use limosa_stream::{Offer, Order};
+use limosa_stream::{Offer, Order, Proofs};
 
 use super::device_loader::DeviceLoader;
 use super::device_queue::{Command, DeviceQueue};
@@ -48,6 +48,7 @@ pub(super) struct Receiving<'w, 'a> {
     /// The regions, by their index in the offer.
     pub(super) regions: Vec<Option<&'w MemoryRegion<'a>>>,
     pub(super) order: Monitor<Order>,
+    pub(super) proofs: Proofs,
     /// The end of the time from the offer to the SUM, and that time; `None` if no peer sends.
     pub(super) until: Option<(Instant, Duration)>,
     /// The frames over all links that were not keep-alives.
@@ -82,6 +83,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         devices: &'a [MovedDevice<'a>],
         memory: &'w [MemoryRegion<'a>],
         offer: &Offer,
+        proofs: Proofs,
     ) -> Result<Receiving<'w, 'a>> {
         let team = Team::new(context.cancel)?;
         let joined = team.ended().child().map_err(|error| Error::Os { doing: "making an event", error })?;
@@ -105,7 +107,8 @@ impl<'w, 'a> Receiving<'w, 'a> {
             stopped: offer.devices.iter().map(|facts| facts.stopped).collect(),
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
             regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
-            order: Monitor::new(Order::new(offer)),
+            order: Monitor::new(Order::new(offer).with_proofs(proofs.clone())),
+            proofs,
             until: within(connection.limits().move_max).filter(|_| connection.has_peer()),
             frames: AtomicU64::new(0),
             has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),

@@ -43,7 +43,7 @@ impl<'a> Destination<'a> {
             Ok(Greeting::Offer(_, offer)) => {
                 self.run(&context, &connection, None, &offer, Then::Loaded(after))
             }
-            Ok(Greeting::Query(_)) => {
+            Ok(Greeting::Query(..)) => {
                 let why = "a question is not a saved stream".into();
                 Ending::Discarded(connection.damaged(Damage::Misplaced { kind: Kind::QUERY, why }))
             }

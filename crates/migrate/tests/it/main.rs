@@ -25,4 +25,5 @@ mod synthetic;
 mod tls;
 mod toy_vmm;
 mod traps;
+mod trust;
 mod vfio_user;

@@ -9,11 +9,10 @@ use limosa_client::DeviceExt;
 use limosa_clockwork::{Monitor, now, simulation};
 use limosa_migrate::link::{Link, LinkError, Wait};
 use limosa_migrate::{
-    AfterLoad, Cancel, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
-    Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
+    AfterLoad, Cancel, CommitNote, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice,
+    Observer, Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::State;
-use limosa_stream::MigrationId;
 
 use crate::device::SimDevice;
 use crate::disk::Disk;
@@ -38,7 +37,7 @@ pub struct Computer {
     /// When it was called off, of which the engine is to take note soon.
     pub cancelled: Monitor<Option<std::time::Instant>>,
     /// What the source notes before it commits, for the process that is started anew.
-    pub noted: Mutex<Option<MigrationId>>,
+    pub noted: Mutex<Option<CommitNote>>,
     pub note_full: AtomicBool,
     pub prepare_refused: AtomicBool,
     pub stop_refused: AtomicBool,
@@ -415,13 +414,13 @@ impl Vmm for Computer {
         Ok(())
     }
 
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
         self.panics.call(Place::Committing, &self.world);
         if self.note_full.load(Ordering::SeqCst) {
             self.world.strikes();
             return Err("no space left on the disk".into());
         }
-        *self.noted.lock().expect("not poisoned") = Some(id);
+        *self.noted.lock().expect("not poisoned") = Some(note.clone());
         Ok(())
     }
 

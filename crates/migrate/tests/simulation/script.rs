@@ -16,6 +16,7 @@ use limosa_migrate::{Decision, Error, InDoubt, Obstacle, Outcome, Received, When
 use limosa_protocol::State;
 use limosa_stream::MigrationId;
 
+use crate::adversary::Adversary;
 use crate::bounds;
 use crate::disk::Disk;
 use crate::fate::Fates;
@@ -58,11 +59,21 @@ pub struct Summary {
     pub fired: u32,
     /// Whether as much of a device was on its way as may be.
     pub filled: bool,
+    /// Whether an adversary has put a frame on a link.
+    pub forged: bool,
 }
 
 impl Summary {
     fn new(ended: Ended) -> Summary {
-        Summary { ended, in_doubt: false, looked_at: false, crashes: 0, fired: 0, filled: false }
+        Summary {
+            ended,
+            in_doubt: false,
+            looked_at: false,
+            crashes: 0,
+            fired: 0,
+            filled: false,
+            forged: false,
+        }
     }
 }
 
@@ -112,7 +123,8 @@ type Ending<T> = Result<T, Box<dyn Any + Send>>;
 impl<'a> Script<'a> {
     fn new(plan: &'a Plan, world: &'a Arc<World>, folder: &Path) -> Script<'a> {
         let guest = Arc::new(Guest::new(world.clone(), plan.rest));
-        let network = Arc::new(Network::new(&plan.links, Disk::new(plan.mutation)));
+        let adversary = plan.has_adversary().then(Adversary::default);
+        let network = Arc::new(Network::new(&plan.links, Disk::new(plan.mutation), adversary));
         let computer = |end| Computer::new(end, plan, world, &guest, &network, folder.join("moves"));
         let (source, destination) = (computer(End::Source), computer(End::Destination));
         world.truth().keeps_stop = plan.saves.is_some();
@@ -146,7 +158,8 @@ impl<'a> Script<'a> {
                 fates.end();
                 self.settled(&summary)?;
                 self.second_move(scope, processes, &summary)?;
-                Ok(Summary { fired: fates.fired(), ..summary })
+                let forged = self.network.adversary.as_ref().is_some_and(Adversary::has_forged);
+                Ok(Summary { fired: fates.fired(), forged, ..summary })
             });
             fates.end();
             self.guest.end();

@@ -52,7 +52,7 @@ fn wait_and_take(
     let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger)
         .with_after(args.starting.after());
     out.say(&format!("listening on {}", listener.address()));
-    let acceptor = links.acceptor(listener, &ledger, args.link.silence)?;
+    let acceptor = links.acceptor(listener, &ledger, &options)?;
     let offered = offer(&acceptor, args, cancel)?;
     let stay = Stay { acceptor: &acceptor, id: offered.id(), silence: args.link.silence, cancel };
     let received = destination.receive_offered(offered);

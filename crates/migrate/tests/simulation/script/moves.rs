@@ -1,20 +1,23 @@
 //! A run in which the guest is moved: the move in trouble, the questions of a source in doubt, and a second move where the
 //! first was undone.
 
+use std::io::IoSlice;
 use std::sync::atomic::Ordering;
 
 use limosa_client::DeviceExt;
 use limosa_clockwork::simulation::{self, Process};
 use limosa_clockwork::{Scope, sleep};
+use limosa_migrate::link::{Link, Wait};
 use limosa_migrate::{Decision, InDoubt, Outcome, Phase, Received};
 use limosa_protocol::State;
 
 use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
+use crate::adversary::Adversary;
 use crate::bounds;
 use crate::fate::Fates;
 use crate::model::get;
 use crate::panics::Place;
-use crate::plan::{End, Mutation, STANDSTILL_MAX};
+use crate::plan::{End, Mutation, SILENCE_MAX, STANDSTILL_MAX};
 
 /// After this many questions nothing goes wrong any more, and the next one has to be answered.
 const QUESTIONS_IN_TROUBLE: u32 = 2;
@@ -62,8 +65,9 @@ impl Script<'_> {
                     source_crashed = true;
                     summary.crashes += 1;
                     self.source_restarts();
-                    match *self.source.noted.lock().expect("not poisoned") {
-                        Some(id) => InDoubt::recover(id),
+                    let noted = self.source.noted.lock().expect("not poisoned").clone();
+                    match noted {
+                        Some(note) => InDoubt::recover(note),
                         // It never came to the commit.
                         None => {
                             sent =
@@ -218,6 +222,7 @@ impl Script<'_> {
         self.destination.heal();
         [source, destination].iter().for_each(|process| process.allow_threads());
         self.clear_destination()?;
+        self.replayed(scope, destination)?;
         let (near, far) = self.network.connect();
         let receiving = destination.spawn(scope, "receive again", move || self.destination.receive(&far));
         let sending = source.spawn(scope, "send again", move || self.source.send_at_any_cost(&near));
@@ -235,5 +240,28 @@ impl Script<'_> {
         sleep(self.plan.rest * 20);
         self.guest.stop(End::Destination);
         self.destination.compare()
+    }
+
+    /// The adversary sends to the destination all that the source has sent, once more: nothing becomes of it.
+    fn replayed<'scope>(&'scope self, scope: Scope<'scope, '_>, destination: Process) -> Result<(), String> {
+        let Some(stream) = self.network.adversary.as_ref().and_then(Adversary::recorded) else {
+            return Ok(());
+        };
+        let (near, far) = self.network.connect();
+        let receiving =
+            destination.spawn(scope, "receive what was recorded", move || self.destination.receive(&far));
+        let (wait, mut sent) = (Wait::within(SILENCE_MAX, None), 0);
+        while sent < stream.len() {
+            // The destination may have had enough.
+            let Ok(some) = near.write(&[IoSlice::new(&stream[sent..])], wait) else { break };
+            sent += some;
+        }
+        drop(near);
+        let received = receiving.join();
+        let holds = self.destination.devices.iter().any(|device| get(&device.outside.holds));
+        match received {
+            Ok(Received::Discarded { .. }) if !holds && self.world.running(End::Destination) == 0 => Ok(()),
+            received => Err(format!("a move that was recorded was replayed, and {received:?}")),
+        }
     }
 }
