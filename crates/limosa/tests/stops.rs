@@ -298,8 +298,7 @@ fn a_local_move_that_is_killed_in_its_commit_is_for_a_person_to_decide() {
     let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[&stall]));
     source.mark(GUEST);
     let (moves, pid) = (folder.text("moves"), vcpus.pid());
-    let args =
-        ["migrate", &source.socket, &destination.socket, "--stopped", "--moves", &moves, "--stop-with", &pid];
+    let args = ["migrate", &source.socket, &destination.socket, "--moves", &moves, "--stop-with", &pid];
     let moving = start(&args);
     destination.line("stalls as scripted");
     moving.kill();
