@@ -100,6 +100,42 @@ fn a_device_moves_under_tls_over_two_links_with_a_bandwidth() {
 }
 
 #[test]
+fn a_move_in_doubt_was_answered_for_by_whoever_had_a_certificate_of_the_authority() {
+    let folder = Folder::new();
+    issue(&folder, "ca", &[("localhost", 4000), ("source", 4000)]);
+    let source = folder.device("a", &[]);
+    let destination = folder.device("b", &["fault=stall:STOP>RUNNING_P2P:800"]);
+    source.mark(GUEST);
+    let pair = Pair { folder, source, destination };
+    let (here, there) = (pair.folder.text("here"), pair.folder.text("there"));
+    let listening = |args: &[&str], certificate: &str| {
+        let args = args.iter().map(|arg| (*arg).to_owned());
+        let more = ["--listen", "tcp:127.0.0.1:0", "--moves", &there, "--tls-any-name"].map(str::to_owned);
+        let running = start(&args.chain(more).chain(pair.tls(certificate)).collect::<Vec<_>>());
+        let to = running.after("listening on ").replace("127.0.0.1", "localhost");
+        (running, to)
+    };
+    let asking = |args: &[&str]| -> Vec<String> {
+        let args = args.iter().map(|arg| (*arg).to_owned());
+        args.chain(["--moves".to_owned(), here.clone()]).chain(pair.tls("source")).collect()
+    };
+    let (receiver, to) = listening(&["receive", &pair.destination.socket], "localhost");
+    let sender = start(&asking(&["send", &pair.source.socket, "--to", &to]));
+    pair.destination.line("stalls as scripted");
+    receiver.kill();
+    sender.end().fails(5, &["is stopped and in doubt"]);
+    let name = pair.source.socket.as_str();
+    let (_other, to) = listening(&["answer"], "source");
+    let resolved = limosa(&asking(&["resolve", name, "--to", &to, "--tls-name", "source"]));
+    resolved.fails(5, &["not the destination to which the COMMIT was sent", "SHA-256", "--decide"]);
+    // The right one is heard, and says what it knows.
+    let (_same, to) = listening(&["answer"], "localhost");
+    let resolved = limosa(&asking(&["resolve", name, "--to", &to]));
+    resolved.fails(5, &["its destination does not know either"]);
+    assert_eq!(pair.source.state(), State::StopCopy);
+}
+
+#[test]
 fn a_peer_that_cannot_be_authenticated_is_refused_by_name_and_nothing_is_touched() {
     let pair = Pair::new();
     let (ca, stranger) = (pair.folder.text("ca"), pair.folder.text("stranger"));
