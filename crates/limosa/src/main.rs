@@ -17,6 +17,7 @@ mod progress;
 mod reports;
 mod side;
 mod signals;
+mod text;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -26,6 +27,7 @@ use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
 use hold::Leaves;
+use limosa_host::User;
 use limosa_vfio_kernel::Door;
 use open::Opening;
 use output::Output;
@@ -48,7 +50,7 @@ fn main() -> ExitCode {
 fn failed(error: &anyhow::Error) -> ExitCode {
     let code = exit::code(error);
     tracing::debug!(?code, ?error, "failed");
-    eprintln!("limosa: {}", exit::message(error));
+    eprintln!("limosa: {}", text::line(&exit::message(error)));
     ExitCode::from(code as u8)
 }
 
@@ -57,7 +59,8 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         args::Door::Cdev => Door::Cdev,
         args::Door::Group => Door::Group,
     });
-    let opening = Opening { limit: cli.timeout, door };
+    let servers = [&[User::ROOT, User::current()], &cli.server_users[..]].concat();
+    let opening = Opening { limit: cli.timeout, door, servers: &servers };
     let open = |device: &str| opening.open(device);
     match &cli.command {
         Command::Probe(args) => match &args.device {
@@ -101,5 +104,6 @@ fn log(verbose: u8) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        .fmt_fields(text::fields())
         .init();
 }

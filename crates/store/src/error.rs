@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io::{self, ErrorKind};
 
 use limosa_migrate::link::LinkError;
+use limosa_stream::{escaped, is_printable, without_passwords};
 
 use crate::config::Client;
 
@@ -145,7 +146,8 @@ fn innermost(error: &dyn Error) -> String {
     }
     let text = innermost.to_string();
     // An answer that is not an S3 error document may be any text.
-    text.chars().take(300).filter(|letter| !letter.is_control()).collect()
+    let end = text.char_indices().nth(300).map_or(text.len(), |(at, _)| at);
+    escaped(&without_passwords(&text[..end])).into_owned()
 }
 
 /// The code in S3's error document.
@@ -166,6 +168,6 @@ fn said(text: &str) -> String {
 fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let (_, rest) = text.split_once(&format!("<{name}>"))?;
     let (inside, _) = rest.split_once(&format!("</{name}>"))?;
-    let short = inside.len() <= 300 && !inside.chars().any(char::is_control);
+    let short = inside.len() <= 300 && inside.chars().all(is_printable);
     short.then_some(inside)
 }

@@ -12,6 +12,7 @@ mod frame;
 mod order;
 mod packed;
 mod preface;
+mod text;
 
 pub use body::{AbortCode, Answer, DeviceFacts, MemoryFacts, Offer, PciIds, Seal, Totals};
 pub use decoder::{Damaged, Decoded, Decoder};
@@ -19,6 +20,7 @@ pub use frame::{Header, Kind, RunningCrc};
 pub use order::{Order, Step};
 pub use packed::{Compression, Packer, UnknownCompression, Unpacker, unpack};
 pub use preface::{MigrationId, Preface, PrefaceFlags};
+pub use text::{escaped, is_printable, printable, without_passwords};
 
 /// The version of the streams that this crate writes.
 pub const VERSION: u16 = 1;

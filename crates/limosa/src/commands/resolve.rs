@@ -40,7 +40,7 @@ struct Answered {
     outcome: &'static str,
 }
 
-pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let moves = Moves::new(args.moves.folder.as_deref());
     if args.device.is_none() && args.id.is_none() {
         return list(&moves, out);
@@ -112,7 +112,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
             };
             let address = links::address(to)?;
             let options = Options::default();
-            let links = Links::to(&address, &args.tls)?;
+            let links = Links::to(&address, &args.tls, opening.servers)?;
             if !links.are_tls() && noted.as_ref().is_some_and(|noted| noted.tls) {
                 let what = format!("move {id} went over TLS, and {to} is to be asked so");
                 return Err(exit::error(

@@ -1,5 +1,7 @@
 //! [`Connector`]: makes the links of a move to one destination.
 
+use limosa_host::{User, check_server};
+
 use super::{Address, Bandwidth, FurtherLinks, LimitedLink, Link, LinkError, Tls, TlsLink, Wait, connect};
 
 /// Connects to one destination as often as needed: for the first link of a move, for its further links, and to ask
@@ -22,12 +24,13 @@ pub struct Connector {
     address: Address,
     tls: Option<Tls>,
     bandwidth: Option<Bandwidth>,
+    server_users: Option<Vec<User>>,
 }
 
 impl Connector {
-    /// Plain links without a limit to this address.
+    /// Plain links without a limit to this address, whoever listens there.
     pub fn new(address: Address) -> Connector {
-        Connector { address, tls: None, bandwidth: None }
+        Connector { address, tls: None, bandwidth: None, server_users: None }
     }
 
     /// Links under TLS.
@@ -42,6 +45,13 @@ impl Connector {
         Connector { bandwidth: Some(bandwidth), ..self }
     }
 
+    /// Links to a UNIX socket only if its server was started by one of these users (SO_PEERCRED). Another one is refused
+    /// with `PermissionDenied`, before anything is sent. No matter at a TCP port, whose server's user is not known.
+    #[must_use]
+    pub fn with_server_users(self, users: Vec<User>) -> Connector {
+        Connector { server_users: Some(users), ..self }
+    }
+
     /// The destination's address.
     pub fn address(&self) -> &Address {
         &self.address
@@ -51,6 +61,9 @@ impl Connector {
     /// link is connected.
     pub fn connect(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
         let socket = connect(&self.address, wait.left()?)?;
+        if let (Address::Unix(_), Some(users)) = (&self.address, &self.server_users) {
+            check_server(&socket, users)?;
+        }
         let link = LimitedLink::new(socket, self.bandwidth.clone());
         Ok(match &self.tls {
             Some(tls) => Box::new(TlsLink::connect(link, tls, &self.address, wait)?),

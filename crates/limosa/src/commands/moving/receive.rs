@@ -21,7 +21,7 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::Side;
 
-pub fn receive(args: &args::Receive, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
     let done = wait_and_take(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)

@@ -18,20 +18,21 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::Side;
 
-pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn send(args: &args::Send, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
-    let done = over(&side, args, out);
+    let done = over(&side, opening, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
 }
 
-fn over(side: &Side, args: &args::Send, out: &Output) -> anyhow::Result<()> {
+fn over(side: &Side, opening: Opening<'_>, args: &args::Send, out: &Output) -> anyhow::Result<()> {
     let address = links::address(&args.to)?;
     let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
     let options = over_link(options(&args.moving), &args.link)
         .with_links(args.links.most)
         .with_links_measured(args.links.measured)
         .with_compress(args.compress);
-    let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
+    let links =
+        Links::to(&address, &args.link.tls, opening.servers)?.limited(args.bandwidth, args.link.silence)?;
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();

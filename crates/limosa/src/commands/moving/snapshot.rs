@@ -20,7 +20,7 @@ use crate::place::Place;
 use crate::progress::Progress;
 use crate::side::Side;
 
-pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
     let done = to_file(&side, args, out);
@@ -99,7 +99,7 @@ fn noted_name(place: &Path) -> anyhow::Result<String> {
     Ok(path.to_string_lossy().into_owned())
 }
 
-pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn load(args: &args::Load, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
     let done = from_file(&side, args, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
