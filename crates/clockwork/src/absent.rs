@@ -36,6 +36,10 @@ impl Task {
         match self.0 {}
     }
 
+    pub(crate) fn catches_panics(&self) -> bool {
+        match self.0 {}
+    }
+
     pub(crate) fn end_if_crashed(&self) {
         match self.0 {}
     }

@@ -25,6 +25,9 @@ pub struct Panic {
 ///
 /// The message of the panic.
 pub fn catch<R>(f: impl FnOnce() -> R) -> Result<R, Panic> {
+    if hook::current().is_some_and(|task| !task.catches_panics()) {
+        return Ok(f());
+    }
     let payload = match catch_unwind(AssertUnwindSafe(f)) {
         Ok(returned) => return Ok(returned),
         Err(payload) if hook::is_crash(payload.as_ref()) => resume_unwind(payload),

@@ -31,7 +31,7 @@ pub struct Guest<'a> {
     on_stop: Option<&'a str>,
     on_resume: Option<&'a str>,
     on_start: Option<&'a str>,
-    noting: Option<Sending<'a>>,
+    noting: Option<Sending>,
     /// What would be said if the guest were to go on: processes that were stopped and are no more.
     lost: Vec<String>,
     failed: Mutex<Vec<String>>,
@@ -39,7 +39,7 @@ pub struct Guest<'a> {
 
 impl<'a> Guest<'a> {
     /// On the source. Nothing is stopped yet.
-    pub fn source(stopping: &'a Stopping, noting: Option<Sending<'a>>) -> anyhow::Result<Guest<'a>> {
+    pub fn source(stopping: &'a Stopping, noting: Option<Sending>) -> anyhow::Result<Guest<'a>> {
         let processes =
             stopping.stop_with.iter().map(|pid| Process::open(*pid)).collect::<anyhow::Result<_>>()?;
         let (on_stop, on_resume) = (stopping.on_stop.as_deref(), stopping.on_resume.as_deref());
@@ -106,7 +106,7 @@ impl Vmm for Guest<'_> {
     fn committing(&self, id: MigrationId) -> Result<(), String> {
         let Some(noting) = &self.noting else { return Ok(()) };
         let stopped = self.stopped().map(Process::noted).collect::<Result<_, _>>()?;
-        noting.note(id, stopped, self.on_stop.map(str::to_owned))
+        noting.note(id, stopped, self.on_stop.map(str::to_owned)).map(drop)
     }
 
     fn resume(&self) {

@@ -1,27 +1,27 @@
-//! The folder of moves, which outlasts the process: the outcomes of moves that were received, and notes of moves and saves
-//! that are in doubt. Only its owner can read it.
+//! The folder in which moves are remembered: the ledger of a destination, and notes of moves and saves that are in doubt.
+//! It has to be its owner's alone (`limosa_migrate::PrivateFolder`). There is no doing without it: what cannot be noted is
+//! not committed.
 
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use limosa_migrate::Ledger;
+use limosa_migrate::{Ledger, PrivateFolder};
 use limosa_stream::MigrationId;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::exit::{self, Code};
 use crate::guest::Stopped;
 
-/// The folder.
+/// What to do about a folder that cannot be used.
+const HINT: &str = "name a folder of your own with --moves";
+/// The end of a note's name, after the move's id.
+const DOUBT: &str = ".doubt";
+
+/// The folder, which may not be there.
 #[derive(Clone, Debug)]
-pub struct Moves {
-    folder: PathBuf,
-    /// Whether the user named it, so that doing without it would be wrong.
-    given: bool,
-}
+pub struct Moves(PathBuf);
 
 /// The note of a move whose source committed, or of a save that was published, and whose source does not know how that
 /// ended.
@@ -63,116 +63,128 @@ fn one_or_more<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Err
     })
 }
 
+/// The notes in the folder.
+pub struct Notes {
+    /// The oldest first.
+    pub doubts: Vec<Doubt>,
+    /// Notes that cannot be read, or are not believed: the name, and why.
+    pub refused: Vec<Refused>,
+}
+
+/// A note that is not believed.
+#[derive(Debug, Serialize)]
+pub struct Refused {
+    pub file: String,
+    pub why: String,
+}
+
 impl Moves {
-    /// In the folder that the user named, or else where programs keep their state.
+    /// The folder that the user named, or else the one where programs keep their state.
     pub fn new(given: Option<&Path>) -> Moves {
         if let Some(folder) = given {
-            return Moves { folder: folder.into(), given: true };
+            return Moves(folder.into());
         }
         let of =
             |variable: &str| std::env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
         let state = of("XDG_STATE_HOME").or_else(|| of("HOME").map(|home| home.join(".local/state")));
-        let state = state.unwrap_or_else(|| "/var/lib".into());
-        Moves { folder: state.join("limosa/moves"), given: false }
+        Moves(state.unwrap_or_else(|| "/var/lib".into()).join("limosa/moves"))
     }
 
-    /// The memory of a destination.
+    /// The folder, which is made if it is not there.
+    pub fn open(&self) -> anyhow::Result<PrivateFolder> {
+        PrivateFolder::create(&self.0).map_err(|error| failed(Code::Unreachable, &error))
+    }
+
+    /// What a destination remembers of its moves.
     pub fn ledger(&self) -> anyhow::Result<Ledger> {
-        match Ledger::open(&self.folder) {
-            Ok(ledger) => Ok(ledger),
-            Err(error) if self.given => Err(self.failed(error)),
-            Err(error) => {
-                tracing::info!(
-                    "{}: {error}; what became of moves is forgotten with this process",
-                    self.folder.display()
-                );
-                Ok(Ledger::new())
-            }
-        }
+        Ledger::open(&self.0).map_err(|error| failed(Code::Unreachable, &error))
     }
 
-    /// The moves in doubt, the oldest first.
-    pub fn doubts(&self) -> anyhow::Result<Vec<Doubt>> {
-        let entries = match fs::read_dir(&self.folder) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(|error| self.failed(error))?,
-        };
-        let mut doubts = Vec::new();
-        for entry in entries {
-            let path = entry.map_err(|error| self.failed(error))?.path();
-            if path.extension().is_none_or(|extension| extension != "doubt") {
-                continue;
-            }
-            let read = fs::read(&path).map_err(anyhow::Error::from);
-            match read.and_then(|bytes| Ok(serde_json::from_slice::<Doubt>(&bytes)?)) {
-                Ok(doubt) => doubts.push(doubt),
-                Err(error) => tracing::warn!("{}: {error}; it is passed over", path.display()),
+    /// What a destination has remembered of its moves, to answer from it.
+    pub fn record(&self) -> anyhow::Result<Ledger> {
+        let refused =
+            |error| failed(Code::Refused, &error).context("there is no record of moves to answer from");
+        let ledger = Ledger::open(&self.0).map_err(refused)?;
+        if ledger.has_no_record().map_err(refused)? {
+            tracing::warn!(
+                "{}: no move is recorded here, and what became of one is not known; --moves names the folder of the \
+                 receiver",
+                self.0.display()
+            );
+        }
+        Ok(ledger)
+    }
+
+    /// All notes.
+    pub fn notes(&self) -> anyhow::Result<Notes> {
+        let mut notes = Notes { doubts: Vec::new(), refused: Vec::new() };
+        let failed = |error| failed(Code::Unreachable, &error);
+        let Some(folder) = PrivateFolder::open(&self.0).map_err(failed)? else { return Ok(notes) };
+        for name in folder.names(DOUBT).map_err(failed)? {
+            let read = folder.file(&name).and_then(|file| match file {
+                Some(file) => folder.read(&name, &file).map(Some),
+                None => Ok(None),
+            });
+            let noted = match read {
+                Ok(None) => continue,
+                Ok(Some(bytes)) => serde_json::from_slice::<Doubt>(&bytes)
+                    .map_err(|error| format!("{}: {error}", folder.path().join(&name).display())),
+                Err(error) => Err(error.to_string()),
+            };
+            match noted {
+                Ok(doubt) => notes.doubts.push(doubt),
+                Err(why) => notes.refused.push(Refused { file: name.to_string_lossy().into_owned(), why }),
             }
         }
-        doubts.sort_by_key(|doubt| doubt.since);
-        Ok(doubts)
+        for refused in &notes.refused {
+            tracing::error!("a note is passed over: {}", refused.why);
+        }
+        notes.doubts.sort_by_key(|doubt| doubt.since);
+        Ok(notes)
     }
 
     /// Forgets a move that is in doubt no more.
     pub fn forget(&self, id: &str) {
-        match fs::remove_file(self.path(id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!("{}: {error}", self.path(id).display());
-            }
-            _ => {}
+        let removed = PrivateFolder::open(&self.0).and_then(|folder| match folder {
+            Some(folder) => folder.remove(format!("{id}{DOUBT}")),
+            None => Ok(()),
+        });
+        if let Err(error) = removed {
+            tracing::warn!("the note of a move that is settled is left: {error}");
         }
     }
+}
 
-    fn note(&self, doubt: &Doubt) -> anyhow::Result<()> {
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
-        let hidden = self.folder.join(format!(".{}.partial", doubt.id));
-        // Of a process that died; it may have another mode.
-        let _ = fs::remove_file(&hidden);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&hidden)?;
-        file.write_all(&serde_json::to_vec(doubt)?)?;
-        Ok(fs::rename(&hidden, self.path(&doubt.id))?)
-    }
-
-    fn path(&self, id: &str) -> PathBuf {
-        self.folder.join(format!("{id}.doubt"))
-    }
-
-    fn failed(&self, error: io::Error) -> anyhow::Error {
-        let hint = "name a folder that you may write to with --moves";
-        exit::error(Code::Unreachable, format!("{}: {error}; {hint}", self.folder.display()))
-    }
+/// An error of the folder, which it names.
+fn failed(code: Code, error: &std::io::Error) -> anyhow::Error {
+    exit::error(code, format!("{error}; {HINT}"))
 }
 
 /// The parts of a send or a save. A move is noted before it is committed, so that it can be resolved after this process
 /// has ended.
-pub struct Sending<'a> {
-    pub moves: &'a Moves,
+pub struct Sending {
+    pub folder: PrivateFolder,
     pub devices: Vec<String>,
     pub to: String,
     pub saved: bool,
     pub tls: bool,
 }
 
-impl Sending<'_> {
+impl Sending {
     /// Notes a move that is about to be committed, with those that stand still for it.
     pub fn note(
         &self,
         id: MigrationId,
         stopped: Vec<Stopped>,
         on_stop: Option<String>,
-    ) -> Result<(), String> {
+    ) -> Result<File, String> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (devices, to) = (self.devices.clone(), self.to.clone());
         let (saved, tls) = (self.saved, self.tls);
         let doubt = Doubt { id: id.to_string(), devices, to, saved, since, tls, stopped, on_stop };
-        match self.moves.note(&doubt) {
-            Err(error) if self.moves.given => Err(format!("{}: {error}", self.moves.folder.display())),
-            Err(error) => {
-                tracing::info!("{}: {error}; the move is not noted", self.moves.folder.display());
-                Ok(())
-            }
-            Ok(()) => Ok(()),
-        }
+        let bytes = serde_json::to_vec(&doubt).map_err(|error| error.to_string())?;
+        let written = self.folder.write(format!("{id}{DOUBT}"), &bytes);
+        written.map_err(|error| format!("the move cannot be noted: {error}; {HINT}"))
     }
 }
 

@@ -280,24 +280,6 @@ fn a_move_whose_receiver_died_while_it_started_is_for_a_person_to_decide() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_written_to_is_refused_where_it_was_asked_for() {
-    let folder = Folder::new();
-    let device = folder.device("device", &[]);
-    let file = folder.text("file");
-    std::fs::write(&file, "no folder").unwrap();
-    let listen = format!("unix:{}", folder.text("link"));
-    limosa(&["receive", &device.socket, "--listen", &listen, "--moves", &file]).fails(4, &[&file, "--moves"]);
-    let receiver = start(&["receive", &device.socket, "--listen", &listen]);
-    receiver.line("listening on");
-    let source = folder.device("source", &[]);
-    source.mark(GUEST);
-    let sent = limosa(&["send", &source.socket, "--to", &listen, "--moves", &file]);
-    sent.fails(3, &["as it was before", "the VMM refused to commit", &file]);
-    receiver.end().fails(1, &["called the move off"]);
-    assert!(source.runs(GUEST));
-}
-
-#[test]
 fn servers_that_are_dead_before_the_move_are_named() {
     let folder = Folder::new();
     let (mut dead, alive) = (folder.device("dead", &[]), folder.device("alive", &[]));

@@ -158,6 +158,13 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+    /// The destination's ledger cannot record the move, so that it is not committed: nobody could answer for it later.
+    #[error("the move cannot be recorded, and is not committed: {error}")]
+    NotRecorded {
+        /// The system's answer, with the record or the folder that it is about.
+        #[source]
+        error: std::io::Error,
+    },
     /// The place of a snapshot, a file or another, could not be read or written.
     #[error("{name}: {doing}: {error}")]
     Snapshot {
@@ -238,7 +245,7 @@ pub enum Obstacle {
     /// The guest dirties memory as fast as it is moved.
     #[error(
         "the guest dirties its memory about as fast as it is moved ({dirty_bytes} bytes are dirty); slow the guest \
-         down, give it a faster link, or allow more downtime"
+         down, use a faster link or disk, or allow more downtime"
     )]
     DirtyMemory {
         /// Bytes that are dirty.
@@ -247,7 +254,7 @@ pub enum Obstacle {
     /// A device dirties its state as fast as it is moved, or gives nothing of what it says is left.
     #[error(
         "{device} does not get ahead of its own changes in pre-copy ({left_bytes} bytes are left); make it less busy, \
-         give it a faster link, or allow more downtime"
+         use a faster link or disk, or allow more downtime"
     )]
     DirtyDevice {
         /// The device.
@@ -257,12 +264,23 @@ pub enum Obstacle {
     },
     /// A device has more to give in the stop than fits into the goal, and pre-copy cannot make that less.
     #[error(
-        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or give it a faster link"
+        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or use a faster link or disk"
     )]
     DeviceState {
         /// The device.
         device: String,
         /// Bytes that it would give.
+        bytes: u64,
+    },
+    /// The destination loads a device's data more slowly than the goal allows.
+    #[error(
+        "the destination has not loaded {bytes} bytes that {device} has given; find out why its device there is slow, or \
+         allow more downtime"
+    )]
+    SlowToLoad {
+        /// The device.
+        device: String,
+        /// Bytes that are not loaded.
         bytes: u64,
     },
     /// A device's initial bytes were not read and loaded in time.
@@ -297,8 +315,11 @@ pub enum Obstacle {
         /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
         limit: Duration,
     },
-    /// Words and arcs alone take longer than the goal.
-    #[error("the link's latency and the devices' own arcs take longer than that; allow more downtime")]
+    /// The data that is left would fit into the goal, and the rest of a stop does not.
+    #[error(
+        "the link's latency, the devices' own arcs and the last harvest of dirty pages make a stop that long, although \
+         little data is left; allow more downtime"
+    )]
     Latency,
 }
 
@@ -416,6 +437,7 @@ impl Error {
             }
             Error::Cancelled => AbortCode::Cancelled,
             Error::Link { .. }
+            | Error::NotRecorded { .. }
             | Error::Snapshot { .. }
             | Error::PublicationUnknown { .. }
             | Error::Os { .. }

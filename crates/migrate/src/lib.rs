@@ -66,6 +66,7 @@ mod local;
 mod lock;
 mod memory;
 mod options;
+mod private_folder;
 mod protocol;
 mod report;
 mod snapshot;
@@ -87,6 +88,7 @@ pub use memory::{
     PAGE_BYTES,
 };
 pub use options::{Convergence, Options, WhenStalled};
+pub use private_folder::PrivateFolder;
 pub use protocol::Round;
 pub use report::{
     Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Observer, Phase, PhaseReport, Report,

@@ -53,7 +53,7 @@ pub use failure::{Failure, What};
 pub use process::{Process, crashing, elapsed, note, random};
 pub use task::is_crash;
 
-use state::{Baton, Settings, State};
+use state::{Baton, Defects, Settings, State};
 use task::{Core, SIMULATIONS, Watch};
 
 /// Longest real time that a task may run without a call of this crate. A task that takes longer is assumed to block
@@ -66,6 +66,7 @@ pub struct Simulation {
     settings: Settings,
     trace: bool,
     watch: Option<Watch>,
+    defects: Defects,
 }
 
 /// The result of a simulation that did not fail.
@@ -93,7 +94,7 @@ impl Simulation {
             time_max: Duration::from_secs(30 * 86_400),
             spurious_one_in: state::draw_spurious_one_in(seed),
         };
-        Simulation { seed, settings, trace: false, watch: None }
+        Simulation { seed, settings, trace: false, watch: None, defects: Defects::default() }
     }
 
     /// Largest number of steps; more are a failure. The default is a million.
@@ -124,6 +125,21 @@ impl Simulation {
         Simulation { trace, ..self }
     }
 
+    /// Gives the program a defect: the calls of [`Monitor::notify_all`](crate::Monitor::notify_all) in this line of the
+    /// file whose name ends so have no effect. A test that its seeds find the defect leaves spurious wake-ups out.
+    #[must_use]
+    pub fn forgetting_notifications(mut self, file: impl Into<String>, line: u32) -> Simulation {
+        self.defects.forgotten = Some((file.into(), line));
+        self
+    }
+
+    /// Gives the program a defect: [`catch`](crate::catch) catches no panic.
+    #[must_use]
+    pub fn letting_panics_escape(mut self) -> Simulation {
+        self.defects.panics_escape = true;
+        self
+    }
+
     /// Calls `watch` at every step. An error that it returns fails the simulation. The function must not block. Its
     /// calls of this crate are outside of the simulation.
     #[must_use]
@@ -141,6 +157,7 @@ impl Simulation {
     /// A [`Failure`]: a deadlock, an exceeded limit, an error of the watching function, or a panic of a task.
     pub fn run<T: Send>(self, main: impl FnOnce() -> T + Send) -> Result<Run<T>, Failure> {
         let mut state = State::new(self.seed, self.settings, self.trace);
+        state.defects = self.defects;
         let id = state.next_id();
         let go = Arc::new(AtomicBool::new(false));
         let core = Arc::new(Core::new(state, self.watch));

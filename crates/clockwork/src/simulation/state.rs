@@ -88,6 +88,7 @@ pub(crate) struct State {
     pub(crate) trace: Trace,
     /// For random numbers of the program. Their use does not change the interleaving.
     pub(crate) program_random: Random,
+    pub(crate) defects: Defects,
     random: Random,
     settings: Settings,
     eagerness: u64,
@@ -102,6 +103,22 @@ pub(crate) struct Settings {
     pub(crate) steps_max: u64,
     pub(crate) time_max: Duration,
     pub(crate) spurious_one_in: Option<u64>,
+}
+
+/// Defects that the simulation gives to the program, so that a test can see that its checks find them.
+#[derive(Default)]
+pub(crate) struct Defects {
+    /// The end of a file's name, and a line: the notifications there have no effect.
+    pub(crate) forgotten: Option<(String, u32)>,
+    /// [`catch`](crate::catch) catches no panic.
+    pub(crate) panics_escape: bool,
+}
+
+impl Defects {
+    pub(crate) fn forgets(&self, at: &Location<'_>) -> bool {
+        let is_at = |(file, line): &(String, u32)| at.line() == *line && at.file().ends_with(file.as_str());
+        self.forgotten.as_ref().is_some_and(is_at)
+    }
 }
 
 /// The rate of spurious wake-ups of a seed: none for half of the seeds.
@@ -142,6 +159,7 @@ impl State {
             failure: None,
             trace: Trace::new(trace),
             program_random: Random::new(seed ^ 0x6368_616e_6365),
+            defects: Defects::default(),
             random,
             settings,
             eagerness,

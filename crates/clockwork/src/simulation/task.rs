@@ -216,7 +216,11 @@ impl Task {
 
     #[track_caller]
     pub(crate) fn notify(&self, monitor: usize) {
-        self.core.lock().wake(|waiting| waiting.is_on(monitor), false);
+        let mut state = self.core.lock();
+        if !state.defects.forgets(Location::caller()) {
+            state.wake(|waiting| waiting.is_on(monitor), false);
+        }
+        drop(state);
         self.point(&Event::Notifies);
         self.end_if_crashed();
     }
@@ -259,6 +263,11 @@ impl Task {
 
     pub(super) fn is_crashed(&self) -> bool {
         self.core.lock().tasks.get(&self.id).is_some_and(|task| task.crashed)
+    }
+
+    /// Whether [`catch`](crate::catch) catches panics.
+    pub(crate) fn catches_panics(&self) -> bool {
+        !self.core.lock().defects.panics_escape
     }
 
     /// Unwinds the task if its process has crashed. A task that already unwinds goes on with that.

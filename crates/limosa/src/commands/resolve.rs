@@ -15,7 +15,7 @@ use crate::args;
 use crate::exit::{self, Code};
 use crate::guest::Guest;
 use crate::links::{self, Links};
-use crate::moves::{Doubt, Moves};
+use crate::moves::{Doubt, Moves, Refused};
 use crate::open::{self, Opening};
 use crate::output::Output;
 use crate::place::Place;
@@ -25,6 +25,9 @@ use crate::side::Side;
 #[derive(Serialize)]
 struct Doubts {
     in_doubt: Vec<Doubt>,
+    /// Notes that are not believed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    refused: Vec<Refused>,
 }
 
 #[derive(Serialize)]
@@ -45,7 +48,7 @@ pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyh
     if args.device.is_none() && args.id.is_none() {
         return list(&moves, out);
     }
-    let noted = moves.doubts()?.into_iter().rev().find(|doubt| match (&args.id, &args.device) {
+    let noted = moves.notes()?.doubts.into_iter().rev().find(|doubt| match (&args.id, &args.device) {
         (Some(id), _) => doubt.id == *id,
         (None, Some(name)) => is_of(doubt, name),
         (None, None) => false,
@@ -185,7 +188,8 @@ fn with(side: &Side, guest: &Guest<'_>, act: impl FnOnce(Source<'_>) -> Outcome)
 }
 
 fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
-    let doubts = Doubts { in_doubt: moves.doubts()? };
+    let notes = moves.notes()?;
+    let doubts = Doubts { in_doubt: notes.doubts, refused: notes.refused };
     out.result(&doubts, |to| {
         if doubts.in_doubt.is_empty() {
             return writeln!(to, "no move is in doubt");
@@ -209,7 +213,7 @@ fn list(moves: &Moves, out: &Output) -> anyhow::Result<()> {
 
 pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
-    let (ledger, listener) = (moves.ledger()?, links::listen(&args.listen)?);
+    let (ledger, listener) = (moves.record()?, links::listen(&args.listen)?);
     let (links, options) = (Links::new(&args.tls)?, Options::default());
     let acceptor = links.acceptor(listener, options.silence_max)?;
     out.say(&format!("listening on {}", acceptor.address()));

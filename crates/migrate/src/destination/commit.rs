@@ -120,7 +120,9 @@ fn tell(connection: &Connection<'_>) -> Result<()> {
 }
 
 fn not_recorded(error: std::io::Error) -> Error {
-    Error::Os { doing: "recording the move", error }
+    let error = Error::NotRecorded { error };
+    tracing::error!("{error}");
+    error
 }
 
 fn decided_already(what: &str, id: MigrationId) -> Damage {

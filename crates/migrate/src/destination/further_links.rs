@@ -26,7 +26,6 @@ impl Receiving<'_, '_> {
         state.links = had;
         let is_complete = state.joined.count_ones() == had - 1;
         drop(state);
-        self.state.notify_all();
         if is_complete {
             self.joined.cancel();
         }

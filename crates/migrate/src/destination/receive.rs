@@ -61,7 +61,7 @@ impl Receiving<'_, '_> {
         match step {
             Step::MemoryData(at, offset, pages) => {
                 if let Some(region) = self.regions[at] {
-                    region.pages.write(offset, pages).map_err(|error| region.failed(offset, error))?;
+                    region.write(offset, pages)?;
                 }
                 self.recorder().memory_data(pages.len() as u64);
             }
@@ -88,7 +88,7 @@ impl Receiving<'_, '_> {
             self.team.check()?;
             let piece = ZERO_BYTES_MAX.min(end - from);
             if let Some(region) = self.regions[at] {
-                region.pages.zero(from, piece).map_err(|error| region.failed(from, error))?;
+                region.zero(from, piece)?;
             }
             self.recorder().memory_zero(piece);
             from += piece;

@@ -4,14 +4,14 @@
 mod record;
 
 use std::collections::VecDeque;
-use std::fs::DirBuilder;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use limosa_stream::MigrationId;
 use record::Record;
+
+use crate::PrivateFolder;
 
 /// How many moves are remembered at most. The oldest decided ones are forgotten first.
 const MOVES_MAX: usize = 1024;
@@ -51,21 +51,32 @@ struct Move {
 #[derive(Debug, Default)]
 pub struct Ledger {
     moves: Mutex<VecDeque<Move>>,
-    folder: Option<PathBuf>,
+    folder: Option<Arc<PrivateFolder>>,
 }
 
 impl Ledger {
-    /// An empty ledger, which is lost with this process.
+    /// An empty ledger in memory, for tests and for a destination whose user can do without an answer: it is lost with this
+    /// process, and so is the answer to every source that is in doubt then. Such a source stays stopped until a person has
+    /// looked. A destination whose process may end needs [`Ledger::open`].
     pub fn new() -> Ledger {
         Ledger::default()
     }
 
     /// A ledger in this folder, which is created if it does not exist (mode 0700). Later processes can answer from it,
     /// several of them at a time. Of more than 1024 moves the oldest are forgotten.
+    ///
+    /// The folder has to be a [`PrivateFolder`]. A record that another user could have written, read or locked is not
+    /// believed: nothing is known of its move. A move that cannot be recorded is not committed.
     pub fn open(folder: &Path) -> io::Result<Ledger> {
-        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-        record::prune(folder, MOVES_MAX)?;
-        Ok(Ledger { moves: Mutex::default(), folder: Some(folder.into()) })
+        let folder = PrivateFolder::create(folder)?;
+        record::prune(&folder, MOVES_MAX)?;
+        Ok(Ledger { moves: Mutex::default(), folder: Some(Arc::new(folder)) })
+    }
+
+    /// Whether the folder has no record of any move, so that nothing can be answered from it yet. A ledger in memory has no
+    /// folder.
+    pub fn has_no_record(&self) -> io::Result<bool> {
+        self.folder.as_ref().map_or(Ok(true), |folder| record::is_empty(folder))
     }
 
     /// Answers a source in doubt. A move that is still *holding* becomes *not committed* by the question: a COMMIT that
@@ -84,7 +95,7 @@ impl Ledger {
         }
         let Some(folder) = &self.folder else { return Decision::Unknown };
         record::ask(folder, id).unwrap_or_else(|error| {
-            tracing::warn!("{}: the record of move {id} cannot be read: {error}", folder.display());
+            tracing::error!("what became of move {id} is not known: {error}");
             Decision::Unknown
         })
     }
@@ -238,10 +249,10 @@ mod tests {
     }
 
     /// Makes the records of undecided moves unwritable.
-    fn unwritable(ledger: &Ledger, folder: &Path) {
+    fn unwritable(ledger: &Ledger) {
         for found in ledger.lock().iter_mut() {
             // The lock belongs to the open file and is released with it.
-            found.record = found.record.take().map(|record| record.unwritable(folder));
+            found.record = found.record.take().map(Record::unwritable);
         }
     }
 
@@ -253,7 +264,7 @@ mod tests {
         let ledger = open();
         (0..5).for_each(|number| assert!(ledger.hold(id(number)).unwrap()));
         (3..5).for_each(|number| assert!(ledger.start(id(number)).unwrap()));
-        unwritable(&ledger, folder.path());
+        unwritable(&ledger);
         assert!(ledger.start(id(0)).is_err(), "a commit that cannot be recorded is not taken");
         ledger.not_committed(id(0));
         assert_eq!(ledger.ask(id(1)), Decision::NotCommitted);

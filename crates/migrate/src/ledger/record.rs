@@ -3,41 +3,37 @@
 //! It is a file of 64 bytes, named by the move's id and overwritten in place. The process that decides about the move
 //! holds a lock on it until it has decided. The kernel releases the lock when that process dies.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, flock};
 
 use super::{Decision, Entry};
+use crate::PrivateFolder;
 use limosa_stream::MigrationId;
 
 const MAGIC: [u8; 8] = *b"LMSAmove";
 const VERSION: u8 = 1;
 const BYTES: usize = 64;
 /// The suffix of a record's name.
-const SUFFIX: &str = "move";
+const SUFFIX: &str = ".move";
 
 /// The record of a move that this process decides about.
 #[derive(Debug)]
 pub(super) struct Record {
+    folder: Arc<PrivateFolder>,
     file: File,
     id: MigrationId,
 }
 
 impl Record {
-    /// Creates a record (mode 0600); `None` if there is one with this id.
-    pub fn create(folder: &Path, id: MigrationId) -> io::Result<Option<Record>> {
-        let path = path(folder, id);
-        let new = OpenOptions::new().write(true).read(true).create_new(true).mode(0o600).open(&path);
-        let file = match new {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
-            file => file?,
-        };
+    /// Creates a record; `None` if there is one with this id.
+    pub fn create(folder: &Arc<PrivateFolder>, id: MigrationId) -> io::Result<Option<Record>> {
+        let Some(file) = folder.create_file(name(id))? else { return Ok(None) };
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        let record = Record { file, id };
+        let record = Record { folder: Arc::clone(folder), file, id };
         record.write(Entry::Holding)?;
         Ok(Some(record))
     }
@@ -50,31 +46,32 @@ impl Record {
             Entry::Decided(Decision::Committed) => 2,
             Entry::Starting | Entry::Decided(Decision::Unknown) => 3,
         };
-        self.file.write_all_at(&encode(self.id, number, &boot()?), 0)?;
-        match entry {
-            Entry::Decided(_) => self.file.sync_data(),
+        let written = self.file.write_all_at(&encode(self.id, number, &boot()?), 0);
+        let durable = written.and_then(|()| match entry {
+            Entry::Decided(_) => self.folder.sync(&self.file),
             _ => Ok(()),
-        }
+        });
+        durable.map_err(|error| {
+            let record = self.folder.path().join(name(self.id));
+            io::Error::new(error.kind(), format!("{}: {error}", record.display()))
+        })
     }
 }
 
 #[cfg(test)]
 impl Record {
     /// The same record on a disk that takes no more writes.
-    pub fn unwritable(self, folder: &Path) -> Record {
-        let file = File::open(path(folder, self.id)).expect("it is there");
+    pub fn unwritable(self) -> Record {
+        let file = File::open(self.folder.path().join(name(self.id))).expect("it is there");
         drop(self.file);
         flock(&file, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
-        Record { file, id: self.id }
+        Record { file, ..self }
     }
 }
 
 /// The contents of the record of another process's move.
-pub(super) fn ask(folder: &Path, id: MigrationId) -> io::Result<Decision> {
-    let file = match OpenOptions::new().read(true).write(true).open(path(folder, id)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Decision::Unknown),
-        file => file?,
-    };
+pub(super) fn ask(folder: &Arc<PrivateFolder>, id: MigrationId) -> io::Result<Decision> {
+    let Some(file) = folder.file(name(id))? else { return Ok(Decision::Unknown) };
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         // Another process decides about it, or asks at the same moment.
         Err(rustix::io::Errno::WOULDBLOCK) => return Ok(Decision::Unknown),
@@ -92,35 +89,39 @@ pub(super) fn ask(folder: &Path, id: MigrationId) -> io::Result<Decision> {
         // Its process died while it was holding, so no process is left that could start the devices. If the machine was
         // restarted since, the last record may not have reached the disk.
         0 if boot_then == boot()? => {
-            Record { file, id }.write(Entry::Decided(Decision::NotCommitted))?;
+            Record { folder: Arc::clone(folder), file, id }.write(Entry::Decided(Decision::NotCommitted))?;
             Ok(Decision::NotCommitted)
         }
         _ => Ok(Decision::Unknown),
     }
 }
 
-/// Removes the oldest records beyond this number, except those that a process has locked.
-pub(super) fn prune(folder: &Path, keep: usize) -> io::Result<()> {
-    let mut records: Vec<(SystemTime, PathBuf)> = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.path().extension().is_some_and(|extension| extension == SUFFIX) {
-            let modified = entry.metadata().and_then(|metadata| metadata.modified());
-            records.push((modified.unwrap_or(SystemTime::UNIX_EPOCH), entry.path()));
-        }
-    }
+/// Removes the oldest records beyond this number, except those that a process has locked. What is no record, or cannot be
+/// believed, is left alone.
+pub(super) fn prune(folder: &PrivateFolder, keep: usize) -> io::Result<()> {
+    let mut records: Vec<_> = (folder.names(SUFFIX)?.into_iter())
+        .filter_map(|name| Some((folder.written_at(&name)?, name)))
+        .collect();
     records.sort();
-    for (_, path) in records.iter().take(records.len().saturating_sub(keep)) {
-        let Ok(file) = File::open(path) else { continue };
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            std::fs::remove_file(path)?;
+    for (_, name) in records.iter().take(records.len().saturating_sub(keep)) {
+        match folder.file(name) {
+            Ok(Some(file)) if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() => {
+                folder.remove(name)?;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!("{error}"),
         }
     }
     Ok(())
 }
 
-fn path(folder: &Path, id: MigrationId) -> PathBuf {
-    folder.join(format!("{id}.{SUFFIX}"))
+/// Whether there is no record.
+pub(super) fn is_empty(folder: &PrivateFolder) -> io::Result<bool> {
+    Ok(folder.names(SUFFIX)?.is_empty())
+}
+
+fn name(id: MigrationId) -> String {
+    format!("{id}{SUFFIX}")
 }
 
 /// The kernel's id of this boot.
@@ -149,61 +150,104 @@ fn decode(id: MigrationId, bytes: &[u8; BYTES]) -> Option<(u8, [u8; 16])> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::SystemTime;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
     use super::*;
 
     const ID: MigrationId = MigrationId([7; 16]);
 
+    /// A folder that is gone with the closure, and the closure, which writes the record of [`ID`].
+    fn scene() -> (Arc<PrivateFolder>, impl Fn(&[u8])) {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = Arc::new(PrivateFolder::create(&parent.path().join("moves")).unwrap());
+        let writes = Arc::clone(&folder);
+        let put = move |bytes: &[u8]| {
+            assert!(parent.path().exists());
+            drop(writes.write(name(ID), bytes).unwrap());
+        };
+        (folder, put)
+    }
+
     #[test]
     fn a_record_of_another_boot_that_still_held_is_not_believed() {
-        let folder = tempfile::tempdir().unwrap();
+        let (folder, put) = scene();
         for (number, decision) in [
             (0, Decision::Unknown),
             (1, Decision::NotCommitted),
             (2, Decision::Committed),
             (3, Decision::Unknown),
         ] {
-            std::fs::write(path(folder.path(), ID), encode(ID, number, &[9; 16])).unwrap();
-            assert_eq!(ask(folder.path(), ID).unwrap(), decision, "{number}");
+            put(&encode(ID, number, &[9; 16]));
+            assert_eq!(ask(&folder, ID).unwrap(), decision, "{number}");
         }
         let this_boot = boot().unwrap();
-        std::fs::write(path(folder.path(), ID), encode(ID, 0, &this_boot)).unwrap();
-        assert_eq!(ask(folder.path(), ID).unwrap(), Decision::NotCommitted);
-        assert_eq!(std::fs::read(path(folder.path(), ID)).unwrap()[9], 1, "and it stays so");
+        put(&encode(ID, 0, &this_boot));
+        assert_eq!(ask(&folder, ID).unwrap(), Decision::NotCommitted);
+        assert_eq!(std::fs::read(folder.path().join(name(ID))).unwrap()[9], 1, "and it stays so");
     }
 
     #[test]
     fn a_record_that_is_damaged_or_another_s_says_nothing() {
-        let folder = tempfile::tempdir().unwrap();
+        let (folder, put) = scene();
         let good = encode(ID, 2, &[9; 16]);
         for at in 0..BYTES {
             let mut bytes = good;
             bytes[at] ^= 1;
-            std::fs::write(path(folder.path(), ID), bytes).unwrap();
-            assert_eq!(ask(folder.path(), ID).unwrap(), Decision::Unknown, "byte {at}");
+            put(&bytes);
+            assert_eq!(ask(&folder, ID).unwrap(), Decision::Unknown, "byte {at}");
         }
         for length in 0..BYTES {
-            std::fs::write(path(folder.path(), ID), &good[..length]).unwrap();
-            assert_eq!(ask(folder.path(), ID).unwrap(), Decision::Unknown, "{length} bytes");
+            put(&good[..length]);
+            assert_eq!(ask(&folder, ID).unwrap(), Decision::Unknown, "{length} bytes");
         }
-        std::fs::write(path(folder.path(), ID), encode(MigrationId([8; 16]), 2, &[9; 16])).unwrap();
-        assert_eq!(ask(folder.path(), ID).unwrap(), Decision::Unknown);
+        put(&encode(MigrationId([8; 16]), 2, &[9; 16]));
+        assert_eq!(ask(&folder, ID).unwrap(), Decision::Unknown);
+    }
+
+    #[test]
+    fn a_record_that_others_could_have_written_or_locked_was_believed() {
+        let (folder, put) = scene();
+        put(&encode(ID, 2, &[9; 16]));
+        let path = folder.path().join(name(ID));
+        for mode in [0o644, 0o660, 0o666] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            let error = ask(&folder, ID).unwrap_err().to_string();
+            assert!(error.contains(path.to_str().unwrap()) && error.contains("not believed"), "{error}");
+        }
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(ask(&folder, ID).unwrap(), Decision::Committed);
+    }
+
+    #[test]
+    fn a_fifo_in_a_record_s_place_held_up_whoever_asked_and_whoever_pruned() {
+        let (folder, _put) = scene();
+        let fifo = folder.path().join(name(ID));
+        mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert!(ask(&folder, ID).unwrap_err().to_string().contains("a FIFO"));
+        prune(&folder, 0).unwrap();
+        assert!(fifo.exists(), "it is no record");
+        assert!(Record::create(&folder, ID).unwrap().is_none());
     }
 
     #[test]
     fn the_oldest_records_are_removed_and_those_in_use_stay() {
-        let folder = tempfile::tempdir().unwrap();
+        let (folder, _put) = scene();
         let id = |number: u8| MigrationId([number; 16]);
-        let holding = Record::create(folder.path(), id(0)).unwrap().unwrap();
+        let holding = Record::create(&folder, id(0)).unwrap().unwrap();
+        assert!(!is_empty(&folder).unwrap());
         for number in 1..10 {
-            let record = Record::create(folder.path(), id(number)).unwrap().unwrap();
+            let record = Record::create(&folder, id(number)).unwrap().unwrap();
             record.write(Entry::Decided(Decision::Committed)).unwrap();
             let then = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(number.into());
             record.file.set_modified(then).unwrap();
         }
         holding.file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
         std::fs::write(folder.path().join("other"), "kept").unwrap();
-        prune(folder.path(), 4).unwrap();
-        let left = |number| path(folder.path(), id(number)).exists();
+        prune(&folder, 4).unwrap();
+        let left = |number| folder.path().join(name(id(number))).exists();
         assert!(left(0), "it is in use");
         assert!(!left(5) && left(6) && left(9));
         assert!(folder.path().join("other").exists());

@@ -76,7 +76,7 @@ impl DirtyLogs {
         if let Some(log) = &mut memory.log {
             // One that fails half-way has to be stopped as well.
             self.log_asked = true;
-            log.start().map_err(|error| memory.regions[0].failed(0, error))?;
+            guard("DirtyLog::start", || log.start().map_err(|error| memory.regions[0].failed(0, error)))?;
             self.log_started = true;
         }
         let regions = memory.regions.iter();
@@ -142,7 +142,7 @@ impl DirtyLogs {
             }
             if let Some(log) = &mut memory.log
                 && self.log_started
-                && let Err(error) = log.harvest(at, &fresh)
+                && let Err(error) = guard("DirtyLog::harvest", || Ok(log.harvest(at, &fresh)))?
             {
                 lost.get_or_insert(format!("{region:?}: the log of dirty pages: {error}"));
                 everything();

@@ -11,6 +11,7 @@ pub(crate) use dirty::DirtyLogs;
 pub use file_pages::FilePages;
 pub use fingerprint::{FingerprintKey, FingerprintLog, Fingerprinted};
 use limosa_client::DirtySource;
+use limosa_clockwork::catch;
 use limosa_protocol::bitmap::DirtyBitmap;
 
 use crate::Error;
@@ -70,6 +71,24 @@ pub trait GuestPages: Sync {
     }
 }
 
+impl<P: GuestPages + ?Sized> GuestPages for &P {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        (**self).read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        (**self).write(offset, from)
+    }
+
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        (**self).data(range)
+    }
+
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        (**self).zero(offset, bytes)
+    }
+}
+
 /// A region of guest memory.
 #[derive(Clone, Copy)]
 pub struct MemoryRegion<'a> {
@@ -97,8 +116,31 @@ impl MemoryRegion<'_> {
 
     /// The first whole pages of a range of whole pages that may hold anything but zeroes.
     pub(crate) fn data(&self, range: Range<u64>) -> Result<Option<Range<u64>>, Error> {
-        let found = self.pages.data(range.clone()).map_err(|error| self.failed(range.start, error))?;
+        let found = self.call("data", range.start, || self.pages.data(range.clone()))?;
         Ok(whole_pages(found, &range))
+    }
+
+    pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.call("read", offset, || self.pages.read(offset, into))
+    }
+
+    pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.call("write", offset, || self.pages.write(offset, from))
+    }
+
+    pub(crate) fn zero(&self, offset: u64, bytes: u64) -> Result<(), Error> {
+        self.call("zero", offset, || self.pages.zero(offset, bytes))
+    }
+
+    /// Calls the pages. A panic is an error that names the call and the address.
+    fn call<T>(&self, name: &str, offset: u64, call: impl FnOnce() -> io::Result<T>) -> Result<T, Error> {
+        match catch(call) {
+            Ok(done) => done.map_err(|error| self.failed(offset, error)),
+            Err(panic) => {
+                let address = self.iova.saturating_add(offset);
+                Err(Error::panicked(&format!("GuestPages::{name} at {address:#x}"), &panic))
+            }
+        }
     }
 
     pub(crate) fn failed(&self, offset: u64, error: io::Error) -> Error {

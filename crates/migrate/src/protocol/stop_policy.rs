@@ -74,6 +74,8 @@ pub(crate) struct StopPolicy {
     is_for_memory: bool,
     memory: Gains,
     devices: Vec<Tracked>,
+    /// How many looks in a row found that the data would fit into the goal, and that the rest of a stop does not.
+    slow_looks: u32,
 }
 
 /// Whether rounds of memory gain.
@@ -114,21 +116,19 @@ impl StopPolicy {
             is_for_memory: true,
             memory: Gains::default(),
             devices: vec![Tracked::default(); devices],
+            slow_looks: 0,
         }
     }
 
     /// The look, as it is reported to the caller.
     pub(crate) fn round(&self, look: &Look<'_>, pace: &Pace) -> Round {
-        let sum = |of: &dyn Fn(&DeviceLook) -> u64| {
-            look.devices.iter().fold(0_u64, |sum, device| sum.saturating_add(of(device)))
-        };
-        let stop = sum(&|device| device.stop_bytes.unwrap_or(0).saturating_add(device.on_the_way));
-        let bytes = look.memory_dirty_bytes.saturating_add(stop);
+        let sum = |of: &dyn Fn(&DeviceLook) -> u64| sum(look.devices, of);
+        let bytes = bytes_left(look);
         let initial = sum(&|device| device.initial);
         Round {
             round: self.looks,
             memory_dirty_bytes: look.memory_dirty_bytes,
-            device_bytes: stop,
+            device_bytes: bytes.saturating_sub(look.memory_dirty_bytes),
             devices_unknown: look.devices.iter().filter(|device| device.stop_bytes.is_none()).count() as u32,
             device_dirty_bytes: sum(&|device| device.left.unwrap_or(0)).saturating_sub(initial),
             device_initial_bytes: initial,
@@ -169,6 +169,7 @@ impl StopPolicy {
         let memory_gains =
             look.is_round && look.memory_dirty_bytes > 0 && self.rounds < self.wanted.rounds_max;
         if fits {
+            self.slow_looks = 0;
             if memory_gains && self.memory.shrinks && memory_left > goal / 16 {
                 return Next::Continue(Duration::ZERO);
             }
@@ -179,7 +180,15 @@ impl StopPolicy {
         if memory_gains && self.memory.stalled < self.wanted.stalled_rounds_max {
             return Next::Continue(Duration::ZERO);
         }
-        Next::Stalled(overdue.unwrap_or_else(|| self.obstacle(look)))
+        // One slow harvest or answer may be that of a busy machine.
+        if overdue.is_none()
+            && pace.transfer(bytes_left(look)) <= goal
+            && self.slow_looks < self.wanted.stalled_rounds_max
+        {
+            self.slow_looks += 1;
+            return Next::Continue(LOOK_EVERY);
+        }
+        Next::Stalled(overdue.unwrap_or_else(|| self.obstacle(look, pace)))
     }
 
     /// The guest was slowed down: earlier rounds of memory do not count any more.
@@ -222,21 +231,36 @@ impl StopPolicy {
     }
 
     /// The greatest obstacle.
-    fn obstacle(&self, look: &Look<'_>) -> Obstacle {
-        let most = look.devices.iter().max_by_key(|device| device.stop_bytes.unwrap_or(0));
-        let bytes = most.and_then(|device| device.stop_bytes).unwrap_or(0);
-        if look.memory_dirty_bytes > 0 && look.memory_dirty_bytes >= bytes {
+    fn obstacle(&self, look: &Look<'_>, pace: &Pace) -> Obstacle {
+        if pace.transfer(bytes_left(look)) <= self.wanted.downtime_goal {
+            return Obstacle::Latency;
+        }
+        let bytes = |device: &DeviceLook| device.stop_bytes.unwrap_or(0).saturating_add(device.on_the_way);
+        let most = look.devices.iter().max_by_key(|device| bytes(device));
+        if look.memory_dirty_bytes > 0 && look.memory_dirty_bytes >= most.map_or(0, bytes) {
             return Obstacle::DirtyMemory { dirty_bytes: look.memory_dirty_bytes };
         }
-        let Some(device) = most.filter(|_| bytes > 0) else { return Obstacle::Latency };
-        let name = device.name.clone();
+        let Some(device) = most.filter(|device| bytes(device) > 0) else { return Obstacle::Latency };
+        let (name, bytes) = (device.name.clone(), device.stop_bytes.unwrap_or(0));
         match device.left {
+            _ if device.on_the_way > bytes => Obstacle::SlowToLoad { device: name, bytes: device.on_the_way },
             Some(left) if device.streams && left > bytes / 2 => {
                 Obstacle::DirtyDevice { device: name, left_bytes: left }
             }
             _ => Obstacle::DeviceState { device: name, bytes },
         }
     }
+}
+
+/// The sum over all devices.
+fn sum(devices: &[DeviceLook], of: &dyn Fn(&DeviceLook) -> u64) -> u64 {
+    devices.iter().fold(0_u64, |sum, device| sum.saturating_add(of(device)))
+}
+
+/// The bytes that a stop would have to move.
+fn bytes_left(look: &Look<'_>) -> u64 {
+    let stop = |device: &DeviceLook| device.stop_bytes.unwrap_or(0).saturating_add(device.on_the_way);
+    look.memory_dirty_bytes.saturating_add(sum(look.devices, &stop))
 }
 
 enum Initial {
@@ -256,9 +280,14 @@ impl Tracked {
             return !device.drained && device.sent <= UNKNOWN_BYTES.saturating_mul(wanted.rounds_max.into());
         };
         let floor = (wanted.downtime_goal / 64).max(Duration::from_millis(1));
+        // What is on its way is not gained before it is loaded.
+        let all = left.saturating_add(device.on_the_way);
         // Before a rate was measured, only a device that has given all its data has little left.
-        let has_little =
-            if pace.is_measured() { pace.transfer(left) <= floor } else { left == 0 || device.drained };
+        let has_little = match pace.is_measured() {
+            true => pace.transfer(all) <= floor,
+            false => (left == 0 || device.drained) && pace.transfer(device.on_the_way) <= floor,
+        };
+        let left = all;
         if has_little {
             (self.window, self.stalled) = (None, 0);
             return false;

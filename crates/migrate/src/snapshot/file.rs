@@ -14,10 +14,11 @@ use std::path::PathBuf;
 use rustix::fs::{OFlags, RenameFlags, fstat};
 use rustix::io::Errno;
 
-use super::folder::{Folder, OpenFolder, is_same, other_than_file};
+use super::folder::{Folder, OpenFolder, is_same};
 use super::{Durability, Publication, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
 use crate::Cancel;
 use crate::link::{LinkError, Wait};
+use crate::private_folder::other_than_file;
 use limosa_stream::{MigrationId, PREFACE_BYTES, Preface};
 
 /// What the name of a snapshot ends with as long as it is not published.

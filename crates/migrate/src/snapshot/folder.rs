@@ -9,8 +9,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, Stat, fsync, linkat, openat, renameat, renameat_with,
-    statat, syncfs, unlinkat,
+    AtFlags, Dir, Mode, OFlags, RenameFlags, Stat, fsync, linkat, openat, renameat, renameat_with, statat,
+    syncfs, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
 
@@ -105,20 +105,6 @@ impl Folder for OpenFolder {
             // All of the file system, which has the folder.
             false => retry_on_intr(|| syncfs(file)),
         }
-    }
-}
-
-/// What a file is, for messages; `None` for a regular one.
-pub(super) fn other_than_file(stat: &Stat) -> Option<&'static str> {
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => None,
-        FileType::Directory => Some("a directory"),
-        FileType::Symlink => Some("a symbolic link"),
-        FileType::Fifo => Some("a FIFO"),
-        FileType::Socket => Some("a socket"),
-        FileType::CharacterDevice => Some("a character device"),
-        FileType::BlockDevice => Some("a block device"),
-        _ => Some("of an unknown type"),
     }
 }
 

@@ -14,8 +14,8 @@ use super::{Source, Stage};
 use crate::context::Context;
 use crate::devices::failed;
 use crate::memory::PAGE_BYTES;
-use crate::protocol::pace::Pace;
-use crate::protocol::stop_policy::{Look, Next, StopPolicy};
+use crate::protocol::pace::{Pace, Sample};
+use crate::protocol::stop_policy::{DeviceLook, Look, Next, StopPolicy};
 use crate::transfer::device_sender::Job;
 use crate::transfer::sending::Sending;
 use crate::vmm;
@@ -24,6 +24,10 @@ use crate::{Error, Obstacle, Result, Round, WhenStalled};
 
 /// The pause between two looks when pre-copy has stalled and the caller wants to keep trying.
 const KEEP_TRYING: Duration = Duration::from_millis(50);
+/// How many hand-offs to another thread are timed, of which the shortest counts.
+const HAND_OFFS: u32 = 3;
+/// How often devices that seem slow open a session again.
+const REOPENED_MAX: u32 = 2;
 /// The interval at which looks without a round of memory are reported.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
 
@@ -35,10 +39,18 @@ struct Looking {
     policy: StopPolicy,
     pace: Pace,
     has_memory: bool,
-    /// The start of the current measurement of the rate, and the bytes that the destination had handled then.
-    sample: (Instant, u64),
+    rate: RateSample,
     reported: Option<Instant>,
     news: u64,
+}
+
+/// The current measurement of the rate.
+struct RateSample {
+    since: Instant,
+    /// The bytes that the destination had handled then.
+    handled: u64,
+    /// Whether no device data was on its way then.
+    is_exact: bool,
 }
 
 impl<'a> Source<'a> {
@@ -67,7 +79,7 @@ impl<'a> Source<'a> {
             policy: StopPolicy::new(self.options.convergence, self.devices.len()),
             pace,
             has_memory: !self.memory.regions.is_empty() && !rollback.logs.blind,
-            sample: (now(), handled(context, sending)),
+            rate: RateSample::begin(context, sending),
             reported: None,
             news: 0,
         };
@@ -124,11 +136,30 @@ impl<'a> Source<'a> {
         let Some(at) = opened else {
             return Ok(Pace::new(sending.flush()?, Duration::ZERO, Duration::ZERO));
         };
-        let began = now();
-        sending.give(at, Job::NoOp);
-        sending.wait_all(|_| false)?;
-        let hand_off = now() - began;
-        Ok(Pace::new(sending.flush()?, took, hand_off))
+        let mut hand_off = Duration::MAX;
+        for _ in 0..HAND_OFFS {
+            let began = now();
+            sending.give(at, Job::NoOp);
+            sending.wait_all(|_| false)?;
+            hand_off = hand_off.min(now() - began);
+        }
+        let mut pace = Pace::new(sending.flush()?, took, hand_off);
+        let wanted = &self.options.convergence;
+        // A single slow arc may be that of a busy machine, and would be counted for each arc of the stop.
+        for _ in 0..REOPENED_MAX {
+            if wanted.when_stalled != WhenStalled::Abort || pace.arcs() <= wanted.downtime_goal / 4 {
+                break;
+            }
+            let began = now();
+            for (at, flow) in sending.flows.iter().enumerate() {
+                if flow.lock().has_session {
+                    sending.give(at, Job::Reopen);
+                }
+            }
+            sending.wait_all(|_| false)?;
+            pace.arc_took((now() - began) / 2);
+        }
+        Ok(pace)
     }
 
     /// Sends a round of memory, if there is any memory, and asks the policy what to do next.
@@ -142,18 +173,15 @@ impl<'a> Source<'a> {
         let sending = stage.sending;
         let loads = |flow: &crate::transfer::device_sender::DeviceFlow| flow.initial_is_loaded();
         if looking.has_memory {
-            looking.sample = (now(), handled(context, sending));
+            looking.rate = RateSample::begin(context, sending);
             stage.ram.send_round(sending)?;
             // A stop would have to wait for data on its way as well.
             looking.pace.answered(sending.flush()?);
-            looking.measure(context, sending);
-        } else {
-            looking.measure(context, sending);
-            if !sending.flows.iter().all(|flow| loads(&flow.lock())) {
-                // The flush makes the destination say how much it has loaded.
-                looking.pace.answered(sending.flush()?);
-            }
+        } else if !sending.flows.iter().all(|flow| loads(&flow.lock())) {
+            // The flush makes the destination say how much it has loaded.
+            looking.pace.answered(sending.flush()?);
         }
+        looking.measure(context, sending)?;
         let began = now();
         if !rollback.logs.blind
             && let Some(lost) = rollback.logs.harvest(self.devices, &mut self.memory)?
@@ -162,7 +190,12 @@ impl<'a> Source<'a> {
         }
         let blind = rollback.logs.blind;
         let all = self.memory.regions.iter().map(|region| region.size / PAGE_BYTES * PAGE_BYTES).sum();
-        let devices = sending.look(&looking.names);
+        let mut devices = sending.look(&looking.names);
+        if looking.waits_for_credit(&devices, self.options.convergence.downtime_goal) {
+            // Credit is given late, so that data that is long loaded would be counted.
+            looking.pace.answered(sending.flush()?);
+            devices = sending.look(&looking.names);
+        }
         let unknown = devices.iter().filter(|device| device.stop_bytes.is_none());
         looking.unknown = unknown.map(|device| device.name.clone()).collect();
         let look = Look {
@@ -245,20 +278,40 @@ impl<'a> Source<'a> {
 }
 
 impl Looking {
-    /// Measures the rate since the last sample, unless a device was idle meanwhile.
-    fn measure(&mut self, context: &Context<'_>, sending: &Sending<'_, '_>) {
-        let (began, before) = self.sample;
-        let bytes = handled(context, sending);
-        let idle = !self.has_memory && sending.flows.iter().any(|flow| flow.lock().drained);
-        let moved = bytes.saturating_sub(before);
-        if !idle && moved < 1 << 20 && !self.has_memory {
-            // Too few bytes to tell: the sample goes on.
-            return;
+    /// Measures the rate since the sample began.
+    fn measure(&mut self, context: &Context<'_>, sending: &Sending<'_, '_>) -> Result<()> {
+        // A round of memory is a sample, however much the devices have. It may be one of zeroes, which need no link.
+        let idle_since = if self.has_memory { None } else { idle_since(sending) };
+        if idle_since.is_some() && on_the_way(sending) > 0 {
+            self.pace.answered(sending.flush()?);
         }
-        if !idle {
-            self.pace.measured(moved, now() - began);
+        let RateSample { since, handled: before, is_exact } = self.rate;
+        let sample = Sample {
+            bytes: handled(context, sending).saturating_sub(before),
+            took: now() - since,
+            busy: match (self.has_memory, idle_since) {
+                (true, _) => Duration::ZERO,
+                (false, None) => now() - since,
+                (false, Some(idle)) => idle.saturating_duration_since(since),
+            },
+            ran_dry: idle_since.is_some(),
+        };
+        // Credit for older data would make a sample of little data look fast.
+        let is_usable = idle_since.is_none() || is_exact;
+        if is_usable && self.pace.measured(sample) || idle_since.is_some() {
+            self.rate = RateSample::begin(context, sending);
         }
-        self.sample = (now(), bytes);
+        Ok(())
+    }
+
+    /// Whether only device data that is sent, and not known to be loaded, makes the predicted downtime exceed the goal.
+    fn waits_for_credit(&self, devices: &[DeviceLook], goal: Duration) -> bool {
+        let stop = |device: &DeviceLook| device.stop_bytes.unwrap_or(0);
+        let (mut left, mut way) = (0_u64, 0_u64);
+        for device in devices {
+            (left, way) = (left.saturating_add(stop(device)), way.saturating_add(device.on_the_way));
+        }
+        self.pace.downtime(left) <= goal && self.pace.downtime(left.saturating_add(way)) > goal
     }
 
     fn report(
@@ -286,6 +339,24 @@ impl Looking {
             false => sending.wait_for_news(&mut self.news, pause),
         }
     }
+}
+
+impl RateSample {
+    fn begin(context: &Context<'_>, sending: &Sending<'_, '_>) -> RateSample {
+        sending.flows.iter().for_each(|flow| flow.lock().idle_since = None);
+        let is_exact = on_the_way(sending) == 0;
+        RateSample { since: now(), handled: handled(context, sending), is_exact }
+    }
+}
+
+/// When the first device had nothing to give, since the sample began.
+fn idle_since(sending: &Sending<'_, '_>) -> Option<Instant> {
+    sending.flows.iter().filter_map(|flow| flow.lock().idle_since).min()
+}
+
+/// The bytes of device data that are sent, and not known to be loaded.
+fn on_the_way(sending: &Sending<'_, '_>) -> u64 {
+    sending.flows.iter().map(|flow| flow.lock().window.on_the_way()).sum()
 }
 
 /// The bytes that the destination has handled.

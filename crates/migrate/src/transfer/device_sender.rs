@@ -2,7 +2,7 @@
 //! data, and the rollback.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_clockwork::now;
@@ -38,6 +38,8 @@ pub(crate) enum Job {
     Look,
     /// Enter a state; a session that this opens is kept.
     Enter(State),
+    /// End the session before it has given data, and open another: two arcs, used to time them.
+    Reopen,
     /// Give data before the stop, as long as [`DeviceFlow::streaming`] is set.
     Stream,
     /// Enter STOP_COPY. [`Job::Drain`] is the next job.
@@ -67,6 +69,8 @@ pub(crate) struct DeviceFlow {
     pub(crate) looked: bool,
     /// Whether it had nothing for now when it was read last.
     pub(crate) drained: bool,
+    /// When it first had nothing for now, since this was last cleared.
+    pub(crate) idle_since: Option<Instant>,
     /// Whether it has a session.
     pub(crate) has_session: bool,
     /// Whether it is to give data before the stop.
@@ -92,6 +96,7 @@ impl DeviceFlow {
             stop_bytes: None,
             looked: false,
             drained: false,
+            idle_since: None,
             has_session: false,
             streaming: false,
             stopped: false,
@@ -196,6 +201,12 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             Job::NoOp => Ok(()),
             Job::Look => self.look(),
             Job::Enter(state) => self.enter(state),
+            Job::Reopen => {
+                self.stream = None;
+                self.sending.flows[self.at].lock().has_session = false;
+                self.driven.end_session(self.found)?;
+                self.enter(State::PreCopy)
+            }
             Job::Stream => self.stream(),
             Job::Stop => {
                 self.enter(State::StopCopy)?;
@@ -240,7 +251,13 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                 pause = PAUSE_MIN;
             }
             let drained = !has_data;
-            let was_drained = std::mem::replace(&mut flow.lock().drained, drained);
+            let was_drained = {
+                let mut flow = flow.lock();
+                if drained {
+                    flow.idle_since.get_or_insert_with(now);
+                }
+                std::mem::replace(&mut flow.drained, drained)
+            };
             if drained || was_drained || self.bytes - looked.0 >= LOOK_BYTES || looked.1 + LOOK_EVERY <= now()
             {
                 self.look()?;

@@ -63,6 +63,13 @@ impl<'a> DrivenDevice<'a> {
         Ok(stream)
     }
 
+    /// Ends a session that has given no data, and drives the device back to the state in which it was found.
+    pub(crate) fn end_session(&mut self, found: State) -> Result<()> {
+        self.enter(found)?;
+        *self = DrivenDevice::new(self.device, found);
+        Ok(())
+    }
+
     /// The state to which the engine has driven it.
     pub(crate) fn expected(&self) -> State {
         self.expected

@@ -122,7 +122,7 @@ impl<'m> Ram<'m> {
                 zeroes.add(region.id, from, data.start - from)?;
                 buffer.grow(CHUNK_BYTES as usize);
                 let piece = &mut buffer[..(data.end - data.start) as usize];
-                region.pages.read(data.start, piece).map_err(|error| region.failed(data.start, error))?;
+                region.read(data.start, piece)?;
                 let mut offset = data.start;
                 for run in (Runs { bytes: piece }) {
                     if run.zero {

@@ -14,6 +14,7 @@ mod panics;
 mod peers;
 mod places;
 mod precopy;
+mod predicted;
 mod quirks;
 mod resets;
 mod snapshots;

@@ -11,6 +11,7 @@ use limosa_migrate::{
     Durability, MigrationId, Publication, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter,
 };
 
+use crate::panics::panic_at;
 use crate::plan::Mutation;
 
 #[derive(Default)]
@@ -27,6 +28,8 @@ struct State {
     full: bool,
     /// The next request fails.
     fails: bool,
+    /// The next request panics.
+    panics: bool,
     /// The next publication fails, in one way or another.
     publication_fails: bool,
     /// A bit was altered in what it kept.
@@ -74,7 +77,12 @@ impl Disk {
     /// There is room, and nothing fails.
     pub fn heal(&self) {
         let mut state = self.state();
-        (state.full, state.fails, state.publication_fails) = (false, false, false);
+        (state.full, state.fails, state.panics, state.publication_fails) = (false, false, false, false);
+    }
+
+    /// The next request panics.
+    pub fn panic(&self) {
+        self.state().panics = true;
     }
 
     pub fn has_published(&self) -> bool {
@@ -113,6 +121,9 @@ fn turn(wait: Wait<'_>) -> Result<(), LinkError> {
 }
 
 fn fails(state: &mut State) -> Result<(), LinkError> {
+    if std::mem::take(&mut state.panics) {
+        panic_at("the disk");
+    }
     match std::mem::take(&mut state.fails) {
         true => Err(io::Error::other("the disk does not answer").into()),
         false => Ok(()),

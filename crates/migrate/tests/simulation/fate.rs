@@ -95,6 +95,7 @@ impl Fates<'_> {
             Fault::Cancel(end) => computer(end).cancel(),
             Fault::LedgerFull => destination.fill_ledger(),
             Fault::DiskFull => self.network.disk.fill(),
+            Fault::DiskPanics => self.network.disk.panic(),
             Fault::DiskFails => self.network.disk.fail(),
             Fault::PublicationFails => self.network.disk.fail_publication(),
             Fault::DiskFlips(bit) => self.network.disk.flip(bit),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use limosa_client::DeviceExt;
 use limosa_clockwork::{Monitor, now, simulation};
-use limosa_migrate::link::{Link, Wait};
+use limosa_migrate::link::{Link, LinkError, Wait};
 use limosa_migrate::{
     AfterLoad, Cancel, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
     Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
@@ -153,14 +153,20 @@ impl Computer {
     }
 
     pub fn send(&self, link: &dyn Link) -> Outcome {
-        self.as_source(|source| source.send_over(link, &|_: Wait<'_>| self.network.call()))
+        self.as_source(|source| source.send_over(link, &|_: Wait<'_>| self.call()))
     }
 
     /// A move that never waits for a better moment.
     pub fn send_at_any_cost(&self, link: &dyn Link) -> Outcome {
         let convergence = self.options.convergence.with_when_stalled(WhenStalled::SwitchOver);
         let options = self.options.clone().with_convergence(convergence).with_standstill_max(STANDSTILL_MAX);
-        self.as_source_with(&options, |source| source.send_over(link, &|_: Wait<'_>| self.network.call()))
+        self.as_source_with(&options, |source| source.send_over(link, &|_: Wait<'_>| self.call()))
+    }
+
+    /// A further link to the destination.
+    fn call(&self) -> Result<Box<dyn Link>, LinkError> {
+        self.panics.call(Place::FurtherLinks, &self.world);
+        self.network.call()
     }
 
     /// Loads what was saved there.
@@ -175,7 +181,10 @@ impl Computer {
     /// Receives a move or a question.
     pub fn receive(&self, link: &dyn Link) -> Received {
         self.as_destination(|destination| {
-            destination.receive_over(link, &|wait: Wait<'_>| self.network.answer(wait))
+            destination.receive_over(link, &|wait: Wait<'_>| {
+                self.panics.call(Place::FurtherLinks, &self.world);
+                self.network.answer(wait)
+            })
         })
     }
 

@@ -7,6 +7,7 @@ mod bounds;
 mod device;
 mod disk;
 mod fate;
+mod forgotten;
 mod found;
 mod guest;
 mod link;

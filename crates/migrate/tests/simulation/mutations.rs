@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use limosa_migrate::{Phase, WhenStalled};
 
+use crate::panics::Place;
 use crate::plan::{End, Fault, Mutation, Plan, Planned, When};
 use crate::play;
 
@@ -172,4 +173,13 @@ fn a_guest_that_stands_still_for_too_long_is_found() {
         plan.devices.iter_mut().for_each(|device| (device.blocks, device.record_bytes) = (60, 32 << 10));
     };
     finds(Mutation::StandsForever, slow, &["the guest stood still for"]);
+}
+
+#[test]
+fn a_panic_that_nothing_catches_is_found() {
+    let panics = |plan: &mut Plan| {
+        moves(plan);
+        at(plan, Phase::PreCopy, Fault::Panic(End::Source, Place::Device(0)));
+    };
+    finds(Mutation::LetsPanicsEscape, panics, &["has a defect"]);
 }

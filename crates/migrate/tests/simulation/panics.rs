@@ -19,11 +19,12 @@ pub enum Place {
     Throttle,
     Memory,
     Log,
+    FurtherLinks,
 }
 
 impl Place {
     /// Those that are no device's.
-    pub const OTHERS: [Place; 9] = [
+    pub const OTHERS: [Place; 10] = [
         Place::Observer,
         Place::Stop,
         Place::Committing,
@@ -33,7 +34,13 @@ impl Place {
         Place::Throttle,
         Place::Memory,
         Place::Log,
+        Place::FurtherLinks,
     ];
+}
+
+/// Panics without the panic hook, which would print it.
+pub fn panic_at(place: &str) -> ! {
+    std::panic::resume_unwind(Box::new(format!("{place} has a defect")))
 }
 
 /// The places of one end that panic at their next call.
@@ -57,8 +64,7 @@ impl Panics {
         drop(armed);
         world.strikes();
         limosa_clockwork::simulation::note(|| format!("PANIC: {place:?}"));
-        // Without the panic hook, which would print it.
-        std::panic::resume_unwind(Box::new(format!("{place:?} has a defect")));
+        panic_at(&format!("{place:?}"));
     }
 
     fn armed(&self) -> std::sync::MutexGuard<'_, Vec<Place>> {

@@ -107,6 +107,8 @@ pub enum Fault {
     DiskFull,
     /// It fails once.
     DiskFails,
+    /// The code that writes to the disk panics, the next time.
+    DiskPanics,
     /// Its next publication is refused, is not durable, or has no answer.
     PublicationFails,
     /// It alters a bit of what it keeps.
@@ -170,6 +172,10 @@ pub enum Mutation {
     SilenceIgnored,
     /// The guest may stand still for as long as it takes.
     StandsForever,
+    /// The notifications in one line of the engine have no effect.
+    ForgetsNotification { file: &'static str, line: u32 },
+    /// A panic is caught nowhere.
+    LetsPanicsEscape,
 }
 
 /// A fault and its moment.
@@ -338,7 +344,7 @@ impl Plan {
         let fault = match chance.below(29) {
             // There is no link.
             0..=2 if self.saves.is_some() => Fault::DiskFull,
-            3 if self.saves.is_some() => Fault::DiskFails,
+            3 if self.saves.is_some() => chance.pick(&[Fault::DiskFails, Fault::DiskPanics]),
             4 if self.saves.is_some() => Fault::PublicationFails,
             5..=8 if self.saves.is_some() => Fault::DiskFlips(chance.below(8) as u8),
             0..=2 => Fault::Cut(link),

@@ -23,7 +23,7 @@ use crate::link::Network;
 use crate::machine::Computer;
 use crate::model::set;
 use crate::panics::Place;
-use crate::plan::{End, Plan, STANDSTILL_MAX};
+use crate::plan::{End, Mutation, Plan, STANDSTILL_MAX};
 use crate::standstill;
 use crate::world::World;
 
@@ -69,7 +69,16 @@ impl Summary {
 pub fn run(plan: &Plan, folder: &Path, trace: bool) -> Result<Run<Summary>, Box<Failure>> {
     let world = Arc::new(World::new(&plan.regions, plan.devices.len()));
     let watched = world.clone();
-    Simulation::new(plan.seed)
+    let mut simulation = Simulation::new(plan.seed);
+    match plan.mutation {
+        // A spurious wake-up would heal it.
+        Some(Mutation::ForgetsNotification { file, line }) => {
+            simulation = simulation.forgetting_notifications(file, line).spurious_one_in(None);
+        }
+        Some(Mutation::LetsPanicsEscape) => simulation = simulation.letting_panics_escape(),
+        _ => {}
+    }
+    simulation
         .steps_max(STEPS_MAX)
         .time_max(TIME_MAX)
         .trace(trace)

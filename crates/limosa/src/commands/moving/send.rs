@@ -36,8 +36,13 @@ fn over(side: &Side, opening: Opening<'_>, args: &args::Send, out: &Output) -> a
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
-    let sending =
-        Sending { moves: &moves, devices, to: address.to_string(), saved: false, tls: links.are_tls() };
+    let sending = Sending {
+        folder: moves.open()?,
+        devices,
+        to: address.to_string(),
+        saved: false,
+        tls: links.are_tls(),
+    };
     let guest = Guest::source(&args.stopping, Some(sending))?;
     let pages = side.source_pages(&args.stopping)?;
     let hint = "is `limosa receive` listening there?";

@@ -35,8 +35,15 @@ fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
     let place = Place::new(&args.file, args.replace)?;
     let moves = Moves::new(args.moves.folder.as_deref());
     let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
-    let noting = Sending { moves: &moves, devices, to: noted_name(&args.file)?, saved: true, tls: false };
-    let (guest, pages) = (Guest::source(&args.stopping, Some(noting))?, side.source_pages(&args.stopping)?);
+    let noting = match after {
+        // A save is in doubt only where the guest stays stopped.
+        AfterSave::Run => None,
+        AfterSave::Stop => {
+            let (folder, to) = (moves.open()?, noted_name(&args.file)?);
+            Some(Sending { folder, devices, to, saved: true, tls: false })
+        }
+    };
+    let (guest, pages) = (Guest::source(&args.stopping, noting)?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();
     let saved = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
     let mut outcome = saved.save(place.target(), after);

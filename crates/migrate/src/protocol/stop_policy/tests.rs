@@ -189,14 +189,56 @@ fn a_device_with_more_to_give_than_fits_is_named() {
     let mut played = Played::new(wanted(), vec![large]);
     let obstacle = Obstacle::DeviceState { device: "net0".into(), bytes: GIB };
     assert_eq!(played.look(false, 0), Next::Stalled(obstacle));
-    let slow = Pace::new(Duration::from_secs(1), Duration::ZERO, Duration::ZERO);
-    let look = Look {
-        now: Instant::now(),
-        is_round: false,
-        memory_dirty_bytes: 0,
-        devices: &[],
-        harvest: Duration::ZERO,
+}
+
+fn slow_look(policy: &mut StopPolicy, latency: Duration, harvest: Duration) -> Next {
+    let now = Instant::now();
+    let small = DeviceLook { streams: false, left: None, ..device(616) };
+    let look = Look { now, is_round: true, memory_dirty_bytes: 0, devices: &[small], harvest };
+    policy.next(&look, &Pace::new(latency, Duration::ZERO, Duration::ZERO)).1
+}
+
+#[test]
+fn a_stop_that_is_too_long_without_data_is_named_so_and_not_by_a_device_with_a_few_bytes() {
+    let slow = |policy: &mut StopPolicy| slow_look(policy, Duration::from_secs(1), Duration::ZERO);
+    let mut policy = StopPolicy::new(wanted(), 1);
+    for _ in 0..3 {
+        assert!(matches!(slow(&mut policy), Next::Continue(wait) if wait > Duration::ZERO));
+    }
+    assert_eq!(slow(&mut policy), Next::Stalled(Obstacle::Latency));
+}
+
+#[test]
+fn a_harvest_that_was_slow_once_does_not_end_pre_copy() {
+    let mut policy = StopPolicy::new(wanted(), 1);
+    for _ in 0..10 {
+        let next = slow_look(&mut policy, Duration::ZERO, Duration::from_secs(1));
+        assert!(matches!(next, Next::Continue(_)), "{next:?}");
+        assert_eq!(slow_look(&mut policy, Duration::ZERO, Duration::ZERO), Next::Stop);
+    }
+}
+
+#[test]
+fn data_that_is_still_being_loaded_is_waited_for_as_long_as_it_becomes_less() {
+    // 200 ms of it, which the destination takes in steps.
+    let mut played =
+        Played::new(wanted(), vec![DeviceLook { drained: true, on_the_way: 200 * MIB, ..device(0) }]);
+    played.devices[0].sent = 500 * MIB;
+    let mut looks = 0;
+    let next = loop {
+        match played.look(false, 0) {
+            Next::Continue(_) if looks < 1000 => {}
+            next => break next,
+        }
+        looks += 1;
+        // Once in a window, so that several looks find no change.
+        if looks % 5 == 0 {
+            played.devices[0].on_the_way = played.devices[0].on_the_way.saturating_sub(10 * MIB);
+        }
     };
-    let next = StopPolicy::new(wanted(), 0).next(&look, &slow).1;
-    assert_eq!(next, Next::Stalled(Obstacle::Latency));
+    assert_eq!((next, played.devices[0].on_the_way), (Next::Stop, 0));
+    played.devices[0].on_the_way = 200 * MIB;
+    let next = (0..100).map(|_| played.look(false, 0)).find(|next| !matches!(next, Next::Continue(_)));
+    let obstacle = Obstacle::SlowToLoad { device: "net0".into(), bytes: 200 * MIB };
+    assert_eq!(next, Some(Next::Stalled(obstacle)), "the destination takes nothing");
 }
