@@ -82,19 +82,17 @@ impl Descriptor {
             Errno::SRCH | Errno::NOENT => {
                 failed(ErrorKind::NotFound, format!("there is no process {process}"))
             }
-            Errno::BADF => {
-                failed(ErrorKind::NotFound, format!("process {process} has no descriptor {number}"))
-            }
+            Errno::BADF => failed(ErrorKind::NotFound, format!("process {process} has no fd {number}")),
             Errno::PERM | Errno::ACCESS => failed(
                 ErrorKind::PermissionDenied,
                 format!(
-                    "no permission to borrow a descriptor of process {process}: run as root, or as its user where \
+                    "no permission to borrow an fd of process {process}: run as root, or as its user where \
                      kernel.yama.ptrace_scope is 0 and the process may be dumped"
                 ),
             ),
             errno => {
                 let error = io::Error::from(errno);
-                let what = format!("descriptor {number} of process {process} cannot be borrowed: {error}");
+                let what = format!("fd {number} of process {process} cannot be borrowed: {error}");
                 failed(error.kind(), what)
             }
         };
@@ -108,7 +106,7 @@ impl Descriptor {
         if identity(&fd, "").map_err(explained)?
             != identity(&folder, &number.to_string()).map_err(explained)?
         {
-            let what = format!("descriptor {number} of process {process} changed while it was borrowed");
+            let what = format!("fd {number} of process {process} changed while it was borrowed");
             return Err(failed(ErrorKind::InvalidInput, what));
         }
         let flags = fcntl_getfl(&fd).map_err(explained)?;
@@ -202,7 +200,7 @@ mod tests {
     fn what_is_not_there_is_named() {
         let none = Descriptor { pid: None, fd: 999_999 }.borrow().unwrap_err();
         assert_eq!(none.kind(), ErrorKind::NotFound);
-        assert!(none.to_string().contains("has no descriptor 999999"), "{none}");
+        assert!(none.to_string().contains("has no fd 999999"), "{none}");
         let none = Descriptor { pid: Pid::from_raw(i32::MAX), fd: 0 }.borrow().unwrap_err();
         assert!(none.to_string().contains("there is no process 2147483647"), "{none}");
     }

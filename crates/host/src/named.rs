@@ -104,11 +104,8 @@ fn folder_in(from: Option<&OwnedFd>, path: &Path, access: OFlags) -> io::Result<
     match openat2(from, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS) {
         Err(Errno::NOSYS) => Ok(openat(from, path, flags, Mode::empty())?),
         Err(Errno::LOOP) => {
-            let what = format!(
-                "{} leads through a link of a process (as /proc/PID/cwd is), or through too many links; name the folder \
-                 itself",
-                path.display()
-            );
+            let what = "it leads through a link of a process (as /proc/PID/cwd is), or through too many links; name \
+                        the folder itself";
             Err(io::Error::new(ErrorKind::InvalidInput, what))
         }
         opened => Ok(opened?),

@@ -264,6 +264,6 @@ mod tests {
             assert_eq!(place(descriptor), None);
         }
         let none = borrow(Descriptor::parse("/dev/fd/999999").unwrap(), "it").unwrap_err().to_string();
-        assert!(none.contains("has no descriptor 999999") && none.contains("limosa probe"), "{none}");
+        assert!(none.contains("has no fd 999999") && none.contains("limosa probe"), "{none}");
     }
 }

@@ -95,9 +95,10 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
     }
 }
 
-/// Logs go to standard error: warnings, more with `-v`, anything with RUST_LOG.
+/// Logs go to standard error: warnings, more of this project's with `-v`, anything with RUST_LOG.
 fn log(verbose: u8) {
-    let default = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+    let own = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+    let default = format!("warn,limosa={own}");
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
