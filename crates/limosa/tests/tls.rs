@@ -219,6 +219,9 @@ fn a_process_that_has_a_key_could_be_dumped() {
         let running = start_as_other(args);
         running.line("listening on");
         let owner = std::fs::metadata(format!("/proc/{}/io", running.pid())).unwrap().uid();
+        // Root goes on to borrow what it holds, as a device that is held.
+        limosa(&["probe", &format!("/proc/{}/fd/0", running.pid())])
+            .fails(4, &["no VFIO device but /dev/null"]);
         running.kill();
         owner
     };

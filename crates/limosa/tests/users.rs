@@ -11,7 +11,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::fs::{CWD, FileType, MemfdFlags, Mode, memfd_create, mknodat};
-use support::users::{Holder, OTHER, can_be_another, give_away, hold_files, start_as_other};
+use support::users::{
+    Holder, OTHER, can_be_another, give_away, hold_files, let_others_borrow, start_as_other,
+};
 use support::{Folder, Running, limosa, start, start_under};
 
 const BYTES: usize = 64 << 10;
@@ -134,6 +136,7 @@ fn descriptors_of_the_command_itself_are_memory_too() {
             .unwrap();
         assert!(done.status.success(), "{name}: {done:?}");
     }
+    let_others_borrow();
     let none = format!("/proc/{}/fd/999999", std::process::id());
     is_refused(&folder, &none, 4, &["has no fd 999999", &none]);
 }
@@ -318,6 +321,7 @@ fn what_others_name_does_nothing_on_a_terminal() {
     let said = limosa(&["verify", &wild, "--json"]);
     assert!(said.out.chars().all(|c| c == '\n' || limosa_stream::is_printable(c)), "{said:?}");
     assert_eq!(said.json()["place"], wild);
+    let_others_borrow();
     let held = fs::File::open(&wild).unwrap();
     let said = limosa(&["verify", &format!("/proc/{}/fd/{}", std::process::id(), held.as_raw_fd())]).ok();
     assert!(said.contains("whole"), "a snapshot that a process holds is borrowed from it: {said}");

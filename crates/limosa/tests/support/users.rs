@@ -52,6 +52,12 @@ pub fn give_away(path: &Path) {
     std::os::unix::fs::chown(path, Some(OTHER), Some(OTHER)).unwrap();
 }
 
+/// Lets the command borrow what this process holds, where Yama keeps that to its parents (`kernel.yama.ptrace_scope` 1).
+pub fn let_others_borrow() {
+    // Without Yama there is nothing to allow.
+    let _ = rustix::process::set_ptracer(rustix::process::PTracer::Any);
+}
+
 const HOLD: &str = "LIMOSA_TEST_HOLD";
 
 /// A process, of the second user where there is one, that holds files: each as an `(access, path)` with access one of
@@ -96,6 +102,7 @@ impl Drop for Holder {
 pub fn hold_files() {
     use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, memfd_create, open};
     let Ok(files) = std::env::var(HOLD) else { return };
+    let_others_borrow();
     let mut held = Vec::new();
     for file in files.lines() {
         let (access, path) = file.split_once(' ').unwrap();

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 pub use address::{Address, AddressError};
 pub use connector::Connector;
 pub use limited::{Bandwidth, LimitedLink};
+pub use limosa_host::User;
 pub use socket::{Listener, SocketLink, connect};
 pub(crate) use tls::is_tls;
 pub use tls::{Tls, TlsError, TlsLink};

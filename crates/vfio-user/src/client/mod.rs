@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use limosa_client::{DeviceIdentity, Error, Result};
-use limosa_host::User;
+pub use limosa_host::User;
 use limosa_protocol::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 

@@ -25,7 +25,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_device::Machine;
-use limosa_host::{SocketAccess, SocketPath};
+use limosa_host::SocketPath;
+pub use limosa_host::{Group, SocketAccess};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use connection::Connection;
