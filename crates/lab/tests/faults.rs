@@ -122,8 +122,7 @@ impl Pair {
                 let (near, far) = SocketLink::pair().unwrap();
                 std::thread::scope(|scope| {
                     let answered = scope.spawn(move || {
-                        let answer =
-                            |destination: &limosa_migrate::Destination<'_>| destination.receive(&far);
+                        let answer = |destination: limosa_migrate::Destination<'_>| destination.receive(&far);
                         with_destination(&self.destination, ledger, &options(), answer)
                     });
                     let outcome =

@@ -69,11 +69,11 @@ fn all_frames() -> Vec<(bool, Place)> {
     all
 }
 
-/// Whoever sent no whole preface was nobody's sender, and the receiver waits for another until it is told not to.
+/// Whoever sent no whole offer was nobody's sender, and the receiver waits for another until it is told not to.
 fn gives_up_on_nobody(receiver: &Running, from_receiver: bool, at: Place) -> bool {
-    let is_no_move = at == Place::Preface && !from_receiver;
+    let is_no_move = matches!(at, Place::Preface | Place::Frame(Kind::OFFER)) && !from_receiver;
     if is_no_move {
-        receiver.line("still waiting for one");
+        receiver.line("passed over");
         receiver.signal(Signal::INT);
     }
     is_no_move

@@ -111,6 +111,8 @@ fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
     Some(match error {
         Error::Incompatible { .. } | Error::Vmm { .. } | Error::NotConverging { .. } => Code::Refused,
         Error::Aborted { code: AbortCode::Incompatible, .. } => Code::Refused,
+        // It is in use, or was silent or not heard for too long.
+        Error::Aborted { code: AbortCode::NotTaken | AbortCode::TimeLimit, .. } => Code::Unreachable,
         Error::Aborted { code: AbortCode::Cancelled, .. } | Error::Cancelled => Code::Cancelled,
         Error::Stream { .. } => Code::Damaged,
         Error::Snapshot { name, error, .. } => return of_place(name, error),

@@ -34,6 +34,15 @@ pub fn borrow(descriptor: Descriptor, name: &str) -> anyhow::Result<OwnedFd> {
     }
 }
 
+/// What other processes can call it while the process lives.
+pub fn lasting_name(descriptor: Descriptor) -> String {
+    let process = match descriptor.process().as_str() {
+        "self" => std::process::id().to_string(),
+        process => process.to_owned(),
+    };
+    format!("/proc/{process}/fd/{}", descriptor.number())
+}
+
 /// Where a device that a process holds is in sysfs, as far as the kernel tells.
 pub fn place(descriptor: Descriptor) -> Option<PathBuf> {
     match look_at(&Path::new("/proc").join(descriptor.process()), &descriptor.number().to_string())? {

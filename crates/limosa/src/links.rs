@@ -1,22 +1,28 @@
 //! The links of a move as the user chose them: addresses, TLS certificates and bandwidth.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use limosa_host::{Untrusted, User};
-use limosa_migrate::Cancel;
 use limosa_migrate::link::{self, Address, Bandwidth, Connector, Link, LinkError, Listener, Tls, Wait};
+use limosa_migrate::{Acceptor, Cancel, Ledger};
 use limosa_stream::DATA_BYTES_MAX;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::args;
 use crate::exit::{self, Code};
 
+/// The limit for the lookup of a host's name.
+const LOOKUP_MAX: Duration = Duration::from_secs(30);
+
 /// TLS and bandwidth of this side's links.
 #[derive(Debug)]
 pub struct Links {
     tls: Option<Tls>,
+    /// Whether links without TLS may leave this host.
+    is_insecure: bool,
     bandwidth: Option<Bandwidth>,
     /// The users whose servers behind UNIX sockets are trusted.
     servers: Vec<User>,
@@ -24,26 +30,72 @@ pub struct Links {
 
 impl Links {
     /// Reads and checks the certificates that were given.
-    pub fn new(args: &args::Tls) -> anyhow::Result<Links> {
+    fn new(args: &args::Tls) -> anyhow::Result<Links> {
         let (Some(ca), Some(certificate), Some(key)) = (&args.tls_ca, &args.tls_cert, &args.tls_key) else {
-            return Ok(Links { tls: None, bandwidth: None, servers: Vec::new() });
+            let is_insecure = args.insecure;
+            return Ok(Links { tls: None, is_insecure, bandwidth: None, servers: Vec::new() });
         };
         keep_keys_from_dumps()?;
         let tls = Tls::load(ca, certificate, key, args.tls_name.as_deref())
             .map_err(|error| exit::error(Code::Usage, error.to_string()))?;
         tls.check(SystemTime::now()).map_err(|error| exit::error(Code::Unreachable, error.to_string()))?;
-        Ok(Links { tls: Some(tls), bandwidth: None, servers: Vec::new() })
+        Ok(Links { tls: Some(tls), is_insecure: false, bandwidth: None, servers: Vec::new() })
     }
 
-    /// As [`Links::new`], and checks that a name is known for the certificate of the destination at this address. At a UNIX
-    /// socket only servers of these users are spoken to.
+    /// For links to this address. Checks that a name is known for the destination's certificate, or that the links stay within
+    /// this host, unless the user accepts other ones without TLS. At a UNIX socket only servers of these users are spoken to.
     pub fn to(address: &Address, args: &args::Tls, servers: &[User]) -> anyhow::Result<Links> {
         let links = Links { servers: servers.to_vec(), ..Links::new(args)? };
-        if let Some(tls) = &links.tls {
-            tls.expected_name(address)
-                .map_err(|error| exit::error(Code::Usage, format!("{error}, with --tls-name")))?;
+        match &links.tls {
+            Some(tls) => {
+                tls.expected_name(address)
+                    .map_err(|error| exit::error(Code::Usage, format!("{error}, with --tls-name")))?;
+            }
+            None if links.stays_within_host() => {
+                let looked_up = link::stays_within_host(address, LOOKUP_MAX);
+                let stays = looked_up.map_err(|error| {
+                    exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}"))
+                })?;
+                if !stays {
+                    return Err(insecure(address));
+                }
+            }
+            None => {}
         }
         Ok(links)
+    }
+
+    /// For a listener on the address that the user gave. Checks that it is known whose certificates are accepted, or that nobody
+    /// beyond this host can connect, unless the user accepts that without TLS.
+    pub fn listening(text: &str, args: &args::Tls, names: &args::Names) -> anyhow::Result<(Links, Address)> {
+        let (address, links) = (address(text)?, Links::new(args)?);
+        if links.tls.is_some() && args.tls_name.is_none() && !names.tls_any_name {
+            let what = "every certificate of the authorities in --tls-ca would be accepted, whoever has it; expected \
+                        --tls-name NAME, the name in the other side's certificate, or --tls-any-name";
+            return Err(exit::error(Code::Usage, what));
+        }
+        if links.stays_within_host() {
+            let stays = link::stays_within_host(&address, LOOKUP_MAX);
+            if !stays.map_err(|error| cannot_listen(&address, &error))? {
+                return Err(insecure(&address));
+            }
+        }
+        Ok((links, address))
+    }
+
+    /// Listens on an address that [`Links::listening`] has checked.
+    pub fn bind(&self, address: &Address) -> anyhow::Result<Listener> {
+        let listener = Listener::bind(address).map_err(|error| cannot_listen(address, &error))?;
+        // A name may have been looked up differently.
+        match self.stays_within_host() && !listener.stays_within_host() {
+            true => Err(insecure(address)),
+            false => Ok(listener),
+        }
+    }
+
+    /// Whether links may not leave this host, since they are not under TLS.
+    fn stays_within_host(&self) -> bool {
+        self.tls.is_none() && !self.is_insecure
     }
 
     /// Limits what all links together send, in bytes per second.
@@ -70,8 +122,11 @@ impl Links {
     /// Makes links to this address, which share the bandwidth.
     pub fn connector(&self, address: &Address) -> Connector {
         let mut connector = Connector::new(address.clone()).with_server_users(self.servers.clone());
-        if let Some(tls) = &self.tls {
-            connector = connector.with_tls(tls.clone());
+        match &self.tls {
+            Some(tls) => connector = connector.with_tls(tls.clone()),
+            // A name may be looked up differently the next time.
+            None if self.stays_within_host() => connector = connector.within_host(),
+            None => {}
         }
         if let Some(bandwidth) = &self.bandwidth {
             connector = connector.with_bandwidth(bandwidth.clone());
@@ -79,13 +134,26 @@ impl Links {
         connector
     }
 
-    /// Accepts connections from this listener.
+    /// Accepts sources from this listener, and answers those in doubt.
     pub fn acceptor(
         &self,
         listener: Listener,
+        ledger: &Arc<Ledger>,
         silence: Duration,
-    ) -> anyhow::Result<limosa_migrate::Acceptor> {
-        Ok(limosa_migrate::Acceptor::new(listener, self.tls.clone(), silence)?)
+    ) -> anyhow::Result<Acceptor> {
+        let started = Acceptor::new(listener, self.tls.clone(), Arc::clone(ledger), silence);
+        started.context("cannot accept connections")
+    }
+
+    /// Only answers sources in doubt that connect to this listener.
+    pub fn answering(
+        &self,
+        listener: Listener,
+        ledger: &Arc<Ledger>,
+        silence: Duration,
+    ) -> anyhow::Result<Acceptor> {
+        let started = Acceptor::answering(listener, self.tls.clone(), Arc::clone(ledger), silence);
+        started.context("cannot accept connections")
     }
 }
 
@@ -121,19 +189,25 @@ pub fn address(text: &str) -> anyhow::Result<Address> {
     }
 }
 
-/// Listens on the address that the user gave.
-pub fn listen(text: &str) -> anyhow::Result<Listener> {
-    let address = address(text)?;
-    Listener::bind(&address).map_err(|error| {
-        let hint = match error.kind() {
-            io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => "make its folder first",
-            io::ErrorKind::PermissionDenied if matches!(address, Address::Unix(_)) => {
-                "choose a folder that you may write to"
-            }
-            _ => "choose another address",
-        };
-        exit::error(Code::Unreachable, format!("cannot listen on {address}: {error}; {hint}"))
-    })
+/// The refusal of TCP beyond this host without TLS.
+fn insecure(address: &Address) -> anyhow::Error {
+    let what = format!(
+        "{address}: without TLS, anyone on the path to another host can read and alter guest memory and device state, and take \
+         the devices over; expected --tls-ca, --tls-cert and --tls-key, an address of this host alone (unix:PATH, \
+         tcp:127.0.0.1:PORT), or --insecure for a network where nobody else is"
+    );
+    exit::error(Code::Usage, what)
+}
+
+fn cannot_listen(address: &Address, error: &io::Error) -> anyhow::Error {
+    let hint = match error.kind() {
+        io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => "make its folder first",
+        io::ErrorKind::PermissionDenied if matches!(address, Address::Unix(_)) => {
+            "choose a folder that you may write to"
+        }
+        _ => "choose another address",
+    };
+    exit::error(Code::Unreachable, format!("cannot listen on {address}: {error}; {hint}"))
 }
 
 /// Connects, within this limit. `hint` is for the message when the destination does not listen.

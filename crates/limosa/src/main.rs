@@ -7,19 +7,23 @@ mod exit;
 mod guest;
 mod held;
 mod hold;
+mod hook;
 mod links;
 mod memory;
 mod moves;
+mod noted_devices;
+mod noting;
 mod open;
 mod output;
 mod place;
+mod process;
 mod progress;
 mod reports;
 mod side;
 mod signals;
 mod text;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::FromArgMatches;
@@ -50,7 +54,8 @@ fn main() -> ExitCode {
 fn failed(error: &anyhow::Error) -> ExitCode {
     let code = exit::code(error);
     tracing::debug!(?code, ?error, "failed");
-    eprintln!("limosa: {}", text::line(&exit::message(error)));
+    // Where nobody can be told, the code tells.
+    let _ = writeln!(std::io::stderr(), "limosa: {}", text::line(&exit::message(error)));
     ExitCode::from(code as u8)
 }
 
@@ -89,7 +94,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Migrate(args) => commands::moving::migrate(args, opening, out),
         Command::Send(args) => commands::moving::send(args, opening, out),
         Command::Receive(args) => commands::moving::receive(args, opening, out),
-        Command::Resolve(args) => commands::resolve::resolve(args, opening, out),
+        Command::Resolve(args) => commands::settle::resolve(args, opening, out),
         Command::Answer(args) => commands::resolve::answer(args, out),
         Command::Bench(args) => commands::bench::run(args, opening, out),
     }
@@ -103,6 +108,8 @@ fn log(verbose: u8) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would be said on standard error, which is what failed.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .fmt_fields(text::fields())

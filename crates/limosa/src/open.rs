@@ -1,5 +1,6 @@
 //! From the name that a user gave to a device.
 
+use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,6 +12,7 @@ use limosa_host::{Descriptor, User};
 use limosa_protocol::Errno;
 use limosa_vfio_kernel::{Door, KernelDevice, Listed, Name};
 use limosa_vfio_user::client::{Client, Options};
+use serde::{Deserialize, Serialize};
 
 use crate::exit::{self, Code};
 use crate::held::{self, OpenElsewhere};
@@ -205,27 +207,51 @@ fn hint(error: &Error) -> &'static str {
 
 /// Whether two names are those of one device.
 pub fn same(one: &str, other: &str) -> bool {
-    matches!((identity(one), identity(other)), (Some(one), Some(other)) if one == other)
+    let of = |name: &str| (identity(name), Named::parse(name));
+    match (of(one), of(other)) {
+        ((Some(one), _), (Some(other), _)) => one == other,
+        // VFIO has neither.
+        ((None, Named::Kernel(one)), (None, Named::Kernel(other))) => one == other,
+        _ => false,
+    }
 }
 
-/// What a device is whatever it is called.
-#[derive(PartialEq, Eq)]
-enum Identity {
-    /// The inode of a socket, and the file system that it is on.
-    Socket(u64, u64),
-    /// The device's place in sysfs.
+/// What a device is whatever it is called, until the machine is started again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Identity {
+    /// A socket: its inode, the file system that this is on, and when a server made it, in seconds and nanoseconds since
+    /// 1970. Inodes are used again.
+    Socket { device: u64, inode: u64, made: (i64, i64) },
+    /// A device's place in sysfs.
     Kernel(PathBuf),
-    /// The name of a device that VFIO does not have.
-    Name(Name),
 }
 
-fn identity(name: &str) -> Option<Identity> {
-    let listed = listed(name).map(|device| Identity::Kernel(device.folder));
+/// What this is the name of now; `None` if there is no such device.
+pub fn identity(name: &str) -> Option<Identity> {
     match Named::parse(name) {
-        Named::Held(_) => listed,
-        Named::Kernel(name) => listed.or(Some(Identity::Name(name))),
-        Named::Path(path) => {
-            std::fs::metadata(path).ok().map(|found| Identity::Socket(found.dev(), found.ino()))
-        }
+        Named::Held(_) | Named::Kernel(_) => listed(name).map(|device| Identity::Kernel(device.folder)),
+        Named::Path(path) => std::fs::metadata(path).ok().map(|found| Identity::Socket {
+            device: found.dev(),
+            inode: found.ino(),
+            made: (found.mtime(), found.mtime_nsec()),
+        }),
+    }
+}
+
+/// A name of the device that means the same in every process and every folder.
+pub fn lasting_name(name: &str) -> io::Result<String> {
+    Ok(match Named::parse(name) {
+        Named::Kernel(_) => name.into(),
+        Named::Held(held) => held::lasting_name(held),
+        Named::Path(path) => std::path::absolute(path)?.to_string_lossy().into_owned(),
+    })
+}
+
+/// Whether a name means the same in every folder.
+pub fn is_lasting(name: &str) -> bool {
+    match Named::parse(name) {
+        Named::Path(path) => path.is_absolute(),
+        Named::Held(_) | Named::Kernel(_) => true,
     }
 }

@@ -78,6 +78,18 @@ impl Output {
     }
 }
 
+/// A text of somebody else's, in which nothing does anything on a terminal.
+pub fn plain(text: &str) -> String {
+    let mut plain = String::new();
+    for letter in text.chars() {
+        match letter {
+            '\'' | '"' | '\\' => plain.push(letter),
+            letter => plain.extend(letter.escape_debug()),
+        }
+    }
+    plain
+}
+
 /// A number of bytes as people read it.
 pub fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()

@@ -37,11 +37,6 @@ impl Side {
         })
     }
 
-    /// Devices alone, that were moved.
-    pub fn moved_before(opening: Opening<'_>, names: &[&str]) -> anyhow::Result<Side> {
-        Ok(Side { devices: open_all(opening, names)?, memory: Vec::new() })
-    }
-
     /// The parts of memory, in the order of their addresses.
     pub fn memory(&self) -> &[OpenMemory] {
         &self.memory

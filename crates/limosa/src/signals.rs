@@ -1,25 +1,106 @@
-//! SIGINT and SIGTERM: the first asks to end, the second ends.
+//! Signals: which of them end the command, and which do not. A guest that stands still for a move is not left so by any
+//! signal that can be handled.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use limosa_migrate::Cancel;
+use rustix::process::Signal;
+use signal_hook::consts::{
+    SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2,
+    SIGVTALRM, SIGXCPU, SIGXFSZ,
+};
 use signal_hook::iterator::Signals;
-use signal_hook::low_level::emulate_default_handler;
+use signal_hook::low_level::{emulate_default_handler, signal_name};
 
-/// Calls `end` on a thread of its own at the first signal. The second one has its default effect.
+/// These call a move off. By default each would end the process at once.
+const CALL_OFF: [i32; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU];
+/// These would end the process by default, and mean nothing to a move. The standard library ignores SIGPIPE.
+const IGNORED: [i32; 7] = [SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGXFSZ];
+/// These suspend the process, and would prolong a guest's standstill.
+const SUSPEND: [i32; 3] = [SIGTSTP, SIGTTIN, SIGTTOU];
+
+/// Whether a guest stands still because of this process.
+static STANDS_STILL: AtomicBool = AtomicBool::new(false);
+
+/// A guest's standstill, in which the terminal cannot suspend this process.
+#[derive(Debug, Default)]
+pub struct Standstill(AtomicBool);
+
+impl Standstill {
+    /// The guest is going to stand still.
+    pub fn begin(&self) {
+        self.0.store(true, Ordering::SeqCst);
+        STANDS_STILL.store(true, Ordering::SeqCst);
+    }
+
+    /// It goes on, or its end is no concern of this process any more.
+    pub fn end(&self) {
+        if self.0.swap(false, Ordering::SeqCst) {
+            STANDS_STILL.store(false, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for Standstill {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Calls `end` on a thread of its own at the first SIGINT or SIGTERM. The second one has its default effect. For commands
+/// that leave nothing undone.
 pub fn on_end(end: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot handle signals")?;
+    let mut end = Some(end);
+    handle(vec![SIGINT, SIGTERM], move |signal| match end.take() {
+        Some(end) => end(),
+        None => default(signal),
+    })
+}
+
+/// A handle by which SIGHUP, SIGINT, SIGQUIT, SIGTERM and SIGXCPU call a move off. The move is undone whatever other signals
+/// come: only SIGKILL ends the process before that. A SIGHUP that was ignored when the command was started (`nohup`) stays
+/// so.
+pub fn cancel() -> anyhow::Result<Cancel> {
+    let cancel = Cancel::new().context("cannot make an eventfd")?;
+    let on_signal = cancel.clone();
+    // Known to no list of the crate's.
+    let more = [Signal::POWER, Signal::STKFLT].map(Signal::as_raw);
+    let mut signals = [&CALL_OFF[..], &IGNORED, &SUSPEND, &more].concat();
+    signals.retain(|signal| *signal != SIGHUP || !is_ignored(SIGHUP));
+    handle(signals, move |signal| {
+        let name = signal_name(signal).unwrap_or("a signal");
+        match signal {
+            signal if CALL_OFF.contains(&signal) && !on_signal.is_cancelled() => on_signal.cancel(),
+            signal if CALL_OFF.contains(&signal) => {
+                tracing::warn!("{name}: what was begun is being called off already, and is undone first");
+            }
+            signal if SUSPEND.contains(&signal) && !STANDS_STILL.load(Ordering::SeqCst) => default(signal),
+            _ => tracing::info!("{name} is ignored"),
+        }
+    })?;
+    Ok(cancel)
+}
+
+fn handle(signals: Vec<i32>, mut act: impl FnMut(i32) + Send + 'static) -> anyhow::Result<()> {
+    let mut signals = Signals::new(signals).context("cannot handle signals")?;
     std::thread::Builder::new()
         .name("signals".into())
-        .spawn(move || {
-            let mut end = Some(end);
-            for signal in signals.forever() {
-                match end.take() {
-                    Some(end) => end(),
-                    // It only fails for signals that do not exist.
-                    None => drop(emulate_default_handler(signal)),
-                }
-            }
-        })
+        .spawn(move || signals.forever().for_each(&mut act))
         .context("cannot start a thread for signals")?;
     Ok(())
+}
+
+/// What a signal does that nobody handles.
+fn default(signal: i32) {
+    // It only fails for signals that do not exist.
+    drop(emulate_default_handler(signal));
+}
+
+/// Whether this process was started with a signal ignored (`proc_pid_status.5`: SigIgn).
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal - 1) & 1 == 1
 }

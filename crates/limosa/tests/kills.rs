@@ -10,8 +10,6 @@ use support::link::{Plan, Proxy};
 use support::{Folder, Running, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
-/// Bytes of a preface (docs/stream.md).
-const PREFACE_BYTES: u64 = 40;
 /// How long a device stalls where it is the stall that holds a phase open. It says when it begins, so that
 /// this only has to be longer than a signal takes.
 const STALL_MS: u32 = 800;
@@ -427,12 +425,9 @@ impl Cut {
         // With it, no two moves have the same bytes at the same place.
         let sender = start(&["send", &self.source.socket, "--to", &proxy.address, "--no-precopy"]);
         let sent = sender.end();
-        if matches!(plan, Plan::Cut(..PREFACE_BYTES)) {
-            // It was nobody's move yet, and another sender may come.
-            receiver.line("still waiting for one");
-            receiver.signal(Signal::INT);
-        } else if receiver.says("the source may be in doubt") {
-            // It may have to answer and stays; the sender has ended and will not ask any more.
+        // Before its offer was complete it was nobody's move, and another sender may come. At the commit the receiver may have
+        // to answer and stays; the sender has ended and will not ask any more.
+        if receiver.says_one_of(&["passed over", "the source may be in doubt"]).is_some() {
             receiver.signal(Signal::INT);
         }
         let received = receiver.end();

@@ -2,38 +2,12 @@
 
 mod support;
 
-use std::process::{Child, Command, Stdio};
-
 use limosa_protocol::State;
 use rustix::process::Signal;
+use support::vcpus::Vcpus;
 use support::{Folder, Running, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
-
-/// A process that is stopped with the guest. Killed when it is dropped.
-struct Vcpus(Child);
-
-impl Vcpus {
-    fn start() -> Vcpus {
-        Vcpus(Command::new("sleep").arg("1000").stdout(Stdio::null()).spawn().unwrap())
-    }
-
-    fn pid(&self) -> String {
-        self.0.id().to_string()
-    }
-
-    fn is_stopped(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
-        stat.rsplit_once(") ").unwrap().1.starts_with('T')
-    }
-}
-
-impl Drop for Vcpus {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// A move that stands still in its commit: the destination's device stalls on its way to RUNNING.
 struct Scene {

@@ -2,13 +2,14 @@
 
 mod support;
 
-use std::os::unix::fs::MetadataExt;
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use limosa_migrate::link::{Link, Listener, Tls, TlsLink, Wait, connect};
 use limosa_protocol::State;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use rustix::process::Signal;
-use support::users::{OTHER, can_be_another, start_as_other};
+use support::users::{OTHER, can_be_another, give_away, start_as_other};
 use support::{Folder, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
@@ -26,7 +27,9 @@ fn issue(folder: &Folder, ca: &str, names: &[(&str, i32)]) {
         let mut params = CertificateParams::new([(*name).to_owned()]).unwrap();
         (params.not_before, params.not_after) = (date_time_ymd(1990, 1, 1), date_time_ymd(*until, 1, 1));
         std::fs::write(folder.path(name), params.signed_by(&key, &issuer).unwrap().pem()).unwrap();
-        std::fs::write(folder.path(&format!("{name}.key")), key.serialize_pem()).unwrap();
+        let path = folder.path(&format!("{name}.key"));
+        std::fs::write(&path, key.serialize_pem()).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     }
 }
 
@@ -63,6 +66,9 @@ impl Pair {
         let mut args: Vec<String> = listen.map(str::to_owned).into();
         args.push(self.folder.text("moves-there"));
         args.extend(self.tls(destination));
+        if !destination.is_empty() {
+            args.extend(["--tls-name".to_owned(), "source".to_owned()]);
+        }
         let receiver = start(&args);
         let to = receiver.after("listening on ").replace("127.0.0.1", "localhost");
         let mut args: Vec<String> =
@@ -72,7 +78,7 @@ impl Pair {
         args.extend(more.iter().map(|arg| (*arg).to_owned()));
         let sent = limosa(&args);
         if sent.code != 0 {
-            receiver.line("still waiting for one");
+            receiver.line("passed over");
             receiver.signal(Signal::INT);
         }
         (sent, receiver.end())
@@ -145,7 +151,8 @@ fn a_receiver_whose_certificate_has_expired_is_refused_and_the_source_runs_on() 
 fn a_sender_whose_certificate_has_expired_is_refused_and_the_receiver_waits_on() {
     let pair = Pair::new();
     let listen = ["receive", &pair.destination.socket, "--listen", "tcp:127.0.0.1:0"].map(str::to_owned);
-    let receiver = start(&[&listen[..], &pair.tls("localhost")].concat());
+    let any = ["--tls-any-name".to_owned()];
+    let receiver = start(&[&listen[..], &pair.tls("localhost"), &any].concat());
     let to = receiver.after("listening on ").replace("127.0.0.1", "localhost");
     // The sender by itself does not even connect.
     let send = |name: &str| {
@@ -160,7 +167,7 @@ fn a_sender_whose_certificate_has_expired_is_refused_and_the_receiver_waits_on()
         .unwrap_err();
     assert!(refused.to_string().contains("refuses this side"), "{refused}");
     let said = receiver.line("its certificate is refused: it expired");
-    assert!(said.contains("days ago by this machine's clock; it sent no move, still waiting"), "{said}");
+    assert!(said.contains("days ago by this machine's clock; passed over"), "{said}");
     assert!(pair.source.runs(GUEST));
     send("source").ok();
     receiver.end().ok();
@@ -201,6 +208,17 @@ fn what_is_missing_or_unusable_is_said_before_anybody_is_connected_to() {
     none[1] = pair.folder.text("none");
     send(&none).fails(2, &["none", "cannot be opened"]);
     send(&pair.tls("expired")).fails(4, &["expired", "it expired", "days ago"]);
+    let key = pair.folder.path("source.key");
+    std::fs::set_permissions(&key, Permissions::from_mode(0o644)).unwrap();
+    send(&tls).fails(2, &["source.key", "0644", "chmod 600"]);
+    std::fs::set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
+    let named = ["--tls-name".to_owned(), "x".to_owned()];
+    send(&[&tls[..], &named, &["--insecure".into()]].concat()).fails(2, &["--insecure", "--tls-ca"]);
+    for listening in [&["receive", &pair.destination.socket][..], &["answer"]] {
+        let args = [listening, &["--listen", "unix:/nowhere"]].concat().into_iter().map(str::to_owned);
+        let args: Vec<String> = args.chain(tls.iter().cloned()).collect();
+        limosa(&args).fails(2, &["every certificate", "--tls-name NAME", "--tls-any-name"]);
+    }
     send(&["--bandwidth".into(), "1K".into()]).fails(2, &["--bandwidth 1024", "at least 69906 bytes"]);
     pair.is_as_before();
 }
@@ -227,7 +245,33 @@ fn a_process_that_has_a_key_could_be_dumped() {
     };
     assert_eq!(owner(&args), OTHER, "the kernel gives root what belongs to a process that is not dumped");
     for (option, file) in [("--tls-ca", "ca"), ("--tls-cert", "localhost"), ("--tls-key", "localhost.key")] {
+        give_away(&folder.path(file));
         args.extend([option.to_owned(), folder.text(file)]);
     }
+    args.push("--tls-any-name".into());
     assert_eq!(owner(&args), 0);
+}
+
+#[test]
+fn plain_tcp_to_or_from_another_host_is_refused_before_anybody_is_connected_to() {
+    let folder = Folder::new();
+    let device = folder.device("a", &[]);
+    let socket = device.socket.as_str();
+    let means = "anyone on the path to another host can read and alter guest memory";
+    let parts = |address| [address, means, "take the devices over", "--tls-ca", "--insecure"];
+    for address in ["tcp:192.0.2.1:7000", "tcp:[2001:db8::1]:7000", "tcp:0.0.0.0:7000"] {
+        limosa(&["send", socket, "--to", address]).fails(2, &parts(address));
+        let id = "0123456789abcdef0123456789abcdef";
+        limosa(&["resolve", socket, "--id", id, "--to", address]).fails(2, &parts(address));
+    }
+    for address in ["tcp:0.0.0.0:0", "tcp:[::]:0"] {
+        limosa(&["receive", socket, "--listen", address]).fails(2, &parts(address));
+        limosa(&["answer", "--listen", address]).fails(2, &parts(address));
+    }
+    device.is_usable(&folder);
+    // Who knows what that means may listen, and connect.
+    let receiver = start(&["receive", socket, "--listen", "tcp:0.0.0.0:0", "--insecure", "--wait", "0.01"]);
+    receiver.line("listening on tcp:0.0.0.0:");
+    receiver.end().fails(4, &["nobody connected"]);
+    limosa(&["send", socket, "--to", "tcp:0.0.0.0:1", "--insecure"]).fails(4, &["cannot connect to"]);
 }

@@ -110,7 +110,7 @@ fn once(limit: Duration, pages_per_second: f64, files: &[File; 2]) -> (f64, f64,
         Source::new(&[MovedDevice::new(&devices[0])], &options)
             .with_memory(Memory::logged(vec![region(&here)], &mut log))
             .with_vmm(&*vcpu),
-        &Destination::new(&[MovedDevice::new(&devices[1])], &ledger, &options).with_memory(&[region(&there)]),
+        Destination::new(&[MovedDevice::new(&devices[1])], &ledger, &options).with_memory(&[region(&there)]),
     );
     vcpu.quit.store(true, Ordering::SeqCst);
     vcpu.news.notify_all();

@@ -53,7 +53,7 @@ fn move_once(source: &Loopback, destination: &Loopback, memory: Option<(&FilePag
     let there: Vec<_> = memory.map(|(_, there)| region(there)).into_iter().collect();
     let (outcome, _) = move_local(
         Source::new(&ours, &options).with_memory(Memory::stopped(here)),
-        &Destination::new(&theirs, &ledger, &options).with_memory(&there),
+        Destination::new(&theirs, &ledger, &options).with_memory(&there),
     );
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     source.reset().expect("a reset");

@@ -493,27 +493,30 @@ impl Machinery {
         loop {
             let cancel = Cancel::new()?;
             *lock(&self.cancel) = Some(cancel.clone());
+            let offered = match acceptor.accept(Wait::within(Duration::MAX, Some(&cancel)))? {
+                Incoming::Offer(offered) => offered,
+                Incoming::Answered { id, decision } => {
+                    println!("answered for {id}: {decision:?}");
+                    continue;
+                }
+            };
+            // One move consumes it.
             let destination = Destination::new(&devices, ledger, &self.options)
                 .with_memory(&memory)
                 .with_vmm(&hooks)
                 .with_observer(&Watch)
                 .with_cancel(Some(&cancel));
-            let Incoming::Peer(link) = acceptor.accept(Wait::within(Duration::MAX, Some(&cancel)))? else {
-                // A client that is not migrating.
-                continue;
-            };
-            match destination.receive_over(&link, acceptor) {
+            match destination.receive_offered(offered) {
                 Received::Runs(report) => {
                     *lock(&self.cancel) = None;
                     print!("{report}");
                     println!("runs");
                     return Ok(());
                 }
-                // The loaded state is discarded and the devices are reset: another source may connect.
+                // The loaded state is discarded and the devices are reset: another source may offer its machine.
                 Received::Discarded { why, .. } => println!("discarded: {why}"),
-                Received::Answered { id, decision } => println!("answered for {id}: {decision:?}"),
                 Received::Broken { why, .. } => return Err(why.into()),
-                Received::Stopped(_) => return Err("a link carried a snapshot".into()),
+                Received::Stopped(_) | Received::Answered { .. } => return Err("it was no move".into()),
             }
         }
     }
@@ -523,14 +526,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// This process has a guest that runs now, and receives no other. As long as it lives it answers a source in doubt.
-fn answer(acceptor: &Acceptor, ledger: &Ledger, options: &Options) {
-    while let Ok(incoming) = acceptor.accept(Wait::within(Duration::MAX, None)) {
-        if let Incoming::Peer(link) = incoming
-            && let Received::Answered { id, decision } = ledger.answer(&link, options, None)
-        {
-            println!("answered for {id}: {decision:?}");
-        }
+/// This process has a guest that runs now, and receives no other: the acceptor refuses every offer since the move was
+/// committed. As long as it lives it answers a source in doubt, by itself; this only prints the answers.
+fn print_answers(acceptor: &Acceptor) {
+    while let Ok(Incoming::Answered { id, decision }) = acceptor.accept(Wait::within(Duration::MAX, None)) {
+        println!("answered for {id}: {decision:?}");
     }
 }
 
@@ -585,15 +585,15 @@ fn main() -> Result<()> {
         }
         ["receive", address] => {
             let listener = Listener::bind(&address.parse()?)?;
-            // A client that stays silent, or is not migrating, does not block others.
-            let acceptor = Acceptor::new(listener, None, machinery.options.silence_max)?;
-            println!("listens at {}", acceptor.address());
             // Kept in memory, what became of a move is forgotten with the process. A VMM whose machines matter keeps
             // it on a disk: `Ledger::open`.
-            let ledger = Ledger::new();
+            let ledger = Arc::new(Ledger::new());
+            // A client that stays silent, or is not migrating, does not block others.
+            let silence_max = machinery.options.silence_max;
+            let acceptor = Acceptor::new(listener, None, Arc::clone(&ledger), silence_max)?;
+            println!("listens at {}", acceptor.address());
             machinery.receive(&acceptor, &ledger)?;
-            let options = machinery.options.clone();
-            std::thread::spawn(move || answer(&acceptor, &ledger, &options));
+            std::thread::spawn(move || print_answers(&acceptor));
         }
         _ => return Err("expected `run` or `receive ADDRESS`".into()),
     }

@@ -68,6 +68,12 @@ pub enum Error {
         /// The reasons. Each names a device or memory region, what was found and what was expected.
         reasons: Vec<Mismatch>,
     },
+    /// This destination takes no move, or none now. The source that offered one was told so.
+    #[error("no move is taken here: {why}")]
+    NotTaken {
+        /// Why.
+        why: NoMove,
+    },
     /// The other side ended the move.
     #[error("{peer} called the move off: {reason}")]
     Aborted {
@@ -143,6 +149,27 @@ pub enum Error {
         /// The limit.
         limit: Duration,
     },
+    /// The source sent nothing but keep-alives for as long as it may.
+    #[error(
+        "{peer}: it sent nothing but keep-alives for {limit:?}, the limit for that (Options::idle_max, `--idle`)"
+    )]
+    Idle {
+        /// The source.
+        peer: String,
+        /// The limit.
+        limit: Duration,
+    },
+    /// Not everything had arrived when a move had taken as long as it may.
+    #[error(
+        "{peer}: it has not sent everything {limit:?} after its offer, the limit for that (Options::move_max, \
+         `--move-limit`)"
+    )]
+    TookTooLong {
+        /// The source.
+        peer: String,
+        /// The limit.
+        limit: Duration,
+    },
     /// A user cancelled the move on this side.
     #[error("cancelled")]
     Cancelled,
@@ -188,6 +215,23 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+}
+
+/// Why a destination takes no move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoMove {
+    /// Another move is under way.
+    #[error("another move is under way; try again when that has ended")]
+    Busy,
+    /// A move was committed, and a guest runs on the devices.
+    #[error(
+        "a move was committed here, and this process only answers what became of it; send to another receiver"
+    )]
+    Committed,
+    /// The process is only there to answer.
+    #[error("this process only answers what became of moves; send to a receiver")]
+    Answers,
 }
 
 /// Why two sides do not match.
@@ -430,11 +474,11 @@ impl Error {
             Error::Memory { .. } => AbortCode::Memory,
             Error::Vmm { .. } => AbortCode::Vmm,
             Error::Incompatible { .. } => AbortCode::Incompatible,
+            Error::NotTaken { .. } => AbortCode::NotTaken,
             Error::Aborted { code, .. } => *code,
             Error::Stream { .. } => AbortCode::Stream,
-            Error::TimedOut { .. } | Error::NotConverging { .. } | Error::StoodStill { .. } => {
-                AbortCode::TimeLimit
-            }
+            Error::TimedOut { .. } | Error::Idle { .. } | Error::TookTooLong { .. } => AbortCode::TimeLimit,
+            Error::NotConverging { .. } | Error::StoodStill { .. } => AbortCode::Standstill,
             Error::Cancelled => AbortCode::Cancelled,
             Error::Link { .. }
             | Error::NotRecorded { .. }

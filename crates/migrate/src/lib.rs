@@ -75,11 +75,11 @@ mod transfer;
 mod vmm;
 mod wire;
 
-pub use acceptor::{Acceptor, Incoming, PENDING_MAX};
+pub use acceptor::{Acceptor, Incoming, OfferedMove, PENDING_MAX};
 pub use cancel::Cancel;
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
-pub use error::{Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, Obstacle, Result};
+pub use error::{Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, NoMove, Obstacle, Result};
 pub use ledger::{Decision, Ledger};
 pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Totals};
 pub use local::move_local;

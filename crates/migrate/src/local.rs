@@ -7,14 +7,15 @@ use crate::{Destination, Error, Outcome, Received, Source};
 
 /// Moves from the source to the destination, each in a thread of its own. Both are in this process, so a move in doubt is
 /// decided at once.
-pub fn move_local(mut source: Source<'_>, destination: &Destination<'_>) -> (Outcome, Received) {
+pub fn move_local(mut source: Source<'_>, destination: Destination<'_>) -> (Outcome, Received) {
     let (near, far) = match SocketLink::pair() {
         Ok(pair) => pair,
-        Err(error) => return nothing(&source, destination, "making a socket pair", error),
+        Err(error) => return nothing(&source, &destination, "making a socket pair", error),
     };
+    let destination = &destination;
     limosa_clockwork::scope(|scope| {
         let started = scope.try_spawn("limosa: destination", move || {
-            let received = destination.receive(&far);
+            let received = destination.receive_move(&far, None);
             // The source may wait for the close.
             drop(far);
             received

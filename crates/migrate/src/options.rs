@@ -45,6 +45,13 @@ pub struct Options {
     /// Longest time for the other side to answer the offer, or to handle what was sent while the guest runs, even
     /// while it sends keep-alives.
     pub load_max: Duration,
+    /// On the destination: longest time for which the source may send nothing but keep-alives before everything has arrived.
+    /// It does not count while a device is loading what the source has sent. After the stop the limit is
+    /// [`standstill_max`](Self::standstill_max), if that is longer. A source is idle while it compares all of its memory with
+    /// fingerprints ([`FingerprintLog`](crate::FingerprintLog)): a large guest may need more.
+    pub idle_max: Duration,
+    /// On the destination: longest time from the offer until everything has arrived. Nothing renews it.
+    pub move_max: Duration,
     /// Longest time that the destination holds for COMMIT, and that the source waits for RUNNING.
     pub commit_max: Duration,
     /// Longest time that the guest stands still: from the stop of its vCPUs until the destination has loaded everything.
@@ -64,6 +71,8 @@ impl Default for Options {
             convergence: Convergence::default(),
             silence_max: Duration::from_secs(30),
             load_max: Duration::from_secs(600),
+            idle_max: Duration::from_secs(120),
+            move_max: Duration::from_secs(86_400),
             commit_max: Duration::from_secs(30),
             standstill_max: Duration::from_secs(60),
         }
@@ -137,6 +146,8 @@ with!(Options {
     with_convergence: convergence: Convergence,
     with_silence_max: silence_max: Duration,
     with_load_max: load_max: Duration,
+    with_idle_max: idle_max: Duration,
+    with_move_max: move_max: Duration,
     with_commit_max: commit_max: Duration,
     with_standstill_max: standstill_max: Duration,
 });

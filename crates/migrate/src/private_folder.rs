@@ -164,11 +164,12 @@ impl PrivateFolder {
         synced(retry_on_intr(|| fsync(&self.fd)))
     }
 
-    /// Removes a file, if it exists.
-    pub fn remove(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
+    /// Removes a file. Returns whether there was one.
+    pub fn remove(&self, name: impl AsRef<OsStr>) -> io::Result<bool> {
         let name = name.as_ref();
         match unlinkat(&self.fd, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
             Err(errno) => Err(named(&self.path.join(name), errno.into())),
         }
     }
@@ -357,8 +358,7 @@ mod tests {
         drop(scene.private.write("a", b"two").unwrap());
         assert_eq!(std::fs::read(scene.path("a")).unwrap(), b"two");
         assert_eq!(scene.private.names("").unwrap(), ["a"], "nothing is left behind");
-        scene.private.remove("a").unwrap();
-        scene.private.remove("a").unwrap();
+        assert!(scene.private.remove("a").unwrap() && !scene.private.remove("a").unwrap());
         assert!(scene.private.file("a").unwrap().is_none());
     }
 

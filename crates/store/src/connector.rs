@@ -1,5 +1,6 @@
 //! HTTP for the store's client. It counts the bytes that are sent and received, gives up a connection on which no byte
-//! moves, and makes the request that publishes an object conditional on there being none yet.
+//! moves, takes no more of an answer than was asked for, and makes the request that publishes an object conditional on there
+//! being none yet.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use object_store::client::{
     HttpResponse, HttpResponseBody, HttpService,
 };
 use reqwest::Method;
-use reqwest::header::{HeaderValue, IF_NONE_MATCH};
+use reqwest::header::{HeaderMap, HeaderValue, IF_NONE_MATCH, RANGE};
 use rustls_platform_verifier::BuilderVerifierExt;
 
 /// How long connecting may take.
@@ -25,6 +26,8 @@ const CONNECT_MAX: Duration = Duration::from_secs(10);
 const IDLE_MAX: Duration = Duration::from_secs(15);
 /// How long the store may take to assemble an object from its parts.
 const COMPLETE_MAX: Duration = Duration::from_secs(300);
+/// The most bytes that are read of an answer which is not a range of an object: an error, or a short document.
+const DOCUMENT_BYTES_MAX: u64 = 64 << 10;
 
 /// Bytes that have moved, in both directions.
 #[derive(Clone, Debug, Default)]
@@ -95,6 +98,7 @@ struct Idle(Duration);
 impl HttpService for Service {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let (mut parts, body) = request.into_parts();
+        let range = range_bytes(&parts.headers);
         // Only CompleteMultipartUpload is a POST with an upload id.
         let completes = parts.method == Method::POST
             && parts
@@ -126,7 +130,9 @@ impl HttpService for Service {
         };
         let (parts, body) = answer.into_parts();
         let idle = Box::pin(tokio::time::sleep(patience));
-        let received = Received { body, traffic: self.traffic.clone(), patience, idle };
+        let range = range.filter(|_| parts.status.is_success());
+        let (is_renewed, left) = (range.is_some(), range.unwrap_or(DOCUMENT_BYTES_MAX));
+        let received = Received { body, traffic: self.traffic.clone(), patience, idle, is_renewed, left };
         Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(received)))
     }
 }
@@ -181,12 +187,35 @@ impl Body for Counted {
     }
 }
 
-/// The body of an answer, whose bytes are counted as they arrive; given up when none do for too long.
+/// The bytes of the range that a request asks for.
+fn range_bytes(headers: &HeaderMap) -> Option<u64> {
+    let (first, last) = headers.get(RANGE)?.to_str().ok()?.strip_prefix("bytes=")?.split_once('-')?;
+    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+    last.checked_sub(first)?.checked_add(1)
+}
+
+/// The body of an answer, whose bytes are counted as they arrive; given up when none do for too long, and no longer than was
+/// asked for, whatever the store sends. A document has as long for all of its bytes.
 struct Received {
     body: reqwest::Body,
     traffic: Traffic,
     patience: Duration,
     idle: Pin<Box<tokio::time::Sleep>>,
+    /// Whether each byte that arrives allows for further time.
+    is_renewed: bool,
+    /// How many more bytes are read.
+    left: u64,
+}
+
+impl Received {
+    /// The part of what has arrived that is read.
+    fn take(&mut self, frame: Frame<Bytes>) -> Frame<Bytes> {
+        let mut data = frame.into_data().unwrap_or_default();
+        self.traffic.add(data.len() as u64);
+        data.truncate(usize::try_from(self.left).unwrap_or(usize::MAX));
+        self.left -= data.len() as u64;
+        Frame::data(data)
+    }
 }
 
 impl Body for Received {
@@ -197,12 +226,19 @@ impl Body for Received {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
+        if self.left == 0 {
+            return Poll::Ready(None);
+        }
         match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => {
-                self.traffic.add(frame.data_ref().map_or(0, Bytes::len) as u64);
-                let deadline = tokio::time::Instant::now() + self.patience;
-                self.idle.as_mut().reset(deadline);
-                Poll::Ready(Some(Ok(frame)))
+                if self.is_renewed {
+                    let deadline = tokio::time::Instant::now() + self.patience;
+                    self.idle.as_mut().reset(deadline);
+                } else if self.idle.as_mut().poll(context).is_ready() {
+                    let late = broken(HttpErrorKind::Timeout, Idle(self.patience));
+                    return Poll::Ready(Some(Err(late)));
+                }
+                Poll::Ready(Some(Ok(self.take(frame))))
             }
             Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(failed(error)))),
             Poll::Ready(None) => Poll::Ready(None),
@@ -216,10 +252,30 @@ impl Body for Received {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.left == 0 || self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        // Whatever the store says of its length, no more than this is read.
+        let mut hint = SizeHint::default();
+        hint.set_upper(self.body.size_hint().upper().unwrap_or(self.left).min(self.left));
+        hint
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bytes_of_a_range_are_known() {
+        let bytes = |text: &'static str| {
+            range_bytes(&HeaderMap::from_iter([(RANGE, HeaderValue::from_static(text))]))
+        };
+        assert_eq!((bytes("bytes=0-0"), bytes("bytes=4-11")), (Some(1), Some(8)));
+        for other in ["bytes=5-4", "bytes=5-", "bytes=-5", "bytes=0-18446744073709551615", "lines=0-1", "x"] {
+            assert_eq!(bytes(other), None, "{other}");
+        }
+        assert_eq!(range_bytes(&HeaderMap::new()), None);
     }
 }

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::io::{self, ErrorKind};
 
 use limosa_migrate::link::LinkError;
-use limosa_stream::{escaped, is_printable, without_passwords};
+use limosa_stream::{escaped, without_passwords};
 
 use crate::config::Client;
 
@@ -144,20 +144,19 @@ fn innermost(error: &dyn Error) -> String {
     while let Some(cause) = innermost.source() {
         innermost = cause;
     }
-    let text = innermost.to_string();
     // An answer that is not an S3 error document may be any text.
-    let end = text.char_indices().nth(300).map_or(text.len(), |(at, _)| at);
-    escaped(&without_passwords(&text[..end])).into_owned()
+    shown(&innermost.to_string())
 }
 
 /// The code in S3's error document.
 fn code(text: &str) -> Option<&str> {
-    element(text, "Code")
+    let code = element(text, "Code")?;
+    code.bytes().all(|letter| letter.is_ascii_alphanumeric()).then_some(code)
 }
 
 /// The code and message of the store's answer.
 fn said(text: &str) -> String {
-    let message = element(text, "Message").unwrap_or_default();
+    let message = shown(element(text, "Message").unwrap_or_default());
     match code(text) {
         Some(code) if message.is_empty() => code.into(),
         Some(code) => format!("{code}: {message}"),
@@ -167,7 +166,27 @@ fn said(text: &str) -> String {
 
 fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let (_, rest) = text.split_once(&format!("<{name}>"))?;
-    let (inside, _) = rest.split_once(&format!("</{name}>"))?;
-    let short = inside.len() <= 300 && inside.chars().all(is_printable);
-    short.then_some(inside)
+    rest.split_once(&format!("</{name}>")).map(|(inside, _)| inside)
+}
+
+/// A store's text as it may be printed: not too long, without a password, and what does something on a terminal escaped.
+fn shown(text: &str) -> String {
+    let end = text.char_indices().nth(300).map_or(text.len(), |(at, _)| at);
+    escaped(&without_passwords(&text[..end])).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_s_text_does_nothing_on_a_terminal() {
+        let text =
+            "<Error><Code>AccessDenied</Code><Message>\x1b[2Jnot\nyours, \u{202e}\"é\"</Message></Error>";
+        assert_eq!(said(text), r#"AccessDenied: \u{1b}[2Jnot\nyours, \u{202e}"é""#);
+        assert_eq!(shown(&"a".repeat(1000)).len(), 300);
+        for wrong in ["<Code>\x1b[2J</Code>", "<Code>Access", "Access</Code>", ""] {
+            assert_eq!(said(wrong), "it gives no reason", "{wrong:?}");
+        }
+    }
 }

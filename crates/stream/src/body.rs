@@ -278,11 +278,15 @@ pub enum AbortCode {
     Incompatible,
     /// The VMM refused.
     Vmm,
+    /// The destination takes no move, or none now.
+    NotTaken,
+    /// The guest would stand still for too long, or did.
+    Standstill,
     /// Something else.
     Other,
 }
 
-const ABORT_CODES: [(AbortCode, u16); 7] = [
+const ABORT_CODES: [(AbortCode, u16); 9] = [
     (AbortCode::Cancelled, 1),
     (AbortCode::Device, 2),
     (AbortCode::Stream, 3),
@@ -290,6 +294,8 @@ const ABORT_CODES: [(AbortCode, u16); 7] = [
     (AbortCode::TimeLimit, 5),
     (AbortCode::Incompatible, 6),
     (AbortCode::Vmm, 7),
+    (AbortCode::NotTaken, 8),
+    (AbortCode::Standstill, 9),
 ];
 
 /// The payload of ABORT. A reason that is too long is cut.

@@ -76,6 +76,12 @@ pub enum Damage {
         /// What it uses.
         what: String,
     },
+    /// It is valid, and not the one that is due: it belongs to another move, or is of another kind.
+    #[error("{what}")]
+    Unexpected {
+        /// What arrived, and what was expected.
+        what: String,
+    },
     /// A checksum is wrong: bytes were altered on the way or at rest.
     #[error("checksum of {of}: expected {expected:#010x}, computed {computed:#010x}")]
     Checksum {

@@ -125,9 +125,21 @@ impl Preface {
         if unknown != 0 {
             return Err(Damage::Unknown { what: format!("preface flags {unknown:#x}") });
         }
-        let id = MigrationId(bytes[16..32].try_into().expect("sixteen bytes"));
-        Ok(Preface { version, oldest, flags: PrefaceFlags::from_bits_retain(flags), id })
+        Ok(Preface { version, oldest, flags: PrefaceFlags::from_bits_retain(flags), id: id_in(bytes) })
     }
+
+    /// The id in the bytes of a preface, also of one whose version or flags this reader does not know: the id with which it
+    /// is answered. `None` if the bytes are no preface, or were altered.
+    pub fn id(bytes: &[u8; PREFACE_BYTES]) -> Option<MigrationId> {
+        match Preface::decode(bytes) {
+            Err(Damage::NotAStream | Damage::Checksum { .. }) => None,
+            _ => Some(id_in(bytes)),
+        }
+    }
+}
+
+fn id_in(bytes: &[u8; PREFACE_BYTES]) -> MigrationId {
+    MigrationId(bytes[16..32].try_into().expect("sixteen bytes"))
 }
 
 #[cfg(test)]
@@ -177,5 +189,15 @@ mod tests {
         assert!(matches!(set(0, 0), Err(Damage::Unknown { .. })));
         assert!(matches!(with(|bytes| bytes[13] = 0x80), Err(Damage::Unknown { .. })));
         assert!(with(|bytes| bytes[15] = 0x80).is_ok(), "a flag of the upper half");
+    }
+
+    #[test]
+    fn a_preface_of_an_unknown_version_has_an_id_and_an_altered_one_has_none() {
+        let mut newer = Preface { version: 9, oldest: 9, ..preface() }.encode();
+        assert!(Preface::decode(&newer).is_err());
+        assert_eq!(Preface::id(&newer), Some(preface().id));
+        newer[20] ^= 1;
+        assert_eq!(Preface::id(&newer), None);
+        assert_eq!(Preface::id(&[0; PREFACE_BYTES]), None);
     }
 }

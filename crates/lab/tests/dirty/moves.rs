@@ -241,7 +241,7 @@ fn moved(
         .with_observer(&observer);
     let (ledger, far) = (Ledger::new(), regions(&far));
     let destination = Destination::new(&there, &ledger, &options).with_memory(&far);
-    let (outcome, received) = move_local(source, &destination);
+    let (outcome, received) = move_local(source, destination);
     let given_back = given_back.lock().unwrap().clone();
     (outcome, received, given_back)
 }

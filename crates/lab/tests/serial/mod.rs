@@ -204,9 +204,9 @@ pub fn with_destination<R>(
     device: &dyn Device,
     ledger: &Ledger,
     options: &Options,
-    act: impl FnOnce(&Destination<'_>) -> R,
+    act: impl FnOnce(Destination<'_>) -> R,
 ) -> R {
-    act(&Destination::new(&[MovedDevice::new(device)], ledger, options))
+    act(Destination::new(&[MovedDevice::new(device)], ledger, options))
 }
 
 /// Moves a device within this process.

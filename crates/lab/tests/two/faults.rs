@@ -40,7 +40,7 @@ impl<'a> Scene<'a> {
         };
         place.device.set("limosa/hold", point);
         let (receiver, address) = receiver(&destination, options);
-        let mut args = vec!["-v", "send", source.device.uuid(), "--to", &address];
+        let mut args = vec!["-v", "send", source.device.uuid(), "--to", &address, "--insecure"];
         if at == At::StopCopy {
             args.push("--no-precopy");
         }

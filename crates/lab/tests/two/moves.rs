@@ -29,7 +29,7 @@ fn a_device_goes_there_and_back_without_pre_copy_too() {
         let (one, other) = (Guest::new(&here, &kind), Guest::new(&there, &kind));
         let mark = one.mark(9);
         let (receiving, address) = receiver(&other, &[]);
-        run(&here, &["send", "--no-precopy", one.device.uuid(), "--to", &address]).ok();
+        run(&here, &["send", "--no-precopy", one.device.uuid(), "--to", &address, "--insecure"]).ok();
         receiving.end().ok();
         let back = Guest::new(&here, &kind);
         let (sent, received) = moved(&other, &back, &[]);
@@ -71,10 +71,10 @@ fn the_report_of_a_move_is_that_of_devices_behind_sockets() {
         server
     });
     let listen = format!("tcp:{}:0", there.address);
-    let receiving = start(&there, &["-v", "--json", "receive", socket, "--listen", &listen]);
+    let receiving = start(&there, &["-v", "--json", "receive", socket, "--listen", &listen, "--insecure"]);
     let line = receiving.line("listening on ");
     let address = line.split("listening on ").nth(1).unwrap().trim();
-    let sent = shape(&run(&here, &["--json", "send", socket, "--to", address]).ok());
+    let sent = shape(&run(&here, &["--json", "send", socket, "--to", address, "--insecure"]).ok());
     let received = shape(&receiving.end().ok());
     drop(servers);
     assert!(sent.len() > 10 && received.len() > 10, "{sent:?} {received:?}");
@@ -113,7 +113,7 @@ fn nobody_who_listens_leaves_the_source_alone() {
         let source = Guest::new(&here, &kind);
         let mark = source.mark(1);
         let address = format!("tcp:{}:9", there.address);
-        run(&here, &["send", source.device.uuid(), "--to", &address]).fails(4, &[&address]);
+        run(&here, &["send", source.device.uuid(), "--to", &address, "--insecure"]).fails(4, &[&address]);
         assert_eq!(source.state(), "RUNNING");
         assert_eq!(source.taken(), mark, "{kind:?}");
     }

@@ -100,8 +100,10 @@ pub struct Mark(Vec<String>);
 /// A receiver over there, and where it listens.
 pub fn receiver(to: &Guest<'_>, options: &[&str]) -> (Running, String) {
     let listen = format!("tcp:{}:0", to.machine.address);
-    let receiver =
-        start(to.machine, &[&["-v", "receive", to.device.uuid(), "--listen", &listen], options].concat());
+    let receiver = start(
+        to.machine,
+        &[&["-v", "receive", to.device.uuid(), "--listen", &listen, "--insecure"], options].concat(),
+    );
     let line = receiver.line("listening on ");
     let address = line.split("listening on ").nth(1).expect("it is in the line").trim().to_owned();
     (receiver, address)
@@ -111,6 +113,9 @@ pub fn receiver(to: &Guest<'_>, options: &[&str]) -> (Running, String) {
 #[track_caller]
 pub fn moved(from: &Guest<'_>, to: &Guest<'_>, options: &[&str]) -> (Ended, Ended) {
     let (receiver, address) = receiver(to, options);
-    let sent = run(from.machine, &[&["-v", "send", from.device.uuid(), "--to", &address], options].concat());
+    let sent = run(
+        from.machine,
+        &[&["-v", "send", from.device.uuid(), "--to", &address, "--insecure"], options].concat(),
+    );
     (sent, receiver.end())
 }

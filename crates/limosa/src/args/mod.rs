@@ -14,7 +14,8 @@ use limosa_protocol::State;
 use crate::exit;
 pub use guest::{Memory, Starting, Stopping};
 pub use moving::{
-    Answer, Decided, Link, Load, Migrate, Moving, Receive, Reporting, Resolve, Save, Send, Tls, WhenStalled,
+    Answer, Decided, Link, Load, Migrate, Moving, Names, Receive, Reporting, Resolve, Save, Send, Tls,
+    WhenStalled,
 };
 pub use values::bytes;
 use values::{mode, seconds};
@@ -156,7 +157,8 @@ pub enum Command {
     Send(Send),
     /// Take devices from a sender.
     Receive(Receive),
-    /// Ask what became of a move in doubt, and act on it; without a device, list the moves in doubt.
+    /// Ask what became of a move in doubt, and act on it; let a guest go on that a process of limosa has left stopped.
+    /// Without a device, list both.
     Resolve(Resolve),
     /// Answer sources in doubt for a receiver that has ended.
     Answer(Answer),

@@ -194,6 +194,9 @@ pub struct Migrate {
 
     #[command(flatten)]
     pub starting: Starting,
+
+    #[command(flatten)]
+    pub moves: Moves,
 }
 
 impl Migrate {
@@ -281,10 +284,24 @@ pub struct Tls {
     #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_cert"])]
     pub tls_key: Option<PathBuf>,
 
-    /// The name that the other side's certificate must have. Without it, send expects the host that it connects to,
-    /// and receive accepts every name.
+    /// The name that the other side's certificate must have. Without it, send and resolve expect the host that they
+    /// connect to; receive and answer need it, or --tls-any-name.
     #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
     pub tls_name: Option<String>,
+
+    /// Use TCP beyond this host without TLS. Anyone on the path can then read and alter guest memory and device state,
+    /// and take the devices over.
+    #[arg(long, conflicts_with = "tls_ca")]
+    pub insecure: bool,
+}
+
+/// The certificates that a listening side accepts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "TLS")]
+pub struct Names {
+    /// Accept every certificate of the authorities, whatever its name: whoever has one can send, or ask.
+    #[arg(long, requires_all = ["tls_ca", "tls_cert", "tls_key"], conflicts_with = "tls_name")]
+    pub tls_any_name: bool,
 }
 
 #[derive(Debug, Args)]
@@ -310,6 +327,20 @@ pub struct Receive {
     #[arg(long, value_name = "COUNT", default_value = "16", value_parser = links, help_heading = "Link")]
     pub links: NonZeroU32,
 
+    /// Longest time in seconds for which the sender may send nothing but keep-alives; by default four times --silence.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Link")]
+    pub idle: Option<Duration>,
+
+    /// Longest time in seconds from the sender's offer until everything has arrived.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "86400",
+        value_parser = seconds,
+        help_heading = "Link"
+    )]
+    pub move_limit: Duration,
+
     #[command(flatten)]
     pub memory: DestinationMemory,
 
@@ -318,11 +349,15 @@ pub struct Receive {
 
     #[command(flatten)]
     pub link: Link,
+
+    #[command(flatten)]
+    pub names: Names,
 }
 
 #[derive(Debug, Args)]
 pub struct Moves {
-    /// The folder in which moves are remembered; by default limosa/moves below $XDG_STATE_HOME or ~/.local/state.
+    /// The folder in which moves are remembered, which has to be your own; by default limosa/moves below $XDG_STATE_HOME,
+    /// ~/.local/state or, without either, /var/lib. What cannot be remembered there is not moved.
     #[arg(long = "moves", value_name = "FOLDER")]
     pub folder: Option<PathBuf>,
 }
@@ -330,7 +365,8 @@ pub struct Moves {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("which").args(["device", "id"]).multiple(true))]
 pub struct Resolve {
-    /// The device that was sent or saved; without it and --id, the moves in doubt are listed.
+    /// The device that was sent or saved; without it and --id, the moves in doubt are listed, and the guests that a process
+    /// of limosa has left stopped.
     #[arg(value_name = "DEVICE")]
     pub device: Option<String>,
 
@@ -345,6 +381,10 @@ pub struct Resolve {
     /// Ask nobody: you have looked, and know what became of the move.
     #[arg(long, value_name = "OUTCOME", requires = "which", conflicts_with = "to")]
     pub decide: Option<Decided>,
+
+    /// Drop the note and do nothing else: ask nobody, change no device, let no process go on.
+    #[arg(long, requires = "which", conflicts_with_all = ["to", "decide", "on_resume"])]
+    pub forget: bool,
 
     /// Run this by the shell to let the guest go on if the move was undone, where --on-stop has stopped it. Processes
     /// that --stop-with has stopped go on by themselves then.
@@ -382,4 +422,7 @@ pub struct Answer {
 
     #[command(flatten)]
     pub tls: Tls,
+
+    #[command(flatten)]
+    pub names: Names,
 }

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod demo;
+pub mod doubts;
 pub mod fsm;
 pub mod generate;
 pub mod inspect;
@@ -10,5 +11,6 @@ pub mod moving;
 pub mod probe;
 pub mod resolve;
 pub mod serve;
+pub mod settle;
 pub mod state;
 pub mod verify;

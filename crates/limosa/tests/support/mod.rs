@@ -4,6 +4,7 @@
 
 pub mod link;
 pub mod users;
+pub mod vcpus;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -120,6 +121,20 @@ pub fn start_under<S: AsRef<str>>(umask: &str, args: &[S]) -> Running {
     spawn(shell, &[], args)
 }
 
+/// The same, in this folder.
+pub fn start_in<S: AsRef<str>>(folder: &Path, args: &[S]) -> Running {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    command.current_dir(folder);
+    spawn(command, &[], args)
+}
+
+/// The same, by another program, which gets the command and its arguments after these of its own.
+pub fn start_by<S: AsRef<str>>(program: &str, own: &[&str], args: &[S]) -> Running {
+    let mut command = Command::new(program);
+    command.args(own).arg(env!("CARGO_BIN_EXE_limosa"));
+    spawn(command, &[], args)
+}
+
 /// The same, with these variables in its environment.
 pub fn start_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Running {
     spawn(Command::new(env!("CARGO_BIN_EXE_limosa")), variables, args)
@@ -197,6 +212,11 @@ impl Running {
     /// Whether it says this before it ends.
     pub fn says(&self, part: &str) -> bool {
         self.shared.wait(&self.name, |said| said.line(part)).is_some()
+    }
+
+    /// The first line with one of these parts, if it says one before it ends.
+    pub fn says_one_of(&self, parts: &[&str]) -> Option<String> {
+        self.shared.wait(&self.name, |said| parts.iter().find_map(|part| said.line(part)))
     }
 
     /// What comes after this in the line with it, such as an address.

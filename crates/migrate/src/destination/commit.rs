@@ -126,5 +126,5 @@ fn not_recorded(error: std::io::Error) -> Error {
 }
 
 fn decided_already(what: &str, id: MigrationId) -> Damage {
-    Damage::Unknown { what: format!("{what} of move {id}, which is decided already") }
+    Damage::Unexpected { what: format!("it sent {what} of move {id}, which is decided already") }
 }

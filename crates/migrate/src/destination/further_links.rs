@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use limosa_clockwork::{Scope, now};
-use limosa_stream::body::decode_u32;
-use limosa_stream::{Damage, Kind, LINKS_MAX, MigrationId, Offer, PrefaceFlags};
+use limosa_clockwork::Scope;
+use limosa_stream::{Damage, Kind, MigrationId, Offer};
 
+use super::handshake::not_under_way;
+use super::opening::{self, Request};
 use super::receive::DOING;
 use super::receiving::Receiving;
 use crate::Result;
 use crate::link::{FurtherLinks, Link, LinkError, Wait};
-use crate::wire::{FrameReader, MeteredLink};
+use crate::wire::{FrameReader, MeteredLink, within};
 
 impl Receiving<'_, '_> {
     /// Takes LINKS: the source uses fewer links than it was told to.
@@ -61,7 +62,7 @@ impl Receiving<'_, '_> {
             let (number, mut reader) = match self.greet_further(&*link, id) {
                 Ok(greeted) => greeted,
                 Err(error) => {
-                    tracing::warn!("a link that is not of the move: {error}");
+                    tracing::warn!("a further link is closed: {error}");
                     continue;
                 }
             };
@@ -80,27 +81,20 @@ impl Receiving<'_, '_> {
         }
     }
 
-    /// Reads preface and JOIN of a further link of this move. Returns its number and its reader.
+    /// Reads the opening of a further link of this move. Returns its number and its reader.
     fn greet_further(&self, link: &dyn Link, id: MigrationId) -> Result<(u32, FrameReader)> {
         let silence_max = self.options().silence_max;
         let mut reader = FrameReader::new(link, silence_max);
-        let preface = reader.preface(link, Some(&self.joined))?;
-        if preface.id != id || !preface.flags.contains(PrefaceFlags::FURTHER) {
-            let what = format!("the id {} where {id} was expected", preface.id);
-            return Err(reader.damaged(Damage::Unknown { what }));
+        let opened = opening::read(&mut reader, link, within(silence_max), Some(&self.joined));
+        let opened = opened.map_err(|unopened| unopened.why)?;
+        match opened.request {
+            Request::Join(number) if opened.id == id => Ok((number, reader)),
+            Request::Join(_) => Err(reader.damaged(not_under_way(opened.id))),
+            Request::Move(_) | Request::Answer => {
+                let what = format!("it is of move {}, while move {id} is under way", opened.id);
+                Err(reader.damaged(Damage::Unexpected { what }))
+            }
         }
-        let within = now().checked_add(silence_max).map(|until| (until, silence_max));
-        let header = reader.next(link, "waiting for a link's number", within, Some(&self.joined))?;
-        let misplaced = |why: String| Damage::Misplaced { kind: header.kind, why };
-        if header.kind != Kind::JOIN {
-            return Err(reader.damaged(misplaced("JOIN is due".into())));
-        }
-        let number = decode_u32(reader.payload(&header));
-        if number == 0 || number >= LINKS_MAX {
-            let why = format!("link {number}, expected 1 to {}", LINKS_MAX - 1);
-            return Err(reader.damaged(Damage::Content { kind: Kind::JOIN, why }));
-        }
-        Ok((number, reader))
     }
 
     /// The body of a further link's reader, up to LINK_END.

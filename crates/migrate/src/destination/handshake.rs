@@ -6,6 +6,7 @@ use limosa_stream::body::NEEDS_CREDIT;
 use limosa_stream::{Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, PrefaceFlags};
 
 use super::Destination;
+use super::opening::{self, Opening, Request, Unopened};
 use super::receiving::Receiving;
 use crate::context::Context;
 use crate::devices::{compare_devices, compare_memory, facts, failed};
@@ -13,7 +14,7 @@ use crate::error::{Mismatch, MismatchKind, check_cancel};
 use crate::link::FurtherLinks;
 use crate::memory::MemoryRegion;
 use crate::protocol::credit::window;
-use crate::wire::{Connection, Frame};
+use crate::wire::{Connection, Frame, within};
 use crate::{Error, Result};
 
 /// The request of a source.
@@ -24,35 +25,37 @@ pub(super) enum Greeting {
     Query(MigrationId),
 }
 
+/// A further link of a move that this destination does not take, or not now.
+pub(crate) fn not_under_way(id: MigrationId) -> Damage {
+    Damage::Unexpected { what: format!("it is a further link of move {id}, which is not under way here") }
+}
+
 impl<'a> Destination<'a> {
-    /// Exchanges prefaces, and reads what the source asks for.
+    /// Reads what the source asks for, and answers its preface. A source that is refused is answered as well, since it reads
+    /// the reason behind the preface.
     pub(super) fn greet(&self, context: &Context<'a>, connection: &Connection<'_>) -> Result<Greeting> {
         connection.reader().count(context.recorder.buffers());
-        let preface = connection.receive_preface(self.cancel)?;
-        context.recorder.id(preface.id);
         let has_peer = connection.has_peer();
-        let unknown = |what: String| Err(connection.damaged(Damage::Unknown { what }));
-        if preface.flags.contains(PrefaceFlags::STORED) == has_peer {
-            let what = if has_peer { "a saved stream over a link" } else { "a live stream in a file" };
-            return unknown(what.into());
+        let limit = if has_peer { self.options.silence_max } else { self.options.load_max };
+        let opened = opening::read(&mut connection.reader(), connection.link(), within(limit), self.cancel);
+        let (id, request) = match opened {
+            Ok(Opening { id, request }) => (Some(id), Ok(request)),
+            Err(Unopened { id, why }) => (id, Err(why)),
+        };
+        if let Some(id) = id {
+            context.recorder.id(id);
+            if has_peer {
+                connection.send_preface(id, PrefaceFlags::empty(), self.cancel)?;
+            }
         }
-        if preface.flags.contains(PrefaceFlags::FURTHER) {
-            return unknown(format!("a further link of move {}, which is not under way here", preface.id));
-        }
-        if has_peer {
-            connection.send_preface(preface.id, PrefaceFlags::empty(), self.cancel)?;
-        }
-        let received = connection.receive("waiting for the offer", self.options.load_max, self.cancel)?;
-        match received.header.kind {
-            Kind::QUERY => Ok(Greeting::Query(preface.id)),
-            Kind::OFFER => match Offer::decode(&received.payload) {
-                Ok(offer) => {
-                    connection.reader().decompress(offer.compression())?;
-                    Ok(Greeting::Offer(preface.id, offer))
-                }
-                Err(damage) => Err(connection.damaged(damage)),
-            },
-            kind => Err(connection.damaged(Damage::Misplaced { kind, why: "an OFFER is due".into() })),
+        let id = id.unwrap_or_default();
+        match request? {
+            Request::Move(offer) => {
+                connection.reader().decompress(offer.compression())?;
+                Ok(Greeting::Offer(id, offer))
+            }
+            Request::Answer => Ok(Greeting::Query(id)),
+            Request::Join(_) => Err(connection.damaged(not_under_way(id))),
         }
     }
 

@@ -1,13 +1,14 @@
 //! [`Destination`]: the side to which devices come, as a script from the offer to RUNNING. A failure leads back to the start,
 //! and everything that was loaded is discarded.
 
-mod answer;
+pub(crate) mod answer;
 mod commit;
 mod device_loader;
 mod device_queue;
 mod discard;
 mod further_links;
-mod handshake;
+pub(crate) mod handshake;
+pub(crate) mod opening;
 mod receive;
 mod receiving;
 mod snapshot;
@@ -32,8 +33,10 @@ use commit::NotStarted;
 use handshake::Greeting;
 use receiving::Receiving;
 
-/// The side to which devices come.
-#[derive(Clone)]
+/// The side to which devices come. One move or one load consumes it, so that devices that run a guest are not offered to a
+/// second source. After [`Received::Runs`] and [`Received::Broken`] a process only answers ([`Ledger::answer`],
+/// [`Acceptor`](crate::Acceptor)).
+#[must_use = "it does nothing until it receives or loads"]
 pub struct Destination<'a> {
     devices: &'a [MovedDevice<'a>],
     memory: &'a [MemoryRegion<'a>],
@@ -136,27 +139,33 @@ impl<'a> Destination<'a> {
         Destination { cancel, ..self }
     }
 
-    /// Receives one move, or one query, over the link. Blocks until that has ended.
-    pub fn receive(&self, link: &dyn Link) -> Received {
+    /// Receives one move, or answers one query, over the link. Blocks until that has ended. The source must have sent its
+    /// whole OFFER or QUERY within [`Options::silence_max`].
+    pub fn receive(self, link: &dyn Link) -> Received {
         self.receive_move(link, None)
     }
 
-    /// Receives one move, or one query, over the link and over further links: in all as many as the source offers and
+    /// Receives one move, or answers one query, over the link and over further links: in all as many as the source offers and
     /// [`Options::links`] allows. Blocks until the move has ended.
     ///
     /// A further link belongs to the move if its preface has the id of the move. Other links are closed.
-    pub fn receive_over(&self, link: &dyn Link, further: &dyn FurtherLinks) -> Received {
+    pub fn receive_over(self, link: &dyn Link, further: &dyn FurtherLinks) -> Received {
         self.receive_move(link, Some(further))
     }
 
-    fn receive_move(&self, link: &dyn Link, further: Option<&dyn FurtherLinks>) -> Received {
+    pub(crate) fn receive_move(&self, link: &dyn Link, further: Option<&dyn FurtherLinks>) -> Received {
         let context = self.context();
         let link = MeteredLink::new(link, &context.recorder);
         let connection = Connection::new(&link, Limits::new(self.options));
         context.recorder.phase(Phase::Handshake);
         let greeting = guard("the handshake", || self.greet(&context, &connection));
         let ending = match greeting {
-            Ok(Greeting::Query(id)) => return self.answer_query(id, &connection, context),
+            Ok(Greeting::Query(id)) => {
+                return match answer::reply(self.ledger, id, &connection, self.cancel) {
+                    Ok(decision) => Received::Answered { id, decision },
+                    Err(why) => ended(Ending::Discarded(why), context, End::Runs),
+                };
+            }
             Ok(Greeting::Offer(id, offer)) => {
                 self.run(&context, &connection, further, &offer, Then::Commit(id))
             }

@@ -1,6 +1,8 @@
 //! Frames as they come: a reader for each link writes memory, and hands device data to the device workers, so that a device
 //! that is slow to load blocks no other.
 
+use std::sync::atomic::Ordering;
+
 use limosa_clockwork::{Guard, now};
 use limosa_stream::body::{decode_device_end, decode_u32};
 use limosa_stream::buffer::Buffer;
@@ -9,12 +11,16 @@ use limosa_stream::{Damage, Header, Kind, Step};
 use super::device_queue::{DeviceQueue, data_bytes};
 use super::receiving::{Progress, Receiving};
 use crate::link::LinkError;
+use crate::protocol::idle::Idle;
 use crate::report::Phase;
 use crate::wire::{Frame, FrameReader};
-use crate::{Result, Round};
+use crate::{Error, Result, Round};
 
 /// How much memory is made zero at once. A cancel is observed between two pieces.
 const ZERO_BYTES_MAX: u64 = 64 << 20;
+
+/// The limits are checked after so many frames, and at each keep-alive.
+const CHECK_EVERY: u32 = 64;
 
 pub(super) const DOING: &str = "waiting for the source's data";
 
@@ -23,8 +29,17 @@ impl Receiving<'_, '_> {
     /// `links` links.
     pub(super) fn read_first(&self, links: u32) -> Result<()> {
         let mut reader = self.connection.reader();
+        let (mut idle, mut is_stopped) = (Idle::new(now()), false);
         loop {
-            let header = reader.next(self.connection.link(), DOING, None, Some(self.team.ended()))?;
+            let read = reader.next(self.connection.link(), DOING, self.until, Some(self.team.ended()));
+            let header = match read {
+                Err(Error::TimedOut { .. }) if self.is_over() => return Err(self.took_too_long()),
+                read => read?,
+            };
+            if header.kind == Kind::PROGRESS || header.sequence.is_multiple_of(CHECK_EVERY) {
+                self.check_limits(&mut idle, is_stopped)?;
+            }
+            is_stopped |= header.kind == Kind::STOPPED;
             match header.kind {
                 Kind::LINKS => self.fewer_links(decode_u32(reader.payload(&header)), links, &reader)?,
                 Kind::SUM => {
@@ -41,6 +56,41 @@ impl Receiving<'_, '_> {
         }
     }
 
+    /// Whether the move has taken as long as it may.
+    fn is_over(&self) -> bool {
+        self.until.is_some_and(|(until, _)| until <= now())
+    }
+
+    fn took_too_long(&self) -> Error {
+        let (peer, limit) = (self.connection.link().peer().into(), self.connection.limits().move_max);
+        Error::TookTooLong { peer, limit }
+    }
+
+    /// Fails if the move has taken as long as it may, or the source was idle for as long as it may be.
+    fn check_limits(&self, idle: &mut Idle, is_stopped: bool) -> Result<()> {
+        if self.until.is_none() {
+            return Ok(());
+        }
+        if self.is_over() {
+            return Err(self.took_too_long());
+        }
+        let limits = self.connection.limits();
+        let limit = match is_stopped {
+            // The source has a limit for a guest that stands still. It may need that time for a device.
+            true => limits.idle_max.max(limits.standstill_max),
+            false => limits.idle_max,
+        };
+        if idle.time(self.frames.load(Ordering::Relaxed), now()) < limit {
+            return Ok(());
+        }
+        // A source has nothing to send while it waits until a device here has loaded what came.
+        if self.queues.iter().any(|queue| queue.lock().queued > 0) {
+            idle.excuse(now());
+            return Ok(());
+        }
+        Err(Error::Idle { peer: self.connection.link().peer().into(), limit })
+    }
+
     /// Waits for this side's own work, for no longer than the source waits.
     fn wait(&self, doing: &'static str, is_done: impl Fn(&Progress) -> bool) -> Result<()> {
         let limit = self.options().load_max;
@@ -53,6 +103,9 @@ impl Receiving<'_, '_> {
 
     /// Acts on a frame. A frame that is out of order never reaches a device.
     pub(super) fn take(&self, header: &Header, reader: &mut FrameReader) -> Result<Step<'static>> {
+        if header.kind != Kind::PROGRESS {
+            self.frames.fetch_add(1, Ordering::Relaxed);
+        }
         if matches!(header.kind, Kind::DEVICE_DATA | Kind::DEVICE_END) {
             return self.take_device(header, reader).map(|()| Step::Skipped);
         }

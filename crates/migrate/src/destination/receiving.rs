@@ -1,6 +1,8 @@
 //! [`Receiving`]: what the threads of a destination share while data arrives, and what devices are told to do.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use limosa_client::DeviceExt;
 use limosa_clockwork::{Guard, Monitor, Scope};
@@ -21,7 +23,7 @@ use crate::transfer::device_sender::READ_BYTES_MAX;
 use crate::transfer::device_workers::DeviceWorkers;
 use crate::transfer::keep_alive::KeepAlive;
 use crate::transfer::team::{Shared, Team};
-use crate::wire::{Connection, FrameWriter};
+use crate::wire::{Connection, FrameWriter, within};
 use crate::{Cancel, Error, Options, Result};
 
 /// Empty buffers of up to this many bytes are kept for reuse.
@@ -44,6 +46,10 @@ pub(super) struct Receiving<'w, 'a> {
     /// The regions, by their index in the offer.
     pub(super) regions: Vec<Option<&'w MemoryRegion<'a>>>,
     pub(super) order: Monitor<Order>,
+    /// The end of the time from the offer to the SUM, and that time; `None` if no peer sends.
+    pub(super) until: Option<(Instant, Duration)>,
+    /// The frames over all links that were not keep-alives.
+    pub(super) frames: AtomicU64,
     /// Whether the source sends no more than the window allows.
     pub(super) has_credit: bool,
     pub(super) window: u64,
@@ -97,6 +103,8 @@ impl<'w, 'a> Receiving<'w, 'a> {
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
             regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
             order: Monitor::new(Order::new(offer)),
+            until: within(connection.limits().move_max).filter(|_| connection.has_peer()),
+            frames: AtomicU64::new(0),
             has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
             window,
             keeps_links_alive: offer.keeps_links_alive,

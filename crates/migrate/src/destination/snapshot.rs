@@ -25,7 +25,7 @@ pub enum AfterLoad {
 impl<'a> Destination<'a> {
     /// Loads a snapshot from a place, such as a [`SnapshotFile`](crate::SnapshotFile). The complete snapshot is verified before
     /// a device is touched, and again while it is read for the devices.
-    pub fn load(&self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
+    pub fn load(self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
         let limits = snapshot::Limits { silence_max: self.options.silence_max, cancel: self.cancel };

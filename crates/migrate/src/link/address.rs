@@ -54,6 +54,17 @@ impl FromStr for Address {
     }
 }
 
+impl Address {
+    /// The same address for processes in other folders: the path of a socket or file is absolute.
+    pub fn lasting(&self) -> std::io::Result<Address> {
+        Ok(match self {
+            Address::Unix(path) => Address::Unix(std::path::absolute(path)?),
+            Address::File(path) => Address::File(std::path::absolute(path)?),
+            Address::Tcp(..) => self.clone(),
+        })
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

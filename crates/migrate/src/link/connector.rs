@@ -2,7 +2,8 @@
 
 use limosa_host::{User, check_server};
 
-use super::{Address, Bandwidth, FurtherLinks, LimitedLink, Link, LinkError, Tls, TlsLink, Wait, connect};
+use super::{Address, Bandwidth, FurtherLinks, LimitedLink, Link, LinkError, Tls, TlsLink, Wait};
+use crate::link::socket::connect_to;
 
 /// Connects to one destination as often as needed: for the first link of a move, for its further links, and to ask
 /// what became of it. All links share one bandwidth, and are under TLS if it has certificates.
@@ -24,13 +25,14 @@ pub struct Connector {
     address: Address,
     tls: Option<Tls>,
     bandwidth: Option<Bandwidth>,
+    within_host: bool,
     server_users: Option<Vec<User>>,
 }
 
 impl Connector {
     /// Plain links without a limit to this address, whoever listens there.
     pub fn new(address: Address) -> Connector {
-        Connector { address, tls: None, bandwidth: None, server_users: None }
+        Connector { address, tls: None, bandwidth: None, within_host: false, server_users: None }
     }
 
     /// Links under TLS.
@@ -52,15 +54,21 @@ impl Connector {
         Connector { server_users: Some(users), ..self }
     }
 
+    /// Refuses to connect over TCP to a host that has other addresses than those of the loopback.
+    #[must_use]
+    pub fn within_host(self) -> Connector {
+        Connector { within_host: true, ..self }
+    }
+
     /// The destination's address.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// One more link. The wait bounds the connecting and the TLS handshake together; a cancel takes effect once the
-    /// link is connected.
+    /// One more link. The wait bounds the connecting and the TLS handshake together. A cancel does not end the wait for a UNIX
+    /// socket whose listener accepts nobody.
     pub fn connect(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
-        let socket = connect(&self.address, wait.left()?)?;
+        let socket = connect_to(&self.address, self.within_host, wait)?;
         if let (Address::Unix(_), Some(users)) = (&self.address, &self.server_users) {
             check_server(&socket, users)?;
         }

@@ -16,6 +16,10 @@ pub(crate) struct Limits {
     pub(crate) silence_max: Duration,
     /// Longest time for the peer to answer the offer or to load, even while it sends keep-alives.
     pub(crate) load_max: Duration,
+    /// Longest time for which a source sends nothing but keep-alives before its SUM.
+    pub(crate) idle_max: Duration,
+    /// Longest time from the OFFER to SUM.
+    pub(crate) move_max: Duration,
     /// Longest time from READY to COMMIT, and from COMMIT to RUNNING.
     pub(crate) commit_max: Duration,
     /// Longest time from the stop to COMMIT. Nothing renews it.
@@ -31,6 +35,8 @@ impl Limits {
         Limits {
             silence_max: options.silence_max,
             load_max: options.load_max,
+            idle_max: options.idle_max,
+            move_max: options.move_max,
             commit_max: options.commit_max.max(options.silence_max),
             standstill_max: options.standstill_max,
             last_words_max: LAST_WORDS_MAX.min(options.silence_max),

@@ -3,6 +3,7 @@
 pub(crate) mod commit;
 pub(crate) mod credit;
 pub(crate) mod flush;
+pub(crate) mod idle;
 pub(crate) mod limits;
 pub(crate) mod link_count;
 pub(crate) mod pace;

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+/// A sample of fewer bytes tells nothing about the rate.
+const SAMPLE_BYTES_MIN: u64 = 64 << 10;
 /// A sample of fewer bytes tells the rate only if the link was busy for [`SAMPLE_TIME_MIN`].
-const SAMPLE_BYTES_MIN: u64 = 1 << 20;
+const SAMPLE_BYTES_LONG: u64 = 1 << 20;
 const SAMPLE_TIME_MIN: Duration = Duration::from_millis(100);
 /// A sample of so many bytes, or of so much time, weighs as much as all samples before it. A shorter one weighs less.
 const SAMPLE_BYTES_FULL: f64 = (16 << 20) as f64;
@@ -49,7 +51,7 @@ impl Pace {
     /// Takes a sample of the rate. Returns whether it was long enough to tell.
     pub(crate) fn measured(&mut self, sample: Sample) -> bool {
         let Sample { bytes, took, busy, ran_dry } = sample;
-        if bytes == 0 || bytes < SAMPLE_BYTES_MIN && busy < SAMPLE_TIME_MIN {
+        if bytes < SAMPLE_BYTES_MIN || bytes < SAMPLE_BYTES_LONG && busy < SAMPLE_TIME_MIN {
             return false;
         }
         let seconds = took.saturating_sub(self.latency).max(took / 16).as_secs_f64().max(1e-9);
@@ -118,7 +120,7 @@ mod tests {
         let mut pace = Pace::new(Duration::from_millis(2), Duration::ZERO, Duration::ZERO);
         assert_eq!(pace.downtime(1 << 30), Duration::from_millis(1004), "a rate is assumed");
         assert!(!pace.measured(busy(1 << 10, Duration::from_millis(2))));
-        assert!(!pace.measured(busy(0, Duration::from_secs(9))));
+        assert!(!pace.measured(busy(24, Duration::from_secs(9))), "a few bytes, and a slow device");
         assert_eq!(pace.bytes_per_second(), 0, "not known yet");
         assert!(pace.measured(busy(100 << 20, Duration::from_millis(102))));
         assert_eq!(pace.bytes_per_second(), 1000 << 20);

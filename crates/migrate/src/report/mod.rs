@@ -280,6 +280,10 @@ pub struct LimitsReport {
     pub commit_max_ns: u64,
     /// On the source: how long the guest may stand still, in ns.
     pub standstill_max_ns: Option<u64>,
+    /// On the destination: for how long the source may send nothing but keep-alives, in ns.
+    pub idle_max_ns: Option<u64>,
+    /// On the destination: how long the move may take from the offer until everything has arrived, in ns.
+    pub move_max_ns: Option<u64>,
 }
 
 /// What happened in a move, as one side saw it.

@@ -430,6 +430,8 @@ fn limits(side: Side, options: &Options) -> LimitsReport {
         load_max_ns: nanoseconds(options.load_max),
         commit_max_ns: nanoseconds(options.commit_max),
         standstill_max_ns: is_source.then(|| nanoseconds(options.standstill_max)),
+        idle_max_ns: (!is_source).then(|| nanoseconds(options.idle_max)),
+        move_max_ns: (!is_source).then(|| nanoseconds(options.move_max)),
     }
 }
 

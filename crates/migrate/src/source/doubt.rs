@@ -1,5 +1,6 @@
 //! A source in doubt, and how it learns how its move ended (`docs/failure.md: In doubt`).
 
+use limosa_protocol::State;
 use limosa_stream::body::decode_u32;
 use limosa_stream::{Kind, MigrationId, PrefaceFlags};
 
@@ -80,6 +81,13 @@ impl InDoubt {
             rollback: Rollback { touched: true, vmm_stopped: true, ..Rollback::default() },
             machine: None,
         }
+    }
+
+    /// The same, of devices that were found in these states before the move, in their order. Use it for a source that had
+    /// not reached its commit as well, with [`Source::decide`] and [`Decision::NotCommitted`].
+    pub fn with_found(mut self, found: Vec<State>) -> InDoubt {
+        self.rollback.found = found;
+        self
     }
 }
 

@@ -143,8 +143,8 @@ pub(super) fn check_preface(
 ) -> Result<()> {
     let preface = connection.receive_preface(cancel)?;
     if preface.id != id || preface.flags.contains(PrefaceFlags::STORED) {
-        let what = format!("the id {} in answer to {id}", preface.id);
-        return Err(connection.damaged(Damage::Unknown { what }));
+        let what = format!("it answers for move {}, move {id} was offered or asked about", preface.id);
+        return Err(connection.damaged(Damage::Unexpected { what }));
     }
     Ok(())
 }

@@ -28,14 +28,6 @@ pub(crate) struct Received {
     pub(crate) payload: Vec<u8>,
 }
 
-/// Tells a peer that is not heard any further why, and gives it the time to read that.
-pub(crate) fn say_why(link: &dyn Link, why: Error, silence_max: Duration) -> Error {
-    let limits = Limits::new(&crate::Options::default().with_silence_max(silence_max));
-    let connection = Connection::new(link, limits);
-    connection.abort(&why);
-    connection.part(why)
-}
-
 impl<'a> Connection<'a> {
     pub(crate) fn new(link: &'a dyn Link, limits: Limits) -> Connection<'a> {
         let writer = FrameWriter::new(link, limits.silence_max);

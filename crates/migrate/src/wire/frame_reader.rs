@@ -31,6 +31,8 @@ pub(crate) struct FrameReader {
     unpacker: Option<Unpacker>,
     /// The buffer for the next payload that is decompressed.
     unpacked: Buffer,
+    /// How many bytes of frames may still come, where that is limited.
+    room: Option<usize>,
     /// While `payload` has the data of a device, the buffer for other frames, and the other way round.
     other: Buffer,
     is_device: bool,
@@ -52,10 +54,16 @@ impl FrameReader {
             payload: Buffer::default(),
             unpacker: None,
             unpacked: Buffer::default(),
+            room: None,
             other: Buffer::default(),
             is_device: false,
             buffers: Arc::default(),
         }
+    }
+
+    /// Limits the bytes of frames before and with an OFFER, a QUERY or a JOIN; `None` is no limit.
+    pub(crate) fn limit_opening(&mut self, bytes: Option<usize>) {
+        self.room = bytes;
     }
 
     /// Sets the compression of compressed payloads.
@@ -80,26 +88,28 @@ impl FrameReader {
 
     /// Reads the other side's preface, which comes before all frames.
     pub(crate) fn preface(&mut self, link: &dyn Link, cancel: Option<&Cancel>) -> Result<Preface> {
-        let bytes = self.preface_bytes(link, cancel)?;
+        let bytes = self.preface_bytes(link, within(self.silence_max), cancel)?;
         Preface::decode(&bytes).map_err(|damage| self.damaged(damage))
     }
 
-    /// Reads the bytes of a preface, and no more. Unlike a frame, they have to be complete within `silence_max`, since the
-    /// client has not shown yet that it is a peer.
+    /// Reads the bytes of a preface, and no more. Unlike a frame, they have to be complete within the limit, since the client
+    /// has not shown yet that it is a peer.
     pub(crate) fn preface_bytes(
         &mut self,
         link: &dyn Link,
+        within: Option<(Instant, Duration)>,
         cancel: Option<&Cancel>,
     ) -> Result<[u8; PREFACE_BYTES]> {
         let doing = "waiting for the preface";
         let mut bytes = [0; PREFACE_BYTES];
-        let wait = Wait::within(self.silence_max, cancel);
+        let (wait, limit) = self.wait(within, cancel);
         let mut filled = 0;
         while filled < bytes.len() {
             filled += match link.read(&mut bytes[filled..], wait) {
                 Err(LinkError::Closed) if !self.has_peer => {
                     return Err(self.damaged(Damage::Truncated { what: "its preface" }));
                 }
+                Err(LinkError::TimedOut) => return Err(self.timed_out(doing, limit)),
                 read => read.map_err(|error| self.failed(error, doing))?,
             };
             // Three bytes are enough to tell, and a TLS alert has only seven.
@@ -108,6 +118,19 @@ impl FrameReader {
             }
         }
         Ok(bytes)
+    }
+
+    /// The wait for the next bytes, and its limit: the peer's silence, or the limit that nothing renews if that is earlier.
+    fn wait<'c>(
+        &self,
+        within: Option<(Instant, Duration)>,
+        cancel: Option<&'c Cancel>,
+    ) -> (Wait<'c>, Duration) {
+        let silence = Wait::within(self.silence_max, cancel);
+        match within.filter(|(until, _)| *until < silence.deadline) {
+            Some((deadline, limit)) => (Wait { deadline, cancel }, limit),
+            None => (silence, self.silence_max),
+        }
     }
 
     /// The next frame. Its payload is then in [`FrameReader::payload`]. Every byte renews the limit for silence; `within` is
@@ -120,11 +143,7 @@ impl FrameReader {
         cancel: Option<&Cancel>,
     ) -> Result<Header> {
         loop {
-            let mut wait = Wait::within(self.silence_max, cancel);
-            let mut limit = self.silence_max;
-            if let Some((until, whole)) = within.filter(|(until, _)| *until < wait.deadline) {
-                (wait.deadline, limit) = (until, whole);
-            }
+            let (wait, limit) = self.wait(within, cancel);
             let into = match &self.reading {
                 None => &mut self.header[self.header_bytes..],
                 Some(header) => &mut self.payload[self.payload_bytes..header.length as usize],
@@ -154,6 +173,13 @@ impl FrameReader {
         let header = Header::decode(&self.header).map_err(|damage| self.damaged(damage))?;
         header.check_sequence(self.sequence).map_err(|damage| self.damaged(damage))?;
         self.sequence = self.sequence.wrapping_add(1);
+        if let Some(room) = self.room {
+            let left = room.checked_sub(HEADER_BYTES + header.length as usize);
+            self.room = Some(left.ok_or_else(|| {
+                let why = "an OFFER is due by now".into();
+                self.damaged(Damage::Misplaced { kind: header.kind, why })
+            })?);
+        }
         // The caller takes device data away with its buffer, which should not be much larger than the data.
         let is_device = header.kind == Kind::DEVICE_DATA;
         if std::mem::replace(&mut self.is_device, is_device) != is_device {

@@ -38,6 +38,8 @@ struct WriteQueue {
     queued_bytes: usize,
     /// Why a queued frame could not be sent. It stays, since the frames queued after that one are lost as well.
     failed: Option<Error>,
+    /// The thread that sends now waits for nothing, so that no frame is left to it.
+    is_brief: bool,
 }
 
 /// An entry of the queue.
@@ -100,8 +102,13 @@ impl Drop for WriteTurn<'_, '_> {
 impl<'a> FrameWriter<'a> {
     pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> FrameWriter<'a> {
         let state = WriterState { sequence: 0, sent_bytes: 0, last_sent: now(), unfinished: Vec::new() };
-        let queue =
-            WriteQueue { state: Some(state), waiting: VecDeque::new(), queued_bytes: 0, failed: None };
+        let queue = WriteQueue {
+            state: Some(state),
+            waiting: VecDeque::new(),
+            queued_bytes: 0,
+            failed: None,
+            is_brief: false,
+        };
         FrameWriter {
             link,
             silence_max,
@@ -178,21 +185,29 @@ impl<'a> FrameWriter<'a> {
         let mut queue = self.queue.lock();
         let is_due = |state: &mut WriterState| state.last_sent + interval <= now();
         let Some(state) = queue.state.take_if(is_due) else { return Ok(()) };
+        queue.is_brief = true;
         drop(queue);
         let mut turn = WriteTurn { writer: self, state: Some(state), cancel: None };
-        let Some(state) = &mut turn.state else { return Ok(()) };
-        let sent_bytes = state.sent_bytes.to_le_bytes();
-        let mut header = header_of(&Frame::new(Kind::PROGRESS, &sent_bytes));
-        header.sequence = state.sequence;
-        let at_once = Wait { deadline: now(), cancel: None };
-        match state.write_within(&|| at_once, self, [&header.encode(), &sent_bytes], "sending") {
-            Err(Error::TimedOut { .. }) => Ok(()),
-            sent => sent,
-        }
+        let sent = turn.state.as_mut().map_or(Ok(()), |state| {
+            let sent_bytes = state.sent_bytes.to_le_bytes();
+            let mut header = header_of(&Frame::new(Kind::PROGRESS, &sent_bytes));
+            header.sequence = state.sequence;
+            let at_once = Wait { deadline: now(), cancel: None };
+            match state.write_within(&|| at_once, self, [&header.encode(), &sent_bytes], "sending") {
+                Err(Error::TimedOut { .. }) => Ok(()),
+                sent => sent,
+            }
+        });
+        // Only threads can be waiting, and the first of them goes on here.
+        self.queue.lock().is_brief = false;
+        drop(turn);
+        sent
     }
 
     /// Sends ABORT with the reason. Returns whether it was sent within the limit.
     pub(crate) fn abort(&self, error: &Error, limit: Duration) -> bool {
+        // It is the last frame. Frames that other threads have queued, or will, are not waited for.
+        self.queue.lock().failed.get_or_insert_with(|| error.again());
         let mut turn = self.turn(None);
         let Some(state) = &mut turn.state else { return false };
         let code_and_reason = encode_abort(error.abort_code(), &error.to_string());
@@ -231,7 +246,7 @@ impl<'a> FrameWriter<'a> {
             return Err(error.again());
         }
         let bytes = HEADER_BYTES + frame.payload.len();
-        if queue.state.is_some() || queue.queued_bytes + bytes > QUEUED_BYTES_MAX {
+        if queue.state.is_some() || queue.is_brief || queue.queued_bytes + bytes > QUEUED_BYTES_MAX {
             return Ok(false);
         }
         queue.queued_bytes += bytes;
@@ -361,5 +376,83 @@ mod tests {
             assert!(matches!(writer.send(&small, None), Err(Error::Link { .. })));
             assert!(matches!(writer.post(&small, None), Err(Error::Link { .. })));
         }
+    }
+
+    /// A link on which every write waits until it may go on.
+    struct Gated {
+        inner: SocketLink,
+        /// The threads that wrote, and how many more may.
+        state: Monitor<(Vec<std::thread::ThreadId>, usize)>,
+    }
+
+    impl Link for Gated {
+        fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+            let mut state = self.state.lock();
+            state.0.push(std::thread::current().id());
+            self.state.notify_all();
+            while state.1 == 0 {
+                (state, _) = self.state.wait(state, None);
+            }
+            state.1 -= 1;
+            self.inner.write(slices, wait)
+        }
+        fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+            self.inner.read(into, wait)
+        }
+        fn finish(&self) {}
+        fn peer(&self) -> &str {
+            "the peer"
+        }
+    }
+
+    #[test]
+    fn a_frame_that_was_left_to_a_keep_alive_held_up_the_thread_that_watches_the_guest() {
+        let (near, _far) = SocketLink::pair().unwrap();
+        let link = Gated { inner: near, state: Monitor::default() };
+        let writer = FrameWriter::new(&link, SILENCE_MAX);
+        std::thread::scope(|scope| {
+            let alive = scope.spawn(|| writer.keep_alive(Duration::ZERO).unwrap());
+            let mut state = link.state.lock();
+            while state.0.is_empty() {
+                (state, _) = link.state.wait(state, None);
+            }
+            drop(state);
+            let posts = scope.spawn(|| writer.post(&Frame::new(Kind::STOPPED, &[]), None).unwrap());
+            while writer.busy() < 2 {
+                std::thread::yield_now();
+            }
+            link.state.lock().1 = 1;
+            link.state.notify_all();
+            // The frame is not sent yet, and this thread goes on.
+            let (alive, thread) = (alive.thread().id(), alive.join());
+            thread.unwrap();
+            link.state.lock().1 = 1;
+            link.state.notify_all();
+            let poster = posts.thread().id();
+            posts.join().unwrap();
+            assert_eq!(link.state.lock().0, [alive, poster]);
+        });
+    }
+
+    #[test]
+    fn an_abort_waits_for_no_frame_that_another_thread_has_queued() {
+        let (near, far) = SocketLink::pair().unwrap();
+        let writer = FrameWriter::new(&near, SILENCE_MAX);
+        let turn = writer.turn(None);
+        for _ in 0..100 {
+            writer.post(&Frame::new(Kind::STOPPED, &[]), None).unwrap();
+        }
+        std::thread::scope(|scope| {
+            let aborts = scope.spawn(|| writer.abort(&Error::Cancelled, Duration::from_secs(10)));
+            while writer.busy() < 102 {
+                std::thread::yield_now();
+            }
+            drop(turn);
+            assert!(aborts.join().unwrap());
+        });
+        assert!(writer.post(&Frame::new(Kind::STOPPED, &[]), None).is_err(), "it was the last one");
+        let mut reader = FrameReader::new(&far, Duration::from_secs(10));
+        let first = reader.next(&far, "reading", None, None);
+        assert!(matches!(first, Err(Error::Aborted { .. })), "{first:?}");
     }
 }

@@ -8,8 +8,8 @@ mod metered;
 
 use std::time::Duration;
 
-pub(crate) use connection::{Connection, say_why};
-pub(crate) use frame_reader::FrameReader;
+pub(crate) use connection::Connection;
+pub(crate) use frame_reader::{FrameReader, within};
 pub(crate) use frame_writer::FrameWriter;
 use limosa_stream::Kind;
 pub(crate) use metered::MeteredLink;
@@ -48,7 +48,7 @@ impl<'p> Frame<'p> {
 }
 
 /// A link's error, as an error that names the peer.
-fn link_failed(peer: &str, error: LinkError, doing: &'static str, limit: Duration) -> Error {
+pub(crate) fn link_failed(peer: &str, error: LinkError, doing: &'static str, limit: Duration) -> Error {
     let peer = peer.into();
     match error {
         LinkError::Cancelled => Error::Cancelled,

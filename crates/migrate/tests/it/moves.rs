@@ -67,9 +67,14 @@ fn a_device_without_state_and_a_move_without_devices_work() {
     let ends = Ends::new(vec![source], vec![destination]);
     let (outcome, received) = ends.run_plain();
     assert!(ends.check(outcome, received, "no state"));
-    let ends = Ends::new(vec![], vec![]);
+    let mut ends = Ends::new(vec![], vec![]);
+    ends.memory = Some((Arc::new(VecPages::new(8192)), Arc::new(VecPages::new(8192)), 8192));
     let (outcome, received) = ends.run_plain();
     assert!(ends.check(outcome, received, "no device"));
+    // Of nothing at all there is no move.
+    let ends = Ends::new(vec![], vec![]);
+    let (Outcome::Undone { why, .. }, _) = ends.run_plain() else { panic!("nothing was moved") };
+    assert!(why.to_string().contains("it offers no device and no memory"), "{why}");
 }
 
 #[test]

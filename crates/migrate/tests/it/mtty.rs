@@ -14,7 +14,7 @@ fn device(name: &str, model: impl Model) -> Loopback {
 fn moved(from: &Loopback, to: &Loopback) -> (Outcome, Received) {
     let (options, ledger) = (options(), Ledger::new());
     let (from, to) = ([MovedDevice::new(from)], [MovedDevice::new(to)]);
-    move_local(Source::new(&from, &options), &Destination::new(&to, &ledger, &options))
+    move_local(Source::new(&from, &options), Destination::new(&to, &ledger, &options))
 }
 
 #[test]

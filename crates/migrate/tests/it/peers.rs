@@ -1,13 +1,15 @@
 //! Peers that break the protocol with frames that are right in themselves: swapped, doubled, too
 //! early, too late, endless, newer. The other side stays usable, and nothing is run twice.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::common::hooked::{Call, Hooked};
 use crate::common::peer::Peer;
-use crate::common::{Ends, options, world};
+use crate::common::{Door, Ends, options, world};
 use limosa_client::Device;
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
-use limosa_migrate::{Decision, Error, Outcome, Received};
+use limosa_migrate::{Decision, Destination, Error, Ledger, MovedDevice, Outcome, Received};
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::{encode_abort, encode_device_end};
 use limosa_stream::{
@@ -150,15 +152,81 @@ fn a_foreign_device_s_state_is_refused_before_ready() {
 #[test]
 fn a_source_that_says_nothing_more_than_that_it_lives_holds_nobody_for_ever() {
     let mut ends = ends();
-    ends.options = options().with_load_max(Duration::from_millis(100));
+    ends.options = options().with_silence_max(Duration::from_millis(100));
     let why = source_says(&ends, |peer| {
         peer.preface(ID);
-        // Until the other side hangs up.
-        let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(20) && peer.try_frame(Kind::PROGRESS, 0, 0, &[0; 8]) {}
-        assert!(began.elapsed() < Duration::from_secs(20), "nobody hung up");
+        send_for_ever(peer, Kind::PROGRESS, &[0; 8]);
     });
-    assert!(matches!(why, Error::TimedOut { .. }), "{why}");
+    // By its time, or by its bytes, whichever end sooner.
+    let is_over = matches!(why, Error::TimedOut { .. }) || why.to_string().contains("is due by now");
+    assert!(is_over, "{why}");
+}
+
+/// Sends such frames until the other side hangs up, which it must do soon.
+fn send_for_ever(peer: &mut Peer, kind: Kind, payload: &[u8]) {
+    let began = Instant::now();
+    while peer.try_frame(kind, 0, 0, payload) {
+        assert!(began.elapsed() < Duration::from_secs(20), "nobody hung up");
+    }
+}
+
+#[test]
+fn keep_alives_behind_an_offer_held_the_devices_for_ever() {
+    for stops in [false, true] {
+        let mut ends = ends();
+        ends.options = options().with_idle_max(Duration::from_millis(50));
+        ends.options.standstill_max = Duration::from_millis(100);
+        let why = source_says(&ends, |peer| {
+            greet(peer);
+            if stops {
+                peer.frame(Kind::STOPPED, 0, 0, &[]);
+            }
+            send_for_ever(peer, Kind::PROGRESS, &[0; 8]);
+        });
+        let Error::Idle { limit, .. } = why else { panic!("{why}") };
+        assert_eq!(limit, Duration::from_millis(if stops { 100 } else { 50 }));
+        assert!(why.to_string().contains("Options::idle_max, `--idle`"), "{why}");
+    }
+}
+
+#[test]
+fn a_source_that_never_sent_its_sum_held_the_devices_for_ever() {
+    let mut ends = ends();
+    ends.options = options().with_move_max(Duration::from_millis(50));
+    let why = source_says(&ends, |peer| {
+        greet(peer);
+        send_for_ever(peer, Kind::ROUND, &[0; 16]);
+    });
+    assert!(matches!(why, Error::TookTooLong { .. }), "{why}");
+    assert!(why.to_string().contains("Options::move_max, `--move-limit`"), "{why}");
+}
+
+#[test]
+fn a_source_that_waits_for_a_slow_device_is_not_idle() {
+    let door = Arc::new(Door::default());
+    let opens = door.clone();
+    let device = Hooked::new("there", MigrationFlags::SETS[3], &[]).on(move |_, call| {
+        if call == Call::Write {
+            door.pass();
+        }
+    });
+    let (ledger, idle_max) = (Ledger::new(), Duration::from_millis(10));
+    let (options, devices) = (options().with_idle_max(idle_max), [MovedDevice::new(&device)]);
+    let (near, far) = SocketLink::pair().unwrap();
+    let received = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(near);
+            greet(&mut peer);
+            peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+            peer.frame(Kind::DEVICE_DATA, 7, 0, b"slow");
+            let began = Instant::now();
+            while began.elapsed() < 10 * idle_max && peer.try_frame(Kind::PROGRESS, 0, 0, &[0; 8]) {}
+            peer.frame(Kind::ABORT, 0, 0, &encode_abort(AbortCode::Vmm, "second thoughts"));
+            opens.open();
+        });
+        Destination::new(&devices, &ledger, &options).receive(&far)
+    });
+    let Received::Discarded { why: Error::Aborted { .. }, .. } = received else { panic!("{received:?}") };
 }
 
 #[test]
@@ -188,7 +256,7 @@ fn an_offer_that_lies_is_refused_before_a_device_is_touched() {
     for (expected, offer) in [
         ("65 devices, the most is 64", many(65)),
         ("the source has 64 devices, the destination 1", many(64)),
-        ("the source has 0 devices, the destination 1", many(0)),
+        ("it offers no device and no memory", many(0)),
         ("two devices have the id 7", devices(&[device(7), device(7)])),
         ("a name over 255 bytes", devices(&[device(7).replace("made up", &"n".repeat(256))])),
         (
@@ -314,7 +382,7 @@ const ACCEPTED: &[u8] = br#"{"accepted":true,"window":65536}"#;
 #[test]
 fn a_destination_that_breaks_the_order_leaves_the_source_running() {
     let why = destination_says(|peer, _| peer.preface(ID));
-    assert!(why.to_string().contains("in answer to"), "{why}");
+    assert!(why.to_string().contains("it answers for move 0505"), "{why}");
     let why = destination_says(|peer, id| {
         peer.preface(id);
         peer.frame(Kind::READY, 0, 0, &[]);

@@ -500,9 +500,8 @@ fn a_load_can_be_called_off_while_it_reads() {
     let (bytes, ends) = saved();
     let cancel = Cancel::new().unwrap();
     let place = Handle(Arc::new(Place { cancel: Some(cancel.clone()), ..Place::of(&bytes) }));
-    let received = ends.with_destination(|destination| {
-        destination.clone().with_cancel(Some(&cancel)).load(&place, AfterLoad::Run)
-    });
+    let received = ends
+        .with_destination(|destination| destination.with_cancel(Some(&cancel)).load(&place, AfterLoad::Run));
     assert!(matches!(received, Received::Discarded { why: Error::Cancelled, .. }), "{received:?}");
     assert!(!ends.destination[0].holds_guest());
 }

@@ -216,7 +216,7 @@ fn the_stop_did_not_wait_until_initial_bytes_were_loaded() {
         ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
     let (outcome, received) = move_over_a_link(
         Source::new(&here, &options).with_vmm(&vmm),
-        &Destination::new(&there, &ledger, &options),
+        Destination::new(&there, &ledger, &options),
     );
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     assert!(matches!(received, Received::Runs(_)), "{received:?}");
@@ -243,7 +243,7 @@ fn moved(
     let here = [MovedDevice::new(&source).with_stop_bytes(stop_bytes)];
     let (there, ledger) = ([MovedDevice::new(&destination)], Ledger::new());
     let (outcome, received) =
-        move_over_a_link(Source::new(&here, options), &Destination::new(&there, &ledger, options));
+        move_over_a_link(Source::new(&here, options), Destination::new(&there, &ledger, options));
     let result = match outcome {
         Outcome::Moved(report) => {
             assert!(matches!(received, Received::Runs(_)), "{received:?}");
@@ -472,7 +472,7 @@ fn rounds_in_which_a_device_streamed_were_counted_as_memory_s() {
     let regions = [region];
     let (outcome, _) = move_over_a_link(
         Source::new(&here, &options).with_memory(Memory::logged(vec![region], &mut log)),
-        &Destination::new(&there, &ledger, &options).with_memory(&regions),
+        Destination::new(&there, &ledger, &options).with_memory(&regions),
     );
     let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
     assert!(report.rounds.len() > STEPS as usize, "{} rounds", report.rounds.len());

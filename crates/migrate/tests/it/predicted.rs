@@ -40,7 +40,7 @@ fn data_that_was_loaded_long_ago_was_counted_as_being_on_its_way() {
         let bandwidth = Bandwidth::new(2 << 20);
         let (outcome, received) = move_over_links(
             Source::new(&here, &options),
-            &Destination::new(&there, &ledger, &options),
+            Destination::new(&there, &ledger, &options),
             |_, inner| Box::new(LimitedLink::new(inner, Some(bandwidth.clone()))),
         );
         assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
@@ -54,7 +54,7 @@ fn moved(source: &Hooked, goal: Duration) -> Outcome {
     let (destination, options, ledger) = (Hooked::new("there", FLAGS, &[]), aborting(goal), Ledger::new());
     let (here, there) = ([MovedDevice::new(source)], [MovedDevice::new(&destination)]);
     let (outcome, _) =
-        move_over_a_link(Source::new(&here, &options), &Destination::new(&there, &ledger, &options));
+        move_over_a_link(Source::new(&here, &options), Destination::new(&there, &ledger, &options));
     if let Outcome::Moved(_) = outcome {
         assert_eq!(destination.data(), [7; 3000]);
     }

@@ -55,7 +55,7 @@ fn run(source: &Hooked, destination: &Hooked, at_stop: bool, options: &Options) 
     let ledger = Ledger::new();
     let (outcome, received) = move_over_a_link(
         Source::new(&here, options).with_vmm(&vmm),
-        &Destination::new(&there, &ledger, options).with_vmm(&vmm),
+        Destination::new(&there, &ledger, options).with_vmm(&vmm),
     );
     Moved { outcome, received, committed: vmm.prepared.into_inner() }
 }

@@ -92,7 +92,7 @@ fn a_load_that_is_called_off_at_its_very_end_is_discarded() {
         let cancel = Cancel::new().unwrap();
         let observer = AtTheEnd(cancel.clone());
         let received = ends.with_destination(|destination| {
-            let observed = destination.clone().with_observer(&observer).with_cancel(Some(&cancel));
+            let observed = destination.with_observer(&observer).with_cancel(Some(&cancel));
             observed.load(&SnapshotFile::new(&path), after)
         });
         assert!(matches!(received, Received::Discarded { why: Error::Cancelled, .. }), "{received:?}");

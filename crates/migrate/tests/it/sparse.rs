@@ -30,7 +30,7 @@ fn a_guest_of_64_gib_that_touched_three_pages_moves_as_three_pages() {
     let (options, ledger) = (Options::default(), Ledger::new());
     let (outcome, received) = move_local(
         Source::new(&[], &options).with_memory(Memory::stopped(vec![region(&here)])),
-        &Destination::new(&[], &ledger, &options).with_memory(&[region(&there)]),
+        Destination::new(&[], &ledger, &options).with_memory(&[region(&there)]),
     );
     let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
     assert!(matches!(received, Received::Runs(_)), "{received:?}");

@@ -136,7 +136,7 @@ fn a_further_link_that_goes_dark_at_the_stop_held_the_guest_for_as_long_as_loadi
             Source::new(&here, &options)
                 .with_memory(Memory::logged(vec![region(&pages[0], 9 * MIB)], &mut log))
                 .with_vmm(&clock),
-            &Destination::new(&there, &ledger, &options).with_memory(&regions),
+            Destination::new(&there, &ledger, &options).with_memory(&regions),
             |number, inner| match number {
                 0 => Box::new(inner),
                 _ => Box::new(Dark { inner, from: clock.is_stopped.clone(), fails: false }),
@@ -190,7 +190,7 @@ fn a_destination_that_loads_for_ever_held_the_guest_for_ever() {
                 ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
             let (outcome, received) = move_over_a_link(
                 Source::new(&here, &options).with_vmm(&clock),
-                &Destination::new(&there, &ledger, &options),
+                Destination::new(&there, &ledger, &options),
             );
             let Outcome::Undone { why: Error::StoodStill { limit }, .. } = outcome else {
                 panic!("{outcome:?}")
@@ -234,7 +234,7 @@ fn an_undo_with_a_fingerprint_log_read_all_memory_again() {
         Source::new(&[], &options)
             .with_memory(Memory::logged(vec![region(&pages, size)], &mut log))
             .with_vmm(&clock),
-        &Destination::new(&[], &ledger, &options).with_memory(&regions),
+        Destination::new(&[], &ledger, &options).with_memory(&regions),
     );
     let Outcome::Undone { why: Error::Vmm { .. }, report } = outcome else { panic!("{outcome:?}") };
     assert!(report.notes.is_empty(), "{:?}", report.notes);
@@ -285,7 +285,7 @@ fn a_log_that_is_lost_at_the_stop_broke_the_downtime_limit_in_silence() {
             Source::new(&[], &options)
                 .with_memory(Memory::logged(vec![region(&here, size)], &mut log))
                 .with_vmm(&clock),
-            &Destination::new(&[], &ledger, &options).with_memory(&regions),
+            Destination::new(&[], &ledger, &options).with_memory(&regions),
         );
         let (report, expected) = match (outcome, when_stalled) {
             (Outcome::Undone { why: Error::NotConverging { obstacle, predicted, .. }, report }, _) => {
@@ -399,7 +399,7 @@ fn a_slow_link_that_is_healthy_was_taken_for_a_dead_one() {
         let bandwidth = Bandwidth::new(rate);
         let (outcome, received) = move_over_links(
             Source::new(&here, &options).with_memory(Memory::logged(vec![region(&pages[0], size)], &mut log)),
-            &Destination::new(&there, &ledger, &options).with_memory(&regions),
+            Destination::new(&there, &ledger, &options).with_memory(&regions),
             |_, inner| Box::new(LimitedLink::new(inner, Some(bandwidth.clone()))),
         );
         assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");

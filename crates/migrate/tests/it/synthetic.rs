@@ -57,7 +57,7 @@ fn run(source: &End, destination: &End) -> (Outcome, Received) {
     let memory = [destination.region()];
     move_local(
         Source::new(&ours, &options).with_memory(Memory::stopped(vec![source.region()])),
-        &Destination::new(&theirs, &ledger, &options).with_memory(&memory),
+        Destination::new(&theirs, &ledger, &options).with_memory(&memory),
     )
 }
 

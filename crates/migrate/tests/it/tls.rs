@@ -1,7 +1,9 @@
 //! Moves over TLS: both sides are authenticated before anything is moved, and whatever does not fit is named to
 //! both; a link that is cut or altered below the encryption leaves one side running.
 
+use std::fs::Permissions;
 use std::io::IoSlice;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -52,7 +54,9 @@ impl Authority {
         (params.not_before, params.not_after) = (date_time_ymd(2000, 1, 1), date_time_ymd(4000, 1, 1));
         change(&mut params);
         std::fs::write(self.path(name), params.signed_by(&key, &self.issuer).unwrap().pem()).unwrap();
-        std::fs::write(self.path(&format!("{name}.key")), key.serialize_pem()).unwrap();
+        let path = self.path(&format!("{name}.key"));
+        std::fs::write(&path, key.serialize_pem()).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     }
 
     fn load(&self, name: &str, expected: Option<&str>) -> Tls {
@@ -544,6 +548,16 @@ fn files_that_do_not_fit_are_named_with_what_was_expected() {
     says(&load("ca", "none", "one.key", None), &[&named("none")]);
     says(&load("cut", "one", "one.key", None), &[&named("cut"), "damaged"]);
     says(&load("ca", "one", "one.key", Some("no name")), &["`no name`", "host name"]);
+    for (mode, is_private) in [(0o640, false), (0o604, false), (0o620, false), (0o400, true), (0o600, true)] {
+        std::fs::set_permissions(path("one.key"), Permissions::from_mode(mode)).unwrap();
+        match Tls::load(&path("ca"), &path("one"), &path("one.key"), None) {
+            Ok(_) => assert!(is_private, "{mode:o}"),
+            Err(error) => {
+                assert!(!is_private, "{mode:o}: {error}");
+                says(&error.to_string(), &[&named("one.key"), &format!("{mode:04o}"), "chmod 600"]);
+            }
+        }
+    }
     let unix = authority.load("one", None).expected_name(&Address::Unix("socket".into()));
     assert!(matches!(unix, Err(TlsError::NoName { .. })), "{unix:?}");
     let named = authority.load("one", Some("::1")).expected_name(&Address::Unix("socket".into()));

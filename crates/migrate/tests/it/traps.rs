@@ -88,7 +88,7 @@ fn moves_with(options: Options) -> bool {
     let (mut log, regions) = (Log::default(), [region(&far)]);
     let (outcome, received) = move_over_a_link(
         Source::new(&here, &options).with_memory(Memory::logged(vec![region(&near)], &mut log)),
-        &Destination::new(&there, &ledger, &options).with_memory(&regions),
+        Destination::new(&there, &ledger, &options).with_memory(&regions),
     );
     match outcome {
         Outcome::Moved(_) => {
@@ -208,7 +208,7 @@ fn a_log_that_failed_to_start_was_left_half_started() {
     let options = options();
     let (outcome, _) = move_over_a_link(
         Source::new(&here, &options).with_memory(Memory::logged(vec![region(&near)], &mut log)),
-        &Destination::new(&there, &ledger, &options).with_memory(&regions),
+        Destination::new(&there, &ledger, &options).with_memory(&regions),
     );
     let Outcome::Undone { why: Error::Memory { .. }, report } = outcome else { panic!("{outcome:?}") };
     assert_eq!(log.stops, 1);
@@ -248,7 +248,7 @@ fn what_became_of_a_device_was_not_told_apart() {
         let (here, there, ledger) =
             ([MovedDevice::new(&source.client)], [MovedDevice::new(&hooked)], Ledger::new());
         let options = options();
-        move_over_a_link(Source::new(&here, &options), &Destination::new(&there, &ledger, &options))
+        move_over_a_link(Source::new(&here, &options), Destination::new(&there, &ledger, &options))
     };
     assert!(matches!(outcome, Outcome::Undone { .. }), "{outcome:?}");
     let Received::Discarded { report, .. } = received else { panic!("{received:?}") };
@@ -270,7 +270,7 @@ fn what_became_of_a_device_was_not_told_apart() {
         ([MovedDevice::new(&source.client)], [MovedDevice::new(&hooked)], Ledger::new());
     let options = options();
     let (_, received) =
-        move_over_a_link(Source::new(&here, &options), &Destination::new(&there, &ledger, &options));
+        move_over_a_link(Source::new(&here, &options), Destination::new(&there, &ledger, &options));
     let Received::Discarded { report, .. } = received else { panic!("{received:?}") };
     let stays = Loss::StaysIn { found: State::Running, wanted: State::Stop };
     assert_eq!(lost(&report), [("there".into(), stays)]);
@@ -287,7 +287,7 @@ fn what_became_of_a_device_was_not_told_apart() {
     let empty = Hooked::new("there", FLAGS, &[]);
     let (here, there, ledger) = ([MovedDevice::new(&hooked)], [MovedDevice::new(&empty)], Ledger::new());
     let (outcome, _) =
-        move_over_a_link(Source::new(&here, &options), &Destination::new(&there, &ledger, &options));
+        move_over_a_link(Source::new(&here, &options), Destination::new(&there, &ledger, &options));
     let Outcome::Undone { report, .. } = outcome else { panic!("{outcome:?}") };
     assert_eq!(lost(&report), [("gone".into(), Loss::Unknown)]);
 }
@@ -353,7 +353,7 @@ fn move_with_a_full_disk(refuses: bool) {
     let (here, there) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)]);
     let (outcome, received) = move_over_a_link(
         Source::new(&here, &options),
-        &Destination::new(&there, &ledger, &options).with_vmm(&FullDisk { refuses }),
+        Destination::new(&there, &ledger, &options).with_vmm(&FullDisk { refuses }),
     );
     let report = match (&outcome, received) {
         (Outcome::Moved(_), Received::Runs(report)) if !refuses => report,
@@ -552,7 +552,7 @@ fn a_receiver_with_several_links_was_told_of_a_closed_link_instead_of_the_reason
                     .with_cancel(cancels.then_some(&observer.0));
                 let (outcome, received) = move_over_links(
                     source,
-                    &Destination::new(&there, &ledger, &options).with_memory(&regions),
+                    Destination::new(&there, &ledger, &options).with_memory(&regions),
                     |_, inner| Box::new(inner),
                 );
                 let Outcome::Undone { why, .. } = outcome else { panic!("{again}: {outcome:?}") };
@@ -560,7 +560,7 @@ fn a_receiver_with_several_links_was_told_of_a_closed_link_instead_of_the_reason
                     panic!("{again}: {received:?}")
                 };
                 let Error::Aborted { code, reason, .. } = heard else { panic!("{again}: {heard}") };
-                let expected = if cancels { AbortCode::Cancelled } else { AbortCode::TimeLimit };
+                let expected = if cancels { AbortCode::Cancelled } else { AbortCode::Standstill };
                 assert_eq!((code, reason), (expected, why.to_string()), "{again}");
                 assert_eq!(matches!(why, Error::Cancelled), cancels, "{again}: {why}");
                 assert_eq!(matches!(why, Error::NotConverging { .. }), !cancels, "{again}: {why}");
@@ -586,7 +586,7 @@ fn a_source_with_several_links_was_told_of_a_closed_link_instead_of_the_destinat
                 ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
             let (outcome, received) = move_over_links(
                 Source::new(&here, &options),
-                &Destination::new(&there, &ledger, &options).with_cancel(Some(&cancel)),
+                Destination::new(&there, &ledger, &options).with_cancel(Some(&cancel)),
                 |_, inner| Box::new(inner),
             );
             let Outcome::Undone { why: Error::Aborted { code, reason, .. }, .. } = outcome else {

@@ -89,7 +89,7 @@ fn run(
         Source::new(&ours, &options)
             .with_memory(Memory::stopped(vec![region(&here)]))
             .with_observer(observers.0),
-        &Destination::new(&theirs, &ledger, &options)
+        Destination::new(&theirs, &ledger, &options)
             .with_memory(&destination_memory)
             .with_observer(observers.1),
     );

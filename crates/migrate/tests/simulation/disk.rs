@@ -218,8 +218,8 @@ impl Drop for Writer {
         if self.mutation == Some(Mutation::PublishesPartial) && !self.published {
             state.published = Some(std::mem::take(&mut state.partial));
         }
-        // What a process leaves that died stays.
-        if !simulation::crashing() && !self.keeps_partial {
+        // What a process or a thread leaves that died stays.
+        if !simulation::crashing() && !std::thread::panicking() && !self.keeps_partial {
             state.partial.clear();
         }
     }

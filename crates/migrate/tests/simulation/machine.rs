@@ -188,11 +188,11 @@ impl Computer {
         })
     }
 
-    fn as_destination(&self, act: impl FnOnce(&Destination<'_>) -> Received) -> Received {
+    fn as_destination(&self, act: impl FnOnce(Destination<'_>) -> Received) -> Received {
         let devices = self.moved();
         let ledger = self.ledger();
         let cancel = self.cancel.lock().expect("not poisoned").clone();
-        act(&Destination::new(&devices, &ledger, &self.options)
+        act(Destination::new(&devices, &ledger, &self.options)
             .with_memory(&self.regions())
             .with_vmm(self)
             .with_observer(self)

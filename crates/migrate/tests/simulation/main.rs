@@ -18,9 +18,9 @@ mod mutations;
 mod panics;
 mod plan;
 mod script;
+#[path = "../scripted/mod.rs"]
+mod scripted;
 mod standstill;
-#[path = "../it/common/steps.rs"]
-mod steps;
 mod world;
 
 use std::collections::BTreeMap;

@@ -6,15 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use limosa_clockwork::simulation;
-use limosa_device::{Bus, Description, Fault, Migration, Model, Region, Save};
+use limosa_device::{Bus, Fault, Save};
+use limosa_protocol::Errno;
 use limosa_protocol::feature::{PrecopyFlags, PrecopyInfo};
-use limosa_protocol::info::{DeviceFlags, RegionFlags};
-use limosa_protocol::{Errno, MigrationFlags};
 
 use crate::guest::BUSY_PAGES;
 use crate::memory::iova;
 use crate::plan::{DevicePlan, End};
-use crate::steps::{Script, Step};
+use crate::scripted::{Contents, Script, Scripted, Step};
 use crate::world::{PAGE, Precopy, World};
 
 const END: u64 = u64::MAX;
@@ -48,12 +47,10 @@ pub struct SimModel {
     number: usize,
     world: Arc<World>,
     outside: Arc<Outside>,
-    flags: MigrationFlags,
     blocks: Vec<u64>,
     plan: DevicePlan,
     record_bytes: usize,
     regions: Vec<u64>,
-    running: bool,
     /// Blocks that the saving session has not given out as they are now.
     dirty: BTreeSet<u64>,
     ready: Vec<u8>,
@@ -66,7 +63,6 @@ pub struct SimModel {
     rearmed: bool,
     given_bytes: u64,
     ended: bool,
-    staging: Vec<u8>,
     /// DMA under way: region, page, and what it writes.
     in_flight: Option<(usize, u64, u64)>,
     bus: Option<Bus>,
@@ -80,27 +76,24 @@ impl SimModel {
         regions: &[u64],
         world: Arc<World>,
         outside: Arc<Outside>,
-    ) -> SimModel {
+    ) -> Scripted<SimModel> {
         let holds = end == End::Source;
         let blocks: Vec<u64> =
             (0..u64::from(plan.blocks)).map(|block| if holds { block * 7 } else { 0 }).collect();
         if holds {
             world.truth().devices[number] = blocks.clone();
-            world.runs(end, true);
         }
         set(&outside.holds, holds);
         set(&outside.blocks, blocks.clone());
-        SimModel {
+        let contents = SimModel {
             end,
             number,
             world,
             outside,
-            flags: plan.flags,
             blocks,
             plan,
             record_bytes: plan.record_bytes,
             regions: regions.to_vec(),
-            running: true,
             dirty: BTreeSet::new(),
             ready: Vec::new(),
             given: 0,
@@ -110,30 +103,10 @@ impl SimModel {
             rearmed: false,
             given_bytes: 0,
             ended: false,
-            staging: Vec::new(),
             in_flight: None,
             bus: None,
-        }
-    }
-
-    fn step(&mut self, step: Step) -> Result<(), Fault> {
-        self.outside.script.step(step).inspect_err(|how| {
-            self.world.strikes();
-            if matches!(how, Fault::Broken(_)) {
-                self.set_running(false);
-            }
-        })
-    }
-
-    fn holds(&self) -> bool {
-        get(&self.outside.holds)
-    }
-
-    fn set_running(&mut self, running: bool) {
-        if self.running != running && self.holds() {
-            self.world.runs(self.end, running);
-        }
-        self.running = running;
+        };
+        Scripted::new(plan.flags, contents)
     }
 
     fn set_block(&mut self, block: usize, value: u64) {
@@ -201,26 +174,31 @@ impl SimModel {
     }
 }
 
-impl Model for SimModel {
-    fn description(&self) -> Description {
-        let flags = RegionFlags::READ | RegionFlags::WRITE;
-        let region = Region { flags, size: 4096, ..Region::default() };
-        Description { flags: Some(DeviceFlags::RESET), regions: vec![region], irqs: vec![] }
+impl Contents for SimModel {
+    fn step(&mut self, step: Step) -> Result<(), Fault> {
+        self.outside.script.step(step).inspect_err(|_| self.world.strikes())
     }
 
     fn attach(&mut self, bus: Bus) {
         self.bus = Some(bus);
     }
 
-    fn region_read(&mut self, _: u32, _: u64, data: &mut [u8]) -> Result<(), Errno> {
-        data.fill(0);
-        Ok(())
+    fn holds_guest(&self) -> bool {
+        get(&self.outside.holds)
     }
 
-    /// The doorbell: a block becomes another, and DMA is started; what was under way before ends.
-    fn region_write(&mut self, _: u32, _: u64, data: &[u8]) -> Result<(), Errno> {
+    fn runs(&mut self, runs: bool) {
+        self.world.runs(self.end, runs);
+    }
+
+    fn quiesce(&mut self) {
+        self.land();
+    }
+
+    /// A block becomes another, and DMA is started; what was under way before ends.
+    fn doorbell(&mut self, data: &[u8], running: bool) -> Result<(), Errno> {
         let value = u64::from_le_bytes(data.try_into().map_err(|_| Errno::EINVAL)?);
-        if !self.running || !self.holds() {
+        if !running || !self.holds_guest() {
             return Err(Errno::EBUSY);
         }
         self.land();
@@ -233,53 +211,21 @@ impl Model for SimModel {
         Ok(())
     }
 
-    fn reset(&mut self) -> Result<(), Errno> {
-        if get(&self.outside.reset_by_guest) {
-            self.set_running(true);
-            self.in_flight = None;
-            (0..self.blocks.len()).for_each(|block| self.set_block(block, 0));
-            return Ok(());
+    fn is_reset_by_guest(&self) -> bool {
+        get(&self.outside.reset_by_guest)
+    }
+
+    fn clear(&mut self) {
+        self.in_flight = None;
+        if self.is_reset_by_guest() {
+            return (0..self.blocks.len()).for_each(|block| self.set_block(block, 0));
         }
-        self.step(Step::Reset).map_err(Fault::errno)?;
-        self.set_running(false);
         set(&self.outside.holds, false);
         self.blocks.fill(0);
         set(&self.outside.blocks, self.blocks.clone());
-        (self.running, self.in_flight) = (true, None);
-        Ok(())
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
-        Some(self)
-    }
-}
-
-impl Migration for SimModel {
-    fn flags(&self) -> MigrationFlags {
-        self.flags
-    }
-
-    fn quiesce_p2p(&mut self) -> Result<(), Fault> {
-        self.step(Step::Quiesce)?;
-        self.land();
-        Ok(())
-    }
-
-    fn stop(&mut self) -> Result<(), Fault> {
-        self.step(Step::Stop)?;
-        self.land();
-        self.set_running(false);
-        Ok(())
-    }
-
-    fn start(&mut self) -> Result<(), Fault> {
-        self.step(Step::Start)?;
-        self.set_running(true);
-        Ok(())
-    }
-
-    fn save_begin(&mut self) -> Result<(), Fault> {
-        self.step(Step::SaveBegin)?;
+    fn save_begin(&mut self) {
         self.dirty = (0..self.blocks.len() as u64).collect();
         (self.ready, self.given, self.ended) = (Vec::new(), 0, false);
         (self.initial, self.ready_is_initial, self.rearmed) = (self.initial_blocks(), false, false);
@@ -288,11 +234,9 @@ impl Migration for SimModel {
         let since = Some(simulation::elapsed());
         self.world.truth().precopy[self.number] = Precopy { since, ..Precopy::default() };
         self.tell_left();
-        Ok(())
     }
 
-    fn save(&mut self, bytes_max: usize, stopped: bool) -> Result<Save<'_>, Errno> {
-        self.step(Step::Save).map_err(Fault::errno)?;
+    fn save(&mut self, bytes_max: usize, stopped: bool) -> Save<'_> {
         if self.given == self.ready.len() {
             (self.ready, self.given) = (Vec::new(), 0);
             for block in self.next_blocks(stopped) {
@@ -309,15 +253,11 @@ impl Migration for SimModel {
         self.given += bytes;
         self.given_bytes += bytes as u64;
         self.tell_left();
-        Ok(match (bytes, stopped) {
+        match (bytes, stopped) {
             (0, true) => Save::End,
             (0, false) => Save::NothingForNow,
             _ => Save::Data(&self.ready[self.given - bytes..self.given]),
-        })
-    }
-
-    fn save_final(&mut self) -> Result<(), Fault> {
-        self.step(Step::SaveFinal)
+        }
     }
 
     fn save_end(&mut self) {
@@ -355,25 +295,15 @@ impl Migration for SimModel {
         ((self.blocks.len() + 1) * self.record_bytes) as u64
     }
 
-    fn load_begin(&mut self) -> Result<(), Fault> {
-        self.staging.clear();
-        self.world.truth().loaded[self.number] = 0;
-        self.step(Step::LoadBegin)
+    fn staged(&mut self, bytes: usize) {
+        self.world.truth().loaded[self.number] = bytes as u64;
     }
 
-    fn load(&mut self, chunk: &[u8]) -> Result<(), Errno> {
-        self.step(Step::Load).map_err(Fault::errno)?;
-        self.staging.extend_from_slice(chunk);
-        self.world.truth().loaded[self.number] = self.staging.len() as u64;
-        Ok(())
-    }
-
-    fn load_finish(&mut self) -> Result<(), Fault> {
-        self.step(Step::LoadFinish)?;
+    fn load(&mut self, staged: Vec<u8>) -> Result<(), Fault> {
         let refused = Err(Fault::Refused(Errno::EINVAL));
         let mut blocks = vec![0; self.blocks.len()];
         let mut ended = None;
-        for record in self.staging.chunks(self.record_bytes) {
+        for record in staged.chunks(self.record_bytes) {
             let word = |at: usize| Some(u64::from_le_bytes(record.get(at..at + 8)?.try_into().ok()?));
             match (word(0), word(8)) {
                 (Some(END), Some(sum)) if ended.is_none() => ended = Some(sum),
@@ -393,9 +323,5 @@ impl Migration for SimModel {
         set(&self.outside.blocks, self.blocks.clone());
         set(&self.outside.holds, true);
         Ok(())
-    }
-
-    fn load_abort(&mut self) {
-        self.staging.clear();
     }
 }

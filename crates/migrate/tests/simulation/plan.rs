@@ -9,7 +9,7 @@ use limosa_protocol::{Errno, MigrationFlags};
 use limosa_stream::{Compression, WINDOW_BYTES_MIN};
 
 use crate::panics::Place;
-use crate::steps::Step;
+use crate::scripted::Step;
 
 pub const SILENCE_MAX: Duration = Duration::from_secs(5);
 pub const LOAD_MAX: Duration = Duration::from_secs(60);

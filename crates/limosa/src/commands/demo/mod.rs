@@ -200,7 +200,7 @@ fn migrate(source: &End, destination: &End, guest: &Guest<'_>, out: &Output) -> 
             .with_memory(Memory::stopped(vec![region(&source_pages)]))
             .with_vmm(guest)
             .with_observer(&progress),
-        &Destination::new(&to, &Ledger::new(), &options)
+        Destination::new(&to, &Ledger::new(), &options)
             .with_memory(&[region(&destination_pages)])
             .with_vmm(guest)
             .with_observer(&limosa_migrate::Nobody),

@@ -35,6 +35,7 @@ impl<'a> Ending<'a> {
 
     /// What an ended move gives on the source.
     pub fn settled(&self, outcome: Outcome, guest: &Guest<'_>) -> anyhow::Result<()> {
+        guest.forget(&outcome);
         match outcome {
             // After a save the guest runs on.
             Outcome::Moved(report) => self.print(&report).and(started(guest)),

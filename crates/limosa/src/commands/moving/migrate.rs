@@ -1,41 +1,59 @@
 //! `limosa migrate`: from devices to others on this machine, both sides in this process.
 
-use limosa_migrate::{Error, Ledger, Nobody, Outcome, Received, move_local};
+use limosa_migrate::{Cancel, Error, Ledger, Nobody, Outcome, Received, move_local};
 
 use super::ended::{Ending, broken, started};
 use super::{cancel_on_signal, destination, memory, options, source};
 use crate::args;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
+use crate::moves::Moves;
+use crate::noting::{Noting, Target};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::{self, Side};
 
 pub fn migrate(args: &args::Migrate, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
+    let cancel = cancel_on_signal()?;
     let (from, to) = (args.sources(), args.destinations());
     side::all_different(&[&from[..], &to[..]].concat())?;
     let (memory_from, memory_to) = (args.memory.from(), args.memory.to());
     let from = Side::source(opening, &from, &memory_from, &args.stopping)?;
     let to = Side::destination(opening, &to, &memory_to)?;
     crate::memory::different(from.memory(), to.memory())?;
-    let done = between(&from, &to, args, out);
+    let done = between(&from, &to, args, &cancel, out);
     hold::end(done, to.devices(), args.hold.hold, Leaves::State, out)
 }
 
-fn between(from: &Side, to: &Side, args: &args::Migrate, out: &Output) -> anyhow::Result<()> {
-    let (cancel, progress, options) = (cancel_on_signal()?, Progress::new(out), options(&args.moving));
+fn between(
+    from: &Side,
+    to: &Side,
+    args: &args::Migrate,
+    cancel: &Cancel,
+    out: &Output,
+) -> anyhow::Result<()> {
+    let (progress, options) = (Progress::new(out), options(&args.moving));
     let ending = Ending::new(&args.reporting, out)?;
     let (here, there) = (from.moved(), to.moved());
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
-    let guest = Guest::source(&args.stopping, None)?;
-    let source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, &cancel);
+    // A guest that is not stopped from here is not left so either.
+    let noting = match args.stopping.stops_the_guest() {
+        true => {
+            let moves = Moves::new(args.moves.folder.as_deref());
+            Some(Noting::new(&moves, from, Target::Here(to.name()))?)
+        }
+        false => None,
+    };
+    let guest = Guest::source(&args.stopping, noting)?;
+    let source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, cancel);
     let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
     let guest_there = Guest::destination(&args.starting);
-    let destination = destination(&there, &regions, &guest_there, &Nobody, &options, &cancel, &ledger);
-    let (outcome, received) = move_local(source, &destination);
+    let destination = destination(&there, &regions, &guest_there, &Nobody, &options, cancel, &ledger);
+    let (outcome, received) = move_local(source, destination);
     drop(progress);
+    guest.forget(&outcome);
     match (outcome, received) {
         (_, Received::Broken { why, report }) => {
             ending.failed(&report);

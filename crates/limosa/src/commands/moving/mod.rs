@@ -8,7 +8,6 @@ mod snapshot;
 
 use std::time::Duration;
 
-use anyhow::Context;
 use limosa_migrate::{
     Cancel, Destination, FilePages, FingerprintLog, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
     Options, Source, Vmm, WhenStalled,
@@ -19,7 +18,6 @@ use crate::memory::SourcePages;
 use crate::side::Side;
 use crate::signals;
 
-pub use ended::started;
 pub use migrate::migrate;
 pub use receive::receive;
 pub use send::send;
@@ -30,10 +28,7 @@ const ASK_EVERY: Duration = Duration::from_millis(500);
 
 /// Ctrl-C calls a move off instead of tearing it apart.
 pub fn cancel_on_signal() -> anyhow::Result<Cancel> {
-    let cancel = Cancel::new().context("cannot make an eventfd")?;
-    let on_signal = cancel.clone();
-    signals::on_end(move || on_signal.cancel())?;
-    Ok(cancel)
+    signals::cancel()
 }
 
 fn options(moving: &args::Moving) -> Options {

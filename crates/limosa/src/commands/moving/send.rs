@@ -3,8 +3,8 @@
 use std::io;
 use std::time::Instant;
 
-use limosa_migrate::Outcome;
-use limosa_migrate::link::{LinkError, Wait};
+use limosa_migrate::link::{Address, LinkError, Wait};
+use limosa_migrate::{Cancel, Outcome};
 
 use super::ended::Ending;
 use super::{ASK_EVERY, cancel_on_signal, memory, options, over_link, source};
@@ -12,44 +12,45 @@ use crate::args;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::links::{self, Links};
-use crate::moves::{Moves, Sending};
+use crate::moves::Moves;
+use crate::noting::{Noting, Target};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::Side;
 
 pub fn send(args: &args::Send, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
+    let cancel = cancel_on_signal()?;
+    let address = links::address(&args.to)?;
+    let links =
+        Links::to(&address, &args.link.tls, opening.servers)?.limited(args.bandwidth, args.link.silence)?;
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
-    let done = over(&side, opening, args, out);
+    let done = over(&side, args, (&links, &address), &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
 }
 
-fn over(side: &Side, opening: Opening<'_>, args: &args::Send, out: &Output) -> anyhow::Result<()> {
-    let address = links::address(&args.to)?;
-    let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
+fn over(
+    side: &Side,
+    args: &args::Send,
+    (links, address): (&Links, &Address),
+    cancel: &Cancel,
+    out: &Output,
+) -> anyhow::Result<()> {
+    let progress = Progress::new(out);
     let options = over_link(options(&args.moving), &args.link)
         .with_links(args.links.most)
         .with_links_measured(args.links.measured)
         .with_compress(args.compress);
-    let links =
-        Links::to(&address, &args.link.tls, opening.servers)?.limited(args.bandwidth, args.link.silence)?;
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
-    let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
-    let sending = Sending {
-        folder: moves.open()?,
-        devices,
-        to: address.to_string(),
-        saved: false,
-        tls: links.are_tls(),
-    };
-    let guest = Guest::source(&args.stopping, Some(sending))?;
+    let target = Target::Address { address: address.lasting()?.to_string(), tls: links.are_tls() };
+    let guest = Guest::source(&args.stopping, Some(Noting::new(&moves, side, target)?))?;
     let pages = side.source_pages(&args.stopping)?;
     let hint = "is `limosa receive` listening there?";
-    let connector = links.connector(&address);
-    let link = links::connect(&connector, options.silence_max, Some(&cancel), hint)?;
+    let connector = links.connector(address);
+    let link = links::connect(&connector, options.silence_max, Some(cancel), hint)?;
     let mut log = pages.log();
-    let sent = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
+    let sent = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, cancel);
     let mut outcome = sent.send_over(&link, &connector);
     drop(link);
     let began = Instant::now();
@@ -58,11 +59,11 @@ fn over(side: &Side, opening: Opening<'_>, args: &args::Send, out: &Output) -> a
         let Some(left) = args.link.silence.checked_sub(began.elapsed()) else {
             return Err(ending.in_doubt(&side.name(), &doubt, &guest));
         };
-        outcome = match connector.connect(Wait::within(left, Some(&cancel))) {
+        outcome = match connector.connect(Wait::within(left, Some(cancel))) {
             Ok(link) => {
                 let mut log = pages.log();
                 let asking =
-                    source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
+                    source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, cancel);
                 asking.resolve(doubt, &link)
             }
             // Nobody is there to be asked, now or later.
@@ -78,9 +79,6 @@ fn over(side: &Side, opening: Opening<'_>, args: &args::Send, out: &Output) -> a
         }
     }
     drop(progress);
-    if let Outcome::Moved(report) | Outcome::Undone { report, .. } = &outcome {
-        moves.forget(&report.id);
-    }
     ending.settled(outcome, &guest)
 }
 

@@ -13,7 +13,8 @@ use super::{ASK_EVERY, cancel_on_signal, destination, memory, source};
 use crate::args;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
-use crate::moves::{Moves, Sending};
+use crate::moves::Moves;
+use crate::noting::{Noting, Target};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::place::Place;
@@ -21,46 +22,39 @@ use crate::progress::Progress;
 use crate::side::Side;
 
 pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
+    let cancel = cancel_on_signal()?;
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
-    let done = to_file(&side, args, out);
+    let done = to_file(&side, args, &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, leaves, out)
 }
 
-fn to_file(side: &Side, args: &args::Save, out: &Output) -> anyhow::Result<()> {
-    let (cancel, progress) = (cancel_on_signal()?, Progress::new(out));
+fn to_file(side: &Side, args: &args::Save, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
+    let progress = Progress::new(out);
     let options = args.stop_limits.limit(Options::default().with_compress(args.compress));
     let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
     let place = Place::new(&args.file, args.replace)?;
     let moves = Moves::new(args.moves.folder.as_deref());
-    let devices = side.devices().iter().map(|device| device.given().to_owned()).collect();
+    // A save is in doubt only where the guest stays stopped.
     let noting = match after {
-        // A save is in doubt only where the guest stays stopped.
-        AfterSave::Run => None,
-        AfterSave::Stop => {
-            let (folder, to) = (moves.open()?, noted_name(&args.file)?);
-            Some(Sending { folder, devices, to, saved: true, tls: false })
-        }
+        AfterSave::Run if !args.stopping.stops_the_guest() => None,
+        _ => Some(Noting::new(&moves, side, Target::Place(noted_name(&args.file)?))?),
     };
     let (guest, pages) = (Guest::source(&args.stopping, noting)?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();
-    let saved = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
+    let saved = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, cancel);
     let mut outcome = saved.save(place.target(), after);
     if let Outcome::InDoubt(doubt) = outcome {
-        outcome = settle(doubt, &place, &options, &cancel, |decision, doubt| {
+        outcome = settle(doubt, &place, &options, cancel, |decision, doubt| {
             let mut log = pages.log();
-            let settled =
-                source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, &cancel);
+            let settled = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, cancel);
             settled.decide(decision, doubt)
         });
     }
     drop(progress);
-    match &outcome {
-        Outcome::InDoubt(doubt) => {
-            return Err(ending.saved_in_doubt(&side.name(), place.target(), doubt, &guest));
-        }
-        Outcome::Moved(report) | Outcome::Undone { report, .. } => moves.forget(&report.id),
+    if let Outcome::InDoubt(doubt) = &outcome {
+        return Err(ending.saved_in_doubt(&side.name(), place.target(), doubt, &guest));
     }
     ending.settled(outcome, &guest)
 }
@@ -107,20 +101,20 @@ fn noted_name(place: &Path) -> anyhow::Result<String> {
 }
 
 pub fn load(args: &args::Load, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
+    let cancel = cancel_on_signal()?;
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
-    let done = from_file(&side, args, out);
+    let done = from_file(&side, args, &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
 }
 
-fn from_file(side: &Side, args: &args::Load, out: &Output) -> anyhow::Result<()> {
-    let (cancel, progress, options, ledger) =
-        (cancel_on_signal()?, Progress::new(out), Options::default(), Ledger::new());
+fn from_file(side: &Side, args: &args::Load, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
+    let (progress, options, ledger) = (Progress::new(out), Options::default(), Ledger::new());
     let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
     let ending = Ending::new(&args.reporting, out)?;
     let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
     let (guest, pages) = (Guest::destination(&args.starting), side.destination_pages()?);
     let regions = pages.regions(side.memory());
-    let destination = destination(&moved, &regions, &guest, &progress, &options, &cancel, &ledger);
+    let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger);
     let received = destination.load(place.source(), after);
     drop(progress);
     match received {

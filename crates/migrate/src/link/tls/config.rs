@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -53,7 +54,7 @@ impl fmt::Debug for Tls {
 
 impl Tls {
     /// Reads PEM files: the authorities that may have issued the other end's certificate; this end's certificate,
-    /// followed by the intermediate ones up to its authority; and its key.
+    /// followed by the intermediate ones up to its authority; and its key, which nobody but its owner may be able to read.
     ///
     /// `name` is the name in the other end's certificate, a host name or an IP address. Without it a source expects the
     /// host that it connects to, and a destination accepts any certificate of the authorities.
@@ -199,14 +200,16 @@ fn server_name(name: &str, shown: &str) -> Result<ServerName<'static>, TlsError>
     ServerName::try_from(name.to_owned()).map_err(|_| TlsError::BadName { name: shown.into() })
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+/// Reads a file. Returns its mode as well.
+fn read(path: &Path) -> Result<(Vec<u8>, u32), TlsError> {
     let failed = |why: String| TlsError::File { path: path.into(), why };
     let mut bytes = Vec::new();
     // A FIFO is not waited for.
     let file = limosa_host::open_to_read(path, OFlags::NONBLOCK)
         .map_err(|error| failed(format!("cannot be opened: {error}")))?;
     // A pipe or a device may never end.
-    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+    let metadata = file.metadata().map_err(|error| failed(format!("cannot be looked at: {error}")))?;
+    if !metadata.is_file() {
         return Err(failed("it is not a regular file".into()));
     }
     (file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
@@ -214,7 +217,7 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(failed("it is larger than 1 MiB, which no PEM file of certificates or a key is".into()));
     }
-    Ok(bytes)
+    Ok((bytes, metadata.permissions().mode() & 0o7777))
 }
 
 /// Describes the content of a file that is not the expected one.
@@ -234,7 +237,7 @@ fn instead(bytes: &[u8]) -> &'static str {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let bytes = read(path)?;
+    let (bytes, _) = read(path)?;
     let failed = |why: String| TlsError::File { path: path.into(), why };
     let chain: Vec<_> = CertificateDer::pem_slice_iter(&bytes)
         .collect::<Result<_, _>>()
@@ -265,7 +268,7 @@ fn certified(
     key: &Path,
     provider: &CryptoProvider,
 ) -> Result<CertifiedKey, TlsError> {
-    let bytes = read(key)?;
+    let (bytes, mode) = read(key)?;
     let failed = |why: String| TlsError::File { path: key.into(), why };
     let der = PrivateKeyDer::from_pem_slice(&bytes).map_err(|error| match error {
         rustls::pki_types::pem::Error::NoItemsFound => {
@@ -273,6 +276,13 @@ fn certified(
         }
         error => failed(format!("its PEM is damaged: {error:?}")),
     })?;
+    if mode & 0o077 != 0 {
+        return Err(failed(format!(
+            "its mode {mode:04o} lets others than its owner have a private key; run `chmod 600 {}`, and make a new key if \
+             somebody may have read this one",
+            key.display()
+        )));
+    }
     CertifiedKey::from_der(chain.to_vec(), der, provider).map_err(|error| match error {
         rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
             failed(format!("the key does not belong to the certificate in {}", certificate.display()))

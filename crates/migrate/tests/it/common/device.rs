@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use limosa_client::{DeviceExt, DmaMap, DmaMemory};
-use limosa_device::{Bus, Description, Fault, Loopback, Machine, Migration, Model, Region, Save};
+use limosa_device::{Bus, Fault, Loopback, Machine, Save};
 use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::{DeviceFlags, DmaMapFlags, RegionFlags};
+use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, MigrationFlags, State};
 
 use super::odd::{Odd, Quirks};
-use super::steps::{Script, Step};
+use super::scripted::{Contents, Script, Scripted, Step};
 
 /// One guest's device, wherever it is: how many devices run it now, and how many ever did at once.
 #[derive(Debug, Default)]
@@ -65,20 +65,15 @@ impl TestDevice {
             data: Mutex::new(data.clone().unwrap_or_default()),
             saves: AtomicU32::new(0),
         });
-        if data.is_some() {
-            guest.runs(true);
-        }
-        let model = TestModel {
-            flags,
+        let contents = GuestState {
             guest: Arc::clone(&guest),
             shared: Arc::clone(&shared),
-            running: true,
             saved: 0,
             precopy_bytes: 0,
             stream: Vec::new(),
-            staging: Vec::new(),
             bus: None,
         };
+        let model = Scripted::new(flags, contents);
         let machine = Machine::new(Box::new(model));
         let client = Odd { inner: Loopback::new(name, machine), quirks: Mutex::default() };
         TestDevice { client, guest, shared }
@@ -113,91 +108,47 @@ impl TestDevice {
     }
 }
 
-struct TestModel {
-    flags: MigrationFlags,
+/// The state of the device, as bytes.
+struct GuestState {
     guest: Arc<Guest>,
     shared: Arc<Shared>,
-    running: bool,
     saved: usize,
     precopy_bytes: usize,
     stream: Vec<u8>,
-    staging: Vec<u8>,
     bus: Option<Bus>,
 }
 
 const MAGIC: &[u8; 8] = b"testdev1";
 
-impl TestModel {
-    fn step(&self, step: Step) -> Result<(), Fault> {
-        self.shared.script.step(step)
-    }
-
-    fn set_running(&mut self, running: bool) {
-        if self.running != running && self.shared.holds_guest.load(Ordering::SeqCst) {
-            self.guest.runs(running);
-        }
-        self.running = running;
-    }
-
-    /// While it runs it writes guest memory: a page that depends on how often it was saved.
-    fn dma(&self) {
+impl GuestState {
+    /// While the device runs it writes guest memory: a page that depends on how often it was saved.
+    fn dma(&self, running: bool) {
         let saves = self.shared.saves.fetch_add(1, Ordering::SeqCst);
-        if let Some(bus) = &self.bus
-            && self.running
-        {
+        if let Some(bus) = self.bus.as_ref().filter(|_| running) {
             // Refused where nothing is mapped, which is so in most tests.
             let _ = bus.memory.write(u64::from(saves % 7) * 4096 + 11, &saves.to_le_bytes());
         }
     }
 }
 
-impl Model for TestModel {
-    fn description(&self) -> Description {
-        let region = Region { flags: RegionFlags::READ, size: 4096, ..Region::default() };
-        Description { flags: Some(DeviceFlags::RESET), regions: vec![region], irqs: vec![] }
+impl Contents for GuestState {
+    fn step(&mut self, step: Step) -> Result<(), Fault> {
+        self.shared.script.step(step)
     }
     fn attach(&mut self, bus: Bus) {
         self.bus = Some(bus);
     }
-    fn region_read(&mut self, _: u32, _: u64, data: &mut [u8]) -> Result<(), Errno> {
-        data.fill(0);
-        Ok(())
+    fn holds_guest(&self) -> bool {
+        self.shared.holds_guest.load(Ordering::SeqCst)
     }
-    fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
-        Err(Errno::EINVAL)
+    fn runs(&mut self, runs: bool) {
+        self.guest.runs(runs);
     }
-    fn reset(&mut self) -> Result<(), Errno> {
-        self.step(Step::Reset).map_err(Fault::errno)?;
-        self.set_running(false);
+    fn clear(&mut self) {
         self.shared.holds_guest.store(false, Ordering::SeqCst);
         self.shared.data.lock().unwrap().clear();
-        self.running = true;
-        Ok(())
     }
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
-        if self.flags.is_empty() { None } else { Some(self) }
-    }
-}
-
-impl Migration for TestModel {
-    fn flags(&self) -> MigrationFlags {
-        self.flags
-    }
-    fn quiesce_p2p(&mut self) -> Result<(), Fault> {
-        self.step(Step::Quiesce)
-    }
-    fn stop(&mut self) -> Result<(), Fault> {
-        self.step(Step::Stop)?;
-        self.set_running(false);
-        Ok(())
-    }
-    fn start(&mut self) -> Result<(), Fault> {
-        self.step(Step::Start)?;
-        self.set_running(true);
-        Ok(())
-    }
-    fn save_begin(&mut self) -> Result<(), Fault> {
-        self.step(Step::SaveBegin)?;
+    fn save_begin(&mut self) {
         let data = self.shared.data.lock().unwrap();
         self.stream = MAGIC.to_vec();
         self.stream.extend((data.len() as u64).to_le_bytes());
@@ -205,27 +156,21 @@ impl Migration for TestModel {
         self.stream.extend(crc32c::crc32c(&data).to_le_bytes());
         self.saved = 0;
         self.precopy_bytes = self.stream.len() / 2;
-        Ok(())
     }
-    fn save(&mut self, bytes_max: usize, stopped: bool) -> Result<Save<'_>, Errno> {
-        self.step(Step::Save).map_err(Fault::errno)?;
-        self.dma();
+    fn save(&mut self, bytes_max: usize, stopped: bool) -> Save<'_> {
+        self.dma(!stopped);
         let end = if stopped { self.stream.len() } else { self.precopy_bytes };
         // Short reads, so that a stream has several frames.
         let bytes =
             end.saturating_sub(self.saved).min(bytes_max).min(64 << 10).min(self.stream.len() / 3 + 1);
         let from = self.saved;
         self.saved += bytes;
-        Ok(match (bytes, stopped) {
+        match (bytes, stopped) {
             (0, true) => Save::End,
             (0, false) => Save::NothingForNow,
             _ => Save::Data(&self.stream[from..from + bytes]),
-        })
+        }
     }
-    fn save_final(&mut self) -> Result<(), Fault> {
-        self.step(Step::SaveFinal)
-    }
-    fn save_end(&mut self) {}
     fn precopy_info(&mut self, _v2: bool) -> PrecopyInfo {
         let left = self.precopy_bytes.saturating_sub(self.saved) as u64;
         PrecopyInfo { initial_bytes: left, ..Default::default() }
@@ -233,19 +178,9 @@ impl Migration for TestModel {
     fn data_size(&self) -> u64 {
         self.shared.data.lock().unwrap().len() as u64 + 20
     }
-    fn load_begin(&mut self) -> Result<(), Fault> {
-        self.staging.clear();
-        self.step(Step::LoadBegin)
-    }
-    fn load(&mut self, chunk: &[u8]) -> Result<(), Errno> {
-        self.step(Step::Load).map_err(Fault::errno)?;
-        self.staging.extend_from_slice(chunk);
-        Ok(())
-    }
-    fn load_finish(&mut self) -> Result<(), Fault> {
-        self.step(Step::LoadFinish)?;
+    fn load(&mut self, staged: Vec<u8>) -> Result<(), Fault> {
         let refused = Fault::Refused(Errno::EINVAL);
-        let rest = self.staging.strip_prefix(MAGIC).ok_or(refused)?;
+        let rest = staged.strip_prefix(MAGIC).ok_or(refused)?;
         let (length, rest) = rest.split_first_chunk::<8>().ok_or(refused)?;
         let (data, crc) = rest.split_at_checked(u64::from_le_bytes(*length) as usize).ok_or(refused)?;
         if crc != crc32c::crc32c(data).to_le_bytes() {
@@ -254,8 +189,5 @@ impl Migration for TestModel {
         *self.shared.data.lock().unwrap() = data.to_vec();
         self.shared.holds_guest.store(true, Ordering::SeqCst);
         Ok(())
-    }
-    fn load_abort(&mut self) {
-        self.staging.clear();
     }
 }

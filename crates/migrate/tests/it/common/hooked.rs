@@ -8,12 +8,14 @@ use std::time::Duration;
 use limosa_client::{
     Chunk, DataStream, Device, DeviceExt, DeviceIdentity, Error, FeatureReply, FeatureRequest, Region, Result,
 };
-use limosa_device::{Bus, Description, Fault, Loopback, Machine, Migration, Model, Save};
+use limosa_device::{Fault, Loopback, Machine, Save};
 use limosa_migrate::link::SocketLink;
 use limosa_migrate::{Destination, Outcome, Received, Source};
 use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::{DeviceFlags, DeviceInfo, RegionFlags};
+use limosa_protocol::info::DeviceInfo;
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, MigrationFlags, State};
+
+use super::scripted::{self, Scripted};
 
 /// A call on a device or on its stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,14 +76,8 @@ impl Hooked {
 
     pub fn with_estimates(name: &str, flags: MigrationFlags, data: &[u8], estimates: Estimates) -> Hooked {
         let contents = Arc::new(Mutex::new(Contents { data: data.into(), given: None }));
-        let model = Opaque {
-            flags,
-            contents: contents.clone(),
-            estimates,
-            stream: Vec::new(),
-            at: 0,
-            staging: Vec::new(),
-        };
+        let opaque = Opaque { contents: contents.clone(), estimates, stream: Vec::new(), at: 0 };
+        let model = Scripted::new(flags, opaque);
         let inner = Loopback::new(name, Machine::new(Box::new(model)));
         Hooked { inner, contents, lacks: Vec::new(), hook: Arc::new(|_, _| Ok(())), made_up: None }
     }
@@ -155,7 +151,7 @@ pub fn before(when: Call, act: impl Fn(&Loopback) + Send + Sync + 'static) -> Ho
 }
 
 /// One move over one link. A move in doubt stays so.
-pub fn move_over_a_link(source: Source<'_>, destination: &Destination<'_>) -> (Outcome, Received) {
+pub fn move_over_a_link(source: Source<'_>, destination: Destination<'_>) -> (Outcome, Received) {
     let (near, far) = SocketLink::pair().unwrap();
     std::thread::scope(|scope| {
         let receiving = scope.spawn(move || destination.receive(&far));
@@ -255,54 +251,23 @@ impl DataStream for HookedStream {
     }
 }
 
-/// A model that gives half of its state before the stop, and takes whatever it is given. A reset makes all of it zero.
+/// Contents that give half of themselves before the stop, and take whatever they are given.
 struct Opaque {
-    flags: MigrationFlags,
     contents: Arc<Mutex<Contents>>,
     estimates: Estimates,
     stream: Vec<u8>,
     at: usize,
-    staging: Vec<u8>,
 }
 
-impl Model for Opaque {
-    fn description(&self) -> Description {
-        let region = limosa_device::Region { flags: RegionFlags::READ, size: 4096, ..Default::default() };
-        Description { flags: Some(DeviceFlags::RESET), regions: vec![region], irqs: vec![] }
-    }
-    fn attach(&mut self, _: Bus) {}
-    fn region_read(&mut self, _: u32, _: u64, data: &mut [u8]) -> Result<(), Errno> {
-        data.fill(0);
-        Ok(())
-    }
-    fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
-        Err(Errno::EINVAL)
-    }
-    fn reset(&mut self) -> Result<(), Errno> {
+impl scripted::Contents for Opaque {
+    fn clear(&mut self) {
         self.contents.lock().unwrap().data.fill(0);
-        Ok(())
     }
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
-        Some(self)
-    }
-}
-
-impl Migration for Opaque {
-    fn flags(&self) -> MigrationFlags {
-        self.flags
-    }
-    fn stop(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-    fn start(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-    fn save_begin(&mut self) -> Result<(), Fault> {
+    fn save_begin(&mut self) {
         self.stream = self.contents.lock().unwrap().data.clone();
         self.at = 0;
-        Ok(())
     }
-    fn save(&mut self, bytes_max: usize, stopped: bool) -> Result<Save<'_>, Errno> {
+    fn save(&mut self, bytes_max: usize, stopped: bool) -> Save<'_> {
         let end = if stopped { self.stream.len() } else { self.stream.len() / 2 };
         let bytes = end.saturating_sub(self.at).min(bytes_max).min(self.stream.len() / 5 + 1);
         let from = self.at;
@@ -310,11 +275,10 @@ impl Migration for Opaque {
         if stopped && bytes == 0 {
             let mut contents = self.contents.lock().unwrap();
             contents.given = Some(contents.data.clone());
-            return Ok(Save::End);
+            return Save::End;
         }
-        Ok(if bytes == 0 { Save::NothingForNow } else { Save::Data(&self.stream[from..from + bytes]) })
+        if bytes == 0 { Save::NothingForNow } else { Save::Data(&self.stream[from..from + bytes]) }
     }
-    fn save_end(&mut self) {}
     fn precopy_info(&mut self, _: bool) -> PrecopyInfo {
         let left = (self.stream.len() / 2).saturating_sub(self.at) as u64;
         PrecopyInfo {
@@ -326,19 +290,8 @@ impl Migration for Opaque {
     fn data_size(&self) -> u64 {
         self.estimates.size.unwrap_or(self.contents.lock().unwrap().data.len() as u64)
     }
-    fn load_begin(&mut self) -> Result<(), Fault> {
-        self.staging.clear();
+    fn load(&mut self, staged: Vec<u8>) -> Result<(), Fault> {
+        self.contents.lock().unwrap().data = staged;
         Ok(())
-    }
-    fn load(&mut self, chunk: &[u8]) -> Result<(), Errno> {
-        self.staging.extend_from_slice(chunk);
-        Ok(())
-    }
-    fn load_finish(&mut self) -> Result<(), Fault> {
-        self.contents.lock().unwrap().data = std::mem::take(&mut self.staging);
-        Ok(())
-    }
-    fn load_abort(&mut self) {
-        self.staging.clear();
     }
 }

@@ -126,7 +126,7 @@ impl Link for FaultyLink {
 /// in doubt stays so.
 pub fn move_over_links(
     source: Source<'_>,
-    destination: &Destination<'_>,
+    destination: Destination<'_>,
     wrap: impl Fn(usize, SocketLink) -> Box<dyn Link> + Sync,
 ) -> (Outcome, Received) {
     let (near, far) = SocketLink::pair().unwrap();

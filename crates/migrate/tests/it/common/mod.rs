@@ -45,7 +45,8 @@ pub mod hooked;
 mod links;
 mod odd;
 pub mod peer;
-mod steps;
+#[path = "../../scripted/mod.rs"]
+mod scripted;
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -64,7 +65,7 @@ pub use links::{Fault, FaultyLink, Way, move_over_links};
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use odd::Quirks;
 #[allow(unused_imports, reason = "each test binary uses a part")]
-pub use steps::Step;
+pub use scripted::Step;
 
 use limosa_migrate::link::{Link, SocketLink};
 use limosa_protocol::State;
@@ -166,14 +167,14 @@ impl Ends {
     }
 
     /// Runs `act` with the destination's end.
-    pub fn with_destination<R>(&self, act: impl FnOnce(&Destination<'_>) -> R) -> R {
+    pub fn with_destination<R>(&self, act: impl FnOnce(Destination<'_>) -> R) -> R {
         let devices: Vec<_> = (self.destination.iter())
             .map(|device| MovedDevice::new(&device.client).with_kind(self.kinds.1.clone()))
             .collect();
         let regions: Vec<_> = (self.memory.iter())
             .map(|(_, pages, size)| MemoryRegion { id: 0, iova: 0, size: *size, pages: &**pages })
             .collect();
-        act(&Destination::new(&devices, &self.ledger, &self.options)
+        act(Destination::new(&devices, &self.ledger, &self.options)
             .with_memory(&regions)
             .with_vmm(&*self.vmm))
     }

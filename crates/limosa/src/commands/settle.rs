@@ -1,0 +1,354 @@
+//! `limosa resolve`: what became of a move or a save in doubt is asked, and acted upon; a guest that a process of the
+//! command left stopped before any commit goes on.
+
+use std::path::Path;
+
+use limosa_client::DeviceExt;
+use limosa_migrate::{Decision, InDoubt, MovedDevice, Options, Outcome, Source, published};
+use limosa_protocol::State;
+use limosa_stream::MigrationId;
+use serde::Serialize;
+
+use crate::args;
+use crate::exit::{self, Code};
+use crate::guest::Guest;
+use crate::links::{self, Links};
+use crate::moves::{Doubt, Halted, Moves, Note, Taken};
+use crate::noted_devices::NotedDevices;
+use crate::open::{self, Opening};
+use crate::output::{Output, plain};
+use crate::place::Place;
+
+#[derive(Serialize)]
+struct Resolved<'a> {
+    devices: &'a [String],
+    id: String,
+    outcome: &'static str,
+    /// What could not be done, and is left to do.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left: Vec<String>,
+}
+
+pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
+    let moves = Moves::new(args.moves.folder.as_deref());
+    if args.device.is_none() && args.id.is_none() {
+        return super::doubts::list(&moves, out);
+    }
+    let found = find(args, &moves)?;
+    let id: MigrationId = match (&args.id, &found) {
+        (Some(id), _) => {
+            id.parse().map_err(|error| exit::error(Code::Usage, format!("--id {id}: {error}")))?
+        }
+        (None, Some(note)) => parsed(note)?,
+        (None, None) => {
+            let what = format!(
+                "{}: no move of this device is noted as in doubt; `limosa resolve` lists those that are, and --id names \
+                 one that is not",
+                args.device.as_deref().unwrap_or_default()
+            );
+            return Err(exit::error(Code::Refused, what));
+        }
+    };
+    if args.forget {
+        return forget(id, found, &moves, out);
+    }
+    let taken = found.map(|note| moves.take(note)).transpose()?;
+    let halted = match (&taken, &args.device) {
+        (Some(taken), _) => taken.note().halted().clone(),
+        (None, Some(name)) => Halted::of_one(name)?,
+        (None, None) => {
+            let what = format!("--id {id}: this move is not noted as in doubt; expected the device as well");
+            return Err(exit::error(Code::Refused, what));
+        }
+    };
+    let settling = Settling { args, opening, id, note: taken.as_ref().map(Taken::note), halted: &halted };
+    let decision = settling.decision()?;
+    let guest = Guest::stopped_before(&halted.stopped, args.on_resume.as_deref());
+    let done = settling.act(decision, &guest)?;
+    // After a move its processes stay stopped.
+    let stays_stopped = decision != Decision::Committed && guest.stays_stopped();
+    let (is_settled, failures) = (done.left.is_empty() && !stays_stopped, guest.failures());
+    if let Some(taken) = taken.filter(|_| is_settled) {
+        warn_of_command(taken.note(), decision, args);
+        taken.forget()?;
+    }
+    print(id, &halted, &done, out)?;
+    match (done.left.is_empty(), failures.is_empty()) {
+        (true, true) => Ok(()),
+        (true, false) => Err(exit::error(Code::Failed, failures.join("; "))),
+        (false, _) => {
+            let left = [done.left, failures].concat().join("; ");
+            let what = format!(
+                "move {id}: {}, but not all of it: {left}. It stays noted: resolve it again, or drop the note with \
+                 `limosa resolve --id {id} --forget`",
+                done.outcome
+            );
+            Err(exit::error(done.code, what))
+        }
+    }
+}
+
+/// The note that is meant: of this id, or the last one of this device.
+fn find(args: &args::Resolve, moves: &Moves) -> anyhow::Result<Option<Note>> {
+    let mut notes = moves.notes()?.into_all();
+    notes.retain(|note| match (&args.id, &args.device) {
+        (Some(id), _) => note.id() == id.to_lowercase(),
+        (None, Some(name)) => is_of(note.halted(), name),
+        (None, None) => false,
+    });
+    let Some(note) = notes.pop() else { return Ok(None) };
+    if let Some(name) = args.device.as_ref().filter(|name| !is_of(note.halted(), name)) {
+        let (id, names) = (note.id(), note.halted().names());
+        let what = format!("{name}: move {id} is of {names}; expected one of these");
+        return Err(exit::error(Code::Usage, what));
+    }
+    Ok(Some(note))
+}
+
+/// Whether a user means one of these devices.
+fn is_of(halted: &Halted, name: &str) -> bool {
+    let lasting = open::lasting_name(name).ok();
+    let identity = open::identity(name);
+    halted.devices.iter().enumerate().any(|(at, device)| {
+        let known = halted.known(at).identity;
+        device == name || Some(device) == lasting.as_ref() || known.is_some() && known == identity
+    })
+}
+
+fn parsed(note: &Note) -> anyhow::Result<MigrationId> {
+    let id = note.id();
+    id.parse().map_err(|error| exit::error(Code::Damaged, format!("the note of move `{id}`: {error}")))
+}
+
+/// A move that is being settled.
+struct Settling<'a> {
+    args: &'a args::Resolve,
+    opening: Opening<'a>,
+    id: MigrationId,
+    note: Option<&'a Note>,
+    halted: &'a Halted,
+}
+
+/// What was done, and what could not be.
+struct Done {
+    outcome: &'static str,
+    devices: NotedDevices,
+    left: Vec<String>,
+    code: Code,
+}
+
+impl Settling<'_> {
+    /// What became of the move: as the user says, or as the other side does.
+    fn decision(&self) -> anyhow::Result<Decision> {
+        let Settling { args, id, .. } = self;
+        match (self.note, args.decide) {
+            (Some(Note::Stop(_)), Some(args::Decided::Moved)) => {
+                let what = format!("move {id} never came to its commit: it can only be undone");
+                Err(exit::error(Code::Usage, what))
+            }
+            (Some(Note::Stop(_)), _) if args.to.is_some() => {
+                let what =
+                    format!("move {id} never came to its commit, and nobody need be asked; expected no --to");
+                Err(exit::error(Code::Usage, what))
+            }
+            (Some(Note::Stop(_)), _) => Ok(Decision::NotCommitted),
+            (_, Some(decided)) => Ok(decided.into()),
+            (Some(Note::Doubt(doubt)), None) if doubt.saved => self.look(doubt),
+            (Some(Note::Doubt(doubt)), None) if doubt.here => Err(self.unknown(&format!(
+                "it went to {} on this machine, in the same process, and nobody can be asked",
+                doubt.to
+            ))),
+            (note, None) => self.ask(note.and_then(Note::doubt)),
+        }
+    }
+
+    /// Looks for the snapshot of a save.
+    fn look(&self, doubt: &Doubt) -> anyhow::Result<Decision> {
+        let Settling { id, .. } = self;
+        let place = &doubt.to;
+        if self.args.to.is_some() {
+            let what =
+                format!("move {id} was saved to {place}, and no destination can be asked; expected no --to");
+            return Err(exit::error(Code::Usage, what));
+        }
+        let found = Place::new(Path::new(place), false)?;
+        let why = match published(found.source(), *id, Options::default().silence_max, None) {
+            Ok(Decision::Unknown) => String::new(),
+            Ok(decision) => return Ok(decision),
+            Err(why) => format!(" ({why})"),
+        };
+        let message = format!(
+            "{} stays stopped and in doubt: it is not certain whether its snapshot is at {place}{why}. Look with \
+             `limosa verify {place}` for move {id}: if it is there, or was, decide with `--decide moved`; if it is \
+             not and never will be, with `--decide undone`",
+            self.halted.names()
+        );
+        Err(exit::error(Code::InDoubt, message))
+    }
+
+    /// Asks the destination. No device is touched by that.
+    fn ask(&self, doubt: Option<&Doubt>) -> anyhow::Result<Decision> {
+        let Settling { args, id, .. } = self;
+        let name = self.halted.names();
+        let Some(to) = args.to.as_ref().or(doubt.map(|doubt| &doubt.to)) else {
+            return Err(exit::error(Code::Usage, format!("{name}: expected --to, where its destination is")));
+        };
+        let address = links::address(to)?;
+        let options = Options::default();
+        if args.tls.tls_ca.is_none() && doubt.is_some_and(|doubt| doubt.tls) {
+            let what = format!("move {id} went over TLS, and {to} is to be asked so");
+            return Err(exit::error(
+                Code::Usage,
+                format!("{name}: {what}; expected --tls-ca, --tls-cert and --tls-key as for the send"),
+            ));
+        }
+        let links = Links::to(&address, &args.tls, self.opening.servers)?;
+        let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
+        let link = links::connect(&links.connector(&address), options.silence_max, None, hint)?;
+        match Source::new(&[], &options).resolve(InDoubt::recover(*id), &link) {
+            Outcome::Moved(_) => Ok(Decision::Committed),
+            Outcome::Undone { .. } => Ok(Decision::NotCommitted),
+            Outcome::InDoubt(doubt) => Err(match doubt.why {
+                limosa_migrate::Error::StartedAnew => self.unknown("its destination does not know either"),
+                why => self.unknown(&why.to_string()),
+            }),
+        }
+    }
+
+    fn unknown(&self, what: &str) -> anyhow::Error {
+        let (name, id) = (self.halted.names(), self.id);
+        let message = format!(
+            "{name} stays stopped and in doubt: {what}. Look at the destination of move {id}: if the guest runs \
+             there, or did, decide it with `--decide moved`; if it does not and never will, with `--decide undone`"
+        );
+        exit::error(Code::InDoubt, message)
+    }
+
+    /// Stops the devices for good, or lets them and the guest go on. A device that is gone holds up no other one.
+    fn act(&self, decision: Decision, guest: &Guest<'_>) -> anyhow::Result<Done> {
+        let devices = NotedDevices::open(self.opening, self.halted, self.args.device.as_deref());
+        self.check_states(decision, &devices)?;
+        let moved: Vec<_> = devices.open.iter().map(|(_, device)| MovedDevice::new(&**device)).collect();
+        let found = devices.open.iter().map(|(at, _)| self.halted.known(*at).found()).collect();
+        let doubt = InDoubt::recover(self.id).with_found(found);
+        let options = Options::default();
+        let source = Source::new(&moved, &options).with_vmm(guest);
+        let (outcome, report) = match source.decide(decision, doubt) {
+            Outcome::Moved(report) => ("moved", report),
+            Outcome::Undone { report, .. } => ("undone", report),
+            Outcome::InDoubt(doubt) => return Err(doubt.why.into()),
+        };
+        drop(moved);
+        let mut left: Vec<String> = report.notes;
+        let mut code = Code::Failed;
+        for (at, why) in &devices.gone {
+            let name = &self.halted.devices[*at];
+            match decision {
+                // It cannot run the guest any more, which is all that is wanted.
+                Decision::Committed => tracing::warn!("{name}: {why}; it must not run this guest again"),
+                _ => left.push(format!("{name}: {why}, and what it held is lost")),
+            }
+        }
+        for (at, error) in &devices.unreachable {
+            code = exit::code(error);
+            left.push(format!("{}: {}", self.halted.devices[*at], exit::message(error)));
+        }
+        Ok(Done { outcome, devices, left, code })
+    }
+
+    /// Refuses devices in a state in which the move cannot have left them: somebody else has driven them since.
+    fn check_states(&self, decision: Decision, devices: &NotedDevices) -> anyhow::Result<()> {
+        let is_stop = matches!(self.note, Some(Note::Stop(_)));
+        let mut wrong = Vec::new();
+        for (at, device) in &devices.open {
+            // The kernel has reset one that was closed with the process which moved it.
+            if device.closes_with_us() {
+                continue;
+            }
+            let state = device.state()?;
+            let may_be = match state {
+                State::Stop | State::StopCopy | State::Error => true,
+                // An undo that was interrupted.
+                State::Running | State::RunningP2p => decision == Decision::NotCommitted,
+                State::PreCopy | State::PreCopyP2p => is_stop,
+                _ => false,
+            };
+            if !may_be {
+                wrong.push(format!("{} is in {state}", self.halted.devices[*at]));
+            }
+        }
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        let id = self.id;
+        let what = format!(
+            "{}: move {id} cannot have left it so, and nothing is changed. It was reset or driven since, or another \
+             move is on its way: look which guest it runs, and drop the note with `limosa resolve --id {id} --forget`",
+            wrong.join("; ")
+        );
+        Err(exit::error(Code::Refused, what))
+    }
+}
+
+fn print(id: MigrationId, halted: &Halted, done: &Done, out: &Output) -> anyhow::Result<()> {
+    let Done { outcome, devices, left, .. } = done;
+    let result = Resolved { devices: &halted.devices, id: id.to_string(), outcome, left: left.clone() };
+    out.result(&result, |to| {
+        if halted.devices.is_empty() {
+            return writeln!(to, "{}: {outcome}", halted.names());
+        }
+        halted.devices.iter().enumerate().try_for_each(|(at, name)| {
+            let now = match *outcome {
+                _ if devices.gone.iter().any(|gone| gone.0 == at) => "gone",
+                _ if devices.unreachable.iter().any(|other| other.0 == at) => "not reached",
+                "undone" => "as before the move",
+                _ => "stopped",
+            };
+            writeln!(to, "{name}: {outcome}; it is {now}")
+        })
+    })
+}
+
+/// Only its user knows how to undo a command that has stopped the guest.
+fn warn_of_command(note: &Note, decision: Decision, args: &args::Resolve) {
+    if decision == Decision::NotCommitted
+        && args.on_resume.is_none()
+        && let Some(on_stop) = &note.halted().on_stop
+    {
+        let on_stop = plain(on_stop);
+        tracing::warn!(
+            "the guest was stopped by `{on_stop}`: let it go on, which --on-resume would have done"
+        );
+    }
+}
+
+#[derive(Serialize)]
+struct Forgotten {
+    id: String,
+    outcome: &'static str,
+}
+
+/// Drops a note, and does nothing else.
+fn forget(id: MigrationId, found: Option<Note>, moves: &Moves, out: &Output) -> anyhow::Result<()> {
+    match found {
+        Some(note) => moves.take(note)?.forget()?,
+        // One that is not believed, or cannot be read.
+        None if moves.drop_note(id)? => {}
+        None => {
+            let what = format!("--id {id}: there is no note of this move");
+            return Err(exit::error(Code::Refused, what));
+        }
+    }
+    out.result(&Forgotten { id: id.to_string(), outcome: "forgotten" }, |to| {
+        writeln!(to, "{id}: forgotten; nothing was asked, and nothing else was changed")
+    })
+}
+
+impl From<args::Decided> for Decision {
+    fn from(decided: args::Decided) -> Decision {
+        match decided {
+            args::Decided::Moved => Decision::Committed,
+            args::Decided::Undone => Decision::NotCommitted,
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! [`Noting`]: the notes that a move or a save leaves on its source, so that `limosa resolve` finds what stands still
+//! however this process ends.
+
+use std::fs::File;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use limosa_client::DeviceExt;
+use limosa_migrate::PrivateFolder;
+use limosa_stream::MigrationId;
+use serde::Serialize;
+
+use crate::moves::{DOUBT, Doubt, HINT, Halted, Known, Moves, STOP, Stop};
+use crate::open;
+use crate::process::{Stopped, boot_id};
+use crate::side::Side;
+
+/// Where a move or a save goes.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// A destination at this address.
+    Address { address: String, tls: bool },
+    /// The place of a snapshot.
+    Place(String),
+    /// Devices on this machine, whose destination is in this process.
+    Here(String),
+}
+
+/// The notes of one move or save.
+pub struct Noting {
+    folder: PrivateFolder,
+    halted: Halted,
+    target: Target,
+    /// The id of the note of the stop.
+    stop: String,
+    /// The notes that are there, locked by this process.
+    written: Mutex<Written>,
+}
+
+#[derive(Default)]
+struct Written {
+    stop: Option<File>,
+    doubt: Option<(String, File)>,
+}
+
+impl Noting {
+    /// Opens the folder, and looks at the devices. Nothing is noted yet.
+    pub fn new(moves: &Moves, side: &Side, target: Target) -> anyhow::Result<Noting> {
+        let folder = moves.open()?;
+        let mut known = Vec::new();
+        for device in side.devices() {
+            known.push(Known::new(open::identity(device.given()), device.state()?));
+        }
+        let devices = side.devices().iter().map(|device| open::lasting_name(device.given()));
+        let devices = devices.collect::<std::io::Result<_>>()?;
+        let halted =
+            Halted { devices, known, since: 0, boot: Some(boot_id()?), stopped: Vec::new(), on_stop: None };
+        let (stop, written) = (MigrationId::random()?.to_string(), Mutex::default());
+        Ok(Noting { folder, halted, target, stop, written })
+    }
+
+    fn written(&self) -> MutexGuard<'_, Written> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what is about to be stopped.
+    pub fn stopping(&self, stopped: Vec<Stopped>, on_stop: Option<&str>) -> Result<(), String> {
+        let note = Stop { id: self.stop.clone(), halted: self.halted(stopped, on_stop) };
+        let file = self.write(&format!("{}{STOP}", self.stop), &note)?;
+        self.written().stop = Some(file);
+        Ok(())
+    }
+
+    /// Notes a move that is about to be committed.
+    pub fn committing(
+        &self,
+        id: MigrationId,
+        stopped: Vec<Stopped>,
+        on_stop: Option<&str>,
+    ) -> Result<(), String> {
+        let mut written = self.written();
+        let (to, saved, here, tls) = match &self.target {
+            Target::Address { address, tls } => (address.clone(), false, false, *tls),
+            Target::Place(place) => (place.clone(), true, false, false),
+            Target::Here(devices) => (devices.clone(), false, true, false),
+        };
+        let stop = written.stop.is_some().then(|| self.stop.clone());
+        let halted = self.halted(stopped, on_stop);
+        let note = Doubt { id: id.to_string(), halted, to, saved, here, tls, stop };
+        let name = format!("{id}{DOUBT}");
+        let file = self.write(&name, &note)?;
+        written.doubt = Some((name, file));
+        // From here on the other note says nothing more. If it cannot be removed, it is known to be replaced.
+        self.forget_stop(&mut written);
+        Ok(())
+    }
+
+    /// Everything that was stopped before the commit goes on.
+    pub fn goes_on(&self) {
+        self.forget_stop(&mut self.written());
+    }
+
+    /// How the move has ended is known, and nothing stands still that should not.
+    pub fn settled(&self) {
+        let mut written = self.written();
+        self.forget_stop(&mut written);
+        if let Some((name, _locked)) = written.doubt.take() {
+            self.remove(&name);
+        }
+    }
+
+    fn forget_stop(&self, written: &mut Written) {
+        if written.stop.take().is_some() {
+            self.remove(&format!("{}{STOP}", self.stop));
+        }
+    }
+
+    fn remove(&self, name: &str) {
+        if let Err(error) = self.folder.remove(name) {
+            tracing::warn!("the note of something that is settled is left: {error}");
+        }
+    }
+
+    fn halted(&self, stopped: Vec<Stopped>, on_stop: Option<&str>) -> Halted {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Halted { since, stopped, on_stop: on_stop.map(str::to_owned), ..self.halted.clone() }
+    }
+
+    fn write(&self, name: &str, note: &impl Serialize) -> Result<File, String> {
+        let bytes = serde_json::to_vec(note).map_err(|error| error.to_string())?;
+        let written = self.folder.write(name, &bytes);
+        written.map_err(|error| format!("it cannot be noted: {error}; {HINT}"))
+    }
+}

@@ -1,0 +1,245 @@
+//! [`Acceptor`]: takes connections from a listener, several at a time, so that a client that stays silent, or is not
+//! migrating, does not block others, and answers sources in doubt.
+
+mod connection;
+mod heard;
+mod passed_over;
+mod shared;
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use limosa_stream::MigrationId;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::cancel::timespec;
+use crate::error::NoMove;
+use crate::ledger::{Decision, Ledger};
+use crate::link::{Address, FurtherLinks, Link, LinkError, Listener, Tls, Wait};
+use crate::{Destination, Received};
+use connection::Listening;
+use heard::HeardLink;
+use shared::{Shared, Slot};
+
+/// The most connections that may wait at once until it is known what they are. One more closes one of those that have waited
+/// for longest, so that a source never waits for clients that stay silent.
+pub const PENDING_MAX: usize = 16;
+
+/// An event of an [`Acceptor`].
+#[derive(Debug)]
+pub enum Incoming {
+    /// A source offers a move.
+    Offer(OfferedMove),
+    /// A source in doubt asked, and was answered.
+    Answered {
+        /// The move that it asked about.
+        id: MigrationId,
+        /// The answer.
+        decision: Decision,
+    },
+}
+
+/// A move whose complete OFFER has arrived. While there is one, the acceptor takes no other.
+pub struct OfferedMove {
+    link: HeardLink,
+    id: MigrationId,
+    place: Place,
+}
+
+impl OfferedMove {
+    /// The source's name, for messages.
+    pub fn peer(&self) -> &str {
+        self.link.peer()
+    }
+
+    /// The id of the move.
+    pub fn id(&self) -> MigrationId {
+        self.id
+    }
+}
+
+impl fmt::Debug for OfferedMove {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OfferedMove").field("peer", &self.peer()).field("id", &self.id).finish()
+    }
+}
+
+/// Accepts connections in a thread of its own, and reads the opening of each in another one: the TLS handshake, the preface
+/// and the first frame, which together have one time limit. A client counts once all of these have arrived:
+///
+/// - A question of a source in doubt is answered from the ledger, also while a move is under way.
+/// - An OFFER comes out of [`Acceptor::accept`]. While a move is under way, others are refused. After a move was committed all
+///   of them are, whoever calls: from then on the acceptor only answers.
+/// - A further link of the move under way goes to that move ([`Destination::receive_offered`]).
+/// - All other clients are passed over. They are told why, and named in a warning of the log, but not more than ten at once
+///   and then one a second, which counts the others.
+///
+/// At most [`PENDING_MAX`] openings are read at once, each of at most 260 KiB. Of more than that the oldest one is closed, of
+/// those that come from the host that has most of them.
+///
+/// ```no_run
+/// use limosa_migrate::link::Wait;
+/// use limosa_migrate::{Acceptor, Destination, Incoming, Received};
+///
+/// fn receive(destination: Destination<'_>, acceptor: &Acceptor, wait: Wait<'_>) -> std::io::Result<Received> {
+///     loop {
+///         if let Incoming::Offer(offered) = acceptor.accept(wait).map_err(std::io::Error::other)? {
+///             return Ok(destination.receive_offered(offered));
+///         }
+///     }
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Acceptor {
+    address: Address,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Acceptor {
+    /// Accepts from this listener, under TLS if certificates are given, and answers from this ledger. `silence_max` bounds the
+    /// opening of each connection.
+    ///
+    /// # Errors
+    ///
+    /// When the process has no file descriptors left, or the system starts no thread.
+    pub fn new(
+        listener: Listener,
+        tls: Option<Tls>,
+        ledger: Arc<Ledger>,
+        silence_max: Duration,
+    ) -> std::io::Result<Acceptor> {
+        Acceptor::start(listener, tls, Shared::new(ledger, silence_max, Slot::Free)?)
+    }
+
+    /// The same for a process that only answers. Every OFFER is refused.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Acceptor::new`].
+    pub fn answering(
+        listener: Listener,
+        tls: Option<Tls>,
+        ledger: Arc<Ledger>,
+        silence_max: Duration,
+    ) -> std::io::Result<Acceptor> {
+        Acceptor::start(listener, tls, Shared::new(ledger, silence_max, Slot::Closed(NoMove::Answers))?)
+    }
+
+    fn start(listener: Listener, tls: Option<Tls>, shared: Shared) -> std::io::Result<Acceptor> {
+        let (address, shared) = (listener.address().clone(), Arc::new(shared));
+        let listening = Listening { listener, tls, shared: Arc::clone(&shared) };
+        let thread = std::thread::Builder::new().name("limosa: accepts".into());
+        let thread = Some(thread.spawn(move || listening.run())?);
+        Ok(Acceptor { address, shared, thread })
+    }
+
+    /// The address that it listens on.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// The next offer or answer. Fails at the end of the wait.
+    pub fn accept(&self, wait: Wait<'_>) -> Result<Incoming, LinkError> {
+        loop {
+            // Cleared before the state is looked at: what comes later wakes the poll.
+            self.shared.news.clear();
+            if let Some(incoming) = self.take() {
+                // Another thread may be waiting for what is left.
+                self.shared.news.wake();
+                return Ok(incoming);
+            }
+            poll_for(&self.shared.news, wait)?;
+        }
+    }
+
+    fn take(&self) -> Option<Incoming> {
+        let mut state = self.shared.state();
+        if let Some((id, decision)) = state.answered.pop_front() {
+            return Some(Incoming::Answered { id, decision });
+        }
+        let (link, id) = state.slot.take_offer()?;
+        let place = Place { shared: Arc::clone(&self.shared), was_committed: false };
+        Some(Incoming::Offer(OfferedMove { link, id, place }))
+    }
+
+    /// From now on every OFFER is refused, and only questions are answered. After a committed move that is so by itself.
+    pub fn answer_only(&self) {
+        self.shared.close(NoMove::Answers);
+    }
+
+    /// How many clients were passed over so far.
+    pub fn passed_over(&self) -> u64 {
+        self.shared.state().passed_over.all()
+    }
+}
+
+impl Drop for Acceptor {
+    /// Closes the listener, and the connections whose opening is not complete.
+    fn drop(&mut self) {
+        self.shared.end();
+        if let Some(thread) = self.thread.take() {
+            // A panic of that thread has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<'a> Destination<'a> {
+    /// Receives the move that an [`Acceptor`] gave, over as many links as the source offers and
+    /// [`Options::links`](crate::Options::links) allows. Blocks until the move has ended.
+    ///
+    /// Meanwhile the acceptor refuses other offers. After [`Received::Runs`] and [`Received::Broken`] it takes none any more.
+    pub fn receive_offered(self, offered: OfferedMove) -> Received {
+        let OfferedMove { link, mut place, .. } = offered;
+        // Until the opposite is known, also after a panic.
+        place.was_committed = true;
+        let received = self.receive_move(&link, Some(&place));
+        place.was_committed = !matches!(received, Received::Discarded { .. } | Received::Answered { .. });
+        received
+    }
+}
+
+/// The place of the move that is under way. While there is one, no other is taken.
+struct Place {
+    shared: Arc<Shared>,
+    /// No other move is taken afterwards either.
+    was_committed: bool,
+}
+
+impl FurtherLinks for Place {
+    fn next(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
+        loop {
+            self.shared.joined.clear();
+            if let Slot::Taken { further, .. } = &mut self.shared.state().slot
+                && let Some(link) = further.pop()
+            {
+                return Ok(Box::new(link));
+            }
+            poll_for(&self.shared.joined, wait)?;
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        match self.was_committed {
+            true => self.shared.close(NoMove::Committed),
+            false => self.shared.free(),
+        }
+    }
+}
+
+/// Waits until this is readable.
+fn poll_for(event: &impl AsFd, wait: Wait<'_>) -> Result<(), LinkError> {
+    let left = timespec(wait.left()?);
+    let mut fds = vec![PollFd::new(event, PollFlags::IN)];
+    fds.extend(wait.cancel.map(|cancel| PollFd::new(cancel, PollFlags::IN)));
+    match poll(&mut fds, Some(&left)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
