@@ -11,7 +11,7 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use rustix::fs::{RenameFlags, fstat};
+use rustix::fs::{OFlags, RenameFlags, fstat};
 use rustix::io::Errno;
 
 use super::folder::{Folder, OpenFolder, is_same};
@@ -260,8 +260,9 @@ impl SnapshotSource for SnapshotFile {
         self.path.display().to_string()
     }
 
+    /// A descriptor of a process, as `/proc/PID/fd/N` names it, is borrowed from there; any other link of a process is refused.
     fn open(&self, _: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError> {
-        Ok(Box::new(OpenFile(File::open(&self.path)?)))
+        Ok(Box::new(OpenFile(limosa_host::open_to_read(&self.path, OFlags::empty())?)))
     }
 
     /// Cuts the move's file under its temporary name down to the preface, which names the move. That the file is still

@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use limosa_client::{DeviceIdentity, Error, Result};
+pub use limosa_host::User;
+use limosa_protocol::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::codec::{Command, IoFd, IoFdsMessage, ShadowIoFd, SingleWrite};
@@ -46,6 +48,11 @@ pub struct Options {
     /// Whether to ask for DEVICE_FEATURE and its features when connecting. Without it the device has
     /// none. Yes.
     pub features: bool,
+    /// The users whose servers [`Client::connect`] trusts: one that was started by another user (SO_PEERCRED) is not spoken to.
+    /// `None` trusts every server, which is the default: a VMM that chose the socket's path knows who can listen there. A
+    /// program that takes paths from others names them, as the command `limosa` does with root, its own user, and the users
+    /// of its option --server-uid.
+    pub server_users: Option<Vec<User>>,
 }
 
 impl Default for Options {
@@ -58,6 +65,7 @@ impl Default for Options {
             twin_socket: true,
             data_socket: false,
             features: true,
+            server_users: None,
         }
     }
 }
@@ -117,17 +125,25 @@ pub struct RegionIoFds {
 
 impl Client {
     /// Connects to the server at a socket's path, negotiates, and learns which features the device
-    /// has.
+    /// has. [`Error::Os`] with EPERM for a server of a user that [`Options::server_users`] does not name.
     pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Client> {
         let path = path.as_ref();
         let name = path.display().to_string();
+        let failed = |errno, hint: String| Error::Os {
+            device: name.clone(),
+            what: "connecting".into(),
+            errno,
+            hint: hint.into(),
+        };
+        let users = options.server_users.clone();
         let open = || {
-            UnixStream::connect(path).map_err(|error| Error::Os {
-                device: name.clone(),
-                what: "connecting".into(),
-                errno: dma::os_errno(&error),
-                hint: "".into(),
-            })
+            let stream =
+                UnixStream::connect(path).map_err(|error| failed(dma::os_errno(&error), String::new()))?;
+            if let Some(users) = &users {
+                limosa_host::check_server(&stream, users)
+                    .map_err(|error| failed(Errno::EPERM, error.to_string()))?;
+            }
+            Ok(stream)
         };
         connect::connect(name.clone(), options, open()?, Some(&open))
     }
