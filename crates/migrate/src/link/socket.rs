@@ -1,4 +1,7 @@
 //! Links over stream sockets, UNIX and TCP. A frame's header and payload go out in one `sendmsg`; waits use `poll`.
+//!
+//! A peer can send fds over a UNIX socket. None is due on a link: one that comes fails it. Closing it may block, so that
+//! is done where nobody waits, and likewise with what a socket still holds when it is closed.
 
 use std::io::IoSlice;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -7,6 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use limosa_foreign_fd::{Foreign, ForeignFd, receive_bytes};
 use limosa_host::{SocketAccess, SocketPath};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -26,14 +30,14 @@ const CONNECT_MAX: Duration = Duration::from_secs(365 * 86_400);
 /// A connected stream socket.
 #[derive(Debug)]
 pub struct SocketLink {
-    fd: OwnedFd,
+    fd: ForeignFd,
     peer: String,
 }
 
 impl SocketLink {
     /// Wraps a connected stream socket; `peer` names the other end in messages.
     pub fn new(socket: impl Into<OwnedFd>, peer: impl Into<String>) -> SocketLink {
-        SocketLink { fd: socket.into(), peer: peer.into() }
+        SocketLink { fd: Foreign::new(socket.into()), peer: peer.into() }
     }
 
     /// Both ends of a link within this process.
@@ -94,9 +98,8 @@ impl Link for SocketLink {
     }
 
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let got = retry(&self.fd, PollFlags::IN, wait, || {
-            rustix::net::recv(&self.fd, &mut *into, RecvFlags::DONTWAIT).map(|(got, _)| got)
-        })?;
+        let got =
+            retry(&self.fd, PollFlags::IN, wait, || receive_bytes(&self.fd, into, RecvFlags::DONTWAIT))?;
         if got == 0 && !into.is_empty() { Err(LinkError::Closed) } else { Ok(got) }
     }
 
@@ -273,7 +276,8 @@ enum Socket {
     Unix {
         /// Goes first, while the socket is known to be a live destination's.
         _path: SocketPath,
-        listener: UnixListener,
+        /// Connections that nobody accepted are closed with it.
+        listener: Foreign<UnixListener>,
     },
     Tcp(TcpListener),
 }
@@ -287,7 +291,8 @@ impl Listener {
             Address::Unix(path) => {
                 let (path, listener) = limosa_host::listen(path, &SocketAccess::default())?;
                 listener.set_nonblocking(true)?;
-                Ok(Listener { socket: Socket::Unix { _path: path, listener }, address: address.clone() })
+                let socket = Socket::Unix { _path: path, listener: Foreign::new(listener) };
+                Ok(Listener { socket, address: address.clone() })
             }
             Address::Tcp(host, port) => {
                 let listener = TcpListener::bind((host.as_str(), *port))?;
