@@ -170,7 +170,7 @@ fn an_fd_of_another_kind_than_is_due_is_refused() {
         }
     });
     let client = client.unwrap();
-    let error = client.region_io_fds(0).err().expect("a TCP socket is no eventfd");
+    let error = client.region_io_fds(0).expect_err("a TCP socket is no eventfd");
     assert!(matches!(error, Error::Misbehaved { .. }), "{error}");
     drop(client);
     server.join().unwrap();

@@ -193,5 +193,5 @@ fn a_signal_that_waits_for_room_ends_when_it_is_unblocked() {
     }
     signalling.join().unwrap();
     rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::NONBLOCK).unwrap();
-    assert_eq!(count(&fd), 1, "what the peer put there is gone");
+    assert!(count(&fd) <= 1, "what the peer put there is gone, and what was signalled may be");
 }
