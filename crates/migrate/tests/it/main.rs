@@ -6,6 +6,7 @@ mod compression;
 mod converging;
 mod faults;
 mod format;
+mod hostile_destination;
 mod lanes;
 mod logs;
 mod moves;
