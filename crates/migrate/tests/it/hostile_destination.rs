@@ -34,6 +34,7 @@ struct Hostile {
     link: SocketLink,
     /// The number of its next frame.
     sequence: Mutex<u32>,
+    has_answered: AtomicBool,
     ended: AtomicBool,
 }
 
@@ -59,7 +60,10 @@ impl Hostile {
     }
 
     fn keep_alive(&self) {
-        while !self.ended.load(Ordering::SeqCst) && self.say(Kind::PROGRESS, 0, 0, &[0; 8]) {
+        while !self.ended.load(Ordering::SeqCst) {
+            if self.has_answered.load(Ordering::SeqCst) && !self.say(Kind::PROGRESS, 0, 0, &[0; 8]) {
+                return;
+            }
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -81,6 +85,7 @@ impl Hostile {
                         let window = if holds == Holds::NoCredit { 64 << 10 } else { 1 << 30 };
                         let answer = format!(r#"{{"accepted":true,"window":{window}}}"#);
                         self.say(Kind::ANSWER, 0, 0, answer.as_bytes());
+                        self.has_answered.store(true, Ordering::SeqCst);
                     }
                     Kind::FLUSH => {
                         self.say(Kind::FLUSHED, header.section, header.position, &[]);
@@ -108,7 +113,7 @@ impl Hostile {
             };
             match self.link.read(&mut piece[..room], Wait::within(Duration::from_secs(60), None)) {
                 Ok(read) => decoder.push(&piece[..read]),
-                Err(LinkError::Closed) => return,
+                Err(LinkError::Closed) => return self.link.cut(),
                 Err(error) => panic!("{error}"),
             }
         }
@@ -137,7 +142,12 @@ fn a_destination_that_only_says_that_it_is_alive_holds_the_guest_no_longer_than_
                 .with_standstill_max(standstill_max);
             let source = Hooked::new("source", MigrationFlags::SETS[3], &vec![7; STATE_BYTES]);
             let (near, far) = SocketLink::pair().unwrap();
-            let hostile = Hostile { link: far, sequence: Mutex::new(0), ended: AtomicBool::new(false) };
+            let hostile = Hostile {
+                link: far,
+                sequence: Mutex::new(0),
+                has_answered: AtomicBool::new(false),
+                ended: AtomicBool::new(false),
+            };
             let outcome = std::thread::scope(|scope| {
                 let hostile = &hostile;
                 scope.spawn(move || hostile.run(holds));
