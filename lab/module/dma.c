@@ -52,23 +52,33 @@ static int limosa_dma_by_cpu(struct limosa_dev *dev, struct limosa_dma *dma, u64
 }
 
 /*
+ * What a page that is left pinned may be used for: as many marks as there are
+ * ways to pin it. A page that was pinned to be read may be one that its user
+ * must not write, a zero page or a file's that was opened read-only.
+ */
+#define LIMOSA_PIN_READ		XA_MARK_0
+#define LIMOSA_PIN_WRITE	XA_MARK_1
+
+/*
  * One page at a time: iommufd wants pages unpinned in the ranges in which they
- * were pinned, and an unmap may want any of them.
+ * were pinned, and an unmap may want any of them. What the user has not mapped
+ * for such an access is refused by the kernel when it is pinned.
  */
 static int limosa_dma_pinned(struct limosa_dev *dev, struct limosa_dma *dma, u64 iova, u32 bytes)
 {
 	bool write = (dma->command & LIMOSA_DMA_WHAT) == LIMOSA_DMA_WRITE;
+	xa_mark_t mark = write ? LIMOSA_PIN_WRITE : LIMOSA_PIN_READ;
 	u64 base = ALIGN_DOWN(iova, PAGE_SIZE);
-	struct page *page;
-	bool kept;
+	unsigned long index = base >> PAGE_SHIFT;
+	struct page *page, *kept;
+	bool pinned;
 	void *at;
 	int ret;
 
-	page = xa_load(&dev->pins, base >> PAGE_SHIFT);
-	kept = page;
-	if (!kept) {
-		ret = vfio_pin_pages(&dev->vdev, base, 1,
-				     IOMMU_READ | (write ? IOMMU_WRITE : 0), &page);
+	page = kept = xa_load(&dev->pins, index);
+	pinned = !kept || !xa_get_mark(&dev->pins, index, mark);
+	if (pinned) {
+		ret = vfio_pin_pages(&dev->vdev, base, 1, write ? IOMMU_WRITE : IOMMU_READ, &page);
 		if (ret != 1)
 			return ret < 0 ? ret : -EFAULT;
 	}
@@ -81,12 +91,17 @@ static int limosa_dma_pinned(struct limosa_dev *dev, struct limosa_dma *dma, u64
 
 	ret = 0;
 	if (!kept && (dma->command & LIMOSA_DMA_KEEP)) {
-		ret = xa_err(xa_store(&dev->pins, base >> PAGE_SHIFT, page, GFP_KERNEL));
-		if (!ret)
+		ret = xa_err(xa_store(&dev->pins, index, page, GFP_KERNEL));
+		if (!ret) {
+			xa_set_mark(&dev->pins, index, mark);
 			WRITE_ONCE(dev->pinned, dev->pinned + 1);
-		kept = !ret;
+			pinned = false;
+		}
+	} else if (kept == page && pinned) {
+		/* The same page, now known to be fit for this as well */
+		xa_set_mark(&dev->pins, index, mark);
 	}
-	if (!kept)
+	if (pinned)
 		vfio_unpin_pages(&dev->vdev, base, 1);
 	return ret;
 }

@@ -8,6 +8,7 @@ use limosa_client::{
     Device, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Refers,
     Region, Result,
 };
+use limosa_protocol::bitmap::runs;
 use limosa_protocol::feature::{DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport};
 use limosa_protocol::info::{DeviceInfo, IrqInfo};
 use limosa_protocol::{Errno, FeatureIndex};
@@ -134,7 +135,7 @@ fn ranges(at: impl IntoIterator<Item = (u64, u64)>) -> Vec<DmaLoggingRange> {
 fn report(source: &dyn DirtySource, iova: u64, length: u64, page_size: u64) -> Result<Vec<u64>> {
     let mut words = vec![0; length.div_ceil(page_size).div_ceil(64) as usize];
     source.report(iova, length, page_size, &mut words)?;
-    Ok((0..words.len() as u64 * 64).filter(|bit| words[(bit / 64) as usize] >> (bit % 64) & 1 == 1).collect())
+    Ok(runs(&words).flat_map(|(page, pages)| page..page + pages).collect())
 }
 
 #[test]
@@ -211,6 +212,30 @@ fn a_long_report_is_made_of_several() {
     let reports = logger.reports.lock().unwrap();
     assert_eq!(reports.len(), 3, "{reports:?}");
     assert_eq!(reports.iter().map(|(_, length)| length).sum::<u64>(), length);
+}
+
+#[test]
+fn a_report_in_large_pages_was_one_request_with_a_bitmap_of_32_mib() {
+    let bitmap_bytes_max = 512 << 10;
+    for (log_page_size, page_size) in [(PAGE, PAGE), (PAGE, 2 << 20), (PAGE, 1 << 30), (2 << 20, PAGE)] {
+        let logger = Logger { page_size: log_page_size, ..Logger::new(1) };
+        let log = DeviceLog::new(&logger);
+        // Begins and ends within pages of the caller's, and of the log's where these are large.
+        let (iova, length) = ((1 << 40) + 3 * PAGE, (40 << 30) + 2 * PAGE);
+        log.start(PAGE, &ranges([(iova, length)])).unwrap();
+        let written = [0, 16 << 30, (16 << 30) + 5 * PAGE, length - 1];
+        written.iter().for_each(|at| logger.write(iova + at));
+        let pages = report(&log, iova, length, page_size).unwrap();
+        let missing = written.iter().find(|at| !pages.contains(&(*at / page_size)));
+        assert_eq!(missing, None, "{page_size} of {log_page_size}");
+        let reports = logger.reports.lock().unwrap();
+        let bytes = |length: u64| length.div_ceil(log_page_size).div_ceil(64) * 8;
+        assert!(reports.iter().all(|(_, length)| bytes(*length) <= bitmap_bytes_max), "{reports:?}");
+        assert_eq!(reports.len(), if log_page_size == PAGE { 3 } else { 1 }, "{reports:?}");
+        // They follow one another, and none begins within a page of the log that the one before has had.
+        assert_eq!(reports.iter().map(|(_, length)| length).sum::<u64>(), length);
+        assert!(reports[1..].iter().all(|(iova, _)| iova.is_multiple_of(log_page_size)), "{reports:?}");
+    }
 }
 
 #[test]

@@ -7,11 +7,20 @@
 
 use limosa_stream::body::decode_abort;
 use limosa_stream::{
-    Answer, Decoded, Decoder, DeviceFacts, Header, Kind, MemoryFacts, MigrationId, Offer, Order, Preface,
-    PrefaceFlags,
+    Answer, Decoded, Decoder, DeviceFacts, Header, Kind, MemoryFacts, MigrationId, Nonce, Offer, Order,
+    Preface, PrefaceFlags, Proofs, Secret, Totals,
 };
 
 use crate::input::Input;
+
+/// The id of the moves here, and the challenge or nonce.
+const ID: MigrationId = MigrationId([7; 16]);
+const NONCE: [u8; 32] = [8; 32];
+
+/// The proofs of a move with this secret.
+fn proofs(secret: &Secret) -> Proofs {
+    Proofs::new(secret.clone(), ID, Nonce::new(NONCE))
+}
 
 /// See the module.
 pub fn run(data: &[u8]) {
@@ -28,15 +37,14 @@ pub fn run(data: &[u8]) {
 
 /// A stream of what the input says, and how many frames of it are within the limits.
 fn framed(mut input: Input<'_>) -> (Vec<u8>, u32) {
-    let mut stream = Preface::new(MigrationId([7; 16]), PrefaceFlags::empty()).encode().to_vec();
+    let mut stream = Preface::new(ID, PrefaceFlags::empty()).encode().to_vec();
     let mut frames = 0;
     while !input.0.is_empty() {
         let kind = Kind(input.take());
         let (section, position) = (input.take(), input.take());
         let length = usize::from(input.take::<u16>()) % 300;
         let (payload, rest) = input.0.split_at(input.0.len().min(length));
-        let (least, most) = kind.payload_bytes();
-        if kind.name().is_some() && (least..=most).contains(&payload.len()) {
+        if kind.name().is_some() && kind.allows(payload.len()) {
             stream.extend(Header::new(kind, section, position, frames, payload).encode());
             stream.extend(payload);
             frames += 1;
@@ -86,6 +94,13 @@ fn follow(order: &mut Option<Order>, header: &Header, payload: &[u8]) {
             }
         }
         Kind::ABORT => drop(decode_abort(payload)),
+        kind if kind.proof_bytes() > 0 => {
+            let proofs = proofs(&Secret::new([6; 32]));
+            if let Ok(body) = proofs.check(kind, payload) {
+                assert_eq!(proofs.prove(kind, body), payload, "there is one proof for each body");
+            }
+            let _ = Proofs::none().check(kind, payload);
+        }
         _ => {}
     }
     match order {
@@ -98,7 +113,8 @@ fn follow(order: &mut Option<Order>, header: &Header, payload: &[u8]) {
         None if header.kind == Kind::OFFER => {
             if let Ok(offer) = Offer::decode(payload) {
                 assert_eq!(offer.encode().and_then(|bytes| Offer::decode(&bytes)).as_ref(), Ok(&offer));
-                *order = Some(Order::new(&offer));
+                let proofs = offer.secret.as_ref().map_or_else(Proofs::none, proofs);
+                *order = Some(Order::new(&offer).with_proofs(proofs));
             }
         }
         None => {}
@@ -144,6 +160,32 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         (Kind::PROGRESS, 0, 0, &[0; 8]),
         (Kind::COMMIT, 0, 0, &[]),
     ]);
+    let secret = Secret::new([6; 32]);
+    let own = proofs(&secret);
+    let offer_with_secret = Offer { secret: Some(secret), needs: vec!["proofs".into()], ..Offer::default() };
+    let offer_with_secret = offer_with_secret.encode().expect("within the limits");
+    let prove = |kind, body: &[u8]| own.prove(kind, body);
+    let proven = move_of(&[
+        (Kind::JOIN, 0, 0, &prove(Kind::JOIN, &1_u32.to_le_bytes())),
+        (Kind::OFFER, 0, 0, &offer_with_secret),
+        (Kind::STOPPED, 0, 0, &[]),
+        (Kind::SUM, 0, 0, &[0; 24]),
+        (Kind::SUM, 0, 0, &prove(Kind::SUM, &Totals::default().encode())),
+        (Kind::COMMIT, 0, 0, &prove(Kind::RUNNING, &[])),
+        (Kind::COMMIT, 0, 0, &prove(Kind::COMMIT, &[])),
+        (Kind::DONE, 0, 0, &prove(Kind::DONE, &[])),
+    ]);
+    let answer = Answer { accepted: true, challenge: Some(Nonce::new(NONCE)), ..Answer::default() };
+    let proven_answers = move_of(&[
+        (Kind::ANSWER, 0, 0, &answer.encode().expect("within the limits")),
+        (Kind::READY, 0, 0, &prove(Kind::READY, &[])),
+        (Kind::RUNNING, 0, 0, &prove(Kind::RUNNING, &[])),
+        (Kind::REFUSED, 0, 0, &prove(Kind::REFUSED, b"\x02\0\0\0why")),
+        (Kind::QUERY, 0, 0, &prove(Kind::QUERY, &NONCE)),
+        (Kind::QUERY, 0, 0, &[]),
+        (Kind::OUTCOME, 0, 0, &prove(Kind::OUTCOME, &2_u32.to_le_bytes())),
+        (Kind::OUTCOME, 0, 0, &[0; 4]),
+    ]);
     let mut raw = vec![0, 7];
     raw.extend(framed(Input(&whole[2..])).0);
     vec![
@@ -159,6 +201,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("raw", raw),
         ("sealed", sealed),
+        ("proven", proven),
+        ("proven_answers", proven_answers),
     ]
 }
 
@@ -171,5 +215,14 @@ mod tests {
         let (_, seed) = seeds().remove(0);
         let (stream, frames) = framed(Input(&seed[2..]));
         assert_eq!((frames, read(&stream, 1)), (11, 11));
+    }
+
+    #[test]
+    fn the_seeds_of_proofs_are_read_to_their_ends() {
+        for (name, frames) in [("proven", 8), ("proven_answers", 8)] {
+            let (_, seed) = seeds().into_iter().find(|(known, _)| *known == name).unwrap();
+            let (stream, framed) = framed(Input(&seed[2..]));
+            assert_eq!((framed, read(&stream, 1)), (frames, frames), "{name}");
+        }
     }
 }

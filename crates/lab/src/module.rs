@@ -81,6 +81,8 @@ pub enum Dma {
     ReadByCpu = 0x12,
     /// Writes, and leaves the pages pinned.
     WriteAndKeep = 0x21,
+    /// Sums up memory, and leaves the pages pinned to be read.
+    ReadAndKeep = 0x22,
 }
 
 /// A mediated device of the module's.

@@ -1,9 +1,14 @@
 //! The lab's own module writes its user's memory by DMA, and logs exactly what it wrote
 //! (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_*`).
 
-use limosa_client::{Device, DeviceExt};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use limosa_client::{Device, DeviceExt, DmaMap, DmaMemory};
 use limosa_lab::module::{self, Dma, Guest, ModuleDevice, Register};
 use limosa_protocol::feature::DmaLoggingRange;
+use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, State};
 use limosa_vfio_kernel::{Door, KernelDevice};
 
@@ -177,6 +182,75 @@ fn an_unmap_takes_away_what_was_left_pinned() {
         device.reset().unwrap();
         assert_eq!(module.number("pinned"), 0);
     });
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn memory_that_is_mapped_to_be_read_was_written_through_a_page_that_was_left_pinned() {
+    let path = std::env::temp_dir().join("read-only");
+    let before = vec![0x41; 2 * PAGE as usize];
+    std::fs::write(&path, &before).unwrap();
+    let file = File::open(&path).unwrap();
+    for door in [Door::Cdev, Door::Group] {
+        let module = ModuleDevice::create("limosa-plain");
+        let device = module.open(door);
+        let memory = DmaMemory::File { fd: file.as_fd(), offset: 0 };
+        device.dma_map(&DmaMap { iova: BASE, size: 2 * PAGE, flags: DmaMapFlags::READ, memory }).unwrap();
+        module::dma(&device, Dma::ReadAndKeep, BASE, PAGE, 0).unwrap();
+        assert_eq!(module.number("pinned"), 1);
+        for write in WRITES {
+            // One page that is pinned already, one that is not, and both.
+            for (page, pages) in [(0, 1), (1, 1), (0, 2)] {
+                let refused = module::dma(&device, write, BASE + page * PAGE, pages * PAGE, 7);
+                assert_eq!(refused, Err(Errno::EPERM), "{door}: {write:?} of {pages} from {page}");
+            }
+        }
+        assert!(std::fs::read(&path).unwrap() == before, "{door}: it was written");
+        assert_eq!(module.number("pinned"), 1);
+        module::dma(&device, Dma::Read, BASE, 2 * PAGE, 0).unwrap();
+        assert_eq!(module::read(&device, Register::DmaCheck), module::sum(&before), "{door}");
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn a_page_that_was_pinned_to_be_read_is_written_where_its_mapping_allows_it() {
+    each_door(|module, device, guest| {
+        log_all(device, PAGE);
+        module::dma(device, Dma::ReadAndKeep, BASE, 2 * PAGE, 0).unwrap();
+        module::dma(device, Dma::Write, BASE, PAGE, 4).unwrap();
+        module::dma(device, Dma::WriteAndKeep, BASE + PAGE, PAGE, 5).unwrap();
+        assert_eq!(log(device, PAGE), [0, 1]);
+        let written = [module::pattern(4, BASE, PAGE), module::pattern(5, BASE + PAGE, PAGE)].concat();
+        assert!(guest.read(0, 2 * PAGE) == written);
+        module::dma(device, Dma::Read, BASE, 2 * PAGE, 0).unwrap();
+        assert_eq!(module::read(device, Register::DmaCheck), module::sum(&written));
+        assert_eq!(module.number("pinned"), 2, "each page once");
+        module::dma(device, Dma::Unpin, 0, 0, 0).unwrap();
+        assert_eq!(module.number("pinned"), 0);
+        // Had one of them been left pinned, this would not return.
+        device.dma_unmap(BASE, BYTES, None).unwrap();
+    });
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn memory_that_is_mapped_to_be_written_is_written_and_not_read() {
+    for door in [Door::Cdev, Door::Group] {
+        let module = ModuleDevice::create("limosa-plain");
+        let device = module.open(door);
+        let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(PAGE).unwrap();
+        let memory = DmaMemory::File { fd: file.as_fd(), offset: 0 };
+        device.dma_map(&DmaMap { iova: BASE, size: PAGE, flags: DmaMapFlags::WRITE, memory }).unwrap();
+        for write in [Dma::Write, Dma::WriteAndKeep] {
+            module::dma(&device, write, BASE, PAGE, write as u64).unwrap();
+            let mut found = vec![0; PAGE as usize];
+            file.read_exact_at(&mut found, 0).unwrap();
+            assert!(found == module::pattern(write as u64, BASE, PAGE), "{door}: {write:?}");
+        }
+        assert_eq!(module::dma(&device, Dma::Read, BASE, PAGE, 0), Err(Errno::EPERM), "{door}");
+    }
 }
 
 #[test]

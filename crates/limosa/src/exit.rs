@@ -1,8 +1,12 @@
 //! Exit codes: what they mean, and which error gives which.
 
 use std::fmt;
+use std::io::IsTerminal;
 
 use limosa_protocol::Errno;
+use serde::Serialize;
+
+use crate::output::Output;
 
 /// The part of every help text that documents the exit codes.
 pub const HELP: &str = "\
@@ -10,11 +14,14 @@ Exit codes:
   0  done
   1  failed; what it was about is as it was before, unless the message says otherwise
   2  wrong usage
-  3  refused: the device or the peer cannot do this, or the two sides do not fit
+  3  refused: the device or the peer cannot do this, the two sides do not fit, or the peer proves nothing
   4  not reachable: no such device or peer, in use, not permitted, gone, or connection lost
   5  in doubt: the source is stopped and does not know whether the destination runs, or the snapshot is there
   6  damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected
-  7  cancelled: the move was called off by SIGINT or SIGTERM, and undone";
+  7  cancelled: the move was called off by SIGINT or SIGTERM, and undone
+  8  done, but not all of it: what was moved, saved, loaded or set is, and something behind it failed, which the
+     message names: --on-start, a report, standard output, or devices that do not start
+With --json, standard output is one document also after a failure: code, message and, where there is one, report.";
 
 /// How the command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +34,7 @@ pub enum Code {
     InDoubt = 5,
     Damaged = 6,
     Cancelled = 7,
+    DoneBut = 8,
 }
 
 /// An error with the exit code that it is to give, for causes that have no type of their own.
@@ -47,6 +55,68 @@ impl std::error::Error for Exit {}
 /// An error with this code and message.
 pub fn error(code: Code, message: impl Into<String>) -> anyhow::Error {
     Exit { code, message: message.into() }.into()
+}
+
+/// The error for what is done and not undone by what failed behind it. `done` is what: "moved".
+pub fn but(done: impl fmt::Display, failures: &[String]) -> anyhow::Error {
+    error(Code::DoneBut, format!("{done}, but {}", failures.join("; ")))
+}
+
+/// An error with what else is known: the report of the move that failed.
+#[derive(Debug)]
+struct Reported {
+    error: anyhow::Error,
+    report: serde_json::Value,
+}
+
+impl fmt::Display for Reported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Reported {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.error)
+    }
+}
+
+/// This error with a report, for the document of `--json`.
+pub fn reported(error: anyhow::Error, report: &impl Serialize) -> anyhow::Error {
+    match serde_json::to_value(report) {
+        Ok(report) => Reported { error, report }.into(),
+        Err(_) => error,
+    }
+}
+
+/// What `--json` prints of a failure.
+#[derive(Serialize)]
+struct Failure<'a> {
+    code: u8,
+    message: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    report: Option<&'a serde_json::Value>,
+}
+
+/// Says how the command failed: to people on standard error and, with `--json`, in a document. Returns the code.
+pub fn tell(error: &anyhow::Error, out: &Output) -> Code {
+    let (code, message) = (code(error), message(error));
+    tracing::debug!(?code, ?error, "failed");
+    let report = error.downcast_ref::<Reported>().map(|reported| &reported.report);
+    out.failure(&format!("limosa: {message}"), &Failure { code: code as u8, message, report });
+    code
+}
+
+/// Says what is wrong with the command line.
+pub fn tell_usage(error: &clap::Error, out: &Output) -> Code {
+    let text = error.render();
+    let message = text.to_string().trim().trim_start_matches("error: ").to_owned();
+    let shown = match std::io::stderr().is_terminal() {
+        true => text.ansi().to_string(),
+        false => text.to_string(),
+    };
+    out.failure(shown.trim_end(), &Failure { code: Code::Usage as u8, message, report: None });
+    Code::Usage
 }
 
 /// The exit code of an error: that of the innermost cause that has one.
@@ -107,9 +177,12 @@ fn unreachable(errno: Errno) -> bool {
 
 fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
     use limosa_migrate::Error;
-    use limosa_stream::AbortCode;
+    use limosa_stream::{AbortCode, Damage};
     Some(match error {
         Error::Incompatible { .. } | Error::Vmm { .. } | Error::NotConverging { .. } => Code::Refused,
+        Error::Unauthenticated { .. } | Error::Stream { damage: Damage::Unproven { .. }, .. } => {
+            Code::Refused
+        }
         Error::Aborted { code: AbortCode::Incompatible, .. } => Code::Refused,
         // It is in use, or was silent or not heard for too long.
         Error::Aborted { code: AbortCode::NotTaken | AbortCode::TimeLimit, .. } => Code::Unreachable,

@@ -4,8 +4,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use limosa_migrate::{Outcome, Vmm};
-use limosa_stream::MigrationId;
+use limosa_migrate::{CommitNote, Outcome, Vmm};
 
 use crate::args::{Starting, Stopping};
 use crate::hook::{self, Leftovers};
@@ -126,10 +125,10 @@ impl Vmm for Guest<'_> {
         self.processes.iter().try_for_each(Process::wait_until_stopped)
     }
 
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
         let Some(noting) = &self.noting else { return Ok(()) };
         let stopped = self.stopped().map(Process::noted).collect::<Result<_, _>>()?;
-        noting.committing(id, stopped, self.on_stop)
+        noting.committing(note, stopped, self.on_stop)
     }
 
     fn resume(&self) {

@@ -27,8 +27,8 @@ pub enum Leaves {
 
 /// Ends a command on these devices: keeps them open if asked to, else says what closing them means.
 ///
-/// A failed command ends at once; not so one that leaves its devices in doubt, since they may hold the only copy of
-/// what was moved.
+/// A failed command ends at once; not so one that leaves its devices in doubt, or has moved something before it failed,
+/// since they may hold the only copy of what was moved.
 pub fn end(
     done: anyhow::Result<()>,
     devices: &[Opened],
@@ -36,14 +36,17 @@ pub fn end(
     leaves: Leaves,
     out: &Output,
 ) -> anyhow::Result<()> {
-    let in_doubt = done.as_ref().is_err_and(|error| exit::code(error) == Code::InDoubt);
-    let leaves_state = in_doubt || (done.is_ok() && leaves == Leaves::State);
-    if hold && (in_doubt || done.is_ok()) {
+    let failed = done.as_ref().err().map(exit::code);
+    let in_doubt = failed == Some(Code::InDoubt);
+    let is_done = matches!(failed, None | Some(Code::DoneBut));
+    let leaves_state = in_doubt || (is_done && leaves == Leaves::State);
+    if hold && (in_doubt || is_done) {
         if let Err(error) = &done {
             // It is said now, not when somebody ends the wait.
-            tracing::error!("{}", exit::message(error));
+            exit::tell(error, out);
         }
-        return done.and(until_told(devices, out));
+        let held = until_told(devices, out);
+        return done.and(held.map_err(|error| exit::but("done", &[exit::message(&error)])));
     }
     for device in devices.iter().filter(|device| leaves_state && device.closes_with_us()) {
         tracing::warn!("{}: {}; --hold keeps it open", device.given(), what_closing_does(device));

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use limosa_migrate::link::{self, Address, Bandwidth, Connector, Link, LinkError, Listener, Tls, Wait};
-use limosa_migrate::{Acceptor, Cancel, Ledger};
+use limosa_migrate::{Acceptor, Cancel, Ledger, Options};
 use limosa_stream::DATA_BYTES_MAX;
 
 use crate::args;
@@ -133,9 +133,9 @@ impl Links {
         &self,
         listener: Listener,
         ledger: &Arc<Ledger>,
-        silence: Duration,
+        options: &Options,
     ) -> anyhow::Result<Acceptor> {
-        let started = Acceptor::new(listener, self.tls.clone(), Arc::clone(ledger), silence);
+        let started = Acceptor::new(listener, self.tls.clone(), Arc::clone(ledger), options);
         started.context("cannot accept connections")
     }
 
@@ -144,9 +144,9 @@ impl Links {
         &self,
         listener: Listener,
         ledger: &Arc<Ledger>,
-        silence: Duration,
+        options: &Options,
     ) -> anyhow::Result<Acceptor> {
-        let started = Acceptor::answering(listener, self.tls.clone(), Arc::clone(ledger), silence);
+        let started = Acceptor::answering(listener, self.tls.clone(), Arc::clone(ledger), options);
         started.context("cannot accept connections")
     }
 }

@@ -4,6 +4,7 @@
 mod args;
 mod commands;
 mod exit;
+mod found;
 mod guest;
 mod held;
 mod hold;
@@ -22,7 +23,8 @@ mod reports;
 mod side;
 mod signals;
 
-use std::io::{IsTerminal, Write};
+use std::ffi::OsStr;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::FromArgMatches;
@@ -38,23 +40,31 @@ fn main() -> ExitCode {
     match limosa_bench::run_if_child() {
         Ok(false) => {}
         Ok(true) => return ExitCode::SUCCESS,
-        Err(error) => return failed(&error),
+        Err(error) => return ExitCode::from(exit::tell(&error, &Output::new(false)) as u8),
     }
-    let cli = Cli::from_arg_matches(&args::command().get_matches()).unwrap_or_else(|error| error.exit());
+    let matches = args::command().try_get_matches();
+    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => {
+            return ExitCode::from(exit::tell_usage(&error, &Output::new(json_is_asked_for())) as u8);
+        }
+        // It is what was asked for: the help, or the version.
+        Err(error) => error.exit(),
+    };
     log(cli.verbose);
-    let out = Output { json: cli.json };
+    let out = Output::new(cli.json);
     match run(&cli, &out) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed(&error),
+        Err(error) => ExitCode::from(exit::tell(&error, &out) as u8),
     }
 }
 
-fn failed(error: &anyhow::Error) -> ExitCode {
-    let code = exit::code(error);
-    tracing::debug!(?code, ?error, "failed");
-    // Where nobody can be told, the code tells.
-    let _ = writeln!(std::io::stderr(), "limosa: {}", exit::message(error));
-    ExitCode::from(code as u8)
+/// Whether a command line that cannot be understood asks for JSON.
+fn json_is_asked_for() -> bool {
+    std::env::args_os()
+        .skip(1)
+        .take_while(|arg| arg != OsStr::new("--"))
+        .any(|arg| arg == OsStr::new("--json"))
 }
 
 fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {

@@ -5,7 +5,8 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use limosa_migrate::{Ledger, PrivateFolder};
+use limosa_migrate::link::Fingerprint;
+use limosa_migrate::{CommitNote, Ledger, PrivateFolder, Secret};
 use limosa_protocol::State;
 use limosa_stream::MigrationId;
 use rustix::fs::{FlockOperation, flock};
@@ -32,6 +33,12 @@ pub struct Moves(PathBuf);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Doubt {
     pub id: String,
+    /// What proves that an answer is the destination's: for nobody else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<Secret>,
+    /// The certificate of the destination, which alone may answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<Fingerprint>,
     #[serde(flatten)]
     pub halted: Halted,
     /// The address at which the destination listened; of a save, the snapshot's place; of a move on this machine, the
@@ -49,6 +56,17 @@ pub struct Doubt {
     /// The id of the note of its stop, which this one replaces.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop: Option<String>,
+}
+
+impl Doubt {
+    /// What was noted of the move with this id before its commit. Of one that is not noted here only the id is known.
+    pub fn commit(id: MigrationId, noted: Option<&Doubt>) -> CommitNote {
+        let mut commit = CommitNote::from(id);
+        if let Some(noted) = noted {
+            (commit.secret, commit.peer) = (noted.secret.clone(), noted.peer);
+        }
+        commit
+    }
 }
 
 /// The note of a guest that is being stopped for a move, which has not come to its commit.
@@ -115,6 +133,16 @@ impl Halted {
             [] => "the guest's memory".into(),
             devices => plain(&devices.join(", ")),
         }
+    }
+
+    /// Whether a user means one of these devices.
+    pub fn is_of(&self, name: &str) -> bool {
+        let lasting = open::lasting_name(name).ok();
+        let identity = open::identity(name);
+        self.devices.iter().enumerate().any(|(at, device)| {
+            let known = self.known(at).identity;
+            device == name || Some(device) == lasting.as_ref() || known.is_some() && known == identity
+        })
     }
 
     /// What is known of the device at this place.

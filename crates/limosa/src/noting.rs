@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use limosa_client::DeviceExt;
-use limosa_migrate::PrivateFolder;
+use limosa_migrate::{CommitNote, PrivateFolder};
 use limosa_stream::MigrationId;
 use serde::Serialize;
 
@@ -74,7 +74,7 @@ impl Noting {
     /// Notes a move that is about to be committed.
     pub fn committing(
         &self,
-        id: MigrationId,
+        commit: &CommitNote,
         stopped: Vec<Stopped>,
         on_stop: Option<&str>,
     ) -> Result<(), String> {
@@ -86,8 +86,9 @@ impl Noting {
         };
         let stop = written.stop.is_some().then(|| self.stop.clone());
         let halted = self.halted(stopped, on_stop);
-        let note = Doubt { id: id.to_string(), halted, to, saved, here, tls, stop };
+        let (id, secret, peer) = (commit.id.to_string(), commit.secret.clone(), commit.peer);
         let name = format!("{id}{DOUBT}");
+        let note = Doubt { id, secret, peer, halted, to, saved, here, tls, stop };
         let file = self.write(&name, &note)?;
         written.doubt = Some((name, file));
         // From here on the other note says nothing more. If it cannot be removed, it is known to be replaced.

@@ -1,27 +1,52 @@
 //! What the command prints: text or JSON on standard output, progress on standard error.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
+
+use crate::exit::{self, Code};
 
 /// Indexes of regions or interrupts that are listed at most, whatever a device claims.
 pub const INDEXES_MAX: u32 = 256;
 
 /// Where results go.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Output {
     pub json: bool,
+    /// Whether a document was printed, or begun.
+    printed: AtomicBool,
+    /// Whether it was said how the command failed.
+    told: AtomicBool,
 }
 
 impl Output {
+    pub fn new(json: bool) -> Output {
+        Output { json, printed: AtomicBool::new(false), told: AtomicBool::new(false) }
+    }
+
     /// Prints a result: the JSON document, or what `text` writes.
     pub fn result<T: Serialize>(
         &self,
         result: &T,
         text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
+        self.printed.store(true, Ordering::Relaxed);
         let json = |to: &mut dyn Write| Ok(serde_json::to_writer_pretty(to, result)?);
         self.print(json, text)
+    }
+
+    /// Says how the command failed, once: to people on standard error, and in a document unless there is one on standard
+    /// output already.
+    pub fn failure<T: Serialize>(&self, message: &str, failure: &T) {
+        if self.told.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        // Nobody is left to be told where this fails.
+        let _ = writeln!(io::stderr(), "{message}");
+        if self.json && !self.printed.swap(true, Ordering::Relaxed) {
+            let _ = self.line(failure, |_| Ok(()));
+        }
     }
 
     /// Prints one of several results, which come as they may: a JSON document in a line, or what `text` writes.
@@ -52,7 +77,7 @@ impl Output {
         match done.and_then(|()| to.flush()) {
             // Whoever reads has enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            other => Ok(other?),
+            other => other.map_err(|error| exit::error(Code::Failed, format!("standard output: {error}"))),
         }
     }
 

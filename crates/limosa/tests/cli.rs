@@ -120,7 +120,7 @@ fn save_inspect_load_bring_back_the_state_that_was_saved() {
     assert!(device_data(folder.path("file").as_path()) == device_data(folder.path("again").as_path()));
 
     let json = limosa(&["--json", "save", "--stop", &device.socket, &json_file]).json();
-    assert_eq!(json["outcome"], "moved");
+    assert_eq!(json["outcome"], "saved");
     assert_eq!(device.state(), State::Stop);
     let json = limosa(&["--json", "load", "--stop", &json_file, &device.socket]).json();
     assert_eq!(json["outcome"], "stopped");

@@ -333,7 +333,7 @@ fn a_device_that_is_being_moved_is_not_moved_again() {
     let (one, other) = (folder.device("one", &[]), folder.device("other", &[]));
     limosa(&["state", &one.socket, "set", "PRE_COPY"]).ok();
     limosa(&["migrate", &one.socket, &other.socket])
-        .fails(REFUSED, &[&one.socket, "PRE_COPY", "being moved already?"]);
+        .fails(REFUSED, &[&one.socket, "PRE_COPY", "being moved already?", "set RUNNING"]);
     limosa(&["migrate", &other.socket, &one.socket]).fails(REFUSED, &[&one.socket, "PRE_COPY", "in use?"]);
     assert_eq!((one.state(), other.state()), (State::PreCopy, State::Running));
     limosa(&["state", &one.socket, "set", "RUNNING"]).ok();

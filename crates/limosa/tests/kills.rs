@@ -35,6 +35,11 @@ enum At {
 
 impl Scene {
     fn at(at: At) -> Scene {
+        Scene::at_with(at, &[])
+    }
+
+    /// The same with further arguments for the sender.
+    fn at_with(at: At, more: &[&str]) -> Scene {
         let folder = Folder::new();
         let precopy = if at == At::StopCopy { "precopy=0" } else { "precopy=100" };
         let stall = match at {
@@ -54,7 +59,7 @@ impl Scene {
             _ => None,
         };
         let to = proxy.as_ref().map_or(&listen, |proxy| &proxy.address);
-        let sender = start(&["-vv", "send", &source.socket, "--to", to]);
+        let sender = start(&[&["-vv", "send", &source.socket, "--to", to], more].concat());
         if let Some(proxy) = &proxy {
             proxy.held();
         }
@@ -247,10 +252,12 @@ fn a_move_in_doubt_is_resolved_after_both_processes_are_gone() {
 
 #[test]
 fn a_move_whose_receiver_died_while_it_started_is_for_a_person_to_decide() {
-    let scene = Scene::at(At::Commit);
+    let scene = Scene::at_with(At::Commit, &["--json"]);
     scene.receiver.kill();
     let name = &scene.source.socket;
-    scene.sender.end().fails(5, &[name, "in doubt", "limosa resolve"]);
+    let sent = scene.sender.end();
+    sent.fails(5, &[name, "in doubt", "limosa resolve"]);
+    assert_eq!(sent.json_failure(5)["report"]["outcome"], "in doubt");
     let there = format!("unix:{}", scene.folder.text("answers"));
     let answers = start(&["--json", "answer", "--listen", &there]);
     answers.line("listening on");
@@ -403,6 +410,9 @@ struct Cut {
     destination: Server,
 }
 
+/// Bytes of COMMIT, and of DONE.
+const WORD: u64 = 64;
+
 impl Cut {
     fn new() -> Cut {
         let folder = Folder::new();
@@ -458,8 +468,8 @@ fn a_link_that_is_cut_anywhere_leaves_one_that_runs() {
     let ((all, _), code) = cut.with(Plan::Pass);
     assert_eq!(code, 0);
     assert!(all > 2 << 20, "{all}");
-    // DONE comes after COMMIT, when both know that the move is over.
-    let out = all - 32;
+    // DONE, with its proof, comes after COMMIT, when both know that the move is over.
+    let out = all - WORD;
     assert_eq!(cut.with(Plan::Cut(all - 1)).1, 0);
     for at in [
         1,
@@ -472,8 +482,8 @@ fn a_link_that_is_cut_anywhere_leaves_one_that_runs() {
         5000,
         600_000,
         1_500_000,
-        out - 97,
-        out - 64,
+        out - WORD - 33,
+        out - WORD,
         out - 33,
         out - 32,
         out - 1,

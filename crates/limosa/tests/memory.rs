@@ -426,7 +426,7 @@ fn a_guest_that_cannot_be_started_or_set_going_again_is_said_so() {
     let undone = pair.migrate(&["--on-stop", "true", "--on-resume", "exit 4"]);
     undone.fails(3, &["not all is as it was before", "--on-resume `exit 4`", "the guest may stand still"]);
     let moved = pair.migrate(&["--on-stop", "true", "--on-start", "exit 5"]);
-    moved.fails(1, &["--on-start `exit 5`", "the devices run here, the guest may not"]);
+    moved.fails(8, &["--on-start `exit 5`", "the devices run here, the guest may not"]);
     assert!(moved.out.contains("downtime") && pair.destination.runs(GUEST));
 }
 

@@ -2,7 +2,12 @@
 
 mod support;
 
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+
 use limosa_protocol::State;
+use limosa_stream::{Header, Kind, PREFACE_BYTES};
 use rustix::process::Signal;
 use support::vcpus::Vcpus;
 use support::{Folder, Running, Server, limosa, start};
@@ -71,6 +76,63 @@ fn a_process_that_was_stopped_goes_on_when_the_destination_says_that_the_move_wa
     answers.line(": not committed");
     assert!(scene.source.runs(GUEST) && !scene.vcpus.is_stopped());
     assert!(!scene.destination.runs(GUEST));
+}
+
+#[test]
+fn a_stranger_at_the_destination_s_address_settled_a_doubt() {
+    let scene = Scene::new(&[], &[]);
+    scene.sender.signal(Signal::KILL);
+    scene.receiver.line("the source may be in doubt");
+    let address = scene.folder.text("stranger");
+    let listener = UnixListener::bind(&address).unwrap();
+    let stranger = std::thread::spawn(move || {
+        let (mut link, _) = listener.accept().unwrap();
+        let mut preface = [0; PREFACE_BYTES];
+        link.read_exact(&mut preface).unwrap();
+        let outcome = 1_u32.to_le_bytes();
+        let header = Header::new(Kind::OUTCOME, 0, 0, 0, &outcome);
+        link.write_all(&[&preface[..], &header.encode(), &outcome].concat()).unwrap();
+        // Until the other side is done.
+        let _ = link.read_to_end(&mut Vec::new());
+    });
+    let name = scene.source.socket.clone();
+    let resolved = scene.resolve(&[&name, "--to", &format!("unix:{address}")]);
+    resolved.fails(5, &[&name, "OUTCOME: it carries no proof", "--decide"]);
+    stranger.join().unwrap();
+    assert!(scene.source.state() == State::StopCopy && scene.vcpus.is_stopped());
+    // Nor is the destination's answer known without the note.
+    let id = scene.resolve(&[]).ok().split_whitespace().next().unwrap().to_owned();
+    let nowhere = scene.folder.text("nowhere");
+    let to = format!("unix:{}", scene.folder.text("link"));
+    let asked = limosa(&["resolve", &name, "--moves", &nowhere, "--id", &id, "--to", &to]);
+    asked.fails(5, &["no secret of it was noted", "--insecure", "--decide"]);
+    assert!(scene.resolve(&[&name]).ok().contains("moved; it is stopped"));
+    assert!(scene.source.state() == State::Stop && scene.vcpus.is_stopped());
+}
+
+#[test]
+fn the_secret_of_a_move_in_doubt_is_in_its_note_and_nowhere_else() {
+    let scene = Scene::new(&[], &[]);
+    scene.receiver.signal(Signal::KILL);
+    let sent = scene.sender.line("is stopped and in doubt");
+    let notes = std::fs::read_dir(scene.folder.path("here")).unwrap().map(|entry| entry.unwrap().path());
+    let note = notes.into_iter().find(|path| path.extension().is_some_and(|is| is == "doubt")).unwrap();
+    assert_eq!(note.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let noted: serde_json::Value = serde_json::from_slice(&std::fs::read(&note).unwrap()).unwrap();
+    let secret = noted["secret"].as_str().unwrap();
+    assert_eq!(secret.len(), 64, "{noted}");
+    let here = scene.folder.text("here");
+    let listed = limosa(&["--json", "resolve", "--moves", &here]).ok();
+    assert!(listed.contains(noted["id"].as_str().unwrap()), "{listed}");
+    for said in [&listed, &scene.resolve(&[]).ok(), &sent] {
+        assert!(!said.contains(&secret[..16]), "{said}");
+    }
+    // The receiver's record has it too, and it says as little.
+    let record = scene.folder.path("there").join(format!("{}.move", noted["id"].as_str().unwrap()));
+    assert_eq!(record.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let bytes = std::fs::read(record).unwrap();
+    let digits: String = bytes[48..80].iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(digits, secret);
 }
 
 #[test]

@@ -248,7 +248,8 @@ fn a_stop_is_noted_before_anything_is_stopped() {
         "grep -q '\"pid\":{pid}' {moves}/*.stopped && grep -q on_stop {moves}/*.stopped && \
          ! grep -q ') T' /proc/{pid}/stat"
     );
-    let args = ["migrate", &source.socket, &destination.socket, "--moves", &moves, "--stop-with", &pid];
+    let args =
+        ["migrate", &source.socket, &destination.socket, "--stopped", "--moves", &moves, "--stop-with", &pid];
     limosa(&[&args[..], &["--on-stop", &on_stop]].concat()).ok();
     assert!(vcpus.is_stopped() && destination.runs(GUEST));
     assert_eq!(std::fs::read_dir(&moves).unwrap().count(), 0);
@@ -290,7 +291,8 @@ fn a_local_move_that_is_killed_in_its_commit_is_for_a_person_to_decide() {
     let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[&stall]));
     source.mark(GUEST);
     let (moves, pid) = (folder.text("moves"), vcpus.pid());
-    let args = ["migrate", &source.socket, &destination.socket, "--moves", &moves, "--stop-with", &pid];
+    let args =
+        ["migrate", &source.socket, &destination.socket, "--stopped", "--moves", &moves, "--stop-with", &pid];
     let moving = start(&args);
     destination.line("stalls as scripted");
     moving.kill();
@@ -309,7 +311,8 @@ fn a_device_that_stood_still_before_the_move_does_not_run_after_it_was_killed() 
     let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[&stall]));
     limosa(&["state", &source.socket, "set", "STOP"]).ok();
     let (moves, pid) = (folder.text("moves"), vcpus.pid());
-    let args = ["migrate", &source.socket, &destination.socket, "--moves", &moves, "--stop-with", &pid];
+    let args =
+        ["migrate", &source.socket, &destination.socket, "--stopped", "--moves", &moves, "--stop-with", &pid];
     let moving = start(&args);
     destination.line("stalls as scripted");
     moving.kill();

@@ -33,7 +33,7 @@ fn a_device_is_saved_to_a_store_verified_and_loaded() {
     one.mark(23);
     let url = format!("s3://{BUCKET}/cards/one");
     let json = at(&server, &["--json", "save", "--stop", &one.socket, &url]).json();
-    assert_eq!(json["outcome"], "moved");
+    assert_eq!(json["outcome"], "saved");
     assert!(server.file("cards/one").metadata().unwrap().len() > 12 << 20);
     let text = at(&server, &["inspect", &url]).ok();
     assert!(text.contains("sealed, blake3 ") && text.ends_with("whole: it can be loaded\n"), "{text}");

@@ -211,8 +211,6 @@ fn what_is_missing_or_unusable_is_said_before_anybody_is_connected_to() {
     std::fs::set_permissions(&key, Permissions::from_mode(0o644)).unwrap();
     send(&tls).fails(2, &["source.key", "0644", "chmod 600"]);
     std::fs::set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
-    let named = ["--tls-name".to_owned(), "x".to_owned()];
-    send(&[&tls[..], &named, &["--insecure".into()]].concat()).fails(2, &["--insecure", "--tls-ca"]);
     for listening in [&["receive", &pair.destination.socket][..], &["answer"]] {
         let args = [listening, &["--listen", "unix:/nowhere"]].concat().into_iter().map(str::to_owned);
         let args: Vec<String> = args.chain(tls.iter().cloned()).collect();

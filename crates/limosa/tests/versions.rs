@@ -3,10 +3,14 @@
 mod support;
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use limosa_stream::body::encode_abort;
-use limosa_stream::{AbortCode, Decoded, Decoder, Header, Kind, MigrationId, Preface, PrefaceFlags, VERSION};
+use limosa_stream::{
+    AbortCode, Answer, Decoded, Decoder, HEADER_BYTES, Header, Kind, MigrationId, Offer, PREFACE_BYTES,
+    Preface, PrefaceFlags, VERSION,
+};
 use support::{Ended, Folder, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
@@ -55,11 +59,11 @@ fn a_newer_destination_that_needs_more_than_this_source_knows_is_refused() {
 fn an_older_destination_that_does_not_know_what_the_source_uses_is_believed() {
     let sent = send_to(&Folder::new(), |id| {
         let reason =
-            encode_abort(AbortCode::Incompatible, "the stream uses flush, which this version does not know");
+            encode_abort(AbortCode::Stream, "the stream uses proofs, which this version does not know");
         let header = Header::new(Kind::ABORT, 0, 0, 0, &reason);
         [&preface(id, VERSION, VERSION)[..], &header.encode(), &reason].concat()
     });
-    sent.fails(3, &["called the move off", "the stream uses flush", "the source is as it was before"]);
+    sent.fails(3, &["called the move off", "the stream uses proofs", "the source is as it was before"]);
 }
 
 #[test]
@@ -85,4 +89,97 @@ fn a_newer_source_that_needs_more_than_this_destination_knows_is_told_and_passed
     limosa(&["send", &known.socket, "--to", &format!("unix:{link}")]).ok();
     receiver.end().ok();
     assert!(device.runs(GUEST + 1));
+}
+
+/// What a source or a destination of the first versions would have sent: a move without secret and challenge.
+fn as_older(kind: Kind, payload: &[u8]) -> Option<Vec<u8>> {
+    match kind {
+        Kind::OFFER => {
+            let mut offer = Offer::decode(payload).unwrap();
+            offer.secret = None;
+            offer.needs.retain(|need| need != "proofs");
+            Some(offer.encode().unwrap())
+        }
+        Kind::ANSWER => {
+            let answer = Answer { challenge: None, ..Answer::decode(payload).unwrap() };
+            Some(answer.encode().unwrap())
+        }
+        _ => None,
+    }
+}
+
+/// Passes one direction of a link on, with OFFER and ANSWER as an older version writes them.
+fn pass_as_older(mut from: UnixStream, mut to: UnixStream) -> std::io::Result<()> {
+    let mut preface = [0; PREFACE_BYTES];
+    from.read_exact(&mut preface)?;
+    to.write_all(&preface)?;
+    loop {
+        let mut bytes = [0; HEADER_BYTES];
+        from.read_exact(&mut bytes)?;
+        let header = Header::decode(&bytes).unwrap();
+        let mut payload = vec![0; header.length as usize];
+        from.read_exact(&mut payload)?;
+        if let Some(older) = as_older(header.kind, &payload) {
+            let header = Header::new(header.kind, 0, 0, header.sequence, &older);
+            (bytes, payload) = (header.encode(), older);
+        }
+        to.write_all(&[&bytes[..], &payload].concat())?;
+    }
+}
+
+/// A move between two sides, each of which takes the other for one of an older version. `insecure` says which of them
+/// believe such a peer. Returns how sender and receiver ended.
+fn move_between_versions(folder: &Folder, insecure: [bool; 2]) -> (Ended, Ended, [support::Server; 2]) {
+    let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
+    source.mark(GUEST);
+    let (listen, between) = (folder.text("link"), folder.text("between"));
+    let flag = |insecure: bool| if insecure { &["--insecure"][..] } else { &[] };
+    let receive = ["receive", &destination.socket, "--listen", &format!("unix:{listen}")];
+    let receiver = start(&[&receive[..], flag(insecure[1])].concat());
+    receiver.line("listening on");
+    let listener = UnixListener::bind(&between).unwrap();
+    let relay = std::thread::spawn(move || {
+        let (near, _) = listener.accept().unwrap();
+        let far = UnixStream::connect(&listen).unwrap();
+        let (near_again, far_again) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+        let there = std::thread::spawn(move || {
+            let _ = pass_as_older(near_again, far_again.try_clone().unwrap());
+            let _ = far_again.shutdown(Shutdown::Write);
+        });
+        // Until the receiver has ended it.
+        let _ = pass_as_older(far, near.try_clone().unwrap());
+        let _ = near.shutdown(Shutdown::Write);
+        there.join().unwrap();
+    });
+    let send = ["send", &source.socket, "--to", &format!("unix:{between}")];
+    let sent = limosa(&[&send[..], flag(insecure[0])].concat());
+    let received = receiver.end();
+    relay.join().unwrap();
+    (sent, received, [source, destination])
+}
+
+#[test]
+fn a_peer_of_an_older_version_is_refused_by_either_side_unless_it_is_to_be_believed() {
+    // The receiver is the first to see it.
+    for source_believes in [false, true] {
+        let folder = Folder::new();
+        let (sent, received, [source, destination]) =
+            move_between_versions(&folder, [source_believes, false]);
+        let why = ["its OFFER has no secret, so it is of an older version", "--insecure"];
+        received.fails(3, &[&why[..], &["was not loaded"]].concat());
+        sent.fails(3, &[&why[..], &["the source is as it was before"]].concat());
+        assert!(source.runs(GUEST) && !destination.runs(GUEST));
+    }
+    let folder = Folder::new();
+    let (sent, received, [source, destination]) = move_between_versions(&folder, [false, true]);
+    let why = ["its ANSWER has no challenge, so it is of an older version", "--insecure"];
+    sent.fails(3, &[&why[..], &["the source is as it was before"]].concat());
+    received.fails(3, &[&why[..], &["called the move off"]].concat());
+    assert!(source.runs(GUEST) && !destination.runs(GUEST));
+
+    let folder = Folder::new();
+    let (sent, received, [source, destination]) = move_between_versions(&folder, [true, true]);
+    sent.ok();
+    received.ok();
+    assert!(destination.runs(GUEST) && !source.runs(GUEST));
 }

@@ -28,15 +28,14 @@ use limosa_device::{Bus, Description, Fault, Loopback, Machine, Model, Whole, Wh
 use limosa_migrate::link::{Address, Bandwidth, Connector, Listener, Wait, connect};
 use limosa_migrate::{Acceptor, Incoming};
 use limosa_migrate::{
-    Cancel, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory, MemoryRegion,
-    MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,
+    Cancel, CommitNote, Destination, DirtyLog, Estimate, FilePages, GuestPages, InDoubt, Ledger, Memory,
+    MemoryRegion, MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Phase, Received, Round, Source, Vmm,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig, registers};
 use limosa_models::uart::{Line, Uart};
 use limosa_protocol::bitmap::{DirtyBitmap, words_for};
 use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, pci_index};
-use limosa_stream::MigrationId;
 use limosa_vfio_user::client::{self, Client};
 use limosa_vfio_user::server::{self, Server};
 
@@ -322,12 +321,13 @@ impl Vmm for Hooks<'_> {
         Ok(())
     }
 
-    /// On the source, when everything has arrived and before the destination is told to run. A VMM writes the id to a disk
-    /// here. If its process ends before it knows how the move ended, the next process resolves the move by the id
-    /// ([`InDoubt::recover`]). Everything stands still, so this example prints what must not be lost.
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
+    /// On the source, when everything has arrived and before the destination is told to run. A VMM writes the note to a disk
+    /// here, in a file of mode 0600, as it has the move's secret. If its process ends before it knows how the move ended, the
+    /// next process resolves the move by the note ([`InDoubt::recover`]). Everything stands still, so this example prints
+    /// what must not be lost.
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
         let checksum = self.0.checksum().map_err(|error| error.to_string())?;
-        println!("commits {id}: count {} checksum {checksum:016x}", self.0.vcpu().count);
+        println!("commits {}: count {} checksum {checksum:016x}", note.id, self.0.vcpu().count);
         Ok(())
     }
 
@@ -589,8 +589,7 @@ fn main() -> Result<()> {
             // it on a disk: `Ledger::open`.
             let ledger = Arc::new(Ledger::new());
             // A client that stays silent, or is not migrating, does not block others.
-            let silence_max = machinery.options.silence_max;
-            let acceptor = Acceptor::new(listener, None, Arc::clone(&ledger), silence_max)?;
+            let acceptor = Acceptor::new(listener, None, Arc::clone(&ledger), &machinery.options)?;
             println!("listens at {}", acceptor.address());
             machinery.receive(&acceptor, &ledger)?;
             std::thread::spawn(move || print_answers(&acceptor));

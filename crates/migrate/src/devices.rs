@@ -1,8 +1,8 @@
 //! Devices in a move: their facts, how they are compared, and work that is done on all of them at once.
 
 use limosa_client::{Device, DeviceExt};
-use limosa_protocol::MigrationFlags;
 use limosa_protocol::info::{DeviceFlags, pci_index};
+use limosa_protocol::{MigrationFlags, State};
 
 use crate::error::{Mismatch, MismatchKind};
 use crate::{Error, Result};
@@ -132,6 +132,19 @@ fn pci_ids(config: &[u8; 64]) -> PciIds {
         subsystem_device: word(0x2e),
         class: u32::from_le_bytes([config[0x09], config[0x0a], config[0x0b], 0]),
         revision: config[0x08],
+    }
+}
+
+/// What a person can do about a device that is in a state in which nothing can be moved from or to it.
+pub(crate) fn way_out_of(state: State) -> &'static str {
+    match state {
+        State::PreCopy | State::PreCopyP2p | State::StopCopy => {
+            "its guest is being moved or saved from here, or whoever did that has died: then drive it to RUNNING, which \
+             brings its guest back"
+        }
+        State::Resuming => "something is being loaded into it, or whoever did that has died: then reset it",
+        State::Error => "no arc leads out of it; a reset does, and its state is lost with that",
+        State::RunningP2p | State::Running | State::Stop => "drive it to RUNNING",
     }
 }
 

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use limosa_clockwork::{Panic, catch};
 use limosa_protocol::State;
-use limosa_stream::{AbortCode, Damage};
+use limosa_stream::{AbortCode, Damage, MigrationId};
 
 use crate::Cancel;
-use crate::link::LinkError;
+use crate::link::{Fingerprint, LinkError};
 
 /// The result of the engine's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -135,6 +135,14 @@ pub enum Error {
         place: String,
         /// The panic's message.
         message: String,
+    },
+    /// The other side cannot prove that it is an end of this move.
+    #[error("{peer}: {why}")]
+    Unauthenticated {
+        /// The other side.
+        peer: String,
+        /// What it lacks.
+        why: Mistrust,
     },
     /// A move in doubt was to be settled with another machine than the one that was sent.
     #[error("it is another machine than the one that was moved: {0}")]
@@ -423,6 +431,42 @@ pub enum Changed {
     Reset(u64),
 }
 
+/// Why the other side is not believed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Mistrust {
+    /// It is of a version whose words carry no proofs.
+    #[error(
+        "{sign}, so it is of an older version, and what it says about the commit would be believed without a proof; update \
+         it, or allow peers that are not authenticated (--insecure, Options::unauthenticated_peers)"
+    )]
+    OlderVersion {
+        /// What shows it.
+        sign: &'static str,
+    },
+    /// This side knows no secret of the move, so that the other side can prove nothing.
+    #[error(
+        "nothing here can tell the other end of move {id} from a stranger, as no secret of it was noted; allow peers that \
+         are not authenticated (--insecure, Options::unauthenticated_peers), or look at both ends and decide (--decide)"
+    )]
+    NoSecret {
+        /// The move.
+        id: MigrationId,
+    },
+    /// It has another certificate than the destination to which the COMMIT was sent.
+    #[error(
+        "it is not the destination to which the COMMIT was sent: the SHA-256 of its certificate is {}, expected {expected}; \
+         ask the one with that certificate, or look at the destination and decide (--decide)",
+        .found.map_or("not known, as the link is not under TLS".into(), |found| found.to_string())
+    )]
+    AnotherCertificate {
+        /// The certificate to which the COMMIT was sent.
+        expected: Fingerprint,
+        /// The certificate that was found; `None` without TLS.
+        found: Option<Fingerprint>,
+    },
+}
+
 /// The difference between two machines.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -486,7 +530,7 @@ impl Error {
             }
             Error::Memory { .. } => AbortCode::Memory,
             Error::Vmm { .. } => AbortCode::Vmm,
-            Error::Incompatible { .. } => AbortCode::Incompatible,
+            Error::Incompatible { .. } | Error::Unauthenticated { .. } => AbortCode::Incompatible,
             Error::NotTaken { .. } => AbortCode::NotTaken,
             Error::Aborted { code, .. } => *code,
             Error::Stream { .. } => AbortCode::Stream,

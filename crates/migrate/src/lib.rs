@@ -79,9 +79,11 @@ pub use acceptor::{Acceptor, Incoming, OfferedMove, PENDING_MAX};
 pub use cancel::Cancel;
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
-pub use error::{Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, NoMove, Obstacle, Result};
+pub use error::{
+    Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, Mistrust, NoMove, Obstacle, Result,
+};
 pub use ledger::{Decision, Ledger};
-pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Totals};
+pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Secret, Totals};
 pub use local::move_local;
 pub use memory::{
     DirtyLog, FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Memory, MemoryRegion,
@@ -99,5 +101,5 @@ pub use snapshot::{
     SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter, Verified, inspect, inspect_file,
     inspect_snapshot, published, verify,
 };
-pub use source::{AfterSave, InDoubt, Outcome, Source};
+pub use source::{AfterSave, CommitNote, InDoubt, Outcome, Source};
 pub use vmm::{Nobody, Vmm};

@@ -58,6 +58,9 @@ pub struct Options {
     /// Nothing renews it. When it has passed, the move is undone and the guest runs on at the source. A move that is
     /// predicted to take longer does not stop the guest at all. Of a snapshot: until everything is written.
     pub standstill_max: Duration,
+    /// Whether peers that prove nothing are believed: those of the first versions, and records and notes of moves without a
+    /// secret (`docs/stream.md: Proofs`). Without it a move with such a peer is refused before a device is touched.
+    pub unauthenticated_peers: bool,
 }
 
 impl Default for Options {
@@ -75,6 +78,7 @@ impl Default for Options {
             move_max: Duration::from_secs(86_400),
             commit_max: Duration::from_secs(30),
             standstill_max: Duration::from_secs(60),
+            unauthenticated_peers: false,
         }
     }
 }
@@ -150,6 +154,7 @@ with!(Options {
     with_move_max: move_max: Duration,
     with_commit_max: commit_max: Duration,
     with_standstill_max: standstill_max: Duration,
+    with_unauthenticated_peers: unauthenticated_peers: bool,
 });
 
 with!(Convergence {

@@ -1,9 +1,8 @@
 //! The machine around the devices, as the engine asks it to stop and to go on: [`Vmm`].
 
 use limosa_clockwork::catch;
-use limosa_stream::MigrationId;
 
-use crate::{Error, Result as MoveResult};
+use crate::{CommitNote, Error, Result as MoveResult};
 
 /// The machine around the devices. The default of every method does nothing.
 ///
@@ -21,23 +20,23 @@ pub trait Vmm: Sync {
         false
     }
 
-    /// On the source, before devices stop: stop the vCPUs. The downtime begins with this call. An `Err` ends the move, and
-    /// [`Vmm::resume`] is called.
+    /// On the source, before devices stop: stop the vCPUs, if they do not stand still already. The downtime begins with this
+    /// call. An `Err` ends the move, and [`Vmm::resume`] is called.
     fn stop(&self) -> Result<(), String> {
         Ok(())
     }
 
-    /// On the source, when the destination has loaded and before it is told to run: note the move's id
-    /// where a process that is started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover). Also before
-    /// the snapshot of a guest that stays stopped ([`AfterSave::Stop`](crate::AfterSave::Stop)) is published.
-    /// The guest stands still meanwhile. An `Err` calls the move off.
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
-        let _ = id;
+    /// On the source, when the destination has loaded and before it is told to run: keep the note where a process that is
+    /// started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover), and where only the machine's owner can
+    /// read it. Also before the snapshot of a guest that stays stopped ([`AfterSave::Stop`](crate::AfterSave::Stop)) is
+    /// published. The guest stands still meanwhile. An `Err` calls the move off.
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
+        let _ = note;
         Ok(())
     }
 
-    /// On the source, after a move was undone and the devices run again: let the vCPUs go on. It is called only if
-    /// [`Vmm::stop`] was called, also if that refused.
+    /// On the source, after a move was undone and the devices run again: let the vCPUs go on that [`Vmm::stop`] has stopped.
+    /// Those that stood still before stay so. It is called only if [`Vmm::stop`] was called, also if that refused.
     fn resume(&self) {}
 
     /// On the destination, after COMMIT and before the devices run. This is part of the downtime. An `Err` gives the guest
@@ -46,7 +45,8 @@ pub trait Vmm: Sync {
         Ok(())
     }
 
-    /// On the destination, when the devices run: start the vCPUs. The downtime ends with this call.
+    /// On the destination, when the devices run: start the vCPUs. The downtime ends with this call. It is not called where
+    /// nothing is to run ([`Received::Stopped`](crate::Received::Stopped)), and neither is [`Vmm::prepare`].
     fn start(&self) {}
 }
 

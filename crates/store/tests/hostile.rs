@@ -14,7 +14,7 @@ use limosa_store::Object;
 
 /// What the client may have in its sockets' buffers, and more.
 const BUFFERS_MAX: usize = 32 << 20;
-const PIECE: [u8; 64 << 10] = [b'A'; 64 << 10];
+static PIECE: [u8; 64 << 10] = [b'A'; 64 << 10];
 
 /// A store that gives every request to this, with its range. How many bytes it could send each time.
 fn store(

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Compression, DEVICES_MAX, Damage, Kind, LINKS_MAX, MEMORY_BYTES_MAX, MEMORY_REGIONS_MAX, NAME_BYTES_MAX,
-    OFFER_BYTES_MAX, REASON_BYTES_MAX, REGIONS_MAX, u16_at, u32_at, u64_at,
+    Nonce, OFFER_BYTES_MAX, REASON_BYTES_MAX, REGIONS_MAX, Secret, u16_at, u32_at, u64_at,
 };
 
 /// The devices and the memory that a source offers to move.
@@ -25,6 +25,9 @@ pub struct Offer {
     /// Whether the source sends keep-alives over further links as well (`docs/stream.md: Keep-alive`).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keeps_links_alive: bool,
+    /// The secret that keys the proofs of this move; `None` in a saved stream, and of sources of the first versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<Secret>,
 }
 
 fn one() -> u32 {
@@ -60,6 +63,9 @@ pub struct DeviceFacts {
     /// Its identification in PCI configuration space.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci: Option<PciIds>,
+    /// Whether it stood in STOP when it was offered, and is to stay so at the destination.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stopped: bool,
 }
 
 /// Identification in PCI configuration space.
@@ -116,14 +122,21 @@ pub struct Answer {
     /// How many bytes of a device may be on their way (`docs/stream.md: CREDIT`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<u64>,
+    /// What the proofs of this move cover, so that they hold for this connection only. `None` if they are not due: the
+    /// offer has no secret, or the destination is of the first versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub challenge: Option<Nonce>,
 }
 
 /// In [`Offer::needs`]: the source sends FLUSH, and waits for FLUSHED.
 pub const NEEDS_FLUSH: &str = "flush";
 /// In [`Offer::needs`]: the source sends no more of a device than CREDIT allows.
 pub const NEEDS_CREDIT: &str = "credit";
+/// In [`Offer::needs`]: the source does without a destination that proves nothing (`docs/stream.md: Proofs`).
+pub const NEEDS_PROOFS: &str = "proofs";
 /// All entries of [`Offer::needs`] that this version understands.
-const KNOWN_NEEDS: [&str; 4] = [NEEDS_FLUSH, NEEDS_CREDIT, Compression::Zstd.name(), Compression::Lz4.name()];
+const KNOWN_NEEDS: [&str; 5] =
+    [NEEDS_FLUSH, NEEDS_CREDIT, NEEDS_PROOFS, Compression::Zstd.name(), Compression::Lz4.name()];
 
 impl Default for Offer {
     fn default() -> Offer {
@@ -133,13 +146,14 @@ impl Default for Offer {
             memory: Vec::new(),
             links: 1,
             keeps_links_alive: false,
+            secret: None,
         }
     }
 }
 
 impl Default for Answer {
     fn default() -> Answer {
-        Answer { accepted: false, reasons: Vec::new(), links: 1, window: None }
+        Answer { accepted: false, reasons: Vec::new(), links: 1, window: None, challenge: None }
     }
 }
 
@@ -167,6 +181,9 @@ impl Offer {
 
     fn check(&self) -> Result<(), Damage> {
         let refuse = |why: String| Err(Damage::Content { kind: Kind::OFFER, why });
+        if self.needs.iter().any(|need| need == NEEDS_PROOFS) && self.secret.is_none() {
+            return refuse("it needs proofs and has no secret".into());
+        }
         if self.needs.iter().filter(|need| need.parse::<Compression>().is_ok()).count() > 1 {
             return refuse("it needs more than one compression".into());
         }
@@ -302,7 +319,7 @@ const ABORT_CODES: [(AbortCode, u16); 9] = [
     (AbortCode::Standstill, 9),
 ];
 
-/// The payload of ABORT. A reason that is too long is cut.
+/// The payload of ABORT, and of REFUSED before its proof. A reason that is too long is cut.
 pub fn encode_abort(code: AbortCode, reason: &str) -> Vec<u8> {
     let number = ABORT_CODES.iter().find(|(known, _)| *known == code).map_or(0, |(_, number)| *number);
     let mut end = reason.len().min(REASON_BYTES_MAX);
@@ -314,7 +331,7 @@ pub fn encode_abort(code: AbortCode, reason: &str) -> Vec<u8> {
     out
 }
 
-/// Reads the payload of ABORT, which has at least 4 bytes.
+/// Reads the payload of ABORT, or of REFUSED before its proof, which has at least 4 bytes.
 pub fn decode_abort(payload: &[u8]) -> (AbortCode, String) {
     let number = u16_at(payload, 0);
     let code =
@@ -488,6 +505,7 @@ mod tests {
         refused(&|o| o.devices = vec![o.devices[0].clone(); 2]);
         refused(&|o| o.devices[0].name = "n".repeat(NAME_BYTES_MAX + 1));
         refused(&|o| o.devices[0].regions = Some(vec![0; REGIONS_MAX + 1]));
+        refused(&|o| o.needs.push(NEEDS_PROOFS.into()));
         refused(&|o| o.memory.push(o.memory[0]));
         refused(&|o| o.memory.push(MemoryFacts { id: 1, address: 0x4000, ..o.memory[0] }));
         refused(&|o| o.memory.push(MemoryFacts { id: 1, address: 0, ..o.memory[0] }));
@@ -505,6 +523,35 @@ mod tests {
         refused(&|o| {
             o.devices = (0..65).map(|id| DeviceFacts { id, ..o.devices[0].clone() }).collect();
         });
+    }
+
+    #[test]
+    fn a_secret_and_a_challenge_survive_the_handshake_and_are_not_shown() {
+        let secret = Secret::random().unwrap();
+        let offer = Offer { secret: Some(secret.clone()), needs: vec![NEEDS_PROOFS.into()], ..offer() };
+        let payload = offer.encode().unwrap();
+        assert_eq!(Offer::decode(&payload).unwrap().secret, Some(secret));
+        assert!(format!("{offer:?}").contains("Secret(..)"));
+        let answer = Answer { challenge: Some(Nonce::random().unwrap()), ..Answer::default() };
+        assert_eq!(Answer::decode(&answer.encode().unwrap()).unwrap().challenge, answer.challenge);
+        for wrong in [r#""00""#, "7", r#"["00"]"#, &format!("\"{}\"", "g".repeat(64))] {
+            assert!(
+                Offer::decode(format!(r#"{{"devices":[],"secret":{wrong}}}"#).as_bytes()).is_err(),
+                "{wrong}"
+            );
+            let answer = format!(r#"{{"accepted":true,"challenge":{wrong}}}"#);
+            assert!(Answer::decode(answer.as_bytes()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_stood_still_is_said_to_and_others_are_as_older_readers_know_them() {
+        let (running, mut stopped) = (offer(), offer());
+        stopped.devices[0].stopped = true;
+        let json = |offer: &Offer| String::from_utf8(offer.encode().unwrap()).unwrap();
+        assert!(json(&stopped).contains(r#""stopped":true"#) && !json(&running).contains("stopped"));
+        assert_eq!(Offer::decode(json(&stopped).as_bytes()), Ok(stopped));
+        assert!(!Offer::decode(json(&running).as_bytes()).unwrap().devices[0].stopped);
     }
 
     #[test]

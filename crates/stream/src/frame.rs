@@ -3,7 +3,8 @@
 use std::fmt;
 
 use super::{
-    DATA_BYTES_MAX, Damage, HEADER_BYTES, OFFER_BYTES_MAX, REASON_BYTES_MAX, u16_at, u32_at, u64_at,
+    DATA_BYTES_MAX, Damage, HEADER_BYTES, OFFER_BYTES_MAX, PROOF_BYTES, REASON_BYTES_MAX, u16_at, u32_at,
+    u64_at,
 };
 
 const FLAG_SKIPPABLE: u16 = 1 << 0;
@@ -23,7 +24,7 @@ macro_rules! kinds {
                 match self.0 { $($number => Some(stringify!($name)),)* _ => None }
             }
 
-            /// The minimum and the maximum length of its payload, in bytes.
+            /// The minimum and the maximum length of its payload without a proof, in bytes.
             pub const fn payload_bytes(self) -> (usize, usize) {
                 match self.0 { $($number => ($least, $most),)* _ => (0, DATA_BYTES_MAX) }
             }
@@ -57,10 +58,30 @@ kinds! {
     JOIN = 23, 4, 4, "The number of a further link.";
     LINK_END = 24, 0, 0, "The last frame of a further link.";
     LINKS = 25, 4, 4, "How many links the source uses, if they are fewer than was agreed.";
+    REFUSED = 26, 4, 4 + REASON_BYTES_MAX, "After READY: the destination will never run this move, and why.";
     SEAL = 30, 40, 40, "Length and BLAKE3 hash of a saved stream up to here.";
 }
 
 impl Kind {
+    /// By how many bytes its payload is longer with a proof (`docs/stream.md: Proofs`); 0 for a kind that carries none.
+    pub const fn proof_bytes(self) -> usize {
+        match self {
+            Kind::JOIN | Kind::SUM | Kind::READY | Kind::COMMIT | Kind::RUNNING | Kind::REFUSED => {
+                PROOF_BYTES
+            }
+            Kind::DONE | Kind::OUTCOME => PROOF_BYTES,
+            // The nonce comes with it.
+            Kind::QUERY => 2 * PROOF_BYTES,
+            _ => 0,
+        }
+    }
+
+    /// Whether a payload of this kind may have this length in bytes, with a proof or without.
+    pub const fn allows(self, bytes: usize) -> bool {
+        let ((least, most), proof) = (self.payload_bytes(), self.proof_bytes());
+        (least <= bytes && bytes <= most) || (proof > 0 && least + proof <= bytes && bytes <= most + proof)
+    }
+
     /// Whether its payload may be compressed.
     pub const fn may_be_compressed(self) -> bool {
         matches!(self, Kind::MEMORY_DATA | Kind::DEVICE_DATA)
@@ -114,8 +135,7 @@ impl Header {
     /// # Panics
     /// If the kind does not allow a payload of this length: a defect of the caller.
     pub fn new(kind: Kind, section: u32, position: u64, sequence: u32, payload: &[u8]) -> Header {
-        let (least, most) = kind.payload_bytes();
-        assert!((least..=most).contains(&payload.len()), "{kind} of {} bytes", payload.len());
+        assert!(kind.allows(payload.len()), "{kind} of {} bytes", payload.len());
         Header {
             kind,
             skippable: kind.is_skippable(),
@@ -174,9 +194,12 @@ impl Header {
             return Err(Damage::Unknown { what: format!("{kind} with flags {flags:#x}") });
         }
         let length = u32_at(bytes, 8);
-        let (least, most) = kind.payload_bytes();
-        if !(least..=most).contains(&(length as usize)) {
-            let expected = if least == most { format!("{least}") } else { format!("{least} to {most}") };
+        if !kind.allows(length as usize) {
+            let (least, most) = kind.payload_bytes();
+            let mut expected = if least == most { format!("{least}") } else { format!("{least} to {most}") };
+            if kind.proof_bytes() > 0 {
+                expected.push_str(&format!(", and {} more with a proof", kind.proof_bytes()));
+            }
             return Err(Damage::Length { kind, bytes: length as usize, expected });
         }
         Ok(Header {
@@ -303,8 +326,17 @@ mod tests {
 
     #[test]
     fn lengths_beyond_the_kind_s_limit_are_refused_before_the_payload() {
-        for (kind, length) in [(4, 1 << 20 | 1), (4, 0), (4, u32::MAX), (1, 256 << 10 | 1), (13, 1), (15, 3)]
-        {
+        for (kind, length) in [
+            (4, 1 << 20 | 1),
+            (4, 0),
+            (4, u32::MAX),
+            (1, 256 << 10 | 1),
+            (13, 1),
+            (13, 33),
+            (11, 55),
+            (15, 3),
+            (26, 4 + 32 + 4097),
+        ] {
             assert!(
                 matches!(Header::decode(&encode_raw(kind, 0, length)), Err(Damage::Length { .. })),
                 "{kind}"

@@ -1,7 +1,7 @@
 //! The migration stream's codec (`docs/stream.md`): bytes in, frames out, and back. No I/O, no clock.
 //!
 //! [`Preface`] and [`Header`] are the fixed structures. [`body`] has the payloads of frames. [`Order`] checks which frame
-//! may follow which. [`Decoder`] takes a stream in pieces of any size.
+//! may follow which. [`Proofs`] tell the words of one move from those of anybody else. [`Decoder`] takes a stream in pieces of any size.
 
 #![forbid(unsafe_code)]
 
@@ -12,6 +12,7 @@ mod frame;
 mod order;
 mod packed;
 mod preface;
+mod proof;
 
 pub use body::{AbortCode, Answer, DeviceFacts, MemoryFacts, Offer, PciIds, Seal, Totals};
 pub use decoder::{Damaged, Decoded, Decoder};
@@ -19,6 +20,7 @@ pub use frame::{Header, Kind, RunningCrc};
 pub use order::{Order, Step};
 pub use packed::{Compression, Packer, UnknownCompression, Unpacker, unpack};
 pub use preface::{MigrationId, Preface, PrefaceFlags};
+pub use proof::{Nonce, PROOF_BYTES, Proofs, Secret};
 
 /// The version of the streams that this crate writes.
 pub const VERSION: u16 = 1;
@@ -129,6 +131,14 @@ pub enum Damage {
         kind: Kind,
         /// Why.
         why: String,
+    },
+    /// A word about the commit does not prove that it is of this move.
+    #[error("{kind}: {why}")]
+    Unproven {
+        /// The frame.
+        kind: Kind,
+        /// What it lacks.
+        why: &'static str,
     },
     /// The content of a frame is invalid.
     #[error("{kind}: {why}")]

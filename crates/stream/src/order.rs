@@ -4,7 +4,7 @@
 use limosa_protocol::feature::PrecopyInfo;
 
 use super::body::{decode_device_end, decode_hint, decode_round, decode_u32, decode_u64};
-use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, RunningCrc, Seal, Totals};
+use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, Proofs, RunningCrc, Seal, Totals};
 
 /// A frame that is in order, and its content. Devices and memory regions are named by their index in the offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +49,7 @@ pub struct Order {
     summed: bool,
     sealed: bool,
     committed: bool,
+    proofs: Proofs,
 }
 
 #[derive(Debug)]
@@ -61,7 +62,7 @@ struct Device {
 }
 
 impl Order {
-    /// A stream whose OFFER has been read.
+    /// A stream without proofs whose OFFER has been read.
     pub fn new(offer: &Offer) -> Order {
         let device = |id| Device { id, begun: false, ended: false, bytes: 0, crc: RunningCrc::new() };
         Order {
@@ -72,7 +73,13 @@ impl Order {
             summed: false,
             sealed: false,
             committed: false,
+            proofs: Proofs::none(),
         }
+    }
+
+    /// The same for a stream whose SUM and COMMIT carry these proofs.
+    pub fn with_proofs(self, proofs: Proofs) -> Order {
+        Order { proofs, ..self }
     }
 
     /// Bytes that have arrived so far.
@@ -198,7 +205,7 @@ impl Order {
                     let why = format!("device {} has not ended", device.id);
                     return Err(Damage::Misplaced { kind, why });
                 }
-                let sum = Totals::decode(payload);
+                let sum = Totals::decode(self.proofs.check(kind, payload)?);
                 if sum != self.totals {
                     let why = format!("it says {sum:?}, what came is {:?}", self.totals);
                     return Err(Damage::Misplaced { kind, why });
@@ -214,6 +221,7 @@ impl Order {
             Kind::FLUSH => Step::Flush,
             Kind::LINKS => Step::Links(decode_u32(payload)),
             Kind::COMMIT if self.summed && !self.committed => {
+                self.proofs.check(kind, payload)?;
                 self.committed = true;
                 Step::Commit
             }
@@ -307,6 +315,31 @@ mod tests {
         assert!(order.is_whole());
         take(&mut order, Kind::COMMIT, 0, 0, &[]).unwrap();
         assert!(take(&mut order, Kind::COMMIT, 0, 0, &[]).is_err());
+    }
+
+    #[test]
+    fn sum_and_commit_are_refused_without_the_proof_of_this_move() {
+        use super::super::{MigrationId, Nonce, Secret};
+        let proofs = |nonce| Proofs::new(Secret::new([1; 32]), MigrationId([2; 16]), Nonce::new([nonce; 32]));
+        let (own, other) = (proofs(3), proofs(4));
+        let mut order = Order::new(&Offer::default()).with_proofs(own.clone());
+        take(&mut order, Kind::STOPPED, 0, 0, &[]).unwrap();
+        let sum = Totals::default().encode();
+        let mut refused = |kind, payload: &[u8]| {
+            let refusal = take(&mut order, kind, 0, 0, payload).unwrap_err();
+            assert!(matches!(refusal, Damage::Unproven { .. }), "{refusal}");
+        };
+        refused(Kind::SUM, &sum);
+        refused(Kind::SUM, &other.prove(Kind::SUM, &sum));
+        take(&mut order, Kind::SUM, 0, 0, &own.prove(Kind::SUM, &sum)).unwrap();
+        let mut refused = |kind, payload: &[u8]| {
+            let refusal = take(&mut order, kind, 0, 0, payload).unwrap_err();
+            assert!(matches!(refusal, Damage::Unproven { .. }), "{refusal}");
+        };
+        refused(Kind::COMMIT, &[]);
+        refused(Kind::COMMIT, &other.prove(Kind::COMMIT, &[]));
+        refused(Kind::COMMIT, &own.prove(Kind::RUNNING, &[]));
+        take(&mut order, Kind::COMMIT, 0, 0, &own.prove(Kind::COMMIT, &[])).unwrap();
     }
 
     #[test]

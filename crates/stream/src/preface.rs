@@ -3,6 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use super::proof::random;
 use super::{Damage, PREFACE_BYTES, VERSION, VERSION_OLDEST, u16_at, u32_at};
 
 const MAGIC: [u8; 8] = *b"\x89LMSA\r\n\x1a";
@@ -16,15 +19,7 @@ pub struct MigrationId(pub [u8; 16]);
 impl MigrationId {
     /// A new one, from the system's random numbers.
     pub fn random() -> std::io::Result<MigrationId> {
-        if let Some(id) = limosa_clockwork::random_bytes() {
-            return Ok(MigrationId(id));
-        }
-        let mut id = [0; 16];
-        let mut filled = 0;
-        while filled < id.len() {
-            filled += rustix::rand::getrandom(&mut id[filled..], rustix::rand::GetRandomFlags::empty())?;
-        }
-        Ok(MigrationId(id))
+        random().map(MigrationId)
     }
 }
 
@@ -54,6 +49,18 @@ impl FromStr for MigrationId {
         }
         let number = u128::from_str_radix(text, 16).map_err(|_| NotAnId)?;
         Ok(MigrationId(number.to_be_bytes()))
+    }
+}
+
+impl Serialize for MigrationId {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for MigrationId {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<MigrationId, D::Error> {
+        String::deserialize(from)?.parse().map_err(de::Error::custom)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use limosa_protocol::bitmap::{Grid, or_range, regranulate, words_for};
+use limosa_protocol::bitmap::{Grid, regranulate, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
@@ -11,8 +11,8 @@ use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 use super::{DirtySource, check, merge_nearest};
 use crate::{Device, DeviceExt, Error, Result};
 
-/// The size of one report's bitmap in words, which fits in a message on every transport.
-const REPORT_WORDS: u64 = 1 << 16;
+/// The most bits of one report's bitmap: 512 KiB, which fit in a message on every transport.
+const REPORT_BITS: u64 = 1 << 22;
 
 /// The log of one device.
 pub struct DeviceLog<'a> {
@@ -92,22 +92,20 @@ impl DirtySource for DeviceLog<'_> {
             return Err(Error::Usage { device: self.name().into(), what: "its log is off".into() });
         };
         check(self.name(), iova, length, page_size, words)?;
-        let piece_max = REPORT_WORDS.saturating_mul(64).saturating_mul(log_page_size.max(page_size));
+        // As large as the log's own bitmaps make them, whatever pages the caller wants.
+        let piece_max = REPORT_BITS.saturating_mul(log_page_size);
         let to = Grid { iova, page_size };
         let mut done = 0;
         let mut piece = Vec::new();
         while done < length {
-            let piece_length = (length - done).min(piece_max);
-            let pages = piece_length.div_ceil(log_page_size);
             let from = Grid { iova: iova + done, page_size: log_page_size };
+            // No page of the log is in two pieces.
+            let beyond_page = from.iova % log_page_size;
+            let piece_length = (length - done).min(piece_max - beyond_page);
             piece.clear();
-            piece.resize(words_for(pages), 0);
+            piece.resize(words_for(piece_length.div_ceil(log_page_size)), 0);
             self.device.dma_logging_report(from.iova, piece_length, log_page_size, &mut piece)?;
-            if log_page_size == page_size {
-                or_range(words, done / page_size, &piece, 0, pages);
-            } else {
-                regranulate(&piece, from, words, to, from.iova, piece_length);
-            }
+            regranulate(&piece, from, words, to, from.iova, piece_length);
             done += piece_length;
         }
         Ok(())

@@ -154,6 +154,26 @@ fn what_is_unmapped_in_a_container_is_in_its_bitmap_and_in_the_next_report() {
 
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
+fn an_unmap_lost_the_pages_that_a_report_of_other_memory_had_read() {
+    let module = ModuleDevice::create("limosa-plain");
+    let device = silent(&module);
+    let space = device.address_space().unwrap();
+    let guest = memory(64 * PAGE);
+    space.map("dev", &file(&guest, BASE, 32 * PAGE)).unwrap();
+    let log = space.dirty_log();
+    log.start(PAGE, &[]).unwrap();
+    writes(&device, Dma::Write, 20, 3);
+    assert!(report(&log, BASE, 16).is_empty(), "none was written there");
+    writes(&device, Dma::Write, 30, 1);
+    let mut words = [0];
+    device.dma_unmap(BASE, 32 * PAGE, Some(DirtyBits { page_size: PAGE, words: &mut words })).unwrap();
+    assert_eq!(set(&words), [20, 21, 22, 30]);
+    assert_eq!(report(&log, BASE, 32), [20, 21, 22, 30], "and in the next report");
+    assert!(report(&log, BASE, 32).is_empty(), "told once");
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
 fn the_container_of_a_vmm_is_read_as_it_is() {
     let module = ModuleDevice::create("limosa-plain");
     let container = OpenOptions::new().read(true).write(true).open("/dev/vfio/vfio").unwrap();

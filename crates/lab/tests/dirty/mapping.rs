@@ -15,6 +15,8 @@ use limosa_protocol::info::DmaMapFlags;
 use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice, Options};
 
 use crate::host_memory::HostMemory;
+use crate::mock_iommu::{APERTURE, MockDevice};
+use crate::page_tables::attach;
 use crate::{PAGE, file, memory, report, set};
 
 const BASE: u64 = 0x10_0000;
@@ -232,6 +234,44 @@ fn an_unmap_asks_whoever_knows_what_was_written() {
         let error = unmap(&device).unwrap_err();
         assert!(matches!(error, Error::Usage { .. }), "{door}: nobody logs: {error}");
         module::dma(&device, Dma::Write, BASE, 8, 1).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn unmapping_nothing_was_refused_while_the_log_was_off_and_ok_while_it_was_on() {
+    let (vmm, container) = (AddressSpace::new(Door::Cdev).unwrap(), device("/dev/vfio/vfio"));
+    let (iommufd, ioas) = vmm.ioas().unwrap();
+    let mock = MockDevice::new(iommufd, ioas, true);
+    let page_table = attach(&vmm, "mock", &mock);
+    let modules = ["limosa-plain", "limosa-plain"].map(ModuleDevice::create);
+    let spaces = [
+        AddressSpace::from_page_tables(iommufd, ioas, &[page_table]).unwrap(),
+        AddressSpace::from_container(container.as_fd()).unwrap(),
+        AddressSpace::new(Door::Group).unwrap(),
+        vmm.clone(),
+    ];
+    let _devices = [in_space(&modules[0], &spaces[1]), in_space(&modules[1], &spaces[2])];
+    let guest = memory(16 * PAGE);
+    for (at, space) in spaces.iter().enumerate() {
+        let map = || space.map("dev", &file(&guest, APERTURE, 16 * PAGE)).unwrap();
+        let refused = |iova, with_bits: bool| {
+            let bits = DirtyBits { page_size: PAGE, words: &mut [0] };
+            let error = space.unmap("dev", iova, 16 * PAGE, with_bits.then_some(bits)).unwrap_err();
+            assert_eq!(error.errno(), Some(Errno::ENOENT), "space {at}: {error}");
+        };
+        map();
+        refused(2 * APERTURE, false);
+        let log = space.dirty_log();
+        log.start(PAGE, &[]).unwrap();
+        for _ in 0..2 {
+            refused(2 * APERTURE, false);
+            refused(2 * APERTURE, true);
+        }
+        space.unmap("dev", APERTURE, 16 * PAGE, None).unwrap();
+        refused(APERTURE, true);
+        log.stop().unwrap();
+        refused(APERTURE, false);
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::fd::BorrowedFd;
 use limosa_protocol::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
+const HWPT_ALLOC: Opcode = opcode::none(b';', 0x89);
 const OPTION: Opcode = opcode::none(b';', 0x87);
 const TEST_CMD: Opcode = opcode::none(b';', 0xa0);
 
@@ -16,13 +17,20 @@ const MOCK_DOMAIN_REPLACE: u32 = 10;
 const MOCK_DOMAIN_FLAGS: u32 = 12;
 const DIRTY: u32 = 13;
 
-/// `MOCK_FLAGS_DEVICE_NO_DIRTY`.
+/// `MOCK_FLAGS_DEVICE_NO_DIRTY` and `MOCK_FLAGS_DEVICE_HUGE_IOVA`.
 const DEVICE_NO_DIRTY: u32 = 1;
+const DEVICE_HUGE_IOVA: u32 = 2;
+/// `IOMMU_HWPT_ALLOC_DIRTY_TRACKING` and `IOMMU_HWPT_DATA_SELFTEST`.
+const HWPT_ALLOC_DIRTY_TRACKING: u32 = 1 << 1;
+const HWPT_DATA_SELFTEST: u32 = 0xdead;
 /// `IOMMU_OPTION_HUGE_PAGES`.
 const OPTION_HUGE_PAGES: u32 = 1;
 
 /// The first address that a mock IOMMU translates.
 pub const APERTURE: u64 = 1 << 24;
+
+/// The size of the pages in a [`huge_page_table`] (`MOCK_HUGE_PAGE_SIZE`).
+pub const HUGE_PAGE_BYTES: u64 = 1 << 20;
 
 /// `struct iommu_test_cmd`. What follows `reserved` is a union; `words` are those of its 48 bytes.
 #[derive(Default)]
@@ -47,6 +55,23 @@ struct OptionCommand {
     value: u64,
 }
 
+/// `struct iommu_hwpt_alloc`.
+#[derive(Default)]
+#[repr(C)]
+struct HwptAllocCommand {
+    size: u32,
+    flags: u32,
+    dev_id: u32,
+    pt_id: u32,
+    out_hwpt_id: u32,
+    reserved: u32,
+    data_type: u32,
+    data_len: u32,
+    data_uptr: u64,
+    fault_id: u32,
+    reserved2: u32,
+}
+
 /// A device that is bound to an iommufd, behind a mock IOMMU.
 pub struct MockDevice<'a> {
     iommufd: BorrowedFd<'a>,
@@ -59,7 +84,15 @@ pub struct MockDevice<'a> {
 impl<'a> MockDevice<'a> {
     /// A new one, attached to the IOAS. It goes away with the iommufd.
     pub fn new(iommufd: BorrowedFd<'a>, ioas: u32, tracks_dirty: bool) -> MockDevice<'a> {
-        let flags = if tracks_dirty { 0 } else { DEVICE_NO_DIRTY };
+        MockDevice::with_flags(iommufd, ioas, if tracks_dirty { 0 } else { DEVICE_NO_DIRTY })
+    }
+
+    fn with_flags(iommufd: BorrowedFd<'a>, ioas: u32, flags: u32) -> MockDevice<'a> {
+        MockDevice::try_new(iommufd, ioas, flags)
+            .expect("a mock device; does the kernel have CONFIG_IOMMUFD_TEST?")
+    }
+
+    fn try_new(iommufd: BorrowedFd<'a>, ioas: u32, flags: u32) -> Result<MockDevice<'a>, Errno> {
         // Ids come back in the first three halves of the union's words; flags are its fourth.
         let mut command = TestCommand {
             op: MOCK_DOMAIN_FLAGS,
@@ -67,8 +100,8 @@ impl<'a> MockDevice<'a> {
             words: [0, u64::from(flags) << 32, 0, 0, 0, 0],
             ..TestCommand::default()
         };
-        test(iommufd, &mut command).expect("a mock device; does the kernel have CONFIG_IOMMUFD_TEST?");
-        MockDevice { iommufd, id: command.words[0] as u32, device_id: command.words[1] as u32 }
+        test(iommufd, &mut command)?;
+        Ok(MockDevice { iommufd, id: command.words[0] as u32, device_id: command.words[1] as u32 })
     }
 
     /// Attaches it to another page table.
@@ -79,6 +112,32 @@ impl<'a> MockDevice<'a> {
             &mut TestCommand { op: MOCK_DOMAIN_REPLACE, id: self.id, words, ..Default::default() },
         )
     }
+}
+
+/// A page table of the IOAS that tracks dirty pages, of [`HUGE_PAGE_BYTES`] where memory lies so, with a device attached.
+pub fn huge_page_table(iommufd: BorrowedFd<'_>, ioas: u32) -> u32 {
+    // In older kernels devices have such page tables, in newer ones (6.19) they are asked for.
+    let old = MockDevice::try_new(iommufd, ioas, DEVICE_HUGE_IOVA);
+    let is_old = old.is_ok();
+    let device = old.unwrap_or_else(|_| MockDevice::new(iommufd, ioas, true));
+    // `struct iommu_hwpt_selftest`: iotlb, pagetable_type (`MOCK_IOMMUPT_HUGE`).
+    let data = [0_u32, 1];
+    let mut command = HwptAllocCommand {
+        size: size_of::<HwptAllocCommand>() as u32,
+        flags: HWPT_ALLOC_DIRTY_TRACKING,
+        dev_id: device.device_id,
+        pt_id: ioas,
+        data_type: if is_old { 0 } else { HWPT_DATA_SELFTEST },
+        data_len: if is_old { 0 } else { size_of_val(&data) as u32 },
+        data_uptr: if is_old { 0 } else { data.as_ptr() as u64 },
+        ..HwptAllocCommand::default()
+    };
+    // SAFETY: the argument is the command's. The only address in it is that of the data, of the length beside it.
+    let updater = unsafe { Updater::<HWPT_ALLOC, HwptAllocCommand>::new(&mut command) };
+    // SAFETY: as above.
+    unsafe { ioctl(iommufd, updater) }.expect("a page table with huge pages");
+    device.attach(command.out_hwpt_id).expect("the page table of this device");
+    command.out_hwpt_id
 }
 
 /// Marks pages of 4096 bytes as a device that wrote them would have, in a page table of a mock IOMMU.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use limosa_migrate::PAGE_BYTES;
+use limosa_migrate::{AfterLoad, PAGE_BYTES};
 
 use super::values::bytes;
 
@@ -90,6 +90,12 @@ pub struct Stopping {
     #[arg(long, value_name = "COMMAND", requires = "on_stop")]
     pub on_resume: Option<String>,
 
+    /// Move devices that stand in STOP, as they stand: they stay in STOP where they are moved to, and their guest is not
+    /// started there. Without it a device in STOP is refused, since an earlier move leaves its source so, whose guest runs
+    /// elsewhere. Devices that run are moved as ever.
+    #[arg(long, conflicts_with = "on_stop")]
+    pub stopped: bool,
+
     /// The guest stands still already and will not be run meanwhile, or there is none: only the devices write its
     /// memory.
     #[arg(long, conflicts_with_all = ["stop_with", "on_stop"])]
@@ -107,9 +113,20 @@ impl Stopping {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct Starting {
-    /// Run this by the shell when the devices run here, to start the guest.
+    /// Run this by the shell when the devices run here, to start the guest; not where they stay in STOP.
     #[arg(long, value_name = "COMMAND")]
     pub on_start: Option<String>,
+
+    /// Let devices run here that stood in STOP when they were moved or saved; without it they stay in STOP.
+    #[arg(long)]
+    pub run: bool,
+}
+
+impl Starting {
+    /// Which devices run once they are loaded.
+    pub fn after(&self) -> AfterLoad {
+        if self.run { AfterLoad::Run } else { AfterLoad::AsFound }
+    }
 }
 
 /// A guest's memory, to be read.

@@ -93,7 +93,7 @@ pub struct Load {
     pub devices: Devices,
 
     /// Leave the devices stopped.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "run")]
     pub stop: bool,
 
     #[command(flatten)]
@@ -289,9 +289,10 @@ pub struct Tls {
     #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
     pub tls_name: Option<String>,
 
-    /// Use TCP beyond this host without TLS. Anyone on the path can then read and alter guest memory and device state,
-    /// and take the devices over.
-    #[arg(long, conflicts_with = "tls_ca")]
+    /// Peers need not be authenticated. Without TLS, use TCP beyond this host: anyone on the path can then read and alter
+    /// guest memory and device state, and take the devices over. And believe peers that prove nothing: those of older
+    /// versions, and the other end of a move of which no secret was noted.
+    #[arg(long)]
     pub insecure: bool,
 }
 

@@ -13,15 +13,16 @@ use crate::place::Place;
 pub fn run(args: &args::Inspect, out: &Output) -> anyhow::Result<()> {
     let (place, cancel) = (Place::new(&args.file, false)?, cancel_on_signal()?);
     let found = inspect_snapshot(place.source(), Options::default().silence_max, Some(&cancel))?;
-    out.result(&found, |to| print(&found, to))?;
     if found.whole {
-        return Ok(());
+        return out.result(&found, |to| print(&found, to));
     }
+    out.text(|to| print(&found, to))?;
     let first = found
         .damage
         .first()
         .map_or("it ends too early".into(), |damage| format!("at byte {}: {}", damage.at, damage.what));
-    Err(exit::error(Code::Damaged, format!("{}: not a whole saved stream: {first}", args.file.display())))
+    let what = format!("{}: not a whole saved stream: {first}", args.file.display());
+    Err(exit::reported(exit::error(Code::Damaged, what), &found))
 }
 
 fn print(found: &Inspection, to: &mut dyn Write) -> std::io::Result<()> {

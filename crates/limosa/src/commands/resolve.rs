@@ -22,8 +22,9 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let (cancel, moves) = (moving::cancel_on_signal()?, Moves::new(args.moves.folder.as_deref()));
     let (links, address) = Links::listening(&args.listen, &args.tls, &args.names)?;
     let (ledger, options) = (Arc::new(moves.record()?), Options::default());
+    let options = options.with_unauthenticated_peers(args.tls.insecure);
     let listener = links.bind(&address)?;
-    let acceptor = links.answering(listener, &ledger, options.silence_max)?;
+    let acceptor = links.answering(listener, &ledger, &options)?;
     out.say(&format!("listening on {}", acceptor.address()));
     let wait = Wait::within(args.wait, Some(&cancel));
     loop {

@@ -15,7 +15,7 @@ use crate::guest::Guest;
 use crate::links::{self, Links};
 use crate::moves::{Doubt, Halted, Moves, Note, Taken};
 use crate::noted_devices::NotedDevices;
-use crate::open::{self, Opening};
+use crate::open::Opening;
 use crate::output::{Output, plain};
 use crate::place::Place;
 
@@ -72,20 +72,20 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
         warn_of_command(taken.note(), decision, args);
         taken.forget()?;
     }
-    print(id, &halted, &done, out)?;
-    match (done.left.is_empty(), failures.is_empty()) {
-        (true, true) => Ok(()),
-        (true, false) => Err(exit::error(Code::Failed, failures.join("; "))),
+    let failed = match (done.left.is_empty(), failures.is_empty()) {
+        (true, true) => None,
+        (true, false) => Some(exit::error(Code::Failed, failures.join("; "))),
         (false, _) => {
-            let left = [done.left, failures].concat().join("; ");
+            let left = [done.left.clone(), failures].concat().join("; ");
             let what = format!(
                 "move {id}: {}, but not all of it: {left}. It stays noted: resolve it again, or drop the note with \
                  `limosa resolve --id {id} --forget`",
                 done.outcome
             );
-            Err(exit::error(done.code, what))
+            Some(exit::error(done.code, what))
         }
-    }
+    };
+    print(id, &halted, &done, failed, out)
 }
 
 /// The note that is meant: of this id, or the last one of this device.
@@ -93,26 +93,16 @@ fn find(args: &args::Resolve, moves: &Moves) -> anyhow::Result<Option<Note>> {
     let mut notes = moves.notes()?.into_all();
     notes.retain(|note| match (&args.id, &args.device) {
         (Some(id), _) => note.id() == id.to_lowercase(),
-        (None, Some(name)) => is_of(note.halted(), name),
+        (None, Some(name)) => note.halted().is_of(name),
         (None, None) => false,
     });
     let Some(note) = notes.pop() else { return Ok(None) };
-    if let Some(name) = args.device.as_ref().filter(|name| !is_of(note.halted(), name)) {
+    if let Some(name) = args.device.as_ref().filter(|name| !note.halted().is_of(name)) {
         let (id, names) = (note.id(), note.halted().names());
         let what = format!("{name}: move {id} is of {names}; expected one of these");
         return Err(exit::error(Code::Usage, what));
     }
     Ok(Some(note))
-}
-
-/// Whether a user means one of these devices.
-fn is_of(halted: &Halted, name: &str) -> bool {
-    let lasting = open::lasting_name(name).ok();
-    let identity = open::identity(name);
-    halted.devices.iter().enumerate().any(|(at, device)| {
-        let known = halted.known(at).identity;
-        device == name || Some(device) == lasting.as_ref() || known.is_some() && known == identity
-    })
 }
 
 fn parsed(note: &Note) -> anyhow::Result<MigrationId> {
@@ -194,7 +184,7 @@ impl Settling<'_> {
             return Err(exit::error(Code::Usage, format!("{name}: expected --to, where its destination is")));
         };
         let address = links::address(to)?;
-        let options = Options::default();
+        let options = Options::default().with_unauthenticated_peers(args.tls.insecure);
         if args.tls.tls_ca.is_none() && doubt.is_some_and(|doubt| doubt.tls) {
             let what = format!("move {id} went over TLS, and {to} is to be asked so");
             return Err(exit::error(
@@ -205,7 +195,8 @@ impl Settling<'_> {
         let links = Links::to(&address, &args.tls)?;
         let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
         let link = links::connect(&links.connector(&address), options.silence_max, None, hint)?;
-        match Source::new(&[], &options).resolve(InDoubt::recover(*id), &link) {
+        let commit = Doubt::commit(*id, doubt);
+        match Source::new(&[], &options).resolve(InDoubt::recover(commit), &link) {
             Outcome::Moved(_) => Ok(Decision::Committed),
             Outcome::Undone { .. } => Ok(Decision::NotCommitted),
             Outcome::InDoubt(doubt) => Err(match doubt.why {
@@ -290,10 +281,17 @@ impl Settling<'_> {
     }
 }
 
-fn print(id: MigrationId, halted: &Halted, done: &Done, out: &Output) -> anyhow::Result<()> {
+/// Prints what was done, which goes with the failure if there is one.
+fn print(
+    id: MigrationId,
+    halted: &Halted,
+    done: &Done,
+    failed: Option<anyhow::Error>,
+    out: &Output,
+) -> anyhow::Result<()> {
     let Done { outcome, devices, left, .. } = done;
     let result = Resolved { devices: &halted.devices, id: id.to_string(), outcome, left: left.clone() };
-    out.result(&result, |to| {
+    let text = |to: &mut dyn std::io::Write| {
         if halted.devices.is_empty() {
             return writeln!(to, "{}: {outcome}", halted.names());
         }
@@ -306,7 +304,14 @@ fn print(id: MigrationId, halted: &Halted, done: &Done, out: &Output) -> anyhow:
             };
             writeln!(to, "{name}: {outcome}; it is {now}")
         })
-    })
+    };
+    let printed = if failed.is_some() { out.text(text) } else { out.result(&result, text) };
+    match (failed, printed) {
+        (Some(error), _) => Err(exit::reported(error, &result)),
+        (None, printed) => {
+            printed.map_err(|error| exit::but(format_args!("move {id}: {outcome}"), &[exit::message(&error)]))
+        }
+    }
 }
 
 /// Only its user knows how to undo a command that has stopped the guest.

@@ -33,10 +33,19 @@ pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Resul
         _ => device.state()?.name(),
     };
     let answer = Answer { device: device.name().into(), state, path };
-    out.result(&answer, |to| match answer.path.as_slice() {
+    let printed = out.result(&answer, |to| match answer.path.as_slice() {
         [] | [_] => writeln!(to, "{}", answer.state),
         path => writeln!(to, "{}", path.join(" > ")),
-    })
+    });
+    match action {
+        StateAction::Get => printed,
+        StateAction::Set { .. } | StateAction::Reset => after(state, printed),
+    }
+}
+
+/// What was printed of a state that the device has taken.
+fn after(state: &str, printed: anyhow::Result<()>) -> anyhow::Result<()> {
+    printed.map_err(|error| exit::but(format_args!("the device is in {state}"), &[exit::message(&error)]))
 }
 
 /// A reset is all that a device without migration can do here.
@@ -45,7 +54,7 @@ fn no_migration(device: &dyn Device, action: &StateAction, out: &Output) -> anyh
         StateAction::Reset => {
             let answer =
                 Answer { device: device.name().into(), state: State::Running.name(), path: Vec::new() };
-            out.result(&answer, |to| writeln!(to, "reset"))
+            after(answer.state, out.result(&answer, |to| writeln!(to, "reset")))
         }
         _ => Err(cannot(device)),
     }

@@ -46,6 +46,18 @@ impl Ended {
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
     }
 
+    /// It failed with this code, and standard output is one JSON document that says the same as standard error.
+    #[track_caller]
+    pub fn json_failure(&self, code: i32) -> serde_json::Value {
+        assert_eq!(self.code, code, "{self:?}");
+        let document: serde_json::Value =
+            serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"));
+        assert_eq!(document["code"], code, "{self:?}");
+        let message = document["message"].as_str().unwrap_or_else(|| panic!("no message: {self:?}"));
+        assert!(!message.is_empty() && self.err.contains(message), "{self:?}");
+        document
+    }
+
     /// It failed with this code, said so in a line that begins like all others, printed nothing else,
     /// and named each of these.
     #[track_caller]
@@ -175,6 +187,20 @@ pub fn limosa<S: AsRef<str>>(args: &[S]) -> Ended {
 /// The same, with these variables in its environment.
 pub fn limosa_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Ended {
     start_with(variables, args).end()
+}
+
+/// Runs the command to its end with its output in these places, of which nothing is read here.
+pub fn limosa_into<S: AsRef<str>>(out: impl Into<Stdio>, err: impl Into<Stdio>, args: &[S]) -> i32 {
+    let args = args.iter().map(AsRef::as_ref);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    command.args(args).env_remove("RUST_LOG").env("XDG_STATE_HOME", state()).stdin(Stdio::null());
+    let status = command.stdout(out).stderr(err).status().unwrap();
+    status.code().unwrap_or_else(|| -std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0))
+}
+
+/// Where nothing can be written: a disk that is full.
+pub fn full() -> std::fs::File {
+    std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap()
 }
 
 fn listen(from: impl Read + Send + 'static, shared: Arc<Shared>, into: fn(&mut Said) -> &mut String) {

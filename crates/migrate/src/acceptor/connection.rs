@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::heard::HeardLink;
 use super::shared::{Shared, log_others};
 use crate::cancel::{after, timespec};
-use crate::destination::answer::{refuse, reply};
+use crate::destination::answer::{Asked, refuse, reply};
 use crate::destination::handshake::not_under_way;
 use crate::destination::opening::{self, Opening, Request, Unopened};
 use crate::link::{Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait};
@@ -136,17 +136,18 @@ impl Opener {
                     }
                 }
             }
-            Ok(Opening { id, request: Request::Answer }) => {
+            Ok(Opening { id, request: Request::Answer(query) }) => {
                 link.forget();
                 connection.send_preface(id, PrefaceFlags::empty(), None)?;
-                let decision = reply(&self.shared.ledger, id, &connection, None)?;
+                let asked = Asked { id, query: &query, believes: self.shared.believes };
+                let decision = reply(&self.shared.ledger, &asked, &connection, None)?;
                 link.finish();
                 self.shared.answered(link.peer(), id, decision);
                 Ok(())
             }
             Err(Unopened { id, why }) => {
                 link.forget();
-                Err(refuse(&connection, id, why))
+                Err(refuse(&connection, id, *why))
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::io::IoSlice;
 use std::sync::Mutex;
 
-use crate::link::{Link, LinkError, Wait};
+use crate::link::{Fingerprint, Link, LinkError, Wait};
 use crate::lock::lock;
 
 /// Keeps what is read from a link, until [`HeardLink::replay`] or [`HeardLink::forget`]. Its user bounds what it reads before.
@@ -80,6 +80,10 @@ impl Link for HeardLink {
 
     fn has_peer(&self) -> bool {
         self.inner.has_peer()
+    }
+
+    fn peer_fingerprint(&self) -> Option<Fingerprint> {
+        self.inner.peer_fingerprint()
     }
 }
 

@@ -10,7 +10,6 @@ use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use limosa_stream::MigrationId;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -19,7 +18,7 @@ use crate::cancel::timespec;
 use crate::error::NoMove;
 use crate::ledger::{Decision, Ledger};
 use crate::link::{Address, FurtherLinks, Link, LinkError, Listener, Tls, Wait};
-use crate::{Destination, Received};
+use crate::{Destination, Options, Received};
 use connection::Listening;
 use heard::HeardLink;
 use shared::{Shared, Slot};
@@ -100,8 +99,9 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts from this listener, under TLS if certificates are given, and answers from this ledger. `silence_max` bounds the
-    /// opening of each connection.
+    /// Accepts from this listener, under TLS if certificates are given, and answers from this ledger. Of the
+    /// options, [`Options::silence_max`] bounds the opening of each connection, and [`Options::unauthenticated_peers`] tells
+    /// whether questions about moves without a secret are answered.
     ///
     /// # Errors
     ///
@@ -110,9 +110,9 @@ impl Acceptor {
         listener: Listener,
         tls: Option<Tls>,
         ledger: Arc<Ledger>,
-        silence_max: Duration,
+        options: &Options,
     ) -> std::io::Result<Acceptor> {
-        Acceptor::start(listener, tls, Shared::new(ledger, silence_max, Slot::Free)?)
+        Acceptor::start(listener, tls, Shared::new(ledger, options, Slot::Free)?)
     }
 
     /// The same for a process that only answers. Every OFFER is refused.
@@ -124,9 +124,9 @@ impl Acceptor {
         listener: Listener,
         tls: Option<Tls>,
         ledger: Arc<Ledger>,
-        silence_max: Duration,
+        options: &Options,
     ) -> std::io::Result<Acceptor> {
-        Acceptor::start(listener, tls, Shared::new(ledger, silence_max, Slot::Closed(NoMove::Answers))?)
+        Acceptor::start(listener, tls, Shared::new(ledger, options, Slot::Closed(NoMove::Answers))?)
     }
 
     fn start(listener: Listener, tls: Option<Tls>, shared: Shared) -> std::io::Result<Acceptor> {

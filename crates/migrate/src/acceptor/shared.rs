@@ -12,6 +12,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::PENDING_MAX;
 use super::heard::HeardLink;
 use super::passed_over::PassedOver;
+use crate::Options;
 use crate::error::NoMove;
 use crate::ledger::{Decision, Ledger};
 use crate::link::{Link, SocketLink};
@@ -50,6 +51,8 @@ impl AsFd for Event {
 pub(super) struct Shared {
     pub(super) ledger: Arc<Ledger>,
     pub(super) silence_max: Duration,
+    /// Whether questions about moves without a secret are answered.
+    pub(super) believes: bool,
     state: Mutex<State>,
     /// There is an offer or an answer.
     pub(super) news: Event,
@@ -110,7 +113,7 @@ pub(super) struct Pending {
 }
 
 impl Shared {
-    pub(super) fn new(ledger: Arc<Ledger>, silence_max: Duration, slot: Slot) -> std::io::Result<Shared> {
+    pub(super) fn new(ledger: Arc<Ledger>, options: &Options, slot: Slot) -> std::io::Result<Shared> {
         let state = State {
             slot,
             answered: VecDeque::new(),
@@ -120,7 +123,8 @@ impl Shared {
             is_over: false,
         };
         let (news, joined, control) = (Event::new()?, Event::new()?, Event::new()?);
-        Ok(Shared { ledger, silence_max, state: Mutex::new(state), news, joined, control })
+        let (silence_max, believes) = (options.silence_max, options.unauthenticated_peers);
+        Ok(Shared { ledger, silence_max, believes, state: Mutex::new(state), news, joined, control })
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {

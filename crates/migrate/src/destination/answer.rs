@@ -1,31 +1,66 @@
-//! Answers to sources in doubt, from the ledger.
+//! Answers to sources in doubt, from the ledger (`docs/stream.md: The commit`, `Proofs`).
 
-use limosa_stream::{Kind, MigrationId, PrefaceFlags};
+use limosa_stream::{Kind, MigrationId, Nonce, PrefaceFlags, Proofs, Secret};
 
 use super::opening::{self, Opening, Request};
-use crate::error::{NoMove, guard};
+use crate::error::{Mistrust, NoMove, guard};
 use crate::ledger::{Decision, Ledger};
 use crate::link::Link;
 use crate::protocol::limits::Limits;
 use crate::wire::{Connection, Frame, within};
 use crate::{Cancel, Error, Options, Result};
 
-/// Answers a question, whose preface has been answered.
+/// A question.
+pub(crate) struct Asked<'q> {
+    /// The move that it is about.
+    pub(crate) id: MigrationId,
+    /// The payload of the QUERY.
+    pub(crate) query: &'q [u8],
+    /// Whether a question about a move without a secret is answered ([`Options::unauthenticated_peers`]).
+    pub(crate) believes: bool,
+}
+
+impl Asked<'_> {
+    /// The proofs of question and answer.
+    fn proofs(&self, secret: Option<&Secret>) -> Proofs {
+        secret.map_or_else(Proofs::none, |secret| {
+            // A question without a nonce proves nothing.
+            let nonce = Nonce::of_query(self.query).unwrap_or_default();
+            Proofs::new(secret.clone(), self.id, nonce)
+        })
+    }
+
+    /// Whether the question may be asked about the move with this secret.
+    fn check(&self, secret: Option<&Secret>, connection: &Connection<'_>) -> Result<()> {
+        if secret.is_none() {
+            let (peer, why) = (connection.link().peer().into(), Mistrust::NoSecret { id: self.id });
+            return if self.believes { Ok(()) } else { Err(Error::Unauthenticated { peer, why }) };
+        }
+        let checked = self.proofs(secret).check(Kind::QUERY, self.query);
+        checked.map(drop).map_err(|damage| connection.damaged(damage))
+    }
+}
+
+/// Answers a question, whose preface has been answered. Nothing becomes of one that does not prove that it is of the move's
+/// source: the peer is told so.
 pub(crate) fn reply(
     ledger: &Ledger,
-    id: MigrationId,
+    asked: &Asked<'_>,
     connection: &Connection<'_>,
     cancel: Option<&Cancel>,
 ) -> Result<Decision> {
-    let decision = ledger.ask(id);
-    let number: u32 = match decision {
-        Decision::Unknown => 0,
-        Decision::NotCommitted => 1,
-        Decision::Committed => 2,
-    };
-    let outcome = number.to_le_bytes();
-    guard("the answer", || connection.send(&Frame::new(Kind::OUTCOME, &outcome), cancel))?;
-    Ok(decision)
+    let answered = guard("the answer", || {
+        let (decision, secret) = ledger.ask_for_peer(asked.id, |secret| asked.check(secret, connection))?;
+        let number: u32 = match decision {
+            Decision::Unknown => 0,
+            Decision::NotCommitted => 1,
+            Decision::Committed => 2,
+        };
+        let outcome = asked.proofs(secret.as_ref()).prove(Kind::OUTCOME, &number.to_le_bytes());
+        connection.send(&Frame::new(Kind::OUTCOME, &outcome), cancel)?;
+        Ok(decision)
+    });
+    answered.map_err(|why| refuse(connection, None, why))
 }
 
 /// Tells a peer why it is refused, behind a preface with its id if that is known, and gives it the time to read that.
@@ -44,8 +79,8 @@ impl Ledger {
     ///
     /// # Errors
     ///
-    /// [`Error::NotTaken`] for a source that wants to move: it is told so. Other errors when no whole question came, or the
-    /// answer could not be sent.
+    /// [`Error::NotTaken`] for a source that wants to move: it is told so. Other errors when no whole question came, the question
+    /// does not prove that it is of the move's source, or the answer could not be sent.
     pub fn answer(
         &self,
         link: &dyn Link,
@@ -55,14 +90,14 @@ impl Ledger {
         let connection = Connection::new(link, Limits::new(options));
         let opened = opening::read(&mut connection.reader(), link, within(options.silence_max), cancel);
         let (id, why) = match opened {
-            Ok(Opening { id, request: Request::Answer }) => {
-                let answered = connection
-                    .send_preface(id, PrefaceFlags::empty(), cancel)
-                    .and_then(|()| reply(self, id, &connection, cancel));
-                return answered.map(|decision| (id, decision)).map_err(|why| connection.part(why));
+            Ok(Opening { id, request: Request::Answer(query) }) => {
+                let sent = connection.send_preface(id, PrefaceFlags::empty(), cancel);
+                sent.map_err(|why| connection.part(why))?;
+                let asked = Asked { id, query: &query, believes: options.unauthenticated_peers };
+                return reply(self, &asked, &connection, cancel).map(|decision| (id, decision));
             }
             Ok(Opening { id, .. }) => (Some(id), Error::NotTaken { why: NoMove::Answers }),
-            Err(unopened) => (unopened.id, unopened.why),
+            Err(unopened) => (unopened.id, *unopened.why),
         };
         Err(refuse(&connection, id, why))
     }

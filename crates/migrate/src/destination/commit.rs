@@ -1,13 +1,13 @@
 //! The commit on the destination (`docs/stream.md: The commit`): it holds, and then runs.
 
 use limosa_protocol::{MigrationFlags, State};
-use limosa_stream::{Damage, Kind, MigrationId};
+use limosa_stream::{Damage, Kind, MigrationId, Proofs, Step};
 
-use super::Destination;
 use super::receiving::Receiving;
+use super::{AfterLoad, Destination};
 use crate::context::Context;
 use crate::error::{check_cancel, guard};
-use crate::report::Phase;
+use crate::report::{End, Phase};
 use crate::vmm;
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
@@ -27,10 +27,10 @@ impl<'a> Destination<'a> {
         id: MigrationId,
         context: &Context<'a>,
         receiving: &Receiving<'_, 'a>,
-    ) -> Result<(), NotStarted> {
+    ) -> Result<End, NotStarted> {
         let connection = receiving.connection;
         context.recorder.check().map_err(NotStarted::GivenBack)?;
-        match self.ledger.hold(id) {
+        match self.ledger.hold(id, receiving.proofs.secret()) {
             Ok(true) => {}
             Ok(false) => {
                 let why = connection.damaged(decided_already("an id", id));
@@ -38,23 +38,27 @@ impl<'a> Destination<'a> {
             }
             Err(error) => return Err(NotStarted::GivenBack(not_recorded(error))),
         }
-        if let Err(why) = guard("holding for the commit", || self.hold(id, connection)) {
+        if let Err(why) = guard("holding for the commit", || self.hold(id, receiving)) {
             self.ledger.not_committed(id);
+            connection.refuse(&why, &receiving.proofs);
             return Err(NotStarted::GivenBack(why));
         }
-        let started = guard("the start", || Ok(self.start(context, receiving)));
+        let started = guard("the start", || Ok(self.start(self.after, context, receiving)));
         let started = started.unwrap_or_else(|why| Err(NotStarted::Stuck(why)));
         match &started {
-            Ok(()) => {
+            Ok(_) => {
                 self.ledger.committed(id);
                 context.recorder.runs();
-                if let Err(error) = guard("the end of the commit", || tell(connection)) {
+                if let Err(error) = guard("the end of the commit", || tell(connection, &receiving.proofs)) {
                     context.recorder.peer_not_told();
                     let note = format!("the source may not know that the devices run, and may ask: {error}");
                     context.recorder.note(note);
                 }
             }
-            Err(NotStarted::GivenBack(_)) => self.ledger.not_committed(id),
+            Err(NotStarted::GivenBack(why)) => {
+                self.ledger.not_committed(id);
+                connection.refuse(why, &receiving.proofs);
+            }
             Err(NotStarted::Stuck(_)) => self.ledger.committed(id),
         }
         if let Some(error) = self.ledger.unrecorded(id) {
@@ -67,11 +71,21 @@ impl<'a> Destination<'a> {
     }
 
     /// Sends READY and waits for COMMIT. If this fails, the move must never run here.
-    fn hold(&self, id: MigrationId, connection: &Connection<'_>) -> Result<()> {
+    fn hold(&self, id: MigrationId, receiving: &Receiving<'_, 'a>) -> Result<()> {
+        let (connection, proofs) = (receiving.connection, &receiving.proofs);
         check_cancel(self.cancel)?;
-        connection.send(&Frame::new(Kind::READY, &[]), self.cancel)?;
+        connection.send(&Frame::new(Kind::READY, &proofs.prove(Kind::READY, &[])), self.cancel)?;
         let limit = self.options.commit_max;
-        connection.expect(Kind::COMMIT, "holding for the commit", limit, self.cancel)?;
+        let received = connection.receive("holding for the commit", limit, self.cancel)?;
+        let step = receiving
+            .order
+            .lock()
+            .next(&received.header, &received.payload)
+            .map_err(|damage| connection.damaged(damage))?;
+        if step != Step::Commit {
+            let why = "COMMIT is due".into();
+            return Err(connection.damaged(Damage::Misplaced { kind: received.header.kind, why }));
+        }
         match self.ledger.start(id) {
             Ok(true) => Ok(()),
             Ok(false) => Err(connection.damaged(decided_already("a COMMIT", id))),
@@ -79,44 +93,61 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Starts the devices: all enter RUNNING_P2P, then all enter RUNNING. Then starts the vCPUs.
+    /// Starts the devices that are to run: all of these enter RUNNING_P2P, then all enter RUNNING. Then starts the vCPUs.
+    /// Where nothing is to run, the devices stay in STOP, and the VMM is not asked.
     pub(super) fn start(
         &self,
+        after: AfterLoad,
         context: &Context<'a>,
         receiving: &Receiving<'_, 'a>,
-    ) -> Result<(), NotStarted> {
-        context.recorder.phase(Phase::Start);
-        let p2p = |at| receiving.flags(at).contains(MigrationFlags::P2P);
-        let started = vmm::ask("Vmm::prepare", "run", || self.vmm.prepare())
-            .and_then(|()| receiving.enter(|at| p2p(at).then_some(State::RunningP2p)))
-            .and_then(|()| receiving.enter(|_| Some(State::Running)));
-        let why = match started {
-            Ok(()) => {
-                // The devices run: whatever it says, this is where the guest is.
-                if let Err(note) = vmm::tell("Vmm::start", || self.vmm.start()) {
-                    context.recorder.note(note);
-                }
-                return Ok(());
-            }
-            Err(why) => why,
+    ) -> Result<End, NotStarted> {
+        let runs = |at: usize| match after {
+            AfterLoad::AsFound => !receiving.was_stopped(at),
+            AfterLoad::Run => true,
+            AfterLoad::Stop => false,
         };
-        if matches!(why, Error::DeviceChanged { .. }) {
-            // A device that was reset is in RUNNING without its state, and may have acted.
-            return Err(NotStarted::Stuck(why));
+        let stays = match self.devices.len() {
+            0 => after == AfterLoad::Stop,
+            devices => !(0..devices).any(runs),
+        };
+        context.recorder.phase(Phase::Start);
+        let p2p = |at: usize| runs(at) && receiving.flags(at).contains(MigrationFlags::P2P);
+        // Of the others the next arc tells.
+        let checked = receiving.check(|at| !runs(at));
+        if stays {
+            return checked.map(|()| End::Stopped).map_err(|why| not_started(why, receiving));
         }
-        // All devices that were asked to run are reset, so that none of them can ever run this guest.
-        match receiving.never_run() {
-            true => Err(NotStarted::GivenBack(why)),
-            false => Err(NotStarted::Stuck(why)),
+        let started = checked
+            .and_then(|()| vmm::ask("Vmm::prepare", "run", || self.vmm.prepare()))
+            .and_then(|()| receiving.enter(|at| p2p(at).then_some(State::RunningP2p)))
+            .and_then(|()| receiving.enter(|at| runs(at).then_some(State::Running)));
+        started.map_err(|why| not_started(why, receiving))?;
+        // The devices run: whatever it says, this is where the guest is.
+        if let Err(note) = vmm::tell("Vmm::start", || self.vmm.start()) {
+            context.recorder.note(note);
         }
+        Ok(End::Runs)
+    }
+}
+
+fn not_started(why: Error, receiving: &Receiving<'_, '_>) -> NotStarted {
+    if matches!(why, Error::DeviceChanged { .. }) {
+        // A device that was reset is in RUNNING without its state, and may have acted.
+        return NotStarted::Stuck(why);
+    }
+    // All devices that were asked to run are reset, so that none of them can ever run this guest.
+    match receiving.never_run() {
+        true => NotStarted::GivenBack(why),
+        false => NotStarted::Stuck(why),
     }
 }
 
 /// Sends RUNNING and waits for DONE.
-fn tell(connection: &Connection<'_>) -> Result<()> {
-    connection.send(&Frame::new(Kind::RUNNING, &[]), None)?;
+fn tell(connection: &Connection<'_>, proofs: &Proofs) -> Result<()> {
+    connection.send(&Frame::new(Kind::RUNNING, &proofs.prove(Kind::RUNNING, &[])), None)?;
     let doing = "waiting for the source to know that the devices run";
-    connection.expect(Kind::DONE, doing, connection.limits().commit_max, None).map(drop)
+    let payload = connection.expect(Kind::DONE, doing, connection.limits().commit_max, None)?;
+    proofs.check(Kind::DONE, &payload).map(drop).map_err(|damage| connection.damaged(damage))
 }
 
 fn not_recorded(error: std::io::Error) -> Error {

@@ -70,6 +70,7 @@ impl Receiving<'_, '_> {
                 // A device that is gone or was reset is not asked to run.
                 loader.driven.enter_with(state, || self.queues[at].lock().asked_to_run = true).map(drop)
             }
+            Command::Check => loader.driven.check(),
             Command::Reset => {
                 let _span = self.recorder().span(at, Act::Reset);
                 loader.stream = None;

@@ -44,6 +44,8 @@ pub(super) enum Command {
     Open(State),
     /// Enter a state.
     Enter(State),
+    /// Check that it is in the state to which the engine has driven it, and was not reset.
+    Check,
     /// Reset it, so that it never runs the state that it loaded.
     Reset,
     /// After a reset, go back to STOP, where it was found.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use limosa_clockwork::Scope;
+use limosa_stream::body::decode_u32;
 use limosa_stream::{Damage, Kind, MigrationId, Offer};
 
 use super::handshake::not_under_way;
@@ -81,16 +82,19 @@ impl Receiving<'_, '_> {
         }
     }
 
-    /// Reads the opening of a further link of this move. Returns its number and its reader.
+    /// Reads the opening of a further link, which proves that it is of this move. Returns its number and its reader.
     fn greet_further(&self, link: &dyn Link, id: MigrationId) -> Result<(u32, FrameReader)> {
         let silence_max = self.options().silence_max;
         let mut reader = FrameReader::new(link, silence_max);
         let opened = opening::read(&mut reader, link, within(silence_max), Some(&self.joined));
-        let opened = opened.map_err(|unopened| unopened.why)?;
+        let opened = opened.map_err(|unopened| *unopened.why)?;
         match opened.request {
-            Request::Join(number) if opened.id == id => Ok((number, reader)),
+            Request::Join(join) if opened.id == id => {
+                let number = self.proofs.check(Kind::JOIN, &join).map(decode_u32);
+                Ok((number.map_err(|damage| reader.damaged(damage))?, reader))
+            }
             Request::Join(_) => Err(reader.damaged(not_under_way(opened.id))),
-            Request::Move(_) | Request::Answer => {
+            Request::Move(_) | Request::Answer(_) => {
                 let what = format!("it is of move {}, while move {id} is under way", opened.id);
                 Err(reader.damaged(Damage::Unexpected { what }))
             }

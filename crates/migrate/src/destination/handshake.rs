@@ -3,14 +3,14 @@
 use limosa_client::DeviceExt;
 use limosa_protocol::State;
 use limosa_stream::body::NEEDS_CREDIT;
-use limosa_stream::{Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, PrefaceFlags};
+use limosa_stream::{Answer, Damage, DeviceFacts, Kind, MigrationId, Nonce, Offer, PrefaceFlags, Proofs};
 
 use super::Destination;
 use super::opening::{self, Opening, Request, Unopened};
 use super::receiving::Receiving;
 use crate::context::Context;
-use crate::devices::{compare_devices, compare_memory, facts, failed};
-use crate::error::{Mismatch, MismatchKind, check_cancel};
+use crate::devices::{compare_devices, compare_memory, facts, failed, way_out_of};
+use crate::error::{Mismatch, MismatchKind, Mistrust, check_cancel};
 use crate::link::FurtherLinks;
 use crate::memory::MemoryRegion;
 use crate::protocol::credit::window;
@@ -21,8 +21,15 @@ use crate::{Error, Result};
 pub(super) enum Greeting {
     /// A move.
     Offer(MigrationId, Offer),
-    /// How a move ended.
-    Query(MigrationId),
+    /// How a move ended, and the payload of the QUERY.
+    Query(MigrationId, Vec<u8>),
+}
+
+/// What the words of this move prove, if the source has a secret, with a challenge that no connection has had before.
+pub(super) fn proofs(id: MigrationId, offer: &Offer) -> Result<Proofs> {
+    let Some(secret) = &offer.secret else { return Ok(Proofs::none()) };
+    let challenge = Nonce::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
+    Ok(Proofs::new(secret.clone(), id, challenge))
 }
 
 /// A further link of a move that this destination does not take, or not now.
@@ -40,7 +47,7 @@ impl<'a> Destination<'a> {
         let opened = opening::read(&mut connection.reader(), connection.link(), within(limit), self.cancel);
         let (id, request) = match opened {
             Ok(Opening { id, request }) => (Some(id), Ok(request)),
-            Err(Unopened { id, why }) => (id, Err(why)),
+            Err(Unopened { id, why }) => (id, Err(*why)),
         };
         if let Some(id) = id {
             context.recorder.id(id);
@@ -54,7 +61,7 @@ impl<'a> Destination<'a> {
                 connection.reader().decompress(offer.compression())?;
                 Ok(Greeting::Offer(id, offer))
             }
-            Request::Answer => Ok(Greeting::Query(id)),
+            Request::Answer(query) => Ok(Greeting::Query(id, query)),
             Request::Join(_) => Err(connection.damaged(not_under_way(id))),
         }
     }
@@ -69,7 +76,9 @@ impl<'a> Destination<'a> {
         further: Option<&dyn FurtherLinks>,
     ) -> Result<u32> {
         tracing::debug!(devices = offer.devices.len(), "offer");
-        let accepted = self.compare(offer).and_then(|found| receiving.open_sessions(self.devices, found));
+        let accepted = (self.trust(connection, offer))
+            .and_then(|()| self.compare(offer))
+            .and_then(|found| receiving.open_sessions(self.devices, found));
         let most = if further.is_some() { self.options.links.get() } else { 1 };
         // Without credit nothing would bound the data that arrives over one link before earlier data of another.
         let has_credit = offer.needs.iter().any(|need| need == NEEDS_CREDIT);
@@ -82,11 +91,21 @@ impl<'a> Destination<'a> {
                 Err(error) => vec![error.to_string()],
             };
             let window = Some(window(self.devices.len(), self.options.windows_bytes));
-            let answer = Answer { accepted: accepted.is_ok(), reasons, links, window };
+            let challenge = receiving.proofs.nonce();
+            let answer = Answer { accepted: accepted.is_ok(), reasons, links, window, challenge };
             let payload = answer.encode().map_err(|damage| connection.damaged(damage))?;
             connection.send(&Frame::new(Kind::ANSWER, &payload), self.cancel)?;
         }
         accepted.map(|()| links)
+    }
+
+    /// Refuses a source that proves nothing, unless such peers are allowed.
+    fn trust(&self, connection: &Connection<'_>, offer: &Offer) -> Result<()> {
+        if !connection.has_peer() || offer.secret.is_some() || self.options.unauthenticated_peers {
+            return Ok(());
+        }
+        let why = Mistrust::OlderVersion { sign: "its OFFER has no secret" };
+        Err(Error::Unauthenticated { peer: connection.link().peer().into(), why })
     }
 
     /// Compares both sides without touching anything. Returns the states in which the devices were found.
@@ -107,9 +126,8 @@ impl<'a> Destination<'a> {
             let state = device.state().map_err(|error| failed(device, "reading its state", error))?;
             if !matches!(state, State::Running | State::Stop) {
                 let name = device.name();
-                let message = format!(
-                    "{name}: it is in {state}, RUNNING or STOP is expected; is it in use? if not, reset it"
-                );
+                let message =
+                    format!("{name}: it is in {state}, RUNNING or STOP is expected; {}", way_out_of(state));
                 reasons.push(Mismatch::new(MismatchKind::State, message));
             }
             found.push(state);

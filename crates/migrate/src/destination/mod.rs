@@ -14,7 +14,7 @@ mod receiving;
 mod snapshot;
 
 use limosa_clockwork::Scope;
-use limosa_stream::{MigrationId, Offer};
+use limosa_stream::{MigrationId, Offer, Proofs};
 
 pub use snapshot::AfterLoad;
 
@@ -29,8 +29,9 @@ use crate::report::{End, Phase, Report, Side};
 use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
+use answer::Asked;
 use commit::NotStarted;
-use handshake::Greeting;
+use handshake::{Greeting, proofs};
 use receiving::Receiving;
 
 /// The side to which devices come. One move or one load consumes it, so that devices that run a guest are not offered to a
@@ -45,6 +46,7 @@ pub struct Destination<'a> {
     options: &'a Options,
     cancel: Option<&'a Cancel>,
     ledger: &'a Ledger,
+    after: AfterLoad,
 }
 
 impl std::fmt::Debug for Destination<'_> {
@@ -62,7 +64,8 @@ impl std::fmt::Debug for Destination<'_> {
 pub enum Received {
     /// The devices run here.
     Runs(Report),
-    /// A snapshot was loaded, and the devices stay in STOP.
+    /// Everything is here and committed, and all devices stay in STOP: they stood in STOP at the source or when they were
+    /// saved, or the caller asked for that ([`AfterLoad`]). The vCPUs were not started.
     Stopped(Report),
     /// The move failed or was cancelled. Everything that was loaded is discarded: every device was reset, and returned to
     /// the state (RUNNING or STOP) in which it was found. Memory stays as it was written. [`Report::unrecovered`] lists the
@@ -81,7 +84,8 @@ pub enum Received {
         /// How far it came.
         report: Report,
     },
-    /// It was not a move: a source in doubt asked, and got an answer.
+    /// It was not a move: a source in doubt asked, proved that it is the move's, and got an answer. Or anybody asked about a
+    /// move that is not known here.
     Answered {
         /// The move that it asked about.
         id: MigrationId,
@@ -92,8 +96,8 @@ pub enum Received {
 
 /// How the work of a move ended.
 enum Ending {
-    /// The devices are loaded, and in RUNNING or, from a snapshot, in STOP.
-    Done,
+    /// The devices are loaded, and in RUNNING ([`End::Runs`]) or in STOP ([`End::Stopped`]).
+    Done(End),
     Discarded(Error),
     Broken(Error),
 }
@@ -112,31 +116,34 @@ impl<'a> Destination<'a> {
     /// outcomes for sources in doubt. Use one ledger for all moves that a process receives.
     pub fn new(devices: &'a [MovedDevice<'a>], ledger: &'a Ledger, options: &'a Options) -> Destination<'a> {
         let (vmm, observer) = (&Nobody, &Nobody);
-        Destination { devices, memory: &[], vmm, observer, options, cancel: None, ledger }
+        let after = AfterLoad::default();
+        Destination { devices, memory: &[], vmm, observer, options, cancel: None, ledger, after }
     }
 
     /// Sets the guest's memory: the same regions as the source's.
-    #[must_use]
     pub fn with_memory(self, memory: &'a [MemoryRegion<'a>]) -> Destination<'a> {
         Destination { memory, ..self }
     }
 
     /// Sets the hooks of the machine around the devices.
-    #[must_use]
     pub fn with_vmm(self, vmm: &'a dyn Vmm) -> Destination<'a> {
         Destination { vmm, ..self }
     }
 
     /// Sets an observer.
-    #[must_use]
     pub fn with_observer(self, observer: &'a dyn Observer) -> Destination<'a> {
         Destination { observer, ..self }
     }
 
     /// Sets a handle that cancels the move.
-    #[must_use]
     pub fn with_cancel(self, cancel: Option<&'a Cancel>) -> Destination<'a> {
         Destination { cancel, ..self }
+    }
+
+    /// Sets the fate of devices that are received. By default each is again what it was at the source.
+    #[must_use]
+    pub fn with_after(self, after: AfterLoad) -> Destination<'a> {
+        Destination { after, ..self }
     }
 
     /// Receives one move, or answers one query, over the link. Blocks until that has ended. The source must have sent its
@@ -148,7 +155,8 @@ impl<'a> Destination<'a> {
     /// Receives one move, or answers one query, over the link and over further links: in all as many as the source offers and
     /// [`Options::links`] allows. Blocks until the move has ended.
     ///
-    /// A further link belongs to the move if its preface has the id of the move. Other links are closed.
+    /// A further link belongs to the move if its preface has the id of the move, and its JOIN proves that. Other links are
+    /// closed.
     pub fn receive_over(self, link: &dyn Link, further: &dyn FurtherLinks) -> Received {
         self.receive_move(link, Some(further))
     }
@@ -160,10 +168,11 @@ impl<'a> Destination<'a> {
         context.recorder.phase(Phase::Handshake);
         let greeting = guard("the handshake", || self.greet(&context, &connection));
         let ending = match greeting {
-            Ok(Greeting::Query(id)) => {
-                return match answer::reply(self.ledger, id, &connection, self.cancel) {
+            Ok(Greeting::Query(id, query)) => {
+                let asked = Asked { id, query: &query, believes: self.options.unauthenticated_peers };
+                return match answer::reply(self.ledger, &asked, &connection, self.cancel) {
                     Ok(decision) => Received::Answered { id, decision },
-                    Err(why) => ended(Ending::Discarded(why), context, End::Runs),
+                    Err(why) => ended(Ending::Discarded(why), context),
                 };
             }
             Ok(Greeting::Offer(id, offer)) => {
@@ -178,7 +187,7 @@ impl<'a> Destination<'a> {
             Ending::Discarded(why) => Ending::Discarded(connection.part(why)),
             ending => ending,
         };
-        ended(ending, context, End::Runs)
+        ended(ending, context)
     }
 
     pub(crate) fn ledger(&self) -> &'a Ledger {
@@ -200,7 +209,11 @@ impl<'a> Destination<'a> {
         then: Then,
     ) -> Ending {
         let receiving = guard("the destination", || {
-            Receiving::new(context, connection, self.devices, self.memory, offer)
+            let proofs = match then {
+                Then::Commit(id) => proofs(id, offer)?,
+                Then::Loaded(_) => Proofs::none(),
+            };
+            Receiving::new(context, connection, self.devices, self.memory, offer, proofs)
         });
         let receiving = match receiving {
             Ok(receiving) => receiving,
@@ -232,7 +245,7 @@ impl<'a> Destination<'a> {
                 return self.discard(receiving, why);
             }
             match guard("the destination", || Ok(self.end_of(context, receiving, then))) {
-                Ok(Ok(())) => Ending::Done,
+                Ok(Ok(end)) => Ending::Done(end),
                 Ok(Err(NotStarted::GivenBack(why))) => self.discard(receiving, why),
                 Ok(Err(NotStarted::Stuck(why))) | Err(why) => Ending::Broken(why),
             }
@@ -245,7 +258,7 @@ impl<'a> Destination<'a> {
         context: &Context<'a>,
         receiving: &Receiving<'_, 'a>,
         then: Then,
-    ) -> Result<(), NotStarted> {
+    ) -> Result<End, NotStarted> {
         context.recorder.phase(Phase::Commit);
         match then {
             Then::Commit(id) => self.commit(id, context, receiving),
@@ -268,11 +281,11 @@ impl<'a> Destination<'a> {
 }
 
 /// The report of a move that has ended.
-fn ended(ending: Ending, context: Context<'_>, done: End) -> Received {
+fn ended(ending: Ending, context: Context<'_>) -> Received {
     let recorder = context.recorder;
     match ending {
-        Ending::Done if done == End::Stopped => Received::Stopped(recorder.finish(End::Stopped, None)),
-        Ending::Done => Received::Runs(recorder.finish(End::Runs, None)),
+        Ending::Done(End::Stopped) => Received::Stopped(recorder.finish(End::Stopped, None)),
+        Ending::Done(_) => Received::Runs(recorder.finish(End::Runs, None)),
         Ending::Discarded(why) => {
             tracing::info!("the move was discarded: {why}");
             let report = recorder.finish(End::Discarded, Some(&why));

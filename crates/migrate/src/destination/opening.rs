@@ -27,17 +27,17 @@ pub(crate) struct Opening {
 pub(crate) enum Request {
     /// A move.
     Move(Offer),
-    /// How a move ended.
-    Answer,
-    /// A further link of a move, by its number.
-    Join(u32),
+    /// How a move ended; the payload of the QUERY.
+    Answer(Vec<u8>),
+    /// A further link of a move: the payload of its JOIN, whose number is one of a further link.
+    Join(Vec<u8>),
 }
 
 /// An opening that is refused.
 pub(crate) struct Unopened {
     /// The id with which the peer is answered, once its preface has arrived.
     pub(crate) id: Option<MigrationId>,
-    pub(crate) why: Error,
+    pub(crate) why: Box<Error>,
 }
 
 /// Reads an opening, in which the whole of the wait may take no longer than until `within`. The reader is then behind it.
@@ -47,12 +47,13 @@ pub(crate) fn read(
     within: Option<(Instant, Duration)>,
     cancel: Option<&Cancel>,
 ) -> Result<Opening, Unopened> {
-    let bytes = reader.preface_bytes(link, within, cancel).map_err(|why| Unopened { id: None, why })?;
+    let bytes =
+        reader.preface_bytes(link, within, cancel).map_err(|why| Unopened { id: None, why: why.into() })?;
     let id = Preface::id(&bytes);
     reader.limit_opening(Some(FRAMES_BYTES_MAX));
     let opened = request(reader, link, &bytes, within, cancel);
     reader.limit_opening(None);
-    opened.map_err(|why| Unopened { id, why })
+    opened.map_err(|why| Unopened { id, why: why.into() })
 }
 
 fn request(
@@ -84,9 +85,9 @@ fn request(
                 false => Ok(offer),
             })
             .map(Request::Move),
-        Kind::QUERY if !is_further => Ok(Request::Answer),
+        Kind::QUERY if !is_further => Ok(Request::Answer(reader.payload(&header).to_vec())),
         Kind::JOIN if is_further => match decode_u32(reader.payload(&header)) {
-            number @ 1..LINKS_MAX => Ok(Request::Join(number)),
+            1..LINKS_MAX => Ok(Request::Join(reader.payload(&header).to_vec())),
             number => {
                 let why = format!("link {number}, expected 1 to {}", LINKS_MAX - 1);
                 Err(Damage::Content { kind: Kind::JOIN, why })

@@ -9,7 +9,7 @@ use limosa_clockwork::{Guard, Monitor, Scope};
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::NEEDS_CREDIT;
 use limosa_stream::buffer::Spares;
-use limosa_stream::{Offer, Order};
+use limosa_stream::{Offer, Order, Proofs};
 
 use super::device_loader::DeviceLoader;
 use super::device_queue::{Command, DeviceQueue};
@@ -41,11 +41,14 @@ pub(super) struct Receiving<'w, 'a> {
     pub(super) queues: Vec<Shared<DeviceQueue>>,
     pub(super) loaders: Vec<Monitor<DeviceLoader<'a>>>,
     flags: OnceLock<Vec<MigrationFlags>>,
+    /// Which devices stood in STOP when they were offered.
+    stopped: Vec<bool>,
     /// The ids of the devices in the offer.
     pub(super) ids: Vec<u32>,
     /// The regions, by their index in the offer.
     pub(super) regions: Vec<Option<&'w MemoryRegion<'a>>>,
     pub(super) order: Monitor<Order>,
+    pub(super) proofs: Proofs,
     /// The end of the time from the offer to the SUM, and that time; `None` if no peer sends.
     pub(super) until: Option<(Instant, Duration)>,
     /// The frames over all links that were not keep-alives.
@@ -80,6 +83,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
         devices: &'a [MovedDevice<'a>],
         memory: &'w [MemoryRegion<'a>],
         offer: &Offer,
+        proofs: Proofs,
     ) -> Result<Receiving<'w, 'a>> {
         let team = Team::new(context.cancel)?;
         let joined = team.ended().child().map_err(|error| Error::Os { doing: "making an event", error })?;
@@ -100,9 +104,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
             queues: devices.iter().map(|_| team.share(queue())).collect(),
             loaders: devices.iter().map(|moved| Monitor::new(DeviceLoader::new(moved.device))).collect(),
             flags: OnceLock::new(),
+            stopped: offer.devices.iter().map(|facts| facts.stopped).collect(),
             ids: offer.devices.iter().map(|facts| facts.id).collect(),
             regions: offer.memory.iter().map(|facts| region(facts.id)).collect(),
-            order: Monitor::new(Order::new(offer)),
+            order: Monitor::new(Order::new(offer).with_proofs(proofs.clone())),
+            proofs,
             until: within(connection.limits().move_max).filter(|_| connection.has_peer()),
             frames: AtomicU64::new(0),
             has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
@@ -127,6 +133,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
     /// A device's migration flags.
     pub(super) fn flags(&self, at: usize) -> MigrationFlags {
         self.flags.get().and_then(|flags| flags.get(at)).copied().unwrap_or(MigrationFlags::empty())
+    }
+
+    /// Whether a device stood in STOP when it was offered.
+    pub(super) fn was_stopped(&self, at: usize) -> bool {
+        self.stopped.get(at).copied().unwrap_or(false)
     }
 
     /// Starts the device workers and the keep-alive thread. They serve the commit and the rollback as well.
@@ -171,6 +182,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
     pub(super) fn enter(&self, wanted: impl Fn(usize) -> Option<State>) -> Result<()> {
         // This waits for all devices, also after a failure.
         self.command(|at| wanted(at).map(Command::Enter)).into_iter().collect()
+    }
+
+    /// Checks that loaded devices are where the engine has left them.
+    pub(super) fn check(&self, wanted: impl Fn(usize) -> bool) -> Result<()> {
+        self.command(|at| wanted(at).then_some(Command::Check)).into_iter().collect()
     }
 
     /// Resets the devices that were asked to run, so that none of them ever runs this guest. Returns whether all resets

@@ -13,12 +13,16 @@ use crate::report::{End, Phase};
 use crate::snapshot::{self, Reading, SnapshotSource, of_place};
 use crate::wire::{Connection, MeteredLink};
 
-/// The fate of the devices after a snapshot was loaded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The fate of the devices once everything is loaded, from a source or from a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AfterLoad {
-    /// They run.
+    /// Each is again what it was when it was offered or saved: one that was found in STOP stays in STOP, the others run. The
+    /// vCPUs start if any device runs, or if there are no devices. Of a source or a snapshot of the first versions, all run.
+    #[default]
+    AsFound,
+    /// All run, and the vCPUs start.
     Run,
-    /// They stay in STOP.
+    /// All stay in STOP, and the vCPUs do not start.
     Stop,
 }
 
@@ -31,7 +35,7 @@ impl<'a> Destination<'a> {
         let limits = snapshot::Limits { silence_max: self.options.silence_max, cancel: self.cancel };
         let reading = match guard("opening the snapshot", || Reading::open(from, limits)) {
             Ok(reading) => reading,
-            Err(why) => return ended(Ending::Discarded(why), context, End::Stopped),
+            Err(why) => return ended(Ending::Discarded(why), context),
         };
         let link = MeteredLink::new(&reading, &context.recorder);
         let connection = Connection::new(&link, Limits::new(self.options));
@@ -39,7 +43,7 @@ impl<'a> Destination<'a> {
             Ok(Greeting::Offer(_, offer)) => {
                 self.run(&context, &connection, None, &offer, Then::Loaded(after))
             }
-            Ok(Greeting::Query(_)) => {
+            Ok(Greeting::Query(..)) => {
                 let why = "a question is not a saved stream".into();
                 Ending::Discarded(connection.damaged(Damage::Misplaced { kind: Kind::QUERY, why }))
             }
@@ -49,7 +53,7 @@ impl<'a> Destination<'a> {
             Ending::Discarded(why) => Ending::Discarded(of_place(why, "reading it")),
             ending => ending,
         };
-        ended(ending, context, if after == AfterLoad::Run { End::Runs } else { End::Stopped })
+        ended(ending, context)
     }
 
     /// Everything is loaded: the devices run, or stay in STOP.
@@ -58,16 +62,13 @@ impl<'a> Destination<'a> {
         after: AfterLoad,
         context: &Context<'a>,
         receiving: &Receiving<'_, 'a>,
-    ) -> Result<(), NotStarted> {
+    ) -> Result<End, NotStarted> {
         check_cancel(self.cancel).map_err(NotStarted::GivenBack)?;
         context.recorder.check().map_err(NotStarted::GivenBack)?;
-        match after {
-            AfterLoad::Stop => Ok(()),
-            AfterLoad::Run => match self.start(context, receiving) {
-                // Nothing is committed: what was loaded is discarded as before.
-                Err(NotStarted::Stuck(why)) if receiving.never_run() => Err(NotStarted::GivenBack(why)),
-                started => started,
-            },
+        match self.start(after, context, receiving) {
+            // Nothing is committed: what was loaded is discarded as before.
+            Err(NotStarted::Stuck(why)) if receiving.never_run() => Err(NotStarted::GivenBack(why)),
+            started => started,
         }
     }
 }

@@ -8,10 +8,10 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use limosa_stream::MigrationId;
+use limosa_stream::{MigrationId, Secret};
 use record::Record;
 
-use crate::PrivateFolder;
+use crate::{PrivateFolder, Result};
 
 /// How many moves are remembered at most. The oldest decided ones are forgotten first.
 const MOVES_MAX: usize = 1024;
@@ -40,6 +40,8 @@ enum Entry {
 struct Move {
     id: MigrationId,
     entry: Entry,
+    /// What keys the proofs of those who ask about it.
+    secret: Option<Secret>,
     /// Until the move is decided, if there is a folder.
     record: Option<Record>,
     /// Why the decision is not on the disk.
@@ -79,36 +81,57 @@ impl Ledger {
         self.folder.as_ref().map_or(Ok(true), |folder| record::is_empty(folder))
     }
 
-    /// Answers a source in doubt. A move that is still *holding* becomes *not committed* by the question: a COMMIT that
-    /// is on its way is refused from then on. So does a move whose process died while it was *holding*. Nothing is known
-    /// of a move whose process died while it started its devices.
+    /// What became of a move, for whoever owns this ledger. A move that is still *holding* becomes *not committed* by the
+    /// question: a COMMIT that is on its way is refused from then on. So does a move whose process died while it was
+    /// *holding*. Nothing is known of a move whose process died while it started its devices.
     pub fn ask(&self, id: MigrationId) -> Decision {
+        self.ask_for_peer(id, |_| Ok(())).map_or(Decision::Unknown, |(decision, _)| decision)
+    }
+
+    /// As [`Ledger::ask`], for a peer that is allowed to ask: `may_ask` is called with the move's secret, if the move is known,
+    /// before anything changes. Returns the secret as well.
+    pub(crate) fn ask_for_peer(
+        &self,
+        id: MigrationId,
+        may_ask: impl FnOnce(Option<&Secret>) -> Result<()>,
+    ) -> Result<(Decision, Option<Secret>)> {
         let mut moves = self.lock();
         if let Some(found) = moves.iter_mut().find(|found| found.id == id) {
+            may_ask(found.secret.as_ref())?;
             if found.entry == Entry::Holding {
                 found.decide(Decision::NotCommitted);
             }
-            return match found.entry {
+            let decision = match found.entry {
                 Entry::Decided(decision) => decision,
                 _ => Decision::Unknown,
             };
+            return Ok((decision, found.secret.clone()));
         }
-        let Some(folder) = &self.folder else { return Decision::Unknown };
-        record::ask(folder, id).unwrap_or_else(|error| {
+        let unknown = (Decision::Unknown, None);
+        let Some(folder) = &self.folder else { return Ok(unknown) };
+        let failed = |error: io::Error| {
             tracing::error!("what became of move {id} is not known: {error}");
-            Decision::Unknown
-        })
+            unknown.clone()
+        };
+        match record::find(folder, id) {
+            Ok(None) => Ok(unknown),
+            Ok(Some(found)) => {
+                may_ask(found.secret())?;
+                Ok(found.decision().map_or_else(failed, |decision| (decision, found.secret().cloned())))
+            }
+            Err(error) => Ok(failed(error)),
+        }
     }
 
     /// READY is about to be sent. `false` if the id was used before.
-    pub(crate) fn hold(&self, id: MigrationId) -> io::Result<bool> {
+    pub(crate) fn hold(&self, id: MigrationId, secret: Option<&Secret>) -> io::Result<bool> {
         let mut moves = self.lock();
         if moves.iter().any(|known| known.id == id) {
             return Ok(false);
         }
         let record = match &self.folder {
             None => None,
-            Some(folder) => match Record::create(folder, id)? {
+            Some(folder) => match Record::create(folder, id, secret)? {
                 Some(record) => Some(record),
                 None => return Ok(false),
             },
@@ -118,7 +141,8 @@ impl Ledger {
         {
             moves.remove(oldest);
         }
-        moves.push_back(Move { id, entry: Entry::Holding, record, unrecorded: None });
+        let secret = secret.cloned();
+        moves.push_back(Move { id, entry: Entry::Holding, secret, record, unrecorded: None });
         Ok(true)
     }
 
@@ -190,11 +214,38 @@ mod tests {
     fn being_asked_for_a_move_that_holds_decides_it() {
         let ledger = Ledger::new();
         assert_eq!(ledger.ask(ID), Decision::Unknown);
-        assert!(ledger.hold(ID).unwrap());
-        assert!(!ledger.hold(ID).unwrap());
+        assert!(ledger.hold(ID, None).unwrap());
+        assert!(!ledger.hold(ID, None).unwrap());
         assert_eq!(ledger.ask(ID), Decision::NotCommitted);
         assert!(!ledger.start(ID).unwrap(), "too late");
         assert_eq!(ledger.ask(ID), Decision::NotCommitted);
+    }
+
+    #[test]
+    fn a_question_that_may_not_be_asked_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let secret = Secret::new([3; 32]);
+        let id = |number: u8| MigrationId([number; 16]);
+        let ledger = Ledger::open(folder.path()).unwrap();
+        (0..2).for_each(|number| assert!(ledger.hold(id(number), Some(&secret)).unwrap()));
+        let stranger = |known: Option<&Secret>| {
+            assert_eq!(known, Some(&secret));
+            Err(crate::Error::Cancelled)
+        };
+        assert!(ledger.ask_for_peer(id(0), stranger).is_err());
+        assert!(ledger.start(id(0)).unwrap(), "it still holds");
+        assert_eq!(
+            ledger.ask_for_peer(id(9), |_| panic!("nobody knows it")).unwrap(),
+            (Decision::Unknown, None)
+        );
+        // The same of a process that died.
+        drop(ledger);
+        let next = Ledger::open(folder.path()).unwrap();
+        assert!(next.ask_for_peer(id(1), stranger).is_err());
+        let record = std::fs::read(folder.path().join(format!("{}.move", id(1)))).unwrap();
+        assert_eq!(record[9], 0, "it still holds");
+        let answer = next.ask_for_peer(id(1), |known| Ok(assert_eq!(known, Some(&secret)))).unwrap();
+        assert_eq!(answer, (Decision::NotCommitted, Some(secret)));
     }
 
     #[test]
@@ -204,7 +255,7 @@ mod tests {
             (Ledger::not_committed, Decision::NotCommitted),
         ] {
             let ledger = Ledger::new();
-            ledger.hold(ID).unwrap();
+            ledger.hold(ID, None).unwrap();
             assert!(ledger.start(ID).unwrap());
             assert_eq!(ledger.ask(ID), Decision::Unknown);
             end(&ledger, ID);
@@ -215,10 +266,10 @@ mod tests {
     #[test]
     fn the_oldest_decided_moves_give_way() {
         let ledger = Ledger::new();
-        ledger.hold(ID).unwrap();
+        ledger.hold(ID, None).unwrap();
         for number in 0..2 * MOVES_MAX as u128 {
             let id = MigrationId((number + (1 << 100)).to_be_bytes());
-            assert!(ledger.hold(id).unwrap());
+            assert!(ledger.hold(id, None).unwrap());
             ledger.not_committed(id);
         }
         assert!(ledger.lock().len() <= MOVES_MAX);
@@ -231,13 +282,13 @@ mod tests {
         let open = || Ledger::open(&folder.path().join("moves")).unwrap();
         let id = |number: u8| MigrationId([number; 16]);
         let dying = open();
-        (0..4).for_each(|number| assert!(dying.hold(id(number)).unwrap()));
+        (0..4).for_each(|number| assert!(dying.hold(id(number), None).unwrap()));
         (1..4).for_each(|number| assert!(dying.start(id(number)).unwrap()));
         dying.committed(id(2));
         dying.not_committed(id(3));
         let next = open();
         assert_eq!(next.ask(id(0)), Decision::Unknown, "the first still lives, and decides");
-        assert!(!next.hold(id(0)).unwrap(), "an id is used once");
+        assert!(!next.hold(id(0), None).unwrap(), "an id is used once");
         assert_eq!(next.ask(id(2)), Decision::Committed);
         // Its locks go with it; nothing else is done.
         drop(dying);
@@ -262,7 +313,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let open = || Ledger::open(folder.path()).unwrap();
         let ledger = open();
-        (0..5).for_each(|number| assert!(ledger.hold(id(number)).unwrap()));
+        (0..5).for_each(|number| assert!(ledger.hold(id(number), None).unwrap()));
         (3..5).for_each(|number| assert!(ledger.start(id(number)).unwrap()));
         unwritable(&ledger);
         assert!(ledger.start(id(0)).is_err(), "a commit that cannot be recorded is not taken");
@@ -290,7 +341,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         drop(folder);
-        assert!(ledger.hold(ID).is_err());
+        assert!(ledger.hold(ID, None).is_err());
         assert!(!ledger.start(ID).unwrap());
     }
 }

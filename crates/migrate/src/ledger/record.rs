@@ -1,7 +1,8 @@
 //! The record of a move on disk, so that a source in doubt is answered after the process that received it has ended.
 //!
-//! It is a file of 64 bytes, named by the move's id and overwritten in place. The process that decides about the move
-//! holds a lock on it until it has decided. The kernel releases the lock when that process dies.
+//! It is a file of 96 bytes, named by the move's id and overwritten in place. That of a move without a secret has 64 bytes
+//! and is of version 1. The process that decides about the move holds a lock on it until it has decided. The kernel releases
+//! the lock when that process dies.
 
 use std::fs::File;
 use std::io;
@@ -12,11 +13,11 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{Decision, Entry};
 use crate::PrivateFolder;
-use limosa_stream::MigrationId;
+use limosa_stream::{MigrationId, Secret};
 
 const MAGIC: [u8; 8] = *b"LMSAmove";
-const VERSION: u8 = 1;
-const BYTES: usize = 64;
+/// The length of a record of each version, from version 1 on: without and with a secret.
+const BYTES: [usize; 2] = [64, 96];
 /// The suffix of a record's name.
 const SUFFIX: &str = ".move";
 
@@ -26,14 +27,19 @@ pub(super) struct Record {
     folder: Arc<PrivateFolder>,
     file: File,
     id: MigrationId,
+    secret: Option<Secret>,
 }
 
 impl Record {
     /// Creates a record; `None` if there is one with this id.
-    pub fn create(folder: &Arc<PrivateFolder>, id: MigrationId) -> io::Result<Option<Record>> {
+    pub fn create(
+        folder: &Arc<PrivateFolder>,
+        id: MigrationId,
+        secret: Option<&Secret>,
+    ) -> io::Result<Option<Record>> {
         let Some(file) = folder.create_file(name(id))? else { return Ok(None) };
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        let record = Record { folder: Arc::clone(folder), file, id };
+        let record = Record { folder: Arc::clone(folder), file, id, secret: secret.cloned() };
         record.write(Entry::Holding)?;
         Ok(Some(record))
     }
@@ -46,7 +52,7 @@ impl Record {
             Entry::Decided(Decision::Committed) => 2,
             Entry::Starting | Entry::Decided(Decision::Unknown) => 3,
         };
-        let written = self.file.write_all_at(&encode(self.id, number, &boot()?), 0);
+        let written = self.file.write_all_at(&encode(self.id, number, &boot()?, self.secret.as_ref()), 0);
         let durable = written.and_then(|()| match entry {
             Entry::Decided(_) => self.folder.sync(&self.file),
             _ => Ok(()),
@@ -69,30 +75,52 @@ impl Record {
     }
 }
 
-/// The contents of the record of another process's move.
-pub(super) fn ask(folder: &Arc<PrivateFolder>, id: MigrationId) -> io::Result<Decision> {
-    let Some(file) = folder.file(name(id))? else { return Ok(Decision::Unknown) };
+/// The record of another process's move, locked.
+pub(super) struct Found {
+    record: Record,
+    number: u8,
+    boot: [u8; 16],
+}
+
+/// Finds the record of another process's move; `None` if it says nothing about the move.
+pub(super) fn find(folder: &Arc<PrivateFolder>, id: MigrationId) -> io::Result<Option<Found>> {
+    let Some(file) = folder.file(name(id))? else { return Ok(None) };
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         // Another process decides about it, or asks at the same moment.
-        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(Decision::Unknown),
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
         locked => locked?,
     }
-    let mut bytes = [0; BYTES];
-    let read = file.read_exact_at(&mut bytes, 0);
-    if read.is_err_and(|error| error.kind() != io::ErrorKind::UnexpectedEof) {
-        return Ok(Decision::Unknown);
-    }
-    let Some((number, boot_then)) = decode(id, &bytes) else { return Ok(Decision::Unknown) };
-    match number {
-        1 => Ok(Decision::NotCommitted),
-        2 => Ok(Decision::Committed),
-        // Its process died while it was holding, so no process is left that could start the devices. If the machine was
-        // restarted since, the last record may not have reached the disk.
-        0 if boot_then == boot()? => {
-            Record { folder: Arc::clone(folder), file, id }.write(Entry::Decided(Decision::NotCommitted))?;
-            Ok(Decision::NotCommitted)
+    let (mut bytes, mut filled) = ([0; BYTES[1]], 0);
+    while filled < bytes.len() {
+        match file.read_at(&mut bytes[filled..], filled as u64)? {
+            0 => break,
+            read => filled += read,
         }
-        _ => Ok(Decision::Unknown),
+    }
+    Ok(decode(id, &bytes[..filled]).map(|(number, boot, secret)| {
+        let record = Record { folder: Arc::clone(folder), file, id, secret };
+        Found { record, number, boot }
+    }))
+}
+
+impl Found {
+    pub fn secret(&self) -> Option<&Secret> {
+        self.record.secret.as_ref()
+    }
+
+    /// What became of the move. One that holds is decided by this.
+    pub fn decision(&self) -> io::Result<Decision> {
+        match self.number {
+            1 => Ok(Decision::NotCommitted),
+            2 => Ok(Decision::Committed),
+            // Its process died while it was holding, so no process is left that could start the devices. If the machine was
+            // restarted since, the last record may not have reached the disk.
+            0 if self.boot == boot()? => {
+                self.record.write(Entry::Decided(Decision::NotCommitted))?;
+                Ok(Decision::NotCommitted)
+            }
+            _ => Ok(Decision::Unknown),
+        }
     }
 }
 
@@ -131,21 +159,32 @@ fn boot() -> io::Result<[u8; 16]> {
     u128::from_str_radix(&digits, 16).map(u128::to_be_bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-fn encode(id: MigrationId, number: u8, boot: &[u8; 16]) -> [u8; BYTES] {
-    let mut bytes = [0; BYTES];
+fn encode(id: MigrationId, number: u8, boot: &[u8; 16], secret: Option<&Secret>) -> Vec<u8> {
+    let version = if secret.is_some() { 2 } else { 1 };
+    let mut bytes = vec![0; BYTES[version - 1]];
     bytes[..8].copy_from_slice(&MAGIC);
-    (bytes[8], bytes[9]) = (VERSION, number);
+    (bytes[8], bytes[9]) = (version as u8, number);
     bytes[16..32].copy_from_slice(&id.0);
     bytes[32..48].copy_from_slice(boot);
-    let crc = crc32c::crc32c(&bytes[..60]);
-    bytes[60..].copy_from_slice(&crc.to_le_bytes());
+    if let Some(secret) = secret {
+        bytes[48..80].copy_from_slice(secret.bytes());
+    }
+    let end = bytes.len() - 4;
+    let crc = crc32c::crc32c(&bytes[..end]);
+    bytes[end..].copy_from_slice(&crc.to_le_bytes());
     bytes
 }
 
-fn decode(id: MigrationId, bytes: &[u8; BYTES]) -> Option<(u8, [u8; 16])> {
-    let whole = bytes[60..] == crc32c::crc32c(&bytes[..60]).to_le_bytes();
-    let fits = bytes[..8] == MAGIC && bytes[8] == VERSION && bytes[16..32] == id.0;
-    (whole && fits).then(|| (bytes[9], bytes[32..48].try_into().unwrap_or_default()))
+fn decode(id: MigrationId, bytes: &[u8]) -> Option<(u8, [u8; 16], Option<Secret>)> {
+    let version = usize::from(*bytes.get(8)?);
+    let (fields, crc) = bytes.get(..*BYTES.get(version.checked_sub(1)?)?)?.split_last_chunk()?;
+    let whole = *crc == crc32c::crc32c(fields).to_le_bytes();
+    let fits = fields[..8] == MAGIC && fields[16..32] == id.0;
+    let secret = match version {
+        1 => None,
+        _ => Some(Secret::new(fields[48..80].try_into().ok()?)),
+    };
+    (whole && fits).then(|| (fields[9], fields[32..48].try_into().unwrap_or_default(), secret))
 }
 
 #[cfg(test)]
@@ -158,6 +197,15 @@ mod tests {
     use super::*;
 
     const ID: MigrationId = MigrationId([7; 16]);
+
+    /// Of a move without a secret, and of one with it.
+    fn secrets() -> [Option<Secret>; 2] {
+        [None, Some(Secret::new([3; 32]))]
+    }
+
+    fn ask(folder: &Arc<PrivateFolder>) -> io::Result<Decision> {
+        find(folder, ID)?.map_or(Ok(Decision::Unknown), |found| found.decision())
+    }
 
     /// A folder that is gone with the closure, and the closure, which writes the record of [`ID`].
     fn scene() -> (Arc<PrivateFolder>, impl Fn(&[u8])) {
@@ -174,51 +222,73 @@ mod tests {
     #[test]
     fn a_record_of_another_boot_that_still_held_is_not_believed() {
         let (folder, put) = scene();
-        for (number, decision) in [
-            (0, Decision::Unknown),
-            (1, Decision::NotCommitted),
-            (2, Decision::Committed),
-            (3, Decision::Unknown),
-        ] {
-            put(&encode(ID, number, &[9; 16]));
-            assert_eq!(ask(&folder, ID).unwrap(), decision, "{number}");
+        for secret in secrets() {
+            let secret = secret.as_ref();
+            for (number, decision) in [
+                (0, Decision::Unknown),
+                (1, Decision::NotCommitted),
+                (2, Decision::Committed),
+                (3, Decision::Unknown),
+            ] {
+                put(&encode(ID, number, &[9; 16], secret));
+                assert_eq!(ask(&folder).unwrap(), decision, "{number}");
+            }
+            let this_boot = boot().unwrap();
+            put(&encode(ID, 0, &this_boot, secret));
+            assert_eq!(ask(&folder).unwrap(), Decision::NotCommitted);
+            let then = std::fs::read(folder.path().join(name(ID))).unwrap();
+            assert_eq!(then, encode(ID, 1, &this_boot, secret), "and it stays so");
         }
-        let this_boot = boot().unwrap();
-        put(&encode(ID, 0, &this_boot));
-        assert_eq!(ask(&folder, ID).unwrap(), Decision::NotCommitted);
-        assert_eq!(std::fs::read(folder.path().join(name(ID))).unwrap()[9], 1, "and it stays so");
     }
 
     #[test]
     fn a_record_that_is_damaged_or_another_s_says_nothing() {
         let (folder, put) = scene();
-        let good = encode(ID, 2, &[9; 16]);
-        for at in 0..BYTES {
-            let mut bytes = good;
-            bytes[at] ^= 1;
+        for secret in secrets() {
+            let good = encode(ID, 2, &[9; 16], secret.as_ref());
+            for at in 0..good.len() {
+                let mut bytes = good.clone();
+                bytes[at] ^= 1;
+                put(&bytes);
+                assert_eq!(ask(&folder).unwrap(), Decision::Unknown, "byte {at}");
+            }
+            for length in 0..good.len() {
+                put(&good[..length]);
+                assert_eq!(ask(&folder).unwrap(), Decision::Unknown, "{length} bytes");
+            }
+            put(&encode(MigrationId([8; 16]), 2, &[9; 16], secret.as_ref()));
+            assert_eq!(ask(&folder).unwrap(), Decision::Unknown);
+        }
+    }
+
+    #[test]
+    fn a_record_has_its_documented_layout() {
+        let (folder, put) = scene();
+        let fields =
+            |version: u8| [&b"LMSAmove"[..], &[version, 2, 0, 0, 0, 0, 0, 0], &ID.0, &[9; 16]].concat();
+        let first = [&fields(1)[..], &[0; 12]].concat();
+        let second = [&fields(2)[..], &[3; 32], &[0; 12]].concat();
+        for (bytes, secret) in [first, second].into_iter().zip(secrets()) {
+            let bytes = [&bytes[..], &crc32c::crc32c(&bytes).to_le_bytes()].concat();
+            assert_eq!(bytes, encode(ID, 2, &[9; 16], secret.as_ref()));
             put(&bytes);
-            assert_eq!(ask(&folder, ID).unwrap(), Decision::Unknown, "byte {at}");
+            let found = find(&folder, ID).unwrap().unwrap();
+            assert_eq!((found.decision().unwrap(), found.secret()), (Decision::Committed, secret.as_ref()));
         }
-        for length in 0..BYTES {
-            put(&good[..length]);
-            assert_eq!(ask(&folder, ID).unwrap(), Decision::Unknown, "{length} bytes");
-        }
-        put(&encode(MigrationId([8; 16]), 2, &[9; 16]));
-        assert_eq!(ask(&folder, ID).unwrap(), Decision::Unknown);
     }
 
     #[test]
     fn a_record_that_others_could_have_written_or_locked_was_believed() {
         let (folder, put) = scene();
-        put(&encode(ID, 2, &[9; 16]));
+        put(&encode(ID, 2, &[9; 16], None));
         let path = folder.path().join(name(ID));
         for mode in [0o644, 0o660, 0o666] {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
-            let error = ask(&folder, ID).unwrap_err().to_string();
+            let error = ask(&folder).unwrap_err().to_string();
             assert!(error.contains(path.to_str().unwrap()) && error.contains("not believed"), "{error}");
         }
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        assert_eq!(ask(&folder, ID).unwrap(), Decision::Committed);
+        assert_eq!(ask(&folder).unwrap(), Decision::Committed);
     }
 
     #[test]
@@ -226,20 +296,20 @@ mod tests {
         let (folder, _put) = scene();
         let fifo = folder.path().join(name(ID));
         mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        assert!(ask(&folder, ID).unwrap_err().to_string().contains("a FIFO"));
+        assert!(ask(&folder).unwrap_err().to_string().contains("a FIFO"));
         prune(&folder, 0).unwrap();
         assert!(fifo.exists(), "it is no record");
-        assert!(Record::create(&folder, ID).unwrap().is_none());
+        assert!(Record::create(&folder, ID, None).unwrap().is_none());
     }
 
     #[test]
     fn the_oldest_records_are_removed_and_those_in_use_stay() {
         let (folder, _put) = scene();
         let id = |number: u8| MigrationId([number; 16]);
-        let holding = Record::create(&folder, id(0)).unwrap().unwrap();
+        let holding = Record::create(&folder, id(0), None).unwrap().unwrap();
         assert!(!is_empty(&folder).unwrap());
         for number in 1..10 {
-            let record = Record::create(&folder, id(number)).unwrap().unwrap();
+            let record = Record::create(&folder, id(number), None).unwrap().unwrap();
             record.write(Entry::Decided(Decision::Committed)).unwrap();
             let then = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(number.into());
             record.file.set_modified(then).unwrap();

@@ -4,7 +4,7 @@ use std::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::{Link, LinkError, Wait};
+use super::{Fingerprint, Link, LinkError, Wait};
 use crate::cancel::after;
 use crate::lock::lock;
 
@@ -188,6 +188,10 @@ impl<L: Link> Link for LimitedLink<L> {
 
     fn has_peer(&self) -> bool {
         self.inner.has_peer()
+    }
+
+    fn peer_fingerprint(&self) -> Option<Fingerprint> {
+        self.inner.peer_fingerprint()
     }
 }
 

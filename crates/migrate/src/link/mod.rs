@@ -5,6 +5,7 @@
 
 mod address;
 mod connector;
+mod fingerprint;
 mod limited;
 mod socket;
 mod tls;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 pub use address::{Address, AddressError};
 pub use connector::Connector;
+pub use fingerprint::{Fingerprint, NotAFingerprint};
 pub use limited::{Bandwidth, LimitedLink};
 pub use socket::{Listener, SocketLink, connect, stays_within_host};
 pub(crate) use tls::is_tls;
@@ -110,6 +112,12 @@ pub trait Link: Send + Sync {
     fn has_peer(&self) -> bool {
         true
     }
+
+    /// The fingerprint of the other end's certificate; `None` if it has shown none. A link that wraps another one passes on
+    /// what that one says.
+    fn peer_fingerprint(&self) -> Option<Fingerprint> {
+        None
+    }
 }
 
 /// Makes the further links of a move: a source connects them ([`Connector`]), a destination accepts them
@@ -154,6 +162,10 @@ macro_rules! link_for {
 
             fn has_peer(&self) -> bool {
                 (**self).has_peer()
+            }
+
+            fn peer_fingerprint(&self) -> Option<Fingerprint> {
+                (**self).peer_fingerprint()
             }
         }
     )*};

@@ -14,7 +14,7 @@ use rustls::{ClientConnection, Connection, ServerConnection};
 pub use config::Tls;
 pub use error::TlsError;
 
-use super::{Address, Link, LinkError, SocketLink, Wait};
+use super::{Address, Fingerprint, Link, LinkError, SocketLink, Wait};
 use crate::cancel::after;
 use crate::lock::lock;
 
@@ -254,6 +254,15 @@ impl<L: Link> Link for TlsLink<L> {
 
     fn peer(&self) -> &str {
         self.inner.peer()
+    }
+
+    fn peer_fingerprint(&self) -> Option<Fingerprint> {
+        let session = lock(&self.session);
+        let certificate = session.peer_certificates()?.first()?;
+        // The hash of a cipher suite that every provider for TLS 1.3 has (RFC 8446, section 9.1).
+        let suite = rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13()?;
+        let hash = suite.common.hash_provider.hash(certificate);
+        hash.as_ref().try_into().ok().map(Fingerprint)
     }
 }
 

@@ -1,6 +1,8 @@
 //! The source's half of the commit: from the first byte of COMMIT on, only the destination's answer tells which side may run
 //! (`docs/stream.md: The commit`).
 
+use limosa_stream::{Damage, Kind, Proofs};
+
 use crate::Error;
 
 /// Why a commit failed.
@@ -12,11 +14,18 @@ pub(crate) enum Uncommitted {
     Doubt(Error),
 }
 
-/// The consequence of an error after the first byte of COMMIT. Only an ABORT of the destination proves that it will never
-/// run this move.
-pub(crate) fn after_commit(error: Error) -> Uncommitted {
+/// The consequence of an error after the first byte of COMMIT. An ABORT says that the destination will never run this move,
+/// and is believed only of a destination that cannot prove it (`docs/stream.md: Proofs`).
+pub(crate) fn after_commit(error: Error, proofs: &Proofs) -> Uncommitted {
     match error {
-        Error::Aborted { .. } => Uncommitted::Off(error),
+        Error::Aborted { .. } if proofs.are_none() => Uncommitted::Off(error),
+        Error::Aborted { peer, .. } => {
+            let why = "it proves nothing after COMMIT, where REFUSED is due";
+            Uncommitted::Doubt(Error::Stream {
+                from: peer,
+                damage: Damage::Unproven { kind: Kind::ABORT, why },
+            })
+        }
         error => Uncommitted::Doubt(error),
     }
 }

@@ -57,7 +57,7 @@ pub enum Phase {
     Load,
     /// From READY over COMMIT to RUNNING. Of a snapshot: its publication, or the end of its load.
     Commit,
-    /// The destination's devices enter RUNNING.
+    /// The destination's devices enter RUNNING; those that stay in STOP are looked at once more.
     Start,
     /// The source's devices end their sessions.
     Finish,
@@ -85,9 +85,12 @@ impl Phase {
 /// How a move ended, for one side: like [`Outcome`](crate::Outcome) or [`Received`](crate::Received).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub enum End {
-    /// On the source: the destination runs, or the snapshot was published.
+    /// On the source: the destination has the guest.
     #[serde(rename = "moved")]
     Moved,
+    /// On the source: the snapshot was published.
+    #[serde(rename = "saved")]
+    Saved,
     /// On the source: it is as it was before.
     #[serde(rename = "undone")]
     Undone,
@@ -97,7 +100,7 @@ pub enum End {
     /// On the destination: the devices run here.
     #[serde(rename = "runs")]
     Runs,
-    /// On the destination: a snapshot was loaded, and the devices are in STOP.
+    /// On the destination: everything is here, and the devices stay in STOP.
     #[serde(rename = "stopped")]
     Stopped,
     /// On the destination: everything that was loaded was discarded.
@@ -113,6 +116,7 @@ impl End {
     pub const fn name(self) -> &'static str {
         match self {
             End::Moved => "moved",
+            End::Saved => "saved",
             End::Undone => "undone",
             End::InDoubt => "in doubt",
             End::Runs => "runs",

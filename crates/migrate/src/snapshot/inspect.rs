@@ -284,7 +284,8 @@ impl Inspector {
                     ..Default::default()
                 })
                 .collect();
-            self.found.offer = Some(offer);
+            // That of a recorded live stream may still speak for a move.
+            self.found.offer = Some(Offer { secret: None, ..offer });
             return Ok(());
         };
         let (header, payload) = match header.compressed {

@@ -2,13 +2,12 @@
 
 use limosa_protocol::State;
 use limosa_stream::body::decode_u32;
-use limosa_stream::{Kind, MigrationId, PrefaceFlags};
+use limosa_stream::{Kind, MigrationId, Nonce, PrefaceFlags, Proofs};
 
 use super::handshake::check_preface;
 use super::rollback::Rollback;
-use super::{Outcome, Source};
-use crate::error::Difference;
-use crate::error::guard;
+use super::{CommitNote, Outcome, Source};
+use crate::error::{Difference, Mistrust, guard};
 use crate::ledger::Decision;
 use crate::link::Link;
 use crate::protocol::limits::Limits;
@@ -24,9 +23,11 @@ pub struct InDoubt {
     pub why: Error,
     /// How far it came.
     pub report: Report,
+    note: CommitNote,
     rollback: Rollback,
     /// The machine that was sent; `None` in a process that was restarted.
     machine: Option<Machine>,
+    is_save: bool,
 }
 
 /// The facts by which one machine is told from another.
@@ -59,28 +60,46 @@ impl Machine {
 
 impl InDoubt {
     pub(super) fn new(
-        id: MigrationId,
+        note: CommitNote,
         why: Error,
         report: Report,
         rollback: Rollback,
         source: &Source<'_>,
     ) -> InDoubt {
-        InDoubt { id, why, report, rollback, machine: Some(Machine::of(source)) }
+        InDoubt {
+            id: note.id,
+            why,
+            report,
+            note,
+            rollback,
+            machine: Some(Machine::of(source)),
+            is_save: false,
+        }
     }
 
-    /// The move in doubt of a source that was restarted and knows only the id. Its devices are assumed to have been in
-    /// RUNNING before the move.
-    pub fn recover(id: MigrationId) -> InDoubt {
+    /// The move in doubt of a source that was restarted and knows only what it noted before the commit. Its devices are assumed
+    /// to have been in RUNNING before the move; [`InDoubt::with_found`] says otherwise. An id alone is a note as well, for which
+    /// nobody can answer with a proof.
+    pub fn recover(note: impl Into<CommitNote>) -> InDoubt {
+        let note = note.into();
+        let id = note.id;
         let recorder = Recorder::new(Side::Source, &Options::default(), &crate::Nobody, std::iter::empty());
         recorder.id(id);
         InDoubt {
             id,
             why: Error::StartedAnew,
             report: recorder.finish(End::InDoubt, Some(&Error::StartedAnew)),
+            note,
             // A source that reached the commit had stopped the guest.
             rollback: Rollback { touched: true, vmm_stopped: true, ..Rollback::default() },
             machine: None,
+            is_save: false,
         }
+    }
+
+    /// What is kept for a process that is started anew: the same as [`Vmm::committing`](crate::Vmm::committing) was given.
+    pub fn note(&self) -> &CommitNote {
+        &self.note
     }
 
     /// The same, of devices that were found in these states before the move, in their order. Use it for a source that had
@@ -88,6 +107,12 @@ impl InDoubt {
     pub fn with_found(mut self, found: Vec<State>) -> InDoubt {
         self.rollback.found = found;
         self
+    }
+
+    /// The same of a save, whose report says so when it is settled.
+    #[must_use]
+    pub fn of_save(self) -> InDoubt {
+        InDoubt { is_save: true, ..self }
     }
 }
 
@@ -99,13 +124,15 @@ impl std::fmt::Debug for InDoubt {
 
 impl<'a> Source<'a> {
     /// Asks the destination over a new link how a move in doubt ended, and acts on the answer: [`Outcome::Moved`],
-    /// [`Outcome::Undone`], or again [`Outcome::InDoubt`], if the link fails once more or the destination does not know.
+    /// [`Outcome::Undone`], or again [`Outcome::InDoubt`], if the link fails once more, the destination does not know, or the
+    /// answer does not prove that it is the destination's ([`Error::Unauthenticated`], or [`Error::Stream`] with
+    /// [`Damage::Unproven`](crate::Damage::Unproven)).
     ///
     /// The source must have the same devices and memory as the one that was sent. With others the move stays in doubt:
     /// [`Error::AnotherMachine`].
     pub fn resolve(self, doubt: InDoubt, link: &dyn Link) -> Outcome {
         let connection = Connection::new(link, Limits::new(self.options));
-        match guard("the question", || self.query(doubt.id, &connection)) {
+        match guard("the question", || self.query(&doubt.note, &connection)) {
             Ok(decision) => self.decide(decision, doubt),
             Err(why) => Outcome::InDoubt(InDoubt { why, ..doubt }),
         }
@@ -129,7 +156,8 @@ impl<'a> Source<'a> {
         match decision {
             Decision::Committed => {
                 self.finish(&context, &mut doubt.rollback, None);
-                Outcome::Moved(context.recorder.finish(End::Moved, None))
+                let end = if doubt.is_save { End::Saved } else { End::Moved };
+                Outcome::Moved(context.recorder.finish(end, None))
             }
             Decision::NotCommitted => {
                 context.recorder.phase(Phase::Undo);
@@ -141,16 +169,40 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn query(&self, id: MigrationId, connection: &Connection<'_>) -> Result<Decision> {
+    fn query(&self, note: &CommitNote, connection: &Connection<'_>) -> Result<Decision> {
+        let id = note.id;
+        let mistrusts = |why| Err(Error::Unauthenticated { peer: connection.link().peer().into(), why });
+        let found = connection.link().peer_fingerprint();
+        if let Some(expected) = note.peer
+            && found != Some(expected)
+        {
+            return mistrusts(Mistrust::AnotherCertificate { expected, found });
+        }
+        let (proofs, query) = match &note.secret {
+            Some(secret) => {
+                let nonce = Nonce::random();
+                let nonce = nonce.map_err(|error| Error::Os { doing: "reading random numbers", error })?;
+                let proofs = Proofs::new(secret.clone(), id, nonce);
+                let query = proofs.prove(Kind::QUERY, nonce.bytes());
+                (proofs, query)
+            }
+            None if self.options.unauthenticated_peers => (Proofs::none(), Vec::new()),
+            None => return mistrusts(Mistrust::NoSecret { id }),
+        };
         connection.send_preface(id, PrefaceFlags::empty(), None)?;
-        connection.send(&Frame::new(Kind::QUERY, &[]), None)?;
+        connection.send(&Frame::new(Kind::QUERY, &query), None)?;
         check_preface(connection, id, None)?;
         let limit = self.options.commit_max;
         let payload = connection.expect(Kind::OUTCOME, "asking what became of the move", limit, None)?;
-        Ok(match decode_u32(&payload) {
+        let decision = |body: &[u8]| match decode_u32(body) {
             1 => Decision::NotCommitted,
             2 => Decision::Committed,
             _ => Decision::Unknown,
-        })
+        };
+        if decision(&payload) == Decision::Unknown {
+            // One that does not know the move cannot prove anything, and nothing follows from its answer.
+            return Ok(Decision::Unknown);
+        }
+        proofs.check(Kind::OUTCOME, &payload).map(decision).map_err(|damage| connection.damaged(damage))
     }
 }

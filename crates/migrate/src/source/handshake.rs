@@ -2,24 +2,27 @@
 
 use limosa_client::DeviceExt;
 use limosa_protocol::State;
-use limosa_stream::body::{NEEDS_CREDIT, NEEDS_FLUSH};
-use limosa_stream::{Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, WINDOW_BYTES_MIN};
+use limosa_stream::body::{NEEDS_CREDIT, NEEDS_FLUSH, NEEDS_PROOFS};
+use limosa_stream::{
+    AbortCode, Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, Proofs, Secret, WINDOW_BYTES_MIN,
+};
 
-use super::Source;
 use super::rollback::Rollback;
+use super::{CommitNote, Source};
 use crate::context::Context;
-use crate::devices::{check_movable, facts, failed};
-use crate::error::{Mismatch, MismatchKind, check_cancel};
+use crate::devices::{check_movable, facts, failed, way_out_of};
+use crate::error::{Mismatch, MismatchKind, Mistrust, check_cancel};
 use crate::link::{FurtherLinks, Link, Wait};
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
 /// The terms on which both sides have agreed.
 pub(super) struct Agreed {
-    pub(super) id: MigrationId,
+    pub(super) note: CommitNote,
     /// How many bytes of a device may be on their way; `None` if no peer answers.
     pub(super) window: Option<u64>,
     pub(super) links: Vec<Box<dyn Link>>,
+    pub(super) proofs: Proofs,
 }
 
 impl<'a> Source<'a> {
@@ -31,17 +34,24 @@ impl<'a> Source<'a> {
         rollback: &mut Rollback,
     ) -> Result<Agreed> {
         let has_peer = connection.has_peer();
-        let id =
-            MigrationId::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
+        let no_numbers = |error| Error::Os { doing: "reading random numbers", error };
+        let id = MigrationId::random().map_err(no_numbers)?;
         context.recorder.id(id);
         let mut offer = self.offer()?;
         if has_peer {
             offer.needs.extend([NEEDS_FLUSH.into(), NEEDS_CREDIT.into()]);
             offer.links = if further.is_some() { self.options.links.get() } else { 1 };
             offer.keeps_links_alive = true;
+            offer.secret = Some(Secret::random().map_err(no_numbers)?);
+            if !self.options.unauthenticated_peers {
+                offer.needs.push(NEEDS_PROOFS.into());
+            }
         }
         offer.needs.extend(self.options.compress.map(|compression| compression.name().into()));
         rollback.found = self.states()?;
+        for (facts, found) in offer.devices.iter_mut().zip(&rollback.found) {
+            facts.stopped = *found == State::Stop;
+        }
         let stored = PrefaceFlags::STORED | PrefaceFlags::SEALED;
         let flags = if has_peer { PrefaceFlags::empty() } else { stored };
         let payload =
@@ -49,12 +59,20 @@ impl<'a> Source<'a> {
         connection.send_preface(id, flags, self.cancel)?;
         connection.send(&Frame::new(Kind::OFFER, &payload), self.cancel)?;
         if !has_peer {
-            return Ok(Agreed { id, window: None, links: Vec::new() });
+            let (links, proofs) = (Vec::new(), Proofs::none());
+            return Ok(Agreed { note: id.into(), window: None, links, proofs });
         }
         check_preface(connection, id, self.cancel)?;
         let answer = self.answer(connection, &offer)?;
+        // A destination that has sent no challenge does not know the secret either.
+        let secret = offer.secret.filter(|_| answer.challenge.is_some());
+        let proofs = match (&secret, answer.challenge) {
+            (Some(secret), Some(challenge)) => Proofs::new(secret.clone(), id, challenge),
+            _ => Proofs::none(),
+        };
+        let note = CommitNote { id, secret, peer: connection.link().peer_fingerprint() };
         let links = self.further_links(context, connection, further, answer.links)?;
-        Ok(Agreed { id, window: answer.window, links })
+        Ok(Agreed { note, window: answer.window, links, proofs })
     }
 
     fn offer(&self) -> Result<Offer> {
@@ -80,7 +98,7 @@ impl<'a> Source<'a> {
             }
             let name = moved.device.name();
             let reason =
-                format!("{name}: it is in {state}, RUNNING or STOP is expected; is it being moved already?");
+                format!("{name}: it is in {state}, RUNNING or STOP is expected; {}", way_out_of(state));
             Err(incompatible(MismatchKind::State, reason))
         };
         self.devices.iter().map(state).collect()
@@ -88,11 +106,20 @@ impl<'a> Source<'a> {
 
     fn answer(&self, connection: &Connection<'_>, offer: &Offer) -> Result<Answer> {
         let doing = "waiting for an answer to the offer";
-        let payload = connection.expect(Kind::ANSWER, doing, self.options.load_max, self.cancel)?;
+        let payload = match connection.expect(Kind::ANSWER, doing, self.options.load_max, self.cancel) {
+            // It refuses the entry of `needs`, as all that it does not know, by its name.
+            Err(Error::Aborted { code: AbortCode::Stream, reason, .. }) if reason.contains(NEEDS_PROOFS) => {
+                return Err(older(connection, "it does not know the proofs of this stream"));
+            }
+            answered => answered?,
+        };
         let answer = Answer::decode(&payload).map_err(|damage| connection.damaged(damage))?;
         if !answer.accepted {
             let told = |reason| Mismatch::new(MismatchKind::Told, reason);
             return Err(Error::Incompatible { reasons: answer.reasons.into_iter().map(told).collect() });
+        }
+        if answer.challenge.is_none() && !self.options.unauthenticated_peers {
+            return Err(older(connection, "its ANSWER has no challenge"));
         }
         let (links, window) = (answer.links, answer.window.unwrap_or(0));
         if !(1..=offer.links).contains(&links) || window < WINDOW_BYTES_MIN {
@@ -147,6 +174,12 @@ pub(super) fn check_preface(
         return Err(connection.damaged(Damage::Unexpected { what }));
     }
     Ok(())
+}
+
+/// The destination is of a version whose words carry no proofs.
+fn older(connection: &Connection<'_>, sign: &'static str) -> Error {
+    let (peer, why) = (connection.link().peer().into(), Mistrust::OlderVersion { sign });
+    Error::Unauthenticated { peer, why }
 }
 
 fn incompatible(kind: MismatchKind, message: String) -> Error {

@@ -4,6 +4,7 @@
 mod commit;
 mod doubt;
 mod handshake;
+mod note;
 mod precopy;
 mod rollback;
 mod save;
@@ -12,9 +13,10 @@ mod switchover;
 use std::sync::Arc;
 
 use limosa_clockwork::{Monitor, Scope};
-use limosa_stream::{Kind, MigrationId, PrefaceFlags};
+use limosa_stream::{Kind, PrefaceFlags, Proofs};
 
 pub use doubt::InDoubt;
+pub use note::CommitNote;
 pub use save::AfterSave;
 
 use crate::context::Context;
@@ -59,8 +61,10 @@ impl std::fmt::Debug for Source<'_> {
 #[derive(Debug)]
 #[must_use]
 pub enum Outcome {
-    /// The destination runs, or the snapshot was published. After a move the source's devices are in STOP and must not run
-    /// this guest again.
+    /// The destination runs, or has everything and stays stopped as the source was ([`Received::Stopped`]), or the snapshot
+    /// was published. After a move the source's devices are in STOP and must not run this guest again.
+    ///
+    /// [`Received::Stopped`]: crate::Received::Stopped
     Moved(Report),
     /// The move failed or was cancelled, and the source is as it was before: its devices run, with their dirty log
     /// complete. [`Report::unrecovered`] lists the devices that could not be brought back.
@@ -84,6 +88,10 @@ enum Ending {
 
 impl<'a> Source<'a> {
     /// A source of these devices, which are in RUNNING or STOP, without memory.
+    ///
+    /// The destination is told which devices stand in STOP, and by default leaves them so
+    /// ([`AfterLoad::AsFound`](crate::AfterLoad::AsFound)). An earlier move leaves its source's devices in STOP too, with a
+    /// guest that runs elsewhere: whoever calls this knows which of both it is.
     pub fn new(devices: &'a [MovedDevice<'a>], options: &'a Options) -> Source<'a> {
         let memory = Memory::default();
         Source { devices, memory, vmm: &Nobody, observer: &Nobody, options, cancel: None }
@@ -125,7 +133,7 @@ impl<'a> Source<'a> {
         let link = MeteredLink::new(link, &context.recorder);
         let connection = Connection::new(&link, Limits::new(self.options));
         let mut rollback = Rollback::default();
-        let (id, ending) = self.run(&context, &connection, further, &mut rollback, None);
+        let (note, ending) = self.run(&context, &connection, further, &mut rollback, None);
         match ending {
             Ending::Moved => Outcome::Moved(context.recorder.finish(End::Moved, None)),
             Ending::Undone(why) => {
@@ -134,9 +142,9 @@ impl<'a> Source<'a> {
                 Outcome::Undone { why, report }
             }
             Ending::Doubt(why) => {
-                tracing::error!(%id, "in doubt whether the destination runs: {why}");
+                tracing::error!(id = %note.id, "in doubt whether the destination runs: {why}");
                 let report = context.recorder.finish(End::InDoubt, Some(&why));
-                Outcome::InDoubt(InDoubt::new(id, why, report, rollback, self))
+                Outcome::InDoubt(InDoubt::new(note, why, report, rollback, self))
             }
         }
     }
@@ -154,27 +162,27 @@ impl<'a> Source<'a> {
         further: Option<&dyn FurtherLinks>,
         rollback: &mut Rollback,
         place: Option<&mut Place<'_>>,
-    ) -> (MigrationId, Ending) {
+    ) -> (CommitNote, Ending) {
         let recorder = &context.recorder;
         connection.reader().count(recorder.buffers());
         connection.writer.compress(self.options.compress, recorder.buffers());
         recorder.phase(Phase::Handshake);
         let agreed = guard("the handshake", || self.handshake(context, connection, further, rollback));
-        let Agreed { id, window, links } = match agreed {
+        let Agreed { note, window, links, proofs } = match agreed {
             Ok(agreed) => agreed,
-            Err(why) => return (MigrationId::default(), Ending::Undone(tell(why, connection))),
+            Err(why) => return (CommitNote::default(), Ending::Undone(tell(why, connection))),
         };
         let links: Vec<_> = links.iter().map(|link| MeteredLink::new(&**link, recorder)).collect();
         let silence_max = self.options.silence_max;
         let writers: Vec<_> = links.iter().map(|link| FrameWriter::new(link, silence_max)).collect();
         writers.iter().for_each(|writer| writer.compress(self.options.compress, recorder.buffers()));
-        let wires = Wires { id, connection, writers: &writers, window };
+        let wires = Wires { note: &note, connection, writers: &writers, window, proofs: &proofs };
         let ending = match self.work(context, &wires, rollback, place) {
             // While all links are open: the destination hears the reason, and not that a link is closed.
             Ending::Undone(why) => Ending::Undone(tell(why, connection)),
             ending => ending,
         };
-        (id, ending)
+        (note, ending)
     }
 
     /// The part after the handshake: starts the logs and all threads, and goes on in [`Source::script`].
@@ -192,7 +200,8 @@ impl<'a> Source<'a> {
             return Ending::Undone(why);
         }
         let (regions, pages) = (self.memory.regions.clone(), Arc::clone(&rollback.logs.pages));
-        let sending = match Sending::new(context, wires.all(), self.devices.len(), wires.window) {
+        let proofs = wires.proofs.clone();
+        let sending = match Sending::new(context, wires.all(), self.devices.len(), wires.window, proofs) {
             Ok(sending) => sending,
             Err(why) => {
                 context.recorder.phase(Phase::Undo);
@@ -240,7 +249,7 @@ impl<'a> Source<'a> {
         if let Some(place) = place {
             return self.keep(context, stage, rollback, place);
         }
-        match self.commit(context, stage) {
+        match self.commit(context, stage, rollback) {
             Ok(()) => {
                 self.finish(context, rollback, Some(stage.sending));
                 Ending::Moved
@@ -288,12 +297,13 @@ impl<'a> Source<'a> {
 
 /// The links of a move on which both sides have agreed.
 struct Wires<'w, 'a> {
-    id: MigrationId,
+    note: &'w CommitNote,
     connection: &'w Connection<'a>,
     /// The writers of the further links, which are numbered from 1.
     writers: &'w [FrameWriter<'a>],
     /// How many bytes of a device may be on their way; `None` if no peer answers.
     window: Option<u64>,
+    proofs: &'w Proofs,
 }
 
 impl<'w, 'a> Wires<'w, 'a> {
@@ -305,8 +315,9 @@ impl<'w, 'a> Wires<'w, 'a> {
     /// Sends the preface and JOIN over each further link.
     fn join(&self, cancel: Option<&Cancel>) -> Result<()> {
         for (writer, number) in self.writers.iter().zip(1_u32..) {
-            writer.preface(self.id, PrefaceFlags::FURTHER, cancel)?;
-            writer.send(&Frame::new(Kind::JOIN, &number.to_le_bytes()), cancel)?;
+            writer.preface(self.note.id, PrefaceFlags::FURTHER, cancel)?;
+            let join = self.proofs.prove(Kind::JOIN, &number.to_le_bytes());
+            writer.send(&Frame::new(Kind::JOIN, &join), cancel)?;
         }
         Ok(())
     }

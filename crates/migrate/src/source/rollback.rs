@@ -10,8 +10,9 @@ use crate::devices::each;
 use crate::error::guard;
 use crate::memory::DirtyLogs;
 use crate::report::{Act, Loss, Phase, Unrecovered};
-use crate::transfer::device_sender::{Job, return_to, return_to_p2p};
+use crate::transfer::device_sender::Job;
 use crate::transfer::sending::Sending;
+use crate::transfer::way_back::WayBack;
 use crate::vmm;
 
 /// The changes that a source has made, and has to undo.
@@ -34,6 +35,11 @@ pub(super) struct Rollback {
 impl Rollback {
     fn found(&self, at: usize) -> State {
         self.found.get(at).copied().unwrap_or(State::Running)
+    }
+
+    /// Whether the machine stood still before the move: there are devices, and all of them were found in STOP.
+    pub(super) fn stood_still(&self) -> bool {
+        !self.found.is_empty() && self.found.iter().all(|found| *found == State::Stop)
     }
 }
 
@@ -72,13 +78,11 @@ impl<'a> Source<'a> {
     }
 
     fn return_without_workers(&self, rollback: &Rollback) -> Vec<Option<Unrecovered>> {
-        let is_stopped = rollback.devices_stopped;
-        let reset = each(self.devices, |at, device| {
-            catch(|| return_to_p2p(device, rollback.found(at), is_stopped)).unwrap_or_default()
-        });
+        let stopped = rollback.devices_stopped;
+        let ways = each(self.devices, |at, device| WayBack::new(device, rollback.found(at), stopped));
+        let reset = each(self.devices, |at, _| catch(|| ways[at].to_p2p()).unwrap_or_default());
         let returned = each(self.devices, |at, device| {
-            let returned = catch(|| return_to(device, rollback.found(at)));
-            returned.unwrap_or_else(|panic| {
+            catch(|| ways[at].to_the_end()).unwrap_or_else(|panic| {
                 let why = panic.to_string();
                 Some(Unrecovered { device: device.name().into(), loss: Loss::Unknown, why })
             })

@@ -48,7 +48,7 @@ impl<'a> Source<'a> {
             }
         };
         let mut rollback = Rollback::default();
-        let (id, ending) = {
+        let (note, ending) = {
             let link = MeteredLink::new(&writing, &context.recorder);
             let connection = Connection::new(&link, Limits::new(self.options));
             let mut place = Place { writing: &writing, limits, after };
@@ -56,7 +56,7 @@ impl<'a> Source<'a> {
         };
         let recorder = context.recorder;
         match ending {
-            Ending::Moved => Outcome::Moved(recorder.finish(End::Moved, None)),
+            Ending::Moved => Outcome::Moved(recorder.finish(End::Saved, None)),
             Ending::Undone(why) => {
                 let why = of_place(why, "writing it");
                 tracing::info!("the save was undone: {why}");
@@ -64,9 +64,9 @@ impl<'a> Source<'a> {
                 Outcome::Undone { why, report }
             }
             Ending::Doubt(why) => {
-                tracing::error!(%id, "in doubt whether the snapshot is there: {why}");
+                tracing::error!(id = %note.id, "in doubt whether the snapshot is there: {why}");
                 let report = recorder.finish(End::InDoubt, Some(&why));
-                Outcome::InDoubt(InDoubt::new(id, why, report, rollback, &self))
+                Outcome::InDoubt(InDoubt::new(note, why, report, rollback, &self).of_save())
             }
         }
     }
@@ -100,8 +100,8 @@ impl<'a> Source<'a> {
             // Here the publication is what the commit is in a move.
             AfterSave::Stop => {
                 context.recorder.phase(Phase::Commit);
-                let id = stage.wires.id;
-                if let Err(why) = vmm::ask("Vmm::committing", "commit", || self.vmm.committing(id)) {
+                let note = stage.wires.note;
+                if let Err(why) = vmm::ask("Vmm::committing", "commit", || self.vmm.committing(note)) {
                     context.recorder.phase(Phase::Undo);
                     self.roll_back(context, rollback, Some(stage.sending));
                     return Ending::Undone(why);

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_clockwork::now;
-use limosa_protocol::{MigrationFlags, State};
+use limosa_protocol::State;
 use limosa_stream::body::{encode_device_end, encode_hint};
 use limosa_stream::buffer::Buffer;
 use limosa_stream::{DEVICE_BYTES_MAX, Kind, RunningCrc};
 
 use super::driven::DrivenDevice;
 use super::sending::Sending;
+use super::way_back::WayBack;
 use crate::devices::{MovedDevice, failed};
 use crate::error::{Misbehaviour, guard};
 use crate::protocol::credit::SendWindow;
@@ -131,6 +132,7 @@ pub(crate) struct DeviceSender<'w, 'a> {
     /// How many bytes it gives in the stop, as its owner says.
     stop_bytes: Option<u64>,
     found: State,
+    way_back: Option<WayBack<'a>>,
     /// The device's index in the offer, which is its section.
     at: usize,
     sending: &'w Sending<'w, 'a>,
@@ -158,6 +160,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             driven: DrivenDevice::new(moved.device, found),
             stop_bytes: moved.stop_bytes,
             found,
+            way_back: None,
             at,
             sending,
             stream: None,
@@ -358,12 +361,13 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
 
     /// Returns the device to the state in which it was found. The result says what could not be done.
     fn go_back(&mut self, job: Job) -> Option<Unrecovered> {
-        let device = self.driven.device();
-        if job == Job::Return {
-            self.stream = None;
-            return return_to(device, self.found);
+        let (device, is_stopped) = (self.driven.device(), !self.driven.expected().is_running());
+        if job == Job::ReturnP2p {
+            return self.way_back.insert(WayBack::new(device, self.found, is_stopped)).to_p2p();
         }
-        return_to_p2p(device, self.found, !self.driven.expected().is_running())
+        self.stream = None;
+        let way_back = self.way_back.take();
+        way_back.unwrap_or_else(|| WayBack::new(device, self.found, is_stopped)).to_the_end()
     }
 
     fn lost(&self, loss: Loss, why: &str) -> Unrecovered {
@@ -378,35 +382,4 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
 /// Turns a refusal into "not known". A lost connection is an error.
 fn refused<T>(device: &dyn Device, doing: &str, error: limosa_client::Error) -> Result<Option<T>> {
     if error.is_connection_lost() { Err(failed(device, doing, error)) } else { Ok(None) }
-}
-
-/// Drives a device that is stopped to RUNNING_P2P, if it has that state and was found running. If the engine has stopped it
-/// and it runs, somebody else has reset it.
-pub(crate) fn return_to_p2p(device: &dyn Device, found: State, is_stopped: bool) -> Option<Unrecovered> {
-    let state = device.state().ok()?;
-    if is_stopped && state.is_running() {
-        let why = format!("it is in {state}");
-        return Some(Unrecovered { device: device.name().into(), loss: Loss::WasReset, why });
-    }
-    let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));
-    if !state.is_running() && state != State::Error && has_p2p && found.is_running() {
-        // If this fails, so does the next arc, which reports it.
-        let _ = device.set_state(State::RunningP2p);
-    }
-    None
-}
-
-/// Drives a device to a state, after a reset if it is in ERROR. The result says what was lost.
-pub(crate) fn return_to(device: &dyn Device, state: State) -> Option<Unrecovered> {
-    let Err(error) = device.set_state(state) else { return None };
-    let lost = |loss, why: String| Some(Unrecovered { device: device.name().into(), loss, why });
-    match device.state() {
-        Ok(State::Error) => {}
-        Ok(found) => return lost(Loss::StaysIn { found, wanted: state }, error.to_string()),
-        Err(_) => return lost(Loss::Unknown, error.to_string()),
-    }
-    match device.reset().and_then(|()| device.set_state(state).map(drop)) {
-        Ok(()) => lost(Loss::StateLost, error.to_string()),
-        Err(reset) => lost(Loss::StaysIn { found: State::Error, wanted: state }, reset.to_string()),
-    }
 }

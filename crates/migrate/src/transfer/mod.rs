@@ -7,3 +7,4 @@ pub(crate) mod keep_alive;
 pub(crate) mod ram;
 pub(crate) mod sending;
 pub(crate) mod team;
+pub(crate) mod way_back;

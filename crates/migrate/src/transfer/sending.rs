@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::now;
-use limosa_stream::{Damage, Header, Kind};
+use limosa_stream::{Damage, Header, Kind, Proofs};
 
 use super::device_sender::{DeviceFlow, Job};
 use super::device_workers::DeviceWorkers;
@@ -31,6 +31,7 @@ pub(crate) struct Sending<'w, 'a> {
     pub(crate) alive: KeepAlive,
     /// The window of each device in bytes; `None` if no peer answers.
     pub(crate) window: Option<u64>,
+    proofs: Proofs,
     limits: Limits,
     flushes: Shared<Flushes>,
     state: Shared<State>,
@@ -51,6 +52,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         writers: Vec<&'w FrameWriter<'a>>,
         devices: usize,
         window: Option<u64>,
+        proofs: Proofs,
     ) -> Result<Sending<'w, 'a>> {
         let team = Team::new(context.cancel)?;
         Ok(Sending {
@@ -60,6 +62,7 @@ impl<'w, 'a> Sending<'w, 'a> {
             alive: KeepAlive::default(),
             writers,
             window,
+            proofs,
             limits: Limits::new(context.options),
             flushes: team.share(Flushes::default()),
             state: team.share(State::default()),
@@ -230,7 +233,7 @@ impl<'w, 'a> Sending<'w, 'a> {
             self.post(link, &Frame::new(Kind::LINK_END, &[]))?;
         }
         self.state.lock().summed = true;
-        self.post(0, &Frame::new(Kind::SUM, sum))?;
+        self.post(0, &Frame::new(Kind::SUM, &self.proofs.prove(Kind::SUM, sum)))?;
         if !self.has_peer() {
             return Ok(());
         }
@@ -255,7 +258,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         let mut reader = connection.reader();
         loop {
             let header = reader.next(connection.link(), "listening to it", None, Some(self.team.ended()))?;
-            match self.hear(&header) {
+            match self.hear(&header, reader.payload(&header)) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 Err(damage) => return Err(reader.damaged(damage)),
@@ -264,7 +267,7 @@ impl<'w, 'a> Sending<'w, 'a> {
     }
 
     /// Takes a frame of the destination. Returns whether it was the last one.
-    fn hear(&self, header: &Header) -> Result<bool, Damage> {
+    fn hear(&self, header: &Header, payload: &[u8]) -> Result<bool, Damage> {
         let misplaced = |why: &str| Err(Damage::Misplaced { kind: header.kind, why: why.into() });
         match header.kind {
             Kind::PROGRESS => {}
@@ -292,6 +295,7 @@ impl<'w, 'a> Sending<'w, 'a> {
                 if !state.summed {
                     return misplaced("the SUM is not sent yet");
                 }
+                self.proofs.check(Kind::READY, payload)?;
                 state.ready = true;
                 self.state.notify_all();
                 return Ok(true);

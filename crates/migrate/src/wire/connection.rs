@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use limosa_clockwork::{Guard, Monitor, catch, now};
-use limosa_stream::{Damage, Header, Kind, MigrationId, Preface, PrefaceFlags};
+use limosa_stream::body::encode_abort;
+use limosa_stream::{Damage, Header, Kind, MigrationId, Preface, PrefaceFlags, Proofs};
 
 use super::frame_reader::within;
 use super::{Frame, FrameReader, FrameWriter, link_failed};
@@ -17,8 +18,15 @@ pub(crate) struct Connection<'a> {
     limits: Limits,
     pub(crate) writer: FrameWriter<'a>,
     reader: Monitor<FrameReader>,
-    /// How much of `last_words_max` is left for an ABORT and the peer's own reason together.
-    last_words_left: Monitor<Duration>,
+    last_words: Monitor<LastWords>,
+}
+
+/// The words that end a move.
+struct LastWords {
+    /// How much of `last_words_max` is left for this side's reason and the peer's own together.
+    left: Duration,
+    /// Whether this side has sent REFUSED, which has the reason.
+    refused: bool,
 }
 
 /// A received frame, with its payload.
@@ -32,8 +40,8 @@ impl<'a> Connection<'a> {
     pub(crate) fn new(link: &'a dyn Link, limits: Limits) -> Connection<'a> {
         let writer = FrameWriter::new(link, limits.silence_max);
         let reader = Monitor::new(FrameReader::new(link, limits.silence_max));
-        let last_words_left = Monitor::new(limits.last_words_max);
-        Connection { link, limits, writer, reader, last_words_left }
+        let last_words = Monitor::new(LastWords { left: limits.last_words_max, refused: false });
+        Connection { link, limits, writer, reader, last_words }
     }
 
     pub(crate) fn has_peer(&self) -> bool {
@@ -112,11 +120,29 @@ impl<'a> Connection<'a> {
 
     /// Sends ABORT with the reason, unless the peer knows it.
     pub(crate) fn abort(&self, error: &Error) {
-        if self.has_peer() && !error.peer_needs_no_word() {
-            let (began, mut left) = (now(), self.last_words_left.lock());
-            let _ = catch(|| self.writer.abort(error, *left));
-            *left = left.saturating_sub(now() - began);
+        let mut words = self.last_words.lock();
+        if self.has_peer() && !error.peer_needs_no_word() && !words.refused {
+            let payload = encode_abort(error.abort_code(), &error.to_string());
+            self.say(&mut words, &Frame::new(Kind::ABORT, &payload), error);
         }
+    }
+
+    /// Sends REFUSED with the reason and its proof: this side will never run the move. Without proofs [`Connection::abort`]
+    /// tells the reason.
+    pub(crate) fn refuse(&self, error: &Error, proofs: &Proofs) {
+        let mut words = self.last_words.lock();
+        if !proofs.are_none() && !words.refused {
+            let reason = encode_abort(error.abort_code(), &error.to_string());
+            let payload = proofs.prove(Kind::REFUSED, &reason);
+            self.say(&mut words, &Frame::new(Kind::REFUSED, &payload), error);
+            words.refused = true;
+        }
+    }
+
+    fn say(&self, words: &mut LastWords, frame: &Frame<'_>, error: &Error) {
+        let began = now();
+        let _ = catch(|| self.writer.last_word(frame, error, words.left));
+        words.left = words.left.saturating_sub(now() - began);
     }
 
     /// Ends the link after [`Connection::abort`], and returns the better reason. After an ABORT the peer gets the time to
@@ -127,7 +153,7 @@ impl<'a> Connection<'a> {
         // A link that panics now ends here all the same.
         let _ = catch(|| match &why {
             Error::Link { .. } | Error::Aborted { .. } => self.link.finish(),
-            _ if self.has_peer() => self.link.part(Wait::within(*self.last_words_left.lock(), None)),
+            _ if self.has_peer() => self.link.part(Wait::within(self.last_words.lock().left, None)),
             _ => self.link.finish(),
         });
         match gives_reason {
@@ -141,7 +167,7 @@ impl<'a> Connection<'a> {
         if !self.has_peer() {
             return None;
         }
-        let within = within(*self.last_words_left.lock());
+        let within = within(self.last_words.lock().left);
         let mut reader = self.reader();
         loop {
             match catch(|| reader.next(self.link, "listening for a reason", within, None)).ok()? {

@@ -8,7 +8,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::{Monitor, catch, now};
-use limosa_stream::body::encode_abort;
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
 
@@ -229,17 +228,16 @@ impl<'a> FrameWriter<'a> {
         }
     }
 
-    /// Sends ABORT with the reason. Returns whether it was sent within the limit.
-    pub(crate) fn abort(&self, error: &Error, limit: Duration) -> bool {
-        // It is the last frame. Frames that other threads have queued, or will, are not waited for.
+    /// Sends a frame that ends the move for this reason. Returns whether it was sent within the limit.
+    pub(crate) fn last_word(&self, frame: &Frame<'_>, error: &Error, limit: Duration) -> bool {
+        // Frames that other threads have queued, or will, are not waited for.
         self.queue.lock().failed.get_or_insert_with(|| error.again());
         let mut turn = self.turn(None);
         let Some(state) = &mut turn.state else { return false };
-        let code_and_reason = encode_abort(error.abort_code(), &error.to_string());
-        let mut header = header_of(&Frame::new(Kind::ABORT, &code_and_reason));
+        let mut header = header_of(frame);
         header.sequence = state.sequence;
         let whole = Wait::within(limit, None);
-        state.write_within(&|| whole, self, [&header.encode(), &code_and_reason], "calling off").is_ok()
+        state.write_within(&|| whole, self, [&header.encode(), frame.payload], "calling off").is_ok()
     }
 
     /// How many threads and frames send or wait.
@@ -360,6 +358,8 @@ mod tests {
     use super::super::FrameReader;
     use super::*;
     use crate::link::SocketLink;
+    use limosa_stream::AbortCode;
+    use limosa_stream::body::encode_abort;
 
     const SILENCE_MAX: Duration = Duration::from_millis(50);
 
@@ -468,7 +468,10 @@ mod tests {
             writer.post(&Frame::new(Kind::STOPPED, &[]), None).unwrap();
         }
         std::thread::scope(|scope| {
-            let aborts = scope.spawn(|| writer.abort(&Error::Cancelled, Duration::from_secs(10)));
+            let aborts = scope.spawn(|| {
+                let abort = encode_abort(AbortCode::Cancelled, "cancelled");
+                writer.last_word(&Frame::new(Kind::ABORT, &abort), &Error::Cancelled, Duration::from_secs(10))
+            });
             while writer.busy() < 102 {
                 std::thread::yield_now();
             }

@@ -2,7 +2,7 @@
 
 use std::io::IoSlice;
 
-use crate::link::{Link, LinkError, Wait};
+use crate::link::{Fingerprint, Link, LinkError, Wait};
 use crate::report::LinkMeter;
 
 /// A link that counts its bytes, and the time spent in its reads and writes.
@@ -43,5 +43,9 @@ impl Link for MeteredLink<'_> {
 
     fn has_peer(&self) -> bool {
         self.inner.has_peer()
+    }
+
+    fn peer_fingerprint(&self) -> Option<Fingerprint> {
+        self.inner.peer_fingerprint()
     }
 }

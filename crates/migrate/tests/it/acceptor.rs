@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::common::hooked::Hooked;
@@ -16,8 +16,8 @@ use limosa_migrate::link::{
     Address, Connector, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait, connect,
 };
 use limosa_migrate::{
-    Acceptor, Cancel, Decision, Destination, Error, Incoming, Ledger, MovedDevice, NoMove, OfferedMove,
-    Outcome, PENDING_MAX, Received, Source,
+    Acceptor, Cancel, CommitNote, Decision, Destination, Error, InDoubt, Incoming, Ledger, MovedDevice,
+    NoMove, OfferedMove, Options, Outcome, PENDING_MAX, Received, Source, Vmm,
 };
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::decode_u32;
@@ -34,12 +34,17 @@ fn wait() -> Wait<'static> {
     Wait::within(LIMIT, None)
 }
 
+/// The made-up peers here prove nothing.
+fn believing(silence: Duration) -> Options {
+    options().with_silence_max(silence).with_unauthenticated_peers(true)
+}
+
 fn bound() -> Listener {
     Listener::bind(&Address::Tcp("127.0.0.1".into(), 0)).unwrap()
 }
 
 fn accepting(tls: Option<Tls>, ledger: &Arc<Ledger>, silence: Duration) -> Acceptor {
-    Acceptor::new(bound(), tls, ledger.clone(), silence).unwrap()
+    Acceptor::new(bound(), tls, ledger.clone(), &believing(silence)).unwrap()
 }
 
 fn listening(silence: Duration) -> Acceptor {
@@ -332,20 +337,31 @@ fn counted(called: &Arc<AtomicUsize>) -> Hooked {
     })
 }
 
+/// What a source notes before its commit.
+#[derive(Default)]
+struct Noted(Mutex<Option<CommitNote>>);
+
+impl Vmm for Noted {
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
+        *self.0.lock().unwrap() = Some(note.clone());
+        Ok(())
+    }
+}
+
 #[test]
 fn a_second_offer_reset_the_devices_of_a_guest_that_had_just_arrived() {
     let (options, ledger, called) = (options(), Arc::new(Ledger::new()), Arc::default());
     let acceptor = accepting(None, &ledger, SILENCE);
     let (source, there) = (Hooked::new("source", FLAGS, &[7; 900]), counted(&called));
     let (here, there) = ([MovedDevice::new(&source)], [MovedDevice::new(&there)]);
-    let address = acceptor.address().clone();
+    let (address, noted) = (acceptor.address().clone(), Noted::default());
     let (outcome, received) = std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let offered = offered(&acceptor);
             Destination::new(&there, &ledger, &options).receive_offered(offered)
         });
         let link = connect(&address, LIMIT).unwrap();
-        let outcome = Source::new(&here, &options).send(&link);
+        let outcome = Source::new(&here, &options).with_vmm(&noted).send(&link);
         drop(link);
         (outcome, receiving.join().unwrap())
     });
@@ -362,10 +378,16 @@ fn a_second_offer_reset_the_devices_of_a_guest_that_had_just_arrived() {
     let reason = refusal(&mut stranger);
     assert!(reason.contains("no move is taken here"), "{reason}");
     assert_eq!(called.load(Ordering::SeqCst), before, "no device was called");
-    // It still answers.
+    // It still answers the source, and nobody else.
     let id = report.id.parse().unwrap();
     let asks = Preface::new(id, PrefaceFlags::empty());
-    says(&acceptor, &opening(asks, &[(Kind::QUERY, &[])])).read_to_end(&mut Vec::new()).unwrap();
+    let mut heard = Vec::new();
+    says(&acceptor, &opening(asks, &[(Kind::QUERY, &[])])).read_to_end(&mut heard).unwrap();
+    let heard = String::from_utf8_lossy(&heard);
+    assert!(heard.contains("QUERY: it carries no proof"), "{heard}");
+    let doubt = InDoubt::recover(noted.0.into_inner().unwrap().unwrap());
+    let outcome = Source::new(&[], &options).resolve(doubt, &connect(&address, LIMIT).unwrap());
+    assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     let answer = acceptor.accept(wait()).unwrap();
     let Incoming::Answered { id: asked, decision: Decision::Committed } = answer else {
         panic!("{answer:?}")
@@ -403,7 +425,7 @@ fn offers_and_questions_while_a_move_is_under_way_are_answered_and_do_not_distur
 #[test]
 fn a_process_that_only_answers_is_held_by_nobody_and_takes_no_move() {
     let ledger = Arc::new(Ledger::new());
-    let acceptor = Acceptor::answering(bound(), None, ledger, SILENCE).unwrap();
+    let acceptor = Acceptor::answering(bound(), None, ledger, &believing(SILENCE)).unwrap();
     let held: Vec<_> =
         (0..3).map(|_| says(&acceptor, &opening(preface(PrefaceFlags::empty()), &[]))).collect();
     let offer = opening(preface(PrefaceFlags::empty()), &[(Kind::OFFER, &an_offer())]);

@@ -11,6 +11,7 @@ use limosa_device::Fault;
 use limosa_migrate::link::{Link, SocketLink};
 use limosa_migrate::{Error, Outcome, Received};
 use limosa_protocol::{Errno, MigrationFlags, State};
+use limosa_stream::{HEADER_BYTES, PROOF_BYTES};
 
 /// A device that streams in pre-copy, so that no two moves have the same bytes at the same place.
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
@@ -44,12 +45,12 @@ fn lengths() -> (u64, u64) {
     (sent.load(Ordering::SeqCst), received.load(Ordering::SeqCst))
 }
 
-/// Of a frame without payload: COMMIT, RUNNING, DONE.
-const WORD: u64 = 32;
+/// Of a frame that has only a proof: COMMIT, RUNNING, DONE.
+const WORD: u64 = (HEADER_BYTES + PROOF_BYTES) as u64;
 
 /// Where to fail: every byte of the last frames, some of every frame before.
 fn places(bytes: u64) -> impl Iterator<Item = u64> {
-    (0..bytes).filter(move |at| at + 102 > bytes || at % if *at < 1200 { 11 } else { 61 } == 0)
+    (0..bytes).filter(move |at| at + 3 * WORD + 6 > bytes || at % if *at < 1200 { 11 } else { 61 } == 0)
 }
 
 /// One move with a fault in what one side sends; whether it was moved.
@@ -320,8 +321,8 @@ fn a_destination_that_was_started_anew_leaves_the_source_in_doubt() {
     let Outcome::InDoubt(doubt) = ends.resolve(doubt) else { panic!("it cannot know") };
     assert!(!ends.source[0].state().is_running());
     ends.ledger = remembers;
-    // The source too may be started anew: the id is all it needs.
-    let outcome = ends.resolve(limosa_migrate::InDoubt::recover(doubt.id));
+    // The source too may be started anew: its note is all it needs.
+    let outcome = ends.resolve(limosa_migrate::InDoubt::recover(doubt.note().clone()));
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     assert!(ends.check(outcome, received, "asked twice"));
 }

@@ -24,6 +24,7 @@ fn every_kind_is_documented_under_its_number() {
     for (kind, name) in known {
         let text = rows().find(|row| row.get(1) == Some(&name)).unwrap().concat();
         assert_eq!(text.contains("SKIPPABLE"), Kind(kind).is_skippable(), "{name}");
+        assert_eq!(text.contains("proof"), Kind(kind).proof_bytes() > 0, "{name}");
     }
 }
 

@@ -137,6 +137,7 @@ fn a_destination_that_only_says_that_it_is_alive_holds_the_guest_no_longer_than_
             // No other limit ends it.
             let options = options()
                 .with_precopy(false)
+                .with_unauthenticated_peers(true)
                 .with_silence_max(Duration::from_secs(3600))
                 .with_load_max(Duration::MAX)
                 .with_standstill_max(standstill_max);

@@ -9,7 +9,8 @@ use crate::common::{Ends, VecPages, world};
 use limosa_client::DeviceExt;
 use limosa_migrate::link::{Address, Link, LinkError, Listener, SocketLink, Wait, connect};
 use limosa_migrate::{
-    Cancel, Error, FilePages, MovedDevice, Observer, Outcome, PAGE_BYTES, Phase, Received, Vmm, move_local,
+    Cancel, CommitNote, Error, FilePages, MovedDevice, Observer, Outcome, PAGE_BYTES, Phase, Received, Vmm,
+    move_local,
 };
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::{AbortCode, MigrationId};
@@ -332,8 +333,8 @@ impl Vmm for TestVmm {
         self.stopped.store(true, Ordering::SeqCst);
         if self.refuses == "stop" { Err("vcpu 3 does not answer".into()) } else { Ok(()) }
     }
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
-        *self.committing.lock().unwrap() = Some(id);
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
+        *self.committing.lock().unwrap() = Some(note.id);
         if self.refuses == "committing" { Err("the disk is full".into()) } else { Ok(()) }
     }
     fn resume(&self) {

@@ -12,8 +12,8 @@ use crate::common::options;
 use limosa_client::DeviceExt;
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
-    AfterLoad, AfterSave, Destination, DirtyLog, Error, Estimate, GuestPages, Ledger, Memory, MemoryRegion,
-    MigrationId, MovedDevice, Nobody, Observer, Options, Outcome, PAGE_BYTES, Phase, Publication, Received,
+    AfterLoad, AfterSave, CommitNote, Destination, DirtyLog, Error, Estimate, GuestPages, Ledger, Memory,
+    MemoryRegion, MovedDevice, Nobody, Observer, Options, Outcome, PAGE_BYTES, Phase, Publication, Received,
     Round, SnapshotFile, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter, Source, Totals, Vmm,
     WhenStalled,
 };
@@ -385,7 +385,7 @@ impl Vmm for PanickingVmm {
         self.call("stop");
         Ok(())
     }
-    fn committing(&self, _: MigrationId) -> Result<(), String> {
+    fn committing(&self, _: &CommitNote) -> Result<(), String> {
         self.call("committing");
         if self.refuses { Err("a full disk".into()) } else { Ok(()) }
     }

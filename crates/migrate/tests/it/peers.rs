@@ -9,18 +9,25 @@ use crate::common::peer::Peer;
 use crate::common::{Door, Ends, options, world};
 use limosa_client::Device;
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
-use limosa_migrate::{Decision, Destination, Error, Ledger, MovedDevice, Observer, Outcome, Phase, Received};
+use limosa_migrate::{
+    Decision, Destination, Error, Ledger, MovedDevice, Observer, Options, Outcome, Phase, Received,
+};
 use limosa_protocol::{MigrationFlags, State};
-use limosa_stream::body::{encode_abort, encode_device_end};
+use limosa_stream::body::encode_abort;
 use limosa_stream::{
-    AbortCode, Answer, Damage, DeviceFacts, Header, Kind, MigrationId, Offer, Preface, PrefaceFlags, Totals,
+    AbortCode, Answer, Damage, DeviceFacts, Header, Kind, MigrationId, Offer, Preface, PrefaceFlags,
 };
 
 const ID: MigrationId = MigrationId([5; 16]);
 
+/// The made-up peers here prove nothing, as those of the first versions.
+fn believing() -> Options {
+    options().with_unauthenticated_peers(true)
+}
+
 fn ends() -> Ends {
     let (source, destination) = world("dev", MigrationFlags::SETS[3], 300);
-    Ends::new(vec![source], vec![destination])
+    Ends { options: believing(), ..Ends::new(vec![source], vec![destination]) }
 }
 
 /// Lets a made-up source speak to a destination; what the destination said of it. Its device is then
@@ -55,11 +62,7 @@ fn greet(peer: &mut Peer) {
 
 /// A whole device of which the destination's would take nothing.
 fn whole(peer: &mut Peer, data: &[u8]) {
-    peer.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
-    peer.frame(Kind::DEVICE_DATA, 7, 0, data);
-    peer.frame(Kind::STOPPED, 0, 0, &[]);
-    peer.frame(Kind::DEVICE_END, 7, 0, &encode_device_end(data.len() as u64, crc32c::crc32c(data)));
-    let sum = Totals { device_bytes: data.len() as u64, ..Totals::default() };
+    let sum = peer.whole(data);
     peer.frame(Kind::SUM, 0, 0, &sum.encode());
 }
 
@@ -152,7 +155,7 @@ fn a_foreign_device_s_state_is_refused_before_ready() {
 #[test]
 fn a_source_that_says_nothing_more_than_that_it_lives_holds_nobody_for_ever() {
     let mut ends = ends();
-    ends.options = options().with_silence_max(Duration::from_millis(100));
+    ends.options = believing().with_silence_max(Duration::from_millis(100));
     let why = source_says(&ends, |peer| {
         peer.preface(ID);
         send_for_ever(peer, Kind::PROGRESS, &[0; 8]);
@@ -174,7 +177,7 @@ fn send_for_ever(peer: &mut Peer, kind: Kind, payload: &[u8]) {
 fn keep_alives_behind_an_offer_held_the_devices_for_ever() {
     for stops in [false, true] {
         let mut ends = ends();
-        ends.options = options().with_idle_max(Duration::from_millis(50));
+        ends.options = believing().with_idle_max(Duration::from_millis(50));
         ends.options.standstill_max = Duration::from_millis(100);
         let why = source_says(&ends, |peer| {
             greet(peer);
@@ -192,7 +195,7 @@ fn keep_alives_behind_an_offer_held_the_devices_for_ever() {
 #[test]
 fn a_source_that_never_sent_its_sum_held_the_devices_for_ever() {
     let mut ends = ends();
-    ends.options = options().with_move_max(Duration::from_millis(50));
+    ends.options = believing().with_move_max(Duration::from_millis(50));
     let why = source_says(&ends, |peer| {
         greet(peer);
         send_for_ever(peer, Kind::ROUND, &[0; 16]);
@@ -222,7 +225,7 @@ fn a_source_that_waits_for_a_slow_device_is_not_idle() {
         }
     });
     let (ledger, idle_max) = (Ledger::new(), Duration::from_millis(10));
-    let (options, devices) = (options().with_idle_max(idle_max), [MovedDevice::new(&device)]);
+    let (options, devices) = (believing().with_idle_max(idle_max), [MovedDevice::new(&device)]);
     let (near, far) = SocketLink::pair().unwrap();
     let received = std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -366,7 +369,7 @@ fn frames_that_nobody_knows_yet_are_passed_over_when_they_allow_it() {
 /// Lets a made-up destination answer a source; why the source went back.
 fn destination_says(answer: impl FnOnce(&mut Peer, MigrationId) + Send) -> Error {
     let mut ends = ends();
-    ends.options = options().with_silence_max(Duration::from_secs(2));
+    ends.options = believing().with_silence_max(Duration::from_secs(2));
     let (near, far) = SocketLink::pair().unwrap();
     let outcome = std::thread::scope(|scope| {
         scope.spawn(move || {

@@ -10,7 +10,7 @@ use crate::common::hooked::{
 use crate::common::options;
 use limosa_client::Device;
 use limosa_migrate::{
-    AfterLoad, AfterSave, Changed, Destination, Error, Ledger, MovedDevice, Options, Outcome, Received,
+    AfterLoad, AfterSave, Changed, Destination, Error, Ledger, Loss, MovedDevice, Options, Outcome, Received,
     SnapshotFile, Source, Vmm, WhenStalled, verify,
 };
 use limosa_protocol::{FeatureIndex, MigrationFlags, State};
@@ -277,6 +277,22 @@ fn a_destination_reset_in_the_set_of_stop_is_refused_and_the_source_runs() {
         assert!(reason.contains("it has been reset 1 times"), "{flags}: {reason}");
         assert!(!moved.committed, "{flags}");
         assert_eq!(source.state(), State::Running, "{flags}");
+    }
+}
+
+#[test]
+fn a_source_reset_in_a_set_on_its_way_back_was_not_reported() {
+    for flags in MigrationFlags::SETS {
+        let refuses = before(Call::Set(State::Stop), |device| device.reset().unwrap());
+        let destination = device("destination", flags, true, &[]).hook(refuses);
+        let resets = before(Call::Set(State::Running), |device| device.reset().unwrap());
+        let source = device("source", flags, true, &guest()).hook(resets);
+        let moved = run(&source, &destination, false, &options());
+        let Outcome::Undone { report, .. } = &moved.outcome else { panic!("{flags}: {:?}", moved.outcome) };
+        assert_eq!(source.state(), State::Running, "{flags}");
+        assert!(source.data() != guest(), "{flags}: it was reset");
+        let lost: Vec<_> = report.unrecovered.iter().map(|lost| (lost.device.as_str(), lost.loss)).collect();
+        assert_eq!(lost, [("source", Loss::WasReset)], "{flags}");
     }
 }
 

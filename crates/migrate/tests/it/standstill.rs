@@ -12,9 +12,9 @@ use crate::common::peer::Peer;
 use crate::common::{Door, VecPages, move_over_links, options};
 use limosa_migrate::link::{Bandwidth, LimitedLink, Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
-    Cancel, Destination, DirtyLog, Error, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Ledger,
-    Memory, MemoryRegion, MigrationId, MovedDevice, Obstacle, Options, Outcome, Received, Source, Vmm,
-    WhenStalled,
+    Cancel, CommitNote, Destination, DirtyLog, Error, FingerprintKey, FingerprintLog, Fingerprinted,
+    GuestPages, Ledger, Memory, MemoryRegion, MigrationId, MovedDevice, Obstacle, Options, Outcome, Received,
+    Source, Vmm, WhenStalled,
 };
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{MigrationFlags, State};
@@ -49,7 +49,7 @@ impl Vmm for Clock {
         self.is_stopped.store(true, Ordering::SeqCst);
         Ok(())
     }
-    fn committing(&self, _: MigrationId) -> Result<(), String> {
+    fn committing(&self, _: &CommitNote) -> Result<(), String> {
         self.committing.store(true, Ordering::SeqCst);
         if self.refuses { Err("a full disk".into()) } else { Ok(()) }
     }
@@ -312,6 +312,7 @@ fn all_is_zero(
     let ledger = Ledger::new();
     let size = 128 * GIB;
     let regions = [region(there, size)];
+    let options = options.clone().with_unauthenticated_peers(true);
     let (near, far) = SocketLink::pair().unwrap();
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -326,7 +327,7 @@ fn all_is_zero(
             }
         });
         let received =
-            Destination::new(&[], &ledger, options).with_memory(&regions).with_cancel(cancel).receive(&far);
+            Destination::new(&[], &ledger, &options).with_memory(&regions).with_cancel(cancel).receive(&far);
         drop(far);
         received
     })

@@ -14,7 +14,7 @@ use limosa_migrate::link::{
     Address, Bandwidth, LimitedLink, Link, LinkError, Listener, SocketLink, Tls, TlsError, TlsLink, Wait,
     connect,
 };
-use limosa_migrate::{Cancel, Error, Outcome, Received};
+use limosa_migrate::{Cancel, CommitNote, Error, InDoubt, Mistrust, Outcome, Received, Vmm};
 use limosa_protocol::{MigrationFlags, State};
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, date_time_ymd,
@@ -169,6 +169,78 @@ fn devices_and_memory_move_over_tls_also_with_a_limited_bandwidth() {
             assert!(ends.check(outcome.unwrap(), received.unwrap(), "over TLS"));
         }
     }
+}
+
+/// Cuts the link when COMMIT is about to be sent.
+struct Cutting(Arc<SocketLink>);
+
+impl Vmm for Cutting {
+    fn committing(&self, _: &CommitNote) -> Result<(), String> {
+        self.0.cut();
+        Ok(())
+    }
+}
+
+/// Asks a destination with this certificate, or without TLS.
+fn resolve(ends: &Ends, doubt: InDoubt, source: &Tls, destination: Option<&Tls>) -> (Outcome, Received) {
+    let (near, far) = SocketLink::pair().unwrap();
+    std::thread::scope(|scope| {
+        let answered = scope.spawn(move || {
+            let far = match destination {
+                Some(tls) => boxed(TlsLink::accept(far, tls, wait())).unwrap(),
+                None => Box::new(far),
+            };
+            ends.with_destination(|destination| destination.receive(&far))
+        });
+        let near = match destination {
+            Some(_) => boxed(TlsLink::connect(near, source, &address(), wait())).unwrap(),
+            None => Box::new(near),
+        };
+        let outcome = ends.with_source(|source| source.resolve(doubt, &near));
+        drop(near);
+        (outcome, answered.join().unwrap())
+    })
+}
+
+#[test]
+fn any_destination_of_the_same_authority_could_answer_for_the_one_that_was_sent_to() {
+    let authority = Authority::new();
+    let (source, destination) = (authority.tls("source"), authority.tls("destination"));
+    authority.issue("other", |params| {
+        params.subject_alt_names = CertificateParams::new(["destination".into()]).unwrap().subject_alt_names;
+    });
+    let other = authority.load("other", None);
+    let (near, far) = SocketLink::pair().unwrap();
+    let near = Arc::new(near);
+    let mut ends = ends();
+    ends.vmm = Arc::new(Cutting(Arc::clone(&near)));
+    let (outcome, received) = attempt(
+        &ends,
+        || boxed(TlsLink::connect(near, &source, &address(), wait())),
+        || boxed(TlsLink::accept(far, &destination, wait())),
+    );
+    let Ok(Outcome::InDoubt(doubt)) = outcome else { panic!("{outcome:?}") };
+    assert!(matches!(received, Ok(Received::Discarded { .. })), "{received:?}");
+    let expected = doubt.note().peer.expect("it has shown a certificate");
+    let mut doubt = doubt;
+    for tls in [Some(&other), None] {
+        let (outcome, received) = resolve(&ends, doubt, &source, tls);
+        assert!(!matches!(received, Received::Answered { .. }), "it is not asked: {received:?}");
+        let Outcome::InDoubt(still) = outcome else { panic!("{outcome:?}") };
+        let said = still.why.to_string();
+        says(&said, &["not the destination to which the COMMIT was sent", &expected.to_string(), "--decide"]);
+        let Error::Unauthenticated { why: Mistrust::AnotherCertificate { found, .. }, .. } = &still.why
+        else {
+            panic!("{said}")
+        };
+        assert!(found.is_some() == tls.is_some() && *found != Some(expected), "{said}");
+        assert!(!ends.source[0].state().is_running());
+        doubt = still;
+    }
+    let (outcome, received) = resolve(&ends, doubt, &source, Some(&destination));
+    assert!(matches!(outcome, Outcome::Undone { .. }), "{outcome:?}");
+    assert!(matches!(received, Received::Answered { .. }), "{received:?}");
+    assert_eq!(ends.source[0].state(), State::Running);
 }
 
 #[test]
@@ -412,6 +484,11 @@ fn with_fault(source: &Tls, destination: &Tls, way: Way, at: u64, fault: Fault) 
         || boxed(TlsLink::accept(far, destination, wait())),
     );
     match (outcome, received) {
+        (Ok(Outcome::InDoubt(doubt)), Ok(received)) => {
+            assert!(!ends.source[0].state().is_running(), "{what}: in doubt");
+            let (outcome, _) = resolve(&ends, doubt, source, Some(destination));
+            ends.check(outcome, received, &what)
+        }
         (Ok(outcome), Ok(received)) => ends.check(outcome, received, &what),
         (outcome, received) => {
             let moved = matches!(outcome, Ok(Outcome::Moved(_) | Outcome::InDoubt(_)));
@@ -431,7 +508,7 @@ fn a_link_cut_or_altered_at_any_byte_below_tls_leaves_one_side_running() {
     let mut moved = 0;
     for (way, bytes) in [(Way::Out, out), (Way::In, back)] {
         // The last records are COMMIT and DONE, or RUNNING.
-        let places = (0..bytes).filter(|at| at + 110 > bytes && at % 3 == 0 || at % 67 == 0);
+        let places = (0..bytes).filter(|at| at + 180 > bytes && at % 5 == 0 || at % 67 == 0);
         for at in places {
             for fault in [Fault::Cut, Fault::Flip((at % 8) as u8)] {
                 moved += u32::from(with_fault(&source, &destination, way, at, fault));

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use limosa_stream::{HEADER_BYTES, Header, Kind, PREFACE_BYTES};
+use limosa_stream::{HEADER_BYTES, Header, Kind, PREFACE_BYTES, PROOF_BYTES};
 
 /// So long that only a process that hangs is waited for in vain.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -221,11 +221,13 @@ fn pass_until_commit(mut from: UnixStream, mut to: UnixStream, arrives: impl FnO
         from.read_exact(&mut header).unwrap();
         let decoded = Header::decode(&header).unwrap();
         if decoded.kind == Kind::COMMIT {
+            let mut proof = [0; PROOF_BYTES];
+            from.read_exact(&mut proof).unwrap();
             let arrives = arrives();
             // The source has sent it, and what goes back ends here.
             from.shutdown(Shutdown::Both).unwrap();
             if arrives {
-                to.write_all(&header).unwrap();
+                to.write_all(&[&header[..], &proof].concat()).unwrap();
             }
             // A process that was killed has done so itself.
             let _ = to.shutdown(Shutdown::Both);

@@ -14,9 +14,9 @@ use limosa_client::Error as DeviceError;
 use limosa_device::Fault;
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
-    AbortCode, Cancel, Convergence, Decision, Destination, Difference, DirtyLog, Error, InDoubt, Ledger,
-    Loss, Memory, MemoryRegion, MigrationId, MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Received,
-    Round, Source, Vmm, WhenStalled,
+    AbortCode, Cancel, CommitNote, Convergence, Decision, Destination, Difference, DirtyLog, Error, InDoubt,
+    Ledger, Loss, Memory, MemoryRegion, MovedDevice, Observer, Options, Outcome, PAGE_BYTES, Received, Round,
+    Source, Vmm, WhenStalled,
 };
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{Errno, MigrationFlags, State};
@@ -131,7 +131,7 @@ fn a_time_of_nothing_ends_the_move_or_does_not_matter() {
 struct Cutting<'a>(&'a SocketLink);
 
 impl Vmm for Cutting<'_> {
-    fn committing(&self, _: MigrationId) -> Result<(), String> {
+    fn committing(&self, _: &CommitNote) -> Result<(), String> {
         self.0.cut();
         Ok(())
     }
@@ -406,7 +406,7 @@ fn a_part_of_the_further_links_is_enough() {
 /// A destination that answers each FLUSH with these links' numbers; why the source went back. The source's device says
 /// nothing before the stop, so that it flushes once.
 fn flushed(links: &[u32]) -> Error {
-    let options = options().with_silence_max(Duration::from_secs(5));
+    let options = options().with_silence_max(Duration::from_secs(5)).with_unauthenticated_peers(true);
     let source = Hooked::new("source", MigrationFlags::STOP_COPY, &[7; 9]);
     let here = [MovedDevice::new(&source)];
     let (near, far) = SocketLink::pair().unwrap();
@@ -419,7 +419,7 @@ fn flushed(links: &[u32]) -> Error {
                 match header.kind {
                     Kind::OFFER => {
                         let window = Some(1 << 20);
-                        let answer = Answer { accepted: true, reasons: vec![], links: 1, window };
+                        let answer = Answer { accepted: true, window, ..Answer::default() };
                         peer.frame(Kind::ANSWER, 0, 0, &answer.encode().unwrap());
                     }
                     Kind::FLUSH => {

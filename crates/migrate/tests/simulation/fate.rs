@@ -68,6 +68,7 @@ impl Fates<'_> {
             (state, _) = self.state.wait(state, None);
         }
         drop(state);
+        self.network.leave_alone();
         for computer in self.computers {
             computer.phases.lock().over = true;
             computer.phases.notify_all();
@@ -107,6 +108,13 @@ impl Fates<'_> {
             Fault::DeviceGone(end, device) => computer(end).devices[device].lose(),
             Fault::Reset(end, device) => computer(end).reset(device),
             Fault::Panic(end, place) => computer(end).panics.arm(place),
+            Fault::Forge { from, forgery, .. } if forgery.instead_of.is_some() => {
+                self.network.adversary.iter().for_each(|adversary| adversary.await_frame(from, forgery));
+            }
+            Fault::Forge { from, link, forgery } => {
+                hand(link).for_each(|hand| hand.forge(from as usize, forgery));
+            }
+            Fault::ForgedLink(proof) => self.network.forge_link(proof),
             Fault::RefuseThreads(end, after) => self.processes[end as usize].refuse_threads(after),
             Fault::Device(end, device, step, how) => {
                 computer(end).devices[device].outside.script.fail(step, 0, how);

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::{Monitor, now, simulation};
 use limosa_migrate::link::{Link, LinkError, Wait};
 
+use crate::adversary::{Adversary, Forgery, Proof, Tap};
 use crate::disk::Disk;
-use crate::plan::LinkPlan;
+use crate::plan::{End, LinkPlan};
 
 /// One direction.
 struct Pipe {
@@ -36,6 +37,8 @@ struct Flow {
     stalled: Option<Instant>,
     /// The bit to flip in what is sent next.
     flip: Option<u8>,
+    /// Somebody reads along.
+    tap: Option<Tap>,
 }
 
 /// One end of a link.
@@ -50,6 +53,8 @@ pub struct Network {
     plans: Vec<LinkPlan>,
     /// What both ends can reach as well.
     pub disk: Disk,
+    /// Who is on all of them.
+    pub adversary: Option<Adversary>,
     state: Monitor<Lines>,
 }
 
@@ -63,13 +68,13 @@ struct Lines {
 }
 
 impl Network {
-    pub fn new(plans: &[LinkPlan], disk: Disk) -> Network {
-        Network { plans: plans.to_vec(), disk, state: Monitor::default() }
+    pub fn new(plans: &[LinkPlan], disk: Disk, adversary: Option<Adversary>) -> Network {
+        Network { plans: plans.to_vec(), disk, adversary, state: Monitor::default() }
     }
 
     /// The first link of a move, or of a question.
     pub fn connect(&self) -> (SimLink, SimLink) {
-        let (near, far, hand) = pair(self.plans[0]);
+        let (near, far, hand) = pair(self.plans[0], self.adversary.as_ref(), true);
         let mut lines = self.state.lock();
         lines.hands = vec![hand];
         let left = std::mem::take(&mut lines.calls);
@@ -84,7 +89,8 @@ impl Network {
         if lines.refuses {
             return Err(LinkError::Closed);
         }
-        let (near, far, hand) = pair(self.plans[lines.hands.len() % self.plans.len()]);
+        let plan = self.plans[lines.hands.len() % self.plans.len()];
+        let (near, far, hand) = pair(plan, self.adversary.as_ref(), false);
         lines.hands.push(hand);
         lines.calls.push_back(far);
         drop(lines);
@@ -112,6 +118,35 @@ impl Network {
     pub fn refuse(&self, refuses: bool) {
         self.state.lock().refuses = refuses;
     }
+
+    /// The adversary connects, says what it has to say, and leaves.
+    pub fn forge_link(&self, proof: Proof) {
+        let Some(adversary) = &self.adversary else { return };
+        let (near, far, _) = pair(self.plans[0], None, false);
+        let due = now() + self.plans[0].latency;
+        near.out.change(|flow| flow.arrives(due, adversary.joins(proof)));
+        self.state.lock().calls.push_back(far);
+        self.state.notify_all();
+    }
+
+    /// The adversary does nothing more.
+    pub fn leave_alone(&self) {
+        if let Some(adversary) = &self.adversary {
+            adversary.gives_up();
+            for pipe in self.hands().iter().flat_map(|hand| &hand.pipes) {
+                pipe.change(|flow| flow.tap.iter_mut().for_each(Tap::gives_up));
+            }
+        }
+    }
+}
+
+impl Flow {
+    fn arrives(&mut self, due: Instant, bytes: Vec<u8>) {
+        if !bytes.is_empty() {
+            self.bytes += bytes.len();
+            self.pieces.push_back((due, bytes));
+        }
+    }
 }
 
 /// A hand on a link, for what goes wrong with it.
@@ -121,10 +156,13 @@ pub struct Hand {
     pipes: [Arc<Pipe>; 2],
 }
 
-/// A link of this kind.
-fn pair(plan: LinkPlan) -> (SimLink, SimLink, Hand) {
-    let pipe = || Arc::new(Pipe { plan, state: Monitor::new(Flow::default()) });
-    let (there, back) = (pipe(), pipe());
+/// A link of this kind; the first one of a move or a question, or a further one.
+fn pair(plan: LinkPlan, adversary: Option<&Adversary>, is_first: bool) -> (SimLink, SimLink, Hand) {
+    let pipe = |from| {
+        let tap = adversary.map(|adversary| Tap::new(adversary, from, is_first));
+        Arc::new(Pipe { plan, state: Monitor::new(Flow { tap, ..Flow::default() }) })
+    };
+    let (there, back) = (pipe(End::Source), pipe(End::Destination));
     let hand = Hand { pipes: [there.clone(), back.clone()] };
     let near = SimLink { out: there.clone(), inward: back.clone(), name: "the destination".into() };
     (near, SimLink { out: back, inward: there, name: "the source".into() }, hand)
@@ -152,6 +190,18 @@ impl Hand {
     pub fn flip(&self, way: usize, bit: u8) {
         self.pipes[way].change(|flow| flow.flip = Some(bit));
     }
+
+    pub fn forge(&self, way: usize, forgery: Forgery) {
+        let due = now() + self.pipes[way].plan.latency;
+        self.pipes[way].change(|flow| {
+            let frame = flow.tap.as_mut().and_then(|tap| tap.forge(forgery));
+            if let Some(frame) = frame.filter(|_| !flow.silent) {
+                // Not before what is on its way.
+                let due = flow.pieces.back().map_or(due, |(last, _)| due.max(*last));
+                flow.arrives(due, frame);
+            }
+        });
+    }
 }
 
 impl Pipe {
@@ -172,7 +222,7 @@ impl Link for SimLink {
                 return Err(LinkError::Closed);
             }
             let buffer_bytes = self.out.plan.buffer_bytes;
-            let room = buffer_bytes - flow.bytes;
+            let room = buffer_bytes.saturating_sub(flow.bytes);
             // As sockets do: else small pieces would stay small for ever.
             if room >= wanted.min(buffer_bytes / 2) {
                 break room;
@@ -195,10 +245,12 @@ impl Link for SimLink {
         let left = begin + Duration::from_secs_f64(seconds);
         flow.line_free = Some(left);
         let due = (left + self.out.plan.latency).max(flow.stalled.unwrap_or(left));
+        if let Some(tap) = &mut flow.tap {
+            bytes = tap.pass(&bytes);
+        }
         // What never arrives fills no buffer that anybody waits for: a network loses it.
         if !flow.silent {
-            flow.bytes += taken;
-            flow.pieces.push_back((due, bytes));
+            flow.arrives(due, bytes);
         }
         drop(flow);
         self.out.state.notify_all();

@@ -9,11 +9,10 @@ use limosa_client::DeviceExt;
 use limosa_clockwork::{Monitor, now, simulation};
 use limosa_migrate::link::{Link, LinkError, Wait};
 use limosa_migrate::{
-    AfterLoad, Cancel, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice, Observer,
-    Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
+    AfterLoad, Cancel, CommitNote, Destination, DirtyLog, InDoubt, Ledger, Memory, MemoryRegion, MovedDevice,
+    Observer, Options, Outcome, Phase, Received, Round, Source, Vmm, WhenStalled,
 };
 use limosa_protocol::State;
-use limosa_stream::MigrationId;
 
 use crate::device::SimDevice;
 use crate::disk::Disk;
@@ -38,7 +37,7 @@ pub struct Computer {
     /// When it was called off, of which the engine is to take note soon.
     pub cancelled: Monitor<Option<std::time::Instant>>,
     /// What the source notes before it commits, for the process that is started anew.
-    pub noted: Mutex<Option<MigrationId>>,
+    pub noted: Mutex<Option<CommitNote>>,
     pub note_full: AtomicBool,
     pub prepare_refused: AtomicBool,
     pub stop_refused: AtomicBool,
@@ -52,6 +51,8 @@ pub struct Computer {
     is_calm: bool,
     /// The guest is saved, and not moved.
     saves: bool,
+    /// The machine stood still before the move, and is to stay so.
+    stands: bool,
     mutation: Option<Mutation>,
     /// What phases this end has come to.
     pub phases: Monitor<Phases>,
@@ -106,6 +107,7 @@ impl Computer {
             initial_max: plan.convergence.initial_max,
             is_calm: plan.faults.is_empty(),
             saves: plan.saves.is_some(),
+            stands: plan.stands,
             mutation: plan.mutation,
             phases: Monitor::default(),
             starts: AtomicBool::new(false),
@@ -192,7 +194,12 @@ impl Computer {
         let devices = self.moved();
         let ledger = self.ledger();
         let cancel = self.cancel.lock().expect("not poisoned").clone();
+        let after = match self.mutation {
+            Some(Mutation::RunsWhatStood) => AfterLoad::Run,
+            _ => AfterLoad::AsFound,
+        };
         act(Destination::new(&devices, &ledger, &self.options)
+            .with_after(after)
             .with_memory(&self.regions())
             .with_vmm(self)
             .with_observer(self)
@@ -215,17 +222,38 @@ impl Computer {
         }
     }
 
+    /// Whether all of it is the guest's, and runs it; or stands still, where it stood still before the move.
+    pub fn is_as_before(&self) -> Result<(), String> {
+        if self.stands { self.stands_all() } else { self.runs_all() }
+    }
+
     /// Whether all of it runs the guest.
     pub fn runs_all(&self) -> Result<(), String> {
+        self.is_all(State::Running, Some(self.end))
+    }
+
+    /// Whether all of it holds the guest, and nothing runs.
+    pub fn stands_all(&self) -> Result<(), String> {
+        self.is_all(State::Stop, None)
+    }
+
+    fn is_all(&self, expected: State, vcpu_at: Option<End>) -> Result<(), String> {
         for device in &self.devices {
             let state = device.itself().state().map_err(|error| error.to_string())?;
-            if state != State::Running || !get(&device.outside.holds) {
+            if state != expected || !get(&device.outside.holds) {
                 return Err(format!("{:?}: a device is in {state}", self.end));
             }
         }
         match self.guest.runs_at() {
-            Some(at) if at == self.end => Ok(()),
+            at if at == vcpu_at => Ok(()),
             at => Err(format!("{:?}: the vCPU runs at {at:?}", self.end)),
+        }
+    }
+
+    /// Its devices stop, before anything is moved.
+    pub fn stand(&self) {
+        for device in &self.devices {
+            device.itself().set_state(State::Stop).expect("a device without a fault stops");
         }
     }
 
@@ -321,6 +349,8 @@ impl Computer {
                 state.is_running() || self.phases.lock().begun.iter().any(returns)
             }
             End::Destination if self.saves => true,
+            // The last look at a device that stays stopped.
+            End::Destination if self.stands => self.starts.load(Ordering::SeqCst),
             End::Destination => {
                 self.starts.load(Ordering::SeqCst) && (!device.counts_resets() || state == State::Running)
             }
@@ -331,6 +361,8 @@ impl Computer {
     /// Nothing is wrong here any more.
     pub fn heal(&self) {
         *self.cancel.lock().expect("not poisoned") = Cancel::new().expect("an eventfd");
+        // The process that was called off may have crashed before anybody asked how it ended.
+        self.cancelled.lock().take();
         for flag in
             [&self.note_full, &self.prepare_refused, &self.stop_refused, &self.log_lost, &self.memory.fails]
         {
@@ -382,19 +414,21 @@ impl Vmm for Computer {
         Ok(())
     }
 
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
+    fn committing(&self, note: &CommitNote) -> Result<(), String> {
         self.panics.call(Place::Committing, &self.world);
         if self.note_full.load(Ordering::SeqCst) {
             self.world.strikes();
             return Err("no space left on the disk".into());
         }
-        *self.noted.lock().expect("not poisoned") = Some(id);
+        *self.noted.lock().expect("not poisoned") = Some(note.clone());
         Ok(())
     }
 
     fn resume(&self) {
         self.panics.call(Place::Resume, &self.world);
-        self.guest.start(self.end);
+        if !self.stands {
+            self.guest.start(self.end);
+        }
     }
 
     fn prepare(&self) -> Result<(), String> {

@@ -3,6 +3,7 @@
 //!
 //! `LIMOSA_SEEDS` is how many seeds to run (300 otherwise), `LIMOSA_SEED` is one to run alone, with its trace.
 
+mod adversary;
 mod bounds;
 mod device;
 mod disk;
@@ -105,6 +106,8 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
                 ("with a crash", summary.crashes > 0),
                 ("with a fault", summary.fired > 0),
                 ("with a full window", summary.filled),
+                ("with a forged word", summary.forged),
+                ("with a forged word, in doubt", summary.forged && summary.in_doubt),
             ] {
                 *tally.entry(what.into()).or_default() += u64::from(is_so);
             }
@@ -122,7 +125,17 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
     }
     assert!(failures.is_empty(), "{} of {count} seeds fail: {:?}", failures.len(), failures.keys());
     let tally = tally.into_inner().unwrap();
-    for what in ["Moved", "Undone", "in doubt", "with a crash", "with a full window", "Saved", "NotSaved"] {
+    for what in [
+        "Moved",
+        "Undone",
+        "in doubt",
+        "with a crash",
+        "with a full window",
+        "with a forged word",
+        "with a forged word, in doubt",
+        "Saved",
+        "NotSaved",
+    ] {
         assert!(count < 100 || tally.get(what).is_some_and(|times| *times > 0), "no seed ended {what}");
     }
 }

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use limosa_migrate::{Phase, WhenStalled};
+use limosa_stream::Kind;
 
+use crate::adversary::{Forgery, Proof};
 use crate::panics::Place;
 use crate::plan::{End, Fault, Mutation, Plan, Planned, When};
 use crate::play;
@@ -13,9 +15,13 @@ use crate::play;
 fn finds(mutation: Mutation, suits: impl Fn(&mut Plan), says: &[&str]) {
     let mut others = String::new();
     let found = (0..400).any(|seed| {
-        let mut plan = Plan::new(seed);
-        suits(&mut plan);
-        let Err(found) = play(&Plan { mutation: Some(mutation), ..plan.clone() }, false) else {
+        let with = |mutation| {
+            let mut plan = Plan { mutation, ..Plan::new(seed) };
+            suits(&mut plan);
+            plan
+        };
+        let (broken, plan) = (with(Some(mutation)), with(None));
+        let Err(found) = play(&broken, false) else {
             return false;
         };
         if !says.iter().any(|says| found.contains(says)) {
@@ -61,6 +67,15 @@ fn a_destination_that_runs_before_the_commit_is_found() {
 #[test]
 fn a_guest_that_does_not_stop_is_found() {
     finds(Mutation::NeverStops, calm_move, &["is not what the guest wrote"]);
+}
+
+#[test]
+fn a_destination_that_runs_a_machine_that_stood_still_is_found() {
+    let stands = |plan: &mut Plan| {
+        calm_move(plan);
+        plan.stands = true;
+    };
+    finds(Mutation::RunsWhatStood, stands, &["differ in what became of it"]);
 }
 
 #[test]
@@ -173,6 +188,39 @@ fn a_guest_that_stands_still_for_too_long_is_found() {
         plan.devices.iter_mut().for_each(|device| (device.blocks, device.record_bytes) = (60, 32 << 10));
     };
     finds(Mutation::StandsForever, slow, &["the guest stood still for"]);
+}
+
+/// An adversary that knows the secret where nobody checks, and guesses it where somebody does.
+fn forges(plan: &Plan, kind: Kind, instead_of: Option<Kind>) -> Fault {
+    let is_unchecked = plan.mutation.is_some();
+    let proof = if is_unchecked { Proof::Right } else { Proof::Random };
+    let from = if kind == Kind::COMMIT { End::Source } else { End::Destination };
+    Fault::Forge { from, link: 0, forgery: Forgery { kind, proof, instead_of, outcome: 1 } }
+}
+
+#[test]
+fn a_destination_that_takes_anybody_s_commit_is_found() {
+    // The source calls the move off while the destination holds.
+    let forged = |plan: &mut Plan| {
+        moves(plan);
+        let when = When::Phase(End::Destination, Phase::Commit, plan.seed % 20);
+        let commit = Planned { when, fault: forges(plan, Kind::COMMIT, None) };
+        let when = When::Point(End::Source, 1);
+        plan.faults = vec![commit, Planned { when, fault: Fault::NoteFull }];
+    };
+    finds(Mutation::CommitUnchecked, forged, &["two run", "differ in what became of it"]);
+}
+
+#[test]
+fn a_source_that_takes_anybody_s_outcome_is_found() {
+    // RUNNING is lost, and somebody else answers the source that asks.
+    let forged = |plan: &mut Plan| {
+        moves(plan);
+        at(plan, Phase::Commit, Fault::Cut(0));
+        let when = When::Point(End::Source, 1);
+        plan.faults.push(Planned { when, fault: forges(plan, Kind::OUTCOME, Some(Kind::OUTCOME)) });
+    };
+    finds(Mutation::OutcomeUnchecked, forged, &["two run", "differ in what became of it"]);
 }
 
 #[test]

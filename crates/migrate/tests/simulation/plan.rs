@@ -8,6 +8,7 @@ use limosa_migrate::{AfterSave, Convergence, Options, Phase, WhenStalled};
 use limosa_protocol::{Errno, MigrationFlags};
 use limosa_stream::{Compression, WINDOW_BYTES_MIN};
 
+use crate::adversary::{self, Forgery, Proof};
 use crate::panics::Place;
 use crate::scripted::Step;
 
@@ -135,6 +136,10 @@ pub enum Fault {
     Panic(End, Place),
     /// The system starts only so many more threads.
     RefuseThreads(End, u64),
+    /// An adversary puts a frame among those that this end sends over one of its links.
+    Forge { from: End, link: usize, forgery: Forgery },
+    /// An adversary connects, as if it were a further link of the move.
+    ForgedLink(Proof),
 }
 
 /// Something that is broken in what the engine relies on, or in what is done with it: the checks have to find it.
@@ -172,6 +177,12 @@ pub enum Mutation {
     SilenceIgnored,
     /// The guest may stand still for as long as it takes.
     StandsForever,
+    /// The destination runs a machine that stood still.
+    RunsWhatStood,
+    /// Nobody checks the proof of COMMIT: the adversary's is right.
+    CommitUnchecked,
+    /// Nobody checks the proof of OUTCOME.
+    OutcomeUnchecked,
     /// The notifications in one line of the engine have no effect.
     ForgetsNotification { file: &'static str, line: u32 },
     /// A panic is caught nowhere.
@@ -242,6 +253,8 @@ pub struct Plan {
     pub precopy: bool,
     /// The guest is saved and not moved; what becomes of the source then.
     pub saves: Option<AfterSave>,
+    /// The machine stands still before the move: its devices are in STOP, and its vCPU does not run.
+    pub stands: bool,
     /// How long the vCPU rests between two of its steps, at most.
     pub rest: Duration,
     pub faults: Vec<Planned>,
@@ -319,6 +332,7 @@ impl Plan {
             convergence,
             precopy: !chance.one_in(6),
             saves: chance.one_in(5).then(|| chance.pick(&[AfterSave::Run, AfterSave::Stop])),
+            stands: false,
             rest: (about / chance.pick(&[3, 20, 100, 300])).max(Duration::from_micros(5)),
             faults: Vec::new(),
             standstill_max: if chance.one_in(8) { Duration::from_secs(2) } else { STANDSTILL_MAX },
@@ -326,6 +340,15 @@ impl Plan {
         };
         let count = chance.pick(&[0, 1, 1, 1, 1, 1, 2, 2, 2, 3]);
         plan.faults = (0..count).map(|_| plan.draw(&mut chance)).collect();
+        plan.stands = chance.one_in(8);
+        if plan.stands {
+            // A device that is reset runs, and is found so by a move that comes later.
+            plan.faults.retain(|planned| !matches!(planned.fault, Fault::Reset(End::Source, _)));
+        }
+        if plan.saves.is_none() {
+            // By draws of its own, so that the rest of the plan does not depend on it.
+            plan.faults.extend(adversary::draw(&mut Chance::new(!seed)));
+        }
         plan
     }
 
@@ -385,6 +408,12 @@ impl Plan {
                     | Fault::Panic(_, Place::Device(_) | Place::Stream(_))
             )
         })
+    }
+
+    /// Whether an adversary is on the links.
+    pub fn has_adversary(&self) -> bool {
+        let forges = |planned: &Planned| matches!(planned.fault, Fault::Forge { .. } | Fault::ForgedLink(_));
+        self.faults.iter().any(forges)
     }
 
     /// Whether this place may panic at this end.

@@ -13,8 +13,10 @@ use limosa_client::Device;
 use limosa_clockwork::simulation::{self, Failure, Process, Run, is_crash};
 use limosa_clockwork::{Handle, Monitor, Scope, Simulation, now, scope, sleep};
 use limosa_migrate::{Decision, Error, InDoubt, Obstacle, Outcome, Received, WhenStalled};
+use limosa_protocol::State;
 use limosa_stream::MigrationId;
 
+use crate::adversary::Adversary;
 use crate::bounds;
 use crate::disk::Disk;
 use crate::fate::Fates;
@@ -57,11 +59,21 @@ pub struct Summary {
     pub fired: u32,
     /// Whether as much of a device was on its way as may be.
     pub filled: bool,
+    /// Whether an adversary has put a frame on a link.
+    pub forged: bool,
 }
 
 impl Summary {
     fn new(ended: Ended) -> Summary {
-        Summary { ended, in_doubt: false, looked_at: false, crashes: 0, fired: 0, filled: false }
+        Summary {
+            ended,
+            in_doubt: false,
+            looked_at: false,
+            crashes: 0,
+            fired: 0,
+            filled: false,
+            forged: false,
+        }
     }
 }
 
@@ -111,7 +123,8 @@ type Ending<T> = Result<T, Box<dyn Any + Send>>;
 impl<'a> Script<'a> {
     fn new(plan: &'a Plan, world: &'a Arc<World>, folder: &Path) -> Script<'a> {
         let guest = Arc::new(Guest::new(world.clone(), plan.rest));
-        let network = Arc::new(Network::new(&plan.links, Disk::new(plan.mutation)));
+        let adversary = plan.has_adversary().then(Adversary::default);
+        let network = Arc::new(Network::new(&plan.links, Disk::new(plan.mutation), adversary));
         let computer = |end| Computer::new(end, plan, world, &guest, &network, folder.join("moves"));
         let (source, destination) = (computer(End::Source), computer(End::Destination));
         world.truth().keeps_stop = plan.saves.is_some();
@@ -126,7 +139,10 @@ impl<'a> Script<'a> {
             network: &self.network,
             state: Monitor::default(),
         };
-        self.guest.start(End::Source);
+        match self.plan.stands {
+            true => self.source.stand(),
+            false => self.guest.start(End::Source),
+        }
         scope(|scope| {
             let vcpu = Process::new("guest");
             vcpu.spawn(scope, "vcpu", || self.guest.run([&self.source, &self.destination]));
@@ -142,7 +158,8 @@ impl<'a> Script<'a> {
                 fates.end();
                 self.settled(&summary)?;
                 self.second_move(scope, processes, &summary)?;
-                Ok(Summary { fired: fates.fired(), ..summary })
+                let forged = self.network.adversary.as_ref().is_some_and(Adversary::has_forged);
+                Ok(Summary { fired: fates.fired(), forged, ..summary })
             });
             fates.end();
             self.guest.end();
@@ -192,8 +209,17 @@ impl<'a> Script<'a> {
         decision: Decision,
         doubt: InDoubt,
     ) -> Ending<Outcome> {
+        let doubt = self.as_found(doubt);
         let decided = move || self.source.as_source(|source| source.decide(decision, doubt));
         source.spawn(scope, "decide", decided).join()
+    }
+
+    /// With what whoever drives the source knows of its devices.
+    fn as_found(&self, doubt: InDoubt) -> InDoubt {
+        match self.plan.stands {
+            true => doubt.with_found(vec![State::Stop; self.plan.devices.len()]),
+            false => doubt,
+        }
     }
 
     /// Whoever restarts the destination resets what was loaded for nothing.
@@ -281,7 +307,7 @@ impl<'a> Script<'a> {
     /// The source runs again, or names every device that does not. A source that died during the undo names none.
     fn source_runs(&self, notes: &[String], crashed: bool) -> Result<(), String> {
         let may_fail = self.plan.hurts_devices() || self.plan.panics(End::Source, Place::Resume);
-        match self.source.runs_all() {
+        match self.source.is_as_before() {
             Ok(()) => Ok(()),
             Err(_) if may_fail && (crashed || !notes.is_empty()) => Ok(()),
             Err(_) if self.source.has_lost() => Ok(()),

@@ -2,6 +2,7 @@
 //! `VFIO_IOMMU_MAP_DMA`).
 
 mod dirty;
+mod log;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -11,10 +12,11 @@ use limosa_protocol::capability::{IommuCapability, IommuInfo, IommuInfoFlags, Io
 use rustix::fd::RawFd;
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::intervals::Span;
 use super::mappings::{IN_PART, Mapping, Mappings, NOTHING_THERE, unmap_request};
 use super::{IovaRanges, map_hint, map_request, refused};
 use crate::ioctl;
-pub(super) use dirty::Limits;
+pub(super) use log::ContainerLog;
 
 /// Commands (`vfio.h: VFIO_BASE + number`).
 const GET_API_VERSION: u8 = 0;
@@ -88,11 +90,6 @@ impl Container {
                 Err(refused("/dev/vfio/vfio", "GET_API_VERSION", errno, "it is no container of VFIO's"))
             }
         }
-    }
-
-    /// Whether nobody else can map memory.
-    pub fn is_ours(&self) -> bool {
-        self.is_ours
     }
 
     /// Whether it has an IOMMU, which it gets with its first group and loses with its last.
@@ -176,10 +173,11 @@ impl Container {
     }
 
     /// Unmaps what lies in the range.
-    pub fn unmap(&self, name: &str, iova: u64, size: u64) -> Result<()> {
+    pub fn unmap(&self, name: &str, range: Span) -> Result<()> {
+        let (iova, size) = (range.first, range.size());
         let argsz = size_of::<DmaUnmapArgument>() as u32;
         let mut argument = DmaUnmapArgument { argsz, flags: 0, iova, size };
-        let refused = |errno, hint| Err(refused(name, unmap_request(iova, size), errno, hint));
+        let refused = |errno, hint| Err(refused(name, unmap_request(range), errno, hint));
         let pointer = (&raw mut argument).cast();
         // SAFETY: the argument is the command's, without addresses of this process in it.
         match unsafe { ioctl::call(self.fd.as_fd(), ioctl::vfio(IOMMU_UNMAP_DMA), pointer) } {

@@ -3,6 +3,7 @@
 
 mod argument;
 mod dirty;
+mod log;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,11 +13,13 @@ use limosa_protocol::Errno;
 use limosa_protocol::capability::IovaRange;
 use limosa_protocol::info::DmaMapFlags;
 
+use super::intervals::Span;
 use super::mappings::{IN_PART, Mapping, NOTHING_THERE, unmap_request};
 use super::{IovaRanges, map_hint, map_request, refused};
 use crate::ioctl;
 use argument::*;
-pub(super) use dirty::PAGE_SIZE;
+pub(super) use log::PageTableLog;
+use log::PageTables;
 
 /// Commands (`iommufd.h: IOMMUFD_CMD_*`).
 const DESTROY: u8 = 0x80;
@@ -227,7 +230,8 @@ impl Iommufd {
     }
 
     /// Unmaps what lies in the range.
-    pub fn unmap(&self, name: &str, iova: u64, length: u64) -> Result<()> {
+    pub fn unmap(&self, name: &str, range: Span) -> Result<()> {
+        let (iova, length) = (range.first, range.size());
         let mut argument = IoasUnmap { size: size::<IoasUnmap>(), ioas_id: self.ioas, iova, length };
         // SAFETY: the argument is the command's, without addresses of this process in it.
         unsafe { request(self.fd.as_fd(), IOAS_UNMAP, &mut argument) }.map(drop).map_err(|errno| {
@@ -236,7 +240,7 @@ impl Iommufd {
                 Errno::EBUSY => "a device does not let go of it".into(),
                 _ => String::new(),
             };
-            refused(name, unmap_request(iova, length), errno, hint)
+            refused(name, unmap_request(range), errno, hint)
         })
     }
 
@@ -293,11 +297,6 @@ impl Iommufd {
     /// Whether there are page tables with dirty tracking.
     pub fn has_page_tables(&self) -> bool {
         !self.page_tables().is_empty()
-    }
-
-    /// Whether nobody else can map memory.
-    pub fn is_ours(&self) -> bool {
-        self.is_ours
     }
 
     fn destroy(&self, id: u32) {

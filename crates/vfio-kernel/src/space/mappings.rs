@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 
 use limosa_client::{HostAddress, Result};
+use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
-use limosa_protocol::{Errno, range};
 
 use super::file::MappedFile;
+use super::intervals::Span;
 use super::refused;
 
 /// Memory that was mapped in one call.
@@ -42,9 +43,9 @@ impl Mapping {
         }
     }
 
-    /// Its last address.
-    pub fn last(&self) -> u64 {
-        self.iova + (self.size - 1)
+    /// Its addresses.
+    pub fn span(&self) -> Span {
+        Span { first: self.iova, last: self.iova + (self.size - 1) }
     }
 }
 
@@ -61,34 +62,31 @@ impl Mappings {
         self.0.values()
     }
 
-    /// Those that have a byte in the range, in order. The range is not empty and ends at 2^64 at the latest.
-    pub fn touching(&self, iova: u64, size: u64) -> impl Iterator<Item = &Mapping> {
-        let last = iova + (size - 1);
-        let before = self.0.range(..iova).next_back().filter(|(_, mapping)| mapping.last() >= iova);
-        before.into_iter().chain(self.0.range(iova..=last)).map(|(_, mapping)| mapping)
+    /// Those that have a byte in the range, in order.
+    pub fn touching(&self, range: Span) -> impl Iterator<Item = &Mapping> {
+        let before = self.0.range(..range.first).next_back();
+        let before = before.filter(|(_, mapping)| mapping.span().last >= range.first);
+        before.into_iter().chain(self.0.range(range.first..=range.last)).map(|(_, mapping)| mapping)
     }
 
-    pub fn overlaps(&self, iova: u64, size: u64) -> bool {
-        self.touching(iova, size).next().is_some()
+    pub fn overlaps(&self, range: Span) -> bool {
+        self.touching(range).next().is_some()
     }
 
     /// Whether the range can be unmapped: it covers one mapping or several, and none in part.
-    pub fn check_whole(&self, name: &str, iova: u64, size: u64) -> Result<()> {
-        let refused = |errno, hint| Err(refused(name, unmap_request(iova, size), errno, hint));
-        if !self.overlaps(iova, size) {
+    pub fn check_whole(&self, name: &str, range: Span) -> Result<()> {
+        let refused = |errno, hint| Err(refused(name, unmap_request(range), errno, hint));
+        if !self.overlaps(range) {
             return refused(Errno::ENOENT, NOTHING_THERE);
         }
-        let in_range = |mapping: &Mapping| range::contains((iova, size), (mapping.iova, mapping.size));
-        if self.touching(iova, size).all(in_range) { Ok(()) } else { refused(Errno::EINVAL, IN_PART) }
+        let is_whole = self.touching(range).all(|mapping| range.contains(mapping.span()));
+        if is_whole { Ok(()) } else { refused(Errno::EINVAL, IN_PART) }
     }
 
     /// Forgets those that lie in the range.
-    pub fn remove(&mut self, iova: u64, size: u64) {
-        let inside: Vec<u64> = self
-            .touching(iova, size)
-            .filter(|mapping| range::contains((iova, size), (mapping.iova, mapping.size)))
-            .map(|mapping| mapping.iova)
-            .collect();
+    pub fn remove(&mut self, range: Span) {
+        let inside = self.touching(range).filter(|mapping| range.contains(mapping.span()));
+        let inside: Vec<u64> = inside.map(|mapping| mapping.iova).collect();
         for iova in inside {
             self.0.remove(&iova);
         }
@@ -105,33 +103,41 @@ impl IntoIterator for Mappings {
 }
 
 /// How messages name the unmapping of memory.
-pub(super) fn unmap_request(iova: u64, size: u64) -> String {
-    format!("unmapping {size:#x} bytes at IOVA {iova:#x}")
+pub(super) fn unmap_request(range: Span) -> String {
+    format!("unmapping {:#x} bytes at IOVA {:#x}", range.size(), range.first)
 }
 
 pub(super) const NOTHING_THERE: &str = "nothing is mapped there";
 pub(super) const IN_PART: &str = "memory is unmapped in the pieces in which it was mapped";
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn mapped(at: &[(u64, u64)]) -> Mappings {
+impl Mappings {
+    /// Memory of no place at these addresses, as (first, bytes).
+    pub fn at(spans: &[(u64, u64)]) -> Mappings {
         let mut mappings = Mappings::default();
-        for &(iova, size) in at {
+        for &(iova, size) in spans {
             mappings.insert(Mapping { iova, size, flags: DmaMapFlags::READ, place: Place::Kernel });
         }
         mappings
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(iova: u64, size: u64) -> Span {
+        Span::of(iova, size).unwrap()
+    }
 
     fn touching(mappings: &Mappings, iova: u64, size: u64) -> Vec<u64> {
-        mappings.touching(iova, size).map(|mapping| mapping.iova).collect()
+        mappings.touching(span(iova, size)).map(|mapping| mapping.iova).collect()
     }
 
     #[test]
     fn what_a_range_touches() {
         let top = u64::MAX - 0xfff;
-        let mappings = mapped(&[(0x1000, 0x2000), (0x3000, 0x1000), (0x8000, 0x1000), (top, 0x1000)]);
+        let mappings = Mappings::at(&[(0x1000, 0x2000), (0x3000, 0x1000), (0x8000, 0x1000), (top, 0x1000)]);
         assert_eq!(touching(&mappings, 0, 0x1000), []);
         assert_eq!(touching(&mappings, 0, 0x1001), [0x1000]);
         assert_eq!(touching(&mappings, 0x2fff, 1), [0x1000]);
@@ -143,14 +149,14 @@ mod tests {
 
     #[test]
     fn a_mapping_is_taken_away_whole_or_not_at_all() {
-        let mut mappings = mapped(&[(0x1000, 0x2000), (0x3000, 0x1000)]);
-        let errno = |iova, size| mappings.check_whole("dev", iova, size).unwrap_err().errno();
+        let mut mappings = Mappings::at(&[(0x1000, 0x2000), (0x3000, 0x1000)]);
+        let errno = |iova, size| mappings.check_whole("dev", span(iova, size)).unwrap_err().errno();
         assert_eq!(errno(0x4000, 0x1000), Some(Errno::ENOENT));
         assert_eq!(errno(0x1000, 0x1000), Some(Errno::EINVAL));
         assert_eq!(errno(0x2000, 0x2000), Some(Errno::EINVAL));
-        mappings.check_whole("dev", 0x1000, 0x2000).unwrap();
-        mappings.check_whole("dev", 0, u64::MAX).unwrap();
-        mappings.remove(0x2000, 0x2000);
+        mappings.check_whole("dev", span(0x1000, 0x2000)).unwrap();
+        mappings.check_whole("dev", span(0, u64::MAX)).unwrap();
+        mappings.remove(span(0x2000, 0x2000));
         assert_eq!(touching(&mappings, 0, u64::MAX), [0x1000]);
     }
 }

@@ -9,6 +9,7 @@ mod dirty;
 mod file;
 mod intervals;
 mod iommufd;
+mod log;
 mod mappings;
 
 use std::collections::BTreeMap;
@@ -17,17 +18,18 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use limosa_client::{Device, DeviceIdentity, DirtyBits, DmaMap, DmaMemory, Error, Result};
+use limosa_protocol::Errno;
 use limosa_protocol::capability::IovaRange;
 use limosa_protocol::info::DmaMapFlags;
-use limosa_protocol::{Errno, range};
 use rustix::fs::{Mode, OFlags};
 
 use crate::Door;
 use crate::ioctl::errno;
-use container::Container;
-use dirty::Log;
+use container::{Container, ContainerLog};
 use file::{MappedFile, can_be_pinned_as_file};
-use iommufd::Iommufd;
+use intervals::Span;
+use iommufd::{Iommufd, PageTableLog};
+use log::{DoorLog, Log};
 use mappings::{Mapping, Mappings, Place};
 
 pub use dirty::SpaceLog;
@@ -59,8 +61,18 @@ struct State {
 }
 
 enum Kind {
-    Iommufd(Iommufd),
-    Container(Container),
+    Iommufd(Arc<Iommufd>),
+    Container(Arc<Container>),
+}
+
+impl Kind {
+    /// The kernel's log of dirty pages, off.
+    fn log(&self) -> Box<dyn DoorLog> {
+        match self {
+            Kind::Iommufd(iommufd) => Box::new(PageTableLog::new(iommufd.clone())),
+            Kind::Container(container) => Box::new(ContainerLog::new(container.clone())),
+        }
+    }
 }
 
 /// Which addresses a space takes; see [`AddressSpace::iova_ranges`].
@@ -89,9 +101,10 @@ impl AddressSpace {
     /// A new one: an IOAS of `/dev/iommu`, or a container of `/dev/vfio/vfio`.
     pub fn new(door: Door) -> Result<AddressSpace> {
         Ok(AddressSpace::of(match door {
-            Door::Cdev => Kind::Iommufd(Iommufd::new(open("/dev/iommu", "CONFIG_IOMMUFD")?)?),
+            Door::Cdev => Kind::Iommufd(Iommufd::new(open("/dev/iommu", "CONFIG_IOMMUFD")?)?.into()),
             Door::Group => {
-                Kind::Container(Container::new(open("/dev/vfio/vfio", "CONFIG_VFIO_CONTAINER")?, true)?)
+                let container = open("/dev/vfio/vfio", "CONFIG_VFIO_CONTAINER")?;
+                Kind::Container(Container::new(container, true)?.into())
             }
         }))
     }
@@ -114,7 +127,7 @@ impl AddressSpace {
     /// As [`AddressSpace::from_iommufd`]. Whether there are such page tables shows when dirty pages are to be logged.
     pub fn from_page_tables(iommufd: BorrowedFd<'_>, ioas: u32, hwpts: &[u32]) -> Result<AddressSpace> {
         let iommufd = Iommufd::borrowed(own("iommufd", iommufd)?, ioas, hwpts)?;
-        Ok(AddressSpace::of(Kind::Iommufd(iommufd)))
+        Ok(AddressSpace::of(Kind::Iommufd(iommufd.into())))
     }
 
     /// A container that the caller holds, with its IOMMU or before it. The fd is duplicated.
@@ -123,7 +136,8 @@ impl AddressSpace {
     ///
     /// [`Error::Refused`] with ENOTTY when the fd is not a container.
     pub fn from_container(container: BorrowedFd<'_>) -> Result<AddressSpace> {
-        Ok(AddressSpace::of(Kind::Container(Container::new(own("container", container)?, false)?)))
+        let container = Container::new(own("container", container)?, false)?;
+        Ok(AddressSpace::of(Kind::Container(container.into())))
     }
 
     fn of(kind: Kind) -> AddressSpace {
@@ -212,8 +226,7 @@ impl AddressSpace {
                 let is_first = container.attach(name, group, mappings)?;
                 if is_first && let Some(log) = log {
                     // The IOMMU before this one took its log along.
-                    mappings.iter().for_each(|mapping| log.collected.add(mapping.iova, mapping.last()));
-                    container.start_dirty(name)?;
+                    log.restart(name, mappings)?;
                 }
                 state.attach(name, true);
                 Ok(())
@@ -260,9 +273,9 @@ impl AddressSpace {
         if !map.flags.intersects(known) || !known.contains(map.flags) {
             return Err(usage(name, "a mapping needs READ, WRITE or both"));
         }
-        if range::last(map.iova, map.size).is_err() {
+        let Some(range) = Span::of(map.iova, map.size) else {
             return Err(usage(name, format!("a mapping of {:#x} bytes at {:#x}", map.size, map.iova)));
-        }
+        };
         let mappings = &mut self.inner.state().mappings;
         let place = match map.memory {
             DmaMemory::Messages(_) => {
@@ -288,7 +301,7 @@ impl AddressSpace {
             Kind::Iommufd(iommufd) => iommufd.map(name, &mapping)?,
             Kind::Container(container) if container.is_set() => container.map(name, &mapping)?,
             // Its IOMMU comes with its first group: until then the record is all there is.
-            Kind::Container(_) if mappings.overlaps(map.iova, map.size) => {
+            Kind::Container(_) if mappings.overlaps(range) => {
                 return Err(refused(name, map_request(&mapping), Errno::EEXIST, map_hint(Errno::EEXIST)));
             }
             Kind::Container(_) => {}
@@ -297,39 +310,41 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Takes memory away again: once this returns, no device touches it. With `dirty`, the pages that were
-    /// written since the last report are set in it, which needs logging to be on.
+    /// Takes memory away again: once this returns, no device touches it. With `dirty`, the pages that were written since
+    /// they were last reported are set in it, which needs logging to be on. They are in the next report as well.
     ///
     /// # Errors
     ///
     /// [`Error::Refused`] with ENOENT when nothing is mapped there, and with EINVAL when the range covers a mapping
-    /// in part.
+    /// in part, through both doors and whether or not the log is on; [`Error::Usage`] for a range that is empty or beyond
+    /// 2^64, and for `dirty` while the log is off. Of a range with several mappings some may be unmapped then; what was
+    /// written there is in the next report.
     pub fn unmap(&self, name: &str, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
-        if range::last(iova, size).is_err() {
+        let Some(range) = Span::of(iova, size) else {
             return Err(usage(name, format!("unmapping {size:#x} bytes at {iova:#x}")));
-        }
+        };
         if let Some(DirtyBits { page_size, words }) = &dirty {
             limosa_client::dirty::check(name, iova, size, *page_size, words)?;
         }
         let mut state = self.inner.state();
-        let mappings = &state.mappings;
+        let State { mappings, log, .. } = &mut *state;
         // Doors have different answers to this, and a container without IOMMU has none. What is not known here, the
         // caller may have mapped otherwise.
-        if mappings.overlaps(iova, size) {
-            mappings.check_whole(name, iova, size)?;
+        if mappings.overlaps(range) {
+            mappings.check_whole(name, range)?;
         }
-        if state.log.is_some() {
-            return self.inner.unmap_logged(name, (iova, size), &mut state, dirty);
+        if let Some(log) = log {
+            return log.unmap(name, mappings, range, dirty);
         }
         if dirty.is_some() {
             return Err(usage(name, "its address space does not log dirty pages"));
         }
         match &self.inner.kind {
-            Kind::Iommufd(iommufd) => iommufd.unmap(name, iova, size)?,
-            Kind::Container(container) if container.is_set() => container.unmap(name, iova, size)?,
-            Kind::Container(_) => mappings.check_whole(name, iova, size)?,
+            Kind::Iommufd(iommufd) => iommufd.unmap(name, range)?,
+            Kind::Container(container) if container.is_set() => container.unmap(name, range)?,
+            Kind::Container(_) => mappings.check_whole(name, range)?,
         }
-        state.mappings.remove(iova, size);
+        mappings.remove(range);
         Ok(())
     }
 }
@@ -351,12 +366,10 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let mappings = std::mem::take(&mut self.state().mappings);
         for mapping in mappings {
-            let (iova, size) = (mapping.iova, mapping.size);
+            let (range, size, iova) = (mapping.span(), mapping.size, mapping.iova);
             let unmapped = match &self.kind {
-                Kind::Iommufd(iommufd) => iommufd.unmap("address space", iova, size),
-                Kind::Container(container) if container.is_set() => {
-                    container.unmap("address space", iova, size)
-                }
+                Kind::Iommufd(iommufd) => iommufd.unmap("address space", range),
+                Kind::Container(container) if container.is_set() => container.unmap("address space", range),
                 Kind::Container(_) => Ok(()),
             };
             if let Err(error) = unmapped

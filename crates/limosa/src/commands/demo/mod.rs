@@ -123,9 +123,8 @@ pub fn run(args: &args::Demo, limit: Duration, out: &Output) -> anyhow::Result<(
     let source = End::start(folder.path(), "source", args, limit)?;
     let destination = End::start(folder.path(), "destination", args, limit)?;
     let say = |line: &dyn Fn() -> String| {
-        if !out.json {
-            println!("{}", line());
-        }
+        // It goes on for those who read the rest.
+        let _ = out.text(|to| writeln!(to, "{}", line()));
     };
     say(&|| {
         format!(

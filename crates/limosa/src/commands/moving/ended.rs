@@ -1,4 +1,7 @@
 //! What is printed of a move that has ended, and how the command ends with it.
+//!
+//! What is moved stays moved, whatever fails after the commit: `--on-start`, a report, standard output. All of that is said,
+//! in one message with a code of its own.
 
 use std::fmt;
 
@@ -10,27 +13,66 @@ use crate::guest::Guest;
 use crate::output::Output;
 use crate::reports::Reports;
 
+/// What is to be known of devices that stay in STOP.
+pub const STAYS_STOPPED: &str =
+    "the devices stood in STOP before, and stay in STOP where they are now: nothing was started";
+
+/// What a command does, in the words of its messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    Move,
+    Save,
+    Load,
+}
+
+impl Work {
+    fn done(self) -> &'static str {
+        match self {
+            Work::Move => "moved",
+            Work::Save => "saved",
+            Work::Load => "loaded",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Work::Move => "move",
+            Work::Save => "save",
+            Work::Load => "load",
+        }
+    }
+}
+
 /// Where it is said how a move ended.
 pub struct Ending<'a> {
+    work: Work,
     out: &'a Output,
     reports: Reports,
 }
 
 impl<'a> Ending<'a> {
     /// Opens the files for the report.
-    pub fn new(reporting: &args::Reporting, out: &'a Output) -> anyhow::Result<Ending<'a>> {
-        Ok(Ending { out, reports: Reports::open(reporting)? })
+    pub fn new(work: Work, reporting: &args::Reporting, out: &'a Output) -> anyhow::Result<Ending<'a>> {
+        Ok(Ending { work, out, reports: Reports::open(reporting)? })
     }
 
-    /// It went well.
-    pub fn print(&self, report: &Report) -> anyhow::Result<()> {
-        self.out.result(report, |to| write!(to, "{report}"))?;
-        self.reports.write(report)
+    /// It went well; only what follows it may fail. `failures` is what has.
+    pub fn done(&self, report: &Report, mut failures: Vec<String>) -> anyhow::Result<()> {
+        failures.extend(self.reports.write(report).err().map(|error| exit::message(&error)));
+        let text = |to: &mut dyn std::io::Write| write!(to, "{report}");
+        // There is one document: the failure's where there is one.
+        let printed = if failures.is_empty() { self.out.result(report, text) } else { self.out.text(text) };
+        failures.extend(printed.err().map(|error| exit::message(&error)));
+        match failures.is_empty() {
+            true => Ok(()),
+            false => Err(exit::reported(exit::but(self.work.done(), &failures), report)),
+        }
     }
 
-    /// It did not; the error is said by who ends the command.
-    pub fn failed(&self, report: &Report) {
+    /// It did not go well: the report is written, and goes with the error.
+    pub fn failed(&self, report: &Report, error: anyhow::Error) -> anyhow::Error {
         self.reports.write_failed(report);
+        exit::reported(error, report)
     }
 
     /// What an ended move gives on the source.
@@ -38,18 +80,18 @@ impl<'a> Ending<'a> {
         guest.forget(&outcome);
         match outcome {
             // After a save the guest runs on.
-            Outcome::Moved(report) => self.print(&report).and(started(guest)),
+            Outcome::Moved(report) => self.done(&report, guest.failures()),
             Outcome::Undone { why, mut report } => {
                 let failures = guest.failures();
                 let is_whole = report.unrecovered.is_empty() && failures.is_empty();
                 report.notes.extend(failures);
-                self.failed(&report);
                 let notes = Notes(&report.notes).to_string();
                 let source = match is_whole {
-                    true => "the source is as it was before",
-                    false => "the move was undone, but not all is as it was before",
+                    true => "the source is as it was before".to_owned(),
+                    false => format!("the {} was undone, but not all is as it was before", self.work.name()),
                 };
-                Err(anyhow::Error::from(why).context(format!("{source}{notes}")))
+                let error = anyhow::Error::from(why).context(format!("{source}{notes}"));
+                Err(self.failed(&report, error))
             }
             Outcome::InDoubt(doubt) => Err(self.in_doubt("the source", &doubt, guest)),
         }
@@ -57,9 +99,8 @@ impl<'a> Ending<'a> {
 
     /// Nobody here knows who runs.
     pub fn in_doubt(&self, device: &str, doubt: &InDoubt, guest: &Guest<'_>) -> anyhow::Error {
-        self.failed(&doubt.report);
         let processes = guest.what_stays_stopped();
-        exit::error(
+        let error = exit::error(
             Code::InDoubt,
             format!(
                 "{device} is stopped and in doubt: {}. The destination may run move {}; `limosa resolve` asks it again. \
@@ -67,7 +108,8 @@ impl<'a> Ending<'a> {
                  and never will, set this one to RUNNING (`limosa resolve --decide` does either){processes}",
                 doubt.why, doubt.id
             ),
-        )
+        );
+        self.failed(&doubt.report, error)
     }
 
     /// It is not known whether the snapshot is there.
@@ -78,9 +120,8 @@ impl<'a> Ending<'a> {
         doubt: &InDoubt,
         guest: &Guest<'_>,
     ) -> anyhow::Error {
-        self.failed(&doubt.report);
         let (place, processes) = (place.name(), guest.what_stays_stopped());
-        exit::error(
+        let error = exit::error(
             Code::InDoubt,
             format!(
                 "{device} is stopped and in doubt: {}. `limosa resolve {device}` looks again for the snapshot of move {}. \
@@ -89,15 +130,23 @@ impl<'a> Ending<'a> {
                  (`limosa resolve --decide undone`){processes}",
                 doubt.why, doubt.id
             ),
-        )
+        );
+        self.failed(&doubt.report, error)
     }
-}
 
-/// Whether the guest goes on as asked where its devices do.
-pub fn started(guest: &Guest<'_>) -> anyhow::Result<()> {
-    match guest.failures().as_slice() {
-        [] => Ok(()),
-        failures => Err(exit::error(Code::Failed, failures.join("; "))),
+    /// The devices were committed to this side, and do not run.
+    pub fn broken(&self, device: &str, why: Error, report: &Report) -> anyhow::Error {
+        let error = anyhow::Error::from(why).context(format!(
+            "{device}: the {} was committed, but the device could neither be started nor stopped; reset it, or restart its \
+             server, and start the guest anew",
+            self.work.name()
+        ));
+        let error = match exit::code(&error) {
+            // They would say that the source runs as before.
+            Code::Failed | Code::Refused => exit::error(Code::DoneBut, exit::message(&error)),
+            _ => error,
+        };
+        self.failed(report, error)
     }
 }
 
@@ -108,11 +157,4 @@ impl fmt::Display for Notes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|note| write!(f, "; {note}"))
     }
-}
-
-pub fn broken(device: &str, why: Error) -> anyhow::Error {
-    anyhow::Error::from(why).context(format!(
-        "{device}: the move was committed, but the device could neither be started nor stopped; reset it, or restart \
-         its server, and start the guest anew"
-    ))
 }

@@ -2,9 +2,10 @@
 
 use limosa_migrate::{Cancel, Error, Ledger, Nobody, Outcome, Received, move_local};
 
-use super::ended::{Ending, broken, started};
+use super::ended::{Ending, STAYS_STOPPED, Work};
 use super::{cancel_on_signal, destination, memory, options, source};
 use crate::args;
+use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::moves::Moves;
@@ -22,6 +23,9 @@ pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::
     let from = Side::source(opening, &from, &memory_from, &args.stopping)?;
     let to = Side::destination(opening, &to, &memory_to)?;
     crate::memory::different(from.memory(), to.memory())?;
+    let moves = Moves::new(args.moves.folder.as_deref());
+    found::check_source(from.devices(), args.stopping.stopped, &moves)?;
+    found::check_destination(to.devices(), &moves)?;
     let done = between(&from, &to, args, &cancel, out);
     hold::end(done, to.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -34,7 +38,7 @@ fn between(
     out: &Output,
 ) -> anyhow::Result<()> {
     let (progress, options) = (Progress::new(out), options(&args.moving));
-    let ending = Ending::new(&args.reporting, out)?;
+    let ending = Ending::new(Work::Move, &args.reporting, out)?;
     let (here, there) = (from.moved(), to.moved());
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
@@ -50,21 +54,25 @@ fn between(
     let source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, cancel);
     let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
     let guest_there = Guest::destination(&args.starting);
-    let destination = destination(&there, &regions, &guest_there, &Nobody, &options, cancel, &ledger);
+    let destination = destination(&there, &regions, &guest_there, &Nobody, &options, cancel, &ledger)
+        .with_after(args.starting.after());
     let (outcome, received) = move_local(source, destination);
     drop(progress);
     guest.forget(&outcome);
     match (outcome, received) {
-        (_, Received::Broken { why, report }) => {
-            ending.failed(&report);
-            Err(broken(&to.name(), why))
-        }
+        (_, Received::Broken { why, report }) => Err(ending.broken(&to.name(), why, &report)),
         (Outcome::Undone { why, mut report }, Received::Discarded { why: why_there, report: there }) => {
             report.notes.extend(there.notes);
             // What was called off there is known here at first hand.
             let why = if matches!(why, Error::Aborted { .. }) { why_there } else { why };
+            report.why = Some(why.to_string());
             ending.settled(Outcome::Undone { why, report }, &guest)
         }
-        (outcome, _) => ending.settled(outcome, &guest).and(started(&guest_there)),
+        (Outcome::Moved(mut report), received) => {
+            let stays_stopped = matches!(received, Received::Stopped(_));
+            report.notes.extend(stays_stopped.then(|| STAYS_STOPPED.into()));
+            ending.done(&report, [guest.failures(), guest_there.failures()].concat())
+        }
+        (outcome, _) => ending.settled(outcome, &guest),
     }
 }

@@ -46,9 +46,12 @@ fn options(moving: &args::Moving) -> Options {
     options
 }
 
-/// With the time limits of a link that may be lost.
+/// With the time limits of a link that may be lost, and the trust in its peer.
 fn over_link(options: Options, link: &args::Link) -> Options {
-    options.with_silence_max(link.silence).with_commit_max(link.silence)
+    options
+        .with_silence_max(link.silence)
+        .with_commit_max(link.silence)
+        .with_unauthenticated_peers(link.tls.insecure)
 }
 
 /// The pages and the log are separate so that both outlive what is made of them.

@@ -9,10 +9,11 @@ use limosa_migrate::{
     Acceptor, Cancel, Decision, Error, Incoming, MigrationId, OfferedMove, Options, Phase, Received, Report,
 };
 
-use super::ended::{Ending, Notes, broken, started};
+use super::ended::{Ending, Notes, STAYS_STOPPED, Work};
 use super::{cancel_on_signal, destination, over_link};
 use crate::args;
 use crate::exit::{self, Code};
+use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::links::Links;
@@ -26,6 +27,7 @@ pub fn receive(args: &args::Receive, opening: Opening, out: &Output) -> anyhow::
     let cancel = cancel_on_signal()?;
     let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
+    found::check_destination(side.devices(), &Moves::new(args.link.moves.folder.as_deref()))?;
     let done = wait_and_take(&side, args, (&links, &address), &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -44,36 +46,37 @@ fn wait_and_take(
         .with_idle_max(args.idle.unwrap_or(4 * args.link.silence))
         .with_move_max(args.move_limit);
     let ledger = Arc::new(moves.ledger()?);
-    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
+    let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
     let regions = pages.regions(side.memory());
-    let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger);
+    let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger)
+        .with_after(args.starting.after());
     out.say(&format!("listening on {}", listener.address()));
-    let acceptor = links.acceptor(listener, &ledger, args.link.silence)?;
+    let acceptor = links.acceptor(listener, &ledger, &options)?;
     let offered = offer(&acceptor, args, cancel)?;
     let stay = Stay { acceptor: &acceptor, id: offered.id(), silence: args.link.silence, cancel };
-    match destination.receive_offered(offered) {
-        Received::Runs(report) => {
+    let received = destination.receive_offered(offered);
+    let stays_stopped = matches!(received, Received::Stopped(_));
+    match received {
+        Received::Runs(mut report) | Received::Stopped(mut report) => {
             if !report.peer_told {
                 stay.until_asked();
             }
             drop(progress);
-            ending.print(&report).and(started(&guest))
+            report.notes.extend(stays_stopped.then(|| STAYS_STOPPED.into()));
+            ending.done(&report, guest.failures())
         }
-        Received::Stopped(report) => ending.print(&report),
         Received::Answered { id, .. } => Err(anyhow::anyhow!("move {id} was asked about instead of offered")),
         Received::Discarded { why, report } => {
-            ending.failed(&report);
-            if source_may_doubt(&why, &report) {
+            let may_doubt = source_may_doubt(&why, &report);
+            let what = format!("{} was not loaded{}", side.name(), Notes(&report.notes));
+            let error = ending.failed(&report, anyhow::Error::from(why).context(what));
+            if may_doubt {
                 stay.until_asked();
             }
-            let notes = Notes(&report.notes).to_string();
-            Err(anyhow::Error::from(why).context(format!("{} was not loaded{notes}", side.name())))
+            Err(error)
         }
-        Received::Broken { why, report } => {
-            ending.failed(&report);
-            Err(broken(&side.name(), why))
-        }
+        Received::Broken { why, report } => Err(ending.broken(&side.name(), why, &report)),
     }
 }
 

@@ -6,9 +6,10 @@ use std::time::Instant;
 use limosa_migrate::link::{Address, LinkError, Wait};
 use limosa_migrate::{Cancel, Outcome};
 
-use super::ended::Ending;
+use super::ended::{Ending, Work};
 use super::{ASK_EVERY, cancel_on_signal, memory, options, over_link, source};
 use crate::args;
+use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::links::{self, Links};
@@ -24,6 +25,8 @@ pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result
     let address = links::address(&args.to)?;
     let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
+    let moves = Moves::new(args.link.moves.folder.as_deref());
+    found::check_source(side.devices(), args.stopping.stopped, &moves)?;
     let done = over(&side, args, (&links, &address), &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
 }
@@ -40,7 +43,7 @@ fn over(
         .with_links(args.links.most)
         .with_links_measured(args.links.measured)
         .with_compress(args.compress);
-    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
+    let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let target = Target::Address { address: address.lasting()?.to_string(), tls: links.are_tls() };
     let guest = Guest::source(&args.stopping, Some(Noting::new(&moves, side, target)?))?;

@@ -8,9 +8,10 @@ use limosa_migrate::{
 };
 use limosa_stream::Damage;
 
-use super::ended::{Ending, Notes, broken, started};
+use super::ended::{Ending, Notes, STAYS_STOPPED, Work};
 use super::{ASK_EVERY, cancel_on_signal, destination, memory, source};
 use crate::args;
+use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::moves::Moves;
@@ -24,6 +25,7 @@ use crate::side::Side;
 pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
+    found::check_source(side.devices(), args.stopping.stopped, &Moves::new(args.moves.folder.as_deref()))?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
     let done = to_file(&side, args, &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, leaves, out)
@@ -32,7 +34,7 @@ pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result
 fn to_file(side: &Side, args: &args::Save, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
     let progress = Progress::new(out);
     let options = args.stop_limits.limit(Options::default().with_compress(args.compress));
-    let (moved, ending) = (side.moved(), Ending::new(&args.reporting, out)?);
+    let (moved, ending) = (side.moved(), Ending::new(Work::Save, &args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
     let place = Place::new(&args.file, args.replace)?;
     let moves = Moves::new(args.moves.folder.as_deref());
@@ -103,6 +105,7 @@ fn noted_name(place: &Path) -> anyhow::Result<String> {
 pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
+    found::check_destination(side.devices(), &Moves::new(None))?;
     let done = from_file(&side, args, &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -110,26 +113,25 @@ pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result
 fn from_file(side: &Side, args: &args::Load, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
     let (progress, options, ledger) = (Progress::new(out), Options::default(), Ledger::new());
     let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
-    let ending = Ending::new(&args.reporting, out)?;
-    let after = if args.stop { AfterLoad::Stop } else { AfterLoad::Run };
+    let ending = Ending::new(Work::Load, &args.reporting, out)?;
+    let after = if args.stop { AfterLoad::Stop } else { args.starting.after() };
     let (guest, pages) = (Guest::destination(&args.starting), side.destination_pages()?);
     let regions = pages.regions(side.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger);
     let received = destination.load(place.source(), after);
     drop(progress);
     match received {
-        Received::Runs(report) => ending.print(&report).and(started(&guest)),
-        Received::Stopped(report) => ending.print(&report),
+        Received::Runs(report) => ending.done(&report, guest.failures()),
+        Received::Stopped(mut report) => {
+            report.notes.extend((!args.stop).then(|| STAYS_STOPPED.into()));
+            ending.done(&report, guest.failures())
+        }
         Received::Discarded { why, report } => {
-            ending.failed(&report);
-            let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes).to_string());
-            Err(anyhow::Error::from(why)
-                .context(format!("{} was not loaded{hint}{notes}", args.file.display())))
+            let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes));
+            let what = format!("{} was not loaded{hint}{notes}", args.file.display());
+            Err(ending.failed(&report, anyhow::Error::from(why).context(what)))
         }
-        Received::Broken { why, report } => {
-            ending.failed(&report);
-            Err(broken(&side.name(), why))
-        }
+        Received::Broken { why, report } => Err(ending.broken(&side.name(), why, &report)),
         Received::Answered { .. } => {
             Err(anyhow::anyhow!("{}: it is not a saved stream", args.file.display()))
         }

@@ -63,6 +63,7 @@ impl Report {
         let memory = if self.bytes.memory_bytes + self.bytes.zero_bytes > 0 { " with memory" } else { "" };
         match self.outcome {
             End::Moved | End::Runs | End::Stopped => format!("Move of {what}{memory}"),
+            End::Saved => format!("Save of {what}{memory}"),
             End::Undone | End::Discarded => format!("Move of {what}{memory}: called off"),
             End::InDoubt | End::Broken => format!("Move of {what}{memory}: {}", self.outcome.name()),
         }

@@ -57,8 +57,8 @@ pub use device::{TestDevice, world};
 pub use door::Door;
 use limosa_client::DirtySource;
 use limosa_migrate::{
-    Cancel, Convergence, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion, MovedDevice,
-    Nobody, Observer, Options, Outcome, Received, Source, Vmm,
+    AfterLoad, Cancel, Convergence, Destination, DirtyLog, GuestPages, Ledger, Memory, MemoryRegion,
+    MovedDevice, Nobody, Observer, Options, Outcome, Received, Source, Vmm,
 };
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use links::{Fault, FaultyLink, Way, move_over_links};
@@ -111,6 +111,7 @@ pub struct Ends {
     /// Of the source, where it differs.
     pub source_options: Option<Options>,
     pub cancel: Option<Cancel>,
+    pub after: AfterLoad,
     pub vmm: Arc<dyn Vmm + Send>,
     pub observer: Arc<dyn Observer + Send>,
     /// What each side says that its devices are.
@@ -132,6 +133,7 @@ impl Ends {
             options: options(),
             source_options: None,
             cancel: None,
+            after: AfterLoad::default(),
             vmm: Arc::new(Nobody),
             observer: Arc::new(Nobody),
             kinds: (None, None),
@@ -176,6 +178,7 @@ impl Ends {
             .collect();
         act(Destination::new(&devices, &self.ledger, &self.options)
             .with_memory(&regions)
+            .with_after(self.after)
             .with_vmm(&*self.vmm))
     }
 

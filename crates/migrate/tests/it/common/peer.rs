@@ -4,7 +4,11 @@ use std::io::IoSlice;
 use std::time::Duration;
 
 use limosa_migrate::link::{Link, SocketLink, Wait};
-use limosa_stream::{Decoded, Decoder, Header, Kind, MigrationId, Preface, PrefaceFlags};
+use limosa_stream::body::encode_device_end;
+use limosa_stream::{
+    Answer, Decoded, Decoder, DeviceFacts, Header, Kind, MigrationId, Nonce, Offer, Preface, PrefaceFlags,
+    Proofs, Secret, Totals, WINDOW_BYTES_MIN,
+};
 
 /// A peer made of frames.
 pub struct Peer {
@@ -13,11 +17,22 @@ pub struct Peer {
     decoder: Decoder,
     /// Bytes of a device that have come.
     pub taken: u64,
+    /// The id of the move.
+    pub id: MigrationId,
+    /// What it and the other side have agreed on.
+    pub proofs: Proofs,
 }
 
 impl Peer {
     pub fn new(link: SocketLink) -> Peer {
-        Peer { link, sequence: 0, decoder: Decoder::new(), taken: 0 }
+        Peer {
+            link,
+            sequence: 0,
+            decoder: Decoder::new(),
+            taken: 0,
+            id: MigrationId::default(),
+            proofs: Proofs::none(),
+        }
     }
     /// Whether the other side takes them.
     pub fn bytes(&mut self, bytes: &[u8]) -> bool {
@@ -29,6 +44,58 @@ impl Peer {
             sent += some;
         }
         true
+    }
+    /// As a source of a device that has the id 7, with a secret: sends the offer, and reads the answer.
+    pub fn offer(&mut self, id: MigrationId, secret: Secret, offer: Offer) -> Answer {
+        self.preface(id);
+        let device = DeviceFacts { id: 7, name: "made up".into(), flags: 7, ..DeviceFacts::default() };
+        let offer = Offer { devices: vec![device], secret: Some(secret.clone()), ..offer };
+        self.frame(Kind::OFFER, 0, 0, &offer.encode().unwrap());
+        assert_eq!(self.read_id(), id);
+        let (kind, payload) = self.read();
+        assert_eq!(kind, Kind::ANSWER);
+        let answer = Answer::decode(&payload).unwrap();
+        if let Some(challenge) = answer.challenge {
+            self.proofs = Proofs::new(secret, id, challenge);
+        }
+        answer
+    }
+    /// Everything that a device whose state is `data` has, up to the SUM.
+    pub fn whole(&mut self, data: &[u8]) -> Totals {
+        self.frame(Kind::DEVICE_BEGIN, 7, 0, &[]);
+        self.frame(Kind::DEVICE_DATA, 7, 0, data);
+        self.frame(Kind::STOPPED, 0, 0, &[]);
+        self.frame(Kind::DEVICE_END, 7, 0, &encode_device_end(data.len() as u64, crc32c::crc32c(data)));
+        Totals { device_bytes: data.len() as u64, ..Totals::default() }
+    }
+    /// As a destination: reads the offer, and accepts it with a challenge.
+    pub fn accept(&mut self) -> Offer {
+        let id = self.read_id();
+        self.id = id;
+        let (kind, payload) = self.read();
+        assert_eq!(kind, Kind::OFFER);
+        let offer = Offer::decode(&payload).unwrap();
+        let challenge = Nonce::random().unwrap();
+        self.proofs = Proofs::new(offer.secret.clone().unwrap(), id, challenge);
+        self.preface(id);
+        let window = Some(WINDOW_BYTES_MIN);
+        let answer = Answer { accepted: true, window, challenge: Some(challenge), ..Answer::default() };
+        self.frame(Kind::ANSWER, 0, 0, &answer.encode().unwrap());
+        offer
+    }
+    /// Reads on to a frame of this kind, which proves that it is of the move.
+    pub fn expect(&mut self, kind: Kind) -> Vec<u8> {
+        loop {
+            let (found, payload) = self.read();
+            if found == kind {
+                return self.proofs.check(kind, &payload).unwrap().to_vec();
+            }
+        }
+    }
+    /// A word of the commit, with its proof.
+    pub fn word(&mut self, kind: Kind, body: &[u8]) {
+        let payload = self.proofs.prove(kind, body);
+        self.frame(kind, 0, 0, &payload);
     }
     pub fn preface(&mut self, id: MigrationId) {
         self.bytes(&Preface::new(id, PrefaceFlags::empty()).encode());

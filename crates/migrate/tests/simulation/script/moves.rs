@@ -1,20 +1,23 @@
 //! A run in which the guest is moved: the move in trouble, the questions of a source in doubt, and a second move where the
 //! first was undone.
 
+use std::io::IoSlice;
 use std::sync::atomic::Ordering;
 
 use limosa_client::DeviceExt;
 use limosa_clockwork::simulation::{self, Process};
 use limosa_clockwork::{Scope, sleep};
+use limosa_migrate::link::{Link, Wait};
 use limosa_migrate::{Decision, InDoubt, Outcome, Phase, Received};
 use limosa_protocol::State;
 
 use super::{Ended, NO_MOVE, Script, Summary, crash_or_panic};
+use crate::adversary::Adversary;
 use crate::bounds;
 use crate::fate::Fates;
 use crate::model::get;
 use crate::panics::Place;
-use crate::plan::{End, Mutation, STANDSTILL_MAX};
+use crate::plan::{End, Mutation, SILENCE_MAX, STANDSTILL_MAX};
 
 /// After this many questions nothing goes wrong any more, and the next one has to be answered.
 const QUESTIONS_IN_TROUBLE: u32 = 2;
@@ -62,8 +65,9 @@ impl Script<'_> {
                     source_crashed = true;
                     summary.crashes += 1;
                     self.source_restarts();
-                    match *self.source.noted.lock().expect("not poisoned") {
-                        Some(id) => InDoubt::recover(id),
+                    let noted = self.source.noted.lock().expect("not poisoned").clone();
+                    match noted {
+                        Some(note) => InDoubt::recover(note),
                         // It never came to the commit.
                         None => {
                             sent =
@@ -93,6 +97,7 @@ impl Script<'_> {
             }
             let (near, far) = self.network.connect();
             let answering = destination.spawn(scope, "answer", move || self.destination.receive(&far));
+            let doubt = self.as_found(doubt);
             let resolving = source.spawn(scope, "resolve", move || self.source.resolve(doubt, &near));
             sent = resolving.join();
             let mut answer_crashed = false;
@@ -124,12 +129,13 @@ impl Script<'_> {
         simulation::note(|| format!("{outcome:?}\n{received:?}"));
         summary.ended = match (&outcome, &received) {
             (Outcome::Moved(_), Some(Received::Broken { .. })) => Ended::Broken,
-            (Outcome::Moved(_), Some(Received::Runs(_))) => Ended::Moved,
+            (Outcome::Moved(_), Some(Received::Runs(_))) if !self.plan.stands => Ended::Moved,
+            (Outcome::Moved(_), Some(Received::Stopped(_))) if self.plan.stands => Ended::Moved,
             // It found that a device would not start, and died before it could say so.
             (Outcome::Moved(_), None)
                 if destination_crashed
                     && self.plan.hurts_devices()
-                    && self.destination.runs_all().is_err() =>
+                    && self.destination.is_as_before().is_err() =>
             {
                 Ended::Broken
             }
@@ -174,7 +180,7 @@ impl Script<'_> {
         match summary.ended {
             Ended::Moved => {
                 if !self.destination.has_lost() && !self.plan.panics(End::Destination, Place::Start) {
-                    self.destination.runs_all()?;
+                    self.destination.is_as_before()?;
                 }
                 if self.world.running(End::Source) > 0 {
                     return Err("moved, and the source runs".into());
@@ -209,24 +215,53 @@ impl Script<'_> {
                 return self.destination.compare();
             }
             // A device that had to be reset has lost its state.
-            Ended::Undone if self.source.runs_all().is_err() => return Ok(()),
+            Ended::Undone if self.source.is_as_before().is_err() => return Ok(()),
             Ended::Undone => {}
         }
         self.source.heal();
         self.destination.heal();
         [source, destination].iter().for_each(|process| process.allow_threads());
         self.clear_destination()?;
+        self.replayed(scope, destination)?;
         let (near, far) = self.network.connect();
         let receiving = destination.spawn(scope, "receive again", move || self.destination.receive(&far));
         let sending = source.spawn(scope, "send again", move || self.source.send_at_any_cost(&near));
         let (sent, received) = (sending.join(), receiving.join());
         self.check_standstill(&sent, STANDSTILL_MAX)?;
-        let (Ok(Outcome::Moved(_)), Ok(Received::Runs(_))) = (&sent, &received) else {
-            return Err(format!("the second move failed: {sent:?}\n{received:?}"));
+        let is_received = match &received {
+            Ok(Received::Runs(_)) => !self.plan.stands,
+            Ok(Received::Stopped(_)) => self.plan.stands,
+            _ => false,
         };
-        self.destination.runs_all()?;
+        if !is_received || !matches!(sent, Ok(Outcome::Moved(_))) {
+            return Err(format!("the second move failed: {sent:?}\n{received:?}"));
+        }
+        self.destination.is_as_before()?;
         sleep(self.plan.rest * 20);
         self.guest.stop(End::Destination);
         self.destination.compare()
+    }
+
+    /// The adversary sends to the destination all that the source has sent, once more: nothing becomes of it.
+    fn replayed<'scope>(&'scope self, scope: Scope<'scope, '_>, destination: Process) -> Result<(), String> {
+        let Some(stream) = self.network.adversary.as_ref().and_then(Adversary::recorded) else {
+            return Ok(());
+        };
+        let (near, far) = self.network.connect();
+        let receiving =
+            destination.spawn(scope, "receive what was recorded", move || self.destination.receive(&far));
+        let (wait, mut sent) = (Wait::within(SILENCE_MAX, None), 0);
+        while sent < stream.len() {
+            // The destination may have had enough.
+            let Ok(some) = near.write(&[IoSlice::new(&stream[sent..])], wait) else { break };
+            sent += some;
+        }
+        drop(near);
+        let received = receiving.join();
+        let holds = self.destination.devices.iter().any(|device| get(&device.outside.holds));
+        match received {
+            Ok(Received::Discarded { .. }) if !holds && self.world.running(End::Destination) == 0 => Ok(()),
+            received => Err(format!("a move that was recorded was replayed, and {received:?}")),
+        }
     }
 }

@@ -30,8 +30,9 @@ impl Script<'_> {
         }
         // The guest goes on where it does, and looks around.
         sleep(self.plan.rest * 20);
-        let runs = self.source.runs_all().is_ok();
-        if runs && simulation::random(3) == 0 {
+        // One that stands still after a save may be loaded elsewhere, as far as can be seen of it.
+        let is_kept = !(self.plan.stands && is_saved && after == AfterSave::Stop);
+        if is_kept && self.source.is_as_before().is_ok() && simulation::random(3) == 0 {
             // A save is no reason why it could not be moved.
             fates.end();
             self.second_move(scope, fates.processes, &Summary { ended: Ended::Undone, ..summary.clone() })?;
@@ -107,7 +108,7 @@ impl Script<'_> {
                 self.source_restarts();
                 let noted = self.source.noted.lock().expect("not poisoned").take();
                 if let (AfterSave::Stop, Some(id)) = (after, noted) {
-                    return self.settle_save(scope, process, InDoubt::recover(id), summary);
+                    return self.settle_save(scope, process, self.as_found(InDoubt::recover(id)), summary);
                 }
                 // Nobody else can run it; whoever restarts the source may let it go on.
                 let undone = self.decide(scope, process, Decision::NotCommitted, InDoubt::recover(NO_MOVE));
@@ -181,7 +182,7 @@ impl Script<'_> {
         for _ in 0..8 {
             let id = doubt.id;
             if self.plan.mutation == Some(Mutation::RunsInDoubt) {
-                let again = std::mem::replace(&mut doubt, InDoubt::recover(id));
+                let again = std::mem::replace(&mut doubt, self.as_found(InDoubt::recover(id)));
                 self.source.as_source(|source| drop(source.decide(Decision::NotCommitted, again)));
             }
             if self.world.running(End::Source) > 0 {
@@ -212,7 +213,7 @@ impl Script<'_> {
                     crash_or_panic(panic);
                     summary.crashes += 1;
                     self.source_restarts();
-                    doubt = InDoubt::recover(id);
+                    doubt = self.as_found(InDoubt::recover(id));
                 }
             }
             sleep(self.plan.rest);
@@ -241,7 +242,12 @@ impl Script<'_> {
         fates: &Fates<'_>,
         summary: &mut Summary,
     ) -> Result<Option<Received>, String> {
-        let after = if simulation::random(2) == 0 { AfterLoad::Run } else { AfterLoad::Stop };
+        let after = match simulation::random(3) {
+            0 => AfterLoad::Run,
+            1 => AfterLoad::Stop,
+            _ => AfterLoad::AsFound,
+        };
+        let is_to_run = after == AfterLoad::Run || after == AfterLoad::AsFound && !self.plan.stands;
         if let Some(cancelled) = &mut *self.destination.cancelled.lock() {
             // Nobody was there who could have ended for it.
             *cancelled = now();
@@ -254,6 +260,12 @@ impl Script<'_> {
         let destination = &self.destination;
         let holds = || destination.devices.iter().any(|device| get(&device.outside.holds));
         match &received {
+            Some(Received::Runs(_)) if !is_to_run => {
+                return Err(format!("{after:?}, and it runs: {received:?}"));
+            }
+            Some(Received::Stopped(_)) if is_to_run => {
+                return Err(format!("{after:?}, and it does not run: {received:?}"));
+            }
             Some(Received::Runs(_)) => {
                 if !destination.has_lost() && !self.plan.panics(End::Destination, Place::Start) {
                     destination.runs_all()?;

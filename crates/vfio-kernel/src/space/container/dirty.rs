@@ -1,4 +1,4 @@
-//! Dirty pages from a container (`vfio.h: VFIO_IOMMU_DIRTY_PAGES`, `VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP`).
+//! The requests of a container's log (`vfio.h: VFIO_IOMMU_DIRTY_PAGES`, `VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP`).
 
 use std::os::fd::AsFd;
 
@@ -7,8 +7,10 @@ use limosa_protocol::Errno;
 use limosa_protocol::bitmap::words_for;
 use limosa_protocol::info::DmaUnmapFlags;
 
+use super::super::intervals::Span;
 use super::super::mappings::{NOTHING_THERE, unmap_request};
 use super::super::refused;
+use super::log::{Limits, Type1};
 use super::{Container, IOMMU_UNMAP_DMA};
 use crate::ioctl;
 
@@ -48,18 +50,17 @@ struct Bitmap {
     data: u64,
 }
 
-/// What the bitmaps of a container are like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) struct Limits {
-    /// Bytes for each bit.
-    pub page_size: u64,
-    /// The most bits of one bitmap.
-    pub pages_max: u64,
-}
+impl Type1 for Container {
+    fn is_ours(&self) -> bool {
+        self.is_ours
+    }
 
-impl Container {
-    /// Starts logging. It goes on as it is when it is on already, and ends with the container's last group.
-    pub fn start_dirty(&self, name: &str) -> Result<Limits> {
+    fn is_set(&self) -> bool {
+        Container::is_set(self)
+    }
+
+    /// It goes on as it is when it is on already, and ends with the container's last group.
+    fn start_dirty(&self, name: &str) -> Result<Limits> {
         let Some(migration) = self.information()?.migration else {
             let hint =
                 "the kernel's type1 IOMMU has no dirty tracking (Linux before 5.8, or iommufd in its place)";
@@ -85,8 +86,7 @@ impl Container {
         Ok(limits)
     }
 
-    /// Stops logging.
-    pub fn stop_dirty(&self, name: &str) -> Result<()> {
+    fn stop_dirty(&self, name: &str) -> Result<()> {
         match self.dirty_pages(STOP) {
             // It ended when the container lost its IOMMU.
             Err(Errno::EINVAL) => Ok(()),
@@ -94,9 +94,9 @@ impl Container {
         }
     }
 
-    /// The bitmap of a range that has no mapping in part, which is cleared; pages of `limits.page_size`.
-    pub fn read_dirty(&self, name: &str, iova: u64, size: u64, limits: Limits) -> Result<Vec<u64>> {
-        let (mut words, bitmap) = bitmap(size, limits)?;
+    fn read_dirty(&self, name: &str, span: Span, limits: Limits) -> Result<Vec<u64>> {
+        let (iova, size) = (span.first, span.size());
+        let (mut words, bitmap) = bitmap(span, limits)?;
         let argsz = size_of::<DirtyBitmapArgument>() as u32;
         let mut argument = DirtyBitmapArgument { argsz, flags: GET_BITMAP, iova, size, bitmap };
         argument.bitmap.data = words.as_mut_ptr() as u64;
@@ -118,16 +118,15 @@ impl Container {
         }
     }
 
-    /// Unmaps what lies in the range and returns the bitmap of what was written there. Nothing is unmapped when the
-    /// kernel refuses.
-    pub fn unmap_dirty(&self, name: &str, iova: u64, size: u64, limits: Limits) -> Result<Vec<u64>> {
-        let (mut words, bitmap) = bitmap(size, limits)?;
+    fn unmap_dirty(&self, name: &str, span: Span, limits: Limits) -> Result<Vec<u64>> {
+        let (iova, size) = (span.first, span.size());
+        let (mut words, bitmap) = bitmap(span, limits)?;
         let flags = DmaUnmapFlags::GET_DIRTY_BITMAP.bits();
         let mut argument =
             UnmapArgument { argsz: size_of::<UnmapArgument>() as u32, flags, iova, size, bitmap };
         argument.bitmap.data = words.as_mut_ptr() as u64;
         let pointer = (&raw mut argument).cast();
-        let request = || unmap_request(iova, size) + " with its dirty bitmap";
+        let request = || unmap_request(span) + " with its dirty bitmap";
         // SAFETY: the argument is the command's, and the bitmap has as many bytes as it says.
         match unsafe { ioctl::call(self.fd.as_fd(), ioctl::vfio(IOMMU_UNMAP_DMA), pointer) } {
             Ok(_) if argument.size == 0 => Err(refused(name, request(), Errno::ENOENT, NOTHING_THERE)),
@@ -136,6 +135,12 @@ impl Container {
         }
     }
 
+    fn unmap(&self, name: &str, span: Span) -> Result<()> {
+        Container::unmap(self, name, span)
+    }
+}
+
+impl Container {
     fn dirty_pages(&self, flags: u32) -> Result<(), Errno> {
         let mut argument = [2 * size_of::<u32>() as u32, flags];
         let pointer = argument.as_mut_ptr().cast();
@@ -146,8 +151,8 @@ impl Container {
 
 /// Room for the bitmap of a range, and what the kernel is told of it but for its address. Zeroes, as the kernel adds
 /// to what it finds.
-fn bitmap(size: u64, limits: Limits) -> Result<(Vec<u64>, Bitmap)> {
-    let pages = size.div_ceil(limits.page_size);
+fn bitmap(span: Span, limits: Limits) -> Result<(Vec<u64>, Bitmap)> {
+    let pages = span.pages(limits.page_size);
     if pages > limits.pages_max {
         let what = format!("a dirty bitmap of {pages} pages, the kernel allows {}", limits.pages_max);
         return Err(Error::Usage { device: "container".into(), what });
@@ -187,8 +192,8 @@ mod tests {
     #[test]
     fn a_bitmap_of_more_pages_than_the_kernel_takes_is_not_allocated() {
         let limits = Limits { page_size: 4096, pages_max: 1 << 31 };
-        assert!(bitmap(u64::MAX, limits).is_err());
-        let (words, bitmap) = bitmap(65 * 4096, limits).unwrap();
+        assert!(bitmap(Span { first: 0, last: u64::MAX }, limits).is_err());
+        let (words, bitmap) = bitmap(Span { first: 4096, last: 66 * 4096 - 1 }, limits).unwrap();
         assert_eq!((words.len(), bitmap.size, bitmap.pgsize), (2, 16, 4096));
     }
 }

@@ -1,0 +1,92 @@
+//! The states in which devices are found, before anything is touched: which of them cannot be moved, or moved to, and the
+//! command that leads out of each.
+
+use limosa_client::DeviceExt;
+use limosa_protocol::State;
+
+use crate::exit::{self, Code};
+use crate::moves::{Moves, Note};
+use crate::open::Opened;
+
+/// Refuses devices that cannot be moved as they are found. One in STOP is moved only where that is meant (`stopped`): an
+/// earlier move has left it so, or somebody has paused its guest, and only the user knows which.
+pub fn check_source(devices: &[Opened], stopped: bool, moves: &Moves) -> anyhow::Result<()> {
+    refuse(devices, |device, state| match state {
+        State::Running => None,
+        State::Stop if stopped => None,
+        State::Stop => Some(in_stop(device.given(), moves)),
+        _ => Some(left(device.given(), state, "is it being moved already?", moves)),
+    })
+}
+
+/// Refuses devices to which nothing can be moved.
+pub fn check_destination(devices: &[Opened], moves: &Moves) -> anyhow::Result<()> {
+    refuse(devices, |device, state| match state {
+        State::Running | State::Stop => None,
+        _ => Some(left(device.given(), state, "is it in use?", moves)),
+    })
+}
+
+fn refuse(devices: &[Opened], why: impl Fn(&Opened, State) -> Option<String>) -> anyhow::Result<()> {
+    let reasons: Vec<_> = devices.iter().filter_map(|device| why(device, state(device)?)).collect();
+    match reasons.is_empty() {
+        true => Ok(()),
+        false => Err(exit::error(Code::Refused, reasons.join("; "))),
+    }
+}
+
+/// `None` for a device that has no state, or does not tell: the move says why that is so.
+fn state(device: &Opened) -> Option<State> {
+    let flags = device.migration_flags().ok().filter(|flags| !flags.is_empty());
+    flags.and_then(|_| device.state().ok())
+}
+
+fn in_stop(name: &str, moves: &Moves) -> String {
+    if let Some(what) = noted(name, moves) {
+        return format!("{name} is in STOP: {what}");
+    }
+    format!(
+        "{name} is in STOP: an earlier move has left it so, or somebody has paused it. Where its guest runs elsewhere, moving \
+         it again would put what it held over that guest. If the guest runs nowhere else, `limosa state {name} set RUNNING` \
+         lets it run here, and --stopped moves it as it stands, to stay in STOP there"
+    )
+}
+
+/// What a command that died has left, or another one is doing.
+fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
+    if let Some(what) = noted(name, moves) {
+        return format!("{name} is in {state}, RUNNING or STOP is expected; {question} {what}");
+    }
+    let what = match state {
+        State::PreCopy | State::PreCopyP2p | State::StopCopy => format!(
+            "{question} If what was moving or saving it was killed, `limosa state {name} set RUNNING` brings its guest back \
+             (`set STOP` one that stood still before)"
+        ),
+        State::Resuming => format!(
+            "{question} If what was loading it was killed, there is no guest in it, and `limosa state {name} reset` makes it \
+             usable"
+        ),
+        State::Error => {
+            format!(
+                "it has failed, and what it held is lost; only `limosa state {name} reset` leads out of that"
+            )
+        }
+        _ => format!("{question} If not, `limosa state {name} set RUNNING` lets it run"),
+    };
+    format!("{name} is in {state}, RUNNING or STOP is expected; {what}")
+}
+
+/// What is noted of a move of this device that is not settled. Notes that cannot be read are no reason to refuse a device.
+fn noted(name: &str, moves: &Moves) -> Option<String> {
+    let note = moves.notes().ok()?.into_all().into_iter().rfind(|note| note.halted().is_of(name))?;
+    let id = note.id();
+    Some(match (moves.is_in_use(&note), &note) {
+        (true, _) => format!("a process of limosa works on its move {id}"),
+        (false, Note::Doubt(_)) => {
+            format!("its move {id} is in doubt, which `limosa resolve {name}` settles")
+        }
+        (false, Note::Stop(_)) => {
+            format!("what was moving it has left its guest stopped, which `limosa resolve {name}` lets go on")
+        }
+    })
+}
