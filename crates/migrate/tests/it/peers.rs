@@ -9,7 +9,9 @@ use crate::common::peer::Peer;
 use crate::common::{Door, Ends, options, world};
 use limosa_client::Device;
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
-use limosa_migrate::{Decision, Destination, Error, Ledger, MovedDevice, Options, Outcome, Received};
+use limosa_migrate::{
+    Decision, Destination, Error, Ledger, MovedDevice, Observer, Options, Outcome, Phase, Received,
+};
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::encode_abort;
 use limosa_stream::{
@@ -202,10 +204,21 @@ fn a_source_that_never_sent_its_sum_held_the_devices_for_ever() {
     assert!(why.to_string().contains("Options::move_max, `--move-limit`"), "{why}");
 }
 
+/// Opens a door when a move is undone.
+struct OpensAtUndo(Arc<Door>);
+
+impl Observer for OpensAtUndo {
+    fn phase(&self, phase: Phase) {
+        if phase == Phase::Undo {
+            self.0.open();
+        }
+    }
+}
+
 #[test]
 fn a_source_that_waits_for_a_slow_device_is_not_idle() {
     let door = Arc::new(Door::default());
-    let opens = door.clone();
+    let opens = OpensAtUndo(door.clone());
     let device = Hooked::new("there", MigrationFlags::SETS[3], &[]).on(move |_, call| {
         if call == Call::Write {
             door.pass();
@@ -223,9 +236,8 @@ fn a_source_that_waits_for_a_slow_device_is_not_idle() {
             let began = Instant::now();
             while began.elapsed() < 10 * idle_max && peer.try_frame(Kind::PROGRESS, 0, 0, &[0; 8]) {}
             peer.frame(Kind::ABORT, 0, 0, &encode_abort(AbortCode::Vmm, "second thoughts"));
-            opens.open();
         });
-        Destination::new(&devices, &ledger, &options).receive(&far)
+        Destination::new(&devices, &ledger, &options).with_observer(&opens).receive(&far)
     });
     let Received::Discarded { why: Error::Aborted { .. }, .. } = received else { panic!("{received:?}") };
 }

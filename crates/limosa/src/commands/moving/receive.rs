@@ -134,5 +134,5 @@ impl Stay<'_> {
 /// Whether the link was lost when the source may have sent its COMMIT. The source cannot know that it did not arrive.
 fn source_may_doubt(why: &Error, report: &Report) -> bool {
     let held = report.phases.iter().any(|phase| phase.phase == Phase::Commit);
-    held && matches!(why, Error::Link { .. } | Error::TimedOut { .. })
+    held && matches!(why, Error::Link { .. } | Error::Suspended { .. } | Error::TimedOut { .. })
 }
