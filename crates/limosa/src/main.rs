@@ -9,8 +9,10 @@ mod guest;
 mod held;
 mod hold;
 mod hook;
+mod huge_pages;
 mod links;
 mod memory;
+mod moved;
 mod moves;
 mod noted_devices;
 mod noting;
@@ -75,7 +77,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         args::Door::Group => Door::Group,
     });
     let servers = [&[User::ROOT, User::current()], &cli.server_users[..]].concat();
-    let opening = Opening { limit: cli.timeout, door, servers: &servers };
+    let opening = Opening { limit: cli.timeout, state_limit: cli.state_timeout, door, servers: &servers };
     let open = |device: &str| opening.open(device);
     match &cli.command {
         Command::Probe(args) => match &args.device {

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use crate::args::Memory;
 use crate::exit::{self, Code};
+use crate::huge_pages::HugePages;
 
 /// The file systems (`linux/magic.h`) whose files are memory: tmpfs, which memfds are on, and hugetlbfs.
 const OF_MEMORY: [u64; 2] = [0x0102_1994, 0x9584_58f6];
@@ -23,6 +24,7 @@ pub struct OpenMemory {
     named: Memory,
     file: File,
     size: u64,
+    huge_pages: Option<HugePages>,
 }
 
 /// What is done with it.
@@ -87,10 +89,14 @@ impl OpenMemory {
         if end > length && !named.create {
             return refuse(format!("it has {length} bytes, and {end} are needed; ,create makes it longer"));
         }
+        let huge_pages = HugePages::of(&file).map_err(fails)?;
         if end > length {
+            if let Some(what) = huge_pages.and_then(|pages| pages.refuse_length(end)) {
+                return refuse(what);
+            }
             file.set_len(end).map_err(fails)?;
         }
-        Ok(OpenMemory { named: named.clone(), file, size })
+        Ok(OpenMemory { named: named.clone(), file, size, huge_pages })
     }
 
     /// Its first address and the one behind its last.
@@ -112,11 +118,21 @@ impl OpenMemory {
 
     /// Mapped where that can be.
     fn pages(&self) -> anyhow::Result<FilePages> {
-        let offset = self.named.offset;
-        if let Ok(mapped) = FilePages::mapped(self.file.try_clone()?, offset, self.size) {
-            return Ok(mapped);
-        }
-        Ok(FilePages::new(self.file.try_clone()?, offset))
+        self.mapped().or_else(|_| Ok(FilePages::new(self.file.try_clone()?, self.named.offset)))
+    }
+
+    fn mapped(&self) -> io::Result<FilePages> {
+        FilePages::mapped(self.file.try_clone()?, self.named.offset, self.size)
+    }
+
+    /// The same, to be written.
+    fn pages_to_write(&self) -> anyhow::Result<FilePages> {
+        let Some(huge_pages) = self.huge_pages else { return self.pages() };
+        // The mapping keeps all of them for this process.
+        self.mapped().map_err(|error| {
+            let what = huge_pages.why_not_mapped(self.size, &error);
+            exit::error(Code::Refused, format!("--memory {}: {what}", self.named.file.display()))
+        })
     }
 
     fn region<'a>(&self, id: usize, pages: &'a dyn GuestPages) -> MemoryRegion<'a> {
@@ -322,7 +338,7 @@ pub struct DestinationPages(Vec<FilePages>);
 impl DestinationPages {
     /// Of these parts.
     pub fn new(parts: &[OpenMemory]) -> anyhow::Result<DestinationPages> {
-        Ok(DestinationPages(parts.iter().map(OpenMemory::pages).collect::<anyhow::Result<_>>()?))
+        Ok(DestinationPages(parts.iter().map(OpenMemory::pages_to_write).collect::<anyhow::Result<_>>()?))
     }
 
     /// As the engine takes it.

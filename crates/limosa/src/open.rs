@@ -27,6 +27,8 @@ const FORMS: &str = "expected the path of a vfio-user socket, a PCI address, the
 pub struct Opening<'a> {
     /// How long one request of vfio-user may take.
     pub limit: Duration,
+    /// How long a change of the migration state, or a reset, may take by vfio-user.
+    pub state_limit: Duration,
     /// Which door of the kernel's to go through; by default what the name is a node of, else the cdev, else the
     /// group.
     pub door: Option<Door>,
@@ -87,6 +89,14 @@ impl Opened {
     pub fn name_while_held(&self) -> Option<String> {
         let fd = self.fd()?.as_raw_fd();
         Some(format!("/proc/{}/fd/{fd}", std::process::id()))
+    }
+
+    /// The process that serves it, where it is behind a socket and that process can be seen from here.
+    pub fn server(&self) -> Option<i32> {
+        match &self.transport {
+            Transport::VfioUser(device) => device.server_process(),
+            Transport::Kernel(_) | Transport::Held(_) => None,
+        }
     }
 
     /// The device alone.
@@ -155,7 +165,12 @@ impl Opening<'_> {
             return Err(exit::error(Code::Unreachable, format!("{name}: it is no socket; {FORMS}")));
         }
         let server_users = Some(self.servers.to_vec());
-        let options = Options { request_limit: self.limit, server_users, ..Options::default() };
+        let options = Options {
+            request_limit: self.limit,
+            state_limit: self.state_limit,
+            server_users,
+            ..Options::default()
+        };
         Client::connect(path, options).map_err(|error| {
             let hint = hint(&error);
             anyhow::Error::from(error).context(format!("{name} cannot be opened{hint}"))

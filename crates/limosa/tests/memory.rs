@@ -318,6 +318,33 @@ fn huge(pages: u64) -> (std::fs::File, FilePages, String) {
 }
 
 #[test]
+fn huge_pages_that_are_missing_were_found_out_in_the_midst_of_a_move() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let Ok(file) = rustix::fs::memfd_create("guest", flags) else {
+        eprintln!("not tested, as this system has no huge pages of 2 MiB");
+        return;
+    };
+    let file = std::fs::File::from(file);
+    let name = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+    let pair = Pair::new(&[]);
+    let from = pair.folder.text("from");
+    // More than any machine has.
+    let bytes = HUGE << 22;
+    std::fs::File::create(&from).unwrap().set_len(bytes).unwrap();
+    file.set_len(bytes).unwrap();
+    let (here, there) = (format!("{from}@0"), format!("{name}@0"));
+    let few = ["needs up to 4194304 huge pages of 2048 KiB", "are free", "nr_hugepages", name.as_str()];
+    pair.migrate(&["--memory", &here, &there, "--guest-stopped"]).fails(3, &few);
+    let link = format!("unix:{}", pair.folder.text("link"));
+    limosa(&["receive", &pair.destination.socket, "--listen", &link, "--memory", &there]).fails(3, &few);
+    file.set_len(0).unwrap();
+    let odd = format!("{name}@0,size=3M,create");
+    let parts = ["huge pages of 2048 KiB", "3145728 bytes are not whole ones", name.as_str()];
+    pair.migrate(&["--memory", &here, &odd, "--guest-stopped"]).fails(3, &parts);
+    pair.is_as_before();
+}
+
+#[test]
 fn memory_of_huge_pages_moves() {
     const PAGES: u64 = 4;
     let _reserved = match HugePages::reserve(2 * PAGES) {

@@ -74,7 +74,9 @@ pub struct Cli {
     #[arg(short, long, global = true, help_heading = "Global", action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Seconds to wait for the answer to one request of vfio-user; the kernel takes the time that it takes.
+    /// Seconds to wait for the answer to one request of vfio-user, but a change of the migration state or a reset, which
+    /// have --state-timeout. The kernel takes the time that it takes. A move makes many requests, and some of them again
+    /// when it is undone.
     #[arg(
         long,
         global = true,
@@ -84,6 +86,17 @@ pub struct Cli {
         value_parser = seconds
     )]
     pub timeout: Duration,
+
+    /// Seconds to wait for a device behind vfio-user to change its migration state, or to reset itself.
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global",
+        value_name = "SECONDS",
+        default_value = "60",
+        value_parser = seconds
+    )]
+    pub state_timeout: Duration,
 
     /// Which of the kernel's doors to open devices through.
     #[arg(long, global = true, help_heading = "Global", value_name = "DOOR")]

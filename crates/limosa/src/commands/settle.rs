@@ -70,6 +70,9 @@ pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyh
     let (is_settled, failures) = (done.left.is_empty() && !stays_stopped, guest.failures());
     if let Some(taken) = taken.filter(|_| is_settled) {
         warn_of_command(taken.note(), decision, args);
+        if let Some(doubt) = taken.note().doubt().filter(|_| decision == Decision::Committed) {
+            moves.remember(&doubt.moved());
+        }
         taken.forget()?;
     }
     let failed = match (done.left.is_empty(), failures.is_empty()) {

@@ -373,6 +373,15 @@ impl Server {
         self.state() == State::Running && self.guest() == guest
     }
 
+    pub fn pid(&self) -> u32 {
+        self.running.as_ref().unwrap().pid()
+    }
+
+    /// It is killed, and nothing more is wanted of it.
+    pub fn kill_now(mut self) {
+        self.kill();
+    }
+
     pub fn kill(&mut self) {
         self.running.take().unwrap().kill();
     }

@@ -69,17 +69,22 @@ fn retry<T>(
             Err(Errno::INTR) => continue,
             done => return Ok(done?),
         }
-        let left = timespec(wait.left()?);
-        let polled = match wait.cancel {
-            Some(cancel) => {
-                poll(&mut [PollFd::new(fd, events), PollFd::new(cancel, PollFlags::IN)], Some(&left))
-            }
-            None => poll(&mut [PollFd::new(fd, events)], Some(&left)),
-        };
-        match polled {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        poll_for(fd, events, wait)?;
+    }
+}
+
+/// Waits for the events. Returns whether there are any: a cancel, a signal and the deadline end the wait too.
+pub(crate) fn poll_for(fd: &impl AsFd, events: PollFlags, wait: Wait<'_>) -> Result<bool, LinkError> {
+    let left = timespec(wait.left()?);
+    let mut fds = [PollFd::new(fd, events), PollFd::new(fd, events)];
+    let mut watched = 1;
+    if let Some(cancel) = wait.cancel {
+        (fds[1], watched) = (PollFd::new(cancel, PollFlags::IN), 2);
+    }
+    match poll(&mut fds[..watched], Some(&left)) {
+        Ok(_) => Ok(!fds[0].revents().is_empty()),
+        Err(Errno::INTR) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
 }
 

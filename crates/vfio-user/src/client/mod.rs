@@ -100,6 +100,8 @@ struct Shared {
     exchange: Arc<Exchange>,
     /// The server's socket for DMA messages.
     twin: Option<Arc<Sender>>,
+    /// The process that listens.
+    server: Option<i32>,
     /// Features that the server has, of those that not every server has.
     features: feature::Features,
     migration: Mutex<Migration>,
@@ -161,6 +163,12 @@ impl Client {
     /// asking.
     pub fn from_stream(stream: UnixStream, name: impl Into<String>, options: Options) -> Result<Client> {
         connect::connect(name.into(), options, stream.into(), None)
+    }
+
+    /// The process that serves the device: whichever called listen(2) on the socket (`unix.7: SO_PEERCRED`). `None` if it
+    /// cannot be seen from this PID namespace, or the socket is not of this family.
+    pub fn server_process(&self) -> Option<i32> {
+        self.shared.server
     }
 
     /// What the two sides agreed on.

@@ -28,6 +28,7 @@ pub fn send(args: &args::Send, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
     let moves = Moves::new(args.link.moves.folder.as_deref());
     found::check_source(side.devices(), args.stopping.stopped, &moves)?;
+    found::check_stop_with(&args.stopping, side.devices().iter())?;
     let done = over(&side, args, (&links, &address), &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
 }

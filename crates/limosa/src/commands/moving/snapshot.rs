@@ -26,6 +26,7 @@ pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let cancel = cancel_on_signal()?;
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
     found::check_source(side.devices(), args.stopping.stopped, &Moves::new(args.moves.folder.as_deref()))?;
+    found::check_stop_with(&args.stopping, side.devices().iter())?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
     let done = to_file(&side, args, &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, leaves, out)
