@@ -110,8 +110,8 @@ pub struct Known {
 }
 
 impl Known {
-    pub fn new(identity: Option<Identity>, found: State) -> Known {
-        Known { identity, found: Some(found.name().into()) }
+    pub fn new(identity: Option<Identity>, found: Option<State>) -> Known {
+        Known { identity, found: found.map(|state| state.name().into()) }
     }
 
     /// The state in which it was found; RUNNING if that was not noted.
@@ -237,6 +237,10 @@ impl Moves {
             |variable: &str| std::env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
         let state = of("XDG_STATE_HOME").or_else(|| of("HOME").map(|home| home.join(".local/state")));
         Moves(state.unwrap_or_else(|| "/var/lib".into()).join("limosa/moves"))
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.0
     }
 
     /// The folder, which is made if it is not there.
