@@ -3,12 +3,13 @@
 mod support;
 
 use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use limosa_migrate::link::{Link, Listener, Tls, TlsLink, Wait, connect};
 use limosa_protocol::State;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use rustix::process::Signal;
+use support::users::{OTHER, can_be_another, give_away, start_as_other};
 use support::{Folder, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
@@ -218,6 +219,35 @@ fn what_is_missing_or_unusable_is_said_before_anybody_is_connected_to() {
     }
     send(&["--bandwidth".into(), "1K".into()]).fails(2, &["--bandwidth 1024", "at least 69906 bytes"]);
     pair.is_as_before();
+}
+
+#[test]
+fn a_process_that_has_a_key_could_be_dumped() {
+    if !can_be_another("a_process_that_has_a_key_could_be_dumped") {
+        return;
+    }
+    let folder = Folder::new().open_to_all();
+    issue(&folder, "ca", &[("localhost", 4000)]);
+    let moves = folder.others("moves");
+    let mut args: Vec<String> =
+        ["answer", "--listen", "tcp:127.0.0.1:0", "--moves", &moves].map(str::to_owned).into();
+    let owner = |args: &[String]| {
+        let running = start_as_other(args);
+        running.line("listening on");
+        let owner = std::fs::metadata(format!("/proc/{}/io", running.pid())).unwrap().uid();
+        // Root goes on to borrow what it holds, as a device that is held.
+        limosa(&["probe", &format!("/proc/{}/fd/0", running.pid())])
+            .fails(4, &["no VFIO device but /dev/null"]);
+        running.kill();
+        owner
+    };
+    assert_eq!(owner(&args), OTHER, "the kernel gives root what belongs to a process that is not dumped");
+    for (option, file) in [("--tls-ca", "ca"), ("--tls-cert", "localhost"), ("--tls-key", "localhost.key")] {
+        give_away(&folder.path(file));
+        args.extend([option.to_owned(), folder.text(file)]);
+    }
+    args.push("--tls-any-name".into());
+    assert_eq!(owner(&args), 0);
 }
 
 #[test]
