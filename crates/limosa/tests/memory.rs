@@ -13,6 +13,7 @@ use limosa_migrate::{FilePages, GuestPages};
 use limosa_protocol::State;
 use rustix::fs::MemfdFlags;
 use rustix::process::Signal;
+use support::users::let_others_borrow;
 use support::{Folder, LIMIT, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
@@ -248,6 +249,7 @@ fn memory_is_saved_with_devices_and_loaded_into_a_file_that_is_made() {
 #[test]
 fn memory_moves_without_any_device_and_from_a_memfd_of_another_process() {
     let folder = Folder::new();
+    let_others_borrow();
     let memfd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let memfd = std::fs::File::from(memfd);
     memfd.set_len(64 * PAGE).unwrap();
@@ -305,6 +307,7 @@ impl Drop for HugePages {
 
 /// Memory of huge pages, reserved when it is touched.
 fn huge(pages: u64) -> (std::fs::File, FilePages, String) {
+    let_others_borrow();
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     let file = std::fs::File::from(rustix::fs::memfd_create("guest", flags).unwrap());
     file.set_len(pages * HUGE).unwrap();

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use limosa_host::{Group, User};
 use limosa_protocol::State;
 
 use crate::exit;
@@ -17,7 +18,7 @@ pub use moving::{
     WhenStalled,
 };
 pub use values::bytes;
-use values::seconds;
+use values::{mode, seconds};
 
 /// What `--option` takes.
 const MODEL_OPTIONS: &str = "\
@@ -100,6 +101,11 @@ pub struct Cli {
     /// Which of the kernel's doors to open devices through.
     #[arg(long, global = true, help_heading = "Global", value_name = "DOOR")]
     pub door: Option<Door>,
+
+    /// Trust servers behind UNIX sockets that this user runs, a name or a number; many times. Those of root and of the user
+    /// who runs limosa are trusted anyway.
+    #[arg(long = "server-uid", global = true, help_heading = "Global", value_name = "UID|NAME")]
+    pub server_users: Vec<User>,
 
     #[command(subcommand)]
     pub command: Command,
@@ -231,6 +237,14 @@ pub struct Serve {
     /// Where to listen.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
+
+    /// The socket's mode, whatever the umask: who may connect, which is who may write to it.
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
+    pub mode: u32,
+
+    /// The socket's group, a name or a number; with a --mode that lets it in, such as 660.
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<Group>,
 
     /// An option of the model, NAME=VALUE; many times.
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 pub mod link;
+pub mod users;
 pub mod vcpus;
 
 use std::io::{BufRead, BufReader, Read};
@@ -256,7 +257,7 @@ impl Running {
     }
 
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.child.id().try_into().unwrap()).unwrap();
+        let pid = Pid::from_raw(self.pid().try_into().unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
     }
 

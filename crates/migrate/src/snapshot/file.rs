@@ -6,10 +6,9 @@
 //! snapshot's name, whatever fails.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use rustix::event::PollFlags;
@@ -263,10 +262,10 @@ impl SnapshotSource for SnapshotFile {
         self.path.display().to_string()
     }
 
+    /// A descriptor of a process, as `/proc/PID/fd/N` names it, is borrowed from there; any other link of a process is refused.
     fn open(&self, _: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError> {
         // A FIFO that nobody writes to is waited for where it is read.
-        let flags = OFlags::NONBLOCK.bits() as i32;
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(&self.path)?;
+        let file = limosa_host::open_to_read(&self.path, OFlags::NONBLOCK)?;
         let is_regular = file.metadata()?.is_file();
         Ok(Box::new(OpenFile { file, is_regular }))
     }

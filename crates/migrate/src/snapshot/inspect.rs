@@ -282,7 +282,7 @@ impl Inspector {
             self.found.devices = (offer.devices.iter())
                 .map(|facts| InspectedSection {
                     id: facts.id,
-                    name: limosa_stream::body::printable(&facts.name),
+                    name: limosa_stream::printable(&facts.name),
                     ..Default::default()
                 })
                 .collect();

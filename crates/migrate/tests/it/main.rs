@@ -7,6 +7,7 @@ mod converging;
 mod endless;
 mod faults;
 mod format;
+mod hostile_destination;
 mod lanes;
 mod logs;
 mod moves;

@@ -16,7 +16,7 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::{self, Side};
 
-pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn migrate(args: &args::Migrate, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let (from, to) = (args.sources(), args.destinations());
     side::all_different(&[&from[..], &to[..]].concat())?;
