@@ -1,8 +1,9 @@
 //! [`Device`]: the one trait through which a VMM, the engine and the checks see a device,
 //! whatever carries the requests.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 
+use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::info::{DeviceInfo, DmaMapFlags, IrqInfo, RegionInfo};
 use limosa_protocol::{FeatureIndex, FeatureOp};
 
@@ -101,8 +102,8 @@ pub struct FeatureReply {
     pub payload_bytes: usize,
     /// The data stream of the session that a SET of MIG_DEVICE_STATE opened.
     pub stream: Option<Box<dyn DataStream>>,
-    /// An fd that the feature hands out (DMA_BUF).
-    pub fd: Option<OwnedFd>,
+    /// An fd that the feature hands out (DMA_BUF). Of a device behind a socket it is the server's choice.
+    pub fd: Option<ForeignFd>,
 }
 
 impl std::fmt::Debug for FeatureReply {
@@ -123,8 +124,9 @@ pub struct Region {
     /// The parts that can be mapped, as (offset within the region, bytes). All of the region when
     /// it can be mapped whole; empty when it cannot be mapped.
     pub mappable: Vec<(u64, u64)>,
-    /// The fd to map, at `info.offset` plus the offset within the region.
-    pub fd: Option<OwnedFd>,
+    /// The fd to map, at `info.offset` plus the offset within the region. Of a device behind a socket it is the
+    /// server's choice, and so is whether accesses to a mapping of it, and unmapping it, ever end.
+    pub fd: Option<ForeignFd>,
 }
 
 /// What to do with interrupts (`struct vfio_irq_set`).

@@ -18,5 +18,6 @@ pub use dirty::{DeviceLog, DirtySource};
 pub use error::{Error, Result};
 pub use ext::DeviceExt;
 pub use identity::DeviceIdentity;
+pub use limosa_foreign_fd::{Foreign, ForeignFd};
 pub use limosa_protocol as protocol;
 pub use stream::{Chunk, DataStream};

@@ -24,7 +24,7 @@ fn memfd(bytes: u64) -> OwnedFd {
 fn memory(bytes: u64) -> GuestMemory {
     let memory = GuestMemory::default();
     let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
-    let backing = Backing::File { fd: memfd(bytes), offset: 0 };
+    let backing = Backing::File { fd: memfd(bytes).into(), offset: 0 };
     memory.map(Mapping { iova: 0, size: bytes, flags, backing }).expect("map");
     memory
 }

@@ -8,6 +8,7 @@ use limosa_client::{
     Chunk, DataStream, Device, DeviceIdentity, DirtyBits, DmaMap, DmaMemory, DmaTarget, Error, FeatureReply,
     FeatureRequest, IrqAction, Region, Result,
 };
+use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::feature::{FeatureMigState, PrecopyInfo};
 use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionFlags};
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp};
@@ -100,7 +101,7 @@ impl Device for Loopback {
             [] if mapped => vec![(0, view.info.size)],
             areas => areas.to_vec(),
         };
-        let fd = view.fd.map(|fd| self.own(fd)).transpose()?;
+        let fd = view.fd.map(|fd| self.own(fd)).transpose()?.map(ForeignFd::harmless);
         Ok(Region { info: view.info, mappable, fd })
     }
 
@@ -135,7 +136,8 @@ impl Device for Loopback {
         };
         match action {
             IrqAction::Wire(fds) => {
-                let owned = fds.iter().map(|fd| fd.map(|fd| self.own(fd)).transpose());
+                let owned =
+                    fds.iter().map(|fd| fd.map(|fd| self.own(fd).map(ForeignFd::harmless)).transpose());
                 irqs.wire(index, start, owned.collect::<Result<_>>()?)
             }
             IrqAction::Disable => irqs.disable(index),
@@ -148,7 +150,9 @@ impl Device for Loopback {
 
     fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {
         let backing = match map.memory {
-            DmaMemory::File { fd, offset } => Backing::File { fd: self.own(fd)?, offset },
+            DmaMemory::File { fd, offset } => {
+                Backing::AnyFile { fd: ForeignFd::harmless(self.own(fd)?), offset }
+            }
             DmaMemory::Messages(target) => {
                 Backing::Remote(Arc::new(AtIova { iova: map.iova, target: Arc::clone(target) }))
             }

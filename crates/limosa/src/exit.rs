@@ -18,7 +18,7 @@ Exit codes:
   4  not reachable: no such device or peer, in use, not permitted, gone, or connection lost
   5  in doubt: the source is stopped and does not know whether the destination runs, or the snapshot is there
   6  damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected
-  7  cancelled: the move was called off by SIGINT or SIGTERM, and undone
+  7  cancelled: the move was called off by SIGINT, SIGTERM, SIGHUP, SIGQUIT or SIGXCPU, and undone
   8  done, but not all of it: what was moved, saved, loaded or set is, and something behind it failed, which the
      message names: --on-start, a report, standard output, or devices that do not start
 With --json, standard output is one document also after a failure: code, message and, where there is one, report.";

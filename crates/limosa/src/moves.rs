@@ -110,8 +110,8 @@ pub struct Known {
 }
 
 impl Known {
-    pub fn new(identity: Option<Identity>, found: State) -> Known {
-        Known { identity, found: Some(found.name().into()) }
+    pub fn new(identity: Option<Identity>, found: Option<State>) -> Known {
+        Known { identity, found: found.map(|state| state.name().into()) }
     }
 
     /// The state in which it was found; RUNNING if that was not noted.

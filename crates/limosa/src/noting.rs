@@ -47,10 +47,10 @@ impl Noting {
     /// Opens the folder, and looks at the devices. Nothing is noted yet.
     pub fn new(moves: &Moves, side: &Side, target: Target) -> anyhow::Result<Noting> {
         let folder = moves.open()?;
-        let mut known = Vec::new();
-        for device in side.devices() {
-            known.push(Known::new(open::identity(device.given()), device.state()?));
-        }
+        // A device that does not say its state is refused by the engine.
+        let known = side.devices().iter();
+        let known = known.map(|device| Known::new(open::identity(device.given()), device.state().ok()));
+        let known = known.collect();
         let devices = side.devices().iter().map(|device| open::lasting_name(device.given()));
         let devices = devices.collect::<std::io::Result<_>>()?;
         let halted =

@@ -248,8 +248,7 @@ fn a_stop_is_noted_before_anything_is_stopped() {
         "grep -q '\"pid\":{pid}' {moves}/*.stopped && grep -q on_stop {moves}/*.stopped && \
          ! grep -q ') T' /proc/{pid}/stat"
     );
-    let args =
-        ["migrate", &source.socket, &destination.socket, "--stopped", "--moves", &moves, "--stop-with", &pid];
+    let args = ["migrate", &source.socket, &destination.socket, "--moves", &moves, "--stop-with", &pid];
     limosa(&[&args[..], &["--on-stop", &on_stop]].concat()).ok();
     assert!(vcpus.is_stopped() && destination.runs(GUEST));
     assert_eq!(std::fs::read_dir(&moves).unwrap().count(), 0);
@@ -291,8 +290,7 @@ fn a_local_move_that_is_killed_in_its_commit_is_for_a_person_to_decide() {
     let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[&stall]));
     source.mark(GUEST);
     let (moves, pid) = (folder.text("moves"), vcpus.pid());
-    let args =
-        ["migrate", &source.socket, &destination.socket, "--stopped", "--moves", &moves, "--stop-with", &pid];
+    let args = ["migrate", &source.socket, &destination.socket, "--moves", &moves, "--stop-with", &pid];
     let moving = start(&args);
     destination.line("stalls as scripted");
     moving.kill();

@@ -37,6 +37,13 @@ pub struct Options {
     /// together. Each device gets an equal part, at least [`WINDOW_BYTES_MIN`](limosa_stream::WINDOW_BYTES_MIN) and at most
     /// 4 MiB. A small part costs speed if the latency to the source is high.
     pub windows_bytes: u64,
+    /// The most bytes of data that one device may give or be given, pre-copy included. Without it, a device may give in
+    /// the stop four times the most that it said (MIG_DATA_SIZE, pre-copy info, or
+    /// [`MovedDevice::stop_bytes`](crate::MovedDevice::stop_bytes)), and at least 1 GiB; and before the stop
+    /// [`Convergence::rounds_max`] times as much, and at least 2 GiB, with [`WhenStalled::KeepTrying`] without a limit. On
+    /// the destination the same holds of the stop, for what the source said. A device without an end fails the move
+    /// ([`Misbehaviour::Endless`](crate::Misbehaviour::Endless)).
+    pub state_max: Option<u64>,
     /// When pre-copy stops.
     pub convergence: Convergence,
     /// Longest time without a byte from the other side, on each link. Each side sends a keep-alive four times a second,
@@ -71,6 +78,7 @@ impl Default for Options {
             links_measured: false,
             compress: None,
             windows_bytes: 32 << 20,
+            state_max: None,
             convergence: Convergence::default(),
             silence_max: Duration::from_secs(30),
             load_max: Duration::from_secs(600),
@@ -147,6 +155,7 @@ with!(Options {
     with_links_measured: links_measured: bool,
     with_compress: compress: Option<Compression>,
     with_windows_bytes: windows_bytes: u64,
+    with_state_max: state_max: Option<u64>,
     with_convergence: convergence: Convergence,
     with_silence_max: silence_max: Duration,
     with_load_max: load_max: Duration,

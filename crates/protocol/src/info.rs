@@ -5,6 +5,15 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::feature::payload;
 
+/// The most regions that a device is believed to have. A PCI function has nine, and what drivers add.
+pub const REGIONS_MAX: u32 = 256;
+
+/// The most interrupt indexes that a device is believed to have. A PCI function has five.
+pub const IRQ_INDEXES_MAX: u32 = 256;
+
+/// The most vectors of one interrupt index: those of MSI-X (PCI 3.0, 6.8.2).
+pub const IRQ_VECTORS_MAX: u32 = 2048;
+
 payload! {
     /// `struct vfio_device_info`, its first four fields: what vfio-user carries.
     DeviceInfo {

@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 
-use limosa_client::{Error, FeatureReply, FeatureRequest, Refers, Result};
+use limosa_client::{Error, FeatureReply, FeatureRequest, ForeignFd, Refers, Result};
 use limosa_protocol::feature::{
     DmaLoggingRange, FeatureDmaBuf, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigState,
     RegionDmaRange,
@@ -93,7 +93,8 @@ impl KernelDevice {
         }
         if (index, op) == (FeatureIndex::DMA_BUF, FeatureOp::GET) {
             // SAFETY: the value of this ioctl is a new fd of this process, which nobody else knows.
-            reply.fd = Some(unsafe { OwnedFd::from_raw_fd(answer.cast_signed()) });
+            let fd = unsafe { OwnedFd::from_raw_fd(answer.cast_signed()) };
+            reply.fd = Some(ForeignFd::harmless(fd));
         }
         Ok(reply)
     }

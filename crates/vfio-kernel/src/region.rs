@@ -3,7 +3,7 @@
 
 use std::sync::PoisonError;
 
-use limosa_client::{Error, Region, Result};
+use limosa_client::{Error, ForeignFd, Region, Result};
 use limosa_protocol::capability::mappable;
 use limosa_protocol::info::RegionInfo;
 use limosa_protocol::{Errno, range};
@@ -55,7 +55,7 @@ impl KernelDevice {
                 .map_err(|error| self.misbehaved(format!("{request}: its capability chain has {error}")))?;
             let fd = if mappable.is_empty() { None } else { Some(self.duplicate(request)?) };
             self.regions.write().unwrap_or_else(PoisonError::into_inner).insert(index, info);
-            return Ok(Region { info, mappable, fd });
+            return Ok(Region { info, mappable, fd: fd.map(ForeignFd::harmless) });
         }
         Err(self.misbehaved(format!("{request}: it wants more room each time it is asked")))
     }

@@ -419,3 +419,36 @@ fn many_threads_share_one_socket() {
         workers.into_iter().for_each(|worker| worker.join().unwrap());
     });
 }
+
+#[test]
+fn the_limit_of_a_transfer_holds_within_an_answer_that_drips() {
+    let options = Options { dma_limit: Duration::from_millis(50), ..Options::default() };
+    let served = Served::with(TestDevice::new().machine(), options);
+    let mut raw = peer(&served);
+    let id = start(&mut raw, DMA_READ_NOW, 64);
+    let read = command(&raw, DMA_READ, IOVA, 64);
+    let answer = message(read.id, DMA_READ, REPLY, &[bytes![IOVA, 64u64], vec![1; 64]].concat());
+    for part in answer[..60].chunks(1) {
+        raw.send(part, &[]);
+    }
+    assert_eq!(reply_to(&raw, id).refused(), ETIMEDOUT);
+    raw.send(&answer[60..], &[]);
+    raw.assert_usable();
+}
+
+#[test]
+fn a_command_that_drips_does_not_hold_up_the_device() {
+    let options = Options { dma_limit: Duration::from_millis(50), ..Options::default() };
+    let served = Served::with(TestDevice::new().machine(), options);
+    let mut raw = peer(&served);
+    let id = start(&mut raw, DMA_READ_NOW, 64);
+    let late = command(&raw, DMA_READ, IOVA, 64);
+    // In the stead of an answer comes a part of a command.
+    let info = message(7, GET_INFO, 0, &bytes![16u32, 0u32, 0u32, 0u32]);
+    raw.send(&info[..20], &[]);
+    assert_eq!(reply_to(&raw, id).refused(), ETIMEDOUT);
+    assert_eq!(reply_to(&raw, 7).refused(), ETIMEDOUT, "nobody waited for the rest of it");
+    raw.send(&info[20..], &[]);
+    answer_read(&raw, &late, &[1; 64]);
+    raw.assert_usable();
+}

@@ -10,7 +10,6 @@ mod log;
 mod tests;
 
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -22,6 +21,7 @@ use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN, check_report, check_start};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use limosa_foreign_fd::{Foreign, ForeignFd};
 use limosa_guest_memory::FileMapping;
 use log::Log;
 pub use log::PAGES_MAX as LOGGED_PAGES_MAX;
@@ -54,10 +54,18 @@ pub struct Mapping {
 
 /// Where a mapping's memory is.
 pub enum Backing {
-    /// In a file, mapped shared.
+    /// In a memfd, or in a file on tmpfs or hugetlbfs, mapped shared: no access to it waits for anybody.
     File {
         /// The file.
-        fd: OwnedFd,
+        fd: ForeignFd,
+        /// Where the mapping starts in it; need not be page-aligned.
+        offset: u64,
+    },
+    /// In any regular file, mapped shared. An access waits for the file system: where the client may have chosen one
+    /// whose server or daemon does not answer, it holds up the device and whoever wants to unmap, for good.
+    AnyFile {
+        /// The file.
+        fd: ForeignFd,
         /// Where the mapping starts in it; need not be page-aligned.
         offset: u64,
     },
@@ -69,6 +77,7 @@ impl fmt::Debug for Backing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Backing::File { fd, offset } => write!(f, "File({fd:?} at {offset:#x})"),
+            Backing::AnyFile { fd, offset } => write!(f, "AnyFile({fd:?} at {offset:#x})"),
             Backing::Remote(_) => f.write_str("Remote"),
         }
     }
@@ -104,12 +113,14 @@ struct Mapped {
 
 enum Memory {
     File(FileMapping),
+    /// Unmapping it may wait for its file system.
+    AnyFile(Foreign<FileMapping>),
     Remote(Arc<dyn RemoteMemory>),
 }
 
 impl GuestMemory {
-    /// Adds a mapping. EINVAL for a size of 0, an end beyond 2^64, no READ or WRITE flag; EEXIST for an overlap;
-    /// E2BIG beyond [`MAPPINGS_MAX`] or [`MAPPED_BYTES_MAX`], or when everything is
+    /// Adds a mapping. EINVAL for a size of 0, an end beyond 2^64, no READ or WRITE flag; EEXIST for an overlap; ENOTSUP
+    /// for a file that is not of the kind that its [`Backing`] names; E2BIG beyond [`MAPPINGS_MAX`] or [`MAPPED_BYTES_MAX`], or when everything is
     /// logged and the log cannot grow so much; the mmap's errno.
     pub fn map(&self, mapping: Mapping) -> Result<(), Errno> {
         let Mapping { iova, size, flags, backing } = mapping;
@@ -117,13 +128,21 @@ impl GuestMemory {
         if !flags.intersects(DmaMapFlags::READ | DmaMapFlags::WRITE) {
             return Err(Errno::EINVAL);
         }
-        let is_file = matches!(backing, Backing::File { .. });
+        let is_file = !matches!(backing, Backing::Remote(_));
         self.read_lock().room_for(iova, last, is_file)?;
+        let (read, write) = (flags.contains(DmaMapFlags::READ), flags.contains(DmaMapFlags::WRITE));
         let memory = match backing {
             Backing::File { fd, offset } => {
-                let (read, write) = (flags.contains(DmaMapFlags::READ), flags.contains(DmaMapFlags::WRITE));
+                let fd = fd.into_memory().map_err(|_| Errno::ENOTSUP)?;
                 Memory::File(FileMapping::new(fd, offset, size, read, write)?)
             }
+            Backing::AnyFile { fd, offset } => match fd.into_memory() {
+                Ok(fd) => Memory::File(FileMapping::new(fd, offset, size, read, write)?),
+                Err(fd) if fd.is_regular_file() => {
+                    Memory::AnyFile(Foreign::new(FileMapping::new(&fd, offset, size, read, write)?))
+                }
+                Err(_) => return Err(Errno::ENOTSUP),
+            },
             Backing::Remote(remote) => Memory::Remote(remote),
         };
         let mut inner = self.write_lock();
@@ -248,6 +267,7 @@ impl GuestMemory {
             let (piece, after) = rest.split_at_mut(mapped.reach(iova, rest.len()));
             match &mapped.memory {
                 Memory::File(file) => file.read(iova - mapped.iova, piece)?,
+                Memory::AnyFile(file) => file.read(iova - mapped.iova, piece)?,
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
                     drop(inner);
@@ -271,6 +291,7 @@ impl GuestMemory {
             let (piece, after) = rest.split_at(mapped.reach(iova, rest.len()));
             let done = match &mapped.memory {
                 Memory::File(file) => file.write(iova - mapped.iova, piece),
+                Memory::AnyFile(file) => file.write(iova - mapped.iova, piece),
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
                     // An unmap that takes the log with it may come before the answer.
@@ -384,6 +405,7 @@ impl Inner {
         let gone: Vec<Mapped> = self.mappings.drain(range).collect();
         let file_bytes = |mapped: &Mapped| match &mapped.memory {
             Memory::File(file) => file.len(),
+            Memory::AnyFile(file) => file.len(),
             Memory::Remote(_) => 0,
         };
         self.file_bytes -= gone.iter().map(file_bytes).sum::<u64>();

@@ -44,7 +44,7 @@ fn function() -> Function {
 
 fn wire(irqs: &Irqs, index: u32, vector: u32) -> OwnedFd {
     let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
-    irqs.wire(index, vector, vec![Some(fd.try_clone().unwrap())]).unwrap();
+    irqs.wire(index, vector, vec![Some(fd.try_clone().unwrap().into())]).unwrap();
     fd
 }
 

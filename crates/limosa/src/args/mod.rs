@@ -223,6 +223,12 @@ pub struct Serve {
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
     pub options: Vec<String>,
 
+    /// Let a client map any regular file as the guest's memory, for VMMs whose memory is a file on a disk. Without it,
+    /// only memfds and files on tmpfs or hugetlbfs are mapped. An access to another file waits for its file system: a
+    /// client that can choose one whose server or daemon does not answer hangs this process for good.
+    #[arg(long)]
+    pub any_file: bool,
+
     /// End when the process that started this one ends.
     #[arg(long, hide = true)]
     pub with_parent: bool,

@@ -103,6 +103,9 @@ pub struct Load {
     pub hold: Hold,
 
     #[command(flatten)]
+    pub state: StateMax,
+
+    #[command(flatten)]
     pub memory: DestinationMemory,
 
     #[command(flatten)]
@@ -143,13 +146,33 @@ pub struct StopLimits {
     /// on here, and nothing is moved or saved. A move that is predicted to take longer does not stop it at all.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     standstill: Duration,
+
+    #[command(flatten)]
+    state: StateMax,
 }
 
 impl StopLimits {
     /// These options with the limits.
     pub fn limit(&self, mut options: Options) -> Options {
         options.convergence.initial_max = self.initial_limit;
-        options.with_standstill_max(self.standstill)
+        self.state.limit(options.with_standstill_max(self.standstill))
+    }
+}
+
+/// How much data a device may have.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct StateMax {
+    /// The most bytes of one device's data, with all that is sent before the stop. Without it, four times what the
+    /// device says, and at least 1G, for what is left to the stop. A device with more ends the move.
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    state_max: Option<u64>,
+}
+
+impl StateMax {
+    /// These options with the limit.
+    pub fn limit(&self, options: Options) -> Options {
+        options.with_state_max(self.state_max)
     }
 }
 
@@ -341,6 +364,9 @@ pub struct Receive {
         help_heading = "Link"
     )]
     pub move_limit: Duration,
+
+    #[command(flatten)]
+    pub state: StateMax,
 
     #[command(flatten)]
     pub memory: DestinationMemory,

@@ -10,7 +10,7 @@ use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_models::uart::{Line, Mtty, Uart};
 use limosa_vfio_user::server::{Options, Server};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
 use serde::Serialize;
 
 use crate::args;
@@ -28,9 +28,11 @@ pub fn run(args: &args::Serve, out: &Output) -> anyhow::Result<()> {
         // SIGTERM, so that the socket is removed.
         set_parent_process_death_signal(Some(Signal::TERM)).context("cannot follow the parent process")?;
     }
+    more_fds();
     let machine = Machine::new(model(args)?);
     let socket = args.socket.display();
-    let server = Server::bind(&args.socket, machine, Options::default()).map_err(|error| {
+    let options = Options { any_file: args.any_file, ..Options::default() };
+    let server = Server::bind(&args.socket, machine, options).map_err(|error| {
         let hint = match error.kind() {
             std::io::ErrorKind::AddrInUse => "a server listens there already; end it or choose another path",
             std::io::ErrorKind::AlreadyExists => "something that is no socket is there; choose another path",
@@ -44,6 +46,13 @@ pub fn run(args: &args::Serve, out: &Output) -> anyhow::Result<()> {
     signals::on_end(move || shutdown.shut_down())?;
     out.result(&Listening { listening: socket.to_string() }, |to| writeln!(to, "listening on {socket}"))?;
     server.serve().with_context(|| format!("cannot serve on {socket}"))
+}
+
+/// Allows as many open files as the system does: a client may wire thousands of interrupts, each with an eventfd.
+fn more_fds() {
+    let limit = getrlimit(Resource::Nofile);
+    // If it is refused, fewer interrupts can be wired.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 fn model(args: &args::Serve) -> anyhow::Result<Box<dyn Model>> {

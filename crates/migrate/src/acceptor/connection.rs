@@ -11,7 +11,7 @@ use super::heard::HeardLink;
 use super::shared::{Shared, log_others};
 use crate::cancel::{after, timespec};
 use crate::destination::answer::{Asked, refuse, reply};
-use crate::destination::handshake::not_under_way;
+use crate::destination::handshake::{not_under_way, trust};
 use crate::destination::opening::{self, Opening, Request, Unopened};
 use crate::link::{Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait};
 use crate::protocol::limits::Limits;
@@ -119,8 +119,11 @@ impl Opener {
         let within = Some((self.until, silence_max));
         let opened = opening::read(&mut connection.reader(), &link, within, None);
         match opened {
-            Ok(Opening { id, request: Request::Move(_) }) => {
+            Ok(Opening { id, request: Request::Move(offer) }) => {
                 drop(connection);
+                if let Err(why) = trust(&link, &offer, self.shared.believes) {
+                    return Err(self.refuse(&link, id, why));
+                }
                 match self.shared.offer(self.number, link, id) {
                     Ok(()) => Ok(()),
                     Err((link, why)) => Err(self.refuse(&link, id, Error::NotTaken { why })),

@@ -7,6 +7,7 @@ use limosa_protocol::State;
 
 use crate::Result;
 use crate::protocol::credit::{ReceiveWindow, SMALL_BYTES, WINDOW_BYTES_MAX};
+use crate::protocol::state_limit::StateLimit;
 use limosa_stream::buffer::Buffer;
 use limosa_stream::{Damage, Header, Kind};
 
@@ -26,6 +27,8 @@ pub(super) struct DeviceQueue {
     pub(super) ahead: BTreeMap<u64, (Header, Buffer)>,
     pub(super) ahead_bytes: u64,
     pub(super) window: ReceiveWindow,
+    /// How much data may come.
+    pub(super) limit: StateLimit,
     /// Whether a worker is busy with the device, or was posted to be.
     pub(super) is_busy: bool,
     /// The next command, and the result of the last one.

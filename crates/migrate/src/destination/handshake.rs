@@ -11,7 +11,7 @@ use super::receiving::Receiving;
 use crate::context::Context;
 use crate::devices::{compare_devices, compare_memory, facts, failed, way_out_of};
 use crate::error::{Mismatch, MismatchKind, Mistrust, check_cancel};
-use crate::link::FurtherLinks;
+use crate::link::{FurtherLinks, Link};
 use crate::memory::MemoryRegion;
 use crate::protocol::credit::window;
 use crate::wire::{Connection, Frame, within};
@@ -30,6 +30,15 @@ pub(super) fn proofs(id: MigrationId, offer: &Offer) -> Result<Proofs> {
     let Some(secret) = &offer.secret else { return Ok(Proofs::none()) };
     let challenge = Nonce::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
     Ok(Proofs::new(secret.clone(), id, challenge))
+}
+
+/// Refuses a source that proves nothing, unless such peers are believed.
+pub(crate) fn trust(link: &dyn Link, offer: &Offer, believes: bool) -> Result<()> {
+    if !link.has_peer() || offer.secret.is_some() || believes {
+        return Ok(());
+    }
+    let why = Mistrust::OlderVersion { sign: "its OFFER has no secret" };
+    Err(Error::Unauthenticated { peer: link.peer().into(), why })
 }
 
 /// A further link of a move that this destination does not take, or not now.
@@ -76,7 +85,7 @@ impl<'a> Destination<'a> {
         further: Option<&dyn FurtherLinks>,
     ) -> Result<u32> {
         tracing::debug!(devices = offer.devices.len(), "offer");
-        let accepted = (self.trust(connection, offer))
+        let accepted = trust(connection.link(), offer, self.options.unauthenticated_peers)
             .and_then(|()| self.compare(offer))
             .and_then(|found| receiving.open_sessions(self.devices, found));
         let most = if further.is_some() { self.options.links.get() } else { 1 };
@@ -97,15 +106,6 @@ impl<'a> Destination<'a> {
             connection.send(&Frame::new(Kind::ANSWER, &payload), self.cancel)?;
         }
         accepted.map(|()| links)
-    }
-
-    /// Refuses a source that proves nothing, unless such peers are allowed.
-    fn trust(&self, connection: &Connection<'_>, offer: &Offer) -> Result<()> {
-        if !connection.has_peer() || offer.secret.is_some() || self.options.unauthenticated_peers {
-            return Ok(());
-        }
-        let why = Mistrust::OlderVersion { sign: "its OFFER has no secret" };
-        Err(Error::Unauthenticated { peer: connection.link().peer().into(), why })
     }
 
     /// Compares both sides without touching anything. Returns the states in which the devices were found.

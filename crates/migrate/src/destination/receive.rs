@@ -10,6 +10,7 @@ use limosa_stream::{Damage, Header, Kind, Step};
 
 use super::device_queue::{DeviceQueue, data_bytes};
 use super::receiving::{Progress, Receiving};
+use crate::error::Misbehaviour;
 use crate::link::LinkError;
 use crate::protocol::idle::Idle;
 use crate::report::Phase;
@@ -126,6 +127,11 @@ impl Receiving<'_, '_> {
             Step::Stopped => {
                 self.recorder().phase(Phase::StopCopy);
                 self.recorder().stop();
+                self.queues.iter().for_each(|queue| queue.lock().limit.stopped());
+            }
+            Step::DeviceHint(at, info) => {
+                let said = info.initial_bytes.saturating_add(info.dirty_bytes);
+                self.queues[at].lock().limit.said(said);
             }
             Step::DeviceBegin(at) => self.deliver_ahead(at, reader)?,
             Step::Sum => return Ok(Step::Sum),
@@ -203,7 +209,7 @@ impl Receiving<'_, '_> {
             (queue, _) = self.team.wait(&self.queues[at], queue, None, has_room)?;
         }
         let payload = reader.take_payload(header, || self.spare());
-        self.hand_on(at, queue, header, payload);
+        self.hand_on(at, queue, header, payload)?;
         self.deliver_ahead(at, reader)
     }
 
@@ -216,14 +222,25 @@ impl Receiving<'_, '_> {
             let Some((header, payload)) = queue.ahead.remove(&due) else { return Ok(()) };
             order.next(&header, &payload).map_err(|damage| reader.damaged(damage))?;
             queue.ahead_bytes -= data_bytes(&header, &payload);
-            self.hand_on(at, queue, &header, payload);
+            self.hand_on(at, queue, &header, payload)?;
         }
     }
 
-    fn hand_on(&self, at: usize, mut queue: Guard<'_, DeviceQueue>, header: &Header, payload: Buffer) {
+    fn hand_on(
+        &self,
+        at: usize,
+        mut queue: Guard<'_, DeviceQueue>,
+        header: &Header,
+        payload: Buffer,
+    ) -> Result<()> {
+        if let Err(limit) = queue.limit.give(data_bytes(header, &payload)) {
+            let device = self.devices[at].device.name().into();
+            return Err(Error::DeviceMisbehaved { device, how: Misbehaviour::Endless(limit) });
+        }
         queue.hand_on(header, payload);
         self.recorder().device_waits(at, queue.waiting());
         self.see_to(at, queue);
+        Ok(())
     }
 
     /// A device has loaded everything and is in STOP.

@@ -18,6 +18,7 @@ use crate::devices::{MovedDevice, failed};
 use crate::link::Link;
 use crate::memory::MemoryRegion;
 use crate::protocol::credit::{ReceiveWindow, window};
+use crate::protocol::state_limit::StateLimit;
 use crate::report::Recorder;
 use crate::transfer::device_sender::READ_BYTES_MAX;
 use crate::transfer::device_workers::DeviceWorkers;
@@ -38,6 +39,7 @@ pub(super) struct Receiving<'w, 'a> {
     pub(super) team: Team,
     pub(super) workers: DeviceWorkers,
     pub(super) alive: KeepAlive,
+    pub(super) devices: &'a [MovedDevice<'a>],
     pub(super) queues: Vec<Shared<DeviceQueue>>,
     pub(super) loaders: Vec<Monitor<DeviceLoader<'a>>>,
     flags: OnceLock<Vec<MigrationFlags>>,
@@ -94,14 +96,19 @@ impl<'w, 'a> Receiving<'w, 'a> {
         spares.fill(SPARE_BYTES.min(windows / 4) as usize, READ_BYTES_MAX, context.recorder.buffers());
         // Regions are matched by id: this side may have them in another order than the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
-        let queue = || DeviceQueue { window: ReceiveWindow::new(window), ..DeviceQueue::default() };
+        let queue = |at: usize| {
+            let mut limit = StateLimit::for_load(context.options);
+            limit.said(offer.devices.get(at).and_then(|facts| facts.data_bytes).unwrap_or(0));
+            DeviceQueue { window: ReceiveWindow::new(window), limit, ..DeviceQueue::default() }
+        };
         Ok(Receiving {
             context,
             connection,
             writers: [&connection.writer],
             workers: DeviceWorkers::new(devices.len(), usize::MAX),
             alive: KeepAlive::default(),
-            queues: devices.iter().map(|_| team.share(queue())).collect(),
+            devices,
+            queues: (0..devices.len()).map(|at| team.share(queue(at))).collect(),
             loaders: devices.iter().map(|moved| Monitor::new(DeviceLoader::new(moved.device))).collect(),
             flags: OnceLock::new(),
             stopped: offer.devices.iter().map(|facts| facts.stopped).collect(),

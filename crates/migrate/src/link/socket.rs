@@ -1,4 +1,7 @@
 //! Links over stream sockets, UNIX and TCP. A frame's header and payload go out in one `sendmsg`; waits use `poll`.
+//!
+//! A peer can send fds over a UNIX socket. None is due on a link: one that comes fails it. Closing it may block, so that
+//! is done where nobody waits, and likewise with what a socket still holds when it is closed.
 
 use std::io::IoSlice;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -9,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use limosa_foreign_fd::{Foreign, ForeignFd, receive_bytes};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_error};
@@ -27,14 +31,14 @@ const CONNECT_MAX: Duration = Duration::from_secs(365 * 86_400);
 /// A connected stream socket.
 #[derive(Debug)]
 pub struct SocketLink {
-    fd: OwnedFd,
+    fd: ForeignFd,
     peer: String,
 }
 
 impl SocketLink {
     /// Wraps a connected stream socket; `peer` names the other end in messages.
     pub fn new(socket: impl Into<OwnedFd>, peer: impl Into<String>) -> SocketLink {
-        SocketLink { fd: socket.into(), peer: peer.into() }
+        SocketLink { fd: Foreign::new(socket.into()), peer: peer.into() }
     }
 
     /// Both ends of a link within this process.
@@ -89,9 +93,8 @@ impl Link for SocketLink {
     }
 
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let got = retry(&self.fd, PollFlags::IN, wait, || {
-            rustix::net::recv(&self.fd, &mut *into, RecvFlags::DONTWAIT).map(|(got, _)| got)
-        })?;
+        let got =
+            retry(&self.fd, PollFlags::IN, wait, || receive_bytes(&self.fd, into, RecvFlags::DONTWAIT))?;
         if got == 0 && !into.is_empty() { Err(LinkError::Closed) } else { Ok(got) }
     }
 
@@ -265,7 +268,8 @@ pub struct Listener {
 
 #[derive(Debug)]
 enum Socket {
-    Unix(UnixListener, PathBuf),
+    /// Connections that nobody accepted are closed with it.
+    Unix(Foreign<UnixListener>, PathBuf),
     Tcp(TcpListener),
 }
 
@@ -291,7 +295,7 @@ impl Listener {
                     bound => bound?,
                 };
                 listener.set_nonblocking(true)?;
-                let socket = Socket::Unix(listener, path.clone());
+                let socket = Socket::Unix(Foreign::new(listener), path.clone());
                 Ok(Listener { socket, address: address.clone() })
             }
             Address::Tcp(host, port) => {

@@ -16,7 +16,8 @@ const WINDOW_BYTES: u64 = 32 << 20;
 const WINDOW_TIME: Duration = Duration::from_millis(250);
 /// The longest time between two looks at devices that stream.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// How much a device that does not say its size may give in pre-copy, for each allowed round.
+/// A device that does not say what is left, and always has something, is stopped once it has given this much, or half of
+/// what it may give in all. It may give as much again then.
 const UNKNOWN_BYTES: u64 = 1 << 30;
 
 /// The findings of a look at one device.
@@ -68,6 +69,8 @@ pub(crate) enum Next {
 #[derive(Debug)]
 pub(crate) struct StopPolicy {
     wanted: Convergence,
+    /// How much a device that does not say what is left gives before it is stopped.
+    unknown_bytes: u64,
     looks: u32,
     /// The number of rounds that were made because of memory.
     rounds: u32,
@@ -108,9 +111,10 @@ struct Tracked {
 }
 
 impl StopPolicy {
-    pub(crate) fn new(wanted: Convergence, devices: usize) -> StopPolicy {
+    pub(crate) fn new(wanted: Convergence, state_max: Option<u64>, devices: usize) -> StopPolicy {
         StopPolicy {
             wanted,
+            unknown_bytes: state_max.map_or(UNKNOWN_BYTES, |max| max / 2),
             looks: 0,
             rounds: 0,
             is_for_memory: true,
@@ -159,7 +163,7 @@ impl StopPolicy {
         };
         let mut device_gains = false;
         for (tracked, device) in self.devices.iter_mut().zip(look.devices) {
-            device_gains |= tracked.gains(device, look.now, &self.wanted, pace);
+            device_gains |= tracked.gains(device, look.now, &self.wanted, self.unknown_bytes, pace);
         }
         if device_gains {
             return Next::Continue(LOOK_EVERY);
@@ -271,13 +275,20 @@ enum Initial {
 
 impl Tracked {
     /// Whether more pre-copy of the device makes the downtime much shorter.
-    fn gains(&mut self, device: &DeviceLook, now: Instant, wanted: &Convergence, pace: &Pace) -> bool {
+    fn gains(
+        &mut self,
+        device: &DeviceLook,
+        now: Instant,
+        wanted: &Convergence,
+        unknown_bytes: u64,
+        pace: &Pace,
+    ) -> bool {
         if !device.streams {
             return false;
         }
         let Some(left) = device.left else {
             // It is only known whether the device has data.
-            return !device.drained && device.sent <= UNKNOWN_BYTES.saturating_mul(wanted.rounds_max.into());
+            return !device.drained && device.sent <= unknown_bytes;
         };
         let floor = (wanted.downtime_goal / 64).max(Duration::from_millis(1));
         // What is on its way is not gained before it is loaded.

@@ -76,7 +76,7 @@ impl<'a> Source<'a> {
         let mut looking = Looking {
             names: self.devices.iter().map(|moved| moved.device.name().into()).collect(),
             unknown: Vec::new(),
-            policy: StopPolicy::new(self.options.convergence, self.devices.len()),
+            policy: StopPolicy::new(self.options.convergence, self.options.state_max, self.devices.len()),
             pace,
             has_memory: !self.memory.regions.is_empty() && !rollback.logs.blind,
             rate: RateSample::begin(context, sending),

@@ -9,7 +9,7 @@ use limosa_clockwork::now;
 use limosa_protocol::State;
 use limosa_stream::body::{encode_device_end, encode_hint};
 use limosa_stream::buffer::Buffer;
-use limosa_stream::{DEVICE_BYTES_MAX, Kind, RunningCrc};
+use limosa_stream::{Kind, RunningCrc};
 
 use super::driven::DrivenDevice;
 use super::sending::Sending;
@@ -17,6 +17,7 @@ use super::way_back::WayBack;
 use crate::devices::{MovedDevice, failed};
 use crate::error::{Misbehaviour, guard};
 use crate::protocol::credit::SendWindow;
+use crate::protocol::state_limit::StateLimit;
 use crate::report::{Act, Loss, Unrecovered};
 use crate::wire::Frame;
 use crate::{Error, Result};
@@ -139,6 +140,7 @@ pub(crate) struct DeviceSender<'w, 'a> {
     stream: Option<Box<dyn DataStream>>,
     begun: bool,
     bytes: u64,
+    limit: StateLimit,
     crc: RunningCrc,
     buffer: Buffer,
 }
@@ -166,6 +168,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             stream: None,
             begun: false,
             bytes: 0,
+            limit: StateLimit::new(sending.options()),
             crc: RunningCrc::new(),
             buffer,
         }
@@ -213,6 +216,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             Job::Stream => self.stream(),
             Job::Stop => {
                 self.enter(State::StopCopy)?;
+                self.limit.stopped();
                 self.sending.flows[self.at].lock().stopped = true;
                 // After the jobs of devices that are not stopped yet.
                 self.sending.give(self.at, Job::Drain);
@@ -313,6 +317,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         };
         let left = info.map(|info| info.initial_bytes.saturating_add(info.dirty_bytes));
         let stop_bytes = size.or(self.stop_bytes).map(|size| size.max(left.unwrap_or(0)));
+        self.limit.said(stop_bytes.or(left).unwrap_or(0));
         let mut flow = self.sending.flows[self.at].lock();
         let is_new = (flow.left, flow.stop_bytes) != (left, stop_bytes);
         let initial = info.map_or(0, |info| info.initial_bytes);
@@ -340,9 +345,8 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             if bytes == 0 || bytes > room {
                 return Err(self.misbehaved(Misbehaviour::WrongLength { room, bytes }));
             }
-            if self.bytes + bytes as u64 > DEVICE_BYTES_MAX {
-                return Err(self.misbehaved(Misbehaviour::Endless(DEVICE_BYTES_MAX)));
-            }
+            let given = self.limit.give(bytes as u64);
+            given.map_err(|limit| self.misbehaved(Misbehaviour::Endless(limit)))?;
             self.begin()?;
             self.sending.send_device(self.at, self.bytes, &self.buffer[..bytes])?;
             self.crc.add(&self.buffer[..bytes]);

@@ -4,6 +4,7 @@ mod acceptor;
 mod common;
 mod compression;
 mod converging;
+mod endless;
 mod faults;
 mod format;
 mod hostile_destination;

@@ -2,15 +2,17 @@
 //! (`vfio-user.rst: VFIO_USER_VERSION`, `docs/vfio-user-extensions.md: Probing a peer`).
 
 use std::io::IoSlice;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use limosa_client::{DeviceIdentity, Error, Result};
+use limosa_foreign_fd::Foreign;
 use limosa_protocol::info::DeviceInfo;
 use limosa_protocol::{FeatureHeader, FeatureIndex, FeatureOp};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::dma::{DmaTargets, serve_twin};
@@ -28,7 +30,12 @@ struct Fresh<'a> {
     receiver: Receiver,
     sender: Sender,
     id: u16,
+    /// When the step must be done that is being done.
+    deadline: Instant,
 }
+
+/// What was agreed on, and the server's socket for DMA messages.
+type Agreed = (Limits, Option<Foreign<UnixStream>>);
 
 /// What a look at the server's handling of DEVICE_FEATURE showed.
 enum Probed {
@@ -40,11 +47,23 @@ enum Probed {
     Lost,
 }
 
+/// Connects to the socket at a path. EAGAIN when the server's queue of connections is full for so long.
+pub(super) fn open(path: &Path, limit: Duration) -> rustix::io::Result<Foreign<UnixStream>> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // It holds for connect(2) too, which else waits for ever.
+    let limit = limit.clamp(Duration::from_millis(1), Duration::from_secs(365 * 86_400));
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(limit))?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let socket = Foreign::new(UnixStream::from(socket));
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)?;
+    Ok(socket)
+}
+
 pub(super) fn connect(
     name: String,
     options: Options,
-    stream: UnixStream,
-    again: Option<&dyn Fn() -> Result<UnixStream>>,
+    stream: Foreign<UnixStream>,
+    again: Option<&dyn Fn() -> Result<Foreign<UnixStream>>>,
 ) -> Result<Client> {
     let (mut fresh, mut agreed) = Fresh::negotiate(&name, &options, stream)?;
     let mut features = Features::default();
@@ -74,9 +93,9 @@ pub(super) fn connect(
     let exchange = Exchange::new(receiver, sender, targets).map_err(|error| failed(error.into()))?;
     let twin = match twin {
         None => None,
-        Some(fd) => {
+        Some(socket) => {
             let (receiver, sender) =
-                connection::split(fd.into(), options.waits()).map_err(|error| failed(error.into()))?;
+                connection::split(socket, options.waits()).map_err(|error| failed(error.into()))?;
             let sender = Arc::new(sender);
             let (exchange, replies) = (Arc::clone(&exchange), Arc::clone(&sender));
             let thread = std::thread::Builder::new().name("vfio-user-twin".into());
@@ -106,11 +125,12 @@ impl<'a> Fresh<'a> {
     fn negotiate(
         name: &'a str,
         options: &'a Options,
-        stream: UnixStream,
-    ) -> Result<(Fresh<'a>, (Limits, Option<OwnedFd>))> {
+        stream: Foreign<UnixStream>,
+    ) -> Result<(Fresh<'a>, Agreed)> {
         let (receiver, sender) = connection::split(stream, options.waits())
             .map_err(|failure| error(name, "VERSION", failure.into()))?;
-        let mut fresh = Fresh { name, options, receiver, sender, id: 0 };
+        let deadline = Instant::now() + options.request_limit;
+        let mut fresh = Fresh { name, options, receiver, sender, id: 0, deadline };
         let ours = Capabilities::of_client(options.data_bytes_max.max(1), options.twin_socket);
         let version = VersionMessage { major: VERSION.0, minor: VERSION.1 };
         let id = fresh.send(Command::VERSION, &[version.as_bytes(), &ours.encode(JSON_BYTES_MAX)])?;
@@ -138,7 +158,10 @@ impl<'a> Fresh<'a> {
             Some(twin) => {
                 let index = twin.fd_index.and_then(|index| usize::try_from(index).ok());
                 let fd = index.and_then(|index| fds.fds.into_iter().nth(index));
-                Some(fd.ok_or_else(|| fresh.misbehaved("the twin socket that it names did not come"))?)
+                let fd = fd.ok_or_else(|| fresh.misbehaved("the twin socket that it names did not come"))?;
+                let no_socket =
+                    |_| fresh.misbehaved("what came for the twin socket is no UNIX stream socket");
+                Some(fd.into_unix_stream().map_err(no_socket)?)
             }
         };
         Ok((fresh, (limits, twin)))
@@ -147,6 +170,7 @@ impl<'a> Fresh<'a> {
     /// Finds out whether the server keeps its step on DEVICE_FEATURE. To one that does not, the
     /// probe's body is the header of a message 0.
     fn probe(&mut self) -> Probed {
+        self.deadline = Instant::now() + self.options.request_limit;
         let header = FeatureHeader::new(FeatureIndex::MIGRATION, FeatureOp::GET | FeatureOp::PROBE, 8);
         let info = DeviceInfo { argsz: size_of::<DeviceInfo>() as u32, ..DeviceInfo::default() };
         let probe = self.send(Command::DEVICE_FEATURE, &[header.as_bytes(), &[0; 8]]);
@@ -175,6 +199,7 @@ impl<'a> Fresh<'a> {
 
     /// Asks for every feature that not every server has.
     fn features(&mut self) -> Result<Features> {
+        self.deadline = Instant::now() + self.options.request_limit;
         let mut found = Features::default().spoken();
         let mut asked = Vec::new();
         for (index, op) in Features::ASKED {
@@ -201,8 +226,7 @@ impl<'a> Fresh<'a> {
         let bytes = body.iter().map(|part| part.len()).sum();
         let header = Header::command(self.id, command, bytes).expect("a short message");
         let body = [header.as_bytes(), &body.concat()].concat();
-        let deadline = Instant::now() + self.options.request_limit;
-        let full = || self.sender.wait_writable(deadline);
+        let full = || self.sender.wait_writable(self.deadline);
         match self.sender.send_with(&mut [IoSlice::new(&body)], &[], full) {
             Ok(()) => Ok(self.id),
             Err(failure) => Err(self.error("VERSION", failure.into())),
@@ -210,9 +234,8 @@ impl<'a> Fresh<'a> {
     }
 
     fn receive(&mut self, request: &str) -> Result<Header> {
-        let deadline = Instant::now() + self.options.request_limit;
         let header =
-            self.receiver.next(Some(deadline)).map_err(|failure| self.error(request, failure.into()))?;
+            self.receiver.next(Some(self.deadline)).map_err(|failure| self.error(request, failure.into()))?;
         header.body_bytes().map_err(|error| self.misbehaved(error.to_string()))?;
         Ok(header)
     }
@@ -222,9 +245,8 @@ impl<'a> Fresh<'a> {
         if bytes > bytes_max {
             return Err(self.misbehaved(format!("{bytes} bytes in answer to {request}")));
         }
-        let deadline = Instant::now() + self.options.request_limit;
         let mut body = vec![0; bytes];
-        match self.receiver.read(&mut body, Some(deadline)) {
+        match self.receiver.read(&mut body, Some(self.deadline)) {
             Ok(_) => Ok((body, self.receiver.fds())),
             Err(failure) => Err(self.error(request, failure.into())),
         }

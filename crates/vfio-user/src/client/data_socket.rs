@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use limosa_client::{Chunk, DataStream, Error, Result};
+use limosa_foreign_fd::{Foreign, receive_bytes};
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::{Errno, State};
 use rustix::event::{PollFd, PollFlags};
@@ -23,7 +24,7 @@ use crate::connection::{ConnectionError, wait_ready};
 pub(super) struct SocketStream {
     /// The same session's messages.
     messages: Stream,
-    socket: Arc<UnixStream>,
+    socket: Arc<Foreign<UnixStream>>,
 }
 
 /// What is in the socket.
@@ -34,15 +35,15 @@ enum Found {
 }
 
 impl SocketStream {
-    pub fn new(messages: Stream, socket: Arc<UnixStream>) -> SocketStream {
+    pub fn new(messages: Stream, socket: Arc<Foreign<UnixStream>>) -> SocketStream {
         SocketStream { messages, socket }
     }
 
     fn receive(&self, request: &str, data: &mut [u8]) -> Result<Found> {
         loop {
-            return match rustix::net::recv(&*self.socket, &mut *data, RecvFlags::DONTWAIT) {
-                Ok((0, _)) | Err(rustix::io::Errno::CONNRESET) => Ok(Found::End),
-                Ok((bytes, _)) => Ok(Found::Bytes(bytes)),
+            return match receive_bytes(&*self.socket, data, RecvFlags::DONTWAIT) {
+                Ok(0) | Err(rustix::io::Errno::CONNRESET) => Ok(Found::End),
+                Ok(bytes) => Ok(Found::Bytes(bytes)),
                 Err(rustix::io::Errno::AGAIN) => Ok(Found::Nothing),
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => Err(self.messages.shared.error(request, ConnectionError::from(error).into())),

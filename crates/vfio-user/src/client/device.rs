@@ -11,13 +11,16 @@ use limosa_client::{
 };
 use limosa_protocol::capability::mappable;
 use limosa_protocol::feature::FeatureDmaLoggingReport;
-use limosa_protocol::info::{DeviceInfo, DmaUnmapFlags, IrqInfo, IrqSet, IrqSetFlags, RegionInfo};
-use limosa_protocol::{FeatureIndex, FeatureOp};
+use limosa_protocol::info::{
+    DeviceInfo, DmaUnmapFlags, IRQ_INDEXES_MAX, IRQ_VECTORS_MAX, IrqInfo, IrqSet, IrqSetFlags, REGIONS_MAX,
+    RegionInfo,
+};
+use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::dma::{FileTarget, os_errno};
-use super::exchange::Ask;
-use super::{Client, INFO_BYTES_MAX};
+use super::exchange::{Ask, Limit};
+use super::{Client, INFO_ASKS_MAX, INFO_BYTES_MAX};
 use crate::codec::{Command, DirtyBitmap, DmaMapMessage, DmaUnmapMessage, RegionAccess};
 
 impl Device for Client {
@@ -36,7 +39,8 @@ impl Device for Client {
     fn reset(&self) -> Result<()> {
         let request = "DEVICE_RESET";
         let ask = Ask { command: Command::DEVICE_RESET, body: &[], fds: &[] };
-        let done = self.shared.exchange.call(&ask, &mut [], self.shared.options.state_limit);
+        let limit = Limit::from_now(self.shared.options.state_limit);
+        let done = self.shared.exchange.call(&ask, &mut [], limit);
         // A server may keep its state; it is asked when it matters.
         self.shared.session.set_state(None);
         self.shared.session.end();
@@ -46,17 +50,25 @@ impl Device for Client {
     fn info(&self) -> Result<DeviceInfo> {
         let argsz = size_of::<DeviceInfo>() as u32;
         let ask = DeviceInfo { argsz, ..DeviceInfo::default() };
-        self.ask_info("DEVICE_GET_INFO", Command::DEVICE_GET_INFO, ask.as_bytes())
+        let info: DeviceInfo = self.ask_info("DEVICE_GET_INFO", Command::DEVICE_GET_INFO, ask.as_bytes())?;
+        if info.num_regions > REGIONS_MAX || info.num_irqs > IRQ_INDEXES_MAX {
+            return Err(self.shared.misbehaved(format!(
+                "DEVICE_GET_INFO answered with {} regions and {} interrupt indexes, more than {REGIONS_MAX} and \
+                 {IRQ_INDEXES_MAX}",
+                info.num_regions, info.num_irqs
+            )));
+        }
+        Ok(info)
     }
 
     fn region(&self, index: u32) -> Result<Region> {
         let request = "DEVICE_GET_REGION_INFO";
-        let mut argsz = 1024;
+        let (mut argsz, mut asks) = (1024, 1);
         loop {
             let ask = RegionInfo { argsz, index, ..RegionInfo::default() };
             let mut body = vec![0; argsz as usize];
             let command = Command::DEVICE_GET_REGION_INFO;
-            let answer = self.shared.call_for_fds(request, command, &[ask.as_bytes()], &mut [&mut body])?;
+            let answer = self.shared.call(request, command, &[ask.as_bytes()], &mut [&mut body])?;
             body.truncate(answer.body_bytes);
             let Ok((info, _)) = RegionInfo::read_from_prefix(&body) else {
                 return Err(self.shared.short(request, answer.body_bytes, size_of::<RegionInfo>()));
@@ -66,8 +78,8 @@ impl Device for Client {
                     .shared
                     .misbehaved(format!("{request} of {index} answered with {}", info.index)));
             }
-            if info.argsz > argsz && info.argsz <= INFO_BYTES_MAX {
-                argsz = info.argsz;
+            if info.argsz > argsz && info.argsz <= INFO_BYTES_MAX && asks < INFO_ASKS_MAX {
+                (argsz, asks) = (info.argsz, asks + 1);
                 continue;
             }
             let fd = answer.fds.fds.into_iter().next();
@@ -86,19 +98,27 @@ impl Device for Client {
         if info.index != index {
             return Err(self.shared.misbehaved(format!("{request} of {index} answered with {}", info.index)));
         }
+        if info.count > IRQ_VECTORS_MAX {
+            return Err(self.shared.misbehaved(format!(
+                "{request} of {index} answered with {} vectors, more than {IRQ_VECTORS_MAX}",
+                info.count
+            )));
+        }
         Ok(info)
     }
 
     fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
         let request = "REGION_READ";
         let bytes_max = self.shared.limits.data_xfer_bytes_max as usize;
-        let mut at = offset;
+        let (mut at, mut pieces) = (offset, self.shared.pieces());
         for chunk in data.chunks_mut(bytes_max) {
             let count = chunk.len();
             let ask = RegionAccess { offset: at, region, count: count as u32 };
             let mut reply = RegionAccess::default();
             let into: &mut [&mut [u8]] = &mut [reply.as_mut_bytes(), chunk];
-            let answer = self.shared.call(request, Command::REGION_READ, &[ask.as_bytes()], into)?;
+            let limit = pieces.next(count);
+            let answer =
+                self.shared.call_within(limit, request, Command::REGION_READ, &[ask.as_bytes()], into)?;
             if answer.body_bytes != RegionAccess::BYTES + count || reply.count != ask.count {
                 return Err(self.shared.short(request, answer.body_bytes, RegionAccess::BYTES + count));
             }
@@ -109,10 +129,11 @@ impl Device for Client {
 
     fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         let request = "REGION_WRITE";
-        self.region_write_chunks(region, offset, data, |ask, chunk| {
+        self.region_write_chunks(region, offset, data, |limit, ask, chunk| {
             let mut reply = RegionAccess::default();
             let into: &mut [&mut [u8]] = &mut [reply.as_mut_bytes()];
-            let answer = self.shared.call(request, Command::REGION_WRITE, &[ask.as_bytes(), chunk], into)?;
+            let body: &[&[u8]] = &[ask.as_bytes(), chunk];
+            let answer = self.shared.call_within(limit, request, Command::REGION_WRITE, body, into)?;
             if answer.body_bytes < RegionAccess::BYTES || reply.count != ask.count {
                 return Err(self
                     .shared
@@ -123,26 +144,21 @@ impl Device for Client {
     }
 
     fn region_write_posted(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        self.region_write_chunks(region, offset, data, |ask, chunk| {
-            self.shared.post("REGION_WRITE", Command::REGION_WRITE, &[ask.as_bytes(), chunk])
+        self.region_write_chunks(region, offset, data, |limit, ask, chunk| {
+            self.shared.post(limit, "REGION_WRITE", Command::REGION_WRITE, &[ask.as_bytes(), chunk])
         })
     }
 
     fn set_irqs(&self, index: u32, start: u32, action: IrqAction<'_>) -> Result<()> {
-        let none = IrqSetFlags::DATA_NONE;
-        match action {
-            IrqAction::Disable => self.set_irqs_once(index, 0, 0, none | IrqSetFlags::ACTION_TRIGGER, &[]),
-            IrqAction::Trigger(count) => {
-                self.set_irqs_once(index, start, count, none | IrqSetFlags::ACTION_TRIGGER, &[])
-            }
-            IrqAction::Mask(count) => {
-                self.set_irqs_once(index, start, count, none | IrqSetFlags::ACTION_MASK, &[])
-            }
-            IrqAction::Unmask(count) => {
-                self.set_irqs_once(index, start, count, none | IrqSetFlags::ACTION_UNMASK, &[])
-            }
-            IrqAction::Wire(fds) => self.wire_irqs(index, start, fds),
-        }
+        let (start, count, flag) = match action {
+            IrqAction::Disable => (0, 0, IrqSetFlags::ACTION_TRIGGER),
+            IrqAction::Trigger(count) => (start, count, IrqSetFlags::ACTION_TRIGGER),
+            IrqAction::Mask(count) => (start, count, IrqSetFlags::ACTION_MASK),
+            IrqAction::Unmask(count) => (start, count, IrqSetFlags::ACTION_UNMASK),
+            IrqAction::Wire(fds) => return self.wire_irqs(index, start, fds),
+        };
+        let flags = IrqSetFlags::DATA_NONE | flag;
+        self.set_irqs_once(self.shared.limit(), index, (start, count), flags, &[])
     }
 
     fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {
@@ -184,7 +200,7 @@ impl Device for Client {
         };
         // Served from the moment on that the server knows of it.
         if shared.exchange.dma.contains(map.iova) {
-            return Err(shared.refused("DMA_MAP", limosa_protocol::Errno::EEXIST));
+            return Err(shared.refused("DMA_MAP", Errno::EEXIST));
         }
         shared.exchange.dma.insert(map.iova, map.size, map.flags, target);
         if fds.is_none() && shared.twin.is_none() {
@@ -196,11 +212,19 @@ impl Device for Client {
             })?;
         }
         let fds: &[BorrowedFd<'_>] = fds.as_slice();
-        let mapped = shared.call_with("DMA_MAP", Command::DMA_MAP, &[message.as_bytes()], fds);
+        let mapped =
+            shared.call_with(shared.limit(), "DMA_MAP", Command::DMA_MAP, &[message.as_bytes()], fds);
         if mapped.is_err() {
             shared.exchange.dma.remove(map.iova, map.size);
         }
-        mapped.map(drop)
+        match mapped {
+            Err(Error::Refused { device, request, errno: errno @ Errno::ENOTSUP, .. }) if !fds.is_empty() => {
+                let hint = "the server may map only memfds, and files on tmpfs or hugetlbfs: give it such memory, \
+                            or see whether it has an option for other files (limosa serve --any-file)";
+                Err(Error::Refused { device, request, errno, hint: hint.into() })
+            }
+            mapped => mapped.map(drop),
+        }
     }
 
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
@@ -238,12 +262,16 @@ impl Client {
         region: u32,
         offset: u64,
         data: &[u8],
-        mut write: impl FnMut(&RegionAccess, &[u8]) -> Result<()>,
+        mut write: impl FnMut(Limit, &RegionAccess, &[u8]) -> Result<()>,
     ) -> Result<()> {
         let bytes_max = self.shared.limits.data_xfer_bytes_max as usize;
-        let mut at = offset;
+        let (mut at, mut pieces) = (offset, self.shared.pieces());
         for chunk in data.chunks(bytes_max) {
-            write(&RegionAccess { offset: at, region, count: chunk.len() as u32 }, chunk)?;
+            write(
+                pieces.next(chunk.len()),
+                &RegionAccess { offset: at, region, count: chunk.len() as u32 },
+                chunk,
+            )?;
             at = at.wrapping_add(chunk.len() as u64);
         }
         Ok(())
@@ -251,14 +279,15 @@ impl Client {
 
     fn set_irqs_once(
         &self,
+        limit: Limit,
         index: u32,
-        start: u32,
-        count: u32,
+        (start, count): (u32, u32),
         flags: IrqSetFlags,
         fds: &[BorrowedFd<'_>],
     ) -> Result<()> {
         let set = IrqSet { argsz: size_of::<IrqSet>() as u32, flags: flags.bits(), index, start, count };
-        self.shared.call_with("DEVICE_SET_IRQS", Command::DEVICE_SET_IRQS, &[set.as_bytes()], fds).map(drop)
+        let (request, command) = ("DEVICE_SET_IRQS", Command::DEVICE_SET_IRQS);
+        self.shared.call_with(limit, request, command, &[set.as_bytes()], fds).map(drop)
     }
 
     /// Wires runs of vectors: those with an fd in messages of as many as the server takes, those
@@ -275,15 +304,17 @@ impl Client {
                 .and_then(|at| start.checked_add(at))
                 .ok_or_else(|| self.shared.usage("interrupt vectors beyond 2^32".into()))
         };
+        // However few fds the server takes in one message.
+        let limit = self.shared.limit();
         let mut at = 0;
         for run in fds.chunk_by(|a, b| a.is_some() == b.is_some()) {
             let wired: Vec<BorrowedFd<'_>> = run.iter().filter_map(|fd| *fd).collect();
             for some in wired.chunks(fds_max.max(1)) {
-                self.set_irqs_once(index, vector(at)?, some.len() as u32, flags, some)?;
+                self.set_irqs_once(limit, index, (vector(at)?, some.len() as u32), flags, some)?;
                 at += some.len();
             }
             if wired.is_empty() {
-                self.set_irqs_once(index, vector(at)?, run.len() as u32, flags, &[])?;
+                self.set_irqs_once(limit, index, (vector(at)?, run.len() as u32), flags, &[])?;
                 at += run.len();
             }
         }

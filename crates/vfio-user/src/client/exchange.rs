@@ -35,6 +35,20 @@ const ABANDONED_MAX: usize = 16;
 /// The id of commands to which there is no reply; some servers send one to refuse.
 const POSTED_ID: u16 = u16::MAX;
 
+/// The time that a request, or several together, may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limit {
+    pub duration: Duration,
+    pub deadline: Instant,
+}
+
+impl Limit {
+    /// So long from now on.
+    pub fn from_now(duration: Duration) -> Limit {
+        Limit { duration, deadline: Instant::now() + duration }
+    }
+}
+
 /// Why a request failed.
 #[derive(Clone, Debug)]
 pub(super) enum Failure {
@@ -73,8 +87,6 @@ pub(super) struct Exchange {
     /// One for each slot, and one for the attendant.
     wakes: [Condvar; SLOTS + 1],
     slot_freed: Condvar,
-    /// A leader that refused fds has left.
-    fds_welcome: Condvar,
     /// Wakes who waits for room in the socket when the leader leaves.
     leaderless: OwnedFd,
     pub dma: DmaTargets,
@@ -96,7 +108,6 @@ impl Exchange {
             desk: Mutex::new(desk),
             wakes: [const { Condvar::new() }; SLOTS + 1],
             slot_freed: Condvar::new(),
-            fds_welcome: Condvar::new(),
             leaderless,
             dma,
         }))
@@ -109,10 +120,10 @@ impl Exchange {
 
     /// Sends a request and receives its reply's body into `into`, one after the other; what has no
     /// room there is thrown away.
-    pub fn call(&self, ask: &Ask<'_>, into: &mut [&mut [u8]], limit: Duration) -> Result<Answer, Failure> {
-        let deadline = Instant::now() + limit;
+    pub fn call(&self, ask: &Ask<'_>, into: &mut [&mut [u8]], limit: Limit) -> Result<Answer, Failure> {
+        let Limit { duration, deadline } = limit;
         let failed = |failure| match failure {
-            Failure::Connection(ConnectionError::TimedOut) => Failure::TimedOut(limit),
+            Failure::Connection(ConnectionError::TimedOut) => Failure::TimedOut(duration),
             other => other,
         };
         let (slot, id) = self.take_slot(ask.command, deadline).map_err(failed)?;
@@ -125,38 +136,13 @@ impl Exchange {
         self.wait(slot, into, deadline).map_err(failed)
     }
 
-    /// The same for a request whose reply may bring fds.
-    pub fn call_for_fds(
-        &self,
-        ask: &Ask<'_>,
-        into: &mut [&mut [u8]],
-        limit: Duration,
-    ) -> Result<Answer, Failure> {
-        let deadline = Instant::now() + limit;
-        let mut desk = self.desk();
-        desk.wanting_fds += 1;
-        // A leader that refuses them waits for a short request only.
-        while desk.refuses_fds && desk.lost.is_none() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                desk.wanting_fds -= 1;
-                return Err(Failure::TimedOut(limit));
-            }
-            desk = self.fds_welcome.wait_timeout(desk, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        drop(desk);
-        let done = self.call(ask, into, limit);
-        self.desk().wanting_fds -= 1;
-        done
-    }
-
     /// Sends a request to which there is no reply.
-    pub fn post(&self, ask: &Ask<'_>, limit: Duration) -> Result<(), Failure> {
+    pub fn post(&self, ask: &Ask<'_>, limit: Limit) -> Result<(), Failure> {
         if let Some(lost) = &self.desk().lost {
             return Err(lost.clone());
         }
-        self.send(POSTED_ID, ask, true, Instant::now() + limit).map_err(|error| match error {
-            ConnectionError::TimedOut => Failure::TimedOut(limit),
+        self.send(POSTED_ID, ask, true, limit.deadline).map_err(|error| match error {
+            ConnectionError::TimedOut => Failure::TimedOut(limit.duration),
             other => other.into(),
         })
     }
@@ -236,7 +222,6 @@ impl Exchange {
             wake.notify_all();
         }
         self.slot_freed.notify_all();
-        self.fds_welcome.notify_all();
         failure
     }
 
@@ -287,12 +272,7 @@ impl Exchange {
             if desk.handed.is_none()
                 && let Some(mut receiver) = desk.receiver.take()
             {
-                let command = desk.slots[slot].command;
-                let refuse =
-                    desk.wanting_fds == 0 && matches!(command, Command::REGION_READ | Command::REGION_WRITE);
-                desk.refuses_fds = refuse;
                 drop(desk);
-                receiver.refuse_fds(refuse);
                 let step = loop {
                     match self.step(&mut receiver, Some(slot), deadline) {
                         Ok(Step::Done) if Instant::now() >= deadline => {
@@ -314,7 +294,7 @@ impl Exchange {
                     Ok(Step::Done) => unreachable!("the loop goes on"),
                     Err(failure) => {
                         let mut desk = self.desk();
-                        self.give_back(&mut desk, receiver);
+                        desk.receiver = Some(receiver);
                         if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
                             self.abandon(&mut desk, slot);
                             self.pass_on(&desk);
@@ -336,21 +316,9 @@ impl Exchange {
         }
     }
 
-    /// Puts the receiver back for the next leader.
-    fn give_back(&self, desk: &mut Desk, mut receiver: Box<Receiver>) {
-        if desk.refuses_fds {
-            desk.refuses_fds = false;
-            receiver.refuse_fds(false);
-            if desk.wanting_fds > 0 {
-                self.fds_welcome.notify_all();
-            }
-        }
-        desk.receiver = Some(receiver);
-    }
-
     /// Puts the receiver back for the owner of the reply at which it stands.
     fn hand(&self, desk: &mut Desk, receiver: Box<Receiver>, owner: usize, header: Header) {
-        self.give_back(desk, receiver);
+        desk.receiver = Some(receiver);
         let slot = &desk.slots[owner];
         match slot.state {
             SlotState::Waiting if slot.id == header.id => {
@@ -376,7 +344,7 @@ impl Exchange {
     ) -> Result<Answer, Failure> {
         let taken = take_body(&mut receiver, header, into, deadline);
         let mut desk = self.desk();
-        self.give_back(&mut desk, receiver);
+        desk.receiver = Some(receiver);
         self.free(&mut desk, slot);
         match taken {
             Err(Failure::Connection(error)) if error != ConnectionError::TimedOut => {

@@ -2,13 +2,13 @@
 //! the migration state: which session is open, and what an empty read means.
 
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use limosa_client::{DataStream, Error, FeatureReply, FeatureRequest, Refers, Result};
+use limosa_foreign_fd::{Foreign, ForeignFd};
 use limosa_protocol::feature::{FeatureDmaLoggingReport, FeatureMigState, FeatureMigration};
 use limosa_protocol::fsm::{self, Session as Effect};
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags, State};
@@ -16,7 +16,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::Shared;
 use super::data_socket::SocketStream;
-use super::exchange::{Answer, Ask};
+use super::exchange::{Answer, Ask, Limit};
 use super::stream::Stream;
 use crate::codec::Command;
 use crate::extension;
@@ -77,7 +77,7 @@ pub(super) struct Session {
     /// The device's state plus one, 0 while it is not known.
     state: AtomicU32,
     /// What carries its data, if not messages.
-    socket: Mutex<Option<Arc<UnixStream>>>,
+    socket: Mutex<Option<Arc<Foreign<UnixStream>>>>,
 }
 
 impl Session {
@@ -155,7 +155,7 @@ impl Shared {
         payload: &mut [u8],
         refers: &mut Refers<'_>,
         limit: Duration,
-    ) -> Result<(usize, Option<OwnedFd>)> {
+    ) -> Result<(usize, Option<ForeignFd>)> {
         let probe = op.contains(FeatureOp::PROBE);
         // A GET sends what it is asked by, not the room for its answer.
         let only_output = op == FeatureOp::GET
@@ -194,7 +194,7 @@ impl Shared {
         let answered = |answer: std::result::Result<Answer, _>| {
             answer.map_err(|failure| self.error(&name(index, op), failure))
         };
-        let fixed = FeatureHeader::BYTES + payload.len();
+        let (fixed, limit) = (FeatureHeader::BYTES + payload.len(), Limit::from_now(limit));
         let answer = match refers {
             Refers::Bitmap(words) => {
                 let words = &mut words[..];
@@ -206,9 +206,6 @@ impl Shared {
                     return Err(self.short(&name(index, op), answer.body_bytes, fixed + bitmap_bytes));
                 }
                 answer
-            }
-            _ if matches!(index, FeatureIndex::DMA_BUF | extension::DATA_FD) => {
-                answered(self.exchange.call_for_fds(&ask, &mut [reply.as_mut_bytes(), payload], limit))?
             }
             _ => answered(self.exchange.call(&ask, &mut [reply.as_mut_bytes(), payload], limit))?,
         };
@@ -358,7 +355,7 @@ impl Shared {
 
     /// Asks for a socket that carries the data of the session that has just opened; none where the
     /// server has none to give.
-    fn data_socket(&self) -> Result<Option<Arc<UnixStream>>> {
+    fn data_socket(&self) -> Result<Option<Arc<Foreign<UnixStream>>>> {
         if !self.options.data_socket || !self.features.has(extension::DATA_FD) {
             return Ok(None);
         }
@@ -367,7 +364,10 @@ impl Shared {
         let (payload, nothing) = (payload.as_mut_bytes(), &mut Refers::Nothing);
         match self.feature_call(extension::DATA_FD, FeatureOp::GET, payload, nothing, limit) {
             Ok((_, Some(fd))) => {
-                let socket = Arc::new(UnixStream::from(fd));
+                let socket = fd.into_unix_stream().map_err(|_| {
+                    self.misbehaved("what came for the session's socket is no UNIX stream socket".into())
+                })?;
+                let socket = Arc::new(socket);
                 *self.session.socket.lock().unwrap_or_else(PoisonError::into_inner) =
                     Some(Arc::clone(&socket));
                 Ok(Some(socket))

@@ -9,7 +9,7 @@ mod exchange;
 mod feature;
 mod stream;
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -17,18 +17,21 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use limosa_client::{DeviceIdentity, Error, Result};
+use limosa_foreign_fd::ForeignFd;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::codec::{Command, IoFd, IoFdsMessage, ShadowIoFd, SingleWrite};
 use crate::connection::{self, ConnectionError, Sender};
 use crate::version::{DATA_XFER_BYTES_DEFAULT, Limits};
-use exchange::{Answer, Ask, Exchange, Failure};
+use exchange::{Answer, Ask, Exchange, Failure, Limit};
 use feature::{Migration, Session};
 
 /// How a client deals with its server.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How long a request may take. 5 s.
+    /// How long a request may take, from its first byte to the last one of its reply. 5 s. An access
+    /// or a write of data that the server takes in smaller pieces than [`Options::data_bytes_max`] has
+    /// this time for each so many bytes; connecting has it for each of its three steps.
     pub request_limit: Duration,
     /// How long a change of the migration state, or a reset, may take. 60 s.
     pub state_limit: Duration,
@@ -41,7 +44,8 @@ pub struct Options {
     pub twin_socket: bool,
     /// Whether a session's data goes over a socket of its own where the server can, so that it and
     /// the device's other requests do not wait for each other (`docs/vfio-user-extensions.md:
-    /// DATA_FD`). No: a stream alone is as fast by messages.
+    /// DATA_FD`). No: a stream alone is as fast by messages. The socket is the server's to make: one
+    /// that keeps a duplicate of it, and means harm, can make reads of it wait for ever.
     pub data_socket: bool,
     /// Whether to ask for DEVICE_FEATURE and its features when connecting. Without it the device has
     /// none. Yes.
@@ -64,8 +68,7 @@ impl Default for Options {
 
 impl Options {
     fn waits(&self) -> connection::Waits {
-        let sleep = self.request_limit.min(self.state_limit);
-        connection::Waits { message: MESSAGE_LIMIT, sleep }
+        connection::Waits::new(MESSAGE_LIMIT, self.request_limit.min(self.state_limit))
     }
 }
 
@@ -111,8 +114,8 @@ impl Drop for Shared {
 pub struct RegionIoFds {
     /// What each stands for; `fd_index` counts in `fds`.
     pub entries: Vec<IoFd>,
-    /// The fds; entries may share one.
-    pub fds: Vec<OwnedFd>,
+    /// The fds; entries may share one. Those that entries name for ioeventfds are eventfds.
+    pub fds: Vec<ForeignFd>,
 }
 
 impl Client {
@@ -121,12 +124,18 @@ impl Client {
     pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Client> {
         let path = path.as_ref();
         let name = path.display().to_string();
+        let limit = options.request_limit;
         let open = || {
-            UnixStream::connect(path).map_err(|error| Error::Os {
-                device: name.clone(),
-                what: "connecting".into(),
-                errno: dma::os_errno(&error),
-                hint: "".into(),
+            connect::open(path, limit).map_err(|errno| match errno {
+                rustix::io::Errno::AGAIN => {
+                    Error::Timeout { device: name.clone(), request: "connecting".into(), limit }
+                }
+                errno => Error::Os {
+                    device: name.clone(),
+                    what: "connecting".into(),
+                    errno: connection::errno_of(errno),
+                    hint: "".into(),
+                },
             })
         };
         connect::connect(name.clone(), options, open()?, Some(&open))
@@ -136,7 +145,7 @@ impl Client {
     /// its step on DEVICE_FEATURE for good cannot be connected to again: [`Options::features`] avoids
     /// asking.
     pub fn from_stream(stream: UnixStream, name: impl Into<String>, options: Options) -> Result<Client> {
-        connect::connect(name.into(), options, stream, None)
+        connect::connect(name.into(), options, stream.into(), None)
     }
 
     /// What the two sides agreed on.
@@ -147,19 +156,18 @@ impl Client {
     /// The eventfds that stand for writes to parts of a region; none where the server has none.
     pub fn region_io_fds(&self, index: u32) -> Result<RegionIoFds> {
         let request = "DEVICE_GET_REGION_IO_FDS";
-        let mut argsz = 16 + 40 * 32;
+        let (mut argsz, mut asks) = (16 + 40 * 32, 1);
         loop {
             let message = IoFdsMessage { argsz, flags: 0, index, count: 0 };
             let mut body = vec![0; argsz as usize];
             let command = Command::DEVICE_GET_REGION_IO_FDS;
-            let answer =
-                self.shared.call_for_fds(request, command, &[message.as_bytes()], &mut [&mut body])?;
+            let answer = self.shared.call(request, command, &[message.as_bytes()], &mut [&mut body])?;
             body.truncate(answer.body_bytes);
             let Ok((reply, entries)) = IoFdsMessage::read_from_prefix(&body) else {
                 return Err(self.shared.short(request, answer.body_bytes, IoFdsMessage::BYTES));
             };
-            if reply.argsz > argsz && reply.argsz <= INFO_BYTES_MAX {
-                argsz = reply.argsz;
+            if reply.argsz > argsz && reply.argsz <= INFO_BYTES_MAX && asks < INFO_ASKS_MAX {
+                (argsz, asks) = (reply.argsz, asks + 1);
                 continue;
             }
             let found = io_fds(&reply, entries, answer.fds.fds);
@@ -188,8 +196,9 @@ impl Client {
             });
         }
         for some in writes.chunks(MULTI_WRITES_MAX) {
-            let count = some.len() as u64;
-            self.shared.post(request, Command::REGION_WRITE_MULTI, &[count.as_bytes(), some.as_bytes()])?;
+            let (count, limit) = (some.len() as u64, self.shared.limit());
+            let body: &[&[u8]] = &[count.as_bytes(), some.as_bytes()];
+            self.shared.post(limit, request, Command::REGION_WRITE_MULTI, body)?;
         }
         Ok(())
     }
@@ -198,11 +207,14 @@ impl Client {
 /// The most bytes of information that are read of a region.
 const INFO_BYTES_MAX: u32 = 64 << 10;
 
+/// How often the same is asked for with more room. A server has named what it needs by the second time.
+const INFO_ASKS_MAX: u32 = 4;
+
 /// The most writes in one REGION_WRITE_MULTI.
 const MULTI_WRITES_MAX: usize = 160;
 
 /// Checks the entries of a region's eventfds against each other.
-fn io_fds(reply: &IoFdsMessage, entries: &[u8], fds: Vec<OwnedFd>) -> Result<RegionIoFds, &'static str> {
+fn io_fds(reply: &IoFdsMessage, entries: &[u8], fds: Vec<ForeignFd>) -> Result<RegionIoFds, &'static str> {
     let count = reply.count as usize;
     let mut found = RegionIoFds { entries: Vec::new(), fds };
     if count == 0 {
@@ -226,8 +238,9 @@ fn io_fds(reply: &IoFdsMessage, entries: &[u8], fds: Vec<OwnedFd>) -> Result<Reg
             },
             Err(_) => IoFd::read_from_prefix(entry).map_err(|_| "an entry too short")?.0,
         };
-        if entry.fd_index as usize >= found.fds.len() {
-            return Err("an entry for an fd that did not come");
+        let fd = found.fds.get(entry.fd_index as usize).ok_or("an entry for an fd that did not come")?;
+        if entry.kind == IoFd::IOEVENTFD && !fd.is_eventfd() {
+            return Err("an ioeventfd that is no eventfd");
         }
         found.entries.push(entry);
     }
@@ -243,45 +256,49 @@ impl Shared {
         body: &[&[u8]],
         into: &mut [&mut [u8]],
     ) -> Result<Answer> {
-        self.ask(request, &Ask { command, body, fds: &[] }, |ask, limit| self.exchange.call(ask, into, limit))
+        self.call_within(self.limit(), request, command, body, into)
     }
 
-    /// A request whose reply may bring fds.
-    fn call_for_fds(
+    /// The same within the time of several together.
+    fn call_within(
         &self,
+        limit: Limit,
         request: &str,
         command: Command,
         body: &[&[u8]],
         into: &mut [&mut [u8]],
     ) -> Result<Answer> {
-        self.ask(request, &Ask { command, body, fds: &[] }, |ask, limit| {
-            self.exchange.call_for_fds(ask, into, limit)
-        })
+        let ask = Ask { command, body, fds: &[] };
+        self.exchange.call(&ask, into, limit).map_err(|failure| self.error(request, failure))
     }
 
     /// A request that brings fds.
     fn call_with(
         &self,
+        limit: Limit,
         request: &str,
         command: Command,
         body: &[&[u8]],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Answer> {
-        self.ask(request, &Ask { command, body, fds }, |ask, limit| self.exchange.call(ask, &mut [], limit))
+        let ask = Ask { command, body, fds };
+        self.exchange.call(&ask, &mut [], limit).map_err(|failure| self.error(request, failure))
     }
 
     /// A request without a reply.
-    fn post(&self, request: &str, command: Command, body: &[&[u8]]) -> Result<()> {
-        self.ask(request, &Ask { command, body, fds: &[] }, |ask, limit| self.exchange.post(ask, limit))
+    fn post(&self, limit: Limit, request: &str, command: Command, body: &[&[u8]]) -> Result<()> {
+        let ask = Ask { command, body, fds: &[] };
+        self.exchange.post(&ask, limit).map_err(|failure| self.error(request, failure))
     }
 
-    fn ask<T>(
-        &self,
-        request: &str,
-        ask: &Ask<'_>,
-        send: impl FnOnce(&Ask<'_>, Duration) -> std::result::Result<T, Failure>,
-    ) -> Result<T> {
-        send(ask, self.options.request_limit).map_err(|failure| self.error(request, failure))
+    /// The time of an ordinary request, from now on.
+    fn limit(&self) -> Limit {
+        Limit::from_now(self.options.request_limit)
+    }
+
+    /// The time of the pieces in which the server takes an access or data.
+    fn pieces(&self) -> Pieces<'_> {
+        Pieces { shared: self, bytes: 0, limit: self.limit() }
     }
 
     /// A failure in the words of the client's trait.
@@ -308,6 +325,25 @@ impl Shared {
     #[cold]
     fn refused(&self, request: &str, errno: limosa_protocol::Errno) -> Error {
         Error::Refused { device: self.name.clone(), request: request.into(), errno, hint: "".into() }
+    }
+}
+
+/// The time of requests that are pieces of one call: as many bytes as this client would send or ask
+/// for at once have the time of one request together, however small the server makes the pieces.
+struct Pieces<'a> {
+    shared: &'a Shared,
+    bytes: usize,
+    limit: Limit,
+}
+
+impl Pieces<'_> {
+    /// The time of the next piece.
+    fn next(&mut self, bytes: usize) -> Limit {
+        self.bytes += bytes;
+        if self.bytes > self.shared.options.data_bytes_max as usize {
+            (self.bytes, self.limit) = (bytes, self.shared.limit());
+        }
+        self.limit
     }
 }
 

@@ -88,13 +88,15 @@ impl DataStream for Stream {
         let request = "MIG_DATA_WRITE";
         let bytes_max =
             self.transfer_bytes_max().min(self.shared.options.data_write_bytes_max.max(1) as usize);
+        let mut pieces = self.shared.pieces();
         for chunk in data.chunks(bytes_max) {
             if self.state(request)? != State::Resuming {
                 return Err(self.shared.refused(request, Errno::EBADF));
             }
             let ask = MigData { argsz: (MigData::BYTES + chunk.len()) as u32, size: chunk.len() as u32 };
+            let (limit, body): (_, &[&[u8]]) = (pieces.next(chunk.len()), &[ask.as_bytes(), chunk]);
             self.shared
-                .call(request, Command::MIG_DATA_WRITE, &[ask.as_bytes(), chunk], &mut [])
+                .call_within(limit, request, Command::MIG_DATA_WRITE, body, &mut [])
                 .map_err(|error| self.or_ended(request, error))?;
         }
         Ok(())

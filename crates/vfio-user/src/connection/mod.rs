@@ -15,6 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 use rustix::net::sockopt;
 
@@ -68,21 +69,32 @@ pub(crate) fn errno_of(errno: rustix::io::Errno) -> Errno {
 /// How long the halves of a connection wait.
 #[derive(Clone, Copy, Debug)]
 pub struct Waits {
-    /// How long a message may take to arrive from its first byte on, and how long a peer may take
-    /// nothing of one that is sent to it.
+    /// How long a message may take to arrive from its first byte to its last, and to be taken by the
+    /// peer.
     pub message: Duration,
     /// A wait that has a deadline ends between its deadline and so long after it.
     pub sleep: Duration,
 }
 
-/// Splits a connected socket.
-pub fn split(stream: UnixStream, waits: Waits) -> Result<(Receiver, Sender), ConnectionError> {
+impl Waits {
+    /// The waits of a connection whose messages, and whose shortest deadlines, have these limits. They
+    /// are exceeded by at most an eighth.
+    pub fn new(message: Duration, shortest: Duration) -> Waits {
+        Waits { message, sleep: message.min(shortest) / 8 }
+    }
+}
+
+/// Splits a connected socket. What the peer has sent and nobody received is closed with it.
+pub fn split(
+    stream: impl Into<Foreign<UnixStream>>,
+    waits: Waits,
+) -> Result<(Receiver, Sender), ConnectionError> {
+    let stream = stream.into();
     // A blocking socket: no call but the transfer itself is needed for a message.
     stream.set_nonblocking(false).map_err(|_| ConnectionError::Os(Errno::EIO))?;
     // A zero limit would mean none at all.
     let least = Duration::from_millis(1);
     let waits = Waits { message: waits.message.max(least), sleep: waits.sleep.max(least) };
-    sockopt::set_socket_timeout(&stream, sockopt::Timeout::Send, Some(waits.message))?;
     set_send_buffer(&stream)?;
     let socket = Arc::new(stream);
     Ok((Receiver::new(Arc::clone(&socket), waits), Sender::new(socket, waits)))

@@ -1,15 +1,13 @@
 //! The receiving half: where messages begin and end in the stream of bytes, and which of them the
 //! fds belong to.
 
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use limosa_foreign_fd::{Foreign, ForeignFd, keeps_up};
 use rustix::event::{PollFd, PollFlags};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, sockopt};
+use rustix::net::{RecvFlags, sockopt};
 use zerocopy::FromBytes;
 
 use super::{ConnectionError, Waits, wait_ready};
@@ -23,7 +21,11 @@ use crate::version::MSG_FDS_MAX;
 /// next call of [`Receiver::next`] throws away, so that a message that is refused costs nothing.
 ///
 /// A message that has begun must be complete within [`Waits::message`], whatever deadline a call
-/// has: else it is [`ConnectionError::Stalled`].
+/// has: else it is [`ConnectionError::Stalled`]. A call's own deadline holds within a message too,
+/// also for one that comes byte by byte; what was there already is still taken.
+///
+/// Fds are taken whether they are due or not, since the system closes those that it does not hand
+/// out in the thread that receives. Nobody waits for their closing ([`ForeignFd`]).
 pub struct Receiver {
     wire: Wire,
     buffer: Box<[u8; Receiver::BUFFER_BYTES]>,
@@ -40,14 +42,17 @@ pub struct Receiver {
 
 /// The socket, and what else came out of it.
 struct Wire {
-    socket: Arc<UnixStream>,
+    socket: Arc<Foreign<UnixStream>>,
     waits: Waits,
     /// Whether the socket's own time limit is set. Without it a wait costs less.
     timed: bool,
     /// When waiting for the rest of a message began.
     waiting_since: Option<Instant>,
     fds: Vec<Arrived>,
-    refuses_fds: bool,
+    /// Where fds are received.
+    came: Vec<ForeignFd>,
+    /// Fds of peers cannot be closed as fast as they come.
+    is_behind: bool,
 }
 
 /// An fd that no message has claimed yet.
@@ -56,15 +61,15 @@ struct Arrived {
     /// past the end of what was sent with fds, so this byte belongs to their message.
     position: u64,
     /// `None` stands for fds that were too many, or for which this process had no room.
-    fd: Option<OwnedFd>,
+    fd: Option<ForeignFd>,
 }
 
 /// The fds of one message.
 #[derive(Debug, Default)]
 pub struct Fds {
     /// In the order in which they were sent.
-    pub fds: Vec<OwnedFd>,
-    /// There were more; the system closed them.
+    pub fds: Vec<ForeignFd>,
+    /// There were more, which are not kept.
     pub truncated: bool,
 }
 
@@ -72,7 +77,7 @@ impl Receiver {
     /// Bytes of the receive buffer.
     pub const BUFFER_BYTES: usize = 8192;
 
-    pub(super) fn new(socket: Arc<UnixStream>, waits: Waits) -> Receiver {
+    pub(super) fn new(socket: Arc<Foreign<UnixStream>>, waits: Waits) -> Receiver {
         Receiver {
             wire: Wire {
                 socket,
@@ -80,7 +85,8 @@ impl Receiver {
                 timed: false,
                 waiting_since: None,
                 fds: Vec::new(),
-                refuses_fds: false,
+                came: Vec::new(),
+                is_behind: false,
             },
             buffer: Box::new([0; Receiver::BUFFER_BYTES]),
             start: 0,
@@ -96,12 +102,6 @@ impl Receiver {
         &self.wire.socket
     }
 
-    /// Whether fds that come from now on are refused: the system closes them, and receiving costs it
-    /// less.
-    pub fn refuse_fds(&mut self, refuse: bool) {
-        self.wire.refuses_fds = refuse;
-    }
-
     /// Goes to the next message, past what is left of the current one, and returns its header.
     /// Without a deadline it waits for ever.
     ///
@@ -109,13 +109,7 @@ impl Receiver {
     /// message without a body.
     pub fn next(&mut self, deadline: Option<Instant>) -> Result<Header, ConnectionError> {
         self.skip(deadline)?;
-        while self.end - self.start < Header::BYTES {
-            let idle = self.end == self.start;
-            self.fill(deadline).map_err(|error| match error {
-                ConnectionError::Cut if idle => ConnectionError::Closed,
-                other => other,
-            })?;
-        }
+        self.fill_to(Header::BYTES, deadline)?;
         let (header, _) = Header::read_from_prefix(&self.buffer[self.start..self.end])
             .expect("that many bytes were received");
         self.take(Header::BYTES);
@@ -124,20 +118,22 @@ impl Receiver {
         Ok(header)
     }
 
-    /// The same; `None` once it is so late, which is kept to exactly, also with a peer that never
-    /// stops sending.
+    /// The same; `None` once it is so late, also with a peer that never stops sending.
     pub fn next_until(&mut self, until: Instant) -> Result<Option<Header>, ConnectionError> {
-        self.skip(None)?;
-        if Instant::now() >= until {
-            return Ok(None);
-        }
-        if !self.has_more() {
-            match wait_ready(&mut [PollFd::new(&*self.wire.socket, PollFlags::IN)], until) {
-                Err(ConnectionError::TimedOut) => return Ok(None),
-                ready => ready?,
+        let next = (|| {
+            self.skip(Some(until))?;
+            if Instant::now() >= until {
+                return Err(ConnectionError::TimedOut);
             }
+            if !self.has_more() {
+                wait_ready(&mut [PollFd::new(&**self.wire.socket, PollFlags::IN)], until)?;
+            }
+            self.next(Some(until))
+        })();
+        match next {
+            Err(ConnectionError::TimedOut) => Ok(None),
+            next => next.map(Some),
         }
-        self.next(None).map(Some)
     }
 
     /// Throws away what is left of the current message.
@@ -152,6 +148,7 @@ impl Receiver {
                 let into = &mut self.buffer[..bytes];
                 let got = self.wire.receive(into, self.position, true, RecvFlags::empty(), deadline)?;
                 self.position += got as u64;
+                in_time(self.body_left() == 0, deadline)?;
             } else {
                 self.take(self.body_left().min(self.end - self.start));
             }
@@ -179,10 +176,7 @@ impl Receiver {
     /// [`Receiver::BUFFER_BYTES`].
     pub fn head(&mut self, want: usize, deadline: Option<Instant>) -> Result<&[u8], ConnectionError> {
         let left = self.body_left();
-        let want = want.min(left).min(Receiver::BUFFER_BYTES);
-        while self.end - self.start < want {
-            self.fill(deadline)?;
-        }
+        self.fill_to(want.min(left).min(Receiver::BUFFER_BYTES), deadline)?;
         let have = (self.end - self.start).min(left);
         Ok(&self.buffer[self.start..self.start + have])
     }
@@ -207,6 +201,7 @@ impl Receiver {
             let got = self.wire.receive(into, self.position, true, RecvFlags::WAITALL, deadline)?;
             done += got;
             self.position += got as u64;
+            in_time(done == bytes, deadline)?;
         }
         Ok(bytes)
     }
@@ -245,6 +240,19 @@ impl Receiver {
         }
     }
 
+    /// Receives until there are at least so many bytes in the buffer.
+    fn fill_to(&mut self, want: usize, deadline: Option<Instant>) -> Result<(), ConnectionError> {
+        while self.end - self.start < want {
+            let idle = !self.within && self.end == self.start;
+            self.fill(deadline).map_err(|error| match error {
+                ConnectionError::Cut if idle => ConnectionError::Closed,
+                other => other,
+            })?;
+            in_time(self.end - self.start >= want, deadline)?;
+        }
+        Ok(())
+    }
+
     /// Receives more into the buffer.
     fn fill(&mut self, deadline: Option<Instant>) -> Result<(), ConnectionError> {
         if self.end == Receiver::BUFFER_BYTES {
@@ -274,15 +282,20 @@ impl Wire {
         let mut hurry = RecvFlags::empty();
         if begun {
             self.check_limit()?;
-            if !self.timed {
-                // Mostly the rest is there already, and no time limit is needed to wait for it.
-                hurry = RecvFlags::DONTWAIT;
-            }
-        } else {
-            self.set_timed(deadline.is_some())?;
+        }
+        if !begun && deadline.is_none() {
+            self.set_timed(false)?;
+        } else if !self.timed {
+            // Mostly it is there already, and no time limit is needed to wait for it.
+            hurry = RecvFlags::DONTWAIT;
         }
         loop {
             match self.receive_now(into, position, flags | hurry) {
+                Ok(_) if self.is_behind => {
+                    return Err(ConnectionError::Broken(
+                        "fds that cannot be closed, as closing others blocks",
+                    ));
+                }
                 Ok(0) | Err(rustix::io::Errno::CONNRESET) => return Err(ConnectionError::Cut),
                 Ok(bytes) => return Ok(bytes),
                 Err(rustix::io::Errno::INTR) => {}
@@ -304,32 +317,34 @@ impl Wire {
     }
 
     /// One call.
-    fn receive_now(&mut self, into: &mut [u8], position: u64, flags: RecvFlags) -> rustix::io::Result<usize> {
-        if self.refuses_fds {
-            return rustix::net::recv(&*self.socket, into, flags).map(|(bytes, _)| bytes);
+    fn receive_now(
+        &mut self,
+        into: &mut [u8],
+        position: u64,
+        flags: RecvFlags,
+    ) -> Result<usize, rustix::io::Errno> {
+        let got = limosa_foreign_fd::receive(&*self.socket, into, flags, &mut self.came)?;
+        if !self.came.is_empty() || got.lost_fds {
+            self.sort_in(position + (got.bytes as u64).saturating_sub(1), got.lost_fds);
         }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MSG_FDS_MAX))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let flags = flags | RecvFlags::CMSG_CLOEXEC;
-        let got = rustix::net::recvmsg(&*self.socket, &mut [IoSliceMut::new(into)], &mut control, flags)?;
-        let position = position + (got.bytes as u64).saturating_sub(1);
-        let mut came = false;
-        for message in control.drain() {
-            let RecvAncillaryMessage::ScmRights(rights) = message else { continue };
-            self.fds.extend(rights.map(|fd| Arrived { position, fd: Some(fd) }));
-            came = true;
-        }
-        // Too many, or this process has no room for more.
-        if got.flags.contains(ReturnFlags::CTRUNC) {
+        Ok(got.bytes)
+    }
+
+    /// Notes the fds that came with a byte, or that they were too many.
+    #[cold]
+    fn sort_in(&mut self, position: u64, lost: bool) {
+        let too_many = lost || self.came.len() > MSG_FDS_MAX;
+        let fds = self.came.drain(..).take(MSG_FDS_MAX);
+        self.fds.extend(fds.map(|fd| Arrived { position, fd: Some(fd) }));
+        if too_many {
             self.fds.push(Arrived { position, fd: None });
-            came = true;
         }
         // Pieces of one message may each bring fds; together they are as limited as one.
-        if came && self.fds.len() > 4 * MSG_FDS_MAX {
+        if self.fds.len() > 4 * MSG_FDS_MAX {
             self.fds.truncate(4 * MSG_FDS_MAX);
             self.fds.push(Arrived { position, fd: None });
         }
-        Ok(got.bytes)
+        self.is_behind = !keeps_up(CLOSING_MAX);
     }
 
     /// Before waiting for the rest of a message.
@@ -349,5 +364,16 @@ impl Wire {
             self.timed = timed;
         }
         Ok(())
+    }
+}
+
+/// How long the closing of other fds may hold up a peer that sends more of them.
+const CLOSING_MAX: Duration = Duration::from_secs(1);
+
+/// [`ConnectionError::TimedOut`] when there is more to receive and the deadline has passed.
+fn in_time(done: bool, deadline: Option<Instant>) -> Result<(), ConnectionError> {
+    match deadline {
+        Some(deadline) if !done && Instant::now() >= deadline => Err(ConnectionError::TimedOut),
+        _ => Ok(()),
     }
 }

@@ -1,9 +1,9 @@
 //! The sending half. Any thread may send; a message is never torn by another.
 //!
-//! A server's send sleeps in the system ([`Sender::send`]). A client's does not
-//! ([`Sender::send_with`]): when the socket is full, the caller's own wait decides what to do
-//! meanwhile, so that two sides that both send cannot wait for each other. Replies to what the
-//! peer asks in between need not wait at all: [`Sender::reply`] keeps what does not go out.
+//! When the socket is full, a server waits until there is room ([`Sender::send`]). A client
+//! ([`Sender::send_with`]) decides by a wait of its own what to do meanwhile, so that two sides
+//! that both send cannot wait for each other. Replies to what the peer asks in between need not
+//! wait at all: [`Sender::reply`] keeps what does not go out.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use limosa_foreign_fd::Foreign;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
@@ -23,8 +24,8 @@ use crate::version::MSG_FDS_MAX;
 
 /// The sending half of a connection.
 pub struct Sender {
-    socket: Arc<UnixStream>,
-    /// The socket's own time limit.
+    socket: Arc<Foreign<UnixStream>>,
+    /// How long the peer may take for a message.
     limit: Duration,
     /// Held while the bytes of a message go out.
     turn: Mutex<Turn>,
@@ -55,7 +56,7 @@ impl Sender {
     /// The most of them.
     pub const KEPT_MAX: usize = 4096;
 
-    pub(super) fn new(socket: Arc<UnixStream>, waits: Waits) -> Sender {
+    pub(super) fn new(socket: Arc<Foreign<UnixStream>>, waits: Waits) -> Sender {
         Sender {
             socket,
             limit: waits.message,
@@ -77,15 +78,32 @@ impl Sender {
     }
 
     /// Sends one message, given in parts, with its fds. When the socket is full, sleeps until there
-    /// is room again: [`ConnectionError::Stalled`] when none comes within
-    /// [`Waits::message`](super::Waits::message).
+    /// is room again: [`ConnectionError::Stalled`] when the peer has not made room for all of it
+    /// within [`Waits::message`](super::Waits::message).
     pub fn send(&self, parts: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
         self.hold().send(parts, fds)
     }
 
+    /// The same until a deadline, if that is earlier; [`ConnectionError::TimedOut`] when nothing of it
+    /// went out until then, so that the connection can go on.
+    pub fn send_by(
+        &self,
+        parts: &mut [IoSlice<'_>],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<(), ConnectionError> {
+        let mut sending = self.hold();
+        sending.deadline = Some(deadline.min(Instant::now() + self.limit));
+        sending.send(parts, fds).map_err(|error| match error {
+            ConnectionError::Stalled if !sending.turn.broken => ConnectionError::TimedOut,
+            other => other,
+        })
+    }
+
     /// Takes the turn to send, for a message that is made piece by piece.
     pub fn hold(&self) -> Sending<'_> {
-        Sending { sender: self, turn: self.turn.lock().unwrap_or_else(PoisonError::into_inner) }
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        Sending { sender: self, turn, deadline: None }
     }
 
     /// Sends one message; when the socket is full, calls `wait`, which returns when it is worth to
@@ -96,7 +114,7 @@ impl Sender {
         fds: &[BorrowedFd<'_>],
         mut wait: impl FnMut() -> Result<(), ConnectionError>,
     ) -> Result<(), ConnectionError> {
-        self.hold().send_all(parts, fds, Some(&mut wait))?;
+        self.hold().send_all(parts, fds, &mut wait)?;
         // A reply may have been kept meanwhile by who found the turn taken.
         if self.keeps() {
             self.flush()?;
@@ -115,7 +133,7 @@ impl Sender {
             if self.flush_in(&mut turn)? {
                 let mut begun = false;
                 while !parts.is_empty() {
-                    match send_some(&self.socket, parts, &[], SendFlags::DONTWAIT)? {
+                    match send_some(&self.socket, parts, &[])? {
                         Some(bytes) => IoSlice::advance_slices(&mut parts, bytes),
                         None => break,
                     }
@@ -164,6 +182,10 @@ impl Sender {
 
     /// Sleeps until the socket takes more.
     pub fn wait_writable(&self, deadline: Instant) -> Result<(), ConnectionError> {
+        // Also with a peer that takes a little each time.
+        if Instant::now() >= deadline {
+            return Err(ConnectionError::TimedOut);
+        }
         let mut fds = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::OUT)];
         wait_ready(&mut fds, deadline)
     }
@@ -182,12 +204,7 @@ impl Sender {
         }
         loop {
             while turn.rest_at < turn.rest.len() {
-                match send_some(
-                    &self.socket,
-                    &[IoSlice::new(&turn.rest[turn.rest_at..])],
-                    &[],
-                    SendFlags::DONTWAIT,
-                )? {
+                match send_some(&self.socket, &[IoSlice::new(&turn.rest[turn.rest_at..])], &[])? {
                     Some(bytes) => turn.rest_at += bytes,
                     None => return Ok(false),
                 }
@@ -213,20 +230,32 @@ impl Sender {
 pub struct Sending<'a> {
     sender: &'a Sender,
     turn: MutexGuard<'a, Turn>,
+    /// When the peer must have taken all that is sent in this turn; from the first wait on.
+    deadline: Option<Instant>,
 }
 
 impl Sending<'_> {
-    /// Sends a message, or the next piece of one, with fds: like [`Sender::send`].
+    /// Sends a message, or the next piece of one, with fds: like [`Sender::send`], whose limit holds
+    /// for all pieces together.
     pub fn send(&mut self, parts: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
-        self.send_all(parts, fds, None)
+        let (sender, mut deadline) = (self.sender, self.deadline);
+        let mut wait = || {
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + sender.limit);
+            sender.wait_writable(deadline).map_err(|error| match error {
+                ConnectionError::TimedOut => ConnectionError::Stalled,
+                other => other,
+            })
+        };
+        let sent = self.send_all(parts, fds, &mut wait);
+        self.deadline = deadline;
+        sent
     }
 
-    /// Without a wait of the caller's own, the system waits.
     fn send_all(
         &mut self,
         parts: &mut [IoSlice<'_>],
         fds: &[BorrowedFd<'_>],
-        mut wait: Option<Wait<'_>>,
+        wait: Wait<'_>,
     ) -> Result<(), ConnectionError> {
         if fds.len() > MSG_FDS_MAX {
             return Err(ConnectionError::Fds(fds.len()));
@@ -235,10 +264,7 @@ impl Sending<'_> {
             return Err(ConnectionError::Closed);
         }
         while !self.sender.flush_in(&mut self.turn)? {
-            match &mut wait {
-                Some(wait) => wait()?,
-                None => self.sender.wait_writable(Instant::now() + self.sender.limit)?,
-            }
+            wait()?;
         }
         // A short message in one piece costs the system less than the same in parts.
         let mut short = [0; SHORT_BYTES];
@@ -253,23 +279,18 @@ impl Sending<'_> {
         &mut self,
         mut parts: &mut [IoSlice<'_>],
         mut fds: &[BorrowedFd<'_>],
-        mut wait: Option<Wait<'_>>,
+        wait: Wait<'_>,
     ) -> Result<(), ConnectionError> {
-        let flags = if wait.is_some() { SendFlags::DONTWAIT } else { SendFlags::empty() };
         let mut begun = false;
         IoSlice::advance_slices(&mut parts, 0);
         while !parts.is_empty() {
-            if let Some(bytes) = send_some(&self.sender.socket, parts, fds, flags)? {
+            if let Some(bytes) = send_some(&self.sender.socket, parts, fds)? {
                 IoSlice::advance_slices(&mut parts, bytes);
                 fds = &[];
                 begun = true;
                 continue;
             }
-            let waited = match &mut wait {
-                Some(wait) => wait(),
-                None => Err(ConnectionError::Stalled),
-            };
-            if let Err(error) = waited {
+            if let Err(error) = wait() {
                 if begun {
                     self.turn.broken = true;
                     self.sender.shutdown();
@@ -315,14 +336,13 @@ pub(crate) fn wait_ready(fds: &mut [PollFd<'_>], deadline: Instant) -> Result<()
     }
 }
 
-/// Sends what the socket takes; `None` when that is nothing, now or within its own time limit.
+/// Sends what the socket takes now; `None` when that is nothing.
 fn send_some(
     socket: &UnixStream,
     parts: &[IoSlice<'_>],
     fds: &[BorrowedFd<'_>],
-    flags: SendFlags,
 ) -> Result<Option<usize>, ConnectionError> {
-    let flags = SendFlags::NOSIGNAL | flags;
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     if let ([whole], []) = (parts, fds) {
         loop {
             match rustix::net::send(socket, whole, flags) {

@@ -68,7 +68,7 @@ fn names(fds: Fds) -> Vec<u8> {
         .into_iter()
         .map(|fd| {
             assert!(rustix::io::fcntl_getfd(&fd).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
-            let mut file = File::from(fd);
+            let mut file = File::from(fd.into_inner());
             file.rewind().unwrap();
             let mut name = [0];
             file.read_exact(&mut name).unwrap();
@@ -255,6 +255,50 @@ fn a_peer_that_drips_is_given_up_even_though_no_wait_is_long() {
     assert_eq!(end, ConnectionError::Stalled);
     drop((receiver, _sender));
     dripping.join().unwrap();
+}
+
+#[test]
+fn a_deadline_holds_within_a_message_that_drips() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let waits = Waits { message: Duration::from_secs(3600), sleep: Duration::from_secs(20) };
+    let (mut receiver, _sender) = split(ours, waits).unwrap();
+    let header = Header::command(1, Command::DMA_MAP, 1 << 30).unwrap();
+    let dripping = std::thread::spawn(move || {
+        let mut drops = header.as_bytes().chunks(1).chain(std::iter::repeat(&[0][..]));
+        drops.find_map(|drop| peer.write_all(drop).err())
+    });
+    receiver.next(Some(soon())).unwrap();
+    let deadline = || Some(Instant::now() + Duration::from_millis(20));
+    assert_eq!(receiver.read(&mut vec![0; 1 << 30], deadline()), Err(ConnectionError::TimedOut));
+    assert_eq!(receiver.next(deadline()), Err(ConnectionError::TimedOut), "while the rest is skipped");
+    assert_eq!(receiver.next_until(Instant::now() + Duration::from_millis(20)), Ok(None));
+    drop((receiver, _sender));
+    dripping.join().unwrap();
+}
+
+#[test]
+fn a_peer_that_takes_a_message_in_drips_is_given_up() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let waits = Waits { message: Duration::from_millis(20), sleep: Duration::from_secs(20) };
+    let (receiver, sender) = split(ours, waits).unwrap();
+    let taking = std::thread::spawn(move || while matches!(peer.read(&mut [0]), Ok(1)) {});
+    let long = message(1, &vec![0; 64 << 20]);
+    assert_eq!(sender.send(&mut [IoSlice::new(&long)], &[]), Err(ConnectionError::Stalled));
+    let next = sender.send(&mut [IoSlice::new(&message(2, b""))], &[]);
+    assert_eq!(next, Err(ConnectionError::Closed), "nothing may follow half a message");
+    drop((receiver, sender));
+    taking.join().unwrap();
+    // Nor is one that never has room for long, but for the pieces of a message.
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let (receiver, sender) = split(ours, waits).unwrap();
+    let taking = std::thread::spawn(move || while matches!(peer.read(&mut [0; 16]), Ok(1..)) {});
+    let mut sending = sender.hold();
+    let end = (0..1 << 20).find_map(|_| sending.send(&mut [IoSlice::new(&long[..65536])], &[]).err());
+    assert_eq!(end, Some(ConnectionError::Stalled));
+    drop(sending);
+    sender.shutdown();
+    drop((receiver, sender));
+    taking.join().unwrap();
 }
 
 #[test]

@@ -4,10 +4,10 @@
 
 use std::io::IoSlice;
 use std::mem::take;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use limosa_device::{Backing, Irqs, Machine, Mapping};
+use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::Errno;
 use limosa_protocol::info::{DmaMapFlags, DmaUnmapFlags, IrqSetFlags};
 use zerocopy::IntoBytes;
@@ -94,6 +94,7 @@ impl Connection<'_> {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
         let backing = match job.fds.pop() {
+            Some(fd) if self.options.any_file => Backing::AnyFile { fd, offset: map.offset },
             Some(fd) => Backing::File { fd, offset: map.offset },
             None => Backing::Remote(Arc::new(ClientMemory {
                 link: Arc::clone(&self.link),
@@ -103,7 +104,15 @@ impl Connection<'_> {
         let mapping = Mapping { iova: map.address, size: map.size, flags, backing };
         match self.machine.bus().memory.map(mapping) {
             Ok(()) => self.reply(job, &[]),
-            Err(errno) => Ok(Outcome::Refused(errno)),
+            Err(errno) => {
+                if errno == Errno::ENOTSUP && !self.options.any_file {
+                    tracing::warn!(
+                        "DMA_MAP refused: expected a memfd, or a file on tmpfs or hugetlbfs; `limosa serve \
+                         --any-file` (Options::any_file) maps other files"
+                    );
+                }
+                Ok(Outcome::Refused(errno))
+            }
         }
     }
 
@@ -213,7 +222,7 @@ fn act(irqs: &Irqs, set: &SetIrqs<'_>, start: u32, count: u32) -> Result<(), Err
 
 /// Wires the vectors to as many eventfds, or takes theirs away when there is none. Eventfds for
 /// masking and unmasking are refused with ENOTTY, as the kernel does where it has none.
-fn wire(machine: &Machine, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<(), Errno> {
+fn wire(machine: &Machine, set: &SetIrqs<'_>, fds: Vec<ForeignFd>) -> Result<(), Errno> {
     if set.action != IrqSetFlags::ACTION_TRIGGER {
         return Err(Errno::ENOTTY);
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use limosa_device::{Machine, SessionId};
+use limosa_foreign_fd::{Foreign, ForeignFd};
 use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
@@ -65,7 +66,7 @@ impl From<Result<(), Errno>> for Outcome {
 /// A command as its handler sees it.
 pub(super) struct Job {
     pub(super) header: Header,
-    pub(super) fds: Vec<std::os::fd::OwnedFd>,
+    pub(super) fds: Vec<ForeignFd>,
     /// For data that is still on the socket.
     pub(super) receiver: Option<Box<Receiver>>,
 }
@@ -79,7 +80,7 @@ impl Job {
 
 impl<'a> Connection<'a> {
     pub(super) fn new(
-        stream: UnixStream,
+        stream: Foreign<UnixStream>,
         machine: &'a Arc<Machine>,
         options: &'a Options,
     ) -> Result<Connection<'a>, ConnectionError> {
@@ -141,7 +142,9 @@ impl<'a> Connection<'a> {
             command = %header.command, id = header.id, size = header.size, posted = !job.wants_reply(),
             fds = job.fds.len(), "request"
         );
-        let outcome = if fits != Fits::Yes {
+        let outcome = if fits == Fits::Late {
+            Ok(Outcome::Refused(Errno::ETIMEDOUT))
+        } else if fits != Fits::Yes {
             Ok(Outcome::Refused(Errno::EMSGSIZE))
         } else if fds.truncated || header.kind().is_err() || header.body_bytes().is_err() {
             Ok(Outcome::Refused(Errno::EINVAL))
@@ -268,7 +271,7 @@ impl<'a> Connection<'a> {
     fn make_twin(&self) -> Option<UnixStream> {
         let made =
             UnixStream::pair().map_err(|error| error.to_string()).and_then(|(ours, theirs)| match Twin::new(
-                ours,
+                Foreign::new(ours),
                 self.options.message_limit,
             ) {
                 Ok(twin) => Ok((twin, theirs)),

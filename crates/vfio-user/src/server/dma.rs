@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use limosa_device::RemoteMemory;
+use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -98,11 +99,8 @@ impl Link {
             }
             shared.open_exchange(transfer.command, transfer.access)
         };
-        let sent = transfer.send(id, |pieces| self.send(pieces, &[]));
-        let outcome = match sent {
-            Ok(()) => self.outcome(Mine { id, data: transfer.into }, until),
-            Err(_) => Err(Errno::ECONNRESET),
-        };
+        let sent = transfer.send(id, |pieces| self.send_by(pieces, until));
+        let outcome = sent.and_then(|()| self.outcome(Mine { id, data: transfer.into }, until));
         let mut shared = self.lock();
         shared.exchanges.retain(|exchange| exchange.id != id);
         shared.gave_up |= within_request && outcome == Err(Errno::ETIMEDOUT);
@@ -138,7 +136,7 @@ impl Link {
             match pumped {
                 Ok(Pumped::Mine(outcome)) => return outcome,
                 Ok(Pumped::Other) => {}
-                Ok(Pumped::Nothing) => return Err(Errno::ETIMEDOUT),
+                Ok(Pumped::Nothing) | Err(ConnectionError::TimedOut) => return Err(Errno::ETIMEDOUT),
                 Ok(Pumped::Full) => return Err(Errno::ENOMEM),
                 Err(end) => {
                     tracing::debug!(%end, "connection over while waiting for DMA");
@@ -157,6 +155,7 @@ impl Link {
         receiver: &mut Receiver,
         header: Header,
         mine: Option<&mut Mine<'_>>,
+        deadline: Option<Instant>,
     ) -> Result<Option<Result<(), Errno>>, ConnectionError> {
         let access = self
             .lock()
@@ -171,11 +170,11 @@ impl Link {
         if let Some(mine) = mine
             && mine.id == header.id
         {
-            return receive_reply(receiver, header, access, mine.data.as_deref_mut()).map(Some);
+            return receive_reply(receiver, header, access, mine.data.as_deref_mut(), deadline).map(Some);
         }
         // Bounded by what one message may carry.
         let mut data = vec![0; if header.command == Command::DMA_READ { access.count as usize } else { 0 }];
-        let outcome = receive_reply(receiver, header, access, Some(&mut data))?;
+        let outcome = receive_reply(receiver, header, access, Some(&mut data), deadline)?;
         let mut shared = self.lock();
         // It may have given up by now.
         if let Some(exchange) = shared.exchanges.iter_mut().find(|e| e.id == header.id) {
@@ -213,8 +212,8 @@ struct TwinInner {
 }
 
 impl Twin {
-    pub(super) fn new(socket: UnixStream, message_limit: Duration) -> Result<Twin, ConnectionError> {
-        let waits = Waits { message: message_limit, sleep: message_limit };
+    pub(super) fn new(socket: Foreign<UnixStream>, message_limit: Duration) -> Result<Twin, ConnectionError> {
+        let waits = Waits::new(message_limit, message_limit);
         let (receiver, sender) = connection::split(socket, waits)?;
         Ok(Twin { sender, inner: Mutex::new(TwinInner { receiver, next_id: 0 }) })
     }
@@ -243,14 +242,21 @@ impl TwinInner {
     ) -> Result<Result<(), Errno>, ConnectionError> {
         self.next_id = self.next_id.wrapping_add(1);
         let id = self.next_id;
-        transfer.send(id, |pieces| sender.send(pieces, &[]))?;
+        match transfer.send(id, |pieces| sender.send_by(pieces, &[], until)) {
+            Err(ConnectionError::TimedOut) => return Ok(Err(Errno::ETIMEDOUT)),
+            sent => sent?,
+        }
         loop {
             let Some(header) = self.receiver.next_until(until)? else {
                 return Ok(Err(Errno::ETIMEDOUT));
             };
             let mine = header.id == id && header.command == transfer.command;
             if mine && matches!(header.kind(), Ok(Kind::Reply | Kind::Refusal(_))) {
-                return receive_reply(&mut self.receiver, header, transfer.access, transfer.into);
+                let (access, into) = (transfer.access, transfer.into);
+                return match receive_reply(&mut self.receiver, header, access, into, Some(until)) {
+                    Err(ConnectionError::TimedOut) => Ok(Err(Errno::ETIMEDOUT)),
+                    received => received,
+                };
             }
             // The late answer to an exchange that was given up, or nonsense.
             tracing::warn!(id = header.id, command = %header.command, "not the reply that is waited for");
@@ -259,13 +265,9 @@ impl TwinInner {
 }
 
 impl Transfer<'_> {
-    fn send(
-        &self,
-        id: u16,
-        send: impl FnOnce(&mut [IoSlice<'_>]) -> Result<(), ConnectionError>,
-    ) -> Result<(), ConnectionError> {
+    fn send<T>(&self, id: u16, send: impl FnOnce(&mut [IoSlice<'_>]) -> T) -> T {
         let header = Header::command(id, self.command, size_of::<DmaAccess>() + self.data.len())
-            .ok_or(ConnectionError::Os(Errno::EMSGSIZE))?;
+            .expect("a message carries at most DATA_XFER_BYTES_MAX");
         send(&mut [
             IoSlice::new(header.as_bytes()),
             IoSlice::new(self.access.as_bytes()),
@@ -275,12 +277,13 @@ impl Transfer<'_> {
 }
 
 /// Receives a reply and says how the exchange went. What is wrong with a reply fails its exchange
-/// only: the stream stays in step.
+/// only: the stream stays in step, also when the deadline comes first.
 fn receive_reply(
     receiver: &mut Receiver,
     header: Header,
     access: DmaAccess,
     into: Option<&mut [u8]>,
+    deadline: Option<Instant>,
 ) -> Result<Result<(), Errno>, ConnectionError> {
     let mut fixed = [0; size_of::<DmaAccess>()];
     let outcome = match (header.kind(), header.command) {
@@ -288,8 +291,8 @@ fn receive_reply(
         (Ok(Kind::Reply), Command::DMA_READ) => {
             let into = into.unwrap_or_default();
             if receiver.body_left() == fixed.len() + into.len() {
-                receiver.read(&mut fixed, None)?;
-                receiver.read(into, None)?;
+                receiver.read(&mut fixed, deadline)?;
+                receiver.read(into, deadline)?;
                 match DmaAccess::read_from_bytes(&fixed) {
                     Ok(answer) if answer == access => Ok(()),
                     _ => Err(Errno::EPROTO),
@@ -300,7 +303,7 @@ fn receive_reply(
         }
         (Ok(Kind::Reply), _) => {
             // 12 bytes by the specification, 16 from libvfio-user's clients.
-            let bytes = receiver.read(&mut fixed, None)?;
+            let bytes = receiver.read(&mut fixed, deadline)?;
             match DmaWriteReply::decode(&fixed[..bytes]) {
                 Ok(answer) if receiver.body_left() == 0 && answer == access => Ok(()),
                 _ => Err(Errno::EPROTO),
@@ -308,6 +311,6 @@ fn receive_reply(
         }
         _ => Err(Errno::EPROTO),
     };
-    receiver.skip(None)?;
+    receiver.skip(deadline)?;
     Ok(outcome)
 }

@@ -14,6 +14,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
+use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 use rustix::net::{Shutdown, shutdown};
 
@@ -93,18 +94,20 @@ pub(super) enum Fits {
     Yes,
     /// Too long; it was drained.
     Drained,
+    /// Not complete when the device's own wait ended.
+    Late,
     /// Too long to be drained: the connection ends with the refusal.
     Ends,
 }
 
 impl Link {
     pub(super) fn new(
-        socket: UnixStream,
+        socket: Foreign<UnixStream>,
         data_bytes_max: usize,
         message_limit: Duration,
         dma_limit: Duration,
     ) -> Result<Link, ConnectionError> {
-        let waits = Waits { message: message_limit, sleep: message_limit };
+        let waits = Waits::new(message_limit, message_limit);
         let (receiver, sender) = connection::split(socket, waits)?;
         Ok(Link {
             sender,
@@ -165,7 +168,10 @@ impl Link {
             }
             other => {
                 self.give_back(receiver);
-                other
+                match other {
+                    Err(ConnectionError::TimedOut) => Ok(None),
+                    other => other,
+                }
             }
         }
     }
@@ -187,7 +193,7 @@ impl Link {
             };
             let body_bytes = receiver.body_left();
             if is_reply(&header) {
-                self.hand_over(receiver, header, None)?;
+                self.hand_over(receiver, header, None, until)?;
                 continue;
             }
             let fits = self.fits(header.command, body_bytes);
@@ -199,10 +205,10 @@ impl Link {
                     Command::MIG_DATA_WRITE if body_bytes > IN_ONE_PIECE => MIG_DATA_HEAD,
                     _ => body_bytes,
                 };
-                receiver.read(buffer.bytes(held), None)?;
+                receiver.read(buffer.bytes(held), until)?;
                 incoming.held = held;
             } else {
-                self.drain(receiver, fits)?;
+                self.drain(receiver, fits, until)?;
                 incoming.body_bytes = 0;
             }
             incoming.fds = receiver.fds();
@@ -224,16 +230,26 @@ impl Link {
         };
         let body_bytes = receiver.body_left();
         if is_reply(&header) {
-            let done = self.hand_over(receiver, header, Some(mine))?;
+            let done = self.hand_over(receiver, header, Some(mine), Some(until))?;
             return Ok(done.map_or(Pumped::Other, Pumped::Mine));
         }
-        let fits = self.fits(header.command, body_bytes);
+        let mut fits = self.fits(header.command, body_bytes);
         let mut body = Vec::new();
         if fits == Fits::Yes {
             body.resize(body_bytes, 0);
-            receiver.read(&mut body, None)?;
-        } else {
-            self.drain(receiver, fits)?;
+            // The device does not wait for the rest of a command that comes slowly; nor is it handled.
+            match receiver.read(&mut body, Some(until)) {
+                Err(ConnectionError::TimedOut) => fits = Fits::Late,
+                read => _ = read?,
+            }
+        }
+        if fits != Fits::Yes {
+            body.clear();
+            match self.drain(receiver, fits, Some(until)) {
+                // The next message begins behind it all the same.
+                Err(ConnectionError::TimedOut) => {}
+                drained => drained?,
+            }
         }
         let fds = receiver.fds();
         let mut shared = self.lock();
@@ -247,8 +263,13 @@ impl Link {
         Ok(if full { Pumped::Full } else { Pumped::Other })
     }
 
-    fn drain(&self, receiver: &mut Receiver, fits: Fits) -> Result<(), ConnectionError> {
-        if fits == Fits::Drained { receiver.skip(None) } else { Ok(()) }
+    fn drain(
+        &self,
+        receiver: &mut Receiver,
+        fits: Fits,
+        until: Option<Instant>,
+    ) -> Result<(), ConnectionError> {
+        if fits == Fits::Drained { receiver.skip(until) } else { Ok(()) }
     }
 
     fn fits(&self, command: Command, body_bytes: usize) -> Fits {
@@ -303,9 +324,27 @@ impl Link {
         }
     }
 
+    pub(super) fn socket(&self) -> &UnixStream {
+        self.sender.socket()
+    }
+
     /// No more is received than what the client sent already.
     pub(super) fn end_receiving(&self) {
         let _ = shutdown(self.sender.socket(), Shutdown::Read);
+    }
+
+    /// Sends these pieces as one message until then. ETIMEDOUT when the client has no room for it; on
+    /// any other failure the connection is over.
+    pub(super) fn send_by(&self, pieces: &mut [IoSlice<'_>], until: Instant) -> Result<(), Errno> {
+        match self.sender.send_by(pieces, &[], until) {
+            Ok(()) => Ok(()),
+            Err(ConnectionError::TimedOut) => Err(Errno::ETIMEDOUT),
+            Err(error) => {
+                tracing::debug!(%error, "connection over while sending for DMA");
+                self.end();
+                Err(Errno::ECONNRESET)
+            }
+        }
     }
 
     /// Sends these pieces as one message, with fds. On failure the connection is over, because its

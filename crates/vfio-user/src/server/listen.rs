@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use limosa_foreign_fd::Foreign;
 use rustix::fs::FlockOperation;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -53,7 +54,8 @@ fn remove_stale(path: &Path) -> Result<()> {
 /// Whether somebody listens: the kernel refuses a connection only where nobody does.
 fn is_alive(path: &Path) -> Result<bool> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Whoever listens may have sent it something by the time that it is closed.
+    let probe = Foreign::new(rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?);
     match rustix::net::connect(probe.as_fd(), &SocketAddrUnix::new(path)?) {
         Err(rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT) => Ok(false),
         // EAGAIN: its queue is full.

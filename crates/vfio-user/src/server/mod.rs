@@ -23,12 +23,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use limosa_device::Machine;
+use limosa_foreign_fd::Foreign;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use connection::Connection;
+use link::Link;
 use listen::Place;
 
 use crate::connection::ConnectionError;
@@ -39,8 +41,9 @@ pub struct Options {
     /// The most bytes of data in one message, announced as `max_data_xfer_size`. From 4096 to
     /// [`DATA_XFER_BYTES_MAX`](crate::version::DATA_XFER_BYTES_MAX); 1 MiB.
     pub data_bytes_max: u32,
-    /// A message must be complete this long after its first byte, and a reply taken; else the
-    /// connection ends. 20 s. An idle client may be idle for ever.
+    /// A message must be complete this long after its first byte, and all of a reply taken this long
+    /// after the client has no more room for it; else the connection ends. 20 s. An idle client may be
+    /// idle for ever.
     pub message_limit: Duration,
     /// A version must be negotiated this long after the connection was made, so that a client that
     /// says nothing does not keep others out. 30 s.
@@ -51,6 +54,11 @@ pub struct Options {
     pub dma_limit: Duration,
     /// Whether a client that can is given a socket of its own for the device's DMA messages. Yes.
     pub twin_socket: bool,
+    /// Whether a client may map any regular file for DMA. No: memfds, and files on tmpfs and hugetlbfs,
+    /// are mapped, and others refused with ENOTSUP. An access to another file waits for its file
+    /// system, and so may a look at it: a client that may mount one, or the daemon or server behind
+    /// it, can hang this server for good. Files on FUSE are refused with EINVAL all the same.
+    pub any_file: bool,
 }
 
 impl Default for Options {
@@ -61,6 +69,7 @@ impl Default for Options {
             version_limit: Duration::from_secs(30),
             dma_limit: Duration::from_secs(3),
             twin_socket: true,
+            any_file: false,
         }
     }
 }
@@ -99,7 +108,8 @@ impl AsFd for ShutdownHandle {
 /// A device that listens for its client.
 #[derive(Debug)]
 pub struct Server {
-    listener: UnixListener,
+    /// Connections that nobody accepted are closed with it, and with them what they were sent.
+    listener: Foreign<UnixListener>,
     place: Option<Place>,
     machine: Arc<Machine>,
     options: Options,
@@ -124,6 +134,7 @@ impl Server {
         machine: Arc<Machine>,
         options: Options,
     ) -> io::Result<Server> {
+        let listener = Foreign::new(listener);
         Ok(Server { listener, place: None, machine, options, shutdown: ShutdownHandle::new()? })
     }
 
@@ -146,6 +157,13 @@ impl Server {
             if self.shutdown.is_shut_down() {
                 return Ok(());
             }
+            if !limosa_foreign_fd::keeps_up(Duration::ZERO) {
+                tracing::error!(
+                    "no client is served: fds of others cannot be closed, as closing them blocks"
+                );
+                self.pause();
+                continue;
+            }
             match self.listener.accept() {
                 Ok((stream, _)) => {
                     if let Err(error) = serve_connection(stream, &self.machine, &self.options, &self.shutdown)
@@ -159,12 +177,17 @@ impl Server {
                 Err(error) if is_lack(&error) => {
                     // The client stays in the queue until there is room again.
                     tracing::warn!(%error, "no room for a connection");
-                    let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-                    let _ = poll(&mut [PollFd::new(&self.shutdown, PollFlags::IN)], Some(&pause));
+                    self.pause();
                 }
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// A moment, or until shut down.
+    fn pause(&self) {
+        let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        let _ = poll(&mut [PollFd::new(&self.shutdown, PollFlags::IN)], Some(&pause));
     }
 }
 
@@ -196,28 +219,59 @@ pub fn serve_connection(
     options: &Options,
     shutdown: &ShutdownHandle,
 ) -> io::Result<ConnectionError> {
-    let mut connection = Connection::new(stream, machine, options).map_err(io::Error::other)?;
+    let mut connection = Connection::new(Foreign::new(stream), machine, options).map_err(io::Error::other)?;
     let done = ShutdownHandle::new()?;
     std::thread::scope(|scope| {
-        // Wakes the connection from its socket's calls; so these need no poll before them.
-        let watch = connection.link();
-        let done_seen = done.clone();
-        std::thread::Builder::new().name("vfio-user-shutdown".into()).spawn_scoped(scope, move || {
-            let mut fds = [PollFd::new(shutdown, PollFlags::IN), PollFd::new(&done_seen, PollFlags::IN)];
-            while matches!(poll(&mut fds, None), Err(rustix::io::Errno::INTR)) {}
-            if done_seen.is_shut_down() {
-                return;
-            }
-            // First no more requests, then, if the client does not take its reply, nothing more.
-            watch.end_receiving();
-            let grace = Timespec { tv_sec: 2, tv_nsec: 0 };
-            let _ = poll(&mut [PollFd::new(&done_seen, PollFlags::IN)], Some(&grace));
-            if !done_seen.is_shut_down() {
-                watch.end();
-            }
-        })?;
+        let watch = Watch { link: connection.link(), machine, shutdown, done: done.clone() };
+        std::thread::Builder::new()
+            .name("vfio-user-shutdown".into())
+            .spawn_scoped(scope, move || watch.run())?;
         let end = connection.serve();
         done.shut_down();
         Ok(end)
     })
 }
+
+/// Wakes a connection from its socket's calls, so that these need no poll before them; and from a
+/// signal that its client holds up, when the client is gone or the server is to end.
+struct Watch<'a> {
+    link: Arc<Link>,
+    machine: &'a Machine,
+    shutdown: &'a ShutdownHandle,
+    /// The connection is over.
+    done: ShutdownHandle,
+}
+
+impl Watch<'_> {
+    fn run(self) {
+        let hung_up = PollFlags::empty(); // What poll(2) reports in any case.
+        self.wait(&mut [PollFd::new(self.link.socket(), hung_up)], None);
+        while !self.done.is_shut_down() && !self.shutdown.is_shut_down() {
+            self.wait(&mut [], Some(HELD_UP));
+            self.machine.bus().irqs.unblock();
+        }
+        if self.done.is_shut_down() {
+            return;
+        }
+        // First no more requests, then, if the client does not take its reply, nothing more.
+        self.link.end_receiving();
+        let grace = Instant::now() + Duration::from_secs(2);
+        while !self.done.is_shut_down() {
+            let _ = poll(&mut [PollFd::new(&self.done, PollFlags::IN)], Some(&HELD_UP));
+            self.machine.bus().irqs.unblock();
+            if Instant::now() >= grace {
+                self.link.end();
+            }
+        }
+    }
+
+    /// Waits for the end, the shutdown or one of these.
+    fn wait(&self, others: &mut [PollFd<'_>], limit: Option<Timespec>) {
+        let mut fds = vec![PollFd::new(self.shutdown, PollFlags::IN), PollFd::new(&self.done, PollFlags::IN)];
+        fds.extend_from_slice(others);
+        while matches!(poll(&mut fds, limit.as_ref()), Err(rustix::io::Errno::INTR)) {}
+    }
+}
+
+/// How long a signal is left to itself.
+const HELD_UP: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };

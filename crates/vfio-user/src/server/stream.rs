@@ -10,9 +10,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use limosa_device::{Machine, Save, SessionId};
+use limosa_foreign_fd::{Foreign, receive_bytes};
 use limosa_protocol::{Errno, State};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, send, shutdown};
 
 use crate::connection::{errno_of, set_send_buffer};
 
@@ -28,7 +29,7 @@ pub(super) struct DataSocket {
 }
 
 struct Shared {
-    socket: UnixStream,
+    socket: Foreign<UnixStream>,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -63,6 +64,7 @@ impl DataSocket {
             set_send_buffer(end).map_err(errno_of)?;
         }
         let loads = machine.state() == State::Resuming;
+        let ours = Foreign::new(ours);
         let shared = Arc::new(Shared { socket: ours, progress: Mutex::default(), changed: Condvar::new() });
         let thread = {
             let (machine, shared) = (Arc::clone(machine), Arc::clone(&shared));
@@ -218,8 +220,8 @@ impl Shared {
             if there == 0 {
                 // The end, or it is not there yet.
                 let mut byte = [0];
-                match recv(&self.socket, &mut byte, RecvFlags::DONTWAIT) {
-                    Ok((_, 0)) => return if self.lock().stop { Err(Errno::ECANCELED) } else { Ok(()) },
+                match receive_bytes(&self.socket, &mut byte, RecvFlags::DONTWAIT) {
+                    Ok(0) => return if self.lock().stop { Err(Errno::ECANCELED) } else { Ok(()) },
                     Ok(_) => machine.data_write(session, &byte)?,
                     Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
                     Err(errno) => return Err(errno_of(errno)),
@@ -234,9 +236,9 @@ impl Shared {
 
     fn receive(&self, mut into: &mut [u8]) -> Result<(), Errno> {
         while !into.is_empty() {
-            match recv(&self.socket, &mut *into, RecvFlags::WAITALL) {
-                Ok((_, 0)) => return Err(Errno::ECONNRESET),
-                Ok((_, bytes)) => into = &mut into[bytes..],
+            match receive_bytes(&self.socket, into, RecvFlags::WAITALL) {
+                Ok(0) => return Err(Errno::ECONNRESET),
+                Ok(bytes) => into = &mut into[bytes..],
                 Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(errno_of(errno)),
             }

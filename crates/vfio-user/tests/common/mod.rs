@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod device;
+pub mod lingering;
 pub mod raw;
 
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! What holds for guest memory.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 
@@ -22,7 +22,7 @@ fn memfd(bytes: u64) -> OwnedFd {
 }
 
 fn file(fd: &OwnedFd, iova: u64, size: u64, offset: u64, flags: DmaMapFlags) -> Mapping {
-    Mapping { iova, size, flags, backing: Backing::File { fd: fd.try_clone().unwrap(), offset } }
+    Mapping { iova, size, flags, backing: Backing::File { fd: fd.try_clone().unwrap().into(), offset } }
 }
 
 /// Memory of a client, with every access recorded.
@@ -108,14 +108,38 @@ fn the_direction_of_a_mapping_is_respected() {
 #[test]
 fn a_file_that_cannot_be_mapped_so_is_refused() {
     let memory = GuestMemory::default();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("x");
-    std::fs::write(&path, [0; 4096]).unwrap();
-    let read_only = OwnedFd::from(std::fs::File::open(&path).unwrap());
+    let fd = memfd(PAGE);
+    let read_only = std::fs::File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
+    let read_only = OwnedFd::from(read_only);
     assert_eq!(memory.map(file(&read_only, 0, 4096, 0, RW)), Err(Errno::EACCES));
     assert_eq!(memory.map(file(&read_only, 0, 4096, 0, DmaMapFlags::READ)), Ok(()));
+}
+
+/// A mapping of a file of any kind.
+fn any_file(fd: &OwnedFd, iova: u64) -> Mapping {
+    let backing = Backing::AnyFile { fd: fd.try_clone().unwrap().into(), offset: 0 };
+    Mapping { iova, size: 4096, flags: DmaMapFlags::READ, backing }
+}
+
+#[test]
+fn files_that_are_no_memory_are_mapped_only_as_any_file_and_never_what_is_no_regular_file() {
+    let memory = GuestMemory::default();
+    let on_disk = OwnedFd::from(std::fs::File::open(std::env::current_exe().unwrap()).unwrap());
+    if rustix::fs::fcntl_get_seals(&on_disk).is_err() {
+        assert_eq!(memory.map(file(&on_disk, 0, 4096, 0, DmaMapFlags::READ)), Err(Errno::ENOTSUP));
+    }
+    assert_eq!(memory.map(any_file(&on_disk, 0)), Ok(()));
+    assert_eq!(memory.read_obj(0), Ok(*b"\x7fELF"));
+    assert_eq!(memory.unmap(0, 4096), Ok(()));
+    assert_eq!(memory.read_obj::<u8>(0), Err(Errno::EFAULT));
+    let memfd = memfd(PAGE);
+    assert_eq!(memory.map(any_file(&memfd, 0)), Ok(()));
     let (pipe, _writer) = rustix::pipe::pipe().unwrap();
-    assert_eq!(memory.map(file(&pipe, 0x10000, 4096, 0, DmaMapFlags::READ)), Err(Errno::ENODEV));
+    let zero = OwnedFd::from(std::fs::File::open("/dev/zero").unwrap());
+    for other in [pipe, zero] {
+        assert_eq!(memory.map(file(&other, 0x10000, 4096, 0, DmaMapFlags::READ)), Err(Errno::ENOTSUP));
+        assert_eq!(memory.map(any_file(&other, 0x10000)), Err(Errno::ENOTSUP));
+    }
 }
 
 #[test]

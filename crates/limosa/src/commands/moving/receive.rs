@@ -45,6 +45,7 @@ fn wait_and_take(
         .with_links(args.links)
         .with_idle_max(args.idle.unwrap_or(4 * args.link.silence))
         .with_move_max(args.move_limit);
+    let options = args.state.limit(options);
     let ledger = Arc::new(moves.ledger()?);
     let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
     let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));

@@ -111,7 +111,8 @@ pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result
 }
 
 fn from_file(side: &Side, args: &args::Load, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
-    let (progress, options, ledger) = (Progress::new(out), Options::default(), Ledger::new());
+    let (progress, ledger) = (Progress::new(out), Ledger::new());
+    let options = args.state.limit(Options::default());
     let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
     let ending = Ending::new(Work::Load, &args.reporting, out)?;
     let after = if args.stop { AfterLoad::Stop } else { args.starting.after() };

@@ -26,7 +26,7 @@ struct Played {
 
 impl Played {
     fn new(wanted: Convergence, devices: Vec<DeviceLook>) -> Played {
-        Played { policy: StopPolicy::new(wanted, devices.len()), now: Instant::now(), devices }
+        Played { policy: StopPolicy::new(wanted, None, devices.len()), now: Instant::now(), devices }
     }
 
     fn look(&mut self, is_round: bool, memory_dirty_bytes: u64) -> Next {
@@ -131,6 +131,9 @@ fn a_device_that_claims_to_have_endlessly_much_does_not_go_on_for_ever() {
     let unknown = DeviceLook { left: None, ..device(0) };
     let mut played = Played::new(wanted(), vec![unknown]);
     assert!(matches!(played.look(false, 0), Next::Continue(_)), "it has not said that it has nothing");
+    played.devices[0].sent = GIB + 1;
+    assert!(matches!(played.look(false, 0), Next::Stop), "nor what is left, and it may never end");
+    played.devices[0].sent = 0;
     played.devices[0].drained = true;
     assert_eq!(played.look(false, 0), Next::Stop);
 }
@@ -201,7 +204,7 @@ fn slow_look(policy: &mut StopPolicy, latency: Duration, harvest: Duration) -> N
 #[test]
 fn a_stop_that_is_too_long_without_data_is_named_so_and_not_by_a_device_with_a_few_bytes() {
     let slow = |policy: &mut StopPolicy| slow_look(policy, Duration::from_secs(1), Duration::ZERO);
-    let mut policy = StopPolicy::new(wanted(), 1);
+    let mut policy = StopPolicy::new(wanted(), None, 1);
     for _ in 0..3 {
         assert!(matches!(slow(&mut policy), Next::Continue(wait) if wait > Duration::ZERO));
     }
@@ -210,7 +213,7 @@ fn a_stop_that_is_too_long_without_data_is_named_so_and_not_by_a_device_with_a_f
 
 #[test]
 fn a_harvest_that_was_slow_once_does_not_end_pre_copy() {
-    let mut policy = StopPolicy::new(wanted(), 1);
+    let mut policy = StopPolicy::new(wanted(), None, 1);
     for _ in 0..10 {
         let next = slow_look(&mut policy, Duration::ZERO, Duration::from_secs(1));
         assert!(matches!(next, Next::Continue(_)), "{next:?}");

@@ -20,10 +20,6 @@ pub(super) struct Desk {
     pub(super) taken: usize,
     pub(super) abandoned: usize,
     pub(super) attended: bool,
-    /// The leader refuses fds.
-    pub(super) refuses_fds: bool,
-    /// How many requests are under way whose replies bring fds, or want to be.
-    pub(super) wanting_fds: usize,
     /// How many wait for room in the socket.
     pub(super) blocked: usize,
     pub(super) lost: Option<Failure>,
@@ -68,8 +64,6 @@ impl Desk {
             taken: 0,
             abandoned: 0,
             attended: false,
-            refuses_fds: false,
-            wanting_fds: 0,
             blocked: 0,
             lost: None,
         }

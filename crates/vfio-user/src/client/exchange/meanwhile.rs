@@ -48,7 +48,7 @@ impl Exchange {
                 Ok(()) => !fds[0].revents().contains(PollFlags::OUT),
                 Err(error) => {
                     let mut desk = self.desk();
-                    self.give_back(&mut desk, receiver);
+                    desk.receiver = Some(receiver);
                     self.pass_on(&desk);
                     return Err(error);
                 }
@@ -59,11 +59,11 @@ impl Exchange {
         match step {
             Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
             Ok(_) => {
-                self.give_back(&mut desk, receiver);
+                desk.receiver = Some(receiver);
                 self.pass_on(&desk);
             }
             Err(failure) => {
-                self.give_back(&mut desk, receiver);
+                desk.receiver = Some(receiver);
                 if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
                     self.pass_on(&desk);
                     return Err(ConnectionError::TimedOut);
@@ -116,9 +116,9 @@ impl Exchange {
             desk = self.desk();
             match step {
                 Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
-                Ok(_) => self.give_back(&mut desk, receiver),
+                Ok(_) => desk.receiver = Some(receiver),
                 Err(failure) => {
-                    self.give_back(&mut desk, receiver);
+                    desk.receiver = Some(receiver);
                     self.lose(desk, failure);
                     return;
                 }

@@ -12,18 +12,26 @@
 //! unmasked yet merely finds its eventfd's counter at two.
 //!
 //! Signals are sent under the lock of their index: once [`Irqs::disable`] returns, the eventfds are not touched.
+//!
+//! A signal that does not end. A write to an eventfd waits while its counter is full, unless it is non-blocking. Both the
+//! counter and that flag belong to the peer as well, at any time, so no look before the write can rule the wait out, and
+//! the kernel has no write that never waits on an eventfd whatever its flag says. Writing on a thread of its own would
+//! cost every interrupt the wake-up of that thread. So the write is made where it is due, and a peer that means harm can
+//! hold up its own device for as long as it is there. Once it is gone, or the device is to end, [`Irqs::unblock`] makes
+//! room in the counter from another thread, which needs no lock for that, and the write comes to its end.
 
-use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::IoSliceMut;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::Errno;
 use limosa_protocol::info::IrqFlags;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::OFlags;
+use rustix::io::ReadWriteFlags;
 
 use crate::Irq;
 
@@ -39,11 +47,14 @@ struct Index {
     vectors: Mutex<Vec<Vector>>,
     /// Whether any of them is wired. Changed with the vectors locked.
     any_wired: AtomicBool,
+    /// The eventfds of the vectors once more, for [`Irqs::unblock`], which cannot wait for the vectors. Changed with
+    /// these locked.
+    wires: Mutex<Vec<Option<Arc<EventFd>>>>,
 }
 
 #[derive(Debug, Default)]
 struct Vector {
-    wire: Option<EventFd>,
+    wire: Option<Arc<EventFd>>,
     masked: bool,
     /// An edge came while masked.
     pending: bool,
@@ -57,6 +68,8 @@ struct EventFd {
     fd: OwnedFd,
     /// A write would wait for room in the counter; the flag belongs to the peer too, so it is not changed.
     blocking: bool,
+    /// Whether it is being written to.
+    is_signalling: AtomicBool,
 }
 
 impl Irqs {
@@ -66,6 +79,7 @@ impl Irqs {
             flags: irq.flags,
             vectors: Mutex::new((0..irq.count).map(|_| Vector::default()).collect()),
             any_wired: AtomicBool::new(false),
+            wires: Mutex::new((0..irq.count).map(|_| None).collect()),
         };
         Irqs { indexes: irqs.iter().map(index).collect() }
     }
@@ -107,26 +121,29 @@ impl Irqs {
 
     /// Client side (SET_IRQS with DATA_EVENTFD and ACTION_TRIGGER): wires vectors; `None` unwires. EINVAL outside the
     /// index, or when one is no eventfd: then nothing is changed.
-    pub fn wire(&self, index: u32, start: u32, fds: Vec<Option<OwnedFd>>) -> Result<(), Errno> {
+    pub fn wire(&self, index: u32, start: u32, fds: Vec<Option<ForeignFd>>) -> Result<(), Errno> {
         let count = u32::try_from(fds.len()).map_err(|_| Errno::EINVAL)?;
         // The range is checked before the fds are looked at: that costs system calls for each.
         drop(self.range(index, start, count)?);
         let fds =
             fds.into_iter().map(|fd| fd.map(EventFd::new).transpose()).collect::<Result<Vec<_>, _>>()?;
         let mut vectors = self.range(index, start, count)?;
-        for (vector, wire) in vectors[start as usize..].iter_mut().zip(fds) {
-            if wire.is_none() {
-                vector.unwire();
-                continue;
+        let range = start as usize..start as usize + fds.len();
+        for (vector, wire) in vectors[range.clone()].iter_mut().zip(&fds) {
+            match wire {
+                None => vector.unwire(),
+                Some(wire) => vector.wire = Some(Arc::clone(wire)),
             }
-            vector.wire = wire;
-            if (vector.level || vector.pending) && !vector.masked {
+        }
+        let index = &self.indexes[index as usize];
+        index.any_wired.store(vectors.iter().any(|vector| vector.wire.is_some()), Relaxed);
+        lock(&index.wires)[range.clone()].clone_from_slice(&fds);
+        for vector in &mut vectors[range] {
+            if vector.wire.is_some() && (vector.level || vector.pending) && !vector.masked {
                 vector.pending = false;
                 vector.signal();
             }
         }
-        let any = vectors.iter().any(|vector| vector.wire.is_some());
-        self.indexes[index as usize].any_wired.store(any, Relaxed);
         Ok(())
     }
 
@@ -171,6 +188,17 @@ impl Irqs {
         self.indexes.iter().for_each(Index::unwire);
     }
 
+    /// Ends signals that wait for room in an eventfd, by taking what is in it: for a client that is gone, or a device that is
+    /// to end, while another thread does not come back from a call that may signal. To be called again until it does, since
+    /// whoever else has the eventfd may fill it again.
+    pub fn unblock(&self) {
+        for index in &self.indexes {
+            for wire in lock(&index.wires).iter().flatten() {
+                wire.unblock();
+            }
+        }
+    }
+
     fn vectors(&self, index: u32) -> Option<MutexGuard<'_, Vec<Vector>>> {
         self.indexes.get(index as usize).map(|index| lock(&index.vectors))
     }
@@ -192,13 +220,14 @@ impl Index {
     fn unwire(&self) {
         let mut vectors = lock(&self.vectors);
         vectors.iter_mut().for_each(Vector::unwire);
+        lock(&self.wires).fill(None);
         self.any_wired.store(false, Relaxed);
     }
 }
 
 /// No code under these locks panics half-way through a change, so a poisoned one is as good as any.
-fn lock(vectors: &Mutex<Vec<Vector>>) -> MutexGuard<'_, Vec<Vector>> {
-    vectors.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(guarded: &Mutex<T>) -> MutexGuard<'_, T> {
+    guarded.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Vector {
@@ -224,17 +253,17 @@ impl Vector {
 
 impl EventFd {
     /// EINVAL for an fd that is no eventfd.
-    fn new(fd: OwnedFd) -> Result<EventFd, Errno> {
-        if !is_eventfd(&fd) {
-            return Err(Errno::EINVAL);
-        }
+    fn new(fd: ForeignFd) -> Result<Arc<EventFd>, Errno> {
+        // Writing elsewhere could block, raise SIGPIPE or put bytes into somebody's file.
+        let fd = fd.into_eventfd().map_err(|_| Errno::EINVAL)?;
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|_| Errno::EINVAL)?;
-        Ok(EventFd { fd, blocking: !flags.contains(OFlags::NONBLOCK) })
+        let blocking = !flags.contains(OFlags::NONBLOCK);
+        Ok(Arc::new(EventFd { fd, blocking, is_signalling: AtomicBool::new(false) }))
     }
 
     /// Adds 1. A counter without room is signalled already: nothing is lost by leaving it alone, and a blocking one
-    /// that a peer filled up does not stop the device. (The kernel has no write that leaves a blocking eventfd alone
-    /// when it is full, so a peer that fills it between the look and the write can still hold up its own device.)
+    /// that a peer filled up does not stop the device. One that becomes so after the look does, until
+    /// [`EventFd::unblock`].
     fn signal(&self) {
         if self.blocking {
             let mut poll_fd = [PollFd::new(&self.fd, PollFlags::OUT)];
@@ -242,202 +271,30 @@ impl EventFd {
                 return;
             }
         }
-        if let Err(error) = rustix::io::write(&self.fd, &1u64.to_ne_bytes())
+        self.is_signalling.store(true, Relaxed);
+        let written = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+        self.is_signalling.store(false, Relaxed);
+        if let Err(error) = written
             && error != rustix::io::Errno::AGAIN
         {
             tracing::debug!(%error, "interrupt eventfd not signalled");
         }
     }
-}
 
-/// Whether the kernel says that this is an eventfd. Writing elsewhere could block, raise SIGPIPE or put bytes into
-/// somebody's file.
-fn is_eventfd(fd: &OwnedFd) -> bool {
-    let mut text = Vec::with_capacity(256);
-    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
-    match File::open(path).and_then(|file| file.take(4096).read_to_end(&mut text)) {
-        Ok(_) => text.split(|&byte| byte == b'\n').any(|line| line.starts_with(b"eventfd-count:")),
-        // In a sandbox without /proc: an anonymous inode has no file type.
-        Err(error) if error.kind() == ErrorKind::NotFound => rustix::fs::fstat(fd.as_fd())
-            .is_ok_and(|stat| matches!(FileType::from_raw_mode(stat.st_mode), FileType::Unknown)),
-        Err(_) => false,
+    /// Takes the counter if somebody is about to add to it. Never waits, whatever the flag is.
+    fn unblock(&self) {
+        if self.is_signalling.load(Relaxed) {
+            let mut count = [0; 8];
+            // It has no position: all ones stand for that. EAGAIN when there was nothing to take.
+            let _ = rustix::io::preadv2(
+                &self.fd,
+                &mut [IoSliceMut::new(&mut count)],
+                u64::MAX,
+                ReadWriteFlags::NOWAIT,
+            );
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use rustix::event::{EventfdFlags, eventfd};
-
-    const INTX: u32 = 0;
-    const MSI: u32 = 1;
-
-    fn irqs() -> Irqs {
-        let level = IrqFlags::EVENTFD | IrqFlags::MASKABLE | IrqFlags::AUTOMASKED;
-        Irqs::new(&[
-            Irq { flags: level, count: 1 },
-            Irq { flags: IrqFlags::EVENTFD | IrqFlags::MASKABLE, count: 4 },
-            Irq { flags: IrqFlags::EVENTFD, count: 1 },
-            Irq::default(),
-        ])
-    }
-
-    fn event() -> OwnedFd {
-        eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap()
-    }
-
-    /// Takes the count; 0 when it was not signalled.
-    fn count(fd: &OwnedFd) -> u64 {
-        let mut bytes = [0; 8];
-        match rustix::io::read(fd, &mut bytes) {
-            Ok(8) => u64::from_ne_bytes(bytes),
-            Err(rustix::io::Errno::AGAIN) => 0,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn wired(irqs: &Irqs, index: u32, vector: u32) -> OwnedFd {
-        let fd = event();
-        irqs.wire(index, vector, vec![Some(fd.try_clone().unwrap())]).unwrap();
-        fd
-    }
-
-    #[test]
-    fn a_wired_vector_signals_and_no_other() {
-        let irqs = irqs();
-        let (one, two) = (wired(&irqs, MSI, 1), wired(&irqs, MSI, 2));
-        irqs.trigger(MSI, 1);
-        irqs.trigger(MSI, 1);
-        irqs.trigger(MSI, 0);
-        irqs.trigger(MSI, 9);
-        irqs.trigger(9, 1);
-        assert_eq!((count(&one), count(&two)), (2, 0));
-        irqs.wire(MSI, 1, vec![None, None]).unwrap();
-        irqs.trigger(MSI, 1);
-        assert_eq!(count(&one), 0);
-        assert!(!irqs.any_wired(MSI));
-    }
-
-    #[test]
-    fn a_masked_edge_is_pending_and_fires_once_at_the_unmask() {
-        let irqs = irqs();
-        let fd = wired(&irqs, MSI, 3);
-        irqs.mask(MSI, 0, 4).unwrap();
-        irqs.trigger(MSI, 3);
-        irqs.trigger(MSI, 3);
-        assert_eq!(count(&fd), 0);
-        irqs.unmask(MSI, 0, 4).unwrap();
-        assert_eq!(count(&fd), 1);
-        irqs.unmask(MSI, 0, 4).unwrap();
-        assert_eq!(count(&fd), 0);
-    }
-
-    #[test]
-    fn a_held_line_fires_once_and_again_at_each_unmask() {
-        let irqs = irqs();
-        let fd = wired(&irqs, INTX, 0);
-        irqs.set_level(INTX, 0, true);
-        irqs.set_level(INTX, 0, true);
-        assert_eq!(count(&fd), 1);
-        irqs.unmask(INTX, 0, 1).unwrap();
-        assert_eq!(count(&fd), 1, "still held");
-        irqs.set_level(INTX, 0, false);
-        irqs.unmask(INTX, 0, 1).unwrap();
-        assert_eq!(count(&fd), 0, "let go");
-    }
-
-    #[test]
-    fn a_client_that_never_unmasks_hears_every_rise() {
-        let irqs = irqs();
-        let fd = wired(&irqs, INTX, 0);
-        for _ in 0..3 {
-            irqs.set_level(INTX, 0, true);
-            assert_eq!(count(&fd), 1);
-            irqs.set_level(INTX, 0, false);
-        }
-        irqs.trigger(INTX, 0);
-        assert_eq!(count(&fd), 1);
-    }
-
-    #[test]
-    fn a_masked_line_that_fell_again_is_not_heard() {
-        let irqs = irqs();
-        let fd = wired(&irqs, INTX, 0);
-        irqs.mask(INTX, 0, 1).unwrap();
-        irqs.set_level(INTX, 0, true);
-        irqs.set_level(INTX, 0, false);
-        irqs.unmask(INTX, 0, 1).unwrap();
-        assert_eq!(count(&fd), 0);
-    }
-
-    #[test]
-    fn a_line_held_before_it_is_wired_is_heard() {
-        let irqs = irqs();
-        irqs.set_level(INTX, 0, true);
-        let first = wired(&irqs, INTX, 0);
-        assert_eq!(count(&first), 1);
-        irqs.disable(INTX).unwrap();
-        assert_eq!(count(&wired(&irqs, INTX, 0)), 1, "the client came back");
-    }
-
-    #[test]
-    fn disabling_forgets_masks_and_fds() {
-        let irqs = irqs();
-        let fd = wired(&irqs, MSI, 0);
-        irqs.mask(MSI, 0, 1).unwrap();
-        irqs.trigger(MSI, 0);
-        irqs.disable(MSI).unwrap();
-        let again = wired(&irqs, MSI, 0);
-        irqs.trigger(MSI, 0);
-        assert_eq!((count(&fd), count(&again)), (0, 1));
-        irqs.disable_all();
-        irqs.trigger(MSI, 0);
-        assert_eq!(count(&again), 0);
-    }
-
-    #[test]
-    fn ranges_outside_the_index_are_refused() {
-        let irqs = irqs();
-        for (index, start, count) in [(1, 0, 5), (1, 4, 1), (1, u32::MAX, 2), (1, 5, 0), (3, 0, 1), (4, 0, 0)]
-        {
-            assert_eq!(
-                irqs.trigger_range(index, start, count),
-                Err(Errno::EINVAL),
-                "{index} {start} {count}"
-            );
-            assert_eq!(irqs.mask(index, start, count), Err(Errno::EINVAL));
-            assert_eq!(irqs.unmask(index, start, count), Err(Errno::EINVAL));
-        }
-        assert_eq!(irqs.wire(MSI, 3, vec![None, None]), Err(Errno::EINVAL));
-        assert_eq!(irqs.disable(4), Err(Errno::EINVAL));
-        assert_eq!(irqs.mask(2, 0, 1), Err(Errno::ENOTTY), "not maskable");
-        assert_eq!(irqs.trigger_range(MSI, 4, 0), Ok(()));
-    }
-
-    #[test]
-    fn only_eventfds_are_wired_and_a_refusal_changes_nothing() {
-        let irqs = irqs();
-        let fd = wired(&irqs, MSI, 0);
-        let (_reader, pipe) = rustix::pipe::pipe().unwrap();
-        let memory = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        for bad in [pipe, memory] {
-            let fds = vec![Some(event()), Some(bad)];
-            assert_eq!(irqs.wire(MSI, 0, fds), Err(Errno::EINVAL));
-        }
-        irqs.trigger(MSI, 0);
-        assert_eq!(count(&fd), 1);
-        assert!(!irqs.is_wired(MSI, 1));
-    }
-
-    #[test]
-    fn a_full_blocking_eventfd_does_not_stop_the_device() {
-        let irqs = irqs();
-        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        irqs.wire(MSI, 0, vec![Some(fd.try_clone().unwrap())]).unwrap();
-        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        irqs.trigger(MSI, 0);
-        assert_eq!(count(&fd), u64::MAX - 1);
-        irqs.trigger(MSI, 0);
-        assert_eq!(count(&fd), 1);
-    }
-}
+mod tests;
