@@ -12,6 +12,7 @@ mod lanes;
 mod logs;
 mod moves;
 mod mtty;
+mod no_snapshots;
 mod panics;
 mod peers;
 mod places;

@@ -277,7 +277,7 @@ fn an_offer_that_lies_is_refused_before_a_device_is_touched() {
             devices(&[device(7).replace('}', &format!(r#","irqs":{:?}}}"#, [1; 257]))]),
         ),
         (
-            "made\u{fffd}[2Jup -> ",
+            "made\\u{1b}[2Jup -> ",
             devices(&[device(7).replace("made up", r#"made\u001b[2Jup","irqs":[9],"x":""#)]),
         ),
         ("only the source has memory 3", memory(&part(3, 0, 4096, 4096))),
@@ -411,7 +411,7 @@ fn a_destination_that_breaks_the_order_leaves_the_source_running() {
         peer.preface(id);
         peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":false,"reasons":["too\u001b[2J old"]}"#);
     });
-    assert_eq!(why.to_string(), "cannot be moved: too\u{fffd}[2J old");
+    assert_eq!(why.to_string(), "cannot be moved: too\\u{1b}[2J old");
 }
 
 #[test]

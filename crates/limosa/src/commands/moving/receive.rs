@@ -23,7 +23,7 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::Side;
 
-pub fn receive(args: &args::Receive, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
