@@ -3,9 +3,10 @@
 mod support;
 
 use std::io::Read;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use limosa_protocol::State;
+use rustix::fs::FlockOperation;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use support::{Folder, LIMIT, limosa, start};
 
@@ -44,6 +45,20 @@ fn a_server_whose_queue_is_full_was_waited_for_for_ever() {
     ] {
         let limited = [&["--timeout", "0.05"], command].concat();
         limosa(&limited).fails(UNREACHABLE, &[&name, "50ms", "is another one connected?"]);
+    }
+}
+
+#[test]
+fn a_lock_on_the_folder_held_up_a_server_for_ever() {
+    let folder = Folder::new();
+    let lock = std::fs::File::open(folder.path("")).unwrap();
+    for how in [FlockOperation::LockShared, FlockOperation::LockExclusive] {
+        rustix::fs::flock(&lock, how).unwrap();
+        // Also in the place of one that is gone.
+        drop(UnixListener::bind(folder.path("device")).unwrap());
+        let mut server = folder.device("device", &[]);
+        assert_eq!(server.state(), State::Running);
+        server.end().ok();
     }
 }
 

@@ -15,8 +15,9 @@
 //!
 //! # What it costs
 //!
-//! 16 bytes for each page, which is 4 MiB for each GiB of memory. Each harvest, including the one after the stop, takes
-//! the time to read all of the memory, which is a fraction of the time to send it.
+//! 16 bytes for each page, which is 4 MiB for each GiB of memory, and a bit for a page of zeroes. Each harvest, including the
+//! one after the stop, takes the time to read all of the memory, which is a fraction of the time to send it. Holes
+//! ([`GuestPages::data`]) are not read.
 
 use std::io;
 use std::ops::Range;
@@ -25,10 +26,13 @@ use std::thread;
 
 use limosa_protocol::bitmap::DirtyBitmap;
 
+use crate::memory::prints::{Print, Prints};
 use crate::memory::{DirtyLog, GuestPages, PAGE_BYTES, whole_pages};
 
 /// Bytes that are read and compared at once; they fit in a processor's cache.
 const PIECE_BYTES: u64 = 256 << 10;
+/// Bytes that a thread takes at once. A hole is found by a system call for so many.
+const SHARE_BYTES: u64 = 64 * PIECE_BYTES;
 /// The most threads that compare at once.
 const THREADS_MAX: usize = 8;
 
@@ -61,6 +65,11 @@ impl FingerprintKey {
     }
 
     /// The fingerprint of one page.
+    fn print(&self, page: &[u8]) -> Print {
+        let sums = self.of(page);
+        (sums != self.zero).then_some(sums)
+    }
+
     fn of(&self, page: &[u8]) -> [u64; 2] {
         let [one, other] = &*self.keys;
         let (mut sums, words) = ([0_u64; 2], page.as_chunks::<8>().0);
@@ -91,7 +100,7 @@ pub struct Fingerprinted<P> {
     pages: P,
     bytes: u64,
     key: FingerprintKey,
-    prints: Vec<[AtomicU64; 2]>,
+    prints: Prints,
 }
 
 impl<P: GuestPages> Fingerprinted<P> {
@@ -102,19 +111,15 @@ impl<P: GuestPages> Fingerprinted<P> {
             let what = format!("{bytes} bytes of memory, expected whole pages of {PAGE_BYTES} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        let count =
-            usize::try_from(bytes / PAGE_BYTES).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        let mut prints = Vec::new();
-        prints.try_reserve_exact(count).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        prints.resize_with(count, Default::default);
+        let prints = Prints::new(bytes / PAGE_BYTES)?;
         Ok(Fingerprinted { pages, bytes, key: key.clone(), prints })
     }
 
     /// Marks every page whose content differs from what was read of it last.
     fn compare(&self, dirty: &DirtyBitmap) -> io::Result<()> {
         let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
-        let pieces = usize::try_from(self.bytes.div_ceil(PIECE_BYTES)).unwrap_or(usize::MAX);
-        self.compare_on(threads.min(pieces), thread::Builder::new, dirty)
+        let shares = usize::try_from(self.bytes.div_ceil(SHARE_BYTES)).unwrap_or(usize::MAX);
+        self.compare_on(threads.min(shares), thread::Builder::new, dirty)
     }
 
     /// Compares on this many threads, the calling one included, or on as many as the system starts. A panic in one of
@@ -130,7 +135,7 @@ impl<P: GuestPages> Fingerprinted<P> {
             let work = || {
                 // Ends the other threads early when this one fails or panics.
                 let mut end = EndAll { next: &next, armed: true };
-                let compared = self.compare_pieces(&next, dirty);
+                let compared = self.compare_shares(&next, dirty);
                 end.armed = compared.is_err();
                 compared
             };
@@ -147,48 +152,41 @@ impl<P: GuestPages> Fingerprinted<P> {
         })
     }
 
-    /// Compares pieces that no other thread has taken, until all are taken.
-    fn compare_pieces(&self, next: &AtomicU64, dirty: &DirtyBitmap) -> io::Result<()> {
+    /// Compares shares that no other thread has taken, until all are taken.
+    fn compare_shares(&self, next: &AtomicU64, dirty: &DirtyBitmap) -> io::Result<()> {
         let mut buffer = vec![0; PIECE_BYTES.min(self.bytes) as usize];
         loop {
-            let at = next.fetch_add(PIECE_BYTES, Ordering::Relaxed);
+            let at = next.fetch_add(SHARE_BYTES, Ordering::Relaxed);
             if at >= self.bytes {
                 return Ok(());
             }
-            self.compare_piece(at..at.saturating_add(PIECE_BYTES).min(self.bytes), &mut buffer, dirty)?;
+            self.compare_share(at..at.saturating_add(SHARE_BYTES).min(self.bytes), &mut buffer, dirty)?;
         }
     }
 
-    fn compare_piece(&self, piece: Range<u64>, buffer: &mut [u8], dirty: &DirtyBitmap) -> io::Result<()> {
-        let compare = |page: u64, now: [u64; 2]| {
-            let read = self.prints.get(page as usize);
-            if read.map(|sums| sums.each_ref().map(|sum| sum.load(Ordering::Relaxed))) != Some(now) {
-                dirty.set(page);
+    fn compare_share(&self, share: Range<u64>, buffer: &mut [u8], dirty: &DirtyBitmap) -> io::Result<()> {
+        let mut at = share.start;
+        while at < share.end {
+            let rest = at..share.end;
+            let data = whole_pages(self.pages.data(rest.clone())?, &rest).unwrap_or(share.end..share.end);
+            self.prints.mark_others(at / PAGE_BYTES..data.start / PAGE_BYTES, dirty);
+            at = data.start;
+            while at < data.end {
+                let bytes = &mut buffer[..PIECE_BYTES.min(data.end - at) as usize];
+                self.pages.read(at, bytes)?;
+                for (page, bytes) in (at / PAGE_BYTES..).zip(bytes.chunks_exact(PAGE_BYTES as usize)) {
+                    if !self.prints.is(page, self.key.print(bytes)) {
+                        dirty.set(page);
+                    }
+                }
+                at += bytes.len() as u64;
             }
-        };
-        let mut at = piece.start;
-        while at < piece.end {
-            let rest = at..piece.end;
-            let data = whole_pages(self.pages.data(rest.clone())?, &rest).unwrap_or(piece.end..piece.end);
-            (at / PAGE_BYTES..data.start / PAGE_BYTES).for_each(|page| compare(page, self.key.zero));
-            let bytes = &mut buffer[..(data.end - data.start) as usize];
-            self.pages.read(data.start, bytes)?;
-            for (page, bytes) in (data.start / PAGE_BYTES..).zip(bytes.chunks_exact(PAGE_BYTES as usize)) {
-                compare(page, self.key.of(bytes));
-            }
-            at = data.end;
         }
         Ok(())
     }
-
-    fn set_print(&self, page: u64, print: [u64; 2]) {
-        if let Some(stored) = self.prints.get(page as usize) {
-            stored.iter().zip(print).for_each(|(stored, sum)| stored.store(sum, Ordering::Relaxed));
-        }
-    }
 }
 
-/// Leaves no pieces for the other threads when it is dropped armed.
+/// Leaves nothing for the other threads when it is dropped armed.
 struct EndAll<'a> {
     next: &'a AtomicU64,
     armed: bool,
@@ -197,7 +195,7 @@ struct EndAll<'a> {
 impl Drop for EndAll<'_> {
     fn drop(&mut self) {
         if self.armed {
-            // Beyond all pieces, and far from where the counter wraps.
+            // Beyond all shares, and far from where the counter wraps.
             self.next.store(u64::MAX / 2, Ordering::Relaxed);
         }
     }
@@ -216,7 +214,7 @@ impl<P: GuestPages> GuestPages for Fingerprinted<P> {
         }
         self.pages.read(offset, into)?;
         for (page, bytes) in (offset / PAGE_BYTES..).zip(into.chunks_exact(PAGE_BYTES as usize)) {
-            self.set_print(page, self.key.of(bytes));
+            self.prints.set(page, self.key.print(bytes))?;
         }
         Ok(())
     }
@@ -229,8 +227,7 @@ impl<P: GuestPages> GuestPages for Fingerprinted<P> {
         let data = self.pages.data(range.clone())?;
         // The pages before the data are sent as zeroes.
         let first = whole_pages(data.clone(), &range).map_or(range.end, |data| data.start);
-        let zeroes = range.start.div_ceil(PAGE_BYTES)..first.min(self.bytes) / PAGE_BYTES;
-        zeroes.for_each(|page| self.set_print(page, self.key.zero));
+        self.prints.set_zero(range.start.div_ceil(PAGE_BYTES)..first / PAGE_BYTES);
         Ok(data)
     }
 
@@ -311,7 +308,7 @@ mod tests {
     }
 
     fn dirty(pages: &Fingerprinted<Bytes>) -> Vec<(u64, u64)> {
-        let dirty = DirtyBitmap::new(pages.prints.len() as u64).unwrap();
+        let dirty = DirtyBitmap::new(pages.prints.pages()).unwrap();
         FingerprintLog { regions: vec![pages] }.harvest(0, &dirty).unwrap();
         dirty.runs().collect()
     }
@@ -387,6 +384,54 @@ mod tests {
         pages.write(page(100).start, &[0; PAGE_BYTES as usize]).unwrap();
         pages.write(page(199).end - 1, &[1]).unwrap();
         assert_eq!(dirty(&pages), [(4, 1), (100, 1), (199, 1)]);
+    }
+
+    /// Memory of which only one page was ever touched.
+    #[derive(Default)]
+    struct Untouched {
+        asked: AtomicU64,
+        read: AtomicU64,
+    }
+
+    const TOUCHED: Range<u64> = 5 * PAGE_BYTES..6 * PAGE_BYTES;
+
+    impl GuestPages for Untouched {
+        fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            Ok((range.start < TOUCHED.end && TOUCHED.start < range.end).then_some(TOUCHED))
+        }
+
+        fn read(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+            self.read.fetch_add(into.len() as u64, Ordering::Relaxed);
+            into.fill(1);
+            Ok(())
+        }
+
+        fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_page_that_was_never_touched_had_a_fingerprint_and_was_compared() {
+        const BYTES: u64 = 64 << 30;
+        let pages =
+            Fingerprinted::new(Untouched::default(), BYTES, &FingerprintKey::random().unwrap()).unwrap();
+        assert_eq!(pages.data(0..BYTES).unwrap(), Some(TOUCHED));
+        pages.read(TOUCHED.start, &mut [0; PAGE_BYTES as usize]).unwrap();
+        assert_eq!(pages.data(TOUCHED.end..BYTES).unwrap(), None);
+        assert_eq!(
+            pages.prints.chunks(),
+            1,
+            "fingerprints of the page that was touched, and of those around it"
+        );
+        pages.pages.asked.store(0, Ordering::Relaxed);
+        let dirty = DirtyBitmap::new(BYTES / PAGE_BYTES).unwrap();
+        FingerprintLog { regions: vec![&pages] }.harvest(0, &dirty).unwrap();
+        assert_eq!(dirty.count(), 0);
+        assert_eq!(pages.pages.read.load(Ordering::Relaxed), 2 * PAGE_BYTES, "when it was sent, and now");
+        let asked = pages.pages.asked.load(Ordering::Relaxed);
+        assert!(asked <= BYTES / SHARE_BYTES + 1, "{asked} searches for data");
     }
 
     #[test]

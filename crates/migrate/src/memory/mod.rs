@@ -3,6 +3,7 @@
 mod dirty;
 mod file_pages;
 mod fingerprint;
+mod prints;
 
 use std::io;
 use std::ops::Range;
