@@ -368,6 +368,10 @@ impl Server {
         self.state() == State::Running && self.guest() == guest
     }
 
+    pub fn signal(&self, signal: Signal) {
+        self.running.as_ref().unwrap().signal(signal);
+    }
+
     pub fn kill(&mut self) {
         self.running.take().unwrap().kill();
     }
