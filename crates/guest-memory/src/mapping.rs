@@ -19,6 +19,8 @@ use crate::sigbus::Slot;
 /// When the file is cut short, accesses fail with EFAULT from the first on that touches what is gone, and the process
 /// lives. For this the first mapping installs a handler for SIGBUS, which passes on what is not its own; threads
 /// that use mappings must not block the signal.
+///
+/// The memory is not part of a core dump of this process (MADV_DONTDUMP).
 #[derive(Debug)]
 pub struct FileMapping {
     /// Where the caller's bytes start, `lead` bytes into what is mapped.
@@ -82,6 +84,12 @@ impl FileMapping {
             rustix::mm::mmap(std::ptr::null_mut(), mapped, protection, MapFlags::SHARED, &fd, offset - lead)
         };
         let base = base.map_err(errno)?;
+        let not_dumped = rustix::mm::Advice::LinuxDontDump;
+        // The guest's secrets are not for a core dump of this process. The kernel refuses it to no mapping of a file.
+        // SAFETY: the range was mapped just now; the advice changes nothing that can be read there.
+        if let Err(error) = unsafe { rustix::mm::madvise(base, mapped, not_dumped) } {
+            tracing::warn!(%error, "guest memory would be part of a core dump of this process");
+        }
         // SAFETY: the range was mapped just now, nobody else knows it, and it is given back before it is unmapped.
         let slot = match unsafe { Slot::take(base as usize, mapped) } {
             Ok(slot) => slot,

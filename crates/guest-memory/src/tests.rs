@@ -94,6 +94,26 @@ fn a_fault_elsewhere_goes_to_the_handler_that_was_there() {
     assert_eq!(status.code(), Some(42), "{status:?}");
 }
 
+/// What the kernel knows of the mapping that begins at an address (`proc_pid_smaps.5`: VmFlags).
+fn flags_at(address: usize) -> String {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let start = format!("{address:x}-");
+    let mut lines = maps.lines().skip_while(|line| !line.trim_start_matches('0').starts_with(&start));
+    lines.find_map(|line| line.strip_prefix("VmFlags:")).expect("it is mapped").to_owned()
+}
+
+#[test]
+fn a_core_dump_of_a_process_had_the_guests_memory_in_it() {
+    let fd = memfd_create("not-dumped", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, 4 * PAGE).unwrap();
+    let mapping = FileMapping::new(&fd, PAGE + 100, PAGE, true, true).unwrap();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let new = maps.lines().find(|line| line.contains("memfd:not-dumped")).unwrap();
+    let address = usize::from_str_radix(new.split('-').next().unwrap(), 16).unwrap();
+    assert!(flags_at(address).split(' ').any(|flag| flag == "dd"), "{}", flags_at(address));
+    drop(mapping);
+}
+
 #[test]
 fn pages_that_are_brought_in_hold_what_they_held() {
     let fd = memfd(PAGE);

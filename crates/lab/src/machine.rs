@@ -303,13 +303,21 @@ impl Running {
     /// When the program ends without one.
     #[track_caller]
     pub fn line(&self, part: &str) -> String {
-        let line = self.shared.wait(&self.name, |said| {
-            let mut lines = said.ended.out.lines().chain(said.ended.err.lines());
-            lines.find(|line| line.contains(part)).map(str::to_owned)
-        });
-        line.unwrap_or_else(|| {
+        self.find(part).unwrap_or_else(|| {
             let said = self.shared.said();
             panic!("{} never said `{part}`: {:?} {:?}", self.name, said.ended, said.over)
+        })
+    }
+
+    /// Whether it says a line with this part before it ends.
+    pub fn says(&self, part: &str) -> bool {
+        self.find(part).is_some()
+    }
+
+    fn find(&self, part: &str) -> Option<String> {
+        self.shared.wait(&self.name, |said| {
+            let mut lines = said.ended.out.lines().chain(said.ended.err.lines());
+            lines.find(|line| line.contains(part)).map(str::to_owned)
         })
     }
 

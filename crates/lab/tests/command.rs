@@ -114,7 +114,7 @@ fn a_device_that_was_left_in_resuming_takes_nobody_down() {
     let file = path("file");
     here.limosa(&["save", uuid, &file]).fails(REFUSED, &[uuid, "RESUMING"]);
     here.limosa(&["migrate", Marked::new(&mtty(), 7).uuid(), uuid])
-        .fails(REFUSED, &[uuid, "RESUMING", "reset it"]);
+        .fails(REFUSED, &[uuid, "RESUMING", &format!("limosa state {uuid} reset")]);
     device.is_usable();
     assert_eq!(device.mark(), 6);
 }

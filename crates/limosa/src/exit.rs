@@ -189,7 +189,11 @@ fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
         Error::Aborted { code: AbortCode::Cancelled, .. } | Error::Cancelled => Code::Cancelled,
         Error::Stream { .. } => Code::Damaged,
         Error::Snapshot { name, error, .. } => return of_place(name, error),
-        Error::Link { .. } | Error::TimedOut { .. } => Code::Unreachable,
+        Error::Link { .. }
+        | Error::TimedOut { .. }
+        | Error::Suspended { .. }
+        | Error::Idle { .. }
+        | Error::TookTooLong { .. } => Code::Unreachable,
         // The device's own answer is the next cause.
         _ => return None,
     })

@@ -4,7 +4,9 @@
 use limosa_client::DeviceExt;
 use limosa_protocol::State;
 
+use crate::args::Stopping;
 use crate::exit::{self, Code};
+use crate::moved::Moved;
 use crate::moves::{Moves, Note};
 use crate::open::Opened;
 
@@ -27,6 +29,24 @@ pub fn check_destination(devices: &[Opened], moves: &Moves) -> anyhow::Result<()
     })
 }
 
+/// Refuses to stop, with the guest, the server of a device: it would not answer any more, and the move waits for it.
+pub fn check_stop_with<'a>(
+    stopping: &Stopping,
+    devices: impl Iterator<Item = &'a Opened> + Clone,
+) -> anyhow::Result<()> {
+    for pid in &stopping.stop_with {
+        if let Some(device) = devices.clone().find(|device| device.server() == Some(*pid)) {
+            let what = format!(
+                "--stop-with {pid}: this process serves {}, and would not answer any more once it is stopped; expected the \
+                 process that runs the guest. One that does both is asked to stop the guest by --on-stop",
+                device.given()
+            );
+            return Err(exit::error(Code::Usage, what));
+        }
+    }
+    Ok(())
+}
+
 fn refuse(devices: &[Opened], why: impl Fn(&Opened, State) -> Option<String>) -> anyhow::Result<()> {
     let reasons: Vec<_> = devices.iter().filter_map(|device| why(device, state(device)?)).collect();
     match reasons.is_empty() {
@@ -45,10 +65,17 @@ fn in_stop(name: &str, moves: &Moves) -> String {
     if let Some(what) = noted(name, moves) {
         return format!("{name} is in STOP: {what}");
     }
+    let why = match moves.last(name) {
+        Some(Moved { id, to, saved: true, .. }) => {
+            format!("its last move {id} is done: it was saved to {to}")
+        }
+        Some(Moved { id, to, .. }) => format!("its last move {id} is done: it went to {to}"),
+        None => "an earlier move has left it so, or somebody has paused it".into(),
+    };
     format!(
-        "{name} is in STOP: an earlier move has left it so, or somebody has paused it. Where its guest runs elsewhere, moving \
-         it again would put what it held over that guest. If the guest runs nowhere else, `limosa state {name} set RUNNING` \
-         lets it run here, and --stopped moves it as it stands, to stay in STOP there"
+        "{name} is in STOP: {why}. Where its guest runs elsewhere, moving it again would put what it held over that guest. If \
+         the guest runs nowhere else, `limosa state {name} set RUNNING` lets it run here, and --stopped moves it as it \
+         stands, to stay in STOP there"
     )
 }
 

@@ -73,7 +73,7 @@ impl<'a> Guest<'a> {
             Outcome::InDoubt(_) => false,
         };
         if let Some(noting) = self.noting.as_ref().filter(|_| is_settled) {
-            noting.settled();
+            noting.settled(matches!(outcome, Outcome::Moved(_)));
         }
     }
 

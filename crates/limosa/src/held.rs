@@ -1,130 +1,137 @@
 //! Devices that a process holds open. Their fds are in `/proc/PID/fd`: a device is found there by its place in
 //! sysfs (`vfio-device-syspath` in fdinfo) or its nodes, and borrowed from there with `pidfd_getfd`, which gives
-//! a further fd of the same open device. The holder keeps his own.
+//! a further fd of the same open device. The holder keeps its own.
 
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use limosa_host::Descriptor;
+use limosa_stream::escaped;
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, fstat, major, minor, statx};
 
 use crate::exit::{self, Code};
 
-/// An fd of a process, as it is named: `/proc/PID/fd/N`, `/proc/self/fd/N` or `/dev/fd/N`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
-    /// The process; `None` for this one, whose fds are inherited.
-    pid: Option<Pid>,
-    fd: i32,
-}
-
-impl Held {
-    /// What the name says, if it has one of these forms.
-    pub fn parse(name: &str) -> Option<Held> {
-        let (pid, fd) = match name.strip_prefix("/dev/fd/") {
-            Some(fd) => ("self", fd),
-            None => name.strip_prefix("/proc/")?.split_once("/fd/")?,
+/// A further fd of a device that a process holds under this descriptor.
+pub fn borrow(descriptor: Descriptor, name: &str) -> anyhow::Result<OwnedFd> {
+    let failed = |what: String| exit::error(Code::Unreachable, format!("{name}: {what}"));
+    let borrowed = descriptor.borrow().map_err(|error| {
+        let hint = match error.kind() {
+            ErrorKind::NotFound => "; `limosa probe` lists the devices that processes hold",
+            _ => "",
         };
-        let number = |text: &str| -> Option<i32> {
-            let number: i32 = text.parse().ok()?;
-            (number.to_string() == text && number >= 0).then_some(number)
-        };
-        let pid = match pid {
-            "self" | "thread-self" => None,
-            pid => Some(Pid::from_raw(number(pid)?)?),
-        };
-        Some(Held { pid, fd: number(fd)? })
-    }
-
-    fn process(self) -> String {
-        self.pid.map_or("self".into(), |pid| pid.as_raw_nonzero().to_string())
-    }
-
-    /// What other processes can call it while the process lives.
-    pub fn lasting_name(self) -> String {
-        let pid = self.pid.unwrap_or_else(getpid);
-        format!("/proc/{}/fd/{}", pid.as_raw_nonzero(), self.fd)
-    }
-
-    /// A further fd of what the process holds there.
-    pub fn borrow(self, name: &str) -> anyhow::Result<OwnedFd> {
-        let process = self.process();
-        let failed = |what: String| exit::error(Code::Unreachable, format!("{name}: {what}"));
-        let pid = self.pid.unwrap_or_else(getpid);
-        let process_fd = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| match error {
-            rustix::io::Errno::SRCH => failed(format!("there is no process {process}")),
-            error => failed(format!("process {process} cannot be reached: {error}")),
-        })?;
-        let fd =
-            pidfd_getfd(&process_fd, self.fd, PidfdGetfdFlags::empty()).map_err(|error| match error {
-                rustix::io::Errno::BADF => failed(format!(
-                    "process {process} has no fd {}; `limosa probe` lists the devices that processes hold",
-                    self.fd
-                )),
-                rustix::io::Errno::PERM => failed(format!(
-                    "no permission to borrow an fd of process {process}: run as root, or as its user where \
-                 kernel.yama.ptrace_scope is 0"
-                )),
-                error => failed(format!("fd {} of process {process} cannot be borrowed: {error}", self.fd)),
-            })?;
-        let target = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap_or_default();
-        match is_device(&target) {
-            true => Ok(fd),
-            false => Err(failed(format!("it is no VFIO device but {}", target.display()))),
-        }
-    }
-
-    /// Where the device is in sysfs, as far as the kernel tells.
-    pub fn place(self) -> Option<PathBuf> {
-        let process = Path::new("/proc").join(self.process());
-        place_of(&process, &self.fd.to_string())
+        failed(format!("{error}{hint}"))
+    })?;
+    let target = fs::read_link(format!("/proc/self/fd/{}", borrowed.as_fd().as_raw_fd())).unwrap_or_default();
+    let stat = fstat(&borrowed).map_err(|errno| failed(errno.to_string()))?;
+    let node = (FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice)
+        .then(|| Node::find(major(stat.st_rdev), minor(stat.st_rdev)))
+        .flatten();
+    match target.as_os_str() == OF_GROUP || matches!(node, Some(Node::Device(_))) {
+        true => Ok(borrowed.into()),
+        false => Err(failed(format!("it is no VFIO device but {}", target.display()))),
     }
 }
 
-/// What the fd of a device links to that was opened through its group.
+/// What other processes can call it while the process lives.
+pub fn lasting_name(descriptor: Descriptor) -> String {
+    let process = match descriptor.process().as_str() {
+        "self" => std::process::id().to_string(),
+        process => process.to_owned(),
+    };
+    format!("/proc/{process}/fd/{}", descriptor.number())
+}
+
+/// Where a device that a process holds is in sysfs, as far as the kernel tells.
+pub fn place(descriptor: Descriptor) -> Option<PathBuf> {
+    match look_at(&Path::new("/proc").join(descriptor.process()), &descriptor.number().to_string())? {
+        What::Device(place) => place,
+        What::Group(_) => None,
+    }
+}
+
+/// What the fd of a device links to that was opened through its group. The links of files begin with a slash, whatever they
+/// are called.
 const OF_GROUP: &str = "anon_inode:[vfio-device]";
 
-/// Whether this is what the fd of a device links to.
-fn is_device(target: &Path) -> bool {
-    target.starts_with("/dev/vfio/devices") || target.as_os_str() == OF_GROUP
+/// A node of VFIO's. It is known by its device number: a process can give the name to any file, in a mount namespace of its
+/// own.
+#[derive(Debug, PartialEq, Eq)]
+enum Node {
+    /// A device's cdev, with its place in sysfs.
+    Device(PathBuf),
+    /// The node of a group, by its name below `/dev/vfio`.
+    Group(String),
 }
 
-/// Where a device is in sysfs that a process has open: newer kernels say so in fdinfo; before, the name of a cdev
-/// tells, or the group of a process that has no other.
-fn place_of(process: &Path, fd: &str) -> Option<PathBuf> {
-    let target = fs::read_link(process.join("fd").join(fd)).ok()?;
-    if !is_device(&target) {
-        return None;
+impl Node {
+    /// The node with this device number, if it is one of VFIO's.
+    fn find(major: u32, minor: u32) -> Option<Node> {
+        Node::of(&fs::canonicalize(format!("/sys/dev/char/{major}:{minor}")).ok()?)
+    }
+
+    /// What a character device is, by its place in sysfs.
+    fn of(place: &Path) -> Option<Node> {
+        let class = place.parent()?;
+        match class.file_name()?.to_str()? {
+            "vfio-dev" => Some(Node::Device(class.parent()?.to_owned())),
+            "vfio" => Some(Node::Group(place.file_name()?.to_str()?.to_owned())),
+            _ => None,
+        }
+    }
+}
+
+/// What the fd of a process is, if it is one of VFIO's. Newer kernels say in fdinfo where a device is in sysfs; before,
+/// the node of a cdev tells, or the group of a process that has no other.
+fn look_at(process: &Path, fd: &str) -> Option<What> {
+    let what = what(process, fd)?;
+    if matches!(what, What::Group(_)) {
+        return Some(what);
     }
     let info = fs::read_to_string(process.join("fdinfo").join(fd)).unwrap_or_default();
     if let Some(place) = info.lines().find_map(|line| line.strip_prefix("vfio-device-syspath:")) {
-        return Some(PathBuf::from(place.trim()));
+        return Some(What::Device(Some(PathBuf::from(place.trim()))));
     }
-    if let Ok(cdev) = target.strip_prefix("/dev/vfio/devices") {
-        return fs::canonicalize(Path::new("/sys/class/vfio-dev").join(cdev).join("device")).ok();
+    match what {
+        What::Device(None) => {
+            let all = numbers(&process.join("fd")).into_iter();
+            let all = all.filter_map(|fd| self::what(process, &fd.to_string()));
+            Some(What::Device(only_device(all, |group| {
+                let in_group = limosa_vfio_kernel::list()
+                    .into_iter()
+                    .filter(|device| device.group.is_some_and(|of| of.to_string() == group));
+                in_group.map(|device| device.folder).collect()
+            })))
+        }
+        known => Some(known),
     }
-    only_device(process, |group| {
-        let in_group = limosa_vfio_kernel::list()
-            .into_iter()
-            .filter(|device| device.group.is_some_and(|of| of.to_string() == group));
-        in_group.map(|device| device.folder).collect()
+}
+
+/// What the fd of a process is, by its link and its device number alone. The kernel tells what it knows: a file system in
+/// user space is not asked, as it might never answer.
+fn what(process: &Path, fd: &str) -> Option<What> {
+    let link = process.join("fd").join(fd);
+    if fs::read_link(&link).ok()?.as_os_str() == OF_GROUP {
+        return Some(What::Device(None));
+    }
+    let stat = statx(CWD, &link, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
+    if FileType::from_raw_mode(stat.stx_mode.into()) != FileType::CharacterDevice {
+        return None;
+    }
+    Some(match Node::find(stat.stx_rdev_major, stat.stx_rdev_minor)? {
+        Node::Device(place) => What::Device(Some(place)),
+        Node::Group(name) => What::Group(Path::new("/dev/vfio").join(name)),
     })
 }
 
 /// The device of a process that has one device open, and one group, which has no other device.
-fn only_device(process: &Path, in_group: impl Fn(&str) -> Vec<PathBuf>) -> Option<PathBuf> {
-    let folder = process.join("fd");
-    let targets =
-        numbers(&folder).into_iter().filter_map(|fd| fs::read_link(folder.join(fd.to_string())).ok());
+fn only_device(open: impl Iterator<Item = What>, in_group: impl Fn(&str) -> Vec<PathBuf>) -> Option<PathBuf> {
     let (mut devices, mut groups) = (0, Vec::new());
-    for target in targets {
-        if target.as_os_str() == OF_GROUP {
-            devices += 1;
-        } else if let Ok(group) = target.strip_prefix("/dev/vfio")
-            && group.as_os_str() != "vfio"
-            && !target.starts_with("/dev/vfio/devices")
-        {
-            groups.push(group.to_str()?.to_owned());
+    for what in open {
+        match what {
+            What::Device(_) => devices += 1,
+            What::Group(node) => groups.push(node.file_name()?.to_str()?.to_owned()),
         }
     }
     match (devices, groups.as_slice()) {
@@ -159,8 +166,8 @@ pub struct OpenElsewhere(Vec<(What, Holder)>);
 
 #[derive(Debug, PartialEq, Eq)]
 enum What {
-    /// The device of this place in sysfs.
-    Device(PathBuf),
+    /// A device, with its place in sysfs where that is known.
+    Device(Option<PathBuf>),
     /// A node below `/dev/vfio`.
     Group(PathBuf),
 }
@@ -172,14 +179,10 @@ impl OpenElsewhere {
         for process in numbers(Path::new("/proc")) {
             let folder = Path::new("/proc").join(process.to_string());
             for fd in numbers(&folder.join("fd")) {
-                let fd = fd.to_string();
-                let target = fs::read_link(folder.join("fd").join(&fd)).unwrap_or_default();
-                let (what, name) = if let Some(place) = place_of(&folder, &fd) {
-                    (What::Device(place), Some(format!("/proc/{process}/fd/{fd}")))
-                } else if target.parent() == Some(Path::new("/dev/vfio")) {
-                    (What::Group(target), None)
-                } else {
-                    continue;
+                let (what, name) = match look_at(&folder, &fd.to_string()) {
+                    Some(what @ What::Device(Some(_))) => (what, Some(format!("/proc/{process}/fd/{fd}"))),
+                    Some(what @ What::Group(_)) => (what, None),
+                    Some(What::Device(None)) | None => continue,
                 };
                 found.push((what, Holder { pid: process, process: called(&folder), name }));
             }
@@ -195,7 +198,7 @@ impl OpenElsewhere {
             holders.dedup_by_key(|holder| holder.pid);
             holders
         };
-        match (of(&What::Device(device.into())), group) {
+        match (of(&What::Device(Some(device.into()))), group) {
             (holders, Some(group)) if holders.is_empty() => of(&What::Group(group.into())),
             (holders, _) => holders,
         }
@@ -205,7 +208,7 @@ impl OpenElsewhere {
 /// What a process calls itself, which can be anything: nothing of it does anything on a terminal.
 fn called(process: &Path) -> String {
     let comm = fs::read(process.join("comm")).unwrap_or_default();
-    String::from_utf8_lossy(comm.trim_ascii_end()).escape_debug().to_string()
+    escaped(&String::from_utf8_lossy(comm.trim_ascii_end())).into_owned()
 }
 
 /// The entries of a folder that are numbers, in order.
@@ -222,29 +225,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fds_of_processes_are_names() {
-        let pid = |raw| Some(Pid::from_raw(raw).unwrap());
-        assert_eq!(Held::parse("/proc/17/fd/3"), Some(Held { pid: pid(17), fd: 3 }));
-        assert_eq!(Held::parse("/proc/self/fd/0"), Some(Held { pid: None, fd: 0 }));
-        assert_eq!(Held::parse("/dev/fd/10"), Some(Held { pid: None, fd: 10 }));
-        for name in [
-            "",
-            "/proc/",
-            "/proc/17",
-            "/proc/17/fd/",
-            "/proc/17/fd/-1",
-            "/proc/17/fd/03",
-            "/proc/0/fd/1",
-            "/proc/-1/fd/1",
-            "/proc/x/fd/1",
-            "/dev/fd/",
-            "/dev/fd/x",
-            "proc/17/fd/3",
-            "/proc/17/fd/99999999999",
-            "/proc/17/fdinfo/3",
-        ] {
-            assert_eq!(Held::parse(name), None, "{name}");
+    fn nodes_are_known_by_their_place_in_sysfs() {
+        let device = "/sys/devices/pci0000:00/0000:00:02.0/0000:65:00.1";
+        let cdev = PathBuf::from(device).join("vfio-dev/vfio3");
+        assert_eq!(Node::of(&cdev), Some(Node::Device(device.into())));
+        let group = Node::of(Path::new("/sys/devices/virtual/vfio/noiommu-7"));
+        assert_eq!(group, Some(Node::Group("noiommu-7".into())));
+        for other in ["/sys/devices/virtual/misc/vfio", "/sys/devices/virtual/mem/null", "/", "/vfio"] {
+            assert_eq!(Node::of(Path::new(other)), None, "{other}");
         }
+        assert_eq!(Node::find(1, 3), None, "/dev/null");
     }
 
     #[test]
@@ -257,38 +247,32 @@ mod tests {
 
     #[test]
     fn the_only_device_of_the_only_group_is_known_where_the_kernel_does_not_tell() {
-        let process = tempfile::tempdir().unwrap();
-        let folder = process.path().join("fd");
-        fs::create_dir(&folder).unwrap();
-        let fd =
-            |number: u32, target: &str| std::os::unix::fs::symlink(target, folder.join(number.to_string()));
         let device = PathBuf::from("/sys/devices/a");
-        let found = |members: usize| {
-            only_device(process.path(), |group| {
+        let (one, group) = (|| What::Device(None), || What::Group("/dev/vfio/7".into()));
+        let found = |open: Vec<What>, members: usize| {
+            only_device(open.into_iter(), |group| {
                 assert_eq!(group, "7");
                 vec![device.clone(); members]
             })
         };
-        fd(0, "/dev/null").unwrap();
-        fd(1, "/dev/vfio/vfio").unwrap();
-        fd(2, "/dev/vfio/7").unwrap();
-        assert_eq!(found(1), None, "only the group is open");
-        fd(3, OF_GROUP).unwrap();
-        assert_eq!(found(1), Some(device.clone()));
-        assert_eq!(found(2), None, "it may be either");
-        fd(4, OF_GROUP).unwrap();
-        assert_eq!(found(1), None, "there is another one");
+        assert_eq!(found(vec![group()], 1), None, "only the group is open");
+        assert_eq!(found(vec![group(), one()], 1), Some(device.clone()));
+        assert_eq!(found(vec![group(), one()], 2), None, "it may be either");
+        assert_eq!(found(vec![group(), one(), one()], 1), None, "there is another one");
     }
 
+    /// A process can call any file like a device.
     #[test]
     fn what_is_no_device_is_not_borrowed() {
-        let file = fs::File::open("/proc/self/status").unwrap();
-        let name = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let held = Held::parse(&name).unwrap();
-        let said = held.borrow(&name).unwrap_err().to_string();
-        assert!(said.contains("no VFIO device but /proc/") && said.contains(&name), "{said}");
-        assert_eq!(held.place(), None);
-        let none = Held::parse("/dev/fd/999999").unwrap().borrow("it").unwrap_err().to_string();
-        assert!(none.contains("has no fd 999999"), "{none}");
+        for file in ["/proc/self/status", "/dev/null"] {
+            let file = fs::File::open(file).unwrap();
+            let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let descriptor = Descriptor::parse(&name).unwrap();
+            let said = borrow(descriptor, &name).unwrap_err().to_string();
+            assert!(said.contains("no VFIO device but /") && said.contains(&name), "{said}");
+            assert_eq!(place(descriptor), None);
+        }
+        let none = borrow(Descriptor::parse("/dev/fd/999999").unwrap(), "it").unwrap_err().to_string();
+        assert!(none.contains("has no fd 999999") && none.contains("limosa probe"), "{none}");
     }
 }

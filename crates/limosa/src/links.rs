@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use limosa_host::{Untrusted, User};
 use limosa_migrate::link::{self, Address, Bandwidth, Connector, Link, LinkError, Listener, Tls, Wait};
 use limosa_migrate::{Acceptor, Cancel, Ledger, Options};
 use limosa_stream::DATA_BYTES_MAX;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::args;
 use crate::exit::{self, Code};
@@ -22,24 +24,28 @@ pub struct Links {
     /// Whether links without TLS may leave this host.
     is_insecure: bool,
     bandwidth: Option<Bandwidth>,
+    /// The users whose servers behind UNIX sockets are trusted.
+    servers: Vec<User>,
 }
 
 impl Links {
     /// Reads and checks the certificates that were given.
     fn new(args: &args::Tls) -> anyhow::Result<Links> {
         let (Some(ca), Some(certificate), Some(key)) = (&args.tls_ca, &args.tls_cert, &args.tls_key) else {
-            return Ok(Links { tls: None, is_insecure: args.insecure, bandwidth: None });
+            let is_insecure = args.insecure;
+            return Ok(Links { tls: None, is_insecure, bandwidth: None, servers: Vec::new() });
         };
+        keep_keys_from_dumps()?;
         let tls = Tls::load(ca, certificate, key, args.tls_name.as_deref())
             .map_err(|error| exit::error(Code::Usage, error.to_string()))?;
         tls.check(SystemTime::now()).map_err(|error| exit::error(Code::Unreachable, error.to_string()))?;
-        Ok(Links { tls: Some(tls), is_insecure: false, bandwidth: None })
+        Ok(Links { tls: Some(tls), is_insecure: false, bandwidth: None, servers: Vec::new() })
     }
 
     /// For links to this address. Checks that a name is known for the destination's certificate, or that the links stay within
-    /// this host, unless the user accepts other ones without TLS.
-    pub fn to(address: &Address, args: &args::Tls) -> anyhow::Result<Links> {
-        let links = Links::new(args)?;
+    /// this host, unless the user accepts other ones without TLS. At a UNIX socket only servers of these users are spoken to.
+    pub fn to(address: &Address, args: &args::Tls, servers: &[User]) -> anyhow::Result<Links> {
+        let links = Links { servers: servers.to_vec(), ..Links::new(args)? };
         match &links.tls {
             Some(tls) => {
                 tls.expected_name(address)
@@ -115,7 +121,7 @@ impl Links {
 
     /// Makes links to this address, which share the bandwidth.
     pub fn connector(&self, address: &Address) -> Connector {
-        let mut connector = Connector::new(address.clone());
+        let mut connector = Connector::new(address.clone()).with_server_users(self.servers.clone());
         match &self.tls {
             Some(tls) => connector = connector.with_tls(tls.clone()),
             // A name may be looked up differently the next time.
@@ -149,6 +155,12 @@ impl Links {
         let started = Acceptor::answering(listener, self.tls.clone(), Arc::clone(ledger), options);
         started.context("cannot accept connections")
     }
+}
+
+/// Keeps the keys that this process is about to load, and what it moves, from core dumps and from other processes of its
+/// user. Only root may borrow a device that it holds from then on.
+fn keep_keys_from_dumps() -> anyhow::Result<()> {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("cannot keep keys from core dumps")
 }
 
 /// The error for a link that could not be made.
@@ -190,6 +202,9 @@ fn insecure(address: &Address) -> anyhow::Error {
 fn cannot_listen(address: &Address, error: &io::Error) -> anyhow::Error {
     let hint = match error.kind() {
         io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => "make its folder first",
+        io::ErrorKind::PermissionDenied if matches!(address, Address::Unix(_)) => {
+            "choose a folder that you may write to"
+        }
         _ => "choose another address",
     };
     exit::error(Code::Unreachable, format!("cannot listen on {address}: {error}; {hint}"))
@@ -205,6 +220,9 @@ pub fn connect(
     let address = connector.address();
     connector.connect(Wait::within(limit, cancel)).map_err(|error| match error {
         LinkError::Io(error) => {
+            let is_untrusted = error.get_ref().is_some_and(|error| error.is::<Untrusted>());
+            let untrusted = "--server-uid names a further user whose servers are trusted";
+            let hint = if is_untrusted { untrusted } else { hint };
             exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
         }
         error => failed(&address.to_string(), error),

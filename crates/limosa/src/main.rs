@@ -9,8 +9,10 @@ mod guest;
 mod held;
 mod hold;
 mod hook;
+mod huge_pages;
 mod links;
 mod memory;
+mod moved;
 mod moves;
 mod noted_devices;
 mod noting;
@@ -22,6 +24,7 @@ mod progress;
 mod reports;
 mod side;
 mod signals;
+mod text;
 
 use std::ffi::OsStr;
 use std::io::IsTerminal;
@@ -32,6 +35,7 @@ use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
 use hold::Leaves;
+use limosa_host::User;
 use limosa_vfio_kernel::Door;
 use open::Opening;
 use output::Output;
@@ -72,7 +76,8 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         args::Door::Cdev => Door::Cdev,
         args::Door::Group => Door::Group,
     });
-    let opening = Opening { limit: cli.timeout, door };
+    let servers = [&[User::ROOT, User::current()], &cli.server_users[..]].concat();
+    let opening = Opening { limit: cli.timeout, state_limit: cli.state_timeout, door, servers: &servers };
     let open = |device: &str| opening.open(device);
     match &cli.command {
         Command::Probe(args) => match &args.device {
@@ -107,9 +112,10 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
     }
 }
 
-/// Logs go to standard error: warnings, more with `-v`, anything with RUST_LOG.
+/// Logs go to standard error: warnings, more of this project's with `-v`, anything with RUST_LOG.
 fn log(verbose: u8) {
-    let default = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+    let own = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+    let default = format!("warn,limosa={own}");
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -118,5 +124,6 @@ fn log(verbose: u8) {
         .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        .fmt_fields(text::fields())
         .init();
 }

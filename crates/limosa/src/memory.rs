@@ -1,21 +1,37 @@
 //! The guest memory that a user named: opened, and refused where it cannot be one guest's.
 
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 
+use limosa_host::{Descriptor, Entry, Named, User};
 use limosa_migrate::{
     FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, MemoryRegion, PAGE_BYTES,
 };
+use rustix::fs::{FileType, OFlags, SealFlags, Uid};
+use rustix::io::Errno;
 
 use crate::args::Memory;
 use crate::exit::{self, Code};
+use crate::huge_pages::HugePages;
+
+/// The file systems (`linux/magic.h`) whose files are memory: tmpfs, which memfds are on, and hugetlbfs.
+const OF_MEMORY: [u64; 2] = [0x0102_1994, 0x9584_58f6];
 
 /// One part of a guest's memory, open.
 pub struct OpenMemory {
     named: Memory,
     file: File,
     size: u64,
+    huge_pages: Option<HugePages>,
+}
+
+/// What is done with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    Read,
+    Write,
 }
 
 impl OpenMemory {
@@ -25,36 +41,39 @@ impl OpenMemory {
             let what = format!("--memory {}: create is for where memory is written to", named.file.display());
             return Err(exit::error(Code::Usage, what));
         }
-        // One that may only be read cannot be mapped, and moves all the same.
-        OpenMemory::open(named, OpenOptions::new().read(true).write(true))
-            .or_else(|_| OpenMemory::open(named, OpenOptions::new().read(true)))
+        OpenMemory::open(named, Use::Read)
     }
 
-    /// To be written on the destination. A file that is created is its owner's alone, as it holds the guest's secrets.
+    /// To be written on the destination.
     pub fn destination(named: &Memory) -> anyhow::Result<OpenMemory> {
-        OpenMemory::open(named, OpenOptions::new().read(true).write(true).create(named.create).mode(0o600))
+        OpenMemory::open(named, Use::Write)
     }
 
-    fn open(named: &Memory, how: &OpenOptions) -> anyhow::Result<OpenMemory> {
+    fn open(named: &Memory, to: Use) -> anyhow::Result<OpenMemory> {
         let path = named.file.display();
         let fails = |error: io::Error| {
             let hint = match error.kind() {
-                io::ErrorKind::NotFound if named.create => "; make its folder first",
-                io::ErrorKind::NotFound => {
+                ErrorKind::NotFound if error.raw_os_error().is_none() => "",
+                ErrorKind::NotFound if named.create => "; make its folder first",
+                ErrorKind::NotFound => {
                     "; expected a file that the guest's memory is a mapping of, or ,size=BYTES,create to make one"
                 }
                 _ => "",
             };
             exit::error(Code::Unreachable, format!("--memory {path}: {error}{hint}"))
         };
-        let file = how.open(&named.file).map_err(fails)?;
-        let found = file.metadata().map_err(fails)?;
-        if !found.is_file() {
-            let what = "it is no regular file; expected one that the guest's memory is a mapping of";
-            return Err(exit::error(Code::Unreachable, format!("--memory {path}: {what}")));
-        }
         let refuse = |what: String| Err(exit::error(Code::Refused, format!("--memory {path}: {what}")));
-        let (length, offset) = (found.len(), named.offset);
+        let file = match limosa_host::resolve(&named.file).map_err(fails)? {
+            Named::Descriptor(_) if named.create || named.owner.is_some() => {
+                let what = "create and owner= are for files; expected neither for a descriptor of a process";
+                return Err(exit::error(Code::Usage, format!("--memory {path}: {what}")));
+            }
+            Named::Descriptor(descriptor) => borrow(descriptor, to),
+            Named::Entry(entry) => open_entry(named, &entry, to),
+        };
+        let file = file.map_err(fails)?;
+        let length = file.metadata().map_err(fails)?.len();
+        let offset = named.offset;
         let size = named.size.unwrap_or(length.saturating_sub(offset));
         let Some(end) = offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok()) else {
             return refuse(format!("{size} bytes from {offset} on are more than a file can have"));
@@ -70,10 +89,14 @@ impl OpenMemory {
         if end > length && !named.create {
             return refuse(format!("it has {length} bytes, and {end} are needed; ,create makes it longer"));
         }
+        let huge_pages = HugePages::of(&file).map_err(fails)?;
         if end > length {
+            if let Some(what) = huge_pages.and_then(|pages| pages.refuse_length(end)) {
+                return refuse(what);
+            }
             file.set_len(end).map_err(fails)?;
         }
-        Ok(OpenMemory { named: named.clone(), file, size })
+        Ok(OpenMemory { named: named.clone(), file, size, huge_pages })
     }
 
     /// Its first address and the one behind its last.
@@ -95,15 +118,127 @@ impl OpenMemory {
 
     /// Mapped where that can be.
     fn pages(&self) -> anyhow::Result<FilePages> {
-        let offset = self.named.offset;
-        if let Ok(mapped) = FilePages::mapped(self.file.try_clone()?, offset, self.size) {
-            return Ok(mapped);
-        }
-        Ok(FilePages::new(self.file.try_clone()?, offset))
+        self.mapped().or_else(|_| Ok(FilePages::new(self.file.try_clone()?, self.named.offset)))
+    }
+
+    fn mapped(&self) -> io::Result<FilePages> {
+        FilePages::mapped(self.file.try_clone()?, self.named.offset, self.size)
+    }
+
+    /// The same, to be written.
+    fn pages_to_write(&self) -> anyhow::Result<FilePages> {
+        let Some(huge_pages) = self.huge_pages else { return self.pages() };
+        // The mapping keeps all of them for this process.
+        self.mapped().map_err(|error| {
+            let what = huge_pages.why_not_mapped(self.size, &error);
+            exit::error(Code::Refused, format!("--memory {}: {what}", self.named.file.display()))
+        })
     }
 
     fn region<'a>(&self, id: usize, pages: &'a dyn GuestPages) -> MemoryRegion<'a> {
         MemoryRegion { id: id as u32, iova: self.named.address, size: self.size, pages }
+    }
+}
+
+/// A refusal that nothing but the user's command can change.
+fn refusal(what: impl Into<String>) -> io::Error {
+    io::Error::other(what.into())
+}
+
+/// Memory that a process holds, with the access that the process has to it.
+fn borrow(descriptor: Descriptor, to: Use) -> io::Result<File> {
+    let borrowed = descriptor.borrow()?;
+    let found = rustix::fs::fstat(&borrowed)?;
+    let is_memory = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
+        && OF_MEMORY.contains(&(rustix::fs::fstatfs(&borrowed)?.f_type as u64));
+    if !is_memory {
+        return Err(refusal(
+            "the process holds something there that is no memory; expected a memfd, or a file on tmpfs or hugetlbfs",
+        ));
+    }
+    if !borrowed.readable {
+        return Err(refusal(
+            "the process holds it for writing alone; expected a descriptor that can be read",
+        ));
+    }
+    let seals = rustix::fs::fcntl_get_seals(&borrowed).unwrap_or(SealFlags::empty());
+    if to == Use::Write
+        && (!borrowed.writable || seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE))
+    {
+        return Err(refusal(
+            "the process holds it for reading alone, or it is sealed against writing; expected a descriptor that \
+             can be written to",
+        ));
+    }
+    Ok(File::from(OwnedFd::from(borrowed)))
+}
+
+/// Memory in a file of the expected user's: by default that with whose rights this process acts, so that a file which
+/// another user put under the name is neither read nor written with these rights.
+fn open_entry(named: &Memory, entry: &Entry, to: Use) -> io::Result<File> {
+    if let Some(target) = entry.link() {
+        let what = "it is a symbolic link; expected the file itself";
+        return Err(refusal(format!("{what}, which the link says is {}", target.display())));
+    }
+    if named.create {
+        match entry.create() {
+            Ok(file) => return given(named, entry, file),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    // What it is decides before it is opened: to open a device can do something.
+    check(named, &entry.stat()?)?;
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = match entry.open(OFlags::RDWR | flags) {
+        // Memory that may only be read cannot be mapped, and moves all the same.
+        Err(error) if to == Use::Read && is_denied(&error) => entry.open(OFlags::RDONLY | flags)?,
+        opened => opened?,
+    };
+    check(named, &rustix::fs::fstat(&file)?)?;
+    Ok(file)
+}
+
+/// A file that was made here, given to its owner. It is the owner's alone, as it holds the guest's secrets.
+fn given(named: &Memory, entry: &Entry, file: File) -> io::Result<File> {
+    let Some(owner) = named.owner.filter(|owner| *owner != User::current()) else { return Ok(file) };
+    let done = rustix::fs::fchown(&file, Some(Uid::from_raw(owner.0)), None);
+    done.map(|()| file).map_err(|errno| {
+        let error = io::Error::from(errno);
+        // Nobody has used it.
+        let _ = entry.remove();
+        io::Error::new(error.kind(), format!("giving it to {owner}, as owner= says: {error}; run as root"))
+    })
+}
+
+fn is_denied(error: &io::Error) -> bool {
+    let denied = [Errno::ACCESS, Errno::PERM, Errno::ROFS];
+    Errno::from_io_error(error).is_some_and(|errno| denied.contains(&errno))
+}
+
+/// Refuses what is no regular file, or not the expected user's.
+fn check(named: &Memory, found: &rustix::fs::Stat) -> io::Result<()> {
+    if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
+        return Err(refusal("it is no regular file; expected one that the guest's memory is a mapping of"));
+    }
+    let (owner, current) = (User(found.st_uid), User::current());
+    match named.owner {
+        Some(expected) if owner != expected => {
+            return Err(refusal(format!("it belongs to {owner}, and owner= says that it is {expected}'s")));
+        }
+        None if owner != current => {
+            return Err(refusal(format!(
+                "it belongs to {owner}, and limosa runs as {current}; if that is the guest's memory all the same, say so \
+                 with ,owner={}, or name it as /proc/PID/fd/N of the process that runs the guest",
+                owner.0
+            )));
+        }
+        _ => {}
+    }
+    // The other name may be one that its owner gave it for another purpose.
+    match found.st_nlink {
+        0 | 1 => Ok(()),
+        names => Err(refusal(format!("the file has {names} names (hard links); expected this one alone"))),
     }
 }
 
@@ -203,7 +338,7 @@ pub struct DestinationPages(Vec<FilePages>);
 impl DestinationPages {
     /// Of these parts.
     pub fn new(parts: &[OpenMemory]) -> anyhow::Result<DestinationPages> {
-        Ok(DestinationPages(parts.iter().map(OpenMemory::pages).collect::<anyhow::Result<_>>()?))
+        Ok(DestinationPages(parts.iter().map(OpenMemory::pages_to_write).collect::<anyhow::Result<_>>()?))
     }
 
     /// As the engine takes it.

@@ -239,6 +239,10 @@ impl Moves {
         Moves(state.unwrap_or_else(|| "/var/lib".into()).join("limosa/moves"))
     }
 
+    pub(crate) fn folder(&self) -> &Path {
+        &self.0
+    }
+
     /// The folder, which is made if it is not there.
     pub fn open(&self) -> anyhow::Result<PrivateFolder> {
         PrivateFolder::create(&self.0).map_err(|error| failed(Code::Unreachable, &error))

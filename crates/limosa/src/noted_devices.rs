@@ -17,7 +17,7 @@ pub struct NotedDevices {
 
 impl NotedDevices {
     /// Opens them. `given` is what the user calls one of them now.
-    pub fn open(opening: Opening, halted: &Halted, given: Option<&str>) -> NotedDevices {
+    pub fn open(opening: Opening<'_>, halted: &Halted, given: Option<&str>) -> NotedDevices {
         let mut devices = NotedDevices { open: Vec::new(), gone: Vec::new(), unreachable: Vec::new() };
         if halted.is_of_another_boot() {
             let why = || "this machine was restarted since".to_owned();

@@ -10,6 +10,7 @@ use limosa_migrate::{CommitNote, PrivateFolder};
 use limosa_stream::MigrationId;
 use serde::Serialize;
 
+use crate::moved::Moved;
 use crate::moves::{DOUBT, Doubt, HINT, Halted, Known, Moves, STOP, Stop};
 use crate::open;
 use crate::process::{Stopped, boot_id};
@@ -26,8 +27,29 @@ pub enum Target {
     Here(String),
 }
 
+/// The devices of a side, as they are noted.
+pub fn devices_of(side: &Side) -> anyhow::Result<Halted> {
+    let mut known = Vec::new();
+    for device in side.devices() {
+        // A device that does not say its state is refused by the engine.
+        known.push(Known::new(open::identity(device.given()), device.state().ok()));
+    }
+    let devices = side.devices().iter().map(|device| open::lasting_name(device.given()));
+    let devices = devices.collect::<std::io::Result<_>>()?;
+    Ok(Halted { devices, known, since: 0, boot: Some(boot_id()?), stopped: Vec::new(), on_stop: None })
+}
+
+impl Doubt {
+    /// The note of this move when it is done.
+    pub fn moved(&self) -> Moved {
+        let halted = Halted { stopped: Vec::new(), on_stop: None, ..self.halted.clone() };
+        Moved { id: self.id.clone(), halted, to: self.to.clone(), saved: self.saved }
+    }
+}
+
 /// The notes of one move or save.
 pub struct Noting {
+    moves: Moves,
     folder: PrivateFolder,
     halted: Halted,
     target: Target,
@@ -40,23 +62,15 @@ pub struct Noting {
 #[derive(Default)]
 struct Written {
     stop: Option<File>,
-    doubt: Option<(String, File)>,
+    doubt: Option<(Doubt, File)>,
 }
 
 impl Noting {
     /// Opens the folder, and looks at the devices. Nothing is noted yet.
     pub fn new(moves: &Moves, side: &Side, target: Target) -> anyhow::Result<Noting> {
-        let folder = moves.open()?;
-        // A device that does not say its state is refused by the engine.
-        let known = side.devices().iter();
-        let known = known.map(|device| Known::new(open::identity(device.given()), device.state().ok()));
-        let known = known.collect();
-        let devices = side.devices().iter().map(|device| open::lasting_name(device.given()));
-        let devices = devices.collect::<std::io::Result<_>>()?;
-        let halted =
-            Halted { devices, known, since: 0, boot: Some(boot_id()?), stopped: Vec::new(), on_stop: None };
+        let (folder, halted) = (moves.open()?, devices_of(side)?);
         let (stop, written) = (MigrationId::random()?.to_string(), Mutex::default());
-        Ok(Noting { folder, halted, target, stop, written })
+        Ok(Noting { moves: moves.clone(), folder, halted, target, stop, written })
     }
 
     fn written(&self) -> MutexGuard<'_, Written> {
@@ -90,7 +104,7 @@ impl Noting {
         let name = format!("{id}{DOUBT}");
         let note = Doubt { id, secret, peer, halted, to, saved, here, tls, stop };
         let file = self.write(&name, &note)?;
-        written.doubt = Some((name, file));
+        written.doubt = Some((note, file));
         // From here on the other note says nothing more. If it cannot be removed, it is known to be replaced.
         self.forget_stop(&mut written);
         Ok(())
@@ -101,12 +115,15 @@ impl Noting {
         self.forget_stop(&mut self.written());
     }
 
-    /// How the move has ended is known, and nothing stands still that should not.
-    pub fn settled(&self) {
+    /// How the move has ended is known, and nothing stands still that should not. A move that is done is remembered.
+    pub fn settled(&self, is_moved: bool) {
         let mut written = self.written();
         self.forget_stop(&mut written);
-        if let Some((name, _locked)) = written.doubt.take() {
-            self.remove(&name);
+        if let Some((note, _locked)) = written.doubt.take() {
+            if is_moved {
+                self.moves.remember(&note.moved());
+            }
+            self.remove(&format!("{}{DOUBT}", note.id));
         }
     }
 

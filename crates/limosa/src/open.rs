@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use limosa_client::{Device, Error};
+use limosa_host::{Descriptor, User};
 use limosa_protocol::Errno;
 use limosa_vfio_kernel::{Door, KernelDevice, Listed, Name};
 use limosa_vfio_user::client::{Client, Options};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::{self, Code};
-use crate::held::{Held, OpenElsewhere};
+use crate::held::{self, OpenElsewhere};
 
 /// The forms of a name, for those whose name has none of them.
 const FORMS: &str = "expected the path of a vfio-user socket, a PCI address, the UUID of a mediated device, \
@@ -23,12 +24,16 @@ const FORMS: &str = "expected the path of a vfio-user socket, a PCI address, the
 
 /// How devices are opened.
 #[derive(Clone, Copy, Debug)]
-pub struct Opening {
+pub struct Opening<'a> {
     /// How long one request of vfio-user may take.
     pub limit: Duration,
+    /// How long a change of the migration state, or a reset, may take by vfio-user.
+    pub state_limit: Duration,
     /// Which door of the kernel's to go through; by default what the name is a node of, else the cdev, else the
     /// group.
     pub door: Option<Door>,
+    /// The users whose vfio-user servers, and destinations at UNIX sockets, are trusted.
+    pub servers: &'a [User],
 }
 
 /// A device that a user named, open.
@@ -86,6 +91,14 @@ impl Opened {
         Some(format!("/proc/{}/fd/{fd}", std::process::id()))
     }
 
+    /// The process that serves it, where it is behind a socket and that process can be seen from here.
+    pub fn server(&self) -> Option<i32> {
+        match &self.transport {
+            Transport::VfioUser(device) => device.server_process(),
+            Transport::Kernel(_) | Transport::Held(_) => None,
+        }
+    }
+
     /// The device alone.
     pub fn into_device(self) -> Box<dyn Device> {
         match self.transport {
@@ -102,7 +115,7 @@ impl Opened {
 
 /// What a name is the name of.
 enum Named {
-    Held(Held),
+    Held(Descriptor),
     Kernel(Name),
     /// The path of a socket, or of nothing.
     Path(PathBuf),
@@ -110,7 +123,7 @@ enum Named {
 
 impl Named {
     fn parse(name: &str) -> Named {
-        match (Held::parse(name), name.parse()) {
+        match (Descriptor::parse(name), name.parse()) {
             (Some(held), _) => Named::Held(held),
             (None, Ok(name)) => Named::Kernel(name),
             (None, Err(_)) => Named::Path(name.into()),
@@ -118,12 +131,12 @@ impl Named {
     }
 }
 
-impl Opening {
+impl Opening<'_> {
     /// Opens the device that a user named.
     pub fn open(self, name: &str) -> anyhow::Result<Opened> {
         let transport = match Named::parse(name) {
             Named::Held(held) => {
-                Transport::Held(KernelDevice::from_fd(name, held.borrow(name)?.as_fd(), None)?)
+                Transport::Held(KernelDevice::from_fd(name, held::borrow(held, name)?.as_fd(), None)?)
             }
             Named::Kernel(_) => Transport::Kernel(self.kernel(name)?),
             Named::Path(path) => Transport::VfioUser(self.vfio_user(name, &path)?),
@@ -151,7 +164,13 @@ impl Opening {
         if !std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
             return Err(exit::error(Code::Unreachable, format!("{name}: it is no socket; {FORMS}")));
         }
-        let options = Options { request_limit: self.limit, ..Options::default() };
+        let server_users = Some(self.servers.to_vec());
+        let options = Options {
+            request_limit: self.limit,
+            state_limit: self.state_limit,
+            server_users,
+            ..Options::default()
+        };
         Client::connect(path, options).map_err(|error| {
             let hint = hint(&error);
             anyhow::Error::from(error).context(format!("{name} cannot be opened{hint}"))
@@ -172,7 +191,7 @@ fn held_by(name: &str) -> Option<String> {
 pub fn listed(name: &str) -> Option<Listed> {
     let named = Named::parse(name);
     let held = match &named {
-        Named::Held(held) => held.place(),
+        Named::Held(held) => held::place(*held),
         _ => None,
     };
     let is_it = |device: &Listed| match &named {
@@ -192,6 +211,9 @@ pub fn listed(name: &str) -> Option<Listed> {
 fn hint(error: &Error) -> &'static str {
     match error {
         Error::Os { errno: Errno::ECONNREFUSED, .. } => " (nobody listens there: is its server running?)",
+        Error::Os { errno: Errno::EPERM, .. } => {
+            " (--server-uid names a further user whose servers are trusted)"
+        }
         Error::Timeout { .. } => " (most servers serve one client at a time: is another one connected?)",
         Error::Misbehaved { .. } => " (is it a vfio-user server?)",
         _ => "",
@@ -236,7 +258,7 @@ pub fn identity(name: &str) -> Option<Identity> {
 pub fn lasting_name(name: &str) -> io::Result<String> {
     Ok(match Named::parse(name) {
         Named::Kernel(_) => name.into(),
-        Named::Held(held) => held.lasting_name(),
+        Named::Held(held) => held::lasting_name(held),
         Named::Path(path) => std::path::absolute(path)?.to_string_lossy().into_owned(),
     })
 }

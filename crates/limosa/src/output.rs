@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::Serialize;
 
 use crate::exit::{self, Code};
+use crate::text;
 
 /// Indexes of regions or interrupts that are listed at most, whatever a device claims.
 pub const INDEXES_MAX: u32 = 256;
@@ -32,8 +33,7 @@ impl Output {
         text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
         self.printed.store(true, Ordering::Relaxed);
-        let json = |to: &mut dyn Write| Ok(serde_json::to_writer_pretty(to, result)?);
-        self.print(json, text)
+        self.print(|| text::json(result, false), text)
     }
 
     /// Says how the command failed, once: to people on standard error, and in a document unless there is one on standard
@@ -43,7 +43,7 @@ impl Output {
             return;
         }
         // Nobody is left to be told where this fails.
-        let _ = writeln!(io::stderr(), "{message}");
+        let _ = writeln!(io::stderr(), "{}", text::lines(message));
         if self.json && !self.printed.swap(true, Ordering::Relaxed) {
             let _ = self.line(failure, |_| Ok(()));
         }
@@ -55,26 +55,29 @@ impl Output {
         result: &T,
         text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
-        let json = |to: &mut dyn Write| Ok(serde_json::to_writer(to, result)?);
-        self.print(json, text)
+        self.print(|| text::json(result, true), text)
     }
 
     /// Prints a part of a result for people, when there is one.
     pub fn text(&self, text: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> anyhow::Result<()> {
-        if self.json { Ok(()) } else { self.print(|_| Ok(()), text) }
+        if self.json { Ok(()) } else { self.print(|| Ok(String::new()), text) }
     }
 
     fn print(
         &self,
-        json: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+        json: impl FnOnce() -> io::Result<String>,
         text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
-        let mut to = io::BufWriter::new(io::stdout().lock());
-        let done = match self.json {
-            true => json(&mut to).and_then(|()| writeln!(to)),
-            false => text(&mut to),
+        let printed = match self.json {
+            true => json()? + "\n",
+            false => {
+                let mut written = Vec::new();
+                text(&mut written)?;
+                text::lines(&String::from_utf8_lossy(&written))
+            }
         };
-        match done.and_then(|()| to.flush()) {
+        let mut to = io::stdout().lock();
+        match to.write_all(printed.as_bytes()).and_then(|()| to.flush()) {
             // Whoever reads has enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             other => other.map_err(|error| exit::error(Code::Failed, format!("standard output: {error}"))),
@@ -84,6 +87,7 @@ impl Output {
     /// Tells whoever waits for it what the command does now, in a line. In JSON mode documents are all that goes to
     /// standard output.
     pub fn say(&self, line: &str) {
+        let line = text::line(line);
         let said = match self.json {
             false => writeln!(io::stdout(), "{line}"),
             true => writeln!(io::stderr(), "{line}"),

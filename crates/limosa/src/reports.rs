@@ -1,14 +1,15 @@
-//! The report of a move, written to files in the formats of their names. The files are opened before anything is moved.
+//! The report of a move, written to files in the formats of their names. The files are prepared before anything is moved: a
+//! report appears under its name when it is complete, as a snapshot does, and an older one stays until then.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
-use limosa_migrate::Report;
+use limosa_migrate::link::{LinkError, Wait};
+use limosa_migrate::{Publication, Report, SnapshotFile, SnapshotTarget, SnapshotWriter};
 
 use crate::args::Reporting;
 use crate::exit::{self, Code};
+use crate::text;
 
 /// The format of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,30 +38,41 @@ pub fn report_file(text: &str) -> Result<ReportFile, String> {
     Ok(ReportFile { path, format })
 }
 
-/// The files, open.
-pub struct Reports(Vec<(ReportFile, File)>);
+/// The files, prepared.
+pub struct Reports(Vec<Prepared>);
+
+struct Prepared {
+    named: ReportFile,
+    /// Until the report is there.
+    file: Mutex<Option<Box<dyn SnapshotWriter>>>,
+}
+
+/// A file does not make anybody wait.
+fn no_wait() -> Wait<'static> {
+    Wait::within(std::time::Duration::MAX, None)
+}
 
 impl Reports {
-    /// Opens all files. An existing one keeps its contents until there is a report, and its mode; a new one is readable by
-    /// its owner alone, as a report names devices and addresses.
+    /// Prepares all files, and refuses names that cannot be taken: what is there is replaced only if it is a regular file,
+    /// and no link is followed. A report is readable by its owner alone, as it names devices, addresses and commands.
     pub fn open(args: &Reporting) -> anyhow::Result<Reports> {
         let open = |named: &ReportFile| {
-            let mut how = OpenOptions::new();
-            how.write(true).create(true).truncate(false).mode(0o600);
-            Ok((named.clone(), how.open(&named.path).map_err(|error| failed(&named.path, error))?))
+            let file = named.target().create(no_wait()).map_err(|error| failed(&named.path, &error))?;
+            Ok(Prepared { named: named.clone(), file: Mutex::new(Some(file)) })
         };
         Ok(Reports(args.report.iter().map(open).collect::<anyhow::Result<_>>()?))
     }
 
     /// Writes the report of a move that has ended.
     pub fn write(&self, report: &Report) -> anyhow::Result<()> {
-        for (named, file) in &self.0 {
-            let text = match named.format {
+        for prepared in &self.0 {
+            let text = match prepared.named.format {
                 Format::Html => report.html(),
-                Format::Json => serde_json::to_string_pretty(report)? + "\n",
-                Format::Text => report.to_string(),
+                Format::Json => text::json(report, false)? + "\n",
+                Format::Text => text::lines(&report.to_string()),
             };
-            replace(file, text.as_bytes()).map_err(|error| failed(&named.path, error))?;
+            let path = &prepared.named.path;
+            prepared.write(text.as_bytes()).map_err(|error| failed(path, &error))?;
         }
         Ok(())
     }
@@ -73,16 +85,31 @@ impl Reports {
     }
 }
 
-fn replace(mut file: &File, bytes: &[u8]) -> std::io::Result<()> {
-    // A pipe or a terminal has no length and no position.
-    if file.metadata()?.is_file() {
-        file.set_len(0)?;
-        file.rewind()?;
+impl ReportFile {
+    fn target(&self) -> SnapshotFile {
+        SnapshotFile::new(&self.path).replacing(true)
     }
-    file.write_all(bytes)
 }
 
-fn failed(path: &Path, error: std::io::Error) -> anyhow::Error {
+impl Prepared {
+    fn write(&self, mut bytes: &[u8]) -> Result<(), LinkError> {
+        let prepared = self.file.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let mut file = match prepared {
+            Some(file) => file,
+            None => self.named.target().create(no_wait())?,
+        };
+        while !bytes.is_empty() {
+            bytes = &bytes[file.write(bytes, no_wait())?..];
+        }
+        match file.publish(no_wait()) {
+            Publication::Published { .. } => Ok(()),
+            Publication::NotPublished(error) | Publication::Unknown(error) => Err(error),
+            _ => Err(std::io::Error::other("it is not known whether it is there").into()),
+        }
+    }
+}
+
+fn failed(path: &Path, error: &LinkError) -> anyhow::Error {
     exit::error(
         Code::Failed,
         format!("--report {}: {error}; expected a file that can be written", path.display()),

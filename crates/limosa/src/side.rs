@@ -16,7 +16,7 @@ pub struct Side {
 impl Side {
     /// Opens all that is moved from here.
     pub fn source(
-        opening: Opening,
+        opening: Opening<'_>,
         names: &[&str],
         memory: &[Memory],
         stopping: &Stopping,
@@ -30,7 +30,7 @@ impl Side {
     }
 
     /// Opens all that something is moved to.
-    pub fn destination(opening: Opening, names: &[&str], memory: &[Memory]) -> anyhow::Result<Side> {
+    pub fn destination(opening: Opening<'_>, names: &[&str], memory: &[Memory]) -> anyhow::Result<Side> {
         Ok(Side {
             devices: open_all(opening, names)?,
             memory: memory::open(memory, OpenMemory::destination)?,
@@ -71,7 +71,7 @@ impl Side {
     }
 }
 
-fn open_all(opening: Opening, names: &[&str]) -> anyhow::Result<Vec<Opened>> {
+fn open_all(opening: Opening<'_>, names: &[&str]) -> anyhow::Result<Vec<Opened>> {
     all_different(names)?;
     names.iter().map(|name| opening.open(name)).collect()
 }

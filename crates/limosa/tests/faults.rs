@@ -1,10 +1,11 @@
-//! Devices that fail as scripted: what the command says, and who runs afterwards.
+//! Devices that fail as scripted, and processes that stand still: what the command says, and who runs afterwards.
 
 mod support;
 
 use limosa_models::synthetic::registers;
 use limosa_protocol::State;
-use support::{Folder, Server, limosa};
+use rustix::process::Signal;
+use support::{Folder, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
 
@@ -165,4 +166,71 @@ fn a_downtime_that_cannot_be_had_calls_the_move_off_or_is_said() {
     assert!(report["predicted_downtime_ns"].as_u64().unwrap() > 0, "{report}");
     assert!(report["notes"][0].as_str().unwrap().contains("nothing ran for"), "{report}");
     assert!(destination.runs(GUEST));
+}
+
+/// The options of both sides of a move that notice soon that the other one is silent.
+const IMPATIENT: [&str; 2] = ["--silence", "0.3"];
+
+#[test]
+fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_the_reason() {
+    // Where the reason still gets through, and where the link is full.
+    for (is_full, state, options, reason) in [
+        (false, "state=1M", &[][..], "nothing came within 300ms"),
+        (true, "state=64M", &["--bandwidth", "8M"], "this process stood still for"),
+    ] {
+        let folder = Folder::new();
+        let stall = if is_full { "seed=2" } else { "fault=stall:RUNNING>PRE_COPY:1500" };
+        let (from, to) = (folder.device("from", &[state, stall]), folder.device("to", &[state]));
+        let listen = format!("unix:{}", folder.text("link"));
+        let receiver = start(&[&["receive", &to.socket, "--listen", &listen][..], &IMPATIENT].concat());
+        receiver.line("listening on");
+        let args = ["-vv", "send", &from.socket, "--to", &listen];
+        let sender = start(&[&args[..], &IMPATIENT, options].concat());
+        match is_full {
+            true => drop(sender.line("phase=\"pre-copy\"")),
+            false => from.line("stalls as scripted"),
+        }
+        receiver.signal(Signal::STOP);
+        sender.end().fails(4, &["nothing came within 300ms", "as it was before"]);
+        receiver.signal(Signal::CONT);
+        receiver.end().fails(4, &[reason, "was not loaded"]);
+        assert_eq!((from.state(), to.state()), (State::Running, State::Running));
+    }
+}
+
+#[test]
+fn a_sender_that_stood_still_for_too_long_failed_where_it_lost_its_receiver() {
+    let pair = Pair::new("stall:RUNNING>PRE_COPY:1500", "");
+    let listen = format!("unix:{}", pair.folder.text("link"));
+    let socket = &pair.destination.socket;
+    let receiver = start(&[&["receive", socket, "--listen", &listen][..], &IMPATIENT].concat());
+    receiver.line("listening on");
+    let sender = start(&[&["send", &pair.source.socket, "--to", &listen][..], &IMPATIENT].concat());
+    pair.source.line("stalls as scripted");
+    sender.signal(Signal::STOP);
+    receiver.end().fails(4, &["nothing came within 300ms"]);
+    sender.signal(Signal::CONT);
+    sender.end().fails(4, &["nothing came within 300ms", "as it was before"]);
+    assert!(pair.source.runs(GUEST));
+}
+
+#[test]
+fn a_sigterm_while_a_device_was_being_opened_ended_the_process_by_the_signal() {
+    let folder = Folder::new();
+    let listener = std::os::unix::net::UnixListener::bind(folder.path("device")).unwrap();
+    let (device, link) = (folder.text("device"), format!("unix:{}", folder.text("link")));
+    for args in [
+        &["send", &device, "--to", &link][..],
+        &["receive", &device, "--listen", &link],
+        &["migrate", &device, "other"],
+        &["save", &device, "file"],
+        &["load", "file", &device],
+    ] {
+        let running = start(args);
+        // It waits for the server's VERSION, which never comes.
+        let (server, _) = listener.accept().unwrap();
+        running.signal(Signal::TERM);
+        drop(server);
+        running.end().fails(4, &[&device]);
+    }
 }

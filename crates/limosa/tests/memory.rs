@@ -13,6 +13,7 @@ use limosa_migrate::{FilePages, GuestPages};
 use limosa_protocol::State;
 use rustix::fs::MemfdFlags;
 use rustix::process::Signal;
+use support::users::let_others_borrow;
 use support::{Folder, LIMIT, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
@@ -248,6 +249,7 @@ fn memory_is_saved_with_devices_and_loaded_into_a_file_that_is_made() {
 #[test]
 fn memory_moves_without_any_device_and_from_a_memfd_of_another_process() {
     let folder = Folder::new();
+    let_others_borrow();
     let memfd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let memfd = std::fs::File::from(memfd);
     memfd.set_len(64 * PAGE).unwrap();
@@ -305,6 +307,7 @@ impl Drop for HugePages {
 
 /// Memory of huge pages, reserved when it is touched.
 fn huge(pages: u64) -> (std::fs::File, FilePages, String) {
+    let_others_borrow();
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     let file = std::fs::File::from(rustix::fs::memfd_create("guest", flags).unwrap());
     file.set_len(pages * HUGE).unwrap();
@@ -312,6 +315,33 @@ fn huge(pages: u64) -> (std::fs::File, FilePages, String) {
     // There is no write to such a file but by a mapping.
     let mapped = FilePages::mapped(file.try_clone().unwrap(), 0, pages * HUGE).unwrap();
     (file, mapped, format!("{name}@0"))
+}
+
+#[test]
+fn huge_pages_that_are_missing_were_found_out_in_the_midst_of_a_move() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let Ok(file) = rustix::fs::memfd_create("guest", flags) else {
+        eprintln!("not tested, as this system has no huge pages of 2 MiB");
+        return;
+    };
+    let file = std::fs::File::from(file);
+    let name = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+    let pair = Pair::new(&[]);
+    let from = pair.folder.text("from");
+    // More than any machine has.
+    let bytes = HUGE << 22;
+    std::fs::File::create(&from).unwrap().set_len(bytes).unwrap();
+    file.set_len(bytes).unwrap();
+    let (here, there) = (format!("{from}@0"), format!("{name}@0"));
+    let few = ["needs up to 4194304 huge pages of 2048 KiB", "are free", "nr_hugepages", name.as_str()];
+    pair.migrate(&["--memory", &here, &there, "--guest-stopped"]).fails(3, &few);
+    let link = format!("unix:{}", pair.folder.text("link"));
+    limosa(&["receive", &pair.destination.socket, "--listen", &link, "--memory", &there]).fails(3, &few);
+    file.set_len(0).unwrap();
+    let odd = format!("{name}@0,size=3M,create");
+    let parts = ["huge pages of 2048 KiB", "3145728 bytes are not whole ones", name.as_str()];
+    pair.migrate(&["--memory", &here, &odd, "--guest-stopped"]).fails(3, &parts);
+    pair.is_as_before();
 }
 
 #[test]

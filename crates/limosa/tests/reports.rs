@@ -72,3 +72,46 @@ fn a_report_that_cannot_be_written_is_said_before_anything_is_moved() {
     }
     assert!(source.runs(5) && destination.runs(0));
 }
+
+#[test]
+fn a_report_through_a_link_overwrote_the_file_behind_it() {
+    let folder = Folder::new();
+    let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
+    source.mark(5);
+    let report = folder.text("report.html");
+    std::fs::write(folder.path("precious"), "precious").unwrap();
+    std::os::unix::fs::symlink("precious", &report).unwrap();
+    let migrate = ["migrate", &source.socket, &destination.socket, "--report", &report];
+    limosa(&migrate).fails(1, &["--report", &report, "symbolic link"]);
+    assert_eq!(std::fs::read(folder.path("precious")).unwrap(), b"precious");
+    std::fs::remove_file(&report).unwrap();
+    std::os::unix::net::UnixListener::bind(&report).unwrap();
+    limosa(&migrate).fails(1, &["--report", &report, "a socket"]);
+    assert!(source.runs(5) && destination.runs(0), "before anything is moved");
+    // One that comes later is replaced itself, or refused; what is behind it stays.
+    std::fs::remove_file(&report).unwrap();
+    let link = format!("unix:{}", folder.text("link"));
+    let receiver = start(&["receive", &destination.socket, "--listen", &link, "--report", &report]);
+    receiver.line("listening on");
+    std::os::unix::fs::symlink("precious", &report).unwrap();
+    limosa(&["send", &source.socket, "--to", &link]).ok();
+    receiver.end().fails(8, &["--report", &report, "symbolic link"]);
+    assert_eq!(std::fs::read(folder.path("precious")).unwrap(), b"precious");
+}
+
+#[test]
+fn a_report_was_empty_until_the_end_of_the_move() {
+    let folder = Folder::new();
+    let destination = folder.device("destination", &[]);
+    let (link, report) = (format!("unix:{}", folder.text("link")), folder.text("report.json"));
+    let receive = ["receive", &destination.socket, "--listen", &link, "--report", &report];
+    for old in [None, Some("an older report")] {
+        old.map_or(Ok(()), |old| std::fs::write(&report, old)).unwrap();
+        let receiver = start(&receive);
+        receiver.line("listening on");
+        assert_eq!(std::fs::read_to_string(&report).ok().as_deref(), old);
+        receiver.kill();
+        assert_eq!(std::fs::read_to_string(&report).ok().as_deref(), old);
+        std::fs::remove_file(folder.path("link")).unwrap();
+    }
+}

@@ -128,6 +128,10 @@ fn a_paused_guest_stays_paused_after_a_move_that_failed() {
 fn a_move_that_was_repeated_rolled_the_running_guest_back() {
     let pair = Pair::running();
     pair.migrate(&[]).ok();
+    let moved = pair.migrate(&["--json", "--run"]);
+    let refused = moved.json_failure(REFUSED);
+    let said = refused["message"].as_str().unwrap();
+    assert!(said.contains("its last move ") && said.contains(&pair.destination.socket), "{said}");
     // The guest goes on where it is.
     pair.destination.mark(GUEST + 1);
     let (link, file) = (format!("unix:{}", pair.folder.text("link")), pair.folder.text("file"));

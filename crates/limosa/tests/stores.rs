@@ -162,3 +162,28 @@ fn a_snapshot_that_may_still_appear_is_left_to_a_person_to_decide() {
     at(&server, &["resolve", &device.socket, "--moves", &moves, "--decide", "undone"]).ok();
     assert!(device.runs(32));
 }
+
+#[test]
+fn passwords_in_addresses_were_printed() {
+    let url = format!("s3://{BUCKET}/one");
+    let variables = |name: &str, value: &str| {
+        let all = [
+            ("AWS_ACCESS_KEY_ID", "id"),
+            ("AWS_SECRET_ACCESS_KEY", "hunter2"),
+            ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
+            ("AWS_ALLOW_HTTP", "true"),
+            (name, value),
+        ];
+        all.map(|(name, value)| (name.to_owned(), value.to_owned()))
+    };
+    for (name, value) in [
+        ("AWS_ENDPOINT_URL_S3", "http://user:hunter2@127.0.0.1:1"),
+        ("AWS_ENDPOINT_URL_S3", "http://user:hunter2@[::1"),
+        ("http_proxy", "http://user:hunter2@127.0.0.1:1"),
+        ("all_proxy", "http://user:hunter2@[::1"),
+    ] {
+        let said = limosa_with(&variables(name, value), &["-vvv", "verify", &url]);
+        assert_ne!(said.code, 0);
+        assert!(!said.err.contains("hunter2") && !said.out.contains("hunter2"), "{name}={value}: {said:?}");
+    }
+}

@@ -3,12 +3,13 @@
 mod support;
 
 use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use limosa_migrate::link::{Link, Listener, Tls, TlsLink, Wait, connect};
 use limosa_protocol::State;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use rustix::process::Signal;
+use support::users::{OTHER, can_be_another, give_away, start_as_other};
 use support::{Folder, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
@@ -97,6 +98,42 @@ fn a_device_moves_under_tls_over_two_links_with_a_bandwidth() {
     sent.ok();
     received.ok();
     assert!(pair.destination.runs(GUEST) && pair.source.state() == State::Stop);
+}
+
+#[test]
+fn a_move_in_doubt_was_answered_for_by_whoever_had_a_certificate_of_the_authority() {
+    let folder = Folder::new();
+    issue(&folder, "ca", &[("localhost", 4000), ("source", 4000)]);
+    let source = folder.device("a", &[]);
+    let destination = folder.device("b", &["fault=stall:STOP>RUNNING_P2P:800"]);
+    source.mark(GUEST);
+    let pair = Pair { folder, source, destination };
+    let (here, there) = (pair.folder.text("here"), pair.folder.text("there"));
+    let listening = |args: &[&str], certificate: &str| {
+        let args = args.iter().map(|arg| (*arg).to_owned());
+        let more = ["--listen", "tcp:127.0.0.1:0", "--moves", &there, "--tls-any-name"].map(str::to_owned);
+        let running = start(&args.chain(more).chain(pair.tls(certificate)).collect::<Vec<_>>());
+        let to = running.after("listening on ").replace("127.0.0.1", "localhost");
+        (running, to)
+    };
+    let asking = |args: &[&str]| -> Vec<String> {
+        let args = args.iter().map(|arg| (*arg).to_owned());
+        args.chain(["--moves".to_owned(), here.clone()]).chain(pair.tls("source")).collect()
+    };
+    let (receiver, to) = listening(&["receive", &pair.destination.socket], "localhost");
+    let sender = start(&asking(&["send", &pair.source.socket, "--to", &to]));
+    pair.destination.line("stalls as scripted");
+    receiver.kill();
+    sender.end().fails(5, &["is stopped and in doubt"]);
+    let name = pair.source.socket.as_str();
+    let (_other, to) = listening(&["answer"], "source");
+    let resolved = limosa(&asking(&["resolve", name, "--to", &to, "--tls-name", "source"]));
+    resolved.fails(5, &["not the destination to which the COMMIT was sent", "SHA-256", "--decide"]);
+    // The right one is heard, and says what it knows.
+    let (_same, to) = listening(&["answer"], "localhost");
+    let resolved = limosa(&asking(&["resolve", name, "--to", &to]));
+    resolved.fails(5, &["its destination does not know either"]);
+    assert_eq!(pair.source.state(), State::StopCopy);
 }
 
 #[test]
@@ -218,6 +255,35 @@ fn what_is_missing_or_unusable_is_said_before_anybody_is_connected_to() {
     }
     send(&["--bandwidth".into(), "1K".into()]).fails(2, &["--bandwidth 1024", "at least 69906 bytes"]);
     pair.is_as_before();
+}
+
+#[test]
+fn a_process_that_has_a_key_could_be_dumped() {
+    if !can_be_another("a_process_that_has_a_key_could_be_dumped") {
+        return;
+    }
+    let folder = Folder::new().open_to_all();
+    issue(&folder, "ca", &[("localhost", 4000)]);
+    let moves = folder.others("moves");
+    let mut args: Vec<String> =
+        ["answer", "--listen", "tcp:127.0.0.1:0", "--moves", &moves].map(str::to_owned).into();
+    let owner = |args: &[String]| {
+        let running = start_as_other(args);
+        running.line("listening on");
+        let owner = std::fs::metadata(format!("/proc/{}/io", running.pid())).unwrap().uid();
+        // Root goes on to borrow what it holds, as a device that is held.
+        limosa(&["probe", &format!("/proc/{}/fd/0", running.pid())])
+            .fails(4, &["no VFIO device but /dev/null"]);
+        running.kill();
+        owner
+    };
+    assert_eq!(owner(&args), OTHER, "the kernel gives root what belongs to a process that is not dumped");
+    for (option, file) in [("--tls-ca", "ca"), ("--tls-cert", "localhost"), ("--tls-key", "localhost.key")] {
+        give_away(&folder.path(file));
+        args.extend([option.to_owned(), folder.text(file)]);
+    }
+    args.push("--tls-any-name".into());
+    assert_eq!(owner(&args), 0);
 }
 
 #[test]

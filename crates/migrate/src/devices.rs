@@ -6,7 +6,7 @@ use limosa_protocol::{MigrationFlags, State};
 
 use crate::error::{Mismatch, MismatchKind};
 use crate::{Error, Result};
-use limosa_stream::body::printable;
+use limosa_stream::printable;
 use limosa_stream::{DeviceFacts, MemoryFacts, NAME_BYTES_MAX, PciIds, REGIONS_MAX};
 
 /// A device that is to be moved, or to which a device is moved.

@@ -157,6 +157,19 @@ pub enum Error {
         /// The limit.
         limit: Duration,
     },
+    /// The link was closed after this process had stood still, and so was silent, for longer than a side may be.
+    #[error(
+        "{peer} closed the link: this process stood still for {time:?} (stopped by a signal, or without a processor), longer \
+         than the {limit:?} for which a side may be silent"
+    )]
+    Suspended {
+        /// The other side.
+        peer: String,
+        /// How long this process stood still.
+        time: Duration,
+        /// The limit for silence ([`Options::silence_max`](crate::Options::silence_max)) on this side.
+        limit: Duration,
+    },
     /// The source sent nothing but keep-alives for as long as it may.
     #[error(
         "{peer}: it sent nothing but keep-alives for {limit:?}, the limit for that (Options::idle_max, `--idle`)"
@@ -528,6 +541,7 @@ impl Error {
             Error::NotConverging { .. } | Error::StoodStill { .. } => AbortCode::Standstill,
             Error::Cancelled => AbortCode::Cancelled,
             Error::Link { .. }
+            | Error::Suspended { .. }
             | Error::NotRecorded { .. }
             | Error::Snapshot { .. }
             | Error::PublicationUnknown { .. }

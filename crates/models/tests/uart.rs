@@ -287,3 +287,35 @@ fn what_is_written_today_is_the_newest_golden_state() {
 fn write_the_newest_golden_state() {
     std::fs::write(golden("uart-1.state"), save(&busy())).unwrap();
 }
+
+#[test]
+fn fds_that_the_other_end_of_the_line_sends_hold_up_nothing() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    // A socket whose last close waits for an hour, or until its other end is gone.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let lingering = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let _unread = listener.accept().unwrap();
+    lingering.set_nonblocking(true).unwrap();
+    while rustix::net::send(&lingering, &[0; 65536], SendFlags::NOSIGNAL).is_ok() {}
+    sockopt::set_socket_linger(&lingering, Some(std::time::Duration::from_secs(3600))).unwrap();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [lingering.as_fd()];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let parts = [std::io::IoSlice::new(b"a")];
+    rustix::net::sendmsg(&theirs, &parts, &mut control, SendFlags::NOSIGNAL).unwrap();
+    drop(lingering);
+    let device = wired(&ours);
+    drop(ours);
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // The line is gone; the device is not.
+        set_up(&device);
+        device.set_state(State::Stop).unwrap();
+        device.set_state(State::Running).unwrap();
+        drop(device);
+        done.send(()).unwrap();
+    });
+    ended.recv_timeout(std::time::Duration::from_secs(60)).expect("the device hangs");
+}

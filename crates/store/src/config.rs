@@ -1,8 +1,10 @@
 //! [`Object`]: an object's address, its store and the credentials, from the environment.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use limosa_stream::{escaped, without_passwords};
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::client::ClientConfigKey;
 use object_store::path::Path;
@@ -11,8 +13,7 @@ use object_store::{BackoffConfig, MultipartId, RetryConfig};
 use crate::connector::{Connector, Traffic};
 use crate::runtime::Runtime;
 
-/// An object as the place of a snapshot.
-#[derive(Debug)]
+/// An object as the place of a snapshot. Its `Debug` leaves out the credentials.
 pub struct Object {
     pub(crate) url: String,
     pub(crate) replace: bool,
@@ -21,11 +22,10 @@ pub struct Object {
 }
 
 /// The store's client, and what messages name.
-#[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) remote: Arc<Remote>,
     pub(crate) bucket: String,
-    /// Where the store is, for messages.
+    /// Where the store is, for messages: without a password.
     pub(crate) endpoint: String,
     pub(crate) region: String,
     pub(crate) traffic: Traffic,
@@ -41,6 +41,22 @@ pub(crate) struct Unsettled {
     pub(crate) is_aborted: bool,
 }
 
+impl fmt::Debug for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Object { url, replace, client, config: _ } = self;
+        f.debug_struct("Object").field("url", url).field("replace", replace).field("client", client).finish()
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Client { bucket, endpoint, region, .. } = self;
+        let mut shown = f.debug_struct("Client");
+        shown.field("bucket", bucket).field("endpoint", endpoint).field("region", region);
+        shown.finish_non_exhaustive()
+    }
+}
+
 impl Client {
     pub(crate) fn unsettled(&self) -> MutexGuard<'_, Vec<Unsettled>> {
         self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
@@ -48,7 +64,6 @@ impl Client {
 }
 
 /// The part that tasks of the runtime share. It does not own the runtime, which a task must not drop.
-#[derive(Debug)]
 pub(crate) struct Remote {
     pub(crate) store: AmazonS3,
     pub(crate) path: Path,
@@ -154,6 +169,14 @@ fn connect(url: &str, config: &[(String, String)], replace: bool) -> Result<Clie
                     printed; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead";
         return Err(ObjectError::Config { url: url.into(), what: what.into() });
     }
+    let is_address = |url: &reqwest::Url| matches!(url.scheme(), "http" | "https") && url.has_host();
+    if !endpoint.parse().is_ok_and(|url| is_address(&url)) {
+        let what = format!(
+            "the store's address {} is none; expected https://HOST or https://HOST:PORT in AWS_ENDPOINT_URL",
+            escaped(&without_passwords(&endpoint))
+        );
+        return Err(ObjectError::Config { url: url.into(), what });
+    }
     // Credentials may come from another server, which is reached over TLS.
     let encrypted = !endpoint.starts_with("http://") || given("AWS_ACCESS_KEY_ID").is_none();
     // Retries have to end before the caller's own time limit.
@@ -170,12 +193,16 @@ fn connect(url: &str, config: &[(String, String)], replace: bool) -> Result<Clie
     });
     let wrong = |error: &dyn std::fmt::Display| ObjectError::Config {
         url: url.into(),
-        what: format!("the store cannot be used as the environment (AWS_*) says: {error}"),
+        what: format!(
+            "the store cannot be used as the environment (AWS_*) says: {}",
+            escaped(&without_passwords(&error.to_string()))
+        ),
     };
     let allow_http = builder.get_config_value(&AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp));
     if endpoint.starts_with("http://") && allow_http.as_deref() != Some("true") {
+        let shown = without_passwords(&endpoint);
         let what = format!(
-            "the store at {endpoint} is reached without encryption; name an https:// address, or set AWS_ALLOW_HTTP=true"
+            "the store at {shown} is reached without encryption; name an https:// address, or set AWS_ALLOW_HTTP=true"
         );
         return Err(ObjectError::Config { url: url.into(), what });
     }
@@ -183,7 +210,7 @@ fn connect(url: &str, config: &[(String, String)], replace: bool) -> Result<Clie
     Ok(Client {
         remote: Arc::new(Remote { store, path }),
         bucket: bucket.into(),
-        endpoint,
+        endpoint: without_passwords(&endpoint).into_owned(),
         region,
         traffic,
         runtime,
@@ -251,6 +278,18 @@ mod tests {
         let secret = [KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", "https://user:password@127.0.0.1:1/x")];
         let why = refused("s3://b/k", &secret);
         assert!(why.contains("AWS_ENDPOINT_URL") && !why.contains("password@"), "{why}");
+    }
+
+    #[test]
+    fn passwords_and_keys_are_in_no_message_and_an_address_that_is_none_is_refused_at_once() {
+        let endpoint = |url: &'static str| [KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", url)];
+        for wrong in ["https://user:hun/ter2@store", "https://hunter2:x/@[::1", "hunter2", "ftp://hunter2/"] {
+            let why = refused("s3://b/k", &endpoint(wrong));
+            assert!(why.contains("expected https://HOST") && !why.contains("ter2@"), "{why}");
+        }
+        let variables = endpoint("https://store").map(|(name, value)| (name.to_string(), value.to_string()));
+        let said = format!("{:?}", Object::new("s3://b/k", variables).unwrap().replacing(true).unwrap());
+        assert!(said.contains("https://store") && !said.contains("secret"), "{said}");
     }
 
     #[test]

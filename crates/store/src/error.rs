@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io::{self, ErrorKind};
 
 use limosa_migrate::link::LinkError;
+use limosa_stream::{escaped, without_passwords};
 
 use crate::config::Client;
 
@@ -168,16 +169,10 @@ fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     rest.split_once(&format!("</{name}>")).map(|(inside, _)| inside)
 }
 
-/// A store's text as it may be printed: not too long, and what does something on a terminal escaped.
+/// A store's text as it may be printed: not too long, without a password, and what does something on a terminal escaped.
 fn shown(text: &str) -> String {
-    let mut shown = String::new();
-    for letter in text.chars().take(300) {
-        match letter {
-            '\'' | '"' => shown.push(letter),
-            letter => shown.extend(letter.escape_debug()),
-        }
-    }
-    shown
+    let end = text.char_indices().nth(300).map_or(text.len(), |(at, _)| at);
+    escaped(&without_passwords(&text[..end])).into_owned()
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Compression, DEVICES_MAX, Damage, Kind, LINKS_MAX, MEMORY_BYTES_MAX, MEMORY_REGIONS_MAX, NAME_BYTES_MAX,
-    Nonce, OFFER_BYTES_MAX, REASON_BYTES_MAX, REGIONS_MAX, Secret, u16_at, u32_at, u64_at,
+    Nonce, OFFER_BYTES_MAX, REASON_BYTES_MAX, REGIONS_MAX, Secret, printable, u16_at, u32_at, u64_at,
 };
 
 /// The devices and the memory that a source offers to move.
@@ -273,13 +273,9 @@ fn encode_json(kind: Kind, value: &impl Serialize) -> Result<Vec<u8>, Damage> {
 }
 
 fn decode_json<'a, T: Deserialize<'a>>(kind: Kind, payload: &'a [u8]) -> Result<T, Damage> {
-    serde_json::from_slice(payload).map_err(|error| Damage::Content { kind, why: error.to_string() })
-}
-
-/// A peer's text, made safe for a terminal: without control characters, and cut to [`REASON_BYTES_MAX`] characters.
-pub fn printable(text: &str) -> String {
-    let clean = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
-    text.chars().take(REASON_BYTES_MAX).map(clean).collect()
+    // The message can quote the peer.
+    serde_json::from_slice(payload)
+        .map_err(|error| Damage::Content { kind, why: printable(&error.to_string()) })
 }
 
 /// The kind of reason for ending a move.
@@ -481,7 +477,7 @@ mod tests {
         }
         let long = "ü".repeat(REASON_BYTES_MAX);
         assert!(encode_abort(AbortCode::Other, &long).len() <= REASON_BYTES_MAX + 4);
-        assert_eq!(decode_abort(b"\x63\0\0\0a\x1b[2J\xff").1, "a\u{fffd}[2J\u{fffd}");
+        assert_eq!(decode_abort(b"\x63\0\0\0a\x1b[2J\xff").1, "a\\u{1b}[2J\u{fffd}");
     }
 
     #[test]

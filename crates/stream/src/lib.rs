@@ -13,6 +13,7 @@ mod order;
 mod packed;
 mod preface;
 mod proof;
+mod text;
 
 pub use body::{AbortCode, Answer, DeviceFacts, MemoryFacts, Offer, PciIds, Seal, Totals};
 pub use decoder::{Damaged, Decoded, Decoder};
@@ -21,6 +22,7 @@ pub use order::{Order, Step};
 pub use packed::{Compression, Packer, UnknownCompression, Unpacker, unpack};
 pub use preface::{MigrationId, Preface, PrefaceFlags};
 pub use proof::{Nonce, PROOF_BYTES, Proofs, Secret};
+pub use text::{escaped, is_printable, printable, without_passwords};
 
 /// The version of the streams that this crate writes.
 pub const VERSION: u16 = 1;

@@ -4,14 +4,18 @@
 mod common;
 
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
 use common::Served;
 use common::device::TestDevice;
 use common::raw::*;
+use limosa_client::Error;
+use limosa_protocol::Errno;
+use limosa_vfio_user::client::{self, Client, User};
 use limosa_vfio_user::connection::ConnectionError;
-use limosa_vfio_user::server::{Options, Server, ShutdownHandle, serve_connection};
+use limosa_vfio_user::server::{Options, Server, ShutdownHandle, SocketAccess, serve_connection};
 
 #[test]
 fn the_socket_of_a_dead_server_is_replaced() {
@@ -57,6 +61,39 @@ fn a_socket_that_another_server_put_there_is_left_alone() {
     assert!(path.exists());
     drop(second);
     assert!(!path.exists());
+}
+
+#[test]
+fn a_socket_was_open_to_whom_the_umask_let_in() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    for mode in [0o600, 0o660] {
+        let socket = SocketAccess { mode, ..SocketAccess::default() };
+        let options = Options { socket, ..Options::default() };
+        let _server = Server::bind(&path, TestDevice::new().machine(), options).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, mode);
+    }
+    assert_eq!(Options::default().socket.mode, 0o600);
+}
+
+#[test]
+fn a_server_of_another_user_is_not_spoken_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let options = client::Options { server_users: Some(vec![User(4242)]), ..client::Options::default() };
+    let Err(error) = Client::connect(&path, options) else { panic!("it is spoken to") };
+    let said = error.to_string();
+    assert!(matches!(error, Error::Os { errno: Errno::EPERM, .. }), "{said}");
+    assert!(said.contains(&User::current().to_string()) && said.contains("user 4242"), "{said}");
+    let (mut accepted, _) = listener.accept().unwrap();
+    let mut heard = Vec::new();
+    std::io::Read::read_to_end(&mut accepted, &mut heard).unwrap();
+    assert_eq!(heard, b"", "nothing is said to it");
+    drop(listener);
+    let served = Served::new();
+    let options = client::Options { server_users: Some(vec![User::current()]), ..client::Options::default() };
+    Client::connect(served.path(), options).unwrap();
 }
 
 #[test]

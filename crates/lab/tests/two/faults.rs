@@ -135,9 +135,8 @@ fn a_sender_killed_before_the_commit_leaves_the_source_whole_and_the_destination
             scene.sender.signal(Signal::KILL);
             scene.sender.wait();
             scene.release();
-            if at == At::Load {
-                // It had loaded all: the sender might have sent COMMIT.
-                scene.receiver.line("the source may be in doubt");
+            // If all was loaded before it was noticed, the sender might have sent COMMIT.
+            if at == At::Load && scene.receiver.says("the source may be in doubt") {
                 scene.receiver.signal(Signal::INT);
             }
             scene.receiver.wait().fails(4, &[scene.destination.device.uuid(), "was not loaded"]);

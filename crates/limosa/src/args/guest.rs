@@ -3,20 +3,23 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use limosa_host::User;
 use limosa_migrate::{AfterLoad, PAGE_BYTES};
 
 use super::values::bytes;
 
 /// What `--memory` takes. Part of the help of every command that has it.
 pub const MEMORY: &str = "\
-Guest memory is named by FILE@GPA[,size=BYTES][,offset=BYTES][,create]
+Guest memory is named by FILE@GPA[,size=BYTES][,offset=BYTES][,create][,owner=USER]
   FILE    a file that the guest's memory is a shared mapping of: in /dev/shm, on
           a tmpfs, or /proc/PID/fd/N for a memfd that a VMM holds
   GPA     its first address for devices and the guest: 0x100000000, or 4G
   size    how much of the file it is; by default all from the offset to its end
   offset  where in the file it begins; by default 0
   create  where memory is written to: make the file if it is not there, without
-          taking room, or make it longer; needs size";
+          taking room, or make it longer; needs size
+  owner   whose file it is, a name or a number; by default it has to be that of
+          the user who runs limosa. One that create makes is given to this user";
 
 /// One part of a guest's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,9 +29,11 @@ pub struct Memory {
     pub size: Option<u64>,
     pub offset: u64,
     pub create: bool,
+    /// The user whose file it has to be, if another one than who runs this.
+    pub owner: Option<User>,
 }
 
-/// `FILE@GPA[,size=BYTES][,offset=BYTES][,create]`. FILE may have any of these characters in it.
+/// `FILE@GPA[,size=BYTES][,offset=BYTES][,create][,owner=USER]`. FILE may have any of these characters in it.
 pub fn memory(text: &str) -> Result<Memory, String> {
     let expected =
         || format!("`{text}`: expected FILE@GPA, such as /dev/shm/guest@0 or /proc/123/fd/9@0x100000000");
@@ -40,15 +45,22 @@ pub fn memory(text: &str) -> Result<Memory, String> {
     };
     let first = words.next().filter(|first| !first.is_empty() && !file.is_empty()).ok_or_else(expected)?;
     let address = whole_pages("the address", number(first).map_err(|error| format!("`{text}`: {error}"))?)?;
-    let mut memory = Memory { file: file.into(), address, size: None, offset: 0, create: false };
+    let mut memory = Memory { file: file.into(), address, size: None, offset: 0, create: false, owner: None };
     for word in words {
-        let (key, value) = word.split_once('=').unwrap_or((word, ""));
-        let value = || number(value).map_err(|error| format!("`{text}`: {key}: {error}"));
+        let (key, given) = word.split_once('=').unwrap_or((word, ""));
+        let value = || number(given).map_err(|error| format!("`{text}`: {key}: {error}"));
         match key {
             "size" => memory.size = Some(whole_pages("size", value()?)?),
             "offset" => memory.offset = whole_pages("offset", value()?)?,
             "create" if word == key => memory.create = true,
-            _ => return Err(format!("`{text}`: `{word}` is not known; expected size=, offset= or create")),
+            "owner" => {
+                memory.owner = Some(given.parse().map_err(|error| format!("`{text}`: {key}: {error}"))?);
+            }
+            _ => {
+                return Err(format!(
+                    "`{text}`: `{word}` is not known; expected size=, offset=, create or owner="
+                ));
+            }
         }
     }
     if memory.size == Some(0) {
@@ -181,7 +193,10 @@ mod tests {
         assert_eq!((named.size, named.offset, named.create), (None, 0, false));
         let named = memory("f@4G,size=1M,offset=0x2000,create").unwrap();
         assert_eq!((named.address, named.size, named.offset), (4 << 30, Some(1 << 20), 0x2000));
-        assert!(named.create);
+        assert!(named.create && named.owner.is_none());
+        let named = memory("f@0,owner=4242").unwrap();
+        assert_eq!(named.owner, Some(User(4242)));
+        assert_eq!(memory("f@0,owner=root").unwrap().owner, Some(User::ROOT));
         for (wrong, part) in [
             ("/dev/shm/a", "expected FILE@GPA"),
             ("@0", "expected FILE@GPA"),
@@ -198,6 +213,8 @@ mod tests {
             ("a@0,length=5", "`length=5` is not known"),
             ("a@0,create=yes", "`create=yes` is not known"),
             ("a@0,create", "goes with size="),
+            ("a@0,owner", "neither a number nor a name"),
+            ("a@0,owner=no-such-user", "`no-such-user` is neither a number nor a name"),
             ("a@0,", "`` is not known"),
         ] {
             let said = memory(wrong).unwrap_err();

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use limosa_host::{Group, User};
 use limosa_protocol::State;
 
 use crate::exit;
@@ -17,7 +18,7 @@ pub use moving::{
     WhenStalled,
 };
 pub use values::bytes;
-use values::seconds;
+use values::{mode, seconds};
 
 /// What `--option` takes.
 const MODEL_OPTIONS: &str = "\
@@ -73,7 +74,9 @@ pub struct Cli {
     #[arg(short, long, global = true, help_heading = "Global", action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Seconds to wait for the answer to one request of vfio-user; the kernel takes the time that it takes.
+    /// Seconds to wait for the answer to one request of vfio-user, but a change of the migration state or a reset, which
+    /// have --state-timeout. The kernel takes the time that it takes. A move makes many requests, and some of them again
+    /// when it is undone.
     #[arg(
         long,
         global = true,
@@ -84,9 +87,25 @@ pub struct Cli {
     )]
     pub timeout: Duration,
 
+    /// Seconds to wait for a device behind vfio-user to change its migration state, or to reset itself.
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global",
+        value_name = "SECONDS",
+        default_value = "60",
+        value_parser = seconds
+    )]
+    pub state_timeout: Duration,
+
     /// Which of the kernel's doors to open devices through.
     #[arg(long, global = true, help_heading = "Global", value_name = "DOOR")]
     pub door: Option<Door>,
+
+    /// Trust servers behind UNIX sockets that this user runs, a name or a number; many times. Those of root and of the user
+    /// who runs limosa are trusted anyway.
+    #[arg(long = "server-uid", global = true, help_heading = "Global", value_name = "UID|NAME")]
+    pub server_users: Vec<User>,
 
     #[command(subcommand)]
     pub command: Command,
@@ -218,6 +237,14 @@ pub struct Serve {
     /// Where to listen.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
+
+    /// The socket's mode, whatever the umask: who may connect, which is who may write to it.
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
+    pub mode: u32,
+
+    /// The socket's group, a name or a number; with a --mode that lets it in, such as 660.
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<Group>,
 
     /// An option of the model, NAME=VALUE; many times.
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]

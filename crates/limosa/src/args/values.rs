@@ -44,6 +44,14 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"))
 }
 
+/// The mode of a socket, in octal digits. Its owner may read and write it.
+pub fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| mode & !0o777 == 0 && mode & 0o600 == 0o600);
+    mode.ok_or_else(|| {
+        format!("`{text}` is no mode of a socket: expected octal digits with read and write for the owner, such as 660")
+    })
+}
+
 /// A number of links.
 pub fn links(text: &str) -> Result<NonZeroU32, String> {
     let links = text.parse().ok().filter(|links: &NonZeroU32| links.get() <= LINKS_MAX);
@@ -79,6 +87,14 @@ mod tests {
         assert!(link_count("17").unwrap_err().ends_with("or auto"));
         for wrong in ["0", "17", "-1", "x", "", "1.5"] {
             assert!(links(wrong).unwrap_err().contains("1 to 16"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn modes_are_octal_and_let_the_owner_in() {
+        assert_eq!((mode("600"), mode("0660"), mode("666")), (Ok(0o600), Ok(0o660), Ok(0o666)));
+        for wrong in ["", "060", "400", "1600", "680", "u+w", "-600"] {
+            assert!(mode(wrong).unwrap_err().contains("such as 660"), "{wrong}");
         }
     }
 

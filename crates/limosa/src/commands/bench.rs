@@ -9,7 +9,7 @@ use crate::exit::{self, Code};
 use crate::open::Opening;
 use crate::output::Output;
 
-pub fn run(args: &args::Bench, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     if args.one_core {
         limosa_bench::pin_to_one_core()?;
     }

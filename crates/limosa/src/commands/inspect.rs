@@ -31,7 +31,7 @@ fn print(found: &Inspection, to: &mut dyn Write) -> std::io::Result<()> {
             let kind = if found.stored { "saved stream" } else { "live stream" };
             writeln!(to, "{kind}, version {version}, {}, move {id}", output::bytes(found.bytes))?;
         }
-        _ => writeln!(to, "{} that are no stream", output::bytes(found.bytes))?,
+        _ => return writeln!(to, "no stream: it does not begin like one, and was not read any further"),
     }
     for device in &found.devices {
         let state = if device.complete { "whole" } else { "NOT WHOLE" };

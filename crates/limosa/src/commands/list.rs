@@ -51,7 +51,7 @@ enum Found {
 }
 
 /// With `all`, PCI devices that could be VFIO's, too.
-pub fn run(all: bool, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn run(all: bool, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let elsewhere = OpenElsewhere::look();
     let unbound = if all { limosa_vfio_kernel::list_unbound() } else { Vec::new() };
     let devices = limosa_vfio_kernel::list().into_iter().chain(unbound);
@@ -61,7 +61,7 @@ pub fn run(all: bool, opening: Opening, out: &Output) -> anyhow::Result<()> {
     out.result(&listing, |to| print(&listing, to))
 }
 
-fn look(device: limosa_vfio_kernel::Listed, opening: Opening, elsewhere: &OpenElsewhere) -> Listed {
+fn look(device: limosa_vfio_kernel::Listed, opening: Opening<'_>, elsewhere: &OpenElsewhere) -> Listed {
     let group = device.group.map(|group| group.to_string());
     let node = group.as_ref().map(|group| Path::new("/dev/vfio").join(group));
     let by = elsewhere.holders(&device.folder, node.as_deref());
@@ -77,7 +77,7 @@ fn look(device: limosa_vfio_kernel::Listed, opening: Opening, elsewhere: &OpenEl
 }
 
 /// Opens the device for a moment. Nobody has it open, so nothing that it holds is lost by that.
-fn open(id: &str, opening: Opening) -> Found {
+fn open(id: &str, opening: Opening<'_>) -> Found {
     let flags = opening.open(id).and_then(|device| Ok(device.migration_flags()?));
     match flags {
         Ok(flags) if flags.contains(MigrationFlags::STOP_COPY) => {

@@ -1,15 +1,16 @@
 //! `limosa serve`: a ready device behind a socket.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use anyhow::Context;
 use limosa_device::{Machine, Model};
+use limosa_host::{Named, SocketAccess};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_models::uart::{Line, Mtty, Uart};
 use limosa_vfio_user::server::{Options, Server};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, OFlags};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
 use serde::Serialize;
 
@@ -31,7 +32,11 @@ pub fn run(args: &args::Serve, out: &Output) -> anyhow::Result<()> {
     more_fds();
     let machine = Machine::new(model(args)?);
     let socket = args.socket.display();
-    let options = Options { any_file: args.any_file, ..Options::default() };
+    let options = Options {
+        socket: SocketAccess { mode: args.mode, group: args.group },
+        any_file: args.any_file,
+        ..Options::default()
+    };
     let server = Server::bind(&args.socket, machine, options).map_err(|error| {
         let hint = match error.kind() {
             std::io::ErrorKind::AddrInUse => "a server listens there already; end it or choose another path",
@@ -95,13 +100,24 @@ fn line(option: &str) -> anyhow::Result<Line> {
         let what = "expected a terminal, or a UNIX socket that somebody listens on";
         exit::error(Code::Unreachable, format!("--option {option}: {error}; {what}"))
     };
-    let is_socket = std::fs::metadata(path).map_err(failed)?.file_type().is_socket();
-    let input = if is_socket {
-        OwnedFd::from(UnixStream::connect(path).map_err(failed)?)
-    } else {
-        // A terminal must not become this process's own.
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-        rustix::fs::open(path, flags, Mode::empty()).map_err(|error| failed(error.into()))?
+    let input = match limosa_host::resolve(Path::new(path)).map_err(failed)? {
+        Named::Descriptor(descriptor) => {
+            let borrowed = descriptor.borrow().map_err(failed)?;
+            if !borrowed.readable || !borrowed.writable {
+                return Err(failed(std::io::Error::other(
+                    "its process does not hold it for reading and writing",
+                )));
+            }
+            OwnedFd::from(borrowed)
+        }
+        Named::Entry(entry) => {
+            let kind = FileType::from_raw_mode(entry.stat().map_err(failed)?.st_mode);
+            match kind {
+                FileType::Socket => OwnedFd::from(UnixStream::connect(path).map_err(failed)?),
+                // A terminal must not become this process's own.
+                _ => entry.open(OFlags::RDWR | OFlags::NOCTTY).map_err(failed)?.into(),
+            }
+        }
     };
     let output = input.try_clone().map_err(failed)?;
     Ok(Line::Fds { input, output })

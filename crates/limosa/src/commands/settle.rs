@@ -29,7 +29,7 @@ struct Resolved<'a> {
     left: Vec<String>,
 }
 
-pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let moves = Moves::new(args.moves.folder.as_deref());
     if args.device.is_none() && args.id.is_none() {
         return super::doubts::list(&moves, out);
@@ -70,6 +70,9 @@ pub fn resolve(args: &args::Resolve, opening: Opening, out: &Output) -> anyhow::
     let (is_settled, failures) = (done.left.is_empty() && !stays_stopped, guest.failures());
     if let Some(taken) = taken.filter(|_| is_settled) {
         warn_of_command(taken.note(), decision, args);
+        if let Some(doubt) = taken.note().doubt().filter(|_| decision == Decision::Committed) {
+            moves.remember(&doubt.moved());
+        }
         taken.forget()?;
     }
     let failed = match (done.left.is_empty(), failures.is_empty()) {
@@ -113,7 +116,7 @@ fn parsed(note: &Note) -> anyhow::Result<MigrationId> {
 /// A move that is being settled.
 struct Settling<'a> {
     args: &'a args::Resolve,
-    opening: Opening,
+    opening: Opening<'a>,
     id: MigrationId,
     note: Option<&'a Note>,
     halted: &'a Halted,
@@ -192,7 +195,7 @@ impl Settling<'_> {
                 format!("{name}: {what}; expected --tls-ca, --tls-cert and --tls-key as for the send"),
             ));
         }
-        let links = Links::to(&address, &args.tls)?;
+        let links = Links::to(&address, &args.tls, self.opening.servers)?;
         let hint = "`limosa answer` there answers for a `limosa receive` that has ended";
         let link = links::connect(&links.connector(&address), options.silence_max, None, hint)?;
         let commit = Doubt::commit(*id, doubt);

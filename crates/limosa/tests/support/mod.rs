@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 pub mod link;
+pub mod users;
 pub mod vcpus;
 
 use std::io::{BufRead, BufReader, Read};
@@ -251,8 +252,12 @@ impl Running {
         line.split_once(part).map(|(_, rest)| rest.trim().to_owned()).unwrap()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.child.id().try_into().unwrap()).unwrap();
+        let pid = Pid::from_raw(self.pid().try_into().unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
     }
 
@@ -370,6 +375,15 @@ impl Server {
 
     pub fn signal(&self, signal: Signal) {
         self.running.as_ref().unwrap().signal(signal);
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.running.as_ref().unwrap().pid()
+    }
+
+    /// It is killed, and nothing more is wanted of it.
+    pub fn kill_now(mut self) {
+        self.kill();
     }
 
     pub fn kill(&mut self) {

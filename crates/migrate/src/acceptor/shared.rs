@@ -12,11 +12,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::PENDING_MAX;
 use super::heard::HeardLink;
 use super::passed_over::PassedOver;
+use crate::Options;
 use crate::error::NoMove;
 use crate::ledger::{Decision, Ledger};
 use crate::link::{Link, SocketLink};
 use crate::lock::lock;
-use crate::{Error, Options};
 
 /// The most answers that are kept for [`Acceptor::accept`](super::Acceptor::accept). The oldest ones are dropped.
 const ANSWERED_MAX: usize = 64;
@@ -147,9 +147,9 @@ impl Shared {
         drop(state);
         if let Some(closed) = closed {
             closed.link.cut();
-            let (peer, limit) = (closed.link.peer().to_owned(), closed.since.elapsed());
-            let doing = "more clients connected than are heard at once";
-            self.passed_over(&peer, &Error::TimedOut { peer: peer.clone(), doing, limit });
+            let waited = closed.since.elapsed();
+            let why = format!("closed after {waited:?}: more clients connected than are heard at once");
+            self.passed_over(closed.link.peer(), &why);
         }
         number
     }
@@ -225,7 +225,7 @@ impl Shared {
     }
 
     /// A client was passed over, or a connection failed.
-    pub(super) fn passed_over(&self, peer: &str, why: &Error) {
+    pub(super) fn passed_over(&self, peer: &str, why: &dyn fmt::Display) {
         let line = self.state().passed_over.one_more(Instant::now());
         let Some(others) = line else { return self.control.wake() };
         let why = why.to_string();

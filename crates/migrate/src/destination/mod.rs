@@ -141,7 +141,6 @@ impl<'a> Destination<'a> {
     }
 
     /// Sets the fate of devices that are received. By default each is again what it was at the source.
-    #[must_use]
     pub fn with_after(self, after: AfterLoad) -> Destination<'a> {
         Destination { after, ..self }
     }

@@ -244,7 +244,11 @@ mod tests {
         assert!(next.ask_for_peer(id(1), stranger).is_err());
         let record = std::fs::read(folder.path().join(format!("{}.move", id(1)))).unwrap();
         assert_eq!(record[9], 0, "it still holds");
-        let answer = next.ask_for_peer(id(1), |known| Ok(assert_eq!(known, Some(&secret)))).unwrap();
+        let owner = |known: Option<&Secret>| {
+            assert_eq!(known, Some(&secret));
+            Ok(())
+        };
+        let answer = next.ask_for_peer(id(1), owner).unwrap();
         assert_eq!(answer, (Decision::NotCommitted, Some(secret)));
     }
 

@@ -1,5 +1,7 @@
 //! [`Connector`]: makes the links of a move to one destination.
 
+use limosa_host::{User, check_server};
+
 use super::{Address, Bandwidth, FurtherLinks, LimitedLink, Link, LinkError, Tls, TlsLink, Wait};
 use crate::link::socket::connect_to;
 
@@ -24,12 +26,13 @@ pub struct Connector {
     tls: Option<Tls>,
     bandwidth: Option<Bandwidth>,
     within_host: bool,
+    server_users: Option<Vec<User>>,
 }
 
 impl Connector {
-    /// Plain links without a limit to this address.
+    /// Plain links without a limit to this address, whoever listens there.
     pub fn new(address: Address) -> Connector {
-        Connector { address, tls: None, bandwidth: None, within_host: false }
+        Connector { address, tls: None, bandwidth: None, within_host: false, server_users: None }
     }
 
     /// Links under TLS.
@@ -42,6 +45,13 @@ impl Connector {
     #[must_use]
     pub fn with_bandwidth(self, bandwidth: Bandwidth) -> Connector {
         Connector { bandwidth: Some(bandwidth), ..self }
+    }
+
+    /// Links to a UNIX socket only if its server was started by one of these users (SO_PEERCRED). Another one is refused
+    /// with `PermissionDenied`, before anything is sent. No matter at a TCP port, whose server's user is not known.
+    #[must_use]
+    pub fn with_server_users(self, users: Vec<User>) -> Connector {
+        Connector { server_users: Some(users), ..self }
     }
 
     /// Refuses to connect over TCP to a host that has other addresses than those of the loopback.
@@ -59,6 +69,9 @@ impl Connector {
     /// socket whose listener accepts nobody.
     pub fn connect(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
         let socket = connect_to(&self.address, self.within_host, wait)?;
+        if let (Address::Unix(_), Some(users)) = (&self.address, &self.server_users) {
+            check_server(&socket, users)?;
+        }
         let link = LimitedLink::new(socket, self.bandwidth.clone());
         Ok(match &self.tls {
             Some(tls) => Box::new(TlsLink::connect(link, tls, &self.address, wait)?),

@@ -18,6 +18,8 @@ pub use address::{Address, AddressError};
 pub use connector::Connector;
 pub use fingerprint::{Fingerprint, NotAFingerprint};
 pub use limited::{Bandwidth, LimitedLink};
+pub use limosa_host::User;
+pub(crate) use socket::poll_for;
 pub use socket::{Listener, SocketLink, connect, stays_within_host};
 pub(crate) use tls::is_tls;
 pub use tls::{Tls, TlsError, TlsLink};

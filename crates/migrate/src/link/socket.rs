@@ -6,13 +6,12 @@
 use std::io::IoSlice;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use limosa_foreign_fd::{Foreign, ForeignFd, receive_bytes};
+use limosa_host::{SocketAccess, SocketPath};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_error};
@@ -70,17 +69,28 @@ fn retry<T>(
             Err(Errno::INTR) => continue,
             done => return Ok(done?),
         }
-        let left = timespec(wait.left()?);
-        let polled = match wait.cancel {
-            Some(cancel) => {
-                poll(&mut [PollFd::new(fd, events), PollFd::new(cancel, PollFlags::IN)], Some(&left))
-            }
-            None => poll(&mut [PollFd::new(fd, events)], Some(&left)),
-        };
-        match polled {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        poll_for(fd, events, wait)?;
+    }
+}
+
+/// Waits for the events. Returns whether there are any: a cancel, a signal and the deadline end the wait too.
+pub(crate) fn poll_for(fd: &impl AsFd, events: PollFlags, wait: Wait<'_>) -> Result<bool, LinkError> {
+    let left = timespec(wait.left()?);
+    let mut fds = [PollFd::new(fd, events), PollFd::new(fd, events)];
+    let mut watched = 1;
+    if let Some(cancel) = wait.cancel {
+        (fds[1], watched) = (PollFd::new(cancel, PollFlags::IN), 2);
+    }
+    match poll(&mut fds[..watched], Some(&left)) {
+        Ok(_) => Ok(!fds[0].revents().is_empty()),
+        Err(Errno::INTR) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+impl AsFd for SocketLink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
@@ -268,34 +278,25 @@ pub struct Listener {
 
 #[derive(Debug)]
 enum Socket {
-    /// Connections that nobody accepted are closed with it.
-    Unix(Foreign<UnixListener>, PathBuf),
+    Unix {
+        /// Goes first, while the socket is known to be a live destination's.
+        _path: SocketPath,
+        /// Connections that nobody accepted are closed with it.
+        listener: Foreign<UnixListener>,
+    },
     Tcp(TcpListener),
 }
 
 impl Listener {
-    /// Listens on this address. The UNIX socket of a process that has died is replaced; one that is in use is not.
+    /// Listens on this address. A UNIX socket is its owner's alone, whatever the umask (mode 0600). That of a process that
+    /// has died is replaced; one that is in use is not (`AddrInUse`), and neither is another file (`AlreadyExists`). It is
+    /// removed when the listener is dropped, if the path still leads to it.
     pub fn bind(address: &Address) -> std::io::Result<Listener> {
         match address {
             Address::Unix(path) => {
-                let listener = match UnixListener::bind(path) {
-                    Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                        // A file refuses connections too.
-                        let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
-                        let dead = matches!(
-                            UnixStream::connect(path),
-                            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused
-                        );
-                        if !is_socket || !dead {
-                            return Err(error);
-                        }
-                        std::fs::remove_file(path)?;
-                        UnixListener::bind(path)?
-                    }
-                    bound => bound?,
-                };
+                let (path, listener) = limosa_host::listen(path, &SocketAccess::default())?;
                 listener.set_nonblocking(true)?;
-                let socket = Socket::Unix(Foreign::new(listener), path.clone());
+                let socket = Socket::Unix { _path: path, listener: Foreign::new(listener) };
                 Ok(Listener { socket, address: address.clone() })
             }
             Address::Tcp(host, port) => {
@@ -319,7 +320,7 @@ impl Listener {
     /// Whether nobody beyond this host can connect.
     pub fn stays_within_host(&self) -> bool {
         match &self.socket {
-            Socket::Unix(..) => true,
+            Socket::Unix { .. } => true,
             Socket::Tcp(listener) => listener.local_addr().is_ok_and(|address| is_loopback(&address)),
         }
     }
@@ -334,7 +335,7 @@ impl Listener {
             }
         };
         match &self.socket {
-            Socket::Unix(listener, _) => {
+            Socket::Unix { listener, .. } => {
                 let (stream, _) = retry(listener, PollFlags::IN, wait, || listener.accept().map_err(errno))?;
                 Ok(SocketLink::new(stream, format!("the source at {}", self.address)))
             }
@@ -352,25 +353,19 @@ impl AsFd for Listener {
     /// Readable when a client has connected.
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
-            Socket::Unix(listener, _) => listener.as_fd(),
+            Socket::Unix { listener, .. } => listener.as_fd(),
             Socket::Tcp(listener) => listener.as_fd(),
-        }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Socket::Unix(_, path) = &self.socket {
-            // It may have been removed already.
-            let _ = std::fs::remove_file(path);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use limosa_host::User;
+
     use super::*;
     use crate::Cancel;
+    use crate::link::Connector;
 
     fn soon(cancel: Option<&Cancel>) -> Wait<'_> {
         Wait::within(Duration::from_millis(5), cancel)
@@ -520,23 +515,28 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_the_place_of_a_socket_is_not_removed() {
+    fn a_destination_removed_the_socket_that_another_had_put_in_the_place_of_its_own() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
-        std::fs::write(&path, "precious").unwrap();
-        let error = Listener::bind(&Address::Unix(path.clone())).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
-        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        let path = dir.path().join("socket");
+        let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let other = Listener::bind(&Address::Unix(path.clone())).unwrap();
+        drop(listener);
+        assert!(path.exists());
+        drop(other);
+        assert!(!path.exists());
     }
 
     #[test]
-    fn a_socket_left_behind_is_replaced_and_a_live_one_is_not() {
+    fn a_destination_of_another_user_is_not_spoken_to() {
         let dir = tempfile::tempdir().unwrap();
-        let address = Address::Unix(dir.path().join("socket"));
-        drop(UnixListener::bind(dir.path().join("socket")).unwrap());
-        let listener = Listener::bind(&address).unwrap();
-        let error = Listener::bind(&address).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
-        drop(listener);
+        let listener = Listener::bind(&Address::Unix(dir.path().join("socket"))).unwrap();
+        let connector = Connector::new(listener.address().clone());
+        let limit = || Wait::within(Duration::from_secs(10), None);
+        connector.clone().with_server_users(vec![User(4242), User::current()]).connect(limit()).unwrap();
+        let refused = connector.with_server_users(vec![User(4242)]).connect(limit());
+        let Err(LinkError::Io(error)) = refused.map(drop) else { panic!("it is not refused") };
+        assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+        assert!(error.to_string().contains(&User::current().to_string()), "{error}");
     }
 }

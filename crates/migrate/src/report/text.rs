@@ -2,13 +2,15 @@
 
 use std::fmt;
 
+use limosa_stream::escaped;
+
 use super::Report;
 
 /// Columns of the bars.
 const BAR_COLUMNS: u64 = 32;
 
 impl fmt::Display for Report {
-    /// A table with a bar for each phase, about 80 columns wide.
+    /// A table with a bar for each phase, about 80 columns wide. Characters that are not printable are escaped.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:<10} {:>9} {:>9} {:>9} {:>9}", "phase", "at", "took", "devices", "memory")?;
         let total = self.total_ns.max(1);
@@ -30,7 +32,12 @@ impl fmt::Display for Report {
         }
         for device in &self.devices {
             let before = Bytes(device.precopy_bytes);
-            writeln!(f, "{}: {}, {before} of it before the stop", device.name, Bytes(device.bytes))?;
+            writeln!(
+                f,
+                "{}: {}, {before} of it before the stop",
+                escaped(&device.name),
+                Bytes(device.bytes)
+            )?;
         }
         write!(f, "total {}", Time(self.total_ns))?;
         if let Some(downtime) = self.downtime_ns {
@@ -53,10 +60,10 @@ impl fmt::Display for Report {
         writeln!(f)?;
         write!(f, "outcome {}", self.outcome.name())?;
         if let Some(why) = &self.why {
-            write!(f, ": {why}")?;
+            write!(f, ": {}", escaped(why))?;
         }
         writeln!(f)?;
-        self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
+        self.notes.iter().try_for_each(|note| writeln!(f, "note: {}", escaped(note)))
     }
 }
 
@@ -129,7 +136,7 @@ mod tests {
             buffer_bytes_max: 3 << 20,
             total_ns: 16_000_000,
             why: Some("the link is gone".into()),
-            notes: vec!["all is well".into()],
+            notes: vec!["all is \u{202e}well\x1b[2J".into()],
             ..Report::nothing(Side::Source, LimitsReport::default())
         };
         let text = report.to_string();
@@ -141,7 +148,7 @@ stop-copy    12.4 ms    3.6 ms   4.9 KiB   4.0 KiB                          â–ˆâ
 uart0: 1.0 MiB, 999 B of it before the stop
 total 16.0 ms, downtime 3.6 ms, devices 1.0 MiB, memory 64.0 MiB and 1.00 GiB of zeroes, buffers 3.0 MiB
 outcome undone: the link is gone
-note: all is well
+note: all is \\u{202e}well\\u{1b}[2J
 ";
         assert_eq!(text, expected);
         let json = serde_json::to_value(&report).unwrap();

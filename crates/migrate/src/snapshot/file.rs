@@ -11,20 +11,22 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use rustix::fs::{RenameFlags, fstat};
+use rustix::event::PollFlags;
+use rustix::fs::{OFlags, RenameFlags, fstat};
 use rustix::io::Errno;
 
 use super::folder::{Folder, OpenFolder, is_same};
 use super::{Durability, Publication, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
 use crate::Cancel;
-use crate::link::{LinkError, Wait};
+use crate::link::{LinkError, Wait, poll_for};
 use crate::private_folder::other_than_file;
 use limosa_stream::{MigrationId, PREFACE_BYTES, Preface};
 
 /// What the name of a snapshot ends with as long as it is not published.
 const PARTIAL: &str = ".partial";
 
-/// A snapshot in a file. Its reads and writes do not observe a deadline: a regular file does not block for long.
+/// A snapshot in a file. Its reads and writes do not observe a deadline, since a regular file does not block for long; reads of
+/// a pipe or a device do.
 #[derive(Clone, Debug)]
 pub struct SnapshotFile {
     path: PathBuf,
@@ -260,8 +262,12 @@ impl SnapshotSource for SnapshotFile {
         self.path.display().to_string()
     }
 
+    /// A descriptor of a process, as `/proc/PID/fd/N` names it, is borrowed from there; any other link of a process is refused.
     fn open(&self, _: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError> {
-        Ok(Box::new(OpenFile(File::open(&self.path)?)))
+        // A FIFO that nobody writes to is waited for where it is read.
+        let file = limosa_host::open_to_read(&self.path, OFlags::NONBLOCK)?;
+        let is_regular = file.metadata()?.is_file();
+        Ok(Box::new(OpenFile { file, is_regular }))
     }
 
     /// Cuts the move's file under its temporary name down to the preface, which names the move. That the file is still
@@ -291,21 +297,29 @@ fn read_id(mut file: &File) -> io::Result<Option<MigrationId>> {
 }
 
 /// An open file stays the same one when another takes its name.
-struct OpenFile(File);
+struct OpenFile {
+    file: File,
+    is_regular: bool,
+}
 
 impl SnapshotReader for OpenFile {
     fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        check(wait)?;
         loop {
-            match self.0.read(into) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            check(wait)?;
+            // A pipe or a terminal may have nothing for ever. A file always has something.
+            if !self.is_regular && !poll_for(&self.file, PollFlags::IN, wait)? {
+                continue;
+            }
+            match self.file.read(into) {
+                Err(error)
+                    if [io::ErrorKind::Interrupted, io::ErrorKind::WouldBlock].contains(&error.kind()) => {}
                 done => return Ok(done?),
             }
         }
     }
 
     fn rewind(&mut self, _: Wait<'_>) -> Result<(), LinkError> {
-        Ok(self.0.rewind()?)
+        Ok(self.file.rewind()?)
     }
 }
 

@@ -9,8 +9,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, Dir, Mode, OFlags, RenameFlags, Stat, fsync, linkat, open, openat, renameat, renameat_with,
-    statat, syncfs, unlinkat,
+    AtFlags, Dir, Mode, OFlags, RenameFlags, Stat, fsync, linkat, openat, renameat, renameat_with, statat,
+    syncfs, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
 
@@ -38,20 +38,19 @@ pub(super) struct OpenFolder {
 }
 
 impl OpenFolder {
-    /// Opens the folder that the file of this path is in.
+    /// Opens the folder that the file of this path is in. No link of a process, such as `/proc/PID/cwd`, is followed.
     pub(super) fn of(path: &Path) -> io::Result<OpenFolder> {
         let folder = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let opened = match open(folder, flags | OFlags::RDONLY, Mode::empty()) {
-            Err(Errno::ACCESS) => open(folder, flags | OFlags::PATH, Mode::empty())
-                .map(|fd| OpenFolder { fd, is_readable: false }),
+        let opened = match limosa_host::open_folder(folder, true) {
+            Err(error) if error.raw_os_error() == Some(Errno::ACCESS.raw_os_error()) => {
+                limosa_host::open_folder(folder, false).map(|fd| OpenFolder { fd, is_readable: false })
+            }
             opened => opened.map(|fd| OpenFolder { fd, is_readable: true }),
         };
-        opened.map_err(|errno| {
-            let error = io::Error::from(errno);
+        opened.map_err(|error| {
             io::Error::new(error.kind(), format!("its folder {}: {error}", folder.display()))
         })
     }

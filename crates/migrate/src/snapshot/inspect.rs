@@ -22,7 +22,7 @@ const SEAL_BYTES: usize = HEADER_BYTES + 40;
 /// The contents of a stream.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Inspection {
-    /// The stream's length in bytes.
+    /// The stream's length in bytes. If it does not begin like a stream, how many bytes of it were read.
     pub bytes: u64,
     /// The version it is written in; `None` if it does not begin like a stream.
     pub version: Option<u16>,
@@ -85,11 +85,15 @@ pub struct DamageReport {
     pub what: String,
 }
 
-/// Inspects a stream from a reader, to its end. Fails only if the reader does.
+/// Inspects a stream from a reader, to its end. Of what does not begin like a stream only the beginning is read. Fails only if
+/// the reader does.
 pub fn inspect(mut from: impl Read) -> std::io::Result<Inspection> {
     let mut inspector = Inspector::default();
     let mut piece = vec![0; PIECE_BYTES];
     loop {
+        if inspector.is_no_stream() {
+            return Ok(inspector.finish());
+        }
         match from.read(&mut piece) {
             Ok(0) => return Ok(inspector.finish()),
             Ok(bytes) => inspector.push(&piece[..bytes]),
@@ -104,7 +108,7 @@ pub fn inspect_file(path: &Path) -> Result<Inspection> {
     inspect_snapshot(&SnapshotFile::new(path), Options::default().silence_max, None)
 }
 
-/// Inspects a snapshot, to its end. `silence_max` is how long its place may make no progress.
+/// Inspects a snapshot, to its end, or to its beginning if it is none. `silence_max` is how long its place may make no progress.
 pub fn inspect_snapshot(
     from: &dyn SnapshotSource,
     silence_max: Duration,
@@ -183,7 +187,8 @@ struct Inspector {
 }
 
 impl Inspector {
-    /// Reads to the end, or with `until_damage` to the first damage.
+    /// Reads to the end, or with `until_damage` to the first damage. What does not begin like a stream is not read any further:
+    /// it may be anything, and have no end.
     fn read(
         &mut self,
         name: &str,
@@ -192,7 +197,7 @@ impl Inspector {
         until_damage: bool,
     ) -> Result<()> {
         let mut piece = vec![0; PIECE_BYTES];
-        while self.first.is_none() || !until_damage {
+        while !self.is_no_stream() && (self.first.is_none() || !until_damage) {
             let read = reader.read(&mut piece, limits.wait());
             match read.map_err(|error| failed(name, "reading it", limits.silence_max, error))? {
                 0 => break,
@@ -200,6 +205,10 @@ impl Inspector {
             }
         }
         Ok(())
+    }
+
+    fn is_no_stream(&self) -> bool {
+        self.id.is_none() && self.first.is_some()
     }
 
     fn hash(&mut self, bytes: &[u8]) {
@@ -273,7 +282,7 @@ impl Inspector {
             self.found.devices = (offer.devices.iter())
                 .map(|facts| InspectedSection {
                     id: facts.id,
-                    name: limosa_stream::body::printable(&facts.name),
+                    name: limosa_stream::printable(&facts.name),
                     ..Default::default()
                 })
                 .collect();

@@ -23,7 +23,7 @@ pub struct InDoubt {
     pub why: Error,
     /// How far it came.
     pub report: Report,
-    note: CommitNote,
+    note: Box<CommitNote>,
     rollback: Rollback,
     /// The machine that was sent; `None` in a process that was restarted.
     machine: Option<Machine>,
@@ -70,7 +70,7 @@ impl InDoubt {
             id: note.id,
             why,
             report,
-            note,
+            note: Box::new(note),
             rollback,
             machine: Some(Machine::of(source)),
             is_save: false,
@@ -81,7 +81,7 @@ impl InDoubt {
     /// to have been in RUNNING before the move; [`InDoubt::with_found`] says otherwise. An id alone is a note as well, for which
     /// nobody can answer with a proof.
     pub fn recover(note: impl Into<CommitNote>) -> InDoubt {
-        let note = note.into();
+        let note = Box::new(note.into());
         let id = note.id;
         let recorder = Recorder::new(Side::Source, &Options::default(), &crate::Nobody, std::iter::empty());
         recorder.id(id);

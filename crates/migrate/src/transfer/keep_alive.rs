@@ -55,6 +55,7 @@ impl KeepAlive {
             let next = now() + interval;
             let until = state.standstill.map_or(next, |(until, _)| until.min(next));
             (state, _) = self.state.wait(state, Some(until));
+            let late = now().saturating_duration_since(until);
             if let Some((until, limit)) = state.standstill
                 && until <= now()
             {
@@ -64,6 +65,10 @@ impl KeepAlive {
                 state = self.state.lock();
             }
             if state.over || next > now() {
+                continue;
+            }
+            // A peer that has given this side up may have said why. A frame that it refuses now could discard that.
+            if writers.iter().any(|writer| writer.was_late(late)) {
                 continue;
             }
             drop(state);

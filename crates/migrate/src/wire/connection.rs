@@ -157,7 +157,7 @@ impl<'a> Connection<'a> {
             _ => self.link.finish(),
         });
         match gives_reason {
-            true => self.last_words().unwrap_or(why),
+            true => self.last_words().unwrap_or_else(|| self.writer.explain(why)),
             false => why,
         }
     }

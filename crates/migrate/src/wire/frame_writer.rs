@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,8 @@ pub(crate) struct FrameWriter<'a> {
     silence_max: Duration,
     queue: Monitor<WriteQueue>,
     compression: OnceLock<(Compression, Arc<Gauge>)>,
+    /// For how many milliseconds this process stood still, at most, if that was longer than the peer may be silent.
+    stood_still: AtomicU64,
     /// The packers that no thread uses now. There are at most as many as threads that send at once.
     packers: Monitor<Vec<Packer>>,
 }
@@ -113,6 +116,7 @@ impl<'a> FrameWriter<'a> {
             silence_max,
             queue: Monitor::new(queue),
             compression: OnceLock::new(),
+            stood_still: AtomicU64::new(0),
             packers: Monitor::default(),
         }
     }
@@ -201,6 +205,27 @@ impl<'a> FrameWriter<'a> {
         self.queue.lock().is_brief = false;
         drop(turn);
         sent
+    }
+
+    /// The thread that sends keep-alives went on so much later than it wanted to. Returns whether that is longer than a side may
+    /// be silent.
+    pub(crate) fn was_late(&self, late: Duration) -> bool {
+        let is_too_late = late > self.silence_max;
+        if is_too_late {
+            let millis = u64::try_from(late.as_millis()).unwrap_or(u64::MAX);
+            self.stood_still.fetch_max(millis, Ordering::Relaxed);
+        }
+        is_too_late
+    }
+
+    /// A better reason for a link that was closed, if this process was silent for too long.
+    pub(crate) fn explain(&self, why: Error) -> Error {
+        match (why, self.stood_still.load(Ordering::Relaxed)) {
+            (Error::Link { peer, error: LinkError::Closed, .. }, millis @ 1..) => {
+                Error::Suspended { peer, time: Duration::from_millis(millis), limit: self.silence_max }
+            }
+            (why, _) => why,
+        }
     }
 
     /// Sends a frame that ends the move for this reason. Returns whether it was sent within the limit.

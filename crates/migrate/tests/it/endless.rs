@@ -1,5 +1,6 @@
 //! Devices whose data has no end, and hostile peers: the guest goes on within its limits.
 
+use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use limosa_migrate::{
 };
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::{MigrationFlags, State};
+use limosa_vfio_user::client::{self, Client};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 const MIB: u64 = 1 << 20;
@@ -120,22 +122,95 @@ fn lingering() -> (OwnedFd, std::net::TcpStream) {
     (socket.into(), other)
 }
 
+/// Sends bytes and an fd with them.
+fn send_with(to: &UnixStream, bytes: &[u8], fd: &OwnedFd) {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd.as_fd()];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let sent = rustix::net::sendmsg(to, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL);
+    assert_eq!(sent, Ok(bytes.len()));
+}
+
+/// Serves a device that is stopped, with an fd that lingers beside the answer to the stop, and gives data for ever. Ends with
+/// its client.
+fn serve(mut socket: UnixStream) {
+    let (mut state, mut unread) = (2u32, Vec::new());
+    loop {
+        let mut header = [0; 16];
+        if socket.read_exact(&mut header).is_err() {
+            return;
+        }
+        let word = |from: &[u8], at: usize| u32::from_ne_bytes(from[at..at + 4].try_into().unwrap());
+        let (command, size) = (u16::from_ne_bytes([header[2], header[3]]), word(&header, 4) as usize);
+        let mut body = vec![0; size - 16];
+        socket.read_exact(&mut body).unwrap();
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
+        const GET: u32 = 1 << 16;
+        const PROBE: u32 = 1 << 18;
+        let mut stops = false;
+        let answer = match command {
+            1 => [&words(&[1 << 16])[..], b"{}\0"].concat(),
+            4 => words(&[16, 0, 0, 0]),
+            16 if word(&body, 4) & PROBE != 0 && matches!(word(&body, 4) & 0xffff, 1 | 2) => {
+                body[..8].to_vec()
+            }
+            16 if word(&body, 4) == GET | 1 => [&body[..8], &1u64.to_ne_bytes()].concat(),
+            16 if word(&body, 4) == GET | 2 => [&body[..8], &words(&[state, u32::MAX])[..]].concat(),
+            16 if word(&body, 4) & 0xffff == 2 && word(&body, 4) & PROBE == 0 => {
+                state = word(&body, 8);
+                stops = state == 3;
+                body[..16].to_vec()
+            }
+            17 => [words(&[word(&body, 0), word(&body, 4)]), vec![7; word(&body, 4) as usize]].concat(),
+            _ => {
+                header[4..16].copy_from_slice(&words(&[16, 1 | 1 << 5, 25]));
+                socket.write_all(&header).unwrap();
+                continue;
+            }
+        };
+        header[4..16].copy_from_slice(&words(&[16 + answer.len() as u32, 1, 0]));
+        let message = [&header[..], &answer].concat();
+        let mut rest = &message[..];
+        if stops {
+            let (fd, other) = lingering();
+            unread.push(other);
+            send_with(&socket, &rest[..8], &fd);
+            rest = &rest[8..];
+        }
+        if socket.write_all(rest).is_err() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_hostile_server_does_not_keep_the_guest_stopped() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let serving = std::thread::spawn(move || serve(theirs));
+    let (why, resumed) = ends_in_time("a save of a hostile device", move || {
+        let device = Client::from_stream(ours, "hostile", client::Options::default()).unwrap();
+        let (devices, options, vmm) = ([MovedDevice::new(&device)], small(), Vcpus::default());
+        let folder = tempfile::tempdir().unwrap();
+        let file = SnapshotFile::new(folder.path().join("endless.lmsa"));
+        let saved = Source::new(&devices, &options).with_vmm(&vmm).save(&file, AfterSave::Run);
+        let Outcome::Undone { why, .. } = saved else { panic!("{saved:?}") };
+        assert!(vmm.stopped.into_inner());
+        (why, vmm.resumed.into_inner())
+    });
+    assert_endless(&why, "hostile");
+    assert!(resumed);
+    serving.join().unwrap();
+}
+
 #[test]
 fn an_fd_over_a_link_fails_it_and_nobody_waits_for_its_closing() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let link = SocketLink::new(ours, "hostile");
     let (fd, _unread) = lingering();
-    let send = |bytes: &[u8]| {
-        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = [fd.as_fd()];
-        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
-        let parts = [std::io::IoSlice::new(bytes)];
-        rustix::net::sendmsg(&theirs, &parts, &mut control, SendFlags::NOSIGNAL).unwrap();
-    };
-    send(b"a");
+    send_with(&theirs, b"a", &fd);
     // Nobody receives this one: it is closed with the link.
-    send(b"b");
+    send_with(&theirs, b"b", &fd);
     drop(fd);
     let failed = ends_in_time("a link that brings fds", move || {
         let wait = Wait::within(std::time::Duration::from_secs(10), None);

@@ -4,9 +4,11 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use limosa_foreign_fd::{ForeignFd, receive_bytes};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 
 use super::Shared;
 use super::port::FIFO_BYTES;
@@ -28,10 +30,11 @@ pub enum Line {
     },
 }
 
-/// A line that has a thread.
+/// A line that has a thread. Closing its ends may block: a terminal has output to drain, a socket may hold fds that its
+/// other end sent.
 pub(super) struct Wire {
-    input: OwnedFd,
-    output: OwnedFd,
+    input: ForeignFd,
+    output: ForeignFd,
     wake: OwnedFd,
 }
 
@@ -40,7 +43,8 @@ impl Wire {
         for fd in [&input, &output] {
             fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?;
         }
-        Ok(Wire { input, output, wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)? })
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Wire { input: input.into(), output: output.into(), wake })
     }
 
     /// Tells the thread that there may be something to do.
@@ -112,7 +116,12 @@ impl Open {
         if !ready || room == 0 {
             return false;
         }
-        match rustix::io::read(fd, &mut bytes[..room]) {
+        // Fds that come over a socket must not be closed here, under the lock.
+        let received = match receive_bytes(fd, &mut bytes[..room], RecvFlags::DONTWAIT) {
+            Err(Errno::NOTSOCK) => rustix::io::read(fd, &mut bytes[..room]),
+            received => received,
+        };
+        match received {
             Ok(0) => self.input = false,
             Ok(count) => {
                 bytes[..count].iter().for_each(|byte| port.receive(*byte));

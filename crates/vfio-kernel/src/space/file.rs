@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use limosa_client::{DmaMap, Error, Result};
 use limosa_protocol::info::DmaMapFlags;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::usage;
 use crate::ioctl::errno;
@@ -20,7 +20,7 @@ pub(super) fn can_be_pinned_as_file(fd: BorrowedFd<'_>) -> bool {
     rustix::fs::fstatfs(fd).is_ok_and(|found| PINNABLE.contains(&(found.f_type as u64)))
 }
 
-/// A part of a file, mapped into this process and accessed by devices alone.
+/// A part of a file, mapped into this process and accessed by devices alone. It is not part of a core dump.
 #[derive(Debug)]
 pub(super) struct MappedFile {
     address: usize,
@@ -48,6 +48,10 @@ impl MappedFile {
             errno: errno(error),
             hint: "".into(),
         })?;
+        // SAFETY: the range was mapped just now; the advice changes nothing that can be read there.
+        if let Err(error) = unsafe { rustix::mm::madvise(address, bytes, Advice::LinuxDontDump) } {
+            tracing::warn!("memory of {name} would be part of a core dump of this process: {error}");
+        }
         Ok(MappedFile { address: address.addr(), bytes })
     }
 

@@ -65,6 +65,8 @@ pub(super) fn connect(
     stream: Foreign<UnixStream>,
     again: Option<&dyn Fn() -> Result<Foreign<UnixStream>>>,
 ) -> Result<Client> {
+    let server = rustix::net::sockopt::socket_peercred(&stream).ok();
+    let server = server.map(|server| server.pid.as_raw_nonzero().get());
     let (mut fresh, mut agreed) = Fresh::negotiate(&name, &options, stream)?;
     let mut features = Features::default();
     if options.features {
@@ -112,6 +114,7 @@ pub(super) fn connect(
         limits,
         exchange,
         twin,
+        server,
         features,
         migration: std::sync::Mutex::new(Migration::default()),
         session: Session::default(),

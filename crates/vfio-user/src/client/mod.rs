@@ -18,6 +18,8 @@ use std::time::Duration;
 
 use limosa_client::{DeviceIdentity, Error, Result};
 use limosa_foreign_fd::ForeignFd;
+pub use limosa_host::User;
+use limosa_protocol::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::codec::{Command, IoFd, IoFdsMessage, ShadowIoFd, SingleWrite};
@@ -50,6 +52,11 @@ pub struct Options {
     /// Whether to ask for DEVICE_FEATURE and its features when connecting. Without it the device has
     /// none. Yes.
     pub features: bool,
+    /// The users whose servers [`Client::connect`] trusts: one that was started by another user (SO_PEERCRED) is not spoken to.
+    /// `None` trusts every server, which is the default: a VMM that chose the socket's path knows who can listen there. A
+    /// program that takes paths from others names them, as the command `limosa` does with root, its own user, and the users
+    /// of its option --server-uid.
+    pub server_users: Option<Vec<User>>,
 }
 
 impl Default for Options {
@@ -62,6 +69,7 @@ impl Default for Options {
             twin_socket: true,
             data_socket: false,
             features: true,
+            server_users: None,
         }
     }
 }
@@ -92,6 +100,8 @@ struct Shared {
     exchange: Arc<Exchange>,
     /// The server's socket for DMA messages.
     twin: Option<Arc<Sender>>,
+    /// The process that listens.
+    server: Option<i32>,
     /// Features that the server has, of those that not every server has.
     features: feature::Features,
     migration: Mutex<Migration>,
@@ -120,23 +130,30 @@ pub struct RegionIoFds {
 
 impl Client {
     /// Connects to the server at a socket's path, negotiates, and learns which features the device
-    /// has.
+    /// has. [`Error::Os`] with EPERM for a server of a user that [`Options::server_users`] does not name.
     pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Client> {
         let path = path.as_ref();
         let name = path.display().to_string();
         let limit = options.request_limit;
+        let failed = |errno, hint: String| Error::Os {
+            device: name.clone(),
+            what: "connecting".into(),
+            errno,
+            hint: hint.into(),
+        };
+        let users = options.server_users.clone();
         let open = || {
-            connect::open(path, limit).map_err(|errno| match errno {
+            let stream = connect::open(path, limit).map_err(|errno| match errno {
                 rustix::io::Errno::AGAIN => {
                     Error::Timeout { device: name.clone(), request: "connecting".into(), limit }
                 }
-                errno => Error::Os {
-                    device: name.clone(),
-                    what: "connecting".into(),
-                    errno: connection::errno_of(errno),
-                    hint: "".into(),
-                },
-            })
+                errno => failed(connection::errno_of(errno), String::new()),
+            })?;
+            if let Some(users) = &users {
+                limosa_host::check_server(&stream, users)
+                    .map_err(|error| failed(Errno::EPERM, error.to_string()))?;
+            }
+            Ok(stream)
         };
         connect::connect(name.clone(), options, open()?, Some(&open))
     }
@@ -146,6 +163,12 @@ impl Client {
     /// asking.
     pub fn from_stream(stream: UnixStream, name: impl Into<String>, options: Options) -> Result<Client> {
         connect::connect(name.into(), options, stream.into(), None)
+    }
+
+    /// The process that serves the device: whichever called listen(2) on the socket (`unix.7: SO_PEERCRED`). `None` if it
+    /// cannot be seen from this PID namespace, or the socket is not of this family.
+    pub fn server_process(&self) -> Option<i32> {
+        self.shared.server
     }
 
     /// What the two sides agreed on.

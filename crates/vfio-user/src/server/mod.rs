@@ -15,7 +15,6 @@ mod dma;
 mod feature;
 mod info;
 mod link;
-mod listen;
 mod stream;
 
 use std::io;
@@ -27,11 +26,12 @@ use std::time::{Duration, Instant};
 
 use limosa_device::Machine;
 use limosa_foreign_fd::Foreign;
+use limosa_host::SocketPath;
+pub use limosa_host::{Group, SocketAccess};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use connection::Connection;
 use link::Link;
-use listen::Place;
 
 use crate::connection::ConnectionError;
 
@@ -54,6 +54,8 @@ pub struct Options {
     pub dma_limit: Duration,
     /// Whether a client that can is given a socket of its own for the device's DMA messages. Yes.
     pub twin_socket: bool,
+    /// Who may connect to the socket that [`Server::bind`] makes. Its owner alone, whatever the umask: mode 0600.
+    pub socket: SocketAccess,
     /// Whether a client may map any regular file for DMA. No: memfds, and files on tmpfs and hugetlbfs,
     /// are mapped, and others refused with ENOTSUP. An access to another file waits for its file
     /// system, and so may a look at it: a client that may mount one, or the daemon or server behind
@@ -69,6 +71,7 @@ impl Default for Options {
             version_limit: Duration::from_secs(30),
             dma_limit: Duration::from_secs(3),
             twin_socket: true,
+            socket: SocketAccess::default(),
             any_file: false,
         }
     }
@@ -108,23 +111,23 @@ impl AsFd for ShutdownHandle {
 /// A device that listens for its client.
 #[derive(Debug)]
 pub struct Server {
+    /// Before the listener, so that it is removed while it is known to be a live server's.
+    path: Option<SocketPath>,
     /// Connections that nobody accepted are closed with it, and with them what they were sent.
     listener: Foreign<UnixListener>,
-    place: Option<Place>,
     machine: Arc<Machine>,
     options: Options,
     shutdown: ShutdownHandle,
 }
 
 impl Server {
-    /// Listens at a path. The socket of a server that is gone is replaced; `AddrInUse` when one
-    /// listens there, `AlreadyExists` for anything that is not a socket, else the system's error.
-    /// The socket is removed when the server is dropped.
+    /// Listens at a path, open to [`Options::socket`]. The socket of a server that is gone is replaced; `AddrInUse` when one
+    /// listens there, `AlreadyExists` for anything that is not a socket, `InvalidInput` for a mode that a socket cannot
+    /// have, else the system's error. The socket is removed when the server is dropped, if the path still leads to it.
     pub fn bind(path: impl AsRef<Path>, machine: Arc<Machine>, options: Options) -> io::Result<Server> {
-        let (listener, place) = listen::listen(path.as_ref())?;
-        let mut server = Server::from_listener(listener, machine, options)?;
-        server.place = Some(place);
-        Ok(server)
+        let (path, listener) = limosa_host::listen(path.as_ref(), &options.socket)?;
+        let server = Server::from_listener(listener, machine, options)?;
+        Ok(Server { path: Some(path), ..server })
     }
 
     /// Serves a socket that listens already: socket activation, or one made with other rights. It
@@ -135,12 +138,12 @@ impl Server {
         options: Options,
     ) -> io::Result<Server> {
         let listener = Foreign::new(listener);
-        Ok(Server { listener, place: None, machine, options, shutdown: ShutdownHandle::new()? })
+        Ok(Server { path: None, listener, machine, options, shutdown: ShutdownHandle::new()? })
     }
 
     /// Where it listens, when it made the socket.
     pub fn path(&self) -> Option<&Path> {
-        self.place.as_ref().map(Place::path)
+        self.path.as_ref().map(SocketPath::path)
     }
 
     /// Ends [`Server::serve`].

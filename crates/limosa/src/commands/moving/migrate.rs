@@ -8,14 +8,15 @@ use crate::args;
 use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
+use crate::moved::Moved;
 use crate::moves::Moves;
-use crate::noting::{Noting, Target};
+use crate::noting::{Noting, Target, devices_of};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::{self, Side};
 
-pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn migrate(args: &args::Migrate, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let (from, to) = (args.sources(), args.destinations());
     side::all_different(&[&from[..], &to[..]].concat())?;
@@ -26,6 +27,7 @@ pub fn migrate(args: &args::Migrate, opening: Opening, out: &Output) -> anyhow::
     let moves = Moves::new(args.moves.folder.as_deref());
     found::check_source(from.devices(), args.stopping.stopped, &moves)?;
     found::check_destination(to.devices(), &moves)?;
+    found::check_stop_with(&args.stopping, from.devices().iter().chain(to.devices()))?;
     let done = between(&from, &to, args, &cancel, out);
     hold::end(done, to.devices(), args.hold.hold, Leaves::State, out)
 }
@@ -42,14 +44,13 @@ fn between(
     let (here, there) = (from.moved(), to.moved());
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
+    let moves = Moves::new(args.moves.folder.as_deref());
     // A guest that is not stopped from here is not left so either.
     let noting = match args.stopping.stops_the_guest() {
-        true => {
-            let moves = Moves::new(args.moves.folder.as_deref());
-            Some(Noting::new(&moves, from, Target::Here(to.name()))?)
-        }
+        true => Some(Noting::new(&moves, from, Target::Here(to.name()))?),
         false => None,
     };
+    let halted = devices_of(from).ok();
     let guest = Guest::source(&args.stopping, noting)?;
     let source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, cancel);
     let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
@@ -69,6 +70,9 @@ fn between(
             ending.settled(Outcome::Undone { why, report }, &guest)
         }
         (Outcome::Moved(mut report), received) => {
+            if let Some(halted) = halted {
+                moves.remember(&Moved { id: report.id.clone(), halted, to: to.name(), saved: false });
+            }
             let stays_stopped = matches!(received, Received::Stopped(_));
             report.notes.extend(stays_stopped.then(|| STAYS_STOPPED.into()));
             ending.done(&report, [guest.failures(), guest_there.failures()].concat())

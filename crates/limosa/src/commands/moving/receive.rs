@@ -23,7 +23,7 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::Side;
 
-pub fn receive(args: &args::Receive, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
@@ -137,5 +137,5 @@ impl Stay<'_> {
 /// Whether the link was lost when the source may have sent its COMMIT. The source cannot know that it did not arrive.
 fn source_may_doubt(why: &Error, report: &Report) -> bool {
     let held = report.phases.iter().any(|phase| phase.phase == Phase::Commit);
-    held && matches!(why, Error::Link { .. } | Error::TimedOut { .. })
+    held && matches!(why, Error::Link { .. } | Error::Suspended { .. } | Error::TimedOut { .. })
 }

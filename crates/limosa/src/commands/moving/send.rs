@@ -20,13 +20,15 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::Side;
 
-pub fn send(args: &args::Send, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn send(args: &args::Send, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let address = links::address(&args.to)?;
-    let links = Links::to(&address, &args.link.tls)?.limited(args.bandwidth, args.link.silence)?;
+    let links =
+        Links::to(&address, &args.link.tls, opening.servers)?.limited(args.bandwidth, args.link.silence)?;
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
     let moves = Moves::new(args.link.moves.folder.as_deref());
     found::check_source(side.devices(), args.stopping.stopped, &moves)?;
+    found::check_stop_with(&args.stopping, side.devices().iter())?;
     let done = over(&side, args, (&links, &address), &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, Leaves::Nothing, out)
 }

@@ -22,10 +22,11 @@ use crate::place::Place;
 use crate::progress::Progress;
 use crate::side::Side;
 
-pub fn save(args: &args::Save, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
     found::check_source(side.devices(), args.stopping.stopped, &Moves::new(args.moves.folder.as_deref()))?;
+    found::check_stop_with(&args.stopping, side.devices().iter())?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
     let done = to_file(&side, args, &cancel, out);
     hold::end(done, side.devices(), args.hold.hold, leaves, out)
@@ -102,7 +103,7 @@ fn noted_name(place: &Path) -> anyhow::Result<String> {
     Ok(path.to_string_lossy().into_owned())
 }
 
-pub fn load(args: &args::Load, opening: Opening, out: &Output) -> anyhow::Result<()> {
+pub fn load(args: &args::Load, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
     found::check_destination(side.devices(), &Moves::new(None))?;

@@ -2,13 +2,13 @@
 //! and checked before any connection is made.
 
 use std::fmt;
-use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::OFlags;
 use rustls::client::{Resumption, verify_server_name};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
@@ -60,6 +60,9 @@ impl Tls {
     /// host that it connects to, and a destination accepts any certificate of the authorities.
     ///
     /// The validity period of this end's certificate is not checked here: see [`Tls::check`].
+    ///
+    /// The key stays in this process's memory. A program that is nothing but a part of a move sees to it that the process is
+    /// not dumped (PR_SET_DUMPABLE), as the command `limosa` does.
     pub fn load(ca: &Path, certificate: &Path, key: &Path, name: Option<&str>) -> Result<Tls, TlsError> {
         let provider = Arc::new(ring::default_provider());
         let name = name.map(|name| server_name(name, name)).transpose()?;
@@ -201,7 +204,9 @@ fn server_name(name: &str, shown: &str) -> Result<ServerName<'static>, TlsError>
 fn read(path: &Path) -> Result<(Vec<u8>, u32), TlsError> {
     let failed = |why: String| TlsError::File { path: path.into(), why };
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|error| failed(format!("cannot be opened: {error}")))?;
+    // A FIFO is not waited for.
+    let file = limosa_host::open_to_read(path, OFlags::NONBLOCK)
+        .map_err(|error| failed(format!("cannot be opened: {error}")))?;
     // A pipe or a device may never end.
     let metadata = file.metadata().map_err(|error| failed(format!("cannot be looked at: {error}")))?;
     if !metadata.is_file() {

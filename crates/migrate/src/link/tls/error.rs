@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use limosa_stream::printable;
 use rustls::pki_types::UnixTime;
 use rustls::{AlertDescription, CertificateError};
 
@@ -81,7 +82,9 @@ pub(super) fn session(error: rustls::Error, ca: &Path, certificate: &Path) -> Tl
         Error::DecryptError => {
             TlsError::Broken { why: "a TLS record was altered on the way: it does not decrypt".into() }
         }
-        error => TlsError::Broken { why: format!("what it sent breaks TLS: {error}") },
+        error => {
+            TlsError::Broken { why: format!("what it sent breaks TLS: {}", printable(&error.to_string())) }
+        }
     }
 }
 
@@ -104,7 +107,7 @@ pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
             let expected = expected.to_str();
             match presented.is_empty() {
                 true => format!("it is made out to no name; expected is {expected} (subjectAltName)"),
-                false => format!("it is made out to {}; expected is {expected}", presented.join(", ")),
+                false => format!("it is made out to {}; expected is {expected}", printable(&presented.join(", "))),
             }
         }
         CertificateError::NotValidForName => "it is made out to another name than is expected".into(),
@@ -115,7 +118,7 @@ pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
         }
         CertificateError::BadEncoding => "it is no certificate: its encoding is damaged".into(),
         CertificateError::Revoked => "it has been revoked".into(),
-        error => error.to_string(),
+        error => printable(&error.to_string()),
     }
 }
 

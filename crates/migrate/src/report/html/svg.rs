@@ -3,10 +3,13 @@
 
 use std::fmt::{self, Write as _};
 
+use limosa_stream::is_printable;
+
 /// The average width of a character of the page's font at most, as a fraction of the font's size.
 const CHARACTER_WIDTH: f64 = 0.6;
 
-/// A text in XML: without markup, and without characters that XML forbids or that change the direction of other text.
+/// A text in XML: without markup, and without characters that XML forbids, that are invisible, or that change the direction
+/// of other text.
 pub(super) struct Escaped<'a>(pub(super) &'a str);
 
 impl fmt::Display for Escaped<'_> {
@@ -19,19 +22,12 @@ impl fmt::Display for Escaped<'_> {
                 '"' => f.write_str("&quot;")?,
                 '\'' => f.write_str("&#39;")?,
                 '\n' => f.write_char('\n')?,
-                c if c.is_control() || turns(c) || matches!(c, '\u{fffe}' | '\u{ffff}') => {
-                    f.write_char(char::REPLACEMENT_CHARACTER)?;
-                }
-                c => f.write_char(c)?,
+                c if is_printable(c) => f.write_char(c)?,
+                _ => f.write_char(char::REPLACEMENT_CHARACTER)?,
             }
         }
         Ok(())
     }
-}
-
-/// Whether a character changes the direction of the text around it, or is invisible.
-fn turns(c: char) -> bool {
-    matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// The maximum width of a text of this size.

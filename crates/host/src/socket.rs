@@ -1,0 +1,290 @@
+//! UNIX sockets with a path: made with their rights, replaced when their server is gone, removed by their maker alone; and
+//! which user's server a client has reached.
+
+use std::fs;
+use std::io::{self, Error, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Stat};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::{Group, User};
+
+/// The mode of a socket that is being made. Sockets that are ready can be read by their owner, so that one is not taken
+/// for that of a server that is gone before it listens.
+const BEING_MADE: Mode = Mode::WUSR;
+/// The system's own limit (`net.core.somaxconn`) is the one that counts.
+const BACKLOG: i32 = i32::MAX;
+
+/// Who may connect to a socket: whoever may write to it. By default its owner alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// Its mode, whatever the umask of the process: permission bits, with those to read and write for the owner.
+    pub mode: u32,
+    /// Its group; by default that of the process.
+    pub group: Option<Group>,
+}
+
+impl Default for SocketAccess {
+    fn default() -> SocketAccess {
+        SocketAccess { mode: 0o600, group: None }
+    }
+}
+
+/// The path of a socket that was made here. The socket is removed when this is dropped, if the path still leads to it.
+#[derive(Debug)]
+pub struct SocketPath {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+/// Makes a socket and listens on it. It can be connected to by others than its owner and root only once it has its mode and
+/// group.
+///
+/// `AddrInUse` when a server listens there, `AlreadyExists` when something is there that is not a socket, `InvalidInput` for
+/// a mode that cannot be; else the system's errors. The socket of a server that is gone is replaced.
+pub fn listen(path: &Path, access: &SocketAccess) -> io::Result<(SocketPath, UnixListener)> {
+    if access.mode & !0o777 != 0 || access.mode & 0o600 != 0o600 {
+        let what = format!(
+            "mode {:o} of the socket: expected permissions such as 660, with both for the owner",
+            access.mode
+        );
+        return Err(Error::new(ErrorKind::InvalidInput, what));
+    }
+    let address = SocketAddrUnix::new(path)?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The mode of a socket that is bound to no path yet becomes that of its path, less the umask.
+    rustix::fs::fchmod(&socket, BEING_MADE)?;
+    match rustix::net::bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) => {
+            remove_stale(path)?;
+            rustix::net::bind(&socket, &address)?;
+        }
+        bound => bound?,
+    }
+    let (made, stat) = open_made(path)?;
+    let place = SocketPath { path: path.into(), device: stat.st_dev, inode: stat.st_ino };
+    rustix::net::listen(&socket, BACKLOG)?;
+    if let Some(Group(group)) = access.group {
+        let group = Some(Gid::from_raw(group));
+        rustix::fs::chownat(&made, "", None, group, AtFlags::EMPTY_PATH).map_err(|errno| {
+            let error = Error::from(errno);
+            Error::new(error.kind(), format!("giving the socket to its group: {error}"))
+        })?;
+    }
+    // By the descriptor, so that no other file is meant whose name this may be by now.
+    let itself = format!("/proc/self/fd/{}", made.as_raw_fd());
+    fs::set_permissions(itself, fs::Permissions::from_mode(access.mode))?;
+    Ok((place, UnixListener::from(socket)))
+}
+
+/// The socket that was bound just now, unless something else has its name already.
+fn open_made(path: &Path) -> io::Result<(OwnedFd, Stat)> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = rustix::fs::open(path, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&made)?;
+    let is_it =
+        is_socket(&stat) && stat.st_uid == User::current().0 && stat.st_nlink == 1 && is_being_made(&stat);
+    match is_it {
+        true => Ok((made, stat)),
+        false => {
+            Err(Error::new(ErrorKind::AlreadyExists, "another process replaced the socket as it was made"))
+        }
+    }
+}
+
+fn is_socket(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::Socket
+}
+
+fn is_being_made(stat: &Stat) -> bool {
+    !Mode::from_raw_mode(stat.st_mode).contains(Mode::RUSR)
+}
+
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let found = rustix::fs::lstat(path)?;
+    if !is_socket(&found) {
+        return Err(Error::new(ErrorKind::AlreadyExists, "there is a file here that is not a socket"));
+    }
+    if is_being_made(&found) {
+        let what = "another server begins to listen here; if it is gone, remove the socket";
+        return Err(Error::new(ErrorKind::AddrInUse, what));
+    }
+    if is_alive(path)? {
+        return Err(Error::new(ErrorKind::AddrInUse, "another server listens here"));
+    }
+    tracing::info!(path = %path.display(), "replacing the socket of a server that is gone");
+    // Another server may have replaced it by now: what is taken away is looked at before it is removed.
+    let name = path.file_name().ok_or(ErrorKind::InvalidInput)?;
+    let aside = path.with_file_name(format!(".{}.{}.stale", name.display(), std::process::id()));
+    rustix::fs::renameat_with(CWD, path, CWD, &aside, RenameFlags::NOREPLACE)?;
+    let taken = rustix::fs::lstat(&aside)?;
+    if (taken.st_dev, taken.st_ino) != (found.st_dev, found.st_ino) {
+        rustix::fs::renameat_with(CWD, &aside, CWD, path, RenameFlags::NOREPLACE)?;
+        return Err(Error::new(ErrorKind::AddrInUse, "another server listens here since just now"));
+    }
+    fs::remove_file(aside)
+}
+
+/// Whether a server listens: the kernel refuses a connection only where none does.
+fn is_alive(path: &Path) -> io::Result<bool> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&probe, &SocketAddrUnix::new(path)?) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        // EAGAIN: its queue is full.
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+impl SocketPath {
+    /// The path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        let found = rustix::fs::lstat(&self.path);
+        let is_same = found.is_ok_and(|found| (found.st_dev, found.st_ino) == (self.device, self.inode));
+        if is_same && let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "the socket could not be removed");
+        }
+    }
+}
+
+/// A server that runs as a user whose servers are not trusted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the server that listens there was started by {server}; expected one of {}", joined(.trusted))]
+pub struct Untrusted {
+    /// The server's user.
+    pub server: User,
+    /// The users whose servers are trusted.
+    pub trusted: Vec<User>,
+}
+
+fn joined(users: &[User]) -> String {
+    let users: Vec<_> = users.iter().map(ToString::to_string).collect();
+    users.join(" or ")
+}
+
+/// Checks that the server at the other end of a connected UNIX socket runs as one of these users (SO_PEERCRED: whoever
+/// called listen(2)). `PermissionDenied` with an [`Untrusted`] if not.
+pub fn check_server(socket: impl AsFd, trusted: &[User]) -> io::Result<()> {
+    let server = User(rustix::net::sockopt::socket_peercred(socket)?.uid.as_raw());
+    match trusted.contains(&server) {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::PermissionDenied, Untrusted { server, trusted: trusted.into() })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn folder() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::symlink_metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_socket_has_its_mode() {
+        let folder = folder();
+        let path = folder.path().join("socket");
+        for wanted in [0o600, 0o660, 0o666, 0o777] {
+            let access =
+                SocketAccess { mode: wanted, group: Some(Group(rustix::process::getegid().as_raw())) };
+            let (place, _listener) = listen(&path, &access).unwrap();
+            assert_eq!(mode(&path), wanted);
+            assert_eq!(place.path(), path);
+            UnixStream::connect(&path).unwrap();
+        }
+        for wrong in [0, 0o060, 0o200, 0o1600, 0o100_600] {
+            let access = SocketAccess { mode: wrong, group: None };
+            assert_eq!(listen(&path, &access).unwrap_err().kind(), ErrorKind::InvalidInput, "{wrong:o}");
+        }
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_the_own_socket_is_removed() {
+        let folder = folder();
+        let path = folder.path().join("socket");
+        let (place, listener) = listen(&path, &SocketAccess::default()).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _others = UnixListener::bind(&path).unwrap();
+        drop((place, listener));
+        assert!(path.exists());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "precious").unwrap();
+        drop(SocketPath { path: path.clone(), device: 0, inode: 0 });
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_socket_left_behind_is_replaced_and_nothing_else() {
+        let folder = folder();
+        let path = folder.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        let made = listen(&path, &SocketAccess::default()).unwrap();
+        let error = listen(&path, &SocketAccess::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddrInUse);
+        UnixStream::connect(&path).unwrap();
+        drop(made);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left");
+        fs::write(&path, "precious").unwrap();
+        let error = listen(&path, &SocketAccess::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_socket_whose_server_does_not_listen_yet_is_not_taken_for_one_left_behind() {
+        let folder = folder();
+        let path = folder.path().join("socket");
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        rustix::fs::fchmod(&socket, BEING_MADE).unwrap();
+        rustix::net::bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        let error = listen(&path, &SocketAccess::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddrInUse);
+        assert!(path.exists());
+    }
+
+    /// Programs keep a lock on a folder so that it is not cleaned up, and every user may have one who can open the folder.
+    #[test]
+    fn a_lock_on_the_folder_holds_nothing_up() {
+        let folder = folder();
+        let lock = fs::File::open(folder.path()).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        let path = folder.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        listen(&path, &SocketAccess::default()).unwrap();
+    }
+
+    #[test]
+    fn servers_of_other_users_are_told_apart() {
+        let folder = folder();
+        let path = folder.path().join("socket");
+        let _made = listen(&path, &SocketAccess::default()).unwrap();
+        let client = UnixStream::connect(&path).unwrap();
+        check_server(&client, &[User(4242), User::current()]).unwrap();
+        let error = check_server(&client, &[User(4242)]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        let said = error.to_string();
+        assert!(said.contains(&User::current().to_string()) && said.contains("user 4242"), "{said}");
+    }
+}

@@ -1,0 +1,132 @@
+//! What leaves the command as text. Much of it was written by others: a peer, a server, a store, another user of this host.
+//! On its way out all of it is made safe to print: without characters that do something to a terminal, and without
+//! passwords.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+use std::io;
+
+use limosa_stream::{escaped, is_printable, without_passwords};
+use serde::Serialize;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::FormatFields;
+use tracing_subscriber::fmt::format::debug_fn;
+
+/// One line.
+pub fn line(text: &str) -> String {
+    escaped(&without_passwords(text)).into_owned()
+}
+
+/// Lines, which keep their ends and their tabs.
+pub fn lines(text: &str) -> String {
+    let clean = without_passwords(text);
+    let mut out = String::with_capacity(clean.len());
+    for piece in clean.split_inclusive(['\n', '\t']) {
+        let (inside, end) = match piece.strip_suffix(['\n', '\t']) {
+            Some(inside) => (inside, &piece[inside.len()..]),
+            None => (piece, ""),
+        };
+        out.push_str(&escaped(inside));
+        out.push_str(end);
+    }
+    out
+}
+
+/// A JSON document in lines, or in one line. Characters that are not printable are escaped as JSON has it, so that whoever
+/// parses it gets them back.
+pub fn json<T: Serialize>(value: &T, in_one_line: bool) -> io::Result<String> {
+    let text = match in_one_line {
+        true => serde_json::to_string(value)?,
+        false => serde_json::to_string_pretty(value)?,
+    };
+    // Outside of strings there are only line ends that are not printable.
+    let is_plain = |c: char| c == '\n' || is_printable(c);
+    let text = match without_passwords(&text) {
+        Cow::Borrowed(_) => text,
+        Cow::Owned(clean) => clean,
+    };
+    if text.chars().all(is_plain) {
+        return Ok(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match is_plain(c) {
+            true => out.push(c),
+            false => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| {
+                // Writing to a string does not fail.
+                let _ = write!(out, "\\u{unit:04x}");
+            }),
+        }
+    }
+    Ok(out)
+}
+
+/// How the fields of a log's line are written.
+pub fn fields() -> impl for<'writer> FormatFields<'writer> + Send + Sync + 'static {
+    let fields = debug_fn(|writer, field, value| {
+        let value = line(&format!("{value:?}"));
+        match field.name() {
+            "message" => writer.write_str(&value),
+            name => write!(writer, "{name}={value}"),
+        }
+    });
+    fields.delimited(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WILD: &str = "a\x1b[2J\u{9b}b\u{202e}c\u{e0041}";
+
+    #[test]
+    fn lines_keep_their_ends_and_nothing_else_that_does_something() {
+        assert_eq!(lines("a\tb\r\n\n\x1bc"), "a\tb\\r\n\n\\u{1b}c");
+        assert_eq!(lines(&format!("{WILD}\n")), format!("{}\n", line(WILD)));
+        assert_eq!(line("a\nb"), "a\\nb");
+        assert_eq!(lines("at http://u:p@h/\n"), "at http://***@h/\n");
+    }
+
+    #[test]
+    fn json_is_the_same_to_a_parser_and_does_nothing_to_a_terminal() {
+        let value = serde_json::json!({ WILD: [WILD, "plain \u{1f426} é", 7], "b\n": "http://u:p@h" });
+        for in_one_line in [true, false] {
+            let text = json(&value, in_one_line).unwrap();
+            assert!(text.chars().all(|c| c == '\n' || is_printable(c)), "{text}");
+            assert!(
+                text.contains("\\u202e") && text.contains("\\udb40\\udc41") && !text.contains("u:p"),
+                "{text}"
+            );
+            let mut expected = value.clone();
+            expected["b\n"] = "http://***@h".into();
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn a_line_of_the_log_is_one_line() {
+        let written = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+        struct To(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+        impl io::Write for To {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let into = std::sync::Arc::clone(&written);
+        let log = tracing_subscriber::fmt().with_writer(move || To(std::sync::Arc::clone(&into)));
+        let log = log.with_ansi(false).without_time().with_target(false).fmt_fields(fields()).finish();
+        tracing::subscriber::with_default(log, || {
+            tracing::warn!(path = %WILD, name = WILD, "{WILD}\nINFO forged, http://u:p@h");
+        });
+        let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+        let clean = line(WILD);
+        assert!(text.contains(&format!("{clean}\\nINFO forged, http://***@h path={clean}")), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.trim_end().chars().all(is_printable), "{text}");
+    }
+}

@@ -1,0 +1,110 @@
+//! Everything that a command waits for has a limit that an option or the documentation names.
+
+mod support;
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+
+use limosa_protocol::State;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+use support::{Folder, LIMIT, limosa, start};
+
+const UNREACHABLE: i32 = 4;
+const DAMAGED: i32 = 6;
+
+/// A listening socket whose queue of connections is full, with those that are in it.
+fn full_queue(path: &std::path::Path) -> (std::os::fd::OwnedFd, Vec<UnixStream>) {
+    let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    let address = SocketAddrUnix::new(path).unwrap();
+    rustix::net::bind(&socket, &address).unwrap();
+    rustix::net::listen(&socket, 0).unwrap();
+    let mut queued = Vec::new();
+    loop {
+        let flags = rustix::net::SocketFlags::NONBLOCK;
+        let next = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        match rustix::net::connect(&next, &address) {
+            Ok(()) => queued.push(next.into()),
+            Err(rustix::io::Errno::AGAIN) => return (socket, queued),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_server_whose_queue_is_full_was_waited_for_for_ever() {
+    let folder = Folder::new();
+    let _full = full_queue(&folder.path("full"));
+    let name = folder.text("full");
+    let other = folder.device("other", &[]);
+    for command in [
+        &["probe", &name][..],
+        &["state", &name, "reset"],
+        &["migrate", &name, &other.socket],
+        &["bench", &name],
+    ] {
+        let limited = [&["--timeout", "0.05"], command].concat();
+        limosa(&limited).fails(UNREACHABLE, &[&name, "50ms", "is another one connected?"]);
+    }
+}
+
+#[test]
+fn a_server_that_hangs_holds_a_change_of_state_up_for_as_long_as_is_said() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=stall:RUNNING>RUNNING_P2P:600000"]);
+    let set = ["--state-timeout", "0.05", "state", &device.socket, "set", "RUNNING_P2P"];
+    limosa(&set).fails(UNREACHABLE, &[&device.socket, "50ms"]);
+    let help = limosa(&["save", "--help"]).ok();
+    assert!(help.contains("--state-timeout <SECONDS>") && help.contains("have --state-timeout"), "{help}");
+    device.kill_now();
+}
+
+#[test]
+fn what_is_no_snapshot_was_read_for_ever() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    for no_snapshot in ["/dev/zero", "/dev/urandom"] {
+        limosa(&["inspect", no_snapshot]).fails(DAMAGED, &[no_snapshot, "not a whole saved stream"]);
+        limosa(&["verify", no_snapshot]).fails(DAMAGED, &[no_snapshot]);
+        limosa(&["load", no_snapshot, &device.socket]).fails(DAMAGED, &[no_snapshot, "limosa save"]);
+    }
+    let huge = std::fs::File::create(folder.path("huge")).unwrap();
+    huge.set_len(1 << 43).unwrap();
+    let said = limosa(&["inspect", &folder.text("huge")]);
+    said.fails(DAMAGED, &["not a whole saved stream"]);
+    assert!(said.out.contains("no stream"), "{said:?}");
+}
+
+#[test]
+fn the_server_of_a_device_that_is_moved_was_stopped_with_the_guest() {
+    let folder = Folder::new();
+    let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
+    let file = folder.text("file");
+    for (server, command) in [
+        (&source, &["migrate", &source.socket, &destination.socket][..]),
+        (&destination, &["migrate", &source.socket, &destination.socket]),
+        (&source, &["save", &source.socket, &file]),
+        (&source, &["send", &source.socket, "--to", "unix:/nowhere"]),
+    ] {
+        let pid = server.pid().to_string();
+        let refused = limosa(&[command, &["--stop-with", &pid]].concat());
+        refused.fails(2, &["--stop-with", &pid, &server.socket, "--on-stop"]);
+        assert_eq!((source.state(), destination.state()), (State::Running, State::Running));
+    }
+    let other = start(&["serve", "uart", "--socket", &folder.text("uart")]);
+    other.line("listening on");
+    let pid = other.pid().to_string();
+    limosa(&["save", &source.socket, &file, "--stop-with", &pid]).ok();
+}
+
+#[test]
+fn a_connection_that_is_served_says_nothing_of_a_full_queue() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let mut silent = UnixStream::connect(&device.socket).unwrap();
+    silent.set_read_timeout(Some(LIMIT)).unwrap();
+    limosa(&["--timeout", "0.05", "probe", &device.socket]).fails(UNREACHABLE, &["VERSION", "50ms"]);
+    silent.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut all = Vec::new();
+    silent.read_to_end(&mut all).unwrap();
+    limosa(&["probe", &device.socket]).ok();
+}
