@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use limosa_foreign_fd::Foreign;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -135,7 +136,8 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 /// Whether a server listens: the kernel refuses a connection only where none does.
 fn is_alive(path: &Path) -> io::Result<bool> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Whoever listens may have sent something to it by the time that it is closed.
+    let probe = Foreign::new(rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?);
     match rustix::net::connect(&probe, &SocketAddrUnix::new(path)?) {
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
         // EAGAIN: its queue is full.

@@ -29,11 +29,10 @@ pub enum Target {
 
 /// The devices of a side, as they are noted.
 pub fn devices_of(side: &Side) -> anyhow::Result<Halted> {
-    let mut known = Vec::new();
-    for device in side.devices() {
-        // A device that does not say its state is refused by the engine.
-        known.push(Known::new(open::identity(device.given()), device.state().ok()));
-    }
+    // A device that does not say its state is refused by the engine.
+    let known = side.devices().iter();
+    let known = known.map(|device| Known::new(open::identity(device.given()), device.state().ok()));
+    let known = known.collect();
     let devices = side.devices().iter().map(|device| open::lasting_name(device.given()));
     let devices = devices.collect::<std::io::Result<_>>()?;
     Ok(Halted { devices, known, since: 0, boot: Some(boot_id()?), stopped: Vec::new(), on_stop: None })

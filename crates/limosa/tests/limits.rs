@@ -51,7 +51,8 @@ fn a_server_whose_queue_is_full_was_waited_for_for_ever() {
 fn a_server_that_hangs_holds_a_change_of_state_up_for_as_long_as_is_said() {
     let folder = Folder::new();
     let device = folder.device("device", &["fault=stall:RUNNING>RUNNING_P2P:600000"]);
-    let set = ["--state-timeout", "0.05", "state", &device.socket, "set", "RUNNING_P2P"];
+    let limits = ["--timeout", "1", "--state-timeout", "0.05"];
+    let set = [&limits[..], &["state", &device.socket, "set", "RUNNING_P2P"]].concat();
     limosa(&set).fails(UNREACHABLE, &[&device.socket, "50ms"]);
     let help = limosa(&["save", "--help"]).ok();
     assert!(help.contains("--state-timeout <SECONDS>") && help.contains("have --state-timeout"), "{help}");

@@ -30,7 +30,7 @@ impl Receiving<'_, '_> {
     /// `links` links.
     pub(super) fn read_first(&self, links: u32) -> Result<()> {
         let mut reader = self.connection.reader();
-        let (mut idle, mut is_stopped) = (Idle::new(now()), false);
+        let (mut idle, mut is_stopped) = (Idle::new(now(), self.options().silence_max), false);
         loop {
             let read = reader.next(self.connection.link(), DOING, self.until, Some(self.team.ended()));
             let header = match read {
@@ -86,7 +86,7 @@ impl Receiving<'_, '_> {
         }
         // A source has nothing to send while it waits until a device here has loaded what came.
         if self.queues.iter().any(|queue| queue.lock().queued > 0) {
-            idle.excuse(now());
+            idle.excuse();
             return Ok(());
         }
         Err(Error::Idle { peer: self.connection.link().peer().into(), limit })

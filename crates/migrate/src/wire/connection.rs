@@ -241,4 +241,22 @@ mod tests {
         // Each step of a simulation takes some time as well.
         assert!(run.time < last_words_max + Duration::from_millis(1), "{:?}", run.time);
     }
+
+    #[test]
+    fn a_side_that_stood_still_heard_of_a_closed_link_and_not_why() {
+        let limits = Limits::new(&crate::Options::default().with_silence_max(Duration::from_secs(1)));
+        for (late, reason) in [
+            (Duration::from_millis(900), "closed by the other end"),
+            (Duration::from_secs(7), "this process stood still for 7s"),
+        ] {
+            let (near, far) = crate::link::SocketLink::pair().unwrap();
+            let connection = Connection::new(&near, limits);
+            assert_eq!(connection.writer.was_late(late), late > limits.silence_max);
+            drop(far);
+            let why = connection.failed(LinkError::Closed, "listening to it", limits.silence_max);
+            connection.abort(&why);
+            let why = connection.part(why).to_string();
+            assert!(why.contains(reason), "{why}");
+        }
+    }
 }
