@@ -140,7 +140,7 @@ impl Vmm for Guest<'_> {
         }
         if let Some(command) = self.on_resume
             && self.is_stopped_by_command.load(Ordering::Relaxed)
-            && let Err(why) = hook::run(command, Leftovers::Killed)
+            && let Err(why) = hook::run(command, Leftovers::Left)
         {
             self.too_late("--on-resume", command, &format!("{why}; the guest may stand still"));
         }

@@ -1,4 +1,5 @@
-//! A user's command around a move, such as `--on-stop`: run by the shell, in a process group of its own.
+//! A user's command around a move, such as `--on-stop`: run by the shell, in a process group of its own. Its processes are known
+//! by that, and those that leave it by a variable in their environment.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -6,20 +7,23 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use limosa_stream::MigrationId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
 };
 
 use crate::process::{self, LOOK_EVERY};
 
+/// The variable.
+const VARIABLE: &str = "LIMOSA_HOOK";
 /// How long a command may take, and its processes to be gone once they are killed.
 pub const HOOK_MAX: Duration = Duration::from_secs(10);
 
 /// What becomes of processes that a command has started and that outlive it, when it fails or takes too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leftovers {
-    /// All of its process group are killed, and gone when this returns: what they would still do must not happen.
+    /// They are killed, and gone when this returns: what they would still do must not happen.
     Killed,
     /// They are left: one of them may be the guest.
     Left,
@@ -32,14 +36,16 @@ pub fn run(command: &str, leftovers: Leftovers) -> Result<(), String> {
 
 fn run_within(command: &str, leftovers: Leftovers, limit: Duration) -> Result<(), String> {
     let stderr = io::stderr().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
+    let mark = MigrationId::random().map_err(|error| error.to_string())?.to_string();
     let child = Command::new("/bin/sh")
         .args(["-c", command])
+        .env(VARIABLE, &mark)
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::from(stderr))
         .spawn()
         .map_err(|error| format!("it cannot be run: {error}"))?;
-    let ended = ended(child, leftovers, limit).map_err(|error| error.to_string())?;
+    let ended = ended(child, &mark, leftovers, limit).map_err(|error| error.to_string())?;
     match (ended, leftovers) {
         (Some(status), _) if status.success() => Ok(()),
         (Some(status), _) => Err(format!("it failed: {status}")),
@@ -51,14 +57,19 @@ fn run_within(command: &str, leftovers: Leftovers, limit: Duration) -> Result<()
 }
 
 /// How the command ended; `None` if it had to be killed.
-fn ended(mut child: Child, leftovers: Leftovers, limit: Duration) -> io::Result<Option<ExitStatus>> {
+fn ended(
+    mut child: Child,
+    mark: &str,
+    leftovers: Leftovers,
+    limit: Duration,
+) -> io::Result<Option<ExitStatus>> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
     let has_ended = wait(pid, limit)?;
     if leftovers == Leftovers::Killed && !(has_ended && succeeded(pid)?) {
         // The shell is not reaped yet, so that no other group can have its number.
         let _ = kill_process_group(pid, Signal::KILL);
         child.wait()?;
-        until_gone(pid)?;
+        kill_all(pid, &format!("{VARIABLE}={mark}"))?;
     } else if !has_ended {
         child.kill()?;
     }
@@ -80,14 +91,19 @@ fn succeeded(pid: Pid) -> io::Result<bool> {
     Ok(status.and_then(|status| status.exit_status()) == Some(0))
 }
 
-/// Waits until no process of a group that was killed is left. The kernel tells nobody but their parents.
-fn until_gone(group: Pid) -> io::Result<()> {
+/// Kills what is left of a command, until nothing is. The kernel tells nobody but the parents of processes that they are gone.
+fn kill_all(group: Pid, mark: &str) -> io::Result<()> {
     let began = Instant::now();
     loop {
-        let Some(pid) = process::alive_in_group(group)? else { return Ok(()) };
+        let left = process::left_of(group, mark)?;
+        let Some((pid, _)) = left.first() else { return Ok(()) };
         if began.elapsed() > HOOK_MAX {
             let what = format!("it was killed, and its process {pid} did not end within {HOOK_MAX:?}");
             return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+        }
+        for (_, process) in &left {
+            // It may have ended since, and it is waited for.
+            let _ = pidfd_send_signal(process, Signal::KILL);
         }
         std::thread::sleep(LOOK_EVERY);
     }
@@ -108,10 +124,15 @@ mod tests {
 
     impl Outliving {
         fn new(then: &str) -> Outliving {
+            Outliving::by("", then)
+        }
+
+        /// The process is started by this program.
+        fn by(program: &str, then: &str) -> Outliving {
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join("pid");
             // It is a grandchild of the shell, which no signal to the shell reaches.
-            let command = format!("(sleep 1000 & echo $! > {}); {then}", file.display());
+            let command = format!("({program} sleep 1000 & echo $! > {}); {then}", file.display());
             Outliving { folder, command }
         }
 
@@ -130,17 +151,21 @@ mod tests {
 
     #[test]
     fn a_command_that_took_too_long_went_on_in_the_processes_that_it_had_started() {
-        let outliving = Outliving::new("sleep 1000; true");
-        let why = run_within(&outliving.command, Leftovers::Killed, SHORT).unwrap_err();
-        assert!(!outliving.is_alive(), "{why}");
-        assert!(why.contains("within 300ms") && why.contains("what it had started"), "{why}");
+        for program in ["", "nohup", "setsid"] {
+            let outliving = Outliving::by(program, "sleep 1000; true");
+            let why = run_within(&outliving.command, Leftovers::Killed, SHORT).unwrap_err();
+            assert!(!outliving.is_alive(), "{program}: {why}");
+            assert!(why.contains("within 300ms") && why.contains("what it had started"), "{why}");
+        }
     }
 
     #[test]
     fn a_command_that_failed_went_on_in_the_processes_that_it_had_started() {
-        let outliving = Outliving::new("exit 3");
-        let why = run_within(&outliving.command, Leftovers::Killed, LONG).unwrap_err();
-        assert!(!outliving.is_alive() && why.contains("exit status: 3"), "{why}");
+        for program in ["", "setsid"] {
+            let outliving = Outliving::by(program, "exit 3");
+            let why = run_within(&outliving.command, Leftovers::Killed, LONG).unwrap_err();
+            assert!(!outliving.is_alive() && why.contains("exit status: 3"), "{program}: {why}");
+        }
     }
 
     #[test]

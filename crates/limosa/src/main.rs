@@ -107,7 +107,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Send(args) => commands::moving::send(args, opening, out),
         Command::Receive(args) => commands::moving::receive(args, opening, out),
         Command::Resolve(args) => commands::settle::resolve(args, opening, out),
-        Command::Answer(args) => commands::resolve::answer(args, out),
+        Command::Answer(args) => commands::answer::answer(args, out),
         Command::Bench(args) => commands::bench::run(args, opening, out),
     }
 }

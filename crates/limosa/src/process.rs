@@ -1,8 +1,9 @@
 //! Processes that are stopped with a guest, and how a later process of the command finds them again.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -152,7 +153,7 @@ struct Fields {
     started: u64,
 }
 
-fn fields(path: &std::path::Path) -> Option<Fields> {
+fn fields(path: &Path) -> Option<Fields> {
     // The name may have any bytes.
     let stat = std::fs::read(path).ok()?;
     let stat = String::from_utf8_lossy(&stat);
@@ -168,19 +169,35 @@ fn started_at(pid: i32) -> io::Result<u64> {
     fields.map(|fields| fields.started).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// A process of this group that has not ended.
-pub fn alive_in_group(group: Pid) -> io::Result<Option<i32>> {
+/// The most bytes of an environment that are read.
+const ENVIRONMENT_MAX: u64 = 4 << 20;
+
+/// All processes that have not ended and are of this group, or have this variable with its value in the environment with which
+/// their program was started.
+pub fn left_of(group: Pid, variable: &str) -> io::Result<Vec<(i32, OwnedFd)>> {
+    let mut left = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let entry = entry?;
-        let pid: Option<i32> = entry.file_name().to_str().and_then(|name| name.parse().ok());
-        if let (Some(pid), Some(found)) = (pid, fields(&entry.path().join("stat")))
-            && found.group == group.as_raw_nonzero().get()
-            && !matches!(found.state, 'Z' | 'X')
-        {
-            return Ok(Some(pid));
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // What is looked at after the descriptor is had is no later process.
+        let Some(fd) = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
+            continue;
+        };
+        let Some(found) = fields(&entry.path().join("stat")) else { continue };
+        let is_of_group = found.group == group.as_raw_nonzero().get();
+        let has_ended = matches!(found.state, 'Z' | 'X') || is_alive(&fd).is_err();
+        if !has_ended && (is_of_group || has_variable(&entry.path().join("environ"), variable)) {
+            left.push((pid, fd));
         }
     }
-    Ok(None)
+    Ok(left)
+}
+
+fn has_variable(environment: &Path, variable: &str) -> bool {
+    let mut all = Vec::new();
+    // Another user's may not be read.
+    let read = File::open(environment).and_then(|file| file.take(ENVIRONMENT_MAX).read_to_end(&mut all));
+    read.is_ok() && all.split(|byte| *byte == 0).any(|found| found == variable.as_bytes())
 }
 
 /// The kernel's id of this boot.

@@ -99,3 +99,33 @@ fn a_note_that_other_users_could_write_was_acted_upon() {
         assert_eq!(device.state(), State::Running);
     }
 }
+
+#[test]
+fn a_move_that_could_not_be_recorded_was_committed() {
+    for (side, code) in [("here", REFUSED), ("there", 1)] {
+        let folder = Folder::new();
+        let source = folder.device("source", &[]);
+        // All is well at the start, and the folder is lost while the device loads.
+        let destination = folder.device("destination", &["fault=stall:RESUMING>STOP:800"]);
+        source.mark(GUEST);
+        let (listen, here, there) =
+            (format!("unix:{}", folder.text("link")), folder.text("here"), folder.text("there"));
+        let receiver = start(&["receive", &destination.socket, "--listen", &listen, "--moves", &there]);
+        receiver.line("listening on");
+        let sender = start(&["send", &source.socket, "--to", &listen, "--moves", &here]);
+        destination.line("stalls as scripted");
+        std::fs::remove_dir_all(folder.path(side)).unwrap();
+        let lost = folder.text(side);
+        let sent = sender.end();
+        sent.fails(code, &["as it was before", &lost]);
+        let received = receiver.end();
+        match side {
+            "here" => {
+                assert!(sent.err.contains("cannot be noted") && sent.err.contains("--moves"), "{sent:?}");
+                received.fails(1, &["called the move off", &lost]);
+            }
+            _ => received.fails(1, &["cannot be recorded, and is not committed", &lost, "--moves"]),
+        }
+        assert!(source.runs(GUEST) && !destination.runs(GUEST), "{side}");
+    }
+}

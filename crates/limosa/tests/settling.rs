@@ -148,6 +148,21 @@ fn a_device_that_was_gone_held_up_the_others_and_the_guest() {
 }
 
 #[test]
+fn a_device_that_did_not_answer_held_up_the_others_and_the_guest() {
+    let doubt = Doubt::new();
+    let id = doubt.id();
+    doubt.one.signal(Signal::STOP);
+    let args = ["--timeout", "1", "--id", &id, "--decide", "undone"];
+    doubt.resolve(&args).fails(4, &["undone, but not all of it", &doubt.one.socket, "within 1s"]);
+    assert!(doubt.other.runs(GUEST) && !doubt.vcpus.is_stopped());
+    // It is settled when it answers again.
+    doubt.one.signal(Signal::CONT);
+    doubt.resolve(&args).ok();
+    assert!(doubt.one.runs(GUEST));
+    doubt.is_forgotten();
+}
+
+#[test]
 fn a_device_in_a_state_that_the_move_cannot_have_left_was_driven_all_the_same() {
     for (state, decision) in [("RUNNING", "moved"), ("RUNNING_P2P", "moved"), ("PRE_COPY", "undone")] {
         let doubt = Doubt::new();

@@ -1,5 +1,6 @@
 //! One module for each command.
 
+pub mod answer;
 pub mod bench;
 pub mod demo;
 pub mod doubts;
@@ -9,7 +10,6 @@ pub mod inspect;
 pub mod list;
 pub mod moving;
 pub mod probe;
-pub mod resolve;
 pub mod serve;
 pub mod settle;
 pub mod state;

@@ -233,6 +233,14 @@ impl Settling<'_> {
             Outcome::InDoubt(doubt) => return Err(doubt.why.into()),
         };
         drop(moved);
+        let is_undone = decision != Decision::Committed;
+        for (_, device) in devices.open.iter().filter(|(_, device)| is_undone && device.closes_with_us()) {
+            tracing::warn!(
+                "{}: the kernel closed it with the process that moved it, and may have reset it: see whether it is what its \
+                 guest believes",
+                device.given()
+            );
+        }
         let mut left: Vec<String> = report.notes;
         let mut code = Code::Failed;
         for (at, why) in &devices.gone {
@@ -259,7 +267,8 @@ impl Settling<'_> {
             if device.closes_with_us() {
                 continue;
             }
-            let state = device.state()?;
+            // One that does not say is driven, and what becomes of that is said.
+            let Ok(state) = device.state() else { continue };
             let may_be = match state {
                 State::Stop | State::StopCopy | State::Error => true,
                 // An undo that was interrupted.

@@ -373,6 +373,10 @@ impl Server {
         self.state() == State::Running && self.guest() == guest
     }
 
+    pub fn signal(&self, signal: Signal) {
+        self.running.as_ref().unwrap().signal(signal);
+    }
+
     pub fn pid(&self) -> u32 {
         self.running.as_ref().unwrap().pid()
     }

@@ -17,7 +17,7 @@ use crate::found;
 use crate::guest::Guest;
 use crate::hold::{self, Leaves};
 use crate::links::Links;
-use crate::moves::Moves;
+use crate::moves::{HINT, Moves};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -70,7 +70,10 @@ fn wait_and_take(
         Received::Answered { id, .. } => Err(anyhow::anyhow!("move {id} was asked about instead of offered")),
         Received::Discarded { why, report } => {
             let may_doubt = source_may_doubt(&why, &report);
-            let what = format!("{} was not loaded{}", side.name(), Notes(&report.notes));
+            let mut what = format!("{} was not loaded{}", side.name(), Notes(&report.notes));
+            if matches!(why, Error::NotRecorded { .. }) {
+                what = format!("{what}; {HINT}");
+            }
             let error = ending.failed(&report, anyhow::Error::from(why).context(what));
             if may_doubt {
                 stay.until_asked();
