@@ -14,5 +14,5 @@ mod user;
 
 pub use descriptor::{Borrowed, Descriptor};
 pub use named::{Entry, Named, open_folder, open_to_read, resolve};
-pub use socket::{SocketAccess, SocketPath, Untrusted, check_server, listen};
+pub use socket::{SocketAccess, SocketPath, Untrusted, check_server, connect, listen};
 pub use user::{Group, User};

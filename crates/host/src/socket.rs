@@ -5,12 +5,14 @@ use std::fs;
 use std::io::{self, Error, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use limosa_foreign_fd::Foreign;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::{Group, User};
@@ -146,6 +148,22 @@ fn is_alive(path: &Path) -> io::Result<bool> {
     }
 }
 
+/// The shortest and the longest time that the kernel takes for a limit.
+const CONNECT_MIN: Duration = Duration::from_millis(1);
+const CONNECT_MAX: Duration = Duration::from_secs(365 * 86_400);
+
+/// Connects to the socket at a path. EAGAIN when the queue of connections of its server stays full for so long.
+pub fn connect(path: &Path, limit: Duration) -> rustix::io::Result<Foreign<UnixStream>> {
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // It holds for connect(2) too, which else waits for ever.
+    set_socket_timeout(&socket, Timeout::Send, Some(limit.clamp(CONNECT_MIN, CONNECT_MAX)))?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let socket = Foreign::new(UnixStream::from(socket));
+    set_socket_timeout(&socket, Timeout::Send, None)?;
+    Ok(socket)
+}
+
 impl SocketPath {
     /// The path.
     pub fn path(&self) -> &Path {
@@ -191,7 +209,6 @@ pub fn check_server(socket: impl AsFd, trusted: &[User]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
-    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -275,6 +292,23 @@ mod tests {
         let path = folder.path().join("socket");
         drop(UnixListener::bind(&path).unwrap());
         listen(&path, &SocketAccess::default()).unwrap();
+    }
+
+    #[test]
+    fn a_server_whose_queue_is_full_is_not_waited_for_for_ever() {
+        let folder = folder();
+        let path = folder.path().join("socket");
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&socket, 0).unwrap();
+        let mut queued = Vec::new();
+        let error = loop {
+            match connect(&path, Duration::from_millis(5)) {
+                Ok(client) => queued.push(client),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error, Errno::AGAIN, "after {}", queued.len());
     }
 
     #[test]

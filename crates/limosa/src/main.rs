@@ -98,7 +98,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Completions { shell } => commands::generate::completions(*shell, out),
         Command::Man { folder } => commands::generate::man(folder, out),
         Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
-        Command::Serve(args) => commands::serve::run(args, out),
+        Command::Serve(args) => commands::serve::run(args, cli.timeout, out),
         Command::Save(args) => commands::moving::save(args, opening, out),
         Command::Load(args) => commands::moving::load(args, opening, out),
         Command::Inspect(args) => commands::inspect::run(args, out),

@@ -62,40 +62,25 @@ impl OpenMemory {
             };
             exit::error(Code::Unreachable, format!("--memory {path}: {error}{hint}"))
         };
-        let refuse = |what: String| Err(exit::error(Code::Refused, format!("--memory {path}: {what}")));
-        let file = match limosa_host::resolve(&named.file).map_err(fails)? {
+        let opened = match limosa_host::resolve(&named.file).map_err(fails)? {
             Named::Descriptor(_) if named.create || named.owner.is_some() => {
                 let what = "create and owner= are for files; expected neither for a descriptor of a process";
                 return Err(exit::error(Code::Usage, format!("--memory {path}: {what}")));
             }
-            Named::Descriptor(descriptor) => borrow(descriptor, to),
-            Named::Entry(entry) => open_entry(named, &entry, to),
-        };
-        let file = file.map_err(fails)?;
-        let length = file.metadata().map_err(fails)?.len();
-        let offset = named.offset;
-        let size = named.size.unwrap_or(length.saturating_sub(offset));
-        let Some(end) = offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok()) else {
-            return refuse(format!("{size} bytes from {offset} on are more than a file can have"));
-        };
-        if size == 0 || !size.is_multiple_of(PAGE_BYTES) {
-            return refuse(format!(
-                "it has {length} bytes, {size} of them from {offset} on; expected whole pages of {PAGE_BYTES}, or ,size="
-            ));
-        }
-        if named.address.checked_add(size - 1).is_none() {
-            return refuse(format!("{size:#x} bytes at {:#x} go beyond 2^64", named.address));
-        }
-        if end > length && !named.create {
-            return refuse(format!("it has {length} bytes, and {end} are needed; ,create makes it longer"));
-        }
-        let huge_pages = HugePages::of(&file).map_err(fails)?;
-        if end > length {
-            if let Some(what) = huge_pages.and_then(|pages| pages.refuse_length(end)) {
-                return refuse(what);
+            Named::Descriptor(descriptor) => borrow(descriptor, to).map(|file| (file, None)),
+            Named::Entry(entry) => {
+                open_entry(named, &entry, to).map(|(file, is_new)| (file, is_new.then_some(entry)))
             }
-            file.set_len(end).map_err(fails)?;
+        };
+        let (file, made) = opened.map_err(fails)?;
+        let measured = HugePages::of(&file)
+            .map_err(fails)
+            .and_then(|huge_pages| Ok((measure(named, &file, huge_pages, fails)?, huge_pages)));
+        if let (Err(_), Some(made)) = (&measured, made) {
+            // Nobody has used it.
+            let _ = made.remove();
         }
+        let (size, huge_pages) = measured?;
         Ok(OpenMemory { named: named.clone(), file, size, huge_pages })
     }
 
@@ -174,15 +159,15 @@ fn borrow(descriptor: Descriptor, to: Use) -> io::Result<File> {
 }
 
 /// Memory in a file of the expected user's: by default that with whose rights this process acts, so that a file which
-/// another user put under the name is neither read nor written with these rights.
-fn open_entry(named: &Memory, entry: &Entry, to: Use) -> io::Result<File> {
+/// another user put under the name is neither read nor written with these rights. The second value is whether it was made.
+fn open_entry(named: &Memory, entry: &Entry, to: Use) -> io::Result<(File, bool)> {
     if let Some(target) = entry.link() {
         let what = "it is a symbolic link; expected the file itself";
         return Err(refusal(format!("{what}, which the link says is {}", target.display())));
     }
     if named.create {
         match entry.create() {
-            Ok(file) => return given(named, entry, file),
+            Ok(file) => return given(named, entry, file).map(|file| (file, true)),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
@@ -196,7 +181,42 @@ fn open_entry(named: &Memory, entry: &Entry, to: Use) -> io::Result<File> {
         opened => opened?,
     };
     check(named, &rustix::fs::fstat(&file)?)?;
-    Ok(file)
+    Ok((file, false))
+}
+
+/// How much of the file it is. Makes the file long enough, where that is asked for.
+fn measure(
+    named: &Memory,
+    file: &File,
+    huge_pages: Option<HugePages>,
+    fails: impl Fn(io::Error) -> anyhow::Error + Copy,
+) -> anyhow::Result<u64> {
+    let path = named.file.display();
+    let refuse = |what: String| Err(exit::error(Code::Refused, format!("--memory {path}: {what}")));
+    let length = file.metadata().map_err(fails)?.len();
+    let offset = named.offset;
+    let size = named.size.unwrap_or(length.saturating_sub(offset));
+    let Some(end) = offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok()) else {
+        return refuse(format!("{size} bytes from {offset} on are more than a file can have"));
+    };
+    if size == 0 || !size.is_multiple_of(PAGE_BYTES) {
+        return refuse(format!(
+            "it has {length} bytes, {size} of them from {offset} on; expected whole pages of {PAGE_BYTES}, or ,size="
+        ));
+    }
+    if named.address.checked_add(size - 1).is_none() {
+        return refuse(format!("{size:#x} bytes at {:#x} go beyond 2^64", named.address));
+    }
+    if end > length && !named.create {
+        return refuse(format!("it has {length} bytes, and {end} are needed; ,create makes it longer"));
+    }
+    if end > length {
+        if let Some(what) = huge_pages.and_then(|pages| pages.refuse_length(end)) {
+            return refuse(what);
+        }
+        file.set_len(end).map_err(fails)?;
+    }
+    Ok(size)
 }
 
 /// A file that was made here, given to its owner. It is the owner's alone, as it holds the guest's secrets.

@@ -115,7 +115,10 @@ fn the_source_server_killed_before_the_stop_is_over_ends_the_move() {
         let mut scene = Scene::at(at);
         scene.source.kill();
         scene.release();
-        scene.sender.end().fails(4, &[&scene.source.socket, "connection lost", "not all is as it was"]);
+        scene.sender.end().fails(
+            4,
+            &[&scene.source.socket, "connection lost", "not all is as it was", "set RUNNING` brings it back"],
+        );
         scene
             .receiver
             .end()

@@ -46,6 +46,9 @@ fn a_server_whose_queue_is_full_was_waited_for_for_ever() {
         let limited = [&["--timeout", "0.05"], command].concat();
         limosa(&limited).fails(UNREACHABLE, &[&name, "50ms", "is another one connected?"]);
     }
+    let line = format!("line={name}");
+    limosa(&["--timeout", "0.05", "serve", "uart", "--socket", &folder.text("uart"), "-o", &line])
+        .fails(UNREACHABLE, &[&line, "no connection within 50ms"]);
 }
 
 #[test]

@@ -40,6 +40,10 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
             Decision::NotCommitted => "not committed",
             Decision::Committed => "committed",
         };
-        out.line(&Answered { id: id.to_string(), outcome }, |to| writeln!(to, "{id}: {outcome}"))?;
+        let answered = Answered { id: id.to_string(), outcome };
+        if let Err(error) = out.line(&answered, |to| writeln!(to, "{id}: {outcome}")) {
+            // It was answered, and the next source is to be answered as well.
+            tracing::warn!("{error:#}; {id}: {outcome}");
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! `limosa serve`: a ready device behind a socket.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context;
 use limosa_device::{Machine, Model};
@@ -24,13 +24,13 @@ struct Listening {
     listening: String,
 }
 
-pub fn run(args: &args::Serve, out: &Output) -> anyhow::Result<()> {
+pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<()> {
     if args.with_parent {
         // SIGTERM, so that the socket is removed.
         set_parent_process_death_signal(Some(Signal::TERM)).context("cannot follow the parent process")?;
     }
     more_fds();
-    let machine = Machine::new(model(args)?);
+    let machine = Machine::new(model(args, limit)?);
     let socket = args.socket.display();
     let options = Options {
         socket: SocketAccess { mode: args.mode, group: args.group },
@@ -60,14 +60,15 @@ fn more_fds() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
-fn model(args: &args::Serve) -> anyhow::Result<Box<dyn Model>> {
+fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn Model>> {
     let options = args.options.join(",");
     let usage = |error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("--option: {error}"));
     Ok(match args.model {
         args::Model::Uart => {
             let (persona, lines): (Vec<_>, Vec<_>) =
                 args.options.iter().partition(|option| option.as_str() == "as=mtty");
-            let lines = lines.into_iter().map(|option| line(option)).collect::<anyhow::Result<Vec<_>>>()?;
+            let lines =
+                lines.into_iter().map(|option| line(option, limit)).collect::<anyhow::Result<Vec<_>>>()?;
             let lines = if lines.is_empty() { vec![Line::Echo] } else { lines };
             if persona.is_empty() {
                 Box::new(Uart::new(lines).map_err(|error| usage(&error))?)
@@ -85,7 +86,7 @@ fn model(args: &args::Serve) -> anyhow::Result<Box<dyn Model>> {
 }
 
 /// What is at the other end of a serial port: `line=echo`, or a path.
-fn line(option: &str) -> anyhow::Result<Line> {
+fn line(option: &str, limit: Duration) -> anyhow::Result<Line> {
     let path = match option.split_once('=') {
         Some(("line", "echo")) => return Ok(Line::Echo),
         Some(("line", path)) if !path.is_empty() => path,
@@ -113,9 +114,16 @@ fn line(option: &str) -> anyhow::Result<Line> {
         Named::Entry(entry) => {
             let kind = FileType::from_raw_mode(entry.stat().map_err(failed)?.st_mode);
             match kind {
-                FileType::Socket => OwnedFd::from(UnixStream::connect(path).map_err(failed)?),
-                // A terminal must not become this process's own.
-                _ => entry.open(OFlags::RDWR | OFlags::NOCTTY).map_err(failed)?.into(),
+                FileType::Socket => match limosa_host::connect(Path::new(path), limit) {
+                    Ok(socket) => socket.into_inner().into(),
+                    Err(rustix::io::Errno::AGAIN) => {
+                        let what = format!("its server has taken no connection within {limit:?}");
+                        return Err(failed(std::io::Error::other(what)));
+                    }
+                    Err(error) => return Err(failed(error.into())),
+                },
+                // A terminal must not become this process's own, and its carrier is not waited for.
+                _ => entry.open(OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK).map_err(failed)?.into(),
             }
         }
     };

@@ -14,18 +14,16 @@ use limosa_foreign_fd::{Foreign, ForeignFd, receive_bytes};
 use limosa_host::{SocketAccess, SocketPath};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_error};
+use rustix::net::sockopt::socket_error;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
-    SocketType, socket_with,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketFlags, SocketType, socket_with,
 };
 
 use super::{Address, Link, LinkError, Wait};
 use crate::cancel::timespec;
 
-/// The shortest and the longest time that one connection attempt may take.
+/// The shortest time that one connection attempt may take.
 const CONNECT_MIN: Duration = Duration::from_millis(1);
-const CONNECT_MAX: Duration = Duration::from_secs(365 * 86_400);
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -135,12 +133,8 @@ pub(super) fn connect_to(
 ) -> Result<SocketLink, LinkError> {
     match address {
         Address::Unix(path) => {
-            let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-            // Applies to connect as well, which waits while the listener's queue is full.
-            set_socket_timeout(&fd, Timeout::Send, Some(wait.left()?.clamp(CONNECT_MIN, CONNECT_MAX)))?;
-            rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)?;
-            set_socket_timeout(&fd, Timeout::Send, None)?;
-            Ok(SocketLink::new(fd, address.to_string()))
+            let socket = limosa_host::connect(path, wait.left()?)?;
+            Ok(SocketLink::new(socket.into_inner(), address.to_string()))
         }
         Address::Tcp(host, port) => {
             let addresses = look_up(host, *port, wait)?;
@@ -362,6 +356,8 @@ impl AsFd for Listener {
 #[cfg(test)]
 mod tests {
     use limosa_host::User;
+
+    use rustix::net::SocketAddrUnix;
 
     use super::*;
     use crate::Cancel;

@@ -3,16 +3,14 @@
 
 use std::io::IoSlice;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use limosa_client::{DeviceIdentity, Error, Result};
 use limosa_foreign_fd::Foreign;
 use limosa_protocol::info::DeviceInfo;
 use limosa_protocol::{FeatureHeader, FeatureIndex, FeatureOp};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::dma::{DmaTargets, serve_twin};
@@ -45,18 +43,6 @@ enum Probed {
     Unknown,
     /// The connection is of no more use.
     Lost,
-}
-
-/// Connects to the socket at a path. EAGAIN when the server's queue of connections is full for so long.
-pub(super) fn open(path: &Path, limit: Duration) -> rustix::io::Result<Foreign<UnixStream>> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    // It holds for connect(2) too, which else waits for ever.
-    let limit = limit.clamp(Duration::from_millis(1), Duration::from_secs(365 * 86_400));
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(limit))?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    let socket = Foreign::new(UnixStream::from(socket));
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)?;
-    Ok(socket)
 }
 
 pub(super) fn connect(

@@ -143,7 +143,7 @@ impl Client {
         };
         let users = options.server_users.clone();
         let open = || {
-            let stream = connect::open(path, limit).map_err(|errno| match errno {
+            let stream = limosa_host::connect(path, limit).map_err(|errno| match errno {
                 rustix::io::Errno::AGAIN => {
                     Error::Timeout { device: name.clone(), request: "connecting".into(), limit }
                 }

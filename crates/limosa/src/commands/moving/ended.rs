@@ -5,7 +5,8 @@
 
 use std::fmt;
 
-use limosa_migrate::{Error, InDoubt, Outcome, Report, SnapshotTarget};
+use limosa_migrate::{Error, InDoubt, Loss, Outcome, Report, SnapshotTarget, Unrecovered};
+use limosa_protocol::State;
 
 use crate::args;
 use crate::exit::{self, Code};
@@ -85,6 +86,7 @@ impl<'a> Ending<'a> {
                 let failures = guest.failures();
                 let is_whole = report.unrecovered.is_empty() && failures.is_empty();
                 report.notes.extend(failures);
+                report.notes.extend(report.unrecovered.iter().filter_map(way_back));
                 let notes = Notes(&report.notes).to_string();
                 let source = match is_whole {
                     true => "the source is as it was before".to_owned(),
@@ -147,6 +149,19 @@ impl<'a> Ending<'a> {
             _ => error,
         };
         self.failed(report, error)
+    }
+}
+
+/// What brings back a device of a source that could not be brought back.
+fn way_back(lost: &Unrecovered) -> Option<String> {
+    let device = &lost.device;
+    match lost.loss {
+        Loss::StaysIn { found: State::Error, .. } => None,
+        Loss::StaysIn { wanted, .. } => Some(format!("`limosa state {device} set {wanted}` brings it back")),
+        Loss::Unknown => Some(format!(
+            "if {device} answers again, and is in neither RUNNING nor STOP, `limosa state {device} set RUNNING` brings it back"
+        )),
+        _ => None,
     }
 }
 
