@@ -49,7 +49,7 @@
 #![forbid(unsafe_code)]
 
 mod describe;
-mod irqs;
+mod interrupts;
 mod loopback;
 mod machine;
 mod memory;
@@ -59,7 +59,7 @@ pub mod saved;
 mod whole;
 
 pub use describe::RegionView;
-pub use irqs::Irqs;
+pub use interrupts::{Interrupts, SetIrqs, Vector, VectorState, Wiring, WiringState};
 pub use limosa_guest_memory::FileMapping;
 pub use loopback::Loopback;
 pub use machine::{FeatureDone, Machine, SessionId};
@@ -75,5 +75,5 @@ pub struct Bus {
     /// Guest memory.
     pub memory: std::sync::Arc<GuestMemory>,
     /// Interrupts.
-    pub irqs: std::sync::Arc<Irqs>,
+    pub interrupts: Interrupts,
 }

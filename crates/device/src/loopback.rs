@@ -14,7 +14,7 @@ use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionFlags};
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp};
 use zerocopy::FromBytes;
 
-use crate::{Backing, Machine, Mapping, RemoteMemory, Save, SessionId};
+use crate::{Backing, Machine, Mapping, RemoteMemory, Save, SessionId, SetIrqs};
 
 /// A client of a device in the same process.
 ///
@@ -126,26 +126,20 @@ impl Device for Loopback {
     }
 
     fn set_irqs(&self, index: u32, start: u32, action: IrqAction<'_>) -> Result<()> {
-        let irqs = &self.machine.bus().irqs;
-        let what = match &action {
-            IrqAction::Wire(_) => "wire",
-            IrqAction::Disable => "disable",
-            IrqAction::Trigger(_) => "trigger",
-            IrqAction::Mask(_) => "mask",
-            IrqAction::Unmask(_) => "unmask",
-        };
-        match action {
+        let (what, set) = match action {
             IrqAction::Wire(fds) => {
                 let owned =
                     fds.iter().map(|fd| fd.map(|fd| self.own(fd).map(ForeignFd::harmless)).transpose());
-                irqs.wire(index, start, owned.collect::<Result<_>>()?)
+                ("wire", SetIrqs::Wire(owned.collect::<Result<_>>()?))
             }
-            IrqAction::Disable => irqs.disable(index),
-            IrqAction::Trigger(count) => irqs.trigger_range(index, start, count),
-            IrqAction::Mask(count) => irqs.mask(index, start, count),
-            IrqAction::Unmask(count) => irqs.unmask(index, start, count),
-        }
-        .map_err(|errno| self.refused(|| format!("SET_IRQS: {what} index {index} from {start}"), errno))
+            IrqAction::Disable => ("disable", SetIrqs::Disable),
+            IrqAction::Trigger(count) => ("trigger", SetIrqs::Trigger(count)),
+            IrqAction::Mask(count) => ("mask", SetIrqs::Mask(count)),
+            IrqAction::Unmask(count) => ("unmask", SetIrqs::Unmask(count)),
+        };
+        self.machine
+            .set_irqs(index, start, set)
+            .map_err(|errno| self.refused(|| format!("SET_IRQS: {what} index {index} from {start}"), errno))
     }
 
     fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {

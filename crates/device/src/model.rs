@@ -32,6 +32,12 @@ pub trait Model: Send + 'static {
     /// is in ERROR.
     fn reset(&mut self) -> Result<(), Errno>;
 
+    /// The client wired or unwired vectors of an interrupt index. A PCI function is to be
+    /// [settled](crate::pci::Function::settle): whether it holds INTx depends on what else is wired.
+    fn rewired(&mut self, index: u32) {
+        let _ = index;
+    }
+
     /// The device's migration, or `None` when it has none.
     fn migration(&mut self) -> Option<&mut dyn Migration> {
         None

@@ -83,6 +83,10 @@ impl<D: WholeState> Model for Whole<D> {
         self.device.reset()
     }
 
+    fn rewired(&mut self, index: u32) {
+        self.device.rewired(index);
+    }
+
     fn migration(&mut self) -> Option<&mut dyn Migration> {
         Some(self)
     }

@@ -146,19 +146,19 @@ fn interrupts_are_wired_masked_triggered_and_disabled() {
     assert_eq!(device.irq(0).unwrap().count, 2);
     let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
     device.set_irqs(0, 1, IrqAction::Wire(&[Some(fd.as_fd())])).unwrap();
-    machine.bus().irqs.trigger(0, 1);
+    machine.bus().interrupts.raise(0, 1);
     assert_eq!(count(&fd), 1);
     device.set_irqs(0, 1, IrqAction::Trigger(1)).unwrap();
     assert_eq!(count(&fd), 1);
     device.set_irqs(0, 1, IrqAction::Mask(1)).unwrap();
-    machine.bus().irqs.trigger(0, 1);
+    machine.bus().interrupts.raise(0, 1);
     assert_eq!(count(&fd), 0);
     device.set_irqs(0, 1, IrqAction::Unmask(1)).unwrap();
     assert_eq!(count(&fd), 1, "pending until the unmask");
     assert_eq!(refused(device.set_irqs(0, 1, IrqAction::Trigger(2))), Errno::EINVAL);
     assert_eq!(refused(device.set_irqs(1, 0, IrqAction::Disable)), Errno::EINVAL);
     device.set_irqs(0, 0, IrqAction::Disable).unwrap();
-    machine.bus().irqs.trigger(0, 1);
+    machine.bus().interrupts.raise(0, 1);
     assert_eq!(count(&fd), 0);
 }
 

@@ -11,9 +11,9 @@
 //! | `argsz` below 8, the header | EINVAL |
 //! | a flag other than GET, SET and PROBE above the index | EINVAL |
 //! | GET with SET, without PROBE | EINVAL |
-//! | none of GET, SET and PROBE | EINVAL |
 //! | an index that the device does not know, or a feature that it lacks (no migration, no logging) | ENOTTY |
 //! | GET or SET, with PROBE too, of a feature that has no such operation | EINVAL |
+//! | none of GET, SET and PROBE | EINVAL |
 //! | `argsz` too small for the payload, without PROBE | EINVAL |
 //! | SET of MIG_DEVICE_STATE: a number above 7, or what [`Refusal`](crate::fsm::Refusal) names | EINVAL |
 //! | DMA_LOGGING_START, DMA_LOGGING_REPORT: the ranges | see [`logging`](crate::logging) |
@@ -153,7 +153,7 @@ pub struct FeatureHeader {
 pub struct FeatureCall {
     /// Which feature.
     pub index: FeatureIndex,
-    /// What is asked; never empty, and never GET with SET unless PROBE is there.
+    /// What is asked; never GET with SET unless PROBE is there.
     pub op: FeatureOp,
     /// Bytes of payload that the caller has room for: argsz less the header.
     pub payload_bytes: usize,
@@ -170,12 +170,12 @@ impl FeatureHeader {
 
     /// Applies the multiplexer's rules that hold for every feature
     /// (`vfio_ioctl_device_feature()`): [`Errno::EINVAL`] for argsz below the header, a flag that
-    /// is not known, GET with SET without PROBE, or none of the three.
+    /// is not known, or GET with SET without PROBE.
     pub fn call(self) -> Result<FeatureCall, Errno> {
         let op = FeatureOp::from_bits(self.flags & !0xffff).ok_or(Errno::EINVAL)?;
         let payload_bytes = (self.argsz as usize).checked_sub(FeatureHeader::BYTES).ok_or(Errno::EINVAL)?;
         let both = op.contains(FeatureOp::GET | FeatureOp::SET);
-        if op.is_empty() || (both && !op.contains(FeatureOp::PROBE)) {
+        if both && !op.contains(FeatureOp::PROBE) {
             return Err(Errno::EINVAL);
         }
         Ok(FeatureCall { index: FeatureIndex((self.flags & 0xffff) as u16), op, payload_bytes })
@@ -184,7 +184,7 @@ impl FeatureHeader {
 
 impl FeatureCall {
     /// Applies the rules of one feature (`vfio_check_feature()`): [`Errno::EINVAL`] when an
-    /// operation is asked for that the feature lacks, or when the payload is too small. For a
+    /// operation is asked for that the feature lacks, or none, or when the payload is too small. For a
     /// PROBE that passes, nothing remains to be done and `Ok(false)` is returned; `Ok(true)` says
     /// to carry the operation out.
     pub fn check(self, rules: &FeatureRules) -> Result<bool, Errno> {
@@ -196,7 +196,7 @@ impl FeatureCall {
         if self.op.contains(FeatureOp::PROBE) {
             return Ok(false);
         }
-        if self.payload_bytes < rules.payload_bytes {
+        if self.op.is_empty() || self.payload_bytes < rules.payload_bytes {
             return Err(Errno::EINVAL);
         }
         Ok(true)

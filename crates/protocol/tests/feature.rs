@@ -43,7 +43,7 @@ fn expected(argsz: u32, flags: u32) -> Result<bool, Errno> {
     if argsz < 8 || flags >> 19 != 0 {
         return Err(Errno::EINVAL);
     }
-    if !asks(PROBE) && (asks(GET) == asks(SET)) {
+    if !asks(PROBE) && asks(GET) && asks(SET) {
         return Err(Errno::EINVAL);
     }
     let Some((_, ops, bytes)) = FEATURES.into_iter().find(|(index, ..)| *index == flags & 0xffff) else {
@@ -57,7 +57,8 @@ fn expected(argsz: u32, flags: u32) -> Result<bool, Errno> {
     if asks(PROBE) {
         return Ok(false);
     }
-    if argsz - 8 < bytes { Err(Errno::EINVAL) } else { Ok(true) }
+    let asks_nothing = !asks(GET) && !asks(SET);
+    if asks_nothing || argsz - 8 < bytes { Err(Errno::EINVAL) } else { Ok(true) }
 }
 
 #[test]

@@ -97,6 +97,15 @@ impl Capabilities {
         }
     }
 
+    /// Whether a client that announces this is QEMU. Its DMA_READ and DMA_WRITE messages are not those of the
+    /// specification: the count has 32 bits, and the data begins 4 bytes earlier (`hw/vfio-user/protocol.h:
+    /// VFIOUserDMARW`, as of QEMU 11.1). No other client announces the size of its bitmaps together with REGION_WRITE_MULTI
+    /// and without a twin socket.
+    pub fn are_qemus(&self) -> bool {
+        let bitmap = self.migration.and_then(|migration| migration.max_bitmap_size);
+        bitmap.is_some() && self.write_multiple == Some(true) && self.twin_socket.is_none()
+    }
+
     /// What a server that has `self` answers to a client that announced `theirs`: nothing that the
     /// client does not know.
     #[must_use]

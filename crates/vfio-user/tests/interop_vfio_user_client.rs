@@ -71,13 +71,13 @@ fn interrupts_arrive() {
     let fds = [eventfd(0, EventfdFlags::CLOEXEC).unwrap(), eventfd(0, EventfdFlags::CLOEXEC).unwrap()];
     // DATA_EVENTFD and ACTION_TRIGGER.
     client.set_irqs(MSIX, 0x24, 3, 2, &fds.each_ref().map(|fd| fd.as_raw_fd())).unwrap();
-    served.machine.bus().irqs.trigger(MSIX, 4);
+    served.machine.bus().interrupts.raise(MSIX, 4);
     let mut count = [0; 8];
     rustix::io::read(&fds[1], &mut count).unwrap();
     assert_eq!(u64::from_ne_bytes(count), 1);
     // DATA_NONE, ACTION_TRIGGER, count 0: no more.
     client.set_irqs(MSIX, 0x21, 0, 0, &[]).unwrap();
-    assert!(!served.machine.bus().irqs.any_wired(MSIX));
+    assert!(!served.machine.bus().interrupts.any_wired(MSIX));
 }
 
 #[test]

@@ -452,3 +452,23 @@ fn a_command_that_drips_does_not_hold_up_the_device() {
     answer_read(&raw, &late, &[1; 64]);
     raw.assert_usable();
 }
+
+/// What QEMU 11.1 says in its first message.
+const QEMU: &str = r#"{"capabilities": {"pgsizes": 4096, "max_msg_fds": 16, "max_dma_maps": 65535, "max_data_xfer_size": 1048576, "migration": {"max_bitmap_size": 268435456, "pgsize": 4096}, "write_multiple": true}}"#;
+
+#[test]
+fn qemu_is_not_sent_messages_that_it_reads_otherwise() {
+    const ENOTSUP: u32 = 95;
+    let served = Served::new();
+    let mut raw = Raw::connect(served.path());
+    raw.version(QEMU).ok();
+    // QEMU maps its ROMs without an fd also where all of its memory is shared.
+    raw.dma_map(IOVA, 1 << 20, 0, None).ok();
+    let began = Instant::now();
+    for operation in [DMA_READ_NOW, DMA_WRITE_NOW] {
+        // The next message is the refusal, and no DMA message.
+        assert_eq!(raw.call(REGION_WRITE, &engine(operation, 64)).refused(), ENOTSUP);
+    }
+    assert!(began.elapsed() < Options::default().dma_limit, "an access waited for QEMU");
+    raw.region_read(BAR0, 0, 8).ok();
+}

@@ -133,6 +133,8 @@ fn a_client_that_makes_its_eventfd_block_holds_up_nobody_else() {
     };
     let mut raw = served.peer();
     let _event = hold_up(&mut raw);
+    // Not even this client.
+    raw.assert_usable();
     drop(raw);
     let mut next = served.peer();
     next.assert_usable();

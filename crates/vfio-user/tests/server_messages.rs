@@ -86,10 +86,10 @@ fn info_of_device_regions_and_interrupts() {
 fn a_region_that_can_be_mapped_comes_with_its_fd_and_areas() {
     let served = Served::new();
     let mut raw = served.peer();
-    // Without room for the capability: how much it takes.
+    // Without room for the capability: how much it takes, and no flag that sends a client to look for it.
     let short = raw.call(GET_REGION_INFO, &bytes![32u32, 0u32, BAR1, 0u32, 0u64, 0u64]).ok();
     let needed = 32 + 16 + 32;
-    assert_eq!(short.body, bytes![needed as u32, 0xfu32, BAR1, 0u32, 16384u64, 0u64]);
+    assert_eq!(short.body, bytes![needed as u32, 0x7u32, BAR1, 0u32, 16384u64, 0u64]);
     let mut request = bytes![needed as u32, 0u32, BAR1, 0u32, 0u64, 0u64];
     // libvfio-user's client sends as many bytes as it has room for.
     request.resize(needed, 0);
@@ -268,6 +268,10 @@ fn features_are_got_set_and_probed() {
     // libvfio-user's client wants the same bytes back.
     assert_eq!(raw.set_state(STOP).ok().body, bytes![16u32, SET | 2, STOP, -1i32]);
     assert_eq!(raw.set_state(STOP).ok().body, bytes![16u32, SET | 2, STOP, -1i32], "the same again");
+    let echoed = raw.feature(SET | 2, &bytes![STOP, 0i32], 16).ok().body;
+    assert_eq!(echoed, bytes![16u32, SET | 2, STOP, -1i32], "no fd, whatever the client sent for one");
+    assert_eq!(raw.feature(13, &[], 8).refused(), ENOTTY, "an unknown feature, and no operation");
+    assert_eq!(raw.feature(2, &[], 16).refused(), EINVAL, "no operation on a known one");
     assert_eq!(raw.set_state(0).refused(), EINVAL);
     assert_eq!(raw.set_state(8).refused(), EINVAL);
     assert_eq!(raw.set_state(5).refused(), EINVAL, "no P2P");

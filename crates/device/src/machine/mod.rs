@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, MigrationFlags, State};
 
-use crate::{Bus, Description, GuestMemory, Irqs, Model};
+use crate::{Bus, Description, GuestMemory, Model, SetIrqs, Wiring};
 
 pub use feature::FeatureDone;
 pub use session::SessionId;
@@ -29,6 +29,7 @@ use session::{Open, SessionIds};
 /// its closure runs.
 pub struct Machine {
     bus: Bus,
+    wiring: Wiring,
     description: Description,
     flags: Option<MigrationFlags>,
     has_precopy_reinit: bool,
@@ -59,8 +60,8 @@ impl Machine {
     /// Makes the model ready, in RUNNING, with nothing mapped and nothing wired.
     pub fn new(mut model: Box<dyn Model>) -> Arc<Machine> {
         let description = model.description();
-        let bus =
-            Bus { memory: Arc::new(GuestMemory::default()), irqs: Arc::new(Irqs::new(&description.irqs)) };
+        let wiring = Wiring::new(&description.irqs);
+        let bus = Bus { memory: Arc::new(GuestMemory::default()), interrupts: wiring.interrupts() };
         model.attach(bus.clone());
         let flags = model.migration().map(|migration| migration.flags() | MigrationFlags::STOP_COPY);
         let has_precopy_reinit =
@@ -74,12 +75,36 @@ impl Machine {
             panicked: false,
             resets: 0,
         };
-        Arc::new(Machine { bus, description, flags, has_precopy_reinit, inner: Mutex::new(inner) })
+        Arc::new(Machine { bus, wiring, description, flags, has_precopy_reinit, inner: Mutex::new(inner) })
     }
 
     /// Its guest memory and interrupts.
     pub fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    /// Its interrupts as its client drives them, to be handed over. [`Machine::set_irqs`] changes them.
+    pub fn wiring(&self) -> &Wiring {
+        &self.wiring
+    }
+
+    /// Does what the client asks of its interrupts ([`Wiring::set`]), and tells the model when that wired or unwired
+    /// any of them.
+    pub fn set_irqs(&self, index: u32, start: u32, set: SetIrqs) -> Result<(), Errno> {
+        let rewires = matches!(set, SetIrqs::Wire(_) | SetIrqs::Disable);
+        self.wiring.set(index, start, set)?;
+        if rewires {
+            self.rewired(index);
+        }
+        Ok(())
+    }
+
+    fn rewired(&self, index: u32) {
+        // What becomes of a model that panicked is told by its next call.
+        let _ = self.with(|inner| {
+            inner.model()?.rewired(index);
+            Ok(())
+        });
     }
 
     /// What it looks like. [`Description::device_info`] and its siblings are what a client is told.
@@ -134,6 +159,7 @@ impl Machine {
             inner.precopy_reinit = false;
             inner.end_session();
             inner.panicked = false;
+            self.bus.interrupts.forget_all_pending();
             match inner.model.reset() {
                 Ok(()) => {
                     inner.enter(State::Running);
@@ -168,7 +194,8 @@ impl Machine {
     pub fn client_gone(&self) {
         let _ = self.bus.memory.logging_stop();
         self.bus.memory.unmap_all();
-        self.bus.irqs.disable_all();
+        self.wiring.disable_all();
+        (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
     }
 
     /// Takes the lock. It is poisoned only when a closure that the caller passed panicked: the

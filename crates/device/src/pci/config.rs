@@ -173,6 +173,13 @@ impl Config {
         open
     }
 
+    /// Makes a vector of MSI pending.
+    pub(super) fn msi_put_pending(&mut self, layout: &Layout, vector: u32) {
+        if let Some(msi) = layout.msi.filter(|_| vector < 32) {
+            self.now[msi.pending + vector as usize / 8] |= 1 << (vector % 8);
+        }
+    }
+
     /// Hands out, and forgets, the vectors of MSI that are pending and not masked.
     pub(super) fn msi_take_pending(&mut self, layout: &Layout, mut fire: impl FnMut(u32)) {
         let Some(MsiLayout { masks, pending, .. }) = layout.msi else { return };

@@ -5,14 +5,14 @@
 //! table, and raises and lowers its interrupts there:
 //!
 //! ```
-//! use limosa_device::Irqs;
+//! use limosa_device::Wiring;
 //! use limosa_device::pci::{Bar, Changes, Command, Function, Identity};
 //!
 //! let mut function = Function::builder(Identity { vendor: 0x1b36, device: 2, class: 0x07_0002, ..Identity::default() })
 //!     .bar(0, Bar::Io { bytes: 8 })
 //!     .interrupt_pin()
 //!     .build();
-//! let irqs = Irqs::new(&function.irqs());
+//! let irqs = Wiring::new(&function.irqs()).interrupts();
 //!
 //! // The client enables I/O, and the device raises its interrupt.
 //! let changes = function.config_write(4, &1u16.to_le_bytes(), &irqs)?;
@@ -22,10 +22,14 @@
 //! ```
 //!
 //! What a client virtualizes. A VMM keeps the guest's view of MSI and MSI-X to itself and wires eventfds (SET_IRQS), so
-//! wiring decides which way an interrupt goes: MSI-X when any of its vectors is wired, else MSI, else INTx. Enable bits
-//! in the configuration space are kept and shown to the model, and decide nothing. Mask bits are kept and respected
-//! where the client wrote them: a VMM that emulates the MSI-X table (QEMU does) never writes the device's, whose entries
-//! are all masked from reset on, and still hears every vector.
+//! wiring decides which way an interrupt goes: MSI-X when any of its vectors is wired, else MSI. Where neither is, the
+//! enable bits in the configuration space decide: a message is pending until the client wires its vector, and shown in
+//! MSI-X' pending bits. Else it is INTx, or for a function without a pin a message that is pending. Mask bits are kept
+//! and respected where the client wrote them: a VMM that emulates the MSI-X table (QEMU does) never writes the device's,
+//! whose entries are all masked from reset on, and still hears every vector.
+//!
+//! When the client has wired or unwired something, the model is told ([`rewired`](crate::Model::rewired)) and calls
+//! [`Function::settle`]: INTx rises or falls with what is wired beside it.
 
 mod builder;
 mod config;
@@ -39,7 +43,7 @@ use std::sync::Arc;
 use limosa_protocol::info::{IrqFlags, RegionFlags};
 use limosa_protocol::{Errno, pci_index};
 
-use crate::{Irq, Irqs, Region};
+use crate::{Interrupts, Irq, Region};
 pub use builder::{Bar, FunctionBuilder, Identity};
 pub use config::{Changes, Command};
 use config::{Config, Layout};
@@ -86,6 +90,8 @@ impl Function {
     /// interrupt is there, as QEMU likes to have it; it is for the model to trigger.
     pub fn irqs(&self) -> Vec<Irq> {
         let message = IrqFlags::EVENTFD | IrqFlags::NORESIZE;
+        // With NORESIZE a VMM unwires all vectors to wire one more.
+        let resizable = IrqFlags::EVENTFD;
         let mut irqs = vec![Irq::default(); pci_index::NUM_IRQS as usize];
         if self.layout.has_pin {
             let flags = IrqFlags::EVENTFD | IrqFlags::MASKABLE | IrqFlags::AUTOMASKED;
@@ -95,7 +101,7 @@ impl Function {
             irqs[pci_index::IRQ_MSI as usize] = Irq { flags: message, count: msi.vectors };
         }
         if let Some(msix) = &self.layout.msix {
-            irqs[pci_index::IRQ_MSIX as usize] = Irq { flags: message, count: u32::from(msix.vectors) };
+            irqs[pci_index::IRQ_MSIX as usize] = Irq { flags: resizable, count: u32::from(msix.vectors) };
         }
         irqs[pci_index::IRQ_ERR as usize] = Irq { flags: message, count: 1 };
         irqs
@@ -108,7 +114,7 @@ impl Function {
 
     /// Writes configuration space, any bytes of it: bits that cannot be written stay, bits that are cleared by writing
     /// one are cleared. Says what changed; interrupts are brought up to it already. EINVAL outside.
-    pub fn config_write(&mut self, offset: u64, data: &[u8], irqs: &Irqs) -> Result<Changes, Errno> {
+    pub fn config_write(&mut self, offset: u64, data: &[u8], irqs: &Interrupts) -> Result<Changes, Errno> {
         let changes = self.config.write(&self.layout, offset, data)?;
         if changes.intersects(Changes::COMMAND | Changes::MSI | Changes::MSIX) {
             self.settle(irqs);
@@ -138,39 +144,43 @@ impl Function {
 
     /// Reads what of a BAR's range lies in the MSI-X table or its pending bits, over what `data` has there; the rest of
     /// `data` stays as the model filled it in. Says whether that was all of it.
-    pub fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8]) -> bool {
-        self.msix.as_ref().is_some_and(|msix| msix.read(bar, offset, data))
+    pub fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8], irqs: &Interrupts) -> bool {
+        let pending = || self.msix_pending(irqs);
+        self.msix.as_ref().is_some_and(|msix| msix.read(bar, offset, data, pending))
     }
 
     /// Writes what of a BAR's range lies in the MSI-X table or its pending bits (which cannot be written). Says whether
     /// that was all of it.
-    pub fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8], irqs: &Irqs) -> bool {
+    pub fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8], irqs: &Interrupts) -> bool {
         let all = self.msix.as_mut().is_some_and(|msix| msix.write(bar, offset, data));
         self.settle(irqs);
         all
     }
 
-    /// The device raises an interrupt: sends a message, each time, if the client wired MSI-X or MSI; else holds INTx
+    /// The device raises an interrupt: sends a message, each time, if the client uses MSI-X or MSI; else holds INTx
     /// until all that was raised is [lowered](Function::lower). With fewer MSI vectors than the device asked for, those
-    /// without one share the first. Nothing happens for a vector that the function was not declared with.
-    pub fn raise(&mut self, vector: u32, irqs: &Irqs) {
+    /// without one share the first. A message that is masked or whose vector is not wired is pending. Nothing happens
+    /// for a vector that the function was not declared with.
+    pub fn raise(&mut self, vector: u32, irqs: &Interrupts) {
         if vector >= self.layout.vectors() {
             return;
         }
         self.raised[vector as usize / 64] |= 1 << (vector % 64);
-        if irqs.any_wired(pci_index::IRQ_MSIX) {
-            self.raise_msix(vector, irqs);
-        } else if irqs.any_wired(pci_index::IRQ_MSI) {
-            let vector = if irqs.is_wired(pci_index::IRQ_MSI, vector) { vector } else { 0 };
-            if self.config.msi_hold(&self.layout, vector) {
-                irqs.trigger(pci_index::IRQ_MSI, vector);
+        match self.messages(irqs) {
+            Some(Messages::Msix) => self.raise_msix(vector, irqs),
+            Some(Messages::Msi) => {
+                let vector = if irqs.is_wired(pci_index::IRQ_MSI, vector) { vector } else { 0 };
+                if self.config.msi_hold(&self.layout, vector) {
+                    irqs.raise(pci_index::IRQ_MSI, vector);
+                }
             }
+            None => {}
         }
         self.settle_intx(irqs);
     }
 
     /// What the interrupt was raised for is done. A message that was sent stays sent.
-    pub fn lower(&mut self, vector: u32, irqs: &Irqs) {
+    pub fn lower(&mut self, vector: u32, irqs: &Interrupts) {
         if let Some(word) = self.raised.get_mut(vector as usize / 64) {
             *word &= !(1 << (vector % 64));
         }
@@ -183,33 +193,65 @@ impl Function {
     }
 
     /// Back to how the function is at power-on, with nothing raised.
-    pub fn reset(&mut self, irqs: &Irqs) {
+    pub fn reset(&mut self, irqs: &Interrupts) {
         self.config = Config::new(&self.layout);
         if let Some(msix) = &mut self.msix {
             msix.reset();
         }
         self.raised.fill(0);
+        irqs.forget_pending(pci_index::IRQ_MSI);
+        irqs.forget_pending(pci_index::IRQ_MSIX);
         self.settle_intx(irqs);
     }
 
     /// Brings the interrupts to what the function's state says: sends the messages that are pending and not masked any
-    /// more, and holds or lets go of INTx. To be called when a state was [loaded](Function::loaded) and takes effect.
-    pub fn settle(&mut self, irqs: &Irqs) {
+    /// more, and holds or lets go of INTx. To be called when a state was [loaded](Function::loaded) and takes effect, and
+    /// when the client has [wired](crate::Model::rewired) or unwired something.
+    pub fn settle(&mut self, irqs: &Interrupts) {
         let masked = self.msix_masked();
         if let Some(msix) = &mut self.msix
             && !masked
         {
-            msix.take_pending(|vector| irqs.trigger(pci_index::IRQ_MSIX, vector));
+            msix.take_pending(|vector| irqs.raise(pci_index::IRQ_MSIX, vector));
         }
-        self.config.msi_take_pending(&self.layout, |vector| irqs.trigger(pci_index::IRQ_MSI, vector));
+        self.config.msi_take_pending(&self.layout, |vector| irqs.raise(pci_index::IRQ_MSI, vector));
         self.settle_intx(irqs);
     }
 
-    fn raise_msix(&mut self, vector: u32, irqs: &Irqs) {
+    /// The kind of message that the client uses.
+    fn messages(&self, irqs: &Interrupts) -> Option<Messages> {
+        let (msix, msi) = (Some(Messages::Msix), Some(Messages::Msi));
+        if irqs.any_wired(pci_index::IRQ_MSIX) {
+            msix
+        } else if irqs.any_wired(pci_index::IRQ_MSI) {
+            msi
+        } else if self.msix_enabled() {
+            msix
+        } else if self.msi_enabled() {
+            msi
+        } else if self.layout.has_pin {
+            None
+        } else {
+            msix.filter(|_| self.msix.is_some()).or(msi)
+        }
+    }
+
+    /// MSI-X' pending bits: what a mask in the table holds back, and what its vector was not signalled.
+    fn msix_pending(&self, irqs: &Interrupts) -> Vec<u8> {
+        let mut pending = self.msix.as_ref().map_or(vec![], |msix| msix.pending.clone());
+        for vector in irqs.pending(pci_index::IRQ_MSIX) {
+            if let Some(byte) = pending.get_mut(vector as usize / 8) {
+                *byte |= 1 << (vector % 8);
+            }
+        }
+        pending
+    }
+
+    fn raise_msix(&mut self, vector: u32, irqs: &Interrupts) {
         let masked = self.msix_masked();
         let held = self.msix.as_mut().is_some_and(|msix| msix.hold(vector, masked));
         if !held {
-            irqs.trigger(pci_index::IRQ_MSIX, vector);
+            irqs.raise(pci_index::IRQ_MSIX, vector);
         }
     }
 
@@ -218,14 +260,20 @@ impl Function {
         self.layout.msix.as_ref().is_some_and(|msix| self.config.msix_control(msix) & (1 << 14) != 0)
     }
 
-    fn settle_intx(&mut self, irqs: &Irqs) {
+    fn settle_intx(&mut self, irqs: &Interrupts) {
         if !self.layout.has_pin {
             return;
         }
         let raised = self.raised.iter().any(|word| *word != 0);
         self.config.set_interrupt_status(raised);
-        let messages = irqs.any_wired(pci_index::IRQ_MSIX) || irqs.any_wired(pci_index::IRQ_MSI);
-        let held = raised && !messages && !self.command().contains(Command::INTX_DISABLE);
+        let held = raised && self.messages(irqs).is_none() && !self.command().contains(Command::INTX_DISABLE);
         irqs.set_level(pci_index::IRQ_INTX, 0, held);
     }
+}
+
+/// The ways of a message.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Messages {
+    Msi,
+    Msix,
 }

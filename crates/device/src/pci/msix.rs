@@ -58,15 +58,23 @@ impl MsixTable {
         self.written.fill(false);
     }
 
-    pub(super) fn read(&self, bar: usize, offset: u64, data: &mut [u8]) -> bool {
+    pub(super) fn read(
+        &self,
+        bar: usize,
+        offset: u64,
+        data: &mut [u8],
+        pending: impl FnOnce() -> Vec<u8>,
+    ) -> bool {
         let mut covered = 0;
-        for ((at_bar, start), bytes) in
-            [(self.layout.table, &self.table), (self.layout.pending, &self.pending)]
-        {
-            if let Some((here, there)) = overlap(bar == at_bar, start, bytes.len(), offset, data.len()) {
-                covered += here.len();
-                data[there].copy_from_slice(&bytes[here]);
-            }
+        let table = self.layout.table;
+        if let Some((here, there)) = overlap(bar == table.0, table.1, self.table.len(), offset, data.len()) {
+            covered += here.len();
+            data[there].copy_from_slice(&self.table[here]);
+        }
+        let bits = self.layout.pending;
+        if let Some((here, there)) = overlap(bar == bits.0, bits.1, self.pending.len(), offset, data.len()) {
+            covered += here.len();
+            data[there].copy_from_slice(&pending()[here]);
         }
         covered == data.len()
     }

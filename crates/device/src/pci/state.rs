@@ -1,6 +1,9 @@
 //! A function's own part of a saved state.
 
+use limosa_protocol::pci_index;
+
 use super::{Config, Function, MsixTable};
+use crate::Interrupts;
 use crate::saved::Refusal;
 
 /// The state of a [`Function`], for a section of the device's saved state. Field numbers are never used again.
@@ -24,17 +27,19 @@ pub struct FunctionState {
 }
 
 impl Function {
-    /// The function's state.
-    pub fn state(&self) -> FunctionState {
+    /// The function's state, with the messages that are pending because their vectors are not wired.
+    pub fn state(&self, irqs: &Interrupts) -> FunctionState {
         let msix = self.msix.as_ref();
+        let mut config = self.config.clone();
+        irqs.pending(pci_index::IRQ_MSI).for_each(|vector| config.msi_put_pending(&self.layout, vector));
         let written = |msix: &MsixTable| {
             let written = msix.written.iter().zip(0..).filter(|(written, _)| **written);
             written.map(|(_, vector)| vector).collect()
         };
         FunctionState {
-            config: self.config.now.to_vec(),
+            config: config.now.into(),
             msix_table: msix.map_or(vec![], |msix| msix.table.clone()),
-            msix_pending: msix.map_or(vec![], |msix| msix.pending.clone()),
+            msix_pending: self.msix_pending(irqs),
             msix_written: msix.map_or(vec![], written),
             raised: (0..self.layout.vectors()).filter(|vector| self.is_raised(*vector)).collect(),
         }

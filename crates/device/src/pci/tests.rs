@@ -8,6 +8,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;
 use crate::saved::Refusal;
+use crate::{SetIrqs, Wiring};
 
 const INTX: u32 = pci_index::IRQ_INTX;
 const MSI: u32 = pci_index::IRQ_MSI;
@@ -42,9 +43,35 @@ fn function() -> Function {
         .build()
 }
 
+/// Both sides of a function's interrupts.
+struct Irqs {
+    device: Interrupts,
+    client: Wiring,
+}
+
+impl Irqs {
+    fn new(irqs: &[Irq]) -> Irqs {
+        let client = Wiring::new(irqs);
+        Irqs { device: client.interrupts(), client }
+    }
+
+    fn unmask(&self, index: u32, start: u32, count: u32) -> Result<(), Errno> {
+        self.client.set(index, start, SetIrqs::Unmask(count))
+    }
+}
+
+impl std::ops::Deref for Irqs {
+    type Target = Interrupts;
+
+    fn deref(&self) -> &Interrupts {
+        &self.device
+    }
+}
+
 fn wire(irqs: &Irqs, index: u32, vector: u32) -> OwnedFd {
     let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
-    irqs.wire(index, vector, vec![Some(fd.try_clone().unwrap().into())]).unwrap();
+    let fds = vec![Some(fd.try_clone().unwrap().into())];
+    irqs.client.set(index, vector, SetIrqs::Wire(fds)).unwrap();
     fd
 }
 
@@ -68,7 +95,7 @@ fn u32_at(function: &Function, at: u64) -> u32 {
 }
 
 fn write(function: &mut Function, at: u64, data: &[u8]) -> Changes {
-    function.config_write(at, data, &Irqs::default()).unwrap()
+    function.config_write(at, data, &Interrupts::default()).unwrap()
 }
 
 /// The capabilities in the order of their list, with their places.
@@ -239,7 +266,7 @@ fn an_msix_table_that_the_client_never_touches_masks_nothing() {
     let irqs = Irqs::new(&function.irqs());
     let fd = wire(&irqs, MSIX, 69);
     let mut control = [0];
-    assert!(function.bar_read(0, TABLE + 69 * 16 + 12, &mut control));
+    assert!(function.bar_read(0, TABLE + 69 * 16 + 12, &mut control, &irqs));
     assert_eq!(control, [1], "masked from reset on");
     function.raise(69, &irqs);
     assert_eq!(count(&fd), 1);
@@ -253,16 +280,16 @@ fn msix_masks_that_the_client_wrote_hold_messages_back() {
     let control = TABLE + 69 * 16 + 12;
     assert!(function.bar_write(0, control, &[0xff; 4], &irqs));
     let mut entry = [0; 4];
-    function.bar_read(0, control, &mut entry);
+    function.bar_read(0, control, &mut entry, &irqs);
     assert_eq!(entry, [1, 0, 0, 0], "one bit can be written");
     function.raise(69, &irqs);
     let mut pending = [0; 16];
-    assert!(function.bar_read(0, PENDING, &mut pending));
+    assert!(function.bar_read(0, PENDING, &mut pending, &irqs));
     assert_eq!((count(&fd), pending[8]), (0, 1 << 5));
     assert!(function.bar_write(0, PENDING, &[0; 16], &irqs), "without effect");
     assert!(function.bar_write(0, control, &[0; 4], &irqs));
     assert_eq!(count(&fd), 1);
-    assert!(function.bar_read(0, PENDING, &mut pending));
+    assert!(function.bar_read(0, PENDING, &mut pending, &irqs));
     assert_eq!(pending, [0; 16]);
 }
 
@@ -283,17 +310,83 @@ fn the_function_mask_of_msix_holds_all_back() {
 }
 
 #[test]
+fn a_message_on_a_vector_that_is_not_wired_is_pending_until_it_is() {
+    let mut function = function();
+    let irqs = Irqs::new(&function.irqs());
+    let _first = wire(&irqs, MSIX, 0);
+    function.raise(69, &irqs);
+    let mut pending = [0; 16];
+    assert!(function.bar_read(0, PENDING, &mut pending, &irqs));
+    assert_eq!(pending[8], 1 << 5);
+    assert_eq!(function.state(&irqs).msix_pending[8], 1 << 5);
+    assert_eq!(count(&wire(&irqs, MSIX, 69)), 1);
+    assert!(function.bar_read(0, PENDING, &mut pending, &irqs));
+    assert_eq!(pending, [0; 16]);
+}
+
+#[test]
+fn a_message_while_the_client_rewires_the_whole_index_is_not_lost() {
+    let mut function = function();
+    let irqs = Irqs::new(&function.irqs());
+    let intx = wire(&irqs, INTX, 0);
+    let at = capability(&function, 0x11);
+    function.config_write(at + 3, &[0x80], &irqs).unwrap();
+    drop(wire(&irqs, MSIX, 3));
+    irqs.client.set(MSIX, 0, SetIrqs::Disable).unwrap();
+    function.settle(&irqs);
+    function.raise(3, &irqs);
+    assert_eq!((count(&wire(&irqs, MSIX, 3)), count(&intx)), (1, 0));
+}
+
+#[test]
+fn a_pending_message_of_a_loaded_state_is_signalled_when_its_vector_is_wired() {
+    for kind in [MSI, MSIX] {
+        let mut source = function();
+        let irqs = Irqs::new(&source.irqs());
+        let at = capability(&source, if kind == MSI { 5 } else { 0x11 });
+        source.config_write(at + 2, &[1, 0x80], &irqs).unwrap();
+        source.raise(0, &irqs);
+        let mut loaded = function().loaded("pci", &source.state(&irqs)).unwrap();
+        let irqs = Irqs::new(&loaded.irqs());
+        loaded.settle(&irqs);
+        assert_eq!(count(&wire(&irqs, kind, 0)), 1, "index {kind}");
+    }
+}
+
+#[test]
+fn intx_settles_when_messages_are_wired_and_unwired() {
+    let mut function = function();
+    let irqs = Irqs::new(&function.irqs());
+    let intx = wire(&irqs, INTX, 0);
+    function.raise(0, &irqs);
+    assert_eq!(count(&intx), 1);
+    wire(&irqs, MSI, 0);
+    function.settle(&irqs);
+    irqs.unmask(INTX, 0, 1).unwrap();
+    assert_eq!(count(&intx), 0, "the client uses messages");
+    irqs.client.set(MSI, 0, SetIrqs::Disable).unwrap();
+    function.settle(&irqs);
+    assert_eq!(count(&intx), 1, "what is raised is held again");
+}
+
+#[test]
+fn a_client_may_wire_msix_vectors_one_by_one() {
+    let flags = function().irqs()[MSIX as usize].flags;
+    assert!(!flags.contains(IrqFlags::NORESIZE));
+}
+
+#[test]
 fn accesses_beside_the_msix_table_are_the_models() {
     let mut function = function();
     let irqs = Irqs::new(&function.irqs());
     let mut data = [0x55; 8];
-    assert!(!function.bar_read(0, TABLE - 4, &mut data));
+    assert!(!function.bar_read(0, TABLE - 4, &mut data, &irqs));
     assert_eq!(data, [0x55, 0x55, 0x55, 0x55, 0, 0, 0, 0]);
-    assert!(!function.bar_read(1, TABLE, &mut data));
+    assert!(!function.bar_read(1, TABLE, &mut data, &irqs));
     assert!(!function.bar_write(0, TABLE - 4, &[0xff; 8], &irqs));
-    assert!(function.bar_read(0, TABLE, &mut data));
+    assert!(function.bar_read(0, TABLE, &mut data, &irqs));
     assert_eq!(data, [0xfc, 0xff, 0xff, 0xff, 0, 0, 0, 0], "the lowest address bits are zero");
-    assert!(!function.bar_read(0, u64::MAX - 3, &mut data));
+    assert!(!function.bar_read(0, u64::MAX - 3, &mut data, &irqs));
 }
 
 #[test]
@@ -326,7 +419,7 @@ fn vendor_capabilities_have_their_own_masks() {
 #[test]
 fn reset_brings_everything_back() {
     let mut function = function();
-    let before = function.state();
+    let before = function.state(&Interrupts::default());
     let irqs = Irqs::new(&function.irqs());
     let fd = wire(&irqs, INTX, 0);
     for at in 0..4096 {
@@ -334,9 +427,9 @@ fn reset_brings_everything_back() {
     }
     function.bar_write(0, 0, &[0xff; 0x4000], &irqs);
     function.raise(1, &irqs);
-    assert_ne!(function.state(), before);
+    assert_ne!(function.state(&irqs), before);
     function.reset(&irqs);
-    assert_eq!(function.state(), before);
+    assert_eq!(function.state(&irqs), before);
     count(&fd);
     irqs.unmask(INTX, 0, 1).unwrap();
     assert_eq!(count(&fd), 0, "not held any more");
@@ -351,11 +444,11 @@ fn a_state_is_loaded_and_takes_effect_when_settled() {
     wire(&irqs, MSIX, 0);
     source.raise(0, &irqs);
     source.raise(1, &irqs);
-    let state = source.state();
+    let state = source.state(&irqs);
     let fresh = function();
     let mut loaded = fresh.loaded("pci", &state).unwrap();
-    assert_eq!(loaded.state(), state);
-    assert_eq!(fresh.state(), function().state());
+    assert_eq!(loaded.state(&Interrupts::default()), state);
+    assert_eq!(fresh.state(&Interrupts::default()), function().state(&Interrupts::default()));
     let irqs = Irqs::new(&loaded.irqs());
     loaded.settle(&irqs);
     let intx = wire(&irqs, INTX, 0);
@@ -366,7 +459,7 @@ fn a_state_is_loaded_and_takes_effect_when_settled() {
 fn the_state_of_another_function_is_refused() {
     let here = function();
     let refused = |change: &dyn Fn(&mut FunctionState)| {
-        let mut state = function().state();
+        let mut state = function().state(&Interrupts::default());
         change(&mut state);
         let refusal = here.loaded("pci", &state).unwrap_err();
         assert!(matches!(&refusal, Refusal::Unfit { name, .. } if name == "pci"));
@@ -381,7 +474,7 @@ fn the_state_of_another_function_is_refused() {
     refused(&|state| state.raised.push(70));
     refused(&|state| *state = FunctionState::default());
     let without = Function::builder(identity()).build();
-    assert!(without.loaded("pci", &here.state()).is_err());
+    assert!(without.loaded("pci", &here.state(&Interrupts::default())).is_err());
 }
 
 #[test]
@@ -438,7 +531,7 @@ proptest! {
                 }
                 Op::Bar(bar, at, mut data) => {
                     let wrote = function.bar_write(bar, at, &data, &irqs);
-                    prop_assert_eq!(function.bar_read(bar, at, &mut data), wrote);
+                    prop_assert_eq!(function.bar_read(bar, at, &mut data, &irqs), wrote);
                 }
                 Op::Raise(vector) => function.raise(vector, &irqs),
                 Op::Lower(vector) => function.lower(vector, &irqs),
@@ -449,8 +542,8 @@ proptest! {
             let fixed = !(layout.writable[at] | layout.clears[at] | layout.volatile[at]);
             prop_assert_eq!((now ^ initial) & fixed, 0, "at {:#x}", at);
         }
-        let state = function.state();
-        prop_assert_eq!(self::function().loaded("pci", &state).unwrap().state(), state);
+        let state = function.state(&irqs);
+        prop_assert_eq!(self::function().loaded("pci", &state).unwrap().state(&Interrupts::default()), state);
     }
 
     #[test]
@@ -460,8 +553,8 @@ proptest! {
         written in prop::collection::vec(any::<u32>(), 0..4),
         at in any::<prop::sample::Index>(),
     ) {
-        let irqs = Irqs::default();
-        let mut state = function().state();
+        let irqs = Interrupts::default();
+        let mut state = function().state(&Interrupts::default());
         let at = at.index(state.config.len() - config.len());
         state.config[at..at + config.len()].copy_from_slice(&config);
         state.msix_table = table;

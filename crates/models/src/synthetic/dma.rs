@@ -314,8 +314,8 @@ impl Shared {
     /// Sends the message. The engine's lock is held, so that who hears it reads what it stands for.
     fn interrupt(&self) {
         let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        function.raise(0, &self.bus.irqs);
-        function.lower(0, &self.bus.irqs);
+        function.raise(0, &self.bus.interrupts);
+        function.lower(0, &self.bus.interrupts);
     }
 
     fn write(&self, seed: u64, registers: &Registers, page: &mut [u64]) -> Result<(), Errno> {

@@ -309,7 +309,7 @@ mod tests {
 
     fn rest(blocks: &Blocks, change: impl FnOnce(&mut Rest)) -> Vec<u8> {
         let scratch = vec![0; super::super::SCRATCH_BYTES];
-        let function = Some(super::super::function(4096).state());
+        let function = Some(super::super::function(4096).state(&limosa_device::Interrupts::default()));
         let mut rest = Rest { checksum: blocks.checksum(), scratch, function, ..Rest::default() };
         change(&mut rest);
         Record::section(|bytes, crc| Record::Rest { bytes, crc }, &rest.encode_to_vec())

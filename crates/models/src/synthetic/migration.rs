@@ -74,7 +74,7 @@ impl Synthetic {
             dma_enabled: dma.enabled,
             dma_failed: dma.failed,
             scratch: self.scratch.clone(),
-            function: Some(self.function().state()),
+            function: Some(self.function().state(&self.interrupts())),
         };
         Record::section(|bytes, crc| Record::Rest { bytes, crc }, &rest.encode_to_vec())
     }
@@ -227,7 +227,7 @@ impl Migration for Synthetic {
         self.dirty_left = 0;
         self.scratch = loaded.scratch;
         *self.function() = loaded.function;
-        self.function().settle(&bus.irqs);
+        self.function().settle(&bus.interrupts);
         self.loader = None;
         self.state = State::Stop;
         Ok(())

@@ -26,7 +26,7 @@ use std::time::Instant;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use limosa_device::pci::{Bar, Function, Identity};
-use limosa_device::{Bus, Description, Migration, Model};
+use limosa_device::{Bus, Description, Interrupts, Migration, Model};
 use limosa_protocol::info::{DeviceFlags, RegionFlags};
 use limosa_protocol::{Errno, State, pci_index};
 
@@ -108,7 +108,11 @@ impl Synthetic {
 
     fn config_write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let bus = self.bus.as_ref().ok_or(Errno::EIO)?;
-        self.function().config_write(offset, data, &bus.irqs).map(drop)
+        self.function().config_write(offset, data, &bus.interrupts).map(drop)
+    }
+
+    fn interrupts(&self) -> Interrupts {
+        self.bus.as_ref().map(|bus| bus.interrupts.clone()).unwrap_or_default()
     }
 
     fn power_on_dma(&self) -> Registers {
@@ -306,7 +310,7 @@ impl Model for Synthetic {
     fn reset(&mut self) -> Result<(), Errno> {
         self.dma()?.replace(self.config.seed, self.power_on_dma(), true);
         if let Some(bus) = &self.bus {
-            self.function().reset(&bus.irqs);
+            self.function().reset(&bus.interrupts);
         }
         self.blocks.reset(self.config.seed);
         self.scratch.fill(0);
@@ -315,6 +319,11 @@ impl Model for Synthetic {
         (self.saver, self.loader) = (None, None);
         self.state = State::Running;
         Ok(())
+    }
+
+    fn rewired(&mut self, _index: u32) {
+        let interrupts = self.interrupts();
+        self.function().settle(&interrupts);
     }
 
     fn migration(&mut self) -> Option<&mut dyn Migration> {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use limosa_device::pci::{Bar, Function, Identity};
-use limosa_device::{Bus, Description, Fault, Migration, Model, Save};
+use limosa_device::{Bus, Description, Fault, Interrupts, Migration, Model, Save};
 use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, MigrationFlags, pci_index};
 
@@ -110,6 +110,10 @@ impl Shared {
         self.chip.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn interrupts(&self) -> Interrupts {
+        self.bus.get().map(|bus| bus.interrupts.clone()).unwrap_or_default()
+    }
+
     /// After a change: echoes what is sent, and brings the interrupt up to what the ports say.
     fn settle(&self, chip: &mut Chip) {
         if chip.running {
@@ -123,8 +127,8 @@ impl Shared {
         let Some(bus) = self.bus.get() else { return };
         let wanted = chip.ports.iter().any(Port::interrupts);
         match (wanted, chip.function.is_raised(0)) {
-            (true, false) => chip.function.raise(0, &bus.irqs),
-            (false, true) => chip.function.lower(0, &bus.irqs),
+            (true, false) => chip.function.raise(0, &bus.interrupts),
+            (false, true) => chip.function.lower(0, &bus.interrupts),
             _ => {}
         }
     }
@@ -205,7 +209,7 @@ impl Model for Uart {
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
         if region == pci_index::CONFIG {
             let bus = self.shared.bus.get().ok_or(Errno::EIO)?;
-            self.shared.chip().function.config_write(offset, data, &bus.irqs)?;
+            self.shared.chip().function.config_write(offset, data, &bus.interrupts)?;
             return Ok(());
         }
         if !self.shared.chip().running {
@@ -221,12 +225,16 @@ impl Model for Uart {
             chip.ports.fill(Port::default());
             chip.running = true;
             if let Some(bus) = self.shared.bus.get() {
-                chip.function.reset(&bus.irqs);
+                chip.function.reset(&bus.interrupts);
             }
         }
         (self.saver, self.loader) = (None, None);
         self.wake_all();
         Ok(())
+    }
+
+    fn rewired(&mut self, _index: u32) {
+        self.shared.chip().function.settle(&self.shared.interrupts());
     }
 
     fn migration(&mut self) -> Option<&mut dyn Migration> {
@@ -258,7 +266,7 @@ impl Migration for Uart {
 
     fn save_begin(&mut self) -> Result<(), Fault> {
         let chip = self.shared.chip();
-        self.saver = Some((state::save(&chip.function, &chip.ports), 0));
+        self.saver = Some((state::save(&chip.function, &chip.ports, &self.shared.interrupts()), 0));
         Ok(())
     }
 
@@ -275,7 +283,7 @@ impl Migration for Uart {
 
     fn data_size(&self) -> u64 {
         let chip = self.shared.chip();
-        state::save(&chip.function, &chip.ports).len() as u64
+        state::save(&chip.function, &chip.ports, &self.shared.interrupts()).len() as u64
     }
 
     fn load_begin(&mut self) -> Result<(), Fault> {
@@ -293,7 +301,7 @@ impl Migration for Uart {
         let mut chip = self.shared.chip();
         let loaded = loader.finish(&chip.function).map_err(|refusal| Fault::Refused(refusal.log()))?;
         (chip.function, chip.ports) = loaded;
-        chip.function.settle(&bus.irqs);
+        chip.function.settle(&bus.interrupts);
         drop(chip);
         self.loader = None;
         Ok(())

@@ -1,6 +1,7 @@
 //! The saved state: kind `limosa.uart`; a section `function`, and a section `port` for each port,
 //! whose place is the port's number.
 
+use limosa_device::Interrupts;
 use limosa_device::pci::{Function, FunctionState};
 use limosa_device::saved::{Item, Reader, Refusal, Section, Writer};
 
@@ -94,9 +95,9 @@ impl PortState {
 }
 
 /// The whole state.
-pub(super) fn save(function: &Function, ports: &[Port]) -> Vec<u8> {
+pub(super) fn save(function: &Function, ports: &[Port], interrupts: &Interrupts) -> Vec<u8> {
     let mut writer = Writer::new(KIND);
-    writer.message(&FUNCTION, &function.state());
+    writer.message(&FUNCTION, &function.state(interrupts));
     for (place, port) in (0..).zip(ports) {
         let message = prost::Message::encode_to_vec(&PortState::from(port));
         writer.section(&PORT, place, &message);
@@ -165,7 +166,7 @@ mod tests {
         let mut port = PortState::from(&Port::default());
         change(&mut port);
         let mut writer = Writer::new(KIND);
-        writer.message(&FUNCTION, &super::super::function(1).state());
+        writer.message(&FUNCTION, &super::super::function(1).state(&Interrupts::default()));
         writer.section(&PORT, 0, &prost::Message::encode_to_vec(&port));
         writer.finish()
     }
@@ -179,7 +180,10 @@ mod tests {
         (0..20).for_each(|byte| port.receive(byte));
         (0..5).for_each(|byte| port.write(0, byte));
         let ports = [port, Port::default()];
-        assert_eq!(load(&save(&super::super::function(2), &ports), 2).unwrap(), ports);
+        assert_eq!(
+            load(&save(&super::super::function(2), &ports, &Interrupts::default()), 2).unwrap(),
+            ports
+        );
     }
 
     #[test]
@@ -200,7 +204,8 @@ mod tests {
     #[test]
     fn states_of_other_devices_are_refused_by_name() {
         let one = with(|_| ());
-        let two = save(&super::super::function(2), &[Port::default(), Port::default()]);
+        let two =
+            save(&super::super::function(2), &[Port::default(), Port::default()], &Interrupts::default());
         assert!(load(&one, 2).unwrap_err().to_string().contains("does not fit"));
         assert!(load(&two, 1).unwrap_err().to_string().contains("port 1, this device has 1"));
         let foreign = Writer::new("limosa.nvme").finish();
@@ -212,7 +217,7 @@ mod tests {
         (0..2).for_each(|_| twice.section(&PORT, 0, &[]));
         assert!(load(&twice.finish(), 1).unwrap_err().to_string().contains("port"));
         let mut none = Writer::new(KIND);
-        none.message(&FUNCTION, &super::super::function(1).state());
+        none.message(&FUNCTION, &super::super::function(1).state(&Interrupts::default()));
         assert!(load(&none.finish(), 1).unwrap_err().to_string().contains("\"port\" is missing"));
     }
 }

@@ -197,6 +197,9 @@ impl<'a> SetIrqs<'a> {
         if action.bits().count_ones() != 1 {
             return Err(DecodeError::Field("SET_IRQS must have one action"));
         }
+        if (set.argsz as usize) < size_of::<IrqSet>() {
+            return Err(DecodeError::Field("SET_IRQS has an argsz shorter than itself"));
+        }
         if set.start.checked_add(set.count).is_none() {
             return Err(DecodeError::Field("SET_IRQS has vectors beyond 2^32"));
         }
@@ -205,6 +208,9 @@ impl<'a> SetIrqs<'a> {
             IrqSetFlags::DATA_EVENTFD => IrqData::Eventfds,
             IrqSetFlags::DATA_BOOL => {
                 length(size_of::<IrqSet>(), set.count.into(), body.len())?;
+                if (set.argsz as usize) < body.len() {
+                    return Err(DecodeError::Field("SET_IRQS has an argsz shorter than its data"));
+                }
                 IrqData::Bools(&rest[..(set.count as usize).min(rest.len())])
             }
             _ => return Err(DecodeError::Field("SET_IRQS must have one kind of data")),

@@ -1,22 +1,18 @@
-//! Regions, memory and interrupts (`vfio-user.rst: VFIO_USER_REGION_READ, VFIO_USER_REGION_WRITE,
-//! VFIO_USER_REGION_WRITE_MULTI, VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP,
-//! VFIO_USER_DEVICE_SET_IRQS`).
+//! Regions and memory (`vfio-user.rst: VFIO_USER_REGION_READ, VFIO_USER_REGION_WRITE,
+//! VFIO_USER_REGION_WRITE_MULTI, VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP`).
 
 use std::io::IoSlice;
-use std::mem::take;
 use std::sync::Arc;
 
-use limosa_device::{Backing, Irqs, Machine, Mapping};
-use limosa_foreign_fd::ForeignFd;
+use limosa_device::{Backing, Mapping};
 use limosa_protocol::Errno;
-use limosa_protocol::info::{DmaMapFlags, DmaUnmapFlags, IrqSetFlags};
+use limosa_protocol::info::{DmaMapFlags, DmaUnmapFlags};
 use zerocopy::IntoBytes;
 
 use super::connection::{Connection, Handled, Job, Outcome, reply_header};
 use super::dma::ClientMemory;
 use crate::codec::{
-    DirtyBitmap, DmaMapMessage, DmaUnmapMessage, Header, IrqData, RegionAccess, RegionWriteMulti, SetIrqs,
-    SingleWrite,
+    DirtyBitmap, DmaMapMessage, DmaUnmapMessage, Header, RegionAccess, RegionWriteMulti, SingleWrite,
 };
 
 /// Flags of DMA_MAP that say how the file may be used: libvfio-user's MMAP and FILE_IO. Accepted,
@@ -172,65 +168,4 @@ impl Connection<'_> {
         memory.unmap_report(unmap.address, unmap.size, bitmap.page_size, &mut found)?;
         Ok(found)
     }
-
-    pub(super) fn set_irqs(&mut self, job: &mut Job, set: SetIrqs<'_>) -> Handled {
-        let irqs = &self.machine.bus().irqs;
-        let fds = take(&mut job.fds);
-        let done = match set.data {
-            IrqData::Eventfds => wire(self.machine, &set, fds),
-            _ if !fds.is_empty() => Err(Errno::EINVAL),
-            IrqData::None if set.count == 0 => {
-                if set.action == IrqSetFlags::ACTION_TRIGGER && set.start == 0 {
-                    irqs.disable(set.index)
-                } else {
-                    Err(Errno::EINVAL)
-                }
-            }
-            IrqData::None => act(irqs, &set, set.start, set.count),
-            // A range that is not there is refused before anything is done.
-            IrqData::Bools(bools) => irq_range(self.machine, &set).and_then(|()| {
-                (set.start..)
-                    .zip(bools)
-                    .filter(|&(_, &on)| on != 0)
-                    .try_for_each(|(vector, _)| act(irqs, &set, vector, 1))
-            }),
-        };
-        match done {
-            Ok(()) => self.reply(job, &[]),
-            Err(errno) => Ok(Outcome::Refused(errno)),
-        }
-    }
-}
-
-/// EINVAL unless the vectors are there, and at least one.
-fn irq_range(machine: &Machine, set: &SetIrqs<'_>) -> Result<(), Errno> {
-    let count = machine.description().irq_info(set.index)?.count;
-    match set.start.checked_add(set.count) {
-        Some(end) if end <= count && set.count > 0 => Ok(()),
-        _ => Err(Errno::EINVAL),
-    }
-}
-
-fn act(irqs: &Irqs, set: &SetIrqs<'_>, start: u32, count: u32) -> Result<(), Errno> {
-    match set.action {
-        IrqSetFlags::ACTION_TRIGGER => irqs.trigger_range(set.index, start, count),
-        IrqSetFlags::ACTION_MASK => irqs.mask(set.index, start, count),
-        IrqSetFlags::ACTION_UNMASK => irqs.unmask(set.index, start, count),
-        _ => Err(Errno::EINVAL),
-    }
-}
-
-/// Wires the vectors to as many eventfds, or takes theirs away when there is none. Eventfds for
-/// masking and unmasking are refused with ENOTTY, as the kernel does where it has none.
-fn wire(machine: &Machine, set: &SetIrqs<'_>, fds: Vec<ForeignFd>) -> Result<(), Errno> {
-    if set.action != IrqSetFlags::ACTION_TRIGGER {
-        return Err(Errno::ENOTTY);
-    }
-    irq_range(machine, set)?;
-    let fds: Vec<_> = match fds.len() {
-        0 => (0..set.count).map(|_| None).collect(),
-        count if count == set.count as usize => fds.into_iter().map(Some).collect(),
-        _ => return Err(Errno::EINVAL),
-    };
-    machine.bus().irqs.wire(set.index, set.start, fds)
 }

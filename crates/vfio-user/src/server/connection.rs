@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use limosa_device::{Machine, SessionId};
@@ -245,6 +246,7 @@ impl<'a> Connection<'a> {
         let json = answer.encode(room.min(JSON_ROOM));
         tracing::debug!(?theirs, ?limits, "version agreed");
         self.limits = Some(limits);
+        self.link.foreign_dma.store(theirs.are_qemus(), Relaxed);
         let fds: Vec<BorrowedFd<'_>> = twin.iter().map(AsFd::as_fd).collect();
         self.reply_pieces(job, &[fixed.as_bytes(), &json], &fds)
     }

@@ -8,6 +8,7 @@
 
 use std::io::IoSlice;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -75,6 +76,17 @@ impl RemoteMemory for ClientMemory {
 impl ClientMemory {
     fn exchange(&self, transfer: Transfer<'_>) -> Result<(), Errno> {
         let (command, access) = (transfer.command, transfer.access);
+        if self.link.foreign_dma.load(Relaxed) {
+            if !self.link.foreign_dma_said.swap(true, Relaxed) {
+                tracing::error!(
+                    %command, iova = access.address,
+                    "the device needs guest memory that QEMU does not share, and QEMU's DMA messages are not those of the \
+                     specification: give the VM shared memory (-object memory-backend-memfd,id=m,size=SIZE,share=on \
+                     -machine memory-backend=m)"
+                );
+            }
+            return Err(Errno::ENOTSUP);
+        }
         match self.link.twin.get() {
             Some(twin) => twin.exchange(transfer, self.link.dma_limit),
             None => self.link.exchange(transfer),

@@ -65,8 +65,12 @@ impl Connection<'_> {
             let header = FeatureHeader::new(call.index, call.op, payload_bytes as u32);
             return self.reply_pieces(job, &[header.as_bytes(), &payload[..payload_bytes]], &[]);
         }
-        // What was sent, with what the device chose in it.
-        let chosen = if call.index == FeatureIndex::DMA_LOGGING_START { size_of::<u64>() } else { 0 };
+        // What was sent, with what the device chose in it: a page size, and no data fd, whatever was sent for it.
+        let chosen = match call.index {
+            FeatureIndex::DMA_LOGGING_START => size_of::<u64>(),
+            FeatureIndex::MIG_DEVICE_STATE => size_of::<FeatureMigState>(),
+            _ => 0,
+        };
         let chosen = chosen.min(payload_bytes);
         self.reply_pieces(job, &[header.as_bytes(), &payload[..chosen], &data[chosen..]], &[])
     }

@@ -56,11 +56,14 @@ impl Connection<'_> {
         if fd.is_some() && !view.areas.is_empty() {
             let area = |&(offset, size): &(u64, u64)| SparseMmapArea { offset, size };
             capabilities.sparse_mmap(&view.areas.iter().map(area).collect::<Vec<_>>());
-            info.flags |= RegionFlags::CAPS.bits();
         }
         info.argsz = capabilities.argsz();
         let mut bytes = capabilities.bytes();
-        if argsz >= info.argsz {
+        if capabilities.offset() == 0 {
+            // There are none.
+        } else if argsz >= info.argsz {
+            // A client that finds the flag looks for them, also where they did not fit.
+            info.flags |= RegionFlags::CAPS.bits();
             info.cap_offset = capabilities.offset();
         } else {
             bytes = &[];

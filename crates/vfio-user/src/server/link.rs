@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -42,6 +43,12 @@ pub(super) struct Link {
     sender: Sender,
     pub(super) shared: Mutex<Shared>,
     pub(super) turn: Condvar,
+    /// The client's DMA messages are not those of the specification ([`Capabilities::are_qemus`]).
+    ///
+    /// [`Capabilities::are_qemus`]: crate::version::Capabilities::are_qemus
+    pub(super) foreign_dma: AtomicBool,
+    /// That this was said.
+    pub(super) foreign_dma_said: AtomicBool,
     /// The socket for the server's commands, when one was negotiated.
     pub(super) twin: OnceLock<Twin>,
     /// The thread that serves requests.
@@ -123,6 +130,8 @@ impl Link {
                 gave_up: false,
             }),
             turn: Condvar::new(),
+            foreign_dma: AtomicBool::new(false),
+            foreign_dma_said: AtomicBool::new(false),
             twin: OnceLock::new(),
             serving: std::thread::current().id(),
             data_bytes_max,
@@ -322,10 +331,6 @@ impl Link {
         if let Some(twin) = self.twin.get() {
             twin.end();
         }
-    }
-
-    pub(super) fn socket(&self) -> &UnixStream {
-        self.sender.socket()
     }
 
     /// No more is received than what the client sent already.

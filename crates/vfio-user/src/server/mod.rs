@@ -14,6 +14,7 @@ mod data;
 mod dma;
 mod feature;
 mod info;
+mod interrupts;
 mod link;
 mod stream;
 
@@ -225,7 +226,7 @@ pub fn serve_connection(
     let mut connection = Connection::new(Foreign::new(stream), machine, options).map_err(io::Error::other)?;
     let done = ShutdownHandle::new()?;
     std::thread::scope(|scope| {
-        let watch = Watch { link: connection.link(), machine, shutdown, done: done.clone() };
+        let watch = Watch { link: connection.link(), shutdown, done: done.clone() };
         std::thread::Builder::new()
             .name("vfio-user-shutdown".into())
             .spawn_scoped(scope, move || watch.run())?;
@@ -235,11 +236,9 @@ pub fn serve_connection(
     })
 }
 
-/// Wakes a connection from its socket's calls, so that these need no poll before them; and from a
-/// signal that its client holds up, when the client is gone or the server is to end.
+/// Wakes a connection from its socket's calls when the server is to end, so that these need no poll before them.
 struct Watch<'a> {
     link: Arc<Link>,
-    machine: &'a Machine,
     shutdown: &'a ShutdownHandle,
     /// The connection is over.
     done: ShutdownHandle,
@@ -247,34 +246,24 @@ struct Watch<'a> {
 
 impl Watch<'_> {
     fn run(self) {
-        let hung_up = PollFlags::empty(); // What poll(2) reports in any case.
-        self.wait(&mut [PollFd::new(self.link.socket(), hung_up)], None);
-        while !self.done.is_shut_down() && !self.shutdown.is_shut_down() {
-            self.wait(&mut [], Some(HELD_UP));
-            self.machine.bus().irqs.unblock();
-        }
+        self.wait(None);
         if self.done.is_shut_down() {
             return;
         }
         // First no more requests, then, if the client does not take its reply, nothing more.
         self.link.end_receiving();
         let grace = Instant::now() + Duration::from_secs(2);
-        while !self.done.is_shut_down() {
-            let _ = poll(&mut [PollFd::new(&self.done, PollFlags::IN)], Some(&HELD_UP));
-            self.machine.bus().irqs.unblock();
-            if Instant::now() >= grace {
-                self.link.end();
-            }
+        while !self.done.is_shut_down() && Instant::now() < grace {
+            let left = grace.saturating_duration_since(Instant::now());
+            self.wait(Timespec::try_from(left).ok());
         }
+        self.link.end();
     }
 
-    /// Waits for the end, the shutdown or one of these.
-    fn wait(&self, others: &mut [PollFd<'_>], limit: Option<Timespec>) {
-        let mut fds = vec![PollFd::new(self.shutdown, PollFlags::IN), PollFd::new(&self.done, PollFlags::IN)];
-        fds.extend_from_slice(others);
-        while matches!(poll(&mut fds, limit.as_ref()), Err(rustix::io::Errno::INTR)) {}
+    /// Waits for the end, or the shutdown where that has not come yet.
+    fn wait(&self, limit: Option<Timespec>) {
+        let mut fds = [PollFd::new(&self.done, PollFlags::IN), PollFd::new(self.shutdown, PollFlags::IN)];
+        let fds = if limit.is_some() { &mut fds[..1] } else { &mut fds[..] };
+        while matches!(poll(fds, limit.as_ref()), Err(rustix::io::Errno::INTR)) {}
     }
 }
-
-/// How long a signal is left to itself.
-const HELD_UP: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };

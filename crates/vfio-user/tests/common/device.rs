@@ -125,7 +125,7 @@ impl TestDevice {
             };
             engine.outcome = done.err().map_or(0, Errno::raw);
             drop(engine);
-            bus.irqs.trigger(MSI, 0);
+            bus.interrupts.raise(MSI, 0);
             done
         };
         match operation {

@@ -57,8 +57,8 @@ impl Mtty {
 
     fn signal(&self) {
         let Some(bus) = &self.bus else { return };
-        let message = bus.irqs.any_wired(pci_index::IRQ_MSI);
-        bus.irqs.trigger(if message { pci_index::IRQ_MSI } else { pci_index::IRQ_INTX }, 0);
+        let message = bus.interrupts.any_wired(pci_index::IRQ_MSI);
+        bus.interrupts.raise(if message { pci_index::IRQ_MSI } else { pci_index::IRQ_INTX }, 0);
     }
 }
 

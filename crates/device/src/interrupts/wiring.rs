@@ -1,0 +1,209 @@
+//! [`Wiring`]: the interrupts of a device as its client drives them (`vfio.h: VFIO_DEVICE_SET_IRQS`).
+//!
+//! Each call costs as much as it has vectors, however many the index has. What the client does to a vector waits for a
+//! signal that is under way on it, so that no signal comes after a mask or on an eventfd that was taken away.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+
+use limosa_foreign_fd::{ForeignEventFd, ForeignFd};
+use limosa_protocol::Errno;
+use limosa_protocol::info::IrqFlags;
+
+use super::{Interrupts, LEVEL, MASKED, PENDING, Shared, Vector};
+use crate::Irq;
+
+/// The interrupts of a device, as its client drives them.
+#[derive(Debug, Default)]
+pub struct Wiring {
+    interrupts: Interrupts,
+}
+
+/// What a client asks of the vectors of an index.
+#[derive(Debug)]
+pub enum SetIrqs {
+    /// Wires as many vectors to eventfds (DATA_EVENTFD, ACTION_TRIGGER); `None` unwires.
+    Wire(Vec<Option<ForeignFd>>),
+    /// Unwires all of the index, and forgets its masks (DATA_NONE, ACTION_TRIGGER, no vectors).
+    Disable,
+    /// Raises so many vectors as the device would (ACTION_TRIGGER).
+    Trigger(u32),
+    /// Masks so many vectors (ACTION_MASK).
+    Mask(u32),
+    /// Unmasks so many vectors, and signals what is pending or held (ACTION_UNMASK).
+    Unmask(u32),
+}
+
+/// All that a client set and a device raised, by index and vector, to be handed over to another process.
+#[derive(Debug, Default)]
+pub struct WiringState {
+    /// The vectors of each index.
+    pub indexes: Vec<Vec<VectorState>>,
+}
+
+/// One vector of a [`WiringState`].
+#[derive(Debug, Default)]
+pub struct VectorState {
+    /// The client's eventfd.
+    pub eventfd: Option<OwnedFd>,
+    /// The client masked it.
+    pub masked: bool,
+    /// An edge waits to be signalled.
+    pub pending: bool,
+    /// The device holds its line.
+    pub level: bool,
+}
+
+impl Wiring {
+    /// Interrupts with nothing wired yet.
+    pub fn new(irqs: &[Irq]) -> Wiring {
+        Wiring { interrupts: Interrupts::new(irqs) }
+    }
+
+    /// The same interrupts as the device sees them.
+    pub fn interrupts(&self) -> Interrupts {
+        self.interrupts.clone()
+    }
+
+    /// Does what the client asks of the vectors from `start` on. EINVAL outside the index, or when a file to wire is no
+    /// eventfd; ENOTTY when an index that has neither MASKABLE nor AUTOMASKED is to be masked or unmasked. After an error
+    /// nothing has changed.
+    pub fn set(&self, index: u32, start: u32, set: SetIrqs) -> Result<(), Errno> {
+        match set {
+            SetIrqs::Wire(fds) => self.wire(index, start, fds),
+            SetIrqs::Disable => {
+                let index = self.interrupts.indexes.get(index as usize).ok_or(Errno::EINVAL)?;
+                index.vectors.iter().for_each(|vector| vector.0.rewire(None));
+                Ok(())
+            }
+            SetIrqs::Trigger(count) => {
+                self.range(index, start, count)?.iter().for_each(Vector::raise_if_wired);
+                Ok(())
+            }
+            SetIrqs::Mask(count) => {
+                self.maskable(index, start, count)?.iter().for_each(|vector| {
+                    let _no_signal_is_under_way = vector.0.write();
+                    vector.0.state.fetch_or(MASKED, AcqRel);
+                });
+                Ok(())
+            }
+            SetIrqs::Unmask(count) => {
+                self.maskable(index, start, count)?.iter().for_each(|vector| {
+                    let wire = vector.0.write();
+                    vector.0.state.fetch_and(!MASKED, AcqRel);
+                    vector.0.catch_up(wire.as_ref());
+                });
+                Ok(())
+            }
+        }
+    }
+
+    fn wire(&self, index: u32, start: u32, fds: Vec<Option<ForeignFd>>) -> Result<(), Errno> {
+        let count = u32::try_from(fds.len()).map_err(|_| Errno::EINVAL)?;
+        // The range is checked before the fds are looked at: that costs system calls for each.
+        let vectors = self.range(index, start, count)?;
+        let eventfd = |fd: ForeignFd| ForeignEventFd::new(fd).map_err(|_| Errno::EINVAL);
+        let fds = fds.into_iter().map(|fd| fd.map(eventfd).transpose()).collect::<Result<Vec<_>, _>>()?;
+        vectors.iter().zip(fds).for_each(|(vector, wire)| vector.0.rewire(wire));
+        Ok(())
+    }
+
+    /// The client is gone: unwires everything, and forgets all masks. What the device raised and nobody was signalled
+    /// stays pending, for the next client.
+    pub fn disable_all(&self) {
+        let vectors = self.interrupts.indexes.iter().flat_map(|index| &index.vectors);
+        vectors.for_each(|vector| vector.0.rewire(None));
+    }
+
+    /// What is set and raised, with copies of the eventfds. The system's error when there is no room for these.
+    pub fn export(&self) -> std::io::Result<WiringState> {
+        let vector = |vector: &Vector| {
+            let wire = vector.0.write();
+            let eventfd = wire.as_ref().map(|wire| wire.as_fd().try_clone_to_owned()).transpose()?;
+            let state = vector.0.state.load(Acquire);
+            let is = |bit| state & bit != 0;
+            Ok(VectorState { eventfd, masked: is(MASKED), pending: is(PENDING), level: is(LEVEL) })
+        };
+        let indexes = self.interrupts.indexes.iter();
+        let indexes = indexes.map(|index| index.vectors.iter().map(vector).collect());
+        Ok(WiringState { indexes: indexes.collect::<std::io::Result<_>>()? })
+    }
+
+    /// Takes over what another process exported, and signals what is pending or held and not masked. EINVAL for
+    /// interrupts that are not these, or a file that is no eventfd; then nothing has changed.
+    pub fn adopt(&self, state: WiringState) -> Result<(), Errno> {
+        let indexes = &self.interrupts.indexes;
+        let fits = state.indexes.len() == indexes.len()
+            && state.indexes.iter().zip(&**indexes).all(|(from, to)| from.len() == to.vectors.len());
+        if !fits {
+            return Err(Errno::EINVAL);
+        }
+        let checked = |vector: VectorState| {
+            let bit = |is: bool, bit: u8| if is { bit } else { 0 };
+            let bits = bit(vector.masked, MASKED) | bit(vector.pending, PENDING) | bit(vector.level, LEVEL);
+            let eventfd = vector.eventfd.map(|fd| ForeignEventFd::new(ForeignFd::new(fd)));
+            Ok((bits, eventfd.transpose().map_err(|_| Errno::EINVAL)?))
+        };
+        let taken = state.indexes.into_iter().flatten().map(checked).collect::<Result<Vec<_>, Errno>>()?;
+        let vectors = indexes.iter().flat_map(|index| &index.vectors);
+        for (vector, (bits, eventfd)) in vectors.zip(taken) {
+            vector.0.rewire(None);
+            // With its eventfd it is signalled what these bits say.
+            vector.0.state.store(bits, Release);
+            if eventfd.is_some() {
+                vector.0.rewire(eventfd);
+            }
+        }
+        Ok(())
+    }
+
+    /// The vectors of a range that is there.
+    fn range(&self, index: u32, start: u32, count: u32) -> Result<&[Vector], Errno> {
+        let index = self.interrupts.indexes.get(index as usize).ok_or(Errno::EINVAL)?;
+        let end = start.checked_add(count).ok_or(Errno::EINVAL)?;
+        index.vectors.get(start as usize..end as usize).ok_or(Errno::EINVAL)
+    }
+
+    fn maskable(&self, index: u32, start: u32, count: u32) -> Result<&[Vector], Errno> {
+        let vectors = self.range(index, start, count)?;
+        let flags = self.interrupts.indexes[index as usize].flags;
+        let maskable = flags.intersects(IrqFlags::MASKABLE | IrqFlags::AUTOMASKED);
+        if maskable { Ok(vectors) } else { Err(Errno::ENOTTY) }
+    }
+}
+
+impl Vector {
+    /// What a client raises for a test of its own wiring waits for no wiring to come.
+    fn raise_if_wired(&self) {
+        if self.0.read().is_some() {
+            self.raise();
+        }
+    }
+}
+
+impl Shared {
+    /// Gives the vector an eventfd, or takes it away, and its mask with it.
+    fn rewire(&self, to: Option<ForeignEventFd>) {
+        let mut wire = self.write();
+        match (wire.is_some(), to.is_some()) {
+            (false, true) => _ = self.wired.fetch_add(1, Relaxed),
+            (true, false) => _ = self.wired.fetch_sub(1, Relaxed),
+            _ => {}
+        }
+        if to.is_none() {
+            self.state.fetch_and(!MASKED, AcqRel);
+        }
+        *wire = to;
+        self.catch_up(wire.as_ref());
+    }
+
+    /// Signals what is pending or held, if the client can be.
+    fn catch_up(&self, wire: Option<&ForeignEventFd>) {
+        if let Some(wire) = wire.filter(|_| !self.has(MASKED)) {
+            let before = self.state.fetch_and(!PENDING, AcqRel);
+            if before & (PENDING | LEVEL) != 0 {
+                wire.signal();
+            }
+        }
+    }
+}
