@@ -31,7 +31,6 @@ impl Dma {
             let (piece, after) = rest.split_at_mut(mapped.reach(iova, rest.len()));
             match &mapped.memory {
                 Memory::File(file) => file.read(iova - mapped.iova, piece)?,
-                Memory::AnyFile(file) => file.read(iova - mapped.iova, piece)?,
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
                     drop(table);
@@ -55,7 +54,6 @@ impl Dma {
             let (piece, after) = rest.split_at(mapped.reach(iova, rest.len()));
             let done = match &mapped.memory {
                 Memory::File(file) => file.write(iova - mapped.iova, piece),
-                Memory::AnyFile(file) => file.write(iova - mapped.iova, piece),
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
                     // An unmap that takes the log with it may come before the answer.

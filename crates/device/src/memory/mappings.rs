@@ -3,8 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use limosa_foreign_fd::Foreign;
-use limosa_guest_memory::FileMapping;
+use limosa_foreign_fd::ForeignFd;
+use limosa_guest_memory::MappedFiles;
 use limosa_protocol::Errno;
 use limosa_protocol::bitmap::{Grid, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
@@ -20,6 +20,7 @@ use super::{Backing, Dma, Mapping};
 #[derive(Default)]
 pub struct Mappings {
     space: Arc<Space>,
+    files: MappedFiles,
 }
 
 impl Mappings {
@@ -37,18 +38,20 @@ impl Mappings {
         if !flags.intersects(DmaMapFlags::READ | DmaMapFlags::WRITE) {
             return Err(Errno::EINVAL);
         }
-        let is_file = !matches!(backing, Backing::Remote(_));
-        self.space.read_lock().room_for(iova, last, is_file)?;
-        let (read, write) = (flags.contains(DmaMapFlags::READ), flags.contains(DmaMapFlags::WRITE));
+        self.space.read_lock().room_for(iova, last)?;
+        let access = (flags.contains(DmaMapFlags::READ), flags.contains(DmaMapFlags::WRITE));
         let memory = match backing {
             Backing::File { fd, offset } => {
-                let fd = fd.into_memory().map_err(|_| Errno::ENOTSUP)?;
-                Memory::File(FileMapping::new(fd, offset, size, read, write)?)
+                let fd = ForeignFd::harmless(fd.into_memory().map_err(|_| Errno::ENOTSUP)?);
+                Memory::File(self.files.map(fd, offset, size, access, false)?)
             }
             Backing::AnyFile { fd, offset } => match fd.into_memory() {
-                Ok(fd) => Memory::File(FileMapping::new(fd, offset, size, read, write)?),
+                Ok(fd) => {
+                    let fd = ForeignFd::harmless(fd);
+                    Memory::File(self.files.map(fd, offset, size, access, false)?)
+                }
                 Err(fd) if fd.is_regular_file() => {
-                    Memory::AnyFile(Foreign::new(FileMapping::new(&fd, offset, size, read, write)?))
+                    Memory::File(self.files.map(fd, offset, size, access, true)?)
                 }
                 Err(_) => return Err(Errno::ENOTSUP),
             },
@@ -56,12 +59,11 @@ impl Mappings {
         };
         let mut table = self.space.write_lock();
         // The lock was not held while the file was mapped.
-        let at = table.room_for(iova, last, is_file)?;
+        let at = table.room_for(iova, last)?;
         if let Some(log) = &mut table.log {
             log.cover(iova, last)?;
         }
         table.mappings.insert(at, Mapped { iova, last, flags, memory });
-        table.file_bytes += if is_file { size } else { 0 };
         Ok(())
     }
 

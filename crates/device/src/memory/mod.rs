@@ -21,15 +21,12 @@ use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 
 pub use dma::Dma;
+pub use limosa_guest_memory::MAPPED_BYTES_MAX;
 pub use log::PAGES_MAX as LOGGED_PAGES_MAX;
 pub use mappings::Mappings;
 
 /// How many mappings a client can have at a time: what QEMU announces as `max_dma_maps`.
 pub const MAPPINGS_MAX: usize = 65535;
-
-/// How many bytes of files a client can have mapped at a time: half of the smallest common address space, so that
-/// no client can take all of it from the process.
-pub const MAPPED_BYTES_MAX: u64 = 1 << 46;
 
 /// One mapping.
 #[derive(Debug)]

@@ -5,13 +5,12 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use limosa_foreign_fd::Foreign;
 use limosa_guest_memory::FileMapping;
 use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 
 use super::log::Log;
-use super::{MAPPED_BYTES_MAX, MAPPINGS_MAX, RemoteMemory};
+use super::{MAPPINGS_MAX, RemoteMemory};
 
 /// The table, and the lock over it.
 #[derive(Default)]
@@ -34,8 +33,6 @@ impl Space {
 pub(super) struct Table {
     /// By address; none overlaps another.
     pub(super) mappings: Vec<Mapped>,
-    /// The sum of the sizes of those that are files.
-    pub(super) file_bytes: u64,
     /// Which mapping was used last.
     hint: AtomicUsize,
     /// There while logging is on.
@@ -52,8 +49,6 @@ pub(super) struct Mapped {
 
 pub(super) enum Memory {
     File(FileMapping),
-    /// Unmapping it may wait for its file system.
-    AnyFile(Foreign<FileMapping>),
     Remote(Arc<dyn RemoteMemory>),
 }
 
@@ -90,14 +85,12 @@ impl Table {
     }
 
     /// Where a new mapping goes.
-    pub(super) fn room_for(&self, iova: u64, last: u64, is_file: bool) -> Result<usize, Errno> {
+    pub(super) fn room_for(&self, iova: u64, last: u64) -> Result<usize, Errno> {
         let at = self.first_ending_at(iova);
         if self.mappings.get(at).is_some_and(|after| after.iova <= last) {
             return Err(Errno::EEXIST);
         }
-        // A file of 2^64 bytes there is not, so this does not overflow where it matters.
-        let file_bytes = self.file_bytes.saturating_add(last - iova);
-        if self.mappings.len() >= MAPPINGS_MAX || (is_file && file_bytes >= MAPPED_BYTES_MAX) {
+        if self.mappings.len() >= MAPPINGS_MAX {
             return Err(Errno::E2BIG);
         }
         Ok(at)
@@ -114,14 +107,7 @@ impl Table {
     }
 
     pub(super) fn remove(&mut self, range: Range<usize>) -> Vec<Mapped> {
-        let gone: Vec<Mapped> = self.mappings.drain(range).collect();
-        let file_bytes = |mapped: &Mapped| match &mapped.memory {
-            Memory::File(file) => file.len(),
-            Memory::AnyFile(file) => file.len(),
-            Memory::Remote(_) => 0,
-        };
-        self.file_bytes -= gone.iter().map(file_bytes).sum::<u64>();
-        gone
+        self.mappings.drain(range).collect()
     }
 }
 
