@@ -79,6 +79,6 @@ fn each_mapping_took_an_fd() {
     assert!(fds() < before + 500, "{before} {}", fds());
     let own = std::fs::File::open("/proc/self/mem").unwrap();
     let refused =
-        (0..1000).map(|n| memory.map(file_io(&own, 1 << 20 | n * 16, 8, n, DmaMapFlags::READ, true)));
+        (0..1000).map(|n| memory.map(file_io(&own, (1 << 20) + n * 16, 8, n, DmaMapFlags::READ, true)));
     assert_eq!(refused.filter(|mapped| *mapped == Err(Errno::E2BIG)).count(), 1000 - 255);
 }
