@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, MigrationFlags, State};
 
-use crate::{Bus, Description, GuestMemory, Model, SetIrqs, Wiring};
+use crate::{Bus, Description, Mappings, Model, SetIrqs, Wiring};
 
 pub use feature::FeatureDone;
 pub use session::SessionId;
@@ -29,6 +29,7 @@ use session::{Open, SessionIds};
 /// its closure runs.
 pub struct Machine {
     bus: Bus,
+    mappings: Mappings,
     wiring: Wiring,
     description: Description,
     flags: Option<MigrationFlags>,
@@ -60,8 +61,8 @@ impl Machine {
     /// Makes the model ready, in RUNNING, with nothing mapped and nothing wired.
     pub fn new(mut model: Box<dyn Model>) -> Arc<Machine> {
         let description = model.description();
-        let wiring = Wiring::new(&description.irqs);
-        let bus = Bus { memory: Arc::new(GuestMemory::default()), interrupts: wiring.interrupts() };
+        let (mappings, wiring) = (Mappings::default(), Wiring::new(&description.irqs));
+        let bus = Bus { memory: mappings.dma(), interrupts: wiring.interrupts() };
         model.attach(bus.clone());
         let flags = model.migration().map(|migration| migration.flags() | MigrationFlags::STOP_COPY);
         let has_precopy_reinit =
@@ -75,12 +76,18 @@ impl Machine {
             panicked: false,
             resets: 0,
         };
-        Arc::new(Machine { bus, wiring, description, flags, has_precopy_reinit, inner: Mutex::new(inner) })
+        let inner = Mutex::new(inner);
+        Arc::new(Machine { bus, mappings, wiring, description, flags, has_precopy_reinit, inner })
     }
 
-    /// Its guest memory and interrupts.
+    /// Guest memory and interrupts, as its model reaches them.
     pub fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    /// Guest memory, as its client drives it.
+    pub fn mappings(&self) -> &Mappings {
+        &self.mappings
     }
 
     /// Its interrupts as its client drives them, to be handed over. [`Machine::set_irqs`] changes them.
@@ -192,8 +199,8 @@ impl Machine {
     /// The client went away: mappings and wiring go, logging stops. State and session stay, so
     /// that a client that comes back finds the device as it was left.
     pub fn client_gone(&self) {
-        let _ = self.bus.memory.logging_stop();
-        self.bus.memory.unmap_all();
+        let _ = self.mappings.logging_stop();
+        self.mappings.clear();
         self.wiring.disable_all();
         (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
     }

@@ -15,9 +15,10 @@ use crate::codec::{
     DirtyBitmap, DmaMapMessage, DmaUnmapMessage, Header, RegionAccess, RegionWriteMulti, SingleWrite,
 };
 
-/// Flags of DMA_MAP that say how the file may be used: libvfio-user's MMAP and FILE_IO. Accepted,
-/// and not needed.
-const DMA_MAP_TOLERATED: u32 = 1 << 2 | 1 << 3;
+/// Flags of DMA_MAP that say how the file may be used, libvfio-user's access modes: by a mapping, which is the default, or by
+/// pread and pwrite.
+const DMA_MAP_MMAP: u32 = 1 << 2;
+const DMA_MAP_FILE_IO: u32 = 1 << 3;
 
 /// The longest bitmap that a DMA_UNMAP returns: 1 TiB of 4 KiB pages.
 const UNMAP_BITMAP_BYTES_MAX: u64 = 32 << 20;
@@ -84,21 +85,24 @@ impl Connection<'_> {
     }
 
     pub(super) fn dma_map(&mut self, job: &mut Job, map: DmaMapMessage) -> Handled {
-        let flags = DmaMapFlags::from_bits_retain(map.flags & !DMA_MAP_TOLERATED);
+        let flags = DmaMapFlags::from_bits_retain(map.flags & !(DMA_MAP_MMAP | DMA_MAP_FILE_IO));
         let known = DmaMapFlags::READ | DmaMapFlags::WRITE;
         if (map.argsz as usize) < DmaMapMessage::BYTES || !known.contains(flags) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
+        let by_file_io = map.flags & (DMA_MAP_MMAP | DMA_MAP_FILE_IO) == DMA_MAP_FILE_IO;
+        let (offset, any_file) = (map.offset, self.options.any_file);
         let backing = match job.fds.pop() {
-            Some(fd) if self.options.any_file => Backing::AnyFile { fd, offset: map.offset },
-            Some(fd) => Backing::File { fd, offset: map.offset },
+            Some(fd) if by_file_io => Backing::FileIo { fd, offset, any_file },
+            Some(fd) if any_file => Backing::AnyFile { fd, offset },
+            Some(fd) => Backing::File { fd, offset },
             None => Backing::Remote(Arc::new(ClientMemory {
                 link: Arc::clone(&self.link),
                 bytes_max: self.limits.map_or(1, |limits| limits.data_xfer_bytes_max as usize).max(1),
             })),
         };
         let mapping = Mapping { iova: map.address, size: map.size, flags, backing };
-        match self.machine.bus().memory.map(mapping) {
+        match self.machine.mappings().map(mapping) {
             Ok(()) => self.reply(job, &[]),
             Err(errno) => {
                 if errno == Errno::ENOTSUP && !self.options.any_file {
@@ -118,40 +122,43 @@ impl Connection<'_> {
         unmap: DmaUnmapMessage,
         bitmap: Option<DirtyBitmap>,
     ) -> Handled {
-        let memory = &self.machine.bus().memory;
+        let mappings = self.machine.mappings();
         let flags = DmaUnmapFlags::from_bits_retain(unmap.flags);
         let known = DmaUnmapFlags::GET_DIRTY_BITMAP | DmaUnmapFlags::ALL;
         if (unmap.argsz as usize) < DmaUnmapMessage::BYTES || !known.contains(flags) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
-        match (flags.contains(DmaUnmapFlags::ALL), bitmap) {
-            (true, None) if unmap.address == 0 && unmap.size == 0 => memory.unmap_all(),
-            (true, _) => return Ok(Outcome::Refused(Errno::EINVAL)),
-            (false, None) => {
-                if let Err(errno) = memory.unmap(unmap.address, unmap.size) {
-                    return Ok(Outcome::Refused(errno));
-                }
-            }
-            (false, Some(bitmap)) => {
-                let words = match self.unmap_words(&unmap, &bitmap) {
-                    Ok(words) => words,
-                    Err(errno) => return Ok(Outcome::Refused(errno)),
-                };
-                return self.reply_pieces(
-                    job,
-                    &[unmap.as_bytes(), bitmap.as_bytes(), &words.as_bytes()[..bitmap.size as usize]],
-                    &[],
-                );
+        let mut words = Vec::new();
+        let unmapped = match (flags.contains(DmaUnmapFlags::ALL), &bitmap) {
+            (true, None) if unmap.address == 0 && unmap.size == 0 => mappings.unmap_all(),
+            (true, _) => Err(Errno::EINVAL),
+            (false, None) => mappings.unmap(unmap.address, unmap.size),
+            (false, Some(bitmap)) => self.unmap_report(&unmap, bitmap, &mut words),
+        };
+        let size = match unmapped {
+            Ok(size) => size,
+            Err(errno) => return Ok(Outcome::Refused(errno)),
+        };
+        // As the kernel does, the entry that was sent, with what was really unmapped in its size.
+        let unmapped = DmaUnmapMessage { size, ..unmap };
+        match bitmap {
+            None => self.reply(job, unmapped.as_bytes()),
+            Some(bitmap) => {
+                let bits = &words.as_bytes()[..bitmap.size as usize];
+                self.reply_pieces(job, &[unmapped.as_bytes(), bitmap.as_bytes(), bits], &[])
             }
         }
-        // The original entry.
-        self.reply(job, unmap.as_bytes())
     }
 
-    /// Unmaps and returns the bitmap, of at least the bytes that were asked for.
-    fn unmap_words(&self, unmap: &DmaUnmapMessage, bitmap: &DirtyBitmap) -> Result<Vec<u64>, Errno> {
-        let memory = &self.machine.bus().memory;
-        memory.logging_check(unmap.address, unmap.size, bitmap.page_size)?;
+    /// Unmaps, and leaves in `words` the bitmap, of at least the bytes that were asked for.
+    fn unmap_report(
+        &self,
+        unmap: &DmaUnmapMessage,
+        bitmap: &DirtyBitmap,
+        found: &mut Vec<u64>,
+    ) -> Result<u64, Errno> {
+        let mappings = self.machine.mappings();
+        mappings.logging_check(unmap.address, unmap.size, bitmap.page_size)?;
         if !bitmap.page_size.is_power_of_two() {
             return Err(Errno::EINVAL);
         }
@@ -164,8 +171,7 @@ impl Connection<'_> {
         if bitmap.size != needed || u64::from(unmap.argsz) < fixed + needed {
             return Err(Errno::EINVAL);
         }
-        let mut found = vec![0; words as usize];
-        memory.unmap_report(unmap.address, unmap.size, bitmap.page_size, &mut found)?;
-        Ok(found)
+        *found = vec![0; words as usize];
+        mappings.unmap_report(unmap.address, unmap.size, bitmap.page_size, found)
     }
 }
