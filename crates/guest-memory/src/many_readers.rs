@@ -30,10 +30,10 @@ use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 
 /// A read-write lock whose readers share no memory that they write.
 ///
-/// A thread that reads must not read again before it is done, and must not write: a writer between the two would wait for it
-/// and it for the writer. A panic of whoever holds it does not poison it.
+/// A thread that reads must not read again before it is done: that panics, as it would wait for a writer in between, and that
+/// one for it. Nor must it write, which waits for good. A panic of whoever holds the lock does not poison it.
 pub struct ManyReaders<T> {
-    counters: Box<[Counter]>,
+    counters: [Counter; OWN_COUNTERS + 1],
     gate: Gate,
     value: UnsafeCell<T>,
 }
@@ -62,7 +62,7 @@ struct Counter {
     hints: [AtomicUsize; 2],
 }
 
-/// Threads with a counter of their own; those beyond share one more.
+/// Threads with a counter of their own; those beyond share one more. One less than a power of two.
 const OWN_COUNTERS: usize = 63;
 
 impl<T> ManyReaders<T> {
@@ -75,23 +75,39 @@ impl<T> ManyReaders<T> {
             sleepers: Mutex::default(),
             changed: Condvar::default(),
         };
-        let counters = (0..=OWN_COUNTERS).map(|_| Counter::default()).collect();
+        let counters = std::array::from_fn(|_| Counter::default());
         ManyReaders { counters, gate, value: UnsafeCell::new(value) }
     }
 
     /// Waits until there is no writer, and keeps writers out.
     #[inline]
     pub fn read(&self) -> ReadGuard<'_, T> {
+        match self.read_if_open() {
+            Some(guard) => guard,
+            None => self.read_later(),
+        }
+    }
+
+    #[inline(always)]
+    fn read_if_open(&self) -> Option<ReadGuard<'_, T>> {
         let at = own_counter();
-        let counter = &self.counters[at];
-        loop {
-            counter.enter(at);
-            self.gate.light_fence();
-            if !self.gate.is_closed.load(Acquire) {
-                return ReadGuard { lock: self, counter, at, _stays: PhantomData };
-            }
+        let counter = &self.counters[at & OWN_COUNTERS];
+        counter.enter(at);
+        self.gate.light_fence();
+        if self.gate.is_closed.load(Acquire) {
             counter.leave(at);
+            return None;
+        }
+        Some(ReadGuard { lock: self, counter, at, _stays: PhantomData })
+    }
+
+    #[cold]
+    fn read_later(&self) -> ReadGuard<'_, T> {
+        loop {
             self.wait_open();
+            if let Some(guard) = self.read_if_open() {
+                return guard;
+            }
         }
     }
 
@@ -108,7 +124,6 @@ impl<T> ManyReaders<T> {
         WriteGuard { lock: self, _writer: writer }
     }
 
-    #[cold]
     fn wait_open(&self) {
         let mut sleepers = self.gate.sleepers();
         // The counter was raised for a moment, which the writer may have seen.
@@ -144,11 +159,12 @@ impl Gate {
 }
 
 impl Counter {
-    /// The thread's own counter is written by no other, so neither of these has to be one step.
+    /// The thread's own counter is written by no other, and is 0 or 1.
     #[inline]
     fn enter(&self, at: usize) {
         if at < OWN_COUNTERS {
-            self.readers.store(self.readers.load(Relaxed) + 1, Relaxed);
+            assert!(self.readers.load(Relaxed) == 0, "a thread reads twice at once");
+            self.readers.store(1, Relaxed);
         } else {
             self.readers.fetch_add(1, Relaxed);
         }
@@ -157,7 +173,7 @@ impl Counter {
     #[inline]
     fn leave(&self, at: usize) {
         if at < OWN_COUNTERS {
-            self.readers.store(self.readers.load(Relaxed) - 1, Release);
+            self.readers.store(0, Release);
         } else {
             self.readers.fetch_sub(1, Release);
         }

@@ -134,6 +134,10 @@ fn a_panic_inside_leaves_the_lock_usable() {
         let _guard = lock.write();
         panic!("as a writer");
     });
+    panics(&|| {
+        let _guard = lock.read();
+        drop(lock.read());
+    });
     assert_eq!(lock.write().raise(), 1);
     assert_eq!(lock.read().read(), 1);
 }
