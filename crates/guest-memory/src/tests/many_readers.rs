@@ -20,8 +20,7 @@ impl Same {
 
     fn read(&self) -> u64 {
         // SAFETY: the caller has a read guard.
-        let numbers: [u64; 16] =
-            std::array::from_fn(|at| unsafe { (&raw const (*self.0.get())[at]).read_volatile() });
+        let numbers = unsafe { self.0.get().read_volatile() };
         assert!(numbers.iter().all(|number| *number == numbers[0]), "{numbers:?}");
         numbers[0]
     }
@@ -59,7 +58,9 @@ fn readers_and_writers(readers: usize, writers: u64, writes: u64) -> u64 {
             .map(|_| {
                 scope.spawn(|| {
                     start.wait();
-                    (0..writes).for_each(|_| drop(lock.write().raise()));
+                    for _ in 0..writes {
+                        lock.write().raise();
+                    }
                 })
             })
             .collect();
