@@ -1,7 +1,7 @@
 //! What commands that move devices take.
 
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -10,6 +10,7 @@ use limosa_migrate::{Compression, Options};
 use super::Hold;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
 use super::values::{LinkCount, bytes, link_count, links, milliseconds, seconds};
+use crate::exit::{self, Code};
 use crate::reports::{ReportFile, report_file};
 
 /// The devices of one side.
@@ -42,14 +43,19 @@ pub struct Reporting {
 }
 
 #[derive(Debug, Args)]
-#[command(allow_missing_positional = true, after_help = super::STORES)]
+#[command(override_usage = "limosa save [OPTIONS] [DEVICE] <FILE>", after_help = super::STORES)]
 pub struct Save {
-    #[command(flatten)]
-    pub devices: Devices,
+    /// The device; others are named with --device. It may be left out with --device or --memory.
+    #[arg(value_name = "DEVICE")]
+    first: PathBuf,
 
     /// A file, or s3://BUCKET/KEY; appears when it is whole.
     #[arg(value_name = "FILE")]
-    pub file: PathBuf,
+    second: Option<PathBuf>,
+
+    /// A further device; many times. All of them are saved as one.
+    #[arg(long = "device", id = "more", value_name = "DEVICE")]
+    more: Vec<String>,
 
     /// Replace a snapshot that is there already, when the new one is whole.
     #[arg(long)]
@@ -80,6 +86,22 @@ pub struct Save {
 
     #[command(flatten)]
     pub moves: Moves,
+}
+
+impl Save {
+    /// The devices, and where they are saved to. Which of two names is left out is known when all options are.
+    pub fn from_and_to(&self) -> anyhow::Result<(Vec<&str>, &Path)> {
+        let more = self.more.iter().map(String::as_str);
+        let expected = |what| exit::error(Code::Usage, format!("{}: {what}", self.first.display()));
+        match (&self.second, self.first.to_str()) {
+            (Some(file), Some(device)) => Ok((std::iter::once(device).chain(more).collect(), file)),
+            (Some(_), None) => Err(expected("expected a DEVICE, whose name is UTF-8")),
+            (None, _) if self.more.is_empty() && self.memory.memory.is_empty() => {
+                Err(expected("expected a DEVICE and a FILE, or --device or --memory"))
+            }
+            (None, _) => Ok((more.collect(), &self.first)),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
