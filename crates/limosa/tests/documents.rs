@@ -63,7 +63,7 @@ fn blocks(page: &Path) -> Vec<Block> {
         let mut info = info.split_whitespace();
         if info.next() != Some("console") {
             let is_command = |line: &&str| line.starts_with("$ ") || line.starts_with("# limosa");
-            assert!(!inside.iter().any(|line| is_command(line)), "{}: {inside:?}", page.display());
+            assert!(!inside.iter().any(is_command), "{}: {inside:?}", page.display());
             continue;
         }
         let needs = info.next().map(str::to_owned);

@@ -1,5 +1,6 @@
 //! What commands that move devices take.
 
+use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -47,7 +48,7 @@ pub struct Reporting {
 pub struct Save {
     /// The device; others are named with --device. It may be left out with --device or --memory.
     #[arg(value_name = "DEVICE")]
-    first: PathBuf,
+    first: OsString,
 
     /// A file, or s3://BUCKET/KEY; appears when it is whole.
     #[arg(value_name = "FILE")]
@@ -99,7 +100,7 @@ impl Save {
             (None, _) if self.more.is_empty() && self.memory.memory.is_empty() => {
                 Err(expected("expected a DEVICE and a FILE, or --device or --memory"))
             }
-            (None, _) => Ok((more.collect(), &self.first)),
+            (None, _) => Ok((more.collect(), Path::new(&self.first))),
         }
     }
 }
