@@ -100,10 +100,6 @@ fn several_devices_are_saved_to_one_file_and_loaded_from_it() {
     let file = folder.text("file");
     limosa(&words(&["save", &from[0].socket, &file], &options(&from[1..]))).ok();
     assert!(from.iter().all(|device| device.state() == State::Running));
-    // An option between the device and the file made the device the file.
-    let mut between = words(&["save", &from[0].socket], &options(&from[1..]));
-    between.extend(words(&[&file, "--replace"], &[]));
-    limosa(&between).ok();
     limosa(&words(&["save", &file, "--stop", "--replace"], &options(&from))).ok();
     let inspected = limosa(&["--json", "inspect", &file]).json();
     assert_eq!(inspected["devices"].as_array().unwrap().len(), 3);
