@@ -1,11 +1,17 @@
 //! Guest memory that lies in a file, mapped into this process: a [`FileMapping`] for a device that reaches it by DMA
-//! and for an engine that moves it.
+//! and for an engine that moves it, and [`MappedFiles`], which maps each file of a client once.
 //!
-//! Whoever maps memory that others have too must expect that it changes at any time, and that the file is cut short
-//! under the mapping. Both are dealt with here, in the one place with the `unsafe` that this takes.
+//! Memory that others have too changes at any time, and its file may be truncated under the mapping. Both are dealt with here, in the one place with the `unsafe` that this takes.
+mod count;
+mod files;
 mod mapping;
+mod pinned;
 mod sigbus;
 #[cfg(test)]
 mod tests;
+mod window;
 
+pub use files::{ClientFile, FILES_MAX, MAPPED_BYTES_MAX, MappedFiles, WINDOWS_MAX};
 pub use mapping::FileMapping;
+pub use pinned::PinnedBytes;
+pub use window::kernel_mappings_max;

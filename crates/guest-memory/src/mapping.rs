@@ -1,14 +1,17 @@
-//! A piece of a file, mapped shared, that may be cut short by whoever else has the file.
+//! A piece of a file, mapped shared, whose pages may go away at any time.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::{NonNull, copy_nonoverlapping};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::fence;
 
+use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::pinned::PinnedBytes;
 use crate::sigbus::Slot;
+use crate::window::{FileSystem, OpenFile, Window};
 
 /// Bytes of a file, mapped shared into this process.
 ///
@@ -16,38 +19,34 @@ use crate::sigbus::Slot;
 /// 8 bytes at an offset that is a multiple of that happen at once, never in parts. A write is seen by others after
 /// the writes before it, a read sees what is there after the reads before it: what rings with an index ask for.
 ///
-/// When the file is cut short, accesses fail with EFAULT from the first on that touches what is gone, and the process
-/// lives. For this the first mapping installs a handler for SIGBUS, which passes on what is not its own; threads
+/// An access fails with EFAULT when a page that it touches is not there: the file was truncated, no huge page is left, its
+/// memory failed. The process lives, other accesses are not concerned, and the next access to that page finds what is there
+/// then. For this the first mapping installs a handler for SIGBUS, which passes on what is not its own; threads
 /// that use mappings must not block the signal.
 ///
 /// The memory is not part of a core dump of this process (MADV_DONTDUMP).
 #[derive(Debug)]
 pub struct FileMapping {
-    /// Where the caller's bytes start, `lead` bytes into what is mapped.
+    /// Where the caller's bytes start in the window.
     start: NonNull<u8>,
     bytes: u64,
-    lead: usize,
-    /// Bytes mapped, whole pages.
-    mapped: usize,
-    readable: bool,
-    writable: bool,
+    is_readable: bool,
+    is_writable: bool,
+    /// The window's.
     slot: &'static Slot,
+    window: Arc<Foreign<Window>>,
 }
 
-// SAFETY: the pointer is to shared memory that is only ever accessed through raw pointers, by any thread; the mapping
-// lives as long as the value.
+// SAFETY: the pointer is to shared memory that is only ever accessed through raw pointers, by any thread; the window that it
+// points into lives as long as the value.
 unsafe impl Send for FileMapping {}
 // SAFETY: as above.
 unsafe impl Sync for FileMapping {}
 
-/// What hugetlbfs says in statfs(2).
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
-/// What FUSE says.
-const FUSE_MAGIC: u64 = 0x6573_5546;
-
 impl FileMapping {
     /// Maps `bytes` bytes of a file from `offset` on, which need not be a multiple of the page size. EINVAL for no
-    /// bytes and for a file on FUSE, EOVERFLOW when offset and bytes do not fit together; else what mmap(2) says:
+    /// bytes and for a file on FUSE, EOVERFLOW when offset and bytes do not fit together; E2BIG when this process has too many
+    /// mappings of guest memory ([`kernel_mappings_max`](crate::kernel_mappings_max)); else what mmap(2) says:
     /// EACCES when the file is not open for what is asked, ENODEV when it cannot be mapped, ENOMEM.
     pub fn new(
         fd: impl AsFd,
@@ -59,51 +58,24 @@ impl FileMapping {
         if bytes == 0 {
             return Err(Errno::EINVAL);
         }
-        let errno = |error: rustix::io::Errno| Errno::from_raw(error.raw_os_error().unsigned_abs());
-        let stat = rustix::fs::fstatfs(&fd).map_err(errno)?;
-        if stat.f_type as u64 == FUSE_MAGIC {
-            // Its pages come from a process of the peer's choice, which may never answer; the access would hang, and
-            // with it whoever wants to unmap.
-            return Err(Errno::EINVAL);
-        }
-        let page = if stat.f_type as u64 == HUGETLBFS_MAGIC {
-            stat.f_bsize as u64
-        } else {
-            rustix::param::page_size() as u64
-        };
-        let lead = offset % page;
-        let mapped = bytes.checked_add(lead).and_then(|bytes| bytes.checked_next_multiple_of(page));
-        let mapped = mapped.ok_or(Errno::EOVERFLOW)?;
-        offset.checked_add(mapped).filter(|end| *end <= i64::MAX as u64).ok_or(Errno::EOVERFLOW)?;
-        let mapped = usize::try_from(mapped).map_err(|_| Errno::EOVERFLOW)?;
-        let mut protection = ProtFlags::empty();
-        protection.set(ProtFlags::READ, read);
-        protection.set(ProtFlags::WRITE, write);
-        // SAFETY: the kernel chooses where, so no memory that is in use changes.
-        let base = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), mapped, protection, MapFlags::SHARED, &fd, offset - lead)
-        };
-        let base = base.map_err(errno)?;
-        let not_dumped = rustix::mm::Advice::LinuxDontDump;
-        // The guest's secrets are not for a core dump of this process. The kernel refuses it to no mapping of a file.
-        // SAFETY: the range was mapped just now; the advice changes nothing that can be read there.
-        if let Err(error) = unsafe { rustix::mm::madvise(base, mapped, not_dumped) } {
-            tracing::warn!(%error, "guest memory would be part of a core dump of this process");
-        }
-        // SAFETY: the range was mapped just now, nobody else knows it, and it is given back before it is unmapped.
-        let slot = match unsafe { Slot::take(base as usize, mapped) } {
-            Ok(slot) => slot,
-            Err(error) => {
-                // SAFETY: mapped above and not used by anybody.
-                unsafe { rustix::mm::munmap(base, mapped) }.expect("a mapping can be unmapped");
-                return Err(Errno::from_raw(error.raw_os_error().unwrap_or(5).unsigned_abs()));
-            }
-        };
-        // SAFETY: `lead` is less than a page, and at least one page is mapped.
-        let start = unsafe { base.cast::<u8>().add(lead as usize) };
-        let start = NonNull::new(start).expect("a mapping that the kernel places is not at 0");
-        let lead = lead as usize;
-        Ok(FileMapping { start, bytes, lead, mapped, readable: read, writable: write, slot })
+        let page_bytes = FileSystem::of(&fd)?.page_bytes();
+        let fd = fd.as_fd().try_clone_to_owned().map_err(|_| Errno::EMFILE)?;
+        let range = Window::range_for(offset, bytes, page_bytes)?;
+        let window = Window::new(Arc::new(OpenFile::new(fd, None)), range, page_bytes, (read, write), true)?;
+        FileMapping::in_window(&Arc::new(Foreign::harmless(window)), offset, bytes, read, write)
+    }
+
+    /// A part of a window that holds it.
+    pub(crate) fn in_window(
+        window: &Arc<Foreign<Window>>,
+        offset: u64,
+        bytes: u64,
+        is_readable: bool,
+        is_writable: bool,
+    ) -> Result<FileMapping, Errno> {
+        let start = window.address_of(offset, bytes).ok_or(Errno::EFAULT)?;
+        let slot = window.slot();
+        Ok(FileMapping { start, bytes, is_readable, is_writable, slot, window: Arc::clone(window) })
     }
 
     /// How many bytes are mapped for the caller.
@@ -116,67 +88,89 @@ impl FileMapping {
         false
     }
 
-    /// Reads. EFAULT outside the mapping, when it was not made for reading, and when the file was cut short; then
+    /// The file, and where in it the mapping starts. All mappings that share a window of the kernel's share the fd too.
+    pub fn file(&self) -> (&Arc<OwnedFd>, u64) {
+        (&self.window.file().fd, self.window.offset_of(self.start))
+    }
+
+    /// Keeps a range mapped for whoever uses its address. EFAULT outside the mapping, and when it was not made for what is
+    /// asked.
+    pub fn pin(&self, offset: u64, bytes: usize, read: bool, write: bool) -> Result<PinnedBytes, Errno> {
+        let fits = offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes);
+        if !fits || (read && !self.is_readable) || (write && !self.is_writable) {
+            return Err(Errno::EFAULT);
+        }
+        // SAFETY: offset is at most `self.bytes`, and so many bytes from `start` on are mapped.
+        let start = unsafe { self.start.add(offset as usize) };
+        let since = self.epoch();
+        let (slot, window) = (self.slot, Arc::clone(&self.window));
+        Ok(PinnedBytes { start, bytes, is_readable: read, is_writable: write, since, slot, window })
+    }
+
+    /// Reads. EFAULT outside the mapping, when it was not made for reading, and when a page is not there; then
     /// `data` may have been changed.
     #[inline]
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        let from = self.at(self.readable, offset, data.len())?;
-        // SAFETY: `at` checked that the source lies in the mapping, which is readable; `data` is this thread's own memory, elsewhere.
-        unsafe { copy_from_shared(from, data.as_mut_ptr(), data.len()) };
-        if self.slot.is_torn() { Err(Errno::EFAULT) } else { Ok(()) }
+        self.access(self.is_readable, offset, data.len(), |from| {
+            // SAFETY: `access` checked that the source lies in the window, which is readable; `data` is this thread's own memory, elsewhere.
+            unsafe { copy_from_shared(from, data.as_mut_ptr(), data.len()) }
+        })
     }
 
-    /// Writes. EFAULT outside the mapping, when it was not made for writing, and when the file was cut short; then
+    /// Writes. EFAULT outside the mapping, when it was not made for writing, and when a page is not there; then
     /// some of it may have been written. A write at the very moment of a truncation may succeed, and is then gone as if
     /// it had come before it.
     #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        let to = self.at(self.writable, offset, data.len())?;
-        // SAFETY: as in `read`, the other way round.
-        unsafe { copy_to_shared(data.as_ptr(), to, data.len()) };
-        if self.slot.is_torn() { Err(Errno::EFAULT) } else { Ok(()) }
+        self.access(self.is_writable, offset, data.len(), |to| {
+            // SAFETY: as in `read`, the other way round.
+            unsafe { copy_to_shared(data.as_ptr(), to, data.len()) }
+        })
+    }
+
+    /// Calls `copy` with the address of a range that is mapped, and says whether all of it was there meanwhile.
+    #[inline]
+    pub(crate) fn access(
+        &self,
+        is_allowed: bool,
+        offset: u64,
+        bytes: usize,
+        copy: impl FnOnce(*mut u8),
+    ) -> Result<(), Errno> {
+        let fits = offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes);
+        if !fits || !is_allowed {
+            return Err(Errno::EFAULT);
+        }
+        // SAFETY: offset is at most `self.bytes`, and so many bytes from `start` on are mapped.
+        let at = unsafe { self.start.as_ptr().add(offset as usize) };
+        let since = self.epoch();
+        copy(at);
+        if self.slot.is_undisturbed(since) { Ok(()) } else { self.window.settled(since, at, bytes) }
+    }
+
+    /// What an access compares before and after it; even, unless pages cannot be mapped again.
+    #[inline]
+    fn epoch(&self) -> usize {
+        match self.slot.epoch() {
+            epoch if epoch.is_multiple_of(2) => epoch,
+            _ => self.window.uncover(),
+        }
     }
 
     /// Brings in the pages of a range as reads of them would, or writes, all of them at once. It is a hint: what cannot be brought in
     /// (kernels before 5.14, a range outside the mapping, a file that was cut short) is left to the access.
     pub fn bring_in(&self, offset: u64, bytes: u64, to_write: bool) {
         let Some(end) = offset.checked_add(bytes).filter(|end| *end <= self.bytes) else { return };
-        let page = rustix::param::page_size();
-        // Of whole pages, and counted from the start of what is mapped.
-        let first = (offset as usize + self.lead) / page * page;
-        let length = (end as usize + self.lead - first).next_multiple_of(page).min(self.mapped - first);
+        if bytes == 0 {
+            return;
+        }
         let advice = match to_write {
             true => rustix::mm::Advice::LinuxPopulateWrite,
             false => rustix::mm::Advice::LinuxPopulateRead,
         };
-        // SAFETY: `lead` bytes before the start lies the start of the mapping.
-        let base = unsafe { self.start.as_ptr().sub(self.lead) };
-        // SAFETY: so many bytes, less than are mapped, lies the first byte of the range or of its page.
-        let from = unsafe { base.add(first) };
-        // SAFETY: the range lies in the mapping; bringing pages in changes nothing that can be read there.
-        let _ = unsafe { rustix::mm::madvise(from.cast(), length, advice) };
-    }
-
-    #[inline]
-    fn at(&self, allowed: bool, offset: u64, bytes: usize) -> Result<*mut u8, Errno> {
-        let fits = offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes);
-        if !fits || !allowed || self.slot.is_torn() {
-            return Err(Errno::EFAULT);
-        }
         // SAFETY: offset is at most `self.bytes`, and so many bytes from `start` on are mapped.
-        Ok(unsafe { self.start.as_ptr().add(offset as usize) })
-    }
-}
-
-impl Drop for FileMapping {
-    fn drop(&mut self) {
-        self.slot.give_back();
-        // SAFETY: `lead` bytes before the start lies the start of the mapping.
-        let base = unsafe { self.start.as_ptr().sub(self.lead) };
-        // SAFETY: mapped by `new` and by nobody else; no pointer to it outlives the value.
-        if let Err(error) = unsafe { rustix::mm::munmap(base.cast(), self.mapped) } {
-            tracing::error!(%error, "a mapping of guest memory cannot be unmapped");
-        }
+        let from = unsafe { self.start.as_ptr().add(offset as usize) };
+        self.window.advise(from, (end - offset) as usize, advice);
     }
 }
 

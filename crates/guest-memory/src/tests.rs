@@ -3,10 +3,14 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 
+use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::Errno;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;
+
+mod faults;
+mod files;
 
 const PAGE: u64 = 65536;
 
@@ -47,7 +51,7 @@ fn fault_elsewhere() {
     unsafe { memory.cast::<u8>().read_volatile() };
 }
 
-/// A mapping that was torn and still works as one, so that the handler is in place.
+/// A mapping that has lost its pages and still works as one, so that the handler is in place.
 fn with_the_handler_in_use(then: impl FnOnce()) {
     let fd = memfd(PAGE);
     let mapping = FileMapping::new(&fd, 0, PAGE, true, true).unwrap();

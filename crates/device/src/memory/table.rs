@@ -5,18 +5,20 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use limosa_foreign_fd::Foreign;
 use limosa_guest_memory::FileMapping;
 use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 
+use super::file_io::FileIo;
 use super::log::Log;
-use super::{MAPPED_BYTES_MAX, MAPPINGS_MAX, RemoteMemory};
+use super::pin::Leaving;
+use super::{MAPPINGS_MAX, RemoteMemory};
 
-/// The table, and the lock over it.
+/// The table, the lock over it, and what waits for pins.
 #[derive(Default)]
 pub(super) struct Space {
     table: RwLock<Table>,
+    pub(super) leaving: Leaving,
 }
 
 impl Space {
@@ -34,8 +36,6 @@ impl Space {
 pub(super) struct Table {
     /// By address; none overlaps another.
     pub(super) mappings: Vec<Mapped>,
-    /// The sum of the sizes of those that are files.
-    pub(super) file_bytes: u64,
     /// Which mapping was used last.
     hint: AtomicUsize,
     /// There while logging is on.
@@ -48,12 +48,15 @@ pub(super) struct Mapped {
     pub(super) last: u64,
     pub(super) flags: DmaMapFlags,
     pub(super) memory: Memory,
+    /// How many pins there are.
+    pub(super) pins: Arc<AtomicUsize>,
+    /// It is about to be unmapped, and can no longer be pinned.
+    pub(super) is_leaving: bool,
 }
 
 pub(super) enum Memory {
     File(FileMapping),
-    /// Unmapping it may wait for its file system.
-    AnyFile(Foreign<FileMapping>),
+    FileIo(FileIo),
     Remote(Arc<dyn RemoteMemory>),
 }
 
@@ -90,14 +93,12 @@ impl Table {
     }
 
     /// Where a new mapping goes.
-    pub(super) fn room_for(&self, iova: u64, last: u64, is_file: bool) -> Result<usize, Errno> {
+    pub(super) fn room_for(&self, iova: u64, last: u64) -> Result<usize, Errno> {
         let at = self.first_ending_at(iova);
         if self.mappings.get(at).is_some_and(|after| after.iova <= last) {
             return Err(Errno::EEXIST);
         }
-        // A file of 2^64 bytes there is not, so this does not overflow where it matters.
-        let file_bytes = self.file_bytes.saturating_add(last - iova);
-        if self.mappings.len() >= MAPPINGS_MAX || (is_file && file_bytes >= MAPPED_BYTES_MAX) {
+        if self.mappings.len() >= MAPPINGS_MAX {
             return Err(Errno::E2BIG);
         }
         Ok(at)
@@ -105,23 +106,21 @@ impl Table {
 
     /// The indexes of the mappings in a range. EINVAL when one is partly in it.
     pub(super) fn wholly_in(&self, iova: u64, last: u64) -> Result<Range<usize>, Errno> {
-        let first = self.first_ending_at(iova);
-        let end = first + self.mappings[first..].partition_point(|mapped| mapped.iova <= last);
-        let found = &self.mappings[first..end];
+        let range = self.touching(iova, last);
+        let found = &self.mappings[range.clone()];
         let is_cut = found.first().is_some_and(|mapped| mapped.iova < iova)
             || found.last().is_some_and(|mapped| mapped.last > last);
-        if is_cut { Err(Errno::EINVAL) } else { Ok(first..end) }
+        if is_cut { Err(Errno::EINVAL) } else { Ok(range) }
+    }
+
+    /// The indexes of the mappings of which a part is in a range.
+    pub(super) fn touching(&self, iova: u64, last: u64) -> Range<usize> {
+        let first = self.first_ending_at(iova);
+        first..first + self.mappings[first..].partition_point(|mapped| mapped.iova <= last)
     }
 
     pub(super) fn remove(&mut self, range: Range<usize>) -> Vec<Mapped> {
-        let gone: Vec<Mapped> = self.mappings.drain(range).collect();
-        let file_bytes = |mapped: &Mapped| match &mapped.memory {
-            Memory::File(file) => file.len(),
-            Memory::AnyFile(file) => file.len(),
-            Memory::Remote(_) => 0,
-        };
-        self.file_bytes -= gone.iter().map(file_bytes).sum::<u64>();
-        gone
+        self.mappings.drain(range).collect()
     }
 }
 
