@@ -252,7 +252,8 @@ mod tests {
             let (near, far) = crate::link::SocketLink::pair().unwrap();
             let connection = Connection::new(&near, limits);
             assert_eq!(connection.writer.was_late(late), late > limits.silence_max);
-            drop(far);
+            // A link that is dropped is closed by another thread, later.
+            far.cut();
             let why = connection.failed(LinkError::Closed, "listening to it", limits.silence_max);
             connection.abort(&why);
             let why = connection.part(why).to_string();
