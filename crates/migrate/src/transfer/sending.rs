@@ -10,6 +10,7 @@ use super::device_workers::DeviceWorkers;
 use super::keep_alive::KeepAlive;
 use super::team::{Shared, Team};
 use crate::context::Context;
+use crate::error::Remaining;
 use crate::protocol::credit::SMALL_BYTES;
 use crate::protocol::flush::Flushes;
 use crate::protocol::limits::Limits;
@@ -193,6 +194,12 @@ impl<'w, 'a> Sending<'w, 'a> {
             flow.lock().streaming = false;
             flow.notify_all();
         }
+    }
+
+    /// Where most is left, with so many bytes of memory.
+    pub(crate) fn most_left(&self, memory: u64) -> Option<Remaining> {
+        let left: Vec<_> = self.flows.iter().map(|flow| flow.lock().remaining()).collect();
+        Remaining::most(memory, self.context.names.iter().map(String::as_str).zip(left))
     }
 
     /// What is known about the devices now.
