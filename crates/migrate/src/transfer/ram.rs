@@ -112,6 +112,7 @@ impl<'m> Ram<'m> {
         drop(sending.team.wait(&self.round, self.round.lock(), None, |round| round.active == 0)?);
         self.pending.iter().for_each(DirtyBitmap::clear);
         self.round.lock().is_under_way = false;
+        sending.end_round();
         Ok(())
     }
 
@@ -149,7 +150,7 @@ impl<'m> Ram<'m> {
                         zeroes.add(region.id, offset, run.bytes.len() as u64)?;
                     } else {
                         let frame = Frame::of(region.id, Kind::MEMORY_DATA, run.bytes).at(offset);
-                        sending.post(link, &frame)?;
+                        sending.send_memory(link, &frame)?;
                         recorder.memory_data(run.bytes.len() as u64);
                     }
                     offset += run.bytes.len() as u64;
