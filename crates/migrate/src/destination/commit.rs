@@ -86,6 +86,9 @@ impl<'a> Destination<'a> {
             let why = "COMMIT is due".into();
             return Err(connection.damaged(Damage::Misplaced { kind: received.header.kind, why }));
         }
+        // A device that was reset while this side held has lost what was loaded, and until *starting* is recorded a refusal
+        // gives the guest back to the source.
+        receiving.check(|_| true)?;
         match self.ledger.start(id) {
             Ok(true) => Ok(()),
             Ok(false) => Err(connection.damaged(decided_already("a COMMIT", id))),

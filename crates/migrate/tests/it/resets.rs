@@ -10,8 +10,8 @@ use crate::common::hooked::{
 use crate::common::options;
 use limosa_client::Device;
 use limosa_migrate::{
-    AfterLoad, AfterSave, Changed, Destination, Error, Ledger, Loss, MovedDevice, Options, Outcome, Received,
-    SnapshotFile, Source, Vmm, WhenStalled, verify,
+    AfterLoad, AfterSave, Changed, CommitNote, Destination, Error, Ledger, Loss, MovedDevice, Options,
+    Outcome, Received, SnapshotFile, Source, Vmm, WhenStalled, verify,
 };
 use limosa_protocol::{FeatureIndex, MigrationFlags, State};
 
@@ -383,6 +383,35 @@ fn a_read_that_a_reset_refused_was_told_as_the_device_s_own_error() {
             };
             let why = if at_source { there } else { here };
             assert!(matches!(why, Error::DeviceChanged { .. }), "{flags}, counted: {counts_resets}: {why}");
+        }
+    }
+}
+
+/// A VMM that resets the destination's device once READY has come, and before COMMIT is sent.
+struct ResetsBeforeCommit<'a>(&'a Hooked);
+
+impl Vmm for ResetsBeforeCommit<'_> {
+    fn committing(&self, _: &CommitNote) -> Result<(), String> {
+        self.0.inner.reset().map_err(|error| error.to_string())
+    }
+}
+
+#[test]
+fn a_device_that_was_reset_while_its_destination_held_was_broken_and_the_source_stopped() {
+    for flags in MigrationFlags::SETS {
+        for counts_resets in [true, false] {
+            let source = device("source", flags, counts_resets, &guest());
+            let destination = device("destination", flags, counts_resets, &[]);
+            let (here, there) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)]);
+            let (options, ledger, vmm) = (options(), Ledger::new(), ResetsBeforeCommit(&destination));
+            let (outcome, received) = move_over_a_link(
+                Source::new(&here, &options).with_vmm(&vmm),
+                Destination::new(&there, &ledger, &options),
+            );
+            assert!(matches!(outcome, Outcome::Undone { .. }), "{flags}: {outcome:?}");
+            let Received::Discarded { why, .. } = received else { panic!("{flags}: {received:?}") };
+            assert!(matches!(why, Error::DeviceChanged { .. }), "{flags}: {why}");
+            assert_eq!((source.state(), source.data()), (State::Running, guest()), "{flags}");
         }
     }
 }
