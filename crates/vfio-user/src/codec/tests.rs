@@ -110,10 +110,13 @@ fn set_irqs_has_one_action_and_one_kind_of_data() {
     }
     assert!(decode(Command::DEVICE_SET_IRQS, set(trigger | 1 | 64, 0).as_bytes()).is_err(), "unknown flag");
     assert!(decode(Command::DEVICE_SET_IRQS, set(trigger | 1, u32::MAX).as_bytes()).is_err(), "beyond 2^32");
-    let body = join(&[set(trigger | 2, 3).as_bytes(), &[0, 1, 1]]);
+    let bools = IrqSet { argsz: 23, ..set(trigger | 2, 3) };
+    let body = join(&[bools.as_bytes(), &[0, 1, 1]]);
     let Ok(Request::SetIrqs(irqs)) = decode(Command::DEVICE_SET_IRQS, &body) else { panic!() };
     assert_eq!(irqs.data, IrqData::Bools(&[0, 1, 1]));
     assert!(decode(Command::DEVICE_SET_IRQS, &body[..22]).is_err(), "bools missing");
+    let short = join(&[set(trigger | 2, 3).as_bytes(), &[0, 1, 1]]);
+    assert!(decode(Command::DEVICE_SET_IRQS, &short).is_err(), "argsz without the bools");
 }
 
 #[test]
