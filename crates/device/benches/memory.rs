@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use limosa_device::{Backing, GuestMemory, Mapping, RemoteMemory};
+use limosa_device::{Backing, Mapping, Mappings, RemoteMemory};
 use limosa_protocol::Errno;
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::info::DmaMapFlags;
@@ -21,8 +21,8 @@ fn memfd(bytes: u64) -> OwnedFd {
     fd
 }
 
-fn memory(bytes: u64) -> GuestMemory {
-    let memory = GuestMemory::default();
+fn memory(bytes: u64) -> Mappings {
+    let memory = Mappings::default();
     let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
     let backing = Backing::File { fd: memfd(bytes).into(), offset: 0 };
     memory.map(Mapping { iova: 0, size: bytes, flags, backing }).expect("map");
@@ -46,12 +46,13 @@ fn writes(c: &mut Criterion) {
                 black_box(&mut target[at..at + len]).copy_from_slice(black_box(&data));
             });
         });
-        let memory = memory(WINDOW);
+        let mappings = memory(WINDOW);
+        let memory = mappings.dma();
         group.bench_function("logging off", |b| {
             let mut at = 0;
             b.iter(|| memory.write(step(&mut at), black_box(&data)));
         });
-        memory.logging_start(PAGE, &[DmaLoggingRange { iova: 0, length: WINDOW }]).expect("start");
+        mappings.logging_start(PAGE, &[DmaLoggingRange { iova: 0, length: WINDOW }]).expect("start");
         group.bench_function("logging on, page dirty already", |b| {
             let mut at = 0;
             b.iter(|| memory.write(step(&mut at), black_box(&data)));
@@ -59,11 +60,11 @@ fn writes(c: &mut Criterion) {
         // 64 writes a run, each to a page of its own; without logging for comparison.
         let write_all =
             || (0..WINDOW / PAGE).for_each(|page| memory.write(page * PAGE, &data).expect("write"));
-        let report = || memory.logging_report(0, WINDOW, PAGE, &mut [0]).expect("report");
+        let report = || mappings.logging_report(0, WINDOW, PAGE, &mut [0]).expect("report");
         group.bench_function("logging on, 64 clean pages", |b| {
             b.iter_batched(report, |()| write_all(), BatchSize::PerIteration);
         });
-        memory.logging_stop().expect("stop");
+        mappings.logging_stop().expect("stop");
         group.bench_function("logging off, 64 pages", |b| {
             b.iter_batched(|| (), |()| write_all(), BatchSize::PerIteration);
         });
@@ -77,18 +78,17 @@ fn reports(c: &mut Criterion) {
     let mut group = c.benchmark_group("report 64 GiB at 4 KiB");
     let mut words = vec![0u64; (SPAN / PAGE / 64) as usize];
     for (name, every) in [("clean", 0), ("1 % dirty", 100), ("all dirty", 1)] {
-        let dirty = GuestMemory::default();
+        let dirty = Mappings::default();
+        let dma = dirty.dma();
         let backing = Backing::Remote(Arc::new(Swallows));
         dirty.map(Mapping { iova: 0, size: SPAN, flags: DmaMapFlags::WRITE, backing }).expect("map");
         dirty.logging_start(PAGE, &[DmaLoggingRange { iova: 0, length: SPAN }]).expect("start");
         let mark = || {
             if every == 1 {
                 let data = [0u8; 1 << 20];
-                (0..SPAN >> 20).for_each(|mib| dirty.write(mib << 20, &data).expect("write"));
+                (0..SPAN >> 20).for_each(|mib| dma.write(mib << 20, &data).expect("write"));
             } else if every > 1 {
-                (0..SPAN / PAGE)
-                    .step_by(every)
-                    .for_each(|page| dirty.write(page * PAGE, &[0]).expect("write"));
+                (0..SPAN / PAGE).step_by(every).for_each(|page| dma.write(page * PAGE, &[0]).expect("write"));
             }
         };
         group.bench_function(name, |b| {

@@ -64,16 +64,16 @@ pub use limosa_guest_memory::FileMapping;
 pub use loopback::Loopback;
 pub use machine::{FeatureDone, Machine, SessionId};
 pub use memory::{
-    Backing, GuestMemory, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX, Mapping, RemoteMemory,
+    Backing, Dma, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX, Mapping, Mappings, RemoteMemory,
 };
 pub use model::{Description, Fault, IoEventFd, Irq, Migration, Model, Region, RegionMapping, Save};
 pub use whole::{Whole, WholeState};
 
-/// A device's way out. Every part may be used from any thread.
+/// Guest memory and interrupts, as a device reaches them. A clone is cheap, and every part may be used from any thread.
 #[derive(Clone, Debug)]
 pub struct Bus {
     /// Guest memory.
-    pub memory: std::sync::Arc<GuestMemory>,
+    pub memory: Dma,
     /// Interrupts.
     pub irqs: std::sync::Arc<Irqs>,
 }

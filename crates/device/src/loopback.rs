@@ -163,19 +163,21 @@ impl Device for Loopback {
             }
         };
         self.machine
-            .bus()
-            .memory
+            .mappings()
             .map(Mapping { iova: map.iova, size: map.size, flags: map.flags, backing })
             .map_err(|errno| self.refused(|| format!("DMA_MAP of {:#x} at {:#x}", map.size, map.iova), errno))
     }
 
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
-        let memory = &self.machine.bus().memory;
-        match dirty {
-            None => memory.unmap(iova, size),
-            Some(DirtyBits { page_size, words }) => memory.unmap_report(iova, size, page_size, words),
-        }
-        .map_err(|errno| self.refused(|| format!("DMA_UNMAP of {size:#x} at {iova:#x}"), errno))
+        let mappings = self.machine.mappings();
+        let unmapped = match dirty {
+            None => mappings.unmap(iova, size),
+            Some(DirtyBits { page_size, words }) => mappings.unmap_report(iova, size, page_size, words),
+        };
+        // Through every door, unmapping nothing is a client's mistake.
+        unmapped
+            .and_then(|bytes| if bytes == 0 { Err(Errno::ENOENT) } else { Ok(()) })
+            .map_err(|errno| self.refused(|| format!("DMA_UNMAP of {size:#x} at {iova:#x}"), errno))
     }
 }
 

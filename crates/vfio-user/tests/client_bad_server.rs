@@ -401,16 +401,28 @@ fn states_and_reports_that_make_no_sense_are_refused() {
 #[test]
 fn an_unmap_that_cannot_report_loses_no_page() {
     let (client, thread) = with_features(|peer| {
+        let map = |peer: &mut Peer| {
+            let (header, _) = peer.receive();
+            assert_eq!(header.command, Command::DMA_MAP);
+            peer.reply(&header, &[]);
+        };
+        map(peer);
         let (header, body) = peer.receive();
         assert_eq!((header.command, body[4]), (Command::DMA_UNMAP, 1));
         peer.send(header.refusal(Errno::EINVAL), &[]);
-        for _ in 0..2 {
+        for again in [false, true] {
+            if again {
+                map(peer);
+            }
             let (header, body) = peer.receive();
             assert_eq!((header.command, body[4]), (Command::DMA_UNMAP, 0), "nor is it tried again");
             peer.reply(&header, &body);
         }
     });
+    let target: Arc<dyn DmaTarget> = Arc::new(Zeros { full: false });
+    let memory = DmaMemory::Messages(&target);
     for _ in 0..2 {
+        client.dma_map(&DmaMap { iova: 0, size: 70 * 4096, flags: DmaMapFlags::WRITE, memory }).unwrap();
         let mut words = [0; 3];
         let dirty = DirtyBits { page_size: 4096, words: &mut words };
         client.dma_unmap(0, 70 * 4096, Some(dirty)).unwrap();
@@ -448,6 +460,9 @@ fn pages_written_by_messages_are_dirty_even_if_the_server_does_not_say_so() {
         agree(peer, Command::DEVICE_FEATURE, &[0x1_5000], 8);
         agree(peer, Command::REGION_READ, &[0x1_7000], 8);
         agree(peer, Command::DMA_UNMAP, &[0x1_f000], 8);
+        agree(peer, Command::DMA_MAP, &[], 0);
+        agree(peer, Command::DMA_UNMAP, &[0x1_4000], 0);
+        agree(peer, Command::DEVICE_FEATURE, &[], 8);
     });
     let dirty = |bits: &[u64]| bits.iter().fold(0, |word, bit| word | 1 << bit);
     let target: Arc<dyn DmaTarget> = Arc::new(Zeros { full: false });
@@ -466,6 +481,12 @@ fn pages_written_by_messages_are_dirty_even_if_the_server_does_not_say_so() {
     words = [0];
     client.dma_unmap(0x1_0000, 0x1_0000, Some(DirtyBits { page_size: 4096, words: &mut words })).unwrap();
     assert_eq!(words, [dirty(&[7, 15])]);
+    // An unmap that does not ask for the dirty pages leaves them for a report.
+    client.dma_map(&DmaMap { iova: 0x1_0000, size: 0x1_0000, flags: DmaMapFlags::WRITE, memory }).unwrap();
+    client.dma_unmap(0x1_0000, 0x1_0000, None).unwrap();
+    words = [0];
+    client.dma_logging_report(0x1_0000, 0x1_0000, 4096, &mut words).unwrap();
+    assert_eq!(words, [dirty(&[4])], "a plain unmap forgot what was written before it");
     thread.join().unwrap();
 }
 

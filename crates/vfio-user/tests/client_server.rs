@@ -234,6 +234,41 @@ fn mappings_are_made_logged_and_taken_away() {
     assert!(client.dma_logging_stop().is_err());
 }
 
+#[test]
+fn a_mapping_was_forgotten_once_one_over_it_was_refused() {
+    let served = Served::new();
+    let client = client(&served);
+    let memory = Arc::new(Memory(Mutex::new(vec![7; 0x4000])));
+    let target: Arc<dyn DmaTarget> = memory.clone();
+    let map = |iova, size| {
+        client.dma_map(&DmaMap { iova, size, flags: rw(), memory: DmaMemory::Messages(&target) })
+    };
+    map(0x1000, 0x1000).unwrap();
+    map(0x3000, 0x1000).unwrap();
+    for (iova, size) in
+        [(0, 0x4000), (0, 0x1001), (0x1000, 0x1000), (0x1fff, 1), (0x1001, 0x2000), (0x2000, 0x1001)]
+    {
+        let refused = map(iova, size).unwrap_err();
+        assert!(refused.is_refused(Errno::EEXIST), "{iova:#x} {size:#x}: {refused}");
+    }
+    map(0x2000, 0x1000).unwrap();
+    for iova in [0x1000, 0x2000, 0x3000] {
+        run_engine(&client, DMA_READ_NOW, iova, 8).unwrap();
+    }
+    // What the server alone refuses leaves the others as they are too.
+    client.dma_unmap(0x2000, 0x1000, None).unwrap();
+    let nobody = DmaMapFlags::empty();
+    let memory = DmaMemory::Messages(&target);
+    client.dma_map(&DmaMap { iova: 0x2000, size: 0x1000, flags: nobody, memory }).unwrap_err();
+    map(0x2000, 0x1000).unwrap();
+    run_engine(&client, DMA_READ_NOW, 0x1ffc, 8).unwrap();
+    client.dma_unmap(0x1000, 0x3000, None).unwrap();
+    assert!(
+        client.dma_unmap(0x1000, 0x3000, None).unwrap_err().is_refused(Errno::ENOENT),
+        "nothing is there"
+    );
+}
+
 /// Reads a stream until it has nothing for now or ends.
 fn drain(stream: &mut dyn DataStream, into: &mut Vec<u8>, piece: usize) -> Chunk {
     let mut data = vec![0; piece];

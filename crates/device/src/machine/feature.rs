@@ -70,10 +70,10 @@ impl Machine {
             FeatureIndex::DMA_LOGGING_START => {
                 let mut control: FeatureDmaLoggingControl = read(payload)?;
                 let ranges = logging_ranges(&control, refers)?;
-                control.page_size = self.bus.memory.logging_start(control.page_size, &ranges)?;
+                control.page_size = self.mappings.logging_start(control.page_size, &ranges)?;
                 answer(payload, control)?;
             }
-            FeatureIndex::DMA_LOGGING_STOP => self.bus.memory.logging_stop()?,
+            FeatureIndex::DMA_LOGGING_STOP => self.mappings.logging_stop()?,
             FeatureIndex::DMA_LOGGING_REPORT => {
                 let report: FeatureDmaLoggingReport = read(payload)?;
                 let Refers::Bitmap(words) = refers else { return Err(Errno::EINVAL) };
@@ -84,7 +84,7 @@ impl Machine {
                 if (words.len() as u64) < pages.div_ceil(64) {
                     return Err(Errno::EINVAL);
                 }
-                self.bus.memory.logging_report(report.iova, report.length, report.page_size, words)?;
+                self.mappings.logging_report(report.iova, report.length, report.page_size, words)?;
             }
             FeatureIndex::RESET_COUNT => answer(payload, FeatureResetCount { resets: self.reset_count() })?,
             _ => return Err(Errno::ENOTTY),

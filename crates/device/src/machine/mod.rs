@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, MigrationFlags, State};
 
-use crate::{Bus, Description, GuestMemory, Irqs, Model};
+use crate::{Bus, Description, Irqs, Mappings, Model};
 
 pub use feature::FeatureDone;
 pub use session::SessionId;
@@ -29,6 +29,7 @@ use session::{Open, SessionIds};
 /// its closure runs.
 pub struct Machine {
     bus: Bus,
+    mappings: Mappings,
     description: Description,
     flags: Option<MigrationFlags>,
     has_precopy_reinit: bool,
@@ -59,8 +60,8 @@ impl Machine {
     /// Makes the model ready, in RUNNING, with nothing mapped and nothing wired.
     pub fn new(mut model: Box<dyn Model>) -> Arc<Machine> {
         let description = model.description();
-        let bus =
-            Bus { memory: Arc::new(GuestMemory::default()), irqs: Arc::new(Irqs::new(&description.irqs)) };
+        let mappings = Mappings::default();
+        let bus = Bus { memory: mappings.dma(), irqs: Arc::new(Irqs::new(&description.irqs)) };
         model.attach(bus.clone());
         let flags = model.migration().map(|migration| migration.flags() | MigrationFlags::STOP_COPY);
         let has_precopy_reinit =
@@ -74,12 +75,17 @@ impl Machine {
             panicked: false,
             resets: 0,
         };
-        Arc::new(Machine { bus, description, flags, has_precopy_reinit, inner: Mutex::new(inner) })
+        Arc::new(Machine { bus, mappings, description, flags, has_precopy_reinit, inner: Mutex::new(inner) })
     }
 
-    /// Its guest memory and interrupts.
+    /// Guest memory and interrupts, as its model reaches them.
     pub fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    /// Guest memory, as its client drives it.
+    pub fn mappings(&self) -> &Mappings {
+        &self.mappings
     }
 
     /// What it looks like. [`Description::device_info`] and its siblings are what a client is told.
@@ -166,8 +172,8 @@ impl Machine {
     /// The client went away: mappings and wiring go, logging stops. State and session stay, so
     /// that a client that comes back finds the device as it was left.
     pub fn client_gone(&self) {
-        let _ = self.bus.memory.logging_stop();
-        self.bus.memory.unmap_all();
+        let _ = self.mappings.logging_stop();
+        self.mappings.unmap_all();
         self.bus.irqs.disable_all();
     }
 

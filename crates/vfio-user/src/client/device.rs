@@ -199,23 +199,25 @@ impl Device for Client {
             }
         };
         // Served from the moment on that the server knows of it.
-        if shared.exchange.dma.contains(map.iova) {
-            return Err(shared.refused("DMA_MAP", Errno::EEXIST));
-        }
-        shared.exchange.dma.insert(map.iova, map.size, map.flags, target);
-        if fds.is_none() && shared.twin.is_none() {
-            shared.exchange.attend().map_err(|error| Error::Os {
+        let added = shared.exchange.dma.insert(map.iova, map.size, map.flags, target);
+        added.map_err(|errno| shared.refused("DMA_MAP", errno))?;
+        if fds.is_none()
+            && shared.twin.is_none()
+            && let Err(error) = shared.exchange.attend()
+        {
+            shared.exchange.dma.take_back(map.iova);
+            return Err(Error::Os {
                 device: shared.name.clone(),
                 what: "a thread for DMA".into(),
                 errno: os_errno(&error),
                 hint: "".into(),
-            })?;
+            });
         }
         let fds: &[BorrowedFd<'_>] = fds.as_slice();
         let mapped =
             shared.call_with(shared.limit(), "DMA_MAP", Command::DMA_MAP, &[message.as_bytes()], fds);
         if mapped.is_err() {
-            shared.exchange.dma.remove(map.iova, map.size);
+            shared.exchange.dma.take_back(map.iova);
         }
         match mapped {
             Err(Error::Refused { device, request, errno: errno @ Errno::ENOTSUP, .. }) if !fds.is_empty() => {
@@ -229,20 +231,22 @@ impl Device for Client {
 
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
         let dma = &self.shared.exchange.dma;
-        match dirty {
+        // Without `dirty`, what was written to the range stays in the log for a later report.
+        let was_there = match dirty {
             None => {
                 self.unmap(iova, size)?;
-                dma.remove(iova, size);
-                dma.log.forget(iova, size);
+                dma.remove(iova, size)
             }
             Some(DirtyBits { page_size, words }) => {
                 self.unmap_report(iova, size, DirtyBits { page_size, words: &mut *words })?;
                 // Not before the last write to it is over.
-                dma.remove(iova, size);
+                let was_there = dma.remove(iova, size);
                 dma.log.harvest(iova, size, page_size, words);
+                was_there
             }
-        }
-        Ok(())
+        };
+        // A server may say that unmapping nothing went well, as the kernel's type1 does.
+        if was_there { Ok(()) } else { Err(self.shared.refused("DMA_UNMAP", Errno::ENOENT)) }
     }
 }
 

@@ -77,21 +77,36 @@ impl DmaTargets {
         DmaTargets { data_bytes_max, log: DmaLog::default(), maps: RwLock::default() }
     }
 
-    pub fn insert(&self, iova: u64, size: u64, flags: DmaMapFlags, memory: Arc<dyn DmaTarget>) {
+    /// Adds a mapping, not empty and within 2^64; EEXIST when it overlaps one.
+    pub fn insert(
+        &self,
+        iova: u64,
+        size: u64,
+        flags: DmaMapFlags,
+        memory: Arc<dyn DmaTarget>,
+    ) -> Result<(), Errno> {
         let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
+        // The last that starts in the range or before it; the caller checked that the range ends within 2^64.
+        let before = maps.range(..=iova + (size - 1)).next_back();
+        if before.is_some_and(|(&start, before)| start + (before.size - 1) >= iova) {
+            return Err(Errno::EEXIST);
+        }
         maps.insert(iova, Target { size, flags, memory });
+        Ok(())
     }
 
-    /// Forgets the mappings that lie in a range. Returns once none of them is in use.
-    pub fn remove(&self, iova: u64, size: u64) {
+    /// Forgets the mapping that starts there: the server refused it. Returns once it is not in use.
+    pub fn take_back(&self, iova: u64) {
+        self.maps.write().unwrap_or_else(PoisonError::into_inner).remove(&iova);
+    }
+
+    /// Forgets the mappings that lie in a range, and says whether there was one. Returns once none of them is in use.
+    pub fn remove(&self, iova: u64, size: u64) -> bool {
         let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
         let end = u128::from(iova) + u128::from(size);
+        let there = maps.len();
         maps.retain(|&start, target| start < iova || u128::from(start) + u128::from(target.size) > end);
-    }
-
-    /// Whether a mapping starts there.
-    pub fn contains(&self, iova: u64) -> bool {
-        self.maps.read().unwrap_or_else(PoisonError::into_inner).contains_key(&iova)
+        maps.len() < there
     }
 
     pub fn len(&self) -> usize {

@@ -102,7 +102,7 @@ impl Connection<'_> {
             })),
         };
         let mapping = Mapping { iova: map.address, size: map.size, flags, backing };
-        match self.machine.bus().memory.map(mapping) {
+        match self.machine.mappings().map(mapping) {
             Ok(()) => self.reply(job, &[]),
             Err(errno) => {
                 if errno == Errno::ENOTSUP && !self.options.any_file {
@@ -122,40 +122,43 @@ impl Connection<'_> {
         unmap: DmaUnmapMessage,
         bitmap: Option<DirtyBitmap>,
     ) -> Handled {
-        let memory = &self.machine.bus().memory;
+        let mappings = self.machine.mappings();
         let flags = DmaUnmapFlags::from_bits_retain(unmap.flags);
         let known = DmaUnmapFlags::GET_DIRTY_BITMAP | DmaUnmapFlags::ALL;
         if (unmap.argsz as usize) < DmaUnmapMessage::BYTES || !known.contains(flags) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
-        match (flags.contains(DmaUnmapFlags::ALL), bitmap) {
-            (true, None) if unmap.address == 0 && unmap.size == 0 => memory.unmap_all(),
-            (true, _) => return Ok(Outcome::Refused(Errno::EINVAL)),
-            (false, None) => {
-                if let Err(errno) = memory.unmap(unmap.address, unmap.size) {
-                    return Ok(Outcome::Refused(errno));
-                }
-            }
-            (false, Some(bitmap)) => {
-                let words = match self.unmap_words(&unmap, &bitmap) {
-                    Ok(words) => words,
-                    Err(errno) => return Ok(Outcome::Refused(errno)),
-                };
-                return self.reply_pieces(
-                    job,
-                    &[unmap.as_bytes(), bitmap.as_bytes(), &words.as_bytes()[..bitmap.size as usize]],
-                    &[],
-                );
+        let mut words = Vec::new();
+        let unmapped = match (flags.contains(DmaUnmapFlags::ALL), &bitmap) {
+            (true, None) if unmap.address == 0 && unmap.size == 0 => Ok(mappings.unmap_all()),
+            (true, _) => Err(Errno::EINVAL),
+            (false, None) => mappings.unmap(unmap.address, unmap.size),
+            (false, Some(bitmap)) => self.unmap_report(&unmap, bitmap, &mut words),
+        };
+        let size = match unmapped {
+            Ok(size) => size,
+            Err(errno) => return Ok(Outcome::Refused(errno)),
+        };
+        // As the kernel does, the entry that was sent, with what was really unmapped in its size.
+        let unmapped = DmaUnmapMessage { size, ..unmap };
+        match bitmap {
+            None => self.reply(job, unmapped.as_bytes()),
+            Some(bitmap) => {
+                let bits = &words.as_bytes()[..bitmap.size as usize];
+                self.reply_pieces(job, &[unmapped.as_bytes(), bitmap.as_bytes(), bits], &[])
             }
         }
-        // The original entry.
-        self.reply(job, unmap.as_bytes())
     }
 
-    /// Unmaps and returns the bitmap, of at least the bytes that were asked for.
-    fn unmap_words(&self, unmap: &DmaUnmapMessage, bitmap: &DirtyBitmap) -> Result<Vec<u64>, Errno> {
-        let memory = &self.machine.bus().memory;
-        memory.logging_check(unmap.address, unmap.size, bitmap.page_size)?;
+    /// Unmaps, and leaves in `words` the bitmap, of at least the bytes that were asked for.
+    fn unmap_report(
+        &self,
+        unmap: &DmaUnmapMessage,
+        bitmap: &DirtyBitmap,
+        found: &mut Vec<u64>,
+    ) -> Result<u64, Errno> {
+        let mappings = self.machine.mappings();
+        mappings.logging_check(unmap.address, unmap.size, bitmap.page_size)?;
         if !bitmap.page_size.is_power_of_two() {
             return Err(Errno::EINVAL);
         }
@@ -168,9 +171,8 @@ impl Connection<'_> {
         if bitmap.size != needed || u64::from(unmap.argsz) < fixed + needed {
             return Err(Errno::EINVAL);
         }
-        let mut found = vec![0; words as usize];
-        memory.unmap_report(unmap.address, unmap.size, bitmap.page_size, &mut found)?;
-        Ok(found)
+        *found = vec![0; words as usize];
+        mappings.unmap_report(unmap.address, unmap.size, bitmap.page_size, found)
     }
 
     pub(super) fn set_irqs(&mut self, job: &mut Job, set: SetIrqs<'_>) -> Handled {

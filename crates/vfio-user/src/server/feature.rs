@@ -177,7 +177,7 @@ impl Connection<'_> {
         fixed[16..24].copy_from_slice(header.as_bytes());
         fixed[24..].copy_from_slice(report.as_bytes());
 
-        let memory = &self.machine.bus().memory;
+        let mappings = self.machine.mappings();
         let words_room = &mut self.reply;
         self.link.send_in_pieces(|sending| {
             let mut fixed = &fixed[..];
@@ -186,7 +186,7 @@ impl Connection<'_> {
                 let pages = length.div_ceil(page_size).min(PIECE_WORDS as u64 * 64);
                 let bytes = length.min(pages.saturating_mul(page_size));
                 let words = words_room.zeroed(pages.div_ceil(64) as usize);
-                if let Err(errno) = memory.logging_report(iova, bytes, page_size, words) {
+                if let Err(errno) = mappings.logging_report(iova, bytes, page_size, words) {
                     // The reply has begun: what cannot be told is dirty.
                     tracing::error!(%errno, iova, bytes, "report failed half-way");
                     set_all(words, pages);
@@ -203,7 +203,7 @@ impl Connection<'_> {
 
     /// The bytes of the bitmap, when the report can be answered as a whole.
     fn check_report(&self, report: &FeatureDmaLoggingReport, call: FeatureCall) -> Result<u64, Errno> {
-        self.machine.bus().memory.logging_check(report.iova, report.length, report.page_size)?;
+        self.machine.mappings().logging_check(report.iova, report.length, report.page_size)?;
         report.check()?;
         let bytes = report.bitmap_bytes();
         if bytes > BITMAP_BYTES_MAX {

@@ -46,7 +46,6 @@ pub const RESUMING: u32 = 4;
 pub const PRE_COPY: u32 = 6;
 
 /// Errno numbers, spelled out for the same reason.
-pub const ENOENT: u32 = 2;
 pub const EBADF: u32 = 9;
 pub const EEXIST: u32 = 17;
 pub const ENODEV: u32 = 19;

@@ -1,0 +1,112 @@
+//! [`Dma`]: guest memory as a device reaches it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use limosa_protocol::Errno;
+use limosa_protocol::info::DmaMapFlags;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::table::{Memory, Space};
+
+/// Guest memory as a device reaches it: it reads, writes and marks pages, and cannot change what is mapped. A clone is
+/// cheap and reaches the same memory.
+#[derive(Clone)]
+pub struct Dma {
+    space: Arc<Space>,
+}
+
+impl Dma {
+    pub(super) fn new(space: Arc<Space>) -> Dma {
+        Dma { space }
+    }
+
+    /// The device reads memory: EFAULT where nothing is mapped, or not for reading, or where the file behind it was
+    /// cut short; ranges may span mappings. What was read before the error is in `data`.
+    pub fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
+        let mut table = self.space.read_lock();
+        let (mut iova, mut rest) = (iova, data);
+        while !rest.is_empty() {
+            let mapped = table.find(iova, DmaMapFlags::READ)?;
+            let (piece, after) = rest.split_at_mut(mapped.reach(iova, rest.len()));
+            match &mapped.memory {
+                Memory::File(file) => file.read(iova - mapped.iova, piece)?,
+                Memory::AnyFile(file) => file.read(iova - mapped.iova, piece)?,
+                Memory::Remote(remote) => {
+                    let remote = remote.clone();
+                    drop(table);
+                    remote.read(iova, piece)?;
+                    table = self.space.read_lock();
+                }
+            }
+            iova = next(iova, piece.len(), after.is_empty())?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// The device writes memory; the pages go to the log when it is on. Errors as for [`Dma::read`]; what was
+    /// written before the error stays written.
+    pub fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        let mut table = self.space.read_lock();
+        let (mut iova, mut rest) = (iova, data);
+        while !rest.is_empty() {
+            let mapped = table.find(iova, DmaMapFlags::WRITE)?;
+            let (piece, after) = rest.split_at(mapped.reach(iova, rest.len()));
+            let done = match &mapped.memory {
+                Memory::File(file) => file.write(iova - mapped.iova, piece),
+                Memory::AnyFile(file) => file.write(iova - mapped.iova, piece),
+                Memory::Remote(remote) => {
+                    let remote = remote.clone();
+                    // An unmap that takes the log with it may come before the answer.
+                    table.mark(iova, piece.len());
+                    drop(table);
+                    let done = remote.write(iova, piece);
+                    table = self.space.read_lock();
+                    done
+                }
+            };
+            // After the write, for a report between the two would take a mark whose data is not there yet; and when
+            // it failed, for a part may have been written.
+            table.mark(iova, piece.len());
+            done?;
+            iova = next(iova, piece.len(), after.is_empty())?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Puts a range into the log, if it is on: for a device that writes memory by other means than
+    /// [`Dma::write`], such as hardware or a helper process with a mapping of its own. To be called after the
+    /// write. What lies beyond the end of the address space is ignored.
+    pub fn mark_dirty(&self, iova: u64, bytes: u64) {
+        let bytes = bytes.min((u64::MAX - iova).saturating_add(1));
+        if bytes > 0 {
+            self.space.read_lock().mark(iova, usize::try_from(bytes).unwrap_or(usize::MAX));
+        }
+    }
+
+    /// Reads a structure, such as a descriptor. Errors as for [`Dma::read`].
+    pub fn read_obj<T: FromBytes + IntoBytes>(&self, iova: u64) -> Result<T, Errno> {
+        let mut object = T::new_zeroed();
+        self.read(iova, object.as_mut_bytes())?;
+        Ok(object)
+    }
+
+    /// Writes a structure. Errors as for [`Dma::write`].
+    pub fn write_obj<T: IntoBytes + Immutable>(&self, iova: u64, object: &T) -> Result<(), Errno> {
+        self.write(iova, object.as_bytes())
+    }
+}
+
+impl fmt::Debug for Dma {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dma").finish_non_exhaustive()
+    }
+}
+
+/// The address after a piece. EFAULT when more is to come and the address space ends there.
+#[inline]
+fn next(iova: u64, bytes: usize, done: bool) -> Result<u64, Errno> {
+    if done { Ok(iova) } else { iova.checked_add(bytes as u64).ok_or(Errno::EFAULT) }
+}

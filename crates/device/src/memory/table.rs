@@ -1,0 +1,141 @@
+//! What [`Dma`](super::Dma) and [`Mappings`](super::Mappings) share: the mappings by address, and the log.
+
+use std::ops::Range;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use limosa_foreign_fd::Foreign;
+use limosa_guest_memory::FileMapping;
+use limosa_protocol::Errno;
+use limosa_protocol::info::DmaMapFlags;
+
+use super::log::Log;
+use super::{MAPPED_BYTES_MAX, MAPPINGS_MAX, RemoteMemory};
+
+/// The table, and the lock over it.
+#[derive(Default)]
+pub(super) struct Space {
+    table: RwLock<Table>,
+}
+
+impl Space {
+    // No code under this lock leaves a change half done when it panics, so a poisoned one is as good as any.
+    pub(super) fn read_lock(&self) -> RwLockReadGuard<'_, Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write_lock(&self) -> RwLockWriteGuard<'_, Table> {
+        self.table.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Table {
+    /// By address; none overlaps another.
+    pub(super) mappings: Vec<Mapped>,
+    /// The sum of the sizes of those that are files.
+    pub(super) file_bytes: u64,
+    /// Which mapping was used last.
+    hint: AtomicUsize,
+    /// There while logging is on.
+    pub(super) log: Option<Log>,
+}
+
+pub(super) struct Mapped {
+    pub(super) iova: u64,
+    /// The last address, so that the end of the address space needs no 65th bit.
+    pub(super) last: u64,
+    pub(super) flags: DmaMapFlags,
+    pub(super) memory: Memory,
+}
+
+pub(super) enum Memory {
+    File(FileMapping),
+    /// Unmapping it may wait for its file system.
+    AnyFile(Foreign<FileMapping>),
+    Remote(Arc<dyn RemoteMemory>),
+}
+
+impl Table {
+    /// The mapping with an address that allows what is asked.
+    #[inline]
+    pub(super) fn find(&self, iova: u64, flags: DmaMapFlags) -> Result<&Mapped, Errno> {
+        let hint = self.hint.load(Relaxed);
+        let mapped = match self.mappings.get(hint) {
+            Some(mapped) if (mapped.iova..=mapped.last).contains(&iova) => mapped,
+            _ => self.search(iova)?,
+        };
+        if mapped.flags.contains(flags) { Ok(mapped) } else { Err(Errno::EFAULT) }
+    }
+
+    #[cold]
+    fn search(&self, iova: u64) -> Result<&Mapped, Errno> {
+        let at = self.first_ending_at(iova);
+        let mapped = self.mappings.get(at).filter(|mapped| mapped.iova <= iova).ok_or(Errno::EFAULT)?;
+        self.hint.store(at, Relaxed);
+        Ok(mapped)
+    }
+
+    /// The index of the first mapping that ends at or after an address.
+    fn first_ending_at(&self, iova: u64) -> usize {
+        self.mappings.partition_point(|mapped| mapped.last < iova)
+    }
+
+    #[inline]
+    pub(super) fn mark(&self, iova: u64, bytes: usize) {
+        if let Some(log) = &self.log {
+            log.mark(iova, bytes);
+        }
+    }
+
+    /// Where a new mapping goes.
+    pub(super) fn room_for(&self, iova: u64, last: u64, is_file: bool) -> Result<usize, Errno> {
+        let at = self.first_ending_at(iova);
+        if self.mappings.get(at).is_some_and(|after| after.iova <= last) {
+            return Err(Errno::EEXIST);
+        }
+        // A file of 2^64 bytes there is not, so this does not overflow where it matters.
+        let file_bytes = self.file_bytes.saturating_add(last - iova);
+        if self.mappings.len() >= MAPPINGS_MAX || (is_file && file_bytes >= MAPPED_BYTES_MAX) {
+            return Err(Errno::E2BIG);
+        }
+        Ok(at)
+    }
+
+    /// The indexes of the mappings in a range. EINVAL when one is partly in it.
+    pub(super) fn wholly_in(&self, iova: u64, last: u64) -> Result<Range<usize>, Errno> {
+        let first = self.first_ending_at(iova);
+        let end = first + self.mappings[first..].partition_point(|mapped| mapped.iova <= last);
+        let found = &self.mappings[first..end];
+        let is_cut = found.first().is_some_and(|mapped| mapped.iova < iova)
+            || found.last().is_some_and(|mapped| mapped.last > last);
+        if is_cut { Err(Errno::EINVAL) } else { Ok(first..end) }
+    }
+
+    pub(super) fn remove(&mut self, range: Range<usize>) -> Vec<Mapped> {
+        let gone: Vec<Mapped> = self.mappings.drain(range).collect();
+        let file_bytes = |mapped: &Mapped| match &mapped.memory {
+            Memory::File(file) => file.len(),
+            Memory::AnyFile(file) => file.len(),
+            Memory::Remote(_) => 0,
+        };
+        self.file_bytes -= gone.iter().map(file_bytes).sum::<u64>();
+        gone
+    }
+}
+
+impl Mapped {
+    /// Its size, as its client named it.
+    pub(super) fn bytes(&self) -> u64 {
+        // A client cannot name 2^64.
+        (self.last - self.iova).saturating_add(1)
+    }
+
+    /// How many of `bytes` bytes from an address on lie in the mapping.
+    #[inline]
+    pub(super) fn reach(&self, iova: u64, bytes: usize) -> usize {
+        // One less than the bytes on both sides, for the mapping of all 2^64.
+        (bytes as u64 - 1).min(self.last - iova) as usize + 1
+    }
+}
