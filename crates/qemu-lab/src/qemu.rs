@@ -1,0 +1,210 @@
+//! A process of QEMU with served devices.
+
+use std::env;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::{Guest, LIMIT, Lines, Qmp, Qtest, initramfs};
+
+/// Bytes of guest memory, all of it below the first hole.
+pub const RAM_BYTES: u64 = 256 << 20;
+
+/// The slot of the first device; each further one is in the next slot.
+const FIRST_SLOT: u8 = 5;
+
+/// How QEMU is to be started.
+pub struct QemuBuilder {
+    sockets: Vec<PathBuf>,
+    is_shared: bool,
+    extra: Vec<String>,
+}
+
+/// QEMU. Killed when it is dropped.
+pub struct Qemu {
+    child: Child,
+    /// Sockets, and the guest's initramfs.
+    folder: TempDir,
+    stderr: Lines,
+    qmp: Qmp,
+}
+
+impl QemuBuilder {
+    /// With the device that is served at this path, in the next slot from 5 on.
+    #[must_use]
+    pub fn device(mut self, socket: &Path) -> QemuBuilder {
+        self.sockets.push(socket.to_owned());
+        self
+    }
+
+    /// With memory that QEMU does not share, so that devices have to reach it by messages.
+    #[must_use]
+    pub fn private_memory(mut self) -> QemuBuilder {
+        self.is_shared = false;
+        self
+    }
+
+    /// With a further option.
+    #[must_use]
+    pub fn option(mut self, option: &str) -> QemuBuilder {
+        self.extra.push(option.to_owned());
+        self
+    }
+
+    /// Starts it without a processor: the test is the guest.
+    pub fn qtest(self) -> (Qemu, Qtest) {
+        let folder = tempfile::tempdir().expect("a folder for sockets");
+        let path = folder.path().join("qtest.sock");
+        let listener = UnixListener::bind(&path).expect("a socket for qtest");
+        let args =
+            ["-accel", "qtest", "-qtest-log", "/dev/null", "-qtest", &format!("unix:{}", path.display())]
+                .map(str::to_owned);
+        let mut qemu = self.start(folder, &args);
+        let stream = qemu.accept(&listener);
+        (qemu, Qtest::new(stream))
+    }
+
+    /// Boots Linux under emulation, and waits until the guest takes jobs.
+    pub fn guest(self) -> (Qemu, Guest) {
+        let folder = tempfile::tempdir().expect("a folder for sockets");
+        let initramfs = folder.path().join("initramfs");
+        initramfs::write(&initramfs, &beside_the_test("limosa-qemu-guest"));
+        let path = folder.path().join("jobs.sock");
+        let listener = UnixListener::bind(&path).expect("a socket for the guest's jobs");
+        let console = folder.path().join("console");
+        let args = [
+            "-accel",
+            "tcg",
+            "-cpu",
+            "qemu64",
+            "-no-reboot",
+            "-kernel",
+            prepared().join("vmlinuz").to_str().expect("a path of the lab"),
+            "-initrd",
+            initramfs.to_str().expect("a path of ours"),
+            "-append",
+            "console=ttyS0 loglevel=7 panic=-1 mitigations=off tsc=reliable hugepages=2",
+            "-chardev",
+            &format!("file,id=console,path={}", console.display()),
+            "-serial",
+            "chardev:console",
+            "-chardev",
+            &format!("socket,id=jobs,path={}", path.display()),
+            "-serial",
+            "chardev:jobs",
+        ]
+        .map(str::to_owned);
+        let mut qemu = self.start(folder, &args);
+        let stream = qemu.accept(&listener);
+        (qemu, Guest::new(stream, console))
+    }
+
+    fn start(self, folder: TempDir, accelerator: &[String]) -> Qemu {
+        let qmp = folder.path().join("qmp.sock");
+        let listener = UnixListener::bind(&qmp).expect("a socket for QMP");
+        let share = if self.is_shared { "on" } else { "off" };
+        let kind = if self.is_shared { "memfd" } else { "ram" };
+        let mut command = Command::new(prepared().join("qemu-system-x86_64"));
+        command
+            .args(accelerator)
+            .args(["-machine", "pc,memory-backend=ram", "-m", &format!("{}M", RAM_BYTES >> 20)])
+            .arg("-object")
+            .arg(format!("memory-backend-{kind},id=ram,size={}M,share={share}", RAM_BYTES >> 20))
+            .args(["-nodefaults", "-display", "none", "-qmp", &format!("unix:{}", qmp.display())])
+            .args(&self.extra);
+        for (index, socket) in self.sockets.iter().enumerate() {
+            let device = json!({
+                "driver": "vfio-user-pci",
+                "id": format!("device{index}"),
+                "addr": format!("{:#x}", FIRST_SLOT as usize + index),
+                "socket": { "type": "unix", "path": socket },
+            });
+            command.args(["-device", &device.to_string()]);
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("QEMU starts");
+        let stderr = Lines::of(child.stderr.take().expect("stderr is a pipe"));
+        let stream = accept(&mut child, &stderr, &listener);
+        let qmp = Qmp::new(stream, stderr.clone());
+        Qemu { child, folder, stderr, qmp }
+    }
+}
+
+impl Qemu {
+    /// A QEMU with shared memory and no devices.
+    pub fn builder() -> QemuBuilder {
+        QemuBuilder { sockets: Vec::new(), is_shared: true, extra: Vec::new() }
+    }
+
+    /// The slot of device number `index`.
+    pub fn slot(index: u8) -> u8 {
+        FIRST_SLOT + index
+    }
+
+    /// Its machine protocol.
+    pub fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
+    /// What it complained of.
+    pub fn stderr(&self) -> &Lines {
+        &self.stderr
+    }
+
+    /// A folder that goes with it.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The connection that QEMU makes to a socket of ours.
+    fn accept(&mut self, listener: &UnixListener) -> UnixStream {
+        accept(&mut self.child, &self.stderr, listener)
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits for QEMU to connect: while it starts it does, or it ends.
+fn accept(child: &mut Child, stderr: &Lines, listener: &UnixListener) -> UnixStream {
+    let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).expect("a child of ours");
+    let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
+    let limit = Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
+    let ready = poll(&mut fds, Some(&limit)).expect("poll");
+    assert!(ready > 0, "QEMU neither connects nor ends: {:#?}", stderr.all());
+    if fds[0].revents().contains(PollFlags::IN) {
+        return listener.accept().expect("QEMU connects").0;
+    }
+    let status = child.wait().expect("a child of ours");
+    // All that it said.
+    let _ = stderr.wait_for("\0");
+    panic!("QEMU ended with {status}: {:#?}", stderr.all());
+}
+
+/// The folder that `lab/qemu/prepare` made.
+fn prepared() -> PathBuf {
+    let folder = env::var_os("LIMOSA_LAB_QEMU_FOLDER");
+    PathBuf::from(folder.expect("LIMOSA_LAB_QEMU_FOLDER is not set: these tests are run by lab/qemu/run"))
+}
+
+/// A program of this workspace. Cargo puts tests into `deps/` of the folder that holds the programs.
+pub(crate) fn beside_the_test(program: &str) -> PathBuf {
+    let test = env::current_exe().expect("a test knows its own file");
+    let deps = test.parent().expect("a file is in a folder");
+    let path = deps.parent().unwrap_or(deps).join(program);
+    assert!(path.exists(), "{} is missing: lab/qemu/run builds it", path.display());
+    path
+}
