@@ -22,7 +22,7 @@ const NEED: [(&str, usize); 6] = [
     ("needs-kernel", 3),
     ("needs-root", 1),
     ("needs-store", 1),
-    ("needs-vmm", 2),
+    ("needs-vmm", 3),
 ];
 
 /// A command, and the lines that the page shows below it.

@@ -101,18 +101,18 @@ impl TestDevice {
                 bus.memory.write(*self.value(DMA_TARGET), &data)
             }
             RAISE => {
-                self.function.raise(0, &bus.irqs);
+                self.function.raise(0, &bus.interrupts);
                 Ok(())
             }
             LOWER => {
-                self.function.lower(0, &bus.irqs);
+                self.function.lower(0, &bus.interrupts);
                 Ok(())
             }
             _ => {
                 let vector = command.checked_sub(MESSAGE).filter(|vector| *vector < Self::VECTORS.into());
                 let vector = vector.ok_or(Errno::EINVAL)? as u32;
-                self.function.raise(vector, &bus.irqs);
-                self.function.lower(vector, &bus.irqs);
+                self.function.raise(vector, &bus.interrupts);
+                self.function.lower(vector, &bus.interrupts);
                 Ok(())
             }
         }
@@ -143,7 +143,8 @@ impl Model for TestDevice {
             pci_index::CONFIG => self.function.config_read(offset, data),
             MAPPED_BAR => self.memory.read_exact_at(data, offset).map_err(|_| Errno::EIO),
             TABLE_BAR => {
-                self.function.bar_read(TABLE_BAR as usize, offset, data);
+                let bus = self.bus.as_ref().ok_or(Errno::EIO)?;
+                self.function.bar_read(TABLE_BAR as usize, offset, data, &bus.interrupts);
                 Ok(())
             }
             _ => {
@@ -163,10 +164,10 @@ impl Model for TestDevice {
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let bus = self.bus.clone().ok_or(Errno::EIO)?;
         match region {
-            pci_index::CONFIG => self.function.config_write(offset, data, &bus.irqs).map(drop),
+            pci_index::CONFIG => self.function.config_write(offset, data, &bus.interrupts).map(drop),
             MAPPED_BAR => self.memory.write_all_at(data, offset).map_err(|_| Errno::EIO),
             TABLE_BAR => {
-                self.function.bar_write(TABLE_BAR as usize, offset, data, &bus.irqs);
+                self.function.bar_write(TABLE_BAR as usize, offset, data, &bus.interrupts);
                 Ok(())
             }
             _ => {
@@ -188,9 +189,15 @@ impl Model for TestDevice {
         }
     }
 
+    fn rewired(&mut self, _: u32) {
+        if let Some(bus) = &self.bus {
+            self.function.settle(&bus.interrupts);
+        }
+    }
+
     fn reset(&mut self) -> Result<(), Errno> {
         if let Some(bus) = &self.bus {
-            self.function.reset(&bus.irqs);
+            self.function.reset(&bus.interrupts);
         }
         self.values = [0; 7];
         Ok(())
