@@ -6,7 +6,7 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use support::{Folder, Server, device_data, limosa, start};
 
-const COMMANDS: [&[&str]; 18] = [
+const COMMANDS: [&[&str]; 19] = [
     &[],
     &["demo"],
     &["serve"],
@@ -21,6 +21,7 @@ const COMMANDS: [&[&str]; 18] = [
     &["migrate"],
     &["send"],
     &["receive"],
+    &["check"],
     &["fsm"],
     &["bench"],
     &["completions"],

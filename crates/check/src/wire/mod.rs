@@ -1,0 +1,7 @@
+//! The messages of vfio-user.
+
+use crate::check::Check;
+
+pub(crate) fn checks() -> Vec<Check> {
+    Vec::new()
+}
