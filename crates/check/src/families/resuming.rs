@@ -176,7 +176,7 @@ fn incomplete(t: &mut Trial, cut: fn(&[u8]) -> Vec<u8>) -> Verdict {
 }
 
 fn bad(t: &mut Trial, change: fn(&[u8]) -> Vec<u8>) -> Verdict {
-    let data = change(&*t.sample()?);
+    let data = change(&t.sample()?);
     match attempt(t, &data)? {
         Loaded::Taken => {
             fail(format!("{} bytes that are no state of the device were taken for one", data.len()))

@@ -1,11 +1,11 @@
 //! A device with one fault, round a device without any.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use limosa_client::{
-    Chunk, DataStream, Device, DeviceExt, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest,
-    IrqAction, Refers, Region, Result,
+    Chunk, DataStream, Device, DeviceExt, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply,
+    FeatureRequest, IrqAction, Refers, Region, Result,
 };
 use limosa_device::Loopback;
 use limosa_protocol::feature::{DmaLoggingRange, FeatureMigState, PrecopyInfo};
@@ -23,6 +23,8 @@ pub struct Faulty {
     pub count: AtomicU64,
     /// What it remembers.
     pub memory: AtomicU64,
+    /// It is in ERROR.
+    pub broken: AtomicBool,
 }
 
 /// The device.
@@ -48,6 +50,9 @@ impl Faulty {
     }
 
     pub fn now(&self) -> State {
+        if self.broken.load(Ordering::SeqCst) {
+            return State::Error;
+        }
         self.inner.machine().state()
     }
 
@@ -77,17 +82,26 @@ impl Faulty {
             Fault::WearsOut if (from, to) == (State::Running, State::Stop) && self.tick() % 13 == 0 => {
                 return self.refuse(Errno::EBUSY);
             }
-            Fault::StopCopyWearsOut if to == State::StopCopy && self.tick() % 7 == 0 => return self.refuse(Errno::EBUSY),
+            Fault::StopCopyWearsOut if to == State::StopCopy && self.tick() % 7 == 0 => {
+                return self.refuse(Errno::EBUSY);
+            }
             Fault::SetsFromOneThread if is_second_thread() => return self.refuse(Errno::EBUSY),
-            Fault::MustBeRead if from == State::StopCopy && to != from && self.memory.load(Ordering::SeqCst) == 0 => {
+            Fault::MustBeRead
+                if from == State::StopCopy && to != from && self.memory.load(Ordering::SeqCst) == 0 =>
+            {
                 return self.refuse(Errno::EBUSY);
             }
             Fault::NotAfterHalfLoad
-                if from == State::Stop && to == State::Resuming && self.memory.load(Ordering::SeqCst) != 0 =>
+                if from == State::Stop
+                    && to == State::Resuming
+                    && self.memory.load(Ordering::SeqCst) != 0 =>
             {
                 return self.refuse(Errno::EIO);
             }
             _ => {}
+        }
+        if from == State::Error {
+            return self.refuse(Errno::EINVAL);
         }
         if to == State::StopCopy {
             self.memory.store(0, Ordering::SeqCst);
@@ -116,8 +130,8 @@ impl Faulty {
             }
         };
         if self.is(Fault::LoadIsLost) && (from, to) == (State::Resuming, State::Stop) {
-            self.inner.reset()?;
-            self.inner.set_state(to)?;
+            // What it holds then is another state than the one that came.
+            self.inner.region_write(0, 0x100, &[0x5a; 8])?;
         }
         let opened = path.is_ok_and(|path| path.opens_session());
         match (self.fault, opened) {
@@ -164,9 +178,11 @@ impl Faulty {
             }
             Fault::BeginsInStop => (now == State::Running && self.tick() % 2 == 0).then_some(State::Stop),
             Fault::GetFromOneThread if is_second_thread() => Some(State::PreCopy),
-            Fault::RefusedLoadGoesAstray if self.memory.swap(0, Ordering::SeqCst) == 1 => Some(State::PreCopy),
-            Fault::ErrorFades if now == State::Error => (self.tick() % 3 == 0).then_some(State::Stop),
-            _ => None,
+            Fault::RefusedLoadGoesAstray if self.memory.swap(0, Ordering::SeqCst) == 1 => {
+                Some(State::PreCopy)
+            }
+            Fault::ErrorFades if now == State::Error && self.tick() % 3 == 0 => Some(State::Stop),
+            _ => (now == State::Error).then_some(State::Error),
         };
         if let Some(state) = lie {
             let payload = FeatureMigState::new(state);
@@ -177,7 +193,10 @@ impl Faulty {
 
     fn logging_start(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         let ranges: Vec<DmaLoggingRange> = match &request.refers {
-            Refers::In(bytes) => bytes.chunks_exact(16).filter_map(|bytes| DmaLoggingRange::read_from_bytes(bytes).ok()).collect(),
+            Refers::In(bytes) => bytes
+                .chunks_exact(16)
+                .filter_map(|bytes| DmaLoggingRange::read_from_bytes(bytes).ok())
+                .collect(),
             _ => Vec::new(),
         };
         let aligned = ranges.iter().all(|range| range.iova % 4096 == 0 && range.length % 4096 == 0);
@@ -185,14 +204,18 @@ impl Faulty {
         let overflows = ranges.iter().any(|range| range.iova.checked_add(range.length).is_none());
         let neighbours = ranges.windows(2).any(|two| two[0].iova + two[0].length == two[1].iova);
         let lies = match self.fault {
-            Fault::LogTakesAnyRange => !aligned || empty || (ranges.len() == 2 && overlaps(&ranges)) || ranges.is_empty(),
+            Fault::LogTakesAnyRange => {
+                !aligned || empty || (ranges.len() == 2 && overlaps(&ranges)) || ranges.is_empty()
+            }
             Fault::LogTakesOverflow => overflows,
             Fault::LogTakesTooMany => ranges.len() > 256,
             Fault::LogStartsTwice => {
                 let answer = self.inner.feature(request);
                 return answer.or_else(|_| Ok(FeatureReply { payload_bytes: 16, ..FeatureReply::default() }));
             }
-            Fault::LogOneRange if ranges.len() > 1 && !overlaps(&ranges) => return self.refuse(Errno::ENOSPC),
+            Fault::LogOneRange if ranges.len() > 1 && !overlaps(&ranges) => {
+                return self.refuse(Errno::ENOSPC);
+            }
             Fault::LogNoNeighbours if neighbours => return self.refuse(Errno::EINVAL),
             Fault::LogStartsOnce if self.tick() % 4 == 0 => return self.refuse(Errno::EBUSY),
             Fault::LogNotWhileStopped if self.now() != State::Running => return self.refuse(Errno::EBUSY),
@@ -200,7 +223,9 @@ impl Faulty {
                 self.memory.store(1, Ordering::SeqCst);
                 return self.refuse(Errno::EINVAL);
             }
-            Fault::LogStaysOnAfterRefusal if self.memory.swap(0, Ordering::SeqCst) == 1 => return self.refuse(Errno::EINVAL),
+            Fault::LogStaysOnAfterRefusal if self.memory.swap(0, Ordering::SeqCst) == 1 => {
+                return self.refuse(Errno::EINVAL);
+            }
             _ => false,
         };
         if lies {
@@ -218,18 +243,29 @@ impl Faulty {
     }
 
     fn logging_report(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
-        let page_size = u64::from_ne_bytes(std::array::from_fn(|at| request.payload.get(16 + at).copied().unwrap_or(0)));
-        let length = u64::from_ne_bytes(std::array::from_fn(|at| request.payload.get(8 + at).copied().unwrap_or(0)));
+        let page_size =
+            u64::from_ne_bytes(std::array::from_fn(|at| request.payload.get(16 + at).copied().unwrap_or(0)));
+        let length =
+            u64::from_ne_bytes(std::array::from_fn(|at| request.payload.get(8 + at).copied().unwrap_or(0)));
         let whole = request.payload.len() >= 24;
         match self.fault {
-            Fault::LogReportsOtherPages(other) if whole && page_size == other => return self.refuse(Errno::EOPNOTSUPP_),
-            Fault::LogReportsWhole if whole && page_size == 4096 && length < 1 << 20 => return self.refuse(Errno::EINVAL),
+            Fault::LogReportsOtherPages(other) if whole && page_size == other => {
+                return self.refuse(Errno::ENOTSUP);
+            }
+            Fault::LogReportsWhole if whole && page_size == 4096 && length < 1 << 20 => {
+                return self.refuse(Errno::EINVAL);
+            }
             Fault::LogReportsNothing if whole => return self.refuse(Errno::EIO),
-            Fault::LogOffInStop if whole && self.now() != State::Running => return self.refuse(Errno::EINVAL),
+            Fault::LogOffInStop if whole && self.now() != State::Running => {
+                return self.refuse(Errno::EINVAL);
+            }
             _ => {}
         }
         let answer = self.inner.feature(request);
-        if whole && answer.is_err() && matches!(self.fault, Fault::LogTakesAnyReport | Fault::LogReportsWhileOff) {
+        if whole
+            && answer.is_err()
+            && matches!(self.fault, Fault::LogTakesAnyReport | Fault::LogReportsWhileOff)
+        {
             let off = page_size == 4096 && length == 4096;
             if off == self.is(Fault::LogReportsWhileOff) {
                 return Ok(FeatureReply { payload_bytes: 24, ..FeatureReply::default() });
@@ -255,15 +291,6 @@ fn overlaps(ranges: &[DmaLoggingRange]) -> bool {
     matches!(ranges, [one, two] if one.iova < two.iova + two.length && two.iova < one.iova + one.length)
 }
 
-/// Linux' EOPNOTSUPP.
-trait Opnotsupp {
-    const EOPNOTSUPP_: Errno;
-}
-
-impl Opnotsupp for Errno {
-    const EOPNOTSUPP_: Errno = Errno::ENOTSUP;
-}
-
 impl Device for FaultyDevice {
     fn name(&self) -> &str {
         self.0.inner.name()
@@ -282,15 +309,23 @@ impl Device for FaultyDevice {
         let known = FeatureOp::all();
         let rules = index.rules();
         let wants = rules.map_or(0, |rules| rules.payload_bytes);
-        let wrong_op = rules.is_some_and(|rules| (op.contains(get) && !rules.get) || (op.contains(set) && !rules.set));
-        let migration = [FeatureIndex::MIGRATION, FeatureIndex::MIG_DEVICE_STATE, FeatureIndex::MIG_DATA_SIZE];
-        let logging = [FeatureIndex::DMA_LOGGING_START, FeatureIndex::DMA_LOGGING_STOP, FeatureIndex::DMA_LOGGING_REPORT];
+        let wrong_op =
+            rules.is_some_and(|rules| (op.contains(get) && !rules.get) || (op.contains(set) && !rules.set));
+        let migration =
+            [FeatureIndex::MIGRATION, FeatureIndex::MIG_DEVICE_STATE, FeatureIndex::MIG_DATA_SIZE];
+        let logging = [
+            FeatureIndex::DMA_LOGGING_START,
+            FeatureIndex::DMA_LOGGING_STOP,
+            FeatureIndex::DMA_LOGGING_REPORT,
+        ];
         let misuse = match shared.fault {
             Fault::IgnoresFlags => !known.contains(op),
             Fault::GetWithSet => op == get | set,
             Fault::NoOperation => op.is_empty(),
             Fault::KnowsEveryIndex => rules.is_none(),
-            Fault::ShortPayloads => !is_probe && [get, set].contains(&op) && !wrong_op && request.payload.len() < wants,
+            Fault::ShortPayloads => {
+                !is_probe && [get, set].contains(&op) && !wrong_op && request.payload.len() < wants
+            }
             Fault::WrongOperations => !is_probe && wrong_op,
             Fault::ProbesWrongOperations => is_probe && wrong_op && known.contains(op),
             _ => false,
@@ -300,8 +335,16 @@ impl Device for FaultyDevice {
         }
         match shared.fault {
             Fault::NoProbe if is_probe && op == FeatureOp::PROBE => return shared.refuse(Errno::EINVAL),
-            Fault::NoProbeOfBoth if op == FeatureOp::PROBE | get | set => return shared.refuse(Errno::EINVAL),
-            Fault::NoProbeOf(which) if index == which && op.bits() & !(get | set).bits() == FeatureOp::PROBE.bits() && !wrong_op && shared.now() == State::Running && shared.tick() > 1 => {
+            Fault::NoProbeOfBoth if op == FeatureOp::PROBE | get | set => {
+                return shared.refuse(Errno::EINVAL);
+            }
+            Fault::NoProbeOf(which)
+                if index == which
+                    && op.bits() & !(get | set).bits() == FeatureOp::PROBE.bits()
+                    && !wrong_op
+                    && shared.now() == State::Running
+                    && shared.tick() > 1 =>
+            {
                 return shared.refuse(Errno::EINVAL);
             }
             Fault::ProbeActs if is_probe && op.contains(set) && request.payload.len() >= 8 => {
@@ -316,14 +359,26 @@ impl Device for FaultyDevice {
                 shared.inner.feature(request)?;
                 return done(4);
             }
-            Fault::ShortStateAnswer if index == FeatureIndex::MIG_DEVICE_STATE && op == get && request.payload.len() == 8 && shared.tick() % 2 == 0 => {
+            Fault::ShortStateAnswer
+                if index == FeatureIndex::MIG_DEVICE_STATE
+                    && op == get
+                    && request.payload.len() == 8
+                    && shared.tick() % 2 == 0 =>
+            {
                 shared.inner.feature(request)?;
                 return done(4);
             }
-            Fault::WrongWithMoreRoom if index == FeatureIndex::MIGRATION && op == get && request.payload.len() > 8 => {
+            Fault::WrongWithMoreRoom
+                if index == FeatureIndex::MIGRATION && op == get && request.payload.len() > 8 =>
+            {
                 return shared.refuse(Errno::EINVAL);
             }
-            Fault::WithoutStopCopy | Fault::UnknownFlag if index == FeatureIndex::MIGRATION && op == get && request.payload.len() == 8 && known.contains(op) => {
+            Fault::WithoutStopCopy | Fault::UnknownFlag
+                if index == FeatureIndex::MIGRATION
+                    && op == get
+                    && request.payload.len() == 8
+                    && known.contains(op) =>
+            {
                 shared.inner.feature(request)?;
                 let flags: u64 = if shared.is(Fault::WithoutStopCopy) { 0b110 } else { 0b1_0111 };
                 request.payload[..8].copy_from_slice(&flags.to_ne_bytes());
@@ -332,19 +387,25 @@ impl Device for FaultyDevice {
             Fault::AbsentOddly if migration.contains(&index) && !is_probe && request.payload.len() == 8 => {
                 return shared.refuse(Errno::EIO);
             }
-            Fault::LogAbsent | Fault::LogAbsentOddly if logging.contains(&index) => {
+            Fault::LogAbsentOddly if logging.contains(&index) => {
                 let oddly = shared.is(Fault::LogAbsentOddly) && !is_probe;
                 return shared.refuse(if oddly { Errno::EIO } else { Errno::ENOTTY });
             }
-            Fault::SizeNotIn(state) if index == FeatureIndex::MIG_DATA_SIZE && op == get && shared.now() == state => {
+            Fault::SizeNotIn(state)
+                if index == FeatureIndex::MIG_DATA_SIZE && op == get && shared.now() == state =>
+            {
                 return shared.refuse(Errno::EBUSY);
             }
-            Fault::SizeIsZero | Fault::SizeIsHuge if index == FeatureIndex::MIG_DATA_SIZE && op == get && request.payload.len() == 8 => {
+            Fault::SizeIsZero | Fault::SizeIsHuge
+                if index == FeatureIndex::MIG_DATA_SIZE && op == get && request.payload.len() == 8 =>
+            {
                 let size: u64 = if shared.is(Fault::SizeIsZero) { 0 } else { 1 << 50 };
                 request.payload.copy_from_slice(&size.to_ne_bytes());
                 return done(8);
             }
-            Fault::V2Refused if index == FeatureIndex::MIG_PRECOPY_INFO_V2 && op == set => return shared.refuse(Errno::ENOTTY),
+            Fault::V2Refused if index == FeatureIndex::MIG_PRECOPY_INFO_V2 && op == set => {
+                return shared.refuse(Errno::ENOTTY);
+            }
             _ => {}
         }
         if !known.contains(op) || is_probe {
@@ -370,15 +431,23 @@ impl Device for FaultyDevice {
         let shared = &self.0;
         let now = shared.now();
         match shared.fault {
-            Fault::NoResetIn(state) if now == state && shared.tick() % 2 == 1 => return shared.refuse(Errno::EBUSY),
-            Fault::NoResetWhileLogging if now == State::Running && shared.inner.dma_logging_start(4096, &[]).is_err() => {
+            Fault::NoResetIn(state) if now == state && shared.tick() % 2 == 1 => {
+                return shared.refuse(Errno::EBUSY);
+            }
+            Fault::NoResetWhileLogging
+                if now == State::Running && shared.inner.dma_logging_start(4096, &[]).is_err() =>
+            {
                 return shared.refuse(Errno::EBUSY);
             }
             Fault::NoResetWhileLogging => {
                 let _ = shared.inner.dma_logging_stop();
             }
-            Fault::ResetsOnce if now == State::Running && shared.tick() % 3 == 0 => return shared.refuse(Errno::EBUSY),
-            Fault::NoWayBackFromBadLoad if shared.memory.swap(0, Ordering::SeqCst) == 1 => return shared.refuse(Errno::EIO),
+            Fault::ResetsOnce if now == State::Running && shared.tick() % 3 == 0 => {
+                return shared.refuse(Errno::EBUSY);
+            }
+            Fault::NoWayBackFromBadLoad if shared.memory.swap(0, Ordering::SeqCst) == 1 => {
+                return shared.refuse(Errno::EIO);
+            }
             Fault::ResetRefused => return shared.refuse(Errno::EIO),
             Fault::NotAfterHalfLoad if now == State::Resuming => shared.memory.store(1, Ordering::SeqCst),
             Fault::NotAfterHalfLoad => shared.memory.store(0, Ordering::SeqCst),
@@ -387,6 +456,7 @@ impl Device for FaultyDevice {
             _ => {}
         }
         shared.inner.reset()?;
+        shared.broken.store(false, Ordering::SeqCst);
         if shared.is(Fault::ResetStops) && shared.tick() % 2 == 1 {
             shared.inner.set_state(State::Stop)?;
         }
@@ -468,7 +538,15 @@ pub struct FaultyStream {
 impl FaultyStream {
     fn nothing(shared: &Arc<Faulty>) -> FaultyStream {
         let began_in = State::Running;
-        FaultyStream { shared: Arc::clone(shared), stream: None, loads: false, began_in, generation: 0, read: 0, ended: 0 }
+        FaultyStream {
+            shared: Arc::clone(shared),
+            stream: None,
+            loads: false,
+            began_in,
+            generation: 0,
+            read: 0,
+            ended: 0,
+        }
     }
 
     fn is_stale(&self) -> bool {
@@ -484,22 +562,34 @@ impl DataStream for FaultyStream {
         let Some(stream) = self.stream.as_mut() else { return shared.refuse(Errno::ENODEV) };
         let now = shared.now();
         let stopped = now == State::StopCopy;
+        if now == State::Error {
+            return match shared.fault {
+                Fault::ErrorKeepsSession => Ok(Chunk::End),
+                _ => shared.refuse(Errno::ENODEV),
+            };
+        }
         match shared.fault {
+            Fault::InfoTakesData if stopped && self.read == 99 => return Ok(Chunk::End),
             Fault::EndlessData if stopped => {
                 data.fill(7);
                 return Ok(Chunk::Data(data.len()));
             }
             Fault::NothingInStopCopy if stopped => return Ok(Chunk::NothingForNow),
             Fault::NoDataAtAll if stopped => return Ok(Chunk::End),
+            Fault::NoDataAfterPrecopy if stopped && self.began_in == State::PreCopy => return Ok(Chunk::End),
             Fault::NoDataIn(state) if stopped && self.began_in == state => return Ok(Chunk::End),
-            Fault::ResetLosesData if stopped && shared.memory.load(Ordering::SeqCst) == 7 => return Ok(Chunk::End),
+            Fault::ResetLosesData if stopped && shared.memory.load(Ordering::SeqCst) == 7 => {
+                return Ok(Chunk::End);
+            }
             Fault::SecondSessionEmpty if stopped && self.generation % 2 == 0 => return Ok(Chunk::End),
             Fault::EndsInPrecopy if now.is_pre_copy() => return Ok(Chunk::End),
             Fault::EndsInPrecopyLate if now.is_pre_copy() => {
                 let chunk = stream.read(data)?;
                 return Ok(if chunk == Chunk::NothingForNow { Chunk::End } else { chunk });
             }
-            Fault::PrecopyDiesInStopCopy if stopped && self.began_in.is_pre_copy() => return shared.refuse(Errno::ENODEV),
+            Fault::PrecopyDiesInStopCopy if stopped && self.began_in.is_pre_copy() => {
+                return shared.refuse(Errno::ENODEV);
+            }
             Fault::PrecopyDataIsLost if stopped && self.began_in.is_pre_copy() && self.read == 0 => {
                 self.read += 1;
                 let mut lost = vec![0; 5000];
@@ -521,7 +611,9 @@ impl DataStream for FaultyStream {
             Fault::ReadsFromOneThread if is_second_thread() => {
                 return if stopped { Ok(Chunk::End) } else { Ok(Chunk::NothingForNow) };
             }
-            Fault::RefusedSetEndsSession if shared.memory.load(Ordering::SeqCst) == 1 => return shared.refuse(Errno::ENODEV),
+            Fault::RefusedSetEndsSession if shared.memory.load(Ordering::SeqCst) == 1 => {
+                return shared.refuse(Errno::ENODEV);
+            }
             Fault::SmallReadsLose if data.len() < 16 => {
                 let mut more = vec![0; data.len() + 1];
                 let chunk = stream.read(&mut more)?;
@@ -585,6 +677,9 @@ impl DataStream for FaultyStream {
         let shared = Arc::clone(&self.shared);
         let stale = stream_is_stale(&shared, self.loads);
         let Some(stream) = self.stream.as_mut() else { return shared.refuse(Errno::ENODEV) };
+        if shared.now() == State::Error {
+            return if shared.is(Fault::ErrorKeepsSession) { Ok(()) } else { shared.refuse(Errno::ENODEV) };
+        }
         match shared.fault {
             Fault::WritesWhileSaving if !self.loads => return Ok(()),
             Fault::StaleWrites if stale => return Ok(()),
@@ -598,7 +693,9 @@ impl DataStream for FaultyStream {
                 return Ok(());
             }
             Fault::RefusesItsOwn if self.loads && data.len() > 64 => return shared.refuse(Errno::EINVAL),
-            Fault::RefusesTheFirstByte if self.loads && data.len() < 64 => return shared.refuse(Errno::EINVAL),
+            Fault::RefusesTheFirstByte if self.loads && data.len() < 64 => {
+                return shared.refuse(Errno::EINVAL);
+            }
             _ => {}
         }
         stream.write(data)
@@ -618,7 +715,7 @@ impl DataStream for FaultyStream {
             Fault::InfoTakesData => {
                 let info = answer?;
                 while let Chunk::Data(_) = stream.read(&mut [0; 4096])? {}
-                self.shared.memory.store(9, Ordering::SeqCst);
+                self.read = 99;
                 Ok(info)
             }
             _ => answer,
