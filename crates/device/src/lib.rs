@@ -60,11 +60,12 @@ mod whole;
 
 pub use describe::RegionView;
 pub use irqs::Irqs;
-pub use limosa_guest_memory::FileMapping;
+pub use limosa_guest_memory::{FileMapping, PinnedBytes};
 pub use loopback::Loopback;
 pub use machine::{FeatureDone, Machine, SessionId};
 pub use memory::{
-    Backing, Dma, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX, Mapping, Mappings, RemoteMemory,
+    Backing, DirtyWords, Dma, ExportedLog, ExportedMapping, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX,
+    Mapping, Mappings, MemoryKind, Pin, RemoteMemory, UNMAP_WAIT,
 };
 pub use model::{Description, Fault, IoEventFd, Irq, Migration, Model, Region, RegionMapping, Save};
 pub use whole::{Whole, WholeState};

@@ -1,5 +1,6 @@
 //! [`MappedFiles`]: the files of one client, each mapped once for all of its pieces.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -43,9 +44,22 @@ const SPARE_BYTES_MAX: u64 = MAPPED_BYTES_MAX / 4;
 pub struct MappedFiles {
     /// Those that pieces may share; some may be gone.
     windows: Mutex<Vec<(Key, Weak<Foreign<Window>>)>>,
+    /// Those that are open without a window; some may be gone.
+    open: Mutex<Vec<(Key, Weak<OpenFile>)>>,
     file_count: Arc<AtomicU64>,
     window_count: Arc<AtomicU64>,
     bytes: Arc<AtomicU64>,
+}
+
+/// A file of a client's that is open and not mapped.
+#[derive(Debug)]
+pub struct ClientFile(Foreign<Arc<OpenFile>>);
+
+impl ClientFile {
+    /// Its fd.
+    pub fn fd(&self) -> &Arc<OwnedFd> {
+        &self.0.fd
+    }
 }
 
 /// A file with one access mode.
@@ -113,6 +127,36 @@ impl MappedFiles {
             windows.push((key, Arc::downgrade(&window)));
         }
         FileMapping::in_window(&window, offset, bytes, read, write)
+    }
+
+    /// Keeps a file open that is not mapped. One that is memory is shared with all that are opened so; any other is
+    /// one of [`FILES_MAX`] each time. EACCES when memory is not open for what is asked; E2BIG beyond the limit.
+    pub fn open(
+        &self,
+        fd: ForeignFd,
+        (read, write): (bool, bool),
+        is_memory: bool,
+    ) -> Result<ClientFile, Errno> {
+        if !is_memory {
+            let counted = self.count_file()?;
+            let file = Arc::new(OpenFile::new(fd.into_inner(), Some(counted)));
+            return Ok(ClientFile(Foreign::new(file)));
+        }
+        check_mode(&fd, Piece { offset: 0, bytes: 0, read, write })?;
+        let about = rustix::fs::fstat(&fd).map_err(errno)?;
+        let device = (rustix::fs::major(about.st_dev), rustix::fs::minor(about.st_dev));
+        let key = Key { device, inode: about.st_ino, is_writable: write };
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) =
+            open.iter().filter(|(other, _)| *other == key).find_map(|(_, file)| file.upgrade())
+        {
+            return Ok(ClientFile(Foreign::harmless(file)));
+        }
+        let counted = self.count_file()?;
+        let file = Arc::new(OpenFile::new(fd.into_inner(), Some(counted)));
+        open.retain(|(_, file)| file.strong_count() > 0);
+        open.push((key, Arc::downgrade(&file)));
+        Ok(ClientFile(Foreign::harmless(file)))
     }
 
     /// A window that holds a piece of a file, larger than it where that can be had.

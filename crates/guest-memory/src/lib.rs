@@ -5,11 +5,13 @@
 mod count;
 mod files;
 mod mapping;
+mod pinned;
 mod sigbus;
 #[cfg(test)]
 mod tests;
 mod window;
 
-pub use files::{FILES_MAX, MAPPED_BYTES_MAX, MappedFiles, WINDOWS_MAX};
+pub use files::{ClientFile, FILES_MAX, MAPPED_BYTES_MAX, MappedFiles, WINDOWS_MAX};
 pub use mapping::FileMapping;
+pub use pinned::PinnedBytes;
 pub use window::kernel_mappings_max;

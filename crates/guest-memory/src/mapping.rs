@@ -9,6 +9,7 @@ use std::sync::atomic::fence;
 use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 
+use crate::pinned::PinnedBytes;
 use crate::sigbus::Slot;
 use crate::window::{FileSystem, OpenFile, Window};
 
@@ -87,9 +88,23 @@ impl FileMapping {
         false
     }
 
-    /// The file, and where in it the mapping starts.
-    pub fn file(&self) -> (&OwnedFd, u64) {
+    /// The file, and where in it the mapping starts. All mappings that share a window of the kernel's share the fd too.
+    pub fn file(&self) -> (&Arc<OwnedFd>, u64) {
         (&self.window.file().fd, self.window.offset_of(self.start))
+    }
+
+    /// Keeps a range mapped for whoever uses its address. EFAULT outside the mapping, and when it was not made for what is
+    /// asked.
+    pub fn pin(&self, offset: u64, bytes: usize, read: bool, write: bool) -> Result<PinnedBytes, Errno> {
+        let fits = offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes);
+        if !fits || (read && !self.is_readable) || (write && !self.is_writable) {
+            return Err(Errno::EFAULT);
+        }
+        // SAFETY: offset is at most `self.bytes`, and so many bytes from `start` on are mapped.
+        let start = unsafe { self.start.add(offset as usize) };
+        let since = self.epoch();
+        let (slot, window) = (self.slot, Arc::clone(&self.window));
+        Ok(PinnedBytes { start, bytes, is_readable: read, is_writable: write, since, slot, window })
     }
 
     /// Reads. EFAULT outside the mapping, when it was not made for reading, and when a page is not there; then

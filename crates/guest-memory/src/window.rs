@@ -27,14 +27,14 @@ static WINDOWS: LazyLock<Arc<AtomicU64>> = LazyLock::new(Arc::default);
 /// A file that is mapped, open once for all of its windows with one access mode.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
-    pub(crate) fd: OwnedFd,
+    pub(crate) fd: Arc<OwnedFd>,
     /// Where it is counted.
     _counted: Option<Counted>,
 }
 
 impl OpenFile {
     pub(crate) fn new(fd: OwnedFd, counted: Option<Counted>) -> OpenFile {
-        OpenFile { fd, _counted: counted }
+        OpenFile { fd: Arc::new(fd), _counted: counted }
     }
 }
 
@@ -129,7 +129,7 @@ impl Window {
         let counted = Counted::new(&WINDOWS, 1, kernel_mappings_max())?;
         // SAFETY: the kernel chooses where, so no memory that is in use changes.
         let base =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), mapped, protection, flags, &file.fd, offset) };
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), mapped, protection, flags, &*file.fd, offset) };
         let base = base.map_err(errno)?;
         not_dumped(base, mapped);
         // SAFETY: the range was mapped just now, nobody else knows it, and it is given back before it is unmapped.
@@ -204,7 +204,7 @@ impl Window {
         // hugetlbfs makes a file longer that is mapped beyond its end, and what a peer truncated is to stay so. Until the file
         // is long enough, the cover stays.
         if self.has_huge_pages
-            && !rustix::fs::fstat(&self.file.fd)
+            && !rustix::fs::fstat(&*self.file.fd)
                 .is_ok_and(|stat| offset + bytes as u64 <= stat.st_size as u64)
         {
             return false;
@@ -212,7 +212,7 @@ impl Window {
         let flags = self.flags | MapFlags::FIXED;
         // SAFETY: covers are whole pages of this window, which replace what the handler put there; accesses to it go through
         // raw pointers and expect any bytes.
-        match unsafe { rustix::mm::mmap(start, bytes, self.protection, flags, &self.file.fd, offset) } {
+        match unsafe { rustix::mm::mmap(start, bytes, self.protection, flags, &*self.file.fd, offset) } {
             Ok(_) => {
                 not_dumped(start, bytes);
                 true

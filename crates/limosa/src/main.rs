@@ -30,7 +30,6 @@ use std::ffi::OsStr;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::FromArgMatches;
 use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
@@ -46,8 +45,7 @@ fn main() -> ExitCode {
         Ok(true) => return ExitCode::SUCCESS,
         Err(error) => return ExitCode::from(exit::tell(&error, &Output::new(false)) as u8),
     }
-    let matches = args::command().try_get_matches();
-    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+    let cli = match args::parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
             return ExitCode::from(exit::tell_usage(&error, &Output::new(json_is_asked_for())) as u8);

@@ -349,3 +349,18 @@ fn logs_without_a_terminal_have_no_escape_codes() {
     assert!(ended.err.contains("phase=\"pre-copy\"") && !ended.err.contains('\x1b'), "{}", ended.err);
     ended.ok();
 }
+
+#[test]
+fn what_is_saved_and_where_to_may_have_an_option_between_them() {
+    let folder = Folder::new();
+    let [a, b] = ["a.sock", "b.sock"].map(|name| folder.device(name, &[]));
+    let [first, second] = ["first.lmsa", "second.lmsa"].map(|name| folder.text(name));
+    limosa(&["save", &a.socket, "--device", &b.socket, &first]).ok();
+    limosa(&["save", "--device", &b.socket, &second]).ok();
+    let devices =
+        |file: &str| limosa(&["--json", "inspect", file]).json()["devices"].as_array().unwrap().len();
+    assert_eq!([&first, &second].map(|file| devices(file)), [2, 1]);
+    limosa(&["save", &folder.text("third.lmsa")])
+        .fails(2, &["third.lmsa is where to save", "DEVICE", "limosa save"]);
+    assert!(!folder.path("third.lmsa").exists());
+}

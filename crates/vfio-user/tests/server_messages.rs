@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use common::Served;
 use common::device::*;
 use common::raw::*;
+use limosa_vfio_user::server::Options;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -192,6 +193,39 @@ fn memory_with_an_fd_is_read_and_written() {
     let all = bytes![24u32, 2u32, 0u64, 0u64];
     assert_eq!(raw.call(DMA_UNMAP, &all).ok().body, bytes![24u32, 2u32, 0u64, 3 * 4096u64]);
     assert_eq!(raw.call(DMA_UNMAP, &all).ok().body, all);
+}
+
+#[test]
+fn a_file_that_is_not_to_be_mapped_was_mapped_all_the_same() {
+    const FILE_IO: u32 = 1 << 3;
+    let maps = || std::fs::read_to_string("/proc/self/maps").unwrap().matches("by-file-io").count();
+    let map = |raw: &mut Raw, flags: u32, offset: u64, fd: std::os::fd::BorrowedFd<'_>| {
+        let map = bytes![32u32, 3 | flags, offset, 0u64, 4096u64];
+        raw.call_fds(DMA_MAP, &map, &[fd])
+    };
+    let served = Served::with(TestDevice::new().machine(), Options { any_file: true, ..Options::default() });
+    let mut raw = served.peer();
+    let memory = memfd_create("by-file-io", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&memory, 8192).unwrap();
+    map(&mut raw, FILE_IO, 4096, memory.as_fd()).ok();
+    rustix::io::pwrite(&memory, b"from the client", 4096).unwrap();
+    raw.region_write(BAR2, 0, &bytes![DMA_READ_NOW, 0u64, 15u64]).ok();
+    assert_eq!(&raw.region_read(BAR2, 64 << 10, 15).ok().body[16..], b"from the client");
+    assert_eq!(maps(), 0);
+    raw.call(DMA_UNMAP, &bytes![24u32, 0u32, 0u64, 4096u64]).ok();
+    // A file that cannot be mapped.
+    let own = std::fs::File::options().read(true).write(true).open("/proc/self/mem").unwrap();
+    let buffer =
+        std::sync::Arc::new([std::sync::atomic::AtomicU64::new(0), std::sync::atomic::AtomicU64::new(0)]);
+    let address = &raw const *buffer as u64;
+    assert_ne!(map(&mut raw, 0, address & !4095, own.as_fd()).refused(), 0);
+    map(&mut raw, FILE_IO, address & !4095, own.as_fd()).ok();
+    raw.region_write(BAR2, 0, &bytes![DMA_WRITE_NOW, address & 4095, 8u64]).ok();
+    assert_eq!(buffer[0].load(std::sync::atomic::Ordering::Relaxed).to_ne_bytes(), *b"from the");
+    // Where only memory may be used, it is refused, and not read by a call that could wait.
+    let served = Served::new();
+    map(&mut served.peer(), FILE_IO, address & !4095, own.as_fd()).refused();
+    map(&mut served.peer(), FILE_IO, 0, memory.as_fd()).ok();
 }
 
 #[test]

@@ -173,7 +173,7 @@ impl Machine {
     /// that a client that comes back finds the device as it was left.
     pub fn client_gone(&self) {
         let _ = self.mappings.logging_stop();
-        self.mappings.unmap_all();
+        self.mappings.clear();
         self.bus.irqs.disable_all();
     }
 

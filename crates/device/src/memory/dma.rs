@@ -7,6 +7,7 @@ use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use super::Pin;
 use super::table::{Memory, Space};
 
 /// Guest memory as a device reaches it: it reads, writes and marks pages, and cannot change what is mapped. A clone is
@@ -31,6 +32,7 @@ impl Dma {
             let (piece, after) = rest.split_at_mut(mapped.reach(iova, rest.len()));
             match &mapped.memory {
                 Memory::File(file) => file.read(iova - mapped.iova, piece)?,
+                Memory::FileIo(file) => file.read(iova - mapped.iova, piece)?,
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
                     drop(table);
@@ -54,6 +56,7 @@ impl Dma {
             let (piece, after) = rest.split_at(mapped.reach(iova, rest.len()));
             let done = match &mapped.memory {
                 Memory::File(file) => file.write(iova - mapped.iova, piece),
+                Memory::FileIo(file) => file.write(iova - mapped.iova, piece),
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
                     // An unmap that takes the log with it may come before the answer.
@@ -82,6 +85,24 @@ impl Dma {
         if bytes > 0 {
             self.space.read_lock().mark(iova, usize::try_from(bytes).unwrap_or(usize::MAX));
         }
+    }
+
+    /// Pins a range for data that a system call or io_uring moves, without a copy. `access` is what the device does there: with
+    /// WRITE, the pages are in the dirty log once the pin is dropped.
+    ///
+    /// EINVAL for an empty range or access; EFAULT as for [`Dma::read`]; ENOTSUP where the memory is not mapped into this process,
+    /// as when it is reached by messages: read and write it; EBUSY while it is being unmapped.
+    pub fn pin(&self, iova: u64, bytes: u64, access: DmaMapFlags) -> Result<Pin, Errno> {
+        Pin::new(&self.space, iova, bytes, access)
+    }
+
+    /// Calls `hook` with address and size before what is mapped there is unmapped, so that the device drops its pins. A size of
+    /// `u64::MAX` from 0 on is everything. It is called on the client's thread, with no lock of the memory held; accesses
+    /// still succeed. If pins are left [`UNMAP_WAIT`](super::UNMAP_WAIT) later, the unmap fails with EBUSY.
+    ///
+    /// The memory holds the hook for as long as it lives itself: one that holds a `Dma` keeps it for good.
+    pub fn before_unmap(&self, hook: impl Fn(u64, u64) + Send + Sync + 'static) {
+        self.space.leaving.add_hook(Arc::new(hook));
     }
 
     /// Reads a structure, such as a descriptor. Errors as for [`Dma::read`].

@@ -12,7 +12,10 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use limosa_protocol::Errno;
-use limosa_protocol::bitmap::{DirtyBitmap, Grid};
+use limosa_protocol::bitmap::{DirtyBitmap, Grid, words_for};
+use limosa_protocol::feature::DmaLoggingRange;
+
+use super::export::{DirtyWords, ExportedLog};
 
 /// How many pages a log can have: 8 TiB at 4 KiB, 256 MiB of bitmap when the device has written everywhere.
 pub const PAGES_MAX: u64 = 1 << 31;
@@ -26,6 +29,9 @@ const PAGE_SIZE_MAX: u64 = 1 << 30;
 /// When everything is logged, bitmaps come in multiples of so many pages, so that many small mappings side by side
 /// do not have one each.
 const WINDOW_PAGES: u64 = 4096;
+
+/// A log is exported in pieces of so many pages, without those that are clean.
+const EXPORTED_PAGES: u64 = 1 << 18;
 
 pub(super) struct Log {
     page_size: u64,
@@ -122,6 +128,64 @@ impl Log {
             let (first, last) = (first.max(segment.grid.iova), last.min(segment.last));
             segment.bitmap.report_exclusive(segment.grid, words, to, first, last - first + 1);
         }
+    }
+
+    /// The log as it is.
+    pub(super) fn export(&self) -> ExportedLog {
+        let range = |segment: &Segment| DmaLoggingRange {
+            iova: segment.grid.iova,
+            // A segment does not have all 2^64, for its pages would be too many.
+            length: segment.last - segment.grid.iova + 1,
+        };
+        let mut dirty = Vec::new();
+        for segment in &self.segments {
+            let pages = segment.bitmap.pages();
+            for first in (0..pages).step_by(EXPORTED_PAGES as usize) {
+                let pages = EXPORTED_PAGES.min(pages - first);
+                let mut words = vec![0; words_for(pages)];
+                segment.bitmap.read(first, pages, &mut words);
+                if words.iter().any(|word| *word != 0) {
+                    let iova = segment.grid.iova + (first << segment.shift);
+                    dirty.push(DirtyWords { iova, pages, words });
+                }
+            }
+        }
+        let ranges = self.segments.iter().map(range).collect();
+        ExportedLog { page_size: self.page_size, everything: self.everything, ranges, dirty }
+    }
+
+    /// A log as it was. EINVAL for one that cannot be; else errors as for [`Log::new`].
+    pub(super) fn import(from: &ExportedLog) -> Result<Log, Errno> {
+        let page_size = from.page_size;
+        if !page_size.is_power_of_two() || page_size_for(page_size) != page_size {
+            return Err(Errno::EINVAL);
+        }
+        let mut log =
+            Log { page_size, everything: from.everything, segments: Vec::new(), hint: AtomicUsize::new(0) };
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        for range in &from.ranges {
+            let last = range.length.checked_sub(1).and_then(|more| range.iova.checked_add(more));
+            let last = last.ok_or(Errno::EINVAL)?;
+            let is_whole = range.iova.is_multiple_of(page_size) && last % page_size == page_size - 1;
+            if !is_whole || ranges.last().is_some_and(|before| before.1 >= range.iova) {
+                return Err(Errno::EINVAL);
+            }
+            ranges.push((range.iova, last));
+        }
+        log.add(ranges)?;
+        for dirty in &from.dirty {
+            let segment = log.segments.get(log.first_ending_at(dirty.iova)).ok_or(Errno::EINVAL)?;
+            let from = dirty.iova.checked_sub(segment.grid.iova).ok_or(Errno::EINVAL)?;
+            let first = from >> segment.shift;
+            let fits = from.is_multiple_of(page_size)
+                && first.checked_add(dirty.pages).is_some_and(|end| end <= segment.bitmap.pages())
+                && dirty.words.len() == words_for(dirty.pages);
+            if !fits {
+                return Err(Errno::EINVAL);
+            }
+            segment.bitmap.or_words(first, &dirty.words, dirty.pages);
+        }
+        Ok(log)
     }
 
     /// The range of whole pages, or windows of pages, round a range.

@@ -2,6 +2,9 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use limosa_foreign_fd::ForeignFd;
 use limosa_guest_memory::MappedFiles;
@@ -11,16 +14,25 @@ use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN, check_report, check_start};
 
+use super::file_io::{self, FileIo};
 use super::log::{self, Log};
+use super::pin::UNMAP_WAIT;
 use super::table::{Mapped, Memory, Space};
 use super::{Backing, Dma, Mapping};
 
 /// Guest memory as a device's client drives it: it maps and unmaps, and asks the log for what the device wrote. The
 /// device itself has a [`Dma`].
-#[derive(Default)]
 pub struct Mappings {
-    space: Arc<Space>,
+    pub(super) space: Arc<Space>,
     files: MappedFiles,
+    unmap_wait_ns: AtomicU64,
+}
+
+impl Default for Mappings {
+    fn default() -> Mappings {
+        let unmap_wait_ns = AtomicU64::new(UNMAP_WAIT.as_nanos() as u64);
+        Mappings { space: Arc::default(), files: MappedFiles::default(), unmap_wait_ns }
+    }
 }
 
 impl Mappings {
@@ -55,6 +67,15 @@ impl Mappings {
                 }
                 Err(_) => return Err(Errno::ENOTSUP),
             },
+            Backing::FileIo { fd, offset, any_file } => {
+                let (fd, is_memory) = match fd.into_memory() {
+                    Ok(fd) => (ForeignFd::harmless(fd), true),
+                    Err(fd) if any_file && fd.is_regular_file() => (fd, false),
+                    Err(_) => return Err(Errno::ENOTSUP),
+                };
+                file_io::check(&fd, offset, size, flags)?;
+                Memory::FileIo(FileIo::new(self.files.open(fd, access, is_memory)?, offset))
+            }
             Backing::Remote(remote) => Memory::Remote(remote),
         };
         let mut table = self.space.write_lock();
@@ -63,15 +84,17 @@ impl Mappings {
         if let Some(log) = &mut table.log {
             log.cover(iova, last)?;
         }
-        table.mappings.insert(at, Mapped { iova, last, flags, memory });
+        let (pins, is_leaving) = (Arc::default(), false);
+        table.mappings.insert(at, Mapped { iova, last, flags, memory, pins, is_leaving });
         Ok(())
     }
 
     /// Removes the mappings that lie wholly in the range, and returns how many bytes these had: 0 when none is there, as
     /// for the kernel's type1 (`vfio_iommu_type1.c: vfio_dma_do_unmap`). EINVAL when one lies partly in the range, and for
-    /// a range that is empty or ends beyond 2^64; then nothing is unmapped.
+    /// a range that is empty or ends beyond 2^64; EBUSY when one is still pinned, [`UNMAP_WAIT`] after the device was told
+    /// ([`Dma::before_unmap`]). On an error nothing is unmapped.
     pub fn unmap(&self, iova: u64, size: u64) -> Result<u64, Errno> {
-        self.unmap_with(iova, last_of(iova, size)?, |_| Ok(()))
+        self.unmap_with(iova, last_of(iova, size)?, false, |_| Ok(()))
     }
 
     /// The same, and sets the bits of the pages in the range that were written since the last report, as
@@ -86,26 +109,61 @@ impl Mappings {
     ) -> Result<u64, Errno> {
         let last = last_of(iova, size)?;
         check_bitmap(size, page_size, words)?;
-        self.unmap_with(iova, last, |log| {
+        // Also before the device is told.
+        if self.space.read_lock().log.is_none() {
+            return Err(Errno::EINVAL);
+        }
+        self.unmap_with(iova, last, false, |log| {
             log.ok_or(Errno::EINVAL)?.report(iova, last, Grid { iova, page_size }, words);
             Ok(())
         })
     }
 
-    /// Removes every mapping, and returns how many bytes these had, at most `u64::MAX`.
-    pub fn unmap_all(&self) -> u64 {
-        self.unmap_with(0, u64::MAX, |_| Ok(())).expect("no mapping lies partly in all addresses")
+    /// Removes every mapping, and returns how many bytes these had, at most `u64::MAX`. EBUSY as for [`Mappings::unmap`].
+    pub fn unmap_all(&self) -> Result<u64, Errno> {
+        self.unmap_with(0, u64::MAX, false, |_| Ok(()))
+    }
+
+    /// Removes every mapping, as their client is gone. The device is told and gets [`UNMAP_WAIT`] to drop its pins; what it
+    /// pins longer stays mapped in this process for as long, and belongs to no address any more.
+    pub fn clear(&self) {
+        if let Err(errno) = self.unmap_with(0, u64::MAX, true, |_| Ok(())) {
+            tracing::error!(%errno, "the mappings of a client that is gone stay");
+        }
+    }
+
+    /// Changes how long an unmap waits for pins.
+    pub fn set_unmap_wait(&self, limit: Duration) {
+        self.unmap_wait_ns.store(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 
     fn unmap_with(
         &self,
         iova: u64,
         last: u64,
+        also_pinned: bool,
         report: impl FnOnce(Option<&mut Log>) -> Result<(), Errno>,
     ) -> Result<u64, Errno> {
+        let _turn = self.space.leaving.turn();
+        // What is refused is refused before the device is told.
+        self.space.read_lock().wholly_in(iova, last)?;
+        self.space.leaving.announce(iova, (last - iova).saturating_add(1));
         let mut table = self.space.write_lock();
         let gone = table.wholly_in(iova, last)?;
-        report(table.log.as_mut())?;
+        let pinned = table.leave(gone);
+        if !pinned.is_empty() {
+            drop(table);
+            self.space.leaving.wait(&pinned, Duration::from_nanos(self.unmap_wait_ns.load(Relaxed)));
+            table = self.space.write_lock();
+        }
+        // Mappings of the range that came meanwhile go too.
+        let gone = table.wholly_in(iova, last).and_then(|gone| {
+            if !also_pinned && table.is_pinned(gone.clone()) {
+                return Err(Errno::EBUSY);
+            }
+            report(table.log.as_mut()).map(|()| gone)
+        });
+        let gone = gone.inspect_err(|_| table.stay(iova, last))?;
         let gone = table.remove(gone);
         drop(table);
         // Nobody can find them any more, so the lock is not held for the system calls.

@@ -7,8 +7,11 @@
 //! because whoever brings the answer may have to unmap first.
 
 mod dma;
+mod export;
+mod file_io;
 mod log;
 mod mappings;
+mod pin;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -21,9 +24,11 @@ use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 
 pub use dma::Dma;
+pub use export::{DirtyWords, ExportedLog, ExportedMapping, MemoryKind};
 pub use limosa_guest_memory::MAPPED_BYTES_MAX;
 pub use log::PAGES_MAX as LOGGED_PAGES_MAX;
 pub use mappings::Mappings;
+pub use pin::{Pin, UNMAP_WAIT};
 
 /// How many mappings a client can have at a time: what QEMU announces as `max_dma_maps`.
 pub const MAPPINGS_MAX: usize = 65535;
@@ -58,6 +63,16 @@ pub enum Backing {
         /// Where the mapping starts in it; need not be page-aligned.
         offset: u64,
     },
+    /// In a file, reached by pread(2) and pwrite(2): for one that cannot be mapped, or should not be. Each access is a system call.
+    FileIo {
+        /// The file.
+        fd: ForeignFd,
+        /// Where the mapping starts in it.
+        offset: u64,
+        /// Also a regular file that is not memory, such as `/proc/PID/mem`. What [`Backing::AnyFile`] says of waiting holds here
+        /// too.
+        any_file: bool,
+    },
     /// With the client, reached by messages.
     Remote(Arc<dyn RemoteMemory>),
 }
@@ -67,6 +82,7 @@ impl fmt::Debug for Backing {
         match self {
             Backing::File { fd, offset } => write!(f, "File({fd:?} at {offset:#x})"),
             Backing::AnyFile { fd, offset } => write!(f, "AnyFile({fd:?} at {offset:#x})"),
+            Backing::FileIo { fd, offset, .. } => write!(f, "FileIo({fd:?} at {offset:#x})"),
             Backing::Remote(_) => f.write_str("Remote"),
         }
     }

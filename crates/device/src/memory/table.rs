@@ -9,13 +9,16 @@ use limosa_guest_memory::FileMapping;
 use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 
+use super::file_io::FileIo;
 use super::log::Log;
+use super::pin::Leaving;
 use super::{MAPPINGS_MAX, RemoteMemory};
 
-/// The table, and the lock over it.
+/// The table, the lock over it, and what waits for pins.
 #[derive(Default)]
 pub(super) struct Space {
     table: RwLock<Table>,
+    pub(super) leaving: Leaving,
 }
 
 impl Space {
@@ -45,10 +48,15 @@ pub(super) struct Mapped {
     pub(super) last: u64,
     pub(super) flags: DmaMapFlags,
     pub(super) memory: Memory,
+    /// How many pins there are.
+    pub(super) pins: Arc<AtomicUsize>,
+    /// It is about to be unmapped, and can no longer be pinned.
+    pub(super) is_leaving: bool,
 }
 
 pub(super) enum Memory {
     File(FileMapping),
+    FileIo(FileIo),
     Remote(Arc<dyn RemoteMemory>),
 }
 
@@ -98,12 +106,17 @@ impl Table {
 
     /// The indexes of the mappings in a range. EINVAL when one is partly in it.
     pub(super) fn wholly_in(&self, iova: u64, last: u64) -> Result<Range<usize>, Errno> {
-        let first = self.first_ending_at(iova);
-        let end = first + self.mappings[first..].partition_point(|mapped| mapped.iova <= last);
-        let found = &self.mappings[first..end];
+        let range = self.touching(iova, last);
+        let found = &self.mappings[range.clone()];
         let is_cut = found.first().is_some_and(|mapped| mapped.iova < iova)
             || found.last().is_some_and(|mapped| mapped.last > last);
-        if is_cut { Err(Errno::EINVAL) } else { Ok(first..end) }
+        if is_cut { Err(Errno::EINVAL) } else { Ok(range) }
+    }
+
+    /// The indexes of the mappings of which a part is in a range.
+    pub(super) fn touching(&self, iova: u64, last: u64) -> Range<usize> {
+        let first = self.first_ending_at(iova);
+        first..first + self.mappings[first..].partition_point(|mapped| mapped.iova <= last)
     }
 
     pub(super) fn remove(&mut self, range: Range<usize>) -> Vec<Mapped> {

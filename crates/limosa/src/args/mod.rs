@@ -8,7 +8,8 @@ mod values;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use limosa_host::{Group, User};
 use limosa_protocol::State;
 
@@ -126,6 +127,19 @@ pub enum Door {
 /// some.
 pub fn command() -> clap::Command {
     with_notes(Cli::command())
+}
+
+/// The command line that was typed.
+pub fn parse() -> Result<Cli, clap::Error> {
+    let cli = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches))?;
+    if let Command::Save(save) = &cli.command {
+        save.check().map_err(|message| {
+            let mut whole = command();
+            let save = whole.find_subcommand_mut("save").expect("it was just parsed");
+            save.error(ErrorKind::MissingRequiredArgument, message)
+        })?;
+    }
+    Ok(cli)
 }
 
 fn with_notes(command: clap::Command) -> clap::Command {

@@ -1,7 +1,8 @@
 //! What commands that move devices take.
 
+use std::ffi::{OsStr, OsString};
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -32,6 +33,56 @@ impl Devices {
     }
 }
 
+/// The devices of a save, and where they are saved.
+///
+/// The two names without an option are one argument for clap: of an argument that may be left out and one that may not, it
+/// finds the second only where no option stands between them.
+#[derive(Debug, Args)]
+pub struct SaveNames {
+    /// The device, where --device or --memory does not name all there is, and a file or s3://BUCKET/KEY, which appears when
+    /// it is whole.
+    #[arg(value_names = ["DEVICE", "FILE"], num_args = 1..=2, required = true)]
+    names: Vec<OsString>,
+
+    /// A further device; many times. All of them move as one, and the first here becomes the first there, the
+    /// second the second.
+    #[arg(long = "device", id = "more", value_name = "DEVICE")]
+    more: Vec<String>,
+}
+
+impl Save {
+    /// What clap cannot check: that there is something to save, and that a device's name is text.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let device = self.names.names.split_last().and_then(|(_, device)| device.first());
+        if device.is_none() && self.names.more.is_empty() && self.memory.memory.is_empty() {
+            let file = self.names.file().display();
+            return Err(format!(
+                "{file} is where to save; what to save is missing: DEVICE, --device or --memory"
+            ));
+        }
+        match device {
+            Some(device) if device.to_str().is_none() => {
+                Err(format!("{}: expected a device's name in UTF-8", device.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl SaveNames {
+    /// All devices, in their order.
+    pub fn devices(&self) -> Vec<&str> {
+        let first = self.names.split_last().map_or(&[][..], |(_, device)| device);
+        let first = first.iter().filter_map(|name| name.to_str());
+        first.chain(self.more.iter().map(String::as_str)).collect()
+    }
+
+    /// Where they are saved.
+    pub fn file(&self) -> &Path {
+        Path::new(self.names.last().map_or(OsStr::new(""), OsString::as_os_str))
+    }
+}
+
 /// Where the report goes, besides standard output.
 #[derive(Debug, Args)]
 pub struct Reporting {
@@ -42,14 +93,10 @@ pub struct Reporting {
 }
 
 #[derive(Debug, Args)]
-#[command(allow_missing_positional = true, after_help = super::STORES)]
+#[command(override_usage = "limosa save [OPTIONS] [DEVICE] <FILE>", after_help = super::STORES)]
 pub struct Save {
     #[command(flatten)]
-    pub devices: Devices,
-
-    /// A file, or s3://BUCKET/KEY; appears when it is whole.
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
+    pub names: SaveNames,
 
     /// Replace a snapshot that is there already, when the new one is whole.
     #[arg(long)]

@@ -19,9 +19,10 @@ use crate::codec::{
     SingleWrite,
 };
 
-/// Flags of DMA_MAP that say how the file may be used: libvfio-user's MMAP and FILE_IO. Accepted,
-/// and not needed.
-const DMA_MAP_TOLERATED: u32 = 1 << 2 | 1 << 3;
+/// Flags of DMA_MAP that say how the file may be used, libvfio-user's access modes: by a mapping, which is the default, or by
+/// pread and pwrite.
+const DMA_MAP_MMAP: u32 = 1 << 2;
+const DMA_MAP_FILE_IO: u32 = 1 << 3;
 
 /// The longest bitmap that a DMA_UNMAP returns: 1 TiB of 4 KiB pages.
 const UNMAP_BITMAP_BYTES_MAX: u64 = 32 << 20;
@@ -88,14 +89,17 @@ impl Connection<'_> {
     }
 
     pub(super) fn dma_map(&mut self, job: &mut Job, map: DmaMapMessage) -> Handled {
-        let flags = DmaMapFlags::from_bits_retain(map.flags & !DMA_MAP_TOLERATED);
+        let flags = DmaMapFlags::from_bits_retain(map.flags & !(DMA_MAP_MMAP | DMA_MAP_FILE_IO));
         let known = DmaMapFlags::READ | DmaMapFlags::WRITE;
         if (map.argsz as usize) < DmaMapMessage::BYTES || !known.contains(flags) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
+        let by_file_io = map.flags & (DMA_MAP_MMAP | DMA_MAP_FILE_IO) == DMA_MAP_FILE_IO;
+        let (offset, any_file) = (map.offset, self.options.any_file);
         let backing = match job.fds.pop() {
-            Some(fd) if self.options.any_file => Backing::AnyFile { fd, offset: map.offset },
-            Some(fd) => Backing::File { fd, offset: map.offset },
+            Some(fd) if by_file_io => Backing::FileIo { fd, offset, any_file },
+            Some(fd) if any_file => Backing::AnyFile { fd, offset },
+            Some(fd) => Backing::File { fd, offset },
             None => Backing::Remote(Arc::new(ClientMemory {
                 link: Arc::clone(&self.link),
                 bytes_max: self.limits.map_or(1, |limits| limits.data_xfer_bytes_max as usize).max(1),
@@ -130,7 +134,7 @@ impl Connection<'_> {
         }
         let mut words = Vec::new();
         let unmapped = match (flags.contains(DmaUnmapFlags::ALL), &bitmap) {
-            (true, None) if unmap.address == 0 && unmap.size == 0 => Ok(mappings.unmap_all()),
+            (true, None) if unmap.address == 0 && unmap.size == 0 => mappings.unmap_all(),
             (true, _) => Err(Errno::EINVAL),
             (false, None) => mappings.unmap(unmap.address, unmap.size),
             (false, Some(bitmap)) => self.unmap_report(&unmap, bitmap, &mut words),

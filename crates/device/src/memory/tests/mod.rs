@@ -12,7 +12,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::*;
 
+mod export;
+mod file_io;
 mod log;
+mod pins;
 
 /// Both ends of one memory.
 struct GuestMemory {
@@ -204,7 +207,7 @@ fn bad_ranges_and_overlaps_are_refused() {
     assert_eq!(memory.unmap(0, 0x2000), Ok(0x2000), "two at once");
     assert_eq!(memory.unmap(0, 0x2000), Ok(0));
     assert_eq!(memory.read_obj::<u8>(0x2000), Ok(0));
-    memory.unmap_all();
+    memory.unmap_all().unwrap();
     assert_eq!(memory.read_obj::<u8>(0x2000), Err(Errno::EFAULT));
 }
 
@@ -230,7 +233,7 @@ fn mappings_are_limited() {
     assert_eq!(memory.map(remote(&client, 1, 1)), Err(Errno::E2BIG));
     memory.unmap(0, 1).unwrap();
     assert_eq!(memory.map(remote(&client, 1, 1)), Ok(()));
-    memory.unmap_all();
+    memory.unmap_all().unwrap();
     let (fd, half) = (memfd(PAGE), MAPPED_BYTES_MAX / 2);
     memory.map(file(&fd, 0, half, 0, RW)).unwrap();
     assert_eq!(memory.map(file(&fd, half, half + 1, 0, RW)), Err(Errno::E2BIG));
@@ -315,7 +318,7 @@ fn a_client_that_maps_page_by_page_reached_the_limit_of_the_process() {
     memory.write_obj(last + 8, &7u64).unwrap();
     assert_eq!(bytes_of(&fd, last + 8, 1), [7]);
     assert_eq!(memory.write(4095, &[1, 2]), Err(Errno::EFAULT), "what is between is not reached");
-    memory.unmap_all();
+    memory.unmap_all().unwrap();
     assert_eq!(kernel_mappings("page-by-page"), 0);
 }
 

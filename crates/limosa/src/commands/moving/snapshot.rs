@@ -24,7 +24,7 @@ use crate::side::Side;
 
 pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
-    let side = Side::source(opening, &args.devices.names(), &args.memory.memory, &args.stopping)?;
+    let side = Side::source(opening, &args.names.devices(), &args.memory.memory, &args.stopping)?;
     found::check_source(side.devices(), args.stopping.stopped, &Moves::new(args.moves.folder.as_deref()))?;
     found::check_stop_with(&args.stopping, side.devices().iter())?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
@@ -37,12 +37,12 @@ fn to_file(side: &Side, args: &args::Save, cancel: &Cancel, out: &Output) -> any
     let options = args.stop_limits.limit(Options::default().with_compress(args.compress));
     let (moved, ending) = (side.moved(), Ending::new(Work::Save, &args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
-    let place = Place::new(&args.file, args.replace)?;
+    let place = Place::new(args.names.file(), args.replace)?;
     let moves = Moves::new(args.moves.folder.as_deref());
     // A save is in doubt only where the guest stays stopped.
     let noting = match after {
         AfterSave::Run if !args.stopping.stops_the_guest() => None,
-        _ => Some(Noting::new(&moves, side, Target::Place(noted_name(&args.file)?))?),
+        _ => Some(Noting::new(&moves, side, Target::Place(noted_name(args.names.file())?))?),
     };
     let (guest, pages) = (Guest::source(&args.stopping, noting)?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();

@@ -1,0 +1,134 @@
+//! The mappings and the log as they are, for another process that goes on with the device: [`Mappings::export`],
+//! [`Mappings::export_log`], [`Mappings::import_log`].
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use limosa_foreign_fd::{Foreign, ForeignFd};
+use limosa_protocol::Errno;
+use limosa_protocol::feature::DmaLoggingRange;
+use limosa_protocol::info::DmaMapFlags;
+
+use super::log::Log;
+use super::table::Memory;
+use super::{Backing, Mapping, Mappings, RemoteMemory};
+
+/// A mapping as it is.
+#[derive(Clone, Debug)]
+pub struct ExportedMapping {
+    /// First address.
+    pub iova: u64,
+    /// Bytes.
+    pub size: u64,
+    /// What the device may do.
+    pub flags: DmaMapFlags,
+    /// How its memory is reached.
+    pub kind: MemoryKind,
+    /// The file, for all kinds but [`MemoryKind::Remote`]. Mappings of one file mostly share one. The last to drop it waits for
+    /// the file system, as a file may be the client's choice.
+    pub fd: Option<Arc<OwnedFd>>,
+    /// Where the mapping starts in the file.
+    pub offset: u64,
+}
+
+/// How a mapping's memory is reached ([`Backing`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// [`Backing::File`] or [`Backing::AnyFile`].
+    File,
+    /// [`Backing::FileIo`].
+    FileIo,
+    /// [`Backing::Remote`].
+    Remote,
+}
+
+impl ExportedMapping {
+    /// The mapping to be made elsewhere, with a file of its own. `any_file` and `remote` are what the new owner's client may do
+    /// and how it is reached.
+    pub fn to_mapping(&self, any_file: bool, remote: &Arc<dyn RemoteMemory>) -> io::Result<Mapping> {
+        let fd = || -> io::Result<ForeignFd> {
+            let fd = self.fd.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
+            Ok(Foreign::new(fd.as_fd().try_clone_to_owned()?))
+        };
+        let offset = self.offset;
+        let backing = match self.kind {
+            MemoryKind::File if any_file => Backing::AnyFile { fd: fd()?, offset },
+            MemoryKind::File => Backing::File { fd: fd()?, offset },
+            MemoryKind::FileIo => Backing::FileIo { fd: fd()?, offset, any_file },
+            MemoryKind::Remote => Backing::Remote(Arc::clone(remote)),
+        };
+        Ok(Mapping { iova: self.iova, size: self.size, flags: self.flags, backing })
+    }
+}
+
+/// A dirty log as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExportedLog {
+    /// Bytes.
+    pub page_size: u64,
+    /// Whether it is one of everything, and grows with what is mapped.
+    pub everything: bool,
+    /// What is logged, by address: whole pages, apart from each other.
+    pub ranges: Vec<DmaLoggingRange>,
+    /// The pages that were written and not reported.
+    pub dirty: Vec<DirtyWords>,
+}
+
+/// A piece of a dirty log, of pages within one of its ranges.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirtyWords {
+    /// The address of bit 0's page.
+    pub iova: u64,
+    /// How many pages.
+    pub pages: u64,
+    /// A bit for each page, in words of 64.
+    pub words: Vec<u64>,
+}
+
+impl Mappings {
+    /// The mappings, by address.
+    pub fn export(&self) -> Vec<ExportedMapping> {
+        let table = self.space.read_lock();
+        let exported = |mapped: &super::table::Mapped| {
+            let (kind, fd, offset) = match &mapped.memory {
+                Memory::File(file) => {
+                    let (fd, offset) = file.file();
+                    (MemoryKind::File, Some(Arc::clone(fd)), offset)
+                }
+                Memory::FileIo(file) => {
+                    let (fd, offset) = file.file();
+                    (MemoryKind::FileIo, Some(Arc::clone(fd)), offset)
+                }
+                Memory::Remote(_) => (MemoryKind::Remote, None, 0),
+            };
+            let (iova, size, flags) = (mapped.iova, mapped.bytes(), mapped.flags);
+            ExportedMapping { iova, size, flags, kind, fd, offset }
+        };
+        table.mappings.iter().map(exported).collect()
+    }
+
+    /// The log, if there is one; nothing is taken from it. What the device writes later is not in it: it is to have stopped.
+    pub fn export_log(&self) -> Option<ExportedLog> {
+        // Marks are made under the shared lock; under this one there are none half made.
+        self.space.write_lock().log.as_ref().map(Log::export)
+    }
+
+    /// Makes an exported log this one's, with all that it has. EINVAL when logging is on, and for a log that cannot be: pages
+    /// of no power of two or not of 4 KiB to 1 GiB, ranges that are not whole pages, in order and apart, dirty pages outside
+    /// them; E2BIG as for [`Mappings::logging_start`]; ENOMEM.
+    ///
+    /// A log of everything is imported once the mappings are there, or before: it covers what is mapped.
+    pub fn import_log(&self, log: &ExportedLog) -> Result<(), Errno> {
+        let mut imported = Log::import(log)?;
+        let mut table = self.space.write_lock();
+        if table.log.is_some() {
+            return Err(Errno::EINVAL);
+        }
+        for mapped in &table.mappings {
+            imported.cover(mapped.iova, mapped.last)?;
+        }
+        table.log = Some(imported);
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+//! [`PinnedBytes`]: guest memory by its address, for system calls that move data to or from it.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use limosa_foreign_fd::Foreign;
+use limosa_protocol::Errno;
+
+use crate::sigbus::Slot;
+use crate::window::Window;
+
+/// A range of a [`FileMapping`](crate::FileMapping) that stays mapped as long as this lives, also when the mapping is gone.
+///
+/// Its address is for system calls: readv(2), writev(2), io_uring. These fail with EFAULT where a page is not there. Other
+/// processes and threads change the bytes at any time, so a reference to them must never be made.
+#[derive(Debug)]
+pub struct PinnedBytes {
+    pub(crate) start: NonNull<u8>,
+    pub(crate) bytes: usize,
+    pub(crate) is_readable: bool,
+    pub(crate) is_writable: bool,
+    /// The window's epoch at the beginning.
+    pub(crate) since: usize,
+    pub(crate) slot: &'static Slot,
+    pub(crate) window: Arc<Foreign<Window>>,
+}
+
+// SAFETY: the pointer is to shared memory that is only ever accessed through raw pointers, by any thread; the window that it
+// points into lives as long as the value.
+unsafe impl Send for PinnedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for PinnedBytes {}
+
+/// Pieces that one system call takes (`limits.h: IOV_MAX`).
+const PIECES_MAX: usize = 1024;
+
+impl PinnedBytes {
+    /// Where the bytes are.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Whether all pages were there since the range was pinned: EFAULT when another access found one missing, and the data of
+    /// a system call may have gone nowhere. To be asked once the system call is done.
+    pub fn check(&self) -> Result<(), Errno> {
+        if self.slot.is_undisturbed(self.since) {
+            return Ok(());
+        }
+        self.window.settled(self.since, self.start.as_ptr(), self.bytes)
+    }
+
+    /// Reads from a file, from `offset` on, into ranges one after the other, as preadv(2) does: it may be less than they hold, and
+    /// 0 at the end of the file. EFAULT when one was not pinned for writing, or a page was not there.
+    pub fn read_from(ranges: &[PinnedBytes], file: impl AsFd, offset: u64) -> Result<usize, Errno> {
+        let parts = parts(ranges, |range| range.is_writable)?;
+        let (fd, offset) = (file.as_fd().as_raw_fd(), offset.try_into().map_err(|_| Errno::EINVAL)?);
+        // SAFETY: each part is mapped and writable until the ranges are dropped; whatever is written there, nobody has a
+        // reference to it.
+        moved(ranges, || unsafe { libc::preadv64(fd, parts.as_ptr(), parts.len() as i32, offset) })
+    }
+
+    /// Writes ranges to a file, from `offset` on, one after the other, as pwritev(2) does: it may be less than they hold. EFAULT
+    /// when one was not pinned for reading, or a page was not there.
+    pub fn write_to(ranges: &[PinnedBytes], file: impl AsFd, offset: u64) -> Result<usize, Errno> {
+        let parts = parts(ranges, |range| range.is_readable)?;
+        let (fd, offset) = (file.as_fd().as_raw_fd(), offset.try_into().map_err(|_| Errno::EINVAL)?);
+        // SAFETY: each part is mapped and readable until the ranges are dropped.
+        moved(ranges, || unsafe { libc::pwritev64(fd, parts.as_ptr(), parts.len() as i32, offset) })
+    }
+}
+
+fn parts(
+    ranges: &[PinnedBytes],
+    is_allowed: impl Fn(&PinnedBytes) -> bool,
+) -> Result<Vec<libc::iovec>, Errno> {
+    let part = |range: &PinnedBytes| {
+        let part = libc::iovec { iov_base: range.start.as_ptr().cast(), iov_len: range.bytes };
+        is_allowed(range).then_some(part).ok_or(Errno::EFAULT)
+    };
+    ranges.iter().take(PIECES_MAX).map(part).collect()
+}
+
+/// Makes a system call until no signal ends it early.
+fn moved(ranges: &[PinnedBytes], call: impl Fn() -> isize) -> Result<usize, Errno> {
+    loop {
+        if let Ok(bytes) = usize::try_from(call()) {
+            ranges.iter().try_for_each(PinnedBytes::check)?;
+            return Ok(bytes);
+        }
+        match std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) {
+            libc::EINTR => {}
+            errno => return Err(Errno::from_raw(errno.unsigned_abs())),
+        }
+    }
+}
