@@ -241,20 +241,27 @@ impl Suite {
     fn check(&mut self, check: &Arc<Check>, facts: &Arc<Facts>, destructive: bool) -> Checked {
         let begun = Instant::now();
         self.record.clear();
+        let mut ran = false;
         let outcome = match (facts.lacks(check.needs), &self.ended) {
             (Some(why), _) => Outcome::Skip(why.into()),
             (None, _) if check.destructive && !destructive => Outcome::Unsafe,
             (None, Some(end)) => Outcome::Skip(format!("the suite had ended: {}", end.why)),
             (None, None) if begun >= self.until => Outcome::Skip("the suite's time was up".into()),
-            (None, None) => self.run_one(check, facts),
+            (None, None) => {
+                ran = true;
+                self.run_one(check, facts)
+            }
         };
-        let requests = match outcome {
-            Outcome::Fail(_) => self.record.text(),
-            _ => Vec::new(),
-        };
-        if matches!(outcome, Outcome::Pass | Outcome::Fail(_)) && self.ended.is_none() {
+        let record = self.record.text();
+        let mut outcome = outcome;
+        if ran && self.ended.is_none() {
             self.restore(facts.has.contains(Needs::MIGRATION), facts.has.contains(Needs::LOGGING));
+            // What the check did has no way back.
+            if let (Some(end), Outcome::Pass) = (&self.ended, &outcome) {
+                outcome = Outcome::Fail(end.why.clone());
+            }
         }
+        let requests = if matches!(outcome, Outcome::Fail(_)) { record } else { Vec::new() };
         Checked {
             id: check.id.to_string(),
             family: check.family,

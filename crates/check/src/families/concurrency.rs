@@ -1,5 +1,6 @@
 //! Several threads at once: requests on one device are answered one by one, each by itself.
 
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_client::{Chunk, Device, DeviceExt, Error};
@@ -38,14 +39,18 @@ pub(super) fn checks() -> Vec<Check> {
 
 /// Drives the device while another thread asks.
 fn beside(t: &Trial, ask: impl Fn(&Trial) -> Verdict + Sync, drive: impl Fn(&Trial) -> Verdict) -> Verdict {
-    let done = AtomicBool::new(false);
+    let (done, begun) = (AtomicBool::new(false), Barrier::new(2));
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| -> Verdict {
-            while !done.load(Ordering::Relaxed) {
+            begun.wait();
+            loop {
                 ask(t)?;
+                if done.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
             }
-            Ok(())
         });
+        begun.wait();
         let driven = drive(t);
         done.store(true, Ordering::Relaxed);
         let asked = asking.join().unwrap_or_else(|_| fail("the thread that asks panicked"));

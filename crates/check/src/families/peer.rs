@@ -43,18 +43,6 @@ pub(super) fn checks() -> Vec<Check> {
             load(t, &peer, &data)?;
             leave(&peer)
         }),
-        check("peer.sees-the-same-regions", Needs::PEER, |t| {
-            let peer = open(t)?;
-            let sizes = |device: &dyn Device| -> Result<Vec<Option<u64>>, Stop> {
-                let count = device.info()?.num_regions.min(limosa_protocol::info::REGIONS_MAX);
-                Ok((0..count).map(|index| device.region(index).ok().map(|region| region.info.size)).collect())
-            };
-            let (own, other) = (sizes(t.device()?)?, sizes(&peer)?);
-            if own != other {
-                return skip("the two devices are of different kinds: their regions differ");
-            }
-            Ok(())
-        }),
     ]
 }
 

@@ -30,14 +30,16 @@ pub(super) fn checks() -> Vec<Check> {
             t.load(&sample, 64 << 10)?;
             t.go(State::Running).map(drop)
         }),
-        check("resuming.left-without-data", &["resuming.incomplete"], |t| incomplete(t, |_| Vec::new())),
-        check("resuming.first-byte-alone", &["resuming.incomplete"], |t| {
+        check("resuming.left-without-data", &["resuming.incomplete", "resuming.survive"], |t| {
+            incomplete(t, |_| Vec::new())
+        }),
+        check("resuming.first-byte-alone", &["resuming.incomplete", "resuming.survive"], |t| {
             incomplete(t, |data| data[..1].to_vec())
         }),
-        check("resuming.half", &["resuming.incomplete"], |t| {
+        check("resuming.half", &["resuming.incomplete", "resuming.survive"], |t| {
             incomplete(t, |data| data[..data.len() / 2].to_vec())
         }),
-        check("resuming.last-byte-missing", &["resuming.incomplete"], |t| {
+        check("resuming.last-byte-missing", &["resuming.incomplete", "resuming.survive"], |t| {
             incomplete(t, |data| data[..data.len() - 1].to_vec())
         }),
         check("resuming.zeros", &["resuming.validate"], |t| bad(t, |data| vec![0; data.len().max(64)])),

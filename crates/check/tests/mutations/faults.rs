@@ -66,6 +66,7 @@ faults! {
     SetsFromOneThread: "fsm.repeat", [SetsFromOneThread];
     ErrorFades: "fsm.from-error", [ErrorFades];
     ErrorKeepsSession: "fsm.error-session", [ErrorKeepsSession];
+    TakesUnsupported: "fsm.unsupported", [TakesUnsupported];
     StateGrows: "fsm.stop-quiet", [StateGrows];
 
     EndlessData: "stream.end", [EndlessData];
@@ -92,6 +93,7 @@ faults! {
     NoDataIn(State): "stream.end", [NoDataIn(State::StopCopy)];
     EndsInPrecopy: "precopy.no-end", [EndsInPrecopy];
     EndsInPrecopyLate: "precopy.no-end", [EndsInPrecopyLate];
+    NoCancel: "precopy.cancel", [NoCancel];
     NoDataAfterPrecopy: "precopy.then-stop", [NoDataAfterPrecopy];
     PrecopyDataIsLost: "precopy.then-stop", [PrecopyDataIsLost];
     PrecopyAgainInStopCopy: "precopy.then-stop", [PrecopyAgainInStopCopy];
@@ -101,6 +103,7 @@ faults! {
     LoadIsLost: "resuming.round-trip", [LoadIsLost];
     RefusesItsOwn: "resuming.round-trip", [RefusesItsOwn];
     RefusesTheFirstByte: "resuming.pieces", [RefusesTheFirstByte];
+    TakesIncomplete: "resuming.incomplete", [TakesIncomplete];
     TakesAnything: "resuming.validate", [TakesAnything];
     NoWayBackFromBadLoad: "resuming.survive", [NoWayBackFromBadLoad];
     NotAfterHalfLoad: "resuming.abort", [NotAfterHalfLoad];
@@ -109,6 +112,7 @@ faults! {
     InfoEverywhere: "info.precopy-states", [InfoEverywhere];
     InfoGrows: "info.initial", [InfoGrows];
     InfoIsStuck: "info.initial", [InfoIsStuck];
+    StaleInfo: "info.stale", [StaleInfo];
     InfoHasFlags: "info.flags", [InfoHasFlags];
     InfoTakesData: "stream.independent", [InfoTakesData];
     V2Refused: "info.v2", [V2Refused];
@@ -128,6 +132,7 @@ faults! {
     NoResetWhileLogging: "reset.running", [NoResetWhileLogging];
     ResetsOnce: "reset.running", [ResetsOnce];
     ResetRefused: "reset.running", [ResetRefused];
+    SessionOutlivesReset: "reset.session", [SessionOutlivesReset];
     ResetStops: "fsm.initial", [ResetStops];
     ResetLosesData: "reset.usable", [ResetLosesData];
     ResetForbidsLoads: "reset.usable", [ResetForbidsLoads];

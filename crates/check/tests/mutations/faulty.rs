@@ -82,6 +82,12 @@ impl Faulty {
             Fault::WearsOut if (from, to) == (State::Running, State::Stop) && self.tick() % 13 == 0 => {
                 return self.refuse(Errno::EBUSY);
             }
+            Fault::TakesUnsupported if matches!(path, Err(fsm::Refusal::Unsupported(_))) => {
+                return Ok(FeatureReply::default());
+            }
+            Fault::NoCancel if from.is_pre_copy() && to == State::Running => {
+                return self.refuse(Errno::EBUSY);
+            }
             Fault::StopCopyWearsOut if to == State::StopCopy && self.tick() % 7 == 0 => {
                 return self.refuse(Errno::EBUSY);
             }
@@ -92,9 +98,7 @@ impl Faulty {
                 return self.refuse(Errno::EBUSY);
             }
             Fault::NotAfterHalfLoad
-                if from == State::Stop
-                    && to == State::Resuming
-                    && self.memory.load(Ordering::SeqCst) != 0 =>
+                if from != to && to == State::Resuming && self.memory.swap(0, Ordering::SeqCst) != 0 =>
             {
                 return self.refuse(Errno::EIO);
             }
@@ -103,7 +107,7 @@ impl Faulty {
         if from == State::Error {
             return self.refuse(Errno::EINVAL);
         }
-        if to == State::StopCopy {
+        if to == State::StopCopy && self.is(Fault::MustBeRead) {
             self.memory.store(0, Ordering::SeqCst);
         }
         let done = self.inner.feature(request);
@@ -120,6 +124,12 @@ impl Faulty {
                     self.inner.set_state(to)?;
                     return Ok(FeatureReply::default());
                 }
+                let incomplete = self.is(Fault::TakesIncomplete) && self.memory.load(Ordering::SeqCst) == 0;
+                if from == State::Resuming && path.is_ok() && incomplete {
+                    self.inner.reset()?;
+                    self.inner.set_state(to)?;
+                    return Ok(FeatureReply::default());
+                }
                 if from == State::Resuming && path.is_ok() && self.is(Fault::RefusedLoadGoesAstray) {
                     self.memory.store(1, Ordering::SeqCst);
                 }
@@ -131,7 +141,9 @@ impl Faulty {
         };
         if self.is(Fault::LoadIsLost) && (from, to) == (State::Resuming, State::Stop) {
             // What it holds then is another state than the one that came.
+            self.inner.set_state(State::Running)?;
             self.inner.region_write(0, 0x100, &[0x5a; 8])?;
+            self.inner.set_state(State::Stop)?;
         }
         let opened = path.is_ok_and(|path| path.opens_session());
         match (self.fault, opened) {
@@ -144,6 +156,9 @@ impl Faulty {
                 reply.stream = Some(Box::new(FaultyStream::nothing(self)));
             }
             _ => {}
+        }
+        if opened && matches!(self.fault, Fault::TakesIncomplete | Fault::SessionOutlivesReset) {
+            self.memory.store(0, Ordering::SeqCst);
         }
         if opened {
             self.count.fetch_add(1, Ordering::SeqCst);
@@ -431,7 +446,7 @@ impl Device for FaultyDevice {
         let shared = &self.0;
         let now = shared.now();
         match shared.fault {
-            Fault::NoResetIn(state) if now == state && shared.tick() % 2 == 1 => {
+            Fault::NoResetIn(state) if now == state && shared.memory.fetch_xor(1, Ordering::SeqCst) == 0 => {
                 return shared.refuse(Errno::EBUSY);
             }
             Fault::NoResetWhileLogging
@@ -451,6 +466,7 @@ impl Device for FaultyDevice {
             Fault::ResetRefused => return shared.refuse(Errno::EIO),
             Fault::NotAfterHalfLoad if now == State::Resuming => shared.memory.store(1, Ordering::SeqCst),
             Fault::NotAfterHalfLoad => shared.memory.store(0, Ordering::SeqCst),
+            Fault::SessionOutlivesReset => shared.memory.store(1, Ordering::SeqCst),
             Fault::ResetLosesData => shared.memory.store(7, Ordering::SeqCst),
             Fault::ResetForbidsLoads => shared.memory.store(7, Ordering::SeqCst),
             _ => {}
@@ -602,6 +618,11 @@ impl DataStream for FaultyStream {
             }
             Fault::ReadsWhileLoading if self.loads && now == State::Resuming => return Ok(Chunk::End),
             Fault::StaleReads if stream_is_stale(&shared, self.loads) => return Ok(Chunk::End),
+            Fault::SessionOutlivesReset
+                if now == State::Running && shared.memory.load(Ordering::SeqCst) == 1 =>
+            {
+                return Ok(Chunk::End);
+            }
             Fault::StaleErrno => {
                 return match stream.read(data) {
                     Err(Error::Refused { errno: Errno::ENODEV, .. }) => shared.refuse(Errno::EIO),
@@ -692,6 +713,13 @@ impl DataStream for FaultyStream {
                 let _ = stream.write(data);
                 return Ok(());
             }
+            Fault::TakesIncomplete => {
+                let done = stream.write(data);
+                if done.is_err() {
+                    shared.memory.store(1, Ordering::SeqCst);
+                }
+                return done;
+            }
             Fault::RefusesItsOwn if self.loads && data.len() > 64 => return shared.refuse(Errno::EINVAL),
             Fault::RefusesTheFirstByte if self.loads && data.len() < 64 => {
                 return shared.refuse(Errno::EINVAL);
@@ -711,6 +739,7 @@ impl DataStream for FaultyStream {
             Fault::InfoEverywhere if answer.is_err() => Ok(PrecopyInfo::default()),
             Fault::InfoGrows => Ok(PrecopyInfo { initial_bytes: (1 << 20) + shared.tick(), ..answer? }),
             Fault::InfoIsStuck => Ok(PrecopyInfo { initial_bytes: 1 << 20, ..answer? }),
+            Fault::StaleInfo if !now.has_session() => Ok(PrecopyInfo::default()),
             Fault::InfoHasFlags => Ok(PrecopyInfo { flags: 1, ..answer? }),
             Fault::InfoTakesData => {
                 let info = answer?;

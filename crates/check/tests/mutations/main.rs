@@ -20,8 +20,14 @@ use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, State, fsm};
 
 fn synthetic() -> Box<dyn Model> {
-    let config = SyntheticConfig { state_bytes: 32 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
+    let config = SyntheticConfig { state_bytes: 128 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
     Box::new(Synthetic::new(config).unwrap())
+}
+
+/// A device with the mandatory flag alone.
+fn stop_copy_alone() -> Box<dyn Model> {
+    let config = SyntheticConfig { state_bytes: 128 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
+    Box::new(Synthetic::new(SyntheticConfig { p2p: false, pre_copy: false, ..config }).unwrap())
 }
 
 /// A device without migration.
@@ -99,9 +105,19 @@ struct Case {
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (fault, clause) in faults::all() {
-        let bare = matches!(fault, Fault::AbsentOddly);
-        let model: fn() -> Box<dyn Model> = if bare { || Box::new(Plain) } else { synthetic };
-        cases.push(Case { fault, clause: clause.into(), model, options: options() });
+        let model: fn() -> Box<dyn Model> = match fault {
+            Fault::AbsentOddly => || Box::new(Plain),
+            Fault::TakesUnsupported => stop_copy_alone,
+            _ => synthetic,
+        };
+        // Without a way back the suite ends at the first check that needs one.
+        let families = match fault {
+            Fault::ResetRefused => vec![Family::Reset],
+            Fault::NoWayBackFromBadLoad | Fault::NotAfterHalfLoad => vec![Family::Resuming],
+            _ => Vec::new(),
+        };
+        let options = Options { families, ..options() };
+        cases.push(Case { fault, clause: clause.into(), model, options });
     }
     let bare_reset = Fault::ResetRefused;
     cases.push(Case {
