@@ -12,18 +12,19 @@ use crate::child::{Child, Role};
 pub(crate) struct Rival {
     client: Client,
     // Dropped after the client has gone.
-    _server: Option<(Child, tempfile::TempDir)>,
+    _server: Option<Child>,
 }
 
 impl Rival {
     /// On the crate's own server, in another process.
     pub(crate) fn on_its_own_server() -> anyhow::Result<Rival> {
+        // It is gone as soon as both ends have each other: nothing stays behind when a signal ends the measurement.
         let folder = tempfile::tempdir().context("cannot make a folder for a socket")?;
         let path = folder.path().join("vfio_user.sock");
         let listener = UnixListener::bind(&path).context("cannot listen on a socket")?;
         let child = Child::start(Role::VfioUserCrate, listener.into())?;
         let client = Client::new(&path).map_err(|error| anyhow::anyhow!("vfio_user's client: {error}"))?;
-        Ok(Rival { client, _server: Some((child, folder)) })
+        Ok(Rival { client, _server: Some(child) })
     }
 
     /// On a device's socket.

@@ -1,8 +1,10 @@
 //! What guest memory costs: a device's write beside the bare copy, with logging off and on, and a report of a log.
 
+use std::cell::RefCell;
 use std::hint::black_box;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
+use std::time::Instant;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use limosa_device::{Backing, Mapping, Mappings, RemoteMemory};
@@ -125,5 +127,64 @@ impl RemoteMemory for Swallows {
     }
 }
 
-criterion_group!(benches, writes, reports);
+/// Each of several threads with a window of its own, as the queues of a device have: nanoseconds for one access of each
+/// thread. While threads have cores of their own, the figure stays the same.
+fn threads(c: &mut Criterion) {
+    const OPS: u64 = 20_000;
+    for len in [8, 4096] {
+        let mut group = c.benchmark_group(format!("threads write {len} B, logging on"));
+        for threads in [1, 2, 4] {
+            let mappings = memory(threads * WINDOW);
+            mappings
+                .logging_start(PAGE, &[DmaLoggingRange { iova: 0, length: threads * WINDOW }])
+                .expect("start");
+            let time = |access: &(dyn Fn(u64, u64, &[u8]) + Sync), rounds: u64| {
+                let (start, data) = (Barrier::new(threads as usize), vec![0x5a; len]);
+                let work = |thread: u64| {
+                    start.wait();
+                    let since = Instant::now();
+                    for n in 0..rounds * OPS {
+                        access(thread, n * PAGE % (WINDOW - PAGE), &data);
+                    }
+                    since.elapsed()
+                };
+                let elapsed = std::thread::scope(|scope| {
+                    let workers: Vec<_> =
+                        (0..threads).map(|thread| scope.spawn(move || work(thread))).collect();
+                    workers.into_iter().map(|worker| worker.join().expect("no panic")).max()
+                });
+                elapsed.expect("at least one") / OPS as u32
+            };
+            let dma = mappings.dma();
+            group.bench_function(format!("{threads}"), |b| {
+                b.iter_custom(|rounds| {
+                    time(&|thread, at, data| dma.write(thread * WINDOW + at, data).expect("write"), rounds)
+                });
+            });
+            // The floor: the same copies by each thread.
+            group.bench_function(format!("{threads}, memcpy"), |b| {
+                b.iter_custom(|rounds| {
+                    time(&|_, at, data| {
+                        thread_local!(static TARGET: RefCell<Vec<u8>> = RefCell::new(vec![0; WINDOW as usize]));
+                        TARGET.with_borrow_mut(|target| {
+                            black_box(&mut target[at as usize..][..data.len()]).copy_from_slice(black_box(data));
+                        });
+                    }, rounds)
+                });
+            });
+        }
+        group.finish();
+    }
+    let mut group = c.benchmark_group("mark");
+    let mappings = memory(WINDOW);
+    mappings.logging_start(PAGE, &[DmaLoggingRange { iova: 0, length: WINDOW }]).expect("start");
+    let dma = mappings.dma();
+    group.bench_function("a page dirty already", |b| b.iter(|| dma.mark_dirty(black_box(PAGE), 8)));
+    group.bench_function("pin and drop 4 KiB", |b| {
+        b.iter(|| dma.pin(black_box(PAGE), PAGE, DmaMapFlags::WRITE).expect("pin"));
+    });
+    group.finish();
+}
+
+criterion_group!(benches, writes, threads, reports);
 criterion_main!(benches);

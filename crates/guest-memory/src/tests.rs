@@ -11,6 +11,7 @@ use super::*;
 
 mod faults;
 mod files;
+mod many_readers;
 
 const PAGE: u64 = 65536;
 

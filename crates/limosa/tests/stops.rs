@@ -101,23 +101,6 @@ impl Scene {
 }
 
 #[test]
-fn signals_that_ended_the_command_left_its_guest_stopped() {
-    for signal in [Signal::HUP, Signal::QUIT, Signal::INT, Signal::TERM, Signal::XCPU] {
-        for at in [At::StopCopy, At::Load] {
-            let mut scene = Scene::at(at);
-            let what = format!("{signal:?} at {at:?}");
-            scene.sender().signal(signal);
-            scene.sender().line("phase=\"undo\"");
-            scene.release();
-            scene.sender.take().unwrap().end().fails(CANCELLED, &["as it was before", "cancelled"]);
-            scene.is_as_before(&what);
-            scene.receiver.take().unwrap().end();
-            assert!(!scene.destination.runs(GUEST), "{what}");
-        }
-    }
-}
-
-#[test]
 fn a_second_signal_in_the_undo_left_the_guest_stopped() {
     let stall = format!("fault=stall:STOP>RUNNING_P2P:{STALL_MS}");
     let mut scene = Scene::with(At::StopCopy, &[&stall]);

@@ -5,8 +5,8 @@
 //! dirties memory all the time, and can be stopped and started.
 //!
 //! ```console
-//! $ cargo run --example toy_vmm receive unix:/tmp/move     # one terminal
-//! $ cargo run --example toy_vmm run                        # another one
+//! $ cargo run -p limosa-migrate --example toy_vmm receive unix:/tmp/move     # one terminal
+//! $ cargo run -p limosa-migrate --example toy_vmm run                        # another one
 //! send unix:/tmp/move
 //! ```
 //!

@@ -2,7 +2,7 @@
 //! carries its state to another one.
 //!
 //! `limosa serve synthetic --socket /tmp/a.sock &`, the same for `/tmp/b.sock`, then
-//! `cargo run --example vmm -- /tmp/a.sock /tmp/b.sock`.
+//! `cargo run -p limosa-vfio-user --example vmm -- /tmp/a.sock /tmp/b.sock`.
 use std::os::fd::AsFd;
 
 use limosa_client::{Chunk, Device, DeviceExt, DmaMap, DmaMemory, IrqAction};

@@ -24,7 +24,17 @@ impl Dma {
 
     /// The device reads memory: EFAULT where nothing is mapped, or not for reading, or where the file behind it was
     /// cut short; ranges may span mappings. What was read before the error is in `data`.
+    #[inline]
     pub fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
+        let table = self.space.read_lock();
+        if let Some((file, offset)) = table.at_hand(iova, data.len(), DmaMapFlags::READ) {
+            return file.read(offset, data);
+        }
+        drop(table);
+        self.read_pieces(iova, data)
+    }
+
+    fn read_pieces(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
         let mut table = self.space.read_lock();
         let (mut iova, mut rest) = (iova, data);
         while !rest.is_empty() {
@@ -48,7 +58,22 @@ impl Dma {
 
     /// The device writes memory; the pages go to the log when it is on. Errors as for [`Dma::read`]; what was
     /// written before the error stays written.
+    #[inline]
     pub fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        let table = self.space.read_lock();
+        if let Some((file, offset)) = table.at_hand(iova, data.len(), DmaMapFlags::WRITE) {
+            let done = file.write(offset, data);
+            // After the write, and also when it failed: see `write_pieces`.
+            if !data.is_empty() {
+                table.mark(iova, data.len());
+            }
+            return done;
+        }
+        drop(table);
+        self.write_pieces(iova, data)
+    }
+
+    fn write_pieces(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
         let mut table = self.space.read_lock();
         let (mut iova, mut rest) = (iova, data);
         while !rest.is_empty() {

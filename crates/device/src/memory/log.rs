@@ -38,8 +38,6 @@ pub(super) struct Log {
     everything: bool,
     /// By address, apart from each other.
     segments: Vec<Segment>,
-    /// Which segment was marked last.
-    hint: AtomicUsize,
 }
 
 struct Segment {
@@ -63,7 +61,7 @@ impl Log {
         everything: bool,
         ranges: impl Iterator<Item = (u64, u64)>,
     ) -> Result<Log, Errno> {
-        let mut log = Log { page_size, everything, segments: Vec::new(), hint: AtomicUsize::new(0) };
+        let mut log = Log { page_size, everything, segments: Vec::new() };
         let mut ranges: Vec<_> = ranges.map(|(first, last)| log.rounded(first, last)).collect();
         ranges.sort_unstable();
         ranges.dedup_by(|next, former| {
@@ -102,23 +100,24 @@ impl Log {
     }
 
     /// Marks the pages of `bytes` bytes, at least one, that the device wrote, the last of them at most at 2^64. Not
-    /// while a report is made: both are for the holders of a lock, this one of a shared lock.
+    /// while a report is made: both are for the holders of a lock, this one of a shared lock. `hint` is the segment that was
+    /// marked last.
     #[inline]
-    pub(super) fn mark(&self, first: u64, bytes: usize) {
+    pub(super) fn mark(&self, first: u64, bytes: usize, hint: &AtomicUsize) {
         let last = first + (bytes as u64 - 1);
-        match self.segments.get(self.hint.load(Relaxed)) {
+        match self.segments.get(hint.load(Relaxed)) {
             Some(segment) if segment.grid.iova <= first && last <= segment.last => segment.mark(first, last),
-            _ => self.mark_far(first, last),
+            _ => self.mark_far(first, last, hint),
         }
     }
 
     #[cold]
-    fn mark_far(&self, first: u64, last: u64) {
+    fn mark_far(&self, first: u64, last: u64, hint: &AtomicUsize) {
         let at = self.first_ending_at(first);
         for segment in self.segments[at..].iter().take_while(|segment| segment.grid.iova <= last) {
             segment.mark(first.max(segment.grid.iova), last.min(segment.last));
         }
-        self.hint.store(at, Relaxed);
+        hint.store(at, Relaxed);
     }
 
     /// Sets the bits of the pages in a range that are marked, and takes the marks away.
@@ -160,8 +159,7 @@ impl Log {
         if !page_size.is_power_of_two() || page_size_for(page_size) != page_size {
             return Err(Errno::EINVAL);
         }
-        let mut log =
-            Log { page_size, everything: from.everything, segments: Vec::new(), hint: AtomicUsize::new(0) };
+        let mut log = Log { page_size, everything: from.everything, segments: Vec::new() };
         let mut ranges: Vec<(u64, u64)> = Vec::new();
         for range in &from.ranges {
             let last = range.length.checked_sub(1).and_then(|more| range.iova.checked_add(more));

@@ -42,7 +42,7 @@ impl Mappings {
     }
 
     /// Adds a mapping. EINVAL for a size of 0, an end beyond 2^64, no READ or WRITE flag; EEXIST for an overlap; ENOTSUP
-    /// for a file that is not of the kind that its [`Backing`] names; E2BIG beyond [`MAPPINGS_MAX`] or [`MAPPED_BYTES_MAX`], or when everything is
+    /// for a file that is not of the kind that its [`Backing`] names; E2BIG beyond [`MAPPINGS_MAX`](super::MAPPINGS_MAX) or [`MAPPED_BYTES_MAX`](super::MAPPED_BYTES_MAX), or when everything is
     /// logged and the log cannot grow so much; the mmap's errno.
     pub fn map(&self, mapping: Mapping) -> Result<(), Errno> {
         let Mapping { iova, size, flags, backing } = mapping;
@@ -173,7 +173,7 @@ impl Mappings {
     /// Starts logging, of the ranges named or, when none is, of everything. Returns the page size chosen, in bytes:
     /// the hint, if it is 4 KiB to 1 GiB, else 4 KiB. EINVAL when logging is on, for a hint that is no power of two,
     /// and for ranges that are empty, overlap or are not aligned to the hint; EOVERFLOW for one that ends at or beyond
-    /// 2^64; E2BIG for more than [`RANGES_MAX`] of them, or for more than [`LOGGED_PAGES_MAX`] pages; ENOMEM.
+    /// 2^64; E2BIG for more than [`RANGES_MAX`] of them, or for more than [`LOGGED_PAGES_MAX`](super::LOGGED_PAGES_MAX) pages; ENOMEM.
     pub fn logging_start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64, Errno> {
         let everything = ranges.is_empty();
         if !page_size_hint.is_power_of_two() {

@@ -1,11 +1,11 @@
 //! What [`Dma`](super::Dma) and [`Mappings`](super::Mappings) share: the mappings by address, and the log.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use limosa_guest_memory::FileMapping;
+use limosa_guest_memory::{FileMapping, ManyReaders, ReadGuard, WriteGuard};
 use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 
@@ -17,18 +17,70 @@ use super::{MAPPINGS_MAX, RemoteMemory};
 /// The table, the lock over it, and what waits for pins.
 #[derive(Default)]
 pub(super) struct Space {
-    table: RwLock<Table>,
+    table: ManyReaders<Table>,
     pub(super) leaving: Leaving,
 }
 
 impl Space {
-    // No code under this lock leaves a change half done when it panics, so a poisoned one is as good as any.
-    pub(super) fn read_lock(&self) -> RwLockReadGuard<'_, Table> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    #[inline(always)]
+    pub(super) fn read_lock(&self) -> Reading<'_> {
+        Reading(self.table.read())
     }
 
-    pub(super) fn write_lock(&self) -> RwLockWriteGuard<'_, Table> {
-        self.table.write().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn write_lock(&self) -> WriteGuard<'_, Table> {
+        self.table.write()
+    }
+}
+
+/// The table, with what this thread found last.
+pub(super) struct Reading<'a>(ReadGuard<'a, Table>);
+
+impl Deref for Reading<'_> {
+    type Target = Table;
+
+    #[inline]
+    fn deref(&self) -> &Table {
+        &self.0
+    }
+}
+
+impl Reading<'_> {
+    /// The mapping with an address that allows what is asked.
+    #[inline]
+    pub(super) fn find(&self, iova: u64, flags: DmaMapFlags) -> Result<&Mapped, Errno> {
+        let mapped = match self.mappings.get(self.0.hints()[0].load(Relaxed)) {
+            Some(mapped) if (mapped.iova..=mapped.last).contains(&iova) => mapped,
+            _ => self.search(iova)?,
+        };
+        if mapped.flags.contains(flags) { Ok(mapped) } else { Err(Errno::EFAULT) }
+    }
+
+    #[cold]
+    fn search(&self, iova: u64) -> Result<&Mapped, Errno> {
+        let at = self.first_ending_at(iova);
+        let mapped = self.mappings.get(at).filter(|mapped| mapped.iova <= iova).ok_or(Errno::EFAULT)?;
+        self.0.hints()[0].store(at, Relaxed);
+        Ok(mapped)
+    }
+
+    /// The mapped file that holds all of a range, and where in it, when that is where this thread was last and allows what is
+    /// asked. The way of nearly all accesses, without the pieces that others may have.
+    #[inline(always)]
+    pub(super) fn at_hand(&self, iova: u64, bytes: usize, flags: DmaMapFlags) -> Option<(&FileMapping, u64)> {
+        let mapped = self.mappings.get(self.0.hints()[0].load(Relaxed))?;
+        let offset = iova.checked_sub(mapped.iova)?;
+        let Memory::File(file) = &mapped.memory else { return None };
+        // Outside the mapping, or at once the next one's, is for the other way.
+        let fits = offset.checked_add(bytes as u64)? <= file.len();
+        (fits && mapped.flags.contains(flags)).then_some((file, offset))
+    }
+
+    /// Marks pages that the device wrote, if there is a log.
+    #[inline]
+    pub(super) fn mark(&self, iova: u64, bytes: usize) {
+        if let Some(log) = &self.log {
+            log.mark(iova, bytes, &self.0.hints()[1]);
+        }
     }
 }
 
@@ -36,8 +88,6 @@ impl Space {
 pub(super) struct Table {
     /// By address; none overlaps another.
     pub(super) mappings: Vec<Mapped>,
-    /// Which mapping was used last.
-    hint: AtomicUsize,
     /// There while logging is on.
     pub(super) log: Option<Log>,
 }
@@ -61,35 +111,9 @@ pub(super) enum Memory {
 }
 
 impl Table {
-    /// The mapping with an address that allows what is asked.
-    #[inline]
-    pub(super) fn find(&self, iova: u64, flags: DmaMapFlags) -> Result<&Mapped, Errno> {
-        let hint = self.hint.load(Relaxed);
-        let mapped = match self.mappings.get(hint) {
-            Some(mapped) if (mapped.iova..=mapped.last).contains(&iova) => mapped,
-            _ => self.search(iova)?,
-        };
-        if mapped.flags.contains(flags) { Ok(mapped) } else { Err(Errno::EFAULT) }
-    }
-
-    #[cold]
-    fn search(&self, iova: u64) -> Result<&Mapped, Errno> {
-        let at = self.first_ending_at(iova);
-        let mapped = self.mappings.get(at).filter(|mapped| mapped.iova <= iova).ok_or(Errno::EFAULT)?;
-        self.hint.store(at, Relaxed);
-        Ok(mapped)
-    }
-
     /// The index of the first mapping that ends at or after an address.
     fn first_ending_at(&self, iova: u64) -> usize {
         self.mappings.partition_point(|mapped| mapped.last < iova)
-    }
-
-    #[inline]
-    pub(super) fn mark(&self, iova: u64, bytes: usize) {
-        if let Some(log) = &self.log {
-            log.mark(iova, bytes);
-        }
     }
 
     /// Where a new mapping goes.

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, bail, ensure};
 use limosa_client::{Device, DmaMap, DmaMemory};
+use limosa_migrate::Cancel;
 use limosa_models::synthetic::registers::{
     BAD_BLOCKS, DMA_BASE, DMA_CONTROL, DMA_FAILED, DMA_PAGES, DMA_SEQUENCE, SEED,
 };
@@ -53,9 +54,10 @@ pub fn start(device: &dyn Device, memory: &GuestMemory) -> anyhow::Result<()> {
 }
 
 /// Polls, as a driver would, until the device has done this many more writes.
-pub fn wait_for(device: &dyn Device, more: u64) -> anyhow::Result<()> {
+pub fn wait_for(device: &dyn Device, more: u64, cancel: &Cancel) -> anyhow::Result<()> {
     let target = register(device, DMA_SEQUENCE)? + more;
     while register(device, DMA_SEQUENCE)? < target {
+        ensure!(!cancel.is_cancelled());
         ensure!(register(device, DMA_FAILED)? == 0, "{}: a DMA write failed", device.name());
     }
     Ok(())

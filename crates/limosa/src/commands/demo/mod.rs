@@ -16,15 +16,17 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use limosa_client::{Device, DeviceExt};
 use limosa_migrate::{
-    Destination, FilePages, Ledger, Memory, MemoryRegion, MovedDevice, Options, Outcome, Received, Report,
-    Source, Vmm, move_local,
+    Cancel, Destination, FilePages, Ledger, Memory, MemoryRegion, MovedDevice, Options, Outcome, Received,
+    Report, Source, Vmm, move_local,
 };
 use limosa_protocol::State;
 use serde::Serialize;
 
 use crate::args;
+use crate::exit::{self, Code};
 use crate::output::{self, Output};
 use crate::progress::Progress;
+use crate::signals;
 use dma::GuestMemory;
 use serial::{Count, Serial};
 use servers::Server;
@@ -115,6 +117,16 @@ pub fn run(args: &args::Demo, limit: Duration, out: &Output) -> anyhow::Result<(
         "--memory {}: expected a multiple of 4096 above 0",
         args.memory
     );
+    // From here on a signal ends the demo, not the process: its servers and its folder go with it.
+    let cancel = signals::cancel()?;
+    let done = demonstrate(args, limit, &cancel, out);
+    match cancel.is_cancelled() && done.is_err() {
+        true => Err(exit::error(Code::Cancelled, "cancelled: the demo's servers have ended")),
+        false => done,
+    }
+}
+
+fn demonstrate(args: &args::Demo, limit: Duration, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
     let folder = tempfile::Builder::new()
         .prefix("limosa-demo-")
         .disable_cleanup(args.keep)
@@ -122,13 +134,14 @@ pub fn run(args: &args::Demo, limit: Duration, out: &Output) -> anyhow::Result<(
         .context("cannot make a folder for the sockets")?;
     let source = End::start(folder.path(), "source", args, limit)?;
     let destination = End::start(folder.path(), "destination", args, limit)?;
+    ensure!(!cancel.is_cancelled());
     let say = |line: &dyn Fn() -> String| {
         // It goes on for those who read the rest.
         let _ = out.text(|to| writeln!(to, "{}", line()));
     };
     say(&|| {
         format!(
-            "servers    {} run: a 16550A and a DMA device ({} of state) on each end",
+            "servers    {}\ndevices    on each end a 16550A and a DMA device with {} of state",
             pids(&source, &destination),
             output::bytes(args.state_size)
         )
@@ -137,22 +150,23 @@ pub fn run(args: &args::Demo, limit: Duration, out: &Output) -> anyhow::Result<(
     let serial = Serial::start(Arc::clone(&source.serial))?;
     dma::start(&*source.synthetic, &source.memory)?;
     serial.wait_for(SERIAL_BYTES).context("before the move")?;
-    dma::wait_for(&*source.synthetic, DMA_WRITES)?;
+    dma::wait_for(&*source.synthetic, DMA_WRITES, cancel)?;
     say(&|| {
         format!(
-            "guest      talks over the serial port; the device writes {}/s into {} of guest memory",
+            "guest      talks over the serial port\n\
+             dma        the device writes {}/s into {} of guest memory",
             output::bytes(DMA_RATE),
             output::bytes(args.memory)
         )
     });
 
     let guest = Guest { serial: &serial, destination: &destination, stopped_at: Mutex::new(None) };
-    let report = migrate(&source, &destination, &guest, out)?;
+    let report = migrate(&source, &destination, &guest, cancel, out)?;
     let stopped_at = guest.stopped_at.into_inner().unwrap_or_else(PoisonError::into_inner);
     let in_flight = stopped_at.map_or(0, |count| count.sent - count.received);
 
     serial.wait_for(SERIAL_BYTES).context("after the move")?;
-    dma::wait_for(&*destination.synthetic, DMA_WRITES)?;
+    dma::wait_for(&*destination.synthetic, DMA_WRITES, cancel)?;
     let count = serial.finish().context("after the move")?;
     ensure!(count.sent == count.received, "{} bytes were sent, {} came back", count.sent, count.received);
     for device in [&source.serial, &source.synthetic] {
@@ -181,13 +195,20 @@ pub fn run(args: &args::Demo, limit: Duration, out: &Output) -> anyhow::Result<(
         )?;
         writeln!(
             to,
-            "verified   {} pages of guest memory after {} DMA writes, and every block of device state",
+            "verified   {} pages of guest memory after {} DMA writes\n\
+             verified   every block of the DMA device's state",
             demo.pages_verified, demo.dma_writes
         )
     })
 }
 
-fn migrate(source: &End, destination: &End, guest: &Guest<'_>, out: &Output) -> anyhow::Result<Report> {
+fn migrate(
+    source: &End,
+    destination: &End,
+    guest: &Guest<'_>,
+    cancel: &Cancel,
+    out: &Output,
+) -> anyhow::Result<Report> {
     let progress = Progress::new(out);
     let pages = |memory: &GuestMemory| anyhow::Ok(FilePages::new(memory.file.try_clone()?, 0));
     let (source_pages, destination_pages) = (pages(&source.memory)?, pages(&destination.memory)?);
@@ -198,7 +219,8 @@ fn migrate(source: &End, destination: &End, guest: &Guest<'_>, out: &Output) -> 
         Source::new(&from, &options)
             .with_memory(Memory::stopped(vec![region(&source_pages)]))
             .with_vmm(guest)
-            .with_observer(&progress),
+            .with_observer(&progress)
+            .with_cancel(Some(cancel)),
         Destination::new(&to, &Ledger::new(), &options)
             .with_memory(&[region(&destination_pages)])
             .with_vmm(guest)

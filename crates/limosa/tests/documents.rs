@@ -1,0 +1,250 @@
+//! The commands of README.md and `docs/` run as they are written: each page from top to bottom, in an empty folder, with
+//! the command under the name by which the page calls it. A block that needs more says what behind `console`, and how many
+//! of those there are is held here.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use support::{Folder, LIMIT};
+
+/// Commands that run, and blocks that need something, by what they need.
+const RUN: usize = 27;
+const NEED: [(&str, usize); 6] = [
+    ("needs-cargo", 4),
+    ("needs-host", 2),
+    ("needs-kernel", 3),
+    ("needs-root", 1),
+    ("needs-store", 1),
+    ("needs-vmm", 2),
+];
+
+/// A command, and the lines that the page shows below it.
+#[derive(Debug)]
+struct Shown {
+    command: String,
+    lines: Vec<String>,
+}
+
+/// A block of commands.
+#[derive(Debug)]
+struct Block {
+    needs: Option<String>,
+    commands: Vec<Shown>,
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
+}
+
+/// README.md, and the pages of `docs/`.
+fn pages() -> Vec<PathBuf> {
+    let docs = std::fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let mut pages: Vec<_> = docs.filter(|path| path.extension().is_some_and(|end| end == "md")).collect();
+    pages.push(root().join("README.md"));
+    pages.sort();
+    pages
+}
+
+/// The blocks of commands of a page.
+fn blocks(page: &Path) -> Vec<Block> {
+    let text = std::fs::read_to_string(page).unwrap();
+    let mut blocks = Vec::new();
+    let mut lines = text.lines().map(str::trim_start);
+    while let Some(line) = lines.next() {
+        let Some(info) = line.strip_prefix("```") else { continue };
+        let inside: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
+        let mut info = info.split_whitespace();
+        if info.next() != Some("console") {
+            let is_command = |line: &&str| line.starts_with("$ ") || line.starts_with("# limosa");
+            assert!(!inside.iter().any(is_command), "{}: {inside:?}", page.display());
+            continue;
+        }
+        let needs = info.next().map(str::to_owned);
+        blocks.push(Block { needs, commands: commands(&inside) });
+    }
+    blocks
+}
+
+fn commands(lines: &[&str]) -> Vec<Shown> {
+    let mut commands: Vec<Shown> = Vec::new();
+    for line in lines {
+        let begun = line.strip_prefix("$ ").or_else(|| line.strip_prefix("# "));
+        match (begun, commands.last_mut()) {
+            (Some(command), _) => commands.push(Shown { command: command.to_owned(), lines: Vec::new() }),
+            (None, Some(last)) if last.command.ends_with('\\') => {
+                last.command.pop();
+                last.command.push_str(line);
+            }
+            (None, Some(last)) => last.lines.push((*line).to_owned()),
+            (None, None) => panic!("a block begins with output: {line}"),
+        }
+    }
+    commands
+}
+
+/// Whether a line is as it is shown, where `…` stands for what differs.
+fn is_as_shown(said: &str, shown: &str) -> bool {
+    let mut parts = shown.split('…');
+    let Some(mut rest) = parts.next().and_then(|first| said.strip_prefix(first)) else { return false };
+    let mut ends = rest.is_empty();
+    for part in parts {
+        let Some(at) = rest.find(part) else { return false };
+        rest = &rest[at + part.len()..];
+        ends = part.is_empty() || rest.is_empty();
+    }
+    ends
+}
+
+/// A shell in a folder, into which commands are typed.
+struct Shell {
+    process: Child,
+    lines: Receiver<String>,
+    said: Vec<String>,
+    // Removed after what runs in it has ended.
+    _folder: Folder,
+}
+
+impl Shell {
+    fn new() -> Shell {
+        let folder = Folder::new();
+        let limosa = Path::new(env!("CARGO_BIN_EXE_limosa"));
+        let path = std::env::var("PATH").unwrap();
+        let mut process = Command::new("bash")
+            .arg("-s")
+            .current_dir(folder.path(""))
+            .env("PATH", format!("{}:{path}", limosa.parent().unwrap().display()))
+            .env("XDG_STATE_HOME", folder.path("state"))
+            .env_remove("RUST_LOG")
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (output, (sender, lines)) = (process.stdout.take().unwrap(), channel());
+        std::thread::spawn(move || {
+            let lines = BufReader::new(output).lines().map_while(Result::ok);
+            lines.map_while(|line| sender.send(line).ok()).for_each(drop);
+        });
+        let mut shell = Shell { process, lines, said: Vec::new(), _folder: folder };
+        shell.types("exec 2>&1");
+        shell
+    }
+
+    fn types(&mut self, line: &str) {
+        writeln!(self.process.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Waits for a line, among those that were not waited for before.
+    fn waits_for(&mut self, what: &str, is_it: impl Fn(&str) -> bool) -> String {
+        loop {
+            if let Some(at) = self.said.iter().position(|line| is_it(line)) {
+                return self.said.remove(at);
+            }
+            let line = self.lines.recv_timeout(LIMIT);
+            self.said.push(line.unwrap_or_else(|error| panic!("{what}: {error}: {:#?}", self.said)));
+        }
+    }
+
+    /// Runs a command, to its end unless it is put into the background, and waits for what the page shows of it.
+    fn runs(&mut self, page: &str, shown: &Shown) {
+        let what = format!("{page}: {}", shown.command);
+        self.types(&shown.command);
+        self.types("echo ended $?");
+        let ended = self.waits_for(&what, |line| line.starts_with("ended "));
+        assert_eq!(ended, "ended 0", "{what}: {:#?}", self.said);
+        for line in &shown.lines {
+            self.waits_for(&format!("{what}, which shows `{line}`"), |said| is_as_shown(said, line));
+        }
+        self.said.clear();
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        let group = Pid::from_raw(self.process.id().try_into().unwrap()).unwrap();
+        // With it the servers that were started in the background.
+        let _ = kill_process_group(group, Signal::TERM);
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn commands_of_the_documentation_did_not_run_as_written() {
+    let mut run = 0;
+    for page in pages() {
+        let name = page.file_name().unwrap().to_str().unwrap().to_owned();
+        let mut shell = Shell::new();
+        for block in blocks(&page).iter().filter(|block| block.needs.is_none()) {
+            for shown in &block.commands {
+                shell.runs(&name, shown);
+                run += 1;
+            }
+        }
+    }
+    assert_eq!(run, RUN, "commands that run");
+}
+
+#[test]
+fn blocks_that_do_not_run_say_what_they_need() {
+    let mut needs = BTreeMap::new();
+    for block in pages().iter().flat_map(|page| blocks(page)) {
+        if let Some(need) = block.needs {
+            *needs.entry(need).or_insert(0) += 1;
+        }
+    }
+    let expected: BTreeMap<_, _> = NEED.into_iter().map(|(need, count)| (need.to_owned(), count)).collect();
+    assert_eq!(needs, expected);
+}
+
+/// Cargo is not run inside of a test: it would build everything once more, with other features.
+#[test]
+fn an_example_was_named_without_its_package() {
+    let mut found = 0;
+    let more = [
+        "CONTRIBUTING.md",
+        "lab/README.md",
+        "crates/migrate/examples/toy_vmm.rs",
+        "crates/vfio-user/examples/vmm.rs",
+    ];
+    let pages = pages().into_iter().chain(more.map(|page| root().join(page)));
+    for page in pages {
+        let text = std::fs::read_to_string(&page).unwrap();
+        for line in text.lines().filter(|line| line.contains("cargo ")) {
+            let words: Vec<&str> =
+                line.split(|letter: char| letter.is_whitespace() || letter == '`').collect();
+            let after = |flags: &[&str]| {
+                let at = words.iter().position(|word| flags.contains(word))?;
+                words.get(at + 1).copied()
+            };
+            let package = after(&["-p", "--package"]);
+            let folder = root()
+                .join("crates")
+                .join(package.map_or("limosa", |name| name.trim_start_matches("limosa-")));
+            assert!(folder.join("Cargo.toml").exists(), "{}: {line}", page.display());
+            for (flag, of) in [("--example", "examples"), ("--bench", "benches"), ("--test", "tests")] {
+                let Some(target) = after(&[flag]) else { continue };
+                let there = [format!("{target}.rs"), format!("{target}/main.rs")];
+                let is_there = there.iter().any(|name| folder.join(of).join(name).exists());
+                assert!(is_there, "{}: {line}", page.display());
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 3, "{found} were found");
+}
+
+#[test]
+fn a_line_that_is_shown_is_compared_but_for_what_differs() {
+    assert!(is_as_shown("blake3 4e56", "blake3 …") && is_as_shown("a 1 b 2 c", "a … b … c"));
+    assert!(
+        is_as_shown("listening on a", "listening on a") && !is_as_shown("listening on ab", "listening on a")
+    );
+    assert!(!is_as_shown("a 1 c", "a … b") && !is_as_shown("a 1 b 2", "a … b"));
+}
