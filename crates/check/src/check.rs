@@ -38,13 +38,11 @@ pub enum Family {
     Peer,
     /// The kernel's own view of the state.
     Kernel,
-    /// The messages of vfio-user.
-    Wire,
 }
 
 impl Family {
     /// Every family, in the order in which they run.
-    pub const ALL: [Family; 14] = [
+    pub const ALL: [Family; 13] = [
         Family::Device,
         Family::Feature,
         Family::States,
@@ -58,7 +56,6 @@ impl Family {
         Family::Concurrency,
         Family::Peer,
         Family::Kernel,
-        Family::Wire,
     ];
 
     /// Its name, with which the ids of its checks begin.
@@ -77,7 +74,6 @@ impl Family {
             Family::Concurrency => "concurrency",
             Family::Peer => "peer",
             Family::Kernel => "kernel",
-            Family::Wire => "wire",
         }
     }
 }
@@ -123,8 +119,6 @@ bitflags::bitflags! {
         const SAMPLE = 1 << 8;
         /// A second device.
         const PEER = 1 << 9;
-        /// Raw connections to a vfio-user server.
-        const WIRE = 1 << 10;
         /// A way to break the device.
         const BREAK = 1 << 11;
         /// The kernel's view of the state.
@@ -135,8 +129,6 @@ bitflags::bitflags! {
         const NO_LOGGING = 1 << 14;
         /// A transport with the kernel's rules for the ranges of DMA_LOGGING_START.
         const KERNEL_RANGES = 1 << 15;
-        /// A way to make the device write memory by DMA.
-        const WRITES = 1 << 16;
     }
 }
 

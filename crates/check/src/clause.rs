@@ -93,7 +93,7 @@ clauses! {
         "fsm.refused": "STOP_COPY to PRE_COPY or PRE_COPY_P2P is refused, and the state is kept.";
         "fsm.unsupported": "A state that the flags do not cover is refused, and the state is kept.";
         "fsm.same": "SET of the present state succeeds and does nothing; a session goes on.";
-        "fsm.no-error": "ERROR cannot be asked for.";
+        "fsm.no-error": "ERROR cannot be asked for. In ERROR itself a driver may take it for a SET of the present state.";
         "fsm.from-error": "From ERROR no SET leads out, and a reset does, to RUNNING.";
         "fsm.error-session": "A device in ERROR has no session.";
         "fsm.repeat": "The machine can be walked as often as one likes.";
@@ -146,7 +146,8 @@ clauses! {
         "log.start-stop": "Logging starts and stops, as often as one likes.";
         "log.page-size": "The device answers START with the page size that it chose, a power of two.";
         "log.twice": "A second START is refused.";
-        "log.ranges": "A range that is empty, not aligned to the page size, or overlaps another is EINVAL; none at all is EINVAL.";
+        "log.empty": "An empty range is EINVAL, or logs nothing: the text does not say, and Linux lets it pass.";
+        "log.ranges": "A range that is not aligned to the page size, or overlaps another is EINVAL; none at all is EINVAL.";
         "log.overflow": "A range that ends beyond the address space is EOVERFLOW.";
         "log.too-many": "More ranges than fit in a page are E2BIG.";
         "log.absent": "A device without logging refuses its features with ENOTTY.";

@@ -1,9 +1,7 @@
 //! A conformance suite for VFIO live migration: named checks, each of which cites the clauses that it comes from.
 //!
 //! The suite sees a device through [`limosa_client::Device`] alone, so that kernel drivers and vfio-user servers pass or
-//! fail the same checks. What only vfio-user has (framing, VERSION, fds, clients that come and go) is checked over raw
-//! connections, for which the caller passes a [`Wire`]. [`CLAUSES`] is the one list of what the documents say;
-//! [`checks`] lists the checks; [`run`] runs them and returns a [`Report`].
+//! fail the same checks. [`CLAUSES`] is the one list of what the documents say; [`checks`] lists the checks; [`run`] runs them and returns a [`Report`].
 #![forbid(unsafe_code)]
 
 mod check;
@@ -16,7 +14,6 @@ mod run;
 mod survey;
 mod target;
 mod trial;
-mod wire;
 
 pub use check::{Check, Family, Needs, Outcome};
 pub use clause::{CLAUSES, Clause, Document, clauses_document, coverage};
@@ -25,4 +22,4 @@ pub use profile::{Profile, ProfileError};
 pub use report::{Checked, Counts, Report};
 pub use run::{Limits, Options, run};
 pub use survey::Facts;
-pub use target::{Action, StateView, Target, Transport, Wire};
+pub use target::{Action, StateView, Target, Transport};

@@ -273,10 +273,7 @@ impl Suite {
     }
 
     fn run_one(&mut self, check: &Arc<Check>, facts: &Arc<Facts>) -> Outcome {
-        if check.needs.contains(Needs::WIRE) {
-            // A server has one client at a time.
-            self.device = None;
-        } else if self.device.is_none()
+        if self.device.is_none()
             && let Err(error) = self.reopen()
         {
             self.ended = Some(End { why: format!("before {}: {error}", check.id) });
@@ -331,12 +328,11 @@ impl Suite {
     /// brought back ends.
     fn restore(&mut self, has_migration: bool, has_logging: bool) {
         for attempt in 0..2 {
-            if self.device.is_none() && (attempt > 0 || self.silent > 0) {
-                // A check of raw connections leaves it closed: it is opened when it is needed.
-                if let Err(error) = self.reopen() {
-                    self.ended = Some(End { why: format!("the device cannot be opened any more: {error}") });
-                    return;
-                }
+            if self.device.is_none()
+                && let Err(error) = self.reopen()
+            {
+                self.ended = Some(End { why: format!("the device cannot be opened any more: {error}") });
+                return;
             }
             let Some(device) = self.device.clone() else { return };
             let restored =

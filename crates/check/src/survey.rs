@@ -55,13 +55,11 @@ impl Facts {
             "RESET" => "the device has no reset",
             "SAMPLE" => "there is no state of its own to load: it could not be saved, or is too large",
             "PEER" => "no second device was named",
-            "WIRE" => "the device is not behind a vfio-user socket",
             "BREAK" => "no way to bring the device into ERROR was named",
             "VIEW" => "the kernel shows no view of its state",
             "NO_MIGRATION" => "the device has migration",
             "NO_LOGGING" => "the device has DMA logging",
-            "KERNEL_RANGES" => "vfio-user gives ranges another meaning",
-            _ => "the device cannot be made to write memory",
+            _ => "vfio-user gives ranges another meaning",
         })
     }
 }
@@ -100,7 +98,6 @@ pub(crate) fn survey(device: &dyn Device, target: &Target, limits: &Limits, unti
     has.set(Needs::NO_LOGGING, !has.contains(Needs::LOGGING));
     has.set(Needs::KERNEL_RANGES, target.transport == Transport::Kernel);
     has.set(Needs::PEER, target.peer.is_some());
-    has.set(Needs::WIRE, target.wire.is_some());
     has.set(Needs::BREAK, target.breaks.is_some());
     has.set(Needs::VIEW, target.view.is_some());
     let info = device.info()?;

@@ -1,6 +1,5 @@
 //! [`Target`]: the device under test, and the ways to it that the caller has.
 
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use limosa_client::{Device, Result};
@@ -14,18 +13,6 @@ pub enum Transport {
     Kernel,
     /// By messages on a socket, or in the same process.
     VfioUser,
-}
-
-/// Raw connections to a vfio-user server.
-pub trait Wire: Send + Sync {
-    /// Connects. Nothing has been said on the connection.
-    fn connect(&self) -> std::io::Result<UnixStream>;
-}
-
-impl<F: Fn() -> std::io::Result<UnixStream> + Send + Sync> Wire for F {
-    fn connect(&self) -> std::io::Result<UnixStream> {
-        self()
-    }
 }
 
 /// Opens the device.
@@ -44,7 +31,6 @@ pub struct Target {
     pub(crate) transport: Transport,
     pub(crate) open: Open,
     pub(crate) peer: Option<Open>,
-    pub(crate) wire: Option<Arc<dyn Wire>>,
     pub(crate) breaks: Option<Action>,
     pub(crate) view: Option<StateView>,
 }
@@ -56,28 +42,13 @@ impl Target {
         transport: Transport,
         open: impl Fn() -> Result<Box<dyn Device>> + Send + Sync + 'static,
     ) -> Target {
-        Target {
-            name: name.into(),
-            transport,
-            open: Arc::new(open),
-            peer: None,
-            wire: None,
-            breaks: None,
-            view: None,
-        }
+        Target { name: name.into(), transport, open: Arc::new(open), peer: None, breaks: None, view: None }
     }
 
     /// A second device of the same kind, for round trips.
     #[must_use]
     pub fn peer(mut self, open: impl Fn() -> Result<Box<dyn Device>> + Send + Sync + 'static) -> Target {
         self.peer = Some(Arc::new(open));
-        self
-    }
-
-    /// Raw connections to the server. It may serve one client at a time: the device is closed before.
-    #[must_use]
-    pub fn wire(mut self, wire: impl Wire + 'static) -> Target {
-        self.wire = Some(Arc::new(wire));
         self
     }
 

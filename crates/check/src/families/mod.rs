@@ -32,7 +32,6 @@ pub fn checks() -> Vec<Check> {
         concurrency::checks(),
         peer::checks(),
         kernel::checks(),
-        crate::wire::checks(),
     ];
     families.into_iter().flatten().collect()
 }

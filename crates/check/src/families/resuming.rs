@@ -49,9 +49,15 @@ pub(super) fn checks() -> Vec<Check> {
             bad(t, |data| [data, &noise(64 << 10)].concat())
         }),
         check("resuming.replayed", &["resuming.validate"], |t| bad(t, |data| [data, data].concat())),
-        check("resuming.altered-first-byte", &["resuming.survive"], |t| altered(t, |_| 0)),
-        check("resuming.altered-middle", &["resuming.survive"], |t| altered(t, |bytes| bytes / 2)),
-        check("resuming.altered-last-byte", &["resuming.survive"], |t| altered(t, |bytes| bytes - 1)),
+        check("resuming.altered-first-byte", &["resuming.survive", "resuming.validate"], |t| {
+            altered(t, |_| 0)
+        }),
+        check("resuming.altered-middle", &["resuming.survive", "resuming.validate"], |t| {
+            altered(t, |bytes| bytes / 2)
+        }),
+        check("resuming.altered-last-byte", &["resuming.survive", "resuming.validate"], |t| {
+            altered(t, |bytes| bytes - 1)
+        }),
         check("resuming.endless", &["resuming.survive", "resuming.abort"], endless),
         check("resuming.reset-unwritten", &["resuming.abort"], |t| {
             let _stream = t.session(State::Resuming)?;

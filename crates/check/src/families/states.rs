@@ -91,6 +91,8 @@ fn transition(t: &mut Trial, from: State, to: State) -> Verdict {
     let stream = begin(t, from)?;
     let answer = t.device()?.set_state(to);
     match fsm::path(t.flags(), from, to) {
+        // Linux' drivers compare the states before they look for a path.
+        Err(_) if from == to && answer.is_ok() => t.is(from)?,
         Err(refusal) => {
             refused(answer, &format!("SET {to} in {from} ({refusal})"), &[Errno::EINVAL])?;
             t.is(from)?;

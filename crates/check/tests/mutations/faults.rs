@@ -146,6 +146,7 @@ faults! {
     LogNoNeighbours: "log.start-stop", [LogNoNeighbours];
     LogStaysOnAfterRefusal: "log.start-stop", [LogStaysOnAfterRefusal];
     LogTakesAnyRange: "log.ranges", [LogTakesAnyRange];
+    LogRefusesEmptyOddly: "log.empty", [LogRefusesEmptyOddly];
     LogTakesOverflow: "log.overflow", [LogTakesOverflow];
     LogTakesTooMany: "log.too-many", [LogTakesTooMany];
     LogNotWhileStopped: "log.states", [LogNotWhileStopped];

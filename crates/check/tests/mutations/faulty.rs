@@ -76,10 +76,13 @@ impl Faulty {
                 // Only a check that begins there counts: bringing the device back goes on by a reset.
                 return match path {
                     Ok(_) => self.refuse(Errno::EIO),
+                    Err(_) if from == to => self.refuse(Errno::EIO),
                     Err(_) => Ok(FeatureReply::default()),
                 };
             }
-            Fault::WearsOut if (from, to) == (State::Running, State::Stop) && self.tick() % 13 == 0 => {
+            Fault::WearsOut
+                if (from, to) == (State::Running, State::Stop) && self.tick().is_multiple_of(13) =>
+            {
                 return self.refuse(Errno::EBUSY);
             }
             Fault::TakesUnsupported if matches!(path, Err(fsm::Refusal::Unsupported(_))) => {
@@ -88,7 +91,7 @@ impl Faulty {
             Fault::NoCancel if from.is_pre_copy() && to == State::Running => {
                 return self.refuse(Errno::EBUSY);
             }
-            Fault::StopCopyWearsOut if to == State::StopCopy && self.tick() % 7 == 0 => {
+            Fault::StopCopyWearsOut if to == State::StopCopy && self.tick().is_multiple_of(7) => {
                 return self.refuse(Errno::EBUSY);
             }
             Fault::SetsFromOneThread if is_second_thread() => return self.refuse(Errno::EBUSY),
@@ -191,12 +194,14 @@ impl Faulty {
                 }
                 said
             }
-            Fault::BeginsInStop => (now == State::Running && self.tick() % 2 == 0).then_some(State::Stop),
+            Fault::BeginsInStop => {
+                (now == State::Running && self.tick().is_multiple_of(2)).then_some(State::Stop)
+            }
             Fault::GetFromOneThread if is_second_thread() => Some(State::PreCopy),
             Fault::RefusedLoadGoesAstray if self.memory.swap(0, Ordering::SeqCst) == 1 => {
                 Some(State::PreCopy)
             }
-            Fault::ErrorFades if now == State::Error && self.tick() % 3 == 0 => Some(State::Stop),
+            Fault::ErrorFades if now == State::Error && self.tick().is_multiple_of(3) => Some(State::Stop),
             _ => (now == State::Error).then_some(State::Error),
         };
         if let Some(state) = lie {
@@ -214,7 +219,8 @@ impl Faulty {
                 .collect(),
             _ => Vec::new(),
         };
-        let aligned = ranges.iter().all(|range| range.iova % 4096 == 0 && range.length % 4096 == 0);
+        let aligned =
+            ranges.iter().all(|range| range.iova.is_multiple_of(4096) && range.length.is_multiple_of(4096));
         let empty = ranges.iter().any(|range| range.length == 0);
         let overflows = ranges.iter().any(|range| range.iova.checked_add(range.length).is_none());
         let neighbours = ranges.windows(2).any(|two| two[0].iova + two[0].length == two[1].iova);
@@ -231,10 +237,11 @@ impl Faulty {
             Fault::LogOneRange if ranges.len() > 1 && !overlaps(&ranges) => {
                 return self.refuse(Errno::ENOSPC);
             }
+            Fault::LogRefusesEmptyOddly if empty => return self.refuse(Errno::EIO),
             Fault::LogNoNeighbours if neighbours => return self.refuse(Errno::EINVAL),
-            Fault::LogStartsOnce if self.tick() % 4 == 0 => return self.refuse(Errno::EBUSY),
+            Fault::LogStartsOnce if self.tick().is_multiple_of(4) => return self.refuse(Errno::EBUSY),
             Fault::LogNotWhileStopped if self.now() != State::Running => return self.refuse(Errno::EBUSY),
-            Fault::LogStaysOnAfterRefusal if empty => {
+            Fault::LogStaysOnAfterRefusal if !aligned => {
                 self.memory.store(1, Ordering::SeqCst);
                 return self.refuse(Errno::EINVAL);
             }
@@ -378,7 +385,7 @@ impl Device for FaultyDevice {
                 if index == FeatureIndex::MIG_DEVICE_STATE
                     && op == get
                     && request.payload.len() == 8
-                    && shared.tick() % 2 == 0 =>
+                    && shared.tick().is_multiple_of(2) =>
             {
                 shared.inner.feature(request)?;
                 return done(4);
@@ -457,7 +464,7 @@ impl Device for FaultyDevice {
             Fault::NoResetWhileLogging => {
                 let _ = shared.inner.dma_logging_stop();
             }
-            Fault::ResetsOnce if now == State::Running && shared.tick() % 3 == 0 => {
+            Fault::ResetsOnce if now == State::Running && shared.tick().is_multiple_of(3) => {
                 return shared.refuse(Errno::EBUSY);
             }
             Fault::NoWayBackFromBadLoad if shared.memory.swap(0, Ordering::SeqCst) == 1 => {
@@ -597,7 +604,9 @@ impl DataStream for FaultyStream {
             Fault::ResetLosesData if stopped && shared.memory.load(Ordering::SeqCst) == 7 => {
                 return Ok(Chunk::End);
             }
-            Fault::SecondSessionEmpty if stopped && self.generation % 2 == 0 => return Ok(Chunk::End),
+            Fault::SecondSessionEmpty if stopped && self.generation.is_multiple_of(2) => {
+                return Ok(Chunk::End);
+            }
             Fault::EndsInPrecopy if now.is_pre_copy() => return Ok(Chunk::End),
             Fault::EndsInPrecopyLate if now.is_pre_copy() => {
                 let chunk = stream.read(data)?;
@@ -674,13 +683,13 @@ impl DataStream for FaultyStream {
                 if shared.is(Fault::GoesOnFromBefore) {
                     shared.memory.store(0, Ordering::SeqCst);
                 }
-                if shared.is(Fault::EndIsNotTheEnd) && self.ended % 2 == 0 {
+                if shared.is(Fault::EndIsNotTheEnd) && self.ended.is_multiple_of(2) {
                     data[0] = 1;
                     return Ok(Chunk::Data(1));
                 }
                 if shared.is(Fault::StateGrows) && stopped && self.ended == 1 {
                     // A byte more in every second session.
-                    if self.generation % 2 == 0 {
+                    if self.generation.is_multiple_of(2) {
                         data[0] = 1;
                         return Ok(Chunk::Data(1));
                     }

@@ -1,6 +1,5 @@
 //! `limosa check`: whether a driver or a server keeps the standard.
 
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -136,17 +135,8 @@ fn target(name: &str, args: &args::Check, opening: Opening<'_>) -> anyhow::Resul
         let (opener, peer) = (opener.clone(), peer.clone());
         target = target.peer(move || opener.open(&peer));
     }
-    if kernel {
-        if let Some(view) = view(name) {
-            target = target.view(Arc::new(move || std::fs::read_to_string(&view)));
-        }
-    } else {
-        let path = Path::new(name).to_owned();
-        target = target.wire(move || -> std::io::Result<UnixStream> {
-            let stream = limosa_host::connect(&path, opener.limit)?;
-            limosa_host::check_server(&stream, &opener.servers)?;
-            stream.try_clone()
-        });
+    if let Some(view) = view(name).filter(|_| kernel) {
+        target = target.view(Arc::new(move || std::fs::read_to_string(&view)));
     }
     if let Some(command) = args.break_with.clone() {
         target = target.breaks(Arc::new(move || {
