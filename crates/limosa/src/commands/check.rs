@@ -153,8 +153,8 @@ fn target(name: &str, args: &args::Check, opening: Opening<'_>) -> anyhow::Resul
 
 /// Where debugfs has the state of a device, if it does.
 fn view(name: &str) -> Option<std::path::PathBuf> {
-    let cdev = open::listed(name)?.cdev?;
-    let file = Path::new("/sys/kernel/debug/vfio").join(cdev.file_name()?).join("migration/state");
+    let folder = open::listed(name)?.folder;
+    let file = Path::new("/sys/kernel/debug/vfio").join(folder.file_name()?).join("migration/state");
     file.exists().then_some(file)
 }
 
