@@ -68,9 +68,13 @@ const OWN_COUNTERS: usize = 63;
 impl<T> ManyReaders<T> {
     /// A lock that is open.
     pub fn new(value: T) -> ManyReaders<T> {
+        ManyReaders::with(value, *HAS_MEMBARRIER)
+    }
+
+    pub(crate) fn with(value: T, has_membarrier: bool) -> ManyReaders<T> {
         let gate = Gate {
             is_closed: AtomicBool::new(false),
-            has_membarrier: *HAS_MEMBARRIER,
+            has_membarrier,
             writer: Mutex::default(),
             sleepers: Mutex::default(),
             changed: Condvar::default(),

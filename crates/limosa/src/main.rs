@@ -74,7 +74,12 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         args::Door::Cdev => Door::Cdev,
         args::Door::Group => Door::Group,
     });
-    let servers = [&[User::ROOT, User::current()], &cli.server_users[..]].concat();
+    let mut servers = vec![User::ROOT];
+    for user in [&[User::current()], &cli.server_users[..]].concat() {
+        if !servers.contains(&user) {
+            servers.push(user);
+        }
+    }
     let opening = Opening { limit: cli.timeout, state_limit: cli.state_timeout, door, servers: &servers };
     let open = |device: &str| opening.open(device);
     match &cli.command {

@@ -149,7 +149,11 @@ fn the_destination_server_killed_before_the_commit_leaves_the_source_running() {
         scene.release();
         let code = if at == At::Handshake { 3 } else { 1 };
         scene.sender.end().fails(code, &[&scene.destination.socket, "connection lost", "as it was before"]);
-        scene.receiver.end().fails(4, &[&scene.destination.socket, "connection lost"]);
+        let received = scene.receiver.end();
+        received.fails(4, &[&scene.destination.socket, "connection lost"]);
+        if at != At::Handshake {
+            received.fails(4, &[&format!("`limosa state {} reset` empties it", scene.destination.socket)]);
+        }
         source_goes_on(&scene.source, &scene.folder);
     }
 }

@@ -6,6 +6,8 @@ use crate::{Cancel, Observer, Options};
 
 /// The options, the report and the cancel handle of one side.
 pub(crate) struct Context<'a> {
+    /// The names of the devices, in the order of the offer.
+    pub(crate) names: Vec<String>,
     pub(crate) options: &'a Options,
     pub(crate) recorder: Recorder<'a>,
     /// Ends every wait until the commit.
@@ -20,7 +22,8 @@ impl<'a> Context<'a> {
         observer: &'a dyn Observer,
         cancel: Option<&'a Cancel>,
     ) -> Context<'a> {
-        let names = devices.iter().map(|moved| moved.device.name().into());
-        Context { options, recorder: Recorder::new(side, options, observer, names), cancel }
+        let names: Vec<String> = devices.iter().map(|moved| moved.device.name().into()).collect();
+        let recorder = Recorder::new(side, options, observer, names.iter().cloned());
+        Context { names, options, recorder, cancel }
     }
 }

@@ -122,11 +122,14 @@ pub enum Error {
     },
     /// The guest has stood still for as long as it may, and the destination was not told to run yet.
     #[error(
-        "the guest has stood still for {limit:?}, the limit, and the destination was not told to run yet"
+        "the guest has stood still for {limit:?}, the limit, and the destination was not told to run yet{}",
+        and_left(.left)
     )]
     StoodStill {
         /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
         limit: Duration,
+        /// Where most was left; `None` where everything was loaded.
+        left: Option<Remaining>,
     },
     /// Code that the engine called, or the engine itself, panicked.
     #[error("{place} panicked: {message}")]
@@ -375,10 +378,12 @@ pub enum Obstacle {
     )]
     LogLost,
     /// The move of the data that is left after the stop takes longer than the guest may stand still.
-    #[error("it would stand still for longer than {limit:?}, the limit for that")]
+    #[error("it would stand still for longer than {limit:?}, the limit for that{}", and_left(.left))]
     Standstill {
         /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
         limit: Duration,
+        /// Where most is left, as far as that is known.
+        left: Option<Remaining>,
     },
     /// The data that is left would fit into the goal, and the rest of a stop does not.
     #[error(
@@ -386,6 +391,30 @@ pub enum Obstacle {
          little data is left; allow more downtime"
     )]
     Latency,
+}
+
+/// Bytes of a device or of memory that are not sent yet, or that the destination has not acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes} bytes of {of}")]
+#[non_exhaustive]
+pub struct Remaining {
+    /// The device, or the guest's memory.
+    pub of: String,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl Remaining {
+    /// The most of what is left of memory and of these devices; `None` where nothing is.
+    pub(crate) fn most<'n>(memory: u64, devices: impl Iterator<Item = (&'n str, u64)>) -> Option<Remaining> {
+        let all = std::iter::once(("the guest's memory", memory)).chain(devices);
+        let (of, bytes) = all.filter(|(_, bytes)| *bytes > 0).max_by_key(|(_, bytes)| *bytes)?;
+        Some(Remaining { of: of.into(), bytes })
+    }
+}
+
+fn and_left(left: &Option<Remaining>) -> String {
+    left.as_ref().map_or(String::new(), |left| format!("; {left} are left to send or to load"))
 }
 
 /// Behaviour of a device that the standard does not allow.
@@ -540,8 +569,8 @@ impl Error {
             Error::TimedOut { .. } | Error::Idle { .. } | Error::TookTooLong { .. } => AbortCode::TimeLimit,
             Error::NotConverging { .. } | Error::StoodStill { .. } => AbortCode::Standstill,
             Error::Cancelled => AbortCode::Cancelled,
-            Error::Link { .. }
-            | Error::Suspended { .. }
+            Error::Link { .. } => AbortCode::Link,
+            Error::Suspended { .. }
             | Error::NotRecorded { .. }
             | Error::Snapshot { .. }
             | Error::PublicationUnknown { .. }

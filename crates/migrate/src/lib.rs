@@ -80,7 +80,8 @@ pub use cancel::Cancel;
 pub use destination::{AfterLoad, Destination, Received};
 pub use devices::MovedDevice;
 pub use error::{
-    Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, Mistrust, NoMove, Obstacle, Result,
+    Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, Mistrust, NoMove, Obstacle, Remaining,
+    Result,
 };
 pub use ledger::{Decision, Ledger};
 pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Secret, Totals};

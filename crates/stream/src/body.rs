@@ -299,11 +299,13 @@ pub enum AbortCode {
     NotTaken,
     /// The guest would stand still for too long, or did.
     Standstill,
+    /// The link failed.
+    Link,
     /// Something else.
     Other,
 }
 
-const ABORT_CODES: [(AbortCode, u16); 9] = [
+const ABORT_CODES: [(AbortCode, u16); 10] = [
     (AbortCode::Cancelled, 1),
     (AbortCode::Device, 2),
     (AbortCode::Stream, 3),
@@ -313,6 +315,7 @@ const ABORT_CODES: [(AbortCode, u16); 9] = [
     (AbortCode::Vmm, 7),
     (AbortCode::NotTaken, 8),
     (AbortCode::Standstill, 9),
+    (AbortCode::Link, 10),
 ];
 
 /// The payload of ABORT, and of REFUSED before its proof. A reason that is too long is cut.

@@ -86,7 +86,6 @@ impl Receiving<'_, '_> {
 
     /// Loads a piece of the device's data, or at its end brings the device to STOP.
     fn load(&self, at: usize, loader: &mut DeviceLoader<'_>, item: Item) -> Result<()> {
-        let device = loader.device;
         let Item::Data(data) = item else {
             {
                 let _span = self.recorder().span(at, Act::Enter { state: State::Stop });
@@ -97,7 +96,7 @@ impl Receiving<'_, '_> {
         };
         let (bytes, began) = (data.len() as u64, now());
         if let Some(stream) = &mut loader.stream {
-            stream.write(&data).map_err(|error| failed(device, "loading its data", error))?;
+            stream.write(&data).map_err(|error| loader.driven.why("loading its data", error))?;
         }
         self.recorder().device_span(at, Act::Load, began, bytes);
         self.recorder().device_data(at, bytes);

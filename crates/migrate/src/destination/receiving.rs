@@ -151,7 +151,8 @@ impl<'w, 'a> Receiving<'w, 'a> {
     pub(super) fn start<'scope>(&'scope self, scope: Scope<'scope, '_>) -> Result<()> {
         let interval = self.connection.limits().keep_alive;
         self.team.spawn(scope, "keep-alive".into(), move || {
-            self.alive.run(&self.team, &self.writers, interval);
+            // The guest stands still at the source, which watches how long.
+            self.alive.run(&self.team, &self.writers, interval, || None);
             Ok(())
         })?;
         for thread in 0..self.queues.len() {

@@ -38,6 +38,12 @@ impl SocketLink {
         SocketLink { fd: Foreign::new(socket.into()), peer: peer.into() }
     }
 
+    /// A TCP connection of this process' own. It brings no fds, and closing it never blocks: it needs no thread for that, of
+    /// which strangers who connect again and again would take many.
+    fn tcp(socket: TcpStream, peer: String) -> SocketLink {
+        SocketLink { fd: Foreign::harmless(socket.into()), peer }
+    }
+
     /// Both ends of a link within this process.
     pub fn pair() -> std::io::Result<(SocketLink, SocketLink)> {
         let (one, other) = UnixStream::pair()?;
@@ -151,7 +157,7 @@ pub(super) fn connect_to(
                     Ok(stream) => {
                         stream.set_nodelay(true)?;
                         unpaced_at_home(&stream);
-                        return Ok(SocketLink::new(stream, address.to_string()));
+                        return Ok(SocketLink::tcp(stream, address.to_string()));
                     }
                     Err(LinkError::Cancelled) => return Err(LinkError::Cancelled),
                     Err(error) => failed = error,
@@ -337,7 +343,7 @@ impl Listener {
                 let (stream, from) =
                     retry(listener, PollFlags::IN, wait, || listener.accept().map_err(errno))?;
                 stream.set_nodelay(true)?;
-                Ok(SocketLink::new(stream, format!("tcp:{from}")))
+                Ok(SocketLink::tcp(stream, format!("tcp:{from}")))
             }
         }
     }
@@ -386,6 +392,39 @@ mod tests {
         drop(other);
         assert!(matches!(one.write(&[IoSlice::new(&full)], soon(None)), Err(LinkError::Closed)));
         assert!(matches!(one.read(&mut byte, soon(None)), Err(LinkError::Closed)));
+    }
+
+    /// Each connection of a stranger took a thread to be closed, and a few at once were reported as files that cannot be closed.
+    #[test]
+    fn a_tcp_link_waits_for_no_file_of_a_peer_to_be_closed() {
+        let limit = Duration::from_secs(60);
+        let listener = Listener::bind(&Address::Tcp("127.0.0.1".into(), 0)).unwrap();
+        let connected = || {
+            let near = connect(listener.address(), limit).unwrap();
+            (near, listener.accept(Wait::within(limit, None)).unwrap())
+        };
+        // More than there are threads to close files of peers.
+        let held: Vec<_> = (0..20).map(|_| mpsc::channel::<()>()).collect();
+        let (release, waiting): (Vec<_>, Vec<_>) = held.into_iter().unzip();
+        waiting.into_iter().for_each(|waiting| drop(Foreign::new(Waits(waiting))));
+        for (dropped, stays) in [connected(), {
+            let (near, far) = connected();
+            (far, near)
+        }] {
+            drop(dropped);
+            let got = stays.read(&mut [0], Wait::within(limit, None));
+            assert!(matches!(got, Err(LinkError::Closed)), "{got:?}");
+        }
+        drop(release);
+    }
+
+    /// Blocks while it is dropped.
+    struct Waits(mpsc::Receiver<()>);
+
+    impl Drop for Waits {
+        fn drop(&mut self) {
+            let _ = self.0.recv();
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub(crate) mod limits;
 pub(crate) mod link_count;
 pub(crate) mod pace;
 mod round;
+pub(crate) mod share;
 pub(crate) mod state_limit;
 pub(crate) mod stop_policy;
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use super::round::Round;
-use crate::error::Obstacle;
+use crate::error::{Obstacle, Remaining};
 use crate::options::{Convergence, WhenStalled};
 
 /// A device is judged after it has moved this many bytes, or after this time.
@@ -254,6 +254,13 @@ impl StopPolicy {
             _ => Obstacle::DeviceState { device: name, bytes },
         }
     }
+}
+
+/// Where a stop would have most to move.
+pub(crate) fn most_left(look: &Look<'_>) -> Option<Remaining> {
+    let bytes = |device: &DeviceLook| device.stop_bytes.unwrap_or(0).saturating_add(device.on_the_way);
+    let devices = look.devices.iter().map(|device| (device.name.as_str(), bytes(device)));
+    Remaining::most(look.memory_dirty_bytes, devices)
 }
 
 /// The sum over all devices.

@@ -1,10 +1,11 @@
 //! The handshake of a source: both sides compare devices and memory before anything is touched.
 
 use limosa_client::DeviceExt;
-use limosa_protocol::State;
+use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::{NEEDS_CREDIT, NEEDS_FLUSH, NEEDS_PROOFS};
 use limosa_stream::{
-    AbortCode, Answer, Damage, Kind, MigrationId, Offer, PrefaceFlags, Proofs, Secret, WINDOW_BYTES_MIN,
+    AbortCode, Answer, Damage, DeviceFacts, Kind, MigrationId, Offer, PrefaceFlags, Proofs, Secret,
+    WINDOW_BYTES_MIN, printable,
 };
 
 use super::rollback::Rollback;
@@ -37,7 +38,7 @@ impl<'a> Source<'a> {
         let no_numbers = |error| Error::Os { doing: "reading random numbers", error };
         let id = MigrationId::random().map_err(no_numbers)?;
         context.recorder.id(id);
-        let mut offer = self.offer()?;
+        let mut offer = self.offer(context)?;
         if has_peer {
             offer.needs.extend([NEEDS_FLUSH.into(), NEEDS_CREDIT.into()]);
             offer.links = if further.is_some() { self.options.links.get() } else { 1 };
@@ -75,7 +76,7 @@ impl<'a> Source<'a> {
         Ok(Agreed { note, window: answer.window, links, proofs })
     }
 
-    fn offer(&self) -> Result<Offer> {
+    fn offer(&self, context: &Context<'a>) -> Result<Offer> {
         let mut offer = Offer::default();
         let mut reasons = Vec::new();
         for (at, moved) in self.devices.iter().enumerate() {
@@ -85,6 +86,9 @@ impl<'a> Source<'a> {
             offer.devices.push(facts);
         }
         offer.memory = self.memory.regions.iter().map(|region| region.facts()).collect();
+        if let Some(note) = unquiesced(&offer.devices) {
+            context.recorder.note(note);
+        }
         if reasons.is_empty() { Ok(offer) } else { Err(Error::Incompatible { reasons }) }
     }
 
@@ -160,6 +164,22 @@ impl<'a> Source<'a> {
         }
         Ok(links)
     }
+}
+
+/// What is not promised where not all of several devices can be quiesced before any of them is stopped.
+fn unquiesced(devices: &[DeviceFacts]) -> Option<String> {
+    let has_p2p =
+        |facts: &&DeviceFacts| MigrationFlags::from_bits_retain(facts.flags).contains(MigrationFlags::P2P);
+    let names: Vec<_> =
+        devices.iter().filter(|facts| !has_p2p(facts)).map(|facts| printable(&facts.name)).collect();
+    if devices.len() < 2 || names.is_empty() {
+        return None;
+    }
+    Some(format!(
+        "without P2P, so that DMA to the other devices does not end before these are stopped, and begins before these run: \
+         {}; if the guest lets devices reach each other, such DMA may be lost",
+        names.join(", ")
+    ))
 }
 
 /// Reads the other side's preface, which must be of the same move.

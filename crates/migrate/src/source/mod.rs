@@ -341,7 +341,7 @@ fn start<'scope, 'w, 'a>(
     let team = &sending.team;
     let interval = connection.limits().keep_alive;
     team.spawn(scope, "keep-alive".into(), move || {
-        sending.alive.run(team, &sending.writers, interval);
+        sending.alive.run(team, &sending.writers, interval, || sending.most_left(ram.left()));
         Ok(())
     })?;
     if sending.has_peer() {

@@ -13,9 +13,10 @@ use super::rollback::Rollback;
 use super::{Source, Stage};
 use crate::context::Context;
 use crate::devices::failed;
+use crate::error::Remaining;
 use crate::memory::PAGE_BYTES;
 use crate::protocol::pace::{Pace, Sample};
-use crate::protocol::stop_policy::{DeviceLook, Look, Next, StopPolicy};
+use crate::protocol::stop_policy::{DeviceLook, Look, Next, StopPolicy, most_left};
 use crate::transfer::device_sender::Job;
 use crate::transfer::sending::Sending;
 use crate::vmm;
@@ -36,6 +37,8 @@ struct Looking {
     names: Vec<String>,
     /// The names of the devices that do not say how much they would give in the stop.
     unknown: Vec<String>,
+    /// Where a stop would have most to move.
+    most_left: Option<Remaining>,
     policy: StopPolicy,
     pace: Pace,
     has_memory: bool,
@@ -76,6 +79,7 @@ impl<'a> Source<'a> {
         let mut looking = Looking {
             names: self.devices.iter().map(|moved| moved.device.name().into()).collect(),
             unknown: Vec::new(),
+            most_left: None,
             policy: StopPolicy::new(self.options.convergence, self.options.state_max, self.devices.len()),
             pace,
             has_memory: !self.memory.regions.is_empty() && !rollback.logs.blind,
@@ -91,7 +95,7 @@ impl<'a> Source<'a> {
             let pause = match next {
                 Next::Continue(pause) => pause,
                 Next::Stop => {
-                    self.check_standstill(&round)?;
+                    self.check_standstill(&round, &looking)?;
                     break self.predict(context, &round, &looking);
                 }
                 Next::Stalled(obstacle) => {
@@ -103,7 +107,7 @@ impl<'a> Source<'a> {
                         }
                         continue;
                     }
-                    match self.stalled(&obstacle, &round)? {
+                    match self.stalled(&obstacle, &round, &looking)? {
                         true => KEEP_TRYING,
                         false => {
                             tracing::info!("stopping although the goal is not met: {obstacle}");
@@ -206,6 +210,7 @@ impl<'a> Source<'a> {
             // The harvest after the stop takes as long. A log that compares pages has to read all memory.
             harvest: now() - began,
         };
+        looking.most_left = most_left(&look);
         Ok(looking.policy.next(&look, &looking.pace))
     }
 
@@ -233,7 +238,7 @@ impl<'a> Source<'a> {
     }
 
     /// Pre-copy has stalled. Returns whether to go on nevertheless; an error ends the move.
-    fn stalled(&self, obstacle: &Obstacle, round: &Round) -> Result<bool> {
+    fn stalled(&self, obstacle: &Obstacle, round: &Round, looking: &Looking) -> Result<bool> {
         let wanted = &self.options.convergence;
         // Waiting does not make a device say its size.
         let is_final = matches!(obstacle, Obstacle::SizeUnknown { .. });
@@ -241,17 +246,20 @@ impl<'a> Source<'a> {
             WhenStalled::KeepTrying if !is_final => Ok(true),
             WhenStalled::Abort => Err(self.not_converging(obstacle.clone(), round)),
             WhenStalled::KeepTrying | WhenStalled::SwitchOver => {
-                self.check_standstill(round)?;
+                self.check_standstill(round, looking)?;
                 Ok(false)
             }
         }
     }
 
     /// Refuses a stop that is predicted to take longer than the guest may stand still.
-    fn check_standstill(&self, round: &Round) -> Result<()> {
+    fn check_standstill(&self, round: &Round, looking: &Looking) -> Result<()> {
         let limit = self.options.standstill_max;
         match round.predicted_downtime > limit {
-            true => Err(self.not_converging(Obstacle::Standstill { limit }, round)),
+            true => {
+                let left = looking.most_left.clone();
+                Err(self.not_converging(Obstacle::Standstill { limit, left }, round))
+            }
             false => Ok(()),
         }
     }

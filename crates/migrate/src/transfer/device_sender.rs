@@ -67,6 +67,8 @@ pub(crate) struct DeviceFlow {
     pub(crate) left: Option<u64>,
     /// How many bytes it would give in the stop; `None` if that is not known.
     pub(crate) stop_bytes: Option<u64>,
+    /// The position in its stream at which it said so.
+    looked_at: u64,
     /// Whether it was asked how much it has to give.
     pub(crate) looked: bool,
     /// Whether it had nothing for now when it was read last.
@@ -79,6 +81,8 @@ pub(crate) struct DeviceFlow {
     pub(crate) streaming: bool,
     /// Whether it is in STOP_COPY.
     pub(crate) stopped: bool,
+    /// Whether it has given everything.
+    ended: bool,
     /// What went wrong in the rollback.
     pub(crate) loss: Option<Unrecovered>,
     /// Why it did not enter STOP after the move.
@@ -96,12 +100,14 @@ impl DeviceFlow {
             initial_end: 0,
             left: None,
             stop_bytes: None,
+            looked_at: 0,
             looked: false,
             drained: false,
             idle_since: None,
             has_session: false,
             streaming: false,
             stopped: false,
+            ended: false,
             loss: None,
             unfinished: None,
             jobs: VecDeque::new(),
@@ -119,6 +125,13 @@ impl DeviceFlow {
     /// Whether all jobs are done.
     pub(crate) fn is_idle(&self) -> bool {
         self.done == self.given
+    }
+
+    /// How many bytes it has still to give, as far as that is known, and has given that are not known to be loaded.
+    pub(crate) fn remaining(&self) -> u64 {
+        let given = self.window.sent().saturating_sub(self.looked_at);
+        let left = if self.ended { 0 } else { self.stop_bytes.unwrap_or(0).saturating_sub(given) };
+        left.saturating_add(self.window.on_the_way())
     }
 
     /// Whether the destination has loaded the initial data that was read so far.
@@ -293,6 +306,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         // A device that was reset meanwhile has no more data either.
         self.driven.check()?;
         self.begin()?;
+        self.sending.flows[self.at].lock().ended = true;
         self.sending.until_stopped()?;
         let end = encode_device_end(self.bytes, self.crc.value());
         self.sending.post(0, &Frame::of(self.at as u32, Kind::DEVICE_END, &end))?;
@@ -325,7 +339,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             flow.initial_end = self.bytes;
         }
         (flow.initial, flow.left, flow.stop_bytes) = (initial, left, stop_bytes);
-        flow.looked = true;
+        (flow.looked, flow.looked_at) = (true, self.bytes);
         drop(flow);
         self.sending.flows[self.at].notify_all();
         if let Some(info) = info.filter(|_| is_new) {
@@ -339,7 +353,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
     fn chunk(&mut self) -> Result<Chunk> {
         let Some(stream) = &mut self.stream else { return Ok(Chunk::End) };
         let chunk = stream.read(&mut self.buffer);
-        let chunk = chunk.map_err(|error| failed(self.driven.device(), "reading its data", error))?;
+        let chunk = chunk.map_err(|error| self.driven.why("reading its data", error))?;
         if let Chunk::Data(bytes) = chunk {
             let room = self.buffer.len();
             if bytes == 0 || bytes > room {

@@ -81,6 +81,18 @@ impl<'a> DrivenDevice<'a> {
         self.check_resets()
     }
 
+    /// The reason why a call on the device's stream failed. A session that a reset or another client has ended refuses its
+    /// calls, and the errno does not say so. A device in ERROR has failed by itself.
+    pub(crate) fn why(&self, doing: &str, error: limosa_client::Error) -> Error {
+        let changed = if error.errno().is_some() { self.check().err() } else { None };
+        match changed {
+            Some(Error::DeviceChanged { found: Changed::State { found: State::Error, .. }, .. }) => {}
+            Some(changed @ Error::DeviceChanged { .. }) => return changed,
+            _ => {}
+        }
+        failed(self.device, doing, error)
+    }
+
     fn check_state(&self) -> Result<()> {
         let found = self.device.state().map_err(|error| failed(self.device, "reading its state", error))?;
         if found == self.expected {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::{Monitor, now};
 
 use super::team::Team;
+use crate::error::Remaining;
 use crate::wire::FrameWriter;
 use crate::{Error, Result};
 
@@ -34,10 +35,11 @@ impl KeepAlive {
         self.state.lock().standstill = None;
     }
 
-    /// Fails if the guest has stood still for too long.
+    /// Before COMMIT: fails if the guest has stood still for too long.
     pub(crate) fn check(&self) -> Result<()> {
         match self.state.lock().standstill {
-            Some((until, limit)) if until <= now() => Err(Error::StoodStill { limit }),
+            // The destination has loaded everything then.
+            Some((until, limit)) if until <= now() => Err(Error::StoodStill { limit, left: None }),
             _ => Ok(()),
         }
     }
@@ -49,7 +51,14 @@ impl KeepAlive {
     }
 
     /// The body of the thread. A link that fails is a failure of the team, since no other thread may be using the link.
-    pub(crate) fn run<'a>(&self, team: &Team, writers: &[&FrameWriter<'a>], interval: Duration) {
+    /// `left` says where most is left when the guest has stood still for too long.
+    pub(crate) fn run<'a>(
+        &self,
+        team: &Team,
+        writers: &[&FrameWriter<'a>],
+        interval: Duration,
+        left: impl Fn() -> Option<Remaining>,
+    ) {
         let mut state = self.state.lock();
         while !state.over {
             let next = now() + interval;
@@ -61,7 +70,7 @@ impl KeepAlive {
             {
                 state.standstill = None;
                 drop(state);
-                team.fail(Error::StoodStill { limit });
+                team.fail(Error::StoodStill { limit, left: left() });
                 state = self.state.lock();
             }
             if state.over || next > now() {

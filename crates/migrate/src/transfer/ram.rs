@@ -36,6 +36,8 @@ struct RoundState {
     page: u64,
     pages: u64,
     exhausted: bool,
+    /// Pages that were sent in it still count as pending.
+    is_under_way: bool,
     /// How many links take part in the round.
     links: usize,
     /// How many further links' threads have not finished the round.
@@ -65,6 +67,7 @@ impl<'m> Ram<'m> {
             page: 0,
             pages: 0,
             exhausted: true,
+            is_under_way: false,
             links: 0,
             active: 0,
             link_count,
@@ -77,6 +80,22 @@ impl<'m> Ram<'m> {
         self.pending.iter().map(|bitmap| bitmap.count() * PAGE_BYTES).sum()
     }
 
+    /// How many bytes are to be sent, without those that a thread has taken in this round.
+    pub(crate) fn left(&self) -> u64 {
+        let round = self.round.lock();
+        if !round.is_under_way {
+            return self.bytes();
+        }
+        if round.exhausted {
+            return 0;
+        }
+        let rest = self.pending.iter().enumerate().skip(round.region).map(|(at, pending)| {
+            let from = if at == round.region { round.page + round.pages } else { 0 };
+            pending.runs_from(from).map(|(_, pages)| pages).sum::<u64>()
+        });
+        (round.pages + rest.sum::<u64>()) * PAGE_BYTES
+    }
+
     /// Sends every pending page, over as many links as pay. The calling thread sends over the first one.
     pub(crate) fn send_round(&self, sending: &Sending<'_, '_>) -> Result<()> {
         let links = (self.bytes() / LINK_BYTES_MIN + 1).min(sending.writers.len() as u64) as usize;
@@ -84,7 +103,7 @@ impl<'m> Ram<'m> {
             let mut round = self.round.lock();
             round.number += 1;
             (round.region, round.page, round.pages) = (0, 0, 0);
-            round.exhausted = false;
+            (round.exhausted, round.is_under_way) = (false, true);
             (round.links, round.active) = (links, links - 1);
             round.link_count.pause();
         }
@@ -92,6 +111,8 @@ impl<'m> Ram<'m> {
         self.send_chunks(0, sending)?;
         drop(sending.team.wait(&self.round, self.round.lock(), None, |round| round.active == 0)?);
         self.pending.iter().for_each(DirtyBitmap::clear);
+        self.round.lock().is_under_way = false;
+        sending.end_round();
         Ok(())
     }
 
@@ -129,7 +150,7 @@ impl<'m> Ram<'m> {
                         zeroes.add(region.id, offset, run.bytes.len() as u64)?;
                     } else {
                         let frame = Frame::of(region.id, Kind::MEMORY_DATA, run.bytes).at(offset);
-                        sending.post(link, &frame)?;
+                        sending.send_memory(link, &frame)?;
                         recorder.memory_data(run.bytes.len() as u64);
                     }
                     offset += run.bytes.len() as u64;

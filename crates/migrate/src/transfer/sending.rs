@@ -10,9 +10,11 @@ use super::device_workers::DeviceWorkers;
 use super::keep_alive::KeepAlive;
 use super::team::{Shared, Team};
 use crate::context::Context;
+use crate::error::Remaining;
 use crate::protocol::credit::SMALL_BYTES;
 use crate::protocol::flush::Flushes;
 use crate::protocol::limits::Limits;
+use crate::protocol::share::{LinkShare, PAUSE_MAX};
 use crate::protocol::stop_policy::DeviceLook;
 use crate::report::Recorder;
 use crate::wire::{Connection, Frame, FrameWriter};
@@ -33,6 +35,7 @@ pub(crate) struct Sending<'w, 'a> {
     pub(crate) window: Option<u64>,
     proofs: Proofs,
     limits: Limits,
+    share: Shared<LinkShare>,
     flushes: Shared<Flushes>,
     state: Shared<State>,
     /// How many times a device had news.
@@ -64,6 +67,7 @@ impl<'w, 'a> Sending<'w, 'a> {
             window,
             proofs,
             limits: Limits::new(context.options),
+            share: team.share(LinkShare::default()),
             flushes: team.share(Flushes::default()),
             state: team.share(State::default()),
             news: team.share(0),
@@ -120,10 +124,43 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.writers[link].post(frame, Some(self.team.ended()))
     }
 
+    /// Sends a frame of memory over a link. Devices get as much of the links meanwhile.
+    pub(crate) fn send_memory(&self, link: usize, frame: &Frame<'_>) -> Result<()> {
+        self.share.lock().begin_memory();
+        let sent = self.post(link, frame);
+        if self.share.lock().end_memory(frame.payload.len(), now()) {
+            self.share.notify_all();
+        }
+        sent
+    }
+
+    /// A round of memory has ended.
+    pub(crate) fn end_round(&self) {
+        self.share.lock().end_round();
+        self.share.notify_all();
+    }
+
+    /// Waits until devices have not sent more than memory, or memory has nothing to send.
+    fn await_share(&self, bytes: usize) -> Result<()> {
+        loop {
+            let mut share = self.share.lock();
+            if share.is_free(now()) {
+                share.device(bytes);
+                return Ok(());
+            }
+            let until = now().checked_add(PAUSE_MAX);
+            self.team.wait(&self.share, share, until, |share| share.is_free(now())).map(drop)?;
+        }
+    }
+
     /// Sends a device's data over the least busy link, once the destination has room for it.
     pub(crate) fn send_device(&self, device: usize, position: u64, data: &[u8]) -> Result<()> {
         let end = position + data.len() as u64;
         let flow = &self.flows[device];
+        // In the stop all of it has to go, in whatever order.
+        if flow.lock().streaming {
+            self.await_share(data.len())?;
+        }
         let mut guard = flow.lock();
         while !guard.window.has_room(end) {
             // The limit applies to a destination that takes nothing at all.
@@ -193,6 +230,12 @@ impl<'w, 'a> Sending<'w, 'a> {
             flow.lock().streaming = false;
             flow.notify_all();
         }
+    }
+
+    /// Where most is left, with so many bytes of memory.
+    pub(crate) fn most_left(&self, memory: u64) -> Option<Remaining> {
+        let left: Vec<_> = self.flows.iter().map(|flow| flow.lock().remaining()).collect();
+        Remaining::most(memory, self.context.names.iter().map(String::as_str).zip(left))
     }
 
     /// What is known about the devices now.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use limosa_clockwork::{Guard, Monitor, catch, now};
 use limosa_stream::body::encode_abort;
-use limosa_stream::{Damage, Header, Kind, MigrationId, Preface, PrefaceFlags, Proofs};
+use limosa_stream::{AbortCode, Damage, Header, Kind, MigrationId, Preface, PrefaceFlags, Proofs};
 
 use super::frame_reader::within;
 use super::{Frame, FrameReader, FrameWriter, link_failed};
@@ -156,9 +156,12 @@ impl<'a> Connection<'a> {
             _ if self.has_peer() => self.link.part(Wait::within(self.last_words.lock().left, None)),
             _ => self.link.finish(),
         });
-        match gives_reason {
-            true => self.last_words().unwrap_or_else(|| self.writer.explain(why)),
-            false => why,
+        if !gives_reason {
+            return why;
+        }
+        match self.last_words() {
+            Some(told) if !is_echo(&told, &why) => told,
+            _ => self.writer.explain(why),
         }
     }
 
@@ -188,6 +191,12 @@ impl<'a> Connection<'a> {
     pub(crate) fn failed(&self, error: LinkError, doing: &'static str, limit: Duration) -> Error {
         link_failed(self.link.peer(), error, doing, limit)
     }
+}
+
+/// Whether the peer's reason is only that the link has failed for it too, which it does once this side gives the link up.
+fn is_echo(told: &Error, why: &Error) -> bool {
+    matches!(told, Error::Aborted { code: AbortCode::Link, .. })
+        && !matches!(why, Error::Link { error: LinkError::Closed, .. })
 }
 
 #[cfg(test)]
@@ -242,6 +251,55 @@ mod tests {
         assert!(run.time < last_words_max + Duration::from_millis(1), "{:?}", run.time);
     }
 
+    /// A link that fails to write once, and is whole otherwise.
+    struct Failing {
+        inner: crate::link::SocketLink,
+        fails: std::sync::atomic::AtomicBool,
+    }
+
+    impl Link for Failing {
+        fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+            match self.fails.swap(false, std::sync::atomic::Ordering::SeqCst) {
+                true => Err(LinkError::Io(std::io::Error::other("no buffers"))),
+                false => self.inner.write(slices, wait),
+            }
+        }
+        fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+            self.inner.read(into, wait)
+        }
+        fn finish(&self) {
+            self.inner.finish();
+        }
+        fn peer(&self) -> &str {
+            self.inner.peer()
+        }
+    }
+
+    #[test]
+    fn the_peer_s_echo_of_a_failed_write_hid_why_the_write_failed() {
+        let limits = Limits::new(&crate::Options::default());
+        for (panics, expected) in [(false, "no buffers"), (true, "it panicked: oh")] {
+            let (near, far) = crate::link::SocketLink::pair().unwrap();
+            let near = Failing { inner: near, fails: true.into() };
+            let why = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let peer = Connection::new(&far, limits);
+                    let heard = peer.receive("waiting for data", limits.silence_max, None).unwrap_err();
+                    let why = match panics {
+                        true => Error::Panicked { place: "it".into(), message: "oh".into() },
+                        false => heard,
+                    };
+                    peer.abort(&why);
+                    peer.part(why)
+                });
+                let connection = Connection::new(&near, limits);
+                let why = connection.send(&Frame::new(Kind::STOPPED, &[]), None).unwrap_err();
+                connection.part(why).to_string()
+            });
+            assert!(why.contains(expected), "{why}");
+        }
+    }
+
     #[test]
     fn a_side_that_stood_still_heard_of_a_closed_link_and_not_why() {
         let limits = Limits::new(&crate::Options::default().with_silence_max(Duration::from_secs(1)));
@@ -252,7 +310,8 @@ mod tests {
             let (near, far) = crate::link::SocketLink::pair().unwrap();
             let connection = Connection::new(&near, limits);
             assert_eq!(connection.writer.was_late(late), late > limits.silence_max);
-            drop(far);
+            // A link that is dropped is closed by another thread, later.
+            far.cut();
             let why = connection.failed(LinkError::Closed, "listening to it", limits.silence_max);
             connection.abort(&why);
             let why = connection.part(why).to_string();

@@ -159,7 +159,7 @@ fn a_destination_that_only_says_that_it_is_alive_holds_the_guest_no_longer_than_
                 drop(near);
                 outcome
             });
-            let Outcome::Undone { why: Error::StoodStill { limit }, .. } = outcome else {
+            let Outcome::Undone { why: Error::StoodStill { limit, .. }, .. } = outcome else {
                 panic!("{holds:?}: {outcome:?}")
             };
             assert_eq!(limit, standstill_max);

@@ -20,6 +20,7 @@ mod precopy;
 mod predicted;
 mod quirks;
 mod resets;
+mod shared_link;
 mod snapshots;
 mod sparse;
 mod standstill;

@@ -370,3 +370,23 @@ fn a_vmm_can_refuse_on_either_side_and_is_told_to_go_on() {
         assert_eq!(vmm.started.load(Ordering::SeqCst), !undone);
     }
 }
+
+#[test]
+fn a_device_without_p2p_beside_others_moved_without_a_word() {
+    let flags = |p2p: bool| if p2p { MigrationFlags::SETS[3] } else { MigrationFlags::SETS[0] };
+    for (have_p2p, named) in [
+        (&[true, false, true, false][..], Some(": dev1-source, dev3-source;")),
+        (&[true, true], None),
+        (&[false], None),
+    ] {
+        let worlds =
+            have_p2p.iter().enumerate().map(|(at, p2p)| world(&format!("dev{at}"), flags(*p2p), 300));
+        let (source, destination) = worlds.unzip();
+        let ends = Ends::new(source, destination);
+        let (outcome, _) = ends.run_plain();
+        let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
+        let note = report.notes.iter().find(|note| note.starts_with("without P2P"));
+        assert_eq!(note.is_some(), named.is_some(), "{:?}", report.notes);
+        assert!(named.is_none_or(|named| note.unwrap().contains(named)), "{note:?}");
+    }
+}

@@ -357,3 +357,32 @@ fn a_snapshot_that_a_reset_device_lost_is_discarded() {
         }
     }
 }
+
+#[test]
+fn a_read_that_a_reset_refused_was_told_as_the_device_s_own_error() {
+    for (flags, at_source) in
+        MigrationFlags::SETS.into_iter().flat_map(|flags| [(flags, true), (flags, false)])
+    {
+        for counts_resets in [true, false] {
+            let call = if at_source { Call::Read } else { Call::Write };
+            let resets = || -> Hook {
+                let fired = AtomicBool::new(false);
+                Arc::new(move |device, made| {
+                    if made == call && !fired.swap(true, Ordering::SeqCst) {
+                        device.reset()?;
+                    }
+                    Ok(())
+                })
+            };
+            let source = device("source", flags, counts_resets, &guest()).hook(resets());
+            let destination = device("destination", flags, counts_resets, &[]).hook(resets());
+            let moved = run(&source, &destination, false, &options());
+            let Outcome::Undone { why: there, .. } = moved.outcome else { panic!("{:?}", moved.outcome) };
+            let Received::Discarded { why: here, .. } = moved.received else {
+                panic!("{:?}", moved.received)
+            };
+            let why = if at_source { there } else { here };
+            assert!(matches!(why, Error::DeviceChanged { .. }), "{flags}, counted: {counts_resets}: {why}");
+        }
+    }
+}

@@ -192,10 +192,14 @@ fn a_destination_that_loads_for_ever_held_the_guest_for_ever() {
                 Source::new(&here, &options).with_vmm(&clock),
                 Destination::new(&there, &ledger, &options),
             );
-            let Outcome::Undone { why: Error::StoodStill { limit }, .. } = outcome else {
-                panic!("{outcome:?}")
-            };
-            assert_eq!(limit, standstill_max);
+            let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };
+            let Error::StoodStill { limit, left } = &why else { panic!("{why}") };
+            assert_eq!(*limit, standstill_max);
+            if call == Call::Write {
+                let left = left.as_ref().unwrap_or_else(|| panic!("{why}"));
+                assert!(left.of == "source" && (1..=2000).contains(&left.bytes), "{left:?}");
+                assert!(why.to_string().contains(&format!("{left} are left to send or to load")), "{why}");
+            }
             assert!(matches!(received, Received::Discarded { .. }), "{received:?}");
             assert_eq!(source.state(), State::Running);
         });

@@ -12,10 +12,14 @@ use limosa_stream::{
 };
 
 use crate::plan::{Chance, End, Fault, Planned, When};
+use crate::world::PAGE;
 use limosa_migrate::Phase;
 
 /// How much of a move is recorded.
 const RECORDED_BYTES_MAX: usize = 1 << 20;
+
+/// The page that it sends over a link of its own, and that nobody else writes.
+pub const STRANGE_PAGE: [u8; PAGE] = [0xdd; PAGE];
 
 /// How it proves a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,12 +93,10 @@ impl Adversary {
     /// What it sends over a link of its own, as the first further link of the move.
     pub fn joins(&self, proof: Proof) -> Vec<u8> {
         let id = self.seen().id;
-        let mut bytes = Preface::new(id, PrefaceFlags::FURTHER).encode().to_vec();
-        for (sequence, kind) in [Kind::JOIN, Kind::MEMORY_DATA].into_iter().enumerate() {
-            let forgery = Forgery { kind, proof, instead_of: None, outcome: 0 };
-            bytes.extend(self.frame(&forgery, sequence as u32));
-        }
-        bytes
+        let join = Forgery { kind: Kind::JOIN, proof, instead_of: None, outcome: 0 };
+        let memory = Header::new(Kind::MEMORY_DATA, 0, 0, 1, &STRANGE_PAGE);
+        let preface = Preface::new(id, PrefaceFlags::FURTHER).encode();
+        [&preface[..], &self.frame(&join, 0), &memory.encode(), &STRANGE_PAGE].concat()
     }
 
     /// The bytes of a frame with this number.

@@ -11,7 +11,7 @@ const SEEDS: u64 = 200;
 
 /// Functions whose notifications only make something happen sooner: a wait that has a time limit of its own, or that the
 /// next notification of the same monitor ends. Forgetting them costs time.
-const SOONER: [(&str, &str); 8] = [
+const SOONER: [(&str, &str); 10] = [
     // The thread looks again at each keep-alive.
     ("transfer/keep_alive.rs", "stands_still"),
     ("transfer/keep_alive.rs", "end"),
@@ -19,6 +19,9 @@ const SOONER: [(&str, &str); 8] = [
     ("transfer/sending.rs", "device_has_news"),
     // A device with nothing for now is read again after 100 ms at most.
     ("transfer/sending.rs", "end_streams"),
+    // A device that waits for its share of a link looks again after 10 ms.
+    ("transfer/sending.rs", "send_memory"),
+    ("transfer/sending.rs", "end_round"),
     // The first link's thread sends what the others do not, and notifies them at the end of the round.
     ("transfer/ram.rs", "send_round"),
     ("transfer/ram.rs", "next"),

@@ -10,6 +10,7 @@ use limosa_clockwork::{simulation, sleep};
 use limosa_migrate::{DirtyLog, GuestPages};
 use limosa_protocol::bitmap::DirtyBitmap;
 
+use crate::adversary::STRANGE_PAGE;
 use crate::panics::{Panics, Place};
 use crate::plan::{End, Mutation, Plan};
 use crate::world::{PAGE, World};
@@ -114,6 +115,9 @@ impl GuestPages for RegionPages {
             self.memory.check()?;
             if simulation::crashing() {
                 return Err(io::ErrorKind::Interrupted.into());
+            }
+            if page == STRANGE_PAGE {
+                self.memory.world.wrong("a link that is not of the move wrote guest memory");
             }
             if self.memory.mutation == Some(Mutation::MemoryForgets) && simulation::random(16) == 0 {
                 continue;

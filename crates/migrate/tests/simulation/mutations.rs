@@ -191,9 +191,12 @@ fn a_guest_that_stands_still_for_too_long_is_found() {
 }
 
 /// An adversary that knows the secret where nobody checks, and guesses it where somebody does.
+fn proof(plan: &Plan) -> Proof {
+    if plan.mutation.is_some() { Proof::Right } else { Proof::Random }
+}
+
 fn forges(plan: &Plan, kind: Kind, instead_of: Option<Kind>) -> Fault {
-    let is_unchecked = plan.mutation.is_some();
-    let proof = if is_unchecked { Proof::Right } else { Proof::Random };
+    let proof = proof(plan);
     let from = if kind == Kind::COMMIT { End::Source } else { End::Destination };
     Fault::Forge { from, link: 0, forgery: Forgery { kind, proof, instead_of, outcome: 1 } }
 }
@@ -221,6 +224,17 @@ fn a_source_that_takes_anybody_s_outcome_is_found() {
         plan.faults.push(Planned { when, fault: forges(plan, Kind::OUTCOME, Some(Kind::OUTCOME)) });
     };
     finds(Mutation::OutcomeUnchecked, forged, &["two run", "differ in what became of it"]);
+}
+
+#[test]
+fn a_destination_that_takes_anybody_s_link_is_found() {
+    // It connects before the source's own further link.
+    let joins = |plan: &mut Plan| {
+        moves(plan);
+        let when = When::Phase(End::Destination, Phase::PreCopy, plan.seed % 20);
+        plan.faults = vec![Planned { when, fault: Fault::ForgedLink(proof(plan)) }];
+    };
+    finds(Mutation::JoinUnchecked, joins, &["wrote guest memory"]);
 }
 
 #[test]

@@ -183,6 +183,8 @@ pub enum Mutation {
     CommitUnchecked,
     /// Nobody checks the proof of OUTCOME.
     OutcomeUnchecked,
+    /// Nobody checks the proof of JOIN.
+    JoinUnchecked,
     /// The notifications in one line of the engine have no effect.
     ForgetsNotification { file: &'static str, line: u32 },
     /// A panic is caught nowhere.

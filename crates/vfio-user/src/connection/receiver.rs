@@ -76,6 +76,8 @@ pub struct Fds {
 impl Receiver {
     /// Bytes of the receive buffer.
     pub const BUFFER_BYTES: usize = 8192;
+    /// The most that one call waits for, after which the deadline is looked at.
+    const PIECE_BYTES_MAX: usize = 256 << 10;
 
     pub(super) fn new(socket: Arc<Foreign<UnixStream>>, waits: Waits) -> Receiver {
         Receiver {
@@ -197,7 +199,10 @@ impl Receiver {
         into[..done].copy_from_slice(&self.buffer[self.start..self.start + done]);
         self.take(done);
         while done < bytes {
-            let into = &mut into[done..];
+            // In pieces: a peer that always has one more byte keeps a call that waits for all of them going for ever, and
+            // the deadline is looked at between two calls.
+            let piece = (bytes - done).min(Receiver::PIECE_BYTES_MAX);
+            let into = &mut into[done..done + piece];
             let got = self.wire.receive(into, self.position, true, RecvFlags::WAITALL, deadline)?;
             done += got;
             self.position += got as u64;

@@ -86,7 +86,7 @@ impl<'a> Ending<'a> {
                 let failures = guest.failures();
                 let is_whole = report.unrecovered.is_empty() && failures.is_empty();
                 report.notes.extend(failures);
-                report.notes.extend(report.unrecovered.iter().filter_map(way_back));
+                note_ways_back(&mut report);
                 let notes = Notes(&report.notes).to_string();
                 let source = match is_whole {
                     true => "the source is as it was before".to_owned(),
@@ -152,12 +152,20 @@ impl<'a> Ending<'a> {
     }
 }
 
-/// What brings back a device of a source that could not be brought back.
+/// Notes in a report what leads devices out of what the move has left them in, where it could not do so itself.
+pub fn note_ways_back(report: &mut Report) {
+    report.notes.extend(report.unrecovered.iter().filter_map(way_back));
+}
+
+/// What brings back a device of a source, or empties one of a destination.
 fn way_back(lost: &Unrecovered) -> Option<String> {
     let device = &lost.device;
     match lost.loss {
         Loss::StaysIn { found: State::Error, .. } => None,
         Loss::StaysIn { wanted, .. } => Some(format!("`limosa state {device} set {wanted}` brings it back")),
+        Loss::NotReset => {
+            Some(format!("if {device} answers again, `limosa state {device} reset` empties it"))
+        }
         Loss::Unknown => Some(format!(
             "if {device} answers again, and is in neither RUNNING nor STOP, `limosa state {device} set RUNNING` brings it back"
         )),

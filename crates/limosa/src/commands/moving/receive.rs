@@ -9,7 +9,7 @@ use limosa_migrate::{
     Acceptor, Cancel, Decision, Error, Incoming, MigrationId, OfferedMove, Options, Phase, Received, Report,
 };
 
-use super::ended::{Ending, Notes, STAYS_STOPPED, Work};
+use super::ended::{Ending, Notes, STAYS_STOPPED, Work, note_ways_back};
 use super::{cancel_on_signal, destination, over_link};
 use crate::args;
 use crate::exit::{self, Code};
@@ -68,7 +68,8 @@ fn wait_and_take(
             ending.done(&report, guest.failures())
         }
         Received::Answered { id, .. } => Err(anyhow::anyhow!("move {id} was asked about instead of offered")),
-        Received::Discarded { why, report } => {
+        Received::Discarded { why, mut report } => {
+            note_ways_back(&mut report);
             let may_doubt = source_may_doubt(&why, &report);
             let mut what = format!("{} was not loaded{}", side.name(), Notes(&report.notes));
             if matches!(why, Error::NotRecorded { .. }) {

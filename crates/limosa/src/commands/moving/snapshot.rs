@@ -8,7 +8,7 @@ use limosa_migrate::{
 };
 use limosa_stream::Damage;
 
-use super::ended::{Ending, Notes, STAYS_STOPPED, Work};
+use super::ended::{Ending, Notes, STAYS_STOPPED, Work, note_ways_back};
 use super::{ASK_EVERY, cancel_on_signal, destination, memory, source};
 use crate::args;
 use crate::found;
@@ -128,7 +128,8 @@ fn from_file(side: &Side, args: &args::Load, cancel: &Cancel, out: &Output) -> a
             report.notes.extend((!args.stop).then(|| STAYS_STOPPED.into()));
             ending.done(&report, guest.failures())
         }
-        Received::Discarded { why, report } => {
+        Received::Discarded { why, mut report } => {
+            note_ways_back(&mut report);
             let (hint, notes) = (what_to_do_with(&why), Notes(&report.notes));
             let what = format!("{} was not loaded{hint}{notes}", args.file.display());
             Err(ending.failed(&report, anyhow::Error::from(why).context(what)))
