@@ -35,8 +35,10 @@ impl Device for Odd {
     }
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         self.alive()?;
-        while self.hangs && (request.index, request.op) == (FeatureIndex::DMA_LOGGING_START, FeatureOp::SET) {
-            std::thread::park();
+        if self.hangs && (request.index, request.op) == (FeatureIndex::DMA_LOGGING_START, FeatureOp::SET) {
+            loop {
+                std::thread::park();
+            }
         }
         self.inner.feature(request)
     }
