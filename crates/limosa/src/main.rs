@@ -97,6 +97,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             let done = commands::state::run(&device, action, out);
             hold::end(done, std::slice::from_ref(&device), args.hold.hold, leaves, out)
         }
+        Command::Check(args) => commands::check::run(args, opening, out),
         Command::Fsm(args) => commands::fsm::run(args, out),
         Command::Completions { shell } => commands::generate::completions(*shell, out),
         Command::Man { folder } => commands::generate::man(folder, out),

@@ -6,7 +6,7 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use support::{Folder, Server, device_data, limosa, start};
 
-const COMMANDS: [&[&str]; 18] = [
+const COMMANDS: [&[&str]; 19] = [
     &[],
     &["demo"],
     &["serve"],
@@ -21,6 +21,7 @@ const COMMANDS: [&[&str]; 18] = [
     &["migrate"],
     &["send"],
     &["receive"],
+    &["check"],
     &["fsm"],
     &["bench"],
     &["completions"],
@@ -362,4 +363,32 @@ fn what_is_saved_and_where_to_may_have_an_option_between_them() {
     limosa(&["save", &folder.text("third.lmsa")])
         .fails(2, &["third.lmsa is where to save", "DEVICE", "limosa save"]);
     assert!(!folder.path("third.lmsa").exists());
+}
+
+#[test]
+fn check_runs_over_a_socket_and_says_what_failed() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["state=256K"]);
+    let peer = folder.device("peer", &["state=256K"]);
+    let json = limosa(&["--json", "check", &device.socket, "--peer", &peer.socket, "--destructive"]).json();
+    assert_eq!((&json["left_in"], &json["ended_early"]), (&"RUNNING".into(), &serde_json::Value::Null));
+    let checks = json["checks"].as_array().unwrap();
+    let passed = checks.iter().filter(|check| check["outcome"] == "pass").count();
+    assert!(passed > 200 && json["seconds"].as_f64().unwrap() < 10.0, "{passed}: {}", json["seconds"]);
+    let text = limosa(&["check", &device.socket, "--family", "states"]).ok();
+    assert!(text.contains("states") && text.contains("left in RUNNING"), "{text}");
+    let tap = limosa(&["check", &device.socket, "--only", "feature.no-operation", "--format", "tap"]).ok();
+    assert!(tap.starts_with("KTAP version 1\n1..1\nok 1 feature.no-operation\n"), "{tap}");
+
+    let broken = folder.device("broken", &["state=256K", "fault=fail:RUNNING_P2P>STOP:1000"]);
+    let ended = limosa(&["check", &broken.socket, "--only", "states.walk-p2p", "--format", "junit"]);
+    ended.fails(1, &["does not conform: states.walk-p2p"]);
+    assert!(ended.out.contains("<failure message=") && ended.out.contains("set-state STOP = E"), "{ended:?}");
+    let profile = folder.text("profile.json");
+    let excused =
+        r#"{"flags": "STOP_COPY+P2P", "excused": [{"id": "states.walk-p2p", "why": "its stop fails"}]}"#;
+    std::fs::write(&profile, excused).unwrap();
+    limosa(&["check", &broken.socket, "--only", "states.walk-p2p", "--profile", &profile]).ok();
+    limosa(&["check", &device.socket, "--only", "states.nothing"])
+        .fails(2, &["there is no check states.nothing"]);
 }

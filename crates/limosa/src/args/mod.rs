@@ -1,5 +1,6 @@
 //! The command line.
 
+mod check;
 mod guest;
 mod moving;
 mod values;
@@ -13,6 +14,7 @@ use limosa_host::{Group, User};
 use limosa_protocol::State;
 
 use crate::exit;
+pub use check::{Check, Format};
 pub use guest::{Memory, Starting, Stopping};
 pub use moving::{
     Answer, Decided, Link, Load, Migrate, Moving, Names, Receive, Reporting, Resolve, Save, Send, Tls,
@@ -189,6 +191,11 @@ pub enum Command {
     Resolve(Resolve),
     /// Answer sources in doubt for a receiver that has ended.
     Answer(Answer),
+    /// Say whether a driver or a server keeps the standard: named checks, each with the clause that it comes from.
+    ///
+    /// Stops the device again and again; with --destructive also resets it and loads states into it, good and bad ones.
+    /// In the end the device runs, with the state that it had. Exit code 0: no check failed.
+    Check(Check),
     /// Print the migration state machine.
     Fsm(Fsm),
     /// Measure a device: region accesses, data streams, dirty reports, each beside the floor.

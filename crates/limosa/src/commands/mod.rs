@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod bench;
+pub mod check;
 pub mod demo;
 pub mod doubts;
 pub mod fsm;

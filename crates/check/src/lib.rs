@@ -1,0 +1,25 @@
+//! A conformance suite for VFIO live migration: named checks, each of which cites the clauses that it comes from.
+//!
+//! The suite sees a device through [`limosa_client::Device`] alone, so that kernel drivers and vfio-user servers pass or
+//! fail the same checks. [`CLAUSES`] is the one list of what the documents say; [`checks`] lists the checks; [`run`] runs them and returns a [`Report`].
+#![forbid(unsafe_code)]
+
+mod check;
+mod clause;
+mod families;
+mod profile;
+mod recorder;
+mod report;
+mod run;
+mod survey;
+mod target;
+mod trial;
+
+pub use check::{Check, Family, Needs, Outcome};
+pub use clause::{CLAUSES, Clause, Document, clauses_document, coverage};
+pub use families::checks;
+pub use profile::{Profile, ProfileError};
+pub use report::{Checked, Counts, Report};
+pub use run::{Limits, Options, run};
+pub use survey::Facts;
+pub use target::{Action, StateView, Target, Transport};

@@ -1,0 +1,116 @@
+//! [`Report`]: what the suite found, and its forms.
+
+mod junit;
+mod markdown;
+mod table;
+mod tap;
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::check::{Family, Outcome};
+use crate::clause::CLAUSES;
+use crate::survey::Facts;
+
+/// One check, done.
+#[derive(Clone, Debug, Serialize)]
+pub struct Checked {
+    /// Its id.
+    pub id: String,
+    /// Its family.
+    pub family: Family,
+    /// The clauses that it comes from.
+    pub clauses: Vec<String>,
+    /// What it found.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+    /// The requests that led to a failure, one a line with its answer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub requests: Vec<String>,
+    /// How long it took, in milliseconds.
+    pub milliseconds: f64,
+}
+
+/// How many checks came out how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Passed.
+    pub pass: usize,
+    /// Failed.
+    pub fail: usize,
+    /// Skipped.
+    pub skip: usize,
+    /// Not run without `--destructive`.
+    #[serde(rename = "unsafe")]
+    pub not_safe: usize,
+}
+
+/// What the suite found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The suite and its version.
+    pub suite: String,
+    /// The device, as the user named it.
+    pub device: String,
+    /// What is known of it.
+    pub facts: Facts,
+    /// The checks, in the order in which they ran.
+    pub checks: Vec<Checked>,
+    /// For each clause the checks that were selected for it.
+    pub clauses: BTreeMap<String, Vec<String>>,
+    /// How long it took.
+    pub seconds: f64,
+    /// Why the suite ended before its last check, if it did.
+    pub ended_early: Option<String>,
+    /// In which state the device was left.
+    pub left_in: String,
+}
+
+impl Report {
+    /// How many checks came out how.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        for check in &self.checks {
+            match check.outcome {
+                Outcome::Pass => counts.pass += 1,
+                Outcome::Fail(_) => counts.fail += 1,
+                Outcome::Skip(_) => counts.skip += 1,
+                Outcome::Unsafe => counts.not_safe += 1,
+            }
+        }
+        counts
+    }
+
+    /// The checks that failed.
+    pub fn failed(&self) -> impl Iterator<Item = &Checked> {
+        self.checks.iter().filter(|check| matches!(check.outcome, Outcome::Fail(_)))
+    }
+
+    /// The clauses that no check of this run passed or failed, with the reason.
+    pub fn unchecked_clauses(&self) -> Vec<(&'static str, String)> {
+        let decided = |clause: &str| {
+            self.checks.iter().any(|check| {
+                check.clauses.iter().any(|cited| cited == clause)
+                    && matches!(check.outcome, Outcome::Pass | Outcome::Fail(_))
+            })
+        };
+        let why = |id: &str| {
+            let skipped = self.checks.iter().find(|check| check.clauses.iter().any(|cited| cited == id));
+            skipped.map_or("no check of it was selected".into(), |check| check.outcome.detail().to_owned())
+        };
+        CLAUSES
+            .iter()
+            .filter(|clause| !decided(clause.id))
+            .map(|clause| match clause.unchecked {
+                "" => (clause.id, why(clause.id)),
+                reason => (clause.id, reason.to_owned()),
+            })
+            .collect()
+    }
+}
+
+/// Text on one line.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

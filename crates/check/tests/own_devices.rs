@@ -1,0 +1,49 @@
+//! The devices of this project pass, over a loopback.
+
+use std::sync::Arc;
+
+use limosa_check::{Options, Outcome, Report, Target, Transport, run};
+use limosa_device::{Loopback, Machine, Model};
+use limosa_models::synthetic::{Synthetic, SyntheticConfig};
+use limosa_models::uart::{Line, Mtty, Uart};
+
+fn loopback(model: Box<dyn Model>) -> Target {
+    let machine = Machine::new(model);
+    Target::new("loopback", Transport::VfioUser, move || {
+        Ok(Box::new(Loopback::new("loopback", Arc::clone(&machine))))
+    })
+}
+
+fn all() -> Options {
+    Options { destructive: true, ..Options::default() }
+}
+
+#[track_caller]
+fn passes(report: &Report, checks_min: usize) {
+    let failed: Vec<_> = report.failed().map(|check| format!("{check:#?}")).collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    let counts = report.counts();
+    assert!(counts.pass >= checks_min, "{counts:?}");
+    assert_eq!((&*report.left_in, &report.ended_early), ("RUNNING", &None));
+    assert!(report.checks.iter().all(|check| check.outcome != Outcome::Unsafe));
+}
+
+fn synthetic() -> Box<dyn Model> {
+    let config = SyntheticConfig { state_bytes: 64 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
+    Box::new(Synthetic::new(config).unwrap())
+}
+
+#[test]
+fn the_synthetic_device_passes() {
+    passes(&run(&loopback(synthetic()), &all(), |_| {}).unwrap(), 180);
+}
+
+#[test]
+fn the_serial_port_passes() {
+    passes(&run(&loopback(Box::new(Uart::new(vec![Line::Echo]).unwrap())), &all(), |_| {}).unwrap(), 100);
+}
+
+#[test]
+fn the_model_of_mtty_passes() {
+    passes(&run(&loopback(Box::new(Mtty::new(2).unwrap())), &all(), |_| {}).unwrap(), 150);
+}
