@@ -1,13 +1,13 @@
 //! A booted Linux whose init is `limosa-qemu-guest`: jobs that use the served devices, and what they count.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::LIMIT;
+use crate::{LIMIT, Lines};
 
 /// What the guest can be made to do, again and again until it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,14 +68,18 @@ pub struct Guest {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
     console: PathBuf,
+    /// What QEMU said.
+    stderr: Lines,
 }
 
 impl Guest {
-    pub(crate) fn new(stream: UnixStream, console: PathBuf) -> Guest {
+    pub(crate) fn new(stream: UnixStream, console: PathBuf, stderr: Lines) -> Guest {
         stream.set_read_timeout(Some(LIMIT)).expect("a socket of ours");
         let writer = stream.try_clone().expect("an fd");
-        let mut guest = Guest { reader: BufReader::new(stream), writer, console };
-        let ready: String = guest.answer();
+        let mut guest = Guest { reader: BufReader::new(stream), writer, console, stderr };
+        let ready: String = guest.answer().unwrap_or_else(|error| {
+            panic!("{error}; QEMU said {:#?}; the guest's console: {}", guest.stderr.all(), guest.console())
+        });
         assert_eq!(ready, "ready");
         guest
     }
@@ -86,14 +90,27 @@ impl Guest {
     ///
     /// When its device is not there.
     pub fn start(&mut self, job: GuestJob) {
-        self.request(Request::Start(job));
-        let () = self.answer();
+        let () = self.request(Request::Start(job)).and_then(|()| self.answer()).expect("the guest answers");
     }
 
     /// Waits until every job has finished this many rounds more, and says what they count.
+    ///
+    /// # Panics
+    ///
+    /// When the guest is gone.
     pub fn advance(&mut self, rounds: u64) -> Counts {
-        self.request(Request::Advance(rounds));
-        self.answer()
+        self.try_advance(rounds).unwrap_or_else(|said| {
+            panic!("the guest is gone; QEMU said {said:#?}; the guest's console: {}", self.console())
+        })
+    }
+
+    /// The same; `Err` with what QEMU said when it ends meanwhile.
+    pub fn try_advance(&mut self, rounds: u64) -> Result<Counts, Vec<String>> {
+        self.request(Request::Advance(rounds)).and_then(|()| self.answer()).map_err(|_| {
+            // All that it said.
+            let _ = self.stderr.wait_for("\0");
+            self.stderr.all()
+        })
     }
 
     /// All that the guest's kernel and jobs printed.
@@ -101,19 +118,19 @@ impl Guest {
         fs::read_to_string(&self.console).unwrap_or_default()
     }
 
-    fn request(&mut self, request: Request) {
+    fn request(&mut self, request: Request) -> io::Result<()> {
         let line = serde_json::to_string(&request).expect("a plain request");
-        writeln!(self.writer, "{line}").expect("QEMU takes the guest's input");
+        writeln!(self.writer, "{line}")
     }
 
-    fn answer<T: for<'a> Deserialize<'a>>(&mut self) -> T {
+    /// `Err` when QEMU is gone.
+    fn answer<T: for<'a> Deserialize<'a>>(&mut self) -> io::Result<T> {
         let mut line = String::new();
-        match self.reader.read_line(&mut line) {
-            Ok(1..) => {}
-            other => panic!("the guest does not answer: {other:?}; its console: {}", self.console()),
+        if self.reader.read_line(&mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let answer: Result<Result<T, String>, _> = serde_json::from_str(&line);
         let answer = answer.unwrap_or_else(|error| panic!("{error}: {line}"));
-        answer.unwrap_or_else(|error| panic!("the guest: {error}; its console: {}", self.console()))
+        Ok(answer.unwrap_or_else(|error| panic!("the guest: {error}; its console: {}", self.console())))
     }
 }

@@ -149,12 +149,10 @@ impl Function {
     /// The MSI-X table, in a BAR that was placed.
     pub fn msix(self, qtest: &mut Qtest, place: impl Fn(u8) -> Bar) -> Msix {
         let at = self.capability(qtest, 0x11);
-        let [table, pending] = [4, 8].map(|field| {
-            let value = self.read(qtest, at + field, 4);
-            place((value & 7) as u8).memory() + u64::from(value & !7)
-        });
+        let offset = self.read(qtest, at + 4, 4);
+        let table = place((offset & 7) as u8).memory() + u64::from(offset & !7);
         let vectors = (self.read(qtest, at + 2, 2) & 0x7ff) as u16 + 1;
-        Msix { function: self, control: at + 2, table, pending, vectors }
+        Msix { function: self, control: at + 2, table, vectors }
     }
 }
 
@@ -164,7 +162,6 @@ pub struct Msix {
     function: Function,
     control: u16,
     table: u64,
-    pending: u64,
     /// How many it has.
     pub vectors: u16,
 }
@@ -187,11 +184,5 @@ impl Msix {
     /// Masks or unmasks a vector.
     pub fn mask(self, qtest: &mut Qtest, vector: u16, is_masked: bool) {
         qtest.register_write(self.table + 16 * u64::from(vector) + 12, 4, is_masked.into());
-    }
-
-    /// Whether a vector's pending bit is set.
-    pub fn is_pending(self, qtest: &mut Qtest, vector: u16) -> bool {
-        let word = self.pending + 8 * u64::from(vector / 64);
-        qtest.register_read(word, 8) >> (vector % 64) & 1 != 0
     }
 }

@@ -101,7 +101,8 @@ impl QemuBuilder {
         .map(str::to_owned);
         let mut qemu = self.start(folder, &args);
         let stream = qemu.accept(&listener);
-        (qemu, Guest::new(stream, console))
+        let stderr = qemu.stderr.clone();
+        (qemu, Guest::new(stream, console, stderr))
     }
 
     fn start(self, folder: TempDir, accelerator: &[String]) -> Qemu {

@@ -131,7 +131,8 @@ fn a_message_of_a_masked_vector_waits_until_it_is_unmasked() {
     for vector in 0..msix.vectors {
         msix.mask(&mut qtest, vector, true);
         send(&mut qtest, bars[0], vector);
-        qtest.turn_until("the pending bit", |qtest| msix.is_pending(qtest, vector).then_some(()));
+        // The device has sent it once it answers the next read.
+        assert_eq!(qtest.register_read(bars[0].memory() + at::STATUS, 8), 0);
         assert_eq!(qtest.register_read(MESSAGES + 64 * u64::from(vector), 4), 0, "vector {vector} is masked");
         msix.mask(&mut qtest, vector, false);
         arrives(&mut qtest, vector);
