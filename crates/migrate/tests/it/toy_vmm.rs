@@ -184,13 +184,23 @@ fn a_move_that_is_called_off_leaves_the_guest_running_and_the_destination_waitin
 }
 
 /// Where a source connects to, instead of to the destination. When the COMMIT of the first move comes, this is asked
-/// whether it arrives there, and then the link is cut, before any answer. Links that come later pass.
-fn gate(folder: &Path, to: &str, arrives: impl FnOnce() -> bool + Send + 'static) -> String {
+/// whether it arrives there, and then the link is cut, before any answer. Links that come later pass once the sender of
+/// `opens` is gone.
+fn gate(
+    folder: &Path,
+    to: &str,
+    opens: Receiver<()>,
+    arrives: impl FnOnce() -> bool + Send + 'static,
+) -> String {
     let (path, to) = (folder.join("gate"), PathBuf::from(to.strip_prefix("unix:").unwrap()));
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::spawn(move || {
         let mut arrives = Some(arrives);
         for near in listener.incoming() {
+            if arrives.is_none() {
+                // Nothing is ever sent: this is its sender's end.
+                let _ = opens.recv();
+            }
             // Where nobody listens the source is not heard either.
             let (Ok(near), Ok(far)) = (near, UnixStream::connect(&to)) else { continue };
             let (back_from, back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
@@ -243,13 +253,16 @@ fn pass_until_commit(mut from: UnixStream, mut to: UnixStream, arrives: impl FnO
 #[test]
 fn a_guest_whose_move_is_in_doubt_stays_stopped_until_the_destination_says_that_it_runs_there() {
     let (mut source, mut destination, address, folder) = two();
-    let gate = gate(folder.path(), &address, || true);
+    let (closed, opens) = channel();
+    let gate = gate(folder.path(), &address, opens, || true);
     source.say(&format!("send {gate}"));
     let left = source.expect("commits");
     source.expect("in doubt:");
+    // A question that overtakes the COMMIT decides that the guest goes on at the source.
+    destination.expect("runs");
+    drop(closed);
     // It asks by itself.
     source.expect("moved");
-    destination.expect("runs");
     let (_, left) = left.split_once(": count ").unwrap();
     let count = left.split_whitespace().next().unwrap().parse().unwrap();
     assert_eq!(source.count(), count, "it stands still");
@@ -259,7 +272,7 @@ fn a_guest_whose_move_is_in_doubt_stays_stopped_until_the_destination_says_that_
 #[test]
 fn a_guest_whose_move_is_in_doubt_goes_on_when_the_destination_says_that_it_never_ran() {
     let (mut source, mut destination, address, folder) = two();
-    let gate = gate(folder.path(), &address, || false);
+    let gate = gate(folder.path(), &address, channel().1, || false);
     source.say(&format!("send {gate}"));
     source.expect("in doubt:");
     destination.expect("discarded:");
@@ -274,7 +287,7 @@ fn a_guest_whose_move_is_in_doubt_goes_on_when_the_destination_says_that_it_neve
 fn a_guest_whose_move_is_in_doubt_stays_stopped_when_the_destination_is_killed() {
     let (mut source, mut destination, address, folder) = two();
     let ((reached, commits), (killed, goes_on)) = (channel(), channel());
-    let gate = gate(folder.path(), &address, move || {
+    let gate = gate(folder.path(), &address, channel().1, move || {
         reached.send(()).unwrap();
         goes_on.recv().unwrap()
     });
