@@ -3,7 +3,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use limosa_device::{Bus, Description, Fault, Machine, Migration, Model, Region, Save};
+use limosa_device::{Bus, Description, Fault, Machine, Region, Save, SimpleMigration, SimpleModel};
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, MigrationFlags};
 use limosa_vfio_user::server::{Options, ShutdownHandle, serve_connection};
@@ -26,7 +26,7 @@ struct BenchDevice {
     bus: Option<Bus>,
 }
 
-impl Model for BenchDevice {
+impl SimpleModel for BenchDevice {
     fn description(&self) -> Description {
         let flags = RegionFlags::READ | RegionFlags::WRITE;
         let memory = Region { flags, size: MEMORY_BYTES as u64, ..Region::default() };
@@ -65,12 +65,12 @@ impl Model for BenchDevice {
         Ok(())
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }
 }
 
-impl Migration for BenchDevice {
+impl SimpleMigration for BenchDevice {
     fn flags(&self) -> MigrationFlags {
         MigrationFlags::STOP_COPY
     }
@@ -123,6 +123,6 @@ impl Migration for BenchDevice {
 /// Serves one client.
 pub(crate) fn serve(stream: UnixStream) -> anyhow::Result<()> {
     let device = BenchDevice { memory: vec![0; MEMORY_BYTES], stream: vec![0x5a; STREAM_BYTES], bus: None };
-    serve_connection(stream, &Machine::new(Box::new(device)), &Options::default(), &ShutdownHandle::new()?)?;
+    serve_connection(stream, &Machine::simple(device), &Options::default(), &ShutdownHandle::new()?)?;
     Ok(())
 }

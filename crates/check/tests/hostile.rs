@@ -74,7 +74,7 @@ impl Device for Odd {
 }
 
 fn loopback() -> Loopback {
-    Loopback::new("loopback", Machine::new(Box::new(Mtty::new(1).unwrap())))
+    Loopback::new("loopback", Machine::simple(Mtty::new(1).unwrap()))
 }
 
 fn target(inner: &Loopback, hangs: bool, lives: u64) -> Target {

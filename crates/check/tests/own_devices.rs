@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use limosa_check::{Options, Outcome, Report, Target, Transport, run};
-use limosa_device::{Loopback, Machine, Model};
+use limosa_device::{Loopback, Machine, SimpleModel};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_models::uart::{Line, Mtty, Uart};
 
-fn loopback(model: Box<dyn Model>) -> Target {
-    let machine = Machine::new(model);
+fn loopback(model: Box<dyn SimpleModel>) -> Target {
+    let machine = Machine::simple(model);
     Target::new("loopback", Transport::VfioUser, move || {
         Ok(Box::new(Loopback::new("loopback", Arc::clone(&machine))))
     })
@@ -28,7 +28,7 @@ fn passes(report: &Report, checks_min: usize) {
     assert!(report.checks.iter().all(|check| check.outcome != Outcome::Unsafe));
 }
 
-fn synthetic() -> Box<dyn Model> {
+fn synthetic() -> Box<dyn SimpleModel> {
     let config = SyntheticConfig { state_bytes: 64 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
     Box::new(Synthetic::new(config).unwrap())
 }

@@ -11,13 +11,13 @@
 //!
 //! ```
 //! use limosa_client::{Device, DeviceExt};
-//! use limosa_device::{Bus, Description, Loopback, Machine, Model, Region};
+//! use limosa_device::{Bus, Description, Loopback, Machine, SimpleModel, Region};
 //! use limosa_protocol::{Errno, MigrationFlags, info::RegionFlags};
 //!
 //! /// Four bytes of memory.
 //! struct Scratch([u8; 4]);
 //!
-//! impl Model for Scratch {
+//! impl SimpleModel for Scratch {
 //!     fn description(&self) -> Description {
 //!         let flags = RegionFlags::READ | RegionFlags::WRITE;
 //!         Description { regions: vec![Region { flags, size: 4, ..Region::default() }], ..Description::default() }
@@ -37,7 +37,7 @@
 //!     }
 //! }
 //!
-//! let device = Loopback::new("scratch", Machine::new(Box::new(Scratch([0; 4]))));
+//! let device = Loopback::new("scratch", Machine::simple(Scratch([0; 4])));
 //! device.region_write(0, 1, b"abc")?;
 //! let mut data = [0; 4];
 //! device.region_read(0, 0, &mut data)?;
@@ -62,12 +62,15 @@ pub use describe::RegionView;
 pub use interrupts::{Interrupts, SetIrqs, Vector, VectorState, Wiring, WiringState};
 pub use limosa_guest_memory::{FileMapping, PinnedBytes};
 pub use loopback::Loopback;
-pub use machine::{FeatureDone, Machine, SessionId};
+pub use machine::{ClientId, FeatureDone, Held, Machine, MoveId, Released, SessionId};
 pub use memory::{
     Backing, DirtyWords, Dma, ExportedLog, ExportedMapping, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX,
     Mapping, Mappings, MemoryKind, Pin, RemoteMemory, UNMAP_WAIT,
 };
-pub use model::{Description, Fault, IoEventFd, Irq, Migration, Model, Region, RegionMapping, Save};
+pub use model::{
+    Description, Exclusive, Fault, IoEventFd, Irq, Migration, Model, Region, RegionMapping, Save,
+    SimpleMigration, SimpleModel,
+};
 pub use whole::{Whole, WholeState};
 
 /// Guest memory and interrupts, as a device reaches them. A clone is cheap, and every part may be used from any thread.

@@ -5,10 +5,10 @@ use limosa_protocol::{Errno, MigrationFlags};
 use prost::Message;
 
 use crate::saved::{Reader, Section, Writer};
-use crate::{Bus, Description, Fault, Migration, Model, Save};
+use crate::{Bus, Description, Fault, Save, SimpleMigration, SimpleModel};
 
 /// A device whose state is one small message.
-pub trait WholeState: Model {
+pub trait WholeState: SimpleModel {
     /// The state: tagged fields, whose numbers are never used again for something else.
     type Saved: Message + Default;
 
@@ -62,7 +62,7 @@ impl<D: WholeState> Whole<D> {
     }
 }
 
-impl<D: WholeState> Model for Whole<D> {
+impl<D: WholeState> SimpleModel for Whole<D> {
     fn description(&self) -> Description {
         self.device.description()
     }
@@ -87,12 +87,12 @@ impl<D: WholeState> Model for Whole<D> {
         self.device.rewired(index);
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }
 }
 
-impl<D: WholeState> Migration for Whole<D> {
+impl<D: WholeState> SimpleMigration for Whole<D> {
     fn flags(&self) -> MigrationFlags {
         MigrationFlags::STOP_COPY
     }
@@ -184,7 +184,7 @@ mod tests {
         value: u64,
     }
 
-    impl Model for Cell {
+    impl SimpleModel for Cell {
         fn description(&self) -> Description {
             let flags = RegionFlags::READ | RegionFlags::WRITE;
             Description {
@@ -238,7 +238,7 @@ mod tests {
     }
 
     fn cell(value: u64) -> Loopback {
-        Loopback::new("cell", Machine::new(Box::new(Whole::new(Cell(value)))))
+        Loopback::new("cell", Machine::simple(Whole::new(Cell(value))))
     }
 
     fn value(cell: &Loopback) -> u64 {

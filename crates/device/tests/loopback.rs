@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use common::{Rig, refused};
 use limosa_client::{Device, DeviceExt, DirtyBits, DmaMap, DmaMemory, DmaTarget, Error, IrqAction};
-use limosa_device::{Bus, Description, Irq, Loopback, Machine, Model};
+use limosa_device::{Bus, ClientId, Description, Irq, Loopback, Machine, SimpleModel};
 use limosa_protocol::info::{DmaMapFlags, IrqFlags};
 use limosa_protocol::{Errno, MigrationFlags};
 use rustix::event::{EventfdFlags, eventfd};
@@ -113,7 +113,7 @@ fn pages_that_the_device_wrote_are_reported_and_handed_over_at_the_unmap() {
 /// A device with interrupts and nothing else.
 struct Alarm;
 
-impl Model for Alarm {
+impl SimpleModel for Alarm {
     fn description(&self) -> Description {
         let irqs = vec![Irq { flags: IrqFlags::EVENTFD | IrqFlags::MASKABLE, count: 2 }];
         Description { irqs, ..Description::default() }
@@ -141,7 +141,7 @@ fn count(fd: &OwnedFd) -> u64 {
 
 #[test]
 fn interrupts_are_wired_masked_triggered_and_disabled() {
-    let machine = Machine::new(Box::new(Alarm));
+    let machine = Machine::simple(Alarm);
     let device = Loopback::new("alarm", Arc::clone(&machine));
     assert_eq!(device.irq(0).unwrap().count, 2);
     let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
@@ -171,7 +171,7 @@ fn a_client_that_goes_away_leaves_no_mapping_and_no_wiring_but_state_and_session
     rig.device.dma_logging_start(PAGE, &[]).unwrap();
     rig.device.set_state(limosa_protocol::State::StopCopy).unwrap();
     let session = rig.machine.session();
-    rig.machine.client_gone();
+    rig.machine.client_gone(ClientId::VMM);
     assert_eq!(rig.machine.bus().memory.write(0, b"x"), Err(Errno::EFAULT));
     assert_eq!(rig.machine.session(), session);
     assert_eq!(rig.state(), limosa_protocol::State::StopCopy);

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Answer, Rig, feature, refused};
 use limosa_client::{Device, DeviceExt};
-use limosa_device::{Fault, Loopback};
+use limosa_device::{ClientId, Fault, Loopback};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, MigrationFlags, State, fsm};
 
 const ALL: MigrationFlags = MigrationFlags::SETS[3];
@@ -84,7 +84,7 @@ fn no_arc_no_session_and_no_client_that_goes_counts() {
     rig.fault("load", Fault::Refused(Errno::EINVAL));
     assert_eq!(refused(stream.unwrap().write(b"x")), Errno::EINVAL);
     assert_eq!(refused(rig.device.set_state(State::Stop)), Errno::EIO);
-    rig.machine.client_gone();
+    rig.machine.client_gone(ClientId::VMM);
     assert_eq!((rig.state(), count(&rig)), (State::Resuming, 0));
     let other = Loopback::new("the next client", rig.machine.clone());
     assert_eq!(other.reset_count().unwrap(), Some(0));

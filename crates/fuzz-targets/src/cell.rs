@@ -1,7 +1,7 @@
 //! A device of eight bytes, for targets that need one.
 
 use limosa_device::saved::Section;
-use limosa_device::{Bus, Description, Fault, Model, Region, WholeState};
+use limosa_device::{Bus, Description, Fault, Region, SimpleModel, WholeState};
 use limosa_protocol::Errno;
 use limosa_protocol::info::RegionFlags;
 
@@ -14,7 +14,7 @@ pub(crate) struct Saved {
     value: u64,
 }
 
-impl Model for Cell {
+impl SimpleModel for Cell {
     fn description(&self) -> Description {
         let register = Region { flags: RegionFlags::READ | RegionFlags::WRITE, size: 8, ..Region::default() };
         Description { regions: vec![register], ..Description::default() }

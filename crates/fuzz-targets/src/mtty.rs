@@ -40,7 +40,7 @@ pub fn run(data: &[u8]) {
 
 fn card(ports: usize) -> Loopback {
     let card = Mtty::new(ports).expect("one or two");
-    Loopback::new("mtty", Machine::new(Box::new(card)))
+    Loopback::new("mtty", Machine::simple(card))
 }
 
 fn loads(card: &dyn Device, stream: &[u8], piece: usize) -> bool {

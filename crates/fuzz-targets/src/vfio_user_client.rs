@@ -27,7 +27,7 @@ pub fn run(data: &[u8]) {
     let limit = Duration::from_secs(1);
     let options =
         Options { message_limit: limit, version_limit: limit, dma_limit: limit, ..Options::default() };
-    let machine = Machine::new(Box::new(Whole::new(Cell::default())));
+    let machine = Machine::simple(Whole::new(Cell::default()));
     let shutdown = ShutdownHandle::new().expect("an eventfd");
     // How it ends is the client's affair.
     let _ = serve_connection(server, &machine, &options, &shutdown);

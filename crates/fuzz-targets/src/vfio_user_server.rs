@@ -56,7 +56,7 @@ pub(crate) fn conversation() -> (Vec<u8>, Vec<u8>) {
     let (far, server) = UnixStream::pair().expect("a socket pair");
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let machine = Machine::new(Box::new(Whole::new(Cell::default())));
+            let machine = Machine::simple(Whole::new(Cell::default()));
             let shutdown = ShutdownHandle::new().expect("an eventfd");
             let _ = serve_connection(server, &machine, &server::Options::default(), &shutdown);
         });

@@ -27,6 +27,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicUsize, compiler_fence, fence};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// A read-write lock whose readers share no memory that they write.
 ///
@@ -126,6 +127,26 @@ impl<T> ManyReaders<T> {
         }
         drop(sleepers);
         WriteGuard { lock: self, _writer: writer }
+    }
+
+    /// The same; `None` when readers have not left by `until`. Waits for another writer all the same.
+    pub fn write_until(&self, until: Instant) -> Option<WriteGuard<'_, T>> {
+        let writer = self.gate.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        self.gate.is_closed.store(true, SeqCst);
+        self.gate.heavy_fence();
+        let mut sleepers = self.gate.sleepers();
+        while self.counters.iter().any(|counter| counter.readers.load(Acquire) != 0) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                self.gate.is_closed.store(false, Release);
+                self.gate.changed.notify_all();
+                return None;
+            }
+            let waited = self.gate.changed.wait_timeout(sleepers, left);
+            sleepers = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(sleepers);
+        Some(WriteGuard { lock: self, _writer: writer })
     }
 
     fn wait_open(&self) {

@@ -234,7 +234,7 @@ fn traces_of_an_older_kernels_answers_are_those_of_this_one() {
 fn a_card_of_another_kind_is_refused_by_what_differs_and_the_source_runs_on() {
     let ordinary = || {
         let uart = Uart::new(vec![Line::Echo]).unwrap();
-        Loopback::new("16550", Machine::new(Box::new(uart)))
+        Loopback::new("16550", Machine::simple(uart))
     };
     for kernel in [Transport::Cdev, Transport::Group] {
         let mtty = Card::new(kernel, 1);

@@ -86,7 +86,7 @@ fn memory(fill: u8) -> File {
 
 fn device() -> Loopback {
     let config = "state=1M,block=64K,verify=off".parse::<SyntheticConfig>().expect("right");
-    Loopback::new("synthetic", Machine::new(Box::new(Synthetic::new(config).expect("right"))))
+    Loopback::new("synthetic", Machine::simple(Synthetic::new(config).expect("right")))
 }
 
 /// One move: predicted and real downtime, in ms, and the rounds.

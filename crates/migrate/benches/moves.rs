@@ -33,7 +33,7 @@ fn bare_socket() {
 fn device(state: u64) -> Loopback {
     let config = format!("state={state},block=1M,verify=off,pre-copy=off").parse::<SyntheticConfig>();
     let model = Synthetic::new(config.expect("right")).expect("right");
-    Loopback::new("synthetic", Machine::new(Box::new(model)))
+    Loopback::new("synthetic", Machine::simple(model))
 }
 
 fn memory(fill: u8) -> FilePages {

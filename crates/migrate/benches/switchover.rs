@@ -22,7 +22,7 @@ const SOON: Duration = Duration::from_secs(10);
 fn device() -> Loopback {
     let config = format!("state={STATE_BYTES},block=1M,verify=off,pre-copy=off").parse::<SyntheticConfig>();
     let model = Synthetic::new(config.expect("right")).expect("right");
-    Loopback::new("synthetic", Machine::new(Box::new(model)))
+    Loopback::new("synthetic", Machine::simple(model))
 }
 
 /// In ms: the longest that one device of this side spent in arcs while nothing ran.

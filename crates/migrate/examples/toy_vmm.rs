@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use limosa_client::{Device, DmaMap, DmaMemory};
 use limosa_device::saved::Section;
-use limosa_device::{Bus, Description, Fault, Loopback, Machine, Model, Whole, WholeState};
+use limosa_device::{Bus, Description, Fault, Loopback, Machine, SimpleModel, Whole, WholeState};
 use limosa_migrate::link::{Address, Bandwidth, Connector, Listener, Wait, connect};
 use limosa_migrate::{Acceptor, Incoming};
 use limosa_migrate::{
@@ -184,7 +184,7 @@ struct SavedRegisters {
     count: u64,
 }
 
-impl Model for Registers {
+impl SimpleModel for Registers {
     fn description(&self) -> Description {
         Description::default()
     }
@@ -243,8 +243,7 @@ impl Devices {
             SyntheticConfig { state_bytes: 4 << 20, dma_rate: 8 << 20, ..SyntheticConfig::default() };
         let synthetic = serve(folder.join("synthetic"), Box::new(Synthetic::new(config)?), memory)?;
         let uart = serve(folder.join("uart"), Box::new(Uart::new(vec![Line::Echo])?), memory)?;
-        let registers =
-            Loopback::new("registers", Machine::new(Box::new(Whole::new(Registers(guest.clone())))));
+        let registers = Loopback::new("registers", Machine::simple(Whole::new(Registers(guest.clone()))));
         Ok(Devices { synthetic, uart, registers })
     }
 
@@ -285,8 +284,8 @@ impl Devices {
 }
 
 /// Serves a device on a thread, instead of in a process of its own, connects to it, and shares the memory with it.
-fn serve(path: PathBuf, model: Box<dyn Model>, memory: &File) -> Result<Client> {
-    let server = Server::bind(&path, Machine::new(model), server::Options::default())?;
+fn serve(path: PathBuf, model: Box<dyn SimpleModel>, memory: &File) -> Result<Client> {
+    let server = Server::bind(&path, Machine::simple(model), server::Options::default())?;
     std::thread::spawn(move || server.serve());
     let client = Client::connect(&path, client::Options::default())?;
     let backing = DmaMemory::File { fd: memory.as_fd(), offset: 0 };

@@ -13,7 +13,7 @@ const CHUNK: usize = 1 << 20;
 
 fn device(config: &str) -> Loopback {
     let model = Synthetic::new(config.parse().expect("a configuration")).expect("a device");
-    Loopback::new("synthetic", Machine::new(Box::new(model)))
+    Loopback::new("synthetic", Machine::simple(model))
 }
 
 fn open(device: &Loopback, state: State) -> SessionId {

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use limosa_device::pci::{Bar, Function, Identity};
-use limosa_device::{Bus, Description, Machine, Model, RegionMapping};
+use limosa_device::{Bus, Description, Machine, RegionMapping, SimpleModel};
 use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, pci_index};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -81,7 +81,7 @@ impl TestDevice {
                 .msix(Self::VECTORS, (TABLE_BAR as usize, 0), (TABLE_BAR as usize, PENDING))
                 .build();
         let device = TestDevice { function, bus: None, values: [0; 7], memory: Arc::new(memory.into()) };
-        Machine::new(Box::new(device))
+        Machine::simple(device)
     }
 
     fn value(&mut self, register: u64) -> &mut u64 {
@@ -119,7 +119,7 @@ impl TestDevice {
     }
 }
 
-impl Model for TestDevice {
+impl SimpleModel for TestDevice {
     fn description(&self) -> Description {
         let mut regions = self.function.regions();
         regions[MAPPED_BAR as usize].mapping = Some(RegionMapping {

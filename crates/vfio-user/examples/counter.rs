@@ -1,13 +1,13 @@
 //! A device with one register that counts how often it was written, and that moves live.
 use limosa_device::saved::Section;
-use limosa_device::{Bus, Description, Fault, Machine, Model, Region, Whole, WholeState};
+use limosa_device::{Bus, Description, Fault, Machine, Region, SimpleModel, Whole, WholeState};
 use limosa_protocol::{Errno, info::RegionFlags};
 use limosa_vfio_user::server::{Options, Server};
 
 #[derive(Default)]
 struct Counter(u64);
 
-impl Model for Counter {
+impl SimpleModel for Counter {
     fn description(&self) -> Description {
         let register = Region { flags: RegionFlags::READ | RegionFlags::WRITE, size: 8, ..Region::default() };
         Description { regions: vec![register], ..Description::default() }
@@ -62,6 +62,6 @@ impl WholeState for Counter {
 
 fn main() -> std::io::Result<()> {
     let path = std::env::args().nth(1).expect("the path of a socket to make");
-    let machine = Machine::new(Box::new(Whole::new(Counter::default())));
+    let machine = Machine::simple(Whole::new(Counter::default()));
     Server::bind(path, machine, Options::default())?.serve()
 }

@@ -27,3 +27,48 @@ pub struct DataFd {
     /// 0.
     pub reserved: u32,
 }
+
+/// GET and SET: [`Stay`]. A device that stays does not run until the move is decided with which it was given away.
+pub const STAY: FeatureIndex = FeatureIndex(0xfe03);
+
+/// SET: [`Echo`]. Marks the pages in the device's log in the VMM's log too, by a DMA_WRITE for each.
+pub const ECHO: FeatureIndex = FeatureIndex(0xfe04);
+
+/// SET, no payload: fires every interrupt vector that is wired, once.
+pub const KICK: FeatureIndex = FeatureIndex(0xfe05);
+
+/// The payload of [`STAY`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Stay {
+    /// Names the move.
+    pub id: [u8; 16],
+    /// [`StayFlags`].
+    pub flags: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// What [`Stay::flags`] says.
+pub struct StayFlags;
+
+impl StayFlags {
+    /// The device stays.
+    pub const STAY: u32 = 1;
+    /// The move is decided: the device may run.
+    pub const RELEASE: u32 = 2;
+}
+
+/// The payload of [`ECHO`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Echo {
+    /// The first address.
+    pub iova: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Bytes of a page in the log, a power of two.
+    pub page_size: u64,
+    /// Out: how many pages were marked.
+    pub pages: u64,
+}

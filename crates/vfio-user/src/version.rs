@@ -63,6 +63,33 @@ pub struct Capabilities {
     pub twin_socket: Option<TwinSocket>,
     /// What older versions of the specification say of migration; not acted upon.
     pub migration: Option<MigrationCapability>,
+    /// Which role a client asks for, and in a reply which it has (`docs/vfio-user-extensions.md: the control role`).
+    pub role: Option<Role>,
+}
+
+/// A client's role on a server of this implementation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The VMM, which one client at a time is: what a client is that asks for nothing.
+    Vmm,
+    /// Beside the VMM: state, session data, dirty log and configuration space. Refused if the client may not.
+    Control,
+    /// Control if there is a VMM and the client may; else the VMM.
+    Either,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Vmm => "vmm",
+            Role::Control => "control",
+            Role::Either => "either",
+        }
+    }
+
+    fn named(name: &str) -> Option<Role> {
+        [Role::Vmm, Role::Control, Role::Either].into_iter().find(|role| role.name() == name)
+    }
 }
 
 /// The capability of a second socket for the server's commands.
@@ -94,6 +121,7 @@ impl Capabilities {
             write_multiple: Some(true),
             twin_socket: twin_socket.then_some(TwinSocket { supported: true, fd_index: None }),
             migration: None,
+            role: None,
         }
     }
 
@@ -118,6 +146,7 @@ impl Capabilities {
             write_multiple: self.write_multiple.filter(|_| theirs.write_multiple == Some(true)),
             twin_socket: self.twin_socket.filter(|_| theirs.twin_socket.is_some_and(|twin| twin.supported)),
             migration: self.migration.filter(|_| theirs.migration.is_some()),
+            role: self.role.filter(|_| theirs.role.is_some()),
         }
     }
 
@@ -152,6 +181,13 @@ impl Capabilities {
                 max_bitmap_size: number(migration, "max_bitmap_size")?,
             }),
         };
+        let role = match caps.get("role") {
+            None => None,
+            Some(role) => {
+                let named = role.as_str().and_then(Role::named);
+                Some(named.ok_or(wrong("role", "\"vmm\", \"control\" or \"either\""))?)
+            }
+        };
         let capabilities = Capabilities {
             max_msg_fds: number(caps, "max_msg_fds")?,
             max_data_xfer_size: number(caps, "max_data_xfer_size")?,
@@ -160,6 +196,7 @@ impl Capabilities {
             write_multiple: boolean(caps, "write_multiple")?,
             twin_socket,
             migration,
+            role,
         };
         // A limit of 0 would make every transfer endless.
         if capabilities.max_data_xfer_size == Some(0) {
@@ -178,7 +215,7 @@ impl Capabilities {
         loop {
             let mut data = self.json(left_out).to_string().into_bytes();
             data.push(0);
-            if data.len() <= bytes_max || left_out > 6 {
+            if data.len() <= bytes_max || left_out > 7 {
                 return data;
             }
             left_out += 1;
@@ -209,6 +246,7 @@ impl Capabilities {
         let by_importance = [
             ("max_msg_fds", number(self.max_msg_fds)),
             ("max_data_xfer_size", number(self.max_data_xfer_size)),
+            ("role", self.role.map(|role| Value::from(role.name()))),
             ("twin_socket", twin),
             ("write_multiple", self.write_multiple.map(Value::from)),
             ("max_dma_maps", number(self.max_dma_maps)),

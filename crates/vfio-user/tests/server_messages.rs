@@ -331,7 +331,7 @@ fn the_reset_count_is_got_and_probed() {
     for argsz in [0, 8, 15] {
         assert_eq!(raw.feature(GET | RESET_COUNT, &[], argsz).refused(), EINVAL, "argsz {argsz}");
     }
-    assert_eq!(raw.feature(GET | 0xfe03, &[], 16).refused(), ENOTTY);
+    assert_eq!(raw.feature(GET | 0xfeff, &[], 16).refused(), ENOTTY);
     let count = |raw: &mut Raw, data: &[u8], argsz| {
         let body = raw.feature(GET | RESET_COUNT, data, argsz).ok().body;
         assert_eq!(body[..8], bytes![16u32, GET | RESET_COUNT]);

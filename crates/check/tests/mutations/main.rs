@@ -14,18 +14,18 @@ use std::time::Duration;
 use faults::Fault;
 use faulty::{Faulty, FaultyDevice};
 use limosa_check::{CLAUSES, Family, Limits, Options, Report, Target, Transport, checks, run};
-use limosa_device::{Bus, Description, Loopback, Machine, Model};
+use limosa_device::{Bus, Description, Loopback, Machine, SimpleModel};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, State, fsm};
 
-fn synthetic() -> Box<dyn Model> {
+fn synthetic() -> Box<dyn SimpleModel> {
     let config = SyntheticConfig { state_bytes: 128 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
     Box::new(Synthetic::new(config).unwrap())
 }
 
 /// A device with the mandatory flag alone.
-fn stop_copy_alone() -> Box<dyn Model> {
+fn stop_copy_alone() -> Box<dyn SimpleModel> {
     let config = SyntheticConfig { state_bytes: 128 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
     Box::new(Synthetic::new(SyntheticConfig { p2p: false, pre_copy: false, ..config }).unwrap())
 }
@@ -33,7 +33,7 @@ fn stop_copy_alone() -> Box<dyn Model> {
 /// A device without migration.
 struct Plain;
 
-impl Model for Plain {
+impl SimpleModel for Plain {
     fn description(&self) -> Description {
         Description { flags: Some(DeviceFlags::RESET), ..Description::default() }
     }
@@ -49,9 +49,9 @@ impl Model for Plain {
     }
 }
 
-fn device(model: Box<dyn Model>, fault: Fault) -> Arc<Faulty> {
+fn device(model: Box<dyn SimpleModel>, fault: Fault) -> Arc<Faulty> {
     Arc::new(Faulty {
-        inner: Loopback::new("loopback", Machine::new(model)),
+        inner: Loopback::new("loopback", Machine::simple(model)),
         fault,
         count: AtomicU64::new(0),
         memory: AtomicU64::new(0),
@@ -59,7 +59,7 @@ fn device(model: Box<dyn Model>, fault: Fault) -> Arc<Faulty> {
     })
 }
 
-fn check(model: fn() -> Box<dyn Model>, fault: Fault, options: &Options) -> Report {
+fn check(model: fn() -> Box<dyn SimpleModel>, fault: Fault, options: &Options) -> Report {
     let of_peer = match fault {
         Fault::PeerLoadIsLost => Fault::LoadIsLost,
         Fault::PeerRefuses => Fault::RefusesItsOwn,
@@ -98,14 +98,14 @@ fn options() -> Options {
 struct Case {
     fault: Fault,
     clause: String,
-    model: fn() -> Box<dyn Model>,
+    model: fn() -> Box<dyn SimpleModel>,
     options: Options,
 }
 
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (fault, clause) in faults::all() {
-        let model: fn() -> Box<dyn Model> = match fault {
+        let model: fn() -> Box<dyn SimpleModel> = match fault {
             Fault::AbsentOddly => || Box::new(Plain),
             Fault::TakesUnsupported => stop_copy_alone,
             _ => synthetic,

@@ -108,6 +108,11 @@ impl Wiring {
         Ok(())
     }
 
+    /// Fires every vector that is wired, once: after a load, for what was pending where the state came from.
+    pub fn raise_all(&self) {
+        self.interrupts.indexes.iter().flat_map(|index| &index.vectors).for_each(Vector::raise_if_wired);
+    }
+
     /// The client is gone: unwires everything, and forgets all masks. What the device raised and nobody was signalled
     /// stays pending, for the next client.
     pub fn disable_all(&self) {

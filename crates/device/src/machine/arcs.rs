@@ -2,77 +2,86 @@
 //! the arcs between FSM states"`). A step that skips a state which the device lacks is the sum of
 //! the arcs it stands for.
 
+use std::time::Instant;
+
 use limosa_protocol::fsm::{self, Session};
 use limosa_protocol::{Errno, State};
 
 use super::session::SessionId;
-use super::{Inner, Machine};
+use super::{ClientId, Machine, arc_deadline};
 use crate::{Fault, Migration};
 
 impl Machine {
-    /// Walks to a state. The session that a client must be told of, if one opened.
+    /// Walks to a state for a client. The session that the client must be told of, if one opened.
     ///
-    /// EINVAL where [`fsm::path`] refuses. A step that the model refuses leaves the device on the
-    /// step's first state; one that breaks it leaves ERROR.
-    pub(super) fn set_state(&self, to: State) -> Result<Option<SessionId>, Errno> {
+    /// EINVAL where [`fsm::path`] refuses, EBUSY when another client drives the device, ETIMEDOUT when the calls under way do
+    /// not return. A step that the model refuses leaves the device on the step's first state; one that breaks it leaves ERROR.
+    pub(super) fn set_state(&self, client: ClientId, to: State) -> Result<Option<SessionId>, Errno> {
         let flags = self.flags.ok_or(Errno::ENOTTY)?;
-        self.with(|inner| {
-            let path = fsm::path(flags, inner.state, to).inspect_err(|refusal| {
-                tracing::debug!(from = %inner.state, %to, %refusal, "transition refused");
-            })?;
-            for arc in path.arcs() {
-                inner.step(arc)?;
-            }
-            Ok(if path.opens_session() { inner.session.as_ref().map(|open| open.id) } else { None })
-        })
+        let until = arc_deadline(client);
+        let _alone = self.gate.alone(until)?;
+        let from = self.state();
+        let path = fsm::path(flags, from, to).inspect_err(|refusal| {
+            tracing::debug!(%from, %to, %refusal, "transition refused");
+        })?;
+        self.may_drive(client, to)?;
+        let walked = path.arcs().try_for_each(|arc| self.step(arc, until));
+        self.settle(client);
+        walked?;
+        Ok(if path.opens_session() { self.session() } else { None })
     }
-}
 
-impl Inner {
-    fn step(&mut self, arc: fsm::Arc) -> Result<(), Errno> {
-        let damaged = self.session.as_ref().is_some_and(|open| open.damaged);
-        let taken = match self.migration() {
-            // What was lost of the stream cannot be made good: the model is not even asked.
-            Ok(_) if arc.from == State::Resuming && damaged => Err(Fault::Refused(Errno::EIO)),
-            Ok(migration) => act(migration, arc),
-            Err(errno) => Err(Fault::Broken(errno)),
+    /// Takes one step, with the gate taken.
+    pub(super) fn step(&self, arc: fsm::Arc, until: Instant) -> Result<(), Errno> {
+        let damaged = self.lock().session.as_ref().is_some_and(|open| open.damaged);
+        // A session that lost some of its data cannot be completed, so the model is not called.
+        let taken = if arc.from == State::Resuming && damaged {
+            Ok(Err(Fault::Refused(Errno::EIO)))
+        } else {
+            self.migrate(|migration| Ok(act(migration, arc, until)))
         };
+        // A panic, or no migration any more.
+        let taken = taken.unwrap_or_else(|errno| Err(Fault::Broken(errno)));
         match taken {
             Ok(()) => {
+                let mut inner = self.lock();
                 match arc.session {
-                    Session::Opens => self.session = Some(self.ids.open()),
-                    Session::Ends => self.session = None,
+                    Session::Opens => inner.session = Some(inner.ids.open()),
+                    Session::Ends => inner.session = None,
                     Session::None | Session::Keeps => {}
                 }
-                self.enter(arc.to);
+                inner.enter(arc.to);
                 Ok(())
             }
             Err(fault) => {
                 tracing::warn!(%arc, %fault, "arc failed");
                 if let Fault::Broken(_) = fault {
-                    self.end_session();
-                    self.enter(State::Error);
+                    // It is broken already.
+                    let _ = self.end_session();
+                    self.lock().enter(State::Error);
                 }
                 Err(fault.errno())
             }
         }
     }
 
-    /// Ends the session without finishing it: for a reset, or a device that broke.
-    pub(super) fn end_session(&mut self) {
-        if self.session.take().is_none() {
-            return;
-        }
-        let loading = self.state == State::Resuming;
-        if let Ok(migration) = self.migration() {
-            if loading { migration.load_abort() } else { migration.save_end() }
-        }
-    }
-
-    pub(super) fn migration(&mut self) -> Result<&mut dyn Migration, Errno> {
-        self.model()?.migration().ok_or_else(|| {
-            tracing::error!("the model had a migration and has it no more");
-            Errno::EIO
+    /// Ends the session without finishing it: for a reset, or a device that broke. With the gate taken. EIO when the model
+    /// panics.
+    pub(super) fn end_session(&self) -> Result<(), Errno> {
+        let loading = {
+            let mut inner = self.lock();
+            if inner.session.take().is_none() {
+                return Ok(());
+            }
+            inner.state == State::Resuming
+        };
+        self.migrate(|migration| {
+            if loading {
+                migration.load_abort();
+            } else {
+                migration.save_end();
+            }
+            Ok(())
         })
     }
 }
@@ -83,7 +92,7 @@ fn starts_p2p(state: State) -> bool {
 }
 
 /// Takes one step on the model: ends what ends, changes how the device runs, opens what opens.
-fn act(model: &mut dyn Migration, arc: fsm::Arc) -> Result<(), Fault> {
+fn act(model: &dyn Migration, arc: fsm::Arc, until: Instant) -> Result<(), Fault> {
     let (from, to) = (arc.from, arc.to);
     match (from.is_running(), to.is_running()) {
         (true, true) => {
@@ -99,7 +108,7 @@ fn act(model: &mut dyn Migration, arc: fsm::Arc) -> Result<(), Fault> {
             }
         }
         (true, false) => {
-            model.stop()?;
+            model.stop(until)?;
             if arc.session == Session::Keeps {
                 model.save_final().map_err(|fault| take_back_stop(model, fault))?;
             }
@@ -117,7 +126,7 @@ fn act(model: &mut dyn Migration, arc: fsm::Arc) -> Result<(), Fault> {
 }
 
 /// A step that stopped the device and then was refused: the device runs again, or is broken.
-fn take_back_stop(model: &mut dyn Migration, fault: Fault) -> Fault {
+fn take_back_stop(model: &dyn Migration, fault: Fault) -> Fault {
     match fault {
         Fault::Refused(errno) if model.start().is_err() => Fault::Broken(errno),
         fault => fault,

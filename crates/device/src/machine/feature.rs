@@ -1,5 +1,7 @@
 //! The FEATURE multiplexer on the device's side (`vfio.h: VFIO_DEVICE_FEATURE`).
 
+use std::sync::atomic::Ordering::Acquire;
+
 use limosa_client::Refers;
 use limosa_protocol::feature::{
     DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigDataSize, FeatureMigState,
@@ -8,8 +10,8 @@ use limosa_protocol::feature::{
 use limosa_protocol::{Errno, FeatureCall, FeatureIndex, FeatureOp, MigrationFlags};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Machine;
 use super::session::SessionId;
+use super::{ClientId, Machine};
 
 /// What a FEATURE request did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +41,18 @@ impl Machine {
         payload: &mut [u8],
         refers: Refers<'_>,
     ) -> Result<FeatureDone, Errno> {
+        self.feature_for(ClientId::VMM, call, payload, refers)
+    }
+
+    /// The same for any client. EBUSY for a SET of the state while another client drives the device, and for a dirty log that
+    /// another client has started.
+    pub fn feature_for(
+        &self,
+        client: ClientId,
+        call: FeatureCall,
+        payload: &mut [u8],
+        refers: Refers<'_>,
+    ) -> Result<FeatureDone, Errno> {
         let rules = call.index.rules().or(call.index.extension_rules());
         let rules = rules.filter(|_| self.has_feature(call.index)).ok_or(Errno::ENOTTY)?;
         if !call.check(rules)? {
@@ -56,25 +70,33 @@ impl Machine {
             }
             FeatureIndex::MIG_DEVICE_STATE => {
                 let to = read::<FeatureMigState>(payload)?.state()?;
-                done.opened = self.set_state(to)?;
+                done.opened = self.set_state(client, to)?;
                 answer(payload, FeatureMigState::new(to))?;
             }
             FeatureIndex::MIG_DATA_SIZE => {
-                let stop_copy_length = self.with(|inner| Ok(inner.migration()?.data_size()))?;
+                let stop_copy_length = self.migrate(|migration| Ok(migration.data_size()))?;
                 answer(payload, FeatureMigDataSize { stop_copy_length })?;
             }
-            FeatureIndex::MIG_PRECOPY_INFO_V2 => self.with(|inner| {
-                inner.precopy_reinit = true;
-                Ok(())
-            })?,
+            FeatureIndex::MIG_PRECOPY_INFO_V2 => {
+                if self.panicked.load(Acquire) {
+                    return Err(Errno::EIO);
+                }
+                self.lock().precopy_reinit = true;
+            }
             FeatureIndex::DMA_LOGGING_START => {
                 let mut control: FeatureDmaLoggingControl = read(payload)?;
                 let ranges = logging_ranges(&control, refers)?;
                 control.page_size = self.mappings.logging_start(control.page_size, &ranges)?;
+                self.lock().logs = Some(client);
                 answer(payload, control)?;
             }
-            FeatureIndex::DMA_LOGGING_STOP => self.mappings.logging_stop()?,
+            FeatureIndex::DMA_LOGGING_STOP => {
+                self.may_read_log(client)?;
+                self.mappings.logging_stop()?;
+                self.lock().logs = None;
+            }
             FeatureIndex::DMA_LOGGING_REPORT => {
+                self.may_read_log(client)?;
                 let report: FeatureDmaLoggingReport = read(payload)?;
                 let Refers::Bitmap(words) = refers else { return Err(Errno::EINVAL) };
                 if !report.page_size.is_power_of_two() {
@@ -90,6 +112,14 @@ impl Machine {
             _ => return Err(Errno::ENOTTY),
         }
         Ok(done)
+    }
+
+    /// EBUSY for a dirty log that another client has started: a report clears it.
+    pub fn may_read_log(&self, client: ClientId) -> Result<(), Errno> {
+        match self.lock().logs {
+            Some(logs) if logs != client => Err(Errno::EBUSY),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the device has the feature at all.

@@ -1,32 +1,38 @@
-//! [`Machine`]: a device that is ready to be used. It owns a model, serializes the calls on it,
-//! and walks the migration states over it (`vfio.h: enum vfio_device_mig_state`,
-//! `VFIO_DEVICE_RESET`).
+//! [`Machine`]: a device that is ready to be used. It owns a model, and walks the migration states over it
+//! (`vfio.h: enum vfio_device_mig_state`, `VFIO_DEVICE_RESET`).
 //!
-//! One lock covers the model, its state and its session. A model that panics is caught: the
-//! device is then in ERROR, every call answers EIO, and a reset may bring it back. So neither a
-//! poisoned lock nor a dead thread is ever what a client sees of a model's mistake.
+//! A gate lets accesses and session data pass side by side, and arcs and resets alone ([`gate`]). What the machine itself keeps
+//! is under a lock of its own, which no call of the model is made with, so that the state can be read at any time.
+//!
+//! A model that panics is caught: the device is then in ERROR, every call answers EIO, and a reset may bring it back. So neither
+//! a poisoned lock nor a dead thread is ever what a client sees of a model's mistake.
 
 mod arcs;
+mod clients;
 mod feature;
+mod gate;
 mod session;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, MigrationFlags, State};
 
-use crate::{Bus, Description, Mappings, Model, SetIrqs, Wiring};
+use crate::{Bus, Description, Exclusive, Mappings, Migration, Model, SetIrqs, SimpleModel, Wiring};
 
+use clients::arc_deadline;
+pub use clients::{ClientId, Held, MoveId, Released};
 pub use feature::FeatureDone;
+use gate::Gate;
 pub use session::SessionId;
 use session::{Open, SessionIds};
 
 /// A device that is ready to be used: a model, its memory and interrupts, its state and session.
 ///
-/// Every call may come from any thread; calls on the model are serialized. A call that carries
-/// session data ([`Machine::data_read`], [`Machine::data_fill`]) keeps the others waiting while
-/// its closure runs.
+/// Every call may come from any thread.
 pub struct Machine {
     bus: Bus,
     mappings: Mappings,
@@ -34,21 +40,35 @@ pub struct Machine {
     description: Description,
     flags: Option<MigrationFlags>,
     has_precopy_reinit: bool,
+    model: Box<dyn Model>,
+    gate: Gate,
+    /// Held by a call that carries a session's data, as these come one at a time.
+    data: Mutex<()>,
     inner: Mutex<Inner>,
+    /// The model panicked and has not been reset since: it is not called.
+    panicked: AtomicBool,
+    /// [`Inner::holds_accesses`]. Changes only with the gate taken, or to let accesses pass again.
+    held: AtomicBool,
+    watchers: Mutex<Vec<Weak<Released>>>,
 }
 
-/// What the lock covers.
+/// What the lock covers. It is taken for moments.
 struct Inner {
-    model: Box<dyn Model>,
     state: State,
     session: Option<Open>,
     ids: SessionIds,
-    /// The client opted in to output flags in pre-copy info. Holds until a reset.
+    /// The client opted in to output flags in pre-copy info. Holds until a reset, and as long as the client.
     precopy_reinit: bool,
-    /// The model panicked and has not been reset since: it is not called.
-    panicked: bool,
     /// Resets so far, those that failed included.
     resets: u64,
+    /// The last client's number.
+    clients: u64,
+    /// The client that took the device out of RUNNING.
+    driver: Option<ClientId>,
+    /// The client that started the dirty log.
+    logs: Option<ClientId>,
+    /// The move that the device was given away with.
+    stays: Option<MoveId>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -59,25 +79,44 @@ impl std::fmt::Debug for Machine {
 
 impl Machine {
     /// Makes the model ready, in RUNNING, with nothing mapped and nothing wired.
-    pub fn new(mut model: Box<dyn Model>) -> Arc<Machine> {
+    pub fn new(model: impl Model) -> Arc<Machine> {
         let description = model.description();
         let (mappings, wiring) = (Mappings::default(), Wiring::new(&description.irqs));
         let bus = Bus { memory: mappings.dma(), interrupts: wiring.interrupts() };
         model.attach(bus.clone());
         let flags = model.migration().map(|migration| migration.flags() | MigrationFlags::STOP_COPY);
-        let has_precopy_reinit =
-            model.migration().is_some_and(|migration| feature::precopy_reinit(migration));
+        let has_precopy_reinit = model.migration().is_some_and(feature::precopy_reinit);
         let inner = Inner {
-            model,
             state: State::Running,
             session: None,
             ids: SessionIds::default(),
             precopy_reinit: false,
-            panicked: false,
             resets: 0,
+            clients: 0,
+            driver: None,
+            logs: None,
+            stays: None,
         };
-        let inner = Mutex::new(inner);
-        Arc::new(Machine { bus, mappings, wiring, description, flags, has_precopy_reinit, inner })
+        Arc::new(Machine {
+            bus,
+            mappings,
+            wiring,
+            description,
+            flags,
+            has_precopy_reinit,
+            model: Box::new(model),
+            gate: Gate::default(),
+            data: Mutex::default(),
+            inner: Mutex::new(inner),
+            panicked: AtomicBool::new(false),
+            held: AtomicBool::new(false),
+            watchers: Mutex::default(),
+        })
+    }
+
+    /// The same for a model whose calls come one at a time.
+    pub fn simple(model: impl SimpleModel) -> Arc<Machine> {
+        Machine::new(Exclusive::new(model))
     }
 
     /// Guest memory and interrupts, as its model reaches them.
@@ -108,8 +147,8 @@ impl Machine {
 
     fn rewired(&self, index: u32) {
         // What becomes of a model that panicked is told by its next call.
-        let _ = self.with(|inner| {
-            inner.model()?.rewired(index);
+        let _ = self.access(|model| {
+            model.rewired(index);
             Ok(())
         });
     }
@@ -128,25 +167,81 @@ impl Machine {
     ///
     /// EINVAL for a region that is not there, a range beyond its end, or a region that cannot be
     /// read; else what the model answers. In ERROR the model still answers, unless it panicked:
-    /// then EIO.
+    /// then EIO. EBUSY while accesses are held back ([`Machine::region_read_or_held`]).
     pub fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        self.access(region, offset, data.len(), RegionFlags::READ)?;
-        if data.is_empty() {
-            return Ok(());
-        }
-        self.with(|inner| inner.model()?.region_read(region, offset, data))
+        self.region_read_or_held(region, offset, data).unwrap_or(Err(Errno::EBUSY))
     }
 
     /// Writes a region, likewise.
     pub fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        self.access(region, offset, data.len(), RegionFlags::WRITE)?;
+        self.region_write_or_held(region, offset, data).unwrap_or(Err(Errno::EBUSY))
+    }
+
+    /// [`Machine::region_read`] for a VMM whose guest knows nothing of a move: [`Held`] when the device does not run because
+    /// another client moves it. The access is to be made again after [`Machine::on_release`].
+    pub fn region_read_or_held(
+        &self,
+        region: u32,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<Result<(), Errno>, Held> {
+        self.region_access(region, offset, data.len(), RegionFlags::READ, |model| {
+            model.region_read(region, offset, data)
+        })
+    }
+
+    /// Writes a region, likewise.
+    pub fn region_write_or_held(
+        &self,
+        region: u32,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<Result<(), Errno>, Held> {
+        self.region_access(region, offset, data.len(), RegionFlags::WRITE, |model| {
+            model.region_write(region, offset, data)
+        })
+    }
+
+    /// Reads a region whatever the device does: its configuration space, which a device answers in every state.
+    pub fn region_read_unheld(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.check_access(region, offset, data.len(), RegionFlags::READ)?;
         if data.is_empty() {
             return Ok(());
         }
-        self.with(|inner| inner.model()?.region_write(region, offset, data))
+        self.access(|model| model.region_read(region, offset, data))
     }
 
-    fn access(&self, region: u32, offset: u64, bytes: usize, need: RegionFlags) -> Result<(), Errno> {
+    /// Writes a region, likewise.
+    pub fn region_write_unheld(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.check_access(region, offset, data.len(), RegionFlags::WRITE)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.access(|model| model.region_write(region, offset, data))
+    }
+
+    fn region_access(
+        &self,
+        region: u32,
+        offset: u64,
+        bytes: usize,
+        need: RegionFlags,
+        call: impl FnOnce(&dyn Model) -> Result<(), Errno>,
+    ) -> Result<Result<(), Errno>, Held> {
+        if let Err(errno) = self.check_access(region, offset, bytes, need) {
+            return Ok(Err(errno));
+        }
+        if bytes == 0 {
+            return Ok(Ok(()));
+        }
+        let _passing = self.gate.pass();
+        if self.held.load(Acquire) {
+            return Err(Held);
+        }
+        Ok(self.call(call))
+    }
+
+    fn check_access(&self, region: u32, offset: u64, bytes: usize, need: RegionFlags) -> Result<(), Errno> {
         let region = self.description.regions.get(region as usize).ok_or(Errno::EINVAL)?;
         let end = offset.checked_add(bytes as u64).ok_or(Errno::EINVAL)?;
         if end > region.size || region.size == 0 || !region.flags.contains(need) {
@@ -158,87 +253,96 @@ impl Machine {
     /// Resets to RUNNING from any state, ERROR too (`vfio.h: VFIO_DEVICE_RESET`). A session ends,
     /// and the opt-in to pre-copy flags is forgotten; mappings, interrupt wiring and DMA logging
     /// stay. When the model cannot be reset: its errno, and ERROR. Every call raises
-    /// [`Machine::reset_count`] by one, also one that fails.
+    /// [`Machine::reset_count`] by one, also one that fails, except those that are refused before the device is touched:
+    /// ETIMEDOUT when the calls under way do not return, EBUSY for a device that was told to stay.
     pub fn reset(&self) -> Result<(), Errno> {
-        self.with(|inner| {
+        let _alone = self.gate.alone(arc_deadline(ClientId::VMM))?;
+        if self.lock().stays.is_some() {
+            return Err(Errno::EBUSY);
+        }
+        let reset = self.reset_alone();
+        self.lock().driver = None;
+        self.settle(ClientId::VMM);
+        reset
+    }
+
+    /// With the gate taken.
+    fn reset_alone(&self) -> Result<(), Errno> {
+        {
             // First: a model that fails or panics below may have lost its state already.
+            let mut inner = self.lock();
             inner.resets += 1;
             inner.precopy_reinit = false;
-            inner.end_session();
-            inner.panicked = false;
-            self.bus.interrupts.forget_all_pending();
-            match inner.model.reset() {
-                Ok(()) => {
-                    inner.enter(State::Running);
-                    Ok(())
-                }
-                Err(errno) => {
-                    tracing::error!(%errno, "the device cannot be reset");
-                    inner.enter(State::Error);
-                    Err(errno)
-                }
+        }
+        // A model that panics here is not even reset.
+        self.end_session()?;
+        self.panicked.store(false, Release);
+        self.bus.interrupts.forget_all_pending();
+        match self.call(|model| model.reset()) {
+            Ok(()) => {
+                self.lock().enter(State::Running);
+                Ok(())
             }
-        })
+            Err(errno) => {
+                tracing::error!(%errno, "the device cannot be reset");
+                self.lock().enter(State::Error);
+                Err(errno)
+            }
+        }
     }
 
     /// How many times [`Machine::reset`] was called since the machine was made
     /// (`docs/vfio-user-extensions.md: RESET_COUNT`). When two reads are equal, no reset came between
     /// them. Arcs do not count, nor does entering ERROR: only a reset leads out of it.
     ///
-    /// Read under the lock that covers resets and arcs, so a reset that came before an arc has been
-    /// counted when the arc is done.
+    /// It is raised before the model is reset, with no arc under way, so a reset that came before an arc has been counted when
+    /// the arc is done.
     pub fn reset_count(&self) -> u64 {
         self.lock().resets
     }
 
-    /// The state. RUNNING or ERROR for a device without migration.
+    /// The state. RUNNING or ERROR for a device without migration. During an arc, the state it began in.
     pub fn state(&self) -> State {
         self.lock().state
     }
 
-    /// The client went away: mappings and wiring go, logging stops. State and session stay, so
-    /// that a client that comes back finds the device as it was left.
-    pub fn client_gone(&self) {
-        let _ = self.mappings.logging_stop();
-        self.mappings.clear();
-        self.wiring.disable_all();
-        (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
-    }
-
-    /// Takes the lock. It is poisoned only when a closure that the caller passed panicked: the
-    /// model's own panics are caught below, so what it guards is whole.
+    /// Nothing under this lock panics half-way through a change.
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs one call, with the model's panics caught.
-    fn with<R>(&self, call: impl FnOnce(&mut Inner) -> Result<R, Errno>) -> Result<R, Errno> {
-        let mut inner = self.lock();
-        caught(|| call(&mut inner)).unwrap_or_else(|| Err(inner.model_panicked()))
+    /// One call on the model beside others.
+    fn access<R>(&self, call: impl FnOnce(&dyn Model) -> Result<R, Errno>) -> Result<R, Errno> {
+        let _passing = self.gate.pass();
+        self.call(call)
     }
-}
 
-/// Runs a call on the model; `None` when it panicked.
-fn caught<R>(call: impl FnOnce() -> R) -> Option<R> {
-    // What the model left half done is not looked at again: only its reset is called.
-    catch_unwind(AssertUnwindSafe(call)).ok()
-}
+    /// One call, with the model's panics caught. The gate was passed, or is taken.
+    fn call<R>(&self, call: impl FnOnce(&dyn Model) -> Result<R, Errno>) -> Result<R, Errno> {
+        if self.panicked.load(Acquire) {
+            return Err(Errno::EIO);
+        }
+        // What the model left half done is not looked at again: only its reset is called.
+        catch_unwind(AssertUnwindSafe(|| call(&*self.model))).unwrap_or_else(|_| Err(self.model_panicked()))
+    }
 
-impl Inner {
-    /// The model, unless it panicked.
-    fn model(&mut self) -> Result<&mut dyn Model, Errno> {
-        if self.panicked { Err(Errno::EIO) } else { Ok(&mut *self.model) }
+    /// One call on the model's migration, likewise.
+    fn migrate<R>(&self, call: impl FnOnce(&dyn Migration) -> Result<R, Errno>) -> Result<R, Errno> {
+        self.call(|model| call(model.migration().ok_or(Errno::EIO)?))
     }
 
     /// Takes note that the model panicked: ERROR, no session, EIO.
-    fn model_panicked(&mut self) -> Errno {
-        tracing::error!(state = %self.state, "the model panicked; the device is in ERROR until it is reset");
-        self.panicked = true;
-        self.session = None;
-        self.enter(State::Error);
+    fn model_panicked(&self) -> Errno {
+        let mut inner = self.lock();
+        tracing::error!(state = %inner.state, "the model panicked; the device is in ERROR until it is reset");
+        self.panicked.store(true, Release);
+        inner.session = None;
+        inner.enter(State::Error);
         Errno::EIO
     }
+}
 
+impl Inner {
     fn enter(&mut self, state: State) {
         if self.state != state {
             tracing::debug!(from = %self.state, to = %state, "migration state");

@@ -1,15 +1,16 @@
 //! Sessions: the data that flows while a device saves or loads (`vfio.h: the data fd of
 //! VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_MIG_GET_PRECOPY_INFO`).
 //!
-//! The closures that carry data run with the machine's lock held, because the memory they see is
-//! the model's own and is lent, not copied. They may wait for a peer; whoever passes them bounds
-//! that wait (the transports' sockets have a time limit), and other calls on the same device wait
-//! as long. A closure must not call the machine.
+//! The closures that carry data see memory that the model lends, and no arc is taken before they return. So they wait for
+//! nobody: what a socket does not take or have at once is another call's. A closure must not call the machine.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{MutexGuard, PoisonError};
 
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::{Errno, MigrationFlags, State};
 
-use super::{Inner, Machine, caught};
+use super::{Inner, Machine};
 use crate::{Migration, Save};
 
 /// Names a data session. Every session of a device has another id.
@@ -52,7 +53,7 @@ impl Machine {
     /// Lends the next bytes of a saving session, at most `bytes_max`, to `take`. They count as
     /// read, whatever `take` returns.
     ///
-    /// `take` never sees empty data, nor the end before STOP_COPY, nor "nothing for now" in it.
+    /// `take` waits for nobody, and never sees empty data, nor the end before STOP_COPY, nor "nothing for now" in it.
     /// ENODEV when the session has ended, EBADF in RESUMING, EINVAL for a `bytes_max` of 0, EIO
     /// when the model breaks its contract, else the model's errno.
     pub fn data_read<R>(
@@ -61,24 +62,36 @@ impl Machine {
         bytes_max: usize,
         take: impl FnOnce(Save<'_>) -> R,
     ) -> Result<R, Errno> {
-        let mut inner = self.lock();
-        let inner = &mut *inner;
-        inner.usable(session, Direction::Saving)?;
+        let _data = self.one_at_a_time();
+        let _passing = self.gate.pass();
+        let stopped = {
+            let inner = self.lock();
+            inner.usable(session, Direction::Saving)?;
+            inner.state == State::StopCopy
+        };
         if bytes_max == 0 {
             return Err(Errno::EINVAL);
         }
-        let stopped = inner.state == State::StopCopy;
-        let migration = inner.migration()?;
-        let wrong = match caught(|| migration.save(bytes_max, stopped)) {
-            None => return Err(inner.model_panicked()),
-            Some(Err(errno)) => return Err(errno),
-            Some(Ok(Save::Data([]))) => "lent no bytes",
-            Some(Ok(Save::Data(data))) if data.len() > bytes_max => "lent more bytes than were asked for",
-            Some(Ok(Save::NothingForNow)) if stopped => "had nothing for now in STOP_COPY",
-            Some(Ok(Save::End)) if !stopped => "ended its data before STOP_COPY",
-            Some(Ok(save)) => return Ok(take(save)),
-        };
-        Err(inner.damage(wrong))
+        let mut take = Some(take);
+        // A panic of the caller's own is not the model's.
+        let mut taken = Err("lent nothing");
+        self.migrate(|migration| {
+            migration.save(bytes_max, stopped, &mut |save| {
+                let wrong = match &save {
+                    Save::Data([]) => "lent no bytes",
+                    Save::Data(data) if data.len() > bytes_max => "lent more bytes than were asked for",
+                    Save::NothingForNow if stopped => "had nothing for now in STOP_COPY",
+                    Save::End if !stopped => "ended its data before STOP_COPY",
+                    _ => match take.take() {
+                        Some(take) => return taken = Ok(catch_unwind(AssertUnwindSafe(|| take(save)))),
+                        None => "lent twice at once",
+                    },
+                };
+                taken = Err(wrong);
+            })
+        })?;
+        let taken = taken.map_err(|wrong| self.lock().damage(wrong))?;
+        Ok(taken.unwrap_or_else(|panic| resume_unwind(panic)))
     }
 
     /// Takes the next bytes of a RESUMING session.
@@ -86,46 +99,66 @@ impl Machine {
     /// ENODEV when the session has ended, EBADF in the saving states; else the model's errno, after
     /// which the session is damaged: it answers EIO, and only a reset leads out of RESUMING.
     pub fn data_write(&self, session: SessionId, chunk: &[u8]) -> Result<(), Errno> {
-        let mut inner = self.lock();
-        inner.usable(session, Direction::Loading)?;
+        let _data = self.one_at_a_time();
+        let _passing = self.gate.pass();
+        self.lock().usable(session, Direction::Loading)?;
         if chunk.is_empty() {
             return Ok(());
         }
-        inner.load(|migration| migration.load(chunk))
+        self.load(|migration| migration.load(chunk))
     }
 
-    /// Receives the next `bytes` bytes of a RESUMING session straight into the model's staging
-    /// memory, or by way of `spare` when it lends none.
+    /// Receives the next bytes of a RESUMING session, at most `bytes_max`, straight into the model's staging memory, or by way
+    /// of `spare` when it lends none. `fill` is called once at most and returns how many bytes it has received, which may be
+    /// none; an error of it damages the session, as nobody knows what was lost, and is returned. `spare` grows to at most
+    /// 256 KiB, and may be kept between calls.
     ///
-    /// Whatever becomes of them, `fill` is called with slices that add up to exactly `bytes`, so
-    /// that a caller who receives from a socket stays in step with its peer: bytes that the
-    /// session refuses are received into `spare` and dropped. Only when `fill` itself fails is it
-    /// not called again; then its error is returned, and the session is damaged if it had been
-    /// taking the bytes. `spare` grows to at most 256 KiB, and may be kept between calls.
-    ///
-    /// The inner result is that of [`Machine::data_write`].
+    /// The inner result is how many bytes were loaded, or that of [`Machine::data_write`].
     pub fn data_fill<E>(
         &self,
         session: SessionId,
-        bytes: usize,
+        bytes_max: usize,
         spare: &mut Vec<u8>,
-        mut fill: impl FnMut(&mut [u8]) -> Result<(), E>,
-    ) -> Result<Result<(), Errno>, E> {
-        let mut left = bytes;
-        let refused = {
-            let mut inner = self.lock();
-            match inner.usable(session, Direction::Loading) {
-                Ok(()) => inner.fill(&mut left, spare, &mut fill)?,
-                Err(errno) => Err(errno),
-            }
-        };
-        // Nothing of the model's is involved any more: the lock is free while these are drained.
-        while left > 0 {
-            let piece = spare_piece(spare, left);
-            fill(piece)?;
-            left -= piece.len();
+        fill: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+    ) -> Result<Result<usize, Errno>, E> {
+        let _data = self.one_at_a_time();
+        let _passing = self.gate.pass();
+        if let Err(errno) = self.lock().usable(session, Direction::Loading) {
+            return Ok(Err(errno));
         }
-        Ok(refused)
+        let (mut fill, mut filled) = (Some(fill), Ok(0));
+        let mut receive = |into: &mut [u8]| {
+            let Some(fill) = fill.take() else { return 0 };
+            let room = into.len();
+            filled = fill(into).map(|bytes| bytes.min(room));
+            *filled.as_ref().unwrap_or(&0)
+        };
+        let lent = self.load(|migration| migration.load_into(bytes_max, &mut receive).transpose());
+        let loaded = match lent {
+            Ok(None) => {
+                let piece = spare_piece(spare, bytes_max);
+                let bytes = receive(piece);
+                let load = |chunk| self.load(|migration| migration.load(chunk));
+                if bytes == 0 { Ok(()) } else { load(&piece[..bytes]) }
+            }
+            other => other.map(|_| ()),
+        };
+        match filled {
+            Ok(bytes) => Ok(loaded.map(|()| bytes)),
+            Err(error) => {
+                self.lock().damage("was cut off from its data");
+                Err(error)
+            }
+        }
+    }
+
+    /// The session has lost some of its data: it carries no more, and a load cannot be completed. Nothing happens once it has
+    /// ended.
+    pub fn data_lost(&self, session: SessionId) {
+        let mut inner = self.lock();
+        if inner.current(session).is_ok() {
+            inner.damage("was cut off from its data");
+        }
     }
 
     /// Estimates of what is left in pre-copy.
@@ -134,7 +167,9 @@ impl Machine {
     /// PRE_COPY and PRE_COPY_P2P. The flags are 0 unless the client opted in to them
     /// (MIG_PRECOPY_INFO_V2).
     pub fn precopy_info(&self, session: SessionId) -> Result<PrecopyInfo, Errno> {
-        self.with(|inner| {
+        let _passing = self.gate.pass();
+        let reinit = {
+            let inner = self.lock();
             inner.current(session)?;
             if !self.flags.is_some_and(|flags| flags.contains(MigrationFlags::PRE_COPY)) {
                 return Err(Errno::ENOTTY);
@@ -142,11 +177,24 @@ impl Machine {
             if !inner.state.is_pre_copy() {
                 return Err(Errno::EINVAL);
             }
-            let reinit = inner.precopy_reinit;
-            let info = inner.migration()?.precopy_info(reinit);
-            let flags = if reinit { info.flags } else { 0 };
-            Ok(PrecopyInfo { argsz: size_of::<PrecopyInfo>() as u32, flags, ..info })
-        })
+            inner.precopy_reinit
+        };
+        let info = self.migrate(|migration| Ok(migration.precopy_info(reinit)))?;
+        let flags = if reinit { info.flags } else { 0 };
+        Ok(PrecopyInfo { argsz: size_of::<PrecopyInfo>() as u32, flags, ..info })
+    }
+
+    fn one_at_a_time(&self) -> MutexGuard<'_, ()> {
+        self.data.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A call that loads: whatever it fails with, the session is damaged.
+    fn load<R>(&self, call: impl FnOnce(&dyn Migration) -> Result<R, Errno>) -> Result<R, Errno> {
+        let loaded = self.migrate(call);
+        if loaded.is_err() {
+            self.lock().damage("refused its data");
+        }
+        loaded
     }
 }
 
@@ -168,73 +216,12 @@ impl Inner {
     }
 
     /// The session lost some of its data.
-    fn damage(&mut self, why: &'static str) -> Errno {
-        tracing::error!(state = %self.state, "the data session is damaged: the model {why}");
+    pub(super) fn damage(&mut self, why: &'static str) -> Errno {
         if let Some(open) = &mut self.session {
+            tracing::error!(state = %self.state, "the data session is damaged: the model {why}");
             open.damaged = true;
         }
         Errno::EIO
-    }
-
-    /// A call that loads: whatever it fails with, the session is damaged.
-    fn load(&mut self, call: impl FnOnce(&mut dyn Migration) -> Result<(), Errno>) -> Result<(), Errno> {
-        let migration = self.migration()?;
-        match caught(|| call(migration)) {
-            None => Err(self.model_panicked()),
-            Some(Ok(())) => Ok(()),
-            Some(Err(errno)) => {
-                self.damage("refused its data");
-                Err(errno)
-            }
-        }
-    }
-
-    /// Receives and loads until all of `left` is done or the model refuses.
-    fn fill<E>(
-        &mut self,
-        left: &mut usize,
-        spare: &mut Vec<u8>,
-        fill: &mut impl FnMut(&mut [u8]) -> Result<(), E>,
-    ) -> Result<Result<(), Errno>, E> {
-        while *left > 0 {
-            let migration = match self.migration() {
-                Ok(migration) => migration,
-                Err(errno) => return Ok(Err(errno)),
-            };
-            let bytes_max = *left;
-            let (filled, bytes) = match caught(|| migration.load_space(bytes_max)) {
-                None => return Ok(Err(self.model_panicked())),
-                Some(Some(space)) if !space.is_empty() => {
-                    let bytes = space.len().min(bytes_max);
-                    (fill(&mut space[..bytes]), bytes)
-                }
-                Some(_) => {
-                    let piece = spare_piece(spare, bytes_max);
-                    let filled = fill(piece);
-                    let loaded = match filled {
-                        Ok(()) => self.load(|migration| migration.load(piece)),
-                        Err(error) => {
-                            self.damage("was cut off from its data");
-                            return Err(error);
-                        }
-                    };
-                    *left -= piece.len();
-                    match loaded {
-                        Ok(()) => continue,
-                        Err(errno) => return Ok(Err(errno)),
-                    }
-                }
-            };
-            if let Err(error) = filled {
-                self.damage("was cut off from its data");
-                return Err(error);
-            }
-            *left -= bytes;
-            if let Err(errno) = self.load(|migration| migration.load_filled(bytes)) {
-                return Ok(Err(errno));
-            }
-        }
-        Ok(Ok(()))
     }
 }
 

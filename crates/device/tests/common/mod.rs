@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use limosa_client::{DataStream, DeviceExt, Error};
-use limosa_device::{Bus, Description, Fault, Loopback, Machine, Migration, Model, Region, Save};
+use limosa_device::{Bus, Description, Fault, Loopback, Machine, Region, Save, SimpleMigration, SimpleModel};
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags, State, fsm};
@@ -80,7 +80,7 @@ impl Recorder {
     }
 }
 
-impl Model for Recorder {
+impl SimpleModel for Recorder {
     fn description(&self) -> Description {
         let region = |flags, size| Region { flags, size, ..Region::default() };
         Description {
@@ -118,12 +118,12 @@ impl Model for Recorder {
         Ok(())
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
-        self.flags.is_some().then_some(self as &mut dyn Migration)
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
+        self.flags.is_some().then_some(self as &mut dyn SimpleMigration)
     }
 }
 
-impl Migration for Recorder {
+impl SimpleMigration for Recorder {
     fn flags(&self) -> MigrationFlags {
         self.flags.unwrap()
     }
@@ -270,7 +270,7 @@ impl Rig {
         let script = Arc::new(Mutex::new(Script { running: true, p2p: true, ..Script::default() }));
         let memory = vec![0; REGION_BYTES as usize];
         let model = Recorder { flags, script: Arc::clone(&script), lent: Vec::new(), memory };
-        let machine = Machine::new(Box::new(model));
+        let machine = Machine::simple(model);
         let device = Loopback::new("test", Arc::clone(&machine));
         Rig { device, machine, script, flags: flags.unwrap_or(MigrationFlags::empty()) }
     }

@@ -186,7 +186,7 @@ fn the_container_of_a_vmm_is_read_as_it_is() {
     let log = space.dirty_log();
     log.start(PAGE, &[]).unwrap();
     assert!(log.sees(&device));
-    let namesake = Loopback::new(module.uuid(), Machine::new(Box::new(Uart::new(vec![Line::Echo]).unwrap())));
+    let namesake = Loopback::new(module.uuid(), Machine::simple(Uart::new(vec![Line::Echo]).unwrap()));
     assert!(!log.sees(&namesake), "a device of the same name elsewhere");
     writes(&device, Dma::Write, 7, 2);
     assert_eq!(report(&log, BASE, 64), [7, 8]);

@@ -13,7 +13,7 @@ use crate::{PAGE, file, memory, report, set};
 
 /// A device object of this name, for the space to know it by.
 fn named(name: &str) -> Loopback {
-    Loopback::new(name, Machine::new(Box::new(Uart::new(vec![Line::Echo]).unwrap())))
+    Loopback::new(name, Machine::simple(Uart::new(vec![Line::Echo]).unwrap()))
 }
 
 /// Attaches a mock device to the space, and returns the page table that it came to.

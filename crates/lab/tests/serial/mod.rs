@@ -71,7 +71,7 @@ impl Card {
                 (Box::new(server.client()), Home::Server { _server: server })
             }
             Transport::Loopback => {
-                let machine = Machine::new(Box::new(Mtty::new(ports as usize).unwrap()));
+                let machine = Machine::simple(Mtty::new(ports as usize).unwrap());
                 (Box::new(Loopback::new("loopback", machine)), Home::Here)
             }
         };

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use limosa_device::{Machine, Model};
+use limosa_device::{Machine, SimpleModel};
 use limosa_host::{Named, SocketAccess};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_models::uart::{Line, Mtty, Uart};
@@ -30,7 +30,7 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
         set_parent_process_death_signal(Some(Signal::TERM)).context("cannot follow the parent process")?;
     }
     more_fds();
-    let machine = Machine::new(model(args, limit)?);
+    let machine = Machine::simple(model(args, limit)?);
     let socket = args.socket.display();
     let options = Options {
         socket: SocketAccess { mode: args.mode, group: args.group },
@@ -60,7 +60,7 @@ fn more_fds() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
-fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn Model>> {
+fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn SimpleModel>> {
     let options = args.options.join(",");
     let usage = |error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("--option: {error}"));
     Ok(match args.model {

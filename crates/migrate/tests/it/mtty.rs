@@ -2,13 +2,13 @@
 
 use crate::common::options;
 use limosa_client::{Device, DeviceExt};
-use limosa_device::{Loopback, Machine, Model};
+use limosa_device::{Loopback, Machine, SimpleModel};
 use limosa_migrate::{Destination, Ledger, MovedDevice, Outcome, Received, Source, move_local};
 use limosa_models::uart::{Line, Mtty, Uart};
 use limosa_protocol::State;
 
-fn device(name: &str, model: impl Model) -> Loopback {
-    Loopback::new(name, Machine::new(Box::new(model)))
+fn device(name: &str, model: impl SimpleModel) -> Loopback {
+    Loopback::new(name, Machine::simple(model))
 }
 
 fn moved(from: &Loopback, to: &Loopback) -> (Outcome, Received) {

@@ -25,7 +25,7 @@ fn aborting(goal: Duration) -> Options {
 
 fn synthetic(name: &str, config: &str) -> Loopback {
     let config: SyntheticConfig = config.parse().unwrap();
-    Loopback::new(name, Machine::new(Box::new(Synthetic::new(config).unwrap())))
+    Loopback::new(name, Machine::simple(Synthetic::new(config).unwrap()))
 }
 
 #[test]

@@ -29,7 +29,7 @@ struct End {
 impl End {
     fn new(name: &str, config: &str) -> End {
         let config: SyntheticConfig = config.parse().unwrap();
-        let machine = Machine::new(Box::new(Synthetic::new(config).unwrap()));
+        let machine = Machine::simple(Synthetic::new(config).unwrap());
         let device = Loopback::new(name, Arc::clone(&machine));
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(BYTES).unwrap();

@@ -4,7 +4,7 @@
 
 mod steps;
 
-use limosa_device::{Bus, Description, Fault, Migration, Model, Region, Save};
+use limosa_device::{Bus, Description, Fault, Region, Save, SimpleMigration, SimpleModel};
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::info::{DeviceFlags, RegionFlags};
 use limosa_protocol::{Errno, MigrationFlags};
@@ -98,7 +98,7 @@ impl<C: Contents> Scripted<C> {
     }
 }
 
-impl<C: Contents> Model for Scripted<C> {
+impl<C: Contents> SimpleModel for Scripted<C> {
     fn description(&self) -> Description {
         let flags = RegionFlags::READ | RegionFlags::WRITE;
         let region = Region { flags, size: 4096, ..Region::default() };
@@ -131,12 +131,12 @@ impl<C: Contents> Model for Scripted<C> {
         Ok(())
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         if self.flags.is_empty() { None } else { Some(self) }
     }
 }
 
-impl<C: Contents> Migration for Scripted<C> {
+impl<C: Contents> SimpleMigration for Scripted<C> {
     fn flags(&self) -> MigrationFlags {
         self.flags
     }

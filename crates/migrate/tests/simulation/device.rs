@@ -80,7 +80,7 @@ impl SimDevice {
         let outside = Arc::new(Outside::default());
         let model = SimModel::new(end, number, plan, regions, world.clone(), outside.clone());
         set(&outside.forgets, mutation == Some(Mutation::DeviceForgets));
-        let inner = Loopback::new(name.clone(), Machine::new(Box::new(model)));
+        let inner = Loopback::new(name.clone(), Machine::simple(model));
         for (region, pages) in regions.iter().enumerate() {
             let target: Arc<dyn DmaTarget> =
                 Arc::new(DeviceMemory { memory: memory.clone(), region, device: number });

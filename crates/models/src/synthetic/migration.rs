@@ -4,7 +4,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use limosa_device::{Fault, Migration, Save};
+use limosa_device::{Fault, Save, SimpleMigration};
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::{Errno, MigrationFlags, State};
 use prost::Message;
@@ -95,7 +95,7 @@ fn stall(time: Duration) {
     }
 }
 
-impl Migration for Synthetic {
+impl SimpleMigration for Synthetic {
     fn flags(&self) -> MigrationFlags {
         self.config.flags()
     }

@@ -26,7 +26,7 @@ use std::time::Instant;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use limosa_device::pci::{Bar, Function, Identity};
-use limosa_device::{Bus, Description, Interrupts, Migration, Model};
+use limosa_device::{Bus, Description, Interrupts, SimpleMigration, SimpleModel};
 use limosa_protocol::info::{DeviceFlags, RegionFlags};
 use limosa_protocol::{Errno, State, pci_index};
 
@@ -233,7 +233,7 @@ fn function(state_bytes: u64) -> Function {
         .build()
 }
 
-impl Model for Synthetic {
+impl SimpleModel for Synthetic {
     fn description(&self) -> Description {
         let function = self.function();
         let mut regions = function.regions();
@@ -326,7 +326,7 @@ impl Model for Synthetic {
         self.function().settle(&interrupts);
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use limosa_device::pci::{Bar, Function, Identity};
-use limosa_device::{Bus, Description, Fault, Interrupts, Migration, Model, Save};
+use limosa_device::{Bus, Description, Fault, Interrupts, Save, SimpleMigration, SimpleModel};
 use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, MigrationFlags, pci_index};
 
@@ -161,7 +161,7 @@ impl Drop for Uart {
     }
 }
 
-impl Model for Uart {
+impl SimpleModel for Uart {
     fn description(&self) -> Description {
         let chip = self.shared.chip();
         Description {
@@ -237,12 +237,12 @@ impl Model for Uart {
         self.shared.chip().function.settle(&self.shared.interrupts());
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }
 }
 
-impl Migration for Uart {
+impl SimpleMigration for Uart {
     /// It does no DMA, so it is quiesced whenever it is asked to be; its state is too small for
     /// pre-copy.
     fn flags(&self) -> MigrationFlags {

@@ -2,11 +2,11 @@
 #![allow(dead_code)]
 
 use limosa_client::{Chunk, DataStream, Device, DeviceExt, Error};
-use limosa_device::{Loopback, Machine, Model};
+use limosa_device::{Loopback, Machine, SimpleModel};
 use limosa_protocol::{Errno, State};
 
-pub fn device(name: &str, model: impl Model) -> Loopback {
-    Loopback::new(name, Machine::new(Box::new(model)))
+pub fn device(name: &str, model: impl SimpleModel) -> Loopback {
+    Loopback::new(name, Machine::simple(model))
 }
 
 /// The errno of a refusal.

@@ -59,7 +59,7 @@ impl End {
     /// `seed` 0 is an end that is idle; others have contents of their own.
     pub fn new(seed: u64) -> End {
         let config: SyntheticConfig = format!("state=1M,block=64K,seed={}", seed.max(1)).parse().unwrap();
-        let machine = Machine::new(Box::new(Synthetic::new(config).unwrap()));
+        let machine = Machine::simple(Synthetic::new(config).unwrap());
         let device = Loopback::new("card", Arc::clone(&machine));
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(MEMORY_BYTES).unwrap();

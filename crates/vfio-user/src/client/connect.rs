@@ -19,7 +19,7 @@ use super::feature::{Features, Migration, Session};
 use super::{Client, Options, Shared, error};
 use crate::codec::{Command, Header, Kind, VersionMessage};
 use crate::connection::{self, ConnectionError, Fds, Receiver, Sender};
-use crate::version::{Capabilities, JSON_BYTES_MAX, Limits, VERSION};
+use crate::version::{Capabilities, JSON_BYTES_MAX, Limits, Role, VERSION};
 
 /// A connection before anything else knows of it: one request at a time.
 struct Fresh<'a> {
@@ -32,8 +32,8 @@ struct Fresh<'a> {
     deadline: Instant,
 }
 
-/// What was agreed on, and the server's socket for DMA messages.
-type Agreed = (Limits, Option<Foreign<UnixStream>>);
+/// What was agreed on, the server's socket for DMA messages, and the role that this client has.
+type Agreed = (Limits, Option<Foreign<UnixStream>>, Role);
 
 /// What a look at the server's handling of DEVICE_FEATURE showed.
 enum Probed {
@@ -74,7 +74,7 @@ pub(super) fn connect(
             }
         }
     }
-    let (limits, twin) = agreed;
+    let (limits, twin, role) = agreed;
     let Fresh { receiver, sender, .. } = fresh;
     let failed = |failure: Failure| error(&name, "connecting", failure);
     let targets = DmaTargets::new(limits.data_xfer_bytes_max);
@@ -101,6 +101,7 @@ pub(super) fn connect(
         exchange,
         twin,
         server,
+        role,
         features,
         migration: std::sync::Mutex::new(Migration::default()),
         session: Session::default(),
@@ -120,7 +121,11 @@ impl<'a> Fresh<'a> {
             .map_err(|failure| error(name, "VERSION", failure.into()))?;
         let deadline = Instant::now() + options.request_limit;
         let mut fresh = Fresh { name, options, receiver, sender, id: 0, deadline };
-        let ours = Capabilities::of_client(options.data_bytes_max.max(1), options.twin_socket);
+        let role = Some(options.role).filter(|role| *role != Role::Vmm);
+        let ours = Capabilities {
+            role,
+            ..Capabilities::of_client(options.data_bytes_max.max(1), options.twin_socket)
+        };
         let version = VersionMessage { major: VERSION.0, minor: VERSION.1 };
         let id = fresh.send(Command::VERSION, &[version.as_bytes(), &ours.encode(JSON_BYTES_MAX)])?;
         let header = fresh.receive("VERSION")?;
@@ -153,7 +158,14 @@ impl<'a> Fresh<'a> {
                 Some(fd.into_unix_stream().map_err(no_socket)?)
             }
         };
-        Ok((fresh, (limits, twin)))
+        let role = match theirs_caps.role {
+            Some(Role::Control) => Role::Control,
+            _ => Role::Vmm,
+        };
+        if options.role == Role::Control && role != Role::Control {
+            return Err(fresh.misbehaved("it knows no control clients beside a VMM"));
+        }
+        Ok((fresh, (limits, twin, role)))
     }
 
     /// Finds out whether the server keeps its step on DEVICE_FEATURE. To one that does not, the

@@ -24,6 +24,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::codec::{Command, IoFd, IoFdsMessage, ShadowIoFd, SingleWrite};
 use crate::connection::{self, ConnectionError, Sender};
+pub use crate::version::Role;
 use crate::version::{DATA_XFER_BYTES_DEFAULT, Limits};
 use exchange::{Answer, Ask, Exchange, Failure, Limit};
 use feature::{Migration, Session};
@@ -57,6 +58,9 @@ pub struct Options {
     /// program that takes paths from others names them, as the command `limosa` does with root, its own user, and the users
     /// of its option --server-uid.
     pub server_users: Option<Vec<User>>,
+    /// The role that is asked for. The VMM's, for which nothing is asked: a server that has a VMM then lets this client wait
+    /// until that one is gone. Other servers than Limosa's know no roles.
+    pub role: Role,
 }
 
 impl Default for Options {
@@ -70,6 +74,7 @@ impl Default for Options {
             data_socket: false,
             features: true,
             server_users: None,
+            role: Role::Vmm,
         }
     }
 }
@@ -102,6 +107,7 @@ struct Shared {
     twin: Option<Arc<Sender>>,
     /// The process that listens.
     server: Option<i32>,
+    role: Role,
     /// Features that the server has, of those that not every server has.
     features: feature::Features,
     migration: Mutex<Migration>,
@@ -169,6 +175,11 @@ impl Client {
     /// cannot be seen from this PID namespace, or the socket is not of this family.
     pub fn server_process(&self) -> Option<i32> {
         self.shared.server
+    }
+
+    /// The role that the server gave this client: [`Role::Vmm`], or [`Role::Control`] beside a VMM.
+    pub fn role(&self) -> Role {
+        self.shared.role
     }
 
     /// What the two sides agreed on.

@@ -47,6 +47,9 @@ pub enum ConnectionError {
     /// More fds in one message than the peer takes.
     #[error("{0} fds in one message are too many")]
     Fds(usize),
+    /// Another process serves the connection now.
+    #[error("another process serves the connection")]
+    Given,
     /// A system call failed.
     #[error("the socket failed: {0}")]
     Os(Errno),

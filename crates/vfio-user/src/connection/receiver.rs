@@ -211,6 +211,63 @@ impl Receiver {
         Ok(bytes)
     }
 
+    /// Takes what has come of the next `into.len()` bytes of the body, and waits for none; how many that was.
+    pub fn read_now(&mut self, into: &mut [u8]) -> Result<usize, ConnectionError> {
+        let bytes = into.len().min(self.body_left());
+        let into = &mut into[..bytes];
+        let done = bytes.min(self.end - self.start);
+        if done > 0 || bytes == 0 {
+            into[..done].copy_from_slice(&self.buffer[self.start..self.start + done]);
+            self.take(done);
+            return Ok(done);
+        }
+        let got = self.wire.receive_if_there(into, self.position)?;
+        self.position += got as u64;
+        Ok(got)
+    }
+
+    /// Sleeps until more of the current message has come.
+    pub fn wait_for_more(&mut self) -> Result<(), ConnectionError> {
+        if self.end > self.start || self.body_left() == 0 {
+            return Ok(());
+        }
+        self.wire.check_limit()?;
+        let until = Instant::now() + self.wire.waits.message;
+        wait_ready(&mut [PollFd::new(&**self.wire.socket, PollFlags::IN)], until).map_err(|error| match error
+        {
+            ConnectionError::TimedOut => ConnectionError::Stalled,
+            other => other,
+        })
+    }
+
+    /// Receives what has come into the buffer, and waits for none. Whether all of a message is there, or as much of one as the
+    /// buffer holds, so that [`Receiver::next`] and a short body cost no wait. Only between two messages.
+    pub fn gather(&mut self) -> Result<bool, ConnectionError> {
+        loop {
+            let held = &self.buffer[self.start..self.end];
+            if let Ok((header, _)) = Header::read_from_prefix(held) {
+                let whole = Header::BYTES + header.body_bytes().unwrap_or(0) as usize;
+                if held.len() >= whole.min(Receiver::BUFFER_BYTES) {
+                    return Ok(true);
+                }
+            }
+            self.make_room();
+            let at = self.position + (self.end - self.start) as u64;
+            let idle = self.end == self.start;
+            let got =
+                self.wire.receive_if_there(&mut self.buffer[self.end..], at).map_err(
+                    |error| match error {
+                        ConnectionError::Cut if idle => ConnectionError::Closed,
+                        other => other,
+                    },
+                )?;
+            if got == 0 {
+                return Ok(false);
+            }
+            self.end += got;
+        }
+    }
+
     /// Whether fds of the current message have arrived.
     pub fn has_fds(&self) -> bool {
         self.wire.fds.iter().any(|arrived| arrived.position < self.message_end)
@@ -258,13 +315,17 @@ impl Receiver {
         Ok(())
     }
 
-    /// Receives more into the buffer.
-    fn fill(&mut self, deadline: Option<Instant>) -> Result<(), ConnectionError> {
+    fn make_room(&mut self) {
         if self.end == Receiver::BUFFER_BYTES {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
         }
+    }
+
+    /// Receives more into the buffer.
+    fn fill(&mut self, deadline: Option<Instant>) -> Result<(), ConnectionError> {
+        self.make_room();
         let begun = self.within || self.end > self.start;
         let at = self.position + (self.end - self.start) as u64;
         let into = &mut self.buffer[self.end..];
@@ -296,11 +357,7 @@ impl Wire {
         }
         loop {
             match self.receive_now(into, position, flags | hurry) {
-                Ok(_) if self.is_behind => {
-                    return Err(ConnectionError::Broken(
-                        "fds that cannot be closed, as closing others blocks",
-                    ));
-                }
+                Ok(_) if self.is_behind => return Err(BEHIND),
                 Ok(0) | Err(rustix::io::Errno::CONNRESET) => return Err(ConnectionError::Cut),
                 Ok(bytes) => return Ok(bytes),
                 Err(rustix::io::Errno::INTR) => {}
@@ -316,6 +373,20 @@ impl Wire {
                         self.check_limit()?;
                     }
                 }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Receives what is there; 0 when that is nothing.
+    fn receive_if_there(&mut self, into: &mut [u8], position: u64) -> Result<usize, ConnectionError> {
+        loop {
+            match self.receive_now(into, position, RecvFlags::DONTWAIT) {
+                Ok(_) if self.is_behind => return Err(BEHIND),
+                Ok(0) | Err(rustix::io::Errno::CONNRESET) => return Err(ConnectionError::Cut),
+                Ok(bytes) => return Ok(bytes),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Ok(0),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -371,6 +442,9 @@ impl Wire {
         Ok(())
     }
 }
+
+const BEHIND: ConnectionError =
+    ConnectionError::Broken("fds that cannot be closed, as closing others blocks");
 
 /// How long the closing of other fds may hold up a peer that sends more of them.
 const CLOSING_MAX: Duration = Duration::from_secs(1);

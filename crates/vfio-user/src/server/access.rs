@@ -4,7 +4,7 @@
 use std::io::IoSlice;
 use std::sync::Arc;
 
-use limosa_device::{Backing, Mapping};
+use limosa_device::{Backing, Held, Mapping};
 use limosa_protocol::Errno;
 use limosa_protocol::info::{DmaMapFlags, DmaUnmapFlags};
 use zerocopy::IntoBytes;
@@ -32,7 +32,11 @@ impl Connection<'_> {
         if !within || access.count > self.data_bytes_max {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
-        let count = access.count as usize;
+        let is_config = self.is_config(access.region);
+        if !is_config && self.parked.comes_first() {
+            return Ok(Outcome::Held);
+        }
+        let (machine, count) = (self.machine, access.count as usize);
         let header = reply_header(&job.header, RegionAccess::BYTES + count)?;
         // Header, fixed part and data in one piece: one plain send.
         let message = self.reply.bytes(Header::BYTES + RegionAccess::BYTES + count);
@@ -41,8 +45,15 @@ impl Connection<'_> {
         head[Header::BYTES..].copy_from_slice(access.as_bytes());
         // What a model leaves out must not be what another message left here.
         data.fill(0);
-        if let Err(errno) = self.machine.region_read(access.region, access.offset, data) {
-            return Ok(Outcome::Refused(errno));
+        let read = if is_config {
+            Ok(machine.region_read_unheld(access.region, access.offset, data))
+        } else {
+            machine.region_read_or_held(access.region, access.offset, data)
+        };
+        match read {
+            Err(Held) => return Ok(Outcome::Held),
+            Ok(Err(errno)) => return Ok(Outcome::Refused(errno)),
+            Ok(Ok(())) => {}
         }
         if job.wants_reply() {
             self.link.send(&mut [IoSlice::new(message)], &[])?;
@@ -51,8 +62,10 @@ impl Connection<'_> {
     }
 
     pub(super) fn region_write(&mut self, job: &Job, access: RegionAccess, data: &[u8]) -> Handled {
-        if let Err(errno) = self.machine.region_write(access.region, access.offset, data) {
-            return Ok(Outcome::Refused(errno));
+        match self.write(access.region, access.offset, data) {
+            Err(Held) => return Ok(Outcome::Held),
+            Ok(Err(errno)) => return Ok(Outcome::Refused(errno)),
+            Ok(Ok(())) => {}
         }
         if !job.wants_reply() {
             return Ok(Outcome::Replied);
@@ -65,22 +78,41 @@ impl Connection<'_> {
         Ok(Outcome::Replied)
     }
 
+    /// One write, behind those that wait.
+    fn write(&self, region: u32, offset: u64, data: &[u8]) -> Result<Result<(), Errno>, Held> {
+        if self.is_config(region) {
+            return Ok(self.machine.region_write_unheld(region, offset, data));
+        }
+        if self.parked.comes_first() {
+            return Err(Held);
+        }
+        self.machine.region_write_or_held(region, offset, data)
+    }
+
     /// Writes in order, up to the first that fails; the reply tells how many were done. Refused
     /// when none was.
     pub(super) fn region_write_multi(&mut self, job: &Job, writes: &[SingleWrite]) -> Handled {
-        let mut count = 0;
-        for write in writes {
-            let data = write.data.get(..write.count as usize).ok_or(Errno::EINVAL);
-            let written = data.and_then(|data| self.machine.region_write(write.region, write.offset, data));
-            match written {
-                Ok(()) => count += 1,
-                Err(errno) if count == 0 => return Ok(Outcome::Refused(errno)),
-                Err(errno) => {
+        let mut count = self.parked.writes_done;
+        for write in &writes[count..] {
+            let Some(data) = write.data.get(..write.count as usize) else { break };
+            match self.write(write.region, write.offset, data) {
+                Ok(Ok(())) => count += 1,
+                Err(Held) => {
+                    self.parked.writes_done = count;
+                    return Ok(Outcome::Held);
+                }
+                Ok(Err(errno)) if count == 0 => return Ok(Outcome::Refused(errno)),
+                Ok(Err(errno)) => {
                     tracing::warn!(%errno, done = count, of = writes.len(), "REGION_WRITE_MULTI stopped");
                     break;
                 }
             }
         }
+        self.parked.writes_done = 0;
+        if count == 0 && !writes.is_empty() {
+            return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        let count = count as u64;
         self.reply(job, RegionWriteMulti { count }.as_bytes())
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use limosa_device::{Machine, SessionId};
+use limosa_device::{ClientId, Machine, Released, SessionId};
 use limosa_foreign_fd::{Foreign, ForeignFd};
 use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
@@ -17,13 +17,15 @@ use zerocopy::IntoBytes;
 use super::Options;
 use super::buffer::Buffer;
 use super::dma::Twin;
-use super::link::{Fits, Incoming, Link};
+use super::doors::{self, ConnectionId, Doors, Role};
+use super::link::{Fits, Incoming, Link, Something};
+use super::parked::Parked;
 use super::stream::DataSocket;
 use crate::codec::{Command, Header, Kind, Request, VersionMessage};
 use crate::connection::{ConnectionError, Receiver};
 use crate::version::{
-    Capabilities, DATA_XFER_BYTES_MAX, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX, TwinSocket,
-    VERSION,
+    self, Capabilities, DATA_XFER_BYTES_MAX, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX,
+    TwinSocket, VERSION,
 };
 
 /// A connection being served.
@@ -45,6 +47,17 @@ pub(super) struct Connection<'a> {
     pub(super) moved: Option<SessionId>,
     /// When the version must have been negotiated.
     version_until: Instant,
+    pub(super) doors: &'a Doors,
+    id: ConnectionId,
+    /// It came by the door for control clients.
+    by_control_door: bool,
+    /// `None` before VERSION.
+    pub(super) role: Option<Role>,
+    /// What the machine knows it as, once it has a role.
+    pub(super) client: ClientId,
+    pub(super) parked: Parked,
+    /// Wakes this connection when accesses are held back no more.
+    _released: Option<Arc<Released>>,
 }
 
 /// What became of a request.
@@ -53,6 +66,8 @@ pub(super) enum Outcome {
     Replied,
     /// It is refused.
     Refused(Errno),
+    /// It waits until the device runs again.
+    Held,
 }
 
 /// The outcome, or the connection's end.
@@ -84,10 +99,13 @@ impl<'a> Connection<'a> {
         stream: Foreign<UnixStream>,
         machine: &'a Arc<Machine>,
         options: &'a Options,
+        doors: &'a Doors,
+        by_control_door: bool,
     ) -> Result<Connection<'a>, ConnectionError> {
         let data_bytes_max = options.data_bytes_max.clamp(4096, DATA_XFER_BYTES_MAX);
         let link =
             Arc::new(Link::new(stream, data_bytes_max as usize, options.message_limit, options.dma_limit)?);
+        let id = doors.enter(&link);
         Ok(Connection {
             machine,
             options,
@@ -97,8 +115,15 @@ impl<'a> Connection<'a> {
             reply: Buffer::default(),
             spare: Vec::new(),
             data_socket: None,
-            moved: machine.session(),
+            moved: None,
             version_until: Instant::now() + options.version_limit,
+            doors,
+            id,
+            by_control_door,
+            role: None,
+            client: ClientId::VMM,
+            parked: Parked::default(),
+            _released: None,
         })
     }
 
@@ -120,23 +145,39 @@ impl<'a> Connection<'a> {
                 Err(_) => break ConnectionError::Broken("a request that the server failed on"),
             }
         };
+        if end == ConnectionError::Given {
+            return end;
+        }
         self.link.end();
         self.data_socket = None;
-        self.machine.client_gone();
+        if self.role.is_some() {
+            self.machine.client_gone(self.client);
+        }
         tracing::debug!(%end, "disconnected");
         end
     }
 
     fn serve_one(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
+        self.doors.pause_here(self.id)?;
+        if !self.parked.is_empty() {
+            return self.serve_while_parked(request);
+        }
         // An idle client may be idle for ever.
         let until = if self.limits.is_some() { None } else { Some(self.version_until) };
+        if self.options.interruptible {
+            match self.link.wait_for_something(until)? {
+                Something::Command => {}
+                Something::Woken => return Ok(()),
+                Something::Late => return Err(ConnectionError::Silent),
+            }
+        }
         match self.link.next(request, until)? {
             Some(incoming) => self.handle(incoming, request),
             None => Err(ConnectionError::Silent),
         }
     }
 
-    fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), ConnectionError> {
+    pub(super) fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), ConnectionError> {
         let Incoming { header, fds, body_bytes, held, receiver, fits } = incoming;
         let mut job = Job { header, fds: fds.fds, receiver };
         tracing::debug!(
@@ -165,8 +206,10 @@ impl<'a> Connection<'a> {
             self.link.give_back(receiver);
             skipped?;
         }
-        if let Outcome::Refused(errno) = outcome? {
-            self.refuse(&job, errno)?;
+        match outcome? {
+            Outcome::Replied => {}
+            Outcome::Refused(errno) => self.refuse(&job, errno)?,
+            Outcome::Held => self.park(&job, request.held(held)),
         }
         if fits == Fits::Ends {
             return Err(ConnectionError::Broken("a message that is too long to be drained"));
@@ -187,6 +230,9 @@ impl<'a> Connection<'a> {
         if self.limits.is_none() != (job.header.command == Command::VERSION) {
             tracing::debug!(command = %job.header.command, "VERSION comes first, and once");
             return Ok(Outcome::Refused(Errno::EINVAL));
+        }
+        if let Err(errno) = self.check_role(&request) {
+            return Ok(Outcome::Refused(errno));
         }
         match request {
             Request::Version(version, data) => self.version(job, version, data),
@@ -210,6 +256,12 @@ impl<'a> Connection<'a> {
     fn reset(&mut self, job: &Job) -> Handled {
         let reset = self.machine.reset();
         self.follow_session();
+        if reset.is_ok() {
+            // What came before it would be done after it.
+            for header in self.parked.clear() {
+                self.refuse(&Job { header, fds: Vec::new(), receiver: None }, Errno::EBUSY)?;
+            }
+        }
         match reset {
             Ok(()) => self.reply(job, &[]),
             Err(errno) => Ok(Outcome::Refused(errno)),
@@ -229,8 +281,12 @@ impl<'a> Connection<'a> {
                 return Ok(Outcome::Refused(Errno::EINVAL));
             }
         };
+        if let Err(errno) = self.admit(&theirs)? {
+            return Ok(Outcome::Refused(errno));
+        }
         let mut answer = self.capabilities().answer(&theirs);
         let twin = match answer.twin_socket {
+            _ if self.role == Some(Role::Control) => None,
             // The socket goes with the reply.
             Some(_) if job.wants_reply() && theirs.max_msg_fds != Some(0) => self.make_twin(),
             _ => None,
@@ -251,8 +307,49 @@ impl<'a> Connection<'a> {
         self.reply_pieces(job, &[fixed.as_bytes(), &json], &fds)
     }
 
+    /// Gives the client its role, for which it may have to wait.
+    fn admit(&mut self, theirs: &Capabilities) -> Result<Result<(), Errno>, ConnectionError> {
+        use version::Role as Asked;
+        let asked = if self.by_control_door { Some(Asked::Control) } else { theirs.role };
+        let may_control = || self.by_control_door || doors::may_control(&self.link);
+        let control = match asked {
+            Some(Asked::Control) if !may_control() => {
+                tracing::warn!("a control client is refused: expected root or this server's own user");
+                return Ok(Err(Errno::EACCES));
+            }
+            Some(Asked::Control) => true,
+            Some(Asked::Either) => self.doors.vmm().is_some() && may_control(),
+            Some(Asked::Vmm) | None => false,
+        };
+        let admitted = match control {
+            true => self.doors.be_control(self.id),
+            false => self.doors.be_vmm(self.id, &self.link)?,
+        };
+        if admitted.is_err() {
+            return Ok(admitted);
+        }
+        self.role = Some(if control { Role::Control } else { Role::Vmm });
+        if control {
+            self.client = self.machine.new_client();
+        } else {
+            let link = self.link();
+            let released: Arc<Released> = Arc::new(move || link.wake());
+            self.machine.on_release(&released);
+            self._released = Some(released);
+            // What was there before this client cannot be moved by its socket.
+            self.moved = self.machine.session();
+        }
+        tracing::debug!(role = ?self.role, "admitted");
+        Ok(Ok(()))
+    }
+
     fn capabilities(&self) -> Capabilities {
         Capabilities {
+            role: Some(if self.role == Some(Role::Control) {
+                version::Role::Control
+            } else {
+                version::Role::Vmm
+            }),
             max_msg_fds: Some(MSG_FDS_MAX as u64),
             max_data_xfer_size: Some(self.data_bytes_max.into()),
             max_dma_maps: Some(65535),
@@ -311,6 +408,13 @@ impl<'a> Connection<'a> {
 /// The header of a reply; its size is bounded by what a request may ask for.
 pub(super) fn reply_header(header: &Header, body_bytes: usize) -> Result<Header, ConnectionError> {
     header.reply(body_bytes).ok_or(ConnectionError::Broken("a reply above 4 GiB"))
+}
+
+impl Drop for Connection<'_> {
+    /// Last: whoever waits for the VMM's place finds the device without what was this client's.
+    fn drop(&mut self) {
+        self.doors.leave(self.id);
+    }
 }
 
 /// Version data has room for all that this server ever says.

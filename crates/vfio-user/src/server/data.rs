@@ -12,7 +12,7 @@
 
 use std::io::IoSlice;
 
-use limosa_device::Save;
+use limosa_device::{Machine, Save, SessionId};
 use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
@@ -51,7 +51,7 @@ impl Connection<'_> {
         if want == 0 || read.size > self.data_bytes_max || room.is_none_or(|room| room < want) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
-        let Some(session) = self.machine.session() else {
+        let Some(session) = self.machine.session_for(self.client) else {
             return Ok(Outcome::Refused(Errno::ENODEV));
         };
         if !job.wants_reply() {
@@ -73,7 +73,11 @@ impl Connection<'_> {
                 Save::NothingForNow | Save::End => Piece::Dry,
             });
             match piece {
-                Ok(Piece::Sent(sent)) => return sent.map(|()| Outcome::Replied),
+                Ok(Piece::Sent(sent)) => {
+                    sent?;
+                    link.flush()?;
+                    return Ok(Outcome::Replied);
+                }
                 Ok(Piece::Gathered) => {}
                 Ok(Piece::Dry) => break,
                 // What was gathered is lost with the session: a short reply would look like its end.
@@ -81,6 +85,7 @@ impl Connection<'_> {
             }
         }
         reply(gathered)?;
+        link.flush()?;
         Ok(Outcome::Replied)
     }
 
@@ -99,7 +104,7 @@ impl Connection<'_> {
                 Err(errno) => Ok(Outcome::Refused(errno)),
             };
         }
-        let Some(session) = self.machine.session() else {
+        let Some(session) = self.machine.session_for(self.client) else {
             return Ok(Outcome::Refused(Errno::ENODEV));
         };
         self.moved = Some(session);
@@ -107,8 +112,14 @@ impl Connection<'_> {
             None => self.machine.data_write(session, data),
             Some(receiver) => {
                 let mut rest = Rest { link: &self.link, receiver: Some(receiver) };
-                let bytes = write.size as usize;
-                self.machine.data_fill(session, bytes, &mut self.spare, |into| rest.receive(into))?
+                match receive_data(self.machine, session, write.size as usize, &mut self.spare, &mut rest) {
+                    Ok(written) => written,
+                    Err(end) => {
+                        // What came of this message is loaded, and the rest is not.
+                        self.machine.data_lost(session);
+                        return Err(end);
+                    }
+                }
             }
         };
         match written {
@@ -118,6 +129,26 @@ impl Connection<'_> {
     }
 }
 
+/// Receives the data of a write into the device as it comes: the machine is never called while this waits for the client.
+fn receive_data(
+    machine: &Machine,
+    session: SessionId,
+    bytes: usize,
+    spare: &mut Vec<u8>,
+    rest: &mut Rest<'_>,
+) -> Result<Result<(), Errno>, ConnectionError> {
+    let mut left = bytes;
+    while left > 0 {
+        rest.wait()?;
+        match machine.data_fill(session, left, spare, |into| rest.receive(into))? {
+            Ok(filled) => left -= filled,
+            // The rest of the message is skipped.
+            Err(errno) => return Ok(Err(errno)),
+        }
+    }
+    Ok(Ok(()))
+}
+
 /// The data of a write that is still on the socket.
 struct Rest<'a> {
     link: &'a Link,
@@ -125,17 +156,23 @@ struct Rest<'a> {
 }
 
 impl Rest<'_> {
-    fn receive(&mut self, into: &mut [u8]) -> Result<(), ConnectionError> {
+    fn receiver(&mut self) -> Result<&mut Receiver, ConnectionError> {
         let short = ConnectionError::Broken("more data was asked for than the message has");
-        let receiver = self.receiver.as_mut().ok_or(short)?;
-        if receiver.read(into, None)? < into.len() {
-            return Err(short);
-        }
+        self.receiver.as_deref_mut().filter(|receiver| receiver.body_left() > 0).ok_or(short)
+    }
+
+    fn wait(&mut self) -> Result<(), ConnectionError> {
+        self.receiver()?.wait_for_more()
+    }
+
+    fn receive(&mut self, into: &mut [u8]) -> Result<usize, ConnectionError> {
+        let receiver = self.receiver()?;
+        let bytes = receiver.read_now(into)?;
         if receiver.body_left() == 0 {
             // From here on the model may need the socket for its memory.
             self.give_back();
         }
-        Ok(())
+        Ok(bytes)
     }
 
     fn give_back(&mut self) {
@@ -146,11 +183,18 @@ impl Rest<'_> {
 }
 
 impl Drop for Rest<'_> {
+    /// What is left of the message is skipped first.
     fn drop(&mut self) {
+        let skipped = self.receiver.as_mut().map(|receiver| receiver.skip(None));
         self.give_back();
+        if let Some(Err(end)) = skipped {
+            tracing::debug!(%end, "connection over while a refused message was skipped");
+            self.link.end();
+        }
     }
 }
 
+/// Waits for nobody: the device lends the data.
 fn reply(link: &Link, to: &Header, data: &[u8], want: usize) -> Result<(), ConnectionError> {
     let padding = if want <= PADDED_BYTES_MAX { want - data.len() } else { 0 };
     let size = data.len() as u32;
@@ -162,5 +206,5 @@ fn reply(link: &Link, to: &Header, data: &[u8], want: usize) -> Result<(), Conne
         IoSlice::new(data),
         IoSlice::new(&ZEROS[..padding]),
     ];
-    link.send(&mut pieces, &[])
+    link.send_now(&mut pieces)
 }

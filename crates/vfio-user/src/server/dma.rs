@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use limosa_device::RemoteMemory;
+use limosa_device::{Dma, RemoteMemory};
 use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 use zerocopy::{FromBytes, IntoBytes};
@@ -74,6 +74,9 @@ impl RemoteMemory for ClientMemory {
 }
 
 impl ClientMemory {
+    /// Pages of one [`echo`].
+    pub(super) const ECHO_MAX: usize = 4096;
+
     fn exchange(&self, transfer: Transfer<'_>) -> Result<(), Errno> {
         let (command, access) = (transfer.command, transfer.access);
         if self.link.foreign_dma.load(Relaxed) {
@@ -97,6 +100,37 @@ impl ClientMemory {
     }
 }
 
+/// Writes one byte at each of these addresses once more, with the value that it has, through the client: its own dirty log then
+/// has them. All but the last are posted, and the reply to the last says that all are done. Memory that only the client can reach
+/// is left out: what the device wrote there is in the client's log already.
+pub(super) fn echo(link: &Link, memory: &Dma, addresses: &[u64], until: Instant) -> Result<(), Errno> {
+    let mut bytes = Vec::with_capacity(addresses.len());
+    for &address in addresses {
+        let mut byte = [0];
+        match memory.read(address, &mut byte) {
+            Ok(()) => bytes.push((address, byte)),
+            Err(Errno::ENOTSUP) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    let Some((last, posted)) = bytes.split_last() else { return Ok(()) };
+    let access = |address| DmaAccess { address, count: 1 };
+    for (address, byte) in posted {
+        let transfer =
+            Transfer { command: Command::DMA_WRITE, access: access(*address), data: byte, into: None };
+        match link.twin.get() {
+            Some(twin) => twin.exchange(transfer, link.dma_limit)?,
+            None => transfer.send_as(0, Header::NO_REPLY, link, |pieces| link.send_by(pieces, until))?,
+        }
+    }
+    let (address, byte) = last;
+    let transfer = Transfer { command: Command::DMA_WRITE, access: access(*address), data: byte, into: None };
+    match link.twin.get() {
+        Some(twin) => twin.exchange(transfer, link.dma_limit),
+        None => link.exchange(transfer),
+    }
+}
+
 impl Link {
     fn exchange(&self, transfer: Transfer<'_>) -> Result<(), Errno> {
         let within_request = std::thread::current().id() == self.serving;
@@ -111,7 +145,7 @@ impl Link {
             }
             shared.open_exchange(transfer.command, transfer.access)
         };
-        let sent = transfer.send(id, |pieces| self.send_by(pieces, until));
+        let sent = transfer.send_as(id, 0, self, |pieces| self.send_by(pieces, until));
         let outcome = sent.and_then(|()| self.outcome(Mine { id, data: transfer.into }, until));
         let mut shared = self.lock();
         shared.exchanges.retain(|exchange| exchange.id != id);
@@ -277,6 +311,23 @@ impl TwinInner {
 }
 
 impl Transfer<'_> {
+    /// In the layout that this client knows: QEMU's count has 32 bits.
+    fn send_as<T>(&self, id: u16, flags: u32, link: &Link, send: impl FnOnce(&mut [IoSlice<'_>]) -> T) -> T {
+        let mut fixed = [0; size_of::<DmaAccess>()];
+        fixed.copy_from_slice(self.access.as_bytes());
+        let mut bytes = fixed.len();
+        if link.foreign_dma.load(Relaxed) {
+            // At most 4 GiB are in one message.
+            let count = self.access.count as u32;
+            fixed[8..12].copy_from_slice(&count.to_ne_bytes());
+            bytes = 12;
+        }
+        let header = Header::command(id, self.command, bytes + self.data.len())
+            .expect("a message carries at most DATA_XFER_BYTES_MAX");
+        let header = Header { flags: header.flags | flags, ..header };
+        send(&mut [IoSlice::new(header.as_bytes()), IoSlice::new(&fixed[..bytes]), IoSlice::new(self.data)])
+    }
+
     fn send<T>(&self, id: u16, send: impl FnOnce(&mut [IoSlice<'_>]) -> T) -> T {
         let header = Header::command(id, self.command, size_of::<DmaAccess>() + self.data.len())
             .expect("a message carries at most DATA_XFER_BYTES_MAX");

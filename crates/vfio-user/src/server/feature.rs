@@ -47,7 +47,8 @@ impl Connection<'_> {
             (FeatureIndex::DMA_LOGGING_START, FeatureOp::SET) => self.start(call, &mut payload, data),
             // A SET whose data was not sent.
             (index, FeatureOp::SET) if index.rules().is_some_and(|rules| rules.payload_bytes > at_hand) => {
-                self.machine.feature(
+                self.machine.feature_for(
+                    self.client,
                     FeatureCall { payload_bytes: at_hand, ..call },
                     &mut payload,
                     Refers::Nothing,
@@ -55,7 +56,10 @@ impl Connection<'_> {
             }
             (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::SET) => self.set_state(call, &mut payload),
             (extension::PRECOPY_INFO | extension::DATA_FD, _) => self.extension(call, &mut payload),
-            _ => self.machine.feature(call, &mut payload, Refers::Nothing),
+            (extension::STAY | extension::ECHO | extension::KICK, _) => {
+                self.control_feature(call, &mut payload)
+            }
+            _ => self.machine.feature_for(self.client, call, &mut payload, Refers::Nothing),
         };
         let payload_bytes = match done {
             Ok(done) => done.payload_bytes,
@@ -67,6 +71,7 @@ impl Connection<'_> {
         }
         // What was sent, with what the device chose in it: a page size, and no data fd, whatever was sent for it.
         let chosen = match call.index {
+            extension::ECHO => size_of::<extension::Echo>(),
             FeatureIndex::DMA_LOGGING_START => size_of::<u64>(),
             FeatureIndex::MIG_DEVICE_STATE => size_of::<FeatureMigState>(),
             _ => 0,
@@ -85,7 +90,7 @@ impl Connection<'_> {
             // All that the client wrote counts, and not more of it than it wanted to.
             socket.loaded(self.options.message_limit)?;
         }
-        let done = self.machine.feature(call, payload, Refers::Nothing);
+        let done = self.machine.feature_for(self.client, call, payload, Refers::Nothing);
         self.follow_session();
         done
     }
@@ -93,7 +98,7 @@ impl Connection<'_> {
     /// After the state may have changed: the session's own socket ends with it, or goes on.
     pub(super) fn follow_session(&mut self) {
         if let Some(socket) = &self.data_socket {
-            if self.machine.session() == Some(socket.session()) {
+            if self.machine.session_for(self.client) == Some(socket.session()) {
                 socket.look_again();
             } else {
                 self.data_socket = None;
@@ -118,7 +123,7 @@ impl Connection<'_> {
             return Ok(FeatureDone::default());
         }
         // Without a session the state is none of pre-copy's.
-        let info = self.machine.precopy_info(self.machine.session().ok_or(Errno::EINVAL)?)?;
+        let info = self.machine.precopy_info(self.machine.session_for(self.client).ok_or(Errno::EINVAL)?)?;
         info.write_to_prefix(payload).map_err(|_| Errno::EINVAL)?;
         Ok(FeatureDone { payload_bytes, opened: None })
     }
@@ -142,7 +147,7 @@ impl Connection<'_> {
         if call.payload_bytes < size_of::<extension::DataFd>() {
             return Err(Errno::EINVAL);
         }
-        let session = self.machine.session().ok_or(Errno::ENODEV)?;
+        let session = self.machine.session_for(self.client).ok_or(Errno::ENODEV)?;
         if self.data_socket.is_some() || self.moved == Some(session) {
             return Err(Errno::EBUSY);
         }
@@ -158,7 +163,7 @@ impl Connection<'_> {
         let (control, rest) = FeatureDmaLoggingControl::read_from_prefix(data).map_err(|_| Errno::EINVAL)?;
         let bytes = (control.num_ranges as usize).saturating_mul(size_of::<DmaLoggingRange>());
         // None at all means everything. Too many to be there are too many for the device.
-        self.machine.feature(call, payload, Refers::In(&rest[..bytes.min(rest.len())]))
+        self.machine.feature_for(self.client, call, payload, Refers::In(&rest[..bytes.min(rest.len())]))
     }
 
     fn report(&mut self, job: &Job, header: FeatureHeader, call: FeatureCall, data: &[u8]) -> Handled {
@@ -207,6 +212,7 @@ impl Connection<'_> {
 
     /// The bytes of the bitmap, when the report can be answered as a whole.
     fn check_report(&self, report: &FeatureDmaLoggingReport, call: FeatureCall) -> Result<u64, Errno> {
+        self.machine.may_read_log(self.client)?;
         self.machine.mappings().logging_check(report.iova, report.length, report.page_size)?;
         report.check()?;
         let bytes = report.bitmap_bytes();

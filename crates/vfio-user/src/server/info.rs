@@ -15,6 +15,7 @@ use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionFlags, RegionInfo};
 use zerocopy::IntoBytes;
 
 use super::connection::{Connection, Handled, Job, Outcome};
+use super::doors::Role;
 use crate::codec::{IoFd, IoFdsMessage};
 
 /// The most eventfds of one region that a client is told of; more need more than one message's fds.
@@ -111,8 +112,11 @@ impl Connection<'_> {
         self.reply_pieces(job, &[fixed.as_bytes(), entries.as_bytes()], &fds)
     }
 
-    /// The most fds that the client takes in one message.
+    /// The most fds that the client takes in one message. A control client maps nothing.
     fn fds_max(&self) -> usize {
+        if self.role == Some(Role::Control) {
+            return 0;
+        }
         self.limits.map_or(0, |limits| limits.msg_fds_max)
     }
 }

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{Shutdown, shutdown};
 
 use super::buffer::Buffer;
@@ -56,6 +57,8 @@ pub(super) struct Link {
     /// The most bytes of data that a command may carry.
     data_bytes_max: usize,
     pub(super) dma_limit: Duration,
+    /// An eventfd that wakes the thread that serves.
+    waker: OwnedFd,
 }
 
 /// What the threads of a connection share.
@@ -136,6 +139,7 @@ impl Link {
             serving: std::thread::current().id(),
             data_bytes_max,
             dma_limit,
+            waker: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
 
@@ -362,6 +366,93 @@ impl Link {
         self.send_in_pieces(|sending| sending.send(pieces, fds))
     }
 
+    /// Sends without waiting; what the client has no room for is kept, and goes with [`Link::flush`].
+    pub(super) fn send_now(&self, pieces: &mut [IoSlice<'_>]) -> Result<(), ConnectionError> {
+        self.sender.reply(pieces).inspect_err(|_| self.end())
+    }
+
+    /// Sends what [`Link::send_now`] kept.
+    pub(super) fn flush(&self) -> Result<(), ConnectionError> {
+        if !self.sender.keeps() {
+            return Ok(());
+        }
+        // A message of nothing waits for those that are kept.
+        self.send(&mut [], &[])
+    }
+
+    /// Sleeps until a command has come, [`Link::wake`] was called, or it is so late. Of a command that is longer than the
+    /// receive buffer, only the first part has come. Nothing that the client sent is taken from the connection, so that another
+    /// process can go on with it.
+    pub(super) fn wait_for_something(&self, until: Option<Instant>) -> Result<Something, ConnectionError> {
+        loop {
+            if self.was_woken() {
+                return Ok(Something::Woken);
+            }
+            let mut shared = self.lock();
+            if !shared.queue.is_empty() {
+                return Ok(Something::Command);
+            }
+            if shared.over {
+                return Err(ConnectionError::Closed);
+            }
+            let Some(mut receiver) = shared.receiver.take() else {
+                let in_time = self.wait(shared, until).1;
+                if !in_time {
+                    return Ok(Something::Late);
+                }
+                continue;
+            };
+            drop(shared);
+            let gathered = receiver.gather();
+            self.give_back(receiver);
+            if gathered? {
+                return Ok(Something::Command);
+            }
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Ok(Something::Late);
+            }
+            self.poll(PollFlags::IN, until)?;
+        }
+    }
+
+    /// Sleeps until [`Link::wake`] was called, the client has gone, or it is so late. What the client sends stays where it is.
+    pub(super) fn wait_for_wake(&self, until: Option<Instant>) -> Result<(), ConnectionError> {
+        if self.poll(PollFlags::RDHUP, until)? { Err(ConnectionError::Closed) } else { Ok(()) }
+    }
+
+    /// Sleeps until that happens on the socket, and says whether it has, or until [`Link::wake`], or until it is so late.
+    fn poll(&self, events: PollFlags, until: Option<Instant>) -> Result<bool, ConnectionError> {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        let mut fds = [PollFd::new(self.sender.socket(), events), PollFd::new(&self.waker, PollFlags::IN)];
+        match poll(&mut fds, left.as_ref()) {
+            Ok(_) => Ok(!fds[0].revents().is_empty()),
+            Err(rustix::io::Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether [`Link::wake`] was called since the last time.
+    pub(super) fn was_woken(&self) -> bool {
+        let mut count = [0; 8];
+        rustix::io::read(&self.waker, &mut count).is_ok()
+    }
+
+    /// Wakes the thread that serves, where it waits with [`Link::wait_for_something`] or [`Link::wait_for_wake`].
+    pub(super) fn wake(&self) {
+        // Fails only when the counter is full, that is, woken.
+        let _ = rustix::io::write(&self.waker, &1u64.to_ne_bytes());
+        let shared = self.lock();
+        if shared.waiting > 0 {
+            self.turn.notify_all();
+        }
+    }
+
+    /// The client's credentials.
+    pub(super) fn socket(&self) -> &UnixStream {
+        self.sender.socket()
+    }
+
     /// The same for a message that is made piece by piece.
     pub(super) fn send_in_pieces(
         &self,
@@ -373,6 +464,17 @@ impl Link {
         }
         sent
     }
+}
+
+/// What [`Link::wait_for_something`] waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Something {
+    /// A command can be taken.
+    Command,
+    /// [`Link::wake`].
+    Woken,
+    /// Nothing in time.
+    Late,
 }
 
 /// What [`Link::pump`] received.

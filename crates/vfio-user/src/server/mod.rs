@@ -1,8 +1,9 @@
 //! The server: a [`Machine`] behind a socket (`vfio-user.rst`, the server's side of every message).
 //!
-//! One client at a time. Others wait in the socket's accept queue until it is gone; a client that
+//! One client at a time is the VMM. Others that want to be wait until it is gone; a client that
 //! dies in any state leaves state and session behind, and the next finds a device that answers
-//! every message. Mappings, interrupt wiring and DMA logging end with their client.
+//! every message. Mappings, interrupt wiring and DMA logging end with their client. Beside the VMM, control clients move the
+//! device ([`doors`]); each connection has a thread of its own.
 //!
 //! Nothing that a client sends costs memory beyond fixed bounds, and a message that is refused is
 //! taken off the socket whole, so that the connection stays in step.
@@ -10,12 +11,15 @@
 mod access;
 mod buffer;
 mod connection;
+mod control;
 mod data;
 mod dma;
+mod doors;
 mod feature;
 mod info;
 mod interrupts;
 mod link;
+mod parked;
 mod stream;
 
 use std::io;
@@ -32,7 +36,7 @@ pub use limosa_host::{Group, SocketAccess};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use connection::Connection;
-use link::Link;
+use doors::Doors;
 
 use crate::connection::ConnectionError;
 
@@ -62,6 +66,12 @@ pub struct Options {
     /// system, and so may a look at it: a client that may mount one, or the daemon or server behind
     /// it, can hang this server for good. Files on FUSE are refused with EINVAL all the same.
     pub any_file: bool,
+    /// How long an access of the VMM waits while another client moves the device. Then the move is ended, and the device
+    /// runs again. 4 s: QEMU waits 5 s for a reply, and never connects again.
+    pub park_limit: Duration,
+    /// Whether connections can be handed over to another process at any time: then a thread that waits for a command does so
+    /// in poll(2), which costs an access two more system calls. No.
+    pub interruptible: bool,
 }
 
 impl Default for Options {
@@ -74,6 +84,8 @@ impl Default for Options {
             twin_socket: true,
             socket: SocketAccess::default(),
             any_file: false,
+            park_limit: Duration::from_secs(4),
+            interruptible: false,
         }
     }
 }
@@ -109,16 +121,31 @@ impl AsFd for ShutdownHandle {
     }
 }
 
-/// A device that listens for its client.
+/// A device that listens for its clients.
 #[derive(Debug)]
 pub struct Server {
+    door: Door,
+    control: Option<Door>,
+    machine: Arc<Machine>,
+    options: Options,
+    shutdown: ShutdownHandle,
+}
+
+/// A socket that listens.
+#[derive(Debug)]
+struct Door {
     /// Before the listener, so that it is removed while it is known to be a live server's.
     path: Option<SocketPath>,
     /// Connections that nobody accepted are closed with it, and with them what they were sent.
     listener: Foreign<UnixListener>,
-    machine: Arc<Machine>,
-    options: Options,
-    shutdown: ShutdownHandle,
+}
+
+impl Door {
+    fn bind(path: &Path, access: &SocketAccess) -> io::Result<Door> {
+        let (path, listener) = limosa_host::listen(path, access)?;
+        listener.set_nonblocking(true)?;
+        Ok(Door { path: Some(path), listener: Foreign::new(listener) })
+    }
 }
 
 impl Server {
@@ -126,9 +153,8 @@ impl Server {
     /// listens there, `AlreadyExists` for anything that is not a socket, `InvalidInput` for a mode that a socket cannot
     /// have, else the system's error. The socket is removed when the server is dropped, if the path still leads to it.
     pub fn bind(path: impl AsRef<Path>, machine: Arc<Machine>, options: Options) -> io::Result<Server> {
-        let (path, listener) = limosa_host::listen(path.as_ref(), &options.socket)?;
-        let server = Server::from_listener(listener, machine, options)?;
-        Ok(Server { path: Some(path), ..server })
+        let door = Door::bind(path.as_ref(), &options.socket)?;
+        Ok(Server { door, control: None, machine, options, shutdown: ShutdownHandle::new()? })
     }
 
     /// Serves a socket that listens already: socket activation, or one made with other rights. It
@@ -138,13 +164,20 @@ impl Server {
         machine: Arc<Machine>,
         options: Options,
     ) -> io::Result<Server> {
-        let listener = Foreign::new(listener);
-        Ok(Server { path: None, listener, machine, options, shutdown: ShutdownHandle::new()? })
+        listener.set_nonblocking(true)?;
+        let door = Door { path: None, listener: Foreign::new(listener) };
+        Ok(Server { door, control: None, machine, options, shutdown: ShutdownHandle::new()? })
+    }
+
+    /// Listens for control clients at another path as well: whoever may connect there may move the device. Fails as
+    /// [`Server::bind`] does.
+    pub fn with_control(self, path: impl AsRef<Path>, access: &SocketAccess) -> io::Result<Server> {
+        Ok(Server { control: Some(Door::bind(path.as_ref(), access)?), ..self })
     }
 
     /// Where it listens, when it made the socket.
     pub fn path(&self) -> Option<&Path> {
-        self.path.as_ref().map(SocketPath::path)
+        self.door.path.as_ref().map(SocketPath::path)
     }
 
     /// Ends [`Server::serve`].
@@ -152,12 +185,23 @@ impl Server {
         self.shutdown.clone()
     }
 
-    /// Serves one client after the other, until shut down. Fails when no connection can be accepted
-    /// any more, not for what a client does.
+    /// Serves clients until shut down. Fails when no connection can be accepted any more, not for what a client does.
     pub fn serve(&self) -> io::Result<()> {
-        self.listener.set_nonblocking(true)?;
+        let doors = Doors::default();
+        std::thread::scope(|scope| {
+            let served = self.accept(scope, &doors);
+            end_connections(&doors);
+            served
+        })
+    }
+
+    fn accept<'scope>(
+        &'scope self,
+        scope: &'scope std::thread::Scope<'scope, '_>,
+        doors: &'scope Doors,
+    ) -> io::Result<()> {
         loop {
-            wait_for_client(&self.listener, &self.shutdown)?;
+            let ready = self.wait_for_client()?;
             if self.shutdown.is_shut_down() {
                 return Ok(());
             }
@@ -168,24 +212,63 @@ impl Server {
                 self.pause();
                 continue;
             }
-            match self.listener.accept() {
-                Ok((stream, _)) => {
-                    if let Err(error) = serve_connection(stream, &self.machine, &self.options, &self.shutdown)
-                    {
-                        tracing::warn!(%error, "a connection could not be set up");
+            if doors.count() >= doors::CONNECTIONS_MAX {
+                tracing::warn!("no further client is served, as there are {}", doors::CONNECTIONS_MAX);
+                self.pause();
+                continue;
+            }
+            for (by_control_door, door) in ready {
+                match door.listener.accept() {
+                    Ok((stream, _)) => self.start(scope, doors, stream, by_control_door),
+                    Err(error) if is_passing(&error) => {
+                        tracing::debug!(%error, "a connection was gone before it was accepted");
                     }
+                    Err(error) if is_lack(&error) => {
+                        // The client stays in the queue until there is room again.
+                        tracing::warn!(%error, "no room for a connection");
+                        self.pause();
+                    }
+                    Err(error) => return Err(error),
                 }
-                Err(error) if is_passing(&error) => {
-                    tracing::debug!(%error, "a connection was gone before it was accepted");
-                }
-                Err(error) if is_lack(&error) => {
-                    // The client stays in the queue until there is room again.
-                    tracing::warn!(%error, "no room for a connection");
-                    self.pause();
-                }
-                Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Serves a connection on a thread of its own.
+    fn start<'scope>(
+        &'scope self,
+        scope: &'scope std::thread::Scope<'scope, '_>,
+        doors: &'scope Doors,
+        stream: UnixStream,
+        by_control_door: bool,
+    ) {
+        let stream = Foreign::new(stream);
+        let serve =
+            move || match Connection::new(stream, &self.machine, &self.options, doors, by_control_door) {
+                Ok(mut connection) => _ = connection.serve(),
+                Err(error) => tracing::warn!(%error, "a connection could not be set up"),
+            };
+        if let Err(error) = std::thread::Builder::new().name("vfio-user".into()).spawn_scoped(scope, serve) {
+            tracing::warn!(%error, "no thread for a connection, which is closed");
+            self.pause();
+        }
+    }
+
+    /// Waits for clients, or the shutdown; the doors where some are, and whether each is the one for control clients.
+    fn wait_for_client(&self) -> io::Result<Vec<(bool, &Door)>> {
+        let doors: Vec<_> = std::iter::once((false, &self.door))
+            .chain(self.control.iter().map(|door| (true, door)))
+            .collect();
+        let mut fds: Vec<_> =
+            doors.iter().map(|(_, door)| PollFd::new(&*door.listener, PollFlags::IN)).collect();
+        fds.push(PollFd::new(&self.shutdown, PollFlags::IN));
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
+            Err(errno) => return Err(errno.into()),
+        }
+        let is_ready: Vec<_> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        Ok(doors.into_iter().zip(is_ready).filter(|(_, ready)| *ready).map(|(door, _)| door).collect())
     }
 
     /// A moment, or until shut down.
@@ -195,13 +278,15 @@ impl Server {
     }
 }
 
-fn wait_for_client(listener: &UnixListener, shutdown: &ShutdownHandle) -> io::Result<()> {
-    let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(shutdown, PollFlags::IN)];
-    match poll(&mut fds, None) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
+/// Ends all connections: first no more requests; then, for a client that does not take its reply, everything.
+fn end_connections(doors: &Doors) {
+    doors.links().iter().for_each(|link| link.end_receiving());
+    doors.wait_for_none(Instant::now() + GRACE);
+    doors.links().iter().for_each(|link| link.end());
 }
+
+/// How long a client has to take its last reply from a server that ends.
+const GRACE: Duration = Duration::from_secs(2);
 
 fn is_passing(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
@@ -223,22 +308,26 @@ pub fn serve_connection(
     options: &Options,
     shutdown: &ShutdownHandle,
 ) -> io::Result<ConnectionError> {
-    let mut connection = Connection::new(Foreign::new(stream), machine, options).map_err(io::Error::other)?;
+    let doors = Doors::default();
+    let stream = Foreign::new(stream);
+    let mut connection =
+        Connection::new(stream, machine, options, &doors, false).map_err(io::Error::other)?;
     let done = ShutdownHandle::new()?;
     std::thread::scope(|scope| {
-        let watch = Watch { link: connection.link(), shutdown, done: done.clone() };
+        let watch = Watch { doors: &doors, shutdown, done: done.clone() };
         std::thread::Builder::new()
             .name("vfio-user-shutdown".into())
             .spawn_scoped(scope, move || watch.run())?;
         let end = connection.serve();
+        drop(connection);
         done.shut_down();
         Ok(end)
     })
 }
 
-/// Wakes a connection from its socket's calls when the server is to end, so that these need no poll before them.
+/// Ends a connection when its server is to end.
 struct Watch<'a> {
-    link: Arc<Link>,
+    doors: &'a Doors,
     shutdown: &'a ShutdownHandle,
     /// The connection is over.
     done: ShutdownHandle,
@@ -246,24 +335,10 @@ struct Watch<'a> {
 
 impl Watch<'_> {
     fn run(self) {
-        self.wait(None);
-        if self.done.is_shut_down() {
-            return;
-        }
-        // First no more requests, then, if the client does not take its reply, nothing more.
-        self.link.end_receiving();
-        let grace = Instant::now() + Duration::from_secs(2);
-        while !self.done.is_shut_down() && Instant::now() < grace {
-            let left = grace.saturating_duration_since(Instant::now());
-            self.wait(Timespec::try_from(left).ok());
-        }
-        self.link.end();
-    }
-
-    /// Waits for the end, or the shutdown where that has not come yet.
-    fn wait(&self, limit: Option<Timespec>) {
         let mut fds = [PollFd::new(&self.done, PollFlags::IN), PollFd::new(self.shutdown, PollFlags::IN)];
-        let fds = if limit.is_some() { &mut fds[..1] } else { &mut fds[..] };
-        while matches!(poll(fds, limit.as_ref()), Err(rustix::io::Errno::INTR)) {}
+        while matches!(poll(&mut fds, None), Err(rustix::io::Errno::INTR)) {}
+        if !self.done.is_shut_down() {
+            end_connections(self.doors);
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! A session's data over a socket of its own instead of messages (`docs/vfio-user-extensions.md:
 //! DATA_FD`): a thread that moves it between the device and the socket.
 //!
-//! The thread waits for the client only outside the machine's lock, so that a client which does not
-//! take its data, or sends none, can still drive the device's states.
+//! The thread waits for the client only between calls of the machine, so that a client which does not take its data, or sends
+//! none, can still drive the device's states.
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -229,21 +229,21 @@ impl Shared {
                 continue;
             }
             let bytes = PIECE_BYTES.min(there as usize);
-            // All of it is there: nothing here waits for the client.
             machine.data_fill(session, bytes, &mut spare, |into| self.receive(into))??;
         }
     }
 
-    fn receive(&self, mut into: &mut [u8]) -> Result<(), Errno> {
-        while !into.is_empty() {
-            match receive_bytes(&self.socket, into, RecvFlags::WAITALL) {
+    /// Receives what is there. An out-of-band byte is counted among that, and received by no call: EPROTO.
+    fn receive(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        loop {
+            match receive_bytes(&self.socket, into, RecvFlags::DONTWAIT) {
                 Ok(0) => return Err(Errno::ECONNRESET),
-                Ok(bytes) => into = &mut into[bytes..],
+                Ok(bytes) => return Ok(bytes),
                 Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Err(Errno::EPROTO),
                 Err(errno) => return Err(errno_of(errno)),
             }
         }
-        Ok(())
     }
 
     /// Sends what there is room for.

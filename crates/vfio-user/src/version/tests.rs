@@ -44,6 +44,7 @@ fn the_longest_answer_fits_qemus_buffer() {
         write_multiple: Some(true),
         twin_socket: Some(TwinSocket { supported: true, fd_index: Some(15) }),
         migration: Some(MigrationCapability { pgsize: Some(1 << 30), max_bitmap_size: Some(1 << 28) }),
+        role: Some(Role::Either),
     };
     let room = REPLY_BYTES_MAX - 20;
     let data = longest.encode(room);
@@ -129,6 +130,7 @@ proptest! {
             write_multiple: multi,
             twin_socket: twin.map(|(supported, fd_index)| TwinSocket { supported, fd_index }),
             migration: None,
+            role: None,
         };
         prop_assert_eq!(Capabilities::decode(&caps.encode(JSON_BYTES_MAX)).unwrap(), caps);
     }

@@ -4,7 +4,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use limosa_device::{
-    Bus, Description, Fault, IoEventFd, Irq, Machine, Migration, Model, Region, RegionMapping, Save,
+    Bus, Description, Fault, IoEventFd, Irq, Machine, Region, RegionMapping, Save, SimpleMigration,
+    SimpleModel,
 };
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::info::{DeviceFlags, IrqFlags, RegionFlags};
@@ -101,7 +102,7 @@ impl TestDevice {
     pub fn machine(mut self) -> Arc<Machine> {
         self.state =
             (0..self.state_bytes).map(|i| ((i as u32).wrapping_mul(2654435761) >> 13) as u8).collect();
-        Machine::new(Box::new(self))
+        Machine::simple(self)
     }
 
     fn bus(&self) -> &Bus {
@@ -141,7 +142,7 @@ impl TestDevice {
     }
 }
 
-impl Model for TestDevice {
+impl SimpleModel for TestDevice {
     fn description(&self) -> Description {
         let rw = RegionFlags::READ | RegionFlags::WRITE;
         let mut regions = vec![Region::default(); 9];
@@ -228,13 +229,13 @@ impl Model for TestDevice {
         Ok(())
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }
 }
 
 /// Half of the state is pre-copy data, the other half comes when stopped.
-impl Migration for TestDevice {
+impl SimpleMigration for TestDevice {
     fn flags(&self) -> MigrationFlags {
         MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY
     }

@@ -74,7 +74,7 @@ impl TestDevice {
             bus: None,
         };
         let model = Scripted::new(flags, contents);
-        let machine = Machine::new(Box::new(model));
+        let machine = Machine::simple(model);
         let client = Odd { inner: Loopback::new(name, machine), quirks: Mutex::default() };
         TestDevice { client, guest, shared }
     }

@@ -78,7 +78,7 @@ impl Hooked {
         let contents = Arc::new(Mutex::new(Contents { data: data.into(), given: None }));
         let opaque = Opaque { contents: contents.clone(), estimates, stream: Vec::new(), at: 0 };
         let model = Scripted::new(flags, opaque);
-        let inner = Loopback::new(name, Machine::new(Box::new(model)));
+        let inner = Loopback::new(name, Machine::simple(model));
         Hooked { inner, contents, lacks: Vec::new(), hook: Arc::new(|_, _| Ok(())), made_up: None }
     }
 

@@ -11,7 +11,7 @@ mod config;
 mod port;
 mod stream;
 
-use limosa_device::{Bus, Description, Fault, Irq, Migration, Model, Region, Save};
+use limosa_device::{Bus, Description, Fault, Irq, Region, Save, SimpleMigration, SimpleModel};
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::info::{DeviceFlags, IrqFlags, RegionFlags};
 use limosa_protocol::{Errno, MigrationFlags, pci_index};
@@ -73,7 +73,7 @@ fn pieces(offset: u64, bytes: usize) -> impl Iterator<Item = (usize, u64)> {
     })
 }
 
-impl Model for Mtty {
+impl SimpleModel for Mtty {
     fn description(&self) -> Description {
         let flags = RegionFlags::READ | RegionFlags::WRITE;
         let region = |size| Region { flags, size, ..Region::default() };
@@ -138,12 +138,12 @@ impl Model for Mtty {
         Ok(())
     }
 
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }
 }
 
-impl Migration for Mtty {
+impl SimpleMigration for Mtty {
     /// It does no DMA, and has nothing to stop.
     fn flags(&self) -> MigrationFlags {
         MigrationFlags::STOP_COPY | MigrationFlags::P2P | MigrationFlags::PRE_COPY

@@ -1,24 +1,25 @@
-//! What a device author writes: [`Model`], the device, and [`Migration`], how it moves.
+//! [`SimpleModel`]: a device whose calls come one at a time, and [`SimpleMigration`], how it moves. [`Exclusive`] makes a
+//! [`Model`](super::Model) of it.
+//!
+//! [`Exclusive`]: super::Exclusive
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::time::Instant;
 
 use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::{DeviceFlags, IrqFlags, RegionFlags};
 use limosa_protocol::{Errno, MigrationFlags};
 
+use super::{Description, Fault, Save};
 use crate::Bus;
 
 /// A device: its regions, its reset, and what it does when they are used.
 ///
-/// Calls come one at a time, under the [`Machine`](crate::Machine)'s lock. A model may have
-/// threads of its own; they reach guest memory and interrupts through the [`Bus`].
-pub trait Model: Send + 'static {
+/// Calls come one at a time. A model may have threads of its own; they reach guest memory and interrupts through the [`Bus`].
+pub trait SimpleModel: Send + 'static {
     /// What the device looks like. Called once, before anything else; must not change.
     fn description(&self) -> Description;
 
     /// Hands the device its way out: guest memory and interrupts. Called once, after
-    /// [`Model::description`].
+    /// [`SimpleModel::description`].
     fn attach(&mut self, bus: Bus);
 
     /// Reads `data.len()` bytes, at least one, of a region that is there. The range lies within
@@ -38,8 +39,11 @@ pub trait Model: Send + 'static {
         let _ = index;
     }
 
-    /// The device's migration, or `None` when it has none.
-    fn migration(&mut self) -> Option<&mut dyn Migration> {
+    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here.
+    fn client_gone(&mut self) {}
+
+    /// The device's migration, or `None` when it has none. Must not change.
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         None
     }
 }
@@ -47,11 +51,11 @@ pub trait Model: Send + 'static {
 /// How a device moves. Each method is an arc of the standard's machine, or what flows in a session;
 /// the [`Machine`](crate::Machine) calls them in an order that the standard allows and no other.
 ///
-/// Sessions are paired: after a [`Migration::save_begin`] that succeeded comes exactly one
-/// [`Migration::save_end`]; after a [`Migration::load_begin`] that succeeded exactly one
-/// [`Migration::load_finish`] that succeeds or one [`Migration::load_abort`]. This holds for
+/// Sessions are paired: after a [`SimpleMigration::save_begin`] that succeeded comes exactly one
+/// [`SimpleMigration::save_end`]; after a [`SimpleMigration::load_begin`] that succeeded exactly one
+/// [`SimpleMigration::load_finish`] that succeeds or one [`SimpleMigration::load_abort`]. This holds for
 /// resets and for faults too; only a model that panics is asked for nothing but its reset.
-pub trait Migration {
+pub trait SimpleMigration {
     /// Which optional states the device has. STOP_COPY is always set. Must not change.
     fn flags(&self) -> MigrationFlags;
 
@@ -71,9 +75,16 @@ pub trait Migration {
     /// [`MigrationFlags::P2P`] was quiesced before.
     fn stop(&mut self) -> Result<(), Fault>;
 
-    /// Back to a state that runs: from STOP, or when [`Migration::save_final`] refused. A device
+    /// The same for a device that has to wait for what is in flight: what cannot be completed by `until` is refused with
+    /// ETIMEDOUT, and the device runs on.
+    fn stop_until(&mut self, until: Instant) -> Result<(), Fault> {
+        let _ = until;
+        self.stop()
+    }
+
+    /// Back to a state that runs: from STOP, or when [`SimpleMigration::save_final`] refused. A device
     /// with [`MigrationFlags::P2P`] still holds back peer-to-peer DMA, until
-    /// [`Migration::resume_p2p`].
+    /// [`SimpleMigration::resume_p2p`].
     fn start(&mut self) -> Result<(), Fault>;
 
     /// Opens a saving session: on entering PRE_COPY or PRE_COPY_P2P, or STOP_COPY from STOP.
@@ -88,8 +99,8 @@ pub trait Migration {
     fn save(&mut self, bytes_max: usize, stopped: bool) -> Result<Save<'_>, Errno>;
 
     /// PRE_COPY* to STOP_COPY: the session goes on; what was not read of the pre-copy data, and
-    /// what changed since, is to be read now. [`Migration::stop`] was called before; when this
-    /// refuses, [`Migration::start`] follows and the state stays a pre-copy state.
+    /// what changed since, is to be read now. [`SimpleMigration::stop`] was called before; when this
+    /// refuses, [`SimpleMigration::start`] follows and the state stays a pre-copy state.
     fn save_final(&mut self) -> Result<(), Fault> {
         Ok(())
     }
@@ -120,12 +131,12 @@ pub trait Migration {
     fn load_begin(&mut self) -> Result<(), Fault>;
 
     /// The next bytes of the state to load. Nothing but staging memory may change before
-    /// [`Migration::load_finish`]. After an error no more bytes come, and the session cannot be
+    /// [`SimpleMigration::load_finish`]. After an error no more bytes come, and the session cannot be
     /// finished: it waits for a reset.
     fn load(&mut self, chunk: &[u8]) -> Result<(), Errno>;
 
     /// Staging memory of up to `bytes_max` bytes to receive the next bytes in directly, or `None`
-    /// to have them handed to [`Migration::load`]. Followed by [`Migration::load_filled`], unless
+    /// to have them handed to [`SimpleMigration::load`]. Followed by [`SimpleMigration::load_filled`], unless
     /// receiving fails: then the session cannot be finished, and waits for a reset. More than
     /// `bytes_max` bytes may be lent; an empty slice counts as `None`.
     fn load_space(&mut self, bytes_max: usize) -> Option<&mut [u8]> {
@@ -133,7 +144,7 @@ pub trait Migration {
         None
     }
 
-    /// The first `bytes` bytes of the last [`Migration::load_space`] are filled.
+    /// The first `bytes` bytes of the last [`SimpleMigration::load_space`] are filled.
     fn load_filled(&mut self, bytes: usize) -> Result<(), Errno> {
         let _ = bytes;
         Err(Errno::EINVAL)
@@ -143,108 +154,41 @@ pub trait Migration {
     /// leaves the device as it was before the session, in RESUMING.
     fn load_finish(&mut self) -> Result<(), Fault>;
 
-    /// A load session ends without [`Migration::load_finish`]: by a reset, or because that broke
+    /// A load session ends without [`SimpleMigration::load_finish`]: by a reset, or because that broke
     /// the device.
     fn load_abort(&mut self);
 }
 
-/// What [`Migration::save`] lends.
-#[derive(Debug)]
-pub enum Save<'a> {
-    /// The next bytes, not empty.
-    Data(&'a [u8]),
-    /// Nothing for now.
-    NothingForNow,
-    /// All has been read.
-    End,
-}
-
-/// Why an arc failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
-    /// The device is as it was before the arc; the machine stays on the arc's first state.
-    #[error("refused: {0}")]
-    Refused(Errno),
-    /// The device can neither take the arc nor go back: ERROR, until it is reset.
-    #[error("broken: {0}")]
-    Broken(Errno),
-}
-
-impl Fault {
-    /// The errno for the client.
-    pub fn errno(self) -> Errno {
-        match self {
-            Fault::Refused(errno) | Fault::Broken(errno) => errno,
-        }
+impl<M: SimpleModel + ?Sized> SimpleModel for Box<M> {
+    fn description(&self) -> Description {
+        (**self).description()
     }
-}
 
-/// What a device looks like to its client.
-#[derive(Clone, Debug, Default)]
-pub struct Description {
-    /// RESET and PCI, mostly.
-    pub flags: Option<DeviceFlags>,
-    /// The regions, by index; [`Region::default`] for one that is not there.
-    pub regions: Vec<Region>,
-    /// The interrupts, by index; [`Irq::default`] for one that is not there.
-    pub irqs: Vec<Irq>,
-}
-
-/// A region.
-#[derive(Clone, Debug)]
-pub struct Region {
-    /// READ and WRITE; MMAP and CAPS are derived from `mapping`.
-    pub flags: RegionFlags,
-    /// Bytes; 0 for none.
-    pub size: u64,
-    /// The memory behind the region, where a client may map some of it.
-    pub mapping: Option<RegionMapping>,
-    /// Writes that a client may signal through an eventfd instead of a message.
-    pub ioeventfds: Vec<IoEventFd>,
-}
-
-impl Default for Region {
-    fn default() -> Region {
-        Region { flags: RegionFlags::empty(), size: 0, mapping: None, ioeventfds: Vec::new() }
+    fn attach(&mut self, bus: Bus) {
+        (**self).attach(bus);
     }
-}
 
-/// Memory behind a region.
-#[derive(Clone, Debug)]
-pub struct RegionMapping {
-    /// The file to map.
-    pub fd: Arc<OwnedFd>,
-    /// Where the region starts in it, in bytes; page-aligned.
-    pub offset: u64,
-    /// The parts that may be mapped, as (offset within the region, bytes), page-aligned; empty for
-    /// all of the region.
-    pub areas: Vec<(u64, u64)>,
-}
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        (**self).region_read(region, offset, data)
+    }
 
-/// A register whose writes are signalled through an eventfd (vfio-user's `DEVICE_GET_REGION_IO_FDS`).
-#[derive(Clone, Debug)]
-pub struct IoEventFd {
-    /// Within the region, in bytes.
-    pub offset: u64,
-    /// Bytes written: 1, 2, 4 or 8.
-    pub size: u64,
-    /// The eventfd; the model waits on it.
-    pub fd: Arc<OwnedFd>,
-    /// Signal only when this value is written.
-    pub datamatch: Option<u64>,
-}
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        (**self).region_write(region, offset, data)
+    }
 
-/// An interrupt index.
-#[derive(Clone, Copy, Debug)]
-pub struct Irq {
-    /// EVENTFD and the rest.
-    pub flags: IrqFlags,
-    /// Vectors.
-    pub count: u32,
-}
+    fn reset(&mut self) -> Result<(), Errno> {
+        (**self).reset()
+    }
 
-impl Default for Irq {
-    fn default() -> Irq {
-        Irq { flags: IrqFlags::empty(), count: 0 }
+    fn rewired(&mut self, index: u32) {
+        (**self).rewired(index);
+    }
+
+    fn client_gone(&mut self) {
+        (**self).client_gone();
+    }
+
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
+        (**self).migration()
     }
 }

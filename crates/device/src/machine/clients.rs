@@ -1,0 +1,230 @@
+//! The clients of a device: its VMM, and others beside it who move it (`docs/vfio-user-extensions.md: the control role`).
+//!
+//! One client drives the device at a time: the one that has taken it out of RUNNING, until it is back there. The others' SET of
+//! MIG_DEVICE_STATE is refused with EBUSY; only the VMM may reset a device that another client drives, as the kernel's user may.
+//! The same holds for the dirty log and the client that has started it.
+//!
+//! While a client other than the VMM drives the device and it does not run, the VMM's accesses to regions are held back
+//! ([`Held`]): a guest knows nothing of the move, and a write that is refused would be lost.
+//!
+//! A device that was told to stay ([`Machine::stay`]) has been given away: whatever its clients do, it does not run here again
+//! until the move that it went with is decided ([`Machine::release`]).
+
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use limosa_protocol::{Errno, State, fsm};
+
+use super::{Inner, Machine, SessionId};
+
+/// Names a client of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ClientId(u64);
+
+impl ClientId {
+    /// The VMM, and every client in the same process.
+    pub const VMM: ClientId = ClientId(0);
+}
+
+/// An access of the VMM that has to wait: the device does not run, as another client moves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held;
+
+/// Names the move that a device was given away with.
+pub type MoveId = [u8; 16];
+
+/// Called when accesses are held back no more.
+pub type Released = dyn Fn() + Send + Sync;
+
+/// How long an arc waits for the calls under way, and the model's stop for what is in flight, when the VMM asks for it.
+const ARC_LIMIT: Duration = Duration::from_secs(10);
+/// The same when another client does: the VMM's accesses wait meanwhile, and QEMU gives up after 5 s.
+const CONTROL_ARC_LIMIT: Duration = Duration::from_secs(3);
+
+pub(super) fn arc_deadline(client: ClientId) -> Instant {
+    Instant::now() + if client == ClientId::VMM { ARC_LIMIT } else { CONTROL_ARC_LIMIT }
+}
+
+impl Machine {
+    /// A client beside the VMM.
+    pub fn new_client(&self) -> ClientId {
+        let mut inner = self.lock();
+        inner.clients += 1;
+        ClientId(inner.clients)
+    }
+
+    /// Whether this client drives the device: it took it out of RUNNING.
+    pub fn is_driven_by(&self, client: ClientId) -> bool {
+        self.lock().driver == Some(client)
+    }
+
+    /// The open session, for the client that may carry its data: the one that drives the device, or any after the one that
+    /// opened it has gone.
+    pub fn session_for(&self, client: ClientId) -> Option<SessionId> {
+        let inner = self.lock();
+        let may = inner.driver.is_none_or(|driver| driver == client);
+        inner.session.as_ref().filter(|_| may).map(|open| open.id)
+    }
+
+    /// Whether accesses of the VMM are held back now.
+    pub fn holds_accesses(&self) -> bool {
+        self.held.load(Acquire)
+    }
+
+    /// Has this called, from any thread, each time that accesses are held back no more. A function that is gone is forgotten.
+    pub fn on_release(&self, released: &Arc<Released>) {
+        let mut watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner);
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers.push(Arc::downgrade(released));
+    }
+
+    /// The device stays stopped: until [`Machine::release`] with this id no client, no client's end and no reset makes it run.
+    /// EBUSY unless `client` drives it, EINVAL in a state other than STOP and STOP_COPY, EEXIST when it stays for another move.
+    pub fn stay(&self, client: ClientId, id: MoveId) -> Result<(), Errno> {
+        let _alone = self.gate.alone(arc_deadline(client))?;
+        let mut inner = self.lock();
+        match inner.stays {
+            Some(stays) if stays == id => return Ok(()),
+            Some(_) => return Err(Errno::EEXIST),
+            None => {}
+        }
+        if inner.driver != Some(client) {
+            return Err(Errno::EBUSY);
+        }
+        if !matches!(inner.state, State::Stop | State::StopCopy) {
+            return Err(Errno::EINVAL);
+        }
+        inner.stays = Some(id);
+        tracing::info!("the device stays stopped until its move is decided");
+        Ok(())
+    }
+
+    /// The move is decided: the device may run here again. It stays as it is, and `client` drives it. ENOENT unless it stays for
+    /// this move.
+    pub fn release(&self, client: ClientId, id: MoveId) -> Result<(), Errno> {
+        let mut inner = self.lock();
+        if inner.stays != Some(id) {
+            return Err(Errno::ENOENT);
+        }
+        inner.stays = None;
+        inner.driver = (inner.state != State::Running).then_some(client);
+        drop(inner);
+        self.settle_held();
+        Ok(())
+    }
+
+    /// The move that the device was given away with.
+    pub fn stays(&self) -> Option<MoveId> {
+        self.lock().stays
+    }
+
+    /// The VMM's accesses have waited too long: whoever else drives the device is taken it away, and it runs again. Nothing
+    /// happens when the VMM drives it, or it stays.
+    pub fn take_back(&self) -> Result<(), Errno> {
+        let _alone = self.gate.alone(arc_deadline(ClientId::VMM))?;
+        if self.lock().driver.is_none_or(|driver| driver == ClientId::VMM) {
+            return Ok(());
+        }
+        tracing::warn!("the device runs again, as its VMM's accesses have waited too long: the move is over");
+        self.run_again()
+    }
+
+    /// A client has gone.
+    ///
+    /// The VMM's mappings and wiring go. State and session stay as it left them, so that one who comes back finds the device so;
+    /// but what it has loaded is no complete state: the session is damaged, and waits for a reset. A device that another client
+    /// drives runs again, unless it was told to stay.
+    pub fn client_gone(&self, client: ClientId) {
+        let logs = std::mem::take(&mut self.lock().logs);
+        match logs {
+            Some(logs) if logs != client => self.lock().logs = Some(logs),
+            _ => _ = self.mappings.logging_stop(),
+        }
+        // An arc that does not end would hold up the next client as well.
+        let alone = self.gate.alone(arc_deadline(client));
+        let drives = self.lock().driver == Some(client);
+        if drives {
+            let mut inner = self.lock();
+            inner.precopy_reinit = false;
+            if inner.state == State::Resuming {
+                inner.damage("lost the client that loaded it");
+            }
+            if client == ClientId::VMM {
+                inner.driver = None;
+            } else if inner.stays.is_none() && alone.is_ok() {
+                drop(inner);
+                if let Err(errno) = self.run_again() {
+                    tracing::error!(%errno, "the device does not run again after the client that moved it has gone");
+                }
+            }
+        }
+        drop(alone);
+        if client == ClientId::VMM {
+            self.mappings.clear();
+            self.wiring.disable_all();
+            (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
+            let _ = self.access(|model| {
+                model.client_gone();
+                Ok(())
+            });
+        }
+    }
+
+    /// Whether this client may take the device to a state.
+    pub(super) fn may_drive(&self, client: ClientId, to: State) -> Result<(), Errno> {
+        let inner = self.lock();
+        if inner.stays.is_some() && (to.is_running() || to == State::Resuming) {
+            return Err(Errno::EBUSY);
+        }
+        match inner.driver {
+            Some(driver) if driver != client => Err(Errno::EBUSY),
+            _ => Ok(()),
+        }
+    }
+
+    /// Leads a device that no client drives any more back to RUNNING: by arcs, or by a reset where a load was under way.
+    fn run_again(&self) -> Result<(), Errno> {
+        if self.lock().stays.is_some() {
+            return Ok(());
+        }
+        let state = self.state();
+        let back = match (state, self.flags) {
+            (State::Resuming | State::Error, _) | (_, None) => self.reset_alone(),
+            (_, Some(flags)) => {
+                let path = fsm::path(flags, state, State::Running).map_err(|_| Errno::EINVAL)?;
+                path.arcs().try_for_each(|arc| self.step(arc, arc_deadline(ClientId::VMM)))
+            }
+        };
+        self.lock().driver = None;
+        self.settle_held();
+        back
+    }
+
+    /// After driver or state may have changed, with the gate taken.
+    pub(super) fn settle(&self, client: ClientId) {
+        let mut inner = self.lock();
+        inner.driver = match (inner.state, inner.driver) {
+            (State::Running, _) => None,
+            (_, Some(driver)) => Some(driver),
+            (_, None) => Some(client),
+        };
+        drop(inner);
+        self.settle_held();
+    }
+
+    fn settle_held(&self) {
+        let holds = self.lock().holds_accesses();
+        if self.held.swap(holds, Release) && !holds {
+            let watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            watchers.iter().filter_map(Weak::upgrade).for_each(|released| released());
+        }
+    }
+}
+
+impl Inner {
+    fn holds_accesses(&self) -> bool {
+        let another = self.driver.is_some_and(|driver| driver != ClientId::VMM);
+        (another || self.stays.is_some()) && !self.state.is_running()
+    }
+}

@@ -1,0 +1,83 @@
+//! [`Gate`]: accesses and session data pass side by side, arcs and resets alone.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Instant;
+
+use limosa_guest_memory::{ManyReaders, ReadGuard, WriteGuard};
+use limosa_protocol::Errno;
+
+/// A lock with a limit for those who want to be alone.
+#[derive(Default)]
+pub(super) struct Gate {
+    passing: ManyReaders<()>,
+    /// Somebody is alone, or waits until all others have passed.
+    is_taken: Mutex<bool>,
+    free: Condvar,
+}
+
+/// No other call is under way.
+pub(super) struct Alone<'a> {
+    gate: &'a Gate,
+    passing: Option<WriteGuard<'a, ()>>,
+}
+
+impl Gate {
+    /// For a call that may be beside others of its kind.
+    pub(super) fn pass(&self) -> ReadGuard<'_, ()> {
+        self.passing.read()
+    }
+
+    /// For a call that may not: ETIMEDOUT when the others have not returned by `until`.
+    pub(super) fn alone(&self, until: Instant) -> Result<Alone<'_>, Errno> {
+        let mut taken = self.is_taken.lock().unwrap_or_else(PoisonError::into_inner);
+        while *taken {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Errno::ETIMEDOUT);
+            }
+            taken = self.free.wait_timeout(taken, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *taken = true;
+        drop(taken);
+        let mut alone = Alone { gate: self, passing: None };
+        alone.passing = Some(self.passing.write_until(until).ok_or(Errno::ETIMEDOUT)?);
+        Ok(alone)
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        drop(self.passing.take());
+        *self.gate.is_taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.gate.free.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_wants_to_be_alone_gives_up_when_a_call_does_not_return_and_lets_others_pass() {
+        let gate = Gate::default();
+        let passing = gate.pass();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..2 {
+                    let until = Instant::now() + Duration::from_millis(20);
+                    assert_eq!(gate.alone(until).err(), Some(Errno::ETIMEDOUT));
+                }
+                drop(gate.pass());
+            });
+        });
+        drop(passing);
+        let alone = gate.alone(Instant::now() + Duration::from_secs(60)).unwrap();
+        std::thread::scope(|scope| {
+            let another = scope.spawn(|| gate.alone(Instant::now() + Duration::from_secs(60)).map(drop));
+            drop(alone);
+            assert_eq!(another.join().unwrap(), Ok(()));
+        });
+    }
+}

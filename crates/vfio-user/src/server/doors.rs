@@ -1,0 +1,258 @@
+//! Who is connected to a device, and in which role (`docs/vfio-user-extensions.md: the control role`).
+//!
+//! One client is the VMM. Others that want to be wait in the order in which they came, without a reply to their VERSION, until it
+//! has gone. Control clients come beside it: they have slots of their own, and wait for nobody.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use limosa_protocol::Errno;
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::geteuid;
+
+use super::link::Link;
+use crate::connection::ConnectionError;
+
+/// Clients that may wait for the VMM's place.
+const WAITING_MAX: usize = 16;
+/// Control clients at once.
+const CONTROL_MAX: usize = 8;
+/// Connections in all, those that have not said what they want included.
+pub(super) const CONNECTIONS_MAX: usize = 64;
+
+/// What a client may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// All that the specification has.
+    Vmm,
+    /// To move the device beside its VMM.
+    Control,
+}
+
+/// Names a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ConnectionId(u64);
+
+/// The connections of a device.
+#[derive(Default)]
+pub(super) struct Doors {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Inner {
+    last: u64,
+    connections: Vec<Entry>,
+    waiting: VecDeque<ConnectionId>,
+    pause: Pause,
+}
+
+struct Entry {
+    id: ConnectionId,
+    link: Arc<Link>,
+    role: Option<Role>,
+    /// Its thread has stopped between two requests.
+    is_paused: bool,
+}
+
+/// Whether connections are served.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Pause {
+    #[default]
+    Serving,
+    /// Each stops before its next request, and reads nothing more.
+    Paused,
+    /// Another process serves them.
+    Given,
+}
+
+impl Doors {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing under this lock panics half-way through a change.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection without a role yet.
+    pub(super) fn enter(&self, link: &Arc<Link>) -> ConnectionId {
+        let mut inner = self.lock();
+        inner.last += 1;
+        let id = ConnectionId(inner.last);
+        inner.connections.push(Entry { id, link: Arc::clone(link), role: None, is_paused: false });
+        id
+    }
+
+    /// A connection is over, and its client's things are gone: whoever waits for its place may have it.
+    pub(super) fn leave(&self, id: ConnectionId) {
+        let mut inner = self.lock();
+        inner.connections.retain(|entry| entry.id != id);
+        inner.waiting.retain(|waiting| *waiting != id);
+        inner.wake_waiting();
+        self.changed.notify_all();
+    }
+
+    /// All connections, to be ended.
+    pub(super) fn links(&self) -> Vec<Arc<Link>> {
+        self.lock().connections.iter().map(|entry| Arc::clone(&entry.link)).collect()
+    }
+
+    /// Connections that are served, whatever their role.
+    pub(super) fn count(&self) -> usize {
+        self.lock().connections.len()
+    }
+
+    /// Waits until no connection is left, or until then.
+    pub(super) fn wait_for_none(&self, until: Instant) {
+        let mut inner = self.lock();
+        while !inner.connections.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The VMM's connection.
+    pub(super) fn vmm(&self) -> Option<Arc<Link>> {
+        let inner = self.lock();
+        inner
+            .connections
+            .iter()
+            .find(|entry| entry.role == Some(Role::Vmm))
+            .map(|entry| Arc::clone(&entry.link))
+    }
+
+    /// Makes it a control client. EBUSY when there are too many.
+    pub(super) fn be_control(&self, id: ConnectionId) -> Result<(), Errno> {
+        let mut inner = self.lock();
+        let control = inner.connections.iter().filter(|entry| entry.role == Some(Role::Control)).count();
+        if control >= CONTROL_MAX {
+            tracing::warn!("a control client is refused, as there are {CONTROL_MAX} of them");
+            return Err(Errno::EBUSY);
+        }
+        inner.set_role(id, Role::Control);
+        Ok(())
+    }
+
+    /// Makes it the VMM as soon as there is no other. EBUSY when too many wait for that; the outer error when the client does
+    /// not wait any more.
+    pub(super) fn be_vmm(&self, id: ConnectionId, link: &Link) -> Result<Result<(), Errno>, ConnectionError> {
+        {
+            let mut inner = self.lock();
+            if inner.waiting.len() >= WAITING_MAX {
+                tracing::warn!("a client is refused, as {WAITING_MAX} wait for the device already");
+                return Ok(Err(Errno::EBUSY));
+            }
+            inner.waiting.push_back(id);
+        }
+        loop {
+            // Before the look, so that what changes after it is seen.
+            link.was_woken();
+            if self.lock().takes_place(id) {
+                return Ok(Ok(()));
+            }
+            if let Err(end) = link.wait_for_wake(None) {
+                self.lock().waiting.retain(|waiting| *waiting != id);
+                return Err(end);
+            }
+            self.pause_here(id)?;
+        }
+    }
+
+    /// Stops here while connections are paused. An error when they are another process' now.
+    pub(super) fn pause_here(&self, id: ConnectionId) -> Result<(), ConnectionError> {
+        let mut inner = self.lock();
+        loop {
+            let pause = inner.pause;
+            if let Some(entry) = inner.connections.iter_mut().find(|entry| entry.id == id)
+                && entry.is_paused != (pause != Pause::Serving)
+            {
+                entry.is_paused = pause != Pause::Serving;
+                self.changed.notify_all();
+            }
+            match pause {
+                Pause::Serving => return Ok(()),
+                Pause::Paused => inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                Pause::Given => return Err(ConnectionError::Given),
+            }
+        }
+    }
+
+    /// Has every connection stop between two requests. ETIMEDOUT when one has not by `until`; then they go on.
+    pub(super) fn pause(&self, until: Instant) -> Result<(), Errno> {
+        let mut inner = self.lock();
+        inner.pause = Pause::Paused;
+        inner.connections.iter().for_each(|entry| entry.link.wake());
+        while inner.connections.iter().any(|entry| !entry.is_paused) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(inner);
+                self.go_on();
+                return Err(Errno::ETIMEDOUT);
+            }
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    /// Connections are served again.
+    pub(super) fn go_on(&self) {
+        self.lock().pause = Pause::Serving;
+        self.changed.notify_all();
+    }
+
+    /// Connections are another process'.
+    pub(super) fn give(&self) {
+        self.lock().pause = Pause::Given;
+        self.changed.notify_all();
+    }
+
+    /// Whether another process serves now.
+    pub(super) fn is_given(&self) -> bool {
+        self.lock().pause == Pause::Given
+    }
+
+    /// The connections with their roles, and those that wait for the VMM's place last, in their order.
+    pub(super) fn roles(&self) -> Vec<(Arc<Link>, Option<Role>)> {
+        let inner = self.lock();
+        let waits = |entry: &&Entry| inner.waiting.contains(&entry.id);
+        let others = inner.connections.iter().filter(|entry| !waits(entry));
+        let waiting = inner.waiting.iter();
+        let waiting = waiting.filter_map(|id| inner.connections.iter().find(|entry| entry.id == *id));
+        others.chain(waiting).map(|entry| (Arc::clone(&entry.link), entry.role)).collect()
+    }
+}
+
+impl Inner {
+    fn set_role(&mut self, id: ConnectionId, role: Role) {
+        if let Some(entry) = self.connections.iter_mut().find(|entry| entry.id == id) {
+            entry.role = Some(role);
+        }
+    }
+
+    /// Makes the first that waits the VMM if there is none, and says whether that is this one.
+    fn takes_place(&mut self, id: ConnectionId) -> bool {
+        let is_free = self.connections.iter().all(|entry| entry.role != Some(Role::Vmm));
+        if !is_free || self.waiting.front() != Some(&id) {
+            return false;
+        }
+        self.waiting.pop_front();
+        self.set_role(id, Role::Vmm);
+        true
+    }
+
+    fn wake_waiting(&self) {
+        let first = self.waiting.front();
+        let entry = self.connections.iter().find(|entry| Some(&entry.id) == first);
+        if let Some(entry) = entry {
+            entry.link.wake();
+        }
+    }
+}
+
+/// Whether a client on the VMM's socket may be a control client: root, or the server's own user.
+pub(super) fn may_control(link: &Link) -> bool {
+    socket_peercred(link.socket()).is_ok_and(|peer| peer.uid.is_root() || peer.uid == geteuid())
+}
