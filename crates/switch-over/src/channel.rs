@@ -12,8 +12,9 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
+use crate::body::Refusal;
 use crate::error::{Cause, Step};
-use crate::frame::{FRAME_FDS_MAX, HEADER_BYTES, Header, Kind, Malformed, Refusal, split_numbers};
+use crate::frame::{FRAME_FDS_MAX, HEADER_BYTES, Header, Kind, Malformed, split_numbers};
 use crate::peer::Peer;
 
 /// How the new server gets the fds of the old one.
@@ -58,6 +59,8 @@ pub(crate) struct Channel {
     /// The new server's: where it pulls from.
     pull_from: Option<Peer>,
     output: Vec<u8>,
+    /// A frame may have been sent in part, so that no other can follow.
+    is_cut_short: bool,
     /// Bytes that were read, and how many of them are used up.
     input: Vec<u8>,
     used: usize,
@@ -78,6 +81,7 @@ impl Channel {
             transport,
             pull_from,
             output: Vec::new(),
+            is_cut_short: false,
             input: Vec::new(),
             used: 0,
             fds: VecDeque::new(),
@@ -135,6 +139,7 @@ impl Channel {
     fn flush_with(&mut self, mut fds: &[BorrowedFd<'_>], until: Instant) -> Result<(), Cause> {
         let mut output = std::mem::take(&mut self.output);
         let mut rest = output.as_slice();
+        let was_cut_short = std::mem::replace(&mut self.is_cut_short, true);
         while !rest.is_empty() {
             match send_some(&self.socket, rest, fds) {
                 Ok(sent) => {
@@ -148,15 +153,17 @@ impl Channel {
                 Err(errno) => return Err(Cause::Io(errno.into())),
             }
         }
+        self.is_cut_short = was_cut_short;
         output.clear();
         self.output = output;
         Ok(())
     }
 
-    /// Sends a frame if there is room for it, for a peer that need not get it.
+    /// Sends a frame if there is room for it, for a peer that need not get it. What is queued is not sent: this side does not
+    /// go on, and the fds that it names are closed.
     pub(crate) fn notify(&mut self, kind: Kind, body: &[u8]) {
-        // What is queued may be the rest of a frame that was cut short by a limit.
-        if self.output.is_empty() {
+        self.output.clear();
+        if !self.is_cut_short {
             let sent = self.send(kind, body, Instant::now());
             tracing::debug!(?kind, ?sent, "the other server was told");
         }

@@ -15,9 +15,10 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use crate::body::{Hello, Refusal, Token};
 use crate::channel::{At, Channel, FdTransport, timeout};
 use crate::error::{Cause, Error, Step};
-use crate::frame::{Header, Hello, Kind, Refusal, Token};
+use crate::frame::{Header, Kind};
 use crate::old::{GiveOptions, Given, Giver, Other, give, hear_hello, new_token, say_hello};
 use crate::parts::until;
 use crate::peer::Peer;

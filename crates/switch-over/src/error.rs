@@ -5,7 +5,8 @@ use std::io;
 
 use limosa_host::User;
 
-use crate::frame::{Malformed, Refusal};
+use crate::body::Refusal;
+use crate::frame::Malformed;
 use crate::item::TooLarge;
 
 /// A step of a switch-over. Each side reports it once it is done with it.

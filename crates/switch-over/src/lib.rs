@@ -9,6 +9,7 @@
 //! This crate gives items no meaning: a [`Giver`] makes them and a [`Taker`] uses them. `docs/switch-over.md` draws the protocol
 //! and goes through its failures.
 
+pub mod body;
 mod channel;
 mod door;
 mod error;
@@ -20,10 +21,11 @@ mod parts;
 mod peer;
 mod word;
 
+pub use body::Refusal;
 pub use channel::FdTransport;
 pub use door::{PENDING_MAX, TakeOver};
 pub use error::{Cause, Error, Step};
-pub use frame::{Hello, Malformed, Refusal};
+pub use frame::Malformed;
 pub use item::{BYTES_MAX, FDS_MAX, ITEM_BYTES_MAX, ITEM_FDS_MAX, ITEMS_MAX, Item, TooLarge, Totals};
 pub use new::{Commit, Committed, OldServer, TakeLimits, TakeOptions, Taken, Taker, Withdrawn, take};
 pub use old::{GiveLimits, GiveOptions, Given, Giver, give_to_child};

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use limosa_foreign_fd::ForeignFd;
 use limosa_host::User;
 
+use crate::body::{Hello, Part, Refusal, decode_door};
 use crate::channel::{At, Channel, FdTransport};
 use crate::error::{Cause, Error, Step};
-use crate::frame::{Hello, Kind, Malformed, Part, Refusal, decode_door};
+use crate::frame::{Kind, Malformed};
 use crate::item::{Item, Totals};
 use crate::parts::{Clock, Report, receive_items, transport, until};
 use crate::peer::Peer;

@@ -4,9 +4,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use crate::body::{Hello, Part, Refusal, Token};
 use crate::channel::{At, Channel, FdTransport};
 use crate::error::{Cause, Error, Step};
-use crate::frame::{Hello, Kind, Malformed, Part, Refusal, Token};
+use crate::frame::{Kind, Malformed};
 use crate::item::Totals;
 use crate::parts::{Clock, Report, Waiting, add_up, send_items, until};
 use crate::peer::Peer;

@@ -4,9 +4,10 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use crate::body::{End, ItemHead, Part};
 use crate::channel::{Channel, FdTransport};
 use crate::error::{Cause, Step};
-use crate::frame::{End, INLINE_BYTES_MAX, ItemHead, Kind, Malformed, Part};
+use crate::frame::{INLINE_BYTES_MAX, Kind, Malformed};
 use crate::item::{Item, Totals};
 use crate::word::{sealed, unsealed};
 
