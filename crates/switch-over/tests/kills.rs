@@ -9,7 +9,9 @@ mod toy;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -18,11 +20,14 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use limosa_host::SocketAccess;
 use limosa_switch_over::{
-    Ending, GiveLimits, GiveOptions, OldServer, Step, TakeOptions, TakeOver, give_to_child, take,
+    Ending, GiveLimits, GiveOptions, OldServer, Peer, Step, TakeOptions, TakeOver, give_to_child, take,
 };
-use rustix::process::{Signal, getpid, kill_process};
-use toy::{Client, Server, ToyGiver, ToyTaker};
+use rustix::process::{
+    DumpableBehavior, PTracer, Signal, getpid, kill_process, set_dumpable_behavior, set_ptracer,
+};
+use toy::{Client, Place, Server, ToyGiver, ToyTaker};
 
 /// How the new server comes by the old one's fds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +45,8 @@ const KILL: &str = "TOY_KILL";
 const KILL_CHILD: &str = "TOY_KILL_CHILD";
 /// After it has given, the process remains.
 const LINGER: &str = "TOY_LINGER";
+/// No process of the same user may attach to this one.
+const GUARDED: &str = "TOY_GUARDED";
 
 fn setting(name: &str) -> Option<String> {
     std::env::var(name).ok()
@@ -63,15 +70,21 @@ fn at_step(step: Step) {
 fn role() {
     let Some(role) = setting(ROLE) else { return };
     let fds = open_fds();
+    // Where kernel.yama.ptrace_scope is 1, siblings may not attach unless they are let. EINVAL without Yama.
+    let _ = set_ptracer(PTracer::Any);
     let folder = PathBuf::from(setting(FOLDER).unwrap());
     let path = folder.join("take-over");
     let name = format!("toy {}", std::process::id());
     let options = TakeOptions { name: &name, observer: Some(&at_step), ..TakeOptions::default() };
     let server = match role.as_str() {
         "old" => {
-            let listener = UnixListener::bind(folder.join("toy")).unwrap();
+            let (path, listener) =
+                limosa_host::listen(&folder.join("toy"), &SocketAccess::default()).unwrap();
+            if setting(GUARDED).is_some() {
+                set_dumpable_behavior(DumpableBehavior::NotDumpable).unwrap();
+            }
             say("listening");
-            Server::start(listener.accept().unwrap().0)
+            Server::start(listener.accept().unwrap().0, Place { path, listener })
         }
         "new" => {
             let from = match setting(WAY).as_deref() {
@@ -114,8 +127,8 @@ fn fds_beside(before: usize) -> usize {
     open_fds() - before
 }
 
-/// Fds of a server: its connection, and the socket for new servers.
-const FDS: usize = 2;
+/// Fds of a server: its connection, the socket for clients, and the one for new servers.
+const FDS: usize = 3;
 
 /// Serves until it is given away.
 fn serve(server: Arc<Server>, path: &Path, name: &str, fds: usize) {
@@ -201,7 +214,10 @@ struct Process {
 
 impl Process {
     fn start(role: &str, folder: &Path, way: Way, settings: &[(&str, &str)]) -> Process {
-        let mut command = this_program(role, folder, way);
+        Process::spawn(this_program(role, folder, way), settings)
+    }
+
+    fn spawn(mut command: Command, settings: &[(&str, &str)]) -> Process {
         command.envs(settings.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
@@ -407,7 +423,54 @@ fn a_chain_of_servers_keeps_its_client_and_no_fd() {
             next
         });
         assert!(server.ended().success());
+        // The socket for clients is there, and is that of the new process.
+        let another = UnixStream::connect(folder.path().join("toy")).unwrap();
+        assert_eq!(Peer::of(&another).unwrap().pid(), next.child.id().cast_signed());
         (server, client) = (next, asked);
     }
     assert!(client.ask(100));
+}
+
+/// The user whose processes the test starts where it may: one without rights, as root may attach to any process.
+const NOBODY: u32 = 65_534;
+
+#[test]
+fn a_process_of_the_same_user_that_may_not_attach_gets_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    // Where that user can reach it.
+    let program = folder.path().join("program");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let is_root = rustix::process::geteuid().is_root();
+    if is_root {
+        std::os::unix::fs::chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    let start = |role: &str, settings: &[(&str, &str)]| {
+        let as_named = this_program(role, folder.path(), Way::Path);
+        let mut command = Command::new(&program);
+        command.args(as_named.get_args());
+        command.envs(as_named.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        if is_root {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        Process::spawn(command, settings)
+    };
+    for guarded in [true, false] {
+        let settings = [(GUARDED, "1")];
+        let mut old = start("old", if guarded { &settings } else { &[] });
+        old.says("listening");
+        let client = Client::new(UnixStream::connect(folder.path().join("toy")).unwrap());
+        old.says("serving");
+        let (mut client, mut new) = asking(client, || start("new", &[]));
+        if guarded {
+            let why = new.says("failed");
+            assert!(why.contains("kernel.yama.ptrace_scope"), "{why}");
+            assert!(why.contains("run the new server as root"), "{why}");
+            assert_eq!(new.ended().code(), Some(3));
+        } else {
+            new.says("serving");
+        }
+        assert!(client.ask(100));
+        fs::remove_file(folder.path().join("toy")).unwrap();
+    }
 }

@@ -4,7 +4,8 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Condvar, Mutex};
@@ -12,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use limosa_foreign_fd::ForeignFd;
+use limosa_host::SocketPath;
 use limosa_switch_over::{Commit, Committed, Giver, Item, Refusal, Taker, Withdrawn};
 use rustix::event::{PollFd, PollFlags};
 
@@ -20,7 +22,8 @@ const REQUEST_BYTES: usize = 8;
 /// Kinds of items.
 const DESCRIPTION: u16 = 1;
 const CONNECTION: u16 = 2;
-const STATE: u16 = 3;
+const LISTENER: u16 = 3;
+const STATE: u16 = 4;
 
 const VERSION: &[u8] = b"toy 1";
 
@@ -32,10 +35,18 @@ struct State {
     has_ended: bool,
 }
 
+/// The socket that clients connect to.
+#[derive(Debug)]
+pub struct Place {
+    pub path: SocketPath,
+    pub listener: UnixListener,
+}
+
 /// Serves one client.
 #[derive(Debug)]
 pub struct Server {
     connection: UnixStream,
+    place: Mutex<Option<Place>>,
     state: Mutex<State>,
     thawed: Condvar,
 }
@@ -44,14 +55,16 @@ pub struct Server {
 pub type At = fn(&str);
 
 impl Server {
-    pub fn start(connection: UnixStream) -> Arc<Server> {
+    pub fn start(connection: UnixStream, place: Place) -> Arc<Server> {
         let server = Server::stopped(connection, State::default());
+        *server.place.lock().unwrap() = Some(place);
         server.serve();
         server
     }
 
     fn stopped(connection: UnixStream, state: State) -> Arc<Server> {
-        Arc::new(Server { connection, state: Mutex::new(state), thawed: Condvar::new() })
+        let place = Mutex::new(None);
+        Arc::new(Server { connection, place, state: Mutex::new(state), thawed: Condvar::new() })
     }
 
     fn serve(self: &Arc<Server>) {
@@ -109,7 +122,16 @@ impl Giver for ToyGiver {
         (self.at)("in prepare");
         // The connection goes over while this server reads it: the new one does not read before it serves.
         let connection = OwnedFd::from(self.server.connection.try_clone().unwrap());
-        Ok(vec![Item::new(CONNECTION, 0, Vec::new()).with_fds([connection])])
+        let place = self.server.place.lock().unwrap();
+        let place = place.as_ref().unwrap();
+        let (device, inode) = place.path.identity();
+        let identity = [device.to_le_bytes(), inode.to_le_bytes()].concat();
+        let bytes = [&identity, place.path.path().as_os_str().as_encoded_bytes()].concat();
+        let listener = OwnedFd::from(place.listener.try_clone().unwrap());
+        Ok(vec![
+            Item::new(CONNECTION, 0, Vec::new()).with_fds([connection]),
+            Item::new(LISTENER, 0, bytes).with_fds([listener]),
+        ])
     }
 
     fn freeze(&self, _until: Instant) -> Result<(), Refusal> {
@@ -131,6 +153,7 @@ impl Giver for ToyGiver {
 
     fn given(&self) {
         (self.at)("in given");
+        self.server.place.lock().unwrap().take().unwrap().path.leave();
         self.server.state.lock().unwrap().has_ended = true;
         self.server.thawed.notify_all();
     }
@@ -139,13 +162,14 @@ impl Giver for ToyGiver {
 /// Takes a server over.
 pub struct ToyTaker {
     connection: Option<ForeignFd>,
+    listener: Option<Item>,
     server: Option<Arc<Server>>,
     at: At,
 }
 
 impl ToyTaker {
     pub fn new(at: At) -> ToyTaker {
-        ToyTaker { connection: None, server: None, at }
+        ToyTaker { connection: None, listener: None, server: None, at }
     }
 }
 
@@ -168,7 +192,9 @@ impl Taker for ToyTaker {
 
     fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
         (self.at)("in prepare");
-        self.connection = only(items, CONNECTION)?.fds.pop();
+        let mut items = items.into_iter();
+        self.connection = only(items.next().into_iter().collect(), CONNECTION)?.fds.pop();
+        self.listener = Some(only(items.collect(), LISTENER)?);
         Ok(())
     }
 
@@ -191,9 +217,20 @@ impl Taker for ToyTaker {
         (self.at)("before commit");
         let committed = commit.commit()?;
         let server = self.server.expect("loaded");
+        *server.place.lock().unwrap() = Some(adopted(self.listener.expect("prepared")));
         server.serve();
         Ok((committed, server))
     }
+}
+
+/// The place that clients connect to, in its new process.
+fn adopted(mut item: Item) -> Place {
+    let (device, rest) = item.bytes.split_first_chunk().unwrap();
+    let (inode, path) = rest.split_first_chunk().unwrap();
+    let identity = (u64::from_le_bytes(*device), u64::from_le_bytes(*inode));
+    let path = Path::new(std::str::from_utf8(path).unwrap());
+    let listener = UnixListener::from(item.fds.pop().unwrap().into_inner());
+    Place { path: SocketPath::adopt(path, identity, &listener).unwrap(), listener }
 }
 
 /// Asks, and checks each answer.
