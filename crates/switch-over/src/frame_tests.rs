@@ -117,3 +117,41 @@ fn numbers_of_fds_are_not_negative() {
     assert!(split_numbers(&header, &[1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]).is_err());
     assert!(split_numbers(&header, &[1, 0, 0, 0]).is_err());
 }
+
+#[test]
+fn the_documentation_draws_what_the_code_has() {
+    let page = include_str!("../../../docs/switch-over.md");
+    let has = |row: &str| assert!(page.contains(row), "docs/switch-over.md has no row {row:?}");
+    for number in 1.. {
+        let Some(kind) = Kind::of(number) else {
+            assert_eq!(number, 11, "the page has ten kinds");
+            break;
+        };
+        has(&format!("| {number} | {} |", format!("{kind:?}").to_uppercase()));
+    }
+    for (what, bound) in [
+        ("items of a switch-over", crate::ITEMS_MAX as u64),
+        ("fds of all items", crate::FDS_MAX as u64),
+        ("fds of one item", crate::ITEM_FDS_MAX as u64),
+        ("bytes of one item", ITEM_BYTES_MAX as u64),
+        ("bytes of all items", crate::BYTES_MAX),
+        ("bytes of a frame after its header", LENGTH_MAX as u64),
+        ("bytes of a name or reason", TEXT_BYTES_MAX as u64),
+        ("connections without HELLO", crate::PENDING_MAX as u64),
+    ] {
+        has(&format!("| {what} | {bound} |"));
+    }
+    use crate::word::{KEPT, OPEN, TAKEN, WITHDRAWN};
+    for (name, value) in [("KEPT", KEPT), ("OPEN", OPEN), ("TAKEN", TAKEN), ("WITHDRAWN", WITHDRAWN)] {
+        has(&format!("| {name} | {value:#x} |"));
+    }
+    let (old, new) = (crate::GiveLimits::default(), crate::TakeLimits::default());
+    for (step, old, new) in [
+        ("HELLO", old.hello, new.hello),
+        ("offer", old.offer, new.offer),
+        ("what goes over while devices run", old.prepare, new.prepare),
+        ("freeze, rest, load, commit, all together", old.freeze, new.rest),
+    ] {
+        has(&format!("| {step} | {} s | {} s", old.as_secs(), new.as_secs()));
+    }
+}
