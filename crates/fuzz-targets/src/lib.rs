@@ -25,6 +25,7 @@ pub mod names;
 pub mod packed;
 pub mod saved_state;
 pub mod stream;
+pub mod switch_over;
 pub mod vfio_user_client;
 pub mod vfio_user_request;
 pub mod vfio_user_server;
@@ -59,6 +60,7 @@ pub const TARGETS: &[Target] = &targets![
     packed,
     saved_state,
     stream,
+    switch_over,
     vfio_user_client,
     vfio_user_request,
     vfio_user_server,

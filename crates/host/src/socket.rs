@@ -169,6 +169,37 @@ impl SocketPath {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Which socket it is: the device and inode of its path.
+    pub fn identity(&self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+
+    /// Leaves the socket where it is, for another process that has its listener now.
+    pub fn leave(mut self) {
+        // No file has this path, so nothing is removed.
+        self.path = PathBuf::new();
+    }
+
+    /// The path of a socket that another process made and [left](SocketPath::leave), and whose listener this one has now. Clients
+    /// that look at who listens ([`check_server`]) find this process from now on, as listen(2) is called again.
+    ///
+    /// `InvalidInput` when the path does not lead to the socket of that identity, or `listener` does not listen; else the
+    /// system's errors.
+    pub fn adopt(path: &Path, identity: (u64, u64), listener: &UnixListener) -> io::Result<SocketPath> {
+        let invalid = |what: &str| Error::new(ErrorKind::InvalidInput, format!("{}: {what}", path.display()));
+        let found = rustix::fs::lstat(path)?;
+        if !is_socket(&found) || (found.st_dev, found.st_ino) != identity {
+            return Err(invalid(
+                "expected the socket of the server that hands it over; something else is here",
+            ));
+        }
+        if !rustix::net::sockopt::socket_acceptconn(listener)? {
+            return Err(invalid("expected a socket that listens"));
+        }
+        rustix::net::listen(listener, BACKLOG)?;
+        Ok(SocketPath { path: path.into(), device: identity.0, inode: identity.1 })
+    }
 }
 
 impl Drop for SocketPath {
@@ -322,5 +353,33 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::PermissionDenied);
         let said = error.to_string();
         assert!(said.contains(&User::current().to_string()) && said.contains("user 4242"), "{said}");
+    }
+
+    #[test]
+    fn a_socket_that_was_left_is_removed_by_whoever_adopted_it() {
+        let folder = folder();
+        let path = folder.path().join("socket");
+        let (place, listener) = listen(&path, &SocketAccess::default()).unwrap();
+        let identity = place.identity();
+        place.leave();
+        assert!(path.exists());
+        let adopted = SocketPath::adopt(&path, identity, &listener).unwrap();
+        UnixStream::connect(&path).unwrap();
+        drop(adopted);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_that_leads_elsewhere_is_not_adopted() {
+        let folder = folder();
+        let (path, other) = (folder.path().join("socket"), folder.path().join("other"));
+        let (place, listener) = listen(&path, &SocketAccess::default()).unwrap();
+        let (_other_place, _other_listener) = listen(&other, &SocketAccess::default()).unwrap();
+        let refused = SocketPath::adopt(&other, place.identity(), &listener).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+        fs::write(folder.path().join("file"), "").unwrap();
+        assert!(SocketPath::adopt(&folder.path().join("file"), place.identity(), &listener).is_err());
+        let stream = UnixListener::from(OwnedFd::from(UnixStream::connect(&path).unwrap()));
+        assert!(SocketPath::adopt(&path, place.identity(), &stream).is_err());
     }
 }

@@ -1,0 +1,102 @@
+//! What can go wrong, at which step.
+
+use std::fmt;
+use std::io;
+
+use limosa_host::User;
+
+use crate::body::Refusal;
+use crate::frame::Malformed;
+use crate::item::TooLarge;
+
+/// A step of a switch-over. Each side reports it once it is done with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// Both know each other. The old server has a channel to a process that the kernel lets attach to it.
+    Hello,
+    /// The new server has checked what is offered.
+    Offer,
+    /// What can be handed over while devices run is with the new server.
+    Prepare,
+    /// Old server: nothing that the VMM or the guest sees changes any more.
+    Freeze,
+    /// Old server: the rest is collected, and the new one may take over from now on. New server: it has the rest.
+    Rest,
+    /// Old server: all has been sent. New server: all is loaded.
+    Load,
+    /// The new server serves.
+    Running,
+}
+
+impl Step {
+    /// All steps in order.
+    pub const ALL: [Step; 7] =
+        [Step::Hello, Step::Offer, Step::Prepare, Step::Freeze, Step::Rest, Step::Load, Step::Running];
+
+    /// The step's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Step::Hello => "hello",
+            Step::Offer => "offer",
+            Step::Prepare => "prepare",
+            Step::Freeze => "freeze",
+            Step::Rest => "rest",
+            Step::Load => "load",
+            Step::Running => "running",
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A switch-over that did not take place: the old server serves, if its process lives.
+#[derive(Debug, thiserror::Error)]
+#[error("the switch-over failed at step {step}: {cause}")]
+pub struct Error {
+    /// The step that was not done.
+    pub step: Step,
+    /// Why.
+    pub cause: Cause,
+}
+
+/// Why a switch-over failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// The socket, the memfd or the process of the other side.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The other server closed the channel, or its process ended.
+    #[error("the other server closed the channel or ended")]
+    Ended,
+    /// The step's limit has passed.
+    #[error("the other server took longer than the step's limit")]
+    Late,
+    /// The other server does not go on.
+    #[error("the other server refused: {0}")]
+    RefusedByOther(Refusal),
+    /// This server does not go on.
+    #[error("{0}")]
+    Refused(Refusal),
+    /// The other server's frames are not as `docs/switch-over.md` has them.
+    #[error("{0}")]
+    Malformed(#[from] Malformed),
+    /// There is too much to be handed over.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
+    /// The process at the other end runs as a user that is not trusted with this.
+    #[error("the other server was started by {0}; expected the user of this one, or root")]
+    Untrusted(User),
+    /// The process that listens is not the one that has the other end of the channel.
+    #[error("the channel is not that of the process that listens; start the new server again")]
+    OtherProcess,
+    /// The commit word is not the old server's: it serves.
+    #[error("the old server took back: it serves")]
+    Withdrawn,
+    /// The caller's stop ended the wait for a new server.
+    #[error("stopped")]
+    Stopped,
+}

@@ -1,0 +1,285 @@
+//! The old server's script: what it does with a channel to a new server, and how it takes back.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use crate::body::{Hello, Part, Refusal, Token};
+use crate::channel::{At, Channel, FdTransport};
+use crate::error::{Cause, Error, Step};
+use crate::frame::{Kind, Malformed};
+use crate::item::Totals;
+use crate::parts::{Clock, Report, Waiting, add_up, send_items, until};
+use crate::peer::Peer;
+use crate::word::{Serves, Word};
+
+/// What the old server does. Calls come in the order of the methods, from one thread.
+pub trait Giver {
+    /// What there is to be handed over, so that the new server can refuse it: devices, their kinds and versions.
+    fn offer(&self) -> Result<Vec<crate::Item>, Refusal>;
+
+    /// What can be handed over while devices run: memory, files, listeners.
+    fn prepare(&self) -> Result<Vec<crate::Item>, Refusal>;
+
+    /// Brings everything to a stop until then: nothing is read from a socket, written, signalled or accessed by DMA once this
+    /// returns. After an error [`Giver::thaw`] is called.
+    fn freeze(&self, until: Instant) -> Result<(), Refusal>;
+
+    /// Everything else, changes since [`Giver::prepare`] included.
+    fn rest(&self) -> Result<Vec<crate::Item>, Refusal>;
+
+    /// Serves again as before [`Giver::freeze`], which was called, and may have failed or panicked.
+    fn thaw(&self);
+
+    /// The new server serves. This one never serves again: it drops what it has, without a word to peers, and its process
+    /// ends soon.
+    fn given(&self);
+}
+
+/// How long the steps of the old server may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GiveLimits {
+    /// From a connection until the new server has said hello. By default 5 s.
+    pub hello: Duration,
+    /// For the new server to check what is offered. By default 30 s.
+    pub offer: Duration,
+    /// For the new server to map memory, while devices run. By default 120 s.
+    pub prepare: Duration,
+    /// For everything from the freeze until the new server serves; then the old one takes back. By default 2 s, less
+    /// than the patience of VMMs (5 s).
+    pub freeze: Duration,
+}
+
+impl Default for GiveLimits {
+    fn default() -> GiveLimits {
+        GiveLimits {
+            hello: Duration::from_secs(5),
+            offer: Duration::from_secs(30),
+            prepare: Duration::from_secs(120),
+            freeze: Duration::from_secs(2),
+        }
+    }
+}
+
+/// How the old server gives.
+#[derive(Clone, Copy, Default)]
+pub struct GiveOptions<'a> {
+    /// The program and its version, for the other side's messages.
+    pub name: &'a str,
+    /// Limits.
+    pub limits: GiveLimits,
+    /// Is told each step that is done, on the thread that does it.
+    pub observer: Option<&'a dyn Fn(Step)>,
+}
+
+/// A switch-over that took place: the new server serves, and [`Giver::given`] has returned.
+#[derive(Debug)]
+pub struct Given {
+    /// How it went.
+    pub report: Report,
+}
+
+/// Hands over to a child that this process started and gave the other end of `channel`, a socket pair. Fds are sent.
+///
+/// # Errors
+///
+/// See [`TakeOver::serve_one`](crate::TakeOver::serve_one).
+pub fn give_to_child(channel: UnixStream, giver: &dyn Giver, options: &GiveOptions) -> Result<Given, Error> {
+    let limit = until(options.limits.hello);
+    let mut channel =
+        Channel::new(OwnedFd::from(channel), FdTransport::Sent, None).map_err(Cause::Io).at(Step::Hello)?;
+    let token = new_token().map_err(Cause::Io).at(Step::Hello)?;
+    say_hello(&mut channel, token, options.name, limit).at(Step::Hello)?;
+    let hello = hear_hello(&mut channel, token, limit).at(Step::Hello)?;
+    // The socket pair's maker is this process, so that nothing says who has the other end.
+    let child = Other { name: hello.name, pid: 0 };
+    give(channel, child, giver, options)
+}
+
+/// A token that no other connection has.
+pub(crate) fn new_token() -> std::io::Result<Token> {
+    let mut token = Token::default();
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut token)?;
+    Ok(token)
+}
+
+/// The old server's first frame.
+pub(crate) fn say_hello(
+    channel: &mut Channel,
+    token: Token,
+    name: &str,
+    until: Instant,
+) -> Result<(), Cause> {
+    let sends_fds = channel.transport() == FdTransport::Sent;
+    let hello = Hello { token, sends_fds, name: name.into() };
+    channel.send(Kind::Hello, &hello.encode(), until)
+}
+
+/// The new server's first frame.
+pub(crate) fn hear_hello(channel: &mut Channel, token: Token, until: Instant) -> Result<Hello, Cause> {
+    let hello = Hello::decode(&channel.expect(Kind::Hello, "2 (HELLO)", until)?)?;
+    match hello.token == token {
+        true => Ok(hello),
+        false => Err(Cause::OtherProcess),
+    }
+}
+
+/// Whom the old server hands over to.
+pub(crate) struct Other {
+    pub(crate) name: String,
+    pub(crate) pid: i32,
+}
+
+impl Other {
+    pub(crate) fn new(hello: Hello, peer: &Peer) -> Other {
+        Other { name: hello.name, pid: peer.pid() }
+    }
+}
+
+/// Hands over to whoever said hello.
+pub(crate) fn give(
+    mut channel: Channel,
+    other: Other,
+    giver: &dyn Giver,
+    options: &GiveOptions,
+) -> Result<Given, Error> {
+    let mut clock = Clock::new(options.observer);
+    clock.done(Step::Hello);
+    let mut totals = Totals::default();
+    let began = prepare(&mut channel, giver, &options.limits, &mut totals, &mut clock);
+    let (word, began) = match began {
+        Ok(word) => (word, Instant::now()),
+        Err(error) => {
+            tell(&mut channel, &error.cause);
+            return Err(error);
+        }
+    };
+    let mut frozen = Frozen { giver, word: &word, is_settled: false };
+    let handed = hand_over(&mut channel, &frozen, until(options.limits.freeze), &mut totals, &mut clock);
+    match frozen.settle() {
+        Serves::New => {
+            let standstill = began.elapsed();
+            if let Err(error) = handed {
+                tracing::info!(%error, "the new server serves, although it did not say so");
+            }
+            drop(channel);
+            giver.given();
+            clock.done(Step::Running);
+            let report =
+                Report { other: other.name, other_pid: other.pid, totals, steps: clock.steps, standstill };
+            Ok(Given { report })
+        }
+        Serves::Old => {
+            // A peer that says that it serves, and did not take, is wrong.
+            let error = handed.err().unwrap_or(Error { step: Step::Running, cause: Cause::Withdrawn });
+            tell(&mut channel, &error.cause);
+            Err(error)
+        }
+    }
+}
+
+/// Offer and preparation, while devices run.
+fn prepare(
+    channel: &mut Channel,
+    giver: &dyn Giver,
+    limits: &GiveLimits,
+    totals: &mut Totals,
+    clock: &mut Clock,
+) -> Result<Word, Error> {
+    let limit = until(limits.offer);
+    let word = Word::new().map_err(|errno| Cause::Io(errno.into())).at(Step::Offer)?;
+    channel.queue(Kind::Word, &[], &[word.memfd().as_fd()], limit).at(Step::Offer)?;
+    let items = giver.offer().map_err(Cause::Refused).at(Step::Offer)?;
+    hand_part(channel, Part::Offer, items, totals, limit).at(Step::Offer)?;
+    clock.done(Step::Offer);
+    let items = giver.prepare().map_err(Cause::Refused).at(Step::Prepare)?;
+    hand_part(channel, Part::Prepare, items, totals, until(limits.prepare)).at(Step::Prepare)?;
+    clock.done(Step::Prepare);
+    Ok(word)
+}
+
+/// Hands over a part, and waits until the new server accepts it.
+fn hand_part(
+    channel: &mut Channel,
+    part: Part,
+    items: Vec<crate::Item>,
+    totals: &mut Totals,
+    until: Instant,
+) -> Result<(), Cause> {
+    add_up(totals, &items)?;
+    let waiting = send_items(channel, part, items, totals, until)?;
+    let ready = Part::decode(&channel.expect(Kind::Ready, "8 (READY)", until)?)?;
+    drop(waiting);
+    match ready == part {
+        true => Ok(()),
+        false => Err(Malformed::new("READY's step", ready as u16, "the step that was handed over").into()),
+    }
+}
+
+/// The old server between freeze and decision. However this ends, the giver serves again or has given.
+struct Frozen<'a> {
+    giver: &'a dyn Giver,
+    word: &'a Word,
+    is_settled: bool,
+}
+
+impl Frozen<'_> {
+    /// Decides, and thaws if this server serves.
+    fn settle(&mut self) -> Serves {
+        self.is_settled = true;
+        let serves = self.word.withdraw();
+        if serves == Serves::Old {
+            self.giver.thaw();
+        }
+        serves
+    }
+}
+
+impl Drop for Frozen<'_> {
+    /// Only when the giver panicked.
+    fn drop(&mut self) {
+        if !self.is_settled && self.settle() == Serves::New {
+            self.giver.given();
+        }
+    }
+}
+
+/// Freezes, opens the word, hands over the rest, and waits until the new server says something.
+fn hand_over(
+    channel: &mut Channel,
+    frozen: &Frozen,
+    until: Instant,
+    totals: &mut Totals,
+    clock: &mut Clock,
+) -> Result<(), Error> {
+    let giver = frozen.giver;
+    giver.freeze(until).map_err(Cause::Refused).at(Step::Freeze)?;
+    in_time(until).at(Step::Freeze)?;
+    clock.done(Step::Freeze);
+    let items = giver.rest().map_err(Cause::Refused).at(Step::Rest)?;
+    add_up(totals, &items).at(Step::Rest)?;
+    in_time(until).at(Step::Rest)?;
+    if !frozen.word.open() {
+        return Err(Error { step: Step::Rest, cause: Cause::Withdrawn });
+    }
+    clock.done(Step::Rest);
+    let waiting: (Waiting, _) = send_items(channel, Part::Rest, items, totals, until).at(Step::Load)?;
+    clock.done(Step::Load);
+    channel.expect(Kind::Running, "10 (RUNNING)", until).at(Step::Running)?;
+    drop(waiting);
+    Ok(())
+}
+
+fn in_time(until: Instant) -> Result<(), Cause> {
+    if Instant::now() < until { Ok(()) } else { Err(Cause::Late) }
+}
+
+/// Tells the other side why this one does not go on, unless it is the other one that does not.
+fn tell(channel: &mut Channel, cause: &Cause) {
+    let refusal = match cause {
+        Cause::Ended | Cause::RefusedByOther(_) => return,
+        Cause::Refused(refusal) => refusal.clone(),
+        cause => Refusal::new(cause.to_string()),
+    };
+    channel.notify(Kind::Refused, &refusal.encode());
+}
