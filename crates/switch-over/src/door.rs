@@ -87,10 +87,11 @@ impl TakeOver {
                     Ok(None) => {}
                     Err(error) => {
                         tracing::warn!(%error, "a new server could not be let in");
-                        // Out of fds or memory: the next one would fare no better, so the caller learns of it.
+                        // Out of fds or memory. Those that stay silent make room; without any, the caller learns of it.
                         if pending.is_empty() {
                             return Err(Error { step: Step::Hello, cause: Cause::Io(error) });
                         }
+                        pending.remove(0);
                     }
                 }
                 if pending.len() > PENDING_MAX {

@@ -11,6 +11,7 @@ use crate::item::TooLarge;
 
 /// A step of a switch-over. Each side reports it once it is done with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Step {
     /// Both know each other. The old server has a channel to a process that the kernel lets attach to it.
     Hello,
@@ -65,6 +66,7 @@ pub struct Error {
 
 /// Why a switch-over failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Cause {
     /// The socket, the memfd or the process of the other side.
     #[error(transparent)]

@@ -107,6 +107,7 @@ pub enum OldServer<'a> {
 
 /// A switch-over that took place: the new server serves.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Taken<S> {
     /// What serves.
     pub server: S,

@@ -74,6 +74,7 @@ pub struct GiveOptions<'a> {
 
 /// A switch-over that took place: the new server serves, and [`Giver::given`] has returned.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Given {
     /// How it went.
     pub report: Report,

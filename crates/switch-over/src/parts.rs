@@ -16,6 +16,7 @@ const BATCH_FDS_MAX: usize = 256;
 
 /// How a switch-over went.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Report {
     /// The other server's program and version, printable.
     pub other: String,
