@@ -17,8 +17,17 @@ impl Machine {
     /// EINVAL where [`fsm::path`] refuses, EBUSY when another client drives the device, ETIMEDOUT when the calls under way do
     /// not return. A step that the model refuses leaves the device on the step's first state; one that breaks it leaves ERROR.
     pub(super) fn set_state(&self, client: ClientId, to: State) -> Result<Option<SessionId>, Errno> {
+        self.set_state_by(client, to, arc_deadline(client))
+    }
+
+    /// The same with a limit of the caller's.
+    pub(super) fn set_state_by(
+        &self,
+        client: ClientId,
+        to: State,
+        until: Instant,
+    ) -> Result<Option<SessionId>, Errno> {
         let flags = self.flags.ok_or(Errno::ENOTTY)?;
-        let until = arc_deadline(client);
         let _alone = self.gate.alone(until)?;
         let from = self.state();
         let path = fsm::path(flags, from, to).inspect_err(|refusal| {

@@ -213,7 +213,7 @@ impl Machine {
         self.settle_held();
     }
 
-    fn settle_held(&self) {
+    pub(super) fn settle_held(&self) {
         let holds = self.lock().holds_accesses();
         if self.held.swap(holds, Release) && !holds {
             let watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner).clone();

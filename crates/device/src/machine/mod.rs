@@ -11,6 +11,7 @@ mod arcs;
 mod clients;
 mod feature;
 mod gate;
+mod replace;
 mod session;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,6 +28,7 @@ use clients::arc_deadline;
 pub use clients::{ClientId, Held, MoveId, Released};
 pub use feature::FeatureDone;
 use gate::Gate;
+pub use replace::{Frozen, Kept};
 pub use session::SessionId;
 use session::{Open, SessionIds};
 

@@ -315,6 +315,26 @@ impl Receiver {
         Ok(())
     }
 
+    /// What was received beyond the current message, and each fd that came with it, with the offset of the last byte that it
+    /// came with; `None` for fds that are not kept. Only between two messages.
+    pub fn export(&self) -> (&[u8], impl Iterator<Item = (u64, Option<&ForeignFd>)>) {
+        let fds = self.wire.fds.iter().filter(|arrived| arrived.position >= self.position);
+        let fds = fds.map(|arrived| (arrived.position - self.position, arrived.fd.as_ref()));
+        (&self.buffer[self.start..self.end], fds)
+    }
+
+    /// Goes on where another process' receiver has stopped ([`Receiver::export`]). `None` for more than a receiver holds.
+    #[must_use]
+    pub fn import(mut self, bytes: &[u8], fds: Vec<(u64, Option<ForeignFd>)>) -> Option<Receiver> {
+        self.buffer.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        self.end = bytes.len();
+        if fds.len() > 4 * MSG_FDS_MAX + 1 || fds.iter().any(|(at, _)| *at >= bytes.len() as u64) {
+            return None;
+        }
+        self.wire.fds = fds.into_iter().map(|(position, fd)| Arrived { position, fd }).collect();
+        Some(self)
+    }
+
     fn make_room(&mut self) {
         if self.end == Receiver::BUFFER_BYTES {
             self.buffer.copy_within(self.start..self.end, 0);

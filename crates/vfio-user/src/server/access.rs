@@ -116,6 +116,12 @@ impl Connection<'_> {
         self.reply(job, RegionWriteMulti { count }.as_bytes())
     }
 
+    /// The client's memory, by messages.
+    pub(super) fn memory(&self) -> ClientMemory {
+        let bytes_max = self.limits.map_or(1, |limits| limits.data_xfer_bytes_max as usize).max(1);
+        ClientMemory { link: Arc::clone(&self.link), bytes_max }
+    }
+
     pub(super) fn dma_map(&mut self, job: &mut Job, map: DmaMapMessage) -> Handled {
         let flags = DmaMapFlags::from_bits_retain(map.flags & !(DMA_MAP_MMAP | DMA_MAP_FILE_IO));
         let known = DmaMapFlags::READ | DmaMapFlags::WRITE;
@@ -128,10 +134,7 @@ impl Connection<'_> {
             Some(fd) if by_file_io => Backing::FileIo { fd, offset, any_file },
             Some(fd) if any_file => Backing::AnyFile { fd, offset },
             Some(fd) => Backing::File { fd, offset },
-            None => Backing::Remote(Arc::new(ClientMemory {
-                link: Arc::clone(&self.link),
-                bytes_max: self.limits.map_or(1, |limits| limits.data_xfer_bytes_max as usize).max(1),
-            })),
+            None => Backing::Remote(Arc::new(self.memory())),
         };
         let mapping = Mapping { iova: map.address, size: map.size, flags, backing };
         match self.machine.mappings().map(mapping) {

@@ -157,8 +157,45 @@ impl<'a> Connection<'a> {
         end
     }
 
+    /// Stops here while connections are paused.
+    fn pause_here(&self) -> Result<(), ConnectionError> {
+        self.link.flush()?;
+        self.doors.pause_here(self.id, &|| self.state(Vec::new()))
+    }
+
+    /// What another process needs to go on with this connection, beside its link.
+    fn state(&self, unanswered: Vec<u8>) -> doors::State {
+        doors::State {
+            limits: self.limits,
+            by_control_door: self.by_control_door,
+            unanswered,
+            parked: self.parked.iter().cloned().collect(),
+        }
+    }
+
+    /// Goes on with a connection that another process has served.
+    pub(super) fn adopt(mut self, state: doors::State) -> Connection<'a> {
+        self.limits = state.limits;
+        state.parked.into_iter().for_each(|access| self.parked.keep(access));
+        if self.limits.is_some() {
+            self.doors.adopt(self.id, Role::Vmm);
+            self.be_vmm();
+        }
+        self
+    }
+
+    fn be_vmm(&mut self) {
+        self.role = Some(Role::Vmm);
+        let link = self.link();
+        let released: Arc<Released> = Arc::new(move || link.wake());
+        self.machine.on_release(&released);
+        self._released = Some(released);
+        // What was there before this client cannot be moved by its socket.
+        self.moved = self.machine.session();
+    }
+
     fn serve_one(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
-        self.doors.pause_here(self.id)?;
+        self.pause_here()?;
         if !self.parked.is_empty() {
             return self.serve_while_parked(request);
         }
@@ -281,7 +318,7 @@ impl<'a> Connection<'a> {
                 return Ok(Outcome::Refused(Errno::EINVAL));
             }
         };
-        if let Err(errno) = self.admit(&theirs)? {
+        if let Err(errno) = self.admit(&theirs, job, version, data)? {
             return Ok(Outcome::Refused(errno));
         }
         let mut answer = self.capabilities().answer(&theirs);
@@ -308,7 +345,13 @@ impl<'a> Connection<'a> {
     }
 
     /// Gives the client its role, for which it may have to wait.
-    fn admit(&mut self, theirs: &Capabilities) -> Result<Result<(), Errno>, ConnectionError> {
+    fn admit(
+        &mut self,
+        theirs: &Capabilities,
+        job: &Job,
+        version: VersionMessage,
+        data: &[u8],
+    ) -> Result<Result<(), Errno>, ConnectionError> {
         use version::Role as Asked;
         let asked = if self.by_control_door { Some(Asked::Control) } else { theirs.role };
         let may_control = || self.by_control_door || doors::may_control(&self.link);
@@ -323,21 +366,19 @@ impl<'a> Connection<'a> {
         };
         let admitted = match control {
             true => self.doors.be_control(self.id),
-            false => self.doors.be_vmm(self.id, &self.link)?,
+            false => {
+                let message = || [job.header.as_bytes(), version.as_bytes(), data].concat();
+                self.doors.be_vmm(self.id, &self.link, &|| self.state(message()))?
+            }
         };
         if admitted.is_err() {
             return Ok(admitted);
         }
-        self.role = Some(if control { Role::Control } else { Role::Vmm });
         if control {
+            self.role = Some(Role::Control);
             self.client = self.machine.new_client();
         } else {
-            let link = self.link();
-            let released: Arc<Released> = Arc::new(move || link.wake());
-            self.machine.on_release(&released);
-            self._released = Some(released);
-            // What was there before this client cannot be moved by its socket.
-            self.moved = self.machine.session();
+            self.be_vmm();
         }
         tracing::debug!(role = ?self.role, "admitted");
         Ok(Ok(()))

@@ -9,7 +9,7 @@
 use std::io::IoSlice;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use limosa_device::{Dma, RemoteMemory};
@@ -17,7 +17,8 @@ use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::link::{Link, Mine, Pumped, Shared};
+use super::handover::Received;
+use super::link::{Link, Mine, Pumped, Shared, TOO_MUCH};
 use crate::codec::{Command, DmaAccess, DmaWriteReply, Header, Kind};
 use crate::connection::{self, ConnectionError, Receiver, Sender, Waits};
 
@@ -252,8 +253,8 @@ pub(super) struct Twin {
     inner: Mutex<TwinInner>,
 }
 
-struct TwinInner {
-    receiver: Receiver,
+pub(super) struct TwinInner {
+    pub(super) receiver: Receiver,
     next_id: u16,
 }
 
@@ -264,13 +265,38 @@ impl Twin {
         Ok(Twin { sender, inner: Mutex::new(TwinInner { receiver, next_id: 0 }) })
     }
 
+    /// One that another process has used: its last id, and what was received beyond the last message.
+    pub(super) fn import(
+        socket: Foreign<UnixStream>,
+        message_limit: Duration,
+        next_id: u16,
+        (bytes, fds): Received,
+    ) -> Result<Twin, ConnectionError> {
+        let twin = Twin::new(socket, message_limit)?;
+        let TwinInner { receiver, .. } = twin.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let receiver = receiver.import(&bytes, fds).ok_or(TOO_MUCH)?;
+        Ok(Twin { inner: Mutex::new(TwinInner { receiver, next_id }), ..twin })
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, TwinInner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn next_id(&self) -> u16 {
+        self.lock().next_id
+    }
+
+    pub(super) fn socket(&self) -> &UnixStream {
+        self.sender.socket()
+    }
+
     /// Every wait on it ends.
     pub(super) fn end(&self) {
         self.sender.shutdown();
     }
 
     fn exchange(&self, transfer: Transfer<'_>, limit: Duration) -> Result<(), Errno> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.lock();
         inner.exchange(&self.sender, transfer, Instant::now() + limit).unwrap_or_else(|end| {
             tracing::debug!(%end, "the twin socket is over");
             self.end();

@@ -12,7 +12,9 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 
 use super::link::Link;
+use super::parked::Access;
 use crate::connection::ConnectionError;
+use crate::version::Limits;
 
 /// Clients that may wait for the VMM's place.
 const WAITING_MAX: usize = 16;
@@ -47,14 +49,28 @@ struct Inner {
     connections: Vec<Entry>,
     waiting: VecDeque<ConnectionId>,
     pause: Pause,
+    /// Connections that were accepted, and have not entered.
+    coming: usize,
 }
 
 struct Entry {
     id: ConnectionId,
     link: Arc<Link>,
     role: Option<Role>,
-    /// Its thread has stopped between two requests.
-    is_paused: bool,
+    /// Its thread has stopped between two requests: what it had.
+    paused: Option<State>,
+}
+
+/// A connection that is paused, beside its link.
+#[derive(Clone, Debug, Default)]
+pub(super) struct State {
+    /// `None` before VERSION.
+    pub(super) limits: Option<Limits>,
+    pub(super) by_control_door: bool,
+    /// A VERSION that waits for its reply, as it came.
+    pub(super) unanswered: Vec<u8>,
+    /// Accesses that wait, in order.
+    pub(super) parked: Vec<Access>,
 }
 
 /// Whether connections are served.
@@ -79,8 +95,27 @@ impl Doors {
         let mut inner = self.lock();
         inner.last += 1;
         let id = ConnectionId(inner.last);
-        inner.connections.push(Entry { id, link: Arc::clone(link), role: None, is_paused: false });
+        inner.connections.push(Entry { id, link: Arc::clone(link), role: None, paused: None });
+        inner.coming = inner.coming.saturating_sub(1);
+        self.changed.notify_all();
         id
+    }
+
+    /// Before a connection is accepted: waits while connections are paused. `false` when they are another process' now.
+    pub(super) fn expect(&self) -> bool {
+        let mut inner = self.lock();
+        while inner.pause == Pause::Paused {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.coming += 1;
+        inner.pause == Pause::Serving
+    }
+
+    /// None came.
+    pub(super) fn expect_no_more(&self) {
+        let mut inner = self.lock();
+        inner.coming = inner.coming.saturating_sub(1);
+        self.changed.notify_all();
     }
 
     /// A connection is over, and its client's things are gone: whoever waits for its place may have it.
@@ -138,7 +173,12 @@ impl Doors {
 
     /// Makes it the VMM as soon as there is no other. EBUSY when too many wait for that; the outer error when the client does
     /// not wait any more.
-    pub(super) fn be_vmm(&self, id: ConnectionId, link: &Link) -> Result<Result<(), Errno>, ConnectionError> {
+    pub(super) fn be_vmm(
+        &self,
+        id: ConnectionId,
+        link: &Link,
+        state: &dyn Fn() -> State,
+    ) -> Result<Result<(), Errno>, ConnectionError> {
         {
             let mut inner = self.lock();
             if inner.waiting.len() >= WAITING_MAX {
@@ -157,19 +197,23 @@ impl Doors {
                 self.lock().waiting.retain(|waiting| *waiting != id);
                 return Err(end);
             }
-            self.pause_here(id)?;
+            self.pause_here(id, state)?;
         }
     }
 
     /// Stops here while connections are paused. An error when they are another process' now.
-    pub(super) fn pause_here(&self, id: ConnectionId) -> Result<(), ConnectionError> {
+    pub(super) fn pause_here(
+        &self,
+        id: ConnectionId,
+        state: &dyn Fn() -> State,
+    ) -> Result<(), ConnectionError> {
         let mut inner = self.lock();
         loop {
             let pause = inner.pause;
             if let Some(entry) = inner.connections.iter_mut().find(|entry| entry.id == id)
-                && entry.is_paused != (pause != Pause::Serving)
+                && entry.paused.is_some() != (pause != Pause::Serving)
             {
-                entry.is_paused = pause != Pause::Serving;
+                entry.paused = (pause != Pause::Serving).then(state);
                 self.changed.notify_all();
             }
             match pause {
@@ -185,7 +229,7 @@ impl Doors {
         let mut inner = self.lock();
         inner.pause = Pause::Paused;
         inner.connections.iter().for_each(|entry| entry.link.wake());
-        while inner.connections.iter().any(|entry| !entry.is_paused) {
+        while inner.coming > 0 || inner.connections.iter().any(|entry| entry.paused.is_none()) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 drop(inner);
@@ -214,14 +258,19 @@ impl Doors {
         self.lock().pause == Pause::Given
     }
 
-    /// The connections with their roles, and those that wait for the VMM's place last, in their order.
-    pub(super) fn roles(&self) -> Vec<(Arc<Link>, Option<Role>)> {
+    /// The connections that are paused, with their roles; those that wait for the VMM's place last, in their order.
+    pub(super) fn paused(&self) -> Vec<(Arc<Link>, Option<Role>, State)> {
         let inner = self.lock();
-        let waits = |entry: &&Entry| inner.waiting.contains(&entry.id);
-        let others = inner.connections.iter().filter(|entry| !waits(entry));
+        let others = inner.connections.iter().filter(|entry| !inner.waiting.contains(&entry.id));
         let waiting = inner.waiting.iter();
         let waiting = waiting.filter_map(|id| inner.connections.iter().find(|entry| entry.id == *id));
-        others.chain(waiting).map(|entry| (Arc::clone(&entry.link), entry.role)).collect()
+        let paused = |entry: &Entry| Some((Arc::clone(&entry.link), entry.role, entry.paused.clone()?));
+        others.chain(waiting).filter_map(paused).collect()
+    }
+
+    /// A connection that another process has served takes its role again.
+    pub(super) fn adopt(&self, id: ConnectionId, role: Role) {
+        self.lock().set_role(id, role);
     }
 }
 

@@ -11,6 +11,7 @@ use std::io::IoSlice;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use rustix::net::{Shutdown, shutdown};
 
 use super::buffer::Buffer;
 use super::dma::{Exchange, Twin};
+use super::handover::Received;
 use crate::codec::{Command, Header, Kind};
 use crate::connection::{self, ConnectionError, Fds, Receiver, Sender, Sending, Waits};
 
@@ -38,6 +40,13 @@ const QUEUE_COMMANDS_MAX: usize = 1024;
 const QUEUE_BYTES_MAX: usize = 4 << 20;
 /// Their fds.
 const QUEUE_FDS_MAX: usize = 256;
+
+/// The longest body that a command may be kept with.
+pub(super) const MESSAGE_BYTES_MAX: usize = crate::version::DATA_XFER_BYTES_MAX as usize + 64;
+
+/// What another process hands over of a connection is more than it can have received.
+pub(super) const TOO_MUCH: ConnectionError =
+    ConnectionError::Broken("more was handed over than a connection can have received");
 
 /// A connection.
 pub(super) struct Link {
@@ -65,7 +74,7 @@ pub(super) struct Link {
 pub(super) struct Shared {
     /// Not there while somebody leads.
     pub(super) receiver: Option<Box<Receiver>>,
-    queue: VecDeque<Queued>,
+    pub(super) queue: VecDeque<Queued>,
     queued_bytes: usize,
     queued_fds: usize,
     pub(super) exchanges: Vec<Exchange>,
@@ -78,11 +87,11 @@ pub(super) struct Shared {
     pub(super) gave_up: bool,
 }
 
-struct Queued {
-    header: Header,
-    fds: Fds,
-    body: Vec<u8>,
-    fits: Fits,
+pub(super) struct Queued {
+    pub(super) header: Header,
+    pub(super) fds: Fds,
+    pub(super) body: Vec<u8>,
+    pub(super) fits: Fits,
 }
 
 /// A command.
@@ -141,6 +150,37 @@ impl Link {
             dma_limit,
             waker: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
+    }
+
+    /// Goes on where another process has stopped: with what it had received, commands that wait, and its last id.
+    pub(super) fn import(
+        &self,
+        (bytes, fds): Received,
+        queue: Vec<Queued>,
+        next_id: u16,
+        foreign_dma: bool,
+    ) -> Result<(), ConnectionError> {
+        self.foreign_dma.store(foreign_dma, Relaxed);
+        let mut shared = self.lock();
+        let receiver = shared.receiver.take().and_then(|receiver| receiver.import(&bytes, fds));
+        shared.receiver = Some(Box::new(receiver.ok_or(TOO_MUCH)?));
+        shared.queued_bytes = queue.iter().map(|queued| queued.body.len()).sum();
+        shared.queued_fds = queue.iter().map(|queued| queued.fds.fds.len()).sum();
+        shared.queue = queue.into();
+        shared.next_id = next_id;
+        Ok(())
+    }
+
+    /// The same for its twin socket.
+    pub(super) fn import_twin(
+        &self,
+        socket: Foreign<UnixStream>,
+        message_limit: Duration,
+        next_id: u16,
+        received: Received,
+    ) -> Result<(), ConnectionError> {
+        let twin = Twin::import(socket, message_limit, next_id, received)?;
+        self.twin.set(twin).map_err(|_| ConnectionError::Broken("two twin sockets"))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {

@@ -16,6 +16,7 @@ mod data;
 mod dma;
 mod doors;
 mod feature;
+mod handover;
 mod info;
 mod interrupts;
 mod link;
@@ -25,8 +26,8 @@ mod stream;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use limosa_device::Machine;
@@ -37,6 +38,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use connection::Connection;
 use doors::Doors;
+use handover::Adopted;
+pub use handover::{Replaced, Replacing, SwitchOver};
 
 use crate::connection::ConnectionError;
 
@@ -122,20 +125,33 @@ impl AsFd for ShutdownHandle {
 }
 
 /// A device that listens for its clients.
-#[derive(Debug)]
 pub struct Server {
     door: Door,
     control: Option<Door>,
     machine: Arc<Machine>,
     options: Options,
     shutdown: ShutdownHandle,
+    doors: Doors,
+    /// Connections that another process has served, until they are served here.
+    adopted: Mutex<Vec<Adopted>>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server")
+            .field("door", &self.door)
+            .field("control", &self.control)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A socket that listens.
 #[derive(Debug)]
 struct Door {
-    /// Before the listener, so that it is removed while it is known to be a live server's.
-    path: Option<SocketPath>,
+    /// Where, if it was made here.
+    name: Option<PathBuf>,
+    /// Before the listener, so that it is removed while it is known to be a live server's. `None` once another process has it.
+    path: Mutex<Option<SocketPath>>,
     /// Connections that nobody accepted are closed with it, and with them what they were sent.
     listener: Foreign<UnixListener>,
 }
@@ -143,8 +159,13 @@ struct Door {
 impl Door {
     fn bind(path: &Path, access: &SocketAccess) -> io::Result<Door> {
         let (path, listener) = limosa_host::listen(path, access)?;
+        Door::new(Some(path), listener)
+    }
+
+    fn new(path: Option<SocketPath>, listener: UnixListener) -> io::Result<Door> {
         listener.set_nonblocking(true)?;
-        Ok(Door { path: Some(path), listener: Foreign::new(listener) })
+        let name = path.as_ref().map(|path| path.path().to_owned());
+        Ok(Door { name, path: Mutex::new(path), listener: Foreign::new(listener) })
     }
 }
 
@@ -154,7 +175,7 @@ impl Server {
     /// have, else the system's error. The socket is removed when the server is dropped, if the path still leads to it.
     pub fn bind(path: impl AsRef<Path>, machine: Arc<Machine>, options: Options) -> io::Result<Server> {
         let door = Door::bind(path.as_ref(), &options.socket)?;
-        Ok(Server { door, control: None, machine, options, shutdown: ShutdownHandle::new()? })
+        Server::new(door, machine, options)
     }
 
     /// Serves a socket that listens already: socket activation, or one made with other rights. It
@@ -164,9 +185,12 @@ impl Server {
         machine: Arc<Machine>,
         options: Options,
     ) -> io::Result<Server> {
-        listener.set_nonblocking(true)?;
-        let door = Door { path: None, listener: Foreign::new(listener) };
-        Ok(Server { door, control: None, machine, options, shutdown: ShutdownHandle::new()? })
+        Server::new(Door::new(None, listener)?, machine, options)
+    }
+
+    fn new(door: Door, machine: Arc<Machine>, options: Options) -> io::Result<Server> {
+        let (doors, adopted) = (Doors::default(), Mutex::default());
+        Ok(Server { door, control: None, machine, options, shutdown: ShutdownHandle::new()?, doors, adopted })
     }
 
     /// Listens for control clients at another path as well: whoever may connect there may move the device. Fails as
@@ -177,7 +201,7 @@ impl Server {
 
     /// Where it listens, when it made the socket.
     pub fn path(&self) -> Option<&Path> {
-        self.door.path.as_ref().map(SocketPath::path)
+        self.door.name.as_deref()
     }
 
     /// Ends [`Server::serve`].
@@ -185,24 +209,31 @@ impl Server {
         self.shutdown.clone()
     }
 
-    /// Serves clients until shut down. Fails when no connection can be accepted any more, not for what a client does.
+    /// Serves clients until shut down, or until another process serves them ([`Server::is_given`]). Fails when no connection can be accepted any more, not for what a client does.
     pub fn serve(&self) -> io::Result<()> {
-        let doors = Doors::default();
         std::thread::scope(|scope| {
-            let served = self.accept(scope, &doors);
-            end_connections(&doors);
+            let adopted = std::mem::take(&mut *self.adopted.lock().unwrap_or_else(PoisonError::into_inner));
+            for adopted in adopted {
+                self.doors.expect();
+                self.start(scope, Come::Adopted(Box::new(adopted)));
+            }
+            let served = self.accept(scope);
+            if !self.doors.is_given() {
+                end_connections(&self.doors);
+            }
             served
         })
     }
 
-    fn accept<'scope>(
-        &'scope self,
-        scope: &'scope std::thread::Scope<'scope, '_>,
-        doors: &'scope Doors,
-    ) -> io::Result<()> {
+    /// Whether another process serves the device now.
+    pub fn is_given(&self) -> bool {
+        self.doors.is_given()
+    }
+
+    fn accept<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>) -> io::Result<()> {
         loop {
             let ready = self.wait_for_client()?;
-            if self.shutdown.is_shut_down() {
+            if self.shutdown.is_shut_down() || self.doors.is_given() {
                 return Ok(());
             }
             if !limosa_foreign_fd::keeps_up(Duration::ZERO) {
@@ -212,45 +243,59 @@ impl Server {
                 self.pause();
                 continue;
             }
-            if doors.count() >= doors::CONNECTIONS_MAX {
+            if self.doors.count() >= doors::CONNECTIONS_MAX {
                 tracing::warn!("no further client is served, as there are {}", doors::CONNECTIONS_MAX);
                 self.pause();
                 continue;
             }
             for (by_control_door, door) in ready {
-                match door.listener.accept() {
-                    Ok((stream, _)) => self.start(scope, doors, stream, by_control_door),
-                    Err(error) if is_passing(&error) => {
-                        tracing::debug!(%error, "a connection was gone before it was accepted");
+                if !self.doors.expect() {
+                    return Ok(());
+                }
+                let error = match door.listener.accept() {
+                    Ok((stream, _)) => {
+                        self.start(scope, Come::New(Foreign::new(stream), by_control_door));
+                        continue;
                     }
-                    Err(error) if is_lack(&error) => {
-                        // The client stays in the queue until there is room again.
-                        tracing::warn!(%error, "no room for a connection");
-                        self.pause();
-                    }
-                    Err(error) => return Err(error),
+                    Err(error) => error,
+                };
+                self.doors.expect_no_more();
+                if is_passing(&error) {
+                    tracing::debug!(%error, "a connection was gone before it was accepted");
+                } else if is_lack(&error) {
+                    // The client stays in the queue until there is room again.
+                    tracing::warn!(%error, "no room for a connection");
+                    self.pause();
+                } else {
+                    return Err(error);
                 }
             }
         }
     }
 
     /// Serves a connection on a thread of its own.
-    fn start<'scope>(
-        &'scope self,
-        scope: &'scope std::thread::Scope<'scope, '_>,
-        doors: &'scope Doors,
-        stream: UnixStream,
-        by_control_door: bool,
-    ) {
-        let stream = Foreign::new(stream);
-        let serve =
-            move || match Connection::new(stream, &self.machine, &self.options, doors, by_control_door) {
-                Ok(mut connection) => _ = connection.serve(),
-                Err(error) => tracing::warn!(%error, "a connection could not be set up"),
-            };
+    fn start<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>, come: Come) {
+        let serve = move || match self.connection(come) {
+            Ok(mut connection) => _ = connection.serve(),
+            Err(error) => {
+                self.doors.expect_no_more();
+                tracing::warn!(%error, "a connection could not be set up");
+            }
+        };
         if let Err(error) = std::thread::Builder::new().name("vfio-user".into()).spawn_scoped(scope, serve) {
+            self.doors.expect_no_more();
             tracing::warn!(%error, "no thread for a connection, which is closed");
             self.pause();
+        }
+    }
+
+    fn connection(&self, come: Come) -> Result<Connection<'_>, ConnectionError> {
+        let Server { machine, options, doors, .. } = self;
+        match come {
+            Come::New(stream, by_control_door) => {
+                Connection::new(stream, machine, options, doors, by_control_door)
+            }
+            Come::Adopted(adopted) => adopted.connection(machine, options, doors),
         }
     }
 
@@ -276,6 +321,13 @@ impl Server {
         let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
         let _ = poll(&mut [PollFd::new(&self.shutdown, PollFlags::IN)], Some(&pause));
     }
+}
+
+/// A connection to be served.
+enum Come {
+    /// One that was accepted, and whether by the door for control clients.
+    New(Foreign<UnixStream>, bool),
+    Adopted(Box<Adopted>),
 }
 
 /// Ends all connections: first no more requests; then, for a client that does not take its reply, everything.

@@ -33,6 +33,7 @@ pub(super) struct Parked {
 }
 
 /// A request as it came.
+#[derive(Clone, Debug)]
 pub(super) struct Access {
     pub(super) header: Header,
     pub(super) body: Vec<u8>,

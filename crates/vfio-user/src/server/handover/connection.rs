@@ -1,0 +1,230 @@
+//! A connection on its way to another process.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use limosa_device::Machine;
+use limosa_foreign_fd::{Foreign, ForeignFd};
+use limosa_switch_over::{Item, Refusal};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::LaterMemory;
+use super::record::{self, broken, copy, encode, kind};
+use crate::codec::Header;
+use crate::connection::{ConnectionError, Fds};
+use crate::server::connection::Connection;
+use crate::server::doors::{Doors, State};
+use crate::server::link::{Fits, Link, Queued};
+use crate::server::parked::Access;
+use crate::server::{Options, link};
+use crate::version::Limits;
+
+/// Bytes and fds that were received, as [`crate::connection::Receiver::export`] has them.
+pub(in crate::server) type Received = (Vec<u8>, Vec<(u64, Option<ForeignFd>)>);
+
+/// A connection that another process has served.
+pub(in crate::server) struct Adopted {
+    socket: Foreign<UnixStream>,
+    twin: Option<(Foreign<UnixStream>, u16)>,
+    state: State,
+    foreign_dma: bool,
+    next_id: u16,
+    received: Received,
+    twin_received: Received,
+    queue: Vec<Queued>,
+    memory: Option<Arc<LaterMemory>>,
+}
+
+pub(super) fn export(device: u16, link: &Link, state: &State) -> Result<Vec<Item>, Refusal> {
+    let mut items = Vec::new();
+    let shared = link.lock();
+    let head = record::Connection {
+        limits: state.limits.map(|limits| record::Limits {
+            minor: limits.minor,
+            msg_fds_max: limits.msg_fds_max,
+            data_xfer_bytes_max: limits.data_xfer_bytes_max,
+            dma_maps_max: limits.dma_maps_max,
+            page_sizes: limits.page_sizes,
+            write_multiple: limits.write_multiple,
+            twin_socket: limits.twin_socket,
+        }),
+        by_control_door: state.by_control_door,
+        foreign_dma: link.foreign_dma.load(std::sync::atomic::Ordering::Relaxed),
+        next_id: shared.next_id,
+        twin_next_id: link.twin.get().map(|twin| twin.next_id()),
+    };
+    let mut fds = vec![copy(link.socket())?];
+    if let Some(twin) = link.twin.get() {
+        fds.push(copy(twin.socket())?);
+    }
+    items.push(encode(kind::CONNECTION, device, &head)?.with_fds(fds));
+    let receiver = shared.receiver.as_ref().ok_or_else(|| {
+        Refusal::of_device(device, "its memory is being read by messages; try again when that is done")
+    })?;
+    let (bytes, fds) = receiver.export();
+    items.push(received(device, false, bytes, fds)?);
+    if let Some(twin) = link.twin.get() {
+        let twin = twin.lock();
+        let (bytes, fds) = twin.receiver.export();
+        items.push(received(device, true, bytes, fds)?);
+    }
+    if !state.unanswered.is_empty() {
+        let (header, body) = state.unanswered.split_at(Header::BYTES);
+        items.push(message(kind::QUEUED, device, header, body, (false, 0), 0)?);
+    }
+    for queued in &shared.queue {
+        let how = (queued.fds.truncated, fits_number(queued.fits));
+        let item = message(kind::QUEUED, device, queued.header.as_bytes(), &queued.body, how, 0)?;
+        let fds = queued.fds.fds.iter().map(|fd| copy(fd.as_fd())).collect::<Result<Vec<_>, _>>()?;
+        items.push(item.with_fds(fds));
+    }
+    for access in &state.parked {
+        let Access { header, body, writes_done } = access;
+        items.push(message(kind::PARKED, device, header.as_bytes(), body, (false, 0), *writes_done)?);
+    }
+    Ok(items)
+}
+
+fn message(
+    kind: u16,
+    device: u16,
+    header: &[u8],
+    body: &[u8],
+    (fds_truncated, fits): (bool, u8),
+    writes_done: usize,
+) -> Result<Item, Refusal> {
+    let (header, body) = (header.to_vec(), body.to_vec());
+    encode(kind, device, &record::Message { header, body, fds_truncated, fits, writes_done })
+}
+
+fn received<'a>(
+    device: u16,
+    twin: bool,
+    bytes: &[u8],
+    fds: impl Iterator<Item = (u64, Option<&'a ForeignFd>)>,
+) -> Result<Item, Refusal> {
+    let (mut positions, mut copies) = (Vec::new(), Vec::new());
+    for (position, fd) in fds {
+        positions.push((position, fd.is_some()));
+        copies.extend(fd.map(|fd| copy(fd.as_fd())).transpose()?);
+    }
+    let item =
+        encode(kind::RECEIVED, device, &record::Received { twin, bytes: bytes.to_vec(), fds: positions })?;
+    Ok(item.with_fds(copies))
+}
+
+fn fits_number(fits: Fits) -> u8 {
+    match fits {
+        Fits::Yes => 0,
+        Fits::Drained => 1,
+        Fits::Late => 2,
+        Fits::Ends => 3,
+    }
+}
+
+impl Adopted {
+    /// CONNECTION; what follows belongs to it.
+    pub(super) fn new(mut item: Item) -> Result<Adopted, Refusal> {
+        let head: record::Connection = record::decode(&item)?;
+        let wrong = |what: &str| broken(item.kind, item.device, &what);
+        if item.fds.len() != 1 + usize::from(head.twin_next_id.is_some()) {
+            return Err(wrong("another number of sockets than it says"));
+        }
+        let mut sockets =
+            item.fds.drain(..).map(|fd| fd.into_unix_stream().map_err(|_| wrong("a file that is no socket")));
+        let socket = sockets.next().ok_or_else(|| wrong("no socket"))??;
+        let twin = match (sockets.next(), head.twin_next_id) {
+            (Some(twin), Some(id)) => Some((twin?, id)),
+            _ => None,
+        };
+        let limits = head.limits.map(|limits| Limits {
+            minor: limits.minor,
+            msg_fds_max: limits.msg_fds_max.min(crate::version::MSG_FDS_MAX),
+            data_xfer_bytes_max: limits.data_xfer_bytes_max.clamp(1, crate::version::DATA_XFER_BYTES_MAX),
+            dma_maps_max: limits.dma_maps_max,
+            page_sizes: limits.page_sizes,
+            write_multiple: limits.write_multiple,
+            twin_socket: limits.twin_socket,
+        });
+        let state = State { limits, by_control_door: head.by_control_door, ..State::default() };
+        let (received, twin_received) = Default::default();
+        let (foreign_dma, next_id) = (head.foreign_dma, head.next_id);
+        Ok(Adopted {
+            socket,
+            twin,
+            state,
+            foreign_dma,
+            next_id,
+            received,
+            twin_received,
+            queue: Vec::new(),
+            memory: None,
+        })
+    }
+
+    /// Whether it has a version, and so is the VMM's.
+    pub(super) fn is_vmms(&self) -> bool {
+        self.state.limits.is_some()
+    }
+
+    /// The device's memory by messages is reached by this connection.
+    pub(super) fn reaches(&mut self, memory: Arc<LaterMemory>) {
+        self.memory = Some(memory);
+    }
+
+    /// RECEIVED, QUEUED or PARKED.
+    pub(super) fn add(&mut self, mut item: Item) -> Result<(), Refusal> {
+        let wrong = |item: &Item, what: &str| broken(item.kind, item.device, &what);
+        if item.kind == kind::RECEIVED {
+            let received: record::Received = record::decode(&item)?;
+            if received.fds.iter().filter(|(_, kept)| *kept).count() != item.fds.len() {
+                return Err(wrong(&item, "another number of fds than it says"));
+            }
+            let mut came = item.fds.drain(..);
+            let fds =
+                received.fds.iter().map(|(at, kept)| (*at, if *kept { came.next() } else { None })).collect();
+            let to = if received.twin { &mut self.twin_received } else { &mut self.received };
+            *to = (received.bytes, fds);
+            return Ok(());
+        }
+        let message: record::Message = record::decode(&item)?;
+        let header = Header::read_from_bytes(&message.header).map_err(|_| wrong(&item, "no whole header"))?;
+        let fits = match message.fits {
+            0 => Fits::Yes,
+            1 => Fits::Drained,
+            2 => Fits::Late,
+            _ => Fits::Ends,
+        };
+        if message.body.len() > link::MESSAGE_BYTES_MAX {
+            return Err(wrong(&item, "a message that is too long"));
+        }
+        if item.kind == kind::PARKED {
+            self.state.parked.push(Access { header, body: message.body, writes_done: message.writes_done });
+        } else {
+            let fds = Fds { fds: std::mem::take(&mut item.fds), truncated: message.fds_truncated };
+            self.queue.push(Queued { header, fds, body: message.body, fits });
+        }
+        Ok(())
+    }
+
+    /// On the thread that serves it.
+    pub(in crate::server) fn connection<'a>(
+        self,
+        machine: &'a Arc<Machine>,
+        options: &'a Options,
+        doors: &'a Doors,
+    ) -> Result<Connection<'a>, ConnectionError> {
+        let connection = Connection::new(self.socket, machine, options, doors, self.state.by_control_door)?;
+        let link = connection.link();
+        link.import(self.received, self.queue, self.next_id, self.foreign_dma)?;
+        if let Some((twin, next_id)) = self.twin {
+            link.import_twin(twin, options.message_limit, next_id, self.twin_received)?;
+        }
+        let connection = connection.adopt(self.state);
+        if let Some(memory) = self.memory {
+            memory.set(connection.memory());
+        }
+        Ok(connection)
+    }
+}

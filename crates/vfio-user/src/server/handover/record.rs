@@ -1,0 +1,311 @@
+//! What is handed over, as items (`docs/switch-over.md: items`). What comes from the other process is checked anew.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use limosa_device::{DirtyWords, ExportedLog, ExportedMapping, MemoryKind, VectorState, WiringState};
+use limosa_foreign_fd::ForeignFd;
+use limosa_protocol::feature::DmaLoggingRange;
+use limosa_protocol::info::DmaMapFlags;
+use limosa_switch_over::{ITEM_FDS_MAX, Item, Refusal};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// The kinds of items.
+pub(super) mod kind {
+    pub const OFFER: u16 = 1;
+    pub const FILES: u16 = 2;
+    pub const MAPPINGS: u16 = 3;
+    pub const LISTENER: u16 = 4;
+    pub const CONNECTION: u16 = 5;
+    pub const RECEIVED: u16 = 6;
+    pub const QUEUED: u16 = 7;
+    pub const PARKED: u16 = 8;
+    pub const WIRING: u16 = 9;
+    pub const EVENTFDS: u16 = 10;
+    pub const LOG: u16 = 11;
+    pub const DIRTY: u16 = 12;
+    pub const MACHINE: u16 = 13;
+    pub const STATE: u16 = 14;
+}
+
+/// A device, for the new server to compare with its own.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Offer {
+    pub flags: u32,
+    /// Flags, bytes, and the parts that can be mapped.
+    pub regions: Vec<(u32, u64, Vec<(u64, u64)>)>,
+    /// Flags and vectors.
+    pub irqs: Vec<(u32, u32)>,
+    pub migration: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Listener {
+    pub control: bool,
+    /// Where, if the server made it, and which socket it is.
+    pub path: Option<(std::path::PathBuf, (u64, u64))>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Connection {
+    /// What was agreed on; `None` before VERSION.
+    pub limits: Option<Limits>,
+    pub by_control_door: bool,
+    pub foreign_dma: bool,
+    pub next_id: u16,
+    /// The twin socket is its second fd, with ids of its own.
+    pub twin_next_id: Option<u16>,
+}
+
+/// [`crate::version::Limits`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Limits {
+    pub minor: u16,
+    pub msg_fds_max: usize,
+    pub data_xfer_bytes_max: u32,
+    pub dma_maps_max: u64,
+    pub page_sizes: u64,
+    pub write_multiple: bool,
+    pub twin_socket: Option<u64>,
+}
+
+/// Where bytes were received whose fds come with them.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Received {
+    pub twin: bool,
+    pub bytes: Vec<u8>,
+    /// For each fd the offset of the last byte that it came with, and whether it was kept.
+    pub fds: Vec<(u64, bool)>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Message {
+    pub header: Vec<u8>,
+    pub body: Vec<u8>,
+    pub fds_truncated: bool,
+    pub fits: u8,
+    pub writes_done: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Machine {
+    pub stopped: bool,
+    pub resets: u64,
+    pub precopy_reinit: bool,
+    pub stays: Option<[u8; 16]>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct LogHead {
+    pub page_size: u64,
+    pub everything: bool,
+    pub ranges: Vec<(u64, u64)>,
+}
+
+/// A mapping. Its file is one of FILES, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct MappingRow {
+    pub iova: u64,
+    pub size: u64,
+    pub offset: u64,
+    pub flags: u32,
+    /// 0 a mapping, 1 file I/O, 2 messages.
+    pub kind: u16,
+    pub reserved: u16,
+    pub file: u32,
+    pub reserved2: u32,
+}
+
+pub(super) fn encode(kind: u16, device: u16, record: &impl Serialize) -> Result<Item, Refusal> {
+    let bytes = serde_json::to_vec(record).map_err(|error| broken(kind, device, &error))?;
+    Ok(Item::new(kind, device, bytes))
+}
+
+pub(super) fn decode<T: DeserializeOwned>(item: &Item) -> Result<T, Refusal> {
+    serde_json::from_slice(&item.bytes).map_err(|error| broken(item.kind, item.device, &error))
+}
+
+pub(super) fn broken(kind: u16, device: u16, error: &dyn std::fmt::Display) -> Refusal {
+    let what = "expected what a server of this program hands over; use versions that belong together";
+    Refusal::of_device(device, format!("a record of kind {kind} is not understood: {error}; {what}"))
+}
+
+pub(super) fn copy(fd: impl AsFd) -> Result<ForeignFd, Refusal> {
+    let copied = rustix::io::fcntl_dupfd_cloexec(fd, 0);
+    let failed = |error| Refusal::new(format!("a file descriptor cannot be duplicated: {error}"));
+    copied.map(ForeignFd::new).map_err(failed)
+}
+
+/// The files behind mappings, each once.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    known: Vec<Arc<OwnedFd>>,
+    /// How many of them were handed over.
+    given: usize,
+}
+
+impl Files {
+    fn number(&mut self, fd: &Arc<OwnedFd>) -> u32 {
+        let at = self.known.iter().position(|known| Arc::ptr_eq(known, fd)).unwrap_or_else(|| {
+            self.known.push(Arc::clone(fd));
+            self.known.len() - 1
+        });
+        at as u32
+    }
+
+    /// The mappings, and the files that were not handed over yet.
+    pub(super) fn mappings(
+        &mut self,
+        device: u16,
+        mappings: &[ExportedMapping],
+    ) -> Result<Vec<Item>, Refusal> {
+        let row = |mapping: &ExportedMapping| MappingRow {
+            iova: mapping.iova,
+            size: mapping.size,
+            offset: mapping.offset,
+            flags: mapping.flags.bits(),
+            kind: match mapping.kind {
+                MemoryKind::File => 0,
+                MemoryKind::FileIo => 1,
+                MemoryKind::Remote => 2,
+            },
+            reserved: 0,
+            file: mapping.fd.as_ref().map_or(u32::MAX, |fd| self.number(fd)),
+            reserved2: 0,
+        };
+        let rows: Vec<_> = mappings.iter().map(row).collect();
+        let mut items = Vec::new();
+        for files in self.known[self.given..].chunks(ITEM_FDS_MAX) {
+            let fds = files.iter().map(|file| copy(file)).collect::<Result<Vec<_>, _>>()?;
+            items.push(Item::new(kind::FILES, device, Vec::new()).with_fds(fds));
+        }
+        self.given = self.known.len();
+        items.push(Item::new(kind::MAPPINGS, device, rows.as_bytes().to_vec()));
+        Ok(items)
+    }
+}
+
+pub(super) fn rows(item: &Item) -> Result<Vec<MappingRow>, Refusal> {
+    let wrong = || broken(item.kind, item.device, &"not whole rows");
+    if !item.bytes.len().is_multiple_of(size_of::<MappingRow>()) {
+        return Err(wrong());
+    }
+    let rows = item.bytes.chunks_exact(size_of::<MappingRow>());
+    rows.map(|row| MappingRow::read_from_bytes(row).map_err(|_| wrong())).collect()
+}
+
+/// A row as a mapping with its file.
+pub(super) fn mapping(
+    device: u16,
+    row: &MappingRow,
+    files: &[Arc<OwnedFd>],
+) -> Result<ExportedMapping, Refusal> {
+    let wrong = |what: &str| broken(kind::MAPPINGS, device, &what);
+    let kind = match row.kind {
+        0 => MemoryKind::File,
+        1 => MemoryKind::FileIo,
+        2 => MemoryKind::Remote,
+        _ => return Err(wrong("a mapping of an unknown kind")),
+    };
+    let fd = match kind {
+        MemoryKind::Remote => None,
+        _ => Some(
+            files
+                .get(row.file as usize)
+                .cloned()
+                .ok_or_else(|| wrong("a mapping of a file that did not come"))?,
+        ),
+    };
+    let flags = DmaMapFlags::from_bits_retain(row.flags);
+    Ok(ExportedMapping { iova: row.iova, size: row.size, flags, kind, fd, offset: row.offset })
+}
+
+/// Bits of a vector.
+const MASKED: u8 = 1;
+const PENDING: u8 = 2;
+const LEVEL: u8 = 4;
+const WIRED: u8 = 8;
+
+pub(super) fn wiring(device: u16, state: WiringState) -> Result<Vec<Item>, Refusal> {
+    let (mut eventfds, mut bits) = (Vec::new(), Vec::new());
+    for index in state.indexes {
+        let mut vectors = Vec::new();
+        for vector in index {
+            let bit = |is: bool, bit: u8| if is { bit } else { 0 };
+            vectors.push(
+                bit(vector.masked, MASKED)
+                    | bit(vector.pending, PENDING)
+                    | bit(vector.level, LEVEL)
+                    | bit(vector.eventfd.is_some(), WIRED),
+            );
+            eventfds.extend(vector.eventfd.map(ForeignFd::new));
+        }
+        bits.push(vectors);
+    }
+    let mut items = vec![encode(kind::WIRING, device, &bits)?];
+    let mut eventfds = eventfds.into_iter().peekable();
+    while eventfds.peek().is_some() {
+        let fds: Vec<ForeignFd> = eventfds.by_ref().take(ITEM_FDS_MAX).collect();
+        items.push(Item::new(kind::EVENTFDS, device, Vec::new()).with_fds(fds));
+    }
+    Ok(items)
+}
+
+pub(super) fn unwiring(
+    device: u16,
+    bits: Vec<Vec<u8>>,
+    eventfds: Vec<ForeignFd>,
+) -> Result<WiringState, Refusal> {
+    let wrong = |what: &str| broken(kind::EVENTFDS, device, &what);
+    let mut eventfds = eventfds.into_iter();
+    let mut vector = |bits: u8| {
+        let is = |bit| bits & bit != 0;
+        let eventfd = match is(WIRED) {
+            false => None,
+            true => {
+                let fd =
+                    eventfds.next().ok_or_else(|| wrong("fewer eventfds than vectors that are wired"))?;
+                Some(fd.into_eventfd().map_err(|_| wrong("a file that is no eventfd"))?)
+            }
+        };
+        Ok(VectorState { eventfd, masked: is(MASKED), pending: is(PENDING), level: is(LEVEL) })
+    };
+    let indexes = bits.into_iter().map(|index| index.into_iter().map(&mut vector).collect());
+    Ok(WiringState { indexes: indexes.collect::<Result<_, Refusal>>()? })
+}
+
+pub(super) fn log(device: u16, log: &ExportedLog) -> Result<Vec<Item>, Refusal> {
+    let ranges = log.ranges.iter().map(|range| (range.iova, range.length)).collect();
+    let head = LogHead { page_size: log.page_size, everything: log.everything, ranges };
+    let mut items = vec![encode(kind::LOG, device, &head)?];
+    for dirty in &log.dirty {
+        let mut bytes = [dirty.iova, dirty.pages].as_bytes().to_vec();
+        bytes.extend_from_slice(dirty.words.as_bytes());
+        items.push(Item::new(kind::DIRTY, device, bytes));
+    }
+    Ok(items)
+}
+
+pub(super) fn log_head(item: &Item) -> Result<ExportedLog, Refusal> {
+    let LogHead { page_size, everything, ranges } = decode(item)?;
+    let range = |(iova, length)| DmaLoggingRange { iova, length };
+    Ok(ExportedLog {
+        page_size,
+        everything,
+        ranges: ranges.into_iter().map(range).collect(),
+        dirty: Vec::new(),
+    })
+}
+
+pub(super) fn dirty(item: &Item) -> Result<DirtyWords, Refusal> {
+    let mut words: Vec<u64> =
+        item.bytes.chunks_exact(8).map(|word| u64::read_from_bytes(word).unwrap_or(0)).collect();
+    if words.len() < 2 || !item.bytes.len().is_multiple_of(8) {
+        return Err(broken(item.kind, item.device, &"not whole words"));
+    }
+    let rest = words.split_off(2);
+    Ok(DirtyWords { iova: words[0], pages: words[1], words: rest })
+}

@@ -1,0 +1,372 @@
+//! The new server's side.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use limosa_device::{ClientId, ExportedLog, Kept, Machine, RemoteMemory, WiringState};
+use limosa_host::SocketPath;
+use limosa_protocol::Errno;
+use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
+use rustix::net::sockopt::socket_acceptconn;
+
+use super::connection::Adopted;
+use super::give::offer_of;
+use super::record::{self, MappingRow, Offer, broken, decode, kind};
+use crate::server::dma::ClientMemory;
+use crate::server::{Door, Options, Server};
+
+/// Devices that are to take the place of another process' devices, in the same order.
+pub struct Replacing {
+    devices: Vec<New>,
+}
+
+/// The servers, ready to [serve](Server::serve) the clients that the other process has served.
+pub type Replaced = Vec<Server>;
+
+struct New {
+    machine: Arc<Machine>,
+    options: Options,
+    files: Vec<Arc<OwnedFd>>,
+    rows: Vec<MappingRow>,
+    door: Option<(record::Listener, UnixListener)>,
+    control: Option<(record::Listener, UnixListener)>,
+    client: Option<ClientId>,
+    wiring_bits: Vec<Vec<u8>>,
+    eventfds: Vec<limosa_foreign_fd::ForeignFd>,
+    wiring: WiringState,
+    log: Option<ExportedLog>,
+    kept: Option<Kept>,
+    connections: Vec<Adopted>,
+    memory: Arc<LaterMemory>,
+    /// Whether it is the door for control clients, where it is, and which socket that is.
+    paths: Vec<(bool, PathBuf, (u64, u64))>,
+    server: Option<Server>,
+}
+
+/// Memory by messages, until its connection is served here.
+#[derive(Default)]
+pub(in crate::server) struct LaterMemory {
+    memory: Mutex<Option<Arc<ClientMemory>>>,
+    is_there: Condvar,
+}
+
+/// How long an access waits for the connection.
+const CONNECTION_WAIT: Duration = Duration::from_secs(3);
+
+impl LaterMemory {
+    pub(in crate::server) fn set(&self, memory: ClientMemory) {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(memory));
+        self.is_there.notify_all();
+    }
+
+    fn get(&self) -> Result<Arc<ClientMemory>, Errno> {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.is_there.wait_timeout_while(memory, CONNECTION_WAIT, |memory| memory.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.clone().ok_or(Errno::ENOTCONN)
+    }
+}
+
+impl RemoteMemory for LaterMemory {
+    fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.get()?.read(iova, data)
+    }
+
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        self.get()?.write(iova, data)
+    }
+}
+
+impl Replacing {
+    /// These machines, which are new, and how to serve each.
+    pub fn new(devices: impl IntoIterator<Item = (Arc<Machine>, Options)>) -> Replacing {
+        let new = |(machine, options)| New {
+            machine,
+            options,
+            files: Vec::new(),
+            rows: Vec::new(),
+            door: None,
+            control: None,
+            client: None,
+            wiring_bits: Vec::new(),
+            eventfds: Vec::new(),
+            wiring: WiringState::default(),
+            log: None,
+            kept: None,
+            connections: Vec::new(),
+            memory: Arc::default(),
+            paths: Vec::new(),
+            server: None,
+        };
+        Replacing { devices: devices.into_iter().map(new).collect() }
+    }
+
+    fn device(&mut self, item: &Item) -> Result<&mut New, Refusal> {
+        let missing = || broken(item.kind, item.device, &"it is for a device that is not there");
+        self.devices.get_mut(item.device as usize).ok_or_else(missing)
+    }
+}
+
+impl Taker for Replacing {
+    type Server = Replaced;
+
+    fn check(&mut self, offer: Vec<Item>) -> Result<(), Refusal> {
+        if offer.len() != self.devices.len() {
+            let (theirs, ours) = (offer.len(), self.devices.len());
+            let what =
+                format!("it has {theirs} devices, and the new server {ours}: start it with the same devices");
+            return Err(Refusal::new(what));
+        }
+        for item in offer {
+            let theirs: Offer = decode(&item)?;
+            let new = self.device(&item)?;
+            let flags = new.machine.migration_flags();
+            let flags =
+                flags.ok_or_else(|| Refusal::of_device(item.device, "the new device has no migration"))?;
+            let ours = offer_of(new.machine.description(), flags);
+            if let Some(what) = difference(&theirs, &ours) {
+                let what = format!(
+                    "{what}; start the new server with the same options, or a version that keeps them"
+                );
+                return Err(Refusal::of_device(item.device, what));
+            }
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
+        for item in items {
+            let new = self.device(&item)?;
+            match item.kind {
+                kind::FILES => new.add_files(item),
+                kind::MAPPINGS => new.map(&item)?,
+                kind::LISTENER => new.listen(item)?,
+                other => return Err(broken(other, item.device, &"it comes too early")),
+            }
+        }
+        match self.devices.iter().position(|new| new.door.is_none()) {
+            Some(device) => Err(broken(kind::LISTENER, device as u16, &"it has no socket")),
+            None => Ok(()),
+        }
+    }
+
+    fn load(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
+        for item in items {
+            let device = item.device;
+            let new = self.device(&item)?;
+            match item.kind {
+                kind::FILES => new.add_files(item),
+                kind::MAPPINGS => new.map(&item)?,
+                kind::STATE => new.load(item)?,
+                kind::WIRING => new.wiring_bits = decode(&item)?,
+                kind::EVENTFDS => new.eventfds.extend(item.fds),
+                kind::LOG => new.log = Some(record::log_head(&item)?),
+                kind::DIRTY => {
+                    let log =
+                        new.log.as_mut().ok_or_else(|| broken(kind::DIRTY, device, &"there is no log"))?;
+                    log.dirty.push(record::dirty(&item)?);
+                }
+                kind::MACHINE => {
+                    let record::Machine { stopped, resets, precopy_reinit, stays } = decode(&item)?;
+                    new.kept = Some(Kept { stopped, resets, precopy_reinit, stays });
+                }
+                kind::CONNECTION => new.connections.push(Adopted::new(item)?),
+                kind::RECEIVED | kind::QUEUED | kind::PARKED => {
+                    let none = || broken(item.kind, device, &"it belongs to no connection");
+                    new.connections.last_mut().ok_or_else(none)?.add(item)?;
+                }
+                other => return Err(broken(other, device, &"this version does not know it")),
+            }
+        }
+        (0..).zip(&mut self.devices).try_for_each(|(device, new)| new.complete(device))
+    }
+
+    fn run(self, commit: Commit<'_>) -> Result<(Committed, Replaced), Withdrawn> {
+        // Room is made before: nothing fails from here on.
+        let mut servers = Vec::with_capacity(self.devices.len());
+        let committed = commit.commit()?;
+        for new in self.devices {
+            servers.extend(new.serve());
+        }
+        Ok((committed, servers))
+    }
+}
+
+/// How two devices differ, if they do.
+fn difference(theirs: &Offer, ours: &Offer) -> Option<String> {
+    if theirs.regions.len() != ours.regions.len() || theirs.irqs.len() != ours.irqs.len() {
+        return Some(format!(
+            "it has {} regions and {} interrupt indexes, and the new device {} and {}",
+            theirs.regions.len(),
+            theirs.irqs.len(),
+            ours.regions.len(),
+            ours.irqs.len()
+        ));
+    }
+    let region = theirs.regions.iter().zip(&ours.regions).position(|(theirs, ours)| theirs != ours);
+    let irq = theirs.irqs.iter().zip(&ours.irqs).position(|(theirs, ours)| theirs != ours);
+    if let Some(at) = region {
+        return Some(format!(
+            "region {at} is {:?}, and the new device's {:?}",
+            theirs.regions[at], ours.regions[at]
+        ));
+    }
+    if let Some(at) = irq {
+        return Some(format!(
+            "interrupt {at} is {:?}, and the new device's {:?}",
+            theirs.irqs[at], ours.irqs[at]
+        ));
+    }
+    if theirs.flags != ours.flags {
+        return Some(format!("its flags are {:#x}, and the new device's {:#x}", theirs.flags, ours.flags));
+    }
+    let lost = theirs.migration & !ours.migration;
+    (lost != 0).then(|| format!("its migration has the flags {lost:#x}, which the new device has not"))
+}
+
+impl New {
+    fn add_files(&mut self, item: Item) {
+        self.files.extend(item.fds.into_iter().map(|fd| Arc::new(fd.into_inner())));
+    }
+
+    /// Maps what differs from what is mapped.
+    fn map(&mut self, item: &Item) -> Result<(), Refusal> {
+        let rows = record::rows(item)?;
+        let failed = |row: &MappingRow, what: &dyn std::fmt::Display| {
+            let MappingRow { iova, size, .. } = row;
+            Refusal::of_device(
+                item.device,
+                format!("{size:#x} bytes of memory at {iova:#x} cannot be mapped: {what}"),
+            )
+        };
+        let mappings = self.machine.mappings();
+        for row in self.rows.iter().filter(|row| !rows.contains(row)) {
+            mappings.unmap(row.iova, row.size).map_err(|errno| failed(row, &errno))?;
+        }
+        let remote: Arc<dyn RemoteMemory> = Arc::clone(&self.memory) as _;
+        for row in rows.iter().filter(|row| !self.rows.contains(row)) {
+            let mapping = record::mapping(item.device, row, &self.files)?;
+            let mapping =
+                mapping.to_mapping(self.options.any_file, &remote).map_err(|error| failed(row, &error))?;
+            mappings.map(mapping).map_err(|errno| failed(row, &errno))?;
+        }
+        self.rows = rows;
+        Ok(())
+    }
+
+    fn listen(&mut self, mut item: Item) -> Result<(), Refusal> {
+        let listener: record::Listener = decode(&item)?;
+        let wrong = |what: &str| broken(kind::LISTENER, item.device, &what);
+        let fd = item.fds.pop().ok_or_else(|| wrong("no socket"))?;
+        let socket = fd.into_unix_stream().map_err(|_| wrong("a file that is no UNIX socket"))?;
+        if !socket_acceptconn(&*socket).unwrap_or(false) {
+            return Err(wrong("a socket that does not listen"));
+        }
+        let socket = UnixListener::from(OwnedFd::from(socket.into_inner()));
+        let to = if listener.control { &mut self.control } else { &mut self.door };
+        *to = Some((listener, socket));
+        Ok(())
+    }
+
+    fn load(&mut self, mut item: Item) -> Result<(), Refusal> {
+        let device = item.device;
+        let failed = |what: &dyn std::fmt::Display| {
+            let what =
+                format!("the new device does not take its state: {what}; the log of the new server says why");
+            Refusal::of_device(device, what)
+        };
+        let bytes = <[u8; 8]>::try_from(item.bytes.as_slice()).map(u64::from_ne_bytes);
+        let bytes = bytes.map_err(|_| broken(kind::STATE, device, &"no length"))?;
+        let file = item.fds.pop().and_then(|fd| fd.into_memory().ok());
+        let file = File::from(file.ok_or_else(|| broken(kind::STATE, device, &"no memory file"))?);
+        let client = self.machine.begin_replacing().map_err(|errno| failed(&errno))?;
+        let session = self.machine.session().ok_or_else(|| failed(&"it has no session"))?;
+        let (mut at, mut spare) = (0, Vec::new());
+        while at < bytes {
+            let want = usize::try_from(bytes - at).unwrap_or(usize::MAX).min(super::PIECE_BYTES);
+            let filled = self.machine.data_fill(session, want, &mut spare, |into| {
+                file.read_exact_at(into, at).map(|()| into.len())
+            });
+            at += filled.map_err(|error| failed(&error))?.map_err(|errno| failed(&errno))? as u64;
+        }
+        self.machine.loaded(client).map_err(|errno| failed(&errno))?;
+        self.client = Some(client);
+        Ok(())
+    }
+
+    /// All that can fail beside the state.
+    fn complete(&mut self, device: u16) -> Result<(), Refusal> {
+        let missing =
+            |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
+        self.client.ok_or_else(|| missing("its state"))?;
+        self.kept.ok_or_else(|| missing("what it keeps"))?;
+        if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
+            return Err(broken(kind::CONNECTION, device, &"two VMMs"));
+        }
+        let bits = std::mem::take(&mut self.wiring_bits);
+        let irqs = &self.machine.description().irqs;
+        let fits = bits.len() == irqs.len()
+            && bits.iter().zip(irqs).all(|(bits, irq)| bits.len() == irq.count as usize);
+        if !fits {
+            return Err(broken(kind::WIRING, device, &"other interrupts than the device has"));
+        }
+        self.wiring = record::unwiring(device, bits, std::mem::take(&mut self.eventfds))?;
+        if let Some(log) = self.log.take() {
+            let failed =
+                |errno| Refusal::of_device(device, format!("its dirty log cannot be taken over: {errno}"));
+            self.machine.mappings().import_log(&log).map_err(failed)?;
+            self.machine.log_is_vmms();
+        }
+        let failed = |error| Refusal::of_device(device, format!("it cannot be served: {error}"));
+        self.server = Some(self.make_server().map_err(failed)?);
+        Ok(())
+    }
+
+    /// A server that serves once it may.
+    fn make_server(&mut self) -> std::io::Result<Server> {
+        let mut door = |listener: Option<(record::Listener, UnixListener)>| -> std::io::Result<Option<Door>> {
+            let Some((listener, socket)) = listener else { return Ok(None) };
+            let mut door = Door::new(None, socket)?;
+            if let Some((path, identity)) = listener.path {
+                door.name = Some(path.clone());
+                self.paths.push((listener.control, path, identity));
+            }
+            Ok(Some(door))
+        };
+        let (vmm, control) = (self.door.take(), self.control.take());
+        let (vmm, control) = (door(vmm)?, door(control)?);
+        let vmm = vmm.ok_or(std::io::ErrorKind::NotFound)?;
+        let server = Server::new(vmm, Arc::clone(&self.machine), self.options.clone())?;
+        let memory = Arc::clone(&self.memory);
+        let mut adopted = std::mem::take(&mut self.connections);
+        if let Some(vmms) = adopted.iter_mut().find(|connection| connection.is_vmms()) {
+            vmms.reaches(memory);
+        }
+        *server.adopted.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
+        Ok(Server { control, ..server })
+    }
+
+    /// Serves, from now on.
+    fn serve(self) -> Option<Server> {
+        let New { machine, client, wiring, kept, paths, server, .. } = self;
+        let server = server?;
+        if let Err(errno) = machine.wiring().adopt(wiring) {
+            tracing::error!(%errno, "interrupts could not be taken over");
+        }
+        if let Err(errno) = machine.replace(client?, kept?) {
+            tracing::error!(%errno, "the device does not run in its new server");
+        }
+        for (control, path, identity) in paths {
+            let door = if control { server.control.as_ref()? } else { &server.door };
+            match SocketPath::adopt(&path, identity, &door.listener) {
+                Ok(path) => *door.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(path),
+                Err(error) => tracing::warn!(%error, "the socket is served, and not removed at the end"),
+            }
+        }
+        Some(server)
+    }
+}
