@@ -1,0 +1,320 @@
+//! A server that another one replaces under its clients: both in this process, over real sockets.
+
+mod common;
+
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use common::raw::*;
+use limosa_client::{Device, DeviceExt, DmaMap, DmaMemory, IrqAction};
+use limosa_device::saved::Section;
+use limosa_device::{Bus, Description, Fault, Machine, Region, SimpleModel, Whole, WholeState};
+use limosa_models::synthetic::{Synthetic, SyntheticConfig};
+use limosa_protocol::info::{DmaMapFlags, RegionFlags};
+use limosa_protocol::{Errno, State};
+use limosa_switch_over::{Error, GiveOptions, Given, OldServer, TakeOptions, TakeOver, take};
+use limosa_vfio_user::client::{Client, Options as ClientOptions, Role};
+use limosa_vfio_user::server::{Options, Replacing, Server, ShutdownHandle, SwitchOver};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+const MIB: u64 = 1 << 20;
+
+fn options() -> Options {
+    Options { interruptible: true, ..Options::default() }
+}
+
+fn synthetic(state: &str) -> Arc<Machine> {
+    let config: SyntheticConfig = format!("state={state},block=64K,seed=7").parse().unwrap();
+    Machine::simple(Synthetic::new(config).unwrap())
+}
+
+/// Servers that serve, and wait for those that replace them.
+struct Running {
+    shutdown: Vec<ShutdownHandle>,
+    machines: Vec<Arc<Machine>>,
+    thread: Option<JoinHandle<()>>,
+    gives: Option<JoinHandle<Vec<Result<Given, Error>>>>,
+    take_over: PathBuf,
+    stop: Arc<OwnedFd>,
+}
+
+impl Running {
+    /// Serves until the end, or until one attempt to replace these has succeeded.
+    fn new(servers: Vec<Server>, machines: Vec<Arc<Machine>>, take_over: PathBuf) -> Running {
+        let shutdown = servers.iter().map(Server::shutdown_handle).collect();
+        let door = TakeOver::listen(&take_over).unwrap();
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        let servers = Arc::new(servers);
+        let gives = {
+            let (servers, stop) = (Arc::clone(&servers), Arc::clone(&stop));
+            std::thread::spawn(move || {
+                let giver = SwitchOver::new(&servers);
+                let mut attempts = Vec::new();
+                loop {
+                    let given = door.serve_one(&giver, &GiveOptions::default(), Some(stop.as_fd()));
+                    let stopped = matches!(&given, Err(error) if matches!(error.cause, limosa_switch_over::Cause::Stopped));
+                    if stopped {
+                        return attempts;
+                    }
+                    let done = given.is_ok();
+                    attempts.push(given);
+                    if done {
+                        return attempts;
+                    }
+                }
+            })
+        };
+        let thread = std::thread::spawn(move || {
+            std::thread::scope(|scope| {
+                for server in servers.iter() {
+                    scope.spawn(move || server.serve().unwrap());
+                }
+            });
+        });
+        Running { shutdown, machines, thread: Some(thread), gives: Some(gives), take_over, stop }
+    }
+
+    fn bind(folder: &std::path::Path, machines: Vec<Arc<Machine>>) -> Running {
+        let bind = |(at, machine): (usize, &Arc<Machine>)| {
+            Server::bind(folder.join(format!("device{at}")), Arc::clone(machine), options()).unwrap()
+        };
+        let servers = machines.iter().enumerate().map(bind).collect();
+        Running::new(servers, machines, folder.join("take-over"))
+    }
+
+    /// Another server replaces these.
+    fn replaced_by(mut self, machines: Vec<Arc<Machine>>) -> Running {
+        let devices = machines.iter().map(|machine| (Arc::clone(machine), options()));
+        let taken =
+            take(OldServer::Path(&self.take_over), Replacing::new(devices), &TakeOptions::default()).unwrap();
+        let attempts = self.gives.take().unwrap().join().unwrap();
+        assert!(attempts.last().unwrap().is_ok(), "{attempts:?}");
+        self.thread.take().unwrap().join().unwrap();
+        Running::new(taken.server, machines, self.take_over.clone())
+    }
+
+    /// Why these cannot be replaced by such machines.
+    fn refuses(&self, machines: Vec<Arc<Machine>>) -> String {
+        let devices = machines.into_iter().map(|machine| (machine, options()));
+        let refused =
+            take(OldServer::Path(&self.take_over), Replacing::new(devices), &TakeOptions::default());
+        refused.err().expect("a refusal").to_string()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        rustix::io::write(&*self.stop, &1u64.to_ne_bytes()).unwrap();
+        self.shutdown.iter().for_each(ShutdownHandle::shut_down);
+        let gives = self.gives.take().map(JoinHandle::join);
+        let serves = self.thread.take().map(JoinHandle::join);
+        if !std::thread::panicking() {
+            gives.map(Result::unwrap);
+            serves.map(Result::unwrap);
+        }
+    }
+}
+
+fn memory(bytes: u64) -> OwnedFd {
+    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, bytes).unwrap();
+    fd
+}
+
+fn map(client: &Client, iova: u64, fd: &OwnedFd, bytes: u64) {
+    let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
+    let memory = DmaMemory::File { fd: fd.as_fd(), offset: 0 };
+    client.dma_map(&DmaMap { iova, size: bytes, flags, memory }).unwrap();
+}
+
+#[test]
+fn a_client_goes_on_with_its_device_memory_and_log_after_its_server_was_replaced_twenty_times() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut running = Running::bind(folder.path(), vec![synthetic("1M")]);
+    let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+    let guest = memory(4 * MIB);
+    map(&client, 0, &guest, 4 * MIB);
+    client.dma_logging_start(4096, &[]).unwrap();
+    let done = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let irq = (0..5).find(|irq| client.irq(*irq).unwrap().count > 0).unwrap();
+    client.set_irqs(irq, 0, IrqAction::Wire(&[Some(done.as_fd())])).unwrap();
+    let mut config = [0; 64];
+    client.region_read(7, 0, &mut config).unwrap();
+    for round in 0..20u64 {
+        running.machines[0].bus().memory.write(round * 4096, &[round as u8 + 1]).unwrap();
+        running = running.replaced_by(vec![synthetic("1M")]);
+        let mut again = [0; 64];
+        client.region_read(7, 0, &mut again).unwrap();
+        assert_eq!(config, again);
+        running.machines[0].bus().interrupts.raise(irq, 0);
+        let mut count = [0; 8];
+        rustix::io::read(&done, &mut count).unwrap();
+        assert!(u64::from_ne_bytes(count) >= 1);
+        let late = memory(4096);
+        map(&client, (8 + round) * MIB, &late, 4096);
+    }
+    let mut words = [0u64; 16];
+    client.dma_logging_report(0, 4 * MIB, 4096, &mut words).unwrap();
+    assert_eq!(words[0], (1 << 20) - 1, "a page that was written before each switch-over");
+    assert_eq!(client.state().unwrap(), State::Running);
+    drop(client);
+    let next = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+    assert_eq!(next.state().unwrap(), State::Running);
+    drop(running);
+    assert!(!folder.path().join("device0").exists(), "the last server removes its socket");
+}
+
+#[test]
+fn half_a_message_and_posted_writes_arrive_in_the_new_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::bind(folder.path(), vec![pad()]);
+    let mut raw = Raw::negotiated(&folder.path().join("device0"));
+    // Half a REGION_WRITE, which the old server must keep for the new one.
+    let body = bytes![0u64, 0u32, 4u32, 0x0a0b_0c0du32];
+    let whole = message(77, REGION_WRITE, 0, &body);
+    let (first, second) = whole.split_at(20);
+    raw.socket.write_all(first).unwrap();
+    let running = running.replaced_by(vec![pad()]);
+    raw.socket.write_all(second).unwrap();
+    let reply = raw.receive();
+    assert_eq!((reply.id, reply.flags), (77, REPLY));
+    // Writes that nobody waits for, sent while the server is replaced.
+    let posted = raw.socket.try_clone().unwrap();
+    let writes = std::thread::spawn(move || {
+        for at in 0..2000u64 {
+            let body = [bytes![4 * at, 0u32, 4u32], bytes![at as u32]].concat();
+            (&posted).write_all(&message(1, REGION_WRITE, NO_REPLY, &body)).unwrap();
+        }
+    });
+    let running = running.replaced_by(vec![pad()]);
+    writes.join().unwrap();
+    let read = raw.region_read(0, 0, 8000).ok();
+    let words = read.body[16..].chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap()));
+    assert!(words.eq(0..2000), "each posted write was made once");
+    drop(running);
+}
+
+/// 32 KiB of memory in one region, all of it state. The other kind differs in the name of its state alone.
+struct Pad<const OTHER: bool>(Vec<u8>);
+
+const PAD_BYTES: usize = 32 << 10;
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct SavedPad {
+    #[prost(bytes = "vec", tag = "1")]
+    bytes: Vec<u8>,
+}
+
+impl<const OTHER: bool> SimpleModel for Pad<OTHER> {
+    fn description(&self) -> Description {
+        let flags = RegionFlags::READ | RegionFlags::WRITE;
+        let regions = vec![Region { flags, size: PAD_BYTES as u64, ..Region::default() }];
+        Description { regions, ..Description::default() }
+    }
+
+    fn attach(&mut self, _: Bus) {}
+
+    fn region_read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        data.copy_from_slice(&self.0[offset as usize..][..data.len()]);
+        Ok(())
+    }
+
+    fn region_write(&mut self, _: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.0[offset as usize..][..data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        self.0.fill(0);
+        Ok(())
+    }
+}
+
+impl<const OTHER: bool> WholeState for Pad<OTHER> {
+    type Saved = SavedPad;
+    const KIND: &'static str = if OTHER { "test.other-pad" } else { "test.pad" };
+    const SECTION: Section = Section::message("pad", 1);
+
+    fn stop(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn to_saved(&self) -> SavedPad {
+        SavedPad { bytes: self.0.clone() }
+    }
+
+    fn restore(&mut self, saved: SavedPad) -> Result<(), Errno> {
+        self.0 = saved.bytes;
+        Ok(())
+    }
+}
+
+fn pad() -> Arc<Machine> {
+    Machine::simple(Whole::new(Pad::<false>(vec![0; PAD_BYTES])))
+}
+
+#[test]
+fn half_a_version_and_clients_that_wait_are_served_by_the_new_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let running = Running::bind(folder.path(), vec![synthetic("64K")]);
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let control =
+        Client::connect(&path, ClientOptions { role: Role::Control, ..ClientOptions::default() }).unwrap();
+    let waits = {
+        let path = path.clone();
+        let patient = ClientOptions { request_limit: Duration::from_secs(60), ..ClientOptions::default() };
+        std::thread::spawn(move || Client::connect(path, patient).unwrap().state().unwrap())
+    };
+    let mut half = UnixStream::connect(&path).unwrap();
+    half.write_all(&header(1, VERSION, 20, 0)[..9]).unwrap();
+    let running = running.replaced_by(vec![synthetic("64K")]);
+    assert!(control.state().is_err(), "a control client connects again");
+    assert_eq!(client.state().unwrap(), State::Running);
+    drop(client);
+    assert_eq!(waits.join().unwrap(), State::Running, "whoever waited is next");
+    half.write_all(&header(1, VERSION, 20, 0)[9..]).unwrap();
+    half.write_all(&bytes![0u16, 2u16]).unwrap();
+    let raw = Raw::new(half);
+    assert_eq!(raw.receive().flags, REPLY);
+    drop(running);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let both = || vec![synthetic("64K"), pad()];
+    let running = Running::bind(folder.path(), both());
+    let client = Client::connect(folder.path().join("device1"), ClientOptions::default()).unwrap();
+    client.region_write(0, 5, b"kept").unwrap();
+    let refused = running.refuses(vec![synthetic("64K")]);
+    assert!(refused.contains("2 devices"), "{refused}");
+    let refused = running.refuses(vec![synthetic("128K"), pad()]);
+    assert!(refused.contains("device 0") && refused.contains("region 2"), "{refused}");
+    // Its description fits, and its state does not.
+    let other = Machine::simple(Whole::new(Pad::<true>(vec![0; PAD_BYTES])));
+    let refused = running.refuses(vec![synthetic("64K"), other]);
+    assert!(refused.contains("device 1") && refused.contains("state"), "{refused}");
+    assert_eq!(client.state().unwrap(), State::Running);
+    // A client that moves its device.
+    client.set_state(State::Stop).unwrap();
+    let refused = running.refuses(both());
+    assert!(refused.contains("device 1") && refused.contains("moves"), "{refused}");
+    client.set_state(State::Running).unwrap();
+    let running = running.replaced_by(both());
+    assert_eq!(client.state().unwrap(), State::Running);
+    let mut kept = [0; 4];
+    client.region_read(0, 5, &mut kept).unwrap();
+    assert_eq!(&kept, b"kept");
+    drop(running);
+}
