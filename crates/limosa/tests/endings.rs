@@ -4,11 +4,11 @@
 mod support;
 
 use std::io::Read;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use limosa_protocol::State;
 use rustix::process::Signal;
-use support::{Ended, Folder, Server, full, limosa, limosa_into, start};
+use support::{Ended, Folder, JsonOutput, Server, full, limosa, limosa_into, start, start_by};
 
 const GUEST: u64 = 0x6775_6573;
 const DONE_BUT: i32 = 8;
@@ -133,15 +133,7 @@ fn a_report_that_cannot_be_written_after_the_move_is_no_move_that_failed() {
     let pair = Pair::new();
     let report = pair.folder.text("report.json");
     let limit = "trap '' XFSZ; ulimit -f 0; exec \"$0\" \"$@\"";
-    let ended = Command::new("bash")
-        .args(["-c", limit, env!("CARGO_BIN_EXE_limosa")])
-        .args(pair.migrate(&["--report", &report]))
-        .env_remove("RUST_LOG")
-        .output()
-        .unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    let ended =
-        Ended { code: ended.status.code().unwrap(), out: text(ended.stdout), err: text(ended.stderr) };
+    let ended = start_by("bash", &["-c", limit], &pair.migrate(&["--report", &report])).end();
     ended.fails(DONE_BUT, &["moved, but --report", &report, "too large"]);
     assert!(ended.out.contains("outcome moved"), "{ended:?}");
     pair.has_moved();

@@ -5,7 +5,7 @@ mod support;
 use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use rustix::process::Signal;
-use support::{Folder, Server, limosa, start};
+use support::{Folder, JsonOutput, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
 

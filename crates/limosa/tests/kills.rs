@@ -7,7 +7,7 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use support::link::{Plan, Proxy};
-use support::{Folder, Running, Server, limosa, start};
+use support::{Folder, JsonOutput, Running, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
 /// How long a device stalls where it is the stall that holds a phase open. It says when it begins, so that

@@ -3,45 +3,37 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use limosa_migrate::{FilePages, GuestPages};
 use limosa_protocol::State;
+use limosa_testing::{proc_path, this_test};
 use rustix::fs::MemfdFlags;
 use rustix::process::Signal;
 use support::users::let_others_borrow;
-use support::{Folder, LIMIT, Server, limosa, start};
+use support::{Ended, Folder, JsonOutput, LIMIT, Running, Server, limosa, start, start_by};
 
 const GUEST: u64 = 0x6775_6573;
 const PAGE: u64 = 4096;
 const WRITER: &str = "LIMOSA_TEST_WRITER";
 
-/// A process that writes a guest's memory all the time. Killed when it is dropped.
+/// A process that writes a guest's memory all the time.
 struct Writer {
-    child: Child,
+    process: Running,
     file: std::fs::File,
 }
 
 impl Writer {
     fn start(file: &Path) -> Writer {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "a_process_that_writes", "--nocapture"])
-            .env(WRITER, file)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
-        assert!(said.any(|line| line.unwrap().contains("the writer writes")), "it never began");
-        Writer { child, file: std::fs::File::open(file).unwrap() }
+        let process = Running::start(this_test("a_process_that_writes").env(WRITER, file));
+        process.line("the writer writes");
+        Writer { process, file: std::fs::File::open(file).unwrap() }
     }
 
     fn pid(&self) -> String {
-        self.child.id().to_string()
+        self.process.pid()
     }
 
     /// How often it has written.
@@ -52,8 +44,7 @@ impl Writer {
     }
 
     fn is_stopped(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
-        stat.rsplit_once(") ").unwrap().1.starts_with('T')
+        self.process.is_stopped()
     }
 
     /// It goes on.
@@ -64,13 +55,6 @@ impl Writer {
             assert!(began.elapsed() < LIMIT, "it stands still");
             std::thread::yield_now();
         }
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -139,8 +123,12 @@ impl Pair {
         assert!(self.source.runs(GUEST) && self.destination.guest() != GUEST);
     }
 
-    fn migrate(&self, more: &[&str]) -> support::Ended {
-        limosa(&[&["migrate", &self.source.socket, &self.destination.socket], more].concat())
+    fn migration<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
+        [&["migrate", &self.source.socket, &self.destination.socket], more].concat()
+    }
+
+    fn migrate(&self, more: &[&str]) -> Ended {
+        limosa(&self.migration(more))
     }
 }
 
@@ -211,8 +199,7 @@ fn a_process_that_stood_still_before_the_move_is_not_set_going_by_its_failure() 
     let pair = Pair::new(&["fault=fail:RESUMING>STOP"]);
     let (from, to) = (memory(&pair.folder, "from", 16), empty(&pair.folder, "to", 16));
     let writer = Writer::start(Path::new(&from));
-    let pid = rustix::process::Pid::from_raw(writer.child.id() as i32).unwrap();
-    rustix::process::kill_process(pid, Signal::STOP).unwrap();
+    writer.process.signal(Signal::STOP);
     while !writer.is_stopped() {
         std::thread::yield_now();
     }
@@ -250,11 +237,9 @@ fn memory_is_saved_with_devices_and_loaded_into_a_file_that_is_made() {
 fn memory_moves_without_any_device_and_from_a_memfd_of_another_process() {
     let folder = Folder::new();
     let_others_borrow();
-    let memfd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let memfd = std::fs::File::from(memfd);
-    memfd.set_len(64 * PAGE).unwrap();
+    let memfd = limosa_testing::memfd(64 * PAGE);
     memfd.write_all_at(b"the guest", 5 * PAGE).unwrap();
-    let name = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&memfd));
+    let name = proc_path(&memfd);
     let to = empty(&folder, "to", 64);
     let (from, onto) = (format!("{name}@0"), format!("{to}@0"));
     limosa(&["migrate", "--memory", &from, &onto, "--guest-stopped"]).ok();
@@ -311,7 +296,7 @@ fn huge(pages: u64) -> (std::fs::File, FilePages, String) {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     let file = std::fs::File::from(rustix::fs::memfd_create("guest", flags).unwrap());
     file.set_len(pages * HUGE).unwrap();
-    let name = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+    let name = proc_path(&file);
     // There is no write to such a file but by a mapping.
     let mapped = FilePages::mapped(file.try_clone().unwrap(), 0, pages * HUGE).unwrap();
     (file, mapped, format!("{name}@0"))
@@ -325,7 +310,7 @@ fn huge_pages_that_are_missing_were_found_out_in_the_midst_of_a_move() {
         return;
     };
     let file = std::fs::File::from(file);
-    let name = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+    let name = proc_path(&file);
     let pair = Pair::new(&[]);
     let from = pair.folder.text("from");
     // More than any machine has.
@@ -350,22 +335,11 @@ fn a_length_that_is_not_whole_huge_pages_was_an_invalid_argument() {
     // Mounted where nobody else sees it, which only root may.
     let script = "mount -t hugetlbfs -o pagesize=2M none \"$0\" || exit 99; \"$@\"; code=$?; \
                   [ -z \"$(ls -A \"$0\")\" ] || exit 98; exit $code";
-    let ended = Command::new("unshare")
-        .args(["--mount", "bash", "-c", script])
-        .arg(&mount)
-        .arg(env!("CARGO_BIN_EXE_limosa"))
-        .args(["migrate", &pair.source.socket, &pair.destination.socket, "--guest-stopped", "--memory"])
-        .args([format!("{from}@0"), format!("{}@0,size=3M,create", odd.display())])
-        .env("XDG_STATE_HOME", pair.folder.path("state"))
-        .env_remove("RUST_LOG")
-        .output()
-        .unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    let ended = support::Ended {
-        code: ended.status.code().unwrap_or(1),
-        out: text(ended.stdout),
-        err: text(ended.stderr),
-    };
+    let mounted = ["--mount", "bash", "-c", script, mount.to_str().unwrap()];
+    let (here, there) = (format!("{from}@0"), format!("{}@0,size=3M,create", odd.display()));
+    let ended =
+        start_by("unshare", &mounted, &pair.migration(&["--guest-stopped", "--memory", &here, &there]));
+    let ended = ended.end();
     if ended.code == 99 || ended.err.starts_with("unshare: ") {
         eprintln!("passed over: this user may not mount, or there are no huge pages: {}", ended.err);
         return;
@@ -581,18 +555,9 @@ fn a_file_that_becomes_shorter_in_the_move_undoes_it() {
 }
 
 /// Runs the command where files cannot grow beyond this many KiB.
-fn limosa_with_little_room(kib: u32, args: &[&str]) -> support::Ended {
+fn limosa_with_little_room(kib: u32, args: &[&str]) -> Ended {
     let limit = format!("trap '' XFSZ; ulimit -f {kib}; exec \"$0\" \"$@\"");
-    let ended = Command::new("bash")
-        .args(["-c", &limit, env!("CARGO_BIN_EXE_limosa")])
-        .args(args)
-        .env("XDG_STATE_HOME", "/nowhere")
-        .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    support::Ended { code: ended.status.code().unwrap(), out: text(ended.stdout), err: text(ended.stderr) }
+    start_by("bash", &["-c", &limit], args).end()
 }
 
 #[test]
@@ -613,21 +578,13 @@ fn a_file_that_can_take_no_more_brings_the_source_back_and_leaves_nothing_behind
     same(&from, &to);
 }
 
-/// Runs a shell's commands with a file system of 1 MiB at this folder; `None` where this user may not.
-fn on_a_small_disk(folder: &Path, commands: &str, args: &[&str]) -> Option<support::Ended> {
+/// Runs a shell's commands, which get the command and its arguments, with a file system of 1 MiB at this folder; `None`
+/// where this user may not.
+fn on_a_small_disk(folder: &Path, commands: &str, args: &[&str]) -> Option<Ended> {
     let script = format!("mount -t tmpfs -o size=1m none \"$0\" || exit 99; {commands}");
-    let ended = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--mount", "bash", "-c", &script])
-        .arg(folder)
-        .args(args)
-        .env("XDG_STATE_HOME", "/nowhere")
-        .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
-        .output()
-        .ok()?;
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    let ended =
-        support::Ended { code: ended.status.code()?, out: text(ended.stdout), err: text(ended.stderr) };
+    let folder = folder.to_str().unwrap();
+    let mounted = ["--user", "--map-root-user", "--mount", "bash", "-c", &script, folder];
+    let ended = start_by("unshare", &mounted, args).end();
     (ended.code != 99 && !ended.err.starts_with("unshare: ")).then_some(ended)
 }
 
@@ -640,25 +597,16 @@ fn a_full_disk_brings_the_source_back() {
     let from = memory(folder, "from", 512);
     let (file, here) = (folder.text("disk/file"), format!("{from}@0"));
     let there = format!("{file}@0,size=2M,create");
-    let limosa = env!("CARGO_BIN_EXE_limosa");
     let save = ["save", &pair.source.socket, &file, "--memory", &here, "--guest-stopped"];
     let commands = "\"$@\"; code=$?; [ -z \"$(ls -A \"$0\")\" ] || exit 98; exit $code";
-    let Some(saved) = on_a_small_disk(&disk, commands, &[&[limosa][..], &save].concat()) else {
+    let Some(saved) = on_a_small_disk(&disk, commands, &save) else {
         eprintln!("passed over: this user may not mount");
         return;
     };
     saved.fails(1, &[&file, "No space left", "the source is as it was before"]);
     pair.is_as_before();
-    let migrate = [
-        limosa,
-        "migrate",
-        &pair.source.socket,
-        &pair.destination.socket,
-        "--guest-stopped",
-        "--memory",
-        &here,
-    ];
-    let moved = on_a_small_disk(&disk, "exec \"$@\"", &[&migrate[..], &[&there]].concat()).unwrap();
+    let migrate = pair.migration(&["--guest-stopped", "--memory", &here, &there]);
+    let moved = on_a_small_disk(&disk, "exec \"$@\"", &migrate).unwrap();
     moved.fails(1, &["guest memory at", "no more room on its disk", "the source is as it was before"]);
     pair.is_as_before();
 }

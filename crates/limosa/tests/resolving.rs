@@ -9,8 +9,7 @@ use std::os::unix::net::UnixListener;
 use limosa_protocol::State;
 use limosa_stream::{Header, Kind, PREFACE_BYTES};
 use rustix::process::Signal;
-use support::vcpus::Vcpus;
-use support::{Folder, Running, Server, limosa, start};
+use support::{Folder, Running, Server, limosa, start, vcpus};
 
 const GUEST: u64 = 0x6775_6573;
 
@@ -19,7 +18,7 @@ struct Scene {
     folder: Folder,
     source: Server,
     destination: Server,
-    vcpus: Vcpus,
+    vcpus: Running,
     sender: Running,
     receiver: Running,
 }
@@ -27,7 +26,7 @@ struct Scene {
 impl Scene {
     /// `more` is what the destination's device does as well, and how the guest is stopped.
     fn new(faults: &[&str], stopping: &[&str]) -> Scene {
-        let (folder, vcpus) = (Folder::new(), Vcpus::start());
+        let (folder, vcpus) = (Folder::new(), vcpus());
         let source = folder.device("source", &[]);
         let faults = [&["fault=stall:STOP>RUNNING_P2P:800"], faults].concat();
         let destination = folder.device("destination", &faults);
@@ -203,7 +202,7 @@ fn another_process_with_the_number_of_the_one_that_was_stopped_is_not_touched() 
 
 #[test]
 fn a_move_of_memory_alone_is_resolved_by_its_id_and_its_guest_goes_on() {
-    let (folder, vcpus) = (Folder::new(), Vcpus::start());
+    let (folder, vcpus) = (Folder::new(), vcpus());
     let (from, to) = (folder.text("from"), folder.text("to"));
     for file in [&from, &to] {
         std::fs::write(file, vec![7; 1 << 20]).unwrap();

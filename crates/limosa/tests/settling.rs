@@ -8,8 +8,7 @@ use std::path::PathBuf;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use serde_json::Value;
-use support::vcpus::Vcpus;
-use support::{Ended, Folder, Server, limosa, start, start_in};
+use support::{Ended, Folder, JsonOutput, Running, Server, limosa, start, start_in, vcpus};
 
 const GUEST: u64 = 0x6775_6573;
 const REFUSED: i32 = 3;
@@ -20,12 +19,12 @@ struct Doubt {
     one: Server,
     other: Server,
     there: Server,
-    vcpus: Vcpus,
+    vcpus: Running,
 }
 
 impl Doubt {
     fn new() -> Doubt {
-        let (folder, vcpus) = (Folder::new(), Vcpus::start());
+        let (folder, vcpus) = (Folder::new(), vcpus());
         std::fs::create_dir(folder.path("run")).unwrap();
         let (one, other) = (folder.device("run/one", &[]), folder.device("run/other", &[]));
         let (there, too) =

@@ -8,8 +8,7 @@ use std::path::PathBuf;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use support::link::{Plan, Proxy};
-use support::vcpus::Vcpus;
-use support::{Folder, Running, Server, limosa, start};
+use support::{Folder, Running, Server, limosa, start, vcpus};
 
 const GUEST: u64 = 0x6775_6573;
 const IN_DOUBT: i32 = 5;
@@ -42,14 +41,14 @@ struct Scene {
     proxy: Option<Proxy>,
     sender: Running,
     receiver: Running,
-    vcpus: Vcpus,
+    vcpus: Running,
     /// What a hook waits for.
     held: PathBuf,
 }
 
 impl Scene {
     fn at(at: At) -> Scene {
-        let (folder, vcpus) = (Folder::new(), Vcpus::start());
+        let (folder, vcpus) = (Folder::new(), vcpus());
         let stall = |there: bool, arc: &str| match there {
             true => format!("fault=stall:{arc}:{STALL_MS}"),
             false => "precopy=0".to_owned(),

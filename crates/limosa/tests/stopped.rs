@@ -4,7 +4,7 @@
 mod support;
 
 use limosa_protocol::State;
-use support::{Folder, Server, limosa, start};
+use support::{Folder, JsonOutput, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
 const REFUSED: i32 = 3;
