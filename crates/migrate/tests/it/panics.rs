@@ -1,7 +1,6 @@
 //! Panics in what the engine calls: devices, observers, the VMM, memory and its log. None leaves a call of the engine's
 //! or hangs it; the guest runs on one side, or the move is in doubt.
 
-use std::io::IoSlice;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,6 +18,7 @@ use limosa_migrate::{
 };
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{MigrationFlags, State};
+use limosa_testing::forward_link;
 
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
 const PAGES: u64 = 16;
@@ -748,28 +748,17 @@ struct PanickingLink {
 }
 
 impl PanickingLink {
-    fn call(&self) {
+    fn called(&self) -> &SocketLink {
         if self.panics.contains(&self.calls.fetch_add(1, Ordering::SeqCst)) {
             panic_quietly();
         }
+        &self.inner
     }
 }
 
 impl Link for PanickingLink {
-    fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.call();
-        self.inner.write(slices, wait)
-    }
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.call();
-        self.inner.read(into, wait)
-    }
-    fn finish(&self) {
-        self.inner.finish();
-    }
-    fn peer(&self) -> &str {
-        "the other side"
-    }
+    forward_link!(|this| this.called(); write, read);
+    forward_link!(|this| this.inner; finish, peer);
 }
 
 /// Moves over links of which one side's panics there.

@@ -19,6 +19,7 @@ use limosa_migrate::{
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::{DeviceFacts, Kind, MemoryFacts, Offer};
+use limosa_testing::forward_link;
 
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
 const MIB: u64 = 1 << 20;
@@ -108,15 +109,7 @@ impl Link for Dark {
             (true, false) => Ok(slices.iter().map(|slice| slice.len()).sum()),
         }
     }
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.inner.read(into, wait)
-    }
-    fn finish(&self) {
-        self.inner.finish();
-    }
-    fn peer(&self) -> &str {
-        self.inner.peer()
-    }
+    forward_link!(|this| this.inner; read, finish, peer);
 }
 
 #[test]

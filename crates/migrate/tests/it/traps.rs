@@ -21,6 +21,7 @@ use limosa_migrate::{
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{Errno, MigrationFlags, State};
 use limosa_stream::{Answer, Kind};
+use limosa_testing::{forward_link, is_alone};
 
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
 
@@ -312,39 +313,21 @@ impl Vmm for FullDisk {
 }
 
 #[test]
-fn a_decision_that_is_not_on_the_disk_was_not_told() {
-    for part in ["traps::record_of_a_move_that_runs", "traps::record_of_a_move_that_is_given_back"] {
-        // The limit is for all of a process.
-        let test = std::env::current_exe().unwrap();
-        let ran = std::process::Command::new(test)
-            .args(["--exact", part, "--ignored"])
-            .env(PART, "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&ran.stdout);
-        assert!(ran.status.success() && said.contains("1 passed"), "{said}");
+fn a_decision_to_run_that_is_not_on_the_disk_was_not_told() {
+    // The limit is for all of a process.
+    if is_alone("traps::a_decision_to_run_that_is_not_on_the_disk_was_not_told") {
+        move_with_a_full_disk(false);
     }
 }
 
 #[test]
-#[ignore = "a part of another test"]
-fn record_of_a_move_that_runs() {
-    move_with_a_full_disk(false);
+fn a_decision_to_give_back_that_is_not_on_the_disk_was_not_told() {
+    if is_alone("traps::a_decision_to_give_back_that_is_not_on_the_disk_was_not_told") {
+        move_with_a_full_disk(true);
+    }
 }
-
-#[test]
-#[ignore = "a part of another test"]
-fn record_of_a_move_that_is_given_back() {
-    move_with_a_full_disk(true);
-}
-
-/// Set in the process that is for one of these alone.
-const PART: &str = "LIMOSA_TEST_PART";
 
 fn move_with_a_full_disk(refuses: bool) {
-    if std::env::var_os(PART).is_none() {
-        return;
-    }
     // Otherwise a write beyond the limit ends the process.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default()).unwrap();
     let (folder, options) = (tempfile::tempdir().unwrap(), options());
@@ -465,15 +448,7 @@ impl Link for Failing {
         }
         self.inner.write(slices, wait)
     }
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.inner.read(into, wait)
-    }
-    fn finish(&self) {
-        self.inner.finish();
-    }
-    fn peer(&self) -> &str {
-        self.inner.peer()
-    }
+    forward_link!(|this| this.inner; read, finish, peer);
 }
 
 #[test]
