@@ -199,7 +199,7 @@ fn an_example_was_named_without_its_package() {
     let more = [
         "CONTRIBUTING.md",
         "lab/README.md",
-        "crates/migrate/examples/toy_vmm.rs",
+        "crates/migrate/examples/toy_vmm/main.rs",
         "crates/vfio-user/examples/vmm.rs",
     ];
     let pages = pages().into_iter().chain(more.map(|page| root().join(page)));
