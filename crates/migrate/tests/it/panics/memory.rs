@@ -6,7 +6,7 @@ use limosa_client::DeviceExt;
 use limosa_migrate::{DirtyLog, GuestPages, Outcome};
 use limosa_protocol::State;
 use limosa_protocol::bitmap::DirtyBitmap;
-use std::ops::{Range};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 

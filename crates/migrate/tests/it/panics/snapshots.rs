@@ -2,18 +2,18 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering};
+use std::sync::atomic::Ordering;
 
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{
     AfterLoad, AfterSave, Destination, Error, Ledger, MovedDevice, Outcome, Publication, Received,
     SnapshotFile, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter, Source,
 };
-use limosa_protocol::{State};
+use limosa_protocol::State;
 
 use super::{FLAGS, Panicking, guest};
 use crate::common::hooked::{Hooked, before_call, ends_in_time, panic_quietly};
-use crate::common::{options};
+use crate::common::options;
 
 #[test]
 fn a_panic_of_a_device_leaves_no_snapshot_and_no_half_loaded_device() {

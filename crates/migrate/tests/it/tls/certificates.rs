@@ -3,7 +3,7 @@
 use super::{Authority, refuse, says, wait};
 use limosa_migrate::link::{SocketLink, Tls, TlsLink};
 use rcgen::{ExtendedKeyUsagePurpose, date_time_ymd};
-use std::sync::{Arc};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 #[test]
