@@ -9,9 +9,8 @@ use std::os::unix::net::UnixListener;
 use limosa_protocol::State;
 use limosa_stream::{Header, Kind, PREFACE_BYTES};
 use rustix::process::Signal;
-use support::{Folder, Running, Server, limosa, start, vcpus};
-
-const GUEST: u64 = 0x6775_6573;
+use support::pair::{Pair, Sending};
+use support::{Folder, GUEST, Running, Server, limosa, start, vcpus};
 
 /// A move that stands still in its commit: the destination's device stalls on its way to RUNNING.
 struct Scene {
@@ -26,19 +25,12 @@ struct Scene {
 impl Scene {
     /// `more` is what the destination's device does as well, and how the guest is stopped.
     fn new(faults: &[&str], stopping: &[&str]) -> Scene {
-        let (folder, vcpus) = (Folder::new(), vcpus());
-        let source = folder.device("source", &[]);
-        let faults = [&["fault=stall:STOP>RUNNING_P2P:800"], faults].concat();
-        let destination = folder.device("destination", &faults);
-        source.mark(GUEST);
-        let listen = format!("unix:{}", folder.text("link"));
-        let (here, there) = (folder.text("here"), folder.text("there"));
-        let receiver =
-            start(&["receive", &destination.socket, "--listen", &listen, "--moves", &there, "-vv"]);
-        receiver.line("listening on");
+        let pair = Pair::new(&[], &[&["fault=stall:STOP>RUNNING_P2P:800"], faults].concat());
+        let (vcpus, here, there) = (vcpus(), pair.folder.text("here"), pair.folder.text("there"));
         let pid = vcpus.pid();
-        let args = ["send", &source.socket, "--to", &listen, "--moves", &here, "--stop-with", &pid];
-        let sender = start(&[&args[..], stopping].concat());
+        let stopping = [&["--moves", &here, "--stop-with", &pid], stopping].concat();
+        let Sending { sender, receiver, .. } = pair.send(None, &["--moves", &there], &stopping);
+        let Pair { folder, source, destination } = pair;
         destination.line("stalls as scripted");
         assert!(vcpus.is_stopped());
         Scene { folder, source, destination, vcpus, sender, receiver }

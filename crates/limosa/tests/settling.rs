@@ -8,9 +8,8 @@ use std::path::PathBuf;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{Ended, Folder, JsonOutput, Running, Server, limosa, start, start_in, vcpus};
+use support::{Ended, Folder, GUEST, JsonOutput, Running, Server, limosa, start, start_in, vcpus};
 
-const GUEST: u64 = 0x6775_6573;
 const REFUSED: i32 = 3;
 
 /// A move of two devices in doubt, of which nobody can be asked.

@@ -9,9 +9,11 @@ use std::process::Stdio;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use support::link::{Plan, Proxy};
-use support::{Ended, Folder, JsonOutput, Running, Server, limosa, limosa_into, start, start_by, vcpus};
+use support::pair::{Pair, Sending};
+use support::{
+    Ended, Folder, GUEST, JsonOutput, Running, Server, limosa, limosa_into, start, start_by, vcpus,
+};
 
-const GUEST: u64 = 0x6775_6573;
 const REFUSED: i32 = 3;
 const CANCELLED: i32 = 7;
 /// How long a device stalls. It says when it begins, so that this only has to be longer than a signal takes.
@@ -45,25 +47,17 @@ impl Scene {
 
     /// `more` is what the source's device does as well.
     fn with(at: At, more: &[&str]) -> Scene {
-        let (folder, vcpus) = (Folder::new(), vcpus());
         let stall = match at {
             At::StopCopy => "seed=2".to_owned(),
             At::Load => format!("fault=stall:RESUMING>STOP:{STALL_MS}"),
             At::Commit => format!("fault=stall:STOP>RUNNING_P2P:{STALL_MS}"),
         };
-        let source = folder.device("source", &[&["state=8M", "precopy=0"], more].concat());
-        let destination = folder.device("destination", &["state=8M", &stall]);
-        source.mark(GUEST);
-        let listen = format!("unix:{}", folder.text("link"));
-        let there = folder.text("there");
-        let receiver =
-            start(&["-vv", "receive", &destination.socket, "--listen", &listen, "--moves", &there]);
-        receiver.line("listening on");
-        let proxy = (at == At::StopCopy).then(|| Proxy::new(&folder, &listen, Plan::Hold(2 << 20)));
-        let to = proxy.as_ref().map_or(&listen, |proxy| &proxy.address);
-        let (here, pid) = (folder.text("here"), vcpus.pid());
-        let sender =
-            start(&["-vv", "send", &source.socket, "--to", to, "--moves", &here, "--stop-with", &pid]);
+        let pair = Pair::new(&[&["state=8M", "precopy=0"], more].concat(), &["state=8M", &stall]);
+        let (vcpus, here, there) = (vcpus(), pair.folder.text("here"), pair.folder.text("there"));
+        let plan = (at == At::StopCopy).then_some(Plan::Hold(2 << 20));
+        let stopping = ["--moves", &here, "--stop-with", &vcpus.pid()];
+        let Sending { proxy, sender, receiver } = pair.send(plan, &["--moves", &there], &stopping);
+        let Pair { folder, source, destination } = pair;
         match &proxy {
             Some(proxy) => proxy.held(),
             None => destination.line("stalls as scripted"),

@@ -6,9 +6,10 @@ use limosa_migrate::{FilePages, GuestPages};
 use limosa_testing::proc_path;
 use rustix::fs::MemfdFlags;
 
+use super::support::pair::Pair;
 use super::support::users::let_others_borrow;
 use super::support::{Folder, limosa, start, start_by};
-use super::{PAGE, Pair, Writer, memory};
+use super::{PAGE, Writer, memory};
 
 const HUGE: u64 = 2 << 20;
 
@@ -68,7 +69,7 @@ fn huge_pages_that_are_missing_were_found_out_in_the_midst_of_a_move() {
     };
     let file = std::fs::File::from(file);
     let name = proc_path(&file);
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let from = pair.folder.text("from");
     // More than any machine has.
     let bytes = HUGE << 22;
@@ -84,7 +85,7 @@ fn huge_pages_that_are_missing_were_found_out_in_the_midst_of_a_move() {
 
 #[test]
 fn a_length_that_is_not_whole_huge_pages_was_an_invalid_argument() {
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let mount = pair.folder.path("huge");
     std::fs::create_dir(&mount).unwrap();
     let from = memory(&pair.folder, "from", 768);

@@ -14,10 +14,10 @@ use std::time::Instant;
 use limosa_protocol::State;
 use limosa_testing::{proc_path, this_test};
 use rustix::process::Signal;
+use support::pair::Pair;
 use support::users::let_others_borrow;
-use support::{Ended, Folder, JsonOutput, LIMIT, Running, Server, limosa, start};
+use support::{Folder, GUEST, JsonOutput, LIMIT, Running, limosa, start};
 
-const GUEST: u64 = 0x6775_6573;
 const PAGE: u64 = 4096;
 const WRITER: &str = "LIMOSA_TEST_WRITER";
 
@@ -106,37 +106,16 @@ fn same(one: &str, other: &str) {
     assert_eq!(differ, None, "the first page that differs");
 }
 
-struct Pair {
-    folder: Folder,
-    source: Server,
-    destination: Server,
-}
-
 impl Pair {
-    fn new(destination: &[&str]) -> Pair {
-        let folder = Folder::new();
-        let (source, destination) = (folder.device("source", &[]), folder.device("destination", destination));
-        source.mark(GUEST);
-        Pair { folder, source, destination }
-    }
-
     #[track_caller]
     fn is_as_before(&self) {
         assert!(self.source.runs(GUEST) && self.destination.guest() != GUEST);
-    }
-
-    fn migration<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
-        [&["migrate", &self.source.socket, &self.destination.socket], more].concat()
-    }
-
-    fn migrate(&self, more: &[&str]) -> Ended {
-        limosa(&self.migration(more))
     }
 }
 
 #[test]
 fn memory_that_a_process_writes_all_the_time_is_sent_and_none_of_it_is_lost() {
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let folder = &pair.folder;
     let (from, to) = (memory(folder, "from", 2048), empty(folder, "to", 2048));
     let writer = Writer::start(Path::new(&from));
@@ -182,7 +161,7 @@ fn memory_that_a_process_writes_all_the_time_is_sent_and_none_of_it_is_lost() {
 
 #[test]
 fn memory_migrates_from_file_to_file_and_a_move_that_fails_lets_the_guest_go_on() {
-    let pair = Pair::new(&["fault=fail:RESUMING>STOP"]);
+    let pair = Pair::new(&[], &["fault=fail:RESUMING>STOP"]);
     let (from, to) = (memory(&pair.folder, "from", 512), empty(&pair.folder, "to", 512));
     let writer = Writer::start(Path::new(&from));
     let (here, there, pid) = (format!("{from}@1M"), format!("{to}@0x100000"), writer.pid());
@@ -198,7 +177,7 @@ fn memory_migrates_from_file_to_file_and_a_move_that_fails_lets_the_guest_go_on(
 
 #[test]
 fn a_process_that_stood_still_before_the_move_is_not_set_going_by_its_failure() {
-    let pair = Pair::new(&["fault=fail:RESUMING>STOP"]);
+    let pair = Pair::new(&[], &["fault=fail:RESUMING>STOP"]);
     let (from, to) = (memory(&pair.folder, "from", 16), empty(&pair.folder, "to", 16));
     let writer = Writer::start(Path::new(&from));
     writer.process.signal(Signal::STOP);
@@ -213,7 +192,7 @@ fn a_process_that_stood_still_before_the_move_is_not_set_going_by_its_failure() 
 
 #[test]
 fn memory_is_saved_with_devices_and_loaded_into_a_file_that_is_made() {
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let folder = &pair.folder;
     let from = memory(folder, "from", 300);
     let (file, to) = (folder.text("file"), folder.text("to"));
@@ -258,7 +237,7 @@ fn memory_moves_without_any_device_and_from_a_memfd_of_another_process() {
 #[test]
 fn compressed_memory_and_devices_arrive_over_links_and_in_files() {
     for method in ["zstd", "lz4"] {
-        let pair = Pair::new(&[]);
+        let pair = Pair::new(&[], &[]);
         let folder = &pair.folder;
         let (from, to) = (memory(folder, "from", 512), empty(folder, "to", 512));
         let (here, there, file) = (format!("{from}@0"), format!("{to}@0"), folder.text("file"));
@@ -295,7 +274,7 @@ fn memory_that_was_never_touched_takes_no_room_at_the_destination() {
 
 #[test]
 fn commands_stop_and_start_the_guest_and_one_that_fails_calls_the_move_off() {
-    let pair = Pair::new(&["fault=fail:STOP>RUNNING_P2P"]);
+    let pair = Pair::new(&[], &["fault=fail:STOP>RUNNING_P2P"]);
     let text = |name: &str| pair.folder.text(name);
     let (from, to) = (memory(&pair.folder, "from", 16), empty(&pair.folder, "to", 16));
     let (here, there) = (format!("{from}@0"), format!("{to}@0"));
@@ -321,7 +300,7 @@ fn commands_stop_and_start_the_guest_and_one_that_fails_calls_the_move_off() {
 
 #[test]
 fn a_guest_that_cannot_be_started_or_set_going_again_is_said_so() {
-    let pair = Pair::new(&["fault=fail:RESUMING>STOP"]);
+    let pair = Pair::new(&[], &["fault=fail:RESUMING>STOP"]);
     let undone = pair.migrate(&["--on-stop", "true", "--on-resume", "exit 4"]);
     undone.fails(3, &["not all is as it was before", "--on-resume `exit 4`", "the guest may stand still"]);
     let moved = pair.migrate(&["--on-stop", "true", "--on-start", "exit 5"]);

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use super::support::pair::Pair;
 use super::support::{limosa, start};
-use super::{Pair, empty, memory};
+use super::{empty, memory};
 
 #[test]
 fn memory_maps_that_do_not_match_are_refused_before_the_guest_is_stopped() {
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let (from, to) = (memory(&pair.folder, "from", 64), empty(&pair.folder, "to", 64));
     let stopped = pair.folder.text("stopped");
     let stop = format!("touch {stopped}");
@@ -42,7 +43,7 @@ fn memory_maps_that_do_not_match_are_refused_before_the_guest_is_stopped() {
 
 #[test]
 fn memory_that_cannot_be_one_guests_is_refused_before_anything_is_opened_for_long() {
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let folder = &pair.folder;
     let file = memory(folder, "file", 64);
     std::fs::write(folder.path("odd"), [1; 5000]).unwrap();

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use super::support::pair::Pair;
 use super::support::{Ended, start_by};
-use super::{Pair, empty, memory, same};
+use super::{empty, memory, same};
 
 #[test]
 fn a_file_that_becomes_shorter_in_the_move_undoes_it() {
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let (from, to) = (memory(&pair.folder, "from", 64), empty(&pair.folder, "to", 64));
     let (here, there) = (format!("{from}@0"), format!("{to}@0"));
     let stop = format!("truncate -s 4096 {from}");
@@ -24,7 +25,7 @@ fn limosa_with_little_room(kib: u32, args: &[&str]) -> Ended {
 
 #[test]
 fn a_file_that_can_take_no_more_brings_the_source_back_and_leaves_nothing_behind() {
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let folder = &pair.folder;
     let (from, to) = (memory(folder, "from", 512), empty(folder, "to", 512));
     let (file, here, there) = (folder.text("file"), format!("{from}@0"), format!("{to}@0"));
@@ -52,7 +53,7 @@ fn on_a_small_disk(folder: &Path, commands: &str, args: &[&str]) -> Option<Ended
 
 #[test]
 fn a_full_disk_brings_the_source_back() {
-    let pair = Pair::new(&[]);
+    let pair = Pair::new(&[], &[]);
     let folder = &pair.folder;
     let disk = folder.path("disk");
     std::fs::create_dir(&disk).unwrap();

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 pub mod link;
+pub mod pair;
 pub mod users;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,9 @@ pub use limosa_testing::{Ended, LIMIT, Process as Running};
 use limosa_vfio_user::client::{Client, Options};
 use rustix::process::Signal;
 use tempfile::TempDir;
+
+/// The mark of the guest that is moved.
+pub const GUEST: u64 = 0x6775_6573;
 
 /// What the command printed for a program to read.
 pub trait JsonOutput {
