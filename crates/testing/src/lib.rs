@@ -1,7 +1,8 @@
 //! What the tests of several crates share: processes whose lines and ends are awaited, files of guest memory, and the
 //! calls that a wrapper of a device, a stream or a link passes on.
 //!
-//! It depends on no crate of the workspace, so that the unit tests of each can use it.
+//! It depends on no crate of the workspace, so that the unit tests of each can use it. Like an assertion, every call
+//! panics, and says why, when what it is asked for does not come about.
 #![forbid(unsafe_code)]
 
 mod forward;

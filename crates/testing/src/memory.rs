@@ -6,20 +6,12 @@ use std::os::fd::AsRawFd;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 /// A memfd of this many bytes, all of them 0.
-///
-/// # Panics
-///
-/// When the system has no room for it.
 #[track_caller]
 pub fn memfd(bytes: u64) -> File {
     memfd_named("guest", bytes)
 }
 
 /// The same, with this name in `/proc/PID/maps`.
-///
-/// # Panics
-///
-/// When the system has no room for it.
 #[track_caller]
 pub fn memfd_named(name: &str, bytes: u64) -> File {
     let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC).expect("a memfd"));

@@ -24,10 +24,6 @@ pub struct Ended {
 
 impl Ended {
     /// It did what it was asked; returns standard output.
-    ///
-    /// # Panics
-    ///
-    /// When its exit code is another than 0.
     #[track_caller]
     pub fn ok(self) -> String {
         assert_eq!(self.code, 0, "{self:?}");
@@ -36,10 +32,6 @@ impl Ended {
 
     /// The command `limosa` failed with this code, said so in a line that begins like all of its others, and named each
     /// of these.
-    ///
-    /// # Panics
-    ///
-    /// When that is not so.
     #[track_caller]
     pub fn fails(&self, code: i32, parts: &[&str]) {
         assert_eq!(self.code, code, "{self:?}");
@@ -60,20 +52,12 @@ pub struct Process {
 
 impl Process {
     /// Starts a process that has nothing to read.
-    ///
-    /// # Panics
-    ///
-    /// When the program cannot be started.
     #[track_caller]
     pub fn start(command: &mut Command) -> Process {
         Process::start_with_input(command, Stdio::null())
     }
 
     /// Starts a process with this as its standard input. If that is [`Stdio::piped`], [`Process::say`] writes to it.
-    ///
-    /// # Panics
-    ///
-    /// When the program cannot be started.
     #[track_caller]
     pub fn start_with_input(command: &mut Command, input: impl Into<Stdio>) -> Process {
         let words = std::iter::once(command.get_program()).chain(command.get_args());
@@ -96,10 +80,6 @@ impl Process {
     }
 
     /// Writes a line to its standard input.
-    ///
-    /// # Panics
-    ///
-    /// When that is no pipe, or nobody reads it.
     #[track_caller]
     pub fn say(&mut self, line: &str) {
         let input = self.child.stdin.as_mut().expect("a process that was started with a pipe");
@@ -112,10 +92,6 @@ impl Process {
     }
 
     /// Sends it a signal.
-    ///
-    /// # Panics
-    ///
-    /// When this process may not.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("a child of ours");
@@ -146,10 +122,6 @@ impl Process {
     }
 
     /// Waits until it runs this program, which another one has started in its place.
-    ///
-    /// # Panics
-    ///
-    /// When it does not within [`LIMIT`].
     #[track_caller]
     pub fn runs_program(&self, program: &str) {
         let until = Instant::now() + LIMIT;
@@ -160,10 +132,6 @@ impl Process {
     }
 
     /// The ticks of the system's clock at which it started (proc(5): starttime).
-    ///
-    /// # Panics
-    ///
-    /// When it is gone.
     pub fn started(&self) -> u64 {
         let started = self.stat().1.split(' ').nth(19).and_then(|ticks| ticks.parse().ok());
         started.expect("what proc(5) says")

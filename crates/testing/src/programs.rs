@@ -13,10 +13,6 @@ fn built() -> PathBuf {
 }
 
 /// A program of the workspace that was built beside the calling test.
-///
-/// # Panics
-///
-/// When it is not there; `cargo build --workspace` makes it.
 pub fn beside_the_test(program: &str) -> PathBuf {
     let path = built().join(program);
     assert!(path.exists(), "{} is missing: build it with `cargo build --workspace`", path.display());
@@ -25,10 +21,6 @@ pub fn beside_the_test(program: &str) -> PathBuf {
 
 /// An example of a package. Cargo builds those of the package whose tests it runs; others, and those of a test that
 /// is run alone, are built here.
-///
-/// # Panics
-///
-/// When it does not build.
 pub fn built_example(package: &str, example: &str) -> PathBuf {
     let folder = built();
     let program = folder.join("examples").join(example);
@@ -57,10 +49,6 @@ fn is_fresh(program: &Path) -> bool {
 }
 
 /// One of the tests of this binary, ignored or not, as a program.
-///
-/// # Panics
-///
-/// When the file of the binary cannot be found.
 pub fn this_test(test: &str) -> Command {
     let mut command = Command::new(env::current_exe().expect("a test knows its own file"));
     command.args(["--exact", test, "--include-ignored", "--nocapture", "--test-threads=1"]);
@@ -77,10 +65,6 @@ pub fn run_alone(test: &str) -> Option<Ended> {
 
 /// Whether the calling test runs in a process of its own. If not it passes in one here, and the caller has nothing left
 /// to do.
-///
-/// # Panics
-///
-/// When it fails there; with what it said. Also when there is no test of this name.
 #[track_caller]
 pub fn is_alone(test: &str) -> bool {
     let Some(ended) = run_alone(test) else { return true };

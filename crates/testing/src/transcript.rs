@@ -97,10 +97,6 @@ impl Transcript {
     }
 
     /// Waits for a line with this part, and returns it.
-    ///
-    /// # Panics
-    ///
-    /// When the program ends without one; with all that it said.
     #[track_caller]
     pub fn line(&self, part: &str) -> String {
         self.says_one_of(&[part])
@@ -118,10 +114,6 @@ impl Transcript {
     }
 
     /// What comes after this in the line with it, such as an address.
-    ///
-    /// # Panics
-    ///
-    /// As [`Transcript::line`].
     #[track_caller]
     pub fn after(&self, part: &str) -> String {
         let line = self.line(part);

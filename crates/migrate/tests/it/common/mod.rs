@@ -2,6 +2,7 @@
 //! its guest runs, and links that fail where they are told to.
 #![allow(dead_code, unused_imports, reason = "each binary uses a part")]
 
+pub mod closures;
 mod device;
 mod door;
 pub mod hooked;
@@ -10,6 +11,7 @@ mod odd;
 pub mod peer;
 #[path = "../../scripted/mod.rs"]
 mod scripted;
+mod zeroes;
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -29,6 +31,7 @@ pub use links::{Fault, FaultyLink, Way, move_over_links};
 pub use odd::Quirks;
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use scripted::Step;
+pub use zeroes::Zeroes;
 
 use limosa_migrate::link::{Link, SocketLink};
 use limosa_protocol::State;

@@ -15,11 +15,12 @@ use std::time::Duration;
 use limosa_migrate::link::{
     Address, Bandwidth, LimitedLink, Link, LinkError, Listener, SocketLink, Tls, TlsLink, Wait, connect,
 };
-use limosa_migrate::{CommitNote, Error, InDoubt, Mistrust, Outcome, Received, Vmm};
+use limosa_migrate::{Error, InDoubt, Mistrust, Outcome, Received};
 use limosa_protocol::{MigrationFlags, State};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use tempfile::TempDir;
 
+use crate::common::closures::AtCommit;
 use crate::common::{Ends, VecPages, world};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -172,16 +173,6 @@ fn devices_and_memory_move_over_tls_also_with_a_limited_bandwidth() {
     }
 }
 
-/// Cuts the link when COMMIT is about to be sent.
-struct Cutting(Arc<SocketLink>);
-
-impl Vmm for Cutting {
-    fn committing(&self, _: &CommitNote) -> Result<(), String> {
-        self.0.cut();
-        Ok(())
-    }
-}
-
 /// Asks a destination with this certificate, or without TLS.
 fn resolve(ends: &Ends, doubt: InDoubt, source: &Tls, destination: Option<&Tls>) -> (Outcome, Received) {
     let (near, far) = SocketLink::pair().unwrap();
@@ -214,7 +205,8 @@ fn any_destination_of_the_same_authority_could_answer_for_the_one_that_was_sent_
     let (near, far) = SocketLink::pair().unwrap();
     let near = Arc::new(near);
     let mut ends = ends();
-    ends.vmm = Arc::new(Cutting(Arc::clone(&near)));
+    let cuts = Arc::clone(&near);
+    ends.vmm = Arc::new(AtCommit(move |_: &_| cuts.cut()));
     let (outcome, received) = attempt(
         &ends,
         || boxed(TlsLink::connect(near, &source, &address(), wait())),

@@ -11,13 +11,14 @@ use limosa_client::Error as DeviceError;
 use limosa_device::Fault;
 use limosa_migrate::link::SocketLink;
 use limosa_migrate::{
-    CommitNote, Decision, Destination, Difference, DirtyLog, Error, InDoubt, Ledger, Loss, Memory,
-    MemoryRegion, MovedDevice, Options, Outcome, Received, Source, Vmm,
+    Decision, Destination, Difference, DirtyLog, Error, InDoubt, Ledger, Loss, Memory, MemoryRegion,
+    MovedDevice, Options, Outcome, Received, Source, Vmm,
 };
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{Errno, MigrationFlags, State};
 use limosa_testing::is_alone;
 
+use crate::common::closures::AtCommit;
 use crate::common::hooked::{Call, Hooked, move_over_a_link};
 use crate::common::{Ends, Step, VecPages, options, world};
 
@@ -55,16 +56,6 @@ impl DirtyLog for Log {
     }
 }
 
-/// Cuts the link when the source is about to commit.
-struct Cutting<'a>(&'a SocketLink);
-
-impl Vmm for Cutting<'_> {
-    fn committing(&self, _: &CommitNote) -> Result<(), String> {
-        self.0.cut();
-        Ok(())
-    }
-}
-
 fn doubt(source: &Hooked, near_pages: &VecPages, options: &Options) -> InDoubt {
     let destination = Hooked::new("there", FLAGS, &[]);
     let far_pages = VecPages::new(1 << 16);
@@ -76,7 +67,7 @@ fn doubt(source: &Hooked, near_pages: &VecPages, options: &Options) -> InDoubt {
         scope.spawn(move || drop(destination.receive(&far)));
         let source = Source::new(&here, options)
             .with_memory(Memory::logged(vec![region(near_pages)], &mut log))
-            .with_vmm(&Cutting(&near))
+            .with_vmm(&AtCommit(|_: &_| near.cut()))
             .send(&near);
         let Outcome::InDoubt(doubt) = source else { panic!("{source:?}") };
         doubt
