@@ -263,3 +263,22 @@ impl Drop for Running {
         let _ = self.link.shutdown(std::net::Shutdown::Both);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_heard_signalled_and_ended_by_the_agent_of_this_machine() {
+        let here = Machine::here();
+        assert_eq!(here.shell("echo out; echo err >&2"), "out");
+        let ended = here.run(&["/bin/sh", "-c", "echo out; echo no >&2; exit 3"]);
+        assert_eq!((ended.code, &*ended.out, &*ended.err), (3, "out\n", "no\n"));
+        let running = here.start(&["/bin/sh", "-c", "echo begun; while :; do :; done"]);
+        assert_eq!(running.line("begun"), "begun");
+        assert_eq!(running.kill().code, -9);
+        let missing = std::panic::catch_unwind(|| here.run(&["/nowhere/at/all"])).unwrap_err();
+        let told = missing.downcast_ref::<String>().expect("a message");
+        assert!(told.contains("/nowhere/at/all") && told.contains("No such file"), "{told}");
+    }
+}
