@@ -8,6 +8,7 @@ use limosa_device::pci::{Bar, Function, Identity};
 use limosa_device::{Bus, Description, Machine, Model, RegionMapping};
 use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, pci_index};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 /// The registers of BAR 0, 64 bits each.
 pub mod registers {
@@ -68,7 +69,8 @@ impl TestDevice {
 
     /// A machine with it.
     pub fn machine() -> Arc<Machine> {
-        let memory = limosa_testing::memfd(MAPPED_BYTES);
+        let memory = memfd_create("bar2", MemfdFlags::CLOEXEC).expect("a memfd");
+        ftruncate(&memory, MAPPED_BYTES).expect("a memfd");
         let [vendor, device] = [Self::IDENTITY as u16, (Self::IDENTITY >> 16) as u16];
         let function =
             Function::builder(Identity { vendor, device, class: 0xff_0000, ..Identity::default() })
@@ -78,7 +80,7 @@ impl TestDevice {
                 .interrupt_pin()
                 .msix(Self::VECTORS, (TABLE_BAR as usize, 0), (TABLE_BAR as usize, PENDING))
                 .build();
-        let device = TestDevice { function, bus: None, values: [0; 7], memory: Arc::new(memory) };
+        let device = TestDevice { function, bus: None, values: [0; 7], memory: Arc::new(memory.into()) };
         Machine::new(Box::new(device))
     }
 
