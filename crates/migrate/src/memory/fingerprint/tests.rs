@@ -1,7 +1,7 @@
 //! What holds for fingerprints.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex};
 use std::thread;
 
 use super::compare::SHARE_BYTES;
@@ -179,6 +179,9 @@ struct Defective {
     panics_elsewhere: bool,
     fails: bool,
     read: AtomicU64,
+    /// Whether a thread has come to the defect.
+    reached: Mutex<bool>,
+    news: Condvar,
 }
 
 impl GuestPages for Defective {
@@ -186,10 +189,14 @@ impl GuestPages for Defective {
         into.fill(0);
         self.read.fetch_add(into.len() as u64, Ordering::Relaxed);
         if (thread::current().id() == self.reader) == self.panics_elsewhere {
-            // Slow, so that the other threads get pieces.
+            // However late the system starts a thread, it gets a piece; and from then on this one is slow.
+            let reached = self.reached.lock().unwrap();
+            drop(self.news.wait_while(reached, |reached| !*reached).unwrap());
             thread::sleep(std::time::Duration::from_millis(1));
             return Ok(());
         }
+        *self.reached.lock().unwrap() = true;
+        self.news.notify_all();
         if self.fails {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
@@ -205,8 +212,9 @@ impl GuestPages for Defective {
 fn a_panic_in_the_pages_of_a_caller_is_passed_on_from_every_thread() {
     const BYTES: u64 = 256 << 20;
     for (panics_elsewhere, fails) in [(false, false), (true, false), (false, true), (true, true)] {
-        let read = AtomicU64::new(0);
-        let pages = Defective { reader: thread::current().id(), panics_elsewhere, fails, read };
+        let (reader, read) = (thread::current().id(), AtomicU64::new(0));
+        let (reached, news) = (Mutex::new(false), Condvar::new());
+        let pages = Defective { reader, panics_elsewhere, fails, read, reached, news };
         let key = FingerprintKey::random().unwrap();
         let pages = Fingerprinted::new(pages, BYTES, &key).unwrap();
         let dirty = DirtyBitmap::new(BYTES / PAGE_BYTES).unwrap();
