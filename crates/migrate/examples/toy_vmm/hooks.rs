@@ -35,7 +35,7 @@ impl Vmm for Hooks<'_> {
 
     /// On the source, when everything has arrived and before the destination is told to run. A VMM writes the note to a disk
     /// here, in a file of mode 0600, as it has the move's secret. If its process ends before it knows how the move ended, the
-    /// next process resolves the move by the note ([`InDoubt::recover`]). Everything stands still, so this example prints
+    /// next process resolves the move by the note (`InDoubt::recover`). Everything stands still, so this example prints
     /// what must not be lost.
     fn committing(&self, note: &CommitNote) -> Result<(), String> {
         let checksum = self.0.checksum().map_err(|error| error.to_string())?;
