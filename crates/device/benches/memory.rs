@@ -11,22 +11,16 @@ use limosa_device::{Backing, Mapping, Mappings, RemoteMemory};
 use limosa_protocol::Errno;
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::info::DmaMapFlags;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use limosa_testing::memfd;
 
 const PAGE: u64 = 4096;
 /// Small enough for a cache, so that what is measured is not the memory.
 const WINDOW: u64 = 64 * PAGE;
 
-fn memfd(bytes: u64) -> OwnedFd {
-    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).expect("memfd");
-    ftruncate(&fd, bytes).expect("ftruncate");
-    fd
-}
-
 fn memory(bytes: u64) -> Mappings {
     let memory = Mappings::default();
     let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
-    let backing = Backing::File { fd: memfd(bytes).into(), offset: 0 };
+    let backing = Backing::File { fd: OwnedFd::from(memfd(bytes)).into(), offset: 0 };
     memory.map(Mapping { iova: 0, size: bytes, flags, backing }).expect("map");
     memory
 }

@@ -4,7 +4,7 @@ mod support;
 
 use limosa_models::synthetic::registers;
 use limosa_protocol::State;
-use support::{Folder, Server, device_data, limosa, start};
+use support::{Folder, JsonOutput, Server, device_data, limosa, start};
 
 const COMMANDS: [&[&str]; 19] = [
     &[],

@@ -1,20 +1,18 @@
 //! Servers of devices: the command in a process of its own, or a model in the process of the test.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use limosa_device::Machine;
+use limosa_testing::{Process, beside_the_test};
 use limosa_vfio_user::server::{Options, Server, ShutdownHandle};
 use tempfile::TempDir;
 
-use crate::Lines;
-use crate::qemu::beside_the_test;
-
-/// `limosa serve` in a process. Killed when it is dropped.
+/// `limosa serve` in a process, which does not outlive this.
 pub struct Served {
-    child: Child,
+    process: Option<Process>,
     socket: PathBuf,
     _folder: TempDir,
 }
@@ -29,11 +27,9 @@ impl Served {
         options.iter().for_each(|option| {
             command.args(["-o", option]);
         });
-        let mut child =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("the command starts");
-        let said = Lines::of(child.stdout.take().expect("stdout is a pipe"));
-        assert!(said.wait_for("listening on").is_some(), "the server ended: {:#?}", said.all());
-        Served { child, socket, _folder: folder }
+        let process = Process::start(&mut command);
+        process.line("listening on");
+        Served { process: Some(process), socket, _folder: folder }
     }
 
     /// Where it listens.
@@ -43,14 +39,7 @@ impl Served {
 
     /// Ends it without a word to its client.
     pub fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        self.kill();
+        self.process = None;
     }
 }
 

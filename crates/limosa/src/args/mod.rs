@@ -2,7 +2,10 @@
 
 mod check;
 mod guest;
+mod link;
 mod moving;
+mod resolving;
+mod snapshots;
 mod values;
 
 use std::path::PathBuf;
@@ -16,10 +19,10 @@ use limosa_protocol::State;
 use crate::exit;
 pub use check::{Check, Format};
 pub use guest::{Memory, Starting, Stopping};
-pub use moving::{
-    Answer, Decided, Link, Load, Migrate, Moving, Names, Receive, Reporting, Resolve, Save, Send, Tls,
-    WhenStalled,
-};
+pub use link::{Link, Names, Tls};
+pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};
+pub use resolving::{Answer, Decided, Resolve};
+pub use snapshots::{Load, Save};
 pub use values::bytes;
 use values::{mode, seconds};
 
