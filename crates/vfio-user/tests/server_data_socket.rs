@@ -17,7 +17,6 @@ use limosa_vfio_user::server::Options;
 const PRECOPY_INFO: u32 = 0xfe00;
 const DATA_FD: u32 = 0xfe01;
 const EAGAIN: u32 = 11;
-const EBUSY: u32 = 16;
 const ETIMEDOUT: u32 = 110;
 
 fn state_of(bytes: usize) -> Vec<u8> {

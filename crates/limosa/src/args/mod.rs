@@ -270,6 +270,11 @@ pub struct Serve {
     #[arg(long, value_name = "GROUP")]
     pub group: Option<Group>,
 
+    /// Listen here as well, for clients that move the device beside its VMM: where that and whoever moves it are different
+    /// users. The socket is this user's alone, mode 600. On --socket, root and this user may move the device beside its VMM.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
     /// An option of the model, NAME=VALUE; many times.
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
     pub options: Vec<String>,

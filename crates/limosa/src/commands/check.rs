@@ -10,6 +10,7 @@ use anyhow::Context;
 use limosa_check::{Options, Profile, Report, Target, Transport};
 use limosa_client::{Device, Error};
 use limosa_host::User;
+use limosa_vfio_user::client::Role;
 use serde::Serialize;
 
 use crate::args::{self, Format};
@@ -169,7 +170,9 @@ struct Opener {
 
 impl Opener {
     fn opening(&self) -> Opening<'_> {
-        Opening { limit: self.limit, state_limit: self.state_limit, door: self.door, servers: &self.servers }
+        let (limit, state_limit, servers) = (self.limit, self.state_limit, &self.servers[..]);
+        // It asks for all that a VMM may ask for.
+        Opening { limit, state_limit, door: self.door, servers, role: Role::Vmm }
     }
 
     fn open(&self, name: &str) -> limosa_client::Result<Box<dyn Device>> {

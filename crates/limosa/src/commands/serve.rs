@@ -22,6 +22,8 @@ use crate::signals;
 #[derive(Serialize)]
 struct Listening {
     listening: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    control: Option<String>,
 }
 
 pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<()> {
@@ -37,20 +39,33 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
         any_file: args.any_file,
         ..Options::default()
     };
-    let server = Server::bind(&args.socket, machine, options).map_err(|error| {
-        let hint = match error.kind() {
-            std::io::ErrorKind::AddrInUse => "a server listens there already; end it or choose another path",
-            std::io::ErrorKind::AlreadyExists => "something that is no socket is there; choose another path",
-            std::io::ErrorKind::NotFound => "make its folder first",
-            std::io::ErrorKind::PermissionDenied => "choose a folder that you may write to",
-            _ => "choose another path",
-        };
-        exit::error(Code::Unreachable, format!("cannot listen on {socket}: {error}; {hint}"))
-    })?;
+    let mut server =
+        Server::bind(&args.socket, machine, options).map_err(|error| cannot_listen(&args.socket, &error))?;
+    if let Some(control) = &args.control {
+        let own = SocketAccess::default();
+        server = server.with_control(control, &own).map_err(|error| cannot_listen(control, &error))?;
+    }
     let shutdown = server.shutdown_handle();
     signals::on_end(move || shutdown.shut_down())?;
-    out.result(&Listening { listening: socket.to_string() }, |to| writeln!(to, "listening on {socket}"))?;
+    let control = args.control.as_ref().map(|path| path.display().to_string());
+    out.result(&Listening { listening: socket.to_string(), control: control.clone() }, |to| {
+        if let Some(control) = control {
+            writeln!(to, "control clients: {control}")?;
+        }
+        writeln!(to, "listening on {socket}")
+    })?;
     server.serve().with_context(|| format!("cannot serve on {socket}"))
+}
+
+fn cannot_listen(path: &Path, error: &std::io::Error) -> anyhow::Error {
+    let hint = match error.kind() {
+        std::io::ErrorKind::AddrInUse => "a server listens there already; end it or choose another path",
+        std::io::ErrorKind::AlreadyExists => "something that is no socket is there; choose another path",
+        std::io::ErrorKind::NotFound => "make its folder first",
+        std::io::ErrorKind::PermissionDenied => "choose a folder that you may write to",
+        _ => "choose another path",
+    };
+    exit::error(Code::Unreachable, format!("cannot listen on {}: {error}; {hint}", path.display()))
 }
 
 /// Allows as many open files as the system does: a client may wire thousands of interrupts, each with an eventfd.

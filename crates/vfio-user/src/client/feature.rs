@@ -409,6 +409,9 @@ fn name(index: FeatureIndex, op: FeatureOp) -> String {
     let index = match index {
         extension::PRECOPY_INFO => "PRECOPY_INFO".to_owned(),
         extension::DATA_FD => "DATA_FD".to_owned(),
+        extension::STAY => "STAY".to_owned(),
+        extension::ECHO => "ECHO".to_owned(),
+        extension::KICK => "KICK".to_owned(),
         other => other.to_string(),
     };
     match op {

@@ -1,6 +1,7 @@
 //! A vfio-user device as a VMM sees it: [`Client`], a [`limosa_client::Device`] behind a socket.
 
 mod connect;
+mod control;
 mod data_socket;
 mod device;
 mod dma;
@@ -338,7 +339,11 @@ impl Shared {
     /// A failure in the words of the client's trait.
     #[cold]
     fn error(&self, request: &str, failure: Failure) -> Error {
-        error(&self.name, request, failure)
+        let mut error = error(&self.name, request, failure);
+        if let (Role::Control, Error::Refused { errno, hint, .. }) = (self.role, &mut error) {
+            *hint = control::hint(request, *errno).into();
+        }
+        error
     }
 
     #[cold]

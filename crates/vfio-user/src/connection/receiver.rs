@@ -268,6 +268,11 @@ impl Receiver {
         }
     }
 
+    /// The header of the next message, when it is in the buffer. Only between two messages.
+    pub fn held_header(&self) -> Option<Header> {
+        Header::read_from_prefix(&self.buffer[self.start..self.end]).ok().map(|(header, _)| header)
+    }
+
     /// Whether fds of the current message have arrived.
     pub fn has_fds(&self) -> bool {
         self.wire.fds.iter().any(|arrived| arrived.position < self.message_end)
