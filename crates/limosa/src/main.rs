@@ -22,6 +22,7 @@ mod place;
 mod process;
 mod progress;
 mod reports;
+mod service;
 mod side;
 mod signals;
 mod staying;
@@ -106,6 +107,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Man { folder } => commands::generate::man(folder, out),
         Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
         Command::Serve(args) => commands::serve::run(args, cli.timeout, out),
+        Command::SwitchOver(args) => commands::switch_over::run(args, out),
         Command::Save(args) => commands::moving::save(args, opening, out),
         Command::Load(args) => commands::moving::load(args, opening, out),
         Command::Inspect(args) => commands::inspect::run(args, out),

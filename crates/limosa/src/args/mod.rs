@@ -8,6 +8,7 @@ mod resolving;
 mod snapshots;
 mod values;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -167,6 +168,11 @@ pub enum Command {
     Demo(Demo),
     /// Serve a ready device on a vfio-user socket.
     Serve(Serve),
+    /// Replace the process of a server while its clients go on: start another one, and say how it went.
+    ///
+    /// The new server takes over connections, guest memory, interrupts and the device's state. Its clients and the guest are not
+    /// told. Whatever fails before it serves, the old server goes on.
+    SwitchOver(SwitchOver),
     /// Say what a device is and whether it can migrate; without one, list the kernel's VFIO devices.
     ///
     /// For the list, each device that nobody has open is opened for a moment.
@@ -285,9 +291,47 @@ pub struct Serve {
     #[arg(long)]
     pub any_file: bool,
 
+    /// Let another process take over while clients are served: listen here, at a socket that is this user's alone, for
+    /// `limosa serve` with --take-from and this path. When it serves, this process ends with code 0.
+    #[arg(long, value_name = "PATH")]
+    pub takeover: Option<PathBuf>,
+
+    /// Take over from the server that was started with --takeover and this path. MODEL, --socket and the options have to be
+    /// those of the old server. When that one has ended, listen at --takeover, which may be the same path.
+    #[arg(long, value_name = "PATH")]
+    pub take_from: Option<PathBuf>,
+
     /// End when the process that started this one ends.
     #[arg(long, hide = true)]
     pub with_parent: bool,
+}
+
+/// What `switch-over` does to the command that it starts.
+const NEW_COMMAND: &str = "\
+NEW COMMAND is that of the old server, `limosa serve ...`, of the new version. `--take-from PATH` and `--json` are added to its end, \
+unless they are there. It goes on when this command has ended, with the standard error of this command.
+
+Exit codes of switch-over:
+  0  the new server serves
+  1  the old server serves as before; the message says why
+  4  there is no server that can be replaced; nothing was started
+  5  it is not known that one of them serves; the message says what is known
+  8  the new server serves, and no other one can take over from it";
+
+#[derive(Debug, Args)]
+#[command(after_help = NEW_COMMAND)]
+pub struct SwitchOver {
+    /// Where the old server listens for new ones: its --takeover.
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+
+    /// Seconds to wait for the new server to serve or to give up. It has limits of its own, which end before this one.
+    #[arg(long, value_name = "SECONDS", default_value = "240", value_parser = seconds)]
+    pub limit: Duration,
+
+    /// What starts the new server.
+    #[arg(last = true, required = true, value_name = "NEW COMMAND")]
+    pub command: Vec<OsString>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -14,4 +14,5 @@ pub mod probe;
 pub mod serve;
 pub mod settle;
 pub mod state;
+pub mod switch_over;
 pub mod verify;

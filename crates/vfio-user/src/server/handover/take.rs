@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf, absolute};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -103,6 +103,33 @@ impl Replacing {
             server: None,
         };
         Replacing { devices: devices.into_iter().map(new).collect() }
+    }
+
+    /// Refuses sockets that were handed over, unless each is the one that its device's path leads to. After
+    /// [`Taker::prepare`]; the paths are in the order of the devices.
+    pub fn check_sockets<P: AsRef<Path>>(&self, paths: &[P]) -> Result<(), Refusal> {
+        for ((device, new), path) in (0..).zip(&self.devices).zip(paths) {
+            let path = path.as_ref();
+            let Some((listener, socket)) = &new.door else { continue };
+            let bound = socket.local_addr().ok().and_then(|at| at.as_pathname().map(Path::to_owned));
+            let theirs = listener.path.as_ref().map(|(path, _)| path.clone()).or(bound);
+            let is_it = match &listener.path {
+                Some((_, identity)) => {
+                    std::fs::symlink_metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == *identity)
+                }
+                // A socket that its process did not make has nothing but an address.
+                None => theirs.as_deref().is_some_and(|theirs| absolute(theirs).ok() == absolute(path).ok()),
+            };
+            if !is_it {
+                let theirs = theirs.map_or("no path".to_owned(), |path| path.display().to_string());
+                let what = format!(
+                    "it listens at {theirs}, and the new server at {}; start the new server with the same socket",
+                    path.display()
+                );
+                return Err(Refusal::of_device(device, what));
+            }
+        }
+        Ok(())
     }
 
     fn device(&mut self, item: &Item) -> Result<&mut New, Refusal> {

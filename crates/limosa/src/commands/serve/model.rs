@@ -1,81 +1,21 @@
-//! `limosa serve`: a ready device behind a socket.
+//! The model that is served: its name and options on the command line.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use limosa_device::{Machine, SimpleModel};
-use limosa_host::{Named, SocketAccess};
+use limosa_device::{SimpleMigration, SimpleModel};
+use limosa_host::Named;
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_models::uart::{Line, Mtty, Uart};
-use limosa_vfio_user::server::{Options, Server};
 use rustix::fs::{FileType, OFlags};
-use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
-use serde::Serialize;
 
 use crate::args;
 use crate::exit::{self, Code};
-use crate::output::Output;
-use crate::signals;
 
-#[derive(Serialize)]
-struct Listening {
-    listening: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    control: Option<String>,
-}
-
-pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<()> {
-    if args.with_parent {
-        // SIGTERM, so that the socket is removed.
-        set_parent_process_death_signal(Some(Signal::TERM)).context("cannot follow the parent process")?;
-    }
-    more_fds();
-    let machine = Machine::simple(model(args, limit)?);
-    let socket = args.socket.display();
-    let options = Options {
-        socket: SocketAccess { mode: args.mode, group: args.group },
-        any_file: args.any_file,
-        ..Options::default()
-    };
-    let mut server =
-        Server::bind(&args.socket, machine, options).map_err(|error| cannot_listen(&args.socket, &error))?;
-    if let Some(control) = &args.control {
-        let own = SocketAccess::default();
-        server = server.with_control(control, &own).map_err(|error| cannot_listen(control, &error))?;
-    }
-    let shutdown = server.shutdown_handle();
-    signals::on_end(move || shutdown.shut_down())?;
-    let control = args.control.as_ref().map(|path| path.display().to_string());
-    out.result(&Listening { listening: socket.to_string(), control: control.clone() }, |to| {
-        if let Some(control) = control {
-            writeln!(to, "control clients: {control}")?;
-        }
-        writeln!(to, "listening on {socket}")
-    })?;
-    server.serve().with_context(|| format!("cannot serve on {socket}"))
-}
-
-fn cannot_listen(path: &Path, error: &std::io::Error) -> anyhow::Error {
-    let hint = match error.kind() {
-        std::io::ErrorKind::AddrInUse => "a server listens there already; end it or choose another path",
-        std::io::ErrorKind::AlreadyExists => "something that is no socket is there; choose another path",
-        std::io::ErrorKind::NotFound => "make its folder first",
-        std::io::ErrorKind::PermissionDenied => "choose a folder that you may write to",
-        _ => "choose another path",
-    };
-    exit::error(Code::Unreachable, format!("cannot listen on {}: {error}; {hint}", path.display()))
-}
-
-/// Allows as many open files as the system does: a client may wire thousands of interrupts, each with an eventfd.
-fn more_fds() {
-    let limit = getrlimit(Resource::Nofile);
-    // If it is refused, fewer interrupts can be wired.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-}
-
-fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn SimpleModel>> {
+/// The model that the command line describes.
+pub fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn SimpleModel>> {
     let options = args.options.join(",");
     let usage = |error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("--option: {error}"));
     Ok(match args.model {
@@ -86,7 +26,12 @@ fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn SimpleMo
                 lines.into_iter().map(|option| line(option, limit)).collect::<anyhow::Result<Vec<_>>>()?;
             let lines = if lines.is_empty() { vec![Line::Echo] } else { lines };
             if persona.is_empty() {
-                Box::new(Uart::new(lines).map_err(|error| usage(&error))?)
+                let mut uart = Uart::new(lines).map_err(|error| usage(&error))?;
+                if args.take_from.is_some() {
+                    // What comes over the lines is the old server's until this one replaces it, which starts the model.
+                    uart.stop().context("the serial port cannot be stopped")?;
+                }
+                Box::new(uart)
             } else if lines.iter().all(|line| matches!(line, Line::Echo)) {
                 Box::new(Mtty::new(lines.len()).map_err(|error| usage(&error))?)
             } else {

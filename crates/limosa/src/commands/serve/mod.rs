@@ -1,0 +1,140 @@
+//! `limosa serve`: a ready device behind a socket. Another process of the command may take its place while it has clients
+//! (`docs/switch-over.md`).
+
+mod give;
+mod model;
+mod take;
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use limosa_device::Machine;
+use limosa_host::SocketAccess;
+use limosa_switch_over::TakeOver;
+use limosa_vfio_user::server::{Options, Server, ShutdownHandle};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
+use serde::{Deserialize, Serialize};
+
+use crate::args;
+use crate::exit::{self, Code};
+use crate::output::Output;
+use crate::service;
+use crate::signals;
+pub use take::TookOver;
+
+/// This program, for the other side of a switch-over.
+const NAME: &str = concat!("limosa ", env!("CARGO_PKG_VERSION"));
+
+/// What is printed once the device is served.
+#[derive(Serialize, Deserialize)]
+pub struct Listening {
+    pub listening: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub took_over: Option<TookOver>,
+}
+
+pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<()> {
+    if args.with_parent {
+        // SIGTERM, so that the socket is removed.
+        set_parent_process_death_signal(Some(Signal::TERM)).context("cannot follow the parent process")?;
+    }
+    more_fds();
+    let machine = Machine::simple(model::model(args, limit)?);
+    let options = Options {
+        socket: SocketAccess { mode: args.mode, group: args.group },
+        any_file: args.any_file,
+        interruptible: args.takeover.is_some(),
+        ..Options::default()
+    };
+    if let Some(from) = &args.take_from {
+        return take::run(from, machine, options, args, out);
+    }
+    let server = match service::listener(&args.socket)? {
+        Some(listener) => Server::from_listener(listener, machine, options),
+        None => Server::bind(&args.socket, machine, options),
+    };
+    let mut server = server.map_err(|error| cannot_listen(&args.socket, &error))?;
+    if let Some(control) = &args.control {
+        let own = SocketAccess::default();
+        server = server.with_control(control, &own).map_err(|error| cannot_listen(control, &error))?;
+    }
+    let servers = [server];
+    let door = args.takeover.as_deref().map(listen_for_takers).transpose()?;
+    let stop = ShutdownHandle::new().context("cannot make an eventfd")?;
+    let on_end = stop.clone();
+    signals::on_end(move || {
+        service::stopping();
+        on_end.shut_down();
+    })?;
+    serve(&servers, &stop, || {
+        let control = args.control.as_ref().map(|path| path.display().to_string());
+        let listening = Listening { listening: args.socket.display().to_string(), control, took_over: None };
+        out.result(&listening, |to| {
+            if let Some(control) = &listening.control {
+                writeln!(to, "control clients: {control}")?;
+            }
+            writeln!(to, "listening on {}", listening.listening)
+        })?;
+        service::ready();
+        Ok(door)
+    })
+}
+
+/// Serves until `stop`, or until another process has taken over. `ready` is called meanwhile, and gives the socket for such
+/// processes.
+fn serve(
+    servers: &[Server],
+    stop: &ShutdownHandle,
+    ready: impl FnOnce() -> anyhow::Result<Option<TakeOver>>,
+) -> anyhow::Result<()> {
+    std::thread::scope(|scope| {
+        let start = |server| {
+            let serve = move || {
+                let served = Server::serve(server);
+                // One that has failed ends the command.
+                stop.shut_down();
+                served
+            };
+            std::thread::Builder::new().name("serve".into()).spawn_scoped(scope, serve)
+        };
+        let threads: Vec<_> = servers.iter().map(start).collect();
+        let door = ready();
+        match &door {
+            Ok(door) => give::until_given(door.as_ref(), servers, stop),
+            Err(_) => give::shut_down(servers),
+        }
+        // Before the servers are waited for: a new process listens at the same place.
+        drop(door?);
+        for thread in threads {
+            let served = thread.context("no thread to serve on")?.join();
+            served.map_err(|_| anyhow::anyhow!("the server panicked"))?.context("cannot serve")?;
+        }
+        Ok(())
+    })
+}
+
+fn cannot_listen(socket: &Path, error: &std::io::Error) -> anyhow::Error {
+    let hint = match error.kind() {
+        std::io::ErrorKind::AddrInUse => "a server listens there already; end it or choose another path",
+        std::io::ErrorKind::AlreadyExists => "something that is no socket is there; choose another path",
+        std::io::ErrorKind::NotFound => "make its folder first",
+        std::io::ErrorKind::PermissionDenied => "choose a folder that you may write to",
+        _ => "choose another path",
+    };
+    exit::error(Code::Unreachable, format!("cannot listen on {}: {error}; {hint}", socket.display()))
+}
+
+/// The socket for processes that are to take over.
+fn listen_for_takers(path: &Path) -> anyhow::Result<TakeOver> {
+    TakeOver::listen(path).map_err(|error| cannot_listen(path, &error).context("--takeover"))
+}
+
+/// Allows as many open files as the system does: a client may wire thousands of interrupts, each with an eventfd.
+fn more_fds() {
+    let limit = getrlimit(Resource::Nofile);
+    // If it is refused, fewer interrupts can be wired.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
