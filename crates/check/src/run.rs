@@ -273,7 +273,13 @@ impl Suite {
     }
 
     fn run_one(&mut self, check: &Arc<Check>, facts: &Arc<Facts>) -> Outcome {
+        let is_raw = check.needs.contains(Needs::WIRE);
+        if is_raw {
+            // Most servers serve one client at a time.
+            self.device = None;
+        }
         if self.device.is_none()
+            && !is_raw
             && let Err(error) = self.reopen()
         {
             self.ended = Some(End { why: format!("before {}: {error}", check.id) });
