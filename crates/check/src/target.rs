@@ -45,7 +45,15 @@ impl Target {
         transport: Transport,
         open: impl Fn() -> Result<Box<dyn Device>> + Send + Sync + 'static,
     ) -> Target {
-        Target { name: name.into(), transport, open: Arc::new(open), peer: None, breaks: None, view: None, dial: None }
+        Target {
+            name: name.into(),
+            transport,
+            open: Arc::new(open),
+            peer: None,
+            breaks: None,
+            view: None,
+            dial: None,
+        }
     }
 
     /// A second device of the same kind, for round trips.
@@ -71,7 +79,10 @@ impl Target {
 
     /// A way to connect to the device's server without a client: for the checks of the family `vfio-user`.
     #[must_use]
-    pub fn dial(mut self, dial: impl Fn() -> std::io::Result<Box<dyn Wire>> + Send + Sync + 'static) -> Target {
+    pub fn dial(
+        mut self,
+        dial: impl Fn() -> std::io::Result<Box<dyn Wire>> + Send + Sync + 'static,
+    ) -> Target {
         self.dial = Some(Arc::new(dial));
         self
     }

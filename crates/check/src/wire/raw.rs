@@ -107,7 +107,9 @@ impl Answer {
     /// Replied to or refused, and the connection goes on.
     pub fn answered(self, what: &str) -> Verdict {
         match self {
-            Answer::Closed => fail(format!("{what}: the connection was closed, expected a reply or a refusal")),
+            Answer::Closed => {
+                fail(format!("{what}: the connection was closed, expected a reply or a refusal"))
+            }
             _ => Ok(()),
         }
     }
@@ -143,7 +145,8 @@ impl Raw {
     /// A connection on which nothing was said.
     pub fn dial(t: &Trial, prefix: &'static str) -> Result<Raw, Stop> {
         let Some(dial) = &t.target.dial else { return skip("the device is not behind a socket") };
-        let wire = dial().map_err(|error| Stop::Fail(format!("the server cannot be connected to: {error}")))?;
+        let wire =
+            dial().map_err(|error| Stop::Fail(format!("the server cannot be connected to: {error}")))?;
         t.record.note(&format!("{prefix}connect"), "ok");
         Ok(Raw {
             wire,
@@ -239,7 +242,9 @@ impl Raw {
 
     /// The answer to this command, which has to be the next reply.
     pub fn answer(&mut self, id: u16, command: Command) -> Result<Answer, Stop> {
-        let Some((header, answer)) = self.next_reply(&command.to_string())? else { return Ok(Answer::Closed) };
+        let Some((header, answer)) = self.next_reply(&command.to_string())? else {
+            return Ok(Answer::Closed);
+        };
         ensure((header.id, header.command) == (id, command), || {
             format!("a reply to {} with id {}, expected {command} with id {id}", header.command, header.id)
         })?;

@@ -79,7 +79,7 @@ pub enum Fault {
     Ask(fn(&mut Passing, &Connection) -> Do),
     /// What becomes of a reply, given the message.
     Answer(fn(&Passing, &mut Passing)),
-    /// A receive that brings no whole message ends the connection.
+    /// A receive that brings part of a message ends the connection.
     WholeMessages,
     /// One that brings more than a message does.
     SingleMessages,
@@ -208,12 +208,7 @@ fn send(to: &mut SocketWire, message: &Passing) -> bool {
 }
 
 /// The next whole message. `None` at the end, and what was left is in the buffer.
-fn next(
-    from: &mut SocketWire,
-    buffer: &mut Vec<u8>,
-    fds: &mut Vec<ForeignFd>,
-    mut each: impl FnMut(&[u8]) -> bool,
-) -> Option<Passing> {
+fn next(from: &mut SocketWire, buffer: &mut Vec<u8>, fds: &mut Vec<ForeignFd>) -> Option<Passing> {
     loop {
         if let Ok((header, _)) = Header::read_from_prefix(buffer) {
             let body = (header.size as usize).saturating_sub(Header::BYTES);
@@ -224,7 +219,7 @@ fn next(
                 return Some(Passing { header, body, fds: std::mem::take(fds) });
             }
         }
-        if !receive(from, buffer, fds) || !each(buffer) {
+        if !receive(from, buffer, fds) {
             return None;
         }
     }
@@ -263,12 +258,14 @@ impl Connection {
         let fault = self.server.fault;
         let (mut fds, mut replies, mut reply_fds) = (Vec::new(), Vec::new(), Vec::new());
         loop {
-            let is_whole = |bytes: &[u8]| match Header::read_from_prefix(bytes) {
-                Ok((header, _)) => bytes.len() >= header.size as usize,
-                Err(_) => false,
+            let Some(mut message) = next(client, rest, &mut fds) else { return };
+            let is_whole = match Header::read_from_prefix(rest) {
+                Ok((header, _)) => rest.len() >= header.size as usize,
+                Err(_) => rest.is_empty(),
             };
-            let each = |bytes: &[u8]| !matches!(fault, Fault::WholeMessages) || is_whole(bytes);
-            let Some(mut message) = next(client, rest, &mut fds, each) else { return };
+            if matches!(fault, Fault::WholeMessages) && !is_whole {
+                return;
+            }
             if matches!(fault, Fault::SingleMessages) && !rest.is_empty() {
                 return;
             }
@@ -296,7 +293,7 @@ impl Connection {
                     if matches!(header.kind(), Ok(Kind::Posted | Kind::Reply | Kind::Refusal(_))) {
                         continue;
                     }
-                    let Some(mut reply) = next(upstream, &mut replies, &mut reply_fds, |_| true) else { return };
+                    let Some(mut reply) = next(upstream, &mut replies, &mut reply_fds) else { return };
                     if let Fault::Answer(fault) = fault {
                         fault(&message, &mut reply);
                     }

@@ -52,10 +52,11 @@ pub(super) fn checks() -> Vec<Check> {
                 .answered("DMA_MAP of an offset that is not aligned")?;
             raw.in_step()
         }),
-        with_memory("vfio-user.map-of-an-offset-beyond-the-end", "map.range", DmaMapMessage {
-            offset: u64::MAX - PAGE + 1,
-            ..map(IOVA, 2 * PAGE)
-        }),
+        with_memory(
+            "vfio-user.map-of-an-offset-beyond-the-end",
+            "map.range",
+            DmaMapMessage { offset: u64::MAX - PAGE + 1, ..map(IOVA, 2 * PAGE) },
+        ),
         on_connection("vfio-user.map-of-more-than-the-file", none, &["wire.answered"], |_, raw| {
             let memory = memory(PAGE)?;
             let body = map(IOVA, 1 << 20);
@@ -80,7 +81,10 @@ pub(super) fn checks() -> Vec<Check> {
             mapped(raw, IOVA + PAGE, PAGE)?;
             let gone = unmapped(raw, IOVA, 2 * PAGE)?;
             ensure(gone == 0 || gone == 2 * PAGE, || {
-                format!("DMA_UNMAP of two mappings says {gone:#x} bytes, expected a refusal or {:#x}", 2 * PAGE)
+                format!(
+                    "DMA_UNMAP of two mappings says {gone:#x} bytes, expected a refusal or {:#x}",
+                    2 * PAGE
+                )
             })?;
             for address in [IOVA, IOVA + PAGE] {
                 is_mapped(raw, address, gone == 0)?;
@@ -97,14 +101,19 @@ pub(super) fn checks() -> Vec<Check> {
             unmaps_nothing(raw, u64::MAX - PAGE + 1, 2 * PAGE)?;
             is_mapped(raw, IOVA, true)
         }),
-        on_connection("vfio-user.unmap-with-a-bitmap-while-nothing-is-logged", none, &["wire.answered"], |_, raw| {
-            mapped(raw, IOVA, PAGE)?;
-            let bitmap = DirtyBitmap { page_size: PAGE, size: 8 };
-            let unmap = DmaUnmapMessage { argsz: 48, flags: 1, ..unmap(IOVA, PAGE) };
-            let body = [unmap.as_bytes(), bitmap.as_bytes()].concat();
-            raw.ask(Command::DMA_UNMAP, &body)?.answered("DMA_UNMAP with GET_DIRTY_BITMAP")?;
-            raw.in_step()
-        }),
+        on_connection(
+            "vfio-user.unmap-with-a-bitmap-while-nothing-is-logged",
+            none,
+            &["wire.answered"],
+            |_, raw| {
+                mapped(raw, IOVA, PAGE)?;
+                let bitmap = DirtyBitmap { page_size: PAGE, size: 8 };
+                let unmap = DmaUnmapMessage { argsz: 48, flags: 1, ..unmap(IOVA, PAGE) };
+                let body = [unmap.as_bytes(), bitmap.as_bytes()].concat();
+                raw.ask(Command::DMA_UNMAP, &body)?.answered("DMA_UNMAP with GET_DIRTY_BITMAP")?;
+                raw.in_step()
+            },
+        ),
     ]
 }
 
@@ -161,7 +170,9 @@ fn unmapped(raw: &mut Raw, iova: u64, size: u64) -> Result<u64, Stop> {
 fn unmaps_nothing(raw: &mut Raw, iova: u64, size: u64) -> Verdict {
     let gone = unmapped(raw, iova, size)?;
     ensure(gone == 0, || {
-        format!("DMA_UNMAP of {size:#x} bytes at {iova:#x} says that {gone:#x} are gone, expected a refusal or 0")
+        format!(
+            "DMA_UNMAP of {size:#x} bytes at {iova:#x} says that {gone:#x} are gone, expected a refusal or 0"
+        )
     })
 }
 

@@ -40,11 +40,9 @@ pub(super) fn checks() -> Vec<Check> {
             };
             let fd = event()?;
             let fds = vec![fd.as_fd(); count + 3];
-            let answer =
-                raw.ask_with(Command::DMA_MAP, map(IOVA, PAGE).as_bytes(), &fds)?.not_done(&format!(
-                    "DMA_MAP with {} fds, where {count} are taken",
-                    fds.len()
-                ))?;
+            let answer = raw
+                .ask_with(Command::DMA_MAP, map(IOVA, PAGE).as_bytes(), &fds)?
+                .not_done(&format!("DMA_MAP with {} fds, where {count} are taken", fds.len()))?;
             raw.goes_on(t, &answer)
         }),
         on_connection("vfio-user.two-fds-for-one-map", none, &["map.fd"], |_, raw| {

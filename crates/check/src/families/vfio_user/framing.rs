@@ -63,23 +63,7 @@ pub(super) fn checks() -> Vec<Check> {
         on_wire("vfio-user.type-that-is-not-assigned", none, &["wire.survives"], |t| {
             stray(t, 7, Command::DEVICE_GET_INFO)
         }),
-        on_connection("vfio-user.bytes-one-by-one", none, &["wire.stream"], |_, raw| {
-            let message = get_info(raw.id());
-            for byte in message.bytes() {
-                raw.send_bytes(&[byte], &[], "a byte")?;
-            }
-            raw.answer(message.header.id, Command::DEVICE_GET_INFO)?
-                .done("GET_INFO sent byte by byte")
-                .map(drop)
-        }),
-        on_connection("vfio-user.header-apart-from-its-body", none, &["wire.stream"], |_, raw| {
-            let message = get_info(raw.id());
-            raw.send_bytes(message.header.as_bytes(), &[], "a header")?;
-            raw.send_bytes(&message.body, &[], "its body")?;
-            raw.answer(message.header.id, Command::DEVICE_GET_INFO)?
-                .done("GET_INFO whose body came later")
-                .map(drop)
-        }),
+        on_connection("vfio-user.cut-anywhere", none, &["wire.stream"], cut_anywhere),
         on_connection("vfio-user.two-messages-in-one-write", none, &["wire.stream"], |_, raw| {
             let (first, second) = (get_info(raw.id()), get_info(raw.id()));
             raw.send_bytes(&[first.bytes(), second.bytes()].concat(), &[], "two GET_INFO")?;
@@ -149,6 +133,25 @@ fn stray(t: &Trial, kind: u32, command: Command) -> Verdict {
         })?;
     }
     raw.goes_on(t, &Answer::Closed)
+}
+
+/// A message and the beginning of the next in one write, and the rest after the first is replied to: the server has it in
+/// two pieces, cut at every byte in turn.
+fn cut_anywhere(_: &Trial, raw: &mut Raw) -> Verdict {
+    let mut message = get_info(raw.id());
+    let mut rest = message.bytes();
+    for at in 1..rest.len() {
+        let next = get_info(raw.id());
+        let bytes = next.bytes();
+        rest.extend_from_slice(&bytes[..at]);
+        raw.send_bytes(&rest, &[], &format!("GET_INFO, and {at} bytes of the next"))?;
+        let answer = raw.answer(message.header.id, Command::DEVICE_GET_INFO)?;
+        answer.done(&format!("GET_INFO with {at} bytes of the next"))?;
+        rest = bytes[at..].to_vec();
+        message = next;
+    }
+    raw.send_bytes(&rest, &[], "the rest")?;
+    raw.answer(message.header.id, Command::DEVICE_GET_INFO)?.done("the last GET_INFO").map(drop)
 }
 
 /// Commands of several kinds in one write are answered one by one, in order.

@@ -14,14 +14,19 @@ pub(super) fn checks() -> Vec<Check> {
     vec![
         on_connection("vfio-user.info-with-more-room", none, &["argsz.reply"], |_, raw| {
             let info = DeviceInfo { argsz: 4096, ..DeviceInfo::default() };
-            let body = raw.ask(Command::DEVICE_GET_INFO, info.as_bytes())?.done("GET_INFO with argsz 4096")?;
+            let body =
+                raw.ask(Command::DEVICE_GET_INFO, info.as_bytes())?.done("GET_INFO with argsz 4096")?;
             let info: DeviceInfo = body.fixed()?;
             ensure(info.argsz as usize == body.bytes.len(), || {
                 format!("GET_INFO's reply says argsz {} and has {} bytes", info.argsz, body.bytes.len())
             })
         }),
         on_connection("vfio-user.info-with-less-room", none, &["argsz.short"], |_, raw| {
-            short::<DeviceInfo>(raw, Command::DEVICE_GET_INFO, &DeviceInfo { argsz: 8, ..DeviceInfo::default() })
+            short::<DeviceInfo>(
+                raw,
+                Command::DEVICE_GET_INFO,
+                &DeviceInfo { argsz: 8, ..DeviceInfo::default() },
+            )
         }),
         on_connection("vfio-user.region-info-with-less-room", none, &["argsz.short"], |_, raw| {
             let info = RegionInfo { argsz: 16, ..RegionInfo::default() };
@@ -52,7 +57,9 @@ pub(super) fn checks() -> Vec<Check> {
                 let (whole, body) = region(raw, index, info.argsz)?;
                 ensure(body.bytes.len() == whole.argsz as usize, || {
                     let (got, said) = (body.bytes.len(), whole.argsz);
-                    format!("region {index}: asked with the argsz that it named, it gave {got} bytes and says {said}")
+                    format!(
+                        "region {index}: asked with the argsz that it named, it gave {got} bytes and says {said}"
+                    )
                 })
             })
         }),
@@ -109,11 +116,7 @@ pub(super) fn each_region(
 }
 
 /// A region of this device with these rights and at least so many bytes.
-pub(super) fn find_region(
-    raw: &mut Raw,
-    rights: RegionFlags,
-    bytes_min: u64,
-) -> Result<RegionInfo, Stop> {
+pub(super) fn find_region(raw: &mut Raw, rights: RegionFlags, bytes_min: u64) -> Result<RegionInfo, Stop> {
     let found = std::cell::Cell::new(None);
     each_region(raw, |_, _, info, _| {
         let has = RegionFlags::from_bits_retain(info.flags).contains(rights) && info.size >= bytes_min;

@@ -20,14 +20,14 @@ pub(super) const TRIGGER: IrqSetFlags = IrqSetFlags::ACTION_TRIGGER;
 
 pub(super) fn checks() -> Vec<Check> {
     let none = Needs::empty();
-    let flags = |id: &'static str, flags: IrqSetFlags| {
-        refused(id, "irqs.flags", move |irq| set(irq, flags, 0, 1))
-    };
+    let flags =
+        |id: &'static str, flags: IrqSetFlags| refused(id, "irqs.flags", move |irq| set(irq, flags, 0, 1));
     vec![
         on_connection("vfio-user.irqs-wire-and-take-away", none, &["irqs.wire"], |_, raw| {
             let irq = an_irq(raw, 1)?;
             let fd = event()?;
-            ask(raw, set(irq, EVENTFD | TRIGGER, 0, 1), &[], &[fd.as_fd()])?.done("SET_IRQS with an eventfd")?;
+            ask(raw, set(irq, EVENTFD | TRIGGER, 0, 1), &[], &[fd.as_fd()])?
+                .done("SET_IRQS with an eventfd")?;
             ask(raw, set(irq, EVENTFD | TRIGGER, 0, 1), &[], &[])?
                 .done("SET_IRQS without the eventfds")
                 .map(drop)
@@ -35,7 +35,8 @@ pub(super) fn checks() -> Vec<Check> {
         on_connection("vfio-user.irqs-disable", none, &["irqs.wire"], |_, raw| {
             let irq = an_irq(raw, 1)?;
             let fd = event()?;
-            ask(raw, set(irq, EVENTFD | TRIGGER, 0, 1), &[], &[fd.as_fd()])?.done("SET_IRQS with an eventfd")?;
+            ask(raw, set(irq, EVENTFD | TRIGGER, 0, 1), &[], &[fd.as_fd()])?
+                .done("SET_IRQS with an eventfd")?;
             ask(raw, set(irq, NONE | TRIGGER, 0, 0), &[], &[])?.done("SET_IRQS of count 0").map(drop)
         }),
         on_connection("vfio-user.irqs-trigger", none, &["irqs.trigger"], |t, raw| {
@@ -52,7 +53,9 @@ pub(super) fn checks() -> Vec<Check> {
             if !matches!(ask(raw, set(irq, BOOL | TRIGGER, 0, 2), &[0, 1], &[])?, Answer::Reply(_)) {
                 return skip("the device is not triggered by bools");
             }
-            ensure(becomes_ready(t, &second, PollFlags::IN)?, || "the vector whose bool is 1 was silent".into())?;
+            ensure(becomes_ready(t, &second, PollFlags::IN)?, || {
+                "the vector whose bool is 1 was silent".into()
+            })?;
             ensure(!is_ready(&first, PollFlags::IN)?, || "the vector whose bool is 0 was signalled".into())
         }),
         on_connection("vfio-user.irqs-disabled-is-silent", none, &["irqs.trigger"], |t, raw| {
@@ -82,7 +85,10 @@ pub(super) fn checks() -> Vec<Check> {
         flags("vfio-user.irqs-no-data", TRIGGER),
         flags("vfio-user.irqs-two-actions", NONE.union(TRIGGER).union(MASK)),
         flags("vfio-user.irqs-two-kinds-of-data", NONE.union(BOOL).union(TRIGGER)),
-        flags("vfio-user.irqs-flags-beyond", NONE.union(TRIGGER).union(IrqSetFlags::from_bits_retain(1 << 9))),
+        flags(
+            "vfio-user.irqs-flags-beyond",
+            NONE.union(TRIGGER).union(IrqSetFlags::from_bits_retain(1 << 9)),
+        ),
         on_connection("vfio-user.irqs-fewer-eventfds-than-vectors", none, &["irqs.fds"], |_, raw| {
             let irq = an_irq(raw, 2)?;
             let fd = event()?;
@@ -107,7 +113,8 @@ pub(super) fn checks() -> Vec<Check> {
         }),
         on_connection("vfio-user.irqs-fewer-bools-than-vectors", none, &["irqs.bools"], |_, raw| {
             let irq = an_irq(raw, 2)?;
-            ask(raw, set(irq, BOOL | TRIGGER, 0, 2), &[1], &[])?.refused("SET_IRQS of 2 vectors with 1 bool")?;
+            ask(raw, set(irq, BOOL | TRIGGER, 0, 2), &[1], &[])?
+                .refused("SET_IRQS of 2 vectors with 1 bool")?;
             raw.in_step()
         }),
     ]

@@ -53,12 +53,7 @@ fn on_connection(
 }
 
 /// A check that makes its connections itself.
-fn on_wire(
-    id: &'static str,
-    needs: Needs,
-    clauses: &[&'static str],
-    body: fn(&Trial) -> Verdict,
-) -> Check {
+fn on_wire(id: &'static str, needs: Needs, clauses: &[&'static str], body: fn(&Trial) -> Verdict) -> Check {
     Check::new(Family::VfioUser, id, needs | Needs::WIRE, clauses, move |t| body(t))
 }
 

@@ -37,8 +37,12 @@ pub(super) fn checks() -> Vec<Check> {
             let mut next = Raw::open_as(t, "next ")?;
             let new = wired(&mut next, irq, 0)?;
             triggered(&mut next, irq, 0)?;
-            ensure(becomes_ready(t, &new, PollFlags::IN)?, || "the next client's eventfd was not signalled".into())?;
-            ensure(!is_ready(&old, PollFlags::IN)?, || "the eventfd of a client that is gone was signalled".into())
+            ensure(becomes_ready(t, &new, PollFlags::IN)?, || {
+                "the next client's eventfd was not signalled".into()
+            })?;
+            ensure(!is_ready(&old, PollFlags::IN)?, || {
+                "the eventfd of a client that is gone was signalled".into()
+            })
         }),
         on_wire("vfio-user.client-comes-and-goes", none, &["gone.served"], |t| {
             for _ in 0..16 {
@@ -51,7 +55,9 @@ pub(super) fn checks() -> Vec<Check> {
             next_client(t)
         }),
         on_wire("vfio-user.second-client", none, &["second.harmless"], |t| second(t, &version(b"{}\0"))),
-        on_wire("vfio-user.second-client-sends-nonsense", none, &["second.harmless"], |t| second(t, &[0xff; 64])),
+        on_wire("vfio-user.second-client-sends-nonsense", none, &["second.harmless"], |t| {
+            second(t, &[0xff; 64])
+        }),
         on_wire("vfio-user.second-client-goes", none, &["second.harmless"], |t| {
             let mut first = Raw::open(t)?;
             // Whether it gets as far as to connect is the server's choice.

@@ -109,19 +109,13 @@ fn readable(raw: &mut Raw, bytes_min: u64) -> Result<RegionInfo, Stop> {
 /// The reply names what was asked for, and has so many bytes of data.
 fn echoes(reply: &[u8], asked: RegionAccess, data: usize) -> Verdict {
     let expected = RegionAccess::BYTES + data;
-    ensure(reply.len() == expected, || {
-        format!("a reply of {} bytes, expected {expected}", reply.len())
-    })?;
+    ensure(reply.len() == expected, || format!("a reply of {} bytes, expected {expected}", reply.len()))?;
     ensure(reply.starts_with(asked.as_bytes()), || {
         "the reply names another offset, region or count than was asked for".into()
     })
 }
 
-fn bad_read(
-    id: &'static str,
-    clause: &'static str,
-    access: fn(RegionInfo, u64) -> RegionAccess,
-) -> Check {
+fn bad_read(id: &'static str, clause: &'static str, access: fn(RegionInfo, u64) -> RegionAccess) -> Check {
     Check::new(Family::VfioUser, id, Needs::WIRE, &[clause, "wire.answered"], move |t: &mut Trial| {
         let mut raw = Raw::open(t)?;
         let region = readable(&mut raw, 4)?;
@@ -143,8 +137,9 @@ fn bad_write(
         let mut raw = Raw::open(t)?;
         let (access, data) = access(find_region(&mut raw, RegionFlags::WRITE, 4)?);
         let RegionAccess { offset, region, count } = access;
-        let what =
-            format!("REGION_WRITE of {count} bytes at {offset:#x} of region {region}, with {data} bytes of data");
+        let what = format!(
+            "REGION_WRITE of {count} bytes at {offset:#x} of region {region}, with {data} bytes of data"
+        );
         raw.ask(Command::REGION_WRITE, &[access.as_bytes(), &vec![0; data]].concat())?.refused(&what)?;
         raw.in_step()
     })

@@ -55,7 +55,8 @@ pub(super) fn checks() -> Vec<Check> {
         }),
         on_wire("vfio-user.version-comes-first", none, &["version.first"], |t| {
             let mut raw = Raw::dial(t, "")?;
-            raw.ask(Command::DEVICE_GET_INFO, info_request().as_bytes())?.not_done("GET_INFO before VERSION")?;
+            raw.ask(Command::DEVICE_GET_INFO, info_request().as_bytes())?
+                .not_done("GET_INFO before VERSION")?;
             drop(raw);
             next_client(t)
         }),
