@@ -8,6 +8,7 @@
 mod check;
 mod clause;
 mod families;
+mod fuzz;
 mod profile;
 mod recorder;
 mod report;
@@ -20,6 +21,7 @@ mod wire;
 pub use check::{Check, Family, Needs, Outcome};
 pub use clause::{CLAUSES, Clause, Document, clauses_document, coverage};
 pub use families::checks;
+pub use fuzz::{Difference, FuzzOptions, FuzzReport, Script, fuzz, replay};
 pub use profile::{Profile, ProfileError};
 pub use report::{Checked, Counts, Report};
 pub use run::{Limits, Options, run};

@@ -132,7 +132,7 @@ struct End {
 }
 
 /// What became of work in a thread of its own.
-enum Done<T> {
+pub(crate) enum Done<T> {
     Value(T),
     Panicked(String),
     /// It still waits for the device.
@@ -140,7 +140,10 @@ enum Done<T> {
 }
 
 /// Runs work that may wait for the device for ever. A thread that hangs is left behind.
-fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Done<T> {
+pub(crate) fn within<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Done<T> {
     let (send, receive) = mpsc::sync_channel(1);
     let run = move || {
         let done = catch_unwind(AssertUnwindSafe(work));
@@ -163,7 +166,7 @@ fn said(panic: &(dyn Any + Send)) -> String {
 }
 
 /// What a thread may need beyond a check's own limit, to see that it has passed.
-const GRACE: Duration = Duration::from_secs(2);
+pub(crate) const GRACE: Duration = Duration::from_secs(2);
 
 impl Suite {
     fn silence(&self, request: &str) -> Error {
@@ -408,7 +411,7 @@ impl Suite {
 }
 
 /// Logging off and RUNNING, whatever came before.
-fn back(device: &Recorded, has_migration: bool, has_logging: bool) -> Result<()> {
+pub(crate) fn back(device: &Recorded, has_migration: bool, has_logging: bool) -> Result<()> {
     if has_logging {
         match device.dma_logging_stop() {
             // It is off.
