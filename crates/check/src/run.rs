@@ -7,7 +7,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use limosa_client::{Device, DeviceExt, Error, Result};
-use limosa_protocol::State;
+use limosa_protocol::{Errno, State};
 
 use crate::check::{Check, Family, Needs, Outcome, Stop, Verdict};
 use crate::clause::coverage;
@@ -89,7 +89,7 @@ pub fn run(target: &Target, options: &Options, mut progress: impl FnMut(&Checked
         silent: 0,
         ended: None,
     };
-    suite.reopen()?;
+    suite.open()?;
     suite.begin(options.destructive)?;
     let facts = suite.survey()?;
     let checks: Vec<_> =
@@ -168,6 +168,15 @@ fn said(panic: &(dyn Any + Send)) -> String {
 /// What a thread may need beyond a check's own limit, to see that it has passed.
 pub(crate) const GRACE: Duration = Duration::from_secs(2);
 
+/// How long a server that has ended has to be started again by whoever supervises it, and how often it is looked for.
+pub(crate) const RESTART: Duration = Duration::from_secs(2);
+pub(crate) const RETRY: Duration = Duration::from_millis(20);
+
+/// Whether an error says that nobody is there.
+fn is_gone(error: &Error) -> bool {
+    matches!(error, Error::Disconnected { .. } | Error::Os { errno: Errno::ENOENT | Errno::ECONNREFUSED, .. })
+}
+
 impl Suite {
     fn silence(&self, request: &str) -> Error {
         Error::Timeout {
@@ -177,8 +186,19 @@ impl Suite {
         }
     }
 
-    /// Opens the device anew.
+    /// Opens the device again. A server that has ended with its client may be about to be started again.
     fn reopen(&mut self) -> Result<()> {
+        let until = Instant::now() + RESTART.min(self.limits.check);
+        loop {
+            match self.open() {
+                Err(error) if is_gone(&error) && Instant::now() < until => std::thread::sleep(RETRY),
+                opened => return opened,
+            }
+        }
+    }
+
+    /// Opens the device.
+    fn open(&mut self) -> Result<()> {
         self.device = None;
         let target = Arc::clone(&self.target);
         let opened = match within(self.limits.check + GRACE, move || (target.open)()) {

@@ -88,8 +88,11 @@ fn every_constant_is_used_and_every_one_used_is_there() {
     assert_eq!(used, constants().into_keys().collect());
 }
 
-/// The structures of the description: their fields with offsets, and their sizes.
-fn structures() -> BTreeMap<&'static str, (Vec<(&'static str, usize)>, usize)> {
+/// The fields of a structure with their offsets, and its size.
+type Layout = (Vec<(&'static str, usize)>, usize);
+
+/// The structures of the description.
+fn structures() -> BTreeMap<&'static str, Layout> {
     let mut found = BTreeMap::new();
     let mut lines = TEXT.lines();
     while let Some(line) = lines.next() {

@@ -4,7 +4,7 @@
 use std::io::ErrorKind;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::Errno;
@@ -16,6 +16,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::Wire;
 use crate::check::{Stop, Verdict, ensure, fail, skip};
 use crate::recorder::Record;
+use crate::run::{RESTART, RETRY};
 use crate::trial::Trial;
 
 /// The longest reply that is taken, in bytes.
@@ -145,8 +146,21 @@ impl Raw {
     /// A connection on which nothing was said.
     pub fn dial(t: &Trial, prefix: &'static str) -> Result<Raw, Stop> {
         let Some(dial) = &t.target.dial else { return skip("the device is not behind a socket") };
-        let wire =
-            dial().map_err(|error| Stop::Fail(format!("the server cannot be connected to: {error}")))?;
+        // The client before this check is gone, and a server may end with its client. Within a check it may not.
+        let patience = if prefix.is_empty() { RESTART } else { Duration::ZERO };
+        let until = t.until.min(Instant::now() + patience);
+        let wire = loop {
+            match dial() {
+                Ok(wire) => break wire,
+                Err(error) => {
+                    let gone = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+                    if !gone || Instant::now() >= until {
+                        return fail(format!("the server cannot be connected to: {error}"));
+                    }
+                    std::thread::sleep(RETRY);
+                }
+            }
+        };
         t.record.note(&format!("{prefix}connect"), "ok");
         Ok(Raw {
             wire,
@@ -160,24 +174,35 @@ impl Raw {
         })
     }
 
-    /// A connection with a version.
+    /// A check's first connection, with a version. The server before this one may just be ending with its client.
     pub fn open(t: &Trial) -> Result<Raw, Stop> {
-        Raw::open_as(t, "")
+        let until = t.until.min(Instant::now() + RESTART);
+        loop {
+            let mut raw = Raw::dial(t, "")?;
+            match raw.propose()? {
+                Answer::Closed if Instant::now() < until => std::thread::sleep(RETRY),
+                answer => return raw.agreed(answer),
+            }
+        }
     }
 
+    /// A further connection, with a version.
     pub fn open_as(t: &Trial, prefix: &'static str) -> Result<Raw, Stop> {
         let mut raw = Raw::dial(t, prefix)?;
-        raw.negotiate()?;
-        Ok(raw)
+        let answer = raw.propose()?;
+        raw.agreed(answer)
     }
 
     /// Proposes the newest version and what every client has, without the twin socket.
-    pub fn negotiate(&mut self) -> Verdict {
-        let body = version(&Capabilities::of_client(1 << 20, false).encode(4096));
-        let reply = self.ask(Command::VERSION, &body)?.done("VERSION")?;
+    fn propose(&mut self) -> Result<Answer, Stop> {
+        self.ask(Command::VERSION, &version(&Capabilities::of_client(1 << 20, false).encode(4096)))
+    }
+
+    fn agreed(mut self, answer: Answer) -> Result<Raw, Stop> {
+        let reply = answer.done("VERSION")?;
         self.server = Capabilities::decode(reply.bytes.get(VersionMessage::BYTES..).unwrap_or_default())
             .map_err(|error| Stop::Fail(format!("the reply to VERSION: {error}")))?;
-        Ok(())
+        Ok(self)
     }
 
     pub fn id(&mut self) -> u16 {

@@ -178,7 +178,7 @@ impl Faulty {
         let (served, _) = self.changed.wait_timeout_while(served, LIMIT, |served| gone(served)).unwrap();
         let number = self.connections.fetch_add(1, SeqCst) + 1;
         if self.dead.load(SeqCst) || matches!(self.fault, Fault::Connections(last) if number > last) {
-            return Err(io::ErrorKind::ConnectionRefused.into());
+            return Err(io::ErrorKind::ConnectionAborted.into());
         }
         if let (Fault::SecondEndsFirst, Some((_, first))) = (self.fault, served.first()) {
             first.shutdown(std::net::Shutdown::Both)?;

@@ -129,7 +129,10 @@ fn stray(t: &Trial, kind: u32, command: Command) -> Verdict {
             return raw.in_step();
         }
         ensure(header.id == message.header.id && matches!(answer, Answer::Refused(_)), || {
-            format!("a message of type {kind} is answered by {answer:?}, expected a refusal or nothing")
+            format!(
+                "a message of type {kind} with id {} is answered by {answer:?} with id {}, expected a refusal of it or nothing",
+                message.header.id, header.id
+            )
         })?;
     }
     raw.goes_on(t, &Answer::Closed)

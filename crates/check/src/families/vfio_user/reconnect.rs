@@ -2,13 +2,13 @@
 
 use limosa_protocol::State;
 use limosa_protocol::info::RegionInfo;
-use limosa_vfio_user::codec::Command;
+use limosa_vfio_user::codec::{Command, DmaUnmapMessage};
 use rustix::event::PollFlags;
 use zerocopy::IntoBytes;
 
 use super::irqs::{an_irq, triggered, wired};
 use super::migration::{is, set};
-use super::{IOVA, PAGE, ask_map, becomes_ready, is_ready, mapped, on_wire};
+use super::{IOVA, PAGE, ask_map, ask_unmap, becomes_ready, is_ready, mapped, on_wire};
 use crate::check::{Check, Family, Needs, Verdict, ensure, fail};
 use crate::families::session::needs_of;
 use crate::trial::Trial;
@@ -111,9 +111,9 @@ fn second(t: &Trial, body: &[u8]) -> Verdict {
     for _ in 0..8 {
         first.in_step()?;
     }
-    match ask_map(&mut first, IOVA, PAGE)? {
-        Answer::Refused(_) => {}
-        _ => return fail("the first client's mapping is gone, expected it to outlive a second client"),
+    let body = ask_unmap(&mut first, IOVA, PAGE)?.done("DMA_UNMAP of the first client's mapping")?;
+    if body.fixed::<DmaUnmapMessage>()?.size != PAGE {
+        return fail("the first client's mapping is gone, expected it to outlive a second client");
     }
     drop(first);
     if open {
