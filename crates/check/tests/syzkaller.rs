@@ -135,7 +135,7 @@ fn the_layouts_are_those_of_linux() {
         vfio_device_feature_dma_logging_control { page_size, num_ranges, __reserved, ranges }
         vfio_device_feature_dma_logging_range { iova, length }
         vfio_device_feature_dma_logging_report { iova, length, page_size, bitmap }
-        vfio_device_bind_iommufd { argsz, flags, iommufd, out_devid }
+        vfio_device_bind_iommufd { argsz, flags, iommufd, out_devid, token_uuid_ptr }
         vfio_precopy_info { argsz, flags, initial_bytes, dirty_bytes }
     };
     let mut found = structures();
