@@ -8,6 +8,7 @@ mod dma;
 mod dma_log;
 mod exchange;
 mod feature;
+mod session;
 mod stream;
 
 use std::os::fd::BorrowedFd;
@@ -28,7 +29,8 @@ use crate::connection::{self, ConnectionError, Sender};
 pub use crate::version::Role;
 use crate::version::{DATA_XFER_BYTES_DEFAULT, Limits};
 use exchange::{Answer, Ask, Exchange, Failure, Limit};
-use feature::{Migration, Session};
+use feature::Migration;
+use session::Session;
 
 /// How a client deals with its server.
 #[derive(Clone, Debug)]
