@@ -139,7 +139,13 @@ pub fn all() -> Vec<Case> {
         ask("a reply kills the server", "wire.survives", |m, _| when(m.header.flags == 1, Do::Die)),
         ask("an unknown type kills the server", "wire.survives", |m, _| when(m.header.flags == 7, Do::Die)),
         other("a message is one receive", "wire.stream", Fault::WholeMessages),
-        other("a receive is one message", "wire.stream", Fault::SingleMessages),
+        Case {
+            words: "a receive is one message",
+            clause: "wire.stream",
+            fault: Fault::SingleMessages,
+            // Two that are sent one after the other may come as one, too.
+            only: Some("vfio-user.two-messages-in-one-write"),
+        },
         answer("GET_IRQ_INFO is answered for the next message", "wire.order", |m, r| {
             if m.is(Command::DEVICE_GET_IRQ_INFO) {
                 r.header.id = r.header.id.wrapping_add(1);
@@ -158,7 +164,12 @@ pub fn all() -> Vec<Case> {
             when(m.header.flags & Header::NO_REPLY != 0 && m.is(Command::DMA_MAP), Do::Ignore)
         }),
         other("half a message kills the server", "wire.survives", Fault::DiesOfHalves),
-        other("a client that does not take its reply kills the server", "wire.survives", Fault::DiesAfter(2)),
+        Case {
+            words: "a client that does not take its reply kills the server",
+            clause: "wire.survives",
+            fault: Fault::DiesAfter(2),
+            only: Some("vfio-user.client-gone-before-its-reply"),
+        },
         ask("an unknown command ends the connection", "wire.answered", |m, _| {
             when(is_unknown(m.header.command), Do::Close)
         }),
@@ -523,7 +534,12 @@ pub fn all() -> Vec<Case> {
             fault: Fault::Connections(12),
             only: Some("vfio-user.client-comes-and-goes"),
         },
-        other("a client that says nothing kills the server", "gone.served", Fault::DiesAfter(0)),
+        Case {
+            words: "a client that says nothing kills the server",
+            clause: "gone.served",
+            fault: Fault::DiesAfter(0),
+            only: Some("vfio-user.client-gone-before-its-version"),
+        },
         other("a second client ends the first", "second.harmless", Fault::SecondEndsFirst),
     ]
 }

@@ -269,6 +269,11 @@ impl Connection {
             if matches!(fault, Fault::SingleMessages) && !rest.is_empty() {
                 return;
             }
+            if matches!(fault, Fault::DiesOfHalves) && message.header.size as usize > BODY_MAX {
+                // What follows is no half of anything.
+                rest.clear();
+                return;
+            }
             let todo = match fault {
                 Fault::Ask(fault) => fault(&mut message, &*self),
                 _ => Do::Pass,
