@@ -1,5 +1,6 @@
 //! Servers of devices: the command in a process of its own, or a model in the process of the test.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -12,33 +13,49 @@ use tempfile::TempDir;
 use crate::Lines;
 use crate::qemu::beside_the_test;
 
+const SOCKET: &str = "device.sock";
+const TAKEOVER: &str = "takeover.sock";
+
 /// `limosa serve` in a process. Killed when it is dropped.
 pub struct Served {
     child: Child,
-    socket: PathBuf,
-    _folder: TempDir,
+    /// Its arguments, but for those of a switch-over.
+    args: Vec<OsString>,
+    folder: TempDir,
 }
 
 impl Served {
     /// Serves a model of the command with options of the model.
     pub fn start(model: &str, options: &[&str]) -> Served {
-        let folder = tempfile::tempdir().expect("a folder for the socket");
-        let socket = folder.path().join("device.sock");
-        let mut command = Command::new(beside_the_test("limosa"));
-        command.args(["serve", model, "--socket"]).arg(&socket);
-        options.iter().for_each(|option| {
-            command.args(["-o", option]);
-        });
+        let folder = tempfile::tempdir().expect("a folder for the sockets");
+        let mut args: Vec<OsString> = vec!["serve".into(), model.into()];
+        options.iter().for_each(|option| args.extend(["-o".into(), option.into()]));
+        for (option, name) in [("--socket", SOCKET), ("--takeover", TAKEOVER)] {
+            args.extend([option.into(), folder.path().join(name).into()]);
+        }
+        let child = Self::spawn(Command::new(beside_the_test("limosa")).args(&args));
+        Served { child, args, folder }
+    }
+
+    fn spawn(command: &mut Command) -> Child {
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("the command starts");
         let said = Lines::of(child.stdout.take().expect("stdout is a pipe"));
         assert!(said.wait_for("listening on").is_some(), "the server ended: {:#?}", said.all());
-        Served { child, socket, _folder: folder }
+        child
+    }
+
+    /// Another process takes its place, while its client goes on.
+    pub fn replace(&mut self) {
+        let mut command = Command::new(beside_the_test("limosa"));
+        command.args(&self.args).arg("--take-from").arg(self.folder.path().join(TAKEOVER));
+        let mut old = std::mem::replace(&mut self.child, Self::spawn(&mut command));
+        assert!(old.wait().expect("a child").success(), "the old server failed");
     }
 
     /// Where it listens.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join(SOCKET)
     }
 
     /// Ends it without a word to its client.
