@@ -11,8 +11,8 @@ use limosa_device::{Backing, Irq, Mapping, Mappings, RemoteMemory, SetIrqs, Wiri
 use limosa_protocol::Errno;
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::info::{DmaMapFlags, IrqFlags};
-use rustix::event::{EventfdFlags, eventfd};
 use limosa_testing::memfd;
+use rustix::event::{EventfdFlags, eventfd};
 
 const PAGE: u64 = 4096;
 /// Small enough for a cache, so that what is measured is not the memory.
@@ -161,8 +161,9 @@ fn threads(c: &mut Criterion) {
             };
             let dma = mappings.dma();
             let wiring = wired(threads as u32);
-            let vectors: Vec<_> =
-                (0..threads as u32).map(|at| wiring.interrupts().vector(0, at).expect("it is there").clone()).collect();
+            let vectors: Vec<_> = (0..threads as u32)
+                .map(|at| wiring.interrupts().vector(0, at).expect("it is there").clone())
+                .collect();
             group.bench_function(format!("{threads}"), |b| {
                 b.iter_custom(|rounds| {
                     let access = |thread: u64, at, data: &[u8]| {

@@ -6,10 +6,11 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use support::{Folder, JsonOutput, Server, device_data, limosa, start};
 
-const COMMANDS: [&[&str]; 19] = [
+const COMMANDS: [&[&str]; 20] = [
     &[],
     &["demo"],
     &["serve"],
+    &["switch-over"],
     &["probe"],
     &["state"],
     &["state", "x", "get"],

@@ -37,8 +37,8 @@ pub struct Qemu {
 impl QemuBuilder {
     /// With the device that is served at this path, in the next slot from 5 on.
     #[must_use]
-    pub fn device(mut self, socket: &Path) -> QemuBuilder {
-        self.sockets.push(socket.to_owned());
+    pub fn device(mut self, socket: impl AsRef<Path>) -> QemuBuilder {
+        self.sockets.push(socket.as_ref().to_owned());
         self
     }
 

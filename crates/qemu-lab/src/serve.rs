@@ -1,5 +1,6 @@
 //! Servers of devices: the command in a process of its own, or a model in the process of the test.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -10,31 +11,47 @@ use limosa_testing::{Process, beside_the_test};
 use limosa_vfio_user::server::{Options, Server, ShutdownHandle};
 use tempfile::TempDir;
 
+const SOCKET: &str = "device.sock";
+const TAKEOVER: &str = "takeover.sock";
+
 /// `limosa serve` in a process, which does not outlive this.
 pub struct Served {
     process: Option<Process>,
-    socket: PathBuf,
-    _folder: TempDir,
+    /// Its arguments, but for those of a switch-over.
+    args: Vec<OsString>,
+    folder: TempDir,
 }
 
 impl Served {
     /// Serves a model of the command with options of the model.
     pub fn start(model: &str, options: &[&str]) -> Served {
-        let folder = tempfile::tempdir().expect("a folder for the socket");
-        let socket = folder.path().join("device.sock");
-        let mut command = Command::new(beside_the_test("limosa"));
-        command.args(["serve", model, "--socket"]).arg(&socket);
-        options.iter().for_each(|option| {
-            command.args(["-o", option]);
-        });
-        let process = Process::start(&mut command);
+        let folder = tempfile::tempdir().expect("a folder for the sockets");
+        let mut args: Vec<OsString> = vec!["serve".into(), model.into()];
+        options.iter().for_each(|option| args.extend(["-o".into(), option.into()]));
+        for (option, name) in [("--socket", SOCKET), ("--takeover", TAKEOVER)] {
+            args.extend([option.into(), folder.path().join(name).into()]);
+        }
+        let process = Self::spawn(Command::new(beside_the_test("limosa")).args(&args));
+        Served { process: Some(process), args, folder }
+    }
+
+    fn spawn(command: &mut Command) -> Process {
+        let process = Process::start(command);
         process.line("listening on");
-        Served { process: Some(process), socket, _folder: folder }
+        process
+    }
+
+    /// Another process takes its place, while its client goes on.
+    pub fn replace(&mut self) {
+        let mut command = Command::new(beside_the_test("limosa"));
+        command.args(&self.args).arg("--take-from").arg(self.folder.path().join(TAKEOVER));
+        let old = self.process.replace(Self::spawn(&mut command)).expect("it was not killed");
+        old.end().ok();
     }
 
     /// Where it listens.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join(SOCKET)
     }
 
     /// Ends it without a word to its client.
