@@ -163,7 +163,7 @@ fn the_claim_alone_makes_no_control_client() {
     std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let (path, control_path) = (directory.path().join("vmm"), directory.path().join("control"));
     let open = SocketAccess { mode: 0o666, ..SocketAccess::default() };
-    let options = Options { socket: open.clone(), ..Options::default() };
+    let options = Options { socket: open, ..Options::default() };
     let server = Server::bind(&path, TestDevice::new().machine(), options).unwrap();
     let server = server.with_control(&control_path, &open).unwrap();
     let shutdown = server.shutdown_handle();
@@ -376,7 +376,7 @@ fn thousands_of_posted_writes_wait_and_arrive_in_order() {
     let served = Served::new();
     let (mut vmm, mut control) = (served.peer(), Raw::control(served.path()));
     control.set_state(STOP).ok();
-    let mut post = |vmm: &mut Raw, from: u32, to: u32| {
+    let post = |vmm: &mut Raw, from: u32, to: u32| {
         let mut all = Vec::new();
         for i in from..to {
             let body = [bytes![u64::from(i % 500) * 4, BAR0, 4u32], i.to_ne_bytes().to_vec()].concat();
