@@ -25,7 +25,7 @@ pub use process::Lines;
 pub use qemu::{Qemu, QemuBuilder, RAM_BYTES};
 pub use qmp::Qmp;
 pub use qtest::{Interrupt, Qtest};
-pub use serve::{Served, ServedHere};
+pub use serve::{Served, ServedHere, limosa};
 
 /// Longer than anything here takes on a busy machine; what takes longer hangs.
 pub const LIMIT: Duration = Duration::from_secs(120);

@@ -463,6 +463,13 @@ impl Link {
         }
     }
 
+    /// Whether the client has closed its end, or will send nothing more: its connection is about to be over.
+    pub(super) fn has_hung_up(&self) -> bool {
+        let ready =
+            poll(&mut [PollFd::new(self.sender.socket(), PollFlags::RDHUP)], Some(&Timespec::default()));
+        ready.is_ok_and(|ready| ready > 0)
+    }
+
     /// The client's credentials.
     pub(super) fn socket(&self) -> &UnixStream {
         self.sender.socket()
