@@ -417,7 +417,7 @@ impl Link {
         }
     }
 
-    /// Whether a command has come. Replies before it are handed over: who waits for them need not lead.
+    /// Whether a command has come. Replies before it go to the threads that wait for them.
     fn gather(&self, receiver: &mut Receiver) -> Result<bool, ConnectionError> {
         while receiver.gather()? {
             if !receiver.held_header().is_some_and(|header| is_reply(&header)) {
