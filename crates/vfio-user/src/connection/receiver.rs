@@ -246,7 +246,7 @@ impl Receiver {
         loop {
             let held = &self.buffer[self.start..self.end];
             if let Ok((header, _)) = Header::read_from_prefix(held) {
-                let whole = Header::BYTES + header.body_bytes().unwrap_or(0) as usize;
+                let whole = Header::BYTES + header.body_bytes().unwrap_or(0);
                 if held.len() >= whole.min(Receiver::BUFFER_BYTES) {
                     return Ok(true);
                 }
