@@ -222,15 +222,18 @@ fn nothing_but_the_decision_leads_a_device_that_stays_to_running() {
 
 #[test]
 fn what_a_client_that_has_gone_has_loaded_cannot_be_completed() {
-    let rig = Rig::new(ALL);
-    set(&rig, VMM, State::Resuming).unwrap();
-    rig.machine.data_write(rig.machine.session().unwrap(), b"all of it").unwrap();
-    rig.machine.client_gone(VMM);
-    assert_eq!(rig.state(), State::Resuming);
-    for client in [VMM, rig.machine.new_client()] {
-        assert_eq!(set(&rig, client, State::Stop), Err(Errno::EIO));
+    for is_vmm in [true, false] {
+        let rig = Rig::new(ALL);
+        set(&rig, VMM, State::Resuming).unwrap();
+        rig.machine.data_write(rig.machine.session().unwrap(), b"all of it").unwrap();
+        rig.machine.client_gone(VMM);
+        assert_eq!(rig.state(), State::Resuming);
+        let next = if is_vmm { VMM } else { rig.machine.new_client() };
+        for to in [State::Stop, State::Running] {
+            assert_eq!(set(&rig, next, to), Err(Errno::EIO));
+        }
+        rig.machine.reset().unwrap();
+        set(&rig, VMM, State::Resuming).unwrap();
+        set(&rig, VMM, State::Stop).unwrap();
     }
-    rig.machine.reset().unwrap();
-    set(&rig, VMM, State::Resuming).unwrap();
-    set(&rig, VMM, State::Stop).unwrap();
 }

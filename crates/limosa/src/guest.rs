@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use limosa_migrate::{CommitNote, Outcome, Vmm};
+use limosa_migrate::{CommitNote, Error, Outcome, Vmm};
 use limosa_stream::MigrationId;
 
 use crate::args::{Starting, Stopping};
@@ -84,6 +84,17 @@ impl<'a> Guest<'a> {
         if let Some(noting) = self.noting.as_ref().filter(|_| is_settled) {
             noting.settled(matches!(outcome, Outcome::Moved(_)));
         }
+    }
+
+    /// What may be behind the end of a move whose device another client has driven.
+    pub fn taken_back(&self, why: &Error) -> Option<String> {
+        let Error::DeviceChanged { device, .. } = why else { return None };
+        let is_it = |opened: &&Opened| opened.given() == device && opened.is_beside_vmm();
+        self.devices.iter().find(is_it).map(|_| {
+            format!(
+                "{device}: the VM that uses it reset it, or used it for longer than its accesses wait while it is stopped (4 s);                  try again when it is used less, or stop the guest for the move"
+            )
+        })
     }
 
     /// What could not be done when it was too late to call the move off.

@@ -22,4 +22,4 @@ pub use limosa_testing::LIMIT;
 pub use qemu::{Qemu, QemuBuilder, RAM_BYTES};
 pub use qmp::Qmp;
 pub use qtest::{Interrupt, Qtest};
-pub use serve::{Served, ServedHere};
+pub use serve::{Served, ServedHere, limosa};

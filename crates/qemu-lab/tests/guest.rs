@@ -2,7 +2,7 @@
 
 use limosa_models::synthetic::IDENTITY;
 use limosa_qemu_lab::pci::Function;
-use limosa_qemu_lab::{Counts, Guest, GuestJob, Qemu, Served, ServedHere, TestDevice};
+use limosa_qemu_lab::{Counts, Guest, GuestJob, Qemu, Served, ServedHere, TestDevice, limosa};
 use serde_json::json;
 
 const JOBS: [GuestJob; 3] = [GuestJob::Serial, GuestJob::Dma, GuestJob::Messages];
@@ -46,6 +46,35 @@ fn a_guest_works_with_three_devices_at_once() {
     for job in JOBS {
         assert!(second.of(job).rounds >= first.of(job).rounds + 10, "{job:?} goes on");
     }
+}
+
+#[test]
+#[ignore = "runs in the lab's QEMU (lab/qemu/run)"]
+fn a_guest_loses_nothing_while_its_devices_are_probed_stopped_and_saved() {
+    let mut booted = boot();
+    let folder = tempfile::tempdir().unwrap();
+    let sockets = [
+        booted.uart.socket().to_owned(),
+        booted.synthetic.socket().to_owned(),
+        booted.test_device.socket().to_owned(),
+    ];
+    for round in 0..3 {
+        for (at, socket) in sockets.iter().enumerate() {
+            let socket = socket.to_str().unwrap();
+            assert!(limosa(&["probe", socket]).contains("a VMM uses it"));
+            // The third has no migration.
+            if at == 2 {
+                continue;
+            }
+            assert_eq!(limosa(&["state", socket]).trim(), "RUNNING");
+            // It runs again when the command has ended.
+            limosa(&["state", socket, "set", "STOP"]);
+            let file = folder.path().join(format!("{at}-{round}.lmsa"));
+            limosa(&["save", socket, file.to_str().unwrap()]);
+        }
+        assert_all_right(&booted.guest.advance(3));
+    }
+    assert_eq!(booted.qemu.qmp().execute("query-status", json!({}))["status"], "running");
 }
 
 /// QEMU 11.1.3 ends with an assertion of its own when a server goes whose device is in use. Whether it does or not, the other

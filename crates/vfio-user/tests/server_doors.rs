@@ -688,6 +688,25 @@ fn a_silent_client_holds_up_nobody() {
 }
 
 #[test]
+fn silent_clients_at_one_door_kept_control_out_at_the_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, control_path) = (directory.path().join("vmm"), directory.path().join("control"));
+    let server = Server::bind(&path, TestDevice::new().machine(), Options::default()).unwrap();
+    let server = server.with_control(&control_path, &SocketAccess::default()).unwrap();
+    let shutdown = server.shutdown_handle();
+    let thread = std::thread::spawn(move || server.serve());
+    let mut vmm = Raw::negotiated(&path);
+    let silent: Vec<_> = (0..80).map(|_| Raw::connect(&path)).collect();
+    let mut control = Raw::connect(&control_path);
+    control.negotiate();
+    control.set_state(STOP).ok();
+    vmm.assert_usable();
+    drop(silent);
+    shutdown.shut_down();
+    thread.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_control_client_that_takes_no_reply_stalls_nothing() {
     let served = Served::device(TestDevice::new().state_bytes(64 << 20));
     let (mut vmm, mut control) = (served.peer(), Raw::control(served.path()));

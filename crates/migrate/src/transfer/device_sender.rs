@@ -380,12 +380,13 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
     /// Returns the device to the state in which it was found. The result says what could not be done.
     fn go_back(&mut self, job: Job) -> Option<Unrecovered> {
         let (device, is_stopped) = (self.driven.device(), !self.driven.expected().is_running());
+        let resets = self.driven.resets();
+        let begin = || WayBack::new(device, self.found, is_stopped).with_resets_before(resets);
         if job == Job::ReturnP2p {
-            return self.way_back.insert(WayBack::new(device, self.found, is_stopped)).to_p2p();
+            return self.way_back.insert(begin()).to_p2p();
         }
         self.stream = None;
-        let way_back = self.way_back.take();
-        way_back.unwrap_or_else(|| WayBack::new(device, self.found, is_stopped)).to_the_end()
+        self.way_back.take().unwrap_or_else(begin).to_the_end()
     }
 
     fn lost(&self, loss: Loss, why: &str) -> Unrecovered {

@@ -93,6 +93,11 @@ impl<'a> DrivenDevice<'a> {
         failed(self.device, doing, error)
     }
 
+    /// The reset count at the start of the session.
+    pub(crate) fn resets(&self) -> Option<u64> {
+        self.resets
+    }
+
     fn check_state(&self) -> Result<()> {
         let found = self.device.state().map_err(|error| failed(self.device, "reading its state", error))?;
         if found == self.expected {

@@ -14,6 +14,8 @@ pub(crate) struct WayBack<'d> {
     is_stopped: bool,
     /// How many times the device had been reset before the first look at its state; `None` if that is not known.
     resets: Option<u64>,
+    /// How many times it had been reset when its session opened.
+    resets_before: Option<u64>,
 }
 
 impl<'d> WayBack<'d> {
@@ -21,14 +23,23 @@ impl<'d> WayBack<'d> {
         // A device that runs may be reset by its guest.
         let count = || catch(|| device.reset_count()).ok()?.ok()?;
         let resets = if is_stopped { count() } else { None };
-        WayBack { device, found, is_stopped, resets }
+        WayBack { device, found, is_stopped, resets, resets_before: None }
+    }
+
+    /// The same, of a device that had been reset so many times when its session opened.
+    pub(crate) fn with_resets_before(self, resets_before: Option<u64>) -> WayBack<'d> {
+        WayBack { resets_before, ..self }
     }
 
     /// Drives a device that is stopped to RUNNING_P2P, if it has that state and was found running. If the engine has stopped
-    /// the device and it runs, somebody else has reset it.
+    /// the device and it runs, somebody else has reset it; unless its reset count says that it was not, and its server has
+    /// led it back for its VMM.
     pub(crate) fn to_p2p(&self) -> Option<Unrecovered> {
         let (device, state) = (self.device, self.device.state().ok()?);
         if self.is_stopped && state.is_running() {
+            if self.resets.is_some() && self.resets == self.resets_before {
+                return None;
+            }
             return self.lost(Loss::WasReset, format!("it is in {state}"));
         }
         let has_p2p = device.migration_flags().is_ok_and(|flags| flags.contains(MigrationFlags::P2P));

@@ -361,7 +361,8 @@ impl<'a> Connection<'a> {
                 return Ok(Err(Errno::EACCES));
             }
             Some(Asked::Control) => true,
-            Some(Asked::Either) => self.doors.vmm().is_some() && may_control(),
+            // One that has gone, and is only not forgotten yet, is no VMM to be beside of.
+            Some(Asked::Either) => self.doors.vmm().is_some_and(|vmm| !vmm.has_hung_up()) && may_control(),
             Some(Asked::Vmm) | None => false,
         };
         let admitted = match control {

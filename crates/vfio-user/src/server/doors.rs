@@ -19,7 +19,7 @@ use crate::version::Limits;
 /// Clients that may wait for the VMM's place.
 const WAITING_MAX: usize = 16;
 /// Control clients at once.
-const CONTROL_MAX: usize = 8;
+pub(super) const CONTROL_MAX: usize = 8;
 /// Connections in all, those that have not said what they want included.
 pub(super) const CONNECTIONS_MAX: usize = 64;
 

@@ -457,7 +457,7 @@ impl Link {
         }
     }
 
-    /// Whether a command has come. Replies before it are handed over: who waits for them need not lead.
+    /// Whether a command has come. Replies before it go to the threads that wait for them.
     fn gather(&self, receiver: &mut Receiver) -> Result<bool, ConnectionError> {
         while receiver.gather()? {
             if !receiver.held_header().is_some_and(|header| is_reply(&header)) {
@@ -501,6 +501,13 @@ impl Link {
         if shared.waiting > 0 {
             self.turn.notify_all();
         }
+    }
+
+    /// Whether the client has closed its end, or will send nothing more: its connection is about to be over.
+    pub(super) fn has_hung_up(&self) -> bool {
+        let ready =
+            poll(&mut [PollFd::new(self.sender.socket(), PollFlags::RDHUP)], Some(&Timespec::default()));
+        ready.is_ok_and(|ready| ready > 0)
     }
 
     /// The client's credentials.

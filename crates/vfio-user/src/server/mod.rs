@@ -243,12 +243,14 @@ impl Server {
                 self.pause();
                 continue;
             }
-            if self.doors.count() >= doors::CONNECTIONS_MAX {
-                tracing::warn!("no further client is served, as there are {}", doors::CONNECTIONS_MAX);
-                self.pause();
-                continue;
-            }
             for (by_control_door, door) in ready {
+                // Those at one door keep nobody out at the other.
+                let most = doors::CONNECTIONS_MAX + if by_control_door { doors::CONTROL_MAX } else { 0 };
+                if self.doors.count() >= most {
+                    tracing::warn!("no further client is served, as there are {most}");
+                    self.pause();
+                    continue;
+                }
                 if !self.doors.expect() {
                     return Ok(());
                 }

@@ -86,6 +86,7 @@ impl<'a> Ending<'a> {
                 let failures = guest.failures();
                 let is_whole = report.unrecovered.is_empty() && failures.is_empty();
                 report.notes.extend(failures);
+                report.notes.extend(guest.taken_back(&why));
                 note_ways_back(&mut report);
                 let notes = Notes(&report.notes).to_string();
                 let source = match is_whole {
