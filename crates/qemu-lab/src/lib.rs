@@ -15,6 +15,7 @@ mod process;
 mod qemu;
 mod qmp;
 mod qtest;
+mod replaced;
 mod serve;
 
 use std::time::Duration;
@@ -25,6 +26,7 @@ pub use process::Lines;
 pub use qemu::{Qemu, QemuBuilder, RAM_BYTES};
 pub use qmp::Qmp;
 pub use qtest::{Interrupt, Qtest};
+pub use replaced::ReplacedHere;
 pub use serve::{Served, ServedHere};
 
 /// Longer than anything here takes on a busy machine; what takes longer hangs.
