@@ -38,11 +38,13 @@ pub enum Family {
     Peer,
     /// The kernel's own view of the state.
     Kernel,
+    /// The messages of a vfio-user server.
+    VfioUser,
 }
 
 impl Family {
     /// Every family, in the order in which they run.
-    pub const ALL: [Family; 13] = [
+    pub const ALL: [Family; 14] = [
         Family::Device,
         Family::Feature,
         Family::States,
@@ -56,6 +58,7 @@ impl Family {
         Family::Concurrency,
         Family::Peer,
         Family::Kernel,
+        Family::VfioUser,
     ];
 
     /// Its name, with which the ids of its checks begin.
@@ -74,6 +77,7 @@ impl Family {
             Family::Concurrency => "concurrency",
             Family::Peer => "peer",
             Family::Kernel => "kernel",
+            Family::VfioUser => "vfio-user",
         }
     }
 }
@@ -129,6 +133,8 @@ bitflags::bitflags! {
         const NO_LOGGING = 1 << 14;
         /// A transport with the kernel's rules for the ranges of DMA_LOGGING_START.
         const KERNEL_RANGES = 1 << 15;
+        /// A raw connection to the device's server. While such a check runs, the suite has no client connected.
+        const WIRE = 1 << 16;
     }
 }
 

@@ -163,6 +163,86 @@ clauses! {
         "log.dirty": "What the device wrote is in the next report.",
             unchecked: "A device cannot be made to write memory by requests that all devices have; the tests of this project's devices do it.";
     }
+    VfioUser "Header" {
+        "wire.reply": "A reply has the id and the command of the message that it replies to, the type reply, and the size of all of it.";
+        "wire.answered": "A command is replied to, also one that is refused; a refusal is a header alone, and the connection goes on in step.";
+        "wire.ids": "Ids are the client's: they may be used again, also at the same time.";
+        "wire.reserved": "The error field of a command is reserved, and does not matter.";
+        "wire.size": "The size counts the header: a smaller one is refused, or ends the connection.";
+        "wire.unknown": "A command that is not assigned is refused.";
+        "wire.direction": "A command of the server's is refused when a client sends it.";
+        "wire.short": "A body that is shorter than its fixed part is refused.";
+    }
+    VfioUser "Command Concurrency" {
+        "wire.stream": "Messages are told apart by their sizes, however their bytes come.";
+        "wire.order": "Commands may be sent before others are replied to; they are done and replied to in order.";
+        "wire.posted": "A command that wants no reply gets none, and is done before the next is replied to.";
+    }
+    VfioUser "Security Considerations" {
+        "wire.survives": "Whatever a client sends, and wherever it stops, the server goes on to serve it or the next one.";
+        "fds.closed": "Fds that came with a refused message are closed.";
+    }
+    VfioUser "VFIO_USER_VERSION" {
+        "version.first": "VERSION comes first: before it nothing else is done. A second one does no harm.";
+        "version.major": "A major version that the server does not speak is refused, or ends the connection.";
+        "version.minor": "The minor version of the reply is at most the one proposed.";
+        "version.reply": "The reply has the major version proposed, and its data is a JSON object that ends with a NUL.";
+        "version.optional": "The data and each capability in it are optional; capabilities that are not known do not matter.";
+        "version.malformed": "Data that is not JSON, is not terminated, or has another type than the specification gives it is not agreed on.";
+        "version.limits": "The limits in the reply are numbers, and leave room for messages.";
+        "version.subset": "The reply has no capability beyond the specification's that was not proposed, and does not announce REGION_WRITE_MULTI to a client without it.";
+        "version.twin": "A twin socket is announced to a client that proposed it, together with the socket, and to no other.";
+        "fds.limit": "More fds in a message than max_msg_fds are refused, or end the connection.";
+    }
+    VfioUser "VFIO_USER_DMA_MAP" {
+        "map.map": "Memory is mapped with a file or without; the reply has no body.";
+        "map.exists": "A map over an existing one is EEXIST.";
+        "map.range": "A range that is empty or ends beyond the address space, and an offset whose end overflows, is refused, and maps nothing.";
+        "map.flags": "A map that is neither readable nor writable is refused.";
+        "map.fd": "One fd, of a file that can be mapped as the flags say; another is refused.";
+    }
+    VfioUser "VFIO_USER_DMA_UNMAP" {
+        "unmap.exact": "An unmap names a mapping exactly, and is answered with it. For anything else it is refused, or says how much is gone, as the kernel does; part of a mapping never goes.";
+    }
+    VfioUser "Message sizes" {
+        "argsz.reply": "argsz in a reply is the size of the whole payload, and the payload has it when there was room.";
+        "argsz.short": "A request with room for less than the fixed part is refused, or told how much it takes.";
+    }
+    VfioUser "VFIO_USER_DEVICE_GET_REGION_INFO" {
+        "region.fd": "A region that can be mapped comes with an fd, another without.";
+    }
+    VfioUser "VFIO_USER_DEVICE_SET_IRQS" {
+        "irqs.wire": "Vectors are wired to eventfds, taken away by a message without fds, and all of an index by a count of 0.";
+        "irqs.trigger": "A vector that is triggered signals its eventfd, and no other does; without one nothing is signalled.";
+        "irqs.range": "An index or vectors that are not there are refused.";
+        "irqs.flags": "There is one kind of data and one action; anything else is refused.";
+        "irqs.fds": "There are as many eventfds as vectors, or none.";
+        "irqs.bools": "There are as many bools as vectors.";
+    }
+    VfioUser "VFIO_USER_REGION_READ, VFIO_USER_REGION_WRITE, VFIO_USER_REGION_WRITE_MULTI" {
+        "region.reply": "The reply names offset, region and count, and the data follows a read.";
+        "region.bounds": "An access that is not wholly in a region is refused.";
+        "region.limit": "A count above max_data_xfer_size is refused.";
+        "region.data": "A write has as much data as its count says; else it is refused.";
+        "region.multi": "A REGION_WRITE_MULTI has as many writes as it says, of at most 8 bytes each; else it is refused.";
+    }
+    VfioUser "VFIO_USER_DEVICE_FEATURE" {
+        "feature.reply": "SET and PROBE are answered with what was sent, GET with the data, and argsz says how much that is.";
+    }
+    VfioUser "VFIO_USER_MIG_DATA_READ, VFIO_USER_MIG_DATA_WRITE" {
+        "data.session": "Data is read in the saving states and written in RESUMING; at any other time it is refused.";
+        "data.reply": "A read brings at most as much as was asked for, and says how much.";
+        "data.size": "A size beyond every limit, and one that the data does not have, is refused, and the session goes on.";
+    }
+    VfioUser "Client Disconnection" {
+        "gone.state": "The state of a device outlives its client.";
+        "gone.served": "The next client is served, in whatever state the device is.";
+        "gone.mappings": "The mappings of a client end with it.";
+        "gone.interrupts": "The eventfds of a client are signalled no more once it is gone.";
+    }
+    VfioUser "Socket" {
+        "second.harmless": "A second client waits, is served or is refused, and does not disturb the first.";
+    }
     Debugfs "migration/state" {
         "debugfs.state": "The kernel shows the state that the driver answers.";
     }

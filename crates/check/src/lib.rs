@@ -1,12 +1,14 @@
 //! A conformance suite for VFIO live migration: named checks, each of which cites the clauses that it comes from.
 //!
 //! The suite sees a device through [`limosa_client::Device`] alone, so that kernel drivers and vfio-user servers pass or
-//! fail the same checks. [`CLAUSES`] is the one list of what the documents say; [`checks`] lists the checks; [`run`] runs them and returns a [`Report`].
+//! fail the same checks. The checks of the family `vfio-user` alone look below it: they send messages of their own over a
+//! [`Wire`]. [`CLAUSES`] is the one list of what the documents say; [`checks`] lists the checks; [`run`] runs them and returns a [`Report`].
 #![forbid(unsafe_code)]
 
 mod check;
 mod clause;
 mod families;
+mod fuzz;
 mod profile;
 mod recorder;
 mod report;
@@ -14,12 +16,15 @@ mod run;
 mod survey;
 mod target;
 mod trial;
+mod wire;
 
 pub use check::{Check, Family, Needs, Outcome};
 pub use clause::{CLAUSES, Clause, Document, clauses_document, coverage};
 pub use families::checks;
+pub use fuzz::{Difference, FuzzOptions, FuzzReport, Script, fuzz, replay};
 pub use profile::{Profile, ProfileError};
 pub use report::{Checked, Counts, Report};
 pub use run::{Limits, Options, run};
 pub use survey::Facts;
 pub use target::{Action, StateView, Target, Transport};
+pub use wire::{SocketWire, Wire};

@@ -7,7 +7,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use limosa_client::{Device, DeviceExt, Error, Result};
-use limosa_protocol::State;
+use limosa_protocol::{Errno, State};
 
 use crate::check::{Check, Family, Needs, Outcome, Stop, Verdict};
 use crate::clause::coverage;
@@ -89,7 +89,7 @@ pub fn run(target: &Target, options: &Options, mut progress: impl FnMut(&Checked
         silent: 0,
         ended: None,
     };
-    suite.reopen()?;
+    suite.open()?;
     suite.begin(options.destructive)?;
     let facts = suite.survey()?;
     let checks: Vec<_> =
@@ -132,7 +132,7 @@ struct End {
 }
 
 /// What became of work in a thread of its own.
-enum Done<T> {
+pub(crate) enum Done<T> {
     Value(T),
     Panicked(String),
     /// It still waits for the device.
@@ -140,7 +140,10 @@ enum Done<T> {
 }
 
 /// Runs work that may wait for the device for ever. A thread that hangs is left behind.
-fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Done<T> {
+pub(crate) fn within<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Done<T> {
     let (send, receive) = mpsc::sync_channel(1);
     let run = move || {
         let done = catch_unwind(AssertUnwindSafe(work));
@@ -163,7 +166,16 @@ fn said(panic: &(dyn Any + Send)) -> String {
 }
 
 /// What a thread may need beyond a check's own limit, to see that it has passed.
-const GRACE: Duration = Duration::from_secs(2);
+pub(crate) const GRACE: Duration = Duration::from_secs(2);
+
+/// How long a server that has ended has to be started again by whoever supervises it, and how often it is looked for.
+pub(crate) const RESTART: Duration = Duration::from_secs(2);
+pub(crate) const RETRY: Duration = Duration::from_millis(20);
+
+/// Whether an error says that nobody is there.
+fn is_gone(error: &Error) -> bool {
+    matches!(error, Error::Disconnected { .. } | Error::Os { errno: Errno::ENOENT | Errno::ECONNREFUSED, .. })
+}
 
 impl Suite {
     fn silence(&self, request: &str) -> Error {
@@ -174,8 +186,19 @@ impl Suite {
         }
     }
 
-    /// Opens the device anew.
+    /// Opens the device again. A server that has ended with its client may be about to be started again.
     fn reopen(&mut self) -> Result<()> {
+        let until = Instant::now() + RESTART.min(self.limits.check);
+        loop {
+            match self.open() {
+                Err(error) if is_gone(&error) && Instant::now() < until => std::thread::sleep(RETRY),
+                opened => return opened,
+            }
+        }
+    }
+
+    /// Opens the device.
+    fn open(&mut self) -> Result<()> {
         self.device = None;
         let target = Arc::clone(&self.target);
         let opened = match within(self.limits.check + GRACE, move || (target.open)()) {
@@ -273,7 +296,13 @@ impl Suite {
     }
 
     fn run_one(&mut self, check: &Arc<Check>, facts: &Arc<Facts>) -> Outcome {
+        let is_raw = check.needs.contains(Needs::WIRE);
+        if is_raw {
+            // Most servers serve one client at a time.
+            self.device = None;
+        }
         if self.device.is_none()
+            && !is_raw
             && let Err(error) = self.reopen()
         {
             self.ended = Some(End { why: format!("before {}: {error}", check.id) });
@@ -402,7 +431,7 @@ impl Suite {
 }
 
 /// Logging off and RUNNING, whatever came before.
-fn back(device: &Recorded, has_migration: bool, has_logging: bool) -> Result<()> {
+pub(crate) fn back(device: &Recorded, has_migration: bool, has_logging: bool) -> Result<()> {
     if has_logging {
         match device.dma_logging_stop() {
             // It is off.

@@ -59,6 +59,7 @@ impl Facts {
             "VIEW" => "the kernel shows no view of its state",
             "NO_MIGRATION" => "the device has migration",
             "NO_LOGGING" => "the device has DMA logging",
+            "WIRE" => "the device is not behind a socket",
             _ => "vfio-user gives ranges another meaning",
         })
     }
@@ -100,6 +101,7 @@ pub(crate) fn survey(device: &dyn Device, target: &Target, limits: &Limits, unti
     has.set(Needs::PEER, target.peer.is_some());
     has.set(Needs::BREAK, target.breaks.is_some());
     has.set(Needs::VIEW, target.view.is_some());
+    has.set(Needs::WIRE, target.dial.is_some());
     let info = device.info()?;
     has.set(Needs::RESET, DeviceFlags::from_bits_retain(info.flags).contains(DeviceFlags::RESET));
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use limosa_client::{Device, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::wire::{Dial, Wire};
+
 /// How the device is reached. It decides which document's rules hold where the two differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -33,6 +35,7 @@ pub struct Target {
     pub(crate) peer: Option<Open>,
     pub(crate) breaks: Option<Action>,
     pub(crate) view: Option<StateView>,
+    pub(crate) dial: Option<Dial>,
 }
 
 impl Target {
@@ -42,7 +45,15 @@ impl Target {
         transport: Transport,
         open: impl Fn() -> Result<Box<dyn Device>> + Send + Sync + 'static,
     ) -> Target {
-        Target { name: name.into(), transport, open: Arc::new(open), peer: None, breaks: None, view: None }
+        Target {
+            name: name.into(),
+            transport,
+            open: Arc::new(open),
+            peer: None,
+            breaks: None,
+            view: None,
+            dial: None,
+        }
     }
 
     /// A second device of the same kind, for round trips.
@@ -63,6 +74,16 @@ impl Target {
     #[must_use]
     pub fn view(mut self, view: StateView) -> Target {
         self.view = Some(view);
+        self
+    }
+
+    /// A way to connect to the device's server without a client: for the checks of the family `vfio-user`.
+    #[must_use]
+    pub fn dial(
+        mut self,
+        dial: impl Fn() -> std::io::Result<Box<dyn Wire>> + Send + Sync + 'static,
+    ) -> Target {
+        self.dial = Some(Arc::new(dial));
         self
     }
 }

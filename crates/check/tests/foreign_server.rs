@@ -80,4 +80,13 @@ fn the_suite_judges_a_server_without_migration() {
     assert_eq!(failed, ["device.irq-vectors-beyond"], "{report:#?}");
     assert!(report.counts().pass >= 10 && report.ended_early.is_none(), "{:?}", report.counts());
     assert_eq!(report.left_in, "it has no migration state");
+
+    let mut text = Vec::new();
+    report.markdown(&mut text).unwrap();
+    let text = String::from_utf8(text).unwrap();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/conformance/vfio-user-crate.md");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(path, &text).unwrap();
+    }
+    assert!(std::fs::read_to_string(path).unwrap() == text, "UPDATE_DOCS=1 writes {path} anew:\n{text}");
 }

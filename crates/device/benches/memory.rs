@@ -7,26 +7,21 @@ use std::sync::{Arc, Barrier};
 use std::time::Instant;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use limosa_device::{Backing, Mapping, Mappings, RemoteMemory};
+use limosa_device::{Backing, Irq, Mapping, Mappings, RemoteMemory, SetIrqs, Wiring};
 use limosa_protocol::Errno;
 use limosa_protocol::feature::DmaLoggingRange;
-use limosa_protocol::info::DmaMapFlags;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use limosa_protocol::info::{DmaMapFlags, IrqFlags};
+use limosa_testing::memfd;
+use rustix::event::{EventfdFlags, eventfd};
 
 const PAGE: u64 = 4096;
 /// Small enough for a cache, so that what is measured is not the memory.
 const WINDOW: u64 = 64 * PAGE;
 
-fn memfd(bytes: u64) -> OwnedFd {
-    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).expect("memfd");
-    ftruncate(&fd, bytes).expect("ftruncate");
-    fd
-}
-
 fn memory(bytes: u64) -> Mappings {
     let memory = Mappings::default();
     let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
-    let backing = Backing::File { fd: memfd(bytes).into(), offset: 0 };
+    let backing = Backing::File { fd: OwnedFd::from(memfd(bytes)).into(), offset: 0 };
     memory.map(Mapping { iova: 0, size: bytes, flags, backing }).expect("map");
     memory
 }
@@ -127,12 +122,21 @@ impl RemoteMemory for Swallows {
     }
 }
 
+/// So many vectors, each with an eventfd of its own.
+fn wired(count: u32) -> Wiring {
+    let wiring = Wiring::new(&[Irq { flags: IrqFlags::EVENTFD, count }]);
+    let fd = |_| Some(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("eventfd").into());
+    wiring.set(0, 0, SetIrqs::Wire((0..count).map(fd).collect())).expect("they are there");
+    wiring
+}
+
 /// Each of several threads with a window of its own, as the queues of a device have: nanoseconds for one access of each
 /// thread. While threads have cores of their own, the figure stays the same.
 fn threads(c: &mut Criterion) {
     const OPS: u64 = 20_000;
-    for len in [8, 4096] {
-        let mut group = c.benchmark_group(format!("threads write {len} B, logging on"));
+    for (len, raises) in [(8, false), (4096, false), (64, true)] {
+        let name = if raises { "threads write and raise a vector" } else { "threads write" };
+        let mut group = c.benchmark_group(format!("{name}, {len} B, logging on"));
         for threads in [1, 2, 4] {
             let mappings = memory(threads * WINDOW);
             mappings
@@ -156,9 +160,19 @@ fn threads(c: &mut Criterion) {
                 elapsed.expect("at least one") / OPS as u32
             };
             let dma = mappings.dma();
+            let wiring = wired(threads as u32);
+            let vectors: Vec<_> = (0..threads as u32)
+                .map(|at| wiring.interrupts().vector(0, at).expect("it is there").clone())
+                .collect();
             group.bench_function(format!("{threads}"), |b| {
                 b.iter_custom(|rounds| {
-                    time(&|thread, at, data| dma.write(thread * WINDOW + at, data).expect("write"), rounds)
+                    let access = |thread: u64, at, data: &[u8]| {
+                        dma.write(thread * WINDOW + at, data).expect("write");
+                        if raises {
+                            vectors[thread as usize].raise();
+                        }
+                    };
+                    time(&access, rounds)
                 });
             });
             // The floor: the same copies by each thread.

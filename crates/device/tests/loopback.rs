@@ -12,20 +12,14 @@ use limosa_client::{Device, DeviceExt, DirtyBits, DmaMap, DmaMemory, DmaTarget, 
 use limosa_device::{Bus, ClientId, Description, Irq, Loopback, Machine, SimpleModel};
 use limosa_protocol::info::{DmaMapFlags, IrqFlags};
 use limosa_protocol::{Errno, MigrationFlags};
+use limosa_testing::memfd;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 const PAGE: u64 = 4096;
 const BOTH: DmaMapFlags = DmaMapFlags::READ.union(DmaMapFlags::WRITE);
 
 fn rig() -> Rig {
     Rig::new(MigrationFlags::SETS[0])
-}
-
-fn memfd(bytes: u64) -> OwnedFd {
-    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, bytes).unwrap();
-    fd
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use limosa_testing::is_alone;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
@@ -160,12 +161,7 @@ fn kinds_are_told_apart() {
 #[test]
 fn a_table_of_open_files_that_is_nearly_full_takes_no_more_fds_and_nothing_hangs() {
     // In a process of its own, as the limit is one for all threads.
-    if std::env::var_os("LIMOSA_FEW_FDS").is_none() {
-        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-        let test = "tests::a_table_of_open_files_that_is_nearly_full_takes_no_more_fds_and_nothing_hangs";
-        child.args(["--exact", test]).env("LIMOSA_FEW_FDS", "1");
-        let ended = child.output().unwrap();
-        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stdout));
+    if !is_alone("tests::a_table_of_open_files_that_is_nearly_full_takes_no_more_fds_and_nothing_hangs") {
         return;
     }
     let limit = rustix::process::Rlimit { current: Some(1024), maximum: Some(1024) };

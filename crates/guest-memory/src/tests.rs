@@ -1,10 +1,11 @@
 //! What holds for mappings of guest memory.
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::fs::File;
+use std::os::fd::AsFd;
 
 use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::Errno;
+use limosa_testing::{memfd, memfd_named, run_alone};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;
@@ -15,30 +16,12 @@ mod many_readers;
 
 const PAGE: u64 = 65536;
 
-fn memfd(bytes: u64) -> OwnedFd {
-    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, bytes).unwrap();
-    fd
-}
-
 #[test]
 fn the_direction_of_a_mapping_is_respected() {
     let fd = memfd(PAGE);
     let read_only = FileMapping::new(&fd, 0, 8, true, false).unwrap();
     assert_eq!(read_only.write(0, &[1]), Err(Errno::EFAULT), "and does not fault");
     assert_eq!(FileMapping::new(&fd, 0, 8, false, true).unwrap().read(0, &mut [0]), Err(Errno::EFAULT));
-}
-
-/// Runs a test of this binary in a process of its own, in which the environment has a mark.
-fn in_a_child(test: &str) -> std::process::ExitStatus {
-    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", test]).env("LIMOSA_SIGBUS_CHILD", "1");
-    child.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
-    child.status().unwrap()
-}
-
-fn is_child() -> bool {
-    std::env::var_os("LIMOSA_SIGBUS_CHILD").is_some()
 }
 
 /// Touches memory that is gone, where no mapping of ours is.
@@ -63,24 +46,22 @@ fn with_the_handler_in_use(then: impl FnOnce()) {
 
 #[test]
 fn a_fault_elsewhere_still_ends_the_process() {
-    if is_child() {
+    let Some(ended) = run_alone("tests::a_fault_elsewhere_still_ends_the_process") else {
         return with_the_handler_in_use(fault_elsewhere);
-    }
-    let status = in_a_child("tests::a_fault_elsewhere_still_ends_the_process");
-    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status:?}");
+    };
+    assert_eq!(ended.code, -libc::SIGBUS, "{ended:?}");
 }
 
 #[test]
 fn a_sigbus_that_was_sent_still_ends_the_process() {
-    if is_child() {
+    let Some(ended) = run_alone("tests::a_sigbus_that_was_sent_still_ends_the_process") else {
         // The standard library's own handler, which lives through the first one, is not what is asked about.
         // SAFETY: the default action needs no handler.
         assert_ne!(unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) }, libc::SIG_ERR);
         // SAFETY: raise() has no conditions.
         return with_the_handler_in_use(|| assert_eq!(unsafe { libc::raise(libc::SIGBUS) }, 0));
-    }
-    let status = in_a_child("tests::a_sigbus_that_was_sent_still_ends_the_process");
-    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status:?}");
+    };
+    assert_eq!(ended.code, -libc::SIGBUS, "{ended:?}");
 }
 
 #[test]
@@ -89,14 +70,13 @@ fn a_fault_elsewhere_goes_to_the_handler_that_was_there() {
         // SAFETY: _exit() is async-signal-safe.
         unsafe { libc::_exit(42) }
     }
-    if is_child() {
+    let Some(ended) = run_alone("tests::a_fault_elsewhere_goes_to_the_handler_that_was_there") else {
         let handler: extern "C" fn(i32) = handler;
         // SAFETY: the handler only ends the process.
         assert_ne!(unsafe { libc::signal(libc::SIGBUS, handler as usize) }, libc::SIG_ERR);
         return with_the_handler_in_use(fault_elsewhere);
-    }
-    let status = in_a_child("tests::a_fault_elsewhere_goes_to_the_handler_that_was_there");
-    assert_eq!(status.code(), Some(42), "{status:?}");
+    };
+    assert_eq!(ended.code, 42, "{ended:?}");
 }
 
 /// What the kernel knows of the mapping that begins at an address (`proc_pid_smaps.5`: VmFlags).
@@ -109,8 +89,7 @@ fn flags_at(address: usize) -> String {
 
 #[test]
 fn a_core_dump_of_a_process_had_the_guests_memory_in_it() {
-    let fd = memfd_create("not-dumped", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, 4 * PAGE).unwrap();
+    let fd = memfd_named("not-dumped", 4 * PAGE);
     let mapping = FileMapping::new(&fd, PAGE + 100, PAGE, true, true).unwrap();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let new = maps.lines().find(|line| line.contains("memfd:not-dumped")).unwrap();

@@ -17,5 +17,6 @@ pub mod module;
 
 pub use command::limosa;
 pub use kind::{Kind, kinds};
-pub use machine::{Cut, Ended, Machine, Placed, Running};
+pub use limosa_testing::Ended;
+pub use machine::{Cut, Machine, Placed, Running};
 pub use mdev::Mdev;

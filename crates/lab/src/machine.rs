@@ -2,14 +2,13 @@
 //! cables.
 
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+
+use limosa_testing::{Ended, LIMIT, Stream, Transcript};
 
 use crate::{Kind, agent, frame};
-
-/// Longer than anything here takes; what takes longer hangs.
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// Where `lab/run` has the agent of the other machine listen: on the first cable.
 const THERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 9, 0, 2), 7);
@@ -60,10 +59,11 @@ impl Machine {
         let link = link.unwrap_or_else(|error| panic!("{name}: the agent at {}: {error}", self.agent));
         let sent = link.set_nodelay(true).and_then(|()| frame::send(&link, kind, payload));
         sent.unwrap_or_else(|error| panic!("{name}: the agent at {}: {error}", self.agent));
-        let shared = Arc::new(Shared::default());
-        let (from, into) = (link.try_clone().expect("a descriptor is free"), Arc::clone(&shared));
-        thread::spawn(move || into.listen(&from));
-        Running { link, shared, name }
+        let (transcript, end) = (Transcript::new(&name, 1), End::default());
+        let running = Running { link, transcript: transcript.clone(), end: Arc::clone(&end) };
+        let from = running.link.try_clone().expect("a descriptor is free");
+        thread::spawn(move || listen(&from, &transcript, &end));
+        running
     }
 
     /// Runs a program to its end.
@@ -186,146 +186,38 @@ impl Drop for Cut<'_> {
     }
 }
 
-/// What a program said, and how it ended.
-#[derive(Clone, Debug, Default)]
-pub struct Ended {
-    /// The exit code; below zero, the number of a signal.
-    pub code: i32,
-    /// What it said on standard output.
-    pub out: String,
-    /// What it said on standard error.
-    pub err: String,
-}
+/// How a program of a machine ended: its exit code, or why it could not be run.
+type End = Arc<Mutex<Option<Result<i32, String>>>>;
 
-impl Ended {
-    /// It did what it was asked; gives what it printed.
-    ///
-    /// # Panics
-    ///
-    /// When its exit code is another than 0.
-    #[track_caller]
-    pub fn ok(self) -> String {
-        assert_eq!(self.code, 0, "{self:?}");
-        self.out
-    }
-
-    /// It ended with this code and named each of these on standard error.
-    ///
-    /// # Panics
-    ///
-    /// When it did not.
-    #[track_caller]
-    pub fn fails(&self, code: i32, parts: &[&str]) {
-        assert_eq!(self.code, code, "{self:?}");
-        assert!(!self.err.contains("panicked"), "{self:?}");
-        for part in parts {
-            assert!(self.err.contains(part), "`{part}` is not named: {self:?}");
+/// Takes all that the agent sends, to the end.
+fn listen(link: &TcpStream, transcript: &Transcript, end: &End) {
+    let ended = loop {
+        match frame::receive(link) {
+            Ok((frame::OUT, text)) => transcript.push(Stream::Out, &text),
+            Ok((frame::ERR, text)) => transcript.push(Stream::Err, &text),
+            Ok((frame::END, payload)) => break frame::number(&payload).map_err(|error| error.to_string()),
+            Ok((frame::FAILED, text)) => break Err(String::from_utf8_lossy(&text).into_owned()),
+            Ok((kind, _)) => break Err(format!("the agent sent a frame of kind {kind}")),
+            Err(error) => break Err(format!("the agent is gone: {error}")),
         }
-    }
+    };
+    *end.lock().unwrap_or_else(PoisonError::into_inner) = Some(ended);
+    transcript.close();
 }
 
-#[derive(Default)]
-struct Said {
-    ended: Ended,
-    /// Whether `ended` is all there will be, or why there is no more.
-    over: Option<Result<(), String>>,
-}
-
-#[derive(Default)]
-struct Shared {
-    said: Mutex<Said>,
-    news: Condvar,
-}
-
-impl Shared {
-    fn said(&self) -> MutexGuard<'_, Said> {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes all that the agent sends, to the end.
-    fn listen(&self, link: &TcpStream) {
-        loop {
-            let received = frame::receive(link);
-            let mut said = self.said();
-            match received {
-                Ok((frame::OUT, text)) => said.ended.out.push_str(&String::from_utf8_lossy(&text)),
-                Ok((frame::ERR, text)) => said.ended.err.push_str(&String::from_utf8_lossy(&text)),
-                Ok((frame::END, payload)) => match frame::number(&payload) {
-                    Ok(code) => {
-                        said.ended.code = code;
-                        said.over = Some(Ok(()));
-                    }
-                    Err(error) => said.over = Some(Err(error.to_string())),
-                },
-                Ok((frame::FAILED, text)) => {
-                    said.over = Some(Err(String::from_utf8_lossy(&text).into_owned()));
-                }
-                Ok((kind, _)) => said.over = Some(Err(format!("the agent sent a frame of kind {kind}"))),
-                Err(error) => said.over = Some(Err(format!("the agent is gone: {error}"))),
-            }
-            let over = said.over.is_some();
-            drop(said);
-            self.news.notify_all();
-            if over {
-                return;
-            }
-        }
-    }
-
-    /// Waits until `done` gives something; `None` when all has been said before it does.
-    fn wait<T>(&self, name: &str, done: impl Fn(&Said) -> Option<T>) -> Option<T> {
-        let until = Instant::now() + LIMIT;
-        let mut said = self.said();
-        loop {
-            let now = done(&said);
-            if now.is_some() || said.over.is_some() {
-                return now;
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "{name} hangs: {:?}", said.ended);
-            said = self.news.wait_timeout(said, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
-
-/// A program that a machine runs. Killed when it is dropped.
+/// A program that a machine runs, and by [`Deref`] what it says. Killed when it is dropped.
 pub struct Running {
     link: TcpStream,
-    shared: Arc<Shared>,
-    name: String,
+    transcript: Transcript,
+    end: End,
 }
 
 impl Running {
-    /// Waits for a line with this part, and gives it.
-    ///
-    /// # Panics
-    ///
-    /// When the program ends without one.
-    #[track_caller]
-    pub fn line(&self, part: &str) -> String {
-        self.find(part).unwrap_or_else(|| {
-            let said = self.shared.said();
-            panic!("{} never said `{part}`: {:?} {:?}", self.name, said.ended, said.over)
-        })
-    }
-
-    /// Whether it says a line with this part before it ends.
-    pub fn says(&self, part: &str) -> bool {
-        self.find(part).is_some()
-    }
-
-    fn find(&self, part: &str) -> Option<String> {
-        self.shared.wait(&self.name, |said| {
-            let mut lines = said.ended.out.lines().chain(said.ended.err.lines());
-            lines.find(|line| line.contains(part)).map(str::to_owned)
-        })
-    }
-
     /// Gives it and all that it started a signal.
     #[track_caller]
     pub fn signal(&self, signal: rustix::process::Signal) {
         let sent = frame::send(&self.link, frame::SIGNAL, &signal.as_raw().to_le_bytes());
-        sent.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        sent.unwrap_or_else(|error| panic!("{}: {error}", self.name()));
     }
 
     /// Waits for its end.
@@ -341,12 +233,12 @@ impl Running {
     /// As [`Running::end`], for one that is still needed.
     #[track_caller]
     pub fn wait(&mut self) -> Ended {
-        self.shared.wait(&self.name, |_| None::<()>);
-        let said = self.shared.said();
-        if let Some(Err(error)) = &said.over {
-            panic!("{}: {error}", self.name);
+        self.transcript.end();
+        let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        match end.as_ref().expect("the end comes before that of what it says") {
+            Ok(code) => Ended { code: *code, out: self.transcript.out(), err: self.transcript.err() },
+            Err(error) => panic!("{}: {error}", self.name()),
         }
-        said.ended.clone()
     }
 
     /// As with `kill -9`; returns when it is gone.
@@ -357,9 +249,36 @@ impl Running {
     }
 }
 
+impl Deref for Running {
+    type Target = Transcript;
+
+    fn deref(&self) -> &Transcript {
+        &self.transcript
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         // The agent kills what nobody listens to any more.
         let _ = self.link.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_heard_signalled_and_ended_by_the_agent_of_this_machine() {
+        let here = Machine::here();
+        assert_eq!(here.shell("echo out; echo err >&2"), "out");
+        let ended = here.run(&["/bin/sh", "-c", "echo out; echo no >&2; exit 3"]);
+        assert_eq!((ended.code, &*ended.out, &*ended.err), (3, "out\n", "no\n"));
+        let running = here.start(&["/bin/sh", "-c", "echo begun; while :; do :; done"]);
+        assert_eq!(running.line("begun"), "begun");
+        assert_eq!(running.kill().code, -9);
+        let missing = std::panic::catch_unwind(|| here.run(&["/nowhere/at/all"])).unwrap_err();
+        let told = missing.downcast_ref::<String>().expect("a message");
+        assert!(told.contains("/nowhere/at/all") && told.contains("No such file"), "{told}");
     }
 }

@@ -229,10 +229,7 @@ impl Guest {
     ///
     /// When there is no memory for them.
     pub fn new(bytes: u64) -> Guest {
-        let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC);
-        let file = File::from(file.expect("a memfd"));
-        file.set_len(bytes).expect("room in the memfd");
-        Guest { file, bytes }
+        Guest { file: limosa_testing::memfd(bytes), bytes }
     }
 
     /// Gives all of it to a device, at `iova`.

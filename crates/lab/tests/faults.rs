@@ -16,6 +16,7 @@ use limosa_lab::{Kind, Mdev, kinds};
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{Ledger, Options, Outcome, Received};
 use limosa_protocol::State;
+use limosa_testing::forward_link;
 use limosa_vfio_kernel::{Door, KernelDevice};
 use links::{Fault, FaultyLink, Way};
 use serial::gate::{HEADER, frames};
@@ -202,17 +203,7 @@ impl Link for Tee {
         Ok(bytes)
     }
 
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.inner.read(into, wait)
-    }
-
-    fn finish(&self) {
-        self.inner.finish();
-    }
-
-    fn peer(&self) -> &str {
-        "the other side"
-    }
+    forward_link!(|this| this.inner; read, finish, peer);
 }
 
 /// Where to fail: in each frame its first byte, or everywhere that is different: within its header, at its payload,

@@ -239,8 +239,7 @@ fn memory_that_is_mapped_to_be_written_is_written_and_not_read() {
     for door in [Door::Cdev, Door::Group] {
         let module = ModuleDevice::create("limosa-plain");
         let device = module.open(door);
-        let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-        file.set_len(PAGE).unwrap();
+        let file = limosa_testing::memfd(PAGE);
         let memory = DmaMemory::File { fd: file.as_fd(), offset: 0 };
         device.dma_map(&DmaMap { iova: BASE, size: PAGE, flags: DmaMapFlags::WRITE, memory }).unwrap();
         for write in [Dma::Write, Dma::WriteAndKeep] {

@@ -2,7 +2,6 @@
 //! new afterwards, whoever was using it and however he ended.
 
 use std::os::fd::AsFd;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
@@ -10,6 +9,7 @@ use limosa_client::{Chunk, Device, DeviceExt, IrqAction};
 use limosa_lab::module::{self, Dma, Guest, IRQ_ERR, IRQ_REQ, ModuleDevice, Register};
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::{Errno, MigrationFlags, State, fsm};
+use limosa_testing::{Process, this_test};
 use limosa_vfio_kernel::KernelDevice;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
@@ -17,10 +17,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 const CHILD: &str = "LIMOSA_LAB_CHILD";
 
 /// This test once more, in a process of its own that can be killed.
-fn child(test: &str, module: &ModuleDevice) -> Child {
-    let mut again = Command::new(env::current_exe().unwrap());
-    again.args(["--exact", test, "--ignored", "--nocapture"]).env(CHILD, module.uuid());
-    again.stdout(Stdio::null()).spawn().unwrap()
+fn child(test: &str, module: &ModuleDevice) -> Process {
+    Process::start(this_test(test).env(CHILD, module.uuid()))
 }
 
 /// An interrupt's eventfd, wired to the first vector of an index.
@@ -312,11 +310,10 @@ fn a_user_killed_at_any_moment_leaves_a_device_that_can_be_used() {
     ];
     for point in points {
         module.wish("hold", point);
-        let mut child = child(NAME, &module);
+        let child = child(NAME, &module);
         assert_eq!(module.told("await"), point);
         assert!(module.number("pinned") == 256 || point == "start", "{point}");
-        child.kill().unwrap();
-        child.wait().unwrap();
+        child.kill();
         module.wish("hold", "none");
         assert_eq!((module.number("pinned"), module.number("opened")), (0, 0), "{point}");
         assert_eq!((module.number("logging"), module.told("held").as_str()), (0, "none"), "{point}");

@@ -5,15 +5,12 @@ mod serial;
 
 use std::path::PathBuf;
 
-use limosa_client::{
-    Chunk, DataStream, Device, DeviceExt, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply,
-    FeatureRequest, IrqAction, Region, Result,
-};
+use limosa_client::{Chunk, DataStream, Device, DeviceExt, Error, FeatureReply, FeatureRequest, Result};
 use limosa_lab::Mdev;
 use limosa_migrate::{AfterLoad, AfterSave, Ledger, Outcome, Received, SnapshotFile};
-use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::{DeviceFlags, DeviceInfo, IrqInfo};
+use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, State, pci_index};
+use limosa_testing::{forward_device, forward_stream};
 use limosa_vfio_kernel::{Door, KernelDevice};
 use serial::{
     Card, LINE_STATUS, SCRATCH, TRANSPORTS, Transport, drain, fresh, get, kernel, move_here, moves, mtty,
@@ -64,27 +61,11 @@ impl DataStream for AlteredStream {
         Ok(chunk)
     }
 
-    fn write(&mut self, data: &[u8]) -> Result<()> {
-        self.stream.write(data)
-    }
-
-    fn precopy_info(&mut self) -> Result<PrecopyInfo> {
-        self.stream.precopy_info()
-    }
-
-    fn transfer_bytes_max(&self) -> usize {
-        self.stream.transfer_bytes_max()
-    }
+    forward_stream!(|this| this.stream; write, precopy_info, transfer_bytes_max);
 }
 
 impl Device for Altered<'_> {
-    fn name(&self) -> &str {
-        self.device.name()
-    }
-
-    fn identity(&self) -> Option<DeviceIdentity> {
-        self.device.identity()
-    }
+    forward_device!(|this| this.device; name, identity, reset, info, registers);
 
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         let mut reply = self.device.feature(request)?;
@@ -93,42 +74,6 @@ impl Device for Altered<'_> {
             .stream
             .map(|stream| Box::new(AlteredStream { stream, change, at: 0 }) as Box<dyn DataStream>);
         Ok(reply)
-    }
-
-    fn reset(&self) -> Result<()> {
-        self.device.reset()
-    }
-
-    fn info(&self) -> Result<DeviceInfo> {
-        self.device.info()
-    }
-
-    fn region(&self, index: u32) -> Result<Region> {
-        self.device.region(index)
-    }
-
-    fn irq(&self, index: u32) -> Result<IrqInfo> {
-        self.device.irq(index)
-    }
-
-    fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        self.device.region_read(region, offset, data)
-    }
-
-    fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        self.device.region_write(region, offset, data)
-    }
-
-    fn set_irqs(&self, index: u32, start: u32, action: IrqAction<'_>) -> Result<()> {
-        self.device.set_irqs(index, start, action)
-    }
-
-    fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {
-        self.device.dma_map(map)
-    }
-
-    fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
-        self.device.dma_unmap(iova, size, dirty)
     }
 }
 

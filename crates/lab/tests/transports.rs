@@ -3,10 +3,8 @@
 
 mod serial;
 
-use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::Stdio;
 
 use limosa_client::{Device, DeviceExt, IrqAction};
 use limosa_device::{Loopback, Machine};
@@ -15,6 +13,7 @@ use limosa_migrate::Outcome;
 use limosa_models::uart::{Line, Uart};
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{State, pci_index};
+use limosa_testing::Process;
 use limosa_vfio_kernel::Door;
 use rustix::event::{EventfdFlags, eventfd};
 use serial::{
@@ -373,19 +372,10 @@ fn a_card_sent_by_one_process_is_received_by_another() {
         let (source, destination) = (Named::new(from, 1), Named::new(to, 1));
         source.fill(1, b"on the wire");
         let address = format!("unix:{}", fresh("link"));
-        let mut receiver = limosa()
-            .args(["receive", destination.name(), "--listen", &address])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut said = BufReader::new(receiver.stdout.take().unwrap());
-        let mut line = String::new();
-        said.read_line(&mut line).unwrap();
-        assert!(line.starts_with("listening on "), "{line}");
+        let receiver = Process::start(limosa().args(["receive", destination.name(), "--listen", &address]));
+        receiver.line("listening on ");
         run(&["send", source.name(), "--to", &address]);
-        // Drained, so that it does not wait for room.
-        std::io::copy(&mut said, &mut std::io::sink()).unwrap();
-        assert!(receiver.wait().unwrap().success());
+        receiver.end().ok();
         let what = format!("{from:?} -> {to:?}");
         assert_eq!(source.with(|card| card.state().unwrap()), State::Stop, "{what}");
         destination.has(1, b"on the wire", &what);

@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use limosa_migrate::{CommitNote, Outcome, Vmm};
+use limosa_stream::MigrationId;
 
 use crate::args::{Starting, Stopping};
 use crate::hook::{self, Leftovers};
 use crate::noting::Noting;
+use crate::open::Opened;
 use crate::process::{Process, Stopped};
 use crate::signals::Standstill;
 
@@ -20,6 +22,9 @@ pub struct Guest<'a> {
     on_resume: Option<&'a str>,
     on_start: Option<&'a str>,
     noting: Option<Noting>,
+    devices: &'a [Opened],
+    /// The move for which devices may have been told to stay.
+    stays_for: Mutex<Option<MigrationId>>,
     /// Whether the guest may have been stopped by a command, so that another one lets it go on.
     is_stopped_by_command: AtomicBool,
     standstill: Standstill,
@@ -30,11 +35,15 @@ pub struct Guest<'a> {
 
 impl<'a> Guest<'a> {
     /// On the source. Nothing is stopped yet.
-    pub fn source(stopping: &'a Stopping, noting: Option<Noting>) -> anyhow::Result<Guest<'a>> {
+    pub fn source(
+        stopping: &'a Stopping,
+        devices: &'a [Opened],
+        noting: Option<Noting>,
+    ) -> anyhow::Result<Guest<'a>> {
         let processes =
             stopping.stop_with.iter().map(|pid| Process::open(*pid)).collect::<anyhow::Result<_>>()?;
         let (on_stop, on_resume) = (stopping.on_stop.as_deref(), stopping.on_resume.as_deref());
-        Ok(Guest { processes, on_stop, on_resume, noting, ..Guest::default() })
+        Ok(Guest { processes, on_stop, on_resume, noting, devices, ..Guest::default() })
     }
 
     /// On a source whose process is gone: those that it stopped, and how a user lets the guest go on that was stopped by
@@ -126,9 +135,24 @@ impl Vmm for Guest<'_> {
     }
 
     fn committing(&self, note: &CommitNote) -> Result<(), String> {
-        let Some(noting) = &self.noting else { return Ok(()) };
-        let stopped = self.stopped().map(Process::noted).collect::<Result<_, _>>()?;
-        noting.committing(note, stopped, self.on_stop)
+        if let Some(noting) = &self.noting {
+            let stopped = self.stopped().map(Process::noted).collect::<Result<_, _>>()?;
+            noting.committing(note, stopped, self.on_stop)?;
+        }
+        *self.stays_for.lock().unwrap_or_else(PoisonError::into_inner) = Some(note.id);
+        self.devices.iter().try_for_each(|device| device.stay(note.id).map_err(|error| error.to_string()))
+    }
+
+    fn undoing(&self) {
+        let Some(id) = self.stays_for.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        for device in self.devices {
+            if let Err(error) = device.release(id) {
+                self.failed
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(format!("{}: it stays stopped: {error}", device.given()));
+            }
+        }
     }
 
     fn resume(&self) {

@@ -25,6 +25,7 @@ mod reports;
 mod service;
 mod side;
 mod signals;
+mod staying;
 mod text;
 
 use std::ffi::OsStr;
@@ -37,6 +38,7 @@ use args::{Cli, Command};
 use hold::Leaves;
 use limosa_host::User;
 use limosa_vfio_kernel::Door;
+use limosa_vfio_user::client::Role;
 use open::Opening;
 use output::Output;
 
@@ -81,7 +83,8 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             servers.push(user);
         }
     }
-    let opening = Opening { limit: cli.timeout, state_limit: cli.state_timeout, door, servers: &servers };
+    let (limit, state_limit, role) = (cli.timeout, cli.state_timeout, Role::Either);
+    let opening = Opening { limit, state_limit, door, servers: &servers, role };
     let open = |device: &str| opening.open(device);
     match &cli.command {
         Command::Probe(args) => match &args.device {
@@ -114,7 +117,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Receive(args) => commands::moving::receive(args, opening, out),
         Command::Resolve(args) => commands::settle::resolve(args, opening, out),
         Command::Answer(args) => commands::answer::answer(args, out),
-        Command::Bench(args) => commands::bench::run(args, opening, out),
+        Command::Bench(args) => commands::bench::run(args, Opening { role: Role::Vmm, ..opening }, out),
     }
 }
 

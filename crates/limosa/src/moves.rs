@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use limosa_migrate::link::Fingerprint;
 use limosa_migrate::{CommitNote, Ledger, PrivateFolder, Secret};
@@ -293,7 +294,7 @@ impl Moves {
         let folder = self.open()?;
         let name = note.file();
         let file = folder.file(&name).map_err(|error| failed(Code::Unreachable, &error))?.ok_or_else(gone)?;
-        if is_in_use(&file, FlockOperation::NonBlockingLockExclusive) {
+        if !is_ours(&file) {
             let what = format!(
                 "move {}: a process of limosa works on it still, and settles it itself; end that process first",
                 note.id()
@@ -343,6 +344,24 @@ impl Taken {
     }
 }
 
+/// Locks a note for this process, unless another one works on its move.
+fn is_ours(file: &File) -> bool {
+    let until = Instant::now() + LOOKS_MAX;
+    while is_in_use(file, FlockOperation::NonBlockingLockExclusive) {
+        // Whoever works on the move has the note alone. One that only looks shares it, and for a moment.
+        if is_in_use(file, FlockOperation::NonBlockingLockShared) || Instant::now() >= until {
+            return false;
+        }
+        // Two that want it alone would keep it from each other.
+        let _ = flock(file, FlockOperation::Unlock);
+        std::thread::yield_now();
+    }
+    true
+}
+
+/// How long others may look at a note one after the other.
+const LOOKS_MAX: Duration = Duration::from_secs(5);
+
 fn is_in_use(file: &File, how: FlockOperation) -> bool {
     flock(file, how) == Err(rustix::io::Errno::WOULDBLOCK)
 }
@@ -376,4 +395,34 @@ fn read_all<T: DeserializeOwned>(
 /// An error of the folder, which it names.
 fn failed(code: Code, error: &std::io::Error) -> anyhow::Error {
     exit::error(code, format!("{error}; {HINT}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_look_at_a_note_is_not_taken_for_work_on_its_move() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("note");
+        let opened = || File::options().write(true).create(true).truncate(false).open(&path).unwrap();
+        let (looks, done) = (opened(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    is_in_use(&looks, FlockOperation::NonBlockingLockShared);
+                    flock(&looks, FlockOperation::Unlock).unwrap();
+                }
+            });
+            for _ in 0..1000 {
+                assert!(is_ours(&opened()));
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        let works = opened();
+        assert!(is_ours(&works));
+        assert!(!is_ours(&opened()), "somebody works on it");
+    }
 }

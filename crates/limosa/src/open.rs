@@ -11,7 +11,7 @@ use limosa_client::{Device, Error};
 use limosa_host::{Descriptor, User};
 use limosa_protocol::Errno;
 use limosa_vfio_kernel::{Door, KernelDevice, Listed, Name};
-use limosa_vfio_user::client::{Client, Options};
+use limosa_vfio_user::client::{Client, Options, Role};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::{self, Code};
@@ -34,6 +34,8 @@ pub struct Opening<'a> {
     pub door: Option<Door>,
     /// The users whose vfio-user servers, and destinations at UNIX sockets, are trusted.
     pub servers: &'a [User],
+    /// What to be to a vfio-user server that knows roles.
+    pub role: Role,
 }
 
 /// A device that a user named, open.
@@ -70,6 +72,14 @@ impl Opened {
         }
     }
 
+    /// The connection to a device behind a socket.
+    pub fn vfio_user(&self) -> Option<&Client> {
+        match &self.transport {
+            Transport::VfioUser(device) => Some(device),
+            Transport::Kernel(_) | Transport::Held(_) => None,
+        }
+    }
+
     /// The fd of a device of the kernel's.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.kernel().map(AsFd::as_fd)
@@ -93,10 +103,7 @@ impl Opened {
 
     /// The process that serves it, where it is behind a socket and that process can be seen from here.
     pub fn server(&self) -> Option<i32> {
-        match &self.transport {
-            Transport::VfioUser(device) => device.server_process(),
-            Transport::Kernel(_) | Transport::Held(_) => None,
-        }
+        self.vfio_user()?.server_process()
     }
 
     /// The device alone.
@@ -169,6 +176,7 @@ impl Opening<'_> {
             request_limit: self.limit,
             state_limit: self.state_limit,
             server_users,
+            role: self.role,
             ..Options::default()
         };
         Client::connect(path, options).map_err(|error| {

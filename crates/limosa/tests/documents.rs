@@ -5,14 +5,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use support::{Folder, LIMIT};
+use support::{Folder, Running};
 
 /// Commands that run, and blocks that need something, by what they need.
 const RUN: usize = 27;
@@ -104,8 +102,7 @@ fn is_as_shown(said: &str, shown: &str) -> bool {
 
 /// A shell in a folder, into which commands are typed.
 struct Shell {
-    process: Child,
-    lines: Receiver<String>,
+    process: Running,
     said: Vec<String>,
     // Removed after what runs in it has ended.
     _folder: Folder,
@@ -116,29 +113,22 @@ impl Shell {
         let folder = Folder::new();
         let limosa = Path::new(env!("CARGO_BIN_EXE_limosa"));
         let path = std::env::var("PATH").unwrap();
-        let mut process = Command::new("bash")
+        let mut command = Command::new("bash");
+        command
             .arg("-s")
             .current_dir(folder.path(""))
             .env("PATH", format!("{}:{path}", limosa.parent().unwrap().display()))
             .env("XDG_STATE_HOME", folder.path("state"))
             .env_remove("RUST_LOG")
-            .process_group(0)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (output, (sender, lines)) = (process.stdout.take().unwrap(), channel());
-        std::thread::spawn(move || {
-            let lines = BufReader::new(output).lines().map_while(Result::ok);
-            lines.map_while(|line| sender.send(line).ok()).for_each(drop);
-        });
-        let mut shell = Shell { process, lines, said: Vec::new(), _folder: folder };
+            .process_group(0);
+        let process = Running::start_with_input(&mut command, Stdio::piped());
+        let mut shell = Shell { process, said: Vec::new(), _folder: folder };
         shell.types("exec 2>&1");
         shell
     }
 
     fn types(&mut self, line: &str) {
-        writeln!(self.process.stdin.as_mut().unwrap(), "{line}").unwrap();
+        self.process.say(line);
     }
 
     /// Waits for a line, among those that were not waited for before.
@@ -147,8 +137,8 @@ impl Shell {
             if let Some(at) = self.said.iter().position(|line| is_it(line)) {
                 return self.said.remove(at);
             }
-            let line = self.lines.recv_timeout(LIMIT);
-            self.said.push(line.unwrap_or_else(|error| panic!("{what}: {error}: {:#?}", self.said)));
+            let line = self.process.next_line();
+            self.said.push(line.unwrap_or_else(|| panic!("{what}: the shell ended: {:#?}", self.said)));
         }
     }
 
@@ -168,10 +158,9 @@ impl Shell {
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        let group = Pid::from_raw(self.process.id().try_into().unwrap()).unwrap();
+        let group = Pid::from_raw(self.process.pid().parse().unwrap()).unwrap();
         // With it the servers that were started in the background.
         let _ = kill_process_group(group, Signal::TERM);
-        let _ = self.process.wait();
     }
 }
 
@@ -210,7 +199,7 @@ fn an_example_was_named_without_its_package() {
     let more = [
         "CONTRIBUTING.md",
         "lab/README.md",
-        "crates/migrate/examples/toy_vmm.rs",
+        "crates/migrate/examples/toy_vmm/main.rs",
         "crates/vfio-user/examples/vmm.rs",
     ];
     let pages = pages().into_iter().chain(more.map(|page| root().join(page)));

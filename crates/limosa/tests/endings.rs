@@ -4,38 +4,14 @@
 mod support;
 
 use std::io::Read;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use limosa_protocol::State;
 use rustix::process::Signal;
-use support::{Ended, Folder, Server, full, limosa, limosa_into, start};
+use support::pair::Pair;
+use support::{Ended, Folder, GUEST, JsonOutput, full, limosa, limosa_into, start, start_by};
 
-const GUEST: u64 = 0x6775_6573;
 const DONE_BUT: i32 = 8;
-
-struct Pair {
-    folder: Folder,
-    source: Server,
-    destination: Server,
-}
-
-impl Pair {
-    fn new() -> Pair {
-        let folder = Folder::new();
-        let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
-        source.mark(GUEST);
-        Pair { folder, source, destination }
-    }
-
-    fn migrate<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
-        [&["migrate", &self.source.socket, &self.destination.socket], more].concat()
-    }
-
-    #[track_caller]
-    fn has_moved(&self) {
-        assert!(self.destination.runs(GUEST) && self.source.state() == State::Stop);
-    }
-}
 
 /// Runs the command with its standard output in this place.
 fn printing_to(out: impl Into<Stdio>, args: &[&str]) -> Ended {
@@ -49,12 +25,12 @@ fn printing_to(out: impl Into<Stdio>, args: &[&str]) -> Ended {
 #[test]
 fn a_full_disk_behind_standard_output_was_told_as_a_move_that_failed() {
     for json in [&[][..], &["--json"]] {
-        let pair = Pair::new();
-        printing_to(full(), &pair.migrate(json))
+        let pair = Pair::new(&[], &[]);
+        printing_to(full(), &pair.migration(json))
             .fails(DONE_BUT, &["moved, but standard output", "No space left"]);
         pair.has_moved();
     }
-    let pair = Pair::new();
+    let pair = Pair::new(&[], &[]);
     let link = format!("unix:{}", pair.folder.text("link"));
     let receive = ["receive", &pair.destination.socket, "--listen", &link];
     std::thread::scope(|scope| {
@@ -83,8 +59,8 @@ fn a_full_disk_behind_standard_output_was_told_as_a_move_that_failed() {
 
 #[test]
 fn a_start_that_failed_was_lost_behind_a_full_disk() {
-    let pair = Pair::new();
-    printing_to(full(), &pair.migrate(&["--on-start", "exit 3"])).fails(
+    let pair = Pair::new(&[], &[]);
+    printing_to(full(), &pair.migration(&["--on-start", "exit 3"])).fails(
         DONE_BUT,
         &[
             "moved, but --on-start `exit 3`",
@@ -98,8 +74,8 @@ fn a_start_that_failed_was_lost_behind_a_full_disk() {
 
 #[test]
 fn a_start_that_failed_is_no_move_that_failed() {
-    let pair = Pair::new();
-    let moved = limosa(&pair.migrate(&["--json", "--on-start", "exit 3"]));
+    let pair = Pair::new(&[], &[]);
+    let moved = limosa(&pair.migration(&["--json", "--on-start", "exit 3"]));
     let document = moved.json_failure(DONE_BUT);
     assert_eq!(document["report"]["outcome"], "moved", "{document}");
     pair.has_moved();
@@ -114,7 +90,7 @@ fn a_start_that_failed_is_no_move_that_failed() {
 
 #[test]
 fn a_device_that_was_loaded_was_let_go_when_its_guest_did_not_start() {
-    let pair = Pair::new();
+    let pair = Pair::new(&[], &[]);
     let link = format!("unix:{}", pair.folder.text("link"));
     let receive =
         ["receive", &pair.destination.socket, "--listen", &link, "--hold", "--on-start", "exit 3", "--json"];
@@ -130,18 +106,10 @@ fn a_device_that_was_loaded_was_let_go_when_its_guest_did_not_start() {
 
 #[test]
 fn a_report_that_cannot_be_written_after_the_move_is_no_move_that_failed() {
-    let pair = Pair::new();
+    let pair = Pair::new(&[], &[]);
     let report = pair.folder.text("report.json");
     let limit = "trap '' XFSZ; ulimit -f 0; exec \"$0\" \"$@\"";
-    let ended = Command::new("bash")
-        .args(["-c", limit, env!("CARGO_BIN_EXE_limosa")])
-        .args(pair.migrate(&["--report", &report]))
-        .env_remove("RUST_LOG")
-        .output()
-        .unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    let ended =
-        Ended { code: ended.status.code().unwrap(), out: text(ended.stdout), err: text(ended.stderr) };
+    let ended = start_by("bash", &["-c", limit], &pair.migration(&["--report", &report])).end();
     ended.fails(DONE_BUT, &["moved, but --report", &report, "too large"]);
     assert!(ended.out.contains("outcome moved"), "{ended:?}");
     pair.has_moved();
@@ -149,17 +117,17 @@ fn a_report_that_cannot_be_written_after_the_move_is_no_move_that_failed() {
 
 #[test]
 fn nobody_reads_standard_output_and_the_move_is_done() {
-    let pair = Pair::new();
+    let pair = Pair::new(&[], &[]);
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    printing_to(writer, &pair.migrate(&["--json"])).ok();
+    printing_to(writer, &pair.migration(&["--json"])).ok();
     pair.has_moved();
 }
 
 #[test]
 fn a_log_that_could_not_be_written_ended_the_command() {
-    let pair = Pair::new();
-    let all = [&["-vvv"][..], &pair.migrate(&[])].concat();
+    let pair = Pair::new(&[], &[]);
+    let all = [&["-vvv"][..], &pair.migration(&[])].concat();
     assert_eq!(limosa_into(Stdio::null(), full(), &all), 0);
     pair.has_moved();
     let refused = limosa_into(Stdio::null(), full(), &["probe", &pair.folder.text("none")]);

@@ -5,33 +5,14 @@ mod support;
 use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use rustix::process::Signal;
-use support::{Folder, Server, limosa, start};
-
-const GUEST: u64 = 0x6775_6573;
-
-struct Pair {
-    folder: Folder,
-    source: Server,
-    destination: Server,
-}
+use support::pair::Pair;
+use support::{Folder, GUEST, JsonOutput, limosa, start};
 
 impl Pair {
-    fn new(source: &str, destination: &str) -> Pair {
-        let folder = Folder::new();
-        let device = |name, option: &str| match option {
-            "" => folder.device(name, &[]),
-            fault => folder.device(name, &[&format!("fault={fault}")]),
-        };
-        let (source, destination) = (device("source", source), device("destination", destination));
-        source.mark(GUEST);
-        Pair { folder, source, destination }
-    }
-
     /// The move fails, the source goes on, the destination is empty.
     #[track_caller]
     fn is_undone(&self, codes: &[i32], parts: &[&str]) {
-        let devices = [&*self.source.socket, &*self.destination.socket];
-        let ended = limosa(&["migrate", devices[0], devices[1], "--initial-limit", "0.2"]);
+        let ended = self.migrate(&["--initial-limit", "0.2"]);
         assert!(codes.contains(&ended.code), "{ended:?}");
         ended.fails(ended.code, &[parts, &["the source is as it was before"]].concat());
         assert!(self.source.runs(GUEST), "{} {ended:?}", self.source.state());
@@ -40,8 +21,8 @@ impl Pair {
 
     #[track_caller]
     fn moves(&self) {
-        limosa(&["migrate", &self.source.socket, &self.destination.socket]).ok();
-        assert!(self.destination.runs(GUEST) && self.source.state() == State::Stop);
+        self.migrate(&[]).ok();
+        self.has_moved();
         assert_eq!(self.destination.register(registers::BAD_BLOCKS), 0);
     }
 }
@@ -49,7 +30,7 @@ impl Pair {
 #[test]
 fn an_arc_that_the_source_refuses_once_undoes_the_move_and_the_next_one_succeeds() {
     for arc in ["RUNNING>PRE_COPY", "PRE_COPY>PRE_COPY_P2P", "PRE_COPY_P2P>STOP_COPY"] {
-        let pair = Pair::new(&format!("fail:{arc}"), "");
+        let pair = Pair::new(&[&format!("fault=fail:{arc}")], &[]);
         let entered = arc.split_once('>').unwrap().1;
         pair.is_undone(&[3], &[&pair.source.socket, &format!("entering {entered}"), "EBUSY"]);
         pair.moves();
@@ -66,7 +47,7 @@ fn an_arc_that_the_destination_refuses_once_undoes_the_move_and_the_next_one_suc
         "STOP>RUNNING_P2P",
         "RUNNING_P2P>RUNNING",
     ] {
-        let pair = Pair::new("", &format!("fail:{arc}"));
+        let pair = Pair::new(&[], &[&format!("fault=fail:{arc}")]);
         pair.is_undone(&[1, 3], &[&pair.destination.socket, "EBUSY"]);
         pair.moves();
     }
@@ -75,7 +56,7 @@ fn an_arc_that_the_destination_refuses_once_undoes_the_move_and_the_next_one_suc
 #[test]
 fn a_destination_that_breaks_is_reset_and_the_source_goes_on() {
     for arc in ["STOP>RESUMING", "RESUMING>STOP", "STOP>RUNNING_P2P", "RUNNING_P2P>RUNNING"] {
-        let pair = Pair::new("", &format!("error:{arc}"));
+        let pair = Pair::new(&[], &[&format!("fault=error:{arc}")]);
         pair.is_undone(&[1, 3], &[&pair.destination.socket, "EIO"]);
         pair.moves();
     }
@@ -84,7 +65,7 @@ fn a_destination_that_breaks_is_reset_and_the_source_goes_on() {
 #[test]
 fn a_source_that_breaks_is_reset_and_said_to_have_lost_its_state() {
     for arc in ["RUNNING>PRE_COPY", "PRE_COPY>PRE_COPY_P2P", "PRE_COPY_P2P>STOP_COPY"] {
-        let pair = Pair::new(&format!("error:{arc}"), "");
+        let pair = Pair::new(&[&format!("fault=error:{arc}")], &[]);
         let ended = limosa(&["migrate", &pair.source.socket, &pair.destination.socket]);
         assert!([1, 3].contains(&ended.code), "{ended:?}");
         ended.fails(ended.code, &[&pair.source.socket, "EIO", "had to be reset: its state is lost"]);
@@ -100,7 +81,7 @@ fn a_state_that_is_cut_short_or_altered_by_the_device_is_refused_by_the_other() 
     for fault in
         ["truncate:0", "truncate:1", "truncate:100000", "corrupt:3", "corrupt:5000", "corrupt:700000"]
     {
-        let pair = Pair::new(fault, "");
+        let pair = Pair::new(&[&format!("fault={fault}")], &[]);
         let file = pair.folder.text("file");
         if fault != "truncate:0" {
             limosa(&["save", &pair.source.socket, &file, "--initial-limit", "0.2"]).ok();
@@ -173,7 +154,7 @@ const IMPATIENT: [&str; 2] = ["--silence", "0.3"];
 
 #[test]
 fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_the_reason() {
-    let pair = Pair::new("stall:RUNNING>PRE_COPY:1500", "");
+    let pair = Pair::new(&["fault=stall:RUNNING>PRE_COPY:1500"], &[]);
     let listen = format!("unix:{}", pair.folder.text("link"));
     let socket = &pair.destination.socket;
     let receiver = start(&[&["receive", socket, "--listen", &listen][..], &IMPATIENT].concat());
@@ -189,7 +170,7 @@ fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_th
 
 #[test]
 fn a_sender_that_stood_still_for_too_long_failed_where_it_lost_its_receiver() {
-    let pair = Pair::new("stall:RUNNING>PRE_COPY:1500", "");
+    let pair = Pair::new(&["fault=stall:RUNNING>PRE_COPY:1500"], &[]);
     let listen = format!("unix:{}", pair.folder.text("link"));
     let socket = &pair.destination.socket;
     let receiver = start(&[&["receive", socket, "--listen", &listen][..], &IMPATIENT].concat());

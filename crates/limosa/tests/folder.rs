@@ -7,9 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use limosa_protocol::State;
 use rustix::fs::{CWD, FileType, mknodat};
 use rustix::process::Signal;
-use support::{Folder, limosa, limosa_with, start};
+use support::{Folder, GUEST, JsonOutput, limosa, limosa_with, start};
 
-const GUEST: u64 = 0x6775_6573;
 const REFUSED: i32 = 3;
 const UNREACHABLE: i32 = 4;
 

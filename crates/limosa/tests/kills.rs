@@ -7,9 +7,9 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use support::link::{Plan, Proxy};
-use support::{Folder, Running, Server, limosa, start};
+use support::pair::{Pair, Sending};
+use support::{Folder, GUEST, JsonOutput, Running, Server, limosa, start};
 
-const GUEST: u64 = 0x6775_6573;
 /// How long a device stalls where it is the stall that holds a phase open. It says when it begins, so that
 /// this only has to be longer than a signal takes.
 const STALL_MS: u32 = 800;
@@ -40,26 +40,20 @@ impl Scene {
 
     /// The same with further arguments for the sender.
     fn at_with(at: At, more: &[&str]) -> Scene {
-        let folder = Folder::new();
         let precopy = if at == At::StopCopy { "precopy=0" } else { "precopy=100" };
         let stall = match at {
             At::Load => format!("fault=stall:RESUMING>STOP:{STALL_MS}"),
             At::Commit => format!("fault=stall:STOP>RUNNING_P2P:{STALL_MS}"),
             _ => "seed=2".into(),
         };
-        let source = folder.device("source", &["state=8M", precopy]);
-        let destination = folder.device("destination", &["state=8M", &stall]);
-        source.mark(GUEST);
-        let listen = format!("unix:{}", folder.text("link"));
-        let receiver = start(&["-vv", "receive", &destination.socket, "--listen", &listen]);
-        receiver.line("listening on");
-        let proxy = match at {
-            At::Handshake => Some(Proxy::new(&folder, &listen, Plan::Hold(1))),
-            At::PreCopy | At::StopCopy => Some(Proxy::new(&folder, &listen, Plan::Hold(2 << 20))),
+        let pair = Pair::new(&["state=8M", precopy], &["state=8M", &stall]);
+        let plan = match at {
+            At::Handshake => Some(Plan::Hold(1)),
+            At::PreCopy | At::StopCopy => Some(Plan::Hold(2 << 20)),
             _ => None,
         };
-        let to = proxy.as_ref().map_or(&listen, |proxy| &proxy.address);
-        let sender = start(&[&["-vv", "send", &source.socket, "--to", to], more].concat());
+        let Sending { proxy, sender, receiver } = pair.send(plan, &[], more);
+        let Pair { folder, source, destination } = pair;
         if let Some(proxy) = &proxy {
             proxy.held();
         }

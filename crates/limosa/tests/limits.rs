@@ -104,14 +104,14 @@ fn the_server_of_a_device_that_is_moved_was_stopped_with_the_guest() {
         (&source, &["save", &source.socket, &file]),
         (&source, &["send", &source.socket, "--to", "unix:/nowhere"]),
     ] {
-        let pid = server.pid().to_string();
+        let pid = server.pid();
         let refused = limosa(&[command, &["--stop-with", &pid]].concat());
         refused.fails(2, &["--stop-with", &pid, &server.socket, "--on-stop"]);
         assert_eq!((source.state(), destination.state()), (State::Running, State::Running));
     }
     let other = start(&["serve", "uart", "--socket", &folder.text("uart")]);
     other.line("listening on");
-    let pid = other.pid().to_string();
+    let pid = other.pid();
     limosa(&["save", &source.socket, &file, "--stop-with", &pid]).ok();
 }
 

@@ -5,7 +5,7 @@ mod support;
 use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use rustix::process::Signal;
-use support::{Folder, Server, limosa, start};
+use support::{Folder, JsonOutput, Server, limosa, start};
 
 /// Devices that differ in size, each with a guest of its own.
 fn devices(folder: &Folder, side: &str, marked: bool) -> Vec<Server> {

@@ -3,7 +3,7 @@
 
 mod support;
 
-use support::{Folder, limosa, start};
+use support::{Folder, JsonOutput, limosa, start};
 
 const USAGE: i32 = 2;
 const UNREACHABLE: i32 = 4;

@@ -9,17 +9,15 @@ use std::os::unix::net::UnixListener;
 use limosa_protocol::State;
 use limosa_stream::{Header, Kind, PREFACE_BYTES};
 use rustix::process::Signal;
-use support::vcpus::Vcpus;
-use support::{Folder, Running, Server, limosa, start};
-
-const GUEST: u64 = 0x6775_6573;
+use support::pair::{Pair, Sending};
+use support::{Folder, GUEST, Running, Server, limosa, start, vcpus};
 
 /// A move that stands still in its commit: the destination's device stalls on its way to RUNNING.
 struct Scene {
     folder: Folder,
     source: Server,
     destination: Server,
-    vcpus: Vcpus,
+    vcpus: Running,
     sender: Running,
     receiver: Running,
 }
@@ -27,19 +25,12 @@ struct Scene {
 impl Scene {
     /// `more` is what the destination's device does as well, and how the guest is stopped.
     fn new(faults: &[&str], stopping: &[&str]) -> Scene {
-        let (folder, vcpus) = (Folder::new(), Vcpus::start());
-        let source = folder.device("source", &[]);
-        let faults = [&["fault=stall:STOP>RUNNING_P2P:800"], faults].concat();
-        let destination = folder.device("destination", &faults);
-        source.mark(GUEST);
-        let listen = format!("unix:{}", folder.text("link"));
-        let (here, there) = (folder.text("here"), folder.text("there"));
-        let receiver =
-            start(&["receive", &destination.socket, "--listen", &listen, "--moves", &there, "-vv"]);
-        receiver.line("listening on");
+        let pair = Pair::new(&[], &[&["fault=stall:STOP>RUNNING_P2P:800"], faults].concat());
+        let (vcpus, here, there) = (vcpus(), pair.folder.text("here"), pair.folder.text("there"));
         let pid = vcpus.pid();
-        let args = ["send", &source.socket, "--to", &listen, "--moves", &here, "--stop-with", &pid];
-        let sender = start(&[&args[..], stopping].concat());
+        let stopping = [&["--moves", &here, "--stop-with", &pid], stopping].concat();
+        let Sending { sender, receiver, .. } = pair.send(None, &["--moves", &there], &stopping);
+        let Pair { folder, source, destination } = pair;
         destination.line("stalls as scripted");
         assert!(vcpus.is_stopped());
         Scene { folder, source, destination, vcpus, sender, receiver }
@@ -203,7 +194,7 @@ fn another_process_with_the_number_of_the_one_that_was_stopped_is_not_touched() 
 
 #[test]
 fn a_move_of_memory_alone_is_resolved_by_its_id_and_its_guest_goes_on() {
-    let (folder, vcpus) = (Folder::new(), Vcpus::start());
+    let (folder, vcpus) = (Folder::new(), vcpus());
     let (from, to) = (folder.text("from"), folder.text("to"));
     for file in [&from, &to] {
         std::fs::write(file, vec![7; 1 << 20]).unwrap();

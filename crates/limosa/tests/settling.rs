@@ -8,10 +8,8 @@ use std::path::PathBuf;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use serde_json::Value;
-use support::vcpus::Vcpus;
-use support::{Ended, Folder, Server, limosa, start, start_in};
+use support::{Ended, Folder, GUEST, JsonOutput, Running, Server, limosa, start, start_in, vcpus};
 
-const GUEST: u64 = 0x6775_6573;
 const REFUSED: i32 = 3;
 
 /// A move of two devices in doubt, of which nobody can be asked.
@@ -20,12 +18,12 @@ struct Doubt {
     one: Server,
     other: Server,
     there: Server,
-    vcpus: Vcpus,
+    vcpus: Running,
 }
 
 impl Doubt {
     fn new() -> Doubt {
-        let (folder, vcpus) = (Folder::new(), Vcpus::start());
+        let (folder, vcpus) = (Folder::new(), vcpus());
         std::fs::create_dir(folder.path("run")).unwrap();
         let (one, other) = (folder.device("run/one", &[]), folder.device("run/other", &[]));
         let (there, too) =

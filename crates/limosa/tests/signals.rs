@@ -8,10 +8,9 @@ use std::path::PathBuf;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use support::link::{Plan, Proxy};
-use support::vcpus::Vcpus;
-use support::{Folder, Running, Server, limosa, start};
+use support::pair::{Pair, Sending};
+use support::{Folder, GUEST, Running, Server, limosa, vcpus};
 
-const GUEST: u64 = 0x6775_6573;
 const IN_DOUBT: i32 = 5;
 const CANCELLED: i32 = 7;
 const SIGNALS: [Signal; 5] = [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM, Signal::XCPU];
@@ -42,14 +41,13 @@ struct Scene {
     proxy: Option<Proxy>,
     sender: Running,
     receiver: Running,
-    vcpus: Vcpus,
+    vcpus: Running,
     /// What a hook waits for.
     held: PathBuf,
 }
 
 impl Scene {
     fn at(at: At) -> Scene {
-        let (folder, vcpus) = (Folder::new(), Vcpus::start());
         let stall = |there: bool, arc: &str| match there {
             true => format!("fault=stall:{arc}:{STALL_MS}"),
             false => "precopy=0".to_owned(),
@@ -59,28 +57,21 @@ impl Scene {
             At::Load => stall(true, "RESUMING>STOP"),
             at => stall(at == At::Commit, "STOP>RUNNING_P2P"),
         };
-        let source = folder.device("source", &["state=8M", &here]);
-        let destination = folder.device("destination", &["state=8M", &there]);
-        source.mark(GUEST);
+        let pair = Pair::new(&["state=8M", &here], &["state=8M", &there]);
+        let (folder, vcpus) = (&pair.folder, vcpus());
         let held = folder.path("held");
         rustix::fs::mknodat(rustix::fs::CWD, &held, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         let hook = format!("echo runs >&2; cat {}", held.display());
-        let (listen, moves) = (format!("unix:{}", folder.text("link")), folder.text("there"));
-        let mut args = vec!["-vv", "receive", &destination.socket, "--listen", &listen, "--moves", &moves];
-        if at == At::Start {
-            args.extend(["--on-start", &hook]);
+        let (here, there, pid) = (folder.text("here"), folder.text("there"), vcpus.pid());
+        let (mut receive, mut send) = (vec!["--moves", &there], vec!["--moves", &here, "--stop-with", &pid]);
+        match at {
+            At::Start => receive.extend(["--on-start", &hook]),
+            At::Hook => send.extend(["--on-stop", &hook]),
+            _ => {}
         }
-        let receiver = start(&args);
-        receiver.line("listening on");
-        let proxy = (at == At::StopCopy).then(|| Proxy::new(&folder, &listen, Plan::Hold(2 << 20)));
-        let to = proxy.as_ref().map_or(&listen, |proxy| &proxy.address);
-        let (moves, pid) = (folder.text("here"), vcpus.pid());
-        let mut args =
-            vec!["-vv", "send", &source.socket, "--to", to, "--moves", &moves, "--stop-with", &pid];
-        if at == At::Hook {
-            args.extend(["--on-stop", &hook]);
-        }
-        let sender = start(&args);
+        let plan = (at == At::StopCopy).then_some(Plan::Hold(2 << 20));
+        let Sending { proxy, sender, receiver } = pair.send(plan, &receive, &send);
+        let Pair { folder, source, destination } = pair;
         match at {
             At::Hook => drop(sender.line("runs")),
             At::Start => drop(receiver.line("runs")),

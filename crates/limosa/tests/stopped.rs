@@ -4,40 +4,23 @@
 mod support;
 
 use limosa_protocol::State;
-use support::{Folder, Server, limosa, start};
+use support::pair::Pair;
+use support::{Folder, GUEST, JsonOutput, limosa, start};
 
-const GUEST: u64 = 0x6775_6573;
 const REFUSED: i32 = 3;
-
-struct Pair {
-    folder: Folder,
-    source: Server,
-    destination: Server,
-}
 
 impl Pair {
     /// The source's guest is paused.
     fn paused() -> Pair {
-        let pair = Pair::running();
+        let pair = Pair::new(&[], &[]);
         limosa(&["state", &pair.source.socket, "set", "STOP"]).ok();
         pair
-    }
-
-    fn running() -> Pair {
-        let folder = Folder::new();
-        let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
-        source.mark(GUEST);
-        Pair { folder, source, destination }
     }
 
     /// A hook that leaves a file, and whether it has run.
     fn hook(&self) -> (String, impl Fn() -> bool) {
         let file = self.folder.path("started");
         (format!("touch {}", file.display()), move || file.exists())
-    }
-
-    fn migrate(&self, more: &[&str]) -> support::Ended {
-        limosa(&[&["migrate", &self.source.socket, &self.destination.socket], more].concat())
     }
 
     #[track_caller]
@@ -126,7 +109,7 @@ fn a_paused_guest_stays_paused_after_a_move_that_failed() {
 
 #[test]
 fn a_move_that_was_repeated_rolled_the_running_guest_back() {
-    let pair = Pair::running();
+    let pair = Pair::new(&[], &[]);
     pair.migrate(&[]).ok();
     let moved = pair.migrate(&["--json", "--run"]);
     let refused = moved.json_failure(REFUSED);
@@ -169,7 +152,7 @@ fn devices_are_refused_together_with_what_to_do_about_each() {
 #[test]
 fn what_a_killed_sender_left_was_to_be_reset() {
     for left in ["PRE_COPY", "PRE_COPY_P2P", "STOP_COPY"] {
-        let pair = Pair::running();
+        let pair = Pair::new(&[], &[]);
         let (source, destination) = (pair.source.socket.as_str(), pair.destination.socket.as_str());
         limosa(&["state", source, "set", left]).ok();
         let way_out = format!("`limosa state {source} set RUNNING`");
@@ -195,7 +178,7 @@ fn what_a_killed_sender_left_was_to_be_reset() {
 
 #[test]
 fn what_a_killed_receiver_left_is_emptied_by_a_reset() {
-    let pair = Pair::running();
+    let pair = Pair::new(&[], &[]);
     let destination = pair.destination.socket.as_str();
     limosa(&["state", destination, "set", "RESUMING"]).ok();
     let way_out = format!("`limosa state {destination} reset`");

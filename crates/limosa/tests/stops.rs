@@ -4,14 +4,16 @@
 mod support;
 
 use std::path::Path;
+use std::process::Stdio;
 
 use limosa_protocol::State;
 use rustix::process::Signal;
 use support::link::{Plan, Proxy};
-use support::vcpus::Vcpus;
-use support::{Ended, Folder, Running, Server, limosa, start, start_by};
+use support::pair::{Pair, Sending};
+use support::{
+    Ended, Folder, GUEST, JsonOutput, Running, Server, limosa, limosa_into, start, start_by, vcpus,
+};
 
-const GUEST: u64 = 0x6775_6573;
 const REFUSED: i32 = 3;
 const CANCELLED: i32 = 7;
 /// How long a device stalls. It says when it begins, so that this only has to be longer than a signal takes.
@@ -35,7 +37,7 @@ struct Scene {
     proxy: Option<Proxy>,
     sender: Option<Running>,
     receiver: Option<Running>,
-    vcpus: Vcpus,
+    vcpus: Running,
 }
 
 impl Scene {
@@ -45,25 +47,17 @@ impl Scene {
 
     /// `more` is what the source's device does as well.
     fn with(at: At, more: &[&str]) -> Scene {
-        let (folder, vcpus) = (Folder::new(), Vcpus::start());
         let stall = match at {
             At::StopCopy => "seed=2".to_owned(),
             At::Load => format!("fault=stall:RESUMING>STOP:{STALL_MS}"),
             At::Commit => format!("fault=stall:STOP>RUNNING_P2P:{STALL_MS}"),
         };
-        let source = folder.device("source", &[&["state=8M", "precopy=0"], more].concat());
-        let destination = folder.device("destination", &["state=8M", &stall]);
-        source.mark(GUEST);
-        let listen = format!("unix:{}", folder.text("link"));
-        let there = folder.text("there");
-        let receiver =
-            start(&["-vv", "receive", &destination.socket, "--listen", &listen, "--moves", &there]);
-        receiver.line("listening on");
-        let proxy = (at == At::StopCopy).then(|| Proxy::new(&folder, &listen, Plan::Hold(2 << 20)));
-        let to = proxy.as_ref().map_or(&listen, |proxy| &proxy.address);
-        let (here, pid) = (folder.text("here"), vcpus.pid());
-        let sender =
-            start(&["-vv", "send", &source.socket, "--to", to, "--moves", &here, "--stop-with", &pid]);
+        let pair = Pair::new(&[&["state=8M", "precopy=0"], more].concat(), &["state=8M", &stall]);
+        let (vcpus, here, there) = (vcpus(), pair.folder.text("here"), pair.folder.text("there"));
+        let plan = (at == At::StopCopy).then_some(Plan::Hold(2 << 20));
+        let stopping = ["--moves", &here, "--stop-with", &vcpus.pid()];
+        let Sending { proxy, sender, receiver } = pair.send(plan, &["--moves", &there], &stopping);
+        let Pair { folder, source, destination } = pair;
         match &proxy {
             Some(proxy) => proxy.held(),
             None => destination.line("stalls as scripted"),
@@ -230,7 +224,7 @@ fn a_move_that_still_goes_on_is_not_settled_by_another_process() {
 
 #[test]
 fn a_stop_is_noted_before_anything_is_stopped() {
-    let (folder, vcpus) = (Folder::new(), Vcpus::start());
+    let (folder, vcpus) = (Folder::new(), vcpus());
     let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
     source.mark(GUEST);
     let (moves, pid) = (folder.text("moves"), vcpus.pid());
@@ -246,7 +240,7 @@ fn a_stop_is_noted_before_anything_is_stopped() {
     // What cannot be noted is not stopped.
     let file = folder.text("file");
     std::fs::write(&file, "no folder").unwrap();
-    let other = Vcpus::start();
+    let other = support::vcpus();
     let args = ["save", &destination.socket, &folder.text("saved"), "--stop-with", &other.pid()];
     limosa(&[&args[..], &["--moves", &file]].concat()).fails(4, &[&file, "--moves"]);
     assert!(!other.is_stopped() && destination.runs(GUEST));
@@ -255,7 +249,7 @@ fn a_stop_is_noted_before_anything_is_stopped() {
 #[test]
 fn a_save_and_a_local_move_that_are_killed_leave_a_note_as_well() {
     for is_save in [true, false] {
-        let (folder, vcpus) = (Folder::new(), Vcpus::start());
+        let (folder, vcpus) = (Folder::new(), vcpus());
         let stall = format!("fault=stall:PRE_COPY_P2P>STOP_COPY:{STALL_MS}");
         let (source, destination) = (folder.device("source", &[&stall]), folder.device("destination", &[]));
         source.mark(GUEST);
@@ -276,7 +270,7 @@ fn a_save_and_a_local_move_that_are_killed_leave_a_note_as_well() {
 
 #[test]
 fn a_local_move_that_is_killed_in_its_commit_is_for_a_person_to_decide() {
-    let (folder, vcpus) = (Folder::new(), Vcpus::start());
+    let (folder, vcpus) = (Folder::new(), vcpus());
     let stall = format!("fault=stall:STOP>RUNNING_P2P:{STALL_MS}");
     let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[&stall]));
     source.mark(GUEST);
@@ -295,7 +289,7 @@ fn a_local_move_that_is_killed_in_its_commit_is_for_a_person_to_decide() {
 
 #[test]
 fn a_device_that_stood_still_before_the_move_does_not_run_after_it_was_killed() {
-    let (folder, vcpus) = (Folder::new(), Vcpus::start());
+    let (folder, vcpus) = (Folder::new(), vcpus());
     let stall = format!("fault=stall:RESUMING>STOP:{STALL_MS}");
     let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[&stall]));
     limosa(&["state", &source.socket, "set", "STOP"]).ok();
@@ -324,14 +318,12 @@ fn a_process_that_cannot_be_set_going_stays_noted() {
     // The note is of a process of another user's, in another session.
     let mut other = std::process::Command::new("setsid");
     other.args(["setpriv", "--reuid", "65534", "--clear-groups", "sleep", "1000"]);
-    let other = Vcpus::spawn(&mut other);
-    other.runs("sleep");
+    let other = Running::start(&mut other);
+    other.runs_program("sleep");
     let note = std::fs::read_dir(scene.folder.path("here")).unwrap().next().unwrap().unwrap().path();
     let mut noted: serde_json::Value = serde_json::from_slice(&std::fs::read(&note).unwrap()).unwrap();
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", other.pid())).unwrap();
-    let started = stat.rsplit_once(") ").unwrap().1.split(' ').nth(19).unwrap();
     noted["stopped"][0]["pid"] = other.pid().parse::<u32>().unwrap().into();
-    noted["stopped"][0]["started"] = started.parse::<u64>().unwrap().into();
+    noted["stopped"][0]["started"] = other.started().into();
     std::fs::write(&note, noted.to_string()).unwrap();
     let without = ["--bounding-set", "-kill", "--inh-caps", "-kill"];
     let args = ["resolve", &name, "--moves", &scene.folder.text("here")];
@@ -359,21 +351,13 @@ fn a_standard_error_that_nobody_reads_changed_the_exit_code() {
     ] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
-        let status = std::process::Command::new(env!("CARGO_BIN_EXE_limosa"))
-            .args(args)
-            .env("XDG_STATE_HOME", folder.path("state"))
-            .env_remove("RUST_LOG")
-            .stdout(std::process::Stdio::null())
-            .stderr(writer)
-            .status()
-            .unwrap();
-        assert_eq!(status.code(), Some(code), "{args:?}");
+        assert_eq!(limosa_into(Stdio::null(), writer, args), code, "{args:?}");
     }
 }
 
 #[test]
 fn a_command_that_was_started_to_outlive_its_terminal_is_not_called_off_by_its_end() {
-    let (folder, vcpus) = (Folder::new(), Vcpus::start());
+    let (folder, vcpus) = (Folder::new(), vcpus());
     let source = folder.device("source", &[&format!("fault=stall:PRE_COPY_P2P>STOP_COPY:{STALL_MS}")]);
     let args = ["-vv", "save", &source.socket, &folder.text("file"), "--stop-with", &vcpus.pid()];
     let saving = start_by("nohup", &[], &args);

@@ -13,7 +13,7 @@ use gate::{Gate, Plan};
 use limosa_protocol::State;
 use rustix::process::Signal;
 use server::{BUCKET, DENIED, MISSING, Server};
-use support::{Ended, Folder, limosa_with, start_with};
+use support::{Ended, Folder, JsonOutput, limosa_with, start_with};
 
 const USAGE: i32 = 2;
 const REFUSED: i32 = 3;

@@ -257,13 +257,13 @@ impl Drop for Stranger {
 fn the_command_starts_the_new_server_and_says_how_it_went() {
     let folder = Folder::new();
     let server = first(&folder, "synthetic", &["state=1M"]);
-    let old = server.pid();
+    let old: u64 = server.pid().parse().unwrap();
     let client = connect(&folder);
     set(&client, SCRATCH, 77);
     let switched = switch_over_to(&folder, "synthetic", &["state=1M"]);
     let took_over = &switched.document["took_over"];
     let new = Stranger::of(&switched.document);
-    assert_eq!((switched.code, took_over["old_pid"].as_u64()), (0, Some(old.into())), "{}", switched.err);
+    assert_eq!((switched.code, took_over["old_pid"].as_u64()), (0, Some(old)), "{}", switched.err);
     assert_eq!(took_over["old_process"], "ended");
     let steps: Vec<_> =
         took_over["steps"].as_array().unwrap().iter().map(|step| step["step"].as_str().unwrap()).collect();

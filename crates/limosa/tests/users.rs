@@ -4,17 +4,17 @@
 mod support;
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
-use rustix::fs::{CWD, FileType, MemfdFlags, Mode, memfd_create, mknodat};
+use limosa_testing::memfd;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use support::users::{
     Holder, OTHER, can_be_another, give_away, hold_files, let_others_borrow, start_as_other,
 };
-use support::{Folder, Running, limosa, start, start_under};
+use support::{Folder, JsonOutput, Running, limosa, start, start_reading, start_under};
 
 const BYTES: usize = 64 << 10;
 
@@ -123,18 +123,15 @@ fn memory_of_a_process_is_used_with_the_access_that_it_has() {
 #[test]
 fn descriptors_of_the_command_itself_are_memory_too() {
     let folder = Folder::new();
-    let memory = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-    fs::File::from(memory.try_clone().unwrap()).write_all_at(&[9; BYTES], 0).unwrap();
+    let memory = memfd(BYTES as u64);
+    memory.write_all_at(&[9; BYTES], 0).unwrap();
     for name in ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0", "/proc/thread-self/fd/0"] {
-        let saved = folder.path("saved.lmsa");
-        let done = Command::new(env!("CARGO_BIN_EXE_limosa"))
-            .args(["save", "--replace", "--memory", &format!("{name}@0"), "--guest-stopped"])
-            .arg(&saved)
-            .env("XDG_STATE_HOME", folder.path("state"))
-            .stdin(Stdio::from(memory.as_fd().try_clone_to_owned().unwrap()))
-            .output()
-            .unwrap();
-        assert!(done.status.success(), "{name}: {done:?}");
+        let saved = folder.text("saved.lmsa");
+        let input = memory.try_clone().unwrap();
+        let memory = format!("{name}@0");
+        start_reading(input, &["save", "--replace", "--memory", &memory, "--guest-stopped", &saved])
+            .end()
+            .ok();
     }
     let_others_borrow();
     let none = format!("/proc/{}/fd/999999", std::process::id());

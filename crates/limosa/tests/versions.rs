@@ -12,9 +12,7 @@ use limosa_stream::{
     Preface, PrefaceFlags, VERSION,
 };
 use rustix::process::Signal;
-use support::{Ended, Folder, limosa, start};
-
-const GUEST: u64 = 0x6775_6573;
+use support::{Ended, Folder, GUEST, limosa, start};
 
 fn preface(id: MigrationId, version: u16, oldest: u16) -> Vec<u8> {
     Preface { version, oldest, ..Preface::new(id, PrefaceFlags::empty()) }.encode().to_vec()

@@ -16,7 +16,7 @@ use limosa_migrate::{
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::bitmap::DirtyBitmap;
-use rustix::fs::{MemfdFlags, memfd_create};
+use limosa_testing::memfd;
 
 const BYTES: u64 = 256 << 20;
 
@@ -76,8 +76,7 @@ impl DirtyLog for Log {
 }
 
 fn memory(fill: u8) -> File {
-    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd"));
-    file.set_len(BYTES).expect("room");
+    let file = memfd(BYTES);
     let pages = FilePages::new(file.try_clone().expect("an fd"), 0);
     let piece = vec![fill; 1 << 20];
     (0..BYTES).step_by(piece.len()).for_each(|at| pages.write(at, &piece).expect("room"));

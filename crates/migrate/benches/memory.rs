@@ -4,7 +4,6 @@
 //!
 //! `cargo bench -p limosa-migrate --bench memory -- [MIB [LINKS [RUNS]]]`
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
@@ -13,7 +12,7 @@ use limosa_migrate::link::{Link, LinkError, Listener, SocketLink, Wait, connect}
 use limosa_migrate::{
     Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, Options, Outcome, Received, Source,
 };
-use rustix::fs::{MemfdFlags, memfd_create};
+use limosa_testing::memfd;
 use rustix::time::{ClockId, clock_gettime};
 
 const PIECE_BYTES: usize = 1 << 20;
@@ -51,8 +50,7 @@ fn fill(bytes: &mut [u8], mut seed: u64) {
 
 /// Guest memory that is faulted in.
 fn memory(bytes: u64, seed: u64) -> FilePages {
-    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd"));
-    file.set_len(bytes).expect("room");
+    let file = memfd(bytes);
     let pages = FilePages::mapped(file, 0, bytes).expect("room");
     let mut piece = vec![0; PIECE_BYTES];
     for at in (0..bytes).step_by(PIECE_BYTES) {

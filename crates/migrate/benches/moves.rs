@@ -1,7 +1,6 @@
 //! How fast the engine moves device state and guest memory, beside the bare socket that carries it:
 //! pieces of 1 MiB through a UNIX socket pair.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
@@ -13,7 +12,7 @@ use limosa_migrate::{
     move_local,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
-use rustix::fs::{MemfdFlags, memfd_create};
+use limosa_testing::memfd;
 
 const BYTES: u64 = 256 << 20;
 
@@ -37,8 +36,7 @@ fn device(state: u64) -> Loopback {
 }
 
 fn memory(fill: u8) -> FilePages {
-    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd"));
-    file.set_len(BYTES).expect("room");
+    let file = memfd(BYTES);
     let pages = FilePages::new(file, 0);
     let piece = vec![fill; 1 << 20];
     (0..BYTES).step_by(piece.len()).for_each(|at| pages.write(at, &piece).expect("room"));

@@ -1,14 +1,25 @@
 //! The errors of a move, grouped by whose fault they are: that of this side's devices, memory or VMM, of the other side, or
 //! of the link between them.
 
+mod device;
+mod mismatch;
+mod mistrust;
+mod obstacle;
+
 use std::time::Duration;
 
 use limosa_clockwork::{Panic, catch};
-use limosa_protocol::State;
-use limosa_stream::{AbortCode, Damage, MigrationId};
+use limosa_stream::{AbortCode, Damage};
+
+pub use device::{Changed, Misbehaviour};
+pub use mismatch::{Difference, Mismatch, MismatchKind};
+pub use mistrust::Mistrust;
+pub use obstacle::{Obstacle, Remaining};
 
 use crate::Cancel;
-use crate::link::{Fingerprint, LinkError};
+use crate::link::LinkError;
+use mismatch::joined;
+use obstacle::and_left;
 
 /// The result of the engine's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -256,269 +267,6 @@ pub enum NoMove {
     /// The process is only there to answer.
     #[error("this process only answers what became of moves; send to a receiver")]
     Answers,
-}
-
-/// Why two sides do not match.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-#[non_exhaustive]
-pub struct Mismatch {
-    /// The mismatch.
-    pub kind: MismatchKind,
-    /// The device or memory region, what was found and what was expected.
-    pub message: String,
-}
-
-/// A difference between two sides that prevents a move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum MismatchKind {
-    /// A device has no migration.
-    NoMigration,
-    /// A device is not in a state in which it can be moved.
-    State,
-    /// The sides have different numbers of devices.
-    DeviceCount,
-    /// A device is of another kind.
-    DeviceKind,
-    /// A device has another PCI identification.
-    Pci,
-    /// A device has other regions.
-    Regions,
-    /// A device has other interrupts.
-    Irqs,
-    /// The memory is not the same.
-    Memory,
-    /// The machine exceeds a limit of the stream's format.
-    Format,
-    /// The other side's reason, in its words.
-    Told,
-}
-
-impl Mismatch {
-    pub(crate) fn new(kind: MismatchKind, message: impl Into<String>) -> Mismatch {
-        Mismatch { kind, message: message.into() }
-    }
-}
-
-fn joined(reasons: &[Mismatch]) -> String {
-    let messages: Vec<_> = reasons.iter().map(|reason| reason.message.as_str()).collect();
-    messages.join("; ")
-}
-
-/// An obstacle that keeps a move from stopping within its goal.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Obstacle {
-    /// The guest dirties memory as fast as it is moved.
-    #[error(
-        "the guest dirties its memory about as fast as it is moved ({dirty_bytes} bytes are dirty); slow the guest \
-         down, use a faster link or disk, or allow more downtime"
-    )]
-    DirtyMemory {
-        /// Bytes that are dirty.
-        dirty_bytes: u64,
-    },
-    /// A device dirties its state as fast as it is moved, or gives nothing of what it says is left.
-    #[error(
-        "{device} does not get ahead of its own changes in pre-copy ({left_bytes} bytes are left); make it less busy, \
-         use a faster link or disk, or allow more downtime"
-    )]
-    DirtyDevice {
-        /// The device.
-        device: String,
-        /// Bytes that it says are left.
-        left_bytes: u64,
-    },
-    /// A device has more to give in the stop than fits into the goal, and pre-copy cannot make that less.
-    #[error(
-        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or use a faster link or disk"
-    )]
-    DeviceState {
-        /// The device.
-        device: String,
-        /// Bytes that it would give.
-        bytes: u64,
-    },
-    /// The destination loads a device's data more slowly than the goal allows.
-    #[error(
-        "the destination has not loaded {bytes} bytes that {device} has given; find out why its device there is slow, or \
-         allow more downtime"
-    )]
-    SlowToLoad {
-        /// The device.
-        device: String,
-        /// Bytes that are not loaded.
-        bytes: u64,
-    },
-    /// A device's initial bytes were not read and loaded in time.
-    #[error(
-        "{device} still has {left_bytes} bytes of initial data to give or to load after {limit:?}; allow it more time"
-    )]
-    InitialData {
-        /// The device.
-        device: String,
-        /// Bytes that are left; 0 when all are read and not all are loaded.
-        left_bytes: u64,
-        /// The limit that has passed ([`Convergence::initial_max`](crate::Convergence::initial_max)).
-        limit: Duration,
-    },
-    /// A device does not say how much it has to give in the stop.
-    #[error(
-        "{device} does not say how much state it has (no MIG_DATA_SIZE), so that no downtime can be promised; tell \
-         its size (MovedDevice::stop_bytes), or allow the stop whatever it takes"
-    )]
-    SizeUnknown {
-        /// The device.
-        device: String,
-    },
-    /// The log of dirty pages was lost after the guest had stopped, so that all memory would have to move in the stop.
-    #[error(
-        "the log of dirty pages was lost at the stop, and all memory would have to be moved while nothing runs"
-    )]
-    LogLost,
-    /// The move of the data that is left after the stop takes longer than the guest may stand still.
-    #[error("it would stand still for longer than {limit:?}, the limit for that{}", and_left(.left))]
-    Standstill {
-        /// The limit ([`Options::standstill_max`](crate::Options::standstill_max)).
-        limit: Duration,
-        /// Where most is left, as far as that is known.
-        left: Option<Remaining>,
-    },
-    /// The data that is left would fit into the goal, and the rest of a stop does not.
-    #[error(
-        "the link's latency, the devices' own arcs and the last harvest of dirty pages make a stop that long, although \
-         little data is left; allow more downtime"
-    )]
-    Latency,
-}
-
-/// Bytes of a device or of memory that are not sent yet, or that the destination has not acknowledged.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{bytes} bytes of {of}")]
-#[non_exhaustive]
-pub struct Remaining {
-    /// The device, or the guest's memory.
-    pub of: String,
-    /// Bytes.
-    pub bytes: u64,
-}
-
-impl Remaining {
-    /// The most of what is left of memory and of these devices; `None` where nothing is.
-    pub(crate) fn most<'n>(memory: u64, devices: impl Iterator<Item = (&'n str, u64)>) -> Option<Remaining> {
-        let all = std::iter::once(("the guest's memory", memory)).chain(devices);
-        let (of, bytes) = all.filter(|(_, bytes)| *bytes > 0).max_by_key(|(_, bytes)| *bytes)?;
-        Some(Remaining { of: of.into(), bytes })
-    }
-}
-
-fn and_left(left: &Option<Remaining>) -> String {
-    left.as_ref().map_or(String::new(), |left| format!("; {left} are left to send or to load"))
-}
-
-/// Behaviour of a device that the standard does not allow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Misbehaviour {
-    /// It opened a session without a data stream.
-    #[error("it entered {0} and gave no data stream")]
-    NoDataStream(State),
-    /// A read returned no data, or more than the buffer can hold.
-    #[error("a read of up to {room} bytes gave {bytes}")]
-    WrongLength {
-        /// The size of the buffer in bytes.
-        room: usize,
-        /// The length that the device returned, in bytes.
-        bytes: usize,
-    },
-    /// Its data never ends, or is more than it may have ([`Options::state_max`](crate::Options::state_max)).
-    #[error(
-        "its data has no end within {0} bytes, the limit; if it has so much state, allow more (--state-max, \
-         Options::state_max)"
-    )]
-    Endless(u64),
-    /// It said "nothing for now" in STOP_COPY, where a device has data or is at the end.
-    #[error("in STOP_COPY it said \"nothing for now\" instead of data or the end")]
-    NothingInStopCopy,
-}
-
-/// How the engine noticed that a device was reset or driven by another client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Changed {
-    /// It is in another state than the engine has driven it to.
-    #[error("it is in {found}, the engine has driven it to {expected}")]
-    State {
-        /// The state to which the engine has driven it.
-        expected: State,
-        /// The state in which it is.
-        found: State,
-    },
-    /// A second saving session opened while the first was open.
-    #[error("entering {0} opened a second session while the first was open")]
-    SecondSession(State),
-    /// It counts more resets than before.
-    #[error("it has been reset {0} times since its session opened")]
-    Reset(u64),
-}
-
-/// Why the other side is not believed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Mistrust {
-    /// It is of a version whose words carry no proofs.
-    #[error(
-        "{sign}, so it is of an older version, and what it says about the commit would be believed without a proof; update \
-         it, or allow peers that are not authenticated (--insecure, Options::unauthenticated_peers)"
-    )]
-    OlderVersion {
-        /// What shows it.
-        sign: &'static str,
-    },
-    /// This side knows no secret of the move, so that the other side can prove nothing.
-    #[error(
-        "nothing here can tell the other end of move {id} from a stranger, as no secret of it was noted; allow peers that \
-         are not authenticated (--insecure, Options::unauthenticated_peers), or look at both ends and decide (--decide)"
-    )]
-    NoSecret {
-        /// The move.
-        id: MigrationId,
-    },
-    /// It has another certificate than the destination to which the COMMIT was sent.
-    #[error(
-        "it is not the destination to which the COMMIT was sent: the SHA-256 of its certificate is {}, expected {expected}; \
-         ask the one with that certificate, or look at the destination and decide (--decide)",
-        .found.map_or("not known, as the link is not under TLS".into(), |found| found.to_string())
-    )]
-    AnotherCertificate {
-        /// The certificate to which the COMMIT was sent.
-        expected: Fingerprint,
-        /// The certificate that was found; `None` without TLS.
-        found: Option<Fingerprint>,
-    },
-}
-
-/// The difference between two machines.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Difference {
-    /// Their devices differ.
-    #[error("its devices are [{}], those that were moved are [{}]", .found.join(", "), .expected.join(", "))]
-    Devices {
-        /// The names of the devices that were moved.
-        expected: Vec<String>,
-        /// The names of the devices of this source.
-        found: Vec<String>,
-    },
-    /// Their memory differs.
-    #[error("its regions of memory are of {found:?} bytes, those that were moved are of {expected:?}")]
-    Memory {
-        /// The sizes of the regions that were moved, in bytes.
-        expected: Vec<u64>,
-        /// The sizes of the regions of this source, in bytes.
-        found: Vec<u64>,
-    },
 }
 
 impl Error {

@@ -35,6 +35,11 @@ pub trait Vmm: Sync {
         Ok(())
     }
 
+    /// On the source, when a move is undone, before its devices are led back: take back what [`Vmm::committing`] did to them. It is
+    /// called however far the move came, also by [`Source::resolve`](crate::Source::resolve) and
+    /// [`Source::decide`](crate::Source::decide), and after a save whose guest goes on.
+    fn undoing(&self) {}
+
     /// On the source, after a move was undone and the devices run again: let the vCPUs go on that [`Vmm::stop`] has stopped.
     /// Those that stood still before stay so. It is called only if [`Vmm::stop`] was called, also if that refused.
     fn resume(&self) {}

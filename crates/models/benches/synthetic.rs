@@ -74,11 +74,15 @@ fn data(c: &mut Criterion) {
                     (session, at - CHUNK)
                 },
                 |(session, mut from)| {
-                    destination.machine().data_fill(session, CHUNK, &mut spare, |piece| {
-                        piece.copy_from_slice(&whole[from..from + piece.len()]);
-                        from += piece.len();
-                        Ok::<(), ()>(())
-                    })
+                    let end = from + CHUNK;
+                    while from < end {
+                        let filled =
+                            destination.machine().data_fill(session, end - from, &mut spare, |piece| {
+                                piece.copy_from_slice(&whole[from..from + piece.len()]);
+                                Ok::<_, ()>(piece.len())
+                            });
+                        from += filled.expect("a copy does not fail").expect("it loads");
+                    }
                 },
                 BatchSize::PerIteration,
             );

@@ -5,9 +5,8 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use limosa_testing::{LIMIT, Transcript};
 use serde::{Deserialize, Serialize};
-
-use crate::{LIMIT, Lines};
 
 /// What the guest can be made to do, again and again until it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,17 +67,18 @@ pub struct Guest {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
     console: PathBuf,
-    /// What QEMU said.
-    stderr: Lines,
+    /// Of QEMU.
+    transcript: Transcript,
 }
 
 impl Guest {
-    pub(crate) fn new(stream: UnixStream, console: PathBuf, stderr: Lines) -> Guest {
+    pub(crate) fn new(stream: UnixStream, console: PathBuf, transcript: Transcript) -> Guest {
         stream.set_read_timeout(Some(LIMIT)).expect("a socket of ours");
         let writer = stream.try_clone().expect("an fd");
-        let mut guest = Guest { reader: BufReader::new(stream), writer, console, stderr };
+        let mut guest = Guest { reader: BufReader::new(stream), writer, console, transcript };
         let ready: String = guest.answer().unwrap_or_else(|error| {
-            panic!("{error}; QEMU said {:#?}; the guest's console: {}", guest.stderr.all(), guest.console())
+            let said = guest.transcript.err();
+            panic!("{error}; QEMU said {said}; the guest's console: {}", guest.console())
         });
         assert_eq!(ready, "ready");
         guest
@@ -100,16 +100,15 @@ impl Guest {
     /// When the guest is gone.
     pub fn advance(&mut self, rounds: u64) -> Counts {
         self.try_advance(rounds).unwrap_or_else(|said| {
-            panic!("the guest is gone; QEMU said {said:#?}; the guest's console: {}", self.console())
+            panic!("the guest is gone; QEMU said {said}; the guest's console: {}", self.console())
         })
     }
 
     /// The same; `Err` with what QEMU said when it ends meanwhile.
-    pub fn try_advance(&mut self, rounds: u64) -> Result<Counts, Vec<String>> {
+    pub fn try_advance(&mut self, rounds: u64) -> Result<Counts, String> {
         self.request(Request::Advance(rounds)).and_then(|()| self.answer()).map_err(|_| {
-            // All that it said.
-            let _ = self.stderr.wait_for("\0");
-            self.stderr.all()
+            self.transcript.end();
+            self.transcript.err()
         })
     }
 

@@ -11,23 +11,17 @@ mod device;
 mod guest;
 mod initramfs;
 pub mod pci;
-mod process;
 mod qemu;
 mod qmp;
 mod qtest;
 mod replaced;
 mod serve;
 
-use std::time::Duration;
-
 pub use device::{TestDevice, registers};
 pub use guest::{Counts, Guest, GuestJob, JobCounts, Request};
-pub use process::Lines;
+pub use limosa_testing::LIMIT;
 pub use qemu::{Qemu, QemuBuilder, RAM_BYTES};
 pub use qmp::Qmp;
 pub use qtest::{Interrupt, Qtest};
 pub use replaced::ReplacedHere;
 pub use serve::{Served, ServedHere};
-
-/// Longer than anything here takes on a busy machine; what takes longer hangs.
-pub const LIMIT: Duration = Duration::from_secs(120);

@@ -3,14 +3,15 @@
 use std::env;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
+use limosa_testing::{LIMIT, Process, Transcript, beside_the_test};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::{Guest, LIMIT, Lines, Qmp, Qtest, initramfs};
+use crate::{Guest, Qmp, Qtest, initramfs};
 
 /// Bytes of guest memory, all of it below the first hole.
 pub const RAM_BYTES: u64 = 256 << 20;
@@ -25,12 +26,11 @@ pub struct QemuBuilder {
     extra: Vec<String>,
 }
 
-/// QEMU. Killed when it is dropped.
+/// QEMU, which does not outlive this.
 pub struct Qemu {
-    child: Child,
+    process: Process,
     /// Sockets, and the guest's initramfs.
     folder: TempDir,
-    stderr: Lines,
     qmp: Qmp,
 }
 
@@ -64,7 +64,7 @@ impl QemuBuilder {
         let args =
             ["-accel", "qtest", "-qtest-log", "/dev/null", "-qtest", &format!("unix:{}", path.display())]
                 .map(str::to_owned);
-        let mut qemu = self.start(folder, &args);
+        let qemu = self.start(folder, &args);
         let stream = qemu.accept(&listener);
         (qemu, Qtest::new(stream))
     }
@@ -99,10 +99,10 @@ impl QemuBuilder {
             "chardev:jobs",
         ]
         .map(str::to_owned);
-        let mut qemu = self.start(folder, &args);
+        let qemu = self.start(folder, &args);
         let stream = qemu.accept(&listener);
-        let stderr = qemu.stderr.clone();
-        (qemu, Guest::new(stream, console, stderr))
+        let transcript = qemu.transcript().clone();
+        (qemu, Guest::new(stream, console, transcript))
     }
 
     fn start(self, folder: TempDir, accelerator: &[String]) -> Qemu {
@@ -127,16 +127,10 @@ impl QemuBuilder {
             });
             command.args(["-device", &device.to_string()]);
         }
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("QEMU starts");
-        let stderr = Lines::of(child.stderr.take().expect("stderr is a pipe"));
-        let stream = accept(&mut child, &stderr, &listener);
-        let qmp = Qmp::new(stream, stderr.clone());
-        Qemu { child, folder, stderr, qmp }
+        let process = Process::start(&mut command);
+        let stream = accept(&process, &listener);
+        let qmp = Qmp::new(stream, process.transcript().clone());
+        Qemu { process, folder, qmp }
     }
 }
 
@@ -156,9 +150,9 @@ impl Qemu {
         &mut self.qmp
     }
 
-    /// What it complained of.
-    pub fn stderr(&self) -> &Lines {
-        &self.stderr
+    /// What it said.
+    pub fn transcript(&self) -> &Transcript {
+        self.process.transcript()
     }
 
     /// A folder that goes with it.
@@ -167,45 +161,28 @@ impl Qemu {
     }
 
     /// The connection that QEMU makes to a socket of ours.
-    fn accept(&mut self, listener: &UnixListener) -> UnixStream {
-        accept(&mut self.child, &self.stderr, listener)
-    }
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    fn accept(&self, listener: &UnixListener) -> UnixStream {
+        accept(&self.process, listener)
     }
 }
 
 /// Waits for QEMU to connect: while it starts it does, or it ends.
-fn accept(child: &mut Child, stderr: &Lines, listener: &UnixListener) -> UnixStream {
-    let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).expect("a child of ours");
+fn accept(qemu: &Process, listener: &UnixListener) -> UnixStream {
+    let pid = qemu.pid().parse().ok().and_then(Pid::from_raw).expect("a process has a number");
+    let process = pidfd_open(pid, PidfdFlags::empty()).expect("a child of ours");
     let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
     let limit = Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
     let ready = poll(&mut fds, Some(&limit)).expect("poll");
-    assert!(ready > 0, "QEMU neither connects nor ends: {:#?}", stderr.all());
+    assert!(ready > 0, "QEMU neither connects nor ends: {}", qemu.err());
     if fds[0].revents().contains(PollFlags::IN) {
         return listener.accept().expect("QEMU connects").0;
     }
-    let status = child.wait().expect("a child of ours");
-    // All that it said.
-    let _ = stderr.wait_for("\0");
-    panic!("QEMU ended with {status}: {:#?}", stderr.all());
+    qemu.transcript().end();
+    panic!("QEMU ended: {}", qemu.err());
 }
 
 /// The folder that `lab/qemu/prepare` made.
 fn prepared() -> PathBuf {
     let folder = env::var_os("LIMOSA_LAB_QEMU_FOLDER");
     PathBuf::from(folder.expect("LIMOSA_LAB_QEMU_FOLDER is not set: these tests are run by lab/qemu/run"))
-}
-
-/// A program of this workspace. Cargo puts tests into `deps/` of the folder that holds the programs.
-pub(crate) fn beside_the_test(program: &str) -> PathBuf {
-    let test = env::current_exe().expect("a test knows its own file");
-    let deps = test.parent().expect("a file is in a folder");
-    let path = deps.parent().unwrap_or(deps).join(program);
-    assert!(path.exists(), "{} is missing: lab/qemu/run builds it", path.display());
-    path
 }

@@ -3,9 +3,8 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
+use limosa_testing::{LIMIT, Transcript};
 use serde_json::{Value, json};
-
-use crate::{LIMIT, Lines};
 
 /// A connection in command mode.
 pub struct Qmp {
@@ -13,15 +12,15 @@ pub struct Qmp {
     writer: UnixStream,
     /// Events that came and were not looked at.
     events: Vec<Value>,
-    /// Where QEMU says why it ends.
-    stderr: Lines,
+    /// Of QEMU, which says why it ends.
+    transcript: Transcript,
 }
 
 impl Qmp {
-    pub(crate) fn new(stream: UnixStream, stderr: Lines) -> Qmp {
+    pub(crate) fn new(stream: UnixStream, transcript: Transcript) -> Qmp {
         stream.set_read_timeout(Some(LIMIT)).expect("a socket of ours");
         let writer = stream.try_clone().expect("an fd");
-        let mut qmp = Qmp { reader: BufReader::new(stream), writer, events: Vec::new(), stderr };
+        let mut qmp = Qmp { reader: BufReader::new(stream), writer, events: Vec::new(), transcript };
         let greeting = qmp.next();
         assert!(greeting.get("QMP").is_some(), "not QMP's greeting: {greeting}");
         qmp.execute("qmp_capabilities", json!({}));
@@ -70,7 +69,7 @@ impl Qmp {
         let mut line = String::new();
         match self.reader.read_line(&mut line) {
             Ok(1..) => {}
-            other => panic!("QEMU does not answer: {other:?}; it said: {:#?}", self.stderr.all()),
+            other => panic!("QEMU does not answer: {other:?}; it said: {}", self.transcript.err()),
         }
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"))
     }

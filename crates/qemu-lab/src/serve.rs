@@ -2,23 +2,21 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use limosa_device::Machine;
+use limosa_testing::{Process, beside_the_test};
 use limosa_vfio_user::server::{Options, Server, ShutdownHandle};
 use tempfile::TempDir;
-
-use crate::Lines;
-use crate::qemu::beside_the_test;
 
 const SOCKET: &str = "device.sock";
 const TAKEOVER: &str = "takeover.sock";
 
-/// `limosa serve` in a process. Killed when it is dropped.
+/// `limosa serve` in a process, which does not outlive this.
 pub struct Served {
-    child: Child,
+    process: Option<Process>,
     /// Its arguments, but for those of a switch-over.
     args: Vec<OsString>,
     folder: TempDir,
@@ -33,24 +31,22 @@ impl Served {
         for (option, name) in [("--socket", SOCKET), ("--takeover", TAKEOVER)] {
             args.extend([option.into(), folder.path().join(name).into()]);
         }
-        let child = Self::spawn(Command::new(beside_the_test("limosa")).args(&args));
-        Served { child, args, folder }
+        let process = Self::spawn(Command::new(beside_the_test("limosa")).args(&args));
+        Served { process: Some(process), args, folder }
     }
 
-    fn spawn(command: &mut Command) -> Child {
-        let mut child =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("the command starts");
-        let said = Lines::of(child.stdout.take().expect("stdout is a pipe"));
-        assert!(said.wait_for("listening on").is_some(), "the server ended: {:#?}", said.all());
-        child
+    fn spawn(command: &mut Command) -> Process {
+        let process = Process::start(command);
+        process.line("listening on");
+        process
     }
 
     /// Another process takes its place, while its client goes on.
     pub fn replace(&mut self) {
         let mut command = Command::new(beside_the_test("limosa"));
         command.args(&self.args).arg("--take-from").arg(self.folder.path().join(TAKEOVER));
-        let mut old = std::mem::replace(&mut self.child, Self::spawn(&mut command));
-        assert!(old.wait().expect("a child").success(), "the old server failed");
+        let old = self.process.replace(Self::spawn(&mut command)).expect("it was not killed");
+        old.end().ok();
     }
 
     /// Where it listens.
@@ -60,14 +56,7 @@ impl Served {
 
     /// Ends it without a word to its client.
     pub fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        self.kill();
+        self.process = None;
     }
 }
 

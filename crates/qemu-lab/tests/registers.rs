@@ -179,7 +179,7 @@ fn a_device_whose_memory_qemu_does_not_share_fails_its_copy_and_works_on() {
         assert_eq!(qtest.read(TARGET + 4096, 72), [0x11; 72], "nothing is written, and nothing beside it");
         assert_eq!(qtest.register_read(bars[0].memory() + at::IDENT, 8), at::IDENT_VALUE);
     }
-    assert_eq!(qemu.stderr().all(), Vec::<String>::new());
+    assert_eq!(qemu.transcript().err(), "");
 }
 
 fn send(qtest: &mut Qtest, registers: Bar, vector: u16) {

@@ -15,7 +15,7 @@ use limosa_migrate::{
     SnapshotFile, SnapshotSource, SnapshotTarget, Source, verify,
 };
 use limosa_store::Object;
-use rustix::fs::{MemfdFlags, memfd_create};
+use limosa_testing::memfd;
 use server::{BUCKET, Server};
 
 const BYTES: u64 = 1 << 30;
@@ -71,8 +71,7 @@ fn serve() {
 }
 
 fn guest(touched: bool) -> File {
-    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(BYTES).unwrap();
+    let file = memfd(BYTES);
     let mut piece: Vec<u8> =
         (0..PIECE_BYTES as u64 / 8).flat_map(|word| (word | 1 << 60).to_le_bytes()).collect();
     for at in (0..BYTES).step_by(PIECE_BYTES).take_while(|_| touched) {

@@ -3,9 +3,8 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use limosa_migrate::{
 use limosa_protocol::State;
 use limosa_store::Object;
 use limosa_stream::Damage;
+use limosa_testing::{Process, this_test};
 use support::{BUCKET, DENIED, End, MISSING, Server, object};
 
 const SILENCE_MAX: Duration = Duration::from_secs(20);
@@ -291,16 +291,10 @@ fn saver() {
 #[test]
 fn a_saver_that_is_killed_leaves_nothing_that_could_be_loaded() {
     let server = Server::start();
-    let mut saver = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "saver", "--ignored", "--nocapture"])
-        .env("LIMOSA_TEST_S3", format!("http://{}", server.address))
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(saver.stdout.take().unwrap()).lines();
-    assert!(lines.map(Result::unwrap).any(|line| line == "at 20 MiB"));
-    saver.kill().unwrap();
-    saver.wait().unwrap();
+    let saver =
+        Process::start(this_test("saver").env("LIMOSA_TEST_S3", format!("http://{}", server.address)));
+    saver.line("at 20 MiB");
+    saver.kill();
     assert!(server.objects().is_empty(), "nothing is under any name");
     let end = End::new(0);
     let why = discarded(&end, end.load(&object(&server, "killed"), AfterLoad::Run)).to_string();

@@ -15,9 +15,9 @@ use common::raw::*;
 use limosa_client::{Chunk, Device, DeviceExt, DmaMap, DmaMemory, Error, IrqAction};
 use limosa_protocol::State;
 use limosa_protocol::info::DmaMapFlags;
+use limosa_testing::memfd;
 use limosa_vfio_user::client::{Client, Options};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 /// What a server answers to a command, and with which fd.
 type Answer = (Vec<u8>, Option<OwnedFd>);
@@ -122,8 +122,7 @@ fn an_fd_whose_closing_blocks_holds_up_no_call() {
             client.region_write(0, 0, &[0; 8]).unwrap();
             let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
             client.set_irqs(0, 0, IrqAction::Wire(&[Some(event.as_fd())])).unwrap();
-            let memory = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-            ftruncate(&memory, 4096).unwrap();
+            let memory = memfd(4096);
             let memory = DmaMemory::File { fd: memory.as_fd(), offset: 0 };
             client.dma_map(&DmaMap { iova: 0, size: 4096, flags: DmaMapFlags::READ, memory }).unwrap();
             client.dma_unmap(0, 4096, None).unwrap();

@@ -13,20 +13,14 @@ use limosa_client::{
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::info::{DeviceFlags, DmaMapFlags, RegionFlags};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, MigrationFlags, State};
+use limosa_testing::memfd;
 use limosa_vfio_user::client::{Client, Options};
 use limosa_vfio_user::codec::SingleWrite;
 use limosa_vfio_user::server;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 fn client(served: &Served) -> Client {
     Client::connect(served.path(), Options::default()).unwrap()
-}
-
-fn memory(bytes: u64) -> OwnedFd {
-    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, bytes).unwrap();
-    fd
 }
 
 fn rw() -> DmaMapFlags {
@@ -208,7 +202,7 @@ fn the_device_reaches_memory_by_messages_on_either_socket() {
 fn mappings_are_made_logged_and_taken_away() {
     let served = Served::new();
     let client = client(&served);
-    let fd = memory(1 << 20);
+    let fd = memfd(1 << 20);
     let file = DmaMemory::File { fd: fd.as_fd(), offset: 0 };
     client.dma_map(&DmaMap { iova: 0x100_0000, size: 1 << 20, flags: rw(), memory: file }).unwrap();
     let again = client.dma_map(&DmaMap { iova: 0x100_0000, size: 1 << 20, flags: rw(), memory: file });

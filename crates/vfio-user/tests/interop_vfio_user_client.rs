@@ -6,8 +6,8 @@ use std::os::fd::AsRawFd;
 
 use common::Served;
 use common::device::*;
+use limosa_testing::memfd;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vfio_user::Client;
 
 #[test]
@@ -48,8 +48,7 @@ fn regions_are_read_and_written() {
 fn memory_is_mapped_used_and_unmapped() {
     let served = Served::new();
     let mut client = Client::new(served.path()).unwrap();
-    let memory = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&memory, 1 << 16).unwrap();
+    let memory = memfd(1 << 16);
     rustix::io::pwrite(&memory, b"guest memory", 4096).unwrap();
     client.dma_map(4096, 0x8000_0000, 0x4000, memory.as_raw_fd()).unwrap();
     let engine = |operation: u64, iova: u64| [operation, iova, 12].map(u64::to_ne_bytes).concat();

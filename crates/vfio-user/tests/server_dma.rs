@@ -16,7 +16,6 @@ use limosa_vfio_user::server::Options;
 const IOVA: u64 = 0x4000_0000;
 const ETIMEDOUT: u32 = 110;
 const ECONNRESET: u32 = 104;
-const EIO: u32 = 5;
 const EPROTO: u32 = 71;
 const ENOMEM: u32 = 12;
 

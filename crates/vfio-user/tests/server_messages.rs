@@ -318,7 +318,6 @@ fn features_are_got_set_and_probed() {
 #[test]
 fn the_reset_count_is_got_and_probed() {
     const RESET_COUNT: u32 = 0xfe02;
-    const EIO: u32 = 5;
     let served = Served::new();
     let mut raw = served.peer();
     for ops in [PROBE, PROBE | GET] {

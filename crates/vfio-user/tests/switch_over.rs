@@ -104,7 +104,7 @@ impl Running {
         let devices = machines.into_iter().map(|machine| (machine, options()));
         let refused =
             take(OldServer::Path(&self.take_over), Replacing::new(devices), &TakeOptions::default());
-        refused.err().expect("a refusal").to_string()
+        refused.expect_err("a refusal").to_string()
     }
 }
 

@@ -13,6 +13,7 @@ mod resuming;
 mod session;
 mod size;
 mod states;
+mod vfio_user;
 
 use crate::check::Check;
 
@@ -32,6 +33,7 @@ pub fn checks() -> Vec<Check> {
         concurrency::checks(),
         peer::checks(),
         kernel::checks(),
+        vfio_user::checks(),
     ];
     families.into_iter().flatten().collect()
 }

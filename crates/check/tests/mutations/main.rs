@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use faults::Fault;
 use faulty::{Faulty, FaultyDevice};
-use limosa_check::{CLAUSES, Family, Limits, Options, Report, Target, Transport, checks, run};
+use limosa_check::{CLAUSES, Document, Family, Limits, Options, Report, Target, Transport, checks, run};
 use limosa_device::{Bus, Description, Loopback, Machine, SimpleModel};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DeviceFlags;
@@ -214,12 +214,13 @@ fn each_fault_is_found_by_exactly_the_checks_that_should() {
     }
     let never: Vec<_> = checks()
         .iter()
-        .filter(|check| !can_fail.contains(&*check.id))
+        // Those have their own faults, in tests/wire_mutations.
+        .filter(|check| check.family != Family::VfioUser && !can_fail.contains(&*check.id))
         .map(|check| check.id.to_string())
         .collect();
     let unbroken: Vec<_> = CLAUSES
         .iter()
-        .filter(|clause| clause.unchecked.is_empty())
+        .filter(|clause| clause.unchecked.is_empty() && clause.document != Document::VfioUser)
         .filter(|clause| !cases.iter().any(|case| case.clause == clause.id))
         .map(|clause| clause.id)
         .collect();

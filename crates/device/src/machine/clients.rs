@@ -34,7 +34,7 @@ pub struct Held;
 /// Names the move that a device was given away with.
 pub type MoveId = [u8; 16];
 
-/// Called when accesses are held back no more.
+/// Called when accesses are held back no more, or not for an unlimited time any more.
 pub type Released = dyn Fn() + Send + Sync;
 
 /// How long an arc waits for the calls under way, and the model's stop for what is in flight, when the VMM asks for it.
@@ -72,7 +72,7 @@ impl Machine {
         self.held.load(Acquire)
     }
 
-    /// Has this called, from any thread, each time that accesses are held back no more. A function that is gone is forgotten.
+    /// Has this called, from any thread, each time that accesses are held back no more, and by [`Machine::release`]. A function that is gone is forgotten.
     pub fn on_release(&self, released: &Arc<Released>) {
         let mut watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner);
         watchers.retain(|watcher| watcher.strong_count() > 0);
@@ -111,6 +111,8 @@ impl Machine {
         inner.driver = (inner.state != State::Running).then_some(client);
         drop(inner);
         self.settle_held();
+        // Accesses that are held back still have a limit again.
+        self.tell_watchers();
         Ok(())
     }
 
@@ -150,9 +152,10 @@ impl Machine {
             if inner.state == State::Resuming {
                 inner.damage("lost the client that loaded it");
             }
-            if client == ClientId::VMM {
+            if client == ClientId::VMM || inner.stays.is_some() {
+                // One that stays may be led to STOP by whoever settles its move.
                 inner.driver = None;
-            } else if inner.stays.is_none() && alone.is_ok() {
+            } else if alone.is_ok() {
                 drop(inner);
                 if let Err(errno) = self.run_again() {
                     tracing::error!(%errno, "the device does not run again after the client that moved it has gone");
@@ -216,9 +219,13 @@ impl Machine {
     pub(super) fn settle_held(&self) {
         let holds = self.lock().holds_accesses();
         if self.held.swap(holds, Release) && !holds {
-            let watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            watchers.iter().filter_map(Weak::upgrade).for_each(|released| released());
+            self.tell_watchers();
         }
+    }
+
+    fn tell_watchers(&self) {
+        let watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        watchers.iter().filter_map(Weak::upgrade).for_each(|released| released());
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::*;
 use crate::sigbus::tear;
 
-fn bytes_of(fd: &OwnedFd, offset: u64, len: usize) -> Vec<u8> {
+fn bytes_of(fd: &File, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     assert_eq!(rustix::io::pread(fd, &mut bytes, offset).unwrap(), len);
     bytes
@@ -29,8 +29,7 @@ fn kernel_mappings(name: &str) -> usize {
 
 #[test]
 fn one_bad_page_failed_all_of_a_mapping_for_good() {
-    let fd = memfd_create("one-bad-page", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, 4 * PAGE).unwrap();
+    let fd = memfd_named("one-bad-page", 4 * PAGE);
     let mapping = FileMapping::new(&fd, 0, 4 * PAGE, true, true).unwrap();
     mapping.write(0, &vec![7; 4 * PAGE as usize]).unwrap();
     assert_eq!(read_with_faults(&mapping, PAGE, 100, &[50]), Err(Errno::EFAULT));
@@ -74,8 +73,7 @@ fn a_fault_fails_the_accesses_to_its_page_and_no_other() {
 
 #[test]
 fn faults_without_number_split_no_mappings() {
-    let fd = memfd_create("without-number", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, 1000 * 4096).unwrap();
+    let fd = memfd_named("without-number", 1000 * 4096);
     let mapping = FileMapping::new(&fd, 0, 1000 * 4096, true, true).unwrap();
     let every_other: Vec<_> = (0..500).map(|page| page * 8192).collect();
     let outcome = mapping.access(true, 0, 1000 * 4096, |from| {
@@ -99,8 +97,7 @@ fn faults_without_number_split_no_mappings() {
 
 #[test]
 fn a_file_that_is_truncated_and_extended_again_is_whole_again() {
-    let fd = memfd_create("extended-again", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, 4 * PAGE).unwrap();
+    let fd = memfd_named("extended-again", 4 * PAGE);
     let mapping = FileMapping::new(&fd, 0, 4 * PAGE, true, true).unwrap();
     let other = FileMapping::new(&fd, PAGE, PAGE, true, false).unwrap();
     mapping.write(0, &vec![7; 4 * PAGE as usize]).unwrap();

@@ -1,17 +1,11 @@
 //! What holds for the files of a client.
 
-use std::os::fd::AsRawFd;
+use limosa_testing::proc_path;
 
 use super::*;
 
 const RW: (bool, bool) = (true, true);
 const READ: (bool, bool) = (true, false);
-
-fn named(name: &str, bytes: u64) -> OwnedFd {
-    let fd = memfd_create(name, MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, bytes).unwrap();
-    fd
-}
 
 fn kernel_mappings(name: &str) -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -21,17 +15,17 @@ fn kernel_mappings(name: &str) -> usize {
 /// As from a message: a file description that many fds may have.
 fn map(
     files: &MappedFiles,
-    fd: &OwnedFd,
+    fd: &File,
     offset: u64,
     bytes: u64,
     access: (bool, bool),
 ) -> Result<FileMapping, Errno> {
-    files.map(ForeignFd::harmless(fd.try_clone().unwrap()), offset, bytes, access, false)
+    files.map(ForeignFd::harmless(fd.try_clone().unwrap().into()), offset, bytes, access, false)
 }
 
 #[test]
 fn a_file_is_mapped_once_for_each_access_mode() {
-    let (files, fd) = (MappedFiles::default(), named("once", 100 * 4096));
+    let (files, fd) = (MappedFiles::default(), memfd_named("once", 100 * 4096));
     let first = map(&files, &fd, 4096, 4096, RW).unwrap();
     let rest: Vec<_> = (0..99).map(|page| map(&files, &fd, page * 4096 + 7, 4096, RW).unwrap()).collect();
     assert_eq!(kernel_mappings("once"), 1);
@@ -57,7 +51,7 @@ fn a_file_is_mapped_once_for_each_access_mode() {
 
 #[test]
 fn a_file_that_grows_takes_few_windows() {
-    let (files, fd) = (MappedFiles::default(), named("grows", 0));
+    let (files, fd) = (MappedFiles::default(), memfd_named("grows", 0));
     let pieces: Vec<_> = (0..2000)
         .map(|page| {
             ftruncate(&fd, (page + 1) * 4096).unwrap();
@@ -71,7 +65,7 @@ fn a_file_that_grows_takes_few_windows() {
 
 #[test]
 fn a_page_of_a_vast_file_takes_what_is_needed() {
-    let (files, fd) = (MappedFiles::default(), named("vast", 1 << 60));
+    let (files, fd) = (MappedFiles::default(), memfd_named("vast", 1 << 60));
     let far: Vec<_> = (0..200u64).map(|n| map(&files, &fd, (n << 50) + 4096, 4096, RW).unwrap()).collect();
     assert!(kernel_mappings("vast") <= 200);
     far[199].write(0, b"far").unwrap();
@@ -90,7 +84,7 @@ fn the_files_and_windows_of_a_client_are_limited() {
     let files = MappedFiles::default();
     let mut kept = Vec::new();
     let refused = loop {
-        match map(&files, &named("many", 4096), 0, 4096, RW) {
+        match map(&files, &memfd_named("many", 4096), 0, 4096, RW) {
             Ok(mapping) => kept.push(mapping),
             Err(errno) => break errno,
         }
@@ -98,13 +92,13 @@ fn the_files_and_windows_of_a_client_are_limited() {
     assert_eq!(refused, Errno::E2BIG);
     assert!((16..=FILES_MAX as usize).contains(&kept.len()), "{}", kept.len());
     kept.pop();
-    kept.push(map(&files, &named("many", 4096), 0, 4096, RW).unwrap());
+    kept.push(map(&files, &memfd_named("many", 4096), 0, 4096, RW).unwrap());
     // Those of another client are counted apart.
     let other = MappedFiles::default();
-    map(&other, &named("many", 4096), 0, 4096, RW).unwrap();
+    map(&other, &memfd_named("many", 4096), 0, 4096, RW).unwrap();
     drop(kept);
     // Pieces so far apart in one file that none shares a window.
-    let (vast, mut kept) = (named("windows", i64::MAX as u64), Vec::new());
+    let (vast, mut kept) = (memfd_named("windows", i64::MAX as u64), Vec::new());
     let refused = loop {
         match map(&files, &vast, ((kept.len() as u64 + 1) << 50) - 4096, 8192, RW) {
             Ok(mapping) => kept.push(mapping),
@@ -117,15 +111,13 @@ fn the_files_and_windows_of_a_client_are_limited() {
 
 #[test]
 fn a_shared_window_does_not_lend_its_rights() {
-    let (files, fd) = (MappedFiles::default(), named("rights", PAGE));
+    let (files, fd) = (MappedFiles::default(), memfd_named("rights", PAGE));
     let _writable = map(&files, &fd, 0, PAGE, RW).unwrap();
-    let read_only = std::fs::File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
-    let read_only = OwnedFd::from(read_only);
+    let read_only = File::open(proc_path(&fd)).unwrap();
     assert_eq!(map(&files, &read_only, 0, 8, RW).unwrap_err(), Errno::EACCES);
     assert_eq!(map(&files, &read_only, 0, 8, (false, true)).unwrap_err(), Errno::EACCES);
     map(&files, &read_only, 0, 8, READ).unwrap();
-    let write_only = std::fs::File::options().write(true).open(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    let write_only = OwnedFd::from(write_only.unwrap());
+    let write_only = File::options().write(true).open(proc_path(&fd)).unwrap();
     assert_eq!(map(&files, &write_only, 0, 8, READ).unwrap_err(), Errno::EACCES);
     assert_eq!(map(&files, &fd, 0, 0, RW).unwrap_err(), Errno::EINVAL);
 }

@@ -4,12 +4,12 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
 
 use limosa_client::{Chunk, Device, DeviceExt, DmaMap, DmaMemory, Error, IrqAction};
 use limosa_lab::{Mdev, kinds};
 use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, State, pci_index};
+use limosa_testing::{Process, this_test};
 use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice, Options};
 use rustix::event::EventfdFlags;
 
@@ -104,8 +104,7 @@ fn a_device_taken_over_from_its_owner_stays_his() {
             let taken = KernelDevice::from_fd("taken", device.as_fd(), None).unwrap();
             assert_eq!((taken.name(), taken.door()), ("taken", None), "{what}");
             assert_eq!(taken.info().unwrap(), device.info().unwrap(), "{what}");
-            let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-            rustix::fs::ftruncate(&memory, 4096).unwrap();
+            let memory = limosa_testing::memfd(4096);
             let file = DmaMemory::File { fd: memory.as_fd(), offset: 0 };
             let map = DmaMap { iova: 0x1000, size: 4096, flags: DmaMapFlags::READ, memory: file };
             let error = taken.dma_map(&map).unwrap_err();
@@ -174,15 +173,8 @@ fn a_device_that_is_gone_is_not_just_a_refusal() {
 
 /// Runs one of these tests again in a process of its own, which finds `value` in this variable.
 fn again(test: &str, value: &str, uid: u32) {
-    let itself = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", test, "--test-threads=1"])
-        .env(AGAIN, value)
-        .uid(uid)
-        .gid(uid)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&itself.stdout);
-    assert!(itself.status.success() && said.contains("1 passed"), "{value}: {said}");
+    let ended = Process::start(this_test(test).env(AGAIN, value).uid(uid).gid(uid)).end();
+    assert!(ended.code == 0 && ended.out.contains("1 passed"), "{value}: {ended:?}");
 }
 
 const AGAIN: &str = "LIMOSA_LAB_AGAIN";

@@ -1,7 +1,6 @@
 //! Regions, interrupts and memory (`vfio.h: VFIO_DEVICE_GET_REGION_INFO`, `VFIO_DEVICE_SET_IRQS`,
 //! `VFIO_IOMMU_MAP_DMA`).
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
@@ -134,8 +133,7 @@ fn interrupts_reach_the_eventfds_that_they_are_wired_to() {
 fn memory_that_is_mapped_is_reached_and_when_unmapped_no_more() {
     for subject in all() {
         let Subject { what, device, is_ours, .. } = &subject;
-        let memory = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-        memory.set_len(1 << 16).unwrap();
+        let memory = limosa_testing::memfd(1 << 16);
         let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
         let file = DmaMemory::File { fd: memory.as_fd(), offset: 0 };
         let map = DmaMap { iova: 0x10_0000, size: 1 << 16, flags, memory: file };

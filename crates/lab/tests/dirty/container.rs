@@ -12,7 +12,7 @@ use limosa_models::uart::{Line, Uart};
 use limosa_protocol::Errno;
 use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice, Options};
 
-use crate::{PAGE, file, memory, report, set};
+use crate::{PAGE, file, memfd, report, set};
 
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
@@ -23,7 +23,7 @@ fn a_container_logs_for_its_devices() {
     assert!(log.start(PAGE, &[]).is_err(), "it has no IOMMU before its first device");
     let options = Options { space: Some(space.clone()), ..Options::default() };
     let device = KernelDevice::open(mtty.uuid(), &options).unwrap();
-    let guest = memory(1 << 20);
+    let guest = memfd(1 << 20);
     space.map("dev", &file(&guest, 0x10_0000, 16 * PAGE)).unwrap();
     assert_eq!(log.start(PAGE, &[]).unwrap(), PAGE);
     assert!(log.sees(&device));
@@ -62,7 +62,7 @@ fn pages_that_a_device_pinned_or_had_written_are_dirty() {
     let module = ModuleDevice::create("limosa-plain");
     let device = silent(&module);
     let space = device.address_space().unwrap();
-    let guest = memory(64 * PAGE);
+    let guest = memfd(64 * PAGE);
     space.map("dev", &file(&guest, BASE, 64 * PAGE)).unwrap();
     writes(&device, Dma::Write, 60, 1);
     let log = space.dirty_log();
@@ -92,7 +92,7 @@ fn a_report_may_cut_mappings_and_what_lies_beside_it_is_in_the_next_one() {
     let module = ModuleDevice::create("limosa-plain");
     let device = silent(&module);
     let space = device.address_space().unwrap();
-    let guest = memory(64 * PAGE);
+    let guest = memfd(64 * PAGE);
     for page in [0, 16, 32, 48] {
         space.map("dev", &file(&guest, BASE + page * PAGE, 16 * PAGE)).unwrap();
     }
@@ -110,7 +110,7 @@ fn a_report_of_more_than_one_bitmap_holds_is_made_of_several() {
     let module = ModuleDevice::create("limosa-plain");
     let device = silent(&module);
     let space = device.address_space().unwrap();
-    let guest = memory(16 * PAGE);
+    let guest = memfd(16 * PAGE);
     // 2^31 - 1 pages, 8 TiB, are all that the kernel takes at once.
     let (apart, gigabyte) = (12 << 40, 1 << 30);
     for iova in [BASE, BASE + apart] {
@@ -130,7 +130,7 @@ fn what_is_unmapped_in_a_container_is_in_its_bitmap_and_in_the_next_report() {
     let module = ModuleDevice::create("limosa-plain");
     let device = silent(&module);
     let space = device.address_space().unwrap();
-    let guest = memory(16 * PAGE);
+    let guest = memfd(16 * PAGE);
     for page in [0, 16, 32] {
         space.map("dev", &file(&guest, BASE + page * PAGE, 16 * PAGE)).unwrap();
     }
@@ -158,7 +158,7 @@ fn an_unmap_lost_the_pages_that_a_report_of_other_memory_had_read() {
     let module = ModuleDevice::create("limosa-plain");
     let device = silent(&module);
     let space = device.address_space().unwrap();
-    let guest = memory(64 * PAGE);
+    let guest = memfd(64 * PAGE);
     space.map("dev", &file(&guest, BASE, 32 * PAGE)).unwrap();
     let log = space.dirty_log();
     log.start(PAGE, &[]).unwrap();
@@ -180,7 +180,7 @@ fn the_container_of_a_vmm_is_read_as_it_is() {
     let space = AddressSpace::from_container(container.as_fd()).unwrap();
     let options = Options { space: Some(space.clone()), ..Options::default() };
     let device = KernelDevice::open(module.uuid(), &options).unwrap();
-    let guest = memory(64 * PAGE);
+    let guest = memfd(64 * PAGE);
     let vmm = AddressSpace::from_container(container.as_fd()).unwrap();
     vmm.map("vmm", &file(&guest, BASE, 64 * PAGE)).unwrap();
     let log = space.dirty_log();

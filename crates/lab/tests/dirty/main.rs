@@ -14,16 +14,9 @@ use std::os::fd::AsFd;
 
 use limosa_client::{DirtySource, DmaMap, DmaMemory};
 use limosa_protocol::info::DmaMapFlags;
+use limosa_testing::memfd;
 
 const PAGE: u64 = 4096;
-
-/// A file of guest memory.
-fn memory(bytes: u64) -> File {
-    let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let memory = File::from(memory);
-    memory.set_len(bytes).unwrap();
-    memory
-}
 
 fn file(memory: &File, iova: u64, size: u64) -> DmaMap<'_> {
     let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;

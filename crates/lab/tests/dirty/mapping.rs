@@ -17,7 +17,7 @@ use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice, Options};
 use crate::host_memory::HostMemory;
 use crate::mock_iommu::{APERTURE, MockDevice};
 use crate::page_tables::attach;
-use crate::{PAGE, file, memory, report, set};
+use crate::{PAGE, file, memfd, report, set};
 
 const BASE: u64 = 0x10_0000;
 const DOORS: [Door; 2] = [Door::Cdev, Door::Group];
@@ -37,7 +37,7 @@ fn memory_is_mapped_before_and_after_devices_come_and_unmapped_in_its_pieces() {
     for door in DOORS {
         let mtty = Mdev::create("mtty", "mtty-1");
         let space = AddressSpace::new(door).unwrap();
-        let guest = memory(1 << 20);
+        let guest = memfd(1 << 20);
         space.map("dev", &file(&guest, 0x10_0000, 0x10000)).unwrap();
         let again = space.map("dev", &file(&guest, 0x10_f000, 0x1000)).unwrap_err();
         assert_eq!(again.errno(), Some(Errno::EEXIST), "{again}");
@@ -75,7 +75,7 @@ fn every_device_of_a_space_reaches_its_memory_whenever_it_came() {
     for door in DOORS {
         let modules = ["limosa-full", "limosa-plain"].map(ModuleDevice::create);
         let space = AddressSpace::new(door).unwrap();
-        let guest = memory(64 * PAGE);
+        let guest = memfd(64 * PAGE);
         space.map("early", &file(&guest, BASE, 16 * PAGE)).unwrap();
         let devices = modules.each_ref().map(|module| in_space(module, &space));
         space.map("late", &file(&guest, BASE + 16 * PAGE, 16 * PAGE)).unwrap();
@@ -101,7 +101,7 @@ fn memory_of_every_kind_is_what_the_device_finds() {
     for door in DOORS {
         let module = ModuleDevice::create("limosa-plain");
         let device = module.open(door);
-        let shared = memory(4 * PAGE);
+        let shared = memfd(4 * PAGE);
         device
             .dma_map(&DmaMap {
                 memory: DmaMemory::File { fd: shared.as_fd(), offset: PAGE },
@@ -156,7 +156,7 @@ fn what_cannot_be_mapped_is_refused_with_a_reason() {
     for door in DOORS {
         let module = ModuleDevice::create("limosa-plain");
         let device = module.open(door);
-        let guest = memory(4 * PAGE);
+        let guest = memfd(4 * PAGE);
         let refused = |map: DmaMap<'_>, what: &str| {
             let error = device.dma_map(&map).unwrap_err();
             assert!(error.to_string().contains(what), "{door}: {error}");
@@ -189,7 +189,7 @@ fn a_space_that_is_dropped_takes_away_what_it_mapped_and_nothing_else() {
     let vmm = AddressSpace::new(Door::Cdev).unwrap();
     let module = ModuleDevice::create("limosa-plain");
     let device = in_space(&module, &vmm);
-    let guest = memory(64 * PAGE);
+    let guest = memfd(64 * PAGE);
     vmm.map("vmm", &file(&guest, BASE, 16 * PAGE)).unwrap();
     let (iommufd, ioas) = vmm.ioas().unwrap();
     let space = AddressSpace::from_iommufd(iommufd, ioas).unwrap();
@@ -210,7 +210,7 @@ fn an_unmap_asks_whoever_knows_what_was_written() {
         done.map(|()| set(&words))
     };
     for door in DOORS {
-        let guest = memory(64 * PAGE);
+        let guest = memfd(64 * PAGE);
         let module = ModuleDevice::create("limosa-full");
         let device = module.open(door);
         device.dma_map(&file(&guest, BASE, 16 * PAGE)).unwrap();
@@ -252,7 +252,7 @@ fn unmapping_nothing_was_refused_while_the_log_was_off_and_ok_while_it_was_on() 
         vmm.clone(),
     ];
     let _devices = [in_space(&modules[0], &spaces[1]), in_space(&modules[1], &spaces[2])];
-    let guest = memory(16 * PAGE);
+    let guest = memfd(16 * PAGE);
     for (at, space) in spaces.iter().enumerate() {
         let map = || space.map("dev", &file(&guest, APERTURE, 16 * PAGE)).unwrap();
         let refused = |iova, with_bits: bool| {

@@ -23,7 +23,7 @@ use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice};
 
 use crate::mock_iommu::{self, APERTURE, MockDevice};
 use crate::page_tables::attach;
-use crate::{PAGE, memory};
+use crate::{PAGE, memfd};
 
 /// Memory of a guest: two regions, the first mapped in two pieces.
 const REGIONS: [(u64, u64); 2] = [(APERTURE, 256 * PAGE), (1 << 30, 64 * PAGE)];
@@ -177,7 +177,7 @@ impl Observer for All<'_> {
 }
 
 fn new_memory() -> [File; 2] {
-    REGIONS.map(|(_, bytes)| memory(bytes))
+    REGIONS.map(|(_, bytes)| memfd(bytes))
 }
 
 fn same_files(files: &[File; 2]) -> [File; 2] {

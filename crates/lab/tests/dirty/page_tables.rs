@@ -9,7 +9,7 @@ use limosa_vfio_kernel::{AddressSpace, Door, KernelDevice, Options};
 
 use crate::host_memory::HostMemory;
 use crate::mock_iommu::{self, APERTURE, HUGE_PAGE_BYTES, MockDevice};
-use crate::{PAGE, file, memory, report, set};
+use crate::{PAGE, file, memfd, report, set};
 
 /// A device object of this name, for the space to know it by.
 fn named(name: &str) -> Loopback {
@@ -36,7 +36,7 @@ fn page_tables_tell_what_was_written() {
     let device = MockDevice::new(iommufd, ioas, true);
     let page_table = attach(&space, "dev", &device);
     assert_ne!(page_table, ioas, "its IOMMU tracks dirty pages");
-    let guest = memory(1 << 20);
+    let guest = memfd(1 << 20);
     // Two pieces of memory, and a hole between them.
     let iova = APERTURE;
     space.map("dev", &file(&guest, iova, 64 * PAGE)).unwrap();
@@ -90,7 +90,7 @@ fn what_is_unmapped_in_an_ioas_is_in_its_bitmap_and_in_the_next_report() {
     mock_iommu::no_huge_pages(iommufd, ioas);
     let device = MockDevice::new(iommufd, ioas, true);
     let page_table = attach(&space, "dev", &device);
-    let guest = memory(1 << 20);
+    let guest = memfd(1 << 20);
     let (one, other) = (APERTURE, APERTURE + 32 * PAGE);
     for iova in [one, other] {
         space.map("dev", &file(&guest, iova, 16 * PAGE)).unwrap();
@@ -151,7 +151,7 @@ fn the_page_tables_of_a_vmm_are_read_whatever_it_mapped_and_stay_its_own() {
     let device = MockDevice::new(iommufd, ioas, true);
     let page_table = attach(&vmm, "dev", &device);
     let space = AddressSpace::from_page_tables(iommufd, ioas, &[page_table]).unwrap();
-    let guest = memory(1 << 20);
+    let guest = memfd(1 << 20);
     // Mapped by the VMM, in pieces and with holes.
     for (page, pages) in [(0, 3), (5, 1), (6, 10), (40, 20)] {
         vmm.map("vmm", &file(&guest, APERTURE + page * PAGE, pages * PAGE)).unwrap();

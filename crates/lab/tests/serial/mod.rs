@@ -4,10 +4,8 @@
 
 pub mod gate;
 
-use std::io::{BufRead, BufReader};
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -17,6 +15,7 @@ use limosa_lab::{Mdev, limosa};
 use limosa_migrate::{Destination, Ledger, MovedDevice, Options, Outcome, Received, Source};
 use limosa_models::uart::Mtty;
 use limosa_protocol::State;
+use limosa_testing::Process;
 use limosa_vfio_kernel::{Door, KernelDevice};
 use limosa_vfio_user::client::Client;
 
@@ -99,7 +98,7 @@ pub fn fresh(name: &str) -> String {
 
 /// `limosa serve uart -o as=mtty`; ends with this object.
 pub struct Server {
-    child: Child,
+    _process: Process,
     pub socket: PathBuf,
 }
 
@@ -109,11 +108,9 @@ impl Server {
         let mut command = limosa();
         command.args(["serve", "uart", "--with-parent", "-o", "as=mtty", "--socket"]).arg(&socket);
         (0..ports).for_each(|_| _ = command.args(["-o", "line=echo"]));
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.starts_with("listening on "), "{line}");
-        Server { child, socket }
+        let process = Process::start(&mut command);
+        process.line("listening on ");
+        Server { _process: process, socket }
     }
 
     pub fn client(&self) -> Client {
@@ -123,8 +120,6 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.socket);
     }
 }

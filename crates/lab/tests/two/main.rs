@@ -15,7 +15,8 @@ use limosa_lab::{Machine, kinds};
 fn programs_run_on_both_machines_and_can_be_killed_there() {
     for machine in [Machine::here(), Machine::there()] {
         assert_eq!(machine.shell("echo out; echo err >&2"), "out");
-        machine.run(&["/bin/sh", "-c", "echo no >&2; exit 3"]).fails(3, &["no"]);
+        let ended = machine.run(&["/bin/sh", "-c", "echo no >&2; exit 3"]);
+        assert_eq!((ended.code, ended.err.as_str()), (3, "no\n"));
         let running = machine.start(&["/bin/sh", "-c", "echo begun; while :; do :; done"]);
         running.line("begun");
         assert_eq!(running.kill().code, -9);

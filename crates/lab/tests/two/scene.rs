@@ -1,8 +1,7 @@
 //! Devices on both machines with something in them that can be known again, and moves between them.
 
-use std::env;
-
 use limosa_lab::{Ended, Kind, Machine, Placed, Running, limosa};
+use limosa_testing::beside_the_test;
 
 /// What a serial port can hold and give back. It has room for 16, but when it is full mtty takes it for empty.
 const FIFO: usize = 15;
@@ -24,9 +23,7 @@ pub fn run(machine: &Machine, args: &[&str]) -> Ended {
 }
 
 fn agent(machine: &Machine, args: &[&str]) -> String {
-    let test = env::current_exe().expect("a test knows its own file");
-    let folder = test.parent().and_then(|deps| deps.parent()).expect("tests are in deps/");
-    let program = folder.join("limosa-lab-agent");
+    let program = beside_the_test("limosa-lab-agent");
     let program = program.to_str().expect("a path that is text");
     machine.run(&[&[program], args].concat()).ok()
 }

@@ -51,6 +51,26 @@ pub struct Check {
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub limit: Duration,
 
+    /// Play so many random sequences of requests, legal and illegal, against a model of the standard in place of the checks.
+    #[arg(long, value_name = "SEQUENCES", requires = "destructive", conflicts_with_all = ["families", "only", "profile", "peer"])]
+    pub fuzz: Option<u64>,
+
+    /// The seed of the sequences: the same ones for the same seed.
+    #[arg(long, value_name = "SEED", default_value = "0", requires = "fuzz")]
+    pub seed: u64,
+
+    /// Threads that play a sequence, at most 16: the first drives the device, the others look on.
+    #[arg(long, value_name = "THREADS", default_value = "1", requires = "fuzz", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub threads: u8,
+
+    /// Differences that are known and not told again, one a line. What is found is added to the file.
+    #[arg(long, value_name = "FILE", requires = "fuzz")]
+    pub known: Option<PathBuf>,
+
+    /// Play the requests of a file, one a line, as a difference is told.
+    #[arg(long, value_name = "FILE", requires = "destructive", conflicts_with = "fuzz")]
+    pub replay: Option<PathBuf>,
+
     /// List the checks that these options select, and run none.
     #[arg(long)]
     pub list: bool,

@@ -2,7 +2,10 @@
 
 mod check;
 mod guest;
+mod link;
 mod moving;
+mod resolving;
+mod snapshots;
 mod values;
 
 use std::ffi::OsString;
@@ -17,10 +20,10 @@ use limosa_protocol::State;
 use crate::exit;
 pub use check::{Check, Format};
 pub use guest::{Memory, Starting, Stopping};
-pub use moving::{
-    Answer, Decided, Link, Load, Migrate, Moving, Names, Receive, Reporting, Resolve, Save, Send, Tls,
-    WhenStalled,
-};
+pub use link::{Link, Names, Tls};
+pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};
+pub use resolving::{Answer, Decided, Resolve};
+pub use snapshots::{Load, Save};
 pub use values::bytes;
 use values::{mode, seconds};
 
@@ -272,6 +275,11 @@ pub struct Serve {
     /// The socket's group, a name or a number; with a --mode that lets it in, such as 660.
     #[arg(long, value_name = "GROUP")]
     pub group: Option<Group>,
+
+    /// Listen here as well, for clients that move the device beside its VMM: where that and whoever moves it are different
+    /// users. The socket is this user's alone, mode 600. On --socket, root and this user may move the device beside its VMM.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
 
     /// An option of the model, NAME=VALUE; many times.
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]

@@ -1,8 +1,6 @@
-//! What commands that move devices take.
+//! What commands take that move devices, and when the guest stops.
 
-use std::ffi::{OsStr, OsString};
 use std::num::NonZeroU32;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -10,6 +8,8 @@ use limosa_migrate::{Compression, Options};
 
 use super::Hold;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
+use super::link::{Link, Names};
+use super::resolving::Moves;
 use super::values::{LinkCount, bytes, link_count, links, milliseconds, seconds};
 use crate::reports::{ReportFile, report_file};
 
@@ -33,56 +33,6 @@ impl Devices {
     }
 }
 
-/// The devices of a save, and where they are saved.
-///
-/// The two names without an option are one argument for clap: of an argument that may be left out and one that may not, it
-/// finds the second only where no option stands between them.
-#[derive(Debug, Args)]
-pub struct SaveNames {
-    /// The device, where --device or --memory does not name all there is, and a file or s3://BUCKET/KEY, which appears when
-    /// it is whole.
-    #[arg(value_names = ["DEVICE", "FILE"], num_args = 1..=2, required = true)]
-    names: Vec<OsString>,
-
-    /// A further device; many times. All of them move as one, and the first here becomes the first there, the
-    /// second the second.
-    #[arg(long = "device", id = "more", value_name = "DEVICE")]
-    more: Vec<String>,
-}
-
-impl Save {
-    /// What clap cannot check: that there is something to save, and that a device's name is text.
-    pub(super) fn check(&self) -> Result<(), String> {
-        let device = self.names.names.split_last().and_then(|(_, device)| device.first());
-        if device.is_none() && self.names.more.is_empty() && self.memory.memory.is_empty() {
-            let file = self.names.file().display();
-            return Err(format!(
-                "{file} is where to save; what to save is missing: DEVICE, --device or --memory"
-            ));
-        }
-        match device {
-            Some(device) if device.to_str().is_none() => {
-                Err(format!("{}: expected a device's name in UTF-8", device.display()))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-impl SaveNames {
-    /// All devices, in their order.
-    pub fn devices(&self) -> Vec<&str> {
-        let first = self.names.split_last().map_or(&[][..], |(_, device)| device);
-        let first = first.iter().filter_map(|name| name.to_str());
-        first.chain(self.more.iter().map(String::as_str)).collect()
-    }
-
-    /// Where they are saved.
-    pub fn file(&self) -> &Path {
-        Path::new(self.names.last().map_or(OsStr::new(""), OsString::as_os_str))
-    }
-}
-
 /// Where the report goes, besides standard output.
 #[derive(Debug, Args)]
 pub struct Reporting {
@@ -90,73 +40,6 @@ pub struct Reporting {
     /// .txt; many times. A file that is there is replaced.
     #[arg(long, value_name = "FILE", value_parser = report_file)]
     pub report: Vec<ReportFile>,
-}
-
-#[derive(Debug, Args)]
-#[command(override_usage = "limosa save [OPTIONS] [DEVICE] <FILE>", after_help = super::STORES)]
-pub struct Save {
-    #[command(flatten)]
-    pub names: SaveNames,
-
-    /// Replace a snapshot that is there already, when the new one is whole.
-    #[arg(long)]
-    pub replace: bool,
-
-    /// Compress memory and devices' data with zstd, or with lz4, which takes less time and saves less.
-    #[arg(long, value_name = "METHOD")]
-    pub compress: Option<Compression>,
-
-    /// Leave the devices stopped.
-    #[arg(long)]
-    pub stop: bool,
-
-    #[command(flatten)]
-    pub stop_limits: StopLimits,
-
-    #[command(flatten)]
-    pub reporting: Reporting,
-
-    #[command(flatten)]
-    pub hold: Hold,
-
-    #[command(flatten)]
-    pub memory: SourceMemory,
-
-    #[command(flatten)]
-    pub stopping: Stopping,
-
-    #[command(flatten)]
-    pub moves: Moves,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = super::STORES)]
-pub struct Load {
-    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-
-    #[command(flatten)]
-    pub devices: Devices,
-
-    /// Leave the devices stopped.
-    #[arg(long, conflicts_with = "run")]
-    pub stop: bool,
-
-    #[command(flatten)]
-    pub reporting: Reporting,
-
-    #[command(flatten)]
-    pub hold: Hold,
-
-    #[command(flatten)]
-    pub state: StateMax,
-
-    #[command(flatten)]
-    pub memory: DestinationMemory,
-
-    #[command(flatten)]
-    pub starting: Starting,
 }
 
 #[derive(Debug, Args)]
@@ -324,58 +207,6 @@ pub struct Send {
 }
 
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Link")]
-pub struct Link {
-    /// Seconds that the other side may say nothing before the link counts as lost; so long a source in doubt asks,
-    /// and twice as long a destination stays to be asked.
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
-    pub silence: Duration,
-
-    #[command(flatten)]
-    pub moves: Moves,
-
-    #[command(flatten)]
-    pub tls: Tls,
-}
-
-/// TLS 1.3 with both sides authenticated: all three files, on both sides.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "TLS")]
-pub struct Tls {
-    /// The authorities that the other side's certificate may come from, PEM.
-    #[arg(long, value_name = "FILE", requires_all = ["tls_cert", "tls_key"])]
-    pub tls_ca: Option<PathBuf>,
-
-    /// This side's certificate, followed by those between it and its authority, PEM.
-    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
-    pub tls_cert: Option<PathBuf>,
-
-    /// The key of this side's certificate, PEM.
-    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_cert"])]
-    pub tls_key: Option<PathBuf>,
-
-    /// The name that the other side's certificate must have. Without it, send and resolve expect the host that they
-    /// connect to; receive and answer need it, or --tls-any-name.
-    #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
-    pub tls_name: Option<String>,
-
-    /// Peers need not be authenticated. Without TLS, use TCP beyond this host: anyone on the path can then read and alter
-    /// guest memory and device state, and take the devices over. And believe peers that prove nothing: those of older
-    /// versions, and the other end of a move of which no secret was noted.
-    #[arg(long)]
-    pub insecure: bool,
-}
-
-/// The certificates that a listening side accepts.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "TLS")]
-pub struct Names {
-    /// Accept every certificate of the authorities, whatever its name: whoever has one can send, or ask.
-    #[arg(long, requires_all = ["tls_ca", "tls_cert", "tls_key"], conflicts_with = "tls_name")]
-    pub tls_any_name: bool,
-}
-
-#[derive(Debug, Args)]
 pub struct Receive {
     #[command(flatten)]
     pub devices: Devices,
@@ -423,79 +254,6 @@ pub struct Receive {
 
     #[command(flatten)]
     pub link: Link,
-
-    #[command(flatten)]
-    pub names: Names,
-}
-
-#[derive(Debug, Args)]
-pub struct Moves {
-    /// The folder in which moves are remembered, which has to be your own; by default limosa/moves below $XDG_STATE_HOME,
-    /// ~/.local/state or, without either, /var/lib. What cannot be remembered there is not moved.
-    #[arg(long = "moves", value_name = "FOLDER")]
-    pub folder: Option<PathBuf>,
-}
-
-#[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("which").args(["device", "id"]).multiple(true))]
-pub struct Resolve {
-    /// The device that was sent or saved; without it and --id, the moves in doubt are listed, and the guests that a process
-    /// of limosa has left stopped.
-    #[arg(value_name = "DEVICE")]
-    pub device: Option<String>,
-
-    /// Where its destination is to be asked: unix:PATH or tcp:HOST:PORT; by default where it was sent to.
-    #[arg(long, value_name = "ADDR", requires = "which")]
-    pub to: Option<String>,
-
-    /// The move, if another one than the device's last, or one of memory alone.
-    #[arg(long, value_name = "ID")]
-    pub id: Option<String>,
-
-    /// Ask nobody: you have looked, and know what became of the move.
-    #[arg(long, value_name = "OUTCOME", requires = "which", conflicts_with = "to")]
-    pub decide: Option<Decided>,
-
-    /// Drop the note and do nothing else: ask nobody, change no device, let no process go on.
-    #[arg(long, requires = "which", conflicts_with_all = ["to", "decide", "on_resume"])]
-    pub forget: bool,
-
-    /// Run this by the shell to let the guest go on if the move was undone, where --on-stop has stopped it. Processes
-    /// that --stop-with has stopped go on by themselves then.
-    #[arg(long, value_name = "COMMAND", requires = "which")]
-    pub on_resume: Option<String>,
-
-    #[command(flatten)]
-    pub moves: Moves,
-
-    #[command(flatten)]
-    pub tls: Tls,
-}
-
-/// What became of a move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Decided {
-    /// The destination runs it, or did, or the snapshot was published: the device stops for good.
-    Moved,
-    /// The destination does not run it and never will, or there is no snapshot and never will be: the device runs again.
-    Undone,
-}
-
-#[derive(Debug, Args)]
-pub struct Answer {
-    /// Where to listen: unix:PATH or tcp:HOST:PORT (port 0 for any).
-    #[arg(long, value_name = "ADDR")]
-    pub listen: String,
-
-    /// Seconds to stay.
-    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
-    pub wait: Duration,
-
-    #[command(flatten)]
-    pub moves: Moves,
-
-    #[command(flatten)]
-    pub tls: Tls,
 
     #[command(flatten)]
     pub names: Names,

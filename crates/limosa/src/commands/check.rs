@@ -1,17 +1,19 @@
 //! `limosa check`: whether a driver or a server keeps the standard.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use limosa_check::{Options, Profile, Report, Target, Transport};
+use limosa_check::{Options, Profile, Report, SocketWire, Target, Transport};
 use limosa_client::{Device, Error};
 use limosa_host::User;
+use limosa_vfio_user::client::Role;
 use serde::Serialize;
 
+use super::check_fuzz;
 use crate::args::{self, Format};
 use crate::exit::{self, Code};
 use crate::open::{self, Opening};
@@ -44,6 +46,9 @@ pub fn run(args: &args::Check, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let called_off = Arc::clone(&cancel);
     signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
     let target = target(name, args, opening)?;
+    if args.fuzz.is_some() || args.replay.is_some() {
+        return check_fuzz::run(name, &target, args, cancel, out);
+    }
     let options = Options { cancel: Some(Arc::clone(&cancel)), ..options };
     let report = limosa_check::run(&target, &options, |_| {})?;
     print(&report, args, out)?;
@@ -125,6 +130,14 @@ fn target(name: &str, args: &args::Check, opening: Opening<'_>) -> anyhow::Resul
             None => again.open(&given),
         }
     });
+    if !kernel {
+        let (path, servers, limit) = (PathBuf::from(name), opening.servers.to_vec(), opener.limit);
+        target = target.dial(move || {
+            let socket = limosa_host::connect(&path, limit)?;
+            limosa_host::check_server(&socket, &servers)?;
+            Ok(Box::new(SocketWire::new(socket)?))
+        });
+    }
     if let Some(peer) = &args.peer {
         if open::same(name, peer) {
             return Err(exit::error(
@@ -152,7 +165,7 @@ fn target(name: &str, args: &args::Check, opening: Opening<'_>) -> anyhow::Resul
 }
 
 /// Where debugfs has the state of a device, if it does.
-fn view(name: &str) -> Option<std::path::PathBuf> {
+fn view(name: &str) -> Option<PathBuf> {
     let folder = open::listed(name)?.folder;
     let file = Path::new("/sys/kernel/debug/vfio").join(folder.file_name()?).join("migration/state");
     file.exists().then_some(file)
@@ -169,7 +182,9 @@ struct Opener {
 
 impl Opener {
     fn opening(&self) -> Opening<'_> {
-        Opening { limit: self.limit, state_limit: self.state_limit, door: self.door, servers: &self.servers }
+        let (limit, state_limit, servers) = (self.limit, self.state_limit, &self.servers[..]);
+        // It asks for all that a VMM may ask for.
+        Opening { limit, state_limit, door: self.door, servers, role: Role::Vmm }
     }
 
     fn open(&self, name: &str) -> limosa_client::Result<Box<dyn Device>> {

@@ -3,6 +3,7 @@
 pub mod answer;
 pub mod bench;
 pub mod check;
+mod check_fuzz;
 pub mod demo;
 pub mod doubts;
 pub mod fsm;

@@ -22,6 +22,9 @@ pub struct Probe {
     /// Where the kernel has it; absent for a device behind a socket.
     #[serde(skip_serializing_if = "Option::is_none")]
     kernel: Option<Kernel>,
+    /// What this command is to it: `control` beside a VMM that uses it, else `vmm`. Absent for a device of the kernel's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pci_id: Option<String>,
     migration: Option<MigrationSupport>,
@@ -75,6 +78,7 @@ struct IrqFound {
 pub fn run(device: &Opened, out: &Output) -> anyhow::Result<()> {
     let mut found = probe(&**device)?;
     found.kernel = device.kernel().map(|kernel| look(kernel, device.given(), found.dma_logging));
+    found.role = device.vfio_user().map(|_| if device.is_beside_vmm() { "control" } else { "vmm" });
     out.result(&found, |to| print(&found, to))
 }
 
@@ -119,6 +123,7 @@ fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
         device: device.name().into(),
         flags: flags.iter_names().map(|(name, _)| name).collect(),
         kernel: None,
+        role: None,
         pci_id: if is_pci { pci_id(device) } else { None },
         cannot_migrate: (!can_stop).then(|| match migration.is_empty() {
             true => {
@@ -219,6 +224,9 @@ fn print(found: &Probe, to: &mut dyn Write) -> std::io::Result<()> {
             door.as_ref().map_or("held by another process".into(), |door| format!("open by its {door}"));
         let (driver, group) = (or_none(driver), or_none(group));
         writeln!(to, "  kernel       driver {driver}, group {group}, cdev {}, {door}", or_none(cdev))?;
+    }
+    if found.role == Some("control") {
+        writeln!(to, "  role         control: a VMM uses it, and is not disturbed")?;
     }
     match (&found.migration, &found.cannot_migrate) {
         (_, Some(why)) => writeln!(to, "  migration    no: {why}")?,

@@ -222,6 +222,10 @@ impl Settling<'_> {
     fn act(&self, decision: Decision, guest: &Guest<'_>) -> anyhow::Result<Done> {
         let devices = NotedDevices::open(self.opening, self.halted, self.args.device.as_deref());
         self.check_states(decision, &devices)?;
+        let is_undone = decision != Decision::Committed;
+        for (_, device) in devices.open.iter().filter(|_| is_undone) {
+            device.release(self.id)?;
+        }
         let moved: Vec<_> = devices.open.iter().map(|(_, device)| MovedDevice::new(&**device)).collect();
         let found = devices.open.iter().map(|(at, _)| self.halted.known(*at).found()).collect();
         let doubt = InDoubt::recover(self.id).with_found(found);
@@ -233,7 +237,6 @@ impl Settling<'_> {
             Outcome::InDoubt(doubt) => return Err(doubt.why.into()),
         };
         drop(moved);
-        let is_undone = decision != Decision::Committed;
         for (_, device) in devices.open.iter().filter(|(_, device)| is_undone && device.closes_with_us()) {
             tracing::warn!(
                 "{}: the kernel closed it with the process that moved it, and may have reset it: see whether it is what its \

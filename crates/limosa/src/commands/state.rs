@@ -23,7 +23,15 @@ pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Resul
     let mut path = Vec::new();
     match action {
         StateAction::Get => {}
-        StateAction::Set { state } => path = set(device, *state)?,
+        StateAction::Set { state } => {
+            path = set(device, *state)?;
+            if device.is_beside_vmm() && *state != State::Running {
+                tracing::warn!(
+                    "{}: a VMM uses it, so it runs again when this command ends; --hold keeps it in {state}",
+                    device.given()
+                );
+            }
+        }
         StateAction::Reset => {
             device.reset().context("the device cannot be reset; restart its server or driver")?
         }

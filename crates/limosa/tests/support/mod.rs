@@ -3,53 +3,42 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 pub mod link;
+pub mod pair;
 pub mod users;
-pub mod vcpus;
 
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::sync::LazyLock;
 
 use limosa_client::{Device, DeviceExt};
 use limosa_models::synthetic::{REGISTERS_REGION, registers};
 use limosa_protocol::State;
 use limosa_stream::{Decoded, Decoder, Kind};
+pub use limosa_testing::{Ended, LIMIT, Process as Running};
 use limosa_vfio_user::client::{Client, Options};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
-/// Longer than anything here takes; what takes longer hangs.
-pub const LIMIT: Duration = Duration::from_secs(60);
+/// The mark of the guest that is moved.
+pub const GUEST: u64 = 0x6775_6573;
 
-/// What a process of the command said, and how it ended.
-#[derive(Debug)]
-pub struct Ended {
-    /// The exit code; negative for a signal.
-    pub code: i32,
-    pub out: String,
-    pub err: String,
+/// What the command printed for a program to read.
+pub trait JsonOutput {
+    /// It did what it was asked, and standard output is one JSON document.
+    fn json(self) -> serde_json::Value;
+    /// It failed with this code, and standard output is one JSON document that says the same as standard error.
+    fn json_failure(&self, code: i32) -> serde_json::Value;
 }
 
-impl Ended {
-    /// It did what it was asked.
+impl JsonOutput for Ended {
     #[track_caller]
-    pub fn ok(self) -> String {
-        assert_eq!(self.code, 0, "{self:?}");
-        self.out
-    }
-
-    /// It did what it was asked, and standard output is one JSON document.
-    #[track_caller]
-    pub fn json(self) -> serde_json::Value {
+    fn json(self) -> serde_json::Value {
         let text = self.ok();
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
     }
 
-    /// It failed with this code, and standard output is one JSON document that says the same as standard error.
     #[track_caller]
-    pub fn json_failure(&self, code: i32) -> serde_json::Value {
+    fn json_failure(&self, code: i32) -> serde_json::Value {
         assert_eq!(self.code, code, "{self:?}");
         let document: serde_json::Value =
             serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"));
@@ -58,67 +47,6 @@ impl Ended {
         assert!(!message.is_empty() && self.err.contains(message), "{self:?}");
         document
     }
-
-    /// It failed with this code, said so in a line that begins like all others, printed nothing else,
-    /// and named each of these.
-    #[track_caller]
-    pub fn fails(&self, code: i32, parts: &[&str]) {
-        assert_eq!(self.code, code, "{self:?}");
-        let said = self.err.lines().rev().find(|line| !line.is_empty()).unwrap_or_default();
-        let is_ours = said.starts_with("limosa: ") || self.err.contains("error: ");
-        assert!(is_ours && !self.err.contains("panicked"), "{self:?}");
-        for part in parts {
-            assert!(self.err.contains(part), "`{part}` is not named: {self:?}");
-        }
-    }
-}
-
-#[derive(Default)]
-struct Said {
-    out: String,
-    err: String,
-    /// How many of the two streams have ended.
-    ended: usize,
-}
-
-impl Said {
-    fn line(&self, part: &str) -> Option<String> {
-        self.out.lines().chain(self.err.lines()).find(|line| line.contains(part)).map(str::to_owned)
-    }
-}
-
-#[derive(Default)]
-struct Shared {
-    said: Mutex<Said>,
-    news: Condvar,
-}
-
-impl Shared {
-    fn said(&self) -> MutexGuard<'_, Said> {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until `done` gives something; `None` when all has been said before it does.
-    fn wait<T>(&self, what: &str, done: impl Fn(&Said) -> Option<T>) -> Option<T> {
-        let until = Instant::now() + LIMIT;
-        let mut said = self.said();
-        loop {
-            let now = done(&said);
-            if now.is_some() || said.ended == 2 {
-                return now;
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "{what} hangs: {}{}", said.out, said.err);
-            said = self.news.wait_timeout(said, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
-
-/// A process of the command. Killed when it is dropped.
-pub struct Running {
-    child: Child,
-    shared: Arc<Shared>,
-    name: String,
 }
 
 /// Starts the command.
@@ -130,48 +58,47 @@ pub fn start<S: AsRef<str>>(args: &[S]) -> Running {
 pub fn start_under<S: AsRef<str>>(umask: &str, args: &[S]) -> Running {
     let mut shell = Command::new("/bin/sh");
     shell.args(["-c", "umask \"$1\"; shift; exec \"$@\"", "sh", umask, env!("CARGO_BIN_EXE_limosa")]);
-    spawn(shell, &[], args)
+    Running::start(&mut prepared(shell, args))
+}
+
+/// The same, with this as its standard input.
+pub fn start_reading<S: AsRef<str>>(input: impl Into<Stdio>, args: &[S]) -> Running {
+    Running::start_with_input(&mut prepared(Command::new(env!("CARGO_BIN_EXE_limosa")), args), input)
 }
 
 /// The same, in this folder.
 pub fn start_in<S: AsRef<str>>(folder: &Path, args: &[S]) -> Running {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
-    command.current_dir(folder);
-    spawn(command, &[], args)
+    let command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    Running::start(prepared(command, args).current_dir(folder))
 }
 
 /// The same, by another program, which gets the command and its arguments after these of its own.
 pub fn start_by<S: AsRef<str>>(program: &str, own: &[&str], args: &[S]) -> Running {
     let mut command = Command::new(program);
     command.args(own).arg(env!("CARGO_BIN_EXE_limosa"));
-    spawn(command, &[], args)
+    Running::start(&mut prepared(command, args))
 }
 
 /// The same, with these variables in its environment.
 pub fn start_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Running {
-    spawn(Command::new(env!("CARGO_BIN_EXE_limosa")), variables, args)
+    let command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    Running::start(prepared(command, args).envs(variables.iter().cloned()))
 }
 
-fn spawn<S: AsRef<str>>(mut command: Command, variables: &[(String, String)], args: &[S]) -> Running {
-    let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
-    let mut child = command
-        .args(&args)
+/// The command with these arguments, in the environment of a test.
+fn prepared<S: AsRef<str>>(mut command: Command, args: &[S]) -> Command {
+    command
+        .args(args.iter().map(AsRef::as_ref))
         .env_remove("RUST_LOG")
         .env_remove("RUST_BACKTRACE")
         // What is remembered of moves is not this user's.
-        .env("XDG_STATE_HOME", state())
-        .envs(variables.iter().cloned())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let shared = Arc::new(Shared::default());
-    let out = child.stdout.take().unwrap();
-    let err = child.stderr.take().unwrap();
-    listen(out, Arc::clone(&shared), |said| &mut said.out);
-    listen(err, Arc::clone(&shared), |said| &mut said.err);
-    Running { child, shared, name: args.join(" ") }
+        .env("XDG_STATE_HOME", state());
+    command
+}
+
+/// A process that stands for a guest's, to be stopped and set going.
+pub fn vcpus() -> Running {
+    Running::start(Command::new("sleep").arg("1000"))
 }
 
 /// A folder of this test process's.
@@ -192,102 +119,14 @@ pub fn limosa_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) ->
 
 /// Runs the command to its end with its output in these places, of which nothing is read here.
 pub fn limosa_into<S: AsRef<str>>(out: impl Into<Stdio>, err: impl Into<Stdio>, args: &[S]) -> i32 {
-    let args = args.iter().map(AsRef::as_ref);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
-    command.args(args).env_remove("RUST_LOG").env("XDG_STATE_HOME", state()).stdin(Stdio::null());
-    let status = command.stdout(out).stderr(err).status().unwrap();
+    let mut command = prepared(Command::new(env!("CARGO_BIN_EXE_limosa")), args);
+    let status = command.stdin(Stdio::null()).stdout(out).stderr(err).status().unwrap();
     status.code().unwrap_or_else(|| -std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0))
 }
 
 /// Where nothing can be written: a disk that is full.
 pub fn full() -> std::fs::File {
     std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap()
-}
-
-fn listen(from: impl Read + Send + 'static, shared: Arc<Shared>, into: fn(&mut Said) -> &mut String) {
-    std::thread::spawn(move || {
-        let mut from = BufReader::new(from);
-        loop {
-            let mut line = Vec::new();
-            let read = from.read_until(b'\n', &mut line).unwrap_or(0);
-            let mut said = shared.said();
-            match read {
-                0 => said.ended += 1,
-                _ => into(&mut said).push_str(&String::from_utf8_lossy(&line)),
-            }
-            drop(said);
-            shared.news.notify_all();
-            if read == 0 {
-                return;
-            }
-        }
-    });
-}
-
-impl Running {
-    /// Waits for a line with this part, and returns it.
-    #[track_caller]
-    pub fn line(&self, part: &str) -> String {
-        let line = self.shared.wait(&self.name, |said| said.line(part));
-        line.unwrap_or_else(|| {
-            let said = self.shared.said();
-            panic!("{} never said `{part}`: {}{}", self.name, said.out, said.err)
-        })
-    }
-
-    /// Whether it says this before it ends.
-    pub fn says(&self, part: &str) -> bool {
-        self.shared.wait(&self.name, |said| said.line(part)).is_some()
-    }
-
-    /// The first line with one of these parts, if it says one before it ends.
-    pub fn says_one_of(&self, parts: &[&str]) -> Option<String> {
-        self.shared.wait(&self.name, |said| parts.iter().find_map(|part| said.line(part)))
-    }
-
-    /// What comes after this in the line with it, such as an address.
-    #[track_caller]
-    pub fn after(&self, part: &str) -> String {
-        let line = self.line(part);
-        line.split_once(part).map(|(_, rest)| rest.trim().to_owned()).unwrap()
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.pid().try_into().unwrap()).unwrap();
-        kill_process(pid, signal).unwrap();
-    }
-
-    /// Waits for its end.
-    pub fn end(mut self) -> Ended {
-        self.wait()
-    }
-
-    /// As with `kill -9`.
-    pub fn kill(mut self) {
-        self.signal(Signal::KILL);
-        self.wait();
-    }
-
-    fn wait(&mut self) -> Ended {
-        self.shared.wait(&self.name, |_| None::<()>);
-        let status = self.child.wait().unwrap();
-        let mut said = self.shared.said();
-        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
-        let code = status.code().unwrap_or_else(|| -signal.unwrap_or(0));
-        Ended { code, out: std::mem::take(&mut said.out), err: std::mem::take(&mut said.err) }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // After its end both have no effect.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// A folder for one test.
@@ -377,7 +216,7 @@ impl Server {
         self.running.as_ref().unwrap().signal(signal);
     }
 
-    pub fn pid(&self) -> u32 {
+    pub fn pid(&self) -> String {
         self.running.as_ref().unwrap().pid()
     }
 

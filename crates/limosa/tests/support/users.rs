@@ -1,14 +1,15 @@
 //! A second user of the host, and processes of this one that hold files. A second user needs root.
 
 use std::fs::{File, Permissions};
-use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
-use super::{Folder, Running, spawn};
+use limosa_testing::this_test;
+
+use super::{Folder, Running, prepared};
 
 /// The second user, and its group.
 pub const OTHER: u32 = 65534;
@@ -28,7 +29,7 @@ pub fn start_as_other<S: AsRef<str>>(args: &[S]) -> Running {
     let program = File::open(env!("CARGO_BIN_EXE_limosa")).unwrap();
     let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
     command.uid(OTHER).gid(OTHER);
-    spawn(command, &[], args)
+    Running::start(&mut prepared(command, args))
 }
 
 impl Folder {
@@ -62,9 +63,8 @@ const HOLD: &str = "LIMOSA_TEST_HOLD";
 
 /// A process, of the second user where there is one, that holds files: each as an `(access, path)` with access one of
 /// `path` (O_PATH), `read`, `write`, `both`, and `memory`, `memory-read` and `memory-sealed` for a memfd with a copy of it.
-/// Killed when it is dropped.
 pub struct Holder {
-    child: Child,
+    process: Running,
     numbers: Vec<String>,
 }
 
@@ -72,29 +72,19 @@ impl Holder {
     pub fn start(files: &[(&str, &Path)]) -> Holder {
         let files: Vec<_> =
             files.iter().map(|(access, path)| format!("{access} {}", path.display())).collect();
-        let mut command = Command::new("/proc/self/exe");
-        command.args(["--ignored", "--exact", "a_process_that_holds_files", "--nocapture"]);
-        command.env(HOLD, files.join("\n")).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut command = this_test("a_process_that_holds_files");
+        command.env(HOLD, files.join("\n"));
         if rustix::process::geteuid().is_root() {
             command.uid(OTHER).gid(OTHER);
         }
-        let mut child = command.spawn().unwrap();
-        let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
-        let numbers =
-            said.find_map(|line| Some(line.unwrap().split_once("it holds ")?.1.to_owned())).unwrap();
-        Holder { child, numbers: numbers.split(' ').map(str::to_owned).collect() }
+        let process = Running::start(&mut command);
+        let numbers = process.after("it holds ").split(' ').map(str::to_owned).collect();
+        Holder { process, numbers }
     }
 
     /// The name of a file that it holds.
     pub fn name(&self, file: usize) -> String {
-        format!("/proc/{}/fd/{}", self.child.id(), self.numbers[file])
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        format!("/proc/{}/fd/{}", self.process.pid(), self.numbers[file])
     }
 }
 

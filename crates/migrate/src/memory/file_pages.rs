@@ -159,18 +159,12 @@ impl GuestPages for FilePages {
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
-    use rustix::fs::{MemfdFlags, memfd_create};
+    use limosa_testing::memfd;
 
     use super::*;
     use crate::memory::is_zero;
 
     const MIB: u64 = 1 << 20;
-
-    fn memfd(bytes: u64) -> File {
-        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-        file.set_len(bytes).unwrap();
-        file
-    }
 
     /// Both ways to reach the same file.
     fn both(file: &File, offset: u64, bytes: u64) -> [FilePages; 2] {

@@ -1,5 +1,7 @@
 //! [`Recorder`]: records the timeline of a move, and calls the observer. All threads of one side share it.
 
+mod log;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,16 +10,13 @@ use limosa_clockwork::{Panic, catch};
 
 use super::estimate::Estimate;
 use super::link_meter::LinkMeter;
-use super::spans::Spans;
 use super::text::Time;
-use super::{
-    Act, DeviceReport, End, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side,
-    SpanReport, Unrecovered,
-};
+use super::{Act, End, LinkReport, Phase, Report, RoundReport, Side, SpanReport, Unrecovered};
 use crate::lock::lock;
 use crate::{Error, Observer, Options, Result, Round};
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{MigrationId, Totals};
+use log::{DeviceLog, Log, limits, since};
 
 /// How many bytes are moved between two calls of [`Observer::moved`].
 const TELL_EVERY_BYTES: u64 = 1 << 20;
@@ -42,27 +41,6 @@ pub(crate) struct Recorder<'a> {
     devices: Vec<DeviceLog>,
     buffers: Arc<Gauge>,
     log: Mutex<Log>,
-}
-
-/// What one device did.
-struct DeviceLog {
-    name: String,
-    bytes: AtomicU64,
-    precopy_bytes: AtomicU64,
-    waiting: Gauge,
-    spans: Mutex<Spans>,
-}
-
-/// The part of the timeline that changes rarely.
-struct Log {
-    phase: Option<(Phase, Instant, Totals)>,
-    /// The totals at the end of the last round.
-    round: Totals,
-    round_began: Option<Instant>,
-    stopped: Option<Instant>,
-    throttle_step: u32,
-    links: Vec<Arc<Mutex<LinkReport>>>,
-    report: Report,
 }
 
 impl<'a> Recorder<'a> {
@@ -375,38 +353,6 @@ impl<'a> Recorder<'a> {
     }
 }
 
-impl DeviceLog {
-    fn new(name: String) -> DeviceLog {
-        DeviceLog {
-            name,
-            bytes: AtomicU64::new(0),
-            precopy_bytes: AtomicU64::new(0),
-            waiting: Gauge::default(),
-            spans: Mutex::new(Spans::default()),
-        }
-    }
-
-    fn report(self) -> DeviceReport {
-        DeviceReport {
-            name: self.name,
-            bytes: self.bytes.into_inner(),
-            precopy_bytes: self.precopy_bytes.into_inner(),
-            waiting_bytes_max: self.waiting.most(),
-            spans: self.spans.into_inner().unwrap_or_else(PoisonError::into_inner).report(),
-        }
-    }
-}
-
-impl Log {
-    fn end_phase(&mut self, began: Instant, now: Instant, totals: Totals) {
-        if let Some((phase, start, before)) = self.phase.take() {
-            let (start_ns, duration_ns) = (ns(began, start), ns(start, now));
-            let bytes = since(totals, before);
-            self.report.phases.push(PhaseReport { phase, start_ns, duration_ns, bytes });
-        }
-    }
-}
-
 /// Something that a device is doing. It ends when this is dropped.
 pub(crate) struct Span<'r, 'a> {
     recorder: &'r Recorder<'a>,
@@ -421,32 +367,10 @@ impl Drop for Span<'_, '_> {
     }
 }
 
-fn limits(side: Side, options: &Options) -> LimitsReport {
-    let is_source = side == Side::Source;
-    LimitsReport {
-        downtime_goal_ns: is_source.then(|| nanoseconds(options.convergence.downtime_goal)),
-        rounds_max: is_source.then_some(options.convergence.rounds_max),
-        silence_max_ns: nanoseconds(options.silence_max),
-        load_max_ns: nanoseconds(options.load_max),
-        commit_max_ns: nanoseconds(options.commit_max),
-        standstill_max_ns: is_source.then(|| nanoseconds(options.standstill_max)),
-        idle_max_ns: (!is_source).then(|| nanoseconds(options.idle_max)),
-        move_max_ns: (!is_source).then(|| nanoseconds(options.move_max)),
-    }
-}
-
 pub(super) fn ns(from: Instant, to: Instant) -> u64 {
     nanoseconds(to.saturating_duration_since(from))
 }
 
 pub(super) fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn since(now: Totals, before: Totals) -> Totals {
-    Totals {
-        device_bytes: now.device_bytes - before.device_bytes,
-        memory_bytes: now.memory_bytes - before.memory_bytes,
-        zero_bytes: now.zero_bytes - before.zero_bytes,
-    }
 }

@@ -57,6 +57,7 @@ impl<'a> Source<'a> {
         workers: Option<&Sending<'_, '_>>,
     ) {
         let recorder = &context.recorder;
+        let mut notes: Vec<_> = vmm::tell("Vmm::undoing", || self.vmm.undoing()).err().into_iter().collect();
         let losses: Vec<_> = match workers {
             Some(sending) => {
                 sending.all_to_the_end(Job::ReturnP2p);
@@ -66,7 +67,6 @@ impl<'a> Source<'a> {
             None => self.return_without_workers(rollback),
         };
         losses.into_iter().flatten().for_each(|loss| recorder.unrecovered(loss));
-        let mut notes = Vec::new();
         let stopped = guard("giving back the dirty log", || {
             rollback.logs.stop(self.devices, &mut self.memory, true, &mut notes);
             Ok(())

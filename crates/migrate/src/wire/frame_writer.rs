@@ -1,15 +1,21 @@
 //! [`FrameWriter`]: the sending half of a link, shared by several threads. A thread that finds the link busy queues a small
 //! frame for the current sender, and waits for its turn with a large one.
 
+#[cfg(test)]
+mod tests;
+mod turn;
+
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use limosa_clockwork::{Monitor, catch, now};
+use limosa_clockwork::{Monitor, now};
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
+
+use turn::{Waiting, WriteQueue, WriteTurn};
 
 use super::{COMPRESSING, Frame, link_failed};
 use crate::link::{Link, LinkError, Wait};
@@ -32,73 +38,12 @@ pub(crate) struct FrameWriter<'a> {
     packers: Monitor<Vec<Packer>>,
 }
 
-/// The queue of a link. A thread that sends has taken the state, and passes it on to the thread that has waited longest.
-struct WriteQueue {
-    state: Option<WriterState>,
-    waiting: VecDeque<Waiting>,
-    /// Bytes of the queued frames.
-    queued_bytes: usize,
-    /// Why a queued frame could not be sent. It stays, since the frames queued after that one are lost as well.
-    failed: Option<Error>,
-    /// The thread that sends now waits for nothing, so that no frame is left to it.
-    is_brief: bool,
-}
-
-/// An entry of the queue.
-enum Waiting {
-    /// A thread that waits for its turn.
-    Thread(Arc<Monitor<Option<WriterState>>>),
-    /// A small frame: header and payload.
-    Frame(Header, Box<[u8]>),
-}
-
 struct WriterState {
     sequence: u32,
     sent_bytes: u64,
     last_sent: Instant,
     /// The rest of a frame whose sending ended early. It is sent first, since the peer expects it.
     unfinished: Vec<u8>,
-}
-
-/// A turn at sending. Its end sends the frames that were queued meanwhile.
-struct WriteTurn<'t, 'a> {
-    writer: &'t FrameWriter<'a>,
-    state: Option<WriterState>,
-    cancel: Option<&'t Cancel>,
-}
-
-impl Drop for WriteTurn<'_, '_> {
-    fn drop(&mut self) {
-        let mut failed = None;
-        loop {
-            let mut queue = self.writer.queue.lock();
-            if let Some(error) = failed.take() {
-                queue.failed.get_or_insert(error);
-            }
-            match queue.waiting.pop_front() {
-                None => {
-                    queue.state = self.state.take();
-                    return;
-                }
-                Some(Waiting::Thread(next)) => {
-                    drop(queue);
-                    *next.lock() = self.state.take();
-                    return next.notify_all();
-                }
-                Some(Waiting::Frame(header, payload)) => {
-                    queue.queued_bytes -= HEADER_BYTES + payload.len();
-                    let failed_before = queue.failed.is_some();
-                    drop(queue);
-                    if let (Some(state), false) = (&mut self.state, failed_before) {
-                        // A panic must not take the turn with it, for which others wait.
-                        let written = catch(|| state.write_frame(self.writer, header, &payload, self.cancel));
-                        let written = written.map_err(|panic| Error::panicked("sending on a link", &panic));
-                        failed = written.flatten().err();
-                    }
-                }
-            }
-        }
-    }
 }
 
 impl<'a> FrameWriter<'a> {
@@ -246,21 +191,6 @@ impl<'a> FrameWriter<'a> {
         usize::from(queue.state.is_none()) + queue.waiting.len()
     }
 
-    fn turn<'t>(&'t self, cancel: Option<&'t Cancel>) -> WriteTurn<'t, 'a> {
-        let mut queue = self.queue.lock();
-        if let Some(state) = queue.state.take() {
-            return WriteTurn { writer: self, state: Some(state), cancel };
-        }
-        let ticket = Arc::<Monitor<Option<WriterState>>>::default();
-        queue.waiting.push_back(Waiting::Thread(Arc::clone(&ticket)));
-        drop(queue);
-        let mut handed = ticket.lock();
-        while handed.is_none() {
-            (handed, _) = ticket.wait(handed, None);
-        }
-        WriteTurn { writer: self, state: handed.take(), cancel }
-    }
-
     /// Queues a small frame for the current sender, if there is one and there is room.
     fn enqueue(&self, frame: &Frame<'_>) -> Result<bool> {
         let header = header_of(frame);
@@ -350,138 +280,5 @@ impl WriterState {
         }
         self.last_sent = now();
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::FrameReader;
-    use super::*;
-    use crate::link::SocketLink;
-    use limosa_stream::AbortCode;
-    use limosa_stream::body::encode_abort;
-
-    const SILENCE_MAX: Duration = Duration::from_millis(50);
-
-    #[test]
-    fn a_keep_alive_on_a_full_link_waits_for_nothing_and_breaks_no_frame() {
-        let (near, far) = SocketLink::pair().unwrap();
-        let writer = FrameWriter::new(&near, SILENCE_MAX);
-        let mut sent = 0;
-        let large = vec![1; 100_000];
-        while writer.send(&Frame::of(0, Kind::MEMORY_DATA, &large), None).is_ok() {
-            sent += 1;
-        }
-        for _ in 0..100 {
-            writer.keep_alive(Duration::ZERO).unwrap();
-        }
-        std::thread::scope(|scope| {
-            let reading = scope.spawn(|| {
-                let mut reader = FrameReader::new(&far, Duration::from_secs(10));
-                (0..=sent + 1).map(|_| reader.next(&far, "reading", None, None).unwrap().kind).last().unwrap()
-            });
-            // The frame that did not fit is whole in the end, and numbers go on behind it.
-            while !reading.is_finished() {
-                writer.keep_alive(Duration::ZERO).unwrap();
-            }
-            assert_eq!(reading.join().unwrap(), Kind::PROGRESS);
-        });
-    }
-
-    #[test]
-    fn an_error_of_a_queued_frame_is_told_by_every_later_call() {
-        let (near, far) = SocketLink::pair().unwrap();
-        let writer = FrameWriter::new(&near, SILENCE_MAX);
-        let turn = writer.turn(None);
-        writer.post(&Frame::new(Kind::STOPPED, &[]), None).unwrap();
-        // Nobody waits for a socket to be closed.
-        far.cut();
-        drop(turn);
-        let small = Frame::new(Kind::STOPPED, &[]);
-        for _ in 0..3 {
-            assert!(matches!(writer.send(&small, None), Err(Error::Link { .. })));
-            assert!(matches!(writer.post(&small, None), Err(Error::Link { .. })));
-        }
-    }
-
-    /// A link on which every write waits until it may go on.
-    struct Gated {
-        inner: SocketLink,
-        /// The threads that wrote, and how many more may.
-        state: Monitor<(Vec<std::thread::ThreadId>, usize)>,
-    }
-
-    impl Link for Gated {
-        fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-            let mut state = self.state.lock();
-            state.0.push(std::thread::current().id());
-            self.state.notify_all();
-            while state.1 == 0 {
-                (state, _) = self.state.wait(state, None);
-            }
-            state.1 -= 1;
-            self.inner.write(slices, wait)
-        }
-        fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-            self.inner.read(into, wait)
-        }
-        fn finish(&self) {}
-        fn peer(&self) -> &str {
-            "the peer"
-        }
-    }
-
-    #[test]
-    fn a_frame_that_was_left_to_a_keep_alive_held_up_the_thread_that_watches_the_guest() {
-        let (near, _far) = SocketLink::pair().unwrap();
-        let link = Gated { inner: near, state: Monitor::default() };
-        let writer = FrameWriter::new(&link, SILENCE_MAX);
-        std::thread::scope(|scope| {
-            let alive = scope.spawn(|| writer.keep_alive(Duration::ZERO).unwrap());
-            let mut state = link.state.lock();
-            while state.0.is_empty() {
-                (state, _) = link.state.wait(state, None);
-            }
-            drop(state);
-            let posts = scope.spawn(|| writer.post(&Frame::new(Kind::STOPPED, &[]), None).unwrap());
-            while writer.busy() < 2 {
-                std::thread::yield_now();
-            }
-            link.state.lock().1 = 1;
-            link.state.notify_all();
-            // The frame is not sent yet, and this thread goes on.
-            let (alive, thread) = (alive.thread().id(), alive.join());
-            thread.unwrap();
-            link.state.lock().1 = 1;
-            link.state.notify_all();
-            let poster = posts.thread().id();
-            posts.join().unwrap();
-            assert_eq!(link.state.lock().0, [alive, poster]);
-        });
-    }
-
-    #[test]
-    fn an_abort_waits_for_no_frame_that_another_thread_has_queued() {
-        let (near, far) = SocketLink::pair().unwrap();
-        let writer = FrameWriter::new(&near, SILENCE_MAX);
-        let turn = writer.turn(None);
-        for _ in 0..100 {
-            writer.post(&Frame::new(Kind::STOPPED, &[]), None).unwrap();
-        }
-        std::thread::scope(|scope| {
-            let aborts = scope.spawn(|| {
-                let abort = encode_abort(AbortCode::Cancelled, "cancelled");
-                writer.last_word(&Frame::new(Kind::ABORT, &abort), &Error::Cancelled, Duration::from_secs(10))
-            });
-            while writer.busy() < 102 {
-                std::thread::yield_now();
-            }
-            drop(turn);
-            assert!(aborts.join().unwrap());
-        });
-        assert!(writer.post(&Frame::new(Kind::STOPPED, &[]), None).is_err(), "it was the last one");
-        let mut reader = FrameReader::new(&far, Duration::from_secs(10));
-        let first = reader.next(&far, "reading", None, None);
-        assert!(matches!(first, Err(Error::Aborted { .. })), "{first:?}");
     }
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
+use crate::common::closures::AtCommit;
 use crate::common::hooked::Hooked;
 use crate::common::peer::Peer;
 use crate::common::{Ends, options, world};
@@ -17,7 +18,7 @@ use limosa_migrate::link::{
 };
 use limosa_migrate::{
     Acceptor, Cancel, CommitNote, Decision, Destination, Error, InDoubt, Incoming, Ledger, MovedDevice,
-    NoMove, OfferedMove, Options, Outcome, PENDING_MAX, Received, Source, Vmm,
+    NoMove, OfferedMove, Options, Outcome, PENDING_MAX, Received, Source,
 };
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::body::decode_u32;
@@ -337,31 +338,21 @@ fn counted(called: &Arc<AtomicUsize>) -> Hooked {
     })
 }
 
-/// What a source notes before its commit.
-#[derive(Default)]
-struct Noted(Mutex<Option<CommitNote>>);
-
-impl Vmm for Noted {
-    fn committing(&self, note: &CommitNote) -> Result<(), String> {
-        *self.0.lock().unwrap() = Some(note.clone());
-        Ok(())
-    }
-}
-
 #[test]
 fn a_second_offer_reset_the_devices_of_a_guest_that_had_just_arrived() {
     let (options, ledger, called) = (options(), Arc::new(Ledger::new()), Arc::default());
     let acceptor = accepting(None, &ledger, SILENCE);
     let (source, there) = (Hooked::new("source", FLAGS, &[7; 900]), counted(&called));
     let (here, there) = ([MovedDevice::new(&source)], [MovedDevice::new(&there)]);
-    let (address, noted) = (acceptor.address().clone(), Noted::default());
+    let (address, noted) = (acceptor.address().clone(), Mutex::new(None));
+    let note = AtCommit(|note: &CommitNote| *noted.lock().unwrap() = Some(note.clone()));
     let (outcome, received) = std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let offered = offered(&acceptor);
             Destination::new(&there, &ledger, &options).receive_offered(offered)
         });
         let link = connect(&address, LIMIT).unwrap();
-        let outcome = Source::new(&here, &options).with_vmm(&noted).send(&link);
+        let outcome = Source::new(&here, &options).with_vmm(&note).send(&link);
         drop(link);
         (outcome, receiving.join().unwrap())
     });
@@ -385,7 +376,7 @@ fn a_second_offer_reset_the_devices_of_a_guest_that_had_just_arrived() {
     says(&acceptor, &opening(asks, &[(Kind::QUERY, &[])])).read_to_end(&mut heard).unwrap();
     let heard = String::from_utf8_lossy(&heard);
     assert!(heard.contains("QUERY: it carries no proof"), "{heard}");
-    let doubt = InDoubt::recover(noted.0.into_inner().unwrap().unwrap());
+    let doubt = InDoubt::recover(noted.into_inner().unwrap().unwrap());
     let outcome = Source::new(&[], &options).resolve(doubt, &connect(&address, LIMIT).unwrap());
     assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
     let answer = acceptor.accept(wait()).unwrap();

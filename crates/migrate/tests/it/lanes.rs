@@ -7,10 +7,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::common::closures::Harvest;
 use crate::common::{Ends, Fault, FaultyLink, Pages, VecPages, Way, options, world};
 use limosa_migrate::link::{Bandwidth, LimitedLink, Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{Compression, GuestPages, Options, Outcome, Received};
 use limosa_protocol::MigrationFlags;
+use limosa_protocol::bitmap::DirtyBitmap;
 
 const MEMORY_BYTES: usize = 9 << 20;
 
@@ -280,27 +282,6 @@ impl GuestPages for LastPage {
 
 #[test]
 fn a_link_that_lags_behind_does_not_bring_back_old_pages() {
-    use limosa_migrate::DirtyLog;
-    use limosa_protocol::bitmap::DirtyBitmap;
-    /// In every round the guest has written to the first page once more.
-    struct Writer(Arc<VecPages>, u8);
-    impl DirtyLog for Writer {
-        fn start(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-        fn harvest(&mut self, _: usize, dirty: &DirtyBitmap) -> std::io::Result<()> {
-            if self.1 < 20 {
-                self.1 += 1;
-                self.0.write(0, &[self.1; 4096])?;
-                dirty.set_range(0, dirty.pages());
-            }
-            Ok(())
-        }
-        fn stop(&mut self) {}
-        fn covers_devices(&self) -> bool {
-            true
-        }
-    }
     struct Shared(Arc<VecPages>);
     impl GuestPages for Shared {
         fn read(&self, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
@@ -316,7 +297,16 @@ fn a_link_that_lags_behind_does_not_bring_back_old_pages() {
     here.write(0, &[0xff; MEMORY_BYTES]).unwrap();
     let there = LastPage { inner: VecPages::new(MEMORY_BYTES) };
     ends.memory = Some((Arc::new(Shared(here.clone())), Arc::new(there), MEMORY_BYTES as u64));
-    *ends.log.lock().unwrap() = Some(Box::new(Writer(here, 0)));
+    // In every round the guest has written to the first page once more.
+    let mut round = 0;
+    *ends.log.lock().unwrap() = Some(Box::new(Harvest(move |dirty: &DirtyBitmap| {
+        if round < 20 {
+            round += 1;
+            here.write(0, &[round; 4096])?;
+            dirty.set_range(0, dirty.pages());
+        }
+        Ok(())
+    })));
     let (outcome, received, _) = run(&ends, |_| pair());
     assert!(ends.check(outcome, received, "rounds over four links"));
 }

@@ -15,6 +15,7 @@ use limosa_migrate::{
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::{Errno, FeatureIndex, MigrationFlags};
+use limosa_testing::memfd;
 
 const PAGES: u64 = 40;
 
@@ -156,9 +157,7 @@ fn an_abort_does_not_read_all_memory_for_a_log_that_has_no_other_readers() {
 #[test]
 fn an_abort_gives_back_what_devices_wrote() {
     let (source, destination) = world("dev", MigrationFlags::SETS[3], 1000);
-    let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let file = std::fs::File::from(fd);
-    file.set_len(PAGES * PAGE_BYTES).unwrap();
+    let file = memfd(PAGES * PAGE_BYTES);
     source.map(&file, PAGES * PAGE_BYTES);
     destination.fail(Step::LoadFinish, 0, Fault::Refused(Errno::EIO));
     let mut ends = Ends::new(vec![source], vec![destination]);
@@ -259,13 +258,7 @@ impl DirtySource for Iommu {
 /// Moves a device that does not log itself, and memory that it writes, with these sources.
 fn behind(iommu: impl FnOnce(&TestDevice) -> Vec<Iommu>) -> (Ends, Vec<Arc<Iommu>>) {
     let (source, destination) = world("dev", MigrationFlags::SETS[3], 5000);
-    let memory = || {
-        let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let file = std::fs::File::from(fd);
-        file.set_len(PAGES * PAGE_BYTES).unwrap();
-        file
-    };
-    let (here, there) = (memory(), memory());
+    let [here, there] = [(); 2].map(|()| memfd(PAGES * PAGE_BYTES));
     source.map(&here, PAGES * PAGE_BYTES);
     let lacks = vec![
         FeatureIndex::DMA_LOGGING_START,

@@ -14,13 +14,7 @@ use limosa_migrate::{
 };
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::{AbortCode, MigrationId};
-
-fn memfd(bytes: u64) -> std::fs::File {
-    let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let file = std::fs::File::from(fd);
-    file.set_len(bytes).unwrap();
-    file
-}
+use limosa_testing::{forward_link, memfd};
 
 #[test]
 fn a_device_of_every_flag_set_moves() {
@@ -288,15 +282,7 @@ impl Link for CancelAfter {
         self.1.store(left.saturating_sub(written), Ordering::SeqCst);
         Ok(written)
     }
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.0.read(into, wait)
-    }
-    fn finish(&self) {
-        self.0.finish();
-    }
-    fn peer(&self) -> &str {
-        self.0.peer()
-    }
+    forward_link!(|this| this.0; read, finish, peer);
 }
 
 #[test]

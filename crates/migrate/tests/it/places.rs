@@ -13,6 +13,7 @@ use limosa_migrate::{
 };
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::{Damage, HEADER_BYTES, Header, Kind, MigrationId, PREFACE_BYTES};
+use limosa_testing::this_test;
 
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
 const MEMORY_BYTES: u64 = 1 << 16;
@@ -412,10 +413,11 @@ fn files_that_hold_a_guest_were_readable_by_all() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("old"), "an older one").unwrap();
         std::fs::set_permissions(folder.path().join("old"), std::fs::Permissions::from_mode(0o644)).unwrap();
+        let creator = this_test("places::creator");
         let status = std::process::Command::new("/bin/sh")
             .args(["-c", "umask \"$1\"; shift; exec \"$@\"", "sh", umask])
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "places::creator", "--ignored"])
+            .arg(creator.get_program())
+            .args(creator.get_args())
             .env("LIMOSA_TEST_FOLDER", folder.path())
             .stdout(std::process::Stdio::null())
             .status()

@@ -1,18 +1,17 @@
 //! Pre-copy of devices: what they say is left, when they say nonsense or nothing, and what that means for the stop.
-
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::common::closures::{AtStop, Harvest};
 use crate::common::hooked::{Call, Estimates, Hooked, MadeUp, ends_in_time, move_over_a_link};
-use crate::common::{Door, options};
+use crate::common::{Door, Zeroes, options};
 use limosa_client::Chunk;
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{
-    AfterSave, Convergence, Destination, DirtyLog, Durability, Error, GuestPages, Ledger, Memory,
-    MemoryRegion, MovedDevice, Obstacle, Options, Outcome, PAGE_BYTES, Publication, Received, Report,
-    SnapshotTarget, SnapshotWriter, Source, Vmm, WhenStalled,
+    AfterSave, Convergence, Destination, Durability, Error, Ledger, Memory, MemoryRegion, MovedDevice,
+    Obstacle, Options, Outcome, PAGE_BYTES, Publication, Received, Report, SnapshotTarget, SnapshotWriter,
+    Source, WhenStalled,
 };
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::feature::{PrecopyFlags, PrecopyInfo};
@@ -40,16 +39,6 @@ impl SnapshotWriter for Nowhere {
     }
     fn publish(self: Box<Self>, _: Wait<'_>) -> Publication {
         Publication::Published { durability: Durability::Durable }
-    }
-}
-
-/// Does something when the vCPUs stop.
-struct AtStop<F: Fn() + Sync>(F);
-
-impl<F: Fn() + Sync> Vmm for AtStop<F> {
-    fn stop(&self) -> Result<(), String> {
-        (self.0)();
-        Ok(())
     }
 }
 
@@ -408,50 +397,6 @@ impl MadeUp for Steady {
     }
 }
 
-/// Memory of zeroes, which costs nothing: the rate is the one that is assumed, a GiB in a second.
-struct Zeroes;
-
-impl GuestPages for Zeroes {
-    fn read(&self, _: u64, into: &mut [u8]) -> std::io::Result<()> {
-        into.fill(0);
-        Ok(())
-    }
-    fn write(&self, _: u64, _: &[u8]) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn data(&self, _: Range<u64>) -> std::io::Result<Option<Range<u64>>> {
-        Ok(None)
-    }
-    fn zero(&self, _: u64, _: u64) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// All is written in each round while the device streams. Then it is half as much in each.
-struct Halving {
-    rounds: Arc<AtomicU32>,
-    steady: Arc<Steady>,
-    pages: u64,
-}
-
-impl DirtyLog for Halving {
-    fn start(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn harvest(&mut self, _: usize, dirty: &DirtyBitmap) -> std::io::Result<()> {
-        self.rounds.fetch_add(1, Ordering::SeqCst);
-        dirty.set_range(0, self.pages);
-        if self.steady.given.load(Ordering::SeqCst) == STEPS {
-            self.pages /= 2;
-        }
-        Ok(())
-    }
-    fn stop(&mut self) {}
-    fn covers_devices(&self) -> bool {
-        true
-    }
-}
-
 #[test]
 fn rounds_in_which_a_device_streamed_were_counted_as_memory_s() {
     let rounds = Arc::<AtomicU32>::default();
@@ -463,8 +408,19 @@ fn rounds_in_which_a_device_streamed_were_counted_as_memory_s() {
     let source = Hooked::new("steady", FLAGS, &[]).making_up(steady.clone());
     let destination = Hooked::new("destination", FLAGS, &[]);
     let size = 8 * GIB;
-    let region = MemoryRegion { id: 0, iova: 0, size, pages: &Zeroes };
-    let mut log = Halving { rounds, steady: steady.clone(), pages: size / PAGE_BYTES };
+    // It costs nothing: the rate is the one that is assumed, a GiB in a second.
+    let zeroes = Zeroes::default();
+    let region = MemoryRegion { id: 0, iova: 0, size, pages: &zeroes };
+    // All is written in each round while the device streams. Then it is half as much in each.
+    let mut pages = size / PAGE_BYTES;
+    let mut log = Harvest(|dirty: &DirtyBitmap| {
+        rounds.fetch_add(1, Ordering::SeqCst);
+        dirty.set_range(0, pages);
+        if steady.given.load(Ordering::SeqCst) == STEPS {
+            pages /= 2;
+        }
+        Ok(())
+    });
     // From 8 GiB to one in four rounds; so many came before.
     let wanted = convergence(Duration::from_millis(1500), WhenStalled::Abort)
         .with_rounds_max(STEPS / 2 + 2)

@@ -6,19 +6,14 @@ use std::sync::Arc;
 use crate::common::{Ends, Quirks, world};
 use limosa_migrate::{FilePages, Outcome, PAGE_BYTES};
 use limosa_protocol::{Errno, FeatureIndex, MigrationFlags};
+use limosa_testing::memfd;
 
 const PAGES: u64 = 64;
 
 /// Moves a device with these quirks, and memory that it writes; why not, if it was not moved.
 fn moved_with(quirks: Quirks) -> Option<String> {
     let (source, destination) = world("odd", MigrationFlags::SETS[3], 5000);
-    let memory = || {
-        let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let file = std::fs::File::from(fd);
-        file.set_len(PAGES * PAGE_BYTES).unwrap();
-        file
-    };
-    let (here, there) = (memory(), memory());
+    let [here, there] = [(); 2].map(|()| memfd(PAGES * PAGE_BYTES));
     source.map(&here, PAGES * PAGE_BYTES);
     source.quirks(quirks.clone());
     let mut ends = Ends::new(vec![source], vec![destination]);

@@ -4,14 +4,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::common::closures::AtCommit;
 use crate::common::hooked::{
     Call, Estimates, Hook, Hooked, before, before_call, ends_in_time, move_over_a_link,
 };
 use crate::common::options;
 use limosa_client::Device;
 use limosa_migrate::{
-    AfterLoad, AfterSave, Changed, CommitNote, Destination, Error, Ledger, Loss, MovedDevice, Options,
-    Outcome, Received, SnapshotFile, Source, Vmm, WhenStalled, verify,
+    AfterLoad, AfterSave, Changed, Destination, Error, Ledger, Loss, MovedDevice, Options, Outcome, Received,
+    SnapshotFile, Source, Vmm, WhenStalled, verify,
 };
 use limosa_protocol::{FeatureIndex, MigrationFlags, State};
 
@@ -387,15 +388,6 @@ fn a_read_that_a_reset_refused_was_told_as_the_device_s_own_error() {
     }
 }
 
-/// A VMM that resets the destination's device once READY has come, and before COMMIT is sent.
-struct ResetsBeforeCommit<'a>(&'a Hooked);
-
-impl Vmm for ResetsBeforeCommit<'_> {
-    fn committing(&self, _: &CommitNote) -> Result<(), String> {
-        self.0.inner.reset().map_err(|error| error.to_string())
-    }
-}
-
 #[test]
 fn a_device_that_was_reset_while_its_destination_held_was_broken_and_the_source_stopped() {
     for flags in MigrationFlags::SETS {
@@ -403,7 +395,9 @@ fn a_device_that_was_reset_while_its_destination_held_was_broken_and_the_source_
             let source = device("source", flags, counts_resets, &guest());
             let destination = device("destination", flags, counts_resets, &[]);
             let (here, there) = ([MovedDevice::new(&source)], [MovedDevice::new(&destination)]);
-            let (options, ledger, vmm) = (options(), Ledger::new(), ResetsBeforeCommit(&destination));
+            let (options, ledger) = (options(), Ledger::new());
+            // READY has come.
+            let vmm = AtCommit(|_: &_| destination.inner.reset().unwrap());
             let (outcome, received) = move_over_a_link(
                 Source::new(&here, &options).with_vmm(&vmm),
                 Destination::new(&there, &ledger, &options),

@@ -7,19 +7,13 @@ use limosa_migrate::{
     Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, Options, Outcome, Received, Source,
     move_local,
 };
-use rustix::fs::{MemfdFlags, memfd_create};
+use limosa_testing::memfd;
 
 const BYTES: u64 = 64 << 30;
 
-fn memfd() -> File {
-    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(BYTES).unwrap();
-    file
-}
-
 #[test]
 fn a_guest_of_64_gib_that_touched_three_pages_moves_as_three_pages() {
-    let files = [memfd(), memfd()];
+    let files = [memfd(BYTES), memfd(BYTES)];
     let pages = |file: &File| FilePages::mapped(file.try_clone().unwrap(), 0, BYTES).unwrap();
     let [here, there] = [pages(&files[0]), pages(&files[1])];
     let touched = [0, (40 << 30) + 4096, BYTES - 4096];

@@ -2,23 +2,23 @@
 
 use std::io::IoSlice;
 use std::num::NonZeroU32;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::closures::Harvest;
 use crate::common::hooked::{Call, Hooked, ends_in_time, move_over_a_link};
 use crate::common::peer::Peer;
-use crate::common::{Door, VecPages, move_over_links, options};
+use crate::common::{Door, VecPages, Zeroes, move_over_links, options};
 use limosa_migrate::link::{Bandwidth, LimitedLink, Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
     Cancel, CommitNote, Destination, DirtyLog, Error, FingerprintKey, FingerprintLog, Fingerprinted,
     GuestPages, Ledger, Memory, MemoryRegion, MigrationId, MovedDevice, Obstacle, Options, Outcome, Received,
     Source, Vmm, WhenStalled,
 };
-use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_protocol::{MigrationFlags, State};
 use limosa_stream::{DeviceFacts, Kind, MemoryFacts, Offer};
+use limosa_testing::forward_link;
 
 const FLAGS: MigrationFlags = MigrationFlags::SETS[3];
 const MIB: u64 = 1 << 20;
@@ -61,27 +61,9 @@ impl Vmm for Clock {
     }
 }
 
-/// A log in which nothing is dirty.
-#[derive(Default)]
-struct Quiet {
-    /// Fails from this moment on.
-    lost: Option<Arc<AtomicBool>>,
-}
-
-impl DirtyLog for Quiet {
-    fn start(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn harvest(&mut self, _: usize, _: &DirtyBitmap) -> std::io::Result<()> {
-        match &self.lost {
-            Some(lost) if lost.load(Ordering::SeqCst) => Err(std::io::ErrorKind::BrokenPipe.into()),
-            _ => Ok(()),
-        }
-    }
-    fn stop(&mut self) {}
-    fn covers_devices(&self) -> bool {
-        true
-    }
+/// A log in which nothing is ever dirty.
+fn quiet() -> impl DirtyLog {
+    Harvest(|_: &_| Ok(()))
 }
 
 fn region(pages: &dyn GuestPages, size: u64) -> MemoryRegion<'_> {
@@ -108,15 +90,7 @@ impl Link for Dark {
             (true, false) => Ok(slices.iter().map(|slice| slice.len()).sum()),
         }
     }
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.inner.read(into, wait)
-    }
-    fn finish(&self) {
-        self.inner.finish();
-    }
-    fn peer(&self) -> &str {
-        self.inner.peer()
-    }
+    forward_link!(|this| this.inner; read, finish, peer);
 }
 
 #[test]
@@ -130,7 +104,7 @@ fn a_further_link_that_goes_dark_at_the_stop_held_the_guest_for_as_long_as_loadi
             ([MovedDevice::new(&source)], [MovedDevice::new(&destination)], Ledger::new());
         let pages = [VecPages::new(9 * MIB as usize), VecPages::new(9 * MIB as usize)];
         pages[0].0.lock().unwrap().fill(7);
-        let (clock, mut log) = (Clock::default(), Quiet::default());
+        let (clock, mut log) = (Clock::default(), quiet());
         let regions = [region(&pages[1], 9 * MIB)];
         let (outcome, received) = move_over_links(
             Source::new(&here, &options)
@@ -245,43 +219,17 @@ fn an_undo_with_a_fingerprint_log_read_all_memory_again() {
     assert_eq!(reads.load(Ordering::SeqCst), 0, "reads after the commit was refused");
 }
 
-/// Memory of zeroes, of any size.
-#[derive(Default)]
-struct Zeroes {
-    pieces: AtomicU32,
-    largest: AtomicU64,
-    /// Called for each piece that is made zero, with its number.
-    zeroed: Option<Box<dyn Fn(u32) + Send + Sync>>,
-}
-
-impl GuestPages for Zeroes {
-    fn read(&self, _: u64, into: &mut [u8]) -> std::io::Result<()> {
-        into.fill(0);
-        Ok(())
-    }
-    fn write(&self, _: u64, _: &[u8]) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn data(&self, _: Range<u64>) -> std::io::Result<Option<Range<u64>>> {
-        Ok(None)
-    }
-    fn zero(&self, _: u64, bytes: u64) -> std::io::Result<()> {
-        self.largest.fetch_max(bytes, Ordering::SeqCst);
-        let number = self.pieces.fetch_add(1, Ordering::SeqCst);
-        if let Some(zeroed) = &self.zeroed {
-            zeroed(number);
-        }
-        Ok(())
-    }
-}
-
 #[test]
 fn a_log_that_is_lost_at_the_stop_broke_the_downtime_limit_in_silence() {
     for when_stalled in [WhenStalled::Abort, WhenStalled::SwitchOver] {
         // At the rate that is assumed it takes a minute: nothing was read from which it could be learned.
         let (size, goal) = (64 * GIB, Duration::from_secs(10));
         let (here, there, clock) = (Zeroes::default(), Zeroes::default(), Clock::default());
-        let mut log = Quiet { lost: Some(clock.is_stopped.clone()) };
+        let is_lost = clock.is_stopped.clone();
+        let mut log = Harvest(move |_: &_| match is_lost.load(Ordering::SeqCst) {
+            true => Err(std::io::ErrorKind::BrokenPipe.into()),
+            false => Ok(()),
+        });
         let wanted = options().convergence.with_downtime_goal(goal).with_when_stalled(when_stalled);
         let options = options().with_convergence(wanted).with_standstill_max(Duration::from_secs(3600));
         let (regions, ledger) = ([region(&there, size)], Ledger::new());
@@ -399,7 +347,7 @@ fn a_slow_link_that_is_healthy_was_taken_for_a_dead_one() {
         let size = 8 * MIB;
         let pages = [VecPages::new(size as usize), VecPages::new(size as usize)];
         pages[0].0.lock().unwrap().fill(7);
-        let mut log = Quiet::default();
+        let mut log = quiet();
         let regions = [region(&pages[1], size)];
         let bandwidth = Bandwidth::new(rate);
         let (outcome, received) = move_over_links(

@@ -1,7 +1,6 @@
 //! A device that never stops changing, its state and guest memory alike, moves and goes on at the
 //! other end; afterwards every block and every page proves that nothing was lost.
 
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -15,7 +14,7 @@ use limosa_models::synthetic::registers::*;
 use limosa_models::synthetic::{PAGE_BYTES, Pattern, REGISTERS_REGION, Synthetic, SyntheticConfig, Window};
 use limosa_protocol::State;
 use limosa_protocol::info::DmaMapFlags;
-use rustix::fs::{MemfdFlags, memfd_create};
+use limosa_testing::memfd;
 
 const PAGES: u64 = 1000;
 const BYTES: u64 = PAGES * PAGE_BYTES as u64;
@@ -31,8 +30,7 @@ impl End {
         let config: SyntheticConfig = config.parse().unwrap();
         let machine = Machine::simple(Synthetic::new(config).unwrap());
         let device = Loopback::new(name, Arc::clone(&machine));
-        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-        file.set_len(BYTES).unwrap();
+        let file = memfd(BYTES);
         let memory = DmaMemory::File { fd: file.as_fd(), offset: 0 };
         let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
         device.dma_map(&DmaMap { iova: 0, size: BYTES, flags, memory }).unwrap();

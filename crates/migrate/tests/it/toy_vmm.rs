@@ -2,95 +2,43 @@
 //! the destination dies or the move is called off. When the link dies at the commit it runs where the destination says
 //! that it does, and nowhere as long as nobody says.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::process::{Command, Stdio};
+use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
 
 use limosa_stream::{HEADER_BYTES, Header, Kind, PREFACE_BYTES, PROOF_BYTES};
+use limosa_testing::{LIMIT, Process, built_example};
 
-/// So long that only a process that hangs is waited for in vain.
-const PATIENCE: Duration = Duration::from_secs(120);
 /// So few bytes a second that a move does not end by itself while a test runs.
 const SLOW: &str = "300000";
 
-/// The example, which cargo builds with the tests of this package; here for whoever runs this one alone.
-fn program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(built)
-}
-
-fn built() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let folder = test.parent().and_then(|deps| deps.parent()).unwrap();
-    let program = folder.join("examples/toy_vmm");
-    if is_fresh(&program) {
-        return program;
-    }
-    let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--package", "limosa-migrate", "--example", "toy_vmm"]);
-    if folder.ends_with("release") {
-        build.arg("--release");
-    }
-    assert!(build.status().unwrap().success(), "the example does not build");
-    program
-}
-
-/// Whether no source of a program is newer than it is, as far as cargo has noted which they are. Building it without the
-/// rest of the workspace would build what it depends on once more, with other features.
-fn is_fresh(program: &Path) -> bool {
-    let changed = |path: &Path| path.metadata().and_then(|found| found.modified()).ok();
-    let (Some(built), Ok(noted)) = (changed(program), std::fs::read_to_string(program.with_extension("d")))
-    else {
-        return false;
-    };
-    let sources = noted.split_whitespace().skip(1);
-    sources.map(Path::new).all(|source| changed(source).is_some_and(|changed| changed <= built))
-}
-
 /// A process of the example.
-struct Vmm {
-    process: Child,
-    input: Option<ChildStdin>,
-    lines: Receiver<String>,
-}
+struct Vmm(Process);
 
 impl Vmm {
     fn new(arguments: &[&str]) -> Vmm {
-        let mut command = Command::new(program());
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = command.spawn().unwrap();
-        let (output, (sender, lines)) = (process.stdout.take().unwrap(), channel());
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines() {
-                if sender.send(line.unwrap()).is_err() {
-                    break;
-                }
-            }
-        });
-        Vmm { input: process.stdin.take(), process, lines }
+        static PROGRAM: LazyLock<PathBuf> = LazyLock::new(|| built_example("limosa-migrate", "toy_vmm"));
+        Vmm(Process::start_with_input(Command::new(&*PROGRAM).args(arguments), Stdio::piped()))
     }
 
     fn say(&mut self, line: &str) {
-        writeln!(self.input.as_mut().unwrap(), "{line}").unwrap();
+        self.0.say(line);
     }
 
     /// The rest of the next line that begins so.
+    #[track_caller]
     fn expect(&self, begin: &str) -> String {
-        let mut before = Vec::new();
         loop {
-            let Ok(line) = self.lines.recv_timeout(PATIENCE) else {
-                panic!("no `{begin}` after {before:#?}")
-            };
+            let line = self.0.next_line();
+            let line = line.unwrap_or_else(|| panic!("no `{begin}` after {}{}", self.0.out(), self.0.err()));
             if let Some(rest) = line.strip_prefix(begin) {
                 return rest.trim().to_string();
             }
             assert!(!line.starts_with("the guest has crashed"), "{line}");
-            before.push(line);
         }
     }
 
@@ -102,19 +50,6 @@ impl Vmm {
     /// The guest counts on from there.
     fn counts_beyond(&mut self, from: u64) {
         while self.count() <= from + 1000 {}
-    }
-
-    fn quit(mut self) -> ExitStatus {
-        drop(self.input.take());
-        self.process.wait().unwrap()
-    }
-}
-
-impl Drop for Vmm {
-    fn drop(&mut self) {
-        // It may be gone already.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
     }
 }
 
@@ -151,15 +86,15 @@ fn a_guest_moves_between_two_processes_under_load_with_nothing_lost() {
     let count = left.split_whitespace().nth(1).unwrap().parse().unwrap();
     assert_eq!(source.count(), count, "it stands still");
     destination.counts_beyond(count);
-    assert!(source.quit().success() && destination.quit().success());
+    assert_eq!((source.0.end().code, destination.0.end().code), (0, 0));
 }
 
 #[test]
 fn a_destination_that_is_killed_leaves_the_guest_running_and_movable() {
-    let (mut source, mut destination, address, folder) = two();
+    let (mut source, destination, address, folder) = two();
     source.say(&format!("send {address} {SLOW}"));
     source.expect("phase pre-copy");
-    destination.process.kill().unwrap();
+    destination.0.kill();
     source.expect("undone:");
     let count = source.count();
     source.counts_beyond(count);
@@ -285,16 +220,15 @@ fn a_guest_whose_move_is_in_doubt_goes_on_when_the_destination_says_that_it_neve
 
 #[test]
 fn a_guest_whose_move_is_in_doubt_stays_stopped_when_the_destination_is_killed() {
-    let (mut source, mut destination, address, folder) = two();
+    let (mut source, destination, address, folder) = two();
     let ((reached, commits), (killed, goes_on)) = (channel(), channel());
     let gate = gate(folder.path(), &address, channel().1, move || {
         reached.send(()).unwrap();
         goes_on.recv().unwrap()
     });
     source.say(&format!("send {gate}"));
-    commits.recv_timeout(PATIENCE).unwrap();
-    destination.process.kill().unwrap();
-    destination.process.wait().unwrap();
+    commits.recv_timeout(LIMIT).unwrap();
+    destination.0.kill();
     killed.send(false).unwrap();
     source.expect("in doubt:");
     let count = source.count();

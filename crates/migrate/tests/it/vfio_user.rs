@@ -11,6 +11,7 @@ use limosa_migrate::{
 };
 use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{MigrationFlags, State};
+use limosa_testing::memfd;
 use limosa_vfio_user::client::{Client, Options};
 use limosa_vfio_user::server::{self, Server, ShutdownHandle};
 use rustix::fd::AsFd;
@@ -56,13 +57,6 @@ impl Drop for Served {
     }
 }
 
-fn memory() -> std::fs::File {
-    let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let file = std::fs::File::from(fd);
-    file.set_len(PAGES * PAGE_BYTES).unwrap();
-    file
-}
-
 fn map(client: &Client, file: &std::fs::File) {
     let (iova, size) = (0, PAGES * PAGE_BYTES);
     let memory = DmaMemory::File { fd: file.as_fd(), offset: 0 };
@@ -76,7 +70,7 @@ fn run(
     destination: &Served,
     observers: (&dyn Observer, &dyn Observer),
 ) -> (Outcome, Received, bool) {
-    let (here, there) = (memory(), memory());
+    let (here, there) = (memfd(PAGES * PAGE_BYTES), memfd(PAGES * PAGE_BYTES));
     map(&source.client, &here);
     map(&destination.client, &there);
     let (here, there) = (FilePages::new(here, 0), FilePages::new(there, 0));

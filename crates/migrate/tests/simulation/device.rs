@@ -6,14 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use limosa_client::{
-    Chunk, DataStream, Device, DeviceExt, DirtyBits, DmaMap, DmaMemory, DmaTarget, Error, FeatureReply,
-    FeatureRequest, IrqAction, Region, Result,
+    DataStream, Device, DeviceExt, DmaMap, DmaMemory, DmaTarget, Error, FeatureReply, FeatureRequest, Result,
 };
 use limosa_clockwork::{simulation, sleep};
 use limosa_device::{Loopback, Machine};
-use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::{DeviceInfo, DmaMapFlags, IrqInfo};
+use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
+use limosa_testing::{forward_device, forward_stream};
 
 use crate::memory::{DeviceMemory, SimMemory, iova};
 use crate::model::{Outside, SimModel, get, set};
@@ -126,6 +125,13 @@ impl SimDevice {
     }
 }
 
+impl SimDevice {
+    fn reached(&self) -> Result<&Loopback> {
+        self.reach.call()?;
+        Ok(&self.inner)
+    }
+}
+
 impl Device for SimDevice {
     fn name(&self) -> &str {
         &self.reach.name
@@ -179,52 +185,14 @@ impl Device for SimDevice {
     }
 
     fn reset(&self) -> Result<()> {
-        self.reach.call()?;
+        let inner = self.reached()?;
         if let Some(driven) = &self.driven {
             set(driven, None);
         }
-        self.inner.reset()
+        inner.reset()
     }
 
-    fn info(&self) -> Result<DeviceInfo> {
-        self.reach.call()?;
-        self.inner.info()
-    }
-
-    fn region(&self, index: u32) -> Result<Region> {
-        self.reach.call()?;
-        self.inner.region(index)
-    }
-
-    fn irq(&self, index: u32) -> Result<IrqInfo> {
-        self.reach.call()?;
-        self.inner.irq(index)
-    }
-
-    fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        self.reach.call()?;
-        self.inner.region_read(region, offset, data)
-    }
-
-    fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
-        self.reach.call()?;
-        self.inner.region_write(region, offset, data)
-    }
-
-    fn set_irqs(&self, index: u32, start: u32, action: IrqAction<'_>) -> Result<()> {
-        self.reach.call()?;
-        self.inner.set_irqs(index, start, action)
-    }
-
-    fn dma_map(&self, map: &DmaMap<'_>) -> Result<()> {
-        self.reach.call()?;
-        self.inner.dma_map(map)
-    }
-
-    fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
-        self.reach.call()?;
-        self.inner.dma_unmap(iova, size, dirty)
-    }
+    forward_device!(|this| this.reached()?; info, registers);
 }
 
 /// Answers a GET of the state with where the device was driven last.
@@ -243,23 +211,15 @@ struct SimStream {
     reach: Arc<Reach>,
 }
 
+impl SimStream {
+    fn reached(&mut self) -> Result<&mut dyn DataStream> {
+        self.reach.call_of(Place::Stream(self.reach.number))?;
+        Ok(&mut *self.inner)
+    }
+}
+
 impl DataStream for SimStream {
-    fn read(&mut self, data: &mut [u8]) -> Result<Chunk> {
-        self.reach.call_of(Place::Stream(self.reach.number))?;
-        self.inner.read(data)
-    }
+    forward_stream!(|this| this.reached()?; read, write, precopy_info);
 
-    fn write(&mut self, data: &[u8]) -> Result<()> {
-        self.reach.call_of(Place::Stream(self.reach.number))?;
-        self.inner.write(data)
-    }
-
-    fn precopy_info(&mut self) -> Result<PrecopyInfo> {
-        self.reach.call_of(Place::Stream(self.reach.number))?;
-        self.inner.precopy_info()
-    }
-
-    fn transfer_bytes_max(&self) -> usize {
-        self.inner.transfer_bytes_max()
-    }
+    forward_stream!(|this| this.inner; transfer_bytes_max);
 }

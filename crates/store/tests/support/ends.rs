@@ -15,7 +15,7 @@ use limosa_migrate::{
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DmaMapFlags;
-use rustix::fs::{MemfdFlags, memfd_create};
+use limosa_testing::memfd;
 
 const MEMORY_BYTES: u64 = 24 << 20;
 
@@ -61,8 +61,7 @@ impl End {
         let config: SyntheticConfig = format!("state=1M,block=64K,seed={}", seed.max(1)).parse().unwrap();
         let machine = Machine::simple(Synthetic::new(config).unwrap());
         let device = Loopback::new("card", Arc::clone(&machine));
-        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-        file.set_len(MEMORY_BYTES).unwrap();
+        let file = memfd(MEMORY_BYTES);
         let memory = DmaMemory::File { fd: file.as_fd(), offset: 0 };
         let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
         device.dma_map(&DmaMap { iova: 0, size: MEMORY_BYTES, flags, memory }).unwrap();

@@ -15,7 +15,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::dma::{DmaTargets, serve_twin};
 use super::exchange::{Exchange, Failure};
-use super::feature::{Features, Migration, Session};
+use super::feature::{Features, Migration};
+use super::session::Session;
 use super::{Client, Options, Shared, error};
 use crate::codec::{Command, Header, Kind, VersionMessage};
 use crate::connection::{self, ConnectionError, Fds, Receiver, Sender};

@@ -40,6 +40,7 @@ impl Device for Client {
         let request = "DEVICE_RESET";
         let ask = Ask { command: Command::DEVICE_RESET, body: &[], fds: &[] };
         let limit = Limit::from_now(self.shared.options.state_limit);
+        let _change = self.shared.session.change();
         let done = self.shared.exchange.call(&ask, &mut [], limit);
         // A server may keep its state; it is asked when it matters.
         self.shared.session.set_state(None);

@@ -1,10 +1,8 @@
 //! FEATURE requests (`vfio-user.rst: VFIO_USER_DEVICE_FEATURE`), and what the client has to know of
 //! the migration state: which session is open, and what an empty read means.
 
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use limosa_client::{DataStream, Error, FeatureReply, FeatureRequest, Refers, Result};
@@ -69,45 +67,6 @@ pub(super) struct Migration {
     flags: Option<MigrationFlags>,
 }
 
-/// The session that is open, for streams on other threads.
-#[derive(Default)]
-pub(super) struct Session {
-    /// Grows with every session that opens or ends.
-    number: AtomicU64,
-    /// The device's state plus one, 0 while it is not known.
-    state: AtomicU32,
-    /// What carries its data, if not messages.
-    socket: Mutex<Option<Arc<Foreign<UnixStream>>>>,
-}
-
-impl Session {
-    pub fn number(&self) -> u64 {
-        self.number.load(Ordering::SeqCst)
-    }
-
-    pub fn state(&self) -> Option<State> {
-        State::from_raw(self.state.load(Ordering::SeqCst).wrapping_sub(1))
-    }
-
-    pub fn set_state(&self, state: Option<State>) {
-        self.state.store(state.map_or(0, |state| state.raw() + 1), Ordering::SeqCst);
-    }
-
-    /// Ends the session for streams that are out.
-    pub fn end(&self) {
-        self.number.fetch_add(1, Ordering::SeqCst);
-        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
-    /// Says that all of a load has been written: the server takes what is on the way first.
-    fn finish_load(&self) {
-        if let Some(socket) = &*self.socket.lock().unwrap_or_else(PoisonError::into_inner) {
-            // It may be shut down already.
-            let _ = socket.shutdown(Shutdown::Write);
-        }
-    }
-}
-
 impl Shared {
     /// Performs a FEATURE request.
     pub fn feature(self: &Arc<Shared>, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
@@ -118,6 +77,7 @@ impl Shared {
             return self.set_device_state(request);
         }
         let (index, op, limit) = (request.index, request.op, self.options.request_limit);
+        let settled = self.session.settled();
         let log = &self.exchange.dma.log;
         // From before the server's log on, so that nothing falls between.
         let begins_log = (index, op) == (FeatureIndex::DMA_LOGGING_START, FeatureOp::SET) && log.start();
@@ -127,7 +87,10 @@ impl Shared {
         }
         let (payload_bytes, fd) = done?;
         match (index, op) {
-            (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::GET) => self.learn(request.payload),
+            (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::GET) => {
+                let got = FeatureMigState::read_from_prefix(request.payload);
+                self.session.learn(got.ok().and_then(|(got, _)| got.state().ok()), settled);
+            }
             (FeatureIndex::DMA_LOGGING_STOP, FeatureOp::SET) => log.stop(),
             (FeatureIndex::DMA_LOGGING_REPORT, FeatureOp::GET) => {
                 self.add_written(request.payload, &mut request.refers);
@@ -241,21 +204,6 @@ impl Shared {
         }
     }
 
-    /// Takes note of the state that a GET brought.
-    fn learn(&self, payload: &[u8]) {
-        let state = FeatureMigState::read_from_prefix(payload).ok().and_then(|(got, _)| got.state().ok());
-        // A SET that is under way knows better.
-        if let Ok(_set) = self.migration.try_lock() {
-            if let (Some(known), Some(state)) = (self.session.state(), state)
-                && known != state
-                && !(known.is_saving() && state.is_saving())
-            {
-                self.session.end();
-            }
-            self.session.set_state(state);
-        }
-    }
-
     /// Asks for the state.
     pub fn get_state(&self) -> Result<State> {
         let mut got = FeatureMigState::default();
@@ -288,6 +236,7 @@ impl Shared {
     /// SET of MIG_DEVICE_STATE: drives the device, and hands out a stream when a session opens.
     fn set_device_state(self: &Arc<Shared>, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         let mut migration = self.migration.lock().unwrap_or_else(PoisonError::into_inner);
+        let _change = self.session.change();
         let flags = self.flags(&mut migration)?;
         let from = match self.session.state() {
             Some(state) => state,
@@ -409,6 +358,9 @@ fn name(index: FeatureIndex, op: FeatureOp) -> String {
     let index = match index {
         extension::PRECOPY_INFO => "PRECOPY_INFO".to_owned(),
         extension::DATA_FD => "DATA_FD".to_owned(),
+        extension::STAY => "STAY".to_owned(),
+        extension::ECHO => "ECHO".to_owned(),
+        extension::KICK => "KICK".to_owned(),
         other => other.to_string(),
     };
     match op {

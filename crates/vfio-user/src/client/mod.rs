@@ -1,12 +1,14 @@
 //! A vfio-user device as a VMM sees it: [`Client`], a [`limosa_client::Device`] behind a socket.
 
 mod connect;
+mod control;
 mod data_socket;
 mod device;
 mod dma;
 mod dma_log;
 mod exchange;
 mod feature;
+mod session;
 mod stream;
 
 use std::os::fd::BorrowedFd;
@@ -27,7 +29,8 @@ use crate::connection::{self, ConnectionError, Sender};
 pub use crate::version::Role;
 use crate::version::{DATA_XFER_BYTES_DEFAULT, Limits};
 use exchange::{Answer, Ask, Exchange, Failure, Limit};
-use feature::{Migration, Session};
+use feature::Migration;
+use session::Session;
 
 /// How a client deals with its server.
 #[derive(Clone, Debug)]
@@ -338,7 +341,11 @@ impl Shared {
     /// A failure in the words of the client's trait.
     #[cold]
     fn error(&self, request: &str, failure: Failure) -> Error {
-        error(&self.name, request, failure)
+        let mut error = error(&self.name, request, failure);
+        if let (Role::Control, Error::Refused { errno, hint, .. }) = (self.role, &mut error) {
+            *hint = control::hint(request, *errno).into();
+        }
+        error
     }
 
     #[cold]

@@ -246,7 +246,7 @@ impl Receiver {
         loop {
             let held = &self.buffer[self.start..self.end];
             if let Ok((header, _)) = Header::read_from_prefix(held) {
-                let whole = Header::BYTES + header.body_bytes().unwrap_or(0) as usize;
+                let whole = Header::BYTES + header.body_bytes().unwrap_or(0);
                 if held.len() >= whole.min(Receiver::BUFFER_BYTES) {
                     return Ok(true);
                 }
@@ -266,6 +266,11 @@ impl Receiver {
             }
             self.end += got;
         }
+    }
+
+    /// The header of the next message, when it is in the buffer. Only between two messages.
+    pub fn held_header(&self) -> Option<Header> {
+        Header::read_from_prefix(&self.buffer[self.start..self.end]).ok().map(|(header, _)| header)
     }
 
     /// Whether fds of the current message have arrived.

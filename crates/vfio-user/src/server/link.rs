@@ -312,7 +312,9 @@ impl Link {
         let full = shared.queue.len() >= QUEUE_COMMANDS_MAX
             || shared.queued_bytes >= QUEUE_BYTES_MAX
             || shared.queued_fds >= QUEUE_FDS_MAX;
-        self.turn.notify_all();
+        drop(shared);
+        // The serving thread may sleep in poll(2), on a socket that this command is not in any more.
+        self.wake();
         Ok(if full { Pumped::Full } else { Pumped::Other })
     }
 
@@ -443,7 +445,7 @@ impl Link {
                 continue;
             };
             drop(shared);
-            let gathered = receiver.gather();
+            let gathered = self.gather(&mut receiver);
             self.give_back(receiver);
             if gathered? {
                 return Ok(Something::Command);
@@ -453,6 +455,19 @@ impl Link {
             }
             self.poll(PollFlags::IN, until)?;
         }
+    }
+
+    /// Whether a command has come. Replies before it are handed over: who waits for them need not lead.
+    fn gather(&self, receiver: &mut Receiver) -> Result<bool, ConnectionError> {
+        while receiver.gather()? {
+            if !receiver.held_header().is_some_and(|header| is_reply(&header)) {
+                return Ok(true);
+            }
+            let header = receiver.next(None)?;
+            self.hand_over(receiver, header, None, None)?;
+            receiver.skip(None)?;
+        }
+        Ok(false)
     }
 
     /// Sleeps until [`Link::wake`] was called, the client has gone, or it is so late. What the client sends stays where it is.

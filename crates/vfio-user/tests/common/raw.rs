@@ -46,6 +46,11 @@ pub const RESUMING: u32 = 4;
 pub const PRE_COPY: u32 = 6;
 
 /// Errno numbers, spelled out for the same reason.
+pub const EPERM: u32 = 1;
+pub const ENOENT: u32 = 2;
+pub const EIO: u32 = 5;
+pub const EACCES: u32 = 13;
+pub const EBUSY: u32 = 16;
 pub const EBADF: u32 = 9;
 pub const EEXIST: u32 = 17;
 pub const ENODEV: u32 = 19;
@@ -138,6 +143,19 @@ impl Raw {
         raw
     }
 
+    /// Connects and negotiates the role of a control client.
+    pub fn control(path: &Path) -> Raw {
+        let mut raw = Raw::connect(path);
+        raw.ask_role("control").ok();
+        raw
+    }
+
+    /// Negotiates with the capability of a role.
+    pub fn ask_role(&mut self, role: &str) -> Message {
+        let json = format!(r#"{{"capabilities":{{"max_msg_fds":16,"role":"{role}"}}}}"#);
+        self.version(&format!("{json}{}", " ".repeat(200)))
+    }
+
     pub fn negotiate(&mut self) -> Message {
         let json =
             r#"{"capabilities":{"max_msg_fds":16,"max_data_xfer_size":1048576,"write_multiple":true}}"#;
@@ -196,6 +214,19 @@ impl Raw {
     pub fn post(&mut self, command: u16, body: &[u8]) {
         let id = self.next_id();
         self.send(&message(id, command, NO_REPLY, body), &[]);
+    }
+
+    /// Sends a command and does not wait for its reply; its id.
+    pub fn ask(&mut self, command: u16, body: &[u8]) -> u16 {
+        let id = self.next_id();
+        self.send(&message(id, command, 0, body), &[]);
+        id
+    }
+
+    /// Whether something has come that was not received yet, or the connection's end.
+    pub fn has_something(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
     }
 
     /// Receives a message.

@@ -11,7 +11,7 @@ use crate::hold::{self, Leaves};
 use crate::moved::Moved;
 use crate::moves::Moves;
 use crate::noting::{Noting, Target, devices_of};
-use crate::open::Opening;
+use crate::open::{Opened, Opening};
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::side::{self, Side};
@@ -45,13 +45,14 @@ fn between(
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
     let moves = Moves::new(args.moves.folder.as_deref());
-    // A guest that is not stopped from here is not left so either.
-    let noting = match args.stopping.stops_the_guest() {
+    // A guest that is not stopped from here is not left so either, unless its device is told to stay.
+    let is_beside_vmm = from.devices().iter().any(Opened::is_beside_vmm);
+    let noting = match args.stopping.stops_the_guest() || is_beside_vmm {
         true => Some(Noting::new(&moves, from, Target::Here(to.name()))?),
         false => None,
     };
     let halted = devices_of(from).ok();
-    let guest = Guest::source(&args.stopping, noting)?;
+    let guest = Guest::source(&args.stopping, from.devices(), noting)?;
     let source = source(&here, memory(from, &pages, &mut log), &guest, &progress, &options, cancel);
     let (ledger, regions) = (Ledger::new(), pages_there.regions(to.memory()));
     let guest_there = Guest::destination(&args.starting);

@@ -48,7 +48,7 @@ fn over(
     let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let target = Target::Address { address: address.lasting()?.to_string(), tls: links.are_tls() };
-    let guest = Guest::source(&args.stopping, Some(Noting::new(&moves, side, target)?))?;
+    let guest = Guest::source(&args.stopping, side.devices(), Some(Noting::new(&moves, side, target)?))?;
     let pages = side.source_pages(&args.stopping)?;
     let hint = "is `limosa receive` listening there?";
     let connector = links.connector(address);

@@ -44,7 +44,8 @@ fn to_file(side: &Side, args: &args::Save, cancel: &Cancel, out: &Output) -> any
         AfterSave::Run if !args.stopping.stops_the_guest() => None,
         _ => Some(Noting::new(&moves, side, Target::Place(noted_name(args.names.file())?))?),
     };
-    let (guest, pages) = (Guest::source(&args.stopping, noting)?, side.source_pages(&args.stopping)?);
+    let (guest, pages) =
+        (Guest::source(&args.stopping, side.devices(), noting)?, side.source_pages(&args.stopping)?);
     let mut log = pages.log();
     let saved = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, cancel);
     let mut outcome = saved.save(place.target(), after);

@@ -30,6 +30,8 @@ const NAME: &str = concat!("limosa ", env!("CARGO_PKG_VERSION"));
 #[derive(Serialize, Deserialize)]
 pub struct Listening {
     pub listening: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub took_over: Option<TookOver>,
 }
@@ -54,7 +56,12 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
         Some(listener) => Server::from_listener(listener, machine, options),
         None => Server::bind(&args.socket, machine, options),
     };
-    let servers = [server.map_err(|error| cannot_listen(&args.socket, &error))?];
+    let mut server = server.map_err(|error| cannot_listen(&args.socket, &error))?;
+    if let Some(control) = &args.control {
+        let own = SocketAccess::default();
+        server = server.with_control(control, &own).map_err(|error| cannot_listen(control, &error))?;
+    }
+    let servers = [server];
     let door = args.takeover.as_deref().map(listen_for_takers).transpose()?;
     let stop = ShutdownHandle::new().context("cannot make an eventfd")?;
     let on_end = stop.clone();
@@ -63,8 +70,14 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
         on_end.shut_down();
     })?;
     serve(&servers, &stop, || {
-        let listening = Listening { listening: args.socket.display().to_string(), took_over: None };
-        out.result(&listening, |to| writeln!(to, "listening on {}", listening.listening))?;
+        let control = args.control.as_ref().map(|path| path.display().to_string());
+        let listening = Listening { listening: args.socket.display().to_string(), control, took_over: None };
+        out.result(&listening, |to| {
+            if let Some(control) = &listening.control {
+                writeln!(to, "control clients: {control}")?;
+            }
+            writeln!(to, "listening on {}", listening.listening)
+        })?;
         service::ready();
         Ok(door)
     })

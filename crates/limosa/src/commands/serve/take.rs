@@ -81,7 +81,7 @@ pub fn run(
         }
         let took_over = TookOver::new(report, ending, failed);
         let listening = args.socket.display().to_string();
-        let listening = Listening { listening, took_over: Some(took_over) };
+        let listening = Listening { listening, control: None, took_over: Some(took_over) };
         if let Err(error) = out.result(&listening, |to| listening.print(to)) {
             tracing::warn!(error = exit::message(&error), "the report cannot be printed");
         }

@@ -5,15 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use limosa_client::{
-    Chunk, DataStream, Device, DeviceExt, DeviceIdentity, Error, FeatureReply, FeatureRequest, Region, Result,
-};
+use limosa_client::{Chunk, DataStream, Device, DeviceExt, Error, FeatureReply, FeatureRequest, Result};
 use limosa_device::{Fault, Loopback, Machine, Save};
 use limosa_migrate::link::SocketLink;
 use limosa_migrate::{Destination, Outcome, Received, Source};
 use limosa_protocol::feature::PrecopyInfo;
-use limosa_protocol::info::DeviceInfo;
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, MigrationFlags, State};
+use limosa_testing::{forward_device, forward_stream};
 
 use super::scripted::{self, Scripted};
 
@@ -186,12 +184,6 @@ pub fn panic_quietly() -> ! {
 }
 
 impl Device for Hooked {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-    fn identity(&self) -> Option<DeviceIdentity> {
-        self.inner.identity()
-    }
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         let is_state = request.index == FeatureIndex::MIG_DEVICE_STATE && request.op == FeatureOp::SET;
         let state = request.payload.first_chunk().map(|raw| u32::from_ne_bytes(*raw));
@@ -214,10 +206,7 @@ impl Device for Hooked {
         self.before(Call::Reset)?;
         self.inner.reset()
     }
-    fn info(&self) -> Result<DeviceInfo> {
-        self.inner.info()
-    }
-    forward_registers!();
+    forward_device!(|this| this.inner; name, identity, info, registers);
 }
 
 struct HookedStream {
@@ -246,9 +235,7 @@ impl DataStream for HookedStream {
             None => self.inner.precopy_info(),
         }
     }
-    fn transfer_bytes_max(&self) -> usize {
-        self.inner.transfer_bytes_max()
-    }
+    forward_stream!(|this| this.inner; transfer_bytes_max);
 }
 
 /// Contents that give half of themselves before the stop, and take whatever they are given.

@@ -2,43 +2,7 @@
 //! its guest runs, and links that fail where they are told to.
 #![allow(dead_code, unused_imports, reason = "each binary uses a part")]
 
-/// The calls of a [`limosa_client::Device`] that have nothing to do with its migration, as those of `self.inner`.
-macro_rules! forward_registers {
-    () => {
-        fn region(&self, index: u32) -> limosa_client::Result<limosa_client::Region> {
-            self.inner.region(index)
-        }
-        fn irq(&self, index: u32) -> limosa_client::Result<limosa_protocol::info::IrqInfo> {
-            self.inner.irq(index)
-        }
-        fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> limosa_client::Result<()> {
-            self.inner.region_read(region, offset, data)
-        }
-        fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> limosa_client::Result<()> {
-            self.inner.region_write(region, offset, data)
-        }
-        fn set_irqs(
-            &self,
-            index: u32,
-            start: u32,
-            action: limosa_client::IrqAction<'_>,
-        ) -> limosa_client::Result<()> {
-            self.inner.set_irqs(index, start, action)
-        }
-        fn dma_map(&self, map: &limosa_client::DmaMap<'_>) -> limosa_client::Result<()> {
-            self.inner.dma_map(map)
-        }
-        fn dma_unmap(
-            &self,
-            iova: u64,
-            size: u64,
-            dirty: Option<limosa_client::DirtyBits<'_>>,
-        ) -> limosa_client::Result<()> {
-            self.inner.dma_unmap(iova, size, dirty)
-        }
-    };
-}
-
+pub mod closures;
 mod device;
 mod door;
 pub mod hooked;
@@ -47,6 +11,7 @@ mod odd;
 pub mod peer;
 #[path = "../../scripted/mod.rs"]
 mod scripted;
+mod zeroes;
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -66,6 +31,7 @@ pub use links::{Fault, FaultyLink, Way, move_over_links};
 pub use odd::Quirks;
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use scripted::Step;
+pub use zeroes::Zeroes;
 
 use limosa_migrate::link::{Link, SocketLink};
 use limosa_protocol::State;

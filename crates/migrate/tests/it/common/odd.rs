@@ -3,11 +3,12 @@
 
 use std::sync::Mutex;
 
-use limosa_client::{Chunk, DataStream, Device, DeviceIdentity, Error, FeatureReply, FeatureRequest, Result};
+use limosa_client::{Chunk, DataStream, Device, Error, FeatureReply, FeatureRequest, Result};
 use limosa_device::Loopback;
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::info::DeviceInfo;
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
+use limosa_testing::{forward_device, forward_stream};
 
 /// What is odd about it.
 #[derive(Clone, Debug, Default)]
@@ -50,12 +51,6 @@ impl Odd {
 }
 
 impl Device for Odd {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-    fn identity(&self) -> Option<DeviceIdentity> {
-        self.inner.identity()
-    }
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         let quirks = self.quirks();
         if quirks.lacks.contains(&request.index) {
@@ -85,13 +80,10 @@ impl Device for Odd {
         reply.stream = reply.stream.map(|inner| Box::new(OddStream { inner, quirks }) as Box<dyn DataStream>);
         Ok(reply)
     }
-    fn reset(&self) -> Result<()> {
-        self.inner.reset()
-    }
     fn info(&self) -> Result<DeviceInfo> {
         if self.quirks().no_info { self.refuse(Errno::EINVAL) } else { self.inner.info() }
     }
-    forward_registers!();
+    forward_device!(|this| this.inner; name, identity, reset, registers);
 }
 
 struct OddStream {
@@ -108,9 +100,6 @@ impl DataStream for OddStream {
             chunk => chunk,
         })
     }
-    fn write(&mut self, data: &[u8]) -> Result<()> {
-        self.inner.write(data)
-    }
     fn precopy_info(&mut self) -> Result<PrecopyInfo> {
         if self.quirks.no_precopy_info {
             let (device, request) = ("odd".into(), "pre-copy info".into());
@@ -118,7 +107,5 @@ impl DataStream for OddStream {
         }
         self.inner.precopy_info()
     }
-    fn transfer_bytes_max(&self) -> usize {
-        self.inner.transfer_bytes_max()
-    }
+    forward_stream!(|this| this.inner; write, transfer_bytes_max);
 }

@@ -34,12 +34,14 @@ pub(super) mod kind {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Offer {
     pub flags: u32,
-    /// Flags, bytes, and the parts that can be mapped.
-    pub regions: Vec<(u32, u64, Vec<(u64, u64)>)>,
+    pub regions: Vec<OfferedRegion>,
     /// Flags and vectors.
     pub irqs: Vec<(u32, u32)>,
     pub migration: u64,
 }
+
+/// Flags, bytes, and the parts that can be mapped.
+pub(super) type OfferedRegion = (u32, u64, Vec<(u64, u64)>);
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Listener {
@@ -179,7 +181,7 @@ impl Files {
         let rows: Vec<_> = mappings.iter().map(row).collect();
         let mut items = Vec::new();
         for files in self.known[self.given..].chunks(ITEM_FDS_MAX) {
-            let fds = files.iter().map(|file| copy(file)).collect::<Result<Vec<_>, _>>()?;
+            let fds = files.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
             items.push(Item::new(kind::FILES, device, Vec::new()).with_fds(fds));
         }
         self.given = self.known.len();

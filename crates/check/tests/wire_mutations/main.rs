@@ -1,0 +1,158 @@
+//! The family `vfio-user`, tested against itself: for each of its clauses a server that breaks just that, and the checks
+//! that find it. `docs/conformance/mutations-vfio-user.md` is the table. With UPDATE_DOCS set the page is written anew.
+
+mod faults;
+mod proxy;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use faults::Case;
+use limosa_check::{
+    CLAUSES, Check, Document, Family, Limits, Options, Outcome, Report, Target, Transport, checks, run,
+};
+use limosa_device::{Bus, Description, Machine, SimpleMigration, SimpleModel};
+use limosa_models::synthetic::{Synthetic, SyntheticConfig};
+use limosa_protocol::Errno;
+use limosa_protocol::info::{IrqFlags, pci_index};
+use limosa_vfio_user::client::{self, Client};
+use proxy::{Fault, Faulty};
+
+/// The synthetic device with more vectors than it has.
+struct Vectors(Synthetic);
+
+impl SimpleModel for Vectors {
+    fn description(&self) -> Description {
+        let mut description = self.0.description();
+        let irq = &mut description.irqs[pci_index::IRQ_MSIX as usize];
+        (irq.flags, irq.count) = (IrqFlags::EVENTFD, 4);
+        let irq = &mut description.irqs[pci_index::IRQ_MSI as usize];
+        (irq.flags, irq.count) = (IrqFlags::EVENTFD, 4);
+        description
+    }
+    fn attach(&mut self, bus: Bus) {
+        self.0.attach(bus);
+    }
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.0.region_read(region, offset, data)
+    }
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.0.region_write(region, offset, data)
+    }
+    fn reset(&mut self) -> Result<(), Errno> {
+        self.0.reset()
+    }
+    fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
+        self.0.migration()
+    }
+}
+
+fn check(fault: Fault, only: Option<&str>) -> Report {
+    let config = SyntheticConfig { state_bytes: 64 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
+    let server = Faulty::start(Machine::simple(Vectors(Synthetic::new(config).unwrap())), fault);
+    let dialled = Arc::clone(&server);
+    let target = Target::new("faulty", Transport::VfioUser, move || {
+        server.dead.store(false, Ordering::SeqCst);
+        Ok(Box::new(Client::connect(&server.upstream, client::Options::default())?))
+    })
+    .dial(move || dialled.dial());
+    let options = Options {
+        families: vec![Family::VfioUser],
+        only: only.into_iter().map(ToOwned::to_owned).collect(),
+        destructive: true,
+        // What a server does not do is waited for as long.
+        limits: Limits { check: Duration::from_secs(4), silent_max: u32::MAX, ..Limits::default() },
+        ..Options::default()
+    };
+    run(&target, &options, |_| {}).unwrap()
+}
+
+fn failed(report: &Report) -> BTreeSet<String> {
+    report.failed().map(|check| check.id.clone()).collect()
+}
+
+fn family() -> Vec<Check> {
+    checks().into_iter().filter(|check| check.family == Family::VfioUser).collect()
+}
+
+#[test]
+fn a_server_without_a_fault_passes() {
+    let report = check(Fault::Nothing, None);
+    let failed: Vec<_> = report.failed().collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+    let skipped: Vec<_> =
+        report.checks.iter().filter(|check| matches!(check.outcome, Outcome::Skip(_))).collect();
+    assert!(skipped.is_empty(), "{skipped:#?}");
+    assert_eq!((&*report.left_in, &report.ended_early), ("RUNNING", &None));
+    assert!(report.seconds < 10.0, "{}", report.seconds);
+}
+
+#[test]
+fn each_fault_of_a_server_is_found_by_exactly_the_checks_that_should() {
+    let cases: Vec<Case> = faults::all();
+    let next = AtomicUsize::new(0);
+    let found: Mutex<Vec<Option<BTreeSet<String>>>> = Mutex::new(cases.iter().map(|_| None).collect());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while let (at, Some(case)) = {
+                    let at = next.fetch_add(1, Ordering::SeqCst);
+                    (at, cases.get(at))
+                } {
+                    let report = check(case.fault, case.only);
+                    assert_eq!(report.ended_early, None, "{}", case.words);
+                    found.lock().unwrap()[at] = Some(failed(&report));
+                }
+            });
+        }
+    });
+    let found: Vec<_> = found.into_inner().unwrap().into_iter().map(Option::unwrap).collect();
+    let family = family();
+    let mut can_fail = BTreeSet::new();
+    let mut rows = Vec::new();
+    let mut missed = Vec::new();
+    for (case, failed) in cases.iter().zip(&found) {
+        let cites = |check: &&Check| failed.contains(&*check.id) && check.clauses.contains(&case.clause);
+        if !family.iter().any(|check| cites(&check)) {
+            missed.push(format!("{}: breaks {}, and failed {failed:?}", case.words, case.clause));
+        }
+        can_fail.extend(failed.iter().cloned());
+        let ids: Vec<_> = failed.iter().map(|id| format!("`{id}`")).collect();
+        rows.push(format!("| {} | `{}` | {} |", case.words, case.clause, ids.join(" ")));
+    }
+    let never: Vec<_> =
+        family.iter().filter(|check| !can_fail.contains(&*check.id)).map(|check| &*check.id).collect();
+    let unbroken: Vec<_> = CLAUSES
+        .iter()
+        .filter(|clause| clause.document == Document::VfioUser && clause.unchecked.is_empty())
+        .filter(|clause| !cases.iter().any(|case| case.clause == clause.id))
+        .map(|clause| clause.id)
+        .collect();
+    let page = format!("{HEAD}{}\n", rows.join("\n"));
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/conformance/mutations-vfio-user.md");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(path, &page).unwrap();
+    }
+    assert!(missed.is_empty(), "no check of its clause finds it:\n{}", missed.join("\n"));
+    assert!(never.is_empty(), "checks that never fail:\n{}", never.join("\n"));
+    assert!(unbroken.is_empty(), "clauses that no fault breaks: {unbroken:?}");
+    let kept = std::fs::read_to_string(path).unwrap();
+    for (line, kept) in page.lines().zip(kept.lines()) {
+        assert_eq!(line, kept, "the table says otherwise; UPDATE_DOCS=1 writes it anew");
+    }
+    assert_eq!(page.lines().count(), kept.lines().count());
+}
+
+const HEAD: &str = "\
+# The family vfio-user, tested against itself
+
+For each clause of `vfio-user.rst` a server that breaks just that: a proxy with one fault in front of a server of this project. The
+last column is the checks that fail, all of them. A test holds the table to what happens, and holds that every check of the
+family fails somewhere in it.
+
+| fault | clause | checks that fail |
+|---|---|---|
+";

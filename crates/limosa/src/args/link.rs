@@ -1,0 +1,61 @@
+//! What commands take for the link between two hosts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::resolving::Moves;
+use super::values::seconds;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Link")]
+pub struct Link {
+    /// Seconds that the other side may say nothing before the link counts as lost; so long a source in doubt asks,
+    /// and twice as long a destination stays to be asked.
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub silence: Duration,
+
+    #[command(flatten)]
+    pub moves: Moves,
+
+    #[command(flatten)]
+    pub tls: Tls,
+}
+
+/// TLS 1.3 with both sides authenticated: all three files, on both sides.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "TLS")]
+pub struct Tls {
+    /// The authorities that the other side's certificate may come from, PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["tls_cert", "tls_key"])]
+    pub tls_ca: Option<PathBuf>,
+
+    /// This side's certificate, followed by those between it and its authority, PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The key of this side's certificate, PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_cert"])]
+    pub tls_key: Option<PathBuf>,
+
+    /// The name that the other side's certificate must have. Without it, send and resolve expect the host that they
+    /// connect to; receive and answer need it, or --tls-any-name.
+    #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
+    pub tls_name: Option<String>,
+
+    /// Peers need not be authenticated. Without TLS, use TCP beyond this host: anyone on the path can then read and alter
+    /// guest memory and device state, and take the devices over. And believe peers that prove nothing: those of older
+    /// versions, and the other end of a move of which no secret was noted.
+    #[arg(long)]
+    pub insecure: bool,
+}
+
+/// The certificates that a listening side accepts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "TLS")]
+pub struct Names {
+    /// Accept every certificate of the authorities, whatever its name: whoever has one can send, or ask.
+    #[arg(long, requires_all = ["tls_ca", "tls_cert", "tls_key"], conflicts_with = "tls_name")]
+    pub tls_any_name: bool,
+}

@@ -1,0 +1,129 @@
+//! What `limosa save` and `limosa load` take.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use limosa_migrate::Compression;
+
+use super::Hold;
+use super::guest::{DestinationMemory, SourceMemory, Starting, Stopping};
+use super::moving::{Devices, Reporting, StateMax, StopLimits};
+use super::resolving::Moves;
+
+/// The devices of a save, and where they are saved.
+///
+/// The two names without an option are one argument for clap: of an argument that may be left out and one that may not, it
+/// finds the second only where no option stands between them.
+#[derive(Debug, Args)]
+pub struct SaveNames {
+    /// The device, where --device or --memory does not name all there is, and a file or s3://BUCKET/KEY, which appears when
+    /// it is whole.
+    #[arg(value_names = ["DEVICE", "FILE"], num_args = 1..=2, required = true)]
+    names: Vec<OsString>,
+
+    /// A further device; many times. All of them move as one, and the first here becomes the first there, the
+    /// second the second.
+    #[arg(long = "device", id = "more", value_name = "DEVICE")]
+    more: Vec<String>,
+}
+
+impl Save {
+    /// What clap cannot check: that there is something to save, and that a device's name is text.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let device = self.names.names.split_last().and_then(|(_, device)| device.first());
+        if device.is_none() && self.names.more.is_empty() && self.memory.memory.is_empty() {
+            let file = self.names.file().display();
+            return Err(format!(
+                "{file} is where to save; what to save is missing: DEVICE, --device or --memory"
+            ));
+        }
+        match device {
+            Some(device) if device.to_str().is_none() => {
+                Err(format!("{}: expected a device's name in UTF-8", device.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl SaveNames {
+    /// All devices, in their order.
+    pub fn devices(&self) -> Vec<&str> {
+        let first = self.names.split_last().map_or(&[][..], |(_, device)| device);
+        let first = first.iter().filter_map(|name| name.to_str());
+        first.chain(self.more.iter().map(String::as_str)).collect()
+    }
+
+    /// Where they are saved.
+    pub fn file(&self) -> &Path {
+        Path::new(self.names.last().map_or(OsStr::new(""), OsString::as_os_str))
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(override_usage = "limosa save [OPTIONS] [DEVICE] <FILE>", after_help = super::STORES)]
+pub struct Save {
+    #[command(flatten)]
+    pub names: SaveNames,
+
+    /// Replace a snapshot that is there already, when the new one is whole.
+    #[arg(long)]
+    pub replace: bool,
+
+    /// Compress memory and devices' data with zstd, or with lz4, which takes less time and saves less.
+    #[arg(long, value_name = "METHOD")]
+    pub compress: Option<Compression>,
+
+    /// Leave the devices stopped.
+    #[arg(long)]
+    pub stop: bool,
+
+    #[command(flatten)]
+    pub stop_limits: StopLimits,
+
+    #[command(flatten)]
+    pub reporting: Reporting,
+
+    #[command(flatten)]
+    pub hold: Hold,
+
+    #[command(flatten)]
+    pub memory: SourceMemory,
+
+    #[command(flatten)]
+    pub stopping: Stopping,
+
+    #[command(flatten)]
+    pub moves: Moves,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = super::STORES)]
+pub struct Load {
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    #[command(flatten)]
+    pub devices: Devices,
+
+    /// Leave the devices stopped.
+    #[arg(long, conflicts_with = "run")]
+    pub stop: bool,
+
+    #[command(flatten)]
+    pub reporting: Reporting,
+
+    #[command(flatten)]
+    pub hold: Hold,
+
+    #[command(flatten)]
+    pub state: StateMax,
+
+    #[command(flatten)]
+    pub memory: DestinationMemory,
+
+    #[command(flatten)]
+    pub starting: Starting,
+}

@@ -1,0 +1,89 @@
+//! Whose turn it is to send: a thread that finds the link busy waits in the queue, and so does a small frame.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use limosa_clockwork::{Monitor, catch};
+use limosa_stream::{HEADER_BYTES, Header};
+
+use super::{FrameWriter, WriterState};
+use crate::{Cancel, Error};
+
+/// The queue of a link. A thread that sends has taken the state, and passes it on to the thread that has waited longest.
+pub(super) struct WriteQueue {
+    pub(super) state: Option<WriterState>,
+    pub(super) waiting: VecDeque<Waiting>,
+    /// Bytes of the queued frames.
+    pub(super) queued_bytes: usize,
+    /// Why a queued frame could not be sent. It stays, since the frames queued after that one are lost as well.
+    pub(super) failed: Option<Error>,
+    /// The thread that sends now waits for nothing, so that no frame is left to it.
+    pub(super) is_brief: bool,
+}
+
+/// An entry of the queue.
+pub(super) enum Waiting {
+    /// A thread that waits for its turn.
+    Thread(Arc<Monitor<Option<WriterState>>>),
+    /// A small frame: header and payload.
+    Frame(Header, Box<[u8]>),
+}
+
+/// A turn at sending. Its end sends the frames that were queued meanwhile.
+pub(super) struct WriteTurn<'t, 'a> {
+    pub(super) writer: &'t FrameWriter<'a>,
+    pub(super) state: Option<WriterState>,
+    pub(super) cancel: Option<&'t Cancel>,
+}
+
+impl Drop for WriteTurn<'_, '_> {
+    fn drop(&mut self) {
+        let mut failed = None;
+        loop {
+            let mut queue = self.writer.queue.lock();
+            if let Some(error) = failed.take() {
+                queue.failed.get_or_insert(error);
+            }
+            match queue.waiting.pop_front() {
+                None => {
+                    queue.state = self.state.take();
+                    return;
+                }
+                Some(Waiting::Thread(next)) => {
+                    drop(queue);
+                    *next.lock() = self.state.take();
+                    return next.notify_all();
+                }
+                Some(Waiting::Frame(header, payload)) => {
+                    queue.queued_bytes -= HEADER_BYTES + payload.len();
+                    let failed_before = queue.failed.is_some();
+                    drop(queue);
+                    if let (Some(state), false) = (&mut self.state, failed_before) {
+                        // A panic must not take the turn with it, for which others wait.
+                        let written = catch(|| state.write_frame(self.writer, header, &payload, self.cancel));
+                        let written = written.map_err(|panic| Error::panicked("sending on a link", &panic));
+                        failed = written.flatten().err();
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<'a> FrameWriter<'a> {
+    /// Waits for the turn of this thread.
+    pub(super) fn turn<'t>(&'t self, cancel: Option<&'t Cancel>) -> WriteTurn<'t, 'a> {
+        let mut queue = self.queue.lock();
+        if let Some(state) = queue.state.take() {
+            return WriteTurn { writer: self, state: Some(state), cancel };
+        }
+        let ticket = Arc::<Monitor<Option<WriterState>>>::default();
+        queue.waiting.push_back(Waiting::Thread(Arc::clone(&ticket)));
+        drop(queue);
+        let mut handed = ticket.lock();
+        while handed.is_none() {
+            (handed, _) = ticket.wait(handed, None);
+        }
+        WriteTurn { writer: self, state: handed.take(), cancel }
+    }
+}
