@@ -322,12 +322,10 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
 fn nobody_takes_over_from_a_server_without_takeover() {
     let folder = Folder::new();
     let device = folder.device("device", &[]);
-    let nobody = [&device.socket, &folder.text("nothing")];
-    for path in nobody {
-        limosa(&["serve", "synthetic", "--socket", &device.socket, "-o", "state=1M", "--take-from", path])
-            .fails(4, &["cannot take over from", path]);
-    }
-    limosa(&["switch-over", nobody[1], "--", "true"]).fails(4, &[nobody[1], "--takeover"]);
+    let nothing = folder.text("nothing");
+    limosa(&["serve", "synthetic", "--socket", &device.socket, "-o", "state=1M", "--take-from", &nothing])
+        .fails(4, &["cannot take over from", &nothing, "--takeover"]);
+    limosa(&["switch-over", &nothing, "--", "true"]).fails(4, &[&nothing, "--takeover"]);
     assert_eq!(device.state(), State::Running);
 }
 
@@ -352,7 +350,7 @@ fn wrong_input_is_named() {
 }
 
 /// A new server that hangs in the freeze until the old one takes back.
-const HANGS: &[&str] = &["state=1M", "fault=stall:STOP>RESUMING:60000"];
+const HANGS: &[&str] = &["state=1M", "fault=stall:RESUMING>STOP:60000"];
 
 #[test]
 fn a_new_server_that_is_killed_at_any_step_leaves_the_old_one_serving() {
@@ -378,7 +376,7 @@ fn a_new_server_that_hangs_is_given_up_and_the_old_one_goes_on() {
     let folder = Folder::new();
     let server = first(&folder, "synthetic", &["state=1M"]);
     let client = connect(&folder);
-    let new = next(&folder, "synthetic", &["state=1M", "fault=stall:STOP>RESUMING:5000"]);
+    let new = next(&folder, "synthetic", &["state=1M", "fault=stall:RESUMING>STOP:5000"]);
     server.line("not replaced: this server goes on");
     assert_eq!(client.state().unwrap(), State::Running);
     new.end().fails(1, &["cannot take over from", "the old server took back"]);
@@ -391,7 +389,7 @@ fn an_old_server_that_is_killed_once_all_is_handed_over_is_replaced() {
     let server = first(&folder, "synthetic", &["state=1M"]);
     let client = connect(&folder);
     let guest = Guest::start(&client);
-    let new = next(&folder, "synthetic", &["state=1M", "fault=stall:STOP>RESUMING:1000"]);
+    let new = next(&folder, "synthetic", &["state=1M", "fault=stall:RESUMING>STOP:1000"]);
     new.line("done by this server step=rest");
     server.kill();
     new.line("listening on ");

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use limosa_device::pci::{Bar, Function, Identity};
-use limosa_device::{Bus, Description, Machine, RegionMapping, SimpleModel};
+use limosa_device::pci::{Bar, Function, FunctionState, Identity};
+use limosa_device::saved::Section;
+use limosa_device::{Bus, Description, Fault, Machine, RegionMapping, SimpleModel, Whole, WholeState};
 use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, pci_index};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -59,6 +60,7 @@ pub struct TestDevice {
     bus: Option<Bus>,
     values: [u64; 7],
     memory: Arc<File>,
+    mapped_areas: &'static [(u64, u64)],
 }
 
 impl TestDevice {
@@ -69,6 +71,15 @@ impl TestDevice {
 
     /// A machine with it.
     pub fn machine() -> Arc<Machine> {
+        Machine::simple(TestDevice::new(&MAPPED_AREAS))
+    }
+
+    /// A machine with one that has migration, and of which a client may map nothing.
+    pub fn movable() -> Arc<Machine> {
+        Machine::simple(Whole::new(TestDevice::new(&[])))
+    }
+
+    fn new(mapped_areas: &'static [(u64, u64)]) -> TestDevice {
         let memory = memfd_create("bar2", MemfdFlags::CLOEXEC).expect("a memfd");
         ftruncate(&memory, MAPPED_BYTES).expect("a memfd");
         let [vendor, device] = [Self::IDENTITY as u16, (Self::IDENTITY >> 16) as u16];
@@ -80,8 +91,7 @@ impl TestDevice {
                 .interrupt_pin()
                 .msix(Self::VECTORS, (TABLE_BAR as usize, 0), (TABLE_BAR as usize, PENDING))
                 .build();
-        let device = TestDevice { function, bus: None, values: [0; 7], memory: Arc::new(memory.into()) };
-        Machine::simple(device)
+        TestDevice { function, bus: None, values: [0; 7], memory: Arc::new(memory.into()), mapped_areas }
     }
 
     fn value(&mut self, register: u64) -> &mut u64 {
@@ -122,11 +132,13 @@ impl TestDevice {
 impl SimpleModel for TestDevice {
     fn description(&self) -> Description {
         let mut regions = self.function.regions();
-        regions[MAPPED_BAR as usize].mapping = Some(RegionMapping {
-            fd: Arc::new(self.memory.try_clone().expect("an fd").into()),
-            offset: 0,
-            areas: MAPPED_AREAS.to_vec(),
-        });
+        if !self.mapped_areas.is_empty() {
+            regions[MAPPED_BAR as usize].mapping = Some(RegionMapping {
+                fd: Arc::new(self.memory.try_clone().expect("an fd").into()),
+                offset: 0,
+                areas: self.mapped_areas.to_vec(),
+            });
+        }
         Description {
             flags: Some(DeviceFlags::RESET | DeviceFlags::PCI),
             regions,
@@ -200,6 +212,52 @@ impl SimpleModel for TestDevice {
             self.function.reset(&bus.interrupts);
         }
         self.values = [0; 7];
+        Ok(())
+    }
+}
+
+/// All of the device.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Saved {
+    #[prost(message, optional, tag = "1")]
+    function: Option<FunctionState>,
+    #[prost(fixed64, repeated, tag = "2")]
+    values: Vec<u64>,
+    #[prost(bytes = "vec", tag = "3")]
+    memory: Vec<u8>,
+}
+
+impl WholeState for TestDevice {
+    type Saved = Saved;
+    const KIND: &'static str = "limosa.qemu-lab";
+    const SECTION: Section = Section::message("device", 1);
+
+    fn stop(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Fault> {
+        self.rewired(0);
+        Ok(())
+    }
+
+    fn to_saved(&self) -> Saved {
+        let mut memory = vec![0; MAPPED_BYTES as usize];
+        self.memory.read_exact_at(&mut memory, 0).expect("a memfd");
+        // A message has 64 KiB at most, and what follows is zero.
+        memory.truncate(memory.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
+        let function = self.bus.as_ref().map(|bus| self.function.state(&bus.interrupts));
+        Saved { function, values: self.values.to_vec(), memory }
+    }
+
+    fn restore(&mut self, saved: Saved) -> Result<(), Errno> {
+        let state = saved.function.ok_or(Errno::EINVAL)?;
+        let function = self.function.loaded("device", &state).map_err(|_| Errno::EINVAL)?;
+        self.values = saved.values.try_into().map_err(|_| Errno::EINVAL)?;
+        let mut memory = saved.memory;
+        memory.resize(MAPPED_BYTES as usize, 0);
+        self.memory.write_all_at(&memory, 0).map_err(|_| Errno::EIO)?;
+        self.function = function;
         Ok(())
     }
 }

@@ -14,6 +14,7 @@ pub mod pci;
 mod qemu;
 mod qmp;
 mod qtest;
+mod replaced;
 mod serve;
 
 pub use device::{TestDevice, registers};
@@ -22,4 +23,5 @@ pub use limosa_testing::LIMIT;
 pub use qemu::{Qemu, QemuBuilder, RAM_BYTES};
 pub use qmp::Qmp;
 pub use qtest::{Interrupt, Qtest};
+pub use replaced::ReplacedHere;
 pub use serve::{Served, ServedHere, limosa};

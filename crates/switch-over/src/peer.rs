@@ -71,7 +71,7 @@ impl Peer {
                 format!(
                     "the kernel does not let this process take fds of process {pid} (ptrace access): run the new server \
                      as root, or as the old one's user where kernel.yama.ptrace_scope is 0 and the old one may be dumped, \
-                     or let the old one start it (limosa switch-over)"
+                     or let the old one start it"
                 ),
             ),
             Errno::SRCH => Error::new(ErrorKind::NotFound, format!("process {pid} has ended")),

@@ -75,6 +75,11 @@ impl Machine {
         Ok(client)
     }
 
+    /// How many bytes of state the model expects to give when it is stopped; 0 if it does not know.
+    pub fn expected_state_bytes(&self) -> u64 {
+        self.migrate(|migration| Ok(migration.data_size())).unwrap_or(0)
+    }
+
     /// The state that was loaded becomes the device's, which stays in STOP.
     pub fn loaded(&self, client: ClientId) -> Result<(), Errno> {
         self.set_state(client, State::Stop).map(drop)

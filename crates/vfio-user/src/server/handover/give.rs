@@ -10,7 +10,7 @@ use limosa_device::{Description, Frozen, Machine, Save};
 use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::{Errno, MigrationFlags};
 use limosa_switch_over::{Giver, Item, Refusal};
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use super::record::{self, Files, Offer, copy, encode, kind};
 use super::{PIECE_BYTES, STOP_LIMIT};
@@ -28,8 +28,13 @@ pub struct SwitchOver<'a> {
 #[derive(Debug, Default)]
 struct State {
     files: Vec<Files>,
+    /// For the state of each device, with room made while it runs.
+    rooms: Vec<File>,
     frozen: Vec<Frozen>,
 }
+
+/// Room for a device's state is made in advance up to this, as an attempt that fails early keeps it until the next one.
+const ROOM_BYTES_MAX: u64 = 64 << 20;
 
 impl<'a> SwitchOver<'a> {
     /// For these servers.
@@ -86,6 +91,10 @@ impl Giver for SwitchOver<'_> {
     fn prepare(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
         state.files = self.servers.iter().map(|_| Files::default()).collect();
+        state.rooms = self
+            .numbered()
+            .map(|(device, server)| room(device, &server.machine))
+            .collect::<Result<_, _>>()?;
         let mut items = Vec::new();
         for ((device, server), files) in self.numbered().zip(&mut state.files) {
             items.extend(files.mappings(device, &server.machine.mappings().export())?);
@@ -119,12 +128,13 @@ impl Giver for SwitchOver<'_> {
 
     fn rest(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
-        let State { files, frozen } = &mut *state;
+        let State { files, rooms, frozen } = &mut *state;
         let mut items = Vec::new();
-        for (((device, server), files), frozen) in self.numbered().zip(files).zip(frozen) {
+        let each = self.numbered().zip(files).zip(std::mem::take(rooms)).zip(frozen);
+        for ((((device, server), files), room), frozen) in each {
             let machine = &server.machine;
             items.extend(files.mappings(device, &machine.mappings().export())?);
-            items.push(read_state(device, machine)?);
+            items.push(read_state(device, machine, room)?);
             let wiring = machine.wiring().export();
             let failed =
                 |error| Refusal::of_device(device, format!("its eventfds cannot be duplicated: {error}"));
@@ -178,13 +188,23 @@ fn listener(device: u16, control: bool, door: &Door) -> Result<Item, Refusal> {
     Ok(item.with_fds([copy(&*door.listener)?]))
 }
 
+/// A file for the device's state.
+fn room(device: u16, machine: &Machine) -> Result<File, Refusal> {
+    let failed = |error| Refusal::of_device(device, format!("there is no file for its state: {error}"));
+    let file = memfd_create("limosa-state", MemfdFlags::CLOEXEC).map_err(failed)?;
+    let bytes = machine.expected_state_bytes().min(ROOM_BYTES_MAX);
+    if bytes > 0 {
+        // Pages that are not there by now are made as they are written, in the freeze.
+        let _ = fallocate(&file, FallocateFlags::empty(), 0, bytes);
+    }
+    Ok(File::from(file))
+}
+
 /// The device's state, in a file.
-fn read_state(device: u16, machine: &Arc<Machine>) -> Result<Item, Refusal> {
+fn read_state(device: u16, machine: &Arc<Machine>, file: File) -> Result<Item, Refusal> {
     let failed = |what: &dyn std::fmt::Display| {
         Refusal::of_device(device, format!("its state cannot be read: {what}"))
     };
-    let file = memfd_create("limosa-state", MemfdFlags::CLOEXEC).map_err(|error| failed(&error))?;
-    let file = File::from(file);
     let session = machine.session().ok_or_else(|| failed(&"it has no session"))?;
     let mut bytes = 0;
     loop {

@@ -36,6 +36,7 @@ struct New {
     door: Option<(record::Listener, UnixListener)>,
     control: Option<(record::Listener, UnixListener)>,
     client: Option<ClientId>,
+    is_loaded: bool,
     wiring_bits: Vec<Vec<u8>>,
     eventfds: Vec<limosa_foreign_fd::ForeignFd>,
     wiring: WiringState,
@@ -92,6 +93,7 @@ impl Replacing {
             door: None,
             control: None,
             client: None,
+            is_loaded: false,
             wiring_bits: Vec::new(),
             eventfds: Vec::new(),
             wiring: WiringState::default(),
@@ -175,10 +177,11 @@ impl Taker for Replacing {
                 other => return Err(broken(other, item.device, &"it comes too early")),
             }
         }
-        match self.devices.iter().position(|new| new.door.is_none()) {
-            Some(device) => Err(broken(kind::LISTENER, device as u16, &"it has no socket")),
-            None => Ok(()),
+        if let Some(device) = self.devices.iter().position(|new| new.door.is_none()) {
+            return Err(broken(kind::LISTENER, device as u16, &"it has no socket"));
         }
+        // While the old devices run, as a model may make room for its state here.
+        (0..).zip(&mut self.devices).try_for_each(|(device, new)| new.begin(device))
     }
 
     fn load(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
@@ -255,6 +258,11 @@ fn difference(theirs: &Offer, ours: &Offer) -> Option<String> {
     (lost != 0).then(|| format!("its migration has the flags {lost:#x}, which the new device has not"))
 }
 
+fn not_taken(device: u16, what: &dyn std::fmt::Display) -> Refusal {
+    let what = format!("the new device does not take its state: {what}; the log of the new server says why");
+    Refusal::of_device(device, what)
+}
+
 impl New {
     fn add_files(&mut self, item: Item) {
         self.files.extend(item.fds.into_iter().map(|fd| Arc::new(fd.into_inner())));
@@ -299,18 +307,20 @@ impl New {
         Ok(())
     }
 
+    fn begin(&mut self, device: u16) -> Result<(), Refusal> {
+        let client = self.machine.begin_replacing().map_err(|errno| not_taken(device, &errno))?;
+        self.client = Some(client);
+        Ok(())
+    }
+
     fn load(&mut self, mut item: Item) -> Result<(), Refusal> {
         let device = item.device;
-        let failed = |what: &dyn std::fmt::Display| {
-            let what =
-                format!("the new device does not take its state: {what}; the log of the new server says why");
-            Refusal::of_device(device, what)
-        };
+        let failed = |what: &dyn std::fmt::Display| not_taken(device, what);
         let bytes = <[u8; 8]>::try_from(item.bytes.as_slice()).map(u64::from_ne_bytes);
         let bytes = bytes.map_err(|_| broken(kind::STATE, device, &"no length"))?;
         let file = item.fds.pop().and_then(|fd| fd.into_memory().ok());
         let file = File::from(file.ok_or_else(|| broken(kind::STATE, device, &"no memory file"))?);
-        let client = self.machine.begin_replacing().map_err(|errno| failed(&errno))?;
+        let client = self.client.ok_or_else(|| failed(&"it is not ready for one"))?;
         let session = self.machine.session().ok_or_else(|| failed(&"it has no session"))?;
         let (mut at, mut spare) = (0, Vec::new());
         while at < bytes {
@@ -321,7 +331,7 @@ impl New {
             at += filled.map_err(|error| failed(&error))?.map_err(|errno| failed(&errno))? as u64;
         }
         self.machine.loaded(client).map_err(|errno| failed(&errno))?;
-        self.client = Some(client);
+        self.is_loaded = true;
         Ok(())
     }
 
@@ -329,7 +339,7 @@ impl New {
     fn complete(&mut self, device: u16) -> Result<(), Refusal> {
         let missing =
             |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
-        self.client.ok_or_else(|| missing("its state"))?;
+        self.is_loaded.then_some(()).ok_or_else(|| missing("its state"))?;
         self.kept.ok_or_else(|| missing("what it keeps"))?;
         if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
             return Err(broken(kind::CONNECTION, device, &"two VMMs"));
