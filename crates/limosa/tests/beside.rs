@@ -12,7 +12,7 @@ use limosa_protocol::info::DmaMapFlags;
 use limosa_vfio_user::client::{Client, Role};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::Signal;
-use support::{Folder, Running, Server, limosa, start};
+use support::{Folder, JsonOutput, Running, Server, limosa, start};
 
 const GUEST: u64 = 0x6775_6573;
 
