@@ -89,7 +89,8 @@ fn a_device_that_another_client_uses_is_said_to_be_in_use_within_the_limit() {
     let folder = Folder::new();
     let device = folder.device("device", &[]);
     let client = device.client();
-    limosa(&["--timeout", "0.05", "probe", &device.socket])
+    // What has to be the VMM waits for its turn.
+    limosa(&["--timeout", "0.05", "check", &device.socket])
         .fails(UNREACHABLE, &[&device.socket, "VERSION", "50ms", "is another one connected?"]);
     drop(client);
     limosa(&["probe", &device.socket]).ok();

@@ -130,8 +130,9 @@ fn a_held_device_is_let_go_at_a_signal() {
     for signal in [rustix::process::Signal::INT, rustix::process::Signal::TERM] {
         let holding = start(&["state", &device.socket, "set", "STOP", "--hold"]);
         holding.line("holding ");
-        limosa(&["--timeout", "0.05", "probe", &device.socket])
+        limosa(&["--timeout", "0.05", "check", &device.socket])
             .fails(UNREACHABLE, &["is another one connected?"]);
+        limosa(&["state", &device.socket, "set", "RUNNING"]).fails(3, &["EBUSY"]);
         holding.signal(signal);
         assert!(holding.end().ok().starts_with("RUNNING > RUNNING_P2P > STOP\n"));
         limosa(&["state", &device.socket, "reset"]).ok();
