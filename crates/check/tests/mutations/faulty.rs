@@ -626,7 +626,13 @@ impl DataStream for FaultyStream {
                 return Ok(Chunk::Data(1));
             }
             Fault::ReadsWhileLoading if self.loads && now == State::Resuming => return Ok(Chunk::End),
-            Fault::StaleReads if stream_is_stale(&shared, self.loads) => return Ok(Chunk::End),
+            // Not asked for the state first: a reset may come in between.
+            Fault::StaleReads => {
+                return match stream.read(data) {
+                    Err(Error::Refused { errno: Errno::ENODEV, .. }) => Ok(Chunk::End),
+                    other => other,
+                };
+            }
             Fault::SessionOutlivesReset
                 if now == State::Running && shared.memory.load(Ordering::SeqCst) == 1 =>
             {
