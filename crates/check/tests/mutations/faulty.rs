@@ -626,10 +626,14 @@ impl DataStream for FaultyStream {
                 return Ok(Chunk::Data(1));
             }
             Fault::ReadsWhileLoading if self.loads && now == State::Resuming => return Ok(Chunk::End),
-            // Not asked for the state first: a reset may come in between.
+            // The state is looked at last: a reset may come between that and the read.
             Fault::StaleReads => {
                 return match stream.read(data) {
-                    Err(Error::Refused { errno: Errno::ENODEV, .. }) => Ok(Chunk::End),
+                    Err(Error::Refused { errno: Errno::ENODEV, .. })
+                        if stream_is_stale(&shared, self.loads) =>
+                    {
+                        Ok(Chunk::End)
+                    }
                     other => other,
                 };
             }
