@@ -5,8 +5,9 @@ mod common;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -316,5 +317,90 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
     let mut kept = [0; 4];
     client.region_read(0, 5, &mut kept).unwrap();
     assert_eq!(&kept, b"kept");
+    drop(running);
+}
+
+/// Bytes that mean nothing, other ones each time.
+fn nonsense(round: u64) -> Vec<u8> {
+    (0..97 + round % 61)
+        .map(|at| (at.wrapping_mul(round | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
+        .collect()
+}
+
+/// Connects, sends, and is gone.
+fn strike(path: &Path, bytes: &[u8]) {
+    if let Ok(mut socket) = UnixStream::connect(path) {
+        let _ = socket.write_all(bytes);
+    }
+}
+
+/// A control client that moves the device as far as it may, asks for what it may not, and dies in between. Counts the
+/// changes of the state that succeeded.
+fn move_and_die(path: &Path, round: u64, changes: &AtomicU64) {
+    let mut raw = Raw::connect(path);
+    if raw.ask_role("control").flags & ERROR != 0 {
+        return;
+    }
+    for (command, body) in [
+        (REGION_WRITE, bytes![0u64, 0u32, 4u32, u32::MAX]),
+        (REGION_READ, bytes![0u64, 0u32, 4u32]),
+        (DMA_UNMAP, bytes![24u32, 2u32, 0u64, 0u64]),
+        (SET_IRQS, bytes![20u32, 0x21u32, 0u32, 0u32, 0u32]),
+        (RESET, Vec::new()),
+        (MIG_DATA_WRITE, bytes![12u32, 4u32, 0u32]),
+    ] {
+        assert_ne!(raw.call(command, &body).flags & ERROR, 0, "command {command}");
+    }
+    let states = [STOP, STOP_COPY, RUNNING, STOP_COPY, STOP];
+    for state in &states[..1 + round as usize % states.len()] {
+        let is_set = raw.set_state(*state).flags & ERROR == 0;
+        changes.fetch_add(u64::from(is_set), Ordering::Relaxed);
+        raw.call(MIG_DATA_READ, &bytes![8u32 + 64, 64u32]);
+    }
+    raw.send(&nonsense(round), &[]);
+}
+
+#[test]
+fn clients_that_do_everything_wrong_at_every_door_at_once_hurt_nobody_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let running = Running::bind(folder.path(), vec![pad()]);
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let (done, changes) = (AtomicBool::new(false), AtomicU64::new(0));
+    let until_done =
+        |strike: &dyn Fn(u64)| (0..).take_while(|_| !done.load(Ordering::Relaxed)).for_each(strike);
+    std::thread::scope(|scope| {
+        scope.spawn(|| until_done(&|round| strike(&path, &nonsense(round))));
+        // VMMs that wait for their turn, and go without it.
+        scope.spawn(|| until_done(&|_| strike(&path, &message(1, VERSION, 0, &bytes![0u16, 2u16]))));
+        scope.spawn(|| {
+            until_done(&|round| strike(&running.take_over, &nonsense(round)[..(round % 97) as usize]))
+        });
+        for first in 0..2 {
+            let (path, changes) = (&path, &changes);
+            scope.spawn(move || until_done(&|round| move_and_die(path, first + round, changes)));
+        }
+        let work = || {
+            for count in 0.. {
+                if count > 200 && changes.load(Ordering::Relaxed) > 10 {
+                    break;
+                }
+                client.region_write(0, 8, &u32::to_ne_bytes(count))?;
+                let mut back = [0; 4];
+                client.region_read(0, 8, &mut back)?;
+                assert_eq!(u32::from_ne_bytes(back), count);
+            }
+            Ok::<(), limosa_client::Error>(())
+        };
+        let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        done.store(true, Ordering::Relaxed);
+        worked.unwrap().unwrap();
+    });
+    // The last control client's end has led the device back before this write returns.
+    client.region_write(0, 8, &77u32.to_ne_bytes()).unwrap();
+    let running = running.replaced_by(vec![pad()]);
+    let mut back = [0; 4];
+    client.region_read(0, 8, &mut back).unwrap();
+    assert_eq!(u32::from_ne_bytes(back), 77);
     drop(running);
 }

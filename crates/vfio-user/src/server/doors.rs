@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use limosa_protocol::Errno;
 use rustix::net::sockopt::socket_peercred;
@@ -132,9 +132,11 @@ impl Doors {
         self.lock().connections.iter().map(|entry| Arc::clone(&entry.link)).collect()
     }
 
-    /// Connections that are served, whatever their role.
-    pub(super) fn count(&self) -> usize {
-        self.lock().connections.len()
+    /// Waits until fewer connections than `most` are served, and says whether that came within the limit.
+    pub(super) fn wait_for_room(&self, most: usize, limit: Duration) -> bool {
+        let is_full = |inner: &mut Inner| inner.connections.len() + inner.coming >= most;
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, is_full);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     /// Waits until no connection is left, or until then.

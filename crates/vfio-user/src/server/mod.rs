@@ -236,19 +236,17 @@ impl Server {
             if self.shutdown.is_shut_down() || self.doors.is_given() {
                 return Ok(());
             }
-            if !limosa_foreign_fd::keeps_up(Duration::ZERO) {
+            if !limosa_foreign_fd::keeps_up(PAUSE) {
                 tracing::error!(
                     "no client is served: fds of others cannot be closed, as closing them blocks"
                 );
-                self.pause();
                 continue;
             }
             for (by_control_door, door) in ready {
                 // Those at one door keep nobody out at the other.
                 let most = doors::CONNECTIONS_MAX + if by_control_door { doors::CONTROL_MAX } else { 0 };
-                if self.doors.count() >= most {
+                if !self.doors.wait_for_room(most, PAUSE) {
                     tracing::warn!("no further client is served, as there are {most}");
-                    self.pause();
                     continue;
                 }
                 if !self.doors.expect() {
@@ -320,8 +318,8 @@ impl Server {
 
     /// A moment, or until shut down.
     fn pause(&self) {
-        let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        let _ = poll(&mut [PollFd::new(&self.shutdown, PollFlags::IN)], Some(&pause));
+        let pause = Timespec::try_from(PAUSE).ok();
+        let _ = poll(&mut [PollFd::new(&self.shutdown, PollFlags::IN)], pause.as_ref());
     }
 }
 
@@ -338,6 +336,9 @@ fn end_connections(doors: &Doors) {
     doors.wait_for_none(Instant::now() + GRACE);
     doors.links().iter().for_each(|link| link.end());
 }
+
+/// How long a server that can take no client waits before it looks whether it is to end.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a client has to take its last reply from a server that ends.
 const GRACE: Duration = Duration::from_secs(2);
