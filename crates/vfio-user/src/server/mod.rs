@@ -3,7 +3,7 @@
 //! One client at a time is the VMM. Others that want to be wait until it is gone; a client that
 //! dies in any state leaves state and session behind, and the next finds a device that answers
 //! every message. Mappings, interrupt wiring and DMA logging end with their client. Beside the VMM, control clients move the
-//! device ([`doors`]); each connection has a thread of its own.
+//! device; each connection has a thread of its own.
 //!
 //! Nothing that a client sends costs memory beyond fixed bounds, and a message that is refused is
 //! taken off the socket whole, so that the connection stays in step.
