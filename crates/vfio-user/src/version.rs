@@ -1,6 +1,7 @@
 //! The first message of a connection (`vfio-user.rst: VFIO_USER_VERSION`): versions, capabilities,
 //! and what two sides make of them, [`Limits`].
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// The major version, and the highest minor version that this implementation speaks.
@@ -267,7 +268,7 @@ impl Capabilities {
 }
 
 /// What holds on a connection, once both sides have spoken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// The minor version.
     pub minor: u16,

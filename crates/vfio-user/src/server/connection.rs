@@ -157,8 +157,11 @@ impl<'a> Connection<'a> {
         end
     }
 
-    /// Stops here while connections are paused.
+    /// Stops here while connections are paused, which only those are that can be handed over.
     fn pause_here(&self) -> Result<(), ConnectionError> {
+        if !self.options.interruptible {
+            return Ok(());
+        }
         self.link.flush()?;
         self.doors.pause_here(self.id, &|| self.state(Vec::new()))
     }

@@ -139,16 +139,11 @@ impl Doors {
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
-    /// Waits until no connection is left, or until then.
-    pub(super) fn wait_for_none(&self, until: Instant) {
-        let mut inner = self.lock();
-        while !inner.connections.is_empty() {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    /// Waits until no connection is left, or so long.
+    pub(super) fn wait_for_none(&self, limit: Duration) {
+        let is_served = |inner: &mut Inner| !inner.connections.is_empty();
+        // What is left then is ended.
+        let _ = self.changed.wait_timeout_while(self.lock(), limit, is_served);
     }
 
     /// The VMM's connection.
@@ -195,10 +190,7 @@ impl Doors {
             if self.lock().takes_place(id) {
                 return Ok(Ok(()));
             }
-            if let Err(end) = link.wait_for_wake(None) {
-                self.lock().waiting.retain(|waiting| *waiting != id);
-                return Err(end);
-            }
+            link.wait_for_wake(None)?;
             self.pause_here(id, state)?;
         }
     }

@@ -28,7 +28,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use limosa_device::Machine;
 use limosa_foreign_fd::Foreign;
@@ -333,7 +333,7 @@ enum Come {
 /// Ends all connections: first no more requests; then, for a client that does not take its reply, everything.
 fn end_connections(doors: &Doors) {
     doors.links().iter().for_each(|link| link.end_receiving());
-    doors.wait_for_none(Instant::now() + GRACE);
+    doors.wait_for_none(GRACE);
     doors.links().iter().for_each(|link| link.end());
 }
 

@@ -40,15 +40,7 @@ pub(super) fn export(device: u16, link: &Link, state: &State) -> Result<Vec<Item
     let mut items = Vec::new();
     let shared = link.lock();
     let head = record::Connection {
-        limits: state.limits.map(|limits| record::Limits {
-            minor: limits.minor,
-            msg_fds_max: limits.msg_fds_max,
-            data_xfer_bytes_max: limits.data_xfer_bytes_max,
-            dma_maps_max: limits.dma_maps_max,
-            page_sizes: limits.page_sizes,
-            write_multiple: limits.write_multiple,
-            twin_socket: limits.twin_socket,
-        }),
+        limits: state.limits,
         by_control_door: state.by_control_door,
         foreign_dma: link.foreign_dma.load(std::sync::atomic::Ordering::Relaxed),
         next_id: shared.next_id,
@@ -139,13 +131,9 @@ impl Adopted {
             _ => None,
         };
         let limits = head.limits.map(|limits| Limits {
-            minor: limits.minor,
             msg_fds_max: limits.msg_fds_max.min(crate::version::MSG_FDS_MAX),
             data_xfer_bytes_max: limits.data_xfer_bytes_max.clamp(1, crate::version::DATA_XFER_BYTES_MAX),
-            dma_maps_max: limits.dma_maps_max,
-            page_sizes: limits.page_sizes,
-            write_multiple: limits.write_multiple,
-            twin_socket: limits.twin_socket,
+            ..limits
         });
         let state = State { limits, by_control_door: head.by_control_door, ..State::default() };
         let (received, twin_received) = Default::default();

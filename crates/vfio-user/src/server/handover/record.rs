@@ -12,6 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::version::Limits;
+
 /// The kinds of items.
 pub(super) mod kind {
     pub const OFFER: u16 = 1;
@@ -59,18 +61,6 @@ pub(super) struct Connection {
     pub next_id: u16,
     /// The twin socket is its second fd, with ids of its own.
     pub twin_next_id: Option<u16>,
-}
-
-/// [`crate::version::Limits`].
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Limits {
-    pub minor: u16,
-    pub msg_fds_max: usize,
-    pub data_xfer_bytes_max: u32,
-    pub dma_maps_max: u64,
-    pub page_sizes: u64,
-    pub write_multiple: bool,
-    pub twin_socket: Option<u64>,
 }
 
 /// Where bytes were received whose fds come with them.
