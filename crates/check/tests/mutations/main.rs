@@ -5,6 +5,8 @@
 
 mod faults;
 mod faulty;
+#[path = "../table/mod.rs"]
+mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -18,6 +20,7 @@ use limosa_device::{Bus, Description, Loopback, Machine, SimpleModel};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{Errno, State, fsm};
+use table::Table;
 
 fn synthetic() -> Box<dyn SimpleModel> {
     let config = SyntheticConfig { state_bytes: 128 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
@@ -225,18 +228,7 @@ fn each_fault_is_found_by_exactly_the_checks_that_should() {
         .map(|clause| clause.id)
         .collect();
     let page = format!("{HEAD}{}\n", rows.join("\n"));
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/conformance/mutations.md");
-    if std::env::var_os("UPDATE_DOCS").is_some() {
-        std::fs::write(path, &page).unwrap();
-    }
-    assert!(missed.is_empty(), "no check of its clause finds it:\n{}", missed.join("\n"));
-    assert!(never.is_empty(), "checks that never fail:\n{}", never.join("\n"));
-    assert!(unbroken.is_empty(), "clauses that no fault breaks: {unbroken:?}");
-    let kept = std::fs::read_to_string(path).unwrap();
-    for (line, kept) in page.lines().zip(kept.lines()) {
-        assert_eq!(line, kept, "the table says otherwise; UPDATE_DOCS=1 writes it anew");
-    }
-    assert_eq!(page.lines().count(), kept.lines().count());
+    Table { file: "mutations.md", page, missed, never, unbroken }.hold();
 }
 
 const HEAD: &str = "\
