@@ -36,7 +36,7 @@ impl Random {
 /// The most requests of a sequence's first thread.
 const LENGTH_MAX: u64 = 48;
 
-/// A sequence for so many threads.
+/// A random script for this number of threads.
 pub(super) fn script(random: &mut Random, threads: usize) -> Script {
     let length = 1 + random.below(LENGTH_MAX);
     let mut script = Vec::new();

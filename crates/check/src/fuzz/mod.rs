@@ -23,7 +23,7 @@ use crate::survey::{self, Facts};
 use crate::target::Target;
 use model::{Differs, Driver};
 
-/// What is played.
+/// How many sequences are played, from which seed and on how many threads.
 #[derive(Clone, Debug)]
 pub struct FuzzOptions {
     /// How many sequences, each of up to 48 requests.
@@ -56,7 +56,7 @@ impl Default for FuzzOptions {
 /// A difference between a device and the model.
 #[derive(Clone, Debug, Serialize)]
 pub struct Difference {
-    /// What tells it from others, on one line.
+    /// A key of one line that is the same for equal differences.
     pub signature: String,
     /// The sequence in which it was found.
     pub sequence: u64,
@@ -131,7 +131,7 @@ pub fn fuzz(target: &Target, options: &FuzzOptions) -> Result<FuzzReport> {
             continue;
         }
         let script = shrink::shrink(&mut player, &script, &differs.signature);
-        // What it answers to the short one.
+        // Record the answers to the shrunk script.
         let _ = player.play(&script);
         report.differences.push(Difference {
             signature: differs.signature,

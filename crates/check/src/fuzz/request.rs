@@ -12,7 +12,7 @@ pub(super) enum Request {
     SetState(u32),
     GetState,
     Reset,
-    /// A read of so many bytes from the newest data stream.
+    /// A read of at most this many bytes from the newest data stream.
     Read(usize),
     /// A read from the stream before it.
     OldRead(usize),

@@ -8,7 +8,7 @@ use super::request::Script;
 /// The most scripts that are played to shrink one, and how long that may take.
 const TRIES_MAX: u32 = 400;
 const TIME_MAX: Duration = Duration::from_secs(60);
-/// What several threads do is a matter of time: so often a script is played before it is taken for one without it.
+/// How often a script with several threads is played before it counts as one without the difference: their timing varies.
 const TRIES_WITH_THREADS: u32 = 4;
 
 /// The shortest script that was found to show this difference.

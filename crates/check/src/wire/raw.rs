@@ -331,7 +331,7 @@ impl Raw {
         }
     }
 
-    /// Receives until so many bytes are there; `false` when the server closed the connection first.
+    /// Receives until `bytes` bytes are there; `false` when the server closed the connection first.
     fn fill(&mut self, bytes: usize, to: &str) -> Result<bool, Stop> {
         let mut piece = vec![0; 64 << 10];
         while self.received.len() < bytes {

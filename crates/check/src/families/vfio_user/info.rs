@@ -115,7 +115,7 @@ pub(super) fn each_region(
     Ok(())
 }
 
-/// A region of this device with these rights and at least so many bytes.
+/// A region of this device with these rights, of `bytes_min` bytes or more.
 pub(super) fn find_region(raw: &mut Raw, rights: RegionFlags, bytes_min: u64) -> Result<RegionInfo, Stop> {
     let found = std::cell::Cell::new(None);
     each_region(raw, |_, _, info, _| {

@@ -148,7 +148,7 @@ pub(super) fn ask(
     raw.ask_with(Command::DEVICE_SET_IRQS, &[set.as_bytes(), bools].concat(), fds)
 }
 
-/// An interrupt index that signals eventfds, with at least so many vectors.
+/// An interrupt index that signals eventfds, with `vectors_min` vectors or more.
 pub(super) fn an_irq(raw: &mut Raw, vectors_min: u32) -> Result<IrqInfo, Stop> {
     let body = raw.ask(Command::DEVICE_GET_INFO, crate::wire::info_request().as_bytes())?.done("GET_INFO")?;
     for index in 0..body.fixed::<DeviceInfo>()?.num_irqs.min(IRQ_INDEXES_MAX) {

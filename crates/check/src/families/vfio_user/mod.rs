@@ -62,7 +62,7 @@ fn host<T>(made: rustix::io::Result<T>) -> Result<T, Stop> {
     made.map_err(|errno| Stop::Skip(format!("this host does not give the suite what it takes: {errno}")))
 }
 
-/// Shared memory of so many bytes.
+/// A memfd of this size, in bytes.
 fn memory(bytes: u64) -> Result<OwnedFd, Stop> {
     let fd = host(memfd_create("limosa-check", MemfdFlags::CLOEXEC))?;
     host(ftruncate(&fd, bytes))?;

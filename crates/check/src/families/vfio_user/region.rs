@@ -106,7 +106,7 @@ fn readable(raw: &mut Raw, bytes_min: u64) -> Result<RegionInfo, Stop> {
     find_region(raw, RegionFlags::READ, bytes_min)
 }
 
-/// The reply names what was asked for, and has so many bytes of data.
+/// The reply echoes the request, and carries `data` bytes of data.
 fn echoes(reply: &[u8], asked: RegionAccess, data: usize) -> Verdict {
     let expected = RegionAccess::BYTES + data;
     ensure(reply.len() == expected, || format!("a reply of {} bytes, expected {expected}", reply.len()))?;
