@@ -312,6 +312,11 @@ impl Inspector {
                 let zero_bytes = &mut self.found.memory[at].zero_bytes;
                 *zero_bytes = zero_bytes.saturating_add(bytes);
             }
+            Step::MemoryRuns(at, runs) => {
+                let found = &mut self.found.memory[at];
+                found.bytes += runs.data_bytes();
+                found.zero_bytes = found.zero_bytes.saturating_add(runs.zero_bytes());
+            }
             Step::Sealed(seal) => self.seal = Some(seal),
             Step::Round(..) => self.found.rounds = self.found.rounds.saturating_add(1),
             _ => {}

@@ -29,7 +29,7 @@ use crate::protocol::limits::Limits;
 use crate::report::{End, Phase, Report, Side};
 use crate::transfer::device_sender::DeviceSender;
 use crate::transfer::ram::Ram;
-use crate::transfer::sending::Sending;
+use crate::transfer::sending::{Sending, Terms};
 use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, Frame, FrameWriter, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
@@ -168,7 +168,7 @@ impl<'a> Source<'a> {
         connection.writer.compress(self.options.compress, recorder.buffers());
         recorder.phase(Phase::Handshake);
         let agreed = guard("the handshake", || self.handshake(context, connection, further, rollback));
-        let Agreed { note, window, links, proofs } = match agreed {
+        let Agreed { note, terms, links, proofs } = match agreed {
             Ok(agreed) => agreed,
             Err(why) => return (CommitNote::default(), Ending::Undone(tell(why, connection))),
         };
@@ -176,7 +176,7 @@ impl<'a> Source<'a> {
         let silence_max = self.options.silence_max;
         let writers: Vec<_> = links.iter().map(|link| FrameWriter::new(link, silence_max)).collect();
         writers.iter().for_each(|writer| writer.compress(self.options.compress, recorder.buffers()));
-        let wires = Wires { note: &note, connection, writers: &writers, window, proofs: &proofs };
+        let wires = Wires { note: &note, connection, writers: &writers, terms, proofs: &proofs };
         let ending = match self.work(context, &wires, rollback, place) {
             // While all links are open: the destination hears the reason, and not that a link is closed.
             Ending::Undone(why) => Ending::Undone(tell(why, connection)),
@@ -201,7 +201,7 @@ impl<'a> Source<'a> {
         }
         let (regions, pages) = (self.memory.regions.clone(), Arc::clone(&rollback.logs.pages));
         let proofs = wires.proofs.clone();
-        let sending = match Sending::new(context, wires.all(), self.devices.len(), wires.window, proofs) {
+        let sending = match Sending::new(context, wires.all(), self.devices.len(), wires.terms, proofs) {
             Ok(sending) => sending,
             Err(why) => {
                 context.recorder.phase(Phase::Undo);
@@ -301,8 +301,8 @@ struct Wires<'w, 'a> {
     connection: &'w Connection<'a>,
     /// The writers of the further links, which are numbered from 1.
     writers: &'w [FrameWriter<'a>],
-    /// How many bytes of a device may be on their way; `None` if no peer answers.
-    window: Option<u64>,
+    /// `None` if no peer answers.
+    terms: Option<Terms>,
     proofs: &'w Proofs,
 }
 

@@ -166,8 +166,9 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         sending: &'w Sending<'w, 'a>,
     ) -> DeviceSender<'w, 'a> {
         // Two reads fit into the window.
-        let room =
-            sending.window.map_or(READ_BYTES_MAX, |window| READ_BYTES_MAX.min(window as usize / 2).max(1));
+        let room = sending
+            .window_bytes()
+            .map_or(READ_BYTES_MAX, |window| READ_BYTES_MAX.min(window as usize / 2).max(1));
         let mut buffer = Buffer::new(sending.recorder().buffers());
         // Touched now, since the first access to memory takes time that would add to the downtime.
         buffer.grow(room);
