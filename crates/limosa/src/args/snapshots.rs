@@ -7,6 +7,7 @@ use clap::Args;
 use limosa_migrate::Compression;
 
 use super::Hold;
+use super::STORES;
 use super::guest::{DestinationMemory, SourceMemory, Starting, Stopping};
 use super::moving::{Devices, Reporting, StateMax, StopLimits};
 use super::resolving::Moves;
@@ -126,4 +127,24 @@ pub struct Load {
 
     #[command(flatten)]
     pub starting: Starting,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = STORES)]
+pub struct Inspect {
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = STORES)]
+pub struct Verify {
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// It has to be the snapshot that has this hash, as `limosa verify` once printed it.
+    #[arg(long, value_name = "HEX")]
+    pub blake3: Option<String>,
 }

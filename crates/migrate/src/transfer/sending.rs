@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use limosa_clockwork::now;
 use limosa_stream::{Damage, Header, Kind, Proofs};
 
-use super::device_sender::{DeviceFlow, Job};
+use super::device_flow::{DeviceFlow, Job};
 use super::device_workers::DeviceWorkers;
 use super::keep_alive::KeepAlive;
 use super::team::{Shared, Team};
