@@ -19,12 +19,12 @@ pub struct Probe {
 }
 
 #[derive(Clone, Copy, Debug, Args)]
-pub struct Hold {
+pub struct KeepOpen {
     /// When done, keep the device open until SIGINT or SIGTERM, so that the kernel does not reset it. Other commands
     /// reach it by the name that is printed.
     // Global for `state DEVICE set STATE --hold`.
-    #[arg(long, global = true)]
-    pub hold: bool,
+    #[arg(long = "hold", global = true)]
+    pub keep_open: bool,
 }
 
 #[derive(Debug, Args)]
@@ -37,7 +37,7 @@ pub struct StateArgs {
     pub action: Option<StateAction>,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 }
 
 #[derive(Debug, Subcommand)]

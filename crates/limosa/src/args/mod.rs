@@ -19,7 +19,7 @@ use limosa_host::User;
 
 use crate::exit;
 pub use check::{Check, Format};
-pub use devices::{Bench, Hold, Probe, StateAction, StateArgs};
+pub use devices::{Bench, KeepOpen, Probe, StateAction, StateArgs};
 pub use guest::{Memory, Starting, Stopping};
 pub use link::{Link, Names, Tls};
 pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use limosa_migrate::{Compression, Options};
 
-use super::Hold;
+use super::KeepOpen;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
 use super::link::{Link, Names};
 use super::resolving::Moves;
@@ -134,7 +134,7 @@ pub struct Migrate {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     #[command(flatten)]
     pub moving: Moving,
@@ -177,7 +177,7 @@ pub struct Send {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     #[command(flatten)]
     pub moving: Moving,
@@ -223,7 +223,7 @@ pub struct Receive {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     /// Take no more than so many links from a sender: 1 to 16.
     #[arg(long, value_name = "COUNT", default_value = "16", value_parser = links, help_heading = "Link")]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use limosa_migrate::Compression;
 
-use super::Hold;
+use super::KeepOpen;
 use super::STORES;
 use super::guest::{DestinationMemory, SourceMemory, Starting, Stopping};
 use super::moving::{Devices, Reporting, StateMax, StopLimits};
@@ -87,7 +87,7 @@ pub struct Save {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     #[command(flatten)]
     pub memory: SourceMemory,
@@ -117,7 +117,7 @@ pub struct Load {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     #[command(flatten)]
     pub state: StateMax,

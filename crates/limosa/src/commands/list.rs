@@ -8,8 +8,8 @@ use limosa_protocol::MigrationFlags;
 use serde::Serialize;
 
 use crate::exit;
-use crate::held::{Holder, OpenElsewhere};
 use crate::open::Opening;
+use crate::open_elsewhere::{Holder, OpenElsewhere};
 use crate::output::Output;
 
 /// What was found.

@@ -17,7 +17,7 @@ use crate::moves::{Doubt, Halted, Moves, Note, Taken};
 use crate::noted_devices::NotedDevices;
 use crate::open::Opening;
 use crate::output::{Output, plain};
-use crate::place::Place;
+use crate::snapshot_location::SnapshotLocation;
 
 #[derive(Serialize)]
 struct Resolved<'a> {
@@ -164,7 +164,7 @@ impl Settling<'_> {
                 format!("move {id} was saved to {place}, and no destination can be asked; expected no --to");
             return Err(exit::error(Code::Usage, what));
         }
-        let found = Place::new(Path::new(place), false)?;
+        let found = SnapshotLocation::new(Path::new(place), false)?;
         let why = match published(found.source(), *id, Options::default().silence_max, None) {
             Ok(Decision::Unknown) => String::new(),
             Ok(decision) => return Ok(decision),

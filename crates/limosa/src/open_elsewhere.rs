@@ -44,7 +44,7 @@ pub fn lasting_name(descriptor: Descriptor) -> String {
 }
 
 /// Where a device that a process holds is in sysfs, as far as the kernel tells.
-pub fn place(descriptor: Descriptor) -> Option<PathBuf> {
+pub fn sysfs_path(descriptor: Descriptor) -> Option<PathBuf> {
     match look_at(&Path::new("/proc").join(descriptor.process()), &descriptor.number().to_string())? {
         What::Device(place) => place,
         What::Group(_) => None,
@@ -270,7 +270,7 @@ mod tests {
             let descriptor = Descriptor::parse(&name).unwrap();
             let said = borrow(descriptor, &name).unwrap_err().to_string();
             assert!(said.contains("no VFIO device but /") && said.contains(&name), "{said}");
-            assert_eq!(place(descriptor), None);
+            assert_eq!(sysfs_path(descriptor), None);
         }
         let none = borrow(Descriptor::parse("/dev/fd/999999").unwrap(), "it").unwrap_err().to_string();
         assert!(none.contains("has no fd 999999") && none.contains("limosa probe"), "{none}");
