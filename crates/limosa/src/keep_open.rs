@@ -1,5 +1,5 @@
-//! What becomes of a device when the command is done: the kernel closes it with the last fd, and what it held may
-//! be lost then. `--hold` keeps it open.
+//! The end of a command with its devices: the kernel closes a device with the last fd, and its state may be lost then.
+//! `--hold` keeps it open.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -108,7 +108,7 @@ fn wanted_back(device: &Opened) -> anyhow::Result<Option<OwnedFd>> {
     });
     match wire {
         Ok(wired) => Ok(wired.then_some(wanted)),
-        // Not every driver has it; without it, whoever removes the device waits for the signal too.
+        // Not every driver has it. Without it, a removal of the device waits for the signal too.
         Err(limosa_client::Error::Refused { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }

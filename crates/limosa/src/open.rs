@@ -34,7 +34,7 @@ pub struct Opening<'a> {
     pub door: Option<Door>,
     /// The users whose vfio-user servers, and destinations at UNIX sockets, are trusted.
     pub servers: &'a [User],
-    /// What to be to a vfio-user server that knows roles.
+    /// The role that is asked of a vfio-user server that knows roles.
     pub role: Role,
 }
 
@@ -95,7 +95,7 @@ impl Opened {
         matches!(self.transport, Transport::Borrowed(_))
     }
 
-    /// What other commands can call the device as long as this process holds it.
+    /// The name by which other commands reach the device as long as this process has it open.
     pub fn name_while_open(&self) -> Option<String> {
         let fd = self.fd()?.as_raw_fd();
         Some(format!("/proc/{}/fd/{fd}", std::process::id()))
@@ -120,7 +120,7 @@ impl Opened {
     }
 }
 
-/// What a name is the name of.
+/// The meaning of a device's name.
 enum Named {
     Descriptor(Descriptor),
     Kernel(Name),
@@ -188,7 +188,7 @@ impl Opening<'_> {
     }
 }
 
-/// Who has the device open, as far as this user may know.
+/// The process that has the device open, as far as this user may know.
 fn holder_of(name: &str) -> Option<String> {
     let device = listed(name)?;
     let group = device.group.map(|group| Path::new("/dev/vfio").join(group.to_string()));
@@ -197,7 +197,7 @@ fn holder_of(name: &str) -> Option<String> {
     (!names.is_empty()).then(|| names.join(", "))
 }
 
-/// What the kernel lists under this name, if that is a device of VFIO's and the name is that of just one.
+/// The kernel's entry for this name, if it is the name of exactly one VFIO device.
 pub fn listed(name: &str) -> Option<Listed> {
     let named = Named::parse(name);
     let path = match &named {
@@ -217,7 +217,7 @@ pub fn listed(name: &str) -> Option<Listed> {
     devices.next().filter(|_| devices.next().is_none())
 }
 
-/// What a person can look for.
+/// Advice about a device that cannot be opened.
 fn hint(error: &Error) -> &'static str {
     match error {
         Error::Os { errno: Errno::ECONNREFUSED, .. } => " (nobody listens there: is its server running?)",
@@ -241,7 +241,7 @@ pub fn same(one: &str, other: &str) -> bool {
     }
 }
 
-/// What a device is whatever it is called, until the machine is started again.
+/// A device's identity, independent of its name, until the machine is started again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Identity {
@@ -252,7 +252,7 @@ pub enum Identity {
     Kernel(PathBuf),
 }
 
-/// What this is the name of now; `None` if there is no such device.
+/// The identity of the device that has this name now; `None` if there is no such device.
 pub fn identity(name: &str) -> Option<Identity> {
     match Named::parse(name) {
         Named::Descriptor(_) | Named::Kernel(_) => listed(name).map(|device| Identity::Kernel(device.folder)),

@@ -227,7 +227,7 @@ fn half_a_version_and_clients_that_wait_are_served_by_the_new_server() {
     assert!(control.state().is_err(), "a control client connects again");
     assert_eq!(client.state().unwrap(), State::Running);
     drop(client);
-    assert_eq!(waits.join().unwrap(), State::Running, "whoever waited is next");
+    assert_eq!(waits.join().unwrap(), State::Running, "the client that waited is next");
     half.write_all(&header(1, VERSION, 20, 0)[9..]).unwrap();
     half.write_all(&bytes![0u16, 2u16]).unwrap();
     let raw = Raw::new(half);

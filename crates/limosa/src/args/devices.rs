@@ -1,4 +1,4 @@
-//! What looks at devices, drives and measures them: `probe`, `state`, `bench`.
+//! The commands that inspect, drive and measure devices: `probe`, `state`, `bench`.
 
 use std::time::Duration;
 

@@ -91,8 +91,8 @@ pub struct Cli {
     #[arg(long, global = true, help_heading = "Global", value_name = "DOOR")]
     pub door: Option<Door>,
 
-    /// Trust servers behind UNIX sockets that this user runs, a name or a number; many times. Those of root and of the user
-    /// who runs limosa are trusted anyway.
+    /// Trust servers behind UNIX sockets that this user runs, a name or a number; many times. Servers of root and of
+    /// limosa's own user are always trusted.
     #[arg(long = "server-uid", global = true, help_heading = "Global", value_name = "UID|NAME")]
     pub server_users: Vec<User>,
 

@@ -40,7 +40,7 @@ pub struct Serve {
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
 
-    /// The socket's mode, whatever the umask: who may connect, which is who may write to it.
+    /// The socket's mode, whatever the umask. A user with write permission may connect.
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
     pub mode: u32,
 
@@ -48,8 +48,8 @@ pub struct Serve {
     #[arg(long, value_name = "GROUP")]
     pub group: Option<Group>,
 
-    /// Listen here as well, for clients that move the device beside its VMM: where that and whoever moves it are different
-    /// users. The socket is this user's alone, mode 600. On --socket, root and this user may move the device beside its VMM.
+    /// Listen here as well, for clients that move the device beside its VMM and run as another user than the VMM. The
+    /// socket is this user's alone, mode 600. On --socket, root and this user may move the device beside its VMM.
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 

@@ -1,4 +1,4 @@
-//! What `limosa save` and `limosa load` take.
+//! Options of `limosa save`, `load`, `inspect` and `verify`.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ pub struct SaveNames {
 }
 
 impl Save {
-    /// What clap cannot check: that there is something to save, and that a device's name is text.
+    /// Checks that clap cannot express: there is something to save, and a device's name is text.
     pub(super) fn check(&self) -> Result<(), String> {
         let device = self.names.names.split_last().and_then(|(_, device)| device.first());
         if device.is_none() && self.names.more.is_empty() && self.memory.memory.is_empty() {

@@ -1,4 +1,4 @@
-//! `limosa inspect`: what is in a saved stream.
+//! `limosa inspect`: the contents of a saved stream.
 
 use std::io::Write;
 

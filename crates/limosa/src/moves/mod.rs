@@ -18,7 +18,7 @@ pub use note::{DOUBT, Doubt, Halted, Known, Note, STOP, Stop};
 pub use taken::Taken;
 use taken::{is_in_use, is_ours};
 
-/// What to do about a folder that cannot be used.
+/// Advice about a folder that cannot be used.
 pub const HINT: &str = "name a folder of your own with --moves";
 
 /// The folder, which may not be there.
@@ -72,12 +72,12 @@ impl Moves {
         PrivateFolder::create(&self.0).map_err(|error| failed(Code::Unreachable, &error))
     }
 
-    /// What a destination remembers of its moves.
+    /// The ledger of a destination's moves.
     pub fn ledger(&self) -> anyhow::Result<Ledger> {
         Ledger::open(&self.0).map_err(|error| failed(Code::Unreachable, &error))
     }
 
-    /// What a destination has remembered of its moves, to answer from it.
+    /// The ledger of a destination's moves, to answer from it.
     pub fn record(&self) -> anyhow::Result<Ledger> {
         let refused =
             |error| failed(Code::Refused, &error).context("there is no record of moves to answer from");

@@ -45,7 +45,7 @@ pub struct Doubt {
 }
 
 impl Doubt {
-    /// What was noted of the move with this id before its commit. Of one that is not noted here only the id is known.
+    /// The note of the move with this id before its commit. If there is none here, only the id is known.
     pub fn commit(id: MigrationId, noted: Option<&Doubt>) -> CommitNote {
         let mut commit = CommitNote::from(id);
         if let Some(noted) = noted {
@@ -64,12 +64,12 @@ pub struct Stop {
     pub halted: Halted,
 }
 
-/// What stands still for a move.
+/// The devices and processes that stand still for a move.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Halted {
     /// The source's devices, by names that hold in every folder.
     pub devices: Vec<String>,
-    /// What is known of each of them.
+    /// The identity and state of each of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub known: Vec<Known>,
     /// When this was noted, in seconds since 1970.
@@ -85,7 +85,7 @@ pub struct Halted {
     pub on_stop: Option<String>,
 }
 
-/// What is known of a device, whatever it is called.
+/// A device's identity, independent of its name, and the state in which it was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -113,7 +113,7 @@ impl Halted {
         Ok(Halted { devices, known: Vec::new(), since: 0, boot: None, stopped: Vec::new(), on_stop: None })
     }
 
-    /// What was stopped, for messages.
+    /// The names of the stopped devices, for messages.
     pub fn names(&self) -> String {
         match self.devices.as_slice() {
             [] => "the guest's memory".into(),
@@ -131,7 +131,7 @@ impl Halted {
         })
     }
 
-    /// What is known of the device at this place.
+    /// The identity and state of the device at this index.
     pub fn known(&self, at: usize) -> Known {
         self.known.get(at).cloned().unwrap_or_default()
     }

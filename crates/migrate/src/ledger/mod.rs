@@ -16,7 +16,7 @@ use crate::{PrivateFolder, Result};
 /// How many moves are remembered at most. The oldest decided ones are forgotten first.
 const MOVES_MAX: usize = 1024;
 
-/// What became of a move.
+/// How a move ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// Not known: the move was never heard of, was forgotten, or is not decided yet.
@@ -40,7 +40,7 @@ enum Entry {
 struct Move {
     id: MigrationId,
     entry: Entry,
-    /// What keys the proofs of those who ask about it.
+    /// The key of the proofs of sources that ask about it.
     secret: Option<Secret>,
     /// Until the move is decided, if there is a folder.
     record: Option<Record>,
@@ -81,7 +81,7 @@ impl Ledger {
         self.folder.as_ref().map_or(Ok(true), |folder| record::is_empty(folder))
     }
 
-    /// What became of a move, for whoever owns this ledger. A move that is still *holding* becomes *not committed* by the
+    /// How a move ended, for the owner of this ledger. A move that is still *holding* becomes *not committed* by the
     /// question: a COMMIT that is on its way is refused from then on. So does a move whose process died while it was
     /// *holding*. Nothing is known of a move whose process died while it started its devices.
     pub fn ask(&self, id: MigrationId) -> Decision {

@@ -1,4 +1,4 @@
-//! What a move that did not succeed cost: devices that could not be brought back to what they were.
+//! [`Unrecovered`]: devices that a failed move could not bring back to their state before it.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ use super::timeline::state_name;
 pub struct Unrecovered {
     /// Its name.
     pub device: String,
-    /// What happened to it.
+    /// The kind of its loss.
     #[serde(flatten)]
     pub loss: Loss,
     /// The reason, as the device gave it.

@@ -101,7 +101,7 @@ pub struct DeviceReport {
     /// 0 in a save, which no peer acknowledges. On the destination, bytes that had arrived and were not loaded: at most its
     /// window, or one frame in a load.
     pub waiting_bytes_max: u64,
-    /// What the device did, by time.
+    /// The activities of the device, by time.
     pub spans: Vec<SpanReport>,
 }
 
@@ -158,7 +158,7 @@ pub struct LimitsReport {
     pub move_max_ns: Option<u64>,
 }
 
-/// What happened in a move, as one side saw it.
+/// The timeline of a move, as one side saw it.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Report {
@@ -201,7 +201,7 @@ pub struct Report {
     pub peer_told: bool,
     /// After a move that did not succeed: the devices that could not be brought back to what they were.
     pub unrecovered: Vec<Unrecovered>,
-    /// What a person should know: for example that a device's writes were not logged, or that a device had to be reset.
+    /// Notes for people: for example that a device's writes were not logged, or that a device had to be reset.
     pub notes: Vec<String>,
 }
 

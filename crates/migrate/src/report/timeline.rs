@@ -1,4 +1,4 @@
-//! The parts of a timeline: phases, rounds of pre-copy, and what devices did when.
+//! The parts of a timeline: phases, rounds of pre-copy, and the activities of devices.
 
 use limosa_protocol::State;
 use limosa_stream::Totals;
@@ -125,7 +125,7 @@ pub(super) fn state_name<S: Serializer>(state: &State, serializer: S) -> Result<
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct SpanReport {
-    /// What the device did.
+    /// The activity.
     #[serde(flatten)]
     pub act: Act,
     /// When it began, in ns from the move's start.

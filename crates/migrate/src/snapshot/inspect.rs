@@ -119,8 +119,8 @@ struct Inspector {
 }
 
 impl Inspector {
-    /// Reads to the end, or with `until_damage` to the first damage. What does not begin like a stream is not read any further:
-    /// it may be anything, and have no end.
+    /// Reads to the end, or with `until_damage` to the first damage. Data that does not begin like a stream is not
+    /// read any further: it may be anything, and have no end.
     fn read(
         &mut self,
         name: &str,

@@ -1,4 +1,4 @@
-//! [`Inspection`]: what was found in a saved stream, for programs (serde) and for people (`Display`).
+//! [`Inspection`]: the contents of a saved stream, for programs (serde) and for people (`Display`).
 
 use std::fmt;
 

@@ -91,7 +91,7 @@ impl<'a> Source<'a> {
     ///
     /// The destination is told which devices stand in STOP, and by default leaves them so
     /// ([`AfterLoad::AsFound`](crate::AfterLoad::AsFound)). An earlier move leaves its source's devices in STOP too, with a
-    /// guest that runs elsewhere: whoever calls this knows which of both it is.
+    /// guest that runs elsewhere: the caller knows which of both it is.
     pub fn new(devices: &'a [MovedDevice<'a>], options: &'a Options) -> Source<'a> {
         let memory = Memory::default();
         Source { devices, memory, vmm: &Nobody, observer: &Nobody, options, cancel: None }

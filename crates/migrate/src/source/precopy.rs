@@ -217,7 +217,7 @@ impl<'a> Source<'a> {
     /// Asks the VMM to slow its vCPUs down, if that can help. Returns whether it did.
     fn throttle(&self, context: &Context<'a>, obstacle: &Obstacle, rollback: &mut Rollback) -> bool {
         let helps = match obstacle {
-            // Where no log sees the memory, all of it moves after the stop, however slow the guest is.
+            // Memory that no log sees moves after the stop, however slow the guest is.
             Obstacle::DirtyMemory { .. } => !rollback.logs.blind,
             Obstacle::DirtyDevice { .. } => true,
             _ => false,

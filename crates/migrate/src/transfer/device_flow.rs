@@ -1,4 +1,4 @@
-//! [`DeviceFlow`]: what the worker of a device shares with the other threads of a source, and the jobs that it is given.
+//! [`DeviceFlow`]: the state that the worker of a device shares with the other threads of a source, and its [`Job`]s.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -34,7 +34,7 @@ pub(crate) enum Job {
     Return,
 }
 
-/// What the worker of a device shares with the other threads.
+/// The state that the worker of a device shares with the other threads.
 pub(crate) struct DeviceFlow {
     pub(crate) window: SendWindow,
     /// How many bytes of initial data are left, as the device said last.
@@ -61,7 +61,7 @@ pub(crate) struct DeviceFlow {
     pub(crate) stopped: bool,
     /// Whether it has given everything.
     pub(super) ended: bool,
-    /// What went wrong in the rollback.
+    /// The loss in the rollback.
     pub(crate) loss: Option<Unrecovered>,
     /// Why it did not enter STOP after the move.
     pub(crate) unfinished: Option<Error>,

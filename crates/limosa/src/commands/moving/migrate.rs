@@ -65,7 +65,7 @@ fn between(
         (_, Received::Broken { why, report }) => Err(ending.broken(&to.name(), why, &report)),
         (Outcome::Undone { why, mut report }, Received::Discarded { why: why_there, report: there }) => {
             report.notes.extend(there.notes);
-            // What was called off there is known here at first hand.
+            // Both sides are in this process, so a cancel of the destination is known here.
             let why = if matches!(why, Error::Aborted { .. }) { why_there } else { why };
             report.why = Some(why.to_string());
             ending.settled(Outcome::Undone { why, report }, &guest)

@@ -1,4 +1,4 @@
-//! What moves devices: `limosa migrate`, `send`, `receive`, `save`, `load`; here what they have in common.
+//! The commands that move devices: `limosa migrate`, `send`, `receive`, `save`, `load`; here the code that they share.
 
 mod ended;
 mod migrate;

@@ -147,7 +147,7 @@ fn from_file(endpoint: &Endpoint, args: &args::Load, cancel: &Cancel, out: &Outp
     }
 }
 
-/// What a person can do with a file that cannot be loaded.
+/// Advice about a file that cannot be loaded.
 fn what_to_do_with(why: &Error) -> &'static str {
     match why {
         Error::Stream { damage: Damage::NotAStream, .. } => "; expected a file that `limosa save` wrote",
