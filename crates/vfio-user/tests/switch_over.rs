@@ -13,12 +13,12 @@ use std::time::Duration;
 
 use common::raw::*;
 use limosa_client::{Device, DeviceExt, DmaMap, DmaMemory, IrqAction};
-use limosa_device::saved::Section;
-use limosa_device::{Bus, Description, Fault, Machine, Region, SimpleModel, Whole, WholeState};
+use limosa_device::{Machine, Whole};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
-use limosa_protocol::info::{DmaMapFlags, RegionFlags};
-use limosa_protocol::{Errno, State};
+use limosa_protocol::State;
+use limosa_protocol::info::DmaMapFlags;
 use limosa_switch_over::{Error, GiveOptions, Given, OldServer, TakeOptions, TakeOver, take};
+use limosa_test_device::Memory;
 use limosa_vfio_user::client::{Client, Options as ClientOptions, Role};
 use limosa_vfio_user::server::{Options, Replacing, Server, ShutdownHandle, SwitchOver};
 use rustix::event::{EventfdFlags, eventfd};
@@ -201,67 +201,11 @@ fn half_a_message_and_posted_writes_arrive_in_the_new_server() {
     drop(running);
 }
 
-/// 32 KiB of memory in one region, all of it state. The other kind differs in the name of its state alone.
-struct Pad<const OTHER: bool>(Vec<u8>);
-
 const PAD_BYTES: usize = 32 << 10;
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct SavedPad {
-    #[prost(bytes = "vec", tag = "1")]
-    bytes: Vec<u8>,
-}
-
-impl<const OTHER: bool> SimpleModel for Pad<OTHER> {
-    fn description(&self) -> Description {
-        let flags = RegionFlags::READ | RegionFlags::WRITE;
-        let regions = vec![Region { flags, size: PAD_BYTES as u64, ..Region::default() }];
-        Description { regions, ..Description::default() }
-    }
-
-    fn attach(&mut self, _: Bus) {}
-
-    fn region_read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        data.copy_from_slice(&self.0[offset as usize..][..data.len()]);
-        Ok(())
-    }
-
-    fn region_write(&mut self, _: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        self.0[offset as usize..][..data.len()].copy_from_slice(data);
-        Ok(())
-    }
-
-    fn reset(&mut self) -> Result<(), Errno> {
-        self.0.fill(0);
-        Ok(())
-    }
-}
-
-impl<const OTHER: bool> WholeState for Pad<OTHER> {
-    type Saved = SavedPad;
-    const KIND: &'static str = if OTHER { "test.other-pad" } else { "test.pad" };
-    const SECTION: Section = Section::message("pad", 1);
-
-    fn stop(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-
-    fn start(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-
-    fn to_saved(&self) -> SavedPad {
-        SavedPad { bytes: self.0.clone() }
-    }
-
-    fn restore(&mut self, saved: SavedPad) -> Result<(), Errno> {
-        self.0 = saved.bytes;
-        Ok(())
-    }
-}
-
+/// 32 KiB of memory, all of it state.
 fn pad() -> Arc<Machine> {
-    Machine::simple(Whole::new(Pad::<false>(vec![0; PAD_BYTES])))
+    Machine::simple(Whole::new(<Memory>::new(PAD_BYTES)))
 }
 
 #[test]
@@ -283,7 +227,7 @@ fn half_a_version_and_clients_that_wait_are_served_by_the_new_server() {
     assert!(control.state().is_err(), "a control client connects again");
     assert_eq!(client.state().unwrap(), State::Running);
     drop(client);
-    assert_eq!(waits.join().unwrap(), State::Running, "whoever waited is next");
+    assert_eq!(waits.join().unwrap(), State::Running, "the client that waited is next");
     half.write_all(&header(1, VERSION, 20, 0)[9..]).unwrap();
     half.write_all(&bytes![0u16, 2u16]).unwrap();
     let raw = Raw::new(half);
@@ -303,7 +247,7 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
     let refused = running.refuses(vec![synthetic("128K"), pad()]);
     assert!(refused.contains("device 0") && refused.contains("region 2"), "{refused}");
     // Its description fits, and its state does not.
-    let other = Machine::simple(Whole::new(Pad::<true>(vec![0; PAD_BYTES])));
+    let other = Machine::simple(Whole::new(Memory::<true>::new(PAD_BYTES)));
     let refused = running.refuses(vec![synthetic("64K"), other]);
     assert!(refused.contains("device 1") && refused.contains("state"), "{refused}");
     assert_eq!(client.state().unwrap(), State::Running);

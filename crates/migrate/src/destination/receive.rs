@@ -20,7 +20,7 @@ use crate::{Error, Result, Round};
 /// How much memory is made zero at once. A cancel is observed between two pieces.
 const ZERO_BYTES_MAX: u64 = 64 << 20;
 
-/// The limits are checked after so many frames, and at each keep-alive.
+/// The limits are checked after this number of frames, and at each keep-alive.
 const CHECK_EVERY: u32 = 64;
 
 pub(super) const DOING: &str = "waiting for the source's data";

@@ -61,7 +61,7 @@ impl Bucket {
 
     /// Takes back bytes that were reserved and not sent. Later reservations keep their moments.
     fn give_back(&mut self, bytes: usize) {
-        // Rounded down: what was rounded up before is not given back.
+        // Rounded down: an earlier rounding up is not given back.
         let nanos = u128::from(bytes as u64) * 1_000_000_000 / u128::from(self.bytes_per_second);
         let time = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
         self.spent_until = self.spent_until.and_then(|spent_until| spent_until.checked_sub(time));

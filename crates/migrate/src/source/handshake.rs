@@ -168,7 +168,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// What is not promised where not all of several devices can be quiesced before any of them is stopped.
+/// The note for a move in which not all devices can be quiesced before the first of them is stopped.
 fn unquiesced(devices: &[DeviceFacts]) -> Option<String> {
     let has_p2p =
         |facts: &&DeviceFacts| MigrationFlags::from_bits_retain(facts.flags).contains(MigrationFlags::P2P);

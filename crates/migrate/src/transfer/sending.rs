@@ -1,11 +1,11 @@
-//! [`Sending`]: what the threads of a source share while devices and memory are on their way.
+//! [`Sending`]: the state that the threads of a source share while devices and memory are on their way.
 
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::now;
 use limosa_stream::{Damage, Header, Kind, Proofs};
 
-use super::device_sender::{DeviceFlow, Job};
+use super::device_flow::{DeviceFlow, Job};
 use super::device_workers::DeviceWorkers;
 use super::keep_alive::KeepAlive;
 use super::team::{Shared, Team};
@@ -178,7 +178,7 @@ impl<'w, 'a> Sending<'w, 'a> {
     pub(crate) fn send_device(&self, device: usize, position: u64, data: &[u8]) -> Result<()> {
         let end = position + data.len() as u64;
         let flow = &self.flows[device];
-        // In the stop all of it has to go, in whatever order.
+        // In the stop all data has to be sent, in any order.
         if flow.lock().streaming {
             self.await_share(data.len())?;
         }
@@ -253,13 +253,13 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
     }
 
-    /// Where most is left, with so many bytes of memory.
+    /// The device or memory with the most bytes left, where memory has this number.
     pub(crate) fn most_left(&self, memory: u64) -> Option<Remaining> {
         let left: Vec<_> = self.flows.iter().map(|flow| flow.lock().remaining()).collect();
         Remaining::most(memory, self.context.names.iter().map(String::as_str).zip(left))
     }
 
-    /// What is known about the devices now.
+    /// The current facts about the devices.
     pub(crate) fn look(&self, names: &[String]) -> Vec<DeviceLook> {
         let look = |(flow, name): (&Shared<DeviceFlow>, &String)| {
             let flow = flow.lock();

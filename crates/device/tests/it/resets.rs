@@ -1,9 +1,7 @@
 //! The resets that RESET_COUNT counts (`docs/vfio-user-extensions.md: RESET_COUNT`), and their use to a caller that
 //! drives a device over several arcs learns from it.
 
-mod common;
-
-use common::{Answer, Rig, feature, refused};
+use crate::common::{Answer, Rig, feature, refused};
 use limosa_client::{Device, DeviceExt};
 use limosa_device::{ClientId, Fault, Loopback};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, MigrationFlags, State, fsm};

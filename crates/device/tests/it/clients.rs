@@ -1,12 +1,10 @@
 //! Two clients of one machine: who drives it, whose accesses are held back, and a device that stays
 //! (`docs/vfio-user-extensions.md: The control role`).
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{Answer, Rig};
+use crate::common::{Answer, Rig};
 use limosa_client::Refers;
 use limosa_device::{ClientId, Fault, Held, Released};
 use limosa_protocol::feature::FeatureMigState;

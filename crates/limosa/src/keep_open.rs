@@ -1,5 +1,5 @@
-//! What becomes of a device when the command is done: the kernel closes it with the last fd, and what it held may
-//! be lost then. `--hold` keeps it open.
+//! The end of a command with its devices: the kernel closes a device with the last fd, and its state may be lost then.
+//! `--hold` keeps it open.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -32,7 +32,7 @@ pub enum Leaves {
 pub fn end(
     done: anyhow::Result<()>,
     devices: &[Opened],
-    hold: bool,
+    keep_open: bool,
     leaves: Leaves,
     out: &Output,
 ) -> anyhow::Result<()> {
@@ -40,13 +40,13 @@ pub fn end(
     let in_doubt = failed == Some(Code::InDoubt);
     let is_done = matches!(failed, None | Some(Code::DoneBut));
     let leaves_state = in_doubt || (is_done && leaves == Leaves::State);
-    if hold && (in_doubt || is_done) {
+    if keep_open && (in_doubt || is_done) {
         if let Err(error) = &done {
             // It is said now, not when somebody ends the wait.
             exit::tell(error, out);
         }
-        let held = until_told(devices, out);
-        return done.and(held.map_err(|error| exit::but("done", &[exit::message(&error)])));
+        let kept = until_told(devices, out);
+        return done.and(kept.map_err(|error| exit::but("done", &[exit::message(&error)])));
     }
     for device in devices.iter().filter(|device| leaves_state && device.closes_with_us()) {
         tracing::warn!("{}: {}; --hold keeps it open", device.given(), what_closing_does(device));
@@ -75,7 +75,7 @@ fn until_told(devices: &[Opened], out: &Output) -> anyhow::Result<()> {
         wanted.extend(wanted_back(device)?.map(|event| (device, event)));
     }
     for device in devices {
-        let name = match device.name_while_held() {
+        let name = match device.name_while_open() {
             Some(name) => format!(" as {name}"),
             None => String::new(),
         };
@@ -108,7 +108,7 @@ fn wanted_back(device: &Opened) -> anyhow::Result<Option<OwnedFd>> {
     });
     match wire {
         Ok(wired) => Ok(wired.then_some(wanted)),
-        // Not every driver has it; without it, whoever removes the device waits for the signal too.
+        // Not every driver has it. Without it, a removal of the device waits for the signal too.
         Err(limosa_client::Error::Refused { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }

@@ -34,7 +34,7 @@ pub fn borrow(descriptor: Descriptor, name: &str) -> anyhow::Result<OwnedFd> {
     }
 }
 
-/// What other processes can call it while the process lives.
+/// The name by which other processes reach it while the process lives.
 pub fn lasting_name(descriptor: Descriptor) -> String {
     let process = match descriptor.process().as_str() {
         "self" => std::process::id().to_string(),
@@ -44,15 +44,14 @@ pub fn lasting_name(descriptor: Descriptor) -> String {
 }
 
 /// Where a device that a process holds is in sysfs, as far as the kernel tells.
-pub fn place(descriptor: Descriptor) -> Option<PathBuf> {
+pub fn sysfs_path(descriptor: Descriptor) -> Option<PathBuf> {
     match look_at(&Path::new("/proc").join(descriptor.process()), &descriptor.number().to_string())? {
         What::Device(place) => place,
         What::Group(_) => None,
     }
 }
 
-/// What the fd of a device links to that was opened through its group. The links of files begin with a slash, whatever they
-/// are called.
+/// The link of a device's fd in `/proc` if it was opened through its group. Links of files begin with a slash.
 const OF_GROUP: &str = "anon_inode:[vfio-device]";
 
 /// A node of VFIO's. It is known by its device number: a process can give the name to any file, in a mount namespace of its
@@ -71,7 +70,7 @@ impl Node {
         Node::of(&fs::canonicalize(format!("/sys/dev/char/{major}:{minor}")).ok()?)
     }
 
-    /// What a character device is, by its place in sysfs.
+    /// The kind of a character device, by its path in sysfs.
     fn of(place: &Path) -> Option<Node> {
         let class = place.parent()?;
         match class.file_name()?.to_str()? {
@@ -82,7 +81,7 @@ impl Node {
     }
 }
 
-/// What the fd of a process is, if it is one of VFIO's. Newer kernels say in fdinfo where a device is in sysfs; before,
+/// The kind of a process's fd, if it belongs to VFIO. Newer kernels say in fdinfo where a device is in sysfs; before,
 /// the node of a cdev tells, or the group of a process that has no other.
 fn look_at(process: &Path, fd: &str) -> Option<What> {
     let what = what(process, fd)?;
@@ -108,7 +107,7 @@ fn look_at(process: &Path, fd: &str) -> Option<What> {
     }
 }
 
-/// What the fd of a process is, by its link and its device number alone. The kernel tells what it knows: a file system in
+/// The kind of a process's fd, by its link and its device number alone. The kernel tells what it knows: a file system in
 /// user space is not asked, as it might never answer.
 fn what(process: &Path, fd: &str) -> Option<What> {
     let link = process.join("fd").join(fd);
@@ -147,7 +146,7 @@ fn only_device(open: impl Iterator<Item = What>, in_group: impl Fn(&str) -> Vec<
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Holder {
     pub pid: u32,
-    /// What the process is called.
+    /// The name of the process.
     pub process: String,
     /// The name of the device there; absent where only its group is open, or this user may not look.
     pub name: Option<String>,
@@ -160,7 +159,7 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// What processes have open of VFIO's. Processes that this user may not look into are passed over.
+/// The VFIO devices and groups that processes have open. Processes that this user may not inspect are passed over.
 #[derive(Debug)]
 pub struct OpenElsewhere(Vec<(What, Holder)>);
 
@@ -190,7 +189,7 @@ impl OpenElsewhere {
         OpenElsewhere(found)
     }
 
-    /// Who has the device of this place in sysfs open, or else the node of its group.
+    /// The process that has the device with this path in sysfs open, or else the node of its group.
     pub fn holders(&self, device: &Path, group: Option<&Path>) -> Vec<Holder> {
         let of = |wanted: &What| {
             let mut holders: Vec<Holder> =
@@ -205,7 +204,7 @@ impl OpenElsewhere {
     }
 }
 
-/// What a process calls itself, which can be anything: nothing of it does anything on a terminal.
+/// The name that a process gives itself. It can be anything, so it is made safe for a terminal.
 fn called(process: &Path) -> String {
     let comm = fs::read(process.join("comm")).unwrap_or_default();
     escaped(&String::from_utf8_lossy(comm.trim_ascii_end())).into_owned()
@@ -270,7 +269,7 @@ mod tests {
             let descriptor = Descriptor::parse(&name).unwrap();
             let said = borrow(descriptor, &name).unwrap_err().to_string();
             assert!(said.contains("no VFIO device but /") && said.contains(&name), "{said}");
-            assert_eq!(place(descriptor), None);
+            assert_eq!(sysfs_path(descriptor), None);
         }
         let none = borrow(Descriptor::parse("/dev/fd/999999").unwrap(), "it").unwrap_err().to_string();
         assert!(none.contains("has no fd 999999") && none.contains("limosa probe"), "{none}");

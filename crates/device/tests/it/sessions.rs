@@ -1,9 +1,7 @@
 //! Data sessions: who may read and write when, and what a model that breaks its contract brings
 //! (`vfio.h: VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`, the data fd).
 
-mod common;
-
-use common::{Answer, Rig, refused};
+use crate::common::{Answer, Rig, refused};
 use limosa_client::{Chunk, DataStream, Device, DeviceExt, Error};
 use limosa_device::{Fault, Save};
 use limosa_protocol::{Errno, MigrationFlags, State};

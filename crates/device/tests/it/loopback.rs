@@ -1,17 +1,16 @@
 //! The client's side of a device in the same process: DMA maps of every kind, dirty pages, and
 //! interrupts.
 
-mod common;
-
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use common::{Rig, refused};
+use crate::common::{Rig, refused};
 use limosa_client::{Device, DeviceExt, DirtyBits, DmaMap, DmaMemory, DmaTarget, Error, IrqAction};
-use limosa_device::{Bus, ClientId, Description, Irq, Loopback, Machine, SimpleModel};
+use limosa_device::{ClientId, Irq, Loopback, Machine};
 use limosa_protocol::info::{DmaMapFlags, IrqFlags};
 use limosa_protocol::{Errno, MigrationFlags};
+use limosa_test_device::Memory;
 use limosa_testing::memfd;
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -104,26 +103,6 @@ fn pages_that_the_device_wrote_are_reported_and_handed_over_at_the_unmap() {
     rig.device.dma_logging_stop().unwrap();
 }
 
-/// A device with interrupts and nothing else.
-struct Alarm;
-
-impl SimpleModel for Alarm {
-    fn description(&self) -> Description {
-        let irqs = vec![Irq { flags: IrqFlags::EVENTFD | IrqFlags::MASKABLE, count: 2 }];
-        Description { irqs, ..Description::default() }
-    }
-    fn attach(&mut self, _: Bus) {}
-    fn region_read(&mut self, _: u32, _: u64, _: &mut [u8]) -> Result<(), Errno> {
-        Ok(())
-    }
-    fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
-        Ok(())
-    }
-    fn reset(&mut self) -> Result<(), Errno> {
-        Ok(())
-    }
-}
-
 fn count(fd: &OwnedFd) -> u64 {
     let mut count = [0; 8];
     match rustix::io::read(fd, &mut count) {
@@ -135,7 +114,8 @@ fn count(fd: &OwnedFd) -> u64 {
 
 #[test]
 fn interrupts_are_wired_masked_triggered_and_disabled() {
-    let machine = Machine::simple(Alarm);
+    let irqs = vec![Irq { flags: IrqFlags::EVENTFD | IrqFlags::MASKABLE, count: 2 }];
+    let machine = Machine::simple(<Memory>::new(0).with_irqs(irqs));
     let device = Loopback::new("alarm", Arc::clone(&machine));
     assert_eq!(device.irq(0).unwrap().count, 2);
     let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();

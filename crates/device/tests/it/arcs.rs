@@ -1,9 +1,7 @@
 //! Every transition of every device, whole and with every fault that can befall it
 //! (`vfio.h: enum vfio_device_mig_state`).
 
-mod common;
-
-use common::{Rig, expected_calls, refused};
+use crate::common::{Rig, expected_calls, refused};
 use limosa_client::{Device, DeviceExt};
 use limosa_device::Fault;
 use limosa_protocol::{Errno, MigrationFlags, State, fsm};

@@ -1,4 +1,4 @@
-//! What one side of a move has: the devices and the guest memory that a user named, open, in their order.
+//! [`Endpoint`]: the devices and the guest memory of one side of a move, opened, in the order in which the user named them.
 
 use limosa_migrate::MovedDevice;
 
@@ -7,31 +7,31 @@ use crate::exit::{self, Code};
 use crate::memory::{self, DestinationPages, OpenMemory, SourcePages};
 use crate::open::{self, Opened, Opening};
 
-/// One side of a move.
-pub struct Side {
+/// The devices and the guest memory of one side of a move.
+pub struct Endpoint {
     devices: Vec<Opened>,
     memory: Vec<OpenMemory>,
 }
 
-impl Side {
+impl Endpoint {
     /// Opens all that is moved from here.
     pub fn source(
         opening: Opening<'_>,
         names: &[&str],
         memory: &[Memory],
         stopping: &Stopping,
-    ) -> anyhow::Result<Side> {
+    ) -> anyhow::Result<Endpoint> {
         if !memory.is_empty() && !stopping.stops_the_guest() && !stopping.guest_stopped {
             let what = "--memory: what the guest writes while the rest of it is moved would be lost; expected --stop-with \
                         PID or --on-stop COMMAND, which stop the guest, or --guest-stopped if it stands still already";
             return Err(exit::error(Code::Usage, what));
         }
-        Ok(Side { devices: open_all(opening, names)?, memory: memory::open(memory, OpenMemory::source)? })
+        Ok(Endpoint { devices: open_all(opening, names)?, memory: memory::open(memory, OpenMemory::source)? })
     }
 
     /// Opens all that something is moved to.
-    pub fn destination(opening: Opening<'_>, names: &[&str], memory: &[Memory]) -> anyhow::Result<Side> {
-        Ok(Side {
+    pub fn destination(opening: Opening<'_>, names: &[&str], memory: &[Memory]) -> anyhow::Result<Endpoint> {
+        Ok(Endpoint {
             devices: open_all(opening, names)?,
             memory: memory::open(memory, OpenMemory::destination)?,
         })
@@ -62,7 +62,7 @@ impl Side {
         &self.devices
     }
 
-    /// What is on this side, for messages.
+    /// The names of the devices and the memory, for messages.
     pub fn name(&self) -> String {
         match self.devices.as_slice() {
             [] => "the guest's memory".into(),

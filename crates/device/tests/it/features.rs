@@ -1,9 +1,7 @@
 //! What a device answers to requests of the FEATURE multiplexer and to region accesses, and the
 //! errno for each misuse (`vfio.h: VFIO_DEVICE_FEATURE`).
 
-mod common;
-
-use common::{REGION_BYTES, Rig, feature, refused};
+use crate::common::{REGION_BYTES, Rig, feature, refused};
 use limosa_client::{Device, DeviceExt, FeatureRequest, Refers};
 use limosa_protocol::feature::{DmaLoggingRange, FeatureDmaLoggingControl, FeatureMigState};
 use limosa_protocol::info::{DeviceFlags, RegionFlags};

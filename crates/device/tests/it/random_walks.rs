@@ -1,9 +1,7 @@
 //! Random sequences of everything that a client can do and a model can do wrong, and what holds
 //! after each step.
 
-mod common;
-
-use common::{Answer, Rig};
+use crate::common::{Answer, Rig};
 use limosa_client::{Chunk, DataStream, Device, DeviceExt, Error};
 use limosa_device::Fault;
 use limosa_protocol::{Errno, MigrationFlags, State, fsm};
