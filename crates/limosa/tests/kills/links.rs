@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// What is left after a link was cut: who runs the guest.
+/// The guest after a link was cut: the side that runs it.
 struct Cut {
     folder: Folder,
     source: Server,

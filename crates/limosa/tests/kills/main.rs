@@ -1,5 +1,5 @@
-//! Each of the four processes of a move killed in each phase, links cut, moves called off. Whoever
-//! survives says what happened, the other side's device is usable, and the guest never runs twice.
+//! Each of the four processes of a move killed in each phase, links cut, moves called off. The
+//! surviving processes say what happened, the other side's device is usable, and the guest never runs twice.
 
 mod interrupts;
 mod links;

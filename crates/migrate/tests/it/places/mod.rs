@@ -41,7 +41,7 @@ enum Publishes {
     },
 }
 
-/// A place in memory, which misbehaves as it is told.
+/// A place in memory, which misbehaves as its fields say.
 #[derive(Default)]
 struct Place {
     published: Mutex<Option<Vec<u8>>>,

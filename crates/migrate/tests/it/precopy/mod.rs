@@ -51,7 +51,7 @@ fn convergence(goal: Duration, when_stalled: WhenStalled) -> Convergence {
     Convergence::default().with_downtime_goal(goal).with_when_stalled(when_stalled)
 }
 
-/// A device that has much to give, and gives it in a row: so many bytes for each one that is really read.
+/// A device that has much to give, and gives it in a row: each byte that is read counts as `each` bytes.
 struct Vast {
     left: AtomicU64,
     each: u64,
@@ -260,7 +260,7 @@ fn rounds_in_which_a_device_streamed_were_counted_as_memory_s() {
         }
         Ok(())
     });
-    // From 8 GiB to one in four rounds; so many came before.
+    // From 8 GiB to one in four rounds, as many as came before.
     let wanted = convergence(Duration::from_millis(1500), WhenStalled::Abort)
         .with_rounds_max(STEPS / 2 + 2)
         .with_stalled_rounds_max(3);

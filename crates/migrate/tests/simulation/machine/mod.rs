@@ -332,7 +332,7 @@ impl Computer {
         if !phases.begun.iter().any(|phase| too_late.contains(phase)) {
             self.cancelled.lock().get_or_insert(now());
         }
-        if self.mutation != Some(Mutation::DeafToCancel) {
+        if self.mutation != Some(Mutation::CancelIgnored) {
             cancel.cancel();
         }
     }

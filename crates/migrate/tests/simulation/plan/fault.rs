@@ -5,9 +5,9 @@ use super::*;
 /// When something goes wrong.
 #[derive(Clone, Copy, Debug)]
 pub enum When {
-    /// After so many steps of this end's process.
+    /// After this number of steps of this end's process.
     Point(End, u64),
-    /// So many steps of this end's process after it began this phase.
+    /// This number of steps of this end's process after it began this phase.
     Phase(End, Phase, u64),
 }
 
@@ -70,7 +70,7 @@ pub enum Fault {
     Reset(End, usize),
     /// What the engine calls panics, the next time.
     Panic(End, Place),
-    /// The system starts only so many more threads.
+    /// The system starts only this number of further threads.
     RefuseThreads(End, u64),
     /// An adversary puts a frame among those that this end sends over one of its links.
     Forge { from: End, link: usize, forgery: Forgery },
@@ -97,8 +97,8 @@ pub enum Mutation {
     MemoryForgets,
     /// A device of the destination loads something else.
     DeviceForgets,
-    /// Who calls it off is not heard.
-    DeafToCancel,
+    /// A cancel is not heard.
+    CancelIgnored,
     /// The destination lets the source send more than it is to have.
     GivesTooMuch,
     /// A snapshot that was given up gets its name all the same.

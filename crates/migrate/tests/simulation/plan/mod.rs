@@ -1,4 +1,4 @@
-//! What a seed makes of a run: the machines, the link between them, and what goes wrong and when.
+//! [`Plan`]: the run of a seed: the machines, the link between them, and the faults with their moments.
 
 mod chance;
 mod fault;
@@ -51,7 +51,7 @@ pub struct DevicePlan {
     pub logs: bool,
     /// Its guest never rings it.
     pub quiet: bool,
-    /// So many of its blocks, from the first, are initial data.
+    /// The number of its blocks, from the first, that are initial data.
     pub initial: u32,
     /// The second half of its initial data comes so long after its session opened.
     pub late: Duration,
@@ -73,7 +73,7 @@ pub struct LinkPlan {
 }
 
 impl LinkPlan {
-    /// What so many bytes take at least.
+    /// The shortest time for a number of bytes.
     pub fn time(&self, bytes: u64) -> Duration {
         let turns = bytes as f64 / self.buffer_bytes as f64;
         self.latency * 4
