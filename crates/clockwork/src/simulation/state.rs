@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::baton::Baton;
 use super::failure::{Failure, What};
 use super::random::Random;
-use super::trace::{Event, Place, Trace};
+use super::trace::{CallSite, Event, Trace};
 use super::waiting::{Waiting, Woken};
 
 /// Virtual time of a step. A loop that never waits still reaches its deadline.
@@ -276,7 +276,7 @@ impl State {
                 format!("waits for call {points} of {}", self.processes[process].name)
             }
         };
-        format!("{}: {waits}, {}", task.name, Place(task.at))
+        format!("{}: {waits}, {}", task.name, CallSite(task.at))
     }
 
     /// Chooses the next task. When no task is ready, advances the clock to the earliest deadline. `None` without tasks.

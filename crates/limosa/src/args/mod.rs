@@ -120,8 +120,8 @@ pub fn parse() -> Result<Cli, clap::Error> {
     let cli = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches))?;
     if let Command::Save(save) = &cli.command {
         save.check().map_err(|message| {
-            let mut whole = command();
-            let save = whole.find_subcommand_mut("save").expect("it was just parsed");
+            let mut command = command();
+            let save = command.find_subcommand_mut("save").expect("it was just parsed");
             save.error(ErrorKind::MissingRequiredArgument, message)
         })?;
     }

@@ -4,7 +4,7 @@ use std::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::{Fingerprint, Link, LinkError, Wait};
+use super::{Link, LinkError, Wait, forward_link};
 use crate::cancel::after;
 use crate::lock::lock;
 
@@ -174,25 +174,7 @@ impl<L: Link> Link for LimitedLink<L> {
         self.inner.read(into, wait)
     }
 
-    fn finish(&self) {
-        self.inner.finish();
-    }
-
-    fn part(&self, wait: Wait<'_>) {
-        self.inner.part(wait);
-    }
-
-    fn peer(&self) -> &str {
-        self.inner.peer()
-    }
-
-    fn has_peer(&self) -> bool {
-        self.inner.has_peer()
-    }
-
-    fn peer_fingerprint(&self) -> Option<Fingerprint> {
-        self.inner.peer_fingerprint()
-    }
+    forward_link!(|this| this.inner);
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ use file::{MappedFile, can_be_pinned_as_file};
 use intervals::Span;
 use iommufd::{Iommufd, PageTableLog};
 use log::{DoorLog, Log};
-use mappings::{Mapping, Mappings, Place};
+use mappings::{Backing, Mapping, Mappings};
 use refusal::{map_hint, map_request, refused, usage};
 
 pub use dirty::SpaceLog;
@@ -192,14 +192,14 @@ impl AddressSpace {
             return Err(usage(name, format!("a mapping of {:#x} bytes at {:#x}", map.size, map.iova)));
         };
         let mappings = &mut self.inner.state().mappings;
-        let place = match map.memory {
+        let backing = match map.memory {
             DmaMemory::Messages(_) => {
                 return Err(usage(
                     name,
                     "a kernel device cannot ask this process for memory; give it a file or an address",
                 ));
             }
-            DmaMemory::Address(address) => Place::Address(address),
+            DmaMemory::Address(address) => Backing::Address(address),
             DmaMemory::File { fd, offset } => {
                 let done = match &self.inner.kind {
                     Kind::Iommufd(iommufd) if can_be_pinned_as_file(fd) => {
@@ -207,12 +207,12 @@ impl AddressSpace {
                     }
                     _ => false,
                 };
-                if done { Place::Kernel } else { Place::Mapped(MappedFile::new(name, fd, offset, map)?) }
+                if done { Backing::Kernel } else { Backing::Mapped(MappedFile::new(name, fd, offset, map)?) }
             }
         };
-        let mapping = Mapping { iova: map.iova, size: map.size, flags: map.flags, place };
+        let mapping = Mapping { iova: map.iova, size: map.size, flags: map.flags, backing };
         match &self.inner.kind {
-            _ if matches!(mapping.place, Place::Kernel) => {}
+            _ if matches!(mapping.backing, Backing::Kernel) => {}
             Kind::Iommufd(iommufd) => iommufd.map(name, &mapping)?,
             Kind::Container(container) if container.is_set() => container.map(name, &mapping)?,
             // Its IOMMU comes with its first group: until then the record is all there is.
