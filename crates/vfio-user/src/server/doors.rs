@@ -1,12 +1,15 @@
 //! Who is connected to a device, and in which role (`docs/vfio-user-extensions.md: the control role`).
 //!
 //! One client is the VMM. Others that want to be wait in the order in which they came, without a reply to their VERSION, until it
-//! has gone. Control clients come beside it: they have slots of their own, and wait for nobody.
+//! has gone; but for one, the *next*, whose process was named by the VMM or a control client, and which gets the device when the
+//! VMM goes. Control clients come beside it: they have slots of their own, and wait for nobody.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use limosa_device::NextClient;
+use limosa_host::Process;
 use limosa_protocol::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
@@ -30,6 +33,17 @@ pub(super) enum Role {
     Vmm,
     /// To move the device beside its VMM.
     Control,
+    /// To prepare for being the VMM, when the one that is has gone.
+    Next,
+}
+
+/// What a client got that wants to be the VMM.
+#[derive(Debug)]
+pub(super) enum Place {
+    /// It is the VMM.
+    Vmm,
+    /// It is the next one.
+    Next(Arc<NextClient>),
 }
 
 /// Names a connection.
@@ -48,6 +62,10 @@ struct Inner {
     last: u64,
     connections: Vec<Entry>,
     waiting: VecDeque<ConnectionId>,
+    /// The process whose client may be the next VMM.
+    named: Option<Process>,
+    /// That client, once it is there.
+    next: Option<(ConnectionId, Arc<NextClient>)>,
     pause: Pause,
     /// Connections that were accepted, and have not entered.
     coming: usize,
@@ -121,10 +139,77 @@ impl Doors {
     /// A connection is over, and its client's things are gone: whoever waits for its place may have it.
     pub(super) fn leave(&self, id: ConnectionId) {
         let mut inner = self.lock();
-        inner.connections.retain(|entry| entry.id != id);
-        inner.waiting.retain(|waiting| *waiting != id);
-        inner.wake_waiting();
+        inner.remove(id);
         self.changed.notify_all();
+    }
+
+    /// The same for a VMM whose things are gone, unless a next client is there, which is to get the device first.
+    pub(super) fn leave_unless_next(&self, id: ConnectionId) -> bool {
+        let mut inner = self.lock();
+        if inner.next.is_some() {
+            return false;
+        }
+        inner.remove(id);
+        self.changed.notify_all();
+        true
+    }
+
+    /// A VMM's connection is over: `hand_over` gives the device to the next client, which is the VMM then. `false` when there is
+    /// none, or it has gone.
+    pub(super) fn hand_over(&self, id: ConnectionId, hand_over: impl FnOnce(&NextClient) -> bool) -> bool {
+        // The lock is not held while the device changes hands. What the next client has prepared says who was faster when it
+        // goes meanwhile.
+        let (next, client) = {
+            let mut inner = self.lock();
+            let Some(next) = inner.next.take() else { return false };
+            inner.named = None;
+            next
+        };
+        let is_done = hand_over(&client);
+        if is_done {
+            let mut inner = self.lock();
+            inner.set_role(next, Role::Vmm);
+            inner.remove(id);
+            // Its accesses that wait are made.
+            inner.wake(next);
+            self.changed.notify_all();
+        }
+        is_done
+    }
+
+    /// Names the process whose client may be the next VMM, or nobody; then the client that is there has its connection ended.
+    /// ENOTCONN without a VMM, EBUSY while the client of a process that was named is there.
+    pub(super) fn name(&self, process: Option<Process>) -> Result<(), Errno> {
+        let mut inner = self.lock();
+        if process.is_none() {
+            inner.named = None;
+            if let Some(entry) = inner.next.as_ref().and_then(|(id, _)| inner.entry(*id)) {
+                entry.link.end();
+            }
+            return Ok(());
+        }
+        if inner.vmm().is_none() {
+            return Err(Errno::ENOTCONN);
+        }
+        if inner.next.is_some() {
+            return Err(Errno::EBUSY);
+        }
+        inner.named = process;
+        // It may wait already.
+        inner.waiting.iter().for_each(|id| inner.wake(*id));
+        Ok(())
+    }
+
+    /// The number of the process that is named, or 0, and whether its client is there.
+    pub(super) fn named(&self) -> (i32, bool) {
+        let inner = self.lock();
+        (inner.named.as_ref().map_or(0, Process::pid), inner.next.is_some())
+    }
+
+    /// Whether a client is the next VMM, or a process that lives may send one.
+    pub(super) fn expects_next(&self) -> bool {
+        let inner = self.lock();
+        inner.next.is_some() || inner.named.as_ref().is_some_and(Process::is_alive)
     }
 
     /// All connections, to be ended.
@@ -148,12 +233,7 @@ impl Doors {
 
     /// The VMM's connection.
     pub(super) fn vmm(&self) -> Option<Arc<Link>> {
-        let inner = self.lock();
-        inner
-            .connections
-            .iter()
-            .find(|entry| entry.role == Some(Role::Vmm))
-            .map(|entry| Arc::clone(&entry.link))
+        self.lock().vmm().map(|entry| Arc::clone(&entry.link))
     }
 
     /// Makes it a control client. EBUSY when there are too many.
@@ -168,16 +248,20 @@ impl Doors {
         Ok(())
     }
 
-    /// Makes it the VMM as soon as there is no other. EBUSY when too many wait for that; the outer error when the client does
-    /// not wait any more.
+    /// Makes it the VMM as soon as there is no other, or the next one as soon as it may be that. EBUSY when too many wait for
+    /// that; the outer error when the client does not wait any more.
     pub(super) fn be_vmm(
         &self,
         id: ConnectionId,
         link: &Link,
         state: &dyn Fn() -> State,
-    ) -> Result<Result<(), Errno>, ConnectionError> {
+        prepare: &dyn Fn() -> NextClient,
+    ) -> Result<Result<Place, Errno>, ConnectionError> {
         {
             let mut inner = self.lock();
+            if let Some(next) = inner.be_next(id, link, prepare) {
+                return Ok(Ok(Place::Next(next)));
+            }
             if inner.waiting.len() >= WAITING_MAX {
                 tracing::warn!("a client is refused, as {WAITING_MAX} wait for the device already");
                 return Ok(Err(Errno::EBUSY));
@@ -187,8 +271,14 @@ impl Doors {
         loop {
             // Before the look, so that what changes after it is seen.
             link.was_woken();
-            if self.lock().takes_place(id) {
-                return Ok(Ok(()));
+            {
+                let mut inner = self.lock();
+                if inner.takes_place(id) {
+                    return Ok(Ok(Place::Vmm));
+                }
+                if let Some(next) = inner.be_next(id, link, prepare) {
+                    return Ok(Ok(Place::Next(next)));
+                }
             }
             link.wait_for_wake(None)?;
             self.pause_here(id, state)?;
@@ -269,6 +359,14 @@ impl Doors {
 }
 
 impl Inner {
+    fn entry(&self, id: ConnectionId) -> Option<&Entry> {
+        self.connections.iter().find(|entry| entry.id == id)
+    }
+
+    fn vmm(&self) -> Option<&Entry> {
+        self.connections.iter().find(|entry| entry.role == Some(Role::Vmm))
+    }
+
     fn set_role(&mut self, id: ConnectionId, role: Role) {
         if let Some(entry) = self.connections.iter_mut().find(|entry| entry.id == id) {
             entry.role = Some(role);
@@ -277,19 +375,60 @@ impl Inner {
 
     /// Makes the first that waits the VMM if there is none, and says whether that is this one.
     fn takes_place(&mut self, id: ConnectionId) -> bool {
-        let is_free = self.connections.iter().all(|entry| entry.role != Some(Role::Vmm));
-        if !is_free || self.waiting.front() != Some(&id) {
+        if self.vmm().is_some() || self.waiting.front() != Some(&id) {
             return false;
         }
         self.waiting.pop_front();
         self.set_role(id, Role::Vmm);
+        // Who was to come after the one that has gone is not who comes after this one.
+        self.named = None;
         true
     }
 
-    fn wake_waiting(&self) {
-        let first = self.waiting.front();
-        let entry = self.connections.iter().find(|entry| Some(&entry.id) == first);
-        if let Some(entry) = entry {
+    /// Makes a client the next one: of the process that was named, and of the VMM's user. One at a time.
+    fn be_next(
+        &mut self,
+        id: ConnectionId,
+        link: &Link,
+        prepare: &dyn Fn() -> NextClient,
+    ) -> Option<Arc<NextClient>> {
+        let named = self.named.as_ref().filter(|_| self.next.is_none())?;
+        let user = |link: &Link| socket_peercred(link.socket()).map(|peer| peer.uid);
+        let is_of_vmms_user = self.vmm().is_some_and(
+            |vmm| matches!((user(&vmm.link), user(link)), (Ok(theirs), Ok(its)) if theirs == its),
+        );
+        let peer = Process::at_other_end(link.socket()).ok()?;
+        if !peer.is(named) {
+            return None;
+        }
+        if !is_of_vmms_user {
+            tracing::warn!(
+                pid = peer.pid(),
+                "the named process is not of the VMM's user: its client waits as any other"
+            );
+            return None;
+        }
+        let next = Arc::new(prepare());
+        self.waiting.retain(|waiting| *waiting != id);
+        self.set_role(id, Role::Next);
+        self.next = Some((id, Arc::clone(&next)));
+        tracing::info!(pid = peer.pid(), "the VMM's next client is there");
+        Some(next)
+    }
+
+    fn remove(&mut self, id: ConnectionId) {
+        self.connections.retain(|entry| entry.id != id);
+        self.waiting.retain(|waiting| *waiting != id);
+        if self.next.as_ref().is_some_and(|(next, _)| *next == id) {
+            self.next = None;
+        }
+        if let Some(first) = self.waiting.front() {
+            self.wake(*first);
+        }
+    }
+
+    fn wake(&self, id: ConnectionId) {
+        if let Some(entry) = self.entry(id) {
             entry.link.wake();
         }
     }

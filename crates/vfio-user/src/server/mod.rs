@@ -1,14 +1,16 @@
 //! The server: a [`Machine`] behind a socket (`vfio-user.rst`, the server's side of every message).
 //!
 //! One client at a time is the VMM. Others that want to be wait until it is gone; a client that
-//! dies in any state leaves state and session behind, and the next finds a device that answers
-//! every message. Mappings, interrupt wiring and DMA logging end with their client. Beside the VMM, control clients move the
+//! dies in any state leaves state and session behind, and the one after it finds a device that answers
+//! every message. Mappings, interrupt wiring and DMA logging end with their client. One client whose process was named prepares
+//! to be the next VMM, and gets the device in one step. Beside the VMM, control clients move the
 //! device; each connection has a thread of its own.
 //!
 //! Nothing that a client sends costs memory beyond fixed bounds, and a message that is refused is
 //! taken off the socket whole, so that the connection stays in step.
 
 mod access;
+mod admission;
 mod buffer;
 mod connection;
 mod control;
@@ -20,6 +22,7 @@ mod handover;
 mod info;
 mod interrupts;
 mod link;
+mod next;
 mod parked;
 mod stream;
 
