@@ -95,10 +95,13 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             let action = args.action.as_ref().unwrap_or(&args::StateAction::Get);
             let leaves = match action {
                 args::StateAction::Set { .. } => Leaves::State,
-                args::StateAction::Get | args::StateAction::Reset => Leaves::Nothing,
+                _ => Leaves::Nothing,
             };
             let device = open(&args.device)?;
-            let done = commands::state::run(&device, action, out);
+            let done = match action {
+                args::StateAction::Next { pid, nobody } => commands::next::run(&device, *pid, *nobody, out),
+                action => commands::state::run(&device, action, out),
+            };
             hold::end(done, std::slice::from_ref(&device), args.hold.hold, leaves, out)
         }
         Command::Check(args) => commands::check::run(args, opening, out),

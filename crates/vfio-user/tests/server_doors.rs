@@ -660,6 +660,39 @@ fn a_silent_client_holds_up_nobody() {
 }
 
 #[test]
+fn a_client_that_says_nothing_takes_no_place_from_others() {
+    let options =
+        Options { socket: SocketAccess { mode: 0o666, ..SocketAccess::default() }, ..Options::default() };
+    let served = Served::with(TestDevice::new().machine(), options);
+    std::fs::set_permissions(served.path().parent().unwrap(), std::fs::Permissions::from_mode(0o755))
+        .unwrap();
+    let is_root = rustix::process::geteuid().is_root();
+    // Of another user, who is as slow to say something.
+    let slow = is_root.then(|| as_another(|| Raw::connect(served.path())));
+    let mut vmm = served.peer();
+    let mut waiting = Raw::connect(served.path());
+    waiting.ask(VERSION, &[bytes![0u16, 0u16], b"{}\0".to_vec()].concat());
+    vmm.assert_usable();
+    let silent: Vec<_> = (0..300).map(|_| Raw::connect(served.path())).collect();
+    // Those that came last have places, and who has said something keeps its own.
+    let mut control = Raw::control(served.path());
+    control.set_state(STOP).ok();
+    control.set_state(RUNNING).ok();
+    vmm.assert_usable();
+    silent[0].expect_end();
+    assert!(!waiting.has_something());
+    drop(vmm);
+    waiting.receive().ok();
+    waiting.assert_usable();
+    drop(waiting);
+    if let Some(mut slow) = slow {
+        slow.negotiate();
+        slow.assert_usable();
+    }
+    drop(silent);
+}
+
+#[test]
 fn silent_clients_at_one_door_kept_control_out_at_the_other() {
     let directory = tempfile::tempdir().unwrap();
     let (path, control_path) = (directory.path().join("vmm"), directory.path().join("control"));
