@@ -1,6 +1,8 @@
 //! [`Whole`]: migration for a device whose state is one small message, saved as one checked section
 //! when it has stopped ([`crate::saved`]). Its author writes the message, and how it is put back.
 
+use std::time::Instant;
+
 use limosa_protocol::{Errno, MigrationFlags};
 use prost::Message;
 
@@ -20,6 +22,13 @@ pub trait WholeState: SimpleModel {
 
     /// To STOP: when this returns, the device changes neither itself nor anything outside.
     fn stop(&mut self) -> Result<(), Fault>;
+
+    /// The same for a device that has to wait for what is in flight: what cannot be completed by `until` is refused with
+    /// ETIMEDOUT, and the device runs on.
+    fn stop_until(&mut self, until: Instant) -> Result<(), Fault> {
+        let _ = until;
+        self.stop()
+    }
 
     /// From STOP to a state that runs.
     fn start(&mut self) -> Result<(), Fault>;
@@ -87,6 +96,10 @@ impl<D: WholeState> SimpleModel for Whole<D> {
         self.device.rewired(index);
     }
 
+    fn client_gone(&mut self) {
+        self.device.client_gone();
+    }
+
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }
@@ -99,6 +112,10 @@ impl<D: WholeState> SimpleMigration for Whole<D> {
 
     fn stop(&mut self) -> Result<(), Fault> {
         self.device.stop()
+    }
+
+    fn stop_until(&mut self, until: Instant) -> Result<(), Fault> {
+        self.device.stop_until(until)
     }
 
     fn start(&mut self) -> Result<(), Fault> {

@@ -20,7 +20,7 @@ use limosa_protocol::info::DmaMapFlags;
 use limosa_switch_over::{Error, GiveOptions, Given, OldServer, TakeOptions, TakeOver, take};
 use limosa_test_device::Memory;
 use limosa_vfio_user::client::{Client, Options as ClientOptions, Role};
-use limosa_vfio_user::server::{Options, Replacing, Server, ShutdownHandle, SwitchOver};
+use limosa_vfio_user::server::{Options, Replacing, Server, ShutdownHandle, SocketAccess, SwitchOver};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -304,29 +304,61 @@ fn move_and_die(path: &Path, round: u64, changes: &AtomicU64) {
     raw.send(&nonsense(round), &[]);
 }
 
+/// A next client that does what it may and may not, and dies before the device is its own. Counts those that were admitted.
+fn prepare_and_die(path: &Path, round: u64, nexts: &AtomicU64) {
+    let mut raw = Raw::connect(path);
+    // It waits for an answer if another one of this process is the next client.
+    raw.socket.set_read_timeout(None).unwrap();
+    let mut version = bytes![0u16, 0u16];
+    version.extend_from_slice(b"{}\0");
+    raw.ask(VERSION, &version);
+    let mut fds = [rustix::event::PollFd::new(&raw.socket, rustix::event::PollFlags::IN)];
+    let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    if rustix::event::poll(&mut fds, Some(&limit)) != Ok(1) || raw.receive().flags & ERROR != 0 {
+        return;
+    }
+    nexts.fetch_add(1, Ordering::Relaxed);
+    let guest = memory(1 << 20);
+    raw.dma_map(0, 1 << 20, 0, Some(guest.as_fd())).ok();
+    assert_ne!(raw.call(RESET, &[]).flags & ERROR, 0);
+    assert_ne!(raw.set_state(STOP).flags & ERROR, 0);
+    for _ in 0..round % 2000 {
+        raw.post(REGION_WRITE, &bytes![8u64, 0u32, 4u32, u32::MAX]);
+    }
+    raw.send(&nonsense(round), &[]);
+}
+
 #[test]
 fn clients_that_do_everything_wrong_at_every_door_at_once_hurt_nobody_else() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("device0");
-    let running = Running::bind(folder.path(), vec![pad()]);
+    let (path, control) = (folder.path().join("device0"), folder.path().join("control"));
+    let machine = pad();
+    let server = Server::bind(&path, Arc::clone(&machine), options()).unwrap();
+    let server = server.with_control(&control, &SocketAccess::default()).unwrap();
+    let running = Running::new(vec![server], vec![machine], folder.path().join("take-over"));
     let client = Client::connect(&path, ClientOptions::default()).unwrap();
-    let (done, changes) = (AtomicBool::new(false), AtomicU64::new(0));
+    // Each client of this process that wants to be the VMM can be the next one.
+    client.name_next(Some(std::process::id() as i32)).unwrap();
+    let (done, changes, nexts) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let until_done =
         |strike: &dyn Fn(u64)| (0..).take_while(|_| !done.load(Ordering::Relaxed)).for_each(strike);
     std::thread::scope(|scope| {
-        scope.spawn(|| until_done(&|round| strike(&path, &nonsense(round))));
+        for door in [&path, &control] {
+            scope.spawn(move || until_done(&|round| strike(door, &nonsense(round))));
+        }
+        scope.spawn(|| until_done(&|round| prepare_and_die(&path, round, &nexts)));
         // VMMs that wait for their turn, and go without it.
         scope.spawn(|| until_done(&|_| strike(&path, &message(1, VERSION, 0, &bytes![0u16, 2u16]))));
         scope.spawn(|| {
             until_done(&|round| strike(&running.take_over, &nonsense(round)[..(round % 97) as usize]))
         });
-        for first in 0..2 {
-            let (path, changes) = (&path, &changes);
-            scope.spawn(move || until_done(&|round| move_and_die(path, first + round, changes)));
+        for (first, door) in [&path, &control].into_iter().enumerate() {
+            let changes = &changes;
+            scope.spawn(move || until_done(&|round| move_and_die(door, first as u64 + round, changes)));
         }
         let work = || {
             for count in 0.. {
-                if count > 200 && changes.load(Ordering::Relaxed) > 10 {
+                if count > 200 && changes.load(Ordering::Relaxed) > 10 && nexts.load(Ordering::Relaxed) > 10 {
                     break;
                 }
                 client.region_write(0, 8, &u32::to_ne_bytes(count))?;
@@ -342,6 +374,9 @@ fn clients_that_do_everything_wrong_at_every_door_at_once_hurt_nobody_else() {
     });
     // The last control client's end has led the device back before this write returns.
     client.region_write(0, 8, &77u32.to_ne_bytes()).unwrap();
+    let refused = running.refuses(vec![pad()]);
+    assert!(refused.contains("next VMM"), "{refused}");
+    client.name_next(None).unwrap();
     let running = running.replaced_by(vec![pad()]);
     let mut back = [0; 4];
     client.region_read(0, 8, &mut back).unwrap();

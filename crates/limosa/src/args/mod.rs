@@ -220,6 +220,154 @@ pub struct Demo {
 }
 
 #[derive(Debug, Args)]
+<<<<<<< HEAD
+=======
+#[command(after_help = MODEL_OPTIONS)]
+pub struct Serve {
+    /// The device to serve.
+    #[arg(value_name = "MODEL")]
+    pub model: Model,
+
+    /// Where to listen.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+
+    /// The socket's mode, whatever the umask: who may connect, which is who may write to it.
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
+    pub mode: u32,
+
+    /// The socket's group, a name or a number; with a --mode that lets it in, such as 660.
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<Group>,
+
+    /// Listen here as well, for clients that move the device beside its VMM: where that and whoever moves it are different
+    /// users. The socket is this user's alone, mode 600. On --socket, root and this user may move the device beside its VMM.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// An option of the model, NAME=VALUE; many times.
+    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
+    pub options: Vec<String>,
+
+    /// Let a client map any regular file as the guest's memory, for VMMs whose memory is a file on a disk. Without it,
+    /// only memfds and files on tmpfs or hugetlbfs are mapped. An access to another file waits for its file system: a
+    /// client that can choose one whose server or daemon does not answer hangs this process for good.
+    #[arg(long)]
+    pub any_file: bool,
+
+    /// Let another process take over while clients are served: listen here, at a socket that is this user's alone, for
+    /// `limosa serve` with --take-from and this path. When it serves, this process ends with code 0.
+    #[arg(long, value_name = "PATH")]
+    pub takeover: Option<PathBuf>,
+
+    /// Take over from the server that was started with --takeover and this path. MODEL, --socket and the options have to be
+    /// those of the old server. When that one has ended, listen at --takeover, which may be the same path.
+    #[arg(long, value_name = "PATH")]
+    pub take_from: Option<PathBuf>,
+
+    /// End when the process that started this one ends.
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+/// What `switch-over` does to the command that it starts.
+const NEW_COMMAND: &str = "\
+NEW COMMAND is that of the old server, `limosa serve ...`, of the new version. `--take-from PATH` and `--json` are added to its end, \
+unless they are there. It goes on when this command has ended, with the standard error of this command.
+
+Exit codes of switch-over:
+  0  the new server serves
+  1  the old server serves as before; the message says why
+  4  there is no server that can be replaced; nothing was started
+  5  it is not known that one of them serves; the message says what is known
+  8  the new server serves, and no other one can take over from it";
+
+#[derive(Debug, Args)]
+#[command(after_help = NEW_COMMAND)]
+pub struct SwitchOver {
+    /// Where the old server listens for new ones: its --takeover.
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+
+    /// Seconds to wait for the new server to serve or to give up. It has limits of its own, which end before this one.
+    #[arg(long, value_name = "SECONDS", default_value = "240", value_parser = seconds)]
+    pub limit: Duration,
+
+    /// What starts the new server.
+    #[arg(last = true, required = true, value_name = "NEW COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Model {
+    /// A PCI 16550A serial port.
+    Uart,
+    /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
+    Synthetic,
+}
+
+#[derive(Debug, Args)]
+pub struct StateArgs {
+    /// The device.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    #[command(subcommand)]
+    pub action: Option<StateAction>,
+
+    #[command(flatten)]
+    pub hold: Hold,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum StateAction {
+    /// Print the state (also without an action).
+    Get,
+    /// Drive the device to a state, over every state between.
+    Set {
+        /// STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY or PRE_COPY_P2P.
+        #[arg(value_name = "STATE")]
+        state: State,
+    },
+    /// Reset the device: from any state, ERROR too, to RUNNING.
+    Reset,
+    /// Name the process whose VMM takes the device over when the VMM that has it goes; without a process, say which is named.
+    ///
+    /// For a VMM that is replaced on the same host. The new one connects to the device's socket while the old one has the device,
+    /// as the same user, and prepares. For vfio-user devices of a server that has the feature NEXT.
+    Next {
+        /// The number of the process, as the device's server sees it.
+        #[arg(value_name = "PID", conflicts_with = "nobody", value_parser = clap::value_parser!(i32).range(1..))]
+        pid: Option<i32>,
+
+        /// Take the name back; a VMM of that process that has connected by now is disconnected.
+        #[arg(long)]
+        nobody: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = STORES)]
+pub struct Inspect {
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = STORES)]
+pub struct Verify {
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// It has to be the snapshot that has this hash, as `limosa verify` once printed it.
+    #[arg(long, value_name = "HEX")]
+    pub blake3: Option<String>,
+}
+
+#[derive(Debug, Args)]
+>>>>>>> 009243350d75edc5aa2f6b93bda51aaead4c1bcb
 #[group(multiple = false)]
 pub struct Fsm {
     /// The arcs as a Graphviz graph.

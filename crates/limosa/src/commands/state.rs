@@ -22,7 +22,7 @@ struct Answer {
 pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Result<()> {
     let mut path = Vec::new();
     match action {
-        StateAction::Get => {}
+        StateAction::Get | StateAction::Next { .. } => {}
         StateAction::Set { state } => {
             path = set(device, *state)?;
             if device.is_beside_vmm() && *state != State::Running {
@@ -46,8 +46,8 @@ pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Resul
         path => writeln!(to, "{}", path.join(" > ")),
     });
     match action {
-        StateAction::Get => printed,
         StateAction::Set { .. } | StateAction::Reset => after(state, printed),
+        StateAction::Get | StateAction::Next { .. } => printed,
     }
 }
 

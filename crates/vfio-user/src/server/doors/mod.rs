@@ -1,12 +1,17 @@
 //! Who is connected to a device, and in which role (`docs/vfio-user-extensions.md: the control role`).
 //!
 //! One client is the VMM. Others that want to be wait in the order in which they came, without a reply to their VERSION, until it
-//! has gone. Control clients come beside it: they have slots of their own, and wait for nobody.
+//! has gone; but for one, the *next*, whose process was named by the VMM or a control client, and which gets the device when the
+//! VMM goes. Control clients come beside it: they have slots of their own, and wait for nobody.
+
+mod next;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use limosa_device::NextClient;
+use limosa_host::Process;
 use limosa_protocol::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
@@ -19,26 +24,37 @@ use crate::version::Limits;
 /// Clients that may wait for the VMM's place.
 const WAITING_MAX: usize = 16;
 /// Control clients at once.
-pub(super) const CONTROL_MAX: usize = 8;
+pub(in crate::server) const CONTROL_MAX: usize = 8;
 /// Connections in all, those that have not said what they want included.
-pub(super) const CONNECTIONS_MAX: usize = 64;
+pub(in crate::server) const CONNECTIONS_MAX: usize = 64;
 
 /// What a client may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
+pub(in crate::server) enum Role {
     /// All that the specification has.
     Vmm,
     /// To move the device beside its VMM.
     Control,
+    /// To prepare for being the VMM, when the one that is has gone.
+    Next,
+}
+
+/// What a client got that wants to be the VMM.
+#[derive(Debug)]
+pub(in crate::server) enum Place {
+    /// It is the VMM.
+    Vmm,
+    /// It is the next one.
+    Next(Arc<NextClient>),
 }
 
 /// Names a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ConnectionId(u64);
+pub(in crate::server) struct ConnectionId(u64);
 
 /// The connections of a device.
 #[derive(Default)]
-pub(super) struct Doors {
+pub(in crate::server) struct Doors {
     inner: Mutex<Inner>,
     changed: Condvar,
 }
@@ -48,6 +64,10 @@ struct Inner {
     last: u64,
     connections: Vec<Entry>,
     waiting: VecDeque<ConnectionId>,
+    /// The process whose client may be the next VMM.
+    named: Option<Process>,
+    /// That client, once it is there.
+    next: Option<(ConnectionId, Arc<NextClient>)>,
     pause: Pause,
     /// Connections that were accepted, and have not entered.
     coming: usize,
@@ -56,6 +76,10 @@ struct Inner {
 struct Entry {
     id: ConnectionId,
     link: Arc<Link>,
+    /// The user and the number of the process that made it, to share the places between.
+    from: (u32, i32),
+    /// It was told to end, to make room.
+    is_ended: bool,
     role: Option<Role>,
     /// Its thread has stopped between two requests: what it had.
     paused: Option<State>,
@@ -63,14 +87,14 @@ struct Entry {
 
 /// A connection that is paused, beside its link.
 #[derive(Clone, Debug, Default)]
-pub(super) struct State {
+pub(in crate::server) struct State {
     /// `None` before VERSION.
-    pub(super) limits: Option<Limits>,
-    pub(super) by_control_door: bool,
+    pub(in crate::server) limits: Option<Limits>,
+    pub(in crate::server) by_control_door: bool,
     /// A VERSION that waits for its reply, as it came.
-    pub(super) unanswered: Vec<u8>,
+    pub(in crate::server) unanswered: Vec<u8>,
     /// Accesses that wait, in order.
-    pub(super) parked: Vec<Access>,
+    pub(in crate::server) parked: Vec<Access>,
 }
 
 /// Whether connections are served.
@@ -91,18 +115,21 @@ impl Doors {
     }
 
     /// A connection without a role yet.
-    pub(super) fn enter(&self, link: &Arc<Link>) -> ConnectionId {
+    pub(in crate::server) fn enter(&self, link: &Arc<Link>) -> ConnectionId {
         let mut inner = self.lock();
         inner.last += 1;
         let id = ConnectionId(inner.last);
-        inner.connections.push(Entry { id, link: Arc::clone(link), role: None, paused: None });
+        let from = socket_peercred(link.socket());
+        let from = from.map_or((u32::MAX, 0), |peer| (peer.uid.as_raw(), peer.pid.as_raw_pid()));
+        let link = Arc::clone(link);
+        inner.connections.push(Entry { id, link, from, is_ended: false, role: None, paused: None });
         inner.coming = inner.coming.saturating_sub(1);
         self.changed.notify_all();
         id
     }
 
     /// Before a connection is accepted: waits while connections are paused. `false` when they are another process' now.
-    pub(super) fn expect(&self) -> bool {
+    pub(in crate::server) fn expect(&self) -> bool {
         let mut inner = self.lock();
         while inner.pause == Pause::Paused {
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
@@ -112,52 +139,69 @@ impl Doors {
     }
 
     /// None came.
-    pub(super) fn expect_no_more(&self) {
+    pub(in crate::server) fn expect_no_more(&self) {
         let mut inner = self.lock();
         inner.coming = inner.coming.saturating_sub(1);
         self.changed.notify_all();
     }
 
     /// A connection is over, and its client's things are gone: whoever waits for its place may have it.
-    pub(super) fn leave(&self, id: ConnectionId) {
+    pub(in crate::server) fn leave(&self, id: ConnectionId) {
         let mut inner = self.lock();
-        inner.connections.retain(|entry| entry.id != id);
-        inner.waiting.retain(|waiting| *waiting != id);
-        inner.wake_waiting();
+        inner.remove(id);
         self.changed.notify_all();
     }
 
     /// All connections, to be ended.
-    pub(super) fn links(&self) -> Vec<Arc<Link>> {
+    pub(in crate::server) fn links(&self) -> Vec<Arc<Link>> {
         self.lock().connections.iter().map(|entry| Arc::clone(&entry.link)).collect()
     }
 
-    /// Waits until fewer connections than `most` are served, and says whether that came within the limit.
-    pub(super) fn wait_for_room(&self, most: usize, limit: Duration) -> bool {
-        let is_full = |inner: &mut Inner| inner.connections.len() + inner.coming >= most;
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, is_full);
-        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    /// Makes room for one that is expected, so that no more than `most` are served, and says whether there is some within the
+    /// limit. Where there is none, one that has no role yet is ended: of the user with the most of these, of the process with
+    /// the most of them, the oldest. So those that connect without an end take the places of their own.
+    pub(in crate::server) fn make_room(&self, most: usize, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let mut inner = self.lock();
+        loop {
+            let leaving = inner.connections.iter().filter(|entry| entry.is_ended).count();
+            let served = inner.connections.len() + inner.coming;
+            if served <= most {
+                return true;
+            }
+            if served - leaving > most
+                && let Some(at) = inner.dispensable()
+            {
+                let entry = &mut inner.connections[at];
+                entry.is_ended = true;
+                tracing::warn!(
+                    pid = entry.from.1,
+                    "a client that has said nothing is disconnected, as there are {most}"
+                );
+                entry.link.end();
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Waits until no connection is left, or so long.
-    pub(super) fn wait_for_none(&self, limit: Duration) {
+    pub(in crate::server) fn wait_for_none(&self, limit: Duration) {
         let is_served = |inner: &mut Inner| !inner.connections.is_empty();
         // What is left then is ended.
         let _ = self.changed.wait_timeout_while(self.lock(), limit, is_served);
     }
 
     /// The VMM's connection.
-    pub(super) fn vmm(&self) -> Option<Arc<Link>> {
-        let inner = self.lock();
-        inner
-            .connections
-            .iter()
-            .find(|entry| entry.role == Some(Role::Vmm))
-            .map(|entry| Arc::clone(&entry.link))
+    pub(in crate::server) fn vmm(&self) -> Option<Arc<Link>> {
+        self.lock().vmm().map(|entry| Arc::clone(&entry.link))
     }
 
     /// Makes it a control client. EBUSY when there are too many.
-    pub(super) fn be_control(&self, id: ConnectionId) -> Result<(), Errno> {
+    pub(in crate::server) fn be_control(&self, id: ConnectionId) -> Result<(), Errno> {
         let mut inner = self.lock();
         let control = inner.connections.iter().filter(|entry| entry.role == Some(Role::Control)).count();
         if control >= CONTROL_MAX {
@@ -168,16 +212,20 @@ impl Doors {
         Ok(())
     }
 
-    /// Makes it the VMM as soon as there is no other. EBUSY when too many wait for that; the outer error when the client does
-    /// not wait any more.
-    pub(super) fn be_vmm(
+    /// Makes it the VMM as soon as there is no other, or the next one as soon as it may be that. EBUSY when too many wait for
+    /// that; the outer error when the client does not wait any more.
+    pub(in crate::server) fn be_vmm(
         &self,
         id: ConnectionId,
         link: &Link,
         state: &dyn Fn() -> State,
-    ) -> Result<Result<(), Errno>, ConnectionError> {
+        prepare: &dyn Fn() -> NextClient,
+    ) -> Result<Result<Place, Errno>, ConnectionError> {
         {
             let mut inner = self.lock();
+            if let Some(next) = inner.be_next(id, link, prepare) {
+                return Ok(Ok(Place::Next(next)));
+            }
             if inner.waiting.len() >= WAITING_MAX {
                 tracing::warn!("a client is refused, as {WAITING_MAX} wait for the device already");
                 return Ok(Err(Errno::EBUSY));
@@ -187,8 +235,14 @@ impl Doors {
         loop {
             // Before the look, so that what changes after it is seen.
             link.was_woken();
-            if self.lock().takes_place(id) {
-                return Ok(Ok(()));
+            {
+                let mut inner = self.lock();
+                if inner.takes_place(id) {
+                    return Ok(Ok(Place::Vmm));
+                }
+                if let Some(next) = inner.be_next(id, link, prepare) {
+                    return Ok(Ok(Place::Next(next)));
+                }
             }
             link.wait_for_wake(None)?;
             self.pause_here(id, state)?;
@@ -196,7 +250,7 @@ impl Doors {
     }
 
     /// Stops here while connections are paused. An error when they are another process' now.
-    pub(super) fn pause_here(
+    pub(in crate::server) fn pause_here(
         &self,
         id: ConnectionId,
         state: &dyn Fn() -> State,
@@ -219,7 +273,7 @@ impl Doors {
     }
 
     /// Has every connection stop between two requests. ETIMEDOUT when one has not by `until`; then they go on.
-    pub(super) fn pause(&self, until: Instant) -> Result<(), Errno> {
+    pub(in crate::server) fn pause(&self, until: Instant) -> Result<(), Errno> {
         let mut inner = self.lock();
         inner.pause = Pause::Paused;
         inner.connections.iter().for_each(|entry| entry.link.wake());
@@ -236,24 +290,24 @@ impl Doors {
     }
 
     /// Connections are served again.
-    pub(super) fn go_on(&self) {
+    pub(in crate::server) fn go_on(&self) {
         self.lock().pause = Pause::Serving;
         self.changed.notify_all();
     }
 
     /// Connections are another process'.
-    pub(super) fn give(&self) {
+    pub(in crate::server) fn give(&self) {
         self.lock().pause = Pause::Given;
         self.changed.notify_all();
     }
 
     /// Whether another process serves now.
-    pub(super) fn is_given(&self) -> bool {
+    pub(in crate::server) fn is_given(&self) -> bool {
         self.lock().pause == Pause::Given
     }
 
     /// The connections that are paused, with their roles; those that wait for the VMM's place last, in their order.
-    pub(super) fn paused(&self) -> Vec<(Arc<Link>, Option<Role>, State)> {
+    pub(in crate::server) fn paused(&self) -> Vec<(Arc<Link>, Option<Role>, State)> {
         let inner = self.lock();
         let others = inner.connections.iter().filter(|entry| !inner.waiting.contains(&entry.id));
         let waiting = inner.waiting.iter();
@@ -263,12 +317,34 @@ impl Doors {
     }
 
     /// A connection that another process has served takes its role again.
-    pub(super) fn adopt(&self, id: ConnectionId, role: Role) {
+    pub(in crate::server) fn adopt(&self, id: ConnectionId, role: Role) {
         self.lock().set_role(id, role);
     }
 }
 
 impl Inner {
+    fn entry(&self, id: ConnectionId) -> Option<&Entry> {
+        self.connections.iter().find(|entry| entry.id == id)
+    }
+
+    fn vmm(&self) -> Option<&Entry> {
+        self.connections.iter().find(|entry| entry.role == Some(Role::Vmm))
+    }
+
+    /// Which connection is ended to make room for another.
+    fn dispensable(&self) -> Option<usize> {
+        let has_said_nothing =
+            |entry: &&Entry| entry.role.is_none() && !entry.is_ended && !self.waiting.contains(&entry.id);
+        let silent: Vec<_> = self.connections.iter().filter(has_said_nothing).collect();
+        let of_user = |entry: &Entry| silent.iter().filter(|other| other.from.0 == entry.from.0).count();
+        let of_process = |entry: &Entry| silent.iter().filter(|other| other.from == entry.from).count();
+        // Ids rise: the least of equals is the oldest.
+        let most = silent
+            .iter()
+            .max_by_key(|entry| (of_user(entry), of_process(entry), std::cmp::Reverse(entry.id.0)))?;
+        self.connections.iter().position(|entry| entry.id == most.id)
+    }
+
     fn set_role(&mut self, id: ConnectionId, role: Role) {
         if let Some(entry) = self.connections.iter_mut().find(|entry| entry.id == id) {
             entry.role = Some(role);
@@ -277,25 +353,35 @@ impl Inner {
 
     /// Makes the first that waits the VMM if there is none, and says whether that is this one.
     fn takes_place(&mut self, id: ConnectionId) -> bool {
-        let is_free = self.connections.iter().all(|entry| entry.role != Some(Role::Vmm));
-        if !is_free || self.waiting.front() != Some(&id) {
+        if self.vmm().is_some() || self.waiting.front() != Some(&id) {
             return false;
         }
         self.waiting.pop_front();
         self.set_role(id, Role::Vmm);
+        // Who was to come after the one that has gone is not who comes after this one.
+        self.named = None;
         true
     }
 
-    fn wake_waiting(&self) {
-        let first = self.waiting.front();
-        let entry = self.connections.iter().find(|entry| Some(&entry.id) == first);
-        if let Some(entry) = entry {
+    fn remove(&mut self, id: ConnectionId) {
+        self.connections.retain(|entry| entry.id != id);
+        self.waiting.retain(|waiting| *waiting != id);
+        if self.next.as_ref().is_some_and(|(next, _)| *next == id) {
+            self.next = None;
+        }
+        if let Some(first) = self.waiting.front() {
+            self.wake(*first);
+        }
+    }
+
+    fn wake(&self, id: ConnectionId) {
+        if let Some(entry) = self.entry(id) {
             entry.link.wake();
         }
     }
 }
 
 /// Whether a client on the VMM's socket may be a control client: root, or the server's own user.
-pub(super) fn may_control(link: &Link) -> bool {
+pub(in crate::server) fn may_control(link: &Link) -> bool {
     socket_peercred(link.socket()).is_ok_and(|peer| peer.uid.is_root() || peer.uid == geteuid())
 }
