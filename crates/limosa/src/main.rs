@@ -98,16 +98,11 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
                 _ => Leaves::Nothing,
             };
             let device = open(&args.device)?;
-<<<<<<< HEAD
-            let done = commands::state::run(&device, action, out);
-            keep_open::end(done, std::slice::from_ref(&device), args.keep_open.keep_open, leaves, out)
-=======
             let done = match action {
                 args::StateAction::Next { pid, nobody } => commands::next::run(&device, *pid, *nobody, out),
                 action => commands::state::run(&device, action, out),
             };
-            hold::end(done, std::slice::from_ref(&device), args.hold.hold, leaves, out)
->>>>>>> 009243350d75edc5aa2f6b93bda51aaead4c1bcb
+            keep_open::end(done, std::slice::from_ref(&device), args.keep_open.keep_open, leaves, out)
         }
         Command::Check(args) => commands::check::run(args, opening, out),
         Command::Fsm(args) => commands::fsm::run(args, out),

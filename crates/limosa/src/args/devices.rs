@@ -52,6 +52,19 @@ pub enum StateAction {
     },
     /// Reset the device: from any state, ERROR too, to RUNNING.
     Reset,
+    /// Name the process whose VMM takes the device over when the VMM that has it goes; without a process, say which is named.
+    ///
+    /// For a VMM that is replaced on the same host. The new one connects to the device's socket while the old one has the device,
+    /// as the same user, and prepares. For vfio-user devices of a server that has the feature NEXT.
+    Next {
+        /// The number of the process, as the device's server sees it.
+        #[arg(value_name = "PID", conflicts_with = "nobody", value_parser = clap::value_parser!(i32).range(1..))]
+        pid: Option<i32>,
+
+        /// Take the name back; a VMM of that process that has connected by now is disconnected.
+        #[arg(long)]
+        nobody: bool,
+    },
 }
 
 #[derive(Debug, Args)]
