@@ -96,6 +96,17 @@ pub(super) struct LogHead {
     pub ranges: Vec<(u64, u64)>,
 }
 
+/// What STATE begins with. Its bytes follow, or are in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct StateHead {
+    /// Counts the copies of the device's state: with another number, a copy begins anew.
+    pub copy: u32,
+    pub reserved: u32,
+    /// How many bytes.
+    pub bytes: u64,
+}
+
 /// A mapping. Its file is one of FILES, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

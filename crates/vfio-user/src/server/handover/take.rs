@@ -1,8 +1,7 @@
 //! The new server's side.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf, absolute};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -15,6 +14,7 @@ use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 use rustix::net::sockopt::socket_acceptconn;
 
 use super::connection::Adopted;
+use super::copy::Loading;
 use super::give::offer_of;
 use super::record::{self, MappingRow, Offer, broken, decode, kind};
 use crate::server::dma::ClientMemory;
@@ -36,7 +36,8 @@ struct New {
     door: Option<(record::Listener, UnixListener)>,
     control: Option<(record::Listener, UnixListener)>,
     client: Option<ClientId>,
-    is_loaded: bool,
+    /// The number of the copy that was loaded, in part or whole.
+    copy: Option<u32>,
     wiring_bits: Vec<Vec<u8>>,
     eventfds: Vec<limosa_foreign_fd::ForeignFd>,
     wiring: WiringState,
@@ -93,7 +94,7 @@ impl Replacing {
             door: None,
             control: None,
             client: None,
-            is_loaded: false,
+            copy: None,
             wiring_bits: Vec::new(),
             eventfds: Vec::new(),
             wiring: WiringState::default(),
@@ -174,6 +175,7 @@ impl Taker for Replacing {
                 kind::FILES => new.add_files(item),
                 kind::MAPPINGS => new.map(&item)?,
                 kind::LISTENER => new.listen(item)?,
+                kind::STATE => new.load(item)?,
                 other => return Err(broken(other, item.device, &"it comes too early")),
             }
         }
@@ -307,39 +309,44 @@ impl New {
         Ok(())
     }
 
+    /// Makes it ready for a state, unless it is.
     fn begin(&mut self, device: u16) -> Result<(), Refusal> {
+        if self.client.is_some() {
+            return Ok(());
+        }
         let client = self.machine.begin_replacing().map_err(|errno| not_taken(device, &errno))?;
         self.client = Some(client);
         Ok(())
     }
 
-    fn load(&mut self, mut item: Item) -> Result<(), Refusal> {
+    /// Bytes of the device's state. Those of another copy than before replace what was loaded.
+    fn load(&mut self, item: Item) -> Result<(), Refusal> {
         let device = item.device;
-        let failed = |what: &dyn std::fmt::Display| not_taken(device, what);
-        let bytes = <[u8; 8]>::try_from(item.bytes.as_slice()).map(u64::from_ne_bytes);
-        let bytes = bytes.map_err(|_| broken(kind::STATE, device, &"no length"))?;
-        let file = item.fds.pop().and_then(|fd| fd.into_memory().ok());
-        let file = File::from(file.ok_or_else(|| broken(kind::STATE, device, &"no memory file"))?);
-        let client = self.client.ok_or_else(|| failed(&"it is not ready for one"))?;
-        let session = self.machine.session().ok_or_else(|| failed(&"it has no session"))?;
-        let (mut at, mut spare) = (0, Vec::new());
-        while at < bytes {
-            let want = usize::try_from(bytes - at).unwrap_or(usize::MAX).min(super::PIECE_BYTES);
-            let filled = self.machine.data_fill(session, want, &mut spare, |into| {
-                file.read_exact_at(into, at).map(|()| into.len())
-            });
-            at += filled.map_err(|error| failed(&error))?.map_err(|errno| failed(&errno))? as u64;
+        let state = Loading::of(item)?;
+        if self.copy != Some(state.copy) {
+            if self.copy.is_some() {
+                tracing::info!(device, "the old device was reset: its state is loaded anew");
+                self.machine.reset().map_err(|errno| not_taken(device, &errno))?;
+                self.client = None;
+            }
+            self.copy = Some(state.copy);
         }
-        self.machine.loaded(client).map_err(|errno| failed(&errno))?;
-        self.is_loaded = true;
-        Ok(())
+        self.begin(device)?;
+        state.load(&self.machine).map_err(|what| not_taken(device, &what))
+    }
+
+    /// The state is complete.
+    fn finish(&mut self, device: u16) -> Result<(), Refusal> {
+        let missing = || Refusal::of_device(device, "the old server did not hand over its state");
+        let client = self.client.filter(|_| self.copy.is_some()).ok_or_else(missing)?;
+        self.machine.loaded(client).map_err(|errno| not_taken(device, &errno))
     }
 
     /// All that can fail beside the state.
     fn complete(&mut self, device: u16) -> Result<(), Refusal> {
         let missing =
             |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
-        self.is_loaded.then_some(()).ok_or_else(|| missing("its state"))?;
+        self.finish(device)?;
         self.kept.ok_or_else(|| missing("what it keeps"))?;
         if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
             return Err(broken(kind::CONNECTION, device, &"two VMMs"));
