@@ -631,3 +631,58 @@ fn arcs_that_fail_while_a_device_is_copied_or_stopped_leave_it_running() {
         drop((client, running));
     }
 }
+
+#[test]
+fn connections_that_come_and_go_while_the_device_is_copied_are_those_that_the_new_server_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let running = Running::bind(folder.path(), vec![synthetic_with("")]);
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let guest = memory(MIB);
+    map(&client, 0, &guest, MIB);
+    let (mut client, mut goes, mut next) = (Some(client), Some(UnixStream::connect(&path).unwrap()), None);
+    let mut half = None;
+    let running = running.replaced_meanwhile(vec![synthetic_with("")], |round| {
+        if round == 1 {
+            // The VMM and a client that said nothing go, another VMM comes, and one that has said half of it.
+            (client, goes) = (None, None);
+            let now = Client::connect(&path, ClientOptions::default()).unwrap();
+            set_register(&now, registers::DIRTY, 9);
+            next = Some(now);
+            let mut socket = UnixStream::connect(&path).unwrap();
+            socket.write_all(&header(1, VERSION, 20, 0)[..9]).unwrap();
+            half = Some(socket);
+        }
+        Ok(())
+    });
+    drop((client, goes));
+    let next = next.unwrap();
+    assert_eq!(register(&next, registers::DIRTIED), 9);
+    let mapped = running.machines[0].bus().memory.write(0, &[1]);
+    assert!(mapped.is_err(), "the mappings went with their client");
+    map(&next, 0, &guest, MIB);
+    running.machines[0].bus().memory.write(0, &[1]).unwrap();
+    drop(next);
+    let mut half = half.unwrap();
+    half.write_all(&header(1, VERSION, 20, 0)[9..]).unwrap();
+    half.write_all(&bytes![0u16, 2u16]).unwrap();
+    assert_eq!(Raw::new(half).receive().flags, REPLY);
+    drop(running);
+}
+
+#[test]
+fn clients_of_a_server_that_was_not_replaced_keep_their_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let running = Running::bind(folder.path(), vec![synthetic_with("")]);
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let mut raw = UnixStream::connect(&path).unwrap();
+    let refused =
+        running.refuses_taker(Meanwhile::new(vec![synthetic_with("")], |_| Err(Refusal::new("no"))));
+    assert!(refused.contains("no"), "{refused}");
+    assert_eq!(client.state().unwrap(), State::Running);
+    raw.write_all(&message(1, VERSION, 0, &bytes![0u16, 2u16])).unwrap();
+    drop(client);
+    assert_eq!(Raw::new(raw).receive().flags, REPLY);
+    drop(running);
+}

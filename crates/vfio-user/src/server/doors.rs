@@ -33,8 +33,8 @@ pub(super) enum Role {
 }
 
 /// Names a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ConnectionId(u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ConnectionId(pub(super) u64);
 
 /// The connections of a device.
 #[derive(Default)]
@@ -252,13 +252,21 @@ impl Doors {
         self.lock().pause == Pause::Given
     }
 
+    /// The connections that there are now, but those of control clients.
+    pub(super) fn to_be_given(&self) -> Vec<(ConnectionId, Arc<Link>)> {
+        let inner = self.lock();
+        let entries = inner.connections.iter().filter(|entry| entry.role != Some(Role::Control));
+        entries.map(|entry| (entry.id, Arc::clone(&entry.link))).collect()
+    }
+
     /// The connections that are paused, with their roles; those that wait for the VMM's place last, in their order.
-    pub(super) fn paused(&self) -> Vec<(Arc<Link>, Option<Role>, State)> {
+    pub(super) fn paused(&self) -> Vec<(ConnectionId, Arc<Link>, Option<Role>, State)> {
         let inner = self.lock();
         let others = inner.connections.iter().filter(|entry| !inner.waiting.contains(&entry.id));
         let waiting = inner.waiting.iter();
         let waiting = waiting.filter_map(|id| inner.connections.iter().find(|entry| entry.id == *id));
-        let paused = |entry: &Entry| Some((Arc::clone(&entry.link), entry.role, entry.paused.clone()?));
+        let paused =
+            |entry: &Entry| Some((entry.id, Arc::clone(&entry.link), entry.role, entry.paused.clone()?));
         others.chain(waiting).filter_map(paused).collect()
     }
 

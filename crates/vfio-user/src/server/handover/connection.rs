@@ -1,5 +1,7 @@
 //! A connection on its way to another process.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -14,7 +16,7 @@ use super::record::{self, broken, copy, encode, kind};
 use crate::codec::Header;
 use crate::connection::{ConnectionError, Fds};
 use crate::server::connection::Connection;
-use crate::server::doors::{Doors, State};
+use crate::server::doors::{ConnectionId, Doors, State};
 use crate::server::link::{Fits, Link, Queued};
 use crate::server::parked::Access;
 use crate::server::{Options, link};
@@ -36,21 +38,82 @@ pub(in crate::server) struct Adopted {
     memory: Option<Arc<LaterMemory>>,
 }
 
-pub(super) fn export(device: u16, link: &Link, state: &State) -> Result<Vec<Item>, Refusal> {
+/// The sockets of connections that were handed over while the device runs. Nothing is read from them until it does so in its
+/// new process.
+#[derive(Debug, Default)]
+pub(super) struct GivenSockets {
+    /// For each connection how many: the socket, and the twin if there was one.
+    given: HashMap<ConnectionId, usize>,
+}
+
+impl GivenSockets {
+    /// Those of connections that were not handed over yet.
+    pub(super) fn more(&mut self, device: u16, doors: &Doors) -> Result<Vec<Item>, Refusal> {
+        let mut items = Vec::new();
+        for (id, link) in doors.to_be_given() {
+            if let Entry::Vacant(vacant) = self.given.entry(id) {
+                let sockets = sockets(&link)?;
+                vacant.insert(sockets.len());
+                items.push(Item::new(kind::SOCKETS, device, id.0.to_ne_bytes().to_vec()).with_fds(sockets));
+            }
+        }
+        Ok(items)
+    }
+
+    /// Those of this connection that are still to be handed over.
+    fn left(&self, id: ConnectionId, link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
+        let given = self.given.get(&id).copied().unwrap_or(0);
+        match given == 1 + usize::from(link.twin.get().is_some()) {
+            true => Ok(Vec::new()),
+            false => Ok(sockets(link)?.split_off(given)),
+        }
+    }
+}
+
+/// The socket, and the twin if there is one.
+fn sockets(link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
+    let mut fds = vec![copy(link.socket())?];
+    if let Some(twin) = link.twin.get() {
+        fds.push(copy(twin.socket())?);
+    }
+    Ok(fds)
+}
+
+/// The sockets that came while the old device ran, by connection.
+#[derive(Debug, Default)]
+pub(super) struct CameSockets(HashMap<u64, Vec<ForeignFd>>);
+
+impl CameSockets {
+    /// SOCKETS.
+    pub(super) fn add(&mut self, item: Item) -> Result<(), Refusal> {
+        let wrong = |what: &str| broken(item.kind, item.device, &what);
+        let id = <[u8; 8]>::try_from(item.bytes.as_slice()).map(u64::from_ne_bytes);
+        let id = id.map_err(|_| wrong("it names no connection"))?;
+        match self.0.insert(id, item.fds) {
+            None => Ok(()),
+            Some(_) => Err(wrong("it names a connection for the second time")),
+        }
+    }
+}
+
+pub(super) fn export(
+    device: u16,
+    id: ConnectionId,
+    link: &Link,
+    state: &State,
+    given: &GivenSockets,
+) -> Result<Vec<Item>, Refusal> {
     let mut items = Vec::new();
     let shared = link.lock();
     let head = record::Connection {
+        id: id.0,
         limits: state.limits,
         by_control_door: state.by_control_door,
         foreign_dma: link.foreign_dma.load(std::sync::atomic::Ordering::Relaxed),
         next_id: shared.next_id,
         twin_next_id: link.twin.get().map(|twin| twin.next_id()),
     };
-    let mut fds = vec![copy(link.socket())?];
-    if let Some(twin) = link.twin.get() {
-        fds.push(copy(twin.socket())?);
-    }
-    items.push(encode(kind::CONNECTION, device, &head)?.with_fds(fds));
+    items.push(encode(kind::CONNECTION, device, &head)?.with_fds(given.left(id, link)?));
     let receiver = shared.receiver.as_ref().ok_or_else(|| {
         Refusal::of_device(device, "its memory is being read by messages; try again when that is done")
     })?;
@@ -117,14 +180,16 @@ fn fits_number(fits: Fits) -> u8 {
 
 impl Adopted {
     /// CONNECTION; what follows belongs to it.
-    pub(super) fn new(mut item: Item) -> Result<Adopted, Refusal> {
+    pub(super) fn new(mut item: Item, came: &mut CameSockets) -> Result<Adopted, Refusal> {
         let head: record::Connection = record::decode(&item)?;
         let wrong = |what: &str| broken(item.kind, item.device, &what);
-        if item.fds.len() != 1 + usize::from(head.twin_next_id.is_some()) {
+        let mut fds = came.0.remove(&head.id).unwrap_or_default();
+        fds.append(&mut item.fds);
+        if fds.len() != 1 + usize::from(head.twin_next_id.is_some()) {
             return Err(wrong("another number of sockets than it says"));
         }
         let mut sockets =
-            item.fds.drain(..).map(|fd| fd.into_unix_stream().map_err(|_| wrong("a file that is no socket")));
+            fds.drain(..).map(|fd| fd.into_unix_stream().map_err(|_| wrong("a file that is no socket")));
         let socket = sockets.next().ok_or_else(|| wrong("no socket"))??;
         let twin = match (sockets.next(), head.twin_next_id) {
             (Some(twin), Some(id)) => Some((twin?, id)),

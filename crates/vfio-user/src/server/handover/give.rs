@@ -8,6 +8,7 @@ use limosa_protocol::MigrationFlags;
 use limosa_switch_over::{Giver, Item, Refusal};
 
 use super::STOP_LIMIT;
+use super::connection::GivenSockets;
 use super::copy::Copy;
 use super::record::{self, Files, Offer, copy, encode, kind};
 use crate::server::doors::Role;
@@ -31,6 +32,7 @@ struct State {
 #[derive(Debug, Default)]
 struct Outgoing {
     files: Files,
+    sockets: GivenSockets,
     copy: Copy,
 }
 
@@ -96,6 +98,7 @@ impl Giver for SwitchOver<'_> {
             if let Some(door) = &server.control {
                 items.push(listener(device, true, door)?);
             }
+            items.extend(outgoing.sockets.more(device, &server.doors)?);
             items.extend(outgoing.copy.begin(device, &server.machine)?);
         }
         Ok(items)
@@ -105,6 +108,7 @@ impl Giver for SwitchOver<'_> {
         let mut state = self.lock();
         let mut items = Vec::new();
         for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
+            items.extend(outgoing.sockets.more(device, &server.doors)?);
             items.extend(outgoing.copy.more(device, &server.machine)?);
         }
         if items.is_empty() {
@@ -157,10 +161,10 @@ impl Giver for SwitchOver<'_> {
                 stays: kept.stays,
             };
             items.push(encode(kind::MACHINE, device, &kept)?);
-            for (link, role, paused) in server.doors.paused() {
+            for (id, link, role, paused) in server.doors.paused() {
                 // A control client connects again: nothing of it is under way.
                 if role != Some(Role::Control) {
-                    items.extend(super::connection::export(device, &link, &paused)?);
+                    items.extend(super::connection::export(device, id, &link, &paused, &outgoing.sockets)?);
                 }
             }
         }

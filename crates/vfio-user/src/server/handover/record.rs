@@ -30,6 +30,7 @@ pub(super) mod kind {
     pub const DIRTY: u16 = 12;
     pub const MACHINE: u16 = 13;
     pub const STATE: u16 = 14;
+    pub const SOCKETS: u16 = 15;
 }
 
 /// A device, for the new server to compare with its own.
@@ -54,12 +55,14 @@ pub(super) struct Listener {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Connection {
+    /// Names it among the connections of the device: its SOCKETS.
+    pub id: u64,
     /// What was agreed on; `None` before VERSION.
     pub limits: Option<Limits>,
     pub by_control_door: bool,
     pub foreign_dma: bool,
     pub next_id: u16,
-    /// The twin socket is its second fd, with ids of its own.
+    /// It has a twin socket, with ids of its own.
     pub twin_next_id: Option<u16>,
 }
 

@@ -13,7 +13,7 @@ use limosa_protocol::Errno;
 use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 use rustix::net::sockopt::socket_acceptconn;
 
-use super::connection::Adopted;
+use super::connection::{Adopted, CameSockets};
 use super::copy::Loading;
 use super::give::offer_of;
 use super::record::{self, MappingRow, Offer, broken, decode, kind};
@@ -43,6 +43,7 @@ struct New {
     wiring: WiringState,
     log: Option<ExportedLog>,
     kept: Option<Kept>,
+    sockets: CameSockets,
     connections: Vec<Adopted>,
     memory: Arc<LaterMemory>,
     /// Whether it is the door for control clients, where it is, and which socket that is.
@@ -100,6 +101,7 @@ impl Replacing {
             wiring: WiringState::default(),
             log: None,
             kept: None,
+            sockets: CameSockets::default(),
             connections: Vec::new(),
             memory: Arc::default(),
             paths: Vec::new(),
@@ -176,6 +178,7 @@ impl Taker for Replacing {
                 kind::MAPPINGS => new.map(&item)?,
                 kind::LISTENER => new.listen(item)?,
                 kind::STATE => new.load(item)?,
+                kind::SOCKETS => new.sockets.add(item)?,
                 other => return Err(broken(other, item.device, &"it comes too early")),
             }
         }
@@ -206,7 +209,10 @@ impl Taker for Replacing {
                     let record::Machine { stopped, resets, precopy_reinit, stays } = decode(&item)?;
                     new.kept = Some(Kept { stopped, resets, precopy_reinit, stays });
                 }
-                kind::CONNECTION => new.connections.push(Adopted::new(item)?),
+                kind::CONNECTION => {
+                    let connection = Adopted::new(item, &mut new.sockets)?;
+                    new.connections.push(connection);
+                }
                 kind::RECEIVED | kind::QUEUED | kind::PARKED => {
                     let none = || broken(item.kind, device, &"it belongs to no connection");
                     new.connections.last_mut().ok_or_else(none)?.add(item)?;
