@@ -4,6 +4,8 @@
 //! has gone. Control clients come beside it: they have slots of their own, and wait for nobody.
 
 use std::collections::VecDeque;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,6 +43,8 @@ pub(super) struct ConnectionId(pub(super) u64);
 pub(super) struct Doors {
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Connections are not served: [`Inner::pause`], for those that look before each request.
+    is_paused: AtomicBool,
 }
 
 #[derive(Default)]
@@ -57,7 +61,9 @@ struct Entry {
     id: ConnectionId,
     link: Arc<Link>,
     role: Option<Role>,
-    /// Its thread has stopped between two requests: what it had.
+    /// What it has when its thread waits for a request.
+    idle: State,
+    /// It has stopped between two requests: what it had.
     paused: Option<State>,
 }
 
@@ -91,11 +97,12 @@ impl Doors {
     }
 
     /// A connection without a role yet.
-    pub(super) fn enter(&self, link: &Arc<Link>) -> ConnectionId {
+    pub(super) fn enter(&self, link: &Arc<Link>, by_control_door: bool) -> ConnectionId {
+        let idle = State { by_control_door, ..State::default() };
         let mut inner = self.lock();
         inner.last += 1;
         let id = ConnectionId(inner.last);
-        inner.connections.push(Entry { id, link: Arc::clone(link), role: None, paused: None });
+        inner.connections.push(Entry { id, link: Arc::clone(link), role: None, idle, paused: None });
         inner.coming = inner.coming.saturating_sub(1);
         self.changed.notify_all();
         id
@@ -195,6 +202,18 @@ impl Doors {
         }
     }
 
+    /// Whether connections are served, so that [`Doors::pause_here`] has nothing to wait for.
+    pub(super) fn is_open(&self) -> bool {
+        !self.is_paused.load(SeqCst)
+    }
+
+    /// What a connection has agreed on with its client.
+    pub(super) fn agreed(&self, id: ConnectionId, limits: Option<Limits>) {
+        if let Some(entry) = self.lock().connections.iter_mut().find(|entry| entry.id == id) {
+            entry.idle.limits = limits;
+        }
+    }
+
     /// Stops here while connections are paused. An error when they are another process' now.
     pub(super) fn pause_here(
         &self,
@@ -210,6 +229,10 @@ impl Doors {
                 entry.paused = (pause != Pause::Serving).then(state);
                 self.changed.notify_all();
             }
+            if let Some(entry) = inner.connections.iter().find(|entry| entry.id == id) {
+                // Nothing is read before this returns.
+                entry.link.set_busy();
+            }
             match pause {
                 Pause::Serving => return Ok(()),
                 Pause::Paused => inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
@@ -221,8 +244,14 @@ impl Doors {
     /// Has every connection stop between two requests. ETIMEDOUT when one has not by `until`; then they go on.
     pub(super) fn pause(&self, until: Instant) -> Result<(), Errno> {
         let mut inner = self.lock();
-        inner.pause = Pause::Paused;
-        inner.connections.iter().for_each(|entry| entry.link.wake());
+        inner.set_pause(Pause::Paused, &self.is_paused);
+        for entry in &mut inner.connections {
+            match entry.link.stop_if_idle() {
+                // Its thread sleeps, and finds this when it wakes.
+                true => entry.paused = Some(entry.idle.clone()),
+                false => entry.link.wake(),
+            }
+        }
         while inner.coming > 0 || inner.connections.iter().any(|entry| entry.paused.is_none()) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -237,13 +266,20 @@ impl Doors {
 
     /// Connections are served again.
     pub(super) fn go_on(&self) {
-        self.lock().pause = Pause::Serving;
+        let mut inner = self.lock();
+        inner.set_pause(Pause::Serving, &self.is_paused);
+        // Those that sleep have not seen that they were paused. The others wake.
+        for entry in inner.connections.iter_mut().filter(|entry| entry.link.go_on_idle()) {
+            entry.paused = None;
+        }
         self.changed.notify_all();
     }
 
     /// Connections are another process'.
     pub(super) fn give(&self) {
-        self.lock().pause = Pause::Given;
+        let mut inner = self.lock();
+        inner.set_pause(Pause::Given, &self.is_paused);
+        inner.connections.iter().for_each(|entry| entry.link.wake());
         self.changed.notify_all();
     }
 
@@ -277,6 +313,11 @@ impl Doors {
 }
 
 impl Inner {
+    fn set_pause(&mut self, pause: Pause, is_paused: &AtomicBool) {
+        self.pause = pause;
+        is_paused.store(pause != Pause::Serving, SeqCst);
+    }
+
     fn set_role(&mut self, id: ConnectionId, role: Role) {
         if let Some(entry) = self.connections.iter_mut().find(|entry| entry.id == id) {
             entry.role = Some(role);

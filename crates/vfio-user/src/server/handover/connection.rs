@@ -5,6 +5,8 @@ use std::collections::hash_map::Entry;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+use std::thread::JoinHandle;
 
 use limosa_device::Machine;
 use limosa_foreign_fd::{Foreign, ForeignFd};
@@ -27,6 +29,7 @@ pub(in crate::server) type Received = (Vec<u8>, Vec<(u64, Option<ForeignFd>)>);
 
 /// A connection that another process has served.
 pub(in crate::server) struct Adopted {
+    id: u64,
     socket: Foreign<UnixStream>,
     twin: Option<(Foreign<UnixStream>, u16)>,
     state: State,
@@ -79,18 +82,66 @@ fn sockets(link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
     Ok(fds)
 }
 
+/// Threads that will serve connections once this process serves them: a client does not wait for a thread to be made.
+#[derive(Debug, Default)]
+pub(super) struct Threads(HashMap<u64, (Sender<Adopted>, JoinHandle<()>)>);
+
+impl Threads {
+    /// Makes one. Where there is none, the server makes one later.
+    pub(super) fn make(&mut self, id: u64, machine: &Arc<Machine>, options: &Options, doors: &Arc<Doors>) {
+        let (tell, told) = mpsc::channel::<Adopted>();
+        let (machine, options, doors) = (Arc::clone(machine), options.clone(), Arc::clone(doors));
+        let serve = move || {
+            // It is not told when the other process goes on.
+            let Ok(adopted) = told.recv() else { return };
+            match adopted.connection(&machine, &options, &doors) {
+                Ok(mut connection) => _ = connection.serve(),
+                Err(error) => {
+                    doors.expect_no_more();
+                    tracing::warn!(%error, "a connection could not be set up");
+                }
+            }
+        };
+        match std::thread::Builder::new().name("vfio-user".into()).spawn(serve) {
+            Ok(thread) => _ = self.0.insert(id, (tell, thread)),
+            Err(error) => tracing::debug!(%error, "no thread for a connection in advance"),
+        }
+    }
+
+    /// Serves the connections from now on: the threads that do, and those for which there is none.
+    pub(super) fn serve(
+        mut self,
+        adopted: Vec<Adopted>,
+        doors: &Doors,
+    ) -> (Vec<JoinHandle<()>>, Vec<Adopted>) {
+        let (mut serving, mut left) = (Vec::with_capacity(adopted.len()), Vec::new());
+        for adopted in adopted {
+            match self.0.remove(&adopted.id) {
+                Some((tell, thread)) => {
+                    doors.expect();
+                    // It waits for this.
+                    let _ = tell.send(adopted);
+                    serving.push(thread);
+                }
+                None => left.push(adopted),
+            }
+        }
+        (serving, left)
+    }
+}
+
 /// The sockets that came while the old device ran, by connection.
 #[derive(Debug, Default)]
 pub(super) struct CameSockets(HashMap<u64, Vec<ForeignFd>>);
 
 impl CameSockets {
-    /// SOCKETS.
-    pub(super) fn add(&mut self, item: Item) -> Result<(), Refusal> {
+    /// SOCKETS; the connection's number.
+    pub(super) fn add(&mut self, item: Item) -> Result<u64, Refusal> {
         let wrong = |what: &str| broken(item.kind, item.device, &what);
         let id = <[u8; 8]>::try_from(item.bytes.as_slice()).map(u64::from_ne_bytes);
         let id = id.map_err(|_| wrong("it names no connection"))?;
         match self.0.insert(id, item.fds) {
-            None => Ok(()),
+            None => Ok(id),
             Some(_) => Err(wrong("it names a connection for the second time")),
         }
     }
@@ -204,6 +255,7 @@ impl Adopted {
         let (received, twin_received) = Default::default();
         let (foreign_dma, next_id) = (head.foreign_dma, head.next_id);
         Ok(Adopted {
+            id: head.id,
             socket,
             twin,
             state,

@@ -13,11 +13,12 @@ use limosa_protocol::Errno;
 use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 use rustix::net::sockopt::socket_acceptconn;
 
-use super::connection::{Adopted, CameSockets};
+use super::connection::{Adopted, CameSockets, Threads};
 use super::copy::Loading;
 use super::give::offer_of;
 use super::record::{self, MappingRow, Offer, broken, decode, kind};
 use crate::server::dma::ClientMemory;
+use crate::server::doors::Doors;
 use crate::server::{Door, Options, Server};
 
 /// Devices that are to take the place of another process' devices, in the same order.
@@ -44,6 +45,8 @@ struct New {
     log: Option<ExportedLog>,
     kept: Option<Kept>,
     sockets: CameSockets,
+    threads: Threads,
+    doors: Arc<Doors>,
     connections: Vec<Adopted>,
     memory: Arc<LaterMemory>,
     /// Whether it is the door for control clients, where it is, and which socket that is.
@@ -102,6 +105,8 @@ impl Replacing {
             log: None,
             kept: None,
             sockets: CameSockets::default(),
+            threads: Threads::default(),
+            doors: Arc::default(),
             connections: Vec::new(),
             memory: Arc::default(),
             paths: Vec::new(),
@@ -178,7 +183,10 @@ impl Taker for Replacing {
                 kind::MAPPINGS => new.map(&item)?,
                 kind::LISTENER => new.listen(item)?,
                 kind::STATE => new.load(item)?,
-                kind::SOCKETS => new.sockets.add(item)?,
+                kind::SOCKETS => {
+                    let id = new.sockets.add(item)?;
+                    new.threads.make(id, &new.machine, &new.options, &new.doors);
+                }
                 other => return Err(broken(other, item.device, &"it comes too early")),
             }
         }
@@ -390,19 +398,24 @@ impl New {
         let (vmm, control) = (self.door.take(), self.control.take());
         let (vmm, control) = (door(vmm)?, door(control)?);
         let vmm = vmm.ok_or(std::io::ErrorKind::NotFound)?;
-        let server = Server::new(vmm, Arc::clone(&self.machine), self.options.clone())?;
+        let server = Server::with_doors(
+            vmm,
+            Arc::clone(&self.machine),
+            self.options.clone(),
+            Arc::clone(&self.doors),
+        )?;
         let memory = Arc::clone(&self.memory);
         let mut adopted = std::mem::take(&mut self.connections);
         if let Some(vmms) = adopted.iter_mut().find(|connection| connection.is_vmms()) {
             vmms.reaches(memory);
         }
-        *server.adopted.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
+        self.connections = adopted;
         Ok(Server { control, ..server })
     }
 
     /// Serves, from now on.
     fn serve(self) -> Option<Server> {
-        let New { machine, client, wiring, kept, paths, server, .. } = self;
+        let New { machine, client, wiring, kept, paths, server, threads, connections, doors, .. } = self;
         let server = server?;
         if let Err(errno) = machine.wiring().adopt(wiring) {
             tracing::error!(%errno, "interrupts could not be taken over");
@@ -410,6 +423,9 @@ impl New {
         if let Err(errno) = machine.replace(client?, kept?) {
             tracing::error!(%errno, "the device does not run in its new server");
         }
+        let (threads, adopted) = threads.serve(connections, &doors);
+        *server.started.threads.lock().unwrap_or_else(PoisonError::into_inner) = threads;
+        *server.adopted.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
         for (control, path, identity) in paths {
             let door = if control { server.control.as_ref()? } else { &server.door };
             match SocketPath::adopt(&path, identity, &door.listener) {
