@@ -14,7 +14,7 @@ use limosa_switch_over::{Item, Refusal};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::LaterMemory;
-use super::record::{self, broken, copy, encode, kind};
+use super::record::{self, broken, copy, encode, encode_with, kind};
 use crate::codec::Header;
 use crate::connection::{ConnectionError, Fds};
 use crate::server::connection::Connection;
@@ -200,8 +200,7 @@ fn message(
     (fds_truncated, fits): (bool, u8),
     writes_done: usize,
 ) -> Result<Item, Refusal> {
-    let (header, body) = (header.to_vec(), body.to_vec());
-    encode(kind, device, &record::Message { header, body, fds_truncated, fits, writes_done })
+    encode_with(kind, device, &record::Message { fds_truncated, fits, writes_done }, &[header, body])
 }
 
 fn received<'a>(
@@ -215,8 +214,7 @@ fn received<'a>(
         positions.push((position, fd.is_some()));
         copies.extend(fd.map(|fd| copy(fd.as_fd())).transpose()?);
     }
-    let item =
-        encode(kind::RECEIVED, device, &record::Received { twin, bytes: bytes.to_vec(), fds: positions })?;
+    let item = encode_with(kind::RECEIVED, device, &record::Received { twin, fds: positions }, &[bytes])?;
     Ok(item.with_fds(copies))
 }
 
@@ -282,7 +280,8 @@ impl Adopted {
     pub(super) fn add(&mut self, mut item: Item) -> Result<(), Refusal> {
         let wrong = |item: &Item, what: &str| broken(item.kind, item.device, &what);
         if item.kind == kind::RECEIVED {
-            let received: record::Received = record::decode(&item)?;
+            let (received, bytes) = record::decode_with::<record::Received>(&item)?;
+            let bytes = bytes.to_vec();
             if received.fds.iter().filter(|(_, kept)| *kept).count() != item.fds.len() {
                 return Err(wrong(&item, "another number of fds than it says"));
             }
@@ -290,25 +289,27 @@ impl Adopted {
             let fds =
                 received.fds.iter().map(|(at, kept)| (*at, if *kept { came.next() } else { None })).collect();
             let to = if received.twin { &mut self.twin_received } else { &mut self.received };
-            *to = (received.bytes, fds);
+            *to = (bytes, fds);
             return Ok(());
         }
-        let message: record::Message = record::decode(&item)?;
-        let header = Header::read_from_bytes(&message.header).map_err(|_| wrong(&item, "no whole header"))?;
+        let (message, bytes) = record::decode_with::<record::Message>(&item)?;
+        let (header, body) =
+            Header::read_from_prefix(bytes).map_err(|_| wrong(&item, "no whole header"))?;
+        let body = body.to_vec();
         let fits = match message.fits {
             0 => Fits::Yes,
             1 => Fits::Drained,
             2 => Fits::Late,
             _ => Fits::Ends,
         };
-        if message.body.len() > link::MESSAGE_BYTES_MAX {
+        if body.len() > link::MESSAGE_BYTES_MAX {
             return Err(wrong(&item, "a message that is too long"));
         }
         if item.kind == kind::PARKED {
-            self.state.parked.push(Access { header, body: message.body, writes_done: message.writes_done });
+            self.state.parked.push(Access { header, body, writes_done: message.writes_done });
         } else {
             let fds = Fds { fds: std::mem::take(&mut item.fds), truncated: message.fds_truncated };
-            self.queue.push(Queued { header, fds, body: message.body, fits });
+            self.queue.push(Queued { header, fds, body, fits });
         }
         Ok(())
     }
