@@ -63,7 +63,7 @@ pub use interrupts::{Interrupts, SetIrqs, Vector, VectorState, Wiring, WiringSta
 pub use limosa_guest_memory::{FileMapping, PinnedBytes};
 pub use loopback::Loopback;
 pub use machine::{
-    ClientId, FeatureDone, Frozen, Held, Kept, Machine, MoveId, NextClient, Released, SessionId,
+    ClientId, Copying, FeatureDone, Frozen, Held, Kept, Machine, MoveId, NextClient, Released, SessionId,
 };
 pub use memory::{
     Backing, DirtyWords, Dma, ExportedLog, ExportedMapping, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX,

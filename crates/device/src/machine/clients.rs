@@ -200,7 +200,7 @@ impl Machine {
         if self.lock().stays.is_some() {
             return Ok(());
         }
-        let state = self.state();
+        let state = self.lock().state;
         let back = match (state, self.flags) {
             (State::Resuming | State::Error, _) | (_, None) => self.reset_alone(),
             (_, Some(flags)) => {

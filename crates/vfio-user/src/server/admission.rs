@@ -58,6 +58,7 @@ impl Connection<'_> {
         let json = answer.encode(room.min(JSON_ROOM));
         tracing::debug!(?theirs, ?limits, "version agreed");
         self.limits = Some(limits);
+        self.doors.agreed(self.id, self.limits);
         self.link.foreign_dma.store(theirs.are_qemus(), Relaxed);
         let fds: Vec<BorrowedFd<'_>> = twin.iter().map(AsFd::as_fd).collect();
         self.reply_pieces(job, &[fixed.as_bytes(), &json], &fds)

@@ -102,7 +102,7 @@ impl<'a> Connection<'a> {
         let data_bytes_max = options.data_bytes_max.clamp(4096, DATA_XFER_BYTES_MAX);
         let link =
             Arc::new(Link::new(stream, data_bytes_max as usize, options.message_limit, options.dma_limit)?);
-        let id = doors.enter(&link);
+        let id = doors.enter(&link, by_control_door);
         Ok(Connection {
             machine,
             options,
@@ -180,6 +180,9 @@ impl<'a> Connection<'a> {
             return Ok(());
         }
         self.link.flush()?;
+        if self.doors.is_open() && self.link.is_busy() {
+            return Ok(());
+        }
         self.doors.pause_here(self.id, &|| self.state(Vec::new()))
     }
 
@@ -197,6 +200,7 @@ impl<'a> Connection<'a> {
     pub(super) fn adopt(mut self, state: doors::State) -> Connection<'a> {
         self.limits = state.limits;
         state.parked.into_iter().for_each(|access| self.parked.keep(access));
+        self.doors.agreed(self.id, self.limits);
         if self.limits.is_some() {
             self.doors.adopt(self.id, Role::Vmm);
             self.be_vmm();
@@ -213,7 +217,7 @@ impl<'a> Connection<'a> {
         // An idle client may be idle for ever.
         let until = if self.limits.is_some() { None } else { Some(self.version_until) };
         if self.options.interruptible {
-            match self.link.wait_for_something(until)? {
+            match self.link.wait_for_something(until, true)? {
                 Something::Command => {}
                 Something::Woken => return Ok(()),
                 Something::Late => return Err(ConnectionError::Silent),

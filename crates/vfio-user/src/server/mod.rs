@@ -32,6 +32,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use limosa_device::Machine;
@@ -136,9 +137,11 @@ pub struct Server {
     machine: Arc<Machine>,
     options: Options,
     shutdown: ShutdownHandle,
-    doors: Doors,
+    doors: Arc<Doors>,
     /// Connections that another process has served, until they are served here.
     adopted: Mutex<Vec<Adopted>>,
+    /// Threads of those that are served already.
+    started: Started,
 }
 
 impl std::fmt::Debug for Server {
@@ -194,8 +197,19 @@ impl Server {
     }
 
     fn new(door: Door, machine: Arc<Machine>, options: Options) -> io::Result<Server> {
-        let (doors, adopted) = (Doors::default(), Mutex::default());
-        Ok(Server { door, control: None, machine, options, shutdown: ShutdownHandle::new()?, doors, adopted })
+        Server::with_doors(door, machine, options, Arc::default())
+    }
+
+    /// The same with doors at which connections come already.
+    fn with_doors(
+        door: Door,
+        machine: Arc<Machine>,
+        options: Options,
+        doors: Arc<Doors>,
+    ) -> io::Result<Server> {
+        let started = Started { doors: Arc::clone(&doors), threads: Mutex::default() };
+        let (control, adopted, shutdown) = (None, Mutex::default(), ShutdownHandle::new()?);
+        Ok(Server { door, control, machine, options, shutdown, doors, adopted, started })
     }
 
     /// Listens for control clients at another path as well: whoever may connect there may move the device. Fails as
@@ -226,6 +240,7 @@ impl Server {
             if !self.doors.is_given() {
                 end_connections(&self.doors);
             }
+            self.started.join();
             served
         })
     }
@@ -233,6 +248,33 @@ impl Server {
     /// Whether another process serves the device now.
     pub fn is_given(&self) -> bool {
         self.doors.is_given()
+    }
+}
+
+/// Threads that serve connections which another process has served. They were made before it was known that this one does, so
+/// that no client waits for it.
+struct Started {
+    doors: Arc<Doors>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Started {
+    /// Waits until they have ended.
+    fn join(&self) {
+        for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {
+            // One that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Started {
+    /// Of a server that never served.
+    fn drop(&mut self) {
+        if !self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            self.doors.links().iter().for_each(|link| link.end());
+            self.join();
+        }
     }
 }
 

@@ -119,7 +119,7 @@ impl Connection<'_> {
             }
             return Ok(());
         }
-        match self.link.wait_for_something(until)? {
+        match self.link.wait_for_something(until, false)? {
             Something::Command => match self.link.next(request, None)? {
                 Some(incoming) => self.handle(incoming, request),
                 None => Ok(()),

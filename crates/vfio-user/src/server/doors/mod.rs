@@ -7,6 +7,8 @@
 mod next;
 
 use std::collections::VecDeque;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -49,14 +51,16 @@ pub(in crate::server) enum Place {
 }
 
 /// Names a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::server) struct ConnectionId(u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(in crate::server) struct ConnectionId(pub(in crate::server) u64);
 
 /// The connections of a device.
 #[derive(Default)]
 pub(in crate::server) struct Doors {
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Connections are not served: [`Inner::pause`], for those that look before each request.
+    is_paused: AtomicBool,
 }
 
 #[derive(Default)]
@@ -81,7 +85,9 @@ struct Entry {
     /// It was told to end, to make room.
     is_ended: bool,
     role: Option<Role>,
-    /// Its thread has stopped between two requests: what it had.
+    /// What it has when its thread waits for a request.
+    idle: State,
+    /// It has stopped between two requests: what it had.
     paused: Option<State>,
 }
 
@@ -115,14 +121,15 @@ impl Doors {
     }
 
     /// A connection without a role yet.
-    pub(in crate::server) fn enter(&self, link: &Arc<Link>) -> ConnectionId {
+    pub(in crate::server) fn enter(&self, link: &Arc<Link>, by_control_door: bool) -> ConnectionId {
+        let idle = State { by_control_door, ..State::default() };
         let mut inner = self.lock();
         inner.last += 1;
         let id = ConnectionId(inner.last);
         let from = socket_peercred(link.socket());
         let from = from.map_or((u32::MAX, 0), |peer| (peer.uid.as_raw(), peer.pid.as_raw_pid()));
         let link = Arc::clone(link);
-        inner.connections.push(Entry { id, link, from, is_ended: false, role: None, paused: None });
+        inner.connections.push(Entry { id, link, from, is_ended: false, role: None, idle, paused: None });
         inner.coming = inner.coming.saturating_sub(1);
         self.changed.notify_all();
         id
@@ -249,6 +256,18 @@ impl Doors {
         }
     }
 
+    /// Whether connections are served, so that [`Doors::pause_here`] has nothing to wait for.
+    pub(in crate::server) fn is_open(&self) -> bool {
+        !self.is_paused.load(SeqCst)
+    }
+
+    /// What a connection has agreed on with its client.
+    pub(in crate::server) fn agreed(&self, id: ConnectionId, limits: Option<Limits>) {
+        if let Some(entry) = self.lock().connections.iter_mut().find(|entry| entry.id == id) {
+            entry.idle.limits = limits;
+        }
+    }
+
     /// Stops here while connections are paused. An error when they are another process' now.
     pub(in crate::server) fn pause_here(
         &self,
@@ -264,6 +283,10 @@ impl Doors {
                 entry.paused = (pause != Pause::Serving).then(state);
                 self.changed.notify_all();
             }
+            if let Some(entry) = inner.connections.iter().find(|entry| entry.id == id) {
+                // Nothing is read before this returns.
+                entry.link.set_busy();
+            }
             match pause {
                 Pause::Serving => return Ok(()),
                 Pause::Paused => inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
@@ -275,8 +298,14 @@ impl Doors {
     /// Has every connection stop between two requests. ETIMEDOUT when one has not by `until`; then they go on.
     pub(in crate::server) fn pause(&self, until: Instant) -> Result<(), Errno> {
         let mut inner = self.lock();
-        inner.pause = Pause::Paused;
-        inner.connections.iter().for_each(|entry| entry.link.wake());
+        inner.set_pause(Pause::Paused, &self.is_paused);
+        for entry in &mut inner.connections {
+            match entry.link.stop_if_idle() {
+                // Its thread sleeps, and finds this when it wakes.
+                true => entry.paused = Some(entry.idle.clone()),
+                false => entry.link.wake(),
+            }
+        }
         while inner.coming > 0 || inner.connections.iter().any(|entry| entry.paused.is_none()) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -291,13 +320,20 @@ impl Doors {
 
     /// Connections are served again.
     pub(in crate::server) fn go_on(&self) {
-        self.lock().pause = Pause::Serving;
+        let mut inner = self.lock();
+        inner.set_pause(Pause::Serving, &self.is_paused);
+        // Those that sleep have not seen that they were paused. The others wake.
+        for entry in inner.connections.iter_mut().filter(|entry| entry.link.go_on_idle()) {
+            entry.paused = None;
+        }
         self.changed.notify_all();
     }
 
     /// Connections are another process'.
     pub(in crate::server) fn give(&self) {
-        self.lock().pause = Pause::Given;
+        let mut inner = self.lock();
+        inner.set_pause(Pause::Given, &self.is_paused);
+        inner.connections.iter().for_each(|entry| entry.link.wake());
         self.changed.notify_all();
     }
 
@@ -306,13 +342,21 @@ impl Doors {
         self.lock().pause == Pause::Given
     }
 
+    /// The connections that there are now, but those of control clients.
+    pub(in crate::server) fn to_be_given(&self) -> Vec<(ConnectionId, Arc<Link>)> {
+        let inner = self.lock();
+        let entries = inner.connections.iter().filter(|entry| entry.role != Some(Role::Control));
+        entries.map(|entry| (entry.id, Arc::clone(&entry.link))).collect()
+    }
+
     /// The connections that are paused, with their roles; those that wait for the VMM's place last, in their order.
-    pub(in crate::server) fn paused(&self) -> Vec<(Arc<Link>, Option<Role>, State)> {
+    pub(in crate::server) fn paused(&self) -> Vec<(ConnectionId, Arc<Link>, Option<Role>, State)> {
         let inner = self.lock();
         let others = inner.connections.iter().filter(|entry| !inner.waiting.contains(&entry.id));
         let waiting = inner.waiting.iter();
         let waiting = waiting.filter_map(|id| inner.connections.iter().find(|entry| entry.id == *id));
-        let paused = |entry: &Entry| Some((Arc::clone(&entry.link), entry.role, entry.paused.clone()?));
+        let paused =
+            |entry: &Entry| Some((entry.id, Arc::clone(&entry.link), entry.role, entry.paused.clone()?));
         others.chain(waiting).filter_map(paused).collect()
     }
 
@@ -343,6 +387,11 @@ impl Inner {
             .iter()
             .max_by_key(|entry| (of_user(entry), of_process(entry), std::cmp::Reverse(entry.id.0)))?;
         self.connections.iter().position(|entry| entry.id == most.id)
+    }
+
+    fn set_pause(&mut self, pause: Pause, is_paused: &AtomicBool) {
+        self.pause = pause;
+        is_paused.store(pause != Pause::Serving, SeqCst);
     }
 
     fn set_role(&mut self, id: ConnectionId, role: Role) {
