@@ -72,3 +72,16 @@ pub struct Echo {
     /// Out: how many pages were marked.
     pub pages: u64,
 }
+
+/// The name of an extension, as `docs/vfio-user-extensions.md` has it; `None` for every other index.
+pub const fn name(index: FeatureIndex) -> Option<&'static str> {
+    match index {
+        PRECOPY_INFO => Some("PRECOPY_INFO"),
+        DATA_FD => Some("DATA_FD"),
+        RESET_COUNT => Some("RESET_COUNT"),
+        STAY => Some("STAY"),
+        ECHO => Some("ECHO"),
+        KICK => Some("KICK"),
+        _ => None,
+    }
+}

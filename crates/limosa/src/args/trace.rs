@@ -1,0 +1,44 @@
+//! The arguments of `limosa trace`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use limosa_host::Group;
+
+use super::values::mode;
+
+/// What a reader of the help needs beside the options.
+const NOTES: &str = "\
+A line is TIME [pid PID] DEVICE REQUEST ARGUMENTS -> ANSWER <DURATION>, with the time in UTC; `***` marks remarks about the trace \
+itself. See docs/trace.md for the lines, the JSON documents and the capture file.
+
+The proxy ends its connections when it ends.";
+
+#[derive(Debug, Args)]
+#[command(after_help = NOTES)]
+pub struct Trace {
+    /// Listen at FRONT for clients of the server that listens at BACK, and pass on what both send, unchanged.
+    #[arg(long, required = true, num_args = 2, value_names = ["FRONT", "BACK"])]
+    pub proxy: Vec<PathBuf>,
+
+    /// Write the trace to this file: by default it goes to standard output.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+
+    /// Count, and print calls, refusals, time and bytes by request and by arc at the end, in place of lines. With --output
+    /// there are lines too, in that file.
+    #[arg(short, long)]
+    pub count: bool,
+
+    /// Write a capture file for Wireshark (pcapng) too; contrib/wireshark/vfio-user.lua shows what is in it.
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+
+    /// The mode of FRONT, whatever the umask: who may connect.
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
+    pub mode: u32,
+
+    /// The group of FRONT, a name or a number; with a --mode that lets it in, such as 660.
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<Group>,
+}
