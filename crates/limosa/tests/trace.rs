@@ -139,3 +139,85 @@ fn the_end_of_a_proxy_or_a_server_ends_its_clients_connections() {
     again.line("listening on");
     limosa(&["probe", &front]).ok();
 }
+
+#[test]
+fn a_command_is_traced_and_ends_as_it_would() {
+    let folder = Folder::new();
+    let server = folder.device("a.sock", &[]);
+    let limosa_program = env!("CARGO_BIN_EXE_limosa");
+    let traced = limosa(&["trace", "--", limosa_program, "state", &server.socket, "set", "STOP"]);
+    assert!(traced.out.ends_with("STOP\n") && !traced.out.contains("FEATURE"), "{traced:?}");
+    for part in [" a.sock VERSION ", "FEATURE SET MIG_DEVICE_STATE", "> STOP -> ok <"] {
+        assert!(traced.err.contains(part), "{part}: {traced:?}");
+    }
+    assert_eq!(traced.code, 0);
+    for (script, code) in [("exit 7", 7), ("kill -TERM $$", -15), ("kill -KILL $$", -9)] {
+        assert_eq!(limosa(&["trace", "--", "sh", "-c", script]).code, code, "{script}");
+    }
+    limosa(&["trace", "--", "no-such-program"]).fails(1, &["no-such-program", "PATH"]);
+    let counted = limosa(&["trace", "-c", "--", limosa_program, "probe", &server.socket]);
+    assert!(counted.err.contains("FEATURE GET MIGRATION") && !counted.err.contains("->"), "{counted:?}");
+}
+
+#[test]
+fn a_signal_for_the_tracer_is_the_commands() {
+    let traced = start(&[
+        "trace",
+        "--",
+        "sh",
+        "-c",
+        "trap 'echo caught; exit 5' TERM; echo ready; while :; do sleep 0.1; done",
+    ]);
+    traced.line("ready");
+    traced.signal(Signal::TERM);
+    let ended = traced.end();
+    assert_eq!((ended.code, ended.out.as_str()), (5, "ready\ncaught\n"), "{ended:?}");
+}
+
+#[test]
+fn a_server_is_traced_while_it_serves_and_goes_on() {
+    let folder = Folder::new();
+    let server = folder.device("a.sock", &[]);
+    let trace = start(&["trace", "--pid", &server.pid()]);
+    // Until it is traced, its clients are not.
+    while !std::fs::read_to_string(format!("/proc/{}/status", server.pid()))
+        .unwrap()
+        .contains(&format!("TracerPid:\t{}", trace.pid()))
+    {
+        std::thread::yield_now();
+    }
+    assert_eq!(server.state(), State::Running);
+    let line = trace.line("FEATURE GET MIG_DEVICE_STATE -> RUNNING <");
+    assert!(line.contains(&format!("[pid {}] a.sock ", server.pid())), "{line}");
+    trace.signal(Signal::INT);
+    let said = trace.end().ok();
+    assert!(said.contains(" VERSION 0.2 ") && !said.contains("MALFORMED"), "{said}");
+    server.is_usable(&folder);
+}
+
+#[test]
+fn a_full_disk_ends_the_trace_and_not_the_command() {
+    let folder = Folder::new();
+    let server = folder.device("a.sock", &[]);
+    let limosa_program = env!("CARGO_BIN_EXE_limosa");
+    let ended = limosa(&["trace", "-o", "/dev/full", "--", limosa_program, "state", &server.socket]);
+    assert_eq!(ended.out, "RUNNING\n");
+    ended.fails(8, &["traced, but /dev/full: No space left"]);
+}
+
+#[test]
+fn what_cannot_be_traced_is_refused() {
+    let sleeps = support::vcpus();
+    let first = start(&["trace", "--pid", &sleeps.pid()]);
+    while std::fs::read_to_string(format!("/proc/{}/status", sleeps.pid())).unwrap().contains("TracerPid:\t0")
+    {
+        std::thread::yield_now();
+    }
+    limosa(&["trace", "--pid", &sleeps.pid()]).fails(4, &["traced by process", &first.pid()]);
+    first.signal(Signal::INT);
+    assert_eq!(first.end().code, 0);
+    limosa(&["trace", "--pid", "2147483647"]).fails(4, &["no process 2147483647"]);
+    limosa(&["trace"]).fails(2, &["required"]);
+    limosa(&["trace", "--pid", "1", "--proxy", "a", "b"]).fails(2, &["--proxy"]);
+    sleeps.kill();
+}

@@ -1,5 +1,6 @@
 //! `limosa trace`: what a VMM asks of its devices, as it happens.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -8,8 +9,11 @@ use std::path::Path;
 use anyhow::Context;
 use limosa_host::SocketAccess;
 use limosa_trace::proxy::{self, Proxy};
+use limosa_trace::ptrace::{self, Control, Ended, Target};
 use limosa_trace::recorder::{Failure, Recorder, Sink};
 use limosa_trace::sink::{Json, Lines, Pcapng, Statistics, StatisticsHandle};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::args;
 use crate::exit::{self, Code};
@@ -19,7 +23,22 @@ use crate::signals;
 
 pub fn run(args: &args::Trace, opening: Opening, out: &Output) -> anyhow::Result<()> {
     let trace = Trace::begin(args, out)?;
-    let [front, back] = &args.proxy[..] else { unreachable!("the parser wants two") };
+    match (&args.proxy[..], args.pid) {
+        ([front, back], _) => between(front, back, args, opening, trace, out),
+        (_, Some(pid)) => process(pid, trace, out),
+        (_, None) => command(&args.command, trace, out),
+    }
+}
+
+/// A proxy.
+fn between(
+    front: &Path,
+    back: &Path,
+    args: &args::Trace,
+    opening: Opening,
+    trace: Trace,
+    out: &Output,
+) -> anyhow::Result<()> {
     let options = proxy::Options {
         access: SocketAccess { mode: args.mode, group: args.group },
         connect_limit: opening.limit,
@@ -35,10 +54,59 @@ pub fn run(args: &args::Trace, opening: Opening, out: &Output) -> anyhow::Result
     served.and(ended)
 }
 
+/// A process that runs, and goes on after this one's end.
+fn process(pid: i32, trace: Trace, out: &Output) -> anyhow::Result<()> {
+    let control = Control::default();
+    let stop = control.clone();
+    signals::on_end(move || stop.stop())?;
+    let traced = ptrace::trace(&Target::Process(pid), &trace.recorder.handle(), &control);
+    let ended = trace.end(out);
+    traced.map_err(cannot_trace)?;
+    ended
+}
+
+/// A program, as whose end this one ends.
+fn command(words: &[OsString], trace: Trace, out: &Output) -> anyhow::Result<()> {
+    let control = Control::default();
+    let at_signal = control.clone();
+    signals::pass_on(move |signal| match control_signal(&at_signal, signal) {
+        true => {}
+        // It has ended, or does not begin.
+        false => at_signal.stop(),
+    })?;
+    let traced = ptrace::trace(&Target::Command(words.to_vec()), &trace.recorder.handle(), &control);
+    let written = trace.end(out);
+    let ended = traced.map_err(cannot_trace)?;
+    written?;
+    match ended {
+        Ended::Exited(0) => Ok(()),
+        ended => signals::end_as(ended),
+    }
+}
+
+/// Passes a signal on to the traced command. `false` if there is none.
+fn control_signal(control: &Control, signal: Signal) -> bool {
+    let command = control.command().and_then(Pid::from_raw);
+    command.is_some_and(|command| kill_process(command, signal).is_ok())
+}
+
+fn cannot_trace(error: ptrace::Error) -> anyhow::Error {
+    let code = match error {
+        ptrace::Error::Itself(_) => Code::Usage,
+        ptrace::Error::NoProcess(_) | ptrace::Error::Traced { .. } | ptrace::Error::NotPermitted(_) => {
+            Code::Unreachable
+        }
+        _ => Code::Failed,
+    };
+    exit::error(code, error.to_string())
+}
+
 /// Where a trace goes, and what failed of that.
 struct Trace {
     recorder: Recorder,
     statistics: Option<StatisticsHandle>,
+    /// Standard output is the traced command's.
+    is_commands: bool,
 }
 
 impl Trace {
@@ -46,8 +114,10 @@ impl Trace {
         let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
         match &args.output {
             Some(path) => sinks.push(text(out, path.display().to_string(), create(path)?)),
-            None if !args.count => sinks.push(text(out, "standard output".into(), io::stdout())),
-            None => {}
+            None if args.count => {}
+            // Standard output is the command's.
+            None if !args.command.is_empty() => sinks.push(text(out, "standard error".into(), io::stderr())),
+            None => sinks.push(text(out, "standard output".into(), io::stdout())),
         }
         if let Some(path) = &args.pcap {
             let name = path.display().to_string();
@@ -64,7 +134,8 @@ impl Trace {
                 tracing::warn!("{failure}; the trace goes on without it");
             }
         });
-        Ok(Trace { recorder: recorder.context("no thread to write the trace on")?, statistics })
+        let recorder = recorder.context("no thread to write the trace on")?;
+        Ok(Trace { recorder, statistics, is_commands: !args.command.is_empty() })
     }
 
     /// Writes what is left, and prints the statistics.
@@ -74,7 +145,13 @@ impl Trace {
             failures.iter().filter(|failure| !is_enough(failure)).map(ToString::to_string).collect();
         if let Some(statistics) = self.statistics {
             let table = statistics.table();
-            out.line(&table, |to| to.write_all(table.text().as_bytes()))?;
+            if self.is_commands {
+                let text = if out.json { serde_json::to_string(&table)? + "\n" } else { table.text() };
+                // Where this fails nobody is left to be told.
+                let _ = io::stderr().write_all(text.as_bytes());
+            } else {
+                out.line(&table, |to| to.write_all(table.text().as_bytes()))?;
+            }
         }
         if failures.is_empty() { Ok(()) } else { Err(exit::but("traced", &failures)) }
     }

@@ -13,6 +13,7 @@ use limosa_protocol::State;
 use crate::event::{Direction, Event, Outcome, Request};
 use crate::seen::Seen;
 use call::Calls;
+pub(crate) use call::{FEATURE, GROUP_GET_DEVICE_FD, data_fd};
 use conversation::Conversation;
 
 /// The most connections that are decoded at once. Messages on further ones are counted as what nobody asked for.
