@@ -148,17 +148,17 @@ function vfio.dissector(buffer, pinfo, tree)
         elseif (command == 9 or command == 10) and length >= 16 then
             sub:add_le(m.offset, body(0, 8))
             sub:add_le(m.region, body(8, 4))
-            sub:add(m.count, body(12, 4), body(12, 4):le_uint())
+            sub:add_le(m.count, body(12, 4))
             if length > 16 then sub:add(m.data, body(16)) end
             info = info .. " region " .. body(8, 4):le_uint()
         elseif (command == 11 or command == 12) and length >= 12 then
             sub:add_le(m.address, body(0, 8))
-            sub:add(m.count, body(8, 4), body(8, 4):le_uint())
+            sub:add_le(m.count, body(8, 4))
         elseif command == 2 and length >= 32 then
             sub:add_le(m.address, body(16, 8))
             sub:add_le(m.count, body(24, 8))
         elseif (command == 17 or command == 18) and length >= 8 then
-            sub:add(m.count, body(4, 4), body(4, 4):le_uint())
+            sub:add_le(m.count, body(4, 4))
         else
             sub:add(m.data, body())
         end

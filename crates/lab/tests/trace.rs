@@ -13,6 +13,7 @@ use zerocopy::IntoBytes;
 
 /// Walks a device to STOP_COPY, reads all of its state, and asks for a state that there is not.
 fn walk(device: &KernelDevice) {
+    device.set_state(State::RunningP2p).unwrap();
     device.set_state(State::Stop).unwrap();
     let mut stream = device.set_state(State::StopCopy).unwrap().unwrap();
     let mut data = vec![0; 4096];
@@ -52,7 +53,8 @@ fn a_walk_of_the_kernels_device_is_shown_with_its_data_fd_and_the_errno_of_misus
         let said = std::fs::read_to_string(&file).unwrap();
         let mut last = 0;
         for part in [
-            "FEATURE GET MIGRATION -> STOP_COPY",
+            "DEVICE_GET_INFO -> 9 regions, 5 interrupt indexes <",
+            "FEATURE SET MIG_DEVICE_STATE RUNNING > RUNNING_P2P -> ok <",
             "FEATURE SET MIG_DEVICE_STATE RUNNING_P2P > STOP -> ok <",
             "FEATURE SET MIG_DEVICE_STATE STOP > STOP_COPY -> data_fd ",
             " session 1 read ",
@@ -86,7 +88,7 @@ fn a_move_by_the_command_is_shown_and_goes_as_it_would() {
     let (said, counted) = (std::fs::read_to_string(&file).unwrap(), ended.err.clone());
     ended.ok();
     assert_eq!(other.mark(), 0x31);
-    for part in ["> STOP_COPY -> data_fd ", "> RESUMING -> data_fd ", " session 1 read ", " session 1 write "]
+    for part in ["RUNNING > PRE_COPY -> data_fd ", "PRE_COPY_P2P > STOP_COPY -> ok <", "> RESUMING -> data_fd ", " session 1 read ", " session 1 write "]
     {
         assert!(said.contains(part), "{part}: {said}");
     }

@@ -19,6 +19,7 @@ fn tshark(folder: &Folder, capture: &str, options: &[&str]) -> String {
         .args(options)
         .env("HOME", folder.path(""));
     let ended = Running::start(&mut command).end();
+    assert!(!ended.out.contains("Lua Error"), "{}", ended.out);
     assert!(!ended.err.contains("Lua") && !ended.err.contains(".lua:"), "{}", ended.err);
     ended.ok()
 }
@@ -51,6 +52,8 @@ fn a_recorded_move_is_dissected() {
     ] {
         assert!(summary.contains(part), "{part}: {summary}");
     }
+    // An error of the dissector is part of the tree.
+    tshark(&folder, &capture, &["-V"]);
     // As many commands as lines say.
     let count = |filter: &str| tshark(&folder, &capture, &["-Y", filter]).lines().count();
     let reads = lines.lines().filter(|line| line.contains(" MIG_DATA_READ ")).count();
@@ -64,17 +67,32 @@ fn a_recorded_move_is_dissected() {
     assert_eq!(shown.trim(), "16\t2\ta.sock");
 }
 
+/// A request of the state STOP_COPY and a reset, to what is no device.
+#[test]
+#[ignore = "a program of another test"]
+fn asks_what_is_no_device() {
+    use rustix::ioctl::{NoArg, Setter, ioctl};
+    let null = std::fs::File::open("/dev/null").unwrap();
+    // struct vfio_device_feature: argsz, SET MIG_DEVICE_STATE, STOP_COPY, no fd.
+    let set = [16u32, 1 << 17 | 2, 3, u32::MAX];
+    // SAFETY: /dev/null knows no ioctl, and the argument has the length that it says.
+    let refused = unsafe { ioctl(&null, Setter::<0x3b75, _>::new(set)) };
+    // SAFETY: it has no argument.
+    let reset = unsafe { ioctl(&null, NoArg::<0x3b6f>::new()) };
+    assert_eq!((refused, reset), (Err(rustix::io::Errno::NOTTY), Err(rustix::io::Errno::NOTTY)));
+}
+
 #[test]
 #[ignore = "needs tshark (lab/wireshark/run)"]
 fn recorded_calls_are_dissected() {
     let folder = Folder::new();
     let capture = folder.text("trace.pcapng");
-    // An ioctl with VFIO's numbers on what is no device: a VFIO device's is refused where there is none.
-    let options = ["trace", "--pcap", &capture, "--", env!("CARGO_BIN_EXE_limosa"), "state"];
-    let null = std::fs::File::open("/dev/null").unwrap();
-    let name = limosa_testing::proc_path(&null);
-    let refused = limosa(&[&options[..], &[&name]].concat());
-    assert!(refused.code != 0 && refused.err.contains("ENOTTY"), "{refused:?}");
+    let program = limosa_testing::this_test("asks_what_is_no_device");
+    let words = std::iter::once(program.get_program()).chain(program.get_args());
+    let words: Vec<_> = words.map(|word| word.to_str().unwrap()).collect();
+    limosa(&[&["trace", "--pcap", &capture, "--"], &words[..]].concat()).ok();
     let shown = tshark(&folder, &capture, &["-Y", "limosa.kind == 4 && limosa.result == -25"]);
-    assert!(shown.contains("= -25"), "{shown}");
+    assert!(shown.contains("FEATURE SET MIG_DEVICE_STATE STOP_COPY = -25"), "{shown}");
+    assert!(shown.contains("ioctl 0x3b6f = -25") && shown.contains("/dev/null"), "{shown}");
+    tshark(&folder, &capture, &["-V"]);
 }

@@ -161,7 +161,17 @@ pub fn read_memory(pid: i32, address: u64, into: &mut [u8]) -> usize {
     let remote = libc::iovec { iov_base: address as *mut c_void, iov_len: into.len() };
     // SAFETY: the kernel writes at most so many bytes as the slice has, and the other address is of the other process.
     let got = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
-    usize::try_from(got).unwrap_or(0)
+    match usize::try_from(got) {
+        Ok(got) => got,
+        // A kernel without CONFIG_CROSS_MEMORY_ATTACH.
+        Err(_) if last_errno() == Errno::ENOSYS => read_file_of_memory(pid, address as u64, into).unwrap_or(0),
+        Err(_) => 0,
+    }
+}
+
+/// The same by `/proc/PID/mem` (proc(5)).
+fn read_file_of_memory(pid: i32, address: u64, into: &mut [u8]) -> std::io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(&std::fs::File::open(format!("/proc/{pid}/mem"))?, into, address)
 }
 
 /// A child process that does nothing but end: when it is told to, when its time has come, or with the thread that started it. By
@@ -339,6 +349,9 @@ mod tests {
         let mut into = [0; 100];
         let pid = std::process::id().cast_signed();
         assert_eq!(read_memory(pid, data.as_ptr() as u64, &mut into), 100);
+        assert_eq!(into[..], data[..]);
+        into.fill(0);
+        assert_eq!(read_file_of_memory(pid, data.as_ptr() as u64, &mut into).unwrap(), 100);
         assert_eq!(into[..], data[..]);
         assert_eq!(read_memory(pid, 0, &mut into), 0);
         assert_eq!(read_memory(pid, u64::MAX - 3, &mut into), 0);

@@ -183,7 +183,8 @@ impl<'a> Tracer<'a> {
     fn forked(&mut self, tid: i32) {
         let Ok(child) = os::event_message(tid) else { return };
         let Some(parent) = self.threads.get(&tid).map(|thread| thread.process) else { return };
-        let process = files::status(child).map_or(child, |(process, _)| process);
+        // It may have ended before its parent's stop was told, and was waited for then: nothing more comes of it.
+        let Some((process, _)) = files::status(child) else { return };
         self.add(child, process, false);
         if process != parent
             && let Some(parent) = self.processes.get(&parent).cloned()
