@@ -88,8 +88,13 @@ fn a_move_by_the_command_is_shown_and_goes_as_it_would() {
     let (said, counted) = (std::fs::read_to_string(&file).unwrap(), ended.err.clone());
     ended.ok();
     assert_eq!(other.mark(), 0x31);
-    for part in ["RUNNING > PRE_COPY -> data_fd ", "PRE_COPY_P2P > STOP_COPY -> ok <", "> RESUMING -> data_fd ", " session 1 read ", " session 1 write "]
-    {
+    for part in [
+        "RUNNING > PRE_COPY -> data_fd ",
+        "PRE_COPY_P2P > STOP_COPY -> ok <",
+        "> RESUMING -> data_fd ",
+        " session 1 read ",
+        " session 1 write ",
+    ] {
         assert!(said.contains(part), "{part}: {said}");
     }
     assert!(counted.contains("FEATURE SET MIG_DEVICE_STATE") && counted.contains("> STOP_COPY"), "{counted}");

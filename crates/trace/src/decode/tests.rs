@@ -141,6 +141,25 @@ fn session_data_is_counted_and_not_shown() {
     assert_eq!((events[0].bytes, &events[0].outcome), (5, &Outcome::Done("5 bytes".into())));
 }
 
+/// QEMU's count has 32 bits, and its data begins 4 bytes earlier (`hw/vfio-user/protocol.h: VFIOUserDMARW`).
+#[test]
+fn what_a_device_asks_of_qemu_is_decoded_in_qemus_form() {
+    let json = br#"{"capabilities":{"migration":{"max_bitmap_size":256},"write_multiple":true}}"#;
+    for (json, is_qemus) in [(&json[..], true), (b"{}", false)] {
+        let version = [&[0, 0, 2, 0], json, b"\0"].concat();
+        let asked = [&0x1000u64.to_ne_bytes()[..], &3u32.to_ne_bytes(), b"abc\0"].concat();
+        let header = Header::command(9, Command::DMA_WRITE, asked.len()).unwrap();
+        let mut all = vec![opened()];
+        all.extend(exchange(1, Command::VERSION, &version, Ok(&version)));
+        all.push(message(Direction::FromDevice, header, 1, &asked));
+        all.push(message(Direction::ToDevice, header.reply(asked.len()).unwrap(), 2, &asked));
+        let events = decode(&all);
+        assert_eq!(events[1].direction, Direction::FromDevice);
+        assert_eq!(events[1].arguments == "0x1000+0x3", is_qemus, "{events:#?}");
+        assert_eq!(events[1].outcome == Outcome::Done("3 bytes".into()), is_qemus, "{events:#?}");
+    }
+}
+
 fn ioctl(file: FileKind, request: u32, before: &[u8], after: &[u8], result: Result<i64, Errno>) -> Call {
     let action =
         Action::Ioctl { request, before: before.to_vec(), after: after.to_vec(), referred: Vec::new() };

@@ -164,7 +164,9 @@ pub fn read_memory(pid: i32, address: u64, into: &mut [u8]) -> usize {
     match usize::try_from(got) {
         Ok(got) => got,
         // A kernel without CONFIG_CROSS_MEMORY_ATTACH.
-        Err(_) if last_errno() == Errno::ENOSYS => read_file_of_memory(pid, address as u64, into).unwrap_or(0),
+        Err(_) if last_errno() == Errno::ENOSYS => {
+            read_file_of_memory(pid, address as u64, into).unwrap_or(0)
+        }
         Err(_) => 0,
     }
 }
