@@ -1,9 +1,9 @@
 //! `limosa trace`: what a VMM asks of its devices, as it happens.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::Context;
@@ -13,7 +13,7 @@ use limosa_trace::ptrace::{self, Control, Ended, Target};
 use limosa_trace::recorder::{Failure, Recorder, Sink};
 use limosa_trace::sink::{Json, Lines, Pcapng, Statistics, StatisticsHandle};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::fs::OFlags;
 
 use crate::args;
 use crate::exit::{self, Code};
@@ -69,10 +69,11 @@ fn process(pid: i32, trace: Trace, out: &Output) -> anyhow::Result<()> {
 fn command(words: &[OsString], trace: Trace, out: &Output) -> anyhow::Result<()> {
     let control = Control::default();
     let at_signal = control.clone();
-    signals::pass_on(move |signal| match control_signal(&at_signal, signal) {
-        true => {}
-        // It has ended, or does not begin.
-        false => at_signal.stop(),
+    signals::pass_on(move |signal| {
+        // If it has ended, processes that it started are left.
+        if !at_signal.signal(signal) {
+            at_signal.stop();
+        }
     })?;
     let traced = ptrace::trace(&Target::Command(words.to_vec()), &trace.recorder.handle(), &control);
     let written = trace.end(out);
@@ -82,12 +83,6 @@ fn command(words: &[OsString], trace: Trace, out: &Output) -> anyhow::Result<()>
         Ended::Exited(0) => Ok(()),
         ended => signals::end_as(ended),
     }
-}
-
-/// Passes a signal on to the traced command. `false` if there is none.
-fn control_signal(control: &Control, signal: Signal) -> bool {
-    let command = control.command().and_then(Pid::from_raw);
-    command.is_some_and(|command| kill_process(command, signal).is_ok())
 }
 
 fn cannot_trace(error: ptrace::Error) -> anyhow::Error {
@@ -170,7 +165,15 @@ fn text(out: &Output, name: String, to: impl Write + Send + 'static) -> Box<dyn 
 fn create(path: &Path) -> anyhow::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
-    options.open(path).map_err(|error| exit::error(Code::Failed, format!("{}: {error}", path.display())))
+    // Not through a link of somebody else's.
+    options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+    let failed = |error: io::Error| exit::error(Code::Failed, format!("{}: {error}", path.display()));
+    let file = options.open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_file() {
+        // One that was there may have another mode.
+        file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
+    }
+    Ok(file)
 }
 
 fn cannot_stand_between(front: &Path, back: &Path, error: &io::Error) -> anyhow::Error {

@@ -55,6 +55,8 @@ pub struct Proxy {
     options: Options,
     recorder: RecorderHandle,
     stop: StopHandle,
+    /// Connections so far.
+    connections: AtomicU32,
     // Removes the socket when the proxy is dropped.
     _front: SocketPath,
 }
@@ -129,7 +131,15 @@ impl Proxy {
         }
         let (place, listener) = listen(front, &options.access)?;
         listener.set_nonblocking(true)?;
-        Ok(Proxy { listener, back: back.into(), options, recorder, stop: StopHandle::new()?, _front: place })
+        Ok(Proxy {
+            listener,
+            back: back.into(),
+            options,
+            recorder,
+            stop: StopHandle::new()?,
+            connections: AtomicU32::new(0),
+            _front: place,
+        })
     }
 
     /// What ends the proxy.
@@ -139,8 +149,9 @@ impl Proxy {
 
     /// Serves clients until [`StopHandle::stop`], and returns when all connections have ended.
     pub fn serve(&self) -> io::Result<()> {
+        // Several proxies may record the same trace.
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let served = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let served = loop {
                 let client = match self.accept() {
                     Ok(Some(client)) => client,
@@ -169,8 +180,7 @@ impl Proxy {
             };
             self.stop.stop();
             served
-        });
-        served
+        })
     }
 
     /// The next client; `None` when the proxy is to end.
@@ -215,6 +225,10 @@ impl Proxy {
 
     fn relay(&self, number: u32, connection: &Connection) {
         let name = self.back.file_name().unwrap_or(self.back.as_os_str()).to_string_lossy();
+        let name = match self.connections.fetch_add(1, Ordering::Relaxed) {
+            0 => name.into_owned(),
+            before => format!("{name}#{}", before + 1),
+        };
         relay(number, &connection.client, &connection.server, &name, &self.recorder);
     }
 
@@ -229,11 +243,10 @@ impl Proxy {
 pub fn relay(number: u32, client: &UnixStream, server: &UnixStream, name: &str, recorder: &RecorderHandle) {
     let pid =
         socket_peercred(client).ok().and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
-    let name = if number > 1 { format!("{name}#{number}") } else { name.to_owned() };
     let opened = Seen::Opened {
         time_ns: recorder.now_ns(),
         conversation: number,
-        name: crate::event::printable(&name),
+        name: crate::event::printable(name),
         pid,
     };
     recorder.record(opened);

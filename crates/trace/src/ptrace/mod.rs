@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use limosa_protocol::Errno;
+use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::recorder::RecorderHandle;
 use os::{Starting, Waiting, Waker};
@@ -96,7 +97,7 @@ pub struct Control(Arc<Mutex<State>>);
 struct State {
     is_stopped: bool,
     tell: Option<OwnedFd>,
-    command: Option<i32>,
+    command: Option<OwnedFd>,
 }
 
 impl Control {
@@ -114,13 +115,9 @@ impl Control {
         }
     }
 
-    /// The process of the command, while it runs.
-    pub fn command(&self) -> Option<i32> {
-        self.state().command
-    }
-
-    fn set_command(&self, command: Option<i32>) {
-        self.state().command = command;
+    /// Sends a signal to the command. `false` if it does not run, or nothing but a process is traced.
+    pub fn signal(&self, signal: Signal) -> bool {
+        self.state().command.as_ref().is_some_and(|command| pidfd_send_signal(command, signal).is_ok())
     }
 
     /// Wakes by this waker from now on. Returns whether the trace was stopped before.
@@ -133,9 +130,8 @@ impl Control {
 }
 
 /// Traces on the calling thread, until what is traced has ended, [`Control::stop`], or no sink is left. In the last case a
-/// command runs to its end. The calling thread must have no children of its own.
-///
-/// If the calling thread or its process ends, what is traced goes on.
+/// command runs to its end. The calling thread must have no children of its own, and should end soon after: with it the kernel
+/// lets go what could not be stopped in time to be let go.
 pub fn trace(target: &Target, recorder: &RecorderHandle, control: &Control) -> Result<Ended, Error> {
     let waker = Waker::start(None).map_err(|errno| Error::Os { call: "fork", errno })?;
     let was_stopped = control.wake_by(&waker)?;
@@ -152,9 +148,9 @@ pub fn trace(target: &Target, recorder: &RecorderHandle, control: &Control) -> R
         }
         Target::Command(words) => {
             let (pid, starting, program) = start(&mut tracer, words)?;
-            control.set_command(Some(pid));
+            let process = os::pidfd(pid).map_err(|errno| Error::Os { call: "pidfd_open", errno })?;
+            control.state().command = Some(process);
             let ended = tracer.run(pid);
-            control.set_command(None);
             match starting.failed() {
                 Some(errno) => Err(Error::NotStarted { program, errno }),
                 None => Ok(ended),

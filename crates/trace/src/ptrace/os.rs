@@ -11,6 +11,7 @@ use std::ptr;
 use std::time::Duration;
 
 use limosa_protocol::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal};
 
 /// The ways of a tracee into and out of a system call, and its children and programs, are told apart from its signals.
 const OPTIONS: c_int = libc::PTRACE_O_TRACESYSGOOD
@@ -181,6 +182,7 @@ fn read_file_of_memory(pid: i32, address: u64, into: &mut [u8]) -> std::io::Resu
 #[derive(Debug)]
 pub struct Waker {
     pid: i32,
+    process: OwnedFd,
     tell: OwnedFd,
 }
 
@@ -201,7 +203,7 @@ impl Waker {
                 0
             })
         }?;
-        Ok(Waker { pid, tell })
+        Ok(Waker { pid, process: pidfd(pid)?, tell })
     }
 
     /// Its process.
@@ -217,11 +219,9 @@ impl Waker {
 
 impl Drop for Waker {
     fn drop(&mut self) {
-        // SAFETY: takes numbers. It is a child of this thread that was not waited for, or is gone, and then no other process
-        // with its number is a child of this one.
-        unsafe { libc::kill(self.pid, libc::SIGKILL) };
-        // SAFETY: no status is asked for.
-        unsafe { libc::waitpid(self.pid, ptr::null_mut(), libc::__WALL) };
+        // It may be gone already, and waited for.
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+        let _ = rustix::process::waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED);
     }
 }
 
@@ -299,9 +299,19 @@ impl Starting {
     }
 }
 
+/// A process that was not waited for.
+pub fn pidfd(pid: i32) -> Result<OwnedFd, Errno> {
+    let pid = Pid::from_raw(pid).ok_or(Errno::from_raw(libc::ESRCH.unsigned_abs()))?;
+    pidfd_open(pid, PidfdFlags::empty()).map_err(errno_of)
+}
+
+fn errno_of(errno: rustix::io::Errno) -> Errno {
+    Errno::from_raw(errno.raw_os_error().unsigned_abs())
+}
+
 fn pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
     let flags = rustix::pipe::PipeFlags::CLOEXEC;
-    rustix::pipe::pipe_with(flags).map_err(|errno| Errno::from_raw(errno.raw_os_error().unsigned_abs()))
+    rustix::pipe::pipe_with(flags).map_err(errno_of)
 }
 
 /// Forks with all signals blocked, in the child for good: no handler of this process runs there.

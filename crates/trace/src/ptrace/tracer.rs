@@ -289,15 +289,21 @@ impl<'a> Tracer<'a> {
             match os::wait() {
                 Ok(Waited::Exited(tid, _) | Waited::Killed(tid, _)) if tid == limit.pid() => break,
                 Ok(Waited::Stopped(tid, signal, event)) => {
-                    self.add(tid, files::status(tid).map_or(tid, |(process, _)| process), false);
-                    let is_signal = event == 0 && signal != libc::SIGTRAP | 0x80;
-                    let _ = os::detach(tid, if is_signal { signal } else { 0 });
-                    self.remove(tid);
+                    self.let_go(tid, signal, event);
                 }
                 Ok(waited) => self.turn(waited, first, ended),
                 Err(_) => break,
             }
         }
+    }
+
+    /// Lets a thread go that has stopped.
+    fn let_go(&mut self, tid: i32, signal: i32, event: i32) {
+        self.add(tid, files::status(tid).map_or(tid, |(process, _)| process), false);
+        let is_signal = event == 0 && signal != libc::SIGTRAP | 0x80;
+        // One that was killed meanwhile is gone.
+        let _ = os::detach(tid, if is_signal { signal } else { 0 });
+        self.remove(tid);
     }
 
     /// Waits for a child that is not traced any more.
@@ -306,6 +312,8 @@ impl<'a> Tracer<'a> {
             match os::wait() {
                 Ok(Waited::Exited(tid, code)) if tid == child => *ended = Ended::Exited(code),
                 Ok(Waited::Killed(tid, signal)) if tid == child => *ended = Ended::Killed(signal),
+                // One that could not be stopped in time.
+                Ok(Waited::Stopped(tid, signal, event)) => self.let_go(tid, signal, event),
                 Ok(_) => {}
                 Err(_) => return,
             }
