@@ -26,6 +26,7 @@ pub mod packed;
 pub mod saved_state;
 pub mod stream;
 pub mod switch_over;
+pub mod trace;
 pub mod vfio_user_client;
 pub mod vfio_user_request;
 pub mod vfio_user_server;
@@ -61,6 +62,7 @@ pub const TARGETS: &[Target] = &targets![
     saved_state,
     stream,
     switch_over,
+    trace,
     vfio_user_client,
     vfio_user_request,
     vfio_user_server,

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use limosa_migrate::Cancel;
+use limosa_trace::ptrace::Ended;
 use rustix::process::Signal;
 use signal_hook::consts::{
     SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2,
@@ -56,6 +57,50 @@ pub fn on_end(end: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
         Some(end) => end(),
         None => default(signal),
     })
+}
+
+/// Calls `pass` on a thread of its own at each SIGHUP, SIGINT, SIGQUIT and SIGTERM that a process sent to this one. What the
+/// terminal sends goes to the whole of its foreground group, the processes that this one started included.
+pub fn pass_on(mut pass: impl FnMut(Signal) + Send + 'static) -> anyhow::Result<()> {
+    use signal_hook::iterator::SignalsInfo;
+    use signal_hook::iterator::exfiltrator::WithOrigin;
+    use signal_hook::low_level::siginfo::Cause;
+    let mut signals = vec![SIGINT, SIGQUIT, SIGTERM, SIGHUP];
+    signals.retain(|signal| *signal != SIGHUP || !is_ignored(SIGHUP));
+    let mut signals = SignalsInfo::<WithOrigin>::new(signals).context("cannot handle signals")?;
+    let pass = move || {
+        for origin in signals.forever() {
+            let signal = Signal::from_named_raw(origin.signal);
+            if let (Some(signal), true) = (signal, matches!(origin.cause, Cause::Sent(_))) {
+                pass(signal);
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(pass)
+        .map(drop)
+        .context("cannot start a thread for signals")
+}
+
+/// Ends this process as another one has ended: with its code, or by its signal. The shell's code for a signal that does not end
+/// this one.
+pub fn end_as(ended: Ended) -> ! {
+    match ended {
+        Ended::Detached => std::process::exit(0),
+        Ended::Exited(code) => std::process::exit(code),
+        Ended::Killed(signal) => {
+            // A core of this process says nothing of that one.
+            let limit = rustix::process::Rlimit { current: Some(0), maximum: None };
+            let _ = rustix::process::setrlimit(rustix::process::Resource::Core, limit);
+            if signal == Signal::KILL.as_raw() {
+                // It cannot fail, and this does not return.
+                let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+            }
+            default(signal);
+            std::process::exit(128 + signal)
+        }
+    }
 }
 
 /// A handle by which SIGHUP, SIGINT, SIGQUIT, SIGTERM and SIGXCPU call a move off. The move is undone whatever other signals

@@ -13,14 +13,15 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use support::{Folder, Running};
 
 /// Commands that run, and blocks that need something, by what they need.
-const RUN: usize = 27;
-const NEED: [(&str, usize); 6] = [
+const RUN: usize = 34;
+const NEED: [(&str, usize); 7] = [
     ("needs-cargo", 5),
     ("needs-host", 2),
     ("needs-kernel", 3),
     ("needs-root", 1),
     ("needs-store", 1),
-    ("needs-vmm", 3),
+    ("needs-tshark", 1),
+    ("needs-vmm", 4),
 ];
 
 /// A command, and the lines that the page shows below it.

@@ -24,6 +24,7 @@ pub struct QemuBuilder {
     sockets: Vec<PathBuf>,
     is_shared: bool,
     extra: Vec<String>,
+    trace: Option<PathBuf>,
 }
 
 /// QEMU, which does not outlive this.
@@ -53,6 +54,13 @@ impl QemuBuilder {
     #[must_use]
     pub fn option(mut self, option: &str) -> QemuBuilder {
         self.extra.push(option.to_owned());
+        self
+    }
+
+    /// Traced by the command, which writes to this file.
+    #[must_use]
+    pub fn traced(mut self, file: impl AsRef<Path>) -> QemuBuilder {
+        self.trace = Some(file.as_ref().to_owned());
         self
     }
 
@@ -110,7 +118,17 @@ impl QemuBuilder {
         let listener = UnixListener::bind(&qmp).expect("a socket for QMP");
         let share = if self.is_shared { "on" } else { "off" };
         let kind = if self.is_shared { "memfd" } else { "ram" };
-        let mut command = Command::new(prepared().join("qemu-system-x86_64"));
+        let program = prepared().join("qemu-system-x86_64");
+        let mut command = match &self.trace {
+            None => Command::new(program),
+            Some(file) => {
+                let mut command = Command::new(beside_the_test("limosa"));
+                // QEMU would outlive a tracer that is killed.
+                command.args(["trace", "-o"]).arg(file).args(["--", "setpriv", "--pdeathsig", "KILL"]);
+                command.arg(program);
+                command
+            }
+        };
         command
             .args(accelerator)
             .args(["-machine", "pc,memory-backend=ram", "-m", &format!("{}M", RAM_BYTES >> 20)])
@@ -137,7 +155,7 @@ impl QemuBuilder {
 impl Qemu {
     /// A QEMU with shared memory and no devices.
     pub fn builder() -> QemuBuilder {
-        QemuBuilder { sockets: Vec::new(), is_shared: true, extra: Vec::new() }
+        QemuBuilder { sockets: Vec::new(), is_shared: true, extra: Vec::new(), trace: None }
     }
 
     /// The slot of device number `index`.
@@ -153,6 +171,12 @@ impl Qemu {
     /// What it said.
     pub fn transcript(&self) -> &Transcript {
         self.process.transcript()
+    }
+
+    /// Tells it to end, and waits until it has: its exit code, or that of the command that traces it.
+    pub fn quit(mut self) -> i32 {
+        self.qmp.execute("quit", json!({}));
+        self.process.end().code
     }
 
     /// A folder that goes with it.

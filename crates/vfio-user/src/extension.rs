@@ -95,3 +95,17 @@ impl NextFlags {
     /// It is the client that asks.
     pub const THIS: u32 = 2;
 }
+
+/// The name of an extension, as `docs/vfio-user-extensions.md` has it; `None` for every other index.
+pub const fn name(index: FeatureIndex) -> Option<&'static str> {
+    match index {
+        PRECOPY_INFO => Some("PRECOPY_INFO"),
+        DATA_FD => Some("DATA_FD"),
+        RESET_COUNT => Some("RESET_COUNT"),
+        STAY => Some("STAY"),
+        ECHO => Some("ECHO"),
+        KICK => Some("KICK"),
+        NEXT => Some("NEXT"),
+        _ => None,
+    }
+}

@@ -8,6 +8,7 @@ mod moving;
 mod resolving;
 mod serving;
 mod snapshots;
+mod trace;
 mod values;
 
 use std::path::PathBuf;
@@ -26,6 +27,7 @@ pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};
 pub use resolving::{Answer, Decided, Resolve};
 pub use serving::{Model, Serve, SwitchOver};
 pub use snapshots::{Inspect, Load, Save, Verify};
+pub use trace::Trace;
 pub use values::bytes;
 use values::seconds;
 
@@ -55,7 +57,7 @@ state. So what a command leaves in a device is there for the next one only if so
 #[derive(Debug, Parser)]
 #[command(name = "limosa", version, max_term_width = 110)]
 pub struct Cli {
-    /// Print one JSON document instead of text; `answer` prints one in a line for each answer.
+    /// Print one JSON document instead of text; `answer` and `trace` print one in a line for each answer or request.
     #[arg(long, global = true, help_heading = "Global")]
     pub json: bool,
 
@@ -187,6 +189,11 @@ pub enum Command {
     /// Stops the device again and again; with --destructive also resets it and loads states into it, good and bad ones.
     /// In the end the device runs, with the state that it had. Exit code 0: no check failed.
     Check(Check),
+    /// Show what a VMM asks of its devices: each request with its answer, as it happens.
+    ///
+    /// Requests to the kernel's VFIO devices, iommufd and migration data fds, and messages of vfio-user: of a process and what
+    /// it starts, by ptrace, or between a client and a server.
+    Trace(Trace),
     /// Print the migration state machine.
     Fsm(Fsm),
     /// Measure a device: region accesses, data streams, dirty reports, each beside the floor.

@@ -17,4 +17,5 @@ pub mod serve;
 pub mod settle;
 pub mod state;
 pub mod switch_over;
+pub mod trace;
 pub mod verify;

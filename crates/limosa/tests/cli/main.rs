@@ -8,7 +8,7 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use support::{Folder, JsonOutput, Server, device_data, limosa, start};
 
-const COMMANDS: [&[&str]; 20] = [
+const COMMANDS: [&[&str]; 21] = [
     &[],
     &["demo"],
     &["serve"],
@@ -26,6 +26,7 @@ const COMMANDS: [&[&str]; 20] = [
     &["receive"],
     &["check"],
     &["fsm"],
+    &["trace"],
     &["bench"],
     &["completions"],
     &["man"],

@@ -1,0 +1,56 @@
+//! The arguments of `limosa trace`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+use limosa_host::Group;
+
+use super::values::mode;
+
+/// What a reader of the help needs beside the options.
+const NOTES: &str = "\
+A line is TIME [pid PID] DEVICE REQUEST ARGUMENTS -> ANSWER <DURATION>, with the time in UTC; `***` marks remarks about the trace \
+itself. See docs/trace.md for the lines, the JSON documents and the capture file.
+
+With COMMAND, limosa ends as the command does: with its exit code, or by its signal. SIGINT, SIGTERM, SIGHUP and SIGQUIT that \
+are sent to limosa are passed on to it. A process that was named by --pid goes on when limosa ends. A proxy ends its connections \
+when it ends.";
+
+#[derive(Debug, Args)]
+#[command(after_help = NOTES)]
+#[command(group = ArgGroup::new("source").required(true).args(["command", "pid", "proxy"]))]
+pub struct Trace {
+    /// Trace this process and those that it starts.
+    #[arg(long, value_name = "PID")]
+    pub pid: Option<i32>,
+
+    /// Listen at FRONT for clients of the server that listens at BACK, and pass on what both send, unchanged.
+    #[arg(long, num_args = 2, value_names = ["FRONT", "BACK"])]
+    pub proxy: Vec<PathBuf>,
+
+    /// Write the trace to this file: by default it goes to standard output, and for COMMAND to standard error.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+
+    /// Count, and print calls, refusals, time and bytes by request and by arc at the end, in place of lines. With --output
+    /// there are lines too, in that file.
+    #[arg(short, long)]
+    pub count: bool,
+
+    /// Write a capture file for Wireshark (pcapng) too; contrib/wireshark/vfio-user.lua shows what is in it.
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+
+    /// The mode of FRONT, whatever the umask: who may connect.
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode, requires = "proxy")]
+    pub mode: u32,
+
+    /// The group of FRONT, a name or a number; with a --mode that lets it in, such as 660.
+    #[arg(long, value_name = "GROUP", requires = "proxy")]
+    pub group: Option<Group>,
+
+    /// Trace this command and the processes that it starts.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}

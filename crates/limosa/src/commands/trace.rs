@@ -1,0 +1,190 @@
+//! `limosa trace`: what a VMM asks of its devices, as it happens.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use anyhow::Context;
+use limosa_host::SocketAccess;
+use limosa_trace::proxy::{self, Proxy};
+use limosa_trace::ptrace::{self, Control, Ended, Target};
+use limosa_trace::recorder::{Failure, Recorder, Sink};
+use limosa_trace::sink::{Json, Lines, Pcapng, Statistics, StatisticsHandle};
+
+use rustix::fs::OFlags;
+
+use crate::args;
+use crate::exit::{self, Code};
+use crate::open::Opening;
+use crate::output::Output;
+use crate::signals;
+
+pub fn run(args: &args::Trace, opening: Opening, out: &Output) -> anyhow::Result<()> {
+    let trace = Trace::begin(args, out)?;
+    match (&args.proxy[..], args.pid) {
+        ([front, back], _) => between(front, back, args, opening, trace, out),
+        (_, Some(pid)) => process(pid, trace, out),
+        (_, None) => command(&args.command, trace, out),
+    }
+}
+
+/// A proxy.
+fn between(
+    front: &Path,
+    back: &Path,
+    args: &args::Trace,
+    opening: Opening,
+    trace: Trace,
+    out: &Output,
+) -> anyhow::Result<()> {
+    let options = proxy::Options {
+        access: SocketAccess { mode: args.mode, group: args.group },
+        connect_limit: opening.limit,
+        servers: opening.servers.to_vec(),
+    };
+    let proxy = Proxy::bind(front, back, options, trace.recorder.handle())
+        .map_err(|error| cannot_stand_between(front, back, &error))?;
+    let stop = proxy.stop_handle();
+    signals::on_end(move || stop.stop())?;
+    out.say(&format!("listening on {}", front.display()));
+    let served = proxy.serve().context("cannot serve");
+    let ended = trace.end(out);
+    served.and(ended)
+}
+
+/// A process that runs, and goes on after this one's end.
+fn process(pid: i32, trace: Trace, out: &Output) -> anyhow::Result<()> {
+    let control = Control::default();
+    let stop = control.clone();
+    signals::on_end(move || stop.stop())?;
+    let traced = ptrace::trace(&Target::Process(pid), &trace.recorder.handle(), &control);
+    let ended = trace.end(out);
+    traced.map_err(cannot_trace)?;
+    ended
+}
+
+/// A program, as whose end this one ends.
+fn command(words: &[OsString], trace: Trace, out: &Output) -> anyhow::Result<()> {
+    let control = Control::default();
+    let at_signal = control.clone();
+    signals::pass_on(move |signal| {
+        // If it has ended, processes that it started are left.
+        if !at_signal.signal(signal) {
+            at_signal.stop();
+        }
+    })?;
+    let traced = ptrace::trace(&Target::Command(words.to_vec()), &trace.recorder.handle(), &control);
+    let written = trace.end(out);
+    let ended = traced.map_err(cannot_trace)?;
+    written?;
+    match ended {
+        Ended::Exited(0) => Ok(()),
+        ended => signals::end_as(ended),
+    }
+}
+
+fn cannot_trace(error: ptrace::Error) -> anyhow::Error {
+    let code = match error {
+        ptrace::Error::Itself(_) => Code::Usage,
+        ptrace::Error::NoProcess(_) | ptrace::Error::Traced { .. } | ptrace::Error::NotPermitted(_) => {
+            Code::Unreachable
+        }
+        _ => Code::Failed,
+    };
+    exit::error(code, error.to_string())
+}
+
+/// Where a trace goes, and what failed of that.
+struct Trace {
+    recorder: Recorder,
+    statistics: Option<StatisticsHandle>,
+    /// Standard output is the traced command's.
+    is_commands: bool,
+}
+
+impl Trace {
+    fn begin(args: &args::Trace, out: &Output) -> anyhow::Result<Trace> {
+        let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
+        match &args.output {
+            Some(path) => sinks.push(text(out, path.display().to_string(), create(path)?)),
+            None if args.count => {}
+            // Standard output is the command's.
+            None if !args.command.is_empty() => sinks.push(text(out, "standard error".into(), io::stderr())),
+            None => sinks.push(text(out, "standard output".into(), io::stdout())),
+        }
+        if let Some(path) = &args.pcap {
+            let name = path.display().to_string();
+            let pcap = Pcapng::new(name.clone(), create(path)?).with_context(|| name)?;
+            sinks.push(Box::new(pcap));
+        }
+        let statistics = args.count.then(|| {
+            let (sink, handle) = Statistics::new();
+            sinks.push(Box::new(sink));
+            handle
+        });
+        let recorder = Recorder::start(sinks, |failure| {
+            if !is_enough(failure) {
+                tracing::warn!("{failure}; the trace goes on without it");
+            }
+        });
+        let recorder = recorder.context("no thread to write the trace on")?;
+        Ok(Trace { recorder, statistics, is_commands: !args.command.is_empty() })
+    }
+
+    /// Writes what is left, and prints the statistics.
+    fn end(self, out: &Output) -> anyhow::Result<()> {
+        let failures = self.recorder.finish();
+        let failures: Vec<_> =
+            failures.iter().filter(|failure| !is_enough(failure)).map(ToString::to_string).collect();
+        if let Some(statistics) = self.statistics {
+            let table = statistics.table();
+            if self.is_commands {
+                let text = if out.json { serde_json::to_string(&table)? + "\n" } else { table.text() };
+                // Where this fails nobody is left to be told.
+                let _ = io::stderr().write_all(text.as_bytes());
+            } else {
+                out.line(&table, |to| to.write_all(table.text().as_bytes()))?;
+            }
+        }
+        if failures.is_empty() { Ok(()) } else { Err(exit::but("traced", &failures)) }
+    }
+}
+
+/// Whether whoever read the trace has enough of it.
+fn is_enough(failure: &Failure) -> bool {
+    failure.error.kind() == io::ErrorKind::BrokenPipe
+}
+
+fn text(out: &Output, name: String, to: impl Write + Send + 'static) -> Box<dyn Sink> {
+    if out.json { Box::new(Json::new(name, to)) } else { Box::new(Lines::new(name, to)) }
+}
+
+/// A file that only its owner reads: parts of a guest may be in it.
+fn create(path: &Path) -> anyhow::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    // Not through a link of somebody else's.
+    options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+    let failed = |error: io::Error| exit::error(Code::Failed, format!("{}: {error}", path.display()));
+    let file = options.open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_file() {
+        // One that was there may have another mode.
+        file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
+    }
+    Ok(file)
+}
+
+fn cannot_stand_between(front: &Path, back: &Path, error: &io::Error) -> anyhow::Error {
+    let (path, hint) = match error.kind() {
+        io::ErrorKind::AddrInUse => (front, "a server listens there already; choose another path for FRONT"),
+        io::ErrorKind::AlreadyExists => {
+            (front, "something that is no socket is there; choose another path for FRONT")
+        }
+        io::ErrorKind::InvalidInput => (back, "BACK is the socket at which the server listens"),
+        _ if !back.exists() => (back, "start the server first; BACK is the socket at which it listens"),
+        _ => (front, "choose another path for FRONT"),
+    };
+    exit::error(Code::Unreachable, format!("{}: {error}; {hint}", path.display()))
+}
