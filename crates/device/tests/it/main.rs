@@ -5,6 +5,7 @@ mod clients;
 mod common;
 mod features;
 mod loopback;
+mod next;
 mod random_walks;
 mod resets;
 mod sessions;
