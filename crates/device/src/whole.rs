@@ -1,6 +1,9 @@
 //! [`Whole`]: migration for a device whose state is one small message, saved as one checked section
 //! when it has stopped ([`crate::saved`]). Its author writes the message, and how it is put back.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use limosa_protocol::{Errno, MigrationFlags};
 use prost::Message;
 
@@ -85,6 +88,22 @@ impl<D: WholeState> SimpleModel for Whole<D> {
 
     fn rewired(&mut self, index: u32) {
         self.device.rewired(index);
+    }
+
+    fn client_gone(&mut self) {
+        self.device.client_gone();
+    }
+
+    fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        self.device.region_file(region)
+    }
+
+    fn adopts_region_files(&self) -> bool {
+        self.device.adopts_region_files()
+    }
+
+    fn adopt_region_file(&mut self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        self.device.adopt_region_file(region, file)
     }
 
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {

@@ -3,6 +3,8 @@
 //!
 //! [`Exclusive`]: super::Exclusive
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use limosa_protocol::feature::PrecopyInfo;
@@ -39,8 +41,26 @@ pub trait SimpleModel: Send + 'static {
         let _ = index;
     }
 
-    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here.
+    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here. It may
+    /// still have the files of regions mapped: from here on the device has others, which [`SimpleModel::region_file`] gives.
     fn client_gone(&mut self) {}
+
+    /// See [`Model::region_file`](super::Model::region_file).
+    fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        let _ = region;
+        None
+    }
+
+    /// See [`Model::adopts_region_files`](super::Model::adopts_region_files).
+    fn adopts_region_files(&self) -> bool {
+        false
+    }
+
+    /// See [`Model::adopt_region_file`](super::Model::adopt_region_file).
+    fn adopt_region_file(&mut self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        let _ = (region, file);
+        Err(Errno::ENOTSUP)
+    }
 
     /// The device's migration, or `None` when it has none. Must not change.
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
@@ -186,6 +206,18 @@ impl<M: SimpleModel + ?Sized> SimpleModel for Box<M> {
 
     fn client_gone(&mut self) {
         (**self).client_gone();
+    }
+
+    fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        (**self).region_file(region)
+    }
+
+    fn adopts_region_files(&self) -> bool {
+        (**self).adopts_region_files()
+    }
+
+    fn adopt_region_file(&mut self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        (**self).adopt_region_file(region, file)
     }
 
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {

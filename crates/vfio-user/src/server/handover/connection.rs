@@ -293,8 +293,7 @@ impl Adopted {
             return Ok(());
         }
         let (message, bytes) = record::decode_with::<record::Message>(&item)?;
-        let (header, body) =
-            Header::read_from_prefix(bytes).map_err(|_| wrong(&item, "no whole header"))?;
+        let (header, body) = Header::read_from_prefix(bytes).map_err(|_| wrong(&item, "no whole header"))?;
         let body = body.to_vec();
         let fits = match message.fits {
             0 => Fits::Yes,
