@@ -1,8 +1,6 @@
 //! What a client is told of a device: its [`Description`] in the standard's structures
 //! (`vfio.h: VFIO_DEVICE_GET_INFO, VFIO_DEVICE_GET_REGION_INFO, VFIO_DEVICE_GET_IRQ_INFO`).
 
-use std::os::fd::{AsFd, BorrowedFd};
-
 use limosa_protocol::Errno;
 use limosa_protocol::info::{DeviceFlags, DeviceInfo, IrqInfo, RegionFlags, RegionInfo};
 
@@ -17,8 +15,6 @@ pub struct RegionView<'a> {
     /// The parts that may be mapped, as (offset within the region, bytes); empty for all of a
     /// region with MMAP.
     pub areas: &'a [(u64, u64)],
-    /// The file to map.
-    pub fd: Option<BorrowedFd<'a>>,
 }
 
 impl Description {
@@ -49,7 +45,6 @@ impl Description {
                 offset: mapping.map_or(0, |mapping| mapping.offset),
             },
             areas: mapping.map_or(&[], |mapping| &mapping.areas),
-            fd: mapping.map(|mapping| mapping.fd.as_fd()),
         })
     }
 

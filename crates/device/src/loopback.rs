@@ -1,7 +1,7 @@
 //! [`Loopback`]: `client::Device` straight onto a [`Machine`] of the same process, so that the
 //! engine, the checks and the tests need no socket.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use limosa_client::{
@@ -101,7 +101,8 @@ impl Device for Loopback {
             [] if mapped => vec![(0, view.info.size)],
             areas => areas.to_vec(),
         };
-        let fd = view.fd.map(|fd| self.own(fd)).transpose()?.map(ForeignFd::harmless);
+        let file = self.machine.region_file(index);
+        let fd = file.map(|file| self.own(file.as_fd())).transpose()?.map(ForeignFd::harmless);
         Ok(Region { info: view.info, mappable, fd })
     }
 

@@ -1,6 +1,8 @@
 //! [`Whole`]: migration for a device whose state is one small message, saved as one checked section
 //! when it has stopped ([`crate::saved`]). Its author writes the message, and how it is put back.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use limosa_protocol::{Errno, MigrationFlags};
@@ -98,6 +100,22 @@ impl<D: WholeState> SimpleModel for Whole<D> {
 
     fn client_gone(&mut self) {
         self.device.client_gone();
+    }
+
+    fn client_replaced(&mut self) {
+        self.device.client_replaced();
+    }
+
+    fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        self.device.region_file(region)
+    }
+
+    fn adopts_region_files(&self) -> bool {
+        self.device.adopts_region_files()
+    }
+
+    fn adopt_region_file(&mut self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        self.device.adopt_region_file(region, file)
     }
 
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {

@@ -15,6 +15,7 @@ mod next;
 mod replace;
 mod session;
 
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -163,6 +164,14 @@ impl Machine {
     /// What it looks like. [`Description::device_info`] and its siblings are what a client is told.
     pub fn description(&self) -> &Description {
         &self.description
+    }
+
+    /// The file behind a region that a client may map, as it is now. `None` for another region, and while a model that panicked
+    /// cannot say which file it is.
+    pub fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        let mapping = self.description.regions.get(region as usize)?.mapping.as_ref()?;
+        let file = self.access(|model| Ok(model.region_file(region))).ok()?;
+        Some(file.unwrap_or_else(|| Arc::clone(&mapping.fd)))
     }
 
     /// What its migration supports; `None` for a device without migration.

@@ -1,5 +1,7 @@
 //! A device that another process goes on with: stopped where it is, its state given away or taken back (`docs/switch-over.md`).
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use limosa_protocol::{Errno, MigrationFlags, State, fsm};
@@ -173,6 +175,19 @@ impl Machine {
     /// The state that was loaded becomes the device's, which stays in STOP.
     pub fn loaded(&self, client: ClientId) -> Result<(), Errno> {
         self.set_state(client, State::Stop).map(drop)
+    }
+
+    /// Whether the model can go on with the files of another process ([`Model::adopts_region_files`](crate::Model::adopts_region_files)).
+    pub fn adopts_region_files(&self) -> bool {
+        self.access(|model| Ok(model.adopts_region_files())).unwrap_or(false)
+    }
+
+    /// A region has this file from now on, which a client may have mapped. EINVAL for a region that cannot be mapped; else what
+    /// the model answers.
+    pub fn adopt_region_file(&self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        self.region_file(region).ok_or(Errno::EINVAL)?;
+        let _alone = self.gate.alone(arc_deadline(ClientId::VMM))?;
+        self.call(|model| model.adopt_region_file(region, file))
     }
 
     /// The device takes the place of the one that it replaces.

@@ -1,6 +1,7 @@
 //! [`Exclusive`]: a [`SimpleModel`] as a [`Model`], by a mutex.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use limosa_protocol::feature::PrecopyInfo;
@@ -73,6 +74,24 @@ impl<M: SimpleModel> Model for Exclusive<M> {
         if let Ok(mut model) = self.lock() {
             model.client_gone();
         }
+    }
+
+    fn client_replaced(&self) {
+        if let Ok(mut model) = self.lock() {
+            model.client_replaced();
+        }
+    }
+
+    fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        self.lock().ok()?.region_file(region)
+    }
+
+    fn adopts_region_files(&self) -> bool {
+        self.lock().is_ok_and(|model| model.adopts_region_files())
+    }
+
+    fn adopt_region_file(&self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        self.lock()?.adopt_region_file(region, file)
     }
 
     fn migration(&self) -> Option<&dyn Migration> {

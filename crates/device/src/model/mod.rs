@@ -5,6 +5,8 @@ mod description;
 mod exclusive;
 mod simple;
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use limosa_protocol::feature::PrecopyInfo;
@@ -43,10 +45,36 @@ pub trait Model: Send + Sync + 'static {
         let _ = index;
     }
 
-    /// The client has gone. Its mappings and its wiring are gone already, or those of the client that takes over from it are in
-    /// their place ([`Machine::hand_over`](crate::Machine::hand_over)); whatever else the device kept for it goes here. The guest
-    /// may go on: what it sees of the device stays.
+    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here. It may
+    /// still have the files of regions mapped: from here on the device has others, which [`Model::region_file`] gives.
     fn client_gone(&self) {}
+
+    /// The client has gone, and another one has taken over from it for the same guest, with mappings and wiring of its own, which
+    /// are in place already ([`Machine::hand_over`](crate::Machine::hand_over)). What the guest sees of the device stays, and so
+    /// do the files of regions, which the new client may have mapped by now.
+    fn client_replaced(&self) {
+        self.client_gone();
+    }
+
+    /// The file behind a region that a client may map, once it is another one than that of the [`Description`]: of the same
+    /// size, kind and seals, and at the same offset. `None` while it is that one.
+    fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        let _ = region;
+        None
+    }
+
+    /// Whether the device can go on with region files of another process ([`Model::adopt_region_file`]). Must not change.
+    fn adopts_region_files(&self) -> bool {
+        false
+    }
+
+    /// The device takes the place of one in another process, whose client may have this file mapped: it is the region's from
+    /// now on, and [`Model::region_file`] gives it. Its size, kind and seals were checked. Comes for each region that can be
+    /// mapped, in STOP, after the state was loaded. What is in the file must not be changed: the other device may yet go on.
+    fn adopt_region_file(&self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        let _ = (region, file);
+        Err(Errno::ENOTSUP)
+    }
 
     /// The device's migration, or `None` when it has none. Must not change.
     fn migration(&self) -> Option<&dyn Migration> {

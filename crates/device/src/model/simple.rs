@@ -3,6 +3,8 @@
 //!
 //! [`Exclusive`]: super::Exclusive
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use limosa_protocol::feature::PrecopyInfo;
@@ -41,6 +43,28 @@ pub trait SimpleModel: Send + 'static {
 
     /// The client has gone ([`Model::client_gone`](super::Model::client_gone)).
     fn client_gone(&mut self) {}
+
+    /// Another client has taken over ([`Model::client_replaced`](super::Model::client_replaced)).
+    fn client_replaced(&mut self) {
+        self.client_gone();
+    }
+
+    /// See [`Model::region_file`](super::Model::region_file).
+    fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        let _ = region;
+        None
+    }
+
+    /// See [`Model::adopts_region_files`](super::Model::adopts_region_files).
+    fn adopts_region_files(&self) -> bool {
+        false
+    }
+
+    /// See [`Model::adopt_region_file`](super::Model::adopt_region_file).
+    fn adopt_region_file(&mut self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        let _ = (region, file);
+        Err(Errno::ENOTSUP)
+    }
 
     /// The device's migration, or `None` when it has none. Must not change.
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
@@ -186,6 +210,22 @@ impl<M: SimpleModel + ?Sized> SimpleModel for Box<M> {
 
     fn client_gone(&mut self) {
         (**self).client_gone();
+    }
+
+    fn client_replaced(&mut self) {
+        (**self).client_replaced();
+    }
+
+    fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
+        (**self).region_file(region)
+    }
+
+    fn adopts_region_files(&self) -> bool {
+        (**self).adopts_region_files()
+    }
+
+    fn adopt_region_file(&mut self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        (**self).adopt_region_file(region, file)
     }
 
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {

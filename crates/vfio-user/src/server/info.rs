@@ -49,7 +49,8 @@ impl Connection<'_> {
         };
         let mut info = view.info;
         // A client that takes no fds cannot map.
-        let fd = view.fd.filter(|_| self.fds_max() > 0);
+        let file = self.machine.region_file(index);
+        let fd = file.as_ref().map(|file| file.as_fd()).filter(|_| self.fds_max() > 0);
         if fd.is_none() {
             info.flags &= !RegionFlags::MMAP.bits();
         }

@@ -11,6 +11,7 @@ use super::STOP_LIMIT;
 use super::connection::GivenSockets;
 use super::copy::Copy;
 use super::record::{self, Files, Offer, copy, encode, kind};
+use super::regions::GivenFiles;
 use crate::server::doors::Role;
 use crate::server::{Door, Server};
 
@@ -33,6 +34,7 @@ struct State {
 struct Outgoing {
     files: Files,
     sockets: GivenSockets,
+    regions: GivenFiles,
     copy: Copy,
 }
 
@@ -53,8 +55,8 @@ impl<'a> SwitchOver<'a> {
 
 pub(super) fn offer_of(description: &Description, migration: MigrationFlags) -> Offer {
     let regions = description.regions.iter().map(|region| {
-        let areas = region.mapping.as_ref().map_or(&[][..], |mapping| &mapping.areas);
-        (region.flags.bits(), region.size, areas.to_vec())
+        let mapping = region.mapping.as_ref().map(|mapping| (mapping.offset, mapping.areas.clone()));
+        (region.flags.bits(), region.size, mapping)
     });
     let irqs = description.irqs.iter().map(|irq| (irq.flags.bits(), irq.count));
     Offer {
@@ -75,12 +77,10 @@ impl Giver for SwitchOver<'_> {
                     let what = "it has no migration, by which its state would go to the new server";
                     Refusal::of_device(device, what)
                 })?;
-                let shares = |region: &limosa_device::Region| {
-                    region.mapping.is_some() || !region.ioeventfds.is_empty()
-                };
-                if let Some(index) = description.regions.iter().position(shares) {
+                let signals = |region: &limosa_device::Region| !region.ioeventfds.is_empty();
+                if let Some(index) = description.regions.iter().position(signals) {
                     let what = format!(
-                        "its client may have mapped region {index}, which this device does not hand over"
+                        "its client may signal eventfds of region {index}, which this device does not hand over"
                     );
                     return Err(Refusal::of_device(device, what));
                 }
@@ -100,6 +100,7 @@ impl Giver for SwitchOver<'_> {
                 items.push(listener(device, true, door)?);
             }
             items.extend(outgoing.sockets.more(device, &server.doors)?);
+            items.extend(outgoing.regions.more(device, &server.machine)?);
             items.extend(outgoing.copy.begin(device, &server.machine)?);
         }
         Ok(items)
@@ -110,6 +111,7 @@ impl Giver for SwitchOver<'_> {
         let mut items = Vec::new();
         for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
             items.extend(outgoing.sockets.more(device, &server.doors)?);
+            items.extend(outgoing.regions.more(device, &server.machine)?);
             items.extend(outgoing.copy.more(device, &server.machine)?);
         }
         if items.is_empty() {
@@ -148,6 +150,7 @@ impl Giver for SwitchOver<'_> {
         for (((device, server), outgoing), frozen) in self.numbered().zip(devices).zip(frozen) {
             let machine = &server.machine;
             items.extend(outgoing.files.mappings(device, &machine.mappings().export())?);
+            items.extend(outgoing.regions.more(device, machine)?);
             items.push(outgoing.copy.rest(device, machine, frozen.session)?);
             let wiring = machine.wiring().export();
             let failed =

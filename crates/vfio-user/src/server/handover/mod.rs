@@ -10,6 +10,7 @@ mod connection;
 mod copy;
 mod give;
 mod record;
+mod regions;
 mod take;
 
 pub(super) use connection::{Adopted, Received};

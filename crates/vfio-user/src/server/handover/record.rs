@@ -31,6 +31,7 @@ pub(super) mod kind {
     pub const MACHINE: u16 = 13;
     pub const STATE: u16 = 14;
     pub const SOCKETS: u16 = 15;
+    pub const REGION_FILE: u16 = 16;
 }
 
 /// A device, for the new server to compare with its own.
@@ -43,8 +44,8 @@ pub(super) struct Offer {
     pub migration: u64,
 }
 
-/// Flags, bytes, and the parts that can be mapped.
-pub(super) type OfferedRegion = (u32, u64, Vec<(u64, u64)>);
+/// Flags, bytes, and where it begins in its file, with the parts that can be mapped, if any can.
+pub(super) type OfferedRegion = (u32, u64, Option<(u64, Vec<(u64, u64)>)>);
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Listener {

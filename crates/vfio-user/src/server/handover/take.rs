@@ -17,6 +17,7 @@ use super::connection::{Adopted, CameSockets, Threads};
 use super::copy::Loading;
 use super::give::offer_of;
 use super::record::{self, MappingRow, Offer, broken, decode, kind};
+use super::regions::{self, CameFiles};
 use crate::server::dma::ClientMemory;
 use crate::server::doors::Doors;
 use crate::server::{Door, Options, Server};
@@ -46,6 +47,7 @@ struct New {
     kept: Option<Kept>,
     sockets: CameSockets,
     threads: Threads,
+    regions: CameFiles,
     doors: Arc<Doors>,
     connections: Vec<Adopted>,
     memory: Arc<LaterMemory>,
@@ -106,6 +108,7 @@ impl Replacing {
             kept: None,
             sockets: CameSockets::default(),
             threads: Threads::default(),
+            regions: CameFiles::default(),
             doors: Arc::default(),
             connections: Vec::new(),
             memory: Arc::default(),
@@ -171,6 +174,7 @@ impl Taker for Replacing {
                 );
                 return Err(Refusal::of_device(item.device, what));
             }
+            regions::check(item.device, &new.machine)?;
         }
         Ok(())
     }
@@ -183,6 +187,7 @@ impl Taker for Replacing {
                 kind::MAPPINGS => new.map(&item)?,
                 kind::LISTENER => new.listen(item)?,
                 kind::STATE => new.load(item)?,
+                kind::REGION_FILE => new.regions.add(item, &new.machine)?,
                 kind::SOCKETS => {
                     let id = new.sockets.add(item)?;
                     new.threads.make(id, &new.machine, &new.options, &new.doors);
@@ -205,6 +210,7 @@ impl Taker for Replacing {
                 kind::FILES => new.add_files(item),
                 kind::MAPPINGS => new.map(&item)?,
                 kind::STATE => new.load(item)?,
+                kind::REGION_FILE => new.regions.add(item, &new.machine)?,
                 kind::WIRING => new.wiring_bits = decode(&item)?,
                 kind::EVENTFDS => new.eventfds.extend(item.fds),
                 kind::LOG => new.log = Some(record::log_head(&item)?),
@@ -361,6 +367,7 @@ impl New {
         let missing =
             |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
         self.finish(device)?;
+        std::mem::take(&mut self.regions).adopt(device, &self.machine)?;
         self.kept.ok_or_else(|| missing("what it keeps"))?;
         if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
             return Err(broken(kind::CONNECTION, device, &"two VMMs"));
