@@ -40,6 +40,63 @@ fn nobody_is_admitted_who_was_not_named() {
     third.receive().ok();
 }
 
+/// A VMM in a process of its own, which says when it was admitted and writes to BAR0 at each line that it reads.
+fn vmm_in_a_process(path: &Path) -> Process {
+    let mut command = this_test("admission::vmms_are_told_apart_by_their_processes");
+    Process::start_with_input(command.env(VMM_OF, path), Stdio::piped())
+}
+
+const VMM_OF: &str = "LIMOSA_TEST_VMM_OF";
+
+#[test]
+fn vmms_are_told_apart_by_their_processes() {
+    if let Some(path) = std::env::var_os(VMM_OF) {
+        let mut vmm = Raw::connect(Path::new(&path));
+        vmm.socket.set_read_timeout(None).unwrap();
+        println!("connected");
+        vmm.negotiate();
+        println!("admitted");
+        for line in std::io::stdin().lines() {
+            vmm.region_write(BAR0, 0, line.unwrap().as_bytes()).ok();
+            println!("written");
+        }
+        return;
+    }
+    let served = Served::new();
+    let mut first = served.peer();
+    let mut others: Vec<_> = (0..3).map(|_| vmm_in_a_process(served.path())).collect();
+    for other in &others {
+        other.line("connected");
+    }
+    let pid = |process: &Process| process.pid().parse::<i32>().unwrap();
+    for _ in 0..2 {
+        // It is killed while it prepares; the others wait on, and its name is nobody's.
+        let mut named_one = others.pop().unwrap();
+        let its = pid(&named_one);
+        name(&mut first, its).ok();
+        named_one.line("admitted");
+        named_one.say("his!");
+        assert_eq!(named(&mut first), (its, THERE));
+        named_one.kill();
+        until("it is forgotten", || named(&mut first) == (its, 0));
+        assert_eq!(name(&mut first, its).refused(), ESRCH);
+        assert_eq!(&first.region_read(BAR0, 0, 4).ok().body[16..], [0; 4]);
+    }
+    let mut last = others.pop().unwrap();
+    assert!(!last.out().contains("admitted"));
+    name(&mut first, pid(&last)).ok();
+    last.line("admitted");
+    last.say("mine");
+    let mut control = Raw::control(served.path());
+    until("it is there", || named(&mut control) == (pid(&last), THERE));
+    drop(first);
+    last.line("written");
+    assert_eq!(named(&mut control), (0, 0));
+    drop(last);
+    let mut again = served.peer();
+    assert_eq!(&again.region_read(BAR0, 0, 4).ok().body[16..], b"mine");
+}
+
 #[test]
 fn a_process_that_has_ended_keeps_nobody_out_and_lends_its_name_to_nobody() {
     let served = Served::new();

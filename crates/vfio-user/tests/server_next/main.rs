@@ -9,6 +9,7 @@ mod deaths;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ use common::{Served, as_another};
 use limosa_client::{Device, DeviceExt, DmaMap, DmaMemory, Error, IrqAction};
 use limosa_protocol::info::DmaMapFlags;
 use limosa_protocol::{Errno, State};
+use limosa_testing::{Process, this_test};
 use limosa_vfio_user::client::{Client, NextVmm, Options as ClientOptions, Role};
 use limosa_vfio_user::server::{Options, SocketAccess};
 
