@@ -812,12 +812,15 @@ fn a_client_that_comes_while_its_server_is_replaced_has_a_file_of_its_own_in_the
     let running = Running::bind(folder.path(), vec![Board::machine(true)]);
     let mut first = Some(Client::connect(&path, ClientOptions::default()).unwrap());
     let mut next = None;
-    let running = running.replaced_meanwhile(vec![Board::machine(true)], |_| {
-        first = None;
-        let client = Client::connect(&path, ClientOptions::default()).unwrap();
-        next = Some((client.region(0).unwrap().fd.unwrap(), client));
+    let running = running.replaced_meanwhile(vec![Board::machine(true)], |round| {
+        if round == 1 {
+            first = None;
+            let client = Client::connect(&path, ClientOptions::default()).unwrap();
+            next = Some((client.region(0).unwrap().fd.unwrap(), client));
+        }
         Ok(())
     });
+    drop(first);
     let (mapped, client) = next.unwrap();
     rustix::io::pwrite(&*mapped, &[3], 0).unwrap();
     let mut seen = [0; 1];
