@@ -24,8 +24,11 @@ use limosa_switch_over::{
     Commit, Committed, Error, GiveOptions, Given, Item, OldServer, Refusal, TakeOptions, TakeOver, Taker,
     Withdrawn, take,
 };
+use limosa_test_device::Memory;
 use limosa_vfio_user::client::{Client, Options as ClientOptions, Role};
-use limosa_vfio_user::server::{Options, Replaced, Replacing, Server, ShutdownHandle, SwitchOver};
+use limosa_vfio_user::server::{
+    Options, Replaced, Replacing, Server, ShutdownHandle, SocketAccess, SwitchOver,
+};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -259,67 +262,11 @@ fn half_a_message_and_posted_writes_arrive_in_the_new_server() {
     drop(running);
 }
 
-/// 32 KiB of memory in one region, all of it state. The other kind differs in the name of its state alone.
-struct Pad<const OTHER: bool>(Vec<u8>);
-
 const PAD_BYTES: usize = 32 << 10;
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct SavedPad {
-    #[prost(bytes = "vec", tag = "1")]
-    bytes: Vec<u8>,
-}
-
-impl<const OTHER: bool> SimpleModel for Pad<OTHER> {
-    fn description(&self) -> Description {
-        let flags = RegionFlags::READ | RegionFlags::WRITE;
-        let regions = vec![Region { flags, size: PAD_BYTES as u64, ..Region::default() }];
-        Description { regions, ..Description::default() }
-    }
-
-    fn attach(&mut self, _: Bus) {}
-
-    fn region_read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        data.copy_from_slice(&self.0[offset as usize..][..data.len()]);
-        Ok(())
-    }
-
-    fn region_write(&mut self, _: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        self.0[offset as usize..][..data.len()].copy_from_slice(data);
-        Ok(())
-    }
-
-    fn reset(&mut self) -> Result<(), Errno> {
-        self.0.fill(0);
-        Ok(())
-    }
-}
-
-impl<const OTHER: bool> WholeState for Pad<OTHER> {
-    type Saved = SavedPad;
-    const KIND: &'static str = if OTHER { "test.other-pad" } else { "test.pad" };
-    const SECTION: Section = Section::message("pad", 1);
-
-    fn stop(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-
-    fn start(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-
-    fn to_saved(&self) -> SavedPad {
-        SavedPad { bytes: self.0.clone() }
-    }
-
-    fn restore(&mut self, saved: SavedPad) -> Result<(), Errno> {
-        self.0 = saved.bytes;
-        Ok(())
-    }
-}
-
+/// 32 KiB of memory, all of it state.
 fn pad() -> Arc<Machine> {
-    Machine::simple(Whole::new(Pad::<false>(vec![0; PAD_BYTES])))
+    Machine::simple(Whole::new(<Memory>::new(PAD_BYTES)))
 }
 
 #[test]
@@ -341,7 +288,7 @@ fn half_a_version_and_clients_that_wait_are_served_by_the_new_server() {
     assert!(control.state().is_err(), "a control client connects again");
     assert_eq!(client.state().unwrap(), State::Running);
     drop(client);
-    assert_eq!(waits.join().unwrap(), State::Running, "whoever waited is next");
+    assert_eq!(waits.join().unwrap(), State::Running, "the client that waited is next");
     half.write_all(&header(1, VERSION, 20, 0)[9..]).unwrap();
     half.write_all(&bytes![0u16, 2u16]).unwrap();
     let raw = Raw::new(half);
@@ -361,7 +308,7 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
     let refused = running.refuses(vec![synthetic("128K"), pad()]);
     assert!(refused.contains("device 0") && refused.contains("region 2"), "{refused}");
     // Its description fits, and its state does not.
-    let other = Machine::simple(Whole::new(Pad::<true>(vec![0; PAD_BYTES])));
+    let other = Machine::simple(Whole::new(Memory::<true>::new(PAD_BYTES)));
     let refused = running.refuses(vec![synthetic("64K"), other]);
     assert!(refused.contains("device 1") && refused.contains("state"), "{refused}");
     assert_eq!(client.state().unwrap(), State::Running);
@@ -418,29 +365,61 @@ fn move_and_die(path: &Path, round: u64, changes: &AtomicU64) {
     raw.send(&nonsense(round), &[]);
 }
 
+/// A next client that does what it may and may not, and dies before the device is its own. Counts those that were admitted.
+fn prepare_and_die(path: &Path, round: u64, nexts: &AtomicU64) {
+    let mut raw = Raw::connect(path);
+    // It waits for an answer if another one of this process is the next client.
+    raw.socket.set_read_timeout(None).unwrap();
+    let mut version = bytes![0u16, 0u16];
+    version.extend_from_slice(b"{}\0");
+    raw.ask(VERSION, &version);
+    let mut fds = [rustix::event::PollFd::new(&raw.socket, rustix::event::PollFlags::IN)];
+    let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    if rustix::event::poll(&mut fds, Some(&limit)) != Ok(1) || raw.receive().flags & ERROR != 0 {
+        return;
+    }
+    nexts.fetch_add(1, Ordering::Relaxed);
+    let guest = memory(1 << 20);
+    raw.dma_map(0, 1 << 20, 0, Some(guest.as_fd())).ok();
+    assert_ne!(raw.call(RESET, &[]).flags & ERROR, 0);
+    assert_ne!(raw.set_state(STOP).flags & ERROR, 0);
+    for _ in 0..round % 2000 {
+        raw.post(REGION_WRITE, &bytes![8u64, 0u32, 4u32, u32::MAX]);
+    }
+    raw.send(&nonsense(round), &[]);
+}
+
 #[test]
 fn clients_that_do_everything_wrong_at_every_door_at_once_hurt_nobody_else() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("device0");
-    let running = Running::bind(folder.path(), vec![pad()]);
+    let (path, control) = (folder.path().join("device0"), folder.path().join("control"));
+    let machine = pad();
+    let server = Server::bind(&path, Arc::clone(&machine), options()).unwrap();
+    let server = server.with_control(&control, &SocketAccess::default()).unwrap();
+    let running = Running::new(vec![server], vec![machine], folder.path().join("take-over"));
     let client = Client::connect(&path, ClientOptions::default()).unwrap();
-    let (done, changes) = (AtomicBool::new(false), AtomicU64::new(0));
+    // Each client of this process that wants to be the VMM can be the next one.
+    client.name_next(Some(std::process::id() as i32)).unwrap();
+    let (done, changes, nexts) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let until_done =
         |strike: &dyn Fn(u64)| (0..).take_while(|_| !done.load(Ordering::Relaxed)).for_each(strike);
     std::thread::scope(|scope| {
-        scope.spawn(|| until_done(&|round| strike(&path, &nonsense(round))));
+        for door in [&path, &control] {
+            scope.spawn(move || until_done(&|round| strike(door, &nonsense(round))));
+        }
+        scope.spawn(|| until_done(&|round| prepare_and_die(&path, round, &nexts)));
         // VMMs that wait for their turn, and go without it.
         scope.spawn(|| until_done(&|_| strike(&path, &message(1, VERSION, 0, &bytes![0u16, 2u16]))));
         scope.spawn(|| {
             until_done(&|round| strike(&running.take_over, &nonsense(round)[..(round % 97) as usize]))
         });
-        for first in 0..2 {
-            let (path, changes) = (&path, &changes);
-            scope.spawn(move || until_done(&|round| move_and_die(path, first + round, changes)));
+        for (first, door) in [&path, &control].into_iter().enumerate() {
+            let changes = &changes;
+            scope.spawn(move || until_done(&|round| move_and_die(door, first as u64 + round, changes)));
         }
         let work = || {
             for count in 0.. {
-                if count > 200 && changes.load(Ordering::Relaxed) > 10 {
+                if count > 200 && changes.load(Ordering::Relaxed) > 10 && nexts.load(Ordering::Relaxed) > 10 {
                     break;
                 }
                 client.region_write(0, 8, &u32::to_ne_bytes(count))?;
@@ -456,6 +435,9 @@ fn clients_that_do_everything_wrong_at_every_door_at_once_hurt_nobody_else() {
     });
     // The last control client's end has led the device back before this write returns.
     client.region_write(0, 8, &77u32.to_ne_bytes()).unwrap();
+    let refused = running.refuses(vec![pad()]);
+    assert!(refused.contains("next VMM"), "{refused}");
+    client.name_next(None).unwrap();
     let running = running.replaced_by(vec![pad()]);
     let mut back = [0; 4];
     client.region_read(0, 8, &mut back).unwrap();
@@ -733,7 +715,10 @@ impl SimpleModel for Board {
     }
 
     fn client_gone(&mut self) {
-        self.file = Arc::new(memory(BOARD_BYTES));
+        let (fresh, mut contents) = (memory(BOARD_BYTES), vec![0; BOARD_BYTES as usize]);
+        rustix::io::pread(&*self.file, &mut contents, 0).unwrap();
+        rustix::io::pwrite(&fresh, &contents, 0).unwrap();
+        self.file = Arc::new(fresh);
     }
 
     fn region_file(&self, _: u32) -> Option<Arc<OwnedFd>> {
@@ -750,8 +735,12 @@ impl SimpleModel for Board {
     }
 }
 
+/// All that a board is lies in its file.
+#[derive(Clone, PartialEq, prost::Message)]
+struct SavedBoard {}
+
 impl WholeState for Board {
-    type Saved = SavedPad;
+    type Saved = SavedBoard;
     const KIND: &'static str = "test.board";
     const SECTION: Section = Section::message("board", 1);
 
@@ -763,11 +752,11 @@ impl WholeState for Board {
         Ok(())
     }
 
-    fn to_saved(&self) -> SavedPad {
-        SavedPad::default()
+    fn to_saved(&self) -> SavedBoard {
+        SavedBoard {}
     }
 
-    fn restore(&mut self, _: SavedPad) -> Result<(), Errno> {
+    fn restore(&mut self, _: SavedBoard) -> Result<(), Errno> {
         Ok(())
     }
 }
@@ -797,7 +786,7 @@ fn what_a_client_has_mapped_of_a_region_is_the_same_file_in_the_new_server_and_n
     rustix::io::pwrite(&*mapped, &[99], 7).unwrap();
     let mut seen = [0; 1];
     next.region_read(0, 7, &mut seen).unwrap();
-    assert_eq!(seen, [0], "a client that has gone reaches the next one");
+    assert_eq!(seen, [3], "a client that has gone reaches the next one");
     let its = next.region(0).unwrap().fd.unwrap();
     next.region_write(0, 7, &[5]).unwrap();
     rustix::io::pread(&*its, &mut seen, 7).unwrap();

@@ -11,6 +11,7 @@ mod arcs;
 mod clients;
 mod feature;
 mod gate;
+mod next;
 mod replace;
 mod session;
 
@@ -29,6 +30,7 @@ use clients::arc_deadline;
 pub use clients::{ClientId, Held, MoveId, Released};
 pub use feature::FeatureDone;
 use gate::Gate;
+pub use next::NextClient;
 pub use replace::{Copying, Frozen, Kept};
 pub use session::SessionId;
 use session::{Open, SessionIds};

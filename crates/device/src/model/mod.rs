@@ -45,8 +45,11 @@ pub trait Model: Send + Sync + 'static {
         let _ = index;
     }
 
-    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here. It may
-    /// still have the files of regions mapped: from here on the device has others, which [`Model::region_file`] gives.
+    /// The client has gone. Its mappings and its wiring are gone already, or those of the client that takes over from it are in
+    /// their place ([`Machine::hand_over`](crate::Machine::hand_over)); whatever else the device kept for it goes here. The guest
+    /// may go on: what it sees of the device stays. A client
+    /// that has gone may still have the files of regions mapped: from here on the device has others with the same contents,
+    /// which [`Model::region_file`] gives.
     fn client_gone(&self) {}
 
     /// The file behind a region that a client may map, once it is another one than that of the [`Description`]: of the same

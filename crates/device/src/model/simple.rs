@@ -41,8 +41,7 @@ pub trait SimpleModel: Send + 'static {
         let _ = index;
     }
 
-    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here. It may
-    /// still have the files of regions mapped: from here on the device has others, which [`SimpleModel::region_file`] gives.
+    /// The client has gone ([`Model::client_gone`](super::Model::client_gone)).
     fn client_gone(&mut self) {}
 
     /// See [`Model::region_file`](super::Model::region_file).

@@ -71,6 +71,7 @@ impl Giver for SwitchOver<'_> {
     fn offer(&self) -> Result<Vec<Item>, Refusal> {
         self.numbered()
             .map(|(device, server)| {
+                check_next(device, server)?;
                 let description = server.machine.description();
                 let flags = server.machine.migration_flags().ok_or_else(|| {
                     let what = "it has no migration, by which its state would go to the new server";
@@ -131,6 +132,8 @@ impl Giver for SwitchOver<'_> {
                 .pause(until)
                 .map_err(|_| late(device, "a request is under way that takes too long"))?;
         }
+        // None can come or be named any more.
+        self.numbered().try_for_each(|(device, server)| check_next(device, server))?;
         let until = until.min(Instant::now() + STOP_LIMIT);
         let mut state = self.lock();
         let State { devices, frozen } = &mut *state;
@@ -196,6 +199,19 @@ impl Giver for SwitchOver<'_> {
             server.shutdown.shut_down();
         }
     }
+}
+
+/// Refuses while the device is about to go to the next VMM: what that has prepared is not handed over.
+fn check_next(device: u16, server: &Server) -> Result<(), Refusal> {
+    if !server.doors.expects_next() {
+        return Ok(());
+    }
+    let (pid, _) = server.doors.named();
+    let what = format!(
+        "process {pid} is named as its next VMM; try again once that has the device, or take the name back (`limosa state \
+         SOCKET next --nobody`)"
+    );
+    Err(Refusal::of_device(device, what))
 }
 
 fn listener(device: u16, control: bool, door: &Door) -> Result<Item, Refusal> {
