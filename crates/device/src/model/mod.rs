@@ -46,7 +46,8 @@ pub trait Model: Send + Sync + 'static {
     }
 
     /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here. It may
-    /// still have the files of regions mapped: from here on the device has others, which [`Model::region_file`] gives.
+    /// still have the files of regions mapped: from here on the device has others with the same contents, which
+    /// [`Model::region_file`] gives.
     fn client_gone(&self) {}
 
     /// The client has gone, and another one has taken over from it for the same guest, with mappings and wiring of its own, which

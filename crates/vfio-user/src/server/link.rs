@@ -6,11 +6,13 @@
 //! while it waits for the next command; while a request is handled anybody may, the handler too,
 //! so that a model's DMA comes to its end whatever the other threads are waiting for.
 
+mod wait;
+
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
@@ -18,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{Shutdown, shutdown};
 
 use super::buffer::Buffer;
@@ -26,6 +28,8 @@ use super::dma::{Exchange, Twin};
 use super::handover::Received;
 use crate::codec::{Command, Header, Kind};
 use crate::connection::{self, ConnectionError, Fds, Receiver, Sender, Sending, Waits};
+
+pub(super) use wait::Something;
 
 /// Bodies of commands other than those that carry data are refused above this many bytes.
 const BODY_BYTES_MAX: usize = 64 << 10;
@@ -70,16 +74,9 @@ pub(super) struct Link {
     waker: OwnedFd,
     /// It may have been written to.
     is_woken: AtomicBool,
-    /// Whether the thread that serves reads: [`BUSY`], [`IDLE`] or [`STOPPED`].
+    /// Whether the thread that serves reads: [`wait::BUSY`] and its siblings.
     reads: AtomicU8,
 }
-
-/// The thread that serves may read from the socket, or handles a request.
-const BUSY: u8 = 0;
-/// It sleeps between two requests, and reads nothing before it is busy again.
-const IDLE: u8 = 1;
-/// It was idle, and must not become busy: the connection is paused.
-const STOPPED: u8 = 2;
 
 /// What the threads of a connection share.
 pub(super) struct Shared {
@@ -161,7 +158,7 @@ impl Link {
             dma_limit,
             waker: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             is_woken: AtomicBool::new(false),
-            reads: AtomicU8::new(BUSY),
+            reads: AtomicU8::new(wait::BUSY),
         })
     }
 
@@ -435,143 +432,6 @@ impl Link {
         self.send(&mut [], &[])
     }
 
-    /// Sleeps until a command has come, [`Link::wake`] was called, or it is so late. Of a command that is longer than the
-    /// receive buffer, only the first part has come. Nothing that the client sent is taken from the connection, so that another
-    /// process can go on with it. While it sleeps it can be stopped without being woken ([`Link::stop_if_idle`]), if
-    /// `may_stop`.
-    pub(super) fn wait_for_something(
-        &self,
-        until: Option<Instant>,
-        may_stop: bool,
-    ) -> Result<Something, ConnectionError> {
-        let mut is_ready = false;
-        loop {
-            if self.was_woken() {
-                return Ok(Something::Woken);
-            }
-            let mut shared = self.lock();
-            if !shared.queue.is_empty() {
-                return Ok(Something::Command);
-            }
-            if shared.over {
-                return Err(ConnectionError::Closed);
-            }
-            let Some(mut receiver) = shared.receiver.take() else {
-                let in_time = self.wait(shared, until).1;
-                if !in_time {
-                    return Ok(Something::Late);
-                }
-                continue;
-            };
-            drop(shared);
-            // Mostly nothing has come yet, and a look at the socket is one call for nothing.
-            let gathered =
-                if is_ready || receiver.has_more() { self.gather(&mut receiver) } else { Ok(false) };
-            self.give_back(receiver);
-            if gathered? {
-                return Ok(Something::Command);
-            }
-            if until.is_some_and(|until| Instant::now() >= until) {
-                return Ok(Something::Late);
-            }
-            if !may_stop {
-                is_ready = self.poll(PollFlags::IN, until)?;
-                continue;
-            }
-            self.reads.store(IDLE, SeqCst);
-            let polled = self.poll(PollFlags::IN, until);
-            if self.reads.compare_exchange(IDLE, BUSY, SeqCst, SeqCst).is_err() {
-                return Ok(Something::Woken);
-            }
-            is_ready = polled?;
-        }
-    }
-
-    /// Stops the thread that serves where it sleeps between two requests, and says whether it did. Then it reads nothing before
-    /// [`Link::set_busy`], and need not be woken for that.
-    pub(super) fn stop_if_idle(&self) -> bool {
-        !self.sender.keeps() && self.reads.compare_exchange(IDLE, STOPPED, SeqCst, SeqCst).is_ok()
-    }
-
-    /// Lets it go on, if it sleeps there still without knowing that it was stopped.
-    pub(super) fn go_on_idle(&self) -> bool {
-        self.reads.compare_exchange(STOPPED, IDLE, SeqCst, SeqCst).is_ok()
-    }
-
-    /// Called by the thread that serves, which may read from now on, or will not before it was told that it may.
-    pub(super) fn set_busy(&self) {
-        self.reads.store(BUSY, SeqCst);
-    }
-
-    /// Whether the thread that serves was not stopped.
-    pub(super) fn is_busy(&self) -> bool {
-        self.reads.load(SeqCst) == BUSY
-    }
-
-    /// Whether a command has come. Replies before it go to the threads that wait for them.
-    fn gather(&self, receiver: &mut Receiver) -> Result<bool, ConnectionError> {
-        while receiver.gather()? {
-            if !receiver.held_header().is_some_and(|header| is_reply(&header)) {
-                return Ok(true);
-            }
-            let header = receiver.next(None)?;
-            self.hand_over(receiver, header, None, None)?;
-            receiver.skip(None)?;
-        }
-        Ok(false)
-    }
-
-    /// Sleeps until [`Link::wake`] was called, the client has gone, or it is so late. What the client sends stays where it is.
-    pub(super) fn wait_for_wake(&self, until: Option<Instant>) -> Result<(), ConnectionError> {
-        if self.poll(PollFlags::RDHUP, until)? { Err(ConnectionError::Closed) } else { Ok(()) }
-    }
-
-    /// Sleeps until that happens on the socket, and says whether it has, or until [`Link::wake`], or until it is so late.
-    fn poll(&self, events: PollFlags, until: Option<Instant>) -> Result<bool, ConnectionError> {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        let left = left.and_then(|left| Timespec::try_from(left).ok());
-        let mut fds = [PollFd::new(self.sender.socket(), events), PollFd::new(&self.waker, PollFlags::IN)];
-        match poll(&mut fds, left.as_ref()) {
-            Ok(_) => {
-                let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
-                if ready(&fds[1]) {
-                    self.is_woken.store(true, SeqCst);
-                }
-                Ok(ready(&fds[0]))
-            }
-            Err(rustix::io::Errno::INTR) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Whether [`Link::wake`] was called since the last time.
-    pub(super) fn was_woken(&self) -> bool {
-        if !self.is_woken.swap(false, SeqCst) {
-            return false;
-        }
-        // Nothing is there when the waker has not come to its write yet: then this is woken once more.
-        let _ = rustix::io::read(&self.waker, &mut [0; 8]);
-        true
-    }
-
-    /// Wakes the thread that serves, where it waits with [`Link::wait_for_something`] or [`Link::wait_for_wake`].
-    pub(super) fn wake(&self) {
-        self.is_woken.store(true, SeqCst);
-        // Fails only when the counter is full, that is, woken.
-        let _ = rustix::io::write(&self.waker, &1u64.to_ne_bytes());
-        let shared = self.lock();
-        if shared.waiting > 0 {
-            self.turn.notify_all();
-        }
-    }
-
-    /// Whether the client has closed its end, or will send nothing more: its connection is about to be over.
-    pub(super) fn has_hung_up(&self) -> bool {
-        let ready =
-            poll(&mut [PollFd::new(self.sender.socket(), PollFlags::RDHUP)], Some(&Timespec::default()));
-        ready.is_ok_and(|ready| ready > 0)
-    }
-
     /// The client's credentials.
     pub(super) fn socket(&self) -> &UnixStream {
         self.sender.socket()
@@ -588,17 +448,6 @@ impl Link {
         }
         sent
     }
-}
-
-/// What [`Link::wait_for_something`] waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Something {
-    /// A command can be taken.
-    Command,
-    /// [`Link::wake`].
-    Woken,
-    /// Nothing in time.
-    Late,
 }
 
 /// What [`Link::pump`] received.

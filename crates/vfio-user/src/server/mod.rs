@@ -79,7 +79,7 @@ pub struct Options {
     /// runs again. 4 s: QEMU waits 5 s for a reply, and never connects again.
     pub park_limit: Duration,
     /// Whether connections can be handed over to another process at any time: then a thread that waits for a command does so
-    /// in poll(2), which costs an access two more system calls. No.
+    /// in poll(2), which costs an access one more system call. No.
     pub interruptible: bool,
 }
 

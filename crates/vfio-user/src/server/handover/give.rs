@@ -3,14 +3,14 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use limosa_device::{Description, Frozen};
-use limosa_protocol::MigrationFlags;
+use limosa_device::Frozen;
 use limosa_switch_over::{Giver, Item, Refusal};
 
 use super::STOP_LIMIT;
 use super::connection::GivenSockets;
 use super::copy::Copy;
-use super::record::{self, Files, Offer, copy, encode, kind};
+use super::offer::offer_of;
+use super::record::{self, Files, copy, encode, kind};
 use super::regions::GivenFiles;
 use crate::server::doors::Role;
 use crate::server::{Door, Server};
@@ -50,20 +50,6 @@ impl<'a> SwitchOver<'a> {
 
     fn numbered(&self) -> impl Iterator<Item = (u16, &Server)> {
         (0..).zip(self.servers)
-    }
-}
-
-pub(super) fn offer_of(description: &Description, migration: MigrationFlags) -> Offer {
-    let regions = description.regions.iter().map(|region| {
-        let mapping = region.mapping.as_ref().map(|mapping| (mapping.offset, mapping.areas.clone()));
-        (region.flags.bits(), region.size, mapping)
-    });
-    let irqs = description.irqs.iter().map(|irq| (irq.flags.bits(), irq.count));
-    Offer {
-        flags: description.device_info().flags,
-        regions: regions.collect(),
-        irqs: irqs.collect(),
-        migration: migration.bits(),
     }
 }
 

@@ -9,13 +9,15 @@
 mod connection;
 mod copy;
 mod give;
+mod later;
+mod offer;
 mod record;
 mod regions;
 mod take;
 
 pub(super) use connection::{Adopted, Received};
 pub use give::SwitchOver;
-pub(super) use take::LaterMemory;
+pub(super) use later::LaterMemory;
 pub use take::{Replaced, Replacing};
 
 use std::time::Duration;

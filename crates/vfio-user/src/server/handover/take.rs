@@ -4,21 +4,19 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf, absolute};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
 
 use limosa_device::{ClientId, ExportedLog, Kept, Machine, RemoteMemory, WiringState};
 use limosa_host::SocketPath;
-use limosa_protocol::Errno;
 use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 use rustix::net::sockopt::socket_acceptconn;
 
 use super::connection::{Adopted, CameSockets, Threads};
 use super::copy::Loading;
-use super::give::offer_of;
+use super::later::LaterMemory;
+use super::offer::{difference, offer_of};
 use super::record::{self, MappingRow, Offer, broken, decode, kind};
 use super::regions::{self, CameFiles};
-use crate::server::dma::ClientMemory;
 use crate::server::doors::Doors;
 use crate::server::{Door, Options, Server};
 
@@ -54,39 +52,6 @@ struct New {
     /// Whether it is the door for control clients, where it is, and which socket that is.
     paths: Vec<(bool, PathBuf, (u64, u64))>,
     server: Option<Server>,
-}
-
-/// Memory by messages, until its connection is served here.
-#[derive(Default)]
-pub(in crate::server) struct LaterMemory {
-    memory: Mutex<Option<Arc<ClientMemory>>>,
-    is_there: Condvar,
-}
-
-/// How long an access waits for the connection.
-const CONNECTION_WAIT: Duration = Duration::from_secs(3);
-
-impl LaterMemory {
-    pub(in crate::server) fn set(&self, memory: ClientMemory) {
-        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(memory));
-        self.is_there.notify_all();
-    }
-
-    fn get(&self) -> Result<Arc<ClientMemory>, Errno> {
-        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.is_there.wait_timeout_while(memory, CONNECTION_WAIT, |memory| memory.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.clone().ok_or(Errno::ENOTCONN)
-    }
-}
-
-impl RemoteMemory for LaterMemory {
-    fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
-        self.get()?.read(iova, data)
-    }
-
-    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
-        self.get()?.write(iova, data)
-    }
 }
 
 impl Replacing {
@@ -246,38 +211,6 @@ impl Taker for Replacing {
         }
         Ok((committed, servers))
     }
-}
-
-/// How two devices differ, if they do.
-fn difference(theirs: &Offer, ours: &Offer) -> Option<String> {
-    if theirs.regions.len() != ours.regions.len() || theirs.irqs.len() != ours.irqs.len() {
-        return Some(format!(
-            "it has {} regions and {} interrupt indexes, and the new device {} and {}",
-            theirs.regions.len(),
-            theirs.irqs.len(),
-            ours.regions.len(),
-            ours.irqs.len()
-        ));
-    }
-    let region = theirs.regions.iter().zip(&ours.regions).position(|(theirs, ours)| theirs != ours);
-    let irq = theirs.irqs.iter().zip(&ours.irqs).position(|(theirs, ours)| theirs != ours);
-    if let Some(at) = region {
-        return Some(format!(
-            "region {at} is {:?}, and the new device's {:?}",
-            theirs.regions[at], ours.regions[at]
-        ));
-    }
-    if let Some(at) = irq {
-        return Some(format!(
-            "interrupt {at} is {:?}, and the new device's {:?}",
-            theirs.irqs[at], ours.irqs[at]
-        ));
-    }
-    if theirs.flags != ours.flags {
-        return Some(format!("its flags are {:#x}, and the new device's {:#x}", theirs.flags, ours.flags));
-    }
-    let lost = theirs.migration & !ours.migration;
-    (lost != 0).then(|| format!("its migration has the flags {lost:#x}, which the new device has not"))
 }
 
 fn not_taken(device: u16, what: &dyn std::fmt::Display) -> Refusal {

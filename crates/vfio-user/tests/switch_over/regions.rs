@@ -1,0 +1,184 @@
+//! Regions that a client has mapped: the file goes over, and is no other client's.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use limosa_client::Device;
+use limosa_device::saved::Section;
+use limosa_device::{
+    Bus, Description, Fault, Machine, Region, RegionMapping, SimpleModel, Whole, WholeState,
+};
+use limosa_protocol::Errno;
+use limosa_protocol::info::RegionFlags;
+use limosa_vfio_user::client::{Client, Options as ClientOptions};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use crate::{Running, memory};
+
+const BOARD_BYTES: u64 = 8192;
+
+/// A region in a file that its client may map, and that is its next client's no more. `adopts` says whether it goes on with the
+/// file of another process.
+struct Board {
+    file: Arc<OwnedFd>,
+    first: Arc<OwnedFd>,
+    adopts: bool,
+}
+
+impl Board {
+    fn new(adopts: bool, bytes: u64) -> Board {
+        let file = Arc::new(memory(bytes));
+        Board { first: Arc::clone(&file), file, adopts }
+    }
+
+    fn machine(adopts: bool) -> Arc<Machine> {
+        Machine::simple(Whole::new(Board::new(adopts, BOARD_BYTES)))
+    }
+}
+
+impl SimpleModel for Board {
+    fn description(&self) -> Description {
+        let mapping = RegionMapping { fd: Arc::clone(&self.first), offset: 0, areas: vec![(0, 4096)] };
+        let flags = RegionFlags::READ | RegionFlags::WRITE;
+        let region = Region { flags, size: BOARD_BYTES, mapping: Some(mapping), ..Region::default() };
+        Description { regions: vec![region], ..Description::default() }
+    }
+
+    fn attach(&mut self, _: Bus) {}
+
+    fn region_read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        rustix::io::pread(&*self.file, data, offset).map(drop).map_err(|_| Errno::EIO)
+    }
+
+    fn region_write(&mut self, _: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        rustix::io::pwrite(&*self.file, data, offset).map(drop).map_err(|_| Errno::EIO)
+    }
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn client_gone(&mut self) {
+        let (fresh, mut contents) = (memory(BOARD_BYTES), vec![0; BOARD_BYTES as usize]);
+        rustix::io::pread(&*self.file, &mut contents, 0).unwrap();
+        rustix::io::pwrite(&fresh, &contents, 0).unwrap();
+        self.file = Arc::new(fresh);
+    }
+
+    fn region_file(&self, _: u32) -> Option<Arc<OwnedFd>> {
+        Some(Arc::clone(&self.file))
+    }
+
+    fn adopts_region_files(&self) -> bool {
+        self.adopts
+    }
+
+    fn adopt_region_file(&mut self, _: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
+        self.file = file;
+        Ok(())
+    }
+}
+
+/// All that a board is lies in its file.
+#[derive(Clone, PartialEq, prost::Message)]
+struct SavedBoard {}
+
+impl WholeState for Board {
+    type Saved = SavedBoard;
+    const KIND: &'static str = "test.board";
+    const SECTION: Section = Section::message("board", 1);
+
+    fn stop(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn to_saved(&self) -> SavedBoard {
+        SavedBoard {}
+    }
+
+    fn restore(&mut self, _: SavedBoard) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_a_client_has_mapped_of_a_region_is_the_same_file_in_the_new_server_and_never_the_next_clients() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let mut running = Running::bind(folder.path(), vec![Board::machine(true)]);
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let region = client.region(0).unwrap();
+    assert_eq!(region.mappable, [(0, 4096)]);
+    let mapped = region.fd.unwrap();
+    for round in 1..=3u8 {
+        running = running.replaced_by(vec![Board::machine(true)]);
+        rustix::io::pwrite(&*mapped, &[round], 7).unwrap();
+        let mut seen = [0; 1];
+        client.region_read(0, 7, &mut seen).unwrap();
+        assert_eq!(seen, [round], "what the client writes is the device's");
+        client.region_write(0, 8, &[round + 100]).unwrap();
+        rustix::io::pread(&*mapped, &mut seen, 8).unwrap();
+        assert_eq!(seen, [round + 100], "and the other way round");
+    }
+    drop(client);
+    // Waits until the first has gone.
+    let next = Client::connect(&path, ClientOptions::default()).unwrap();
+    rustix::io::pwrite(&*mapped, &[99], 7).unwrap();
+    let mut seen = [0; 1];
+    next.region_read(0, 7, &mut seen).unwrap();
+    assert_eq!(seen, [3], "a client that has gone reaches the next one");
+    let its = next.region(0).unwrap().fd.unwrap();
+    next.region_write(0, 7, &[5]).unwrap();
+    rustix::io::pread(&*its, &mut seen, 7).unwrap();
+    assert_eq!(seen, [5]);
+    drop(running);
+}
+
+#[test]
+fn a_client_that_comes_while_its_server_is_replaced_has_a_file_of_its_own_in_the_new_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let running = Running::bind(folder.path(), vec![Board::machine(true)]);
+    let mut first = Some(Client::connect(&path, ClientOptions::default()).unwrap());
+    let mut next = None;
+    let running = running.replaced_meanwhile(vec![Board::machine(true)], |round| {
+        if round == 1 {
+            first = None;
+            let client = Client::connect(&path, ClientOptions::default()).unwrap();
+            next = Some((client.region(0).unwrap().fd.unwrap(), client));
+        }
+        Ok(())
+    });
+    drop(first);
+    let (mapped, client) = next.unwrap();
+    rustix::io::pwrite(&*mapped, &[3], 0).unwrap();
+    let mut seen = [0; 1];
+    client.region_read(0, 0, &mut seen).unwrap();
+    assert_eq!(seen, [3]);
+    drop((client, running));
+}
+
+#[test]
+fn a_region_file_that_the_new_device_cannot_go_on_with_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::bind(folder.path(), vec![Board::machine(true)]);
+    let refused = running.refuses(vec![Board::machine(false)]);
+    assert!(refused.contains("device 0") && refused.contains("mapped region 0"), "{refused}");
+    // Its own file is larger: the region would end within the old one.
+    let larger = Machine::simple(Whole::new(Board::new(true, 2 * BOARD_BYTES)));
+    let refused = running.refuses(vec![larger]);
+    assert!(refused.contains("region 0 has 8192 bytes"), "{refused}");
+    let sealed = Board::new(true, BOARD_BYTES);
+    let file = memfd_create("sealed", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&file, BOARD_BYTES).unwrap();
+    rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::SHRINK).unwrap();
+    let file = Arc::new(file);
+    let sealed = Board { first: Arc::clone(&file), file, ..sealed };
+    let refused = running.refuses(vec![Machine::simple(Whole::new(sealed))]);
+    assert!(refused.contains("lacks the seals"), "{refused}");
+    drop(running.replaced_by(vec![Board::machine(true)]));
+}
