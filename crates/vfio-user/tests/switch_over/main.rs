@@ -24,7 +24,7 @@ use limosa_switch_over::{
     Commit, Committed, Error, GiveOptions, Given, Item, OldServer, Refusal, TakeOptions, TakeOver, Taker,
     Withdrawn, take,
 };
-use limosa_test_device::{Memory, Saved};
+use limosa_test_device::Memory;
 use limosa_vfio_user::client::{Client, Options as ClientOptions, Role};
 use limosa_vfio_user::server::{
     Options, Replaced, Replacing, Server, ShutdownHandle, SocketAccess, SwitchOver,
