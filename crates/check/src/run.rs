@@ -132,18 +132,18 @@ struct End {
 }
 
 /// What became of work in a thread of its own.
-pub(crate) enum Done<T> {
+#[derive(Debug)]
+pub enum Done<T> {
+    /// It ended with this.
     Value(T),
+    /// It panicked, with this message.
     Panicked(String),
     /// It still waits for the device.
     Hangs,
 }
 
 /// Runs work that may wait for the device for ever. A thread that hangs is left behind.
-pub(crate) fn within<T: Send + 'static>(
-    limit: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Done<T> {
+pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Done<T> {
     let (send, receive) = mpsc::sync_channel(1);
     let run = move || {
         let done = catch_unwind(AssertUnwindSafe(work));
@@ -365,7 +365,7 @@ impl Suite {
             }
             let Some(device) = self.device.clone() else { return };
             let restored =
-                within(self.limits.check + GRACE, move || back(&device, has_migration, has_logging));
+                within(self.limits.check + GRACE, move || back(&*device, has_migration, has_logging));
             match restored {
                 Done::Value(Ok(())) => return,
                 Done::Value(Err(error)) if attempt > 0 => {
@@ -430,8 +430,8 @@ impl Suite {
     }
 }
 
-/// Logging off and RUNNING, whatever came before.
-pub(crate) fn back(device: &Recorded, has_migration: bool, has_logging: bool) -> Result<()> {
+/// Logging off and RUNNING, whatever came before: by arcs, else by a reset.
+pub fn back(device: &dyn Device, has_migration: bool, has_logging: bool) -> Result<()> {
     if has_logging {
         match device.dma_logging_stop() {
             // It is off.

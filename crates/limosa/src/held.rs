@@ -206,7 +206,7 @@ impl OpenElsewhere {
 }
 
 /// What a process calls itself, which can be anything: nothing of it does anything on a terminal.
-fn called(process: &Path) -> String {
+pub fn called(process: &Path) -> String {
     let comm = fs::read(process.join("comm")).unwrap_or_default();
     escaped(&String::from_utf8_lossy(comm.trim_ascii_end())).into_owned()
 }

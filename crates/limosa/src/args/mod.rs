@@ -1,6 +1,8 @@
 //! The command line.
 
+mod bench;
 mod check;
+mod doctor;
 mod guest;
 mod link;
 mod moving;
@@ -18,13 +20,15 @@ use limosa_host::{Group, User};
 use limosa_protocol::State;
 
 use crate::exit;
+pub use bench::{Bench, BenchAction};
 pub use check::{Check, Format};
+pub use doctor::Doctor;
 pub use guest::{Memory, Starting, Stopping};
 pub use link::{Link, Names, Tls};
 pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};
 pub use resolving::{Answer, Decided, Resolve};
 pub use snapshots::{Load, Save};
-pub use values::bytes;
+pub use values::{Rate, bytes};
 use values::{mode, seconds};
 
 /// What `--option` takes.
@@ -177,6 +181,10 @@ pub enum Command {
     ///
     /// For the list, each device that nobody has open is opened for a moment.
     Probe(Probe),
+    /// Say what this machine and a device can do, what stands in the way of a move, and what to do about it.
+    ///
+    /// With two devices, also whether the state of the first can go to the second.
+    Doctor(Doctor),
     /// Read or drive a device's migration state.
     State(StateArgs),
     /// Stop devices, save their state to a file or an object store, and let them run again.
@@ -207,7 +215,7 @@ pub enum Command {
     Check(Check),
     /// Print the migration state machine.
     Fsm(Fsm),
-    /// Measure a device: region accesses, data streams, dirty reports, each beside the floor.
+    /// Measure a device: arcs, data streams, dirty reports, accesses, whole moves; and compare two runs.
     Bench(Bench),
     /// Print a completion script for a shell.
     Completions {
@@ -403,22 +411,6 @@ pub struct Fsm {
     /// One line for each set of flags and each pair of states: the path, or EINVAL.
     #[arg(long)]
     pub paths: bool,
-}
-
-#[derive(Debug, Args)]
-pub struct Bench {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
-
-    /// Seconds for each figure.
-    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
-    pub seconds: Duration,
-
-    /// Keep this process and the floor's other end on one core; start the server with
-    /// `taskset -c 0` for figures on one core.
-    #[arg(long)]
-    pub one_core: bool,
 }
 
 #[cfg(test)]
