@@ -38,6 +38,12 @@ pub(crate) struct Took {
     pub bytes: u64,
 }
 
+/// What a measure is timed in turns with.
+pub(crate) struct Baseline<'a> {
+    pub name: &'static str,
+    pub run: &'a mut dyn FnMut() -> anyhow::Result<()>,
+}
+
 /// Times a call.
 pub(crate) fn timed<T, E>(bytes: u64, call: impl FnOnce() -> Result<T, E>) -> Result<(T, Took), E> {
     let began = Instant::now();
@@ -51,18 +57,30 @@ impl Sampler {
     pub fn run(
         &self,
         id: impl Into<String>,
-        mut floor: Option<&mut Floor>,
+        floor: Option<&mut Floor>,
+        operation: impl FnMut() -> anyhow::Result<Took>,
+    ) -> anyhow::Result<Measure> {
+        let Some(floor) = floor else { return self.run_beside(id, None, operation) };
+        let mut round_trip = || floor.round_trip();
+        self.run_beside(id, Some(Baseline { name: "floor", run: &mut round_trip }), operation)
+    }
+
+    /// The same beside another baseline.
+    pub fn run_beside(
+        &self,
+        id: impl Into<String>,
+        mut baseline: Option<Baseline<'_>>,
         mut operation: impl FnMut() -> anyhow::Result<Took>,
     ) -> anyhow::Result<Measure> {
-        let (mut times, mut of_floor, mut bytes) = (Vec::new(), Vec::new(), 0_u64);
+        let (mut times, mut beside, mut bytes) = (Vec::new(), Vec::new(), 0_u64);
         let began = Instant::now();
         loop {
             let took = operation()?;
             times.push(nanoseconds(took.time));
             bytes += took.bytes;
-            if let Some(floor) = floor.as_deref_mut() {
-                let ((), took) = timed(0, || floor.round_trip())?;
-                of_floor.push(nanoseconds(took.time));
+            if let Some(baseline) = &mut baseline {
+                let ((), took) = timed(0, &mut *baseline.run)?;
+                beside.push(nanoseconds(took.time));
             }
             let is_over = began.elapsed() >= self.each || self.cancel.load(Ordering::Relaxed);
             if is_over || times.len() == SAMPLES_MAX {
@@ -70,9 +88,10 @@ impl Sampler {
             }
         }
         let mean = bytes / times.len() as u64;
-        let beside = (!of_floor.is_empty()).then(|| {
-            let samples = of_floor.len() as u64;
-            Beside { name: "floor".into(), p50_ns: median(&of_floor), samples }
+        let beside = baseline.map(|baseline| Beside {
+            name: baseline.name.into(),
+            p50_ns: median(&beside),
+            samples: beside.len() as u64,
         });
         Ok(Measure { beside, ..measure(id.into(), mean, times) })
     }

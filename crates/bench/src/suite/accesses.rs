@@ -1,45 +1,73 @@
-//! Region accesses, beside the bare request or system call that carries them.
+//! Region accesses, beside what carries them: a bare request over a socket, or a bare system call on the same fd.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{MutexGuard, PoisonError};
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use limosa_protocol::info::DeviceFlags;
 use rustix::io::{pread, pwrite};
 
-use super::{Context, Step, take_fd};
+use super::{Context, Step};
 use crate::cases::{HARMLESS, HEADER, Place, REGION_ACCESS};
-use crate::document::{Beside, Measure};
+use crate::document::Measure;
 use crate::floor::Floor;
-use crate::samples::timed;
+use crate::samples::{Baseline, timed};
 
 const BYTES: usize = 8;
 
 /// Of a PCI device: the start of its header is read, and its last bytes are written back as they are.
 pub(super) fn steps(context: &Context) -> Vec<Step> {
-    let is_pci = context
-        .device
-        .info()
-        .is_ok_and(|info| DeviceFlags::from_bits_retain(info.flags).contains(DeviceFlags::PCI));
-    if !is_pci {
-        return Vec::new();
+    let info = context.device.info();
+    let is_pci = info.is_ok_and(|info| DeviceFlags::from_bits_retain(info.flags).contains(DeviceFlags::PCI));
+    match (is_pci, context.target.in_use) {
+        (true, false) => vec![Step::new("region read, 8 B", read), Step::new("region write, 8 B", write)],
+        (true, true) => vec![Step::new("region read, 8 B", read)],
+        (false, _) => {
+            release(context);
+            Vec::new()
+        }
     }
-    let mut steps = vec![Step::new("region read, 8 B", read)];
-    if !context.target.in_use {
-        steps.push(Step::new("region write, 8 B", write));
+}
+
+/// The fd of a device of the kernel's.
+fn fd(context: &Context) -> Option<MutexGuard<'_, Option<OwnedFd>>> {
+    Some(context.target.fd.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Closes that fd, so that nothing keeps the device open but the device.
+fn release(context: &Context) {
+    if let Some(mut fd) = fd(context) {
+        *fd = None;
     }
-    if !context.has_floor() {
-        steps.push(Step::new("pread and pwrite, 8 B", bare));
-    }
-    steps
 }
 
 fn read(context: &Context, id: &str) -> anyhow::Result<Measure> {
     let Place { region, read_at, .. } = HARMLESS;
     let mut floor = floor(context, HEADER + REGION_ACCESS, HEADER + REGION_ACCESS + BYTES)?;
-    let mut data = [0; BYTES];
-    context.sampler.run(id, floor.as_mut(), || {
-        Ok(timed(0, || context.device.region_read(region, read_at, &mut data))?.1)
-    })
+    let (mut data, mut bare) = ([0; BYTES], [0; BYTES]);
+    let fd = fd(context);
+    let mut call;
+    let baseline = match fd.as_ref().and_then(|fd| fd.as_ref()) {
+        Some(fd) => {
+            let at = context.device.region(region)?.info.offset + read_at;
+            call = move || {
+                ensure!(pread(fd.as_fd(), &mut bare, at)? == BYTES, "a short read");
+                Ok(())
+            };
+            Some(Baseline { name: "pread", run: &mut call })
+        }
+        None => None,
+    };
+    let operation = || Ok(timed(0, || context.device.region_read(region, read_at, &mut data))?.1);
+    let measured = match baseline {
+        Some(baseline) => context.sampler.run_beside(id, Some(baseline), operation),
+        None => context.sampler.run(id, floor.as_mut(), operation),
+    };
+    drop(fd);
+    if context.target.in_use {
+        release(context);
+    }
+    measured
 }
 
 fn write(context: &Context, id: &str) -> anyhow::Result<Measure> {
@@ -47,36 +75,28 @@ fn write(context: &Context, id: &str) -> anyhow::Result<Measure> {
     let mut floor = floor(context, HEADER + REGION_ACCESS + BYTES, HEADER + REGION_ACCESS)?;
     let mut data = [0; BYTES];
     context.device.region_read(region, write_at, &mut data)?;
-    context
-        .sampler
-        .run(id, floor.as_mut(), || Ok(timed(0, || context.device.region_write(region, write_at, &data))?.1))
-}
-
-/// What lies between a caller and the kernel's driver: bare calls on the same fd, one write after each read.
-fn bare(context: &Context, id: &str) -> anyhow::Result<Measure> {
-    let fd = take_fd(&context.target).context("its fd was used up")?;
-    let Place { region, read_at, write_at } = HARMLESS;
-    let start = context.device.region(region)?.info.offset;
-    let mut data = [0; BYTES];
-    ensure!(pread(fd.as_fd(), &mut data, start + write_at)? == BYTES, "a short read");
-    let (mut same, mut writes) = ([0; BYTES], Vec::new());
-    let measure = context.sampler.run(id, None, || {
-        let (read, took) = timed(0, || pread(fd.as_fd(), &mut same, start + read_at))?;
-        if !context.target.in_use {
-            let (written, wrote) = timed(0, || pwrite(fd.as_fd(), &data, start + write_at))?;
-            ensure!(written == BYTES, "a short write");
-            writes.push(wrote.time.as_nanos() as u64);
+    let fd = fd(context);
+    let mut call;
+    let baseline = match fd.as_ref().and_then(|fd| fd.as_ref()) {
+        Some(fd) => {
+            let at = context.device.region(region)?.info.offset + write_at;
+            call = move || {
+                ensure!(pwrite(fd.as_fd(), &data, at)? == BYTES, "a short write");
+                Ok(())
+            };
+            Some(Baseline { name: "pwrite", run: &mut call })
         }
-        ensure!(read == BYTES, "a short read");
-        Ok(took)
-    })?;
-    writes.sort_unstable();
-    let of_writes = writes.get(writes.len() / 2).map(|p50_ns| Beside {
-        name: "pwrite".into(),
-        p50_ns: *p50_ns,
-        samples: writes.len() as u64,
-    });
-    Ok(Measure { beside: of_writes, ..measure })
+        None => None,
+    };
+    let operation = || Ok(timed(0, || context.device.region_write(region, write_at, &data))?.1);
+    let measured = match baseline {
+        Some(baseline) => context.sampler.run_beside(id, Some(baseline), operation),
+        None => context.sampler.run(id, floor.as_mut(), operation),
+    };
+    drop(fd);
+    // Nothing else takes it.
+    release(context);
+    measured
 }
 
 /// A floor of these sizes, where a socket lies between.

@@ -9,7 +9,7 @@ mod streams;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use limosa_check::{Done, back, within};
@@ -43,8 +43,8 @@ pub struct Target {
     pub open: Open,
     /// A second device of the same kind, for whole moves. It loses its state.
     pub peer: Option<Open>,
-    /// A device of the kernel's has an fd, on which accesses are made without anything between. `None` for a device behind a
-    /// socket, which is measured beside a bare socket.
+    /// A device of the kernel's has an fd, on which bare calls are made beside accesses; it is closed after these. `None` for a
+    /// device behind a socket, which is measured beside a bare socket.
     pub fd: Option<Arc<Mutex<Option<OwnedFd>>>>,
     /// Whether a guest uses it: then it is stopped, and nothing is reset, loaded, mapped or moved.
     pub in_use: bool,
@@ -124,6 +124,8 @@ type Body = Box<dyn FnOnce(&Context) -> anyhow::Result<Vec<Measure>> + Send>;
 /// One measure, or several that are taken together.
 pub(crate) struct Step {
     id: String,
+    /// How much longer than others it may take.
+    more: Duration,
     body: Body,
 }
 
@@ -134,7 +136,7 @@ impl Step {
     ) -> Step {
         let id = id.into();
         let named = id.clone();
-        Step { id, body: Box::new(move |context| Ok(vec![body(context, &named)?])) }
+        Step { id, more: Duration::ZERO, body: Box::new(move |context| Ok(vec![body(context, &named)?])) }
     }
 }
 
@@ -268,10 +270,11 @@ impl Suite {
     fn within<T: Send + 'static>(
         &mut self,
         doing: &str,
+        more: Duration,
         work: impl FnOnce(Context) -> anyhow::Result<T> + Send + 'static,
     ) -> anyhow::Result<T> {
         let Some(context) = self.context.clone() else { anyhow::bail!("the device is not open") };
-        let limit = self.sampler.each * 4 + self.limit;
+        let limit = self.sampler.each * 4 + self.limit + more;
         match within(limit, move || work(context)) {
             Done::Value(done) => {
                 if let Err(error) = &done {
@@ -332,16 +335,17 @@ impl Suite {
     fn begin(&mut self) -> anyhow::Result<Context> {
         self.open(&Known { flags: MigrationFlags::empty(), has_logging: false, saved: None })?;
         let in_use = self.target.in_use;
-        let (flags, has_logging, was_reset) = self.within("a look at the device", move |context| {
-            let device = &context.device;
-            let flags = device.migration_flags()?;
-            let has_logging = device.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET)?;
-            let is_broken = !flags.is_empty() && device.state()? == State::Error && !in_use;
-            if is_broken {
-                device.reset()?;
-            }
-            Ok((flags, has_logging, is_broken))
-        })?;
+        let (flags, has_logging, was_reset) =
+            self.within("a look at the device", Duration::ZERO, move |context| {
+                let device = &context.device;
+                let flags = device.migration_flags()?;
+                let has_logging = device.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET)?;
+                let is_broken = !flags.is_empty() && device.state()? == State::Error && !in_use;
+                if is_broken {
+                    device.reset()?;
+                }
+                Ok((flags, has_logging, is_broken))
+            })?;
         if was_reset {
             self.skip("the state that was found", "the device was in ERROR, and was reset");
         }
@@ -351,7 +355,9 @@ impl Suite {
         }
         if flags.contains(MigrationFlags::STOP_COPY) && !in_use {
             let until = Instant::now() + self.sampler.each * 4 + self.limit;
-            match self.within("keeping the device's state", move |context| save(&context, until)) {
+            match self
+                .within("keeping the device's state", Duration::ZERO, move |context| save(&context, until))
+            {
                 Ok(saved) => known.saved = Some(Arc::new(saved)),
                 Err(error) => {
                     self.skip("resets, loads", &format!("the device's state cannot be kept: {error:#}"))
@@ -368,7 +374,7 @@ impl Suite {
     }
 
     fn step(&mut self, step: Step, known: &Known) -> Vec<Measure> {
-        let Step { id, body } = step;
+        let Step { id, more, body } = step;
         if self.context.is_none()
             && let Err(error) = self.open(known)
         {
@@ -376,7 +382,7 @@ impl Suite {
             self.end(format!("before {id}: the device cannot be opened any more: {error:#}"));
             return Vec::new();
         }
-        let measured = self.within(&id, move |context| body(&context));
+        let measured = self.within(&id, more, move |context| body(&context));
         let measured = measured.unwrap_or_else(|error| {
             self.skip(&id, &format!("{error:#}"));
             Vec::new()
@@ -403,7 +409,7 @@ impl Suite {
             {
                 return self.end(format!("the device cannot be opened any more: {error:#}"));
             }
-            let done = self.within("bringing the device back", move |context| {
+            let done = self.within("bringing the device back", Duration::ZERO, move |context| {
                 // No arc leads out of a load that is not complete.
                 if has_migration && context.device.state()? == State::Resuming {
                     context.device.reset()?;
@@ -431,12 +437,13 @@ impl Suite {
             return format!("an unknown state: it cannot be opened any more: {error:#}");
         }
         if let Some(saved) = known.saved.clone().filter(|_| self.silent < SILENT_MAX) {
-            let given_back = self.within("giving the device its state back", move |context| {
-                context.device.reset()?;
-                load(&context, &saved, CHUNK_BYTES)?;
-                context.device.set_state(State::Running)?;
-                Ok(())
-            });
+            let given_back =
+                self.within("giving the device its state back", Duration::ZERO, move |context| {
+                    context.device.reset()?;
+                    load(&context, &saved, CHUNK_BYTES)?;
+                    context.device.set_state(State::Running)?;
+                    Ok(())
+                });
             if let Err(error) = given_back {
                 self.bring_back(known);
                 let state = self.state();
@@ -447,14 +454,9 @@ impl Suite {
     }
 
     fn state(&mut self) -> String {
-        match self.within("its state", |context| Ok(context.device.state()?)) {
+        match self.within("its state", Duration::ZERO, |context| Ok(context.device.state()?)) {
             Ok(state) => state.to_string(),
             Err(error) => format!("an unknown state: {error:#}"),
         }
     }
-}
-
-/// The fd of a device of the kernel's, for the one measure that uses it.
-pub(crate) fn take_fd(target: &Target) -> Option<OwnedFd> {
-    target.fd.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner).take()
 }

@@ -13,8 +13,13 @@ use crate::samples::{Took, measure};
 
 const ID: &str = "move";
 
+/// How long nothing may run in a move, and how much longer than others the measure may take: a move that is given up is undone
+/// before that.
+const STANDSTILL_MAX: Duration = Duration::from_secs(20);
+const MOVE_MAX: Duration = Duration::from_secs(180);
+
 pub(super) fn step(peer: Open) -> Step {
-    Step { id: ID.into(), body: Box::new(move |context| there_and_back(context, &peer)) }
+    Step { id: ID.into(), more: MOVE_MAX, body: Box::new(move |context| there_and_back(context, &peer)) }
 }
 
 fn there_and_back(context: &Context, peer: &Open) -> anyhow::Result<Vec<Measure>> {
@@ -42,7 +47,9 @@ fn there_and_back(context: &Context, peer: &Open) -> anyhow::Result<Vec<Measure>
 }
 
 fn one(from: &dyn Device, to: &dyn Device) -> anyhow::Result<Report> {
-    let (options, ledger) = (Options::default(), Ledger::new());
+    let mut options = Options::default();
+    options.standstill_max = STANDSTILL_MAX;
+    let ledger = Ledger::new();
     let (ours, theirs) = ([MovedDevice::new(from)], [MovedDevice::new(to)]);
     let began = Instant::now();
     let (outcome, _) = move_local(Source::new(&ours, &options), Destination::new(&theirs, &ledger, &options));

@@ -98,11 +98,8 @@ fn target(name: &str, args: &args::Bench, opener: &Opener) -> anyhow::Result<Tar
     // One in ERROR has nothing to lose by the reset that leads out of it.
     let states: &[State] = if in_use { &[State::Running] } else { &[State::Running, State::Error] };
     refuse_state(&device, states)?;
-    let fd = match device.kernel() {
-        // It is an error only of the one measure that takes it.
-        Some(kernel) => Some(Arc::new(Mutex::new(kernel.as_fd().try_clone_to_owned().ok()))),
-        None => None,
-    };
+    // Without it accesses have no baseline.
+    let fd = device.kernel().map(|kernel| Arc::new(Mutex::new(kernel.as_fd().try_clone_to_owned().ok())));
     let peer = args.peer.clone().map(|peer| -> Open {
         let opener = opener.clone();
         Arc::new(move || opener.open(&peer))

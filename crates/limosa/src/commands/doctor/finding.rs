@@ -75,7 +75,7 @@ kinds! {
             "Run a kernel from 6.7 on, if the missing parts matter: without them more of a move is downtime.";
         KERNEL_CONFIG = "kernel-config-unknown", Note, Kernel: "The configuration of the kernel cannot be read.",
             "Neither /proc/config.gz nor a file config-RELEASE is there, so what the kernel was built with is not known. Modules and nodes still tell what is loaded.",
-            "Load the module configs, or install the configuration of this kernel below /boot.";
+            "modprobe configs, or install the configuration of this kernel below /boot.";
         KERNEL_NO_VFIO = "kernel-without-vfio", Blocker, Kernel: "The kernel was built without VFIO.",
             "CONFIG_VFIO is off, so no device can be given to a user.",
             "Run a kernel with CONFIG_VFIO, CONFIG_VFIO_PCI and CONFIG_IOMMUFD.";

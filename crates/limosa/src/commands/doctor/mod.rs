@@ -2,7 +2,7 @@
 
 mod device;
 mod estimate;
-mod finding;
+pub mod finding;
 mod machine;
 mod pair;
 mod report;
@@ -36,8 +36,11 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
         false => Wanted::KernelDevice,
     };
     let cancel = Arc::new(AtomicBool::new(false));
-    let called_off = Arc::clone(&cancel);
-    signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
+    if args.measure {
+        // Whoever only looks leaves nothing behind.
+        let called_off = Arc::clone(&cancel);
+        signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
+    }
     let (machine, mut findings) = machine::look(&Host::new(&args.root, &Running), wanted);
 
     let opener = device::opener(opening, args.measure);

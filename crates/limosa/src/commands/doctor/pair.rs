@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use limosa_check::{Done, within};
 use limosa_migrate::{MismatchKind, MovedDevice};
-use limosa_protocol::State;
+use limosa_protocol::{MigrationFlags, State};
 
 use super::device::{Looked, of_error};
 use super::finding::{DESTINATION_USED, DEVICE_SILENT, DIFFERS, Finding, PAIR_FLAGS, SAME_DEVICE};
@@ -45,6 +45,7 @@ pub fn compare(source: &Looked, destination: &Looked) -> Vec<Finding> {
     }
     if let (Some(from), Some(to)) = (source.known.flags, destination.known.flags)
         && from != to
+        && from.intersection(to).contains(MigrationFlags::STOP_COPY)
     {
         findings.push(Finding::new(&PAIR_FLAGS, &subject, format!("{from} and {to}")));
     }

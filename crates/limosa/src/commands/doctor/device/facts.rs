@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use limosa_client::{Device, DeviceExt, Error};
-use limosa_host::User;
+use limosa_host::{Group, User};
 use limosa_migrate::way_out_of;
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::{FeatureOp, MigrationFlags, State};
@@ -57,6 +57,10 @@ pub fn gather(device: &Opened, looked: &mut Looked) -> anyhow::Result<()> {
 /// Who serves it, who uses it, and what was agreed on.
 fn reach(device: &Opened, looked: &mut Looked) {
     let Some(client) = device.vfio_user() else { return };
+    if let Ok(found) = std::fs::metadata(device.given()) {
+        let (mode, user, group) = (found.mode() & 0o777, User(found.uid()), Group(found.gid()));
+        looked.report.facts.add("socket", format!("mode {mode:o}, user {user}, group {group}"));
+    }
     if let Some(pid) = device.server() {
         let folder = Path::new("/proc").join(pid.to_string());
         let user = std::fs::metadata(&folder).map(|folder| format!(", user {}", User(folder.uid())));
@@ -68,11 +72,12 @@ fn reach(device: &Opened, looked: &mut Looked) {
     looked.report.facts.add(
         "vfio-user",
         format!(
-            "version 0.{}, {} in a message, {} fds, {} DMA maps, REGION_WRITE_MULTI {}, twin socket {}",
+            "version 0.{}, {} in a message, {} fds, {} DMA maps of pages of {:#x}, REGION_WRITE_MULTI {}, twin socket {}",
             limits.minor,
             output::bytes(limits.data_xfer_bytes_max.into()),
             limits.msg_fds_max,
             limits.dma_maps_max,
+            limits.page_sizes,
             yes(limits.write_multiple),
             yes(limits.twin_socket.is_some()),
         ),
