@@ -1,4 +1,4 @@
-//! What is measured of the bench's own device, whose server is another process: the transport beside the floor.
+//! The transport beside the floor: accesses, streams and reports of the bench's own device, whose server is another process.
 
 use std::os::fd::AsFd;
 use std::time::Duration;

@@ -9,7 +9,7 @@ use crate::document::Document;
 /// Less than this is no difference, whatever the spread: the share by which the median changed.
 pub const SHARE_LEAST: f64 = 0.05;
 
-/// What became of a measure.
+/// How a measure changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Change {
@@ -34,7 +34,7 @@ pub struct Row {
     pub second_ns: u64,
     /// The second over the first.
     pub ratio: f64,
-    /// What that is.
+    /// Whether that is a difference.
     pub change: Change,
 }
 
@@ -47,7 +47,7 @@ pub struct Comparison {
     pub only_first: Vec<String>,
     /// Measures of the second run that the first one lacks.
     pub only_second: Vec<String>,
-    /// What else differs, so that the numbers may not be comparable.
+    /// Other differences, such as another kernel: the numbers may not be comparable.
     pub notes: Vec<String>,
 }
 

@@ -1,4 +1,4 @@
-//! [`Document`]: what was measured of a device, as JSON that a later run is compared with, and as text.
+//! [`Document`]: the measures of a device, as JSON that a later run is compared with, and as text.
 
 use std::fmt;
 
@@ -27,9 +27,9 @@ pub struct Document {
     pub processors: usize,
     /// The share of each measure, in seconds.
     pub seconds: f64,
-    /// What was measured, in order.
+    /// The measures, in order.
     pub measures: Vec<Measure>,
-    /// What was not, and why.
+    /// The measures that were left out, and why.
     pub skipped: Vec<Skipped>,
     /// Why the run ended before all measures.
     pub ended_early: Option<String>,
@@ -40,7 +40,7 @@ pub struct Document {
 /// One measure.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measure {
-    /// What was done: `arc RUNNING>STOP`. The same in every run.
+    /// The name of the measure, the same in every run: `arc RUNNING>STOP`.
     pub id: String,
     /// Bytes moved by one operation, on average; 0 where time is what counts.
     pub bytes: u64,
@@ -63,12 +63,12 @@ pub struct Measure {
     /// The same by something else that was timed in turns with it: the floor.
     #[serde(default)]
     pub beside: Option<Beside>,
-    /// What else there is to say.
+    /// A remark.
     #[serde(default)]
     pub note: Option<String>,
 }
 
-/// What a measure is compared with in the same run.
+/// A baseline, timed in the same run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Beside {
     /// Its name.
@@ -79,7 +79,7 @@ pub struct Beside {
     pub samples: u64,
 }
 
-/// What was not measured.
+/// A measure that was left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
     /// The measure, or several of them.
@@ -143,7 +143,7 @@ impl fmt::Display for Document {
 }
 
 impl Document {
-    /// What comes after the table: what was left out, and how the device was left.
+    /// The lines after the table: the measures that were left out, and how the device was left.
     pub fn end(&self, f: &mut dyn fmt::Write) -> fmt::Result {
         self.skipped.iter().try_for_each(|Skipped { id, why }| writeln!(f, "not measured: {id}: {why}"))?;
         if let Some(why) = &self.ended_early {

@@ -1,4 +1,4 @@
-//! [`Sampler`]: the times of one measure, taken within its share, and what is made of them.
+//! [`Sampler`]: the times of one measure, taken within its share, and their statistics.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use crate::floor::Floor;
 /// The most operations of one measure: bounds memory, not accuracy.
 const SAMPLES_MAX: usize = 1 << 18;
 
-/// From so many operations on the first one is not counted: caches were cold.
+/// With this many operations or more the first one is not counted: caches were cold.
 const WARM: usize = 8;
 
 /// Parts of a run whose medians make the spread, and the fewest samples that have one.
@@ -25,20 +25,20 @@ const DIGITS: u8 = 2;
 /// Bounds of the sampling of one measure.
 #[derive(Clone, Debug)]
 pub(crate) struct Sampler {
-    /// The share of the measure. What one operation takes beyond it is the only excess.
+    /// The share of the measure. It is exceeded by one operation at most.
     pub each: Duration,
     /// Set to end it.
     pub cancel: Arc<AtomicBool>,
 }
 
-/// What one operation was.
+/// The time of one operation, and the bytes that it moved.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Took {
     pub time: Duration,
     pub bytes: u64,
 }
 
-/// What a measure is timed in turns with.
+/// A baseline, timed in turns with a measure.
 pub(crate) struct Baseline<'a> {
     pub name: &'static str,
     pub run: &'a mut dyn FnMut() -> anyhow::Result<()>,
@@ -52,8 +52,8 @@ pub(crate) fn timed<T, E>(bytes: u64, call: impl FnOnce() -> Result<T, E>) -> Re
 }
 
 impl Sampler {
-    /// Runs operations until the share is used, one at least, each in turn with one of the floor where there is one. What an
-    /// operation prepares is within the share and not within its time.
+    /// Runs operations until the share is used, one at least, each in turn with one of the floor where there is one. The
+    /// preparation of an operation counts against the share, not as its time.
     pub fn run(
         &self,
         id: impl Into<String>,
@@ -108,7 +108,7 @@ fn median(times: &[u64]) -> u64 {
     sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(0)
 }
 
-/// What is made of times in ns, in the order in which they were taken.
+/// The measure of these times in ns, which are in the order in which they were taken.
 pub(crate) fn measure(id: String, bytes: u64, mut times: Vec<u64>) -> Measure {
     if times.len() >= WARM {
         times.remove(0);

@@ -58,6 +58,11 @@ fn a_device_is_measured_and_gets_its_state_back() {
             "dirty report of 64 GiB",
         ],
     );
+    for (percent, pages) in [(1, 41), (10, 410), (100, 4096)] {
+        let measure = measure(&document, &format!("dirty report of 16 MiB, {percent} % dirty")).unwrap();
+        let expected = format!("{pages} of 4096 pages dirty");
+        assert!(measure["note"].as_str().unwrap().contains(&expected), "{measure:#}");
+    }
     let arcs = document["measures"].as_array().unwrap().iter();
     assert_eq!(arcs.filter(|measure| measure["id"].as_str().unwrap().starts_with("arc ")).count(), 15);
     assert!(measure(&document, "stop-copy read by 4 KiB").unwrap()["beside"]["p50_ns"].as_u64().unwrap() > 0);
@@ -189,6 +194,19 @@ fn states_in_the_middle_of_a_move_are_left_and_error_is_left_behind() {
     assert!(skipped(&document, "arc PRE_COPY>PRE_COPY_P2P").is_some(), "{document:#}");
     has(&document, &["arc STOP>STOP_COPY", "stop-copy read by 4 KiB", "dirty report of 1 GiB"]);
     assert_eq!((&document["left_in"], device.state()), (&"RUNNING".into(), State::Running));
+}
+
+#[test]
+fn a_state_that_cannot_be_loaded_back_is_told() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=truncate:1000"]);
+    let ended = limosa(&[&["--json", "bench", &device.socket][..], &SHORT].concat());
+    assert_eq!(ended.code, 1, "{ended:?}");
+    let document: Value = serde_json::from_str(&ended.out).unwrap();
+    assert!(document["left_in"].as_str().unwrap().starts_with("RUNNING, without the state"), "{document:#}");
+    assert!(skipped(&document, "arc RESUMING>STOP").is_some(), "{document:#}");
+    has(&document, &["arc STOP>STOP_COPY", "stop-copy read by 64 KiB", "reset"]);
+    assert_eq!(device.state(), State::Running);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Region accesses, beside what carries them: a bare request over a socket, or a bare system call on the same fd.
+//! Region accesses, each beside its carrier: a bare request over a socket, or a bare system call on the same fd.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{MutexGuard, PoisonError};
@@ -94,7 +94,7 @@ fn write(context: &Context, id: &str) -> anyhow::Result<Measure> {
         None => context.sampler.run(id, floor.as_mut(), operation),
     };
     drop(fd);
-    // Nothing else takes it.
+    // No other measure uses it.
     release(context);
     measured
 }

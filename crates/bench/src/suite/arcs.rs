@@ -1,5 +1,5 @@
-//! The arcs of the state machine, each by itself (`vfio.h: enum vfio_device_mig_state`), and what a VMM does with them: to stop
-//! a device, to start it, to reset it.
+//! The arcs of the state machine, each by itself (`vfio.h: enum vfio_device_mig_state`), and the requests of a VMM: stop,
+//! start, reset.
 
 use limosa_client::DeviceExt;
 use limosa_protocol::{MigrationFlags, State, fsm};

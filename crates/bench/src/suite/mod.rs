@@ -25,7 +25,7 @@ const STATE_BYTES_MAX: usize = 1 << 30;
 /// Bytes of one read or write where the size is not what is measured.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// After so many measures in a row without an answer the run ends.
+/// The run ends after this many measures in a row without an answer.
 const SILENT_MAX: u32 = 3;
 
 /// The longest share of a measure while a guest waits for its device.
@@ -61,7 +61,7 @@ pub struct Options {
     pub cancel: Arc<AtomicBool>,
 }
 
-/// What happens.
+/// Progress of a run.
 #[derive(Debug)]
 pub enum Event<'a> {
     /// A measure begins, the first of them being 0.
@@ -77,7 +77,7 @@ pub enum Event<'a> {
     Measured(&'a Measure),
 }
 
-/// What measures know of the device.
+/// The device and its facts, as measures see them.
 #[derive(Clone)]
 pub(crate) struct Context {
     pub device: Arc<dyn Device>,
@@ -99,7 +99,7 @@ impl Context {
     pub fn lead(&self, to: State) -> Result<Option<Box<dyn DataStream>>> {
         let at = self.device.state()?;
         if at == State::Resuming {
-            // What was loaded may not be all of a state, so no arc leads out.
+            // The load may be incomplete, and then no arc leads out.
             self.device.reset()?;
         } else if fsm::path(self.flags, at, to).is_err() {
             self.device.set_state(State::Running)?;
@@ -166,8 +166,8 @@ pub fn measure(
             suite.end(format!("it was called off before {}", step.id));
         }
         if suite.ended.is_some() {
-            suite.skip(&step.id, "the run had ended");
-            continue;
+            suite.skip(&format!("{} and all after it", step.id), "the run had ended");
+            break;
         }
         tell(Event::Begins { id: &step.id, at, of });
         let known = Known { flags, has_logging, saved: saved.clone() };
@@ -191,7 +191,7 @@ pub fn measure(
     })
 }
 
-/// Every step for this device; what is left out is told.
+/// Every step for this device. Measures that it does not allow are skipped with the reason.
 fn steps(context: &Context, skipped: &mut Vec<Skipped>) -> Vec<Step> {
     let mut steps = accesses::steps(context);
     let mut skip = |id: &str, why: &str| skipped.push(Skipped { id: id.into(), why: why.into() });
@@ -221,7 +221,7 @@ fn steps(context: &Context, skipped: &mut Vec<Skipped>) -> Vec<Step> {
     steps
 }
 
-/// What does not change with the connection.
+/// Facts of the device that hold for all connections.
 struct Known {
     flags: MigrationFlags,
     has_logging: bool,
@@ -426,7 +426,7 @@ impl Suite {
         }
     }
 
-    /// Gives the device its state back; in which state it is left.
+    /// Gives the device its state back. Returns the state in which it is left.
     fn leave(&mut self, known: &Known) -> String {
         if known.flags.is_empty() {
             return "its only state: it has no migration".into();

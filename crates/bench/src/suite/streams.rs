@@ -62,7 +62,7 @@ fn into(context: &Context, id: &str, bytes: usize) -> anyhow::Result<Measure> {
     context.sampler.run(id, floor.as_mut(), || {
         if at == saved.len() {
             stream = None;
-            // It takes what it was given, or this is where it says what is wrong.
+            // The device validates the load here.
             context.device.set_state(State::Stop)?;
             at = 0;
         }

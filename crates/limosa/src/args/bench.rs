@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use super::moving::Reporting;
 use super::values::seconds;
 
-/// What it does to a device, and its exit codes.
+/// Its effects on a device, and its exit codes.
 const NOTES: &str = "\
 The device is stopped and reset again and again, and gets its state back in the end, unless that is more than 1 GiB. One that a guest \
 uses is refused without --in-use; with it, the device is stopped and not reset, and nothing is loaded into it.

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::values::{Rate, rate};
 
-/// Its exit codes, and what is asked of a device.
+/// Its effects on a device, and its exit codes.
 const NOTES: &str = "\
 Nothing is changed without --measure: a device's states are left alone, and a device of the kernel's that nobody has open is \
 opened for a moment.
@@ -45,7 +45,7 @@ pub struct Doctor {
     #[arg(long, value_name = "FOLDER", default_value = "/", conflicts_with = "device")]
     pub root: PathBuf,
 
-    /// Print what there is to be found, as Markdown, and look at nothing.
+    /// Print the list of findings as Markdown, and look at nothing.
     #[arg(long, conflicts_with_all = ["device", "root"])]
     pub findings: bool,
 }

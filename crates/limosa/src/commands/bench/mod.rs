@@ -1,4 +1,4 @@
-//! `limosa bench`: how long a device takes for what a VMM and a move wait for.
+//! `limosa bench`: how long a device takes for the requests that a VMM and a move wait for.
 
 mod compare;
 mod progress;
@@ -69,7 +69,7 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
     judge(name, &document, &cancel)
 }
 
-/// What a user is told before it begins.
+/// The effects on the device, said before the run begins.
 fn what_it_does(name: &str, args: &args::Bench) -> String {
     let what = match args.in_use {
         true => "it is stopped again and again, and the guest that uses it waits",
@@ -129,7 +129,7 @@ fn refuse_use(device: &Opened) -> anyhow::Result<()> {
     Err(exit::error(Code::Refused, what))
 }
 
-/// What is in the middle of a move is left alone.
+/// A device in the middle of a move is left alone.
 fn refuse_state(device: &Opened, states: &[State]) -> anyhow::Result<()> {
     if device.migration_flags()?.is_empty() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! What a user sees of a run: each line of the table as it is done and, on a terminal, what is being measured.
+//! The progress of a run: each line of the table as it is done and, on a terminal, the measure under way.
 
 use std::time::Duration;
 

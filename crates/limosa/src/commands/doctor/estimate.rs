@@ -17,7 +17,7 @@ const USUAL: [Rate; 4] = [Rate::gbit(1), Rate::gbit(10), Rate::gbit(25), Rate::g
 pub struct Estimate {
     pub device: String,
     pub bytes_per_second: u64,
-    /// What is moved while the device is stopped.
+    /// The state that is moved while the device is stopped.
     pub state_bytes: u64,
     /// Whether that is an upper bound: no pre-copy was played.
     pub at_most: bool,
@@ -36,7 +36,7 @@ pub fn of(looked: &Looked, rates: &[Rate]) -> Vec<Estimate> {
     let measured = looked.report.measured.as_ref();
     let said = looked.known.stop_copy_bytes;
     let Some(state_bytes) = measured
-        // What was not read to its end is as large as the device says.
+        // The size of a state that was not read to its end is that which the device gives.
         .map(|measured| {
             if measured.to_the_end { measured.stop_bytes } else { measured.stop_bytes.max(said.unwrap_or(0)) }
         })
@@ -70,7 +70,7 @@ pub fn of(looked: &Looked, rates: &[Rate]) -> Vec<Estimate> {
 }
 
 impl Estimate {
-    /// What it comes from, in words.
+    /// The source of the numbers, in words.
     pub fn basis(&self) -> &'static str {
         match self.at_most {
             true => "all of its state, and its arcs not counted: --measure finds out",

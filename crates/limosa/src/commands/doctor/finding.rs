@@ -1,4 +1,4 @@
-//! [`Finding`]: what the doctor found, and [`KINDS`]: all that it can find, as one list. `docs/doctor.md` comes from that list.
+//! [`Finding`]: an obstacle that the doctor found, and [`KINDS`]: everything that it can find, as one list. `docs/doctor.md` comes from that list.
 
 use serde::Serialize;
 
@@ -24,7 +24,7 @@ impl Level {
     }
 }
 
-/// What a finding is about.
+/// The devices that a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum About {
     /// Every machine and device.
@@ -40,11 +40,11 @@ pub struct Kind {
     section: &'static str,
     pub level: Level,
     pub about: About,
-    /// What is found, in general.
+    /// The obstacle, in general.
     title: &'static str,
     /// Why that matters.
     means: &'static str,
-    /// What to do about it.
+    /// The remedy, in general.
     pub remedy: &'static str,
 }
 
@@ -241,14 +241,14 @@ kinds! {
     }
 }
 
-/// What was found.
+/// An obstacle that was found.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
     pub id: &'static str,
     pub level: Level,
     /// A device, or `machine`.
     pub subject: String,
-    /// What it is, with the values that were found.
+    /// The obstacle, with the values that were found.
     pub what: String,
     pub remedy: String,
     /// Where it is described.

@@ -1,4 +1,4 @@
-//! `limosa doctor`: what this machine and a device can do, and what stands in the way of a move.
+//! `limosa doctor`: the abilities of this machine and a device, and the obstacles to a move.
 
 mod device;
 mod estimate;
@@ -37,7 +37,7 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
     };
     let cancel = Arc::new(AtomicBool::new(false));
     if args.measure {
-        // Whoever only looks leaves nothing behind.
+        // A command that only looks leaves nothing behind, so signals end it at once.
         let called_off = Arc::clone(&cancel);
         signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
     }

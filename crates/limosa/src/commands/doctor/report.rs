@@ -30,7 +30,7 @@ impl Serialize for Facts {
     }
 }
 
-/// What is known of a device.
+/// The facts of a device.
 #[derive(Debug, Serialize)]
 pub struct DeviceReport {
     pub device: String,

@@ -1,4 +1,4 @@
-//! What a device says of itself, and what that means for a move.
+//! The facts of a device, and their meaning for a move.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -54,7 +54,7 @@ pub fn gather(device: &Opened, looked: &mut Looked) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Who serves it, who uses it, and what was agreed on.
+/// The server, the role beside other clients, and the limits that both sides agreed on.
 fn reach(device: &Opened, looked: &mut Looked) {
     let Some(client) = device.vfio_user() else { return };
     if let Ok(found) = std::fs::metadata(device.given()) {
@@ -156,7 +156,7 @@ fn stands(device: &Opened, state: State, looked: &mut Looked) {
     }
 }
 
-/// What sysfs and the address space of a device of the kernel's say.
+/// The facts from sysfs and from the address space of a device of the kernel's.
 fn kernels(kernel: probe::Kernel, logs: bool, looked: &mut Looked) {
     let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "unknown".into());
     let facts = &mut looked.report.facts;

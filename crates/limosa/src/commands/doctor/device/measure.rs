@@ -17,7 +17,7 @@ const READ_MAX: Duration = Duration::from_secs(2);
 /// Bytes of one read.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// What was measured.
+/// A measured stop.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Measured {
     /// The arcs in their order, each with its time in ns.
@@ -26,9 +26,9 @@ pub struct Measured {
     pub stop_ns: u64,
     /// From STOP to RUNNING, in ns.
     pub start_ns: u64,
-    /// What pre-copy gave, in bytes.
+    /// The data of pre-copy, in bytes.
     pub precopy_bytes: u64,
-    /// What the stopped device gave, in bytes, and how long that took in ns.
+    /// The data of the stopped device in bytes, and the time of its reads in ns.
     pub stop_bytes: u64,
     pub read_ns: u64,
     /// Whether that was all of it.
@@ -42,7 +42,7 @@ pub struct ArcTime {
     pub ns: u64,
 }
 
-/// What came of it.
+/// The end of a measurement.
 #[derive(Debug, Default)]
 pub struct Outcome {
     pub measured: Option<Measured>,

@@ -39,7 +39,7 @@ pub fn opener(opening: Opening<'_>, measure: bool) -> Opener {
     Opener { limit, state_limit, ..opening.owned() }
 }
 
-/// What a look at a device found.
+/// The result of a look at a device.
 pub struct Looked {
     pub report: DeviceReport,
     pub findings: Vec<Finding>,
@@ -48,7 +48,7 @@ pub struct Looked {
     pub known: Known,
 }
 
-/// What other parts need to know of it.
+/// The facts that other parts need.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Known {
     pub flags: Option<MigrationFlags>,
@@ -101,11 +101,11 @@ fn silent(name: &str, limit: Duration) -> Finding {
     Finding::new(&DEVICE_SILENT, name, format!("it did not answer within {limit:?}"))
 }
 
-/// What an error of a device's means.
+/// The finding for an error of a device.
 pub fn of_error(name: &str, error: &anyhow::Error) -> Finding {
     let message = exit::message(error);
     let found = |kind: &'static Kind| Finding::new(kind, name, message.clone());
-    // What sysfs tells has its own advice.
+    // An obstacle that sysfs shows has its own advice.
     if let Some(listed) = open::listed(name)
         && let Some(why) = &listed.unusable
     {

@@ -12,7 +12,7 @@ use rustix::fs::{Access, access};
 /// The most that is read of one file.
 const FILE_BYTES_MAX: u64 = 8 << 20;
 
-/// What the system tells that is in no file.
+/// Facts of the system that are in no file.
 pub trait System {
     /// The wall clock.
     fn clock(&self) -> io::Result<Clock>;
@@ -60,7 +60,7 @@ impl<'a> Host<'a> {
     pub fn bytes(&self, path: &str) -> Option<Vec<u8>> {
         let found = self.path(path);
         let read = || -> io::Result<Vec<u8>> {
-            // What is no file may wait for ever when it is opened.
+            // Opening something else, such as a FIFO, may wait for ever.
             if !fs::metadata(&found)?.is_file() {
                 return Err(ErrorKind::InvalidInput.into());
             }

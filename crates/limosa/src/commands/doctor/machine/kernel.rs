@@ -22,7 +22,7 @@ impl Release {
     }
 }
 
-/// What came with which version (`docs/kernel.md`).
+/// Parts of the protocol, each with the version that brought it (`docs/kernel.md`).
 const PARTS: [(Release, &str); 4] = [
     (Release(6, 1), "DMA logging by devices"),
     (Release(6, 2), "pre-copy and MIG_DATA_SIZE"),
@@ -42,7 +42,7 @@ const OPTIONS: [&str; 8] = [
     "VFIO_MDEV",
 ];
 
-/// What the kernel was built with.
+/// The configuration of the kernel.
 struct Config(String);
 
 impl Config {

@@ -11,7 +11,7 @@ pub const CAP_SYS_PTRACE: u32 = 19;
 
 /// Less than any guest has.
 const MEMLOCK_LEAST: u64 = 64 << 20;
-/// What most systems give a process.
+/// The limit that most systems give a process.
 const FILES_LEAST: u64 = 1024;
 /// The kernel's default is 65530.
 const MAPS_LEAST: u64 = 65_530;

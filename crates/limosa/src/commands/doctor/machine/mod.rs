@@ -16,7 +16,7 @@ use files::System;
 pub use files::{Host, Running};
 use kernel::Release;
 
-/// What is looked for.
+/// The purpose of the look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
     /// No device is named: everything, and what concerns the kernel's devices stands in the way of nothing else.

@@ -4,7 +4,7 @@ use super::super::finding::{CONGESTION, TCP_BUFFERS};
 use super::Look;
 use crate::output;
 
-/// What one round trip may carry, see the finding.
+/// The least that a round trip should be able to carry, in bytes; see the finding.
 const BUFFER_LEAST: u64 = 4 << 20;
 
 pub fn look(look: &mut Look<'_>) {
