@@ -15,7 +15,7 @@ use support::{Folder, Running};
 /// Commands that run, and blocks that need something, by what they need.
 const RUN: usize = 38;
 const NEED: [(&str, usize); 6] = [
-    ("needs-cargo", 4),
+    ("needs-cargo", 5),
     ("needs-host", 2),
     ("needs-kernel", 3),
     ("needs-root", 1),

@@ -37,6 +37,9 @@ pub const ECHO: FeatureIndex = FeatureIndex(0xfe04);
 /// SET, no payload: fires every interrupt vector that is wired, once.
 pub const KICK: FeatureIndex = FeatureIndex(0xfe05);
 
+/// GET and SET: [`Next`]. Which process' client is the next VMM.
+pub const NEXT: FeatureIndex = FeatureIndex(0xfe06);
+
 /// The payload of [`STAY`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -71,4 +74,24 @@ pub struct Echo {
     pub page_size: u64,
     /// Out: how many pages were marked.
     pub pages: u64,
+}
+
+/// The payload of [`NEXT`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Next {
+    /// The number of the process, as the server sees it; 0 for nobody.
+    pub pid: i32,
+    /// In an answer to GET, [`NextFlags`]; else 0.
+    pub flags: u32,
+}
+
+/// What [`Next::flags`] says.
+pub struct NextFlags;
+
+impl NextFlags {
+    /// The client of that process is there.
+    pub const THERE: u32 = 1;
+    /// It is the client that asks.
+    pub const THIS: u32 = 2;
 }

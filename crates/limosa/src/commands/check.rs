@@ -179,7 +179,7 @@ fn print(report: &Report, args: &args::Check, out: &Output) -> anyhow::Result<()
     })
 }
 
-/// The exit code: what the profile requires, or every check.
+/// The exit code, from the checks that the profile requires, or from all.
 fn judge(report: &Report, profile: Option<&Profile>, name: &str) -> anyhow::Result<()> {
     let required = Profile::default();
     let profile = profile.unwrap_or(&required);

@@ -9,11 +9,11 @@ use serde::Serialize;
 
 use super::doctor::finding::{VFIO_NO_DEVICE, VFIO_NOT_LOADED};
 use crate::exit;
-use crate::held::{Holder, OpenElsewhere};
 use crate::open::Opening;
+use crate::open_elsewhere::{Holder, OpenElsewhere};
 use crate::output::Output;
 
-/// What was found.
+/// The devices that were found.
 #[derive(Debug, Serialize)]
 struct Listing {
     devices: Vec<Listed>,
@@ -37,7 +37,7 @@ struct Listed {
     found: Found,
 }
 
-/// What a brief look at it showed.
+/// The result of opening it for a moment.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "snake_case", tag = "is")]
 enum Found {

@@ -16,8 +16,8 @@ use super::super::finding::{
 };
 use super::{Known, Looked};
 use crate::commands::probe::{self, Probe};
-use crate::held;
 use crate::open::Opened;
+use crate::open_elsewhere;
 use crate::output;
 
 /// Page sizes that a log is asked for.
@@ -64,7 +64,8 @@ fn reach(device: &Opened, looked: &mut Looked) {
     if let Some(pid) = device.server() {
         let folder = Path::new("/proc").join(pid.to_string());
         let user = std::fs::metadata(&folder).map(|folder| format!(", user {}", User(folder.uid())));
-        let server = format!("{} (process {pid}){}", held::called(&folder), user.unwrap_or_default());
+        let server =
+            format!("{} (process {pid}){}", open_elsewhere::called(&folder), user.unwrap_or_default());
         looked.report.facts.add("server", server);
     }
     let limits = client.limits();

@@ -19,8 +19,8 @@ use super::finding::{
 };
 use super::report::{DeviceReport, Facts};
 use crate::exit::{self, Code};
-use crate::held::OpenElsewhere;
 use crate::open::{self, Opened, Opener, Opening};
+use crate::open_elsewhere::OpenElsewhere;
 use crate::output::Output;
 
 /// The most that one request of vfio-user may take here, so that a server that hangs costs little.
