@@ -35,7 +35,7 @@ impl AddressSpace {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] with the last errno of `attach`; [`Error::Usage`] on a container.
+    /// [`limosa_client::Error::Refused`] with the last errno of `attach`; [`limosa_client::Error::Usage`] on a container.
     pub fn attach_bound(
         &self,
         name: &str,
