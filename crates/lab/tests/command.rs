@@ -309,8 +309,9 @@ fn the_doctor_looks_at_free_devices_and_at_those_that_are_held() {
     assert!(ids(&beside).contains(&"not-measured".to_owned()), "{beside:#}");
     let (measured, _) = look(&held, &["--measure", "--in-use"]);
     assert!(measured["devices"][0]["measured"]["stop_ns"].as_u64().unwrap() > 0, "{measured:#}");
+    holding.signal(rustix::process::Signal::INT);
+    holding.end().ok();
     assert_eq!((device.state(), device.mark()), (State::Running, 0x52));
-    drop(holding.kill());
 }
 
 #[test]
