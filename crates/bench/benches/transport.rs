@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::time::Duration;
 
-use limosa_bench::{Subject, pin_to_one_core, print, run, run_if_child};
+use limosa_bench::{pin_to_one_core, print, run, run_if_child};
 
 fn main() -> anyhow::Result<()> {
     if run_if_child()? {
@@ -17,7 +17,7 @@ fn main() -> anyhow::Result<()> {
     let each = if smoke { Duration::from_millis(2) } else { Duration::from_secs_f64(seconds) };
     pin_to_one_core()?;
     let mut figures = Vec::new();
-    run(Subject::Own, each, |figure| {
+    run(each, |figure| {
         eprint!(".");
         figures.push(figure);
     })?;

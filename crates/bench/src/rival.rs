@@ -1,7 +1,6 @@
-//! The `vfio_user` crate as a contender: its client on its own server, or on the device measured.
+//! The `vfio_user` crate as a contender: its client on its own server.
 
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 
 use anyhow::Context;
 use vfio_user::Client;
@@ -12,7 +11,7 @@ use crate::child::{Child, Role};
 pub(crate) struct Rival {
     client: Client,
     // Dropped after the client has gone.
-    _server: Option<Child>,
+    _server: Child,
 }
 
 impl Rival {
@@ -24,13 +23,7 @@ impl Rival {
         let listener = UnixListener::bind(&path).context("cannot listen on a socket")?;
         let child = Child::start(Role::VfioUserCrate, listener.into())?;
         let client = Client::new(&path).map_err(|error| anyhow::anyhow!("vfio_user's client: {error}"))?;
-        Ok(Rival { client, _server: Some(child) })
-    }
-
-    /// On a device's socket.
-    pub(crate) fn on(socket: &Path) -> anyhow::Result<Rival> {
-        let client = Client::new(socket).map_err(|error| anyhow::anyhow!("vfio_user's client: {error}"))?;
-        Ok(Rival { client, _server: None })
+        Ok(Rival { client, _server: child })
     }
 
     /// Reads a region.

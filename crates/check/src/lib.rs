@@ -24,7 +24,7 @@ pub use families::checks;
 pub use fuzz::{Difference, FuzzOptions, FuzzReport, Script, fuzz, replay};
 pub use profile::{Profile, ProfileError};
 pub use report::{Checked, Counts, Report};
-pub use run::{Limits, Options, run};
+pub use run::{Done, Limits, Options, back, run, within};
 pub use survey::Facts;
 pub use target::{Action, StateView, Target, Transport};
 pub use wire::{SocketWire, Wire};

@@ -265,18 +265,53 @@ fn bench_measures_beside_bare_calls_and_leaves_the_state() {
         let text = here.ok(&["bench", device.uuid(), "--seconds", "0.001"]);
         for part in [
             "region read, 8 B",
-            "floor",
-            "whole state out by 1 MiB",
-            "whole state in by 4 KiB",
-            "dirty report, 64 GiB",
+            "region write, 8 B",
+            "arc STOP>STOP_COPY",
+            "arc RESUMING>STOP",
+            "stop-copy read by 1 MiB",
+            "resuming write by 4 KiB",
+            "dirty report of 64 GiB",
+            "left in RUNNING",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert_eq!((device.state(), device.mark()), (State::Running, 0x51));
         let (holding, held) = here.holds(&["state", device.uuid(), "--hold"]);
-        here.limosa(&["bench", &held]).fails(USAGE, &[&held, "another process has it open", "resets it"]);
+        here.limosa(&["bench", &held]).fails(REFUSED, &[&held, "another process has it open", "resets it"]);
         drop(holding.kill());
     }
+}
+
+#[test]
+#[ignore = "runs in the lab's kernel (lab/run)"]
+fn the_doctor_looks_at_free_devices_and_at_those_that_are_held() {
+    let here = Here::new();
+    let device = Marked::new(&full(), 0x52);
+    let look = |name: &str, more: &[&str]| {
+        let ended = here.limosa(&[&["--json", "doctor", name], more].concat());
+        let document: serde_json::Value = serde_json::from_str(&ended.out).unwrap();
+        (document, ended.code)
+    };
+    let ids = |document: &serde_json::Value| -> Vec<String> {
+        let findings = document["findings"].as_array().unwrap().iter();
+        findings.map(|finding| finding["id"].as_str().unwrap().to_owned()).collect()
+    };
+    let (free, code) = look(device.uuid(), &["--measure"]);
+    assert!(code == 0 || code == 9, "{free:#}");
+    let facts = &free["devices"][0]["facts"];
+    assert_eq!((&facts["driver"], &facts["dirty_pages_told_by"]), (&"limosa".into(), &"device".into()));
+    assert!(free["devices"][0]["measured"]["stop_ns"].as_u64().unwrap() > 0, "{free:#}");
+    let (holding, held) = here.holds(&["state", device.uuid(), "--hold"]);
+    let (in_use, code) = look(device.uuid(), &[]);
+    assert_eq!((code, ids(&in_use).contains(&"device-in-use".to_owned())), (10, true), "{in_use:#}");
+    assert!(in_use["findings"][0]["remedy"].as_str().unwrap().contains(&held), "{in_use:#}");
+    let (beside, _) = look(&held, &["--measure"]);
+    assert!(ids(&beside).contains(&"not-measured".to_owned()), "{beside:#}");
+    let (measured, _) = look(&held, &["--measure", "--in-use"]);
+    assert!(measured["devices"][0]["measured"]["stop_ns"].as_u64().unwrap() > 0, "{measured:#}");
+    holding.signal(rustix::process::Signal::INT);
+    holding.end().ok();
+    assert_eq!((device.state(), device.mark()), (State::Running, 0x52));
 }
 
 #[test]

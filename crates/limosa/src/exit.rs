@@ -21,6 +21,8 @@ Exit codes:
   7  cancelled: the move was called off by SIGINT, SIGTERM, SIGHUP, SIGQUIT or SIGXCPU, and undone
   8  done, but not all of it: what was moved, saved, loaded or set is, and something behind it failed, which the
      message names: --on-start, a report, standard output, or devices that do not start
+  9  done, and there is something to look at: `doctor` has warnings, or `bench compare` has differences
+  10 not ready: `doctor` found what stands in the way of a move
 With --json, standard output is one document also after a failure: code, message and, where there is one, report.";
 
 /// How the command ends.
@@ -35,6 +37,8 @@ pub enum Code {
     Damaged = 6,
     Cancelled = 7,
     DoneBut = 8,
+    Noteworthy = 9,
+    NotReady = 10,
 }
 
 /// An error with the exit code that it is to give, for causes that have no type of their own.

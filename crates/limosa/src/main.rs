@@ -91,6 +91,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             Some(device) => commands::probe::run(&open(device)?, out),
             None => commands::list::run(args.all, opening, out),
         },
+        Command::Doctor(args) => commands::doctor::run(args, opening, out),
         Command::State(args) => {
             let action = args.action.as_ref().unwrap_or(&args::StateAction::Get);
             let leaves = match action {
@@ -121,7 +122,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Receive(args) => commands::moving::receive(args, opening, out),
         Command::Resolve(args) => commands::settle::resolve(args, opening, out),
         Command::Answer(args) => commands::answer::answer(args, out),
-        Command::Bench(args) => commands::bench::run(args, Opening { role: Role::Vmm, ..opening }, out),
+        Command::Bench(args) => commands::bench::run(args, opening, out),
     }
 }
 

@@ -38,6 +38,35 @@ pub struct Opening<'a> {
     pub role: Role,
 }
 
+/// The same for threads that may outlive the caller, as those do whose device hangs.
+#[derive(Clone, Debug)]
+pub struct Opener {
+    pub limit: Duration,
+    pub state_limit: Duration,
+    pub door: Option<Door>,
+    pub servers: Vec<User>,
+    pub role: Role,
+}
+
+impl Opener {
+    /// How it opens.
+    pub fn opening(&self) -> Opening<'_> {
+        let Opener { limit, state_limit, door, role, .. } = *self;
+        Opening { limit, state_limit, door, servers: &self.servers, role }
+    }
+
+    /// The device alone, and a device's error.
+    pub fn open(&self, name: &str) -> limosa_client::Result<Box<dyn Device>> {
+        match self.opening().open(name) {
+            Ok(opened) => Ok(opened.into_device()),
+            Err(error) => Err(error.downcast::<Error>().unwrap_or_else(|error| Error::Disconnected {
+                device: name.into(),
+                reason: exit::message(&error),
+            })),
+        }
+    }
+}
+
 /// A device that a user named, open.
 pub struct Opened {
     name: String,
@@ -139,6 +168,12 @@ impl Named {
 }
 
 impl Opening<'_> {
+    /// The same, of its own.
+    pub fn owned(self) -> Opener {
+        let Opening { limit, state_limit, door, role, .. } = self;
+        Opener { limit, state_limit, door, servers: self.servers.to_vec(), role }
+    }
+
     /// Opens the device that a user named.
     pub fn open(self, name: &str) -> anyhow::Result<Opened> {
         let transport = match Named::parse(name) {
@@ -228,6 +263,11 @@ fn hint(error: &Error) -> &'static str {
         Error::Misbehaved { .. } => " (is it a vfio-user server?)",
         _ => "",
     }
+}
+
+/// Whether this is the name of a socket, and not one of the kernel's.
+pub fn is_socket_path(name: &str) -> bool {
+    matches!(Named::parse(name), Named::Path(_))
 }
 
 /// Whether two names are those of one device.

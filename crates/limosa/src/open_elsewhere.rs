@@ -205,7 +205,7 @@ impl OpenElsewhere {
 }
 
 /// The name that a process gives itself. It can be anything, so it is made safe for a terminal.
-fn called(process: &Path) -> String {
+pub fn called(process: &Path) -> String {
     let comm = fs::read(process.join("comm")).unwrap_or_default();
     escaped(&String::from_utf8_lossy(comm.trim_ascii_end())).into_owned()
 }

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{Publication, Report, SnapshotFile, SnapshotTarget, SnapshotWriter};
+use serde::Serialize;
 
 use crate::args::Reporting;
 use crate::exit::{self, Code};
@@ -38,6 +39,24 @@ pub fn report_file(text: &str) -> Result<ReportFile, String> {
     Ok(ReportFile { path, format })
 }
 
+/// What can be written to a file in each format.
+pub trait Printed: Serialize {
+    /// A page.
+    fn html(&self) -> String;
+    /// For a terminal.
+    fn text(&self) -> String;
+}
+
+impl Printed for Report {
+    fn html(&self) -> String {
+        Report::html(self)
+    }
+
+    fn text(&self) -> String {
+        self.to_string()
+    }
+}
+
 /// The files, prepared.
 pub struct Reports(Vec<Prepared>);
 
@@ -63,13 +82,13 @@ impl Reports {
         Ok(Reports(args.report.iter().map(open).collect::<anyhow::Result<_>>()?))
     }
 
-    /// Writes the report of a move that has ended.
-    pub fn write(&self, report: &Report) -> anyhow::Result<()> {
+    /// Writes the report of what has ended.
+    pub fn write(&self, report: &impl Printed) -> anyhow::Result<()> {
         for prepared in &self.0 {
             let text = match prepared.named.format {
                 Format::Html => report.html(),
                 Format::Json => text::json(report, false)? + "\n",
-                Format::Text => text::lines(&report.to_string()),
+                Format::Text => text::lines(&report.text()),
             };
             let path = &prepared.named.path;
             prepared.write(text.as_bytes()).map_err(|error| failed(path, &error))?;

@@ -136,7 +136,7 @@ fn pci_ids(config: &[u8; 64]) -> PciIds {
 }
 
 /// Advice about a device in a state in which nothing can be moved from or to it.
-pub(crate) fn way_out_of(state: State) -> &'static str {
+pub fn way_out_of(state: State) -> &'static str {
     match state {
         State::PreCopy | State::PreCopyP2p | State::StopCopy => {
             "its guest is being moved or saved from here, or the process that moved it has died: then drive it to RUNNING, which \
@@ -159,6 +159,17 @@ pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), Mismatch> {
     let message =
         format!("{}: it has no migration (flags {flags}, STOP_COPY is needed)", printable(&facts.name));
     Err(Mismatch::new(MismatchKind::NoMigration, message))
+}
+
+/// The reasons why these devices cannot be moved to those, as the destination of a move would give them: all that is known
+/// before any state is given. Empty if there are none. Reads facts of both sides, and changes nothing.
+pub fn compare(source: &[MovedDevice<'_>], destination: &[MovedDevice<'_>]) -> Result<Vec<Mismatch>> {
+    let of = |devices: &[MovedDevice<'_>]| -> Result<Vec<DeviceFacts>> {
+        devices.iter().zip(0..).map(|(moved, id)| facts(id, moved)).collect()
+    };
+    let (theirs, here) = (of(source)?, of(destination)?);
+    let not_movable = theirs.iter().filter_map(|facts| check_movable(facts).err());
+    Ok(not_movable.chain(compare_devices(&theirs, &here)).collect())
 }
 
 /// The reasons why the source's devices cannot be moved to these. Empty if they can.

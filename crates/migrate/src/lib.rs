@@ -78,7 +78,7 @@ mod wire;
 pub use acceptor::{Acceptor, Incoming, OfferedMove, PENDING_MAX};
 pub use cancel::Cancel;
 pub use destination::{AfterLoad, Destination, Received};
-pub use devices::MovedDevice;
+pub use devices::{MovedDevice, compare, way_out_of};
 pub use error::{
     Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, Mistrust, NoMove, Obstacle, Remaining,
     Result,
@@ -93,6 +93,7 @@ pub use memory::{
 pub use options::{Convergence, Options, WhenStalled};
 pub use private_folder::PrivateFolder;
 pub use protocol::Round;
+pub use report::html;
 pub use report::{
     Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Observer, Phase, PhaseReport, Report,
     RoundReport, Side, SpanReport, Throughput, Unrecovered,

@@ -55,7 +55,7 @@ mod unusable;
 use std::fmt;
 
 pub use device::{KernelDevice, Options};
-pub use list::{Listed, PciIds, list, list_unbound};
+pub use list::{Listed, PciIds, list, list_in, list_unbound};
 pub use name::{Group, Name, NotAName};
 pub use space::{AddressSpace, IovaRanges, SpaceLog};
 pub use unusable::Unusable;

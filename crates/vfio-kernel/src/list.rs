@@ -53,6 +53,11 @@ pub fn list() -> Vec<Listed> {
     list_below(&Roots::default())
 }
 
+/// The same for a machine whose sysfs and device nodes are in these folders: that of a container's host, for one.
+pub fn list_in(sys: &Path, dev: &Path) -> Vec<Listed> {
+    list_below(&Roots { sys: sys.into(), dev: dev.into() })
+}
+
 pub(crate) fn list_below(roots: &Roots) -> Vec<Listed> {
     let registered = roots.sys.join("class/vfio-dev");
     let registered = entries(&registered).into_iter().map(|name| registered.join(name).join("device"));

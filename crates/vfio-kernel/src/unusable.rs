@@ -75,7 +75,7 @@ impl Unusable {
     }
 
     /// What is wrong.
-    fn what(&self) -> String {
+    pub fn what(&self) -> String {
         match self {
             Unusable::NoVfioDriver { driver: Some(driver), .. } => {
                 format!("bound to the driver {driver}, which is none of VFIO's")
@@ -91,7 +91,7 @@ impl Unusable {
     }
 
     /// What to do about it.
-    fn advice(&self) -> String {
+    pub fn advice(&self) -> String {
         match self {
             Unusable::NoVfioDriver { id, bus, driver } if bus == "pci" => {
                 let device = format!("/sys/bus/pci/devices/{id}");

@@ -173,7 +173,7 @@ impl Player {
         let (looked_at, of, bounds) = (Arc::clone(&device), target.clone(), limits.clone());
         let facts = match within(limits.check + GRACE, move || {
             let facts = survey::survey(&*looked_at, &of, &bounds, until)?;
-            back(&looked_at, facts.has.contains(Needs::MIGRATION), facts.has.contains(Needs::LOGGING))?;
+            back(&*looked_at, facts.has.contains(Needs::MIGRATION), facts.has.contains(Needs::LOGGING))?;
             Ok(facts)
         }) {
             Done::Value(facts) => facts?,
@@ -201,7 +201,7 @@ impl Player {
         let done = within(self.limits.check + GRACE, move || {
             let found = threads(&device, &facts, &script);
             let said = device.record.text();
-            let restored = back(&device, migration, logging);
+            let restored = back(&*device, migration, logging);
             (found, said, restored)
         });
         Ok(match done {

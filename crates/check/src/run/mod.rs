@@ -15,9 +15,11 @@ use crate::clause::coverage;
 use crate::families;
 use crate::report::{Checked, Report};
 use crate::target::Target;
-pub(crate) use recovery::{RESTART, RETRY, back};
+pub use recovery::back;
+pub(crate) use recovery::{RESTART, RETRY};
 use suite::{End, Suite};
-pub(crate) use within::{Done, GRACE, within};
+pub(crate) use within::GRACE;
+pub use within::{Done, within};
 
 /// Bounds of a run.
 #[derive(Clone, Debug)]

@@ -89,7 +89,7 @@ impl Suite {
             }
             let Some(device) = self.device.clone() else { return };
             let restored =
-                within(self.limits.check + GRACE, move || back(&device, has_migration, has_logging));
+                within(self.limits.check + GRACE, move || back(&*device, has_migration, has_logging));
             match restored {
                 Done::Value(Ok(())) => return,
                 Done::Value(Err(error)) if attempt > 0 => {
@@ -154,8 +154,8 @@ impl Suite {
     }
 }
 
-/// Logging off and RUNNING, whatever came before.
-pub(crate) fn back(device: &Recorded, has_migration: bool, has_logging: bool) -> Result<()> {
+/// Logging off and RUNNING, whatever came before: by arcs, else by a reset.
+pub fn back(device: &dyn Device, has_migration: bool, has_logging: bool) -> Result<()> {
     if has_logging {
         match device.dma_logging_stop() {
             // It is off.

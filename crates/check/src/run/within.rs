@@ -5,19 +5,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// What became of work in a thread of its own.
-pub(crate) enum Done<T> {
+/// The end of work in a thread of its own.
+#[derive(Debug)]
+pub enum Done<T> {
+    /// It ended with this.
     Value(T),
+    /// It panicked, with this message.
     Panicked(String),
     /// It still waits for the device.
     Hangs,
 }
 
 /// Runs work that may wait for the device for ever. A thread that hangs is left behind.
-pub(crate) fn within<T: Send + 'static>(
-    limit: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Done<T> {
+pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Done<T> {
     let (send, receive) = mpsc::sync_channel(1);
     let run = move || {
         let done = catch_unwind(AssertUnwindSafe(work));

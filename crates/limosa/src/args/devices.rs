@@ -1,11 +1,7 @@
-//! The commands that inspect, drive and measure devices: `probe`, `state`, `bench`.
-
-use std::time::Duration;
+//! The commands that inspect and drive devices: `probe`, `state`.
 
 use clap::{Args, Subcommand};
 use limosa_protocol::State;
-
-use super::values::seconds;
 
 #[derive(Debug, Args)]
 pub struct Probe {
@@ -65,20 +61,4 @@ pub enum StateAction {
         #[arg(long)]
         nobody: bool,
     },
-}
-
-#[derive(Debug, Args)]
-pub struct Bench {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
-
-    /// Seconds for each figure.
-    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
-    pub seconds: Duration,
-
-    /// Keep this process and the floor's other end on one core; start the server with
-    /// `taskset -c 0` for figures on one core.
-    #[arg(long)]
-    pub one_core: bool,
 }

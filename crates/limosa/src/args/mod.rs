@@ -1,7 +1,9 @@
 //! The command line.
 
+mod bench;
 mod check;
 mod devices;
+mod doctor;
 mod guest;
 mod link;
 mod moving;
@@ -19,8 +21,10 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use limosa_host::User;
 
 use crate::exit;
+pub use bench::{Bench, BenchAction};
 pub use check::{Check, Format};
-pub use devices::{Bench, KeepOpen, Probe, StateAction, StateArgs};
+pub use devices::{KeepOpen, Probe, StateAction, StateArgs};
+pub use doctor::Doctor;
 pub use guest::{Memory, Starting, Stopping};
 pub use link::{Link, Names, Tls};
 pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};
@@ -28,8 +32,8 @@ pub use resolving::{Answer, Decided, Resolve};
 pub use serving::{Model, Serve, SwitchOver};
 pub use snapshots::{Inspect, Load, Save, Verify};
 pub use trace::Trace;
-pub use values::bytes;
 use values::seconds;
+pub use values::{Rate, bytes};
 
 /// How an object store is named. Part of the help of every command that takes one.
 pub const STORES: &str = "\
@@ -161,6 +165,10 @@ pub enum Command {
     ///
     /// For the list, each device that nobody has open is opened for a moment.
     Probe(Probe),
+    /// Say what this machine and a device can do, what stands in the way of a move, and what to do about it.
+    ///
+    /// With two devices, also whether the state of the first can go to the second.
+    Doctor(Doctor),
     /// Read or drive a device's migration state.
     State(StateArgs),
     /// Stop devices, save their state to a file or an object store, and let them run again.
@@ -196,7 +204,7 @@ pub enum Command {
     Trace(Trace),
     /// Print the migration state machine.
     Fsm(Fsm),
-    /// Measure a device: region accesses, data streams, dirty reports, each beside the floor.
+    /// Measure a device: arcs, data streams, dirty reports, accesses, whole moves; and compare two runs.
     Bench(Bench),
     /// Print a completion script for a shell.
     Completions {

@@ -44,6 +44,37 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 2^64 bytes"))
 }
 
+/// The speed of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    pub bytes_per_second: u64,
+}
+
+impl Rate {
+    /// So many Gbit a second.
+    pub const fn gbit(gbit: u64) -> Rate {
+        Rate { bytes_per_second: gbit * 125_000_000 }
+    }
+}
+
+/// Bytes a second as [`bytes`] has them, or bits as links have them: Mbit and Gbit, powers of 1000.
+pub fn rate(text: &str) -> Result<Rate, String> {
+    let bits = |digits: &str, unit: u64| {
+        let number: f64 =
+            digits.parse().map_err(|_| format!("`{text}` is not a rate: expected 10Gbit or 1250M"))?;
+        Ok::<u64, String>((number * unit as f64 / 8.0) as u64)
+    };
+    let bytes_per_second = match (text.strip_suffix("Gbit"), text.strip_suffix("Mbit")) {
+        (Some(digits), _) => bits(digits, 1_000_000_000)?,
+        (None, Some(digits)) => bits(digits, 1_000_000)?,
+        (None, None) => bytes(text).map_err(|error| format!("{error}, or bits such as 10Gbit"))?,
+    };
+    match bytes_per_second {
+        0 => Err(format!("`{text}` is no speed of a link: expected more than 0")),
+        bytes_per_second => Ok(Rate { bytes_per_second }),
+    }
+}
+
 /// The mode of a socket, in octal digits. Its owner may read and write it.
 pub fn mode(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| mode & !0o777 == 0 && mode & 0o600 == 0o600);
@@ -87,6 +118,19 @@ mod tests {
         assert!(link_count("17").unwrap_err().ends_with("or auto"));
         for wrong in ["0", "17", "-1", "x", "", "1.5"] {
             assert!(links(wrong).unwrap_err().contains("1 to 16"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn rates_are_bytes_or_bits() {
+        let of = |text| rate(text).map(|rate| rate.bytes_per_second);
+        assert_eq!(
+            (of("10Gbit"), of("2.5Gbit"), of("100M")),
+            (Ok(1_250_000_000), Ok(312_500_000), Ok(100 << 20))
+        );
+        assert_eq!((of("8Mbit"), Rate::gbit(1).bytes_per_second), (Ok(1_000_000), 125_000_000));
+        for wrong in ["", "0", "0Gbit", "-1Gbit", "xGbit", "NaNGbit", "10Gb", "1e-12Gbit"] {
+            assert!(rate(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -8,15 +8,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use limosa_check::{Options, Profile, Report, SocketWire, Target, Transport};
-use limosa_client::{Device, Error};
-use limosa_host::User;
 use limosa_vfio_user::client::Role;
 use serde::Serialize;
 
 use super::check_fuzz;
 use crate::args::{self, Format};
 use crate::exit::{self, Code};
-use crate::open::{self, Opening};
+use crate::open::{self, Opener, Opening};
 use crate::output::{self, Output};
 use crate::signals;
 
@@ -110,8 +108,9 @@ fn target(name: &str, args: &args::Check, opening: Opening<'_>) -> anyhow::Resul
     let opener = Opener {
         limit: opening.limit.min(REQUEST_MAX),
         state_limit: opening.state_limit.min(args.limit),
-        door: opening.door,
-        servers: opening.servers.to_vec(),
+        // It asks for all that a VMM may ask for.
+        role: Role::Vmm,
+        ..opening.owned()
     };
     let first = opener.opening().open(name)?;
     if first.is_borrowed() {
@@ -169,33 +168,6 @@ fn view(name: &str) -> Option<PathBuf> {
     let folder = open::listed(name)?.folder;
     let file = Path::new("/sys/kernel/debug/vfio").join(folder.file_name()?).join("migration/state");
     file.exists().then_some(file)
-}
-
-/// The name and options with which a device is opened again.
-#[derive(Clone)]
-struct Opener {
-    limit: Duration,
-    state_limit: Duration,
-    door: Option<limosa_vfio_kernel::Door>,
-    servers: Vec<User>,
-}
-
-impl Opener {
-    fn opening(&self) -> Opening<'_> {
-        let (limit, state_limit, servers) = (self.limit, self.state_limit, &self.servers[..]);
-        // It asks for all that a VMM may ask for.
-        Opening { limit, state_limit, door: self.door, servers, role: Role::Vmm }
-    }
-
-    fn open(&self, name: &str) -> limosa_client::Result<Box<dyn Device>> {
-        match self.opening().open(name) {
-            Ok(opened) => Ok(opened.into_device()),
-            Err(error) => Err(error.downcast::<Error>().unwrap_or_else(|error| Error::Disconnected {
-                device: name.into(),
-                reason: exit::message(&error),
-            })),
-        }
-    }
 }
 
 fn print(report: &Report, args: &args::Check, out: &Output) -> anyhow::Result<()> {

@@ -7,6 +7,7 @@ use limosa_client::DeviceExt;
 use limosa_protocol::MigrationFlags;
 use serde::Serialize;
 
+use super::doctor::finding::{VFIO_NO_DEVICE, VFIO_NOT_LOADED};
 use crate::exit;
 use crate::open::Opening;
 use crate::open_elsewhere::{Holder, OpenElsewhere};
@@ -18,7 +19,7 @@ struct Listing {
     devices: Vec<Listed>,
     /// Why there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    none_because: Option<&'static str>,
+    none_because: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -94,25 +95,19 @@ fn is_in_use(error: &anyhow::Error) -> bool {
     client.is_some_and(exit::is_in_use)
 }
 
-/// What to do where the kernel has no VFIO device at all.
-fn why_none() -> &'static str {
-    match Path::new("/dev/vfio").exists() {
-        false => {
-            "there is no /dev/vfio: the kernel's VFIO is not loaded (modprobe vfio-pci, or the VFIO driver that the \
-             device has of its own), or /dev/vfio is not passed into this container"
-        }
-        true => {
-            "no device is bound to a VFIO driver: bind one (driverctl set-override 0000:65:00.1 vfio-pci, or the VFIO \
-             driver that it has of its own, which is what migrates), or create a mediated device; `limosa probe --all` \
-             lists PCI devices with other drivers too"
-        }
-    }
+/// What to do where the kernel has no VFIO device at all, as the doctor says it.
+fn why_none() -> String {
+    let (what, kind) = match Path::new("/dev/vfio").exists() {
+        false => ("there is no /dev/vfio", &VFIO_NOT_LOADED),
+        true => ("no device has a VFIO driver", &VFIO_NO_DEVICE),
+    };
+    format!("{what}: {}", kind.remedy)
 }
 
 const HEAD: [&str; 6] = ["DEVICE", "TYPE", "DRIVER", "GROUP", "CDEV", "MIGRATION"];
 
 fn print(listing: &Listing, to: &mut dyn Write) -> std::io::Result<()> {
-    if let Some(why) = listing.none_because {
+    if let Some(why) = &listing.none_because {
         return writeln!(to, "no VFIO devices; {why}");
     }
     let rows: Vec<[&str; 6]> = listing.devices.iter().map(row).collect();

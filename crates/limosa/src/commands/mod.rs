@@ -5,6 +5,7 @@ pub mod bench;
 pub mod check;
 mod check_fuzz;
 pub mod demo;
+pub mod doctor;
 pub mod doubts;
 pub mod fsm;
 pub mod generate;

@@ -26,12 +26,12 @@ pub struct Probe {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pci_id: Option<String>,
-    migration: Option<MigrationSupport>,
+    pub(super) pci_id: Option<String>,
+    pub(super) migration: Option<MigrationSupport>,
     /// Why the device cannot migrate; absent when it can.
     #[serde(skip_serializing_if = "Option::is_none")]
-    cannot_migrate: Option<String>,
-    dma_logging: bool,
+    pub(super) cannot_migrate: Option<String>,
+    pub(super) dma_logging: bool,
     features: Vec<String>,
     regions: Vec<RegionFound>,
     irqs: Vec<IrqFound>,
@@ -39,25 +39,25 @@ pub struct Probe {
 
 /// The part of the description that only kernel devices have.
 #[derive(Debug, Serialize)]
-struct Kernel {
+pub(super) struct Kernel {
     /// Where it is in sysfs.
     sysfs: Option<String>,
-    driver: Option<String>,
-    group: Option<String>,
-    cdev: Option<String>,
+    pub(super) driver: Option<String>,
+    pub(super) group: Option<String>,
+    pub(super) cdev: Option<String>,
     /// The door that it is open through here; absent for one that another process holds.
-    door: Option<String>,
+    pub(super) door: Option<String>,
     /// The sources that log the memory it writes: `device`, `iommufd`, `container`. Absent for a device that another
     /// process holds, since only that process knows.
     #[serde(skip_serializing_if = "Option::is_none")]
-    dirty_sources: Option<Vec<String>>,
+    pub(super) dirty_sources: Option<Vec<String>>,
 }
 
 #[derive(Debug, Serialize)]
-struct MigrationSupport {
-    flags: String,
-    state: &'static str,
-    stop_copy_bytes: Option<u64>,
+pub(super) struct MigrationSupport {
+    pub(super) flags: String,
+    pub(super) state: &'static str,
+    pub(super) stop_copy_bytes: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -82,7 +82,8 @@ pub fn run(device: &Opened, out: &Output) -> anyhow::Result<()> {
     out.result(&found, |to| print(&found, to))
 }
 
-fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
+/// Asks the device for all of it.
+pub(super) fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
     let info = device.info().context("cannot ask what the device is")?;
     let flags = DeviceFlags::from_bits_retain(info.flags);
     let is_pci = flags.contains(DeviceFlags::PCI);
@@ -148,7 +149,7 @@ fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
 }
 
 /// The entries of sysfs and of the address space for a kernel device.
-fn look(kernel: &KernelDevice, given: &str, dma_logging: bool) -> Kernel {
+pub(super) fn look(kernel: &KernelDevice, given: &str, dma_logging: bool) -> Kernel {
     let listed = open::listed(given);
     let text = |path: &PathBuf| path.display().to_string();
     Kernel {

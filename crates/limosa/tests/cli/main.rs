@@ -8,12 +8,13 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use support::{Folder, JsonOutput, Server, device_data, limosa, start};
 
-const COMMANDS: [&[&str]; 21] = [
+const COMMANDS: [&[&str]; 23] = [
     &[],
     &["demo"],
     &["serve"],
     &["switch-over"],
     &["probe"],
+    &["doctor"],
     &["state"],
     &["state", "x", "get"],
     &["state", "x", "set"],
@@ -28,6 +29,7 @@ const COMMANDS: [&[&str]; 21] = [
     &["fsm"],
     &["trace"],
     &["bench"],
+    &["bench", "compare"],
     &["completions"],
     &["man"],
 ];
@@ -302,15 +304,6 @@ fn fsm_has_a_table_two_graphs_and_json() {
         });
         assert_eq!(line.unwrap()["path"], serde_json::json!(["PRE_COPY", "RUNNING", "RUNNING_P2P", "STOP"]));
     }
-}
-
-#[test]
-fn bench_measures_a_device_beside_the_floor() {
-    let folder = Folder::new();
-    let device = folder.device("device", &[]);
-    let json = limosa(&["--json", "bench", &device.socket, "--seconds", "0.001"]).json();
-    assert!(!json.as_array().unwrap().is_empty());
-    assert_eq!(device.state(), State::Running);
 }
 
 #[test]

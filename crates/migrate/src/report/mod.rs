@@ -2,7 +2,7 @@
 //! people (`Display`), and as a picture ([`Report::html`]).
 
 mod estimate;
-mod html;
+pub mod html;
 mod link_meter;
 mod loss;
 mod observer;

@@ -1,5 +1,5 @@
-//! [`Report::html`]: a report as one self-contained HTML file with numbers, pictures and tables. The file is also XML, so that
-//! any tool can extract the pictures.
+//! [`Report::html`]: a report as one self-contained HTML file with numbers, pictures and tables; and what other pages in the
+//! same style take of it. The file is also XML, so that any tool can extract the pictures.
 
 mod rounds;
 mod svg;
@@ -11,9 +11,22 @@ use std::fmt::Write as _;
 
 use super::text::{Bytes, Rate, Time};
 use super::{Act, End, Report};
-use svg::Escaped;
+pub use svg::Escaped;
 
 const STYLE: &str = include_str!("style.css");
+
+/// The beginning of a page in the style of reports, up to its heading. What follows is XML too.
+pub fn begin(page: &mut String, title: &str) -> std::fmt::Result {
+    writeln!(page, "<!DOCTYPE html>")?;
+    writeln!(page, "<html xmlns=\"http://www.w3.org/1999/xhtml\" lang=\"en\">")?;
+    writeln!(page, "<head>\n<meta charset=\"utf-8\"/>")?;
+    writeln!(page, "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>")?;
+    writeln!(page, "<title>{}</title>\n<style>\n{STYLE}</style>\n</head>", Escaped(title))?;
+    writeln!(page, "<body>\n<main>\n<h1>{}</h1>", Escaped(title))
+}
+
+/// The end of a page that [`begin`] began.
+pub const END: &str = "</main>\n</body>\n</html>\n";
 
 impl Report {
     /// The report as an HTML file: a timeline with phases, rounds, devices and links, a close-up of the downtime, charts of the
@@ -27,13 +40,7 @@ impl Report {
     }
 
     fn write(&self, page: &mut String) -> std::fmt::Result {
-        let title = self.title();
-        writeln!(page, "<!DOCTYPE html>")?;
-        writeln!(page, "<html xmlns=\"http://www.w3.org/1999/xhtml\" lang=\"en\">")?;
-        writeln!(page, "<head>\n<meta charset=\"utf-8\"/>")?;
-        writeln!(page, "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>")?;
-        writeln!(page, "<title>{}</title>\n<style>\n{STYLE}</style>\n</head>", Escaped(&title))?;
-        writeln!(page, "<body>\n<main>\n<h1>{}</h1>", Escaped(&title))?;
+        begin(page, &self.title())?;
         let side = self.side.name();
         let from = self
             .links
@@ -51,7 +58,8 @@ impl Report {
         }
         self.list_notes(page)?;
         self.tables(page)?;
-        writeln!(page, "</main>\n</body>\n</html>")
+        page.push_str(END);
+        Ok(())
     }
 
     fn title(&self) -> String {
@@ -198,8 +206,8 @@ impl Report {
     }
 }
 
-/// A table, unless it is empty.
-fn table(
+/// A table under a heading, unless it is empty. Cells are texts, which are escaped; the heading and the names are markup.
+pub fn table(
     page: &mut String,
     title: &str,
     names: &[&str],

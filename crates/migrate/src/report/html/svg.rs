@@ -10,7 +10,8 @@ const CHARACTER_WIDTH: f64 = 0.6;
 
 /// A text in XML: without markup, and without characters that XML forbids, that are invisible, or that change the direction
 /// of other text.
-pub(super) struct Escaped<'a>(pub(super) &'a str);
+#[derive(Clone, Copy, Debug)]
+pub struct Escaped<'a>(pub &'a str);
 
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

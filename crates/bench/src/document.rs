@@ -1,0 +1,159 @@
+//! [`Document`]: the measures of a device, as JSON that a later run is compared with, and as text.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::table::size;
+
+/// The version of the document.
+pub const VERSION: u32 = 1;
+
+/// The most bytes of a document that is read.
+pub const BYTES_MAX: u64 = 64 << 20;
+
+/// One run of the bench on one device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Document {
+    /// The version of the document, [`VERSION`].
+    pub bench: u32,
+    /// The version of the program.
+    pub limosa: String,
+    /// The device, as the user named it.
+    pub device: String,
+    /// The kernel's release.
+    pub kernel: String,
+    /// How many processors the program had.
+    pub processors: usize,
+    /// The share of each measure, in seconds.
+    pub seconds: f64,
+    /// The measures, in order.
+    pub measures: Vec<Measure>,
+    /// The measures that were left out, and why.
+    pub skipped: Vec<Skipped>,
+    /// Why the run ended before all measures.
+    pub ended_early: Option<String>,
+    /// The state in which the device was left, or what is known of it.
+    pub left_in: String,
+}
+
+/// One measure.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measure {
+    /// The name of the measure, the same in every run: `arc RUNNING>STOP`.
+    pub id: String,
+    /// Bytes moved by one operation, on average; 0 where time is what counts.
+    pub bytes: u64,
+    /// How many operations were timed.
+    pub samples: u64,
+    /// The fastest, in ns.
+    pub best_ns: u64,
+    /// The median, in ns.
+    pub p50_ns: u64,
+    /// In ns.
+    pub p90_ns: u64,
+    /// In ns.
+    pub p99_ns: u64,
+    /// The slowest, in ns.
+    pub max_ns: u64,
+    /// The lowest and the highest median of parts of the run, in ns; `None` of too few samples.
+    pub spread_ns: Option<(u64, u64)>,
+    /// How many took up to how long: (ns, count) in ascending order, without empty ones.
+    pub histogram: Vec<(u64, u64)>,
+    /// The same by something else that was timed in turns with it: the floor.
+    #[serde(default)]
+    pub beside: Option<Beside>,
+    /// A remark.
+    #[serde(default)]
+    pub note: Option<String>,
+}
+
+/// A baseline, timed in the same run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Beside {
+    /// Its name.
+    pub name: String,
+    /// The median, in ns.
+    pub p50_ns: u64,
+    /// How many operations were timed.
+    pub samples: u64,
+}
+
+/// A measure that was left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// The measure, or several of them.
+    pub id: String,
+    /// Why.
+    pub why: String,
+}
+
+impl Document {
+    /// Reads a document.
+    pub fn parse(text: &str) -> Result<Document, String> {
+        #[derive(Deserialize)]
+        struct Version {
+            bench: u32,
+        }
+        let version: Version = serde_json::from_str(text)
+            .map_err(|error| format!("it is no document of `limosa --json bench`: {error}"))?;
+        if version.bench != VERSION {
+            return Err(format!("it has version {}, expected {VERSION}; measure again", version.bench));
+        }
+        serde_json::from_str(text).map_err(|error| format!("it is damaged: {error}"))
+    }
+}
+
+impl Measure {
+    /// Bytes a second at the median; `None` where time is what counts.
+    pub fn rate(&self) -> Option<f64> {
+        (self.bytes > 0).then(|| self.bytes as f64 * 1e9 / self.p50_ns.max(1) as f64)
+    }
+}
+
+/// The head of the table.
+pub const HEAD: &str =
+    "                                            median         99 %    samples       GiB/s   x floor";
+
+impl fmt::Display for Measure {
+    /// One line of the table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let micros = |ns: u64| format!("{:.2} us", ns as f64 / 1e3);
+        let rate = self.rate().map_or(String::new(), |rate| format!("{:.2}", rate / f64::from(1 << 30)));
+        let floor = self.beside.as_ref().map(|floor| self.p50_ns as f64 / floor.p50_ns.max(1) as f64);
+        let floor = floor.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        write!(
+            f,
+            "{:<36} {:>13} {:>12} {:>10} {rate:>11} {floor:>9}",
+            self.id,
+            micros(self.p50_ns),
+            micros(self.p99_ns),
+            self.samples,
+        )?;
+        self.note.as_ref().map_or(Ok(()), |note| write!(f, "  {note}"))
+    }
+}
+
+impl fmt::Display for Document {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{HEAD}")?;
+        self.measures.iter().try_for_each(|measure| writeln!(f, "{measure}"))?;
+        self.end(f)
+    }
+}
+
+impl Document {
+    /// The lines after the table: the measures that were left out, and how the device was left.
+    pub fn end(&self, f: &mut dyn fmt::Write) -> fmt::Result {
+        self.skipped.iter().try_for_each(|Skipped { id, why }| writeln!(f, "not measured: {id}: {why}"))?;
+        if let Some(why) = &self.ended_early {
+            writeln!(f, "ended early: {why}")?;
+        }
+        writeln!(f, "left in {}", self.left_in)
+    }
+}
+
+/// The id of a measure that moves data in chunks.
+pub(crate) fn by_chunk(what: &str, bytes: usize) -> String {
+    format!("{what} by {}", size(bytes))
+}

@@ -1,0 +1,209 @@
+//! [`measure`]: every measure of a device, one after the other, each within its share and its limit. After each the device is
+//! brought back to RUNNING; a measure that fails is left out, and says why.
+
+mod accesses;
+mod arcs;
+mod moves;
+mod reports;
+mod run;
+mod streams;
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use limosa_client::{DataStream, Device, DeviceExt, Error, Result};
+use limosa_protocol::{MigrationFlags, State, fsm};
+
+use crate::document::{Document, Measure, Skipped, VERSION};
+use crate::samples::Sampler;
+use run::{Known, Suite};
+
+/// Bytes of one read or write where the size is not what is measured.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// The longest share of a measure while a guest waits for its device.
+const IN_USE_MAX: Duration = Duration::from_secs(1);
+
+/// Opens a device.
+pub type Open = Arc<dyn Fn() -> Result<Box<dyn Device>> + Send + Sync>;
+
+/// The device to measure.
+#[derive(Clone)]
+pub struct Target {
+    /// How the user named it.
+    pub name: String,
+    /// Opens it, as often as that is needed.
+    pub open: Open,
+    /// A second device of the same kind, for whole moves. It loses its state.
+    pub peer: Option<Open>,
+    /// A device of the kernel's has an fd, on which bare calls are made beside accesses; it is closed after these. `None` for a
+    /// device behind a socket, which is measured beside a bare socket.
+    pub fd: Option<Arc<Mutex<Option<OwnedFd>>>>,
+    /// Whether a guest uses it: then it is stopped, and nothing is reset, loaded, mapped or moved.
+    pub in_use: bool,
+}
+
+/// Bounds of a run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The share of each measure.
+    pub each: Duration,
+    /// How much longer a measure may take before it is given up, with all that it waits for.
+    pub limit: Duration,
+    /// Set by the caller to end the run.
+    pub cancel: Arc<AtomicBool>,
+}
+
+/// Progress of a run.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A measure begins, the first of them being 0.
+    Begins {
+        /// The measure.
+        id: &'a str,
+        /// Which one.
+        at: usize,
+        /// Of how many.
+        of: usize,
+    },
+    /// It is done.
+    Measured(&'a Measure),
+}
+
+/// The device and its facts, as measures see them.
+#[derive(Clone)]
+pub(crate) struct Context {
+    pub device: Arc<dyn Device>,
+    pub flags: MigrationFlags,
+    pub has_logging: bool,
+    /// Its state, if that could be kept.
+    pub saved: Option<Arc<Vec<u8>>>,
+    pub sampler: Sampler,
+    pub target: Target,
+}
+
+impl Context {
+    /// Whether a socket lies between, beside which it is measured.
+    pub fn has_floor(&self) -> bool {
+        self.target.fd.is_none()
+    }
+
+    /// Leads the device to a state, from wherever it is; the data stream if a session opened.
+    pub fn lead(&self, to: State) -> Result<Option<Box<dyn DataStream>>> {
+        let at = self.device.state()?;
+        if at == State::Resuming {
+            // The load may be incomplete, and then no arc leads out.
+            self.device.reset()?;
+        } else if fsm::path(self.flags, at, to).is_err() {
+            self.device.set_state(State::Running)?;
+        }
+        self.device.set_state(to)
+    }
+
+    /// The same for a state with a session that is not open yet.
+    pub fn open(&self, to: State) -> Result<Box<dyn DataStream>> {
+        if self.device.state()? == to && to != State::Resuming {
+            self.device.set_state(State::Running)?;
+        }
+        self.lead(to)?.ok_or_else(|| Error::Misbehaved {
+            device: self.device.name().into(),
+            what: format!("{to} opened no session"),
+        })
+    }
+}
+
+type Body = Box<dyn FnOnce(&Context) -> anyhow::Result<Vec<Measure>> + Send>;
+
+/// One measure, or several that are taken together.
+pub(crate) struct Step {
+    id: String,
+    /// How much longer than others it may take.
+    more: Duration,
+    body: Body,
+}
+
+impl Step {
+    pub fn new(
+        id: impl Into<String>,
+        body: impl FnOnce(&Context, &str) -> anyhow::Result<Measure> + Send + 'static,
+    ) -> Step {
+        let id = id.into();
+        let named = id.clone();
+        Step { id, more: Duration::ZERO, body: Box::new(move |context| Ok(vec![body(context, &named)?])) }
+    }
+}
+
+/// Measures all that the device allows. An error only if it cannot be opened or does not answer at all.
+pub fn measure(
+    target: &Target,
+    options: &Options,
+    tell: &mut dyn FnMut(Event<'_>),
+) -> anyhow::Result<Document> {
+    let each = if target.in_use { options.each.min(IN_USE_MAX) } else { options.each };
+    let mut suite = Suite::new(target, options, each);
+    let context = suite.begin()?;
+    let steps = steps(&context, &mut suite.skipped);
+    let (flags, has_logging, saved) = (context.flags, context.has_logging, context.saved.clone());
+    suite.context = Some(context);
+    let (of, mut measures) = (steps.len(), Vec::new());
+    for (at, step) in steps.into_iter().enumerate() {
+        if options.cancel.load(Ordering::Relaxed) {
+            suite.end(format!("it was called off before {}", step.id));
+        }
+        if suite.ended.is_some() {
+            suite.skip(&format!("{} and all after it", step.id), "the run had ended");
+            break;
+        }
+        tell(Event::Begins { id: &step.id, at, of });
+        let known = Known { flags, has_logging, saved: saved.clone() };
+        for measure in suite.step(step, &known) {
+            tell(Event::Measured(&measure));
+            measures.push(measure);
+        }
+    }
+    let left_in = suite.leave(&Known { flags, has_logging, saved });
+    Ok(Document {
+        bench: VERSION,
+        limosa: env!("CARGO_PKG_VERSION").into(),
+        device: target.name.clone(),
+        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().into(),
+        processors: std::thread::available_parallelism().map_or(1, usize::from),
+        seconds: each.as_secs_f64(),
+        measures,
+        skipped: suite.skipped,
+        ended_early: suite.ended,
+        left_in,
+    })
+}
+
+/// Every step for this device. Measures that it does not allow are skipped with the reason.
+fn steps(context: &Context, skipped: &mut Vec<Skipped>) -> Vec<Step> {
+    let mut steps = accesses::steps(context);
+    let mut skip = |id: &str, why: &str| skipped.push(Skipped { id: id.into(), why: why.into() });
+    if !context.flags.contains(MigrationFlags::STOP_COPY) {
+        skip("arcs, streams, moves", "the device has no migration");
+    } else {
+        steps.extend(arcs::steps(context));
+        steps.extend(streams::steps(context));
+        match &context.target.peer {
+            None => {}
+            Some(_) if context.saved.is_none() => {
+                skip("moves", "the state of the device cannot be given back")
+            }
+            Some(peer) => steps.push(moves::step(Arc::clone(peer))),
+        }
+    }
+    match context.has_logging {
+        false => skip("dirty reports", "the device has no DMA logging"),
+        true if context.target.in_use => {
+            skip("dirty reports", "a guest uses the device, and its VMM the log")
+        }
+        true => steps.extend(reports::steps(context)),
+    }
+    if context.target.in_use {
+        skip("resets, loads", "a guest uses the device");
+    }
+    steps
+}

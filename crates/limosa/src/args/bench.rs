@@ -1,0 +1,66 @@
+//! The arguments of `limosa bench`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use super::moving::Reporting;
+use super::values::seconds;
+
+/// Its effects on a device, and its exit codes.
+const NOTES: &str = "\
+The device is stopped and reset again and again, and gets its state back in the end, unless that is more than 1 GiB. One that a guest \
+uses is refused without --in-use; with it, the device is stopped and not reset, and nothing is loaded into it.
+
+A measure takes --seconds, and no longer than one operation more. A device that hangs costs --timeout and --state-timeout, of which \
+no more than 10 s count. SIGINT ends the run, and gives the device back.
+
+Exit codes of bench compare:
+  0  no difference is beyond the spread of both runs
+  9  some are, and are named
+  6  a file is no document of the bench";
+
+#[derive(Debug, Args)]
+#[command(after_help = NOTES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Bench {
+    /// The device.
+    #[arg(value_name = "DEVICE", required = true)]
+    pub device: Option<String>,
+
+    /// A second device of the same kind, for whole moves to it and back. It loses its state.
+    #[arg(long, value_name = "DEVICE")]
+    pub peer: Option<String>,
+
+    /// Seconds for each measure.
+    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
+    pub seconds: Duration,
+
+    /// Measure a device that a guest is using. The guest waits for it whenever it is stopped, for up to a second each time.
+    #[arg(long, conflicts_with = "peer")]
+    pub in_use: bool,
+
+    /// Keep this process and the floor's other end on one core; start the server with
+    /// `taskset -c 0` for figures on one core.
+    #[arg(long)]
+    pub one_core: bool,
+
+    #[command(flatten)]
+    pub reporting: Reporting,
+
+    #[command(subcommand)]
+    pub action: Option<BenchAction>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchAction {
+    /// Compare two runs, and say which differences are beyond the spread of both.
+    Compare {
+        /// The first run: what `limosa --json bench DEVICE` printed, or its --report FILE.json.
+        #[arg(value_name = "FILE")]
+        first: PathBuf,
+        /// The second one.
+        #[arg(value_name = "FILE")]
+        second: PathBuf,
+    },
+}

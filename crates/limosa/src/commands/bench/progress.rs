@@ -1,0 +1,67 @@
+//! The progress of a run: each line of the table as it is done and, on a terminal, the measure under way.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use limosa_bench::{Document, Event, HEAD};
+
+use crate::output::Output;
+
+pub struct Progress<'a> {
+    out: &'a Output,
+    bar: Option<ProgressBar>,
+    has_head: bool,
+    printed: anyhow::Result<()>,
+}
+
+impl<'a> Progress<'a> {
+    pub fn new(out: &'a Output) -> Progress<'a> {
+        let bar = out.progress().then(|| {
+            let style = ProgressStyle::with_template("{spinner} {pos}/{len} {elapsed_precise} {msg}");
+            let bar = ProgressBar::no_length();
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        Progress { out, bar, has_head: false, printed: Ok(()) }
+    }
+
+    pub fn show(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Begins { id, at, of } => {
+                if let Some(bar) = &self.bar {
+                    bar.set_length(*of as u64);
+                    bar.set_position(*at as u64);
+                    bar.set_message((*id).to_owned());
+                }
+            }
+            Event::Measured(measure) => {
+                let head = if self.has_head { String::new() } else { format!("{HEAD}\n") };
+                self.has_head = true;
+                self.print(&format!("{head}{measure}\n"));
+            }
+        }
+    }
+
+    fn print(&mut self, text: &str) {
+        if self.printed.is_err() {
+            return;
+        }
+        let print = || self.out.text(|to| to.write_all(text.as_bytes()));
+        self.printed = match &self.bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        };
+    }
+
+    /// The lines below the table. An error if the table could not be printed.
+    pub fn end(mut self, document: &Document) -> anyhow::Result<()> {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+        let mut text = String::new();
+        document.end(&mut text)?;
+        self.print(&text);
+        self.printed
+    }
+}

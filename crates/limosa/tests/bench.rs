@@ -1,0 +1,251 @@
+//! `limosa bench` on devices of every condition, and the comparison of two runs.
+
+mod support;
+
+use limosa_client::DeviceExt;
+use limosa_protocol::State;
+use rustix::process::Signal;
+use serde_json::Value;
+use support::{Folder, JsonOutput, limosa, start};
+
+/// The guest that the device holds.
+const GUEST: u64 = 0x6265_6e63;
+
+/// A share that leaves each measure with few samples.
+const SHORT: [&str; 2] = ["--seconds", "0.001"];
+
+fn measure<'a>(document: &'a Value, id: &str) -> Option<&'a Value> {
+    document["measures"].as_array().unwrap().iter().find(|measure| measure["id"] == id)
+}
+
+fn skipped<'a>(document: &'a Value, id: &str) -> Option<&'a str> {
+    let found = document["skipped"].as_array().unwrap().iter().find(|skipped| skipped["id"] == id);
+    found.map(|skipped| skipped["why"].as_str().unwrap())
+}
+
+#[track_caller]
+fn has(document: &Value, ids: &[&str]) {
+    for id in ids {
+        let Some(measure) = measure(document, id) else { panic!("no {id}: {document:#}") };
+        assert!(measure["samples"].as_u64().unwrap() > 0, "{measure:#}");
+        let [best, median, most] = ["best_ns", "p50_ns", "max_ns"].map(|key| measure[key].as_u64().unwrap());
+        assert!(best <= median && median <= most, "{measure:#}");
+    }
+}
+
+#[test]
+fn a_device_is_measured_and_gets_its_state_back() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    device.mark(GUEST);
+    let document = limosa(&[&["--json", "bench", &device.socket][..], &SHORT].concat()).json();
+    has(
+        &document,
+        &[
+            "region read, 8 B",
+            "region write, 8 B",
+            "arc RUNNING>RUNNING_P2P",
+            "arc STOP>STOP_COPY",
+            "arc PRE_COPY>PRE_COPY_P2P",
+            "arc RESUMING>STOP",
+            "stop: RUNNING to STOP",
+            "start: STOP to RUNNING",
+            "reset",
+            "pre-copy read by 4 KiB",
+            "stop-copy read by 1 MiB",
+            "resuming write by 64 KiB",
+            "dirty report of 16 MiB",
+            "dirty report of 64 GiB",
+        ],
+    );
+    for (percent, pages) in [(1, 41), (10, 410), (100, 4096)] {
+        let measure = measure(&document, &format!("dirty report of 16 MiB, {percent} % dirty")).unwrap();
+        let expected = format!("{pages} of 4096 pages dirty");
+        assert!(measure["note"].as_str().unwrap().contains(&expected), "{measure:#}");
+    }
+    let arcs = document["measures"].as_array().unwrap().iter();
+    assert_eq!(arcs.filter(|measure| measure["id"].as_str().unwrap().starts_with("arc ")).count(), 15);
+    assert!(measure(&document, "stop-copy read by 4 KiB").unwrap()["beside"]["p50_ns"].as_u64().unwrap() > 0);
+    assert_eq!((&document["left_in"], &document["ended_early"]), (&"RUNNING".into(), &Value::Null));
+    assert!(document["skipped"].as_array().unwrap().is_empty(), "{document:#}");
+    assert!(device.runs(GUEST));
+}
+
+#[test]
+fn whole_moves_go_there_and_back() {
+    let folder = Folder::new();
+    let (device, peer) = (folder.device("device", &[]), folder.device("peer", &[]));
+    device.mark(GUEST);
+    let args = [&["--json", "bench", &device.socket, "--peer", &peer.socket][..], &SHORT].concat();
+    let document = limosa(&args).json();
+    has(&document, &["move", "downtime of a move"]);
+    let [all, down] =
+        ["move", "downtime of a move"].map(|id| measure(&document, id).unwrap()["p50_ns"].as_u64());
+    assert!(down <= all, "{document:#}");
+    assert!(device.runs(GUEST));
+    assert_eq!(peer.state(), State::Running);
+    limosa(&["bench", &device.socket, "--peer", &device.socket]).fails(2, &["the device itself"]);
+}
+
+/// 64 MiB of state took a minute.
+#[test]
+fn much_state_took_longer_than_its_share() {
+    let folder = Folder::new();
+    let device = folder.serve("synthetic", "device", &["state=32M", "verify=off"]);
+    let document = limosa(&[&["--json", "bench", &device.socket][..], &SHORT].concat()).json();
+    for id in ["stop-copy read by 4 KiB", "resuming write by 4 KiB"] {
+        let samples = measure(&document, id).unwrap()["samples"].as_u64().unwrap();
+        // All of the state would be 8192 of them.
+        assert!(samples > 0 && samples < 8192, "{id}: {samples}");
+    }
+    let loaded = measure(&document, "arc RESUMING>STOP").unwrap();
+    assert_eq!((&loaded["samples"], &loaded["note"]), (&1.into(), &"one sample".into()), "{loaded:#}");
+    assert_eq!(device.state(), State::Running);
+}
+
+#[test]
+fn lines_come_as_they_are_done_and_reports_are_written() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["pre-copy=off"]);
+    let [html, json, text] = ["run.html", "run.json", "run.txt"].map(|name| folder.text(name));
+    let args = ["bench", &device.socket, "--report", &html, "--report", &json, "--report", &text];
+    let ended = limosa(&[&args[..], &SHORT].concat());
+    let out = ended.ok();
+    assert!(out.starts_with("measuring ") && out.contains("stopped and reset"), "{out}");
+    assert!(
+        out.contains("arc STOP>RUNNING") && out.contains("left in RUNNING") && !out.contains("pre-copy"),
+        "{out}"
+    );
+    assert!(std::fs::read_to_string(&html).unwrap().contains("<h1>Bench of "));
+    assert!(std::fs::read_to_string(&text).unwrap().contains("arc STOP>RUNNING"));
+    // A run is no different from itself.
+    let same = limosa(&["--json", "bench", "compare", &json, &json]).json();
+    assert!(same["rows"].as_array().unwrap().len() > 20, "{same:#}");
+    assert!(same["rows"].as_array().unwrap().iter().all(|row| row["ratio"] == 1.0), "{same:#}");
+}
+
+#[test]
+fn a_difference_beyond_the_spread_has_a_code() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["pre-copy=off"]);
+    let document = limosa(&[&["--json", "bench", &device.socket][..], &SHORT].concat()).json();
+    let write = |name: &str, document: &Value| {
+        std::fs::write(folder.path(name), document.to_string()).unwrap();
+        folder.text(name)
+    };
+    let mut slower = document.clone();
+    for measure in slower["measures"].as_array_mut().unwrap() {
+        measure["p50_ns"] = 1_000_000_000_u64.into();
+        measure["spread_ns"] = serde_json::json!([1_000_000_000_u64, 1_000_000_000_u64]);
+    }
+    let (first, second) = (write("first", &document), write("second", &slower));
+    let ended = limosa(&["bench", "compare", &first, &second]);
+    assert_eq!(ended.code, 9, "{ended:?}");
+    assert!(
+        ended.out.contains("slower, beyond the spread") && ended.err.contains("beyond the spread"),
+        "{ended:?}"
+    );
+    std::fs::write(folder.path("wrong"), "[]").unwrap();
+    limosa(&["bench", "compare", &first, &folder.text("wrong")]).fails(6, &["wrong", "no document"]);
+    limosa(&["bench", "compare", &first, "/nowhere"]).fails(1, &["/nowhere", "cannot be read"]);
+}
+
+#[test]
+fn a_device_that_a_guest_uses_is_refused_unless_that_is_said() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    device.mark(GUEST);
+    let vmm = device.client();
+    limosa(&["bench", &device.socket]).fails(3, &["a VMM is using it", "--in-use"]);
+    let args = [&["--json", "bench", "--in-use", &device.socket][..], &SHORT].concat();
+    let document = limosa(&args).json();
+    has(&document, &["arc RUNNING>RUNNING_P2P", "stop-copy read by 64 KiB", "stop: RUNNING to STOP"]);
+    for absent in [
+        "reset",
+        "arc STOP>RESUMING",
+        "resuming write by 64 KiB",
+        "dirty report of 1 GiB",
+        "region write, 8 B",
+    ] {
+        assert!(measure(&document, absent).is_none(), "{absent}");
+    }
+    assert_eq!((vmm.state().unwrap(), &document["left_in"]), (State::Running, &"RUNNING".into()));
+    drop(vmm);
+    assert!(device.runs(GUEST));
+}
+
+#[test]
+fn states_in_the_middle_of_a_move_are_left_and_error_is_left_behind() {
+    let folder = Folder::new();
+    let faults = ["fault=error:RUNNING_P2P>PRE_COPY_P2P", "fault=fail:PRE_COPY>PRE_COPY_P2P:1000000"];
+    let device = folder.device("device", &faults);
+    for state in [State::Stop, State::PreCopy, State::Resuming] {
+        device.client().set_state(state).unwrap();
+        limosa(&["bench", &device.socket]).fails(3, &[state.name(), "RUNNING is expected"]);
+        assert_eq!(device.state(), state);
+        limosa_client::Device::reset(&device.client()).unwrap();
+    }
+    device.client().set_state(State::RunningP2p).unwrap();
+    assert!(device.client().set_state(State::PreCopyP2p).is_err());
+    assert_eq!(device.state(), State::Error);
+    let document = limosa(&[&["--json", "bench", &device.socket][..], &SHORT].concat()).json();
+    assert!(skipped(&document, "the state that was found").unwrap().contains("ERROR"));
+    // An arc fails, and the others are measured.
+    assert!(skipped(&document, "arc PRE_COPY>PRE_COPY_P2P").is_some(), "{document:#}");
+    has(&document, &["arc STOP>STOP_COPY", "stop-copy read by 4 KiB", "dirty report of 1 GiB"]);
+    assert_eq!((&document["left_in"], device.state()), (&"RUNNING".into(), State::Running));
+}
+
+#[test]
+fn a_state_that_cannot_be_loaded_back_is_told() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=truncate:1000"]);
+    let ended = limosa(&[&["--json", "bench", &device.socket][..], &SHORT].concat());
+    assert_eq!(ended.code, 1, "{ended:?}");
+    let document: Value = serde_json::from_str(&ended.out).unwrap();
+    assert!(document["left_in"].as_str().unwrap().starts_with("RUNNING, without the state"), "{document:#}");
+    assert!(skipped(&document, "arc RESUMING>STOP").is_some(), "{document:#}");
+    has(&document, &["arc STOP>STOP_COPY", "stop-copy read by 64 KiB", "reset"]);
+    assert_eq!(device.state(), State::Running);
+}
+
+#[test]
+fn an_arc_that_hangs_costs_its_limit_and_the_run_says_where_it_ended() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=stall:RUNNING>PRE_COPY:600000"]);
+    let limits = ["--timeout", "0.2", "--state-timeout", "0.2"];
+    let args = [&["--json", "bench", &device.socket][..], &SHORT, &limits].concat();
+    let ended = limosa(&args);
+    assert_eq!(ended.code, 1, "{ended:?}");
+    let document: Value = serde_json::from_str(&ended.out).unwrap();
+    assert!(document["ended_early"].as_str().unwrap().contains("PRE_COPY"), "{document:#}");
+    assert!(document["left_in"].as_str().unwrap().contains("unknown"), "{document:#}");
+    has(&document, &["region read, 8 B"]);
+    device.kill_now();
+}
+
+#[test]
+fn a_device_that_dies_ends_the_run_with_what_was_measured() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let running = start(&["bench", &device.socket, "--seconds", "0.2"]);
+    running.line("region read, 8 B");
+    device.kill_now();
+    let ended = running.end();
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(ended.err.contains("cannot be opened any more"), "{ended:?}");
+}
+
+#[test]
+fn a_run_that_is_interrupted_gives_the_device_back() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    device.mark(GUEST);
+    let running = start(&["bench", &device.socket, "--seconds", "60"]);
+    running.line("measuring ");
+    running.signal(Signal::INT);
+    let ended = running.end();
+    assert_eq!(ended.code, 7, "{ended:?}");
+    assert!(ended.err.contains("left in RUNNING"), "{ended:?}");
+    assert!(device.runs(GUEST));
+}
