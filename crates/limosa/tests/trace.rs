@@ -206,6 +206,20 @@ fn a_full_disk_ends_the_trace_and_not_the_command() {
 }
 
 #[test]
+fn a_trace_is_its_owners_and_not_written_through_a_link() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let folder = Folder::new();
+    let (file, link) = (folder.path("trace"), folder.path("link"));
+    std::fs::write(&file, "before").unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+    limosa(&["trace", "-o", file.to_str().unwrap(), "--", "true"]).ok();
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    symlink(&file, &link).unwrap();
+    limosa(&["trace", "--pcap", link.to_str().unwrap(), "--", "true"]).fails(1, &["link", "symbolic link"]);
+    limosa(&["trace", "-o", &folder.text("no/folder"), "--", "true"]).fails(1, &["no/folder"]);
+}
+
+#[test]
 fn what_cannot_be_traced_is_refused() {
     let sleeps = support::vcpus();
     let first = start(&["trace", "--pid", &sleeps.pid()]);

@@ -167,7 +167,13 @@ fn create(path: &Path) -> anyhow::Result<File> {
     options.write(true).create(true).truncate(true).mode(0o600);
     // Not through a link of somebody else's.
     options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
-    let failed = |error: io::Error| exit::error(Code::Failed, format!("{}: {error}", path.display()));
+    let failed = |error: io::Error| {
+        let hint = match path.is_symlink() {
+            true => "; it is a symbolic link, through which no trace is written",
+            false => "",
+        };
+        exit::error(Code::Failed, format!("{}: {error}{hint}", path.display()))
+    };
     let file = options.open(path).map_err(failed)?;
     if file.metadata().map_err(failed)?.is_file() {
         // One that was there may have another mode.

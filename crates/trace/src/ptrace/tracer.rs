@@ -234,9 +234,8 @@ impl<'a> Tracer<'a> {
         let Some(thread) = self.threads.get_mut(&tid) else { return };
         let process = thread.process;
         let Some(entered) = thread.entered.take() else { return };
-        if let (What::Socket { inode, .. }, Syscall::Transfer { is_write: false, .. }) =
-            (&entered.what, entered.call)
-        {
+        let is_read = matches!(entered.call, Syscall::Transfer { is_write: false, .. });
+        if let (What::Socket { inode, .. }, true, Ok(1..)) = (&entered.what, is_read, result) {
             self.finish_writes(*inode);
         }
         self.after(process, entered, result, time_ns);
