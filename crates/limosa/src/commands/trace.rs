@@ -12,10 +12,10 @@ use limosa_trace::proxy::{self, Proxy};
 use limosa_trace::ptrace::{self, Control, Ended, Target};
 use limosa_trace::recorder::{Failure, Recorder, Sink};
 use limosa_trace::sink::{Json, Lines, Pcapng, Statistics, StatisticsHandle};
-
 use rustix::fs::OFlags;
 
 use crate::args;
+use crate::commands::serve;
 use crate::exit::{self, Code};
 use crate::open::Opening;
 use crate::output::Output;
@@ -39,6 +39,7 @@ fn between(
     trace: Trace,
     out: &Output,
 ) -> anyhow::Result<()> {
+    serve::more_fds();
     let options = proxy::Options {
         access: SocketAccess { mode: args.mode, group: args.group },
         connect_limit: opening.limit,
