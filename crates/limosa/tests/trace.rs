@@ -179,13 +179,7 @@ fn a_server_is_traced_while_it_serves_and_goes_on() {
     let folder = Folder::new();
     let server = folder.device("a.sock", &[]);
     let trace = start(&["trace", "--pid", &server.pid()]);
-    // Until it is traced, its clients are not.
-    while !std::fs::read_to_string(format!("/proc/{}/status", server.pid()))
-        .unwrap()
-        .contains(&format!("TracerPid:\t{}", trace.pid()))
-    {
-        std::thread::yield_now();
-    }
+    trace.line("is traced from here on");
     assert_eq!(server.state(), State::Running);
     let line = trace.line("FEATURE GET MIG_DEVICE_STATE -> RUNNING <");
     assert!(line.contains(&format!("[pid {}] a.sock ", server.pid())), "{line}");
@@ -223,10 +217,7 @@ fn a_trace_is_its_owners_and_not_written_through_a_link() {
 fn what_cannot_be_traced_is_refused() {
     let sleeps = support::vcpus();
     let first = start(&["trace", "--pid", &sleeps.pid()]);
-    while std::fs::read_to_string(format!("/proc/{}/status", sleeps.pid())).unwrap().contains("TracerPid:\t0")
-    {
-        std::thread::yield_now();
-    }
+    first.line("is traced from here on");
     limosa(&["trace", "--pid", &sleeps.pid()]).fails(4, &["traced by process", &first.pid()]);
     first.signal(Signal::INT);
     assert_eq!(first.end().code, 0);

@@ -251,6 +251,7 @@ pub fn relay(number: u32, client: &UnixStream, server: &UnixStream, name: &str, 
         conversation: number,
         name: crate::event::printable(name),
         pid,
+        is_whole: true,
     };
     recorder.record(opened);
     let pass = |from, to, direction| direction::pass_on(number, from, to, direction, recorder);

@@ -21,6 +21,7 @@ use limosa_protocol::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::recorder::RecorderHandle;
+use crate::seen::Seen;
 use os::{Starting, Waiting, Waker};
 use tracer::Tracer;
 
@@ -144,6 +145,10 @@ pub fn trace(target: &Target, recorder: &RecorderHandle, control: &Control) -> R
     match target {
         Target::Process(pid) => {
             attach(&mut tracer, *pid)?;
+            // Whoever waits for it can begin with what is to be seen.
+            let time_ns = recorder.now_ns();
+            let text = format!("is traced from here on, with {} threads", tracer.threads());
+            recorder.record(Seen::Note { time_ns, pid: u32::try_from(*pid).ok(), text });
             Ok(tracer.run(*pid))
         }
         Target::Command(words) => {

@@ -85,6 +85,11 @@ impl<'a> Tracer<'a> {
         self.threads.is_empty()
     }
 
+    /// How many threads are traced.
+    pub fn threads(&self) -> usize {
+        self.threads.len()
+    }
+
     /// A thread is traced from now on.
     pub fn add(&mut self, tid: i32, process: i32, existed: bool) {
         // One that is known may be in a call already.
