@@ -4,7 +4,7 @@
 #[path = "mutations/faults.rs"]
 #[allow(dead_code)]
 mod faults;
-#[path = "mutations/faulty.rs"]
+#[path = "mutations/faulty/mod.rs"]
 #[allow(dead_code)]
 mod faulty;
 

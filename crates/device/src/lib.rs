@@ -62,7 +62,9 @@ pub use describe::RegionView;
 pub use interrupts::{Interrupts, SetIrqs, Vector, VectorState, Wiring, WiringState};
 pub use limosa_guest_memory::{FileMapping, PinnedBytes};
 pub use loopback::Loopback;
-pub use machine::{ClientId, FeatureDone, Frozen, Held, Kept, Machine, MoveId, Released, SessionId};
+pub use machine::{
+    ClientId, Copying, FeatureDone, Frozen, Held, Kept, Machine, MoveId, NextClient, Released, SessionId,
+};
 pub use memory::{
     Backing, DirtyWords, Dma, ExportedLog, ExportedMapping, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX,
     Mapping, Mappings, MemoryKind, Pin, RemoteMemory, UNMAP_WAIT,

@@ -1,6 +1,8 @@
 //! [`Whole`]: migration for a device whose state is one small message, saved as one checked section
 //! when it has stopped ([`crate::saved`]). Its author writes the message, and how it is put back.
 
+use std::time::Instant;
+
 use limosa_protocol::{Errno, MigrationFlags};
 use prost::Message;
 
@@ -20,6 +22,13 @@ pub trait WholeState: SimpleModel {
 
     /// To STOP: when this returns, the device changes neither itself nor anything outside.
     fn stop(&mut self) -> Result<(), Fault>;
+
+    /// The same for a device that has to wait for what is in flight: what cannot be completed by `until` is refused with
+    /// ETIMEDOUT, and the device runs on.
+    fn stop_until(&mut self, until: Instant) -> Result<(), Fault> {
+        let _ = until;
+        self.stop()
+    }
 
     /// From STOP to a state that runs.
     fn start(&mut self) -> Result<(), Fault>;
@@ -87,6 +96,10 @@ impl<D: WholeState> SimpleModel for Whole<D> {
         self.device.rewired(index);
     }
 
+    fn client_gone(&mut self) {
+        self.device.client_gone();
+    }
+
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }
@@ -99,6 +112,10 @@ impl<D: WholeState> SimpleMigration for Whole<D> {
 
     fn stop(&mut self) -> Result<(), Fault> {
         self.device.stop()
+    }
+
+    fn stop_until(&mut self, until: Instant) -> Result<(), Fault> {
+        self.device.stop_until(until)
     }
 
     fn start(&mut self) -> Result<(), Fault> {
@@ -164,132 +181,4 @@ impl<D: WholeState> SimpleMigration for Whole<D> {
 fn refused(kind: &str, refusal: &dyn std::fmt::Display, errno: Errno) -> Errno {
     tracing::warn!(kind, "a state is refused: {refusal}");
     errno
-}
-
-#[cfg(test)]
-mod tests {
-    use limosa_client::{Chunk, Device, DeviceExt};
-    use limosa_protocol::State;
-    use limosa_protocol::info::RegionFlags;
-
-    use super::*;
-    use crate::{Loopback, Machine, Region};
-
-    #[derive(Default)]
-    struct Cell(u64);
-
-    #[derive(Clone, PartialEq, Message)]
-    struct Saved {
-        #[prost(uint64, tag = "1")]
-        value: u64,
-    }
-
-    impl SimpleModel for Cell {
-        fn description(&self) -> Description {
-            let flags = RegionFlags::READ | RegionFlags::WRITE;
-            Description {
-                regions: vec![Region { flags, size: 8, ..Region::default() }],
-                ..Description::default()
-            }
-        }
-
-        fn attach(&mut self, _bus: Bus) {}
-
-        fn region_read(&mut self, _region: u32, _offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-            data.copy_from_slice(&self.0.to_le_bytes());
-            Ok(())
-        }
-
-        fn region_write(&mut self, _region: u32, _offset: u64, data: &[u8]) -> Result<(), Errno> {
-            self.0 = u64::from_le_bytes(data.try_into().map_err(|_| Errno::EINVAL)?);
-            Ok(())
-        }
-
-        fn reset(&mut self) -> Result<(), Errno> {
-            self.0 = 0;
-            Ok(())
-        }
-    }
-
-    impl WholeState for Cell {
-        type Saved = Saved;
-        const KIND: &'static str = "test.cell";
-        const SECTION: Section = Section::message("cell", 1);
-
-        fn stop(&mut self) -> Result<(), Fault> {
-            Ok(())
-        }
-
-        fn start(&mut self) -> Result<(), Fault> {
-            Ok(())
-        }
-
-        fn to_saved(&self) -> Saved {
-            Saved { value: self.0 }
-        }
-
-        fn restore(&mut self, saved: Saved) -> Result<(), Errno> {
-            if saved.value == u64::MAX {
-                return Err(Errno::EINVAL);
-            }
-            self.0 = saved.value;
-            Ok(())
-        }
-    }
-
-    fn cell(value: u64) -> Loopback {
-        Loopback::new("cell", Machine::simple(Whole::new(Cell(value))))
-    }
-
-    fn value(cell: &Loopback) -> u64 {
-        let mut bytes = [0; 8];
-        cell.region_read(0, 0, &mut bytes).unwrap();
-        u64::from_le_bytes(bytes)
-    }
-
-    fn saved(cell: &Loopback) -> Vec<u8> {
-        let mut stream = cell.set_state(State::StopCopy).unwrap().unwrap();
-        let (mut all, mut piece) = (Vec::new(), [0; 7]);
-        while let Chunk::Data(bytes) = stream.read(&mut piece).unwrap() {
-            all.extend_from_slice(&piece[..bytes]);
-        }
-        assert_eq!(cell.mig_data_size().unwrap(), Some(all.len() as u64));
-        all
-    }
-
-    #[test]
-    fn a_state_in_any_pieces_moves() {
-        let state = saved(&cell(77));
-        for bytes in [1, 5, state.len()] {
-            let to = cell(1);
-            let mut stream = to.set_state(State::Resuming).unwrap().unwrap();
-            state.chunks(bytes).for_each(|chunk| stream.write(chunk).unwrap());
-            to.set_state(State::Running).unwrap();
-            assert_eq!(value(&to), 77);
-        }
-    }
-
-    #[test]
-    fn truncated_altered_or_wrong_states_leave_the_device_as_it_was() {
-        let state = saved(&cell(77));
-        let wrong = saved(&cell(u64::MAX));
-        let altered = |at: usize| {
-            let mut state = state.clone();
-            state[at] ^= 1;
-            state
-        };
-        let mut refused: Vec<_> = (0..state.len()).map(|end| state[..end].to_vec()).collect();
-        refused.extend((0..state.len()).map(altered));
-        refused.push(wrong);
-        for state in refused {
-            let to = cell(1);
-            let mut stream = to.set_state(State::Resuming).unwrap().unwrap();
-            let written = stream.write(&state);
-            assert!(written.is_err() || to.set_state(State::Stop).is_err());
-            assert_eq!(to.state().unwrap(), State::Resuming);
-            assert_eq!(value(&to), 1);
-            to.reset().unwrap();
-            assert_eq!(to.state().unwrap(), State::Running);
-        }
-    }
 }

@@ -21,6 +21,7 @@ mod closer;
 mod event;
 mod foreign;
 mod kind;
+mod pidfd;
 mod receive;
 #[cfg(test)]
 mod tests;
@@ -28,4 +29,5 @@ mod tests;
 pub use closer::{WAITING_MAX, keeps_up};
 pub use event::ForeignEventFd;
 pub use foreign::{Foreign, ForeignFd};
+pub use pidfd::peer_pidfd;
 pub use receive::{FDS_MAX, Received, receive, receive_bytes};

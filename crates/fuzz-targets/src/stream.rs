@@ -138,12 +138,15 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         }
         bytes
     };
+    // A run of zeroes, one behind a gap, and how many these are.
+    let runs = [0, 1 | 1 << 31, 3, 2 | 1 << 31, 2].map(u32::to_le_bytes).concat();
     let whole = move_of(&[
         (Kind::OFFER, 0, 0, &offer),
         (Kind::DEVICE_BEGIN, 3, 0, &[]),
         (Kind::DEVICE_DATA, 3, 0, b"state"),
         (Kind::MEMORY_DATA, 4, 0x1000, &[5; 64]),
         (Kind::MEMORY_ZERO, 4, 0x2000, &4096u64.to_le_bytes()),
+        (Kind::MEMORY_RUNS, 4, 0x4000, &runs),
         (Kind::ROUND, 0, 0, &[1; 16]),
         (Kind::STOPPED, 0, 0, &[]),
         (Kind::DEVICE_DATA, 3, 5, b"more"),

@@ -9,10 +9,12 @@
 
 mod descriptor;
 mod named;
+mod process;
 mod socket;
 mod user;
 
 pub use descriptor::{Borrowed, Descriptor};
 pub use named::{Entry, Named, open_folder, open_to_read, resolve};
+pub use process::Process;
 pub use socket::{SocketAccess, SocketPath, Untrusted, check_server, connect, listen};
 pub use user::{Group, User};

@@ -20,8 +20,10 @@ use crate::{Group, User};
 /// The mode of a socket that is being made. Sockets that are ready can be read by their owner, so that one is not taken
 /// for that of a server that is gone before it listens.
 const BEING_MADE: Mode = Mode::WUSR;
-/// The system's own limit (`net.core.somaxconn`) is the one that counts.
-const BACKLOG: i32 = i32::MAX;
+/// Connections that wait to be accepted. All of them are accepted before one that comes later, so a client waits for as many
+/// others at most; further ones wait within connect(2). The system's own limit (`net.core.somaxconn`, 4096) holds up a client
+/// behind thousands that have gone already.
+const BACKLOG: i32 = 128;
 
 /// Who may connect to a socket: whoever may write to it. By default its owner alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Exit codes: what they mean, and which error gives which.
+//! Exit codes: their meaning, and the code of each error.
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -199,7 +199,7 @@ fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
     })
 }
 
-/// Of a snapshot's place. What a file lacks is for its owner to mend; a store may be there again by itself.
+/// The code of an error of a snapshot's place. Its user has to repair a file; a store may be reachable again later.
 fn of_place(name: &str, error: &std::io::Error) -> Option<Code> {
     use std::io::ErrorKind;
     Some(match error.kind() {
@@ -211,7 +211,7 @@ fn of_place(name: &str, error: &std::io::Error) -> Option<Code> {
     })
 }
 
-/// The error and what caused it, in one line; what a cause says that was said before is left out.
+/// The error and its causes, in one line; text that a cause repeats is left out.
 pub fn message(error: &anyhow::Error) -> String {
     let mut message = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {

@@ -79,7 +79,7 @@ fn in_stop(name: &str, moves: &Moves) -> String {
     )
 }
 
-/// What a command that died has left, or another one is doing.
+/// The work that a command which died has left, or that another command is doing.
 fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
     if let Some(what) = noted(name, moves) {
         return format!("{name} is in {state}, RUNNING or STOP is expected; {question} {what}");
@@ -103,7 +103,7 @@ fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
     format!("{name} is in {state}, RUNNING or STOP is expected; {what}")
 }
 
-/// What is noted of a move of this device that is not settled. Notes that cannot be read are no reason to refuse a device.
+/// The note of a move of this device that is not settled. Notes that cannot be read are no reason to refuse a device.
 fn noted(name: &str, moves: &Moves) -> Option<String> {
     let note = moves.notes().ok()?.into_all().into_iter().rfind(|note| note.halted().is_of(name))?;
     let id = note.id();

@@ -28,7 +28,7 @@ pub struct Guest<'a> {
     /// Whether the guest may have been stopped by a command, so that another one lets it go on.
     is_stopped_by_command: AtomicBool,
     standstill: Standstill,
-    /// What would be said if the guest were to go on: processes that were stopped and are no more.
+    /// Processes that were stopped and have ended since, for the message if the guest has to go on.
     lost: Vec<String>,
     failed: Mutex<Vec<String>>,
 }
@@ -86,7 +86,7 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// What may be behind the end of a move whose device another client has driven.
+    /// The likely reason why another client drove a device during the move.
     pub fn taken_back(&self, why: &Error) -> Option<String> {
         let Error::DeviceChanged { device, .. } = why else { return None };
         let is_it = |opened: &&Opened| opened.given() == device && opened.is_beside_vmm();
@@ -97,12 +97,12 @@ impl<'a> Guest<'a> {
         })
     }
 
-    /// What could not be done when it was too late to call the move off.
+    /// The failures that came too late to call the move off.
     pub fn failures(&self) -> Vec<String> {
         std::mem::take(&mut self.failed.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What a person has to see to when the move is in doubt, for the end of a sentence.
+    /// The processes that stay stopped while the move is in doubt, for the end of a sentence.
     pub fn what_stays_stopped(&self) -> String {
         let stopped: Vec<_> = self.stopped().map(|process| process.pid().to_string()).collect();
         match stopped.as_slice() {

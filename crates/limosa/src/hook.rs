@@ -20,16 +20,16 @@ const VARIABLE: &str = "LIMOSA_HOOK";
 /// How long a command may take, and its processes to be gone once they are killed.
 pub const HOOK_MAX: Duration = Duration::from_secs(10);
 
-/// What becomes of processes that a command has started and that outlive it, when it fails or takes too long.
+/// The fate of processes that a hook has started and that outlive it, when it fails or takes too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leftovers {
-    /// They are killed, and gone when this returns: what they would still do must not happen.
+    /// They are killed and have ended when this returns, so that they do no more work.
     Killed,
     /// They are left: one of them may be the guest.
     Left,
 }
 
-/// Runs a command to its end. What it prints goes to standard error.
+/// Runs a command to its end. Its output goes to standard error.
 pub fn run(command: &str, leftovers: Leftovers) -> Result<(), String> {
     run_within(command, leftovers, HOOK_MAX)
 }

@@ -7,7 +7,7 @@ use std::io;
 
 use rustix::fs::fstatfs;
 
-/// What hugetlbfs says of itself in statfs(2).
+/// The magic number of hugetlbfs in statfs(2).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// The page size of a file on hugetlbfs.
@@ -32,7 +32,7 @@ impl HugePages {
         })
     }
 
-    /// Why so many bytes of a file there cannot be mapped.
+    /// Why this number of bytes of a file there cannot be mapped.
     pub fn why_not_mapped(self, bytes: u64, error: &io::Error) -> String {
         let wanted = bytes.div_ceil(self.0);
         if error.raw_os_error() != Some(rustix::io::Errno::NOMEM.raw_os_error()) {

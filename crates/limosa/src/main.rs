@@ -3,13 +3,13 @@
 
 mod args;
 mod commands;
+mod endpoint;
 mod exit;
 mod found;
 mod guest;
-mod held;
-mod hold;
 mod hook;
 mod huge_pages;
+mod keep_open;
 mod links;
 mod memory;
 mod moved;
@@ -17,14 +17,14 @@ mod moves;
 mod noted_devices;
 mod noting;
 mod open;
+mod open_elsewhere;
 mod output;
-mod place;
 mod process;
 mod progress;
 mod reports;
 mod service;
-mod side;
 mod signals;
+mod snapshot_location;
 mod staying;
 mod text;
 
@@ -35,7 +35,7 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
-use hold::Leaves;
+use keep_open::Leaves;
 use limosa_host::User;
 use limosa_vfio_kernel::Door;
 use limosa_vfio_user::client::Role;
@@ -95,11 +95,14 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             let action = args.action.as_ref().unwrap_or(&args::StateAction::Get);
             let leaves = match action {
                 args::StateAction::Set { .. } => Leaves::State,
-                args::StateAction::Get | args::StateAction::Reset => Leaves::Nothing,
+                _ => Leaves::Nothing,
             };
             let device = open(&args.device)?;
-            let done = commands::state::run(&device, action, out);
-            hold::end(done, std::slice::from_ref(&device), args.hold.hold, leaves, out)
+            let done = match action {
+                args::StateAction::Next { pid, nobody } => commands::next::run(&device, *pid, *nobody, out),
+                action => commands::state::run(&device, action, out),
+            };
+            keep_open::end(done, std::slice::from_ref(&device), args.keep_open.keep_open, leaves, out)
         }
         Command::Check(args) => commands::check::run(args, opening, out),
         Command::Trace(args) => commands::trace::run(args, opening, out),

@@ -27,7 +27,7 @@ pub struct OpenMemory {
     huge_pages: Option<HugePages>,
 }
 
-/// What is done with it.
+/// How it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Use {
     Read,
@@ -172,7 +172,7 @@ fn open_entry(named: &Memory, entry: &Entry, to: Use) -> io::Result<(File, bool)
             Err(error) => return Err(error),
         }
     }
-    // What it is decides before it is opened: to open a device can do something.
+    // Its kind is checked before it is opened, since opening a device node can have an effect.
     check(named, &entry.stat()?)?;
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = match entry.open(OFlags::RDWR | flags) {
@@ -315,7 +315,7 @@ fn apart(
 
 /// Memory to be read, and how changes to it are noticed.
 pub enum SourcePages {
-    /// By comparing: whoever writes.
+    /// By comparing: all writes are noticed, of any writer.
     Compared(Vec<Fingerprinted<FilePages>>),
     /// By the devices' own logs: nobody else writes.
     Plain(Vec<FilePages>),

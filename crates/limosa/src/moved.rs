@@ -1,5 +1,5 @@
-//! What was moved from here, or saved to go on elsewhere: a note of the last time for each device, so that a device in STOP
-//! can be told from one that was only paused.
+//! Devices that were moved from here, or saved to go on elsewhere: a note of the last time for each device, so that a
+//! device in STOP can be told from one that was only paused.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

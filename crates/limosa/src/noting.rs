@@ -10,11 +10,11 @@ use limosa_migrate::{CommitNote, PrivateFolder};
 use limosa_stream::MigrationId;
 use serde::Serialize;
 
+use crate::endpoint::Endpoint;
 use crate::moved::Moved;
 use crate::moves::{DOUBT, Doubt, HINT, Halted, Known, Moves, STOP, Stop};
 use crate::open;
 use crate::process::{Stopped, boot_id};
-use crate::side::Side;
 
 /// Where a move or a save goes.
 #[derive(Clone, Debug)]
@@ -22,18 +22,18 @@ pub enum Target {
     /// A destination at this address.
     Address { address: String, tls: bool },
     /// The place of a snapshot.
-    Place(String),
+    Snapshot(String),
     /// Devices on this machine, whose destination is in this process.
     Here(String),
 }
 
-/// The devices of a side, as they are noted.
-pub fn devices_of(side: &Side) -> anyhow::Result<Halted> {
+/// The devices of an endpoint, as they are noted.
+pub fn devices_of(endpoint: &Endpoint) -> anyhow::Result<Halted> {
     // A device that does not say its state is refused by the engine.
-    let known = side.devices().iter();
+    let known = endpoint.devices().iter();
     let known = known.map(|device| Known::new(open::identity(device.given()), device.state().ok()));
     let known = known.collect();
-    let devices = side.devices().iter().map(|device| open::lasting_name(device.given()));
+    let devices = endpoint.devices().iter().map(|device| open::lasting_name(device.given()));
     let devices = devices.collect::<std::io::Result<_>>()?;
     Ok(Halted { devices, known, since: 0, boot: Some(boot_id()?), stopped: Vec::new(), on_stop: None })
 }
@@ -66,8 +66,8 @@ struct Written {
 
 impl Noting {
     /// Opens the folder, and looks at the devices. Nothing is noted yet.
-    pub fn new(moves: &Moves, side: &Side, target: Target) -> anyhow::Result<Noting> {
-        let (folder, halted) = (moves.open()?, devices_of(side)?);
+    pub fn new(moves: &Moves, endpoint: &Endpoint, target: Target) -> anyhow::Result<Noting> {
+        let (folder, halted) = (moves.open()?, devices_of(endpoint)?);
         let (stop, written) = (MigrationId::random()?.to_string(), Mutex::default());
         Ok(Noting { moves: moves.clone(), folder, halted, target, stop, written })
     }
@@ -94,7 +94,7 @@ impl Noting {
         let mut written = self.written();
         let (to, saved, here, tls) = match &self.target {
             Target::Address { address, tls } => (address.clone(), false, false, *tls),
-            Target::Place(place) => (place.clone(), true, false, false),
+            Target::Snapshot(location) => (location.clone(), true, false, false),
             Target::Here(devices) => (devices.clone(), false, true, false),
         };
         let stop = written.stop.is_some().then(|| self.stop.clone());

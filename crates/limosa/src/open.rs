@@ -15,7 +15,7 @@ use limosa_vfio_user::client::{Client, Options, Role};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::{self, Code};
-use crate::held::{self, OpenElsewhere};
+use crate::open_elsewhere::{self, OpenElsewhere};
 
 /// The forms of a name, for those whose name has none of them.
 const FORMS: &str = "expected the path of a vfio-user socket, a PCI address, the UUID of a mediated device, \
@@ -34,7 +34,7 @@ pub struct Opening<'a> {
     pub door: Option<Door>,
     /// The users whose vfio-user servers, and destinations at UNIX sockets, are trusted.
     pub servers: &'a [User],
-    /// What to be to a vfio-user server that knows roles.
+    /// The role that is asked of a vfio-user server that knows roles.
     pub role: Role,
 }
 
@@ -49,7 +49,7 @@ enum Transport {
     /// Opened here: the kernel closes it with this process.
     Kernel(KernelDevice),
     /// Borrowed from a process that holds it, and goes on to.
-    Held(KernelDevice),
+    Borrowed(KernelDevice),
 }
 
 impl Deref for Opened {
@@ -58,7 +58,7 @@ impl Deref for Opened {
     fn deref(&self) -> &(dyn Device + 'static) {
         match &self.transport {
             Transport::VfioUser(device) => device,
-            Transport::Kernel(device) | Transport::Held(device) => device,
+            Transport::Kernel(device) | Transport::Borrowed(device) => device,
         }
     }
 }
@@ -68,7 +68,7 @@ impl Opened {
     pub fn kernel(&self) -> Option<&KernelDevice> {
         match &self.transport {
             Transport::VfioUser(_) => None,
-            Transport::Kernel(device) | Transport::Held(device) => Some(device),
+            Transport::Kernel(device) | Transport::Borrowed(device) => Some(device),
         }
     }
 
@@ -76,7 +76,7 @@ impl Opened {
     pub fn vfio_user(&self) -> Option<&Client> {
         match &self.transport {
             Transport::VfioUser(device) => Some(device),
-            Transport::Kernel(_) | Transport::Held(_) => None,
+            Transport::Kernel(_) | Transport::Borrowed(_) => None,
         }
     }
 
@@ -92,11 +92,11 @@ impl Opened {
 
     /// Whether another process has the device open, and uses it.
     pub fn is_borrowed(&self) -> bool {
-        matches!(self.transport, Transport::Held(_))
+        matches!(self.transport, Transport::Borrowed(_))
     }
 
-    /// What other commands can call the device as long as this process holds it.
-    pub fn name_while_held(&self) -> Option<String> {
+    /// The name by which other commands reach the device as long as this process has it open.
+    pub fn name_while_open(&self) -> Option<String> {
         let fd = self.fd()?.as_raw_fd();
         Some(format!("/proc/{}/fd/{fd}", std::process::id()))
     }
@@ -110,7 +110,7 @@ impl Opened {
     pub fn into_device(self) -> Box<dyn Device> {
         match self.transport {
             Transport::VfioUser(device) => Box::new(device),
-            Transport::Kernel(device) | Transport::Held(device) => Box::new(device),
+            Transport::Kernel(device) | Transport::Borrowed(device) => Box::new(device),
         }
     }
 
@@ -120,9 +120,9 @@ impl Opened {
     }
 }
 
-/// What a name is the name of.
+/// The meaning of a device's name.
 enum Named {
-    Held(Descriptor),
+    Descriptor(Descriptor),
     Kernel(Name),
     /// The path of a socket, or of nothing.
     Path(PathBuf),
@@ -131,7 +131,7 @@ enum Named {
 impl Named {
     fn parse(name: &str) -> Named {
         match (Descriptor::parse(name), name.parse()) {
-            (Some(held), _) => Named::Held(held),
+            (Some(descriptor), _) => Named::Descriptor(descriptor),
             (None, Ok(name)) => Named::Kernel(name),
             (None, Err(_)) => Named::Path(name.into()),
         }
@@ -142,9 +142,11 @@ impl Opening<'_> {
     /// Opens the device that a user named.
     pub fn open(self, name: &str) -> anyhow::Result<Opened> {
         let transport = match Named::parse(name) {
-            Named::Held(held) => {
-                Transport::Held(KernelDevice::from_fd(name, held::borrow(held, name)?.as_fd(), None)?)
-            }
+            Named::Descriptor(descriptor) => Transport::Borrowed(KernelDevice::from_fd(
+                name,
+                open_elsewhere::borrow(descriptor, name)?.as_fd(),
+                None,
+            )?),
             Named::Kernel(_) => Transport::Kernel(self.kernel(name)?),
             Named::Path(path) => Transport::VfioUser(self.vfio_user(name, &path)?),
         };
@@ -154,7 +156,7 @@ impl Opening<'_> {
     fn kernel(self, name: &str) -> anyhow::Result<KernelDevice> {
         let options = limosa_vfio_kernel::Options { door: self.door, space: None };
         KernelDevice::open(name, &options).map_err(|error| {
-            let by = if exit::is_in_use(&error) { held_by(name) } else { None };
+            let by = if exit::is_in_use(&error) { holder_of(name) } else { None };
             let error = anyhow::Error::from(error);
             match by {
                 Some(by) => error.context(format!("{name} is held by {by}")),
@@ -186,8 +188,8 @@ impl Opening<'_> {
     }
 }
 
-/// Who has the device open, as far as this user may know.
-fn held_by(name: &str) -> Option<String> {
+/// The process that has the device open, as far as this user may know.
+fn holder_of(name: &str) -> Option<String> {
     let device = listed(name)?;
     let group = device.group.map(|group| Path::new("/dev/vfio").join(group.to_string()));
     let holders = OpenElsewhere::look().holders(&device.folder, group.as_deref());
@@ -195,15 +197,15 @@ fn held_by(name: &str) -> Option<String> {
     (!names.is_empty()).then(|| names.join(", "))
 }
 
-/// What the kernel lists under this name, if that is a device of VFIO's and the name is that of just one.
+/// The kernel's entry for this name, if it is the name of exactly one VFIO device.
 pub fn listed(name: &str) -> Option<Listed> {
     let named = Named::parse(name);
-    let held = match &named {
-        Named::Held(held) => held::place(*held),
+    let path = match &named {
+        Named::Descriptor(descriptor) => open_elsewhere::sysfs_path(*descriptor),
         _ => None,
     };
     let is_it = |device: &Listed| match &named {
-        Named::Held(_) => held.as_ref() == Some(&device.folder),
+        Named::Descriptor(_) => path.as_ref() == Some(&device.folder),
         Named::Kernel(Name::Pci(id) | Name::Mdev(id)) => device.id == *id,
         Named::Kernel(Name::Cdev(number)) => {
             device.cdev == Some(format!("/dev/vfio/devices/vfio{number}").into())
@@ -215,7 +217,7 @@ pub fn listed(name: &str) -> Option<Listed> {
     devices.next().filter(|_| devices.next().is_none())
 }
 
-/// What a person can look for.
+/// Advice about a device that cannot be opened.
 fn hint(error: &Error) -> &'static str {
     match error {
         Error::Os { errno: Errno::ECONNREFUSED, .. } => " (nobody listens there: is its server running?)",
@@ -239,7 +241,7 @@ pub fn same(one: &str, other: &str) -> bool {
     }
 }
 
-/// What a device is whatever it is called, until the machine is started again.
+/// A device's identity, independent of its name, until the machine is started again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Identity {
@@ -250,10 +252,10 @@ pub enum Identity {
     Kernel(PathBuf),
 }
 
-/// What this is the name of now; `None` if there is no such device.
+/// The identity of the device that has this name now; `None` if there is no such device.
 pub fn identity(name: &str) -> Option<Identity> {
     match Named::parse(name) {
-        Named::Held(_) | Named::Kernel(_) => listed(name).map(|device| Identity::Kernel(device.folder)),
+        Named::Descriptor(_) | Named::Kernel(_) => listed(name).map(|device| Identity::Kernel(device.folder)),
         Named::Path(path) => std::fs::metadata(path).ok().map(|found| Identity::Socket {
             device: found.dev(),
             inode: found.ino(),
@@ -266,7 +268,7 @@ pub fn identity(name: &str) -> Option<Identity> {
 pub fn lasting_name(name: &str) -> io::Result<String> {
     Ok(match Named::parse(name) {
         Named::Kernel(_) => name.into(),
-        Named::Held(held) => held::lasting_name(held),
+        Named::Descriptor(descriptor) => open_elsewhere::lasting_name(descriptor),
         Named::Path(path) => std::path::absolute(path)?.to_string_lossy().into_owned(),
     })
 }
@@ -275,6 +277,6 @@ pub fn lasting_name(name: &str) -> io::Result<String> {
 pub fn is_lasting(name: &str) -> bool {
     match Named::parse(name) {
         Named::Path(path) => path.is_absolute(),
-        Named::Held(_) | Named::Kernel(_) => true,
+        Named::Descriptor(_) | Named::Kernel(_) => true,
     }
 }

@@ -1,4 +1,4 @@
-//! What the command prints: text or JSON on standard output, progress on standard error.
+//! Output of the command: text or JSON on standard output, progress on standard error.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,21 +78,21 @@ impl Output {
         };
         let mut to = io::stdout().lock();
         match to.write_all(printed.as_bytes()).and_then(|()| to.flush()) {
-            // Whoever reads has enough.
+            // The reader wants no more.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             other => other.map_err(|error| exit::error(Code::Failed, format!("standard output: {error}"))),
         }
     }
 
-    /// Tells whoever waits for it what the command does now, in a line. In JSON mode documents are all that goes to
-    /// standard output.
+    /// Prints a line that says what the command does now. In JSON mode it goes to standard error, since standard output has
+    /// documents alone.
     pub fn say(&self, line: &str) {
         let line = text::line(line);
         let said = match self.json {
             false => writeln!(io::stdout(), "{line}"),
             true => writeln!(io::stderr(), "{line}"),
         };
-        // Whoever does not listen need not be told.
+        // A reader that has gone does not end the command.
         let _ = said;
     }
 

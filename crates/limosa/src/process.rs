@@ -179,7 +179,7 @@ pub fn left_of(group: Pid, variable: &str) -> io::Result<Vec<(i32, OwnedFd)>> {
     for entry in std::fs::read_dir("/proc")? {
         let entry = entry?;
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        // What is looked at after the descriptor is had is no later process.
+        // Opened before /proc is read: the entries that are read then are not those of a later process with this PID.
         let Some(fd) = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
             continue;
         };

@@ -53,7 +53,7 @@ fn no_wait() -> Wait<'static> {
 }
 
 impl Reports {
-    /// Prepares all files, and refuses names that cannot be taken: what is there is replaced only if it is a regular file,
+    /// Prepares all files, and refuses names that cannot be used: only a regular file is replaced,
     /// and no link is followed. A report is readable by its owner alone, as it names devices, addresses and commands.
     pub fn open(args: &Reporting) -> anyhow::Result<Reports> {
         let open = |named: &ReportFile| {

@@ -136,7 +136,7 @@ fn handle(signals: Vec<i32>, mut act: impl FnMut(i32) + Send + 'static) -> anyho
     Ok(())
 }
 
-/// What a signal does that nobody handles.
+/// Takes the default action of a signal.
 fn default(signal: i32) {
     // It only fails for signals that do not exist.
     drop(emulate_default_handler(signal));

@@ -1,6 +1,5 @@
-//! What leaves the command as text. Much of it was written by others: a peer, a server, a store, another user of this host.
-//! On its way out all of it is made safe to print: without characters that do something to a terminal, and without
-//! passwords.
+//! Text that leaves the command. Much of it comes from others: a peer, a server, a store, another user of this host. It is
+//! made safe to print: without characters that control a terminal, and without passwords.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -32,8 +31,8 @@ pub fn lines(text: &str) -> String {
     out
 }
 
-/// A JSON document in lines, or in one line. Characters that are not printable are escaped as JSON has it, so that whoever
-/// parses it gets them back.
+/// A JSON document in lines, or in one line. Characters that are not printable are escaped by JSON's rules, so that a
+/// parser gets them back.
 pub fn json<T: Serialize>(value: &T, in_one_line: bool) -> io::Result<String> {
     let text = match in_one_line {
         true => serde_json::to_string(value)?,

@@ -218,3 +218,25 @@ fn the_socket_for_control_clients_is_its_users_alone() {
     let refused = limosa(&["serve", "synthetic", "--socket", &socket, "--control", &nowhere]);
     refused.fails(4, &[&nowhere, "make its folder first"]);
 }
+
+#[test]
+fn an_operator_names_the_vmm_that_takes_a_device_over() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    limosa(&["state", &device.socket, "next"]).fails(3, &["no VMM uses it"]);
+    let vmm = Vmm::of(&device);
+    vmm.mark(GUEST);
+    assert!(limosa(&["state", &device.socket, "next"]).ok().contains("nobody is named"));
+    let this = std::process::id().to_string();
+    assert!(limosa(&["state", &device.socket, "next", &this]).ok().contains("has not come"));
+    let next = Vmm::of(&device);
+    let told = limosa(&["--json", "state", &device.socket, "next"]).json();
+    assert_eq!((told["next"].to_string(), &told["is_there"]), (this.clone(), &true.into()));
+    limosa(&["state", &device.socket, "next", &this]).fails(3, &["EBUSY", "is there"]);
+    drop(vmm);
+    assert_eq!(next.guest(), GUEST);
+    limosa(&["state", &device.socket, "next", "2147483647"]).fails(3, &["no such process"]);
+    limosa(&["state", &device.socket, "next", &this]).ok();
+    assert!(limosa(&["state", &device.socket, "next", "--nobody"]).ok().contains("nobody is named"));
+    limosa(&["state", &device.socket, "next", "0"]).fails(2, &["0 is not in 1.."]);
+}

@@ -297,7 +297,7 @@ fn plain_tcp_to_or_from_another_host_is_refused_before_anybody_is_connected_to()
         limosa(&["answer", "--listen", address]).fails(2, &parts(address));
     }
     device.is_usable(&folder);
-    // Who knows what that means may listen, and connect.
+    // A user who accepts the consequences may listen, and connect.
     let receiver = start(&["receive", socket, "--listen", "tcp:0.0.0.0:0", "--insecure", "--wait", "0.01"]);
     receiver.line("listening on tcp:0.0.0.0:");
     receiver.end().fails(4, &["nobody connected"]);

@@ -20,7 +20,7 @@ use limosa_testing::memfd;
 
 const BYTES: u64 = 256 << 20;
 
-/// A vCPU that writes to one page after the other, so many a second, and its dirty log.
+/// A vCPU that writes to one page after the other at a rate in pages per second, and its dirty log.
 struct Vcpu {
     pages: FilePages,
     dirty: DirtyBitmap,

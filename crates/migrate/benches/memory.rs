@@ -1,14 +1,20 @@
 //! How fast guest memory moves: the engine beside the floor, plain send and recv of as many bytes over as many TCP
 //! sockets, in turns and in one process, each socket's ends with a thread of its own. Memory is faulted in, and none of
-//! it is zero. Prints throughput and CPU time, both sides together, as ratios to the floor's next to them.
+//! it is zero. Prints throughput and CPU time, both sides together, as ratios to the floor's next to them. Each socket has the
+//! congestion control that is named; without a name bbr and cubic are measured.
 //!
-//! `cargo bench -p limosa-migrate --bench memory -- [MIB [LINKS [RUNS]]]`
+//! `scattered` instead of a name measures memory of which every second page was touched beside as many pages without gaps.
+//!
+//! `cargo bench -p limosa-migrate --bench memory -- [bbr|cubic|reno|scattered]... [MIB [LINKS [RUNS]]]`
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::num::NonZeroU32;
-use std::time::{Duration, Instant};
+use std::sync::Mutex;
+use std::time::Instant;
 
-use limosa_migrate::link::{Link, LinkError, Listener, SocketLink, Wait, connect};
+use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
     Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, Options, Outcome, Received, Source,
 };
@@ -18,7 +24,6 @@ use rustix::time::{ClockId, clock_gettime};
 const PIECE_BYTES: usize = 1 << 20;
 /// The floor goes round in so much memory: more than caches hold.
 const FLOOR_BYTES: usize = 512 << 20;
-const SOON: Duration = Duration::from_secs(30);
 
 /// What it took, in seconds.
 #[derive(Clone, Copy)]
@@ -60,20 +65,41 @@ fn memory(bytes: u64, seed: u64) -> FilePages {
     pages
 }
 
-fn listener() -> Listener {
-    Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("a port")
+/// Memory of so many bytes with every second page touched.
+fn scattered(bytes: u64, seed: u64) -> FilePages {
+    const PAGE: usize = 4096;
+    let pages = FilePages::mapped(memfd(2 * bytes), 0, 2 * bytes).expect("room");
+    let mut page = [0; PAGE];
+    for at in (0..2 * bytes).step_by(2 * PAGE) {
+        fill(&mut page, seed + at);
+        pages.write(at, &page).expect("room");
+    }
+    pages
+}
+
+/// Pairs of connected TCP sockets with this congestion control.
+fn pairs(congestion: &str, links: usize) -> Vec<(TcpStream, TcpStream)> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let chosen = |socket: &TcpStream| {
+        rustix::net::sockopt::set_tcp_congestion(socket, congestion).unwrap_or_else(|errno| {
+            panic!("{congestion}: {errno} (net.ipv4.tcp_available_congestion_control)")
+        });
+    };
+    // What is accepted takes the listener's.
+    rustix::net::sockopt::set_tcp_congestion(&listener, congestion).ok();
+    let pair = |_| {
+        let near = TcpStream::connect(address).expect("listening");
+        let far = listener.accept().expect("connected").0;
+        [&near, &far].into_iter().for_each(chosen);
+        (near, far)
+    };
+    (0..links).map(pair).collect()
 }
 
 /// Plain send and recv.
-fn floor(bytes: usize, links: usize, from: &[u8], to: &mut [u8]) -> Cost {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = listener.local_addr().expect("bound");
-    let pairs: Vec<_> = (0..links)
-        .map(|_| {
-            let near = std::net::TcpStream::connect(address).expect("listening");
-            (near, listener.accept().expect("connected").0)
-        })
-        .collect();
+fn floor(congestion: &str, bytes: usize, links: usize, from: &[u8], to: &mut [u8]) -> Cost {
+    let pairs = pairs(congestion, links);
     let share = bytes / links;
     let (from_share, to_share) = (from.len() / links, to.len() / links);
     timed(|| {
@@ -96,29 +122,34 @@ fn floor(bytes: usize, links: usize, from: &[u8], to: &mut [u8]) -> Cost {
 }
 
 /// The engine.
-fn engine(bytes: u64, links: u32, here: &FilePages, there: &FilePages) -> Cost {
+fn engine(congestion: &str, bytes: u64, links: u32, here: &FilePages, there: &FilePages) -> Cost {
     let options = Options::default().with_links(NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN));
     let region = |pages| MemoryRegion { id: 0, iova: 0, size: bytes, pages };
-    let listener = listener();
-    let near: SocketLink = connect(listener.address(), SOON).expect("listening");
-    let far = listener.accept(Wait::within(SOON, None)).expect("connected");
+    let link = |socket: TcpStream| SocketLink::new(socket, "the other end");
+    let (nears, fars): (Vec<_>, Vec<_>) =
+        pairs(congestion, links as usize).into_iter().map(|(near, far)| (link(near), link(far))).unzip();
+    // The first one, and the others as they are asked for.
+    let (near, nears) = queue(nears);
+    let (far, fars) = queue(fars);
+    let further = |links: &Mutex<VecDeque<SocketLink>>| -> Result<Box<dyn Link>, LinkError> {
+        links
+            .lock()
+            .ok()
+            .and_then(|mut links| links.pop_front())
+            .map(|link| Box::new(link) as _)
+            .ok_or(LinkError::Closed)
+    };
     timed(|| {
         std::thread::scope(|scope| {
-            let (listener, options) = (&listener, &options);
+            let (options, further) = (&options, &further);
             let receiving = scope.spawn(move || {
-                let accept = |wait: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
-                    Ok(Box::new(listener.accept(wait)?))
-                };
                 let ledger = Ledger::new();
                 let regions = [region(there)];
                 let destination = Destination::new(&[], &ledger, options).with_memory(&regions);
-                destination.receive_over(&far, &accept)
+                destination.receive_over(&far, &|_: Wait<'_>| further(&fars))
             });
-            let further = |_: Wait<'_>| -> Result<Box<dyn Link>, LinkError> {
-                Ok(Box::new(connect(listener.address(), SOON)?))
-            };
             let source = Source::new(&[], options).with_memory(Memory::stopped(vec![region(here)]));
-            let outcome = source.send_over(&near, &further);
+            let outcome = source.send_over(&near, &|_: Wait<'_>| further(&nears));
             drop(near);
             assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
             let received = receiving.join().expect("no panic");
@@ -127,45 +158,104 @@ fn engine(bytes: u64, links: u32, here: &FilePages, there: &FilePages) -> Cost {
     })
 }
 
+/// The first of several links, and the others.
+fn queue(links: Vec<SocketLink>) -> (SocketLink, Mutex<VecDeque<SocketLink>>) {
+    let mut links = VecDeque::from(links);
+    (links.pop_front().expect("one link or more"), Mutex::new(links))
+}
+
 fn median(mut of: Vec<f64>) -> f64 {
     of.sort_by(f64::total_cmp);
     of.get(of.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-fn main() {
-    let mut numbers = std::env::args().filter_map(|word| word.parse::<u64>().ok());
-    let mib = numbers.next().unwrap_or(4096).max(16);
-    let only = numbers.next().map(|links| links.clamp(1, 16) as u32);
-    let runs = numbers.next().unwrap_or(7).max(1);
-    let bytes = mib << 20;
-    let (here, there) = (memory(bytes, 1), memory(bytes, 2));
-    let round = FLOOR_BYTES.min(bytes as usize);
-    let (mut from, mut to) = (vec![1; round], vec![2; round]);
-    fill(&mut from, 3);
-    for links in only.map_or(vec![1, 2, 4], |links| vec![links]) {
-        let plain = |to: &mut Vec<u8>| floor(bytes as usize, links as usize, &from, to);
-        // A first turn of each is not counted.
-        let mut before = plain(&mut to);
-        engine(bytes, links, &here, &there);
-        let (mut rates, mut costs) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
-        for _ in 0..runs {
-            let moved = engine(bytes, links, &here, &there);
-            let after = plain(&mut to);
-            // The floor before it and the one after it, so that what else the machine does counts for both.
-            let (wall, cpu) = ((before.wall + after.wall) / 2.0, (before.cpu + after.cpu) / 2.0);
-            rates.0.push(mib as f64 / moved.wall);
-            rates.1.push(wall / moved.wall);
-            costs.0.push(moved.cpu);
-            costs.1.push(moved.cpu / cpu);
-            before = after;
+/// What is to be measured.
+struct Plan {
+    mib: u64,
+    links: Vec<u32>,
+    runs: u64,
+}
+
+impl Plan {
+    /// The engine beside the floor.
+    fn dense(&self, congestion: &str) {
+        let Plan { mib, runs, .. } = *self;
+        let bytes = mib << 20;
+        let (here, there) = (memory(bytes, 1), memory(bytes, 2));
+        let round = FLOOR_BYTES.min(bytes as usize);
+        let (mut from, mut to) = (vec![1; round], vec![2; round]);
+        fill(&mut from, 3);
+        for links in &self.links {
+            let plain = |to: &mut Vec<u8>| floor(congestion, bytes as usize, *links as usize, &from, to);
+            // A first turn of each is not counted.
+            let mut before = plain(&mut to);
+            engine(congestion, bytes, *links, &here, &there);
+            let (mut rates, mut costs) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
+            for _ in 0..runs {
+                let moved = engine(congestion, bytes, *links, &here, &there);
+                let after = plain(&mut to);
+                // The floor before it and the one after it, so that what else the machine does counts for both.
+                let (wall, cpu) = ((before.wall + after.wall) / 2.0, (before.cpu + after.cpu) / 2.0);
+                rates.0.push(mib as f64 / moved.wall);
+                rates.1.push(wall / moved.wall);
+                costs.0.push(moved.cpu);
+                costs.1.push(moved.cpu / cpu);
+                before = after;
+            }
+            println!(
+                "{congestion}: {mib} MiB over {links} links: {:.0} MiB/s, {:.2} of the floor's; {:.2} s of CPU, {:.2} of the \
+                 floor's (medians of {runs})",
+                median(rates.0),
+                median(rates.1),
+                median(costs.0),
+                median(costs.1),
+            );
         }
-        println!(
-            "{mib} MiB over {links} links: {:.0} MiB/s, {:.2} of the floor's; {:.2} s of CPU, {:.2} of the floor's \
-             (medians of {runs})",
-            median(rates.0),
-            median(rates.1),
-            median(costs.0),
-            median(costs.1),
-        );
+    }
+
+    /// Every second page beside as many pages without gaps.
+    fn scattered(&self) {
+        const CONGESTION: &str = "reno";
+        let Plan { mib, runs, .. } = *self;
+        let bytes = mib << 20;
+        let dense = (memory(bytes, 1), memory(bytes, 2));
+        let sparse = (scattered(bytes, 1), scattered(bytes, 2));
+        for links in &self.links {
+            let plain = || engine(CONGESTION, bytes, *links, &dense.0, &dense.1);
+            let mut before = plain();
+            let (mut rates, mut ratios) = (Vec::new(), Vec::new());
+            for _ in 0..runs {
+                let moved = engine(CONGESTION, 2 * bytes, *links, &sparse.0, &sparse.1);
+                let after = plain();
+                rates.push(mib as f64 / moved.wall);
+                ratios.push((before.wall + after.wall) / 2.0 / moved.wall);
+                before = after;
+            }
+            println!(
+                "scattered: {mib} MiB in every second page over {links} links: {:.0} MiB/s, {:.2} of the rate without gaps \
+                 (medians of {runs})",
+                median(rates),
+                median(ratios),
+            );
+        }
+    }
+}
+
+fn main() {
+    let words: Vec<_> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let mut numbers = words.iter().filter_map(|word| word.parse::<u64>().ok());
+    let mib = numbers.next().unwrap_or(4096).max(16);
+    let links = numbers.next().map_or(vec![1, 2, 4], |links| vec![links.clamp(1, 16) as u32]);
+    let plan = Plan { mib, links, runs: numbers.next().unwrap_or(7).max(1) };
+    let mut names: Vec<_> =
+        words.iter().map(String::as_str).filter(|word| word.parse::<u64>().is_err()).collect();
+    if names.is_empty() {
+        names = vec!["bbr", "cubic"];
+    }
+    for name in names {
+        match name {
+            "scattered" => plan.scattered(),
+            congestion => plan.dense(congestion),
+        }
     }
 }

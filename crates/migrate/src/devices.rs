@@ -135,14 +135,16 @@ fn pci_ids(config: &[u8; 64]) -> PciIds {
     }
 }
 
-/// What a person can do about a device that is in a state in which nothing can be moved from or to it.
+/// Advice about a device in a state in which nothing can be moved from or to it.
 pub(crate) fn way_out_of(state: State) -> &'static str {
     match state {
         State::PreCopy | State::PreCopyP2p | State::StopCopy => {
-            "its guest is being moved or saved from here, or whoever did that has died: then drive it to RUNNING, which \
+            "its guest is being moved or saved from here, or the process that moved it has died: then drive it to RUNNING, which \
              brings its guest back"
         }
-        State::Resuming => "something is being loaded into it, or whoever did that has died: then reset it",
+        State::Resuming => {
+            "a state is being loaded into it, or the process that loaded it has died: then reset it"
+        }
         State::Error => "no arc leads out of it; a reset does, and its state is lost with that",
         State::RunningP2p | State::Running | State::Stop => "drive it to RUNNING",
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use limosa_stream::Compression;
 
-/// What a caller may choose. The default suits a machine in one rack.
+/// Options of a move. The default suits a machine in one rack.
 ///
 /// ```
 /// use std::time::Duration;

@@ -76,9 +76,9 @@ pub fn decode_abort(payload: &[u8]) -> (AbortCode, String) {
 pub struct Totals {
     /// Bytes in DEVICE_DATA.
     pub device_bytes: u64,
-    /// Bytes in MEMORY_DATA.
+    /// Bytes in MEMORY_DATA, and of pages in MEMORY_RUNS.
     pub memory_bytes: u64,
-    /// Bytes covered by MEMORY_ZERO.
+    /// Bytes covered by MEMORY_ZERO, and by runs of zeroes in MEMORY_RUNS.
     pub zero_bytes: u64,
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::runs::{COUNT_BYTES, RUN_BYTES};
 use super::{
     DATA_BYTES_MAX, Damage, HEADER_BYTES, OFFER_BYTES_MAX, PROOF_BYTES, REASON_BYTES_MAX, u16_at, u32_at,
     u64_at,
@@ -59,6 +60,7 @@ kinds! {
     LINK_END = 24, 0, 0, "The last frame of a further link.";
     LINKS = 25, 4, 4, "How many links the source uses, if they are fewer than was agreed.";
     REFUSED = 26, 4, 4 + REASON_BYTES_MAX, "After READY: the destination will never run this move, and why.";
+    MEMORY_RUNS = 27, RUN_BYTES + COUNT_BYTES, DATA_BYTES_MAX, "Several runs of pages of memory, some of them zeroes.";
     SEAL = 30, 40, 40, "Length and BLAKE3 hash of a saved stream up to here.";
 }
 
@@ -84,7 +86,7 @@ impl Kind {
 
     /// Whether its payload may be compressed.
     pub const fn may_be_compressed(self) -> bool {
-        matches!(self, Kind::MEMORY_DATA | Kind::DEVICE_DATA)
+        matches!(self, Kind::MEMORY_DATA | Kind::MEMORY_RUNS | Kind::DEVICE_DATA)
     }
 
     /// Whether readers that do not know this kind may pass over it.

@@ -13,6 +13,7 @@ mod order;
 mod packed;
 mod preface;
 mod proof;
+mod runs;
 mod text;
 
 pub use body::{AbortCode, Answer, DeviceFacts, MemoryFacts, Offer, PciIds, Seal, Totals};
@@ -22,6 +23,7 @@ pub use order::{Order, Step};
 pub use packed::{Compression, Packer, UnknownCompression, Unpacker, unpack};
 pub use preface::{MigrationId, Preface, PrefaceFlags};
 pub use proof::{Nonce, PROOF_BYTES, Proofs, Secret};
+pub use runs::{Run, Runs, RunsTable};
 pub use text::{escaped, is_printable, printable, without_passwords};
 
 /// The version of the streams that this crate writes.

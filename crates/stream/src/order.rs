@@ -4,7 +4,9 @@
 use limosa_protocol::feature::PrecopyInfo;
 
 use super::body::{decode_device_end, decode_hint, decode_round, decode_u32, decode_u64};
-use super::{DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, Proofs, RunningCrc, Seal, Totals};
+use super::{
+    DEVICE_BYTES_MAX, Damage, Header, Kind, MemoryFacts, Offer, Proofs, RunningCrc, Runs, Seal, Totals,
+};
 
 /// A frame that is in order, and its content. Devices and memory regions are named by their index in the offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub enum Step<'a> {
     MemoryData(usize, u64, &'a [u8]),
     /// Zeroes in a memory region: offset and length, in bytes.
     MemoryZero(usize, u64, u64),
+    /// Several runs of pages of a memory region.
+    MemoryRuns(usize, Runs<'a>),
     /// A round is over; this many bytes of memory are still dirty.
     Round(u32, u64),
     /// The source asks whether everything before this is handled.
@@ -187,6 +191,14 @@ impl Order {
                 self.totals.zero_bytes = self.totals.zero_bytes.saturating_add(length);
                 Step::MemoryZero(at, header.position, length)
             }
+            Kind::MEMORY_RUNS => {
+                let at = self.region(header)?;
+                let region = &self.memory[at];
+                let runs = Runs::decode(payload, header.position, region.page_bytes, region.bytes)?;
+                self.totals.memory_bytes = self.totals.memory_bytes.saturating_add(runs.data_bytes());
+                self.totals.zero_bytes = self.totals.zero_bytes.saturating_add(runs.zero_bytes());
+                Step::MemoryRuns(at, runs)
+            }
             Kind::ROUND if self.stopped => return misplaced("the source is stopped"),
             Kind::ROUND => {
                 let (round, dirty_bytes) = decode_round(payload);
@@ -238,12 +250,19 @@ impl Order {
         })
     }
 
+    /// The index of the memory region that a frame belongs to.
+    fn region(&self, header: &Header) -> Result<usize, Damage> {
+        let found = self.memory.iter().position(|region| region.id == header.section);
+        found.ok_or_else(|| Damage::Misplaced {
+            kind: header.kind,
+            why: format!("memory region {} was not offered", header.section),
+        })
+    }
+
     /// Finds the region and checks a run of pages in it.
     fn pages(&self, header: &Header, length: u64) -> Result<usize, Damage> {
         let refuse = |why: String| Err(Damage::Misplaced { kind: header.kind, why });
-        let Some(at) = self.memory.iter().position(|region| region.id == header.section) else {
-            return refuse(format!("memory region {} was not offered", header.section));
-        };
+        let at = self.region(header)?;
         let region = &self.memory[at];
         let start = header.position;
         let inside = start.checked_add(length).is_some_and(|end| end <= region.bytes);
@@ -293,6 +312,15 @@ mod tests {
         order.next(&Header::new(kind, section, position, 0, payload), payload).map(drop)
     }
 
+    /// A MEMORY_RUNS of one page and a page of zeroes behind a gap of one page.
+    fn runs_at(position: u64) -> Vec<u8> {
+        let mut table = super::super::RunsTable::new(0x1000);
+        assert!(table.add(position, 0x1000, false) && table.add(position + 0x2000, 0x1000, true));
+        let mut payload = vec![7; 0x1000 + table.tail_bytes()];
+        table.encode(&mut payload[0x1000..]);
+        payload
+    }
+
     fn end_of(data: &[u8]) -> [u8; 16] {
         encode_device_end(data.len() as u64, crc32c::crc32c(data))
     }
@@ -304,13 +332,14 @@ mod tests {
         take(&mut order, Kind::DEVICE_DATA, 9, 0, b"abc").unwrap();
         take(&mut order, Kind::MEMORY_DATA, 2, 0x1000, &[1; 0x1000]).unwrap();
         take(&mut order, Kind::MEMORY_ZERO, 2, 0, &0x4000u64.to_le_bytes()).unwrap();
+        take(&mut order, Kind::MEMORY_RUNS, 2, 0x1000, &runs_at(0x1000)).unwrap();
         take(&mut order, Kind::ROUND, 0, 0, &encode_round(1, 0)).unwrap();
         take(&mut order, Kind::DEVICE_BEGIN, 4, 0, &[]).unwrap();
         take(&mut order, Kind::STOPPED, 0, 0, &[]).unwrap();
         take(&mut order, Kind::DEVICE_END, 4, 0, &end_of(b"")).unwrap();
         take(&mut order, Kind::DEVICE_DATA, 9, 3, b"defg").unwrap();
         take(&mut order, Kind::DEVICE_END, 9, 0, &end_of(b"abcdefg")).unwrap();
-        let sum = Totals { device_bytes: 7, memory_bytes: 0x1000, zero_bytes: 0x4000 };
+        let sum = Totals { device_bytes: 7, memory_bytes: 0x2000, zero_bytes: 0x5000 };
         take(&mut order, Kind::SUM, 0, 0, &sum.encode()).unwrap();
         assert!(order.is_whole());
         take(&mut order, Kind::COMMIT, 0, 0, &[]).unwrap();
@@ -362,6 +391,9 @@ mod tests {
         refused(Kind::MEMORY_DATA, 2, 0x800, &[0; 0x1000]);
         refused(Kind::MEMORY_DATA, 2, 0, &[0; 0x1800]);
         refused(Kind::MEMORY_DATA, 2, 0x4000, &[0; 0x1000]);
+        refused(Kind::MEMORY_RUNS, 1, 0, &runs_at(0));
+        refused(Kind::MEMORY_RUNS, 2, 0x2000, &runs_at(0x2000));
+        refused(Kind::MEMORY_RUNS, 2, 0x800, &runs_at(0x1000));
         refused(Kind::MEMORY_ZERO, 2, 0, &0u64.to_le_bytes());
         refused(Kind::MEMORY_ZERO, 2, 0x1000, &(u64::MAX - 0xfff).to_le_bytes());
         take(&mut order, Kind::DEVICE_BEGIN, 9, 0, &[]).unwrap();

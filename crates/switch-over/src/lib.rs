@@ -2,7 +2,7 @@
 //!
 //! The old server listens on a UNIX socket ([`TakeOver`]). The new one connects ([`take`]) and pulls from the old process, with
 //! the kernel's consent, the other end of a private channel. Over it the old server hands over [`Item`]s in three parts:
-//! an offer, what can be handed over while devices run, and the rest once they stand still. One compare-and-swap in
+//! an offer, what can be handed over while devices run (in rounds), and the rest once they stand still. One compare-and-swap in
 //! memory that both map decides which of the two serves from then on (`word.rs` has its states). Whatever fails, and at
 //! whatever step a process is killed, exactly one of them serves, or the one that lives if it can.
 //!
@@ -28,6 +28,6 @@ pub use error::{Cause, Error, Step};
 pub use frame::Malformed;
 pub use item::{BYTES_MAX, FDS_MAX, ITEM_BYTES_MAX, ITEM_FDS_MAX, ITEMS_MAX, Item, TooLarge, Totals};
 pub use new::{Commit, Committed, OldServer, TakeLimits, TakeOptions, Taken, Taker, Withdrawn, take};
-pub use old::{GiveLimits, GiveOptions, Given, Giver, give_to_child};
+pub use old::{GiveLimits, GiveOptions, Given, Giver, ROUNDS_MAX, give_to_child};
 pub use parts::Report;
 pub use peer::{Ending, Peer};

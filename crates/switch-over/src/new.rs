@@ -13,6 +13,7 @@ use crate::channel::{At, Channel, FdTransport};
 use crate::error::{Cause, Error, Step};
 use crate::frame::{Kind, Malformed};
 use crate::item::{Item, Totals};
+use crate::old::ROUNDS_MAX;
 use crate::parts::{Clock, Report, receive_items, transport, until};
 use crate::peer::Peer;
 use crate::word::Word;
@@ -27,7 +28,8 @@ pub trait Taker {
     /// Whether everything that is offered fits: descriptions, kinds, versions of state. A refusal names what does not.
     fn check(&mut self, offer: Vec<Item>) -> Result<(), Refusal>;
 
-    /// Takes what is handed over while devices run: maps memory, prefaults.
+    /// Takes what is handed over while devices run: maps memory, loads state. Called again with what has changed since, for each
+    /// further round of the old server.
     fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal>;
 
     /// Takes the rest. Everything that can fail or takes time, and nothing that the VMM or the guest can see.
@@ -69,8 +71,8 @@ pub struct TakeLimits {
     pub offer: Duration,
     /// For the old server to hand over what it can while devices run. By default 120 s.
     pub prepare: Duration,
-    /// For the old server to freeze and hand over the rest. By default 10 s: it is the old server that watches the time
-    /// here, and takes back.
+    /// For the old server to make another round, or to freeze and hand over the rest. By default 10 s: it is the old server
+    /// that watches the time here, and takes back.
     pub rest: Duration,
 }
 
@@ -162,17 +164,26 @@ fn take_parts(
     let limits = &options.limits;
     let limit = until(limits.offer);
     let word = take_word(channel, limit).at(Step::Offer)?;
-    let items = receive_items(channel, Part::Offer, totals, limit).at(Step::Offer)?;
+    let (_, items) = receive_items(channel, &[Part::Offer], totals, limit).at(Step::Offer)?;
     taker.check(items).map_err(Cause::Refused).at(Step::Offer)?;
     channel.send(Kind::Ready, &Part::Offer.encode(), until(limits.offer)).at(Step::Offer)?;
     clock.done(Step::Offer);
-    let limit = until(limits.prepare);
-    let items = receive_items(channel, Part::Prepare, totals, limit).at(Step::Prepare)?;
-    taker.prepare(items).map_err(Cause::Refused).at(Step::Prepare)?;
-    channel.send(Kind::Ready, &Part::Prepare.encode(), until(limits.prepare)).at(Step::Prepare)?;
-    clock.done(Step::Prepare);
-    let prepared = Instant::now();
-    let items = receive_items(channel, Part::Rest, totals, until(limits.rest)).at(Step::Rest)?;
+    let mut prepared = Instant::now();
+    let (mut parts, mut step, mut limit) = (&[Part::Prepare][..], Step::Prepare, until(limits.prepare));
+    let mut rounds = 0;
+    let items = loop {
+        let (part, items) = receive_items(channel, parts, totals, limit).at(step)?;
+        if part == Part::Rest {
+            break items;
+        }
+        rounds += 1;
+        taker.prepare(items).map_err(Cause::Refused).at(Step::Prepare)?;
+        channel.send(Kind::Ready, &Part::Prepare.encode(), until(limits.prepare)).at(Step::Prepare)?;
+        clock.done(Step::Prepare);
+        prepared = Instant::now();
+        parts = if rounds < ROUNDS_MAX { &[Part::Prepare, Part::Rest] } else { &[Part::Rest] };
+        (step, limit) = (Step::Rest, until(limits.rest));
+    };
     clock.done(Step::Rest);
     taker.load(items).map_err(Cause::Refused).at(Step::Load)?;
     clock.done(Step::Load);

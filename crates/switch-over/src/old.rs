@@ -13,13 +13,23 @@ use crate::parts::{Clock, Report, Waiting, add_up, send_items, until};
 use crate::peer::Peer;
 use crate::word::{Serves, Word};
 
+/// Rounds of a preparation, the first included.
+pub const ROUNDS_MAX: usize = 32;
+
 /// What the old server does. Calls come in the order of the methods, from one thread.
 pub trait Giver {
     /// What there is to be handed over, so that the new server can refuse it: devices, their kinds and versions.
     fn offer(&self) -> Result<Vec<crate::Item>, Refusal>;
 
-    /// What can be handed over while devices run: memory, files, listeners.
+    /// What can be handed over while devices run: memory, files, listeners, state.
     fn prepare(&self) -> Result<Vec<crate::Item>, Refusal>;
+
+    /// What has changed since the last call, or did not fit into it, while devices still run. `None` once the rest is small
+    /// enough, or does not become smaller. Called again after each round that the new server has accepted, until it gives
+    /// `None` or there were [`ROUNDS_MAX`] rounds.
+    fn prepare_more(&self) -> Result<Option<Vec<crate::Item>>, Refusal> {
+        Ok(None)
+    }
 
     /// Brings everything to a stop until then: nothing is read from a socket, written, signalled or accessed by DMA once this
     /// returns. After an error [`Giver::thaw`] is called.
@@ -28,7 +38,8 @@ pub trait Giver {
     /// Everything else, changes since [`Giver::prepare`] included.
     fn rest(&self) -> Result<Vec<crate::Item>, Refusal>;
 
-    /// Serves again as before [`Giver::freeze`], which was called, and may have failed or panicked.
+    /// Serves again as before [`Giver::prepare`]. Called for each attempt that fails after [`Giver::prepare`] was called, at
+    /// whatever step; the last call may have failed or panicked.
     fn thaw(&self);
 
     /// The new server serves. This one never serves again: it drops what it has, without a word to peers, and its process
@@ -43,7 +54,7 @@ pub struct GiveLimits {
     pub hello: Duration,
     /// For the new server to check what is offered. By default 30 s.
     pub offer: Duration,
-    /// For the new server to map memory, while devices run. By default 120 s.
+    /// For all rounds of what is handed over while devices run: the new server maps memory and loads state. By default 120 s.
     pub prepare: Duration,
     /// For everything from the freeze until the new server serves; then the old one takes back. By default 2 s, less
     /// than the patience of VMMs (5 s).
@@ -147,17 +158,20 @@ pub(crate) fn give(
     let mut clock = Clock::new(options.observer);
     clock.done(Step::Hello);
     let mut totals = Totals::default();
-    let began = prepare(&mut channel, giver, &options.limits, &mut totals, &mut clock);
-    let (word, began) = match began {
-        Ok(word) => (word, Instant::now()),
+    let word = match offer(&mut channel, giver, &options.limits, &mut totals, &mut clock) {
+        Ok(word) => word,
         Err(error) => {
             tell(&mut channel, &error.cause);
             return Err(error);
         }
     };
-    let mut frozen = Frozen { giver, word: &word, is_settled: false };
-    let handed = hand_over(&mut channel, &frozen, until(options.limits.freeze), &mut totals, &mut clock);
-    match frozen.settle() {
+    let mut attempt = Attempt { giver, word: &word, is_settled: false };
+    let prepared = attempt.prepare(&mut channel, until(options.limits.prepare), &mut totals, &mut clock);
+    let began = Instant::now();
+    let handed = prepared.and_then(|()| {
+        attempt.hand_over(&mut channel, until(options.limits.freeze), &mut totals, &mut clock)
+    });
+    match attempt.settle() {
         Serves::New => {
             let standstill = began.elapsed();
             if let Err(error) = handed {
@@ -179,8 +193,8 @@ pub(crate) fn give(
     }
 }
 
-/// Offer and preparation, while devices run.
-fn prepare(
+/// The word, and what there is to be handed over.
+fn offer(
     channel: &mut Channel,
     giver: &dyn Giver,
     limits: &GiveLimits,
@@ -193,9 +207,6 @@ fn prepare(
     let items = giver.offer().map_err(Cause::Refused).at(Step::Offer)?;
     hand_part(channel, Part::Offer, items, totals, limit).at(Step::Offer)?;
     clock.done(Step::Offer);
-    let items = giver.prepare().map_err(Cause::Refused).at(Step::Prepare)?;
-    hand_part(channel, Part::Prepare, items, totals, until(limits.prepare)).at(Step::Prepare)?;
-    clock.done(Step::Prepare);
     Ok(word)
 }
 
@@ -217,14 +228,64 @@ fn hand_part(
     }
 }
 
-/// The old server between freeze and decision. However this ends, the giver serves again or has given.
-struct Frozen<'a> {
+/// The old server from its preparation to the decision. However this ends, the giver serves as before or has given.
+struct Attempt<'a> {
     giver: &'a dyn Giver,
     word: &'a Word,
     is_settled: bool,
 }
 
-impl Frozen<'_> {
+impl Attempt<'_> {
+    /// Hands over what can go while devices run, in rounds.
+    fn prepare(
+        &self,
+        channel: &mut Channel,
+        until: Instant,
+        totals: &mut Totals,
+        clock: &mut Clock,
+    ) -> Result<(), Error> {
+        let refused = |refusal| Error { step: Step::Prepare, cause: Cause::Refused(refusal) };
+        let mut items = self.giver.prepare().map_err(refused)?;
+        for round in 1.. {
+            hand_part(channel, Part::Prepare, items, totals, until).at(Step::Prepare)?;
+            clock.done(Step::Prepare);
+            if round == ROUNDS_MAX {
+                break;
+            }
+            match self.giver.prepare_more().map_err(refused)? {
+                Some(more) => items = more,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Freezes, opens the word, hands over the rest, and waits until the new server says something.
+    fn hand_over(
+        &self,
+        channel: &mut Channel,
+        until: Instant,
+        totals: &mut Totals,
+        clock: &mut Clock,
+    ) -> Result<(), Error> {
+        let giver = self.giver;
+        giver.freeze(until).map_err(Cause::Refused).at(Step::Freeze)?;
+        in_time(until).at(Step::Freeze)?;
+        clock.done(Step::Freeze);
+        let items = giver.rest().map_err(Cause::Refused).at(Step::Rest)?;
+        add_up(totals, &items).at(Step::Rest)?;
+        in_time(until).at(Step::Rest)?;
+        if !self.word.open() {
+            return Err(Error { step: Step::Rest, cause: Cause::Withdrawn });
+        }
+        clock.done(Step::Rest);
+        let waiting: (Waiting, _) = send_items(channel, Part::Rest, items, totals, until).at(Step::Load)?;
+        clock.done(Step::Load);
+        channel.expect(Kind::Running, "10 (RUNNING)", until).at(Step::Running)?;
+        drop(waiting);
+        Ok(())
+    }
+
     /// Decides, and thaws if this server serves.
     fn settle(&mut self) -> Serves {
         self.is_settled = true;
@@ -236,39 +297,13 @@ impl Frozen<'_> {
     }
 }
 
-impl Drop for Frozen<'_> {
+impl Drop for Attempt<'_> {
     /// Only when the giver panicked.
     fn drop(&mut self) {
         if !self.is_settled && self.settle() == Serves::New {
             self.giver.given();
         }
     }
-}
-
-/// Freezes, opens the word, hands over the rest, and waits until the new server says something.
-fn hand_over(
-    channel: &mut Channel,
-    frozen: &Frozen,
-    until: Instant,
-    totals: &mut Totals,
-    clock: &mut Clock,
-) -> Result<(), Error> {
-    let giver = frozen.giver;
-    giver.freeze(until).map_err(Cause::Refused).at(Step::Freeze)?;
-    in_time(until).at(Step::Freeze)?;
-    clock.done(Step::Freeze);
-    let items = giver.rest().map_err(Cause::Refused).at(Step::Rest)?;
-    add_up(totals, &items).at(Step::Rest)?;
-    in_time(until).at(Step::Rest)?;
-    if !frozen.word.open() {
-        return Err(Error { step: Step::Rest, cause: Cause::Withdrawn });
-    }
-    clock.done(Step::Rest);
-    let waiting: (Waiting, _) = send_items(channel, Part::Rest, items, totals, until).at(Step::Load)?;
-    clock.done(Step::Load);
-    channel.expect(Kind::Running, "10 (RUNNING)", until).at(Step::Running)?;
-    drop(waiting);
-    Ok(())
 }
 
 fn in_time(until: Instant) -> Result<(), Cause> {

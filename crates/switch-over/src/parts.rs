@@ -32,7 +32,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// How long a step took; `None` if this side did not do it.
+    /// How long a step took, all its rounds together; `None` if this side did not do it.
     pub fn step(&self, step: Step) -> Option<Duration> {
         self.steps.iter().find(|(done, _)| *done == step).map(|(_, time)| *time)
     }
@@ -50,9 +50,13 @@ impl<'a> Clock<'a> {
         Clock { observer, since: Instant::now(), steps: Vec::with_capacity(Step::ALL.len()) }
     }
 
+    /// A step, or another round of one, is done.
     pub(crate) fn done(&mut self, step: Step) {
         let now = Instant::now();
-        self.steps.push((step, now - self.since));
+        match self.steps.last_mut() {
+            Some((last, time)) if *last == step => *time += now - self.since,
+            _ => self.steps.push((step, now - self.since)),
+        }
         if let Some(observer) = self.observer {
             observer(step);
         }
@@ -126,13 +130,13 @@ fn send_item(
     channel.queue(Kind::Item, &[&head.encode(), inline], &fds, until)
 }
 
-/// Receives the items of a part.
+/// Receives the items of one of these parts, and says of which.
 pub(crate) fn receive_items(
     channel: &mut Channel,
-    part: Part,
+    parts: &[Part],
     totals: &mut Totals,
     until: Instant,
-) -> Result<Vec<Item>, Cause> {
+) -> Result<(Part, Vec<Item>), Cause> {
     let mut items = Vec::new();
     loop {
         let mut frame = channel.receive(until)?;
@@ -156,9 +160,9 @@ pub(crate) fn receive_items(
             Kind::End if frame.fds.is_empty() => {
                 let end = End::decode(&frame.body)?;
                 let Totals { items: count, fds, bytes } = *totals;
-                let expected = End { part, items: count as u32, fds: fds as u32, bytes };
-                return match end == expected {
-                    true => Ok(items),
+                let expected = End { part: end.part, items: count as u32, fds: fds as u32, bytes };
+                return match end == expected && parts.contains(&end.part) {
+                    true => Ok((end.part, items)),
                     false => {
                         Err(Malformed::new("END's items", end.items, "the step, and the items that came")
                             .into())

@@ -3,7 +3,7 @@
 //! attach to that one (ptrace(2), PTRACE_MODE_ATTACH_REALCREDS).
 
 use std::io::{self, Error, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use limosa_host::User;
@@ -31,7 +31,7 @@ impl Peer {
     pub fn of(socket: impl AsFd) -> io::Result<Peer> {
         let credentials = socket_peercred(&socket)?;
         let (pid, user) = (credentials.pid, User(credentials.uid.as_raw()));
-        let pidfd = match peer_pidfd(&socket) {
+        let pidfd = match limosa_foreign_fd::peer_pidfd(&socket) {
             Err(Errno::NOPROTOOPT) => rustix::process::pidfd_open(pid, PidfdFlags::empty()),
             found => found,
         };
@@ -145,29 +145,9 @@ pub enum Ending {
     Remains,
 }
 
-/// `unix(7): SO_PEERPIDFD`. ENOPROTOOPT before Linux 6.5.
-fn peer_pidfd(socket: impl AsFd) -> Result<OwnedFd, Errno> {
-    let mut fd: libc::c_int = -1;
-    let mut length = size_of_val(&fd) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to the number, and the length; both live until the call returns.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERPIDFD,
-            (&raw mut fd).cast(),
-            &raw mut length,
-        )
-    };
-    if result != 0 || fd < 0 {
-        return Err(Errno::from_io_error(&Error::last_os_error()).unwrap_or(Errno::IO));
-    }
-    // SAFETY: the kernel has just made it for this call, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
     use std::process::Command;
 

@@ -10,15 +10,15 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use limosa_switch_over::{
     Cause, Error, FDS_MAX, GiveLimits, GiveOptions, Given, ITEM_BYTES_MAX, ITEM_FDS_MAX, Item, OldServer,
-    Refusal, Step, TakeOptions, TakeOver, Taken, give_to_child, take,
+    ROUNDS_MAX, Refusal, Step, TakeOptions, TakeOver, Taken, give_to_child, take,
 };
 use support::{TestGiver, TestTaker};
 
@@ -144,7 +144,11 @@ fn a_refusal_of_the_new_server_leaves_the_old_one_serving() {
     let frozen = ["offer", "prepare", "freeze", "rest", "thaw"];
     let cases: [(Alter<TestTaker>, Step, &[&str]); 3] = [
         (|taker| taker.check = Box::new(|_| no("newer state")), Step::Offer, &frozen[..1]),
-        (|taker| taker.prepare = Box::new(|_| no("newer state")), Step::Prepare, &frozen[..2]),
+        (
+            |taker| taker.prepare = Box::new(|_| no("newer state")),
+            Step::Prepare,
+            &["offer", "prepare", "thaw"],
+        ),
         (|taker| taker.load = Box::new(|_| no("newer state")), Step::Running, &frozen),
     ];
     for (alter, old_step, calls) in cases {
@@ -170,7 +174,7 @@ fn a_refusal_of_the_old_server_is_told_to_the_new_one() {
     let all = ["offer", "prepare", "freeze", "rest", "thaw"];
     let cases: [(Alter<TestGiver>, &[&str]); 4] = [
         (|giver| giver.offer = Box::new(none), &all[..1]),
-        (|giver| giver.prepare = Box::new(none), &all[..2]),
+        (|giver| giver.prepare = Box::new(none), &["offer", "prepare", "thaw"]),
         (|giver| giver.freeze = Box::new(|_| none()), &["offer", "prepare", "freeze", "thaw"]),
         (|giver| giver.rest = Box::new(none), &all),
     ];
@@ -184,6 +188,57 @@ fn a_refusal_of_the_old_server_is_told_to_the_new_one() {
         assert!(matches!(&taken.cause, Cause::RefusedByOther(_)), "{taken}");
         assert!(taken.to_string().contains("a migration is under way"), "{taken}");
     }
+}
+
+/// A giver that has something more in each of so many rounds.
+fn giver_of_rounds(rounds: usize) -> TestGiver {
+    let left = AtomicUsize::new(rounds);
+    TestGiver {
+        more: Box::new(move || {
+            let is_left = left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
+            Ok(is_left.ok().map(|left| vec![Item::new(2, 0, left.to_le_bytes().to_vec())]))
+        }),
+        ..TestGiver::default()
+    }
+}
+
+#[test]
+fn what_changes_while_devices_run_goes_over_in_rounds_up_to_the_bound() {
+    for (more, expected) in [(0, 1), (3, 4), (1000, ROUNDS_MAX)] {
+        for way in [by_path, by_child] {
+            let giver = giver_of_rounds(more);
+            let (sender, rounds) = mpsc::channel();
+            let prepare = move |items: Vec<Item>| {
+                sender.send(items.len()).unwrap();
+                Ok(())
+            };
+            let (given, taken) =
+                way(&giver, TestTaker { prepare: Box::new(prepare), ..TestTaker::default() });
+            assert_eq!(given.unwrap().report.totals, taken.unwrap().report.totals);
+            let rounds: Vec<usize> = rounds.try_iter().collect();
+            assert_eq!((rounds.len(), rounds[0]), (expected, 0), "{more} more");
+            assert!(rounds[1..].iter().all(|items| *items == 1));
+        }
+    }
+}
+
+#[test]
+fn a_refusal_in_a_later_round_leaves_the_old_server_serving() {
+    let giver = giver_of_rounds(5);
+    let mut rounds = 0;
+    let prepare = move |_| {
+        rounds += 1;
+        if rounds < 3 { Ok(()) } else { no("a page is missing") }
+    };
+    let (given, taken) = by_path(&giver, TestTaker { prepare: Box::new(prepare), ..TestTaker::default() });
+    still_serves(&giver, &["offer", "prepare", "more", "more", "thaw"]);
+    assert_eq!(given.unwrap_err().step, Step::Prepare);
+    assert!(matches!(taken.unwrap_err().cause, Cause::Refused(_)));
+    let giver = TestGiver { more: Box::new(|| Err(Refusal::new("it is moved"))), ..TestGiver::default() };
+    let (given, taken) = by_path(&giver, TestTaker::default());
+    still_serves(&giver, &["offer", "prepare", "thaw"]);
+    assert_eq!(given.unwrap_err().step, Step::Prepare);
+    assert!(matches!(taken.unwrap_err().cause, Cause::RefusedByOther(_)));
 }
 
 #[test]

@@ -4,9 +4,11 @@ use std::io::Write;
 use std::ops::Deref;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Once};
 use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::SIGHUP;
 
 use crate::LIMIT;
 use crate::transcript::{Stream, Transcript};
@@ -44,6 +46,20 @@ impl Ended {
     }
 }
 
+/// Makes the processes that a test starts end at a SIGHUP, as those of a shell do, also where the tests run under nohup(1): a
+/// signal that is ignored stays so in a program that is executed (execve(2)), and one with a handler gets its default back.
+fn take_back_hangups() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let status = std::fs::read_to_string("/proc/self/status").expect("the system has /proc");
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let ignored = u64::from_str_radix(ignored.expect("proc_pid_status(5)").trim(), 16).expect("a mask");
+        if ignored & 1 << (SIGHUP - 1) != 0 {
+            signal_hook::flag::register(SIGHUP, Arc::default()).expect("a signal that can be handled");
+        }
+    });
+}
+
 /// A process, and by [`Deref`] what it says. Killed when it is dropped.
 pub struct Process {
     child: Child,
@@ -60,6 +76,7 @@ impl Process {
     /// Starts a process with this as its standard input. If that is [`Stdio::piped`], [`Process::say`] writes to it.
     #[track_caller]
     pub fn start_with_input(command: &mut Command, input: impl Into<Stdio>) -> Process {
+        take_back_hangups();
         let words = std::iter::once(command.get_program()).chain(command.get_args());
         let name = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
         let mut child = command

@@ -1,4 +1,4 @@
-//! What a VMM does with a vfio-user device: it looks at it, gives it memory and an interrupt, uses it, and
+//! A VMM with a vfio-user device: it looks at it, gives it memory and an interrupt, uses it, and
 //! carries its state to another one.
 //!
 //! `limosa serve synthetic --socket /tmp/a.sock &`, the same for `/tmp/b.sock`, then

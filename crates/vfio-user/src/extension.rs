@@ -37,6 +37,9 @@ pub const ECHO: FeatureIndex = FeatureIndex(0xfe04);
 /// SET, no payload: fires every interrupt vector that is wired, once.
 pub const KICK: FeatureIndex = FeatureIndex(0xfe05);
 
+/// GET and SET: [`Next`]. Which process' client is the next VMM.
+pub const NEXT: FeatureIndex = FeatureIndex(0xfe06);
+
 /// The payload of [`STAY`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -73,6 +76,26 @@ pub struct Echo {
     pub pages: u64,
 }
 
+/// The payload of [`NEXT`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Next {
+    /// The number of the process, as the server sees it; 0 for nobody.
+    pub pid: i32,
+    /// In an answer to GET, [`NextFlags`]; else 0.
+    pub flags: u32,
+}
+
+/// What [`Next::flags`] says.
+pub struct NextFlags;
+
+impl NextFlags {
+    /// The client of that process is there.
+    pub const THERE: u32 = 1;
+    /// It is the client that asks.
+    pub const THIS: u32 = 2;
+}
+
 /// The name of an extension, as `docs/vfio-user-extensions.md` has it; `None` for every other index.
 pub const fn name(index: FeatureIndex) -> Option<&'static str> {
     match index {
@@ -82,6 +105,7 @@ pub const fn name(index: FeatureIndex) -> Option<&'static str> {
         STAY => Some("STAY"),
         ECHO => Some("ECHO"),
         KICK => Some("KICK"),
+        NEXT => Some("NEXT"),
         _ => None,
     }
 }

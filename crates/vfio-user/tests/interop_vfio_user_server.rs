@@ -1,108 +1,27 @@
 //! The client against the server of the crate `vfio_user`, written by others.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
 
 use limosa_client::{Device, DeviceExt, DmaMap, DmaMemory, IrqAction};
 use limosa_protocol::info::{DmaMapFlags, RegionFlags};
 use limosa_protocol::{Errno, State};
+use limosa_test_device::{ForeignDevice, ForeignServer, WRITTEN};
 use limosa_vfio_user::client::{Client, Options};
 use rustix::event::{EventfdFlags, eventfd};
-use vfio_bindings::bindings::vfio::{
-    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
-    vfio_region_sparse_mmap_area,
-};
-use vfio_user::{IrqInfo, Server, ServerBackend, ServerRegion, SparseArea};
-
-/// What the server was asked to do.
-#[derive(Default)]
-struct Seen {
-    bar0: Vec<u8>,
-    maps: Vec<(u64, u64, u64)>,
-    unmaps: Vec<(u64, u64)>,
-    wired: Vec<(u32, u32, u32, usize)>,
-    resets: usize,
-}
-
-struct Backend(Arc<Mutex<Seen>>);
-
-impl ServerBackend for Backend {
-    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        let seen = self.0.lock().unwrap();
-        let end = offset as usize + data.len();
-        match seen.bar0.get(offset as usize..end) {
-            Some(bytes) if region == 0 => data.copy_from_slice(bytes),
-            _ => return Err(io::ErrorKind::InvalidInput.into()),
-        }
-        Ok(())
-    }
-    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
-        let mut seen = self.0.lock().unwrap();
-        let end = offset as usize + data.len();
-        match seen.bar0.get_mut(offset as usize..end) {
-            Some(bytes) if region == 0 => bytes.copy_from_slice(data),
-            _ => return Err(io::ErrorKind::InvalidInput.into()),
-        }
-        Ok(())
-    }
-    fn dma_map(
-        &mut self,
-        _: vfio_user::DmaMapFlags,
-        offset: u64,
-        address: u64,
-        size: u64,
-        fd: Option<File>,
-    ) -> io::Result<()> {
-        // The fd is the memory: what is written to it is there.
-        fd.expect("an fd came").write_all_at(b"written by the server", offset)?;
-        self.0.lock().unwrap().maps.push((offset, address, size));
-        Ok(())
-    }
-    fn dma_unmap(&mut self, _: vfio_user::DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
-        self.0.lock().unwrap().unmaps.push((address, size));
-        Ok(())
-    }
-    fn reset(&mut self) -> io::Result<()> {
-        self.0.lock().unwrap().resets += 1;
-        Ok(())
-    }
-    fn set_irqs(&mut self, index: u32, flags: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {
-        for mut fd in &fds {
-            fd.write_all(&1u64.to_ne_bytes())?;
-        }
-        let _ = flags;
-        self.0.lock().unwrap().wired.push((index, start, count, fds.len()));
-        Ok(())
-    }
-}
-
-fn region(index: u32, size: u64, flags: u32) -> ServerRegion {
-    let region_info = vfio_region_info { argsz: 32, index, size, flags, ..Default::default() };
-    ServerRegion { region_info, sparse_areas: Vec::new(), mmap_fd: None }
-}
 
 #[test]
 fn a_server_of_the_crate_vfio_user_is_driven() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("device.sock");
-    let rw = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
-    let bar1: OwnedFd = tempfile::tempfile().unwrap().into();
-    let mut mappable = region(1, 8192, rw | VFIO_REGION_INFO_FLAG_MMAP);
-    mappable.mmap_fd = Some(bar1.as_raw_fd());
-    mappable.sparse_areas =
-        vec![SparseArea { area: vfio_region_sparse_mmap_area { offset: 4096, size: 4096 } }];
-    let mut regions = vec![region(0, 1 << 20, rw), mappable];
-    regions.extend((2..9).map(|index| region(index, 0, 0)));
-    let irqs =
-        (0..5).map(|index| IrqInfo { index, flags: 1, count: if index == 2 { 40 } else { 1 } }).collect();
-    let server = Server::new(&path, true, irqs, regions).unwrap();
-    let seen = Arc::new(Mutex::new(Seen { bar0: vec![0; 1 << 20], ..Seen::default() }));
-    let mut backend = Backend(Arc::clone(&seen));
+    let device = ForeignDevice {
+        memory_bytes: 1 << 20,
+        mappable: Some(tempfile::tempfile().unwrap().into()),
+        vectors: 40,
+        answers: true,
+    };
     // One connection: the client must not lose it by asking for features.
-    let thread = std::thread::spawn(move || server.run(&mut backend).map_err(|error| error.to_string()));
+    let server = ForeignServer::start(&path, device);
 
     let client = Client::connect(&path, Options::default()).unwrap();
     assert!(client.migration_flags().unwrap().is_empty(), "it has no features");
@@ -139,9 +58,9 @@ fn a_server_of_the_crate_vfio_user_is_driven() {
     let flags = DmaMapFlags::READ | DmaMapFlags::WRITE;
     let file = DmaMemory::File { fd: memory.as_fd(), offset: 4096 };
     client.dma_map(&DmaMap { iova: 0x1000, size: 8192, flags, memory: file }).unwrap();
-    let mut written = [0; 21];
+    let mut written = [0; WRITTEN.len()];
     memory.read_exact_at(&mut written, 4096).unwrap();
-    assert_eq!(&written, b"written by the server");
+    assert_eq!(written, WRITTEN);
     client.dma_unmap(0x1000, 8192, None).unwrap();
 
     // It lets one fd come in a message, as it announces.
@@ -155,8 +74,7 @@ fn a_server_of_the_crate_vfio_user_is_driven() {
     client.reset().unwrap();
 
     drop(client);
-    thread.join().unwrap().unwrap();
-    let seen = seen.lock().unwrap();
+    let seen = server.ended();
     assert_eq!((&seen.maps[..], &seen.unmaps[..]), (&[(4096, 0x1000, 8192)][..], &[(0x1000, 8192)][..]));
     assert_eq!(seen.wired.iter().map(|wired| wired.3).sum::<usize>(), 40);
     assert_eq!(seen.resets, 1);

@@ -4,21 +4,20 @@
 #[macro_use]
 mod common;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::Served;
 use common::device::*;
+use common::fds::*;
 use common::lingering::in_time;
 use common::raw::*;
+use common::{Served, as_another};
 use limosa_client::{Device, DeviceExt, Error};
 use limosa_protocol::{Errno, State};
 use limosa_vfio_user::client::{self, Client, Role};
 use limosa_vfio_user::server::{Options, Server, SocketAccess};
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::SendFlags;
 
 const DATA_FD: u32 = 0xfe01;
@@ -30,21 +29,6 @@ const LOGGING_STOP: u32 = 7;
 const LOGGING_REPORT: u32 = 8;
 
 const ID: [u8; 16] = [7; 16];
-
-fn memory(bytes: u64) -> OwnedFd {
-    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, bytes).unwrap();
-    fd
-}
-
-fn event() -> OwnedFd {
-    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
-}
-
-fn count(fd: &OwnedFd) -> u64 {
-    let mut bytes = [0; 8];
-    rustix::io::read(fd, &mut bytes).map_or(0, |_| u64::from_ne_bytes(bytes))
-}
 
 fn json(reply: &Message) -> String {
     String::from_utf8(reply.body[4..reply.body.len() - 1].to_vec()).unwrap()
@@ -139,18 +123,6 @@ fn the_client_learns_its_role() {
         Err(Error::Refused { errno: Errno::EPERM, .. })
     ));
     control.region_read(CONFIG, 0, &mut data).unwrap();
-}
-
-/// Runs something on a thread whose user is another one.
-fn as_another<T: Send>(act: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|scope| {
-        let another = scope.spawn(|| {
-            let other = rustix::fs::Uid::from_raw(65534);
-            rustix::thread::set_thread_res_uid(other, other, other).unwrap();
-            act()
-        });
-        another.join().unwrap()
-    })
 }
 
 #[test]
@@ -465,7 +437,7 @@ fn is_forgotten(served: &Served) -> Raw {
 
 #[test]
 fn a_device_that_was_told_to_stay_never_runs_again_by_itself() {
-    let options = Options { park_limit: Duration::from_millis(50), ..Options::default() };
+    let options = Options { park_limit: Duration::from_millis(200), ..Options::default() };
     let served = Served::with(TestDevice::new().machine(), options);
     let (mut vmm, mut control) = (served.peer(), Raw::control(served.path()));
     // All places of control clients are taken, so that one that is free again tells that a client is forgotten.
@@ -684,6 +656,39 @@ fn a_silent_client_holds_up_nobody() {
     served.peer().assert_usable();
     served.peer().assert_usable();
     Raw::control(served.path()).assert_usable();
+    drop(silent);
+}
+
+#[test]
+fn a_client_that_says_nothing_takes_no_place_from_others() {
+    let options =
+        Options { socket: SocketAccess { mode: 0o666, ..SocketAccess::default() }, ..Options::default() };
+    let served = Served::with(TestDevice::new().machine(), options);
+    std::fs::set_permissions(served.path().parent().unwrap(), std::fs::Permissions::from_mode(0o755))
+        .unwrap();
+    let is_root = rustix::process::geteuid().is_root();
+    // Of another user, who is as slow to say something.
+    let slow = is_root.then(|| as_another(|| Raw::connect(served.path())));
+    let mut vmm = served.peer();
+    let mut waiting = Raw::connect(served.path());
+    waiting.ask(VERSION, &[bytes![0u16, 0u16], b"{}\0".to_vec()].concat());
+    vmm.assert_usable();
+    let silent: Vec<_> = (0..300).map(|_| Raw::connect(served.path())).collect();
+    // Those that came last have places, and who has said something keeps its own.
+    let mut control = Raw::control(served.path());
+    control.set_state(STOP).ok();
+    control.set_state(RUNNING).ok();
+    vmm.assert_usable();
+    silent[0].expect_end();
+    assert!(!waiting.has_something());
+    drop(vmm);
+    waiting.receive().ok();
+    waiting.assert_usable();
+    drop(waiting);
+    if let Some(mut slow) = slow {
+        slow.negotiate();
+        slow.assert_usable();
+    }
     drop(silent);
 }
 

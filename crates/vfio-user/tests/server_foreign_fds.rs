@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use common::Served;
 use common::device::*;
-use common::lingering::{in_time, lingering, send_with};
+use common::lingering::{in_time, lingering, send_and_let_go, send_with};
 use common::raw::*;
 use limosa_vfio_user::server::Options;
 use rustix::event::{EventfdFlags, eventfd};
@@ -82,7 +82,7 @@ fn an_fd_on_a_session_s_own_socket_ends_the_session_and_nothing_else() {
         let [socket]: [_; 1] = reply.fds.try_into().unwrap();
         let socket = Raw::new(socket.into());
         let (fd, _unread) = lingering();
-        send_with(&socket, &[0; 16], fd);
+        send_and_let_go(&socket, &[0; 16], fd);
         if state == RESUMING {
             // The server has closed its end.
             socket.expect_end();

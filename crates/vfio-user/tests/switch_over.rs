@@ -13,14 +13,19 @@ use std::time::Duration;
 
 use common::raw::*;
 use limosa_client::{Device, DeviceExt, DmaMap, DmaMemory, IrqAction};
-use limosa_device::saved::Section;
-use limosa_device::{Bus, Description, Fault, Machine, Region, SimpleModel, Whole, WholeState};
-use limosa_models::synthetic::{Synthetic, SyntheticConfig};
-use limosa_protocol::info::{DmaMapFlags, RegionFlags};
-use limosa_protocol::{Errno, State};
-use limosa_switch_over::{Error, GiveOptions, Given, OldServer, TakeOptions, TakeOver, take};
+use limosa_device::{Machine, Whole};
+use limosa_models::synthetic::{REGISTERS_REGION, Synthetic, SyntheticConfig, registers};
+use limosa_protocol::State;
+use limosa_protocol::info::DmaMapFlags;
+use limosa_switch_over::{
+    Commit, Committed, Error, GiveOptions, Given, Item, OldServer, Refusal, TakeOptions, TakeOver, Taker,
+    Withdrawn, take,
+};
+use limosa_test_device::Memory;
 use limosa_vfio_user::client::{Client, Options as ClientOptions, Role};
-use limosa_vfio_user::server::{Options, Replacing, Server, ShutdownHandle, SwitchOver};
+use limosa_vfio_user::server::{
+    Options, Replaced, Replacing, Server, ShutdownHandle, SocketAccess, SwitchOver,
+};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -103,9 +108,26 @@ impl Running {
     /// Why these cannot be replaced by such machines.
     fn refuses(&self, machines: Vec<Arc<Machine>>) -> String {
         let devices = machines.into_iter().map(|machine| (machine, options()));
-        let refused =
-            take(OldServer::Path(&self.take_over), Replacing::new(devices), &TakeOptions::default());
-        refused.expect_err("a refusal").to_string()
+        self.refuses_taker(Replacing::new(devices))
+    }
+
+    fn refuses_taker(&self, taker: impl Taker) -> String {
+        let refused = take(OldServer::Path(&self.take_over), taker, &TakeOptions::default());
+        refused.err().expect("a refusal").to_string()
+    }
+
+    /// Another server replaces these; meanwhile, after each round of the preparation, this is called with the round's number.
+    fn replaced_meanwhile(
+        mut self,
+        machines: Vec<Arc<Machine>>,
+        meanwhile: impl FnMut(usize) -> Result<(), Refusal> + Send,
+    ) -> Running {
+        let taker = Meanwhile::new(machines.clone(), meanwhile);
+        let taken = take(OldServer::Path(&self.take_over), taker, &TakeOptions::default()).unwrap();
+        let attempts = self.gives.take().unwrap().join().unwrap();
+        assert!(attempts.last().unwrap().is_ok(), "{attempts:?}");
+        self.thread.take().unwrap().join().unwrap();
+        Running::new(taken.server, machines, self.take_over.clone())
     }
 }
 
@@ -119,6 +141,42 @@ impl Drop for Running {
             gives.map(Result::unwrap);
             serves.map(Result::unwrap);
         }
+    }
+}
+
+/// Takes devices, and does something between the rounds of the preparation.
+struct Meanwhile<F> {
+    devices: Replacing,
+    rounds: usize,
+    meanwhile: F,
+}
+
+impl<F: FnMut(usize) -> Result<(), Refusal>> Meanwhile<F> {
+    fn new(machines: Vec<Arc<Machine>>, meanwhile: F) -> Meanwhile<F> {
+        let devices = Replacing::new(machines.into_iter().map(|machine| (machine, options())));
+        Meanwhile { devices, rounds: 0, meanwhile }
+    }
+}
+
+impl<F: FnMut(usize) -> Result<(), Refusal>> Taker for Meanwhile<F> {
+    type Server = Replaced;
+
+    fn check(&mut self, offer: Vec<Item>) -> Result<(), Refusal> {
+        self.devices.check(offer)
+    }
+
+    fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
+        self.devices.prepare(items)?;
+        self.rounds += 1;
+        (self.meanwhile)(self.rounds)
+    }
+
+    fn load(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
+        self.devices.load(items)
+    }
+
+    fn run(self, commit: Commit<'_>) -> Result<(Committed, Replaced), Withdrawn> {
+        self.devices.run(commit)
     }
 }
 
@@ -201,67 +259,11 @@ fn half_a_message_and_posted_writes_arrive_in_the_new_server() {
     drop(running);
 }
 
-/// 32 KiB of memory in one region, all of it state. The other kind differs in the name of its state alone.
-struct Pad<const OTHER: bool>(Vec<u8>);
-
 const PAD_BYTES: usize = 32 << 10;
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct SavedPad {
-    #[prost(bytes = "vec", tag = "1")]
-    bytes: Vec<u8>,
-}
-
-impl<const OTHER: bool> SimpleModel for Pad<OTHER> {
-    fn description(&self) -> Description {
-        let flags = RegionFlags::READ | RegionFlags::WRITE;
-        let regions = vec![Region { flags, size: PAD_BYTES as u64, ..Region::default() }];
-        Description { regions, ..Description::default() }
-    }
-
-    fn attach(&mut self, _: Bus) {}
-
-    fn region_read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        data.copy_from_slice(&self.0[offset as usize..][..data.len()]);
-        Ok(())
-    }
-
-    fn region_write(&mut self, _: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        self.0[offset as usize..][..data.len()].copy_from_slice(data);
-        Ok(())
-    }
-
-    fn reset(&mut self) -> Result<(), Errno> {
-        self.0.fill(0);
-        Ok(())
-    }
-}
-
-impl<const OTHER: bool> WholeState for Pad<OTHER> {
-    type Saved = SavedPad;
-    const KIND: &'static str = if OTHER { "test.other-pad" } else { "test.pad" };
-    const SECTION: Section = Section::message("pad", 1);
-
-    fn stop(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-
-    fn start(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-
-    fn to_saved(&self) -> SavedPad {
-        SavedPad { bytes: self.0.clone() }
-    }
-
-    fn restore(&mut self, saved: SavedPad) -> Result<(), Errno> {
-        self.0 = saved.bytes;
-        Ok(())
-    }
-}
-
+/// 32 KiB of memory, all of it state.
 fn pad() -> Arc<Machine> {
-    Machine::simple(Whole::new(Pad::<false>(vec![0; PAD_BYTES])))
+    Machine::simple(Whole::new(<Memory>::new(PAD_BYTES)))
 }
 
 #[test]
@@ -283,7 +285,7 @@ fn half_a_version_and_clients_that_wait_are_served_by_the_new_server() {
     assert!(control.state().is_err(), "a control client connects again");
     assert_eq!(client.state().unwrap(), State::Running);
     drop(client);
-    assert_eq!(waits.join().unwrap(), State::Running, "whoever waited is next");
+    assert_eq!(waits.join().unwrap(), State::Running, "the client that waited is next");
     half.write_all(&header(1, VERSION, 20, 0)[9..]).unwrap();
     half.write_all(&bytes![0u16, 2u16]).unwrap();
     let raw = Raw::new(half);
@@ -303,7 +305,7 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
     let refused = running.refuses(vec![synthetic("128K"), pad()]);
     assert!(refused.contains("device 0") && refused.contains("region 2"), "{refused}");
     // Its description fits, and its state does not.
-    let other = Machine::simple(Whole::new(Pad::<true>(vec![0; PAD_BYTES])));
+    let other = Machine::simple(Whole::new(Memory::<true>::new(PAD_BYTES)));
     let refused = running.refuses(vec![synthetic("64K"), other]);
     assert!(refused.contains("device 1") && refused.contains("state"), "{refused}");
     assert_eq!(client.state().unwrap(), State::Running);
@@ -360,29 +362,61 @@ fn move_and_die(path: &Path, round: u64, changes: &AtomicU64) {
     raw.send(&nonsense(round), &[]);
 }
 
+/// A next client that does what it may and may not, and dies before the device is its own. Counts those that were admitted.
+fn prepare_and_die(path: &Path, round: u64, nexts: &AtomicU64) {
+    let mut raw = Raw::connect(path);
+    // It waits for an answer if another one of this process is the next client.
+    raw.socket.set_read_timeout(None).unwrap();
+    let mut version = bytes![0u16, 0u16];
+    version.extend_from_slice(b"{}\0");
+    raw.ask(VERSION, &version);
+    let mut fds = [rustix::event::PollFd::new(&raw.socket, rustix::event::PollFlags::IN)];
+    let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    if rustix::event::poll(&mut fds, Some(&limit)) != Ok(1) || raw.receive().flags & ERROR != 0 {
+        return;
+    }
+    nexts.fetch_add(1, Ordering::Relaxed);
+    let guest = memory(1 << 20);
+    raw.dma_map(0, 1 << 20, 0, Some(guest.as_fd())).ok();
+    assert_ne!(raw.call(RESET, &[]).flags & ERROR, 0);
+    assert_ne!(raw.set_state(STOP).flags & ERROR, 0);
+    for _ in 0..round % 2000 {
+        raw.post(REGION_WRITE, &bytes![8u64, 0u32, 4u32, u32::MAX]);
+    }
+    raw.send(&nonsense(round), &[]);
+}
+
 #[test]
 fn clients_that_do_everything_wrong_at_every_door_at_once_hurt_nobody_else() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("device0");
-    let running = Running::bind(folder.path(), vec![pad()]);
+    let (path, control) = (folder.path().join("device0"), folder.path().join("control"));
+    let machine = pad();
+    let server = Server::bind(&path, Arc::clone(&machine), options()).unwrap();
+    let server = server.with_control(&control, &SocketAccess::default()).unwrap();
+    let running = Running::new(vec![server], vec![machine], folder.path().join("take-over"));
     let client = Client::connect(&path, ClientOptions::default()).unwrap();
-    let (done, changes) = (AtomicBool::new(false), AtomicU64::new(0));
+    // Each client of this process that wants to be the VMM can be the next one.
+    client.name_next(Some(std::process::id() as i32)).unwrap();
+    let (done, changes, nexts) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let until_done =
         |strike: &dyn Fn(u64)| (0..).take_while(|_| !done.load(Ordering::Relaxed)).for_each(strike);
     std::thread::scope(|scope| {
-        scope.spawn(|| until_done(&|round| strike(&path, &nonsense(round))));
+        for door in [&path, &control] {
+            scope.spawn(move || until_done(&|round| strike(door, &nonsense(round))));
+        }
+        scope.spawn(|| until_done(&|round| prepare_and_die(&path, round, &nexts)));
         // VMMs that wait for their turn, and go without it.
         scope.spawn(|| until_done(&|_| strike(&path, &message(1, VERSION, 0, &bytes![0u16, 2u16]))));
         scope.spawn(|| {
             until_done(&|round| strike(&running.take_over, &nonsense(round)[..(round % 97) as usize]))
         });
-        for first in 0..2 {
-            let (path, changes) = (&path, &changes);
-            scope.spawn(move || until_done(&|round| move_and_die(path, first + round, changes)));
+        for (first, door) in [&path, &control].into_iter().enumerate() {
+            let changes = &changes;
+            scope.spawn(move || until_done(&|round| move_and_die(door, first as u64 + round, changes)));
         }
         let work = || {
             for count in 0.. {
-                if count > 200 && changes.load(Ordering::Relaxed) > 10 {
+                if count > 200 && changes.load(Ordering::Relaxed) > 10 && nexts.load(Ordering::Relaxed) > 10 {
                     break;
                 }
                 client.region_write(0, 8, &u32::to_ne_bytes(count))?;
@@ -398,9 +432,238 @@ fn clients_that_do_everything_wrong_at_every_door_at_once_hurt_nobody_else() {
     });
     // The last control client's end has led the device back before this write returns.
     client.region_write(0, 8, &77u32.to_ne_bytes()).unwrap();
+    let refused = running.refuses(vec![pad()]);
+    assert!(refused.contains("next VMM"), "{refused}");
+    client.name_next(None).unwrap();
     let running = running.replaced_by(vec![pad()]);
     let mut back = [0; 4];
     client.region_read(0, 8, &mut back).unwrap();
     assert_eq!(u32::from_ne_bytes(back), 77);
+    drop(running);
+}
+
+fn synthetic_with(more: &str) -> Arc<Machine> {
+    let config: SyntheticConfig = format!("state=2M,block=64K,seed=7,{more}").parse().unwrap();
+    Machine::simple(Synthetic::new(config).unwrap())
+}
+
+fn register(client: &Client, at: u64) -> u64 {
+    let mut value = [0; 8];
+    client.region_read(REGISTERS_REGION, at, &mut value).unwrap();
+    u64::from_le_bytes(value)
+}
+
+fn set_register(client: &Client, at: u64, value: u64) {
+    client.region_write(REGISTERS_REGION, at, &value.to_le_bytes()).unwrap();
+}
+
+#[test]
+fn state_is_copied_while_the_vmm_uses_and_changes_its_device_and_nothing_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    for more in ["", "p2p=off", "precopy=50", "precopy=0", "pre-copy=off"] {
+        let running = Running::bind(folder.path(), vec![synthetic_with(more)]);
+        let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+        let (mut rounds, mut changed) = (0, 0);
+        let new = synthetic_with(more);
+        let running = running.replaced_meanwhile(vec![new], |round| {
+            rounds = round;
+            // Fewer and fewer changes, so that rounds pay.
+            let changes = 16 >> round;
+            set_register(&client, registers::DIRTY, changes);
+            changed += changes;
+            assert_eq!(client.state().unwrap(), State::Running, "the VMM is not told");
+            Ok(())
+        });
+        assert_eq!(register(&client, registers::DIRTIED), changed, "{more}");
+        assert_eq!(register(&client, registers::BAD_BLOCKS), 0, "{more}");
+        let copies = more != "precopy=0" && more != "pre-copy=off";
+        assert_eq!(rounds > 1, copies, "{more}: {rounds} rounds");
+        assert_eq!(client.state().unwrap(), State::Running);
+        drop((client, running));
+    }
+}
+
+#[test]
+fn a_reset_by_the_vmm_while_its_device_is_copied_has_the_copy_begin_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    for (at, changes) in [(1, 20), (2, 20), (1, 0)] {
+        let running = Running::bind(folder.path(), vec![synthetic_with("")]);
+        let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+        set_register(&client, registers::DIRTY, 100);
+        let running = running.replaced_meanwhile(vec![synthetic_with("")], |round| {
+            if round == at {
+                client.reset().unwrap();
+                assert_eq!(client.state().unwrap(), State::Running);
+            }
+            set_register(&client, registers::DIRTY, changes / round as u64);
+            Ok(())
+        });
+        let expected: u64 = register(&client, registers::DIRTIED);
+        assert!(expected <= 2 * changes, "{expected}: what was changed before the reset is gone");
+        assert_eq!(register(&client, registers::BAD_BLOCKS), 0);
+        assert_eq!(client.reset_count().unwrap(), Some(1));
+        drop((client, running));
+    }
+}
+
+#[test]
+fn a_reset_after_the_last_round_has_the_whole_state_go_over_in_the_freeze() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = synthetic_with("");
+    let running = Running::bind(folder.path(), vec![Arc::clone(&machine)]);
+    let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+    let running = running.replaced_meanwhile(vec![synthetic_with("")], |round| {
+        // The last round that there can be.
+        if round == limosa_switch_over::ROUNDS_MAX {
+            client.reset().unwrap();
+        }
+        // So much that another round always pays.
+        set_register(&client, registers::REINIT, 1);
+        Ok(())
+    });
+    assert_eq!(register(&client, registers::BAD_BLOCKS), 0);
+    drop((client, running));
+}
+
+#[test]
+fn a_client_that_moves_a_device_which_is_copied_goes_first_and_the_device_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::bind(folder.path(), vec![synthetic_with("")]);
+    let path = folder.path().join("device0");
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let control =
+        Client::connect(&path, ClientOptions { role: Role::Control, ..ClientOptions::default() }).unwrap();
+    set_register(&client, registers::DIRTY, 40);
+    for mover in [&client, &control] {
+        for to in [State::Stop, State::StopCopy, State::PreCopy] {
+            let taker = Meanwhile::new(vec![synthetic_with("")], |_| {
+                // Its session is its own.
+                let session = mover.set_state(to).unwrap();
+                assert_eq!(session.is_some(), to != State::Stop);
+                set_register_if_it_runs(&client, to);
+                Ok(())
+            });
+            let refused = running.refuses_taker(taker);
+            assert!(refused.contains("moves"), "{refused}");
+            assert_eq!(mover.state().unwrap(), to);
+            // A device that is moved already is refused at once.
+            let refused = running.refuses(vec![synthetic_with("")]);
+            assert!(refused.contains("moves"), "{refused}");
+            mover.set_state(State::Running).unwrap();
+            assert_eq!(register(&client, registers::BAD_BLOCKS), 0);
+        }
+    }
+    let running = running.replaced_by(vec![synthetic_with("")]);
+    assert_eq!(register(&client, registers::BAD_BLOCKS), 0);
+    drop(running);
+}
+
+fn set_register_if_it_runs(client: &Client, state: State) {
+    if state.is_running() {
+        set_register(client, registers::DIRTY, 1);
+    }
+}
+
+#[test]
+fn a_device_whose_switch_over_failed_while_it_was_copied_runs_as_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = synthetic_with("");
+    let running = Running::bind(folder.path(), vec![Arc::clone(&machine), synthetic("64K")]);
+    let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+    for fails_at in [1, 2] {
+        let taker = Meanwhile::new(vec![synthetic_with(""), synthetic("64K")], |round| {
+            set_register(&client, registers::DIRTY, 10);
+            if round < fails_at { Ok(()) } else { Err(Refusal::new("another day")) }
+        });
+        let refused = running.refuses_taker(taker);
+        assert!(refused.contains("another day"), "{refused}");
+        // Once the old server has heard of it, the VMM has a session of its own.
+        let session = client.set_state(State::PreCopy).unwrap();
+        assert!(session.is_some());
+        client.set_state(State::Running).unwrap();
+    }
+    let running = running.replaced_by(vec![synthetic_with(""), synthetic("64K")]);
+    assert_eq!(register(&client, registers::DIRTIED), 10 + 20);
+    assert_eq!(register(&client, registers::BAD_BLOCKS), 0);
+    drop(running);
+}
+
+#[test]
+fn arcs_that_fail_while_a_device_is_copied_or_stopped_leave_it_running() {
+    let folder = tempfile::tempdir().unwrap();
+    for (fault, is_replaced) in [
+        ("fail:RUNNING>PRE_COPY", true),
+        ("fail:PRE_COPY>PRE_COPY_P2P", false),
+        ("fail:PRE_COPY_P2P>STOP_COPY", false),
+    ] {
+        let running = Running::bind(folder.path(), vec![synthetic_with(&format!("fault={fault}"))]);
+        let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+        set_register(&client, registers::DIRTY, 5);
+        if !is_replaced {
+            let refused = running.refuses(vec![synthetic_with("")]);
+            assert!(refused.contains("device 0"), "{fault}: {refused}");
+            assert_eq!(client.state().unwrap(), State::Running, "{fault}");
+            set_register(&client, registers::DIRTY, 5);
+        }
+        // The arc fails once.
+        let running = running.replaced_by(vec![synthetic_with("")]);
+        assert_eq!(register(&client, registers::BAD_BLOCKS), 0, "{fault}");
+        assert_eq!(register(&client, registers::DIRTIED), if is_replaced { 5 } else { 10 });
+        drop((client, running));
+    }
+}
+
+#[test]
+fn connections_that_come_and_go_while_the_device_is_copied_are_those_that_the_new_server_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let running = Running::bind(folder.path(), vec![synthetic_with("")]);
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let guest = memory(MIB);
+    map(&client, 0, &guest, MIB);
+    let (mut client, mut goes, mut next) = (Some(client), Some(UnixStream::connect(&path).unwrap()), None);
+    let mut half = None;
+    let running = running.replaced_meanwhile(vec![synthetic_with("")], |round| {
+        if round == 1 {
+            // The VMM and a client that said nothing go, another VMM comes, and one that has said half of it.
+            (client, goes) = (None, None);
+            let now = Client::connect(&path, ClientOptions::default()).unwrap();
+            set_register(&now, registers::DIRTY, 9);
+            next = Some(now);
+            let mut socket = UnixStream::connect(&path).unwrap();
+            socket.write_all(&header(1, VERSION, 20, 0)[..9]).unwrap();
+            half = Some(socket);
+        }
+        Ok(())
+    });
+    drop((client, goes));
+    let next = next.unwrap();
+    assert_eq!(register(&next, registers::DIRTIED), 9);
+    let mapped = running.machines[0].bus().memory.write(0, &[1]);
+    assert!(mapped.is_err(), "the mappings went with their client");
+    map(&next, 0, &guest, MIB);
+    running.machines[0].bus().memory.write(0, &[1]).unwrap();
+    drop(next);
+    let mut half = half.unwrap();
+    half.write_all(&header(1, VERSION, 20, 0)[9..]).unwrap();
+    half.write_all(&bytes![0u16, 2u16]).unwrap();
+    assert_eq!(Raw::new(half).receive().flags, REPLY);
+    drop(running);
+}
+
+#[test]
+fn clients_of_a_server_that_was_not_replaced_keep_their_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let running = Running::bind(folder.path(), vec![synthetic_with("")]);
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let mut raw = UnixStream::connect(&path).unwrap();
+    let refused =
+        running.refuses_taker(Meanwhile::new(vec![synthetic_with("")], |_| Err(Refusal::new("no"))));
+    assert!(refused.contains("no"), "{refused}");
+    assert_eq!(client.state().unwrap(), State::Running);
+    raw.write_all(&message(1, VERSION, 0, &bytes![0u16, 2u16])).unwrap();
+    drop(client);
+    assert_eq!(Raw::new(raw).receive().flags, REPLY);
     drop(running);
 }

@@ -16,10 +16,11 @@ use std::time::Duration;
 use faults::Fault;
 use faulty::{Faulty, FaultyDevice};
 use limosa_check::{CLAUSES, Document, Family, Limits, Options, Report, Target, Transport, checks, run};
-use limosa_device::{Bus, Description, Loopback, Machine, SimpleModel};
+use limosa_device::{Loopback, Machine, SimpleModel};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DeviceFlags;
-use limosa_protocol::{Errno, State, fsm};
+use limosa_protocol::{State, fsm};
+use limosa_test_device::Memory;
 use table::Table;
 
 fn synthetic() -> Box<dyn SimpleModel> {
@@ -34,22 +35,8 @@ fn stop_copy_alone() -> Box<dyn SimpleModel> {
 }
 
 /// A device without migration.
-struct Plain;
-
-impl SimpleModel for Plain {
-    fn description(&self) -> Description {
-        Description { flags: Some(DeviceFlags::RESET), ..Description::default() }
-    }
-    fn attach(&mut self, _bus: Bus) {}
-    fn region_read(&mut self, _: u32, _: u64, _: &mut [u8]) -> Result<(), Errno> {
-        Err(Errno::EINVAL)
-    }
-    fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
-        Err(Errno::EINVAL)
-    }
-    fn reset(&mut self) -> Result<(), Errno> {
-        Ok(())
-    }
+fn plain() -> Box<dyn SimpleModel> {
+    Box::new(<Memory>::new(0).with_flags(DeviceFlags::RESET))
 }
 
 fn device(model: Box<dyn SimpleModel>, fault: Fault) -> Arc<Faulty> {
@@ -109,7 +96,7 @@ fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (fault, clause) in faults::all() {
         let model: fn() -> Box<dyn SimpleModel> = match fault {
-            Fault::AbsentOddly => || Box::new(Plain),
+            Fault::AbsentOddly => plain,
             Fault::TakesUnsupported => stop_copy_alone,
             _ => synthetic,
         };
@@ -130,12 +117,7 @@ fn cases() -> Vec<Case> {
         cases.push(Case { fault, clause: clause.into(), model, options });
     }
     let bare_reset = Fault::ResetRefused;
-    cases.push(Case {
-        fault: bare_reset,
-        clause: "reset.running".into(),
-        model: || Box::new(Plain),
-        options: options(),
-    });
+    cases.push(Case { fault: bare_reset, clause: "reset.running".into(), model: plain, options: options() });
     let all = limosa_protocol::MigrationFlags::SETS[3];
     for from in State::ALL {
         for to in State::ALL {

@@ -37,12 +37,14 @@
 //! assert!(run.unwrap().time >= Duration::from_secs(3600));
 //! ```
 
+mod baton;
 mod failure;
 mod process;
 mod random;
 mod state;
 pub(crate) mod task;
 mod trace;
+mod waiting;
 
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,7 +55,8 @@ pub use failure::{Failure, What};
 pub use process::{Process, crashing, elapsed, note, random};
 pub use task::is_crash;
 
-use state::{Baton, Defects, Settings, State};
+use baton::Baton;
+use state::{Defects, Settings, State};
 use task::{Core, SIMULATIONS, Watch};
 
 /// Longest real time that a task may run without a call of this crate. A task that takes longer is assumed to block

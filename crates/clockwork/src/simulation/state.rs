@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::panic::Location;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::Thread;
 use std::time::Duration;
 
+use super::baton::Baton;
 use super::failure::{Failure, What};
 use super::random::Random;
-use super::trace::{Event, Place, Trace};
+use super::trace::{CallSite, Event, Trace};
+use super::waiting::{Waiting, Woken};
 
 /// Virtual time of a step. A loop that never waits still reaches its deadline.
 const STEP_TIME: Duration = Duration::from_micros(1);
@@ -23,33 +22,6 @@ const SPURIOUS_DELAY_SHIFTS: u64 = 11;
 const WEIGHTS: [u64; 6] = [1, 1, 1, 4, 16, 64];
 /// In how many of 256 calls a task that need not wait lets another one run. Each seed draws one.
 const EAGERNESS: [u64; 4] = [256, 96, 24, 6];
-
-/// What a task waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Waiting {
-    /// Nothing: the simulator may choose the task.
-    Ready,
-    /// The lock of a monitor.
-    Unlocked(usize),
-    /// A notification of a monitor, until a time.
-    Notified(usize, Option<Duration>),
-    /// As [`Waiting::Notified`]. [`wake_polls`](crate::wake_polls) ends it as well.
-    Polls(usize, Option<Duration>),
-    Until(Duration),
-    End(usize),
-    /// The end of all tasks of a scope. Nothing cuts this wait short: the tasks borrow from the task that waits.
-    ScopeEnd(usize),
-    /// A number of calls by a process.
-    Points(usize, u64),
-}
-
-/// Why a wait ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Woken {
-    Happened,
-    /// The time of the wait came. For [`Waiting::Points`]: the process cannot reach the number.
-    TimedOut,
-}
 
 /// A thread of the simulation.
 pub(crate) struct TaskState {
@@ -304,7 +276,7 @@ impl State {
                 format!("waits for call {points} of {}", self.processes[process].name)
             }
         };
-        format!("{}: {waits}, {}", task.name, Place(task.at))
+        format!("{}: {waits}, {}", task.name, CallSite(task.at))
     }
 
     /// Chooses the next task. When no task is ready, advances the clock to the earliest deadline. `None` without tasks.
@@ -374,51 +346,5 @@ impl State {
     /// The baton of a task.
     pub(crate) fn baton(&self, id: usize) -> Option<Baton> {
         Some(self.tasks.get(&id)?.baton.clone())
-    }
-}
-
-impl Waiting {
-    fn deadline(self) -> Option<Duration> {
-        match self {
-            Waiting::Notified(_, until) | Waiting::Polls(_, until) => until,
-            Waiting::Until(until) => Some(until),
-            _ => None,
-        }
-    }
-
-    /// Whether this is a wait of a condition variable or a poll.
-    pub(crate) fn is_for_notification(self) -> bool {
-        matches!(self, Waiting::Notified(..) | Waiting::Polls(..))
-    }
-
-    /// Whether a notification of this monitor ends the wait.
-    pub(crate) fn is_on(self, monitor: usize) -> bool {
-        matches!(self, Waiting::Notified(at, _) | Waiting::Polls(at, _) if at == monitor)
-    }
-}
-
-/// Lets the thread of a task run.
-#[derive(Clone)]
-pub(crate) struct Baton {
-    go: Arc<AtomicBool>,
-    thread: Thread,
-}
-
-impl Baton {
-    /// The baton of a thread that waits for `go` with [`await_baton`].
-    pub(crate) fn new(go: Arc<AtomicBool>, thread: Thread) -> Baton {
-        Baton { go, thread }
-    }
-
-    pub(crate) fn hand_over(self) {
-        self.go.store(true, Ordering::Release);
-        self.thread.unpark();
-    }
-}
-
-/// Blocks until the calling thread is handed its baton.
-pub(crate) fn await_baton(go: &AtomicBool) {
-    while !go.swap(false, Ordering::Acquire) {
-        std::thread::park();
     }
 }

@@ -10,9 +10,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use super::baton::{Baton, await_baton};
 use super::failure::What;
-use super::state::{Baton, State, Waiting, Woken, await_baton};
+use super::state::State;
 use super::trace::Event;
+use super::waiting::{Waiting, Woken};
 use crate::panic::message;
 
 /// `errno.h` of Linux: pthread_create(3) returns it when the system refuses a thread.

@@ -43,28 +43,28 @@ impl Trace {
     pub(crate) fn add(&mut self, now: Duration, task: &str, event: &Event, at: &'static Location<'static>) {
         (now, task, event, at.line(), at.column()).hash(&mut self.hasher);
         if let Some(text) = &mut self.text {
-            let place = Place(at);
+            let site = CallSite(at);
             // Formatting into a `String` does not fail.
             let _ = match event {
                 Event::Starts => writeln!(text, "{now:>14.6?}  {task:<28} starts"),
                 Event::Ends => writeln!(text, "{now:>14.6?}  {task:<28} ends"),
                 Event::Crashes => writeln!(text, "{now:>14.6?}  {task:<28} crashes"),
-                Event::Locks => writeln!(text, "{now:>14.6?}  {task:<28} locks        {place}"),
-                Event::Waits(None) => writeln!(text, "{now:>14.6?}  {task:<28} waits        {place}"),
+                Event::Locks => writeln!(text, "{now:>14.6?}  {task:<28} locks        {site}"),
+                Event::Waits(None) => writeln!(text, "{now:>14.6?}  {task:<28} waits        {site}"),
                 Event::Waits(Some(until)) => {
-                    writeln!(text, "{now:>14.6?}  {task:<28} waits        {place} until {until:?}")
+                    writeln!(text, "{now:>14.6?}  {task:<28} waits        {site} until {until:?}")
                 }
                 Event::Sleeps(until) => {
-                    writeln!(text, "{now:>14.6?}  {task:<28} sleeps       {place} until {until:?}")
+                    writeln!(text, "{now:>14.6?}  {task:<28} sleeps       {site} until {until:?}")
                 }
-                Event::Notifies => writeln!(text, "{now:>14.6?}  {task:<28} notifies     {place}"),
-                Event::WakesAll => writeln!(text, "{now:>14.6?}  {task:<28} wakes all    {place}"),
-                Event::WakesPolls => writeln!(text, "{now:>14.6?}  {task:<28} wakes polls  {place}"),
+                Event::Notifies => writeln!(text, "{now:>14.6?}  {task:<28} notifies     {site}"),
+                Event::WakesAll => writeln!(text, "{now:>14.6?}  {task:<28} wakes all    {site}"),
+                Event::WakesPolls => writeln!(text, "{now:>14.6?}  {task:<28} wakes polls  {site}"),
                 Event::SpuriousWakeUp => {
-                    writeln!(text, "{now:>14.6?}  {task:<28} is woken spuriously  {place}")
+                    writeln!(text, "{now:>14.6?}  {task:<28} is woken spuriously  {site}")
                 }
-                Event::Joins(other) => writeln!(text, "{now:>14.6?}  {task:<28} joins {other}  {place}"),
-                Event::ScopeEnds => writeln!(text, "{now:>14.6?}  {task:<28} waits for its threads  {place}"),
+                Event::Joins(other) => writeln!(text, "{now:>14.6?}  {task:<28} joins {other}  {site}"),
+                Event::ScopeEnds => writeln!(text, "{now:>14.6?}  {task:<28} waits for its threads  {site}"),
                 Event::Note(note) => writeln!(text, "{now:>14.6?}  {task:<28} {note}"),
             };
         }
@@ -80,9 +80,9 @@ impl Trace {
 }
 
 /// Displays a source location without the directories up to `src`.
-pub(crate) struct Place(pub(crate) &'static Location<'static>);
+pub(crate) struct CallSite(pub(crate) &'static Location<'static>);
 
-impl fmt::Display for Place {
+impl fmt::Display for CallSite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.0.file();
         let path = path.rsplit_once("/src/").map_or(path, |(_, inner)| inner);

@@ -120,6 +120,18 @@ impl Wiring {
         vectors.for_each(|vector| vector.0.rewire(None));
     }
 
+    /// Puts what another client has wired and masked in the place of what is there, vector by vector: an edge that comes meanwhile
+    /// is signalled to the one, or pending, or signalled to the other. What is pending or held is signalled.
+    pub(crate) fn replace(&self, by: &Wiring) {
+        let vectors = |wiring: &'_ Wiring| -> Vec<Vector> {
+            wiring.interrupts.indexes.iter().flat_map(|index| &index.vectors).cloned().collect()
+        };
+        for (to, from) in vectors(self).iter().zip(&vectors(by)) {
+            let wire = from.0.write().take();
+            to.0.replace(wire, from.0.state.swap(0, AcqRel) & (MASKED | PENDING));
+        }
+    }
+
     /// What is set and raised, with copies of the eventfds. The system's error when there is no room for these.
     pub fn export(&self) -> std::io::Result<WiringState> {
         let vector = |vector: &Vector| {
@@ -190,16 +202,31 @@ impl Shared {
     /// Gives the vector an eventfd, or takes it away, and its mask with it.
     fn rewire(&self, to: Option<ForeignEventFd>) {
         let mut wire = self.write();
-        match (wire.is_some(), to.is_some()) {
-            (false, true) => _ = self.wired.fetch_add(1, Relaxed),
-            (true, false) => _ = self.wired.fetch_sub(1, Relaxed),
-            _ => {}
-        }
+        self.count(wire.is_some(), to.is_some());
         if to.is_none() {
             self.state.fetch_and(!MASKED, AcqRel);
         }
         *wire = to;
         self.catch_up(wire.as_ref());
+    }
+
+    /// Gives the vector another client's eventfd, or takes it away, with that client's mask and pending edge.
+    fn replace(&self, to: Option<ForeignEventFd>, bits: u8) {
+        let mut wire = self.write();
+        self.count(wire.is_some(), to.is_some());
+        // Under the lock for writing no edge comes between.
+        self.state.fetch_and(!MASKED, AcqRel);
+        self.state.fetch_or(bits, AcqRel);
+        *wire = to;
+        self.catch_up(wire.as_ref());
+    }
+
+    fn count(&self, was_wired: bool, is_wired: bool) {
+        match (was_wired, is_wired) {
+            (false, true) => _ = self.wired.fetch_add(1, Relaxed),
+            (true, false) => _ = self.wired.fetch_sub(1, Relaxed),
+            _ => {}
+        }
     }
 
     /// Signals what is pending or held, if the client can be.

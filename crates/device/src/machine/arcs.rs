@@ -29,7 +29,10 @@ impl Machine {
     ) -> Result<Option<SessionId>, Errno> {
         let flags = self.flags.ok_or(Errno::ENOTTY)?;
         let _alone = self.gate.alone(until)?;
-        let from = self.state();
+        if self.lock().copier.is_some_and(|copier| copier != client) {
+            self.stop_copying(until)?;
+        }
+        let from = self.lock().state;
         let path = fsm::path(flags, from, to).inspect_err(|refusal| {
             tracing::debug!(%from, %to, %refusal, "transition refused");
         })?;

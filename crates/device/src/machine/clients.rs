@@ -138,6 +138,16 @@ impl Machine {
     /// but what it has loaded is no complete state: the session is damaged, and waits for a reset. A device that another client
     /// drives runs again, unless it was told to stay.
     pub fn client_gone(&self, client: ClientId) {
+        self.let_client_go(client);
+        if client == ClientId::VMM {
+            self.mappings.clear();
+            self.wiring.disable_all();
+            self.tell_client_gone();
+        }
+    }
+
+    /// Ends what a client has of the device beside memory and interrupts: its log, its session, its drive.
+    pub(super) fn let_client_go(&self, client: ClientId) {
         let logs = std::mem::take(&mut self.lock().logs);
         match logs {
             Some(logs) if logs != client => self.lock().logs = Some(logs),
@@ -145,33 +155,32 @@ impl Machine {
         }
         // An arc that does not end would hold up the next client as well.
         let alone = self.gate.alone(arc_deadline(client));
-        let drives = self.lock().driver == Some(client);
-        if drives {
-            let mut inner = self.lock();
-            inner.precopy_reinit = false;
-            if inner.state == State::Resuming {
-                inner.damage("lost the client that loaded it");
-            }
-            if client == ClientId::VMM || inner.stays.is_some() {
-                // One that stays may be led to STOP by whoever settles its move.
-                inner.driver = None;
-            } else if alone.is_ok() {
-                drop(inner);
-                if let Err(errno) = self.run_again() {
-                    tracing::error!(%errno, "the device does not run again after the client that moved it has gone");
-                }
+        if self.lock().driver != Some(client) {
+            return;
+        }
+        let mut inner = self.lock();
+        inner.precopy_reinit = false;
+        if inner.state == State::Resuming {
+            inner.damage("lost the client that loaded it");
+        }
+        if client == ClientId::VMM || inner.stays.is_some() {
+            // One that stays may be led to STOP by whoever settles its move.
+            inner.driver = None;
+        } else if alone.is_ok() {
+            drop(inner);
+            if let Err(errno) = self.run_again() {
+                tracing::error!(%errno, "the device does not run again after the client that moved it has gone");
             }
         }
-        drop(alone);
-        if client == ClientId::VMM {
-            self.mappings.clear();
-            self.wiring.disable_all();
-            (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
-            let _ = self.access(|model| {
-                model.client_gone();
-                Ok(())
-            });
-        }
+    }
+
+    /// Tells the model that the VMM has gone, once its mappings and wiring are gone or another's.
+    pub(super) fn tell_client_gone(&self) {
+        (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
+        let _ = self.access(|model| {
+            model.client_gone();
+            Ok(())
+        });
     }
 
     /// Whether this client may take the device to a state.
@@ -191,7 +200,7 @@ impl Machine {
         if self.lock().stays.is_some() {
             return Ok(());
         }
-        let state = self.state();
+        let state = self.lock().state;
         let back = match (state, self.flags) {
             (State::Resuming | State::Error, _) | (_, None) => self.reset_alone(),
             (_, Some(flags)) => {

@@ -11,6 +11,7 @@ mod arcs;
 mod clients;
 mod feature;
 mod gate;
+mod next;
 mod replace;
 mod session;
 
@@ -28,7 +29,8 @@ use clients::arc_deadline;
 pub use clients::{ClientId, Held, MoveId, Released};
 pub use feature::FeatureDone;
 use gate::Gate;
-pub use replace::{Frozen, Kept};
+pub use next::NextClient;
+pub use replace::{Copying, Frozen, Kept};
 pub use session::SessionId;
 use session::{Open, SessionIds};
 
@@ -71,6 +73,8 @@ struct Inner {
     logs: Option<ClientId>,
     /// The move that the device was given away with.
     stays: Option<MoveId>,
+    /// Drives the device to copy its state while it runs ([`Machine::begin_copy`]). Clients are not told.
+    copier: Option<ClientId>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -98,6 +102,7 @@ impl Machine {
             driver: None,
             logs: None,
             stays: None,
+            copier: None,
         };
         Arc::new(Machine {
             bus,
@@ -263,7 +268,10 @@ impl Machine {
             return Err(Errno::EBUSY);
         }
         let reset = self.reset_alone();
-        self.lock().driver = None;
+        {
+            let mut inner = self.lock();
+            (inner.driver, inner.copier) = (None, None);
+        }
         self.settle(ClientId::VMM);
         reset
     }
@@ -303,9 +311,12 @@ impl Machine {
         self.lock().resets
     }
 
-    /// The state. RUNNING or ERROR for a device without migration. During an arc, the state it began in.
+    /// The state. RUNNING or ERROR for a device without migration. During an arc, the state it began in. RUNNING for a device
+    /// that is copied to be replaced.
     pub fn state(&self) -> State {
-        self.lock().state
+        let inner = self.lock();
+        let is_copied = inner.copier.is_some() && inner.state.is_pre_copy();
+        if is_copied { State::Running } else { inner.state }
     }
 
     /// Nothing under this lock panics half-way through a change.

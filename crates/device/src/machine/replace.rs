@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use limosa_protocol::{Errno, State};
+use limosa_protocol::{Errno, MigrationFlags, State, fsm};
 
-use super::{ClientId, Machine, MoveId};
+use super::clients::arc_deadline;
+use super::{ClientId, Inner, Machine, MoveId, SessionId};
 
 /// What a machine keeps of its clients beside model, memory and interrupts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,48 +20,137 @@ pub struct Kept {
     pub stays: Option<MoveId>,
 }
 
+/// A device whose state is copied while it runs, to be replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Copying {
+    client: ClientId,
+    session: SessionId,
+}
+
+impl Copying {
+    /// The session that [`Machine::data_read`] reads.
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+}
+
 /// A device that is stopped to be replaced.
 #[derive(Debug)]
 pub struct Frozen {
     client: ClientId,
+    /// The session of its state.
+    pub session: SessionId,
     /// What to keep of it.
     pub kept: Kept,
 }
 
 impl Machine {
-    /// Takes the device to STOP_COPY, by arcs, so that its state can be read as [`Machine::data_read`] does.
+    /// Takes a device that runs to PRE_COPY, so that its state can be read while its clients go on. They are told that it is in
+    /// RUNNING: one that takes it to another state, or resets it, ends the copy first. `None` for a device that does not run,
+    /// lacks PRE_COPY or refuses it: its state is read once it has stopped.
     ///
-    /// ENOTTY for a device without migration; EBUSY when a client moves it or has a session, or a client other than the VMM has
-    /// its dirty log; else what the model answers. After an error the device is as it was.
-    pub fn freeze(&self, until: Instant) -> Result<Frozen, Errno> {
-        self.flags.ok_or(Errno::ENOTTY)?;
+    /// Fails as [`Machine::freeze`] does.
+    pub fn begin_copy(&self) -> Result<Option<Copying>, Errno> {
+        let flags = self.flags.ok_or(Errno::ENOTTY)?;
         let client = self.new_client();
-        let kept = {
-            let inner = self.lock();
-            let is_moved = inner.driver.is_some() && inner.stays.is_none();
-            let logs = inner.logs.is_some_and(|logs| logs != ClientId::VMM);
-            if is_moved || inner.session.is_some() || logs {
-                return Err(Errno::EBUSY);
+        {
+            let mut inner = self.lock();
+            let kept = inner.replaceable()?;
+            let runs = !kept.stopped && kept.stays.is_none();
+            if !runs || !flags.contains(MigrationFlags::PRE_COPY) {
+                return Ok(None);
             }
-            let stopped = match inner.state {
-                State::Running => false,
-                State::Stop => true,
-                _ => return Err(Errno::EBUSY),
-            };
-            let (resets, precopy_reinit, stays) = (inner.resets, inner.precopy_reinit, inner.stays);
-            Kept { stopped, resets, precopy_reinit, stays }
-        };
-        let frozen = Frozen { client, kept };
-        if let Err(errno) = self.set_state_by(client, State::StopCopy, until) {
-            self.thaw(frozen);
-            return Err(errno);
+            inner.copier = Some(client);
         }
-        Ok(frozen)
+        match self.set_state_by(client, State::PreCopy, arc_deadline(client)) {
+            Ok(session) => {
+                // A client that came first may have ended the copy before it began.
+                self.lock().copier = Some(client);
+                Ok(session.map(|session| Copying { client, session }))
+            }
+            Err(errno) => {
+                self.let_go(client);
+                match self.state() {
+                    State::Running => {
+                        tracing::info!(%errno, "the device refuses PRE_COPY: its state is read once it has stopped");
+                        Ok(None)
+                    }
+                    _ => Err(errno),
+                }
+            }
+        }
     }
 
-    /// The device goes on here, as it was before [`Machine::freeze`].
+    /// How many bytes the model expects to give in this copy before it has to stop. ENODEV when the copy has ended.
+    pub fn copy_left(&self, copying: &Copying) -> Result<u64, Errno> {
+        let info = self.precopy_info(copying.session)?;
+        Ok(info.initial_bytes.saturating_add(info.dirty_bytes))
+    }
+
+    /// The device goes on here, as it was before [`Machine::begin_copy`]. Nothing happens to a copy that has ended.
+    pub fn end_copy(&self, copying: Copying) {
+        let until = arc_deadline(copying.client);
+        let ended = self.gate.alone(until).and_then(|_alone| {
+            let is_it = self.lock().copier == Some(copying.client);
+            if is_it { self.stop_copying(until) } else { Ok(()) }
+        });
+        if let Err(errno) = ended {
+            tracing::error!(%errno, "the device stays in PRE_COPY, in which it was to be replaced");
+        }
+    }
+
+    /// Leads a device that is copied back to RUNNING. With the gate taken.
+    pub(super) fn stop_copying(&self, until: Instant) -> Result<(), Errno> {
+        let (state, flags) = (self.lock().state, self.flags.ok_or(Errno::ENOTTY)?);
+        if state.is_pre_copy() {
+            let path = fsm::path(flags, state, State::Running).map_err(|_| Errno::EINVAL)?;
+            path.arcs().try_for_each(|arc| self.step(arc, until))?;
+        }
+        let mut inner = self.lock();
+        inner.copier = None;
+        if inner.state == State::Running {
+            inner.driver = None;
+        }
+        drop(inner);
+        self.settle_held();
+        Ok(())
+    }
+
+    /// Takes the device to STOP_COPY, by arcs, so that its state can be read as [`Machine::data_read`] does. If it is still
+    /// copied, the copy's session goes on; else another one begins.
+    ///
+    /// ENOTTY for a device without migration; EBUSY when a client moves it or has a session, or a client other than the VMM has
+    /// its dirty log; else what the model answers. After an error the device is as it was before it was copied.
+    pub fn freeze(&self, copying: Option<Copying>, until: Instant) -> Result<Frozen, Errno> {
+        self.flags.ok_or(Errno::ENOTTY)?;
+        let new = self.new_client();
+        let (client, kept) = {
+            let inner = self.lock();
+            match copying.filter(|copying| inner.is_copied_by(copying)) {
+                Some(copying) => {
+                    inner.may_give_log()?;
+                    (copying.client, inner.kept(false))
+                }
+                None => (new, inner.replaceable()?),
+            }
+        };
+        // Its number is known once it is open.
+        let mut frozen = Frozen { client, session: SessionId(0), kept };
+        match self.set_state_by(client, State::StopCopy, until) {
+            Ok(session) => {
+                frozen.session = session.or_else(|| self.session()).ok_or(Errno::EIO)?;
+                Ok(frozen)
+            }
+            Err(errno) => {
+                self.thaw(frozen);
+                Err(errno)
+            }
+        }
+    }
+
+    /// The device goes on here, as it was before [`Machine::freeze`] and [`Machine::begin_copy`].
     pub fn thaw(&self, frozen: Frozen) {
-        let Frozen { client, kept } = frozen;
+        let Frozen { client, kept, .. } = frozen;
         let to = if kept.stopped { State::Stop } else { State::Running };
         if let Err(errno) = self.set_state(client, to) {
             tracing::error!(%errno, "the device does not run again where it was stopped to be replaced");
@@ -108,7 +198,45 @@ impl Machine {
         if inner.driver == Some(client) {
             inner.driver = None;
         }
+        if inner.copier == Some(client) {
+            inner.copier = None;
+        }
         drop(inner);
         self.settle_held();
+    }
+}
+
+impl Inner {
+    /// What is kept of a device that can be replaced now; EBUSY for another one.
+    fn replaceable(&self) -> Result<Kept, Errno> {
+        let is_moved = self.driver.is_some() && self.stays.is_none();
+        if is_moved || self.session.is_some() {
+            return Err(Errno::EBUSY);
+        }
+        self.may_give_log()?;
+        match self.state {
+            State::Running => Ok(self.kept(false)),
+            State::Stop => Ok(self.kept(true)),
+            _ => Err(Errno::EBUSY),
+        }
+    }
+
+    /// EBUSY when a client other than the VMM has the dirty log.
+    fn may_give_log(&self) -> Result<(), Errno> {
+        match self.logs {
+            Some(logs) if logs != ClientId::VMM => Err(Errno::EBUSY),
+            _ => Ok(()),
+        }
+    }
+
+    fn kept(&self, stopped: bool) -> Kept {
+        let (resets, precopy_reinit, stays) = (self.resets, self.precopy_reinit, self.stays);
+        Kept { stopped, resets, precopy_reinit, stays }
+    }
+
+    /// Whether the copy goes on.
+    fn is_copied_by(&self, copying: &Copying) -> bool {
+        let session = self.session.as_ref().is_some_and(|open| open.id == copying.session && !open.damaged);
+        session && self.copier == Some(copying.client) && self.state.is_pre_copy()
     }
 }

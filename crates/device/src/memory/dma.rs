@@ -125,6 +125,9 @@ impl Dma {
     /// `u64::MAX` from 0 on is everything. It is called on the client's thread, with no lock of the memory held; accesses
     /// still succeed. If pins are left [`UNMAP_WAIT`](super::UNMAP_WAIT) later, the unmap fails with EBUSY.
     ///
+    /// Where another client takes over at once ([`Machine::hand_over`](crate::Machine::hand_over)), it is called right after its
+    /// mappings have taken the place of the former ones: pins that are made then are of the new ones.
+    ///
     /// The memory holds the hook for as long as it lives itself: one that holds a `Dma` keeps it for good.
     pub fn before_unmap(&self, hook: impl Fn(u64, u64) + Send + Sync + 'static) {
         self.space.leaving.add_hook(Arc::new(hook));

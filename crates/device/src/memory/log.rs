@@ -62,7 +62,29 @@ impl Log {
         ranges: impl Iterator<Item = (u64, u64)>,
     ) -> Result<Log, Errno> {
         let mut log = Log { page_size, everything, segments: Vec::new() };
-        let mut ranges: Vec<_> = ranges.map(|(first, last)| log.rounded(first, last)).collect();
+        let ranges = log.joined(ranges);
+        log.add(ranges)?;
+        Ok(log)
+    }
+
+    /// Makes the log, if it is one of everything, cover a range that is mapped now. Errors as for [`Log::new`]; then
+    /// nothing has changed.
+    pub(super) fn cover(&mut self, first: u64, last: u64) -> Result<(), Errno> {
+        self.cover_all(std::iter::once((first, last)))
+    }
+
+    /// The same for several ranges.
+    pub(super) fn cover_all(&mut self, ranges: impl Iterator<Item = (u64, u64)>) -> Result<(), Errno> {
+        if !self.everything {
+            return Ok(());
+        }
+        let gaps = self.joined(ranges).into_iter().flat_map(|(first, last)| self.gaps(first, last)).collect();
+        self.add(gaps)
+    }
+
+    /// The whole pages, or windows of pages, of these ranges: in order, and apart from each other.
+    fn joined(&self, ranges: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+        let mut ranges: Vec<_> = ranges.map(|(first, last)| self.rounded(first, last)).collect();
         ranges.sort_unstable();
         ranges.dedup_by(|next, former| {
             let joins = former.1.checked_add(1).is_none_or(|end| next.0 <= end);
@@ -71,17 +93,11 @@ impl Log {
             }
             joins
         });
-        log.add(ranges)?;
-        Ok(log)
+        ranges
     }
 
-    /// Makes the log, if it is one of everything, cover a range that is mapped now. Errors as for [`Log::new`]; then
-    /// nothing has changed.
-    pub(super) fn cover(&mut self, first: u64, last: u64) -> Result<(), Errno> {
-        if !self.everything {
-            return Ok(());
-        }
-        let (mut first, last) = self.rounded(first, last);
+    /// What of a range is in no segment.
+    fn gaps(&self, mut first: u64, last: u64) -> Vec<(u64, u64)> {
         let mut gaps = Vec::new();
         for segment in &self.segments[self.first_ending_at(first)..] {
             if segment.grid.iova > last {
@@ -92,11 +108,11 @@ impl Log {
             }
             match segment.last.checked_add(1) {
                 Some(end) if end <= last => first = end,
-                _ => return self.add(gaps),
+                _ => return gaps,
             }
         }
         gaps.push((first, last));
-        self.add(gaps)
+        gaps
     }
 
     /// Marks the pages of `bytes` bytes, at least one, that the device wrote, the last of them at most at 2^64. Not

@@ -1,9 +1,9 @@
 //! [`Mappings`]: guest memory as a device's client drives it.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use limosa_foreign_fd::ForeignFd;
@@ -17,21 +17,22 @@ use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN, check_report, c
 use super::file_io::{self, FileIo};
 use super::log::{self, Log};
 use super::pin::UNMAP_WAIT;
-use super::table::{Mapped, Memory, Space};
+use super::table::{Mapped, Memory, Space, Table};
 use super::{Backing, Dma, Mapping};
 
 /// Guest memory as a device's client drives it: it maps and unmaps, and asks the log for what the device wrote. The
 /// device itself has a [`Dma`].
 pub struct Mappings {
     pub(super) space: Arc<Space>,
-    files: MappedFiles,
+    /// Of one client, as [`MappedFiles`] asks.
+    files: RwLock<Arc<MappedFiles>>,
     unmap_wait_ns: AtomicU64,
 }
 
 impl Default for Mappings {
     fn default() -> Mappings {
         let unmap_wait_ns = AtomicU64::new(UNMAP_WAIT.as_nanos() as u64);
-        Mappings { space: Arc::default(), files: MappedFiles::default(), unmap_wait_ns }
+        Mappings { space: Arc::default(), files: RwLock::default(), unmap_wait_ns }
     }
 }
 
@@ -51,20 +52,19 @@ impl Mappings {
             return Err(Errno::EINVAL);
         }
         self.space.read_lock().room_for(iova, last)?;
+        let files = Arc::clone(&self.files.read().unwrap_or_else(PoisonError::into_inner));
         let access = (flags.contains(DmaMapFlags::READ), flags.contains(DmaMapFlags::WRITE));
         let memory = match backing {
             Backing::File { fd, offset } => {
                 let fd = ForeignFd::harmless(fd.into_memory().map_err(|_| Errno::ENOTSUP)?);
-                Memory::File(self.files.map(fd, offset, size, access, false)?)
+                Memory::File(files.map(fd, offset, size, access, false)?)
             }
             Backing::AnyFile { fd, offset } => match fd.into_memory() {
                 Ok(fd) => {
                     let fd = ForeignFd::harmless(fd);
-                    Memory::File(self.files.map(fd, offset, size, access, false)?)
+                    Memory::File(files.map(fd, offset, size, access, false)?)
                 }
-                Err(fd) if fd.is_regular_file() => {
-                    Memory::File(self.files.map(fd, offset, size, access, true)?)
-                }
+                Err(fd) if fd.is_regular_file() => Memory::File(files.map(fd, offset, size, access, true)?),
                 Err(_) => return Err(Errno::ENOTSUP),
             },
             Backing::FileIo { fd, offset, any_file } => {
@@ -74,7 +74,7 @@ impl Mappings {
                     Err(_) => return Err(Errno::ENOTSUP),
                 };
                 file_io::check(&fd, offset, size, flags)?;
-                Memory::FileIo(FileIo::new(self.files.open(fd, access, is_memory)?, offset))
+                Memory::FileIo(FileIo::new(files.open(fd, access, is_memory)?, offset))
             }
             Backing::Remote(remote) => Memory::Remote(remote),
         };
@@ -130,6 +130,29 @@ impl Mappings {
         if let Err(errno) = self.unmap_with(0, u64::MAX, true, |_| Ok(())) {
             tracing::error!(%errno, "the mappings of a client that is gone stay");
         }
+    }
+
+    /// Puts another client's mappings in the place of these in one step, so that no access of the device falls between the two.
+    /// What is pinned of these stays mapped in this process until the pins are dropped, which the device is told to do right
+    /// after ([`Dma::before_unmap`]). A log of everything that cannot grow so much is no more: reports fail, and no page is lost
+    /// unnoticed.
+    pub(crate) fn replace(&self, by: Mappings) {
+        let _turn = self.space.leaving.turn();
+        let theirs = std::mem::take(&mut by.space.write_lock().mappings);
+        let mut table = self.space.write_lock();
+        let gone = std::mem::replace(&mut table.mappings, theirs);
+        let Table { mappings, log } = &mut *table;
+        let covered =
+            log.as_mut().map(|log| log.cover_all(mappings.iter().map(|mapped| (mapped.iova, mapped.last))));
+        let lost = covered.and_then(Result::err).map(|errno| (errno, log.take()));
+        drop(table);
+        if let Some((errno, _log)) = &lost {
+            tracing::error!(%errno, "the dirty log ends, as it cannot have the memory of the device's next client");
+        }
+        let theirs = by.files.into_inner().unwrap_or_else(PoisonError::into_inner);
+        *self.files.write().unwrap_or_else(PoisonError::into_inner) = theirs;
+        self.space.leaving.announce(0, u64::MAX);
+        drop((gone, lost));
     }
 
     /// Changes how long an unmap waits for pins.

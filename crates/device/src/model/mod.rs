@@ -43,7 +43,9 @@ pub trait Model: Send + Sync + 'static {
         let _ = index;
     }
 
-    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here.
+    /// The client has gone. Its mappings and its wiring are gone already, or those of the client that takes over from it are in
+    /// their place ([`Machine::hand_over`](crate::Machine::hand_over)); whatever else the device kept for it goes here. The guest
+    /// may go on: what it sees of the device stays.
     fn client_gone(&self) {}
 
     /// The device's migration, or `None` when it has none. Must not change.

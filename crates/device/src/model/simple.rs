@@ -39,7 +39,7 @@ pub trait SimpleModel: Send + 'static {
         let _ = index;
     }
 
-    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here.
+    /// The client has gone ([`Model::client_gone`](super::Model::client_gone)).
     fn client_gone(&mut self) {}
 
     /// The device's migration, or `None` when it has none. Must not change.

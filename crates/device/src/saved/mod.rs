@@ -34,6 +34,7 @@
 //! ```
 
 mod format;
+mod item;
 mod outline;
 mod reader;
 mod refusal;
@@ -41,8 +42,9 @@ mod refusal;
 mod tests;
 mod writer;
 
+pub use item::{Ahead, Item};
 pub use outline::{Outline, OutlineSection};
-pub use reader::{Ahead, Item, Reader};
+pub use reader::Reader;
 pub use refusal::Refusal;
 pub use writer::Writer;
 

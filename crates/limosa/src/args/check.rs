@@ -31,7 +31,7 @@ pub struct Check {
     #[arg(long, value_name = "ID")]
     pub only: Vec<String>,
 
-    /// What the device claims, a JSON file. Exit code 0 only if it keeps that.
+    /// A JSON file with the claims of the device. Exit code 0 only if it keeps them.
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
 
@@ -51,7 +51,8 @@ pub struct Check {
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub limit: Duration,
 
-    /// Play so many random sequences of requests, legal and illegal, against a model of the standard in place of the checks.
+    /// Play this number of random sequences of requests, legal and illegal, against a model of the standard, in place
+    /// of the checks.
     #[arg(long, value_name = "SEQUENCES", requires = "destructive", conflicts_with_all = ["families", "only", "profile", "peer"])]
     pub fuzz: Option<u64>,
 
@@ -63,7 +64,7 @@ pub struct Check {
     #[arg(long, value_name = "THREADS", default_value = "1", requires = "fuzz", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub threads: u8,
 
-    /// Differences that are known and not told again, one a line. What is found is added to the file.
+    /// Known differences, one a line, which are not reported again. New ones are added to the file.
     #[arg(long, value_name = "FILE", requires = "fuzz")]
     pub known: Option<PathBuf>,
 

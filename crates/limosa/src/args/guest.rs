@@ -1,4 +1,4 @@
-//! What moving commands take for the guest around the devices: its memory, and how it is stopped and started.
+//! Options of the moving commands for the guest around the devices: its memory, and how it is stopped and started.
 
 use std::path::PathBuf;
 

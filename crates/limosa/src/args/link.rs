@@ -1,4 +1,4 @@
-//! What commands take for the link between two hosts.
+//! Options for the link between two hosts.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -55,7 +55,7 @@ pub struct Tls {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "TLS")]
 pub struct Names {
-    /// Accept every certificate of the authorities, whatever its name: whoever has one can send, or ask.
+    /// Accept every certificate of the authorities, whatever its name. Any holder of such a certificate can send, or ask.
     #[arg(long, requires_all = ["tls_ca", "tls_cert", "tls_key"], conflicts_with = "tls_name")]
     pub tls_any_name: bool,
 }

@@ -1,53 +1,35 @@
 //! The command line.
 
 mod check;
+mod devices;
 mod guest;
 mod link;
 mod moving;
 mod resolving;
+mod serving;
 mod snapshots;
 mod trace;
 mod values;
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use limosa_host::{Group, User};
-use limosa_protocol::State;
+use limosa_host::User;
 
 use crate::exit;
 pub use check::{Check, Format};
+pub use devices::{Bench, KeepOpen, Probe, StateAction, StateArgs};
 pub use guest::{Memory, Starting, Stopping};
 pub use link::{Link, Names, Tls};
 pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};
 pub use resolving::{Answer, Decided, Resolve};
-pub use snapshots::{Load, Save};
+pub use serving::{Model, Serve, SwitchOver};
+pub use snapshots::{Inspect, Load, Save, Verify};
 pub use trace::Trace;
 pub use values::bytes;
-use values::{mode, seconds};
-
-/// What `--option` takes.
-const MODEL_OPTIONS: &str = "\
-Options of uart:
-  line=echo|PATH         what is at the other end: what is sent comes back (echo), or a terminal or
-                         UNIX socket at this path; twice for two ports
-  as=mtty                it is the card that Linux' mtty makes, and moves to and from that; echo only
-Options of synthetic (sizes take K, M and G):
-  state=BYTES            its state, a multiple of block (16M)
-  block=BYTES            how much of it changes at once (64K)
-  precopy=PERCENT        how much of it is saved in pre-copy (100)
-  dirty-rate=BYTES       how much of it changes each second (0)
-  p2p=on|off             whether it has the P2P states (on)
-  pre-copy=on|off        whether it has the pre-copy states (on)
-  dma-pattern=PATTERN    sequential, random or one-page (sequential)
-  dma-rate=BYTES         bytes written to guest memory each second, 0 for all it can (64M)
-  seed=NUMBER            what its contents derive from (1)
-  verify=on|off          whether every block is checked as it is loaded (on)
-  fault=FAULT            what goes wrong; many times: fail:ARC[:TIMES], error:ARC, truncate:BYTES,
-                         stall:ARC:MS, corrupt:OFFSET, with ARC like PRE_COPY_P2P>STOP_COPY";
+use values::seconds;
 
 /// How an object store is named. Part of the help of every command that takes one.
 pub const STORES: &str = "\
@@ -111,8 +93,8 @@ pub struct Cli {
     #[arg(long, global = true, help_heading = "Global", value_name = "DOOR")]
     pub door: Option<Door>,
 
-    /// Trust servers behind UNIX sockets that this user runs, a name or a number; many times. Those of root and of the user
-    /// who runs limosa are trusted anyway.
+    /// Trust servers behind UNIX sockets that this user runs, a name or a number; many times. Servers of root and of
+    /// limosa's own user are always trusted.
     #[arg(long = "server-uid", global = true, help_heading = "Global", value_name = "UID|NAME")]
     pub server_users: Vec<User>,
 
@@ -140,8 +122,8 @@ pub fn parse() -> Result<Cli, clap::Error> {
     let cli = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches))?;
     if let Command::Save(save) = &cli.command {
         save.check().map_err(|message| {
-            let mut whole = command();
-            let save = whole.find_subcommand_mut("save").expect("it was just parsed");
+            let mut command = command();
+            let save = command.find_subcommand_mut("save").expect("it was just parsed");
             save.error(ErrorKind::MissingRequiredArgument, message)
         })?;
     }
@@ -230,26 +212,6 @@ pub enum Command {
 }
 
 #[derive(Debug, Args)]
-pub struct Probe {
-    /// The device; without it, the kernel's VFIO devices are listed.
-    #[arg(value_name = "DEVICE")]
-    pub device: Option<String>,
-
-    /// List PCI devices that other drivers have as well, and what to do for VFIO to have them.
-    #[arg(long, conflicts_with = "device")]
-    pub all: bool,
-}
-
-#[derive(Clone, Copy, Debug, Args)]
-pub struct Hold {
-    /// When done, keep the device open until SIGINT or SIGTERM, so that the kernel does not reset it. Other commands
-    /// reach it by the name that is printed.
-    // Global for `state DEVICE set STATE --hold`.
-    #[arg(long, global = true)]
-    pub hold: bool,
-}
-
-#[derive(Debug, Args)]
 pub struct Demo {
     /// Bytes of internal state of the synthetic device.
     #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = bytes)]
@@ -262,138 +224,6 @@ pub struct Demo {
     /// Keep the folder with sockets and logs.
     #[arg(long)]
     pub keep: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = MODEL_OPTIONS)]
-pub struct Serve {
-    /// The device to serve.
-    #[arg(value_name = "MODEL")]
-    pub model: Model,
-
-    /// Where to listen.
-    #[arg(long, value_name = "PATH")]
-    pub socket: PathBuf,
-
-    /// The socket's mode, whatever the umask: who may connect, which is who may write to it.
-    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
-    pub mode: u32,
-
-    /// The socket's group, a name or a number; with a --mode that lets it in, such as 660.
-    #[arg(long, value_name = "GROUP")]
-    pub group: Option<Group>,
-
-    /// Listen here as well, for clients that move the device beside its VMM: where that and whoever moves it are different
-    /// users. The socket is this user's alone, mode 600. On --socket, root and this user may move the device beside its VMM.
-    #[arg(long, value_name = "PATH")]
-    pub control: Option<PathBuf>,
-
-    /// An option of the model, NAME=VALUE; many times.
-    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
-    pub options: Vec<String>,
-
-    /// Let a client map any regular file as the guest's memory, for VMMs whose memory is a file on a disk. Without it,
-    /// only memfds and files on tmpfs or hugetlbfs are mapped. An access to another file waits for its file system: a
-    /// client that can choose one whose server or daemon does not answer hangs this process for good.
-    #[arg(long)]
-    pub any_file: bool,
-
-    /// Let another process take over while clients are served: listen here, at a socket that is this user's alone, for
-    /// `limosa serve` with --take-from and this path. When it serves, this process ends with code 0.
-    #[arg(long, value_name = "PATH")]
-    pub takeover: Option<PathBuf>,
-
-    /// Take over from the server that was started with --takeover and this path. MODEL, --socket and the options have to be
-    /// those of the old server. When that one has ended, listen at --takeover, which may be the same path.
-    #[arg(long, value_name = "PATH")]
-    pub take_from: Option<PathBuf>,
-
-    /// End when the process that started this one ends.
-    #[arg(long, hide = true)]
-    pub with_parent: bool,
-}
-
-/// What `switch-over` does to the command that it starts.
-const NEW_COMMAND: &str = "\
-NEW COMMAND is that of the old server, `limosa serve ...`, of the new version. `--take-from PATH` and `--json` are added to its end, \
-unless they are there. It goes on when this command has ended, with the standard error of this command.
-
-Exit codes of switch-over:
-  0  the new server serves
-  1  the old server serves as before; the message says why
-  4  there is no server that can be replaced; nothing was started
-  5  it is not known that one of them serves; the message says what is known
-  8  the new server serves, and no other one can take over from it";
-
-#[derive(Debug, Args)]
-#[command(after_help = NEW_COMMAND)]
-pub struct SwitchOver {
-    /// Where the old server listens for new ones: its --takeover.
-    #[arg(value_name = "PATH")]
-    pub path: PathBuf,
-
-    /// Seconds to wait for the new server to serve or to give up. It has limits of its own, which end before this one.
-    #[arg(long, value_name = "SECONDS", default_value = "240", value_parser = seconds)]
-    pub limit: Duration,
-
-    /// What starts the new server.
-    #[arg(last = true, required = true, value_name = "NEW COMMAND")]
-    pub command: Vec<OsString>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Model {
-    /// A PCI 16550A serial port.
-    Uart,
-    /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
-    Synthetic,
-}
-
-#[derive(Debug, Args)]
-pub struct StateArgs {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
-
-    #[command(subcommand)]
-    pub action: Option<StateAction>,
-
-    #[command(flatten)]
-    pub hold: Hold,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum StateAction {
-    /// Print the state (also without an action).
-    Get,
-    /// Drive the device to a state, over every state between.
-    Set {
-        /// STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY or PRE_COPY_P2P.
-        #[arg(value_name = "STATE")]
-        state: State,
-    },
-    /// Reset the device: from any state, ERROR too, to RUNNING.
-    Reset,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = STORES)]
-pub struct Inspect {
-    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = STORES)]
-pub struct Verify {
-    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-
-    /// It has to be the snapshot that has this hash, as `limosa verify` once printed it.
-    #[arg(long, value_name = "HEX")]
-    pub blake3: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -410,22 +240,6 @@ pub struct Fsm {
     /// One line for each set of flags and each pair of states: the path, or EINVAL.
     #[arg(long)]
     pub paths: bool,
-}
-
-#[derive(Debug, Args)]
-pub struct Bench {
-    /// The device.
-    #[arg(value_name = "DEVICE")]
-    pub device: String,
-
-    /// Seconds for each figure.
-    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
-    pub seconds: Duration,
-
-    /// Keep this process and the floor's other end on one core; start the server with
-    /// `taskset -c 0` for figures on one core.
-    #[arg(long)]
-    pub one_core: bool,
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What commands take that move devices, and when the guest stops.
+//! Options of the commands that move devices, and when the guest stops.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use limosa_migrate::{Compression, Options};
 
-use super::Hold;
+use super::KeepOpen;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
 use super::link::{Link, Names};
 use super::resolving::Moves;
@@ -54,8 +54,8 @@ pub struct Moving {
     #[arg(long, value_name = "MS", conflicts_with = "no_precopy", value_parser = milliseconds)]
     pub downtime_limit: Option<Duration>,
 
-    /// What to do when what changes is not moved fast enough: keep trying, switch over all the same, or abort. By
-    /// default abort with --downtime-limit, else switch over.
+    /// What to do when the guest changes memory and state faster than they are moved: keep trying, switch over all
+    /// the same, or abort. By default abort with --downtime-limit, else switch over.
     #[arg(long, value_name = "CHOICE")]
     pub when_stalled: Option<WhenStalled>,
 
@@ -126,7 +126,7 @@ pub struct Migrate {
     #[arg(value_name = "DST")]
     pub destination: Option<String>,
 
-    /// A further device, and the one that it is moved to; many times. All of them move as one.
+    /// A further device, and its destination device; many times. All devices move together.
     #[arg(long = "device", id = "more", num_args = 2, value_names = ["SRC", "DST"])]
     pub more: Vec<String>,
 
@@ -134,7 +134,7 @@ pub struct Migrate {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     #[command(flatten)]
     pub moving: Moving,
@@ -177,13 +177,13 @@ pub struct Send {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     #[command(flatten)]
     pub moving: Moving,
 
     /// Compress memory and devices' data with zstd, or with lz4, which takes less time and saves less. Worth it on links
-    /// that are slower than a processor compresses; what would not become shorter goes as it is.
+    /// that are slower than a processor compresses. Data that would not become shorter is sent uncompressed.
     #[arg(long, value_name = "METHOD", help_heading = "Link")]
     pub compress: Option<Compression>,
 
@@ -191,7 +191,7 @@ pub struct Send {
     #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Link")]
     pub bandwidth: Option<u64>,
 
-    /// Send over so many links at once: 1 to 16, or auto: up to four, as many as make it faster.
+    /// Send over this number of links at once: 1 to 16, or auto: up to four, as long as each makes it faster.
     /// The receiver may take fewer.
     #[arg(long, value_name = "COUNT", default_value = "1", value_parser = link_count, help_heading = "Link")]
     pub links: LinkCount,
@@ -223,9 +223,9 @@ pub struct Receive {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
-    /// Take no more than so many links from a sender: 1 to 16.
+    /// Accept at most this number of links from a sender: 1 to 16.
     #[arg(long, value_name = "COUNT", default_value = "16", value_parser = links, help_heading = "Link")]
     pub links: NonZeroU32,
 

@@ -1,4 +1,4 @@
-//! What commands take that find out what became of a move, and where moves are remembered.
+//! Options of the commands that find out how a move ended, and where moves are remembered.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::values::seconds;
 #[derive(Debug, Args)]
 pub struct Moves {
     /// The folder in which moves are remembered, which has to be your own; by default limosa/moves below $XDG_STATE_HOME,
-    /// ~/.local/state or, without either, /var/lib. What cannot be remembered there is not moved.
+    /// ~/.local/state or, without either, /var/lib. Nothing is moved before it can be remembered there.
     #[arg(long = "moves", value_name = "FOLDER")]
     pub folder: Option<PathBuf>,
 }
@@ -52,7 +52,7 @@ pub struct Resolve {
     pub tls: Tls,
 }
 
-/// What became of a move.
+/// How a move ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Decided {
     /// The destination runs it, or did, or the snapshot was published: the device stops for good.

@@ -1,4 +1,4 @@
-//! What `limosa save` and `limosa load` take.
+//! Options of `limosa save`, `load`, `inspect` and `verify`.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use limosa_migrate::Compression;
 
-use super::Hold;
+use super::KeepOpen;
+use super::STORES;
 use super::guest::{DestinationMemory, SourceMemory, Starting, Stopping};
 use super::moving::{Devices, Reporting, StateMax, StopLimits};
 use super::resolving::Moves;
@@ -29,7 +30,7 @@ pub struct SaveNames {
 }
 
 impl Save {
-    /// What clap cannot check: that there is something to save, and that a device's name is text.
+    /// Checks that clap cannot express: there is something to save, and a device's name is text.
     pub(super) fn check(&self) -> Result<(), String> {
         let device = self.names.names.split_last().and_then(|(_, device)| device.first());
         if device.is_none() && self.names.more.is_empty() && self.memory.memory.is_empty() {
@@ -86,7 +87,7 @@ pub struct Save {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     #[command(flatten)]
     pub memory: SourceMemory,
@@ -116,7 +117,7 @@ pub struct Load {
     pub reporting: Reporting,
 
     #[command(flatten)]
-    pub hold: Hold,
+    pub keep_open: KeepOpen,
 
     #[command(flatten)]
     pub state: StateMax,
@@ -126,4 +127,24 @@ pub struct Load {
 
     #[command(flatten)]
     pub starting: Starting,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = STORES)]
+pub struct Inspect {
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = STORES)]
+pub struct Verify {
+    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// It has to be the snapshot that has this hash, as `limosa verify` once printed it.
+    #[arg(long, value_name = "HEX")]
+    pub blake3: Option<String>,
 }

@@ -171,7 +171,7 @@ fn view(name: &str) -> Option<PathBuf> {
     file.exists().then_some(file)
 }
 
-/// What it takes to open a device again.
+/// The name and options with which a device is opened again.
 #[derive(Clone)]
 struct Opener {
     limit: Duration,
@@ -207,7 +207,7 @@ fn print(report: &Report, args: &args::Check, out: &Output) -> anyhow::Result<()
     })
 }
 
-/// The exit code: what the profile requires, or every check.
+/// The exit code, from the checks that the profile requires, or from all.
 fn judge(report: &Report, profile: Option<&Profile>, name: &str) -> anyhow::Result<()> {
     let required = Profile::default();
     let profile = profile.unwrap_or(&required);

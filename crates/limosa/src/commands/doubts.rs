@@ -18,7 +18,7 @@ struct List {
     refused: Vec<Refused>,
 }
 
-/// What is told of a note.
+/// A note, as it is listed.
 #[derive(Serialize)]
 struct Listed {
     id: String,

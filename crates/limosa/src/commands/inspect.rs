@@ -1,4 +1,4 @@
-//! `limosa inspect`: what is in a saved stream.
+//! `limosa inspect`: the contents of a saved stream.
 
 use std::io::Write;
 
@@ -8,10 +8,10 @@ use super::moving::cancel_on_signal;
 use crate::args;
 use crate::exit::{self, Code};
 use crate::output::{self, Output};
-use crate::place::Place;
+use crate::snapshot_location::SnapshotLocation;
 
 pub fn run(args: &args::Inspect, out: &Output) -> anyhow::Result<()> {
-    let (place, cancel) = (Place::new(&args.file, false)?, cancel_on_signal()?);
+    let (place, cancel) = (SnapshotLocation::new(&args.file, false)?, cancel_on_signal()?);
     let found = inspect_snapshot(place.source(), Options::default().silence_max, Some(&cancel))?;
     if found.whole {
         return out.result(&found, |to| print(&found, to));

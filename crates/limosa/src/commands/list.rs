@@ -8,11 +8,11 @@ use limosa_protocol::MigrationFlags;
 use serde::Serialize;
 
 use crate::exit;
-use crate::held::{Holder, OpenElsewhere};
 use crate::open::Opening;
+use crate::open_elsewhere::{Holder, OpenElsewhere};
 use crate::output::Output;
 
-/// What was found.
+/// The devices that were found.
 #[derive(Debug, Serialize)]
 struct Listing {
     devices: Vec<Listed>,
@@ -36,7 +36,7 @@ struct Listed {
     found: Found,
 }
 
-/// What a brief look at it showed.
+/// The result of opening it for a moment.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "snake_case", tag = "is")]
 enum Found {

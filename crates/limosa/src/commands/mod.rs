@@ -11,6 +11,7 @@ pub mod generate;
 pub mod inspect;
 pub mod list;
 pub mod moving;
+pub mod next;
 pub mod probe;
 pub mod serve;
 pub mod settle;

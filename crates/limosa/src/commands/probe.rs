@@ -1,4 +1,4 @@
-//! `limosa probe`: what a device is, and whether and how it can migrate.
+//! `limosa probe`: the description of a device, and whether and how it can migrate.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::open::{self, Opened};
 use crate::output::{self, Output};
 
-/// What was found.
+/// The description of a device.
 #[derive(Debug, Serialize)]
 pub struct Probe {
     device: String,
@@ -22,7 +22,7 @@ pub struct Probe {
     /// Where the kernel has it; absent for a device behind a socket.
     #[serde(skip_serializing_if = "Option::is_none")]
     kernel: Option<Kernel>,
-    /// What this command is to it: `control` beside a VMM that uses it, else `vmm`. Absent for a device of the kernel's.
+    /// The role of this command: `control` beside a VMM that uses the device, else `vmm`. Absent for a kernel device.
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -37,7 +37,7 @@ pub struct Probe {
     irqs: Vec<IrqFound>,
 }
 
-/// What there is to know of a device of the kernel's.
+/// The part of the description that only kernel devices have.
 #[derive(Debug, Serialize)]
 struct Kernel {
     /// Where it is in sysfs.
@@ -47,8 +47,8 @@ struct Kernel {
     cdev: Option<String>,
     /// The door that it is open through here; absent for one that another process holds.
     door: Option<String>,
-    /// Who can tell which memory it wrote: `device`, `iommufd`, `container`. Absent for a device that another process
-    /// holds: that one knows.
+    /// The sources that log the memory it writes: `device`, `iommufd`, `container`. Absent for a device that another
+    /// process holds, since only that process knows.
     #[serde(skip_serializing_if = "Option::is_none")]
     dirty_sources: Option<Vec<String>>,
 }
@@ -147,7 +147,7 @@ fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
     })
 }
 
-/// What sysfs and its address space say of a device of the kernel's.
+/// The entries of sysfs and of the address space for a kernel device.
 fn look(kernel: &KernelDevice, given: &str, dma_logging: bool) -> Kernel {
     let listed = open::listed(given);
     let text = |path: &PathBuf| path.display().to_string();

@@ -1,4 +1,4 @@
-//! `limosa resolve`: what became of a move or a save in doubt is asked, and acted upon; a guest that a process of the
+//! `limosa resolve`: asks how a move or a save in doubt ended, and acts on the answer. A guest that a process of the
 //! command left stopped before any commit goes on.
 
 use std::path::Path;
@@ -17,14 +17,14 @@ use crate::moves::{Doubt, Halted, Moves, Note, Taken};
 use crate::noted_devices::NotedDevices;
 use crate::open::Opening;
 use crate::output::{Output, plain};
-use crate::place::Place;
+use crate::snapshot_location::SnapshotLocation;
 
 #[derive(Serialize)]
 struct Resolved<'a> {
     devices: &'a [String],
     id: String,
     outcome: &'static str,
-    /// What could not be done, and is left to do.
+    /// The steps that failed and are left to do.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     left: Vec<String>,
 }
@@ -122,7 +122,7 @@ struct Settling<'a> {
     halted: &'a Halted,
 }
 
-/// What was done, and what could not be.
+/// The steps that were done, and those that failed.
 struct Done {
     outcome: &'static str,
     devices: NotedDevices,
@@ -131,7 +131,7 @@ struct Done {
 }
 
 impl Settling<'_> {
-    /// What became of the move: as the user says, or as the other side does.
+    /// How the move ended: as the user says, or as the other side answers.
     fn decision(&self) -> anyhow::Result<Decision> {
         let Settling { args, id, .. } = self;
         match (self.note, args.decide) {
@@ -164,7 +164,7 @@ impl Settling<'_> {
                 format!("move {id} was saved to {place}, and no destination can be asked; expected no --to");
             return Err(exit::error(Code::Usage, what));
         }
-        let found = Place::new(Path::new(place), false)?;
+        let found = SnapshotLocation::new(Path::new(place), false)?;
         let why = match published(found.source(), *id, Options::default().silence_max, None) {
             Ok(Decision::Unknown) => String::new(),
             Ok(decision) => return Ok(decision),
@@ -296,7 +296,7 @@ impl Settling<'_> {
     }
 }
 
-/// Prints what was done, which goes with the failure if there is one.
+/// Prints the steps that were done, with the failure if there is one.
 fn print(
     id: MigrationId,
     halted: &Halted,

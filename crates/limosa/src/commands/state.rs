@@ -22,7 +22,7 @@ struct Answer {
 pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Result<()> {
     let mut path = Vec::new();
     match action {
-        StateAction::Get => {}
+        StateAction::Get | StateAction::Next { .. } => {}
         StateAction::Set { state } => {
             path = set(device, *state)?;
             if device.is_beside_vmm() && *state != State::Running {
@@ -46,12 +46,12 @@ pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Resul
         path => writeln!(to, "{}", path.join(" > ")),
     });
     match action {
-        StateAction::Get => printed,
         StateAction::Set { .. } | StateAction::Reset => after(state, printed),
+        StateAction::Get | StateAction::Next { .. } => printed,
     }
 }
 
-/// What was printed of a state that the device has taken.
+/// The line that is printed for a state that the device has entered.
 fn after(state: &str, printed: anyhow::Result<()>) -> anyhow::Result<()> {
     printed.map_err(|error| exit::but(format_args!("the device is in {state}"), &[exit::message(&error)]))
 }
@@ -81,8 +81,7 @@ fn set(device: &Opened, to: State) -> anyhow::Result<Vec<&'static str>> {
     let from = device.state()?;
     if device.closes_with_us() && from == State::Resuming && to != from {
         // The session was closed with the device. mtty takes the kernel down when it looks for its data.
-        let why =
-            "whoever had it open left it in the middle of loading a state, and the rest cannot come any more";
+        let why = "the process that had it open left it in the middle of loading a state, and the rest cannot come any more";
         let what = format!("{}: {why}; run `limosa state {} reset`", device.name(), device.given());
         return Err(exit::error(Code::Refused, what));
     }

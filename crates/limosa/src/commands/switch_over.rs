@@ -26,7 +26,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// The longest document of a new server.
 const DOCUMENT_BYTES_MAX: usize = 1 << 20;
 
-/// What the new server says.
+/// The document of the new server.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Said {
@@ -34,7 +34,7 @@ enum Said {
     Failed { code: u8, message: String },
 }
 
-/// What is known of both processes after a failure.
+/// The state of both processes after a failure, as far as it is known.
 #[derive(Serialize)]
 struct Known {
     old_pid: i32,
@@ -123,8 +123,8 @@ impl Old<'_> {
         Ok(Old { path, peer })
     }
 
-    /// Whether it serves. One that does, and has settled what it had begun, greets whoever connects; one that was replaced
-    /// ends.
+    /// Whether it serves. A server that does, and has finished or undone its last switch-over, greets every client that
+    /// connects. A server that was replaced ends.
     fn serves(&self) -> Option<bool> {
         let until = Instant::now() + ANSWER_LIMIT;
         if self.greets(until) {
@@ -177,7 +177,7 @@ impl New {
             command.arg("--json");
         }
         let started = command
-            // What is typed to end this command does not reach it.
+            // A signal from the terminal, which ends this command, does not reach it.
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -7,7 +7,7 @@ use super::moving::cancel_on_signal;
 use crate::args;
 use crate::exit::{self, Code};
 use crate::output::{self, Output};
-use crate::place::Place;
+use crate::snapshot_location::SnapshotLocation;
 
 #[derive(Serialize)]
 struct Verified {
@@ -21,7 +21,7 @@ struct Verified {
 }
 
 pub fn run(args: &args::Verify, out: &Output) -> anyhow::Result<()> {
-    let (place, cancel) = (Place::new(&args.file, false)?, cancel_on_signal()?);
+    let (place, cancel) = (SnapshotLocation::new(&args.file, false)?, cancel_on_signal()?);
     let found = verify(place.source(), Options::default().silence_max, Some(&cancel))?;
     let found = Verified {
         place: place.source().name(),

@@ -13,7 +13,7 @@ use super::{PAGE, Writer, memory};
 
 const HUGE: u64 = 2 << 20;
 
-/// So many huge pages of 2 MiB that nobody has. The reservation is as it was before when this is dropped.
+/// This number of huge pages of 2 MiB that no process has. The reservation is as it was before when this is dropped.
 struct HugePages(Option<String>);
 
 impl HugePages {

@@ -79,7 +79,7 @@ fn a_process_that_writes() {
     }
 }
 
-/// A file of so many pages, every one of them different.
+/// A file of this number of pages, each different.
 fn memory(folder: &Folder, name: &str, pages: u64) -> String {
     let path = folder.path(name);
     let mut bytes = vec![0; (pages * PAGE) as usize];

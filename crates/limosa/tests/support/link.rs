@@ -14,11 +14,11 @@ use super::{Folder, LIMIT};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plan {
     Pass,
-    /// After so many bytes from the sender, nothing passes until the test says so.
+    /// After this number of bytes from the sender, nothing passes until the test says so.
     Hold(u64),
-    /// After so many bytes from the sender, the link is gone.
+    /// After this number of bytes from the sender, the link is gone.
     Cut(u64),
-    /// After so many bytes from the receiver, the link is gone.
+    /// After this number of bytes from the receiver, the link is gone.
     CutBack(u64),
 }
 

@@ -3,7 +3,7 @@
 use std::io::IoSlice;
 use std::sync::Mutex;
 
-use crate::link::{Fingerprint, Link, LinkError, Wait};
+use crate::link::{Link, LinkError, Wait, forward_link};
 use crate::lock::lock;
 
 /// Keeps what is read from a link, until [`HeardLink::replay`] or [`HeardLink::forget`]. Its user bounds what it reads before.
@@ -66,25 +66,7 @@ impl Link for HeardLink {
         Ok(bytes)
     }
 
-    fn finish(&self) {
-        self.inner.finish();
-    }
-
-    fn part(&self, wait: Wait<'_>) {
-        self.inner.part(wait);
-    }
-
-    fn peer(&self) -> &str {
-        self.inner.peer()
-    }
-
-    fn has_peer(&self) -> bool {
-        self.inner.has_peer()
-    }
-
-    fn peer_fingerprint(&self) -> Option<Fingerprint> {
-        self.inner.peer_fingerprint()
-    }
+    forward_link!(|this| this.inner);
 }
 
 #[cfg(test)]

@@ -71,7 +71,7 @@ impl fmt::Debug for OfferedMove {
 ///
 /// - A question of a source in doubt is answered from the ledger, also while a move is under way.
 /// - An OFFER comes out of [`Acceptor::accept`]. While a move is under way, others are refused. After a move was committed all
-///   of them are, whoever calls: from then on the acceptor only answers.
+///   of them are, for every caller: from then on the acceptor only answers.
 /// - A further link of the move under way goes to that move ([`Destination::receive_offered`]).
 /// - All other clients are passed over. They are told why, and named in a warning of the log, but not more than ten at once
 ///   and then one a second, which counts the others.

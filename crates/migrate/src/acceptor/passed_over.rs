@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-/// So many lines may come at once. After that there is one for each interval.
+/// The number of lines that may come at once. After that there is one for each interval.
 pub(super) const LINES_AT_ONCE: u32 = 10;
 /// The interval at which one line more may come.
 pub(super) const LINE_EVERY: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! [`Shared`]: what an acceptor and its threads share.
+//! [`Shared`]: the state that an acceptor and its threads share.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -47,7 +47,7 @@ impl AsFd for Event {
     }
 }
 
-/// What an acceptor and its threads share.
+/// The state that an acceptor and its threads share.
 pub(super) struct Shared {
     pub(super) ledger: Arc<Ledger>,
     pub(super) silence_max: Duration,

@@ -30,7 +30,7 @@ impl<'a> Destination<'a> {
     ) -> Result<End, NotStarted> {
         let connection = receiving.connection;
         context.recorder.check().map_err(NotStarted::GivenBack)?;
-        match self.ledger.hold(id, receiving.proofs.secret()) {
+        match self.ledger.begin_holding(id, receiving.proofs.secret()) {
             Ok(true) => {}
             Ok(false) => {
                 let why = connection.damaged(decided_already("an id", id));
@@ -38,7 +38,7 @@ impl<'a> Destination<'a> {
             }
             Err(error) => return Err(NotStarted::GivenBack(not_recorded(error))),
         }
-        if let Err(why) = guard("holding for the commit", || self.hold(id, receiving)) {
+        if let Err(why) = guard("holding for the commit", || self.await_commit(id, receiving)) {
             self.ledger.not_committed(id);
             connection.refuse(&why, &receiving.proofs);
             return Err(NotStarted::GivenBack(why));
@@ -71,7 +71,7 @@ impl<'a> Destination<'a> {
     }
 
     /// Sends READY and waits for COMMIT. If this fails, the move must never run here.
-    fn hold(&self, id: MigrationId, receiving: &Receiving<'_, 'a>) -> Result<()> {
+    fn await_commit(&self, id: MigrationId, receiving: &Receiving<'_, 'a>) -> Result<()> {
         let (connection, proofs) = (receiving.connection, &receiving.proofs);
         check_cancel(self.cancel)?;
         connection.send(&Frame::new(Kind::READY, &proofs.prove(Kind::READY, &[])), self.cancel)?;

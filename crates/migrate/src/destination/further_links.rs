@@ -114,7 +114,12 @@ impl Receiving<'_, '_> {
                     self.state.notify_all();
                     return Ok(());
                 }
-                Kind::MEMORY_DATA | Kind::MEMORY_ZERO | Kind::DEVICE_DATA | Kind::FLUSH | Kind::PROGRESS => {
+                Kind::MEMORY_DATA
+                | Kind::MEMORY_ZERO
+                | Kind::MEMORY_RUNS
+                | Kind::DEVICE_DATA
+                | Kind::FLUSH
+                | Kind::PROGRESS => {
                     self.take(&header, &mut reader)?;
                 }
                 kind => {

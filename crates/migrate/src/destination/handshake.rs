@@ -25,7 +25,7 @@ pub(super) enum Greeting {
     Query(MigrationId, Vec<u8>),
 }
 
-/// What the words of this move prove, if the source has a secret, with a challenge that no connection has had before.
+/// The proofs of this move's frames, if the source has a secret, with a challenge that no connection has had before.
 pub(super) fn proofs(id: MigrationId, offer: &Offer) -> Result<Proofs> {
     let Some(secret) = &offer.secret else { return Ok(Proofs::none()) };
     let challenge = Nonce::random().map_err(|error| Error::Os { doing: "reading random numbers", error })?;
@@ -101,7 +101,7 @@ impl<'a> Destination<'a> {
             };
             let window = Some(window(self.devices.len(), self.options.windows_bytes));
             let challenge = receiving.proofs.nonce();
-            let answer = Answer { accepted: accepted.is_ok(), reasons, links, window, challenge };
+            let answer = Answer { accepted: accepted.is_ok(), reasons, links, window, challenge, runs: true };
             let payload = answer.encode().map_err(|damage| connection.damaged(damage))?;
             connection.send(&Frame::new(Kind::ANSWER, &payload), self.cancel)?;
         }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use limosa_clockwork::{Guard, now};
 use limosa_stream::body::{decode_device_end, decode_u32};
 use limosa_stream::buffer::Buffer;
-use limosa_stream::{Damage, Header, Kind, Step};
+use limosa_stream::{Damage, Header, Kind, Runs, Step};
 
 use super::device_queue::{DeviceQueue, data_bytes};
 use super::receiving::{Progress, Receiving};
@@ -20,7 +20,7 @@ use crate::{Error, Result, Round};
 /// How much memory is made zero at once. A cancel is observed between two pieces.
 const ZERO_BYTES_MAX: u64 = 64 << 20;
 
-/// The limits are checked after so many frames, and at each keep-alive.
+/// The limits are checked after this number of frames, and at each keep-alive.
 const CHECK_EVERY: u32 = 64;
 
 pub(super) const DOING: &str = "waiting for the source's data";
@@ -120,6 +120,7 @@ impl Receiving<'_, '_> {
                 self.recorder().memory_data(pages.len() as u64);
             }
             Step::MemoryZero(at, offset, bytes) => self.zero(at, offset, bytes)?,
+            Step::MemoryRuns(at, runs) => self.write_runs(at, &runs)?,
             Step::Round(round, memory_dirty_bytes) => {
                 self.recorder().round(&Round { round, memory_dirty_bytes, ..Round::default() });
             }
@@ -138,6 +139,29 @@ impl Receiving<'_, '_> {
             _ => {}
         }
         Ok(Step::Skipped)
+    }
+
+    /// Writes pages that are not next to each other. Zeroes are not written where the memory is untouched, which one search finds
+    /// for all of them.
+    fn write_runs(&self, at: usize, runs: &Runs<'_>) -> Result<()> {
+        let Some(region) = self.regions[at] else { return Ok(()) };
+        let end = runs.iter().last().map_or(0, |run| run.offset + run.bytes);
+        // Where memory may hold something from the last search on; `None` for nowhere up to the end.
+        let mut data = runs.iter().next().map(|run| run.offset..run.offset);
+        for run in runs.iter().filter(|run| run.data.is_none()) {
+            if data.as_ref().is_some_and(|data| data.end <= run.offset) {
+                data = region.data(run.offset..end)?;
+            }
+            match data.as_ref().is_some_and(|data| data.start < run.offset + run.bytes) {
+                true => self.zero(at, run.offset, run.bytes)?,
+                false => self.recorder().memory_zero(run.bytes),
+            }
+        }
+        for run in runs.iter() {
+            run.data.map_or(Ok(()), |pages| region.write(run.offset, pages))?;
+        }
+        self.recorder().memory_data(runs.data_bytes());
+        Ok(())
     }
 
     fn zero(&self, at: usize, offset: u64, bytes: u64) -> Result<()> {

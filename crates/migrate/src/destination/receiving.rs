@@ -1,4 +1,4 @@
-//! [`Receiving`]: what the threads of a destination share while data arrives, and what devices are told to do.
+//! [`Receiving`]: the state that the threads of a destination share while data arrives, and the jobs of its devices.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};

@@ -66,7 +66,7 @@ impl<'a> Destination<'a> {
         check_cancel(self.cancel).map_err(NotStarted::GivenBack)?;
         context.recorder.check().map_err(NotStarted::GivenBack)?;
         match self.start(after, context, receiving) {
-            // Nothing is committed: what was loaded is discarded as before.
+            // Nothing is committed: the loaded state is discarded as before.
             Err(NotStarted::Stuck(why)) if receiving.never_run() => Err(NotStarted::GivenBack(why)),
             started => started,
         }

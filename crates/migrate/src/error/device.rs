@@ -1,4 +1,5 @@
-//! What a device did against the standard (`vfio.h: enum vfio_device_mig_state`), or another client did to it.
+//! What went wrong with a device: it broke the standard (`vfio.h: enum vfio_device_mig_state`), or another client did
+//! to it.
 
 use limosa_protocol::State;
 

@@ -1,4 +1,4 @@
-//! What keeps two machines from being the two ends of one move.
+//! The differences that keep two machines from being the two ends of one move.
 
 /// Why two sides do not match.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,4 +1,4 @@
-//! What the other side lacks to be believed (`docs/failure.md: Who is believed`).
+//! The reasons for which the other side is not believed (`docs/failure.md: Who is believed`).
 
 use limosa_stream::MigrationId;
 

@@ -1,4 +1,4 @@
-//! What keeps a guest from a stop as short as its goal.
+//! The reasons for which a stop cannot be as short as its goal.
 
 use std::time::Duration;
 

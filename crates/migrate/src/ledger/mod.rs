@@ -16,7 +16,7 @@ use crate::{PrivateFolder, Result};
 /// How many moves are remembered at most. The oldest decided ones are forgotten first.
 const MOVES_MAX: usize = 1024;
 
-/// What became of a move.
+/// How a move ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// Not known: the move was never heard of, was forgotten, or is not decided yet.
@@ -40,7 +40,7 @@ enum Entry {
 struct Move {
     id: MigrationId,
     entry: Entry,
-    /// What keys the proofs of those who ask about it.
+    /// The key of the proofs of sources that ask about it.
     secret: Option<Secret>,
     /// Until the move is decided, if there is a folder.
     record: Option<Record>,
@@ -81,7 +81,7 @@ impl Ledger {
         self.folder.as_ref().map_or(Ok(true), |folder| record::is_empty(folder))
     }
 
-    /// What became of a move, for whoever owns this ledger. A move that is still *holding* becomes *not committed* by the
+    /// How a move ended, for the owner of this ledger. A move that is still *holding* becomes *not committed* by the
     /// question: a COMMIT that is on its way is refused from then on. So does a move whose process died while it was
     /// *holding*. Nothing is known of a move whose process died while it started its devices.
     pub fn ask(&self, id: MigrationId) -> Decision {
@@ -124,7 +124,7 @@ impl Ledger {
     }
 
     /// READY is about to be sent. `false` if the id was used before.
-    pub(crate) fn hold(&self, id: MigrationId, secret: Option<&Secret>) -> io::Result<bool> {
+    pub(crate) fn begin_holding(&self, id: MigrationId, secret: Option<&Secret>) -> io::Result<bool> {
         let mut moves = self.lock();
         if moves.iter().any(|known| known.id == id) {
             return Ok(false);
@@ -214,8 +214,8 @@ mod tests {
     fn being_asked_for_a_move_that_holds_decides_it() {
         let ledger = Ledger::new();
         assert_eq!(ledger.ask(ID), Decision::Unknown);
-        assert!(ledger.hold(ID, None).unwrap());
-        assert!(!ledger.hold(ID, None).unwrap());
+        assert!(ledger.begin_holding(ID, None).unwrap());
+        assert!(!ledger.begin_holding(ID, None).unwrap());
         assert_eq!(ledger.ask(ID), Decision::NotCommitted);
         assert!(!ledger.start(ID).unwrap(), "too late");
         assert_eq!(ledger.ask(ID), Decision::NotCommitted);
@@ -227,7 +227,7 @@ mod tests {
         let secret = Secret::new([3; 32]);
         let id = |number: u8| MigrationId([number; 16]);
         let ledger = Ledger::open(folder.path()).unwrap();
-        (0..2).for_each(|number| assert!(ledger.hold(id(number), Some(&secret)).unwrap()));
+        (0..2).for_each(|number| assert!(ledger.begin_holding(id(number), Some(&secret)).unwrap()));
         let stranger = |known: Option<&Secret>| {
             assert_eq!(known, Some(&secret));
             Err(crate::Error::Cancelled)
@@ -259,7 +259,7 @@ mod tests {
             (Ledger::not_committed, Decision::NotCommitted),
         ] {
             let ledger = Ledger::new();
-            ledger.hold(ID, None).unwrap();
+            ledger.begin_holding(ID, None).unwrap();
             assert!(ledger.start(ID).unwrap());
             assert_eq!(ledger.ask(ID), Decision::Unknown);
             end(&ledger, ID);
@@ -270,10 +270,10 @@ mod tests {
     #[test]
     fn the_oldest_decided_moves_give_way() {
         let ledger = Ledger::new();
-        ledger.hold(ID, None).unwrap();
+        ledger.begin_holding(ID, None).unwrap();
         for number in 0..2 * MOVES_MAX as u128 {
             let id = MigrationId((number + (1 << 100)).to_be_bytes());
-            assert!(ledger.hold(id, None).unwrap());
+            assert!(ledger.begin_holding(id, None).unwrap());
             ledger.not_committed(id);
         }
         assert!(ledger.lock().len() <= MOVES_MAX);
@@ -286,13 +286,13 @@ mod tests {
         let open = || Ledger::open(&folder.path().join("moves")).unwrap();
         let id = |number: u8| MigrationId([number; 16]);
         let dying = open();
-        (0..4).for_each(|number| assert!(dying.hold(id(number), None).unwrap()));
+        (0..4).for_each(|number| assert!(dying.begin_holding(id(number), None).unwrap()));
         (1..4).for_each(|number| assert!(dying.start(id(number)).unwrap()));
         dying.committed(id(2));
         dying.not_committed(id(3));
         let next = open();
         assert_eq!(next.ask(id(0)), Decision::Unknown, "the first still lives, and decides");
-        assert!(!next.hold(id(0), None).unwrap(), "an id is used once");
+        assert!(!next.begin_holding(id(0), None).unwrap(), "an id is used once");
         assert_eq!(next.ask(id(2)), Decision::Committed);
         // Its locks go with it; nothing else is done.
         drop(dying);
@@ -317,7 +317,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let open = || Ledger::open(folder.path()).unwrap();
         let ledger = open();
-        (0..5).for_each(|number| assert!(ledger.hold(id(number), None).unwrap()));
+        (0..5).for_each(|number| assert!(ledger.begin_holding(id(number), None).unwrap()));
         (3..5).for_each(|number| assert!(ledger.start(id(number)).unwrap()));
         unwritable(&ledger);
         assert!(ledger.start(id(0)).is_err(), "a commit that cannot be recorded is not taken");
@@ -345,7 +345,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         drop(folder);
-        assert!(ledger.hold(ID, None).is_err());
+        assert!(ledger.begin_holding(ID, None).is_err());
         assert!(!ledger.start(ID).unwrap());
     }
 }

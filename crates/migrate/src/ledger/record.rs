@@ -108,7 +108,7 @@ impl Found {
         self.record.secret.as_ref()
     }
 
-    /// What became of the move. One that holds is decided by this.
+    /// How the move ended. This decides a move that is still *holding*.
     pub fn decision(&self) -> io::Result<Decision> {
         match self.number {
             1 => Ok(Decision::NotCommitted),

@@ -30,7 +30,7 @@ pub struct Connector {
 }
 
 impl Connector {
-    /// Plain links without a limit to this address, whoever listens there.
+    /// Plain links without a limit to this address, with no check of the listener.
     pub fn new(address: Address) -> Connector {
         Connector { address, tls: None, bandwidth: None, within_host: false, server_users: None }
     }

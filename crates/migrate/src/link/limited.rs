@@ -4,7 +4,7 @@ use std::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::{Fingerprint, Link, LinkError, Wait};
+use super::{Link, LinkError, Wait, forward_link};
 use crate::cancel::after;
 use crate::lock::lock;
 
@@ -61,7 +61,7 @@ impl Bucket {
 
     /// Takes back bytes that were reserved and not sent. Later reservations keep their moments.
     fn give_back(&mut self, bytes: usize) {
-        // Rounded down: what was rounded up before is not given back.
+        // Rounded down: an earlier rounding up is not given back.
         let nanos = u128::from(bytes as u64) * 1_000_000_000 / u128::from(self.bytes_per_second);
         let time = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
         self.spent_until = self.spent_until.and_then(|spent_until| spent_until.checked_sub(time));
@@ -174,25 +174,7 @@ impl<L: Link> Link for LimitedLink<L> {
         self.inner.read(into, wait)
     }
 
-    fn finish(&self) {
-        self.inner.finish();
-    }
-
-    fn part(&self, wait: Wait<'_>) {
-        self.inner.part(wait);
-    }
-
-    fn peer(&self) -> &str {
-        self.inner.peer()
-    }
-
-    fn has_peer(&self) -> bool {
-        self.inner.has_peer()
-    }
-
-    fn peer_fingerprint(&self) -> Option<Fingerprint> {
-        self.inner.peer_fingerprint()
-    }
+    forward_link!(|this| this.inner);
 }
 
 #[cfg(test)]

@@ -139,6 +139,37 @@ impl<F: Fn(Wait<'_>) -> Result<Box<dyn Link>, LinkError> + Sync> FurtherLinks fo
     }
 }
 
+/// The methods of [`Link`] that a wrapper passes on unchanged.
+macro_rules! forward_link {
+    (|$this:ident| $to:expr) => {
+        fn finish(&self) {
+            let $this = self;
+            $to.finish();
+        }
+
+        fn part(&self, wait: $crate::link::Wait<'_>) {
+            let $this = self;
+            $to.part(wait);
+        }
+
+        fn peer(&self) -> &str {
+            let $this = self;
+            $to.peer()
+        }
+
+        fn has_peer(&self) -> bool {
+            let $this = self;
+            $to.has_peer()
+        }
+
+        fn peer_fingerprint(&self) -> Option<$crate::link::Fingerprint> {
+            let $this = self;
+            $to.peer_fingerprint()
+        }
+    };
+}
+pub(crate) use forward_link;
+
 macro_rules! link_for {
     ($($pointer:ident),*) => {$(
         impl<L: Link + ?Sized> Link for $pointer<L> {
@@ -150,25 +181,7 @@ macro_rules! link_for {
                 (**self).read(into, wait)
             }
 
-            fn finish(&self) {
-                (**self).finish();
-            }
-
-            fn part(&self, wait: Wait<'_>) {
-                (**self).part(wait);
-            }
-
-            fn peer(&self) -> &str {
-                (**self).peer()
-            }
-
-            fn has_peer(&self) -> bool {
-                (**self).has_peer()
-            }
-
-            fn peer_fingerprint(&self) -> Option<Fingerprint> {
-                (**self).peer_fingerprint()
-            }
+            forward_link!(|this| (**this));
         }
     )*};
 }

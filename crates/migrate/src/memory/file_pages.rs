@@ -15,18 +15,42 @@ use crate::memory::GuestPages;
 
 /// Pages of a mapping are populated in blocks of this size, at a fraction of the cost of a fault for each page.
 const BLOCK_BYTES: u64 = 64 << 10;
+/// Data and holes shorter than this are close to each other.
+const CLOSE_BYTES: u64 = 16 << 10;
+/// After this many pieces of data that are close to each other, holes are no longer searched for between them.
+const CLOSE_PIECES: u32 = 4;
+/// How much is then taken as data, until the next search.
+const MIXED_BYTES: u64 = 1 << 20;
 
 /// Guest memory in a file: a memfd, hugetlbfs, any other.
 ///
 /// Holes of the file (`SEEK_HOLE` in lseek(2)) count as zeroes and are not read, so that untouched memory stays
-/// untouched. The search for holes moves the file's position; reads and writes do not depend on it.
+/// untouched. Where holes and data alternate every few pages, both are read, by a system call that does not fill holes: that
+/// takes less time than to search for each. The search moves the file's position; reads and writes do not depend on it.
 #[derive(Debug)]
 pub struct FilePages {
     file: File,
     offset: u64,
     mapped: Option<Mapped>,
-    /// The data of the file that was found last, as offsets in the file: the next search is mostly within it.
-    data: Mutex<Range<u64>>,
+    found: Mutex<Found>,
+}
+
+/// What the last search found, as offsets in the file: the next one is mostly within it.
+#[derive(Debug, Default)]
+struct Found {
+    /// Data without a hole.
+    data: Range<u64>,
+    /// Data and holes.
+    mixed: Range<u64>,
+    /// How many pieces of data in a row were close to the one before them.
+    close_pieces: u32,
+}
+
+/// A part of the memory that was searched for.
+struct Piece {
+    range: Range<u64>,
+    /// Whether there may be holes in it.
+    is_mixed: bool,
 }
 
 #[derive(Debug)]
@@ -39,7 +63,7 @@ struct Mapped {
 impl FilePages {
     /// Memory that starts at this offset of the file, in bytes. It is accessed by system calls.
     pub fn new(file: File, offset: u64) -> FilePages {
-        FilePages { file, offset, mapped: None, data: Mutex::default() }
+        FilePages { file, offset, mapped: None, found: Mutex::default() }
     }
 
     /// Memory of `bytes` bytes that starts at this offset of the file, in bytes, and is mapped, which is faster. The
@@ -59,6 +83,47 @@ impl FilePages {
     /// The position in the file of an offset in the memory.
     fn position(&self, offset: u64) -> io::Result<u64> {
         self.offset.checked_add(offset).ok_or_else(|| cut_short(limosa_protocol::Errno::EFAULT))
+    }
+
+    /// The first part of a range that may hold anything but zeroes.
+    fn search(&self, range: Range<u64>) -> io::Result<Option<Piece>> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        let wanted = self.position(range.start)?..self.position(range.end)?;
+        let within = |found: &Range<u64>, is_mixed| {
+            let (start, end) = (found.start.max(wanted.start), found.end.min(wanted.end));
+            let range = start - self.offset..end - self.offset;
+            (start < end).then_some(Piece { range, is_mixed })
+        };
+        // Locked during the search: the file has one position for all threads.
+        let mut found = crate::lock::lock(&self.found);
+        if found.data.contains(&wanted.start) {
+            return Ok(within(&found.data, false));
+        }
+        if found.mixed.contains(&wanted.start) {
+            return Ok(within(&found.mixed, true));
+        }
+        let start = match seek(&self.file, SeekFrom::Data(wanted.start)) {
+            Ok(start) => start,
+            // No data up to the end of the file. A range beyond the end is no memory: it counts as data, so that the
+            // read fails.
+            Err(Errno::NXIO) if self.file.metadata()?.len() >= wanted.end => return Ok(None),
+            Err(_) => return Ok(Some(Piece { range, is_mixed: false })),
+        };
+        if start >= wanted.end {
+            return Ok(None);
+        }
+        let end = seek(&self.file, SeekFrom::Hole(start)).unwrap_or(wanted.end);
+        let before = found.data.end.max(found.mixed.end);
+        let is_close = end - start < CLOSE_BYTES && (before..before + CLOSE_BYTES).contains(&start);
+        found.close_pieces = if is_close { found.close_pieces.saturating_add(1) } else { 0 };
+        found.data = start..end;
+        if found.close_pieces < CLOSE_PIECES {
+            return Ok(within(&found.data, false));
+        }
+        found.mixed = start..start.saturating_add(MIXED_BYTES);
+        Ok(within(&found.mixed, true))
     }
 }
 
@@ -100,13 +165,17 @@ impl GuestPages for FilePages {
                     return Err(cut_short(limosa_protocol::Errno::EFAULT));
                 }
                 let (mut at, mut rest) = (offset, into);
-                while let Some(data) = self.data(at..end)? {
-                    let (hole, more) = rest.split_at_mut((data.start - at) as usize);
-                    let (piece, more) = more.split_at_mut((data.end - data.start) as usize);
+                while let Some(Piece { range, is_mixed }) = self.search(at..end)? {
+                    let (hole, more) = rest.split_at_mut((range.start - at) as usize);
+                    let (piece, more) = more.split_at_mut((range.end - range.start) as usize);
                     hole.fill(0);
-                    mapped.populate(data.start, piece.len() as u64, false);
-                    mapped.mapping.read(data.start, piece).map_err(cut_short)?;
-                    (at, rest) = (data.end, more);
+                    if is_mixed {
+                        self.file.read_exact_at(piece, self.position(range.start)?)?;
+                    } else {
+                        mapped.populate(range.start, piece.len() as u64, false);
+                        mapped.mapping.read(range.start, piece).map_err(cut_short)?;
+                    }
+                    (at, rest) = (range.end, more);
                 }
                 rest.fill(0);
                 Ok(())
@@ -126,32 +195,7 @@ impl GuestPages for FilePages {
     }
 
     fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
-        if range.is_empty() {
-            return Ok(None);
-        }
-        let wanted = self.position(range.start)?..self.position(range.end)?;
-        let within = |data: &Range<u64>| {
-            let (start, end) = (data.start.max(wanted.start), data.end.min(wanted.end));
-            (start < end).then(|| start - self.offset..end - self.offset)
-        };
-        // Locked during the search: the file has one position for all threads.
-        let mut known = crate::lock::lock(&self.data);
-        if known.contains(&wanted.start) {
-            return Ok(within(&known));
-        }
-        let start = match seek(&self.file, SeekFrom::Data(wanted.start)) {
-            Ok(start) => start,
-            // No data up to the end of the file. A range beyond the end is no memory: it counts as data, so that the
-            // read fails.
-            Err(Errno::NXIO) if self.file.metadata()?.len() >= wanted.end => return Ok(None),
-            Err(_) => return Ok(Some(range)),
-        };
-        if start >= wanted.end {
-            return Ok(None);
-        }
-        let end = seek(&self.file, SeekFrom::Hole(start)).unwrap_or(wanted.end);
-        *known = start..end;
-        Ok(within(&known))
+        Ok(self.search(range)?.map(|piece| piece.range))
     }
 }
 
@@ -259,6 +303,35 @@ mod tests {
             );
         }
         assert_eq!(file.metadata().unwrap().blocks(), 16, "two pages");
+    }
+
+    #[test]
+    fn where_holes_and_data_alternate_few_searches_find_them_and_no_hole_is_filled() {
+        let bytes = 4 * MIB;
+        let file = memfd(bytes + 4096);
+        for pages in both(&file, 4096, bytes) {
+            for at in (0..bytes).step_by(8192) {
+                pages.write(at, &[7; 4096]).unwrap();
+            }
+            let (mut at, mut pieces, mut read) = (0, 0, Vec::new());
+            while let Some(data) = pages.data(at..bytes).unwrap() {
+                read.resize((data.end - data.start) as usize, 1);
+                pages.read(data.start, &mut read).unwrap();
+                for (page, at) in read.chunks(4096).zip((data.start..).step_by(4096)) {
+                    assert!(page.iter().all(|byte| *byte == if at % 8192 == 0 { 7 } else { 0 }), "{at:#x}");
+                }
+                (at, pieces) = (data.end, pieces + 1);
+            }
+            assert!(pieces < 16, "{pieces} searches for 512 pieces");
+            assert_eq!(file.metadata().unwrap().blocks(), bytes / 2 / 512);
+            // A page is found that is written where a hole was passed over.
+            pages.write(MIB + 4096, &[9; 4096]).unwrap();
+            let mut page = [0; 4096];
+            pages.read(MIB + 4096, &mut page).unwrap();
+            assert_eq!(page, [9; 4096]);
+            file.set_len(0).unwrap();
+            file.set_len(bytes + 4096).unwrap();
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use limosa_protocol::bitmap::DirtyBitmap;
 /// The fingerprint of a page; `None` of a page of zeroes.
 pub(super) type Print = Option<[u64; 2]>;
 
-/// The fingerprints of so many pages are allocated together, when one of them is stored that is not of zeroes.
+/// The fingerprints of this number of pages are allocated together, when the first one is stored that is not of zeroes.
 const CHUNK_PAGES: u64 = 512;
 /// Pages that are looked at together.
 const SOME_PAGES: u64 = 64 * 64;
@@ -27,7 +27,7 @@ pub(super) struct Prints {
 type Chunk = Box<[[AtomicU64; 2]]>;
 
 impl Prints {
-    /// For so many pages, none of which was read. Fails when there is no memory for that.
+    /// For this number of pages, none of which was read. Fails when there is no memory for that.
     pub(super) fn new(pages: u64) -> io::Result<Prints> {
         let zero = DirtyBitmap::new(pages).map_err(|_| no_memory())?;
         let count = usize::try_from(pages.div_ceil(CHUNK_PAGES)).map_err(|_| no_memory())?;

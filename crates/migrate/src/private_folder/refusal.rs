@@ -48,7 +48,7 @@ pub(super) fn named(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// What a file is, for messages; `None` for a regular one.
+/// The kind of a file, for messages; `None` for a regular one.
 pub(crate) fn other_than_file(stat: &Stat) -> Option<&'static str> {
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => None,

@@ -1,4 +1,4 @@
-//! What holds for a private folder.
+//! Properties of a private folder.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 

@@ -67,7 +67,7 @@ impl LinkCount {
 mod tests {
     use super::*;
 
-    /// The links in the end, when `rate` tells how many MiB a second so many links carry.
+    /// The links in the end, when `rate` tells how many MiB a second a number of links carries.
     fn settle(most: usize, rate: impl Fn(usize) -> u64) -> usize {
         let mut link_count = LinkCount::new(most, true);
         let (mut now, mut bytes) = (Instant::now(), 0);

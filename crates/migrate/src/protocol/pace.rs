@@ -7,7 +7,7 @@ const SAMPLE_BYTES_MIN: u64 = 64 << 10;
 /// A sample of fewer bytes tells the rate only if the link was busy for [`SAMPLE_TIME_MIN`].
 const SAMPLE_BYTES_LONG: u64 = 1 << 20;
 const SAMPLE_TIME_MIN: Duration = Duration::from_millis(100);
-/// A sample of so many bytes, or of so much time, weighs as much as all samples before it. A shorter one weighs less.
+/// A sample of this many bytes, or of this duration, weighs as much as all samples before it. A shorter one weighs less.
 const SAMPLE_BYTES_FULL: f64 = (16 << 20) as f64;
 const SAMPLE_TIME_FULL: Duration = Duration::from_secs(1);
 /// The arcs of a stop: to PRE_COPY_P2P and to STOP_COPY at the source, to STOP, RUNNING_P2P and RUNNING at the destination.
@@ -15,7 +15,7 @@ const ARCS: u32 = 5;
 /// The rate, in bytes per second, that is assumed until one was measured.
 const ASSUMED: f64 = (1 << 30) as f64;
 
-/// What the destination handled in a stretch of time.
+/// The bytes that the destination handled in a period.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sample {
     /// How many bytes.

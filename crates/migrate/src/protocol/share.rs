@@ -29,7 +29,7 @@ impl LinkShare {
         self.senders += 1;
     }
 
-    /// So many bytes of memory were sent. Returns whether devices may have become free to send.
+    /// Counts bytes of memory that were sent. Returns whether devices may have become free to send.
     pub(crate) fn end_memory(&mut self, bytes: usize, now: Instant) -> bool {
         let was_ahead = self.ahead > 0;
         self.senders = self.senders.saturating_sub(1);
@@ -49,9 +49,9 @@ impl LinkShare {
         self.ahead <= 0 || self.senders == 0 && pauses
     }
 
-    /// A device is going to send so many bytes.
+    /// Counts bytes that a device is going to send.
     pub(crate) fn device(&mut self, bytes: usize) {
-        // What was sent while memory had nothing to send is not owed to it.
+        // Bytes that were sent while memory had nothing to send do not count against the devices.
         self.ahead = self.ahead.min(0).saturating_add_unsigned(bytes as u64);
     }
 }

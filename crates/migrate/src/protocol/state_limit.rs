@@ -9,7 +9,7 @@ use limosa_stream::DEVICE_BYTES_MAX;
 use crate::Options;
 use crate::options::WhenStalled;
 
-/// In the stop a device may give so many times what it has said...
+/// In the stop a device may give this many times the size that it announced...
 const TIMES_SAID: u64 = 4;
 /// ... and at least this much.
 const STOP_BYTES_MIN: u64 = 1 << 30;
@@ -19,7 +19,7 @@ const PRECOPY_BYTES_MIN: u64 = 2 << 30;
 /// Follows the data of one device.
 #[derive(Clone, Debug)]
 pub(crate) struct StateLimit {
-    /// The caller's limit for all of it.
+    /// The caller's limit for the whole state.
     max: Option<u64>,
     /// How many times over it may give before the stop what it may give in the stop; `None` for any number.
     times: Option<u64>,
@@ -44,12 +44,12 @@ impl StateLimit {
         StateLimit { times: None, ..StateLimit::new(options) }
     }
 
-    /// The device says that it has so many bytes.
+    /// The device announced this number of bytes.
     pub(crate) fn said(&mut self, bytes: u64) {
         self.said = self.said.max(bytes);
     }
 
-    /// It is stopped: what comes now is the rest.
+    /// It is stopped, and gives the rest from now on.
     pub(crate) fn stopped(&mut self) {
         self.before_stop.get_or_insert(self.bytes);
     }

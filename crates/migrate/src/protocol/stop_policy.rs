@@ -103,7 +103,7 @@ struct Tracked {
     window: Option<(Instant, u64)>,
     /// The least that was left at the end of a window, and what had been sent then.
     best: (u64, u64),
-    /// What it had at first, sent or left.
+    /// Its bytes at first, sent or left.
     first_left: u64,
     stalled: u32,
     /// Since when its initial data holds back the stop.
@@ -298,7 +298,7 @@ impl Tracked {
             return !device.drained && device.sent <= unknown_bytes;
         };
         let floor = (wanted.downtime_goal / 64).max(Duration::from_millis(1));
-        // What is on its way is not gained before it is loaded.
+        // Data on its way counts as moved only when it is loaded.
         let all = left.saturating_add(device.on_the_way);
         // Before a rate was measured, only a device that has given all its data has little left.
         let has_little = match pace.is_measured() {

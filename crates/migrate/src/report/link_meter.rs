@@ -1,4 +1,4 @@
-//! [`LinkMeter`]: what goes over one link.
+//! [`LinkMeter`]: the bytes and times of one link.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;

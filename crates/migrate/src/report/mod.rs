@@ -4,21 +4,23 @@
 mod estimate;
 mod html;
 mod link_meter;
+mod loss;
 mod observer;
 mod record;
 mod spans;
 mod text;
 mod throughput;
+mod timeline;
 
-use limosa_protocol::State;
-use serde::{Serialize, Serializer};
+use limosa_stream::Totals;
+use serde::Serialize;
 
 pub use estimate::Estimate;
 pub(crate) use link_meter::LinkMeter;
+pub use loss::{Loss, Unrecovered};
 pub use observer::Observer;
 pub(crate) use record::Recorder;
-
-use limosa_stream::Totals;
+pub use timeline::{Act, Phase, PhaseReport, RoundReport, SpanReport};
 
 /// A side of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -36,48 +38,6 @@ impl Side {
         match self {
             Side::Source => "source",
             Side::Destination => "destination",
-        }
-    }
-}
-
-/// A phase of a move, on either side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Phase {
-    /// Both sides compare facts; the destination enters RESUMING.
-    Handshake,
-    /// The source runs while data is moved.
-    PreCopy,
-    /// The source's vCPUs and devices stop.
-    Stop,
-    /// The remaining data is moved.
-    StopCopy,
-    /// The destination's devices finish and validate what they loaded.
-    Load,
-    /// From READY over COMMIT to RUNNING. Of a snapshot: its publication, or the end of its load.
-    Commit,
-    /// The destination's devices enter RUNNING; those that stay in STOP are looked at once more.
-    Start,
-    /// The source's devices end their sessions.
-    Finish,
-    /// This side returns to where it was before.
-    Undo,
-}
-
-impl Phase {
-    /// The name, for people.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Phase::Handshake => "handshake",
-            Phase::PreCopy => "pre-copy",
-            Phase::Stop => "stop",
-            Phase::StopCopy => "stop-copy",
-            Phase::Load => "load",
-            Phase::Commit => "commit",
-            Phase::Start => "start",
-            Phase::Finish => "finish",
-            Phase::Undo => "undo",
         }
     }
 }
@@ -127,98 +87,6 @@ impl End {
     }
 }
 
-/// One phase of the timeline.
-#[derive(Clone, Debug, Serialize)]
-#[non_exhaustive]
-pub struct PhaseReport {
-    /// The phase.
-    pub phase: Phase,
-    /// When it began, in ns from the move's start.
-    pub start_ns: u64,
-    /// How long it took, in ns.
-    pub duration_ns: u64,
-    /// The bytes that were moved in it.
-    #[serde(flatten)]
-    pub bytes: Totals,
-}
-
-/// One round of memory, or one look at the devices.
-#[derive(Clone, Debug, Serialize)]
-#[non_exhaustive]
-pub struct RoundReport {
-    /// Its number, from 1.
-    pub round: u32,
-    /// When it ended, in ns from the move's start.
-    pub end_ns: u64,
-    /// The bytes that were moved in it.
-    #[serde(flatten)]
-    pub bytes: Totals,
-    /// Dirty memory at its end, in bytes.
-    pub dirty_bytes: u64,
-    /// On the source: the rate at which the destination handled data, in bytes per second.
-    pub bytes_per_second: u64,
-    /// On the source: the predicted downtime of a stop at its end, in ns.
-    pub predicted_downtime_ns: u64,
-    /// On the source: the step by which the VMM had slowed its vCPUs down, 0 for none.
-    pub throttle_step: u32,
-}
-
-/// An activity of a device, or of the engine with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(tag = "what", rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Act {
-    /// The device is driven to a state, over the arcs of the shortest path.
-    Enter {
-        /// The state; in JSON by the standard's name (`vfio.h: enum vfio_device_mig_state`).
-        #[serde(serialize_with = "state_name")]
-        state: State,
-    },
-    /// The source reads the device's data before the stop.
-    PrecopyData,
-    /// The source reads the device's remaining data in STOP_COPY.
-    FinalData,
-    /// The destination loads data into the device.
-    Load,
-    /// The device is reset.
-    Reset,
-}
-
-impl Act {
-    /// The name, for people.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Act::Enter { state } => state.name(),
-            Act::PrecopyData => "pre-copy data",
-            Act::FinalData => "final data",
-            Act::Load => "loading",
-            Act::Reset => "reset",
-        }
-    }
-}
-
-fn state_name<S: Serializer>(state: &State, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(state.name())
-}
-
-/// A time in which a device did one thing. Pieces of data without long pauses between them are one span. In a very long move
-/// neighbouring spans of data are joined, so that their number is bounded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct SpanReport {
-    /// What the device did.
-    #[serde(flatten)]
-    pub act: Act,
-    /// When it began, in ns from the move's start.
-    pub start_ns: u64,
-    /// How long it took, in ns.
-    pub duration_ns: u64,
-    /// How long the device was busy in it, in ns. The rest is pauses between pieces of data.
-    pub busy_ns: u64,
-    /// Bytes of the device's data stream.
-    pub bytes: u64,
-}
-
 /// One device.
 #[derive(Clone, Debug, Default, Serialize)]
 #[non_exhaustive]
@@ -233,7 +101,7 @@ pub struct DeviceReport {
     /// 0 in a save, which no peer acknowledges. On the destination, bytes that had arrived and were not loaded: at most its
     /// window, or one frame in a load.
     pub waiting_bytes_max: u64,
-    /// What the device did, by time.
+    /// The activities of the device, by time.
     pub spans: Vec<SpanReport>,
 }
 
@@ -290,7 +158,7 @@ pub struct LimitsReport {
     pub move_max_ns: Option<u64>,
 }
 
-/// What happened in a move, as one side saw it.
+/// The timeline of a move, as one side saw it.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Report {
@@ -333,67 +201,8 @@ pub struct Report {
     pub peer_told: bool,
     /// After a move that did not succeed: the devices that could not be brought back to what they were.
     pub unrecovered: Vec<Unrecovered>,
-    /// What a person should know: for example that a device's writes were not logged, or that a device had to be reset.
+    /// Notes for people: for example that a device's writes were not logged, or that a device had to be reset.
     pub notes: Vec<String>,
-}
-
-/// A device that could not be brought back to what it was before the move.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct Unrecovered {
-    /// Its name.
-    pub device: String,
-    /// What happened to it.
-    #[serde(flatten)]
-    pub loss: Loss,
-    /// The reason, as the device gave it.
-    pub why: String,
-}
-
-/// The loss of a device that could not be brought back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "loss", rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Loss {
-    /// On the source: it was in ERROR and had to be reset. It runs, but has lost its state.
-    StateLost,
-    /// On the source: it was reset while it was stopped, and not by the engine. It runs, but has lost its state.
-    WasReset,
-    /// It stays in another state than before.
-    StaysIn {
-        /// The state in which it is.
-        #[serde(serialize_with = "state_name")]
-        found: State,
-        /// The state in which it should be.
-        #[serde(serialize_with = "state_name")]
-        wanted: State,
-    },
-    /// On the destination: it could not be reset, and may still hold the source's state. It does not run.
-    NotReset,
-    /// It does not answer, or panicked.
-    Unknown,
-}
-
-impl std::fmt::Display for Unrecovered {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Unrecovered { device, loss, why } = self;
-        match loss {
-            Loss::StateLost => {
-                write!(f, "{device} was in ERROR and had to be reset: its state is lost ({why})")
-            }
-            Loss::WasReset => write!(f, "{device} was reset while it was stopped: its state is lost ({why})"),
-            Loss::StaysIn { found: State::Error, .. } => {
-                write!(f, "{device} is in ERROR and cannot be reset: {why}")
-            }
-            Loss::StaysIn { found, wanted } => {
-                write!(f, "{device} stays in {found}, it should be in {wanted}: {why}")
-            }
-            Loss::NotReset => {
-                write!(f, "{device} could not be reset and may still hold the source's state: {why}")
-            }
-            Loss::Unknown => write!(f, "{device}: its state is not known: {why}"),
-        }
-    }
 }
 
 impl Report {

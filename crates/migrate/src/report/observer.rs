@@ -1,4 +1,4 @@
-//! [`Observer`]: what a caller is told while a move is under way.
+//! [`Observer`]: a caller's view of a move that is under way.
 
 use limosa_stream::Totals;
 

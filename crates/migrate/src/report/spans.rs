@@ -8,7 +8,7 @@ const PAUSE_NS: u64 = 1_000_000;
 /// The maximum number of spans. When it is reached, data after longer pauses is joined as well.
 const SPANS_MAX: usize = 512;
 
-/// What a device did so far.
+/// The activities of a device so far.
 #[derive(Debug)]
 pub(super) struct Spans {
     spans: Vec<SpanReport>,

@@ -22,7 +22,7 @@ use crate::link::{LinkError, Wait, poll_for};
 use crate::private_folder::other_than_file;
 use limosa_stream::{MigrationId, PREFACE_BYTES, Preface};
 
-/// What the name of a snapshot ends with as long as it is not published.
+/// The end of a snapshot's name as long as it is not published.
 const PARTIAL: &str = ".partial";
 
 /// A snapshot in a file. Its reads and writes do not observe a deadline, since a regular file does not block for long; reads of

@@ -14,7 +14,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, retry_on_intr};
 
-/// What a publication asks of a folder. A trait, so that tests can have each request fail.
+/// The requests of a publication to a folder. A trait, so that tests can have each request fail.
 pub(super) trait Folder: Send {
     /// Creates a file that was not there, readable and writable by its owner alone.
     fn create(&self, name: &OsStr) -> Result<File, Errno>;

@@ -4,6 +4,7 @@
 mod file;
 mod folder;
 mod inspect;
+mod inspection;
 mod publication;
 mod reading;
 mod writing;
@@ -12,10 +13,8 @@ use std::io;
 use std::time::Duration;
 
 pub use file::SnapshotFile;
-pub use inspect::{
-    DamageReport, FrameCount, InspectedSection, Inspection, Verified, inspect, inspect_file,
-    inspect_snapshot, verify,
-};
+pub use inspect::{Verified, inspect, inspect_file, inspect_snapshot, verify};
+pub use inspection::{DamageReport, FrameCount, InspectedSection, Inspection};
 pub use publication::{Durability, Publication, published};
 pub(crate) use reading::Reading;
 pub(crate) use writing::{Published, Writing};

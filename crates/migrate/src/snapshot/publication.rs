@@ -40,7 +40,7 @@ pub enum Durability {
 /// [`InDoubt`](crate::InDoubt) of [`Source::save`](crate::Source::save) is settled with
 /// [`Source::decide`](crate::Source::decide).
 ///
-/// - [`Decision::Committed`]: the complete snapshot of this move is there. All of it was read.
+/// - [`Decision::Committed`]: the complete snapshot of this move is there. It was read to its end.
 /// - [`Decision::NotCommitted`]: it is not there, and cannot appear later ([`SnapshotSource::withdraw`]).
 /// - [`Decision::Unknown`]: neither is certain, for instance because something else is there now.
 ///

@@ -31,7 +31,7 @@ pub(crate) struct Writing {
 struct Inner {
     /// Until it is published.
     writer: Option<Box<dyn SnapshotWriter>>,
-    /// What was written and not passed on yet; never longer than [`PIECE_BYTES`].
+    /// Bytes that were written and not passed on yet; never more than [`PIECE_BYTES`].
     piece: Vec<u8>,
     hasher: blake3::Hasher,
     bytes: u64,

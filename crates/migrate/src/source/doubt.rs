@@ -97,7 +97,8 @@ impl InDoubt {
         }
     }
 
-    /// What is kept for a process that is started anew: the same as [`Vmm::committing`](crate::Vmm::committing) was given.
+    /// The note that a process needs that is started anew: the same as [`Vmm::committing`](crate::Vmm::committing)
+    /// was given.
     pub fn note(&self) -> &CommitNote {
         &self.note
     }

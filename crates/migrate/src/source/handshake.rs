@@ -14,14 +14,15 @@ use crate::context::Context;
 use crate::devices::{check_movable, facts, failed, way_out_of};
 use crate::error::{Mismatch, MismatchKind, Mistrust, check_cancel};
 use crate::link::{FurtherLinks, Link, Wait};
+use crate::transfer::sending::Terms;
 use crate::wire::{Connection, Frame};
 use crate::{Error, Result};
 
 /// The terms on which both sides have agreed.
 pub(super) struct Agreed {
     pub(super) note: CommitNote,
-    /// How many bytes of a device may be on their way; `None` if no peer answers.
-    pub(super) window: Option<u64>,
+    /// `None` if no peer answers.
+    pub(super) terms: Option<Terms>,
     pub(super) links: Vec<Box<dyn Link>>,
     pub(super) proofs: Proofs,
 }
@@ -61,7 +62,7 @@ impl<'a> Source<'a> {
         connection.send(&Frame::new(Kind::OFFER, &payload), self.cancel)?;
         if !has_peer {
             let (links, proofs) = (Vec::new(), Proofs::none());
-            return Ok(Agreed { note: id.into(), window: None, links, proofs });
+            return Ok(Agreed { note: id.into(), terms: None, links, proofs });
         }
         check_preface(connection, id, self.cancel)?;
         let answer = self.answer(connection, &offer)?;
@@ -73,7 +74,8 @@ impl<'a> Source<'a> {
         };
         let note = CommitNote { id, secret, peer: connection.link().peer_fingerprint() };
         let links = self.further_links(context, connection, further, answer.links)?;
-        Ok(Agreed { note, window: answer.window, links, proofs })
+        let terms = Terms { window_bytes: answer.window.unwrap_or(0), runs: answer.runs };
+        Ok(Agreed { note, terms: Some(terms), links, proofs })
     }
 
     fn offer(&self, context: &Context<'a>) -> Result<Offer> {
@@ -166,7 +168,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// What is not promised where not all of several devices can be quiesced before any of them is stopped.
+/// The note for a move in which not all devices can be quiesced before the first of them is stopped.
 fn unquiesced(devices: &[DeviceFacts]) -> Option<String> {
     let has_p2p =
         |facts: &&DeviceFacts| MigrationFlags::from_bits_retain(facts.flags).contains(MigrationFlags::P2P);

@@ -29,13 +29,13 @@ use crate::protocol::limits::Limits;
 use crate::report::{End, Phase, Report, Side};
 use crate::transfer::device_sender::DeviceSender;
 use crate::transfer::ram::Ram;
-use crate::transfer::sending::Sending;
+use crate::transfer::sending::{Sending, Terms};
 use crate::transfer::team::OnDrop;
 use crate::wire::{Connection, Frame, FrameWriter, MeteredLink};
 use crate::{Cancel, Error, Nobody, Observer, Options, Result, Vmm};
 use handshake::Agreed;
 use rollback::Rollback;
-use save::Place;
+use save::Saving;
 
 /// The side that devices leave. One move or one save consumes it, so that a guest that was moved is not sent a second time.
 #[must_use = "it does nothing until it is sent or saved"]
@@ -91,7 +91,7 @@ impl<'a> Source<'a> {
     ///
     /// The destination is told which devices stand in STOP, and by default leaves them so
     /// ([`AfterLoad::AsFound`](crate::AfterLoad::AsFound)). An earlier move leaves its source's devices in STOP too, with a
-    /// guest that runs elsewhere: whoever calls this knows which of both it is.
+    /// guest that runs elsewhere: the caller knows which of both it is.
     pub fn new(devices: &'a [MovedDevice<'a>], options: &'a Options) -> Source<'a> {
         let memory = Memory::default();
         Source { devices, memory, vmm: &Nobody, observer: &Nobody, options, cancel: None }
@@ -161,14 +161,14 @@ impl<'a> Source<'a> {
         connection: &Connection<'_>,
         further: Option<&dyn FurtherLinks>,
         rollback: &mut Rollback,
-        place: Option<&mut Place<'_>>,
+        saving: Option<&mut Saving<'_>>,
     ) -> (CommitNote, Ending) {
         let recorder = &context.recorder;
         connection.reader().count(recorder.buffers());
         connection.writer.compress(self.options.compress, recorder.buffers());
         recorder.phase(Phase::Handshake);
         let agreed = guard("the handshake", || self.handshake(context, connection, further, rollback));
-        let Agreed { note, window, links, proofs } = match agreed {
+        let Agreed { note, terms, links, proofs } = match agreed {
             Ok(agreed) => agreed,
             Err(why) => return (CommitNote::default(), Ending::Undone(tell(why, connection))),
         };
@@ -176,8 +176,8 @@ impl<'a> Source<'a> {
         let silence_max = self.options.silence_max;
         let writers: Vec<_> = links.iter().map(|link| FrameWriter::new(link, silence_max)).collect();
         writers.iter().for_each(|writer| writer.compress(self.options.compress, recorder.buffers()));
-        let wires = Wires { note: &note, connection, writers: &writers, window, proofs: &proofs };
-        let ending = match self.work(context, &wires, rollback, place) {
+        let wires = Wires { note: &note, connection, writers: &writers, terms, proofs: &proofs };
+        let ending = match self.work(context, &wires, rollback, saving) {
             // While all links are open: the destination hears the reason, and not that a link is closed.
             Ending::Undone(why) => Ending::Undone(tell(why, connection)),
             ending => ending,
@@ -191,7 +191,7 @@ impl<'a> Source<'a> {
         context: &Context<'a>,
         wires: &Wires<'_, '_>,
         rollback: &mut Rollback,
-        place: Option<&mut Place<'_>>,
+        saving: Option<&mut Saving<'_>>,
     ) -> Ending {
         rollback.touched = true;
         if let Err(why) = wires.join(self.cancel).and_then(|()| self.start_logs(context, rollback)) {
@@ -201,7 +201,7 @@ impl<'a> Source<'a> {
         }
         let (regions, pages) = (self.memory.regions.clone(), Arc::clone(&rollback.logs.pages));
         let proofs = wires.proofs.clone();
-        let sending = match Sending::new(context, wires.all(), self.devices.len(), wires.window, proofs) {
+        let sending = match Sending::new(context, wires.all(), self.devices.len(), wires.terms, proofs) {
             Ok(sending) => sending,
             Err(why) => {
                 context.recorder.phase(Phase::Undo);
@@ -226,7 +226,7 @@ impl<'a> Source<'a> {
                 return Ending::Undone(why);
             }
             sending.workers.assemble();
-            self.script(context, &Stage { sending: &sending, ram: &ram, wires }, rollback, place)
+            self.script(context, &Stage { sending: &sending, ram: &ram, wires }, rollback, saving)
         })
     }
 
@@ -236,7 +236,7 @@ impl<'a> Source<'a> {
         context: &Context<'a>,
         stage: &Stage<'_, '_, '_>,
         rollback: &mut Rollback,
-        place: Option<&mut Place<'_>>,
+        saving: Option<&mut Saving<'_>>,
     ) -> Ending {
         let ready = guard("the source", || self.until_ready(context, stage, rollback));
         if let Err(error) = ready {
@@ -246,8 +246,8 @@ impl<'a> Source<'a> {
             self.roll_back(context, rollback, Some(stage.sending));
             return Ending::Undone(why);
         }
-        if let Some(place) = place {
-            return self.keep(context, stage, rollback, place);
+        if let Some(saving) = saving {
+            return self.keep(context, stage, rollback, saving);
         }
         match self.commit(context, stage, rollback) {
             Ok(()) => {
@@ -301,8 +301,8 @@ struct Wires<'w, 'a> {
     connection: &'w Connection<'a>,
     /// The writers of the further links, which are numbered from 1.
     writers: &'w [FrameWriter<'a>],
-    /// How many bytes of a device may be on their way; `None` if no peer answers.
-    window: Option<u64>,
+    /// `None` if no peer answers.
+    terms: Option<Terms>,
     proofs: &'w Proofs,
 }
 

@@ -1,13 +1,13 @@
-//! [`CommitNote`]: what a source notes before it commits, so that a process that is started anew can settle the move.
+//! [`CommitNote`]: the note of a source before it commits, so that a process that is started anew can settle the move.
 
 use limosa_stream::{MigrationId, Secret};
 use serde::{Deserialize, Serialize};
 
 use crate::link::Fingerprint;
 
-/// What a source notes before it commits ([`Vmm::committing`](crate::Vmm::committing)). A process that is started anew makes
-/// the move in doubt of it ([`InDoubt::recover`](crate::InDoubt::recover)), and knows the destination's answer from a
-/// stranger's.
+/// The note of a source before it commits ([`Vmm::committing`](crate::Vmm::committing)). A process that is started
+/// anew makes the move in doubt of it ([`InDoubt::recover`](crate::InDoubt::recover)), and knows the destination's
+/// answer from a stranger's.
 ///
 /// It is kept as its fields (`serde`), in a file that only the machine's owner can read: with the secret anybody can speak
 /// for either end of this move. `Debug` does not show the secret.
@@ -16,7 +16,7 @@ use crate::link::Fingerprint;
 pub struct CommitNote {
     /// The id of the move.
     pub id: MigrationId,
-    /// What keys the proofs of the destination's answer. `None` of a save, and of a move to a destination that proves
+    /// The key of the proofs of the destination's answer. `None` of a save, and of a move to a destination that proves
     /// nothing: its answer is believed only with
     /// [`Options::unauthenticated_peers`](crate::Options::unauthenticated_peers).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -17,7 +17,7 @@ use crate::error::Remaining;
 use crate::memory::PAGE_BYTES;
 use crate::protocol::pace::{Pace, Sample};
 use crate::protocol::stop_policy::{DeviceLook, Look, Next, StopPolicy, most_left};
-use crate::transfer::device_sender::Job;
+use crate::transfer::device_flow::{DeviceFlow, Job};
 use crate::transfer::sending::Sending;
 use crate::vmm;
 use crate::wire::Frame;
@@ -175,7 +175,7 @@ impl<'a> Source<'a> {
         looking: &mut Looking,
     ) -> Result<(Round, Next)> {
         let sending = stage.sending;
-        let loads = |flow: &crate::transfer::device_sender::DeviceFlow| flow.initial_is_loaded();
+        let loads = |flow: &DeviceFlow| flow.initial_is_loaded();
         if looking.has_memory {
             looking.rate = RateSample::begin(context, sending);
             stage.ram.send_round(sending)?;
@@ -217,7 +217,7 @@ impl<'a> Source<'a> {
     /// Asks the VMM to slow its vCPUs down, if that can help. Returns whether it did.
     fn throttle(&self, context: &Context<'a>, obstacle: &Obstacle, rollback: &mut Rollback) -> bool {
         let helps = match obstacle {
-            // Where no log sees the memory, all of it moves after the stop, however slow the guest is.
+            // Memory that no log sees moves after the stop, however slow the guest is.
             Obstacle::DirtyMemory { .. } => !rollback.logs.blind,
             Obstacle::DirtyDevice { .. } => true,
             _ => false,

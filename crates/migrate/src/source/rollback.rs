@@ -10,7 +10,7 @@ use crate::devices::each;
 use crate::error::guard;
 use crate::memory::DirtyLogs;
 use crate::report::{Act, Loss, Phase, Unrecovered};
-use crate::transfer::device_sender::Job;
+use crate::transfer::device_flow::Job;
 use crate::transfer::sending::Sending;
 use crate::transfer::way_back::WayBack;
 use crate::vmm;

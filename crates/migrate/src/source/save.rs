@@ -22,7 +22,7 @@ pub enum AfterSave {
 }
 
 /// The place of a save, and what happens to the guest.
-pub(super) struct Place<'p> {
+pub(super) struct Saving<'p> {
     writing: &'p Writing,
     limits: snapshot::Limits<'p>,
     after: AfterSave,
@@ -51,8 +51,8 @@ impl<'a> Source<'a> {
         let (note, ending) = {
             let link = MeteredLink::new(&writing, &context.recorder);
             let connection = Connection::new(&link, Limits::new(self.options));
-            let mut place = Place { writing: &writing, limits, after };
-            self.run(&context, &connection, None, &mut rollback, Some(&mut place))
+            let mut saving = Saving { writing: &writing, limits, after };
+            self.run(&context, &connection, None, &mut rollback, Some(&mut saving))
         };
         let recorder = context.recorder;
         match ending {
@@ -77,9 +77,9 @@ impl<'a> Source<'a> {
         context: &Context<'a>,
         stage: &Stage<'_, '_, '_>,
         rollback: &mut Rollback,
-        place: &mut Place<'_>,
+        saving: &mut Saving<'_>,
     ) -> Ending {
-        let Place { writing, limits, after } = *place;
+        let Saving { writing, limits, after } = *saving;
         let sealed = guard("sealing the snapshot", || {
             let payload = writing.seal(limits)?.encode();
             stage.wires.connection.send(&Frame::new(Kind::SEAL, &payload), limits.cancel)

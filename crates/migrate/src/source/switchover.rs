@@ -8,7 +8,7 @@ use super::{Source, Stage};
 use crate::context::Context;
 use crate::devices::failed;
 use crate::protocol::pace::Pace;
-use crate::transfer::device_sender::Job;
+use crate::transfer::device_flow::Job;
 use crate::vmm;
 use crate::{Error, Obstacle, Result, WhenStalled};
 

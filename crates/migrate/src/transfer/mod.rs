@@ -1,5 +1,6 @@
 //! The threads of one side, which move device data and memory, and what they share.
 
+pub(crate) mod device_flow;
 pub(crate) mod device_sender;
 pub(crate) mod device_workers;
 pub(crate) mod driven;

@@ -1,11 +1,11 @@
-//! [`Sending`]: what the threads of a source share while devices and memory are on their way.
+//! [`Sending`]: the state that the threads of a source share while devices and memory are on their way.
 
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::now;
 use limosa_stream::{Damage, Header, Kind, Proofs};
 
-use super::device_sender::{DeviceFlow, Job};
+use super::device_flow::{DeviceFlow, Job};
 use super::device_workers::DeviceWorkers;
 use super::keep_alive::KeepAlive;
 use super::team::{Shared, Team};
@@ -20,6 +20,15 @@ use crate::report::Recorder;
 use crate::wire::{Connection, Frame, FrameWriter};
 use crate::{Error, Options, Result};
 
+/// What the destination's ANSWER says about this stream.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms {
+    /// How many bytes of a device may be on their way.
+    pub(crate) window_bytes: u64,
+    /// Whether it reads MEMORY_RUNS.
+    pub(crate) runs: bool,
+}
+
 /// The work between the handshake and READY, and the state of its threads.
 pub(crate) struct Sending<'w, 'a> {
     context: &'w Context<'a>,
@@ -31,8 +40,8 @@ pub(crate) struct Sending<'w, 'a> {
     /// The threads for the devices' jobs.
     pub(crate) workers: DeviceWorkers,
     pub(crate) alive: KeepAlive,
-    /// The window of each device in bytes; `None` if no peer answers.
-    pub(crate) window: Option<u64>,
+    /// `None` if no peer answers.
+    terms: Option<Terms>,
     proofs: Proofs,
     limits: Limits,
     share: Shared<LinkShare>,
@@ -54,17 +63,19 @@ impl<'w, 'a> Sending<'w, 'a> {
         context: &'w Context<'a>,
         writers: Vec<&'w FrameWriter<'a>>,
         devices: usize,
-        window: Option<u64>,
+        terms: Option<Terms>,
         proofs: Proofs,
     ) -> Result<Sending<'w, 'a>> {
         let team = Team::new(context.cancel)?;
         Ok(Sending {
             context,
-            flows: (0..devices).map(|_| team.share(DeviceFlow::new(window))).collect(),
+            flows: (0..devices)
+                .map(|_| team.share(DeviceFlow::new(terms.map(|terms| terms.window_bytes))))
+                .collect(),
             workers: DeviceWorkers::new(devices, writers.len() + 1),
             alive: KeepAlive::default(),
             writers,
-            window,
+            terms,
             proofs,
             limits: Limits::new(context.options),
             share: team.share(LinkShare::default()),
@@ -81,6 +92,16 @@ impl<'w, 'a> Sending<'w, 'a> {
 
     pub(crate) fn options(&self) -> &'a Options {
         self.context.options
+    }
+
+    /// How many bytes of a device may be on their way; `None` if no peer answers.
+    pub(crate) fn window_bytes(&self) -> Option<u64> {
+        self.terms.map(|terms| terms.window_bytes)
+    }
+
+    /// Whether the destination reads MEMORY_RUNS.
+    pub(crate) fn takes_runs(&self) -> bool {
+        self.terms.is_some_and(|terms| terms.runs)
     }
 
     /// Whether a peer answers.
@@ -157,7 +178,7 @@ impl<'w, 'a> Sending<'w, 'a> {
     pub(crate) fn send_device(&self, device: usize, position: u64, data: &[u8]) -> Result<()> {
         let end = position + data.len() as u64;
         let flow = &self.flows[device];
-        // In the stop all of it has to go, in whatever order.
+        // In the stop all data has to be sent, in any order.
         if flow.lock().streaming {
             self.await_share(data.len())?;
         }
@@ -173,7 +194,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
         // Credit for this data may arrive before the call that sends it returns.
         guard.window.send(end);
-        if self.window.is_some() {
+        if self.terms.is_some() {
             self.recorder().device_waits(device, guard.window.on_the_way());
         }
         drop(guard);
@@ -232,13 +253,13 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
     }
 
-    /// Where most is left, with so many bytes of memory.
+    /// The device or memory with the most bytes left, where memory has this number.
     pub(crate) fn most_left(&self, memory: u64) -> Option<Remaining> {
         let left: Vec<_> = self.flows.iter().map(|flow| flow.lock().remaining()).collect();
         Remaining::most(memory, self.context.names.iter().map(String::as_str).zip(left))
     }
 
-    /// What is known about the devices now.
+    /// The current facts about the devices.
     pub(crate) fn look(&self, names: &[String]) -> Vec<DeviceLook> {
         let look = |(flow, name): (&Shared<DeviceFlow>, &String)| {
             let flow = flow.lock();

@@ -26,7 +26,7 @@ impl<T: Send> Wake for Monitor<T> {
     }
 }
 
-/// What the threads of one side share about the end of their work.
+/// The state that the threads of one side share about the end of their work.
 pub(crate) struct Team {
     /// Ends every wait. Cancelled by the first failure, by the user's cancel, and at the end.
     ended: Cancel,

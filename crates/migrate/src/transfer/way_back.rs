@@ -26,7 +26,7 @@ impl<'d> WayBack<'d> {
         WayBack { device, found, is_stopped, resets, resets_before: None }
     }
 
-    /// The same, of a device that had been reset so many times when its session opened.
+    /// The same, of a device that had been reset this number of times when its session opened.
     pub(crate) fn with_resets_before(self, resets_before: Option<u64>) -> WayBack<'d> {
         WayBack { resets_before, ..self }
     }

@@ -2,7 +2,7 @@
 
 use std::io::IoSlice;
 
-use crate::link::{Fingerprint, Link, LinkError, Wait};
+use crate::link::{Link, LinkError, Wait, forward_link};
 use crate::report::LinkMeter;
 
 /// A link that counts its bytes, and the time spent in its reads and writes.
@@ -29,23 +29,5 @@ impl Link for MeteredLink<'_> {
         self.inner.read(into, wait).inspect(|bytes| self.meter.received(*bytes, began))
     }
 
-    fn finish(&self) {
-        self.inner.finish();
-    }
-
-    fn part(&self, wait: Wait<'_>) {
-        self.inner.part(wait);
-    }
-
-    fn peer(&self) -> &str {
-        self.inner.peer()
-    }
-
-    fn has_peer(&self) -> bool {
-        self.inner.has_peer()
-    }
-
-    fn peer_fingerprint(&self) -> Option<Fingerprint> {
-        self.inner.peer_fingerprint()
-    }
+    forward_link!(|this| this.inner);
 }

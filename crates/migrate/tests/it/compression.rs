@@ -48,7 +48,7 @@ fn a_compressed_snapshot_is_shorter_is_inspected_and_loaded_and_refused_when_dam
         assert!(inspection.damage.is_empty(), "{inspection:?}");
         assert_eq!(inspection.memory[0].bytes, MEMORY_BYTES as u64);
         bytes.push(inspection.bytes);
-        // Whoever loads need not have chosen anything.
+        // The loading side need not have chosen a compression.
         let mut loading = self::ends(None);
         loading.memory = ends.memory.clone();
         let load = |ends: &Ends| {

@@ -26,7 +26,7 @@ struct Restless {
     throttles: u32,
     steps: Mutex<Vec<u32>>,
     rounds: AtomicU32,
-    /// Calls the move off after so many rounds.
+    /// Calls the move off after this number of rounds.
     cancel: Mutex<Option<(u32, Cancel)>>,
 }
 

@@ -265,7 +265,7 @@ fn a_cancel_wakes_a_source_that_waits() {
     assert!(matches!(outcome, Outcome::Undone { why: Error::Cancelled, .. }), "{outcome:?}");
 }
 
-/// Takes so many bytes, then the move is called off.
+/// Takes this number of bytes, then calls the move off.
 struct CancelAfter(SocketLink, AtomicUsize, Cancel);
 
 impl Link for CancelAfter {

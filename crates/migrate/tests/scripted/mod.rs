@@ -58,7 +58,7 @@ pub trait Contents: Send + 'static {
 
     fn data_size(&self) -> u64;
 
-    /// So many bytes are there to be loaded.
+    /// The number of bytes that are there to be loaded.
     fn staged(&mut self, _: usize) {}
 
     /// Takes all that was given, or refuses it.

@@ -47,7 +47,7 @@ struct Fail {
 pub struct Script(Mutex<Option<Fail>>);
 
 impl Script {
-    /// It fails at this step, after it went well so many times.
+    /// It fails at this step, after this number of successes.
     pub fn fail(&self, step: Step, after: u32, how: Fault) {
         self.set(Some(Fail { step, after, how }));
     }

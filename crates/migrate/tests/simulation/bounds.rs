@@ -29,7 +29,7 @@ pub fn of_destination(received: &Received) -> Option<&Report> {
 /// Whether a device's window was filled, but for a piece; an error when more was held than may be.
 pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
     let (window, side) = (plan.window_bytes(), report.side.name());
-    // Who loads a snapshot takes a whole frame.
+    // A side that loads a snapshot takes a whole frame.
     let window = if plan.saves.is_some() { window.max(READ_BYTES_MAX) } else { window };
     let most = report.devices.iter().map(|device| device.waiting_bytes_max).max().unwrap_or_default();
     if most > window {

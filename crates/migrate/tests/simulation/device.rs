@@ -100,7 +100,7 @@ impl SimDevice {
         SimDevice { inner, number, plan, world: world.clone(), reach, runs_early, driven, outside }
     }
 
-    /// The device itself, where no engine is in between: for its guest, and for whoever looks.
+    /// The device itself, without an engine in between: for its guest, and for the checks.
     pub fn itself(&self) -> &Loopback {
         &self.inner
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::plan::{Mutation, Plan};
 use crate::play;
 
-/// A defect is to be found within so many seeds.
+/// A defect is to be found within this number of seeds.
 const SEEDS: u64 = 200;
 
 /// Functions whose notifications only make something happen sooner: a wait that has a time limit of its own, or that the

@@ -8,7 +8,7 @@ use crate::panics::Place;
 use crate::plan::{End, Fault, LinkPlan, Mutation, Plan, Planned, When};
 use crate::play;
 
-/// Moves with this fault at any of so many points of a phase of the source's.
+/// Moves with this fault at any of a number of points of a phase of the source.
 #[track_caller]
 fn keeps_the_contract(phase: Phase, points: u64, fault: Fault, suits: impl Fn(&mut Plan)) {
     for point in 0..points {

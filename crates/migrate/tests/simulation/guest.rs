@@ -14,7 +14,7 @@ use crate::model::{get, set};
 use crate::plan::End;
 use crate::world::{PAGE, World};
 
-/// After so many steps it rests twice as long.
+/// After this number of steps it rests twice as long.
 const STEPS_AWAKE: u32 = 60;
 /// The longest rest of a guest that was quick.
 const QUIET: Duration = Duration::from_millis(300);
@@ -124,7 +124,7 @@ impl Guest {
             if state.over {
                 return;
             }
-            // With the state in hand: whoever stops it waits for the step to end.
+            // With the state locked, so that a stop waits for the end of the step.
             if let Some(end) = state.at {
                 self.step(computers[end as usize]);
             }

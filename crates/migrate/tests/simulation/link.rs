@@ -53,7 +53,7 @@ pub struct Network {
     plans: Vec<LinkPlan>,
     /// What both ends can reach as well.
     pub disk: Disk,
-    /// Who is on all of them.
+    /// The adversary on all of them.
     pub adversary: Option<Adversary>,
     state: Monitor<Lines>,
 }
@@ -302,7 +302,7 @@ impl Link for SimLink {
 impl Drop for SimLink {
     fn drop(&mut self) {
         self.finish();
-        // Whoever writes to an end that is closed is told, by a network that works.
+        // A network that works reports a write to a closed end.
         self.inward.change(|flow| flow.cut |= !flow.silent);
     }
 }

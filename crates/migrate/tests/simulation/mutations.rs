@@ -134,7 +134,7 @@ fn a_partial_snapshot_that_gets_its_name_is_found() {
 
 #[test]
 fn a_cancel_that_nobody_hears_is_found() {
-    finds(Mutation::DeafToCancel, |_| {}, &["called off at the"]);
+    finds(Mutation::CancelIgnored, |_| {}, &["called off at the"]);
 }
 
 #[test]

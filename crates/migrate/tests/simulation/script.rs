@@ -214,7 +214,7 @@ impl<'a> Script<'a> {
         source.spawn(scope, "decide", decided).join()
     }
 
-    /// With what whoever drives the source knows of its devices.
+    /// With the facts that the driver of the source knows of its devices.
     fn as_found(&self, doubt: InDoubt) -> InDoubt {
         match self.plan.stands {
             true => doubt.with_found(vec![State::Stop; self.plan.devices.len()]),
@@ -222,7 +222,7 @@ impl<'a> Script<'a> {
         }
     }
 
-    /// Whoever restarts the destination resets what was loaded for nothing.
+    /// A restart of the destination resets the devices that were loaded for nothing.
     fn clear_destination(&self) -> Result<(), String> {
         for device in &self.destination.devices {
             // One that fails is asked again.
@@ -293,7 +293,7 @@ impl<'a> Script<'a> {
         }
     }
 
-    /// After an undo whoever else lives by the log knows all that the move took from it.
+    /// After an undo the other users of the log know all pages that the move took from it.
     fn nothing_lost_in_undo(&self) -> Result<(), String> {
         let truth = self.world.truth();
         match truth.taken.difference(&truth.given_back).next() {

@@ -1,4 +1,5 @@
-//! What only the simulation knows: who runs at this moment, and what memory and devices must contain.
+//! Facts that only the simulation knows: the machine that runs at this moment, and the expected contents of memory
+//! and devices.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicI64, Ordering};

@@ -17,7 +17,7 @@ pub struct Grid {
 
 /// Where a range of addresses lies in a grid.
 #[derive(Clone, Copy)]
-struct Place {
+struct Extent {
     /// Bytes from the grid's start to the range's first byte.
     first: u64,
     /// Bytes from the grid's start to the range's last byte.
@@ -28,15 +28,15 @@ struct Place {
     pages: u64,
 }
 
-impl Place {
-    fn of(grid: Grid, iova: u64, last: u64, words: usize) -> Place {
+impl Extent {
+    fn of(grid: Grid, iova: u64, last: u64, words: usize) -> Extent {
         assert!(grid.page_size.is_power_of_two(), "a page size of {} bytes", grid.page_size);
         assert!(iova >= grid.iova, "{iova:#x} lies before the bitmap's first page at {:#x}", grid.iova);
         let (first, last) = (iova - grid.iova, last - grid.iova);
         let (page, last_page) = (first / grid.page_size, last / grid.page_size);
         let fits = last_page / 64 < words as u64;
         assert!(fits, "page {last_page} does not fit into a bitmap of {words} words");
-        Place { first, last, page, pages: last_page - page + 1 }
+        Extent { first, last, page, pages: last_page - page + 1 }
     }
 }
 
@@ -65,8 +65,8 @@ impl Place {
 pub fn regranulate(src: &[u64], from: Grid, dst: &mut [u64], to: Grid, iova: u64, length: u64) {
     let Some(beyond_first) = length.checked_sub(1) else { return };
     let last = iova.checked_add(beyond_first).expect("the range runs beyond 2^64");
-    let source = Place::of(from, iova, last, src.len());
-    let target = Place::of(to, iova, last, dst.len());
+    let source = Extent::of(from, iova, last, src.len());
+    let target = Extent::of(to, iova, last, dst.len());
     let finer = from.page_size.min(to.page_size);
     let ratio = from.page_size.max(to.page_size) / finer;
     if source.first % finer != target.first % finer {
@@ -112,8 +112,8 @@ pub(super) fn report(
 ) {
     let Some(beyond_first) = length.checked_sub(1) else { return };
     let last = iova.checked_add(beyond_first).expect("the range runs beyond 2^64");
-    let source = Place::of(log, iova, last, words_for(log_pages));
-    let target = Place::of(to, iova, last, out.len());
+    let source = Extent::of(log, iova, last, words_for(log_pages));
+    let target = Extent::of(to, iova, last, out.len());
     // The pages that lie wholly in the range; only these may be cleared.
     let whole = source.first.div_ceil(log.page_size)..if source.last % log.page_size == log.page_size - 1 {
         source.page + source.pages
@@ -146,7 +146,7 @@ pub(super) fn report(
 }
 
 /// Any two grids: each run of source pages is a range of bytes, and that a range of target pages.
-fn by_runs(src: &[u64], from: u64, source: Place, dst: &mut [u64], to: u64, target: Place) {
+fn by_runs(src: &[u64], from: u64, source: Extent, dst: &mut [u64], to: u64, target: Extent) {
     for (page, pages) in runs_in(src, source.page, source.pages) {
         let first = (page * from).max(source.first) - source.first + target.first;
         let end = (page + pages).saturating_mul(from);
@@ -157,7 +157,7 @@ fn by_runs(src: &[u64], from: u64, source: Place, dst: &mut [u64], to: u64, targ
 
 /// Fine to coarse, 2^`BITS` source pages, at most 64, in a target page. `at` is the place of the
 /// first source page in target pages' parts.
-fn fold<const BITS: u32>(src: &[u64], source: Place, dst: &mut [u64], at: u64) {
+fn fold<const BITS: u32>(src: &[u64], source: Extent, dst: &mut [u64], at: u64) {
     let ratio = 1 << BITS;
     let part = at % ratio;
     let mut to = at / ratio;
@@ -177,7 +177,7 @@ fn fold<const BITS: u32>(src: &[u64], source: Place, dst: &mut [u64], at: u64) {
 }
 
 /// Fine to coarse, more than 64 source pages in a target page.
-fn fold_wide(src: &[u64], source: Place, dst: &mut [u64], target: Place, at: u64, ratio: u64) {
+fn fold_wide(src: &[u64], source: Extent, dst: &mut [u64], target: Extent, at: u64, ratio: u64) {
     for to in target.page..target.page + target.pages {
         let first = (to * ratio).max(at) - at;
         let end = ((to + 1).saturating_mul(ratio) - at).min(source.pages);
@@ -189,7 +189,7 @@ fn fold_wide(src: &[u64], source: Place, dst: &mut [u64], target: Place, at: u64
 
 /// Coarse to fine, 2^`BITS` target pages, at most 64, in a source page. `at` is the place of the
 /// first target page in source pages' parts.
-fn spread<const BITS: u32>(src: &[u64], at: u64, dst: &mut [u64], target: Place) {
+fn spread<const BITS: u32>(src: &[u64], at: u64, dst: &mut [u64], target: Extent) {
     let ratio = 1 << BITS;
     let mut from = at / ratio;
     let mut shift = at % ratio;

@@ -60,6 +60,9 @@ pub struct Answer {
     /// offer has no secret, or the destination is of the first versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub challenge: Option<Nonce>,
+    /// Whether the destination reads MEMORY_RUNS, which the first versions do not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub runs: bool,
 }
 
 /// In [`Offer::needs`]: the source sends FLUSH, and waits for FLUSHED.
@@ -87,7 +90,7 @@ impl Default for Offer {
 
 impl Default for Answer {
     fn default() -> Answer {
-        Answer { accepted: false, reasons: Vec::new(), links: 1, window: None, challenge: None }
+        Answer { accepted: false, reasons: Vec::new(), links: 1, window: None, challenge: None, runs: false }
     }
 }
 

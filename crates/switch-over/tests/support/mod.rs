@@ -29,6 +29,7 @@ pub struct TestGiver {
     pub calls: Calls,
     pub offer: Part,
     pub prepare: Part,
+    pub more: Box<dyn Fn() -> Result<Option<Vec<Item>>, Refusal> + Send + Sync>,
     pub freeze: Box<dyn Fn(Instant) -> Result<(), Refusal> + Send + Sync>,
     pub rest: Part,
     pub serves: AtomicBool,
@@ -40,6 +41,7 @@ impl Default for TestGiver {
             calls: Calls::default(),
             offer: Box::new(|| Ok(Vec::new())),
             prepare: Box::new(|| Ok(Vec::new())),
+            more: Box::new(|| Ok(None)),
             freeze: Box::new(|_| Ok(())),
             rest: Box::new(|| Ok(Vec::new())),
             serves: AtomicBool::new(true),
@@ -56,6 +58,14 @@ impl Giver for TestGiver {
     fn prepare(&self) -> Result<Vec<Item>, Refusal> {
         self.calls.add("prepare");
         (self.prepare)()
+    }
+
+    fn prepare_more(&self) -> Result<Option<Vec<Item>>, Refusal> {
+        let more = (self.more)()?;
+        if more.is_some() {
+            self.calls.add("more");
+        }
+        Ok(more)
     }
 
     fn freeze(&self, until: Instant) -> Result<(), Refusal> {

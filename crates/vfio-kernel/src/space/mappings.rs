@@ -19,12 +19,12 @@ pub(super) struct Mapping {
     /// Bytes, so that it ends below 2^64 or there.
     pub size: u64,
     pub flags: DmaMapFlags,
-    pub place: Place,
+    pub backing: Backing,
 }
 
 /// Where the memory of a mapping is.
 #[derive(Debug)]
-pub(super) enum Place {
+pub(super) enum Backing {
     /// At an address that the caller promised to keep.
     Address(HostAddress),
     /// In a file that was mapped here for it.
@@ -36,10 +36,10 @@ pub(super) enum Place {
 impl Mapping {
     /// The address in this process that the kernel is to pin; 0 when there is none.
     pub fn address(&self) -> u64 {
-        match &self.place {
-            Place::Address(address) => address.get() as u64,
-            Place::Mapped(file) => file.address() as u64,
-            Place::Kernel => 0,
+        match &self.backing {
+            Backing::Address(address) => address.get() as u64,
+            Backing::Mapped(file) => file.address() as u64,
+            Backing::Kernel => 0,
         }
     }
 
@@ -116,7 +116,7 @@ impl Mappings {
     pub fn at(spans: &[(u64, u64)]) -> Mappings {
         let mut mappings = Mappings::default();
         for &(iova, size) in spans {
-            mappings.insert(Mapping { iova, size, flags: DmaMapFlags::READ, place: Place::Kernel });
+            mappings.insert(Mapping { iova, size, flags: DmaMapFlags::READ, backing: Backing::Kernel });
         }
         mappings
     }

@@ -4,6 +4,7 @@
 //! Both behave alike: memory can be mapped before the first device is attached and is there for every device that
 //! is attached later; it is unmapped in the pieces in which it was mapped, or in several of them at once.
 
+mod attachment;
 mod container;
 mod dirty;
 mod file;
@@ -11,13 +12,14 @@ mod intervals;
 mod iommufd;
 mod log;
 mod mappings;
+mod refusal;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use limosa_client::{Device, DeviceIdentity, DirtyBits, DmaMap, DmaMemory, Error, Result};
+use limosa_client::{DeviceIdentity, DirtyBits, DmaMap, DmaMemory, Error, Result};
 use limosa_protocol::Errno;
 use limosa_protocol::capability::IovaRange;
 use limosa_protocol::info::DmaMapFlags;
@@ -30,7 +32,8 @@ use file::{MappedFile, can_be_pinned_as_file};
 use intervals::Span;
 use iommufd::{Iommufd, PageTableLog};
 use log::{DoorLog, Log};
-use mappings::{Mapping, Mappings, Place};
+use mappings::{Backing, Mapping, Mappings};
+use refusal::{map_hint, map_request, refused, usage};
 
 pub use dirty::SpaceLog;
 
@@ -80,7 +83,7 @@ impl Kind {
 pub struct IovaRanges {
     /// First and last address of each, in order. Empty where the kernel names no limits.
     pub ranges: Vec<IovaRange>,
-    /// Addresses and sizes must be multiples of so many bytes, a power of two.
+    /// Addresses and sizes must be multiples of this number of bytes, a power of two.
     pub alignment: u64,
 }
 
@@ -118,9 +121,9 @@ impl AddressSpace {
         AddressSpace::from_page_tables(iommufd, ioas, &[])
     }
 
-    /// An IOAS that the caller holds, with the page tables, allocated with `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`, that
-    /// he has attached his devices to. The fd is duplicated, and the page tables stay the caller's: they serve to
-    /// see what those devices write, and other devices are attached to them where that can be.
+    /// An IOAS that the caller holds, with the page tables, allocated with `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`, to
+    /// which the caller has attached its devices. The fd is duplicated, and the page tables stay the caller's: they
+    /// serve to see what those devices write, and other devices are attached to them where that is possible.
     ///
     /// # Errors
     ///
@@ -171,94 +174,6 @@ impl AddressSpace {
         }
     }
 
-    /// Binds a cdev to the iommufd and attaches it: to a page table with dirty tracking where its IOMMU has
-    /// that, else to the IOAS (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD`, `VFIO_DEVICE_ATTACH_IOMMUFD_PT`).
-    ///
-    /// A device that could not be attached stays bound until its fd is closed. Returns whether the space's log sees what
-    /// the device writes.
-    pub fn attach_cdev(&self, name: &str, device: BorrowedFd<'_>) -> Result<bool> {
-        match &self.inner.kind {
-            Kind::Iommufd(iommufd) => {
-                let id = iommufd.bind(name, device)?;
-                self.attach_bound(name, id, &mut |page_table| iommufd::attach(device, page_table))
-            }
-            Kind::Container(_) => {
-                Err(usage(name, "it was opened by its cdev, its address space is a container"))
-            }
-        }
-    }
-
-    /// Attaches a device that the caller has bound to the iommufd, as `device_id` (`vfio.h:
-    /// VFIO_DEVICE_BIND_IOMMUFD, out_devid`). `attach` is called with the id of one page table or IOAS after the
-    /// other until it takes one (`vfio.h: VFIO_DEVICE_ATTACH_IOMMUFD_PT`): page tables with dirty tracking first,
-    /// where the device's IOMMU has that. It must not use the space. Returns whether the space's log sees what the
-    /// device writes. `name` is for messages, and for [`AddressSpace::has_device`].
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Refused`] with the last errno of `attach`; [`Error::Usage`] on a container.
-    pub fn attach_bound(
-        &self,
-        name: &str,
-        device_id: u32,
-        attach: &mut dyn FnMut(u32) -> Result<(), Errno>,
-    ) -> Result<bool> {
-        match &self.inner.kind {
-            Kind::Iommufd(iommufd) => {
-                let mut state = self.inner.state();
-                let is_seen = iommufd.attach(name, device_id, state.log.is_some(), attach)?;
-                state.attach(name, is_seen);
-                Ok(is_seen)
-            }
-            Kind::Container(_) => {
-                Err(usage(name, "it is bound to an iommufd, its address space is a container"))
-            }
-        }
-    }
-
-    /// Adds a group to the container, and sets the container's IOMMU with its first
-    /// (`vfio.h: VFIO_GROUP_SET_CONTAINER`, `VFIO_SET_IOMMU`).
-    pub fn attach_group(&self, name: &str, group: BorrowedFd<'_>) -> Result<()> {
-        match &self.inner.kind {
-            Kind::Container(container) => {
-                let mut state = self.inner.state();
-                let State { mappings, log, .. } = &mut *state;
-                let is_first = container.attach(name, group, mappings)?;
-                if is_first && let Some(log) = log {
-                    // The IOMMU before this one took its log along.
-                    log.restart(name, mappings)?;
-                }
-                state.attach(name, true);
-                Ok(())
-            }
-            Kind::Iommufd(_) => Err(usage(name, "it was opened by its group, its address space is an IOAS")),
-        }
-    }
-
-    /// Notes that a device is in this space, so that the space's log ([`AddressSpace::dirty_log`]) answers for it. A
-    /// [`KernelDevice`](crate::KernelDevice) does this itself for the space that it is given.
-    ///
-    /// If the device was attached through this space under its name, the log sees what it writes where it saw that of
-    /// the attachment. Else the caller has attached it: in an IOAS it must be attached to one of the page tables of
-    /// [`AddressSpace::from_page_tables`]; without any, it is not seen. A device without an identity
-    /// ([`Device::identity`]) is never seen.
-    pub fn has_device(&self, device: &dyn Device) {
-        let Some(identity) = device.identity() else { return };
-        let mut state = self.inner.state();
-        let attached = state.attached.get(device.name()).copied();
-        let is_seen = attached.unwrap_or_else(|| match &self.inner.kind {
-            Kind::Iommufd(iommufd) => iommufd.has_page_tables(),
-            Kind::Container(_) => true,
-        });
-        state.devices.entry(identity).or_insert(is_seen);
-    }
-
-    /// Whether the space is logging what this device writes.
-    pub(crate) fn logs(&self, device: DeviceIdentity) -> bool {
-        let state = self.inner.state();
-        state.log.is_some() && state.devices.get(&device) == Some(&true)
-    }
-
     /// Gives its devices access to memory. `name` is for messages.
     ///
     /// A file is mapped into this process where the kernel needs an address, and stays so until it is unmapped.
@@ -277,14 +192,14 @@ impl AddressSpace {
             return Err(usage(name, format!("a mapping of {:#x} bytes at {:#x}", map.size, map.iova)));
         };
         let mappings = &mut self.inner.state().mappings;
-        let place = match map.memory {
+        let backing = match map.memory {
             DmaMemory::Messages(_) => {
                 return Err(usage(
                     name,
                     "a kernel device cannot ask this process for memory; give it a file or an address",
                 ));
             }
-            DmaMemory::Address(address) => Place::Address(address),
+            DmaMemory::Address(address) => Backing::Address(address),
             DmaMemory::File { fd, offset } => {
                 let done = match &self.inner.kind {
                     Kind::Iommufd(iommufd) if can_be_pinned_as_file(fd) => {
@@ -292,12 +207,12 @@ impl AddressSpace {
                     }
                     _ => false,
                 };
-                if done { Place::Kernel } else { Place::Mapped(MappedFile::new(name, fd, offset, map)?) }
+                if done { Backing::Kernel } else { Backing::Mapped(MappedFile::new(name, fd, offset, map)?) }
             }
         };
-        let mapping = Mapping { iova: map.iova, size: map.size, flags: map.flags, place };
+        let mapping = Mapping { iova: map.iova, size: map.size, flags: map.flags, backing };
         match &self.inner.kind {
-            _ if matches!(mapping.place, Place::Kernel) => {}
+            _ if matches!(mapping.backing, Backing::Kernel) => {}
             Kind::Iommufd(iommufd) => iommufd.map(name, &mapping)?,
             Kind::Container(container) if container.is_set() => container.map(name, &mapping)?,
             // Its IOMMU comes with its first group: until then the record is all there is.
@@ -346,13 +261,6 @@ impl AddressSpace {
         }
         mappings.remove(range);
         Ok(())
-    }
-}
-
-impl State {
-    fn attach(&mut self, name: &str, is_seen: bool) {
-        let all_seen = self.attached.entry(name.into()).or_insert(true);
-        *all_seen &= is_seen;
     }
 }
 
@@ -415,30 +323,4 @@ fn own(what: &str, fd: BorrowedFd<'_>) -> Result<OwnedFd> {
         errno: errno(error),
         hint: "".into(),
     })
-}
-
-fn usage(name: &str, what: impl Into<String>) -> Error {
-    Error::Usage { device: name.into(), what: what.into() }
-}
-
-fn refused(name: &str, request: impl Into<String>, errno: Errno, hint: impl Into<String>) -> Error {
-    Error::Refused { device: name.into(), request: request.into(), errno, hint: hint.into().into() }
-}
-
-/// How messages name the mapping of memory.
-fn map_request(mapping: &Mapping) -> String {
-    format!("mapping {:#x} bytes at IOVA {:#x}", mapping.size, mapping.iova)
-}
-
-/// What a refused mapping means, where that does not depend on the door.
-fn map_hint(errno: Errno) -> &'static str {
-    match errno {
-        Errno::EEXIST => "memory is mapped there already",
-        Errno::EFAULT => "the memory cannot be pinned; is all of it mapped, and a file long enough?",
-        Errno::ENOMEM => "memory cannot be pinned beyond RLIMIT_MEMLOCK (ulimit -l)",
-        Errno::ENOSPC => {
-            "the container is full; map larger pieces, or raise dma_entry_limit of the module vfio_iommu_type1"
-        }
-        _ => "",
-    }
 }

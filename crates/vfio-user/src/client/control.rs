@@ -1,4 +1,4 @@
-//! What a control client asks for beside the standard (`docs/vfio-user-extensions.md: STAY, ECHO, KICK`), and what the errors
+//! What a control client asks for beside the standard (`docs/vfio-user-extensions.md: STAY, ECHO, KICK, NEXT`), and what the errors
 //! mean that only its role brings.
 
 use limosa_client::{Device, FeatureRequest, Refers, Result};
@@ -6,7 +6,7 @@ use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 use zerocopy::IntoBytes;
 
 use super::Client;
-use crate::extension::{self, Echo, Stay, StayFlags};
+use crate::extension::{self, Echo, Next, NextFlags, Stay, StayFlags};
 
 impl Client {
     /// Has the device stay as it is, in STOP or STOP_COPY, until the move with this id is decided ([`Client::release`]): no
@@ -45,6 +45,24 @@ impl Client {
         self.control(extension::KICK, FeatureOp::SET, &mut [])
     }
 
+    /// Names the process whose client is the next VMM: it prepares beside the VMM, and gets the device when the VMM goes. `pid` is
+    /// its number as the server sees it; `None` takes the name back, and ends the connection of a next client that is there.
+    /// ESRCH when there is no such process, ENOTCONN without a VMM, EBUSY while a next client is there, ENOTTY where the server
+    /// has no such feature.
+    pub fn name_next(&self, pid: Option<i32>) -> Result<()> {
+        let mut next = Next { pid: pid.unwrap_or(0), flags: 0 };
+        self.control(extension::NEXT, FeatureOp::SET, next.as_mut_bytes())
+    }
+
+    /// The process that was named ([`Client::name_next`]), and what has become of it.
+    pub fn next_vmm(&self) -> Result<NextVmm> {
+        let mut next = Next::default();
+        self.control(extension::NEXT, FeatureOp::GET, next.as_mut_bytes())?;
+        let is = |flag| next.flags & flag != 0;
+        let pid = (next.pid != 0).then_some(next.pid);
+        Ok(NextVmm { pid, is_there: is(NextFlags::THERE), is_this: is(NextFlags::THIS) })
+    }
+
     fn control(&self, index: FeatureIndex, op: FeatureOp, payload: &mut [u8]) -> Result<()> {
         let want = payload.len();
         let mut request = FeatureRequest { index, op, payload, refers: Refers::Nothing };
@@ -55,6 +73,17 @@ impl Client {
     }
 }
 
+/// The next VMM of a device, as its server knows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NextVmm {
+    /// The process that was named.
+    pub pid: Option<i32>,
+    /// Its client is connected, and prepares.
+    pub is_there: bool,
+    /// That is the client which asks: the device is not its own yet.
+    pub is_this: bool,
+}
+
 /// What a refusal means to a control client; empty where the errno says it all.
 pub(super) fn hint(request: &str, errno: Errno) -> &'static str {
     match errno {
@@ -63,6 +92,13 @@ pub(super) fn hint(request: &str, errno: Errno) -> &'static str {
              move's decision ends"
         }
         Errno::EBUSY if request.contains("STAY") => TAKEN_BACK,
+        Errno::EBUSY if request.contains("NEXT") => {
+            "the client of the process that was named before is there"
+        }
+        Errno::ENOTCONN if request.contains("NEXT") => {
+            "no VMM uses the device: the one that connects now has it"
+        }
+        Errno::ESRCH if request.contains("NEXT") => "the server sees no such process",
         Errno::ENODEV if request.contains("MIG_DATA") => TAKEN_BACK,
         Errno::EPERM => "that is the VMM's, and this is a control client beside it",
         _ => "",

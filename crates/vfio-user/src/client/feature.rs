@@ -130,6 +130,7 @@ impl Shared {
                     | extension::PRECOPY_INFO
                     | extension::DATA_FD
                     | extension::RESET_COUNT
+                    | extension::NEXT
             );
         let sent = if probe || only_output { 0 } else { payload.len() };
         let mut bitmap_bytes = 0;
@@ -361,6 +362,7 @@ fn name(index: FeatureIndex, op: FeatureOp) -> String {
         extension::STAY => "STAY".to_owned(),
         extension::ECHO => "ECHO".to_owned(),
         extension::KICK => "KICK".to_owned(),
+        extension::NEXT => "NEXT".to_owned(),
         other => other.to_string(),
     };
     match op {

@@ -18,6 +18,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use control::NextVmm;
 use limosa_client::{DeviceIdentity, Error, Result};
 use limosa_foreign_fd::ForeignFd;
 pub use limosa_host::User;

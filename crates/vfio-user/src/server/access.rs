@@ -4,7 +4,7 @@
 use std::io::IoSlice;
 use std::sync::Arc;
 
-use limosa_device::{Backing, Held, Mapping};
+use limosa_device::{Backing, Held, Mapping, Mappings};
 use limosa_protocol::Errno;
 use limosa_protocol::info::{DmaMapFlags, DmaUnmapFlags};
 use zerocopy::IntoBytes;
@@ -33,7 +33,7 @@ impl Connection<'_> {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
         let is_config = self.is_config(access.region);
-        if !is_config && self.parked.comes_first() {
+        if self.waits(!is_config) {
             return Ok(Outcome::Held);
         }
         let (machine, count) = (self.machine, access.count as usize);
@@ -78,8 +78,20 @@ impl Connection<'_> {
         Ok(Outcome::Replied)
     }
 
+    /// Whether an access has to wait: behind others, or because the device is not this client's yet. A next client may look at
+    /// the configuration space, as long as none of its writes to it may wait.
+    fn waits(&self, touches_device: bool) -> bool {
+        match self.is_next() {
+            true => touches_device || !self.parked.is_empty(),
+            false => touches_device && self.parked.comes_first(),
+        }
+    }
+
     /// One write, behind those that wait.
     fn write(&self, region: u32, offset: u64, data: &[u8]) -> Result<Result<(), Errno>, Held> {
+        if self.is_next() {
+            return Err(Held);
+        }
         if self.is_config(region) {
             return Ok(self.machine.region_write_unheld(region, offset, data));
         }
@@ -137,7 +149,7 @@ impl Connection<'_> {
             None => Backing::Remote(Arc::new(self.memory())),
         };
         let mapping = Mapping { iova: map.address, size: map.size, flags, backing };
-        match self.machine.mappings().map(mapping) {
+        match self.with_mappings(|mappings| mappings.map(mapping)) {
             Ok(()) => self.reply(job, &[]),
             Err(errno) => {
                 if errno == Errno::ENOTSUP && !self.options.any_file {
@@ -157,19 +169,18 @@ impl Connection<'_> {
         unmap: DmaUnmapMessage,
         bitmap: Option<DirtyBitmap>,
     ) -> Handled {
-        let mappings = self.machine.mappings();
         let flags = DmaUnmapFlags::from_bits_retain(unmap.flags);
         let known = DmaUnmapFlags::GET_DIRTY_BITMAP | DmaUnmapFlags::ALL;
         if (unmap.argsz as usize) < DmaUnmapMessage::BYTES || !known.contains(flags) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
         let mut words = Vec::new();
-        let unmapped = match (flags.contains(DmaUnmapFlags::ALL), &bitmap) {
+        let unmapped = self.with_mappings(|mappings| match (flags.contains(DmaUnmapFlags::ALL), &bitmap) {
             (true, None) if unmap.address == 0 && unmap.size == 0 => mappings.unmap_all(),
             (true, _) => Err(Errno::EINVAL),
             (false, None) => mappings.unmap(unmap.address, unmap.size),
-            (false, Some(bitmap)) => self.unmap_report(&unmap, bitmap, &mut words),
-        };
+            (false, Some(bitmap)) => unmap_report(mappings, &unmap, bitmap, &mut words),
+        });
         let size = match unmapped {
             Ok(size) => size,
             Err(errno) => return Ok(Outcome::Refused(errno)),
@@ -185,28 +196,35 @@ impl Connection<'_> {
         }
     }
 
-    /// Unmaps, and leaves in `words` the bitmap, of at least the bytes that were asked for.
-    fn unmap_report(
-        &self,
-        unmap: &DmaUnmapMessage,
-        bitmap: &DirtyBitmap,
-        found: &mut Vec<u64>,
-    ) -> Result<u64, Errno> {
-        let mappings = self.machine.mappings();
-        mappings.logging_check(unmap.address, unmap.size, bitmap.page_size)?;
-        if !bitmap.page_size.is_power_of_two() {
-            return Err(Errno::EINVAL);
+    /// Does something with this client's mappings.
+    fn with_mappings<R>(&self, act: impl FnOnce(&Mappings) -> R) -> R {
+        match &self.next {
+            Some(next) => next.with_mappings(self.machine, act),
+            None => act(self.machine.mappings()),
         }
-        let words = unmap.size.div_ceil(bitmap.page_size).div_ceil(64);
-        let needed = words.checked_mul(8).ok_or(Errno::E2BIG)?;
-        let fixed = (DmaUnmapMessage::BYTES + DirtyBitmap::BYTES) as u64;
-        if needed > UNMAP_BITMAP_BYTES_MAX {
-            return Err(Errno::E2BIG);
-        }
-        if bitmap.size != needed || u64::from(unmap.argsz) < fixed + needed {
-            return Err(Errno::EINVAL);
-        }
-        *found = vec![0; words as usize];
-        mappings.unmap_report(unmap.address, unmap.size, bitmap.page_size, found)
     }
+}
+
+/// Unmaps, and leaves in `words` the bitmap, of at least the bytes that were asked for.
+fn unmap_report(
+    mappings: &Mappings,
+    unmap: &DmaUnmapMessage,
+    bitmap: &DirtyBitmap,
+    found: &mut Vec<u64>,
+) -> Result<u64, Errno> {
+    mappings.logging_check(unmap.address, unmap.size, bitmap.page_size)?;
+    if !bitmap.page_size.is_power_of_two() {
+        return Err(Errno::EINVAL);
+    }
+    let words = unmap.size.div_ceil(bitmap.page_size).div_ceil(64);
+    let needed = words.checked_mul(8).ok_or(Errno::E2BIG)?;
+    let fixed = (DmaUnmapMessage::BYTES + DirtyBitmap::BYTES) as u64;
+    if needed > UNMAP_BITMAP_BYTES_MAX {
+        return Err(Errno::E2BIG);
+    }
+    if bitmap.size != needed || u64::from(unmap.argsz) < fixed + needed {
+        return Err(Errno::EINVAL);
+    }
+    *found = vec![0; words as usize];
+    mappings.unmap_report(unmap.address, unmap.size, bitmap.page_size, found)
 }

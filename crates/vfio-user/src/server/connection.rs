@@ -2,31 +2,26 @@
 //! (`vfio-user.rst: Commands, Socket Disconnection Behavior`).
 
 use std::io::IoSlice;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use limosa_device::{ClientId, Machine, Released, SessionId};
+use limosa_device::{ClientId, Machine, NextClient, Released, SessionId};
 use limosa_foreign_fd::{Foreign, ForeignFd};
 use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
 use super::Options;
 use super::buffer::Buffer;
-use super::dma::Twin;
 use super::doors::{self, ConnectionId, Doors, Role};
 use super::link::{Fits, Incoming, Link, Something};
 use super::parked::Parked;
 use super::stream::DataSocket;
-use crate::codec::{Command, Header, Kind, Request, VersionMessage};
+use crate::codec::{Command, Header, Kind, Request};
 use crate::connection::{ConnectionError, Receiver};
-use crate::version::{
-    self, Capabilities, DATA_XFER_BYTES_MAX, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX,
-    TwinSocket, VERSION,
-};
+use crate::version::{DATA_XFER_BYTES_MAX, Limits};
 
 /// A connection being served.
 pub(super) struct Connection<'a> {
@@ -48,16 +43,18 @@ pub(super) struct Connection<'a> {
     /// When the version must have been negotiated.
     version_until: Instant,
     pub(super) doors: &'a Doors,
-    id: ConnectionId,
+    pub(super) id: ConnectionId,
     /// It came by the door for control clients.
-    by_control_door: bool,
+    pub(super) by_control_door: bool,
     /// `None` before VERSION.
     pub(super) role: Option<Role>,
     /// What the machine knows it as, once it has a role.
     pub(super) client: ClientId,
     pub(super) parked: Parked,
+    /// What it has prepared, while it waits for the VMM's place as the next client.
+    pub(super) next: Option<Arc<NextClient>>,
     /// Wakes this connection when accesses are held back no more.
-    _released: Option<Arc<Released>>,
+    pub(super) released: Option<Arc<Released>>,
 }
 
 /// What became of a request.
@@ -105,7 +102,7 @@ impl<'a> Connection<'a> {
         let data_bytes_max = options.data_bytes_max.clamp(4096, DATA_XFER_BYTES_MAX);
         let link =
             Arc::new(Link::new(stream, data_bytes_max as usize, options.message_limit, options.dma_limit)?);
-        let id = doors.enter(&link);
+        let id = doors.enter(&link, by_control_door);
         Ok(Connection {
             machine,
             options,
@@ -123,7 +120,8 @@ impl<'a> Connection<'a> {
             role: None,
             client: ClientId::VMM,
             parked: Parked::default(),
-            _released: None,
+            next: None,
+            released: None,
         })
     }
 
@@ -150,11 +148,30 @@ impl<'a> Connection<'a> {
         }
         self.link.end();
         self.data_socket = None;
-        if self.role.is_some() {
-            self.machine.client_gone(self.client);
-        }
+        self.leave();
         tracing::debug!(%end, "disconnected");
         end
+    }
+
+    /// Lets go of what the client gave. A VMM's device goes to its next client, if there is one.
+    fn leave(&mut self) {
+        let is_vmm = match self.role {
+            None => false,
+            Some(Role::Control) => {
+                self.machine.client_gone(self.client);
+                false
+            }
+            Some(Role::Vmm) => true,
+            // What it has prepared goes; or it has become the VMM, and did not know yet.
+            Some(Role::Next) => self.next.as_ref().is_none_or(|next| !next.withdraw()),
+        };
+        if is_vmm && !self.doors.hand_over(self.id, |next| self.machine.hand_over(next)) {
+            self.machine.client_gone(ClientId::VMM);
+            // One that was admitted meanwhile.
+            while !self.doors.leave_unless_next(self.id) {
+                self.doors.hand_over(self.id, |next| self.machine.hand_over(next));
+            }
+        }
     }
 
     /// Stops here while connections are paused, which only those are that can be handed over.
@@ -163,11 +180,14 @@ impl<'a> Connection<'a> {
             return Ok(());
         }
         self.link.flush()?;
+        if self.doors.is_open() && self.link.is_busy() {
+            return Ok(());
+        }
         self.doors.pause_here(self.id, &|| self.state(Vec::new()))
     }
 
     /// What another process needs to go on with this connection, beside its link.
-    fn state(&self, unanswered: Vec<u8>) -> doors::State {
+    pub(super) fn state(&self, unanswered: Vec<u8>) -> doors::State {
         doors::State {
             limits: self.limits,
             by_control_door: self.by_control_door,
@@ -180,6 +200,7 @@ impl<'a> Connection<'a> {
     pub(super) fn adopt(mut self, state: doors::State) -> Connection<'a> {
         self.limits = state.limits;
         state.parked.into_iter().for_each(|access| self.parked.keep(access));
+        self.doors.agreed(self.id, self.limits);
         if self.limits.is_some() {
             self.doors.adopt(self.id, Role::Vmm);
             self.be_vmm();
@@ -187,25 +208,16 @@ impl<'a> Connection<'a> {
         self
     }
 
-    fn be_vmm(&mut self) {
-        self.role = Some(Role::Vmm);
-        let link = self.link();
-        let released: Arc<Released> = Arc::new(move || link.wake());
-        self.machine.on_release(&released);
-        self._released = Some(released);
-        // What was there before this client cannot be moved by its socket.
-        self.moved = self.machine.session();
-    }
-
     fn serve_one(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
         self.pause_here()?;
+        self.look_whether_owner();
         if !self.parked.is_empty() {
             return self.serve_while_parked(request);
         }
         // An idle client may be idle for ever.
         let until = if self.limits.is_some() { None } else { Some(self.version_until) };
         if self.options.interruptible {
-            match self.link.wait_for_something(until)? {
+            match self.link.wait_for_something(until, true)? {
                 Something::Command => {}
                 Something::Woken => return Ok(()),
                 Something::Late => return Err(ConnectionError::Silent),
@@ -218,6 +230,7 @@ impl<'a> Connection<'a> {
     }
 
     pub(super) fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), ConnectionError> {
+        self.look_whether_owner();
         let Incoming { header, fds, body_bytes, held, receiver, fits } = incoming;
         let mut job = Job { header, fds: fds.fds, receiver };
         tracing::debug!(
@@ -308,128 +321,6 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// `vfio-user.rst: VFIO_USER_VERSION`. A refused version may be followed by another.
-    fn version(&mut self, job: &Job, version: VersionMessage, data: &[u8]) -> Handled {
-        let theirs = match Capabilities::decode(data) {
-            Ok(_) if version.major != VERSION.0 => {
-                tracing::warn!(major = version.major, "an unknown major version");
-                return Ok(Outcome::Refused(Errno::EINVAL));
-            }
-            Ok(theirs) => theirs,
-            Err(error) => {
-                tracing::warn!(%error, "VERSION refused");
-                return Ok(Outcome::Refused(Errno::EINVAL));
-            }
-        };
-        if let Err(errno) = self.admit(&theirs, job, version, data)? {
-            return Ok(Outcome::Refused(errno));
-        }
-        let mut answer = self.capabilities().answer(&theirs);
-        let twin = match answer.twin_socket {
-            _ if self.role == Some(Role::Control) => None,
-            // The socket goes with the reply.
-            Some(_) if job.wants_reply() && theirs.max_msg_fds != Some(0) => self.make_twin(),
-            _ => None,
-        };
-        if twin.is_none() {
-            answer.twin_socket = None;
-        }
-        let minor = version.minor.min(VERSION.1);
-        let limits = Limits::agree(minor, &theirs, &answer, &theirs);
-        let fixed = VersionMessage { major: VERSION.0, minor };
-        // QEMU receives the reply into the buffer of its request.
-        let room = REPLY_BYTES_MAX.max(job.header.size as usize) - Header::BYTES - VersionMessage::BYTES;
-        let json = answer.encode(room.min(JSON_ROOM));
-        tracing::debug!(?theirs, ?limits, "version agreed");
-        self.limits = Some(limits);
-        self.link.foreign_dma.store(theirs.are_qemus(), Relaxed);
-        let fds: Vec<BorrowedFd<'_>> = twin.iter().map(AsFd::as_fd).collect();
-        self.reply_pieces(job, &[fixed.as_bytes(), &json], &fds)
-    }
-
-    /// Gives the client its role, for which it may have to wait.
-    fn admit(
-        &mut self,
-        theirs: &Capabilities,
-        job: &Job,
-        version: VersionMessage,
-        data: &[u8],
-    ) -> Result<Result<(), Errno>, ConnectionError> {
-        use version::Role as Asked;
-        let asked = if self.by_control_door { Some(Asked::Control) } else { theirs.role };
-        let may_control = || self.by_control_door || doors::may_control(&self.link);
-        let control = match asked {
-            Some(Asked::Control) if !may_control() => {
-                tracing::warn!("a control client is refused: expected root or this server's own user");
-                return Ok(Err(Errno::EACCES));
-            }
-            Some(Asked::Control) => true,
-            // One that has gone, and is only not forgotten yet, is no VMM to be beside of.
-            Some(Asked::Either) => self.doors.vmm().is_some_and(|vmm| !vmm.has_hung_up()) && may_control(),
-            Some(Asked::Vmm) | None => false,
-        };
-        let admitted = match control {
-            true => self.doors.be_control(self.id),
-            false => {
-                let message = || [job.header.as_bytes(), version.as_bytes(), data].concat();
-                self.doors.be_vmm(self.id, &self.link, &|| self.state(message()))?
-            }
-        };
-        if admitted.is_err() {
-            return Ok(admitted);
-        }
-        if control {
-            self.role = Some(Role::Control);
-            self.client = self.machine.new_client();
-        } else {
-            self.be_vmm();
-        }
-        tracing::debug!(role = ?self.role, "admitted");
-        Ok(Ok(()))
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            role: Some(if self.role == Some(Role::Control) {
-                version::Role::Control
-            } else {
-                version::Role::Vmm
-            }),
-            max_msg_fds: Some(MSG_FDS_MAX as u64),
-            max_data_xfer_size: Some(self.data_bytes_max.into()),
-            max_dma_maps: Some(65535),
-            pgsizes: Some(4096),
-            write_multiple: Some(true),
-            twin_socket: self
-                .options
-                .twin_socket
-                .then_some(TwinSocket { supported: true, fd_index: Some(0) }),
-            migration: Some(MigrationCapability {
-                pgsize: Some(4096),
-                max_bitmap_size: Some(super::feature::BITMAP_BYTES_MAX),
-            }),
-        }
-    }
-
-    /// Makes the socket for the device's DMA messages and returns the client's end.
-    fn make_twin(&self) -> Option<UnixStream> {
-        let made =
-            UnixStream::pair().map_err(|error| error.to_string()).and_then(|(ours, theirs)| match Twin::new(
-                Foreign::new(ours),
-                self.options.message_limit,
-            ) {
-                Ok(twin) => Ok((twin, theirs)),
-                Err(error) => Err(error.to_string()),
-            });
-        match made {
-            Ok((twin, theirs)) => self.link.twin.set(twin).ok().map(|()| theirs),
-            Err(error) => {
-                tracing::warn!(%error, "no twin socket");
-                None
-            }
-        }
-    }
-
     /// Replies with this body, if a reply is wanted.
     pub(super) fn reply(&self, job: &Job, body: &[u8]) -> Handled {
         self.reply_pieces(job, &[body], &[])
@@ -461,9 +352,6 @@ impl Drop for Connection<'_> {
         self.doors.leave(self.id);
     }
 }
-
-/// Version data has room for all that this server ever says.
-const JSON_ROOM: usize = 1024;
 
 /// The most fds that a command may come with.
 fn fds_max(command: Command) -> usize {

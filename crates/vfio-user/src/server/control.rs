@@ -23,8 +23,11 @@ pub(super) const CONFIG_REGION: u32 = 7;
 
 impl Connection<'_> {
     /// EPERM for what a control client may not: memory, interrupts and BARs are the VMM's. A reset it may ask for only to end a
-    /// load of its own.
+    /// load of its own. EBUSY for what the next client may not yet.
     pub(super) fn check_role(&self, request: &Request<'_>) -> Result<(), Errno> {
+        if self.is_next() {
+            return self.check_next(request);
+        }
         let may = match request {
             _ if self.role != Some(Role::Control) => true,
             Request::Version(..) | Request::GetInfo { .. } | Request::GetRegionInfo { .. } => true,

@@ -43,21 +43,21 @@ impl Connection<'_> {
         let mut payload = [0; PAYLOAD_BYTES_MAX];
         let at_hand = data.len().min(PAYLOAD_BYTES_MAX);
         payload[..at_hand].copy_from_slice(&data[..at_hand]);
+        // A SET whose data was not sent.
+        let sent = match call.op {
+            FeatureOp::SET => FeatureCall { payload_bytes: call.payload_bytes.min(at_hand), ..call },
+            _ => call,
+        };
         let done = match (call.index, call.op) {
             (FeatureIndex::DMA_LOGGING_START, FeatureOp::SET) => self.start(call, &mut payload, data),
-            // A SET whose data was not sent.
             (index, FeatureOp::SET) if index.rules().is_some_and(|rules| rules.payload_bytes > at_hand) => {
-                self.machine.feature_for(
-                    self.client,
-                    FeatureCall { payload_bytes: at_hand, ..call },
-                    &mut payload,
-                    Refers::Nothing,
-                )
+                self.machine.feature_for(self.client, sent, &mut payload, Refers::Nothing)
             }
             (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::SET) => self.set_state(call, &mut payload),
             (extension::PRECOPY_INFO | extension::DATA_FD, _) => self.extension(call, &mut payload),
+            (extension::NEXT, _) => self.next_feature(sent, &mut payload),
             (extension::STAY | extension::ECHO | extension::KICK, _) => {
-                self.control_feature(call, &mut payload)
+                self.control_feature(sent, &mut payload)
             }
             _ => self.machine.feature_for(self.client, call, &mut payload, Refers::Nothing),
         };

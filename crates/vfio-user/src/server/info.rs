@@ -112,9 +112,9 @@ impl Connection<'_> {
         self.reply_pieces(job, &[fixed.as_bytes(), entries.as_bytes()], &fds)
     }
 
-    /// The most fds that the client takes in one message. A control client maps nothing.
+    /// The most fds that the client takes in one message. A control client maps nothing, nor does one that has not the device yet.
     fn fds_max(&self) -> usize {
-        if self.role == Some(Role::Control) {
+        if self.role == Some(Role::Control) || self.is_next() {
             return 0;
         }
         self.limits.map_or(0, |limits| limits.msg_fds_max)

@@ -14,23 +14,29 @@ impl Connection<'_> {
     pub(super) fn set_irqs(&mut self, job: &mut Job, set: Message<'_>) -> Handled {
         let machine = self.machine;
         let fds = take(&mut job.fds);
+        let apply = |start, what| match &self.next {
+            Some(next) => next.set_irqs(machine, set.index, start, what),
+            None => machine.set_irqs(set.index, start, what),
+        };
         let done = match set.data {
-            IrqData::Eventfds => wire(machine, &set, fds),
+            IrqData::Eventfds => {
+                wired(machine, &set, fds).and_then(|fds| apply(set.start, SetIrqs::Wire(fds)))
+            }
             _ if !fds.is_empty() => Err(Errno::EINVAL),
             IrqData::None if set.count == 0 => {
                 if set.action == IrqSetFlags::ACTION_TRIGGER && set.start == 0 {
-                    machine.set_irqs(set.index, 0, SetIrqs::Disable)
+                    apply(0, SetIrqs::Disable)
                 } else {
                     Err(Errno::EINVAL)
                 }
             }
-            IrqData::None => act(machine, &set, set.start, set.count),
+            IrqData::None => action(&set, set.count).and_then(|what| apply(set.start, what)),
             // A range that is not there is refused before anything is done.
             IrqData::Bools(bools) => check_range(machine, &set).and_then(|()| {
                 (set.start..)
                     .zip(bools)
                     .filter(|&(_, &on)| on != 0)
-                    .try_for_each(|(vector, _)| act(machine, &set, vector, 1))
+                    .try_for_each(|(vector, _)| action(&set, 1).and_then(|what| apply(vector, what)))
             }),
         };
         match done {
@@ -49,27 +55,25 @@ fn check_range(machine: &Machine, set: &Message<'_>) -> Result<(), Errno> {
     }
 }
 
-fn act(machine: &Machine, set: &Message<'_>, start: u32, count: u32) -> Result<(), Errno> {
-    let what = match set.action {
-        IrqSetFlags::ACTION_TRIGGER => SetIrqs::Trigger(count),
-        IrqSetFlags::ACTION_MASK => SetIrqs::Mask(count),
-        IrqSetFlags::ACTION_UNMASK => SetIrqs::Unmask(count),
-        _ => return Err(Errno::EINVAL),
-    };
-    machine.set_irqs(set.index, start, what)
+fn action(set: &Message<'_>, count: u32) -> Result<SetIrqs, Errno> {
+    match set.action {
+        IrqSetFlags::ACTION_TRIGGER => Ok(SetIrqs::Trigger(count)),
+        IrqSetFlags::ACTION_MASK => Ok(SetIrqs::Mask(count)),
+        IrqSetFlags::ACTION_UNMASK => Ok(SetIrqs::Unmask(count)),
+        _ => Err(Errno::EINVAL),
+    }
 }
 
-/// Wires the vectors to as many eventfds, or takes theirs away when there is none. Eventfds for
+/// What the vectors are wired to: as many eventfds, or none, which takes theirs away. Eventfds for
 /// masking and unmasking are refused with ENOTTY, as the kernel does where it has none.
-fn wire(machine: &Machine, set: &Message<'_>, fds: Vec<ForeignFd>) -> Result<(), Errno> {
+fn wired(machine: &Machine, set: &Message<'_>, fds: Vec<ForeignFd>) -> Result<Vec<Option<ForeignFd>>, Errno> {
     if set.action != IrqSetFlags::ACTION_TRIGGER {
         return Err(Errno::ENOTTY);
     }
     check_range(machine, set)?;
-    let fds: Vec<_> = match fds.len() {
-        0 => (0..set.count).map(|_| None).collect(),
-        count if count == set.count as usize => fds.into_iter().map(Some).collect(),
-        _ => return Err(Errno::EINVAL),
-    };
-    machine.set_irqs(set.index, set.start, SetIrqs::Wire(fds))
+    match fds.len() {
+        0 => Ok((0..set.count).map(|_| None).collect()),
+        count if count == set.count as usize => Ok(fds.into_iter().map(Some).collect()),
+        _ => Err(Errno::EINVAL),
+    }
 }

@@ -10,8 +10,8 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -68,7 +68,18 @@ pub(super) struct Link {
     pub(super) dma_limit: Duration,
     /// An eventfd that wakes the thread that serves.
     waker: OwnedFd,
+    /// It may have been written to.
+    is_woken: AtomicBool,
+    /// Whether the thread that serves reads: [`BUSY`], [`IDLE`] or [`STOPPED`].
+    reads: AtomicU8,
 }
+
+/// The thread that serves may read from the socket, or handles a request.
+const BUSY: u8 = 0;
+/// It sleeps between two requests, and reads nothing before it is busy again.
+const IDLE: u8 = 1;
+/// It was idle, and must not become busy: the connection is paused.
+const STOPPED: u8 = 2;
 
 /// What the threads of a connection share.
 pub(super) struct Shared {
@@ -149,6 +160,8 @@ impl Link {
             data_bytes_max,
             dma_limit,
             waker: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            is_woken: AtomicBool::new(false),
+            reads: AtomicU8::new(BUSY),
         })
     }
 
@@ -424,8 +437,14 @@ impl Link {
 
     /// Sleeps until a command has come, [`Link::wake`] was called, or it is so late. Of a command that is longer than the
     /// receive buffer, only the first part has come. Nothing that the client sent is taken from the connection, so that another
-    /// process can go on with it.
-    pub(super) fn wait_for_something(&self, until: Option<Instant>) -> Result<Something, ConnectionError> {
+    /// process can go on with it. While it sleeps it can be stopped without being woken ([`Link::stop_if_idle`]), if
+    /// `may_stop`.
+    pub(super) fn wait_for_something(
+        &self,
+        until: Option<Instant>,
+        may_stop: bool,
+    ) -> Result<Something, ConnectionError> {
+        let mut is_ready = false;
         loop {
             if self.was_woken() {
                 return Ok(Something::Woken);
@@ -445,7 +464,9 @@ impl Link {
                 continue;
             };
             drop(shared);
-            let gathered = self.gather(&mut receiver);
+            // Mostly nothing has come yet, and a look at the socket is one call for nothing.
+            let gathered =
+                if is_ready || receiver.has_more() { self.gather(&mut receiver) } else { Ok(false) };
             self.give_back(receiver);
             if gathered? {
                 return Ok(Something::Command);
@@ -453,8 +474,38 @@ impl Link {
             if until.is_some_and(|until| Instant::now() >= until) {
                 return Ok(Something::Late);
             }
-            self.poll(PollFlags::IN, until)?;
+            if !may_stop {
+                is_ready = self.poll(PollFlags::IN, until)?;
+                continue;
+            }
+            self.reads.store(IDLE, SeqCst);
+            let polled = self.poll(PollFlags::IN, until);
+            if self.reads.compare_exchange(IDLE, BUSY, SeqCst, SeqCst).is_err() {
+                return Ok(Something::Woken);
+            }
+            is_ready = polled?;
         }
+    }
+
+    /// Stops the thread that serves where it sleeps between two requests, and says whether it did. Then it reads nothing before
+    /// [`Link::set_busy`], and need not be woken for that.
+    pub(super) fn stop_if_idle(&self) -> bool {
+        !self.sender.keeps() && self.reads.compare_exchange(IDLE, STOPPED, SeqCst, SeqCst).is_ok()
+    }
+
+    /// Lets it go on, if it sleeps there still without knowing that it was stopped.
+    pub(super) fn go_on_idle(&self) -> bool {
+        self.reads.compare_exchange(STOPPED, IDLE, SeqCst, SeqCst).is_ok()
+    }
+
+    /// Called by the thread that serves, which may read from now on, or will not before it was told that it may.
+    pub(super) fn set_busy(&self) {
+        self.reads.store(BUSY, SeqCst);
+    }
+
+    /// Whether the thread that serves was not stopped.
+    pub(super) fn is_busy(&self) -> bool {
+        self.reads.load(SeqCst) == BUSY
     }
 
     /// Whether a command has come. Replies before it go to the threads that wait for them.
@@ -481,7 +532,13 @@ impl Link {
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         let mut fds = [PollFd::new(self.sender.socket(), events), PollFd::new(&self.waker, PollFlags::IN)];
         match poll(&mut fds, left.as_ref()) {
-            Ok(_) => Ok(!fds[0].revents().is_empty()),
+            Ok(_) => {
+                let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
+                if ready(&fds[1]) {
+                    self.is_woken.store(true, SeqCst);
+                }
+                Ok(ready(&fds[0]))
+            }
             Err(rustix::io::Errno::INTR) => Ok(false),
             Err(error) => Err(error.into()),
         }
@@ -489,12 +546,17 @@ impl Link {
 
     /// Whether [`Link::wake`] was called since the last time.
     pub(super) fn was_woken(&self) -> bool {
-        let mut count = [0; 8];
-        rustix::io::read(&self.waker, &mut count).is_ok()
+        if !self.is_woken.swap(false, SeqCst) {
+            return false;
+        }
+        // Nothing is there when the waker has not come to its write yet: then this is woken once more.
+        let _ = rustix::io::read(&self.waker, &mut [0; 8]);
+        true
     }
 
     /// Wakes the thread that serves, where it waits with [`Link::wait_for_something`] or [`Link::wait_for_wake`].
     pub(super) fn wake(&self) {
+        self.is_woken.store(true, SeqCst);
         // Fails only when the counter is full, that is, woken.
         let _ = rustix::io::write(&self.waker, &1u64.to_ne_bytes());
         let shared = self.lock();

@@ -1,14 +1,17 @@
 //! The server: a [`Machine`] behind a socket (`vfio-user.rst`, the server's side of every message).
 //!
 //! One client at a time is the VMM. Others that want to be wait until it is gone; a client that
-//! dies in any state leaves state and session behind, and the next finds a device that answers
-//! every message. Mappings, interrupt wiring and DMA logging end with their client. Beside the VMM, control clients move the
+//! dies in any state leaves state and session behind, and the one after it finds a device that answers
+//! every message. Mappings, interrupt wiring and DMA logging end with their client. One client whose process was named prepares
+//! to be the next VMM, and gets the device in one step. Beside the VMM, control clients move the
 //! device; each connection has a thread of its own.
 //!
 //! Nothing that a client sends costs memory beyond fixed bounds, and a message that is refused is
 //! taken off the socket whole, so that the connection stays in step.
 
+mod accept;
 mod access;
+mod admission;
 mod buffer;
 mod connection;
 mod control;
@@ -20,6 +23,7 @@ mod handover;
 mod info;
 mod interrupts;
 mod link;
+mod next;
 mod parked;
 mod stream;
 
@@ -28,6 +32,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use limosa_device::Machine;
@@ -36,6 +41,7 @@ use limosa_host::SocketPath;
 pub use limosa_host::{Group, SocketAccess};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+use accept::Come;
 use connection::Connection;
 use doors::Doors;
 use handover::Adopted;
@@ -131,9 +137,11 @@ pub struct Server {
     machine: Arc<Machine>,
     options: Options,
     shutdown: ShutdownHandle,
-    doors: Doors,
+    doors: Arc<Doors>,
     /// Connections that another process has served, until they are served here.
     adopted: Mutex<Vec<Adopted>>,
+    /// Threads of those that are served already.
+    started: Started,
 }
 
 impl std::fmt::Debug for Server {
@@ -189,8 +197,19 @@ impl Server {
     }
 
     fn new(door: Door, machine: Arc<Machine>, options: Options) -> io::Result<Server> {
-        let (doors, adopted) = (Doors::default(), Mutex::default());
-        Ok(Server { door, control: None, machine, options, shutdown: ShutdownHandle::new()?, doors, adopted })
+        Server::with_doors(door, machine, options, Arc::default())
+    }
+
+    /// The same with doors at which connections come already.
+    fn with_doors(
+        door: Door,
+        machine: Arc<Machine>,
+        options: Options,
+        doors: Arc<Doors>,
+    ) -> io::Result<Server> {
+        let started = Started { doors: Arc::clone(&doors), threads: Mutex::default() };
+        let (control, adopted, shutdown) = (None, Mutex::default(), ShutdownHandle::new()?);
+        Ok(Server { door, control, machine, options, shutdown, doors, adopted, started })
     }
 
     /// Listens for control clients at another path as well: whoever may connect there may move the device. Fails as
@@ -221,6 +240,7 @@ impl Server {
             if !self.doors.is_given() {
                 end_connections(&self.doors);
             }
+            self.started.join();
             served
         })
     }
@@ -229,105 +249,33 @@ impl Server {
     pub fn is_given(&self) -> bool {
         self.doors.is_given()
     }
+}
 
-    fn accept<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>) -> io::Result<()> {
-        loop {
-            let ready = self.wait_for_client()?;
-            if self.shutdown.is_shut_down() || self.doors.is_given() {
-                return Ok(());
-            }
-            if !limosa_foreign_fd::keeps_up(PAUSE) {
-                tracing::error!(
-                    "no client is served: fds of others cannot be closed, as closing them blocks"
-                );
-                continue;
-            }
-            for (by_control_door, door) in ready {
-                // Those at one door keep nobody out at the other.
-                let most = doors::CONNECTIONS_MAX + if by_control_door { doors::CONTROL_MAX } else { 0 };
-                if !self.doors.wait_for_room(most, PAUSE) {
-                    tracing::warn!("no further client is served, as there are {most}");
-                    continue;
-                }
-                if !self.doors.expect() {
-                    return Ok(());
-                }
-                let error = match door.listener.accept() {
-                    Ok((stream, _)) => {
-                        self.start(scope, Come::New(Foreign::new(stream), by_control_door));
-                        continue;
-                    }
-                    Err(error) => error,
-                };
-                self.doors.expect_no_more();
-                if is_passing(&error) {
-                    tracing::debug!(%error, "a connection was gone before it was accepted");
-                } else if is_lack(&error) {
-                    // The client stays in the queue until there is room again.
-                    tracing::warn!(%error, "no room for a connection");
-                    self.pause();
-                } else {
-                    return Err(error);
-                }
-            }
+/// Threads that serve connections which another process has served. They were made before it was known that this one does, so
+/// that no client waits for it.
+struct Started {
+    doors: Arc<Doors>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Started {
+    /// Waits until they have ended.
+    fn join(&self) {
+        for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {
+            // One that panicked has said so.
+            let _ = thread.join();
         }
-    }
-
-    /// Serves a connection on a thread of its own.
-    fn start<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>, come: Come) {
-        let serve = move || match self.connection(come) {
-            Ok(mut connection) => _ = connection.serve(),
-            Err(error) => {
-                self.doors.expect_no_more();
-                tracing::warn!(%error, "a connection could not be set up");
-            }
-        };
-        if let Err(error) = std::thread::Builder::new().name("vfio-user".into()).spawn_scoped(scope, serve) {
-            self.doors.expect_no_more();
-            tracing::warn!(%error, "no thread for a connection, which is closed");
-            self.pause();
-        }
-    }
-
-    fn connection(&self, come: Come) -> Result<Connection<'_>, ConnectionError> {
-        let Server { machine, options, doors, .. } = self;
-        match come {
-            Come::New(stream, by_control_door) => {
-                Connection::new(stream, machine, options, doors, by_control_door)
-            }
-            Come::Adopted(adopted) => adopted.connection(machine, options, doors),
-        }
-    }
-
-    /// Waits for clients, or the shutdown; the doors where some are, and whether each is the one for control clients.
-    fn wait_for_client(&self) -> io::Result<Vec<(bool, &Door)>> {
-        let doors: Vec<_> = std::iter::once((false, &self.door))
-            .chain(self.control.iter().map(|door| (true, door)))
-            .collect();
-        let mut fds: Vec<_> =
-            doors.iter().map(|(_, door)| PollFd::new(&*door.listener, PollFlags::IN)).collect();
-        fds.push(PollFd::new(&self.shutdown, PollFlags::IN));
-        match poll(&mut fds, None) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
-            Err(errno) => return Err(errno.into()),
-        }
-        let is_ready: Vec<_> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        Ok(doors.into_iter().zip(is_ready).filter(|(_, ready)| *ready).map(|(door, _)| door).collect())
-    }
-
-    /// A moment, or until shut down.
-    fn pause(&self) {
-        let pause = Timespec::try_from(PAUSE).ok();
-        let _ = poll(&mut [PollFd::new(&self.shutdown, PollFlags::IN)], pause.as_ref());
     }
 }
 
-/// A connection to be served.
-enum Come {
-    /// One that was accepted, and whether by the door for control clients.
-    New(Foreign<UnixStream>, bool),
-    Adopted(Box<Adopted>),
+impl Drop for Started {
+    /// Of a server that never served.
+    fn drop(&mut self) {
+        if !self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            self.doors.links().iter().for_each(|link| link.end());
+            self.join();
+        }
+    }
 }
 
 /// Ends all connections: first no more requests; then, for a client that does not take its reply, everything.
@@ -337,23 +285,8 @@ fn end_connections(doors: &Doors) {
     doors.links().iter().for_each(|link| link.end());
 }
 
-/// How long a server that can take no client waits before it looks whether it is to end.
-const PAUSE: Duration = Duration::from_millis(100);
-
 /// How long a client has to take its last reply from a server that ends.
 const GRACE: Duration = Duration::from_secs(2);
-
-fn is_passing(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
-    matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
-}
-
-/// Out of fds or memory.
-fn is_lack(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    let lacks = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-    rustix::io::Errno::from_io_error(error).is_some_and(|errno| lacks.contains(&errno))
-}
 
 /// Serves one connection on this thread until it ends or the handle is shut down, and says why it
 /// ended. Fails when the socket cannot be set up.

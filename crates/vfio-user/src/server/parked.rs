@@ -1,4 +1,4 @@
-//! Accesses of the VMM that wait while another client moves its device.
+//! Accesses of the VMM that wait while another client moves its device, and those of the next one until the device is its own.
 //!
 //! The guest knows nothing of the move: a write that is refused would be lost, and a VMM that waits too long for a reply gives
 //! the device up (QEMU after 5 s). So what cannot be done now is kept, in its order, and done when the device runs again; after
@@ -24,7 +24,7 @@ const BYTES_MAX: usize = 4 << 20;
 pub(super) struct Parked {
     accesses: VecDeque<Access>,
     bytes: usize,
-    /// When the first came.
+    /// When the first came, or its limit began to count.
     since: Option<Instant>,
     /// Its accesses are being made.
     pub(super) replays: bool,
@@ -83,18 +83,26 @@ impl Connection<'_> {
     pub(super) fn park(&mut self, job: &Job, body: &[u8]) {
         let writes_done = std::mem::take(&mut self.parked.writes_done);
         if self.parked.is_empty() {
-            tracing::info!("the VMM uses its device while it is moved: its accesses wait");
+            tracing::info!(
+                next = self.is_next(),
+                "a VMM uses a device that is moved, or not its own yet: its accesses wait"
+            );
         }
         self.parked.keep(Access { header: job.header, body: body.to_vec(), writes_done });
     }
 
     /// One step while accesses wait.
     pub(super) fn serve_while_parked(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
-        if !self.machine.holds_accesses() {
+        if !self.holds_accesses() {
             return self.replay(request);
         }
-        let until = self.parked.since.map(|since| since + self.options.park_limit);
-        let until = until.filter(|_| self.machine.stays().is_none());
+        // While the device stays, or is not this client's yet, there is no limit; it counts from when there is one.
+        let until = if self.is_next() || self.machine.stays().is_some() {
+            self.parked.since = None;
+            None
+        } else {
+            Some(*self.parked.since.get_or_insert_with(Instant::now) + self.options.park_limit)
+        };
         if until.is_some_and(|until| Instant::now() >= until) {
             // A device that cannot run again answers them with errors.
             self.parked.since = Some(Instant::now());
@@ -105,18 +113,23 @@ impl Connection<'_> {
         }
         if self.parked.is_full() {
             self.link.was_woken();
-            if self.machine.holds_accesses() {
+            self.look_whether_owner();
+            if self.holds_accesses() {
                 self.link.wait_for_wake(until)?;
             }
             return Ok(());
         }
-        match self.link.wait_for_something(until)? {
+        match self.link.wait_for_something(until, false)? {
             Something::Command => match self.link.next(request, None)? {
                 Some(incoming) => self.handle(incoming, request),
                 None => Ok(()),
             },
             Something::Woken | Something::Late => Ok(()),
         }
+    }
+
+    fn holds_accesses(&self) -> bool {
+        self.is_next() || self.machine.holds_accesses()
     }
 
     /// Makes the accesses that waited, in their order, until one has to wait again.

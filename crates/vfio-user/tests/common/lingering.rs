@@ -31,6 +31,13 @@ pub fn send_with(peer: &Raw, message: &[u8], fd: OwnedFd) {
     peer.send(&message[8..], &[]);
 }
 
+/// Sends a message that brings an fd, to a peer that may close it at once. This side's copy is closed on a thread of its own: if the
+/// peer was first, that is the last close.
+pub fn send_and_let_go(peer: &Raw, message: &[u8], fd: OwnedFd) {
+    peer.send(message, &[fd.as_fd()]);
+    std::thread::spawn(move || drop(fd));
+}
+
 /// Runs something on a thread of its own; fails when it does not come to its end.
 #[track_caller]
 pub fn in_time<T: Send + 'static>(what: &str, act: impl FnOnce() -> T + Send + 'static) -> T {

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod device;
+pub mod fds;
 pub mod lingering;
 pub mod raw;
 
@@ -59,4 +60,16 @@ impl Drop for Served {
             }
         }
     }
+}
+
+/// Runs something on a thread whose user is another one.
+pub fn as_another<T: Send>(act: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let another = scope.spawn(|| {
+            let other = rustix::fs::Uid::from_raw(65534);
+            rustix::thread::set_thread_res_uid(other, other, other).unwrap();
+            act()
+        });
+        another.join().unwrap()
+    })
 }

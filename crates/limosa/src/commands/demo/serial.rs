@@ -23,7 +23,7 @@ const DATA_READY: u8 = 1;
 /// Bytes that the receive FIFO holds.
 const FIFO_BYTES: u64 = 16;
 
-/// What the thread and the others share.
+/// State shared between the thread and the others.
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
@@ -45,7 +45,7 @@ pub struct Serial {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What went through.
+/// The bytes that went through.
 #[derive(Clone, Copy, Debug)]
 pub struct Count {
     /// Bytes sent.

@@ -1,7 +1,7 @@
-//! What is printed of a move that has ended, and how the command ends with it.
+//! The output and the exit code of a move that has ended.
 //!
-//! What is moved stays moved, whatever fails after the commit: `--on-start`, a report, standard output. All of that is said,
-//! in one message with a code of its own.
+//! A failure after the commit (of `--on-start`, a report or standard output) does not undo the move. All such failures are
+//! named in one message, with an exit code of their own.
 
 use std::fmt;
 
@@ -14,11 +14,11 @@ use crate::guest::Guest;
 use crate::output::Output;
 use crate::reports::Reports;
 
-/// What is to be known of devices that stay in STOP.
+/// A message about devices that stay in STOP.
 pub const STAYS_STOPPED: &str =
     "the devices stood in STOP before, and stay in STOP where they are now: nothing was started";
 
-/// What a command does, in the words of its messages.
+/// The kind of work of a command, as its messages name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     Move,
@@ -70,13 +70,13 @@ impl<'a> Ending<'a> {
         }
     }
 
-    /// It did not go well: the report is written, and goes with the error.
+    /// Writes the report of a move that failed, and adds it to the error.
     pub fn failed(&self, report: &Report, error: anyhow::Error) -> anyhow::Error {
         self.reports.write_failed(report);
         exit::reported(error, report)
     }
 
-    /// What an ended move gives on the source.
+    /// The result of an ended move on the source.
     pub fn settled(&self, outcome: Outcome, guest: &Guest<'_>) -> anyhow::Result<()> {
         guest.forget(&outcome);
         match outcome {
@@ -158,7 +158,7 @@ pub fn note_ways_back(report: &mut Report) {
     report.notes.extend(report.unrecovered.iter().filter_map(way_back));
 }
 
-/// What brings back a device of a source, or empties one of a destination.
+/// The advice that brings back a device of a source, or empties one of a destination.
 fn way_back(lost: &Unrecovered) -> Option<String> {
     let device = &lost.device;
     match lost.loss {
@@ -174,7 +174,7 @@ fn way_back(lost: &Unrecovered) -> Option<String> {
     }
 }
 
-/// What a person should know of a move that failed.
+/// The notes of the report of a move that failed.
 pub struct Notes<'a>(pub &'a [String]);
 
 impl fmt::Display for Notes<'_> {

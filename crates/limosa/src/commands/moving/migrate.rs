@@ -5,36 +5,36 @@ use limosa_migrate::{Cancel, Error, Ledger, Nobody, Outcome, Received, move_loca
 use super::ended::{Ending, STAYS_STOPPED, Work};
 use super::{cancel_on_signal, destination, memory, options, source};
 use crate::args;
+use crate::endpoint::{self, Endpoint};
 use crate::found;
 use crate::guest::Guest;
-use crate::hold::{self, Leaves};
+use crate::keep_open::{self, Leaves};
 use crate::moved::Moved;
 use crate::moves::Moves;
 use crate::noting::{Noting, Target, devices_of};
 use crate::open::{Opened, Opening};
 use crate::output::Output;
 use crate::progress::Progress;
-use crate::side::{self, Side};
 
 pub fn migrate(args: &args::Migrate, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let (from, to) = (args.sources(), args.destinations());
-    side::all_different(&[&from[..], &to[..]].concat())?;
+    endpoint::all_different(&[&from[..], &to[..]].concat())?;
     let (memory_from, memory_to) = (args.memory.from(), args.memory.to());
-    let from = Side::source(opening, &from, &memory_from, &args.stopping)?;
-    let to = Side::destination(opening, &to, &memory_to)?;
+    let from = Endpoint::source(opening, &from, &memory_from, &args.stopping)?;
+    let to = Endpoint::destination(opening, &to, &memory_to)?;
     crate::memory::different(from.memory(), to.memory())?;
     let moves = Moves::new(args.moves.folder.as_deref());
     found::check_source(from.devices(), args.stopping.stopped, &moves)?;
     found::check_destination(to.devices(), &moves)?;
     found::check_stop_with(&args.stopping, from.devices().iter().chain(to.devices()))?;
     let done = between(&from, &to, args, &cancel, out);
-    hold::end(done, to.devices(), args.hold.hold, Leaves::State, out)
+    keep_open::end(done, to.devices(), args.keep_open.keep_open, Leaves::State, out)
 }
 
 fn between(
-    from: &Side,
-    to: &Side,
+    from: &Endpoint,
+    to: &Endpoint,
     args: &args::Migrate,
     cancel: &Cancel,
     out: &Output,
@@ -65,7 +65,7 @@ fn between(
         (_, Received::Broken { why, report }) => Err(ending.broken(&to.name(), why, &report)),
         (Outcome::Undone { why, mut report }, Received::Discarded { why: why_there, report: there }) => {
             report.notes.extend(there.notes);
-            // What was called off there is known here at first hand.
+            // Both sides are in this process, so a cancel of the destination is known here.
             let why = if matches!(why, Error::Aborted { .. }) { why_there } else { why };
             report.why = Some(why.to_string());
             ending.settled(Outcome::Undone { why, report }, &guest)

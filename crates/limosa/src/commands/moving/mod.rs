@@ -1,4 +1,4 @@
-//! What moves devices: `limosa migrate`, `send`, `receive`, `save`, `load`; here what they have in common.
+//! The commands that move devices: `limosa migrate`, `send`, `receive`, `save`, `load`; here the code that they share.
 
 mod ended;
 mod migrate;
@@ -14,8 +14,8 @@ use limosa_migrate::{
 };
 
 use crate::args;
+use crate::endpoint::Endpoint;
 use crate::memory::SourcePages;
-use crate::side::Side;
 use crate::signals;
 
 pub use migrate::migrate;
@@ -56,11 +56,11 @@ fn over_link(options: Options, link: &args::Link) -> Options {
 
 /// The pages and the log are separate so that both outlive what is made of them.
 fn memory<'a>(
-    side: &Side,
+    endpoint: &Endpoint,
     pages: &'a SourcePages,
     log: &'a mut Option<FingerprintLog<'a, FilePages>>,
 ) -> Memory<'a> {
-    let regions = pages.regions(side.memory());
+    let regions = pages.regions(endpoint.memory());
     match log {
         Some(log) => Memory::logged(regions, log),
         // The user has said that the guest stands still, or that there is none.

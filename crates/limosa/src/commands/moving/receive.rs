@@ -12,28 +12,28 @@ use limosa_migrate::{
 use super::ended::{Ending, Notes, STAYS_STOPPED, Work, note_ways_back};
 use super::{cancel_on_signal, destination, over_link};
 use crate::args;
+use crate::endpoint::Endpoint;
 use crate::exit::{self, Code};
 use crate::found;
 use crate::guest::Guest;
-use crate::hold::{self, Leaves};
+use crate::keep_open::{self, Leaves};
 use crate::links::Links;
 use crate::moves::{HINT, Moves};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
-use crate::side::Side;
 
 pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
     let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
-    let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
-    found::check_destination(side.devices(), &Moves::new(args.link.moves.folder.as_deref()))?;
-    let done = wait_and_take(&side, args, (&links, &address), &cancel, out);
-    hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
+    let endpoint = Endpoint::destination(opening, &args.devices.names(), &args.memory.memory)?;
+    found::check_destination(endpoint.devices(), &Moves::new(args.link.moves.folder.as_deref()))?;
+    let done = wait_and_take(&endpoint, args, (&links, &address), &cancel, out);
+    keep_open::end(done, endpoint.devices(), args.keep_open.keep_open, Leaves::State, out)
 }
 
 fn wait_and_take(
-    side: &Side,
+    endpoint: &Endpoint,
     args: &args::Receive,
     (links, address): (&Links, &Address),
     cancel: &Cancel,
@@ -47,9 +47,9 @@ fn wait_and_take(
         .with_move_max(args.move_limit);
     let options = args.state.limit(options);
     let ledger = Arc::new(moves.ledger()?);
-    let (moved, ending) = (side.moved(), Ending::new(Work::Move, &args.reporting, out)?);
-    let (pages, guest) = (side.destination_pages()?, Guest::destination(&args.starting));
-    let regions = pages.regions(side.memory());
+    let (moved, ending) = (endpoint.moved(), Ending::new(Work::Move, &args.reporting, out)?);
+    let (pages, guest) = (endpoint.destination_pages()?, Guest::destination(&args.starting));
+    let regions = pages.regions(endpoint.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger)
         .with_after(args.starting.after());
     out.say(&format!("listening on {}", listener.address()));
@@ -71,7 +71,7 @@ fn wait_and_take(
         Received::Discarded { why, mut report } => {
             note_ways_back(&mut report);
             let may_doubt = source_may_doubt(&why, &report);
-            let mut what = format!("{} was not loaded{}", side.name(), Notes(&report.notes));
+            let mut what = format!("{} was not loaded{}", endpoint.name(), Notes(&report.notes));
             if matches!(why, Error::NotRecorded { .. }) {
                 what = format!("{what}; {HINT}");
             }
@@ -81,7 +81,7 @@ fn wait_and_take(
             }
             Err(error)
         }
-        Received::Broken { why, report } => Err(ending.broken(&side.name(), why, &report)),
+        Received::Broken { why, report } => Err(ending.broken(&endpoint.name(), why, &report)),
     }
 }
 

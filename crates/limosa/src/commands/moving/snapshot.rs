@@ -11,54 +11,59 @@ use limosa_stream::Damage;
 use super::ended::{Ending, Notes, STAYS_STOPPED, Work, note_ways_back};
 use super::{ASK_EVERY, cancel_on_signal, destination, memory, source};
 use crate::args;
+use crate::endpoint::Endpoint;
 use crate::found;
 use crate::guest::Guest;
-use crate::hold::{self, Leaves};
+use crate::keep_open::{self, Leaves};
 use crate::moves::Moves;
 use crate::noting::{Noting, Target};
 use crate::open::Opening;
 use crate::output::Output;
-use crate::place::Place;
 use crate::progress::Progress;
-use crate::side::Side;
+use crate::snapshot_location::SnapshotLocation;
 
 pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
-    let side = Side::source(opening, &args.names.devices(), &args.memory.memory, &args.stopping)?;
-    found::check_source(side.devices(), args.stopping.stopped, &Moves::new(args.moves.folder.as_deref()))?;
-    found::check_stop_with(&args.stopping, side.devices().iter())?;
+    let endpoint = Endpoint::source(opening, &args.names.devices(), &args.memory.memory, &args.stopping)?;
+    found::check_source(
+        endpoint.devices(),
+        args.stopping.stopped,
+        &Moves::new(args.moves.folder.as_deref()),
+    )?;
+    found::check_stop_with(&args.stopping, endpoint.devices().iter())?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
-    let done = to_file(&side, args, &cancel, out);
-    hold::end(done, side.devices(), args.hold.hold, leaves, out)
+    let done = to_file(&endpoint, args, &cancel, out);
+    keep_open::end(done, endpoint.devices(), args.keep_open.keep_open, leaves, out)
 }
 
-fn to_file(side: &Side, args: &args::Save, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
+fn to_file(endpoint: &Endpoint, args: &args::Save, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
     let progress = Progress::new(out);
     let options = args.stop_limits.limit(Options::default().with_compress(args.compress));
-    let (moved, ending) = (side.moved(), Ending::new(Work::Save, &args.reporting, out)?);
+    let (moved, ending) = (endpoint.moved(), Ending::new(Work::Save, &args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
-    let place = Place::new(args.names.file(), args.replace)?;
+    let place = SnapshotLocation::new(args.names.file(), args.replace)?;
     let moves = Moves::new(args.moves.folder.as_deref());
     // A save is in doubt only where the guest stays stopped.
     let noting = match after {
         AfterSave::Run if !args.stopping.stops_the_guest() => None,
-        _ => Some(Noting::new(&moves, side, Target::Place(noted_name(args.names.file())?))?),
+        _ => Some(Noting::new(&moves, endpoint, Target::Snapshot(noted_name(args.names.file())?))?),
     };
     let (guest, pages) =
-        (Guest::source(&args.stopping, side.devices(), noting)?, side.source_pages(&args.stopping)?);
+        (Guest::source(&args.stopping, endpoint.devices(), noting)?, endpoint.source_pages(&args.stopping)?);
     let mut log = pages.log();
-    let saved = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, cancel);
+    let saved = source(&moved, memory(endpoint, &pages, &mut log), &guest, &progress, &options, cancel);
     let mut outcome = saved.save(place.target(), after);
     if let Outcome::InDoubt(doubt) = outcome {
         outcome = settle(doubt, &place, &options, cancel, |decision, doubt| {
             let mut log = pages.log();
-            let settled = source(&moved, memory(side, &pages, &mut log), &guest, &progress, &options, cancel);
+            let settled =
+                source(&moved, memory(endpoint, &pages, &mut log), &guest, &progress, &options, cancel);
             settled.decide(decision, doubt)
         });
     }
     drop(progress);
     if let Outcome::InDoubt(doubt) = &outcome {
-        return Err(ending.saved_in_doubt(&side.name(), place.target(), doubt, &guest));
+        return Err(ending.saved_in_doubt(&endpoint.name(), place.target(), doubt, &guest));
     }
     ending.settled(outcome, &guest)
 }
@@ -66,7 +71,7 @@ fn to_file(side: &Side, args: &args::Save, cancel: &Cancel, out: &Output) -> any
 /// Looks, for as long as a place may make no progress, whether the snapshot was published.
 fn settle(
     mut doubt: InDoubt,
-    place: &Place,
+    place: &SnapshotLocation,
     options: &Options,
     cancel: &Cancel,
     decide: impl FnOnce(Decision, InDoubt) -> Outcome,
@@ -106,20 +111,20 @@ fn noted_name(place: &Path) -> anyhow::Result<String> {
 
 pub fn load(args: &args::Load, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
-    let side = Side::destination(opening, &args.devices.names(), &args.memory.memory)?;
-    found::check_destination(side.devices(), &Moves::new(None))?;
-    let done = from_file(&side, args, &cancel, out);
-    hold::end(done, side.devices(), args.hold.hold, Leaves::State, out)
+    let endpoint = Endpoint::destination(opening, &args.devices.names(), &args.memory.memory)?;
+    found::check_destination(endpoint.devices(), &Moves::new(None))?;
+    let done = from_file(&endpoint, args, &cancel, out);
+    keep_open::end(done, endpoint.devices(), args.keep_open.keep_open, Leaves::State, out)
 }
 
-fn from_file(side: &Side, args: &args::Load, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
+fn from_file(endpoint: &Endpoint, args: &args::Load, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
     let (progress, ledger) = (Progress::new(out), Ledger::new());
     let options = args.state.limit(Options::default());
-    let (moved, place) = (side.moved(), Place::new(&args.file, false)?);
+    let (moved, place) = (endpoint.moved(), SnapshotLocation::new(&args.file, false)?);
     let ending = Ending::new(Work::Load, &args.reporting, out)?;
     let after = if args.stop { AfterLoad::Stop } else { args.starting.after() };
-    let (guest, pages) = (Guest::destination(&args.starting), side.destination_pages()?);
-    let regions = pages.regions(side.memory());
+    let (guest, pages) = (Guest::destination(&args.starting), endpoint.destination_pages()?);
+    let regions = pages.regions(endpoint.memory());
     let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger);
     let received = destination.load(place.source(), after);
     drop(progress);
@@ -135,14 +140,14 @@ fn from_file(side: &Side, args: &args::Load, cancel: &Cancel, out: &Output) -> a
             let what = format!("{} was not loaded{hint}{notes}", args.file.display());
             Err(ending.failed(&report, anyhow::Error::from(why).context(what)))
         }
-        Received::Broken { why, report } => Err(ending.broken(&side.name(), why, &report)),
+        Received::Broken { why, report } => Err(ending.broken(&endpoint.name(), why, &report)),
         Received::Answered { .. } => {
             Err(anyhow::anyhow!("{}: it is not a saved stream", args.file.display()))
         }
     }
 }
 
-/// What a person can do with a file that cannot be loaded.
+/// Advice about a file that cannot be loaded.
 fn what_to_do_with(why: &Error) -> &'static str {
     match why {
         Error::Stream { damage: Damage::NotAStream, .. } => "; expected a file that `limosa save` wrote",

@@ -81,6 +81,11 @@ impl Giver for UntilStopped<'_> {
         self.servers.prepare()
     }
 
+    fn prepare_more(&self) -> Result<Option<Vec<Item>>, Refusal> {
+        self.goes_on()?;
+        self.servers.prepare_more()
+    }
+
     fn freeze(&self, until: Instant) -> Result<(), Refusal> {
         self.goes_on()?;
         self.servers.freeze(until)

@@ -26,7 +26,7 @@ pub use take::TookOver;
 /// This program, for the other side of a switch-over.
 const NAME: &str = concat!("limosa ", env!("CARGO_PKG_VERSION"));
 
-/// What is printed once the device is served.
+/// The document that is printed once the device is served.
 #[derive(Serialize, Deserialize)]
 pub struct Listening {
     pub listening: String,

@@ -28,7 +28,7 @@ pub fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn Simp
             if persona.is_empty() {
                 let mut uart = Uart::new(lines).map_err(|error| usage(&error))?;
                 if args.take_from.is_some() {
-                    // What comes over the lines is the old server's until this one replaces it, which starts the model.
+                    // Input on the lines belongs to the old server until this one replaces it, which starts the model.
                     uart.stop().context("the serial port cannot be stopped")?;
                 }
                 Box::new(uart)
@@ -45,7 +45,7 @@ pub fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn Simp
     })
 }
 
-/// What is at the other end of a serial port: `line=echo`, or a path.
+/// The other end of a serial port: `line=echo`, or a path.
 fn line(option: &str, limit: Duration) -> anyhow::Result<Line> {
     let path = match option.split_once('=') {
         Some(("line", "echo")) => return Ok(Line::Echo),

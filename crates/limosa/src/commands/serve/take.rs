@@ -67,7 +67,7 @@ pub fn run(
     let taken = take(OldServer::Path(from), taker, &options).map_err(|error| cannot_take(from, &error))?;
     let (servers, old, report) = (taken.server, taken.old, taken.report);
     serve(&servers, &stop, || {
-        // The clients are served already. What fails here must not end that.
+        // The clients are served already. A failure here must not end that.
         let ending = old.see_off(END_LIMIT).unwrap_or_else(|error| {
             tracing::warn!(%error, "the old server's process cannot be ended");
             Ending::Remains

@@ -12,7 +12,7 @@ use crate::memory::{GuestPages, PAGE_BYTES, whole_pages};
 
 /// Bytes that are read and compared at once; they fit in a processor's cache.
 const PIECE_BYTES: u64 = 256 << 10;
-/// Bytes that a thread takes at once. A hole is found by a system call for so many.
+/// Bytes that a thread takes at once. One system call for these finds a hole.
 pub(super) const SHARE_BYTES: u64 = 64 * PIECE_BYTES;
 /// The most threads that compare at once.
 const THREADS_MAX: usize = 8;

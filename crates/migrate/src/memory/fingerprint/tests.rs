@@ -1,4 +1,4 @@
-//! What holds for fingerprints.
+//! Properties of fingerprints.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};

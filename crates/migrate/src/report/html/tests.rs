@@ -21,7 +21,7 @@ fn enter(state: State, start_ns: u64, duration_ns: u64) -> SpanReport {
     span(Act::Enter { state }, start_ns, duration_ns, 0)
 }
 
-/// A move of several seconds with a stop of so many ms, as its source saw it.
+/// A move of several seconds with a stop of this many ms, as its source saw it.
 fn moved(devices: u64, links: u64, rounds: u32, downtime_ms: u64) -> Report {
     let (stop, downtime) = (4000 * MS, downtime_ms * MS);
     let phase = |phase, start_ns, duration_ns, device_bytes, memory_bytes| {
@@ -327,7 +327,7 @@ fn a_move_that_was_called_off_says_so_and_shows_no_downtime() {
 }
 
 #[test]
-#[ignore = "writes the pages into the folder $LIMOSA_PAGES, for whoever wants to look at them"]
+#[ignore = "writes the pages into the folder $LIMOSA_PAGES, to look at them"]
 fn pages_to_look_at() {
     let folder =
         std::path::PathBuf::from(std::env::var_os("LIMOSA_PAGES").expect("LIMOSA_PAGES names a folder"));

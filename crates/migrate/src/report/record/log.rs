@@ -1,4 +1,4 @@
-//! What the recorder has noted so far, of the move and of each device.
+//! The recorder's notes so far, of the move and of each device.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use crate::Options;
 use crate::report::spans::Spans;
 use crate::report::{DeviceReport, LimitsReport, LinkReport, Phase, PhaseReport, Report, Side};
 
-/// What one device did.
+/// The activities of one device.
 pub(super) struct DeviceLog {
     pub(super) name: String,
     pub(super) bytes: AtomicU64,

@@ -20,7 +20,7 @@ enum Request {
     Sync,
 }
 
-/// What a request does instead of its work.
+/// The effect of a request instead of its work.
 #[derive(Clone, Copy)]
 struct Fault {
     request: Request,

@@ -1,4 +1,4 @@
-//! What holds for the sending half of a link.
+//! Properties of the sending half of a link.
 
 use limosa_stream::AbortCode;
 use limosa_stream::body::encode_abort;

@@ -9,7 +9,7 @@ use limosa_protocol::{MigrationFlags, State};
 use super::{FLAGS, Machine, panicked};
 use crate::common::hooked::{Call, Hook, before, ends_in_time, panic_quietly};
 
-/// Panics before so many calls in a row, from the n-th on. Whether there was such a call.
+/// Panics before a number of calls in a row, from the n-th on. Whether there was such a call.
 fn from_call(n: usize, count: usize) -> (Hook, Arc<AtomicBool>) {
     let (calls, fired) = (AtomicUsize::new(0), Arc::new(AtomicBool::new(false)));
     let panicked = fired.clone();

@@ -74,7 +74,7 @@ impl Script<'_> {
         match self.load(scope, fates, &mut summary)? {
             Some(Received::Runs(_) | Received::Stopped(_)) if is_whole => Ok(summary),
             Some(Received::Discarded { .. }) if !is_whole => Ok(summary),
-            // Whoever died when all of it was written had only not said so.
+            // A process that died when everything was written had only not said so.
             Some(_) if !is_saved && !is_partial => Ok(summary),
             other => Err(format!("loaded without trouble what is whole: {is_whole}, and: {other:?}")),
         }
@@ -110,7 +110,7 @@ impl Script<'_> {
                 if let (AfterSave::Stop, Some(id)) = (after, noted) {
                     return self.settle_save(scope, process, self.as_found(InDoubt::recover(id)), summary);
                 }
-                // Nobody else can run it; whoever restarts the source may let it go on.
+                // No other side can run it, so a restart of the source may let it go on.
                 let undone = self.decide(scope, process, Decision::NotCommitted, InDoubt::recover(NO_MOVE));
                 let Ok(Outcome::Undone { report, .. }) = undone else {
                     return match undone {

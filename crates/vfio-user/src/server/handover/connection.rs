@@ -1,8 +1,12 @@
 //! A connection on its way to another process.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+use std::thread::JoinHandle;
 
 use limosa_device::Machine;
 use limosa_foreign_fd::{Foreign, ForeignFd};
@@ -10,11 +14,11 @@ use limosa_switch_over::{Item, Refusal};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::LaterMemory;
-use super::record::{self, broken, copy, encode, kind};
+use super::record::{self, broken, copy, encode, encode_with, kind};
 use crate::codec::Header;
 use crate::connection::{ConnectionError, Fds};
 use crate::server::connection::Connection;
-use crate::server::doors::{Doors, State};
+use crate::server::doors::{ConnectionId, Doors, State};
 use crate::server::link::{Fits, Link, Queued};
 use crate::server::parked::Access;
 use crate::server::{Options, link};
@@ -25,6 +29,7 @@ pub(in crate::server) type Received = (Vec<u8>, Vec<(u64, Option<ForeignFd>)>);
 
 /// A connection that another process has served.
 pub(in crate::server) struct Adopted {
+    id: u64,
     socket: Foreign<UnixStream>,
     twin: Option<(Foreign<UnixStream>, u16)>,
     state: State,
@@ -36,21 +41,130 @@ pub(in crate::server) struct Adopted {
     memory: Option<Arc<LaterMemory>>,
 }
 
-pub(super) fn export(device: u16, link: &Link, state: &State) -> Result<Vec<Item>, Refusal> {
+/// The sockets of connections that were handed over while the device runs. Nothing is read from them until it does so in its
+/// new process.
+#[derive(Debug, Default)]
+pub(super) struct GivenSockets {
+    /// For each connection how many: the socket, and the twin if there was one.
+    given: HashMap<ConnectionId, usize>,
+}
+
+impl GivenSockets {
+    /// Those of connections that were not handed over yet.
+    pub(super) fn more(&mut self, device: u16, doors: &Doors) -> Result<Vec<Item>, Refusal> {
+        let mut items = Vec::new();
+        for (id, link) in doors.to_be_given() {
+            if let Entry::Vacant(vacant) = self.given.entry(id) {
+                let sockets = sockets(&link)?;
+                vacant.insert(sockets.len());
+                items.push(Item::new(kind::SOCKETS, device, id.0.to_ne_bytes().to_vec()).with_fds(sockets));
+            }
+        }
+        Ok(items)
+    }
+
+    /// Those of this connection that are still to be handed over.
+    fn left(&self, id: ConnectionId, link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
+        let given = self.given.get(&id).copied().unwrap_or(0);
+        match given == 1 + usize::from(link.twin.get().is_some()) {
+            true => Ok(Vec::new()),
+            false => Ok(sockets(link)?.split_off(given)),
+        }
+    }
+}
+
+/// The socket, and the twin if there is one.
+fn sockets(link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
+    let mut fds = vec![copy(link.socket())?];
+    if let Some(twin) = link.twin.get() {
+        fds.push(copy(twin.socket())?);
+    }
+    Ok(fds)
+}
+
+/// Threads that will serve connections once this process serves them: a client does not wait for a thread to be made.
+#[derive(Debug, Default)]
+pub(super) struct Threads(HashMap<u64, (Sender<Adopted>, JoinHandle<()>)>);
+
+impl Threads {
+    /// Makes one. Where there is none, the server makes one later.
+    pub(super) fn make(&mut self, id: u64, machine: &Arc<Machine>, options: &Options, doors: &Arc<Doors>) {
+        let (tell, told) = mpsc::channel::<Adopted>();
+        let (machine, options, doors) = (Arc::clone(machine), options.clone(), Arc::clone(doors));
+        let serve = move || {
+            // It is not told when the other process goes on.
+            let Ok(adopted) = told.recv() else { return };
+            match adopted.connection(&machine, &options, &doors) {
+                Ok(mut connection) => _ = connection.serve(),
+                Err(error) => {
+                    doors.expect_no_more();
+                    tracing::warn!(%error, "a connection could not be set up");
+                }
+            }
+        };
+        match std::thread::Builder::new().name("vfio-user".into()).spawn(serve) {
+            Ok(thread) => _ = self.0.insert(id, (tell, thread)),
+            Err(error) => tracing::debug!(%error, "no thread for a connection in advance"),
+        }
+    }
+
+    /// Serves the connections from now on: the threads that do, and those for which there is none.
+    pub(super) fn serve(
+        mut self,
+        adopted: Vec<Adopted>,
+        doors: &Doors,
+    ) -> (Vec<JoinHandle<()>>, Vec<Adopted>) {
+        let (mut serving, mut left) = (Vec::with_capacity(adopted.len()), Vec::new());
+        for adopted in adopted {
+            match self.0.remove(&adopted.id) {
+                Some((tell, thread)) => {
+                    doors.expect();
+                    // It waits for this.
+                    let _ = tell.send(adopted);
+                    serving.push(thread);
+                }
+                None => left.push(adopted),
+            }
+        }
+        (serving, left)
+    }
+}
+
+/// The sockets that came while the old device ran, by connection.
+#[derive(Debug, Default)]
+pub(super) struct CameSockets(HashMap<u64, Vec<ForeignFd>>);
+
+impl CameSockets {
+    /// SOCKETS; the connection's number.
+    pub(super) fn add(&mut self, item: Item) -> Result<u64, Refusal> {
+        let wrong = |what: &str| broken(item.kind, item.device, &what);
+        let id = <[u8; 8]>::try_from(item.bytes.as_slice()).map(u64::from_ne_bytes);
+        let id = id.map_err(|_| wrong("it names no connection"))?;
+        match self.0.insert(id, item.fds) {
+            None => Ok(id),
+            Some(_) => Err(wrong("it names a connection for the second time")),
+        }
+    }
+}
+
+pub(super) fn export(
+    device: u16,
+    id: ConnectionId,
+    link: &Link,
+    state: &State,
+    given: &GivenSockets,
+) -> Result<Vec<Item>, Refusal> {
     let mut items = Vec::new();
     let shared = link.lock();
     let head = record::Connection {
+        id: id.0,
         limits: state.limits,
         by_control_door: state.by_control_door,
         foreign_dma: link.foreign_dma.load(std::sync::atomic::Ordering::Relaxed),
         next_id: shared.next_id,
         twin_next_id: link.twin.get().map(|twin| twin.next_id()),
     };
-    let mut fds = vec![copy(link.socket())?];
-    if let Some(twin) = link.twin.get() {
-        fds.push(copy(twin.socket())?);
-    }
-    items.push(encode(kind::CONNECTION, device, &head)?.with_fds(fds));
+    items.push(encode(kind::CONNECTION, device, &head)?.with_fds(given.left(id, link)?));
     let receiver = shared.receiver.as_ref().ok_or_else(|| {
         Refusal::of_device(device, "its memory is being read by messages; try again when that is done")
     })?;
@@ -86,8 +200,7 @@ fn message(
     (fds_truncated, fits): (bool, u8),
     writes_done: usize,
 ) -> Result<Item, Refusal> {
-    let (header, body) = (header.to_vec(), body.to_vec());
-    encode(kind, device, &record::Message { header, body, fds_truncated, fits, writes_done })
+    encode_with(kind, device, &record::Message { fds_truncated, fits, writes_done }, &[header, body])
 }
 
 fn received<'a>(
@@ -101,8 +214,7 @@ fn received<'a>(
         positions.push((position, fd.is_some()));
         copies.extend(fd.map(|fd| copy(fd.as_fd())).transpose()?);
     }
-    let item =
-        encode(kind::RECEIVED, device, &record::Received { twin, bytes: bytes.to_vec(), fds: positions })?;
+    let item = encode_with(kind::RECEIVED, device, &record::Received { twin, fds: positions }, &[bytes])?;
     Ok(item.with_fds(copies))
 }
 
@@ -117,14 +229,16 @@ fn fits_number(fits: Fits) -> u8 {
 
 impl Adopted {
     /// CONNECTION; what follows belongs to it.
-    pub(super) fn new(mut item: Item) -> Result<Adopted, Refusal> {
+    pub(super) fn new(mut item: Item, came: &mut CameSockets) -> Result<Adopted, Refusal> {
         let head: record::Connection = record::decode(&item)?;
         let wrong = |what: &str| broken(item.kind, item.device, &what);
-        if item.fds.len() != 1 + usize::from(head.twin_next_id.is_some()) {
+        let mut fds = came.0.remove(&head.id).unwrap_or_default();
+        fds.append(&mut item.fds);
+        if fds.len() != 1 + usize::from(head.twin_next_id.is_some()) {
             return Err(wrong("another number of sockets than it says"));
         }
         let mut sockets =
-            item.fds.drain(..).map(|fd| fd.into_unix_stream().map_err(|_| wrong("a file that is no socket")));
+            fds.drain(..).map(|fd| fd.into_unix_stream().map_err(|_| wrong("a file that is no socket")));
         let socket = sockets.next().ok_or_else(|| wrong("no socket"))??;
         let twin = match (sockets.next(), head.twin_next_id) {
             (Some(twin), Some(id)) => Some((twin?, id)),
@@ -139,6 +253,7 @@ impl Adopted {
         let (received, twin_received) = Default::default();
         let (foreign_dma, next_id) = (head.foreign_dma, head.next_id);
         Ok(Adopted {
+            id: head.id,
             socket,
             twin,
             state,
@@ -165,7 +280,8 @@ impl Adopted {
     pub(super) fn add(&mut self, mut item: Item) -> Result<(), Refusal> {
         let wrong = |item: &Item, what: &str| broken(item.kind, item.device, &what);
         if item.kind == kind::RECEIVED {
-            let received: record::Received = record::decode(&item)?;
+            let (received, bytes) = record::decode_with::<record::Received>(&item)?;
+            let bytes = bytes.to_vec();
             if received.fds.iter().filter(|(_, kept)| *kept).count() != item.fds.len() {
                 return Err(wrong(&item, "another number of fds than it says"));
             }
@@ -173,25 +289,26 @@ impl Adopted {
             let fds =
                 received.fds.iter().map(|(at, kept)| (*at, if *kept { came.next() } else { None })).collect();
             let to = if received.twin { &mut self.twin_received } else { &mut self.received };
-            *to = (received.bytes, fds);
+            *to = (bytes, fds);
             return Ok(());
         }
-        let message: record::Message = record::decode(&item)?;
-        let header = Header::read_from_bytes(&message.header).map_err(|_| wrong(&item, "no whole header"))?;
+        let (message, bytes) = record::decode_with::<record::Message>(&item)?;
+        let (header, body) = Header::read_from_prefix(bytes).map_err(|_| wrong(&item, "no whole header"))?;
+        let body = body.to_vec();
         let fits = match message.fits {
             0 => Fits::Yes,
             1 => Fits::Drained,
             2 => Fits::Late,
             _ => Fits::Ends,
         };
-        if message.body.len() > link::MESSAGE_BYTES_MAX {
+        if body.len() > link::MESSAGE_BYTES_MAX {
             return Err(wrong(&item, "a message that is too long"));
         }
         if item.kind == kind::PARKED {
-            self.state.parked.push(Access { header, body: message.body, writes_done: message.writes_done });
+            self.state.parked.push(Access { header, body, writes_done: message.writes_done });
         } else {
             let fds = Fds { fds: std::mem::take(&mut item.fds), truncated: message.fds_truncated };
-            self.queue.push(Queued { header, fds, body: message.body, fits });
+            self.queue.push(Queued { header, fds, body, fits });
         }
         Ok(())
     }

@@ -1,19 +1,16 @@
 //! The old server's side.
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use limosa_device::{Description, Frozen, Machine, Save};
-use limosa_foreign_fd::ForeignFd;
-use limosa_protocol::{Errno, MigrationFlags};
+use limosa_device::{Description, Frozen};
+use limosa_protocol::MigrationFlags;
 use limosa_switch_over::{Giver, Item, Refusal};
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
+use super::STOP_LIMIT;
+use super::connection::GivenSockets;
+use super::copy::Copy;
 use super::record::{self, Files, Offer, copy, encode, kind};
-use super::{PIECE_BYTES, STOP_LIMIT};
 use crate::server::doors::Role;
 use crate::server::{Door, Server};
 
@@ -27,14 +24,17 @@ pub struct SwitchOver<'a> {
 
 #[derive(Debug, Default)]
 struct State {
-    files: Vec<Files>,
-    /// For the state of each device, with room made while it runs.
-    rooms: Vec<File>,
+    devices: Vec<Outgoing>,
     frozen: Vec<Frozen>,
 }
 
-/// Room for a device's state is made in advance up to this, as an attempt that fails early keeps it until the next one.
-const ROOM_BYTES_MAX: u64 = 64 << 20;
+/// What is on its way of a device.
+#[derive(Debug, Default)]
+struct Outgoing {
+    files: Files,
+    sockets: GivenSockets,
+    copy: Copy,
+}
 
 impl<'a> SwitchOver<'a> {
     /// For these servers.
@@ -69,6 +69,7 @@ impl Giver for SwitchOver<'_> {
     fn offer(&self) -> Result<Vec<Item>, Refusal> {
         self.numbered()
             .map(|(device, server)| {
+                check_next(device, server)?;
                 let description = server.machine.description();
                 let flags = server.machine.migration_flags().ok_or_else(|| {
                     let what = "it has no migration, by which its state would go to the new server";
@@ -90,20 +91,34 @@ impl Giver for SwitchOver<'_> {
 
     fn prepare(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
-        state.files = self.servers.iter().map(|_| Files::default()).collect();
-        state.rooms = self
-            .numbered()
-            .map(|(device, server)| room(device, &server.machine))
-            .collect::<Result<_, _>>()?;
+        state.devices = self.servers.iter().map(|_| Outgoing::default()).collect();
         let mut items = Vec::new();
-        for ((device, server), files) in self.numbered().zip(&mut state.files) {
-            items.extend(files.mappings(device, &server.machine.mappings().export())?);
+        for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
+            items.extend(outgoing.files.mappings(device, &server.machine.mappings().export())?);
             items.push(listener(device, false, &server.door)?);
             if let Some(door) = &server.control {
                 items.push(listener(device, true, door)?);
             }
+            items.extend(outgoing.sockets.more(device, &server.doors)?);
+            items.extend(outgoing.copy.begin(device, &server.machine)?);
         }
         Ok(items)
+    }
+
+    fn prepare_more(&self) -> Result<Option<Vec<Item>>, Refusal> {
+        let mut state = self.lock();
+        let mut items = Vec::new();
+        for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
+            items.extend(outgoing.sockets.more(device, &server.doors)?);
+            items.extend(outgoing.copy.more(device, &server.machine)?);
+        }
+        if items.is_empty() {
+            for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
+                outgoing.copy.make_room(device, &server.machine)?;
+            }
+            return Ok(None);
+        }
+        Ok(Some(items))
     }
 
     fn freeze(&self, until: Instant) -> Result<(), Refusal> {
@@ -115,26 +130,25 @@ impl Giver for SwitchOver<'_> {
                 .pause(until)
                 .map_err(|_| late(device, "a request is under way that takes too long"))?;
         }
+        // None can come or be named any more.
+        self.numbered().try_for_each(|(device, server)| check_next(device, server))?;
         let until = until.min(Instant::now() + STOP_LIMIT);
-        for (device, server) in self.numbered() {
-            let frozen = server.machine.freeze(until).map_err(|errno| match errno {
-                Errno::EBUSY => late(device, "a client moves the device, or has its dirty log"),
-                errno => Refusal::of_device(device, format!("the device does not stop: {errno}")),
-            })?;
-            self.lock().frozen.push(frozen);
+        let mut state = self.lock();
+        let State { devices, frozen } = &mut *state;
+        for ((device, server), outgoing) in self.numbered().zip(devices) {
+            frozen.push(outgoing.copy.freeze(device, &server.machine, until)?);
         }
         Ok(())
     }
 
     fn rest(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
-        let State { files, rooms, frozen } = &mut *state;
+        let State { devices, frozen } = &mut *state;
         let mut items = Vec::new();
-        let each = self.numbered().zip(files).zip(std::mem::take(rooms)).zip(frozen);
-        for ((((device, server), files), room), frozen) in each {
+        for (((device, server), outgoing), frozen) in self.numbered().zip(devices).zip(frozen) {
             let machine = &server.machine;
-            items.extend(files.mappings(device, &machine.mappings().export())?);
-            items.push(read_state(device, machine, room)?);
+            items.extend(outgoing.files.mappings(device, &machine.mappings().export())?);
+            items.push(outgoing.copy.rest(device, machine, frozen.session)?);
             let wiring = machine.wiring().export();
             let failed =
                 |error| Refusal::of_device(device, format!("its eventfds cannot be duplicated: {error}"));
@@ -150,10 +164,10 @@ impl Giver for SwitchOver<'_> {
                 stays: kept.stays,
             };
             items.push(encode(kind::MACHINE, device, &kept)?);
-            for (link, role, paused) in server.doors.paused() {
+            for (id, link, role, paused) in server.doors.paused() {
                 // A control client connects again: nothing of it is under way.
                 if role != Some(Role::Control) {
-                    items.extend(super::connection::export(device, &link, &paused)?);
+                    items.extend(super::connection::export(device, id, &link, &paused, &outgoing.sockets)?);
                 }
             }
         }
@@ -161,8 +175,11 @@ impl Giver for SwitchOver<'_> {
     }
 
     fn thaw(&self) {
-        let frozen = std::mem::take(&mut self.lock().frozen);
+        let State { devices, frozen } = std::mem::take(&mut *self.lock());
         self.servers.iter().zip(frozen).for_each(|(server, frozen)| server.machine.thaw(frozen));
+        for (server, mut outgoing) in self.servers.iter().zip(devices) {
+            outgoing.copy.end(&server.machine);
+        }
         self.servers.iter().for_each(|server| server.doors.go_on());
     }
 
@@ -181,42 +198,22 @@ impl Giver for SwitchOver<'_> {
     }
 }
 
+/// Refuses while the device is about to go to the next VMM: what that has prepared is not handed over.
+fn check_next(device: u16, server: &Server) -> Result<(), Refusal> {
+    if !server.doors.expects_next() {
+        return Ok(());
+    }
+    let (pid, _) = server.doors.named();
+    let what = format!(
+        "process {pid} is named as its next VMM; try again once that has the device, or take the name back (`limosa state \
+         SOCKET next --nobody`)"
+    );
+    Err(Refusal::of_device(device, what))
+}
+
 fn listener(device: u16, control: bool, door: &Door) -> Result<Item, Refusal> {
     let path = door.path.lock().unwrap_or_else(PoisonError::into_inner);
     let path = path.as_ref().map(|path| (path.path().to_owned(), path.identity()));
     let item = encode(kind::LISTENER, device, &record::Listener { control, path })?;
     Ok(item.with_fds([copy(&*door.listener)?]))
-}
-
-/// A file for the device's state.
-fn room(device: u16, machine: &Machine) -> Result<File, Refusal> {
-    let failed = |error| Refusal::of_device(device, format!("there is no file for its state: {error}"));
-    let file = memfd_create("limosa-state", MemfdFlags::CLOEXEC).map_err(failed)?;
-    let bytes = machine.expected_state_bytes().min(ROOM_BYTES_MAX);
-    if bytes > 0 {
-        // Pages that are not there by now are made as they are written, in the freeze.
-        let _ = fallocate(&file, FallocateFlags::empty(), 0, bytes);
-    }
-    Ok(File::from(file))
-}
-
-/// The device's state, in a file.
-fn read_state(device: u16, machine: &Arc<Machine>, file: File) -> Result<Item, Refusal> {
-    let failed = |what: &dyn std::fmt::Display| {
-        Refusal::of_device(device, format!("its state cannot be read: {what}"))
-    };
-    let session = machine.session().ok_or_else(|| failed(&"it has no session"))?;
-    let mut bytes = 0;
-    loop {
-        let written = machine.data_read(session, PIECE_BYTES, |save| match save {
-            Save::Data(data) => file.write_all_at(data, bytes).map(|()| data.len()),
-            Save::NothingForNow | Save::End => Ok(0),
-        });
-        match written.map_err(|errno| failed(&errno))?.map_err(|error| failed(&error))? {
-            0 => break,
-            count => bytes += count as u64,
-        }
-    }
-    let item = Item::new(kind::STATE, device, bytes.to_ne_bytes().to_vec());
-    Ok(item.with_fds([ForeignFd::harmless(OwnedFd::from(file))]))
 }

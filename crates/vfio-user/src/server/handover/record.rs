@@ -30,6 +30,7 @@ pub(super) mod kind {
     pub const DIRTY: u16 = 12;
     pub const MACHINE: u16 = 13;
     pub const STATE: u16 = 14;
+    pub const SOCKETS: u16 = 15;
 }
 
 /// A device, for the new server to compare with its own.
@@ -54,28 +55,28 @@ pub(super) struct Listener {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Connection {
+    /// Names it among the connections of the device: its SOCKETS.
+    pub id: u64,
     /// What was agreed on; `None` before VERSION.
     pub limits: Option<Limits>,
     pub by_control_door: bool,
     pub foreign_dma: bool,
     pub next_id: u16,
-    /// The twin socket is its second fd, with ids of its own.
+    /// It has a twin socket, with ids of its own.
     pub twin_next_id: Option<u16>,
 }
 
-/// Where bytes were received whose fds come with them.
+/// Where bytes were received, which follow, and whose fds come with them.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Received {
     pub twin: bool,
-    pub bytes: Vec<u8>,
     /// For each fd the offset of the last byte that it came with, and whether it was kept.
     pub fds: Vec<(u64, bool)>,
 }
 
+/// How a message was received. It follows, from its header on.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Message {
-    pub header: Vec<u8>,
-    pub body: Vec<u8>,
     pub fds_truncated: bool,
     pub fits: u8,
     pub writes_done: usize,
@@ -94,6 +95,17 @@ pub(super) struct LogHead {
     pub page_size: u64,
     pub everything: bool,
     pub ranges: Vec<(u64, u64)>,
+}
+
+/// What STATE begins with. Its bytes follow, or are in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct StateHead {
+    /// Counts the copies of the device's state: with another number, a copy begins anew.
+    pub copy: u32,
+    pub reserved: u32,
+    /// How many bytes.
+    pub bytes: u64,
 }
 
 /// A mapping. Its file is one of FILES, by number.
@@ -118,6 +130,30 @@ pub(super) fn encode(kind: u16, device: u16, record: &impl Serialize) -> Result<
 
 pub(super) fn decode<T: DeserializeOwned>(item: &Item) -> Result<T, Refusal> {
     serde_json::from_slice(&item.bytes).map_err(|error| broken(item.kind, item.device, &error))
+}
+
+/// A record, and bytes behind it as they are.
+pub(super) fn encode_with(
+    kind: u16,
+    device: u16,
+    record: &impl Serialize,
+    bytes: &[&[u8]],
+) -> Result<Item, Refusal> {
+    let record = serde_json::to_vec(record).map_err(|error| broken(kind, device, &error))?;
+    let mut whole = Vec::with_capacity(4 + record.len() + bytes.iter().map(|part| part.len()).sum::<usize>());
+    whole.extend_from_slice(&(record.len() as u32).to_ne_bytes());
+    whole.extend_from_slice(&record);
+    bytes.iter().for_each(|part| whole.extend_from_slice(part));
+    Ok(Item::new(kind, device, whole))
+}
+
+/// What [`encode_with`] made.
+pub(super) fn decode_with<T: DeserializeOwned>(item: &Item) -> Result<(T, &[u8]), Refusal> {
+    let short = || broken(item.kind, item.device, &"it ends within its record");
+    let (bytes, rest) = item.bytes.split_first_chunk().ok_or_else(short)?;
+    let (record, rest) = rest.split_at_checked(u32::from_ne_bytes(*bytes) as usize).ok_or_else(short)?;
+    let record = serde_json::from_slice(record).map_err(|error| broken(item.kind, item.device, &error))?;
+    Ok((record, rest))
 }
 
 pub(super) fn broken(kind: u16, device: u16, error: &dyn std::fmt::Display) -> Refusal {

@@ -1,8 +1,7 @@
 //! The new server's side.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf, absolute};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -14,10 +13,12 @@ use limosa_protocol::Errno;
 use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 use rustix::net::sockopt::socket_acceptconn;
 
-use super::connection::Adopted;
+use super::connection::{Adopted, CameSockets, Threads};
+use super::copy::Loading;
 use super::give::offer_of;
 use super::record::{self, MappingRow, Offer, broken, decode, kind};
 use crate::server::dma::ClientMemory;
+use crate::server::doors::Doors;
 use crate::server::{Door, Options, Server};
 
 /// Devices that are to take the place of another process' devices, in the same order.
@@ -36,12 +37,16 @@ struct New {
     door: Option<(record::Listener, UnixListener)>,
     control: Option<(record::Listener, UnixListener)>,
     client: Option<ClientId>,
-    is_loaded: bool,
+    /// The number of the copy that was loaded, in part or whole.
+    copy: Option<u32>,
     wiring_bits: Vec<Vec<u8>>,
     eventfds: Vec<limosa_foreign_fd::ForeignFd>,
     wiring: WiringState,
     log: Option<ExportedLog>,
     kept: Option<Kept>,
+    sockets: CameSockets,
+    threads: Threads,
+    doors: Arc<Doors>,
     connections: Vec<Adopted>,
     memory: Arc<LaterMemory>,
     /// Whether it is the door for control clients, where it is, and which socket that is.
@@ -93,12 +98,15 @@ impl Replacing {
             door: None,
             control: None,
             client: None,
-            is_loaded: false,
+            copy: None,
             wiring_bits: Vec::new(),
             eventfds: Vec::new(),
             wiring: WiringState::default(),
             log: None,
             kept: None,
+            sockets: CameSockets::default(),
+            threads: Threads::default(),
+            doors: Arc::default(),
             connections: Vec::new(),
             memory: Arc::default(),
             paths: Vec::new(),
@@ -174,6 +182,11 @@ impl Taker for Replacing {
                 kind::FILES => new.add_files(item),
                 kind::MAPPINGS => new.map(&item)?,
                 kind::LISTENER => new.listen(item)?,
+                kind::STATE => new.load(item)?,
+                kind::SOCKETS => {
+                    let id = new.sockets.add(item)?;
+                    new.threads.make(id, &new.machine, &new.options, &new.doors);
+                }
                 other => return Err(broken(other, item.device, &"it comes too early")),
             }
         }
@@ -204,7 +217,10 @@ impl Taker for Replacing {
                     let record::Machine { stopped, resets, precopy_reinit, stays } = decode(&item)?;
                     new.kept = Some(Kept { stopped, resets, precopy_reinit, stays });
                 }
-                kind::CONNECTION => new.connections.push(Adopted::new(item)?),
+                kind::CONNECTION => {
+                    let connection = Adopted::new(item, &mut new.sockets)?;
+                    new.connections.push(connection);
+                }
                 kind::RECEIVED | kind::QUEUED | kind::PARKED => {
                     let none = || broken(item.kind, device, &"it belongs to no connection");
                     new.connections.last_mut().ok_or_else(none)?.add(item)?;
@@ -307,39 +323,44 @@ impl New {
         Ok(())
     }
 
+    /// Makes it ready for a state, unless it is.
     fn begin(&mut self, device: u16) -> Result<(), Refusal> {
+        if self.client.is_some() {
+            return Ok(());
+        }
         let client = self.machine.begin_replacing().map_err(|errno| not_taken(device, &errno))?;
         self.client = Some(client);
         Ok(())
     }
 
-    fn load(&mut self, mut item: Item) -> Result<(), Refusal> {
+    /// Bytes of the device's state. Those of another copy than before replace what was loaded.
+    fn load(&mut self, item: Item) -> Result<(), Refusal> {
         let device = item.device;
-        let failed = |what: &dyn std::fmt::Display| not_taken(device, what);
-        let bytes = <[u8; 8]>::try_from(item.bytes.as_slice()).map(u64::from_ne_bytes);
-        let bytes = bytes.map_err(|_| broken(kind::STATE, device, &"no length"))?;
-        let file = item.fds.pop().and_then(|fd| fd.into_memory().ok());
-        let file = File::from(file.ok_or_else(|| broken(kind::STATE, device, &"no memory file"))?);
-        let client = self.client.ok_or_else(|| failed(&"it is not ready for one"))?;
-        let session = self.machine.session().ok_or_else(|| failed(&"it has no session"))?;
-        let (mut at, mut spare) = (0, Vec::new());
-        while at < bytes {
-            let want = usize::try_from(bytes - at).unwrap_or(usize::MAX).min(super::PIECE_BYTES);
-            let filled = self.machine.data_fill(session, want, &mut spare, |into| {
-                file.read_exact_at(into, at).map(|()| into.len())
-            });
-            at += filled.map_err(|error| failed(&error))?.map_err(|errno| failed(&errno))? as u64;
+        let state = Loading::of(item)?;
+        if self.copy != Some(state.copy) {
+            if self.copy.is_some() {
+                tracing::info!(device, "the old device was reset: its state is loaded anew");
+                self.machine.reset().map_err(|errno| not_taken(device, &errno))?;
+                self.client = None;
+            }
+            self.copy = Some(state.copy);
         }
-        self.machine.loaded(client).map_err(|errno| failed(&errno))?;
-        self.is_loaded = true;
-        Ok(())
+        self.begin(device)?;
+        state.load(&self.machine).map_err(|what| not_taken(device, &what))
+    }
+
+    /// The state is complete.
+    fn finish(&mut self, device: u16) -> Result<(), Refusal> {
+        let missing = || Refusal::of_device(device, "the old server did not hand over its state");
+        let client = self.client.filter(|_| self.copy.is_some()).ok_or_else(missing)?;
+        self.machine.loaded(client).map_err(|errno| not_taken(device, &errno))
     }
 
     /// All that can fail beside the state.
     fn complete(&mut self, device: u16) -> Result<(), Refusal> {
         let missing =
             |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
-        self.is_loaded.then_some(()).ok_or_else(|| missing("its state"))?;
+        self.finish(device)?;
         self.kept.ok_or_else(|| missing("what it keeps"))?;
         if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
             return Err(broken(kind::CONNECTION, device, &"two VMMs"));
@@ -377,19 +398,24 @@ impl New {
         let (vmm, control) = (self.door.take(), self.control.take());
         let (vmm, control) = (door(vmm)?, door(control)?);
         let vmm = vmm.ok_or(std::io::ErrorKind::NotFound)?;
-        let server = Server::new(vmm, Arc::clone(&self.machine), self.options.clone())?;
+        let server = Server::with_doors(
+            vmm,
+            Arc::clone(&self.machine),
+            self.options.clone(),
+            Arc::clone(&self.doors),
+        )?;
         let memory = Arc::clone(&self.memory);
         let mut adopted = std::mem::take(&mut self.connections);
         if let Some(vmms) = adopted.iter_mut().find(|connection| connection.is_vmms()) {
             vmms.reaches(memory);
         }
-        *server.adopted.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
+        self.connections = adopted;
         Ok(Server { control, ..server })
     }
 
     /// Serves, from now on.
     fn serve(self) -> Option<Server> {
-        let New { machine, client, wiring, kept, paths, server, .. } = self;
+        let New { machine, client, wiring, kept, paths, server, threads, connections, doors, .. } = self;
         let server = server?;
         if let Err(errno) = machine.wiring().adopt(wiring) {
             tracing::error!(%errno, "interrupts could not be taken over");
@@ -397,6 +423,9 @@ impl New {
         if let Err(errno) = machine.replace(client?, kept?) {
             tracing::error!(%errno, "the device does not run in its new server");
         }
+        let (threads, adopted) = threads.serve(connections, &doors);
+        *server.started.threads.lock().unwrap_or_else(PoisonError::into_inner) = threads;
+        *server.adopted.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
         for (control, path, identity) in paths {
             let door = if control { server.control.as_ref()? } else { &server.door };
             match SocketPath::adopt(&path, identity, &door.listener) {

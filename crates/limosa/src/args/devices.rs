@@ -1,0 +1,84 @@
+//! The commands that inspect, drive and measure devices: `probe`, `state`, `bench`.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use limosa_protocol::State;
+
+use super::values::seconds;
+
+#[derive(Debug, Args)]
+pub struct Probe {
+    /// The device; without it, the kernel's VFIO devices are listed.
+    #[arg(value_name = "DEVICE")]
+    pub device: Option<String>,
+
+    /// List PCI devices that other drivers have as well, and what to do for VFIO to have them.
+    #[arg(long, conflicts_with = "device")]
+    pub all: bool,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub struct KeepOpen {
+    /// When done, keep the device open until SIGINT or SIGTERM, so that the kernel does not reset it. Other commands
+    /// reach it by the name that is printed.
+    // Global for `state DEVICE set STATE --hold`.
+    #[arg(long = "hold", global = true)]
+    pub keep_open: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct StateArgs {
+    /// The device.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    #[command(subcommand)]
+    pub action: Option<StateAction>,
+
+    #[command(flatten)]
+    pub keep_open: KeepOpen,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum StateAction {
+    /// Print the state (also without an action).
+    Get,
+    /// Drive the device to a state, over every state between.
+    Set {
+        /// STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY or PRE_COPY_P2P.
+        #[arg(value_name = "STATE")]
+        state: State,
+    },
+    /// Reset the device: from any state, ERROR too, to RUNNING.
+    Reset,
+    /// Name the process whose VMM takes the device over when the VMM that has it goes; without a process, say which is named.
+    ///
+    /// For a VMM that is replaced on the same host. The new one connects to the device's socket while the old one has the device,
+    /// as the same user, and prepares. For vfio-user devices of a server that has the feature NEXT.
+    Next {
+        /// The number of the process, as the device's server sees it.
+        #[arg(value_name = "PID", conflicts_with = "nobody", value_parser = clap::value_parser!(i32).range(1..))]
+        pid: Option<i32>,
+
+        /// Take the name back; a VMM of that process that has connected by now is disconnected.
+        #[arg(long)]
+        nobody: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// The device.
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+
+    /// Seconds for each figure.
+    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
+    pub seconds: Duration,
+
+    /// Keep this process and the floor's other end on one core; start the server with
+    /// `taskset -c 0` for figures on one core.
+    #[arg(long)]
+    pub one_core: bool,
+}

@@ -1,0 +1,115 @@
+//! Servers of devices: `serve`, and `switch-over` to a new one.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use limosa_host::Group;
+
+use super::values::{mode, seconds};
+
+/// What `--option` takes.
+const MODEL_OPTIONS: &str = "\
+Options of uart:
+  line=echo|PATH         what is at the other end: what is sent comes back (echo), or a terminal or
+                         UNIX socket at this path; twice for two ports
+  as=mtty                it is the card that Linux' mtty makes, and moves to and from that; echo only
+Options of synthetic (sizes take K, M and G):
+  state=BYTES            its state, a multiple of block (16M)
+  block=BYTES            how much of it changes at once (64K)
+  precopy=PERCENT        how much of it is saved in pre-copy (100)
+  dirty-rate=BYTES       how much of it changes each second (0)
+  p2p=on|off             whether it has the P2P states (on)
+  pre-copy=on|off        whether it has the pre-copy states (on)
+  dma-pattern=PATTERN    sequential, random or one-page (sequential)
+  dma-rate=BYTES         bytes written to guest memory each second, 0 for all it can (64M)
+  seed=NUMBER            what its contents derive from (1)
+  verify=on|off          whether every block is checked as it is loaded (on)
+  fault=FAULT            what goes wrong; many times: fail:ARC[:TIMES], error:ARC, truncate:BYTES,
+                         stall:ARC:MS, corrupt:OFFSET, with ARC like PRE_COPY_P2P>STOP_COPY";
+
+#[derive(Debug, Args)]
+#[command(after_help = MODEL_OPTIONS)]
+pub struct Serve {
+    /// The device to serve.
+    #[arg(value_name = "MODEL")]
+    pub model: Model,
+
+    /// Where to listen.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+
+    /// The socket's mode, whatever the umask. A user with write permission may connect.
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
+    pub mode: u32,
+
+    /// The socket's group, a name or a number; with a --mode that lets it in, such as 660.
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<Group>,
+
+    /// Listen here as well, for clients that move the device beside its VMM and run as another user than the VMM. The
+    /// socket is this user's alone, mode 600. On --socket, root and this user may move the device beside its VMM.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// An option of the model, NAME=VALUE; many times.
+    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
+    pub options: Vec<String>,
+
+    /// Let a client map any regular file as the guest's memory, for VMMs whose memory is a file on a disk. Without it,
+    /// only memfds and files on tmpfs or hugetlbfs are mapped. An access to another file waits for its file system: a
+    /// client that can choose one whose server or daemon does not answer hangs this process for good.
+    #[arg(long)]
+    pub any_file: bool,
+
+    /// Let another process take over while clients are served: listen here, at a socket that is this user's alone, for
+    /// `limosa serve` with --take-from and this path. When it serves, this process ends with code 0.
+    #[arg(long, value_name = "PATH")]
+    pub takeover: Option<PathBuf>,
+
+    /// Take over from the server that was started with --takeover and this path. MODEL, --socket and the options have to be
+    /// those of the old server. When that one has ended, listen at --takeover, which may be the same path.
+    #[arg(long, value_name = "PATH")]
+    pub take_from: Option<PathBuf>,
+
+    /// End when the process that started this one ends.
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+/// What `switch-over` does to the command that it starts.
+const NEW_COMMAND: &str = "\
+NEW COMMAND is that of the old server, `limosa serve ...`, of the new version. `--take-from PATH` and `--json` are added to its end, \
+unless they are there. It goes on when this command has ended, with the standard error of this command.
+
+Exit codes of switch-over:
+  0  the new server serves
+  1  the old server serves as before; the message says why
+  4  there is no server that can be replaced; nothing was started
+  5  it is not known that one of them serves; the message says what is known
+  8  the new server serves, and no other one can take over from it";
+
+#[derive(Debug, Args)]
+#[command(after_help = NEW_COMMAND)]
+pub struct SwitchOver {
+    /// Where the old server listens for new ones: its --takeover.
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+
+    /// Seconds to wait for the new server to serve or to give up. It has limits of its own, which end before this one.
+    #[arg(long, value_name = "SECONDS", default_value = "240", value_parser = seconds)]
+    pub limit: Duration,
+
+    /// What starts the new server.
+    #[arg(last = true, required = true, value_name = "NEW COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Model {
+    /// A PCI 16550A serial port.
+    Uart,
+    /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
+    Synthetic,
+}

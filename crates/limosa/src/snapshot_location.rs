@@ -1,0 +1,61 @@
+//! Where snapshots lie: a file, or an object in an S3-compatible store.
+
+use std::path::Path;
+
+use limosa_migrate::{SnapshotFile, SnapshotSource, SnapshotTarget};
+
+use crate::exit::{self, Code};
+
+/// Where a snapshot is.
+pub enum SnapshotLocation {
+    File(SnapshotFile),
+    #[cfg(feature = "s3")]
+    Object(limosa_store::Object),
+}
+
+impl SnapshotLocation {
+    /// The location of this name; nothing is opened yet. `replace` is whether a snapshot that is there may give way.
+    pub fn new(name: &Path, replace: bool) -> anyhow::Result<SnapshotLocation> {
+        match name.to_str().filter(|name| name.starts_with("s3://")) {
+            Some(url) => SnapshotLocation::object(url, replace),
+            None => Ok(SnapshotLocation::File(SnapshotFile::new(name).replacing(replace))),
+        }
+    }
+
+    #[cfg(feature = "s3")]
+    fn object(url: &str, replace: bool) -> anyhow::Result<SnapshotLocation> {
+        use limosa_store::{Object, ObjectError};
+        let object = Object::from_env(url).and_then(|object| object.replacing(replace));
+        object.map(SnapshotLocation::Object).map_err(|error| {
+            let code = match &error {
+                ObjectError::Url { .. } => Code::Usage,
+                _ => Code::Unreachable,
+            };
+            exit::error(code, error.to_string())
+        })
+    }
+
+    #[cfg(not(feature = "s3"))]
+    fn object(url: &str, _: bool) -> anyhow::Result<SnapshotLocation> {
+        let what = "this limosa was built without object stores (the feature s3); use a file";
+        Err(exit::error(Code::Usage, format!("{url}: {what}")))
+    }
+
+    /// To save to.
+    pub fn target(&self) -> &dyn SnapshotTarget {
+        match self {
+            SnapshotLocation::File(file) => file,
+            #[cfg(feature = "s3")]
+            SnapshotLocation::Object(object) => object,
+        }
+    }
+
+    /// To load from.
+    pub fn source(&self) -> &dyn SnapshotSource {
+        match self {
+            SnapshotLocation::File(file) => file,
+            #[cfg(feature = "s3")]
+            SnapshotLocation::Object(object) => object,
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! [`PageFrames`]: makes frames of dirty pages, for one link (`docs/stream.md: MEMORY_DATA`, `MEMORY_ZERO`, `MEMORY_RUNS`). It
+//! copies pages, finds those that are zero, and puts runs that are not next to each other into one frame.
+
+use std::ops::Range;
+
+use limosa_stream::buffer::Buffer;
+use limosa_stream::{DATA_BYTES_MAX, Kind, RunsTable};
+
+use super::super::sending::Sending;
+use crate::Result;
+use crate::memory::{MemoryRegion, PAGE_BYTES, is_zero};
+use crate::wire::Frame;
+
+/// Zeroes of this length have a frame of their own, which the next zeroes can lengthen.
+const LONG_ZERO_BYTES: u64 = 64 << 10;
+/// A run of zeroes that has reached this length is sent, and the next frame begins another.
+const ZERO_BYTES_MAX: u64 = 1 << 30;
+
+pub(super) struct PageFrames<'s, 'w, 'a> {
+    link: usize,
+    sending: &'s Sending<'w, 'a>,
+    /// The region of the runs in the table.
+    region: u32,
+    table: RunsTable,
+    /// The pages of the table's runs, one after the other.
+    pages: Buffer,
+    /// A long run of zeroes that is not sent yet: region, offset and bytes.
+    zeroes: Option<(u32, u64, u64)>,
+}
+
+impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
+    pub(super) fn new(link: usize, sending: &'s Sending<'w, 'a>) -> PageFrames<'s, 'w, 'a> {
+        let pages = Buffer::new(sending.recorder().buffers());
+        PageFrames { link, sending, region: 0, table: RunsTable::new(PAGE_BYTES), pages, zeroes: None }
+    }
+
+    /// Adds a run of dirty pages: at most as many as a frame takes, and behind those that were added before, where these are of
+    /// the same region and round. Memory that is known to be zero is not read, so that untouched memory stays untouched.
+    pub(super) fn add(&mut self, region: &MemoryRegion<'_>, run: Range<u64>) -> Result<()> {
+        if self.region != region.id {
+            self.send()?;
+            self.region = region.id;
+        }
+        let mut from = run.start;
+        while let Some(data) = region.data(from..run.end)? {
+            self.add_zeroes(from, data.start - from)?;
+            self.read(region, data.clone())?;
+            from = data.end;
+        }
+        self.add_zeroes(from, run.end - from)
+    }
+
+    /// Sends the rest.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        self.send()?;
+        self.send_zeroes()
+    }
+
+    /// Copies pages into the frame. Those that are zero are dropped from it.
+    fn read(&mut self, region: &MemoryRegion<'_>, range: Range<u64>) -> Result<()> {
+        let bytes = (range.end - range.start) as usize;
+        // At worst each page is a run of its own.
+        let table_bytes = self.table.tail_bytes() + RunsTable::bytes_of(bytes / PAGE_BYTES as usize);
+        if self.table.data_bytes() as usize + bytes + table_bytes > DATA_BYTES_MAX {
+            self.send()?;
+        }
+        let mut at = self.table.data_bytes() as usize;
+        let end = at + bytes;
+        self.pages.grow(end);
+        region.read(range.start, &mut self.pages[at..end])?;
+        let mut offset = range.start;
+        while at < end {
+            let (is_zero, bytes) = first_run(&self.pages[at..end]);
+            if is_zero {
+                self.add_zeroes(offset, bytes as u64)?;
+            } else {
+                while !self.table.add(offset, bytes as u64, false) {
+                    // The table would have its place where the pages are that follow.
+                    self.send_each()?;
+                }
+                let begin = self.table.data_bytes() as usize - bytes;
+                if begin != at {
+                    self.pages.copy_within(at..at + bytes, begin);
+                }
+            }
+            at += bytes;
+            offset += bytes as u64;
+        }
+        Ok(())
+    }
+
+    fn add_zeroes(&mut self, at: u64, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        if let Some((region, begin, length)) = &mut self.zeroes
+            && *region == self.region
+            && *begin + *length == at
+            && *length + bytes <= ZERO_BYTES_MAX
+        {
+            *length += bytes;
+            return Ok(());
+        }
+        if bytes < LONG_ZERO_BYTES && self.sending.takes_runs() && self.table.add(at, bytes, true) {
+            return Ok(());
+        }
+        self.send_zeroes()?;
+        self.zeroes = Some((self.region, at, bytes));
+        Ok(())
+    }
+
+    fn send_zeroes(&mut self) -> Result<()> {
+        match self.zeroes.take() {
+            Some((region, at, bytes)) => self.post_zeroes(region, at, bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// Sends the runs of the table, several of them in one frame.
+    fn send(&mut self) -> Result<()> {
+        if self.table.len() < 2 || !self.sending.takes_runs() {
+            return self.send_each();
+        }
+        let pages = self.table.data_bytes() as usize;
+        let end = pages + self.table.tail_bytes();
+        self.pages.grow(end);
+        self.table.encode(&mut self.pages[pages..end]);
+        let frame = Frame::of(self.region, Kind::MEMORY_RUNS, &self.pages[..end]).at(self.table.position());
+        self.sending.send_memory(self.link, &frame)?;
+        self.sending.recorder().memory_data(self.table.data_bytes());
+        self.sending.recorder().memory_zero(self.table.zero_bytes());
+        self.table.clear();
+        Ok(())
+    }
+
+    /// Sends the runs of the table, each in a frame of its own. Bytes behind the pages of the table stay.
+    fn send_each(&mut self) -> Result<()> {
+        let mut begin = 0;
+        for (offset, bytes, is_zero) in self.table.runs() {
+            if is_zero {
+                self.post_zeroes(self.region, offset, bytes)?;
+                continue;
+            }
+            let pages = &self.pages[begin..begin + bytes as usize];
+            let frame = Frame::of(self.region, Kind::MEMORY_DATA, pages).at(offset);
+            self.sending.send_memory(self.link, &frame)?;
+            self.sending.recorder().memory_data(bytes);
+            begin += bytes as usize;
+        }
+        self.table.clear();
+        Ok(())
+    }
+
+    fn post_zeroes(&self, region: u32, at: u64, bytes: u64) -> Result<()> {
+        let length = bytes.to_le_bytes();
+        self.sending.post(self.link, &Frame::of(region, Kind::MEMORY_ZERO, &length).at(at))?;
+        self.sending.recorder().memory_zero(bytes);
+        Ok(())
+    }
+}
+
+/// Whether the first page is zero, and the length in bytes of the pages from there on that are too, or that are not.
+fn first_run(bytes: &[u8]) -> (bool, usize) {
+    let mut pages = bytes.chunks(PAGE_BYTES as usize);
+    let is_zero_run = pages.next().is_some_and(is_zero);
+    let more = pages.take_while(|page| is_zero(page) == is_zero_run).count();
+    (is_zero_run, ((more + 1) * PAGE_BYTES as usize).min(bytes.len()))
+}

@@ -1,0 +1,436 @@
+//! Who is connected to a device, and in which role (`docs/vfio-user-extensions.md: the control role`).
+//!
+//! One client is the VMM. Others that want to be wait in the order in which they came, without a reply to their VERSION, until it
+//! has gone; but for one, the *next*, whose process was named by the VMM or a control client, and which gets the device when the
+//! VMM goes. Control clients come beside it: they have slots of their own, and wait for nobody.
+
+mod next;
+
+use std::collections::VecDeque;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use limosa_device::NextClient;
+use limosa_host::Process;
+use limosa_protocol::Errno;
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::geteuid;
+
+use super::link::Link;
+use super::parked::Access;
+use crate::connection::ConnectionError;
+use crate::version::Limits;
+
+/// Clients that may wait for the VMM's place.
+const WAITING_MAX: usize = 16;
+/// Control clients at once.
+pub(in crate::server) const CONTROL_MAX: usize = 8;
+/// Connections in all, those that have not said what they want included.
+pub(in crate::server) const CONNECTIONS_MAX: usize = 64;
+
+/// What a client may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::server) enum Role {
+    /// All that the specification has.
+    Vmm,
+    /// To move the device beside its VMM.
+    Control,
+    /// To prepare for being the VMM, when the one that is has gone.
+    Next,
+}
+
+/// What a client got that wants to be the VMM.
+#[derive(Debug)]
+pub(in crate::server) enum Place {
+    /// It is the VMM.
+    Vmm,
+    /// It is the next one.
+    Next(Arc<NextClient>),
+}
+
+/// Names a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(in crate::server) struct ConnectionId(pub(in crate::server) u64);
+
+/// The connections of a device.
+#[derive(Default)]
+pub(in crate::server) struct Doors {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    /// Connections are not served: [`Inner::pause`], for those that look before each request.
+    is_paused: AtomicBool,
+}
+
+#[derive(Default)]
+struct Inner {
+    last: u64,
+    connections: Vec<Entry>,
+    waiting: VecDeque<ConnectionId>,
+    /// The process whose client may be the next VMM.
+    named: Option<Process>,
+    /// That client, once it is there.
+    next: Option<(ConnectionId, Arc<NextClient>)>,
+    pause: Pause,
+    /// Connections that were accepted, and have not entered.
+    coming: usize,
+}
+
+struct Entry {
+    id: ConnectionId,
+    link: Arc<Link>,
+    /// The user and the number of the process that made it, to share the places between.
+    from: (u32, i32),
+    /// It was told to end, to make room.
+    is_ended: bool,
+    role: Option<Role>,
+    /// What it has when its thread waits for a request.
+    idle: State,
+    /// It has stopped between two requests: what it had.
+    paused: Option<State>,
+}
+
+/// A connection that is paused, beside its link.
+#[derive(Clone, Debug, Default)]
+pub(in crate::server) struct State {
+    /// `None` before VERSION.
+    pub(in crate::server) limits: Option<Limits>,
+    pub(in crate::server) by_control_door: bool,
+    /// A VERSION that waits for its reply, as it came.
+    pub(in crate::server) unanswered: Vec<u8>,
+    /// Accesses that wait, in order.
+    pub(in crate::server) parked: Vec<Access>,
+}
+
+/// Whether connections are served.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Pause {
+    #[default]
+    Serving,
+    /// Each stops before its next request, and reads nothing more.
+    Paused,
+    /// Another process serves them.
+    Given,
+}
+
+impl Doors {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing under this lock panics half-way through a change.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection without a role yet.
+    pub(in crate::server) fn enter(&self, link: &Arc<Link>, by_control_door: bool) -> ConnectionId {
+        let idle = State { by_control_door, ..State::default() };
+        let mut inner = self.lock();
+        inner.last += 1;
+        let id = ConnectionId(inner.last);
+        let from = socket_peercred(link.socket());
+        let from = from.map_or((u32::MAX, 0), |peer| (peer.uid.as_raw(), peer.pid.as_raw_pid()));
+        let link = Arc::clone(link);
+        inner.connections.push(Entry { id, link, from, is_ended: false, role: None, idle, paused: None });
+        inner.coming = inner.coming.saturating_sub(1);
+        self.changed.notify_all();
+        id
+    }
+
+    /// Before a connection is accepted: waits while connections are paused. `false` when they are another process' now.
+    pub(in crate::server) fn expect(&self) -> bool {
+        let mut inner = self.lock();
+        while inner.pause == Pause::Paused {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.coming += 1;
+        inner.pause == Pause::Serving
+    }
+
+    /// None came.
+    pub(in crate::server) fn expect_no_more(&self) {
+        let mut inner = self.lock();
+        inner.coming = inner.coming.saturating_sub(1);
+        self.changed.notify_all();
+    }
+
+    /// A connection is over, and its client's things are gone: whoever waits for its place may have it.
+    pub(in crate::server) fn leave(&self, id: ConnectionId) {
+        let mut inner = self.lock();
+        inner.remove(id);
+        self.changed.notify_all();
+    }
+
+    /// All connections, to be ended.
+    pub(in crate::server) fn links(&self) -> Vec<Arc<Link>> {
+        self.lock().connections.iter().map(|entry| Arc::clone(&entry.link)).collect()
+    }
+
+    /// Makes room for one that is expected, so that no more than `most` are served, and says whether there is some within the
+    /// limit. Where there is none, one that has no role yet is ended: of the user with the most of these, of the process with
+    /// the most of them, the oldest. So those that connect without an end take the places of their own.
+    pub(in crate::server) fn make_room(&self, most: usize, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let mut inner = self.lock();
+        loop {
+            let leaving = inner.connections.iter().filter(|entry| entry.is_ended).count();
+            let served = inner.connections.len() + inner.coming;
+            if served <= most {
+                return true;
+            }
+            if served - leaving > most
+                && let Some(at) = inner.dispensable()
+            {
+                let entry = &mut inner.connections[at];
+                entry.is_ended = true;
+                tracing::warn!(
+                    pid = entry.from.1,
+                    "a client that has said nothing is disconnected, as there are {most}"
+                );
+                entry.link.end();
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits until no connection is left, or so long.
+    pub(in crate::server) fn wait_for_none(&self, limit: Duration) {
+        let is_served = |inner: &mut Inner| !inner.connections.is_empty();
+        // What is left then is ended.
+        let _ = self.changed.wait_timeout_while(self.lock(), limit, is_served);
+    }
+
+    /// The VMM's connection.
+    pub(in crate::server) fn vmm(&self) -> Option<Arc<Link>> {
+        self.lock().vmm().map(|entry| Arc::clone(&entry.link))
+    }
+
+    /// Makes it a control client. EBUSY when there are too many.
+    pub(in crate::server) fn be_control(&self, id: ConnectionId) -> Result<(), Errno> {
+        let mut inner = self.lock();
+        let control = inner.connections.iter().filter(|entry| entry.role == Some(Role::Control)).count();
+        if control >= CONTROL_MAX {
+            tracing::warn!("a control client is refused, as there are {CONTROL_MAX} of them");
+            return Err(Errno::EBUSY);
+        }
+        inner.set_role(id, Role::Control);
+        Ok(())
+    }
+
+    /// Makes it the VMM as soon as there is no other, or the next one as soon as it may be that. EBUSY when too many wait for
+    /// that; the outer error when the client does not wait any more.
+    pub(in crate::server) fn be_vmm(
+        &self,
+        id: ConnectionId,
+        link: &Link,
+        state: &dyn Fn() -> State,
+        prepare: &dyn Fn() -> NextClient,
+    ) -> Result<Result<Place, Errno>, ConnectionError> {
+        {
+            let mut inner = self.lock();
+            if let Some(next) = inner.be_next(id, link, prepare) {
+                return Ok(Ok(Place::Next(next)));
+            }
+            if inner.waiting.len() >= WAITING_MAX {
+                tracing::warn!("a client is refused, as {WAITING_MAX} wait for the device already");
+                return Ok(Err(Errno::EBUSY));
+            }
+            inner.waiting.push_back(id);
+        }
+        loop {
+            // Before the look, so that what changes after it is seen.
+            link.was_woken();
+            {
+                let mut inner = self.lock();
+                if inner.takes_place(id) {
+                    return Ok(Ok(Place::Vmm));
+                }
+                if let Some(next) = inner.be_next(id, link, prepare) {
+                    return Ok(Ok(Place::Next(next)));
+                }
+            }
+            link.wait_for_wake(None)?;
+            self.pause_here(id, state)?;
+        }
+    }
+
+    /// Whether connections are served, so that [`Doors::pause_here`] has nothing to wait for.
+    pub(in crate::server) fn is_open(&self) -> bool {
+        !self.is_paused.load(SeqCst)
+    }
+
+    /// What a connection has agreed on with its client.
+    pub(in crate::server) fn agreed(&self, id: ConnectionId, limits: Option<Limits>) {
+        if let Some(entry) = self.lock().connections.iter_mut().find(|entry| entry.id == id) {
+            entry.idle.limits = limits;
+        }
+    }
+
+    /// Stops here while connections are paused. An error when they are another process' now.
+    pub(in crate::server) fn pause_here(
+        &self,
+        id: ConnectionId,
+        state: &dyn Fn() -> State,
+    ) -> Result<(), ConnectionError> {
+        let mut inner = self.lock();
+        loop {
+            let pause = inner.pause;
+            if let Some(entry) = inner.connections.iter_mut().find(|entry| entry.id == id)
+                && entry.paused.is_some() != (pause != Pause::Serving)
+            {
+                entry.paused = (pause != Pause::Serving).then(state);
+                self.changed.notify_all();
+            }
+            if let Some(entry) = inner.connections.iter().find(|entry| entry.id == id) {
+                // Nothing is read before this returns.
+                entry.link.set_busy();
+            }
+            match pause {
+                Pause::Serving => return Ok(()),
+                Pause::Paused => inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                Pause::Given => return Err(ConnectionError::Given),
+            }
+        }
+    }
+
+    /// Has every connection stop between two requests. ETIMEDOUT when one has not by `until`; then they go on.
+    pub(in crate::server) fn pause(&self, until: Instant) -> Result<(), Errno> {
+        let mut inner = self.lock();
+        inner.set_pause(Pause::Paused, &self.is_paused);
+        for entry in &mut inner.connections {
+            match entry.link.stop_if_idle() {
+                // Its thread sleeps, and finds this when it wakes.
+                true => entry.paused = Some(entry.idle.clone()),
+                false => entry.link.wake(),
+            }
+        }
+        while inner.coming > 0 || inner.connections.iter().any(|entry| entry.paused.is_none()) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(inner);
+                self.go_on();
+                return Err(Errno::ETIMEDOUT);
+            }
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    /// Connections are served again.
+    pub(in crate::server) fn go_on(&self) {
+        let mut inner = self.lock();
+        inner.set_pause(Pause::Serving, &self.is_paused);
+        // Those that sleep have not seen that they were paused. The others wake.
+        for entry in inner.connections.iter_mut().filter(|entry| entry.link.go_on_idle()) {
+            entry.paused = None;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Connections are another process'.
+    pub(in crate::server) fn give(&self) {
+        let mut inner = self.lock();
+        inner.set_pause(Pause::Given, &self.is_paused);
+        inner.connections.iter().for_each(|entry| entry.link.wake());
+        self.changed.notify_all();
+    }
+
+    /// Whether another process serves now.
+    pub(in crate::server) fn is_given(&self) -> bool {
+        self.lock().pause == Pause::Given
+    }
+
+    /// The connections that there are now, but those of control clients.
+    pub(in crate::server) fn to_be_given(&self) -> Vec<(ConnectionId, Arc<Link>)> {
+        let inner = self.lock();
+        let entries = inner.connections.iter().filter(|entry| entry.role != Some(Role::Control));
+        entries.map(|entry| (entry.id, Arc::clone(&entry.link))).collect()
+    }
+
+    /// The connections that are paused, with their roles; those that wait for the VMM's place last, in their order.
+    pub(in crate::server) fn paused(&self) -> Vec<(ConnectionId, Arc<Link>, Option<Role>, State)> {
+        let inner = self.lock();
+        let others = inner.connections.iter().filter(|entry| !inner.waiting.contains(&entry.id));
+        let waiting = inner.waiting.iter();
+        let waiting = waiting.filter_map(|id| inner.connections.iter().find(|entry| entry.id == *id));
+        let paused =
+            |entry: &Entry| Some((entry.id, Arc::clone(&entry.link), entry.role, entry.paused.clone()?));
+        others.chain(waiting).filter_map(paused).collect()
+    }
+
+    /// A connection that another process has served takes its role again.
+    pub(in crate::server) fn adopt(&self, id: ConnectionId, role: Role) {
+        self.lock().set_role(id, role);
+    }
+}
+
+impl Inner {
+    fn entry(&self, id: ConnectionId) -> Option<&Entry> {
+        self.connections.iter().find(|entry| entry.id == id)
+    }
+
+    fn vmm(&self) -> Option<&Entry> {
+        self.connections.iter().find(|entry| entry.role == Some(Role::Vmm))
+    }
+
+    /// Which connection is ended to make room for another.
+    fn dispensable(&self) -> Option<usize> {
+        let has_said_nothing =
+            |entry: &&Entry| entry.role.is_none() && !entry.is_ended && !self.waiting.contains(&entry.id);
+        let silent: Vec<_> = self.connections.iter().filter(has_said_nothing).collect();
+        let of_user = |entry: &Entry| silent.iter().filter(|other| other.from.0 == entry.from.0).count();
+        let of_process = |entry: &Entry| silent.iter().filter(|other| other.from == entry.from).count();
+        // Ids rise: the least of equals is the oldest.
+        let most = silent
+            .iter()
+            .max_by_key(|entry| (of_user(entry), of_process(entry), std::cmp::Reverse(entry.id.0)))?;
+        self.connections.iter().position(|entry| entry.id == most.id)
+    }
+
+    fn set_pause(&mut self, pause: Pause, is_paused: &AtomicBool) {
+        self.pause = pause;
+        is_paused.store(pause != Pause::Serving, SeqCst);
+    }
+
+    fn set_role(&mut self, id: ConnectionId, role: Role) {
+        if let Some(entry) = self.connections.iter_mut().find(|entry| entry.id == id) {
+            entry.role = Some(role);
+        }
+    }
+
+    /// Makes the first that waits the VMM if there is none, and says whether that is this one.
+    fn takes_place(&mut self, id: ConnectionId) -> bool {
+        if self.vmm().is_some() || self.waiting.front() != Some(&id) {
+            return false;
+        }
+        self.waiting.pop_front();
+        self.set_role(id, Role::Vmm);
+        // Who was to come after the one that has gone is not who comes after this one.
+        self.named = None;
+        true
+    }
+
+    fn remove(&mut self, id: ConnectionId) {
+        self.connections.retain(|entry| entry.id != id);
+        self.waiting.retain(|waiting| *waiting != id);
+        if self.next.as_ref().is_some_and(|(next, _)| *next == id) {
+            self.next = None;
+        }
+        if let Some(first) = self.waiting.front() {
+            self.wake(*first);
+        }
+    }
+
+    fn wake(&self, id: ConnectionId) {
+        if let Some(entry) = self.entry(id) {
+            entry.link.wake();
+        }
+    }
+}
+
+/// Whether a client on the VMM's socket may be a control client: root, or the server's own user.
+pub(in crate::server) fn may_control(link: &Link) -> bool {
+    socket_peercred(link.socket()).is_ok_and(|peer| peer.uid.is_root() || peer.uid == geteuid())
+}
