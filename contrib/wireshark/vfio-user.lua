@@ -27,7 +27,7 @@ local features = {
     [4] = "LOW_POWER_ENTRY_WITH_WAKEUP", [5] = "LOW_POWER_EXIT", [6] = "DMA_LOGGING_START", [7] = "DMA_LOGGING_STOP",
     [8] = "DMA_LOGGING_REPORT", [9] = "MIG_DATA_SIZE", [10] = "BUS_MASTER", [11] = "DMA_BUF",
     [12] = "MIG_PRECOPY_INFO_V2", [0xfe00] = "PRECOPY_INFO", [0xfe01] = "DATA_FD", [0xfe02] = "RESET_COUNT",
-    [0xfe03] = "STAY", [0xfe04] = "ECHO", [0xfe05] = "KICK",
+    [0xfe03] = "STAY", [0xfe04] = "ECHO", [0xfe05] = "KICK", [0xfe06] = "NEXT",
 }
 
 -- vfio.h: enum vfio_device_mig_state.

@@ -30,7 +30,13 @@ pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let mut framers = [Framer::default(), Framer::default()];
     let mut decoder = Decoder::default();
-    let mut seen = vec![Seen::Opened { time_ns: 0, conversation: 1, name: "device".into(), pid: Some(1) }];
+    let mut seen = vec![Seen::Opened {
+        time_ns: 0,
+        conversation: 1,
+        name: "device".into(),
+        pid: Some(1),
+        is_whole: true,
+    }];
     let mut time_ns = 0;
     while !input.0.is_empty() {
         let what: u8 = input.take();

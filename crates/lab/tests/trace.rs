@@ -37,11 +37,8 @@ fn a_walk_of_the_kernels_device_is_shown_with_its_data_fd_and_the_errno_of_misus
         let device = Marked::new(&mtty(), 3);
         let file = path("trace");
         let trace = here.start(&["trace", "-o", &file, "--pid", &std::process::id().to_string()]);
-        let is_traced = || {
-            let status = std::fs::read_to_string("/proc/self/status").unwrap();
-            !status.contains("TracerPid:\t0")
-        };
-        while !is_traced() {
+        // The trace says so at its beginning, into the file.
+        while !std::fs::read_to_string(&file).is_ok_and(|said| said.contains("is traced from here on")) {
             std::thread::yield_now();
         }
         let opened =

@@ -14,10 +14,11 @@ use support::{Folder, Running};
 
 /// Commands that run, and blocks that need something, by what they need.
 const RUN: usize = 45;
-const NEED: [(&str, usize); 7] = [
+const NEED: [(&str, usize); 8] = [
     ("needs-cargo", 5),
     ("needs-host", 2),
     ("needs-kernel", 3),
+    ("needs-quiet", 1),
     ("needs-root", 1),
     ("needs-store", 1),
     ("needs-tshark", 1),

@@ -179,13 +179,7 @@ fn a_server_is_traced_while_it_serves_and_goes_on() {
     let folder = Folder::new();
     let server = folder.device("a.sock", &[]);
     let trace = start(&["trace", "--pid", &server.pid()]);
-    // Until it is traced, its clients are not.
-    while !std::fs::read_to_string(format!("/proc/{}/status", server.pid()))
-        .unwrap()
-        .contains(&format!("TracerPid:\t{}", trace.pid()))
-    {
-        std::thread::yield_now();
-    }
+    trace.line("is traced from here on");
     assert_eq!(server.state(), State::Running);
     let line = trace.line("FEATURE GET MIG_DEVICE_STATE -> RUNNING <");
     assert!(line.contains(&format!("[pid {}] a.sock ", server.pid())), "{line}");
@@ -206,13 +200,24 @@ fn a_full_disk_ends_the_trace_and_not_the_command() {
 }
 
 #[test]
+fn a_trace_is_its_owners_and_not_written_through_a_link() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let folder = Folder::new();
+    let (file, link) = (folder.path("trace"), folder.path("link"));
+    std::fs::write(&file, "before").unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+    limosa(&["trace", "-o", file.to_str().unwrap(), "--", "true"]).ok();
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    symlink(&file, &link).unwrap();
+    limosa(&["trace", "--pcap", link.to_str().unwrap(), "--", "true"]).fails(1, &["link", "symbolic link"]);
+    limosa(&["trace", "-o", &folder.text("no/folder"), "--", "true"]).fails(1, &["no/folder"]);
+}
+
+#[test]
 fn what_cannot_be_traced_is_refused() {
     let sleeps = support::vcpus();
     let first = start(&["trace", "--pid", &sleeps.pid()]);
-    while std::fs::read_to_string(format!("/proc/{}/status", sleeps.pid())).unwrap().contains("TracerPid:\t0")
-    {
-        std::thread::yield_now();
-    }
+    first.line("is traced from here on");
     limosa(&["trace", "--pid", &sleeps.pid()]).fails(4, &["traced by process", &first.pid()]);
     first.signal(Signal::INT);
     assert_eq!(first.end().code, 0);

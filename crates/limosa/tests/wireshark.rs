@@ -75,10 +75,14 @@ fn asks_what_is_no_device() {
     let null = std::fs::File::open("/dev/null").unwrap();
     // struct vfio_device_feature: argsz, SET MIG_DEVICE_STATE, STOP_COPY, no fd.
     let set = [16u32, 1 << 17 | 2, 3, u32::MAX];
+    // SAFETY: makes the argument of an ioctl, and none.
+    let feature = unsafe { Setter::<0x3b75, _>::new(set) };
     // SAFETY: /dev/null knows no ioctl, and the argument has the length that it says.
-    let refused = unsafe { ioctl(&null, Setter::<0x3b75, _>::new(set)) };
+    let refused = unsafe { ioctl(&null, feature) };
+    // SAFETY: makes the call of an ioctl without an argument, and none.
+    let nothing = unsafe { NoArg::<0x3b6f>::new() };
     // SAFETY: it has no argument.
-    let reset = unsafe { ioctl(&null, NoArg::<0x3b6f>::new()) };
+    let reset = unsafe { ioctl(&null, nothing) };
     assert_eq!((refused, reset), (Err(rustix::io::Errno::NOTTY), Err(rustix::io::Errno::NOTTY)));
 }
 

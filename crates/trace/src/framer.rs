@@ -22,7 +22,7 @@ pub const MESSAGE_BYTES_MAX: u32 = DATA_XFER_BYTES_MAX + (64 << 10);
 pub enum Framed {
     /// A whole message.
     Message(Message),
-    /// No message. What follows cannot be cut into messages any more.
+    /// No message. What follows is cut into messages only if it looks like one.
     Malformed(Malformed),
 }
 
@@ -36,6 +36,8 @@ enum Position {
         got: Vec<u8>,
         began_ns: u64,
         fds: Vec<String>,
+        /// It follows a header whose size cannot be. Some servers go on behind that one.
+        is_doubtful: bool,
     },
     Body {
         message: Message,
@@ -55,7 +57,7 @@ impl Default for Framer {
 
 impl Position {
     fn start() -> Position {
-        Position::Header { got: Vec::new(), began_ns: 0, fds: Vec::new() }
+        Position::Header { got: Vec::new(), began_ns: 0, fds: Vec::new(), is_doubtful: false }
     }
 }
 
@@ -173,8 +175,12 @@ impl Framer {
 
     /// The header is whole.
     fn header(&mut self, framed: &mut dyn FnMut(Framed)) {
-        let Position::Header { got, began_ns, fds } = &mut self.0 else { return };
+        let Position::Header { got, began_ns, fds, is_doubtful } = &mut self.0 else { return };
         let Ok(header) = Header::read_from_bytes(got) else { return };
+        if *is_doubtful && looks_like_header(got) != Some(true) {
+            self.0 = Position::Lost { bytes: Header::BYTES as u64 };
+            return;
+        }
         let body_bytes = match header.body_bytes() {
             Ok(bytes) if header.size <= MESSAGE_BYTES_MAX => bytes,
             wrong => {
@@ -186,7 +192,8 @@ impl Framer {
                 };
                 let head = std::mem::take(got);
                 let bytes = head.len() as u64;
-                self.0 = Position::Lost { bytes: 0 };
+                self.0 =
+                    Position::Header { got: Vec::new(), began_ns: 0, fds: Vec::new(), is_doubtful: true };
                 framed(Framed::Malformed(Malformed { reason, head, bytes }));
                 return;
             }
@@ -280,6 +287,17 @@ mod tests {
         let all = frame(&[&bytes, b"more"]);
         assert!(matches!(&all[0], Framed::Malformed(bad) if bad.reason.contains("15")), "{all:?}");
         assert!(matches!(&all[1], Framed::Malformed(bad) if bad.bytes == 4), "{all:?}");
+    }
+
+    #[test]
+    fn a_conversation_that_went_on_behind_a_size_that_cannot_be_was_lost() {
+        let mut bad = message(Command::DEVICE_RESET, &[]);
+        bad[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
+        let all = frame(&[&bad, &message(Command::REGION_READ, &[0; 16])]);
+        assert!(matches!(&all[0], Framed::Malformed(_)), "{all:?}");
+        assert!(matches!(&all[1], Framed::Message(message) if message.body_bytes == 16), "{all:?}");
+        let all = frame(&[&bad, b"no header, but what it is not is known only", b" later"]);
+        assert!(matches!(&all[..], [_, Framed::Malformed(bad)] if bad.bytes == 49), "{all:?}");
     }
 
     #[test]

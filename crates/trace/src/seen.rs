@@ -20,6 +20,8 @@ pub enum Seen {
         name: String,
         /// The process at its client's end, or the one that is traced.
         pid: Option<u32>,
+        /// Whether its first message is seen. If not, answers to requests may come that were not seen.
+        is_whole: bool,
     },
     /// A whole message on a connection.
     Message {

@@ -109,7 +109,14 @@ fn statistics_are_bounded_and_give_an_arc_the_bytes_of_its_session() {
 fn blocks_of_a_capture_file_have_their_lengths_at_both_ends() {
     let memory = Memory::default();
     let mut pcap = Pcapng::new("test", memory.clone()).unwrap();
-    pcap.seen(&Seen::Opened { time_ns: 1, conversation: 1, name: "a.sock".into(), pid: Some(3) }).unwrap();
+    pcap.seen(&Seen::Opened {
+        time_ns: 1,
+        conversation: 1,
+        name: "a.sock".into(),
+        pid: Some(3),
+        is_whole: true,
+    })
+    .unwrap();
     for kept in [0, 1, 2, 3, 64] {
         let header = Header::command(1, Command::REGION_WRITE, 4096).unwrap();
         let message = Message {

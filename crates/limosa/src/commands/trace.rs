@@ -12,10 +12,10 @@ use limosa_trace::proxy::{self, Proxy};
 use limosa_trace::ptrace::{self, Control, Ended, Target};
 use limosa_trace::recorder::{Failure, Recorder, Sink};
 use limosa_trace::sink::{Json, Lines, Pcapng, Statistics, StatisticsHandle};
-
 use rustix::fs::OFlags;
 
 use crate::args;
+use crate::commands::serve;
 use crate::exit::{self, Code};
 use crate::open::Opening;
 use crate::output::Output;
@@ -39,6 +39,7 @@ fn between(
     trace: Trace,
     out: &Output,
 ) -> anyhow::Result<()> {
+    serve::more_fds();
     let options = proxy::Options {
         access: SocketAccess { mode: args.mode, group: args.group },
         connect_limit: opening.limit,
@@ -167,7 +168,13 @@ fn create(path: &Path) -> anyhow::Result<File> {
     options.write(true).create(true).truncate(true).mode(0o600);
     // Not through a link of somebody else's.
     options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
-    let failed = |error: io::Error| exit::error(Code::Failed, format!("{}: {error}", path.display()));
+    let failed = |error: io::Error| {
+        let hint = match path.is_symlink() {
+            true => "; it is a symbolic link, through which no trace is written",
+            false => "",
+        };
+        exit::error(Code::Failed, format!("{}: {error}{hint}", path.display()))
+    };
     let file = options.open(path).map_err(failed)?;
     if file.metadata().map_err(failed)?.is_file() {
         // One that was there may have another mode.

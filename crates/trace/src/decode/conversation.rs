@@ -18,6 +18,8 @@ const PENDING_MAX: usize = 1024;
 pub struct Conversation {
     name: String,
     pid: Option<u32>,
+    /// Its beginning was seen.
+    is_whole: bool,
     /// By the way of the command, and its id.
     pending: BTreeMap<(bool, u16), Pending>,
     number: u64,
@@ -33,10 +35,11 @@ struct Pending {
 }
 
 impl Conversation {
-    pub fn new(name: String, pid: Option<u32>) -> Conversation {
+    pub fn new(name: String, pid: Option<u32>, is_whole: bool) -> Conversation {
         Conversation {
             name,
             pid,
+            is_whole,
             pending: BTreeMap::new(),
             number: 0,
             known: Known::default(),
@@ -138,10 +141,15 @@ impl Conversation {
         let header = &message.header;
         let key = (direction == Direction::FromDevice, header.id);
         let is_its = |pending: &Pending| pending.command == header.command;
-        if !self.pending.get(&key).is_some_and(is_its) {
+        let is_known = self.pending.get(&key).is_some_and(is_its);
+        if !is_known && self.is_whole {
             let reason =
                 format!("a reply to {} with id {}, which nobody asked for", header.command, header.id);
             event(self.malformed(direction, message, reason));
+            return;
+        }
+        if !is_known {
+            event(self.reply_alone(direction, message, outcome));
             return;
         }
         let Some(Pending { event: mut one, .. }) = self.pending.remove(&key) else { return };
@@ -177,6 +185,17 @@ impl Conversation {
             }
         };
         event(one);
+    }
+
+    /// A reply to a command that was sent before the trace began.
+    fn reply_alone(&self, direction: Direction, message: &Message, outcome: Outcome) -> Event {
+        let direction = match direction {
+            Direction::ToDevice => Direction::FromDevice,
+            Direction::FromDevice => Direction::ToDevice,
+        };
+        let request = message::named(message.header.command);
+        let arguments = "(asked before the trace began)".to_owned();
+        Event { request, arguments, outcome, bytes: 0, ..self.malformed(direction, message, String::new()) }
     }
 
     fn malformed(&self, direction: Direction, message: &Message, reason: String) -> Event {

@@ -4,7 +4,7 @@ use limosa_protocol::feature::{
     DmaLoggingRange, FeatureHeader, FeatureMigState, FeatureResetCount, PrecopyInfo,
 };
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, FeaturePayload, MigrationFlags, Records, State};
-use limosa_vfio_user::extension::{self, Echo, Stay, StayFlags};
+use limosa_vfio_user::extension::{self, Echo, Next, Stay, StayFlags};
 use zerocopy::FromBytes;
 
 use super::{Known, text};
@@ -146,6 +146,9 @@ fn of_extension(index: FeatureIndex, payload: &[u8]) -> Option<String> {
             StayFlags::RELEASE => "release".to_owned(),
             flags => format!("flags {flags:#x}"),
         }),
+        extension::NEXT => {
+            Next::read_from_prefix(payload).ok().map(|(next, _)| format!("process {}", next.pid))
+        }
         extension::ECHO => Echo::read_from_prefix(payload).ok().map(|(echo, _)| {
             format!(
                 "{} page size {}, {} pages",

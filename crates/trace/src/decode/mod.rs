@@ -30,9 +30,10 @@ impl Decoder {
     /// Decodes what was seen next. Every request gives one event, when its answer is there or none can come any more.
     pub fn decode(&mut self, seen: &Seen, event: &mut dyn FnMut(Event)) {
         match seen {
-            Seen::Opened { conversation, name, pid, .. } => {
+            Seen::Opened { conversation, name, pid, is_whole, .. } => {
                 if self.conversations.len() < CONVERSATIONS_MAX {
-                    self.conversations.insert(*conversation, Conversation::new(name.clone(), *pid));
+                    self.conversations
+                        .insert(*conversation, Conversation::new(name.clone(), *pid, *is_whole));
                 }
             }
             Seen::Message { conversation, direction, message } => {

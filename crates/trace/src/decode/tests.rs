@@ -15,7 +15,7 @@ use crate::framer::{Framed, Framer};
 use crate::seen::{Action, Call, FileKind, Message};
 
 fn opened() -> Seen {
-    Seen::Opened { time_ns: 0, conversation: 1, name: "a.sock".into(), pid: Some(7) }
+    Seen::Opened { time_ns: 0, conversation: 1, name: "a.sock".into(), pid: Some(7), is_whole: true }
 }
 
 fn message(direction: Direction, header: Header, at: u64, body: &[u8]) -> Seen {
@@ -113,6 +113,17 @@ fn what_gets_no_answer_is_said_at_the_end_and_a_reply_to_nothing_at_once() {
     assert_eq!(events[0].request, Request::Malformed);
     assert_eq!(events[1].outcome, Outcome::Unanswered("its id was used again"));
     assert!(matches!(events[2].outcome, Outcome::Unanswered(_)) && events.len() == 3);
+}
+
+#[test]
+fn an_answer_to_what_was_asked_before_the_trace_was_taken_for_malformed() {
+    let Seen::Opened { time_ns, conversation, name, pid, .. } = opened() else { unreachable!() };
+    let middle = Seen::Opened { time_ns, conversation, name, pid, is_whole: false };
+    let reset = Header::command(5, Command::DEVICE_RESET, 0).unwrap();
+    let events = decode(&[middle, message(Direction::FromDevice, reset.refusal(Errno::EBUSY), 1, &[])]);
+    assert_eq!(events[0].request, Request::Named("DEVICE_RESET"));
+    assert_eq!(events[0].outcome, Outcome::Refused(Errno::EBUSY));
+    assert_eq!((events[0].direction, events.len()), (Direction::ToDevice, 1));
 }
 
 #[test]

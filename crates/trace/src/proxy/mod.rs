@@ -68,8 +68,11 @@ pub struct StopHandle(Arc<Stop>);
 struct Stop {
     event: OwnedFd,
     /// Both ends of each connection; `None` once the proxy ends.
-    connections: Mutex<Option<Vec<(u32, Arc<Connection>)>>>,
+    connections: Mutex<Option<Connections>>,
 }
+
+/// By their numbers.
+type Connections = Vec<(u32, Arc<Connection>)>;
 
 struct Connection {
     client: Foreign<UnixStream>,
@@ -90,7 +93,7 @@ impl StopHandle {
         let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
     }
 
-    fn connections(&self) -> std::sync::MutexGuard<'_, Option<Vec<(u32, Arc<Connection>)>>> {
+    fn connections(&self) -> std::sync::MutexGuard<'_, Option<Connections>> {
         self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -248,6 +251,7 @@ pub fn relay(number: u32, client: &UnixStream, server: &UnixStream, name: &str, 
         conversation: number,
         name: crate::event::printable(name),
         pid,
+        is_whole: true,
     };
     recorder.record(opened);
     let pass = |from, to, direction| direction::pass_on(number, from, to, direction, recorder);

@@ -21,6 +21,7 @@ use limosa_protocol::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::recorder::RecorderHandle;
+use crate::seen::Seen;
 use os::{Starting, Waiting, Waker};
 use tracer::Tracer;
 
@@ -144,6 +145,10 @@ pub fn trace(target: &Target, recorder: &RecorderHandle, control: &Control) -> R
     match target {
         Target::Process(pid) => {
             attach(&mut tracer, *pid)?;
+            // Whoever waits for it can begin with what is to be seen.
+            let time_ns = recorder.now_ns();
+            let text = format!("is traced from here on, with {} threads", tracer.threads());
+            recorder.record(Seen::Note { time_ns, pid: u32::try_from(*pid).ok(), text });
             Ok(tracer.run(*pid))
         }
         Target::Command(words) => {
@@ -165,9 +170,7 @@ fn attach(tracer: &mut Tracer<'_>, pid: i32) -> Result<(), Error> {
         return Err(Error::Itself(pid));
     }
     if traced_by != 0 {
-        // It is one of its threads.
-        let tracer = files::status(traced_by).map_or(traced_by, |(process, _)| process);
-        return Err(Error::Traced { pid, tracer });
+        return Err(not_permitted(pid));
     }
     // New threads may come meanwhile; those of a traced thread are traced.
     let mut found = true;
@@ -186,12 +189,24 @@ fn attach(tracer: &mut Tracer<'_>, pid: i32) -> Result<(), Error> {
                 }
                 // It ended, or is traced as the child of one that is traced already.
                 Err(_) if !tracer.is_empty() => {}
-                Err(Errno::EPERM) => return Err(Error::NotPermitted(pid)),
+                Err(Errno::EPERM) => return Err(not_permitted(pid)),
                 Err(_) => {}
             }
         }
     }
     if tracer.is_empty() { Err(Error::NoProcess(pid)) } else { Ok(()) }
+}
+
+/// Why the system refuses to let a process be traced.
+fn not_permitted(pid: i32) -> Error {
+    match files::status(pid) {
+        Some((_, traced_by)) if traced_by != 0 => {
+            // It is one of the tracer's threads.
+            let tracer = files::status(traced_by).map_or(traced_by, |(process, _)| process);
+            Error::Traced { pid, tracer }
+        }
+        _ => Error::NotPermitted(pid),
+    }
 }
 
 /// Makes a process for the command, which is traced from its first call on.
@@ -212,7 +227,7 @@ fn start(tracer: &mut Tracer<'_>, words: &[OsString]) -> Result<(i32, Starting, 
         .map_err(|errno| Error::NotStarted { program: shown.clone(), errno })?;
     let pid = waiting.pid;
     os::seize(pid).map_err(|errno| match errno {
-        Errno::EPERM => Error::NotPermitted(pid),
+        Errno::EPERM => not_permitted(pid),
         errno => Error::Os { call: "ptrace", errno },
     })?;
     tracer.add(pid, pid, false);

@@ -188,6 +188,7 @@ pub struct Waker {
 
 impl Waker {
     /// Starts one, which ends by itself after this time.
+    #[allow(clippy::multiple_unsafe_ops_per_block, reason = "one proof holds for all calls of a child")]
     pub fn start(limit: Option<Duration>) -> Result<Waker, Errno> {
         let (listen, tell) = pipe()?;
         let limit = limit.map_or(-1, |limit| i32::try_from(limit.as_millis()).unwrap_or(i32::MAX));
@@ -236,6 +237,7 @@ pub struct Waiting {
 
 impl Waiting {
     /// Makes a process that starts the program once it is told to. All its strings end with their NUL.
+    #[allow(clippy::multiple_unsafe_ops_per_block, reason = "one proof holds for all calls of a child")]
     pub fn start(program: &CString, args: &[CString], environment: &[CString]) -> Result<Waiting, Errno> {
         let (may_go, go) = pipe()?;
         let (failed, tell) = pipe()?;

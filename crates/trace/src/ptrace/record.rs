@@ -17,6 +17,8 @@ use crate::seen::{Action, Call, FileKind, Seen};
 const ARGUMENT_BYTES_MAX: usize = 4096;
 /// Bytes of a transfer that are read at once.
 const PIECE_BYTES: usize = 64 << 10;
+/// The most bytes that the system transfers at once (read(2)).
+const TRANSFER_BYTES_MAX: usize = 0x7fff_f000;
 /// The most pieces of one transfer (`limits.h: IOV_MAX`).
 const VECTOR_MAX: usize = 1024;
 /// The most bytes of control messages that are read.
@@ -41,7 +43,7 @@ fn word(bytes: &[u8], at: usize) -> u64 {
 /// The argument of an ioctl. Its first word tells its length (`argsz`, `size`), for most.
 fn argument(pid: i32, request: u32, address: u64) -> Vec<u8> {
     match request & 0xff {
-        // GET_API_VERSION, GROUP_UNSET_CONTAINER, DEVICE_RESET, IOMMU_ENABLE, and IOMMU_DISABLE with DEVICE_IOEVENTFD, have none.
+        // GET_API_VERSION, GROUP_UNSET_CONTAINER and DEVICE_RESET have none.
         100 | 105 | 111 => Vec::new(),
         // CHECK_EXTENSION and SET_IOMMU have a number.
         101 | 102 => address.to_ne_bytes().to_vec(),
@@ -211,7 +213,7 @@ impl Tracer<'_> {
         mut fds: Vec<String>,
     ) {
         let existed = self.processes.get(&pid).is_some_and(|process| process.existed);
-        let mut left = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let mut left = usize::try_from(bytes).unwrap_or(usize::MAX).min(TRANSFER_BYTES_MAX);
         for (mut address, length) in pieces {
             let mut length = usize::try_from(length).unwrap_or(usize::MAX).min(left);
             left -= length;

@@ -111,6 +111,7 @@ impl Sockets {
                 *socket = Socket::Other;
                 return;
             }
+            let is_whole = begins_with_version(&first[way]) == Some(true);
             let is_client = is_write == is_clients(&first[way]);
             let mut framers = [Framer::default(), Framer::default()];
             // What came before this piece: no whole header, so nothing is complete.
@@ -124,7 +125,7 @@ impl Sockets {
             *socket = Socket::VfioUser { conversation, pid, is_client, framers };
             let name = self.name(pid, inode);
             let pid = u32::try_from(pid).ok();
-            recorder.record(Seen::Opened { time_ns, conversation, name, pid });
+            recorder.record(Seen::Opened { time_ns, conversation, name, pid, is_whole });
         }
         let Some(Socket::VfioUser { conversation, is_client, framers, .. }) = self.all.get_mut(&inode) else {
             return;

@@ -85,6 +85,11 @@ impl<'a> Tracer<'a> {
         self.threads.is_empty()
     }
 
+    /// How many threads are traced.
+    pub fn threads(&self) -> usize {
+        self.threads.len()
+    }
+
     /// A thread is traced from now on.
     pub fn add(&mut self, tid: i32, process: i32, existed: bool) {
         // One that is known may be in a call already.
@@ -234,9 +239,8 @@ impl<'a> Tracer<'a> {
         let Some(thread) = self.threads.get_mut(&tid) else { return };
         let process = thread.process;
         let Some(entered) = thread.entered.take() else { return };
-        if let (What::Socket { inode, .. }, Syscall::Transfer { is_write: false, .. }) =
-            (&entered.what, entered.call)
-        {
+        let is_read = matches!(entered.call, Syscall::Transfer { is_write: false, .. });
+        if let (What::Socket { inode, .. }, true, Ok(1..)) = (&entered.what, is_read, result) {
             self.finish_writes(*inode);
         }
         self.after(process, entered, result, time_ns);

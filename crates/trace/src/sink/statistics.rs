@@ -83,7 +83,7 @@ impl StatisticsHandle {
 
 fn sorted(table: &BTreeMap<String, Tally>) -> Vec<(String, Tally)> {
     let mut all: Vec<_> = table.iter().map(|(key, tally)| (key.clone(), tally.clone())).collect();
-    all.sort_by(|(_, one), (_, other)| other.time_ns.cmp(&one.time_ns));
+    all.sort_by_key(|(_, tally)| std::cmp::Reverse(tally.time_ns));
     all
 }
 

@@ -133,7 +133,7 @@ fn listen_for_takers(path: &Path) -> anyhow::Result<TakeOver> {
 }
 
 /// Allows as many open files as the system does: a client may wire thousands of interrupts, each with an eventfd.
-fn more_fds() {
+pub fn more_fds() {
     let limit = getrlimit(Resource::Nofile);
     // If it is refused, fewer interrupts can be wired.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
