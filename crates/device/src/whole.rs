@@ -102,10 +102,6 @@ impl<D: WholeState> SimpleModel for Whole<D> {
         self.device.client_gone();
     }
 
-    fn client_replaced(&mut self) {
-        self.device.client_replaced();
-    }
-
     fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
         self.device.region_file(region)
     }

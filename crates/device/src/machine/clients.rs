@@ -142,7 +142,7 @@ impl Machine {
         if client == ClientId::VMM {
             self.mappings.clear();
             self.wiring.disable_all();
-            self.tell_model(|model| model.client_gone());
+            self.tell_client_gone();
         }
     }
 
@@ -175,10 +175,10 @@ impl Machine {
     }
 
     /// Tells the model that the VMM has gone, once its mappings and wiring are gone or another's.
-    pub(super) fn tell_model(&self, tell: impl FnOnce(&dyn crate::Model)) {
+    pub(super) fn tell_client_gone(&self) {
         (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
         let _ = self.access(|model| {
-            tell(model);
+            model.client_gone();
             Ok(())
         });
     }

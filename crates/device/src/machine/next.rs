@@ -64,7 +64,7 @@ impl Machine {
         }
         drop(stage);
         tracing::info!("the device is its next client's, as its VMM has gone");
-        self.tell_model(|model| model.client_replaced());
+        self.tell_client_gone();
         self.wiring.raise_all();
         true
     }

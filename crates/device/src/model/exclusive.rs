@@ -76,12 +76,6 @@ impl<M: SimpleModel> Model for Exclusive<M> {
         }
     }
 
-    fn client_replaced(&self) {
-        if let Ok(mut model) = self.lock() {
-            model.client_replaced();
-        }
-    }
-
     fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
         self.lock().ok()?.region_file(region)
     }

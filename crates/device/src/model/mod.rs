@@ -45,17 +45,11 @@ pub trait Model: Send + Sync + 'static {
         let _ = index;
     }
 
-    /// The client has gone. Its mappings and its wiring are gone already; whatever else the device kept for it goes here. It may
-    /// still have the files of regions mapped: from here on the device has others with the same contents, which
-    /// [`Model::region_file`] gives.
+    /// The client has gone. Its mappings and its wiring are gone already, or those of the client that takes over from it are in
+    /// their place ([`Machine::hand_over`](crate::Machine::hand_over)); whatever else the device kept for it goes here. The guest
+    /// may go on: what it sees of the device stays. The client may still have the files of regions mapped: from here on the device
+    /// has others with the same contents, which [`Model::region_file`] gives.
     fn client_gone(&self) {}
-
-    /// The client has gone, and another one has taken over from it for the same guest, with mappings and wiring of its own, which
-    /// are in place already ([`Machine::hand_over`](crate::Machine::hand_over)). What the guest sees of the device stays, and so
-    /// do the files of regions, which the new client may have mapped by now.
-    fn client_replaced(&self) {
-        self.client_gone();
-    }
 
     /// The file behind a region that a client may map, once it is another one than that of the [`Description`]: of the same
     /// size, kind and seals, and at the same offset. `None` while it is that one.

@@ -44,11 +44,6 @@ pub trait SimpleModel: Send + 'static {
     /// The client has gone ([`Model::client_gone`](super::Model::client_gone)).
     fn client_gone(&mut self) {}
 
-    /// Another client has taken over ([`Model::client_replaced`](super::Model::client_replaced)).
-    fn client_replaced(&mut self) {
-        self.client_gone();
-    }
-
     /// See [`Model::region_file`](super::Model::region_file).
     fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
         let _ = region;
@@ -210,10 +205,6 @@ impl<M: SimpleModel + ?Sized> SimpleModel for Box<M> {
 
     fn client_gone(&mut self) {
         (**self).client_gone();
-    }
-
-    fn client_replaced(&mut self) {
-        (**self).client_replaced();
     }
 
     fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {

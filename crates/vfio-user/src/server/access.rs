@@ -1,27 +1,20 @@
-//! Regions and memory (`vfio-user.rst: VFIO_USER_REGION_READ, VFIO_USER_REGION_WRITE,
+//! Accesses to regions, and whose mappings a client changes (`vfio-user.rst: VFIO_USER_REGION_READ, VFIO_USER_REGION_WRITE,
 //! VFIO_USER_REGION_WRITE_MULTI, VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP`).
 
 use std::io::IoSlice;
 use std::sync::Arc;
 
-use limosa_device::{Backing, Held, Mapping, Mappings};
+use limosa_device::{Held, Mappings};
 use limosa_protocol::Errno;
-use limosa_protocol::info::{DmaMapFlags, DmaUnmapFlags};
 use zerocopy::IntoBytes;
 
-use super::connection::{Connection, Handled, Job, Outcome, reply_header};
+use super::connection::Connection;
 use super::dma::ClientMemory;
+use super::job::{Handled, Job, Outcome, reply_header};
+use super::mapping;
 use crate::codec::{
     DirtyBitmap, DmaMapMessage, DmaUnmapMessage, Header, RegionAccess, RegionWriteMulti, SingleWrite,
 };
-
-/// Flags of DMA_MAP that say how the file may be used, libvfio-user's access modes: by a mapping, which is the default, or by
-/// pread and pwrite.
-const DMA_MAP_MMAP: u32 = 1 << 2;
-const DMA_MAP_FILE_IO: u32 = 1 << 3;
-
-/// The longest bitmap that a DMA_UNMAP returns: 1 TiB of 4 KiB pages.
-const UNMAP_BITMAP_BYTES_MAX: u64 = 32 << 20;
 
 impl Connection<'_> {
     pub(super) fn region_read(&mut self, job: &Job, access: RegionAccess) -> Handled {
@@ -135,31 +128,11 @@ impl Connection<'_> {
     }
 
     pub(super) fn dma_map(&mut self, job: &mut Job, map: DmaMapMessage) -> Handled {
-        let flags = DmaMapFlags::from_bits_retain(map.flags & !(DMA_MAP_MMAP | DMA_MAP_FILE_IO));
-        let known = DmaMapFlags::READ | DmaMapFlags::WRITE;
-        if (map.argsz as usize) < DmaMapMessage::BYTES || !known.contains(flags) {
-            return Ok(Outcome::Refused(Errno::EINVAL));
-        }
-        let by_file_io = map.flags & (DMA_MAP_MMAP | DMA_MAP_FILE_IO) == DMA_MAP_FILE_IO;
-        let (offset, any_file) = (map.offset, self.options.any_file);
-        let backing = match job.fds.pop() {
-            Some(fd) if by_file_io => Backing::FileIo { fd, offset, any_file },
-            Some(fd) if any_file => Backing::AnyFile { fd, offset },
-            Some(fd) => Backing::File { fd, offset },
-            None => Backing::Remote(Arc::new(self.memory())),
-        };
-        let mapping = Mapping { iova: map.address, size: map.size, flags, backing };
-        match self.with_mappings(|mappings| mappings.map(mapping)) {
+        let fd = job.fds.pop();
+        let (any_file, remote) = (self.options.any_file, || self.memory());
+        match self.with_mappings(|mappings| mapping::map(mappings, map, fd, any_file, remote)) {
             Ok(()) => self.reply(job, &[]),
-            Err(errno) => {
-                if errno == Errno::ENOTSUP && !self.options.any_file {
-                    tracing::warn!(
-                        "DMA_MAP refused: expected a memfd, or a file on tmpfs or hugetlbfs; `limosa serve \
-                         --any-file` (Options::any_file) maps other files"
-                    );
-                }
-                Ok(Outcome::Refused(errno))
-            }
+            Err(errno) => Ok(Outcome::Refused(errno)),
         }
     }
 
@@ -169,27 +142,10 @@ impl Connection<'_> {
         unmap: DmaUnmapMessage,
         bitmap: Option<DirtyBitmap>,
     ) -> Handled {
-        let flags = DmaUnmapFlags::from_bits_retain(unmap.flags);
-        let known = DmaUnmapFlags::GET_DIRTY_BITMAP | DmaUnmapFlags::ALL;
-        if (unmap.argsz as usize) < DmaUnmapMessage::BYTES || !known.contains(flags) {
-            return Ok(Outcome::Refused(Errno::EINVAL));
-        }
-        let mut words = Vec::new();
-        let unmapped = self.with_mappings(|mappings| match (flags.contains(DmaUnmapFlags::ALL), &bitmap) {
-            (true, None) if unmap.address == 0 && unmap.size == 0 => mappings.unmap_all(),
-            (true, _) => Err(Errno::EINVAL),
-            (false, None) => mappings.unmap(unmap.address, unmap.size),
-            (false, Some(bitmap)) => unmap_report(mappings, &unmap, bitmap, &mut words),
-        });
-        let size = match unmapped {
-            Ok(size) => size,
-            Err(errno) => return Ok(Outcome::Refused(errno)),
-        };
-        // As the kernel does, the entry that was sent, with what was really unmapped in its size.
-        let unmapped = DmaUnmapMessage { size, ..unmap };
-        match bitmap {
-            None => self.reply(job, unmapped.as_bytes()),
-            Some(bitmap) => {
+        match (self.with_mappings(|mappings| mapping::unmap(mappings, unmap, bitmap)), bitmap) {
+            (Err(errno), _) => Ok(Outcome::Refused(errno)),
+            (Ok((unmapped, _)), None) => self.reply(job, unmapped.as_bytes()),
+            (Ok((unmapped, words)), Some(bitmap)) => {
                 let bits = &words.as_bytes()[..bitmap.size as usize];
                 self.reply_pieces(job, &[unmapped.as_bytes(), bitmap.as_bytes(), bits], &[])
             }
@@ -203,28 +159,4 @@ impl Connection<'_> {
             None => act(self.machine.mappings()),
         }
     }
-}
-
-/// Unmaps, and leaves in `words` the bitmap, of at least the bytes that were asked for.
-fn unmap_report(
-    mappings: &Mappings,
-    unmap: &DmaUnmapMessage,
-    bitmap: &DirtyBitmap,
-    found: &mut Vec<u64>,
-) -> Result<u64, Errno> {
-    mappings.logging_check(unmap.address, unmap.size, bitmap.page_size)?;
-    if !bitmap.page_size.is_power_of_two() {
-        return Err(Errno::EINVAL);
-    }
-    let words = unmap.size.div_ceil(bitmap.page_size).div_ceil(64);
-    let needed = words.checked_mul(8).ok_or(Errno::E2BIG)?;
-    let fixed = (DmaUnmapMessage::BYTES + DirtyBitmap::BYTES) as u64;
-    if needed > UNMAP_BITMAP_BYTES_MAX {
-        return Err(Errno::E2BIG);
-    }
-    if bitmap.size != needed || u64::from(unmap.argsz) < fixed + needed {
-        return Err(Errno::EINVAL);
-    }
-    *found = vec![0; words as usize];
-    mappings.unmap_report(unmap.address, unmap.size, bitmap.page_size, found)
 }

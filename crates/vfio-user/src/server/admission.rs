@@ -11,9 +11,10 @@ use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
-use super::connection::{Connection, Handled, Job, Outcome};
+use super::connection::Connection;
 use super::dma::Twin;
 use super::doors::{self, Place, Role};
+use super::job::{Handled, Job, Outcome};
 use crate::codec::{Header, VersionMessage};
 use crate::connection::ConnectionError;
 use crate::version::{

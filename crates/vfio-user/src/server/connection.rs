@@ -2,25 +2,28 @@
 //! (`vfio-user.rst: Commands, Socket Disconnection Behavior`).
 
 use std::io::IoSlice;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
 use limosa_device::{ClientId, Machine, NextClient, Released, SessionId};
-use limosa_foreign_fd::{Foreign, ForeignFd};
+use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
 use super::Options;
 use super::buffer::Buffer;
 use super::doors::{self, ConnectionId, Doors, Role};
+use super::info::{self, Answer};
+use super::interrupts;
+use super::job::{self, Handled, Job, Outcome, reply_header};
 use super::link::{Fits, Incoming, Link, Something};
 use super::parked::Parked;
 use super::stream::DataSocket;
-use crate::codec::{Command, Header, Kind, Request};
-use crate::connection::{ConnectionError, Receiver};
+use crate::codec::{Command, Request};
+use crate::connection::ConnectionError;
 use crate::version::{DATA_XFER_BYTES_MAX, Limits};
 
 /// A connection being served.
@@ -55,40 +58,6 @@ pub(super) struct Connection<'a> {
     pub(super) next: Option<Arc<NextClient>>,
     /// Wakes this connection when accesses are held back no more.
     pub(super) released: Option<Arc<Released>>,
-}
-
-/// What became of a request.
-pub(super) enum Outcome {
-    /// Its reply was sent, or it wanted none.
-    Replied,
-    /// It is refused.
-    Refused(Errno),
-    /// It waits until the device runs again.
-    Held,
-}
-
-/// The outcome, or the connection's end.
-pub(super) type Handled = Result<Outcome, ConnectionError>;
-
-impl From<Result<(), Errno>> for Outcome {
-    fn from(result: Result<(), Errno>) -> Outcome {
-        result.map_or_else(Outcome::Refused, |()| Outcome::Replied)
-    }
-}
-
-/// A command as its handler sees it.
-pub(super) struct Job {
-    pub(super) header: Header,
-    pub(super) fds: Vec<ForeignFd>,
-    /// For data that is still on the socket.
-    pub(super) receiver: Option<Box<Receiver>>,
-}
-
-impl Job {
-    /// Whether the client waits for a reply.
-    pub(super) fn wants_reply(&self) -> bool {
-        self.header.kind() != Ok(Kind::Posted)
-    }
 }
 
 impl<'a> Connection<'a> {
@@ -245,7 +214,7 @@ impl<'a> Connection<'a> {
             Ok(Outcome::Refused(Errno::EINVAL))
         } else {
             match Request::decode(header.command, request.held(held), body_bytes) {
-                Ok(_) if job.fds.len() > fds_max(header.command) => Ok(Outcome::Refused(Errno::EINVAL)),
+                Ok(_) if job.fds.len() > job::fds_max(header.command) => Ok(Outcome::Refused(Errno::EINVAL)),
                 Ok(decoded) => self.dispatch(&mut job, decoded),
                 Err(error) => {
                     tracing::debug!(command = %header.command, %error, "malformed request");
@@ -287,15 +256,28 @@ impl<'a> Connection<'a> {
         if let Err(errno) = self.check_role(&request) {
             return Ok(Outcome::Refused(errno));
         }
+        let description = self.machine.description();
         match request {
             Request::Version(version, data) => self.version(job, version, data),
             Request::DmaMap(map) => self.dma_map(job, map),
             Request::DmaUnmap(unmap, bitmap) => self.dma_unmap(job, unmap, bitmap),
-            Request::GetInfo { argsz } => self.get_info(job, argsz),
-            Request::GetRegionInfo { argsz, index } => self.get_region_info(job, argsz, index),
-            Request::GetRegionIoFds { argsz, index } => self.get_region_io_fds(job, argsz, index),
-            Request::GetIrqInfo { argsz, index } => self.get_irq_info(job, argsz, index),
-            Request::SetIrqs(set) => self.set_irqs(job, set),
+            Request::GetInfo { argsz } => self.answer(job, info::device(description, argsz)),
+            Request::GetRegionInfo { argsz, index } => {
+                let file = self.machine.region_file(index);
+                let file = file.as_ref().map(|file| file.as_fd());
+                self.answer(job, info::region(description, file, self.fds_max(), argsz, index))
+            }
+            Request::GetRegionIoFds { argsz, index } => {
+                self.answer(job, info::region_io_fds(description, self.fds_max(), argsz, index))
+            }
+            Request::GetIrqInfo { argsz, index } => self.answer(job, info::irq(description, argsz, index)),
+            Request::SetIrqs(set) => {
+                let fds = std::mem::take(&mut job.fds);
+                match interrupts::set_irqs(self.machine, self.next.as_deref(), &set, fds) {
+                    Ok(()) => self.reply(job, &[]),
+                    Err(errno) => Ok(Outcome::Refused(errno)),
+                }
+            }
             Request::RegionRead(access) => self.region_read(job, access),
             Request::RegionWrite(access, data) => self.region_write(job, access, data),
             Request::RegionWriteMulti(writes) => self.region_write_multi(job, writes),
@@ -321,6 +303,21 @@ impl<'a> Connection<'a> {
         }
     }
 
+    /// The most fds that the client takes in one message. A control client maps nothing, nor does one that has not the device yet.
+    fn fds_max(&self) -> usize {
+        if self.role == Some(Role::Control) || self.is_next() {
+            return 0;
+        }
+        self.limits.map_or(0, |limits| limits.msg_fds_max)
+    }
+
+    fn answer(&self, job: &Job, answer: Result<Answer<'_>, Errno>) -> Handled {
+        match answer {
+            Ok(answer) => self.reply_pieces(job, &[&answer.body], &answer.fds),
+            Err(errno) => Ok(Outcome::Refused(errno)),
+        }
+    }
+
     /// Replies with this body, if a reply is wanted.
     pub(super) fn reply(&self, job: &Job, body: &[u8]) -> Handled {
         self.reply_pieces(job, &[body], &[])
@@ -341,23 +338,9 @@ impl<'a> Connection<'a> {
     }
 }
 
-/// The header of a reply; its size is bounded by what a request may ask for.
-pub(super) fn reply_header(header: &Header, body_bytes: usize) -> Result<Header, ConnectionError> {
-    header.reply(body_bytes).ok_or(ConnectionError::Broken("a reply above 4 GiB"))
-}
-
 impl Drop for Connection<'_> {
     /// Last: whoever waits for the VMM's place finds the device without what was this client's.
     fn drop(&mut self) {
         self.doors.leave(self.id);
-    }
-}
-
-/// The most fds that a command may come with.
-fn fds_max(command: Command) -> usize {
-    match command {
-        Command::DMA_MAP => 1,
-        Command::DEVICE_SET_IRQS => usize::MAX,
-        _ => 0,
     }
 }

@@ -16,7 +16,8 @@ use limosa_device::{Machine, Save, SessionId};
 use limosa_protocol::Errno;
 use zerocopy::IntoBytes;
 
-use super::connection::{Connection, Handled, Job, Outcome, reply_header};
+use super::connection::Connection;
+use super::job::{Handled, Job, Outcome, reply_header};
 use super::link::Link;
 use crate::codec::{Header, MigData};
 use crate::connection::{ConnectionError, Receiver};

@@ -14,7 +14,8 @@ use limosa_protocol::feature::{
 use limosa_protocol::{Errno, FeatureCall, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags, State};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::connection::{Connection, Handled, Job, Outcome, reply_header};
+use super::connection::Connection;
+use super::job::{Handled, Job, Outcome, reply_header};
 use super::stream::DataSocket;
 use crate::codec::Header;
 use crate::extension;

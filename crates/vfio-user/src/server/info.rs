@@ -14,110 +14,119 @@ use limosa_protocol::capability::{Chain, SparseMmapArea};
 use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionFlags, RegionInfo};
 use zerocopy::IntoBytes;
 
-use super::connection::{Connection, Handled, Job, Outcome};
-use super::doors::Role;
 use crate::codec::{IoFd, IoFdsMessage};
+use limosa_device::Description;
 
 /// The most eventfds of one region that a client is told of; more need more than one message's fds.
 const IO_FDS_MAX: usize = 256;
 
-impl Connection<'_> {
-    pub(super) fn get_info(&self, job: &Job, argsz: u32) -> Handled {
-        if (argsz as usize) < size_of::<DeviceInfo>() {
-            return Ok(Outcome::Refused(Errno::EINVAL));
-        }
-        self.reply(job, self.machine.description().device_info().as_bytes())
-    }
+/// A reply's body, and its fds.
+pub(super) struct Answer<'a> {
+    pub(super) body: Vec<u8>,
+    pub(super) fds: Vec<BorrowedFd<'a>>,
+}
 
-    pub(super) fn get_irq_info(&self, job: &Job, argsz: u32, index: u32) -> Handled {
-        if (argsz as usize) < size_of::<IrqInfo>() {
-            return Ok(Outcome::Refused(Errno::EINVAL));
-        }
-        match self.machine.description().irq_info(index) {
-            Ok(info) => self.reply(job, info.as_bytes()),
-            Err(errno) => Ok(Outcome::Refused(errno)),
-        }
+impl Answer<'_> {
+    fn new(pieces: &[&[u8]]) -> Self {
+        Answer { body: pieces.concat(), fds: Vec::new() }
     }
+}
 
-    pub(super) fn get_region_info(&self, job: &Job, argsz: u32, index: u32) -> Handled {
-        if (argsz as usize) < size_of::<RegionInfo>() {
-            return Ok(Outcome::Refused(Errno::EINVAL));
-        }
-        let view = match self.machine.description().region_view(index) {
-            Ok(view) => view,
-            Err(errno) => return Ok(Outcome::Refused(errno)),
-        };
-        let mut info = view.info;
-        // A client that takes no fds cannot map.
-        let file = self.machine.region_file(index);
-        let fd = file.as_ref().map(|file| file.as_fd()).filter(|_| self.fds_max() > 0);
-        if fd.is_none() {
-            info.flags &= !RegionFlags::MMAP.bits();
-        }
-        let mut capabilities = Chain::after(size_of::<RegionInfo>());
-        if fd.is_some() && !view.areas.is_empty() {
-            let area = |&(offset, size): &(u64, u64)| SparseMmapArea { offset, size };
-            capabilities.sparse_mmap(&view.areas.iter().map(area).collect::<Vec<_>>());
-        }
-        info.argsz = capabilities.argsz();
-        let mut bytes = capabilities.bytes();
-        if capabilities.offset() == 0 {
-            // There are none.
-        } else if argsz >= info.argsz {
-            // A client that finds the flag looks for them, also where they did not fit.
-            info.flags |= RegionFlags::CAPS.bits();
-            info.cap_offset = capabilities.offset();
-        } else {
-            bytes = &[];
-        }
-        self.reply_pieces(job, &[info.as_bytes(), bytes], fd.as_slice())
+/// DEVICE_GET_INFO.
+pub(super) fn device(description: &Description, argsz: u32) -> Result<Answer<'_>, Errno> {
+    if (argsz as usize) < size_of::<DeviceInfo>() {
+        return Err(Errno::EINVAL);
     }
+    Ok(Answer::new(&[description.device_info().as_bytes()]))
+}
 
-    pub(super) fn get_region_io_fds(&self, job: &Job, argsz: u32, index: u32) -> Handled {
-        if (argsz as usize) < IoFdsMessage::BYTES {
-            return Ok(Outcome::Refused(Errno::EINVAL));
-        }
-        let Some(region) = self.machine.description().regions.get(index as usize) else {
-            return Ok(Outcome::Refused(Errno::EINVAL));
-        };
-        // One fd may stand for several registers; it is sent once.
-        let mut fds: Vec<&Arc<_>> = Vec::new();
-        let mut entries = Vec::new();
-        for io in region.ioeventfds.iter().take(IO_FDS_MAX) {
-            let known = fds.iter().position(|fd| Arc::ptr_eq(fd, &io.fd));
-            if known.is_none() && fds.len() == self.fds_max() {
-                // Writes to what is left out come as messages.
-                tracing::debug!(index, "the client takes fewer fds than the region has");
-                continue;
-            }
-            let fd_index = known.unwrap_or_else(|| {
-                fds.push(&io.fd);
-                fds.len() - 1
-            });
-            entries.push(IoFd {
-                offset: io.offset,
-                size: io.size,
-                fd_index: fd_index as u32,
-                kind: IoFd::IOEVENTFD,
-                flags: if io.datamatch.is_some() { IoFd::DATAMATCH } else { 0 },
-                padding: 0,
-                datamatch: io.datamatch.unwrap_or(0),
-            });
-        }
-        let needed = IoFdsMessage::BYTES + entries.len() * IoFd::BYTES;
-        let fixed = IoFdsMessage { argsz: needed as u32, flags: 0, index, count: entries.len() as u32 };
-        if (argsz as usize) < needed {
-            return self.reply(job, fixed.as_bytes());
-        }
-        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(|fd| fd.as_fd()).collect();
-        self.reply_pieces(job, &[fixed.as_bytes(), entries.as_bytes()], &fds)
+/// DEVICE_GET_IRQ_INFO.
+pub(super) fn irq(description: &Description, argsz: u32, index: u32) -> Result<Answer<'_>, Errno> {
+    if (argsz as usize) < size_of::<IrqInfo>() {
+        return Err(Errno::EINVAL);
     }
+    Ok(Answer::new(&[description.irq_info(index)?.as_bytes()]))
+}
 
-    /// The most fds that the client takes in one message. A control client maps nothing, nor does one that has not the device yet.
-    fn fds_max(&self) -> usize {
-        if self.role == Some(Role::Control) || self.is_next() {
-            return 0;
-        }
-        self.limits.map_or(0, |limits| limits.msg_fds_max)
+/// DEVICE_GET_REGION_INFO, for a client that takes so many fds. `file` is what it may map of the region.
+pub(super) fn region<'a>(
+    description: &Description,
+    file: Option<BorrowedFd<'a>>,
+    fds_max: usize,
+    argsz: u32,
+    index: u32,
+) -> Result<Answer<'a>, Errno> {
+    if (argsz as usize) < size_of::<RegionInfo>() {
+        return Err(Errno::EINVAL);
     }
+    let view = description.region_view(index)?;
+    let mut info = view.info;
+    // A client that takes no fds cannot map.
+    let fd = file.filter(|_| fds_max > 0);
+    if fd.is_none() {
+        info.flags &= !RegionFlags::MMAP.bits();
+    }
+    let mut capabilities = Chain::after(size_of::<RegionInfo>());
+    if fd.is_some() && !view.areas.is_empty() {
+        let area = |&(offset, size): &(u64, u64)| SparseMmapArea { offset, size };
+        capabilities.sparse_mmap(&view.areas.iter().map(area).collect::<Vec<_>>());
+    }
+    info.argsz = capabilities.argsz();
+    let mut bytes = capabilities.bytes();
+    if capabilities.offset() == 0 {
+        // There are none.
+    } else if argsz >= info.argsz {
+        // A client that finds the flag looks for them, also where they did not fit.
+        info.flags |= RegionFlags::CAPS.bits();
+        info.cap_offset = capabilities.offset();
+    } else {
+        bytes = &[];
+    }
+    Ok(Answer { fds: fd.into_iter().collect(), ..Answer::new(&[info.as_bytes(), bytes]) })
+}
+
+/// DEVICE_GET_REGION_IO_FDS, likewise.
+pub(super) fn region_io_fds(
+    description: &Description,
+    fds_max: usize,
+    argsz: u32,
+    index: u32,
+) -> Result<Answer<'_>, Errno> {
+    if (argsz as usize) < IoFdsMessage::BYTES {
+        return Err(Errno::EINVAL);
+    }
+    let Some(region) = description.regions.get(index as usize) else {
+        return Err(Errno::EINVAL);
+    };
+    // One fd may stand for several registers; it is sent once.
+    let mut fds: Vec<&Arc<_>> = Vec::new();
+    let mut entries = Vec::new();
+    for io in region.ioeventfds.iter().take(IO_FDS_MAX) {
+        let known = fds.iter().position(|fd| Arc::ptr_eq(fd, &io.fd));
+        if known.is_none() && fds.len() == fds_max {
+            // Writes to what is left out come as messages.
+            tracing::debug!(index, "the client takes fewer fds than the region has");
+            continue;
+        }
+        let fd_index = known.unwrap_or_else(|| {
+            fds.push(&io.fd);
+            fds.len() - 1
+        });
+        entries.push(IoFd {
+            offset: io.offset,
+            size: io.size,
+            fd_index: fd_index as u32,
+            kind: IoFd::IOEVENTFD,
+            flags: if io.datamatch.is_some() { IoFd::DATAMATCH } else { 0 },
+            padding: 0,
+            datamatch: io.datamatch.unwrap_or(0),
+        });
+    }
+    let needed = IoFdsMessage::BYTES + entries.len() * IoFd::BYTES;
+    let fixed = IoFdsMessage { argsz: needed as u32, flags: 0, index, count: entries.len() as u32 };
+    if (argsz as usize) < needed {
+        return Ok(Answer::new(&[fixed.as_bytes()]));
+    }
+    let fds = fds.into_iter().map(|fd| (**fd).as_fd()).collect();
+    Ok(Answer { fds, ..Answer::new(&[fixed.as_bytes(), entries.as_bytes()]) })
 }

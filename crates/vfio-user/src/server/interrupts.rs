@@ -1,48 +1,38 @@
 //! Interrupts (`vfio-user.rst: VFIO_USER_DEVICE_SET_IRQS`).
 
-use std::mem::take;
-
-use limosa_device::{Machine, SetIrqs};
+use limosa_device::{Machine, NextClient, SetIrqs};
 use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::Errno;
 use limosa_protocol::info::IrqSetFlags;
 
-use super::connection::{Connection, Handled, Job, Outcome};
 use crate::codec::{IrqData, SetIrqs as Message};
 
-impl Connection<'_> {
-    pub(super) fn set_irqs(&mut self, job: &mut Job, set: Message<'_>) -> Handled {
-        let machine = self.machine;
-        let fds = take(&mut job.fds);
-        let apply = |start, what| match &self.next {
-            Some(next) => next.set_irqs(machine, set.index, start, what),
-            None => machine.set_irqs(set.index, start, what),
-        };
-        let done = match set.data {
-            IrqData::Eventfds => {
-                wired(machine, &set, fds).and_then(|fds| apply(set.start, SetIrqs::Wire(fds)))
-            }
-            _ if !fds.is_empty() => Err(Errno::EINVAL),
-            IrqData::None if set.count == 0 => {
-                if set.action == IrqSetFlags::ACTION_TRIGGER && set.start == 0 {
-                    apply(0, SetIrqs::Disable)
-                } else {
-                    Err(Errno::EINVAL)
-                }
-            }
-            IrqData::None => action(&set, set.count).and_then(|what| apply(set.start, what)),
-            // A range that is not there is refused before anything is done.
-            IrqData::Bools(bools) => check_range(machine, &set).and_then(|()| {
-                (set.start..)
-                    .zip(bools)
-                    .filter(|&(_, &on)| on != 0)
-                    .try_for_each(|(vector, _)| action(&set, 1).and_then(|what| apply(vector, what)))
-            }),
-        };
-        match done {
-            Ok(()) => self.reply(job, &[]),
-            Err(errno) => Ok(Outcome::Refused(errno)),
+/// Does what a client asks: of the device's interrupts, or of those that the next client has prepared.
+pub(super) fn set_irqs(
+    machine: &Machine,
+    next: Option<&NextClient>,
+    set: &Message<'_>,
+    fds: Vec<ForeignFd>,
+) -> Result<(), Errno> {
+    let apply = |start, what| match next {
+        Some(next) => next.set_irqs(machine, set.index, start, what),
+        None => machine.set_irqs(set.index, start, what),
+    };
+    match set.data {
+        IrqData::Eventfds => wired(machine, set, fds).and_then(|fds| apply(set.start, SetIrqs::Wire(fds))),
+        _ if !fds.is_empty() => Err(Errno::EINVAL),
+        IrqData::None if set.count == 0 => {
+            let is_disable = set.action == IrqSetFlags::ACTION_TRIGGER && set.start == 0;
+            if is_disable { apply(0, SetIrqs::Disable) } else { Err(Errno::EINVAL) }
         }
+        IrqData::None => action(set, set.count).and_then(|what| apply(set.start, what)),
+        // A range that is not there is refused before anything is done.
+        IrqData::Bools(bools) => check_range(machine, set).and_then(|()| {
+            (set.start..)
+                .zip(bools)
+                .filter(|&(_, &on)| on != 0)
+                .try_for_each(|(vector, _)| action(set, 1).and_then(|what| apply(vector, what)))
+        }),
     }
 }
 

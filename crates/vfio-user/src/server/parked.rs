@@ -9,7 +9,8 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::buffer::Buffer;
-use super::connection::{Connection, Job};
+use super::connection::Connection;
+use super::job::Job;
 use super::link::{Fits, Incoming, Something};
 use crate::codec::Header;
 use crate::connection::{ConnectionError, Fds};

@@ -1,0 +1,55 @@
+//! A command as its handler sees it, and what becomes of it (`vfio-user.rst: Header`).
+
+use limosa_foreign_fd::ForeignFd;
+use limosa_protocol::Errno;
+
+use crate::codec::{Command, Header, Kind};
+use crate::connection::{ConnectionError, Receiver};
+
+/// What became of a request.
+pub(super) enum Outcome {
+    /// Its reply was sent, or it wanted none.
+    Replied,
+    /// It is refused.
+    Refused(Errno),
+    /// It waits until the device runs again.
+    Held,
+}
+
+/// The outcome, or the connection's end.
+pub(super) type Handled = Result<Outcome, ConnectionError>;
+
+impl From<Result<(), Errno>> for Outcome {
+    fn from(result: Result<(), Errno>) -> Outcome {
+        result.map_or_else(Outcome::Refused, |()| Outcome::Replied)
+    }
+}
+
+/// A command as its handler sees it.
+pub(super) struct Job {
+    pub(super) header: Header,
+    pub(super) fds: Vec<ForeignFd>,
+    /// For data that is still on the socket.
+    pub(super) receiver: Option<Box<Receiver>>,
+}
+
+impl Job {
+    /// Whether the client waits for a reply.
+    pub(super) fn wants_reply(&self) -> bool {
+        self.header.kind() != Ok(Kind::Posted)
+    }
+}
+
+/// The header of a reply; its size is bounded by what a request may ask for.
+pub(super) fn reply_header(header: &Header, body_bytes: usize) -> Result<Header, ConnectionError> {
+    header.reply(body_bytes).ok_or(ConnectionError::Broken("a reply above 4 GiB"))
+}
+
+/// The most fds that a command may come with.
+pub(super) fn fds_max(command: Command) -> usize {
+    match command {
+        Command::DMA_MAP => 1,
+        Command::DEVICE_SET_IRQS => usize::MAX,
+        _ => 0,
+    }
+}
