@@ -338,3 +338,24 @@ pub(super) fn dirty(item: &Item) -> Result<DirtyWords, Refusal> {
     let rest = words.split_off(2);
     Ok(DirtyWords { iova: words[0], pages: words[1], words: rest })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_behind_a_record_come_as_they_are_and_an_item_that_ends_within_its_record_is_refused() {
+        let how = Message { fds_truncated: true, fits: 2, writes_done: 3 };
+        let item = encode_with(kind::QUEUED, 4, &how, &[b"head", &[0xff; 3]]).unwrap();
+        let (back, bytes) = decode_with::<Message>(&item).unwrap();
+        assert_eq!((back.fds_truncated, back.fits, back.writes_done), (true, 2, 3));
+        assert_eq!(bytes, b"head\xff\xff\xff");
+        for end in 0..item.bytes.len() - bytes.len() {
+            let cut = Item::new(item.kind, item.device, item.bytes[..end].to_vec());
+            let refused = decode_with::<Message>(&cut).unwrap_err();
+            assert!(refused.to_string().contains("device 4"), "{refused}");
+        }
+        let huge = Item::new(item.kind, 4, u32::MAX.to_ne_bytes().to_vec());
+        assert!(decode_with::<Message>(&huge).is_err());
+    }
+}
