@@ -20,6 +20,9 @@ const OPTIONS: c_int = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_TRACEVFORK
     | libc::PTRACE_O_TRACEEXEC;
 
+/// `linux/ptrace.h`, the same on every architecture; not every C library has it.
+const PTRACE_GET_SYSCALL_INFO: libc::c_uint = 0x420e;
+
 /// What the calling thread's child or tracee did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waited {
@@ -104,7 +107,7 @@ pub fn syscall_stop(tid: i32) -> Result<SyscallStop, Errno> {
     // and that nobody else uses.
     let value = unsafe {
         libc::ptrace(
-            libc::PTRACE_GET_SYSCALL_INFO as _,
+            PTRACE_GET_SYSCALL_INFO as _,
             tid,
             size_of_val(&info) as *mut c_void,
             (&raw mut info).cast::<c_void>(),
