@@ -17,6 +17,8 @@ use crate::connection::ConnectionError;
 
 /// How long a server that can take no client waits before it looks whether it is to end.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long a connection waits for the place of another one that is ended: for that one's thread, and for those that start.
+const ROOM_WAIT: Duration = Duration::from_secs(1);
 
 /// A connection to be served.
 pub(super) enum Come {
@@ -80,7 +82,7 @@ impl Server {
         }
         // Those at one door keep nobody out at the other.
         let most = doors::CONNECTIONS_MAX + if by_control_door { doors::CONTROL_MAX } else { 0 };
-        let is_room = self.doors.make_room(most, PAUSE);
+        let is_room = self.doors.make_room(most, ROOM_WAIT);
         if !is_room {
             tracing::warn!("a client is disconnected at once, as there are {most}");
         }

@@ -176,7 +176,9 @@ impl Doors {
             if served <= most {
                 return true;
             }
-            if served - leaving > most
+            // Only once the others have entered that were accepted: until then it is not known who has the most.
+            if inner.coming <= 1
+                && served - leaving > most
                 && let Some(at) = inner.dispensable()
             {
                 let entry = &mut inner.connections[at];
