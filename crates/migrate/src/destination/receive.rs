@@ -1,6 +1,7 @@
 //! Frames as they come: a reader for each link writes memory, and hands device data to the device workers, so that a device
 //! that is slow to load blocks no other.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use limosa_clockwork::{Guard, now};
@@ -12,10 +13,15 @@ use super::device_queue::{DeviceQueue, data_bytes};
 use super::receiving::{Progress, Receiving};
 use crate::error::Misbehaviour;
 use crate::link::LinkError;
+use crate::memory::is_zero;
 use crate::protocol::idle::Idle;
 use crate::report::Phase;
+use crate::transfer::device_sender::READ_BYTES_MAX;
 use crate::wire::{Frame, FrameReader};
 use crate::{Error, Result, Round};
+
+/// Runs of zeroes with no more than this between them are looked at together.
+const CLOSE_BYTES: u64 = 16 << 10;
 
 /// How much memory is made zero at once. A cancel is observed between two pieces.
 const ZERO_BYTES_MAX: u64 = 64 << 20;
@@ -141,26 +147,53 @@ impl Receiving<'_, '_> {
         Ok(Step::Skipped)
     }
 
-    /// Writes pages that are not next to each other. Zeroes are not written where the memory is untouched, which one search finds
-    /// for all of them.
+    /// Writes pages that are not next to each other. Zeroes are not written where the memory is untouched or zero, and are looked
+    /// at together where they are close to each other.
     fn write_runs(&self, at: usize, runs: &Runs<'_>) -> Result<()> {
         let Some(region) = self.regions[at] else { return Ok(()) };
-        let end = runs.iter().last().map_or(0, |run| run.offset + run.bytes);
-        // Where memory may hold something from the last search on; `None` for nowhere up to the end.
-        let mut data = runs.iter().next().map(|run| run.offset..run.offset);
-        for run in runs.iter().filter(|run| run.data.is_none()) {
-            if data.as_ref().is_some_and(|data| data.end <= run.offset) {
-                data = region.data(run.offset..end)?;
-            }
-            match data.as_ref().is_some_and(|data| data.start < run.offset + run.bytes) {
-                true => self.zero(at, run.offset, run.bytes)?,
-                false => self.recorder().memory_zero(run.bytes),
-            }
+        let zeroes: Vec<_> = runs
+            .iter()
+            .filter(|run| run.data.is_none())
+            .map(|run| run.offset..run.offset + run.bytes)
+            .collect();
+        let mut found = self.spare();
+        for close in zeroes.chunk_by(|one, next| next.start - one.end <= CLOSE_BYTES) {
+            self.zero_all(at, close, &mut found)?;
         }
+        self.keep_spare(found);
         for run in runs.iter() {
             run.data.map_or(Ok(()), |pages| region.write(run.offset, pages))?;
         }
         self.recorder().memory_data(runs.data_bytes());
+        Ok(())
+    }
+
+    /// Makes runs zero that are close to each other and in ascending order.
+    fn zero_all(&self, at: usize, mut runs: &[Range<u64>], found: &mut Buffer) -> Result<()> {
+        let Some(region) = self.regions[at] else { return Ok(()) };
+        while let Some(first) = runs.first() {
+            let window = first.start..first.start + READ_BYTES_MAX as u64;
+            let inside = runs.iter().take_while(|run| run.end <= window.end).count();
+            let (these, rest) = runs.split_at(inside.max(1));
+            runs = rest;
+            let span = first.start..these.last().map_or(first.end, |last| last.end);
+            if inside < 2 {
+                self.zero(at, span.start, span.end - span.start)?;
+                continue;
+            }
+            let is_untouched = region.data(span.clone())?.is_none();
+            if !is_untouched {
+                found.grow((span.end - span.start) as usize);
+                region.read(span.start, &mut found[..(span.end - span.start) as usize])?;
+            }
+            for run in these {
+                let place = (run.start - span.start) as usize..(run.end - span.start) as usize;
+                match is_untouched || is_zero(&found[place]) {
+                    true => self.recorder().memory_zero(run.end - run.start),
+                    false => self.zero(at, run.start, run.end - run.start)?,
+                }
+            }
+        }
         Ok(())
     }
 

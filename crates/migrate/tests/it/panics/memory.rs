@@ -47,10 +47,15 @@ impl GuestPages for PanickingPages {
 
 #[test]
 fn a_panic_of_guest_memory_is_an_error() {
-    for (side, at) in [(0, "read"), (0, "data"), (1, "write"), (1, "zero")] {
+    for (side, at) in [(0, "read"), (0, "data"), (1, "write"), (1, "zero"), (1, "read"), (1, "data")] {
         ends_in_time(at, move || {
             let mut machine = Machine::new(FLAGS);
-            let bytes = Mutex::new(machine.memory[side].bytes.lock().unwrap().clone());
+            let mut bytes = machine.memory[side].bytes.lock().unwrap().clone();
+            if at == "zero" {
+                // What is zero already is not made zero.
+                bytes.fill(7);
+            }
+            let bytes = Mutex::new(bytes);
             machine.memory[side] = Arc::new(PanickingPages { bytes, panics: Some(at) });
             let (outcome, received) = machine.run();
             machine.check(&outcome, &received, at);
