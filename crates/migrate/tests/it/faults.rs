@@ -124,7 +124,7 @@ fn every_altered_byte_is_noticed() {
 
 /// For faults that show by silence only.
 fn hasty(ends: &mut Ends) {
-    let short = Duration::from_millis(250);
+    let short = Duration::from_millis(120);
     ends.options = options().with_silence_max(short).with_load_max(short).with_commit_max(short);
 }
 
