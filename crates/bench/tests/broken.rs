@@ -49,7 +49,7 @@ impl Device for Broken {
     }
 }
 
-/// Runs the suite on a device with this fault, which can be opened so many times.
+/// Runs the suite on a device with this fault, which can be opened this number of times.
 fn run(fault: Fault, every: u32, opens: u32) -> Document {
     let config: SyntheticConfig = "state=256K,block=64K".parse().unwrap();
     let machine = Machine::simple(Synthetic::new(config).unwrap());

@@ -1,6 +1,6 @@
 //! What a trace makes of the bytes of both directions of a connection, and of system calls.
 //!
-//! Input: a number of rounds, each with a byte that says what comes, a length, and so many bytes.
+//! Input: a number of rounds, each with a byte that says what comes, a length, and that number of bytes.
 
 use limosa_protocol::Errno;
 use limosa_protocol::feature::{FeatureMigState, FeatureOp};

@@ -65,7 +65,7 @@ fn memory(bytes: u64, seed: u64) -> FilePages {
     pages
 }
 
-/// Memory of so many bytes with every second page touched.
+/// Memory of twice this number of bytes, with every second page touched.
 fn scattered(bytes: u64, seed: u64) -> FilePages {
     const PAGE: usize = 4096;
     let pages = FilePages::mapped(memfd(2 * bytes), 0, 2 * bytes).expect("room");

@@ -120,8 +120,8 @@ impl Wiring {
         vectors.for_each(|vector| vector.0.rewire(None));
     }
 
-    /// Puts what another client has wired and masked in the place of what is there, vector by vector: an edge that comes meanwhile
-    /// is signalled to the one, or pending, or signalled to the other. What is pending or held is signalled.
+    /// Replaces the eventfds and masks by those of another client, vector by vector. An edge that comes meanwhile is signalled to
+    /// the old eventfd or to the new one, or is pending. Pending edges and levels that are held are signalled.
     pub(crate) fn replace(&self, by: &Wiring) {
         let vectors = |wiring: &'_ Wiring| -> Vec<Vector> {
             wiring.interrupts.indexes.iter().flat_map(|index| &index.vectors).cloned().collect()

@@ -164,7 +164,7 @@ impl Machine {
             inner.damage("lost the client that loaded it");
         }
         if client == ClientId::VMM || inner.stays.is_some() {
-            // One that stays may be led to STOP by whoever settles its move.
+            // A device that stays may be led to STOP by the client that settles its move.
             inner.driver = None;
         } else if alone.is_ok() {
             drop(inner);

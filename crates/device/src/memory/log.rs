@@ -96,7 +96,7 @@ impl Log {
         ranges
     }
 
-    /// What of a range is in no segment.
+    /// The parts of a range that are in no segment.
     fn gaps(&self, mut first: u64, last: u64) -> Vec<(u64, u64)> {
         let mut gaps = Vec::new();
         for segment in &self.segments[self.first_ending_at(first)..] {

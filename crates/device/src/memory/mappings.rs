@@ -133,8 +133,8 @@ impl Mappings {
     }
 
     /// Puts another client's mappings in the place of these in one step, so that no access of the device falls between the two.
-    /// What is pinned of these stays mapped in this process until the pins are dropped, which the device is told to do right
-    /// after ([`Dma::before_unmap`]). A log of everything that cannot grow so much is no more: reports fail, and no page is lost
+    /// Pinned memory stays mapped in this process until the pins are dropped; the device is told right afterwards to drop them
+    /// ([`Dma::before_unmap`]). A log of everything that cannot grow so much is no more: reports fail, and no page is lost
     /// unnoticed.
     pub(crate) fn replace(&self, by: Mappings) {
         let _turn = self.space.leaving.turn();
