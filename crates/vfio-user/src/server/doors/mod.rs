@@ -75,6 +75,10 @@ struct Inner {
     pause: Pause,
     /// Connections that were accepted, and have not entered.
     coming: usize,
+    /// The last that another process has served.
+    last_adopted: Option<ConnectionId>,
+    /// The VMM's connection, which another process has served, until it has its role here. Nobody enters before it.
+    adopts_vmm: Option<ConnectionId>,
 }
 
 struct Entry {
@@ -120,12 +124,20 @@ impl Doors {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection without a role yet.
-    pub(in crate::server) fn enter(&self, link: &Arc<Link>, by_control_door: bool) -> ConnectionId {
+    /// A connection without a role yet; one that another process has served has its name ([`Doors::expect_adopted`]).
+    pub(in crate::server) fn enter(
+        &self,
+        link: &Arc<Link>,
+        by_control_door: bool,
+        adopted: Option<ConnectionId>,
+    ) -> ConnectionId {
         let idle = State { by_control_door, ..State::default() };
         let mut inner = self.lock();
-        inner.last += 1;
-        let id = ConnectionId(inner.last);
+        // Else it would find no VMM, and be that.
+        while inner.adopts_vmm.is_some() && inner.adopts_vmm != adopted {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        let id = adopted.unwrap_or_else(|| inner.new_id());
         let from = socket_peercred(link.socket());
         let from = from.map_or((u32::MAX, 0), |peer| (peer.uid.as_raw(), peer.pid.as_raw_pid()));
         let link = Arc::clone(link);
@@ -143,6 +155,31 @@ impl Doors {
         }
         inner.coming += 1;
         inner.pause == Pause::Serving
+    }
+
+    /// Before a connection that another process has served is served, by whatever thread: its name here. All have theirs, in their
+    /// order, before the first is served.
+    pub(in crate::server) fn expect_adopted(&self, is_vmms: bool) -> ConnectionId {
+        let mut inner = self.lock();
+        let id = inner.new_id();
+        inner.coming += 1;
+        inner.last_adopted = Some(id);
+        if is_vmms {
+            inner.adopts_vmm = Some(id);
+        }
+        id
+    }
+
+    /// It did not come.
+    pub(in crate::server) fn expect_adopted_no_more(&self, id: ConnectionId) {
+        self.leave(id);
+        self.expect_no_more();
+    }
+
+    /// The VMM's connection that another process has served does not come: whoever waits for it enters.
+    pub(in crate::server) fn expect_no_vmm(&self) {
+        self.lock().adopts_vmm = None;
+        self.changed.notify_all();
     }
 
     /// None came.
@@ -239,7 +276,7 @@ impl Doors {
                 tracing::warn!("a client is refused, as {WAITING_MAX} wait for the device already");
                 return Ok(Err(Errno::EBUSY));
             }
-            inner.waiting.push_back(id);
+            inner.wait_for_place(id);
         }
         loop {
             // Before the look, so that what changes after it is seen.
@@ -364,11 +401,29 @@ impl Doors {
 
     /// A connection that another process has served takes its role again.
     pub(in crate::server) fn adopt(&self, id: ConnectionId, role: Role) {
-        self.lock().set_role(id, role);
+        let mut inner = self.lock();
+        inner.set_role(id, role);
+        if inner.adopts_vmm == Some(id) {
+            inner.adopts_vmm = None;
+        }
+        self.changed.notify_all();
     }
 }
 
 impl Inner {
+    fn new_id(&mut self) -> ConnectionId {
+        self.last += 1;
+        ConnectionId(self.last)
+    }
+
+    /// Behind those that wait. Those that have waited in another process come back from several threads, and in their order
+    /// before all others.
+    fn wait_for_place(&mut self, id: ConnectionId) {
+        let is_adopted = self.last_adopted.is_some_and(|last| id.0 <= last.0);
+        let before = self.waiting.iter().filter(|waiting| !is_adopted || waiting.0 < id.0).count();
+        self.waiting.insert(before, id);
+    }
+
     fn entry(&self, id: ConnectionId) -> Option<&Entry> {
         self.connections.iter().find(|entry| entry.id == id)
     }
@@ -417,6 +472,9 @@ impl Inner {
     fn remove(&mut self, id: ConnectionId) {
         self.connections.retain(|entry| entry.id != id);
         self.waiting.retain(|waiting| *waiting != id);
+        if self.adopts_vmm == Some(id) {
+            self.adopts_vmm = None;
+        }
         if self.next.as_ref().is_some_and(|(next, _)| *next == id) {
             self.next = None;
         }
