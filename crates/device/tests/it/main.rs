@@ -3,6 +3,7 @@
 mod arcs;
 mod clients;
 mod common;
+mod copies;
 mod features;
 mod loopback;
 mod next;
