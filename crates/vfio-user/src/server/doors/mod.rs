@@ -5,6 +5,8 @@
 //! VMM goes. Control clients come beside it: they have slots of their own, and wait for nobody.
 
 mod next;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicBool;
@@ -202,7 +204,7 @@ impl Doors {
     }
 
     /// Makes room for one that is expected, so that no more than `most` are served, and says whether there is some within the
-    /// limit. Where there is none, one that has no role yet is ended: of the user with the most of these, of the process with
+    /// limit. While connections are paused there is. Where there is none, one that has no role yet is ended: of the user with the most of these, of the process with
     /// the most of them, the oldest. So those that connect without an end take the places of their own.
     pub(in crate::server) fn make_room(&self, most: usize, limit: Duration) -> bool {
         let until = Instant::now() + limit;
@@ -210,7 +212,8 @@ impl Doors {
         loop {
             let leaving = inner.connections.iter().filter(|entry| entry.is_ended).count();
             let served = inner.connections.len() + inner.coming;
-            if served <= most {
+            // Nobody leaves while connections are paused, and whoever has paused them waits for this one.
+            if served <= most || inner.pause != Pause::Serving {
                 return true;
             }
             // Only once the others have entered that were accepted: until then it is not known who has the most.
@@ -338,6 +341,7 @@ impl Doors {
     pub(in crate::server) fn pause(&self, until: Instant) -> Result<(), Errno> {
         let mut inner = self.lock();
         inner.set_pause(Pause::Paused, &self.is_paused);
+        self.changed.notify_all();
         for entry in &mut inner.connections {
             match entry.link.stop_if_idle() {
                 // Its thread sleeps, and finds this when it wakes.
