@@ -1,6 +1,7 @@
 //! Devices of this crate, driven through machines and loopbacks.
 
 mod arcs;
+mod client_files;
 mod clients;
 mod common;
 mod copies;
