@@ -27,8 +27,19 @@ impl Machine {
         to: State,
         until: Instant,
     ) -> Result<Option<SessionId>, Errno> {
-        let flags = self.flags.ok_or(Errno::ENOTTY)?;
+        self.flags.ok_or(Errno::ENOTTY)?;
         let _alone = self.gate.alone(until)?;
+        self.set_state_alone(client, to, until)
+    }
+
+    /// The same with the gate taken.
+    pub(super) fn set_state_alone(
+        &self,
+        client: ClientId,
+        to: State,
+        until: Instant,
+    ) -> Result<Option<SessionId>, Errno> {
+        let flags = self.flags.ok_or(Errno::ENOTTY)?;
         if self.lock().copier.is_some_and(|copier| copier != client) {
             self.stop_copying(until)?;
         }

@@ -177,10 +177,23 @@ impl Machine {
     /// Tells the model that the VMM has gone, once its mappings and wiring are gone or another's.
     pub(super) fn tell_client_gone(&self) {
         (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
-        let _ = self.access(|model| {
+        let _passing = self.gate.pass();
+        self.lock().owes_client_gone = true;
+        // A model that panicked is told once it was reset.
+        let _ = self.tell_owed();
+    }
+
+    /// Tells the model what it is still to be told of clients that have gone. With the gate passed or taken.
+    pub(super) fn tell_owed(&self) -> Result<(), Errno> {
+        if !self.lock().owes_client_gone {
+            return Ok(());
+        }
+        self.call(|model| {
             model.client_gone();
             Ok(())
-        });
+        })?;
+        self.lock().owes_client_gone = false;
+        Ok(())
     }
 
     /// Whether this client may take the device to a state.

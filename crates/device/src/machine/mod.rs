@@ -76,6 +76,8 @@ struct Inner {
     stays: Option<MoveId>,
     /// Drives the device to copy its state while it runs ([`Machine::begin_copy`]). Clients are not told.
     copier: Option<ClientId>,
+    /// The model was not told that a client has gone, or failed on it: it may have what the client can reach still.
+    owes_client_gone: bool,
 }
 
 impl std::fmt::Debug for Machine {
@@ -104,6 +106,7 @@ impl Machine {
             logs: None,
             stays: None,
             copier: None,
+            owes_client_gone: false,
         };
         Arc::new(Machine {
             bus,
@@ -297,7 +300,7 @@ impl Machine {
         self.end_session()?;
         self.panicked.store(false, Release);
         self.bus.interrupts.forget_all_pending();
-        match self.call(|model| model.reset()) {
+        match self.call(|model| model.reset()).and_then(|()| self.tell_owed()) {
             Ok(()) => {
                 self.lock().enter(State::Running);
                 Ok(())

@@ -55,6 +55,13 @@ impl Machine {
     pub fn begin_copy(&self) -> Result<Option<Copying>, Errno> {
         let flags = self.flags.ok_or(Errno::ENOTTY)?;
         let client = self.new_client();
+        let until = arc_deadline(client);
+        self.lock().replaceable()?;
+        // Until the copy has begun, so that a client which ends it comes before or after.
+        let Ok(_alone) = self.gate.alone(until) else {
+            tracing::info!("a call on the device takes long: its state is read once it has stopped");
+            return Ok(None);
+        };
         {
             let mut inner = self.lock();
             let kept = inner.replaceable()?;
@@ -64,12 +71,8 @@ impl Machine {
             }
             inner.copier = Some(client);
         }
-        match self.set_state_by(client, State::PreCopy, arc_deadline(client)) {
-            Ok(session) => {
-                // A client that came first may have ended the copy before it began.
-                self.lock().copier = Some(client);
-                Ok(session.map(|session| Copying { client, session }))
-            }
+        match self.set_state_alone(client, State::PreCopy, until) {
+            Ok(session) => Ok(session.map(|session| Copying { client, session })),
             Err(errno) => {
                 self.let_go(client);
                 match self.state() {

@@ -49,6 +49,7 @@ pub trait Model: Send + Sync + 'static {
     /// their place ([`Machine::hand_over`](crate::Machine::hand_over)); whatever else the device kept for it goes here. The guest
     /// may go on: what it sees of the device stays. The client may still have the files of regions mapped: from here on the device
     /// has others with the same contents, which [`Model::region_file`] gives.
+    /// A model that had panicked by then, or panics in here, is told after its next reset.
     fn client_gone(&self) {}
 
     /// The file behind a region that a client may map, once it is another one than that of the [`Description`]: of the same

@@ -11,6 +11,7 @@ use limosa_foreign_fd::Foreign;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::connection::Connection;
+use super::doors::ConnectionId;
 use super::handover::Adopted;
 use super::{Door, Server, doors};
 use crate::connection::ConnectionError;
@@ -25,6 +26,16 @@ pub(super) enum Come {
     /// One that was accepted, and whether by the door for control clients.
     New(Foreign<UnixStream>, bool),
     Adopted(Box<Adopted>),
+}
+
+impl Come {
+    /// The name of one that another process has served.
+    fn adopted(&self) -> Option<ConnectionId> {
+        match self {
+            Come::New(..) => None,
+            Come::Adopted(adopted) => adopted.place,
+        }
+    }
 }
 
 impl Server {
@@ -91,15 +102,16 @@ impl Server {
 
     /// Serves a connection on a thread of its own.
     pub(super) fn start<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>, come: Come) {
+        let adopted = come.adopted();
         let serve = move || match self.connection(come) {
             Ok(mut connection) => _ = connection.serve(),
-            Err(error) => {
-                self.doors.expect_no_more();
-                tracing::warn!(%error, "a connection could not be set up");
-            }
+            Err(error) => tracing::warn!(%error, "a connection could not be set up"),
         };
         if let Err(error) = std::thread::Builder::new().name("vfio-user".into()).spawn_scoped(scope, serve) {
-            self.doors.expect_no_more();
+            match adopted {
+                Some(id) => self.doors.expect_adopted_no_more(id),
+                None => self.doors.expect_no_more(),
+            }
             tracing::warn!(%error, "no thread for a connection, which is closed");
             self.pause();
         }
@@ -109,7 +121,8 @@ impl Server {
         let Server { machine, options, doors, .. } = self;
         match come {
             Come::New(stream, by_control_door) => {
-                Connection::new(stream, machine, options, doors, by_control_door)
+                Connection::new(stream, machine, options, doors, by_control_door, None)
+                    .inspect_err(|_| doors.expect_no_more())
             }
             Come::Adopted(adopted) => adopted.connection(machine, options, doors),
         }

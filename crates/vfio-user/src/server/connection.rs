@@ -67,11 +67,12 @@ impl<'a> Connection<'a> {
         options: &'a Options,
         doors: &'a Doors,
         by_control_door: bool,
+        adopted: Option<ConnectionId>,
     ) -> Result<Connection<'a>, ConnectionError> {
         let data_bytes_max = options.data_bytes_max.clamp(4096, DATA_XFER_BYTES_MAX);
         let link =
             Arc::new(Link::new(stream, data_bytes_max as usize, options.message_limit, options.dma_limit)?);
-        let id = doors.enter(&link, by_control_door);
+        let id = doors.enter(&link, by_control_door, adopted);
         Ok(Connection {
             machine,
             options,

@@ -235,7 +235,6 @@ impl Server {
         std::thread::scope(|scope| {
             let adopted = std::mem::take(&mut *self.adopted.lock().unwrap_or_else(PoisonError::into_inner));
             for adopted in adopted {
-                self.doors.expect();
                 self.start(scope, Come::Adopted(Box::new(adopted)));
             }
             let served = self.accept(scope);
@@ -274,6 +273,7 @@ impl Drop for Started {
     /// Of a server that never served.
     fn drop(&mut self) {
         if !self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            self.doors.expect_no_vmm();
             self.doors.links().iter().for_each(|link| link.end());
             self.join();
         }
@@ -301,7 +301,7 @@ pub fn serve_connection(
     let doors = Doors::default();
     let stream = Foreign::new(stream);
     let mut connection =
-        Connection::new(stream, machine, options, &doors, false).map_err(io::Error::other)?;
+        Connection::new(stream, machine, options, &doors, false, None).map_err(io::Error::other)?;
     let done = ShutdownHandle::new()?;
     std::thread::scope(|scope| {
         let watch = Watch { doors: &doors, shutdown, done: done.clone() };

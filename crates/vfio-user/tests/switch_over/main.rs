@@ -4,6 +4,7 @@
 mod common;
 mod copying;
 mod regions;
+mod roles;
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};

@@ -23,12 +23,15 @@ struct Board {
     file: Arc<OwnedFd>,
     first: Arc<OwnedFd>,
     adopts: bool,
+    /// It panics when it is asked for its file after it was loaded.
+    is_fragile: bool,
+    is_loaded: bool,
 }
 
 impl Board {
     fn new(adopts: bool, bytes: u64) -> Board {
         let file = Arc::new(memory(bytes));
-        Board { first: Arc::clone(&file), file, adopts }
+        Board { first: Arc::clone(&file), file, adopts, is_fragile: false, is_loaded: false }
     }
 
     fn machine(adopts: bool) -> Arc<Machine> {
@@ -66,6 +69,7 @@ impl SimpleModel for Board {
     }
 
     fn region_file(&self, _: u32) -> Option<Arc<OwnedFd>> {
+        assert!(!(self.is_fragile && self.is_loaded), "a file that the model panics on");
         Some(Arc::clone(&self.file))
     }
 
@@ -101,6 +105,7 @@ impl WholeState for Board {
     }
 
     fn restore(&mut self, _: SavedBoard) -> Result<(), Errno> {
+        self.is_loaded = true;
         Ok(())
     }
 }
@@ -181,4 +186,19 @@ fn a_region_file_that_the_new_device_cannot_go_on_with_is_refused_by_name() {
     let refused = running.refuses(vec![Machine::simple(Whole::new(sealed))]);
     assert!(refused.contains("lacks the seals"), "{refused}");
     drop(running.replaced_by(vec![Board::machine(true)]));
+}
+
+#[test]
+fn a_new_device_that_panicked_on_its_region_file_replaced_one_that_worked() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::bind(folder.path(), vec![Board::machine(true)]);
+    let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+    client.region_write(0, 0, b"kept").unwrap();
+    let fragile = Board { is_fragile: true, ..Board::new(true, BOARD_BYTES) };
+    let refused = running.refuses(vec![Machine::simple(Whole::new(fragile))]);
+    assert!(refused.contains("device 0"), "{refused}");
+    let mut kept = [0; 4];
+    client.region_read(0, 0, &mut kept).unwrap();
+    assert_eq!(&kept, b"kept");
+    drop(running);
 }

@@ -5,6 +5,8 @@
 //! VMM goes. Control clients come beside it: they have slots of their own, and wait for nobody.
 
 mod next;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicBool;
@@ -75,6 +77,10 @@ struct Inner {
     pause: Pause,
     /// Connections that were accepted, and have not entered.
     coming: usize,
+    /// The last that another process has served.
+    last_adopted: Option<ConnectionId>,
+    /// The VMM's connection, which another process has served, until it has its role here. Nobody enters before it.
+    adopts_vmm: Option<ConnectionId>,
 }
 
 struct Entry {
@@ -120,12 +126,20 @@ impl Doors {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection without a role yet.
-    pub(in crate::server) fn enter(&self, link: &Arc<Link>, by_control_door: bool) -> ConnectionId {
+    /// A connection without a role yet; one that another process has served has its name ([`Doors::expect_adopted`]).
+    pub(in crate::server) fn enter(
+        &self,
+        link: &Arc<Link>,
+        by_control_door: bool,
+        adopted: Option<ConnectionId>,
+    ) -> ConnectionId {
         let idle = State { by_control_door, ..State::default() };
         let mut inner = self.lock();
-        inner.last += 1;
-        let id = ConnectionId(inner.last);
+        // Else it would find no VMM, and be that.
+        while inner.adopts_vmm.is_some() && inner.adopts_vmm != adopted {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        let id = adopted.unwrap_or_else(|| inner.new_id());
         let from = socket_peercred(link.socket());
         let from = from.map_or((u32::MAX, 0), |peer| (peer.uid.as_raw(), peer.pid.as_raw_pid()));
         let link = Arc::clone(link);
@@ -143,6 +157,31 @@ impl Doors {
         }
         inner.coming += 1;
         inner.pause == Pause::Serving
+    }
+
+    /// Before a connection that another process has served is served, by whatever thread: its name here. All have theirs, in their
+    /// order, before the first is served.
+    pub(in crate::server) fn expect_adopted(&self, is_vmms: bool) -> ConnectionId {
+        let mut inner = self.lock();
+        let id = inner.new_id();
+        inner.coming += 1;
+        inner.last_adopted = Some(id);
+        if is_vmms {
+            inner.adopts_vmm = Some(id);
+        }
+        id
+    }
+
+    /// It did not come.
+    pub(in crate::server) fn expect_adopted_no_more(&self, id: ConnectionId) {
+        self.leave(id);
+        self.expect_no_more();
+    }
+
+    /// The VMM's connection that another process has served does not come: whoever waits for it enters.
+    pub(in crate::server) fn expect_no_vmm(&self) {
+        self.lock().adopts_vmm = None;
+        self.changed.notify_all();
     }
 
     /// None came.
@@ -165,7 +204,7 @@ impl Doors {
     }
 
     /// Makes room for one that is expected, so that no more than `most` are served, and says whether there is some within the
-    /// limit. Where there is none, one that has no role yet is ended: of the user with the most of these, of the process with
+    /// limit. While connections are paused there is. Where there is none, one that has no role yet is ended: of the user with the most of these, of the process with
     /// the most of them, the oldest. So those that connect without an end take the places of their own.
     pub(in crate::server) fn make_room(&self, most: usize, limit: Duration) -> bool {
         let until = Instant::now() + limit;
@@ -173,7 +212,8 @@ impl Doors {
         loop {
             let leaving = inner.connections.iter().filter(|entry| entry.is_ended).count();
             let served = inner.connections.len() + inner.coming;
-            if served <= most {
+            // Nobody leaves while connections are paused, and whoever has paused them waits for this one.
+            if served <= most || inner.pause != Pause::Serving {
                 return true;
             }
             // Only once the others have entered that were accepted: until then it is not known who has the most.
@@ -239,7 +279,7 @@ impl Doors {
                 tracing::warn!("a client is refused, as {WAITING_MAX} wait for the device already");
                 return Ok(Err(Errno::EBUSY));
             }
-            inner.waiting.push_back(id);
+            inner.wait_for_place(id);
         }
         loop {
             // Before the look, so that what changes after it is seen.
@@ -301,6 +341,7 @@ impl Doors {
     pub(in crate::server) fn pause(&self, until: Instant) -> Result<(), Errno> {
         let mut inner = self.lock();
         inner.set_pause(Pause::Paused, &self.is_paused);
+        self.changed.notify_all();
         for entry in &mut inner.connections {
             match entry.link.stop_if_idle() {
                 // Its thread sleeps, and finds this when it wakes.
@@ -364,11 +405,29 @@ impl Doors {
 
     /// A connection that another process has served takes its role again.
     pub(in crate::server) fn adopt(&self, id: ConnectionId, role: Role) {
-        self.lock().set_role(id, role);
+        let mut inner = self.lock();
+        inner.set_role(id, role);
+        if inner.adopts_vmm == Some(id) {
+            inner.adopts_vmm = None;
+        }
+        self.changed.notify_all();
     }
 }
 
 impl Inner {
+    fn new_id(&mut self) -> ConnectionId {
+        self.last += 1;
+        ConnectionId(self.last)
+    }
+
+    /// Behind those that wait. Those that have waited in another process come back from several threads, and in their order
+    /// before all others.
+    fn wait_for_place(&mut self, id: ConnectionId) {
+        let is_adopted = self.last_adopted.is_some_and(|last| id.0 <= last.0);
+        let before = self.waiting.iter().filter(|waiting| !is_adopted || waiting.0 < id.0).count();
+        self.waiting.insert(before, id);
+    }
+
     fn entry(&self, id: ConnectionId) -> Option<&Entry> {
         self.connections.iter().find(|entry| entry.id == id)
     }
@@ -417,6 +476,9 @@ impl Inner {
     fn remove(&mut self, id: ConnectionId) {
         self.connections.retain(|entry| entry.id != id);
         self.waiting.retain(|waiting| *waiting != id);
+        if self.adopts_vmm == Some(id) {
+            self.adopts_vmm = None;
+        }
         if self.next.as_ref().is_some_and(|(next, _)| *next == id) {
             self.next = None;
         }

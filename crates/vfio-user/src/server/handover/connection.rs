@@ -30,6 +30,8 @@ pub(in crate::server) type Received = (Vec<u8>, Vec<(u64, Option<ForeignFd>)>);
 /// A connection that another process has served.
 pub(in crate::server) struct Adopted {
     id: u64,
+    /// Its name here, once it is to be served.
+    pub(in crate::server) place: Option<ConnectionId>,
     socket: Foreign<UnixStream>,
     twin: Option<(Foreign<UnixStream>, u16)>,
     state: State,
@@ -96,10 +98,7 @@ impl Threads {
             let Ok(adopted) = told.recv() else { return };
             match adopted.connection(&machine, &options, &doors) {
                 Ok(mut connection) => _ = connection.serve(),
-                Err(error) => {
-                    doors.expect_no_more();
-                    tracing::warn!(%error, "a connection could not be set up");
-                }
+                Err(error) => tracing::warn!(%error, "a connection could not be set up"),
             }
         };
         match std::thread::Builder::new().name("vfio-user".into()).spawn(serve) {
@@ -111,14 +110,16 @@ impl Threads {
     /// Serves the connections from now on: the threads that do, and those for which there is none.
     pub(super) fn serve(
         mut self,
-        adopted: Vec<Adopted>,
+        mut adopted: Vec<Adopted>,
         doors: &Doors,
     ) -> (Vec<JoinHandle<()>>, Vec<Adopted>) {
+        for adopted in &mut adopted {
+            adopted.place = Some(doors.expect_adopted(adopted.is_vmms()));
+        }
         let (mut serving, mut left) = (Vec::with_capacity(adopted.len()), Vec::new());
         for adopted in adopted {
             match self.0.remove(&adopted.id) {
                 Some((tell, thread)) => {
-                    doors.expect();
                     // It waits for this.
                     let _ = tell.send(adopted);
                     serving.push(thread);
@@ -254,6 +255,7 @@ impl Adopted {
         let (foreign_dma, next_id) = (head.foreign_dma, head.next_id);
         Ok(Adopted {
             id: head.id,
+            place: None,
             socket,
             twin,
             state,
@@ -320,7 +322,10 @@ impl Adopted {
         options: &'a Options,
         doors: &'a Doors,
     ) -> Result<Connection<'a>, ConnectionError> {
-        let connection = Connection::new(self.socket, machine, options, doors, self.state.by_control_door)?;
+        let by_control_door = self.state.by_control_door;
+        let connection =
+            Connection::new(self.socket, machine, options, doors, by_control_door, self.place)
+                .inspect_err(|_| self.place.into_iter().for_each(|id| doors.expect_adopted_no_more(id)))?;
         let link = connection.link();
         link.import(self.received, self.queue, self.next_id, self.foreign_dma)?;
         if let Some((twin, next_id)) = self.twin {

@@ -72,10 +72,9 @@ impl CameFiles {
     /// Gives them to the device: each region that can be mapped must have one.
     pub(super) fn adopt(self, device: u16, machine: &Machine) -> Result<(), Refusal> {
         let mut files = self.0;
-        for index in 0..machine.description().regions.len() as u32 {
-            if machine.region_file(index).is_none() {
-                continue;
-            }
+        let regions = (0..).zip(&machine.description().regions);
+        // A model that panics has no file to say, and is refused all the same.
+        for (index, _) in regions.filter(|(_, region)| region.mapping.is_some()) {
             let missing = || format!("the old server did not hand over the file of region {index}");
             let file = files.remove(&index).ok_or_else(|| Refusal::of_device(device, missing()))?;
             machine.adopt_region_file(index, file).map_err(|errno| {

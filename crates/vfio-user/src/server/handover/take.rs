@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 
 use limosa_device::{ClientId, ExportedLog, Kept, Machine, RemoteMemory, WiringState};
 use limosa_host::SocketPath;
+use limosa_protocol::State;
 use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 use rustix::net::sockopt::socket_acceptconn;
 
@@ -318,6 +319,11 @@ impl New {
                 |errno| Refusal::of_device(device, format!("its dirty log cannot be taken over: {errno}"));
             self.machine.mappings().import_log(&log).map_err(failed)?;
             self.machine.log_is_vmms();
+        }
+        // A model that panicked where nothing could be answered.
+        let state = self.machine.state();
+        if state != State::Stop {
+            return Err(not_taken(device, &format!("the new device is in {state}, and not in STOP")));
         }
         let failed = |error| Refusal::of_device(device, format!("it cannot be served: {error}"));
         self.server = Some(self.make_server().map_err(failed)?);
