@@ -254,6 +254,21 @@ fn a_measurement_that_is_interrupted_lets_the_device_go() {
     assert!(device.runs(5));
 }
 
+/// SIGHUP ended the measurement, and the device stood still.
+#[test]
+fn a_measurement_whose_terminal_was_closed_left_the_device_stopped() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["state=64M", "dirty-rate=1G"]);
+    device.mark(6);
+    let running = start(&["doctor", &device.socket, "--measure"]);
+    running.line("it is stopped for a moment");
+    running.signal(Signal::HUP);
+    let ended = running.end();
+    // It may have been done just before.
+    assert!([0, 7, 9].contains(&ended.code), "{ended:?}");
+    assert!(device.runs(6));
+}
+
 #[test]
 fn the_list_of_findings_is_printed() {
     let page = limosa(&["doctor", "--findings"]).ok();

@@ -45,7 +45,7 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
     }
     let cancel = Arc::new(AtomicBool::new(false));
     let called_off = Arc::clone(&cancel);
-    signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
+    signals::call_off(move || called_off.store(true, Ordering::Relaxed))?;
     let reports = Reports::open(&args.reporting)?;
     let opener = Opener {
         limit: opening.limit.min(REQUEST_MAX),
@@ -65,8 +65,9 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let document = limosa_bench::measure(&target, &options, &mut |event| progress.show(&event))?;
     progress.end(&document)?;
     out.result(&document, |_| Ok(()))?;
-    reports.write(&document)?;
-    judge(name, &document, &cancel)
+    let written = reports.write(&document);
+    judge(name, &document, &cancel)?;
+    written.map_err(|error| exit::but("measured", &[exit::message(&error)]))
 }
 
 /// The effects on the device, said before the run begins.

@@ -39,7 +39,7 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
     if args.measure {
         // A command that only looks leaves nothing behind, so signals end it at once.
         let called_off = Arc::clone(&cancel);
-        signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
+        signals::call_off(move || called_off.store(true, Ordering::Relaxed))?;
     }
     let (machine, mut findings) = machine::look(&Host::new(&args.root, &Running), wanted);
 
