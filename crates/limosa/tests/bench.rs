@@ -287,3 +287,19 @@ fn runs_with_nothing_in_common_were_no_different() {
     let nothing = write("nothing", &document);
     limosa(&["bench", "compare", &first, &nothing]).fails(3, &["first", "nothing", "no measure in common"]);
 }
+
+/// The run ended with code 7, as if the device had been given back.
+#[test]
+fn a_device_that_went_silent_before_the_run_was_called_off_counted_as_given_back() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=stall:RUNNING>PRE_COPY:600000"]);
+    let limits = ["--timeout", "0.2", "--state-timeout", "0.5"];
+    let running = start(&[&["bench", &device.socket][..], &SHORT, &limits].concat());
+    // The last measure that ends before the arc that hangs.
+    running.line("arc RUNNING>RUNNING_P2P");
+    running.signal(Signal::INT);
+    let ended = running.end();
+    let is_back = ended.err.contains("left in RUNNING");
+    assert_eq!(ended.code, if is_back { 7 } else { 1 }, "{ended:?}");
+    device.kill_now();
+}
