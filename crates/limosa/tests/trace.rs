@@ -155,6 +155,11 @@ fn a_command_is_traced_and_ends_as_it_would() {
         assert_eq!(limosa(&["trace", "--", "sh", "-c", script]).code, code, "{script}");
     }
     limosa(&["trace", "--", "no-such-program"]).fails(1, &["no-such-program", "PATH"]);
+    // It was errno 8.
+    let garbage = folder.text("garbage");
+    std::fs::write(&garbage, "garbage").unwrap();
+    std::fs::set_permissions(&garbage, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    limosa(&["trace", "--", &garbage]).fails(1, &["garbage does not start: Exec format error", "expected a"]);
     let counted = limosa(&["trace", "-c", "--", limosa_program, "probe", &server.socket]);
     assert!(counted.err.contains("FEATURE GET MIGRATION") && !counted.err.contains("->"), "{counted:?}");
 }

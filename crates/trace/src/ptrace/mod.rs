@@ -73,10 +73,13 @@ pub enum Error {
     )]
     NotPermitted(i32),
     /// There is no such program.
-    #[error("{0}: no such program in PATH")]
+    #[error("there is no program {0:?} in PATH")]
     NoProgram(String),
     /// The program does not start.
-    #[error("{program} does not start: {errno}")]
+    #[error(
+        "{program} does not start: {}; expected a program that may be executed",
+        std::io::Error::from_raw_os_error(errno.raw().cast_signed())
+    )]
     NotStarted {
         /// The program.
         program: String,
