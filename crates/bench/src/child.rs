@@ -3,6 +3,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::Context;
@@ -34,13 +36,14 @@ impl Child {
     pub(crate) fn start(role: Role, stdin: OwnedFd) -> anyhow::Result<Child> {
         let name = ROLES.iter().find(|(of, _)| *of == role).map_or("", |(_, name)| name);
         let this = std::env::current_exe().context("cannot find this program to start it again")?;
-        let child = Command::new(this)
-            .env(VARIABLE, name)
-            .stdin(Stdio::from(stdin))
-            .stdout(Stdio::null())
-            .spawn()
-            .context("cannot start the other end of the measurement")?;
-        Ok(Child(child))
+        Child::of(&this, name, stdin).context("cannot start the other end of the measurement")
+    }
+
+    fn of(program: &Path, role: &str, stdin: OwnedFd) -> std::io::Result<Child> {
+        let mut command = Command::new(program);
+        // The terminal's signals are for this process, which gives the device back, and then ends the other one.
+        command.process_group(0).env(VARIABLE, role);
+        command.stdin(Stdio::from(stdin)).stdout(Stdio::null()).spawn().map(Child)
     }
 }
 
@@ -86,4 +89,20 @@ pub(crate) fn own_device(options: Options) -> anyhow::Result<(Client, Child)> {
     let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
     let child = Child::start(Role::Limosa, theirs.into())?;
     Ok((Client::from_stream(ours, "bench", options)?, child))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Pid, getpgid, getpgrp};
+
+    use super::*;
+
+    /// Ctrl-C ended the floor, and the measure under way was said to have lost its connection.
+    #[test]
+    fn the_terminals_signals_ended_the_other_end_of_a_measure() {
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let child = Child::of(Path::new("cat"), "floor", theirs.into()).unwrap();
+        let group = getpgid(Some(Pid::from_child(&child.0))).unwrap();
+        assert_ne!(group, getpgrp());
+    }
 }

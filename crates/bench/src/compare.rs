@@ -73,13 +73,18 @@ pub fn compare(first: &Document, second: &Document) -> Comparison {
     let mut differ = |what: &str, one: &dyn fmt::Display, other: &dyn fmt::Display| {
         let (one, other) = (one.to_string(), other.to_string());
         if one != other {
-            notes.push(format!("{what}: {one} and {other}"));
+            notes.push(format!("{what} differs: {one} and {other}"));
         }
     };
     differ("kernel", &first.kernel, &second.kernel);
     differ("processors", &first.processors, &second.processors);
     differ("seconds", &first.seconds, &second.seconds);
     differ("limosa", &first.limosa, &second.limosa);
+    for (which, run) in [("first", first), ("second", second)] {
+        if let Some(why) = &run.ended_early {
+            notes.push(format!("the {which} run ended early: {why}"));
+        }
+    }
     Comparison {
         rows: rows.collect(),
         only_first: lacks(first, second),
@@ -112,7 +117,7 @@ impl fmt::Display for Comparison {
         }
         self.only_first.iter().try_for_each(|id| writeln!(f, "only in the first: {id}"))?;
         self.only_second.iter().try_for_each(|id| writeln!(f, "only in the second: {id}"))?;
-        self.notes.iter().try_for_each(|note| writeln!(f, "differs: {note}"))
+        self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
     }
 }
 

@@ -109,6 +109,14 @@ pub fn end_as(ended: Ended) -> ! {
 pub fn cancel() -> anyhow::Result<Cancel> {
     let cancel = Cancel::new().context("cannot make an eventfd")?;
     let on_signal = cancel.clone();
+    call_off(move || on_signal.cancel())?;
+    Ok(cancel)
+}
+
+/// Calls `off` on a thread of its own at the first signal that calls a move off, as [`cancel`] does. Further ones do not end the
+/// process: for commands that stop a device, and give it back before they end.
+pub fn call_off(off: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    let mut off = Some(off);
     // Known to no list of the crate's.
     let more = [Signal::POWER, Signal::STKFLT].map(Signal::as_raw);
     let mut signals = [&CALL_OFF[..], &IGNORED, &SUSPEND, &more].concat();
@@ -116,15 +124,16 @@ pub fn cancel() -> anyhow::Result<Cancel> {
     handle(signals, move |signal| {
         let name = signal_name(signal).unwrap_or("a signal");
         match signal {
-            signal if CALL_OFF.contains(&signal) && !on_signal.is_cancelled() => on_signal.cancel(),
-            signal if CALL_OFF.contains(&signal) => {
-                tracing::warn!("{name}: what was begun is being called off already, and is undone first");
-            }
+            signal if CALL_OFF.contains(&signal) => match off.take() {
+                Some(off) => off(),
+                None => {
+                    tracing::warn!("{name}: what was begun is being called off already, and is undone first");
+                }
+            },
             signal if SUSPEND.contains(&signal) && !STANDS_STILL.load(Ordering::SeqCst) => default(signal),
             _ => tracing::info!("{name} is ignored"),
         }
-    })?;
-    Ok(cancel)
+    })
 }
 
 fn handle(signals: Vec<i32>, mut act: impl FnMut(i32) + Send + 'static) -> anyhow::Result<()> {

@@ -249,3 +249,57 @@ fn a_run_that_is_interrupted_gives_the_device_back() {
     assert!(ended.err.contains("left in RUNNING"), "{ended:?}");
     assert!(device.runs(GUEST));
 }
+
+/// SIGHUP ended the run with the device in STOP.
+#[test]
+fn a_run_whose_terminal_was_closed_left_the_device_stopped() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    device.mark(GUEST);
+    for signal in [Signal::HUP, Signal::QUIT, Signal::TERM] {
+        let running = start(&["bench", &device.socket, "--seconds", "60"]);
+        running.line("measuring ");
+        running.signal(signal);
+        // A second one does not end the command before the device is back.
+        running.signal(signal);
+        let ended = running.end();
+        assert_eq!(ended.code, 7, "{ended:?}");
+        assert!(ended.err.contains("left in RUNNING"), "{ended:?}");
+        assert!(device.runs(GUEST));
+    }
+}
+
+#[test]
+fn runs_with_nothing_in_common_were_no_different() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["pre-copy=off"]);
+    let mut document = limosa(&[&["--json", "bench", &device.socket][..], &SHORT].concat()).json();
+    let write = |name: &str, document: &Value| {
+        std::fs::write(folder.path(name), document.to_string()).unwrap();
+        folder.text(name)
+    };
+    let first = write("first", &document);
+    document["ended_early"] = "the device went away".into();
+    let early = write("early", &document);
+    let said = limosa(&["bench", "compare", &first, &early]).ok();
+    assert!(said.contains("note: the second run ended early: the device went away"), "{said}");
+    document["measures"] = Value::Array(Vec::new());
+    let nothing = write("nothing", &document);
+    limosa(&["bench", "compare", &first, &nothing]).fails(3, &["first", "nothing", "no measure in common"]);
+}
+
+/// The run ended with code 7, as if the device had been given back.
+#[test]
+fn a_device_that_went_silent_before_the_run_was_called_off_counted_as_given_back() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=stall:RUNNING>PRE_COPY:600000"]);
+    let limits = ["--timeout", "0.2", "--state-timeout", "0.5"];
+    let running = start(&[&["bench", &device.socket][..], &SHORT, &limits].concat());
+    // The last measure that ends before the arc that hangs.
+    running.line("arc RUNNING>RUNNING_P2P");
+    running.signal(Signal::INT);
+    let ended = running.end();
+    let is_back = ended.err.contains("left in RUNNING");
+    assert_eq!(ended.code, if is_back { 7 } else { 1 }, "{ended:?}");
+    device.kill_now();
+}

@@ -61,6 +61,9 @@ fn a_machine_is_described_and_its_code_is_its_verdict() {
 fn another_root_is_another_machine() {
     let folder = Folder::new();
     limosa(&["doctor", "--root", &folder.text("none")]).fails(2, &["--root", "no folder proc"]);
+    // That of a disk's image was ready, with warnings.
+    std::fs::create_dir(folder.path("proc")).unwrap();
+    limosa(&["doctor", "--root", &folder.text("")]).fails(2, &["--root", "proc is empty"]);
     std::fs::create_dir_all(folder.path("proc/sys/kernel")).unwrap();
     std::fs::write(folder.path("proc/sys/kernel/osrelease"), "5.4.0\n").unwrap();
     let (document, code) = doctor(&["--root", &folder.text("")]);
@@ -252,6 +255,33 @@ fn a_measurement_that_is_interrupted_lets_the_device_go() {
     // It may have been done just before.
     assert!([0, 7, 9].contains(&ended.code), "{ended:?}");
     assert!(device.runs(5));
+}
+
+/// SIGHUP ended the measurement, and the device stood still.
+#[test]
+fn a_measurement_whose_terminal_was_closed_left_the_device_stopped() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["state=64M", "dirty-rate=1G"]);
+    device.mark(6);
+    let running = start(&["doctor", &device.socket, "--measure"]);
+    running.line("it is stopped for a moment");
+    running.signal(Signal::HUP);
+    let ended = running.end();
+    // It may have been done just before.
+    assert!([0, 7, 9].contains(&ended.code), "{ended:?}");
+    assert!(device.runs(6));
+}
+
+#[test]
+fn a_measurement_that_was_called_off_said_that_a_silent_device_was_let_go() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["fault=stall:RUNNING>PRE_COPY:600000"]);
+    let limits = ["--timeout", "0.2", "--state-timeout", "1"];
+    let running = start(&[&["doctor", &device.socket, "--measure"][..], &limits].concat());
+    running.line("it is stopped for a moment");
+    running.signal(Signal::INT);
+    running.end().fails(10, &["not ready"]);
+    device.kill_now();
 }
 
 #[test]

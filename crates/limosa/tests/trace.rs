@@ -155,6 +155,11 @@ fn a_command_is_traced_and_ends_as_it_would() {
         assert_eq!(limosa(&["trace", "--", "sh", "-c", script]).code, code, "{script}");
     }
     limosa(&["trace", "--", "no-such-program"]).fails(1, &["no-such-program", "PATH"]);
+    // It was errno 8.
+    let garbage = folder.text("garbage");
+    std::fs::write(&garbage, "garbage").unwrap();
+    std::fs::set_permissions(&garbage, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    limosa(&["trace", "--", &garbage]).fails(1, &["garbage does not start: Exec format error", "expected a"]);
     let counted = limosa(&["trace", "-c", "--", limosa_program, "probe", &server.socket]);
     assert!(counted.err.contains("FEATURE GET MIGRATION") && !counted.err.contains("->"), "{counted:?}");
 }
@@ -211,6 +216,48 @@ fn a_trace_is_its_owners_and_not_written_through_a_link() {
     symlink(&file, &link).unwrap();
     limosa(&["trace", "--pcap", link.to_str().unwrap(), "--", "true"]).fails(1, &["link", "symbolic link"]);
     limosa(&["trace", "-o", &folder.text("no/folder"), "--", "true"]).fails(1, &["no/folder"]);
+}
+
+#[test]
+fn a_trace_and_a_capture_in_one_file_were_neither() {
+    let folder = Folder::new();
+    let (file, other) = (folder.text("file"), folder.text("other"));
+    std::fs::write(&file, "before").unwrap();
+    std::fs::hard_link(&file, &other).unwrap();
+    for pcap in [&file, &other] {
+        limosa(&["trace", "-o", &file, "--pcap", pcap, "--", "true"]).fails(2, &[pcap, "--output already"]);
+    }
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "before");
+    limosa(&["trace", "-o", "/dev/null", "--pcap", "/dev/null", "--", "true"]).ok();
+}
+
+#[test]
+fn the_rights_of_a_proxys_socket_were_taken_for_a_trace_without_one() {
+    for option in [["--mode", "660"], ["--group", "0"]] {
+        for source in [&["--", "true"][..], &["--pid", "2147483647"]] {
+            limosa(&[&["trace"], &option[..], source].concat()).fails(2, &[option[0], "cannot be used with"]);
+        }
+    }
+}
+
+#[test]
+fn statistics_that_could_not_be_written_were_lost_without_a_word() {
+    let args = ["trace", "-c", "--", env!("CARGO_BIN_EXE_limosa"), "fsm"];
+    assert_eq!(support::limosa_into(Stdio::null(), full(), &args), 0, "nothing was counted");
+    let folder = Folder::new();
+    let server = folder.device("a.sock", &[]);
+    let args = ["trace", "-c", "--", env!("CARGO_BIN_EXE_limosa"), "state", &server.socket];
+    assert_eq!(support::limosa_into(Stdio::null(), full(), &args), 8);
+}
+
+#[test]
+fn a_process_that_has_ended_was_called_not_permitted() {
+    use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+    let mut child = std::process::Command::new("true").spawn().unwrap();
+    let pid = Pid::from_child(&child);
+    waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).unwrap();
+    limosa(&["trace", "--pid", &pid.to_string()]).fails(4, &["has ended already"]);
+    child.wait().unwrap();
 }
 
 #[test]

@@ -43,11 +43,12 @@ pub struct Trace {
     pub pcap: Option<PathBuf>,
 
     /// The mode of FRONT, whatever the umask: who may connect.
-    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode, requires = "proxy")]
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode, requires = "proxy",
+          conflicts_with_all = ["pid", "command"])]
     pub mode: u32,
 
     /// The group of FRONT, a name or a number; with a --mode that lets it in, such as 660.
-    #[arg(long, value_name = "GROUP", requires = "proxy")]
+    #[arg(long, value_name = "GROUP", requires = "proxy", conflicts_with_all = ["pid", "command"])]
     pub group: Option<Group>,
 
     /// Trace this command and the processes that it starts.

@@ -42,7 +42,7 @@ pub fn run(args: &args::Check, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let Some(name) = &args.device else { return Ok(()) };
     let cancel = Arc::new(AtomicBool::new(false));
     let called_off = Arc::clone(&cancel);
-    signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
+    signals::call_off(move || called_off.store(true, Ordering::Relaxed))?;
     let target = target(name, args, opening)?;
     if args.fuzz.is_some() || args.replay.is_some() {
         return check_fuzz::run(name, &target, args, cancel, out);
@@ -51,7 +51,8 @@ pub fn run(args: &args::Check, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let report = limosa_check::run(&target, &options, |_| {})?;
     print(&report, args, out)?;
     if cancel.load(Ordering::Relaxed) {
-        return Err(exit::error(Code::Cancelled, format!("{name}: called off, left in {}", report.left_in)));
+        let code = if report.left_in.starts_with("unknown") { Code::Failed } else { Code::Cancelled };
+        return Err(exit::error(code, format!("{name}: called off, left in {}", report.left_in)));
     }
     judge(&report, profile.as_ref(), name)
 }

@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use limosa_host::SocketAccess;
@@ -89,9 +89,10 @@ fn command(words: &[OsString], trace: Trace, out: &Output) -> anyhow::Result<()>
 fn cannot_trace(error: ptrace::Error) -> anyhow::Error {
     let code = match error {
         ptrace::Error::Itself(_) => Code::Usage,
-        ptrace::Error::NoProcess(_) | ptrace::Error::Traced { .. } | ptrace::Error::NotPermitted(_) => {
-            Code::Unreachable
-        }
+        ptrace::Error::NoProcess(_)
+        | ptrace::Error::Ended(_)
+        | ptrace::Error::Traced { .. }
+        | ptrace::Error::NotPermitted(_) => Code::Unreachable,
         _ => Code::Failed,
     };
     exit::error(code, error.to_string())
@@ -108,16 +109,16 @@ struct Trace {
 impl Trace {
     fn begin(args: &args::Trace, out: &Output) -> anyhow::Result<Trace> {
         let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
-        match &args.output {
-            Some(path) => sinks.push(text(out, path.display().to_string(), create(path)?)),
+        let [output, pcap] = create([&args.output, &args.pcap])?;
+        match output {
+            Some((name, file)) => sinks.push(text(out, name, file)),
             None if args.count => {}
             // Standard output is the command's.
             None if !args.command.is_empty() => sinks.push(text(out, "standard error".into(), io::stderr())),
             None => sinks.push(text(out, "standard output".into(), io::stdout())),
         }
-        if let Some(path) = &args.pcap {
-            let name = path.display().to_string();
-            let pcap = Pcapng::new(name.clone(), create(path)?).with_context(|| name)?;
+        if let Some((name, file)) = pcap {
+            let pcap = Pcapng::new(name.clone(), file).with_context(|| name)?;
             sinks.push(Box::new(pcap));
         }
         let statistics = args.count.then(|| {
@@ -137,16 +138,18 @@ impl Trace {
     /// Writes what is left, and prints the statistics.
     fn end(self, out: &Output) -> anyhow::Result<()> {
         let failures = self.recorder.finish();
-        let failures: Vec<_> =
+        let mut failures: Vec<_> =
             failures.iter().filter(|failure| !is_enough(failure)).map(ToString::to_string).collect();
         if let Some(statistics) = self.statistics {
             let table = statistics.table();
             if self.is_commands {
                 let text = if out.json { serde_json::to_string(&table)? + "\n" } else { table.text() };
-                // Where this fails nobody is left to be told.
-                let _ = io::stderr().write_all(text.as_bytes());
+                let written = io::stderr().write_all(text.as_bytes());
+                let failed = written.err().filter(|error| error.kind() != io::ErrorKind::BrokenPipe);
+                failures.extend(failed.map(|error| format!("standard error: {error}")));
             } else {
-                out.line(&table, |to| to.write_all(table.text().as_bytes()))?;
+                let written = out.line(&table, |to| to.write_all(table.text().as_bytes()));
+                failures.extend(written.err().map(|error| exit::message(&error)));
             }
         }
         if failures.is_empty() { Ok(()) } else { Err(exit::but("traced", &failures)) }
@@ -162,10 +165,35 @@ fn text(out: &Output, name: String, to: impl Write + Send + 'static) -> Box<dyn 
     if out.json { Box::new(Json::new(name, to)) } else { Box::new(Lines::new(name, to)) }
 }
 
-/// A file that only its owner reads: parts of a guest may be in it.
-fn create(path: &Path) -> anyhow::Result<File> {
+/// The files of --output and --pcap with their names, empty. One file for both would be neither.
+fn create(paths: [&Option<PathBuf>; 2]) -> anyhow::Result<[Option<(String, File)>; 2]> {
+    let mut files = [None, None];
+    let mut known = Vec::new();
+    for (file, path) in files.iter_mut().zip(paths) {
+        let Some(path) = path else { continue };
+        let name = path.display().to_string();
+        let opened = open(path)?;
+        let found = opened.metadata().with_context(|| name.clone())?;
+        let is_same = known.contains(&(found.dev(), found.ino()));
+        if found.is_file() && is_same {
+            let what = format!("{name} is the file of --output already; --pcap takes another one");
+            return Err(exit::error(Code::Usage, what));
+        }
+        known.push((found.dev(), found.ino()));
+        *file = Some((name, opened));
+    }
+    for (name, file) in files.iter().flatten() {
+        if file.metadata().with_context(|| name.clone())?.is_file() {
+            file.set_len(0).with_context(|| name.clone())?;
+        }
+    }
+    Ok(files)
+}
+
+/// A file that only its owner reads: parts of a guest may be in it. What was in it stays until it is truncated.
+fn open(path: &Path) -> anyhow::Result<File> {
     let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600);
+    options.write(true).create(true).truncate(false).mode(0o600);
     // Not through a link of somebody else's.
     options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
     let failed = |error: io::Error| {

@@ -140,6 +140,13 @@ pub fn status(tid: i32) -> Option<(i32, i32)> {
     Some((field("Tgid:")?, field("TracerPid:").unwrap_or(0)))
 }
 
+/// Whether a thread has ended, and is only still listed (proc_pid_status(5): State).
+pub fn has_ended(tid: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+    state.is_none_or(|state| state.trim_start().starts_with(['Z', 'X']))
+}
+
 /// The threads of a process.
 pub fn threads(pid: i32) -> Vec<i32> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/task"));

@@ -52,6 +52,9 @@ pub enum Error {
     /// There is no such process.
     #[error("there is no process {0}")]
     NoProcess(i32),
+    /// All of its threads have ended, and its parent has not waited for it yet.
+    #[error("process {0} has ended already, and only its parent has not noticed; there is nothing to trace")]
+    Ended(i32),
     /// The process is this one.
     #[error("process {0} is the one that traces; expected another one")]
     Itself(i32),
@@ -70,10 +73,13 @@ pub enum Error {
     )]
     NotPermitted(i32),
     /// There is no such program.
-    #[error("{0}: no such program in PATH")]
+    #[error("there is no program {0:?} in PATH")]
     NoProgram(String),
     /// The program does not start.
-    #[error("{program} does not start: {errno}")]
+    #[error(
+        "{program} does not start: {}; expected a program that may be executed",
+        std::io::Error::from_raw_os_error(errno.raw().cast_signed())
+    )]
     NotStarted {
         /// The program.
         program: String,
@@ -173,7 +179,7 @@ fn attach(tracer: &mut Tracer<'_>, pid: i32) -> Result<(), Error> {
         return Err(not_permitted(pid));
     }
     // New threads may come meanwhile; those of a traced thread are traced.
-    let mut found = true;
+    let (mut found, mut has_ended) = (true, false);
     while found {
         found = false;
         for tid in files::threads(process) {
@@ -189,12 +195,18 @@ fn attach(tracer: &mut Tracer<'_>, pid: i32) -> Result<(), Error> {
                 }
                 // It ended, or is traced as the child of one that is traced already.
                 Err(_) if !tracer.is_empty() => {}
+                // The main thread may have ended while others run (ptrace(2): not permitted).
+                Err(Errno::EPERM) if files::has_ended(tid) => has_ended = true,
                 Err(Errno::EPERM) => return Err(not_permitted(pid)),
                 Err(_) => {}
             }
         }
     }
-    if tracer.is_empty() { Err(Error::NoProcess(pid)) } else { Ok(()) }
+    match (tracer.is_empty(), has_ended) {
+        (false, _) => Ok(()),
+        (true, true) => Err(Error::Ended(pid)),
+        (true, false) => Err(Error::NoProcess(pid)),
+    }
 }
 
 /// Why the system refuses to let a process be traced.

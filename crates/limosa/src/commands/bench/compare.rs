@@ -12,6 +12,13 @@ use crate::output::Output;
 
 pub fn run(first: &Path, second: &Path, out: &Output) -> anyhow::Result<()> {
     let compared = limosa_bench::compare(&read(first)?, &read(second)?);
+    if compared.rows.is_empty() {
+        let (first, second) = (first.display(), second.display());
+        let what = format!(
+            "{first} and {second} have no measure in common, so nothing can be compared; expected two runs on devices of one kind"
+        );
+        return Err(exit::error(Code::Refused, what));
+    }
     out.result(&compared, |to| write!(to, "{compared}"))?;
     match compared.changed() {
         (0, 0) => Ok(()),

@@ -45,7 +45,7 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
     }
     let cancel = Arc::new(AtomicBool::new(false));
     let called_off = Arc::clone(&cancel);
-    signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
+    signals::call_off(move || called_off.store(true, Ordering::Relaxed))?;
     let reports = Reports::open(&args.reporting)?;
     let opener = Opener {
         limit: opening.limit.min(REQUEST_MAX),
@@ -65,8 +65,9 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let document = limosa_bench::measure(&target, &options, &mut |event| progress.show(&event))?;
     progress.end(&document)?;
     out.result(&document, |_| Ok(()))?;
-    reports.write(&document)?;
-    judge(name, &document, &cancel)
+    let written = reports.write(&document);
+    judge(name, &document, &cancel)?;
+    written.map_err(|error| exit::but("measured", &[exit::message(&error)]))
 }
 
 /// The effects on the device, said before the run begins.
@@ -145,14 +146,16 @@ fn refuse_state(device: &Opened, states: &[State]) -> anyhow::Result<()> {
 /// The exit code: whether the run came to its end, and the device runs.
 fn judge(name: &str, document: &Document, cancel: &AtomicBool) -> anyhow::Result<()> {
     let left_in = &document.left_in;
+    // Called off or not, this is what matters of it. A device without migration has only one state.
+    if left_in != State::Running.name() && !left_in.starts_with("its only state") {
+        let why = document.ended_early.as_ref().map_or(String::new(), |why| format!("{why}; "));
+        return Err(exit::error(Code::Failed, format!("{name}: {why}left in {left_in}")));
+    }
     if cancel.load(Ordering::Relaxed) {
         return Err(exit::error(Code::Cancelled, format!("{name}: called off, left in {left_in}")));
     }
     if let Some(why) = &document.ended_early {
         return Err(exit::error(Code::Failed, format!("{name}: {why}; left in {left_in}")));
-    }
-    if left_in.starts_with("an unknown state") || left_in.contains("without the state") {
-        return Err(exit::error(Code::Failed, format!("{name} is left in {left_in}")));
     }
     Ok(())
 }

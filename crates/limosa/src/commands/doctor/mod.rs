@@ -7,10 +7,11 @@ mod machine;
 mod pair;
 mod report;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use finding::KINDS;
+use finding::{KINDS, NOT_RESTORED};
 use machine::{Host, Running, Wanted};
 use report::Report;
 
@@ -25,10 +26,7 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
         let ids: Vec<_> = KINDS.iter().map(|kind| kind.id).collect();
         return out.result(&ids, |to| to.write_all(finding::document().as_bytes()));
     }
-    if !args.root.join("proc").is_dir() {
-        let what = format!("--root {}: there is no folder proc in it", args.root.display());
-        return Err(exit::error(Code::Usage, what));
-    }
+    refuse_root(&args.root)?;
     let names: Vec<&String> = args.device.iter().chain(&args.destination).collect();
     let wanted = match names.is_empty() {
         true => Wanted::Machine,
@@ -39,7 +37,7 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
     if args.measure {
         // A command that only looks leaves nothing behind, so signals end it at once.
         let called_off = Arc::clone(&cancel);
-        signals::on_end(move || called_off.store(true, Ordering::Relaxed))?;
+        signals::call_off(move || called_off.store(true, Ordering::Relaxed))?;
     }
     let (machine, mut findings) = machine::look(&Host::new(&args.root, &Running), wanted);
 
@@ -59,8 +57,23 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
     }
     let report = Report::new(machine, devices, estimates, findings);
     out.result(&report, |to| report.print(to))?;
-    if cancel.load(Ordering::Relaxed) {
+    // A device that does not run again is what matters, whoever ended the measurement.
+    if cancel.load(Ordering::Relaxed) && !report.has(&NOT_RESTORED) {
         return Err(exit::error(Code::Cancelled, "called off; the device was let go"));
     }
     report.judge()
+}
+
+/// The folder of another machine has its `/proc`; that of an image of a disk is empty, and nothing is known then.
+fn refuse_root(root: &Path) -> anyhow::Result<()> {
+    let why = match std::fs::read_dir(root.join("proc")).map(|mut entries| entries.next().is_none()) {
+        Ok(false) => return Ok(()),
+        Ok(true) => "its folder proc is empty".into(),
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            format!("its folder proc cannot be read: {error}")
+        }
+        Err(_) => "there is no folder proc in it".into(),
+    };
+    let what = format!("--root {}: {why}; expected the root of a machine that runs", root.display());
+    Err(exit::error(Code::Usage, what))
 }

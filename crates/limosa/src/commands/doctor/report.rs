@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 
 use super::device::measure::Measured;
 use super::estimate::Estimate;
-use super::finding::{Finding, Level};
+use super::finding::{Finding, Kind, Level};
 use crate::exit::{self, Code};
 
 /// Facts in the order in which they are printed.
@@ -72,6 +72,11 @@ impl Report {
             Some(Level::Note) | None => Verdict::Ready,
         };
         Report { verdict, machine, devices, estimates, findings }
+    }
+
+    /// Whether this was found.
+    pub fn has(&self, kind: &Kind) -> bool {
+        self.findings.iter().any(|finding| finding.id == kind.id)
     }
 
     fn of(&self, level: Level) -> usize {
