@@ -66,7 +66,7 @@ pub trait Model: Send + Sync + 'static {
 
     /// The device takes the place of one in another process, whose client may have this file mapped: it is the region's from
     /// now on, and [`Model::region_file`] gives it. Its size, kind and seals were checked. Comes for each region that can be
-    /// mapped, in STOP, after the state was loaded. What is in the file must not be changed: the other device may yet go on.
+    /// mapped, in STOP, after the state was loaded. The content of the file must not be changed: the other device may yet go on.
     fn adopt_region_file(&self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
         let _ = (region, file);
         Err(Errno::ENOTSUP)

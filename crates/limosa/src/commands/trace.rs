@@ -156,7 +156,7 @@ impl Trace {
     }
 }
 
-/// Whether whoever read the trace has enough of it.
+/// Whether the reader of the trace has closed its end.
 fn is_enough(failure: &Failure) -> bool {
     failure.error.kind() == io::ErrorKind::BrokenPipe
 }

@@ -13,7 +13,7 @@ use super::device_queue::{DeviceQueue, data_bytes};
 use super::receiving::{Progress, Receiving};
 use crate::error::Misbehaviour;
 use crate::link::LinkError;
-use crate::memory::is_zero;
+use crate::memory::{MemoryRegion, is_zero};
 use crate::protocol::idle::Idle;
 use crate::report::Phase;
 use crate::transfer::device_sender::READ_BYTES_MAX;
@@ -150,7 +150,11 @@ impl Receiving<'_, '_> {
     /// Writes pages that are not next to each other. Zeroes are not written where the memory is untouched or zero, and are looked
     /// at together where they are close to each other.
     fn write_runs(&self, at: usize, runs: &Runs<'_>) -> Result<()> {
-        let Some(region) = self.regions[at] else { return Ok(()) };
+        let Some(region) = self.regions[at] else {
+            self.recorder().memory_zero(runs.zero_bytes());
+            self.recorder().memory_data(runs.data_bytes());
+            return Ok(());
+        };
         let zeroes: Vec<_> = runs
             .iter()
             .filter(|run| run.data.is_none())
@@ -158,7 +162,7 @@ impl Receiving<'_, '_> {
             .collect();
         let mut found = self.spare();
         for close in zeroes.chunk_by(|one, next| next.start - one.end <= CLOSE_BYTES) {
-            self.zero_all(at, close, &mut found)?;
+            self.zero_all(at, region, close, &mut found)?;
         }
         self.keep_spare(found);
         for run in runs.iter() {
@@ -169,8 +173,13 @@ impl Receiving<'_, '_> {
     }
 
     /// Makes runs zero that are close to each other and in ascending order.
-    fn zero_all(&self, at: usize, mut runs: &[Range<u64>], found: &mut Buffer) -> Result<()> {
-        let Some(region) = self.regions[at] else { return Ok(()) };
+    fn zero_all(
+        &self,
+        at: usize,
+        region: &MemoryRegion<'_>,
+        mut runs: &[Range<u64>],
+        found: &mut Buffer,
+    ) -> Result<()> {
         while let Some(first) = runs.first() {
             let window = first.start..first.start + READ_BYTES_MAX as u64;
             let inside = runs.iter().take_while(|run| run.end <= window.end).count();

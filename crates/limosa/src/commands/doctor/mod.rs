@@ -57,7 +57,7 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
     }
     let report = Report::new(machine, devices, estimates, findings);
     out.result(&report, |to| report.print(to))?;
-    // A device that does not run again is what matters, whoever ended the measurement.
+    // That the device does not run again comes first, also where a signal ended the measurement.
     if cancel.load(Ordering::Relaxed) && !report.has(&NOT_RESTORED) {
         return Err(exit::error(Code::Cancelled, "called off; the device was let go"));
     }
