@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,16 +13,17 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use support::{Folder, Running};
 
 /// Commands that run, and blocks that need something, by what they need.
-const RUN: usize = 45;
-const NEED: [(&str, usize); 8] = [
-    ("needs-cargo", 5),
+const RUN: usize = 52;
+const NEED: [(&str, usize); 9] = [
+    ("needs-cargo", 6),
     ("needs-host", 2),
     ("needs-kernel", 3),
+    ("needs-openssl", 4),
     ("needs-quiet", 1),
     ("needs-root", 1),
     ("needs-store", 1),
     ("needs-tshark", 1),
-    ("needs-vmm", 4),
+    ("needs-vmm", 5),
 ];
 
 /// A command, and the lines that the page shows below it.
@@ -168,14 +169,19 @@ impl Drop for Shell {
 
 #[test]
 fn commands_of_the_documentation_did_not_run_as_written() {
+    let with = std::env::var("LIMOSA_DOCS_WITH").unwrap_or_default();
+    let with: Vec<String> = with.split_whitespace().map(|need| format!("needs-{need}")).collect();
     let mut run = 0;
     for page in pages() {
         let name = page.file_name().unwrap().to_str().unwrap().to_owned();
         let mut shell = Shell::new();
-        for block in blocks(&page).iter().filter(|block| block.needs.is_none()) {
+        for block in blocks(&page) {
+            if block.needs.as_ref().is_some_and(|need| !with.contains(need)) {
+                continue;
+            }
             for shown in &block.commands {
                 shell.runs(&name, shown);
-                run += 1;
+                run += usize::from(block.needs.is_none());
             }
         }
     }
@@ -192,6 +198,55 @@ fn blocks_that_do_not_run_say_what_they_need() {
     }
     let expected: BTreeMap<_, _> = NEED.into_iter().map(|(need, count)| (need.to_owned(), count)).collect();
     assert_eq!(needs, expected);
+}
+
+#[test]
+fn a_page_was_missing_from_the_table_of_contents() {
+    let docs = root().join("docs");
+    let contents = std::fs::read_to_string(docs.join("SUMMARY.md")).unwrap();
+    let links: BTreeSet<PathBuf> = contents
+        .lines()
+        .filter_map(|line| line.split_once("](")?.1.strip_suffix(')'))
+        .map(|link| docs.join(link))
+        .collect();
+    let there: BTreeSet<PathBuf> = ["", "conformance"]
+        .into_iter()
+        .flat_map(|folder| std::fs::read_dir(docs.join(folder)).unwrap())
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|end| end == "md") && !path.ends_with("SUMMARY.md"))
+        .map(|path| path.components().collect())
+        .collect();
+    assert_eq!(links, there);
+}
+
+/// Links to pages, files and headings of the tree.
+#[test]
+fn a_link_led_nowhere() {
+    let more =
+        ["ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "lab/README.md", "docs/conformance/README.md"];
+    for page in pages().into_iter().chain(more.map(|page| root().join(page))) {
+        let text = std::fs::read_to_string(&page).unwrap();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link) {
+            if link.contains("://") || link.contains(char::is_whitespace) {
+                continue;
+            }
+            let (file, heading) = link.split_once('#').map_or((link, None), |(file, at)| (file, Some(at)));
+            let target = if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
+            assert!(target.exists(), "{}: {link}", page.display());
+            let Some(heading) = heading else { continue };
+            let text = std::fs::read_to_string(&target).unwrap();
+            let is_there =
+                text.lines().filter(|line| line.starts_with('#')).any(|line| anchor(line) == heading);
+            assert!(is_there, "{}: {link}", page.display());
+        }
+    }
+}
+
+/// What a heading is called in a link.
+fn anchor(heading: &str) -> String {
+    let text = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = text.chars().filter(|letter| letter.is_alphanumeric() || " -_".contains(*letter));
+    kept.map(|letter| if letter == ' ' { '-' } else { letter }).collect()
 }
 
 /// Cargo is not run inside of a test: it would build everything once more, with other features.
