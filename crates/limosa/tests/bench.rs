@@ -213,7 +213,7 @@ fn a_state_that_cannot_be_loaded_back_is_told() {
 fn an_arc_that_hangs_costs_its_limit_and_the_run_says_where_it_ended() {
     let folder = Folder::new();
     let device = folder.device("device", &["fault=stall:RUNNING>PRE_COPY:600000"]);
-    let limits = ["--timeout", "0.2", "--state-timeout", "0.2"];
+    let limits = ["--timeout", "3", "--state-timeout", "3"];
     let args = [&["--json", "bench", &device.socket][..], &SHORT, &limits].concat();
     let ended = limosa(&args);
     assert_eq!(ended.code, 1, "{ended:?}");
@@ -293,7 +293,7 @@ fn runs_with_nothing_in_common_were_no_different() {
 fn a_device_that_went_silent_before_the_run_was_called_off_counted_as_given_back() {
     let folder = Folder::new();
     let device = folder.device("device", &["fault=stall:RUNNING>PRE_COPY:600000"]);
-    let limits = ["--timeout", "0.2", "--state-timeout", "0.5"];
+    let limits = ["--timeout", "3", "--state-timeout", "3"];
     let running = start(&[&["bench", &device.socket][..], &SHORT, &limits].concat());
     // The last measure that ends before the arc that hangs.
     running.line("arc RUNNING>RUNNING_P2P");

@@ -177,7 +177,7 @@ fn a_measurement_that_fails_says_in_which_state_the_device_is() {
     assert_eq!((code, breaks.state()), (NOT_READY, State::Error));
     let hangs = folder.device("hangs", &["fault=stall:RUNNING>PRE_COPY:600000"]);
     let (document, code) =
-        doctor(&["--timeout", "0.2", "--state-timeout", "0.05", &hangs.socket, "--measure"]);
+        doctor(&["--timeout", "3", "--state-timeout", "0.05", &hangs.socket, "--measure"]);
     has(&document, &["not-measured", "device-not-restored"]);
     assert_eq!(code, NOT_READY);
     hangs.kill_now();
@@ -276,7 +276,7 @@ fn a_measurement_whose_terminal_was_closed_left_the_device_stopped() {
 fn a_measurement_that_was_called_off_said_that_a_silent_device_was_let_go() {
     let folder = Folder::new();
     let device = folder.device("device", &["fault=stall:RUNNING>PRE_COPY:600000"]);
-    let limits = ["--timeout", "0.2", "--state-timeout", "1"];
+    let limits = ["--timeout", "3", "--state-timeout", "1"];
     let running = start(&[&["doctor", &device.socket, "--measure"][..], &limits].concat());
     running.line("it is stopped for a moment");
     running.signal(Signal::INT);

@@ -116,8 +116,8 @@ fn state_says_where_a_refused_arc_left_the_device_and_how_to_leave_error() {
 #[test]
 fn a_transition_may_take_longer_than_another_request() {
     let folder = Folder::new();
-    let device = folder.device("device", &["fault=stall:RUNNING>RUNNING_P2P:600"]);
-    limosa(&["--timeout", "0.4", "state", &device.socket, "set", "RUNNING_P2P"]).ok();
+    let device = folder.device("device", &["fault=stall:RUNNING>RUNNING_P2P:3500"]);
+    limosa(&["--timeout", "3", "state", &device.socket, "set", "RUNNING_P2P"]).ok();
     assert_eq!(device.state(), State::RunningP2p);
 }
 

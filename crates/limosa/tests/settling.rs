@@ -150,8 +150,8 @@ fn a_device_that_did_not_answer_held_up_the_others_and_the_guest() {
     let doubt = Doubt::new();
     let id = doubt.id();
     doubt.one.signal(Signal::STOP);
-    let args = ["--timeout", "1", "--id", &id, "--decide", "undone"];
-    doubt.resolve(&args).fails(4, &["undone, but not all of it", &doubt.one.socket, "within 1s"]);
+    let args = ["--timeout", "3", "--id", &id, "--decide", "undone"];
+    doubt.resolve(&args).fails(4, &["undone, but not all of it", &doubt.one.socket, "within 3s"]);
     assert!(doubt.other.runs(GUEST) && !doubt.vcpus.is_stopped());
     // It is settled when it answers again.
     doubt.one.signal(Signal::CONT);
