@@ -176,8 +176,7 @@ fn a_measurement_that_fails_says_in_which_state_the_device_is() {
     has(&document, &["not-measured", "device-not-restored"]);
     assert_eq!((code, breaks.state()), (NOT_READY, State::Error));
     let hangs = folder.device("hangs", &["fault=stall:RUNNING>PRE_COPY:600000"]);
-    let (document, code) =
-        doctor(&["--timeout", "3", "--state-timeout", "0.05", &hangs.socket, "--measure"]);
+    let (document, code) = doctor(&["--timeout", "3", "--state-timeout", "0.05", &hangs.socket, "--measure"]);
     has(&document, &["not-measured", "device-not-restored"]);
     assert_eq!(code, NOT_READY);
     hangs.kill_now();

@@ -17,7 +17,8 @@ use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DmaMapFlags;
 use limosa_testing::memfd;
 
-const MEMORY_BYTES: u64 = 24 << 20;
+/// More than a reader of an object has ahead of what it loads (eight ranges of 4 MiB), so that a server can go away meanwhile.
+const MEMORY_BYTES: u64 = 40 << 20;
 
 /// Guest memory that does something when it is read or written for the first time behind an offset.
 pub struct Memory24 {

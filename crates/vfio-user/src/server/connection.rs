@@ -1,63 +1,45 @@
 //! One connection: its requests in the order in which they come, each with one reply
 //! (`vfio-user.rst: Commands, Socket Disconnection Behavior`).
 
-use std::io::IoSlice;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use limosa_device::{ClientId, Machine, NextClient, Released, SessionId};
+use limosa_device::Machine;
 use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
-use zerocopy::IntoBytes;
 
 use super::Options;
+use super::access;
+use super::admission;
 use super::buffer::Buffer;
+use super::data::SessionData;
+use super::dma::ClientMemory;
 use super::doors::{self, ConnectionId, Doors, Role};
+use super::feature::Features;
 use super::info::{self, Answer};
 use super::interrupts;
-use super::job::{self, Handled, Job, Outcome, reply_header};
+use super::job::{self, Handled, Job, Outcome};
 use super::link::{Fits, Incoming, Link, Something};
-use super::parked::Parked;
-use super::stream::DataSocket;
+use super::mapping;
+use super::parked::{Access, Parked};
+use super::peer::Peer;
 use crate::codec::{Command, Request};
-use crate::connection::ConnectionError;
-use crate::version::{DATA_XFER_BYTES_MAX, Limits};
+use crate::connection::{ConnectionError, Fds};
+use crate::version::DATA_XFER_BYTES_MAX;
 
 /// A connection being served.
 pub(super) struct Connection<'a> {
-    pub(super) machine: &'a Arc<Machine>,
-    pub(super) options: &'a Options,
-    /// The most bytes of data that a command may ask for or carry.
-    pub(super) data_bytes_max: u32,
-    pub(super) link: Arc<Link>,
-    /// What was agreed on; `None` before VERSION.
-    pub(super) limits: Option<Limits>,
-    /// Where replies are made, and data gathered.
-    pub(super) reply: Buffer,
-    /// Where data goes that the model has no place for.
-    pub(super) spare: Vec<u8>,
-    /// The session's own socket, when the client asked for one.
-    pub(super) data_socket: Option<DataSocket>,
-    /// The session whose data has moved by messages, or may have.
-    pub(super) moved: Option<SessionId>,
+    /// Dropped first: the session's own socket ends before the device is another client's.
+    data: SessionData,
+    peer: Peer<'a>,
+    parked: Parked,
+    /// Where replies are made.
+    room: Buffer,
     /// When the version must have been negotiated.
     version_until: Instant,
-    pub(super) doors: &'a Doors,
-    pub(super) id: ConnectionId,
-    /// It came by the door for control clients.
-    pub(super) by_control_door: bool,
-    /// `None` before VERSION.
-    pub(super) role: Option<Role>,
-    /// What the machine knows it as, once it has a role.
-    pub(super) client: ClientId,
-    pub(super) parked: Parked,
-    /// What it has prepared, while it waits for the VMM's place as the next client.
-    pub(super) next: Option<Arc<NextClient>>,
-    /// Wakes this connection when accesses are held back no more.
-    pub(super) released: Option<Arc<Released>>,
 }
 
 impl<'a> Connection<'a> {
@@ -72,31 +54,22 @@ impl<'a> Connection<'a> {
         let data_bytes_max = options.data_bytes_max.clamp(4096, DATA_XFER_BYTES_MAX);
         let link =
             Arc::new(Link::new(stream, data_bytes_max as usize, options.message_limit, options.dma_limit)?);
-        let id = doors.enter(&link, by_control_door, adopted);
         Ok(Connection {
-            machine,
-            options,
-            data_bytes_max,
-            link,
-            limits: None,
-            reply: Buffer::default(),
-            spare: Vec::new(),
-            data_socket: None,
-            moved: None,
-            version_until: Instant::now() + options.version_limit,
-            doors,
-            id,
-            by_control_door,
-            role: None,
-            client: ClientId::VMM,
+            data: SessionData::default(),
+            peer: Peer::new(machine, options, doors, link, by_control_door, adopted, data_bytes_max),
             parked: Parked::default(),
-            next: None,
-            released: None,
+            room: Buffer::default(),
+            version_until: Instant::now() + options.version_limit,
         })
     }
 
+    /// The client's memory, by messages.
+    pub(super) fn memory(&self) -> ClientMemory {
+        self.peer.memory()
+    }
+
     pub(super) fn link(&self) -> Arc<Link> {
-        Arc::clone(&self.link)
+        Arc::clone(&self.peer.link)
     }
 
     /// Serves until the end, and lets go of all that the client gave.
@@ -116,51 +89,30 @@ impl<'a> Connection<'a> {
         if end == ConnectionError::Given {
             return end;
         }
-        self.link.end();
-        self.data_socket = None;
-        self.leave();
+        self.peer.link.end();
+        self.data.end();
+        self.peer.leave();
         tracing::debug!(%end, "disconnected");
         end
     }
 
-    /// Lets go of what the client gave. A VMM's device goes to its next client, if there is one.
-    fn leave(&mut self) {
-        let is_vmm = match self.role {
-            None => false,
-            Some(Role::Control) => {
-                self.machine.client_gone(self.client);
-                false
-            }
-            Some(Role::Vmm) => true,
-            // What it has prepared goes; or it has become the VMM, and did not know yet.
-            Some(Role::Next) => self.next.as_ref().is_none_or(|next| !next.withdraw()),
-        };
-        if is_vmm && !self.doors.hand_over(self.id, |next| self.machine.hand_over(next)) {
-            self.machine.client_gone(ClientId::VMM);
-            // One that was admitted meanwhile.
-            while !self.doors.leave_unless_next(self.id) {
-                self.doors.hand_over(self.id, |next| self.machine.hand_over(next));
-            }
-        }
-    }
-
     /// Stops here while connections are paused, which only those are that can be handed over.
     fn pause_here(&self) -> Result<(), ConnectionError> {
-        if !self.options.interruptible {
+        if !self.peer.options.interruptible {
             return Ok(());
         }
-        self.link.flush()?;
-        if self.doors.is_open() && self.link.is_busy() {
+        self.peer.link.flush()?;
+        if self.peer.doors.is_open() && self.peer.link.is_busy() {
             return Ok(());
         }
-        self.doors.pause_here(self.id, &|| self.state(Vec::new()))
+        self.peer.doors.pause_here(self.peer.id, &|| self.state(Vec::new()))
     }
 
     /// What another process needs to go on with this connection, beside its link.
-    pub(super) fn state(&self, unanswered: Vec<u8>) -> doors::State {
+    fn state(&self, unanswered: Vec<u8>) -> doors::State {
         doors::State {
-            limits: self.limits,
-            by_control_door: self.by_control_door,
+            limits: self.peer.limits,
+            by_control_door: self.peer.by_control_door,
             unanswered,
             parked: self.parked.iter().cloned().collect(),
         }
@@ -168,39 +120,39 @@ impl<'a> Connection<'a> {
 
     /// Goes on with a connection that another process has served.
     pub(super) fn adopt(mut self, state: doors::State) -> Connection<'a> {
-        self.limits = state.limits;
+        self.peer.limits = state.limits;
         state.parked.into_iter().for_each(|access| self.parked.keep(access));
-        self.doors.agreed(self.id, self.limits);
-        if self.limits.is_some() {
-            self.doors.adopt(self.id, Role::Vmm);
-            self.be_vmm();
+        self.peer.doors.agreed(self.peer.id, self.peer.limits);
+        if self.peer.limits.is_some() {
+            self.peer.doors.adopt(self.peer.id, Role::Vmm);
+            self.peer.be_vmm();
         }
         self
     }
 
     fn serve_one(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
         self.pause_here()?;
-        self.look_whether_owner();
+        self.peer.look_whether_owner();
         if !self.parked.is_empty() {
             return self.serve_while_parked(request);
         }
         // An idle client may be idle for ever.
-        let until = if self.limits.is_some() { None } else { Some(self.version_until) };
-        if self.options.interruptible {
-            match self.link.wait_for_something(until, true)? {
+        let until = if self.peer.limits.is_some() { None } else { Some(self.version_until) };
+        if self.peer.options.interruptible {
+            match self.peer.link.wait_for_something(until, true)? {
                 Something::Command => {}
                 Something::Woken => return Ok(()),
                 Something::Late => return Err(ConnectionError::Silent),
             }
         }
-        match self.link.next(request, until)? {
+        match self.peer.link.next(request, until)? {
             Some(incoming) => self.handle(incoming, request),
             None => Err(ConnectionError::Silent),
         }
     }
 
-    pub(super) fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), ConnectionError> {
-        self.look_whether_owner();
+    fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), ConnectionError> {
+        self.peer.look_whether_owner();
         let Incoming { header, fds, body_bytes, held, receiver, fits } = incoming;
         let mut job = Job { header, fds: fds.fds, receiver };
         tracing::debug!(
@@ -226,12 +178,12 @@ impl<'a> Connection<'a> {
         // Whatever the handler left of the body.
         if let Some(mut receiver) = job.receiver.take() {
             let skipped = receiver.skip(None);
-            self.link.give_back(receiver);
+            self.peer.link.give_back(receiver);
             skipped?;
         }
         match outcome? {
             Outcome::Replied => {}
-            Outcome::Refused(errno) => self.refuse(&job, errno)?,
+            Outcome::Refused(errno) => job.refuse(&self.peer.link, errno)?,
             Outcome::Held => self.park(&job, request.held(held)),
         }
         if fits == Fits::Ends {
@@ -240,108 +192,149 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    fn refuse(&self, job: &Job, errno: Errno) -> Result<(), ConnectionError> {
-        let header = &job.header;
-        tracing::debug!(command = %header.command, id = header.id, %errno, "refused");
-        if !job.wants_reply() {
-            return Ok(());
-        }
-        self.link.send(&mut [IoSlice::new(header.refusal(errno).as_bytes())], &[])
-    }
-
     fn dispatch(&mut self, job: &mut Job, request: Request<'_>) -> Handled {
-        if self.limits.is_none() != (job.header.command == Command::VERSION) {
+        if self.peer.limits.is_none() != (job.header.command == Command::VERSION) {
             tracing::debug!(command = %job.header.command, "VERSION comes first, and once");
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
-        if let Err(errno) = self.check_role(&request) {
+        if let Err(errno) = self.peer.check(&request) {
             return Ok(Outcome::Refused(errno));
         }
-        let description = self.machine.description();
+        let description = self.peer.machine.description();
         match request {
-            Request::Version(version, data) => self.version(job, version, data),
-            Request::DmaMap(map) => self.dma_map(job, map),
-            Request::DmaUnmap(unmap, bitmap) => self.dma_unmap(job, unmap, bitmap),
+            Request::Version(version, data) => admission::version(&mut self.peer, job, version, data),
+            Request::DmaMap(map) => mapping::map(&self.peer, job, map),
+            Request::DmaUnmap(unmap, bitmap) => mapping::unmap(&self.peer, job, unmap, bitmap),
             Request::GetInfo { argsz } => self.answer(job, info::device(description, argsz)),
             Request::GetRegionInfo { argsz, index } => {
-                let file = self.machine.region_file(index);
+                let file = self.peer.machine.region_file(index);
                 let file = file.as_ref().map(|file| file.as_fd());
-                self.answer(job, info::region(description, file, self.fds_max(), argsz, index))
+                self.answer(job, info::region(description, file, self.peer.fds_max(), argsz, index))
             }
             Request::GetRegionIoFds { argsz, index } => {
-                self.answer(job, info::region_io_fds(description, self.fds_max(), argsz, index))
+                self.answer(job, info::region_io_fds(description, self.peer.fds_max(), argsz, index))
             }
             Request::GetIrqInfo { argsz, index } => self.answer(job, info::irq(description, argsz, index)),
             Request::SetIrqs(set) => {
                 let fds = std::mem::take(&mut job.fds);
-                match interrupts::set_irqs(self.machine, self.next.as_deref(), &set, fds) {
-                    Ok(()) => self.reply(job, &[]),
+                match interrupts::set_irqs(self.peer.machine, self.peer.next(), &set, fds) {
+                    Ok(()) => job.reply(&self.peer.link, &[]),
                     Err(errno) => Ok(Outcome::Refused(errno)),
                 }
             }
-            Request::RegionRead(access) => self.region_read(job, access),
-            Request::RegionWrite(access, data) => self.region_write(job, access, data),
-            Request::RegionWriteMulti(writes) => self.region_write_multi(job, writes),
+            Request::RegionRead(access) => {
+                access::read(&self.peer, &self.parked, &mut self.room, job, access)
+            }
+            Request::RegionWrite(access, data) => access::write(&self.peer, &self.parked, job, access, data),
+            Request::RegionWriteMulti(writes) => {
+                access::write_multi(&self.peer, &mut self.parked, job, writes)
+            }
             Request::Reset => self.reset(job),
-            Request::Feature(header, data) => self.feature(job, header, data),
-            Request::MigDataRead(read) => self.mig_data_read(job, read),
-            Request::MigDataWrite(write, data) => self.mig_data_write(job, write, data),
+            Request::Feature(header, data) => {
+                let Connection { peer, data: session, room, .. } = self;
+                Features { peer, data: session, room }.answer(job, header, data)
+            }
+            Request::MigDataRead(read) => self.data.read(&self.peer, job, read),
+            Request::MigDataWrite(write, data) => self.data.write(&self.peer, job, write, data),
         }
     }
 
     fn reset(&mut self, job: &Job) -> Handled {
-        let reset = self.machine.reset();
-        self.follow_session();
+        let reset = self.peer.machine.reset();
+        self.data.follow_session(&self.peer);
         if reset.is_ok() {
             // What came before it would be done after it.
             for header in self.parked.clear() {
-                self.refuse(&Job { header, fds: Vec::new(), receiver: None }, Errno::EBUSY)?;
+                Job { header, fds: Vec::new(), receiver: None }.refuse(&self.peer.link, Errno::EBUSY)?;
             }
         }
         match reset {
-            Ok(()) => self.reply(job, &[]),
+            Ok(()) => job.reply(&self.peer.link, &[]),
             Err(errno) => Ok(Outcome::Refused(errno)),
         }
-    }
-
-    /// The most fds that the client takes in one message. A control client maps nothing, nor does one that has not the device yet.
-    fn fds_max(&self) -> usize {
-        if self.role == Some(Role::Control) || self.is_next() {
-            return 0;
-        }
-        self.limits.map_or(0, |limits| limits.msg_fds_max)
     }
 
     fn answer(&self, job: &Job, answer: Result<Answer<'_>, Errno>) -> Handled {
         match answer {
-            Ok(answer) => self.reply_pieces(job, &[&answer.body], &answer.fds),
+            Ok(answer) => job.reply_pieces(&self.peer.link, &[&answer.body], &answer.fds),
             Err(errno) => Ok(Outcome::Refused(errno)),
         }
     }
 
-    /// Replies with this body, if a reply is wanted.
-    pub(super) fn reply(&self, job: &Job, body: &[u8]) -> Handled {
-        self.reply_pieces(job, &[body], &[])
-    }
-
-    /// Replies with a body of up to three pieces, and fds.
-    pub(super) fn reply_pieces(&self, job: &Job, body: &[&[u8]], fds: &[BorrowedFd<'_>]) -> Handled {
-        if job.wants_reply() {
-            let header = reply_header(&job.header, body.iter().map(|piece| piece.len()).sum())?;
-            let mut pieces = [IoSlice::new(&[]); 4];
-            pieces[0] = IoSlice::new(header.as_bytes());
-            for (to, from) in pieces[1..].iter_mut().zip(body) {
-                *to = IoSlice::new(from);
-            }
-            self.link.send(&mut pieces[..=body.len()], fds)?;
+    /// Keeps the access that is being handled.
+    fn park(&mut self, job: &Job, body: &[u8]) {
+        let writes_done = std::mem::take(&mut self.parked.writes_done);
+        if self.parked.is_empty() {
+            tracing::info!(
+                next = self.peer.is_next(),
+                "a VMM uses a device that is moved, or not its own yet: its accesses wait"
+            );
         }
-        Ok(Outcome::Replied)
+        self.parked.keep(Access { header: job.header, body: body.to_vec(), writes_done });
     }
-}
 
-impl Drop for Connection<'_> {
-    /// Last: whoever waits for the VMM's place finds the device without what was this client's.
-    fn drop(&mut self) {
-        self.doors.leave(self.id);
+    /// One step while accesses wait.
+    fn serve_while_parked(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
+        if !self.peer.holds_accesses() {
+            return self.replay(request);
+        }
+        // While the device stays, or is not this client's yet, there is no limit; it counts from when there is one.
+        let until = if self.peer.is_next() || self.peer.machine.stays().is_some() {
+            self.parked.since = None;
+            None
+        } else {
+            Some(*self.parked.since.get_or_insert_with(Instant::now) + self.peer.options.park_limit)
+        };
+        if until.is_some_and(|until| Instant::now() >= until) {
+            // A device that cannot run again answers them with errors.
+            self.parked.since = Some(Instant::now());
+            if let Err(errno) = self.peer.machine.take_back() {
+                tracing::error!(%errno, "the device does not run again: its VMM's accesses wait on");
+            }
+            return Ok(());
+        }
+        if self.parked.is_full() {
+            self.peer.link.was_woken();
+            self.peer.look_whether_owner();
+            if self.peer.holds_accesses() {
+                self.peer.link.wait_for_wake(until)?;
+            }
+            return Ok(());
+        }
+        match self.peer.link.wait_for_something(until, false)? {
+            Something::Command => match self.peer.link.next(request, None)? {
+                Some(incoming) => self.handle(incoming, request),
+                None => Ok(()),
+            },
+            Something::Woken | Something::Late => Ok(()),
+        }
+    }
+
+    /// Makes the accesses that waited, in their order, until one has to wait again.
+    fn replay(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
+        let since = self.parked.since.take();
+        while let Some(Access { header, body, writes_done }) = self.parked.take_first() {
+            let bytes = body.len();
+            request.bytes(bytes).copy_from_slice(&body);
+            (self.parked.replays, self.parked.writes_done) = (true, writes_done);
+            let fits = Fits::Yes;
+            let incoming = Incoming {
+                header,
+                fds: Fds::default(),
+                body_bytes: bytes,
+                held: bytes,
+                receiver: None,
+                fits,
+            };
+            let handled = self.handle(incoming, request);
+            self.parked.replays = false;
+            handled?;
+            if self.peer.machine.holds_accesses() && !self.parked.is_empty() {
+                self.parked.since = since;
+                return Ok(());
+            }
+        }
+        self.parked.since = None;
+        Ok(())
     }
 }

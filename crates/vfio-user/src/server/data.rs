@@ -11,14 +11,16 @@
 //! are not.
 
 use std::io::IoSlice;
+use std::os::unix::net::UnixStream;
 
 use limosa_device::{Machine, Save, SessionId};
-use limosa_protocol::Errno;
+use limosa_protocol::{Errno, State};
 use zerocopy::IntoBytes;
 
-use super::connection::Connection;
 use super::job::{Handled, Job, Outcome, reply_header};
 use super::link::Link;
+use super::peer::Peer;
+use super::stream::DataSocket;
 use crate::codec::{Header, MigData};
 use crate::connection::{ConnectionError, Receiver};
 
@@ -37,22 +39,34 @@ enum Piece {
     Dry,
 }
 
-impl Connection<'_> {
-    pub(super) fn mig_data_read(&mut self, job: &Job, read: MigData) -> Handled {
-        if let Some(socket) = &self.data_socket {
+/// How the data of a client's sessions moves.
+#[derive(Default)]
+pub(super) struct SessionData {
+    /// The session's own socket, when the client asked for one.
+    socket: Option<DataSocket>,
+    /// The session whose data has moved by messages.
+    moved: Option<SessionId>,
+    /// Where data goes that the model has no place for.
+    gathered: Vec<u8>,
+}
+
+impl SessionData {
+    /// MIG_DATA_READ.
+    pub(super) fn read(&mut self, peer: &Peer<'_>, job: &Job, read: MigData) -> Handled {
+        if let Some(socket) = &self.socket {
             // The data goes another way; what is asked is how far it is.
             let saved = if socket.loads() { Err(Errno::EBADF) } else { socket.saved() };
             return match saved {
-                Ok(()) => self.reply(job, MigData { argsz: MigData::BYTES as u32, size: 0 }.as_bytes()),
+                Ok(()) => job.reply(&peer.link, MigData { argsz: MigData::BYTES as u32, size: 0 }.as_bytes()),
                 Err(errno) => Ok(Outcome::Refused(errno)),
             };
         }
         let want = read.size as usize;
         let room = (read.argsz as usize).checked_sub(MigData::BYTES);
-        if want == 0 || read.size > self.data_bytes_max || room.is_none_or(|room| room < want) {
+        if want == 0 || read.size > peer.data_bytes_max || room.is_none_or(|room| room < want) {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
-        let Some(session) = self.machine.session_for(self.client) else {
+        let Some(session) = peer.machine.session_for(peer.client) else {
             return Ok(Outcome::Refused(Errno::ENODEV));
         };
         if !job.wants_reply() {
@@ -60,12 +74,12 @@ impl Connection<'_> {
             return Ok(Outcome::Replied);
         }
         self.moved = Some(session);
-        let link = &self.link;
-        let gathered = &mut self.spare;
+        let link = &*peer.link;
+        let gathered = &mut self.gathered;
         gathered.clear();
         let reply = |data: &[u8]| reply(link, &job.header, data, want);
         while gathered.len() < want {
-            let piece = self.machine.data_read(session, want - gathered.len(), |save| match save {
+            let piece = peer.machine.data_read(session, want - gathered.len(), |save| match save {
                 Save::Data(data) if data.len() == want => Piece::Sent(reply(data)),
                 Save::Data(data) => {
                     gathered.extend_from_slice(data);
@@ -90,43 +104,87 @@ impl Connection<'_> {
         Ok(Outcome::Replied)
     }
 
-    pub(super) fn mig_data_write(&mut self, job: &mut Job, write: MigData, data: &[u8]) -> Handled {
-        if write.size > self.data_bytes_max {
+    /// MIG_DATA_WRITE, with the data that came with its header; the rest is on the socket.
+    pub(super) fn write(&mut self, peer: &Peer<'_>, job: &mut Job, write: MigData, data: &[u8]) -> Handled {
+        if write.size > peer.data_bytes_max {
             return Ok(Outcome::Refused(Errno::EINVAL));
         }
-        if let Some(socket) = &self.data_socket {
+        if let Some(socket) = &self.socket {
             let refused = match (socket.loads(), write.size) {
                 (false, _) => Err(Errno::EBADF),
                 (true, 0) => socket.refused(),
                 (true, _) => Err(Errno::EBUSY),
             };
             return match refused {
-                Ok(()) => self.reply(job, &[]),
+                Ok(()) => job.reply(&peer.link, &[]),
                 Err(errno) => Ok(Outcome::Refused(errno)),
             };
         }
-        let Some(session) = self.machine.session_for(self.client) else {
+        let Some(session) = peer.machine.session_for(peer.client) else {
             return Ok(Outcome::Refused(Errno::ENODEV));
         };
         self.moved = Some(session);
         let written = match job.receiver.take() {
-            None => self.machine.data_write(session, data),
+            None => peer.machine.data_write(session, data),
             Some(receiver) => {
-                let mut rest = Rest { link: &self.link, receiver: Some(receiver) };
-                match receive_data(self.machine, session, write.size as usize, &mut self.spare, &mut rest) {
+                let mut rest = Rest { link: &peer.link, receiver: Some(receiver) };
+                match receive_data(peer.machine, session, write.size as usize, &mut self.gathered, &mut rest)
+                {
                     Ok(written) => written,
                     Err(end) => {
                         // What came of this message is loaded, and the rest is not.
-                        self.machine.data_lost(session);
+                        peer.machine.data_lost(session);
                         return Err(end);
                     }
                 }
             }
         };
         match written {
-            Ok(()) => self.reply(job, &[]),
+            Ok(()) => job.reply(&peer.link, &[]),
             Err(errno) => Ok(Outcome::Refused(errno)),
         }
+    }
+
+    /// Opens a socket for the data of the client's session, and returns the client's end of it. ENODEV without a session, EBUSY
+    /// when its data has begun to move another way.
+    pub(super) fn open_socket(&mut self, peer: &Peer<'_>) -> Result<UnixStream, Errno> {
+        let session = self.untouched_session(peer)?;
+        let (socket, theirs) = DataSocket::open(peer.machine, session)?;
+        self.socket = Some(socket);
+        Ok(theirs)
+    }
+
+    /// The client's session, if none of its data has moved.
+    pub(super) fn untouched_session(&self, peer: &Peer<'_>) -> Result<SessionId, Errno> {
+        let session = peer.machine.session_for(peer.client).ok_or(Errno::ENODEV)?;
+        let is_touched = self.socket.is_some() || self.moved == Some(session) || peer.found(session);
+        if is_touched { Err(Errno::EBUSY) } else { Ok(session) }
+    }
+
+    /// Before the state is set to `wanted`: what the client wrote to a load's own socket is loaded first, up to the length that it
+    /// announced.
+    pub(super) fn finish_load(&self, peer: &Peer<'_>, wanted: Option<State>) -> Result<(), Errno> {
+        let leaves = wanted.is_some_and(|state| !matches!(state, State::Resuming | State::Error));
+        match &self.socket {
+            Some(socket) if socket.loads() && leaves => socket.loaded(peer.options.message_limit),
+            _ => Ok(()),
+        }
+    }
+
+    /// After the state may have changed: the session's own socket ends with it, or goes on.
+    pub(super) fn follow_session(&mut self, peer: &Peer<'_>) {
+        if let Some(socket) = &self.socket {
+            if peer.machine.session_for(peer.client) == Some(socket.session()) {
+                socket.look_again();
+            } else {
+                self.socket = None;
+            }
+        }
+    }
+
+    /// Ends the session's own socket.
+    pub(super) fn end(&mut self) {
+        self.socket = None;
     }
 }
 

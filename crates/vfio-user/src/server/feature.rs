@@ -11,12 +11,15 @@ use limosa_protocol::feature::{
     DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport, FeatureMigState, FeatureRules,
     PrecopyInfo,
 };
-use limosa_protocol::{Errno, FeatureCall, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags, State};
+use limosa_protocol::{Errno, FeatureCall, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::connection::Connection;
+use super::buffer::Buffer;
+use super::control;
+use super::data::SessionData;
 use super::job::{Handled, Job, Outcome, reply_header};
-use super::stream::DataSocket;
+use super::next;
+use super::peer::Peer;
 use crate::codec::Header;
 use crate::extension;
 
@@ -29,8 +32,17 @@ const PIECE_WORDS: usize = 16 << 10;
 /// The longest fixed part of a feature's data.
 const PAYLOAD_BYTES_MAX: usize = 64;
 
-impl Connection<'_> {
-    pub(super) fn feature(&mut self, job: &Job, header: FeatureHeader, data: &[u8]) -> Handled {
+/// What requests for features need.
+pub(super) struct Features<'c, 'a> {
+    pub(super) peer: &'c Peer<'a>,
+    pub(super) data: &'c mut SessionData,
+    /// Where the words of a bitmap go.
+    pub(super) room: &'c mut Buffer,
+}
+
+impl Features<'_, '_> {
+    /// A FEATURE request, with the data behind its header.
+    pub(super) fn answer(&mut self, job: &Job, header: FeatureHeader, data: &[u8]) -> Handled {
         let call = match header.call() {
             Ok(call) => call,
             Err(errno) => return Ok(Outcome::Refused(errno)),
@@ -52,15 +64,15 @@ impl Connection<'_> {
         let done = match (call.index, call.op) {
             (FeatureIndex::DMA_LOGGING_START, FeatureOp::SET) => self.start(call, &mut payload, data),
             (index, FeatureOp::SET) if index.rules().is_some_and(|rules| rules.payload_bytes > at_hand) => {
-                self.machine.feature_for(self.client, sent, &mut payload, Refers::Nothing)
+                self.peer.machine.feature_for(self.peer.client, sent, &mut payload, Refers::Nothing)
             }
             (FeatureIndex::MIG_DEVICE_STATE, FeatureOp::SET) => self.set_state(call, &mut payload),
             (extension::PRECOPY_INFO | extension::DATA_FD, _) => self.extension(call, &mut payload),
-            (extension::NEXT, _) => self.next_feature(sent, &mut payload),
+            (extension::NEXT, _) => next::feature(self.peer, sent, &mut payload),
             (extension::STAY | extension::ECHO | extension::KICK, _) => {
-                self.control_feature(sent, &mut payload)
+                control::feature(self.peer, sent, &mut payload)
             }
-            _ => self.machine.feature_for(self.client, call, &mut payload, Refers::Nothing),
+            _ => self.peer.machine.feature_for(self.peer.client, call, &mut payload, Refers::Nothing),
         };
         let payload_bytes = match done {
             Ok(done) => done.payload_bytes,
@@ -68,7 +80,7 @@ impl Connection<'_> {
         };
         if call.op == FeatureOp::GET {
             let header = FeatureHeader::new(call.index, call.op, payload_bytes as u32);
-            return self.reply_pieces(job, &[header.as_bytes(), &payload[..payload_bytes]], &[]);
+            return job.reply_pieces(&self.peer.link, &[header.as_bytes(), &payload[..payload_bytes]], &[]);
         }
         // What was sent, with what the device chose in it: a page size, and no data fd, whatever was sent for it.
         let chosen = match call.index {
@@ -78,39 +90,23 @@ impl Connection<'_> {
             _ => 0,
         };
         let chosen = chosen.min(payload_bytes);
-        self.reply_pieces(job, &[header.as_bytes(), &payload[..chosen], &data[chosen..]], &[])
+        job.reply_pieces(&self.peer.link, &[header.as_bytes(), &payload[..chosen], &data[chosen..]], &[])
     }
 
     fn set_state(&mut self, call: FeatureCall, payload: &mut [u8]) -> Result<FeatureDone, Errno> {
+        let peer = self.peer;
         let wanted =
             FeatureMigState::read_from_prefix(payload).ok().and_then(|(state, _)| state.state().ok());
-        if let Some(socket) = &self.data_socket
-            && socket.loads()
-            && wanted.is_some_and(|state| !matches!(state, State::Resuming | State::Error))
-        {
-            // All that the client wrote counts, and not more of it than it wanted to.
-            socket.loaded(self.options.message_limit)?;
-        }
-        let done = self.machine.feature_for(self.client, call, payload, Refers::Nothing);
-        self.follow_session();
+        self.data.finish_load(peer, wanted)?;
+        let done = peer.machine.feature_for(peer.client, call, payload, Refers::Nothing);
+        self.data.follow_session(peer);
         done
-    }
-
-    /// After the state may have changed: the session's own socket ends with it, or goes on.
-    pub(super) fn follow_session(&mut self) {
-        if let Some(socket) = &self.data_socket {
-            if self.machine.session_for(self.client) == Some(socket.session()) {
-                socket.look_again();
-            } else {
-                self.data_socket = None;
-            }
-        }
     }
 
     /// PROBE of the features beyond the standard's, and GET of PRECOPY_INFO.
     fn extension(&self, call: FeatureCall, payload: &mut [u8]) -> Result<FeatureDone, Errno> {
-        let flags = self.machine.migration_flags().ok_or(Errno::ENOTTY)?;
-        let fds = self.limits.is_some_and(|limits| limits.msg_fds_max > 0);
+        let flags = self.peer.machine.migration_flags().ok_or(Errno::ENOTTY)?;
+        let fds = self.peer.limits.is_some_and(|limits| limits.msg_fds_max > 0);
         let (there, payload_bytes) = if call.index == extension::DATA_FD {
             (fds, size_of::<extension::DataFd>())
         } else {
@@ -124,7 +120,10 @@ impl Connection<'_> {
             return Ok(FeatureDone::default());
         }
         // Without a session the state is none of pre-copy's.
-        let info = self.machine.precopy_info(self.machine.session_for(self.client).ok_or(Errno::EINVAL)?)?;
+        let info = self
+            .peer
+            .machine
+            .precopy_info(self.peer.machine.session_for(self.peer.client).ok_or(Errno::EINVAL)?)?;
         info.write_to_prefix(payload).map_err(|_| Errno::EINVAL)?;
         Ok(FeatureDone { payload_bytes, opened: None })
     }
@@ -137,7 +136,7 @@ impl Connection<'_> {
             Ok(Some(theirs)) => {
                 let header = FeatureHeader::new(call.index, call.op, size_of::<extension::DataFd>() as u32);
                 let payload = extension::DataFd::default();
-                self.reply_pieces(job, &[header.as_bytes(), payload.as_bytes()], &[theirs.as_fd()])
+                job.reply_pieces(&self.peer.link, &[header.as_bytes(), payload.as_bytes()], &[theirs.as_fd()])
             }
             Err(errno) => Ok(Outcome::Refused(errno)),
         }
@@ -148,23 +147,23 @@ impl Connection<'_> {
         if call.payload_bytes < size_of::<extension::DataFd>() {
             return Err(Errno::EINVAL);
         }
-        let session = self.machine.session_for(self.client).ok_or(Errno::ENODEV)?;
-        if self.data_socket.is_some() || self.moved == Some(session) {
-            return Err(Errno::EBUSY);
-        }
+        self.data.untouched_session(self.peer)?;
         if !job.wants_reply() {
             return Ok(None);
         }
-        let (socket, theirs) = DataSocket::open(self.machine, session)?;
-        self.data_socket = Some(socket);
-        Ok(Some(theirs))
+        self.data.open_socket(self.peer).map(Some)
     }
 
     fn start(&self, call: FeatureCall, payload: &mut [u8], data: &[u8]) -> Result<FeatureDone, Errno> {
         let (control, rest) = FeatureDmaLoggingControl::read_from_prefix(data).map_err(|_| Errno::EINVAL)?;
         let bytes = (control.num_ranges as usize).saturating_mul(size_of::<DmaLoggingRange>());
         // None at all means everything. Too many to be there are too many for the device.
-        self.machine.feature_for(self.client, call, payload, Refers::In(&rest[..bytes.min(rest.len())]))
+        self.peer.machine.feature_for(
+            self.peer.client,
+            call,
+            payload,
+            Refers::In(&rest[..bytes.min(rest.len())]),
+        )
     }
 
     fn report(&mut self, job: &Job, header: FeatureHeader, call: FeatureCall, data: &[u8]) -> Handled {
@@ -187,9 +186,9 @@ impl Connection<'_> {
         fixed[16..24].copy_from_slice(header.as_bytes());
         fixed[24..].copy_from_slice(report.as_bytes());
 
-        let mappings = self.machine.mappings();
-        let words_room = &mut self.reply;
-        self.link.send_in_pieces(|sending| {
+        let mappings = self.peer.machine.mappings();
+        let words_room = &mut *self.room;
+        self.peer.link.send_in_pieces(|sending| {
             let mut fixed = &fixed[..];
             let FeatureDmaLoggingReport { mut iova, mut length, page_size } = report;
             while length > 0 {
@@ -213,8 +212,8 @@ impl Connection<'_> {
 
     /// The bytes of the bitmap, when the report can be answered as a whole.
     fn check_report(&self, report: &FeatureDmaLoggingReport, call: FeatureCall) -> Result<u64, Errno> {
-        self.machine.may_read_log(self.client)?;
-        self.machine.mappings().logging_check(report.iova, report.length, report.page_size)?;
+        self.peer.machine.may_read_log(self.peer.client)?;
+        self.peer.machine.mappings().logging_check(report.iova, report.length, report.page_size)?;
         report.check()?;
         let bytes = report.bitmap_bytes();
         if bytes > BITMAP_BYTES_MAX {

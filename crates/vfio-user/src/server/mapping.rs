@@ -6,8 +6,11 @@ use limosa_device::{Backing, Mapping, Mappings};
 use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::Errno;
 use limosa_protocol::info::{DmaMapFlags, DmaUnmapFlags};
+use zerocopy::IntoBytes;
 
 use super::dma::ClientMemory;
+use super::job::{Handled, Job, Outcome};
+use super::peer::Peer;
 use crate::codec::{DirtyBitmap, DmaMapMessage, DmaUnmapMessage};
 
 /// Flags of DMA_MAP that say how the file may be used, libvfio-user's access modes: by a mapping, which is the default, or by
@@ -18,8 +21,35 @@ const DMA_MAP_FILE_IO: u32 = 1 << 3;
 /// The longest bitmap that a DMA_UNMAP returns: 1 TiB of 4 KiB pages.
 const UNMAP_BITMAP_BYTES_MAX: u64 = 32 << 20;
 
+/// DMA_MAP, with its reply.
+pub(super) fn map(peer: &Peer<'_>, job: &mut Job, map: DmaMapMessage) -> Handled {
+    let fd = job.fds.pop();
+    let (any_file, remote) = (peer.options.any_file, || peer.memory());
+    match peer.with_mappings(|mappings| map_for_device(mappings, map, fd, any_file, remote)) {
+        Ok(()) => job.reply(&peer.link, &[]),
+        Err(errno) => Ok(Outcome::Refused(errno)),
+    }
+}
+
+/// DMA_UNMAP, with its reply.
+pub(super) fn unmap(
+    peer: &Peer<'_>,
+    job: &Job,
+    unmap: DmaUnmapMessage,
+    bitmap: Option<DirtyBitmap>,
+) -> Handled {
+    match (peer.with_mappings(|mappings| unmap_from_device(mappings, unmap, bitmap)), bitmap) {
+        (Err(errno), _) => Ok(Outcome::Refused(errno)),
+        (Ok((unmapped, _)), None) => job.reply(&peer.link, unmapped.as_bytes()),
+        (Ok((unmapped, words)), Some(bitmap)) => {
+            let bits = &words.as_bytes()[..bitmap.size as usize];
+            job.reply_pieces(&peer.link, &[unmapped.as_bytes(), bitmap.as_bytes(), bits], &[])
+        }
+    }
+}
+
 /// DMA_MAP, of a file or of memory that the client reaches for the device.
-pub(super) fn map(
+fn map_for_device(
     mappings: &Mappings,
     map: DmaMapMessage,
     fd: Option<ForeignFd>,
@@ -51,7 +81,7 @@ pub(super) fn map(
 
 /// DMA_UNMAP. As the kernel does, the entry that was sent, with what was really unmapped in its size; and where a bitmap was asked
 /// for, at least as many words.
-pub(super) fn unmap(
+fn unmap_from_device(
     mappings: &Mappings,
     unmap: DmaUnmapMessage,
     bitmap: Option<DirtyBitmap>,

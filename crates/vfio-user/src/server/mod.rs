@@ -27,6 +27,7 @@ mod link;
 mod mapping;
 mod next;
 mod parked;
+mod peer;
 mod stream;
 
 use std::io;

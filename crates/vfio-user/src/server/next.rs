@@ -6,80 +6,56 @@
 //! over as it ends. This connection's thread may sleep in recvmsg(2) then, so it looks before each request whether it is the VMM
 //! by now.
 
-use std::sync::Arc;
-
-use limosa_device::{FeatureDone, NextClient};
+use limosa_device::FeatureDone;
 use limosa_host::Process;
 use limosa_protocol::feature::FeatureRules;
 use limosa_protocol::{Errno, FeatureCall, FeatureIndex, FeatureOp};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::connection::Connection;
-use super::doors::Role;
+use super::peer::Peer;
 use crate::codec::Request;
 use crate::extension::{self, Next, NextFlags};
 
-impl Connection<'_> {
-    /// It is the next client from now on.
-    pub(super) fn be_next(&mut self, next: Arc<NextClient>) {
-        self.role = Some(Role::Next);
-        self.client = self.machine.new_client();
-        self.next = Some(next);
-    }
+/// EBUSY for what would drive the device, or reach it by another way than accesses, which wait.
+pub(super) fn check(request: &Request<'_>) -> Result<(), Errno> {
+    let may = match request {
+        // A header that is no request is refused as ever.
+        Request::Feature(header, _) => header.call().map_or(true, may_ask),
+        Request::Reset | Request::GetRegionIoFds { .. } => false,
+        Request::MigDataRead(..) | Request::MigDataWrite(..) => false,
+        _ => true,
+    };
+    if may { Ok(()) } else { Err(Errno::EBUSY) }
+}
 
-    /// Whether it waits for the VMM's place as the next client.
-    pub(super) fn is_next(&self) -> bool {
-        self.next.is_some()
+/// NEXT: who may come, and whether it has.
+pub(super) fn feature(peer: &Peer<'_>, call: FeatureCall, payload: &mut [u8]) -> Result<FeatureDone, Errno> {
+    let payload_bytes = size_of::<Next>();
+    if !call.check(&FeatureRules { name: "NEXT", get: true, set: true, payload_bytes })? {
+        return Ok(FeatureDone::default());
     }
-
-    /// Makes it the VMM if the device was handed over to it.
-    pub(super) fn look_whether_owner(&mut self) {
-        if self.next.as_ref().is_some_and(|next| next.owns()) {
-            self.be_vmm();
+    let payload = payload.get_mut(..payload_bytes).ok_or(Errno::EINVAL)?;
+    if call.op == FeatureOp::GET {
+        let (pid, is_there) = peer.doors.named();
+        let mut flags = if is_there { NextFlags::THERE } else { 0 };
+        if peer.is_next() {
+            flags |= NextFlags::THIS;
         }
+        Next { pid, flags }.write_to(payload).map_err(|_| Errno::EINVAL)?;
+        return Ok(FeatureDone { payload_bytes, opened: None });
     }
-
-    /// EBUSY for what would drive the device, or reach it by another way than accesses, which wait.
-    pub(super) fn check_next(&self, request: &Request<'_>) -> Result<(), Errno> {
-        let may = match request {
-            // A header that is no request is refused as ever.
-            Request::Feature(header, _) => header.call().map_or(true, may_ask),
-            Request::Reset | Request::GetRegionIoFds { .. } => false,
-            Request::MigDataRead(..) | Request::MigDataWrite(..) => false,
-            _ => true,
-        };
-        if may { Ok(()) } else { Err(Errno::EBUSY) }
+    match Next::read_from_bytes(payload).map_err(|_| Errno::EINVAL)? {
+        Next { pid: 0, flags: 0 } => peer.doors.name(None)?,
+        Next { pid, flags: 0 } => {
+            let process = Process::with_pid(pid).map_err(|error| {
+                tracing::warn!(%error, "no next client is named");
+                if error.kind() == std::io::ErrorKind::NotFound { Errno::ESRCH } else { Errno::EIO }
+            })?;
+            peer.doors.name(Some(process))?;
+        }
+        _ => return Err(Errno::EINVAL),
     }
-
-    /// NEXT: who may come, and whether it has.
-    pub(super) fn next_feature(&self, call: FeatureCall, payload: &mut [u8]) -> Result<FeatureDone, Errno> {
-        let payload_bytes = size_of::<Next>();
-        if !call.check(&FeatureRules { name: "NEXT", get: true, set: true, payload_bytes })? {
-            return Ok(FeatureDone::default());
-        }
-        let payload = payload.get_mut(..payload_bytes).ok_or(Errno::EINVAL)?;
-        if call.op == FeatureOp::GET {
-            let (pid, is_there) = self.doors.named();
-            let mut flags = if is_there { NextFlags::THERE } else { 0 };
-            if self.is_next() {
-                flags |= NextFlags::THIS;
-            }
-            Next { pid, flags }.write_to(payload).map_err(|_| Errno::EINVAL)?;
-            return Ok(FeatureDone { payload_bytes, opened: None });
-        }
-        match Next::read_from_bytes(payload).map_err(|_| Errno::EINVAL)? {
-            Next { pid: 0, flags: 0 } => self.doors.name(None)?,
-            Next { pid, flags: 0 } => {
-                let process = Process::with_pid(pid).map_err(|error| {
-                    tracing::warn!(%error, "no next client is named");
-                    if error.kind() == std::io::ErrorKind::NotFound { Errno::ESRCH } else { Errno::EIO }
-                })?;
-                self.doors.name(Some(process))?;
-            }
-            _ => return Err(Errno::EINVAL),
-        }
-        Ok(FeatureDone { payload_bytes, opened: None })
-    }
+    Ok(FeatureDone { payload_bytes, opened: None })
 }
 
 /// Whether the next client may make a FEATURE request: a look at what the device is, and not at a session or a log.
