@@ -189,4 +189,27 @@ mod tests {
             assert!(Document::parse(wrong).unwrap_err().contains(why), "{wrong}");
         }
     }
+
+    /// Such documents were compared, or refused without the place.
+    #[test]
+    fn a_document_that_was_edited_was_taken_for_a_run() {
+        let text = serde_json::to_string(&document(vec![of("x", 1, 2), of("y", 3, 4)])).unwrap();
+        for (from, to, why) in [
+            ("\"p50_ns\":3", "\"p50_ns\":-3", "at measures[1].p50_ns: invalid value: integer `-3`"),
+            ("\"p50_ns\":3", "\"p50_ns\":3.5", "at measures[1].p50_ns"),
+            ("\"p50_ns\":3", "\"p50_ns\":NaN", "it is no JSON"),
+            ("\"p50_ns\":3,", "", "at measures[1]: missing field `p50_ns`"),
+            ("\"p50_ns\":3", "\"p50_ns\":5", "measure `y`: p50_ns is 5, expected 3 (best_ns) to 4"),
+            ("\"spread_ns\":[", "\"spred_ns\":[", "at measures[0].spred_ns: unknown field `spred_ns`"),
+            ("\"spread_ns\":[1,", "\"spread_ns\":[9,", "measure `x`: spread_ns is from 9 down to"),
+            ("\"id\":\"y\"", "\"id\":\"x\"", "the measure `x` twice"),
+            ("\"seconds\":0.5", "\"seconds\":-1", "at seconds: -1"),
+            ("\"seconds\":0.5", "\"seconds\":1e999", "out of range"),
+        ] {
+            let edited = text.replacen(from, to, 1);
+            assert_ne!(edited, text, "{from}");
+            let said = Document::parse(&edited).unwrap_err();
+            assert!(said.contains(why), "{to}: {said}");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! [`Document`]: the measures of a device, as JSON that a later run is compared with, and as text.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,7 @@ pub const BYTES_MAX: u64 = 64 << 20;
 
 /// One run of the bench on one device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Document {
     /// The version of the document, [`VERSION`].
     pub bench: u32,
@@ -39,6 +41,7 @@ pub struct Document {
 
 /// One measure.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Measure {
     /// The name of the measure, the same in every run: `arc RUNNING>STOP`.
     pub id: String,
@@ -70,6 +73,7 @@ pub struct Measure {
 
 /// A baseline, timed in the same run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Beside {
     /// Its name.
     pub name: String,
@@ -81,6 +85,7 @@ pub struct Beside {
 
 /// A measure that was left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Skipped {
     /// The measure, or several of them.
     pub id: String,
@@ -89,22 +94,57 @@ pub struct Skipped {
 }
 
 impl Document {
-    /// Reads a document.
+    /// Reads a document. The error says what is wrong with it, and where.
     pub fn parse(text: &str) -> Result<Document, String> {
-        #[derive(Deserialize)]
-        struct Version {
-            bench: u32,
+        const EXPECTED: &str = "expected what `limosa --json bench DEVICE` prints";
+        let read: serde_json::Value = serde_json::from_str(text)
+            .map_err(|error| format!("it is no document of the bench: it is no JSON: {error}; {EXPECTED}"))?;
+        let version = read.get("bench").and_then(serde_json::Value::as_u64);
+        match version {
+            Some(version) if version == u64::from(VERSION) => {}
+            Some(version) => {
+                return Err(format!("it has version {version}, expected {VERSION}; measure again"));
+            }
+            None => {
+                return Err(format!("it is no document of the bench: its `bench` is no version; {EXPECTED}"));
+            }
         }
-        let version: Version = serde_json::from_str(text)
-            .map_err(|error| format!("it is no document of `limosa --json bench`: {error}"))?;
-        if version.bench != VERSION {
-            return Err(format!("it has version {}, expected {VERSION}; measure again", version.bench));
+        let document: Document = serde_path_to_error::deserialize(read)
+            .map_err(|error| format!("it is damaged at {}: {}", error.path(), error.inner()))?;
+        document.check()?;
+        Ok(document)
+    }
+
+    /// Refuses numbers that no run has.
+    fn check(&self) -> Result<(), String> {
+        // Not a number is above nothing.
+        if !(self.seconds > 0.0 && self.seconds.is_finite()) {
+            return Err(format!("it is damaged at seconds: {}, expected more than 0", self.seconds));
         }
-        serde_json::from_str(text).map_err(|error| format!("it is damaged: {error}"))
+        let mut known = BTreeSet::new();
+        for measure in &self.measures {
+            measure.check().map_err(|why| format!("it is damaged in the measure `{}`: {why}", measure.id))?;
+            if !known.insert(&measure.id) {
+                return Err(format!("it is damaged: it has the measure `{}` twice", measure.id));
+            }
+        }
+        Ok(())
     }
 }
 
 impl Measure {
+    fn check(&self) -> Result<(), String> {
+        let Measure { best_ns, p50_ns, max_ns, .. } = *self;
+        if best_ns > p50_ns || p50_ns > max_ns {
+            return Err(format!("p50_ns is {p50_ns}, expected {best_ns} (best_ns) to {max_ns} (max_ns)"));
+        }
+        match self.spread_ns {
+            Some((low, high)) if low > high => Err(format!("spread_ns is from {low} down to {high}")),
+            _ if self.samples == 0 => Err("samples is 0, expected one at least".into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Bytes a second at the median; `None` where time is what counts.
     pub fn rate(&self) -> Option<f64> {
         (self.bytes > 0).then(|| self.bytes as f64 * 1e9 / self.p50_ns.max(1) as f64)

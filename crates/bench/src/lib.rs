@@ -26,6 +26,6 @@ pub use cases::run;
 pub use child::{pin_to_one_core, run_if_child};
 pub use compare::{Change, Comparison, Row, SHARE_LEAST, compare};
 pub use document::{BYTES_MAX, Beside, Document, HEAD, Measure, Skipped, VERSION};
-pub use suite::{Event, Open, Options, Target, measure};
+pub use suite::{Event, Open, Options, Run, Target, measure};
 pub use table::{Figure, print};
 pub use turns::Timing;

@@ -76,7 +76,7 @@ fn run(fault: Fault, every: u32, opens: u32) -> Document {
             begun += 1;
         }
     });
-    let document = document.unwrap();
+    let document = document.unwrap().document;
     assert!(begun > 0);
     document
 }

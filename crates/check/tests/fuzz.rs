@@ -68,7 +68,7 @@ fn a_fault_is_found_and_shrunk_to_a_handful_of_lines() {
         (Fault::Pair(State::StopCopy, State::PreCopy), "set-state PRE_COPY in STOP_COPY: success", 2),
         (Fault::NoStream, "no data stream, expected a data stream", 1),
         (Fault::EndsInPrecopy, "read in PRE_COPY: the end", 2),
-        (Fault::StaleReads, "read in ", 4),
+        (Fault::StaleReads, "a read from a session that has ended: success", 4),
         (Fault::WritesWhileSaving, "expected EBADF", 2),
         (Fault::NoProbe, "feature in ", 2),
         (Fault::RefusesItsOwn, "in RESUMING", 3),

@@ -21,6 +21,7 @@ mod open_elsewhere;
 mod output;
 mod process;
 mod progress;
+mod read_text;
 mod reports;
 mod service;
 mod signals;

@@ -87,13 +87,16 @@ impl Output {
     /// Prints a line that says what the command does now. In JSON mode it goes to standard error, since standard output has
     /// documents alone.
     pub fn say(&self, line: &str) {
-        let line = text::line(line);
-        let said = match self.json {
-            false => writeln!(io::stdout(), "{line}"),
-            true => writeln!(io::stderr(), "{line}"),
-        };
+        if self.json {
+            return self.say_aside(line);
+        }
         // A reader that has gone does not end the command.
-        let _ = said;
+        let _ = writeln!(io::stdout(), "{}", text::line(line));
+    }
+
+    /// The same on standard error, where standard output has something else.
+    pub fn say_aside(&self, line: &str) {
+        let _ = writeln!(io::stderr(), "{}", text::line(line));
     }
 
     /// Whether progress bars make sense.

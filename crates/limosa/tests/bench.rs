@@ -6,7 +6,7 @@ use limosa_client::DeviceExt;
 use limosa_protocol::State;
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{Folder, JsonOutput, limosa, start};
+use support::{Folder, JsonOutput, limosa, start, start_reading};
 
 /// The guest that the device holds.
 const GUEST: u64 = 0x6265_6e63;
@@ -87,6 +87,28 @@ fn whole_moves_go_there_and_back() {
     limosa(&["bench", &device.socket, "--peer", &device.socket]).fails(2, &["the device itself"]);
 }
 
+/// The run ended with code 0.
+#[test]
+fn a_move_that_could_not_be_measured_was_done() {
+    let folder = Folder::new();
+    let (device, other) = (folder.device("device", &[]), folder.serve("uart", "other", &[]));
+    let ended = limosa(&[&["--json", "bench", &device.socket, "--peer", &other.socket][..], &SHORT].concat());
+    // As `limosa migrate` ends.
+    assert_eq!(ended.code, 3, "{ended:?}");
+    assert_eq!(limosa(&["migrate", &device.socket, &other.socket]).code, 3);
+    assert!(ended.err.contains("no move") && ended.err.contains("PCI identification"), "{ended:?}");
+    let document: Value = serde_json::from_str(&ended.out).unwrap();
+    has(&document, &["arc STOP>STOP_COPY", "reset"]);
+    assert!(skipped(&document, "move").unwrap().contains("cannot be moved"), "{document:#}");
+    // A device that refuses to give its state.
+    let (broken, peer) =
+        (folder.device("broken", &["fault=error:STOP>STOP_COPY"]), folder.device("peer", &[]));
+    let args = ["--json", "bench", &broken.socket, "--peer", &peer.socket];
+    let ended = limosa(&[&args[..], &SHORT].concat());
+    assert_eq!(ended.code, 3, "{ended:?}");
+    assert!(ended.err.contains("cannot be given back"), "{ended:?}");
+}
+
 /// 64 MiB of state took a minute.
 #[test]
 fn much_state_took_longer_than_its_share() {
@@ -135,7 +157,9 @@ fn a_difference_beyond_the_spread_has_a_code() {
     };
     let mut slower = document.clone();
     for measure in slower["measures"].as_array_mut().unwrap() {
-        measure["p50_ns"] = 1_000_000_000_u64.into();
+        for key in ["best_ns", "p50_ns", "max_ns"] {
+            measure[key] = 1_000_000_000_u64.into();
+        }
         measure["spread_ns"] = serde_json::json!([1_000_000_000_u64, 1_000_000_000_u64]);
     }
     let (first, second) = (write("first", &document), write("second", &slower));
@@ -286,6 +310,31 @@ fn runs_with_nothing_in_common_were_no_different() {
     document["measures"] = Value::Array(Vec::new());
     let nothing = write("nothing", &document);
     limosa(&["bench", "compare", &first, &nothing]).fails(3, &["first", "nothing", "no measure in common"]);
+}
+
+/// It was waited for, for ever.
+#[test]
+fn a_run_was_awaited_from_a_fifo_that_nobody_wrote_to() {
+    let folder = Folder::new();
+    let device = folder.device("device", &["pre-copy=off"]);
+    let run = folder.text("run.json");
+    limosa(&[&["bench", &device.socket, "--report", &run][..], &SHORT].concat()).ok();
+    let fifo = folder.text("fifo");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    for pair in [[&fifo, &run], [&run, &fifo]] {
+        limosa(&["bench", "compare", pair[0], pair[1]]).fails(1, &["fifo", "no regular file"]);
+    }
+    // One that is given as standard input ends.
+    let same = start_reading(std::fs::File::open(&run).unwrap(), &["bench", "compare", &run, "-"]).end();
+    assert_eq!(same.code, 0, "{same:?}");
+    limosa(&["bench", "compare", "-", "-"]).fails(2, &["standard input"]);
+    for [first, second] in [["run.json", "edited"], ["edited", "run.json"]] {
+        let text = std::fs::read_to_string(&run).unwrap().replacen("\"seconds\": 0", "\"seconds\": -1", 1);
+        std::fs::write(folder.path("edited"), text).unwrap();
+        let files = [folder.text(first), folder.text(second)];
+        limosa(&["bench", "compare", &files[0], &files[1]]).fails(6, &["edited: it is damaged at seconds"]);
+    }
 }
 
 /// The run ended with code 7, as if the device had been given back.

@@ -57,6 +57,20 @@ fn a_machine_is_described_and_its_code_is_its_verdict() {
     assert!(text.starts_with("machine\n") && text.contains("docs/doctor.md"), "{text}");
 }
 
+/// It was a device that could not be opened, with a verdict.
+#[test]
+fn an_empty_name_was_looked_at() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    for names in [&[""][..], &[&*device.socket, ""]] {
+        limosa(&[&["doctor"], names].concat()).fails(2, &["DEVICE", "expected a device"]);
+    }
+    for command in ["probe", "state", "check", "bench"] {
+        limosa(&[command, ""]).fails(2, &["DEVICE", "expected a device"]);
+    }
+    limosa(&["migrate", &device.socket, ""]).fails(2, &["DST", "expected a device"]);
+}
+
 #[test]
 fn another_root_is_another_machine() {
     let folder = Folder::new();

@@ -140,6 +140,53 @@ fn the_end_of_a_proxy_or_a_server_ends_its_clients_connections() {
     limosa(&["probe", &front]).ok();
 }
 
+/// SIGHUP ended the proxy at once.
+#[test]
+fn a_proxy_whose_terminal_was_closed_left_its_socket_behind() {
+    let folder = Folder::new();
+    let server = folder.device("a.sock", &[]);
+    for signal in [Signal::HUP, Signal::TERM, Signal::INT] {
+        let (proxy, front) = proxy(&folder, &server, &[]);
+        let client = std::os::unix::net::UnixStream::connect(&front).unwrap();
+        proxy.signal(signal);
+        proxy.end().ok();
+        assert!(!folder.path("front").exists(), "{signal:?}");
+        drop(client);
+    }
+}
+
+/// It was a file named `-`.
+#[test]
+fn a_capture_for_a_pipe_was_written_to_a_file() {
+    let folder = Folder::new();
+    let server = folder.device("a.sock", &[]);
+    let (front, lines) = (folder.text("front"), folder.text("lines"));
+    let capture = std::fs::File::create(folder.path("capture")).unwrap();
+    let args = ["trace", "--proxy", &front, &server.socket, "--pcap", "-", "-c", "-o", &lines];
+    let mut proxy = support::start_into(capture, &args);
+    let said = std::io::BufReader::new(proxy.stderr.take().unwrap());
+    let mut said = std::io::BufRead::lines(said);
+    assert_eq!(said.next().unwrap().unwrap(), format!("listening on {front}"));
+    limosa(&["probe", &front]).ok();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&proxy), Signal::INT).unwrap();
+    let rest: Vec<_> = said.map(|line| line.unwrap()).collect();
+    assert_eq!(proxy.wait().unwrap().code(), Some(0), "{rest:?}");
+    assert!(rest.iter().any(|line| line.contains("FEATURE GET MIGRATION")), "{rest:?}");
+    let capture = std::fs::read(folder.path("capture")).unwrap();
+    // A section header, its length and the byte order's mark; and blocks to the end of the file.
+    assert_eq!((&capture[..4], &capture[8..12]), (&b"\n\r\r\n"[..], &0x1a2b_3c4d_u32.to_ne_bytes()[..]));
+    let (mut at, mut packets) = (0, 0);
+    while at < capture.len() {
+        let word = |at: usize| u32::from_ne_bytes(capture[at..at + 4].try_into().unwrap());
+        packets += usize::from(word(at) == 6);
+        at += word(at + 4) as usize;
+    }
+    let lines = std::fs::read_to_string(&lines).unwrap();
+    assert!(at == capture.len() && packets >= lines.lines().count(), "{packets}: {lines}");
+    assert!(!folder.path("-").exists());
+    limosa(&["trace", "--pcap", "-", "--", "true"]).fails(2, &["--pcap -", "the command's"]);
+}
+
 #[test]
 fn a_command_is_traced_and_ends_as_it_would() {
     let folder = Folder::new();
@@ -162,6 +209,16 @@ fn a_command_is_traced_and_ends_as_it_would() {
     limosa(&["trace", "--", &garbage]).fails(1, &["garbage does not start: Exec format error", "expected a"]);
     let counted = limosa(&["trace", "-c", "--", limosa_program, "probe", &server.socket]);
     assert!(counted.err.contains("FEATURE GET MIGRATION") && !counted.err.contains("->"), "{counted:?}");
+}
+
+#[test]
+fn a_process_of_one_thread_had_1_threads() {
+    let sleeps = support::vcpus();
+    let trace = start(&["trace", "--pid", &sleeps.pid()]);
+    let line = trace.line("is traced from here on");
+    assert!(line.ends_with(", with its one thread"), "{line}");
+    trace.signal(Signal::INT);
+    trace.end().ok();
 }
 
 #[test]

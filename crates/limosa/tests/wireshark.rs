@@ -67,6 +67,30 @@ fn a_recorded_move_is_dissected() {
     assert_eq!(shown.trim(), "16\t2\ta.sock");
 }
 
+#[test]
+#[ignore = "needs tshark (lab/wireshark/run)"]
+fn a_capture_is_dissected_as_it_comes() {
+    let folder = Folder::new();
+    let server = folder.device("a.sock", &[]);
+    let front = folder.text("front");
+    let args = ["trace", "--proxy", &front, &server.socket, "--pcap", "-"];
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut proxy = support::start_into(writer, &args);
+    let mut said = std::io::BufRead::lines(std::io::BufReader::new(proxy.stderr.take().unwrap()));
+    assert!(said.next().unwrap().unwrap().starts_with("listening on "));
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../contrib/wireshark/vfio-user.lua");
+    let mut tshark = Command::new("tshark");
+    let script = format!("lua_script:{}", script.display());
+    tshark.args(["-l", "-X", &script, "-i", "-"]).env("HOME", folder.path(""));
+    let tshark = Running::start_with_input(&mut tshark, reader);
+    limosa(&["probe", &front]).ok();
+    tshark.line("reply FEATURE GET MIGRATION");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&proxy), Signal::INT).unwrap();
+    assert_eq!(proxy.wait().unwrap().code(), Some(0));
+    // The end of the pipe is that of the capture.
+    tshark.end().ok();
+}
+
 /// A request of the state STOP_COPY and a reset, to what is no device.
 #[test]
 #[ignore = "a program of another test"]

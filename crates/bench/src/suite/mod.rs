@@ -16,7 +16,7 @@ use std::time::Duration;
 use limosa_client::{DataStream, Device, DeviceExt, Error, Result};
 use limosa_protocol::{MigrationFlags, State, fsm};
 
-use crate::document::{Document, Measure, Skipped, VERSION};
+use crate::document::{Document, Measure, VERSION};
 use crate::samples::Sampler;
 use run::{Known, Suite};
 
@@ -70,6 +70,16 @@ pub enum Event<'a> {
     },
     /// It is done.
     Measured(&'a Measure),
+}
+
+/// A run that came to an end.
+#[derive(Debug)]
+pub struct Run {
+    /// What was measured.
+    pub document: Document,
+    /// Why whole moves were not measured although there is a [`Target::peer`]. `None` too if the run ended before them, which the
+    /// document says.
+    pub not_moved: Option<anyhow::Error>,
 }
 
 /// The device and its facts, as measures see them.
@@ -136,15 +146,11 @@ impl Step {
 }
 
 /// Measures all that the device allows. An error only if it cannot be opened or does not answer at all.
-pub fn measure(
-    target: &Target,
-    options: &Options,
-    tell: &mut dyn FnMut(Event<'_>),
-) -> anyhow::Result<Document> {
+pub fn measure(target: &Target, options: &Options, tell: &mut dyn FnMut(Event<'_>)) -> anyhow::Result<Run> {
     let each = if target.in_use { options.each.min(IN_USE_MAX) } else { options.each };
     let mut suite = Suite::new(target, options, each);
     let context = suite.begin()?;
-    let steps = steps(&context, &mut suite.skipped);
+    let steps = steps(&context, &mut suite);
     let (flags, has_logging, saved) = (context.flags, context.has_logging, context.saved.clone());
     suite.context = Some(context);
     let (of, mut measures) = (steps.len(), Vec::new());
@@ -164,7 +170,7 @@ pub fn measure(
         }
     }
     let left_in = suite.leave(&Known { flags, has_logging, saved });
-    Ok(Document {
+    let document = Document {
         bench: VERSION,
         limosa: env!("CARGO_PKG_VERSION").into(),
         device: target.name.clone(),
@@ -175,26 +181,26 @@ pub fn measure(
         skipped: suite.skipped,
         ended_early: suite.ended,
         left_in,
-    })
+    };
+    Ok(Run { document, not_moved: suite.not_moved })
 }
 
 /// Every step for this device. Measures that it does not allow are skipped with the reason.
-fn steps(context: &Context, skipped: &mut Vec<Skipped>) -> Vec<Step> {
+fn steps(context: &Context, suite: &mut Suite) -> Vec<Step> {
     let mut steps = accesses::steps(context);
-    let mut skip = |id: &str, why: &str| skipped.push(Skipped { id: id.into(), why: why.into() });
-    if !context.flags.contains(MigrationFlags::STOP_COPY) {
-        skip("arcs, streams, moves", "the device has no migration");
-    } else {
+    if context.flags.contains(MigrationFlags::STOP_COPY) {
         steps.extend(arcs::steps(context));
         steps.extend(streams::steps(context));
-        match &context.target.peer {
-            None => {}
-            Some(_) if context.saved.is_none() => {
-                skip("moves", "the state of the device cannot be given back")
-            }
-            Some(peer) => steps.push(moves::step(Arc::clone(peer))),
-        }
+    } else {
+        suite.skip("arcs, streams", "the device has no migration");
     }
+    match (&context.target.peer, suite.not_kept.take()) {
+        (None, _) => {}
+        (Some(_), Some(why)) => suite.skip_moves(why.context("the state of the device cannot be given back")),
+        // A device without migration is refused by the engine, in its words.
+        (Some(peer), None) => steps.push(moves::step(Arc::clone(peer))),
+    }
+    let mut skip = |id: &str, why: &str| suite.skip(id, why);
     match context.has_logging {
         false => skip("dirty reports", "the device has no DMA logging"),
         true if context.target.in_use => {

@@ -11,7 +11,7 @@ use super::{Context, Open, Step};
 use crate::document::Measure;
 use crate::samples::{Took, measure};
 
-const ID: &str = "move";
+pub(super) const ID: &str = "move";
 
 /// How long nothing may run in a move, and how much longer than others the measure may take: a move that is given up is undone
 /// before that.
@@ -33,17 +33,23 @@ fn there_and_back(context: &Context, peer: &Open) -> anyhow::Result<Vec<Measure>
         Ok(Took { time: Duration::from_nanos(report.total_ns), bytes: report.bytes.device_bytes })
     });
     // The state comes back, whatever became of the last move.
-    if !is_here {
-        one(there, here)?;
-    }
-    if other.state()? != State::Running {
-        other.reset()?;
-    }
+    let is_back = come_back(here, there, is_here);
     let mut measured = measured?;
+    is_back?;
     // Its time says how long it took, its bytes how much was moved; a rate would be that of the handshake too.
     measured.note.get_or_insert_with(|| format!("{} bytes in each", measured.bytes));
     measured.bytes = 0;
     Ok(vec![measured, measure("downtime of a move".into(), 0, downtimes)])
+}
+
+fn come_back(here: &dyn Device, there: &dyn Device, is_here: bool) -> anyhow::Result<()> {
+    if !is_here {
+        one(there, here)?;
+    }
+    if there.state()? != State::Running {
+        there.reset()?;
+    }
+    Ok(())
 }
 
 fn one(from: &dyn Device, to: &dyn Device) -> anyhow::Result<Report> {

@@ -7,7 +7,7 @@ use limosa_check::{Done, back, within};
 use limosa_client::{Chunk, DeviceExt, Error, Result};
 use limosa_protocol::{FeatureIndex, FeatureOp, MigrationFlags, State};
 
-use super::{CHUNK_BYTES, Context, Options, Step, Target};
+use super::{CHUNK_BYTES, Context, Options, Step, Target, moves};
 use crate::document::{Measure, Skipped};
 use crate::samples::Sampler;
 
@@ -34,6 +34,10 @@ pub(super) struct Suite {
     silent: u32,
     pub ended: Option<String>,
     pub skipped: Vec<Skipped>,
+    /// Why the device's state could not be kept.
+    pub not_kept: Option<anyhow::Error>,
+    /// Why there is no measure of moves.
+    pub not_moved: Option<anyhow::Error>,
 }
 
 /// The device's state, whole.
@@ -73,6 +77,8 @@ impl Suite {
             silent: 0,
             ended: None,
             skipped: Vec::new(),
+            not_kept: None,
+            not_moved: None,
         }
     }
 
@@ -123,6 +129,11 @@ impl Suite {
         self.skipped.push(Skipped { id: id.into(), why: why.into() });
     }
 
+    pub fn skip_moves(&mut self, why: anyhow::Error) {
+        self.skip(moves::ID, &format!("{why:#}"));
+        self.not_moved = Some(why);
+    }
+
     fn open(&mut self, known: &Known) -> anyhow::Result<()> {
         let (open, limit) = (Arc::clone(&self.target.open), self.limit);
         let device = match within(limit, move || open()) {
@@ -170,7 +181,8 @@ impl Suite {
             {
                 Ok(saved) => known.saved = Some(Arc::new(saved)),
                 Err(error) => {
-                    self.skip("resets, loads", &format!("the device's state cannot be kept: {error:#}"))
+                    self.skip("resets, loads", &format!("the device's state cannot be kept: {error:#}"));
+                    self.not_kept = Some(error);
                 }
             }
             self.bring_back(&known);
@@ -194,7 +206,10 @@ impl Suite {
         }
         let measured = self.within(&id, more, move |context| body(&context));
         let measured = measured.unwrap_or_else(|error| {
-            self.skip(&id, &format!("{error:#}"));
+            match &*id {
+                moves::ID => self.skip_moves(error),
+                id => self.skip(id, &format!("{error:#}")),
+            }
             Vec::new()
         });
         if self.silent >= SILENT_MAX {

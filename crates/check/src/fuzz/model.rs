@@ -33,6 +33,8 @@ struct Held {
     session: Session,
     /// It has given its end.
     ended: bool,
+    /// A write was refused. What a client does with further ones is its own: the kernel's sends none.
+    refused: bool,
 }
 
 /// Plays the requests of one thread.
@@ -59,6 +61,11 @@ enum Expected {
     Done,
     Refused,
     With(Errno),
+    /// A refusal of a session that has ended. A stream that is used in the wrong direction may be told so first: the kernel does
+    /// before it asks the driver.
+    Ended {
+        is_wrong_way: bool,
+    },
     Anything,
 }
 
@@ -85,10 +92,21 @@ impl Driver {
         }
     }
 
+    /// What a request met, as far as a difference depends on it.
+    fn met(&self, request: &Request) -> String {
+        let is_of_log = matches!(request, Request::LogStart(..) | Request::LogStop | Request::LogReport(..));
+        match self.logging {
+            _ if !self.drives => "beside the thread that drives".into(),
+            // A log does not depend on the state, so a difference is the same in each.
+            Some(true) if is_of_log => "with the log on".into(),
+            Some(false) if is_of_log => "with the log off".into(),
+            _ => format!("in {}", self.state),
+        }
+    }
+
     fn differs(&self, request: &Request, got: &str, expected: &str) -> Differs {
-        let met =
-            if self.drives { format!(" in {}", self.state) } else { " beside the thread that drives".into() };
-        Differs { signature: format!("{}{met}: {got}, expected {expected}", request.kind()) }
+        let met = self.met(request);
+        Differs { signature: format!("{} {met}: {got}, expected {expected}", request.kind()) }
     }
 
     /// Holds an answer to what is expected.
@@ -102,13 +120,33 @@ impl Driver {
             Expected::Done => "success".to_owned(),
             Expected::Refused => "a refusal".to_owned(),
             Expected::With(errno) => name(errno),
+            Expected::Ended { .. } => name(Errno::ENODEV),
             Expected::Anything => "success or a refusal".to_owned(),
         };
         match (answer, expected) {
             (Ok(value), Expected::Done | Expected::Anything) => Ok(Some(value)),
-            (Ok(_), _) => Err(self.differs(request, "success", &words)),
             // Nothing was sent.
             (Err(Error::Usage { .. }), _) => Ok(None),
+            (Err(Error::Refused { errno: Errno::ENODEV, .. }), Expected::Ended { .. }) => Ok(None),
+            (Err(Error::Refused { errno: Errno::EBADF, .. }), Expected::Ended { is_wrong_way: true }) => {
+                Ok(None)
+            }
+            // It depends neither on the state nor on what is written.
+            (answer, Expected::Ended { .. }) => {
+                let got = match answer {
+                    Ok(_) => "success".into(),
+                    Err(Error::Refused { errno, .. }) => name(errno),
+                    Err(error) if error.is_connection_lost() => "the connection is lost".into(),
+                    Err(_) => "a system error".into(),
+                };
+                let what = match request {
+                    Request::Read(_) | Request::OldRead(_) => "a read from",
+                    _ => "a write to",
+                };
+                let signature = format!("{what} a session that has ended: {got}, expected {words}");
+                Err(Differs { signature })
+            }
+            (Ok(_), _) => Err(self.differs(request, "success", &words)),
             (Err(Error::Refused { .. }), Expected::Refused | Expected::Anything) => Ok(None),
             (Err(Error::Refused { errno, .. }), Expected::With(wanted)) if errno == wanted => Ok(None),
             (Err(Error::Refused { errno, .. }), _) => Err(self.differs(request, &name(errno), &words)),
@@ -247,7 +285,7 @@ impl Driver {
                 let session = Session { number: self.sessions, loads: to == State::Resuming };
                 self.session = Some(session);
                 self.older = self.newest.take();
-                self.newest = Some(Held { stream, session, ended: false });
+                self.newest = Some(Held { stream, session, ended: false, refused: false });
                 (self.written, self.junk) = (0, false);
             }
             None if !(to.is_saving() && from.is_saving()) => self.session = None,
@@ -275,7 +313,7 @@ impl Driver {
         let is_live = self.session == Some(held.session);
         let answer = held.stream.read(&mut vec![0; bytes]);
         let expected = match (is_live, held.session.loads) {
-            (false, _) => Expected::With(Errno::ENODEV),
+            (false, is_wrong_way) => Expected::Ended { is_wrong_way },
             (true, true) => Expected::With(Errno::EBADF),
             (true, false) => Expected::Done,
         };
@@ -307,10 +345,13 @@ impl Driver {
             false => rest[..bytes.min(rest.len())].to_vec(),
         };
         let is_own = !junk && !rest.is_empty() && !self.junk;
+        let was_refused = held.refused;
         let answer = held.stream.write(&data);
+        held.refused |= answer.is_err();
         let is_live = self.session == Some(held.session);
         let expected = match (is_live, held.session.loads) {
-            (false, _) => Expected::With(Errno::ENODEV),
+            (false, _) if was_refused => Expected::Refused,
+            (false, loads) => Expected::Ended { is_wrong_way: !loads },
             (true, false) => Expected::With(Errno::EBADF),
             (true, true) if is_own => Expected::Done,
             (true, true) => Expected::Anything,

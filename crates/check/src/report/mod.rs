@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::check::{Family, Outcome};
 use crate::clause::CLAUSES;
+use crate::families;
 use crate::survey::Facts;
 
 /// One check, done.
@@ -87,8 +88,15 @@ impl Report {
         self.checks.iter().filter(|check| matches!(check.outcome, Outcome::Fail(_)))
     }
 
-    /// The clauses that no check of this run passed or failed, with the reason.
+    /// The clauses that no check of this run passed or failed, with the reason. Those of vfio-user are not meant where nothing of
+    /// that family was run.
     pub fn unchecked_clauses(&self) -> Vec<(&'static str, String)> {
+        let has_wire = self.checks.iter().any(|check| check.family == Family::VfioUser);
+        let checks = families::checks();
+        let is_of_wire = |id: &str| {
+            let mut citing = checks.iter().filter(|check| check.clauses.contains(&id)).peekable();
+            citing.peek().is_some() && citing.all(|check| check.family == Family::VfioUser)
+        };
         let decided = |clause: &str| {
             self.checks.iter().any(|check| {
                 check.clauses.iter().any(|cited| cited == clause)
@@ -101,7 +109,7 @@ impl Report {
         };
         CLAUSES
             .iter()
-            .filter(|clause| !decided(clause.id))
+            .filter(|clause| !decided(clause.id) && (has_wire || !is_of_wire(clause.id)))
             .map(|clause| match clause.unchecked {
                 "" => (clause.id, why(clause.id)),
                 reason => (clause.id, reason.to_owned()),

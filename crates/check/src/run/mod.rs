@@ -14,7 +14,7 @@ use crate::check::{Check, Family};
 use crate::clause::coverage;
 use crate::families;
 use crate::report::{Checked, Report};
-use crate::target::Target;
+use crate::target::{Target, Transport};
 pub use recovery::back;
 pub(crate) use recovery::{RESTART, RETRY};
 use suite::{End, Suite};
@@ -72,6 +72,13 @@ impl Options {
             && (self.only.is_empty() || self.only.iter().any(named))
     }
 
+    /// The same on a device that is reached in this way. Without being asked for, the family vfio-user is none of a kernel device's.
+    fn selects_on(&self, check: &Check, transport: Transport) -> bool {
+        let is_named = !self.families.is_empty() || !self.only.is_empty();
+        self.selects(check)
+            && (is_named || check.family != Family::VfioUser || transport == Transport::VfioUser)
+    }
+
     /// Whether any of these is to run.
     pub fn selects_any(&self, checks: &[Check]) -> bool {
         checks.iter().any(|check| self.selects(check))
@@ -95,8 +102,11 @@ pub fn run(target: &Target, options: &Options, mut progress: impl FnMut(&Checked
     suite.open()?;
     suite.begin(options.destructive)?;
     let facts = suite.survey()?;
-    let checks: Vec<_> =
-        families::checks().into_iter().filter(|check| options.selects(check)).map(Arc::new).collect();
+    let checks: Vec<_> = families::checks()
+        .into_iter()
+        .filter(|check| options.selects_on(check, target.transport))
+        .map(Arc::new)
+        .collect();
     let mut done = Vec::new();
     for check in &checks {
         if options.cancel.as_ref().is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::moving::Reporting;
-use super::values::seconds;
+use super::values::{device, seconds};
 
 /// Its effects on a device, and its exit codes.
 const NOTES: &str = "\
@@ -25,11 +25,11 @@ Exit codes of bench compare:
 #[command(after_help = NOTES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Bench {
     /// The device.
-    #[arg(value_name = "DEVICE", required = true)]
+    #[arg(value_name = "DEVICE", value_parser = device, required = true)]
     pub device: Option<String>,
 
     /// A second device of the same kind, for whole moves to it and back. It loses its state.
-    #[arg(long, value_name = "DEVICE")]
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub peer: Option<String>,
 
     /// Seconds for each measure.

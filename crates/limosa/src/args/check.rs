@@ -6,16 +6,16 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use limosa_check::Family;
 
-use super::values::seconds;
+use super::values::{device, seconds};
 
 #[derive(Debug, Args)]
 pub struct Check {
     /// The device.
-    #[arg(value_name = "DEVICE", required_unless_present_any = ["list", "clauses"])]
+    #[arg(value_name = "DEVICE", value_parser = device, required_unless_present_any = ["list", "clauses"])]
     pub device: Option<String>,
 
     /// A second device of the same kind, for round trips.
-    #[arg(long, value_name = "DEVICE")]
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub peer: Option<String>,
 
     /// Run these checks too: resets, bad data, data of its own loaded back. The device loses its state where that cannot be

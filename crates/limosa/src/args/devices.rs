@@ -1,12 +1,13 @@
 //! The commands that inspect and drive devices: `probe`, `state`.
 
+use super::values::device;
 use clap::{Args, Subcommand};
 use limosa_protocol::State;
 
 #[derive(Debug, Args)]
 pub struct Probe {
     /// The device; without it, the kernel's VFIO devices are listed.
-    #[arg(value_name = "DEVICE")]
+    #[arg(value_name = "DEVICE", value_parser = device)]
     pub device: Option<String>,
 
     /// List PCI devices that other drivers have as well, and what to do for VFIO to have them.
@@ -26,7 +27,7 @@ pub struct KeepOpen {
 #[derive(Debug, Args)]
 pub struct StateArgs {
     /// The device.
-    #[arg(value_name = "DEVICE")]
+    #[arg(value_name = "DEVICE", value_parser = device)]
     pub device: String,
 
     #[command(subcommand)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::values::{Rate, rate};
+use super::values::{Rate, device, rate};
 
 /// Its effects on a device, and its exit codes.
 const NOTES: &str = "\
@@ -21,11 +21,11 @@ Others are those of the command, when it could not look.";
 #[command(after_help = NOTES)]
 pub struct Doctor {
     /// The device; without one, only the machine is looked at.
-    #[arg(value_name = "DEVICE")]
+    #[arg(value_name = "DEVICE", value_parser = device)]
     pub device: Option<String>,
 
     /// Where its state is to go: a second device, with which it is compared.
-    #[arg(value_name = "DEVICE")]
+    #[arg(value_name = "DEVICE", value_parser = device)]
     pub destination: Option<String>,
 
     /// Measure the arcs of a stop: stops DEVICE for at most 3 s, and lets it run again.

@@ -10,19 +10,19 @@ use super::KeepOpen;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
 use super::link::{Link, Names};
 use super::resolving::Moves;
-use super::values::{LinkCount, bytes, link_count, links, milliseconds, seconds};
+use super::values::{LinkCount, bytes, device, link_count, links, milliseconds, seconds};
 use crate::reports::{ReportFile, report_file};
 
 /// The devices of one side.
 #[derive(Debug, Args)]
 pub struct Devices {
     /// The device; others are named with --device.
-    #[arg(value_name = "DEVICE", required_unless_present_any = ["more", "memory"])]
+    #[arg(value_name = "DEVICE", value_parser = device, required_unless_present_any = ["more", "memory"])]
     pub device: Option<String>,
 
     /// A further device; many times. All of them move as one, and the first here becomes the first there, the
     /// second the second.
-    #[arg(long = "device", id = "more", value_name = "DEVICE")]
+    #[arg(long = "device", id = "more", value_name = "DEVICE", value_parser = device)]
     pub more: Vec<String>,
 }
 
@@ -119,15 +119,15 @@ pub enum WhenStalled {
 #[derive(Debug, Args)]
 pub struct Migrate {
     /// The device to move from.
-    #[arg(value_name = "SRC", required_unless_present_any = ["more", "memory"], requires = "destination")]
+    #[arg(value_name = "SRC", value_parser = device, required_unless_present_any = ["more", "memory"], requires = "destination")]
     pub source: Option<String>,
 
     /// The device to move to.
-    #[arg(value_name = "DST")]
+    #[arg(value_name = "DST", value_parser = device)]
     pub destination: Option<String>,
 
     /// A further device, and its destination device; many times. All devices move together.
-    #[arg(long = "device", id = "more", num_args = 2, value_names = ["SRC", "DST"])]
+    #[arg(long = "device", id = "more", num_args = 2, value_names = ["SRC", "DST"], value_parser = device)]
     pub more: Vec<String>,
 
     #[command(flatten)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use super::link::{Names, Tls};
-use super::values::seconds;
+use super::values::{device, seconds};
 
 #[derive(Debug, Args)]
 pub struct Moves {
@@ -21,7 +21,7 @@ pub struct Moves {
 pub struct Resolve {
     /// The device that was sent or saved; without it and --id, the moves in doubt are listed, and the guests that a process
     /// of limosa has left stopped.
-    #[arg(value_name = "DEVICE")]
+    #[arg(value_name = "DEVICE", value_parser = device)]
     pub device: Option<String>,
 
     /// Where its destination is to be asked: unix:PATH or tcp:HOST:PORT; by default where it was sent to.

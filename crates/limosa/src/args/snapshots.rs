@@ -11,6 +11,7 @@ use super::STORES;
 use super::guest::{DestinationMemory, SourceMemory, Starting, Stopping};
 use super::moving::{Devices, Reporting, StateMax, StopLimits};
 use super::resolving::Moves;
+use super::values::device;
 
 /// The devices of a save, and where they are saved.
 ///
@@ -25,7 +26,7 @@ pub struct SaveNames {
 
     /// A further device; many times. All of them move as one, and the first here becomes the first there, the
     /// second the second.
-    #[arg(long = "device", id = "more", value_name = "DEVICE")]
+    #[arg(long = "device", id = "more", value_name = "DEVICE", value_parser = device)]
     more: Vec<String>,
 }
 

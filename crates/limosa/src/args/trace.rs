@@ -38,7 +38,8 @@ pub struct Trace {
     #[arg(short, long)]
     pub count: bool,
 
-    /// Write a capture file for Wireshark (pcapng) too; contrib/wireshark/vfio-user.lua shows what is in it.
+    /// Write a capture file for Wireshark (pcapng) too; contrib/wireshark/vfio-user.lua shows what is in it. With - it goes to
+    /// standard output, and lines only to --output.
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
 

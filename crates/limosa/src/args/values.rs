@@ -5,6 +5,16 @@ use std::time::Duration;
 
 use limosa_stream::LINKS_MAX;
 
+/// The name of a device.
+pub fn device(text: &str) -> Result<String, String> {
+    match text.is_empty() {
+        true => {
+            Err("expected a device: a socket's path, a PCI address, a UUID or a node of /dev/vfio".into())
+        }
+        false => Ok(text.to_owned()),
+    }
+}
+
 /// A positive number of milliseconds, fractions allowed.
 pub fn milliseconds(text: &str) -> Result<Duration, String> {
     let milliseconds: f64 =

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context;
 use limosa_check::{Options, Profile, Report, SocketWire, Target, Transport};
 use limosa_vfio_user::client::Role;
 use serde::Serialize;
@@ -16,10 +15,14 @@ use crate::args::{self, Format};
 use crate::exit::{self, Code};
 use crate::open::{self, Opener, Opening};
 use crate::output::{self, Output};
+use crate::read_text::read_text;
 use crate::signals;
 
 /// The most that one request of vfio-user may take here, so that a server that hangs costs little.
 const REQUEST_MAX: Duration = Duration::from_secs(5);
+
+/// The most bytes of a profile.
+const PROFILE_BYTES_MAX: u64 = 1 << 20;
 
 pub fn run(args: &args::Check, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     if args.clauses {
@@ -100,7 +103,7 @@ fn list(options: &Options, out: &Output) -> anyhow::Result<()> {
 
 fn profile(path: &Path) -> anyhow::Result<Profile> {
     let name = path.display();
-    let text = std::fs::read_to_string(path).with_context(|| format!("{name} cannot be read"))?;
+    let text = read_text(path, PROFILE_BYTES_MAX)?;
     Profile::parse(&text).map_err(|error| exit::error(Code::Usage, format!("{name}: {error}")))
 }
 

@@ -1,7 +1,7 @@
 //! `limosa check --fuzz` and `--replay`: random sequences of requests, and one of them again.
 
 use std::collections::BTreeSet;
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +12,10 @@ use limosa_check::{Difference, FuzzOptions, FuzzReport, Limits, Script, Target};
 use crate::args;
 use crate::exit::{self, Code};
 use crate::output::{self, Output};
+use crate::read_text::{read_text, read_text_if_there};
+
+/// The most bytes of a script, and of a file of known differences.
+const BYTES_MAX: u64 = 16 << 20;
 
 pub fn run(
     name: &str,
@@ -55,7 +59,7 @@ pub fn run(
 
 fn replay(name: &str, target: &Target, path: &Path, limits: &Limits, out: &Output) -> anyhow::Result<()> {
     let file = path.display();
-    let text = std::fs::read_to_string(path).with_context(|| format!("{file} cannot be read"))?;
+    let text = read_text(path, BYTES_MAX)?;
     let script: Script =
         text.parse().map_err(|error| exit::error(Code::Usage, format!("{file}: {error}")))?;
     let found = limosa_check::replay(target, &script, limits)?;
@@ -102,16 +106,9 @@ fn print(report: &FuzzReport, to: &mut dyn Write) -> std::io::Result<()> {
 
 /// The signatures in a file of known differences; none when it is not there yet.
 fn known(path: &Path) -> anyhow::Result<BTreeSet<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(text
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty() && !line.starts_with('#'))
-            .map(ToOwned::to_owned)
-            .collect()),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(BTreeSet::new()),
-        Err(error) => Err(error).with_context(|| format!("{} cannot be read", path.display())),
-    }
+    let text = read_text_if_there(path, BYTES_MAX)?.unwrap_or_default();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    Ok(lines.map(ToOwned::to_owned).collect())
 }
 
 /// Adds what was found, each with its script as a comment.

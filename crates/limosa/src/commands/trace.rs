@@ -2,13 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, Permissions};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use limosa_host::SocketAccess;
-use limosa_trace::proxy::{self, Proxy};
+use limosa_trace::proxy::{self, Proxy, StopHandle};
 use limosa_trace::ptrace::{self, Control, Ended, Target};
 use limosa_trace::recorder::{Failure, Recorder, Sink};
 use limosa_trace::sink::{Json, Lines, Pcapng, Statistics, StatisticsHandle};
@@ -45,11 +46,18 @@ fn between(
         connect_limit: opening.limit,
         servers: opening.servers.to_vec(),
     };
+    // A signal that comes while the socket is made waits for it, and removes it.
+    let stop = Arc::new(OnceLock::<StopHandle>::new());
+    let at_signal = Arc::clone(&stop);
+    signals::on_end(move || at_signal.wait().stop())?;
     let proxy = Proxy::bind(front, back, options, trace.recorder.handle())
         .map_err(|error| cannot_stand_between(front, back, &error))?;
-    let stop = proxy.stop_handle();
-    signals::on_end(move || stop.stop())?;
-    out.say(&format!("listening on {}", front.display()));
+    stop.get_or_init(|| proxy.stop_handle());
+    let listening = format!("listening on {}", front.display());
+    match trace.has_stdout {
+        true => out.say_aside(&listening),
+        false => out.say(&listening),
+    }
     let served = proxy.serve().context("cannot serve");
     let ended = trace.end(out);
     served.and(ended)
@@ -102,24 +110,34 @@ fn cannot_trace(error: ptrace::Error) -> anyhow::Error {
 struct Trace {
     recorder: Recorder,
     statistics: Option<StatisticsHandle>,
-    /// Standard output is the traced command's.
-    is_commands: bool,
+    /// Standard output is the traced command's, or the capture's.
+    has_stdout: bool,
 }
 
 impl Trace {
     fn begin(args: &args::Trace, out: &Output) -> anyhow::Result<Trace> {
         let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
-        let [output, pcap] = create([&args.output, &args.pcap])?;
+        let is_command = !args.command.is_empty();
+        let is_piped = args.pcap.as_deref() == Some(Path::new("-"));
+        if is_piped {
+            refuse_stdout(is_command)?;
+        }
+        let pcap = if is_piped { &None } else { &args.pcap };
+        let [output, pcap] = create([&args.output, pcap])?;
         match output {
             Some((name, file)) => sinks.push(text(out, name, file)),
-            None if args.count => {}
+            None if args.count || is_piped => {}
             // Standard output is the command's.
-            None if !args.command.is_empty() => sinks.push(text(out, "standard error".into(), io::stderr())),
+            None if is_command => sinks.push(text(out, "standard error".into(), io::stderr())),
             None => sinks.push(text(out, "standard output".into(), io::stdout())),
         }
         if let Some((name, file)) = pcap {
             let pcap = Pcapng::new(name.clone(), file).with_context(|| name)?;
             sinks.push(Box::new(pcap));
+        }
+        if is_piped {
+            let name = "standard output";
+            sinks.push(Box::new(Pcapng::new(name, io::stdout()).context(name)?));
         }
         let statistics = args.count.then(|| {
             let (sink, handle) = Statistics::new();
@@ -132,7 +150,7 @@ impl Trace {
             }
         });
         let recorder = recorder.context("no thread to write the trace on")?;
-        Ok(Trace { recorder, statistics, is_commands: !args.command.is_empty() })
+        Ok(Trace { recorder, statistics, has_stdout: is_command || is_piped })
     }
 
     /// Writes what is left, and prints the statistics.
@@ -142,7 +160,7 @@ impl Trace {
             failures.iter().filter(|failure| !is_enough(failure)).map(ToString::to_string).collect();
         if let Some(statistics) = self.statistics {
             let table = statistics.table();
-            if self.is_commands {
+            if self.has_stdout {
                 let text = if out.json { serde_json::to_string(&table)? + "\n" } else { table.text() };
                 let written = io::stderr().write_all(text.as_bytes());
                 let failed = written.err().filter(|error| error.kind() != io::ErrorKind::BrokenPipe);
@@ -154,6 +172,16 @@ impl Trace {
         }
         if failures.is_empty() { Ok(()) } else { Err(exit::but("traced", &failures)) }
     }
+}
+
+/// A capture is for a program that reads it, and has standard output for itself.
+fn refuse_stdout(is_command: bool) -> anyhow::Result<()> {
+    let why = match (is_command, io::stdout().is_terminal()) {
+        (true, _) => "standard output is the command's",
+        (_, true) => "standard output is a terminal",
+        (false, false) => return Ok(()),
+    };
+    Err(exit::error(Code::Usage, format!("--pcap -: {why}; name a file")))
 }
 
 /// Whether the reader of the trace has closed its end.

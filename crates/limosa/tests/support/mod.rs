@@ -124,6 +124,12 @@ pub fn limosa_into<S: AsRef<str>>(out: impl Into<Stdio>, err: impl Into<Stdio>, 
     status.code().unwrap_or_else(|| -std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0))
 }
 
+/// Starts the command with its standard output in this place. Its standard error is to be read.
+pub fn start_into(out: impl Into<Stdio>, args: &[&str]) -> std::process::Child {
+    let mut command = prepared(Command::new(env!("CARGO_BIN_EXE_limosa")), args);
+    command.stdin(Stdio::null()).stdout(out).stderr(Stdio::piped()).spawn().unwrap()
+}
+
 /// Where nothing can be written: a disk that is full.
 pub fn full() -> std::fs::File {
     std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap()

@@ -153,7 +153,11 @@ pub fn trace(target: &Target, recorder: &RecorderHandle, control: &Control) -> R
             attach(&mut tracer, *pid)?;
             // Whoever waits for it can begin with what is to be seen.
             let time_ns = recorder.now_ns();
-            let text = format!("is traced from here on, with {} threads", tracer.threads());
+            let threads = match tracer.threads() {
+                1 => "its one thread".to_owned(),
+                threads => format!("{threads} threads"),
+            };
+            let text = format!("is traced from here on, with {threads}");
             recorder.record(Seen::Note { time_ns, pid: u32::try_from(*pid).ok(), text });
             Ok(tracer.run(*pid))
         }

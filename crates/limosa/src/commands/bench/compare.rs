@@ -1,16 +1,20 @@
 //! `limosa bench compare`: two runs, and which differences are beyond their spread.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
-use anyhow::Context;
 use limosa_bench::Document;
 
 use crate::exit::{self, Code};
 use crate::output::Output;
+use crate::read_text::read_text;
 
 pub fn run(first: &Path, second: &Path, out: &Output) -> anyhow::Result<()> {
+    if first == second && first == Path::new("-") {
+        return Err(exit::error(
+            Code::Usage,
+            "standard input has one document; name a file for the other run",
+        ));
+    }
     let compared = limosa_bench::compare(&read(first)?, &read(second)?);
     if compared.rows.is_empty() {
         let (first, second) = (first.display(), second.display());
@@ -30,16 +34,6 @@ pub fn run(first: &Path, second: &Path, out: &Output) -> anyhow::Result<()> {
 }
 
 fn read(path: &Path) -> anyhow::Result<Document> {
-    let name = path.display();
-    let file = File::open(path).with_context(|| format!("{name} cannot be read"))?;
-    let mut text = Vec::new();
-    file.take(limosa_bench::BYTES_MAX + 1)
-        .read_to_end(&mut text)
-        .with_context(|| format!("{name} cannot be read"))?;
-    let damaged = |why: String| exit::error(Code::Damaged, format!("{name}: {why}"));
-    if text.len() as u64 > limosa_bench::BYTES_MAX {
-        return Err(damaged(format!("it is longer than {} bytes", limosa_bench::BYTES_MAX)));
-    }
-    let text = String::from_utf8(text).map_err(|_| damaged("it is no text".into()))?;
-    Document::parse(&text).map_err(damaged)
+    let text = read_text(path, limosa_bench::BYTES_MAX)?;
+    Document::parse(&text).map_err(|why| exit::error(Code::Damaged, format!("{}: {why}", path.display())))
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use limosa_bench::{Document, Open, Options, Target};
+use limosa_bench::{Document, Open, Options, Run, Target};
 use limosa_client::{Device, DeviceExt};
 use limosa_migrate::way_out_of;
 use limosa_protocol::State;
@@ -62,11 +62,15 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
         cancel: Arc::clone(&cancel),
     };
     let mut progress = Progress::new(out);
-    let document = limosa_bench::measure(&target, &options, &mut |event| progress.show(&event))?;
+    let run = limosa_bench::measure(&target, &options, &mut |event| progress.show(&event))?;
+    let Run { document, not_moved } = run;
     progress.end(&document)?;
     out.result(&document, |_| Ok(()))?;
     let written = reports.write(&document);
     judge(name, &document, &cancel)?;
+    if let Some(why) = not_moved {
+        return Err(why.context(format!("{name}: measured, but no move")));
+    }
     written.map_err(|error| exit::but("measured", &[exit::message(&error)]))
 }
 

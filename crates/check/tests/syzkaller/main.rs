@@ -1,23 +1,12 @@
 //! `contrib/syzkaller`: its constants and layouts are those of Linux' headers, by the crate `vfio-bindings`.
 
+mod description;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::{offset_of, size_of};
 
+use description::{TEXT, constants, defines, structures};
 use vfio_bindings::bindings::vfio as linux;
-
-const TEXT: &str = include_str!("../../../contrib/syzkaller/dev_vfio_migration.txt");
-const CONSTANTS: &str = include_str!("../../../contrib/syzkaller/dev_vfio_migration.txt.const");
-
-fn constants() -> BTreeMap<&'static str, u64> {
-    let mut lines = CONSTANTS.lines();
-    assert_eq!(lines.next(), Some("arches = amd64, arm64"));
-    lines
-        .map(|line| {
-            let (name, value) = line.split_once(" = ").unwrap_or_else(|| panic!("{line}"));
-            (name, value.parse().unwrap_or_else(|error| panic!("{line}: {error}")))
-        })
-        .collect()
-}
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + number)`.
 fn io(number: u32) -> u64 {
@@ -65,8 +54,7 @@ fn the_constants_are_those_of_linux() {
         ("O_RDWR", 2),
     ]);
     // What the description itself defines: two of these, ORed.
-    for line in TEXT.lines().filter_map(|line| line.strip_prefix("define ")) {
-        let (name, value) = line.split_once('\t').unwrap_or_else(|| panic!("{line}"));
+    for (name, value) in defines() {
         let parts = value.trim_matches(['(', ')']).split(" | ");
         expected.insert(name, parts.map(|part| expected[part]).fold(0, |all, part| all | part));
     }
@@ -86,36 +74,6 @@ fn every_constant_is_used_and_every_one_used_is_there() {
         })
         .collect();
     assert_eq!(used, constants().into_keys().collect());
-}
-
-/// The fields of a structure with their offsets, and its size.
-type Layout = (Vec<(&'static str, usize)>, usize);
-
-/// The structures of the description.
-fn structures() -> BTreeMap<&'static str, Layout> {
-    let mut found = BTreeMap::new();
-    let mut lines = TEXT.lines();
-    while let Some(line) = lines.next() {
-        let Some(name) = line.strip_suffix(" {").filter(|name| !name.starts_with("type ")) else { continue };
-        let (mut fields, mut at, mut largest) = (Vec::new(), 0usize, 1);
-        for line in lines.by_ref().take_while(|line| *line != "}") {
-            let (field, kind) = line.trim().split_once('\t').unwrap_or_else(|| panic!("{line}"));
-            let kind = kind.trim().trim_end_matches("(out)").trim();
-            let bytes = match kind {
-                kind if kind.ends_with("int32]") || kind == "int32" || kind.starts_with("fd_") => 4,
-                kind if kind == "int64" || kind.starts_with("ptr64[") => 8,
-                kind if kind.starts_with("array[int8") => 0,
-                other => panic!("{line}: a type `{other}`"),
-            };
-            let align = bytes.max(1);
-            at = at.next_multiple_of(align);
-            fields.push((field, at));
-            at += bytes;
-            largest = largest.max(align);
-        }
-        found.insert(name, (fields, at.next_multiple_of(largest)));
-    }
-    found
 }
 
 #[test]

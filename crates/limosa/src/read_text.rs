@@ -1,0 +1,53 @@
+//! Text files that a user names: read whole, within a bound, and never waited for.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+
+use anyhow::Context;
+use limosa_host::{Named, open_to_read, resolve};
+use rustix::fs::OFlags;
+
+use crate::exit::{self, Code};
+
+/// The text of a file, or of standard input for `-`. Errors name the file.
+pub fn read_text(path: &Path, bytes_max: u64) -> anyhow::Result<String> {
+    if path == Path::new("-") {
+        return bounded("standard input", std::io::stdin().lock(), bytes_max);
+    }
+    let name = path.display().to_string();
+    let file = open(path).with_context(|| format!("{name} cannot be read"))?;
+    bounded(&name, file, bytes_max)
+}
+
+/// The same of a file that need not be there.
+pub fn read_text_if_there(path: &Path, bytes_max: u64) -> anyhow::Result<Option<String>> {
+    let name = path.display().to_string();
+    match open(path) {
+        Ok(file) => bounded(&name, file, bytes_max).map(Some),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("{name} cannot be read")),
+    }
+}
+
+/// A FIFO without a writer would be waited for, in the opening already. One that is open here (`/dev/stdin`, `/dev/fd/N`) has, or
+/// had, a writer.
+fn open(path: &Path) -> std::io::Result<File> {
+    let is_open_here = matches!(resolve(path)?, Named::Descriptor(_));
+    let file = open_to_read(path, OFlags::NONBLOCK)?;
+    if is_open_here || file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    let what = "it is no regular file; expected one, or - for standard input";
+    Err(std::io::Error::new(ErrorKind::InvalidInput, what))
+}
+
+fn bounded(name: &str, from: impl Read, bytes_max: u64) -> anyhow::Result<String> {
+    let mut text = Vec::new();
+    from.take(bytes_max + 1).read_to_end(&mut text).with_context(|| format!("{name} cannot be read"))?;
+    let damaged = |why: &str| exit::error(Code::Damaged, format!("{name}: {why}"));
+    if text.len() as u64 > bytes_max {
+        return Err(damaged(&format!("it is longer than {bytes_max} bytes")));
+    }
+    String::from_utf8(text).map_err(|_| damaged("it is no text"))
+}
