@@ -15,7 +15,7 @@ use support::{Folder, Running};
 /// Commands that run, and blocks that need something, by what they need.
 const RUN: usize = 45;
 const NEED: [(&str, usize); 8] = [
-    ("needs-cargo", 5),
+    ("needs-cargo", 6),
     ("needs-host", 2),
     ("needs-kernel", 3),
     ("needs-quiet", 1),
