@@ -3,7 +3,10 @@
 //! plain `send` and `recv` of the same bytes take in the same run, alone and with the devices' reading and loading at
 //! their ends; what is left is the engine's own.
 //!
-//! `cargo bench -p limosa-migrate --bench switchover -- [RUNS [DEVICES]]`
+//! `harvest` measures what the dirty logs of the devices add to a stop instead: the downtime with 256 GiB of untouched memory beside
+//! the downtime without memory, for devices with little state. Without an argument both are measured.
+//!
+//! `cargo bench -p limosa-migrate --bench switchover -- [harvest] [RUNS [DEVICES]]`
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -12,15 +15,22 @@ use std::time::{Duration, Instant};
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::link::{Listener, Wait, connect};
-use limosa_migrate::{Act, Destination, Ledger, MovedDevice, Options, Outcome, Received, Report, Source};
+use limosa_migrate::{
+    Act, Destination, FilePages, Ledger, Memory, MemoryRegion, MovedDevice, Options, Outcome, Received,
+    Report, Source,
+};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::State;
+use limosa_testing::memfd;
 
 const STATE_BYTES: usize = 1 << 20;
 const SOON: Duration = Duration::from_secs(10);
 
-fn device() -> Loopback {
-    let config = format!("state={STATE_BYTES},block=1M,verify=off,pre-copy=off").parse::<SyntheticConfig>();
+const MEMORY_BYTES: u64 = 256 << 30;
+
+fn device(state_bytes: usize) -> Loopback {
+    let config =
+        format!("state={state_bytes},block={state_bytes},verify=off,pre-copy=off").parse::<SyntheticConfig>();
     let model = Synthetic::new(config.expect("right")).expect("right");
     Loopback::new("synthetic", Machine::simple(model))
 }
@@ -91,8 +101,15 @@ fn timed(act: impl FnOnce()) -> f64 {
     began.elapsed().as_secs_f64() * 1e3
 }
 
-/// In ms: downtime, arcs on both sides, the floors.
-fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 4] {
+/// A move of devices, and of memory that nothing has touched.
+fn moved(
+    sources: &[Loopback],
+    destinations: &[Loopback],
+    memory: Option<&[FilePages; 2]>,
+) -> [Box<Report>; 2] {
+    let region = |pages| MemoryRegion { id: 0, iova: 0, size: MEMORY_BYTES, pages };
+    let regions = |side: usize| memory.iter().map(|both| region(&both[side])).collect::<Vec<_>>();
+    let (our_memory, their_memory) = (regions(0), regions(1));
     let (options, ledger) = (Options::default(), Ledger::new());
     let ours: Vec<_> = sources.iter().map(|device| MovedDevice::new(device)).collect();
     let theirs: Vec<_> = destinations.iter().map(|device| MovedDevice::new(device)).collect();
@@ -100,45 +117,48 @@ fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 4] {
     let near = connect(listener.address(), SOON).expect("it listens");
     let far = listener.accept(Wait::within(SOON, None)).expect("it connected");
     let (outcome, received) = std::thread::scope(|scope| {
-        let destination = Destination::new(&theirs, &ledger, &options);
+        let destination = Destination::new(&theirs, &ledger, &options).with_memory(&their_memory);
         let receiving = scope.spawn(move || destination.receive(&far));
-        let source = Source::new(&ours, &options);
+        let source = Source::new(&ours, &options).with_memory(Memory::stopped(our_memory));
         let outcome = source.send(&near);
         (outcome, receiving.join().expect("no panic"))
     });
-    let (Outcome::Moved(report), Received::Runs(theirs)) = (&outcome, &received) else {
-        panic!("{outcome:?} {received:?}")
-    };
-    if std::env::var("DBG").is_ok() {
-        for r in [report, theirs] {
-            let z = r.stopped_ns.unwrap_or(0) as f64;
-            println!("-- {:?} stopped {:.0} us", r.side, z / 1e3);
-            for p in &r.phases {
-                println!(
-                    "  {:?} at {:.0} for {:.0}",
-                    p.phase,
-                    (p.start_ns as f64 - z) / 1e3,
-                    p.duration_ns as f64 / 1e3
-                );
-            }
-            for d in &r.devices {
-                print!("  {}:", d.name);
-                for s in &d.spans {
-                    let a = (s.start_ns as f64 - z) / 1e3;
-                    if a > -100.0 {
-                        print!(" {:?}@{:.0}+{:.0}", s.act, a, s.duration_ns as f64 / 1e3);
-                    }
-                }
-                println!();
-            }
-        }
+    match (outcome, received) {
+        (Outcome::Moved(ours), Received::Runs(theirs)) => [Box::new(ours), Box::new(theirs)],
+        (outcome, received) => panic!("{outcome:?} {received:?}"),
     }
+}
+
+/// In ms: downtime, arcs on both sides, the floors.
+fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 4] {
+    let [report, theirs] = moved(sources, destinations, None);
     let reset = || sources.iter().chain(destinations).for_each(|device| device.reset().expect("a reset"));
     reset();
     let [bare, with_devices] = floors(sources, destinations);
     reset();
     let downtime = report.downtime_ns.expect("it was stopped") as f64 / 1e6;
-    [downtime, arcs(report) + arcs(theirs), bare, with_devices]
+    [downtime, arcs(&report) + arcs(&theirs), bare, with_devices]
+}
+
+/// Prints what the logs of so many devices add.
+fn harvest(runs: usize, devices: usize) {
+    let make = || (0..devices).map(|_| device(4 << 10)).collect::<Vec<_>>();
+    let (sources, destinations) = (make(), make());
+    let pages = || FilePages::new(memfd(MEMORY_BYTES), 0);
+    let memory = [pages(), pages()];
+    let downtime = |memory| {
+        let [report, _] = moved(&sources, &destinations, memory);
+        sources.iter().chain(&destinations).for_each(|device| device.reset().expect("a reset"));
+        report.downtime_ns.expect("it was stopped") as f64 / 1e6
+    };
+    let both: Vec<_> = (0..runs).map(|_| [downtime(None), downtime(Some(&memory))]).collect();
+    let [without, with] = [0, 1].map(|column| median(both.iter().map(|run| run[column])));
+    let added = median(both.iter().map(|[without, with]| with - without));
+    println!(
+        "{devices} devices: a stop of {without:.2} ms without memory, of {with:.2} ms with the logs of {} GiB each: {added:.2} ms \
+         more (medians of {runs})",
+        MEMORY_BYTES >> 30
+    );
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
@@ -150,11 +170,19 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 fn main() {
     let mut numbers = std::env::args().filter_map(|arg| arg.parse::<usize>().ok());
     let runs = numbers.next().unwrap_or(30);
-    let counts = numbers.next().map_or(vec![1, 4, 16], |devices| vec![devices]);
+    let has_arguments = std::env::args().skip(1).any(|arg| !arg.starts_with('-'));
+    let devices = numbers.next();
+    if std::env::args().any(|arg| arg == "harvest") {
+        return devices
+            .map_or(vec![1, 16, 64], |devices| vec![devices])
+            .into_iter()
+            .for_each(|devices| harvest(runs, devices));
+    }
+    let counts = devices.map_or(vec![1, 4, 16, 64], |devices| vec![devices]);
     println!("median of {runs} moves, in ms");
     println!("devices  downtime     arcs  bare socket  with devices  beyond socket  beyond both");
     for devices in counts {
-        let make = || (0..devices).map(|_| device()).collect::<Vec<_>>();
+        let make = || (0..devices).map(|_| device(STATE_BYTES)).collect::<Vec<_>>();
         let (sources, destinations) = (make(), make());
         let all: Vec<_> = (0..runs).map(|_| once(&sources, &destinations)).collect();
         let [downtime, arcs, bare, with_devices] =
@@ -165,5 +193,8 @@ fn main() {
             beyond(2),
             beyond(3)
         );
+    }
+    if !has_arguments {
+        harvest(10, 64);
     }
 }

@@ -37,6 +37,10 @@ pub struct Options {
     /// together. Each device gets an equal part, at least [`WINDOW_BYTES_MIN`](limosa_stream::WINDOW_BYTES_MIN) and at most
     /// 4 MiB. A small part costs speed if the latency to the source is high.
     pub windows_bytes: u64,
+    /// On the destination: how many bytes that may become, for all devices together, as windows grow. A device's window doubles, to
+    /// at most 64 MiB, when the source finds it full and the device loads as fast as data arrives: the product of bandwidth and
+    /// latency is larger than the window then. With no more than [`windows_bytes`](Self::windows_bytes) nothing grows.
+    pub windows_bytes_max: u64,
     /// The most bytes of data that one device may give or be given, pre-copy included. Without it, a device may give in
     /// the stop four times the most that it said (MIG_DATA_SIZE, pre-copy info, or
     /// [`MovedDevice::stop_bytes`](crate::MovedDevice::stop_bytes)), and at least 1 GiB; and before the stop
@@ -78,6 +82,7 @@ impl Default for Options {
             links_measured: false,
             compress: None,
             windows_bytes: 32 << 20,
+            windows_bytes_max: 256 << 20,
             state_max: None,
             convergence: Convergence::default(),
             silence_max: Duration::from_secs(30),
@@ -155,6 +160,7 @@ with!(Options {
     with_links_measured: links_measured: bool,
     with_compress: compress: Option<Compression>,
     with_windows_bytes: windows_bytes: u64,
+    with_windows_bytes_max: windows_bytes_max: u64,
     with_state_max: state_max: Option<u64>,
     with_convergence: convergence: Convergence,
     with_silence_max: silence_max: Duration,

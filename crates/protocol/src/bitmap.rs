@@ -7,6 +7,7 @@ mod words;
 
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::Range;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
@@ -31,18 +32,29 @@ pub use words::{
 /// [`DirtyBitmap::set_range_locked`] is cheaper on pages that are marked already and needs a lock
 /// for the same promise.
 ///
+/// A second bitmap has a bit for each block of 4096 pages that may have marks. What looks for marks passes over the other blocks,
+/// so that a harvest takes as long as there are marks, and not as there is memory. A block counts as clean again after
+/// [`DirtyBitmap::harvest_exclusive`] or [`DirtyBitmap::clear`].
+///
 /// Ranges that do not fit are a mistake of the caller and panic, as an index into a slice does.
 pub struct DirtyBitmap {
     words: Vec<AtomicU64>,
+    /// Bit *n* is set when block *n* may have a mark. Set after the mark, and before the call that marks returns.
+    blocks: Vec<AtomicU64>,
     pages: u64,
 }
+
+/// The words of a block.
+const BLOCK_WORDS: usize = 64;
 
 impl DirtyBitmap {
     /// A bitmap of `pages` pages, all clean. [`Errno::ENOMEM`] when there is no address space for
     /// it.
     pub fn new(pages: u64) -> Result<DirtyBitmap, Errno> {
         let words = AtomicU64::new_vec_zeroed(words_for(pages)).map_err(|_| Errno::ENOMEM)?;
-        Ok(DirtyBitmap { words, pages })
+        let blocks =
+            AtomicU64::new_vec_zeroed(words.len().div_ceil(BLOCK_WORDS * 64)).map_err(|_| Errno::ENOMEM)?;
+        Ok(DirtyBitmap { words, blocks, pages })
     }
 
     /// How many pages it has.
@@ -65,14 +77,15 @@ impl DirtyBitmap {
         let Some(span) = Span::of(start, len, self.pages) else { return };
         if span.first == span.last {
             self.words[span.first].fetch_or(span.mask(span.first), Release);
-            return;
-        }
-        for (at, word) in self.words[span.first..=span.last].iter().enumerate() {
-            match span.mask(span.first + at) {
-                u64::MAX => word.store(!0, Release),
-                mask => drop(word.fetch_or(mask, Release)),
+        } else {
+            for (at, word) in self.words[span.first..=span.last].iter().enumerate() {
+                match span.mask(span.first + at) {
+                    u64::MAX => word.store(!0, Release),
+                    mask => drop(word.fetch_or(mask, Release)),
+                }
             }
         }
+        self.mark_blocks(span.first, span.last);
     }
 
     /// Marks `len` pages from `start` on, with no atomic operation where they are marked already.
@@ -91,6 +104,33 @@ impl DirtyBitmap {
                 word.fetch_or(mask, Release);
             }
         }
+        self.mark_blocks(span.first, span.last);
+    }
+
+    /// Notes that these words may have marks.
+    #[inline]
+    fn mark_blocks(&self, first: usize, last: usize) {
+        for block in first / BLOCK_WORDS..=last / BLOCK_WORDS {
+            let (word, bit) = (&self.blocks[block / 64], 1 << (block % 64));
+            if word.load(Relaxed) & bit == 0 {
+                word.fetch_or(bit, Release);
+            }
+        }
+    }
+
+    /// The words from `first` to `last` whose blocks may have marks, as ranges in ascending order.
+    fn marked(&self, first: usize, last: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+        marked_blocks(&self.blocks, first / BLOCK_WORDS, last / BLOCK_WORDS).map(move |block| {
+            let begin = block * BLOCK_WORDS;
+            begin.max(first)..(begin + BLOCK_WORDS).min(last + 1)
+        })
+    }
+
+    /// All words whose blocks may have marks, with their indexes.
+    fn marked_words(&self) -> impl Iterator<Item = (usize, &AtomicU64)> + '_ {
+        let last = self.words.len().checked_sub(1);
+        let ranges = last.into_iter().flat_map(|last| self.marked(0, last));
+        ranges.flat_map(|range| range.clone().zip(&self.words[range]))
     }
 
     /// Whether a page is marked.
@@ -117,38 +157,29 @@ impl DirtyBitmap {
     pub fn harvest_exclusive(&mut self, start: u64, len: u64, out: &mut [u64]) {
         let Some(span) = Span::of(start, len, self.pages) else { return };
         let out = &mut out[..words_for(len)];
-        let take = |word: &mut AtomicU64, mask: u64| {
-            let word = word.get_mut();
-            let bits = *word & mask;
-            if bits != 0 {
-                *word &= !mask;
-            }
-            bits
-        };
         let shift = start % 64;
-        if shift != 0 {
-            for (at, word) in self.words[span.first..=span.last].iter_mut().enumerate() {
-                put(out, at as u64 * 64, shift, take(word, span.mask(span.first + at)));
-            }
-            return;
-        }
-        // Whole cache lines, so that the compiler can use the widest registers there are.
-        const LINE: usize = 8;
-        let (whole, tail) = self.words[span.first..=span.last].split_at_mut(span.last - span.first);
-        let mut lines = whole.chunks_exact_mut(LINE);
-        let mut outs = out.chunks_exact_mut(LINE);
-        for (line, out) in (&mut lines).zip(&mut outs) {
-            if line.iter_mut().fold(0, |all, word| all | *word.get_mut()) != 0 {
-                for (word, out) in line.iter_mut().zip(out) {
+        let DirtyBitmap { words, blocks, .. } = self;
+        for block in marked_blocks(blocks, span.first / BLOCK_WORDS, span.last / BLOCK_WORDS) {
+            let begin = block * BLOCK_WORDS;
+            let end = (begin + BLOCK_WORDS).min(words.len());
+            let range = begin.max(span.first)..end.min(span.last + 1);
+            let taken = words[range.clone()].iter_mut().zip(range.clone());
+            if shift == 0 && span.mask(range.start) & span.mask(range.end - 1) == !0 {
+                // Without a branch for each word, so that the compiler can use the widest registers there are.
+                for ((word, _), out) in taken.zip(&mut out[range.start - span.first..]) {
                     *out |= core::mem::take(word.get_mut());
                 }
+            } else {
+                for (word, at) in taken {
+                    let (word, mask) = (word.get_mut(), span.mask(at));
+                    put(out, (at - span.first) as u64 * 64, shift, *word & mask);
+                    *word &= !mask;
+                }
+            }
+            if words[begin..end].iter_mut().all(|word| *word.get_mut() == 0) {
+                blocks[block / 64].fetch_and(!(1 << (block % 64)), Relaxed);
             }
         }
-        let done = whole.len() / LINE * LINE;
-        for (at, word) in whole[done..].iter_mut().enumerate() {
-            out[done + at] |= take(word, !0);
-        }
-        out[span.last - span.first] |= take(&mut tail[0], span.mask(span.last));
     }
 
     /// Sets in `out`, whose bit 0 is page `start`, the marks of `len` pages from `start` on, and
@@ -180,8 +211,10 @@ impl DirtyBitmap {
     fn each(&self, start: u64, len: u64, out: &mut [u64], take: impl Fn(&AtomicU64, u64) -> u64) {
         let Some(span) = Span::of(start, len, self.pages) else { return };
         let out = &mut out[..words_for(len)];
-        for (at, word) in self.words[span.first..=span.last].iter().enumerate() {
-            put(out, at as u64 * 64, start % 64, take(word, span.mask(span.first + at)));
+        for range in self.marked(span.first, span.last) {
+            for (word, at) in self.words[range.clone()].iter().zip(range) {
+                put(out, (at - span.first) as u64 * 64, start % 64, take(word, span.mask(at)));
+            }
         }
     }
 
@@ -197,6 +230,7 @@ impl DirtyBitmap {
             } & span.mask(span.first + at);
             if bits != 0 {
                 word.fetch_or(bits, Release);
+                self.mark_blocks(span.first + at, span.first + at);
             }
         }
     }
@@ -204,31 +238,33 @@ impl DirtyBitmap {
     /// Marks every page that is marked in `other`, which must have as many pages.
     pub fn or(&self, other: &DirtyBitmap) {
         assert_eq!(self.pages, other.pages, "bitmaps of different sizes");
-        for (word, other) in self.words.iter().zip(&other.words) {
+        for (at, other) in other.marked_words() {
             let bits = other.load(Acquire);
             if bits != 0 {
-                word.fetch_or(bits, Release);
+                self.words[at].fetch_or(bits, Release);
+                self.mark_blocks(at, at);
             }
         }
     }
 
-    /// Removes every mark. Words without one are not written.
+    /// Removes every mark. Words without one are not written. Not while other threads mark: whether their marks stay is not known.
     pub fn clear(&self) {
-        for word in &self.words {
+        for (_, word) in self.marked_words() {
             if word.load(Relaxed) != 0 {
                 word.store(0, Relaxed);
             }
         }
+        self.blocks.iter().for_each(|blocks| blocks.store(0, Relaxed));
     }
 
     /// How many pages are marked.
     pub fn count(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.load(Relaxed).count_ones())).sum()
+        self.marked_words().map(|(_, word)| u64::from(word.load(Relaxed).count_ones())).sum()
     }
 
     /// Whether no page is marked.
     pub fn is_empty(&self) -> bool {
-        self.words.iter().all(|word| word.load(Relaxed) == 0)
+        self.marked_words().all(|(_, word)| word.load(Relaxed) == 0)
     }
 
     /// The runs of marked pages, in order, as (first page, pages), each word as it is when the
@@ -239,13 +275,28 @@ impl DirtyBitmap {
 
     /// The runs of marked pages from this page on, as [`DirtyBitmap::runs`] gives them.
     pub fn runs_from(&self, page: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let first = usize::try_from(page / 64).unwrap_or(usize::MAX).min(self.words.len());
-        let mut mask = u64::MAX << (page % 64);
-        let words = self.words[first..]
-            .iter()
-            .map(move |word| word.load(Acquire) & core::mem::replace(&mut mask, u64::MAX));
-        Runs::new(first as u64 * 64, words)
+        let first = usize::try_from(page / 64).unwrap_or(usize::MAX);
+        let last = self.words.len().checked_sub(1).filter(|last| first <= *last);
+        let ranges = last.into_iter().flat_map(move |last| self.marked(first, last));
+        Runs::new(ranges.flat_map(|range| range.clone().zip(&self.words[range])).map(move |(at, word)| {
+            let mask = if at == first { u64::MAX << (page % 64) } else { u64::MAX };
+            (at, word.load(Acquire) & mask)
+        }))
     }
+}
+
+/// The blocks from `first` to `last` that may have marks.
+fn marked_blocks(blocks: &[AtomicU64], first: usize, last: usize) -> impl Iterator<Item = usize> + '_ {
+    (first / 64..=last / 64).flat_map(move |at| {
+        let head = if at == first / 64 { u64::MAX << (first % 64) } else { u64::MAX };
+        let tail = if at == last / 64 { u64::MAX >> (63 - last % 64) } else { u64::MAX };
+        let mut bits = blocks[at].load(Acquire) & head & tail;
+        core::iter::from_fn(move || {
+            let bit = bits.trailing_zeros() as usize;
+            bits &= bits.checked_sub(1)?;
+            Some(at * 64 + bit)
+        })
+    })
 }
 
 /// Sets the bits of a word, the one that begins `at` bits after the word with the range's first

@@ -40,6 +40,37 @@ fn marked(pages: &Pages) -> DirtyBitmap {
     bitmap
 }
 
+/// A bitmap of several blocks of 4096 pages, the last of them not whole.
+const MANY_PAGES: u64 = 3 * 4096 + 700;
+
+/// What is done to a bitmap.
+#[derive(Clone, Debug)]
+enum Act {
+    Set(u64, u64),
+    SetLocked(u64, u64),
+    OrWords(u64, Vec<u64>, u64),
+    Or(Pages),
+    Harvest(u64, u64),
+    HarvestExclusive(u64, u64),
+    Clear,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let short = (0..MANY_PAGES, 0..200_u64).prop_map(|(start, len)| (start, len.min(MANY_PAGES - start)));
+    let long = (0..=MANY_PAGES, 0..=MANY_PAGES).prop_map(|(a, b)| (a.min(b), a.abs_diff(b)));
+    let range = prop_oneof![3 => short.clone(), 2 => long];
+    prop_oneof![
+        range.clone().prop_map(|(start, len)| Act::Set(start, len)),
+        range.clone().prop_map(|(start, len)| Act::SetLocked(start, len)),
+        (short, prop::collection::vec(some_word(), 4))
+            .prop_map(|((start, len), words)| Act::OrWords(start, words, len)),
+        prop::collection::btree_set(0..MANY_PAGES, 0..5).prop_map(Act::Or),
+        range.clone().prop_map(|(start, len)| Act::Harvest(start, len)),
+        range.prop_map(|(start, len)| Act::HarvestExclusive(start, len)),
+        Just(Act::Clear),
+    ]
+}
+
 /// A range within `PAGES` pages.
 fn range() -> impl Strategy<Value = (u64, u64)> {
     (0..=PAGES, 0..=PAGES).prop_map(|(a, b)| (a.min(b), a.abs_diff(b)))
@@ -56,6 +87,57 @@ fn some_pages() -> impl Strategy<Value = Pages> {
 }
 
 proptest! {
+    #[test]
+    fn a_bitmap_of_many_blocks_has_the_pages_of_a_set_whatever_is_done_to_it(acts in prop::collection::vec(act(), 1..24)) {
+        let mut bitmap = DirtyBitmap::new(MANY_PAGES).unwrap();
+        let mut pages = Pages::new();
+        for act in acts {
+            let mut harvested = None;
+            match act {
+                Act::Set(start, len) => {
+                    bitmap.set_range(start, len);
+                    pages.extend(start..start + len);
+                }
+                Act::SetLocked(start, len) => {
+                    bitmap.set_range_locked(start, len);
+                    pages.extend(start..start + len);
+                }
+                Act::OrWords(start, words, len) => {
+                    bitmap.or_words(start, &words, len);
+                    pages.extend(pages_of(&words).range(..len).map(|page| start + page));
+                }
+                Act::Or(more) => {
+                    let other = DirtyBitmap::new(MANY_PAGES).unwrap();
+                    more.iter().for_each(|page| other.set(*page));
+                    bitmap.or(&other);
+                    pages.extend(more);
+                }
+                Act::Harvest(start, len) => {
+                    let mut out = vec![0; words_for(len)];
+                    bitmap.harvest(start, len, &mut out);
+                    harvested = Some((start, len, out));
+                }
+                Act::HarvestExclusive(start, len) => {
+                    let mut out = vec![0; words_for(len)];
+                    bitmap.harvest_exclusive(start, len, &mut out);
+                    harvested = Some((start, len, out));
+                }
+                Act::Clear => {
+                    bitmap.clear();
+                    pages.clear();
+                }
+            }
+            if let Some((start, len, out)) = harvested {
+                let expected: Pages = pages.range(start..start + len).map(|page| page - start).collect();
+                prop_assert_eq!(pages_of(&out), expected);
+                pages.retain(|page| !(start..start + len).contains(page));
+            }
+            prop_assert_eq!(pages_of_runs(bitmap.runs()), pages.clone());
+            prop_assert_eq!(bitmap.count(), pages.len() as u64);
+            prop_assert_eq!(bitmap.is_empty(), pages.is_empty());
+        }
+    }
+
     #[test]
     fn ranges_are_set_and_cleared(pages in some_pages(), (start, len) in range()) {
         let mut words = words_of(&pages, PAGES);
@@ -189,8 +271,12 @@ fn grids() -> impl Strategy<Value = Grids> {
     )
 }
 
+fn some_word() -> impl Strategy<Value = u64> {
+    prop_oneof![3 => Just(0), 2 => Just(!0u64), 2 => any::<u64>(), 2 => (0u32..64).prop_map(|bit| 1 << bit)]
+}
+
 fn some_bits() -> impl Strategy<Value = Vec<u64>> {
-    let word = prop_oneof![3 => Just(0), 2 => Just(!0u64), 2 => any::<u64>(), 2 => (0u32..64).prop_map(|bit| 1 << bit)];
+    let word = some_word();
     prop::collection::vec(word, 1..8)
 }
 

@@ -61,6 +61,8 @@ kinds! {
     LINKS = 25, 4, 4, "How many links the source uses, if they are fewer than was agreed.";
     REFUSED = 26, 4, 4 + REASON_BYTES_MAX, "After READY: the destination will never run this move, and why.";
     MEMORY_RUNS = 27, RUN_BYTES + COUNT_BYTES, DATA_BYTES_MAX, "Several runs of pages of memory, some of them zeroes.";
+    WINDOW_FULL = 28, 0, 0, "The source has more of a device's data than its window allows to be on its way.";
+    WINDOW = 29, 0, 0, "A device's window is larger from now on.";
     SEAL = 30, 40, 40, "Length and BLAKE3 hash of a saved stream up to here.";
 }
 

@@ -29,6 +29,8 @@ pub enum Step<'a> {
     Round(u32, u64),
     /// The source asks whether everything before this is handled.
     Flush,
+    /// The source has more of a device's data than its window allows to be on its way.
+    WindowFull(usize),
     /// The source uses this many links, fewer than were agreed on.
     Links(u32),
     /// The source's devices are stopped.
@@ -231,6 +233,11 @@ impl Order {
             }
             Kind::SEAL => return misplaced("the SUM has not come"),
             Kind::FLUSH => Step::Flush,
+            Kind::WINDOW_FULL => {
+                let (at, device) = self.find(header)?;
+                device.check_open(kind)?;
+                Step::WindowFull(at)
+            }
             Kind::LINKS => Step::Links(decode_u32(payload)),
             Kind::COMMIT if self.summed && !self.committed => {
                 self.proofs.check(kind, payload)?;

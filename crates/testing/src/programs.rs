@@ -19,14 +19,16 @@ pub fn beside_the_test(program: &str) -> PathBuf {
     path
 }
 
-/// An example of a package. Cargo builds those of the package whose tests it runs; others, and those of a test that
-/// is run alone, are built here.
+/// An example of a package. Cargo builds the examples of the packages whose tests it runs, except where a test is selected by its
+/// name (`--test`). Then they are built here, with the features of the whole workspace, which the selection by `--workspace` has
+/// built already. To build them for the package alone would build all that it depends on once more: minutes, during which a test
+/// seems to hang.
 pub fn built_example(package: &str, example: &str) -> PathBuf {
     let folder = built();
     let program = folder.join("examples").join(example);
     if !is_fresh(&program) {
         let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        build.args(["build", "--quiet", "--package", package, "--example", example]);
+        build.args(["build", "--quiet", "--workspace", "--example", example]);
         if folder.ends_with("release") {
             build.arg("--release");
         }
@@ -36,8 +38,7 @@ pub fn built_example(package: &str, example: &str) -> PathBuf {
     program
 }
 
-/// Whether no source of a program is newer than it is, as far as cargo has noted which they are. Building it without the
-/// rest of the workspace would build what it depends on once more, with other features.
+/// Whether no source of a program is newer than it is, as far as cargo has noted which they are.
 fn is_fresh(program: &Path) -> bool {
     let changed = |path: &Path| path.metadata().and_then(|found| found.modified()).ok();
     let (Some(built), Ok(noted)) = (changed(program), std::fs::read_to_string(program.with_extension("d")))

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use limosa_protocol::bitmap::{Grid, regranulate, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
-use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN};
+use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN, check_report};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 
 use super::{DirtySource, check, merge_nearest};
@@ -35,6 +35,50 @@ impl<'a> DeviceLog<'a> {
     /// Whether the device can log.
     pub fn is_supported(&self) -> Result<bool> {
         self.device.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET)
+    }
+
+    /// Reads and clears the log of a range as [`DirtySource::report`] does, piece by piece and in the log's own pages. Calls `take`
+    /// for each piece: bit *n* of the words stands for the *n*th page of the grid, of which only the given number of bytes
+    /// count. `take` leaves the words clear.
+    ///
+    /// `piece` is the room for one piece, and is clear before and after, except after an error. It grows to at most 512 KiB, and
+    /// only where it is smaller than that.
+    ///
+    /// # Errors
+    ///
+    /// As [`DirtySource::report`].
+    pub fn report_in_pieces(
+        &self,
+        iova: u64,
+        length: u64,
+        piece: &mut Vec<u64>,
+        mut take: impl FnMut(Grid, u64, &mut [u64]),
+    ) -> Result<()> {
+        let Some(page_size) = *self.page_size() else {
+            return Err(Error::Usage { device: self.name().into(), what: "its log is off".into() });
+        };
+        if let Err(errno) = check_report(iova, length, page_size) {
+            let what =
+                format!("a report of {length:#x} bytes at {iova:#x} in pages of {page_size} bytes: {errno}");
+            return Err(Error::Usage { device: self.name().into(), what });
+        }
+        // As large as the log's own bitmaps make them, whatever pages the caller wants.
+        let piece_max = REPORT_BITS.saturating_mul(page_size);
+        let mut done = 0;
+        while done < length {
+            let from = Grid { iova: iova + done, page_size };
+            // No page of the log is in two pieces.
+            let beyond_page = from.iova % page_size;
+            let piece_length = (length - done).min(piece_max - beyond_page);
+            let words = words_for(piece_length.div_ceil(page_size));
+            if piece.len() < words {
+                piece.resize(words, 0);
+            }
+            self.device.dma_logging_report(from.iova, piece_length, page_size, &mut piece[..words])?;
+            take(from, piece_length, &mut piece[..words]);
+            done += piece_length;
+        }
+        Ok(())
     }
 
     fn page_size(&self) -> MutexGuard<'_, Option<u64>> {
@@ -88,27 +132,12 @@ impl DirtySource for DeviceLog<'_> {
     }
 
     fn report(&self, iova: u64, length: u64, page_size: u64, words: &mut [u64]) -> Result<()> {
-        let Some(log_page_size) = *self.page_size() else {
-            return Err(Error::Usage { device: self.name().into(), what: "its log is off".into() });
-        };
         check(self.name(), iova, length, page_size, words)?;
-        // As large as the log's own bitmaps make them, whatever pages the caller wants.
-        let piece_max = REPORT_BITS.saturating_mul(log_page_size);
         let to = Grid { iova, page_size };
-        let mut done = 0;
-        let mut piece = Vec::new();
-        while done < length {
-            let from = Grid { iova: iova + done, page_size: log_page_size };
-            // No page of the log is in two pieces.
-            let beyond_page = from.iova % log_page_size;
-            let piece_length = (length - done).min(piece_max - beyond_page);
-            piece.clear();
-            piece.resize(words_for(piece_length.div_ceil(log_page_size)), 0);
-            self.device.dma_logging_report(from.iova, piece_length, log_page_size, &mut piece)?;
-            regranulate(&piece, from, words, to, from.iova, piece_length);
-            done += piece_length;
-        }
-        Ok(())
+        self.report_in_pieces(iova, length, &mut Vec::new(), |from, length, piece| {
+            regranulate(piece, from, words, to, from.iova, length);
+            piece.fill(0);
+        })
     }
 
     fn stop(&self) -> Result<()> {

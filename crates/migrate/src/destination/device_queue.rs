@@ -14,7 +14,7 @@ use limosa_stream::{Damage, Header, Kind};
 /// Consecutive pieces of a device's data are joined as long as they have at most this many bytes, since many small pieces
 /// would take more memory than their bytes.
 const JOINED_BYTES: usize = 64 << 10;
-/// The most pieces of a device's data that may be ahead.
+/// The most pieces of a device's data that may be ahead, unless its window has grown.
 const PIECES_AHEAD_MAX: usize = 2 * WINDOW_BYTES_MAX as usize / SMALL_BYTES;
 
 /// The data that a device has not loaded yet, and its command.
@@ -93,8 +93,9 @@ impl DeviceQueue {
             kept.extend(&payload);
             return Ok(());
         }
-        if self.ahead.len() >= PIECES_AHEAD_MAX {
-            return misplaced(format!("{PIECES_AHEAD_MAX} pieces of the device's data are ahead already"));
+        let pieces_max = PIECES_AHEAD_MAX.max(2 * self.window.bytes() as usize / SMALL_BYTES);
+        if self.ahead.len() >= pieces_max {
+            return misplaced(format!("{pieces_max} pieces of the device's data are ahead already"));
         }
         self.ahead.insert(place, (header, payload));
         Ok(())

@@ -101,7 +101,9 @@ impl<'a> Destination<'a> {
             };
             let window = Some(window(self.devices.len(), self.options.windows_bytes));
             let challenge = receiving.proofs.nonce();
-            let answer = Answer { accepted: accepted.is_ok(), reasons, links, window, challenge, runs: true };
+            let accepted = accepted.is_ok();
+            let answer =
+                Answer { accepted, reasons, links, window, challenge, runs: true, windows_grow: has_credit };
             let payload = answer.encode().map_err(|damage| connection.damaged(damage))?;
             connection.send(&Frame::new(Kind::ANSWER, &payload), self.cancel)?;
         }

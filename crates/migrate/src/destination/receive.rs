@@ -140,6 +140,7 @@ impl Receiving<'_, '_> {
                 let said = info.initial_bytes.saturating_add(info.dirty_bytes);
                 self.queues[at].lock().limit.said(said);
             }
+            Step::WindowFull(at) => self.grow_window(at)?,
             Step::DeviceBegin(at) => self.deliver_ahead(at, reader)?,
             Step::Sum => return Ok(Step::Sum),
             _ => {}
@@ -239,6 +240,22 @@ impl Receiving<'_, '_> {
             self.tell(at, credit)?;
         }
         self.post(&Frame::of(header.section, Kind::FLUSHED, &[]).at(header.position))
+    }
+
+    /// Makes a device's window larger, if that makes its data arrive faster and there is room for it.
+    fn grow_window(&self, at: usize) -> Result<()> {
+        let mut queue = self.queues[at].lock();
+        let wanted = queue.window.wants(queue.waiting());
+        let take = |left: u64| Some(left - wanted.min(left));
+        let more = self.windows_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+        let more = more.unwrap_or_default().min(wanted);
+        if more == 0 || !self.has_credit {
+            return Ok(());
+        }
+        queue.window.grow(more);
+        let window = queue.window.bytes();
+        drop(queue);
+        self.post(&Frame::of(self.ids[at], Kind::WINDOW, &[]).at(window))
     }
 
     /// Takes device data or DEVICE_END: hands it on if it is next, and keeps it while earlier data is missing.

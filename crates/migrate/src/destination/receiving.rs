@@ -58,6 +58,8 @@ pub(super) struct Receiving<'w, 'a> {
     /// Whether the source sends no more than the window allows.
     pub(super) has_credit: bool,
     pub(super) window: u64,
+    /// By how many bytes all windows together may still grow.
+    pub(super) windows_left: AtomicU64,
     /// Whether the limit for silence applies to further links as well.
     pub(super) keeps_links_alive: bool,
     pub(super) spares: Monitor<Spares>,
@@ -120,6 +122,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
             frames: AtomicU64::new(0),
             has_credit: offer.needs.iter().any(|need| need == NEEDS_CREDIT),
             window,
+            windows_left: AtomicU64::new(context.options.windows_bytes_max.saturating_sub(windows)),
             keeps_links_alive: offer.keeps_links_alive,
             spares: Monitor::new(spares),
             state: team.share(Progress { links: 1, ..Progress::default() }),

@@ -1,26 +1,52 @@
 //! [`DirtyLogs`]: the logs of dirty pages of a source, and the pages that are still to be sent.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread::available_parallelism;
 
-use limosa_client::dirty::{DeviceLog, DirtySource, Fused};
-use limosa_protocol::bitmap::{DirtyBitmap, words_for};
+use limosa_client::Device;
+use limosa_client::dirty::{DeviceLog, DirtySource};
+use limosa_protocol::bitmap::{DirtyBitmap, Grid, runs_in, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 
-use super::{Memory, PAGE_BYTES};
+use super::{Memory, MemoryRegion, PAGE_BYTES};
 use crate::devices::{MovedDevice, failed};
 use crate::error::{check_cancel, guard};
+use crate::lock::lock;
 use crate::vmm;
 use crate::{Cancel, Error, Result};
+
+/// The most words of the bitmap in which a log reports at once: those of 16 GiB, which stay in a core's cache.
+const PIECE_WORDS: usize = 64 << 10;
+/// Words of a report are looked at together, as long as none has a mark.
+const CLOSE_WORDS: usize = 64;
 
 /// Which pages are still to be sent, and which were ever harvested, by region.
 #[derive(Debug, Default)]
 pub(crate) struct DirtyPages {
     pub(crate) pending: Vec<DirtyBitmap>,
     harvested: Vec<DirtyBitmap>,
+    /// The addresses of the regions as devices see them.
+    regions: Vec<DmaLoggingRange>,
+    /// Clear words for reports, one for each thread that harvests at the same time.
+    pieces: Mutex<Vec<Vec<u64>>>,
 }
 
 impl DirtyPages {
+    fn new(regions: &[MemoryRegion<'_>]) -> Result<DirtyPages> {
+        let mut pages = DirtyPages::default();
+        for region in regions {
+            let bitmap = || {
+                let bitmap = DirtyBitmap::new(region.size / PAGE_BYTES);
+                bitmap.map_err(|_| region.failed(0, io::ErrorKind::OutOfMemory.into()))
+            };
+            pages.pending.push(bitmap()?);
+            pages.harvested.push(bitmap()?);
+            pages.regions.push(DmaLoggingRange { iova: region.iova, length: region.size });
+        }
+        Ok(pages)
+    }
+
     /// Takes every page as dirty.
     pub(crate) fn everything(&self) {
         self.pending.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
@@ -30,12 +56,117 @@ impl DirtyPages {
     pub(crate) fn bytes(&self) -> u64 {
         self.pending.iter().map(|bitmap| bitmap.count() * PAGE_BYTES).sum()
     }
+
+    /// Makes room for the reports of so many threads, so that none is taken while nothing runs.
+    fn make_room(&self, threads: usize) {
+        let largest = self.pending.iter().map(|bitmap| words_for(bitmap.pages())).max().unwrap_or(0);
+        lock(&self.pieces).resize_with(threads, || {
+            // Written, so that it is memory and not only addresses.
+            let mut piece = vec![1; largest.min(PIECE_WORDS)];
+            piece.fill(0);
+            piece
+        });
+    }
+
+    /// Every page counts as harvested.
+    fn everything_was_harvested(&self) {
+        self.harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+    }
+
+    fn everything_in(&self, region: usize) {
+        for bitmap in [&self.pending[region], &self.harvested[region]] {
+            bitmap.set_range(0, bitmap.pages());
+        }
+    }
+
+    /// Takes pages from `first` on as dirty that a report has marked, and clears the report.
+    fn add(&self, region: usize, first: u64, words: &mut [u64]) {
+        let pages = self.pending[region].pages();
+        for (words, at) in words.chunks_mut(CLOSE_WORDS).zip((first..).step_by(CLOSE_WORDS * 64)) {
+            if words.iter().fold(0, |all, word| all | word) == 0 {
+                continue;
+            }
+            let count = (words.len() as u64 * 64).min(pages.saturating_sub(at));
+            self.pending[region].or_words(at, words, count);
+            self.harvested[region].or_words(at, words, count);
+            words.fill(0);
+        }
+    }
+
+    /// Takes pages as dirty that a report has marked in pages of any size, and clears the report. `length` is its bytes.
+    fn add_coarse(&self, region: usize, from: Grid, length: u64, words: &mut [u64]) {
+        let (offset, page_bytes) = (from.iova - self.regions[region].iova, from.page_size);
+        for (page, pages) in runs_in(words, 0, length.div_ceil(page_bytes)) {
+            let begin = offset + page * page_bytes;
+            let end = offset + (page + pages).saturating_mul(page_bytes).min(length);
+            let (begin, end) = (begin / PAGE_BYTES, end.div_ceil(PAGE_BYTES));
+            self.pending[region].set_range(begin, end - begin);
+            self.harvested[region].set_range(begin, end - begin);
+        }
+        words.fill(0);
+    }
+
+    /// Collects what a device has logged, on whatever thread. If that fails, all is dirty. After a panic every page counts as
+    /// harvested.
+    pub(crate) fn harvest_device(&self, device: &dyn Device, page_bytes: u64) -> Result<()> {
+        let log = DeviceLog::started(device, page_bytes);
+        self.harvest_by(log.name(), |region, range, piece| {
+            log.report_in_pieces(range.iova, range.length, piece, |from, length, words| {
+                match from.page_size == PAGE_BYTES {
+                    true => self.add(region, (from.iova - range.iova) / PAGE_BYTES, words),
+                    false => self.add_coarse(region, from, length, words),
+                }
+            })
+        })
+    }
+
+    /// Collects what another source has logged, as [`DirtyPages::harvest_device`].
+    fn harvest_source(&self, source: &dyn DirtySource) -> Result<()> {
+        const PIECE_BYTES: u64 = PIECE_WORDS as u64 * 64 * PAGE_BYTES;
+        self.harvest_by(source.name(), |region, range, piece| {
+            for done in (0..range.length).step_by(PIECE_BYTES as usize) {
+                let length = PIECE_BYTES.min(range.length - done);
+                let words = words_for(length / PAGE_BYTES);
+                if piece.len() < words {
+                    piece.resize(words, 0);
+                }
+                source.report(range.iova + done, length, PAGE_BYTES, &mut piece[..words])?;
+                self.add(region, done / PAGE_BYTES, &mut piece[..words]);
+            }
+            Ok(())
+        })
+    }
+
+    fn harvest_by(
+        &self,
+        name: &str,
+        report: impl Fn(usize, DmaLoggingRange, &mut Vec<u64>) -> limosa_client::Result<()>,
+    ) -> Result<()> {
+        let harvested = guard(&format!("the log of dirty pages of {name}"), || {
+            let mut piece = lock(&self.pieces).pop().unwrap_or_default();
+            for (region, range) in self.regions.iter().enumerate() {
+                if let Err(error) = report(region, *range, &mut piece) {
+                    tracing::warn!("{name}: the dirty log is lost, all is dirty: {error}");
+                    self.everything_in(region);
+                    piece.fill(0);
+                }
+            }
+            lock(&self.pieces).push(piece);
+            Ok(())
+        });
+        if harvested.is_err() {
+            self.everything_was_harvested();
+        }
+        harvested
+    }
 }
 
 /// The logs of a move, and how far each was started.
 #[derive(Default)]
 pub(crate) struct DirtyLogs {
     pub(crate) pages: Arc<DirtyPages>,
+    /// The pages that the caller's log reports, by region; clear between two harvests.
+    fresh: Vec<DirtyBitmap>,
     /// For each device the page size of its log, in bytes, where it logs.
     device_page_bytes: Vec<Option<u64>>,
     /// How many of the caller's sources were started, from the first on.
@@ -59,31 +190,26 @@ impl DirtyLogs {
         cancel: Option<&Cancel>,
     ) -> Result<()> {
         self.device_page_bytes = vec![None; devices.len()];
-        let mut pages = DirtyPages::default();
-        for region in &memory.regions {
-            let bitmap = || {
-                let bitmap = DirtyBitmap::new(region.size / PAGE_BYTES);
-                bitmap.map_err(|_| region.failed(0, io::ErrorKind::OutOfMemory.into()))
-            };
-            pages.pending.push(bitmap()?);
-            pages.harvested.push(bitmap()?);
-        }
+        let pages = DirtyPages::new(&memory.regions)?;
         pages.everything();
         self.pages = Arc::new(pages);
         if memory.regions.is_empty() {
             return Ok(());
         }
         if let Some(log) = &mut memory.log {
+            for region in &memory.regions {
+                let fresh = DirtyBitmap::new(region.size / PAGE_BYTES);
+                self.fresh.push(fresh.map_err(|_| region.failed(0, io::ErrorKind::OutOfMemory.into()))?);
+            }
             // One that fails half-way has to be stopped as well.
             self.log_asked = true;
             guard("DirtyLog::start", || log.start().map_err(|error| memory.regions[0].failed(0, error)))?;
             self.log_started = true;
         }
-        let regions = memory.regions.iter();
-        let ranges: Vec<_> =
-            regions.map(|region| DmaLoggingRange { iova: region.iova, length: region.size }).collect();
+        let pages = Arc::clone(&self.pages);
+        let ranges = &pages.regions;
         for source in &memory.sources {
-            start_source(*source, &ranges)?;
+            start_source(*source, ranges)?;
             self.sources_started += 1;
         }
         for (at, device) in devices.iter().enumerate() {
@@ -91,7 +217,7 @@ impl DirtyLogs {
             let device = device.device;
             let log = DeviceLog::new(device);
             if log.is_supported().map_err(|error| failed(device, STARTING, error))? {
-                self.device_page_bytes[at] = Some(start_source(&log, &ranges)?);
+                self.device_page_bytes[at] = Some(start_source(&log, ranges)?);
                 continue;
             }
             let name = device.name();
@@ -102,7 +228,15 @@ impl DirtyLogs {
                 notes.push(format!("no log sees the DMA of {name}: all memory moves after the stop"));
             }
         }
+        let logs = self.device_page_bytes.iter().flatten().count();
+        let threads = available_parallelism().map_or(1, |threads| threads.get()).min(logs);
+        self.pages.make_room(threads.max(1));
         Ok(())
+    }
+
+    /// The page size in bytes of a device's log, if it has one that the harvest after the stop asks.
+    pub(crate) fn of_device(&self, device: usize) -> Option<u64> {
+        self.device_page_bytes.get(device).copied().flatten().filter(|_| !self.blind)
     }
 
     /// Collects the pages that were written since the last harvest. If a log fails, its region is dirty, and the result says
@@ -113,42 +247,37 @@ impl DirtyLogs {
         devices: &[MovedDevice<'_>],
         memory: &mut Memory<'_>,
     ) -> Result<Option<String>> {
-        let harvested = guard("the source's logs of dirty pages", || self.collect(devices, memory));
-        if harvested.is_err() {
-            self.pages.harvested.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+        for (device, page_bytes) in devices.iter().zip(&self.device_page_bytes) {
+            if let Some(page_bytes) = page_bytes {
+                self.pages.harvest_device(device.device, *page_bytes)?;
+            }
         }
-        harvested
+        self.harvest_others(memory)
     }
 
-    fn collect(&self, devices: &[MovedDevice<'_>], memory: &mut Memory<'_>) -> Result<Option<String>> {
+    /// The same, of all logs but those of devices.
+    pub(crate) fn harvest_others(&mut self, memory: &mut Memory<'_>) -> Result<Option<String>> {
+        for source in memory.sources.iter().take(self.sources_started) {
+            self.pages.harvest_source(*source)?;
+        }
+        let Some(log) = memory.log.as_mut().filter(|_| self.log_started) else { return Ok(None) };
         let mut lost = None;
-        let logs: Vec<_> = (devices.iter().zip(&self.device_page_bytes))
-            .filter_map(|(device, page_bytes)| Some(DeviceLog::started(device.device, (*page_bytes)?)))
-            .collect();
-        let started = memory.sources.iter().take(self.sources_started).copied();
-        let sources = Fused::new(logs.iter().map(|log| log as &dyn DirtySource).chain(started).collect());
-        for (at, region) in memory.regions.iter().enumerate() {
-            let Ok(fresh) = DirtyBitmap::new(region.size / PAGE_BYTES) else {
-                return Err(region.failed(0, io::ErrorKind::OutOfMemory.into()));
-            };
-            let everything = || fresh.set_range(0, fresh.pages());
-            let mut words = vec![0; words_for(fresh.pages())];
-            match sources.report(region.iova, region.size, PAGE_BYTES, &mut words) {
-                Ok(()) => fresh.or_words(0, &words, fresh.pages()),
-                Err(error) => {
-                    lost.get_or_insert(format!("{region:?}: {error}"));
-                    everything();
+        for (at, (region, fresh)) in memory.regions.iter().zip(&self.fresh).enumerate() {
+            match guard("DirtyLog::harvest", || Ok(log.harvest(at, fresh))) {
+                Ok(Ok(())) => {
+                    self.pages.pending[at].or(fresh);
+                    self.pages.harvested[at].or(fresh);
+                }
+                Ok(Err(error)) => {
+                    lost.get_or_insert(format!("{region:?}: the log of dirty pages: {error}"));
+                    self.pages.everything_in(at);
+                }
+                Err(panic) => {
+                    self.pages.everything_was_harvested();
+                    return Err(panic);
                 }
             }
-            if let Some(log) = &mut memory.log
-                && self.log_started
-                && let Err(error) = guard("DirtyLog::harvest", || Ok(log.harvest(at, &fresh)))?
-            {
-                lost.get_or_insert(format!("{region:?}: the log of dirty pages: {error}"));
-                everything();
-            }
-            self.pages.pending[at].or(&fresh);
-            self.pages.harvested[at].or(&fresh);
+            fresh.clear();
         }
         Ok(lost)
     }

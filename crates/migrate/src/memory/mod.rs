@@ -8,7 +8,7 @@ mod prints;
 use std::io;
 use std::ops::Range;
 
-pub(crate) use dirty::DirtyLogs;
+pub(crate) use dirty::{DirtyLogs, DirtyPages};
 pub use file_pages::FilePages;
 pub use fingerprint::{FingerprintKey, FingerprintLog, Fingerprinted};
 use limosa_client::DirtySource;

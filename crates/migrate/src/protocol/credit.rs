@@ -2,8 +2,10 @@
 
 use limosa_stream::{Damage, Kind, WINDOW_BYTES_MIN};
 
-/// The largest window of a device in bytes.
+/// The largest window of a device in bytes at first.
 pub(crate) const WINDOW_BYTES_MAX: u64 = 4 << 20;
+/// The largest window in bytes to which that of a device can grow.
+pub(crate) const GROWN_BYTES_MAX: u64 = 64 << 20;
 /// Smaller pieces of a device's data all go over the same link, so that few pieces are ahead of others
 /// (`docs/stream.md: Several links`).
 pub(crate) const SMALL_BYTES: usize = 4 << 10;
@@ -18,13 +20,17 @@ pub(crate) fn window(devices: usize, windows_bytes: u64) -> u64 {
 pub(crate) struct SendWindow {
     /// How many bytes may be sent and not taken; `None` if no peer answers.
     window: Option<u64>,
+    /// Whether the destination can make it larger.
+    grows: bool,
+    /// The bytes that were sent when the destination was last told that the window is full.
+    asked: Option<u64>,
     sent: u64,
     taken: u64,
 }
 
 impl SendWindow {
-    pub(crate) fn new(window: Option<u64>) -> SendWindow {
-        SendWindow { window, sent: 0, taken: 0 }
+    pub(crate) fn new(window: Option<u64>, grows: bool) -> SendWindow {
+        SendWindow { window, grows, asked: None, sent: 0, taken: 0 }
     }
 
     /// The bytes that were sent.
@@ -45,6 +51,28 @@ impl SendWindow {
     /// Whether the stream may be sent up to this byte now.
     pub(crate) fn has_room(&self, end: u64) -> bool {
         self.window.is_none_or(|window| end <= self.taken.saturating_add(window))
+    }
+
+    /// Whether to tell the destination now that the window is full: once, until it has taken all that was on its way then.
+    pub(crate) fn ask(&mut self) -> bool {
+        let asks = self.grows && self.asked.is_none_or(|asked| asked <= self.taken);
+        if asks {
+            self.asked = Some(self.sent);
+        }
+        asks
+    }
+
+    /// Takes a WINDOW.
+    pub(crate) fn grow(&mut self, to: u64) -> Result<(), Damage> {
+        let misplaced = |why: String| Err(Damage::Misplaced { kind: Kind::WINDOW, why });
+        match &mut self.window {
+            Some(window) if self.grows && to >= *window => {
+                *window = to;
+                Ok(())
+            }
+            Some(window) if self.grows => misplaced(format!("{to} bytes are less than the {window} before")),
+            _ => misplaced("nothing was asked for".into()),
+        }
     }
 
     /// The stream is sent up to this byte.
@@ -78,6 +106,23 @@ pub(crate) struct ReceiveWindow {
 impl ReceiveWindow {
     pub(crate) fn new(window: u64) -> ReceiveWindow {
         ReceiveWindow { window, ..ReceiveWindow::default() }
+    }
+
+    /// Its size in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.window
+    }
+
+    /// By how many bytes to make it larger when the source finds it full, and this many bytes have arrived and are not taken. A
+    /// device that is slower than the link would only have more data that waits.
+    pub(crate) fn wants(&self, waiting: u64) -> u64 {
+        let is_short = waiting <= self.window / 2;
+        if is_short { self.window.min(GROWN_BYTES_MAX.saturating_sub(self.window)) } else { 0 }
+    }
+
+    /// Makes it larger.
+    pub(crate) fn grow(&mut self, bytes: u64) {
+        self.window += bytes;
     }
 
     /// The position up to which the source may send.
@@ -121,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_source_sends_no_more_than_its_window_and_believes_no_credit_beyond_what_it_sent() {
-        let mut window = SendWindow::new(Some(100));
+        let mut window = SendWindow::new(Some(100), false);
         assert!(window.has_room(100) && !window.has_room(101));
         window.send(100);
         assert_eq!(window.on_the_way(), 100);
@@ -130,10 +175,40 @@ mod tests {
         assert_eq!((window.taken(), window.on_the_way()), (60, 40), "credit never shrinks");
         assert!(window.has_room(160) && !window.has_room(161));
         assert!(window.credit(101).is_err());
-        let mut file = SendWindow::new(None);
+        let mut file = SendWindow::new(None, false);
         assert!(file.has_room(u64::MAX));
         file.send(10);
         assert_eq!((file.taken(), file.on_the_way()), (10, 0));
+    }
+
+    #[test]
+    fn a_source_says_once_that_its_window_is_full_and_only_where_it_can_grow() {
+        let mut window = SendWindow::new(Some(100), true);
+        window.send(100);
+        assert!(window.ask() && !window.ask());
+        window.credit(50).unwrap();
+        window.send(150);
+        assert!(!window.ask(), "the destination has not seen all of what was on its way");
+        window.credit(100).unwrap();
+        assert!(window.ask());
+        window.grow(200).unwrap();
+        assert!(window.has_room(300) && !window.has_room(301));
+        assert!(window.grow(199).is_err(), "what is on its way already may be more");
+        let mut fixed = SendWindow::new(Some(100), false);
+        assert!(!fixed.ask() && fixed.grow(200).is_err());
+        assert!(SendWindow::new(None, true).grow(200).is_err(), "no peer");
+    }
+
+    #[test]
+    fn a_window_doubles_up_to_its_maximum_as_long_as_the_device_is_as_fast_as_the_link() {
+        let mut window = ReceiveWindow::new(WINDOW_BYTES_MAX);
+        assert_eq!(window.wants(WINDOW_BYTES_MAX / 2 + 1), 0, "the device is the slower one");
+        while let more @ 1.. = window.wants(0) {
+            assert_eq!(more, window.bytes());
+            window.grow(more);
+        }
+        assert_eq!(window.bytes(), GROWN_BYTES_MAX);
+        assert_eq!(window.end(), GROWN_BYTES_MAX);
     }
 
     #[test]

@@ -74,7 +74,11 @@ impl<'a> Source<'a> {
         };
         let note = CommitNote { id, secret, peer: connection.link().peer_fingerprint() };
         let links = self.further_links(context, connection, further, answer.links)?;
-        let terms = Terms { window_bytes: answer.window.unwrap_or(0), runs: answer.runs };
+        let terms = Terms {
+            window_bytes: answer.window.unwrap_or(0),
+            windows_grow: answer.windows_grow,
+            runs: answer.runs,
+        };
         Ok(Agreed { note, terms: Some(terms), links, proofs })
     }
 

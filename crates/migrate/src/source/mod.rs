@@ -27,7 +27,7 @@ use crate::memory::Memory;
 use crate::protocol::commit::Uncommitted;
 use crate::protocol::limits::Limits;
 use crate::report::{End, Phase, Report, Side};
-use crate::transfer::device_sender::DeviceSender;
+use crate::transfer::device_sender::{DeviceSender, StopHarvest};
 use crate::transfer::ram::Ram;
 use crate::transfer::sending::{Sending, Terms};
 use crate::transfer::team::OnDrop;
@@ -211,8 +211,14 @@ impl<'a> Source<'a> {
         };
         let ram = Ram::new(&regions, &pages.pending, &sending);
         let devices = self.devices.iter().enumerate().zip(&rollback.found);
+        let log = |at| {
+            rollback
+                .logs
+                .of_device(at)
+                .map(|page_bytes| StopHarvest { pages: Arc::clone(&pages), page_bytes })
+        };
         let senders: Vec<_> = devices
-            .map(|((at, moved), found)| Monitor::new(DeviceSender::new(at, moved, *found, &sending)))
+            .map(|((at, moved), found)| Monitor::new(DeviceSender::new(at, moved, *found, &sending, log(at))))
             .collect();
         limosa_clockwork::scope(|scope| {
             let _end = OnDrop(|| {

@@ -39,7 +39,8 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// Harvests the pages that were written since the last round. If a log fails now, all pages are dirty. If the downtime
+    /// Harvests the pages that were written since the last round, where devices have not logged them: their logs were harvested as
+    /// each was stopped. If a log fails now, all pages are dirty. If the downtime
     /// goal is a limit and sending them would exceed it, that ends the move.
     pub(super) fn last_pages(
         &mut self,
@@ -52,7 +53,7 @@ impl<'a> Source<'a> {
             rollback.logs.pages.everything();
             return Ok(());
         }
-        let Some(lost) = rollback.logs.harvest(self.devices, &mut self.memory)? else { return Ok(()) };
+        let Some(lost) = rollback.logs.harvest_others(&mut self.memory)? else { return Ok(()) };
         context
             .recorder
             .note(format!("the log of dirty pages was lost at the stop, all is sent again: {lost}"));

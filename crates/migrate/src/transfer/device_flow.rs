@@ -71,9 +71,9 @@ pub(crate) struct DeviceFlow {
 }
 
 impl DeviceFlow {
-    pub(crate) fn new(window: Option<u64>) -> DeviceFlow {
+    pub(crate) fn new(window: SendWindow) -> DeviceFlow {
         DeviceFlow {
-            window: SendWindow::new(window),
+            window,
             initial: 0,
             initial_end: 0,
             left: None,

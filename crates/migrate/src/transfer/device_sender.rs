@@ -1,6 +1,7 @@
 //! [`DeviceSender`]: one device of a source, and its jobs, which a worker does in order: from pre-copy to the end of the
 //! data, and the rollback.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};
@@ -16,6 +17,7 @@ use super::sending::Sending;
 use super::way_back::WayBack;
 use crate::devices::{MovedDevice, failed};
 use crate::error::{Misbehaviour, guard};
+use crate::memory::DirtyPages;
 use crate::protocol::state_limit::StateLimit;
 use crate::report::{Act, Loss, Unrecovered};
 use crate::wire::Frame;
@@ -30,6 +32,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
+/// A device's own log of dirty pages, to be harvested when the device is stopped.
+pub(crate) struct StopHarvest {
+    pub(crate) pages: Arc<DirtyPages>,
+    /// The page size of the log in bytes.
+    pub(crate) page_bytes: u64,
+}
+
 /// A device, its session, and how much of its data was sent.
 pub(crate) struct DeviceSender<'w, 'a> {
     driven: DrivenDevice<'a>,
@@ -40,6 +49,7 @@ pub(crate) struct DeviceSender<'w, 'a> {
     /// The device's index in the offer, which is its section.
     at: usize,
     sending: &'w Sending<'w, 'a>,
+    log: Option<StopHarvest>,
     stream: Option<Box<dyn DataStream>>,
     begun: bool,
     bytes: u64,
@@ -54,6 +64,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         moved: &MovedDevice<'a>,
         found: State,
         sending: &'w Sending<'w, 'a>,
+        log: Option<StopHarvest>,
     ) -> DeviceSender<'w, 'a> {
         // Two reads fit into the window.
         let room = sending
@@ -69,6 +80,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             way_back: None,
             at,
             sending,
+            log,
             stream: None,
             begun: false,
             bytes: 0,
@@ -120,6 +132,10 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             Job::Stream => self.stream(),
             Job::Stop => {
                 self.enter(State::StopCopy)?;
+                // It writes no more. Its log is read on this thread, beside those of other devices.
+                if let Some(log) = &self.log {
+                    log.pages.harvest_device(self.driven.device(), log.page_bytes)?;
+                }
                 self.limit.stopped();
                 self.sending.flows[self.at].lock().stopped = true;
                 // After the jobs of devices that are not stopped yet.

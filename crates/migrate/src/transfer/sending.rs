@@ -11,7 +11,7 @@ use super::keep_alive::KeepAlive;
 use super::team::{Shared, Team};
 use crate::context::Context;
 use crate::error::Remaining;
-use crate::protocol::credit::SMALL_BYTES;
+use crate::protocol::credit::{SMALL_BYTES, SendWindow};
 use crate::protocol::flush::Flushes;
 use crate::protocol::limits::Limits;
 use crate::protocol::share::{LinkShare, PAUSE_MAX};
@@ -25,6 +25,8 @@ use crate::{Error, Options, Result};
 pub(crate) struct Terms {
     /// How many bytes of a device may be on their way.
     pub(crate) window_bytes: u64,
+    /// Whether it reads WINDOW_FULL.
+    pub(crate) windows_grow: bool,
     /// Whether it reads MEMORY_RUNS.
     pub(crate) runs: bool,
 }
@@ -67,10 +69,12 @@ impl<'w, 'a> Sending<'w, 'a> {
         proofs: Proofs,
     ) -> Result<Sending<'w, 'a>> {
         let team = Team::new(context.cancel)?;
+        let window = terms.map(|terms| terms.window_bytes);
+        let grows = terms.is_some_and(|terms| terms.windows_grow);
         Ok(Sending {
             context,
             flows: (0..devices)
-                .map(|_| team.share(DeviceFlow::new(terms.map(|terms| terms.window_bytes))))
+                .map(|_| team.share(DeviceFlow::new(SendWindow::new(window, grows))))
                 .collect(),
             workers: DeviceWorkers::new(devices, writers.len() + 1),
             alive: KeepAlive::default(),
@@ -184,10 +188,17 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
         let mut guard = flow.lock();
         while !guard.window.has_room(end) {
+            if guard.window.ask() {
+                drop(guard);
+                self.post(0, &Frame::of(device as u32, Kind::WINDOW_FULL, &[]))?;
+                guard = flow.lock();
+                continue;
+            }
             // The limit applies to a destination that takes nothing at all.
             let (taken, until) = (guard.window.taken(), self.until_loaded());
             let moved;
-            (guard, moved) = self.team.wait(flow, guard, until, |flow| flow.window.taken() > taken)?;
+            let has_news = |flow: &DeviceFlow| flow.window.taken() > taken || flow.window.has_room(end);
+            (guard, moved) = self.team.wait(flow, guard, until, has_news)?;
             if !moved {
                 return Err(self.timed_out("waiting for it to take a device's data"));
             }
@@ -339,13 +350,16 @@ impl<'w, 'a> Sending<'w, 'a> {
                 self.flushes.lock().answered(header.section, header.position)?;
                 self.flushes.notify_all();
             }
-            Kind::CREDIT => match self.flows.get(header.section as usize) {
+            Kind::CREDIT | Kind::WINDOW => match self.flows.get(header.section as usize) {
                 None => return misplaced("no such device was offered"),
                 Some(flow) => {
                     let loaded = {
                         let mut flow = flow.lock();
                         let before = flow.initial_is_loaded();
-                        flow.window.credit(header.position)?;
+                        match header.kind {
+                            Kind::WINDOW => flow.window.grow(header.position)?,
+                            _ => flow.window.credit(header.position)?,
+                        }
                         before != flow.initial_is_loaded()
                     };
                     flow.notify_all();

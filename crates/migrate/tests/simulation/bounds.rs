@@ -26,9 +26,20 @@ pub fn of_destination(received: &Received) -> Option<&Report> {
     }
 }
 
-/// Whether a device's window was filled, but for a piece; an error when more was held than may be.
-pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
-    let (window, side) = (plan.window_bytes(), report.side.name());
+/// What became of the windows of a side.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Windows {
+    /// One was filled, but for a piece.
+    pub filled: bool,
+    /// One was larger than at first.
+    pub grew: bool,
+}
+
+/// An error when more was held than may be.
+pub fn check(plan: &Plan, report: &Report) -> Result<Windows, String> {
+    let (first, side) = (plan.window_bytes(), report.side.name());
+    // One device can have all by which windows grow.
+    let window = first + plan.windows_bytes_max() - plan.windows_bytes();
     // A side that loads a snapshot takes a whole frame.
     let window = if plan.saves.is_some() { window.max(READ_BYTES_MAX) } else { window };
     let most = report.devices.iter().map(|device| device.waiting_bytes_max).max().unwrap_or_default();
@@ -40,14 +51,14 @@ pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
     let frame = DATA_BYTES_MAX as u64;
     let (links, devices) = (u64::from(plan.links_taken), plan.devices.len() as u64);
     // A save has no peer that gives a window.
-    let read = if plan.saves.is_some() { READ_BYTES_MAX } else { READ_BYTES_MAX.min(window / 2) };
+    let read = if plan.saves.is_some() { READ_BYTES_MAX } else { READ_BYTES_MAX.min(first / 2) };
     // What a compression puts into may have to be a little longer than a frame.
     let packed = (links + devices) * (frame + frame / 64);
     let is_compressed = plan.compression().is_some();
     let limit = match report.side {
         Side::Source => links * frame + devices * read + if is_compressed { packed } else { 0 },
         Side::Destination => {
-            let windows = if plan.saves.is_some() { devices * window } else { plan.windows_bytes() };
+            let windows = if plan.saves.is_some() { devices * window } else { plan.windows_bytes_max() };
             let spare = SPARE_BYTES_MAX.min(windows);
             links * (frame + read) + if is_compressed { links * frame } else { 0 } + windows * 5 / 4 + spare
         }
@@ -59,5 +70,5 @@ pub fn check(plan: &Plan, report: &Report) -> Result<bool, String> {
             report.buffer_bytes_max
         ));
     }
-    Ok(most > window / 2)
+    Ok(Windows { filled: most > first / 2, grew: most > first && plan.saves.is_none() })
 }

@@ -106,6 +106,7 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
                 ("with a crash", summary.crashes > 0),
                 ("with a fault", summary.fired > 0),
                 ("with a full window", summary.filled),
+                ("with a window that grew", summary.grew),
                 ("with a forged word", summary.forged),
                 ("with a forged word, in doubt", summary.forged && summary.in_doubt),
             ] {
@@ -131,6 +132,7 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
         "in doubt",
         "with a crash",
         "with a full window",
+        "with a window that grew",
         "with a forged word",
         "with a forged word, in doubt",
         "Saved",

@@ -59,6 +59,8 @@ pub struct Summary {
     pub fired: u32,
     /// Whether as much of a device was on its way as may be.
     pub filled: bool,
+    /// Whether more of a device was on its way than the window allowed at first.
+    pub grew: bool,
     /// Whether an adversary has put a frame on a link.
     pub forged: bool,
 }
@@ -72,8 +74,14 @@ impl Summary {
             crashes: 0,
             fired: 0,
             filled: false,
+            grew: false,
             forged: false,
         }
+    }
+
+    fn windows(&mut self, windows: bounds::Windows) {
+        self.filled |= windows.filled;
+        self.grew |= windows.grew;
     }
 }
 
@@ -177,7 +185,7 @@ impl<'a> Script<'a> {
         match receiving.join() {
             Ok(received) => {
                 if let Some(report) = bounds::of_destination(&received) {
-                    summary.filled |= bounds::check(self.plan, report)?;
+                    summary.windows(bounds::check(self.plan, report)?);
                 }
                 let called_off = self.check_cancel(&self.destination)?;
                 if called_off && !matches!(received, Received::Discarded { .. }) {

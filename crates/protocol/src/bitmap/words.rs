@@ -144,7 +144,7 @@ pub(super) fn or_at(words: &mut [u64], at: u64, bits: u64) {
 
 /// The runs of set pages, in order, as (first page, pages).
 pub fn runs(words: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
-    Runs::new(0, words.iter().copied())
+    Runs::new(words.iter().copied().enumerate())
 }
 
 /// The runs of set pages among `len` pages from `start` on, in order, as (first page, pages).
@@ -152,38 +152,40 @@ pub fn runs(words: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
 pub fn runs_in(words: &[u64], start: u64, len: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
     let span = Span::of(start, len, room(words));
     let masked = span.into_iter().flat_map(|span| {
-        words[span.first..=span.last].iter().zip(span.first..).map(move |(word, at)| word & span.mask(at))
+        words[span.first..=span.last]
+            .iter()
+            .zip(span.first..)
+            .map(move |(word, at)| (at, word & span.mask(at)))
     });
-    Runs::new(start / 64 * 64, masked)
+    Runs::new(masked)
 }
 
-/// Finds runs in a sequence of words.
+/// Finds runs in words, which are given with their indexes in ascending order. Words that are left out are clear.
 pub(super) struct Runs<I> {
     words: I,
     /// What is left of the current word.
     word: u64,
     /// The page of the current word's bit 0.
     base: u64,
-    /// The page of the next word's bit 0.
-    next_base: u64,
 }
 
-impl<I: Iterator<Item = u64>> Runs<I> {
-    pub(super) fn new(base: u64, words: I) -> Runs<I> {
-        Runs { words, word: 0, base, next_base: base }
+impl<I: Iterator<Item = (usize, u64)>> Runs<I> {
+    pub(super) fn new(words: I) -> Runs<I> {
+        Runs { words, word: 0, base: 0 }
     }
 
     /// Goes on to the next word; `false` after the last one.
     fn advance(&mut self) -> bool {
-        let word = self.words.next();
-        self.word = word.unwrap_or(0);
-        self.base = self.next_base;
-        self.next_base += 64;
-        word.is_some()
+        let Some((at, word)) = self.words.next() else {
+            self.word = 0;
+            return false;
+        };
+        (self.word, self.base) = (word, at as u64 * 64);
+        true
     }
 }
 
-impl<I: Iterator<Item = u64>> Iterator for Runs<I> {
+impl<I: Iterator<Item = (usize, u64)>> Iterator for Runs<I> {
     type Item = (u64, u64);
 
     fn next(&mut self) -> Option<(u64, u64)> {
@@ -200,7 +202,8 @@ impl<I: Iterator<Item = u64>> Iterator for Runs<I> {
             return Some((start, len));
         }
         loop {
-            if !self.advance() {
+            let end = self.base + 64;
+            if !self.advance() || self.base != end {
                 return Some((start, len));
             }
             if self.word != !0 {

@@ -63,6 +63,9 @@ pub struct Answer {
     /// Whether the destination reads MEMORY_RUNS, which the first versions do not.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub runs: bool,
+    /// Whether the destination reads WINDOW_FULL, which the first versions do not (`docs/stream.md: WINDOW`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub windows_grow: bool,
 }
 
 /// In [`Offer::needs`]: the source sends FLUSH, and waits for FLUSHED.
@@ -90,7 +93,15 @@ impl Default for Offer {
 
 impl Default for Answer {
     fn default() -> Answer {
-        Answer { accepted: false, reasons: Vec::new(), links: 1, window: None, challenge: None, runs: false }
+        Answer {
+            accepted: false,
+            reasons: Vec::new(),
+            links: 1,
+            window: None,
+            challenge: None,
+            runs: false,
+            windows_grow: false,
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod destinations;
 mod sources;
+mod windows;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -294,6 +294,11 @@ impl Plan {
         WINDOW_BYTES_MIN << (self.seed / 8 % 2)
     }
 
+    /// How much of all devices may be on its way once windows have grown.
+    pub fn windows_bytes_max(&self) -> u64 {
+        self.windows_bytes() * (1 + self.seed / 16 % 2)
+    }
+
     pub fn options(&self, end: End) -> Options {
         let links = if end == End::Source { self.links.len() as u32 } else { self.links_taken };
         Options::default()
@@ -303,6 +308,7 @@ impl Plan {
                 (Some(Mutation::GivesTooMuch), End::Destination) => 4 * self.windows_bytes(),
                 _ => self.windows_bytes(),
             })
+            .with_windows_bytes_max(self.windows_bytes_max())
             .with_convergence(self.convergence)
             .with_silence_max(SILENCE_MAX)
             .with_load_max(LOAD_MAX)

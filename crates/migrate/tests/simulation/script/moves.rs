@@ -36,7 +36,7 @@ impl Script<'_> {
         let mut summary = Summary::new(Ended::Moved);
         let mut sent = sending.join();
         if let Ok(outcome) = &sent {
-            summary.filled |= bounds::check(self.plan, bounds::of_source(outcome))?;
+            summary.windows(bounds::check(self.plan, bounds::of_source(outcome))?);
         }
         self.check_standstill(&sent, self.plan.standstill_max)?;
         let called_off = self.check_cancel(&self.source)?;

@@ -126,7 +126,7 @@ impl Script<'_> {
                 return Ok(is_published);
             }
         };
-        summary.filled |= bounds::check(self.plan, bounds::of_source(&outcome))?;
+        summary.windows(bounds::check(self.plan, bounds::of_source(&outcome))?);
         match &outcome {
             Outcome::Moved(report) => {
                 if called_off {
