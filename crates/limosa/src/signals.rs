@@ -49,11 +49,13 @@ impl Drop for Standstill {
     }
 }
 
-/// Calls `end` on a thread of its own at the first SIGINT or SIGTERM. The second one has its default effect. For commands
-/// that leave nothing undone.
+/// Calls `end` on a thread of its own at the first SIGINT, SIGTERM or SIGHUP, unless SIGHUP was ignored when the command was
+/// started (`nohup`). The second one has its default effect. For commands that leave nothing undone.
 pub fn on_end(end: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let mut end = Some(end);
-    handle(vec![SIGINT, SIGTERM], move |signal| match end.take() {
+    let mut signals = vec![SIGINT, SIGTERM, SIGHUP];
+    signals.retain(|signal| *signal != SIGHUP || !is_ignored(SIGHUP));
+    handle(signals, move |signal| match end.take() {
         Some(end) => end(),
         None => default(signal),
     })
