@@ -44,26 +44,41 @@ fn tell(states: &[NotifyState]) {
     }
 }
 
-/// The socket that systemd listens on for this process, if it handed one over. It has to be the one that the command line
-/// names.
-pub fn listener(socket: &Path) -> anyhow::Result<Option<UnixListener>> {
+/// The sockets that systemd listens on for this process, in the order of the paths at which it is to listen; `None` for one
+/// that was not handed over. Each has to be one of them.
+pub fn listeners(sockets: &[&Path]) -> anyhow::Result<Vec<Option<UnixListener>>> {
+    let mut listeners: Vec<_> = sockets.iter().map(|_| None).collect();
     let mut handed = ListenFd::from_env();
-    let path = socket.display();
+    let expected: Vec<_> = sockets.iter().map(|socket| socket.display().to_string()).collect();
+    let expected = expected.join(", ");
     let refused = |what: String| exit::error(Code::Usage, format!("LISTEN_FDS: {what}"));
-    if handed.len() > 1 {
-        let what = format!("{} sockets; expected one, which listens at {path}", handed.len());
+    if handed.len() > sockets.len() {
+        let (count, expected_count) = (handed.len(), sockets.len());
+        let what = format!("{count} sockets; expected {expected_count} at most, which listen at {expected}");
         return Err(refused(what));
     }
-    let listener = match handed.take_unix_listener(0) {
-        Ok(None) => return Ok(None),
-        Ok(Some(listener)) if socket_acceptconn(&listener).unwrap_or(false) => listener,
-        Ok(Some(_)) => return Err(refused(format!("a socket that does not listen; expected one at {path}"))),
-        Err(error) => return Err(refused(format!("{error}; expected a UNIX stream socket at {path}"))),
-    };
-    let at = listener.local_addr().ok().and_then(|at| at.as_pathname().map(Path::to_owned));
-    if at.as_deref().and_then(|at| absolute(at).ok()) != absolute(socket).ok() {
-        let at = at.map_or("no path".to_owned(), |at| at.display().to_string());
-        return Err(refused(format!("a socket at {at}; expected the one of --socket, {path}")));
+    for number in 0..handed.len() {
+        let listener = match handed.take_unix_listener(number) {
+            Ok(None) => continue,
+            Ok(Some(listener)) if socket_acceptconn(&listener).unwrap_or(false) => listener,
+            Ok(Some(_)) => {
+                return Err(refused(format!("a socket that does not listen; expected one at {expected}")));
+            }
+            Err(error) => {
+                return Err(refused(format!("{error}; expected a UNIX stream socket at {expected}")));
+            }
+        };
+        let at = listener.local_addr().ok().and_then(|at| at.as_pathname().map(Path::to_owned));
+        let is_it = |socket: &&Path| at.as_deref().and_then(|at| absolute(at).ok()) == absolute(socket).ok();
+        let place = sockets.iter().position(is_it).and_then(|place| listeners.get_mut(place));
+        match place {
+            Some(place @ None) => *place = Some(listener),
+            place => {
+                let at = at.map_or("no path".to_owned(), |at| at.display().to_string());
+                let how = if place.is_some() { "another socket" } else { "a socket" };
+                return Err(refused(format!("{how} at {at}; expected one for each of {expected}")));
+            }
+        }
     }
-    Ok(Some(listener))
+    Ok(listeners)
 }

@@ -28,7 +28,7 @@ impl Machine {
         until: Instant,
     ) -> Result<Option<SessionId>, Errno> {
         self.flags.ok_or(Errno::ENOTTY)?;
-        let _alone = self.gate.alone(until)?;
+        let _alone = self.alone(until)?;
         self.set_state_alone(client, to, until)
     }
 

@@ -10,12 +10,14 @@
 //! A device that was told to stay ([`Machine::stay`]) has been given away: whatever its clients do, it does not run here again
 //! until the move that it went with is decided ([`Machine::release`]).
 
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use limosa_guest_memory::ReadGuard;
 use limosa_protocol::{Errno, State, fsm};
 
+use super::gate::Alone;
 use super::{Inner, Machine, SessionId};
 
 /// Names a client of a machine.
@@ -41,6 +43,9 @@ pub type Released = dyn Fn() + Send + Sync;
 const ARC_LIMIT: Duration = Duration::from_secs(10);
 /// The same when another client does: the VMM's accesses wait meanwhile, and QEMU gives up after 5 s.
 const CONTROL_ARC_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long whoever leaves the model waits for others that are about to, before a device whose client has gone is left to them.
+const LEFT_LIMIT: Duration = Duration::from_millis(10);
 
 pub(super) fn arc_deadline(client: ClientId) -> Instant {
     Instant::now() + if client == ClientId::VMM { ARC_LIMIT } else { CONTROL_ARC_LIMIT }
@@ -82,7 +87,7 @@ impl Machine {
     /// The device stays stopped: until [`Machine::release`] with this id no client, no client's end and no reset makes it run.
     /// EBUSY unless `client` drives it, EINVAL in a state other than STOP and STOP_COPY, EEXIST when it stays for another move.
     pub fn stay(&self, client: ClientId, id: MoveId) -> Result<(), Errno> {
-        let _alone = self.gate.alone(arc_deadline(client))?;
+        let _alone = self.alone(arc_deadline(client))?;
         let mut inner = self.lock();
         match inner.stays {
             Some(stays) if stays == id => return Ok(()),
@@ -124,7 +129,7 @@ impl Machine {
     /// The VMM's accesses have waited too long: whoever else drives the device is taken it away, and it runs again. Nothing
     /// happens when the VMM drives it, or it stays.
     pub fn take_back(&self) -> Result<(), Errno> {
-        let _alone = self.gate.alone(arc_deadline(ClientId::VMM))?;
+        let _alone = self.alone(arc_deadline(ClientId::VMM))?;
         if self.lock().driver.is_none_or(|driver| driver == ClientId::VMM) {
             return Ok(());
         }
@@ -154,11 +159,11 @@ impl Machine {
             _ => _ = self.mappings.logging_stop(),
         }
         // An arc that does not end would hold up the next client as well.
-        let alone = self.gate.alone(arc_deadline(client));
-        if self.lock().driver != Some(client) {
+        let alone = self.alone(arc_deadline(client));
+        let mut inner = self.lock();
+        if inner.driver != Some(client) {
             return;
         }
-        let mut inner = self.lock();
         inner.precopy_reinit = false;
         if inner.state == State::Resuming {
             inner.damage("lost the client that loaded it");
@@ -166,18 +171,59 @@ impl Machine {
         if client == ClientId::VMM || inner.stays.is_some() {
             // A device that stays may be led to STOP by the client that settles its move.
             inner.driver = None;
-        } else if alone.is_ok() {
-            drop(inner);
-            if let Err(errno) = self.run_again() {
-                tracing::error!(%errno, "the device does not run again after the client that moved it has gone");
-            }
+            return;
         }
+        if alone.is_ok() {
+            drop(inner);
+            return self.run_again_or_say();
+        }
+        inner.left = Some(client);
+        drop(inner);
+        tracing::warn!(
+            "the client that moved the device has gone; it runs again when a call that takes long returns"
+        );
+        // That call may have returned before it could see this.
+        self.is_left.store(true, SeqCst);
+        self.leave_no_device_left();
+    }
+
+    /// A device whose client has gone runs again, if nobody else is with the model; else the last that is does this as it leaves.
+    fn leave_no_device_left(&self) {
+        if !self.is_left.load(Relaxed) {
+            return;
+        }
+        let Ok(_alone) = self.gate.alone(Instant::now() + LEFT_LIMIT) else { return };
+        self.is_left.store(false, Relaxed);
+        let mut inner = self.lock();
+        let left = inner.left.take();
+        // It may have been reset since.
+        if left.is_none() || inner.driver != left || inner.stays.is_some() {
+            return;
+        }
+        drop(inner);
+        self.run_again_or_say();
+    }
+
+    fn run_again_or_say(&self) {
+        if let Err(errno) = self.run_again() {
+            tracing::error!(%errno, "the device does not run again after the client that moved it has gone");
+        }
+    }
+
+    /// For a call that may be beside others of its kind.
+    pub(super) fn pass(&self) -> Inside<'_, ReadGuard<'_, ()>> {
+        Inside { machine: self, guard: Some(self.gate.pass()) }
+    }
+
+    /// For a call that may not: ETIMEDOUT when the others have not returned by `until`.
+    pub(super) fn alone(&self, until: Instant) -> Result<Inside<'_, Alone<'_>>, Errno> {
+        Ok(Inside { machine: self, guard: Some(self.gate.alone(until)?) })
     }
 
     /// Tells the model that the VMM has gone, once its mappings and wiring are gone or another's.
     pub(super) fn tell_client_gone(&self) {
         (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
-        let _passing = self.gate.pass();
+        let _passing = self.pass();
         self.lock().owes_client_gone = true;
         // A model that panicked is told once it was reset.
         let _ = self.tell_owed();
@@ -248,6 +294,22 @@ impl Machine {
     fn tell_watchers(&self) {
         let watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner).clone();
         watchers.iter().filter_map(Weak::upgrade).for_each(|released| released());
+    }
+}
+
+/// A call that has passed the gate, or is alone behind it.
+pub(super) struct Inside<'a, G> {
+    machine: &'a Machine,
+    guard: Option<G>,
+}
+
+impl<G> Drop for Inside<'_, G> {
+    #[inline]
+    fn drop(&mut self) {
+        drop(self.guard.take());
+        if self.machine.is_left.load(Relaxed) {
+            self.machine.leave_no_device_left();
+        }
     }
 }
 

@@ -54,6 +54,8 @@ pub struct Machine {
     panicked: AtomicBool,
     /// [`Inner::holds_accesses`]. Changes only with the gate taken, or to let accesses pass again.
     held: AtomicBool,
+    /// [`Inner::left`] is there, and a call that leaves has to look at it.
+    is_left: AtomicBool,
     watchers: Mutex<Vec<Weak<Released>>>,
 }
 
@@ -70,6 +72,8 @@ struct Inner {
     clients: u64,
     /// The client that took the device out of RUNNING.
     driver: Option<ClientId>,
+    /// The driver has gone, and the device is to run again.
+    left: Option<ClientId>,
     /// The client that started the dirty log.
     logs: Option<ClientId>,
     /// The move that the device was given away with.
@@ -103,6 +107,7 @@ impl Machine {
             resets: 0,
             clients: 0,
             driver: None,
+            left: None,
             logs: None,
             stays: None,
             copier: None,
@@ -121,6 +126,7 @@ impl Machine {
             inner: Mutex::new(inner),
             panicked: AtomicBool::new(false),
             held: AtomicBool::new(false),
+            is_left: AtomicBool::new(false),
             watchers: Mutex::default(),
         })
     }
@@ -253,7 +259,7 @@ impl Machine {
         if bytes == 0 {
             return Ok(Ok(()));
         }
-        let _passing = self.gate.pass();
+        let _passing = self.pass();
         if self.held.load(Acquire) {
             return Err(Held);
         }
@@ -275,7 +281,7 @@ impl Machine {
     /// [`Machine::reset_count`] by one, also one that fails, except those that are refused before the device is touched:
     /// ETIMEDOUT when the calls under way do not return, EBUSY for a device that was told to stay.
     pub fn reset(&self) -> Result<(), Errno> {
-        let _alone = self.gate.alone(arc_deadline(ClientId::VMM))?;
+        let _alone = self.alone(arc_deadline(ClientId::VMM))?;
         if self.lock().stays.is_some() {
             return Err(Errno::EBUSY);
         }
@@ -338,7 +344,7 @@ impl Machine {
 
     /// One call on the model beside others.
     fn access<R>(&self, call: impl FnOnce(&dyn Model) -> Result<R, Errno>) -> Result<R, Errno> {
-        let _passing = self.gate.pass();
+        let _passing = self.pass();
         self.call(call)
     }
 

@@ -58,7 +58,7 @@ impl Machine {
         let until = arc_deadline(client);
         self.lock().replaceable()?;
         // Until the copy has begun, so that a client which ends it comes before or after.
-        let Ok(_alone) = self.gate.alone(until) else {
+        let Ok(_alone) = self.alone(until) else {
             tracing::info!("a call on the device takes long: its state is read once it has stopped");
             return Ok(None);
         };
@@ -95,7 +95,7 @@ impl Machine {
     /// The device goes on here, as it was before [`Machine::begin_copy`]. Nothing happens to a copy that has ended.
     pub fn end_copy(&self, copying: Copying) {
         let until = arc_deadline(copying.client);
-        let ended = self.gate.alone(until).and_then(|_alone| {
+        let ended = self.alone(until).and_then(|_alone| {
             let is_it = self.lock().copier == Some(copying.client);
             if is_it { self.stop_copying(until) } else { Ok(()) }
         });
@@ -125,10 +125,13 @@ impl Machine {
     /// copied, the copy's session goes on; else another one begins.
     ///
     /// ENOTTY for a device without migration; EBUSY when a client moves it or has a session, or a client other than the VMM has
-    /// its dirty log; else what the model answers. After an error the device is as it was before it was copied.
+    /// its dirty log; ETIMEDOUT when the calls under way do not return; else what the model answers. After an error the device is as
+    /// it was before, and if it is copied still, [`Machine::end_copy`] ends that.
     pub fn freeze(&self, copying: Option<Copying>, until: Instant) -> Result<Frozen, Errno> {
         self.flags.ok_or(Errno::ENOTTY)?;
         let new = self.new_client();
+        // First, so that what a client does just now comes before all of this or after it.
+        let _alone = self.alone(until)?;
         let (client, kept) = {
             let inner = self.lock();
             match copying.filter(|copying| inner.is_copied_by(copying)) {
@@ -141,13 +144,13 @@ impl Machine {
         };
         // Its number is known once it is open.
         let mut frozen = Frozen { client, session: SessionId(0), kept };
-        match self.set_state_by(client, State::StopCopy, until) {
+        match self.set_state_alone(client, State::StopCopy, until) {
             Ok(session) => {
                 frozen.session = session.or_else(|| self.session()).ok_or(Errno::EIO)?;
                 Ok(frozen)
             }
             Err(errno) => {
-                self.thaw(frozen);
+                self.thaw_alone(&frozen, arc_deadline(client));
                 Err(errno)
             }
         }
@@ -155,18 +158,36 @@ impl Machine {
 
     /// The device goes on here, as it was before [`Machine::freeze`] and [`Machine::begin_copy`].
     pub fn thaw(&self, frozen: Frozen) {
-        let Frozen { client, kept, .. } = frozen;
-        let to = if kept.stopped { State::Stop } else { State::Running };
-        if let Err(errno) = self.set_state(client, to) {
+        let until = arc_deadline(frozen.client);
+        match self.alone(until) {
+            Ok(_alone) => self.thaw_alone(&frozen, until),
+            Err(errno) => {
+                tracing::error!(%errno, "the device stays stopped, in which it was to be replaced");
+                self.let_go(frozen.client);
+            }
+        }
+    }
+
+    /// The same with the gate taken.
+    fn thaw_alone(&self, frozen: &Frozen, until: Instant) {
+        let to = if frozen.kept.stopped { State::Stop } else { State::Running };
+        if let Err(errno) = self.set_state_alone(frozen.client, to, until) {
             tracing::error!(%errno, "the device does not run again where it was stopped to be replaced");
         }
-        self.let_go(client);
+        self.let_go(frozen.client);
     }
 
     /// Takes a new device to RESUMING, to load the state of the one that it replaces.
     pub fn begin_replacing(&self) -> Result<ClientId, Errno> {
         let client = self.new_client();
         self.set_state(client, State::Resuming)?;
+        Ok(client)
+    }
+
+    /// Takes a new device that replaces none to STOP, in which it waits for [`Machine::replace`] beside others that do.
+    pub fn begin_new(&self) -> Result<ClientId, Errno> {
+        let client = self.new_client();
+        self.set_state(client, State::Stop)?;
         Ok(client)
     }
 
@@ -189,7 +210,7 @@ impl Machine {
     /// the model answers.
     pub fn adopt_region_file(&self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
         self.region_file(region).ok_or(Errno::EINVAL)?;
-        let _alone = self.gate.alone(arc_deadline(ClientId::VMM))?;
+        let _alone = self.alone(arc_deadline(ClientId::VMM))?;
         self.call(|model| model.adopt_region_file(region, file))
     }
 
@@ -256,5 +277,115 @@ impl Inner {
     fn is_copied_by(&self, copying: &Copying) -> bool {
         let session = self.session.as_ref().is_some_and(|open| open.id == copying.session && !open.damaged);
         session && self.copier == Some(copying.client) && self.state.is_pre_copy()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{Bus, Description, Fault, Save, SimpleMigration, SimpleModel};
+
+    /// A device whose start lasts until it is told to end.
+    struct SlowStart {
+        begun: mpsc::Sender<()>,
+        may_end: mpsc::Receiver<()>,
+    }
+
+    impl SimpleModel for SlowStart {
+        fn description(&self) -> Description {
+            Description::default()
+        }
+
+        fn attach(&mut self, _: Bus) {}
+
+        fn region_read(&mut self, _: u32, _: u64, _: &mut [u8]) -> Result<(), Errno> {
+            Err(Errno::EINVAL)
+        }
+
+        fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
+            Err(Errno::EINVAL)
+        }
+
+        fn reset(&mut self) -> Result<(), Errno> {
+            Ok(())
+        }
+
+        fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
+            Some(self)
+        }
+    }
+
+    impl SimpleMigration for SlowStart {
+        fn flags(&self) -> MigrationFlags {
+            MigrationFlags::STOP_COPY
+        }
+
+        fn stop(&mut self) -> Result<(), Fault> {
+            Ok(())
+        }
+
+        fn start(&mut self) -> Result<(), Fault> {
+            self.begun.send(()).unwrap();
+            self.may_end.recv().unwrap();
+            Ok(())
+        }
+
+        fn save_begin(&mut self) -> Result<(), Fault> {
+            Ok(())
+        }
+
+        fn save(&mut self, _: usize, _: bool) -> Result<Save<'_>, Errno> {
+            Ok(Save::End)
+        }
+
+        fn save_end(&mut self) {}
+
+        fn data_size(&self) -> u64 {
+            0
+        }
+
+        fn load_begin(&mut self) -> Result<(), Fault> {
+            Ok(())
+        }
+
+        fn load(&mut self, _: &[u8]) -> Result<(), Errno> {
+            Ok(())
+        }
+
+        fn load_finish(&mut self) -> Result<(), Fault> {
+            Ok(())
+        }
+
+        fn load_abort(&mut self) {}
+    }
+
+    #[test]
+    fn a_device_that_its_vmm_was_starting_as_it_was_frozen_counted_as_one_that_stands() {
+        let (begun, has_begun) = mpsc::channel();
+        let (end, may_end) = mpsc::channel();
+        let machine = Machine::simple(SlowStart { begun, may_end });
+        let new = machine.begin_replacing().unwrap();
+        machine.loaded(new).unwrap();
+        machine.replace(new, Kept { stopped: true, ..Kept::default() }).unwrap();
+        assert_eq!(machine.state(), State::Stop);
+        std::thread::scope(|scope| {
+            let starts = scope.spawn(|| machine.set_state(ClientId::VMM, State::Running).map(drop));
+            has_begun.recv().unwrap();
+            let clients = machine.lock().clients;
+            let freezes = scope.spawn(|| machine.freeze(None, Instant::now() + Duration::from_secs(60)));
+            while machine.lock().clients == clients {
+                std::thread::yield_now();
+            }
+            end.send(()).unwrap();
+            starts.join().unwrap().unwrap();
+            let frozen = freezes.join().unwrap().unwrap();
+            assert_eq!(frozen.kept, Kept::default(), "it ran as it was frozen");
+            end.send(()).unwrap();
+            machine.thaw(frozen);
+        });
+        assert_eq!(machine.state(), State::Running);
     }
 }

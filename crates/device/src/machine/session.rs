@@ -63,7 +63,7 @@ impl Machine {
         take: impl FnOnce(Save<'_>) -> R,
     ) -> Result<R, Errno> {
         let _data = self.one_at_a_time();
-        let _passing = self.gate.pass();
+        let _passing = self.pass();
         let stopped = {
             let inner = self.lock();
             inner.usable(session, Direction::Saving)?;
@@ -100,7 +100,7 @@ impl Machine {
     /// which the session is damaged: it answers EIO, and only a reset leads out of RESUMING.
     pub fn data_write(&self, session: SessionId, chunk: &[u8]) -> Result<(), Errno> {
         let _data = self.one_at_a_time();
-        let _passing = self.gate.pass();
+        let _passing = self.pass();
         self.lock().usable(session, Direction::Loading)?;
         if chunk.is_empty() {
             return Ok(());
@@ -122,7 +122,7 @@ impl Machine {
         fill: impl FnOnce(&mut [u8]) -> Result<usize, E>,
     ) -> Result<Result<usize, Errno>, E> {
         let _data = self.one_at_a_time();
-        let _passing = self.gate.pass();
+        let _passing = self.pass();
         if let Err(errno) = self.lock().usable(session, Direction::Loading) {
             return Ok(Err(errno));
         }
@@ -167,7 +167,7 @@ impl Machine {
     /// PRE_COPY and PRE_COPY_P2P. The flags are 0 unless the client opted in to them
     /// (MIG_PRECOPY_INFO_V2).
     pub fn precopy_info(&self, session: SessionId) -> Result<PrecopyInfo, Errno> {
-        let _passing = self.gate.pass();
+        let _passing = self.pass();
         let reinit = {
             let inner = self.lock();
             inner.current(session)?;

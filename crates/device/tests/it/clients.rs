@@ -1,13 +1,17 @@
 //! Two clients of one machine: who drives it, whose accesses are held back, and a device that stays
 //! (`docs/vfio-user-extensions.md: The control role`).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Instant;
 
 use crate::common::{Answer, Rig};
 use limosa_client::Refers;
-use limosa_device::{ClientId, Fault, Held, Released};
+use limosa_device::{
+    Bus, ClientId, Description, Fault, Held, Machine, Migration, Model, Region, Released, Save,
+};
 use limosa_protocol::feature::FeatureMigState;
+use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp, MigrationFlags, State};
 use zerocopy::IntoBytes;
 
@@ -234,4 +238,102 @@ fn what_a_client_that_has_gone_has_loaded_cannot_be_completed() {
         set(&rig, VMM, State::Resuming).unwrap();
         set(&rig, VMM, State::Stop).unwrap();
     }
+}
+
+/// A device whose reads last until they are told to end.
+struct SlowRead {
+    begun: mpsc::Sender<()>,
+    may_end: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Model for SlowRead {
+    fn description(&self) -> Description {
+        let region = Region { flags: RegionFlags::READ, size: 4, ..Region::default() };
+        Description { regions: vec![region], ..Description::default() }
+    }
+
+    fn attach(&self, _: Bus) {}
+
+    fn region_read(&self, _: u32, _: u64, _: &mut [u8]) -> Result<(), Errno> {
+        self.begun.send(()).unwrap();
+        self.may_end.lock().unwrap().recv().unwrap();
+        Ok(())
+    }
+
+    fn region_write(&self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn migration(&self) -> Option<&dyn Migration> {
+        Some(self)
+    }
+}
+
+impl Migration for SlowRead {
+    fn flags(&self) -> MigrationFlags {
+        MigrationFlags::STOP_COPY
+    }
+
+    fn stop(&self, _: Instant) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn start(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn save_begin(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn save(&self, _: usize, _: bool, take: &mut dyn FnMut(Save<'_>)) -> Result<(), Errno> {
+        take(Save::End);
+        Ok(())
+    }
+
+    fn save_end(&self) {}
+
+    fn data_size(&self) -> u64 {
+        0
+    }
+
+    fn load_begin(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn load(&self, _: &[u8]) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn load_finish(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn load_abort(&self) {}
+}
+
+#[test]
+fn a_device_whose_mover_went_during_a_call_that_took_long_stood_until_it_was_reset() {
+    let (begun, has_begun) = mpsc::channel();
+    let (end, may_end) = mpsc::channel();
+    let machine = Machine::new(SlowRead { begun, may_end: Mutex::new(may_end) });
+    let control = machine.new_client();
+    let to_stop = FeatureHeader::new(FeatureIndex::MIG_DEVICE_STATE, FeatureOp::SET, 8).call().unwrap();
+    let mut payload = FeatureMigState::new(State::Stop);
+    machine.feature_for(control, to_stop, payload.as_mut_bytes(), Refers::Nothing).unwrap();
+    std::thread::scope(|scope| {
+        let reads = scope.spawn(|| machine.region_read_unheld(0, 0, &mut [0; 4]));
+        has_begun.recv().unwrap();
+        // Gives up waiting for the read.
+        machine.client_gone(control);
+        assert!(machine.is_driven_by(control) && machine.state() == State::Stop);
+        end.send(()).unwrap();
+        reads.join().unwrap().unwrap();
+    });
+    assert!(!machine.is_driven_by(control) && machine.state() == State::Running);
+    assert!(!machine.holds_accesses());
 }

@@ -32,6 +32,7 @@ pub use resolving::{Answer, Decided, Resolve};
 pub use serving::{Model, Serve, SwitchOver};
 pub use snapshots::{Inspect, Load, Save, Verify};
 pub use trace::Trace;
+pub use values::mode;
 use values::seconds;
 pub use values::{Rate, bytes};
 

@@ -6,10 +6,15 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use limosa_host::Group;
+use serde::Deserialize;
 
 use super::values::{mode, seconds};
 
-/// What `--option` takes.
+const USAGE: &str = "\
+limosa serve [OPTIONS] --socket <PATH> <MODEL>
+       limosa serve [OPTIONS] --config <FILE>";
+
+/// What `--option` and `--config` take.
 const MODEL_OPTIONS: &str = "\
 Options of uart:
   line=echo|PATH         what is at the other end: what is sent comes back (echo), or a terminal or
@@ -27,18 +32,35 @@ Options of synthetic (sizes take K, M and G):
   seed=NUMBER            what its contents derive from (1)
   verify=on|off          whether every block is checked as it is loaded (on)
   fault=FAULT            what goes wrong; many times: fail:ARC[:TIMES], error:ARC, truncate:BYTES,
-                         stall:ARC:MS, corrupt:OFFSET, with ARC like PRE_COPY_P2P>STOP_COPY";
+                         stall:ARC:MS, corrupt:OFFSET, with ARC like PRE_COPY_P2P>STOP_COPY
+
+A file for --config has [[device]] for each device, with socket, and as wanted model, options (a list of
+NAME=VALUE), control, mode, group and any-file. [defaults] has all of these but the sockets, for devices
+that say nothing else:
+  [defaults]
+  model = \"synthetic\"
+  [[device]]
+  socket = \"/run/limosa/first.sock\"
+  options = [\"state=64M\"]";
 
 #[derive(Debug, Args)]
-#[command(after_help = MODEL_OPTIONS)]
+#[command(after_help = MODEL_OPTIONS, override_usage = USAGE)]
 pub struct Serve {
     /// The device to serve.
-    #[arg(value_name = "MODEL")]
-    pub model: Model,
+    #[arg(value_name = "MODEL", required_unless_present = "config")]
+    pub model: Option<Model>,
 
     /// Where to listen.
-    #[arg(long, value_name = "PATH")]
-    pub socket: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "config")]
+    pub socket: Option<PathBuf>,
+
+    /// Serve the devices that this file describes, in TOML, in place of MODEL and its options.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["model", "socket", "mode", "group", "control", "options", "any_file"]
+    )]
+    pub config: Option<PathBuf>,
 
     /// The socket's mode, whatever the umask. A user with write permission may connect.
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
@@ -68,8 +90,9 @@ pub struct Serve {
     #[arg(long, value_name = "PATH")]
     pub takeover: Option<PathBuf>,
 
-    /// Take over from the server that was started with --takeover and this path. MODEL, --socket and the options have to be
-    /// those of the old server. When that one has ended, listen at --takeover, which may be the same path.
+    /// Take over from the server that was started with --takeover and this path. Devices, sockets and options have to be those
+    /// of the old server; a file may have devices that it did not have, and may lack those that no client uses. When the old
+    /// server has ended, listen at --takeover, which may be the same path.
     #[arg(long, value_name = "PATH")]
     pub take_from: Option<PathBuf>,
 
@@ -106,7 +129,8 @@ pub struct SwitchOver {
     pub command: Vec<OsString>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Model {
     /// A PCI 16550A serial port.
     Uart,

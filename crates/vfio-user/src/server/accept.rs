@@ -103,9 +103,13 @@ impl Server {
     /// Serves a connection on a thread of its own.
     pub(super) fn start<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>, come: Come) {
         let adopted = come.adopted();
-        let serve = move || match self.connection(come) {
-            Ok(mut connection) => _ = connection.serve(),
-            Err(error) => tracing::warn!(%error, "a connection could not be set up"),
+        let device = tracing::Span::current();
+        let serve = move || {
+            let _device = device.entered();
+            match self.connection(come) {
+                Ok(mut connection) => _ = connection.serve(),
+                Err(error) => tracing::warn!(%error, "a connection could not be set up"),
+            }
         };
         if let Err(error) = std::thread::Builder::new().name("vfio-user".into()).spawn_scoped(scope, serve) {
             match adopted {

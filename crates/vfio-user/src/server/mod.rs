@@ -48,7 +48,7 @@ use accept::Come;
 use connection::Connection;
 use doors::Doors;
 use handover::Adopted;
-pub use handover::{Replaced, Replacing, SwitchOver};
+pub use handover::{DEVICES_MAX, NewDevice, Replaced, Replacing, SwitchOver};
 
 use crate::connection::ConnectionError;
 
@@ -226,6 +226,19 @@ impl Server {
         self.door.name.as_deref()
     }
 
+    /// Where it listens, as an absolute path; `None` for a socket without one.
+    pub fn socket(&self) -> Option<PathBuf> {
+        let bound =
+            || self.door.listener.local_addr().ok().and_then(|at| at.as_pathname().map(Path::to_owned));
+        let path = self.path().map(Path::to_owned).or_else(bound)?;
+        std::path::absolute(path).ok()
+    }
+
+    /// Where it listens for control clients, if it does so at a path that it made.
+    pub fn control_path(&self) -> Option<&Path> {
+        self.control.as_ref()?.name.as_deref()
+    }
+
     /// Ends [`Server::serve`].
     pub fn shutdown_handle(&self) -> ShutdownHandle {
         self.shutdown.clone()
@@ -235,6 +248,7 @@ impl Server {
     pub fn serve(&self) -> io::Result<()> {
         std::thread::scope(|scope| {
             let adopted = std::mem::take(&mut *self.adopted.lock().unwrap_or_else(PoisonError::into_inner));
+            let _device = self.span().entered();
             for adopted in adopted {
                 self.start(scope, Come::Adopted(Box::new(adopted)));
             }
@@ -247,9 +261,22 @@ impl Server {
         })
     }
 
+    /// Says in a log which device it is about, as a process may serve many.
+    fn span(&self) -> tracing::Span {
+        device_span(self.socket().as_deref())
+    }
+
     /// Whether another process serves the device now.
     pub fn is_given(&self) -> bool {
         self.doors.is_given()
+    }
+}
+
+/// A log's word for the device at this socket.
+fn device_span(socket: Option<&Path>) -> tracing::Span {
+    match socket {
+        Some(socket) => tracing::info_span!("device", at = %socket.display()),
+        None => tracing::Span::none(),
     }
 }
 

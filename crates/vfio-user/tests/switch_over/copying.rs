@@ -158,7 +158,7 @@ fn arcs_that_fail_while_a_device_is_copied_or_stopped_leave_it_running() {
         set_register(&client, registers::DIRTY, 5);
         if !is_replaced {
             let refused = running.refuses(vec![synthetic_with("")]);
-            assert!(refused.contains("device 0"), "{fault}: {refused}");
+            assert!(refused.contains("device0: "), "{fault}: {refused}");
             assert_eq!(client.state().unwrap(), State::Running, "{fault}");
             set_register(&client, registers::DIRTY, 5);
         }

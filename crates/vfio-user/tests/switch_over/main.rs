@@ -28,7 +28,7 @@ use limosa_switch_over::{
 use limosa_test_device::Memory;
 use limosa_vfio_user::client::{Client, Options as ClientOptions, Role};
 use limosa_vfio_user::server::{
-    Options, Replaced, Replacing, Server, ShutdownHandle, SocketAccess, SwitchOver,
+    NewDevice, Options, Replaced, Replacing, Server, ShutdownHandle, SocketAccess, SwitchOver,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -99,10 +99,17 @@ impl Running {
     }
 
     /// Another server replaces these.
-    fn replaced_by(mut self, machines: Vec<Arc<Machine>>) -> Running {
+    fn replaced_by(self, machines: Vec<Arc<Machine>>) -> Running {
         let devices = machines.iter().map(|machine| (Arc::clone(machine), options()));
-        let taken =
-            take(OldServer::Path(&self.take_over), Replacing::new(devices), &TakeOptions::default()).unwrap();
+        self.replaced_by_taker(Replacing::new(devices), machines)
+    }
+
+    fn replaced_by_taker(
+        mut self,
+        taker: impl Taker<Server = Replaced>,
+        machines: Vec<Arc<Machine>>,
+    ) -> Running {
+        let taken = take(OldServer::Path(&self.take_over), taker, &TakeOptions::default()).unwrap();
         let attempts = self.gives.take().unwrap().join().unwrap();
         assert!(attempts.last().unwrap().is_ok(), "{attempts:?}");
         self.thread.take().unwrap().join().unwrap();
@@ -122,16 +129,12 @@ impl Running {
 
     /// Another server replaces these; meanwhile, after each round of the preparation, this is called with the round's number.
     fn replaced_meanwhile(
-        mut self,
+        self,
         machines: Vec<Arc<Machine>>,
         meanwhile: impl FnMut(usize) -> Result<(), Refusal> + Send,
     ) -> Running {
         let taker = Meanwhile::new(machines.clone(), meanwhile);
-        let taken = take(OldServer::Path(&self.take_over), taker, &TakeOptions::default()).unwrap();
-        let attempts = self.gives.take().unwrap().join().unwrap();
-        assert!(attempts.last().unwrap().is_ok(), "{attempts:?}");
-        self.thread.take().unwrap().join().unwrap();
-        Running::new(taken.server, machines, self.take_over.clone())
+        self.replaced_by_taker(taker, machines)
     }
 }
 
@@ -316,7 +319,7 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
     // A client that moves its device.
     client.set_state(State::Stop).unwrap();
     let refused = running.refuses(both());
-    assert!(refused.contains("device 1") && refused.contains("moves"), "{refused}");
+    assert!(refused.contains("device1: ") && refused.contains("moves"), "{refused}");
     client.set_state(State::Running).unwrap();
     let running = running.replaced_by(both());
     assert_eq!(client.state().unwrap(), State::Running);
@@ -324,6 +327,37 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
     client.region_read(0, 5, &mut kept).unwrap();
     assert_eq!(&kept, b"kept");
     drop(running);
+}
+
+/// Where a device of a server listens, that is to be served there by a new one.
+fn at(folder: &Path, name: &str, machine: Arc<Machine>) -> NewDevice {
+    NewDevice { machine, options: options(), socket: Some(folder.join(name)), control: None }
+}
+
+#[test]
+fn devices_are_known_by_their_sockets_in_whatever_order_and_one_that_is_given_away_is_not_dropped() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::bind(folder.path(), vec![pad(), pad()]);
+    let [first, second] = ["device0", "device1"]
+        .map(|name| Client::connect(folder.path().join(name), ClientOptions::default()).unwrap());
+    first.region_write(0, 0, b"1st").unwrap();
+    second.region_write(0, 0, b"2nd").unwrap();
+    let new = [at(folder.path(), "device1", pad()), at(folder.path(), "device0", pad())];
+    let machines = new.iter().map(|device| Arc::clone(&device.machine)).collect();
+    let running = running.replaced_by_taker(Replacing::new(new), machines);
+    let mut seen = [[0; 3]; 2];
+    first.region_read(0, 0, &mut seen[0]).unwrap();
+    second.region_read(0, 0, &mut seen[1]).unwrap();
+    assert_eq!(seen, [*b"1st", *b"2nd"]);
+    drop(second);
+    let control = ClientOptions { role: Role::Control, ..ClientOptions::default() };
+    let mover = Client::connect(folder.path().join("device1"), control).unwrap();
+    mover.set_state(State::Stop).unwrap();
+    mover.stay([7; 16]).unwrap();
+    drop(mover);
+    let refused = running.refuses_taker(Replacing::new([at(folder.path(), "device0", pad())]));
+    assert!(refused.contains("device1: ") && refused.contains("given away"), "{refused}");
+    drop((first, running));
 }
 
 /// Bytes that mean nothing, other ones each time.

@@ -1,10 +1,12 @@
-//! `limosa serve`: a ready device behind a socket. Another process of the command may take its place while it has clients
+//! `limosa serve`: ready devices behind sockets. Another process of the command may take its place while it has clients
 //! (`docs/switch-over.md`).
 
+mod config;
 mod give;
 mod model;
 mod take;
 
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -21,19 +23,68 @@ use crate::exit::{self, Code};
 use crate::output::Output;
 use crate::service;
 use crate::signals;
+use config::Device;
 pub use take::TookOver;
 
 /// This program, for the other side of a switch-over.
 const NAME: &str = concat!("limosa ", env!("CARGO_PKG_VERSION"));
 
-/// The document that is printed once the device is served.
+/// The document that is printed once the devices are served.
 #[derive(Serialize, Deserialize)]
 pub struct Listening {
-    pub listening: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub control: Option<String>,
+    #[serde(flatten)]
+    devices: Listeners,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub took_over: Option<TookOver>,
+}
+
+/// The device that the command line describes, or those of a file.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Listeners {
+    One(Listener),
+    Many { devices: Vec<Listener> },
+}
+
+/// Where a device is served.
+#[derive(Serialize, Deserialize)]
+struct Listener {
+    listening: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    control: Option<String>,
+}
+
+impl Listening {
+    fn new(args: &args::Serve, devices: &[Device], took_over: Option<TookOver>) -> Listening {
+        let listener = |device: &Device| Listener {
+            listening: device.socket.display().to_string(),
+            control: device.control.as_ref().map(|path| path.display().to_string()),
+        };
+        let mut listeners: Vec<_> = devices.iter().map(listener).collect();
+        let devices = match listeners.pop() {
+            Some(one) if args.config.is_none() => Listeners::One(one),
+            last => {
+                listeners.extend(last);
+                Listeners::Many { devices: listeners }
+            }
+        };
+        Listening { devices, took_over }
+    }
+
+    /// For people.
+    pub fn print(&self, to: &mut dyn Write) -> io::Result<()> {
+        let listeners = match &self.devices {
+            Listeners::One(one) => std::slice::from_ref(one),
+            Listeners::Many { devices } => devices,
+        };
+        for Listener { listening, control } in listeners {
+            if let Some(control) = control {
+                writeln!(to, "control clients: {control}")?;
+            }
+            writeln!(to, "listening on {listening}")?;
+        }
+        self.took_over.as_ref().map_or(Ok(()), |took_over| took_over.print(to))
+    }
 }
 
 pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<()> {
@@ -42,26 +93,38 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
         set_parent_process_death_signal(Some(Signal::TERM)).context("cannot follow the parent process")?;
     }
     more_fds();
-    let machine = Machine::simple(model::model(args, limit)?);
-    let options = Options {
-        socket: SocketAccess { mode: args.mode, group: args.group },
-        any_file: args.any_file,
+    let devices = config::devices(args)?;
+    let waits = args.take_from.is_some();
+    let machine = |device: &Device| Ok(Machine::simple(model::model(device, waits, limit)?));
+    let machines = devices.iter().map(machine).collect::<anyhow::Result<Vec<_>>>()?;
+    let options = |device: &Device| Options {
+        socket: device.access,
+        any_file: device.any_file,
         interruptible: args.takeover.is_some(),
         ..Options::default()
     };
+    let machines = devices.iter().zip(machines).map(|(device, machine)| (machine, options(device)));
     if let Some(from) = &args.take_from {
-        return take::run(from, machine, options, args, out);
+        return take::run(from, machines, &devices, args, out);
     }
-    let server = match service::listener(&args.socket)? {
-        Some(listener) => Server::from_listener(listener, machine, options),
-        None => Server::bind(&args.socket, machine, options),
+    let sockets: Vec<_> = devices.iter().map(|device| &*device.socket).collect();
+    let listeners = service::listeners(&sockets)?;
+    let bind = |((device, (machine, options)), listener): ((&Device, _), Option<_>)| {
+        let socket = &device.socket;
+        let server = match listener {
+            Some(listener) => Server::from_listener(listener, machine, options),
+            None => Server::bind(socket, machine, options),
+        };
+        let server = server.map_err(|error| cannot_listen(socket, &error))?;
+        match &device.control {
+            Some(control) => server
+                .with_control(control, &SocketAccess::default())
+                .map_err(|error| cannot_listen(control, &error)),
+            None => Ok(server),
+        }
     };
-    let mut server = server.map_err(|error| cannot_listen(&args.socket, &error))?;
-    if let Some(control) = &args.control {
-        let own = SocketAccess::default();
-        server = server.with_control(control, &own).map_err(|error| cannot_listen(control, &error))?;
-    }
-    let servers = [server];
+    let servers = devices.iter().zip(machines).zip(listeners).map(bind);
+    let servers = servers.collect::<anyhow::Result<Vec<_>>>()?;
     let door = args.takeover.as_deref().map(listen_for_takers).transpose()?;
     let stop = ShutdownHandle::new().context("cannot make an eventfd")?;
     let on_end = stop.clone();
@@ -70,14 +133,8 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
         on_end.shut_down();
     })?;
     serve(&servers, &stop, || {
-        let control = args.control.as_ref().map(|path| path.display().to_string());
-        let listening = Listening { listening: args.socket.display().to_string(), control, took_over: None };
-        out.result(&listening, |to| {
-            if let Some(control) = &listening.control {
-                writeln!(to, "control clients: {control}")?;
-            }
-            writeln!(to, "listening on {}", listening.listening)
-        })?;
+        let listening = Listening::new(args, &devices, None);
+        out.result(&listening, |to| listening.print(to))?;
         service::ready();
         Ok(door)
     })

@@ -1,4 +1,4 @@
-//! The model that is served: its name and options on the command line.
+//! The model of a device that is served: its name and options.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -11,23 +11,27 @@ use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_models::uart::{Line, Mtty, Uart};
 use rustix::fs::{FileType, OFlags};
 
+use super::config::Device;
 use crate::args;
 use crate::exit::{self, Code};
 
-/// The model that the command line describes.
-pub fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn SimpleModel>> {
-    let options = args.options.join(",");
-    let usage = |error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("--option: {error}"));
-    Ok(match args.model {
+/// The model of this device. One that `waits` takes no input before it is started.
+pub fn model(device: &Device, waits: bool, limit: Duration) -> anyhow::Result<Box<dyn SimpleModel>> {
+    let Device { model, options: all, origin, .. } = device;
+    let options = all.join(",");
+    let usage = |error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("{origin}: {error}"));
+    Ok(match model {
         args::Model::Uart => {
             let (persona, lines): (Vec<_>, Vec<_>) =
-                args.options.iter().partition(|option| option.as_str() == "as=mtty");
-            let lines =
-                lines.into_iter().map(|option| line(option, limit)).collect::<anyhow::Result<Vec<_>>>()?;
+                all.iter().partition(|option| option.as_str() == "as=mtty");
+            let lines = lines
+                .into_iter()
+                .map(|option| line(origin, option, limit))
+                .collect::<anyhow::Result<Vec<_>>>()?;
             let lines = if lines.is_empty() { vec![Line::Echo] } else { lines };
             if persona.is_empty() {
                 let mut uart = Uart::new(lines).map_err(|error| usage(&error))?;
-                if args.take_from.is_some() {
+                if waits {
                     // Input on the lines belongs to the old server until this one replaces it, which starts the model.
                     uart.stop().context("the serial port cannot be stopped")?;
                 }
@@ -46,20 +50,20 @@ pub fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn Simp
 }
 
 /// The other end of a serial port: `line=echo`, or a path.
-fn line(option: &str, limit: Duration) -> anyhow::Result<Line> {
+fn line(origin: &str, option: &str, limit: Duration) -> anyhow::Result<Line> {
     let path = match option.split_once('=') {
         Some(("line", "echo")) => return Ok(Line::Echo),
         Some(("line", path)) if !path.is_empty() => path,
         _ => {
             return Err(exit::error(
                 Code::Usage,
-                format!("--option {option}: expected line=echo or line=PATH for each port, or as=mtty"),
+                format!("{origin} {option}: expected line=echo or line=PATH for each port, or as=mtty"),
             ));
         }
     };
     let failed = |error: std::io::Error| {
         let what = "expected a terminal, or a UNIX socket that somebody listens on";
-        exit::error(Code::Unreachable, format!("--option {option}: {error}; {what}"))
+        exit::error(Code::Unreachable, format!("{origin} {option}: {error}; {what}"))
     };
     let input = match limosa_host::resolve(Path::new(path)).map_err(failed)? {
         Named::Descriptor(descriptor) => {

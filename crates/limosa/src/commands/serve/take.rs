@@ -11,9 +11,10 @@ use limosa_switch_over::{
     Cause, Commit, Committed, Ending, Error, Item, OldServer, Refusal, Report, Step, TakeOptions, Taker,
     Withdrawn, take,
 };
-use limosa_vfio_user::server::{Options, Replacing, Server, ShutdownHandle};
+use limosa_vfio_user::server::{NewDevice, Options, Replacing, Server, ShutdownHandle};
 use serde::{Deserialize, Serialize};
 
+use super::config::Device;
 use super::{Listening, NAME, listen_for_takers, serve};
 use crate::args;
 use crate::exit::{self, Code};
@@ -52,16 +53,21 @@ pub struct StepTime {
 
 pub fn run(
     from: &Path,
-    machine: Arc<Machine>,
-    options: Options,
+    machines: impl IntoIterator<Item = (Arc<Machine>, Options)>,
+    devices: &[Device],
     args: &args::Serve,
     out: &Output,
 ) -> anyhow::Result<()> {
     let stop = ShutdownHandle::new().context("cannot make an eventfd")?;
     let phase = Arc::new(Mutex::new(Phase::Takes));
     on_end(Arc::clone(&phase), stop.clone(), out.json)?;
-    let devices = Replacing::new([(machine, options)]);
-    let taker = AtSocket { devices, socket: &args.socket, phase };
+    let new = machines.into_iter().zip(devices).map(|((machine, options), device)| NewDevice {
+        machine,
+        options,
+        socket: Some(device.socket.clone()),
+        control: device.control.clone(),
+    });
+    let taker = UntilEnded { devices: Replacing::new(new), phase };
     let on_step = |step: Step| tracing::debug!(%step, "done by this server");
     let options = TakeOptions { name: NAME, observer: Some(&on_step), ..TakeOptions::default() };
     let taken = take(OldServer::Path(from), taker, &options).map_err(|error| cannot_take(from, &error))?;
@@ -79,9 +85,7 @@ pub fn run(
         if let Some(error) = &failed {
             tracing::error!(error, "no other process can take over from this one");
         }
-        let took_over = TookOver::new(report, ending, failed);
-        let listening = args.socket.display().to_string();
-        let listening = Listening { listening, control: None, took_over: Some(took_over) };
+        let listening = Listening::new(args, devices, Some(TookOver::new(report, ending, failed)));
         if let Err(error) = out.result(&listening, |to| listening.print(to)) {
             tracing::warn!(error = exit::message(&error), "the report cannot be printed");
         }
@@ -116,14 +120,13 @@ fn on_end(phase: Arc<Mutex<Phase>>, stop: ShutdownHandle, json: bool) -> anyhow:
     })
 }
 
-/// Takes devices only at the socket that this command names.
-struct AtSocket<'a> {
+/// Takes devices, and does not serve once a signal has ended this process.
+struct UntilEnded {
     devices: Replacing,
-    socket: &'a Path,
     phase: Arc<Mutex<Phase>>,
 }
 
-impl Taker for AtSocket<'_> {
+impl Taker for UntilEnded {
     type Server = Vec<Server>;
 
     fn check(&mut self, offer: Vec<Item>) -> Result<(), Refusal> {
@@ -131,8 +134,7 @@ impl Taker for AtSocket<'_> {
     }
 
     fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
-        self.devices.prepare(items)?;
-        self.devices.check_sockets(&[self.socket])
+        self.devices.prepare(items)
     }
 
     fn load(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
@@ -153,14 +155,6 @@ fn cannot_take(from: &Path, error: &Error) -> anyhow::Error {
         _ => Code::Refused,
     };
     exit::error(code, format!("cannot take over from {}: {error}", from.display()))
-}
-
-impl Listening {
-    /// For people.
-    pub fn print(&self, to: &mut dyn Write) -> io::Result<()> {
-        writeln!(to, "listening on {}", self.listening)?;
-        self.took_over.as_ref().map_or(Ok(()), |took_over| took_over.print(to))
-    }
 }
 
 impl TookOver {

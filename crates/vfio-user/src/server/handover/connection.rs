@@ -90,12 +90,20 @@ pub(super) struct Threads(HashMap<u64, (Sender<Adopted>, JoinHandle<()>)>);
 
 impl Threads {
     /// Makes one. Where there is none, the server makes one later.
-    pub(super) fn make(&mut self, id: u64, machine: &Arc<Machine>, options: &Options, doors: &Arc<Doors>) {
+    pub(super) fn make(
+        &mut self,
+        id: u64,
+        machine: &Arc<Machine>,
+        options: &Options,
+        doors: &Arc<Doors>,
+        device: tracing::Span,
+    ) {
         let (tell, told) = mpsc::channel::<Adopted>();
         let (machine, options, doors) = (Arc::clone(machine), options.clone(), Arc::clone(doors));
         let serve = move || {
             // It is not told when the other process goes on.
             let Ok(adopted) = told.recv() else { return };
+            let _device = device.entered();
             match adopted.connection(&machine, &options, &doors) {
                 Ok(mut connection) => _ = connection.serve(),
                 Err(error) => tracing::warn!(%error, "a connection could not be set up"),

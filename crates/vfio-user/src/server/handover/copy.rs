@@ -24,11 +24,11 @@ const RUNNING_BYTES: usize = 64 << 10;
 const STOPPED_BYTES: usize = 1 << 20;
 /// State up to this goes in the item itself.
 const INLINE_BYTES_MAX: usize = 48 << 10;
-/// Room for what is read from a stopped device is made in advance up to this.
+/// Room for what is read from stopped devices is made in advance up to this.
 const ROOM_BYTES_MAX: u64 = 64 << 20;
-/// A round is over once it has so many bytes, as they are in memory until the new server has loaded them.
+/// A round of all devices is over once it has so many bytes, as they are in memory until the new server has loaded them.
 const ROUND_BYTES_MAX: u64 = 256 << 20;
-/// A round takes so long at most: less than the new server waits for one.
+/// A round of all devices takes so long at most: less than the new server waits for one.
 const ROUND_LIMIT: Duration = Duration::from_secs(2);
 /// What a stopped device may have left. Another round costs more than it saves then.
 const LEFT_BYTES_SMALL: u64 = INLINE_BYTES_MAX as u64;
@@ -41,6 +41,8 @@ const ROUNDS_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 pub(super) struct Copy {
     copying: Option<Copying>,
+    /// How many devices are copied at the same time: the limits of a round are shared among them.
+    share: u32,
     /// How many copies were begun, this one included.
     number: u32,
     /// What the last round was.
@@ -85,6 +87,11 @@ pub(super) fn refused(device: u16, errno: Errno) -> Refusal {
 }
 
 impl Copy {
+    /// Of one of so many devices.
+    pub(super) fn new(devices: usize) -> Copy {
+        Copy { share: u32::try_from(devices).unwrap_or(u32::MAX).max(1), ..Copy::default() }
+    }
+
     /// Begins to copy the device, if that can be done while it runs; what it has given so far.
     pub(super) fn begin(&mut self, device: u16, machine: &Machine) -> Result<Option<Item>, Refusal> {
         self.number += 1;
@@ -138,7 +145,8 @@ impl Copy {
             }
             file.write_all_at(&self.piece, bytes).map_err(|error| unread(device, &error))?;
             bytes += self.piece.len() as u64;
-            if bytes >= ROUND_BYTES_MAX || began.elapsed() > ROUND_LIMIT {
+            if bytes >= ROUND_BYTES_MAX / u64::from(self.share) || began.elapsed() > ROUND_LIMIT / self.share
+            {
                 break true;
             }
         };
@@ -150,7 +158,7 @@ impl Copy {
 
     /// Makes room for what is left, before the device is stopped.
     pub(super) fn make_room(&mut self, device: u16, machine: &Machine) -> Result<(), Refusal> {
-        let bytes = machine.expected_state_bytes().min(ROOM_BYTES_MAX);
+        let bytes = machine.expected_state_bytes().min(ROOM_BYTES_MAX / u64::from(self.share));
         self.piece.clear();
         self.piece.reserve(INLINE_BYTES_MAX);
         if bytes > INLINE_BYTES_MAX as u64 {
@@ -169,8 +177,9 @@ impl Copy {
         machine: &Machine,
         until: Instant,
     ) -> Result<Frozen, Refusal> {
+        // After a failure it may still be copied, which ends with the attempt.
+        let frozen = machine.freeze(self.copying, until).map_err(|errno| refused(device, errno))?;
         let copying = self.copying.take();
-        let frozen = machine.freeze(copying, until).map_err(|errno| refused(device, errno))?;
         if copying.is_none_or(|copying| copying.session() != frozen.session) {
             // All of it, from its beginning.
             self.number += 1;

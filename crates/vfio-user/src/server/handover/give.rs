@@ -6,12 +6,12 @@ use std::time::Instant;
 use limosa_device::Frozen;
 use limosa_switch_over::{Giver, Item, Refusal};
 
-use super::STOP_LIMIT;
 use super::connection::GivenSockets;
 use super::copy::Copy;
 use super::offer::offer_of;
-use super::record::{self, Files, copy, encode, kind};
+use super::record::{self, Files, Offer, copy, encode, kind};
 use super::regions::GivenFiles;
+use super::{DEVICES_MAX, STOP_LIMIT};
 use crate::server::doors::Role;
 use crate::server::{Door, Server};
 
@@ -48,6 +48,15 @@ impl<'a> SwitchOver<'a> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A refusal that names its device by its socket.
+    fn named(&self, refusal: Refusal) -> Refusal {
+        let server = refusal.device.and_then(|device| self.servers.get(device as usize));
+        match server.and_then(Server::socket) {
+            Some(socket) => super::named(&socket, refusal),
+            None => refusal,
+        }
+    }
+
     fn numbered(&self) -> impl Iterator<Item = (u16, &Server)> {
         (0..).zip(self.servers)
     }
@@ -55,6 +64,55 @@ impl<'a> SwitchOver<'a> {
 
 impl Giver for SwitchOver<'_> {
     fn offer(&self) -> Result<Vec<Item>, Refusal> {
+        self.offered().map_err(|refusal| self.named(refusal))
+    }
+
+    fn prepare(&self) -> Result<Vec<Item>, Refusal> {
+        self.prepared().map_err(|refusal| self.named(refusal))
+    }
+
+    fn prepare_more(&self) -> Result<Option<Vec<Item>>, Refusal> {
+        self.prepared_more().map_err(|refusal| self.named(refusal))
+    }
+
+    fn freeze(&self, until: Instant) -> Result<(), Refusal> {
+        self.frozen(until).map_err(|refusal| self.named(refusal))
+    }
+
+    fn rest(&self) -> Result<Vec<Item>, Refusal> {
+        self.left().map_err(|refusal| self.named(refusal))
+    }
+
+    fn thaw(&self) {
+        let State { devices, frozen } = std::mem::take(&mut *self.lock());
+        self.servers.iter().zip(frozen).for_each(|(server, frozen)| server.machine.thaw(frozen));
+        for (server, mut outgoing) in self.servers.iter().zip(devices) {
+            outgoing.copy.end(&server.machine);
+        }
+        self.servers.iter().for_each(|server| server.doors.go_on());
+    }
+
+    fn given(&self) {
+        for server in self.servers {
+            let control = server.control.as_ref();
+            for door in std::iter::once(&server.door).chain(control) {
+                if let Some(path) = door.path.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                    path.leave();
+                }
+            }
+            server.doors.give();
+            // Its thread that accepts looks at who serves.
+            server.shutdown.shut_down();
+        }
+    }
+}
+
+impl SwitchOver<'_> {
+    fn offered(&self) -> Result<Vec<Item>, Refusal> {
+        if self.servers.len() > DEVICES_MAX {
+            let count = self.servers.len();
+            return Err(Refusal::new(format!("it has {count} devices; expected {DEVICES_MAX} at most")));
+        }
         self.numbered()
             .map(|(device, server)| {
                 check_next(device, server)?;
@@ -70,14 +128,18 @@ impl Giver for SwitchOver<'_> {
                     );
                     return Err(Refusal::of_device(device, what));
                 }
-                encode(kind::OFFER, device, &offer_of(description, flags))
+                let has_client = !server.doors.to_be_given().is_empty();
+                let offer = Offer { socket: server.socket(), has_client, ..offer_of(description, flags) };
+                encode(kind::OFFER, device, &offer)
             })
             .collect()
     }
 
-    fn prepare(&self) -> Result<Vec<Item>, Refusal> {
+    fn prepared(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
-        state.devices = self.servers.iter().map(|_| Outgoing::default()).collect();
+        let share = self.servers.len();
+        let outgoing = |_| Outgoing { copy: Copy::new(share), ..Outgoing::default() };
+        state.devices = self.servers.iter().map(outgoing).collect();
         let mut items = Vec::new();
         for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
             items.extend(outgoing.files.mappings(device, &server.machine.mappings().export())?);
@@ -92,7 +154,7 @@ impl Giver for SwitchOver<'_> {
         Ok(items)
     }
 
-    fn prepare_more(&self) -> Result<Option<Vec<Item>>, Refusal> {
+    fn prepared_more(&self) -> Result<Option<Vec<Item>>, Refusal> {
         let mut state = self.lock();
         let mut items = Vec::new();
         for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
@@ -109,7 +171,7 @@ impl Giver for SwitchOver<'_> {
         Ok(Some(items))
     }
 
-    fn freeze(&self, until: Instant) -> Result<(), Refusal> {
+    fn frozen(&self, until: Instant) -> Result<(), Refusal> {
         let late =
             |device, what: &str| Refusal::of_device(device, format!("{what}; try again when it is done"));
         for (device, server) in self.numbered() {
@@ -129,7 +191,7 @@ impl Giver for SwitchOver<'_> {
         Ok(())
     }
 
-    fn rest(&self) -> Result<Vec<Item>, Refusal> {
+    fn left(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
         let State { devices, frozen } = &mut *state;
         let mut items = Vec::new();
@@ -161,29 +223,6 @@ impl Giver for SwitchOver<'_> {
             }
         }
         Ok(items)
-    }
-
-    fn thaw(&self) {
-        let State { devices, frozen } = std::mem::take(&mut *self.lock());
-        self.servers.iter().zip(frozen).for_each(|(server, frozen)| server.machine.thaw(frozen));
-        for (server, mut outgoing) in self.servers.iter().zip(devices) {
-            outgoing.copy.end(&server.machine);
-        }
-        self.servers.iter().for_each(|server| server.doors.go_on());
-    }
-
-    fn given(&self) {
-        for server in self.servers {
-            let control = server.control.as_ref();
-            for door in std::iter::once(&server.door).chain(control) {
-                if let Some(path) = door.path.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                    path.leave();
-                }
-            }
-            server.doors.give();
-            // Its thread that accepts looks at who serves.
-            server.shutdown.shut_down();
-        }
     }
 }
 

@@ -10,6 +10,7 @@ mod connection;
 mod copy;
 mod give;
 mod later;
+mod new;
 mod offer;
 mod record;
 mod regions;
@@ -18,9 +19,23 @@ mod take;
 pub(super) use connection::{Adopted, Received};
 pub use give::SwitchOver;
 pub(super) use later::LaterMemory;
-pub use take::{Replaced, Replacing};
+pub use take::{NewDevice, Replaced, Replacing};
 
+use std::path::Path;
 use std::time::Duration;
 
-/// A device has this much of the freeze to stop.
+use limosa_switch_over::Refusal;
+
+/// The most devices of a server that is replaced.
+pub const DEVICES_MAX: usize = 256;
+
+/// The devices have this much of the freeze to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(1);
+
+/// A refusal that names its device by its socket. The number means something within the switch-over alone.
+fn named(socket: &Path, refusal: Refusal) -> Refusal {
+    match refusal.device {
+        Some(_) => Refusal::new(format!("device {}: {}", socket.display(), refusal.reason)),
+        None => refusal,
+    }
+}

@@ -1,9 +1,42 @@
 //! What a device is offered as, and how two devices differ.
 
+use std::path::{Path, PathBuf};
+
 use limosa_device::Description;
 use limosa_protocol::MigrationFlags;
+use limosa_switch_over::{Item, Refusal};
 
-use super::record::Offer;
+use super::record::{Offer, broken, decode, kind};
+use super::take::is_same;
+
+/// A device that the old server offers.
+pub(super) struct Offered {
+    pub(super) offer: Offer,
+    /// Where it listens.
+    pub(super) socket: Option<PathBuf>,
+}
+
+impl Offered {
+    /// The OFFER of the device with this number.
+    pub(super) fn of(number: u16, item: Item) -> Result<Offered, Refusal> {
+        if item.kind != kind::OFFER || item.device != number {
+            return Err(broken(item.kind, item.device, &"an offer of each device in its order"));
+        }
+        let mut offer: Offer = decode(&item)?;
+        let socket = offer.socket.take();
+        Ok(Offered { offer, socket })
+    }
+
+    /// Whether this path, seen from this process, is its socket's.
+    pub(super) fn is_at(&self, path: Option<&Path>) -> bool {
+        path.zip(self.socket.as_deref()).is_some_and(|(ours, theirs)| is_same(ours, theirs))
+    }
+
+    /// How it is called in messages.
+    pub(super) fn name(&self, number: usize) -> String {
+        self.socket.as_ref().map_or_else(|| number.to_string(), |path| path.display().to_string())
+    }
+}
 
 /// The device, for the new server to compare with its own.
 pub(super) fn offer_of(description: &Description, migration: MigrationFlags) -> Offer {
@@ -17,6 +50,8 @@ pub(super) fn offer_of(description: &Description, migration: MigrationFlags) -> 
         regions: regions.collect(),
         irqs: irqs.collect(),
         migration: migration.bits(),
+        socket: None,
+        has_client: false,
     }
 }
 

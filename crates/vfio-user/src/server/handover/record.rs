@@ -42,6 +42,12 @@ pub(super) struct Offer {
     /// Flags and vectors.
     pub irqs: Vec<(u32, u32)>,
     pub migration: u64,
+    /// Where it listens: an absolute path, by which it is known to the new server.
+    #[serde(default)]
+    pub socket: Option<std::path::PathBuf>,
+    /// Whether clients are connected, beside those for control.
+    #[serde(default)]
+    pub has_client: bool,
 }
 
 /// Flags, bytes, and where it begins in its file, with the parts that can be mapped, if any can.

@@ -1,0 +1,406 @@
+//! A device of the new server, which takes the place of one of the old server's or is served for the first time.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf, absolute};
+use std::sync::{Arc, PoisonError};
+
+use limosa_device::{ClientId, ExportedLog, Kept, Machine, RemoteMemory, WiringState};
+use limosa_host::{SocketAccess, SocketPath};
+use limosa_protocol::State;
+use limosa_switch_over::{Item, Refusal};
+
+use super::NewDevice;
+use super::connection::{Adopted, CameSockets, Threads};
+use super::copy::Loading;
+use super::later::LaterMemory;
+use super::offer::{difference, offer_of};
+use super::record::{self, MappingRow, Offer, broken, decode, kind};
+use super::regions::{self, CameFiles};
+use super::take::is_same;
+use crate::server::doors::Doors;
+use crate::server::{Door, Options, Server, device_span};
+
+/// A socket that was handed over, to listen at.
+pub(super) struct CameListener {
+    pub(super) record: record::Listener,
+    pub(super) socket: UnixListener,
+}
+
+/// A device of the new server.
+pub(super) struct New {
+    machine: Arc<Machine>,
+    options: Options,
+    /// Where it is to listen.
+    pub(super) socket: Option<PathBuf>,
+    control_socket: Option<PathBuf>,
+    files: Vec<Arc<OwnedFd>>,
+    rows: Vec<MappingRow>,
+    door: Option<CameListener>,
+    control: Option<CameListener>,
+    client: Option<ClientId>,
+    /// The number of the copy that was loaded, in part or whole.
+    copy: Option<u32>,
+    wiring_bits: Vec<Vec<u8>>,
+    eventfds: Vec<limosa_foreign_fd::ForeignFd>,
+    wiring: WiringState,
+    log: Option<ExportedLog>,
+    kept: Option<Kept>,
+    sockets: CameSockets,
+    threads: Threads,
+    regions: CameFiles,
+    doors: Arc<Doors>,
+    connections: Vec<Adopted>,
+    memory: Arc<LaterMemory>,
+    /// Whether it is the door for control clients, where it is, and which socket that is.
+    paths: Vec<(bool, PathBuf, (u64, u64))>,
+    server: Option<Server>,
+}
+
+fn not_taken(device: u16, what: &dyn std::fmt::Display) -> Refusal {
+    let what = format!("the new device does not take its state: {what}; the log of the new server says why");
+    Refusal::of_device(device, what)
+}
+
+impl New {
+    pub(super) fn of(device: NewDevice) -> New {
+        let NewDevice { machine, options, socket, control } = device;
+        New {
+            machine,
+            options,
+            socket,
+            control_socket: control,
+            files: Vec::new(),
+            rows: Vec::new(),
+            door: None,
+            control: None,
+            client: None,
+            copy: None,
+            wiring_bits: Vec::new(),
+            eventfds: Vec::new(),
+            wiring: WiringState::default(),
+            log: None,
+            kept: None,
+            sockets: CameSockets::default(),
+            threads: Threads::default(),
+            regions: CameFiles::default(),
+            doors: Arc::default(),
+            connections: Vec::new(),
+            memory: Arc::default(),
+            paths: Vec::new(),
+            server: None,
+        }
+    }
+
+    /// How it is called in messages.
+    pub(super) fn name(&self) -> String {
+        self.socket.as_ref().map_or_else(|| "no path".into(), |path| path.display().to_string())
+    }
+
+    /// A refusal that names this device by its socket, if it has one.
+    pub(super) fn named(&self, refusal: Refusal) -> Refusal {
+        match &self.socket {
+            Some(path) => super::named(path, refusal),
+            None => refusal,
+        }
+    }
+
+    /// Refuses what differs from this device, or what it cannot go on with.
+    pub(super) fn check(&self, device: u16, theirs: &Offer) -> Result<(), Refusal> {
+        let flags = self.machine.migration_flags();
+        let flags = flags.ok_or_else(|| Refusal::of_device(device, "the new device has no migration"))?;
+        let ours = offer_of(self.machine.description(), flags);
+        if let Some(what) = difference(theirs, &ours) {
+            let what =
+                format!("{what}; start the new server with the same options, or a version that keeps them");
+            return Err(Refusal::of_device(device, what));
+        }
+        regions::check(device, &self.machine)
+    }
+
+    /// It takes nobody's place: it listens from now on, and runs when it serves.
+    pub(super) fn begin_fresh(&mut self) -> Result<(), Refusal> {
+        let Some(socket) = &self.socket else {
+            return Err(Refusal::new("a device without a path for its socket takes nobody's place"));
+        };
+        let failed = |path: &Path, error: std::io::Error| {
+            let what = format!(
+                "the old server does not have it, and it cannot listen on {}: {error}",
+                path.display()
+            );
+            Refusal::of_device(0, what)
+        };
+        let bound = Server::bind(socket, Arc::clone(&self.machine), self.options.clone());
+        let mut server = bound.map_err(|error| failed(socket, error))?;
+        if let Some(control) = &self.control_socket {
+            let own = SocketAccess::default();
+            server = server.with_control(control, &own).map_err(|error| failed(control, error))?;
+        }
+        self.server = Some(server);
+        if self.machine.migration_flags().is_some() {
+            let begun = self.machine.begin_new();
+            self.client =
+                Some(begun.map_err(|errno| Refusal::of_device(0, format!("it does not stop: {errno}")))?);
+            self.kept = Some(Kept::default());
+        }
+        Ok(())
+    }
+
+    /// An item of what goes over while devices run.
+    pub(super) fn take_prepared(&mut self, item: Item) -> Result<(), Refusal> {
+        match item.kind {
+            kind::FILES => self.add_files(item),
+            kind::MAPPINGS => self.map(&item)?,
+            kind::LISTENER => self.listen(item)?,
+            kind::STATE => self.load(item)?,
+            kind::REGION_FILE => self.regions.add(item, &self.machine)?,
+            kind::SOCKETS => {
+                let id = self.sockets.add(item)?;
+                let device = device_span(self.socket.as_deref());
+                self.threads.make(id, &self.machine, &self.options, &self.doors, device);
+            }
+            other => return Err(broken(other, item.device, &"it comes too early")),
+        }
+        Ok(())
+    }
+
+    /// An item of the rest.
+    pub(super) fn take_rest(&mut self, item: Item) -> Result<(), Refusal> {
+        let device = item.device;
+        match item.kind {
+            kind::FILES => self.add_files(item),
+            kind::MAPPINGS => self.map(&item)?,
+            kind::STATE => self.load(item)?,
+            kind::REGION_FILE => self.regions.add(item, &self.machine)?,
+            kind::WIRING => self.wiring_bits = decode(&item)?,
+            kind::EVENTFDS => self.eventfds.extend(item.fds),
+            kind::LOG => self.log = Some(record::log_head(&item)?),
+            kind::DIRTY => {
+                let log = self.log.as_mut().ok_or_else(|| broken(kind::DIRTY, device, &"there is no log"))?;
+                log.dirty.push(record::dirty(&item)?);
+            }
+            kind::MACHINE => {
+                let record::Machine { stopped, resets, precopy_reinit, stays } = decode(&item)?;
+                self.kept = Some(Kept { stopped, resets, precopy_reinit, stays });
+            }
+            kind::CONNECTION => {
+                let connection = Adopted::new(item, &mut self.sockets)?;
+                self.connections.push(connection);
+            }
+            kind::RECEIVED | kind::QUEUED | kind::PARKED => {
+                let none = || broken(item.kind, device, &"it belongs to no connection");
+                self.connections.last_mut().ok_or_else(none)?.add(item)?;
+            }
+            other => return Err(broken(other, device, &"this version does not know it")),
+        }
+        Ok(())
+    }
+
+    /// After a part of what goes over while devices run.
+    pub(super) fn prepare(&mut self, device: u16) -> Result<(), Refusal> {
+        if self.door.is_none() {
+            return Err(broken(kind::LISTENER, device, &"it has no socket"));
+        }
+        self.check_sockets(device)?;
+        self.begin(device)
+    }
+
+    /// Refuses sockets that were handed over, unless each is the one that its path leads to.
+    fn check_sockets(&self, device: u16) -> Result<(), Refusal> {
+        let (Some(path), Some(door)) = (&self.socket, &self.door) else { return Ok(()) };
+        let named = |path: Option<&Path>| path.map_or("no path".into(), |path| path.display().to_string());
+        let refused = |what: &str, theirs: Option<&Path>, ours: Option<&Path>| {
+            let (theirs, ours) = (named(theirs), named(ours));
+            let what = format!(
+                "it listens {what}at {theirs}, and the new server at {ours}; start the new server with the same socket"
+            );
+            Err(Refusal::of_device(device, what))
+        };
+        if !door.is_at(path) {
+            return refused("", door.at().as_deref(), Some(path));
+        }
+        match (&self.control, &self.control_socket) {
+            (None, None) => Ok(()),
+            (Some(theirs), Some(ours)) if theirs.is_at(ours) => Ok(()),
+            (theirs, ours) => {
+                let theirs = theirs.as_ref().and_then(CameListener::at);
+                refused("for control clients ", theirs.as_deref(), ours.as_deref())
+            }
+        }
+    }
+
+    fn add_files(&mut self, item: Item) {
+        self.files.extend(item.fds.into_iter().map(|fd| Arc::new(fd.into_inner())));
+    }
+
+    /// Maps what differs from what is mapped.
+    fn map(&mut self, item: &Item) -> Result<(), Refusal> {
+        let rows = record::rows(item)?;
+        let failed = |row: &MappingRow, what: &dyn std::fmt::Display| {
+            let MappingRow { iova, size, .. } = row;
+            Refusal::of_device(
+                item.device,
+                format!("{size:#x} bytes of memory at {iova:#x} cannot be mapped: {what}"),
+            )
+        };
+        let mappings = self.machine.mappings();
+        for row in self.rows.iter().filter(|row| !rows.contains(row)) {
+            mappings.unmap(row.iova, row.size).map_err(|errno| failed(row, &errno))?;
+        }
+        let remote: Arc<dyn RemoteMemory> = Arc::clone(&self.memory) as _;
+        for row in rows.iter().filter(|row| !self.rows.contains(row)) {
+            let mapping = record::mapping(item.device, row, &self.files)?;
+            let mapping =
+                mapping.to_mapping(self.options.any_file, &remote).map_err(|error| failed(row, &error))?;
+            mappings.map(mapping).map_err(|errno| failed(row, &errno))?;
+        }
+        self.rows = rows;
+        Ok(())
+    }
+
+    fn listen(&mut self, item: Item) -> Result<(), Refusal> {
+        let came = CameListener::of(item)?;
+        let to = if came.record.control { &mut self.control } else { &mut self.door };
+        *to = Some(came);
+        Ok(())
+    }
+
+    /// Makes it ready for a state, unless it is.
+    fn begin(&mut self, device: u16) -> Result<(), Refusal> {
+        if self.client.is_some() {
+            return Ok(());
+        }
+        let client = self.machine.begin_replacing().map_err(|errno| not_taken(device, &errno))?;
+        self.client = Some(client);
+        Ok(())
+    }
+
+    /// Bytes of the device's state. Those of another copy than before replace what was loaded.
+    fn load(&mut self, item: Item) -> Result<(), Refusal> {
+        let device = item.device;
+        let state = Loading::of(item)?;
+        if self.copy != Some(state.copy) {
+            if self.copy.is_some() {
+                tracing::info!(device, "the old device was reset: its state is loaded anew");
+                self.machine.reset().map_err(|errno| not_taken(device, &errno))?;
+                self.client = None;
+            }
+            self.copy = Some(state.copy);
+        }
+        self.begin(device)?;
+        state.load(&self.machine).map_err(|what| not_taken(device, &what))
+    }
+
+    /// The state is complete.
+    fn finish(&mut self, device: u16) -> Result<(), Refusal> {
+        let missing = || Refusal::of_device(device, "the old server did not hand over its state");
+        let client = self.client.filter(|_| self.copy.is_some()).ok_or_else(missing)?;
+        self.machine.loaded(client).map_err(|errno| not_taken(device, &errno))
+    }
+
+    /// All that can fail beside the state.
+    pub(super) fn complete(&mut self, device: u16) -> Result<(), Refusal> {
+        let missing =
+            |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
+        self.finish(device)?;
+        std::mem::take(&mut self.regions).adopt(device, &self.machine)?;
+        self.kept.ok_or_else(|| missing("what it keeps"))?;
+        if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
+            return Err(broken(kind::CONNECTION, device, &"two VMMs"));
+        }
+        let bits = std::mem::take(&mut self.wiring_bits);
+        let irqs = &self.machine.description().irqs;
+        let fits = bits.len() == irqs.len()
+            && bits.iter().zip(irqs).all(|(bits, irq)| bits.len() == irq.count as usize);
+        if !fits {
+            return Err(broken(kind::WIRING, device, &"other interrupts than the device has"));
+        }
+        self.wiring = record::unwiring(device, bits, std::mem::take(&mut self.eventfds))?;
+        if let Some(log) = self.log.take() {
+            let failed =
+                |errno| Refusal::of_device(device, format!("its dirty log cannot be taken over: {errno}"));
+            self.machine.mappings().import_log(&log).map_err(failed)?;
+            self.machine.log_is_vmms();
+        }
+        // A model that panicked where nothing could be answered.
+        let state = self.machine.state();
+        if state != State::Stop {
+            return Err(not_taken(device, &format!("the new device is in {state}, and not in STOP")));
+        }
+        let failed = |error| Refusal::of_device(device, format!("it cannot be served: {error}"));
+        self.server = Some(self.make_server().map_err(failed)?);
+        Ok(())
+    }
+
+    /// A server that serves once it may.
+    fn make_server(&mut self) -> std::io::Result<Server> {
+        let mut door = |came: Option<CameListener>| -> std::io::Result<Option<Door>> {
+            let Some(CameListener { record: listener, socket }) = came else { return Ok(None) };
+            let mut door = Door::new(None, socket)?;
+            if let Some((path, identity)) = listener.path {
+                door.name = Some(path.clone());
+                self.paths.push((listener.control, path, identity));
+            }
+            Ok(Some(door))
+        };
+        let (vmm, control) = (self.door.take(), self.control.take());
+        let (vmm, control) = (door(vmm)?, door(control)?);
+        let vmm = vmm.ok_or(std::io::ErrorKind::NotFound)?;
+        let server = Server::with_doors(
+            vmm,
+            Arc::clone(&self.machine),
+            self.options.clone(),
+            Arc::clone(&self.doors),
+        )?;
+        let memory = Arc::clone(&self.memory);
+        let mut adopted = std::mem::take(&mut self.connections);
+        if let Some(vmms) = adopted.iter_mut().find(|connection| connection.is_vmms()) {
+            vmms.reaches(memory);
+        }
+        self.connections = adopted;
+        Ok(Server { control, ..server })
+    }
+
+    /// Serves, from now on.
+    pub(super) fn serve(self) -> Option<Server> {
+        let New { machine, client, wiring, kept, paths, server, threads, connections, doors, .. } = self;
+        let server = server?;
+        // Only a device without migration, which takes nobody's place, runs already.
+        if let (Some(client), Some(kept)) = (client, kept) {
+            if let Err(errno) = machine.wiring().adopt(wiring) {
+                tracing::error!(%errno, "interrupts could not be taken over");
+            }
+            if let Err(errno) = machine.replace(client, kept) {
+                tracing::error!(%errno, "the device does not run in its new server");
+            }
+        }
+        let (threads, adopted) = threads.serve(connections, &doors);
+        *server.started.threads.lock().unwrap_or_else(PoisonError::into_inner) = threads;
+        *server.adopted.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
+        for (control, path, identity) in paths {
+            let door = if control { server.control.as_ref()? } else { &server.door };
+            match SocketPath::adopt(&path, identity, &door.listener) {
+                Ok(path) => *door.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(path),
+                Err(error) => tracing::warn!(%error, "the socket is served, and not removed at the end"),
+            }
+        }
+        Some(server)
+    }
+}
+
+impl CameListener {
+    /// Whether this path leads to it.
+    fn is_at(&self, path: &Path) -> bool {
+        match &self.record.path {
+            Some((_, identity)) => {
+                std::fs::symlink_metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == *identity)
+            }
+            // A socket that its process did not make has nothing but an address.
+            None => self
+                .at()
+                .and_then(|theirs| absolute(theirs).ok())
+                .is_some_and(|theirs| is_same(path, &theirs)),
+        }
+    }
+}
