@@ -78,6 +78,9 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
             }
             writeln!(to, "listening on {}", listening.listening)
         })?;
+        if out.json {
+            out.listening(&listening.listening);
+        }
         service::ready();
         Ok(door)
     })

@@ -40,7 +40,10 @@ pub fn model(args: &args::Serve, limit: Duration) -> anyhow::Result<Box<dyn Simp
         }
         args::Model::Synthetic => {
             let config: SyntheticConfig = options.parse().map_err(|error| usage(&error))?;
-            Box::new(Synthetic::new(config)?)
+            Box::new(
+                Synthetic::new(config)
+                    .map_err(|error| exit::error(Code::Refused, format!("--option: {error}")))?,
+            )
         }
     })
 }
