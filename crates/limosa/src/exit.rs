@@ -1,29 +1,91 @@
 //! Exit codes: their meaning, and the code of each error.
 
 use std::fmt;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 
 use limosa_protocol::Errno;
 use serde::Serialize;
 
 use crate::output::Output;
 
+/// An exit code and what it says: the one list behind the help, the manual pages and `docs/command.md`.
+pub struct Meaning {
+    pub code: u8,
+    pub meaning: &'static str,
+    /// What became of the source of a move.
+    #[cfg_attr(not(test), allow(dead_code, reason = "it is in the table of docs/command.md"))]
+    pub source: &'static str,
+}
+
+const AS_BEFORE: &str = "runs as before";
+
+/// Every exit code.
+pub const MEANINGS: [Meaning; 11] = [
+    Meaning { code: 0, meaning: "done", source: "stopped, the guest is elsewhere; after `save` as before" },
+    Meaning {
+        code: 1,
+        meaning: "failed: a device, memory, a disk, the other side",
+        source: "runs as before, unless the message says otherwise",
+    },
+    Meaning {
+        code: 2,
+        meaning: "wrong usage: the command line, or a file that an option names, does not say what it has to",
+        source: "not touched",
+    },
+    Meaning {
+        code: 3,
+        meaning: "refused: a device or the other side cannot do this, the two do not fit, the other side proves nothing, \
+                  something is there already, a hook refused, it does not converge",
+        source: AS_BEFORE,
+    },
+    Meaning {
+        code: 4,
+        meaning: "not reachable: no such file, folder, device, program or peer; permission denied, in use, gone, connection \
+                  lost, not authenticated",
+        source: AS_BEFORE,
+    },
+    Meaning {
+        code: 5,
+        meaning: "in doubt: whether the other side runs, or the snapshot is there, is not known. `limosa resolve` asks, or \
+                  looks",
+        source: "**stopped**",
+    },
+    Meaning {
+        code: 6,
+        meaning: "damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected",
+        source: AS_BEFORE,
+    },
+    Meaning {
+        code: 7,
+        meaning: "cancelled by SIGINT, SIGTERM, SIGHUP, SIGQUIT or SIGXCPU, and undone",
+        source: AS_BEFORE,
+    },
+    Meaning {
+        code: 8,
+        meaning: "done, but something behind it failed, which the message names: `--on-start`, a report, standard output, \
+                  devices that do not start",
+        source: "as with 0",
+    },
+    Meaning {
+        code: 9,
+        meaning: "done, and there is something to look at: `doctor` has warnings, or `bench compare` has differences",
+        source: "not touched",
+    },
+    Meaning {
+        code: 10,
+        meaning: "not ready: `doctor` found what stands in the way of a move",
+        source: "not touched",
+    },
+];
+
 /// The part of every help text that documents the exit codes.
-pub const HELP: &str = "\
-Exit codes:
-  0  done
-  1  failed; what it was about is as it was before, unless the message says otherwise
-  2  wrong usage
-  3  refused: the device or the peer cannot do this, the two sides do not fit, or the peer proves nothing
-  4  not reachable: no such device or peer, in use, not permitted, gone, or connection lost
-  5  in doubt: the source is stopped and does not know whether the destination runs, or the snapshot is there
-  6  damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected
-  7  cancelled: the move was called off by SIGINT, SIGTERM, SIGHUP, SIGQUIT or SIGXCPU, and undone
-  8  done, but not all of it: what was moved, saved, loaded or set is, and something behind it failed, which the
-     message names: --on-start, a report, standard output, or devices that do not start
-  9  done, and there is something to look at: `doctor` has warnings, or `bench compare` has differences
-  10 not ready: `doctor` found what stands in the way of a move
-With --json, standard output is one document also after a failure: code, message and, where there is one, report.";
+pub fn help() -> String {
+    let mut help = String::from("Exit codes:\n");
+    for Meaning { code, meaning, .. } in &MEANINGS {
+        help += &format!("  {code:<2} {}\n", meaning.replace('`', ""));
+    }
+    help + "With --json, standard output is one document also after a failure: code, message and, where there is one, report."
+}
 
 /// How the command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +197,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     if let Some(error) = cause.downcast_ref::<limosa_migrate::Error>() {
         return of_move(error);
     }
+    if let Some(error) = cause.downcast_ref::<io::Error>() {
+        return of_path(error);
+    }
     let client = cause.downcast_ref::<limosa_client::Error>()?;
     Some(match client {
         error if is_in_use(error) => Code::Unreachable,
@@ -192,7 +257,7 @@ fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
         Error::Aborted { code: AbortCode::NotTaken | AbortCode::TimeLimit, .. } => Code::Unreachable,
         Error::Aborted { code: AbortCode::Cancelled, .. } | Error::Cancelled => Code::Cancelled,
         Error::Stream { .. } => Code::Damaged,
-        Error::Snapshot { name, error, .. } => return of_place(name, error),
+        Error::Snapshot { error, .. } => return of_path(error),
         Error::Link { .. }
         | Error::TimedOut { .. }
         | Error::Suspended { .. }
@@ -203,16 +268,25 @@ fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
     })
 }
 
-/// The code of an error of a snapshot's place. Its user has to repair a file; a store may be reachable again later.
-fn of_place(name: &str, error: &std::io::Error) -> Option<Code> {
-    use std::io::ErrorKind;
+/// The code of an error of something that a path or an address names, where the error says enough.
+fn of_path(error: &io::Error) -> Option<Code> {
+    use io::ErrorKind;
     Some(match error.kind() {
+        ErrorKind::NotFound
+        | ErrorKind::PermissionDenied
+        | ErrorKind::NotADirectory
+        | ErrorKind::IsADirectory
+        | ErrorKind::ConnectionAborted
+        | ErrorKind::TimedOut => Code::Unreachable,
         ErrorKind::AlreadyExists => Code::Refused,
         ErrorKind::InvalidData => Code::Damaged,
-        ErrorKind::ConnectionAborted | ErrorKind::TimedOut => Code::Unreachable,
-        ErrorKind::NotFound | ErrorKind::PermissionDenied if name.starts_with("s3://") => Code::Unreachable,
         _ => return None,
     })
+}
+
+/// The code of an error of a file that a command names itself in its message.
+pub fn of_file(error: &io::Error) -> Code {
+    of_path(error).unwrap_or(Code::Failed)
 }
 
 /// The error and its causes, in one line; text that a cause repeats is left out.
@@ -224,4 +298,49 @@ pub fn message(error: &anyhow::Error) -> String {
         }
     }
     message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The table of `docs/command.md`.
+    fn table() -> String {
+        let row =
+            |Meaning { code, meaning, source }: &Meaning| format!("| {code} | {meaning} | {source} |\n");
+        format!(
+            "| code | meaning | the source |\n|---|---|---|\n{}",
+            MEANINGS.iter().map(row).collect::<String>()
+        )
+    }
+
+    #[test]
+    fn the_documented_exit_codes_are_those_of_the_command() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/command.md");
+        // A packaged crate has no pages beside it.
+        let Ok(text) = std::fs::read_to_string(page) else { return };
+        let table = table();
+        assert!(text.contains(&table), "docs/command.md lacks this table:\n{table}");
+    }
+
+    #[test]
+    fn every_code_is_documented_in_its_order() {
+        let codes: Vec<u8> = MEANINGS.iter().map(|meaning| meaning.code).collect();
+        assert_eq!(codes, (0..=Code::NotReady as u8).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn one_cause_has_one_code_at_every_depth() {
+        let of = |kind: io::ErrorKind| {
+            let alone = anyhow::Error::from(io::Error::from(kind));
+            let told = anyhow::Error::from(io::Error::from(kind)).context("x cannot be read");
+            let saved =
+                limosa_migrate::Error::Snapshot { name: "x".into(), doing: "reading it", error: kind.into() };
+            [code(&alone), code(&told), code(&saved.into()), of_file(&kind.into())]
+        };
+        assert_eq!(of(io::ErrorKind::NotFound), [Code::Unreachable; 4]);
+        assert_eq!(of(io::ErrorKind::PermissionDenied), [Code::Unreachable; 4]);
+        assert_eq!(of(io::ErrorKind::AlreadyExists), [Code::Refused; 4]);
+        assert_eq!(of(io::ErrorKind::StorageFull), [Code::Failed; 4]);
+    }
 }

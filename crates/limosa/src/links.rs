@@ -9,6 +9,7 @@ use limosa_host::{Untrusted, User};
 use limosa_migrate::link::{self, Address, Bandwidth, Connector, Link, LinkError, Listener, Tls, Wait};
 use limosa_migrate::{Acceptor, Cancel, Ledger, Options};
 use limosa_stream::DATA_BYTES_MAX;
+use rustix::fs::{Access, access};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::args;
@@ -35,6 +36,12 @@ impl Links {
             let is_insecure = args.insecure;
             return Ok(Links { tls: None, is_insecure, bandwidth: None, servers: Vec::new() });
         };
+        for (option, file) in [("--tls-ca", ca), ("--tls-cert", certificate), ("--tls-key", key)] {
+            access(file, Access::READ_OK).map_err(|errno| {
+                let error = io::Error::from(errno);
+                exit::error(exit::of_file(&error), format!("{option} {}: {error}", file.display()))
+            })?;
+        }
         keep_keys_from_dumps()?;
         let tls = Tls::load(ca, certificate, key, args.tls_name.as_deref())
             .map_err(|error| exit::error(Code::Usage, error.to_string()))?;

@@ -201,12 +201,20 @@ impl Opening<'_> {
     }
 
     fn vfio_user(self, name: &str, path: &Path) -> anyhow::Result<Client> {
-        if !path.exists() {
-            let what = "there is no such socket, and it is no name of a device of the kernel's";
-            return Err(exit::error(Code::Unreachable, format!("{name}: {what}; {FORMS}")));
-        }
-        if !std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-            return Err(exit::error(Code::Unreachable, format!("{name}: it is no socket; {FORMS}")));
+        let what = match std::fs::metadata(path) {
+            Ok(found) if found.file_type().is_socket() => None,
+            Ok(_) => Some(format!("it is no socket; {FORMS}")),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Some("permission denied: a folder on the way to it may not be entered by this user; run limosa as a user who \
+                 may".to_owned()),
+            Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind()) => {
+                Some(format!(
+                    "there is no such socket, and it is no name of a device of the kernel's; {FORMS}"
+                ))
+            }
+            Err(error) => Some(format!("{error}; {FORMS}")),
+        };
+        if let Some(what) = what {
+            return Err(exit::error(Code::Unreachable, format!("{name}: {what}")));
         }
         let server_users = Some(self.servers.to_vec());
         let options = Options {

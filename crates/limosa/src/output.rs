@@ -15,6 +15,8 @@ pub const INDEXES_MAX: u32 = 256;
 #[derive(Debug)]
 pub struct Output {
     pub json: bool,
+    /// Whether it is one of several documents, each of which has a line.
+    is_one_of_many: bool,
     /// Whether a document was printed, or begun.
     printed: AtomicBool,
     /// Whether it was said how the command failed.
@@ -23,7 +25,12 @@ pub struct Output {
 
 impl Output {
     pub fn new(json: bool) -> Output {
-        Output { json, printed: AtomicBool::new(false), told: AtomicBool::new(false) }
+        Output { json, is_one_of_many: false, printed: AtomicBool::new(false), told: AtomicBool::new(false) }
+    }
+
+    /// For one result, or one failure, of a command that has many.
+    pub fn one_of_many(&self) -> Output {
+        Output { is_one_of_many: true, ..Output::new(self.json) }
     }
 
     /// Prints a result: the JSON document, or what `text` writes.
@@ -33,7 +40,7 @@ impl Output {
         text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
         self.printed.store(true, Ordering::Relaxed);
-        self.print(|| text::json(result, false), text)
+        self.print(|| text::json(result, self.is_one_of_many), text)
     }
 
     /// Says how the command failed, once: to people on standard error, and in a document unless there is one on standard
@@ -97,6 +104,11 @@ impl Output {
     /// The same on standard error, where standard output has something else.
     pub fn say_aside(&self, line: &str) {
         let _ = writeln!(io::stderr(), "{}", text::line(line));
+    }
+
+    /// Says that the command listens at this address, as [`Output::say`] does. Whoever has started it waits for this line.
+    pub fn listening(&self, address: &dyn std::fmt::Display) {
+        self.say(&format!("listening on {address}"));
     }
 
     /// Whether progress bars make sense.

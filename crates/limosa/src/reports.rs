@@ -6,6 +6,7 @@ use std::sync::Mutex;
 
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{Publication, Report, SnapshotFile, SnapshotTarget, SnapshotWriter};
+use limosa_stream::MigrationId;
 use serde::Serialize;
 
 use crate::args::Reporting;
@@ -105,6 +106,15 @@ impl Reports {
 }
 
 impl ReportFile {
+    /// The file for one of many moves: the id of the move stands before the ending of the name.
+    pub fn of_move(&self, id: MigrationId) -> ReportFile {
+        let part = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_os_string();
+        let mut name = part(self.path.file_stem());
+        name.push(format!("-{id}."));
+        name.push(part(self.path.extension()));
+        ReportFile { path: self.path.with_file_name(name), format: self.format }
+    }
+
     fn target(&self) -> SnapshotFile {
         SnapshotFile::new(&self.path).replacing(true)
     }
@@ -129,8 +139,9 @@ impl Prepared {
 }
 
 fn failed(path: &Path, error: &LinkError) -> anyhow::Error {
-    exit::error(
-        Code::Failed,
-        format!("--report {}: {error}; expected a file that can be written", path.display()),
-    )
+    let code = match error {
+        LinkError::Io(error) => exit::of_file(error),
+        _ => Code::Failed,
+    };
+    exit::error(code, format!("--report {}: {error}; expected a file that can be written", path.display()))
 }

@@ -119,6 +119,34 @@ pub fn cancel() -> anyhow::Result<Cancel> {
 /// process: for commands that stop a device, and give it back before they end.
 pub fn call_off(off: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let mut off = Some(off);
+    at_each(move |signal| match off.take() {
+        Some(off) => off(),
+        None => {
+            let name = signal_name(signal).unwrap_or("a signal");
+            tracing::warn!("{name}: what was begun is being called off already, and is undone first");
+        }
+    })
+}
+
+/// For a command that does one thing after another: a handle by which a first SIGTERM ends it after what is under way, and one by
+/// which every other signal that calls a move off, and a second SIGTERM, call off what is under way as well.
+pub fn end_or_cancel() -> anyhow::Result<(Cancel, Cancel)> {
+    let new = || Cancel::new().context("cannot make an eventfd");
+    let (end, cancel) = (new()?, new()?);
+    let (ends, cancels) = (end.clone(), cancel.clone());
+    at_each(move |signal| {
+        let was_told = ends.is_cancelled();
+        ends.cancel();
+        if was_told || signal != SIGTERM {
+            cancels.cancel();
+        }
+    })?;
+    Ok((end, cancel))
+}
+
+/// Calls `act` on a thread of its own at each signal that calls a move off. No other one ends the process while a guest stands
+/// still.
+fn at_each(mut act: impl FnMut(i32) + Send + 'static) -> anyhow::Result<()> {
     // Known to no list of the crate's.
     let more = [Signal::POWER, Signal::STKFLT].map(Signal::as_raw);
     let mut signals = [&CALL_OFF[..], &IGNORED, &SUSPEND, &more].concat();
@@ -126,12 +154,7 @@ pub fn call_off(off: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     handle(signals, move |signal| {
         let name = signal_name(signal).unwrap_or("a signal");
         match signal {
-            signal if CALL_OFF.contains(&signal) => match off.take() {
-                Some(off) => off(),
-                None => {
-                    tracing::warn!("{name}: what was begun is being called off already, and is undone first");
-                }
-            },
+            signal if CALL_OFF.contains(&signal) => act(signal),
             signal if SUSPEND.contains(&signal) && !STANDS_STILL.load(Ordering::SeqCst) => default(signal),
             _ => tracing::info!("{name} is ignored"),
         }

@@ -171,7 +171,7 @@ fn a_difference_beyond_the_spread_has_a_code() {
     );
     std::fs::write(folder.path("wrong"), "[]").unwrap();
     limosa(&["bench", "compare", &first, &folder.text("wrong")]).fails(6, &["wrong", "no document"]);
-    limosa(&["bench", "compare", &first, "/nowhere"]).fails(1, &["/nowhere", "cannot be read"]);
+    limosa(&["bench", "compare", &first, "/nowhere"]).fails(4, &["/nowhere", "cannot be read"]);
 }
 
 #[test]

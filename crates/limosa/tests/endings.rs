@@ -153,9 +153,9 @@ fn programs_were_told_nothing_of_a_failure() {
         (2, &["completions", "tcsh"]),
         (4, &["probe", &none]),
         (4, &["state", &none]),
-        (3, &["state", socket, "set", "ERROR"]),
+        (2, &["state", socket, "set", "ERROR"]),
         (3, &["save", socket, &file]),
-        (1, &["load", &none, socket]),
+        (4, &["load", &none, socket]),
         (6, &["load", &bad, socket]),
         (6, &["inspect", &bad]),
         (6, &["verify", &bad]),
@@ -167,7 +167,7 @@ fn programs_were_told_nothing_of_a_failure() {
         (4, &["bench", &none]),
         (4, &["serve", "uart", "--socket", "/no/where"]),
         (1, &["demo", "--memory", "5"]),
-        (1, &["man", "/dev/null/folder"]),
+        (4, &["man", "/dev/null/folder"]),
     ] {
         let document = limosa(&[args, &["--json"]].concat()).json_failure(code);
         let is_of_inspect = args[0] == "inspect";

@@ -66,7 +66,7 @@ fn a_report_that_cannot_be_written_is_said_before_anything_is_moved() {
     let nowhere = folder.text("no/where.html");
     let migrate =
         |report: &str| limosa(&["migrate", &source.socket, &destination.socket, "--report", report]);
-    migrate(&nowhere).fails(1, &["--report", &nowhere, "No such file"]);
+    migrate(&nowhere).fails(4, &["--report", &nowhere, "No such file"]);
     for unknown in ["report", "report.pdf", ".html"] {
         migrate(unknown).fails(2, &["--report", unknown, ".html, .json or .txt"]);
     }

@@ -201,7 +201,7 @@ fn a_command_is_traced_and_ends_as_it_would() {
     for (script, code) in [("exit 7", 7), ("kill -TERM $$", -15), ("kill -KILL $$", -9)] {
         assert_eq!(limosa(&["trace", "--", "sh", "-c", script]).code, code, "{script}");
     }
-    limosa(&["trace", "--", "no-such-program"]).fails(1, &["no-such-program", "PATH"]);
+    limosa(&["trace", "--", "no-such-program"]).fails(4, &["no-such-program", "PATH"]);
     // It was errno 8.
     let garbage = folder.text("garbage");
     std::fs::write(&garbage, "garbage").unwrap();
@@ -272,7 +272,7 @@ fn a_trace_is_its_owners_and_not_written_through_a_link() {
     assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     symlink(&file, &link).unwrap();
     limosa(&["trace", "--pcap", link.to_str().unwrap(), "--", "true"]).fails(1, &["link", "symbolic link"]);
-    limosa(&["trace", "-o", &folder.text("no/folder"), "--", "true"]).fails(1, &["no/folder"]);
+    limosa(&["trace", "-o", &folder.text("no/folder"), "--", "true"]).fails(4, &["no/folder"]);
 }
 
 #[test]

@@ -312,7 +312,7 @@ fn what_others_name_does_nothing_on_a_terminal() {
     let folder = Folder::new();
     let wild = folder.text("a\x1b[2J\u{9b}\u{202e}b");
     let said = limosa(&["verify", &wild]);
-    said.fails(1, &["a\\u{1b}[2J\\u{9b}\\u{202e}b"]);
+    said.fails(4, &["a\\u{1b}[2J\\u{9b}\\u{202e}b"]);
     assert!(said.err.chars().all(|c| c == '\n' || limosa_stream::is_printable(c)), "{said:?}");
     let memory = format!("{}@0", folder.text("memory"));
     fs::write(folder.path("memory"), vec![7; BYTES]).unwrap();

@@ -4,6 +4,8 @@ use super::values::device;
 use clap::{Args, Subcommand};
 use limosa_protocol::State;
 
+use super::values::state;
+
 #[derive(Debug, Args)]
 pub struct Probe {
     /// The device; without it, the kernel's VFIO devices are listed.
@@ -43,8 +45,8 @@ pub enum StateAction {
     Get,
     /// Drive the device to a state, over every state between.
     Set {
-        /// STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY or PRE_COPY_P2P.
-        #[arg(value_name = "STATE")]
+        /// The state, in capital or small letters.
+        #[arg(value_name = "STATE", value_parser = state(), ignore_case = true)]
         state: State,
     },
     /// Reset the device: from any state, ERROR too, to RUNNING.

@@ -142,7 +142,7 @@ fn with_notes(command: clap::Command) -> clap::Command {
     let devices = takes_devices.then(|| DEVICES.to_owned());
     let takes_memory = command.get_arguments().any(|argument| argument.get_id() == "memory");
     let memory = (takes_memory && command.get_name() != "demo").then(|| guest::MEMORY.to_owned());
-    let notes: Vec<_> = own.into_iter().chain(devices).chain(memory).chain([exit::HELP.to_owned()]).collect();
+    let notes: Vec<_> = own.into_iter().chain(devices).chain(memory).chain([exit::help()]).collect();
     command.after_help(notes.join("\n\n")).mut_subcommands(with_notes)
 }
 

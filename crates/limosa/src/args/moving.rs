@@ -3,18 +3,19 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
-use limosa_migrate::{Compression, Options};
+use clap::{ArgGroup, Args, ValueEnum};
+use limosa_migrate::{Compression, MigrationId, Options};
 
 use super::KeepOpen;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
 use super::link::{Link, Names};
 use super::resolving::Moves;
-use super::values::{LinkCount, bytes, device, link_count, links, milliseconds, seconds};
+use super::values::{LinkCount, bytes, compression, device, link_count, links, milliseconds, seconds};
 use crate::reports::{ReportFile, report_file};
 
 /// The devices of one side.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("a_device").args(["device", "more"]).multiple(true))]
 pub struct Devices {
     /// The device; others are named with --device.
     #[arg(value_name = "DEVICE", value_parser = device, required_unless_present_any = ["more", "memory"])]
@@ -40,6 +41,13 @@ pub struct Reporting {
     /// .txt; many times. A file that is there is replaced.
     #[arg(long, value_name = "FILE", value_parser = report_file)]
     pub report: Vec<ReportFile>,
+}
+
+impl Reporting {
+    /// The same for one of many moves, with the id of the move in the name of each file.
+    pub fn of_move(&self, id: MigrationId) -> Reporting {
+        Reporting { report: self.report.iter().map(|file| file.of_move(id)).collect() }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -184,7 +192,7 @@ pub struct Send {
 
     /// Compress memory and devices' data with zstd, or with lz4, which takes less time and saves less. Worth it on links
     /// that are slower than a processor compresses. Data that would not become shorter is sent uncompressed.
-    #[arg(long, value_name = "METHOD", help_heading = "Link")]
+    #[arg(long, value_name = "METHOD", value_parser = compression(), help_heading = "Link")]
     pub compress: Option<Compression>,
 
     /// Send no more than this each second.
@@ -218,6 +226,12 @@ pub struct Receive {
     /// Seconds to wait for a sender.
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
     pub wait: Duration,
+
+    /// Take one move after the other, for devices behind sockets. A move that fails does not end the command: SIGTERM does, after
+    /// the move under way, and other signals call that off. After a move that was committed, the next one is taken once the guest
+    /// has moved on from here. The files of --report get the move's id into their names.
+    #[arg(long, conflicts_with_all = ["wait", "keep_open"], requires = "a_device")]
+    pub forever: bool,
 
     #[command(flatten)]
     pub reporting: Reporting,

@@ -11,7 +11,7 @@ use super::STORES;
 use super::guest::{DestinationMemory, SourceMemory, Starting, Stopping};
 use super::moving::{Devices, Reporting, StateMax, StopLimits};
 use super::resolving::Moves;
-use super::values::device;
+use super::values::{blake3, compression, device};
 
 /// The devices of a save, and where they are saved.
 ///
@@ -74,7 +74,7 @@ pub struct Save {
     pub replace: bool,
 
     /// Compress memory and devices' data with zstd, or with lz4, which takes less time and saves less.
-    #[arg(long, value_name = "METHOD")]
+    #[arg(long, value_name = "METHOD", value_parser = compression())]
     pub compress: Option<Compression>,
 
     /// Leave the devices stopped.
@@ -146,6 +146,6 @@ pub struct Verify {
     pub file: PathBuf,
 
     /// It has to be the snapshot that has this hash, as `limosa verify` once printed it.
-    #[arg(long, value_name = "HEX")]
+    #[arg(long, value_name = "HEX", value_parser = blake3)]
     pub blake3: Option<String>,
 }

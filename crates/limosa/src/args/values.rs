@@ -3,6 +3,9 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use limosa_migrate::Compression;
+use limosa_protocol::State;
 use limosa_stream::LINKS_MAX;
 
 /// The name of a device.
@@ -114,6 +117,38 @@ pub fn link_count(text: &str) -> Result<LinkCount, String> {
     }
     let most = links(text).map_err(|expected| format!("{expected}, or auto"))?;
     Ok(LinkCount { most, measured: false })
+}
+
+/// The states that a device can be driven to. Nobody can ask for ERROR (`vfio.h: enum vfio_device_mig_state`).
+pub fn state() -> impl TypedValueParser<Value = State> {
+    let words = State::ALL.into_iter().filter(|state| *state != State::Error).map(|state| {
+        let word = PossibleValue::new(state.name());
+        match state {
+            State::StopCopy => word.alias("STOP-COPY"),
+            State::RunningP2p => word.alias("RUNNING-P2P"),
+            State::PreCopy => word.alias("PRE-COPY"),
+            State::PreCopyP2p => word.alias("PRE-COPY-P2P"),
+            _ => word,
+        }
+    });
+    PossibleValuesParser::new(words).try_map(|name| name.parse::<State>())
+}
+
+/// The methods of compression.
+pub fn compression() -> impl TypedValueParser<Value = Compression> {
+    PossibleValuesParser::new(Compression::ALL.map(Compression::name))
+        .try_map(|name| name.parse::<Compression>())
+}
+
+/// A BLAKE3 hash in hexadecimal digits.
+pub fn blake3(text: &str) -> Result<String, String> {
+    match text.len() == 64 && text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        true => Ok(text.to_ascii_lowercase()),
+        false => Err(format!(
+            "expected the 64 hexadecimal digits that `limosa verify` printed, found {}",
+            text.len()
+        )),
+    }
 }
 
 #[cfg(test)]

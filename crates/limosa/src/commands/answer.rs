@@ -25,7 +25,7 @@ pub fn answer(args: &args::Answer, out: &Output) -> anyhow::Result<()> {
     let options = options.with_unauthenticated_peers(args.tls.insecure);
     let listener = links.bind(&address)?;
     let acceptor = links.answering(listener, &ledger, &options)?;
-    out.say(&format!("listening on {}", acceptor.address()));
+    out.listening(acceptor.address());
     let wait = Wait::within(args.wait, Some(&cancel));
     loop {
         let (id, decision) = match acceptor.accept(wait) {

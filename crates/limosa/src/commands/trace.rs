@@ -100,7 +100,11 @@ fn cannot_trace(error: ptrace::Error) -> anyhow::Error {
         ptrace::Error::NoProcess(_)
         | ptrace::Error::Ended(_)
         | ptrace::Error::Traced { .. }
-        | ptrace::Error::NotPermitted(_) => Code::Unreachable,
+        | ptrace::Error::NotPermitted(_)
+        | ptrace::Error::NoProgram(_) => Code::Unreachable,
+        ptrace::Error::NotStarted { errno, .. } => {
+            exit::of_file(&io::Error::from_raw_os_error(errno.raw().cast_signed()))
+        }
         _ => Code::Failed,
     };
     exit::error(code, error.to_string())
@@ -229,7 +233,7 @@ fn open(path: &Path) -> anyhow::Result<File> {
             true => "; it is a symbolic link, through which no trace is written",
             false => "",
         };
-        exit::error(Code::Failed, format!("{}: {error}{hint}", path.display()))
+        exit::error(exit::of_file(&error), format!("{}: {error}{hint}", path.display()))
     };
     let file = options.open(path).map_err(failed)?;
     if file.metadata().map_err(failed)?.is_file() {

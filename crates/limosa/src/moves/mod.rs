@@ -80,7 +80,7 @@ impl Moves {
     /// The ledger of a destination's moves, to answer from it.
     pub fn record(&self) -> anyhow::Result<Ledger> {
         let refused =
-            |error| failed(Code::Refused, &error).context("there is no record of moves to answer from");
+            |error| failed(Code::Unreachable, &error).context("there is no record of moves to answer from");
         let ledger = Ledger::open(&self.0).map_err(refused)?;
         if ledger.has_no_record().map_err(refused)? {
             tracing::warn!(

@@ -100,8 +100,8 @@ fn saved_files_that_are_not_whole_are_refused_and_the_device_is_not_touched() {
     write(&swapped);
     is_refused(&device, &bad, DAMAGED, &[anew]);
 
-    is_refused(&device, &folder.text("none"), FAILED, &["No such file"]);
-    is_refused(&device, &folder.text(""), FAILED, &["directory"]);
+    is_refused(&device, &folder.text("none"), UNREACHABLE, &["No such file"]);
+    is_refused(&device, &folder.text(""), UNREACHABLE, &["directory"]);
     write(&good);
     limosa(&["load", &bad, &device.socket]).ok();
     assert!(device.runs(0));
@@ -146,13 +146,13 @@ fn folders_that_cannot_be_written_are_named() {
     std::fs::write(folder.path("file"), "precious").unwrap();
     let [nowhere, under, dir, file] = ["no/where", "file/x", "", "file"].map(|name| folder.text(name));
     for path in [&nowhere, &under, &dir] {
-        limosa(&["save", &device.socket, path]).fails(FAILED, &[path, "the source is as it was before"]);
+        limosa(&["save", &device.socket, path]).fails(UNREACHABLE, &[path, "the source is as it was before"]);
         assert!(device.runs(5));
     }
     assert_eq!(std::fs::read_dir(folder.path("")).unwrap().count(), 2, "nothing is left behind");
-    for path in [&file, &under] {
-        limosa(&["man", path]).fails(FAILED, &[path]);
+    for (path, code) in [(&file, REFUSED), (&under, UNREACHABLE)] {
+        limosa(&["man", path]).fails(code, &[path]);
     }
-    limosa(&["inspect", &nowhere]).fails(FAILED, &[&nowhere, "No such file"]);
+    limosa(&["inspect", &nowhere]).fails(UNREACHABLE, &[&nowhere, "No such file"]);
     assert_eq!(std::fs::read(folder.path("file")).unwrap(), b"precious");
 }

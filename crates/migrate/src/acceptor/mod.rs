@@ -15,10 +15,13 @@ use limosa_stream::MigrationId;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::cancel::timespec;
+use crate::destination::answer::refuse;
 use crate::error::NoMove;
 use crate::ledger::{Decision, Ledger};
 use crate::link::{Address, FurtherLinks, Link, LinkError, Listener, Tls, Wait};
-use crate::{Destination, Options, Received};
+use crate::protocol::limits::Limits;
+use crate::wire::Connection;
+use crate::{Destination, Error, Options, Received};
 use connection::Listening;
 use heard::HeardLink;
 use shared::{Shared, Slot};
@@ -58,6 +61,16 @@ impl OfferedMove {
     pub fn id(&self) -> MigrationId {
         self.id
     }
+
+    /// Refuses the move: its source is told why, and goes on as before. The acceptor takes the next one.
+    pub fn refuse(self, why: NoMove) {
+        let OfferedMove { link, id, place } = self;
+        link.forget();
+        let options = Options::default().with_silence_max(place.shared.silence_max);
+        let peer = link.peer().to_owned();
+        let why = refuse(&Connection::new(&link, Limits::new(&options)), Some(id), Error::NotTaken { why });
+        place.shared.passed_over(&peer, &why);
+    }
 }
 
 impl fmt::Debug for OfferedMove {
@@ -71,7 +84,7 @@ impl fmt::Debug for OfferedMove {
 ///
 /// - A question of a source in doubt is answered from the ledger, also while a move is under way.
 /// - An OFFER comes out of [`Acceptor::accept`]. While a move is under way, others are refused. After a move was committed all
-///   of them are, for every caller: from then on the acceptor only answers.
+///   of them are, for every caller: from then on the acceptor only answers, until [`Acceptor::take_further`].
 /// - A further link of the move under way goes to that move ([`Destination::receive_offered`]).
 /// - All other clients are passed over. They are told why, and named in a warning of the log, but not more than ten at once
 ///   and then one a second, which counts the others.
@@ -169,6 +182,12 @@ impl Acceptor {
     /// From now on every OFFER is refused, and only questions are answered. After a committed move that is so by itself.
     pub fn answer_only(&self) {
         self.shared.close(NoMove::Answers);
+    }
+
+    /// After a committed move: takes further ones. It is for the caller to refuse ([`OfferedMove::refuse`]) those that come
+    /// while a guest runs on the devices.
+    pub fn take_further(&self) {
+        self.shared.reopen();
     }
 
     /// How many clients were passed over so far.

@@ -258,6 +258,14 @@ impl Shared {
         drop(before);
     }
 
+    /// After a committed move another one may come.
+    pub(super) fn reopen(&self) {
+        let mut state = self.state();
+        if matches!(state.slot, Slot::Closed(NoMove::Committed)) {
+            state.slot = Slot::Free;
+        }
+    }
+
     /// The acceptor ends.
     pub(super) fn end(&self) {
         let mut state = self.state();

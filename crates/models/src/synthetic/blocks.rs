@@ -5,6 +5,11 @@ use zerocopy::IntoBytes;
 
 use super::stamp::{Stamp, StampError};
 
+/// Whether the system gives memory for a state of this size. An allocation that it refuses later would end the process.
+pub(super) fn has_room(state_bytes: u64) -> bool {
+    usize::try_from(state_bytes).is_ok_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok())
+}
+
 pub(super) struct Blocks {
     words: Vec<u64>,
     block_bytes: usize,

@@ -65,6 +65,15 @@ const STATE_BYTES_MAX: u64 = 64 << 30;
 #[error("synthetic device: {0}")]
 pub struct ConfigError(String);
 
+impl ConfigError {
+    /// The system gives no memory for a state of this size.
+    pub(super) fn no_room(state_bytes: u64) -> ConfigError {
+        ConfigError(format!(
+            "state={state_bytes}: this machine does not give a process this much memory; expected a smaller state"
+        ))
+    }
+}
+
 impl SyntheticConfig {
     /// The migration flags.
     pub fn flags(&self) -> MigrationFlags {

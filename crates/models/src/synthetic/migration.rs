@@ -9,6 +9,7 @@ use limosa_protocol::feature::PrecopyInfo;
 use limosa_protocol::{Errno, MigrationFlags, State};
 use prost::Message;
 
+use super::blocks::has_room;
 use super::load::{LoadError, Loader};
 use super::records::{Identity, KIND, RECORD_BYTES, Record, Rest, VERSION};
 use super::save::Saver;
@@ -186,6 +187,9 @@ impl SimpleMigration for Synthetic {
     }
 
     fn load_begin(&mut self) -> Result<(), Fault> {
+        if self.spare.is_none() && !has_room(self.config.state_bytes) {
+            return Err(Fault::Refused(Errno::ENOMEM));
+        }
         self.step(State::Resuming)?;
         let (count, block_bytes) = (self.blocks.count(), self.blocks.block_bytes());
         self.loader = Some(Loader::new(count, block_bytes, self.config.verify, self.spare.take()));

@@ -81,9 +81,12 @@ pub struct Synthetic {
 }
 
 impl Synthetic {
-    /// A device, or what is wrong with its configuration.
+    /// A device, or what is wrong with its configuration: a state for which there is no memory is refused as well.
     pub fn new(config: SyntheticConfig) -> Result<Synthetic, ConfigError> {
         config.check()?;
+        if !blocks::has_room(config.state_bytes) {
+            return Err(ConfigError::no_room(config.state_bytes));
+        }
         Ok(Synthetic {
             blocks: Blocks::new(config.seed, config.blocks(), config.block_bytes as usize),
             scratch: vec![0; SCRATCH_BYTES],

@@ -66,14 +66,11 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
 
 /// The folder of another machine has its `/proc`; that of an image of a disk is empty, and nothing is known then.
 fn refuse_root(root: &Path) -> anyhow::Result<()> {
-    let why = match std::fs::read_dir(root.join("proc")).map(|mut entries| entries.next().is_none()) {
+    let (code, why) = match std::fs::read_dir(root.join("proc")).map(|mut entries| entries.next().is_none()) {
         Ok(false) => return Ok(()),
-        Ok(true) => "its folder proc is empty".into(),
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-            format!("its folder proc cannot be read: {error}")
-        }
-        Err(_) => "there is no folder proc in it".into(),
+        Ok(true) => (Code::Usage, "its folder proc is empty".into()),
+        Err(error) => (exit::of_file(&error), format!("its folder proc cannot be read: {error}")),
     };
     let what = format!("--root {}: {why}; expected the root of a machine that runs", root.display());
-    Err(exit::error(Code::Usage, what))
+    Err(exit::error(code, what))
 }

@@ -1,12 +1,15 @@
 //! `limosa receive`: waits for a source, takes its move, and stays to answer when the source may not know how the move
-//! ended.
+//! ended. With `--forever` it takes one move after the other.
+
+mod forever;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_migrate::link::{Address, LinkError, Wait};
 use limosa_migrate::{
-    Acceptor, Cancel, Decision, Error, Incoming, MigrationId, OfferedMove, Options, Phase, Received, Report,
+    Acceptor, Cancel, Decision, Error, Incoming, Ledger, MigrationId, OfferedMove, Options, Phase, Received,
+    Report,
 };
 
 use super::ended::{Ending, Notes, STAYS_STOPPED, Work, note_ways_back};
@@ -18,12 +21,16 @@ use crate::found;
 use crate::guest::Guest;
 use crate::keep_open::{self, Leaves};
 use crate::links::Links;
+use crate::memory::DestinationPages;
 use crate::moves::{HINT, Moves};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
 
 pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
+    if args.forever {
+        return forever::receive(args, opening, out);
+    }
     let cancel = cancel_on_signal()?;
     let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
     let endpoint = Endpoint::destination(opening, &args.devices.names(), &args.memory.memory)?;
@@ -40,48 +47,88 @@ fn wait_and_take(
     out: &Output,
 ) -> anyhow::Result<()> {
     let (listener, progress) = (links.bind(address)?, Progress::new(out));
-    let moves = Moves::new(args.link.moves.folder.as_deref());
+    let (ledger, options) = record_and_options(args)?;
+    let ending = Ending::new(Work::Move, &args.reporting, out)?;
+    let (pages, receiving) =
+        (endpoint.destination_pages()?, Receiving { args, ledger: &ledger, options: &options, cancel });
+    out.listening(listener.address());
+    let acceptor = links.acceptor(listener, &ledger, &options)?;
+    let offered = offer(&acceptor, args, cancel)?;
+    let stay = Stay { acceptor: &acceptor, id: offered.id(), silence: args.link.silence, cancel };
+    receiving.take(offered, (endpoint, &pages), progress, &ending, || stay.until_asked()).done
+}
+
+/// The ledger of received moves, and the options of a receiver.
+fn record_and_options(args: &args::Receive) -> anyhow::Result<(Arc<Ledger>, Options)> {
     let options = over_link(Options::default(), &args.link)
         .with_links(args.links)
         .with_idle_max(args.idle.unwrap_or(4 * args.link.silence))
         .with_move_max(args.move_limit);
-    let options = args.state.limit(options);
-    let ledger = Arc::new(moves.ledger()?);
-    let (moved, ending) = (endpoint.moved(), Ending::new(Work::Move, &args.reporting, out)?);
-    let (pages, guest) = (endpoint.destination_pages()?, Guest::destination(&args.starting));
-    let regions = pages.regions(endpoint.memory());
-    let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger)
-        .with_after(args.starting.after());
-    out.say(&format!("listening on {}", listener.address()));
-    let acceptor = links.acceptor(listener, &ledger, &options)?;
-    let offered = offer(&acceptor, args, cancel)?;
-    let stay = Stay { acceptor: &acceptor, id: offered.id(), silence: args.link.silence, cancel };
-    let received = destination.receive_offered(offered);
-    let stays_stopped = matches!(received, Received::Stopped(_));
-    match received {
-        Received::Runs(mut report) | Received::Stopped(mut report) => {
-            if !report.peer_told {
-                stay.until_asked();
+    let ledger = Moves::new(args.link.moves.folder.as_deref()).ledger()?;
+    Ok((Arc::new(ledger), args.state.limit(options)))
+}
+
+/// What all moves of a receiver have in common.
+struct Receiving<'a> {
+    args: &'a args::Receive,
+    ledger: &'a Ledger,
+    options: &'a Options,
+    cancel: &'a Cancel,
+}
+
+/// How a move ended here.
+struct Taken {
+    done: anyhow::Result<()>,
+    /// Whether the devices have the guest now.
+    committed: bool,
+}
+
+impl Receiving<'_> {
+    /// Takes the move that was offered, and says how it ended. `stay` is called where the source may have to ask.
+    fn take(
+        &self,
+        offered: OfferedMove,
+        (endpoint, pages): (&Endpoint, &DestinationPages),
+        progress: Progress,
+        ending: &Ending<'_>,
+        stay: impl FnOnce(),
+    ) -> Taken {
+        let (moved, guest) = (endpoint.moved(), Guest::destination(&self.args.starting));
+        let regions = pages.regions(endpoint.memory());
+        let (options, ledger) = (self.options, self.ledger);
+        let destination = destination(&moved, &regions, &guest, &progress, options, self.cancel, ledger)
+            .with_after(self.args.starting.after());
+        let received = destination.receive_offered(offered);
+        let stays_stopped = matches!(received, Received::Stopped(_));
+        let committed = !matches!(received, Received::Discarded { .. } | Received::Answered { .. });
+        let done = match received {
+            Received::Runs(mut report) | Received::Stopped(mut report) => {
+                if !report.peer_told {
+                    stay();
+                }
+                drop(progress);
+                report.notes.extend(stays_stopped.then(|| STAYS_STOPPED.into()));
+                ending.done(&report, guest.failures())
             }
-            drop(progress);
-            report.notes.extend(stays_stopped.then(|| STAYS_STOPPED.into()));
-            ending.done(&report, guest.failures())
-        }
-        Received::Answered { id, .. } => Err(anyhow::anyhow!("move {id} was asked about instead of offered")),
-        Received::Discarded { why, mut report } => {
-            note_ways_back(&mut report);
-            let may_doubt = source_may_doubt(&why, &report);
-            let mut what = format!("{} was not loaded{}", endpoint.name(), Notes(&report.notes));
-            if matches!(why, Error::NotRecorded { .. }) {
-                what = format!("{what}; {HINT}");
+            Received::Answered { id, .. } => {
+                Err(anyhow::anyhow!("move {id} was asked about instead of offered"))
             }
-            let error = ending.failed(&report, anyhow::Error::from(why).context(what));
-            if may_doubt {
-                stay.until_asked();
+            Received::Discarded { why, mut report } => {
+                note_ways_back(&mut report);
+                let may_doubt = source_may_doubt(&why, &report);
+                let mut what = format!("{} was not loaded{}", endpoint.name(), Notes(&report.notes));
+                if matches!(why, Error::NotRecorded { .. }) {
+                    what = format!("{what}; {HINT}");
+                }
+                let error = ending.failed(&report, anyhow::Error::from(why).context(what));
+                if may_doubt {
+                    stay();
+                }
+                Err(error)
             }
-            Err(error)
-        }
-        Received::Broken { why, report } => Err(ending.broken(&endpoint.name(), why, &report)),
+            Received::Broken { why, report } => Err(ending.broken(&endpoint.name(), why, &report)),
+        };
+        Taken { done, committed }
     }
 }
 

@@ -71,13 +71,16 @@ impl Listening {
         Listening { devices, took_over }
     }
 
-    /// For people.
-    pub fn print(&self, to: &mut dyn Write) -> io::Result<()> {
-        let listeners = match &self.devices {
+    fn listeners(&self) -> &[Listener] {
+        match &self.devices {
             Listeners::One(one) => std::slice::from_ref(one),
             Listeners::Many { devices } => devices,
-        };
-        for Listener { listening, control } in listeners {
+        }
+    }
+
+    /// For people.
+    pub fn print(&self, to: &mut dyn Write) -> io::Result<()> {
+        for Listener { listening, control } in self.listeners() {
             if let Some(control) = control {
                 writeln!(to, "control clients: {control}")?;
             }
@@ -135,6 +138,9 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
     serve(&servers, &stop, || {
         let listening = Listening::new(args, &devices, None);
         out.result(&listening, |to| listening.print(to))?;
+        if out.json {
+            listening.listeners().iter().for_each(|listener| out.listening(&listener.listening));
+        }
         service::ready();
         Ok(door)
     })

@@ -44,7 +44,10 @@ pub fn model(device: &Device, waits: bool, limit: Duration) -> anyhow::Result<Bo
         }
         args::Model::Synthetic => {
             let config: SyntheticConfig = options.parse().map_err(|error| usage(&error))?;
-            Box::new(Synthetic::new(config)?)
+            Box::new(
+                Synthetic::new(config)
+                    .map_err(|error| exit::error(Code::Refused, format!("--option: {error}")))?,
+            )
         }
     })
 }
