@@ -29,6 +29,14 @@ fn walk(device: &KernelDevice) {
     device.set_state(State::Running).unwrap();
 }
 
+/// User-Mode Linux 6.12 does not tell a tracer of calls. Then the trace has to say so, where it was empty.
+fn is_blind(said: &str) -> bool {
+    let symbols = std::fs::read_to_string("/proc/kallsyms").unwrap();
+    let tells = symbols.contains("ptrace_get_syscall_info");
+    assert_eq!(said.contains("*** no call is shown: "), !tells, "{said}");
+    !tells
+}
+
 #[test]
 #[ignore = "runs in the lab's kernel (lab/run)"]
 fn a_walk_of_the_kernels_device_is_shown_with_its_data_fd_and_the_errno_of_misuse() {
@@ -48,6 +56,9 @@ fn a_walk_of_the_kernels_device_is_shown_with_its_data_fd_and_the_errno_of_misus
         trace.signal(Signal::INT);
         trace.end().ok();
         let said = std::fs::read_to_string(&file).unwrap();
+        if is_blind(&said) {
+            continue;
+        }
         let mut last = 0;
         for part in [
             "DEVICE_GET_INFO -> 9 regions, 5 interrupt indexes <",
@@ -85,6 +96,9 @@ fn a_move_by_the_command_is_shown_and_goes_as_it_would() {
     let (said, counted) = (std::fs::read_to_string(&file).unwrap(), ended.err.clone());
     ended.ok();
     assert_eq!(other.mark(), 0x31);
+    if is_blind(&said) {
+        return;
+    }
     for part in [
         "RUNNING > PRE_COPY -> data_fd ",
         "PRE_COPY_P2P > STOP_COPY -> ok <",

@@ -137,3 +137,19 @@ fn sockets_for_another_process_are_left_alone() {
     server.kill().unwrap();
     server.wait().unwrap();
 }
+
+/// SIGHUP ended the server at once.
+#[test]
+fn a_server_whose_terminal_was_closed_left_its_socket_behind() {
+    let folder = Folder::new();
+    let socket = folder.text("device");
+    for signal in [Signal::HUP, Signal::TERM, Signal::INT] {
+        let server = start_with(&[], &["serve", "synthetic", "--socket", &socket]);
+        server.line("listening on");
+        let client = UnixStream::connect(&socket).unwrap();
+        server.signal(signal);
+        server.end().ok();
+        assert!(!folder.path("device").exists(), "{signal:?}");
+        drop(client);
+    }
+}

@@ -88,6 +88,14 @@ impl Report {
         self.checks.iter().filter(|check| matches!(check.outcome, Outcome::Fail(_)))
     }
 
+    /// Whether a check of this run passed or failed that comes from this clause.
+    fn decides(&self, clause: &str) -> bool {
+        self.checks.iter().any(|check| {
+            check.clauses.iter().any(|cited| cited == clause)
+                && matches!(check.outcome, Outcome::Pass | Outcome::Fail(_))
+        })
+    }
+
     /// The clauses that no check of this run passed or failed, with the reason. Those of vfio-user are not meant where nothing of
     /// that family was run.
     pub fn unchecked_clauses(&self) -> Vec<(&'static str, String)> {
@@ -97,19 +105,13 @@ impl Report {
             let mut citing = checks.iter().filter(|check| check.clauses.contains(&id)).peekable();
             citing.peek().is_some() && citing.all(|check| check.family == Family::VfioUser)
         };
-        let decided = |clause: &str| {
-            self.checks.iter().any(|check| {
-                check.clauses.iter().any(|cited| cited == clause)
-                    && matches!(check.outcome, Outcome::Pass | Outcome::Fail(_))
-            })
-        };
         let why = |id: &str| {
             let skipped = self.checks.iter().find(|check| check.clauses.iter().any(|cited| cited == id));
             skipped.map_or("no check of it was selected".into(), |check| check.outcome.detail().to_owned())
         };
         CLAUSES
             .iter()
-            .filter(|clause| !decided(clause.id) && (has_wire || !is_of_wire(clause.id)))
+            .filter(|clause| !self.decides(clause.id) && (has_wire || !is_of_wire(clause.id)))
             .map(|clause| match clause.unchecked {
                 "" => (clause.id, why(clause.id)),
                 reason => (clause.id, reason.to_owned()),

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use super::{Report, one_line};
 use crate::check::Outcome;
+use crate::clause::CLAUSES;
 
 impl Report {
     /// Writes the failures with their requests, then a line for each family; with `all`, a line for each check.
@@ -32,16 +33,12 @@ impl Report {
         let counts = self.counts();
         let (pass, fail) = (counts.pass, counts.fail);
         writeln!(to, "{:<14} {pass:>5} {fail:>5} {:>5} {:>7}", "all", counts.skip, counts.not_safe)?;
-        let unchecked = self.unchecked_clauses().len();
-        let clauses = self.clauses.len();
+        let checked = CLAUSES.iter().filter(|clause| self.decides(clause.id)).count();
+        let clauses = checked + self.unchecked_clauses().len();
         writeln!(
             to,
-            "{}: {}, {} of {clauses} clauses checked, {:.1} s, left in {}",
-            self.device,
-            self.facts.flags,
-            clauses - unchecked,
-            self.seconds,
-            self.left_in
+            "{}: {}, {checked} of {clauses} clauses checked, {:.1} s, left in {}",
+            self.device, self.facts.flags, self.seconds, self.left_in
         )?;
         if let Some(why) = &self.ended_early {
             writeln!(to, "ended early: {why}")?;

@@ -26,6 +26,8 @@ pub struct Tracer<'a> {
     pub(super) sockets: Sockets,
     /// Sessions that devices opened so far.
     pub(super) sessions: HashMap<String, u64>,
+    /// It was said that the kernel does not tell at which calls threads stop.
+    is_blind: bool,
 }
 
 /// A thread that is traced.
@@ -74,6 +76,7 @@ impl<'a> Tracer<'a> {
             processes: HashMap::new(),
             sockets: Sockets::default(),
             sessions: HashMap::new(),
+            is_blind: false,
         }
     }
 
@@ -164,7 +167,9 @@ impl<'a> Tracer<'a> {
                 match os::syscall_stop(tid) {
                     Ok(SyscallStop::Entry { arch, number, args }) => self.entry(tid, arch, number, args),
                     Ok(SyscallStop::Exit(result)) => self.exit(tid, result, time_ns),
-                    Ok(SyscallStop::Other) | Err(_) => {}
+                    // It was killed meanwhile.
+                    Ok(SyscallStop::Other) | Err(Errno::ESRCH) => {}
+                    Err(errno) => self.blind(tid, errno),
                 }
                 os::resume(tid, 0)
             }
@@ -181,6 +186,19 @@ impl<'a> Tracer<'a> {
         };
         // A thread that was killed meanwhile cannot go on: its end is waited for.
         let _ = answer;
+    }
+
+    /// Says once that no call can be shown.
+    fn blind(&mut self, tid: i32, errno: Errno) {
+        if std::mem::replace(&mut self.is_blind, true) {
+            return;
+        }
+        let pid = self.threads.get(&tid).and_then(|thread| u32::try_from(thread.process).ok());
+        let text = format!(
+            "no call is shown: this kernel does not tell at which one a thread stops (PTRACE_GET_SYSCALL_INFO: {errno}); Linux does \
+             from 5.3 on, and not as User-Mode Linux 6.12"
+        );
+        self.recorder.record(Seen::Note { time_ns: self.recorder.now_ns(), pid, text });
     }
 
     /// A thread made another one, or a process, which has what it has. It is known by its own first stop; of a process, the
