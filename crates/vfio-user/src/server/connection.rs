@@ -149,11 +149,16 @@ impl<'a> Connection<'a> {
         if !self.options.interruptible {
             return Ok(());
         }
-        self.link.flush()?;
-        if self.doors.is_open() && self.link.is_busy() {
-            return Ok(());
+        loop {
+            // Ends at once when the connection is to be paused: another process sends what is left.
+            self.link.flush()?;
+            if !(self.doors.is_open() && self.link.is_busy()) {
+                self.doors.pause_here(self.id, &|| self.state(Vec::new()))?;
+            }
+            if !self.link.keeps() {
+                return Ok(());
+            }
         }
-        self.doors.pause_here(self.id, &|| self.state(Vec::new()))
     }
 
     /// What another process needs to go on with this connection, beside its link.
@@ -269,7 +274,11 @@ impl<'a> Connection<'a> {
                 self.answer(job, info::region(description, file, self.fds_max(), argsz, index))
             }
             Request::GetRegionIoFds { argsz, index } => {
-                self.answer(job, info::region_io_fds(description, self.fds_max(), argsz, index))
+                if index as usize >= description.regions.len() {
+                    return Ok(Outcome::Refused(Errno::EINVAL));
+                }
+                let signals = self.machine.ioeventfds(index);
+                self.answer(job, info::region_io_fds(&signals, self.fds_max(), argsz, index))
             }
             Request::GetIrqInfo { argsz, index } => self.answer(job, info::irq(description, argsz, index)),
             Request::SetIrqs(set) => {
