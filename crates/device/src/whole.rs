@@ -114,6 +114,14 @@ impl<D: WholeState> SimpleModel for Whole<D> {
         self.device.adopt_region_file(region, file)
     }
 
+    fn adopts_ioeventfds(&self) -> bool {
+        self.device.adopts_ioeventfds()
+    }
+
+    fn adopt_ioeventfds(&mut self, region: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
+        self.device.adopt_ioeventfds(region, fds)
+    }
+
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         Some(self)
     }

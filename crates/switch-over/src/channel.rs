@@ -154,6 +154,9 @@ impl Channel {
             }
         }
         self.is_cut_short = was_cut_short;
+        if !output.is_empty() {
+            tracing::trace!(bytes = output.len(), "frames sent");
+        }
         output.clear();
         self.output = output;
         Ok(())
@@ -231,6 +234,7 @@ impl Channel {
             return Err(Cause::RefusedByOther(Refusal::decode(body)?));
         }
         let (kind, body) = (header.kind, body.to_vec());
+        tracing::trace!(?kind, "frame received");
         self.used += bytes;
         let fds = self.take_fds(&numbers)?;
         Ok(Frame { kind, body, fds })
@@ -241,7 +245,11 @@ impl Channel {
         match (self.transport, &self.pull_from) {
             _ if count == 0 => Ok(Vec::new()),
             (FdTransport::Pulled, Some(peer)) => {
-                let pull = |number: &i32| peer.pull(*number).map(ForeignFd::from).map_err(Cause::Io);
+                let pull = |number: &i32| {
+                    let pulled = peer.pull(*number).map(ForeignFd::from).map_err(Cause::Io)?;
+                    tracing::trace!(number, "fd pulled");
+                    Ok(pulled)
+                };
                 numbers.iter().map(pull).collect()
             }
             (FdTransport::Sent, _) if count <= self.fds.len() => Ok(self.fds.drain(..count).collect()),

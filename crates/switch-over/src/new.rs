@@ -58,7 +58,12 @@ pub struct Withdrawn;
 impl Commit<'_> {
     /// Commits. From its success on this server serves, whatever happens to the old one.
     pub fn commit(self) -> Result<Committed, Withdrawn> {
-        if self.word.take() { Ok(Committed(())) } else { Err(Withdrawn) }
+        tracing::trace!("about to commit");
+        if !self.word.take() {
+            return Err(Withdrawn);
+        }
+        tracing::trace!("committed");
+        Ok(Committed(()))
     }
 }
 

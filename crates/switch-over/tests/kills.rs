@@ -1,5 +1,8 @@
-//! Both servers in processes of their own, killed (SIGKILL) at each named moment on either side, under a client that keeps
-//! asking. Afterwards exactly one serves, if one lives that can.
+//! Both servers in processes of their own, killed (SIGKILL) at each named moment of the old one, and at each point of the new one,
+//! under a client that keeps asking. Afterwards exactly one serves, if one lives that can.
+//!
+//! The points of the new server are its named moments and all that it traces while it takes over: each frame that it gets or sends,
+//! each fd, each step, and both sides of the commit. An attempt that nobody disturbs counts them.
 //!
 //! The processes are this test's own program, which `role` turns into a server.
 
@@ -15,8 +18,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,7 +42,7 @@ enum Way {
 const FOLDER: &str = "TOY_FOLDER";
 const ROLE: &str = "TOY_ROLE";
 const WAY: &str = "TOY_WAY";
-/// The moment at which the process kills itself.
+/// The moment, or the number of the point, at which the process kills itself.
 const KILL: &str = "TOY_KILL";
 /// The moment at which the new process that the old one starts kills itself.
 const KILL_CHILD: &str = "TOY_KILL_CHILD";
@@ -52,12 +55,58 @@ fn setting(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// Kills this process if this is its moment.
+/// Points that this process has passed, and where it committed.
+static PASSED: AtomicUsize = AtomicUsize::new(0);
+static COMMITTED: AtomicUsize = AtomicUsize::new(0);
+
+/// Kills this process if this is its moment, or the point with its number.
 fn at(moment: &str) {
-    if setting(KILL).as_deref() == Some(moment) {
+    let number = PASSED.fetch_add(1, SeqCst);
+    if moment == "committed" {
+        COMMITTED.store(number, SeqCst);
+    }
+    if setting(KILL).is_some_and(|kill| kill == moment || kill == number.to_string()) {
         kill_process(getpid(), Signal::KILL).unwrap();
         // The signal is taken before the call returns.
         unreachable!();
+    }
+}
+
+/// Makes a point of each event of this thread.
+struct Points;
+
+impl tracing::Subscriber for Points {
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut message = Message(String::new());
+        event.record(&mut message);
+        at(&message.0);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// The words of an event.
+struct Message(String);
+
+impl tracing::field::Visit for Message {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        if field.name() == "message" {
+            self.0 = format!("{value:?}");
+        }
     }
 }
 
@@ -94,7 +143,9 @@ fn role() {
                 }
                 _ => OldServer::Path(&path),
             };
-            let taken = match take(from, ToyTaker::new(at), &options) {
+            let taken = tracing::subscriber::with_default(Points, || take(from, ToyTaker::new(at), &options));
+            say(&format!("passed {} points, the commit at {}", PASSED.load(SeqCst), COMMITTED.load(SeqCst)));
+            let taken = match taken {
                 Ok(taken) => taken,
                 Err(error) => {
                     say(&format!("failed: {error}"));
@@ -292,23 +343,35 @@ fn asking<R>(client: Client, meanwhile: impl FnOnce() -> R) -> (Client, R) {
     })
 }
 
-const BEFORE_COMMIT: [&str; 9] =
-    ["hello", "in check", "offer", "in prepare", "prepare", "rest", "in load", "load", "before commit"];
+/// How many points a new server passes, and the number of its commit.
+fn points(way: Way) -> (usize, usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut old, client) = old_server(folder.path(), way, &[]);
+    let (_client, said) = asking(client, || match way {
+        Way::Path => Process::start("new", folder.path(), way, &[]).says("passed"),
+        Way::Child => {
+            old.tell("first");
+            old.says("passed")
+        }
+    });
+    let numbers: Vec<usize> = said.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
+    let [passed, committed] = numbers[..] else { panic!("{said}") };
+    // Both sides of the commit, and at least a point for each frame of either side before it.
+    assert!(committed > 20 && committed + 2 < passed, "{said}");
+    (passed, committed)
+}
 
 #[test]
-fn a_new_process_that_is_killed_before_it_commits_leaves_the_old_one_serving() {
-    for moment in BEFORE_COMMIT {
+fn a_new_process_that_is_killed_at_any_point_before_it_commits_leaves_the_old_one_serving() {
+    let (_, committed) = points(Way::Path);
+    for point in 0..committed {
         let folder = tempfile::tempdir().unwrap();
         let (mut old, client) = old_server(folder.path(), Way::Path, &[]);
         let (mut client, ()) = asking(client, || {
-            let mut new = Process::start("new", folder.path(), Way::Path, &[(KILL, moment)]);
-            assert!(new.was_killed(), "{moment}");
-            // At its own hello the old one may have heard nothing yet.
-            if moment != "hello" {
-                old.says("kept");
-            }
+            let mut new = Process::start("new", folder.path(), Way::Path, &[(KILL, &point.to_string())]);
+            assert!(new.was_killed(), "{point}");
         });
-        assert!(client.ask(100), "{moment}: the old one serves");
+        assert!(client.ask(100), "{point}: the old one serves");
         // And it is whole: another new server takes over.
         let (mut client, mut new) = asking(client, || {
             let mut new = Process::start("new", folder.path(), Way::Path, &[]);
@@ -316,27 +379,29 @@ fn a_new_process_that_is_killed_before_it_commits_leaves_the_old_one_serving() {
             new
         });
         assert!(old.ended().success());
-        assert!(client.ask(100), "{moment}: the new one serves");
+        assert!(client.ask(100), "{point}: the new one serves");
         new.says("serving");
     }
 }
 
 #[test]
-fn a_child_that_is_killed_before_it_commits_leaves_its_parent_serving() {
-    for moment in BEFORE_COMMIT {
+fn a_child_that_is_killed_at_any_point_before_it_commits_leaves_its_parent_serving() {
+    let (_, committed) = points(Way::Child);
+    for point in 0..committed {
         let folder = tempfile::tempdir().unwrap();
-        let (mut old, client) = old_server(folder.path(), Way::Child, &[(KILL_CHILD, moment)]);
+        let number = point.to_string();
+        let (mut old, client) = old_server(folder.path(), Way::Child, &[(KILL_CHILD, &number)]);
         let (mut client, ()) = asking(client, || {
             old.tell("first");
             old.says("kept");
         });
-        assert!(client.ask(100), "{moment}: the old one serves");
+        assert!(client.ask(100), "{point}: the old one serves");
         let (mut client, ()) = asking(client, || {
             old.tell("second");
             old.says("the old one ended");
         });
         assert!(old.ended().success());
-        assert!(client.ask(100), "{moment}: the child serves");
+        assert!(client.ask(100), "{point}: the child serves");
         // It ends as its client does.
         old.says("serving");
     }
@@ -386,16 +451,19 @@ fn an_old_process_that_is_killed_once_all_is_handed_over_leaves_the_new_one_serv
 }
 
 #[test]
-fn a_new_process_that_is_killed_as_it_serves_was_the_only_server() {
-    let folder = tempfile::tempdir().unwrap();
-    let (mut old, client) = old_server(folder.path(), Way::Path, &[]);
-    let (mut client, ()) = asking(client, || {
-        let mut new = Process::start("new", folder.path(), Way::Path, &[(KILL, "running")]);
-        assert!(new.was_killed());
-        old.says("given");
-    });
-    assert!(old.ended().success());
-    assert!(!client.ask(1), "the old one does not serve from an old state");
+fn a_new_process_that_is_killed_at_any_point_after_its_commit_was_the_only_server() {
+    let (passed, committed) = points(Way::Path);
+    for point in committed..passed {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut old, client) = old_server(folder.path(), Way::Path, &[]);
+        let (mut client, ()) = asking(client, || {
+            let mut new = Process::start("new", folder.path(), Way::Path, &[(KILL, &point.to_string())]);
+            assert!(new.was_killed(), "{point}");
+            old.says("given");
+        });
+        assert!(old.ended().success(), "{point}");
+        assert!(!client.ask(1), "{point}: the old one does not serve from an old state");
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod next;
 mod replace;
 mod session;
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
@@ -24,7 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, MigrationFlags, State};
 
-use crate::{Bus, Description, Exclusive, Mappings, Migration, Model, SetIrqs, SimpleModel, Wiring};
+use crate::{
+    Bus, Description, Exclusive, IoEventFd, Mappings, Migration, Model, SetIrqs, SimpleModel, Wiring,
+};
 
 use clients::arc_deadline;
 pub use clients::{ClientId, Held, MoveId, Released};
@@ -57,6 +60,8 @@ pub struct Machine {
     /// [`Inner::left`] is there, and a call that leaves has to look at it.
     is_left: AtomicBool,
     watchers: Mutex<Vec<Weak<Released>>>,
+    /// Eventfds of regions that came from another process, by region.
+    ioeventfds: Mutex<BTreeMap<u32, Vec<Arc<OwnedFd>>>>,
 }
 
 /// What the lock covers. It is taken for moments.
@@ -128,6 +133,7 @@ impl Machine {
             held: AtomicBool::new(false),
             is_left: AtomicBool::new(false),
             watchers: Mutex::default(),
+            ioeventfds: Mutex::default(),
         })
     }
 
@@ -181,6 +187,20 @@ impl Machine {
         let mapping = self.description.regions.get(region as usize)?.mapping.as_ref()?;
         let file = self.access(|model| Ok(model.region_file(region))).ok()?;
         Some(file.unwrap_or_else(|| Arc::clone(&mapping.fd)))
+    }
+
+    /// The eventfds that a client may signal in place of writes to a region, as they are now.
+    pub fn ioeventfds(&self, region: u32) -> Vec<IoEventFd> {
+        let mut signals = self
+            .description
+            .regions
+            .get(region as usize)
+            .map_or(Vec::new(), |region| region.ioeventfds.clone());
+        let adopted = self.ioeventfds.lock().unwrap_or_else(PoisonError::into_inner);
+        for (signal, fd) in signals.iter_mut().zip(adopted.get(&region).into_iter().flatten()) {
+            signal.fd = Arc::clone(fd);
+        }
+        signals
     }
 
     /// What its migration supports; `None` for a device without migration.

@@ -1,7 +1,7 @@
 //! A device that another process goes on with: stopped where it is, its state given away or taken back (`docs/switch-over.md`).
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use limosa_protocol::{Errno, MigrationFlags, State, fsm};
@@ -212,6 +212,24 @@ impl Machine {
         self.region_file(region).ok_or(Errno::EINVAL)?;
         let _alone = self.alone(arc_deadline(ClientId::VMM))?;
         self.call(|model| model.adopt_region_file(region, file))
+    }
+
+    /// Whether the model can go on with the eventfds of another process
+    /// ([`Model::adopts_ioeventfds`](crate::Model::adopts_ioeventfds)).
+    pub fn adopts_ioeventfds(&self) -> bool {
+        self.access(|model| Ok(model.adopts_ioeventfds())).unwrap_or(false)
+    }
+
+    /// A region has these eventfds from now on, which a client may have. EINVAL unless there is one for each of
+    /// [`Machine::ioeventfds`]; else what the model answers.
+    pub fn adopt_ioeventfds(&self, region: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
+        if fds.is_empty() || fds.len() != self.ioeventfds(region).len() {
+            return Err(Errno::EINVAL);
+        }
+        let _alone = self.alone(arc_deadline(ClientId::VMM))?;
+        self.call(|model| model.adopt_ioeventfds(region, fds.clone()))?;
+        self.ioeventfds.lock().unwrap_or_else(PoisonError::into_inner).insert(region, fds);
+        Ok(())
     }
 
     /// The device takes the place of the one that it replaces.

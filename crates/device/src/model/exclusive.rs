@@ -88,6 +88,14 @@ impl<M: SimpleModel> Model for Exclusive<M> {
         self.lock()?.adopt_region_file(region, file)
     }
 
+    fn adopts_ioeventfds(&self) -> bool {
+        self.lock().is_ok_and(|model| model.adopts_ioeventfds())
+    }
+
+    fn adopt_ioeventfds(&self, region: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
+        self.lock()?.adopt_ioeventfds(region, fds)
+    }
+
     fn migration(&self) -> Option<&dyn Migration> {
         self.has_migration.then_some(self)
     }

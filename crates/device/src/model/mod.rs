@@ -72,6 +72,21 @@ pub trait Model: Send + Sync + 'static {
         Err(Errno::ENOTSUP)
     }
 
+    /// Whether the device can go on with the eventfds of regions of another process ([`Model::adopt_ioeventfds`]). Must not
+    /// change.
+    fn adopts_ioeventfds(&self) -> bool {
+        false
+    }
+
+    /// The device takes the place of one in another process, whose client may signal these eventfds: they are those of the
+    /// region's [`Region::ioeventfds`] from now on, in their order. Registers that shared one share one still. Comes for each
+    /// region that has some, in STOP, after the state was loaded. Nothing must be read from them before the device runs: the
+    /// other device may yet go on, and what its client signals meanwhile stays in them.
+    fn adopt_ioeventfds(&self, region: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
+        let _ = (region, fds);
+        Err(Errno::ENOTSUP)
+    }
+
     /// The device's migration, or `None` when it has none. Must not change.
     fn migration(&self) -> Option<&dyn Migration> {
         None

@@ -61,6 +61,17 @@ pub trait SimpleModel: Send + 'static {
         Err(Errno::ENOTSUP)
     }
 
+    /// See [`Model::adopts_ioeventfds`](super::Model::adopts_ioeventfds).
+    fn adopts_ioeventfds(&self) -> bool {
+        false
+    }
+
+    /// See [`Model::adopt_ioeventfds`](super::Model::adopt_ioeventfds).
+    fn adopt_ioeventfds(&mut self, region: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
+        let _ = (region, fds);
+        Err(Errno::ENOTSUP)
+    }
+
     /// The device's migration, or `None` when it has none. Must not change.
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {
         None
@@ -217,6 +228,14 @@ impl<M: SimpleModel + ?Sized> SimpleModel for Box<M> {
 
     fn adopt_region_file(&mut self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
         (**self).adopt_region_file(region, file)
+    }
+
+    fn adopts_ioeventfds(&self) -> bool {
+        (**self).adopts_ioeventfds()
+    }
+
+    fn adopt_ioeventfds(&mut self, region: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
+        (**self).adopt_ioeventfds(region, fds)
     }
 
     fn migration(&mut self) -> Option<&mut dyn SimpleMigration> {

@@ -114,7 +114,7 @@ impl Sender {
         fds: &[BorrowedFd<'_>],
         mut wait: impl FnMut() -> Result<(), ConnectionError>,
     ) -> Result<(), ConnectionError> {
-        self.hold().send_all(parts, fds, &mut wait)?;
+        self.hold().send_all(parts, fds, &mut || wait().map(|()| true))?;
         // A reply may have been kept meanwhile by who found the turn taken.
         if self.keeps() {
             self.flush()?;
@@ -149,18 +149,38 @@ impl Sender {
                 }
             }
         }
-        {
-            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            let bytes = kept.bytes + parts.iter().map(|part| part.len()).sum::<usize>();
-            if bytes > Sender::KEPT_BYTES_MAX || kept.replies.len() >= Sender::KEPT_MAX {
-                return Err(ConnectionError::Backlog);
-            }
-            kept.bytes = bytes;
-            kept.replies.push_back(concat(parts));
-            self.keeps.store(true, Ordering::SeqCst);
-        }
+        self.keep(parts)?;
         // Who had the turn may have looked before this was kept.
         self.flush().map(drop)
+    }
+
+    /// Keeps a reply behind those that are kept.
+    fn keep(&self, parts: &[IoSlice<'_>]) -> Result<(), ConnectionError> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = kept.bytes + parts.iter().map(|part| part.len()).sum::<usize>();
+        if bytes > Sender::KEPT_BYTES_MAX || kept.replies.len() >= Sender::KEPT_MAX {
+            return Err(ConnectionError::Backlog);
+        }
+        kept.bytes = bytes;
+        kept.replies.push_back(concat(parts));
+        self.keeps.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// What is kept, for another process to send. `None` while somebody sends.
+    pub fn export(&self) -> Option<Vec<u8>> {
+        let turn = self.try_turn()?;
+        let mut bytes = turn.rest[turn.rest_at..].to_vec();
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.replies.iter().for_each(|reply| bytes.extend_from_slice(reply));
+        Some(bytes)
+    }
+
+    /// Goes on where another process has stopped: with what it kept.
+    pub fn import(&self, bytes: Vec<u8>) {
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.keeps.store(!bytes.is_empty(), Ordering::SeqCst);
+        (turn.rest, turn.rest_at) = (bytes, 0);
     }
 
     /// Whether replies are kept that [`Sender::flush`] has to send.
@@ -241,14 +261,23 @@ impl Sending<'_> {
         let (sender, mut deadline) = (self.sender, self.deadline);
         let mut wait = || {
             let deadline = *deadline.get_or_insert_with(|| Instant::now() + sender.limit);
-            sender.wait_writable(deadline).map_err(|error| match error {
-                ConnectionError::TimedOut => ConnectionError::Stalled,
-                other => other,
-            })
+            sender.wait_writable(deadline).map(|()| true).map_err(stalled)
         };
         let sent = self.send_all(parts, fds, &mut wait);
         self.deadline = deadline;
         sent
+    }
+
+    /// The same for a message without fds. `wait` gets the limit; once it returns false, what is left is kept
+    /// ([`Sender::flush`]).
+    pub fn send_or_keep(
+        &mut self,
+        parts: &mut [IoSlice<'_>],
+        wait: impl Fn(Instant) -> Result<bool, ConnectionError>,
+    ) -> Result<(), ConnectionError> {
+        let (limit, mut deadline) = (self.sender.limit, self.deadline);
+        let mut wait = || wait(*deadline.get_or_insert_with(|| Instant::now() + limit)).map_err(stalled);
+        self.send_all(parts, &[], &mut wait)
     }
 
     fn send_all(
@@ -264,7 +293,10 @@ impl Sending<'_> {
             return Err(ConnectionError::Closed);
         }
         while !self.sender.flush_in(&mut self.turn)? {
-            wait()?;
+            if !wait()? {
+                let is_empty = parts.iter().all(|part| part.is_empty());
+                return if is_empty { Ok(()) } else { self.sender.keep(parts) };
+            }
         }
         // A short message in one piece costs the system less than the same in parts.
         let mut short = [0; SHORT_BYTES];
@@ -290,19 +322,36 @@ impl Sending<'_> {
                 begun = true;
                 continue;
             }
-            if let Err(error) = wait() {
-                if begun {
-                    self.turn.broken = true;
-                    self.sender.shutdown();
+            match wait() {
+                Ok(true) => {}
+                Ok(false) => {
+                    (self.turn.rest, self.turn.rest_at) = (concat(parts), 0);
+                    self.sender.keeps.store(true, Ordering::SeqCst);
+                    return Ok(());
                 }
-                return Err(error);
+                Err(error) => {
+                    if begun {
+                        self.turn.broken = true;
+                        self.sender.shutdown();
+                    }
+                    return Err(error);
+                }
             }
         }
         Ok(())
     }
 }
 
-type Wait<'a> = &'a mut dyn FnMut() -> Result<(), ConnectionError>;
+/// Waits for room; `false` when the message is to be kept instead, which only one without fds can be.
+type Wait<'a> = &'a mut dyn FnMut() -> Result<bool, ConnectionError>;
+
+/// A peer that made no room for a message in time.
+fn stalled(error: ConnectionError) -> ConnectionError {
+    match error {
+        ConnectionError::TimedOut => ConnectionError::Stalled,
+        other => other,
+    }
+}
 
 /// Messages up to this length are sent in one piece.
 const SHORT_BYTES: usize = 256;

@@ -101,11 +101,16 @@ impl<'a> Connection<'a> {
         if !self.peer.options.interruptible {
             return Ok(());
         }
-        self.peer.link.flush()?;
-        if self.peer.doors.is_open() && self.peer.link.is_busy() {
-            return Ok(());
+        loop {
+            // Ends at once when the connection is to be paused: another process sends what is left.
+            self.peer.link.flush()?;
+            if !(self.peer.doors.is_open() && self.peer.link.is_busy()) {
+                self.peer.doors.pause_here(self.peer.id, &|| self.state(Vec::new()))?;
+            }
+            if !self.peer.link.keeps() {
+                return Ok(());
+            }
         }
-        self.peer.doors.pause_here(self.peer.id, &|| self.state(Vec::new()))
     }
 
     /// What another process needs to go on with this connection, beside its link.
@@ -212,7 +217,11 @@ impl<'a> Connection<'a> {
                 self.answer(job, info::region(description, file, self.peer.fds_max(), argsz, index))
             }
             Request::GetRegionIoFds { argsz, index } => {
-                self.answer(job, info::region_io_fds(description, self.peer.fds_max(), argsz, index))
+                if index as usize >= description.regions.len() {
+                    return Ok(Outcome::Refused(Errno::EINVAL));
+                }
+                let signals = self.peer.machine.ioeventfds(index);
+                self.answer(job, info::region_io_fds(&signals, self.peer.fds_max(), argsz, index))
             }
             Request::GetIrqInfo { argsz, index } => self.answer(job, info::irq(description, argsz, index)),
             Request::SetIrqs(set) => {

@@ -15,7 +15,7 @@ use limosa_protocol::info::{DeviceInfo, IrqInfo, RegionFlags, RegionInfo};
 use zerocopy::IntoBytes;
 
 use crate::codec::{IoFd, IoFdsMessage};
-use limosa_device::Description;
+use limosa_device::{Description, IoEventFd};
 
 /// The most eventfds of one region that a client is told of; more need more than one message's fds.
 const IO_FDS_MAX: usize = 256;
@@ -87,7 +87,7 @@ pub(super) fn region<'a>(
 
 /// DEVICE_GET_REGION_IO_FDS, likewise.
 pub(super) fn region_io_fds(
-    description: &Description,
+    signals: &[IoEventFd],
     fds_max: usize,
     argsz: u32,
     index: u32,
@@ -95,13 +95,10 @@ pub(super) fn region_io_fds(
     if (argsz as usize) < IoFdsMessage::BYTES {
         return Err(Errno::EINVAL);
     }
-    let Some(region) = description.regions.get(index as usize) else {
-        return Err(Errno::EINVAL);
-    };
     // One fd may stand for several registers; it is sent once.
     let mut fds: Vec<&Arc<_>> = Vec::new();
     let mut entries = Vec::new();
-    for io in region.ioeventfds.iter().take(IO_FDS_MAX) {
+    for io in signals.iter().take(IO_FDS_MAX) {
         let known = fds.iter().position(|fd| Arc::ptr_eq(fd, &io.fd));
         if known.is_none() && fds.len() == fds_max {
             // Writes to what is left out come as messages.

@@ -76,6 +76,8 @@ pub(super) struct Link {
     is_woken: AtomicBool,
     /// Whether the thread that serves reads: [`wait::BUSY`] and its siblings.
     reads: AtomicU8,
+    /// The connection is to be paused: nobody waits for a client to take its replies.
+    pauses: AtomicBool,
 }
 
 /// What the threads of a connection share.
@@ -159,6 +161,7 @@ impl Link {
             waker: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             is_woken: AtomicBool::new(false),
             reads: AtomicU8::new(wait::BUSY),
+            pauses: AtomicBool::new(false),
         })
     }
 
@@ -166,10 +169,12 @@ impl Link {
     pub(super) fn import(
         &self,
         (bytes, fds): Received,
+        unsent: Vec<u8>,
         queue: Vec<Queued>,
         next_id: u16,
         foreign_dma: bool,
     ) -> Result<(), ConnectionError> {
+        self.sender.import(unsent);
         self.foreign_dma.store(foreign_dma, Relaxed);
         let mut shared = self.lock();
         let receiver = shared.receiver.take().and_then(|receiver| receiver.import(&bytes, fds));
@@ -409,13 +414,26 @@ impl Link {
     }
 
     /// Sends these pieces as one message, with fds. On failure the connection is over, because its
-    /// stream is.
+    /// stream is. What the client has no room for while the connection is to be paused is kept.
     pub(super) fn send(
         &self,
         pieces: &mut [IoSlice<'_>],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), ConnectionError> {
-        self.send_in_pieces(|sending| sending.send(pieces, fds))
+        self.send_in_pieces(|sending| match fds {
+            [] => sending.send_or_keep(pieces, |until| self.wait_for_room(until)),
+            fds => sending.send(pieces, fds),
+        })
+    }
+
+    /// Whether replies are kept that the client had no room for.
+    pub(super) fn keeps(&self) -> bool {
+        self.sender.keeps()
+    }
+
+    /// Them, for another process to send. `None` while somebody sends.
+    pub(super) fn unsent(&self) -> Option<Vec<u8>> {
+        self.sender.export()
     }
 
     /// Sends without waiting; what the client has no room for is kept, and goes with [`Link::flush`].

@@ -266,6 +266,34 @@ fn half_a_message_and_posted_writes_arrive_in_the_new_server() {
     drop(running);
 }
 
+#[test]
+fn a_client_that_takes_no_replies_held_up_a_switch_over_until_its_limit_and_then_prevented_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let machines = || vec![pad(), pad()];
+    let running = Running::bind(folder.path(), machines());
+    let other = Client::connect(folder.path().join("device1"), ClientOptions::default()).unwrap();
+    let mut raw = Raw::negotiated(&folder.path().join("device0"));
+    let words: Vec<u8> = (0..PAD_BYTES as u32 / 4).flat_map(u32::to_ne_bytes).collect();
+    raw.region_write(0, 0, &words).ok();
+    // More than any socket has room for, so that the server waits in the midst of a reply.
+    let count = 600;
+    let read = |id| message(id, REGION_READ, 0, &bytes![0u64, 0u32, PAD_BYTES as u32]);
+    let reads: Vec<u8> = (0..count).flat_map(read).collect();
+    raw.send(&reads, &[]);
+    let mut running = running;
+    for _ in 0..2 {
+        running = running.replaced_by(machines());
+        assert_eq!(other.state().unwrap(), State::Running);
+    }
+    for id in 0..count {
+        let reply = raw.receive();
+        assert_eq!((reply.id, reply.flags), (id, REPLY));
+        assert!(reply.body[16..] == words, "reply {id} is whole");
+    }
+    raw.region_read(0, 0, 4).ok();
+    drop(running);
+}
+
 const PAD_BYTES: usize = 32 << 10;
 
 /// 32 KiB of memory, all of it state.

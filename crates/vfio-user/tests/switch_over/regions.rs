@@ -1,16 +1,17 @@
 //! Regions that a client has mapped: the file goes over, and is no other client's.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use limosa_client::Device;
 use limosa_device::saved::Section;
 use limosa_device::{
-    Bus, Description, Fault, Machine, Region, RegionMapping, SimpleModel, Whole, WholeState,
+    Bus, Description, Fault, IoEventFd, Machine, Region, RegionMapping, SimpleModel, Whole, WholeState,
 };
 use limosa_protocol::Errno;
 use limosa_protocol::info::RegionFlags;
 use limosa_vfio_user::client::{Client, Options as ClientOptions};
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::{Running, memory};
@@ -201,4 +202,116 @@ fn a_new_device_that_panicked_on_its_region_file_replaced_one_that_worked() {
     client.region_read(0, 0, &mut kept).unwrap();
     assert_eq!(&kept, b"kept");
     drop(running);
+}
+
+/// A device with two registers that a client may signal by one eventfd, and one by another. `adopts` says whether it goes on
+/// with those of another process.
+struct Doorbell {
+    fds: [Arc<OwnedFd>; 2],
+    adopts: bool,
+}
+
+impl Doorbell {
+    fn machine(adopts: bool) -> Arc<Machine> {
+        let fd = || Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
+        Machine::simple(Whole::new(Doorbell { fds: [fd(), fd()], adopts }))
+    }
+}
+
+impl SimpleModel for Doorbell {
+    fn description(&self) -> Description {
+        let [first, second] = &self.fds;
+        let signal = |offset, fd, datamatch| IoEventFd { offset, size: 4, fd: Arc::clone(fd), datamatch };
+        let ioeventfds = vec![signal(0, first, None), signal(4, second, Some(7)), signal(8, first, None)];
+        let flags = RegionFlags::READ | RegionFlags::WRITE;
+        let region = Region { flags, size: 16, ioeventfds, ..Region::default() };
+        Description { regions: vec![region], ..Description::default() }
+    }
+
+    fn attach(&mut self, _: Bus) {}
+
+    /// How often each eventfd was signalled since the last time.
+    fn region_read(&mut self, _: u32, _: u64, data: &mut [u8]) -> Result<(), Errno> {
+        for (byte, fd) in data.iter_mut().zip(&self.fds) {
+            let mut count = [0; 8];
+            *byte = if rustix::io::read(&**fd, &mut count).is_ok() { count[0] } else { 0 };
+        }
+        Ok(())
+    }
+
+    fn region_write(&mut self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn adopts_ioeventfds(&self) -> bool {
+        self.adopts
+    }
+
+    fn adopt_ioeventfds(&mut self, _: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
+        assert!(Arc::ptr_eq(&fds[0], &fds[2]), "registers that shared an eventfd share one still");
+        self.fds = [Arc::clone(&fds[0]), Arc::clone(&fds[1])];
+        Ok(())
+    }
+}
+
+impl WholeState for Doorbell {
+    type Saved = SavedBoard;
+    const KIND: &'static str = "test.doorbell";
+    const SECTION: Section = Section::message("doorbell", 1);
+
+    fn stop(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn to_saved(&self) -> SavedBoard {
+        SavedBoard {}
+    }
+
+    fn restore(&mut self, _: SavedBoard) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+#[test]
+fn eventfds_that_a_client_signals_reach_the_new_device_also_when_nobody_ran_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device0");
+    let mut running = Running::bind(folder.path(), vec![Doorbell::machine(true)]);
+    let refused = running.refuses(vec![Doorbell::machine(false)]);
+    assert!(refused.contains("eventfds of region 0"), "{refused}");
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let counts = |client: &Client| {
+        let mut counts = [0; 2];
+        client.region_read(0, 0, &mut counts).unwrap();
+        counts
+    };
+    let signals = client.region_io_fds(0).unwrap();
+    assert_eq!(signals.entries.len(), 3);
+    let ring = |entry: usize| {
+        let fd = signals.fds[signals.entries[entry].fd_index as usize].as_fd();
+        rustix::io::write(fd, &1u64.to_ne_bytes()).unwrap();
+    };
+    ring(0);
+    assert_eq!(counts(&client), [1, 0]);
+    for _ in 0..3 {
+        // Nobody has read these when the device is frozen.
+        [0, 1, 2].into_iter().for_each(ring);
+        running = running.replaced_by(vec![Doorbell::machine(true)]);
+        assert_eq!(counts(&client), [2, 1]);
+        ring(1);
+        assert_eq!(counts(&client), [0, 1]);
+    }
+    // A client that asks for them now is given the same ones.
+    let again = client.region_io_fds(0).unwrap();
+    rustix::io::write(again.fds[again.entries[2].fd_index as usize].as_fd(), &1u64.to_ne_bytes()).unwrap();
+    assert_eq!(counts(&client), [1, 0]);
+    drop((client, running));
 }

@@ -143,6 +143,7 @@ impl Doors {
         let from = socket_peercred(link.socket());
         let from = from.map_or((u32::MAX, 0), |peer| (peer.uid.as_raw(), peer.pid.as_raw_pid()));
         let link = Arc::clone(link);
+        link.set_pauses(inner.pause != Pause::Serving);
         inner.connections.push(Entry { id, link, from, is_ended: false, role: None, idle, paused: None });
         inner.coming = inner.coming.saturating_sub(1);
         self.changed.notify_all();
@@ -343,6 +344,7 @@ impl Doors {
         inner.set_pause(Pause::Paused, &self.is_paused);
         self.changed.notify_all();
         for entry in &mut inner.connections {
+            entry.link.set_pauses(true);
             match entry.link.stop_if_idle() {
                 // Its thread sleeps, and finds this when it wakes.
                 true => entry.paused = Some(entry.idle.clone()),
@@ -365,6 +367,7 @@ impl Doors {
     pub(in crate::server) fn go_on(&self) {
         let mut inner = self.lock();
         inner.set_pause(Pause::Serving, &self.is_paused);
+        inner.connections.iter().for_each(|entry| entry.link.set_pauses(false));
         // Those that sleep have not seen that they were paused. The others wake.
         for entry in inner.connections.iter_mut().filter(|entry| entry.link.go_on_idle()) {
             entry.paused = None;

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use limosa_device::Machine;
 use limosa_foreign_fd::{Foreign, ForeignFd};
-use limosa_switch_over::{Item, Refusal};
+use limosa_switch_over::{ITEM_BYTES_MAX, Item, Refusal};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::LaterMemory;
@@ -39,6 +39,8 @@ pub(in crate::server) struct Adopted {
     next_id: u16,
     received: Received,
     twin_received: Received,
+    /// What its client had no room for of replies.
+    unsent: Vec<u8>,
     queue: Vec<Queued>,
     memory: Option<Arc<LaterMemory>>,
 }
@@ -184,6 +186,14 @@ pub(super) fn export(
         let (bytes, fds) = twin.receiver.export();
         items.push(received(device, true, bytes, fds)?);
     }
+    let unsent = link.unsent().filter(|bytes| bytes.len() <= ITEM_BYTES_MAX).ok_or_else(|| {
+        let what = "a client takes no replies while its memory is reached by messages, or takes none of more than 16 MiB; try \
+                    again once it does";
+        Refusal::of_device(device, what)
+    })?;
+    if !unsent.is_empty() {
+        items.push(Item::new(kind::UNSENT, device, unsent));
+    }
     if !state.unanswered.is_empty() {
         let (header, body) = state.unanswered.split_at(Header::BYTES);
         items.push(message(kind::QUEUED, device, header, body, (false, 0), 0)?);
@@ -271,6 +281,7 @@ impl Adopted {
             next_id,
             received,
             twin_received,
+            unsent: Vec::new(),
             queue: Vec::new(),
             memory: None,
         })
@@ -286,7 +297,7 @@ impl Adopted {
         self.memory = Some(memory);
     }
 
-    /// RECEIVED, QUEUED or PARKED.
+    /// RECEIVED, UNSENT, QUEUED or PARKED.
     pub(super) fn add(&mut self, mut item: Item) -> Result<(), Refusal> {
         let wrong = |item: &Item, what: &str| broken(item.kind, item.device, &what);
         if item.kind == kind::RECEIVED {
@@ -300,6 +311,10 @@ impl Adopted {
                 received.fds.iter().map(|(at, kept)| (*at, if *kept { came.next() } else { None })).collect();
             let to = if received.twin { &mut self.twin_received } else { &mut self.received };
             *to = (bytes, fds);
+            return Ok(());
+        }
+        if item.kind == kind::UNSENT {
+            self.unsent = std::mem::take(&mut item.bytes);
             return Ok(());
         }
         let (message, bytes) = record::decode_with::<record::Message>(&item)?;
@@ -335,7 +350,7 @@ impl Adopted {
             Connection::new(self.socket, machine, options, doors, by_control_door, self.place)
                 .inspect_err(|_| self.place.into_iter().for_each(|id| doors.expect_adopted_no_more(id)))?;
         let link = connection.link();
-        link.import(self.received, self.queue, self.next_id, self.foreign_dma)?;
+        link.import(self.received, self.unsent, self.queue, self.next_id, self.foreign_dma)?;
         if let Some((twin, next_id)) = self.twin {
             link.import_twin(twin, options.message_limit, next_id, self.twin_received)?;
         }

@@ -11,6 +11,7 @@ use super::copy::Copy;
 use super::offer::offer_of;
 use super::record::{self, Files, Offer, copy, encode, kind};
 use super::regions::GivenFiles;
+use super::signals;
 use super::{DEVICES_MAX, STOP_LIMIT};
 use crate::server::doors::Role;
 use crate::server::{Door, Server};
@@ -121,13 +122,6 @@ impl SwitchOver<'_> {
                     let what = "it has no migration, by which its state would go to the new server";
                     Refusal::of_device(device, what)
                 })?;
-                let signals = |region: &limosa_device::Region| !region.ioeventfds.is_empty();
-                if let Some(index) = description.regions.iter().position(signals) {
-                    let what = format!(
-                        "its client may signal eventfds of region {index}, which this device does not hand over"
-                    );
-                    return Err(Refusal::of_device(device, what));
-                }
                 let has_client = !server.doors.to_be_given().is_empty();
                 let offer = Offer { socket: server.socket(), has_client, ..offer_of(description, flags) };
                 encode(kind::OFFER, device, &offer)
@@ -149,6 +143,7 @@ impl SwitchOver<'_> {
             }
             items.extend(outgoing.sockets.more(device, &server.doors)?);
             items.extend(outgoing.regions.more(device, &server.machine)?);
+            items.extend(signals::given(device, &server.machine)?);
             items.extend(outgoing.copy.begin(device, &server.machine)?);
         }
         Ok(items)

@@ -14,6 +14,7 @@ mod new;
 mod offer;
 mod record;
 mod regions;
+mod signals;
 mod take;
 
 pub(super) use connection::{Adopted, Received};

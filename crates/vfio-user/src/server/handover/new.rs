@@ -18,6 +18,7 @@ use super::later::LaterMemory;
 use super::offer::{difference, offer_of};
 use super::record::{self, MappingRow, Offer, broken, decode, kind};
 use super::regions::{self, CameFiles};
+use super::signals::{self, CameSignals};
 use super::take::is_same;
 use crate::server::doors::Doors;
 use crate::server::{Door, Options, Server, device_span};
@@ -50,6 +51,7 @@ pub(super) struct New {
     sockets: CameSockets,
     threads: Threads,
     regions: CameFiles,
+    signals: CameSignals,
     doors: Arc<Doors>,
     connections: Vec<Adopted>,
     memory: Arc<LaterMemory>,
@@ -85,6 +87,7 @@ impl New {
             sockets: CameSockets::default(),
             threads: Threads::default(),
             regions: CameFiles::default(),
+            signals: CameSignals::default(),
             doors: Arc::default(),
             connections: Vec::new(),
             memory: Arc::default(),
@@ -116,6 +119,7 @@ impl New {
                 format!("{what}; start the new server with the same options, or a version that keeps them");
             return Err(Refusal::of_device(device, what));
         }
+        signals::check(device, &self.machine)?;
         regions::check(device, &self.machine)
     }
 
@@ -155,6 +159,7 @@ impl New {
             kind::LISTENER => self.listen(item)?,
             kind::STATE => self.load(item)?,
             kind::REGION_FILE => self.regions.add(item, &self.machine)?,
+            kind::IOEVENTFDS => self.signals.add(item)?,
             kind::SOCKETS => {
                 let id = self.sockets.add(item)?;
                 let device = device_span(self.socket.as_deref());
@@ -188,7 +193,7 @@ impl New {
                 let connection = Adopted::new(item, &mut self.sockets)?;
                 self.connections.push(connection);
             }
-            kind::RECEIVED | kind::QUEUED | kind::PARKED => {
+            kind::RECEIVED | kind::QUEUED | kind::PARKED | kind::UNSENT => {
                 let none = || broken(item.kind, device, &"it belongs to no connection");
                 self.connections.last_mut().ok_or_else(none)?.add(item)?;
             }
@@ -305,6 +310,7 @@ impl New {
             |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
         self.finish(device)?;
         std::mem::take(&mut self.regions).adopt(device, &self.machine)?;
+        std::mem::take(&mut self.signals).adopt(device, &self.machine)?;
         self.kept.ok_or_else(|| missing("what it keeps"))?;
         if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
             return Err(broken(kind::CONNECTION, device, &"two VMMs"));

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use limosa_device::Description;
+use limosa_device::{Description, Region};
 use limosa_protocol::MigrationFlags;
 use limosa_switch_over::{Item, Refusal};
 
@@ -44,12 +44,17 @@ pub(super) fn offer_of(description: &Description, migration: MigrationFlags) -> 
         let mapping = region.mapping.as_ref().map(|mapping| (mapping.offset, mapping.areas.clone()));
         (region.flags.bits(), region.size, mapping)
     });
+    let signals = |region: &Region| {
+        region.ioeventfds.iter().map(|signal| (signal.offset, signal.size, signal.datamatch)).collect()
+    };
+    let ioeventfds = (0..).zip(&description.regions).filter(|(_, region)| !region.ioeventfds.is_empty());
     let irqs = description.irqs.iter().map(|irq| (irq.flags.bits(), irq.count));
     Offer {
         flags: description.device_info().flags,
         regions: regions.collect(),
         irqs: irqs.collect(),
         migration: migration.bits(),
+        ioeventfds: ioeventfds.map(|(index, region)| (index, signals(region))).collect(),
         socket: None,
         has_client: false,
     }
@@ -79,6 +84,10 @@ pub(super) fn difference(theirs: &Offer, ours: &Offer) -> Option<String> {
             "interrupt {at} is {:?}, and the new device's {:?}",
             theirs.irqs[at], ours.irqs[at]
         ));
+    }
+    if theirs.ioeventfds != ours.ioeventfds {
+        let (theirs, ours) = (&theirs.ioeventfds, &ours.ioeventfds);
+        return Some(format!("its client may signal {theirs:?}, and the new device's {ours:?}"));
     }
     if theirs.flags != ours.flags {
         return Some(format!("its flags are {:#x}, and the new device's {:#x}", theirs.flags, ours.flags));

@@ -1,5 +1,6 @@
 //! What is handed over, as items (`docs/switch-over.md: items`). What comes from the other process is checked anew.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -32,6 +33,8 @@ pub(super) mod kind {
     pub const STATE: u16 = 14;
     pub const SOCKETS: u16 = 15;
     pub const REGION_FILE: u16 = 16;
+    pub const IOEVENTFDS: u16 = 17;
+    pub const UNSENT: u16 = 18;
 }
 
 /// A device, for the new server to compare with its own.
@@ -42,6 +45,9 @@ pub(super) struct Offer {
     /// Flags and vectors.
     pub irqs: Vec<(u32, u32)>,
     pub migration: u64,
+    /// What a client may signal in place of writes, by region: offset, bytes and value of each.
+    #[serde(default)]
+    pub ioeventfds: BTreeMap<u32, Vec<(u64, u64, Option<u64>)>>,
     /// Where it listens: an absolute path, by which it is known to the new server.
     #[serde(default)]
     pub socket: Option<std::path::PathBuf>,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Link, is_reply};
-use crate::connection::{ConnectionError, Receiver};
+use crate::connection::{ConnectionError, Receiver, wait_ready};
 
 /// The thread that serves may read from the socket, or handles a request.
 pub(super) const BUSY: u8 = 0;
@@ -82,6 +82,31 @@ impl Link {
     /// Called by the thread that serves, which may read from now on, or will not before it was told that it may.
     pub(in crate::server) fn set_busy(&self) {
         self.reads.store(BUSY, SeqCst);
+    }
+
+    /// Whether it is to be paused: then nobody waits for the client to take its replies. Before it is woken for that.
+    pub(in crate::server) fn set_pauses(&self, pauses: bool) {
+        self.pauses.store(pauses, SeqCst);
+    }
+
+    /// Sleeps until the client has room for more of a reply. `false` when the connection is to be paused.
+    pub(super) fn wait_for_room(&self, until: Instant) -> Result<bool, ConnectionError> {
+        if self.pauses.load(SeqCst) {
+            return Ok(false);
+        }
+        // Also with a client that takes a little each time.
+        if Instant::now() >= until {
+            return Err(ConnectionError::TimedOut);
+        }
+        let mut fds =
+            [PollFd::new(self.sender.socket(), PollFlags::OUT), PollFd::new(&self.waker, PollFlags::IN)];
+        wait_ready(&mut fds, until)?;
+        if !fds[1].revents().is_empty() {
+            // It is woken for something else as well, and finds that later.
+            let _ = rustix::io::read(&self.waker, &mut [0; 8]);
+            self.is_woken.store(true, SeqCst);
+        }
+        Ok(!self.pauses.load(SeqCst))
     }
 
     /// Whether the thread that serves was not stopped.
