@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::table::size;
 
 /// The version of the document.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The most bytes of a document that is read.
 pub const BYTES_MAX: u64 = 64 << 20;
@@ -27,7 +27,8 @@ pub struct Document {
     pub kernel: String,
     /// How many processors the program had.
     pub processors: usize,
-    /// The share of each measure, in seconds.
+    /// The share of each measure, in seconds; in JSON in nanoseconds.
+    #[serde(rename = "each_ns", with = "as_ns")]
     pub seconds: f64,
     /// The measures, in order.
     pub measures: Vec<Measure>,
@@ -37,6 +38,19 @@ pub struct Document {
     pub ended_early: Option<String>,
     /// The state in which the device was left, or what is known of it.
     pub left_in: String,
+}
+
+/// Seconds as whole nanoseconds.
+mod as_ns {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(seconds: &f64, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64((seconds * 1e9) as u64)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+        Ok(u64::deserialize(from)? as f64 / 1e9)
+    }
 }
 
 /// One measure.

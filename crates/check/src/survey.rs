@@ -21,7 +21,7 @@ pub struct Facts {
     /// How the device is reached.
     pub transport: Transport,
     /// The migration flags; empty for a device without migration.
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "as_list")]
     pub flags: MigrationFlags,
     /// The features that the device says it has.
     pub features: Vec<String>,
@@ -35,8 +35,8 @@ pub struct Facts {
     pub(crate) has: Needs,
 }
 
-fn as_text<S: serde::Serializer>(flags: &MigrationFlags, to: S) -> Result<S::Ok, S::Error> {
-    to.collect_str(flags)
+fn as_list<S: serde::Serializer>(flags: &MigrationFlags, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(flags.iter_names().map(|(name, _)| name))
 }
 
 impl Facts {

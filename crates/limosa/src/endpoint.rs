@@ -1,5 +1,6 @@
 //! [`Endpoint`]: the devices and the guest memory of one side of a move, opened, in the order in which the user named them.
 
+use limosa_client::DeviceExt;
 use limosa_migrate::MovedDevice;
 
 use crate::args::{Memory, Stopping};
@@ -60,6 +61,13 @@ impl Endpoint {
     /// The devices.
     pub fn devices(&self) -> &[Opened] {
         &self.devices
+    }
+
+    /// What there is to move from here: the guest's memory, and what devices say that they have. `None` where one does not.
+    pub fn total_bytes(&self) -> Option<u64> {
+        let devices = self.devices.iter().map(|device| device.mig_data_size().ok().flatten());
+        let memory = self.memory.iter().map(|part| Some(part.size()));
+        devices.chain(memory).sum()
     }
 
     /// The names of the devices and the memory, for messages.

@@ -1,12 +1,13 @@
 //! Exit codes: their meaning, and the code of each error.
 
 use std::fmt;
-use std::io::{self, IsTerminal};
+use std::io;
 
 use limosa_protocol::Errno;
 use serde::Serialize;
 
 use crate::output::Output;
+use crate::terminal;
 
 /// An exit code and what it says: the one list behind the help, the manual pages and `docs/command.md`.
 pub struct Meaning {
@@ -177,7 +178,7 @@ pub fn tell(error: &anyhow::Error, out: &Output) -> Code {
 pub fn tell_usage(error: &clap::Error, out: &Output) -> Code {
     let text = error.render();
     let message = text.to_string().trim().trim_start_matches("error: ").to_owned();
-    let shown = match std::io::stderr().is_terminal() {
+    let shown = match terminal::is_coloured() {
         true => text.ansi().to_string(),
         false => text.to_string(),
     };

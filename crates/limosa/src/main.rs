@@ -11,6 +11,7 @@ mod hook;
 mod huge_pages;
 mod keep_open;
 mod links;
+mod log;
 mod memory;
 mod moved;
 mod moves;
@@ -27,13 +28,11 @@ mod service;
 mod signals;
 mod snapshot_location;
 mod staying;
+mod terminal;
 mod text;
 
 use std::ffi::OsStr;
-use std::io::IsTerminal;
 use std::process::ExitCode;
-
-use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
 use keep_open::Leaves;
@@ -47,18 +46,18 @@ fn main() -> ExitCode {
     match limosa_bench::run_if_child() {
         Ok(false) => {}
         Ok(true) => return ExitCode::SUCCESS,
-        Err(error) => return ExitCode::from(exit::tell(&error, &Output::new(false)) as u8),
+        Err(error) => return ExitCode::from(exit::tell(&error, &Output::new(false, None)) as u8),
     }
     let cli = match args::parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
-            return ExitCode::from(exit::tell_usage(&error, &Output::new(json_is_asked_for())) as u8);
+            return ExitCode::from(exit::tell_usage(&error, &Output::new(json_is_asked_for(), None)) as u8);
         }
         // It is what was asked for: the help, or the version.
         Err(error) => error.exit(),
     };
-    log(cli.verbose);
-    let out = Output::new(cli.json);
+    log::begin(cli.verbose, cli.log_json);
+    let out = Output::new(cli.json, Some(cli.command.name()));
     match run(&cli, &out) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => ExitCode::from(exit::tell(&error, &out) as u8),
@@ -125,20 +124,4 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Answer(args) => commands::answer::answer(args, out),
         Command::Bench(args) => commands::bench::run(args, opening, out),
     }
-}
-
-/// Logs go to standard error: warnings, more of this project's with `-v`, anything with RUST_LOG.
-fn log(verbose: u8) {
-    let own = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
-    let default = format!("warn,limosa={own}");
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        // It would be said on standard error, which is what failed.
-        .log_internal_errors(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .fmt_fields(text::fields())
-        .init();
 }

@@ -84,6 +84,11 @@ impl OpenMemory {
         Ok(OpenMemory { named: named.clone(), file, size, huge_pages })
     }
 
+    /// How long it is, in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
     /// Its first address and the one behind its last.
     fn range(&self) -> (u128, u128) {
         (self.named.address.into(), u128::from(self.named.address) + u128::from(self.size))

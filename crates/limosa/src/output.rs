@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use limosa_protocol::MigrationFlags;
 use serde::Serialize;
 
 use crate::exit::{self, Code};
@@ -11,10 +12,22 @@ use crate::text;
 /// Indexes of regions or interrupts that are listed at most, whatever a device claims.
 pub const INDEXES_MAX: u32 = 256;
 
+/// A document: the version of the schema (`docs/output.schema.json`) and the command, before what it has to say.
+#[derive(Serialize)]
+pub struct Document<'a, T> {
+    schema: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    command: Option<&'static str>,
+    #[serde(flatten)]
+    content: &'a T,
+}
+
 /// Where results go.
 #[derive(Debug)]
 pub struct Output {
     pub json: bool,
+    /// The command, unless the command line has none.
+    command: Option<&'static str>,
     /// Whether it is one of several documents, each of which has a line.
     is_one_of_many: bool,
     /// Whether a document was printed, or begun.
@@ -24,13 +37,24 @@ pub struct Output {
 }
 
 impl Output {
-    pub fn new(json: bool) -> Output {
-        Output { json, is_one_of_many: false, printed: AtomicBool::new(false), told: AtomicBool::new(false) }
+    pub fn new(json: bool, command: Option<&'static str>) -> Output {
+        Output {
+            json,
+            command,
+            is_one_of_many: false,
+            printed: AtomicBool::new(false),
+            told: AtomicBool::new(false),
+        }
     }
 
     /// For one result, or one failure, of a command that has many.
     pub fn one_of_many(&self) -> Output {
-        Output { is_one_of_many: true, ..Output::new(self.json) }
+        Output { is_one_of_many: true, ..Output::new(self.json, self.command) }
+    }
+
+    /// The document with this content.
+    pub fn document<'a, T>(&self, content: &'a T) -> Document<'a, T> {
+        Document { schema: limosa_trace::sink::SCHEMA, command: self.command, content }
     }
 
     /// Prints a result: the JSON document, or what `text` writes.
@@ -40,7 +64,7 @@ impl Output {
         text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
         self.printed.store(true, Ordering::Relaxed);
-        self.print(|| text::json(result, self.is_one_of_many), text)
+        self.print(|| text::json(&self.document(result), self.is_one_of_many), text)
     }
 
     /// Says how the command failed, once: to people on standard error, and in a document unless there is one on standard
@@ -62,7 +86,7 @@ impl Output {
         result: &T,
         text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
-        self.print(|| text::json(result, true), text)
+        self.print(|| text::json(&self.document(result), true), text)
     }
 
     /// Prints a part of a result for people, when there is one.
@@ -127,6 +151,11 @@ pub fn plain(text: &str) -> String {
         }
     }
     plain
+}
+
+/// The names of migration flags, as documents have them.
+pub fn flag_names(flags: MigrationFlags) -> Vec<&'static str> {
+    flags.iter_names().map(|(name, _)| name).collect()
 }
 
 /// A number of bytes as people read it.

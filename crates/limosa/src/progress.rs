@@ -1,64 +1,126 @@
-//! A move's progress: a bar on a terminal, nothing elsewhere.
+//! A move's progress: a line on a terminal, nothing elsewhere.
 
-use std::sync::Mutex;
-use std::time::Duration;
+mod view;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use limosa_migrate::{Observer, Phase, Round};
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::ProgressBar;
+use limosa_migrate::{Estimate, Observer, Phase, Round};
 use limosa_stream::Totals;
 
-use crate::output::{self, Output};
+use crate::output::Output;
+use crate::terminal::{self, Bar};
+use view::View;
+
+/// The rate is that of this time.
+const WINDOW: Duration = Duration::from_secs(3);
+/// The columns of what stands before the text: the spinner, the time, and their spaces.
+const BEFORE: usize = 11;
 
 /// Watches one side of a move.
 pub struct Progress {
-    bar: Option<ProgressBar>,
-    phase: Mutex<&'static str>,
+    bar: Option<Bar>,
+    seen: Mutex<Seen>,
+}
+
+/// What was seen so far.
+#[derive(Default)]
+struct Seen {
+    view: View,
+    /// When how many bytes had been moved.
+    samples: VecDeque<(Instant, u64)>,
+}
+
+impl Seen {
+    fn moved(&mut self, bytes: u64, now: Instant) {
+        // A later call may tell of slightly less.
+        self.view.moved_bytes = self.view.moved_bytes.max(bytes);
+        self.samples.push_back((now, self.view.moved_bytes));
+        while self.samples.len() > 2 && now.duration_since(self.samples[1].0) > WINDOW {
+            self.samples.pop_front();
+        }
+        let (since, before) = self.samples[0];
+        let took = now.duration_since(since).as_secs_f64();
+        if took > 0.1 {
+            self.view.bytes_per_second = Some(((self.view.moved_bytes - before) as f64 / took) as u64);
+        }
+    }
 }
 
 impl Progress {
-    /// A bar, if results go to people and standard error is a terminal.
-    pub fn new(out: &Output) -> Progress {
-        let bar = out.progress().then(|| {
-            let style = ProgressStyle::with_template("{spinner} {elapsed_precise} {msg}");
-            let bar = ProgressBar::new_spinner();
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
-        });
-        Progress { bar, phase: Mutex::new("") }
+    /// A line, if results go to people and standard error is a terminal. `total_bytes` says what there is to move, where
+    /// that is known before; only a line asks.
+    pub fn new(out: &Output, total_bytes: impl FnOnce() -> Option<u64>) -> Progress {
+        let bar = out
+            .progress()
+            .then(|| Bar::show(ProgressBar::new_spinner(), "{spinner} {elapsed_precise} {wide_msg}"));
+        let total_bytes = bar.as_ref().and_then(|_| total_bytes());
+        let view = View { total_bytes, ..View::default() };
+        Progress { bar, seen: Mutex::new(Seen { view, samples: VecDeque::new() }) }
     }
 
-    fn show(&self, what: impl FnOnce(&str) -> String) {
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show(&self, see: impl FnOnce(&mut Seen)) {
         if let Some(bar) = &self.bar {
-            let phase = self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            bar.set_message(what(&phase));
+            let mut seen = self.seen();
+            see(&mut seen);
+            bar.bar().set_message(seen.view.line(terminal::columns().saturating_sub(BEFORE)));
         }
     }
 }
 
 impl Observer for Progress {
     fn phase(&self, phase: Phase) {
-        *self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = phase.name();
-        self.show(str::to_owned);
-    }
-
-    fn moved(&self, totals: Totals) {
-        self.show(|phase| {
-            let devices = output::bytes(totals.device_bytes);
-            format!("{phase}: devices {devices}, memory {}", output::bytes(totals.memory_bytes))
+        self.show(|seen| {
+            seen.view.phase = phase.name();
+            // What another phase took says nothing of the rate of this one.
+            seen.samples.clear();
         });
     }
 
+    fn moved(&self, totals: Totals) {
+        let bytes = totals.device_bytes + totals.memory_bytes + totals.zero_bytes;
+        self.show(|seen| seen.moved(bytes, Instant::now()));
+    }
+
     fn round(&self, round: &Round) {
-        let (number, dirty) = (round.round, output::bytes(round.memory_dirty_bytes));
-        self.show(|phase| format!("{phase}: round {number}, {dirty} dirty"));
+        self.show(|seen| {
+            seen.view.round = round.round;
+            seen.view.left_bytes = Some(round.memory_dirty_bytes);
+        });
+    }
+
+    fn estimate(&self, estimate: &Estimate) {
+        self.show(|seen| {
+            seen.view.left_bytes = Some(estimate.left_bytes);
+            seen.view.estimate = Some(*estimate);
+        });
     }
 }
 
-impl Drop for Progress {
-    fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_is_that_of_the_last_seconds_and_never_goes_back() {
+        let (mut seen, began) = (Seen::default(), Instant::now());
+        let at = |seconds: u64| began + Duration::from_secs(seconds);
+        for second in 0..10 {
+            seen.moved(second * 1000, at(second));
         }
+        assert_eq!(seen.view.bytes_per_second, Some(1000));
+        for second in 10..20 {
+            seen.moved(9000 + (second - 9) * 10, at(second));
+        }
+        assert_eq!(seen.view.bytes_per_second, Some(10));
+        seen.moved(5, at(20));
+        assert_eq!(seen.view.moved_bytes, 9100);
+        assert!(seen.samples.len() < 6, "{}", seen.samples.len());
     }
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::args::Reporting;
 use crate::exit::{self, Code};
+use crate::output::Output;
 use crate::text;
 
 /// The format of a report.
@@ -59,7 +60,10 @@ impl Printed for Report {
 }
 
 /// The files, prepared.
-pub struct Reports(Vec<Prepared>);
+pub struct Reports<'a> {
+    prepared: Vec<Prepared>,
+    out: &'a Output,
+}
 
 struct Prepared {
     named: ReportFile,
@@ -72,23 +76,24 @@ fn no_wait() -> Wait<'static> {
     Wait::within(std::time::Duration::MAX, None)
 }
 
-impl Reports {
+impl<'a> Reports<'a> {
     /// Prepares all files, and refuses names that cannot be used: only a regular file is replaced,
     /// and no link is followed. A report is readable by its owner alone, as it names devices, addresses and commands.
-    pub fn open(args: &Reporting) -> anyhow::Result<Reports> {
+    pub fn open(args: &Reporting, out: &'a Output) -> anyhow::Result<Reports<'a>> {
         let open = |named: &ReportFile| {
             let file = named.target().create(no_wait()).map_err(|error| failed(&named.path, &error))?;
             Ok(Prepared { named: named.clone(), file: Mutex::new(Some(file)) })
         };
-        Ok(Reports(args.report.iter().map(open).collect::<anyhow::Result<_>>()?))
+        let prepared = args.report.iter().map(open).collect::<anyhow::Result<_>>()?;
+        Ok(Reports { prepared, out })
     }
 
     /// Writes the report of what has ended.
     pub fn write(&self, report: &impl Printed) -> anyhow::Result<()> {
-        for prepared in &self.0 {
+        for prepared in &self.prepared {
             let text = match prepared.named.format {
                 Format::Html => report.html(),
-                Format::Json => text::json(report, false)? + "\n",
+                Format::Json => text::json(&self.out.document(report), false)? + "\n",
                 Format::Text => text::lines(&report.text()),
             };
             let path = &prepared.named.path;

@@ -74,7 +74,7 @@ fn an_empty_name_was_looked_at() {
 #[test]
 fn another_root_is_another_machine() {
     let folder = Folder::new();
-    limosa(&["doctor", "--root", &folder.text("none")]).fails(2, &["--root", "no folder proc"]);
+    limosa(&["doctor", "--root", &folder.text("none")]).fails(4, &["--root", "folder proc", "No such file"]);
     // That of a disk's image was ready, with warnings.
     std::fs::create_dir(folder.path("proc")).unwrap();
     limosa(&["doctor", "--root", &folder.text("")]).fails(2, &["--root", "proc is empty"]);

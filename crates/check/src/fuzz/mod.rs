@@ -86,6 +86,7 @@ pub struct FuzzReport {
     /// Why it ended early, if it did.
     pub ended_early: Option<String>,
     /// How long it took.
+    #[serde(rename = "duration_ns", serialize_with = "crate::report::seconds_as_ns")]
     pub seconds: f64,
 }
 

@@ -7,7 +7,7 @@ mod tap;
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::check::{Family, Outcome};
 use crate::clause::CLAUSES;
@@ -29,8 +29,18 @@ pub struct Checked {
     /// The requests that led to a failure, one a line with its answer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub requests: Vec<String>,
-    /// How long it took, in milliseconds.
+    /// How long it took, in milliseconds; in JSON in nanoseconds.
+    #[serde(rename = "duration_ns", serialize_with = "milliseconds_as_ns")]
     pub milliseconds: f64,
+}
+
+/// Seconds as whole nanoseconds.
+pub(crate) fn seconds_as_ns<S: Serializer>(seconds: &f64, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_u64((seconds * 1e9) as u64)
+}
+
+fn milliseconds_as_ns<S: Serializer>(milliseconds: &f64, to: S) -> Result<S::Ok, S::Error> {
+    seconds_as_ns(&(milliseconds / 1e3), to)
 }
 
 /// How many checks came out how.
@@ -60,7 +70,8 @@ pub struct Report {
     pub checks: Vec<Checked>,
     /// For each clause the checks that were selected for it.
     pub clauses: BTreeMap<String, Vec<String>>,
-    /// How long it took.
+    /// How long it took, in seconds; in JSON in nanoseconds.
+    #[serde(rename = "duration_ns", serialize_with = "seconds_as_ns")]
     pub seconds: f64,
     /// Why the suite ended before its last check, if it did.
     pub ended_early: Option<String>,

@@ -70,6 +70,10 @@ pub struct Cli {
     #[arg(short, long, global = true, help_heading = "Global", action = clap::ArgAction::Count)]
     pub verbose: u8,
 
+    /// Write each log line as a JSON document, for a collector of logs. RUST_LOG chooses which lines there are.
+    #[arg(long, global = true, help_heading = "Global")]
+    pub log_json: bool,
+
     /// Seconds to wait for the answer to one request of vfio-user, but a change of the migration state or a reset, which
     /// have --state-timeout. The kernel takes the time that it takes. A move makes many requests, and some of them again
     /// when it is undone.
@@ -218,6 +222,35 @@ pub enum Command {
         #[arg(value_name = "FOLDER")]
         folder: PathBuf,
     },
+}
+
+impl Command {
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::Demo(_) => "demo",
+            Command::Serve(_) => "serve",
+            Command::SwitchOver(_) => "switch-over",
+            Command::Probe(_) => "probe",
+            Command::Doctor(_) => "doctor",
+            Command::State(_) => "state",
+            Command::Save(_) => "save",
+            Command::Load(_) => "load",
+            Command::Inspect(_) => "inspect",
+            Command::Verify(_) => "verify",
+            Command::Migrate(_) => "migrate",
+            Command::Send(_) => "send",
+            Command::Receive(_) => "receive",
+            Command::Resolve(_) => "resolve",
+            Command::Answer(_) => "answer",
+            Command::Check(_) => "check",
+            Command::Trace(_) => "trace",
+            Command::Fsm(_) => "fsm",
+            Command::Bench(_) => "bench",
+            Command::Completions { .. } => "completions",
+            Command::Man { .. } => "man",
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -26,9 +26,9 @@ const PROFILE_BYTES_MAX: u64 = 1 << 20;
 
 pub fn run(args: &args::Check, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     if args.clauses {
-        return out.result(&limosa_check::CLAUSES.iter().map(|clause| clause.id).collect::<Vec<_>>(), |to| {
-            to.write_all(limosa_check::clauses_document().as_bytes())
-        });
+        let clauses = limosa_check::CLAUSES.iter().map(|clause| clause.id).collect();
+        return out
+            .result(&Clauses { clauses }, |to| to.write_all(limosa_check::clauses_document().as_bytes()));
     }
     check_names(&args.only)?;
     let options = Options {
@@ -72,6 +72,18 @@ fn check_names(only: &[String]) -> anyhow::Result<()> {
     }
 }
 
+/// What `--clauses` prints.
+#[derive(Serialize)]
+struct Clauses {
+    clauses: Vec<&'static str>,
+}
+
+/// What `--list` prints.
+#[derive(Serialize)]
+struct List<'a> {
+    checks: Vec<Listed<'a>>,
+}
+
 #[derive(Serialize)]
 struct Listed<'a> {
     id: &'a str,
@@ -92,8 +104,9 @@ fn list(options: &Options, out: &Output) -> anyhow::Result<()> {
             destructive: check.destructive,
         })
         .collect();
-    out.result(&selected, |to| {
-        for check in &selected {
+    let list = List { checks: selected };
+    out.result(&list, |to| {
+        for check in &list.checks {
             let mark = if check.destructive { "destructive" } else { "" };
             writeln!(to, "{:<44} {mark:<12} {}", check.id, check.clauses.join(", "))?;
         }

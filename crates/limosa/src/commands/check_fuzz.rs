@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use limosa_check::{Difference, FuzzOptions, FuzzReport, Limits, Script, Target};
+use serde::Serialize;
 
 use crate::args;
 use crate::exit::{self, Code};
@@ -57,17 +58,24 @@ pub fn run(
     }
 }
 
+/// What a replay found: null if nothing.
+#[derive(Serialize)]
+struct Played {
+    difference: Option<Difference>,
+}
+
 fn replay(name: &str, target: &Target, path: &Path, limits: &Limits, out: &Output) -> anyhow::Result<()> {
     let file = path.display();
     let text = read_text(path, BYTES_MAX)?;
     let script: Script =
         text.parse().map_err(|error| exit::error(Code::Usage, format!("{file}: {error}")))?;
     let found = limosa_check::replay(target, &script, limits)?;
-    out.result(&found, |to| match &found {
+    let played = Played { difference: found };
+    out.result(&played, |to| match &played.difference {
         Some(difference) => tell(difference, to),
         None => writeln!(to, "{name}: no difference in {} requests", script.len()),
     })?;
-    match found {
+    match played.difference {
         Some(difference) => {
             let what = format!("{name} differs from the standard: {}", output::plain(&difference.signature));
             Err(exit::error(Code::Failed, what))

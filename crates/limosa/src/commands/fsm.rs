@@ -4,11 +4,17 @@ use limosa_protocol::{MigrationFlags, State, fsm};
 use serde::Serialize;
 
 use crate::args;
-use crate::output::Output;
+use crate::output::{self, Output};
+
+/// Every pair of states, for every set of flags.
+#[derive(Serialize)]
+struct Machine {
+    transitions: Vec<Line>,
+}
 
 #[derive(Serialize)]
 struct Line {
-    flags: String,
+    flags: Vec<&'static str>,
     from: &'static str,
     to: &'static str,
     /// The states passed; absent where the transition is refused with EINVAL.
@@ -24,16 +30,16 @@ pub fn run(args: &args::Fsm, out: &Output) -> anyhow::Result<()> {
         () => fsm::table(MigrationFlags::SETS[3]),
     };
     if out.json {
-        out.result(&lines(), |_| Ok(()))
+        out.result(&Machine { transitions: lines() }, |_| Ok(()))
     } else {
-        out.result(&(), |to| to.write_all(text.as_bytes()))
+        out.text(|to| to.write_all(text.as_bytes()))
     }
 }
 
 fn lines() -> Vec<Line> {
     let pairs = || State::ALL.into_iter().flat_map(|from| State::ALL.map(|to| (from, to)));
     let line = |flags: MigrationFlags, from: State, to: State| Line {
-        flags: flags.to_string(),
+        flags: output::flag_names(flags),
         from: from.name(),
         to: to.name(),
         path: fsm::path(flags, from, to)

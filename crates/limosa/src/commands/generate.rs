@@ -15,6 +15,11 @@ struct Completions {
     script: String,
 }
 
+#[derive(Serialize)]
+struct Pages {
+    folder: String,
+}
+
 pub fn completions(shell: Shell, out: &Output) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut args::command(), "limosa", &mut script);
@@ -28,5 +33,7 @@ pub fn man(folder: &Path, out: &Output) -> anyhow::Result<()> {
         .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     clap_mangen::generate_to(args::command(), folder)
         .with_context(|| format!("cannot write manual pages to {}", folder.display()))?;
-    out.result(&folder, |to| writeln!(to, "manual pages are in {}", folder.display()))
+    out.result(&Pages { folder: folder.display().to_string() }, |to| {
+        writeln!(to, "manual pages are in {}", folder.display())
+    })
 }

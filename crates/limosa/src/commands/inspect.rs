@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use limosa_migrate::{Inspection, Options, inspect_snapshot};
+use limosa_protocol::MigrationFlags;
 
 use super::moving::cancel_on_signal;
 use crate::args;
@@ -13,8 +14,9 @@ use crate::snapshot_location::SnapshotLocation;
 pub fn run(args: &args::Inspect, out: &Output) -> anyhow::Result<()> {
     let (place, cancel) = (SnapshotLocation::new(&args.file, false)?, cancel_on_signal()?);
     let found = inspect_snapshot(place.source(), Options::default().silence_max, Some(&cancel))?;
+    let document = document(&found)?;
     if found.whole {
-        return out.result(&found, |to| print(&found, to));
+        return out.result(&document, |to| print(&found, to));
     }
     out.text(|to| print(&found, to))?;
     let first = found
@@ -22,7 +24,19 @@ pub fn run(args: &args::Inspect, out: &Output) -> anyhow::Result<()> {
         .first()
         .map_or("it ends too early".into(), |damage| format!("at byte {}: {}", damage.at, damage.what));
     let what = format!("{}: not a whole saved stream: {first}", args.file.display());
-    Err(exit::reported(exit::error(Code::Damaged, what), &found))
+    Err(exit::reported(exit::error(Code::Damaged, what), &document))
+}
+
+/// The document, in which flags are names as in all others. In the stream they are a number.
+fn document(found: &Inspection) -> anyhow::Result<serde_json::Value> {
+    let mut document = serde_json::to_value(found)?;
+    if let Some(devices) = document["offer"]["devices"].as_array_mut() {
+        for device in devices {
+            let flags = MigrationFlags::from_bits_retain(device["flags"].as_u64().unwrap_or_default());
+            device["flags"] = output::flag_names(flags).into();
+        }
+    }
+    Ok(document)
 }
 
 fn print(found: &Inspection, to: &mut dyn Write) -> std::io::Result<()> {

@@ -11,7 +11,7 @@ use super::doctor::finding::{VFIO_NO_DEVICE, VFIO_NOT_LOADED};
 use crate::exit;
 use crate::open::Opening;
 use crate::open_elsewhere::{Holder, OpenElsewhere};
-use crate::output::Output;
+use crate::output::{self, Output};
 
 /// The devices that were found.
 #[derive(Debug, Serialize)]
@@ -42,7 +42,7 @@ struct Listed {
 #[serde(rename_all = "snake_case", tag = "is")]
 enum Found {
     /// Free, and it can migrate.
-    Usable { migration: String },
+    Usable { migration: Vec<&'static str> },
     /// Free, and it cannot migrate.
     NotMovable { cannot_migrate: String },
     /// Somebody has it open. Nobody is named where this user may not look.
@@ -82,7 +82,7 @@ fn open(id: &str, opening: Opening<'_>) -> Found {
     let flags = opening.open(id).and_then(|device| Ok(device.migration_flags()?));
     match flags {
         Ok(flags) if flags.contains(MigrationFlags::STOP_COPY) => {
-            Found::Usable { migration: flags.to_string() }
+            Found::Usable { migration: output::flag_names(flags) }
         }
         Ok(_) => Found::NotMovable { cannot_migrate: "its driver has no migration".into() },
         Err(error) if is_in_use(&error) => Found::InUse { by: Vec::new() },
@@ -110,18 +110,19 @@ fn print(listing: &Listing, to: &mut dyn Write) -> std::io::Result<()> {
     if let Some(why) = &listing.none_because {
         return writeln!(to, "no VFIO devices; {why}");
     }
-    let rows: Vec<[&str; 6]> = listing.devices.iter().map(row).collect();
+    let rows: Vec<[String; 6]> = listing.devices.iter().map(row).collect();
+    let head = HEAD.map(str::to_owned);
     let width = |column: usize| {
-        rows.iter().chain([&HEAD]).map(|row| row[column].chars().count()).max().unwrap_or_default()
+        rows.iter().chain([&head]).map(|row| row[column].chars().count()).max().unwrap_or_default()
     };
     let widths = [0, 1, 2, 3, 4].map(width);
-    let line = |row: &[&str; 6], to: &mut dyn Write| {
+    let line = |row: &[String; 6], to: &mut dyn Write| {
         for (cell, width) in row.iter().zip(widths) {
             write!(to, "{cell:<width$}  ")?;
         }
         writeln!(to, "{}", row[5])
     };
-    line(&HEAD, to)?;
+    line(&head, to)?;
     for (device, row) in listing.devices.iter().zip(&rows) {
         line(row, to)?;
         match &device.found {
@@ -136,19 +137,20 @@ fn print(listing: &Listing, to: &mut dyn Write) -> std::io::Result<()> {
     Ok(())
 }
 
-fn row(device: &Listed) -> [&str; 6] {
+fn row(device: &Listed) -> [String; 6] {
     let migration = match &device.found {
-        Found::Usable { migration } => migration,
-        Found::NotMovable { cannot_migrate } => cannot_migrate,
-        Found::InUse { .. } => "in use",
-        Found::Unusable { .. } => "not usable",
+        Found::Usable { migration } => migration.join("+"),
+        Found::NotMovable { cannot_migrate } => cannot_migrate.clone(),
+        Found::InUse { .. } => "in use".into(),
+        Found::Unusable { .. } => "not usable".into(),
     };
+    let of = |text: &Option<String>| or_none(text).to_owned();
     [
-        &device.device,
-        or_none(&device.kind),
-        or_none(&device.driver),
-        or_none(&device.group),
-        or_none(&device.cdev),
+        device.device.clone(),
+        of(&device.kind),
+        of(&device.driver),
+        of(&device.group),
+        of(&device.cdev),
         migration,
     ]
 }
@@ -182,7 +184,7 @@ mod tests {
             listed(
                 "0000:65:00.1",
                 Some("mlx5_vfio_pci"),
-                Found::Usable { migration: "STOP_COPY+P2P".into() },
+                Found::Usable { migration: vec!["STOP_COPY", "P2P"] },
             ),
             listed("0000:65:00.2", Some("mlx5_vfio_pci"), Found::InUse { by: vec![holder] }),
             listed("0000:65:00.3", Some("mlx5_vfio_pci"), Found::InUse { by: vec![] }),
@@ -220,7 +222,7 @@ DEVICE        TYPE       DRIVER         GROUP  CDEV   MIGRATION
         let devices = json["devices"].as_array().unwrap();
         let is: Vec<_> = devices.iter().map(|device| device["is"].as_str().unwrap()).collect();
         assert_eq!(is, ["usable", "in_use", "in_use", "not_movable", "unusable"]);
-        assert_eq!(devices[0]["migration"], "STOP_COPY+P2P");
+        assert_eq!(devices[0]["migration"], serde_json::json!(["STOP_COPY", "P2P"]));
         assert_eq!(devices[1]["by"][0]["name"], "/proc/77/fd/9");
         assert_eq!(devices[4]["driver"], serde_json::Value::Null);
         assert!(json.get("none_because").is_none());

@@ -55,7 +55,7 @@ pub(super) struct Kernel {
 
 #[derive(Debug, Serialize)]
 pub(super) struct MigrationSupport {
-    pub(super) flags: String,
+    pub(super) flags: Vec<&'static str>,
     pub(super) state: &'static str,
     pub(super) stop_copy_bytes: Option<u64>,
 }
@@ -64,8 +64,15 @@ pub(super) struct MigrationSupport {
 struct RegionFound {
     index: u32,
     bytes: u64,
-    access: String,
-    mappable: Vec<(u64, u64)>,
+    flags: Vec<&'static str>,
+    mappable: Vec<Mappable>,
+}
+
+/// A part of a region that can be mapped.
+#[derive(Debug, Serialize)]
+struct Mappable {
+    offset: u64,
+    bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -95,8 +102,8 @@ pub(super) fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
             regions.push(RegionFound {
                 index,
                 bytes: region.info.size,
-                access: access(RegionFlags::from_bits_retain(region.info.flags)),
-                mappable: region.mappable,
+                flags: region_flags(RegionFlags::from_bits_retain(region.info.flags)),
+                mappable: region.mappable.iter().map(|&(offset, bytes)| Mappable { offset, bytes }).collect(),
             });
         }
     }
@@ -136,7 +143,7 @@ pub(super) fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
             None
         } else {
             Some(MigrationSupport {
-                flags: migration.to_string(),
+                flags: output::flag_names(migration),
                 state: device.state()?.name(),
                 stop_copy_bytes: device.mig_data_size()?,
             })
@@ -184,9 +191,14 @@ fn pci_id(device: &dyn Device) -> Option<String> {
     Some(format!("{:04x}:{:04x} class {:04x}", half(0), half(2), half(10)))
 }
 
-fn access(flags: RegionFlags) -> String {
-    [(RegionFlags::READ, 'r'), (RegionFlags::WRITE, 'w'), (RegionFlags::MMAP, 'm')]
-        .map(|(flag, letter)| if flags.contains(flag) { letter } else { '-' })
+fn region_flags(flags: RegionFlags) -> Vec<&'static str> {
+    flags.iter_names().map(|(name, _)| name).collect()
+}
+
+/// `rwm`, with `-` for what is missing.
+fn access(flags: &[&str]) -> String {
+    [("READ", 'r'), ("WRITE", 'w'), ("MMAP", 'm')]
+        .map(|(flag, letter)| if flags.contains(&flag) { letter } else { '-' })
         .iter()
         .collect()
 }
@@ -232,7 +244,7 @@ fn print(found: &Probe, to: &mut dyn Write) -> std::io::Result<()> {
     match (&found.migration, &found.cannot_migrate) {
         (_, Some(why)) => writeln!(to, "  migration    no: {why}")?,
         (Some(support), None) => {
-            writeln!(to, "  migration    {}, now in {}", support.flags, support.state)?;
+            writeln!(to, "  migration    {}, now in {}", support.flags.join("+"), support.state)?;
             match support.stop_copy_bytes {
                 Some(bytes) => writeln!(to, "  stop-copy    about {}", output::bytes(bytes))?,
                 None => writeln!(to, "  stop-copy    size unknown: it has no feature MIG_DATA_SIZE")?,
@@ -253,8 +265,8 @@ fn print(found: &Probe, to: &mut dyn Write) -> std::io::Result<()> {
     writeln!(to, "  features     {}", found.features.join(" "))?;
     for region in &found.regions {
         let name = if is_pci { region_name(region.index) } else { format!("region {}", region.index) };
-        write!(to, "  {name:<12} {} {}", output::bytes(region.bytes), region.access)?;
-        for (offset, bytes) in &region.mappable {
+        write!(to, "  {name:<12} {} {}", output::bytes(region.bytes), access(&region.flags))?;
+        for Mappable { offset, bytes } in &region.mappable {
             write!(to, "  mappable {offset:#x}+{bytes:#x}")?;
         }
         writeln!(to)?;

@@ -11,7 +11,7 @@ fn check_runs_over_a_socket_and_says_what_failed() {
     assert_eq!((&json["left_in"], &json["ended_early"]), (&"RUNNING".into(), &serde_json::Value::Null));
     let checks = json["checks"].as_array().unwrap();
     let passed = checks.iter().filter(|check| check["outcome"] == "pass").count();
-    assert!(passed > 200 && json["seconds"].as_f64().unwrap() < 10.0, "{passed}: {}", json["seconds"]);
+    assert!(passed > 200 && json["duration_ns"].as_u64() > Some(0), "{passed}: {}", json["duration_ns"]);
     let text = limosa(&["check", &device.socket, "--family", "states"]).ok();
     assert!(text.contains("states") && text.contains("left in RUNNING"), "{text}");
     let tap = limosa(&["check", &device.socket, "--only", "feature.no-operation", "--format", "tap"]).ok();

@@ -59,7 +59,7 @@ fn probe_says_what_a_device_is_and_that_it_can_migrate() {
     }
     let json = limosa(&["--json", "probe", &device.socket]).json();
     assert_eq!(json["device"], device.socket.as_str());
-    assert_eq!(json["migration"]["flags"], "STOP_COPY+PRE_COPY");
+    assert_eq!(json["migration"]["flags"], serde_json::json!(["STOP_COPY", "PRE_COPY"]));
     assert_eq!(json["migration"]["state"], "RUNNING");
     assert!(json["migration"]["stop_copy_bytes"].as_u64().unwrap() > 1 << 20);
     assert_eq!(json["regions"][1]["bytes"], 1 << 20);
@@ -84,7 +84,9 @@ fn state_is_read_driven_over_its_path_and_reset() {
     assert_eq!(state(&["reset"]), "RUNNING\n");
     assert_eq!(device.guest(), 0, "a reset forgets");
     let json = limosa(&["--json", "state", &device.socket]).json();
-    assert_eq!(json, serde_json::json!({ "device": device.socket, "state": "RUNNING" }));
+    let expected =
+        serde_json::json!({ "schema": 1, "command": "state", "device": device.socket, "state": "RUNNING" });
+    assert_eq!(json, expected);
     let json = limosa(&["--json", "state", &device.socket, "reset"]).json();
     assert_eq!(json["state"], "RUNNING");
 }
@@ -297,10 +299,11 @@ fn fsm_has_a_table_two_graphs_and_json() {
     assert!(mermaid.starts_with("stateDiagram"), "{mermaid}");
     for form in [&[][..], &["--dot"], &["--mermaid"], &["--paths"]] {
         let json = limosa(&[&["--json", "fsm"], form].concat()).json();
-        let lines = json.as_array().unwrap();
+        let lines = json["transitions"].as_array().unwrap();
         assert_eq!(lines.len(), 256);
         let line = lines.iter().find(|line| {
-            line["from"] == "PRE_COPY" && line["to"] == "STOP" && line["flags"] == "STOP_COPY+P2P+PRE_COPY"
+            let flags = serde_json::json!(["STOP_COPY", "P2P", "PRE_COPY"]);
+            line["from"] == "PRE_COPY" && line["to"] == "STOP" && line["flags"] == flags
         });
         assert_eq!(line.unwrap()["path"], serde_json::json!(["PRE_COPY", "RUNNING", "RUNNING_P2P", "STOP"]));
     }
@@ -321,7 +324,7 @@ fn completions_and_manual_pages_are_generated() {
         let text = std::fs::read_to_string(folder.path("new/man").join(page)).unwrap();
         assert!(text.contains("Exit codes:"), "{page}: {text}");
     }
-    assert_eq!(limosa(&["--json", "man", &man]).json(), man.as_str());
+    assert_eq!(limosa(&["--json", "man", &man]).json()["folder"], man.as_str());
 }
 
 #[test]

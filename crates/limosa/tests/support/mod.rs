@@ -4,6 +4,7 @@
 
 pub mod link;
 pub mod pair;
+pub mod schema;
 pub mod users;
 
 use std::path::{Path, PathBuf};
@@ -34,7 +35,9 @@ impl JsonOutput for Ended {
     #[track_caller]
     fn json(self) -> serde_json::Value {
         let text = self.ok();
-        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+        let document = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        schema::keeps(&document);
+        document
     }
 
     #[track_caller]
@@ -42,6 +45,7 @@ impl JsonOutput for Ended {
         assert_eq!(self.code, code, "{self:?}");
         let document: serde_json::Value =
             serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"));
+        schema::keeps(&document);
         assert_eq!(document["code"], code, "{self:?}");
         let message = document["message"].as_str().unwrap_or_else(|| panic!("no message: {self:?}"));
         assert!(!message.is_empty() && self.err.contains(message), "{self:?}");

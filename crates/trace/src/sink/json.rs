@@ -20,8 +20,13 @@ impl<W: Write + Send> Json<W> {
     }
 }
 
+/// The version of the documents (`docs/output.schema.json`).
+pub const SCHEMA: u32 = 1;
+
 #[derive(Serialize)]
 struct Document<'a> {
+    schema: u32,
+    command: &'static str,
     time_ns: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     duration_ns: Option<u64>,
@@ -86,6 +91,8 @@ fn document(event: &Event) -> Document<'_> {
         Outcome::Said(text) => ("note", text.as_str(), None),
     };
     Document {
+        schema: SCHEMA,
+        command: "trace",
         time_ns: event.time_ns,
         duration_ns: event.duration_ns,
         pid: event.pid,

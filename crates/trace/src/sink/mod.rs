@@ -5,7 +5,7 @@ mod lines;
 mod pcapng;
 mod statistics;
 
-pub use json::Json;
+pub use json::{Json, SCHEMA};
 pub use lines::{Lines, line};
 pub use pcapng::{LINK_TYPE, Pcapng};
 pub use statistics::{Statistics, StatisticsHandle, Table, Tally};

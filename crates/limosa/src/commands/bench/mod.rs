@@ -46,7 +46,7 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let cancel = Arc::new(AtomicBool::new(false));
     let called_off = Arc::clone(&cancel);
     signals::call_off(move || called_off.store(true, Ordering::Relaxed))?;
-    let reports = Reports::open(&args.reporting)?;
+    let reports = Reports::open(&args.reporting, out)?;
     let opener = Opener {
         limit: opening.limit.min(REQUEST_MAX),
         state_limit: opening.state_limit.min(REQUEST_MAX),

@@ -1,15 +1,14 @@
 //! The progress of a run: each line of the table as it is done and, on a terminal, the measure under way.
 
-use std::time::Duration;
-
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use limosa_bench::{Document, Event, HEAD};
 
 use crate::output::Output;
+use crate::terminal::{self, Bar};
 
 pub struct Progress<'a> {
     out: &'a Output,
-    bar: Option<ProgressBar>,
+    bar: Option<Bar>,
     has_head: bool,
     printed: anyhow::Result<()>,
 }
@@ -17,11 +16,7 @@ pub struct Progress<'a> {
 impl<'a> Progress<'a> {
     pub fn new(out: &'a Output) -> Progress<'a> {
         let bar = out.progress().then(|| {
-            let style = ProgressStyle::with_template("{spinner} {pos}/{len} {elapsed_precise} {msg}");
-            let bar = ProgressBar::no_length();
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
+            Bar::show(ProgressBar::no_length(), "{spinner} {pos}/{len} {elapsed_precise} {wide_msg}")
         });
         Progress { out, bar, has_head: false, printed: Ok(()) }
     }
@@ -30,6 +25,7 @@ impl<'a> Progress<'a> {
         match event {
             Event::Begins { id, at, of } => {
                 if let Some(bar) = &self.bar {
+                    let bar = bar.bar();
                     bar.set_length(*of as u64);
                     bar.set_position(*at as u64);
                     bar.set_message((*id).to_owned());
@@ -48,17 +44,12 @@ impl<'a> Progress<'a> {
             return;
         }
         let print = || self.out.text(|to| to.write_all(text.as_bytes()));
-        self.printed = match &self.bar {
-            Some(bar) => bar.suspend(print),
-            None => print(),
-        };
+        self.printed = terminal::without_bar(print);
     }
 
     /// The lines below the table. An error if the table could not be printed.
     pub fn end(mut self, document: &Document) -> anyhow::Result<()> {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
+        drop(self.bar.take());
         let mut text = String::new();
         document.end(&mut text)?;
         self.print(&text);

@@ -209,7 +209,7 @@ fn migrate(
     cancel: &Cancel,
     out: &Output,
 ) -> anyhow::Result<Report> {
-    let progress = Progress::new(out);
+    let progress = Progress::new(out, || None);
     let pages = |memory: &GuestMemory| anyhow::Ok(FilePages::new(memory.file.try_clone()?, 0));
     let (source_pages, destination_pages) = (pages(&source.memory)?, pages(&destination.memory)?);
     let region = |pages| MemoryRegion { id: 0, iova: 0, size: source.memory.bytes, pages };

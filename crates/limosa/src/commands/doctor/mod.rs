@@ -11,6 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::Serialize;
+
 use finding::{KINDS, NOT_RESTORED};
 use machine::{Host, Running, Wanted};
 use report::Report;
@@ -21,10 +23,16 @@ use crate::open::{self, Opening};
 use crate::output::Output;
 use crate::signals;
 
+/// What `--findings` lists.
+#[derive(Serialize)]
+struct Findings {
+    findings: Vec<&'static str>,
+}
+
 pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     if args.findings {
         let ids: Vec<_> = KINDS.iter().map(|kind| kind.id).collect();
-        return out.result(&ids, |to| to.write_all(finding::document().as_bytes()));
+        return out.result(&Findings { findings: ids }, |to| to.write_all(finding::document().as_bytes()));
     }
     refuse_root(&args.root)?;
     let names: Vec<&String> = args.device.iter().chain(&args.destination).collect();

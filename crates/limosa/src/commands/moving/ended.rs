@@ -48,13 +48,13 @@ impl Work {
 pub struct Ending<'a> {
     work: Work,
     out: &'a Output,
-    reports: Reports,
+    reports: Reports<'a>,
 }
 
 impl<'a> Ending<'a> {
     /// Opens the files for the report.
     pub fn new(work: Work, reporting: &args::Reporting, out: &'a Output) -> anyhow::Result<Ending<'a>> {
-        Ok(Ending { work, out, reports: Reports::open(reporting)? })
+        Ok(Ending { work, out, reports: Reports::open(reporting, out)? })
     }
 
     /// It went well; only what follows it may fail. `failures` is what has.

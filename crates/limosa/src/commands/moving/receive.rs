@@ -46,7 +46,7 @@ fn wait_and_take(
     cancel: &Cancel,
     out: &Output,
 ) -> anyhow::Result<()> {
-    let (listener, progress) = (links.bind(address)?, Progress::new(out));
+    let (listener, progress) = (links.bind(address)?, Progress::new(out, || None));
     let (ledger, options) = record_and_options(args)?;
     let ending = Ending::new(Work::Move, &args.reporting, out)?;
     let (pages, receiving) =

@@ -40,7 +40,7 @@ fn over(
     cancel: &Cancel,
     out: &Output,
 ) -> anyhow::Result<()> {
-    let progress = Progress::new(out);
+    let progress = Progress::new(out, || endpoint.total_bytes());
     let options = over_link(options(&args.moving), &args.link)
         .with_links(args.links.most)
         .with_links_measured(args.links.measured)

@@ -37,7 +37,7 @@ pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Re
 }
 
 fn to_file(endpoint: &Endpoint, args: &args::Save, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
-    let progress = Progress::new(out);
+    let progress = Progress::new(out, || endpoint.total_bytes());
     let options = args.stop_limits.limit(Options::default().with_compress(args.compress));
     let (moved, ending) = (endpoint.moved(), Ending::new(Work::Save, &args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
@@ -118,7 +118,7 @@ pub fn load(args: &args::Load, opening: Opening<'_>, out: &Output) -> anyhow::Re
 }
 
 fn from_file(endpoint: &Endpoint, args: &args::Load, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
-    let (progress, ledger) = (Progress::new(out), Ledger::new());
+    let (progress, ledger) = (Progress::new(out, || None), Ledger::new());
     let options = args.state.limit(Options::default());
     let (moved, place) = (endpoint.moved(), SnapshotLocation::new(&args.file, false)?);
     let ending = Ending::new(Work::Load, &args.reporting, out)?;

@@ -112,7 +112,7 @@ fn on_end(phase: Arc<Mutex<Phase>>, stop: ShutdownHandle, json: bool) -> anyhow:
         let phase = lock(&phase);
         if matches!(*phase, Phase::Takes) {
             let cancelled = exit::error(Code::Cancelled, "cancelled: the old server goes on");
-            std::process::exit(exit::tell(&cancelled, &Output::new(json)) as i32);
+            std::process::exit(exit::tell(&cancelled, &Output::new(json, Some("serve"))) as i32);
         }
         drop(phase);
         service::stopping();

@@ -33,7 +33,7 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
     let mut guests = Guests { held: Vec::new(), moves: &moves };
     // What is wrong before anybody connects is said at once.
     drop(guests.free_endpoint(args, opening)?);
-    drop(Reports::open(&args.reporting)?);
+    drop(Reports::open(&args.reporting, out)?);
     let (ledger, options) = record_and_options(args)?;
     let receiving = Receiving { args, ledger: &ledger, options: &options, cancel: &cancel };
     let listener = links.bind(&address)?;
@@ -62,7 +62,8 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
         let out = out.one_of_many();
         let done = Ending::new(Work::Move, &args.reporting.of_move(offered.id()), &out).map(|ending| {
             // A source that has to ask is answered meanwhile.
-            let taken = receiving.take(offered, (&endpoint, &pages), Progress::new(&out), &ending, || ());
+            let taken =
+                receiving.take(offered, (&endpoint, &pages), Progress::new(&out, || None), &ending, || ());
             if taken.committed {
                 guests.hold(endpoint.devices());
                 acceptor.take_further();

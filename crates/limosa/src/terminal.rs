@@ -1,0 +1,106 @@
+//! Standard error as a terminal: its width, whether it is given colours, and lines that do not tear a progress bar.
+
+use std::ffi::OsStr;
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use tracing_subscriber::fmt::MakeWriter;
+
+/// The bar that is shown now.
+static SHOWN: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+fn shown() -> MutexGuard<'static, Option<ProgressBar>> {
+    SHOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether text for people is coloured: on a terminal that can, unless NO_COLOR says otherwise (no-color.org).
+pub fn is_coloured() -> bool {
+    let variable = |name| std::env::var_os(name);
+    wants_colours(io::stderr().is_terminal(), variable("NO_COLOR").as_deref(), variable("TERM").as_deref())
+}
+
+fn wants_colours(is_terminal: bool, no_color: Option<&OsStr>, term: Option<&OsStr>) -> bool {
+    is_terminal && no_color.is_none_or(OsStr::is_empty) && term != Some(OsStr::new("dumb"))
+}
+
+/// The columns of the terminal; 80 where it does not say.
+pub fn columns() -> usize {
+    terminal_size::terminal_size_of(io::stderr()).map_or(80, |(width, _)| usize::from(width.0))
+}
+
+/// A bar on standard error, as long as this is there.
+pub struct Bar(ProgressBar);
+
+impl Bar {
+    /// Shows a bar with this template, which turns by itself.
+    pub fn show(bar: ProgressBar, template: &str) -> Bar {
+        bar.set_style(
+            ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
+        bar.enable_steady_tick(Duration::from_millis(100));
+        *shown() = Some(bar.clone());
+        Bar(bar)
+    }
+
+    /// The bar.
+    pub fn bar(&self) -> &ProgressBar {
+        &self.0
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        *shown() = None;
+        self.0.finish_and_clear();
+    }
+}
+
+/// Calls this while no bar is on the terminal.
+pub fn without_bar<T>(call: impl FnOnce() -> T) -> T {
+    // Not under the lock: the call may write a log line itself.
+    let bar = shown().clone();
+    match bar {
+        Some(bar) => bar.suspend(call),
+        None => call(),
+    }
+}
+
+/// Where log lines go: each is written above the bar.
+#[derive(Clone, Copy, Debug)]
+pub struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        without_bar(|| io::stderr().write_all(bytes)).map(|()| bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Log;
+
+    fn make_writer(&'a self) -> Log {
+        Log
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_are_for_terminals_whose_user_has_not_refused_them() {
+        let of = |is_terminal, no_color: Option<&str>, term: Option<&str>| {
+            wants_colours(is_terminal, no_color.map(OsStr::new), term.map(OsStr::new))
+        };
+        assert!(of(true, None, Some("xterm")) && of(true, Some(""), None));
+        assert!(
+            !of(true, Some("1"), Some("xterm")) && !of(true, None, Some("dumb")) && !of(false, None, None)
+        );
+    }
+}
