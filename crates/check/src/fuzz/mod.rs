@@ -2,6 +2,7 @@
 //! short [`Script`], which [`replay`] plays again; a difference that is known is told once.
 
 mod generate;
+mod judge;
 mod model;
 mod request;
 mod shrink;
@@ -21,7 +22,8 @@ use crate::recorder::{Record, Recorded};
 use crate::run::{Done, GRACE, Limits, back, within};
 use crate::survey::{self, Facts};
 use crate::target::Target;
-use model::{Differs, Driver};
+use judge::Differs;
+use model::Driver;
 
 /// How many sequences are played, from which seed and on how many threads.
 #[derive(Clone, Debug)]
