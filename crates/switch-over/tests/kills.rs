@@ -18,8 +18,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,9 +27,8 @@ use limosa_host::SocketAccess;
 use limosa_switch_over::{
     Ending, GiveLimits, GiveOptions, OldServer, Peer, Step, TakeOptions, TakeOver, give_to_child, take,
 };
-use rustix::process::{
-    DumpableBehavior, PTracer, Signal, getpid, kill_process, set_dumpable_behavior, set_ptracer,
-};
+use limosa_testing::points::{self, KILL_AT, at};
+use rustix::process::{DumpableBehavior, PTracer, set_dumpable_behavior, set_ptracer};
 use toy::{Client, Place, Server, ToyGiver, ToyTaker};
 
 /// How the new server comes by the old one's fds.
@@ -42,8 +41,6 @@ enum Way {
 const FOLDER: &str = "TOY_FOLDER";
 const ROLE: &str = "TOY_ROLE";
 const WAY: &str = "TOY_WAY";
-/// The moment, or the number of the point, at which the process kills itself.
-const KILL: &str = "TOY_KILL";
 /// The moment at which the new process that the old one starts kills itself.
 const KILL_CHILD: &str = "TOY_KILL_CHILD";
 /// After it has given, the process remains.
@@ -53,61 +50,6 @@ const GUARDED: &str = "TOY_GUARDED";
 
 fn setting(name: &str) -> Option<String> {
     std::env::var(name).ok()
-}
-
-/// Points that this process has passed, and where it committed.
-static PASSED: AtomicUsize = AtomicUsize::new(0);
-static COMMITTED: AtomicUsize = AtomicUsize::new(0);
-
-/// Kills this process if this is its moment, or the point with its number.
-fn at(moment: &str) {
-    let number = PASSED.fetch_add(1, SeqCst);
-    if moment == "committed" {
-        COMMITTED.store(number, SeqCst);
-    }
-    if setting(KILL).is_some_and(|kill| kill == moment || kill == number.to_string()) {
-        kill_process(getpid(), Signal::KILL).unwrap();
-        // The signal is taken before the call returns.
-        unreachable!();
-    }
-}
-
-/// Makes a point of each event of this thread.
-struct Points;
-
-impl tracing::Subscriber for Points {
-    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        tracing::span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-
-    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-
-    fn event(&self, event: &tracing::Event<'_>) {
-        let mut message = Message(String::new());
-        event.record(&mut message);
-        at(&message.0);
-    }
-
-    fn enter(&self, _: &tracing::span::Id) {}
-
-    fn exit(&self, _: &tracing::span::Id) {}
-}
-
-/// The words of an event.
-struct Message(String);
-
-impl tracing::field::Visit for Message {
-    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-        if field.name() == "message" {
-            self.0 = format!("{value:?}");
-        }
-    }
 }
 
 fn at_step(step: Step) {
@@ -143,8 +85,9 @@ fn role() {
                 }
                 _ => OldServer::Path(&path),
             };
-            let taken = tracing::subscriber::with_default(Points, || take(from, ToyTaker::new(at), &options));
-            say(&format!("passed {} points, the commit at {}", PASSED.load(SeqCst), COMMITTED.load(SeqCst)));
+            let taken = points::within(|| take(from, ToyTaker::new(at), &options));
+            let committed = points::number_of("committed").unwrap_or(0);
+            say(&format!("passed {} points, the commit at {committed}", points::passed()));
             let taken = match taken {
                 Ok(taken) => taken,
                 Err(error) => {
@@ -223,9 +166,9 @@ fn start_child(
     }
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut command = this_program("new", Path::new(&setting(FOLDER).unwrap()), Way::Child);
-    command.stdin(Stdio::from(OwnedFd::from(theirs))).env_remove(KILL);
+    command.stdin(Stdio::from(OwnedFd::from(theirs))).env_remove(KILL_AT);
     if let Some(moment) = setting(KILL_CHILD).filter(|_| word.trim() == "first") {
-        command.env(KILL, moment);
+        command.env(KILL_AT, moment);
     }
     let mut child = command.spawn().unwrap();
     drop(command);
@@ -344,7 +287,7 @@ fn asking<R>(client: Client, meanwhile: impl FnOnce() -> R) -> (Client, R) {
 }
 
 /// How many points a new server passes, and the number of its commit.
-fn points(way: Way) -> (usize, usize) {
+fn points_of(way: Way) -> (usize, usize) {
     let folder = tempfile::tempdir().unwrap();
     let (mut old, client) = old_server(folder.path(), way, &[]);
     let (_client, said) = asking(client, || match way {
@@ -363,12 +306,12 @@ fn points(way: Way) -> (usize, usize) {
 
 #[test]
 fn a_new_process_that_is_killed_at_any_point_before_it_commits_leaves_the_old_one_serving() {
-    let (_, committed) = points(Way::Path);
+    let (_, committed) = points_of(Way::Path);
     for point in 0..committed {
         let folder = tempfile::tempdir().unwrap();
         let (mut old, client) = old_server(folder.path(), Way::Path, &[]);
         let (mut client, ()) = asking(client, || {
-            let mut new = Process::start("new", folder.path(), Way::Path, &[(KILL, &point.to_string())]);
+            let mut new = Process::start("new", folder.path(), Way::Path, &[(KILL_AT, &point.to_string())]);
             assert!(new.was_killed(), "{point}");
         });
         assert!(client.ask(100), "{point}: the old one serves");
@@ -386,7 +329,7 @@ fn a_new_process_that_is_killed_at_any_point_before_it_commits_leaves_the_old_on
 
 #[test]
 fn a_child_that_is_killed_at_any_point_before_it_commits_leaves_its_parent_serving() {
-    let (_, committed) = points(Way::Child);
+    let (_, committed) = points_of(Way::Child);
     for point in 0..committed {
         let folder = tempfile::tempdir().unwrap();
         let number = point.to_string();
@@ -413,7 +356,7 @@ fn an_old_process_that_is_killed_before_all_is_handed_over_leaves_nobody_that_se
         ["hello", "in offer", "offer", "in prepare", "prepare", "in freeze", "freeze", "in rest", "rest"]
     {
         let folder = tempfile::tempdir().unwrap();
-        let (mut old, client) = old_server(folder.path(), Way::Path, &[(KILL, moment)]);
+        let (mut old, client) = old_server(folder.path(), Way::Path, &[(KILL_AT, moment)]);
         let (mut client, ()) = asking(client, || {
             let mut new = Process::start("new", folder.path(), Way::Path, &[]);
             let why = new.says("failed");
@@ -430,7 +373,7 @@ fn an_old_process_that_is_killed_once_all_is_handed_over_leaves_the_new_one_serv
     for moment in ["load", "in given", "running"] {
         for way in [Way::Path, Way::Child] {
             let folder = tempfile::tempdir().unwrap();
-            let (mut old, client) = old_server(folder.path(), way, &[(KILL, moment)]);
+            let (mut old, client) = old_server(folder.path(), way, &[(KILL_AT, moment)]);
             let (mut client, new) = asking(client, || match way {
                 Way::Path => {
                     let mut new = Process::start("new", folder.path(), way, &[]);
@@ -452,12 +395,12 @@ fn an_old_process_that_is_killed_once_all_is_handed_over_leaves_the_new_one_serv
 
 #[test]
 fn a_new_process_that_is_killed_at_any_point_after_its_commit_was_the_only_server() {
-    let (passed, committed) = points(Way::Path);
+    let (passed, committed) = points_of(Way::Path);
     for point in committed..passed {
         let folder = tempfile::tempdir().unwrap();
         let (mut old, client) = old_server(folder.path(), Way::Path, &[]);
         let (mut client, ()) = asking(client, || {
-            let mut new = Process::start("new", folder.path(), Way::Path, &[(KILL, &point.to_string())]);
+            let mut new = Process::start("new", folder.path(), Way::Path, &[(KILL_AT, &point.to_string())]);
             assert!(new.was_killed(), "{point}");
             old.says("given");
         });

@@ -7,6 +7,7 @@
 
 mod forward;
 mod memory;
+pub mod points;
 mod process;
 mod programs;
 mod transcript;

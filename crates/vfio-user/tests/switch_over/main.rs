@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod copying;
+mod kills;
 mod regions;
 mod roles;
 
