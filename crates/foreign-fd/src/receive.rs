@@ -1,5 +1,6 @@
 //! Receiving from a socket without leaving the kernel an fd to close.
 
+use std::io::IoSliceMut;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
@@ -33,17 +34,26 @@ pub fn receive(
     flags: RecvFlags,
     fds: &mut Vec<ForeignFd>,
 ) -> Result<Received, Errno> {
+    receive_into(socket, &mut [IoSliceMut::new(into)], flags, fds)
+}
+
+fn receive_into(
+    socket: impl AsFd,
+    into: &mut [IoSliceMut<'_>],
+    flags: RecvFlags,
+    fds: &mut Vec<ForeignFd>,
+) -> Result<Received, Errno> {
     let mut control = Control([MaybeUninit::uninit(); CONTROL_BYTES]);
-    let mut part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     // SAFETY: all zeros is a value of this plain structure.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
+    // An `IoSliceMut` is a `struct iovec` by its documentation.
+    message.msg_iov = into.as_mut_ptr().cast();
+    message.msg_iovlen = into.len() as _;
     message.msg_control = control.0.as_mut_ptr().cast();
     message.msg_controllen = CONTROL_BYTES as _;
     let flags = flags.bits().cast_signed() | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: the message names one part, which is `into`, and the control buffer, both with their lengths; they live, and
-    // nobody else uses them, until the call has returned.
+    // SAFETY: the message names the parts of `into`, and the control buffer, all with their lengths; they live, and nobody else
+    // uses them, until the call has returned.
     let got = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, flags) };
     let Ok(bytes) = usize::try_from(got) else {
         let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
@@ -64,8 +74,17 @@ pub fn receive(
 
 /// Receives from a socket on which no fds are due. [`Errno::PROTO`] when some come all the same; the closer closes them.
 pub fn receive_bytes(socket: impl AsFd, into: &mut [u8], flags: RecvFlags) -> Result<usize, Errno> {
+    receive_parts(socket, &mut [IoSliceMut::new(into)], flags)
+}
+
+/// The same into several buffers, one after the other.
+pub fn receive_parts(
+    socket: impl AsFd,
+    into: &mut [IoSliceMut<'_>],
+    flags: RecvFlags,
+) -> Result<usize, Errno> {
     let mut fds = Vec::new();
-    let received = receive(socket, into, flags, &mut fds)?;
+    let received = receive_into(socket, into, flags, &mut fds)?;
     if fds.is_empty() && !received.lost_fds { Ok(received.bytes) } else { Err(Errno::PROTO) }
 }
 

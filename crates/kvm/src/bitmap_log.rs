@@ -29,7 +29,8 @@ impl BitmapLog {
     ///
     /// # Errors
     ///
-    /// Of `KVM_CHECK_EXTENSION` and `KVM_ENABLE_CAP`; `InvalidInput` for a slot that is not made of whole pages.
+    /// Of `KVM_CHECK_EXTENSION` and `KVM_ENABLE_CAP`; `InvalidInput` for a slot that is not made of whole pages; `Unsupported` on a
+    /// host whose pages do not have 4 KiB.
     ///
     /// # Safety
     ///

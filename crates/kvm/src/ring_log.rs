@@ -39,7 +39,8 @@ impl RingLog {
     ///
     /// # Errors
     ///
-    /// `InvalidInput` for a slot or a ring that is not made of whole pages; of mmap, where the VM has no rings of this size.
+    /// `InvalidInput` for a slot or a ring that is not made of whole pages; of mmap, where the VM has no rings of this size;
+    /// `Unsupported` on a host whose pages do not have 4 KiB.
     ///
     /// # Safety
     ///

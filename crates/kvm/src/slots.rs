@@ -69,6 +69,12 @@ impl Slots {
     ///
     /// As [`BitmapLog::new`](crate::BitmapLog::new).
     pub(crate) unsafe fn new(vm: &impl AsFd, slots: Vec<Slot>) -> io::Result<Slots> {
+        // KVM logs pages of the host's size.
+        let host_bytes = rustix::param::page_size() as u64;
+        if host_bytes != PAGE_BYTES {
+            let why = format!("KVM logs pages of {host_bytes} bytes here, {PAGE_BYTES} are expected");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
         if let Some(slot) = slots.iter().find(|slot| !(slot.bytes | slot.offset).is_multiple_of(PAGE_BYTES)) {
             let why = format!("{slot:x?} is not made of whole pages of {PAGE_BYTES} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));

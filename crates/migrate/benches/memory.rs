@@ -250,7 +250,7 @@ fn main() {
     let mut numbers = words.iter().filter_map(|word| word.parse::<u64>().ok());
     let mib = numbers.next().unwrap_or(4096).max(16);
     let links = numbers.next().map_or(vec![1, 2, 4], |links| vec![links.clamp(1, 16) as u32]);
-    let plan = Plan { mib, links, runs: numbers.next().unwrap_or(7).max(1) };
+    let plan = Plan { mib, links, runs: numbers.next().unwrap_or(5).max(1) };
     let mut names: Vec<_> =
         words.iter().map(String::as_str).filter(|word| word.parse::<u64>().is_err()).collect();
     if names.is_empty() {

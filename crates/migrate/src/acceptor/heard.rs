@@ -1,6 +1,6 @@
 //! [`HeardLink`]: a link whose opening was read already, and can be read once more.
 
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::sync::Mutex;
 
 use crate::link::{Link, LinkError, Wait, forward_link};
@@ -64,6 +64,17 @@ impl Link for HeardLink {
         let bytes = self.inner.read(into, wait)?;
         lock(&self.heard).bytes.extend_from_slice(&into[..bytes]);
         Ok(bytes)
+    }
+
+    fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let heard = lock(&self.heard);
+        if heard.is_over && heard.bytes.is_empty() {
+            drop(heard);
+            return self.inner.read_parts(into, wait);
+        }
+        drop(heard);
+        let part = into.iter_mut().find(|part| !part.is_empty());
+        part.map_or(Ok(0), |part| self.read(part, wait))
     }
 
     forward_link!(|this| this.inner);

@@ -10,7 +10,7 @@ mod limited;
 mod socket;
 mod tls;
 
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -96,6 +96,15 @@ pub trait Link: Send + Sync {
     /// Reads at least one byte. Returns how many bytes were read; [`LinkError::Closed`] at the end of the stream.
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError>;
 
+    /// Reads at least one byte into these buffers, one after the other, as [`Link::read`]. The default reads into the first one that
+    /// is not empty; a link that can fill several in one call saves its reader the next call.
+    fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        match into.iter_mut().find(|part| !part.is_empty()) {
+            Some(part) => self.read(part, wait),
+            None => Ok(0),
+        }
+    }
+
     /// Ends the stream to the other end. Reading is still possible.
     fn finish(&self);
 
@@ -179,6 +188,10 @@ macro_rules! link_for {
 
             fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
                 (**self).read(into, wait)
+            }
+
+            fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+                (**self).read_parts(into, wait)
             }
 
             forward_link!(|this| (**this));

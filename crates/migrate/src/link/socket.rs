@@ -6,12 +6,12 @@
 mod connect;
 mod listener;
 
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use limosa_foreign_fd::{Foreign, ForeignFd, receive_bytes};
+use limosa_foreign_fd::{Foreign, ForeignFd, receive_parts};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
@@ -104,9 +104,14 @@ impl Link for SocketLink {
     }
 
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
+        self.read_parts(&mut [IoSliceMut::new(into)], wait)
+    }
+
+    fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let has_room = into.iter().any(|part| !part.is_empty());
         let got =
-            retry(&self.fd, PollFlags::IN, wait, || receive_bytes(&self.fd, into, RecvFlags::DONTWAIT))?;
-        if got == 0 && !into.is_empty() { Err(LinkError::Closed) } else { Ok(got) }
+            retry(&self.fd, PollFlags::IN, wait, || receive_parts(&self.fd, into, RecvFlags::DONTWAIT))?;
+        if got == 0 && has_room { Err(LinkError::Closed) } else { Ok(got) }
     }
 
     fn finish(&self) {

@@ -1,5 +1,6 @@
 //! [`FrameReader`]: the receiving half of a link, which checks frames.
 
+use std::io::IoSliceMut;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,10 @@ use super::{COMPRESSING, link_failed};
 use crate::link::{Link, LinkError, TlsError, Wait};
 use crate::{Cancel, Error, Result};
 
+/// Behind a payload of this length or more, the next header is read in the same call. Shorter ones belong to frames behind which
+/// nothing may come for long.
+const AHEAD_BYTES_MIN: usize = 4 << 10;
+
 /// The receiving half of a link. A wait that ends early, at a deadline or by a cancel, loses nothing: the next call
 /// goes on in the middle of the frame.
 pub(crate) struct FrameReader {
@@ -21,6 +26,7 @@ pub(crate) struct FrameReader {
     has_peer: bool,
     silence_max: Duration,
     sequence: u32,
+    /// The header of the frame, or while its payload is being read, that of the next one.
     header: [u8; HEADER_BYTES],
     header_bytes: usize,
     /// The header, once it is complete and checked, while its payload is being read.
@@ -144,14 +150,21 @@ impl FrameReader {
     ) -> Result<Header> {
         loop {
             let (wait, limit) = self.wait(within, cancel);
-            let into = match &self.reading {
-                None => &mut self.header[self.header_bytes..],
+            let payload = match &self.reading {
+                None => &mut [],
                 Some(header) => &mut self.payload[self.payload_bytes..header.length as usize],
             };
-            if !into.is_empty() {
-                match link.read(into, wait) {
-                    Ok(bytes) if self.reading.is_none() => self.header_bytes += bytes,
-                    Ok(bytes) => self.payload_bytes += bytes,
+            let payload_bytes = payload.len();
+            // Behind a long payload, the header of the next frame comes in the same call.
+            let takes_header = self.reading.is_none_or(|header| header.length as usize >= AHEAD_BYTES_MIN);
+            let header = if takes_header { &mut self.header[self.header_bytes..] } else { &mut [] };
+            if payload_bytes > 0 || self.reading.is_none() && !header.is_empty() {
+                match link.read_parts(&mut [IoSliceMut::new(payload), IoSliceMut::new(header)], wait) {
+                    Ok(bytes) => {
+                        let of_payload = bytes.min(payload_bytes);
+                        self.payload_bytes += of_payload;
+                        self.header_bytes += bytes - of_payload;
+                    }
                     Err(LinkError::TimedOut) => return Err(self.timed_out(doing, limit)),
                     Err(error) => return Err(self.failed(error, doing)),
                 }
@@ -162,7 +175,7 @@ impl FrameReader {
             if let Some(header) = self.reading
                 && self.payload_bytes == header.length as usize
             {
-                (self.reading, self.header_bytes) = (None, 0);
+                self.reading = None;
                 return self.end(header);
             }
         }
@@ -186,7 +199,7 @@ impl FrameReader {
             std::mem::swap(&mut self.payload, &mut self.other);
         }
         self.payload.grow(header.length as usize);
-        (self.reading, self.payload_bytes) = (Some(header), 0);
+        (self.reading, self.payload_bytes, self.header_bytes) = (Some(header), 0, 0);
         Ok(())
     }
 
@@ -241,7 +254,11 @@ impl FrameReader {
     fn failed(&self, error: LinkError, doing: &'static str) -> Error {
         match error {
             LinkError::Closed if !self.has_peer => {
-                let what = if self.header_bytes > 0 { "a frame" } else { "its frames: the SUM is missing" };
+                let what = if self.header_bytes > 0 || self.reading.is_some() {
+                    "a frame"
+                } else {
+                    "its frames: the SUM is missing"
+                };
                 self.damaged(Damage::Truncated { what })
             }
             error => link_failed(&self.peer, error, doing, self.silence_max),
@@ -293,6 +310,39 @@ mod tests {
             let held = 20 * (3 + 300_000) + (1 << 20) + 300_000;
             assert!(gauge.most() <= held, "{} bytes for {held}", gauge.most());
         });
+    }
+
+    #[test]
+    fn frames_are_the_same_however_their_bytes_come() {
+        let payloads: Vec<Vec<u8>> = [8, AHEAD_BYTES_MIN, 1 << 20, 3, 70_000, AHEAD_BYTES_MIN - 1, 70_001, 1]
+            .map(|bytes| vec![bytes as u8; bytes])
+            .into();
+        let frames = payloads.iter().zip(0..).flat_map(|(payload, sequence)| {
+            let header = Header::new(Kind::DEVICE_DATA, 3, 0, sequence, payload);
+            [&header.encode()[..], payload].concat()
+        });
+        let bytes: Vec<u8> = frames.collect();
+        for piece in [1 << 20, 70_000, 4096, 999] {
+            let (near, far) = SocketLink::pair().unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for mut part in bytes.chunks(piece) {
+                        while !part.is_empty() {
+                            let sent =
+                                near.write(&[IoSlice::new(part)], Wait::within(SILENCE_MAX, None)).unwrap();
+                            part = &part[sent..];
+                        }
+                    }
+                    near.finish();
+                });
+                let mut reader = FrameReader::new(&far, SILENCE_MAX);
+                for payload in &payloads {
+                    let header = reader.next(&far, "reading", None, None).unwrap();
+                    assert!(reader.payload(&header) == payload, "{} bytes", payload.len());
+                }
+                assert!(reader.next(&far, "reading", None, None).is_err(), "nothing is left");
+            });
+        }
     }
 
     #[test]

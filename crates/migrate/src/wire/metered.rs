@@ -1,6 +1,6 @@
 //! [`MeteredLink`]: a link that counts its traffic for the report.
 
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 
 use crate::link::{Link, LinkError, Wait, forward_link};
 use crate::report::LinkMeter;
@@ -27,6 +27,11 @@ impl Link for MeteredLink<'_> {
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         let began = limosa_clockwork::now();
         self.inner.read(into, wait).inspect(|bytes| self.meter.received(*bytes, began))
+    }
+
+    fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let began = limosa_clockwork::now();
+        self.inner.read_parts(into, wait).inspect(|bytes| self.meter.received(*bytes, began))
     }
 
     forward_link!(|this| this.inner);
