@@ -19,7 +19,9 @@ use crate::aio::Aio;
 /// Signalled through the kernel's asynchronous I/O, it costs about 0.8 us where a plain write costs 0.3, and less than the
 /// wake-up of a thread. On a system without it one thread of the process writes for all, in the order in which they were
 /// signalled. There a peer can hold up the signals of others; it holds up no thread that signals.
-#[derive(Debug)]
+///
+/// Clones are the same one.
+#[derive(Clone, Debug)]
 pub struct ForeignEventFd(Arc<Shared>);
 
 #[derive(Debug)]
@@ -43,6 +45,11 @@ impl ForeignEventFd {
     pub fn new(fd: ForeignFd) -> Result<ForeignEventFd, ForeignFd> {
         let fd = fd.into_eventfd()?;
         Ok(ForeignEventFd(Arc::new(Shared { fd, queued: AtomicBool::new(false) })))
+    }
+
+    /// Tells it from others that exist at the same time.
+    pub fn id(&self) -> usize {
+        Arc::as_ptr(&self.0).addr()
     }
 
     /// Adds 1 to the counter. A counter without room is signalled already, and left as it is.

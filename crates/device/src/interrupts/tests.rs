@@ -296,7 +296,7 @@ fn what_is_exported_goes_on_in_another_process() {
     from.raise(MSI, 0);
     count(&intx);
     let to = irqs();
-    to.client.adopt(from.client.export().unwrap()).unwrap();
+    to.client.adopt(from.client.export()).unwrap();
     assert_eq!((count(&intx), count(&msi)), (1, 0), "the line is still held, the other vector masked");
     assert_eq!(to.device.pending(MSI).collect::<Vec<_>>(), [0, 3]);
     to.unmask(MSI, 3, 1).unwrap();
@@ -310,13 +310,9 @@ fn what_is_exported_goes_on_in_another_process() {
 #[test]
 fn what_does_not_fit_is_not_adopted() {
     let to = irqs();
-    let mut fewer = irqs().client.export().unwrap();
+    let mut fewer = irqs().client.export();
+    fewer.indexes[MSI as usize][0].pending = true;
     fewer.indexes[MSI as usize].pop();
     assert_eq!(to.client.adopt(fewer), Err(Errno::EINVAL));
-    let mut wrong = irqs().client.export().unwrap();
-    wrong.indexes[MSI as usize][0].pending = true;
-    wrong.indexes[MSI as usize][1].eventfd =
-        Some(rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-    assert_eq!(to.client.adopt(wrong), Err(Errno::EINVAL));
     assert_eq!(to.device.pending(MSI).count(), 0);
 }

@@ -3,7 +3,6 @@
 //! Each call costs as much as it has vectors, however many the index has. What the client does to a vector waits for a
 //! signal that is under way on it, so that no signal comes after a mask or on an eventfd that was taken away.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use limosa_foreign_fd::{ForeignEventFd, ForeignFd};
@@ -45,7 +44,7 @@ pub struct WiringState {
 #[derive(Debug, Default)]
 pub struct VectorState {
     /// The client's eventfd.
-    pub eventfd: Option<OwnedFd>,
+    pub eventfd: Option<ForeignEventFd>,
     /// The client masked it.
     pub masked: bool,
     /// An edge waits to be signalled.
@@ -132,22 +131,21 @@ impl Wiring {
         }
     }
 
-    /// What is set and raised, with copies of the eventfds. The system's error when there is no room for these.
-    pub fn export(&self) -> std::io::Result<WiringState> {
+    /// What is set and raised.
+    pub fn export(&self) -> WiringState {
         let vector = |vector: &Vector| {
             let wire = vector.0.write();
-            let eventfd = wire.as_ref().map(|wire| wire.as_fd().try_clone_to_owned()).transpose()?;
             let state = vector.0.state.load(Acquire);
             let is = |bit| state & bit != 0;
-            Ok(VectorState { eventfd, masked: is(MASKED), pending: is(PENDING), level: is(LEVEL) })
+            let eventfd = wire.clone();
+            VectorState { eventfd, masked: is(MASKED), pending: is(PENDING), level: is(LEVEL) }
         };
         let indexes = self.interrupts.indexes.iter();
-        let indexes = indexes.map(|index| index.vectors.iter().map(vector).collect());
-        Ok(WiringState { indexes: indexes.collect::<std::io::Result<_>>()? })
+        WiringState { indexes: indexes.map(|index| index.vectors.iter().map(vector).collect()).collect() }
     }
 
     /// Takes over what another process exported, and signals what is pending or held and not masked. EINVAL for
-    /// interrupts that are not these, or a file that is no eventfd; then nothing has changed.
+    /// interrupts that are not these; then nothing has changed.
     pub fn adopt(&self, state: WiringState) -> Result<(), Errno> {
         let indexes = &self.interrupts.indexes;
         let fits = state.indexes.len() == indexes.len()
@@ -155,13 +153,12 @@ impl Wiring {
         if !fits {
             return Err(Errno::EINVAL);
         }
-        let checked = |vector: VectorState| {
+        let taken = |vector: VectorState| {
             let bit = |is: bool, bit: u8| if is { bit } else { 0 };
             let bits = bit(vector.masked, MASKED) | bit(vector.pending, PENDING) | bit(vector.level, LEVEL);
-            let eventfd = vector.eventfd.map(|fd| ForeignEventFd::new(ForeignFd::new(fd)));
-            Ok((bits, eventfd.transpose().map_err(|_| Errno::EINVAL)?))
+            (bits, vector.eventfd)
         };
-        let taken = state.indexes.into_iter().flatten().map(checked).collect::<Result<Vec<_>, Errno>>()?;
+        let taken = state.indexes.into_iter().flatten().map(taken);
         let vectors = indexes.iter().flat_map(|index| &index.vectors);
         for (vector, (bits, eventfd)) in vectors.zip(taken) {
             vector.0.rewire(None);

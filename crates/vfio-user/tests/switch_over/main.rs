@@ -238,6 +238,40 @@ fn a_client_goes_on_with_its_device_memory_and_log_after_its_server_was_replaced
 }
 
 #[test]
+fn interrupts_that_are_rewired_while_a_server_is_replaced_go_where_they_were_wired_last() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut running = Running::bind(folder.path(), vec![synthetic("1M")]);
+    let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+    let irq = (0..5).find(|irq| client.irq(*irq).unwrap().count > 0).unwrap();
+    let [first, second] =
+        [(); 2].map(|()| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
+    let wire = |to: Option<&OwnedFd>| {
+        client.set_irqs(irq, 0, IrqAction::Wire(&[to.map(AsFd::as_fd)])).unwrap();
+    };
+    let signals = |running: &Running| {
+        running.machines[0].bus().interrupts.raise(irq, 0);
+        [&first, &second].map(|fd| rustix::io::read(fd, &mut [0; 8]).is_ok())
+    };
+    wire(Some(&first));
+    for (to, expected) in [
+        (Some(Some(&second)), [false, true]),
+        (None, [false, true]),
+        (Some(None), [false, false]),
+        // What was raised meanwhile is signalled as well.
+        (Some(Some(&first)), [true, false]),
+    ] {
+        running = running.replaced_meanwhile(vec![synthetic("1M")], |round| {
+            if let (1, Some(to)) = (round, to) {
+                wire(to);
+            }
+            Ok(())
+        });
+        assert_eq!(signals(&running), expected);
+    }
+    drop((client, running));
+}
+
+#[test]
 fn half_a_message_and_posted_writes_arrive_in_the_new_server() {
     let folder = tempfile::tempdir().unwrap();
     let running = Running::bind(folder.path(), vec![pad()]);

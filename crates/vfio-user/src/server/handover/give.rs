@@ -12,6 +12,7 @@ use super::offer::offer_of;
 use super::record::{self, Files, Offer, copy, encode, kind};
 use super::regions::GivenFiles;
 use super::signals;
+use super::wiring::GivenWires;
 use super::{DEVICES_MAX, STOP_LIMIT};
 use crate::server::doors::Role;
 use crate::server::{Door, Server};
@@ -36,6 +37,7 @@ struct Outgoing {
     files: Files,
     sockets: GivenSockets,
     regions: GivenFiles,
+    wires: GivenWires,
     copy: Copy,
 }
 
@@ -143,6 +145,7 @@ impl SwitchOver<'_> {
             }
             items.extend(outgoing.sockets.more(device, &server.doors)?);
             items.extend(outgoing.regions.more(device, &server.machine)?);
+            items.extend(outgoing.wires.more(device, server.machine.wiring())?);
             items.extend(signals::given(device, &server.machine)?);
             items.extend(outgoing.copy.begin(device, &server.machine)?);
         }
@@ -155,6 +158,7 @@ impl SwitchOver<'_> {
         for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
             items.extend(outgoing.sockets.more(device, &server.doors)?);
             items.extend(outgoing.regions.more(device, &server.machine)?);
+            items.extend(outgoing.wires.more(device, server.machine.wiring())?);
             items.extend(outgoing.copy.more(device, &server.machine)?);
         }
         if items.is_empty() {
@@ -195,10 +199,7 @@ impl SwitchOver<'_> {
             items.extend(outgoing.files.mappings(device, &machine.mappings().export())?);
             items.extend(outgoing.regions.more(device, machine)?);
             items.push(outgoing.copy.rest(device, machine, frozen.session)?);
-            let wiring = machine.wiring().export();
-            let failed =
-                |error| Refusal::of_device(device, format!("its eventfds cannot be duplicated: {error}"));
-            items.extend(record::wiring(device, wiring.map_err(failed)?)?);
+            items.extend(outgoing.wires.rest(device, machine.wiring())?);
             if let Some(log) = machine.mappings().export_log() {
                 items.extend(record::log(device, &log)?);
             }

@@ -16,6 +16,7 @@ mod record;
 mod regions;
 mod signals;
 mod take;
+mod wiring;
 
 pub(super) use connection::{Adopted, Received};
 pub use give::SwitchOver;

@@ -20,6 +20,7 @@ use super::record::{self, MappingRow, Offer, broken, decode, kind};
 use super::regions::{self, CameFiles};
 use super::signals::{self, CameSignals};
 use super::take::is_same;
+use super::wiring::CameWires;
 use crate::server::doors::Doors;
 use crate::server::{Door, Options, Server, device_span};
 
@@ -43,8 +44,7 @@ pub(super) struct New {
     client: Option<ClientId>,
     /// The number of the copy that was loaded, in part or whole.
     copy: Option<u32>,
-    wiring_bits: Vec<Vec<u8>>,
-    eventfds: Vec<limosa_foreign_fd::ForeignFd>,
+    wires: CameWires,
     wiring: WiringState,
     log: Option<ExportedLog>,
     kept: Option<Kept>,
@@ -79,8 +79,7 @@ impl New {
             control: None,
             client: None,
             copy: None,
-            wiring_bits: Vec::new(),
-            eventfds: Vec::new(),
+            wires: CameWires::default(),
             wiring: WiringState::default(),
             log: None,
             kept: None,
@@ -160,6 +159,7 @@ impl New {
             kind::STATE => self.load(item)?,
             kind::REGION_FILE => self.regions.add(item, &self.machine)?,
             kind::IOEVENTFDS => self.signals.add(item)?,
+            kind::EVENTFDS => self.wires.add(item)?,
             kind::SOCKETS => {
                 let id = self.sockets.add(item)?;
                 let device = device_span(self.socket.as_deref());
@@ -178,8 +178,8 @@ impl New {
             kind::MAPPINGS => self.map(&item)?,
             kind::STATE => self.load(item)?,
             kind::REGION_FILE => self.regions.add(item, &self.machine)?,
-            kind::WIRING => self.wiring_bits = decode(&item)?,
-            kind::EVENTFDS => self.eventfds.extend(item.fds),
+            kind::WIRING => self.wires.set(&item)?,
+            kind::EVENTFDS => self.wires.add(item)?,
             kind::LOG => self.log = Some(record::log_head(&item)?),
             kind::DIRTY => {
                 let log = self.log.as_mut().ok_or_else(|| broken(kind::DIRTY, device, &"there is no log"))?;
@@ -315,14 +315,8 @@ impl New {
         if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
             return Err(broken(kind::CONNECTION, device, &"two VMMs"));
         }
-        let bits = std::mem::take(&mut self.wiring_bits);
-        let irqs = &self.machine.description().irqs;
-        let fits = bits.len() == irqs.len()
-            && bits.iter().zip(irqs).all(|(bits, irq)| bits.len() == irq.count as usize);
-        if !fits {
-            return Err(broken(kind::WIRING, device, &"other interrupts than the device has"));
-        }
-        self.wiring = record::unwiring(device, bits, std::mem::take(&mut self.eventfds))?;
+        let vectors: Vec<_> = self.machine.description().irqs.iter().map(|irq| irq.count).collect();
+        self.wiring = std::mem::take(&mut self.wires).state(device, &vectors)?;
         if let Some(log) = self.log.take() {
             let failed =
                 |errno| Refusal::of_device(device, format!("its dirty log cannot be taken over: {errno}"));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use limosa_device::{DirtyWords, ExportedLog, ExportedMapping, MemoryKind, VectorState, WiringState};
+use limosa_device::{DirtyWords, ExportedLog, ExportedMapping, MemoryKind};
 use limosa_foreign_fd::ForeignFd;
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::info::DmaMapFlags;
@@ -262,60 +262,6 @@ pub(super) fn mapping(
     };
     let flags = DmaMapFlags::from_bits_retain(row.flags);
     Ok(ExportedMapping { iova: row.iova, size: row.size, flags, kind, fd, offset: row.offset })
-}
-
-/// Bits of a vector.
-const MASKED: u8 = 1;
-const PENDING: u8 = 2;
-const LEVEL: u8 = 4;
-const WIRED: u8 = 8;
-
-pub(super) fn wiring(device: u16, state: WiringState) -> Result<Vec<Item>, Refusal> {
-    let (mut eventfds, mut bits) = (Vec::new(), Vec::new());
-    for index in state.indexes {
-        let mut vectors = Vec::new();
-        for vector in index {
-            let bit = |is: bool, bit: u8| if is { bit } else { 0 };
-            vectors.push(
-                bit(vector.masked, MASKED)
-                    | bit(vector.pending, PENDING)
-                    | bit(vector.level, LEVEL)
-                    | bit(vector.eventfd.is_some(), WIRED),
-            );
-            eventfds.extend(vector.eventfd.map(ForeignFd::new));
-        }
-        bits.push(vectors);
-    }
-    let mut items = vec![encode(kind::WIRING, device, &bits)?];
-    let mut eventfds = eventfds.into_iter().peekable();
-    while eventfds.peek().is_some() {
-        let fds: Vec<ForeignFd> = eventfds.by_ref().take(ITEM_FDS_MAX).collect();
-        items.push(Item::new(kind::EVENTFDS, device, Vec::new()).with_fds(fds));
-    }
-    Ok(items)
-}
-
-pub(super) fn unwiring(
-    device: u16,
-    bits: Vec<Vec<u8>>,
-    eventfds: Vec<ForeignFd>,
-) -> Result<WiringState, Refusal> {
-    let wrong = |what: &str| broken(kind::EVENTFDS, device, &what);
-    let mut eventfds = eventfds.into_iter();
-    let mut vector = |bits: u8| {
-        let is = |bit| bits & bit != 0;
-        let eventfd = match is(WIRED) {
-            false => None,
-            true => {
-                let fd =
-                    eventfds.next().ok_or_else(|| wrong("fewer eventfds than vectors that are wired"))?;
-                Some(fd.into_eventfd().map_err(|_| wrong("a file that is no eventfd"))?)
-            }
-        };
-        Ok(VectorState { eventfd, masked: is(MASKED), pending: is(PENDING), level: is(LEVEL) })
-    };
-    let indexes = bits.into_iter().map(|index| index.into_iter().map(&mut vector).collect());
-    Ok(WiringState { indexes: indexes.collect::<Result<_, Refusal>>()? })
 }
 
 pub(super) fn log(device: u16, log: &ExportedLog) -> Result<Vec<Item>, Refusal> {
