@@ -104,6 +104,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             };
             keep_open::end(done, std::slice::from_ref(&device), args.keep_open.keep_open, leaves, out)
         }
+        Command::Region(args) => commands::region::run(&args.action, opening, out),
         Command::Check(args) => commands::check::run(args, opening, out),
         Command::Trace(args) => commands::trace::run(args, opening, out),
         Command::Fsm(args) => commands::fsm::run(args, out),

@@ -14,6 +14,7 @@ pub mod list;
 pub mod moving;
 pub mod next;
 pub mod probe;
+pub mod region;
 pub mod serve;
 pub mod settle;
 pub mod state;

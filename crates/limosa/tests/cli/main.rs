@@ -8,7 +8,8 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use support::{Folder, JsonOutput, Server, device_data, limosa, start};
 
-const COMMANDS: [&[&str]; 23] = [
+const COMMANDS: [&[&str]; 24] = [
+    &["region", "read"],
     &[],
     &["demo"],
     &["serve"],
