@@ -109,7 +109,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Trace(args) => commands::trace::run(args, opening, out),
         Command::Fsm(args) => commands::fsm::run(args, out),
         Command::Completions { shell } => commands::generate::completions(*shell, out),
-        Command::Man { folder } => commands::generate::man(folder, out),
+        Command::Man { folder } => commands::man::run(folder, out),
         Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
         Command::Serve(args) => commands::serve::run(args, cli.timeout, out),
         Command::SwitchOver(args) => commands::switch_over::run(args, out),

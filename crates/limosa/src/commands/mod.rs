@@ -11,6 +11,7 @@ pub mod fsm;
 pub mod generate;
 pub mod inspect;
 pub mod list;
+pub mod man;
 pub mod moving;
 pub mod next;
 pub mod probe;
