@@ -14,7 +14,6 @@ pub struct Meaning {
     pub code: u8,
     pub meaning: &'static str,
     /// What became of the source of a move.
-    #[cfg_attr(not(test), allow(dead_code, reason = "it is in the table of docs/command.md"))]
     pub source: &'static str,
 }
 

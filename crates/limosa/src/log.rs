@@ -41,8 +41,7 @@ where
     N: for<'a> FormatFields<'a> + 'static,
 {
     fn format_event(&self, _: &FmtContext<'_, S, N>, mut to: Writer<'_>, event: &Event<'_>) -> fmt::Result {
-        let mut timestamp = String::new();
-        SystemTime.format_time(&mut Writer::new(&mut timestamp))?;
+        let timestamp = now();
         let mut fields = Fields(Map::new());
         event.record(&mut fields);
         let about = event.metadata();
@@ -54,6 +53,14 @@ where
         });
         writeln!(to, "{}", text::json(&document, true).map_err(|_| fmt::Error)?)
     }
+}
+
+/// The time now, by RFC 3339.
+pub fn now() -> String {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut text));
+    text
 }
 
 struct Fields(Map<String, Value>);

@@ -105,11 +105,12 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             };
             keep_open::end(done, std::slice::from_ref(&device), args.keep_open.keep_open, leaves, out)
         }
+        Command::Region(args) => commands::region::run(&args.action, opening, out),
         Command::Check(args) => commands::check::run(args, opening, out),
         Command::Trace(args) => commands::trace::run(args, opening, out),
         Command::Fsm(args) => commands::fsm::run(args, out),
         Command::Completions { shell } => commands::generate::completions(*shell, out),
-        Command::Man { folder } => commands::generate::man(folder, out),
+        Command::Man { folder } => commands::man::run(folder, out),
         Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
         Command::Serve(args) => commands::serve::run(args, cli.timeout, out),
         Command::SwitchOver(args) => commands::switch_over::run(args, out),

@@ -16,6 +16,11 @@ pub enum SnapshotLocation {
 impl SnapshotLocation {
     /// The location of this name; nothing is opened yet. `replace` is whether a snapshot that is there may give way.
     pub fn new(name: &Path, replace: bool) -> anyhow::Result<SnapshotLocation> {
+        if name.as_os_str() == "-" {
+            let what = "-: a snapshot is published when it is whole, which a pipe cannot do; expected a file, as ./- if that is its \
+                        name. From host to host, `limosa send` and `limosa receive` move without a file between them";
+            return Err(exit::error(Code::Usage, what));
+        }
         match name.to_str().filter(|name| name.starts_with("s3://")) {
             Some(url) => SnapshotLocation::object(url, replace),
             None => Ok(SnapshotLocation::File(SnapshotFile::new(name).replacing(replace))),

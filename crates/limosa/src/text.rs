@@ -36,7 +36,7 @@ pub fn lines(text: &str) -> String {
 pub fn json<T: Serialize>(value: &T, in_one_line: bool) -> io::Result<String> {
     let text = match in_one_line {
         true => serde_json::to_string(value)?,
-        false => serde_json::to_string_pretty(value)?,
+        false => rows_in_lines(&serde_json::to_string_pretty(value)?),
     };
     // Outside of strings there are only line ends that are not printable.
     let is_plain = |c: char| c == '\n' || is_printable(c);
@@ -58,6 +58,36 @@ pub fn json<T: Serialize>(value: &T, in_one_line: bool) -> io::Result<String> {
         }
     }
     Ok(out)
+}
+
+/// Puts each array of plain numbers of a document into one line.
+fn rows_in_lines(pretty: &str) -> String {
+    let mut out = String::with_capacity(pretty.len());
+    let (mut rest, mut in_text) = (pretty, false);
+    while let Some(at) = rest.find(['"', '\\', '[']) {
+        let (before, found) = rest.split_at(at);
+        out.push_str(before);
+        // Behind a backslash, which is only in a text, comes what has no meaning of its own.
+        let length = match found.as_bytes()[0] {
+            b'\\' => 1 + found[1..].chars().next().map_or(0, char::len_utf8),
+            b'"' => {
+                in_text = !in_text;
+                1
+            }
+            _ => match found.find(']').filter(|_| !in_text) {
+                Some(end) if !found[1..end].contains(['"', '[', '{']) => {
+                    let row: Vec<&str> = found[1..end].split_whitespace().collect();
+                    out.push_str(&format!("[{}]", row.join(" ")));
+                    rest = &found[end + 1..];
+                    continue;
+                }
+                _ => 1,
+            },
+        };
+        out.push_str(&found[..length]);
+        rest = &found[length..];
+    }
+    out + rest
 }
 
 /// How the fields of a log's line are written.
@@ -100,6 +130,21 @@ mod tests {
             expected["b\n"] = "http://***@h".into();
             assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), expected);
         }
+    }
+
+    #[test]
+    fn a_row_of_numbers_was_a_line_for_each() {
+        let value = serde_json::json!({
+            "bytes": [1, -2, 3.5, null],
+            "none": [],
+            "rows": [[1, 2], [3, 4]],
+            "text": "[\n 1,\n 2]\"[3, 4]\\",
+            "texts": ["a", "[1,  2]"],
+        });
+        let text = json(&value, false).unwrap();
+        assert!(text.contains("\"bytes\": [1, -2, 3.5, null]"), "{text}");
+        assert!(text.contains("[1, 2],\n") && text.contains("\"none\": []"), "{text}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
     }
 
     #[test]

@@ -20,7 +20,8 @@ const READ: &str = "@READ";
 const MADE: &str = "@MADE";
 
 /// Every command line that opens a device, with nothing else that can be wrong with it.
-const OPENS: [&[&str]; 14] = [
+const OPENS: [&[&str]; 15] = [
+    &["region", "read", DEVICE, "config"],
     &["probe", DEVICE],
     &["state", DEVICE],
     &["state", DEVICE, "set", "STOP"],

@@ -54,7 +54,10 @@ fn a_move_that_fails_is_reported_too() {
     assert!(why.contains(&destination.socket), "{why}");
     let [text, html] = [text, html].map(|file| std::fs::read_to_string(file).unwrap());
     assert!(text.contains(&format!("outcome undone: {why}")), "{text}");
-    assert!(html.contains("Outcome: undone: ") && html.contains(": called off</h1>"), "{html}");
+    assert!(
+        html.contains("<p class=\"badge bad\">not moved: ") && html.contains("limosa migrate "),
+        "{html}"
+    );
     assert!(json["phases"].as_array().unwrap().iter().any(|phase| phase["phase"] == "undo"), "{json}");
 }
 

@@ -34,6 +34,7 @@ fn every_command_keeps_the_schema() {
         &["probe"][..],
         &["probe", device],
         &["state", device],
+        &["region", "read", device, "config"],
         &["state", device, "set", "STOP"],
         &["state", device, "reset"],
         &["save", device, &file, "--report", &html],

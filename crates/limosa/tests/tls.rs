@@ -236,7 +236,7 @@ fn what_is_missing_or_unusable_is_said_before_anybody_is_connected_to() {
     wrong[5] = pair.folder.text("localhost.key");
     send(&wrong).fails(2, &["localhost.key", "does not belong to", &tls[3]]);
     none[1] = pair.folder.text("none");
-    send(&none).fails(2, &["none", "cannot be opened"]);
+    send(&none).fails(4, &["--tls-ca", "none", "No such file"]);
     send(&pair.tls("expired")).fails(4, &["expired", "it expired", "days ago"]);
     let key = pair.folder.path("source.key");
     std::fs::set_permissions(&key, Permissions::from_mode(0o644)).unwrap();

@@ -96,8 +96,8 @@ pub use private_folder::PrivateFolder;
 pub use protocol::Round;
 pub use report::html;
 pub use report::{
-    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Observer, Phase, PhaseReport, Report,
-    RoundReport, Side, SpanReport, Throughput, Unrecovered,
+    Act, DeviceReport, End, Estimate, LimitsReport, LinkReport, Loss, Made, Observer, Phase, PhaseReport,
+    Report, RoundReport, Side, SpanReport, Throughput, Unrecovered, Work,
 };
 pub use snapshot::{
     DamageReport, Durability, FrameCount, InspectedSection, Inspection, Publication, SnapshotFile,

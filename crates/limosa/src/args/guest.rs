@@ -73,7 +73,7 @@ pub fn memory(text: &str) -> Result<Memory, String> {
 }
 
 /// A number of bytes or an address: decimal with K, M, G or T, or hexadecimal.
-fn number(text: &str) -> Result<u64, String> {
+pub(super) fn number(text: &str) -> Result<u64, String> {
     match text.strip_prefix("0x") {
         Some(digits) if digits.bytes().all(|digit| digit.is_ascii_hexdigit()) => {
             u64::from_str_radix(digits, 16).map_err(|_| format!("`{text}` is no number below 2^64"))

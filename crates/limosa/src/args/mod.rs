@@ -7,6 +7,7 @@ mod doctor;
 mod guest;
 mod link;
 mod moving;
+mod region;
 mod resolving;
 mod serving;
 mod snapshots;
@@ -28,6 +29,7 @@ pub use doctor::Doctor;
 pub use guest::{Memory, Starting, Stopping};
 pub use link::{Link, Names, Tls};
 pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};
+pub use region::{BYTES_MAX as REGION_BYTES_MAX, Bytes as RegionBytes, Region, RegionAction};
 pub use resolving::{Answer, Decided, Resolve};
 pub use serving::{Model, Serve, SwitchOver};
 pub use snapshots::{Inspect, Load, Save, Verify};
@@ -176,6 +178,10 @@ pub enum Command {
     Doctor(Doctor),
     /// Read or drive a device's migration state.
     State(StateArgs),
+    /// Read or write bytes of a device's regions: registers, configuration space.
+    ///
+    /// A read or a write can have effects in the device. While a VMM uses it, its server refuses both.
+    Region(Region),
     /// Stop devices, save their state to a file or an object store, and let them run again.
     Save(Save),
     /// Load a saved state into devices.
@@ -234,6 +240,7 @@ impl Command {
             Command::Probe(_) => "probe",
             Command::Doctor(_) => "doctor",
             Command::State(_) => "state",
+            Command::Region(_) => "region",
             Command::Save(_) => "save",
             Command::Load(_) => "load",
             Command::Inspect(_) => "inspect",

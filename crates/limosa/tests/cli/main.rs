@@ -8,7 +8,8 @@ use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use support::{Folder, JsonOutput, Server, device_data, limosa, start};
 
-const COMMANDS: [&[&str]; 23] = [
+const COMMANDS: [&[&str]; 24] = [
+    &["region", "read"],
     &[],
     &["demo"],
     &["serve"],
@@ -322,7 +323,7 @@ fn completions_and_manual_pages_are_generated() {
     assert!(limosa(&["man", &man]).ok().contains(&man));
     for page in ["limosa.1", "limosa-migrate.1", "limosa-state-set.1"] {
         let text = std::fs::read_to_string(folder.path("new/man").join(page)).unwrap();
-        assert!(text.contains("Exit codes:"), "{page}: {text}");
+        assert!(text.contains("EXIT STATUS") && text.contains("EXAMPLES"), "{page}: {text}");
     }
     assert_eq!(limosa(&["--json", "man", &man]).json()["folder"], man.as_str());
 }

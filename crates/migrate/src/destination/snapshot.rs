@@ -9,7 +9,7 @@ use super::{Destination, Ending, Received, Then, ended};
 use crate::context::Context;
 use crate::error::{check_cancel, guard};
 use crate::protocol::limits::Limits;
-use crate::report::{End, Phase};
+use crate::report::{End, Phase, Work};
 use crate::snapshot::{self, Reading, SnapshotSource, of_place};
 use crate::wire::{Connection, MeteredLink};
 
@@ -30,6 +30,18 @@ impl<'a> Destination<'a> {
     /// Loads a snapshot from a place, such as a [`SnapshotFile`](crate::SnapshotFile). The complete snapshot is verified before
     /// a device is touched, and again while it is read for the devices.
     pub fn load(self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
+        let mut received = self.load_from(from, after);
+        match &mut received {
+            Received::Runs(report)
+            | Received::Stopped(report)
+            | Received::Discarded { report, .. }
+            | Received::Broken { report, .. } => report.work = Work::Load,
+            Received::Answered { .. } => {}
+        }
+        received
+    }
+
+    fn load_from(self, from: &dyn SnapshotSource, after: AfterLoad) -> Received {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
         let limits = snapshot::Limits { silence_max: self.options.silence_max, cancel: self.cancel };

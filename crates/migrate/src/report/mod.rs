@@ -87,6 +87,43 @@ impl End {
     }
 }
 
+/// What a report is of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Work {
+    /// A move from one side to another.
+    #[default]
+    Move,
+    /// A save to a snapshot.
+    Save,
+    /// A load of a snapshot.
+    Load,
+}
+
+impl Work {
+    /// The name, for people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Work::Move => "move",
+            Work::Save => "save",
+            Work::Load => "load",
+        }
+    }
+}
+
+/// Where, when and by what a report was made. The engine does not know it; who has called it may.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Made {
+    /// When, by RFC 3339.
+    pub at: String,
+    /// The name of this host.
+    pub host: String,
+    /// The program and its version.
+    pub version: String,
+    /// The command line.
+    pub command: String,
+}
+
 /// One device.
 #[derive(Clone, Debug, Default, Serialize)]
 #[non_exhaustive]
@@ -164,8 +201,13 @@ pub struct LimitsReport {
 pub struct Report {
     /// The id of the move.
     pub id: String,
+    /// What it is of.
+    pub work: Work,
     /// The side that made the report.
     pub side: Side,
+    /// Where, when and by what it was made, where that was added.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub made: Option<Made>,
     /// How it ended.
     pub outcome: End,
     /// The reason, if it did not succeed.
@@ -210,7 +252,9 @@ impl Report {
     pub(crate) fn nothing(side: Side, limits: LimitsReport) -> Report {
         Report {
             id: String::new(),
+            work: Work::default(),
             side,
+            made: None,
             outcome: match side {
                 Side::Source => End::Undone,
                 Side::Destination => End::Discarded,

@@ -198,6 +198,7 @@ impl<'a> Recorder<'a> {
             end_ns: ns(self.began, now),
             bytes,
             dirty_bytes: round.memory_dirty_bytes,
+            left_bytes: round.memory_dirty_bytes.saturating_add(round.device_bytes),
             bytes_per_second: round.bytes_per_second,
             predicted_downtime_ns: nanoseconds(round.predicted_downtime),
             throttle_step: log.throttle_step,

@@ -74,6 +74,8 @@ pub struct RoundReport {
     pub bytes: Totals,
     /// Dirty memory at its end, in bytes.
     pub dirty_bytes: u64,
+    /// How many bytes were left at its end: that memory, and on the source the data that devices would give.
+    pub left_bytes: u64,
     /// On the source: the rate at which the destination handled data, in bytes per second.
     pub bytes_per_second: u64,
     /// On the source: the predicted downtime of a stop at its end, in ns.

@@ -7,7 +7,7 @@ use super::{Ending, InDoubt, Outcome, Source, Stage};
 use crate::context::Context;
 use crate::error::guard;
 use crate::protocol::limits::Limits;
-use crate::report::{End, Phase};
+use crate::report::{End, Phase, Work};
 use crate::snapshot::{self, Published, SnapshotTarget, Writing, of_place};
 use crate::vmm;
 use crate::wire::{Connection, Frame, MeteredLink};
@@ -36,7 +36,16 @@ impl<'a> Source<'a> {
     /// the error says so ([`Error::PublicationUnknown`](crate::Error::PublicationUnknown)). With [`AfterSave::Stop`] the
     /// source stays stopped: [`Outcome::InDoubt`]. Then [`published`](crate::published) finds out, and [`Source::decide`]
     /// acts on that.
-    pub fn save(mut self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
+    pub fn save(self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
+        let mut outcome = self.save_to(to, after);
+        match &mut outcome {
+            Outcome::Moved(report) | Outcome::Undone { report, .. } => report.work = Work::Save,
+            Outcome::InDoubt(doubt) => doubt.report.work = Work::Save,
+        }
+        outcome
+    }
+
+    fn save_to(mut self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
         let context = self.context();
         context.recorder.phase(Phase::Handshake);
         let limits = snapshot::Limits { silence_max: self.options.silence_max, cancel: self.cancel };

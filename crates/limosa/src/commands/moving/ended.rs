@@ -5,12 +5,13 @@
 
 use std::fmt;
 
-use limosa_migrate::{Error, InDoubt, Loss, Outcome, Report, SnapshotTarget, Unrecovered};
+use limosa_migrate::{Error, InDoubt, Loss, Made, Outcome, Report, SnapshotTarget, Unrecovered};
 use limosa_protocol::State;
 
 use crate::args;
 use crate::exit::{self, Code};
 use crate::guest::Guest;
+use crate::log;
 use crate::output::Output;
 use crate::reports::Reports;
 
@@ -59,6 +60,7 @@ impl<'a> Ending<'a> {
 
     /// It went well; only what follows it may fail. `failures` is what has.
     pub fn done(&self, report: &Report, mut failures: Vec<String>) -> anyhow::Result<()> {
+        let report = &with_origin(report);
         failures.extend(self.reports.write(report).err().map(|error| exit::message(&error)));
         let text = |to: &mut dyn std::io::Write| write!(to, "{report}");
         // There is one document: the failure's where there is one.
@@ -72,6 +74,7 @@ impl<'a> Ending<'a> {
 
     /// Writes the report of a move that failed, and adds it to the error.
     pub fn failed(&self, report: &Report, error: anyhow::Error) -> anyhow::Error {
+        let report = &with_origin(report);
         self.reports.write_failed(report);
         exit::reported(error, report)
     }
@@ -151,6 +154,20 @@ impl<'a> Ending<'a> {
         };
         self.failed(report, error)
     }
+}
+
+/// The report with where, when and by what it was made.
+fn with_origin(report: &Report) -> Report {
+    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
+    let mut report = report.clone();
+    report.made = Some(Made {
+        at: log::now(),
+        host,
+        version: concat!("limosa ", env!("CARGO_PKG_VERSION")).into(),
+        command: words.collect::<Vec<_>>().join(" "),
+    });
+    report
 }
 
 /// Notes in a report what leads devices out of what the move has left them in, where it could not do so itself.

@@ -100,7 +100,8 @@ pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
         }
         CertificateError::NotValidYet => "it is not valid yet by this machine's clock".into(),
         CertificateError::UnknownIssuer | CertificateError::BadSignature => format!(
-            "it does not come from an authority in {}; certificates between the two belong into its own file",
+            "it does not come from an authority in {}: a self-signed one has to be in that file itself, and certificates between \
+             the two belong into its own file",
             ca.display()
         ),
         CertificateError::NotValidForNameContext { expected, presented } => {
@@ -118,6 +119,12 @@ pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
         }
         CertificateError::BadEncoding => "it is no certificate: its encoding is damaged".into(),
         CertificateError::Revoked => "it has been revoked".into(),
+        // The verifier has no kind of its own for it.
+        error if error.to_string().contains("CaUsedAsEndEntity") => {
+            "it is the certificate of an authority, self-signed perhaps, and not that of a host: make one for the host, without CA:TRUE, \
+             signed by the authority"
+                .into()
+        }
         error => printable(&error.to_string()),
     }
 }

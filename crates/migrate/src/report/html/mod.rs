@@ -10,7 +10,7 @@ mod timeline;
 use std::fmt::Write as _;
 
 use super::text::{Bytes, Rate, Time};
-use super::{Act, End, Report};
+use super::{Act, End, Report, Work};
 pub use svg::Escaped;
 
 const STYLE: &str = include_str!("style.css");
@@ -41,15 +41,12 @@ impl Report {
 
     fn write(&self, page: &mut String) -> std::fmt::Result {
         begin(page, &self.title())?;
-        let side = self.side.name();
-        let from = self
-            .links
-            .first()
-            .map_or(String::new(), |link| format!("; the other side is {}", Escaped(&link.peer)));
-        writeln!(page, "<p class=\"id\">move {}, as the {side} saw it{from}</p>", Escaped(&self.id))?;
-        let why = self.why.as_deref().map_or(String::new(), |why| format!(": {}", Escaped(why)));
-        let class = if self.why.is_some() { " class=\"over\"" } else { "" };
-        writeln!(page, "<p{class}>Outcome: {}{why}</p>", self.outcome.name())?;
+        let (class, badge) = self.badge();
+        writeln!(page, "<p class=\"badge {class}\">{badge}</p>")?;
+        if let Some(why) = &self.why {
+            writeln!(page, "<p class=\"over\">{}</p>", Escaped(why))?;
+        }
+        self.origin(page)?;
         self.facts(page)?;
         writeln!(page, "<figure>\n{}</figure>", timeline::draw(self))?;
         self.key(page)?;
@@ -69,12 +66,60 @@ impl Report {
             several => format!("{} devices", several.len()),
         };
         let memory = if self.bytes.memory_bytes + self.bytes.zero_bytes > 0 { " with memory" } else { "" };
-        match self.outcome {
-            End::Moved | End::Runs | End::Stopped => format!("Move of {what}{memory}"),
-            End::Saved => format!("Save of {what}{memory}"),
-            End::Undone | End::Discarded => format!("Move of {what}{memory}: called off"),
-            End::InDoubt | End::Broken => format!("Move of {what}{memory}: {}", self.outcome.name()),
+        let work = match self.work {
+            Work::Move => "Move",
+            Work::Save => "Save",
+            Work::Load => "Load",
+        };
+        format!("{work} of {what}{memory}")
+    }
+
+    /// What is seen first: the class of its colour, and how it ended.
+    fn badge(&self) -> (&'static str, &'static str) {
+        match (self.outcome, self.work) {
+            (End::Moved, _) => ("good", "moved: the guest is at the destination"),
+            (End::Saved, _) => ("good", "saved"),
+            (End::Runs, Work::Load) => ("good", "loaded: the guest runs here"),
+            (End::Runs, _) => ("good", "moved: the guest runs here"),
+            (End::Stopped, _) => ("good", "everything is here, and stands still"),
+            (End::Undone, Work::Save) => ("bad", "not saved: the guest is as it was before"),
+            (End::Undone, _) => ("bad", "not moved: the guest is at the source, as it was before"),
+            (End::Discarded, Work::Load) => ("bad", "not loaded"),
+            (End::Discarded, _) => ("bad", "not moved: nothing is here"),
+            (End::InDoubt, Work::Save) => {
+                ("open", "in doubt: the guest stands still, and the snapshot may be there")
+            }
+            (End::InDoubt, _) => {
+                ("open", "in doubt: the guest stands still here, and may run at the destination")
+            }
+            (End::Broken, _) => ("bad", "broken: the guest may run only here, and does not"),
         }
+    }
+
+    /// Which move it was, seen from where, when, and by what.
+    fn origin(&self, page: &mut String) -> std::fmt::Result {
+        writeln!(page, "<dl class=\"id\">")?;
+        let mut line = |name: &str, value: &str| {
+            let value = limosa_stream::without_passwords(value);
+            writeln!(page, "<dt>{name}</dt><dd>{}</dd>", Escaped(&value))
+        };
+        if let Some(made) = &self.made {
+            line("when", &made.at)?;
+            line("host", &format!("{}, the {}", made.host, self.side.name()))?;
+        } else {
+            line("seen by", &format!("the {}", self.side.name()))?;
+        }
+        if let Some(link) = self.links.first() {
+            line("other side", &link.peer)?;
+        }
+        if let Some(made) = &self.made {
+            line("made by", &made.version)?;
+            line("command", &made.command)?;
+        }
+        if !self.id.is_empty() {
+            line("id", &self.id)?;
+        }
+        writeln!(page, "</dl>")
     }
 
     /// The most important numbers.
@@ -98,7 +143,11 @@ impl Report {
         };
         let moved = self.bytes.memory_bytes.saturating_add(self.bytes.device_bytes);
         let rate = moved as f64 * 1e9 / self.total_ns.max(1) as f64;
-        fact("the whole move", Time(self.total_ns).to_string(), format!("{} on average", Rate(rate)))?;
+        fact(
+            &format!("the whole {}", self.work.name()),
+            Time(self.total_ns).to_string(),
+            format!("{} on average", Rate(rate)),
+        )?;
         if self.bytes.memory_bytes > 0 || self.bytes.zero_bytes > 0 {
             let zeroes = format!("and {} of zeroes", Bytes(self.bytes.zero_bytes));
             fact("memory", Bytes(self.bytes.memory_bytes).to_string(), zeroes)?;
@@ -111,7 +160,7 @@ impl Report {
         )?;
         if let Some(last) = self.rounds.last() {
             let slowed = match last.throttle_step {
-                0 => format!("{} dirty at the last", Bytes(last.dirty_bytes)),
+                0 => format!("{} left behind the last", Bytes(last.left_bytes)),
                 steps => format!("guest slowed down, step {steps}"),
             };
             fact("rounds", last.round.to_string(), slowed)?;

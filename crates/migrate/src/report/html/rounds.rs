@@ -12,6 +12,8 @@ const BOTTOM: f64 = 34.0;
 /// Room for the numbers of an axis.
 const NUMBERS: f64 = 76.0;
 const SMALL_SIZE: f64 = 10.0;
+/// How far the line of zero lies below the axis.
+const ZERO: f64 = 18.0;
 /// The most lines of an axis.
 const LINES_MAX: usize = 6;
 
@@ -56,7 +58,7 @@ pub(super) fn draw(report: &Report) -> Option<String> {
         &mut svg,
         &[
             Line { class: "moved", name: "moved", value: &moved },
-            Line { class: "dirty", name: "dirty again at its end", value: &|round| round.dirty_bytes },
+            Line { class: "dirty", name: "left at its end", value: &|round| round.left_bytes },
         ],
     );
     if knows_cost {
@@ -87,10 +89,12 @@ impl Chart<'_> {
         if high <= low {
             high = low + 1.0;
         }
-        // Only zero lies on the lowest line.
+        // A logarithmic axis has no zero, so that gets a line of its own, away from the lowest power.
+        let has_zero = lines.iter().any(|line| self.rounds.iter().any(|round| (line.value)(round) == 0));
+        let floor = if has_zero { ZERO } else { 0.0 };
         let place = |value: u64| match value {
-            0 => y + height,
-            value => y + height - (log(value) - low) / (high - low) * (height - 8.0) - 4.0,
+            0 => y + height - 4.0,
+            value => y + height - floor - (log(value) - low) / (high - low) * (height - floor - 8.0) - 4.0,
         };
 
         svg.area(Area { x, y, width, height }, "panel", "");
@@ -102,15 +106,20 @@ impl Chart<'_> {
             at += 21.0 + text_width(line.name, 11.0) + 18.0;
         }
 
+        let mark = |svg: &mut Svg, height: f64, value: u64| {
+            svg.line((x, height), (x + width, height), "grid");
+            let text = fitting(&(self.print)(value), SMALL_SIZE, NUMBERS - 8.0);
+            svg.text((x - 6.0, height + 3.5), SMALL_SIZE, Anchor::End, "quiet", &text);
+        };
+        if has_zero {
+            mark(svg, place(0), 0);
+        }
         let every = ((high - low) / LINES_MAX as f64).ceil().max(1.0);
         let mut power = low;
         while power <= high {
             // A goal far outside the range of the values is not drawn.
             let value = self.base.powf(power).min(1e18) as u64;
-            let height = place(value);
-            svg.line((x, height), (x + width, height), "grid");
-            let text = fitting(&(self.print)(value), SMALL_SIZE, NUMBERS - 8.0);
-            svg.text((x - 6.0, height + 3.5), SMALL_SIZE, Anchor::End, "quiet", &text);
+            mark(svg, place(value), value);
             power += every;
         }
         self.columns(svg);

@@ -58,6 +58,12 @@ pub(super) fn fitting(text: &str, size: f64, room: f64) -> String {
     cut
 }
 
+/// The same, but with the end of the text: an address or a path differs from others there.
+pub(super) fn fitting_end(text: &str, size: f64, room: f64) -> String {
+    let backwards: String = text.chars().rev().collect();
+    fitting(&backwards, size, room).chars().rev().collect()
+}
+
 /// A rectangle.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Area {
@@ -202,5 +208,7 @@ mod tests {
         assert_eq!(fitting("a-long-name", 10.0, 60.0), "a-long-n…");
         assert!(text_width(&fitting(&"\u{6771}".repeat(50), 10.0, 100.0), 10.0) <= 100.0);
         assert_eq!(fitting("", 10.0, 0.0), "");
+        assert_eq!(fitting_end("/run/vm/net.sock", 10.0, 66.0), "…/net.sock");
+        assert_eq!(fitting_end("net.sock", 10.0, 66.0), "net.sock");
     }
 }

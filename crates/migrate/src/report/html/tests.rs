@@ -5,8 +5,8 @@ use roxmltree::{Document, Node, ParsingOptions};
 
 use super::svg::text_width;
 use crate::report::{
-    Act, DeviceReport, End, LimitsReport, LinkReport, Phase, PhaseReport, Report, RoundReport, Side,
-    SpanReport, Throughput,
+    Act, DeviceReport, End, LimitsReport, LinkReport, Made, Phase, PhaseReport, Report, RoundReport, Side,
+    SpanReport, Throughput, Work,
 };
 use limosa_stream::Totals;
 
@@ -47,6 +47,7 @@ fn moved(devices: u64, links: u64, rounds: u32, downtime_ms: u64) -> Report {
             end_ns: end(round),
             bytes: Totals { device_bytes: 1 << 16, memory_bytes: dirty(round - 1), zero_bytes: 0 },
             dirty_bytes: dirty(round),
+            left_bytes: dirty(round),
             bytes_per_second: 1 << 30,
             predicted_downtime_ns: dirty(round) + 2 * MS,
             throttle_step: round / 40,
@@ -321,9 +322,47 @@ fn every_device_link_phase_and_round_is_there() {
 #[test]
 fn a_move_that_was_called_off_says_so_and_shows_no_downtime() {
     let page = undone().html();
-    assert!(page.contains("called off") && !page.contains("nothing ran for"));
+    assert!(page.contains("not moved: the guest is at the source") && !page.contains("nothing ran for"));
     assert!(page.contains("no log sees the DMA of uart0"));
     assert!(page.contains("the other side may not know"));
+}
+
+#[test]
+fn a_save_was_called_a_move_and_zero_was_drawn_as_the_least_power() {
+    let mut report = moved(1, 0, 3, 10);
+    (report.work, report.outcome) = (Work::Save, End::Undone);
+    for (round, left) in report.rounds.iter_mut().zip([64 << 20, 32 << 20, 0]) {
+        round.left_bytes = left;
+        round.bytes.memory_bytes = 32 << 20;
+    }
+    let page = report.html();
+    assert!(page.contains("<h1>Save of") && page.contains("not saved"), "{page}");
+    let document = parsed("save", &page);
+    let y = |text: &str| {
+        let mark = document.descendants().find(|node| {
+            node.tag_name().name() == "text"
+                && node.text() == Some(text)
+                && node.attribute("text-anchor") == Some("end")
+        });
+        number(mark.unwrap_or_else(|| panic!("no mark {text}")), "y")
+    };
+    assert!(y("0 B") - y("32.0 MiB") > 10.0, "{} and {}", y("0 B"), y("32.0 MiB"));
+}
+
+#[test]
+fn a_report_that_knows_its_origin_tells_it_without_passwords() {
+    let mut report = moved(1, 1, 1, 10);
+    report.made = Some(Made {
+        at: "2026-01-02T03:04:05Z".into(),
+        host: "<here>".into(),
+        version: "limosa 1".into(),
+        command: "limosa save x http://user:secret@store".into(),
+    });
+    let page = report.html();
+    for part in ["2026-01-02T03:04:05Z", "&lt;here&gt;, the source", "limosa 1", "http://***@store"] {
+        assert!(page.contains(part), "{part}: {page}");
+    }
+    assert!(!page.contains("secret"));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The picture of a move in two panels, the complete move and a close-up of the downtime. Both have the same lanes: phases,
 //! rounds, the downtime with its prediction and goal, and a lane for each device and each link.
 
-use super::svg::{Anchor, Area, Svg, fitting, text_width};
+use super::svg::{Anchor, Area, Svg, fitting, fitting_end, text_width};
 use crate::report::text::{Bytes, Rate, Time};
 use crate::report::{Act, DeviceReport, LinkReport, Phase, Report};
 
@@ -93,14 +93,18 @@ pub(super) fn draw(report: &Report) -> String {
     for (lane, device) in &devices {
         let after = device.bytes.saturating_sub(device.precopy_bytes);
         let what = format!("{}, {} of it final", Bytes(device.bytes), Bytes(after));
-        name(&mut svg, lane, &device.name, &what);
+        let short = fitting_end(&device.name, NAME_SIZE, NAMES - MARGIN);
+        titled_name(&mut svg, lane, &short, &device.name, &what);
         panels.iter().for_each(|panel| self::device(&mut svg, panel, lane, device));
     }
     let top = links.iter().map(|(_, (_, link))| peak(link)).fold(0.0, f64::max);
     for (lane, (number, link)) in &links {
         let bytes = link.sent_bytes.saturating_add(link.received_bytes);
         let what = format!("{}, up to {}", Bytes(bytes), Rate(peak(link)));
-        name(&mut svg, lane, &format!("link {number}: {}", link.peer), &what);
+        let number = format!("{number}: ");
+        let room = NAMES - MARGIN - text_width(&number, NAME_SIZE);
+        let peer = fitting_end(&link.peer, NAME_SIZE, room);
+        titled_name(&mut svg, lane, &format!("{number}{peer}"), &link.peer, &what);
         panels.iter().for_each(|panel| self::link(&mut svg, panel, lane, link, top));
     }
     svg.finish()
@@ -181,12 +185,16 @@ fn whole_width() -> f64 {
 
 /// A name, and below it a summary.
 fn name(svg: &mut Svg, lane: &Lane, name: &str, what: &str) {
+    titled_name(svg, lane, &fitting(name, NAME_SIZE, NAMES - MARGIN), name, what);
+}
+
+/// A name as it fits, with the complete one as its tooltip, and below it a summary.
+fn titled_name(svg: &mut Svg, lane: &Lane, text: &str, name: &str, what: &str) {
     let room = NAMES - MARGIN;
-    let text = fitting(name, NAME_SIZE, room);
     let middle = lane.y + lane.height / 2.0;
     let y = if what.is_empty() { middle + 4.0 } else { middle - 2.0 };
     let title = if text == name { "" } else { name };
-    svg.titled_text((LEFT, y), NAME_SIZE, Anchor::Start, "name", &text, title);
+    svg.titled_text((LEFT, y), NAME_SIZE, Anchor::Start, "name", text, title);
     if !what.is_empty() {
         svg.text((LEFT, middle + 11.0), SMALL_SIZE, Anchor::Start, "quiet", &fitting(what, SMALL_SIZE, room));
     }
@@ -241,11 +249,11 @@ fn rounds(svg: &mut Svg, panel: &Panel, lane: &Lane, report: &Report) {
         let Some((x, width)) = panel.band(start, round.end_ns.saturating_sub(start)) else { continue };
         let area = Area { x, y: lane.y, width, height: lane.height };
         let title = format!(
-            "round {}: {} in {}, {} of memory dirty at its end",
+            "round {}: {} in {}, {} left at its end",
             round.round,
             Bytes(round.bytes.memory_bytes.saturating_add(round.bytes.device_bytes)),
             Time(round.end_ns.saturating_sub(start)),
-            Bytes(round.dirty_bytes)
+            Bytes(round.left_bytes)
         );
         svg.area(area, if at % 2 == 0 { "band round" } else { "band round other" }, &title);
         label(svg, area, &round.round.to_string(), 10.0);
