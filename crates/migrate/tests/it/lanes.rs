@@ -127,7 +127,7 @@ fn links_that_share_a_small_bandwidth_are_not_taken_for_silent() {
     let here = VecPages::new(MEMORY_BYTES);
     here.0.lock().unwrap().fill(7);
     ends.memory = Some((Arc::new(here), Arc::new(VecPages::new(MEMORY_BYTES)), MEMORY_BYTES as u64));
-    ends.options.silence_max = Duration::from_millis(300);
+    ends.options.silence_max = Duration::from_millis(1500);
     let bandwidth = Bandwidth::new(4 << 20);
     let limited = || {
         let (near, far) = SocketLink::pair().unwrap();
