@@ -10,6 +10,7 @@ mod connection;
 mod copy;
 mod give;
 mod later;
+mod listener;
 mod new;
 mod offer;
 mod record;

@@ -1,9 +1,7 @@
 //! A device of the new server, which takes the place of one of the old server's or is served for the first time.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf, absolute};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use limosa_device::{ClientId, ExportedLog, Kept, Machine, RemoteMemory, WiringState};
@@ -15,20 +13,14 @@ use super::NewDevice;
 use super::connection::{Adopted, CameSockets, Threads};
 use super::copy::Loading;
 use super::later::LaterMemory;
+use super::listener::CameListener;
 use super::offer::{difference, offer_of};
 use super::record::{self, MappingRow, Offer, broken, decode, kind};
 use super::regions::{self, CameFiles};
 use super::signals::{self, CameSignals};
-use super::take::is_same;
 use super::wiring::CameWires;
 use crate::server::doors::Doors;
 use crate::server::{Door, Options, Server, device_span};
-
-/// A socket that was handed over, to listen at.
-pub(super) struct CameListener {
-    pub(super) record: record::Listener,
-    pub(super) socket: UnixListener,
-}
 
 /// A device of the new server.
 pub(super) struct New {
@@ -386,21 +378,5 @@ impl New {
             }
         }
         Some(server)
-    }
-}
-
-impl CameListener {
-    /// Whether this path leads to it.
-    fn is_at(&self, path: &Path) -> bool {
-        match &self.record.path {
-            Some((_, identity)) => {
-                std::fs::symlink_metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == *identity)
-            }
-            // A socket that its process did not make has nothing but an address.
-            None => self
-                .at()
-                .and_then(|theirs| absolute(theirs).ok())
-                .is_some_and(|theirs| is_same(path, &theirs)),
-        }
     }
 }

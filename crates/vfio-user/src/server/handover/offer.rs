@@ -6,8 +6,8 @@ use limosa_device::{Description, Region};
 use limosa_protocol::MigrationFlags;
 use limosa_switch_over::{Item, Refusal};
 
+use super::listener::is_same;
 use super::record::{Offer, broken, decode, kind};
-use super::take::is_same;
 
 /// A device that the old server offers.
 pub(super) struct Offered {

@@ -1,8 +1,6 @@
 //! The new server's side: which of its devices takes the place of which, and all of them together.
 
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf, absolute};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use limosa_device::Machine;
@@ -10,7 +8,8 @@ use limosa_host::SocketPath;
 use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 
 use super::DEVICES_MAX;
-use super::new::{CameListener, New};
+use super::listener::CameListener;
+use super::new::New;
 use super::offer::Offered;
 use super::record::{self, broken, decode, kind};
 use crate::server::{Options, Server};
@@ -248,30 +247,5 @@ impl Taker for Replacing {
             }
         }
         Ok((committed, servers))
-    }
-}
-
-/// Whether two paths, each seen from its own process, are the same. Links are not followed.
-pub(super) fn is_same(ours: &Path, theirs: &Path) -> bool {
-    absolute(ours).ok().as_deref() == Some(theirs)
-}
-
-impl CameListener {
-    /// Where it listens, as far as that is known.
-    pub(super) fn at(&self) -> Option<PathBuf> {
-        let bound = || self.socket.local_addr().ok().and_then(|at| at.as_pathname().map(Path::to_owned));
-        self.record.path.as_ref().map(|(path, _)| path.clone()).or_else(bound)
-    }
-
-    /// LISTENER, checked.
-    pub(super) fn of(mut item: Item) -> Result<CameListener, Refusal> {
-        let record: record::Listener = decode(&item)?;
-        let wrong = |what: &str| broken(kind::LISTENER, item.device, &what);
-        let fd = item.fds.pop().ok_or_else(|| wrong("no socket"))?;
-        let socket = fd.into_unix_stream().map_err(|_| wrong("a file that is no UNIX socket"))?;
-        if !rustix::net::sockopt::socket_acceptconn(&*socket).unwrap_or(false) {
-            return Err(wrong("a socket that does not listen"));
-        }
-        Ok(CameListener { record, socket: UnixListener::from(OwnedFd::from(socket.into_inner())) })
     }
 }
