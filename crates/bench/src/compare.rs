@@ -184,7 +184,7 @@ mod tests {
             ("", "no document"),
             ("[]", "no document"),
             ("{\"bench\": 7}", "version 7"),
-            ("{\"bench\": 1}", "damaged"),
+            ("{\"bench\": 2}", "damaged"),
         ] {
             assert!(Document::parse(wrong).unwrap_err().contains(why), "{wrong}");
         }
@@ -203,8 +203,9 @@ mod tests {
             ("\"spread_ns\":[", "\"spred_ns\":[", "at measures[0].spred_ns: unknown field `spred_ns`"),
             ("\"spread_ns\":[1,", "\"spread_ns\":[9,", "measure `x`: spread_ns is from 9 down to"),
             ("\"id\":\"y\"", "\"id\":\"x\"", "the measure `x` twice"),
-            ("\"seconds\":0.5", "\"seconds\":-1", "at seconds: -1"),
-            ("\"seconds\":0.5", "\"seconds\":1e999", "out of range"),
+            ("\"each_ns\":500000000", "\"each_ns\":-1", "at each_ns: invalid value: integer `-1`"),
+            ("\"each_ns\":500000000", "\"each_ns\":0", "at each_ns: 0, expected more than 0"),
+            ("\"each_ns\":500000000", "\"each_ns\":1e999", "out of range"),
         ] {
             let edited = text.replacen(from, to, 1);
             assert_ne!(edited, text, "{from}");

@@ -111,7 +111,7 @@ impl Document {
     /// Reads a document. The error says what is wrong with it, and where.
     pub fn parse(text: &str) -> Result<Document, String> {
         const EXPECTED: &str = "expected what `limosa --json bench DEVICE` prints";
-        let read: serde_json::Value = serde_json::from_str(text)
+        let mut read: serde_json::Value = serde_json::from_str(text)
             .map_err(|error| format!("it is no document of the bench: it is no JSON: {error}; {EXPECTED}"))?;
         let version = read.get("bench").and_then(serde_json::Value::as_u64);
         match version {
@@ -123,6 +123,11 @@ impl Document {
                 return Err(format!("it is no document of the bench: its `bench` is no version; {EXPECTED}"));
             }
         }
+        // The command says of each document which one it is.
+        if let Some(fields) = read.as_object_mut() {
+            fields.remove("schema");
+            fields.remove("command");
+        }
         let document: Document = serde_path_to_error::deserialize(read)
             .map_err(|error| format!("it is damaged at {}: {}", error.path(), error.inner()))?;
         document.check()?;
@@ -133,7 +138,7 @@ impl Document {
     fn check(&self) -> Result<(), String> {
         // Not a number is above nothing.
         if !(self.seconds > 0.0 && self.seconds.is_finite()) {
-            return Err(format!("it is damaged at seconds: {}, expected more than 0", self.seconds));
+            return Err(format!("it is damaged at each_ns: {}, expected more than 0", self.seconds * 1e9));
         }
         let mut known = BTreeSet::new();
         for measure in &self.measures {

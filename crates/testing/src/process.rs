@@ -37,8 +37,9 @@ impl Ended {
     #[track_caller]
     pub fn fails(&self, code: i32, parts: &[&str]) {
         assert_eq!(self.code, code, "{self:?}");
-        let said = self.err.lines().rev().find(|line| !line.is_empty()).unwrap_or_default();
-        let is_ours = said.starts_with("limosa: ") || self.err.contains("error: ");
+        // With -v another thread may log behind it.
+        let is_ours =
+            self.err.lines().any(|line| line.starts_with("limosa: ")) || self.err.contains("error: ");
         assert!(is_ours && !self.err.contains("panicked"), "{self:?}");
         for part in parts {
             assert!(self.err.contains(part), "`{part}` is not named: {self:?}");

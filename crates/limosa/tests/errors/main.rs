@@ -63,7 +63,6 @@ fn what_is_no_device_is_said_to_be_none() {
     let [none, file, stale, dir] = ["none", "file", "stale", ""].map(|name| folder.text(name));
     for (device, why) in [
         (&none, "no such socket"),
-        (&String::new(), "no such socket"),
         (&file, "no socket"),
         (&dir, "no socket"),
         (&stale, "is its server running?"),
