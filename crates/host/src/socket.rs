@@ -66,6 +66,8 @@ pub fn listen(path: &Path, access: &SocketAccess) -> io::Result<(SocketPath, Uni
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // The mode of a socket that is bound to no path yet becomes that of its path, less the umask.
     rustix::fs::fchmod(&socket, BEING_MADE)?;
+    // For `open_made`: what was bound has to be opened, also by a process that has no more room for descriptors then.
+    let room = rustix::io::fcntl_dupfd_cloexec(&socket, 0)?;
     match rustix::net::bind(&socket, &address) {
         Err(Errno::ADDRINUSE) => {
             remove_stale(path)?;
@@ -73,6 +75,7 @@ pub fn listen(path: &Path, access: &SocketAccess) -> io::Result<(SocketPath, Uni
         }
         bound => bound?,
     }
+    drop(room);
     let (made, stat) = open_made(path)?;
     let place = SocketPath { path: path.into(), device: stat.st_dev, inode: stat.st_ino };
     rustix::net::listen(&socket, BACKLOG)?;

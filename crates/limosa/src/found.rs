@@ -103,6 +103,16 @@ fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
     format!("{name} is in {state}, RUNNING or STOP is expected; {what}")
 }
 
+/// What is to be known before a person lets a device run whose last move may have ended elsewhere.
+pub fn doubt(name: &str, moves: &Moves) -> Option<String> {
+    let doubts = moves.notes().ok()?.doubts;
+    let doubt = doubts.iter().rfind(|doubt| doubt.halted.is_of(name))?;
+    let id = &doubt.id;
+    Some(format!(
+        "{name}: its move {id} is in doubt, and its guest may run elsewhere: two must never run; `limosa resolve {name}` settles it"
+    ))
+}
+
 /// The note of a move of this device that is not settled. Notes that cannot be read are no reason to refuse a device.
 fn noted(name: &str, moves: &Moves) -> Option<String> {
     let note = moves.notes().ok()?.into_all().into_iter().rfind(|note| note.halted().is_of(name))?;

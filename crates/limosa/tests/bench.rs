@@ -330,10 +330,10 @@ fn a_run_was_awaited_from_a_fifo_that_nobody_wrote_to() {
     assert_eq!(same.code, 0, "{same:?}");
     limosa(&["bench", "compare", "-", "-"]).fails(2, &["standard input"]);
     for [first, second] in [["run.json", "edited"], ["edited", "run.json"]] {
-        let text = std::fs::read_to_string(&run).unwrap().replacen("\"seconds\": 0", "\"seconds\": -1", 1);
+        let text = std::fs::read_to_string(&run).unwrap().replacen("\"each_ns\": ", "\"each_ns\": -", 1);
         std::fs::write(folder.path("edited"), text).unwrap();
         let files = [folder.text(first), folder.text(second)];
-        limosa(&["bench", "compare", &files[0], &files[1]]).fails(6, &["edited: it is damaged at seconds"]);
+        limosa(&["bench", "compare", &files[0], &files[1]]).fails(6, &["edited: it is damaged at each_ns"]);
     }
 }
 

@@ -97,6 +97,24 @@ fn a_guest_that_was_only_paused_is_not_overwritten_and_a_new_server_is_free() {
 }
 
 #[test]
+fn a_guest_was_overwritten_by_a_receiver_that_was_started_anew() {
+    let folder = Folder::new();
+    let [one, other, here, away] = ["one", "other", "here", "away"].map(|name| folder.device(name, &[]));
+    one.mark(GUEST);
+    other.mark(NEXT);
+    let receiver = Receiver::start(&folder, &here, &[]);
+    receiver.send(&one).ok();
+    receiver.running.signal(Signal::TERM);
+    assert_eq!(receiver.running.end().code, 0);
+    let receiver = Receiver::start(&folder, &here, &[]);
+    receiver.send(&other).fails(UNREACHABLE, &["the devices are not free here"]);
+    assert!(here.runs(GUEST) && other.runs(NEXT));
+    limosa(&["migrate", &here.socket, &away.socket]).ok();
+    receiver.send(&other).ok();
+    assert!(here.runs(NEXT));
+}
+
+#[test]
 fn sigterm_ends_it_after_the_move_under_way_and_sigint_calls_that_off() {
     for (signal, moves) in [(Signal::TERM, true), (Signal::INT, false)] {
         let folder = Folder::new();

@@ -146,6 +146,21 @@ fn a_device_that_was_gone_held_up_the_others_and_the_guest() {
 }
 
 #[test]
+fn a_source_in_doubt_was_let_run_by_hand_without_a_word() {
+    let doubt = Doubt::new();
+    let state = doubt.folder.path("state/limosa");
+    std::fs::create_dir_all(&state).unwrap();
+    std::fs::rename(doubt.folder.path("moves"), state.join("moves")).unwrap();
+    for act in [&["set", "RUNNING"][..], &["reset"]] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_limosa"));
+        command.args(["state", &doubt.one.socket]).args(act);
+        let ended = Running::start(command.env("XDG_STATE_HOME", doubt.folder.path("state"))).end();
+        let said = "is in doubt, and its guest may run elsewhere";
+        assert!(ended.code == 0 && ended.err.contains(said), "{ended:?}");
+    }
+}
+
+#[test]
 fn a_device_that_did_not_answer_held_up_the_others_and_the_guest() {
     let doubt = Doubt::new();
     let id = doubt.id();

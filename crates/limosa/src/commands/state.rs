@@ -7,6 +7,8 @@ use serde::Serialize;
 
 use crate::args::StateAction;
 use crate::exit::{self, Code};
+use crate::found;
+use crate::moves::Moves;
 use crate::open::Opened;
 use crate::output::Output;
 
@@ -21,6 +23,11 @@ struct Answer {
 
 pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Result<()> {
     let mut path = Vec::new();
+    let runs =
+        |state: State| !matches!(state, State::Stop | State::StopCopy | State::Resuming | State::Error);
+    if matches!(action, StateAction::Reset) || matches!(action, StateAction::Set { state } if runs(*state)) {
+        found::doubt(device.given(), &Moves::new(None)).inspect(|doubt| tracing::warn!("{doubt}"));
+    }
     match action {
         StateAction::Get | StateAction::Next { .. } => {}
         StateAction::Set { state } => {

@@ -360,7 +360,9 @@ impl New {
         let server = server?;
         // Only a device without migration, which takes nobody's place, runs already.
         if let (Some(client), Some(kept)) = (client, kept) {
-            if let Err(errno) = machine.wiring().adopt(wiring) {
+            // A device that takes nobody's place has none.
+            let is_wired = !wiring.indexes.is_empty();
+            if is_wired && let Err(errno) = machine.wiring().adopt(wiring) {
                 tracing::error!(%errno, "interrupts could not be taken over");
             }
             if let Err(errno) = machine.replace(client, kept) {
