@@ -3,7 +3,6 @@
 //! when another server listens at the device's socket. What was received is noted beside the record of moves, so that this holds
 //! for a receiver that is started anew, and for another one of the same device.
 
-use std::fmt;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -76,7 +75,7 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
                 receiving.take(offered, (&endpoint, &pages), Progress::new(&out, || None), &ending, || ());
             if taken.committed {
                 acceptor.take_further();
-            } else if let Err(error) = guests.note(&before) {
+            } else if let Err(error) = guests.take_back(&before) {
                 tracing::warn!(
                     "a guest that did not come is taken for one that did: {}",
                     exit::message(&error)
@@ -91,14 +90,12 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
     Ok(())
 }
 
-/// The file in the folder of moves.
-const FILE: &str = "received.json";
+/// The end of the notes' names in the folder of moves. Each device has a note of its own, as receivers share the folder.
+const NOTE: &str = ".received";
 
 /// A device that has got a guest from here, or is about to.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Held {
-    /// A name that means the same in every folder.
-    name: String,
     identity: Option<Identity>,
     /// The last move away from here that was known then.
     last: Option<String>,
@@ -114,37 +111,49 @@ impl Guests<'_> {
         self.moves.last(name).map(|moved| moved.id)
     }
 
-    /// All that are noted.
-    fn held(&self) -> anyhow::Result<Vec<Held>> {
-        let folder = self.moves.open()?;
-        let failed = |error: &dyn fmt::Display| {
-            exit::error(Code::Failed, format!("{}: {error}", folder.path().join(FILE).display()))
-        };
-        let Some(file) = folder.file(FILE).map_err(|error| failed(&error))? else { return Ok(Vec::new()) };
-        let bytes = folder.read(FILE, &file).map_err(|error| failed(&error))?;
-        serde_json::from_slice(&bytes).map_err(|error| failed(&error))
+    /// The name of a device's note: that of the device, in which no byte means anything to a file system.
+    fn note_of(device: &str) -> anyhow::Result<String> {
+        let name = open::lasting_name(device).with_context(|| format!("{device} has no name that lasts"))?;
+        Ok(format!("{}{NOTE}", ::blake3::hash(name.as_bytes()).to_hex()))
     }
 
-    fn note(&self, held: &[Held]) -> anyhow::Result<()> {
+    fn held(&self, note: &str) -> anyhow::Result<Option<Held>> {
         let folder = self.moves.open()?;
-        let bytes = serde_json::to_vec(held).context("a list of devices cannot be written")?;
-        let written = folder.write(FILE, &bytes).map(drop);
+        let read = || -> anyhow::Result<Option<Held>> {
+            let Some(file) = folder.file(note)? else { return Ok(None) };
+            Ok(Some(serde_json::from_slice(&folder.read(note, &file)?)?))
+        };
+        read().with_context(|| {
+            format!("what was received cannot be read: {}", folder.path().join(note).display())
+        })
+    }
+
+    fn write(&self, note: &str, held: Option<&Held>) -> anyhow::Result<()> {
+        let folder = self.moves.open()?;
+        let written = match held {
+            Some(held) => folder.write(note, &serde_json::to_vec(held).context("no JSON")?).map(drop),
+            None => folder.remove(note).map(drop),
+        };
         written.with_context(|| format!("what is received cannot be noted in {}", folder.path().display()))
     }
 
-    /// These devices have a guest from now on. What was noted before.
-    fn hold(&self, devices: &[Opened]) -> anyhow::Result<Vec<Held>> {
-        let before = self.held()?;
-        let mut held = before.clone();
+    /// These devices have a guest from now on. What was noted of them before.
+    fn hold(&self, devices: &[Opened]) -> anyhow::Result<Vec<(String, Option<Held>)>> {
+        let mut before = Vec::new();
         for device in devices {
             let given = device.given();
-            let name = open::lasting_name(given).with_context(|| format!("{given} has no lasting name"))?;
-            // Sockets that are gone had guests that are of no concern any more.
-            held.retain(|held| held.name != name && open::identity(&held.name) == held.identity);
-            held.push(Held { name, identity: open::identity(given), last: self.last(given) });
+            let note = Self::note_of(given)?;
+            let held = Held { identity: open::identity(given), last: self.last(given) };
+            let was = self.held(&note)?;
+            self.write(&note, Some(&held))?;
+            before.push((note, was));
         }
-        self.note(&held)?;
         Ok(before)
+    }
+
+    /// No guest has come: the notes are as they were.
+    fn take_back(&self, before: &[(String, Option<Held>)]) -> anyhow::Result<()> {
+        before.iter().try_for_each(|(note, held)| self.write(note, held.as_ref()))
     }
 
     /// Opens the devices.
@@ -180,9 +189,7 @@ impl Guests<'_> {
 
     fn has_guest(&self, device: &Opened) -> anyhow::Result<bool> {
         let name = device.given();
-        let lasting = open::lasting_name(name).with_context(|| format!("{name} has no lasting name"))?;
-        let held = self.held()?;
-        let Some(held) = held.iter().find(|held| held.name == lasting) else { return Ok(false) };
+        let Some(held) = self.held(&Self::note_of(name)?)? else { return Ok(false) };
         if held.identity != open::identity(name) {
             return Ok(false);
         }
