@@ -138,7 +138,7 @@ fn sockets_for_another_process_are_left_alone() {
     server.wait().unwrap();
 }
 
-/// SIGHUP ended the server at once.
+/// SIGHUP ended the server at once. And a client that had just connected, and was not served yet, held the end up for 20 s.
 #[test]
 fn a_server_whose_terminal_was_closed_left_its_socket_behind() {
     let folder = Folder::new();

@@ -302,7 +302,7 @@ impl Drop for Started {
     fn drop(&mut self) {
         if !self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).is_empty() {
             self.doors.expect_no_vmm();
-            self.doors.links().iter().for_each(|link| link.end());
+            self.doors.links_to_end().iter().for_each(|link| link.end());
             self.join();
         }
     }
@@ -310,9 +310,9 @@ impl Drop for Started {
 
 /// Ends all connections: first no more requests; then, for a client that does not take its reply, everything.
 fn end_connections(doors: &Doors) {
-    doors.links().iter().for_each(|link| link.end_receiving());
+    doors.links_to_end().iter().for_each(|link| link.end_receiving());
     doors.wait_for_none(GRACE);
-    doors.links().iter().for_each(|link| link.end());
+    doors.links_to_end().iter().for_each(|link| link.end());
 }
 
 /// How long a client has to take its last reply from a server that ends.

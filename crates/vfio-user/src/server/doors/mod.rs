@@ -77,6 +77,8 @@ struct Inner {
     pause: Pause,
     /// Connections that were accepted, and have not entered.
     coming: usize,
+    /// All are to end.
+    is_over: bool,
     /// The last that another process has served.
     last_adopted: Option<ConnectionId>,
     /// The VMM's connection, which another process has served, until it has its role here. Nobody enters before it.
@@ -142,11 +144,23 @@ impl Doors {
         let id = adopted.unwrap_or_else(|| inner.new_id());
         let from = socket_peercred(link.socket());
         let from = from.map_or((u32::MAX, 0), |peer| (peer.uid.as_raw(), peer.pid.as_raw_pid()));
-        let link = Arc::clone(link);
         link.set_pauses(inner.pause != Pause::Serving);
-        inner.connections.push(Entry { id, link, from, is_ended: false, role: None, idle, paused: None });
+        let is_over = inner.is_over;
+        inner.connections.push(Entry {
+            id,
+            link: Arc::clone(link),
+            from,
+            is_ended: false,
+            role: None,
+            idle,
+            paused: None,
+        });
         inner.coming = inner.coming.saturating_sub(1);
         self.changed.notify_all();
+        drop(inner);
+        if is_over {
+            link.end();
+        }
         id
     }
 
@@ -199,9 +213,11 @@ impl Doors {
         self.changed.notify_all();
     }
 
-    /// All connections, to be ended.
-    pub(in crate::server) fn links(&self) -> Vec<Arc<Link>> {
-        self.lock().connections.iter().map(|entry| Arc::clone(&entry.link)).collect()
+    /// All connections, to be ended. One that has been accepted and enters from now on is ended at once.
+    pub(in crate::server) fn links_to_end(&self) -> Vec<Arc<Link>> {
+        let mut inner = self.lock();
+        inner.is_over = true;
+        inner.connections.iter().map(|entry| Arc::clone(&entry.link)).collect()
     }
 
     /// Makes room for one that is expected, so that no more than `most` are served, and says whether there is some within the
