@@ -25,8 +25,13 @@ pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Resul
     let mut path = Vec::new();
     let runs =
         |state: State| !matches!(state, State::Stop | State::StopCopy | State::Resuming | State::Error);
-    if matches!(action, StateAction::Reset) || matches!(action, StateAction::Set { state } if runs(*state)) {
-        found::doubt(device.given(), &Moves::new(None)).inspect(|doubt| tracing::warn!("{doubt}"));
+    let may_run = match action {
+        StateAction::Set { state } => runs(*state),
+        StateAction::Reset => true,
+        _ => false,
+    };
+    if may_run && let Some(doubt) = found::doubt(device.given(), &Moves::new(None)) {
+        tracing::warn!("{doubt}");
     }
     match action {
         StateAction::Get | StateAction::Next { .. } => {}

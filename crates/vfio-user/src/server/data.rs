@@ -145,16 +145,14 @@ impl SessionData {
         }
     }
 
-    /// Opens a socket for the data of the client's session, and returns the client's end of it. ENODEV without a session, EBUSY
-    /// when its data has begun to move another way.
-    pub(super) fn open_socket(&mut self, peer: &Peer<'_>) -> Result<UnixStream, Errno> {
-        let session = self.untouched_session(peer)?;
+    /// Opens a socket for the data of the client's session, of which nothing has moved yet, and returns the client's end of it.
+    pub(super) fn open_socket(&mut self, peer: &Peer<'_>, session: SessionId) -> Result<UnixStream, Errno> {
         let (socket, theirs) = DataSocket::open(peer.machine, session)?;
         self.socket = Some(socket);
         Ok(theirs)
     }
 
-    /// The client's session, if none of its data has moved.
+    /// The client's session. ENODEV without one, EBUSY when its data has begun to move.
     pub(super) fn untouched_session(&self, peer: &Peer<'_>) -> Result<SessionId, Errno> {
         let session = peer.machine.session_for(peer.client).ok_or(Errno::ENODEV)?;
         let is_touched = self.socket.is_some() || self.moved == Some(session) || peer.found(session);

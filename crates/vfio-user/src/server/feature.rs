@@ -147,11 +147,11 @@ impl Features<'_, '_> {
         if call.payload_bytes < size_of::<extension::DataFd>() {
             return Err(Errno::EINVAL);
         }
-        self.data.untouched_session(self.peer)?;
+        let session = self.data.untouched_session(self.peer)?;
         if !job.wants_reply() {
             return Ok(None);
         }
-        self.data.open_socket(self.peer).map(Some)
+        self.data.open_socket(self.peer, session).map(Some)
     }
 
     fn start(&self, call: FeatureCall, payload: &mut [u8], data: &[u8]) -> Result<FeatureDone, Errno> {

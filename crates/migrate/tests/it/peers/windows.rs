@@ -5,8 +5,8 @@ use super::*;
 
 const WINDOW_BYTES: u64 = 64 << 10;
 
-#[test]
-fn a_source_whose_window_is_full_says_so_and_sends_as_much_as_the_larger_one_allows() {
+/// Why a source of one device undoes its move, when the destination answers its offer so, and then does what `acts` says.
+fn undone_by(answer: &[u8], acts: impl FnOnce(&mut Peer) + Send) -> (Error, Ends) {
     let (source, destination) = world("dev", MigrationFlags::SETS[3], 1 << 20);
     let options = believing().with_precopy(false);
     let ends = Ends { options, ..Ends::new(vec![source], vec![destination]) };
@@ -16,22 +16,8 @@ fn a_source_whose_window_is_full_says_so_and_sends_as_much_as_the_larger_one_all
             let mut peer = Peer::new(far);
             let id = peer.read_id();
             peer.preface(id);
-            peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":true,"window":65536,"windows_grow":true}"#);
-            let until_full = |peer: &mut Peer| while peer.read().0 != Kind::WINDOW_FULL {};
-            until_full(&mut peer);
-            let taken = peer.taken;
-            assert!((WINDOW_BYTES / 2..=WINDOW_BYTES).contains(&taken), "{taken}");
-            // What the larger window allows comes without any credit.
-            peer.frame(Kind::WINDOW, 0, 4 * WINDOW_BYTES, &[]);
-            while peer.taken < 3 * WINDOW_BYTES {
-                assert_eq!(peer.read().0, Kind::DEVICE_DATA, "it says once that a window is full");
-            }
-            // When all that was on its way then is taken, it may say so again.
-            peer.frame(Kind::CREDIT, 0, peer.taken, &[]);
-            until_full(&mut peer);
-            assert!(peer.taken > 6 * WINDOW_BYTES, "{}", peer.taken);
-            // A window does not become smaller.
-            peer.frame(Kind::WINDOW, 0, WINDOW_BYTES, &[]);
+            peer.frame(Kind::ANSWER, 0, 0, answer);
+            acts(&mut peer);
             let wait = Wait::within(Duration::from_secs(10), None);
             while peer.link.read(&mut [0; 4096], wait).is_ok() {}
         });
@@ -40,39 +26,45 @@ fn a_source_whose_window_is_full_says_so_and_sends_as_much_as_the_larger_one_all
         outcome
     });
     let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };
+    (why, ends)
+}
+
+#[test]
+fn a_source_whose_window_is_full_says_so_and_sends_as_much_as_the_larger_one_allows() {
+    let (why, ends) = undone_by(br#"{"accepted":true,"window":65536,"windows_grow":true}"#, |peer| {
+        let until_full = |peer: &mut Peer| while peer.read().0 != Kind::WINDOW_FULL {};
+        until_full(peer);
+        let taken = peer.taken;
+        assert!((WINDOW_BYTES / 2..=WINDOW_BYTES).contains(&taken), "{taken}");
+        // What the larger window allows comes without any credit.
+        peer.frame(Kind::WINDOW, 0, 4 * WINDOW_BYTES, &[]);
+        while peer.taken < 3 * WINDOW_BYTES {
+            assert_eq!(peer.read().0, Kind::DEVICE_DATA, "it says once that a window is full");
+        }
+        // When all that was on its way then is taken, it may say so again.
+        peer.frame(Kind::CREDIT, 0, peer.taken, &[]);
+        until_full(peer);
+        assert!(peer.taken > 6 * WINDOW_BYTES, "{}", peer.taken);
+        // A window does not become smaller.
+        peer.frame(Kind::WINDOW, 0, WINDOW_BYTES, &[]);
+    });
     assert!(why.to_string().contains("65536 bytes are less than the 262144 before"), "{why}");
     assert_eq!(ends.source[0].state(), State::Running);
 }
 
 #[test]
 fn a_destination_that_knows_no_larger_windows_is_not_asked_for_one() {
-    let (source, destination) = world("dev", MigrationFlags::SETS[3], 1 << 20);
-    let options = believing().with_precopy(false);
-    let ends = Ends { options, ..Ends::new(vec![source], vec![destination]) };
-    let (near, far) = SocketLink::pair().unwrap();
-    let outcome = std::thread::scope(|scope| {
-        scope.spawn(move || {
-            let mut peer = Peer::new(far);
-            let id = peer.read_id();
-            peer.preface(id);
-            peer.frame(Kind::ANSWER, 0, 0, br#"{"accepted":true,"window":65536}"#);
-            loop {
-                match peer.read().0 {
-                    Kind::DEVICE_DATA => peer.frame(Kind::CREDIT, 0, peer.taken, &[]),
-                    Kind::WINDOW_FULL => panic!("a frame of a newer version"),
-                    Kind::SUM => break,
-                    _ => {}
-                }
+    let (why, _) = undone_by(br#"{"accepted":true,"window":65536}"#, |peer| {
+        loop {
+            match peer.read().0 {
+                Kind::DEVICE_DATA => peer.frame(Kind::CREDIT, 0, peer.taken, &[]),
+                Kind::WINDOW_FULL => panic!("a frame of a newer version"),
+                Kind::SUM => break,
+                _ => {}
             }
-            peer.frame(Kind::WINDOW, 0, 2 * WINDOW_BYTES, &[]);
-            let wait = Wait::within(Duration::from_secs(10), None);
-            while peer.link.read(&mut [0; 4096], wait).is_ok() {}
-        });
-        let outcome = ends.with_source(|source| source.send(&near));
-        drop(near);
-        outcome
+        }
+        peer.frame(Kind::WINDOW, 0, 2 * WINDOW_BYTES, &[]);
     });
-    let Outcome::Undone { why, .. } = outcome else { panic!("{outcome:?}") };
     assert!(why.to_string().contains("WINDOW is out of place: nothing was asked for"), "{why}");
 }
 
