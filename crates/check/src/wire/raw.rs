@@ -174,14 +174,21 @@ impl Raw {
         })
     }
 
-    /// A check's first connection, with a version. The server before this one may just be ending with its client.
+    /// A check's first connection, with a version.
     pub fn open(t: &Trial) -> Result<Raw, Stop> {
+        let (raw, answer) = Raw::first(t, &proposal())?;
+        raw.agreed(answer)
+    }
+
+    /// A check's first connection, and the answer to this VERSION over it. A server that ends with its client may still have
+    /// taken the connection in its last moment, so one that is closed is made again.
+    pub fn first(t: &Trial, version: &[u8]) -> Result<(Raw, Answer), Stop> {
         let until = t.until.min(Instant::now() + RESTART);
         loop {
             let mut raw = Raw::dial(t, "")?;
-            match raw.propose()? {
+            match raw.ask(Command::VERSION, version)? {
                 Answer::Closed if Instant::now() < until => std::thread::sleep(RETRY),
-                answer => return raw.agreed(answer),
+                answer => return Ok((raw, answer)),
             }
         }
     }
@@ -189,13 +196,8 @@ impl Raw {
     /// A further connection, with a version.
     pub fn open_as(t: &Trial, prefix: &'static str) -> Result<Raw, Stop> {
         let mut raw = Raw::dial(t, prefix)?;
-        let answer = raw.propose()?;
+        let answer = raw.ask(Command::VERSION, &proposal())?;
         raw.agreed(answer)
-    }
-
-    /// Proposes the newest version and what every client has, without the twin socket.
-    fn propose(&mut self) -> Result<Answer, Stop> {
-        self.ask(Command::VERSION, &version(&Capabilities::of_client(1 << 20, false).encode(4096)))
     }
 
     fn agreed(mut self, answer: Answer) -> Result<Raw, Stop> {
@@ -377,6 +379,11 @@ pub(crate) fn next_client(t: &Trial) -> Verdict {
 pub(crate) fn version(data: &[u8]) -> Vec<u8> {
     let fixed = VersionMessage { major: VERSION.0, minor: VERSION.1 };
     [fixed.as_bytes(), data].concat()
+}
+
+/// The newest version and what every client has, without the twin socket.
+fn proposal() -> Vec<u8> {
+    version(&Capabilities::of_client(1 << 20, false).encode(4096))
 }
 
 /// GET_INFO's body.

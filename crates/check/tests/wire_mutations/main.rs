@@ -7,6 +7,7 @@ mod proxy;
 mod table;
 
 use std::collections::BTreeSet;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,7 +15,8 @@ use std::time::Duration;
 
 use faults::Case;
 use limosa_check::{
-    CLAUSES, Check, Document, Family, Limits, Options, Outcome, Report, Target, Transport, checks, run,
+    CLAUSES, Check, Document, Family, Limits, Options, Outcome, Report, SocketWire, Target, Transport, Wire,
+    checks, run,
 };
 use limosa_device::{Bus, Description, Machine, SimpleMigration, SimpleModel};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
@@ -57,11 +59,20 @@ fn check(fault: Fault, only: Option<&str>) -> Report {
     let config = SyntheticConfig { state_bytes: 64 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
     let server = Faulty::start(Machine::simple(Vectors(Synthetic::new(config).unwrap())), fault);
     let dialled = Arc::clone(&server);
+    checked(server, only, move || dialled.dial())
+}
+
+/// The family on this server, whose checks connect as `dial` does.
+fn checked(
+    server: Arc<Faulty>,
+    only: Option<&str>,
+    dial: impl Fn() -> std::io::Result<Box<dyn Wire>> + Send + Sync + 'static,
+) -> Report {
     let target = Target::new("faulty", Transport::VfioUser, move || {
         server.dead.store(false, Ordering::SeqCst);
         Ok(Box::new(Client::connect(&server.upstream, client::Options::default())?))
     })
-    .dial(move || dialled.dial());
+    .dial(dial);
     let options = Options {
         families: vec![Family::VfioUser],
         only: only.into_iter().map(ToOwned::to_owned).collect(),
@@ -91,6 +102,20 @@ fn a_server_without_a_fault_passes() {
     assert!(skipped.is_empty(), "{skipped:#?}");
     assert_eq!((&*report.left_in, &report.ended_early), ("RUNNING", &None));
     assert!(report.seconds < 10.0, "{}", report.seconds);
+}
+
+#[test]
+fn a_connection_that_an_ending_server_took_in_its_last_moment_is_made_again() {
+    let server =
+        Faulty::start(Machine::simple(Synthetic::new(SyntheticConfig::default()).unwrap()), Fault::Nothing);
+    let (dialled, count) = (Arc::clone(&server), AtomicUsize::new(0));
+    let report = checked(server, Some("vfio-user.version-limits"), move || {
+        if count.fetch_add(1, Ordering::SeqCst) == 0 {
+            return Ok(Box::new(SocketWire::new(UnixStream::pair()?.0)?));
+        }
+        dialled.dial()
+    });
+    assert_eq!((report.counts().pass, failed(&report)), (1, BTreeSet::new()), "{report:#?}");
 }
 
 #[test]

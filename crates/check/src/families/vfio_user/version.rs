@@ -107,10 +107,9 @@ pub(super) fn checks() -> Vec<Check> {
 
 /// Proposes a version, which is agreed on by the rules; the reply, on whose connection messages are answered.
 fn proposed(t: &Trial, (major, minor): (u16, u16), data: &[u8]) -> Result<Body, Stop> {
-    let mut raw = Raw::dial(t, "")?;
-    let body = [VersionMessage { major, minor }.as_bytes(), data].concat();
     let what = format!("VERSION {major}.{minor} with {} bytes of data", data.len());
-    let reply = raw.ask(Command::VERSION, &body)?.done(&what)?;
+    let (mut raw, answer) = Raw::first(t, &[VersionMessage { major, minor }.as_bytes(), data].concat())?;
+    let reply = answer.done(&what)?;
     let answer: VersionMessage = reply.fixed()?;
     ensure(answer.major == major, || {
         format!("{what} is answered by major version {}, expected the one proposed", answer.major)
