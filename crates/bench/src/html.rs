@@ -54,7 +54,9 @@ fn row(page: &mut String, measure: &Measure) -> std::fmt::Result {
     let micros = |ns: u64| format!("{:.2} us", ns as f64 / 1e3);
     let rate = measure.rate().map_or(String::new(), |rate| format!("{:.2} GiB/s", rate / f64::from(1 << 30)));
     let floor = measure.beside.as_ref().map(|floor| measure.p50_ns as f64 / floor.p50_ns.max(1) as f64);
-    write!(page, "<tr><td>{}", Escaped(&measure.id))?;
+    // An arc may be broken between its states.
+    let id = Escaped(&measure.id).to_string().replace("&gt;", "&gt;<wbr/>");
+    write!(page, "<tr><td>{id}")?;
     if let Some(note) = &measure.note {
         write!(page, " <small>{}</small>", Escaped(note))?;
     }

@@ -41,6 +41,7 @@ impl<'a> Destination<'a> {
         if let Err(why) = guard("holding for the commit", || self.await_commit(id, receiving)) {
             self.ledger.not_committed(id);
             connection.refuse(&why, &receiving.proofs);
+            let _ = self.ledger.sync(id);
             return Err(NotStarted::GivenBack(why));
         }
         let started = guard("the start", || Ok(self.start(self.after, context, receiving)));
@@ -61,7 +62,8 @@ impl<'a> Destination<'a> {
             }
             Err(NotStarted::Stuck(_)) => self.ledger.committed(id),
         }
-        if let Some(error) = self.ledger.unrecorded(id) {
+        // A guest may have been waiting until here.
+        if let Some(error) = self.ledger.sync(id) {
             let note = format!(
                 "what became of move {id} is not on the disk ({error}): only this process can answer a source in doubt"
             );

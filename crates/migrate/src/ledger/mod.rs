@@ -42,7 +42,7 @@ struct Move {
     entry: Entry,
     /// The key of the proofs of sources that ask about it.
     secret: Option<Secret>,
-    /// Until the move is decided, if there is a folder.
+    /// Until the decision is on the disk, if there is a folder.
     record: Option<Record>,
     /// Why the decision is not on the disk.
     unrecorded: Option<String>,
@@ -100,6 +100,7 @@ impl Ledger {
             may_ask(found.secret.as_ref())?;
             if found.entry == Entry::Holding {
                 found.decide(Decision::NotCommitted);
+                found.sync();
             }
             let decision = match found.entry {
                 Entry::Decided(decision) => decision,
@@ -161,19 +162,24 @@ impl Ledger {
         Ok(true)
     }
 
-    /// The devices run, or cannot be kept from running.
+    /// The devices run, or cannot be kept from running. Processes of this machine see it at once; a power failure may undo that
+    /// until [`Ledger::sync`].
     pub(crate) fn committed(&self, id: MigrationId) {
         self.decide(id, Decision::Committed);
     }
 
-    /// The devices will never run this move.
+    /// The devices will never run this move; as lasting as [`Ledger::committed`].
     pub(crate) fn not_committed(&self, id: MigrationId) {
         self.decide(id, Decision::NotCommitted);
     }
 
-    /// Why the decision about a move is not on the disk, where it should be.
-    pub(crate) fn unrecorded(&self, id: MigrationId) -> Option<String> {
-        self.lock().iter().find(|found| found.id == id)?.unrecorded.clone()
+    /// Puts the decision about a move on the disk; why that cannot be done. A disk may take long, so this comes when nobody waits
+    /// any more. A machine that loses power before it answers `Unknown`, as it does when it loses power right before the decision.
+    pub(crate) fn sync(&self, id: MigrationId) -> Option<String> {
+        let mut moves = self.lock();
+        let found = moves.iter_mut().find(|found| found.id == id)?;
+        found.sync();
+        found.unrecorded.clone()
     }
 
     /// A decision is final.
@@ -194,11 +200,24 @@ impl Ledger {
 impl Move {
     fn decide(&mut self, decision: Decision) {
         self.entry = Entry::Decided(decision);
-        // Without the record a later process cannot tell, and the source stays stopped until a person looks: safe.
-        if let Some(record) = self.record.take()
-            && let Err(error) = record.write(self.entry)
+        let written = self.record.as_ref().map_or(Ok(()), |record| record.write(self.entry));
+        self.is_recorded(written);
+    }
+
+    /// Puts the decision on the disk.
+    fn sync(&mut self) {
+        if matches!(self.entry, Entry::Decided(_))
+            && let Some(record) = self.record.take()
         {
+            self.is_recorded(record.sync());
+        }
+    }
+
+    /// Without the record a later process cannot tell, and the source stays stopped until a person looks: safe.
+    fn is_recorded(&mut self, done: io::Result<()>) {
+        if let Err(error) = done {
             tracing::error!("what became of move {} cannot be recorded: {error}", self.id);
+            self.record = None;
             self.unrecorded = Some(error.to_string());
         }
     }
@@ -301,6 +320,18 @@ mod tests {
         assert_eq!(next.ask(id(2)), Decision::Committed);
         assert_eq!(open().ask(id(3)), Decision::NotCommitted);
         assert_eq!(next.ask(id(9)), Decision::Unknown, "never heard of");
+    }
+
+    #[test]
+    fn a_guest_waited_for_the_disk_on_which_a_decision_is_recorded() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        assert!(ledger.begin_holding(ID, None).unwrap() && ledger.start(ID).unwrap());
+        ledger.committed(ID);
+        assert!(ledger.lock()[0].record.is_some(), "the source is told before the disk is waited for");
+        assert_eq!(Ledger::open(folder.path()).unwrap().ask(ID), Decision::Committed, "others see it");
+        assert_eq!(ledger.sync(ID), None);
+        assert!(ledger.lock()[0].record.is_none());
     }
 
     /// Makes the records of undecided moves unwritable.

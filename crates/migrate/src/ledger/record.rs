@@ -44,7 +44,8 @@ impl Record {
         Ok(Some(record))
     }
 
-    /// Records how far the move has come. A decision survives a power failure, anything else only this process.
+    /// Records how far the move has come, for the processes of this machine. Only [`Record::sync`] makes it survive a power failure. A
+    /// decision is final, and its record is not locked any more.
     pub fn write(&self, entry: Entry) -> io::Result<()> {
         let number = match entry {
             Entry::Holding => 0,
@@ -52,12 +53,21 @@ impl Record {
             Entry::Decided(Decision::Committed) => 2,
             Entry::Starting | Entry::Decided(Decision::Unknown) => 3,
         };
-        let written = self.file.write_all_at(&encode(self.id, number, &boot()?, self.secret.as_ref()), 0);
-        let durable = written.and_then(|()| match entry {
-            Entry::Decided(_) => self.folder.sync(&self.file),
-            _ => Ok(()),
-        });
-        durable.map_err(|error| {
+        let bytes = encode(self.id, number, &boot()?, self.secret.as_ref());
+        self.named(self.file.write_all_at(&bytes, 0))?;
+        if matches!(entry, Entry::Decided(_)) {
+            self.named(flock(&self.file, FlockOperation::Unlock).map_err(io::Error::from))?;
+        }
+        Ok(())
+    }
+
+    /// Puts what was recorded on the disk.
+    pub fn sync(&self) -> io::Result<()> {
+        self.named(self.folder.sync(&self.file))
+    }
+
+    fn named(&self, done: io::Result<()>) -> io::Result<()> {
+        done.map_err(|error| {
             let record = self.folder.path().join(name(self.id));
             io::Error::new(error.kind(), format!("{}: {error}", record.display()))
         })
@@ -117,6 +127,7 @@ impl Found {
             // restarted since, the last record may not have reached the disk.
             0 if self.boot == boot()? => {
                 self.record.write(Entry::Decided(Decision::NotCommitted))?;
+                self.record.sync()?;
                 Ok(Decision::NotCommitted)
             }
             _ => Ok(Decision::Unknown),
