@@ -18,7 +18,7 @@ pub struct Figure {
 }
 
 impl Figure {
-    /// What moved so many bytes, and how long that took each contender.
+    /// A transfer of this many bytes, and how long it took each contender.
     pub(crate) fn new(what: &str, bytes: usize, timings: Vec<Timing>) -> Figure {
         Figure { what: format!("{what}, {}", size(bytes)), bytes: bytes as u64, timings }
     }

@@ -75,7 +75,7 @@ pub(crate) fn errno(error: rustix::io::Errno) -> Errno {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileSystem {
     Other,
-    /// With pages of so many bytes.
+    /// With pages of this many bytes.
     HugePages(u64),
     /// A file may be two: what was opened for reading before it was first written stays another.
     Overlay,

@@ -121,7 +121,7 @@ pub(crate) unsafe fn set_memory(vm: BorrowedFd<'_>, mut region: UserMemoryRegion
     unsafe { call(vm, SET_USER_MEMORY_REGION, (&raw mut region).cast()) }.map(drop)
 }
 
-/// Reads the bitmap of a slot of so many pages. `words` has room for it.
+/// Reads the bitmap of a slot of this many pages. `words` has room for it.
 pub(crate) fn dirty_log(vm: BorrowedFd<'_>, slot: u32, pages: u64, words: &mut [u64]) -> io::Result<()> {
     assert!(words.len() as u64 >= pages.div_ceil(64), "{} words for {pages} pages", words.len());
     let mut argument =

@@ -1,5 +1,5 @@
 //! The lab's own module fails, breaks, stalls and disappears when its tester wishes it to, and is as good as
-//! new afterwards, whoever was using it and however he ended.
+//! new afterwards, whichever process used it and however that ended.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};

@@ -109,8 +109,8 @@ impl KernelDevice {
         Ok(device)
     }
 
-    /// A device that the caller holds open; `name` is for messages. The fd is duplicated: the caller's own stays
-    /// his, and stays open. `space` is what its DMA is mapped through, if this side is to map; the caller has
+    /// A device that the caller holds open; `name` is for messages. The fd is duplicated: the caller keeps its own, which
+    /// stays open. `space` is what its DMA is mapped through, if this side is to map; the caller has
     /// attached the device to it.
     ///
     /// # Errors

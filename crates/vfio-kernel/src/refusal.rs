@@ -275,7 +275,7 @@ mod tests {
         }
     }
 
-    /// What an operator can meet, and a word of what he is told.
+    /// What an operator can meet, and a word of the message.
     #[test]
     fn refusals_say_what_they_mean() {
         let feature = |index| Request::Feature(FeatureOp::SET, index);

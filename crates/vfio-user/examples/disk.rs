@@ -23,7 +23,7 @@ const FAILED: u64 = 0x20;
 const MSIX_TABLE: u64 = 0x800;
 const MSIX_PENDING: u64 = 0xc00;
 
-/// The guest can have so many requests under way; further ones fail.
+/// The most requests that a guest can have under way; further ones fail.
 const REQUESTS_MAX: usize = 256;
 /// What is moved at once: so long `stop` waits at most.
 const PIECE_BYTES: u64 = 64 << 10;

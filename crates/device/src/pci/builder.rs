@@ -14,7 +14,7 @@ const FIRST_EXTENDED: usize = 0x100;
 const INTERRUPT_LINE: usize = 0x3c;
 const INTERRUPT_PIN: usize = 0x3d;
 
-/// Who a function says that it is.
+/// The identity in a function's configuration space.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// Vendor ID.

@@ -198,7 +198,7 @@ impl Port {
             1 => {
                 let turned_on = value & !self.interrupt_enable;
                 self.interrupt_enable = value & IER_BITS;
-                // Who asks to be told of an empty transmitter is told of one that is empty already.
+                // A driver that enables the interrupt for an empty transmitter gets one at once where it is empty already.
                 self.empty_pending |= turned_on & IER_EMPTY != 0 && self.to_send.is_empty();
             }
             2 => self.control_fifos(value),

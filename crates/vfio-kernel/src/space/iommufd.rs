@@ -73,7 +73,7 @@ impl Iommufd {
         Ok(Iommufd { fd, ioas, is_ours: true, page_tables: Mutex::default() })
     }
 
-    /// One that the caller holds, with page tables of his.
+    /// One that the caller holds, with its own page tables.
     pub fn borrowed(fd: OwnedFd, ioas: u32, hwpts: &[u32]) -> Result<Iommufd> {
         let page_tables = hwpts.iter().map(|&id| PageTable { id, is_ours: false }).collect();
         let iommufd = Iommufd { fd, ioas, is_ours: false, page_tables: Mutex::new(page_tables) };
