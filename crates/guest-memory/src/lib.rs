@@ -9,6 +9,7 @@ mod files;
 mod many_readers;
 mod mapping;
 mod pinned;
+mod pinned_sockets;
 mod sigbus;
 #[cfg(test)]
 mod tests;
@@ -18,4 +19,5 @@ pub use files::{ClientFile, FILES_MAX, MAPPED_BYTES_MAX, MappedFiles, WINDOWS_MA
 pub use many_readers::{ManyReaders, ReadGuard, WriteGuard};
 pub use mapping::FileMapping;
 pub use pinned::PinnedBytes;
+pub use pinned_sockets::SendPart;
 pub use window::kernel_mappings_max;

@@ -91,7 +91,7 @@ pub use memory::{
     DirtyLog, FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Memory, MemoryRegion,
     PAGE_BYTES,
 };
-pub use options::{Convergence, Options, WhenStalled};
+pub use options::{Convergence, MemoryChecksums, Options, WhenStalled};
 pub use private_folder::PrivateFolder;
 pub use protocol::Round;
 pub use report::html;

@@ -12,12 +12,12 @@ use limosa_stream::{Damage, Header, Kind, Runs, Step};
 use super::device_queue::{DeviceQueue, data_bytes};
 use super::receiving::{Progress, Receiving};
 use crate::error::Misbehaviour;
-use crate::link::LinkError;
+use crate::link::{Link, LinkError};
 use crate::memory::{MemoryRegion, is_zero};
 use crate::protocol::idle::Idle;
 use crate::report::Phase;
 use crate::transfer::device_sender::READ_BYTES_MAX;
-use crate::wire::{Frame, FrameReader};
+use crate::wire::{Frame, FrameReader, Place};
 use crate::{Error, Result, Round};
 
 /// Runs of zeroes with no more than this between them are looked at together.
@@ -38,7 +38,9 @@ impl Receiving<'_, '_> {
         let mut reader = self.connection.reader();
         let (mut idle, mut is_stopped) = (Idle::new(now(), self.options().silence_max), false);
         loop {
-            let read = reader.next(self.connection.link(), DOING, self.until, Some(self.team.ended()));
+            let (link, cancel) = (self.connection.link(), Some(self.team.ended()));
+            let read =
+                reader.next_placed(link, DOING, self.until, cancel, &|header| self.place(header, link));
             let header = match read {
                 Err(Error::TimedOut { .. }) if self.is_over() => return Err(self.took_too_long()),
                 read => read?,
@@ -108,6 +110,17 @@ impl Receiving<'_, '_> {
         }
     }
 
+    /// Where the pages of a MEMORY_DATA belong, if they can be received there: what comes before the checksum is known is in the
+    /// guest's memory then, which nothing runs on before the commit.
+    pub(super) fn place(&self, header: &Header, link: &dyn Link) -> Result<Option<Place>> {
+        let at = self.order.lock().place(header);
+        let at = at.map_err(|damage| Error::Stream { from: link.peer().into(), damage })?;
+        let Some(region) = self.regions[at] else { return Ok(None) };
+        let range = header.position..header.position + u64::from(header.length);
+        let address = region.iova.saturating_add(range.start);
+        Ok(region.pin(range, true)?.map(|memory| Place { memory, address }))
+    }
+
     /// Acts on a frame. A frame that is out of order never reaches a device.
     pub(super) fn take(&self, header: &Header, reader: &mut FrameReader) -> Result<Step<'static>> {
         if header.kind != Kind::PROGRESS {
@@ -115,6 +128,11 @@ impl Receiving<'_, '_> {
         }
         if matches!(header.kind, Kind::DEVICE_DATA | Kind::DEVICE_END) {
             return self.take_device(header, reader).map(|()| Step::Skipped);
+        }
+        if reader.was_placed() {
+            self.order.lock().received(header).map_err(|damage| reader.damaged(damage))?;
+            self.recorder().memory_data(header.length.into());
+            return Ok(Step::Skipped);
         }
         let next = self.order.lock().next(header, reader.payload(header));
         let step = next.map_err(|damage| reader.damaged(damage))?;

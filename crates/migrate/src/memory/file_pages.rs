@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use limosa_guest_memory::FileMapping;
+use limosa_guest_memory::{FileMapping, PinnedBytes};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
@@ -151,8 +151,7 @@ impl Mapped {
 }
 
 fn cut_short(_: limosa_protocol::Errno) -> io::Error {
-    let why = "beyond the memory's end, or the file behind it was cut short or has no more room on its disk";
-    io::Error::new(io::ErrorKind::UnexpectedEof, why)
+    crate::memory::cut_short()
 }
 
 impl GuestPages for FilePages {
@@ -196,6 +195,20 @@ impl GuestPages for FilePages {
 
     fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         Ok(self.search(range)?.map(|piece| piece.range))
+    }
+
+    fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
+        let mapped = self.mapped.as_ref()?;
+        let bytes = range.end - range.start;
+        if !to_write {
+            // Holes would be filled.
+            let piece = self.search(range.clone()).ok()??;
+            if piece.is_mixed || piece.range != range {
+                return None;
+            }
+        }
+        mapped.populate(range.start, bytes, to_write);
+        mapped.mapping.pin(range.start, bytes as usize, true, to_write).ok()
     }
 }
 

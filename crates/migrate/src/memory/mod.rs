@@ -13,6 +13,7 @@ pub use file_pages::FilePages;
 pub use fingerprint::{FingerprintKey, FingerprintLog, Fingerprinted};
 use limosa_client::DirtySource;
 use limosa_clockwork::catch;
+use limosa_guest_memory::PinnedBytes;
 use limosa_protocol::bitmap::DirtyBitmap;
 
 use crate::Error;
@@ -38,6 +39,16 @@ pub trait GuestPages: Sync {
     /// meanwhile is dirty again. The pages before the data, or the whole range, are then sent as zeroes.
     fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         Ok((!range.is_empty()).then_some(range))
+    }
+
+    /// The memory of a range by its address, for system calls that move data from it, or to it if it is to be written. `None` where
+    /// there is no such address, and by default: then [`GuestPages::read`] and [`GuestPages::write`] are called.
+    ///
+    /// The range to be read was found by [`GuestPages::data`]. What is read or written so is seen by nobody else, so that pages
+    /// which watch their reads or writes return `None`.
+    fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
+        let _ = (range, to_write);
+        None
     }
 
     /// Makes the range zero. The default leaves pages alone that are zero already, so that untouched memory takes no
@@ -88,6 +99,10 @@ impl<P: GuestPages + ?Sized> GuestPages for &P {
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         (**self).zero(offset, bytes)
     }
+
+    fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
+        (**self).pin(range, to_write)
+    }
 }
 
 /// A region of guest memory.
@@ -133,6 +148,13 @@ impl MemoryRegion<'_> {
         self.call("zero", offset, || self.pages.zero(offset, bytes))
     }
 
+    /// The memory of a range by its address, if it has one and all of the range is there.
+    pub(crate) fn pin(&self, range: Range<u64>, to_write: bool) -> Result<Option<PinnedBytes>, Error> {
+        let bytes = (range.end - range.start) as usize;
+        let pinned = self.call("pin", range.start, || Ok(self.pages.pin(range.clone(), to_write)))?;
+        Ok(pinned.filter(|pinned| pinned.len() == bytes))
+    }
+
     /// Calls the pages. A panic is an error that names the call and the address.
     fn call<T>(&self, name: &str, offset: u64, call: impl FnOnce() -> io::Result<T>) -> Result<T, Error> {
         match catch(call) {
@@ -147,6 +169,12 @@ impl MemoryRegion<'_> {
     pub(crate) fn failed(&self, offset: u64, error: io::Error) -> Error {
         Error::Memory { address: self.iova.saturating_add(offset), error }
     }
+}
+
+/// Why an access to mapped memory fails.
+pub(crate) fn cut_short() -> io::Error {
+    let why = "beyond the memory's end, or the file behind it was cut short or has no more room on its disk";
+    io::Error::new(io::ErrorKind::UnexpectedEof, why)
 }
 
 /// What [`GuestPages::data`] found in a range of whole pages, as whole pages within the range. An implementation may

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::now;
+use limosa_guest_memory::SendPart;
 use limosa_stream::{Damage, Header, Kind, Proofs};
 
 use super::device_flow::{DeviceFlow, Job};
@@ -29,6 +30,8 @@ pub(crate) struct Terms {
     pub(crate) windows_grow: bool,
     /// Whether it reads MEMORY_RUNS.
     pub(crate) runs: bool,
+    /// Whether it reads memory without checksums, over the links that this side trusts as well.
+    pub(crate) unchecked: bool,
 }
 
 /// The work between the handshake and READY, and the state of its threads.
@@ -71,6 +74,11 @@ impl<'w, 'a> Sending<'w, 'a> {
         let team = Team::new(context.cancel)?;
         let window = terms.map(|terms| terms.window_bytes);
         let grows = terms.is_some_and(|terms| terms.windows_grow);
+        if terms.is_some_and(|terms| terms.unchecked) {
+            let waived =
+                |writer: &&&FrameWriter<'_>| context.options.memory_checksums.are_waived(writer.link());
+            writers.iter().filter(waived).for_each(|writer| writer.waive_checksums());
+        }
         Ok(Sending {
             context,
             flows: (0..devices)
@@ -154,6 +162,23 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.share.lock().begin_memory();
         let sent = self.post(link, frame);
         if self.share.lock().end_memory(frame.payload.len(), now()) {
+            self.share.notify_all();
+        }
+        sent
+    }
+
+    /// The same for pages that are sent from where they lie ([`FrameWriter::send_memory`]).
+    pub(crate) fn send_pinned(
+        &self,
+        link: usize,
+        frame: &Frame<'_>,
+        address: u64,
+        parts: &[SendPart<'_>],
+    ) -> Result<()> {
+        self.share.lock().begin_memory();
+        let sent = self.writers[link].send_memory(frame, address, parts, Some(self.team.ended()));
+        let bytes = parts.iter().map(SendPart::len).sum();
+        if self.share.lock().end_memory(bytes, now()) {
             self.share.notify_all();
         }
         sent

@@ -8,6 +8,7 @@ mod endless;
 mod faults;
 mod format;
 mod hostile_destination;
+mod in_place;
 mod lanes;
 mod logs;
 mod moves;
