@@ -189,6 +189,15 @@ impl FileMapping {
     }
 }
 
+/// Whether this system has no swap now, so that shared memory is nowhere but in memory (sysinfo(2)).
+pub fn has_no_swap() -> bool {
+    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::zeroed();
+    // SAFETY: the kernel fills in the structure, for which there is room.
+    let told = unsafe { libc::sysinfo(info.as_mut_ptr()) };
+    // SAFETY: all zeroes is a value of this plain structure, and so is what the kernel has written.
+    told == 0 && unsafe { info.assume_init() }.totalswap == 0
+}
+
 /// # Safety
 ///
 /// `from` is valid for reads of `bytes` bytes of memory shared with anybody, `to` for writes; they do not overlap.

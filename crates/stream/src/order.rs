@@ -377,6 +377,27 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_are_received_where_they_belong_are_checked_and_counted_like_others() {
+        let mut order = order();
+        let data = |position, bytes| Header::new(Kind::MEMORY_DATA, 2, position, 0, &vec![7; bytes]);
+        let header = data(0x1000, 0x2000);
+        assert_eq!(order.place(&header), Ok(0));
+        assert_eq!(order.totals().memory_bytes, 0, "nothing has come yet");
+        assert_eq!(order.received(&header), Ok(()));
+        assert_eq!(order.totals().memory_bytes, 0x2000);
+        let of_nobody = Header { section: 3, ..header };
+        let compressed = Header { compressed: true, ..header };
+        let runs = Header { kind: Kind::MEMORY_RUNS, ..header };
+        for header in [data(0x3000, 0x2000), data(0x800, 0x1000), data(0, 0x800), of_nobody, compressed, runs]
+        {
+            assert!(order.place(&header).is_err() && order.received(&header).is_err(), "{header:?}");
+        }
+        assert_eq!(order.totals().memory_bytes, 0x2000);
+        order.summed = true;
+        assert!(order.place(&header).is_err(), "nothing follows the SUM");
+    }
+
+    #[test]
     fn sum_and_commit_are_refused_without_the_proof_of_this_move() {
         use super::super::{MigrationId, Nonce, Secret};
         let proofs = |nonce| Proofs::new(Secret::new([1; 32]), MigrationId([2; 16]), Nonce::new([nonce; 32]));

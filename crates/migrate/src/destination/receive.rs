@@ -199,6 +199,7 @@ impl Receiving<'_, '_> {
         mut runs: &[Range<u64>],
         found: &mut Buffer,
     ) -> Result<()> {
+        let mut data = Vec::new();
         while let Some(first) = runs.first() {
             let window = first.start..first.start + READ_BYTES_MAX as u64;
             let inside = runs.iter().take_while(|run| run.end <= window.end).count();
@@ -209,13 +210,27 @@ impl Receiving<'_, '_> {
                 self.zero(at, span.start, span.end - span.start)?;
                 continue;
             }
-            let is_untouched = region.data(span.clone())?.is_none();
-            if !is_untouched {
-                found.grow((span.end - span.start) as usize);
+            region.data_runs(span.clone(), &mut data)?;
+            // One read for all of them, where holes and data cannot be told apart.
+            let has_holes = data.iter().any(|data| data.has_holes);
+            found.grow((span.end - span.start) as usize);
+            if has_holes {
                 region.read(span.start, &mut found[..(span.end - span.start) as usize])?;
             }
+            let mut data = &data[..];
             for run in these {
                 let place = (run.start - span.start) as usize..(run.end - span.start) as usize;
+                let before = data.iter().take_while(|data| data.range.end <= run.start).count();
+                data = &data[before..];
+                let is_untouched = data.first().is_none_or(|data| data.range.start >= run.end);
+                if let Some(data) = data.first().filter(|_| !is_untouched && !has_holes) {
+                    let is_within = data.range.start <= run.start && run.end <= data.range.end;
+                    let into = &mut found[place.clone()];
+                    match is_within {
+                        true => region.read_run(data, run.start, into)?,
+                        false => region.read(run.start, into)?,
+                    }
+                }
                 match is_untouched || is_zero(&found[place]) {
                     true => self.recorder().memory_zero(run.end - run.start),
                     false => self.zero(at, run.start, run.end - run.start)?,

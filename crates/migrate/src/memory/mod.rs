@@ -41,10 +41,30 @@ pub trait GuestPages: Sync {
         Ok((!range.is_empty()).then_some(range))
     }
 
+    /// All parts of the range that may hold anything but zeroes, in ascending order, appended to `found`: what [`GuestPages::data`]
+    /// finds one after the other. An implementation that can tell many parts at once saves the search for each.
+    fn data_runs(&self, range: Range<u64>, found: &mut Vec<DataRun>) -> io::Result<()> {
+        let mut from = range.start;
+        while let Some(data) = self.data(from..range.end)? {
+            if data.end <= from {
+                break;
+            }
+            from = data.end;
+            found.push(DataRun { range: data, has_holes: false });
+        }
+        Ok(())
+    }
+
+    /// Reads all of `into`, within a part that [`GuestPages::data_runs`] has found and that has no holes. The default is
+    /// [`GuestPages::read`].
+    fn read_data(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.read(offset, into)
+    }
+
     /// The memory of a range by its address, for system calls that move data from it, or to it if it is to be written. `None` where
     /// there is no such address, and by default: then [`GuestPages::read`] and [`GuestPages::write`] are called.
     ///
-    /// The range to be read was found by [`GuestPages::data`]. What is read or written so is seen by nobody else, so that pages
+    /// A range to be read lies within a part that [`GuestPages::data_runs`] has found and that has no holes. What is read or written so is seen by nobody else, so that pages
     /// which watch their reads or writes return `None`.
     fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
         let _ = (range, to_write);
@@ -100,9 +120,26 @@ impl<P: GuestPages + ?Sized> GuestPages for &P {
         (**self).zero(offset, bytes)
     }
 
+    fn data_runs(&self, range: Range<u64>, found: &mut Vec<DataRun>) -> io::Result<()> {
+        (**self).data_runs(range, found)
+    }
+
+    fn read_data(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        (**self).read_data(offset, into)
+    }
+
     fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
         (**self).pin(range, to_write)
     }
+}
+
+/// A part of memory that may hold anything but zeroes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataRun {
+    /// Where it is, in bytes from the start of the region.
+    pub range: Range<u64>,
+    /// Whether there may be untouched memory in it, which an access to its address would touch.
+    pub has_holes: bool,
 }
 
 /// A region of guest memory.
@@ -134,6 +171,28 @@ impl MemoryRegion<'_> {
     pub(crate) fn data(&self, range: Range<u64>) -> Result<Option<Range<u64>>, Error> {
         let found = self.call("data", range.start, || self.pages.data(range.clone()))?;
         Ok(whole_pages(found, &range))
+    }
+
+    /// All whole pages of a range of whole pages that may hold anything but zeroes, in ascending order.
+    pub(crate) fn data_runs(&self, range: Range<u64>, found: &mut Vec<DataRun>) -> Result<(), Error> {
+        found.clear();
+        self.call("data", range.start, || self.pages.data_runs(range.clone(), found))?;
+        let mut end = range.start;
+        found.retain_mut(|run| {
+            let Some(pages) = whole_pages(Some(run.range.clone()), &(end..range.end)) else { return false };
+            end = pages.end;
+            run.range = pages;
+            true
+        });
+        Ok(())
+    }
+
+    /// Reads from a part that was found.
+    pub(crate) fn read_run(&self, run: &DataRun, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        match run.has_holes {
+            true => self.read(offset, into),
+            false => self.call("read", offset, || self.pages.read_data(offset, into)),
+        }
     }
 
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {

@@ -9,7 +9,7 @@ use limosa_stream::buffer::Buffer;
 use limosa_stream::{DATA_BYTES_MAX, Kind, RunsTable};
 
 use super::super::sending::Sending;
-use crate::memory::{MemoryRegion, PAGE_BYTES, cut_short, is_zero};
+use crate::memory::{DataRun, MemoryRegion, PAGE_BYTES, cut_short, is_zero};
 use crate::wire::Frame;
 use crate::{Error, Result};
 
@@ -31,6 +31,8 @@ pub(super) struct PageFrames<'s, 'w, 'a> {
     in_place: bool,
     /// Where the pages of the table's runs lie, if they are not in `pages`.
     pinned: Vec<(PinnedBytes, Range<usize>)>,
+    /// The parts of a run that are not known to be zero.
+    found: Vec<DataRun>,
     /// A long run of zeroes that is not sent yet: region, offset and bytes.
     zeroes: Option<(u32, u64, u64)>,
 }
@@ -38,9 +40,10 @@ pub(super) struct PageFrames<'s, 'w, 'a> {
 impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
     pub(super) fn new(link: usize, sending: &'s Sending<'w, 'a>) -> PageFrames<'s, 'w, 'a> {
         let pages = Buffer::new(sending.recorder().buffers());
-        let (table, pinned) = (RunsTable::new(PAGE_BYTES), Vec::new());
+        let table = RunsTable::new(PAGE_BYTES);
         let in_place = sending.writers[link].sends_in_place();
-        PageFrames { link, sending, region: 0, iova: 0, table, pages, in_place, pinned, zeroes: None }
+        let (pinned, found) = (Vec::new(), Vec::new());
+        PageFrames { link, sending, region: 0, iova: 0, table, pages, in_place, pinned, found, zeroes: None }
     }
 
     /// Adds a run of dirty pages: at most as many as a frame takes, and behind those that were added before, where these are of
@@ -50,12 +53,19 @@ impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
             self.send()?;
             (self.region, self.iova) = (region.id, region.iova);
         }
+        let mut found = std::mem::take(&mut self.found);
+        region.data_runs(run.clone(), &mut found)?;
         let mut from = run.start;
-        while let Some(data) = region.data(from..run.end)? {
-            self.add_zeroes(from, data.start - from)?;
-            self.read(region, data.clone())?;
-            from = data.end;
+        for data in &found {
+            self.add_zeroes(from, data.range.start - from)?;
+            // More than a frame takes only where a hole was written since it was found.
+            for begin in data.range.clone().step_by(DATA_BYTES_MAX) {
+                let end = data.range.end.min(begin + DATA_BYTES_MAX as u64);
+                self.read(region, &DataRun { range: begin..end, ..*data })?;
+            }
+            from = data.range.end;
         }
+        self.found = found;
         self.add_zeroes(from, run.end - from)
     }
 
@@ -66,15 +76,16 @@ impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
     }
 
     /// Adds pages to the frame. Those that are zero are dropped from it.
-    fn read(&mut self, region: &MemoryRegion<'_>, range: Range<u64>) -> Result<()> {
-        let pinned = if self.in_place { region.pin(range.clone(), false)? } else { None };
+    fn read(&mut self, region: &MemoryRegion<'_>, data: &DataRun) -> Result<()> {
+        let is_at_hand = self.in_place && !data.has_holes;
+        let pinned = if is_at_hand { region.pin(data.range.clone(), false)? } else { None };
         // A frame has its pages in one place or where they lie.
         if self.table.data_bytes() > 0 && self.pinned.is_empty() == pinned.is_some() {
             self.send()?;
         }
         match pinned {
-            Some(pinned) => self.add_pinned(region, &range, &pinned),
-            None => self.copy(region, range),
+            Some(pinned) => self.add_pinned(region, &data.range, &pinned),
+            None => self.copy(region, data),
         }
     }
 
@@ -108,7 +119,8 @@ impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
     }
 
     /// Copies pages into the frame.
-    fn copy(&mut self, region: &MemoryRegion<'_>, range: Range<u64>) -> Result<()> {
+    fn copy(&mut self, region: &MemoryRegion<'_>, data: &DataRun) -> Result<()> {
+        let range = &data.range;
         let bytes = (range.end - range.start) as usize;
         // At worst each page is a run of its own.
         let table_bytes = self.table.tail_bytes() + RunsTable::bytes_of(bytes / PAGE_BYTES as usize);
@@ -118,7 +130,7 @@ impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
         let mut at = self.table.data_bytes() as usize;
         let end = at + bytes;
         self.pages.grow(end);
-        region.read(range.start, &mut self.pages[at..end])?;
+        region.read_run(data, range.start, &mut self.pages[at..end])?;
         let mut offset = range.start;
         while at < end {
             let (is_zero, bytes) = first_run(&self.pages[at..end]);
