@@ -9,6 +9,7 @@ use limosa_stream::{Damage, Header, Kind, Proofs};
 use super::device_flow::{DeviceFlow, Job};
 use super::device_workers::DeviceWorkers;
 use super::keep_alive::KeepAlive;
+use super::read_ahead::ReadAhead;
 use super::team::{Shared, Team};
 use crate::context::Context;
 use crate::error::Remaining;
@@ -42,6 +43,8 @@ pub(crate) struct Sending<'w, 'a> {
     pub(crate) writers: Vec<&'w FrameWriter<'a>>,
     /// The devices, by their index in the offer.
     pub(crate) flows: Vec<Shared<DeviceFlow>>,
+    /// What the devices' threads hand over to be sent, by device.
+    pub(crate) ahead: Vec<ReadAhead>,
     /// The threads for the devices' jobs.
     pub(crate) workers: DeviceWorkers,
     pub(crate) alive: KeepAlive,
@@ -84,6 +87,7 @@ impl<'w, 'a> Sending<'w, 'a> {
             flows: (0..devices)
                 .map(|_| team.share(DeviceFlow::new(SendWindow::new(window, grows))))
                 .collect(),
+            ahead: (0..devices).map(|_| ReadAhead::new(&team)).collect(),
             workers: DeviceWorkers::new(devices, writers.len() + 1),
             alive: KeepAlive::default(),
             writers,
@@ -157,14 +161,9 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.writers[link].post(frame, Some(self.team.ended()))
     }
 
-    /// Sends a frame of memory over a link. Devices get as much of the links meanwhile.
+    /// Sends a frame of memory over a link.
     pub(crate) fn send_memory(&self, link: usize, frame: &Frame<'_>) -> Result<()> {
-        self.share.lock().begin_memory();
-        let sent = self.post(link, frame);
-        if self.share.lock().end_memory(frame.payload.len(), now()) {
-            self.share.notify_all();
-        }
-        sent
+        self.share_memory(frame.payload.len(), || self.post(link, frame))
     }
 
     /// The same for pages that are sent from where they lie ([`FrameWriter::send_memory`]).
@@ -175,9 +174,15 @@ impl<'w, 'a> Sending<'w, 'a> {
         address: u64,
         parts: &[SendPart<'_>],
     ) -> Result<()> {
-        self.share.lock().begin_memory();
-        let sent = self.writers[link].send_memory(frame, address, parts, Some(self.team.ended()));
+        let (writer, cancel) = (self.writers[link], Some(self.team.ended()));
         let bytes = parts.iter().map(SendPart::len).sum();
+        self.share_memory(bytes, || writer.send_memory(frame, address, parts, cancel))
+    }
+
+    /// Calls a function that sends memory. Devices get as much of the links meanwhile.
+    fn share_memory(&self, bytes: usize, send: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.share.lock().begin_memory();
+        let sent = send();
         if self.share.lock().end_memory(bytes, now()) {
             self.share.notify_all();
         }

@@ -20,6 +20,7 @@ mod places;
 mod precopy;
 mod predicted;
 mod quirks;
+mod read_ahead;
 mod resets;
 mod shared_link;
 mod snapshots;
