@@ -30,4 +30,4 @@ pub use closer::{WAITING_MAX, keeps_up};
 pub use event::ForeignEventFd;
 pub use foreign::{Foreign, ForeignFd};
 pub use pidfd::peer_pidfd;
-pub use receive::{FDS_MAX, Received, receive, receive_bytes, receive_parts};
+pub use receive::{FDS_MAX, Received, receive, receive_at, receive_bytes, receive_parts};

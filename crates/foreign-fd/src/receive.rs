@@ -43,17 +43,32 @@ fn receive_into(
     flags: RecvFlags,
     fds: &mut Vec<ForeignFd>,
 ) -> Result<Received, Errno> {
+    // An `IoSliceMut` is a `struct iovec` by its documentation.
+    let (parts, count) = (into.as_mut_ptr().cast(), into.len());
+    // SAFETY: the parts are those of `into`, which nobody else uses until the call has returned.
+    unsafe { receive_to(socket, parts, count, flags, fds) }
+}
+
+/// # Safety
+///
+/// `parts` are so many, each of which is valid for writes of its length until the call has returned.
+unsafe fn receive_to(
+    socket: impl AsFd,
+    parts: *mut libc::iovec,
+    count: usize,
+    flags: RecvFlags,
+    fds: &mut Vec<ForeignFd>,
+) -> Result<Received, Errno> {
     let mut control = Control([MaybeUninit::uninit(); CONTROL_BYTES]);
     // SAFETY: all zeros is a value of this plain structure.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-    // An `IoSliceMut` is a `struct iovec` by its documentation.
-    message.msg_iov = into.as_mut_ptr().cast();
-    message.msg_iovlen = into.len() as _;
+    message.msg_iov = parts;
+    message.msg_iovlen = count as _;
     message.msg_control = control.0.as_mut_ptr().cast();
     message.msg_controllen = CONTROL_BYTES as _;
     let flags = flags.bits().cast_signed() | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: the message names the parts of `into`, and the control buffer, all with their lengths; they live, and nobody else
-    // uses them, until the call has returned.
+    // SAFETY: the message names the parts, by the contract valid for writes, and the control buffer, all with their lengths; they
+    // live until the call has returned.
     let got = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, flags) };
     let Ok(bytes) = usize::try_from(got) else {
         let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
@@ -85,6 +100,22 @@ pub fn receive_parts(
 ) -> Result<usize, Errno> {
     let mut fds = Vec::new();
     let received = receive_into(socket, into, flags, &mut fds)?;
+    if fds.is_empty() && !received.lost_fds { Ok(received.bytes) } else { Err(Errno::PROTO) }
+}
+
+/// The same into memory that the caller knows by its address, such as memory that is shared with other processes.
+///
+/// # Safety
+///
+/// Each part is valid for writes of its length until the call has returned, and nobody has a reference to it meanwhile.
+pub unsafe fn receive_at(
+    socket: impl AsFd,
+    parts: &mut [libc::iovec],
+    flags: RecvFlags,
+) -> Result<usize, Errno> {
+    let mut fds = Vec::new();
+    // SAFETY: by the contract.
+    let received = unsafe { receive_to(socket, parts.as_mut_ptr(), parts.len(), flags, &mut fds) }?;
     if fds.is_empty() && !received.lost_fds { Ok(received.bytes) } else { Err(Errno::PROTO) }
 }
 

@@ -9,6 +9,7 @@ mod files;
 mod many_readers;
 mod mapping;
 mod pinned;
+mod pinned_sockets;
 mod sigbus;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ mod window;
 
 pub use files::{ClientFile, FILES_MAX, MAPPED_BYTES_MAX, MappedFiles, WINDOWS_MAX};
 pub use many_readers::{ManyReaders, ReadGuard, WriteGuard};
-pub use mapping::FileMapping;
+pub use mapping::{FileMapping, has_no_swap};
 pub use pinned::PinnedBytes;
+pub use pinned_sockets::SendPart;
 pub use window::kernel_mappings_max;

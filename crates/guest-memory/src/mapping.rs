@@ -157,6 +157,21 @@ impl FileMapping {
         }
     }
 
+    /// Asks which pages of the system's size, from an offset on that is the start of one, are in memory: mincore(2). Returns false where
+    /// the system does not tell; then `pages` means nothing. A page that is not in memory may be in the file all the same.
+    pub fn in_memory(&self, offset: u64, pages: &mut [u8]) -> bool {
+        let page = rustix::param::page_size();
+        let end = (pages.len() as u64).checked_mul(page as u64).and_then(|bytes| offset.checked_add(bytes));
+        if end.is_none_or(|end| end > self.bytes) {
+            return false;
+        }
+        // SAFETY: offset is at most `self.bytes`, and so many bytes from `start` on are mapped.
+        let from = unsafe { self.start.as_ptr().add(offset as usize) };
+        // SAFETY: the range is mapped, and `pages` has a byte for each of its pages, which the kernel writes.
+        let told = unsafe { libc::mincore(from.cast(), pages.len() * page, pages.as_mut_ptr()) };
+        told == 0
+    }
+
     /// Brings in the pages of a range as reads of them would, or writes, all of them at once. It is a hint: what cannot be brought in
     /// (kernels before 5.14, a range outside the mapping, a file that was cut short) is left to the access.
     pub fn bring_in(&self, offset: u64, bytes: u64, to_write: bool) {
@@ -174,11 +189,20 @@ impl FileMapping {
     }
 }
 
+/// Whether this system has no swap now, so that shared memory is nowhere but in memory (sysinfo(2)).
+pub fn has_no_swap() -> bool {
+    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::zeroed();
+    // SAFETY: the kernel fills in the structure, for which there is room.
+    let told = unsafe { libc::sysinfo(info.as_mut_ptr()) };
+    // SAFETY: all zeroes is a value of this plain structure, and so is what the kernel has written.
+    told == 0 && unsafe { info.assume_init() }.totalswap == 0
+}
+
 /// # Safety
 ///
 /// `from` is valid for reads of `bytes` bytes of memory shared with anybody, `to` for writes; they do not overlap.
 #[inline]
-unsafe fn copy_from_shared(from: *const u8, to: *mut u8, bytes: usize) {
+pub(crate) unsafe fn copy_from_shared(from: *const u8, to: *mut u8, bytes: usize) {
     macro_rules! whole {
         ($type:ty) => {{
             // SAFETY: by the contract valid for this many bytes, and the caller of the macro checked the alignment.
@@ -202,7 +226,7 @@ unsafe fn copy_from_shared(from: *const u8, to: *mut u8, bytes: usize) {
 ///
 /// `from` is valid for reads of `bytes` bytes, `to` for writes to memory shared with anybody; they do not overlap.
 #[inline]
-unsafe fn copy_to_shared(from: *const u8, to: *mut u8, bytes: usize) {
+pub(crate) unsafe fn copy_to_shared(from: *const u8, to: *mut u8, bytes: usize) {
     fence(Release);
     macro_rules! whole {
         ($type:ty) => {{

@@ -14,7 +14,7 @@ use crate::window::Window;
 ///
 /// Its address is for system calls: readv(2), writev(2), io_uring. These fail with EFAULT where a page is not there. Other
 /// processes and threads change the bytes at any time, so a reference to them must never be made.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PinnedBytes {
     pub(crate) start: NonNull<u8>,
     pub(crate) bytes: usize,

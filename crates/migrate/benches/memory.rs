@@ -4,7 +4,8 @@
 //! congestion control that is named, so that no sysctl is needed.
 //!
 //! `scattered` instead of a name measures memory of which every second page was touched beside as many pages without gaps: 512 MiB
-//! at most, over the first of the numbers of links. Without a name bbr, cubic and `scattered` are measured.
+//! at most, over the first of the numbers of links. Without a name bbr, cubic and `scattered` are measured. Each is measured with the
+//! stream's checksums and without.
 //!
 //! `cargo bench -p limosa-migrate --bench memory -- [bbr|cubic|reno|scattered]... [MIB [LINKS [RUNS]]]`
 
@@ -17,7 +18,8 @@ use std::time::Instant;
 
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
-    Destination, FilePages, GuestPages, Ledger, Memory, MemoryRegion, Options, Outcome, Received, Source,
+    Destination, FilePages, GuestPages, Ledger, Memory, MemoryChecksums, MemoryRegion, Options, Outcome,
+    Received, Source,
 };
 use limosa_testing::memfd;
 use rustix::time::{ClockId, clock_gettime};
@@ -125,9 +127,25 @@ fn floor(congestion: &str, bytes: usize, links: usize, from: &[u8], to: &mut [u8
     })
 }
 
+/// How the engine's links are made.
+#[derive(Clone, Copy)]
+struct How<'a> {
+    congestion: &'a str,
+    checksums: MemoryChecksums,
+}
+
+impl std::fmt::Display for How<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let without = if self.checksums == MemoryChecksums::Never { " without checksums" } else { "" };
+        write!(f, "{}{without}", self.congestion)
+    }
+}
+
 /// The engine.
-fn engine(congestion: &str, bytes: u64, links: u32, here: &FilePages, there: &FilePages) -> Cost {
-    let options = Options::default().with_links(NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN));
+fn engine(how: How<'_>, bytes: u64, links: u32, here: &FilePages, there: &FilePages) -> Cost {
+    let How { congestion, checksums } = how;
+    let links_max = NonZeroU32::new(links).unwrap_or(NonZeroU32::MIN);
+    let options = Options::default().with_links(links_max).with_memory_checksums(checksums);
     let region = |pages| MemoryRegion { id: 0, iova: 0, size: bytes, pages };
     let link = |socket: TcpStream| SocketLink::new(socket, "the other end");
     let (nears, fars): (Vec<_>, Vec<_>) =
@@ -182,7 +200,7 @@ struct Plan {
 
 impl Plan {
     /// The engine beside the floor.
-    fn dense(&self, congestion: &str) {
+    fn dense(&self, how: How<'_>) {
         let Plan { mib, runs, .. } = *self;
         let bytes = mib << 20;
         let (here, there) = (memory(bytes, 1), memory(bytes, 2));
@@ -190,13 +208,13 @@ impl Plan {
         let (mut from, mut to) = (vec![1; round], vec![2; round]);
         fill(&mut from, 3);
         for links in &self.links {
-            let plain = |to: &mut Vec<u8>| floor(congestion, bytes as usize, *links as usize, &from, to);
+            let plain = |to: &mut Vec<u8>| floor(how.congestion, bytes as usize, *links as usize, &from, to);
             // A first turn of each is not counted.
             let mut before = plain(&mut to);
-            engine(congestion, bytes, *links, &here, &there);
+            engine(how, bytes, *links, &here, &there);
             let (mut rates, mut costs) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
             for _ in 0..runs {
-                let moved = engine(congestion, bytes, *links, &here, &there);
+                let moved = engine(how, bytes, *links, &here, &there);
                 let after = plain(&mut to);
                 // The floor before it and the one after it, so that what else the machine does counts for both.
                 let (wall, cpu) = ((before.wall + after.wall) / 2.0, (before.cpu + after.cpu) / 2.0);
@@ -207,7 +225,7 @@ impl Plan {
                 before = after;
             }
             println!(
-                "{congestion}: {mib} MiB over {links} links: {:.0} MiB/s, {:.2} of the floor's; {:.2} s of CPU, {:.2} of the \
+                "{how}: {mib} MiB over {links} links: {:.0} MiB/s, {:.2} of the floor's; {:.2} s of CPU, {:.2} of the \
                  floor's (medians of {runs})",
                 median(rates.0),
                 median(rates.1),
@@ -218,25 +236,25 @@ impl Plan {
     }
 
     /// Every second page beside as many pages without gaps.
-    fn scattered(&self) {
-        const CONGESTION: &str = "reno";
+    fn scattered(&self, checksums: MemoryChecksums) {
+        let how = How { congestion: "reno", checksums };
         let (mib, runs) = (self.mib.min(SCATTERED_MIB), self.runs);
         let bytes = mib << 20;
         let dense = (memory(bytes, 1), memory(bytes, 2));
         let sparse = (scattered(bytes, 1), scattered(bytes, 2));
         for links in self.links.iter().take(1) {
-            let plain = || engine(CONGESTION, bytes, *links, &dense.0, &dense.1);
+            let plain = || engine(how, bytes, *links, &dense.0, &dense.1);
             let mut before = plain();
             let (mut rates, mut ratios) = (Vec::new(), Vec::new());
             for _ in 0..runs {
-                let moved = engine(CONGESTION, 2 * bytes, *links, &sparse.0, &sparse.1);
+                let moved = engine(how, 2 * bytes, *links, &sparse.0, &sparse.1);
                 let after = plain();
                 rates.push(mib as f64 / moved.wall);
                 ratios.push((before.wall + after.wall) / 2.0 / moved.wall);
                 before = after;
             }
             println!(
-                "scattered: {mib} MiB in every second page over {links} links: {:.0} MiB/s, {:.2} of the rate without gaps \
+                "scattered, {how}: {mib} MiB in every second page over {links} links: {:.0} MiB/s, {:.2} of the rate without gaps \
                  (medians of {runs})",
                 median(rates),
                 median(ratios),
@@ -257,9 +275,11 @@ fn main() {
         names = vec!["bbr", "cubic", "scattered"];
     }
     for name in names {
-        match name {
-            "scattered" => plan.scattered(),
-            congestion => plan.dense(congestion),
+        for checksums in [MemoryChecksums::Always, MemoryChecksums::Never] {
+            match name {
+                "scattered" => plan.scattered(checksums),
+                congestion => plan.dense(How { congestion, checksums }),
+            }
         }
     }
 }

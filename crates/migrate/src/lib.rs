@@ -88,10 +88,10 @@ pub use ledger::{Decision, Ledger};
 pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Secret, Totals};
 pub use local::move_local;
 pub use memory::{
-    DirtyLog, FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Memory, MemoryRegion,
-    PAGE_BYTES,
+    DataRun, DirtyLog, FilePages, FingerprintKey, FingerprintLog, Fingerprinted, GuestPages, Memory,
+    MemoryRegion, PAGE_BYTES,
 };
-pub use options::{Convergence, Options, WhenStalled};
+pub use options::{Convergence, MemoryChecksums, Options, WhenStalled};
 pub use private_folder::PrivateFolder;
 pub use protocol::Round;
 pub use report::html;

@@ -72,6 +72,33 @@ pub struct Options {
     /// Whether peers that prove nothing are believed: those of the first versions, and records and notes of moves without a
     /// secret (`docs/stream.md: Proofs`). Without it a move with such a peer is refused before a device is touched.
     pub unauthenticated_peers: bool,
+    /// Which links carry memory with checksums. Both sides have to do without them for a link that has none; device data and all
+    /// other frames always have checksums.
+    pub memory_checksums: MemoryChecksums,
+}
+
+/// Which links carry memory with checksums (`docs/stream.md: Unchecked payloads`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MemoryChecksums {
+    /// Links that are not authenticated ([`Link::is_authenticated`](crate::link::Link::is_authenticated)): TLS has its own
+    /// checksums, with a key.
+    #[default]
+    UnlessAuthenticated,
+    /// All links.
+    Always,
+    /// No link. Whatever the path to the peer damages, and its own checksums do not find, damages the guest's memory unseen.
+    Never,
+}
+
+impl MemoryChecksums {
+    /// Whether a link does without.
+    pub(crate) fn are_waived(self, link: &dyn crate::link::Link) -> bool {
+        match self {
+            MemoryChecksums::UnlessAuthenticated => link.is_authenticated(),
+            MemoryChecksums::Always => false,
+            MemoryChecksums::Never => true,
+        }
+    }
 }
 
 impl Default for Options {
@@ -92,6 +119,7 @@ impl Default for Options {
             commit_max: Duration::from_secs(30),
             standstill_max: Duration::from_secs(60),
             unauthenticated_peers: false,
+            memory_checksums: MemoryChecksums::default(),
         }
     }
 }
@@ -170,6 +198,7 @@ with!(Options {
     with_commit_max: commit_max: Duration,
     with_standstill_max: standstill_max: Duration,
     with_unauthenticated_peers: unauthenticated_peers: bool,
+    with_memory_checksums: memory_checksums: MemoryChecksums,
 });
 
 with!(Convergence {

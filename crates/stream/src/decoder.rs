@@ -30,7 +30,8 @@ pub struct Damaged {
     pub recoverable: bool,
 }
 
-/// Decodes one direction of a stream. It holds at most one frame in addition to the bytes that were pushed last.
+/// Decodes one direction of a stream. Payloads without a checksum are refused unless [`Decoder::with_unchecked`] allows them, since a
+/// saved stream has none. It holds at most one frame in addition to the bytes that were pushed last.
 #[derive(Debug, Default)]
 pub struct Decoder {
     buffer: Vec<u8>,
@@ -39,6 +40,7 @@ pub struct Decoder {
     /// Bytes of the stream before `buffer[used]`.
     at: u64,
     has_preface: bool,
+    takes_unchecked: bool,
     sequence: u32,
     lost: Option<Damaged>,
 }
@@ -47,6 +49,12 @@ impl Decoder {
     /// At the start of a stream.
     pub fn new() -> Decoder {
         Decoder::default()
+    }
+
+    /// The same for a stream over a link, where both sides have agreed on payloads without a checksum.
+    #[must_use]
+    pub fn with_unchecked(self) -> Decoder {
+        Decoder { takes_unchecked: true, ..self }
     }
 
     /// Adds bytes. Call [`Decoder::next`] until it returns `None` before you add more.
@@ -80,12 +88,13 @@ impl Decoder {
             return Ok(None);
         }
         let start = self.used;
-        let due = self.sequence;
+        let (due, takes_unchecked) = (self.sequence, self.takes_unchecked);
         self.advance(end);
         self.sequence = header.sequence.wrapping_add(1);
         let payload = &self.buffer[start + HEADER_BYTES..start + end];
         header
             .check_payload(payload)
+            .and_then(|()| header.check_is_checked(takes_unchecked))
             .and_then(|()| header.check_sequence(due))
             .map_err(|damage| Damaged { at, damage, recoverable: true })?;
         Ok(Some(Decoded::Frame { at, header, payload }))

@@ -10,6 +10,7 @@ use super::{
 
 const FLAG_SKIPPABLE: u16 = 1 << 0;
 const FLAG_COMPRESSED: u16 = 1 << 1;
+const FLAG_UNCHECKED: u16 = 1 << 2;
 
 /// The kind of a frame. An unknown number survives a round trip.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -91,6 +92,12 @@ impl Kind {
         matches!(self, Kind::MEMORY_DATA | Kind::MEMORY_RUNS | Kind::DEVICE_DATA)
     }
 
+    /// Whether its payload may come without a checksum, where both sides have agreed on that (`docs/stream.md: Unchecked
+    /// payloads`).
+    pub const fn may_be_unchecked(self) -> bool {
+        matches!(self, Kind::MEMORY_DATA | Kind::MEMORY_RUNS)
+    }
+
     /// Whether readers that do not know this kind may pass over it.
     pub const fn is_skippable(self) -> bool {
         matches!(self, Kind::DEVICE_HINT | Kind::PROGRESS | Kind::SEAL)
@@ -121,6 +128,8 @@ pub struct Header {
     pub skippable: bool,
     /// Whether the payload is compressed, and begins with its decompressed length.
     pub compressed: bool,
+    /// Whether the payload has no checksum.
+    pub unchecked: bool,
     /// The id of its device or memory region, or the number of its link; 0 for none (`docs/stream.md: Frame`).
     pub section: u32,
     /// Bytes of payload that follow.
@@ -129,7 +138,7 @@ pub struct Header {
     pub sequence: u32,
     /// The position in the section, in bytes; for some kinds another number (`docs/stream.md: Frame`).
     pub position: u64,
-    /// crc32c of the payload.
+    /// crc32c of the payload; 0 without a checksum.
     pub payload_crc: u32,
 }
 
@@ -144,11 +153,34 @@ impl Header {
             kind,
             skippable: kind.is_skippable(),
             compressed: false,
+            unchecked: false,
             section,
             length: payload.len() as u32,
             sequence,
             position,
             payload_crc: payload_crc(payload),
+        }
+    }
+
+    /// The header of a frame of memory whose payload has so many bytes and no checksum.
+    ///
+    /// # Panics
+    /// If the kind does not allow that: a defect of the caller.
+    pub fn unchecked(kind: Kind, section: u32, position: u64, sequence: u32, length: usize) -> Header {
+        assert!(
+            kind.may_be_unchecked() && kind.allows(length),
+            "{kind} of {length} bytes without a checksum"
+        );
+        Header {
+            kind,
+            skippable: false,
+            compressed: false,
+            unchecked: true,
+            section,
+            length: length as u32,
+            sequence,
+            position,
+            payload_crc: 0,
         }
     }
 
@@ -168,7 +200,8 @@ impl Header {
         out[0..2].copy_from_slice(&self.kind.0.to_le_bytes());
         let skippable = if self.skippable { FLAG_SKIPPABLE } else { 0 };
         let compressed = if self.compressed { FLAG_COMPRESSED } else { 0 };
-        out[2..4].copy_from_slice(&(skippable | compressed).to_le_bytes());
+        let unchecked = if self.unchecked { FLAG_UNCHECKED } else { 0 };
+        out[2..4].copy_from_slice(&(skippable | compressed | unchecked).to_le_bytes());
         out[4..8].copy_from_slice(&self.section.to_le_bytes());
         out[8..12].copy_from_slice(&self.length.to_le_bytes());
         out[12..16].copy_from_slice(&self.sequence.to_le_bytes());
@@ -193,7 +226,12 @@ impl Header {
             return Err(Damage::Unknown { what: kind.to_string() });
         }
         let compressed = kind.may_be_compressed() && flags & FLAG_COMPRESSED != 0;
-        let known = if compressed { FLAG_SKIPPABLE | FLAG_COMPRESSED } else { FLAG_SKIPPABLE };
+        let unchecked = kind.may_be_unchecked() && !compressed && flags & FLAG_UNCHECKED != 0;
+        let known = match (compressed, unchecked) {
+            (true, _) => FLAG_SKIPPABLE | FLAG_COMPRESSED,
+            (_, true) => FLAG_SKIPPABLE | FLAG_UNCHECKED,
+            _ => FLAG_SKIPPABLE,
+        };
         if kind.name().is_some() && flags & !known != 0 {
             return Err(Damage::Unknown { what: format!("{kind} with flags {flags:#x}") });
         }
@@ -206,23 +244,47 @@ impl Header {
             }
             return Err(Damage::Length { kind, bytes: length as usize, expected });
         }
+        let payload_crc = u32_at(bytes, 24);
+        if unchecked && payload_crc != 0 {
+            let why = format!("it has the checksum {payload_crc:#010x}, and the flag that it has none");
+            return Err(Damage::Content { kind, why });
+        }
         Ok(Header {
             kind,
             skippable,
             compressed,
+            unchecked,
             section: u32_at(bytes, 4),
             length,
             sequence: u32_at(bytes, 12),
             position: u64_at(bytes, 16),
-            payload_crc: u32_at(bytes, 24),
+            payload_crc,
         })
     }
 
-    /// Checks the payload, which must have [`Header::length`] bytes, against its checksum.
+    /// Checks the payload, which must have [`Header::length`] bytes, against its checksum, if it has one.
     pub fn check_payload(&self, payload: &[u8]) -> Result<(), Damage> {
-        let computed = payload_crc(payload);
-        if payload.len() != self.length as usize || computed != self.payload_crc {
+        let computed = if self.unchecked { 0 } else { payload_crc(payload) };
+        match payload.len() == self.length as usize {
+            true => self.check_crc(computed),
+            false => Err(Damage::Checksum { of: "a frame's payload", expected: self.payload_crc, computed }),
+        }
+    }
+
+    /// Checks the crc32c of a payload of [`Header::length`] bytes that was computed as it came. Without a checksum it passes.
+    pub fn check_crc(&self, computed: u32) -> Result<(), Damage> {
+        if !self.unchecked && computed != self.payload_crc {
             return Err(Damage::Checksum { of: "a frame's payload", expected: self.payload_crc, computed });
+        }
+        Ok(())
+    }
+
+    /// Refuses a payload without a checksum where both sides have not agreed on that.
+    pub fn check_is_checked(&self, takes_unchecked: bool) -> Result<(), Damage> {
+        if self.unchecked && !takes_unchecked {
+            return Err(Damage::Unknown {
+                what: format!("{} without a checksum, on which nobody has agreed", self.kind),
+            });
         }
         Ok(())
     }
@@ -318,6 +380,24 @@ mod tests {
         let crc = crc32c::crc32c(&bytes[..28]);
         bytes[28..].copy_from_slice(&crc.to_le_bytes());
         bytes
+    }
+
+    #[test]
+    fn only_memory_that_is_not_compressed_may_come_without_a_checksum() {
+        let header = Header::unchecked(Kind::MEMORY_DATA, 3, 8192, 5, 4096);
+        assert_eq!(Header::decode(&header.encode()), Ok(header));
+        assert_eq!(header.check_payload(&[7; 4096]), Ok(()));
+        assert!(header.check_payload(&[7; 4095]).is_err());
+        for (kind, flags) in [
+            (Kind::DEVICE_DATA, FLAG_UNCHECKED),
+            (Kind::OFFER, FLAG_UNCHECKED),
+            (Kind::MEMORY_DATA, FLAG_UNCHECKED | FLAG_COMPRESSED),
+        ] {
+            let refused = Header::decode(&encode_raw(kind.0, flags, 4096));
+            assert!(matches!(refused, Err(Damage::Unknown { .. })), "{kind}: {refused:?}");
+        }
+        let with_both = Header { payload_crc: 1, ..header };
+        assert!(matches!(Header::decode(&with_both.encode()), Err(Damage::Content { .. })));
     }
 
     #[test]

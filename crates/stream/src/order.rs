@@ -182,9 +182,7 @@ impl Order {
                 Step::DeviceEnd(at)
             }
             Kind::MEMORY_DATA => {
-                let length = payload.len() as u64;
-                let at = self.pages(header, length)?;
-                self.totals.memory_bytes = self.totals.memory_bytes.saturating_add(length);
+                let at = self.placed(header, payload.len() as u64)?;
                 Step::MemoryData(at, header.position, payload)
             }
             Kind::MEMORY_ZERO => {
@@ -247,6 +245,31 @@ impl Order {
             Kind::COMMIT => return misplaced("nothing is ready to be committed"),
             _ => return misplaced("a source does not send it here"),
         })
+    }
+
+    /// Where the pages of a MEMORY_DATA belong whose payload has not come yet and is not compressed: the index of the region. They may
+    /// be received there. Nothing changes; [`Order::received`] takes the frame once its payload is checked.
+    pub fn place(&self, header: &Header) -> Result<usize, Damage> {
+        let misplaced = |why: &str| Err(Damage::Misplaced { kind: header.kind, why: why.into() });
+        if self.summed {
+            return misplaced("it follows the SUM");
+        }
+        if header.kind != Kind::MEMORY_DATA || header.compressed {
+            return misplaced("its payload is not pages as they are");
+        }
+        self.pages(header, header.length.into())
+    }
+
+    /// Takes a MEMORY_DATA whose pages were received where they belong, as [`Order::next`] takes others.
+    pub fn received(&mut self, header: &Header) -> Result<(), Damage> {
+        self.place(header)?;
+        self.placed(header, header.length.into()).map(drop)
+    }
+
+    fn placed(&mut self, header: &Header, length: u64) -> Result<usize, Damage> {
+        let at = self.pages(header, length)?;
+        self.totals.memory_bytes = self.totals.memory_bytes.saturating_add(length);
+        Ok(at)
     }
 
     fn find(&mut self, header: &Header) -> Result<(usize, &mut Device), Damage> {
@@ -351,6 +374,27 @@ mod tests {
         assert!(order.is_whole());
         take(&mut order, Kind::COMMIT, 0, 0, &[]).unwrap();
         assert!(take(&mut order, Kind::COMMIT, 0, 0, &[]).is_err());
+    }
+
+    #[test]
+    fn pages_that_are_received_where_they_belong_are_checked_and_counted_like_others() {
+        let mut order = order();
+        let data = |position, bytes| Header::new(Kind::MEMORY_DATA, 2, position, 0, &vec![7; bytes]);
+        let header = data(0x1000, 0x2000);
+        assert_eq!(order.place(&header), Ok(0));
+        assert_eq!(order.totals().memory_bytes, 0, "nothing has come yet");
+        assert_eq!(order.received(&header), Ok(()));
+        assert_eq!(order.totals().memory_bytes, 0x2000);
+        let of_nobody = Header { section: 3, ..header };
+        let compressed = Header { compressed: true, ..header };
+        let runs = Header { kind: Kind::MEMORY_RUNS, ..header };
+        for header in [data(0x3000, 0x2000), data(0x800, 0x1000), data(0, 0x800), of_nobody, compressed, runs]
+        {
+            assert!(order.place(&header).is_err() && order.received(&header).is_err(), "{header:?}");
+        }
+        assert_eq!(order.totals().memory_bytes, 0x2000);
+        order.summed = true;
+        assert!(order.place(&header).is_err(), "nothing follows the SUM");
     }
 
     #[test]

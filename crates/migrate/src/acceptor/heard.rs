@@ -3,6 +3,8 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Mutex;
 
+use limosa_guest_memory::{PinnedBytes, SendPart};
+
 use crate::link::{Link, LinkError, Wait, forward_link};
 use crate::lock::lock;
 
@@ -75,6 +77,34 @@ impl Link for HeardLink {
         drop(heard);
         let part = into.iter_mut().find(|part| !part.is_empty());
         part.map_or(Ok(0), |part| self.read(part, wait))
+    }
+
+    fn read_to_memory(
+        &self,
+        memory: &PinnedBytes,
+        from: usize,
+        behind: &mut [u8],
+        wait: Wait<'_>,
+    ) -> Result<usize, LinkError> {
+        let heard = lock(&self.heard);
+        if heard.is_over && heard.bytes.is_empty() {
+            drop(heard);
+            return self.inner.read_to_memory(memory, from, behind, wait);
+        }
+        drop(heard);
+        let room = memory.len() - from.min(memory.len());
+        if room == 0 {
+            return self.read(behind, wait);
+        }
+        let mut piece = [0; 4 << 10];
+        let room = room.min(piece.len());
+        let bytes = self.read(&mut piece[..room], wait)?;
+        memory.write(from, &piece[..bytes]).map_err(LinkError::of_memory)?;
+        Ok(bytes)
+    }
+
+    fn write_parts(&self, parts: &[SendPart<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        self.inner.write_parts(parts, wait)
     }
 
     forward_link!(|this| this.inner);

@@ -72,6 +72,7 @@ impl Receiving<'_, '_> {
                 continue;
             }
             reader.decompress(offer.compression())?;
+            reader.take_unchecked(self.options().memory_checksums.are_waived(&*link));
             reader.count(self.recorder().buffers());
             self.further.lock().push(Arc::clone(&link));
             self.state.lock().joined |= 1 << number;
@@ -107,7 +108,8 @@ impl Receiving<'_, '_> {
             reader.allow_silence();
         }
         loop {
-            let header = reader.next(link, DOING, None, Some(self.team.ended()))?;
+            let cancel = Some(self.team.ended());
+            let header = reader.next_placed(link, DOING, None, cancel, &|header| self.place(header, link))?;
             match header.kind {
                 Kind::LINK_END => {
                     self.state.lock().links_ended += 1;

@@ -102,8 +102,11 @@ impl<'a> Destination<'a> {
             let window = Some(window(self.devices.len(), self.options.windows_bytes));
             let challenge = receiving.proofs.nonce();
             let accepted = accepted.is_ok();
+            let unchecked = self.options.memory_checksums.are_waived(connection.link());
+            connection.reader().take_unchecked(unchecked);
+            let (runs, windows_grow) = (true, has_credit);
             let answer =
-                Answer { accepted, reasons, links, window, challenge, runs: true, windows_grow: has_credit };
+                Answer { accepted, reasons, links, window, challenge, runs, windows_grow, unchecked };
             let payload = answer.encode().map_err(|damage| connection.damaged(damage))?;
             connection.send(&Frame::new(Kind::ANSWER, &payload), self.cancel)?;
         }

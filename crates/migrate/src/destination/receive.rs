@@ -12,12 +12,12 @@ use limosa_stream::{Damage, Header, Kind, Runs, Step};
 use super::device_queue::{DeviceQueue, data_bytes};
 use super::receiving::{Progress, Receiving};
 use crate::error::Misbehaviour;
-use crate::link::LinkError;
+use crate::link::{Link, LinkError};
 use crate::memory::{MemoryRegion, is_zero};
 use crate::protocol::idle::Idle;
 use crate::report::Phase;
 use crate::transfer::device_sender::READ_BYTES_MAX;
-use crate::wire::{Frame, FrameReader};
+use crate::wire::{Frame, FrameReader, Place};
 use crate::{Error, Result, Round};
 
 /// Runs of zeroes with no more than this between them are looked at together.
@@ -38,7 +38,9 @@ impl Receiving<'_, '_> {
         let mut reader = self.connection.reader();
         let (mut idle, mut is_stopped) = (Idle::new(now(), self.options().silence_max), false);
         loop {
-            let read = reader.next(self.connection.link(), DOING, self.until, Some(self.team.ended()));
+            let (link, cancel) = (self.connection.link(), Some(self.team.ended()));
+            let read =
+                reader.next_placed(link, DOING, self.until, cancel, &|header| self.place(header, link));
             let header = match read {
                 Err(Error::TimedOut { .. }) if self.is_over() => return Err(self.took_too_long()),
                 read => read?,
@@ -108,6 +110,17 @@ impl Receiving<'_, '_> {
         }
     }
 
+    /// Where the pages of a MEMORY_DATA belong, if they can be received there: what comes before the checksum is known is in the
+    /// guest's memory then, which nothing runs on before the commit.
+    pub(super) fn place(&self, header: &Header, link: &dyn Link) -> Result<Option<Place>> {
+        let at = self.order.lock().place(header);
+        let at = at.map_err(|damage| Error::Stream { from: link.peer().into(), damage })?;
+        let Some(region) = self.regions[at] else { return Ok(None) };
+        let range = header.position..header.position + u64::from(header.length);
+        let address = region.iova.saturating_add(range.start);
+        Ok(region.pin(range, true)?.map(|memory| Place { memory, address }))
+    }
+
     /// Acts on a frame. A frame that is out of order never reaches a device.
     pub(super) fn take(&self, header: &Header, reader: &mut FrameReader) -> Result<Step<'static>> {
         if header.kind != Kind::PROGRESS {
@@ -115,6 +128,11 @@ impl Receiving<'_, '_> {
         }
         if matches!(header.kind, Kind::DEVICE_DATA | Kind::DEVICE_END) {
             return self.take_device(header, reader).map(|()| Step::Skipped);
+        }
+        if reader.was_placed() {
+            self.order.lock().received(header).map_err(|damage| reader.damaged(damage))?;
+            self.recorder().memory_data(header.length.into());
+            return Ok(Step::Skipped);
         }
         let next = self.order.lock().next(header, reader.payload(header));
         let step = next.map_err(|damage| reader.damaged(damage))?;
@@ -181,6 +199,7 @@ impl Receiving<'_, '_> {
         mut runs: &[Range<u64>],
         found: &mut Buffer,
     ) -> Result<()> {
+        let mut data = Vec::new();
         while let Some(first) = runs.first() {
             let window = first.start..first.start + READ_BYTES_MAX as u64;
             let inside = runs.iter().take_while(|run| run.end <= window.end).count();
@@ -191,13 +210,27 @@ impl Receiving<'_, '_> {
                 self.zero(at, span.start, span.end - span.start)?;
                 continue;
             }
-            let is_untouched = region.data(span.clone())?.is_none();
-            if !is_untouched {
-                found.grow((span.end - span.start) as usize);
+            region.data_runs(span.clone(), &mut data)?;
+            // One read for all of them, where holes and data cannot be told apart.
+            let has_holes = data.iter().any(|data| data.has_holes);
+            found.grow((span.end - span.start) as usize);
+            if has_holes {
                 region.read(span.start, &mut found[..(span.end - span.start) as usize])?;
             }
+            let mut data = &data[..];
             for run in these {
                 let place = (run.start - span.start) as usize..(run.end - span.start) as usize;
+                let before = data.iter().take_while(|data| data.range.end <= run.start).count();
+                data = &data[before..];
+                let is_untouched = data.first().is_none_or(|data| data.range.start >= run.end);
+                if let Some(data) = data.first().filter(|_| !is_untouched && !has_holes) {
+                    let is_within = data.range.start <= run.start && run.end <= data.range.end;
+                    let into = &mut found[place.clone()];
+                    match is_within {
+                        true => region.read_run(data, run.start, into)?,
+                        false => region.read(run.start, into)?,
+                    }
+                }
                 match is_untouched || is_zero(&found[place]) {
                     true => self.recorder().memory_zero(run.end - run.start),
                     false => self.zero(at, run.start, run.end - run.start)?,

@@ -1,8 +1,10 @@
 //! [`LimitedLink`]: a link that sends no faster than a [`Bandwidth`] allows. Several links can share one bandwidth.
 
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+use limosa_guest_memory::{PinnedBytes, SendPart};
 
 use super::{Link, LinkError, Wait, forward_link};
 use crate::cancel::after;
@@ -150,28 +152,70 @@ impl<L: Link> LimitedLink<L> {
     }
 }
 
+impl<L: Link> LimitedLink<L> {
+    /// Calls `write` with the number of bytes that the budget allows of those that are wanted. What it did not write is given back.
+    fn within_budget(
+        &self,
+        wanted: usize,
+        wait: Wait<'_>,
+        write: impl FnOnce(usize, Wait<'_>) -> Result<usize, LinkError>,
+    ) -> Result<usize, LinkError> {
+        let Some(bandwidth) = self.bandwidth.as_ref().filter(|_| wanted > 0) else {
+            return write(wanted, wait);
+        };
+        let (taken, waited) = bandwidth.take(wanted, wait)?;
+        let wait = Wait { deadline: after(wait.deadline, waited), ..wait };
+        let sent = write(taken, wait);
+        bandwidth.lock().give_back(taken.saturating_sub(sent.as_ref().map_or(0, |sent| *sent)));
+        sent
+    }
+}
+
 impl<L: Link> Link for LimitedLink<L> {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         let wanted = slices.iter().map(|slice| slice.len()).sum();
-        let Some(bandwidth) = self.bandwidth.as_ref().filter(|_| wanted > 0) else {
-            return self.inner.write(slices, wait);
-        };
-        let (taken, waited) = bandwidth.take(wanted, wait)?;
-        let mut allowed = taken;
-        let mut parts = Vec::with_capacity(slices.len());
-        for slice in slices {
-            let part = &slice[..slice.len().min(allowed)];
-            allowed -= part.len();
-            parts.push(IoSlice::new(part));
-        }
-        let wait = Wait { deadline: after(wait.deadline, waited), ..wait };
-        let sent = self.inner.write(&parts, wait);
-        bandwidth.lock().give_back(taken.saturating_sub(sent.as_ref().map_or(0, |sent| *sent)));
-        sent
+        self.within_budget(wanted, wait, |allowed, wait| {
+            let mut left = allowed;
+            let mut parts = Vec::with_capacity(slices.len());
+            for slice in slices {
+                let part = &slice[..slice.len().min(left)];
+                left -= part.len();
+                parts.push(IoSlice::new(part));
+            }
+            self.inner.write(&parts, wait)
+        })
+    }
+
+    fn write_parts(&self, parts: &[SendPart<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let wanted = parts.iter().map(SendPart::len).sum();
+        self.within_budget(wanted, wait, |allowed, wait| {
+            let mut left = allowed;
+            let mut some = Vec::with_capacity(parts.len());
+            for part in parts {
+                let part = part.within(0, left);
+                left -= part.len();
+                some.push(part);
+            }
+            self.inner.write_parts(&some, wait)
+        })
     }
 
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
         self.inner.read(into, wait)
+    }
+
+    fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        self.inner.read_parts(into, wait)
+    }
+
+    fn read_to_memory(
+        &self,
+        memory: &PinnedBytes,
+        from: usize,
+        behind: &mut [u8],
+        wait: Wait<'_>,
+    ) -> Result<usize, LinkError> {
+        self.inner.read_to_memory(memory, from, behind, wait)
     }
 
     forward_link!(|this| this.inner);

@@ -24,6 +24,8 @@ pub use socket::{Listener, SocketLink, connect, stays_within_host};
 pub(crate) use tls::is_tls;
 pub use tls::{Tls, TlsError, TlsLink};
 
+use limosa_guest_memory::{PinnedBytes, SendPart};
+
 use crate::Cancel;
 use crate::cancel::after;
 
@@ -72,9 +74,22 @@ pub enum LinkError {
     /// The two ends do not trust each other, or only one of them uses TLS.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// Guest memory that was to be sent or received into is not there.
+    #[error("guest memory: {0}")]
+    Memory(std::io::Error),
     /// The system refused.
     #[error(transparent)]
     Io(#[from] std::io::Error),
+}
+
+impl LinkError {
+    /// Why a call failed that moves guest memory.
+    pub(crate) fn of_memory(errno: rustix::io::Errno) -> LinkError {
+        match errno {
+            rustix::io::Errno::FAULT => LinkError::Memory(crate::memory::cut_short()),
+            errno => errno.into(),
+        }
+    }
 }
 
 impl From<rustix::io::Errno> for LinkError {
@@ -103,6 +118,48 @@ pub trait Link: Send + Sync {
             Some(part) => self.read(part, wait),
             None => Ok(0),
         }
+    }
+
+    /// Reads at least one byte: into guest memory from its byte `from` on, and behind its end into `behind`. The default reads through
+    /// a small buffer; a link that receives into the memory itself saves the copy. [`LinkError::Memory`] where the memory is not
+    /// there.
+    fn read_to_memory(
+        &self,
+        memory: &PinnedBytes,
+        from: usize,
+        behind: &mut [u8],
+        wait: Wait<'_>,
+    ) -> Result<usize, LinkError> {
+        let room = memory.len() - from.min(memory.len());
+        if room == 0 {
+            return self.read(behind, wait);
+        }
+        let mut piece = [0; 16 << 10];
+        let room = room.min(piece.len());
+        let bytes = self.read(&mut piece[..room], wait)?;
+        memory.write(from, &piece[..bytes]).map_err(LinkError::of_memory)?;
+        Ok(bytes)
+    }
+
+    /// Whether the link sends guest memory from where it lies, by [`Link::write_parts`].
+    fn sends_memory(&self) -> bool {
+        false
+    }
+
+    /// Writes at least one byte of these parts, in order, as [`Link::write`]. Called only where [`Link::sends_memory`] is true. The
+    /// default copies all of them first.
+    fn write_parts(&self, parts: &[SendPart<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let mut bytes = Vec::with_capacity(parts.iter().map(SendPart::len).sum());
+        for part in parts {
+            part.append_to(&mut bytes).map_err(LinkError::of_memory)?;
+        }
+        self.write(&[IoSlice::new(&bytes)], wait)
+    }
+
+    /// Whether nobody but the peer can have written what is read, so that checksums find nothing more: the link has its own, with a
+    /// key. By default where the peer has shown a certificate.
+    fn is_authenticated(&self) -> bool {
+        self.peer_fingerprint().is_some()
     }
 
     /// Ends the stream to the other end. Reading is still possible.
@@ -175,6 +232,16 @@ macro_rules! forward_link {
             let $this = self;
             $to.peer_fingerprint()
         }
+
+        fn is_authenticated(&self) -> bool {
+            let $this = self;
+            $to.is_authenticated()
+        }
+
+        fn sends_memory(&self) -> bool {
+            let $this = self;
+            $to.sends_memory()
+        }
     };
 }
 pub(crate) use forward_link;
@@ -192,6 +259,20 @@ macro_rules! link_for {
 
             fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
                 (**self).read_parts(into, wait)
+            }
+
+            fn read_to_memory(
+                &self,
+                memory: &PinnedBytes,
+                from: usize,
+                behind: &mut [u8],
+                wait: Wait<'_>,
+            ) -> Result<usize, LinkError> {
+                (**self).read_to_memory(memory, from, behind, wait)
+            }
+
+            fn write_parts(&self, parts: &[SendPart<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+                (**self).write_parts(parts, wait)
             }
 
             forward_link!(|this| (**this));

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use limosa_foreign_fd::{Foreign, ForeignFd, receive_parts};
+use limosa_guest_memory::{PinnedBytes, SendPart};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
@@ -61,6 +62,17 @@ fn retry<T>(
     wait: Wait<'_>,
     mut attempt: impl FnMut() -> Result<T, Errno>,
 ) -> Result<T, LinkError> {
+    retry_or(fd, events, wait, LinkError::from, &mut attempt)
+}
+
+/// The same with another meaning of the system's errors.
+fn retry_or<T>(
+    fd: &impl AsFd,
+    events: PollFlags,
+    wait: Wait<'_>,
+    failed: impl Fn(Errno) -> LinkError,
+    mut attempt: impl FnMut() -> Result<T, Errno>,
+) -> Result<T, LinkError> {
     loop {
         if wait.cancel.is_some_and(crate::Cancel::is_cancelled) {
             return Err(LinkError::Cancelled);
@@ -68,7 +80,7 @@ fn retry<T>(
         match attempt() {
             Err(Errno::AGAIN) => {}
             Err(Errno::INTR) => continue,
-            done => return Ok(done?),
+            done => return done.map_err(failed),
         }
         poll_for(fd, events, wait)?;
     }
@@ -112,6 +124,28 @@ impl Link for SocketLink {
         let got =
             retry(&self.fd, PollFlags::IN, wait, || receive_parts(&self.fd, into, RecvFlags::DONTWAIT))?;
         if got == 0 && has_room { Err(LinkError::Closed) } else { Ok(got) }
+    }
+
+    fn read_to_memory(
+        &self,
+        memory: &PinnedBytes,
+        from: usize,
+        behind: &mut [u8],
+        wait: Wait<'_>,
+    ) -> Result<usize, LinkError> {
+        let has_room = from < memory.len() || !behind.is_empty();
+        let got = retry_or(&self.fd, PollFlags::IN, wait, LinkError::of_memory, || {
+            memory.receive(&self.fd, from, behind)
+        })?;
+        if got == 0 && has_room { Err(LinkError::Closed) } else { Ok(got) }
+    }
+
+    fn sends_memory(&self) -> bool {
+        true
+    }
+
+    fn write_parts(&self, parts: &[SendPart<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        retry_or(&self.fd, PollFlags::OUT, wait, LinkError::of_memory, || PinnedBytes::send(&self.fd, parts))
     }
 
     fn finish(&self) {

@@ -7,11 +7,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use limosa_guest_memory::FileMapping;
-use rustix::fs::{SeekFrom, seek};
+use limosa_guest_memory::{FileMapping, PinnedBytes, has_no_swap};
+use rustix::fs::{SeekFrom, fstatfs, seek};
 use rustix::io::Errno;
 
-use crate::memory::GuestPages;
+use crate::memory::{DataRun, GuestPages, PAGE_BYTES};
 
 /// Pages of a mapping are populated in blocks of this size, at a fraction of the cost of a fault for each page.
 const BLOCK_BYTES: u64 = 64 << 10;
@@ -21,6 +21,9 @@ const CLOSE_BYTES: u64 = 16 << 10;
 const CLOSE_PIECES: u32 = 4;
 /// How much is then taken as data, until the next search.
 const MIXED_BYTES: u64 = 1 << 20;
+const MIXED_PAGES: usize = (MIXED_BYTES / PAGE_BYTES) as usize;
+/// What statfs(2) says of tmpfs, and of memfds.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// Guest memory in a file: a memfd, hugetlbfs, any other.
 ///
@@ -58,6 +61,8 @@ struct Mapped {
     mapping: FileMapping,
     /// A bit for each block whose pages were populated.
     present: Vec<AtomicU64>,
+    /// Whether all that the file has is in memory or in swap.
+    is_shmem: bool,
 }
 
 impl FilePages {
@@ -75,7 +80,9 @@ impl FilePages {
             .map_err(|errno| io::Error::from_raw_os_error(errno.raw() as i32))?;
         let words = bytes.div_ceil(BLOCK_BYTES * u64::from(u64::BITS));
         let present = (0..words).map(|_| AtomicU64::new(0)).collect();
-        Ok(FilePages { mapped: Some(Mapped { mapping, present }), ..FilePages::new(file, offset) })
+        let is_shmem = fstatfs(&file).is_ok_and(|stat| stat.f_type.cast_unsigned() == TMPFS_MAGIC);
+        let mapped = Some(Mapped { mapping, present, is_shmem });
+        Ok(FilePages { mapped, ..FilePages::new(file, offset) })
     }
 }
 
@@ -127,6 +134,38 @@ impl FilePages {
     }
 }
 
+impl FilePages {
+    /// Appends the parts of a piece with holes, if they can be told at once. Without swap, a page of a memfd that is not in memory is
+    /// a hole.
+    fn split(&self, piece: &Range<u64>, found: &mut Vec<DataRun>) -> io::Result<bool> {
+        let bytes = piece.end - piece.start;
+        let aligned = [self.position(piece.start)?, bytes].iter().all(|at| at.is_multiple_of(PAGE_BYTES));
+        let Some(mapped) = self.mapped.as_ref().filter(|mapped| mapped.is_shmem && aligned) else {
+            return Ok(false);
+        };
+        let mut pages = [0; MIXED_PAGES];
+        let Some(pages) = pages.get_mut(..(bytes / PAGE_BYTES) as usize) else { return Ok(false) };
+        let is_told = rustix::param::page_size() as u64 == PAGE_BYTES
+            && has_no_swap()
+            && mapped.mapping.in_memory(piece.start, pages)
+            && has_no_swap()
+            // Beyond its end nothing is a hole: the read is to fail.
+            && self.file.metadata()?.len() >= self.position(piece.end)?;
+        if !is_told {
+            return Ok(false);
+        }
+        let mut from = piece.start;
+        for run in pages.chunk_by(|one, next| (one & 1) == (next & 1)) {
+            let range = from..from + run.len() as u64 * PAGE_BYTES;
+            from = range.end;
+            if run[0] & 1 != 0 {
+                found.push(DataRun { range, has_holes: false });
+            }
+        }
+        Ok(true)
+    }
+}
+
 impl Mapped {
     /// Populates the pages of a long access in one call instead of by a fault for each page.
     fn populate(&self, offset: u64, bytes: u64, to_write: bool) {
@@ -151,8 +190,7 @@ impl Mapped {
 }
 
 fn cut_short(_: limosa_protocol::Errno) -> io::Error {
-    let why = "beyond the memory's end, or the file behind it was cut short or has no more room on its disk";
-    io::Error::new(io::ErrorKind::UnexpectedEof, why)
+    crate::memory::cut_short()
 }
 
 impl GuestPages for FilePages {
@@ -196,6 +234,30 @@ impl GuestPages for FilePages {
 
     fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         Ok(self.search(range)?.map(|piece| piece.range))
+    }
+
+    fn data_runs(&self, range: Range<u64>, found: &mut Vec<DataRun>) -> io::Result<()> {
+        let mut from = range.start;
+        while let Some(Piece { range: piece, is_mixed }) = self.search(from..range.end)? {
+            from = piece.end;
+            if !is_mixed || !self.split(&piece, found)? {
+                found.push(DataRun { range: piece, has_holes: is_mixed });
+            }
+        }
+        Ok(())
+    }
+
+    fn read_data(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let Some(mapped) = &self.mapped else { return self.read(offset, into) };
+        mapped.populate(offset, into.len() as u64, false);
+        mapped.mapping.read(offset, into).map_err(cut_short)
+    }
+
+    fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
+        let mapped = self.mapped.as_ref()?;
+        let bytes = range.end - range.start;
+        mapped.populate(range.start, bytes, to_write);
+        mapped.mapping.pin(range.start, bytes as usize, true, to_write).ok()
     }
 }
 

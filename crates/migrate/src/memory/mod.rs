@@ -13,6 +13,7 @@ pub use file_pages::FilePages;
 pub use fingerprint::{FingerprintKey, FingerprintLog, Fingerprinted};
 use limosa_client::DirtySource;
 use limosa_clockwork::catch;
+use limosa_guest_memory::PinnedBytes;
 use limosa_protocol::bitmap::DirtyBitmap;
 
 use crate::Error;
@@ -38,6 +39,36 @@ pub trait GuestPages: Sync {
     /// meanwhile is dirty again. The pages before the data, or the whole range, are then sent as zeroes.
     fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         Ok((!range.is_empty()).then_some(range))
+    }
+
+    /// All parts of the range that may hold anything but zeroes, in ascending order, appended to `found`: what [`GuestPages::data`]
+    /// finds one after the other. An implementation that can tell many parts at once saves the search for each.
+    fn data_runs(&self, range: Range<u64>, found: &mut Vec<DataRun>) -> io::Result<()> {
+        let mut from = range.start;
+        while let Some(data) = self.data(from..range.end)? {
+            if data.end <= from {
+                break;
+            }
+            from = data.end;
+            found.push(DataRun { range: data, has_holes: false });
+        }
+        Ok(())
+    }
+
+    /// Reads all of `into`, within a part that [`GuestPages::data_runs`] has found and that has no holes. The default is
+    /// [`GuestPages::read`].
+    fn read_data(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.read(offset, into)
+    }
+
+    /// The memory of a range by its address, for system calls that move data from it, or to it if it is to be written. `None` where
+    /// there is no such address, and by default: then [`GuestPages::read`] and [`GuestPages::write`] are called.
+    ///
+    /// A range to be read lies within a part that [`GuestPages::data_runs`] has found and that has no holes. What is read or written so is seen by nobody else, so that pages
+    /// which watch their reads or writes return `None`.
+    fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
+        let _ = (range, to_write);
+        None
     }
 
     /// Makes the range zero. The default leaves pages alone that are zero already, so that untouched memory takes no
@@ -88,6 +119,27 @@ impl<P: GuestPages + ?Sized> GuestPages for &P {
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         (**self).zero(offset, bytes)
     }
+
+    fn data_runs(&self, range: Range<u64>, found: &mut Vec<DataRun>) -> io::Result<()> {
+        (**self).data_runs(range, found)
+    }
+
+    fn read_data(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        (**self).read_data(offset, into)
+    }
+
+    fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
+        (**self).pin(range, to_write)
+    }
+}
+
+/// A part of memory that may hold anything but zeroes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataRun {
+    /// Where it is, in bytes from the start of the region.
+    pub range: Range<u64>,
+    /// Whether there may be untouched memory in it, which an access to its address would touch.
+    pub has_holes: bool,
 }
 
 /// A region of guest memory.
@@ -121,6 +173,28 @@ impl MemoryRegion<'_> {
         Ok(whole_pages(found, &range))
     }
 
+    /// All whole pages of a range of whole pages that may hold anything but zeroes, in ascending order.
+    pub(crate) fn data_runs(&self, range: Range<u64>, found: &mut Vec<DataRun>) -> Result<(), Error> {
+        found.clear();
+        self.call("data", range.start, || self.pages.data_runs(range.clone(), found))?;
+        let mut end = range.start;
+        found.retain_mut(|run| {
+            let Some(pages) = whole_pages(Some(run.range.clone()), &(end..range.end)) else { return false };
+            end = pages.end;
+            run.range = pages;
+            true
+        });
+        Ok(())
+    }
+
+    /// Reads from a part that was found.
+    pub(crate) fn read_run(&self, run: &DataRun, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        match run.has_holes {
+            true => self.read(offset, into),
+            false => self.call("read", offset, || self.pages.read_data(offset, into)),
+        }
+    }
+
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         self.call("read", offset, || self.pages.read(offset, into))
     }
@@ -131,6 +205,13 @@ impl MemoryRegion<'_> {
 
     pub(crate) fn zero(&self, offset: u64, bytes: u64) -> Result<(), Error> {
         self.call("zero", offset, || self.pages.zero(offset, bytes))
+    }
+
+    /// The memory of a range by its address, if it has one and all of the range is there.
+    pub(crate) fn pin(&self, range: Range<u64>, to_write: bool) -> Result<Option<PinnedBytes>, Error> {
+        let bytes = (range.end - range.start) as usize;
+        let pinned = self.call("pin", range.start, || Ok(self.pages.pin(range.clone(), to_write)))?;
+        Ok(pinned.filter(|pinned| pinned.len() == bytes))
     }
 
     /// Calls the pages. A panic is an error that names the call and the address.
@@ -147,6 +228,12 @@ impl MemoryRegion<'_> {
     pub(crate) fn failed(&self, offset: u64, error: io::Error) -> Error {
         Error::Memory { address: self.iova.saturating_add(offset), error }
     }
+}
+
+/// Why an access to mapped memory fails.
+pub(crate) fn cut_short() -> io::Error {
+    let why = "beyond the memory's end, or the file behind it was cut short or has no more room on its disk";
+    io::Error::new(io::ErrorKind::UnexpectedEof, why)
 }
 
 /// What [`GuestPages::data`] found in a range of whole pages, as whole pages within the range. An implementation may

@@ -78,6 +78,7 @@ impl<'a> Source<'a> {
             window_bytes: answer.window.unwrap_or(0),
             windows_grow: answer.windows_grow,
             runs: answer.runs,
+            unchecked: answer.unchecked,
         };
         Ok(Agreed { note, terms: Some(terms), links, proofs })
     }

@@ -359,6 +359,9 @@ fn start<'scope, 'w, 'a>(
             Ok(())
         })?;
     }
+    for (at, ahead) in sending.ahead.iter().enumerate() {
+        team.spawn(scope, format!("device link {at}"), move || ahead.send(at, sending))?;
+    }
     for link in 1..sending.writers.len() {
         team.spawn(scope, format!("link {link}"), move || ram.work(link, sending))?;
     }

@@ -13,6 +13,7 @@ use limosa_stream::{Kind, RunningCrc};
 
 use super::device_flow::Job;
 use super::driven::DrivenDevice;
+use super::read_ahead::ReadAhead;
 use super::sending::Sending;
 use super::way_back::WayBack;
 use crate::devices::{MovedDevice, failed};
@@ -56,6 +57,8 @@ pub(crate) struct DeviceSender<'w, 'a> {
     limit: StateLimit,
     crc: RunningCrc,
     buffer: Buffer,
+    /// How many reads in a row have filled the buffer.
+    full_reads: u32,
 }
 
 impl<'w, 'a> DeviceSender<'w, 'a> {
@@ -87,6 +90,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             limit: StateLimit::new(sending.options()),
             crc: RunningCrc::new(),
             buffer,
+            full_reads: 0,
         }
     }
 
@@ -196,7 +200,12 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                 pause = (pause * 2).min(PAUSE_MAX);
             }
         }
-        Ok(())
+        self.settle()
+    }
+
+    /// Waits until all data that was read is sent.
+    fn settle(&self) -> Result<()> {
+        self.sending.ahead[self.at].settle(&self.sending.team)
     }
 
     /// Gives all remaining data, in STOP_COPY.
@@ -210,6 +219,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                 Chunk::End => break,
             }
         }
+        self.settle()?;
         // A device that was reset meanwhile has no more data either.
         self.driven.check()?;
         self.begin()?;
@@ -224,6 +234,8 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
     /// Asks the device how much it has to give, and tells the destination. A number that the device refuses to tell is not
     /// known.
     fn look(&mut self) -> Result<()> {
+        // What it has to give is behind what was sent, and a FLUSH that follows asks for all of that.
+        self.settle()?;
         let device = self.driven.device();
         let info = match &mut self.stream {
             None => None,
@@ -269,8 +281,17 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             let given = self.limit.give(bytes as u64);
             given.map_err(|limit| self.misbehaved(Misbehaviour::Endless(limit)))?;
             self.begin()?;
-            self.sending.send_device(self.at, self.bytes, &self.buffer[..bytes])?;
-            self.crc.add(&self.buffer[..bytes]);
+            self.full_reads = if bytes == room { self.full_reads.saturating_add(1) } else { 0 };
+            let ahead = &self.sending.ahead[self.at];
+            let position = self.bytes;
+            if ReadAhead::pays(self.full_reads) {
+                self.crc.add(&self.buffer[..bytes]);
+                ahead.give(self.sending, position, bytes, &mut self.buffer)?;
+            } else {
+                ahead.settle(&self.sending.team)?;
+                self.sending.send_device(self.at, position, &self.buffer[..bytes])?;
+                self.crc.add(&self.buffer[..bytes]);
+            }
             self.bytes += bytes as u64;
             self.sending.recorder().device_data(self.at, bytes as u64);
         }

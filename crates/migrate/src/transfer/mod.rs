@@ -6,6 +6,7 @@ pub(crate) mod device_workers;
 pub(crate) mod driven;
 pub(crate) mod keep_alive;
 pub(crate) mod ram;
+pub(crate) mod read_ahead;
 pub(crate) mod sending;
 pub(crate) mod team;
 pub(crate) mod way_back;

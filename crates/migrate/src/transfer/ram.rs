@@ -19,6 +19,8 @@ use crate::protocol::link_count::LinkCount;
 /// How much a thread takes at once: the pages of a frame of the maximum length. Each frame costs the receiver a wake-up or two,
 /// which outweighs that a chunk of this size does not stay in the nearest cache.
 const CHUNK_BYTES: u64 = DATA_BYTES_MAX as u64;
+/// The most of a hole that is taken at once.
+const HOLE_BYTES_MAX: u64 = 1 << 30;
 /// A round uses one further link for each multiple of this: for fewer bytes, waking its thread costs more than it saves.
 const LINK_BYTES_MIN: u64 = 4 << 20;
 
@@ -28,6 +30,13 @@ pub(crate) struct Ram<'m> {
     /// The pages to send, by region.
     pending: &'m [DirtyBitmap],
     round: Shared<RoundState>,
+}
+
+/// Where a chunk ends, and how many pages of its last run of dirty pages follow.
+struct Rest {
+    region: usize,
+    page: u64,
+    pages: u64,
 }
 
 struct RoundState {
@@ -145,13 +154,37 @@ impl<'m> Ram<'m> {
         let (mut round, _) = sending.team.wait(&self.round, self.round.lock(), None, is_wanted)?;
         let region = if round.exhausted { None } else { self.take(&mut round, runs) };
         round.exhausted |= region.is_none();
+        let rest = Rest { region: round.region, page: round.page, pages: round.pages };
         let moved = sending.recorder().totals().memory_bytes;
         let changed = link == 0 && round.link_count.sent(moved, now());
         drop(round);
         if changed || region.is_none() {
             self.round.notify_all();
         }
+        if let (Some(region), [run]) = (region, &mut runs[..]) {
+            self.take_hole(region, run, &rest)?;
+        }
         Ok(region)
+    }
+
+    /// Takes the rest of a hole that reaches beyond the chunk, so that no further search is needed for it.
+    fn take_hole(&self, region: &MemoryRegion<'_>, run: &mut Range<u64>, rest: &Rest) -> Result<()> {
+        if rest.pages == 0 {
+            return Ok(());
+        }
+        let end = (run.end + rest.pages * PAGE_BYTES).min(run.start + HOLE_BYTES_MAX);
+        let hole_end = region.data(run.start..end)?.map_or(end, |data| data.start);
+        if hole_end <= run.end {
+            return Ok(());
+        }
+        let mut round = self.round.lock();
+        // Another link may have taken some of it meanwhile.
+        if (round.region, round.page, round.pages) == (rest.region, rest.page, rest.pages) {
+            let pages = (hole_end - run.end) / PAGE_BYTES;
+            (round.page, round.pages) = (rest.page + pages, rest.pages - pages);
+            run.end = hole_end;
+        }
+        Ok(())
     }
 
     fn take(&self, round: &mut RoundState, runs: &mut Vec<Range<u64>>) -> Option<&'m MemoryRegion<'m>> {

@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::now;
+use limosa_guest_memory::SendPart;
 use limosa_stream::{Damage, Header, Kind, Proofs};
 
 use super::device_flow::{DeviceFlow, Job};
 use super::device_workers::DeviceWorkers;
 use super::keep_alive::KeepAlive;
+use super::read_ahead::ReadAhead;
 use super::team::{Shared, Team};
 use crate::context::Context;
 use crate::error::Remaining;
@@ -29,6 +31,8 @@ pub(crate) struct Terms {
     pub(crate) windows_grow: bool,
     /// Whether it reads MEMORY_RUNS.
     pub(crate) runs: bool,
+    /// Whether it reads memory without checksums, over the links that this side trusts as well.
+    pub(crate) unchecked: bool,
 }
 
 /// The work between the handshake and READY, and the state of its threads.
@@ -39,6 +43,8 @@ pub(crate) struct Sending<'w, 'a> {
     pub(crate) writers: Vec<&'w FrameWriter<'a>>,
     /// The devices, by their index in the offer.
     pub(crate) flows: Vec<Shared<DeviceFlow>>,
+    /// What the devices' threads hand over to be sent, by device.
+    pub(crate) ahead: Vec<ReadAhead>,
     /// The threads for the devices' jobs.
     pub(crate) workers: DeviceWorkers,
     pub(crate) alive: KeepAlive,
@@ -71,11 +77,17 @@ impl<'w, 'a> Sending<'w, 'a> {
         let team = Team::new(context.cancel)?;
         let window = terms.map(|terms| terms.window_bytes);
         let grows = terms.is_some_and(|terms| terms.windows_grow);
+        if terms.is_some_and(|terms| terms.unchecked) {
+            let waived =
+                |writer: &&&FrameWriter<'_>| context.options.memory_checksums.are_waived(writer.link());
+            writers.iter().filter(waived).for_each(|writer| writer.waive_checksums());
+        }
         Ok(Sending {
             context,
             flows: (0..devices)
                 .map(|_| team.share(DeviceFlow::new(SendWindow::new(window, grows))))
                 .collect(),
+            ahead: (0..devices).map(|_| ReadAhead::new(&team)).collect(),
             workers: DeviceWorkers::new(devices, writers.len() + 1),
             alive: KeepAlive::default(),
             writers,
@@ -149,11 +161,29 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.writers[link].post(frame, Some(self.team.ended()))
     }
 
-    /// Sends a frame of memory over a link. Devices get as much of the links meanwhile.
+    /// Sends a frame of memory over a link.
     pub(crate) fn send_memory(&self, link: usize, frame: &Frame<'_>) -> Result<()> {
+        self.share_memory(frame.payload.len(), || self.post(link, frame))
+    }
+
+    /// The same for pages that are sent from where they lie ([`FrameWriter::send_memory`]).
+    pub(crate) fn send_pinned(
+        &self,
+        link: usize,
+        frame: &Frame<'_>,
+        address: u64,
+        parts: &[SendPart<'_>],
+    ) -> Result<()> {
+        let (writer, cancel) = (self.writers[link], Some(self.team.ended()));
+        let bytes = parts.iter().map(SendPart::len).sum();
+        self.share_memory(bytes, || writer.send_memory(frame, address, parts, cancel))
+    }
+
+    /// Calls a function that sends memory. Devices get as much of the links meanwhile.
+    fn share_memory(&self, bytes: usize, send: impl FnOnce() -> Result<()>) -> Result<()> {
         self.share.lock().begin_memory();
-        let sent = self.post(link, frame);
-        if self.share.lock().end_memory(frame.payload.len(), now()) {
+        let sent = send();
+        if self.share.lock().end_memory(bytes, now()) {
             self.share.notify_all();
         }
         sent

@@ -5,19 +5,41 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::now;
+use limosa_guest_memory::PinnedBytes;
 use limosa_stream::body::decode_abort;
 use limosa_stream::buffer::{Buffer, Gauge};
 use limosa_stream::{
-    Compression, Damage, HEADER_BYTES, Header, Kind, PREFACE_BYTES, Preface, Unpacker, unpack,
+    Compression, Damage, HEADER_BYTES, Header, Kind, PREFACE_BYTES, Preface, RunningCrc, Unpacker, unpack,
 };
 
 use super::{COMPRESSING, link_failed};
 use crate::link::{Link, LinkError, TlsError, Wait};
+use crate::memory::cut_short;
 use crate::{Cancel, Error, Result};
 
 /// Behind a payload of this length or more, the next header is read in the same call. Shorter ones belong to frames behind which
 /// nothing may come for long.
 const AHEAD_BYTES_MIN: usize = 4 << 10;
+
+/// Pages that are received where they belong are copied in such pieces for their checksum: guest memory may change at any time, so
+/// nothing computes on it where it lies.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// Where the payload of a MEMORY_DATA belongs.
+pub(crate) struct Place {
+    pub(crate) memory: PinnedBytes,
+    /// Its address, as devices see it.
+    pub(crate) address: u64,
+}
+
+/// Says where the payload of a frame belongs, if it may be received there. A frame that is out of place is refused.
+pub(crate) type Places<'p> = &'p dyn Fn(&Header) -> Result<Option<Place>>;
+
+/// A payload that is received where it belongs.
+struct Placed {
+    place: Place,
+    crc: RunningCrc,
+}
 
 /// The receiving half of a link. A wait that ends early, at a deadline or by a cancel, loses nothing: the next call
 /// goes on in the middle of the frame.
@@ -32,6 +54,14 @@ pub(crate) struct FrameReader {
     /// The header, once it is complete and checked, while its payload is being read.
     reading: Option<Header>,
     payload_bytes: usize,
+    /// Where the payload of the frame is being received, if not in `payload`.
+    placed: Option<Placed>,
+    /// Whether the payload of the last frame is not in `payload`.
+    was_placed: bool,
+    /// For the checksums of such payloads.
+    piece: Buffer,
+    /// Whether payloads of memory may have no checksum.
+    takes_unchecked: bool,
     /// At least as long as the frame's payload.
     payload: Buffer,
     unpacker: Option<Unpacker>,
@@ -57,6 +87,10 @@ impl FrameReader {
             header_bytes: 0,
             reading: None,
             payload_bytes: 0,
+            placed: None,
+            was_placed: false,
+            piece: Buffer::default(),
+            takes_unchecked: false,
             payload: Buffer::default(),
             unpacker: None,
             unpacked: Buffer::default(),
@@ -79,6 +113,11 @@ impl FrameReader {
         Ok(())
     }
 
+    /// Whether payloads of memory may have no checksum from now on.
+    pub(crate) fn take_unchecked(&mut self, takes: bool) {
+        self.takes_unchecked = takes;
+    }
+
     /// From now on the peer's silence on this link has no limit.
     pub(crate) fn allow_silence(&mut self) {
         self.silence_max = Duration::MAX;
@@ -87,7 +126,7 @@ impl FrameReader {
     /// From now on this gauge counts its buffers.
     pub(crate) fn count(&mut self, buffers: &Arc<Gauge>) {
         self.buffers = Arc::clone(buffers);
-        for buffer in [&mut self.payload, &mut self.unpacked, &mut self.other] {
+        for buffer in [&mut self.payload, &mut self.unpacked, &mut self.other, &mut self.piece] {
             *buffer = Buffer::new(buffers);
         }
     }
@@ -148,8 +187,30 @@ impl FrameReader {
         within: Option<(Instant, Duration)>,
         cancel: Option<&Cancel>,
     ) -> Result<Header> {
+        self.next_placed(link, doing, within, cancel, &|_| Ok(None))
+    }
+
+    /// The same, where the payload is received where it belongs, if `places` says so: [`FrameReader::was_placed`] is then true, and
+    /// the payload is checked like any other.
+    pub(crate) fn next_placed(
+        &mut self,
+        link: &dyn Link,
+        doing: &'static str,
+        within: Option<(Instant, Duration)>,
+        cancel: Option<&Cancel>,
+        places: Places<'_>,
+    ) -> Result<Header> {
         loop {
             let (wait, limit) = self.wait(within, cancel);
+            if self.placed.is_some() {
+                match self.read_placed(link, wait) {
+                    Ok(Some(header)) => return Ok(header),
+                    Ok(None) => continue,
+                    Err(NotPlaced::Link(LinkError::TimedOut)) => return Err(self.timed_out(doing, limit)),
+                    Err(NotPlaced::Link(error)) => return Err(self.failed(error, doing)),
+                    Err(NotPlaced::Other(error)) => return Err(error),
+                }
+            }
             let payload = match &self.reading {
                 None => &mut [],
                 Some(header) => &mut self.payload[self.payload_bytes..header.length as usize],
@@ -170,7 +231,10 @@ impl FrameReader {
                 }
             }
             if self.reading.is_none() && self.header_bytes == HEADER_BYTES {
-                self.begin()?;
+                self.begin(places)?;
+                if self.placed.is_some() {
+                    continue;
+                }
             }
             if let Some(header) = self.reading
                 && self.payload_bytes == header.length as usize
@@ -181,10 +245,47 @@ impl FrameReader {
         }
     }
 
+    /// Reads once where the payload belongs. Returns the header once all of it is there and checked.
+    fn read_placed(&mut self, link: &dyn Link, wait: Wait<'_>) -> Result<Option<Header>, NotPlaced> {
+        let (Some(placed), Some(header)) = (&mut self.placed, self.reading) else { return Ok(None) };
+        let length = header.length as usize;
+        let memory = &placed.place.memory;
+        let lost = |at: usize, error| {
+            let address = placed.place.address.saturating_add(at as u64);
+            NotPlaced::Other(Error::Memory { address, error })
+        };
+        let behind = &mut self.header[self.header_bytes..];
+        let bytes = match link.read_to_memory(memory, self.payload_bytes, behind, wait) {
+            Err(LinkError::Memory(error)) => return Err(lost(self.payload_bytes, error)),
+            read => read.map_err(NotPlaced::Link)?,
+        };
+        let of_payload = bytes.min(length - self.payload_bytes);
+        let end = self.payload_bytes + of_payload;
+        if !header.unchecked {
+            // While it is in a cache.
+            self.piece.grow(PIECE_BYTES);
+            for from in (self.payload_bytes..end).step_by(PIECE_BYTES) {
+                let piece = &mut self.piece[..PIECE_BYTES.min(end - from)];
+                memory.read(from, piece).map_err(|_| lost(from, cut_short()))?;
+                placed.crc.add(piece);
+            }
+        }
+        self.payload_bytes = end;
+        self.header_bytes += bytes - of_payload;
+        if end < length {
+            return Ok(None);
+        }
+        memory.check().map_err(|_| lost(0, cut_short()))?;
+        let checked = header.check_crc(if header.unchecked { 0 } else { placed.crc.value() });
+        (self.reading, self.placed, self.was_placed) = (None, None, true);
+        checked.map(|()| Some(header)).map_err(|damage| NotPlaced::Other(self.damaged(damage)))
+    }
+
     /// The header is complete: checks it, and makes room for the payload.
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, places: Places<'_>) -> Result<()> {
         let header = Header::decode(&self.header).map_err(|damage| self.damaged(damage))?;
         header.check_sequence(self.sequence).map_err(|damage| self.damaged(damage))?;
+        header.check_is_checked(self.takes_unchecked).map_err(|damage| self.damaged(damage))?;
         self.sequence = self.sequence.wrapping_add(1);
         if let Some(room) = self.room {
             let left = room.checked_sub(HEADER_BYTES + header.length as usize);
@@ -192,6 +293,16 @@ impl FrameReader {
                 let why = "an OFFER is due by now".into();
                 self.damaged(Damage::Misplaced { kind: header.kind, why })
             })?);
+        }
+        self.was_placed = false;
+        if header.kind == Kind::MEMORY_DATA && !header.compressed {
+            let is_whole = |place: &Place| place.memory.len() == header.length as usize;
+            self.placed =
+                places(&header)?.filter(is_whole).map(|place| Placed { place, crc: RunningCrc::new() });
+            if self.placed.is_some() {
+                (self.reading, self.payload_bytes, self.header_bytes) = (Some(header), 0, 0);
+                return Ok(());
+            }
         }
         // The caller takes device data away with its buffer, which should not be much larger than the data.
         let is_device = header.kind == Kind::DEVICE_DATA;
@@ -221,9 +332,14 @@ impl FrameReader {
         Ok(header)
     }
 
-    /// The payload of the last frame.
+    /// Whether the payload of the last frame was received where it belongs.
+    pub(crate) fn was_placed(&self) -> bool {
+        self.was_placed
+    }
+
+    /// The payload of the last frame; nothing, if it was received where it belongs.
     pub(crate) fn payload(&self, header: &Header) -> &[u8] {
-        &self.payload[..header.length as usize]
+        if self.was_placed { &[] } else { &self.payload[..header.length as usize] }
     }
 
     /// Takes the payload of the last frame away and puts another buffer in its place. If the buffer is much larger than the
@@ -264,6 +380,12 @@ impl FrameReader {
             error => link_failed(&self.peer, error, doing, self.silence_max),
         }
     }
+}
+
+/// Why a payload did not come where it belongs.
+enum NotPlaced {
+    Link(LinkError),
+    Other(Error),
 }
 
 /// The deadline and length of a limit that begins now, for [`FrameReader::next`].

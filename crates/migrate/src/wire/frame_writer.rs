@@ -7,11 +7,12 @@ mod turn;
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::{Monitor, now};
+use limosa_guest_memory::SendPart;
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
 
@@ -32,6 +33,8 @@ pub(crate) struct FrameWriter<'a> {
     silence_max: Duration,
     queue: Monitor<WriteQueue>,
     compression: OnceLock<(Compression, Arc<Gauge>)>,
+    /// Whether memory is sent without checksums.
+    is_unchecked: AtomicBool,
     /// For how many milliseconds this process stood still, at most, if that was longer than the peer may be silent.
     stood_still: AtomicU64,
     /// The packers that no thread uses now. There are at most as many as threads that send at once.
@@ -61,6 +64,7 @@ impl<'a> FrameWriter<'a> {
             silence_max,
             queue: Monitor::new(queue),
             compression: OnceLock::new(),
+            is_unchecked: AtomicBool::new(false),
             stood_still: AtomicU64::new(0),
             packers: Monitor::default(),
         }
@@ -71,6 +75,24 @@ impl<'a> FrameWriter<'a> {
         if let Some(compression) = compression {
             let _ = self.compression.set((compression, Arc::clone(buffers)));
         }
+    }
+
+    /// From now on sends memory that is not compressed without checksums.
+    pub(crate) fn waive_checksums(&self) {
+        self.is_unchecked.store(true, Ordering::Relaxed);
+    }
+
+    /// The link that it writes to.
+    pub(crate) fn link(&self) -> &'a dyn Link {
+        self.link
+    }
+
+    /// Whether memory is sent from where it lies, by [`FrameWriter::send_memory`]. A page may change meanwhile, so that no
+    /// checksum would be that of the bytes that are sent.
+    pub(crate) fn sends_in_place(&self) -> bool {
+        self.is_unchecked.load(Ordering::Relaxed)
+            && self.compression.get().is_none()
+            && self.link.sends_memory()
     }
 
     pub(crate) fn has_peer(&self) -> bool {
@@ -108,11 +130,13 @@ impl<'a> FrameWriter<'a> {
     /// Sends a frame.
     pub(crate) fn send(&self, frame: &Frame<'_>, cancel: Option<&Cancel>) -> Result<()> {
         // Checksums and compression come before the turn, for which other threads wait.
-        let header = header_of(frame);
         let compression = self.compression.get().filter(|_| frame.kind.may_be_compressed());
         let Some((compression, buffers)) = compression else {
+            let is_unchecked = frame.kind.may_be_unchecked() && self.is_unchecked.load(Ordering::Relaxed);
+            let header = if is_unchecked { unchecked(frame, frame.payload.len()) } else { header_of(frame) };
             return self.send_with(header, frame.payload, cancel);
         };
+        let header = header_of(frame);
         let spare = self.packers.lock().pop();
         let mut packer = match spare {
             Some(packer) => packer,
@@ -125,6 +149,24 @@ impl<'a> FrameWriter<'a> {
         };
         self.packers.lock().push(packer);
         sent
+    }
+
+    /// Sends a frame of memory without a checksum, whose payload is these parts and not that of `frame`. `address` names the memory
+    /// in an error. A page that changes meanwhile has to be sent again.
+    pub(crate) fn send_memory(
+        &self,
+        frame: &Frame<'_>,
+        address: u64,
+        parts: &[SendPart<'_>],
+        cancel: Option<&Cancel>,
+    ) -> Result<()> {
+        let header = unchecked(frame, parts.iter().map(SendPart::len).sum());
+        let mut turn = self.turn(cancel);
+        if let Some(error) = &self.queue.lock().failed {
+            return Err(error.again());
+        }
+        let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
+        state.write_memory(self, header, address, parts, cancel)
     }
 
     /// Sends a keep-alive, if nothing was sent for `interval` and no thread is sending now. Never waits: a full link has data
@@ -221,7 +263,79 @@ fn header_of(frame: &Frame<'_>) -> Header {
     Header::new(frame.kind, frame.section, frame.position, 0, frame.payload)
 }
 
+/// The header of a frame of memory without a checksum.
+fn unchecked(frame: &Frame<'_>, bytes: usize) -> Header {
+    Header::unchecked(frame.kind, frame.section, frame.position, 0, bytes)
+}
+
 impl WriterState {
+    fn write_memory(
+        &mut self,
+        writer: &FrameWriter<'_>,
+        mut header: Header,
+        address: u64,
+        parts: &[SendPart<'_>],
+        cancel: Option<&Cancel>,
+    ) -> Result<()> {
+        let doing = "sending";
+        let wait = || Wait::within(writer.silence_max, cancel);
+        self.finish(&wait, writer, doing)?;
+        header.sequence = self.sequence;
+        let encoded = header.encode();
+        let mut parts: Vec<_> =
+            std::iter::once(SendPart::Bytes(&encoded)).chain(parts.iter().cloned()).collect();
+        let (mut at, mut is_begun) = (0, false);
+        while at < parts.len() {
+            match writer.link.write_parts(&parts[at..], wait()) {
+                Ok(mut bytes) => {
+                    // A frame has its number from its first byte on.
+                    self.sequence = self.sequence.wrapping_add(u32::from(!is_begun));
+                    is_begun = true;
+                    while at < parts.len() && bytes >= parts[at].len() {
+                        bytes -= parts[at].len();
+                        at += 1;
+                    }
+                    if bytes > 0 {
+                        parts[at] = parts[at].within(bytes, usize::MAX);
+                    }
+                }
+                Err(error) => {
+                    let goes_on =
+                        matches!(error, LinkError::Cancelled | LinkError::TimedOut | LinkError::Memory(_));
+                    if goes_on && is_begun {
+                        for part in &parts[at..] {
+                            // Zeroes for what is not there: the move fails, and the peer is to read why.
+                            let _ = part.append_to(&mut self.unfinished);
+                        }
+                    }
+                    return Err(match error {
+                        LinkError::Memory(error) => Error::Memory { address, error },
+                        error => link_failed(writer.link.peer(), error, doing, writer.silence_max),
+                    });
+                }
+            }
+        }
+        self.last_sent = now();
+        self.sent_bytes += u64::from(header.length);
+        Ok(())
+    }
+
+    /// Sends the rest of a frame whose sending ended early.
+    fn finish<'w>(
+        &mut self,
+        wait: &dyn Fn() -> Wait<'w>,
+        writer: &FrameWriter<'_>,
+        doing: &'static str,
+    ) -> Result<()> {
+        let failed = |error| link_failed(writer.link.peer(), error, doing, writer.silence_max);
+        while !self.unfinished.is_empty() {
+            let sent = writer.link.write(&[IoSlice::new(&self.unfinished)], wait()).map_err(failed)?;
+            self.unfinished.drain(..sent);
+            self.last_sent = now();
+        }
+        Ok(())
+    }
+
     fn write_frame(
         &mut self,
         writer: &FrameWriter<'_>,
@@ -254,11 +368,7 @@ impl WriterState {
         doing: &'static str,
     ) -> Result<()> {
         let failed = |error| link_failed(writer.link.peer(), error, doing, writer.silence_max);
-        while !self.unfinished.is_empty() {
-            let sent = writer.link.write(&[IoSlice::new(&self.unfinished)], wait()).map_err(failed)?;
-            self.unfinished.drain(..sent);
-            self.last_sent = now();
-        }
+        self.finish(wait, writer, doing)?;
         let mut sent = 0;
         while sent < first.len() + second.len() {
             let rest = sent.saturating_sub(first.len());

@@ -2,6 +2,8 @@
 
 use std::io::{IoSlice, IoSliceMut};
 
+use limosa_guest_memory::{PinnedBytes, SendPart};
+
 use crate::link::{Link, LinkError, Wait, forward_link};
 use crate::report::LinkMeter;
 
@@ -32,6 +34,23 @@ impl Link for MeteredLink<'_> {
     fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         let began = limosa_clockwork::now();
         self.inner.read_parts(into, wait).inspect(|bytes| self.meter.received(*bytes, began))
+    }
+
+    fn read_to_memory(
+        &self,
+        memory: &PinnedBytes,
+        from: usize,
+        behind: &mut [u8],
+        wait: Wait<'_>,
+    ) -> Result<usize, LinkError> {
+        let began = limosa_clockwork::now();
+        let read = self.inner.read_to_memory(memory, from, behind, wait);
+        read.inspect(|bytes| self.meter.received(*bytes, began))
+    }
+
+    fn write_parts(&self, parts: &[SendPart<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let began = limosa_clockwork::now();
+        self.inner.write_parts(parts, wait).inspect(|bytes| self.meter.sent(*bytes, began))
     }
 
     forward_link!(|this| this.inner);

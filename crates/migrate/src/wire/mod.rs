@@ -9,7 +9,7 @@ mod metered;
 use std::time::Duration;
 
 pub(crate) use connection::Connection;
-pub(crate) use frame_reader::{FrameReader, within};
+pub(crate) use frame_reader::{FrameReader, Place, within};
 pub(crate) use frame_writer::FrameWriter;
 use limosa_stream::Kind;
 pub(crate) use metered::MeteredLink;

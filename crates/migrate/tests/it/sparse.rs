@@ -1,9 +1,11 @@
 //! Memory that was never touched is neither read nor made by a move.
 
 use std::fs::File;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use limosa_migrate::link::{Link, LinkError, SocketLink, Wait};
 use limosa_migrate::{
@@ -170,4 +172,51 @@ fn an_older_destination_is_sent_no_frame_that_it_does_not_know() {
         assert!(matches!(outcome, Outcome::Undone { .. }), "{outcome:?}");
     });
     assert_eq!(near.count(Kind::MEMORY_DATA) as u64, PAGES / 2 - PAGES / 16);
+}
+
+/// Counts the searches for data.
+struct Searched {
+    pages: FilePages,
+    searches: AtomicUsize,
+}
+
+impl GuestPages for Searched {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.pages.read(offset, into)
+    }
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        self.pages.write(offset, from)
+    }
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        self.searches.fetch_add(1, Ordering::SeqCst);
+        self.pages.data(range)
+    }
+}
+
+#[test]
+fn a_hole_was_searched_anew_for_each_of_its_mebibytes() {
+    const BYTES: u64 = 8 << 30;
+    // Nothing of it but two pages.
+    let [here, there] =
+        [0, 1].map(|_| Searched { pages: FilePages::new(memfd(BYTES), 0), searches: AtomicUsize::new(0) });
+    for at in [5 << 30, (5 << 30) + 100 * PAGE] {
+        here.write(at, &[7; PAGE as usize]).unwrap();
+    }
+    let region = |pages| MemoryRegion { id: 0, iova: 0, size: BYTES, pages };
+    let (options, ledger) = (Options::default(), Ledger::new());
+    let (near, far) = SocketLink::pair().unwrap();
+    let (here_region, there_region) = ([region(&here)], [region(&there)]);
+    std::thread::scope(|scope| {
+        let receiving =
+            scope.spawn(|| Destination::new(&[], &ledger, &options).with_memory(&there_region).receive(&far));
+        let source = Source::new(&[], &options).with_memory(Memory::stopped(here_region.to_vec()));
+        let outcome = source.send(&near);
+        assert!(matches!(outcome, Outcome::Moved(_)), "{outcome:?}");
+        assert!(matches!(receiving.join().unwrap(), Received::Runs(_)));
+    });
+    let searches = here.searches.load(Ordering::SeqCst);
+    assert!(searches < 100, "{searches} searches for a hole in each of 8 GiB");
+    let mut page = [0; PAGE as usize];
+    there.read((5 << 30) + 100 * PAGE, &mut page).unwrap();
+    assert_eq!(page, [7; PAGE as usize]);
 }

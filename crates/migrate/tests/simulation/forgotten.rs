@@ -20,7 +20,7 @@ const SOONER: [(&str, &str); 10] = [
     // A device with nothing for now is read again after 100 ms at most.
     ("transfer/sending.rs", "end_streams"),
     // A device that waits for its share of a link looks again after 10 ms.
-    ("transfer/sending.rs", "send_memory"),
+    ("transfer/sending.rs", "share_memory"),
     ("transfer/sending.rs", "end_round"),
     // The first link's thread sends what the others do not, and notifies them at the end of the round.
     ("transfer/ram.rs", "send_round"),

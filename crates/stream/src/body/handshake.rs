@@ -66,6 +66,10 @@ pub struct Answer {
     /// Whether the destination reads WINDOW_FULL, which the first versions do not (`docs/stream.md: WINDOW`).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub windows_grow: bool,
+    /// Whether the destination reads payloads of memory without a checksum, over links that it trusts not to alter them
+    /// (`docs/stream.md: Unchecked payloads`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unchecked: bool,
 }
 
 /// In [`Offer::needs`]: the source sends FLUSH, and waits for FLUSHED.
@@ -101,6 +105,7 @@ impl Default for Answer {
             challenge: None,
             runs: false,
             windows_grow: false,
+            unchecked: false,
         }
     }
 }
