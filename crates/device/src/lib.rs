@@ -63,7 +63,8 @@ pub use interrupts::{Interrupts, SetIrqs, Vector, VectorState, Wiring, WiringSta
 pub use limosa_guest_memory::{FileMapping, PinnedBytes};
 pub use loopback::Loopback;
 pub use machine::{
-    ClientId, Copying, FeatureDone, Frozen, Held, Kept, Machine, MoveId, NextClient, Released, SessionId,
+    ArcCount, ClientId, Copying, Counts, FeatureDone, Frozen, Held, Kept, Machine, MoveId, NextClient,
+    Released, SessionId,
 };
 pub use memory::{
     Backing, DirtyWords, Dma, ExportedLog, ExportedMapping, LOGGED_PAGES_MAX, MAPPED_BYTES_MAX, MAPPINGS_MAX,

@@ -8,7 +8,7 @@ use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::terminal::{self, Log};
@@ -25,14 +25,15 @@ pub fn begin(verbose: u8, json: bool) {
         // It would be said on standard error, which is what failed.
         .log_internal_errors(false);
     match json {
-        true => log.event_format(Lines).init(),
+        true => log.with_ansi(false).event_format(Lines).fmt_fields(text::fields()).init(),
         false => {
             log.with_ansi(terminal::is_coloured()).with_target(false).fmt_fields(text::fields()).init();
         }
     }
 }
 
-/// Each event as a document: `timestamp`, `level`, `target` and `fields`, of which `message` is one.
+/// Each event as a document: `timestamp`, `level`, `target` and `fields`, of which `message` is one; and `device`, the socket of the
+/// device that it is about, where a server says so.
 struct Lines;
 
 impl<S, N> FormatEvent<S, N> for Lines
@@ -40,17 +41,24 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    fn format_event(&self, _: &FmtContext<'_, S, N>, mut to: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(&self, of: &FmtContext<'_, S, N>, mut to: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let timestamp = now();
         let mut fields = Fields(Map::new());
         event.record(&mut fields);
         let about = event.metadata();
-        let document = json!({
+        let mut document = json!({
             "timestamp": timestamp,
             "level": about.level().as_str(),
             "target": about.target(),
             "fields": fields.0,
         });
+        let mut spans = of.event_scope().into_iter().flatten();
+        if let Some(span) = spans.find(|span| span.name() == "device")
+            && let Some(fields) = span.extensions().get::<FormattedFields<N>>()
+            && let Some(device) = fields.fields.strip_prefix("at=")
+        {
+            document["device"] = device.into();
+        }
         writeln!(to, "{}", text::json(&document, true).map_err(|_| fmt::Error)?)
     }
 }

@@ -13,6 +13,7 @@ mod keep_open;
 mod links;
 mod log;
 mod memory;
+mod metrics;
 mod moved;
 mod moves;
 mod noted_devices;

@@ -63,16 +63,20 @@ fn moves_come_one_after_the_other_each_with_its_report_and_a_failed_one_ends_not
     let ended = receiver.running.end();
     assert_eq!(ended.code, 0, "{ended:?}");
     let documents = documents(&ended);
-    assert_eq!(documents.len(), 3, "{documents:#?}");
+    assert_eq!(documents.len(), 4, "{documents:#?}");
     assert_eq!(documents[0]["code"], REFUSED);
-    for document in &documents[1..] {
+    // A sender that was refused got no document.
+    assert_eq!(documents[2]["code"], REFUSED);
+    let why = documents[2]["message"].as_str().unwrap();
+    assert!(why.contains("is refused") && why.contains("has not moved on"), "{why}");
+    for document in [&documents[1], &documents[3]] {
         assert_eq!(document["outcome"], "runs");
         let id = document["id"].as_str().unwrap();
         let file = receiver.report.replace(".json", &format!("-{id}.json"));
         let written: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
         assert_eq!(written["id"], id);
     }
-    assert_ne!(documents[1]["id"], documents[2]["id"]);
+    assert_ne!(documents[1]["id"], documents[3]["id"]);
     assert!(!std::path::Path::new(&receiver.report).exists());
 }
 

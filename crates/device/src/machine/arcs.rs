@@ -56,6 +56,7 @@ impl Machine {
 
     /// Takes one step, with the gate taken.
     pub(super) fn step(&self, arc: fsm::Arc, until: Instant) -> Result<(), Errno> {
+        let began = Instant::now();
         let damaged = self.lock().session.as_ref().is_some_and(|open| open.damaged);
         // A session that lost some of its data cannot be completed, so the model is not called.
         let taken = if arc.from == State::Resuming && damaged {
@@ -65,6 +66,7 @@ impl Machine {
         };
         // A panic, or no migration any more.
         let taken = taken.unwrap_or_else(|errno| Err(Fault::Broken(errno)));
+        self.counters.arc(arc, began, taken.is_ok());
         match taken {
             Ok(()) => {
                 let mut inner = self.lock();

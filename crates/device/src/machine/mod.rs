@@ -9,6 +9,7 @@
 
 mod arcs;
 mod clients;
+mod counts;
 mod feature;
 mod gate;
 mod next;
@@ -31,6 +32,8 @@ use crate::{
 
 use clients::arc_deadline;
 pub use clients::{ClientId, Held, MoveId, Released};
+use counts::Counters;
+pub use counts::{ArcCount, Counts};
 pub use feature::FeatureDone;
 use gate::Gate;
 pub use next::NextClient;
@@ -62,6 +65,7 @@ pub struct Machine {
     watchers: Mutex<Vec<Weak<Released>>>,
     /// Eventfds of regions that came from another process, by region.
     ioeventfds: Mutex<BTreeMap<u32, Vec<Arc<OwnedFd>>>>,
+    counters: Counters,
 }
 
 /// What the lock covers. It is taken for moments.
@@ -134,6 +138,7 @@ impl Machine {
             is_left: AtomicBool::new(false),
             watchers: Mutex::default(),
             ioeventfds: Mutex::default(),
+            counters: Counters::default(),
         })
     }
 

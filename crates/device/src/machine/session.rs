@@ -5,6 +5,7 @@
 //! nobody: what a socket does not take or have at once is another call's. A closure must not call the machine.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{MutexGuard, PoisonError};
 
 use limosa_protocol::feature::PrecopyInfo;
@@ -72,7 +73,7 @@ impl Machine {
         if bytes_max == 0 {
             return Err(Errno::EINVAL);
         }
-        let mut take = Some(take);
+        let (mut take, mut bytes) = (Some(take), 0);
         // A panic of the caller's own is not the model's.
         let mut taken = Err("lent nothing");
         self.migrate(|migration| {
@@ -83,7 +84,12 @@ impl Machine {
                     Save::NothingForNow if stopped => "had nothing for now in STOP_COPY",
                     Save::End if !stopped => "ended its data before STOP_COPY",
                     _ => match take.take() {
-                        Some(take) => return taken = Ok(catch_unwind(AssertUnwindSafe(|| take(save)))),
+                        Some(take) => {
+                            if let Save::Data(data) = &save {
+                                bytes = data.len();
+                            }
+                            return taken = Ok(catch_unwind(AssertUnwindSafe(|| take(save))));
+                        }
                         None => "lent twice at once",
                     },
                 };
@@ -91,6 +97,7 @@ impl Machine {
             })
         })?;
         let taken = taken.map_err(|wrong| self.lock().damage(wrong))?;
+        self.counters.saved_bytes.fetch_add(bytes as u64, Relaxed);
         Ok(taken.unwrap_or_else(|panic| resume_unwind(panic)))
     }
 
@@ -105,7 +112,9 @@ impl Machine {
         if chunk.is_empty() {
             return Ok(());
         }
-        self.load(|migration| migration.load(chunk))
+        self.load(|migration| migration.load(chunk))?;
+        self.counters.loaded_bytes.fetch_add(chunk.len() as u64, Relaxed);
+        Ok(())
     }
 
     /// Receives the next bytes of a RESUMING session, at most `bytes_max`, straight into the model's staging memory, or by way
@@ -144,7 +153,10 @@ impl Machine {
             other => other.map(|_| ()),
         };
         match filled {
-            Ok(bytes) => Ok(loaded.map(|()| bytes)),
+            Ok(bytes) => Ok(loaded.map(|()| {
+                self.counters.loaded_bytes.fetch_add(bytes as u64, Relaxed);
+                bytes
+            })),
             Err(error) => {
                 self.lock().damage("was cut off from its data");
                 Err(error)

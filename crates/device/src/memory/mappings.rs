@@ -42,6 +42,16 @@ impl Mappings {
         Dma::new(Arc::clone(&self.space))
     }
 
+    /// How many mappings there are.
+    pub fn count(&self) -> usize {
+        self.space.read_lock().mappings.len()
+    }
+
+    /// Whether the log of the device's writes is on.
+    pub fn is_logging(&self) -> bool {
+        self.space.read_lock().log.is_some()
+    }
+
     /// Adds a mapping. EINVAL for a size of 0, an end beyond 2^64, no READ or WRITE flag; EEXIST for an overlap; ENOTSUP
     /// for a file that is not of the kind that its [`Backing`] names; E2BIG beyond [`MAPPINGS_MAX`](super::MAPPINGS_MAX) or [`MAPPED_BYTES_MAX`](super::MAPPED_BYTES_MAX), or when everything is
     /// logged and the log cannot grow so much; the mmap's errno.

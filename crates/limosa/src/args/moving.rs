@@ -11,6 +11,7 @@ use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopp
 use super::link::{Link, Names};
 use super::resolving::Moves;
 use super::values::{LinkCount, bytes, compression, device, link_count, links, milliseconds, seconds};
+use crate::metrics;
 use crate::reports::{ReportFile, report_file};
 
 /// The devices of one side.
@@ -232,6 +233,11 @@ pub struct Receive {
     /// has moved on from here. The files of --report get the move's id into their names.
     #[arg(long, conflicts_with_all = ["wait", "keep_open"], requires = "a_device")]
     pub forever: bool,
+
+    /// Answer at this address with metrics of the moves, as OpenMetrics text over HTTP: HOST:PORT (port 0 for any), or unix:PATH for
+    /// a socket that is this user's alone. Whoever can connect can read them.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<metrics::Address>,
 
     #[command(flatten)]
     pub reporting: Reporting,

@@ -9,6 +9,7 @@ use limosa_host::Group;
 use serde::Deserialize;
 
 use super::values::{mode, seconds};
+use crate::metrics;
 
 const USAGE: &str = "\
 limosa serve [OPTIONS] --socket <PATH> <MODEL>
@@ -95,6 +96,11 @@ pub struct Serve {
     /// server has ended, listen at --takeover, which may be the same path.
     #[arg(long, value_name = "PATH")]
     pub take_from: Option<PathBuf>,
+
+    /// Answer at this address with metrics of the devices, as OpenMetrics text over HTTP: HOST:PORT (port 0 for any), or unix:PATH
+    /// for a socket that is this user's alone. Whoever can connect can read them. After a switch-over the new server answers there.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<metrics::Address>,
 
     /// End when the process that started this one ends.
     #[arg(long, hide = true)]

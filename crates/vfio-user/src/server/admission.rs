@@ -87,7 +87,7 @@ fn admit(
         let admitted = peer.doors.be_control(peer.id);
         if admitted.is_ok() {
             peer.be_control();
-            tracing::debug!("admitted as a control client");
+            peer.log_admission();
         }
         return Ok(admitted);
     }
@@ -104,7 +104,7 @@ fn admit(
         Ok(Place::Next(next)) => peer.be_next(next),
         Err(errno) => return Ok(Err(errno)),
     }
-    tracing::debug!(role = ?peer.role(), "admitted");
+    peer.log_admission();
     Ok(Ok(()))
 }
 

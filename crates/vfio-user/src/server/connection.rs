@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use limosa_device::Machine;
@@ -89,10 +90,10 @@ impl<'a> Connection<'a> {
         if end == ConnectionError::Given {
             return end;
         }
+        self.peer.log_end(&end);
         self.peer.link.end();
         self.data.end();
         self.peer.leave();
-        tracing::debug!(%end, "disconnected");
         end
     }
 
@@ -159,6 +160,7 @@ impl<'a> Connection<'a> {
     fn handle(&mut self, incoming: Incoming, request: &mut Buffer) -> Result<(), ConnectionError> {
         self.peer.look_whether_owner();
         let Incoming { header, fds, body_bytes, held, receiver, fits } = incoming;
+        self.peer.doors.counters.request(header.command);
         let mut job = Job { header, fds: fds.fds, receiver };
         tracing::debug!(
             command = %header.command, id = header.id, size = header.size, posted = !job.wants_reply(),
@@ -188,7 +190,10 @@ impl<'a> Connection<'a> {
         }
         match outcome? {
             Outcome::Replied => {}
-            Outcome::Refused(errno) => job.refuse(&self.peer.link, errno)?,
+            Outcome::Refused(errno) => {
+                self.peer.doors.counters.refused.fetch_add(1, Relaxed);
+                job.refuse(&self.peer.link, errno)?;
+            }
             Outcome::Held => self.park(&job, request.held(held)),
         }
         if fits == Fits::Ends {

@@ -15,6 +15,7 @@ mod admission;
 mod buffer;
 mod connection;
 mod control;
+mod counts;
 mod data;
 mod dma;
 mod doors;
@@ -46,6 +47,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use accept::Come;
 use connection::Connection;
+pub use counts::{Clients, Statistics};
 use doors::Doors;
 use handover::Adopted;
 pub use handover::{DEVICES_MAX, NewDevice, Replaced, Replacing, SwitchOver};
@@ -237,6 +239,11 @@ impl Server {
     /// Where it listens for control clients, if it does so at a path that it made.
     pub fn control_path(&self) -> Option<&Path> {
         self.control.as_ref()?.name.as_deref()
+    }
+
+    /// Its clients and requests, for metrics. The view stays true for as long as this server serves.
+    pub fn statistics(&self) -> Statistics {
+        Statistics::new(&self.machine, &self.doors, self.socket())
     }
 
     /// Ends [`Server::serve`].

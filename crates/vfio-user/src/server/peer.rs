@@ -9,10 +9,11 @@ use limosa_protocol::{Errno, State};
 
 use super::Options;
 use super::dma::ClientMemory;
-use super::doors::{ConnectionId, Doors, Role};
+use super::doors::{Client, ConnectionId, Doors, Role};
 use super::link::Link;
 use super::next;
 use crate::codec::Request;
+use crate::connection::ConnectionError;
 use crate::version::Limits;
 
 /// The PCI configuration space (`vfio.h: VFIO_PCI_CONFIG_REGION_INDEX`).
@@ -98,6 +99,8 @@ impl<'a> Peer<'a> {
     pub(super) fn look_whether_owner(&mut self) {
         if self.next.as_ref().is_some_and(|next| next.owns()) {
             self.be_vmm();
+            let Client { pid, user } = Client::of(&self.link);
+            tracing::info!(pid, user, "the next client is the device's VMM now");
         }
     }
 
@@ -114,6 +117,21 @@ impl<'a> Peer<'a> {
     /// Its role, once it was admitted.
     pub(super) fn role(&self) -> Option<Role> {
         self.role
+    }
+
+    /// Says in the log who has which role from now on.
+    pub(super) fn log_admission(&self) {
+        let (role, Client { pid, user }) = (self.role.map(Role::name), Client::of(&self.link));
+        tracing::info!(role, pid, user, "a client is connected");
+    }
+
+    /// Says in the log who is gone, and why. A client that never had a role is not worth a line by default.
+    pub(super) fn log_end(&self, end: &ConnectionError) {
+        let Client { pid, user } = Client::of(&self.link);
+        match self.role.map(Role::name) {
+            Some(role) => tracing::info!(role, pid, user, %end, "a client is disconnected"),
+            None => tracing::debug!(pid, user, %end, "a client is disconnected without a role"),
+        }
     }
 
     /// Whether it waits for the VMM's place as the next client.

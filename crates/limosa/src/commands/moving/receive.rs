@@ -22,6 +22,7 @@ use crate::guest::Guest;
 use crate::keep_open::{self, Leaves};
 use crate::links::Links;
 use crate::memory::DestinationPages;
+use crate::metrics::{Exposition, Listener as MetricsListener, Receiver};
 use crate::moves::{HINT, Moves};
 use crate::open::Opening;
 use crate::output::Output;
@@ -49,9 +50,11 @@ fn wait_and_take(
     let (listener, progress) = (links.bind(address)?, Progress::new(out, || None));
     let (ledger, options) = record_and_options(args)?;
     let ending = Ending::new(Work::Move, &args.reporting, out)?;
-    let (pages, receiving) =
-        (endpoint.destination_pages()?, Receiving { args, ledger: &ledger, options: &options, cancel });
+    let pages = endpoint.destination_pages()?;
+    let metrics = Receiver::default();
+    let _exposition = expose(args, &metrics, out)?;
     out.listening(listener.address());
+    let receiving = Receiving { args, ledger: &ledger, options: &options, cancel, metrics: &metrics };
     let acceptor = links.acceptor(listener, &ledger, &options)?;
     let offered = offer(&acceptor, args, cancel)?;
     let stay = Stay { acceptor: &acceptor, id: offered.id(), silence: args.link.silence, cancel };
@@ -68,12 +71,21 @@ fn record_and_options(args: &args::Receive) -> anyhow::Result<(Arc<Ledger>, Opti
     Ok((Arc::new(ledger), args.state.limit(options)))
 }
 
+/// Answers with metrics, if that is wanted, and says where.
+fn expose(args: &args::Receive, metrics: &Receiver, out: &Output) -> anyhow::Result<Option<Exposition>> {
+    let Some(address) = &args.metrics else { return Ok(None) };
+    let exposition = metrics.answer_at(MetricsListener::bind(address)?)?;
+    out.say(&format!("metrics on {}", exposition.address()));
+    Ok(Some(exposition))
+}
+
 /// What all moves of a receiver have in common.
 struct Receiving<'a> {
     args: &'a args::Receive,
     ledger: &'a Ledger,
     options: &'a Options,
     cancel: &'a Cancel,
+    metrics: &'a Receiver,
 }
 
 /// How a move ended here.
@@ -96,9 +108,11 @@ impl Receiving<'_> {
         let (moved, guest) = (endpoint.moved(), Guest::destination(&self.args.starting));
         let regions = pages.regions(endpoint.memory());
         let (options, ledger) = (self.options, self.ledger);
-        let destination = destination(&moved, &regions, &guest, &progress, options, self.cancel, ledger)
+        let watched = self.metrics.watch(&progress);
+        let destination = destination(&moved, &regions, &guest, &watched, options, self.cancel, ledger)
             .with_after(self.args.starting.after());
         let received = destination.receive_offered(offered);
+        watched.ended(&received);
         let stays_stopped = matches!(received, Received::Stopped(_));
         let committed = !matches!(received, Received::Discarded { .. } | Received::Answered { .. });
         let done = match received {

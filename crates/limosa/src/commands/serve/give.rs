@@ -8,6 +8,7 @@ use limosa_vfio_user::server::{Server, ShutdownHandle, SwitchOver};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::NAME;
+use crate::metrics::SWITCH_OVERS;
 use crate::service;
 
 /// How long to wait after a failure of the socket itself, such as no room for open files.
@@ -37,7 +38,10 @@ pub fn until_given(door: Option<&TakeOver>, servers: &[Server], stop: &ShutdownH
                 return;
             }
             Err(_) if stop.is_shut_down() => {}
-            Err(error) => goes_on(&error, stop),
+            Err(error) => {
+                SWITCH_OVERS.failed();
+                goes_on(&error, stop);
+            }
         }
     }
     shut_down(servers);

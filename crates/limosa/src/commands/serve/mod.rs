@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args;
 use crate::exit::{self, Code};
+use crate::metrics::{Exposition, Listener as MetricsListener, Served};
 use crate::output::Output;
 use crate::service;
 use crate::signals;
@@ -34,6 +35,9 @@ const NAME: &str = concat!("limosa ", env!("CARGO_PKG_VERSION"));
 pub struct Listening {
     #[serde(flatten)]
     devices: Listeners,
+    /// Where metrics are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    metrics: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub took_over: Option<TookOver>,
 }
@@ -55,7 +59,12 @@ struct Listener {
 }
 
 impl Listening {
-    fn new(args: &args::Serve, devices: &[Device], took_over: Option<TookOver>) -> Listening {
+    fn new(
+        args: &args::Serve,
+        devices: &[Device],
+        metrics: Option<&Exposition>,
+        took_over: Option<TookOver>,
+    ) -> Listening {
         let listener = |device: &Device| Listener {
             listening: device.socket.display().to_string(),
             control: device.control.as_ref().map(|path| path.display().to_string()),
@@ -68,7 +77,7 @@ impl Listening {
                 Listeners::Many { devices: listeners }
             }
         };
-        Listening { devices, took_over }
+        Listening { devices, metrics: metrics.map(|metrics| metrics.address().into()), took_over }
     }
 
     fn listeners(&self) -> &[Listener] {
@@ -80,6 +89,9 @@ impl Listening {
 
     /// For people.
     pub fn print(&self, to: &mut dyn Write) -> io::Result<()> {
+        if let Some(metrics) = &self.metrics {
+            writeln!(to, "metrics on {metrics}")?;
+        }
         for Listener { listening, control } in self.listeners() {
             if let Some(control) = control {
                 writeln!(to, "control clients: {control}")?;
@@ -128,6 +140,8 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
     };
     let servers = devices.iter().zip(machines).zip(listeners).map(bind);
     let servers = servers.collect::<anyhow::Result<Vec<_>>>()?;
+    let metrics = args.metrics.as_ref().map(MetricsListener::bind).transpose()?;
+    let metrics = metrics.map(|listener| Served::new(&servers).answer_at(listener)).transpose()?;
     let door = args.takeover.as_deref().map(listen_for_takers).transpose()?;
     let stop = ShutdownHandle::new().context("cannot make an eventfd")?;
     let on_end = stop.clone();
@@ -136,22 +150,22 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
         on_end.shut_down();
     })?;
     serve(&servers, &stop, || {
-        let listening = Listening::new(args, &devices, None);
+        let listening = Listening::new(args, &devices, metrics.as_ref(), None);
         out.result(&listening, |to| listening.print(to))?;
         if out.json {
             listening.listeners().iter().for_each(|listener| out.listening(&listener.listening));
         }
         service::ready();
-        Ok(door)
+        Ok((door, metrics))
     })
 }
 
 /// Serves until `stop`, or until another process has taken over. `ready` is called meanwhile, and gives the socket for such
-/// processes.
+/// processes, and what answers with metrics.
 fn serve(
     servers: &[Server],
     stop: &ShutdownHandle,
-    ready: impl FnOnce() -> anyhow::Result<Option<TakeOver>>,
+    ready: impl FnOnce() -> anyhow::Result<(Option<TakeOver>, Option<Exposition>)>,
 ) -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         let start = |server| {
@@ -166,10 +180,10 @@ fn serve(
         let threads: Vec<_> = servers.iter().map(start).collect();
         let door = ready();
         match &door {
-            Ok(door) => give::until_given(door.as_ref(), servers, stop),
+            Ok((door, _)) => give::until_given(door.as_ref(), servers, stop),
             Err(_) => give::shut_down(servers),
         }
-        // Before the servers are waited for: a new process listens at the same place.
+        // Before the servers are waited for: a new process listens at the same places.
         drop(door?);
         for thread in threads {
             let served = thread.context("no thread to serve on")?.join();

@@ -18,6 +18,7 @@ use super::config::Device;
 use super::{Listening, NAME, listen_for_takers, serve};
 use crate::args;
 use crate::exit::{self, Code};
+use crate::metrics::{Listener as MetricsListener, SWITCH_OVERS, Served};
 use crate::output::{self, Output, plain};
 use crate::service;
 use crate::signals;
@@ -82,15 +83,27 @@ pub fn run(
             Ok(door) => (door, None),
             Err(error) => (None, Some(exit::message(&error))),
         };
+        let metrics = args.metrics.as_ref().and_then(|address| {
+            let answers = |listener| Served::new(&servers).answer_at(listener);
+            match MetricsListener::bind(address).and_then(answers) {
+                Ok(metrics) => Some(metrics),
+                Err(error) => {
+                    tracing::error!(error = exit::message(&error), "no metrics");
+                    None
+                }
+            }
+        });
+        SWITCH_OVERS.took_over(report.standstill);
         if let Some(error) = &failed {
             tracing::error!(error, "no other process can take over from this one");
         }
-        let listening = Listening::new(args, devices, Some(TookOver::new(report, ending, failed)));
+        let listening =
+            Listening::new(args, devices, metrics.as_ref(), Some(TookOver::new(report, ending, failed)));
         if let Err(error) = out.result(&listening, |to| listening.print(to)) {
             tracing::warn!(error = exit::message(&error), "the report cannot be printed");
         }
         service::took_over();
-        Ok(door)
+        Ok((door, metrics))
     })
 }
 

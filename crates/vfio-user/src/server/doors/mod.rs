@@ -10,7 +10,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ use limosa_protocol::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 
+use super::counts::{Clients, Counters};
 use super::link::Link;
 use super::parked::Access;
 use crate::connection::ConnectionError;
@@ -52,6 +53,35 @@ pub(in crate::server) enum Place {
     Next(Arc<NextClient>),
 }
 
+impl Role {
+    /// Its name in logs.
+    pub(in crate::server) fn name(self) -> &'static str {
+        match self {
+            Role::Vmm => "vmm",
+            Role::Control => "control",
+            Role::Next => "next",
+        }
+    }
+}
+
+/// The process that connected (`unix(7): SO_PEERCRED`), as logs name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::server) struct Client {
+    pub(in crate::server) pid: i32,
+    pub(in crate::server) user: u32,
+}
+
+impl Client {
+    /// At the other end of this connection. No process is 0, and no user 2^32 - 1.
+    pub(in crate::server) fn of(link: &Link) -> Client {
+        let peer = socket_peercred(link.socket());
+        peer.map_or(Client { pid: 0, user: u32::MAX }, |peer| Client {
+            pid: peer.pid.as_raw_pid(),
+            user: peer.uid.as_raw(),
+        })
+    }
+}
+
 /// Names a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(in crate::server) struct ConnectionId(pub(in crate::server) u64);
@@ -63,6 +93,7 @@ pub(in crate::server) struct Doors {
     changed: Condvar,
     /// Connections are not served: [`Inner::pause`], for those that look before each request.
     is_paused: AtomicBool,
+    pub(in crate::server) counters: Counters,
 }
 
 #[derive(Default)]
@@ -142,8 +173,9 @@ impl Doors {
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
         let id = adopted.unwrap_or_else(|| inner.new_id());
-        let from = socket_peercred(link.socket());
-        let from = from.map_or((u32::MAX, 0), |peer| (peer.uid.as_raw(), peer.pid.as_raw_pid()));
+        self.counters.connections.fetch_add(1, Relaxed);
+        let Client { pid, user } = Client::of(link);
+        let from = (user, pid);
         link.set_pauses(inner.pause != Pause::Serving);
         let is_over = inner.is_over;
         inner.connections.push(Entry {
@@ -261,6 +293,22 @@ impl Doors {
         let _ = self.changed.wait_timeout_while(self.lock(), limit, is_served);
     }
 
+    /// The clients that are connected now, by role.
+    pub(in crate::server) fn clients(&self) -> Clients {
+        let inner = self.lock();
+        let mut clients = Clients::default();
+        for entry in &inner.connections {
+            *match entry.role {
+                Some(Role::Vmm) => &mut clients.vmm,
+                Some(Role::Next) => &mut clients.next,
+                Some(Role::Control) => &mut clients.control,
+                None if inner.waiting.contains(&entry.id) => &mut clients.waiting,
+                None => &mut clients.undecided,
+            } += 1;
+        }
+        clients
+    }
+
     /// The VMM's connection.
     pub(in crate::server) fn vmm(&self) -> Option<Arc<Link>> {
         self.lock().vmm().map(|entry| Arc::clone(&entry.link))
@@ -298,6 +346,7 @@ impl Doors {
             }
             inner.wait_for_place(id);
         }
+        let mut has_said = false;
         loop {
             // Before the look, so that what changes after it is seen.
             link.was_woken();
@@ -309,6 +358,10 @@ impl Doors {
                 if let Some(next) = inner.be_next(id, link, prepare) {
                     return Ok(Ok(Place::Next(next)));
                 }
+            }
+            if !std::mem::replace(&mut has_said, true) {
+                let Client { pid, user } = Client::of(link);
+                tracing::info!(pid, user, "a client waits until the device's VMM has gone");
             }
             link.wait_for_wake(None)?;
             self.pause_here(id, state)?;

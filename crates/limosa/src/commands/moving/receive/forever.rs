@@ -12,13 +12,14 @@ use limosa_migrate::{Incoming, NoMove};
 use limosa_protocol::State;
 use serde::{Deserialize, Serialize};
 
-use super::{Receiving, record_and_options};
+use super::{Receiving, expose, record_and_options};
 use crate::args;
 use crate::commands::moving::ended::{Ending, Work};
 use crate::endpoint::Endpoint;
 use crate::exit::{self, Code};
 use crate::found;
 use crate::links::Links;
+use crate::metrics::Receiver;
 use crate::moves::Moves;
 use crate::open::{self, Identity, Opened, Opening};
 use crate::output::Output;
@@ -42,15 +43,23 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
     drop(endpoint);
     drop(Reports::open(&args.reporting, out)?);
     let (ledger, options) = record_and_options(args)?;
-    let receiving = Receiving { args, ledger: &ledger, options: &options, cancel: &cancel };
+    let metrics = Receiver::default();
+    let receiving =
+        Receiving { args, ledger: &ledger, options: &options, cancel: &cancel, metrics: &metrics };
     let listener = links.bind(&address)?;
+    let _exposition = expose(args, &metrics, out)?;
     out.listening(listener.address());
     let acceptor = links.acceptor(listener, &ledger, &options)?;
     while !end.is_cancelled() {
         let offered = match acceptor.accept(Wait::within(LONG, Some(&end))) {
             Ok(Incoming::Offer(offered)) => offered,
-            // A source of an earlier move. And a wait that nothing ended.
-            Ok(Incoming::Answered { .. }) | Err(LinkError::TimedOut) => continue,
+            // A source of an earlier move.
+            Ok(Incoming::Answered { .. }) => {
+                metrics.answered();
+                continue;
+            }
+            // A wait that nothing ended.
+            Err(LinkError::TimedOut) => continue,
             Err(LinkError::Cancelled) => break,
             Err(error) => return Err(error.into()),
         };
@@ -63,8 +72,10 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
         let (endpoint, pages, before) = match ready {
             Ok(ready) => ready,
             Err(error) => {
-                tracing::warn!("move {} is refused: {}", offered.id(), exit::message(&error));
+                metrics.refused();
+                let id = offered.id();
                 offered.refuse(NoMove::InUse);
+                exit::tell(&error.context(format!("move {id} is refused")), &out.one_of_many());
                 continue;
             }
         };
