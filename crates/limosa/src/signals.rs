@@ -61,6 +61,11 @@ pub fn on_end(end: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     })
 }
 
+/// Calls `act` on a thread of its own at each SIGUSR2.
+pub fn at_usr2(mut act: impl FnMut() + Send + 'static) -> anyhow::Result<()> {
+    handle(vec![SIGUSR2], move |_| act())
+}
+
 /// Calls `pass` on a thread of its own at each SIGHUP, SIGINT, SIGQUIT and SIGTERM that a process sent to this one. What the
 /// terminal sends goes to the whole of its foreground group, the processes that this one started included.
 pub fn pass_on(mut pass: impl FnMut(Signal) + Send + 'static) -> anyhow::Result<()> {

@@ -69,6 +69,27 @@ fn systemd_is_told_of_the_service_and_of_its_next_process() {
     systemd.is_told_nothing_more();
 }
 
+#[test]
+fn systemd_is_told_of_a_process_that_the_server_starts_itself() {
+    let folder = Folder::new();
+    let systemd = Systemd::new(&folder);
+    let server = systemd.serve(&folder, "state=1M", &[]);
+    systemd.is_told(&["READY=1"]);
+    server.signal(Signal::USR2);
+    // As soon as it is asked for, and as it begins.
+    systemd.is_told(&["RELOADING=1", "MONOTONIC_USEC="]);
+    systemd.is_told(&["RELOADING=1", "MONOTONIC_USEC="]);
+    let serves = server.line(" serves in place of process ");
+    let pid: i32 = serves.split(' ').nth(1).unwrap().parse().unwrap();
+    let process = format!("MAINPID={pid}");
+    systemd.is_told(&[&process]);
+    systemd.is_told(&[&process, "READY=1"]);
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
+    systemd.is_told(&["STOPPING=1"]);
+    server.end().ok();
+    systemd.is_told_nothing_more();
+}
+
 /// Serves with this as fd 3, and this many sockets handed over to this process, or to another one.
 fn activated(socket: &Path, handed: impl Into<std::os::fd::OwnedFd>, count: &str, pid: &str) -> Command {
     let mut shell = Command::new("/bin/sh");

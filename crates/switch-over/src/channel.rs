@@ -184,6 +184,22 @@ impl Channel {
         }
     }
 
+    /// Waits until there is something to read, or `stop` is readable.
+    pub(crate) fn wait_unless(&self, stop: Option<BorrowedFd<'_>>, until: Instant) -> Result<(), Cause> {
+        let Some(stop) = stop else { return Ok(()) };
+        loop {
+            let mut fds =
+                [PollFd::new(&*self.socket, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+            match rustix::event::poll(&mut fds, timeout(Some(until)).as_ref()) {
+                Ok(0) if Instant::now() >= until => return Err(Cause::Late),
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) if !fds[1].revents().is_empty() => return Err(Cause::Stopped),
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(Cause::Io(errno.into())),
+            }
+        }
+    }
+
     /// Reads until so many bytes are there that are not used up.
     fn fill(&mut self, bytes: usize, until: Instant) -> Result<(), Cause> {
         while self.input.len() - self.used < bytes {

@@ -26,6 +26,9 @@ use crate::peer::Peer;
 /// Connections that have not said hello yet. Beyond these the oldest is closed.
 pub const PENDING_MAX: usize = 16;
 
+/// Connections that can wait for the end of a switch-over, and are told of it.
+const WAITING_MAX: usize = 256;
+
 /// The socket of an old server, for new ones. Made for its owner alone, and removed when this is dropped.
 #[derive(Debug)]
 pub struct TakeOver {
@@ -74,6 +77,7 @@ impl TakeOver {
         let (channel, other) = loop {
             let ready = wait(&self.listener, stop, &pending).map_err(Cause::Io).at(Step::Hello)?;
             if ready.stop {
+                refuse(pending, "the old server ends, or is replaced by a process that it starts itself");
                 return Err(Error { step: Step::Hello, cause: Cause::Stopped });
             }
             if let Some(found) = greet(&mut pending, &ready.spoke) {
@@ -99,11 +103,24 @@ impl TakeOver {
                 }
             }
         };
-        for mut other in pending {
-            let reason = Refusal::new("another new server takes over; try again if that one fails");
-            other.channel.notify(Kind::Refused, &reason.encode());
+        refuse(pending, "another new server takes over; try again if that one fails");
+        let given = give(channel, other, giver, options)?;
+        self.refuse_the_rest();
+        Ok(given)
+    }
+
+    /// Tells those that waited for the end of a switch-over that this server was replaced by it.
+    fn refuse_the_rest(&self) {
+        let reason = Refusal::new("another new server has taken its place meanwhile").encode();
+        let mut frame = Header { kind: Kind::Refused, length: reason.len(), fds: 0 }.encode().to_vec();
+        frame.extend(reason);
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        // More than the socket's queue holds cannot wait.
+        for _ in 0..WAITING_MAX {
+            let Ok(connection) = rustix::net::accept_with(&self.listener, flags) else { return };
+            // The queue is empty. One that is gone need not be told.
+            let _ = rustix::net::send(Foreign::new(connection), &frame, rustix::net::SendFlags::NOSIGNAL);
         }
-        give(channel, other, giver, options)
     }
 
     /// Accepts a connection and names the channel to it.
@@ -131,6 +148,13 @@ impl TakeOver {
             return Ok(None);
         }
         Ok(Some(Pending { connection, peer, channel, offered, token, until }))
+    }
+}
+
+fn refuse(pending: Vec<Pending>, reason: &str) {
+    let reason = Refusal::new(reason).encode();
+    for mut pending in pending {
+        pending.channel.notify(Kind::Refused, &reason);
     }
 }
 

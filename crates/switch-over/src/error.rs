@@ -77,6 +77,17 @@ pub enum Cause {
     /// The step's limit has passed.
     #[error("the other server took longer than the step's limit")]
     Late,
+    /// The old server has let nobody in within the limit of hello.
+    #[error(
+        "the old server does not answer: it is in another switch-over or hangs, or this is no --takeover socket"
+    )]
+    Unanswered,
+    /// What listens there closed the connection without a word.
+    #[error(
+        "it ended the connection without a word: it is no server's --takeover socket, or its server runs as another user or \
+         was replaced just now"
+    )]
+    NoDoor,
     /// The other server does not go on.
     #[error("the other server refused: {0}")]
     RefusedByOther(Refusal),

@@ -9,8 +9,10 @@
 //! This crate gives items no meaning: a [`Giver`] makes them and a [`Taker`] uses them. `docs/switch-over.md` draws the protocol
 //! and goes through its failures.
 
+mod ask;
 pub mod body;
 mod channel;
+mod child;
 mod door;
 mod error;
 pub mod frame;
@@ -21,8 +23,10 @@ mod parts;
 mod peer;
 mod word;
 
+pub use ask::{Answer, ask};
 pub use body::Refusal;
 pub use channel::FdTransport;
+pub use child::{OLD_SERVER_VARIABLE, parent_server, start_child};
 pub use door::{PENDING_MAX, TakeOver};
 pub use error::{Cause, Error, Step};
 pub use frame::Malformed;

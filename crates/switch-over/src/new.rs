@@ -238,7 +238,11 @@ fn reach(from: OldServer<'_>, options: &TakeOptions) -> Result<(Channel, String)
 fn walk_in(door: &UnixStream, until: Instant) -> Result<(OwnedFd, [u8; 16]), Cause> {
     let old = trusted(Peer::of(door)?)?;
     let mut door = Channel::new(door.try_clone()?.into(), FdTransport::Pulled, Some(old))?;
-    let mut frame = door.receive(until)?;
+    let mut frame = door.receive(until).map_err(|cause| match cause {
+        Cause::Late => Cause::Unanswered,
+        Cause::Ended => Cause::NoDoor,
+        cause => cause,
+    })?;
     let token = match frame.kind {
         Kind::Door => decode_door(&frame.body)?,
         kind => return Err(Malformed::new("a frame's kind", kind as u16, "1 (DOOR)").into()),

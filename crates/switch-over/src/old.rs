@@ -1,6 +1,6 @@
 //! The old server's script: what it does with a channel to a new server, and how it takes back.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -91,17 +91,25 @@ pub struct Given {
     pub report: Report,
 }
 
-/// Hands over to a child that this process started and gave the other end of `channel`, a socket pair. Fds are sent.
+/// Hands over to a child that this process started and gave the other end of `channel`, a socket pair
+/// ([`start_child`](crate::start_child)). Fds are sent. `stop` ends the wait for the child's hello when it becomes readable; a
+/// switch-over that has begun is finished first. The report has 0 for the child's number, which the caller knows.
 ///
 /// # Errors
 ///
 /// See [`TakeOver::serve_one`](crate::TakeOver::serve_one).
-pub fn give_to_child(channel: UnixStream, giver: &dyn Giver, options: &GiveOptions) -> Result<Given, Error> {
+pub fn give_to_child(
+    channel: UnixStream,
+    giver: &dyn Giver,
+    options: &GiveOptions,
+    stop: Option<BorrowedFd<'_>>,
+) -> Result<Given, Error> {
     let limit = until(options.limits.hello);
     let mut channel =
         Channel::new(OwnedFd::from(channel), FdTransport::Sent, None).map_err(Cause::Io).at(Step::Hello)?;
     let token = new_token().map_err(Cause::Io).at(Step::Hello)?;
     say_hello(&mut channel, token, options.name, limit).at(Step::Hello)?;
+    channel.wait_unless(stop, limit).at(Step::Hello)?;
     let hello = hear_hello(&mut channel, token, limit).at(Step::Hello)?;
     // The socket pair's maker is this process, so that nothing says who has the other end.
     let child = Other { name: hello.name, pid: 0 };

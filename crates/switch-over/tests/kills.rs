@@ -172,7 +172,7 @@ fn start_child(
     }
     let mut child = command.spawn().unwrap();
     drop(command);
-    let given = give_to_child(ours, giver, options);
+    let given = give_to_child(ours, giver, options, None);
     match given {
         Ok(_) => drop(child),
         Err(_) => drop(child.wait().unwrap()),

@@ -70,7 +70,7 @@ fn two_hundred_switch_overs_leave_no_fd() {
                 let (ours, theirs) = UnixStream::pair().unwrap();
                 let new =
                     scope.spawn(move || take(OldServer::Parent(theirs), taker, &TakeOptions::default()));
-                (give_to_child(ours, &giver, &GiveOptions::default()), new.join().unwrap())
+                (give_to_child(ours, &giver, &GiveOptions::default(), None), new.join().unwrap())
             }
         });
         assert_eq!((given.is_ok(), taken.is_ok()), (refuses == 0, refuses == 0), "{given:?} {taken:?}");

@@ -66,7 +66,7 @@ fn by_child(giver: &TestGiver, taker: TestTaker) -> (Result<Given, Error>, Resul
     let (ours, theirs) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
         let new = scope.spawn(|| take(OldServer::Parent(theirs), taker, &NEW));
-        (give_to_child(ours, giver, &old()), new.join().unwrap())
+        (give_to_child(ours, giver, &old(), None), new.join().unwrap())
     })
 }
 

@@ -87,7 +87,8 @@ pub struct Serve {
     pub any_file: bool,
 
     /// Let another process take over while clients are served: listen here, at a socket that is this user's alone, for
-    /// `limosa serve` with --take-from and this path. When it serves, this process ends with code 0.
+    /// `limosa serve` with --take-from and this path. When it serves, this process ends with code 0. At SIGUSR2 this process starts
+    /// the other one itself, by its own command line.
     #[arg(long, value_name = "PATH")]
     pub takeover: Option<PathBuf>,
 
@@ -110,12 +111,14 @@ pub struct Serve {
 /// What `switch-over` does to the command that it starts.
 const NEW_COMMAND: &str = "\
 NEW COMMAND is that of the old server, `limosa serve ...`, of the new version. `--take-from PATH` and `--json` are added to its end, \
-unless they are there. It goes on when this command has ended, with the standard error of this command.
+unless they are there. It goes on when this command has ended, with the standard error of this command or --log. SIGINT and SIGTERM end this \
+command alone: a switch-over under way goes on, and the log of the new server says how it went.
 
 Exit codes of switch-over:
   0  the new server serves
   1  the old server serves as before; the message says why
-  4  there is no server that can be replaced; nothing was started
+  3  another switch-over came first: the server that it started serves, and that of this command does not
+  4  there is no server that can be replaced now; nothing was started
   5  it is not known that one of them serves; the message says what is known
   8  the new server serves, and no other one can take over from it";
 
@@ -129,6 +132,11 @@ pub struct SwitchOver {
     /// Seconds to wait for the new server to serve or to give up. It has limits of its own, which end before this one.
     #[arg(long, value_name = "SECONDS", default_value = "240", value_parser = seconds)]
     pub limit: Duration,
+
+    /// Append the log of the new server, which is its standard error, to this file. Without it the new server keeps the standard
+    /// error of this command open as long as it serves, so that what reads that from a pipe does not see its end.
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
 
     /// What starts the new server.
     #[arg(last = true, required = true, value_name = "NEW COMMAND")]

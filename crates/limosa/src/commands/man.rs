@@ -92,7 +92,7 @@ const EXAMPLES: [(&str, &[(&str, &str)]); 23] = [
     ("man", &[("limosa man /usr/local/share/man/man1", "Install the manual pages.")]),
 ];
 
-const ENVIRONMENT: [(&str, &str); 6] = [
+const ENVIRONMENT: [(&str, &str); 7] = [
     (
         "RUST_LOG",
         "Which log lines go to standard error, by part and level, such as warn,limosa_migrate=debug. It comes before -v.",
@@ -104,6 +104,7 @@ const ENVIRONMENT: [(&str, &str); 6] = [
         "Where s3://BUCKET/KEY is, and with whose rights.",
     ),
     ("LISTEN_FDS, LISTEN_PID", "A socket that systemd hands to serve."),
+    ("LIMOSA_OLD_SERVER", "Set by serve for the process that it starts in its place: its own number."),
     ("NOTIFY_SOCKET", "Where systemd is told of the state of serve."),
 ];
 

@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use limosa_switch_over::Peer;
+use limosa_switch_over::{Answer, Peer, ask};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +23,9 @@ use crate::output::{Output, plain};
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// The old server says whether it serves within this time: more than a freeze and its end take together.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+/// A server that took the place of the old one listens within this time.
+const OTHER_LIMIT: Duration = Duration::from_secs(5);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// The longest document of a new server.
 const DOCUMENT_BYTES_MAX: usize = 1 << 20;
 
@@ -76,6 +79,8 @@ pub fn run(args: &args::SwitchOver, out: &Output) -> anyhow::Result<()> {
         new_pid: new.child.id(),
         new_code: new_ended.and_then(|status| status.code()),
     };
+    // The process that took its place, if that is another one than this command has started.
+    let other = if serves == Some(false) && new_ended.is_some() { old.replaced_by() } else { None };
     let (old, new) = (known.old_pid, known.new_pid);
     let (code, what) = match (serves, new_ended) {
         (Some(true), Some(_)) => (Code::Failed, format!("the old server, process {old}, serves as before")),
@@ -89,13 +94,22 @@ pub fn run(args: &args::SwitchOver, out: &Output) -> anyhow::Result<()> {
             Code::InDoubt,
             format!("the old server, process {old}, serves no more; look whether process {new} does"),
         ),
+        (Some(false), Some(_)) if other.is_some() => (
+            Code::Refused,
+            format!(
+                "another switch-over came first: process {} serves in place of process {old}",
+                other.unwrap_or_default()
+            ),
+        ),
         (Some(false), Some(_)) => (
             Code::InDoubt,
             format!("the old server, process {old}, serves no more, and neither does process {new}"),
         ),
         (None, _) => (
             Code::InDoubt,
-            format!("the old server, process {old}, lives and does not answer; look at its log"),
+            format!(
+                "the old server, process {old}, lives and does not answer: it is in another switch-over, or hangs; look at its log"
+            ),
         ),
     };
     Err(exit::reported(exit::error(code, format!("{what}: {why}")), &known))
@@ -109,8 +123,7 @@ struct Old<'a> {
 
 impl Old<'_> {
     fn find(path: &Path) -> anyhow::Result<Old<'_>> {
-        let found = limosa_host::connect(path, CONNECT_LIMIT).map_err(std::io::Error::from);
-        let peer = found.and_then(|socket| Peer::of(&*socket)).map_err(|error| {
+        let answer = ask(path, CONNECT_LIMIT).map_err(|error| {
             let hint = match error.kind() {
                 ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
                     "; expected a server with --takeover and this path"
@@ -120,7 +133,21 @@ impl Old<'_> {
             };
             exit::error(Code::Unreachable, format!("{}: {error}{hint}", path.display()))
         })?;
-        Ok(Old { path, peer })
+        let refused = |peer: Peer, what: &str| {
+            let (path, pid) = (path.display(), peer.pid());
+            Err(exit::error(Code::Unreachable, format!("{path}: process {pid} {what}; nothing was started")))
+        };
+        match answer {
+            Answer::Serves(peer) => Ok(Old { path, peer }),
+            Answer::NoDoor(peer) => refused(
+                peer,
+                "lets nobody take over here; expected the --takeover path of a server of this user, not a device's socket",
+            ),
+            Answer::Silent(peer) => refused(
+                peer,
+                "does not answer: it is in another switch-over, or hangs; try again when that is over",
+            ),
+        }
     }
 
     /// Whether it serves. A server that does, and has finished or undone its last switch-over, greets every client that
@@ -135,10 +162,21 @@ impl Old<'_> {
     }
 
     fn greets(&self, until: Instant) -> bool {
-        let Ok(socket) = limosa_host::connect(self.path, CONNECT_LIMIT) else { return false };
+        let left = until.saturating_duration_since(Instant::now());
         // Another server may listen there by now.
-        let is_it = Peer::of(&*socket).is_ok_and(|peer| peer.pid() == self.peer.pid());
-        is_it && is_readable(&*socket, until) && matches!((&*socket).read(&mut [0]), Ok(1))
+        matches!(ask(self.path, left), Ok(Answer::Serves(peer)) if peer.pid() == self.peer.pid())
+    }
+
+    /// The process that serves in place of one that has ended. It listens here once it has seen that end.
+    fn replaced_by(&self) -> Option<i32> {
+        let until = Instant::now() + OTHER_LIMIT;
+        loop {
+            match ask(self.path, until.saturating_duration_since(Instant::now())) {
+                Ok(Answer::Serves(peer)) if peer.pid() != self.peer.pid() => return Some(peer.pid()),
+                _ if Instant::now() >= until => return None,
+                _ => std::thread::sleep(LOOK_EVERY),
+            }
+        }
     }
 }
 
@@ -175,6 +213,16 @@ impl New {
         }
         if !has("--json") {
             command.arg("--json");
+        }
+        if let Some(log) = &args.log {
+            let opened = std::fs::File::options().append(true).create(true).open(log).map_err(|error| {
+                let what = format!(
+                    "--log {}: {error}; expected a file to append to; nothing was started",
+                    log.display()
+                );
+                exit::error(Code::Unreachable, what)
+            })?;
+            command.stderr(opened);
         }
         let started = command
             // A signal from the terminal, which ends this command, does not reach it.

@@ -58,6 +58,11 @@ pub fn start<S: AsRef<str>>(args: &[S]) -> Running {
     start_with(&[], args)
 }
 
+/// Starts the command by this path.
+pub fn start_program<S: AsRef<str>>(program: &Path, args: &[S]) -> Running {
+    Running::start(&mut prepared(Command::new(program), args))
+}
+
 /// The same, with this file mode creation mask.
 pub fn start_under<S: AsRef<str>>(umask: &str, args: &[S]) -> Running {
     let mut shell = Command::new("/bin/sh");

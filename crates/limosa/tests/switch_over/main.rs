@@ -1,6 +1,7 @@
 //! Servers whose process is replaced while clients use them: by `limosa serve --take-from` and by `limosa switch-over`, with
 //! refusals, and with processes that are killed.
 
+mod by_signal;
 mod devices;
 mod kills;
 #[path = "../support/mod.rs"]

@@ -3,25 +3,23 @@
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use limosa_switch_over::{Error, GiveOptions, Giver, Item, Refusal, Step, TakeOver};
+use limosa_switch_over::{Cause, Error, GiveOptions, Given, Giver, Item, Refusal, Step, TakeOver};
 use limosa_vfio_user::server::{Server, ShutdownHandle, SwitchOver};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::NAME;
+use super::child;
+use super::requests::Requests;
 use crate::metrics::SWITCH_OVERS;
 use crate::service;
 
 /// How long to wait after a failure of the socket itself, such as no room for open files.
 const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
-/// Returns once a new process serves, or once told to stop; then the servers are shut down.
-pub fn until_given(door: Option<&TakeOver>, servers: &[Server], stop: &ShutdownHandle) {
-    let Some(door) = door else {
-        while !stop.is_shut_down() {
-            let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], None);
-        }
-        return shut_down(servers);
-    };
+/// Returns once a new process serves, or once told to stop; then the servers are shut down. Without a door only a process that
+/// this one starts itself can take over.
+pub fn until_given(door: Option<&TakeOver>, servers: &[Server], requests: &Requests) {
+    let stop = &requests.stop;
     let giver = UntilStopped { servers: SwitchOver::new(servers), stop };
     let on_step = |step| match step {
         Step::Hello => service::reloading(),
@@ -29,14 +27,28 @@ pub fn until_given(door: Option<&TakeOver>, servers: &[Server], stop: &ShutdownH
     };
     let options = GiveOptions { name: NAME, observer: Some(&on_step), ..GiveOptions::default() };
     while !stop.is_shut_down() {
-        match door.serve_one(&giver, &options, Some(stop.as_fd())) {
-            Ok(given) => {
-                let report = given.report;
-                service::main_process(report.other_pid.unsigned_abs());
-                let (pid, standstill) = (report.other_pid, report.standstill);
-                tracing::info!(pid, other = report.other, ?standstill, "another process serves now");
-                return;
+        if requests.replace() {
+            service::reloading();
+            match child::start_and_give(&giver, &options, stop) {
+                Ok((given, pid)) => return replaced(given, pid),
+                Err(error) => {
+                    SWITCH_OVERS.failed();
+                    tracing::warn!(%error, "not replaced: this server goes on");
+                    service::ready();
+                }
             }
+            continue;
+        }
+        let Some(door) = door else {
+            requests.wait();
+            continue;
+        };
+        match door.serve_one(&giver, &options, Some(requests.as_fd())) {
+            Ok(given) => {
+                let pid = given.report.other_pid.unsigned_abs();
+                return replaced(given, pid);
+            }
+            Err(Error { cause: Cause::Stopped, .. }) => {}
             Err(_) if stop.is_shut_down() => {}
             Err(error) => {
                 SWITCH_OVERS.failed();
@@ -45,6 +57,12 @@ pub fn until_given(door: Option<&TakeOver>, servers: &[Server], stop: &ShutdownH
         }
     }
     shut_down(servers);
+}
+
+fn replaced(Given { report, .. }: Given, pid: u32) {
+    service::main_process(pid);
+    let standstill = report.standstill;
+    tracing::info!(pid, other = report.other, ?standstill, "another process serves now");
 }
 
 pub fn shut_down(servers: &[Server]) {

@@ -1,9 +1,11 @@
 //! `limosa serve`: ready devices behind sockets. Another process of the command may take its place while it has clients
 //! (`docs/switch-over.md`).
 
+mod child;
 mod config;
 mod give;
 mod model;
+mod requests;
 mod take;
 
 use std::io::{self, Write};
@@ -13,8 +15,8 @@ use std::time::Duration;
 use anyhow::Context;
 use limosa_device::Machine;
 use limosa_host::SocketAccess;
-use limosa_switch_over::TakeOver;
-use limosa_vfio_user::server::{Options, Server, ShutdownHandle};
+use limosa_switch_over::{OldServer, TakeOver};
+use limosa_vfio_user::server::{Options, Server};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +27,7 @@ use crate::output::Output;
 use crate::service;
 use crate::signals;
 use config::Device;
+use requests::Requests;
 pub use take::TookOver;
 
 /// This program, for the other side of a switch-over.
@@ -103,13 +106,16 @@ impl Listening {
 }
 
 pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<()> {
-    if args.with_parent {
+    let requests = Requests::new(args.takeover.is_some())?;
+    let old = take::old_server(args)?;
+    // A server that starts the one in its place ends before it.
+    if args.with_parent && !matches!(old, Some((OldServer::Parent(_), _))) {
         // SIGTERM, so that the socket is removed.
         set_parent_process_death_signal(Some(Signal::TERM)).context("cannot follow the parent process")?;
     }
     more_fds();
     let devices = config::devices(args)?;
-    let waits = args.take_from.is_some();
+    let waits = old.is_some();
     let machine = |device: &Device| Ok(Machine::simple(model::model(device, waits, limit)?));
     let machines = devices.iter().map(machine).collect::<anyhow::Result<Vec<_>>>()?;
     let options = |device: &Device| Options {
@@ -119,8 +125,8 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
         ..Options::default()
     };
     let machines = devices.iter().zip(machines).map(|(device, machine)| (machine, options(device)));
-    if let Some(from) = &args.take_from {
-        return take::run(from, machines, &devices, args, out);
+    if let Some(old) = old {
+        return take::run(old, machines, &devices, args, requests, out);
     }
     let sockets: Vec<_> = devices.iter().map(|device| &*device.socket).collect();
     let listeners = service::listeners(&sockets)?;
@@ -143,13 +149,12 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
     let metrics = args.metrics.as_ref().map(MetricsListener::bind).transpose()?;
     let metrics = metrics.map(|listener| Served::new(&servers).answer_at(listener)).transpose()?;
     let door = args.takeover.as_deref().map(listen_for_takers).transpose()?;
-    let stop = ShutdownHandle::new().context("cannot make an eventfd")?;
-    let on_end = stop.clone();
+    let on_end = requests.stop.clone();
     signals::on_end(move || {
         service::stopping();
         on_end.shut_down();
     })?;
-    serve(&servers, &stop, || {
+    serve(&servers, &requests, || {
         let listening = Listening::new(args, &devices, metrics.as_ref(), None);
         out.result(&listening, |to| listening.print(to))?;
         if out.json {
@@ -160,11 +165,11 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
     })
 }
 
-/// Serves until `stop`, or until another process has taken over. `ready` is called meanwhile, and gives the socket for such
+/// Serves until told to stop, or until another process has taken over. `ready` is called meanwhile, and gives the socket for such
 /// processes, and what answers with metrics.
 fn serve(
     servers: &[Server],
-    stop: &ShutdownHandle,
+    requests: &Requests,
     ready: impl FnOnce() -> anyhow::Result<(Option<TakeOver>, Option<Exposition>)>,
 ) -> anyhow::Result<()> {
     std::thread::scope(|scope| {
@@ -172,7 +177,7 @@ fn serve(
             let serve = move || {
                 let served = Server::serve(server);
                 // One that has failed ends the command.
-                stop.shut_down();
+                requests.stop.shut_down();
                 served
             };
             std::thread::Builder::new().name("serve".into()).spawn_scoped(scope, serve)
@@ -180,7 +185,7 @@ fn serve(
         let threads: Vec<_> = servers.iter().map(start).collect();
         let door = ready();
         match &door {
-            Ok((door, _)) => give::until_given(door.as_ref(), servers, stop),
+            Ok((door, _)) => give::until_given(door.as_ref(), servers, requests),
             Err(_) => give::shut_down(servers),
         }
         // Before the servers are waited for: a new process listens at the same places.

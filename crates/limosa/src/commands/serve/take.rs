@@ -1,20 +1,20 @@
-//! The new process of a switch-over (`--take-from`): it takes the place of another one, and serves its clients.
+//! The new process of a switch-over, by `--take-from` or as a child of the old one: it takes that one's place, and serves its
+//! clients.
 
 use std::io::{self, Write};
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context;
 use limosa_device::Machine;
 use limosa_switch_over::{
     Cause, Commit, Committed, Ending, Error, Item, OldServer, Refusal, Report, Step, TakeOptions, Taker,
-    Withdrawn, take,
+    Withdrawn, parent_server, take,
 };
 use limosa_vfio_user::server::{NewDevice, Options, Replacing, Server, ShutdownHandle};
 use serde::{Deserialize, Serialize};
 
 use super::config::Device;
+use super::requests::Requests;
 use super::{Listening, NAME, listen_for_takers, serve};
 use crate::args;
 use crate::exit::{self, Code};
@@ -52,16 +52,30 @@ pub struct StepTime {
     pub ns: u64,
 }
 
+/// The old server, and how messages call it; `None` for a process that takes nobody's place. The server that started this process comes
+/// before `--take-from`, which is that of an earlier switch-over then.
+pub fn old_server(args: &args::Serve) -> anyhow::Result<Option<(OldServer<'_>, String)>> {
+    let parent = parent_server().map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput => exit::error(Code::Usage, error.to_string()),
+        _ => anyhow::Error::from(error).context("the server that started this process cannot be reached"),
+    })?;
+    Ok(match (parent, &args.take_from) {
+        (Some((parent, pid)), _) => Some((parent, format!("process {pid}, which started this one"))),
+        (None, Some(path)) => Some((OldServer::Path(path), path.display().to_string())),
+        (None, None) => None,
+    })
+}
+
 pub fn run(
-    from: &Path,
+    (old, name): (OldServer<'_>, String),
     machines: impl IntoIterator<Item = (Arc<Machine>, Options)>,
     devices: &[Device],
     args: &args::Serve,
+    requests: Requests,
     out: &Output,
 ) -> anyhow::Result<()> {
-    let stop = ShutdownHandle::new().context("cannot make an eventfd")?;
     let phase = Arc::new(Mutex::new(Phase::Takes));
-    on_end(Arc::clone(&phase), stop.clone(), out.json)?;
+    on_end(Arc::clone(&phase), requests.stop.clone(), out.json)?;
     let new = machines.into_iter().zip(devices).map(|((machine, options), device)| NewDevice {
         machine,
         options,
@@ -71,9 +85,9 @@ pub fn run(
     let taker = UntilEnded { devices: Replacing::new(new), phase };
     let on_step = |step: Step| tracing::debug!(%step, "done by this server");
     let options = TakeOptions { name: NAME, observer: Some(&on_step), ..TakeOptions::default() };
-    let taken = take(OldServer::Path(from), taker, &options).map_err(|error| cannot_take(from, &error))?;
+    let taken = take(old, taker, &options).map_err(|error| cannot_take(&name, &error))?;
     let (servers, old, report) = (taken.server, taken.old, taken.report);
-    serve(&servers, &stop, || {
+    serve(&servers, &requests, || {
         // The clients are served already. A failure here must not end that.
         let ending = old.see_off(END_LIMIT).unwrap_or_else(|error| {
             tracing::warn!(%error, "the old server's process cannot be ended");
@@ -160,14 +174,14 @@ impl Taker for UntilEnded {
     }
 }
 
-fn cannot_take(from: &Path, error: &Error) -> anyhow::Error {
+fn cannot_take(from: &str, error: &Error) -> anyhow::Error {
     let code = match &error.cause {
-        Cause::Io(_) | Cause::Ended | Cause::Late => Code::Unreachable,
+        Cause::Io(_) | Cause::Ended | Cause::Late | Cause::Unanswered | Cause::NoDoor => Code::Unreachable,
         Cause::Malformed(_) => Code::Damaged,
         Cause::Withdrawn => Code::Failed,
         _ => Code::Refused,
     };
-    exit::error(code, format!("cannot take over from {}: {error}", from.display()))
+    exit::error(code, format!("cannot take over from {from}: {error}"))
 }
 
 impl TookOver {
