@@ -15,7 +15,7 @@ use support::{Folder, Running};
 /// Commands that run, and blocks that need something, by what they need.
 const RUN: usize = 52;
 const NEED: [(&str, usize); 9] = [
-    ("needs-cargo", 7),
+    ("needs-cargo", 9),
     ("needs-host", 2),
     ("needs-kernel", 3),
     ("needs-openssl", 4),

@@ -5,7 +5,7 @@ use limosa_protocol::{Errno, info::RegionFlags};
 use limosa_vfio_user::server::{Options, Server};
 
 #[derive(Default)]
-struct Counter(u64);
+pub(crate) struct Counter(u64);
 
 impl SimpleModel for Counter {
     fn description(&self) -> Description {

@@ -15,7 +15,7 @@ use limosa_vfio_user::server::{Options, Server};
 /// Registers of 8 bytes in BAR 0: where the next request goes in guest memory, its offset in the file, its bytes.
 const ADDRESS: u64 = 0x00;
 const OFFSET: u64 = 0x08;
-/// Writing it makes a request of all three. Reading any register gives what was written last.
+/// Writing its lower half makes a request of all three. Reading any register gives what was written last.
 const BYTES: u64 = 0x10;
 /// How many requests are done, and how many of them failed. Writing it takes INTx back.
 const DONE: u64 = 0x18;
@@ -166,6 +166,17 @@ impl State {
         self.function.raise(0, &bus.interrupts);
     }
 
+    fn register(&self, register: u64) -> u64 {
+        match register {
+            ADDRESS => self.next.address,
+            OFFSET => self.next.offset,
+            BYTES => self.next.bytes,
+            DONE => self.done,
+            FAILED => self.failed,
+            _ => 0,
+        }
+    }
+
     fn request(&mut self, bus: &Bus) {
         let Request { address, offset, bytes } = self.next;
         let may_write_memory = self.function.command().contains(Command::BUS_MASTER);
@@ -202,16 +213,9 @@ impl SimpleModel for Disk {
         if state.function.bar_read(0, offset, data, &self.0.bus().interrupts) {
             return Ok(());
         }
-        let value = match offset {
-            ADDRESS => state.next.address,
-            OFFSET => state.next.offset,
-            BYTES => state.next.bytes,
-            DONE => state.done,
-            FAILED => state.failed,
-            _ => 0,
-        };
-        let bytes = data.len().min(8);
-        data[..bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
+        let (register, at) = (offset & !7, (offset & 7) as usize);
+        let bytes = data.len().min(8 - at);
+        data[..bytes].copy_from_slice(&state.register(register).to_le_bytes()[at..][..bytes]);
         Ok(())
     }
 
@@ -223,14 +227,20 @@ impl SimpleModel for Disk {
         if state.function.bar_write(0, offset, data, &bus.interrupts) {
             return Ok(());
         }
-        let value = data.try_into().map(u64::from_le_bytes).map_err(|_| Errno::EINVAL)?;
-        match offset {
+        // A guest may write a register in two halves.
+        let (register, at) = (offset & !7, (offset & 7) as usize);
+        let mut value = state.register(register).to_le_bytes();
+        value.get_mut(at..at + data.len()).ok_or(Errno::EINVAL)?.copy_from_slice(data);
+        let value = u64::from_le_bytes(value);
+        match register {
             ADDRESS => state.next.address = value,
             OFFSET => state.next.offset = value,
             BYTES => {
                 state.next.bytes = value;
-                state.request(bus);
-                self.0.changed.notify_all();
+                if at == 0 {
+                    state.request(bus);
+                    self.0.changed.notify_all();
+                }
             }
             DONE => state.function.lower(0, &bus.interrupts),
             _ => {}

@@ -18,6 +18,12 @@ fn the_pci_device_in_the_documentation_is_the_example() {
 }
 
 #[test]
+fn the_replaceable_server_in_the_documentation_is_the_example() {
+    let example = include_str!("../examples/replaceable.rs");
+    assert_eq!(shown(include_str!("../../../docs/device.md"), "```rust\n", 3), example);
+}
+
+#[test]
 fn what_a_device_depends_on_is_what_it_is_built_with() {
     let (page, workspace) = (include_str!("../../../docs/device.md"), include_str!("../../../Cargo.toml"));
     let shown = shown(page, "```toml\n[dependencies]\n", 1);

@@ -203,7 +203,11 @@ impl DirtyLogs {
             }
             // One that fails half-way has to be stopped as well.
             self.log_asked = true;
-            guard("DirtyLog::start", || log.start().map_err(|error| memory.regions[0].failed(0, error)))?;
+            let failed = |error: io::Error| {
+                let why = format!("the log of dirty pages cannot be started: {error}");
+                memory.regions[0].failed(0, io::Error::new(error.kind(), why))
+            };
+            guard("DirtyLog::start", || log.start().map_err(failed))?;
             self.log_started = true;
         }
         let pages = Arc::clone(&self.pages);

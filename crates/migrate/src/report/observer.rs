@@ -10,7 +10,7 @@ use crate::vmm::Nobody;
 ///
 /// The calls come from the engine's own threads, which wait for them: they are short, and neither call the engine nor wait
 /// for what the engine does. [`Cancel::cancel`](crate::Cancel::cancel) may be called in any of them. No lock of the
-/// engine's is rollback meanwhile. What they say is also in the events of `tracing` (`docs/embedding.md: Events`).
+/// engine's is held meanwhile. What they say is also in the events of `tracing` (`docs/embedding.md: Events`).
 pub trait Observer: Sync {
     /// A phase begins. From the one thread that runs [`Source::send`](crate::Source::send) or
     /// [`Destination::receive`](crate::Destination::receive), or on the destination from one that reads a link; never

@@ -45,6 +45,8 @@ struct Looking {
     rate: RateSample,
     reported: Option<Instant>,
     news: u64,
+    /// A log has failed in a round, of which the report has a note.
+    has_lost_log: bool,
 }
 
 /// The current measurement of the rate.
@@ -86,6 +88,7 @@ impl<'a> Source<'a> {
             rate: RateSample::begin(context, sending),
             reported: None,
             news: 0,
+            has_lost_log: false,
         };
         loop {
             sending.team.check()?;
@@ -191,6 +194,10 @@ impl<'a> Source<'a> {
             && let Some(lost) = rollback.logs.harvest(self.devices, &mut self.memory)?
         {
             tracing::warn!("a log of dirty pages is lost, all is dirty: {lost}");
+            if !std::mem::replace(&mut looking.has_lost_log, true) {
+                let note = format!("the log of dirty pages was lost in a round, all is sent again: {lost}");
+                context.recorder.note(note);
+            }
         }
         let blind = rollback.logs.blind;
         let all = self.memory.regions.iter().map(|region| region.size / PAGE_BYTES * PAGE_BYTES).sum();

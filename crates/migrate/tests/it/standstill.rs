@@ -254,6 +254,21 @@ fn a_log_that_is_lost_at_the_stop_broke_the_downtime_limit_in_silence() {
     }
 }
 
+#[test]
+fn a_log_that_failed_in_every_round_was_noted_only_at_the_stop() {
+    let (here, there) = (Zeroes::default(), Zeroes::default());
+    let mut log = Harvest(|_: &_| Err(std::io::ErrorKind::BrokenPipe.into()));
+    let (options, ledger, size) = (options(), Ledger::new(), 1 << 20);
+    let regions = [region(&there, size)];
+    let (outcome, _) = move_over_a_link(
+        Source::new(&[], &options).with_memory(Memory::logged(vec![region(&here, size)], &mut log)),
+        Destination::new(&[], &ledger, &options).with_memory(&regions),
+    );
+    let Outcome::Moved(report) = outcome else { panic!("{outcome:?}") };
+    let noted = |part: &str| report.notes.iter().filter(|note| note.contains(part)).count();
+    assert_eq!((noted("lost in a round"), noted("lost at the stop")), (1, 1), "{:?}", report.notes);
+}
+
 /// A source that offers 128 GiB and says in one frame that all of them are zero. Then it looks at what comes back.
 fn all_is_zero(
     there: &Zeroes,
