@@ -19,5 +19,5 @@ pub use clock::{Clock, clock};
 pub use descriptor::{Borrowed, Descriptor};
 pub use named::{Entry, Named, open_folder, open_to_read, resolve};
 pub use process::Process;
-pub use socket::{SocketAccess, SocketPath, Untrusted, check_server, connect, listen};
+pub use socket::{SocketAccess, SocketPath, Untrusted, check_server, connect, listen, may_give_access};
 pub use user::{Group, User};

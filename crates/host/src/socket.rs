@@ -79,17 +79,39 @@ pub fn listen(path: &Path, access: &SocketAccess) -> io::Result<(SocketPath, Uni
     let (made, stat) = open_made(path)?;
     let place = SocketPath { path: path.into(), device: stat.st_dev, inode: stat.st_ino };
     rustix::net::listen(&socket, BACKLOG)?;
-    if let Some(Group(group)) = access.group {
+    give(&made, access.group, access.mode)?;
+    Ok((place, UnixListener::from(socket)))
+}
+
+/// Gives a socket its group and mode.
+fn give(socket: &OwnedFd, group: Option<Group>, mode: u32) -> io::Result<()> {
+    if let Some(Group(group)) = group {
         let group = Some(Gid::from_raw(group));
-        rustix::fs::chownat(&made, "", None, group, AtFlags::EMPTY_PATH).map_err(|errno| {
+        rustix::fs::chownat(socket, "", None, group, AtFlags::EMPTY_PATH).map_err(|errno| {
             let error = Error::from(errno);
             Error::new(error.kind(), format!("giving the socket to its group: {error}"))
         })?;
     }
     // By the descriptor, so that no other file is meant whose name this may be by now.
-    let itself = format!("/proc/self/fd/{}", made.as_raw_fd());
-    fs::set_permissions(itself, fs::Permissions::from_mode(access.mode))?;
-    Ok((place, UnixListener::from(socket)))
+    let itself = format!("/proc/self/fd/{}", socket.as_raw_fd());
+    fs::set_permissions(itself, fs::Permissions::from_mode(mode))
+}
+
+/// Whether this process may give the socket at a path these: `PermissionDenied` says why not; else the system's errors.
+pub fn may_give_access(path: &Path, access: &SocketAccess) -> io::Result<()> {
+    let user = User::current();
+    if user == User::ROOT {
+        return Ok(());
+    }
+    let refused = |what: String| Err(Error::new(ErrorKind::PermissionDenied, what));
+    let owner = User(rustix::fs::lstat(path)?.st_uid);
+    if owner != user {
+        return refused(format!("the socket is that of {owner}, and this process runs as {user}"));
+    }
+    let Some(Group(group)) = access.group else { return Ok(()) };
+    let own = rustix::process::getegid();
+    let is_member = rustix::process::getgroups()?.iter().chain([&own]).any(|own| own.as_raw() == group);
+    if is_member { Ok(()) } else { refused(format!("{user} is no member of group {group}")) }
 }
 
 /// The socket that was bound just now, unless something else has its name already.
@@ -121,7 +143,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
         return Err(Error::new(ErrorKind::AlreadyExists, "there is a file here that is not a socket"));
     }
     if is_being_made(&found) {
-        let what = "another server begins to listen here; if it is gone, remove the socket";
+        let what = "another server begins to listen here, or has died while it did: then remove the socket";
         return Err(Error::new(ErrorKind::AddrInUse, what));
     }
     if is_alive(path)? {
@@ -178,6 +200,21 @@ impl SocketPath {
     /// Which socket it is: the device and inode of its path.
     pub fn identity(&self) -> (u64, u64) {
         (self.device, self.inode)
+    }
+
+    /// Gives the socket another mode and group, without one that of the process.
+    ///
+    /// `InvalidInput` when the path leads to something else; else the system's errors.
+    pub fn give(&self, access: &SocketAccess) -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let socket = rustix::fs::open(&self.path, flags, Mode::empty())?;
+        let found = rustix::fs::fstat(&socket)?;
+        if (found.st_dev, found.st_ino) != self.identity() {
+            let what = format!("{}: something else is here than this server's socket", self.path.display());
+            return Err(Error::new(ErrorKind::InvalidInput, what));
+        }
+        let own = Group(rustix::process::getegid().as_raw());
+        give(&socket, Some(access.group.unwrap_or(own)), access.mode)
     }
 
     /// Leaves the socket where it is, for another process that has its listener now.
@@ -273,6 +310,20 @@ mod tests {
             assert_eq!(listen(&path, &access).unwrap_err().kind(), ErrorKind::InvalidInput, "{wrong:o}");
         }
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_that_listens_gets_another_mode() {
+        let folder = folder();
+        let path = folder.path().join("socket");
+        let (place, _listener) = listen(&path, &SocketAccess::default()).unwrap();
+        let access = SocketAccess { mode: 0o666, group: None };
+        may_give_access(&path, &access).unwrap();
+        place.give(&access).unwrap();
+        assert_eq!(mode(&path), 0o666);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "").unwrap();
+        assert_eq!(place.give(&access).unwrap_err().kind(), ErrorKind::InvalidInput);
     }
 
     #[test]

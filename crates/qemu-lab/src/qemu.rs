@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use limosa_testing::{LIMIT, Process, Transcript, beside_the_test};
+use limosa_testing::{Ended, LIMIT, Process, Transcript, beside_the_test};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
@@ -177,6 +177,11 @@ impl Qemu {
     pub fn quit(mut self) -> i32 {
         self.qmp.execute("quit", json!({}));
         self.process.end().code
+    }
+
+    /// Waits for an end that nobody tells it to come to, and says how it ended.
+    pub fn ended_by_itself(self) -> Ended {
+        self.process.end()
     }
 
     /// A folder that goes with it.

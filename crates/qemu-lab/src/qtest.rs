@@ -1,7 +1,7 @@
 //! QEMU without a processor (`qtest`, QEMU's `docs/devel/testing/qtest.rst`): reads and writes of memory and ports as a
 //! processor would make them, and the levels of interrupt lines.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 
 use crate::LIMIT;
@@ -70,6 +70,12 @@ impl Qtest {
         u32::try_from(number(&answer)).expect("as wide as was asked for")
     }
 
+    /// The same; `None` when QEMU ends meanwhile.
+    pub fn try_port_read(&mut self, port: u16, bytes: usize) -> Option<u32> {
+        let answer = self.try_command(&format!("in{} {port:#x}", width(bytes)))?;
+        Some(u32::try_from(number(&answer)).expect("as wide as was asked for"))
+    }
+
     /// Writes a port.
     pub fn port_write(&mut self, port: u16, bytes: usize, value: u32) {
         self.command(&format!("out{} {port:#x} {value:#x}", width(bytes)));
@@ -107,14 +113,22 @@ impl Qtest {
 
     /// What follows OK.
     fn command(&mut self, command: &str) -> String {
-        writeln!(self.writer, "{command}").expect("QEMU reads its commands");
+        self.try_command(command).unwrap_or_else(|| panic!("QEMU closed qtest at `{command}`"))
+    }
+
+    /// The same; `None` when QEMU is gone.
+    fn try_command(&mut self, command: &str) -> Option<String> {
+        writeln!(self.writer, "{command}").ok()?;
         loop {
             let mut line = String::new();
-            let bytes = self.reader.read_line(&mut line).expect("QEMU answers");
-            assert!(bytes > 0, "QEMU closed qtest at `{command}`");
+            match self.reader.read_line(&mut line) {
+                Ok(0) => return None,
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
+                read => drop(read.expect("QEMU answers")),
+            }
             let mut words = line.split_whitespace();
             match words.next() {
-                Some("OK") => return words.next().unwrap_or_default().to_owned(),
+                Some("OK") => return Some(words.next().unwrap_or_default().to_owned()),
                 Some("IRQ") => {
                     let is_raised = words.next() == Some("raise");
                     let line = words.next().and_then(|word| word.parse().ok()).expect("the number of a line");

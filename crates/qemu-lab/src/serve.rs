@@ -49,6 +49,11 @@ impl Served {
         old.end().ok();
     }
 
+    /// Serves again after it was killed, a device in its first state.
+    pub fn restart(&mut self) {
+        self.process = Some(Self::spawn(Command::new(beside_the_test("limosa")).args(&self.args)));
+    }
+
     /// Where it listens.
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join(SOCKET)

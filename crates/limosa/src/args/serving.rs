@@ -151,3 +151,13 @@ pub enum Model {
     /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
     Synthetic,
 }
+
+impl Model {
+    /// Its name, as the command line and configuration files have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Model::Uart => "uart",
+            Model::Synthetic => "synthetic",
+        }
+    }
+}

@@ -178,9 +178,11 @@ fn sockets_are_not_taken_from_the_living_and_files_not_removed() {
     let serve = |path: &str| limosa(&["serve", "synthetic", "--socket", path]);
     serve(&device.socket)
         .fails(UNREACHABLE, &[&device.socket, "another server listens", "choose another path"]);
-    serve(&file).fails(UNREACHABLE, &[&file, "no socket", "choose another path"]);
+    serve(&file).fails(REFUSED, &[&file, "not a socket; choose another path"]);
     serve(&nowhere).fails(UNREACHABLE, &[&nowhere, "make its folder first"]);
-    serve(&long).fails(UNREACHABLE, &[&long, "choose another path"]);
+    serve(&long).fails(USAGE, &[&long, "107 bytes"]);
+    let taken = serve(&device.socket).err;
+    assert_eq!(taken.matches("listens").count(), 1, "said twice: {taken}");
 
     let receive = |path: &str| limosa(&["receive", &device.socket, "--listen", &format!("unix:{path}")]);
     receive(&device.socket)

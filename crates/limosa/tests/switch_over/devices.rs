@@ -90,12 +90,15 @@ fn a_file_that_describes_no_server_is_refused_and_nothing_is_left() {
     refused(b"[[device]]\n\xff", 2, &[":2:", "UTF-8"]);
     refused(&vec![b'\n'; (1 << 20) + 1], 2, &["1048576 bytes"]);
     refused(format!("{a}colour = 1\n").as_bytes(), 2, &[":4:", "`colour`", "`socket`", "`control`"]);
-    refused(format!("{a}options = [\"state=none\"]\n").as_bytes(), 2, &[":1: options", "state"]);
+    refused(format!("{a}options = [\"state=none\"]\n").as_bytes(), 2, &[":4: options", "state"]);
+    std::os::unix::fs::symlink(folder.path(""), folder.path("link")).unwrap();
+    let again = format!("{a}[[device]]\nsocket = {:?}\nmodel = \"uart\"\n", folder.text("link/a"));
+    refused(again.as_bytes(), 2, &[":5: ", "is taken by line 2"]);
     // A later device that cannot be served: the sockets of those before it are removed.
     std::fs::write(folder.path("taken"), "").unwrap();
     let taken = format!("{a}[[device]]\nsocket = {:?}\nmodel = \"uart\"\n", folder.text("taken"));
     std::fs::write(&path, taken).unwrap();
-    limosa(&["serve", "--config", &path]).fails(4, &[&folder.text("taken"), "no socket is there"]);
+    limosa(&["serve", "--config", &path]).fails(3, &[&folder.text("taken"), "not a socket"]);
     assert!(!folder.path("a").exists());
     limosa(&["serve", "--config", &folder.text("nothing")]).fails(4, &["--config", &folder.text("nothing")]);
     limosa(&["serve", "uart", "--config", &path]).fails(2, &["--config"]);

@@ -386,7 +386,7 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
         let last = format!("device {}: ", scene.name_of_last());
         let to = |options: &[&str]| switch_over_to(&scene, "synthetic", options);
         to(&["state=2M"]).fails(1, &[&serves, &last, "region 2", "same options"]);
-        to(&["state=1M", "pre-copy=off"]).fails(1, &[&serves, &last, "its migration"]);
+        to(&["state=1M", "pre-copy=off"]).fails(1, &[&serves, &last, "its migration has PRE_COPY"]);
         // The description fits; its state does not.
         let refused = to(&["state=1M", "fault=fail:STOP>RESUMING"]);
         refused.fails(1, &[&serves, &last, "the new device does not take its state"]);
@@ -410,7 +410,7 @@ fn a_command_that_is_no_new_server_leaves_the_old_one_serving() {
     let client = connect(&scene.folder, "device");
     let serves = format!("process {}, serves as before", server.pid());
     let by = |args: &[&str], command: &[&str]| switch_over(&scene.folder, args, command);
-    switch_over_to(&scene, "uart", &[]).fails(1, &[&serves, "region"]);
+    switch_over_to(&scene, "uart", &[]).fails(1, &[&serves, "of the kind synthetic", "of the kind uart"]);
     let mut elsewhere = scene.serve("synthetic", &["state=1M"], &[]);
     let at = elsewhere.iter().position(|arg| *arg == scene.name_of_last()).unwrap();
     elsewhere[at] = scene.folder.text("elsewhere");
@@ -441,6 +441,81 @@ fn nobody_takes_over_from_a_server_without_takeover() {
     assert_eq!(device.state(), State::Running);
 }
 
+/// It said after 30 s that the server lives and does not answer.
+#[test]
+fn a_switch_over_on_a_devices_own_socket_took_its_server_for_one_that_hangs() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let started = folder.text("started");
+    limosa(&["switch-over", &device.socket, "--", "touch", &started])
+        .fails(4, &["lets nobody take over", &device.socket, "not a device's socket", "nothing was started"]);
+    assert!(!folder.path("started").exists());
+    assert_eq!(device.state(), State::Running);
+}
+
+#[test]
+fn of_switch_overs_at_the_same_time_one_replaces_the_server_and_the_others_say_so() {
+    let scene = Scene::new(ONE, &["state=1M"]);
+    let server = scene.first("synthetic");
+    let client = connect(&scene.folder, "device");
+    set(&client, SCRATCH, 5);
+    let (takeover, log) = (scene.folder.text("takeover"), scene.folder.text("log"));
+    let command = scene.serve("synthetic", &["state=1M"], &[]);
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let program = env!("CARGO_BIN_EXE_limosa");
+    let args = [&["--json", "switch-over", &takeover, "--log", &log, "--", program], &command[..]].concat();
+    let all: Vec<_> = (0..3).map(|_| start(&args)).collect();
+    let ended: Vec<_> = all.into_iter().map(Running::end).collect();
+    server.end().ok();
+    let (won, lost): (Vec<_>, Vec<_>) = ended.iter().partition(|ended| ended.code == 0);
+    // One that came when all was over replaces the new server.
+    let documents: Vec<Value> = won.iter().map(|won| serde_json::from_str(&won.out).unwrap()).collect();
+    let was_replaced = |pid: &Value| documents.iter().any(|other| other["took_over"]["old_pid"] == *pid);
+    let last = documents.iter().find(|document| !was_replaced(&document["took_over"]["pid"]));
+    let _new = Stranger::of(last.unwrap_or_else(|| panic!("{ended:?}")));
+    for lost in lost {
+        // One that came between the end of the old server and the first word of the new one found nobody.
+        match lost.code {
+            4 => lost.fails(4, &["--takeover"]),
+            _ => lost.fails(3, &["another switch-over came first"]),
+        }
+    }
+    assert_eq!(get(&client, SCRATCH), 5);
+    assert!(std::fs::read_to_string(log).unwrap().contains("done by this server"), "the log is in its file");
+}
+
+/// A mode that was changed in the file was ignored.
+#[test]
+fn a_mode_that_changes_in_a_switch_over_is_given_to_the_socket() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut scene = Scene::new(ONE, &["state=1M"]);
+    scene.options.push("block=64K".into());
+    let server = scene.first("synthetic");
+    let mode = || {
+        let socket = std::fs::metadata(scene.folder.path("device")).unwrap();
+        socket.permissions().mode() & 0o777
+    };
+    assert_eq!(mode(), 0o600);
+    let to = |more: &[&str]| {
+        let options: Vec<&str> = scene.own_options();
+        switch_over_by(&scene.folder, &scene.serve("synthetic", &options, more))
+    };
+    let switched = to(&["--mode", "660"]);
+    let second = Stranger::of(&switched.document);
+    server.end().ok();
+    assert_eq!(mode(), 0o660);
+    // What somebody else has changed since stays, as the command line says the same.
+    std::fs::set_permissions(scene.folder.path("device"), PermissionsExt::from_mode(0o666)).unwrap();
+    let switched = to(&["--mode", "660"]);
+    let third = Stranger::of(&switched.document);
+    second.wait();
+    assert_eq!(mode(), 0o666);
+    let switched = to(&[]);
+    let _fourth = Stranger::of(&switched.document);
+    third.wait();
+    assert_eq!(mode(), 0o600);
+}
+
 #[test]
 fn wrong_input_is_named() {
     let folder = Folder::new();
@@ -451,12 +526,18 @@ fn wrong_input_is_named() {
     limosa(&["serve", "uart", "--socket", &here, "--takeover"]).fails(2, &["--takeover"]);
     limosa(&["serve", "uart", "--socket", &here, "--take-from"]).fails(2, &["--take-from"]);
     std::fs::write(folder.path("file"), "").unwrap();
-    for (path, part) in
-        [("file", "no socket is there"), ("no/folder", "make its folder"), ("here", "listens there")]
-    {
+    std::os::unix::fs::symlink(&here, folder.path("link")).unwrap();
+    for (path, code, part) in [
+        ("file", 3, "not a socket"),
+        ("no/folder", 4, "make its folder"),
+        ("here", 2, "expected a path of its own"),
+        ("link", 2, "expected a path of its own"),
+    ] {
         limosa(&["serve", "uart", "--socket", &here, "--takeover", &folder.text(path)])
-            .fails(4, &[&folder.text(path), part]);
+            .fails(code, &[&folder.text(path), part]);
         assert!(!folder.path("here").exists(), "nothing is left");
     }
+    limosa(&["serve", "uart", "--socket", &here, "--control", &folder.text("link")])
+        .fails(2, &["--control and --socket are one path"]);
     assert_eq!(std::fs::read(folder.path("file")).unwrap(), b"");
 }

@@ -86,6 +86,9 @@ pub struct Options {
     /// Whether connections can be handed over to another process at any time: then a thread that waits for a command does so
     /// in poll(2), which costs an access one more system call. No.
     pub interruptible: bool,
+    /// What kind of device this is, such as the name of its model: in a switch-over a device of another kind is refused by both
+    /// names. None.
+    pub model: Option<String>,
 }
 
 impl Default for Options {
@@ -100,6 +103,7 @@ impl Default for Options {
             any_file: false,
             park_limit: Duration::from_secs(4),
             interruptible: false,
+            model: None,
         }
     }
 }

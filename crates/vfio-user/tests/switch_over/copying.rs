@@ -224,3 +224,57 @@ fn clients_of_a_server_that_was_not_replaced_keep_their_connections() {
     assert_eq!(Raw::new(raw).receive().flags, REPLY);
     drop(running);
 }
+
+/// Which of the first 64 pages are dirty, by a report that clears them.
+fn dirty_pages(client: &Client) -> u64 {
+    let mut words = [0u64];
+    client.dma_logging_report(0, 64 * 4096, 4096, &mut words).unwrap();
+    words[0]
+}
+
+#[test]
+fn pages_that_are_written_before_in_and_after_the_rounds_of_a_copy_are_each_reported_once() {
+    // The rounds in which the VMM asks for a report, which takes pages out of the log.
+    for reports_in in [&[][..], &[1], &[2], &[1, 2, 3]] {
+        let folder = tempfile::tempdir().unwrap();
+        let old = synthetic_with("");
+        let running = Running::bind(folder.path(), vec![Arc::clone(&old)]);
+        let client = Client::connect(folder.path().join("device0"), ClientOptions::default()).unwrap();
+        let guest = memory(MIB);
+        map(&client, 0, &guest, MIB);
+        client.dma_logging_start(4096, &[]).unwrap();
+        let (mut written, mut reported, mut rounds) = (0_u64, 0_u64, 0);
+        let write = |machine: &limosa_device::Machine, page: u64| {
+            machine.bus().memory.write(page * 4096 + 7, &[page as u8 + 1]).unwrap();
+            1 << page
+        };
+        written |= write(&old, 0);
+        let new = synthetic_with("");
+        let running = running.replaced_meanwhile(vec![Arc::clone(&new)], |round| {
+            rounds = round;
+            written |= write(&old, round as u64);
+            if reports_in.contains(&round) {
+                let pages = dirty_pages(&client);
+                assert_eq!((pages & reported, pages & !written), (0, 0), "round {round}");
+                reported |= pages;
+                // Again behind the report.
+                written |= write(&old, 40 + round as u64);
+            }
+            // Fewer and fewer changes, so that rounds pay.
+            set_register(&client, registers::DIRTY, 16 >> round);
+            Ok(())
+        });
+        assert!(rounds > 1, "{rounds} rounds");
+        written |= write(&new, 63);
+        let pages = dirty_pages(&client);
+        assert_eq!((pages & reported, pages | reported), (0, written), "{reports_in:?}");
+        assert_eq!(dirty_pages(&client), 0);
+        for page in (0..64).filter(|page| written >> page & 1 == 1) {
+            let mut byte = [0];
+            rustix::io::pread(&guest, &mut byte, page * 4096 + 7).unwrap();
+            assert_eq!(byte, [page as u8 + 1]);
+        }
+        client.dma_logging_stop().unwrap();
+        drop((client, running));
+    }
+}

@@ -3,6 +3,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod copying;
+mod exchanges;
+mod hooks;
 mod kills;
 mod regions;
 mod roles;

@@ -29,14 +29,56 @@ pub struct Device {
     pub control: Option<PathBuf>,
     pub access: SocketAccess,
     pub any_file: bool,
-    /// What names its options in messages: `--option`, or the file's line.
+    /// What names all of its options in messages: `--option`, or the line of a file.
     pub origin: String,
+    /// The same of each of them.
+    pub origins: Vec<String>,
+}
+
+impl Device {
+    /// What names the first of its options that is not as it should be, or all of them.
+    pub fn origin_of(&self, is_wrong: impl FnMut(&String) -> bool) -> &str {
+        let at = self.options.iter().position(is_wrong);
+        at.and_then(|at| self.origins.get(at)).unwrap_or(&self.origin)
+    }
 }
 
 /// The devices that the command line describes, itself or by a file; at least one.
 pub fn devices(args: &args::Serve) -> anyhow::Result<Vec<Device>> {
+    let devices = described(args)?;
+    let is_at = |other: &Path, device: &Device| {
+        let own = std::iter::once(&device.socket).chain(&device.control);
+        own.into_iter().any(|own| place(own) == place(other))
+    };
+    if let Some(takeover) = &args.takeover
+        && let Some(device) = devices.iter().find(|device| is_at(takeover, device))
+    {
+        let (takeover, socket) = (takeover.display(), device.socket.display());
+        let what = format!(
+            "--takeover {takeover} is a socket of the device at {socket}; expected a path of its own"
+        );
+        return Err(exit::error(Code::Usage, what));
+    }
+    Ok(devices)
+}
+
+/// Where a socket of this path lies: two paths of one place are one socket, whatever links lead there.
+fn place(path: &Path) -> PathBuf {
+    // A link at the path itself may lead to a socket that is yet to be made.
+    let target = std::fs::read_link(path).map(|target| path.parent().unwrap_or(Path::new("")).join(target));
+    let path = target.unwrap_or_else(|_| path.to_owned());
+    let absolute = absolute(&path).unwrap_or(path);
+    let folder = absolute.parent().and_then(|folder| folder.canonicalize().ok());
+    folder.zip(absolute.file_name()).map_or_else(|| absolute.clone(), |(folder, name)| folder.join(name))
+}
+
+fn described(args: &args::Serve) -> anyhow::Result<Vec<Device>> {
     match (&args.config, args.model, &args.socket) {
         (Some(file), ..) => read(file),
+        (None, Some(_), Some(socket)) if args.control.as_deref().map(place) == Some(place(socket)) => {
+            let what = format!("--control and --socket are one path, {}; expected two", socket.display());
+            Err(exit::error(Code::Usage, what))
+        }
         (None, Some(model), Some(socket)) => Ok(vec![Device {
             model,
             options: args.options.clone(),
@@ -45,6 +87,7 @@ pub fn devices(args: &args::Serve) -> anyhow::Result<Vec<Device>> {
             access: SocketAccess { mode: args.mode, group: args.group },
             any_file: args.any_file,
             origin: "--option".into(),
+            origins: vec!["--option".into(); args.options.len()],
         }]),
         _ => Err(exit::error(Code::Usage, "expected MODEL and --socket, or --config")),
     }
@@ -64,7 +107,7 @@ struct File {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Defaults {
     model: Option<Model>,
-    options: Option<Vec<String>>,
+    options: Option<Options>,
     #[serde(default, deserialize_with = "mode")]
     mode: Option<u32>,
     #[serde(default, deserialize_with = "group")]
@@ -72,13 +115,16 @@ struct Defaults {
     any_file: Option<bool>,
 }
 
+/// A list of options, and each of them.
+type Options = Spanned<Vec<Spanned<String>>>;
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Described {
     socket: Spanned<PathBuf>,
     control: Option<Spanned<PathBuf>>,
     model: Option<Model>,
-    options: Option<Vec<String>>,
+    options: Option<Options>,
     #[serde(default, deserialize_with = "mode")]
     mode: Option<u32>,
     #[serde(default, deserialize_with = "group")]
@@ -138,7 +184,7 @@ fn parse(name: &dyn Display, text: &str) -> Result<Vec<Device>, String> {
         if path.as_os_str().is_empty() {
             return Err(format!("{name}:{line}: an empty path; expected where to listen"));
         }
-        match lines.entry(absolute(path).unwrap_or_else(|_| path.clone())) {
+        match lines.entry(place(path)) {
             Entry::Vacant(vacant) => {
                 vacant.insert(line);
                 Ok(())
@@ -152,17 +198,23 @@ fn parse(name: &dyn Display, text: &str) -> Result<Vec<Device>, String> {
         }
     };
     let device = |described: Spanned<Described>| {
-        let line = line(described.span().start);
+        let at = line(described.span().start);
         let described = described.into_inner();
         check(&described.socket)?;
         described.control.as_ref().map_or(Ok(()), &mut check)?;
         let model = described.model.or(defaults.model);
         let model = model.ok_or_else(|| {
-            format!("{name}:{line}: a device without a model; expected model = \"uart\" or \"synthetic\" here or in [defaults]")
+            format!("{name}:{at}: a device without a model; expected model = \"uart\" or \"synthetic\" here or in [defaults]")
         })?;
+        let options = described.options.or_else(|| defaults.options.clone());
+        let origin = |byte| format!("{name}:{}: options", line(byte));
+        let all =
+            options.as_ref().map_or_else(|| format!("{name}:{at}: options"), |all| origin(all.span().start));
+        let options = options.map(Spanned::into_inner).unwrap_or_default();
+        let origins = options.iter().map(|option| origin(option.span().start)).collect();
         Ok(Device {
             model,
-            options: described.options.or_else(|| defaults.options.clone()).unwrap_or_default(),
+            options: options.into_iter().map(Spanned::into_inner).collect(),
             socket: described.socket.into_inner(),
             control: described.control.map(Spanned::into_inner),
             access: SocketAccess {
@@ -170,7 +222,8 @@ fn parse(name: &dyn Display, text: &str) -> Result<Vec<Device>, String> {
                 group: described.group.or(defaults.group),
             },
             any_file: described.any_file.or(defaults.any_file).unwrap_or(false),
-            origin: format!("{name}:{line}: options"),
+            origin: all,
+            origins,
         })
     };
     devices.into_iter().map(device).collect()
@@ -254,5 +307,32 @@ mod tests {
         refuses(&format!("{ONE}model = \"uart\"\n"), &["file:4:", "duplicate key"]);
         refuses(&format!("{ONE}{ONE}"), &["file:5:", "a is taken by line 2"]);
         refuses(&format!("{ONE}control = \"./a\"\n"), &["file:4:", "taken by line 2"]);
+    }
+
+    #[test]
+    fn each_option_has_its_line() {
+        let text = "[defaults]\noptions = [\n\"state=1M\",\n\"block=1K\"]\nmodel = \"synthetic\"\n\
+                    [[device]]\nsocket = \"a\"\n\
+                    [[device]]\nsocket = \"b\"\noptions = [\"x\",\n\n\"y\"]\n\
+                    [[device]]\nsocket = \"c\"\noptions = []\n";
+        let devices = parse(&"file", text).unwrap();
+        let [a, b, c] = devices.as_slice() else { panic!("{devices:?}") };
+        assert_eq!(a.origin_of(|option| option == "block=1K"), "file:4: options");
+        assert_eq!(a.origin_of(|_| false), "file:2: options");
+        assert_eq!(b.origin_of(|option| option == "y"), "file:12: options");
+        assert_eq!(c.origin_of(|_| true), "file:15: options");
+    }
+
+    #[test]
+    fn two_paths_to_one_place_are_one_socket() {
+        let folder = tempfile::tempdir().unwrap();
+        let real = folder.path().join("real");
+        std::fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, folder.path().join("link")).unwrap();
+        std::os::unix::fs::symlink("real/a", folder.path().join("alias")).unwrap();
+        for other in ["link/a", "real/../link/a", "alias", "real/a"] {
+            assert_eq!(place(&folder.path().join(other)), place(&real.join("a")), "{other}");
+        }
+        assert_ne!(place(&folder.path().join("real/b")), place(&real.join("a")));
     }
 }

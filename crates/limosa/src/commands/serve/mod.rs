@@ -121,6 +121,7 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
     let options = |device: &Device| Options {
         socket: device.access,
         any_file: device.any_file,
+        model: Some(device.model.name().to_owned()),
         interruptible: args.takeover.is_some(),
         ..Options::default()
     };
@@ -199,14 +200,29 @@ fn serve(
 }
 
 fn cannot_listen(socket: &Path, error: &std::io::Error) -> anyhow::Error {
-    let hint = match error.kind() {
-        std::io::ErrorKind::AddrInUse => "a server listens there already; end it or choose another path",
-        std::io::ErrorKind::AlreadyExists => "something that is no socket is there; choose another path",
-        std::io::ErrorKind::NotFound => "make its folder first",
-        std::io::ErrorKind::PermissionDenied => "choose a folder that you may write to",
-        _ => "choose another path",
+    use rustix::io::Errno;
+    use std::io::ErrorKind;
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    let (code, hint) = match (error.kind(), errno) {
+        (_, Some(Errno::MFILE)) => (Code::Failed, "raise the limit of open files (ulimit -n)"),
+        (_, Some(Errno::NFILE)) => (Code::Failed, "raise the system's limit of open files (fs.file-max)"),
+        (_, Some(Errno::NOSPC | Errno::DQUOT)) => (Code::Failed, "make room on its file system"),
+        (_, Some(Errno::NAMETOOLONG)) => (
+            Code::Usage,
+            "a socket's path has 107 bytes at most; choose a shorter one, such as a relative one",
+        ),
+        (_, Some(Errno::ROFS)) => {
+            (Code::Unreachable, "choose a folder on a file system that can be written to")
+        }
+        (_, Some(Errno::NOTDIR)) => (Code::Unreachable, "choose a path through folders"),
+        (ErrorKind::AddrInUse, _) => (Code::Unreachable, "end it, or choose another path"),
+        // A file or a link.
+        (ErrorKind::AlreadyExists, _) => (Code::Refused, "choose another path, or remove it"),
+        (ErrorKind::NotFound, _) => (Code::Unreachable, "make its folder first"),
+        (ErrorKind::PermissionDenied, _) => (Code::Unreachable, "choose a folder that you may write to"),
+        _ => (Code::Unreachable, "choose another path"),
     };
-    exit::error(Code::Unreachable, format!("cannot listen on {}: {error}; {hint}", socket.display()))
+    exit::error(code, format!("cannot listen on {}: {error}; {hint}", socket.display()))
 }
 
 /// The socket for processes that are to take over.

@@ -19,14 +19,16 @@ use crate::exit::{self, Code};
 pub fn model(device: &Device, waits: bool, limit: Duration) -> anyhow::Result<Box<dyn SimpleModel>> {
     let Device { model, options: all, origin, .. } = device;
     let options = all.join(",");
-    let usage = |error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("{origin}: {error}"));
+    let usage_of =
+        |origin: &str, error: &dyn std::fmt::Display| exit::error(Code::Usage, format!("{origin}: {error}"));
+    let usage = |error: &dyn std::fmt::Display| usage_of(origin, error);
     Ok(match model {
         args::Model::Uart => {
             let (persona, lines): (Vec<_>, Vec<_>) =
                 all.iter().partition(|option| option.as_str() == "as=mtty");
             let lines = lines
                 .into_iter()
-                .map(|option| line(origin, option, limit))
+                .map(|option| line(device.origin_of(|own| own == option), option, limit))
                 .collect::<anyhow::Result<Vec<_>>>()?;
             let lines = if lines.is_empty() { vec![Line::Echo] } else { lines };
             if persona.is_empty() {
@@ -43,10 +45,12 @@ pub fn model(device: &Device, waits: bool, limit: Duration) -> anyhow::Result<Bo
             }
         }
         args::Model::Synthetic => {
-            let config: SyntheticConfig = options.parse().map_err(|error| usage(&error))?;
+            let is_wrong = |option: &String| option.parse::<SyntheticConfig>().is_err();
+            let config: SyntheticConfig =
+                options.parse().map_err(|error| usage_of(device.origin_of(is_wrong), &error))?;
             Box::new(
                 Synthetic::new(config)
-                    .map_err(|error| exit::error(Code::Refused, format!("--option: {error}")))?,
+                    .map_err(|error| exit::error(Code::Refused, format!("{origin}: {error}")))?,
             )
         }
     })

@@ -407,8 +407,8 @@ impl Doors {
         }
     }
 
-    /// Has every connection stop between two requests. ETIMEDOUT when one has not by `until`; then they go on.
-    pub(in crate::server) fn pause(&self, until: Instant) -> Result<(), Errno> {
+    /// Has every connection stop between two requests.
+    pub(in crate::server) fn begin_pause(&self) {
         let mut inner = self.lock();
         inner.set_pause(Pause::Paused, &self.is_paused);
         self.changed.notify_all();
@@ -420,6 +420,11 @@ impl Doors {
                 false => entry.link.wake(),
             }
         }
+    }
+
+    /// Waits until every connection has stopped, after [`Doors::begin_pause`]. ETIMEDOUT when one has not by `until`; then they go on.
+    pub(in crate::server) fn await_pause(&self, until: Instant) -> Result<(), Errno> {
+        let mut inner = self.lock();
         while inner.coming > 0 || inner.connections.iter().any(|entry| entry.paused.is_none()) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {

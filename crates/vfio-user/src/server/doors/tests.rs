@@ -37,7 +37,8 @@ fn a_switch_over_waited_for_a_connection_that_waited_for_the_place_of_a_paused_o
             }
             doors.pause_here(id, &state).unwrap();
         });
-        let paused = doors.pause(Instant::now() + PATIENCE);
+        doors.begin_pause();
+        let paused = doors.await_pause(Instant::now() + PATIENCE);
         doors.go_on();
         doors.leave(id);
         assert_eq!(paused, Ok(()));

@@ -1,44 +1,41 @@
 //! The old server's side.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use limosa_device::Frozen;
+use limosa_host::{Group, SocketAccess};
 use limosa_switch_over::{Giver, Item, Refusal};
 
-use super::connection::GivenSockets;
-use super::copy::Copy;
 use super::offer::offer_of;
-use super::record::{self, Files, Offer, copy, encode, kind};
-use super::regions::GivenFiles;
+use super::outgoing::Outgoing;
+use super::record::{self, Offer, copy, encode, kind};
 use super::signals;
-use super::wiring::GivenWires;
+use super::workers::Workers;
 use super::{DEVICES_MAX, STOP_LIMIT};
-use crate::server::doors::Role;
 use crate::server::{Door, Server};
+
+/// A device that answers at its limit is heard within this time.
+const ANSWER_LIMIT: Duration = Duration::from_millis(200);
 
 /// The servers of a process, to be handed over to another process together. Each has been made with
 /// [`Options::interruptible`](crate::server::Options::interruptible).
-#[derive(Debug)]
 pub struct SwitchOver<'a> {
     servers: &'a [Server],
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    devices: Vec<Outgoing>,
-    frozen: Vec<Frozen>,
+impl std::fmt::Debug for SwitchOver<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SwitchOver").field("servers", &self.servers).finish_non_exhaustive()
+    }
 }
 
-/// What is on its way of a device.
-#[derive(Debug, Default)]
-struct Outgoing {
-    files: Files,
-    sockets: GivenSockets,
-    regions: GivenFiles,
-    wires: GivenWires,
-    copy: Copy,
+#[derive(Default)]
+struct State {
+    devices: Vec<Outgoing>,
+    workers: Workers,
+    /// The devices have been stopped, and their state read, by then.
+    until: Option<Instant>,
 }
 
 impl<'a> SwitchOver<'a> {
@@ -87,15 +84,19 @@ impl Giver for SwitchOver<'_> {
     }
 
     fn thaw(&self) {
-        let State { devices, frozen } = std::mem::take(&mut *self.lock());
-        self.servers.iter().zip(frozen).for_each(|(server, frozen)| server.machine.thaw(frozen));
-        for (server, mut outgoing) in self.servers.iter().zip(devices) {
-            outgoing.copy.end(&server.machine);
+        let State { devices, .. } = std::mem::take(&mut *self.lock());
+        for outgoing in devices {
+            let doors = Arc::clone(&outgoing.doors);
+            outgoing.thaw();
+            doors.go_on();
         }
+        // Those whose work is late go on when it is done. Their clients wait for that as for every call on a device.
         self.servers.iter().for_each(|server| server.doors.go_on());
     }
 
     fn given(&self) {
+        // Its threads end.
+        self.lock().workers = Workers::default();
         for server in self.servers {
             let control = server.control.as_ref();
             for door in std::iter::once(&server.door).chain(control) {
@@ -125,7 +126,8 @@ impl SwitchOver<'_> {
                     Refusal::of_device(device, what)
                 })?;
                 let has_client = !server.doors.to_be_given().is_empty();
-                let offer = Offer { socket: server.socket(), has_client, ..offer_of(description, flags) };
+                let (socket, model) = (server.socket(), server.options.model.clone());
+                let offer = Offer { socket, has_client, model, ..offer_of(description, flags) };
                 encode(kind::OFFER, device, &offer)
             })
             .collect()
@@ -134,14 +136,17 @@ impl SwitchOver<'_> {
     fn prepared(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
         let share = self.servers.len();
-        let outgoing = |_| Outgoing { copy: Copy::new(share), ..Outgoing::default() };
-        state.devices = self.servers.iter().map(outgoing).collect();
+        state.workers = Workers::start(share);
+        state.devices =
+            self.numbered().map(|(device, server)| Outgoing::new(device, server, share)).collect();
         let mut items = Vec::new();
         for ((device, server), outgoing) in self.numbered().zip(&mut state.devices) {
             items.extend(outgoing.files.mappings(device, &server.machine.mappings().export())?);
-            items.push(listener(device, false, &server.door)?);
+            let SocketAccess { mode, group } = server.options.socket;
+            let access = Some((mode, group.map(|Group(group)| group)));
+            items.push(listener(device, false, &server.door, access)?);
             if let Some(door) = &server.control {
-                items.push(listener(device, true, door)?);
+                items.push(listener(device, true, door, None)?);
             }
             items.extend(outgoing.sockets.more(device, &server.doors)?);
             items.extend(outgoing.regions.more(device, &server.machine)?);
@@ -171,54 +176,62 @@ impl SwitchOver<'_> {
     }
 
     fn frozen(&self, until: Instant) -> Result<(), Refusal> {
-        let late =
-            |device, what: &str| Refusal::of_device(device, format!("{what}; try again when it is done"));
+        for server in self.servers {
+            server.doors.begin_pause();
+        }
         for (device, server) in self.numbered() {
-            server
-                .doors
-                .pause(until)
-                .map_err(|_| late(device, "a request is under way that takes too long"))?;
+            let busy = "a request is under way that takes too long; try again when it is done";
+            server.doors.await_pause(until).map_err(|_| Refusal::of_device(device, busy))?;
         }
         // None can come or be named any more.
         self.numbered().try_for_each(|(device, server)| check_next(device, server))?;
-        let until = until.min(Instant::now() + STOP_LIMIT);
+        let stops_until = until.min(Instant::now() + STOP_LIMIT);
         let mut state = self.lock();
-        let State { devices, frozen } = &mut *state;
-        for ((device, server), outgoing) in self.numbered().zip(devices) {
-            frozen.push(outgoing.copy.freeze(device, &server.machine, until)?);
-        }
-        Ok(())
+        state.until = Some(until);
+        // A device that keeps its limit is heard.
+        let waits_until = stops_until + ANSWER_LIMIT;
+        let late = format!("it does not stop within {STOP_LIMIT:?}, and runs again once it has");
+        state.work(waits_until, &late, move |outgoing| {
+            let (device, machine) = (outgoing.device, &outgoing.machine);
+            outgoing.frozen = Some(outgoing.copy.freeze(device, machine, stops_until)?);
+            Ok(())
+        })
     }
 
     fn left(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
-        let State { devices, frozen } = &mut *state;
-        let mut items = Vec::new();
-        for (((device, server), outgoing), frozen) in self.numbered().zip(devices).zip(frozen) {
-            let machine = &server.machine;
-            items.extend(outgoing.files.mappings(device, &machine.mappings().export())?);
-            items.extend(outgoing.regions.more(device, machine)?);
-            items.push(outgoing.copy.rest(device, machine, frozen.session)?);
-            items.extend(outgoing.wires.rest(device, machine.wiring())?);
-            if let Some(log) = machine.mappings().export_log() {
-                items.extend(record::log(device, &log)?);
-            }
-            let kept = frozen.kept;
-            let kept = record::Machine {
-                stopped: kept.stopped,
-                resets: kept.resets,
-                precopy_reinit: kept.precopy_reinit,
-                stays: kept.stays,
-            };
-            items.push(encode(kind::MACHINE, device, &kept)?);
-            for (id, link, role, paused) in server.doors.paused() {
-                // A control client connects again: nothing of it is under way.
-                if role != Some(Role::Control) {
-                    items.extend(super::connection::export(device, id, &link, &paused, &outgoing.sockets)?);
-                }
-            }
-        }
-        Ok(items)
+        let until = state.until.unwrap_or_else(Instant::now);
+        let late = "its state cannot be read within the limit of a freeze";
+        state.work(until, late, |outgoing| {
+            outgoing.items = outgoing.left()?;
+            Ok(())
+        })?;
+        Ok(state.devices.iter_mut().flat_map(|outgoing| std::mem::take(&mut outgoing.items)).collect())
+    }
+}
+
+impl State {
+    /// Works on all devices side by side, until then. The first refusal counts; a device that is late is refused as such, and is no more
+    /// one of these.
+    fn work(
+        &mut self,
+        until: Instant,
+        late: &str,
+        work: impl Fn(&mut Outgoing) -> Result<(), Refusal> + Send + Sync + 'static,
+    ) -> Result<(), Refusal> {
+        let devices = std::mem::take(&mut self.devices);
+        let work = move |outgoing: &mut Outgoing| {
+            // One that panics says nothing else.
+            outgoing.outcome = Err(Refusal::of_device(outgoing.device, "the old server panicked"));
+            outgoing.outcome = work(outgoing);
+        };
+        let done = self.workers.work(devices, until, work, Outgoing::thaw);
+        let outcome = (0..).zip(&done).find_map(|(device, outgoing)| match outgoing {
+            None => Some(Refusal::of_device(device, late)),
+            Some(outgoing) => outgoing.outcome.clone().err(),
+        });
+        self.devices = done.into_iter().flatten().collect();
+        outcome.map_or(Ok(()), Err)
     }
 }
 
@@ -235,9 +248,14 @@ fn check_next(device: u16, server: &Server) -> Result<(), Refusal> {
     Err(Refusal::of_device(device, what))
 }
 
-fn listener(device: u16, control: bool, door: &Door) -> Result<Item, Refusal> {
+fn listener(
+    device: u16,
+    control: bool,
+    door: &Door,
+    access: Option<(u32, Option<u32>)>,
+) -> Result<Item, Refusal> {
     let path = door.path.lock().unwrap_or_else(PoisonError::into_inner);
     let path = path.as_ref().map(|path| (path.path().to_owned(), path.identity()));
-    let item = encode(kind::LISTENER, device, &record::Listener { control, path })?;
+    let item = encode(kind::LISTENER, device, &record::Listener { control, path, access })?;
     Ok(item.with_fds([copy(&*door.listener)?]))
 }

@@ -13,11 +13,13 @@ mod later;
 mod listener;
 mod new;
 mod offer;
+mod outgoing;
 mod record;
 mod regions;
 mod signals;
 mod take;
 mod wiring;
+mod workers;
 
 pub(super) use connection::{Adopted, Received};
 pub use give::SwitchOver;

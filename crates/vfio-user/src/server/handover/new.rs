@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use limosa_device::{ClientId, ExportedLog, Kept, Machine, RemoteMemory, WiringState};
-use limosa_host::{SocketAccess, SocketPath};
+use limosa_host::{Group, SocketAccess, SocketPath};
 use limosa_protocol::State;
 use limosa_switch_over::{Item, Refusal};
 
@@ -50,6 +50,8 @@ pub(super) struct New {
     /// Whether it is the door for control clients, where it is, and which socket that is.
     paths: Vec<(bool, PathBuf, (u64, u64))>,
     server: Option<Server>,
+    /// What the socket is to have, if that changes.
+    access: Option<SocketAccess>,
 }
 
 fn not_taken(device: u16, what: &dyn std::fmt::Display) -> Refusal {
@@ -84,6 +86,7 @@ impl New {
             memory: Arc::default(),
             paths: Vec::new(),
             server: None,
+            access: None,
         }
     }
 
@@ -104,7 +107,7 @@ impl New {
     pub(super) fn check(&self, device: u16, theirs: &Offer) -> Result<(), Refusal> {
         let flags = self.machine.migration_flags();
         let flags = flags.ok_or_else(|| Refusal::of_device(device, "the new device has no migration"))?;
-        let ours = offer_of(self.machine.description(), flags);
+        let ours = Offer { model: self.options.model.clone(), ..offer_of(self.machine.description(), flags) };
         if let Some(what) = difference(theirs, &ours) {
             let what =
                 format!("{what}; start the new server with the same options, or a version that keeps them");
@@ -140,6 +143,13 @@ impl New {
             self.kept = Some(Kept::default());
         }
         Ok(())
+    }
+
+    /// The mode and group that its socket is to have from now on, if they are to be others than the old server gave it.
+    fn new_access(&self) -> Option<SocketAccess> {
+        let (mode, group) = self.door.as_ref()?.record.access?;
+        let theirs = SocketAccess { mode, group: group.map(Group) };
+        Some(self.options.socket).filter(|ours| *ours != theirs)
     }
 
     /// An item of what goes over while devices run.
@@ -200,6 +210,7 @@ impl New {
             return Err(broken(kind::LISTENER, device, &"it has no socket"));
         }
         self.check_sockets(device)?;
+        self.check_access(device)?;
         self.begin(device)
     }
 
@@ -225,6 +236,15 @@ impl New {
                 refused("for control clients ", theirs.as_deref(), ours.as_deref())
             }
         }
+    }
+
+    /// Refuses a mode or group that this process cannot give to the socket.
+    fn check_access(&self, device: u16) -> Result<(), Refusal> {
+        let (Some(access), Some(path)) = (self.new_access(), &self.socket) else { return Ok(()) };
+        limosa_host::may_give_access(path, &access).map_err(|error| {
+            let what = format!("the new server cannot give its socket another mode or group: {error}");
+            Refusal::of_device(device, what)
+        })
     }
 
     fn add_files(&mut self, item: Item) {
@@ -327,6 +347,7 @@ impl New {
 
     /// A server that serves once it may.
     fn make_server(&mut self) -> std::io::Result<Server> {
+        self.access = self.new_access();
         let mut door = |came: Option<CameListener>| -> std::io::Result<Option<Door>> {
             let Some(CameListener { record: listener, socket }) = came else { return Ok(None) };
             let mut door = Door::new(None, socket)?;
@@ -356,7 +377,8 @@ impl New {
 
     /// Serves, from now on.
     pub(super) fn serve(self) -> Option<Server> {
-        let New { machine, client, wiring, kept, paths, server, threads, connections, doors, .. } = self;
+        let New { machine, client, wiring, kept, paths, server, threads, connections, doors, access, .. } =
+            self;
         let server = server?;
         // Only a device without migration, which takes nobody's place, runs already.
         if let (Some(client), Some(kept)) = (client, kept) {
@@ -375,7 +397,14 @@ impl New {
         for (control, path, identity) in paths {
             let door = if control { server.control.as_ref()? } else { &server.door };
             match SocketPath::adopt(&path, identity, &door.listener) {
-                Ok(path) => *door.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(path),
+                Ok(path) => {
+                    if let Some(access) = access.filter(|_| !control)
+                        && let Err(error) = path.give(&access)
+                    {
+                        tracing::error!(%error, "the socket keeps the mode and group that it had");
+                    }
+                    *door.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(path);
+                }
                 Err(error) => tracing::warn!(%error, "the socket is served, and not removed at the end"),
             }
         }

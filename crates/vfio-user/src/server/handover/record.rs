@@ -54,6 +54,9 @@ pub(super) struct Offer {
     /// Whether clients are connected, beside those for control.
     #[serde(default)]
     pub has_client: bool,
+    /// What its server calls it ([`Options::model`](crate::server::Options::model)).
+    #[serde(default)]
+    pub model: Option<String>,
 }
 
 /// Flags, bytes, and where it begins in its file, with the parts that can be mapped, if any can.
@@ -64,6 +67,9 @@ pub(super) struct Listener {
     pub control: bool,
     /// Where, if the server made it, and which socket it is.
     pub path: Option<(std::path::PathBuf, (u64, u64))>,
+    /// The mode and the group that the server was told to give it, unless it is that of control clients.
+    #[serde(default)]
+    pub access: Option<(u32, Option<u32>)>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -1,0 +1,88 @@
+//! A device of the old server on its way to the new one.
+
+use std::sync::Arc;
+
+use limosa_device::{Frozen, Machine};
+use limosa_switch_over::{Item, Refusal};
+
+use super::connection::{self, GivenSockets};
+use super::copy::Copy;
+use super::record::{self, Files, encode, kind};
+use super::regions::GivenFiles;
+use super::wiring::GivenWires;
+use crate::server::Server;
+use crate::server::doors::{Doors, Role};
+
+/// What is on its way of a device.
+pub(super) struct Outgoing {
+    pub(super) device: u16,
+    pub(super) machine: Arc<Machine>,
+    pub(super) doors: Arc<Doors>,
+    pub(super) files: Files,
+    pub(super) sockets: GivenSockets,
+    pub(super) regions: GivenFiles,
+    pub(super) wires: GivenWires,
+    pub(super) copy: Copy,
+    pub(super) frozen: Option<Frozen>,
+    /// Of the last work on it, which may have been done by another thread.
+    pub(super) outcome: Result<(), Refusal>,
+    /// What that gave.
+    pub(super) items: Vec<Item>,
+}
+
+impl Outgoing {
+    /// One of so many that go over together.
+    pub(super) fn new(device: u16, server: &Server, share: usize) -> Outgoing {
+        Outgoing {
+            device,
+            machine: Arc::clone(&server.machine),
+            doors: Arc::clone(&server.doors),
+            files: Files::default(),
+            sockets: GivenSockets::default(),
+            regions: GivenFiles::default(),
+            wires: GivenWires::default(),
+            copy: Copy::new(share),
+            frozen: None,
+            outcome: Ok(()),
+            items: Vec::new(),
+        }
+    }
+
+    /// Everything that has not gone over, of a device that is stopped.
+    pub(super) fn left(&mut self) -> Result<Vec<Item>, Refusal> {
+        let (device, machine) = (self.device, &self.machine);
+        let missing = || Refusal::of_device(device, "it was not stopped");
+        let frozen = self.frozen.as_ref().ok_or_else(missing)?;
+        let mut items = self.files.mappings(device, &machine.mappings().export())?;
+        items.extend(self.regions.more(device, machine)?);
+        items.push(self.copy.rest(device, machine, frozen.session)?);
+        items.extend(self.wires.rest(device, machine.wiring())?);
+        if let Some(log) = machine.mappings().export_log() {
+            items.extend(record::log(device, &log)?);
+        }
+        let kept = frozen.kept;
+        let kept = record::Machine {
+            stopped: kept.stopped,
+            resets: kept.resets,
+            precopy_reinit: kept.precopy_reinit,
+            stays: kept.stays,
+        };
+        items.push(encode(kind::MACHINE, device, &kept)?);
+        for (id, link, role, paused) in self.doors.paused() {
+            // A control client connects again: nothing of it is under way.
+            if role != Some(Role::Control) {
+                items.extend(connection::export(device, id, &link, &paused, &self.sockets)?);
+            }
+        }
+        Ok(items)
+    }
+
+    /// It goes on here, and its clients are to go on as well. If this comes late, they do so already, and may be about to stop for
+    /// another attempt.
+    pub(super) fn thaw(mut self) {
+        if let Some(frozen) = self.frozen.take() {
+            self.machine.thaw(frozen);
+        }
+        self.copy.end(&self.machine);
+    }
+}
