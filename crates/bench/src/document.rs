@@ -171,11 +171,10 @@ impl Measure {
 }
 
 /// The head of the table.
-pub const HEAD: &str =
-    "                                            median         99 %    samples       GiB/s   x floor";
+pub const HEAD: &str = "                                        median       99 % samples  GiB/s x floor";
 
 impl fmt::Display for Measure {
-    /// One line of the table.
+    /// One line of the table, of 80 columns, and its note below it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let micros = |ns: u64| format!("{:.2} us", ns as f64 / 1e3);
         let rate = self.rate().map_or(String::new(), |rate| format!("{:.2}", rate / f64::from(1 << 30)));
@@ -183,13 +182,13 @@ impl fmt::Display for Measure {
         let floor = floor.map_or("-".into(), |ratio| format!("{ratio:.2}"));
         write!(
             f,
-            "{:<36} {:>13} {:>12} {:>10} {rate:>11} {floor:>9}",
+            "{:<35} {:>10} {:>10} {:>7} {rate:>6} {floor:>7}",
             self.id,
             micros(self.p50_ns),
             micros(self.p99_ns),
             self.samples,
         )?;
-        self.note.as_ref().map_or(Ok(()), |note| write!(f, "  {note}"))
+        self.note.as_ref().map_or(Ok(()), |note| write!(f, "\n    {note}"))
     }
 }
 

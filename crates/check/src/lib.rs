@@ -21,7 +21,7 @@ mod wire;
 pub use check::{Check, Family, Needs, Outcome};
 pub use clause::{CLAUSES, Clause, Document, clauses_document, coverage};
 pub use families::checks;
-pub use fuzz::{Difference, FuzzOptions, FuzzReport, Script, fuzz, replay};
+pub use fuzz::{Difference, FuzzOptions, FuzzReport, Script, fuzz, is_signature, replay};
 pub use profile::{Profile, ProfileError};
 pub use report::{Checked, Counts, Report};
 pub use run::{Done, Limits, Options, back, run, within};

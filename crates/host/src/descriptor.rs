@@ -10,6 +10,8 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, fcntl_getfl, open, statx};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
+use crate::User;
+
 /// A descriptor of a process: `/proc/PID/fd/N`, or `/proc/self/fd/N` and `/dev/fd/N`, one of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptor {
@@ -85,10 +87,16 @@ impl Descriptor {
             Errno::BADF => failed(ErrorKind::NotFound, format!("process {process} has no fd {number}")),
             Errno::PERM | Errno::ACCESS => failed(
                 ErrorKind::PermissionDenied,
-                format!(
-                    "no permission to borrow an fd of process {process}: run as root, or as its user where \
-                     kernel.yama.ptrace_scope is 0 and the process may be dumped"
-                ),
+                match User::current() {
+                    User::ROOT => format!(
+                        "root may not borrow an fd of process {process} here: this process lacks CAP_SYS_PTRACE, or a \
+                         container or a security module forbids it"
+                    ),
+                    _ => format!(
+                        "no permission to borrow an fd of process {process}: run as root, or as its user where \
+                         kernel.yama.ptrace_scope is 0 and the process may be dumped"
+                    ),
+                },
             ),
             errno => {
                 let error = io::Error::from(errno);

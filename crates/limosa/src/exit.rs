@@ -289,15 +289,34 @@ pub fn of_file(error: &io::Error) -> Code {
     of_path(error).unwrap_or(Code::Failed)
 }
 
-/// The error and its causes, in one line; text that a cause repeats is left out.
+/// The error and its causes, in one line; text that a cause repeats is left out, and so is the name with which a cause begins as
+/// the message does. In the end an option that helps, where there is one.
 pub fn message(error: &anyhow::Error) -> String {
     let mut message = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !message.contains(&cause) {
-            message = format!("{message}: {cause}");
+        if message.contains(&cause) {
+            continue;
         }
+        let name = message.split_once(": ").map(|(name, _)| format!("{name}: "));
+        let cause = name.as_deref().and_then(|name| cause.strip_prefix(name)).unwrap_or(&cause);
+        message = format!("{message}: {cause}");
     }
-    message
+    match error.chain().find_map(|cause| remedy(cause.downcast_ref()?)) {
+        Some(remedy) => format!("{message}; {remedy}"),
+        None => message,
+    }
+}
+
+/// The option of the command by which a move may succeed that has failed so.
+fn remedy(error: &limosa_migrate::Error) -> Option<&'static str> {
+    use limosa_migrate::{Error, Misbehaviour, Obstacle};
+    match error {
+        Error::NotConverging { obstacle: Obstacle::Standstill { .. }, .. } | Error::StoodStill { .. } => {
+            Some("--standstill allows a longer one")
+        }
+        Error::DeviceMisbehaved { how: Misbehaviour::Endless(_), .. } => Some("--state-max allows more"),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -321,6 +340,14 @@ mod tests {
         let Ok(text) = std::fs::read_to_string(page) else { return };
         let table = table();
         assert!(text.contains(&table), "docs/command.md lacks this table:\n{table}");
+    }
+
+    #[test]
+    fn a_name_was_said_by_the_message_and_by_its_cause() {
+        let error = anyhow::anyhow!("net.sock: SET refused: EIO").context("net.sock: RUNNING -> STOP failed");
+        assert_eq!(message(&error), "net.sock: RUNNING -> STOP failed: SET refused: EIO");
+        let error = anyhow::anyhow!("disk.sock: SET refused").context("net.sock: STOP failed");
+        assert_eq!(message(&error), "net.sock: STOP failed: disk.sock: SET refused");
     }
 
     #[test]

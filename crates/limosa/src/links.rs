@@ -192,7 +192,12 @@ pub fn address(text: &str) -> anyhow::Result<Address> {
             ),
         )),
         Ok(address) => Ok(address),
-        Err(error) => Err(exit::error(Code::Usage, link::AddressError::to_string(&error))),
+        Err(error) => {
+            // A file is no address here.
+            let error = link::AddressError::to_string(&error);
+            let why = error.split_once("; expected").map_or(&*error, |(why, _)| why);
+            Err(exit::error(Code::Usage, format!("{why}; expected unix:PATH or tcp:HOST:PORT")))
+        }
     }
 }
 

@@ -16,6 +16,7 @@ mod memory;
 mod metrics;
 mod moved;
 mod moves;
+mod new_file;
 mod noted_devices;
 mod noting;
 mod open;

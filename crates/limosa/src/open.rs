@@ -18,9 +18,8 @@ use crate::exit::{self, Code};
 use crate::open_elsewhere::{self, OpenElsewhere};
 
 /// The forms of a name, for those whose name has none of them.
-const FORMS: &str = "expected the path of a vfio-user socket, a PCI address, the UUID of a mediated device, \
-                     /dev/vfio/devices/vfioN, a group as /dev/vfio/N or N, or /proc/PID/fd/N for a device that a \
-                     process holds open";
+const FORMS: &str =
+    "`limosa probe` lists the kernel's devices, and `limosa probe --help` says how devices are named";
 
 /// How devices are opened.
 #[derive(Clone, Copy, Debug)]
@@ -208,7 +207,7 @@ impl Opening<'_> {
                  may".to_owned()),
             Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind()) => {
                 Some(format!(
-                    "there is no such socket, and it is no name of a device of the kernel's; {FORMS}"
+                    "there is no such socket, and no such device of the kernel's; {FORMS}"
                 ))
             }
             Err(error) => Some(format!("{error}; {FORMS}")),

@@ -7,6 +7,7 @@ use limosa_protocol::MigrationFlags;
 use serde::Serialize;
 
 use crate::exit::{self, Code};
+use crate::terminal;
 use crate::text;
 
 /// Indexes of regions or interrupts that are listed at most, whatever a device claims.
@@ -156,6 +157,14 @@ pub fn plain(text: &str) -> String {
 /// The names of migration flags, as documents have them.
 pub fn flag_names(flags: MigrationFlags) -> Vec<&'static str> {
     flags.iter_names().map(|(name, _)| name).collect()
+}
+
+/// Writes what `print` prints in lines that fit the terminal, or 80 columns where there is none.
+pub fn folded(to: &mut dyn Write, print: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let mut text = Vec::new();
+    print(&mut text)?;
+    let columns = terminal::output_columns().unwrap_or(80);
+    to.write_all(text::folded(&String::from_utf8_lossy(&text), columns).as_bytes())
 }
 
 /// A number of bytes as people read it.

@@ -39,12 +39,14 @@ impl Process {
     /// The process that a user named.
     pub fn open(pid: i32) -> anyhow::Result<Process> {
         let fails = |error: rustix::io::Errno| {
-            let hint = match error {
-                rustix::io::Errno::SRCH => "; there is no such process",
-                rustix::io::Errno::PERM => "; run limosa as its user or as root",
-                _ => "",
+            let what = match error {
+                rustix::io::Errno::SRCH => {
+                    "there is no such process; expected the number of the one that runs the guest".to_owned()
+                }
+                rustix::io::Errno::PERM => format!("{error}; run limosa as its user or as root"),
+                _ => error.to_string(),
             };
-            exit::error(Code::Unreachable, format!("--stop-with {pid}: {error}{hint}"))
+            exit::error(Code::Unreachable, format!("--stop-with {pid}: {what}"))
         };
         let number = Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH).map_err(fails)?;
         if number == rustix::process::getpid() {

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::args::Reporting;
 use crate::exit::{self, Code};
+use crate::new_file;
 use crate::output::Output;
 use crate::text;
 
@@ -81,6 +82,7 @@ impl<'a> Reports<'a> {
     /// and no link is followed. A report is readable by its owner alone, as it names devices, addresses and commands.
     pub fn open(args: &Reporting, out: &'a Output) -> anyhow::Result<Reports<'a>> {
         let open = |named: &ReportFile| {
+            new_file::check(&named.path, "--report ", true)?;
             let file = named.target().create(no_wait()).map_err(|error| failed(&named.path, &error))?;
             Ok(Prepared { named: named.clone(), file: Mutex::new(Some(file)) })
         };

@@ -5,6 +5,7 @@ use std::path::Path;
 use limosa_migrate::{SnapshotFile, SnapshotSource, SnapshotTarget};
 
 use crate::exit::{self, Code};
+use crate::new_file;
 
 /// Where a snapshot is.
 pub enum SnapshotLocation {
@@ -14,13 +15,31 @@ pub enum SnapshotLocation {
 }
 
 impl SnapshotLocation {
-    /// The location of this name; nothing is opened yet. `replace` is whether a snapshot that is there may give way.
-    pub fn new(name: &Path, replace: bool) -> anyhow::Result<SnapshotLocation> {
+    /// Where a snapshot is to be saved; nothing is opened yet. `replace` is whether one that is there may give way.
+    pub fn to_save(name: &Path, replace: bool) -> anyhow::Result<SnapshotLocation> {
         if name.as_os_str() == "-" {
             let what = "-: a snapshot is published when it is whole, which a pipe cannot do; expected a file, as ./- if that is its \
                         name. From host to host, `limosa send` and `limosa receive` move without a file between them";
             return Err(exit::error(Code::Usage, what));
         }
+        let place = SnapshotLocation::of(name, replace)?;
+        if let SnapshotLocation::File(_) = place {
+            new_file::check(name, "", replace)?;
+        }
+        Ok(place)
+    }
+
+    /// Where a snapshot is; nothing is opened yet.
+    pub fn saved(name: &Path) -> anyhow::Result<SnapshotLocation> {
+        if name.as_os_str() == "-" {
+            let what = "-: a snapshot is not read from standard input; expected a file that `limosa save` wrote, as ./- if that is \
+                        its name, or s3://BUCKET/KEY";
+            return Err(exit::error(Code::Usage, what));
+        }
+        SnapshotLocation::of(name, false)
+    }
+
+    fn of(name: &Path, replace: bool) -> anyhow::Result<SnapshotLocation> {
         match name.to_str().filter(|name| name.starts_with("s3://")) {
             Some(url) => SnapshotLocation::object(url, replace),
             None => Ok(SnapshotLocation::File(SnapshotFile::new(name).replacing(replace))),

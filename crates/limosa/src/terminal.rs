@@ -30,6 +30,11 @@ pub fn columns() -> usize {
     terminal_size::terminal_size_of(io::stderr()).map_or(80, |(width, _)| usize::from(width.0))
 }
 
+/// The columns of the terminal that standard output is; `None` where it is none.
+pub fn output_columns() -> Option<usize> {
+    terminal_size::terminal_size_of(io::stdout()).map(|(width, _)| usize::from(width.0))
+}
+
 /// A bar on standard error, as long as this is there.
 pub struct Bar(ProgressBar);
 

@@ -90,6 +90,56 @@ fn rows_in_lines(pretty: &str) -> String {
     out + rest
 }
 
+/// The text in lines of at most this many columns, broken at spaces. A longer word has a line of its own.
+pub fn wrapped(text: &str, columns: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= columns => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+/// Lines of at most this many columns. One that is longer goes on below its value, which stands behind two spaces or more, or else
+/// below its text. A picture of bars is cut.
+pub fn folded(text: &str, columns: usize) -> String {
+    let mut out = String::with_capacity(text.len());
+    for line in text.lines() {
+        if line.chars().count() <= columns {
+            out += line;
+        } else if line.contains('█') {
+            let cut: String = line.chars().take(columns).collect();
+            out += cut.trim_end();
+        } else {
+            let at = value_of(line).filter(|at| *at <= columns / 2);
+            let leading = line.len() - line.trim_start().len();
+            let (first, indent) = match at {
+                Some(at) => (line[..at].to_owned(), at),
+                None => (line[..leading].to_owned(), leading + 2),
+            };
+            let rest = &line[first.len()..];
+            // The first line has what its indentation is shorter by, if any, to spare.
+            let lines = wrapped(rest, columns.saturating_sub(indent));
+            out += &first;
+            out += &lines.join(&format!("\n{}", " ".repeat(indent)));
+        }
+        out.push('\n');
+    }
+    out
+}
+
+/// Where the value of a line begins: behind a name and two spaces or more.
+fn value_of(line: &str) -> Option<usize> {
+    let name = line.len() - line.trim_start().len();
+    let gap = name + line[name..].find("  ")?;
+    Some(gap + line[gap..].find(|c| c != ' ')?).filter(|at| line[..*at].is_ascii())
+}
+
 /// How the fields of a log's line are written.
 pub fn fields() -> impl for<'writer> FormatFields<'writer> + Send + Sync + 'static {
     let fields = debug_fn(|writer, field, value| {
@@ -130,6 +180,20 @@ mod tests {
             expected["b\n"] = "http://***@h".into();
             assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), expected);
         }
+    }
+
+    #[test]
+    fn lines_are_broken_at_spaces() {
+        assert_eq!(wrapped("a bb ccc dddddddd e", 5), ["a bb", "ccc", "dddddddd", "e"]);
+        assert_eq!(wrapped("", 5), Vec::<String>::new());
+    }
+
+    #[test]
+    fn long_lines_go_on_below_their_value() {
+        let text = folded("  name   a bb ccc dddd\nshort\n  to do: aaaa bbbb cccc dddd\n", 18);
+        assert_eq!(text, "  name   a bb ccc\n         dddd\nshort\n  to do: aaaa\n    bbbb cccc dddd\n");
+        assert_eq!(folded("handshake 1 ms      █████\n", 22), "handshake 1 ms      ██\n");
+        assert_eq!(folded("handshake 1 ms      █████\n", 20), "handshake 1 ms\n");
     }
 
     #[test]

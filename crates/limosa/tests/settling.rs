@@ -161,6 +161,22 @@ fn a_source_in_doubt_was_let_run_by_hand_without_a_word() {
 }
 
 #[test]
+fn a_guest_that_was_let_run_by_hand_and_moved_on_was_run_a_second_time() {
+    let doubt = Doubt::new();
+    let (id, moves) = (doubt.id(), doubt.folder.text("moves"));
+    let [one_away, other_away] = ["one-away", "other-away"].map(|name| doubt.folder.device(name, &[]));
+    for (device, away) in [(&doubt.one, &one_away), (&doubt.other, &other_away)] {
+        limosa(&["state", &device.socket, "set", "RUNNING"]).ok();
+        limosa(&["migrate", &device.socket, &away.socket, "--moves", &moves]).ok();
+        assert!(away.runs(GUEST) && device.state() == State::Stop);
+    }
+    let resolved = doubt.resolve(&["--id", &id, "--decide", "undone"]);
+    resolved.fails(REFUSED, &["would run it twice", &id, "--forget"]);
+    assert!(doubt.one.state() == State::Stop && doubt.other.state() == State::Stop);
+    doubt.resolve(&["--id", &id, "--forget"]).ok();
+}
+
+#[test]
 fn a_device_that_did_not_answer_held_up_the_others_and_the_guest() {
     let doubt = Doubt::new();
     let id = doubt.id();

@@ -264,11 +264,17 @@ pub enum NoMove {
         "a move was committed here, and this process only answers what became of it; send to another receiver"
     )]
     Committed,
-    /// A guest runs on the devices, or they cannot be used, at the moment.
+    /// The devices cannot be used at the moment.
     #[error(
-        "the devices are not free here: a guest runs on them, or they cannot be used; send to another receiver, or later"
+        "the devices are not free here: they cannot be used at the moment; send to another receiver, or later"
     )]
     InUse,
+    /// The guest that was received last is on the devices.
+    #[error(
+        "the devices are not free here: the guest that was received last is on them, and has not moved on; send to another \
+         receiver, or later"
+    )]
+    HasGuest,
     /// The process is only there to answer.
     #[error("this process only answers what became of moves; send to a receiver")]
     Answers,

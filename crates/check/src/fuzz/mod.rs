@@ -215,9 +215,7 @@ impl Player {
                         self.device = Some(kept);
                         found
                     }
-                    Err(_) => found.or_else(|| {
-                        Some(Differs { signature: "the device cannot be brought back to RUNNING".into() })
-                    }),
+                    Err(_) => found.or_else(|| Some(Differs { signature: NOT_BROUGHT_BACK.into() })),
                 }
             }
             Done::Panicked(what) => {
@@ -233,6 +231,17 @@ impl Player {
         })
     }
 }
+
+/// Whether a text has the form of a [`Difference::signature`], so that a file of known ones is not taken for one by mistake.
+pub fn is_signature(text: &str) -> bool {
+    text.contains(", expected ")
+        || text.ends_with(": no answer")
+        || text.starts_with("a panic")
+        || text == NOT_BROUGHT_BACK
+}
+
+/// The signature of a device that is lost.
+const NOT_BROUGHT_BACK: &str = "the device cannot be brought back to RUNNING";
 
 /// Plays a script's requests, those of each thread in order. The first thread's difference counts first.
 fn threads(device: &Arc<Recorded>, facts: &Arc<Facts>, script: &Script) -> Option<Differs> {

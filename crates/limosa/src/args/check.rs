@@ -53,7 +53,7 @@ pub struct Check {
 
     /// Play this number of random sequences of requests, legal and illegal, against a model of the standard, in place
     /// of the checks.
-    #[arg(long, value_name = "SEQUENCES", requires = "destructive", conflicts_with_all = ["families", "only", "profile", "peer"])]
+    #[arg(long, value_name = "SEQUENCES", requires = "destructive", conflicts_with_all = ["families", "only", "profile", "peer"], value_parser = clap::value_parser!(u64).range(1..))]
     pub fuzz: Option<u64>,
 
     /// The seed of the sequences: the same ones for the same seed.

@@ -6,6 +6,7 @@ mod devices;
 mod doctor;
 mod guest;
 mod link;
+mod model_options;
 mod moving;
 mod region;
 mod resolving;
@@ -18,7 +19,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint};
 use limosa_host::User;
 
 use crate::exit;
@@ -28,6 +29,7 @@ pub use devices::{KeepOpen, Probe, StateAction, StateArgs};
 pub use doctor::Doctor;
 pub use guest::{Memory, Starting, Stopping};
 pub use link::{Link, Names, Tls};
+pub use model_options::{ModelOption, words as model_option_words};
 pub use moving::{Migrate, Moving, Receive, Reporting, Send, WhenStalled};
 pub use region::{BYTES_MAX as REGION_BYTES_MAX, Bytes as RegionBytes, Region, RegionAction};
 pub use resolving::{Answer, Decided, Resolve};
@@ -131,13 +133,16 @@ pub fn command() -> clap::Command {
 /// The command line that was typed.
 pub fn parse() -> Result<Cli, clap::Error> {
     let cli = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches))?;
-    if let Command::Save(save) = &cli.command {
-        save.check().map_err(|message| {
-            let mut command = command();
-            let save = command.find_subcommand_mut("save").expect("it was just parsed");
-            save.error(ErrorKind::MissingRequiredArgument, message)
-        })?;
-    }
+    let checked = match &cli.command {
+        Command::Save(save) => save.check(),
+        Command::Serve(serve) => serve.check(),
+        _ => Ok(()),
+    };
+    checked.map_err(|message| {
+        let mut command = command();
+        let parsed = command.find_subcommand_mut(cli.command.name()).expect("it was just parsed");
+        parsed.error(ErrorKind::MissingRequiredArgument, message)
+    })?;
     Ok(cli)
 }
 
@@ -149,7 +154,22 @@ fn with_notes(command: clap::Command) -> clap::Command {
     let takes_memory = command.get_arguments().any(|argument| argument.get_id() == "memory");
     let memory = (takes_memory && command.get_name() != "demo").then(|| guest::MEMORY.to_owned());
     let notes: Vec<_> = own.into_iter().chain(devices).chain(memory).chain([exit::help()]).collect();
-    command.after_help(notes.join("\n\n")).mut_subcommands(with_notes)
+    command.after_help(notes.join("\n\n")).mut_args(with_hint).mut_subcommands(with_notes)
+}
+
+/// For the completions of shells: what an argument that is text names. Paths are known as such.
+fn with_hint(argument: clap::Arg) -> clap::Arg {
+    let names = argument.get_value_names().unwrap_or_default();
+    let is_one_of = |of: &[&str]| names.iter().any(|name| of.contains(&name.as_str()));
+    let hint = match () {
+        // Sockets, nodes, snapshots, memory.
+        () if is_device(&argument) || is_one_of(&["FILE", "PATH"]) => ValueHint::AnyPath,
+        () if is_one_of(&["FOLDER"]) => ValueHint::DirPath,
+        () if is_one_of(&["COMMAND"]) => ValueHint::CommandString,
+        () if is_one_of(&["UID|NAME", "USER"]) => ValueHint::Username,
+        () => return argument,
+    };
+    argument.value_hint(hint)
 }
 
 fn is_device(argument: &clap::Arg) -> bool {

@@ -15,26 +15,8 @@ const USAGE: &str = "\
 limosa serve [OPTIONS] --socket <PATH> <MODEL>
        limosa serve [OPTIONS] --config <FILE>";
 
-/// What `--option` and `--config` take.
-const MODEL_OPTIONS: &str = "\
-Options of uart:
-  line=echo|PATH         what is at the other end: what is sent comes back (echo), or a terminal or
-                         UNIX socket at this path; twice for two ports
-  as=mtty                it is the card that Linux' mtty makes, and moves to and from that; echo only
-Options of synthetic (sizes take K, M and G):
-  state=BYTES            its state, a multiple of block (16M)
-  block=BYTES            how much of it changes at once (64K)
-  precopy=PERCENT        how much of it is saved in pre-copy (100)
-  dirty-rate=BYTES       how much of it changes each second (0)
-  p2p=on|off             whether it has the P2P states (on)
-  pre-copy=on|off        whether it has the pre-copy states (on)
-  dma-pattern=PATTERN    sequential, random or one-page (sequential)
-  dma-rate=BYTES         bytes written to guest memory each second, 0 for all it can (64M)
-  seed=NUMBER            what its contents derive from (1)
-  verify=on|off          whether every block is checked as it is loaded (on)
-  fault=FAULT            what goes wrong; many times: fail:ARC[:TIMES], error:ARC, truncate:BYTES,
-                         stall:ARC:MS, corrupt:OFFSET, with ARC like PRE_COPY_P2P>STOP_COPY
-
+/// What `--config` takes.
+const CONFIG: &str = "\
 A file for --config has [[device]] for each device, with socket, and as wanted model, options (a list of
 NAME=VALUE), control, mode, group and any-file. [defaults] has all of these but the sockets, for devices
 that say nothing else:
@@ -44,15 +26,21 @@ that say nothing else:
   socket = \"/run/limosa/first.sock\"
   options = [\"state=64M\"]";
 
+/// What `--option` and `--config` take.
+fn notes() -> String {
+    let models = Model::ALL.map(|model| model.describe(100));
+    format!("{}\n{CONFIG}", models.join(""))
+}
+
 #[derive(Debug, Args)]
-#[command(after_help = MODEL_OPTIONS, override_usage = USAGE)]
+#[command(after_help = notes(), override_usage = USAGE)]
 pub struct Serve {
     /// The device to serve.
-    #[arg(value_name = "MODEL", required_unless_present = "config")]
+    #[arg(value_name = "MODEL")]
     pub model: Option<Model>,
 
     /// Where to listen.
-    #[arg(long, value_name = "PATH", required_unless_present = "config")]
+    #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
     /// Serve the devices that this file describes, in TOML, in place of MODEL and its options.
@@ -76,7 +64,7 @@ pub struct Serve {
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 
-    /// An option of the model, NAME=VALUE; many times.
+    /// An option of the model, NAME=VALUE; many times. `help` lists them, and serves nothing.
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
     pub options: Vec<String>,
 
@@ -106,6 +94,25 @@ pub struct Serve {
     /// End when the process that started this one ends.
     #[arg(long, hide = true)]
     pub with_parent: bool,
+}
+
+impl Serve {
+    /// Whether the options of models are asked for.
+    pub fn asks_for_options(&self) -> bool {
+        self.options.iter().flat_map(|option| option.split(',')).any(|option| option == "help")
+    }
+
+    /// Checks what clap cannot express: there is a device to serve, or its options are asked for.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match (self.model, &self.socket) {
+            _ if self.config.is_some() || self.asks_for_options() => Ok(()),
+            (None, _) => {
+                Err("what to serve is missing: MODEL (uart or synthetic) and --socket, or --config".into())
+            }
+            (Some(_), None) => Err("where to listen is missing: --socket PATH".into()),
+            (Some(_), Some(_)) => Ok(()),
+        }
+    }
 }
 
 /// What `switch-over` does to the command that it starts.

@@ -106,11 +106,13 @@ fn list(options: &Options, out: &Output) -> anyhow::Result<()> {
         .collect();
     let list = List { checks: selected };
     out.result(&list, |to| {
-        for check in &list.checks {
-            let mark = if check.destructive { "destructive" } else { "" };
-            writeln!(to, "{:<44} {mark:<12} {}", check.id, check.clauses.join(", "))?;
-        }
-        Ok(())
+        output::folded(to, |to| {
+            for check in &list.checks {
+                let mark = if check.destructive { "destructive" } else { "" };
+                writeln!(to, "{:<40} {mark:<11}  {}", check.id, check.clauses.join(", "))?;
+            }
+            Ok(())
+        })
     })
 }
 

@@ -69,6 +69,10 @@ fn replay(name: &str, target: &Target, path: &Path, limits: &Limits, out: &Outpu
     let text = read_text(path, BYTES_MAX)?;
     let script: Script =
         text.parse().map_err(|error| exit::error(Code::Usage, format!("{file}: {error}")))?;
+    if script.is_empty() {
+        let what = format!("{file}: no request; expected one a line, as a difference is told");
+        return Err(exit::error(Code::Usage, what));
+    }
     let found = limosa_check::replay(target, &script, limits)?;
     let played = Played { difference: found };
     out.result(&played, |to| match &played.difference {
@@ -115,8 +119,23 @@ fn print(report: &FuzzReport, to: &mut dyn Write) -> std::io::Result<()> {
 /// The signatures in a file of known differences; none when it is not there yet.
 fn known(path: &Path) -> anyhow::Result<BTreeSet<String>> {
     let text = read_text_if_there(path, BYTES_MAX)?.unwrap_or_default();
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    Ok(lines.map(ToOwned::to_owned).collect())
+    let mut known = BTreeSet::new();
+    for (at, line) in text.lines().map(str::trim).enumerate() {
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        if !limosa_check::is_signature(line) {
+            let (file, line) = (path.display(), output::plain(line));
+            let what = format!(
+                "--known {file}, line {}: `{line}` is no difference; expected lines that `limosa check --fuzz --known` wrote, such \
+                 as `set-state STOP in RUNNING: EIO, expected success`",
+                at + 1
+            );
+            return Err(exit::error(Code::Usage, what));
+        }
+        known.insert(line.to_owned());
+    }
+    Ok(known)
 }
 
 /// Adds what was found, each with its script as a comment.

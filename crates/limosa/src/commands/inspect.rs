@@ -12,7 +12,7 @@ use crate::output::{self, Output};
 use crate::snapshot_location::SnapshotLocation;
 
 pub fn run(args: &args::Inspect, out: &Output) -> anyhow::Result<()> {
-    let (place, cancel) = (SnapshotLocation::new(&args.file, false)?, cancel_on_signal()?);
+    let (place, cancel) = (SnapshotLocation::saved(&args.file)?, cancel_on_signal()?);
     let found = inspect_snapshot(place.source(), Options::default().silence_max, Some(&cancel))?;
     let document = document(&found)?;
     if found.whole {

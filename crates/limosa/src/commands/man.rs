@@ -143,7 +143,7 @@ fn write(command: &clap::Command, top: &str, folder: &Path) -> io::Result<()> {
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
-    man.render_synopsis_section(&mut page)?;
+    synopsis(command, &mut page)?;
     man.render_description_section(&mut page)?;
     man.render_options_section(&mut page)?;
     if command.has_subcommands() {
@@ -171,6 +171,16 @@ fn write(command: &clap::Command, top: &str, folder: &Path) -> io::Result<()> {
     let others: Vec<String> = others.map(|name| format!("limosa\\-{}(1)", escaped(name))).collect();
     writeln!(page, ".SH \"SEE ALSO\"\nlimosa(1), {}", others.join(", "))?;
     std::fs::write(folder.join(man.get_filename()), page)
+}
+
+/// The command line as the help has it: that of a command below another one begins with the arguments of that.
+fn synopsis(command: &clap::Command, to: &mut Vec<u8>) -> io::Result<()> {
+    let usage = command.clone().render_usage().to_string();
+    writeln!(to, ".SH SYNOPSIS\n.nf")?;
+    for line in usage.trim_start_matches("Usage:").lines().map(str::trim).filter(|line| !line.is_empty()) {
+        writeln!(to, "{}", escaped(line))?;
+    }
+    writeln!(to, ".fi")
 }
 
 /// The notes behind the options, without the exit codes, which have a section of their own. Lines that are indented stay lines.
@@ -234,6 +244,16 @@ mod tests {
             pages += 1;
         }
         assert!(pages > 25, "{pages}");
+        for action in ["set", "get", "reset", "next"] {
+            let page =
+                std::fs::read_to_string(folder.path().join(format!("limosa-state-{action}.1"))).unwrap();
+            let (_, synopsis) = page.split_once(".SH SYNOPSIS\n").unwrap();
+            let (synopsis, _) = synopsis.split_once(".SH").unwrap();
+            assert!(
+                synopsis.contains("limosa state") && synopsis.contains("<DEVICE>"),
+                "{action}: {synopsis}"
+            );
+        }
         assert_eq!(escaped(".a\\b-c"), "\\&.a\\eb\\-c");
     }
 }

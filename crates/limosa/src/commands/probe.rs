@@ -86,7 +86,7 @@ pub fn run(device: &Opened, out: &Output) -> anyhow::Result<()> {
     let mut found = probe(&**device)?;
     found.kernel = device.kernel().map(|kernel| look(kernel, device.given(), found.dma_logging));
     found.role = device.vfio_user().map(|_| if device.is_beside_vmm() { "control" } else { "vmm" });
-    out.result(&found, |to| print(&found, to))
+    out.result(&found, |to| output::folded(to, |to| print(&found, to)))
 }
 
 /// Asks the device for all of it.
@@ -203,7 +203,8 @@ fn access(flags: &[&str]) -> String {
         .collect()
 }
 
-fn region_name(index: u32) -> String {
+/// The name of a region of a PCI device.
+pub(super) fn region_name(index: u32) -> String {
     match index {
         pci_index::BAR0..=pci_index::BAR5 => format!("BAR{index}"),
         pci_index::ROM => "ROM".into(),

@@ -2,9 +2,11 @@
 
 use std::io::{self, Write};
 
-use limosa_protocol::info::RegionFlags;
+use limosa_protocol::info::{DeviceFlags, RegionFlags};
+use limosa_protocol::pci_index;
 use serde::Serialize;
 
+use super::probe::region_name;
 use crate::args::{REGION_BYTES_MAX, RegionAction, RegionBytes};
 use crate::exit::{self, Code};
 use crate::open::{Opened, Opening};
@@ -27,9 +29,9 @@ pub fn run(action: &RegionAction, opening: Opening<'_>, out: &Output) -> anyhow:
     let (device, region, offset, data) = match action {
         RegionAction::Read { device, region, offset, size } => {
             let opened = opening.open(device)?;
-            let left = room(&opened, *region, *offset, RegionFlags::READ)?;
+            let (left, called) = room(&opened, *region, *offset, RegionFlags::READ)?;
             let bytes = size.map_or(left, |size| size.get());
-            check(device, *region, *offset, bytes, left)?;
+            check(device, &called, *offset, bytes, left)?;
             let mut data = vec![0; bytes as usize];
             for (at, part) in (*offset..).step_by(ACCESS_BYTES).zip(data.chunks_mut(ACCESS_BYTES)) {
                 opened.region_read(*region, at, part)?;
@@ -38,8 +40,8 @@ pub fn run(action: &RegionAction, opening: Opening<'_>, out: &Output) -> anyhow:
         }
         RegionAction::Write { device, region, offset, data: RegionBytes(data) } => {
             let opened = opening.open(device)?;
-            let left = room(&opened, *region, *offset, RegionFlags::WRITE)?;
-            check(device, *region, *offset, data.len() as u64, left)?;
+            let (left, called) = room(&opened, *region, *offset, RegionFlags::WRITE)?;
+            check(device, &called, *offset, data.len() as u64, left)?;
             opened.region_write(*region, *offset, data)?;
             (device, region, offset, data.clone())
         }
@@ -58,35 +60,36 @@ pub fn run(action: &RegionAction, opening: Opening<'_>, out: &Output) -> anyhow:
 }
 
 /// How many bytes there are from the offset to the region's end, if it can be accessed like this.
-fn room(device: &Opened, region: u32, offset: u64, access: RegionFlags) -> anyhow::Result<u64> {
+fn room(device: &Opened, region: u32, offset: u64, access: RegionFlags) -> anyhow::Result<(u64, String)> {
     let name = device.given();
     let refused = |what: String| exit::error(Code::Refused, format!("{name}: {what}"));
-    let regions = device.info()?.num_regions;
+    let info = device.info()?;
+    let regions = info.num_regions;
+    let is_pci = DeviceFlags::from_bits_retain(info.flags).contains(DeviceFlags::PCI);
+    let called = match is_pci {
+        true if region == pci_index::CONFIG => "configuration space".into(),
+        true => region_name(region),
+        false => format!("region {region}"),
+    };
     if region >= regions {
         return Err(refused(format!("there is no region {region}; it has {regions}, from 0 on")));
     }
     let info = device.region(region)?.info;
     if !RegionFlags::from_bits_retain(info.flags).contains(access) {
         let how = if access == RegionFlags::READ { "read" } else { "written" };
-        return Err(refused(format!(
-            "region {region} cannot be {how}; `limosa probe {name}` lists what can"
-        )));
+        return Err(refused(format!("{called} cannot be {how}; `limosa probe {name}` lists what can")));
     }
-    info.size.checked_sub(offset).filter(|left| *left > 0).ok_or_else(|| {
-        refused(format!("region {region} has {:#x} bytes; nothing is at offset {offset:#x}", info.size))
-    })
+    let left = info.size.checked_sub(offset).filter(|left| *left > 0).ok_or_else(|| {
+        refused(format!("{called} has {:#x} bytes; nothing is at offset {offset:#x}", info.size))
+    })?;
+    Ok((left, called))
 }
 
-fn check(name: &str, region: u32, offset: u64, bytes: u64, left: u64) -> anyhow::Result<()> {
+fn check(name: &str, region: &str, offset: u64, bytes: u64, left: u64) -> anyhow::Result<()> {
     let what = if bytes > left {
-        format!(
-            "region {region} has {left:#x} bytes from offset {offset:#x} on, and {bytes:#x} were asked for"
-        )
+        format!("{region} has {left:#x} bytes from offset {offset:#x} on, and {bytes:#x} were asked for")
     } else if bytes > REGION_BYTES_MAX {
-        format!(
-            "region {region} has {bytes:#x} bytes there; expected --size, of at most {:#x}",
-            REGION_BYTES_MAX
-        )
+        format!("{region} has {bytes:#x} bytes there; expected --size, of at most {:#x}", REGION_BYTES_MAX)
     } else {
         return Ok(());
     };

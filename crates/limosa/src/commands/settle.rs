@@ -61,8 +61,12 @@ pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyh
             return Err(exit::error(Code::Refused, what));
         }
     };
-    let settling = Settling { args, opening, id, note: taken.as_ref().map(Taken::note), halted: &halted };
+    let note = taken.as_ref().map(Taken::note);
+    let settling = Settling { args, opening, id, note, halted: &halted, moves: &moves };
     let decision = settling.decision()?;
+    if decision != Decision::Committed {
+        settling.check_not_moved_since()?;
+    }
     let guest = Guest::stopped_before(&halted.stopped, args.on_resume.as_deref());
     let done = settling.act(decision, &guest)?;
     // After a move its processes stay stopped.
@@ -120,6 +124,7 @@ struct Settling<'a> {
     id: MigrationId,
     note: Option<&'a Note>,
     halted: &'a Halted,
+    moves: &'a Moves,
 }
 
 /// The steps that were done, and those that failed.
@@ -164,7 +169,7 @@ impl Settling<'_> {
                 format!("move {id} was saved to {place}, and no destination can be asked; expected no --to");
             return Err(exit::error(Code::Usage, what));
         }
-        let found = SnapshotLocation::new(Path::new(place), false)?;
+        let found = SnapshotLocation::saved(Path::new(place))?;
         let why = match published(found.source(), *id, Options::default().silence_max, None) {
             Ok(Decision::Unknown) => String::new(),
             Ok(decision) => return Ok(decision),
@@ -259,6 +264,26 @@ impl Settling<'_> {
             left.push(format!("{}: {}", self.halted.devices[*at], exit::message(error)));
         }
         Ok(Done { outcome, devices, left, code })
+    }
+
+    /// Refuses to let a guest run here that has moved on since: somebody has let its device run by hand, and another move has
+    /// taken it away.
+    fn check_not_moved_since(&self) -> anyhow::Result<()> {
+        let id = self.id.to_string();
+        for name in &self.halted.devices {
+            let Some(later) = self.moves.last(name) else { continue };
+            if later.id == id || later.halted.since < self.halted.since {
+                continue;
+            }
+            let how = if later.saved { "was saved to" } else { "went to" };
+            let (other, to) = (later.id, later.to);
+            let what = format!(
+                "{name}: its guest was let run here after move {id}, and its later move {other} {how} {to}: to let it run here again \
+                 would run it twice. Nothing is changed; drop the note with `limosa resolve --id {id} --forget`"
+            );
+            return Err(exit::error(Code::Refused, what));
+        }
+        Ok(())
     }
 
     /// Refuses devices in a state in which the move cannot have left them: somebody else has driven them since.

@@ -98,14 +98,27 @@ fn set(device: &Opened, to: State) -> anyhow::Result<Vec<&'static str>> {
         return Err(exit::error(Code::Refused, what));
     }
     let path = fsm::path(flags, from, to).map_err(|refusal| {
-        let hint = if from == State::Error { "; run `limosa state DEVICE reset`" } else { "" };
+        let given = device.given();
+        let hint = match from {
+            State::Error => format!("; run `limosa state {given} reset`"),
+            _ => String::new(),
+        };
         exit::error(Code::Refused, format!("{}: {from} -> {to}: {refusal}{hint}", device.name()))
     })?;
     let resets = device.reset_count()?;
     // The session that this may open ends with the stream, or stays for the next client to end.
     let stream = device.set_state(to).with_context(|| {
-        let stayed = device.state().map_or_else(|_| "unknown".into(), |state| state.to_string());
-        format!("{}: {from} -> {to} failed; the device is now in {stayed}", device.name())
+        let name = device.name();
+        let now = match device.state() {
+            Ok(state) if state == from && from == State::Resuming => format!(
+                "it stays as it was: what was loaded is not whole, and `limosa state {} reset` empties it",
+                device.given()
+            ),
+            Ok(state) if state == from => "it stays as it was".into(),
+            Ok(state) => format!("it is now in {state}"),
+            Err(_) => "it does not tell its state now".into(),
+        };
+        format!("{name}: {from} -> {to} failed, and {now}")
     })?;
     let saves = |state| matches!(state, State::PreCopy | State::PreCopyP2p | State::StopCopy);
     let reopened = stream.is_some() && saves(from) && saves(to);

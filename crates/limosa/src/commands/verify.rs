@@ -21,7 +21,7 @@ struct Verified {
 }
 
 pub fn run(args: &args::Verify, out: &Output) -> anyhow::Result<()> {
-    let (place, cancel) = (SnapshotLocation::new(&args.file, false)?, cancel_on_signal()?);
+    let (place, cancel) = (SnapshotLocation::saved(&args.file)?, cancel_on_signal()?);
     let found = verify(place.source(), Options::default().silence_max, Some(&cancel))?;
     let found = Verified {
         place: place.source().name(),

@@ -81,6 +81,14 @@ impl Moves {
     pub fn record(&self) -> anyhow::Result<Ledger> {
         let refused =
             |error| failed(Code::Unreachable, &error).context("there is no record of moves to answer from");
+        if PrivateFolder::open(&self.0).map_err(refused)?.is_none() {
+            let what = format!(
+                "{}: there is no such folder, and so no record of moves to answer from; expected with --moves the folder of the \
+                 receiver",
+                self.0.display()
+            );
+            return Err(exit::error(Code::Unreachable, what));
+        }
         let ledger = Ledger::open(&self.0).map_err(refused)?;
         if ledger.has_no_record().map_err(refused)? {
             tracing::warn!(

@@ -72,6 +72,13 @@ fn check_plays_random_sequences_and_one_of_them_again() {
     limosa(&["check", &broken.socket, "--destructive", "--replay", &script])
         .fails(1, &["differs from the standard: set-state "]);
     limosa(&fuzz).ok();
+    limosa(&["check", &device.socket, "--destructive", "--fuzz", "0"]).fails(2, &["--fuzz", "0"]);
+    std::fs::write(&script, "# nothing\n").unwrap();
+    limosa(&["check", &device.socket, "--destructive", "--replay", &script])
+        .fails(2, &[&script, "no request"]);
+    std::fs::write(&script, "# what was found\n\x7fELF\n").unwrap();
+    limosa(&["check", &device.socket, "--destructive", "--fuzz", "1", "--known", &script])
+        .fails(2, &["line 2", "is no difference"]);
     std::fs::write(&script, "halt\n").unwrap();
     limosa(&["check", &device.socket, "--destructive", "--replay", &script])
         .fails(2, &["line 1: `halt` is no request"]);

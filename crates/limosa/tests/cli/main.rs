@@ -329,6 +329,53 @@ fn completions_and_manual_pages_are_generated() {
 }
 
 #[test]
+fn options_of_a_model_are_listed_with_their_values_and_defaults() {
+    let text = limosa(&["serve", "synthetic", "-o", "help"]).ok();
+    for part in ["dma-pattern=sequential|random|one-page", "state=BYTES", "a multiple of block (16M)"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(text.lines().all(|line| line.chars().count() <= 80) && !text.contains("line="), "{text}");
+    assert!(limosa(&["serve", "uart", "-o", "state=1M,help"]).ok().contains("line=echo|PATH"));
+    let both = limosa(&["serve", "-o", "help"]).ok();
+    assert!(both.contains("Options of uart") && both.contains("Options of synthetic"), "{both}");
+    let json = limosa(&["--json", "serve", "synthetic", "-o", "help"]).json();
+    let option = &json["models"][0]["options"][0];
+    assert_eq!((&option["name"], &option["default"]), (&"state".into(), &"16M".into()));
+    assert!(limosa(&["serve", "--help"]).ok().contains("state=BYTES"));
+    limosa(&["serve", "--socket", "x"]).fails(2, &["MODEL", "--config"]);
+}
+
+/// What bash offers for the last of these words.
+fn completed(script: &str, words: &[&str]) -> String {
+    let line = "source \"$1\"; shift; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMP_LINE=\"$*\"; COMP_POINT=${#COMP_LINE}; \
+                _limosa limosa \"${COMP_WORDS[COMP_CWORD]}\" \"${COMP_WORDS[COMP_CWORD - 1]}\"; echo \"${COMPREPLY[@]}\"";
+    let mut bash = std::process::Command::new("bash");
+    bash.args(["-c", line, "bash", script, "limosa"]).args(words);
+    support::Running::start(&mut bash).end().ok()
+}
+
+#[test]
+fn a_shell_completes_options_of_models_methods_states_and_devices() {
+    let folder = Folder::new();
+    let script = folder.text("script");
+    std::fs::write(&script, limosa(&["completions", "bash"]).ok()).unwrap();
+    std::fs::write(folder.path("net.sock"), "").unwrap();
+    // Of an argument without an option it knows nothing, and offers files: most devices are sockets.
+    assert!(std::fs::read_to_string(&script).unwrap().contains("-o bashdefault -o default limosa"));
+    for (words, expected) in [
+        (&["serve", "synthetic", "-o", "dma-pattern=r"][..], &["dma-pattern=random"][..]),
+        (&["serve", "synthetic", "--option", "p2p"], &["p2p=on", "p2p=off"]),
+        (&["serve", "uart", "-o", "st"], &["state="]),
+        (&["send", "x", "--compress", ""], &["zstd", "lz4"]),
+        (&["state", "x", "set", "PRE"], &["PRE_COPY", "PRE_COPY_P2P"]),
+        (&["check", "--peer", &folder.text("ne")], &["net.sock"]),
+    ] {
+        let offered = completed(&script, words);
+        assert!(expected.iter().all(|word| offered.contains(word)), "{words:?}: {offered}");
+    }
+}
+
+#[test]
 fn serve_says_where_ends_at_sigterm_and_removes_its_socket() {
     let folder = Folder::new();
     for signal in [rustix::process::Signal::TERM, rustix::process::Signal::INT] {

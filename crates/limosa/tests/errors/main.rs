@@ -5,6 +5,7 @@ mod peers;
 mod states;
 #[path = "../support/mod.rs"]
 mod support;
+mod words;
 
 use std::os::unix::net::UnixListener;
 

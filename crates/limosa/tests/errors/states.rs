@@ -145,10 +145,11 @@ fn folders_that_cannot_be_written_are_named() {
     device.mark(5);
     std::fs::write(folder.path("file"), "precious").unwrap();
     let [nowhere, under, dir, file] = ["no/where", "file/x", "", "file"].map(|name| folder.text(name));
-    for path in [&nowhere, &under, &dir] {
+    for path in [&nowhere, &under] {
         limosa(&["save", &device.socket, path]).fails(UNREACHABLE, &[path, "the source is as it was before"]);
         assert!(device.runs(5));
     }
+    limosa(&["save", &device.socket, &dir]).fails(USAGE, &[&dir, "names no file"]);
     assert_eq!(std::fs::read_dir(folder.path("")).unwrap().count(), 2, "nothing is left behind");
     for (path, code) in [(&file, REFUSED), (&under, UNREACHABLE)] {
         limosa(&["man", path]).fails(code, &[path]);

@@ -89,6 +89,10 @@ impl<'a> Recorder<'a> {
         let totals = self.totals();
         let now = limosa_clockwork::now();
         let mut log = self.log();
+        // A save is in its handshake from when its place is made.
+        if log.phase.as_ref().is_some_and(|(under_way, ..)| *under_way == phase) {
+            return;
+        }
         log.end_phase(self.began, now, totals);
         log.phase = Some((phase, now, totals));
         if phase == Phase::Stop {

@@ -20,7 +20,7 @@ use report::Report;
 use crate::args;
 use crate::exit::{self, Code};
 use crate::open::{self, Opening};
-use crate::output::Output;
+use crate::output::{self, Output};
 use crate::signals;
 
 /// What `--findings` lists.
@@ -64,7 +64,7 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
         devices.push(one.report);
     }
     let report = Report::new(machine, devices, estimates, findings);
-    out.result(&report, |to| report.print(to))?;
+    out.result(&report, |to| output::folded(to, |to| report.print(to)))?;
     // That the device does not run again comes first, also where a signal ended the measurement.
     if cancel.load(Ordering::Relaxed) && !report.has(&NOT_RESTORED) {
         return Err(exit::error(Code::Cancelled, "called off; the device was let go"));

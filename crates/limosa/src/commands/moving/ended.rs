@@ -14,6 +14,7 @@ use crate::guest::Guest;
 use crate::log;
 use crate::output::Output;
 use crate::reports::Reports;
+use crate::{terminal, text};
 
 /// A message about devices that stay in STOP.
 pub const STAYS_STOPPED: &str =
@@ -62,7 +63,11 @@ impl<'a> Ending<'a> {
     pub fn done(&self, report: &Report, mut failures: Vec<String>) -> anyhow::Result<()> {
         let report = &with_origin(report);
         failures.extend(self.reports.write(report).err().map(|error| exit::message(&error)));
-        let text = |to: &mut dyn std::io::Write| write!(to, "{report}");
+        let text = |to: &mut dyn std::io::Write| match terminal::output_columns() {
+            // A picture that does not fit is cut.
+            Some(columns) => write!(to, "{}", text::folded(&report.to_string(), columns)),
+            None => write!(to, "{report}"),
+        };
         // There is one document: the failure's where there is one.
         let printed = if failures.is_empty() { self.out.result(report, text) } else { self.out.text(text) };
         failures.extend(printed.err().map(|error| exit::message(&error)));

@@ -24,6 +24,7 @@ use crate::snapshot_location::SnapshotLocation;
 
 pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
+    let place = SnapshotLocation::to_save(args.names.file(), args.replace)?;
     let endpoint = Endpoint::source(opening, &args.names.devices(), &args.memory.memory, &args.stopping)?;
     found::check_source(
         endpoint.devices(),
@@ -32,16 +33,21 @@ pub fn save(args: &args::Save, opening: Opening<'_>, out: &Output) -> anyhow::Re
     )?;
     found::check_stop_with(&args.stopping, endpoint.devices().iter())?;
     let leaves = if args.stop { Leaves::State } else { Leaves::Nothing };
-    let done = to_file(&endpoint, args, &cancel, out);
+    let done = to_file(&endpoint, &place, args, &cancel, out);
     keep_open::end(done, endpoint.devices(), args.keep_open.keep_open, leaves, out)
 }
 
-fn to_file(endpoint: &Endpoint, args: &args::Save, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
+fn to_file(
+    endpoint: &Endpoint,
+    place: &SnapshotLocation,
+    args: &args::Save,
+    cancel: &Cancel,
+    out: &Output,
+) -> anyhow::Result<()> {
     let progress = Progress::new(out, || endpoint.total_bytes());
     let options = args.stop_limits.limit(Options::default().with_compress(args.compress));
     let (moved, ending) = (endpoint.moved(), Ending::new(Work::Save, &args.reporting, out)?);
     let after = if args.stop { AfterSave::Stop } else { AfterSave::Run };
-    let place = SnapshotLocation::new(args.names.file(), args.replace)?;
     let moves = Moves::new(args.moves.folder.as_deref());
     // A save is in doubt only where the guest stays stopped.
     let noting = match after {
@@ -54,7 +60,7 @@ fn to_file(endpoint: &Endpoint, args: &args::Save, cancel: &Cancel, out: &Output
     let saved = source(&moved, memory(endpoint, &pages, &mut log), &guest, &progress, &options, cancel);
     let mut outcome = saved.save(place.target(), after);
     if let Outcome::InDoubt(doubt) = outcome {
-        outcome = settle(doubt, &place, &options, cancel, |decision, doubt| {
+        outcome = settle(doubt, place, &options, cancel, |decision, doubt| {
             let mut log = pages.log();
             let settled =
                 source(&moved, memory(endpoint, &pages, &mut log), &guest, &progress, &options, cancel);
@@ -120,7 +126,7 @@ pub fn load(args: &args::Load, opening: Opening<'_>, out: &Output) -> anyhow::Re
 fn from_file(endpoint: &Endpoint, args: &args::Load, cancel: &Cancel, out: &Output) -> anyhow::Result<()> {
     let (progress, ledger) = (Progress::new(out, || None), Ledger::new());
     let options = args.state.limit(Options::default());
-    let (moved, place) = (endpoint.moved(), SnapshotLocation::new(&args.file, false)?);
+    let (moved, place) = (endpoint.moved(), SnapshotLocation::saved(&args.file)?);
     let ending = Ending::new(Work::Load, &args.reporting, out)?;
     let after = if args.stop { AfterLoad::Stop } else { args.starting.after() };
     let (guest, pages) = (Guest::destination(&args.starting), endpoint.destination_pages()?);

@@ -26,6 +26,7 @@ use crate::metrics::{Exposition, Listener as MetricsListener, Served};
 use crate::output::Output;
 use crate::service;
 use crate::signals;
+use crate::terminal;
 use config::Device;
 use requests::Requests;
 pub use take::TookOver;
@@ -105,7 +106,33 @@ impl Listening {
     }
 }
 
+/// What `-o help` prints.
+#[derive(Serialize)]
+struct ModelOptions {
+    models: Vec<OfModel>,
+}
+
+#[derive(Serialize)]
+struct OfModel {
+    model: &'static str,
+    options: &'static [args::ModelOption],
+}
+
+/// Lists the options of a model, or of all.
+fn print_options(model: Option<args::Model>, out: &Output) -> anyhow::Result<()> {
+    let models = model.map_or(args::Model::ALL.to_vec(), |model| vec![model]);
+    let of = |model: &args::Model| OfModel { model: model.name(), options: model.options() };
+    let all = ModelOptions { models: models.iter().map(of).collect() };
+    out.result(&all, |to| {
+        let columns = terminal::output_columns().unwrap_or(80);
+        models.iter().try_for_each(|model| to.write_all(model.describe(columns).as_bytes()))
+    })
+}
+
 pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<()> {
+    if args.asks_for_options() {
+        return print_options(args.model, out);
+    }
     let requests = Requests::new(args.takeover.is_some())?;
     let old = take::old_server(args)?;
     // A server that starts the one in its place ends before it.

@@ -63,18 +63,20 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
             Err(LinkError::Cancelled) => break,
             Err(error) => return Err(error.into()),
         };
-        let ready = guests.endpoint(args, opening).and_then(|endpoint| {
-            guests.check_free(&endpoint)?;
-            let pages = endpoint.destination_pages()?;
-            let before = guests.hold(endpoint.devices())?;
+        let ready = || {
+            let unusable = |error| (NoMove::InUse, error);
+            let endpoint = guests.endpoint(args, opening).map_err(unusable)?;
+            guests.check_free(&endpoint).map_err(|error| (NoMove::HasGuest, error))?;
+            let pages = endpoint.destination_pages().map_err(unusable)?;
+            let before = guests.hold(endpoint.devices()).map_err(unusable)?;
             Ok((endpoint, pages, before))
-        });
-        let (endpoint, pages, before) = match ready {
+        };
+        let (endpoint, pages, before) = match ready() {
             Ok(ready) => ready,
-            Err(error) => {
+            Err((why, error)) => {
                 metrics.refused();
                 let id = offered.id();
-                offered.refuse(NoMove::InUse);
+                offered.refuse(why);
                 exit::tell(&error.context(format!("move {id} is refused")), &out.one_of_many());
                 continue;
             }
