@@ -3,7 +3,7 @@
 //! attach to that one (ptrace(2), PTRACE_MODE_ATTACH_REALCREDS).
 
 use std::io::{self, Error, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use limosa_host::User;
@@ -131,6 +131,13 @@ impl Peer {
         }
         self.kill()?;
         Ok(if self.wait(KILL_LIMIT) { Ending::Killed } else { Ending::Remains })
+    }
+}
+
+impl AsFd for Peer {
+    /// Readable once it has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 }
 

@@ -157,7 +157,8 @@ fn the_state_is_written_to_the_socket_and_finished_by_its_end() {
 
 #[test]
 fn a_state_without_its_end_is_not_taken_for_whole() {
-    let options = Options { message_limit: Duration::from_millis(50), ..Options::default() };
+    // The second attempt has to succeed within the limit by which the first one fails.
+    let options = Options { message_limit: Duration::from_secs(2), ..Options::default() };
     let served = Served::with(TestDevice::new().state_bytes(1000).machine(), options);
     let mut raw = served.peer();
     raw.set_state(RESUMING).ok();

@@ -1,9 +1,11 @@
 //! `limosa switch-over`: starts the process that takes a server's place, and says how that went.
 //!
 //! The new server tells it by the document that `limosa serve --json` prints on its standard output: what it took over, or
-//! why it did not. A new server that gives up or dies says nothing of the old one, so that one is asked itself.
+//! why it did not. A new server that gives up or dies says nothing of the old one, so that one is asked itself. A server of another make
+//! has no such document: it serves if the old one has ended, and it listens where that did.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write as _};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
@@ -25,6 +27,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// A server that took the place of the old one listens within this time.
 const OTHER_LIMIT: Duration = Duration::from_secs(5);
+/// A new server prints its document within this time of the old one's end.
+const DOCUMENT_LIMIT: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// The longest document of a new server.
 const DOCUMENT_BYTES_MAX: usize = 1 << 20;
@@ -48,10 +52,17 @@ struct Known {
     new_code: Option<i32>,
 }
 
+/// A server that says nothing itself has taken the place of the old one.
+#[derive(Serialize)]
+struct Replaced {
+    old_pid: i32,
+    new_pid: u32,
+}
+
 pub fn run(args: &args::SwitchOver, out: &Output) -> anyhow::Result<()> {
     let old = Old::find(&args.path)?;
     let mut new = New::start(args)?;
-    let said = new.listen(Instant::now() + args.limit);
+    let said = new.listen(&old, Instant::now() + args.limit);
     let why = match said {
         Ok(Said::Serves(listening)) => match &listening.took_over {
             Some(took_over) => {
@@ -79,9 +90,14 @@ pub fn run(args: &args::SwitchOver, out: &Output) -> anyhow::Result<()> {
         new_pid: new.child.id(),
         new_code: new_ended.and_then(|status| status.code()),
     };
-    // The process that took its place, if that is another one than this command has started.
-    let other = if serves == Some(false) && new_ended.is_some() { old.replaced_by() } else { None };
+    // The process that took its place.
+    let other = if serves == Some(false) { old.replaced_by() } else { None };
     let (old, new) = (known.old_pid, known.new_pid);
+    if new_ended.is_none() && other.is_some_and(|pid| pid.unsigned_abs() == new) {
+        return out.result(&Replaced { old_pid: old, new_pid: new }, |to| {
+            writeln!(to, "process {new} serves in place of process {old}, which has ended")
+        });
+    }
     let (code, what) = match (serves, new_ended) {
         (Some(true), Some(_)) => (Code::Failed, format!("the old server, process {old}, serves as before")),
         (Some(true), None) => (
@@ -180,14 +196,71 @@ impl Old<'_> {
     }
 }
 
-fn is_readable(fd: impl std::os::fd::AsFd, until: Instant) -> bool {
+fn is_readable(fd: impl AsFd, until: Instant) -> bool {
+    any_ready(&mut [PollFd::new(&fd, PollFlags::IN)], until)
+}
+
+fn any_ready(fds: &mut [PollFd<'_>], until: Instant) -> bool {
     loop {
         let left = until.saturating_duration_since(Instant::now());
         let left = Timespec::try_from(left).unwrap_or_default();
-        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)) {
+        match poll(fds, Some(&left)) {
             Err(rustix::io::Errno::INTR) => {}
             ready => return ready.is_ok_and(|ready| ready > 0),
         }
+    }
+}
+
+/// What can happen while the new server takes over.
+#[derive(Clone, Copy)]
+enum Event {
+    /// It says something, or nothing more.
+    Word,
+    NewEnded,
+    OldEnded,
+}
+
+/// What the new server has said so far.
+#[derive(Default)]
+struct Heard {
+    bytes: Vec<u8>,
+    /// Why that is no document, and never will be.
+    foreign: Option<String>,
+    /// Nothing more comes.
+    is_over: bool,
+}
+
+impl Heard {
+    /// Adds the next piece, or the end; the document, once it is whole.
+    fn add(&mut self, piece: &[u8]) -> Option<Said> {
+        self.is_over = piece.is_empty();
+        if self.foreign.is_some() || piece.is_empty() {
+            return None;
+        }
+        self.bytes.extend_from_slice(piece);
+        match serde_json::Deserializer::from_slice(&self.bytes).into_iter().next() {
+            Some(Ok(said)) => return Some(said),
+            Some(Err(error)) if !error.is_eof() => {
+                let start: String = String::from_utf8_lossy(&self.bytes).chars().take(80).collect();
+                let what = "expected the document of limosa serve --json on standard output";
+                self.foreign = Some(format!("{what}, found `{}`", plain(&start)));
+            }
+            _ if self.bytes.len() > DOCUMENT_BYTES_MAX => {
+                self.foreign = Some("the new server's document is longer than 1 MiB".into());
+            }
+            _ => {}
+        }
+        None
+    }
+
+    /// Whether no document comes any more.
+    fn is_done(&self) -> bool {
+        self.is_over || self.foreign.is_some()
+    }
+
+    /// What was heard that is no document, else `nothing`.
+    fn why(&self, nothing: &str) -> String {
+        self.foreign.clone().unwrap_or_else(|| nothing.to_owned())
     }
 }
 
@@ -240,40 +313,59 @@ impl New {
         Ok(New { child, stdout })
     }
 
-    /// Its document; why there is none.
-    fn listen(&mut self, until: Instant) -> Result<Said, String> {
-        let mut document = Vec::new();
-        let mut piece = [0; 4096];
+    /// Its document; why there is none. What is no document is passed over until one of both servers has ended.
+    fn listen(&mut self, old: &Old<'_>, until: Instant) -> Result<Said, String> {
+        let ends = rustix::process::pidfd_open(
+            rustix::process::Pid::from_child(&self.child),
+            rustix::process::PidfdFlags::empty(),
+        );
+        let ends = ends.map_err(|error| format!("the new server's process cannot be waited for: {error}"))?;
+        let mut heard = Heard::default();
+        let (mut limit, mut lives, mut old_lives) = (until, true, true);
         loop {
-            if !is_readable(&self.stdout, until) {
-                return Err("the new server has said nothing within --limit".into());
+            // A program that starts the new server and ends leaves it its standard output.
+            if heard.is_done() && !lives {
+                return Err(heard.why(&self.how_it_ended()));
             }
-            let count = self.stdout.read(&mut piece).unwrap_or(0);
-            document.extend_from_slice(&piece[..count]);
-            match serde_json::Deserializer::from_slice(&document).into_iter().next() {
-                Some(Ok(said)) => return Ok(said),
-                Some(Err(error)) if !error.is_eof() => {
-                    let start = String::from_utf8_lossy(&document);
-                    let start: String = start.chars().take(80).collect();
-                    return Err(format!(
-                        "expected the document of limosa serve --json on standard output, found `{}`",
-                        plain(&start)
-                    ));
+            if heard.is_done() && !old_lives {
+                return Err(heard.why("the new server closed its standard output without a word"));
+            }
+            let mut fds = Vec::new();
+            let mut of = Vec::new();
+            let mut watch = |fd, is_watched: bool, what| {
+                if is_watched {
+                    fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
+                    of.push(what);
                 }
-                _ if count == 0 => return Err(self.how_it_ended()),
-                _ if document.len() > DOCUMENT_BYTES_MAX => {
-                    return Err("the new server's document is longer than 1 MiB".into());
+            };
+            watch(self.stdout.as_fd(), !heard.is_over, Event::Word);
+            watch(ends.as_fd(), lives, Event::NewEnded);
+            watch(old.peer.as_fd(), old_lives, Event::OldEnded);
+            if !any_ready(&mut fds, limit) {
+                return Err(heard.why("the new server has said nothing within --limit"));
+            }
+            let first = fds.iter().position(|fd| !fd.revents().is_empty());
+            match first.map(|at| of[at]) {
+                Some(Event::Word) => {
+                    let mut piece = [0; 4096];
+                    let count = self.stdout.read(&mut piece).unwrap_or(0);
+                    if let Some(said) = heard.add(&piece[..count]) {
+                        return Ok(said);
+                    }
                 }
-                _ => {}
+                Some(Event::NewEnded) => lives = false,
+                Some(Event::OldEnded) => {
+                    old_lives = false;
+                    limit = until.min(Instant::now() + DOCUMENT_LIMIT);
+                }
+                None => {}
             }
         }
     }
 
     fn how_it_ended(&mut self) -> String {
-        match self.ended() {
-            Some(status) => format!("the new server said nothing and ended: {status}"),
-            None => "the new server closed its standard output without a word".into(),
-        }
+        let status = self.ended().map_or_else(String::new, |status| format!(": {status}"));
+        format!("the new server said nothing and ended{status}")
     }
 
     /// Its status, if it ends by itself in a moment: it has said that it does.

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn a_client_that_does_not_answer_costs_the_request_and_not_the_connection() {
-    let options = Options { dma_limit: Duration::from_millis(50), ..Options::default() };
+    let options = Options { dma_limit: Duration::from_secs(1), ..Options::default() };
     let served = Served::with(TestDevice::new().machine(), options);
     let mut raw = Raw::connect(served.path());
     raw.version(r#"{"capabilities":{"max_data_xfer_size":64}}"#).ok();

@@ -226,7 +226,7 @@ fn dma_goes_over_the_twin_socket_when_the_client_has_one() {
 
 #[test]
 fn nonsense_on_the_twin_socket_is_dropped() {
-    let options = Options { dma_limit: Duration::from_millis(50), ..Options::default() };
+    let options = Options { dma_limit: Duration::from_secs(1), ..Options::default() };
     let served = Served::with(TestDevice::new().machine(), options);
     let (mut raw, twin) = twins(&served);
     let id = start(&mut raw, DMA_READ_NOW, 8);

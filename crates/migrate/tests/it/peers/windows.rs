@@ -39,7 +39,8 @@ fn a_source_whose_window_is_full_says_so_and_sends_as_much_as_the_larger_one_all
         // What the larger window allows comes without any credit.
         peer.frame(Kind::WINDOW, 0, 4 * WINDOW_BYTES, &[]);
         while peer.taken < 3 * WINDOW_BYTES {
-            assert_eq!(peer.read().0, Kind::DEVICE_DATA, "it says once that a window is full");
+            // STOPPED is another thread's, and may come at any time.
+            assert_ne!(peer.read().0, Kind::WINDOW_FULL, "it says once that a window is full");
         }
         // When all that was on its way then is taken, it may say so again.
         peer.frame(Kind::CREDIT, 0, peer.taken, &[]);
