@@ -154,15 +154,14 @@ impl PinnedBytes {
         if !self.is_readable {
             return Err(Errno::FAULT);
         }
-        /// Looked at together.
-        const BLOCK_BYTES: usize = 64;
+        static ZEROES: [u8; 4096] = [0; 4096];
         let (mut at, mut left) = (self.part(range.clone())?, range.len());
-        let mut block = [0_u8; BLOCK_BYTES];
         while left > 0 {
-            let bytes = left.min(BLOCK_BYTES);
-            // SAFETY: within the range, which is mapped as long as `self` lives; the block is this thread's own.
-            unsafe { std::ptr::copy_nonoverlapping(at.as_ptr(), block.as_mut_ptr(), bytes) };
-            if block[..bytes].iter().fold(0, |all, byte| all | byte) != 0 {
+            let bytes = left.min(ZEROES.len());
+            // SAFETY: within the range, which is mapped as long as `self` lives, and the zeroes. Whatever others write meanwhile, the
+            // result is a number.
+            let differs = unsafe { libc::memcmp(at.as_ptr().cast(), ZEROES.as_ptr().cast(), bytes) };
+            if differs != 0 {
                 return Ok(false);
             }
             // SAFETY: at most the end of the range.

@@ -245,19 +245,21 @@ impl Plan {
         for links in self.links.iter().take(1) {
             let plain = || engine(how, bytes, *links, &dense.0, &dense.1);
             let mut before = plain();
-            let (mut rates, mut ratios) = (Vec::new(), Vec::new());
+            let (mut rates, mut ratios, mut costs) = (Vec::new(), Vec::new(), Vec::new());
             for _ in 0..runs {
                 let moved = engine(how, 2 * bytes, *links, &sparse.0, &sparse.1);
                 let after = plain();
                 rates.push(mib as f64 / moved.wall);
                 ratios.push((before.wall + after.wall) / 2.0 / moved.wall);
+                costs.push(moved.cpu / ((before.cpu + after.cpu) / 2.0));
                 before = after;
             }
             println!(
-                "scattered, {how}: {mib} MiB in every second page over {links} links: {:.0} MiB/s, {:.2} of the rate without gaps \
-                 (medians of {runs})",
+                "scattered, {how}: {mib} MiB in every second page over {links} links: {:.0} MiB/s, {:.2} of the rate without gaps, \
+                 {:.2} of its CPU (medians of {runs})",
                 median(rates),
                 median(ratios),
+                median(costs),
             );
         }
     }

@@ -217,7 +217,7 @@ impl Receiving<'_, '_> {
             if has_holes {
                 region.read(span.start, &mut found[..(span.end - span.start) as usize])?;
             }
-            let mut data = &data[..];
+            let (mut data, mut zero_bytes) = (&data[..], 0);
             for run in these {
                 let place = (run.start - span.start) as usize..(run.end - span.start) as usize;
                 let before = data.iter().take_while(|data| data.range.end <= run.start).count();
@@ -232,10 +232,11 @@ impl Receiving<'_, '_> {
                     }
                 }
                 match is_untouched || is_zero(&found[place]) {
-                    true => self.recorder().memory_zero(run.end - run.start),
+                    true => zero_bytes += run.end - run.start,
                     false => self.zero(at, run.start, run.end - run.start)?,
                 }
             }
+            self.recorder().memory_zero(zero_bytes);
         }
         Ok(())
     }

@@ -3,8 +3,8 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
 use crate::common::closures::Harvest;
@@ -29,12 +29,12 @@ fn ends(devices: usize, most: u32) -> Ends {
     let (source, destination) = worlds.unzip();
     let mut ends = Ends::new(source, destination);
     ends.options = links(most);
-    let (here, there) = (VecPages::new(MEMORY_BYTES), VecPages::new(MEMORY_BYTES));
-    for (at, byte) in here.0.lock().unwrap().iter_mut().enumerate() {
-        if at % 50_000 < 40_000 {
-            *byte = (at / 7 % 251) as u8;
-        }
-    }
+    // Made once: it takes longer than a move.
+    static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let byte = |at: usize| if at % 50_000 < 40_000 { (at / 7 % 251) as u8 } else { 0 };
+        (0..MEMORY_BYTES).map(byte).collect()
+    });
+    let (here, there) = (VecPages(Mutex::new(CONTENT.clone())), VecPages::new(MEMORY_BYTES));
     ends.memory = Some((Arc::new(here) as Pages, Arc::new(there) as Pages, MEMORY_BYTES as u64));
     ends
 }

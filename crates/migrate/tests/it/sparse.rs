@@ -67,7 +67,8 @@ impl Counted {
 impl Link for Counted {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         let written = self.link.write(slices, wait)?;
-        let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).take(written).collect();
+        let mut bytes = slices.iter().map(|slice| &**slice).collect::<Vec<_>>().concat();
+        bytes.truncate(written);
         let (decoder, kinds) = &mut *self.frames.lock().unwrap();
         decoder.push(&bytes);
         while let Some(decoded) = decoder.next().unwrap() {

@@ -72,7 +72,7 @@ impl Link for FaultyLink {
             return Err(LinkError::Closed);
         }
         let out = self.sent.load(Ordering::SeqCst);
-        let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+        let bytes = slices.iter().map(|slice| &**slice).collect::<Vec<_>>().concat();
         let is_pulse = Header::decode(slices[0].first_chunk().unwrap_or(&[0; HEADER_BYTES]))
             .is_ok_and(|header| header.kind == Kind::PROGRESS);
         if is_pulse && out <= self.at {
