@@ -1,5 +1,5 @@
-//! What becomes of QEMU when the server of one of its devices is killed. README.md says so; a QEMU that does better fails these tests,
-//! so that it is said there.
+//! What becomes of QEMU when the server of one of its devices is killed. README.md says so; a QEMU that does better
+//! fails these tests, so that it is said there.
 
 use limosa_qemu_lab::pci::Function;
 use limosa_qemu_lab::{GuestJob, Qemu, Served};
@@ -7,8 +7,7 @@ use serde_json::json;
 
 /// QEMU's words when it ends so.
 const ASSERTION: &str = "error_setv: Assertion";
-const DOES_BETTER: &str =
-    "this QEMU outlives the server of its device: correct README.md and docs/faq.md, and this test";
+const DOES_BETTER: &str = "this QEMU does better than README.md says: correct that, and this test";
 
 /// No request is under way as the server dies: the device reads as one that is not there.
 #[test]
