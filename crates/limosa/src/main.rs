@@ -103,7 +103,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             let device = open(&args.device)?;
             let done = match action {
                 args::StateAction::Next { pid, nobody } => commands::next::run(&device, *pid, *nobody, out),
-                action => commands::state::run(&device, action, out),
+                action => commands::state::run(&device, action, args.force, out),
             };
             keep_open::end(done, std::slice::from_ref(&device), args.keep_open.keep_open, leaves, out)
         }

@@ -152,10 +152,16 @@ fn a_source_in_doubt_was_let_run_by_hand_without_a_word() {
     std::fs::create_dir_all(&state).unwrap();
     std::fs::rename(doubt.folder.path("moves"), state.join("moves")).unwrap();
     for act in [&["set", "RUNNING"][..], &["reset"]] {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_limosa"));
-        command.args(["state", &doubt.one.socket]).args(act);
-        let ended = Running::start(command.env("XDG_STATE_HOME", doubt.folder.path("state"))).end();
+        let state = |more: &[&str]| {
+            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_limosa"));
+            command.args(["state", &doubt.one.socket]).args(act).args(more);
+            Running::start(command.env("XDG_STATE_HOME", doubt.folder.path("state"))).end()
+        };
         let said = "is in doubt, and its guest may run elsewhere";
+        let before = doubt.one.state();
+        state(&[]).fails(5, &[said, "--force"]);
+        assert_eq!(doubt.one.state(), before);
+        let ended = state(&["--force"]);
         assert!(ended.code == 0 && ended.err.contains(said), "{ended:?}");
     }
 }

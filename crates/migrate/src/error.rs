@@ -65,6 +65,12 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+    /// The destination was asked what became of the move, and does not know.
+    #[error("{peer} was asked what became of the move, and does not know")]
+    NotKnown {
+        /// The address that was asked.
+        peer: String,
+    },
     /// The VMM of this side refused.
     #[error("the VMM refused to {doing}: {reason}")]
     Vmm {

@@ -35,6 +35,10 @@ pub struct StateArgs {
     #[command(subcommand)]
     pub action: Option<StateAction>,
 
+    /// Let a device run, or reset it, whose move is in doubt: you have seen that its guest does not run at the other side.
+    #[arg(long, global = true)]
+    pub force: bool,
+
     #[command(flatten)]
     pub keep_open: KeepOpen,
 }

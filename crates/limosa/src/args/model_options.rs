@@ -69,13 +69,6 @@ const SYNTHETIC: &[ModelOption] = &[
 impl Model {
     pub const ALL: [Model; 2] = [Model::Uart, Model::Synthetic];
 
-    pub fn name(self) -> &'static str {
-        match self {
-            Model::Uart => "uart",
-            Model::Synthetic => "synthetic",
-        }
-    }
-
     /// All that it can be told.
     pub fn options(self) -> &'static [ModelOption] {
         match self {

@@ -208,7 +208,9 @@ impl Settling<'_> {
             Outcome::Moved(_) => Ok(Decision::Committed),
             Outcome::Undone { .. } => Ok(Decision::NotCommitted),
             Outcome::InDoubt(doubt) => Err(match doubt.why {
-                limosa_migrate::Error::StartedAnew => self.unknown("its destination does not know either"),
+                limosa_migrate::Error::NotKnown { .. } => {
+                    self.unknown("its destination does not know either")
+                }
                 why => self.unknown(&why.to_string()),
             }),
         }

@@ -21,7 +21,7 @@ struct Answer {
     path: Vec<&'static str>,
 }
 
-pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Result<()> {
+pub fn run(device: &Opened, action: &StateAction, force: bool, out: &Output) -> anyhow::Result<()> {
     let mut path = Vec::new();
     let runs =
         |state: State| !matches!(state, State::Stop | State::StopCopy | State::Resuming | State::Error);
@@ -31,6 +31,12 @@ pub fn run(device: &Opened, action: &StateAction, out: &Output) -> anyhow::Resul
         _ => false,
     };
     if may_run && let Some(doubt) = found::doubt(device.given(), &Moves::new(None)) {
+        if !force {
+            return Err(exit::error(
+                Code::InDoubt,
+                format!("{doubt}; --force lets it run here all the same"),
+            ));
+        }
         tracing::warn!("{doubt}");
     }
     match action {

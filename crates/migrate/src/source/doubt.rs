@@ -134,6 +134,10 @@ impl<'a> Source<'a> {
     pub fn resolve(self, doubt: InDoubt, link: &dyn Link) -> Outcome {
         let connection = Connection::new(link, Limits::new(self.options));
         match guard("the question", || self.query(&doubt.note, &connection)) {
+            Ok(Decision::Unknown) => {
+                let why = Error::NotKnown { peer: link.peer().into() };
+                self.decide(Decision::Unknown, InDoubt { why, ..doubt })
+            }
             Ok(decision) => self.decide(decision, doubt),
             Err(why) => Outcome::InDoubt(InDoubt { why, ..doubt }),
         }

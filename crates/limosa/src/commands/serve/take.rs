@@ -222,9 +222,9 @@ impl TookOver {
         let (old, bytes) = (plain(&self.old_version), output::bytes(*bytes));
         writeln!(to, "handed over by {old}: {items} items, {fds} file descriptors, {bytes}")?;
         for StepTime { step, ns } in &self.steps {
-            writeln!(to, "  {:<8} {:?}", plain(step), Duration::from_nanos(*ns))?;
+            writeln!(to, "  {:<8} {:.1?}", plain(step), Duration::from_nanos(*ns))?;
         }
-        writeln!(to, "standstill {standstill:?} at most")
+        writeln!(to, "standstill {standstill:.1?} at most")
     }
 }
 

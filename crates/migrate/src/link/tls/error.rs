@@ -106,6 +106,12 @@ pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
         ),
         CertificateError::NotValidForNameContext { expected, presented } => {
             let expected = expected.to_str();
+            // rustls names them as its own types print: DnsName("host").
+            let plainly = |name: &String| match name.split_once("(\"").map(|(_, rest)| rest.trim_end_matches("\")")) {
+                Some(dns) => dns.to_owned(),
+                None => name.trim_start_matches("IpAddress(").trim_end_matches(')').to_owned(),
+            };
+            let presented: Vec<_> = presented.iter().map(plainly).collect();
             match presented.is_empty() {
                 true => format!("it is made out to no name; expected is {expected} (subjectAltName)"),
                 false => format!("it is made out to {}; expected is {expected}", printable(&presented.join(", "))),
