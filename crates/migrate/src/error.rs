@@ -342,6 +342,7 @@ impl Error {
             | Error::Os { .. }
             | Error::Panicked { .. }
             | Error::AnotherMachine(_)
+            | Error::NotKnown { .. }
             | Error::StartedAnew => AbortCode::Other,
         }
     }

@@ -32,7 +32,7 @@ impl SimpleModel for Counter {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct Saved {
+pub(crate) struct Saved {
     #[prost(uint64, tag = "1")]
     count: u64,
 }

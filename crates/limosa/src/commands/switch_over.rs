@@ -4,7 +4,7 @@
 //! why it did not. A new server that gives up or dies says nothing of the old one, so that one is asked itself. A server of another make
 //! has no such document: it serves if the old one has ended, and it listens where that did.
 
-use std::io::{ErrorKind, Read, Write as _};
+use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
