@@ -181,7 +181,7 @@ fn a_client_that_does_not_answer_keeps_its_server_and_ends_its_exchange_there() 
     let limits = TakeLimits { rest: Duration::from_millis(300), ..TakeLimits::default() };
     let options = TakeOptions { limits, ..TakeOptions::default() };
     let refused =
-        take(OldServer::Path(&running.take_over), taker, &options).err().expect("a refusal").to_string();
+        take(OldServer::Path(&running.take_over), taker, &options).expect_err("a refusal").to_string();
     assert!(refused.contains("took longer than the step's limit"), "{refused}");
     let (id, command) = under_way.unwrap();
     twin.send(&answer(&command, 1), &[]);

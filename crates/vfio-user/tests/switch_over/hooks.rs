@@ -173,7 +173,7 @@ fn attempt(running: &Running, machines: Vec<Arc<Machine>>, rest: Duration) -> St
     let options_of = TakeOptions { name: "new", limits, observer: None };
     let taker = Replacing::new(machines.into_iter().map(|machine| (machine, options())));
     let refused = take(OldServer::Path(&running.take_over), taker, &options_of);
-    refused.err().expect("a refusal").to_string()
+    refused.expect_err("a refusal").to_string()
 }
 
 const LONG: Duration = Duration::from_secs(60);

@@ -263,3 +263,31 @@ pub fn more_fds() {
     // If it is refused, fewer interrupts can be wired.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    /// Each of them said to choose another path.
+    #[test]
+    fn a_socket_that_cannot_be_made_has_the_remedy_of_its_cause() {
+        for (errno, code, remedy) in [
+            (Errno::MFILE, Code::Failed, "ulimit -n"),
+            (Errno::NFILE, Code::Failed, "fs.file-max"),
+            (Errno::NOSPC, Code::Failed, "make room"),
+            (Errno::DQUOT, Code::Failed, "make room"),
+            (Errno::NAMETOOLONG, Code::Usage, "107 bytes"),
+            (Errno::ROFS, Code::Unreachable, "can be written to"),
+            (Errno::ACCESS, Code::Unreachable, "you may write to"),
+            (Errno::NOENT, Code::Unreachable, "make its folder"),
+        ] {
+            let error = cannot_listen(Path::new("the/socket"), &std::io::Error::from(errno));
+            let message = exit::message(&error);
+            assert!(message.contains("the/socket") && message.contains(remedy), "{message}");
+            assert!(!message.contains("choose another path"), "{message}");
+            assert_eq!(exit::code(&error), code, "{message}");
+        }
+    }
+}
