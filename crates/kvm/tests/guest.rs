@@ -31,7 +31,7 @@ fn moves_there_and_back(has_rings: bool) {
         for (from, to) in [(&here, &there), (&there, &here)] {
             // The hook `prepare` has compared every page.
             let report = moving::move_guest(from, to).unwrap();
-            assert!(report.rounds.len() > 1, "{report}");
+            assert!(!report.rounds.is_empty(), "{report}");
             let count = from.check().unwrap();
             to.counts_beyond(count + 5000).unwrap();
             assert_eq!(from.registers().unwrap().rax, count, "it stands still");

@@ -15,7 +15,7 @@ mod zeroes;
 
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use device::{TestDevice, world};
@@ -165,18 +165,27 @@ impl Ends {
         self.run(near, far)
     }
 
-    /// Asks over a new link that works.
-    pub fn resolve(&self, doubt: limosa_migrate::InDoubt) -> Outcome {
-        let (near, far) = SocketLink::pair().unwrap();
-        std::thread::scope(|scope| {
-            let answered =
-                scope.spawn(move || self.with_destination(|destination| destination.receive(&far)));
-            let outcome = self.with_source(|source| source.resolve(doubt, &near));
-            drop(near);
-            let answered = answered.join().unwrap();
-            assert!(matches!(answered, Received::Answered { .. }), "{answered:?}");
-            outcome
-        })
+    /// Asks over new links that work, until there is an answer: a hasty source may give a question up.
+    pub fn resolve(&self, mut doubt: limosa_migrate::InDoubt) -> Outcome {
+        let begun = Instant::now();
+        loop {
+            let (near, far) = SocketLink::pair().unwrap();
+            let (outcome, answered) = std::thread::scope(|scope| {
+                let answered =
+                    scope.spawn(move || self.with_destination(|destination| destination.receive(&far)));
+                let outcome = self.with_source(|source| source.resolve(doubt, &near));
+                drop(near);
+                (outcome, answered.join().unwrap())
+            });
+            match outcome {
+                Outcome::InDoubt(again) if !matches!(answered, Received::Answered { .. }) => doubt = again,
+                outcome => {
+                    assert!(matches!(answered, Received::Answered { .. }), "{answered:?}");
+                    return outcome;
+                }
+            }
+            assert!(begun.elapsed() < limosa_testing::LIMIT, "{answered:?}");
+        }
     }
 
     /// The invariants, whatever happened; a move in doubt is resolved first. Whether it was moved.
