@@ -309,12 +309,11 @@ pub fn message(error: &anyhow::Error) -> String {
 
 /// The option of the command by which a move may succeed that has failed so.
 fn remedy(error: &limosa_migrate::Error) -> Option<&'static str> {
-    use limosa_migrate::{Error, Misbehaviour, Obstacle};
+    use limosa_migrate::{Error, Obstacle};
     match error {
         Error::NotConverging { obstacle: Obstacle::Standstill { .. }, .. } | Error::StoodStill { .. } => {
             Some("--standstill allows a longer one")
         }
-        Error::DeviceMisbehaved { how: Misbehaviour::Endless(_), .. } => Some("--state-max allows more"),
         _ => None,
     }
 }

@@ -111,7 +111,8 @@ fn a_folder_that_may_not_be_entered_was_said_to_lack_the_socket() {
     let _server = folder.device("closed/name", &[]);
     std::fs::write(&empty, [0; 4096]).unwrap();
     support::users::give_away(&folder.path("empty"));
-    for args in all() {
+    // Before `answer` listens it looks for its folder, which the other user has none of.
+    for args in all().filter(|args| args[0] != "answer") {
         let args = line(args, &closed, &empty);
         let ended = start_as_other(&args).end();
         ended.fails(UNREACHABLE, &["limosa: "]);

@@ -106,7 +106,7 @@ fn state_says_where_a_refused_arc_left_the_device_and_how_to_leave_error() {
     ended.fails(ended.code, &["now in ERROR", "EIO"]);
     assert!([1, 3].contains(&ended.code), "{ended:?}");
     for to in ["RUNNING", "STOP"] {
-        set(to).fails(3, &[&device.socket, "ERROR", "state DEVICE reset"]);
+        set(to).fails(3, &[&device.socket, "ERROR", "limosa state ", " reset"]);
     }
     limosa(&["save", &device.socket, &folder.text("file")]).fails(3, &[&device.socket, "ERROR"]);
     assert_eq!(limosa(&["state", &device.socket, "reset"]).ok(), "RUNNING\n");

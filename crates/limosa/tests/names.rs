@@ -43,22 +43,16 @@ fn kernel_devices_that_are_not_there_are_said_not_to_be_by_every_command() {
 }
 
 #[test]
-fn a_name_that_is_neither_a_socket_nor_the_kernels_is_told_all_forms() {
+fn a_name_that_is_neither_a_socket_nor_the_kernels_is_told_where_the_forms_are() {
     let folder = Folder::new();
     let file = folder.text("file");
     std::fs::write(&file, "").unwrap();
     for name in ["vfio0", "/dev/vfio/vfio", "1:2:3.4", "0-0-0-0-0", "/proc/1/fd", file.as_str()] {
-        limosa(&["probe", name]).fails(
-            UNREACHABLE,
-            &[
-                name,
-                "a vfio-user socket",
-                "a PCI address",
-                "UUID",
-                "/dev/vfio/devices/vfioN",
-                "/proc/PID/fd/N",
-            ],
-        );
+        limosa(&["probe", name]).fails(UNREACHABLE, &[name, "no", "socket", "`limosa probe --help`"]);
+    }
+    let help = limosa(&["probe", "--help"]).ok();
+    for form in ["vfio-user socket", "PCI address", "UUID", "/dev/vfio/devices/vfioN", "/proc/PID/fd/N"] {
+        assert!(help.contains(form), "{form}: {help}");
     }
 }
 

@@ -40,7 +40,7 @@ fn what_is_out_of_bounds_or_not_allowed_is_refused() {
             &["0x6 bytes", "0x7 were asked for"],
         ),
         (&["write", socket, "BAR0", "--offset", "4095", "0000"], REFUSED, &["0x1 bytes", "0x2"]),
-        (&["write", socket, "BAR2", "00"], REFUSED, &["region 2 cannot be written", "limosa probe"]),
+        (&["write", socket, "BAR2", "00"], REFUSED, &["BAR2 cannot be written", "limosa probe"]),
         (&["read", socket, "77"], REFUSED, &["there is no region 77"]),
         (&["read", socket, "BAR7"], USAGE, &["BAR0 to BAR5"]),
         (&["write", socket, "BAR0", "0"], USAGE, &["two hexadecimal digits"]),
@@ -56,6 +56,6 @@ fn standard_output_was_a_file_with_a_dash_for_a_name() {
     let folder = Folder::new();
     let device = folder.device("device", &[]);
     limosa(&["save", &device.socket, "-"]).fails(USAGE, &["-", "limosa send"]);
-    limosa(&["load", "-", &device.socket]).fails(USAGE, &["-", "limosa receive"]);
+    limosa(&["load", "-", &device.socket]).fails(USAGE, &["-", "standard input"]);
     limosa(&["inspect", "-"]).fails(USAGE, &["-", "a file"]);
 }

@@ -106,9 +106,18 @@ impl Scene {
     }
 }
 
-/// Sends all signals at this phase, each once and each twice, to the sender or to the receiver.
+/// Sends all signals at this phase, each once and each twice, to the sender or to the receiver. The signals have scenes of their own,
+/// side by side, as each scene mostly waits.
 fn signals_at(at: At, to_sender: bool) {
-    for (signal, times) in SIGNALS.iter().flat_map(|signal| [(*signal, 1), (*signal, 2)]) {
+    std::thread::scope(|scope| {
+        for signal in SIGNALS {
+            scope.spawn(move || signal_at(at, to_sender, signal));
+        }
+    });
+}
+
+fn signal_at(at: At, to_sender: bool, signal: Signal) {
+    for times in [1, 2] {
         let what =
             format!("{times} x {signal:?} to {} at {at:?}", if to_sender { "sender" } else { "receiver" });
         let scene = Scene::at(at);

@@ -124,7 +124,8 @@ fn each_fault_of_a_server_is_found_by_exactly_the_checks_that_should() {
     let next = AtomicUsize::new(0);
     let found: Mutex<Vec<Option<BTreeSet<String>>>> = Mutex::new(cases.iter().map(|_| None).collect());
     std::thread::scope(|scope| {
-        for _ in 0..2 {
+        // A case mostly waits for what its server does not do.
+        for _ in 0..4 {
             scope.spawn(|| {
                 while let (at, Some(case)) = {
                     let at = next.fetch_add(1, Ordering::SeqCst);

@@ -9,6 +9,10 @@ use super::values::state;
 #[derive(Debug, Args)]
 pub struct Probe {
     /// The device; without it, the kernel's VFIO devices are listed.
+    ///
+    /// The path of a vfio-user socket, or for a device of the kernel's a PCI address (0000:65:00.1), an mdev UUID,
+    /// /dev/vfio/devices/vfioN, a group with one device (/dev/vfio/N), or what a process has open: /proc/PID/fd/N. All commands take
+    /// these names.
     #[arg(value_name = "DEVICE", value_parser = device)]
     pub device: Option<String>,
 

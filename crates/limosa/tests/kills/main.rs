@@ -95,7 +95,7 @@ fn source_goes_on(source: &Server, folder: &Folder) {
 /// A source that nobody drives any more can be set to run by hand.
 #[track_caller]
 fn source_can_be_run_again(source: &Server, folder: &Folder) {
-    limosa(&["state", &source.socket, "set", "RUNNING"]).ok();
+    limosa(&["state", &source.socket, "set", "RUNNING", "--force"]).ok();
     source_goes_on(source, folder);
 }
 

@@ -255,7 +255,7 @@ impl Server {
     #[track_caller]
     pub fn is_usable(&self, folder: &Folder) {
         limosa(&["probe", &self.socket]).ok();
-        limosa(&["state", &self.socket, "reset"]).ok();
+        limosa(&["state", &self.socket, "reset", "--force"]).ok();
         assert_eq!(self.state(), State::Running);
         let file = folder.text(&format!("{}-usable", Path::new(&self.socket).file_name().unwrap().display()));
         limosa(&["save", &self.socket, &file]).ok();

@@ -19,7 +19,9 @@ pub enum Misbehaviour {
         bytes: usize,
     },
     /// Its data never ends, or is more than it may have ([`Options::state_max`](crate::Options::state_max)).
-    #[error("its data has no end within {0} bytes, the limit; if it has so much state, allow more")]
+    #[error(
+        "its data has no end within {0} bytes, the limit; if it has so much state, allow more (--state-max)"
+    )]
     Endless(u64),
     /// It said "nothing for now" in STOP_COPY, where a device has data or is at the end.
     #[error("in STOP_COPY it said \"nothing for now\" instead of data or the end")]
