@@ -23,8 +23,10 @@ impl SnapshotLocation {
             return Err(exit::error(Code::Usage, what));
         }
         let place = SnapshotLocation::of(name, replace)?;
-        if let SnapshotLocation::File(_) = place {
-            new_file::check(name, "", replace)?;
+        match &place {
+            SnapshotLocation::File(_) => new_file::check(name, "", replace)?,
+            #[cfg(feature = "s3")]
+            SnapshotLocation::Object(_) => {}
         }
         Ok(place)
     }
