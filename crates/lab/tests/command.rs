@@ -66,7 +66,7 @@ fn states_are_read_driven_and_reset_while_somebody_holds_the_device() {
         assert_eq!(state(&["set", "RESUMING"]), "STOP > RESUMING\n");
         // Nobody but the holder's processes can have the session: it is not said to be left.
         here.limosa(&["state", &held, "set", "STOP"])
-            .fails(REFUSED, &["RESUMING -> STOP failed", "now in RESUMING"]);
+            .fails(REFUSED, &["RESUMING -> STOP failed", "it stays as it was"]);
         assert_eq!(state(&["reset"]), "RUNNING\n");
         drop(holding.kill());
     }

@@ -161,7 +161,8 @@ fn a_source_in_doubt_is_held_stopped_until_a_person_has_decided() {
     let held = held.split_once(" as ").and_then(|(_, rest)| rest.split_once(" until")).unwrap().0;
     assert_eq!(here.ok(&["state", held]), "STOP_COPY\n");
     here.limosa(&["probe", scene.source.uuid()]).fails(4, &["is held by limosa", held]);
-    here.ok(&["state", held, "set", "RUNNING"]);
+    here.limosa(&["state", held, "set", "RUNNING"]).fails(5, &["in doubt", "--force"]);
+    here.ok(&["state", held, "set", "RUNNING", "--force"]);
     sender.signal(Signal::TERM);
     sender.end().fails(5, &[scene.source.uuid(), "in doubt", "set this one to RUNNING"]);
     assert_eq!(scene.source.mark(), GUEST);
@@ -189,7 +190,7 @@ fn a_holder_killed_in_any_state_leaves_a_device_that_can_be_reset() {
             assert_eq!(here.ok(&["state", &held]).trim(), state);
             assert_eq!(holding.kill().code, -9);
             here.limosa(&["probe", &held]).fails(4, &[&held, "there is no process"]);
-            here.ok(&["state", device.uuid(), "reset"]);
+            here.ok(&["state", device.uuid(), "reset", "--force"]);
             assert_eq!(device.state(), State::Running);
         }
         device.is_usable();

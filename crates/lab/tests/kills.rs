@@ -115,7 +115,7 @@ fn a_receiver_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable()
         match ended.code {
             0 => {
                 assert_eq!((state(&source), there), (State::Stop, State::Running), "{what}");
-                run(&["state", source.uuid(), "reset"]);
+                run(&["state", source.uuid(), "reset", "--force"]);
                 goes_on(&destination, &source, &guest, &what);
                 moved += 1;
             }
@@ -130,7 +130,7 @@ fn a_receiver_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable()
                         .end()
                         .fails(3, &[destination.uuid(), "reset"]);
                 }
-                run(&["state", destination.uuid(), "reset"]);
+                run(&["state", destination.uuid(), "reset", "--force"]);
                 goes_on(&source, &destination, &guest, &what);
                 undone += 1;
             }
@@ -139,11 +139,11 @@ fn a_receiver_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable()
                 assert_eq!(state(&source), State::StopCopy, "{what}: in doubt, and stopped");
                 // A person looks there, as the message says.
                 if there == State::Running {
-                    run(&["state", source.uuid(), "reset"]);
+                    run(&["state", source.uuid(), "reset", "--force"]);
                     goes_on(&destination, &source, &guest, &what);
                 } else {
-                    run(&["state", destination.uuid(), "reset"]);
-                    run(&["state", source.uuid(), "set", "RUNNING"]);
+                    run(&["state", destination.uuid(), "reset", "--force"]);
+                    run(&["state", source.uuid(), "set", "RUNNING", "--force"]);
                     goes_on(&source, &destination, &guest, &what);
                 }
                 doubted += 1;
@@ -180,7 +180,7 @@ fn a_sender_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable() {
         assert_eq!(state(&destination), State::Running, "{what}: with the guest, or reset");
         if ended.code == 0 {
             assert_eq!(state(&source), State::StopCopy, "{what}: both run");
-            run(&["state", source.uuid(), "reset"]);
+            run(&["state", source.uuid(), "reset", "--force"]);
             goes_on(&destination, &source, &guest, &what);
             moved += 1;
         } else {
@@ -189,7 +189,7 @@ fn a_sender_killed_at_any_frame_leaves_the_guest_in_one_card_and_both_usable() {
                 false => ended.fails(ended.code, &[destination.uuid(), "was not loaded"]),
             };
             // Nobody drives the source any more, wherever the sender had brought it.
-            run(&["state", source.uuid(), "set", "RUNNING"]);
+            run(&["state", source.uuid(), "set", "RUNNING", "--force"]);
             goes_on(&source, &destination, &guest, &what);
             undone += 1;
         }
@@ -220,7 +220,7 @@ fn a_link_cut_at_any_frame_leaves_the_guest_in_one_card_and_who_is_in_doubt_asks
         assert_eq!(state(&destination), State::Running, "{what}");
         if sent.code == 0 {
             assert_eq!(state(&source), State::Stop, "{what}");
-            run(&["state", source.uuid(), "reset"]);
+            run(&["state", source.uuid(), "reset", "--force"]);
             goes_on(&destination, &source, &guest, &what);
             moved += 1;
         } else {

@@ -159,12 +159,15 @@ pub fn flag_names(flags: MigrationFlags) -> Vec<&'static str> {
     flags.iter_names().map(|(name, _)| name).collect()
 }
 
-/// Writes what `print` prints in lines that fit the terminal, or 80 columns where there is none.
+/// Writes what `print` prints in lines that fit the terminal. Where there is none another program may look for words in them, so
+/// they stay as they are.
 pub fn folded(to: &mut dyn Write, print: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
     let mut text = Vec::new();
     print(&mut text)?;
-    let columns = terminal::output_columns().unwrap_or(80);
-    to.write_all(text::folded(&String::from_utf8_lossy(&text), columns).as_bytes())
+    match terminal::output_columns() {
+        Some(columns) => to.write_all(text::folded(&String::from_utf8_lossy(&text), columns).as_bytes()),
+        None => to.write_all(&text),
+    }
 }
 
 /// A number of bytes as people read it.
