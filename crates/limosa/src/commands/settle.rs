@@ -42,9 +42,10 @@ pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyh
         (None, Some(note)) => parsed(note)?,
         (None, None) => {
             let what = format!(
-                "{}: no move of this device is noted as in doubt; `limosa resolve` lists those that are, and --id names \
-                 one that is not",
-                args.device.as_deref().unwrap_or_default()
+                "{name}: no move of this device is noted as in doubt; `limosa resolve` lists those that are, and --id names \
+                 one that is not. If a killed command has left it in another state than RUNNING, `limosa doctor {name}` says \
+                 what leads out of it",
+                name = args.device.as_deref().unwrap_or_default()
             );
             return Err(exit::error(Code::Refused, what));
         }
