@@ -51,7 +51,7 @@ fn receive_into(
 
 /// # Safety
 ///
-/// `parts` are so many, each of which is valid for writes of its length until the call has returned.
+/// `parts` points to `count` parts, and each is valid for writes of its length until the call has returned.
 unsafe fn receive_to(
     socket: impl AsFd,
     parts: *mut libc::iovec,

@@ -34,7 +34,7 @@ impl SendPart<'_> {
         self.len() == 0
     }
 
-    /// The part from this byte on, and no more than so many bytes.
+    /// At most `most` bytes of the part, from byte `from` on.
     #[must_use]
     pub fn within(&self, from: usize, most: usize) -> Self {
         let from = from.min(self.len());

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::exit::{self, Code};
 
 /// Refuses a path that names no file (usage), and one at which something else than a file is (refused), or a file that may not be
-/// replaced. What the system says later counts all the same.
+/// replaced. The file is still created with the system's own checks.
 pub fn check(path: &Path, option: &str, replace: bool) -> anyhow::Result<()> {
     let name = path.display();
     let refused = |code, what: &str| Err(exit::error(code, format!("{option}{name}: {what}")));

@@ -12,7 +12,7 @@ use limosa_protocol::fsm::Arc;
 
 use super::Machine;
 
-/// What a machine has done since it was made.
+/// Counts of a machine's arcs, resets and session bytes since the machine was made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counts {
@@ -66,7 +66,7 @@ impl Counters {
 }
 
 impl Machine {
-    /// What it has done since it was made. What a switch-over or a load brought of another machine is not counted.
+    /// Counts since the machine was made. They leave out the past of another machine, whose state came by a switch-over or a load.
     pub fn counts(&self) -> Counts {
         let Counters { arcs, saved_bytes, loaded_bytes } = &self.counters;
         Counts {

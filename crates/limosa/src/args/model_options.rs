@@ -8,9 +8,9 @@ use super::Model;
 #[derive(Debug, Serialize)]
 pub struct ModelOption {
     pub name: &'static str,
-    /// What it takes: its type, or all that it may be.
+    /// The type of the value, or all values that there are.
     pub value: &'static str,
-    /// What it is where it is not given.
+    /// The default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub default: Option<&'static str>,
     pub meaning: &'static str,
@@ -101,7 +101,7 @@ impl Model {
     }
 }
 
-/// What a shell completes behind `-o`: the words that a value may be, and names of options whose value may be anything.
+/// The completions behind `-o`: every value of options with fixed values, and the names of options whose value may be anything.
 pub fn words() -> impl Iterator<Item = String> {
     let of = |option: &ModelOption| {
         let name = option.name;

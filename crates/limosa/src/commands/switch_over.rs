@@ -211,7 +211,7 @@ fn any_ready(fds: &mut [PollFd<'_>], until: Instant) -> bool {
     }
 }
 
-/// What can happen while the new server takes over.
+/// An event while the new server takes over.
 #[derive(Clone, Copy)]
 enum Event {
     /// It says something, or nothing more.
@@ -220,7 +220,7 @@ enum Event {
     OldEnded,
 }
 
-/// What the new server has said so far.
+/// The output of the new server so far.
 #[derive(Default)]
 struct Heard {
     bytes: Vec<u8>,
@@ -258,7 +258,7 @@ impl Heard {
         self.is_over || self.foreign.is_some()
     }
 
-    /// What was heard that is no document, else `nothing`.
+    /// The reason that there is no document: the output that is none, else `nothing`.
     fn why(&self, nothing: &str) -> String {
         self.foreign.clone().unwrap_or_else(|| nothing.to_owned())
     }
@@ -313,7 +313,7 @@ impl New {
         Ok(New { child, stdout })
     }
 
-    /// Its document; why there is none. What is no document is passed over until one of both servers has ended.
+    /// The new server's document, or the reason that there is none. Other output is ignored until one of both servers has ended.
     fn listen(&mut self, old: &Old<'_>, until: Instant) -> Result<Said, String> {
         let ends = rustix::process::pidfd_open(
             rustix::process::Pid::from_child(&self.child),

@@ -17,7 +17,7 @@ use super::listener::Socket;
 const CLIENTS_MAX: usize = 16;
 /// The longest head of a request, in bytes.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// What is read of a client after its answer, so that the answer is not lost by a reset (RFC 9112, 9.6).
+/// The most bytes that are read of a client after its answer, so that no reset loses the answer (RFC 9112, 9.6).
 const REST_BYTES_MAX: usize = 64 << 10;
 /// How long a client has to ask, and to take the answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ impl Stream for UnixStream {
     }
 }
 
-/// What becomes of a connection.
+/// The stage of a connection.
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     /// The head of the request so far.

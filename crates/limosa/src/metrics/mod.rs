@@ -24,7 +24,7 @@ pub use server::{SWITCH_OVERS, Served};
 /// The beginning of every name.
 const PREFIX: &str = "limosa";
 
-/// What is measured of something.
+/// The kind of a metric (OpenMetrics 1.0: metric types).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// It only grows, until the process ends.
@@ -195,7 +195,7 @@ impl EncodeMetric for Samples {
     }
 }
 
-/// What every command tells.
+/// The metrics that every command has.
 #[derive(Debug)]
 struct Process {
     command: &'static str,

@@ -84,7 +84,7 @@ const PHASES: [Phase; 9] = [
 /// The buckets of downtimes, in seconds.
 const BUCKETS: [f64; 9] = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, f64::INFINITY];
 
-/// What a receiver has done.
+/// Counts of a receiver's moves.
 #[derive(Clone, Debug, Default)]
 pub struct Receiver(Arc<Mutex<Inner>>);
 

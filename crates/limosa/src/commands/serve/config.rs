@@ -29,14 +29,14 @@ pub struct Device {
     pub control: Option<PathBuf>,
     pub access: SocketAccess,
     pub any_file: bool,
-    /// What names all of its options in messages: `--option`, or the line of a file.
+    /// How messages name the device's options as a whole: `--option`, or the line of a file.
     pub origin: String,
     /// The same of each of them.
     pub origins: Vec<String>,
 }
 
 impl Device {
-    /// What names the first of its options that is not as it should be, or all of them.
+    /// How a message names the first wrong option, or all options where no single one is wrong.
     pub fn origin_of(&self, is_wrong: impl FnMut(&String) -> bool) -> &str {
         let at = self.options.iter().position(is_wrong);
         at.and_then(|at| self.origins.get(at)).unwrap_or(&self.origin)

@@ -1,4 +1,4 @@
-//! What signals ask of a server: its end, or a new process in its place.
+//! Requests by signals: that the server ends, or that it starts a new process in its place.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use crate::signals;
 
-/// What a server was asked for. [`Requests::replace`] outlasts a switch-over that is under way; several count once.
+/// The requests that have come so far. [`Requests::replace`] outlasts a switch-over that is under way; several count once.
 pub struct Requests {
     pub stop: ShutdownHandle,
     replace: Arc<OwnedFd>,
