@@ -5,7 +5,7 @@
 //! has no such document: it serves if the old one has ended, and it listens where that did.
 
 use std::io::{ErrorKind, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use limosa_switch_over::{Answer, Peer, ask};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 use super::serve::Listening;
@@ -267,6 +268,8 @@ impl Heard {
 /// The process that is to take its place. It outlives this one.
 struct New {
     child: Child,
+    /// Readable once it has ended.
+    ends: OwnedFd,
     stdout: ChildStdout,
 }
 
@@ -310,16 +313,13 @@ impl New {
             )
         })?;
         let stdout = child.stdout.take().context("the new server has no standard output")?;
-        Ok(New { child, stdout })
+        let ends = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
+            .context("the new server's process cannot be waited for")?;
+        Ok(New { child, ends, stdout })
     }
 
     /// The new server's document, or the reason that there is none. Other output is ignored until one of both servers has ended.
     fn listen(&mut self, old: &Old<'_>, until: Instant) -> Result<Said, String> {
-        let ends = rustix::process::pidfd_open(
-            rustix::process::Pid::from_child(&self.child),
-            rustix::process::PidfdFlags::empty(),
-        );
-        let ends = ends.map_err(|error| format!("the new server's process cannot be waited for: {error}"))?;
         let mut heard = Heard::default();
         let (mut limit, mut lives, mut old_lives) = (until, true, true);
         loop {
@@ -339,7 +339,7 @@ impl New {
                 }
             };
             watch(self.stdout.as_fd(), !heard.is_over, Event::Word);
-            watch(ends.as_fd(), lives, Event::NewEnded);
+            watch(self.ends.as_fd(), lives, Event::NewEnded);
             watch(old.peer.as_fd(), old_lives, Event::OldEnded);
             if !any_ready(&mut fds, limit) {
                 return Err(heard.why("the new server has said nothing within --limit"));
@@ -373,8 +373,6 @@ impl New {
         if let Ok(Some(status)) = self.child.try_wait() {
             return Some(status);
         }
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()?;
-        is_readable(&pidfd, Instant::now() + Duration::from_secs(2)).then(|| self.child.wait().ok())?
+        is_readable(&self.ends, Instant::now() + Duration::from_secs(2)).then(|| self.child.wait().ok())?
     }
 }

@@ -105,18 +105,9 @@ fn clients_lose_nothing_while_their_server_replaces_itself() {
     let clients = server.connect();
     let guests: Vec<_> = clients.iter().map(Guest::start).collect();
     let ends = AtomicBool::new(false);
-    let works = |client: &Client| {
-        let mut count = 0;
-        while !ends.load(Ordering::Relaxed) {
-            count += 1;
-            set(client, SCRATCH, count);
-            assert_eq!(get(client, SCRATCH), count, "what was written before is there");
-        }
-        count
-    };
     const TIMES: u64 = 5;
     std::thread::scope(|scope| {
-        let workers: Vec<_> = clients.iter().map(|client| scope.spawn(|| works(client))).collect();
+        let workers: Vec<_> = clients.iter().map(|client| scope.spawn(|| works(client, &ends))).collect();
         for _ in 0..TIMES {
             server.signal(Signal::USR2);
             server.is_replaced();

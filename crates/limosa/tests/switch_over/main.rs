@@ -179,23 +179,25 @@ fn the_clients_of_three_devices_lose_nothing_while_their_server_is_replaced_twen
     replaced_twenty_times(MANY);
 }
 
+/// Writes and reads a register until the end. How many times.
+fn works(client: &Client, ends: &AtomicBool) -> u64 {
+    let mut count = 0;
+    while !ends.load(Ordering::Relaxed) {
+        count += 1;
+        set(client, SCRATCH, count);
+        assert_eq!(get(client, SCRATCH), count, "what was written before is there");
+    }
+    count
+}
+
 fn replaced_twenty_times(names: &'static [&'static str]) {
     let scene = Scene::new(names, &["state=1M", "seed=5", "dirty-rate=16M"]);
     let mut server = scene.first("synthetic");
     let clients = scene.connect();
     let guests: Vec<_> = clients.iter().map(Guest::start).collect();
     let ends = AtomicBool::new(false);
-    let works = |client: &Client| {
-        let mut count = 0;
-        while !ends.load(Ordering::Relaxed) {
-            count += 1;
-            set(client, SCRATCH, count);
-            assert_eq!(get(client, SCRATCH), count, "what was written before is there");
-        }
-        count
-    };
     let (counts, mut writes) = std::thread::scope(|scope| {
-        let workers: Vec<_> = clients.iter().map(|client| scope.spawn(|| works(client))).collect();
+        let workers: Vec<_> = clients.iter().map(|client| scope.spawn(|| works(client, &ends))).collect();
         let mut writes = vec![vec![0]; names.len()];
         for _ in 0..SWITCH_OVERS {
             let new = scene.next("synthetic");

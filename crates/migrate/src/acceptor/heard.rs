@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use limosa_guest_memory::{PinnedBytes, SendPart};
 
-use crate::link::{Link, LinkError, Wait, forward_link};
+use crate::link::{Link, LinkError, Wait, forward_link, read_first_part, read_through_buffer};
 use crate::lock::lock;
 
 /// Keeps what is read from a link, until [`HeardLink::replay`] or [`HeardLink::forget`]. Its user bounds what it reads before.
@@ -39,6 +39,12 @@ impl HeardLink {
     pub(super) fn forget(&self) {
         *lock(&self.heard) = Heard { is_over: true, ..Heard::default() };
     }
+
+    /// Whether reads are those of the link inside: nothing is kept, and nothing is left to be read again.
+    fn is_through(&self) -> bool {
+        let heard = lock(&self.heard);
+        heard.is_over && heard.bytes.is_empty()
+    }
 }
 
 impl Link for HeardLink {
@@ -69,14 +75,10 @@ impl Link for HeardLink {
     }
 
     fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let heard = lock(&self.heard);
-        if heard.is_over && heard.bytes.is_empty() {
-            drop(heard);
-            return self.inner.read_parts(into, wait);
+        match self.is_through() {
+            true => self.inner.read_parts(into, wait),
+            false => read_first_part(self, into, wait),
         }
-        drop(heard);
-        let part = into.iter_mut().find(|part| !part.is_empty());
-        part.map_or(Ok(0), |part| self.read(part, wait))
     }
 
     fn read_to_memory(
@@ -86,21 +88,10 @@ impl Link for HeardLink {
         behind: &mut [u8],
         wait: Wait<'_>,
     ) -> Result<usize, LinkError> {
-        let heard = lock(&self.heard);
-        if heard.is_over && heard.bytes.is_empty() {
-            drop(heard);
-            return self.inner.read_to_memory(memory, from, behind, wait);
+        match self.is_through() {
+            true => self.inner.read_to_memory(memory, from, behind, wait),
+            false => read_through_buffer(self, memory, from, behind, wait),
         }
-        drop(heard);
-        let room = memory.len() - from.min(memory.len());
-        if room == 0 {
-            return self.read(behind, wait);
-        }
-        let mut piece = [0; 4 << 10];
-        let room = room.min(piece.len());
-        let bytes = self.read(&mut piece[..room], wait)?;
-        memory.write(from, &piece[..bytes]).map_err(LinkError::of_memory)?;
-        Ok(bytes)
     }
 
     fn write_parts(&self, parts: &[SendPart<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {

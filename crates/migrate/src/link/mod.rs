@@ -102,6 +102,37 @@ impl From<rustix::io::Errno> for LinkError {
     }
 }
 
+/// [`Link::read_parts`] by [`Link::read`].
+pub(crate) fn read_first_part(
+    link: &(impl Link + ?Sized),
+    into: &mut [IoSliceMut<'_>],
+    wait: Wait<'_>,
+) -> Result<usize, LinkError> {
+    match into.iter_mut().find(|part| !part.is_empty()) {
+        Some(part) => link.read(part, wait),
+        None => Ok(0),
+    }
+}
+
+/// [`Link::read_to_memory`] by [`Link::read`].
+pub(crate) fn read_through_buffer(
+    link: &(impl Link + ?Sized),
+    memory: &PinnedBytes,
+    from: usize,
+    behind: &mut [u8],
+    wait: Wait<'_>,
+) -> Result<usize, LinkError> {
+    let room = memory.len() - from.min(memory.len());
+    if room == 0 {
+        return link.read(behind, wait);
+    }
+    let mut piece = [0; 16 << 10];
+    let room = room.min(piece.len());
+    let bytes = link.read(&mut piece[..room], wait)?;
+    memory.write(from, &piece[..bytes]).map_err(LinkError::of_memory)?;
+    Ok(bytes)
+}
+
 /// An ordered byte stream in both directions. One thread may write while another reads; concurrent writes are done one
 /// after the other, and so are concurrent reads.
 pub trait Link: Send + Sync {
@@ -114,10 +145,7 @@ pub trait Link: Send + Sync {
     /// Reads at least one byte into these buffers, one after the other, as [`Link::read`]. The default reads into the first one that
     /// is not empty; a link that can fill several in one call saves its reader the next call.
     fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        match into.iter_mut().find(|part| !part.is_empty()) {
-            Some(part) => self.read(part, wait),
-            None => Ok(0),
-        }
+        read_first_part(self, into, wait)
     }
 
     /// Reads at least one byte: into guest memory from its byte `from` on, and behind its end into `behind`. The default reads through
@@ -130,15 +158,7 @@ pub trait Link: Send + Sync {
         behind: &mut [u8],
         wait: Wait<'_>,
     ) -> Result<usize, LinkError> {
-        let room = memory.len() - from.min(memory.len());
-        if room == 0 {
-            return self.read(behind, wait);
-        }
-        let mut piece = [0; 16 << 10];
-        let room = room.min(piece.len());
-        let bytes = self.read(&mut piece[..room], wait)?;
-        memory.write(from, &piece[..bytes]).map_err(LinkError::of_memory)?;
-        Ok(bytes)
+        read_through_buffer(self, memory, from, behind, wait)
     }
 
     /// Whether the link sends guest memory from where it lies, by [`Link::write_parts`].

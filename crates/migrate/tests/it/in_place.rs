@@ -16,7 +16,7 @@ use limosa_migrate::{Error, FilePages, GuestPages, MemoryChecksums, Options, Out
 use limosa_protocol::MigrationFlags;
 use limosa_protocol::bitmap::DirtyBitmap;
 use limosa_stream::{Damage, HEADER_BYTES, Header, Kind};
-use limosa_testing::memfd;
+use limosa_testing::{forward_link, memfd};
 
 const PAGE: u64 = 4096;
 const MEMORY_BYTES: u64 = 6 << 20;
@@ -77,9 +77,7 @@ impl Link for Watched {
         self.look(&slices[0]);
         self.link.write(slices, wait)
     }
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.link.read(into, wait)
-    }
+    forward_link!(|this| this.link; read, finish, peer);
     fn read_to_memory(
         &self,
         memory: &PinnedBytes,
@@ -100,12 +98,6 @@ impl Link for Watched {
     }
     fn is_authenticated(&self) -> bool {
         self.is_authenticated
-    }
-    fn finish(&self) {
-        self.link.finish();
-    }
-    fn peer(&self) -> &str {
-        self.link.peer()
     }
 }
 
@@ -248,15 +240,7 @@ fn a_frame_without_a_checksum_on_which_nobody_has_agreed_is_refused() {
                 .collect();
             self.0.write(&slices, wait)
         }
-        fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-            self.0.read(into, wait)
-        }
-        fn finish(&self) {
-            self.0.finish();
-        }
-        fn peer(&self) -> &str {
-            self.0.peer()
-        }
+        forward_link!(|this| this.0; read, finish, peer);
     }
     let (ends, _files) = ends(options());
     let (near, far) = SocketLink::pair().unwrap();

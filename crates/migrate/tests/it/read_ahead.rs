@@ -10,6 +10,7 @@ use limosa_migrate::{Destination, Ledger, MovedDevice, Outcome, Received, Source
 use limosa_protocol::MigrationFlags;
 use limosa_protocol::feature::PrecopyInfo;
 use limosa_stream::{HEADER_BYTES, Header, Kind};
+use limosa_testing::forward_link;
 
 use crate::common::hooked::{Hooked, MadeUp};
 use crate::common::options;
@@ -73,15 +74,7 @@ impl Link for Waits {
         }
         self.link.write(slices, wait)
     }
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.link.read(into, wait)
-    }
-    fn finish(&self) {
-        self.link.finish();
-    }
-    fn peer(&self) -> &str {
-        self.link.peer()
-    }
+    forward_link!(|this| this.link; read, finish, peer);
 }
 
 #[test]

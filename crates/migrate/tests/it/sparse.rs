@@ -13,7 +13,7 @@ use limosa_migrate::{
     move_local,
 };
 use limosa_stream::{Answer, Decoded, Decoder, Kind, Offer};
-use limosa_testing::memfd;
+use limosa_testing::{forward_link, memfd};
 
 use crate::common::peer::Peer;
 
@@ -78,15 +78,7 @@ impl Link for Counted {
         }
         Ok(written)
     }
-    fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.link.read(into, wait)
-    }
-    fn finish(&self) {
-        self.link.finish();
-    }
-    fn peer(&self) -> &str {
-        self.link.peer()
-    }
+    forward_link!(|this| this.link; read, finish, peer);
 }
 
 const PAGES: u64 = 4096;

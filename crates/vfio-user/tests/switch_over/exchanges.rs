@@ -121,6 +121,17 @@ fn is_fetched(raw: &mut Raw, byte: u8) {
     assert_eq!(raw.region_read(0, 0, BYTES as u32).ok().body[16..], [byte; BYTES]);
 }
 
+/// The device fetches, over one answer of the client's.
+#[track_caller]
+fn fetches(raw: &mut Raw, twin: &Raw, byte: u8) {
+    let id = begin(raw);
+    twin.send(&answer(&asked(twin), byte), &[]);
+    let reply = raw.receive();
+    assert_eq!(reply.id, id);
+    reply.ok();
+    is_fetched(raw, byte);
+}
+
 /// Its server, whose device waits for an answer for as long as the test takes.
 fn patient(folder: &std::path::Path) -> Running {
     let (machine, options) = (fetcher(), Options { dma_limit: Duration::from_secs(60), ..options() });
@@ -157,12 +168,7 @@ fn an_exchange_that_is_under_way_ends_in_the_old_server_and_the_next_is_the_new_
         assert_eq!(Some(reply.id), id);
         reply.ok();
         is_fetched(&mut raw, 1);
-        let id = begin(&mut raw);
-        twin.send(&answer(&asked(&twin), 2), &[]);
-        let reply = raw.receive();
-        assert_eq!(reply.id, id);
-        reply.ok();
-        is_fetched(&mut raw, 2);
+        fetches(&mut raw, &twin, 2);
         drop((raw, running));
     }
 }
@@ -190,11 +196,6 @@ fn a_client_that_does_not_answer_keeps_its_server_and_ends_its_exchange_there() 
     reply.ok();
     is_fetched(&mut raw, 1);
     let running = running.replaced_by(vec![fetcher()]);
-    let id = begin(&mut raw);
-    twin.send(&answer(&asked(&twin), 2), &[]);
-    let reply = raw.receive();
-    assert_eq!(reply.id, id);
-    reply.ok();
-    is_fetched(&mut raw, 2);
+    fetches(&mut raw, &twin, 2);
     drop((raw, running));
 }
