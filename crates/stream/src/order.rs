@@ -182,7 +182,7 @@ impl Order {
                 Step::DeviceEnd(at)
             }
             Kind::MEMORY_DATA => {
-                let at = self.placed(header, payload.len() as u64)?;
+                let at = self.count_pages(header, payload.len() as u64)?;
                 Step::MemoryData(at, header.position, payload)
             }
             Kind::MEMORY_ZERO => {
@@ -247,9 +247,9 @@ impl Order {
         })
     }
 
-    /// Where the pages of a MEMORY_DATA belong whose payload has not come yet and is not compressed: the index of the region. They may
-    /// be received there. Nothing changes; [`Order::received`] takes the frame once its payload is checked.
-    pub fn place(&self, header: &Header) -> Result<usize, Damage> {
+    /// The index of the region to which a MEMORY_DATA belongs whose payload has not come yet and is not compressed. The payload may be
+    /// received there. Nothing changes; [`Order::received`] takes the frame once its payload is checked.
+    pub fn memory_region(&self, header: &Header) -> Result<usize, Damage> {
         let misplaced = |why: &str| Err(Damage::Misplaced { kind: header.kind, why: why.into() });
         if self.summed {
             return misplaced("it follows the SUM");
@@ -262,11 +262,11 @@ impl Order {
 
     /// Takes a MEMORY_DATA whose pages were received where they belong, as [`Order::next`] takes others.
     pub fn received(&mut self, header: &Header) -> Result<(), Damage> {
-        self.place(header)?;
-        self.placed(header, header.length.into()).map(drop)
+        self.memory_region(header)?;
+        self.count_pages(header, header.length.into()).map(drop)
     }
 
-    fn placed(&mut self, header: &Header, length: u64) -> Result<usize, Damage> {
+    fn count_pages(&mut self, header: &Header, length: u64) -> Result<usize, Damage> {
         let at = self.pages(header, length)?;
         self.totals.memory_bytes = self.totals.memory_bytes.saturating_add(length);
         Ok(at)
@@ -381,7 +381,7 @@ mod tests {
         let mut order = order();
         let data = |position, bytes| Header::new(Kind::MEMORY_DATA, 2, position, 0, &vec![7; bytes]);
         let header = data(0x1000, 0x2000);
-        assert_eq!(order.place(&header), Ok(0));
+        assert_eq!(order.memory_region(&header), Ok(0));
         assert_eq!(order.totals().memory_bytes, 0, "nothing has come yet");
         assert_eq!(order.received(&header), Ok(()));
         assert_eq!(order.totals().memory_bytes, 0x2000);
@@ -390,11 +390,11 @@ mod tests {
         let runs = Header { kind: Kind::MEMORY_RUNS, ..header };
         for header in [data(0x3000, 0x2000), data(0x800, 0x1000), data(0, 0x800), of_nobody, compressed, runs]
         {
-            assert!(order.place(&header).is_err() && order.received(&header).is_err(), "{header:?}");
+            assert!(order.memory_region(&header).is_err() && order.received(&header).is_err(), "{header:?}");
         }
         assert_eq!(order.totals().memory_bytes, 0x2000);
         order.summed = true;
-        assert!(order.place(&header).is_err(), "nothing follows the SUM");
+        assert!(order.memory_region(&header).is_err(), "nothing follows the SUM");
     }
 
     #[test]

@@ -109,7 +109,8 @@ impl Receiving<'_, '_> {
         }
         loop {
             let cancel = Some(self.team.ended());
-            let header = reader.next_placed(link, DOING, None, cancel, &|header| self.place(header, link))?;
+            let header = reader
+                .next_in_place(link, DOING, None, cancel, &|header| self.memory_target(header, link))?;
             match header.kind {
                 Kind::LINK_END => {
                     self.state.lock().links_ended += 1;

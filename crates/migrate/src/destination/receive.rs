@@ -17,7 +17,7 @@ use crate::memory::{MemoryRegion, is_zero};
 use crate::protocol::idle::Idle;
 use crate::report::Phase;
 use crate::transfer::device_sender::READ_BYTES_MAX;
-use crate::wire::{Frame, FrameReader, Place};
+use crate::wire::{Frame, FrameReader, MemoryTarget};
 use crate::{Error, Result, Round};
 
 /// Runs of zeroes with no more than this between them are looked at together.
@@ -39,8 +39,8 @@ impl Receiving<'_, '_> {
         let (mut idle, mut is_stopped) = (Idle::new(now(), self.options().silence_max), false);
         loop {
             let (link, cancel) = (self.connection.link(), Some(self.team.ended()));
-            let read =
-                reader.next_placed(link, DOING, self.until, cancel, &|header| self.place(header, link));
+            let read = reader
+                .next_in_place(link, DOING, self.until, cancel, &|header| self.memory_target(header, link));
             let header = match read {
                 Err(Error::TimedOut { .. }) if self.is_over() => return Err(self.took_too_long()),
                 read => read?,
@@ -112,13 +112,13 @@ impl Receiving<'_, '_> {
 
     /// Where the pages of a MEMORY_DATA belong, if they can be received there: what comes before the checksum is known is in the
     /// guest's memory then, which nothing runs on before the commit.
-    pub(super) fn place(&self, header: &Header, link: &dyn Link) -> Result<Option<Place>> {
-        let at = self.order.lock().place(header);
+    pub(super) fn memory_target(&self, header: &Header, link: &dyn Link) -> Result<Option<MemoryTarget>> {
+        let at = self.order.lock().memory_region(header);
         let at = at.map_err(|damage| Error::Stream { from: link.peer().into(), damage })?;
         let Some(region) = self.regions[at] else { return Ok(None) };
         let range = header.position..header.position + u64::from(header.length);
         let address = region.iova.saturating_add(range.start);
-        Ok(region.pin(range, true)?.map(|memory| Place { memory, address }))
+        Ok(region.pin(range, true)?.map(|memory| MemoryTarget { memory, address }))
     }
 
     /// Acts on a frame. A frame that is out of order never reaches a device.
@@ -129,7 +129,7 @@ impl Receiving<'_, '_> {
         if matches!(header.kind, Kind::DEVICE_DATA | Kind::DEVICE_END) {
             return self.take_device(header, reader).map(|()| Step::Skipped);
         }
-        if reader.was_placed() {
+        if reader.was_in_place() {
             self.order.lock().received(header).map_err(|damage| reader.damaged(damage))?;
             self.recorder().memory_data(header.length.into());
             return Ok(Step::Skipped);

@@ -17,9 +17,9 @@ struct Piece {
     buffer: Buffer,
 }
 
-/// What the two threads of a device hand to each other.
+/// The hand-over between the two threads of a device.
 #[derive(Default)]
-struct Desk {
+struct Handover {
     /// To be sent.
     piece: Option<Piece>,
     /// Whether a piece is being sent.
@@ -28,20 +28,20 @@ struct Desk {
     spare: Option<Buffer>,
 }
 
-impl Desk {
+impl Handover {
     fn is_free(&self) -> bool {
         self.piece.is_none() && !self.is_sending
     }
 }
 
-/// The hand-over of one device's data, one piece at a time.
+/// Hands over one device's data to the thread that sends it, one piece at a time.
 pub(crate) struct ReadAhead {
-    desk: Shared<Desk>,
+    handover: Shared<Handover>,
 }
 
 impl ReadAhead {
     pub(crate) fn new(team: &Team) -> ReadAhead {
-        ReadAhead { desk: team.share(Desk::default()) }
+        ReadAhead { handover: team.share(Handover::default()) }
     }
 
     /// Whether the next piece is to be handed over, after this many pieces in a row that filled their buffer.
@@ -51,7 +51,7 @@ impl ReadAhead {
 
     /// Waits until everything that was handed over is sent.
     pub(crate) fn settle(&self, team: &Team) -> Result<()> {
-        team.wait(&self.desk, self.desk.lock(), None, Desk::is_free).map(drop)
+        team.wait(&self.handover, self.handover.lock(), None, Handover::is_free).map(drop)
     }
 
     /// Hands over a piece, once the one before it is sent, and puts another buffer of the same length in its place.
@@ -62,30 +62,32 @@ impl ReadAhead {
         bytes: usize,
         buffer: &mut Buffer,
     ) -> Result<()> {
-        let (mut desk, _) = sending.team.wait(&self.desk, self.desk.lock(), None, Desk::is_free)?;
-        let mut next = desk.spare.take().unwrap_or_else(|| Buffer::new(sending.recorder().buffers()));
+        let (mut handover, _) =
+            sending.team.wait(&self.handover, self.handover.lock(), None, Handover::is_free)?;
+        let mut next = handover.spare.take().unwrap_or_else(|| Buffer::new(sending.recorder().buffers()));
         next.grow(buffer.len());
         next.truncate(buffer.len());
         let buffer = std::mem::replace(buffer, next);
-        desk.piece = Some(Piece { position, bytes, buffer });
-        drop(desk);
-        self.desk.notify_all();
+        handover.piece = Some(Piece { position, bytes, buffer });
+        drop(handover);
+        self.handover.notify_all();
         Ok(())
     }
 
     /// The body of the thread that sends. Ends with an error once the work of the team has ended.
     pub(crate) fn send(&self, device: usize, sending: &Sending<'_, '_>) -> Result<()> {
         loop {
-            let has_piece = |desk: &Desk| desk.piece.is_some();
-            let (mut desk, _) = sending.team.wait(&self.desk, self.desk.lock(), None, has_piece)?;
-            let Some(piece) = desk.piece.take() else { continue };
-            desk.is_sending = true;
-            drop(desk);
+            let has_piece = |handover: &Handover| handover.piece.is_some();
+            let (mut handover, _) =
+                sending.team.wait(&self.handover, self.handover.lock(), None, has_piece)?;
+            let Some(piece) = handover.piece.take() else { continue };
+            handover.is_sending = true;
+            drop(handover);
             sending.send_device(device, piece.position, &piece.buffer[..piece.bytes])?;
-            let mut desk = self.desk.lock();
-            (desk.is_sending, desk.spare) = (false, Some(piece.buffer));
-            drop(desk);
-            self.desk.notify_all();
+            let mut handover = self.handover.lock();
+            (handover.is_sending, handover.spare) = (false, Some(piece.buffer));
+            drop(handover);
+            self.handover.notify_all();
         }
     }
 }

@@ -5,41 +5,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::now;
-use limosa_guest_memory::PinnedBytes;
 use limosa_stream::body::decode_abort;
 use limosa_stream::buffer::{Buffer, Gauge};
 use limosa_stream::{
-    Compression, Damage, HEADER_BYTES, Header, Kind, PREFACE_BYTES, Preface, RunningCrc, Unpacker, unpack,
+    Compression, Damage, HEADER_BYTES, Header, Kind, PREFACE_BYTES, Preface, Unpacker, unpack,
 };
 
+use super::in_place::{FindTarget, InPlace, MemoryTarget, NotReceived};
 use super::{COMPRESSING, link_failed};
 use crate::link::{Link, LinkError, TlsError, Wait};
-use crate::memory::cut_short;
 use crate::{Cancel, Error, Result};
 
 /// Behind a payload of this length or more, the next header is read in the same call. Shorter ones belong to frames behind which
 /// nothing may come for long.
 const AHEAD_BYTES_MIN: usize = 4 << 10;
-
-/// Pages that are received where they belong are copied in such pieces for their checksum: guest memory may change at any time, so
-/// nothing computes on it where it lies.
-const PIECE_BYTES: usize = 16 << 10;
-
-/// Where the payload of a MEMORY_DATA belongs.
-pub(crate) struct Place {
-    pub(crate) memory: PinnedBytes,
-    /// Its address, as devices see it.
-    pub(crate) address: u64,
-}
-
-/// Says where the payload of a frame belongs, if it may be received there. A frame that is out of place is refused.
-pub(crate) type Places<'p> = &'p dyn Fn(&Header) -> Result<Option<Place>>;
-
-/// A payload that is received where it belongs.
-struct Placed {
-    place: Place,
-    crc: RunningCrc,
-}
 
 /// The receiving half of a link. A wait that ends early, at a deadline or by a cancel, loses nothing: the next call
 /// goes on in the middle of the frame.
@@ -54,10 +33,10 @@ pub(crate) struct FrameReader {
     /// The header, once it is complete and checked, while its payload is being read.
     reading: Option<Header>,
     payload_bytes: usize,
-    /// Where the payload of the frame is being received, if not in `payload`.
-    placed: Option<Placed>,
+    /// The payload of the frame, while it is being received into guest memory and not into `payload`.
+    in_place: Option<InPlace>,
     /// Whether the payload of the last frame is not in `payload`.
-    was_placed: bool,
+    was_in_place: bool,
     /// For the checksums of such payloads.
     piece: Buffer,
     /// Whether payloads of memory may have no checksum.
@@ -87,8 +66,8 @@ impl FrameReader {
             header_bytes: 0,
             reading: None,
             payload_bytes: 0,
-            placed: None,
-            was_placed: false,
+            in_place: None,
+            was_in_place: false,
             piece: Buffer::default(),
             takes_unchecked: false,
             payload: Buffer::default(),
@@ -187,28 +166,28 @@ impl FrameReader {
         within: Option<(Instant, Duration)>,
         cancel: Option<&Cancel>,
     ) -> Result<Header> {
-        self.next_placed(link, doing, within, cancel, &|_| Ok(None))
+        self.next_in_place(link, doing, within, cancel, &|_| Ok(None))
     }
 
-    /// The same, where the payload is received where it belongs, if `places` says so: [`FrameReader::was_placed`] is then true, and
-    /// the payload is checked like any other.
-    pub(crate) fn next_placed(
+    /// The same, with the payload in guest memory if `find` finds some for it: [`FrameReader::was_in_place`] is then true, and the payload
+    /// is checked like any other.
+    pub(crate) fn next_in_place(
         &mut self,
         link: &dyn Link,
         doing: &'static str,
         within: Option<(Instant, Duration)>,
         cancel: Option<&Cancel>,
-        places: Places<'_>,
+        find: FindTarget<'_>,
     ) -> Result<Header> {
         loop {
             let (wait, limit) = self.wait(within, cancel);
-            if self.placed.is_some() {
-                match self.read_placed(link, wait) {
+            if self.in_place.is_some() {
+                match self.read_in_place(link, wait) {
                     Ok(Some(header)) => return Ok(header),
                     Ok(None) => continue,
-                    Err(NotPlaced::Link(LinkError::TimedOut)) => return Err(self.timed_out(doing, limit)),
-                    Err(NotPlaced::Link(error)) => return Err(self.failed(error, doing)),
-                    Err(NotPlaced::Other(error)) => return Err(error),
+                    Err(NotReceived::Link(LinkError::TimedOut)) => return Err(self.timed_out(doing, limit)),
+                    Err(NotReceived::Link(error)) => return Err(self.failed(error, doing)),
+                    Err(NotReceived::Other(error)) => return Err(error),
                 }
             }
             let payload = match &self.reading {
@@ -231,8 +210,8 @@ impl FrameReader {
                 }
             }
             if self.reading.is_none() && self.header_bytes == HEADER_BYTES {
-                self.begin(places)?;
-                if self.placed.is_some() {
+                self.begin(find)?;
+                if self.in_place.is_some() {
                     continue;
                 }
             }
@@ -245,44 +224,25 @@ impl FrameReader {
         }
     }
 
-    /// Reads once where the payload belongs. Returns the header once all of it is there and checked.
-    fn read_placed(&mut self, link: &dyn Link, wait: Wait<'_>) -> Result<Option<Header>, NotPlaced> {
-        let (Some(placed), Some(header)) = (&mut self.placed, self.reading) else { return Ok(None) };
-        let length = header.length as usize;
-        let memory = &placed.place.memory;
-        let lost = |at: usize, error| {
-            let address = placed.place.address.saturating_add(at as u64);
-            NotPlaced::Other(Error::Memory { address, error })
-        };
+    /// Reads once into guest memory. Returns the header once all of the payload is there and checked.
+    fn read_in_place(&mut self, link: &dyn Link, wait: Wait<'_>) -> Result<Option<Header>, NotReceived> {
+        let (Some(in_place), Some(header)) = (&mut self.in_place, self.reading) else { return Ok(None) };
         let behind = &mut self.header[self.header_bytes..];
-        let bytes = match link.read_to_memory(memory, self.payload_bytes, behind, wait) {
-            Err(LinkError::Memory(error)) => return Err(lost(self.payload_bytes, error)),
-            read => read.map_err(NotPlaced::Link)?,
-        };
-        let of_payload = bytes.min(length - self.payload_bytes);
-        let end = self.payload_bytes + of_payload;
-        if !header.unchecked {
-            // While it is in a cache.
-            self.piece.grow(PIECE_BYTES);
-            for from in (self.payload_bytes..end).step_by(PIECE_BYTES) {
-                let piece = &mut self.piece[..PIECE_BYTES.min(end - from)];
-                memory.read(from, piece).map_err(|_| lost(from, cut_short()))?;
-                placed.crc.add(piece);
-            }
-        }
-        self.payload_bytes = end;
+        let bytes = in_place.read(link, &header, self.payload_bytes, behind, &mut self.piece, wait)?;
+        let of_payload = bytes.min(header.length as usize - self.payload_bytes);
+        self.payload_bytes += of_payload;
         self.header_bytes += bytes - of_payload;
-        if end < length {
+        if self.payload_bytes < header.length as usize {
             return Ok(None);
         }
-        memory.check().map_err(|_| lost(0, cut_short()))?;
-        let checked = header.check_crc(if header.unchecked { 0 } else { placed.crc.value() });
-        (self.reading, self.placed, self.was_placed) = (None, None, true);
-        checked.map(|()| Some(header)).map_err(|damage| NotPlaced::Other(self.damaged(damage)))
+        let crc = in_place.crc()?;
+        (self.reading, self.in_place, self.was_in_place) = (None, None, true);
+        let checked = header.check_crc(crc).map_err(|damage| NotReceived::Other(self.damaged(damage)));
+        checked.map(|()| Some(header))
     }
 
     /// The header is complete: checks it, and makes room for the payload.
-    fn begin(&mut self, places: Places<'_>) -> Result<()> {
+    fn begin(&mut self, find: FindTarget<'_>) -> Result<()> {
         let header = Header::decode(&self.header).map_err(|damage| self.damaged(damage))?;
         header.check_sequence(self.sequence).map_err(|damage| self.damaged(damage))?;
         header.check_is_checked(self.takes_unchecked).map_err(|damage| self.damaged(damage))?;
@@ -294,12 +254,11 @@ impl FrameReader {
                 self.damaged(Damage::Misplaced { kind: header.kind, why })
             })?);
         }
-        self.was_placed = false;
+        self.was_in_place = false;
         if header.kind == Kind::MEMORY_DATA && !header.compressed {
-            let is_whole = |place: &Place| place.memory.len() == header.length as usize;
-            self.placed =
-                places(&header)?.filter(is_whole).map(|place| Placed { place, crc: RunningCrc::new() });
-            if self.placed.is_some() {
+            let is_whole = |target: &MemoryTarget| target.memory.len() == header.length as usize;
+            self.in_place = find(&header)?.filter(is_whole).map(InPlace::new);
+            if self.in_place.is_some() {
                 (self.reading, self.payload_bytes, self.header_bytes) = (Some(header), 0, 0);
                 return Ok(());
             }
@@ -332,14 +291,14 @@ impl FrameReader {
         Ok(header)
     }
 
-    /// Whether the payload of the last frame was received where it belongs.
-    pub(crate) fn was_placed(&self) -> bool {
-        self.was_placed
+    /// Whether the payload of the last frame is in guest memory.
+    pub(crate) fn was_in_place(&self) -> bool {
+        self.was_in_place
     }
 
-    /// The payload of the last frame; nothing, if it was received where it belongs.
+    /// The payload of the last frame; nothing, if it is in guest memory.
     pub(crate) fn payload(&self, header: &Header) -> &[u8] {
-        if self.was_placed { &[] } else { &self.payload[..header.length as usize] }
+        if self.was_in_place { &[] } else { &self.payload[..header.length as usize] }
     }
 
     /// Takes the payload of the last frame away and puts another buffer in its place. If the buffer is much larger than the
@@ -380,12 +339,6 @@ impl FrameReader {
             error => link_failed(&self.peer, error, doing, self.silence_max),
         }
     }
-}
-
-/// Why a payload did not come where it belongs.
-enum NotPlaced {
-    Link(LinkError),
-    Other(Error),
 }
 
 /// The deadline and length of a limit that begins now, for [`FrameReader::next`].

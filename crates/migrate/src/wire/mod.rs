@@ -4,13 +4,15 @@
 mod connection;
 mod frame_reader;
 mod frame_writer;
+mod in_place;
 mod metered;
 
 use std::time::Duration;
 
 pub(crate) use connection::Connection;
-pub(crate) use frame_reader::{FrameReader, Place, within};
+pub(crate) use frame_reader::{FrameReader, within};
 pub(crate) use frame_writer::FrameWriter;
+pub(crate) use in_place::MemoryTarget;
 use limosa_stream::Kind;
 pub(crate) use metered::MeteredLink;
 
