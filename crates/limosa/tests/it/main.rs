@@ -1,0 +1,43 @@
+//! The command as its users run it: in processes of its own, each module with one subject.
+
+mod bench;
+mod beside;
+mod browser;
+mod causes;
+mod cli;
+mod demo;
+mod dies;
+mod doctor;
+mod documents;
+mod endings;
+mod errors;
+mod examples;
+mod faults;
+mod folder;
+mod forever;
+mod kills;
+mod limits;
+mod log;
+mod many;
+mod memory;
+mod metrics;
+mod names;
+mod permissions;
+mod region;
+mod reports;
+mod resolving;
+mod schema;
+mod service;
+mod settling;
+mod signals;
+mod stopped;
+mod stops;
+#[cfg(feature = "s3")]
+mod stores;
+mod support;
+mod switch_over;
+mod tls;
+mod trace;
+mod users;
+mod versions;
+mod wireshark;

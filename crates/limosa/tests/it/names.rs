@@ -1,0 +1,132 @@
+//! Names of the kernel's devices on a machine that need not have any: which forms are known, and what is said of
+//! devices that are not there. Devices that are there are in the lab's suite.
+
+use crate::support::{Folder, JsonOutput, limosa, start};
+
+const USAGE: i32 = 2;
+const UNREACHABLE: i32 = 4;
+
+/// Nothing of this name is on any machine.
+const ABSENT: [&str; 5] = [
+    "fffe:ff:1f.7",
+    "00000000-0000-0000-0000-000000000000",
+    "/dev/vfio/devices/vfio4294967295",
+    "/dev/vfio/4294967295",
+    "4294967295",
+];
+
+#[test]
+fn kernel_devices_that_are_not_there_are_said_not_to_be_by_every_command() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    for absent in ABSENT {
+        for command in [
+            &["probe", absent][..],
+            &["--door", "group", "probe", absent],
+            &["--door", "cdev", "probe", absent],
+            &["state", absent],
+            &["state", absent, "set", "STOP", "--hold"],
+            &["save", absent, "/nowhere"],
+            &["load", "/nowhere", absent],
+            &["migrate", absent, &device.socket],
+            &["migrate", &device.socket, absent],
+            &["bench", absent],
+            &["send", absent, "--to", "unix:/nowhere"],
+            &["receive", absent, "--listen", "unix:/nowhere/there"],
+        ] {
+            limosa(command).fails(UNREACHABLE, &[absent, "`limosa probe` lists what there is"]);
+        }
+    }
+    assert_eq!(device.state(), limosa_protocol::State::Running);
+}
+
+#[test]
+fn a_name_that_is_neither_a_socket_nor_the_kernels_is_told_where_the_forms_are() {
+    let folder = Folder::new();
+    let file = folder.text("file");
+    std::fs::write(&file, "").unwrap();
+    for name in ["vfio0", "/dev/vfio/vfio", "1:2:3.4", "0-0-0-0-0", "/proc/1/fd", file.as_str()] {
+        limosa(&["probe", name]).fails(UNREACHABLE, &[name, "no", "socket", "`limosa probe --help`"]);
+    }
+    let help = limosa(&["probe", "--help"]).ok();
+    for form in ["vfio-user socket", "PCI address", "UUID", "/dev/vfio/devices/vfioN", "/proc/PID/fd/N"] {
+        assert!(help.contains(form), "{form}: {help}");
+    }
+}
+
+#[test]
+fn fds_that_are_no_devices_are_not_taken_for_some() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let own = format!("/proc/{}/fd", std::process::id());
+    limosa(&["state", "/proc/self/fd/0"])
+        .fails(UNREACHABLE, &["/proc/self/fd/0", "no VFIO device but /dev/null"]);
+    limosa(&["probe", "/dev/fd/777"]).fails(UNREACHABLE, &["/dev/fd/777", "process self has no fd 777"]);
+    limosa(&["probe", &format!("{own}/999999")])
+        .fails(UNREACHABLE, &["has no fd 999999", "`limosa probe` lists"]);
+    limosa(&["probe", "/proc/2147483647/fd/0"]).fails(UNREACHABLE, &["there is no process 2147483647"]);
+    limosa(&["migrate", &device.socket, "/proc/self/fd/2"])
+        .fails(UNREACHABLE, &["/proc/self/fd/2", "no VFIO device"]);
+}
+
+#[test]
+fn one_device_under_two_names_is_one_device() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let link = folder.text("link");
+    std::os::unix::fs::symlink(&device.socket, &link).unwrap();
+    limosa(&["migrate", &device.socket, &link]).fails(USAGE, &[&link, "the same device"]);
+    // Nor need a device be there.
+    for (one, other) in [("ff:1f.7", "0000:FF:1f.7"), ("4294967295", "/dev/vfio/4294967295")] {
+        limosa(&["migrate", one, other]).fails(USAGE, &[one, other, "the same device"]);
+    }
+}
+
+#[test]
+fn the_listing_says_why_it_is_empty() {
+    let json = limosa(&["--json", "probe"]).json();
+    let text = limosa(&["probe"]).ok();
+    if json["devices"].as_array().unwrap().is_empty() {
+        let why = json["none_because"].as_str().unwrap();
+        assert!(text.contains(why) && why.contains("VFIO driver"), "{text}");
+    } else {
+        assert!(text.starts_with("DEVICE "), "{text}");
+    }
+    // Whatever this machine has, each device is something.
+    let all = limosa(&["--json", "probe", "--all"]).json();
+    let devices = all["devices"].as_array().unwrap();
+    assert!(devices.len() >= json["devices"].as_array().unwrap().len());
+    assert!(devices.iter().all(|device| device["device"].is_string() && device["is"].is_string()), "{all}");
+    limosa(&["probe", "--all", "x"]).fails(USAGE, &["--all"]);
+}
+
+#[test]
+fn every_command_that_takes_a_device_says_how_one_is_named() {
+    for command in
+        [&["--help"][..], &["probe", "--help"], &["state", "--help"], &["migrate", "--help"], &["load", "-h"]]
+    {
+        let help = limosa(command).ok();
+        assert_eq!(help.matches("/proc/PID/fd/N           a device").count(), 1, "{help}");
+        assert!(help.contains("--hold") && help.contains("--door"), "{help}");
+    }
+    for command in ["fsm", "inspect", "serve", "man"] {
+        let help = limosa(&[command, "--help"]).ok();
+        assert!(!help.contains("/proc/PID"), "{help}");
+    }
+}
+
+#[test]
+fn a_held_device_is_let_go_at_a_signal() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    for signal in [rustix::process::Signal::INT, rustix::process::Signal::TERM] {
+        let holding = start(&["state", &device.socket, "set", "STOP", "--hold"]);
+        holding.line("holding ");
+        limosa(&["--timeout", "0.05", "check", &device.socket])
+            .fails(UNREACHABLE, &["is another one connected?"]);
+        limosa(&["state", &device.socket, "set", "RUNNING"]).fails(3, &["EBUSY"]);
+        holding.signal(signal);
+        assert!(holding.end().ok().starts_with("RUNNING > RUNNING_P2P > STOP\n"));
+        limosa(&["state", &device.socket, "reset"]).ok();
+    }
+}
