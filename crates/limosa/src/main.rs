@@ -11,6 +11,7 @@ mod hook;
 mod huge_pages;
 mod keep_open;
 mod links;
+mod loaded;
 mod log;
 mod memory;
 mod metrics;
@@ -103,7 +104,10 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
             let device = open(&args.device)?;
             let done = match action {
                 args::StateAction::Next { pid, nobody } => commands::next::run(&device, *pid, *nobody, out),
-                action => commands::state::run(&device, action, args.force, out),
+                action => {
+                    let moves = moves::Moves::new(args.moves.as_deref());
+                    commands::state::run(&device, action, args.force, &moves, out)
+                }
             };
             keep_open::end(done, std::slice::from_ref(&device), args.keep_open.keep_open, leaves, out)
         }

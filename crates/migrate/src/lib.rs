@@ -84,7 +84,7 @@ pub use error::{
     Changed, Difference, Error, Misbehaviour, Mismatch, MismatchKind, Mistrust, NoMove, Obstacle, Remaining,
     Result,
 };
-pub use ledger::{Decision, Ledger};
+pub use ledger::{Decision, Ledger, Recorded, recorded};
 pub use limosa_stream::{AbortCode, Compression, Damage, MigrationId, Secret, Totals};
 pub use local::move_local;
 pub use memory::{

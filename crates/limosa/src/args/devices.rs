@@ -1,5 +1,7 @@
 //! The commands that inspect and drive devices: `probe`, `state`.
 
+use std::path::PathBuf;
+
 use super::values::device;
 use clap::{Args, Subcommand};
 use limosa_protocol::State;
@@ -42,6 +44,11 @@ pub struct StateArgs {
     /// Let a device run, or reset it, whose move is in doubt: you have seen that its guest does not run at the other side.
     #[arg(long, global = true)]
     pub force: bool,
+
+    /// The folder in which moves are remembered, as for the command that moved the device; by default limosa/moves below
+    /// $XDG_STATE_HOME, ~/.local/state or, without either, /var/lib.
+    #[arg(long, value_name = "FOLDER", global = true)]
+    pub moves: Option<PathBuf>,
 
     #[command(flatten)]
     pub keep_open: KeepOpen,

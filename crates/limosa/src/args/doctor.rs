@@ -41,6 +41,11 @@ pub struct Doctor {
     #[arg(long, value_name = "RATE", requires = "device", value_parser = rate)]
     pub bandwidth: Vec<Rate>,
 
+    /// The folder in which moves are remembered, as for the command that moved the device; by default limosa/moves below
+    /// $XDG_STATE_HOME, ~/.local/state or, without either, /var/lib.
+    #[arg(long, value_name = "FOLDER", requires = "device")]
+    pub moves: Option<PathBuf>,
+
     /// Look at the machine whose /proc, /sys, /dev, /boot and /lib are in this folder: the host of a container.
     #[arg(long, value_name = "FOLDER", default_value = "/", conflicts_with = "device")]
     pub root: PathBuf,

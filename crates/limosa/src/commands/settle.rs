@@ -220,8 +220,8 @@ impl Settling<'_> {
     fn unknown(&self, what: &str) -> anyhow::Error {
         let (name, id) = (self.halted.names(), self.id);
         let message = format!(
-            "{name} stays stopped and in doubt: {what}. Look at the destination of move {id}: if the guest runs \
-             there, or did, decide it with `--decide moved`; if it does not and never will, with `--decide undone`"
+            "{name} stays stopped and in doubt: {what}. Look at the destination of move {id}, where `limosa doctor DEVICE` \
+             says which move loaded a device: if the guest runs there, or did, decide it with `--decide moved`; if it does not and never will, with `--decide undone`"
         );
         exit::error(Code::InDoubt, message)
     }

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::args::StateAction;
 use crate::exit::{self, Code};
 use crate::found;
+use crate::loaded::LoadedBy;
 use crate::moves::Moves;
 use crate::open::Opened;
 use crate::output::Output;
@@ -19,9 +20,18 @@ struct Answer {
     /// The states passed, the first and the last one included; absent for a read.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     path: Vec<&'static str>,
+    /// The last move that it was loaded by, of a read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loaded_by: Option<LoadedBy>,
 }
 
-pub fn run(device: &Opened, action: &StateAction, force: bool, out: &Output) -> anyhow::Result<()> {
+pub fn run(
+    device: &Opened,
+    action: &StateAction,
+    force: bool,
+    moves: &Moves,
+    out: &Output,
+) -> anyhow::Result<()> {
     let mut path = Vec::new();
     let runs =
         |state: State| !matches!(state, State::Stop | State::StopCopy | State::Resuming | State::Error);
@@ -30,7 +40,7 @@ pub fn run(device: &Opened, action: &StateAction, force: bool, out: &Output) -> 
         StateAction::Reset => true,
         _ => false,
     };
-    if may_run && let Some(doubt) = found::doubt(device.given(), &Moves::new(None)) {
+    if may_run && let Some(doubt) = found::doubt(device.given(), moves) {
         if !force {
             return Err(exit::error(
                 Code::InDoubt,
@@ -58,7 +68,8 @@ pub fn run(device: &Opened, action: &StateAction, force: bool, out: &Output) -> 
         flags if flags.is_empty() => return no_migration(&**device, action, out),
         _ => device.state()?.name(),
     };
-    let answer = Answer { device: device.name().into(), state, path };
+    let loaded_by = matches!(action, StateAction::Get).then(|| moves.loaded_by(device)).flatten();
+    let answer = Answer { device: device.name().into(), state, path, loaded_by };
     let printed = out.result(&answer, |to| match answer.path.as_slice() {
         [] | [_] => writeln!(to, "{}", answer.state),
         path => writeln!(to, "{}", path.join(" > ")),
@@ -78,8 +89,8 @@ fn after(state: &str, printed: anyhow::Result<()>) -> anyhow::Result<()> {
 fn no_migration(device: &dyn Device, action: &StateAction, out: &Output) -> anyhow::Result<()> {
     match action {
         StateAction::Reset => {
-            let answer =
-                Answer { device: device.name().into(), state: State::Running.name(), path: Vec::new() };
+            let (device, state) = (device.name().into(), State::Running.name());
+            let answer = Answer { device, state, path: Vec::new(), loaded_by: None };
             after(answer.state, out.result(&answer, |to| writeln!(to, "reset")))
         }
         _ => Err(cannot(device)),

@@ -16,7 +16,8 @@ use serde::de::DeserializeOwned;
 use crate::exit::{self, Code};
 pub use note::{DOUBT, Doubt, Halted, Known, Note, STOP, Stop};
 pub use taken::Taken;
-use taken::{is_in_use, is_ours};
+pub use taken::is_in_use;
+use taken::is_ours;
 
 /// Advice about a folder that cannot be used.
 pub const HINT: &str = "name a folder of your own with --moves";

@@ -57,7 +57,8 @@ pub(super) fn is_ours(file: &File) -> bool {
 /// How long others may look at a note one after the other.
 const LOOKS_MAX: Duration = Duration::from_secs(5);
 
-pub(super) fn is_in_use(file: &File, how: FlockOperation) -> bool {
+/// Whether another process has a lock on this file that excludes this one.
+pub fn is_in_use(file: &File, how: FlockOperation) -> bool {
     flock(file, how) == Err(rustix::io::Errno::WOULDBLOCK)
 }
 

@@ -67,7 +67,7 @@ fn records_and_notes_of_moves_were_readable_by_every_user_of_the_host() {
         receiver.line("listening on");
         let sender = start_under(umask, &["send", &source.socket, "--to", &listen, "--moves", &here]);
         destination.line("stalls as scripted");
-        assert_eq!(are_private(&folder.path("state"), umask), 2);
+        assert_eq!(are_private(&folder.path("state"), umask), 3);
         let state = std::fs::metadata(folder.path("state")).unwrap().mode() & 0o7777;
         assert_eq!(state, 0o700, "umask {umask}");
         sender.end().ok();

@@ -27,6 +27,27 @@ pub enum Decision {
     Committed,
 }
 
+/// How far a received move came, by its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Recorded {
+    /// Everything was loaded, and the source was told so. Nothing runs.
+    Holding,
+    /// The source has committed, and the devices are being started. If no process works on the move any more, some of them may
+    /// run, and a person has to look.
+    Starting,
+    /// It will never run here.
+    NotCommitted,
+    /// It runs here, or has run here.
+    Committed,
+}
+
+/// How far a move came that was received into this folder ([`Ledger::open`]); `None` if there is no record of it. Unlike
+/// [`Ledger::ask`], this decides nothing: a move that holds can still be committed.
+pub fn recorded(folder: &PrivateFolder, id: MigrationId) -> io::Result<Option<Recorded>> {
+    record::look(folder, id)
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Entry {
     /// READY was sent.

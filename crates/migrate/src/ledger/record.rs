@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::{Decision, Entry};
+use super::{Decision, Entry, Recorded};
 use crate::PrivateFolder;
 use limosa_stream::{MigrationId, Secret};
 
@@ -100,6 +100,33 @@ pub(super) fn find(folder: &Arc<PrivateFolder>, id: MigrationId) -> io::Result<O
         Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
         locked => locked?,
     }
+    Ok(read(&file, id)?.map(|(number, boot, secret)| {
+        let record = Record { folder: Arc::clone(folder), file, id, secret };
+        Found { record, number, boot }
+    }))
+}
+
+/// How far a move has come by its record, without a lock and without a change. A record that is read while it is overwritten
+/// fails its checksum, and is read again.
+pub(super) fn look(folder: &PrivateFolder, id: MigrationId) -> io::Result<Option<Recorded>> {
+    let Some(file) = folder.file(name(id))? else { return Ok(None) };
+    let mut found = read(&file, id)?;
+    if found.is_none() {
+        found = read(&file, id)?;
+    }
+    Ok(found.map(|(number, ..)| match number {
+        0 => Recorded::Holding,
+        1 => Recorded::NotCommitted,
+        2 => Recorded::Committed,
+        _ => Recorded::Starting,
+    }))
+}
+
+/// The number, the boot and the secret of a record.
+type Fields = (u8, [u8; 16], Option<Secret>);
+
+/// The fields of a record, if it is whole and of this move.
+fn read(file: &File, id: MigrationId) -> io::Result<Option<Fields>> {
     let (mut bytes, mut filled) = ([0; BYTES[1]], 0);
     while filled < bytes.len() {
         match file.read_at(&mut bytes[filled..], filled as u64)? {
@@ -107,10 +134,7 @@ pub(super) fn find(folder: &Arc<PrivateFolder>, id: MigrationId) -> io::Result<O
             read => filled += read,
         }
     }
-    Ok(decode(id, &bytes[..filled]).map(|(number, boot, secret)| {
-        let record = Record { folder: Arc::clone(folder), file, id, secret };
-        Found { record, number, boot }
-    }))
+    Ok(decode(id, &bytes[..filled]))
 }
 
 impl Found {
@@ -186,7 +210,7 @@ fn encode(id: MigrationId, number: u8, boot: &[u8; 16], secret: Option<&Secret>)
     bytes
 }
 
-fn decode(id: MigrationId, bytes: &[u8]) -> Option<(u8, [u8; 16], Option<Secret>)> {
+fn decode(id: MigrationId, bytes: &[u8]) -> Option<Fields> {
     let version = usize::from(*bytes.get(8)?);
     let (fields, crc) = bytes.get(..*BYTES.get(version.checked_sub(1)?)?)?.split_last_chunk()?;
     let whole = *crc == crc32c::crc32c(fields).to_le_bytes();
@@ -286,6 +310,28 @@ mod tests {
             let found = find(&folder, ID).unwrap().unwrap();
             assert_eq!((found.decision().unwrap(), found.secret()), (Decision::Committed, secret.as_ref()));
         }
+    }
+
+    #[test]
+    fn a_look_at_the_record_of_a_move_that_holds_decided_it() {
+        let (folder, _put) = scene();
+        assert_eq!(look(&folder, ID).unwrap(), None);
+        // Locked by this process, which works on the move.
+        let record = Record::create(&folder, ID, None).unwrap().unwrap();
+        let path = folder.path().join(name(ID));
+        for (entry, recorded) in [
+            (Entry::Holding, Recorded::Holding),
+            (Entry::Starting, Recorded::Starting),
+            (Entry::Decided(Decision::Committed), Recorded::Committed),
+            (Entry::Decided(Decision::NotCommitted), Recorded::NotCommitted),
+        ] {
+            record.write(entry).unwrap();
+            let before = std::fs::read(&path).unwrap();
+            assert_eq!(look(&folder, ID).unwrap(), Some(recorded));
+            assert_eq!(std::fs::read(&path).unwrap(), before, "a look changes nothing");
+        }
+        std::fs::write(&path, "LMSAmove").unwrap();
+        assert_eq!(look(&folder, ID).unwrap(), None, "it is damaged");
     }
 
     #[test]

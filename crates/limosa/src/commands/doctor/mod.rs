@@ -19,6 +19,7 @@ use report::Report;
 
 use crate::args;
 use crate::exit::{self, Code};
+use crate::moves::Moves;
 use crate::open::{self, Opening};
 use crate::output::{self, Output};
 use crate::signals;
@@ -49,8 +50,8 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
     }
     let (machine, mut findings) = machine::look(&Host::new(&args.root, &Running), wanted);
 
-    let opener = device::opener(opening, args.measure);
-    let mut looked: Vec<_> = names.iter().map(|name| device::look(name, &opener)).collect();
+    let (opener, moves) = (device::opener(opening, args.measure), Moves::new(args.moves.as_deref()));
+    let mut looked: Vec<_> = names.iter().map(|name| device::look(name, &opener, &moves)).collect();
     if let [source, destination] = &looked[..] {
         findings.extend(pair::compare(source, destination));
     }

@@ -115,8 +115,8 @@ impl<'a> Ending<'a> {
             Code::InDoubt,
             format!(
                 "{device} is stopped and in doubt: {}. The destination may run move {}; `limosa resolve` asks it again. \
-                 Look there if nobody can answer: if it runs, leave this device stopped; only if it does not, \
-                 and never will, set this one to RUNNING (`limosa resolve --decide` does either){processes}",
+                 Look there if nobody can answer (`limosa doctor DEVICE` says which move loaded a device): if it runs, leave this \
+                 device stopped; only if it does not, and never will, set this one to RUNNING (`limosa resolve --decide` does either){processes}",
                 doubt.why, doubt.id
             ),
         );

@@ -9,6 +9,7 @@ use crate::endpoint::{self, Endpoint};
 use crate::found;
 use crate::guest::Guest;
 use crate::keep_open::{self, Leaves};
+use crate::loaded::Outcome as Loaded;
 use crate::moved::Moved;
 use crate::moves::Moves;
 use crate::noting::{Noting, Target, devices_of};
@@ -74,6 +75,7 @@ fn between(
             if let Some(halted) = halted {
                 moves.remember(&Moved { id: report.id.clone(), halted, to: to.name(), saved: false });
             }
+            moves.loaded(&report.id, to, &from.name(), Loaded::Committed);
             let stays_stopped = matches!(received, Received::Stopped(_));
             report.notes.extend(stays_stopped.then(|| STAYS_STOPPED.into()));
             ending.done(&report, [guest.failures(), guest_there.failures()].concat())

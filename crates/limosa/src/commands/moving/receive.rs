@@ -109,10 +109,17 @@ impl Receiving<'_> {
         let regions = pages.regions(endpoint.memory());
         let (options, ledger) = (self.options, self.ledger);
         let watched = self.metrics.watch(&progress);
+        let moves = Moves::new(self.args.link.moves.folder.as_deref());
+        let (id, peer) = (offered.id().to_string(), offered.peer().to_owned());
+        // Memory alone has no device to tell of it.
+        let loading = (!endpoint.devices().is_empty()).then(|| moves.loading(&id, endpoint, &peer)).flatten();
         let destination = destination(&moved, &regions, &guest, &watched, options, self.cancel, ledger)
             .with_after(self.args.starting.after());
         let received = destination.receive_offered(offered);
         watched.ended(&received);
+        if let Some(loading) = loading.filter(|_| touched_nothing(&received)) {
+            loading.touched_nothing();
+        }
         let stays_stopped = matches!(received, Received::Stopped(_));
         let committed = !matches!(received, Received::Discarded { .. } | Received::Answered { .. });
         let done = match received {
@@ -193,6 +200,17 @@ impl Stay<'_> {
                 Incoming::Answered { .. } | Incoming::Offer(_) => {}
             }
         }
+    }
+}
+
+/// Whether the move was refused before its devices were loaded.
+fn touched_nothing(received: &Received) -> bool {
+    match received {
+        Received::Discarded { report, .. } => {
+            !report.phases.iter().any(|phase| phase.phase == Phase::PreCopy)
+        }
+        Received::Answered { .. } => true,
+        _ => false,
     }
 }
 

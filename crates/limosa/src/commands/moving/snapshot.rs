@@ -15,6 +15,7 @@ use crate::endpoint::Endpoint;
 use crate::found;
 use crate::guest::Guest;
 use crate::keep_open::{self, Leaves};
+use crate::loaded::Outcome as Loaded;
 use crate::moves::Moves;
 use crate::noting::{Noting, Target};
 use crate::open::Opening;
@@ -134,6 +135,10 @@ fn from_file(endpoint: &Endpoint, args: &args::Load, cancel: &Cancel, out: &Outp
     let destination = destination(&moved, &regions, &guest, &progress, &options, cancel, &ledger);
     let received = destination.load(place.source(), after);
     drop(progress);
+    if let Received::Runs(report) | Received::Stopped(report) = &received {
+        let from = args.file.to_string_lossy();
+        Moves::new(None).loaded(&report.id, endpoint, &from, Loaded::Loaded);
+    }
     match received {
         Received::Runs(report) => ending.done(&report, guest.failures()),
         Received::Stopped(mut report) => {

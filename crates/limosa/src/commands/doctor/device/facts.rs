@@ -16,6 +16,7 @@ use super::super::finding::{
 };
 use super::{Known, Looked};
 use crate::commands::probe::{self, Probe};
+use crate::moves::Moves;
 use crate::open::Opened;
 use crate::open_elsewhere;
 use crate::output;
@@ -33,7 +34,7 @@ const RANGE_BYTES: u64 = 2 << 20;
 const MESSAGE_LEAST: u32 = 64 << 10;
 
 /// Asks the device for all of it. An error ends the look: the device does not answer as it should.
-pub fn gather(device: &Opened, looked: &mut Looked) -> anyhow::Result<()> {
+pub fn gather(device: &Opened, moves: &Moves, looked: &mut Looked) -> anyhow::Result<()> {
     reach(device, looked);
     let found = probe::probe(&**device)?;
     if let Some(id) = &found.pci_id {
@@ -42,6 +43,9 @@ pub fn gather(device: &Opened, looked: &mut Looked) -> anyhow::Result<()> {
     let flags = device.migration_flags()?;
     looked.known.flags = Some(flags);
     migration(device, &found, flags, looked)?;
+    if let Some(loaded) = moves.loaded_by(device) {
+        looked.report.facts.add("loaded by", loaded.to_string());
+    }
     if let Some(kernel) = device.kernel() {
         kernels(probe::look(kernel, device.given(), found.dma_logging), found.dma_logging, looked);
     } else if !found.dma_logging {

@@ -19,6 +19,7 @@ use super::finding::{
 };
 use super::report::{DeviceReport, Facts};
 use crate::exit::{self, Code};
+use crate::moves::Moves;
 use crate::open::{self, Opened, Opener, Opening};
 use crate::open_elsewhere::OpenElsewhere;
 use crate::output::Output;
@@ -68,14 +69,14 @@ impl Looked {
 }
 
 /// Looks at a device. Never an error: what goes wrong is a finding.
-pub fn look(name: &str, opener: &Opener) -> Looked {
+pub fn look(name: &str, opener: &Opener, moves: &Moves) -> Looked {
     let report = DeviceReport { device: name.into(), facts: Facts::default(), measured: None };
     let nothing = Looked { report, findings: Vec::new(), device: None, known: Known::default() };
-    let (given, opener) = (name.to_owned(), opener.clone());
+    let (given, opener, moves) = (name.to_owned(), opener.clone(), moves.clone());
     let done = within(LOOK_MAX, move || {
         let device = Arc::new(opener.opening().open(&given)?);
         let mut looked = Looked { device: Some(Arc::clone(&device)), ..nothing };
-        if let Err(error) = facts::gather(&device, &mut looked) {
+        if let Err(error) = facts::gather(&device, &moves, &mut looked) {
             looked.findings.push(of_error(&given, &error));
             looked.device = None;
         }

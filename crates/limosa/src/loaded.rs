@@ -1,0 +1,205 @@
+//! The moves that devices here were loaded by: a note of each, so that a person who looks at the destination of a move in
+//! doubt sees whether it is this move that is in the device. How the move ended is in the ledger's record, not in the note.
+
+use std::fmt;
+use std::fs::File;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use limosa_client::DeviceExt;
+use limosa_migrate::{PrivateFolder, Recorded, recorded};
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use crate::endpoint::Endpoint;
+use crate::moves::{Halted, Moves, is_in_use};
+use crate::noting::devices_of;
+use crate::open::{self, Opened};
+use crate::output::plain;
+
+/// The end of a note's name, after the move's id.
+const LOADED: &str = ".loaded";
+/// The number of notes that are kept.
+const KEPT: usize = 64;
+
+/// The note of a move that is loaded into devices.
+#[derive(Debug, Serialize, Deserialize)]
+struct Note {
+    id: String,
+    #[serde(flatten)]
+    halted: Halted,
+    /// When it was written, in ns since 1970: two loads may come in one second.
+    written_ns: u64,
+    /// The reset count of each device before it was loaded, where the device has one.
+    resets: Vec<Option<u64>>,
+    /// The source: a peer, devices of this machine, or a snapshot.
+    from: String,
+    /// How it ended, where no ledger on the disk has that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ended: Option<Outcome>,
+}
+
+/// How a move that was loaded into a device ended, as far as it is known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Its data is being loaded.
+    Loading,
+    /// Everything is loaded, and the source has not committed.
+    Holding,
+    /// The source has committed, and the devices are being started.
+    Starting,
+    /// The source has committed, and the process that started the devices died before it knew that they run.
+    Unfinished,
+    /// It is committed: the guest is here.
+    Committed,
+    /// It will never run here.
+    NotCommitted,
+    /// A snapshot was loaded, which needs no commit.
+    Loaded,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Outcome::Loading => "under way",
+            Outcome::Holding => "loaded and not committed yet",
+            Outcome::Starting => "committed and being started",
+            Outcome::Unfinished => "committed, and its receiver died before it knew that all devices run",
+            Outcome::Committed => "committed",
+            Outcome::NotCommitted => "not committed, and never will be: what it loaded was discarded",
+            Outcome::Loaded => "loaded from a snapshot",
+        })
+    }
+}
+
+/// The last move that a device was loaded by.
+#[derive(Clone, Debug, Serialize)]
+pub struct LoadedBy {
+    pub id: String,
+    /// When, in seconds since 1970.
+    pub since: u64,
+    pub from: String,
+    pub outcome: Outcome,
+    /// Whether the device was reset since, so that nothing of this move is in it.
+    pub reset: bool,
+}
+
+impl fmt::Display for LoadedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LoadedBy { id, since, from, outcome, .. } = self;
+        write!(f, "move {id} from {}, {}: {outcome}", plain(from), ago(*since))?;
+        // A device that discards what it loaded is reset for that.
+        if self.reset && *outcome != Outcome::NotCommitted {
+            write!(f, "; it was reset since")?;
+        }
+        Ok(())
+    }
+}
+
+fn ago(since: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+    format!("{} min ago", now.saturating_sub(since) / 60)
+}
+
+/// A note whose move is under way in this process.
+pub struct Loading {
+    folder: PrivateFolder,
+    name: String,
+    /// Locked as long as this process works on the move.
+    _locked: File,
+}
+
+impl Loading {
+    /// The move was refused before any device was touched.
+    pub fn touched_nothing(self) {
+        if let Err(error) = self.folder.remove(&self.name) {
+            tracing::warn!("the note of a move that was refused is left: {error}");
+        }
+    }
+}
+
+impl Moves {
+    /// Notes a move that is about to be loaded into these devices. It is a help for later, and nothing depends on it.
+    pub fn loading(&self, id: &str, endpoint: &Endpoint, from: &str) -> Option<Loading> {
+        self.note_load(id, endpoint, from, None)
+            .inspect_err(|error| tracing::info!("that move {id} is loaded is not noted: {error:#}"))
+            .ok()
+    }
+
+    /// Notes a move or a snapshot that was loaded by a process which has no ledger on the disk.
+    pub fn loaded(&self, id: &str, endpoint: &Endpoint, from: &str, outcome: Outcome) {
+        if let Err(error) = self.note_load(id, endpoint, from, Some(outcome)) {
+            tracing::info!("that move {id} was loaded is not noted: {error:#}");
+        }
+    }
+
+    fn note_load(
+        &self,
+        id: &str,
+        endpoint: &Endpoint,
+        from: &str,
+        ended: Option<Outcome>,
+    ) -> anyhow::Result<Loading> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (written_ns, since) = (now.as_nanos() as u64, now.as_secs());
+        let halted = Halted { since, ..devices_of(endpoint)? };
+        let resets = endpoint.devices().iter().map(|device| device.reset_count().ok().flatten()).collect();
+        let note = Note { id: id.into(), halted, written_ns, resets, from: from.into(), ended };
+        let folder = self.open()?;
+        prune(&folder)?;
+        let name = format!("{id}{LOADED}");
+        let locked = folder.write(&name, &serde_json::to_vec(&note)?)?;
+        Ok(Loading { folder, name, _locked: locked })
+    }
+
+    /// The last move that the device was loaded by, as far as it is noted in this folder.
+    pub fn loaded_by(&self, device: &Opened) -> Option<LoadedBy> {
+        let folder = PrivateFolder::open(self.folder()).ok().flatten()?;
+        let identity = open::identity(device.given())?;
+        let (at, note, file) = read(&folder).into_iter().rev().find_map(|(note, file)| {
+            let at = |at: &usize| note.halted.known(*at).identity.as_ref() == Some(&identity);
+            (0..note.halted.devices.len()).find(at).map(|at| (at, note, file))
+        })?;
+        let lives = is_in_use(&file, FlockOperation::NonBlockingLockShared);
+        let recorded = note.id.parse().ok().and_then(|id| recorded(&folder, id).ok().flatten());
+        let outcome = note.ended.unwrap_or(match (recorded, lives) {
+            (Some(Recorded::Committed), _) => Outcome::Committed,
+            (Some(Recorded::Starting), true) => Outcome::Starting,
+            (Some(Recorded::Starting), false) => Outcome::Unfinished,
+            (Some(Recorded::Holding), true) => Outcome::Holding,
+            (None, true) => Outcome::Loading,
+            // No process is left that could start the devices.
+            _ => Outcome::NotCommitted,
+        });
+        let now = device.reset_count().ok().flatten();
+        let reset = note.resets.get(at).copied().flatten().zip(now).is_some_and(|(then, now)| then != now);
+        Some(LoadedBy { id: note.id, since: note.halted.since, from: note.from, outcome, reset })
+    }
+}
+
+/// All notes that can be read, the oldest first.
+fn read(folder: &PrivateFolder) -> Vec<(Note, File)> {
+    let mut notes: Vec<(Note, File)> = Vec::new();
+    for name in folder.names(LOADED).unwrap_or_default() {
+        let Ok(Some(file)) = folder.file(&name) else { continue };
+        let bytes = folder.read(&name, &file).ok();
+        if let Some(note) = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            notes.push((note, file));
+        }
+    }
+    notes.sort_by_key(|(note, _)| note.written_ns);
+    notes
+}
+
+/// Removes the oldest notes beyond those that are kept, and those of another boot, whose devices are gone.
+fn prune(folder: &PrivateFolder) -> anyhow::Result<()> {
+    let notes = read(folder);
+    let too_many = (notes.len() + 1).saturating_sub(KEPT);
+    for (at, (note, file)) in notes.iter().enumerate() {
+        let is_old = at < too_many || note.halted.is_of_another_boot();
+        if is_old && !is_in_use(file, FlockOperation::NonBlockingLockShared) {
+            folder.remove(format!("{}{LOADED}", note.id))?;
+        }
+    }
+    Ok(())
+}
