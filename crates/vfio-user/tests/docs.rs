@@ -18,9 +18,15 @@ fn the_pci_device_in_the_documentation_is_the_example() {
 }
 
 #[test]
+fn the_device_with_pre_copy_in_the_documentation_is_the_example() {
+    let example = include_str!("../examples/notepad.rs");
+    assert_eq!(shown(include_str!("../../../docs/device.md"), "```rust\n", 3), example);
+}
+
+#[test]
 fn the_replaceable_server_in_the_documentation_is_the_example() {
     let example = include_str!("../examples/replaceable.rs");
-    assert_eq!(shown(include_str!("../../../docs/device.md"), "```rust\n", 3), example);
+    assert_eq!(shown(include_str!("../../../docs/device.md"), "```rust\n", 4), example);
 }
 
 #[test]

@@ -34,3 +34,8 @@ fn the_disk_of_the_documentation_refused_halves_of_its_registers() {
 fn the_counter_of_the_documentation_passes_the_suite() {
     passes(&Folder::new(), "counter", &[]);
 }
+
+#[test]
+fn the_device_with_pre_copy_of_the_documentation_passes_the_suite() {
+    passes(&Folder::new(), "notepad", &[]);
+}
