@@ -150,6 +150,16 @@ pub(crate) enum Stop {
     Skip(String),
 }
 
+impl Stop {
+    /// The same of a step of the check, which a failure names.
+    pub(crate) fn of(self, step: impl FnOnce() -> String) -> Stop {
+        match self {
+            Stop::Fail(why) => Stop::Fail(format!("{}: {why}", step())),
+            skip @ Stop::Skip(_) => skip,
+        }
+    }
+}
+
 impl From<Error> for Stop {
     fn from(error: Error) -> Stop {
         match error {

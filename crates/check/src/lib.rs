@@ -5,6 +5,7 @@
 //! [`Wire`]. [`CLAUSES`] is the one list of what the documents say; [`checks`] lists the checks; [`run`] runs them and returns a [`Report`].
 #![forbid(unsafe_code)]
 
+mod bytes;
 mod check;
 mod clause;
 mod families;

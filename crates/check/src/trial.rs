@@ -109,9 +109,13 @@ impl Trial {
 
     /// Writes data in pieces.
     pub fn write(&self, stream: &mut Stream, data: &[u8], piece: usize) -> Verdict {
+        let mut from = 0;
         for chunk in data.chunks(piece.max(1)) {
             self.in_time("writing the state")?;
-            stream.write(chunk)?;
+            let to = from + chunk.len();
+            let what = || format!("writing bytes {from:#x} to {to:#x} of the {:#x} of a state", data.len());
+            stream.write(chunk).map_err(|error| Stop::from(error).of(what))?;
+            from = to;
         }
         Ok(())
     }
@@ -155,7 +159,8 @@ pub(crate) fn read_to_end(
         if all.len() as u64 > bytes_max {
             return fail(format!("the data has no end: more than {bytes_max} bytes"));
         }
-        match stream.read(&mut buffer)? {
+        let what = || format!("reading the state from byte {:#x} on", all.len());
+        match stream.read(&mut buffer).map_err(|error| Stop::from(error).of(what))? {
             Chunk::Data(0) => return fail("a read brought data of no bytes"),
             Chunk::Data(bytes) if bytes > buffer.len() => {
                 return fail(format!("a read of {piece} bytes brought {bytes}"));

@@ -103,7 +103,13 @@ fn beyond(t: &mut Trial, write: bool) -> Verdict {
         match (answer, t.facts.transport) {
             // The kernel's read(2) has an end, and an offset has as many bits as it has.
             (Err(Error::Os { .. } | Error::Usage { .. }), _) => {}
-            (answer, _) => refused_somehow(answer, &format!("an access at {offset:#x} of {size:#x} bytes"))?,
+            (answer, _) => {
+                let access = if write { "a write" } else { "a read" };
+                let what = format!(
+                    "{access} of 4 bytes at {offset:#x} of region {index}, which has {size:#x} bytes,"
+                );
+                refused_somehow(answer, &what)?;
+            }
         }
     }
     Ok(())
@@ -127,19 +133,24 @@ fn vectors_beyond(t: &mut Trial) -> Verdict {
 }
 
 fn info_is_stable(t: &mut Trial) -> Verdict {
-    let look = |t: &Trial| -> Result<String, Stop> {
+    let look = |t: &Trial| -> Result<Vec<String>, Stop> {
         let device = t.device()?;
         let info = device.info()?;
-        let regions: Vec<_> = (0..info.num_regions.min(REGIONS_MAX))
-            .map(|index| device.region(index).ok().map(|region| (region.info.size, region.info.flags)))
-            .collect();
-        Ok(format!("{} regions, {} interrupt indexes, {regions:?}", info.num_regions, info.num_irqs))
+        let counts = format!("{} regions and {} interrupt indexes", info.num_regions, info.num_irqs);
+        let region = |index| match device.region(index) {
+            Ok(region) => {
+                format!("region {index} of {:#x} bytes with flags {:#x}", region.info.size, region.info.flags)
+            }
+            Err(_) => format!("no region {index}"),
+        };
+        let regions = (0..info.num_regions.min(REGIONS_MAX)).map(region);
+        Ok(std::iter::once(counts).chain(regions).collect())
     };
     let running = look(t)?;
     t.go(State::Stop)?;
     let stopped = look(t)?;
-    if running != stopped {
-        return fail(format!("in RUNNING it says {running}, in STOP {stopped}"));
+    match running.iter().zip(&stopped).find(|(running, stopped)| running != stopped) {
+        Some((running, stopped)) => fail(format!("in RUNNING it has {running}, in STOP {stopped}")),
+        None => Ok(()),
     }
-    Ok(())
 }

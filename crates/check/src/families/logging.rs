@@ -134,7 +134,14 @@ pub(super) fn checks() -> Vec<Check> {
             // No memory is mapped there: the device cannot write it.
             let again = report(t, LOGGED.iova, LOGGED.length, PAGE)?;
             let set: u32 = again.iter().map(|word| word.count_ones()).sum();
-            ensure(set == 0, || format!("a second report has {set} pages, and nothing wrote meanwhile"))
+            ensure(set == 0, || {
+                let word = again.iter().zip(0u64..).find(|(word, _)| **word != 0);
+                let first = word.map_or(0, |(word, at)| 64 * at + u64::from(word.trailing_zeros()));
+                let first = LOGGED.iova + first * PAGE;
+                format!(
+                    "a second report has {set} pages, the first of them at {first:#x}, expected none: nothing wrote meanwhile"
+                )
+            })
         }),
         check("logging.report-stays-in-its-range", logging, &["log.report-bounds"], |t| {
             start(t)?;

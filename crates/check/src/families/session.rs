@@ -3,6 +3,7 @@
 use limosa_client::{Chunk, DeviceExt};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
 
+use crate::bytes::same_bytes;
 use crate::check::{Check, Family, Needs, Stop, Verdict, ensure, fail};
 use crate::trial::{Stream, Trial, refused, refused_somehow};
 
@@ -203,7 +204,9 @@ fn pieces(t: &mut Trial, piece: usize) -> Verdict {
         format!("in pieces of {piece} bytes the state has {} bytes, expected {}", data.len(), whole.len())
     })?;
     if t.facts.comparable {
-        ensure(data == whole, || format!("in pieces of {piece} bytes the state has other contents"))?;
+        same_bytes(&data, &whole, || {
+            format!("read in pieces of {piece} bytes the state has other contents than at once")
+        })?;
     }
     Ok(())
 }

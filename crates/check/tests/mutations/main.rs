@@ -213,6 +213,33 @@ fn each_fault_is_found_by_exactly_the_checks_that_should() {
     Table { file: "mutations.md", page, missed, never, unbroken }.hold();
 }
 
+#[test]
+fn a_failed_check_did_not_say_where_what_it_read_differed() {
+    for (fault, id, words) in [
+        (
+            Fault::LoadIsLost,
+            "resuming.loaded-device-saves",
+            &["saves another state than it was given: byte", " differ", ": expected ", " there, came "][..],
+        ),
+        (Fault::NoPiecesAbove(65535), "resuming.loaded-twice", &["writing bytes 0x0 to 0x10000 of the 0x2"]),
+        (
+            Fault::RegionsAreOpen,
+            "device.region-read-beyond",
+            &["a read of 4 bytes at 0x", " of region 0, which has 0x"],
+        ),
+        (Fault::FewerRegionsInStop, "device.info-is-stable", &["in RUNNING it has", "regions", "in STOP"]),
+        (Fault::LogKeepsDirty, "logging.report-clears", &["pages, the first of them at 0x", "expected none"]),
+    ] {
+        let options = Options { only: vec![id.into()], ..options() };
+        let report = check(synthetic, fault, &options);
+        let failed: Vec<_> = report.failed().collect();
+        let [one] = &failed[..] else { panic!("{fault:?}: {failed:#?}") };
+        for words in words {
+            assert!(one.outcome.detail().contains(words), "{fault:?}: {one:?} lacks `{words}`");
+        }
+    }
+}
+
 const HEAD: &str = "\
 # The suite, tested against itself
 

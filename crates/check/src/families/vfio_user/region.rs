@@ -2,7 +2,7 @@
 
 use limosa_protocol::info::{RegionFlags, RegionInfo};
 use limosa_vfio_user::codec::{Command, RegionAccess, RegionWriteMulti, SingleWrite};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::info::find_region;
 use super::on_connection;
@@ -16,18 +16,20 @@ pub(super) fn checks() -> Vec<Check> {
         on_connection("vfio-user.region-read", none, &["region.reply"], |_, raw| {
             let region = readable(raw, 4)?;
             let access = RegionAccess { offset: 0, region: region.index, count: 4 };
-            let body = raw.ask(Command::REGION_READ, access.as_bytes())?.done("REGION_READ of 4 bytes")?;
+            let body =
+                raw.ask(Command::REGION_READ, access.as_bytes())?.done(&named("REGION_READ", access))?;
             echoes(&body.bytes, access, 4)
         }),
         on_connection("vfio-user.region-write", none, &["region.reply"], |_, raw| {
             // What was there is written again.
             let region = find_region(raw, RegionFlags::READ | RegionFlags::WRITE, 4)?;
             let access = RegionAccess { offset: 0, region: region.index, count: 4 };
-            let body = raw.ask(Command::REGION_READ, access.as_bytes())?.done("REGION_READ of 4 bytes")?;
+            let body =
+                raw.ask(Command::REGION_READ, access.as_bytes())?.done(&named("REGION_READ", access))?;
             let data = body.bytes.get(RegionAccess::BYTES..).unwrap_or_default();
             let body = raw
                 .ask(Command::REGION_WRITE, &[access.as_bytes(), data].concat())?
-                .done("REGION_WRITE of 4 bytes")?;
+                .done(&named("REGION_WRITE", access))?;
             echoes(&body.bytes, access, 0)
         }),
         on_connection("vfio-user.region-read-of-nothing", none, &["wire.answered"], |_, raw| {
@@ -106,12 +108,21 @@ fn readable(raw: &mut Raw, bytes_min: u64) -> Result<RegionInfo, Stop> {
     find_region(raw, RegionFlags::READ, bytes_min)
 }
 
+/// An access, as a message names it.
+fn named(what: &str, RegionAccess { offset, region, count }: RegionAccess) -> String {
+    format!("{what} of {count} bytes at {offset:#x} of region {region}")
+}
+
 /// The reply echoes the request, and carries `data` bytes of data.
 fn echoes(reply: &[u8], asked: RegionAccess, data: usize) -> Verdict {
     let expected = RegionAccess::BYTES + data;
-    ensure(reply.len() == expected, || format!("a reply of {} bytes, expected {expected}", reply.len()))?;
-    ensure(reply.starts_with(asked.as_bytes()), || {
-        "the reply names another offset, region or count than was asked for".into()
+    let answered = || named("the reply to an access", asked);
+    ensure(reply.len() == expected, || {
+        format!("{} has {} bytes, expected {expected}", answered(), reply.len())
+    })?;
+    ensure(reply.starts_with(asked.as_bytes()), || match RegionAccess::read_from_prefix(reply) {
+        Ok((other, _)) => format!("{} is {}", answered(), named("that to one", other)),
+        Err(_) => format!("{} has {} bytes", answered(), reply.len()),
     })
 }
 
