@@ -13,7 +13,7 @@ use limosa_protocol::info::RegionFlags;
 use limosa_protocol::{Errno, State};
 use limosa_switch_over::{OldServer, TakeLimits, TakeOptions, take};
 use limosa_vfio_user::client::{Client, Options as ClientOptions};
-use limosa_vfio_user::server::Replacing;
+use limosa_vfio_user::server::{NewDevice, Replacing};
 
 use crate::{Running, memory, options};
 
@@ -264,22 +264,82 @@ fn a_new_device_that_hangs_in_its_load_is_given_up_and_the_old_one_runs_meanwhil
                 waits.pass();
             }
         });
-        let failed = std::thread::scope(|scope| {
-            let new = scope.spawn(|| attempt(&running, vec![plain(), hangs], LONG));
-            gate.await_calls(1);
-            // The old server takes back within its limit, while the new one hangs still.
-            for client in &clients {
-                assert_eq!(client.state().unwrap(), State::Running);
-            }
-            gate.open();
-            new.join().unwrap()
-        });
-        assert!(failed.contains("the old server took back") || failed.contains("took longer"), "{failed}");
+        // The new device hangs still when its server has said so and the old one has taken back.
+        let failed = attempt(&running, vec![plain(), hangs], LONG);
+        assert!(failed.contains("device 1: the new device was not loaded"), "{failed}");
+        gate.await_calls(1);
+        for client in &clients {
+            assert_eq!(client.state().unwrap(), State::Running);
+        }
+        gate.open();
         assert_eq!(get(&clients[1]), 5);
         let running = running.replaced_by(vec![plain(), plain()]);
         assert_eq!(get(&clients[1]), 5);
         drop((clients, running));
     }
+}
+
+#[test]
+fn the_only_new_device_that_hangs_in_its_load_is_named_to_the_old_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::bind(folder.path(), vec![plain()]);
+    let client = connect(folder.path(), 0);
+    set(&client, 8);
+    let gate = Arc::new(Gate::default());
+    let waits = Arc::clone(&gate);
+    let hangs = hooked(move |this| {
+        if this == "restore" {
+            waits.pass();
+        }
+    });
+    let new = NewDevice {
+        machine: hangs,
+        options: options(),
+        socket: Some(folder.path().join("device0")),
+        control: None,
+    };
+    let refused = running.refuses_taker(Replacing::new([new]));
+    assert!(refused.contains("device0: the new device was not loaded"), "{refused}");
+    assert_eq!((get(&client), client.state().unwrap()), (8, State::Running));
+    gate.open();
+    drop((client, running));
+}
+
+/// They were loaded one after the other: the first of these waited for the others until the freeze was over.
+#[test]
+fn new_devices_are_loaded_side_by_side_in_the_freeze() {
+    const DEVICES: usize = 12;
+    for call in ["restore", "adopt"] {
+        let folder = tempfile::tempdir().unwrap();
+        let running = Running::bind(folder.path(), (0..DEVICES).map(|_| plain()).collect());
+        let clients: Vec<_> = (0..DEVICES).map(|at| connect(folder.path(), at)).collect();
+        clients.iter().zip(1..).for_each(|(client, value)| set(client, value));
+        let gate = Arc::new(Gate::default());
+        let machine = || {
+            let gate = Arc::clone(&gate);
+            hooked(move |this| {
+                if this == call {
+                    gate.pass_with(DEVICES);
+                }
+            })
+        };
+        let running = running.replaced_by((0..DEVICES).map(|_| machine()).collect());
+        clients.iter().zip(1..).for_each(|(client, value)| assert_eq!(get(client), value));
+        drop((clients, running));
+    }
+}
+
+#[test]
+fn a_new_device_that_panics_in_its_load_is_named_and_the_old_one_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::bind(folder.path(), vec![plain(), plain()]);
+    let client = connect(folder.path(), 1);
+    set(&client, 9);
+    let panics = hooked(|this| assert_ne!(this, "adopt", "as the test expects"));
+    let refused = running.refuses(vec![plain(), panics]);
+    assert!(refused.contains("device 1: the new device"), "{refused}");
+    assert_eq!((get(&client), client.state().unwrap()), (9, State::Running));
+    drop((client, running));
 }
 
 #[test]

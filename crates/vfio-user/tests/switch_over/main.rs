@@ -273,6 +273,24 @@ fn interrupts_that_are_rewired_while_a_server_is_replaced_go_where_they_were_wir
     drop((client, running));
 }
 
+/// It said, after 2 s, that a request was under way, and to try again.
+#[test]
+fn a_server_that_was_not_made_to_be_replaced_says_which_option_it_lacks() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = synthetic("64K");
+    let path = folder.path().join("device0");
+    let server = Server::bind(&path, Arc::clone(&machine), Options::default()).unwrap();
+    let running = Running::new(vec![server], vec![machine], folder.path().join("take-over"));
+    let client = Client::connect(&path, ClientOptions::default()).unwrap();
+    let refused = running.refuses(vec![synthetic("64K")]);
+    for word in ["device0", "without `Options::interruptible`", "make the server with `interruptible: true`"]
+    {
+        assert!(refused.contains(word), "{refused}");
+    }
+    assert_eq!(client.state().unwrap(), State::Running);
+    drop((client, running));
+}
+
 #[test]
 fn half_a_message_and_posted_writes_arrive_in_the_new_server() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! The old server's side.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use limosa_host::{Group, SocketAccess};
 use limosa_switch_over::{Giver, Item, Refusal};
@@ -11,14 +11,11 @@ use super::outgoing::Outgoing;
 use super::record::{self, Offer, copy, encode, kind};
 use super::signals;
 use super::workers::Workers;
-use super::{DEVICES_MAX, STOP_LIMIT};
+use super::{ANSWER_LIMIT, DEVICES_MAX, STOP_LIMIT};
 use crate::server::{Door, Server};
 
-/// A device that answers at its limit is heard within this time.
-const ANSWER_LIMIT: Duration = Duration::from_millis(200);
-
 /// The servers of a process, to be handed over to another process together. Each has been made with
-/// [`Options::interruptible`](crate::server::Options::interruptible).
+/// [`Options::interruptible`](crate::server::Options::interruptible); one that was not is refused by that name.
 pub struct SwitchOver<'a> {
     servers: &'a [Server],
     state: Mutex<State>,
@@ -120,6 +117,7 @@ impl SwitchOver<'_> {
         self.numbered()
             .map(|(device, server)| {
                 check_next(device, server)?;
+                check_interruptible(device, server)?;
                 let description = server.machine.description();
                 let flags = server.machine.migration_flags().ok_or_else(|| {
                     let what = "it has no migration, by which its state would go to the new server";
@@ -136,7 +134,7 @@ impl SwitchOver<'_> {
     fn prepared(&self) -> Result<Vec<Item>, Refusal> {
         let mut state = self.lock();
         let share = self.servers.len();
-        state.workers = Workers::start(share);
+        state.workers = Workers::of_old(share);
         state.devices =
             self.numbered().map(|(device, server)| Outgoing::new(device, server, share)).collect();
         let mut items = Vec::new();
@@ -202,8 +200,8 @@ impl SwitchOver<'_> {
         let mut state = self.lock();
         let until = state.until.unwrap_or_else(Instant::now);
         let late = "its state cannot be read within the limit of a freeze";
-        state.work(until, late, |outgoing| {
-            outgoing.items = outgoing.left()?;
+        state.work(until, late, move |outgoing| {
+            outgoing.items = outgoing.left(until)?;
             Ok(())
         })?;
         Ok(state.devices.iter_mut().flat_map(|outgoing| std::mem::take(&mut outgoing.items)).collect())
@@ -245,6 +243,16 @@ fn check_next(device: u16, server: &Server) -> Result<(), Refusal> {
         "process {pid} is named as its next VMM; try again once that has the device, or take the name back (`limosa state \
          SOCKET next --nobody`)"
     );
+    Err(Refusal::of_device(device, what))
+}
+
+/// Refuses a server whose connections cannot be stopped between two requests.
+fn check_interruptible(device: u16, server: &Server) -> Result<(), Refusal> {
+    if server.options.interruptible {
+        return Ok(());
+    }
+    let what = "its server was made without `Options::interruptible`, and a connection that waits for a request could not be \
+                handed over; make the server with `interruptible: true`";
     Err(Refusal::of_device(device, what))
 }
 

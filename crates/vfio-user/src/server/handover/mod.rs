@@ -8,9 +8,11 @@
 
 mod connection;
 mod copy;
+mod deadline;
 mod give;
 mod later;
 mod listener;
+mod loading;
 mod new;
 mod offer;
 mod outgoing;
@@ -36,6 +38,9 @@ pub const DEVICES_MAX: usize = 256;
 
 /// The devices have this much of the freeze to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(1);
+
+/// A device that answers at its limit is heard within this time.
+const ANSWER_LIMIT: Duration = Duration::from_millis(200);
 
 /// A refusal that names its device by its socket. The number means something within the switch-over alone.
 fn named(socket: &Path, refusal: Refusal) -> Refusal {

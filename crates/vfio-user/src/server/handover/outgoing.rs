@@ -1,12 +1,14 @@
 //! A device of the old server on its way to the new one.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use limosa_device::{Frozen, Machine};
 use limosa_switch_over::{Item, Refusal};
 
 use super::connection::{self, GivenSockets};
 use super::copy::Copy;
+use super::deadline;
 use super::record::{self, Files, encode, kind};
 use super::regions::GivenFiles;
 use super::wiring::GivenWires;
@@ -48,8 +50,8 @@ impl Outgoing {
         }
     }
 
-    /// Everything that has not gone over, of a device that is stopped.
-    pub(super) fn left(&mut self) -> Result<Vec<Item>, Refusal> {
+    /// Everything that has not gone over, of a device that is stopped. The new device is to be loaded by then.
+    pub(super) fn left(&mut self, until: Instant) -> Result<Vec<Item>, Refusal> {
         let (device, machine) = (self.device, &self.machine);
         let missing = || Refusal::of_device(device, "it was not stopped");
         let frozen = self.frozen.as_ref().ok_or_else(missing)?;
@@ -66,6 +68,7 @@ impl Outgoing {
             resets: kept.resets,
             precopy_reinit: kept.precopy_reinit,
             stays: kept.stays,
+            until_ns: Some(deadline::to_shared(until)),
         };
         items.push(encode(kind::MACHINE, device, &kept)?);
         for (id, link, role, paused) in self.doors.paused() {

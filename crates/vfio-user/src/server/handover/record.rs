@@ -107,6 +107,9 @@ pub(super) struct Machine {
     pub resets: u64,
     pub precopy_reinit: bool,
     pub stays: Option<[u8; 16]>,
+    /// When the old server takes back, by the monotonic clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_ns: Option<u64>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -9,9 +9,11 @@ use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 
 use super::DEVICES_MAX;
 use super::listener::CameListener;
+use super::loading::{self, Load};
 use super::new::New;
 use super::offer::Offered;
 use super::record::{self, broken, decode, kind};
+use super::workers::Workers;
 use crate::server::{Options, Server};
 
 /// A device of a new server, and how it is to be served.
@@ -41,6 +43,8 @@ pub struct Replacing {
     devices: Vec<New>,
     /// What becomes of the old server's devices, by their numbers.
     places: Vec<Place>,
+    /// Threads that load devices side by side, from the first round on.
+    workers: Option<Workers>,
 }
 
 /// The servers, ready to [serve](Server::serve) the clients that the other process has served, in the order of the new devices.
@@ -65,7 +69,7 @@ impl Replacing {
     /// These devices.
     pub fn new<D: Into<NewDevice>>(devices: impl IntoIterator<Item = D>) -> Replacing {
         let devices = devices.into_iter().map(|device| New::of(device.into())).collect();
-        Replacing { devices, places: Vec::new() }
+        Replacing { devices, places: Vec::new(), workers: None }
     }
 
     fn place(&mut self, item: &Item) -> Result<&mut Place, Refusal> {
@@ -73,23 +77,16 @@ impl Replacing {
         self.places.get_mut(item.device as usize).ok_or_else(missing)
     }
 
-    /// Gives each item to what becomes of its device.
-    fn give(
-        &mut self,
-        items: Vec<Item>,
-        take: impl Fn(&mut New, Item) -> Result<(), Refusal>,
-    ) -> Result<(), Refusal> {
+    /// What each new device is given, in the order of the new devices. What is for a device that is dropped, that takes.
+    fn sort(&mut self, items: Vec<Item>) -> Result<Vec<Vec<Item>>, Refusal> {
+        let mut sorted: Vec<Vec<Item>> = self.devices.iter().map(|_| Vec::new()).collect();
         for item in items {
             match self.place(&item)? {
                 Place::Dropped(dropped) => dropped.take(item)?,
-                Place::Taken(at) => {
-                    let at = *at;
-                    let new = &mut self.devices[at];
-                    take(new, item).map_err(|refusal| new.named(refusal))?;
-                }
+                Place::Taken(at) => sorted[*at].push(item),
             }
         }
-        Ok(())
+        Ok(sorted)
     }
 
     /// Each device that takes another's place, with that one's number.
@@ -218,7 +215,14 @@ impl Taker for Replacing {
     }
 
     fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
-        self.give(items, New::take_prepared)?;
+        // While the old devices run: nobody waits for threads to be started.
+        let devices = self.devices.len();
+        self.workers.get_or_insert_with(|| Workers::start(devices));
+        for (at, items) in self.sort(items)?.into_iter().enumerate() {
+            let new = &mut self.devices[at];
+            let taken = items.into_iter().try_for_each(|item| new.take_prepared(item));
+            taken.map_err(|refusal| new.named(refusal))?;
+        }
         // While the old devices run, as a model may make room for its state here.
         for (number, new) in self.taken() {
             new.prepare(number).map_err(|refusal| new.named(refusal))?;
@@ -227,10 +231,13 @@ impl Taker for Replacing {
     }
 
     fn load(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
-        self.give(items, New::take_rest)?;
-        for (number, new) in self.taken() {
-            new.complete(number).map_err(|refusal| new.named(refusal))?;
-        }
+        let until = loading::until(&items)?;
+        let sorted = self.sort(items)?;
+        let numbers: Vec<_> = (0..self.devices.len()).map(|at| self.number(at)).collect();
+        let devices = std::mem::take(&mut self.devices).into_iter().zip(numbers).zip(sorted);
+        let loads = devices.map(|((new, number), items)| Load::new(new, number, items)).collect();
+        let workers = self.workers.take().unwrap_or_default();
+        self.devices = loading::load(&workers, loads, until)?;
         Ok(())
     }
 

@@ -37,11 +37,14 @@ impl<T> Work<T> {
 }
 
 impl Workers {
-    /// For this many devices. One is worked on by the caller, whom it alone can hold up; so are all if no thread can be started.
+    /// For this many devices of the old server. One is worked on by the caller, whom it alone can hold up: the new server gives up
+    /// then.
+    pub(super) fn of_old(devices: usize) -> Workers {
+        if devices < 2 { Workers::default() } else { Workers::start(devices) }
+    }
+
+    /// For this many devices. If no thread can be started, the caller works on all of them.
     pub(super) fn start(devices: usize) -> Workers {
-        if devices < 2 {
-            return Workers::default();
-        }
         let (jobs, queue) = channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
         let started = (0..devices.min(THREADS_MAX)).filter(|_| {
@@ -56,7 +59,7 @@ impl Workers {
             std::thread::Builder::new().name("switch-over".into()).spawn(work).is_ok()
         });
         let started = started.count();
-        tracing::trace!(started, devices, "threads that stop devices");
+        tracing::trace!(started, devices, "threads that work on devices");
         Workers { jobs: (started > 0).then_some(jobs) }
     }
 
@@ -179,9 +182,9 @@ mod tests {
     }
 
     #[test]
-    fn one_device_is_worked_on_by_the_caller() {
+    fn the_only_device_of_the_old_server_is_worked_on_by_the_caller() {
         let this = std::thread::current().id();
         let work = move |_: &mut u32| assert_eq!(std::thread::current().id(), this);
-        assert_eq!(Workers::start(1).work(vec![7], Instant::now(), work, |_| {}), [Some(7)]);
+        assert_eq!(Workers::of_old(1).work(vec![7], Instant::now(), work, |_| {}), [Some(7)]);
     }
 }

@@ -1,11 +1,13 @@
 //! A device of the new server, which takes the place of one of the old server's or is served for the first time.
 
+mod fits;
+
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use limosa_device::{ClientId, ExportedLog, Kept, Machine, RemoteMemory, WiringState};
-use limosa_host::{Group, SocketAccess, SocketPath};
+use limosa_host::{SocketAccess, SocketPath};
 use limosa_protocol::State;
 use limosa_switch_over::{Item, Refusal};
 
@@ -14,10 +16,9 @@ use super::connection::{Adopted, CameSockets, Threads};
 use super::copy::Loading;
 use super::later::LaterMemory;
 use super::listener::CameListener;
-use super::offer::{difference, offer_of};
-use super::record::{self, MappingRow, Offer, broken, decode, kind};
-use super::regions::{self, CameFiles};
-use super::signals::{self, CameSignals};
+use super::record::{self, MappingRow, broken, decode, kind};
+use super::regions::CameFiles;
+use super::signals::CameSignals;
 use super::wiring::CameWires;
 use crate::server::doors::Doors;
 use crate::server::{Door, Options, Server, device_span};
@@ -103,20 +104,6 @@ impl New {
         }
     }
 
-    /// Refuses what differs from this device, or what it cannot go on with.
-    pub(super) fn check(&self, device: u16, theirs: &Offer) -> Result<(), Refusal> {
-        let flags = self.machine.migration_flags();
-        let flags = flags.ok_or_else(|| Refusal::of_device(device, "the new device has no migration"))?;
-        let ours = Offer { model: self.options.model.clone(), ..offer_of(self.machine.description(), flags) };
-        if let Some(what) = difference(theirs, &ours) {
-            let what =
-                format!("{what}; start the new server with the same options, or a version that keeps them");
-            return Err(Refusal::of_device(device, what));
-        }
-        signals::check(device, &self.machine)?;
-        regions::check(device, &self.machine)
-    }
-
     /// It takes nobody's place: it listens from now on, and runs when it serves.
     pub(super) fn begin_fresh(&mut self) -> Result<(), Refusal> {
         let Some(socket) = &self.socket else {
@@ -143,13 +130,6 @@ impl New {
             self.kept = Some(Kept::default());
         }
         Ok(())
-    }
-
-    /// The mode and group that its socket is to have from now on, if they are to be others than the old server gave it.
-    fn new_access(&self) -> Option<SocketAccess> {
-        let (mode, group) = self.door.as_ref()?.record.access?;
-        let theirs = SocketAccess { mode, group: group.map(Group) };
-        Some(self.options.socket).filter(|ours| *ours != theirs)
     }
 
     /// An item of what goes over while devices run.
@@ -188,7 +168,7 @@ impl New {
                 log.dirty.push(record::dirty(&item)?);
             }
             kind::MACHINE => {
-                let record::Machine { stopped, resets, precopy_reinit, stays } = decode(&item)?;
+                let record::Machine { stopped, resets, precopy_reinit, stays, .. } = decode(&item)?;
                 self.kept = Some(Kept { stopped, resets, precopy_reinit, stays });
             }
             kind::CONNECTION => {
@@ -212,39 +192,6 @@ impl New {
         self.check_sockets(device)?;
         self.check_access(device)?;
         self.begin(device)
-    }
-
-    /// Refuses sockets that were handed over, unless each is the one that its path leads to.
-    fn check_sockets(&self, device: u16) -> Result<(), Refusal> {
-        let (Some(path), Some(door)) = (&self.socket, &self.door) else { return Ok(()) };
-        let named = |path: Option<&Path>| path.map_or("no path".into(), |path| path.display().to_string());
-        let refused = |what: &str, theirs: Option<&Path>, ours: Option<&Path>| {
-            let (theirs, ours) = (named(theirs), named(ours));
-            let what = format!(
-                "it listens {what}at {theirs}, and the new server at {ours}; start the new server with the same socket"
-            );
-            Err(Refusal::of_device(device, what))
-        };
-        if !door.is_at(path) {
-            return refused("", door.at().as_deref(), Some(path));
-        }
-        match (&self.control, &self.control_socket) {
-            (None, None) => Ok(()),
-            (Some(theirs), Some(ours)) if theirs.is_at(ours) => Ok(()),
-            (theirs, ours) => {
-                let theirs = theirs.as_ref().and_then(CameListener::at);
-                refused("for control clients ", theirs.as_deref(), ours.as_deref())
-            }
-        }
-    }
-
-    /// Refuses a mode or group that this process cannot give to the socket.
-    fn check_access(&self, device: u16) -> Result<(), Refusal> {
-        let (Some(access), Some(path)) = (self.new_access(), &self.socket) else { return Ok(()) };
-        limosa_host::may_give_access(path, &access).map_err(|error| {
-            let what = format!("the new server cannot give its socket another mode or group: {error}");
-            Refusal::of_device(device, what)
-        })
     }
 
     fn add_files(&mut self, item: Item) {
