@@ -17,6 +17,7 @@ mod folder;
 mod forever;
 mod kills;
 mod limits;
+mod loaded_by;
 mod log;
 mod many;
 mod memory;

@@ -1,11 +1,9 @@
 //! The destination of a move in doubt says which move loaded its device, and how far that came.
 
-mod support;
-
+use crate::support::pair::{Pair, Sending};
+use crate::support::{GUEST, JsonOutput, limosa, schema, vcpus};
 use rustix::process::Signal;
 use serde_json::Value;
-use support::pair::{Pair, Sending};
-use support::{GUEST, JsonOutput, limosa, schema, vcpus};
 
 /// What is said of the device: by `doctor` in text and JSON, and by `state` in JSON.
 struct Said {
