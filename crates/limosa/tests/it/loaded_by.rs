@@ -1,7 +1,7 @@
 //! The destination of a move in doubt says which move loaded its device, and how far that came.
 
 use crate::support::pair::{Pair, Sending};
-use crate::support::{GUEST, JsonOutput, limosa, schema, vcpus};
+use crate::support::{GUEST, JsonOutput, limosa, schema, start, vcpus};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -70,7 +70,7 @@ fn a_look_at_a_device_did_not_end_the_move_that_loads_it() {
     // The next move is refused before anything is touched, and the device is still that of the first.
     let (wrong, listen) =
         (pair.folder.device("wrong", &["state=2M"]), format!("unix:{}", pair.folder.text("second")));
-    let receiver = support::start(&["receive", device, "--listen", &listen, "--moves", &there]);
+    let receiver = start(&["receive", device, "--listen", &listen, "--moves", &there]);
     receiver.line("listening on");
     limosa(&["send", &wrong.socket, "--to", &listen, "--moves", &here]).fails(3, &[]);
     receiver.end().fails(3, &[]);
