@@ -1,4 +1,4 @@
-//! A device with one register that counts how often it was written, and that moves live.
+//! A device with one register that counts its writes, and that migrates live.
 use limosa_device::saved::Section;
 use limosa_device::{Bus, Description, Fault, Machine, Region, SimpleModel, Whole, WholeState};
 use limosa_protocol::{Errno, info::RegionFlags};
@@ -13,7 +13,7 @@ impl SimpleModel for Counter {
         Description { regions: vec![register], ..Description::default() }
     }
 
-    fn attach(&mut self, _bus: Bus) {} // It uses neither guest memory nor interrupts.
+    fn attach(&mut self, _bus: Bus) {} // This device uses neither guest memory nor interrupts.
 
     fn region_read(&mut self, _region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
         data.copy_from_slice(&self.0.to_le_bytes()[offset as usize..][..data.len()]);
@@ -43,7 +43,7 @@ impl WholeState for Counter {
     const SECTION: Section = Section::message("counter", 1);
 
     fn stop(&mut self) -> Result<(), Fault> {
-        Ok(()) // It does nothing on its own.
+        Ok(()) // This device does nothing on its own.
     }
 
     fn start(&mut self) -> Result<(), Fault> {

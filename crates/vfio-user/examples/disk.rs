@@ -12,20 +12,20 @@ use limosa_protocol::info::{DeviceFlags, DmaMapFlags};
 use limosa_protocol::{Errno, pci_index};
 use limosa_vfio_user::server::{Options, Server};
 
-/// Registers of 8 bytes in BAR 0: where the next request goes in guest memory, its offset in the file, its bytes.
+/// Registers of 8 bytes in BAR 0: the next request's address in guest memory, its offset in the file, its length.
 const ADDRESS: u64 = 0x00;
 const OFFSET: u64 = 0x08;
-/// Writing its lower half makes a request of all three. Reading any register gives what was written last.
+/// Writing its lower half submits the request. Reading a register returns the value written last.
 const BYTES: u64 = 0x10;
-/// How many requests are done, and how many of them failed. Writing it takes INTx back.
+/// Counts of completed and of failed requests. Writing DONE deasserts INTx.
 const DONE: u64 = 0x18;
 const FAILED: u64 = 0x20;
 const MSIX_TABLE: u64 = 0x800;
 const MSIX_PENDING: u64 = 0xc00;
 
-/// The most requests that a guest can have under way; further ones fail.
+/// Limit on pending requests; further ones fail.
 const REQUESTS_MAX: usize = 256;
-/// What is moved at once: so long `stop` waits at most.
+/// Bytes moved at once. `stop` waits for at most one piece.
 const PIECE_BYTES: u64 = 64 << 10;
 
 /// A request, or what is left of it.
@@ -39,7 +39,7 @@ struct Request {
     bytes: u64,
 }
 
-/// All that moves. Field numbers are never used again.
+/// The saved state. Field numbers are never reused.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Saved {
     #[prost(message, optional, tag = "1")]
@@ -57,12 +57,12 @@ struct Saved {
 struct State {
     function: Function,
     next: Request,
-    /// In order. The first one stays here until it is done, so that what is left of it is saved with the others.
+    /// In order. The first request stays here until it is done, so that its remainder is saved with the others.
     requests: VecDeque<Request>,
     done: u64,
     failed: u64,
     runs: bool,
-    /// The thread moves a piece, without the lock.
+    /// The thread is moving a piece, without the lock.
     is_busy: bool,
     is_over: bool,
 }
@@ -106,7 +106,7 @@ impl Shared {
         self.bus.get().expect("attached before anything else")
     }
 
-    /// The thread: piece by piece, so that the device stops soon, and with no lock while a piece is moved.
+    /// The thread. It moves one piece at a time, so that the device stops soon, and holds no lock meanwhile.
     fn work(&self) {
         let mut state = self.lock();
         while !state.is_over {
@@ -124,11 +124,11 @@ impl Shared {
         }
     }
 
-    /// The pin is dropped before the device says that it has stopped: the pages are in the dirty log by then.
+    /// The pin is dropped before the device reports that it has stopped, so the pages are in the dirty log by then.
     fn move_piece(&self, request: &Request) -> Result<u64, Errno> {
         let bytes = request.bytes.min(PIECE_BYTES);
         let mut pin = match self.bus().memory.pin(request.address, bytes, DmaMapFlags::WRITE) {
-            // Memory that is reached by messages cannot be pinned.
+            // Memory that the client serves by messages cannot be pinned.
             Err(Errno::ENOTSUP) => return self.copy_piece(request, bytes),
             pin => pin?,
         };
@@ -148,9 +148,9 @@ impl Shared {
 }
 
 impl State {
-    /// A piece of the first request was moved, or the request failed.
+    /// Accounts for a moved piece of the first request, or for its failure.
     fn moved(&mut self, moved: Result<u64, Errno>, bus: &Bus) {
-        // None is there after a reset.
+        // A reset has removed all requests.
         let Some(request) = self.requests.front_mut() else { return };
         if let Ok(bytes) = moved {
             request.address += bytes;
@@ -248,7 +248,7 @@ impl SimpleModel for Disk {
         Ok(())
     }
 
-    /// Only the thread's piece is waited for.
+    /// Waits only for the thread's current piece.
     fn reset(&mut self) -> Result<(), Errno> {
         let mut state = self.0.lock();
         state.requests.clear();
@@ -261,7 +261,7 @@ impl SimpleModel for Disk {
         Ok(())
     }
 
-    /// INTx falls when MSI-X is wired, and what is pending is signalled.
+    /// INTx is deasserted when MSI-X is wired, and pending interrupts are signalled.
     fn rewired(&mut self, _index: u32) {
         self.0.lock().function.settle(&self.0.bus().interrupts);
     }
@@ -276,7 +276,7 @@ impl WholeState for Disk {
         self.stop_until(Instant::now() + Duration::from_secs(1))
     }
 
-    /// The piece that is under way is completed. The rest of its request, and all others, are part of the state.
+    /// Completes the current piece. The rest of its request, and all others, are part of the state.
     fn stop_until(&mut self, until: Instant) -> Result<(), Fault> {
         let mut state = self.0.lock();
         state.runs = false;
@@ -319,7 +319,7 @@ impl WholeState for Disk {
         if saved.requests.len() > REQUESTS_MAX || !saved.requests.iter().all(is_request) {
             return Err(Errno::EINVAL);
         }
-        // Nothing is refused from here on.
+        // From here on nothing can fail.
         state.function = function;
         (state.next, state.requests) = (saved.next.unwrap_or_default(), saved.requests.into());
         (state.done, state.failed) = (saved.done, saved.failed);

@@ -1,4 +1,4 @@
-//! The counter of `counter.rs`, in a server that a new process replaces while its clients go on. `replaceable SOCKET TAKEOVER` serves
+//! The counter of `counter.rs`, in a server that a new process can replace under its clients. `replaceable SOCKET TAKEOVER` serves
 //! it, and `replaceable SOCKET TAKEOVER take`, the same program or a newer one, takes its place.
 use std::path::Path;
 use std::time::Duration;
@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     } else {
         let device = NewDevice { machine, options, socket: Some(socket.into()), control: None };
         let options = TakeOptions { name: NAME, ..TakeOptions::default() };
-        // After an error the old process serves on, and this one has nothing.
+        // After an error the old process keeps serving, and this one has no device.
         let taken = take(OldServer::Path(takeover), Replacing::new([device]), &options)?;
         (taken.server, Some(taken.old))
     };
@@ -44,11 +44,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (giver, options) =
             (SwitchOver::new(&servers), GiveOptions { name: NAME, ..GiveOptions::default() });
         while let Err(error) = door.serve_one(&giver, &options, None) {
-            eprintln!("not replaced, this process serves on: {error}");
-            // What failed may fail at once again, such as a system without free descriptors.
+            eprintln!("not replaced, this process keeps serving: {error}");
+            // The same failure may come again at once, for example on a system without free descriptors.
             std::thread::sleep(Duration::from_millis(100));
         }
-        // Another process serves the clients. Its next look is whether this one has ended.
+        // Another process serves the clients now, and waits for this one to end.
         servers.iter().for_each(|server| server.shutdown_handle().shut_down());
         Ok(())
     })
