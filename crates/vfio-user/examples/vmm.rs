@@ -1,5 +1,5 @@
-//! A VMM with a vfio-user device: it looks at it, gives it memory and an interrupt, uses it, and
-//! carries its state to another one.
+//! A VMM with a vfio-user device: it identifies the device, gives it memory and an interrupt, and
+//! moves its state to a second device.
 //!
 //! `limosa serve synthetic --socket /tmp/a.sock &`, the same for `/tmp/b.sock`, then
 //! `cargo run -p limosa-vfio-user --example vmm -- /tmp/a.sock /tmp/b.sock`.
@@ -17,12 +17,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut open = || Client::connect(paths.next().expect("the paths of two sockets"), Options::default());
     let (from, to) = (open()?, open()?);
 
-    // What it is. `Device` is the same trait for every transport; code above it does not ask which.
+    // Identify the device. `Device` is the same trait for every transport.
     let mut ids = [0; 4];
     from.region_read(pci_index::CONFIG, 0, &mut ids)?;
     println!("{}: PCI {ids:02x?}, migration {}", from.name(), from.migration_flags()?);
 
-    // Guest memory, shared by fd, and an interrupt, wired to an eventfd.
+    // Map guest memory, shared by fd, and wire an interrupt to an eventfd.
     let memory = memfd_create("guest", MemfdFlags::CLOEXEC)?;
     ftruncate(&memory, 16 << 20)?;
     let backing = DmaMemory::File { fd: memory.as_fd(), offset: 0 };
@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let interrupt = eventfd(0, EventfdFlags::CLOEXEC)?;
     from.set_irqs(pci_index::IRQ_MSI, 0, IrqAction::Wire(&[Some(interrupt.as_fd())]))?;
 
-    // Its state moves by hand here; `limosa-migrate` does it live, with memory, and undoes what fails.
+    // Move the state by hand. `limosa-migrate` does this live, with guest memory and with a rollback.
     let mut saving = from.set_state(State::StopCopy)?.ok_or("no data stream")?;
     let mut loading = to.set_state(State::Resuming)?.ok_or("no data stream")?;
     let mut chunk = vec![0; saving.transfer_bytes_max()];
