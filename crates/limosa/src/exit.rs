@@ -29,13 +29,13 @@ pub const MEANINGS: [Meaning; 11] = [
     },
     Meaning {
         code: 2,
-        meaning: "wrong usage: the command line, or a file that an option names, does not say what it has to",
+        meaning: "wrong usage: the command line, or a file that an option names, is invalid",
         source: "not touched",
     },
     Meaning {
         code: 3,
-        meaning: "refused: a device or the other side cannot do this, the two do not fit, the other side proves nothing, \
-                  something is there already, a hook refused, it does not converge",
+        meaning: "refused: a device or the other side cannot do this, the two do not match, the other side sent no \
+                  proof, the file or object exists already, a hook refused, the move does not converge",
         source: AS_BEFORE,
     },
     Meaning {
@@ -46,13 +46,14 @@ pub const MEANINGS: [Meaning; 11] = [
     },
     Meaning {
         code: 5,
-        meaning: "in doubt: whether the other side runs, or the snapshot is there, is not known. `limosa resolve` asks, or \
-                  looks",
+        meaning: "in doubt: it is unknown whether the other side runs, or whether the snapshot exists; `limosa \
+                  resolve` finds out",
         source: "**stopped**",
     },
     Meaning {
         code: 6,
-        meaning: "damaged: a file, object or stream is truncated, altered, of an unknown version or another than expected",
+        meaning: "damaged: a file, object or stream is truncated, altered, of an unknown version or not the expected \
+                  one",
         source: AS_BEFORE,
     },
     Meaning {
@@ -62,20 +63,16 @@ pub const MEANINGS: [Meaning; 11] = [
     },
     Meaning {
         code: 8,
-        meaning: "done, but something behind it failed, which the message names: `--on-start`, a report, standard output, \
+        meaning: "done, but a later step failed, which the message names: `--on-start`, a report, standard output, \
                   devices that do not start",
         source: "as with 0",
     },
     Meaning {
         code: 9,
-        meaning: "done, and there is something to look at: `doctor` has warnings, or `bench compare` has differences",
+        meaning: "done, with findings: `doctor` has warnings, or `bench compare` has differences",
         source: "not touched",
     },
-    Meaning {
-        code: 10,
-        meaning: "not ready: `doctor` found what stands in the way of a move",
-        source: "not touched",
-    },
+    Meaning { code: 10, meaning: "not ready: `doctor` found an obstacle to a move", source: "not touched" },
 ];
 
 /// The part of every help text that documents the exit codes.

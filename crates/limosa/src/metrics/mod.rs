@@ -60,7 +60,7 @@ const BUILD: Family = Family {
     name: "build",
     kind: Kind::Info,
     unit: In::Number,
-    help: "The version of limosa, and the command that runs",
+    help: "Version of limosa, and the command that runs",
     labels: &["version", "command"],
 };
 
@@ -69,7 +69,7 @@ const START_TIME: Family = Family {
     name: "start_time",
     kind: Kind::Gauge,
     unit: In::Seconds,
-    help: "When this process began, since 1970",
+    help: "Start time of this process, since 1970",
     labels: &[],
 };
 

@@ -13,13 +13,13 @@ const fn family(name: &'static str, kind: Kind, unit: In, help: &'static str) ->
 
 const MOVES: Family = Family {
     labels: &["outcome"],
-    ..family("receiver_moves", Kind::Counter, In::Number, "Moves that are over, by how they ended here")
+    ..family("receiver_moves", Kind::Counter, In::Number, "Finished moves, by their outcome here")
 };
 const QUESTIONS: Family = family(
     "receiver_questions",
     Kind::Counter,
     In::Number,
-    "Sources in doubt of an earlier move that were answered between two moves",
+    "Answers to sources in doubt about an earlier move, given between moves",
 );
 const MOVED_BYTES: Family = Family {
     labels: &["kind"],
@@ -27,21 +27,21 @@ const MOVED_BYTES: Family = Family {
         "receiver_received",
         Kind::Counter,
         In::Bytes,
-        "What moves brought so far, that under way included",
+        "Bytes received by all moves, including the current one",
     )
 };
 const DOWNTIME: Family = family(
     "receiver_downtime",
     Kind::Histogram,
     In::Seconds,
-    "How long guests stood still for moves that succeeded, as this side saw it",
+    "Downtime of successful moves, as this side saw it",
 );
-const ACTIVE: Family = family("receiver_move_active", Kind::Gauge, In::Number, "1 while a move is under way");
+const ACTIVE: Family = family("receiver_move_active", Kind::Gauge, In::Number, "1 during a move");
 const STARTED: Family = family(
     "receiver_move_start_time",
     Kind::Gauge,
     In::Seconds,
-    "When the move under way began, since 1970; 0 when there is none",
+    "Start time of the current move, since 1970; 0 if there is none",
 );
 const PHASE: Family = Family {
     labels: &["phase"],
@@ -49,20 +49,20 @@ const PHASE: Family = Family {
         "receiver_move_phase",
         Kind::Gauge,
         In::Number,
-        "1 for the phase of the move under way, 0 for the others",
+        "1 for the phase of the current move, 0 for the others",
     )
 };
 const MOVE_BYTES: Family = Family {
     labels: &["kind"],
-    ..family("receiver_move_received", Kind::Gauge, In::Bytes, "What the move under way has brought so far")
+    ..family("receiver_move_received", Kind::Gauge, In::Bytes, "Bytes received by the current move")
 };
 const ROUND: Family =
-    family("receiver_move_round", Kind::Gauge, In::Number, "Rounds of pre-copy of the move under way");
+    family("receiver_move_round", Kind::Gauge, In::Number, "Pre-copy rounds of the current move");
 const DIRTY: Family = family(
     "receiver_move_dirty",
     Kind::Gauge,
     In::Bytes,
-    "Memory that was left behind the last round of the move under way",
+    "Memory left dirty after the last round of the current move",
 );
 
 pub(super) const FAMILIES: &[&Family] =

@@ -26,27 +26,17 @@ const STATE: Family = Family {
 };
 const CLIENTS: Family = Family {
     labels: &["device", "role"],
-    ..of_device("device_clients", Kind::Gauge, In::Number, "Clients that are connected now")
+    ..of_device("device_clients", Kind::Gauge, In::Number, "Connected clients")
 };
-const CONNECTIONS: Family =
-    of_device("device_connections", Kind::Counter, In::Number, "Connections that were served");
+const CONNECTIONS: Family = of_device("device_connections", Kind::Counter, In::Number, "Connections served");
 const REQUESTS: Family = Family {
     labels: &["device", "command"],
-    ..of_device(
-        "device_requests",
-        Kind::Counter,
-        In::Number,
-        "Requests of clients, by the name of the message",
-    )
+    ..of_device("device_requests", Kind::Counter, In::Number, "Requests of clients, by message name")
 };
 const REFUSED: Family =
-    of_device("device_refused_requests", Kind::Counter, In::Number, "Requests that got an error for a reply");
-const MAPPINGS: Family = of_device(
-    "device_dma_mappings",
-    Kind::Gauge,
-    In::Number,
-    "Pieces of guest memory that are mapped for DMA",
-);
+    of_device("device_refused_requests", Kind::Counter, In::Number, "Requests answered with an error");
+const MAPPINGS: Family =
+    of_device("device_dma_mappings", Kind::Gauge, In::Number, "Pieces of guest memory mapped for DMA");
 const DIRTY_LOG: Family = of_device(
     "device_dirty_log",
     Kind::Gauge,
@@ -57,26 +47,21 @@ const HELD: Family = of_device(
     "device_held",
     Kind::Gauge,
     In::Number,
-    "1 while the VMM's accesses wait, as another client moves the device",
+    "1 while the VMM's accesses wait because another client moves the device",
 );
 const GIVEN_AWAY: Family = of_device(
     "device_given_away",
     Kind::Gauge,
     In::Number,
-    "1 while the device stays stopped for a move that takes it away",
+    "1 while the device stays stopped because a move takes it away",
 );
 const SESSION_BYTES: Family = Family {
     labels: &["device", "direction"],
-    ..of_device("device_session", Kind::Counter, In::Bytes, "Device data that sessions saved or loaded")
+    ..of_device("device_session", Kind::Counter, In::Bytes, "Device data saved or loaded by sessions")
 };
 const ARCS: Family = Family {
     labels: &["device", "from", "to", "outcome"],
-    ..of_device(
-        "device_arcs",
-        Kind::Counter,
-        In::Number,
-        "Arcs between migration states, once each was tried",
-    )
+    ..of_device("device_arcs", Kind::Counter, In::Number, "Arcs between migration states that were tried")
 };
 const ARC_SECONDS: Family = Family {
     labels: &["device", "from", "to"],
@@ -84,23 +69,22 @@ const ARC_SECONDS: Family = Family {
         "device_arcs_duration",
         Kind::Counter,
         In::Seconds,
-        "How long the device took for arcs in all",
+        "Total time that the device took for arcs",
     )
 };
-const RESETS: Family =
-    of_device("device_resets", Kind::Counter, In::Number, "Resets, those that failed included");
+const RESETS: Family = of_device("device_resets", Kind::Counter, In::Number, "Resets, including failed ones");
 const SWITCH_OVER: Family = Family {
     name: "switch_overs",
     kind: Kind::Counter,
     unit: In::Number,
-    help: "Switch-overs by which this process took over, and attempts to replace it that failed",
+    help: "Switch-overs by which this process took over, and failed attempts to replace it",
     labels: &["outcome"],
 };
 const STANDSTILL: Family = Family {
     name: "switch_over_standstill",
     kind: Kind::Gauge,
     unit: In::Seconds,
-    help: "How long the devices stood still at most when this process took over, else 0",
+    help: "Longest time that a device was stopped when this process took over, else 0",
     labels: &[],
 };
 
