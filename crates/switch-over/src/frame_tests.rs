@@ -149,8 +149,8 @@ fn the_documentation_draws_what_the_code_has() {
     for (step, old, new) in [
         ("HELLO", old.hello, new.hello),
         ("offer", old.offer, new.offer),
-        ("what goes over while devices run, all rounds", old.prepare, new.prepare),
-        ("freeze, rest, load, commit, all together", old.freeze, new.rest),
+        ("transfer while devices run, all rounds", old.prepare, new.prepare),
+        ("freeze, rest, load and commit together", old.freeze, new.rest),
     ] {
         has(&format!("| {step} | {} s | {} s", old.as_secs(), new.as_secs()));
     }
