@@ -125,7 +125,7 @@ impl Report {
             Verdict::Warnings => "ready, with warnings",
             Verdict::NotReady => "not ready",
         };
-        writeln!(to, "\n{verdict}; docs/doctor.md says more of each finding")
+        writeln!(to, "\n{verdict}; docs/doctor.md describes each finding")
     }
 }
 
