@@ -10,16 +10,16 @@ use super::values::{device, seconds};
 
 /// Its effects on a device, and its exit codes.
 const NOTES: &str = "\
-The device is stopped and reset again and again, and gets its state back in the end, unless that is more than 1 GiB. One that a guest \
-uses is refused without --in-use; with it, the device is stopped and not reset, and nothing is loaded into it.
+The bench stops and resets the device many times, and restores its state at the end, unless the state is larger than 1 GiB. A device that a \
+guest uses is refused without --in-use; with it, the device is stopped but not reset, and nothing is loaded into it.
 
-A measure takes --seconds, and no longer than one operation more. A device that hangs costs --timeout and --state-timeout, of which \
-no more than 10 s count. SIGINT ends the run, and gives the device back.
+A measure takes --seconds plus at most one operation. A request that hangs takes --timeout or --state-timeout, but at most 10 s. SIGINT \
+ends the run, and the device is restored.
 
 Exit codes of bench compare:
   0  no difference is beyond the spread of both runs
-  9  some are, and are named
-  6  a file is no document of the bench";
+  9  some differences are, and are listed
+  6  a file is not a document of the bench";
 
 #[derive(Debug, Args)]
 #[command(after_help = NOTES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -28,7 +28,7 @@ pub struct Bench {
     #[arg(value_name = "DEVICE", value_parser = device, required = true)]
     pub device: Option<String>,
 
-    /// A second device of the same kind, for whole moves to it and back. It loses its state.
+    /// /// A second device of the same kind, for complete moves to it and back. It loses its state.
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub peer: Option<String>,
 
@@ -36,7 +36,8 @@ pub struct Bench {
     #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
     pub seconds: Duration,
 
-    /// Measure a device that a guest is using. The guest waits for it whenever it is stopped, for up to a second each time.
+    /// /// Measure a device that a guest is using. The guest waits while the device is stopped, for up to a second each
+    /// time.
     #[arg(long, conflicts_with = "peer")]
     pub in_use: bool,
 
@@ -54,12 +55,12 @@ pub struct Bench {
 
 #[derive(Debug, Subcommand)]
 pub enum BenchAction {
-    /// Compare two runs, and say which differences are beyond the spread of both.
+    /// /// Compare two runs, and list the differences that are beyond the spread of both.
     Compare {
-        /// The first run: what `limosa --json bench DEVICE` printed, or its --report FILE.json.
+        /// /// The first run: the output of `limosa --json bench DEVICE`, or its --report FILE.json.
         #[arg(value_name = "FILE")]
         first: PathBuf,
-        /// The second one.
+        /// /// The second run.
         #[arg(value_name = "FILE")]
         second: PathBuf,
     },

@@ -18,20 +18,21 @@ pub struct Check {
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub peer: Option<String>,
 
-    /// Run these checks too: resets, bad data, data of its own loaded back. The device loses its state where that cannot be
-    /// saved.
+    /// /// Also run destructive checks: resets, invalid data, loading the device's own data. The device loses its state
+    /// if it cannot be saved.
     #[arg(long)]
     pub destructive: bool,
 
-    /// Only checks of this family; many times.
+    /// /// Run only checks of this family; may be repeated.
     #[arg(long = "family", value_name = "FAMILY")]
     pub families: Vec<Family>,
 
-    /// Only the check with this id, or those whose ids begin with it if it ends with a dot; many times.
+    /// /// Run only the check with this id, or, if it ends with a dot, all checks whose ids begin with it; may be
+    /// repeated.
     #[arg(long, value_name = "ID")]
     pub only: Vec<String>,
 
-    /// A JSON file with the claims of the device. Exit code 0 only if it keeps them.
+    /// /// A JSON file with the claims of the device. The exit code is 0 only if the device fulfils them.
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
 
@@ -43,16 +44,16 @@ pub struct Check {
     #[arg(long, value_name = "FORMAT", default_value = "table", conflicts_with = "json")]
     pub format: Format,
 
-    /// In the table a line for each check, not only for those that failed.
+    /// /// List every check in the table, not only failed ones.
     #[arg(long)]
     pub all: bool,
 
-    /// Seconds that one check may take.
+    /// /// Time limit for one check, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub limit: Duration,
 
-    /// Play this number of random sequences of requests, legal and illegal, against a model of the standard, in place
-    /// of the checks.
+    /// /// Instead of the checks, play this number of random sequences of requests, legal and illegal, against a model
+    /// of the standard.
     #[arg(long, value_name = "SEQUENCES", requires = "destructive", conflicts_with_all = ["families", "only", "profile", "peer"], value_parser = clap::value_parser!(u64).range(1..))]
     pub fuzz: Option<u64>,
 
@@ -60,7 +61,7 @@ pub struct Check {
     #[arg(long, value_name = "SEED", default_value = "0", requires = "fuzz")]
     pub seed: u64,
 
-    /// Threads that play a sequence, at most 16: the first drives the device, the others look on.
+    /// /// Threads that play a sequence, at most 16: the first drives the device, the others query it.
     #[arg(long, value_name = "THREADS", default_value = "1", requires = "fuzz", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub threads: u8,
 
@@ -68,7 +69,7 @@ pub struct Check {
     #[arg(long, value_name = "FILE", requires = "fuzz")]
     pub known: Option<PathBuf>,
 
-    /// Play the requests of a file, one a line, as a difference is told.
+    /// /// Play the requests of a file, one a line, in the form in which differences are reported.
     #[arg(long, value_name = "FILE", requires = "destructive", conflicts_with = "fuzz")]
     pub replay: Option<PathBuf>,
 
@@ -76,7 +77,7 @@ pub struct Check {
     #[arg(long)]
     pub list: bool,
 
-    /// Print the clauses that the checks come from, as Markdown, and run none.
+    /// /// Print the clauses of the checks, as Markdown, and run none.
     #[arg(long, conflicts_with_all = ["list", "device"])]
     pub clauses: bool,
 }

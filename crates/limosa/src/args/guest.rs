@@ -8,18 +8,18 @@ use limosa_migrate::{AfterLoad, PAGE_BYTES};
 
 use super::values::bytes;
 
-/// What `--memory` takes. Part of the help of every command that has it.
+/// /// The values of `--memory`: a part of the help of every command that has it.
 pub const MEMORY: &str = "\
 Guest memory is named by FILE@GPA[,size=BYTES][,offset=BYTES][,create][,owner=USER]
-  FILE    a file that the guest's memory is a shared mapping of: in /dev/shm, on
-          a tmpfs, or /proc/PID/fd/N for a memfd that a VMM holds
-  GPA     its first address for devices and the guest: 0x100000000, or 4G
-  size    how much of the file it is; by default all from the offset to its end
-  offset  where in the file it begins; by default 0
-  create  where memory is written to: make the file if it is not there, without
-          taking room, or make it longer; needs size
-  owner   whose file it is, a name or a number; by default it has to be that of
-          the user who runs limosa. One that create makes is given to this user";
+  FILE    the file that backs the guest's memory through a shared mapping: in
+          /dev/shm, on a tmpfs, or /proc/PID/fd/N for a memfd of a VMM
+  GPA     the first address for devices and the guest: 0x100000000, or 4G
+  size    bytes of the file to use; by default all from the offset to its end
+  offset  the first byte in the file; by default 0
+  create  at the destination: create the file if it does not exist, without
+          allocating its blocks, or extend it; needs size
+  owner   the owner of the file, a name or a number; by default the user who
+          runs limosa. A file that create makes is given to this user";
 
 /// One part of a guest's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub struct Memory {
     pub size: Option<u64>,
     pub offset: u64,
     pub create: bool,
-    /// The user whose file it has to be, if another one than who runs this.
+    /// /// The user who has to own the file, if it is not the user who runs this.
     pub owner: Option<User>,
 }
 
@@ -67,7 +67,7 @@ pub fn memory(text: &str) -> Result<Memory, String> {
         return Err(format!("`{text}`: expected a size of at least {PAGE_BYTES}, a page"));
     }
     if memory.create && memory.size.is_none() {
-        return Err(format!("`{text}`: create goes with size=, which says how long the file is to be"));
+        return Err(format!("`{text}`: create needs size=, the length of the file"));
     }
     Ok(memory)
 }
@@ -83,33 +83,33 @@ pub(super) fn number(text: &str) -> Result<u64, String> {
     }
 }
 
-/// How the guest on the source stands still, so that nobody writes its memory while the rest of it is moved.
+/// /// How the guest on the source is stopped, so that nothing writes its memory while the rest is moved.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct Stopping {
-    /// Stop this process before the devices, by SIGSTOP, and let it go on if the move is undone: the one that runs the
-    /// guest; many times. After the move it stays stopped. What it has asked the kernel to write for it (asynchronous
-    /// reads, vhost) does not stop with it.
+    /// /// Stop this process, which runs the guest, with SIGSTOP before the devices, and continue it if the move is
+    /// undone; may be repeated. After the move it stays stopped. Writes that it has requested from the kernel
+    /// (asynchronous reads, vhost) do not stop with it.
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pub stop_with: Vec<i32>,
 
-    /// Run this by the shell to stop the guest before the devices: nobody may write its memory any more when it ends.
-    /// If it fails, the move is called off.
+    /// /// Run this shell command to stop the guest before the devices: when it ends, nothing may write to the guest's
+    /// memory. If it fails, the move is undone.
     #[arg(long, value_name = "COMMAND")]
     pub on_stop: Option<String>,
 
-    /// Run this by the shell to let the guest go on when the move was undone after --on-stop.
+    /// /// Run this shell command to resume the guest if the move is undone after --on-stop.
     #[arg(long, value_name = "COMMAND", requires = "on_stop")]
     pub on_resume: Option<String>,
 
-    /// Move devices that stand in STOP, as they stand: they stay in STOP where they are moved to, and their guest is not
-    /// started there. Without it a device in STOP is refused, since an earlier move leaves its source so, whose guest runs
-    /// elsewhere. Devices that run are moved as ever.
+    /// /// Move devices in STOP as they are: they stay in STOP at the destination, and their guest is not started
+    /// there. Without this option a device in STOP is refused, since an earlier move leaves its source in STOP while
+    /// the guest runs elsewhere. Running devices move as usual.
     #[arg(long, conflicts_with = "on_stop")]
     pub stopped: bool,
 
-    /// The guest stands still already and will not be run meanwhile, or there is none: only the devices write its
-    /// memory.
+    /// /// The guest is already stopped and stays stopped during the move, or there is none: only the devices write to
+    /// its memory.
     #[arg(long, conflicts_with_all = ["stop_with", "on_stop"])]
     pub guest_stopped: bool,
 }
@@ -125,11 +125,11 @@ impl Stopping {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct Starting {
-    /// Run this by the shell when the devices run here, to start the guest; not where they stay in STOP.
+    /// /// Run this shell command to start the guest once the devices run here; not if they stay in STOP.
     #[arg(long, value_name = "COMMAND")]
     pub on_start: Option<String>,
 
-    /// Let devices run here that stood in STOP when they were moved or saved; without it they stay in STOP.
+    /// /// Also run devices that were in STOP when they were moved or saved; without it they stay in STOP.
     #[arg(long)]
     pub run: bool,
 }
@@ -145,7 +145,7 @@ impl Starting {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct SourceMemory {
-    /// Move this part of the guest's memory too; many times. Needs --stop-with, --on-stop or --guest-stopped.
+    /// /// Also move this part of the guest's memory; may be repeated. Needs --stop-with, --on-stop or --guest-stopped.
     #[arg(long, value_name = "FILE@GPA", value_parser = memory)]
     pub memory: Vec<Memory>,
 }
@@ -154,8 +154,8 @@ pub struct SourceMemory {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct DestinationMemory {
-    /// Write this part of the guest's memory; many times, at the same addresses as on the source. The file has to be
-    /// there and long enough, or `create` makes it.
+    /// /// Write this part of the guest's memory; may be repeated, with the same addresses as on the source. The file
+    /// has to exist and be long enough, unless `create` is given.
     #[arg(long, value_name = "FILE@GPA", value_parser = memory)]
     pub memory: Vec<Memory>,
 }
@@ -164,8 +164,9 @@ pub struct DestinationMemory {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct MemoryPairs {
-    /// Move this part of the guest's memory too, from the first file to the second; many times. Both have the same
-    /// address. Needs --stop-with, --on-stop or --guest-stopped. A guest whose memory stays where it is needs no --memory.
+    /// /// Also move this part of the guest's memory, from the first file to the second; may be repeated. Both have the
+    /// same address. Needs --stop-with, --on-stop or --guest-stopped. If the guest's memory stays where it is, --memory
+    /// is not needed.
     #[arg(long, num_args = 2, value_names = ["FILE@GPA", "FILE@GPA"], value_parser = memory)]
     pub memory: Vec<Memory>,
 }
@@ -212,7 +213,7 @@ mod tests {
             ("a@0,offset=1", "not a multiple of 4096"),
             ("a@0,length=5", "`length=5` is not known"),
             ("a@0,create=yes", "`create=yes` is not known"),
-            ("a@0,create", "goes with size="),
+            ("a@0,create", "needs size="),
             ("a@0,owner", "neither a number nor a name"),
             ("a@0,owner=no-such-user", "`no-such-user` is neither a number nor a name"),
             ("a@0,", "`` is not known"),

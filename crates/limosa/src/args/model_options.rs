@@ -30,38 +30,38 @@ const UART: &[ModelOption] = &[
         "line",
         "echo|PATH",
         Some("echo"),
-        "what is at the other end: what is sent comes back (echo), or a terminal or UNIX socket at this path; twice for two \
-         ports",
+        "the other end of the line: echo, which sends everything back, or the path of a terminal or UNIX socket; twice for \
+         two ports",
     ),
     option(
         "as",
         "mtty",
         None,
-        "it is the card that Linux' mtty makes, and moves to and from that; echo only. Without it, a PCI 16550A",
+        "imitate the card of the Linux driver mtty, and move to and from it; echo only. Without it, a PCI 16550A",
     ),
 ];
 
 const SYNTHETIC: &[ModelOption] = &[
-    option("state", "BYTES", Some("16M"), "its state, a multiple of block"),
-    option("block", "BYTES", Some("64K"), "how much of it changes at once, a power of two from 4K to 1M"),
-    option("precopy", "PERCENT", Some("100"), "how much of it is saved in pre-copy"),
-    option("dirty-rate", "BYTES", Some("0"), "how much of it changes each second"),
-    option("p2p", "on|off", Some("on"), "whether it has the P2P states"),
-    option("pre-copy", "on|off", Some("on"), "whether it has the pre-copy states"),
+    option("state", "BYTES", Some("16M"), "size of the state, a multiple of block"),
+    option("block", "BYTES", Some("64K"), "unit of changes to the state, a power of two from 4K to 1M"),
+    option("precopy", "PERCENT", Some("100"), "share of the state that is saved in pre-copy"),
+    option("dirty-rate", "BYTES", Some("0"), "bytes of the state that change each second"),
+    option("p2p", "on|off", Some("on"), "whether the device has the P2P states"),
+    option("pre-copy", "on|off", Some("on"), "whether the device has the pre-copy states"),
     option(
         "dma-pattern",
         "sequential|random|one-page",
         Some("sequential"),
-        "where in guest memory it writes",
+        "order of writes to guest memory",
     ),
-    option("dma-rate", "BYTES", Some("64M"), "bytes written to guest memory each second, 0 for all it can"),
-    option("seed", "NUMBER", Some("1"), "what its contents derive from"),
-    option("verify", "on|off", Some("on"), "whether every block is checked as it is loaded"),
+    option("dma-rate", "BYTES", Some("64M"), "bytes written to guest memory each second, 0 for no limit"),
+    option("seed", "NUMBER", Some("1"), "seed of the contents"),
+    option("verify", "on|off", Some("on"), "whether every loaded block is checked"),
     option(
         "fault",
         "FAULT",
         None,
-        "what goes wrong; many times: fail:ARC[:TIMES], error:ARC, truncate:BYTES, stall:ARC:MS, corrupt:OFFSET, with ARC \
+        "injected fault; may be repeated: fail:ARC[:TIMES], error:ARC, truncate:BYTES, stall:ARC:MS, corrupt:OFFSET, with ARC \
          like PRE_COPY_P2P>STOP_COPY",
     ),
 ];

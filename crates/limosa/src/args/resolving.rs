@@ -10,8 +10,8 @@ use super::values::{device, seconds};
 
 #[derive(Debug, Args)]
 pub struct Moves {
-    /// The folder in which moves are remembered, which has to be your own; by default limosa/moves below $XDG_STATE_HOME,
-    /// ~/.local/state or, without either, /var/lib. Nothing is moved before it can be remembered there.
+    /// /// The folder with the records of moves, which has to be your own; by default limosa/moves in $XDG_STATE_HOME,
+    /// in ~/.local/state or, without either, in /var/lib. Nothing moves unless it can be recorded there.
     #[arg(long = "moves", value_name = "FOLDER")]
     pub folder: Option<PathBuf>,
 }
@@ -19,29 +19,30 @@ pub struct Moves {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("which").args(["device", "id"]).multiple(true))]
 pub struct Resolve {
-    /// The device that was sent or saved; without it and --id, the moves in doubt are listed, and the guests that a process
-    /// of limosa has left stopped.
+    /// /// The device that was sent or saved; without it and --id, list moves in doubt, and guests that a killed limosa
+    /// has left stopped.
     #[arg(value_name = "DEVICE", value_parser = device)]
     pub device: Option<String>,
 
-    /// Where its destination is to be asked: unix:PATH or tcp:HOST:PORT; by default where it was sent to.
+    /// /// The address at which to ask the destination: unix:PATH or tcp:HOST:PORT; by default the one to which the
+    /// device was sent.
     #[arg(long, value_name = "ADDR", requires = "which")]
     pub to: Option<String>,
 
-    /// The move, if another one than the device's last, or one of memory alone.
+    /// /// The move, if it is not the device's last one, or if it was a move of memory alone.
     #[arg(long, value_name = "ID")]
     pub id: Option<String>,
 
-    /// Ask nobody: you have looked, and know what became of the move.
+    /// /// Do not ask: you have checked the outcome of the move yourself.
     #[arg(long, value_name = "OUTCOME", requires = "which", conflicts_with = "to")]
     pub decide: Option<Decided>,
 
-    /// Drop the note and do nothing else: ask nobody, change no device, let no process go on.
+    /// /// Only delete the note: do not ask, change no device, resume no process.
     #[arg(long, requires = "which", conflicts_with_all = ["to", "decide", "on_resume"])]
     pub forget: bool,
 
-    /// Run this by the shell to let the guest go on if the move was undone, where --on-stop has stopped it. Processes
-    /// that --stop-with has stopped go on by themselves then.
+    /// /// Run this shell command to resume the guest if the move was undone and --on-stop has stopped the guest.
+    /// Processes that --stop-with has stopped are resumed without it.
     #[arg(long, value_name = "COMMAND", requires = "which")]
     pub on_resume: Option<String>,
 
@@ -55,9 +56,10 @@ pub struct Resolve {
 /// How a move ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Decided {
-    /// The destination runs it, or did, or the snapshot was published: the device stops for good.
+    /// /// The destination runs it, or did, or the snapshot was published: the device stays stopped.
     Moved,
-    /// The destination does not run it and never will, or there is no snapshot and never will be: the device runs again.
+    /// /// The destination does not run it and never will, or there is no snapshot and never will be: the device runs
+    /// again.
     Undone,
 }
 

@@ -15,18 +15,18 @@ const USAGE: &str = "\
 limosa serve [OPTIONS] --socket <PATH> <MODEL>
        limosa serve [OPTIONS] --config <FILE>";
 
-/// What `--config` takes.
+/// /// The format of `--config`.
 const CONFIG: &str = "\
-A file for --config has [[device]] for each device, with socket, and as wanted model, options (a list of
-NAME=VALUE), control, mode, group and any-file. [defaults] has all of these but the sockets, for devices
-that say nothing else:
+A file for --config has a [[device]] for each device, with socket, and optionally model, options (a list of
+NAME=VALUE), control, mode, group and any-file. [defaults] sets all of these except the sockets, for devices
+that do not set them:
   [defaults]
   model = \"synthetic\"
   [[device]]
   socket = \"/run/limosa/first.sock\"
   options = [\"state=64M\"]";
 
-/// What `--option` and `--config` take.
+/// /// The options of models, and the format of `--config`.
 fn notes() -> String {
     let models = Model::ALL.map(|model| model.describe(100));
     format!("{}\n{CONFIG}", models.join(""))
@@ -39,11 +39,11 @@ pub struct Serve {
     #[arg(value_name = "MODEL")]
     pub model: Option<Model>,
 
-    /// Where to listen.
+    /// /// The path to listen at.
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    /// Serve the devices that this file describes, in TOML, in place of MODEL and its options.
+    /// /// Serve the devices in this TOML file, instead of MODEL and its options.
     #[arg(
         long,
         value_name = "FILE",
@@ -51,43 +51,44 @@ pub struct Serve {
     )]
     pub config: Option<PathBuf>,
 
-    /// The socket's mode, whatever the umask. A user with write permission may connect.
+    /// /// The socket's mode, whatever the umask. Users with write permission may connect.
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
     pub mode: u32,
 
-    /// The socket's group, a name or a number; with a --mode that lets it in, such as 660.
+    /// /// The socket's group, a name or a number; needs a --mode that admits the group, such as 660.
     #[arg(long, value_name = "GROUP")]
     pub group: Option<Group>,
 
-    /// Listen here as well, for clients that move the device beside its VMM and run as another user than the VMM. The
-    /// socket is this user's alone, mode 600. On --socket, root and this user may move the device beside its VMM.
+    /// /// Also listen here, for control clients: clients that move the device while its VMM is connected. The socket
+    /// has mode 600. On --socket, only root and this user may be control clients.
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 
-    /// An option of the model, NAME=VALUE; many times. `help` lists them, and serves nothing.
+    /// /// An option of the model, NAME=VALUE; may be repeated. `help` lists them, and serves nothing.
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
     pub options: Vec<String>,
 
-    /// Let a client map any regular file as the guest's memory, for VMMs whose memory is a file on a disk. Without it,
+    /// /// Let a client map any regular file as guest memory, for VMMs whose memory is a file on a disk. Without it,
     /// only memfds and files on tmpfs or hugetlbfs are mapped. An access to another file waits for its file system: a
-    /// client that can choose one whose server or daemon does not answer hangs this process for good.
+    /// client can then hang this process for good with a file whose file server or daemon does not answer.
     #[arg(long)]
     pub any_file: bool,
 
-    /// Let another process take over while clients are served: listen here, at a socket that is this user's alone, for
-    /// `limosa serve` with --take-from and this path. When it serves, this process ends with code 0. At SIGUSR2 this process starts
-    /// the other one itself, by its own command line.
+    /// /// Let another process take over while clients are connected: listen here, at a socket with mode 600, for
+    /// `limosa serve` with --take-from and this path. When that process serves, this one ends with code 0. On SIGUSR2
+    /// this process starts the other one itself, with its own command line.
     #[arg(long, value_name = "PATH")]
     pub takeover: Option<PathBuf>,
 
-    /// Take over from the server that was started with --takeover and this path. Devices, sockets and options have to be those
-    /// of the old server; a file may have devices that it did not have, and may lack those that no client uses. When the old
+    /// /// Take over from the server that was started with --takeover and this path. Devices, sockets and options have
+    /// to be the same as in the old server; a file may add devices, and may drop devices without a client. When the old
     /// server has ended, listen at --takeover, which may be the same path.
     #[arg(long, value_name = "PATH")]
     pub take_from: Option<PathBuf>,
 
-    /// Answer at this address with metrics of the devices, as OpenMetrics text over HTTP: HOST:PORT (port 0 for any), or unix:PATH
-    /// for a socket that is this user's alone. Whoever can connect can read them. After a switch-over the new server answers there.
+    /// /// Serve metrics of the devices at this address, as OpenMetrics text over HTTP: HOST:PORT (port 0 for any), or
+    /// unix:PATH for a socket with mode 600. Anybody who can connect can read them. After a switch-over the new server
+    /// answers there.
     #[arg(long, value_name = "ADDR")]
     pub metrics: Option<metrics::Address>,
 
@@ -115,37 +116,37 @@ impl Serve {
     }
 }
 
-/// What `switch-over` does to the command that it starts.
+/// /// The command that `switch-over` starts, and its exit codes.
 const NEW_COMMAND: &str = "\
-NEW COMMAND is that of the old server, `limosa serve ...`, of the new version. `--take-from PATH` and `--json` are added to its end, \
-unless they are there. It goes on when this command has ended, with the standard error of this command or --log. SIGINT and SIGTERM end this \
-command alone: a switch-over under way goes on, and the log of the new server says how it went.
+NEW COMMAND is the command line of the new server, usually that of the old one, `limosa serve ...`. `--take-from PATH` and `--json` are appended \
+unless it has them. The new server outlives this command, with the standard error of this command or --log. SIGINT and SIGTERM end only this \
+command: a switch-over in progress continues, and the log of the new server has the result.
 
 Exit codes of switch-over:
   0  the new server serves
   1  the old server serves as before; the message says why
-  3  another switch-over came first: the server that it started serves, and that of this command does not
-  4  there is no server that can be replaced now; nothing was started
-  5  it is not known that one of them serves; the message says what is known
-  8  the new server serves, and no other one can take over from it";
+  3  another switch-over came first: its server serves, and not the one started here
+  4  there is no replaceable server; nothing was started
+  5  it is unknown whether one of them serves; the message says what is known
+  8  the new server serves, but another one cannot take over from it";
 
 #[derive(Debug, Args)]
 #[command(after_help = NEW_COMMAND)]
 pub struct SwitchOver {
-    /// Where the old server listens for new ones: its --takeover.
+    /// /// The path of the old server's --takeover.
     #[arg(value_name = "PATH")]
     pub path: PathBuf,
 
-    /// Seconds to wait for the new server to serve or to give up. It has limits of its own, which end before this one.
+    /// /// Seconds to wait for the new server to serve or to give up. The new server has its own, shorter limits.
     #[arg(long, value_name = "SECONDS", default_value = "240", value_parser = seconds)]
     pub limit: Duration,
 
-    /// Append the log of the new server, which is its standard error, to this file. Without it the new server keeps the standard
-    /// error of this command open as long as it serves, so that what reads that from a pipe does not see its end.
+    /// /// Append the log of the new server (its standard error) to this file. Without it the new server keeps the
+    /// standard error of this command open as long as it serves, so a reader of a pipe does not see the end of file.
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
 
-    /// What starts the new server.
+    /// /// The command that starts the new server.
     #[arg(last = true, required = true, value_name = "NEW COMMAND")]
     pub command: Vec<OsString>,
 }
@@ -155,7 +156,7 @@ pub struct SwitchOver {
 pub enum Model {
     /// A PCI 16550A serial port.
     Uart,
-    /// A device for tests and measurements: state, pre-copy, DMA and faults as asked for.
+    /// /// A device for tests and measurements, with configurable state, pre-copy, DMA and faults.
     Synthetic,
 }
 

@@ -19,13 +19,12 @@ use super::values::{blake3, compression, device};
 /// finds the second only where no option stands between them.
 #[derive(Debug, Args)]
 pub struct SaveNames {
-    /// The device, where --device or --memory does not name all there is, and a file or s3://BUCKET/KEY, which appears when
-    /// it is whole.
+    /// /// The device, unless --device or --memory names everything to save, and a file or s3://BUCKET/KEY, which
+    /// appears when it is complete.
     #[arg(value_names = ["DEVICE", "FILE"], num_args = 1..=2, required = true)]
     names: Vec<OsString>,
 
-    /// A further device; many times. All of them move as one, and the first here becomes the first there, the
-    /// second the second.
+    /// /// A further device; may be repeated. All of them are saved together, in this order.
     #[arg(long = "device", id = "more", value_name = "DEVICE", value_parser = device)]
     more: Vec<String>,
 }
@@ -37,7 +36,7 @@ impl Save {
         if device.is_none() && self.names.more.is_empty() && self.memory.memory.is_empty() {
             let file = self.names.file().display();
             return Err(format!(
-                "{file} is where to save; what to save is missing: DEVICE, --device or --memory"
+                "{file} is the file to save to; what to save is missing: DEVICE, --device or --memory"
             ));
         }
         match device {
@@ -69,11 +68,11 @@ pub struct Save {
     #[command(flatten)]
     pub names: SaveNames,
 
-    /// Replace a snapshot that is there already, when the new one is whole.
+    /// /// Replace an existing snapshot once the new one is complete.
     #[arg(long)]
     pub replace: bool,
 
-    /// Compress memory and devices' data with zstd, or with lz4, which takes less time and saves less.
+    /// /// Compress memory and device data with zstd, or with lz4, which is faster and compresses less.
     #[arg(long, value_name = "METHOD", value_parser = compression())]
     pub compress: Option<Compression>,
 
@@ -103,7 +102,7 @@ pub struct Save {
 #[derive(Debug, Args)]
 #[command(after_help = super::STORES)]
 pub struct Load {
-    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    /// The output of `limosa save`: a file, or s3://BUCKET/KEY.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
@@ -133,7 +132,7 @@ pub struct Load {
 #[derive(Debug, Args)]
 #[command(after_help = STORES)]
 pub struct Inspect {
-    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    /// The output of `limosa save`: a file, or s3://BUCKET/KEY.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 }
@@ -141,11 +140,11 @@ pub struct Inspect {
 #[derive(Debug, Args)]
 #[command(after_help = STORES)]
 pub struct Verify {
-    /// What `limosa save` wrote: a file, or s3://BUCKET/KEY.
+    /// The output of `limosa save`: a file, or s3://BUCKET/KEY.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
-    /// It has to be the snapshot that has this hash, as `limosa verify` once printed it.
+    /// /// Check that the snapshot has this hash, as `limosa verify` printed it earlier.
     #[arg(long, value_name = "HEX", value_parser = blake3)]
     pub blake3: Option<String>,
 }

@@ -64,13 +64,13 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// So many Gbit a second.
+    /// /// This many Gbit per second.
     pub const fn gbit(gbit: u64) -> Rate {
         Rate { bytes_per_second: gbit * 125_000_000 }
     }
 }
 
-/// Bytes a second as [`bytes`] has them, or bits as links have them: Mbit and Gbit, powers of 1000.
+/// /// Bytes per second as in [`bytes`], or bits: Mbit and Gbit, powers of 1000.
 pub fn rate(text: &str) -> Result<Rate, String> {
     let bits = |digits: &str, unit: u64| {
         let number: f64 =
@@ -83,7 +83,7 @@ pub fn rate(text: &str) -> Result<Rate, String> {
         (None, None) => bytes(text).map_err(|error| format!("{error}, or bits such as 10Gbit"))?,
     };
     match bytes_per_second {
-        0 => Err(format!("`{text}` is no speed of a link: expected more than 0")),
+        0 => Err(format!("`{text}` is not a rate: expected more than 0")),
         bytes_per_second => Ok(Rate { bytes_per_second }),
     }
 }
@@ -92,7 +92,7 @@ pub fn rate(text: &str) -> Result<Rate, String> {
 pub fn mode(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| mode & !0o777 == 0 && mode & 0o600 == 0o600);
     mode.ok_or_else(|| {
-        format!("`{text}` is no mode of a socket: expected octal digits with read and write for the owner, such as 660")
+        format!("`{text}` is not a mode for a socket: expected octal digits with read and write for the owner, such as 660")
     })
 }
 
@@ -102,15 +102,16 @@ pub fn links(text: &str) -> Result<NonZeroU32, String> {
     links.ok_or_else(|| format!("expected 1 to {LINKS_MAX} links"))
 }
 
-/// How many links to send over.
+/// /// The number of links to send over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkCount {
     pub most: NonZeroU32,
-    /// As many of them as make it faster.
+    /// /// Use only as many of them as make the move faster.
     pub measured: bool,
 }
 
-/// A number of links, or `auto`: as many as make it faster, and four at most, since each keeps a processor busy.
+/// /// A number of links, or `auto`: as many as make the move faster, but at most four, since each keeps a processor
+/// busy.
 pub fn link_count(text: &str) -> Result<LinkCount, String> {
     if text == "auto" {
         return Ok(LinkCount { most: NonZeroU32::MIN.saturating_add(3), measured: true });
@@ -119,7 +120,7 @@ pub fn link_count(text: &str) -> Result<LinkCount, String> {
     Ok(LinkCount { most, measured: false })
 }
 
-/// The states that a device can be driven to. Nobody can ask for ERROR (`vfio.h: enum vfio_device_mig_state`).
+/// /// The states that a device can be driven to. ERROR cannot be set (`vfio.h: enum vfio_device_mig_state`).
 pub fn state() -> impl TypedValueParser<Value = State> {
     let words = State::ALL.into_iter().filter(|state| *state != State::Error).map(|state| {
         let word = PossibleValue::new(state.name());
@@ -145,7 +146,7 @@ pub fn blake3(text: &str) -> Result<String, String> {
     match text.len() == 64 && text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         true => Ok(text.to_ascii_lowercase()),
         false => Err(format!(
-            "expected the 64 hexadecimal digits that `limosa verify` printed, found {}",
+            "expected the 64 hexadecimal digits that `limosa verify` prints, found {}",
             text.len()
         )),
     }
