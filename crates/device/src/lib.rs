@@ -1,10 +1,9 @@
-//! Being a VFIO device.
+//! //! The device side of VFIO.
 //!
-//! A device author writes a [`Model`]: regions, a reset, and with [`Migration`] what the device does
-//! on the arcs of the standard's state machine (`vfio.h: enum vfio_device_mig_state`). A [`Machine`]
-//! owns the model and is the device that a client sees: it walks the arcs, opens and ends data
-//! sessions, answers the FEATURE multiplexer, and refuses what the standard refuses. Guest memory
-//! and interrupts reach the model through its [`Bus`].
+//! A device author writes a [`Model`]: regions, a reset, and with [`Migration`] the device's actions on the arcs of the
+//! standard's state machine (`vfio.h: enum vfio_device_mig_state`). A [`Machine`] owns the model and is the device that
+//! clients see: it walks the arcs, opens and ends data sessions, answers the FEATURE multiplexer, and refuses what the
+//! standard refuses. Guest memory and interrupts reach the model through its [`Bus`].
 //!
 //! A machine is served over a socket by `limosa-vfio-user`, or used in the same process through a
 //! [`Loopback`]:

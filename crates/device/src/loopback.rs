@@ -1,5 +1,5 @@
-//! [`Loopback`]: `client::Device` straight onto a [`Machine`] of the same process, so that the
-//! engine, the checks and the tests need no socket.
+//! //! [`Loopback`]: a `client::Device` that calls a [`Machine`] in the same process, so that the engine, the checks
+//! and the tests need no socket.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -17,8 +17,7 @@ use zerocopy::FromBytes;
 use crate::{Backing, Machine, Mapping, RemoteMemory, Save, SessionId, SetIrqs};
 
 /// A client of a device in the same process.
-///
-/// Several may share a device. Dropping one changes nothing at the device: mappings and interrupt
+/// Several may share a device. Dropping one does not change the device: mappings and interrupt
 /// wiring stay until [`Machine::client_gone`].
 #[derive(Clone, Debug)]
 pub struct Loopback {
@@ -169,14 +168,14 @@ impl Device for Loopback {
             None => mappings.unmap(iova, size),
             Some(DirtyBits { page_size, words }) => mappings.unmap_report(iova, size, page_size, words),
         };
-        // Through every door, unmapping nothing is a client's mistake.
+        // // On every transport, unmapping nothing is a client's mistake.
         unmapped
             .and_then(|bytes| if bytes == 0 { Err(Errno::ENOENT) } else { Ok(()) })
             .map_err(|errno| self.refused(|| format!("DMA_UNMAP of {size:#x} at {iova:#x}"), errno))
     }
 }
 
-/// The request in the standard's words, and the state that was asked for.
+/// /// The request in the standard's terms, with the requested state.
 fn feature_name(index: FeatureIndex, op: FeatureOp, asked: Option<FeatureMigState>) -> String {
     let mut name = String::new();
     for (word, _) in op.iter_names() {
@@ -202,7 +201,7 @@ fn reborrow<'a>(refers: &'a mut limosa_client::Refers<'_>) -> limosa_client::Ref
     }
 }
 
-/// A client's memory object, whose offsets are within its mapping, by IOVA.
+/// /// A client's memory object, whose offsets are relative to its mapping, addressed by IOVA.
 struct AtIova {
     iova: u64,
     target: Arc<dyn DmaTarget>,
@@ -234,7 +233,7 @@ struct LoopbackStream {
     session: SessionId,
 }
 
-/// What one call moves; beyond it larger buffers bring nothing.
+/// /// Bytes moved by one call; larger buffers are not faster.
 const TRANSFER_BYTES_MAX: usize = 1 << 20;
 
 impl DataStream for LoopbackStream {

@@ -1,21 +1,21 @@
 //! Interrupts as the device sees them: vectors, which its client wires to eventfds (`vfio.h: VFIO_DEVICE_SET_IRQS`; the
 //! client's side is [`Wiring`]).
 //!
-//! Edges and levels. [`Vector::raise`] is an edge: one signal. While the vector is masked, or has no eventfd, the edge is
-//! pending, and signalled when that ends. [`Vector::set_level`] is a line that the device holds, as INTx does. It signals
-//! when the line rises, when it is unmasked while held, and when it is wired while held (so a device that was loaded with
-//! its line up is heard).
+//! Edges and levels. [`Vector::raise`] is an edge: one signal. While the vector is masked, or has no eventfd, the edge
+//! is pending; it is signalled when the vector is unmasked or wired. [`Vector::set_level`] is a level-triggered line,
+//! as for INTx. It signals when the line rises, and when the vector is unmasked or wired while the line is high (as
+//! after loading a device with its line high).
 //!
 //! Automasking. `vfio.h` lets an AUTOMASKED vector mask itself as it fires until the client unmasks it. Clients that
-//! know this unmask at the guest's end-of-interrupt (QEMU: at the next BAR access after the interrupt), and get the
-//! held line again from that unmask. Clients that only wait on the eventfd never unmask, and a vector that waited for
-//! them would be silent after its first interrupt. Both are served by one rule: a held line is signalled once and
+//! implement this unmask at the guest's end-of-interrupt (QEMU: at the next BAR access after the interrupt), and that
+//! unmask signals a line that is still high. Clients that only wait on the eventfd never unmask, and a vector that
+//! waited for that would be silent after its first interrupt. One rule serves both: a high line is signalled once and
 //! then not again until it is unmasked, and a line that fell and rose again is a new signal. A client that has not
-//! unmasked yet merely finds its eventfd's counter at two.
+//! unmasked in between finds its eventfd's counter at two.
 //!
-//! Any thread may signal, and none waits: not for the device, whose lock is not needed, nor for other vectors, nor for the
-//! client, which may fill its eventfd and make it blocking at any time ([`ForeignEventFd`]). A signal is sent with its
-//! vector locked for reading: once an eventfd is taken away, it is not touched any more.
+//! Any thread may signal, and no thread waits: neither for the device, whose lock is not needed, nor for other vectors,
+//! nor for the client, which could fill its eventfd and make it blocking at any time ([`ForeignEventFd`]). A signal is
+//! sent with its vector locked for reading, so an eventfd is not used after it was unwired.
 
 mod wiring;
 
@@ -39,11 +39,11 @@ pub struct Interrupts {
 struct Index {
     flags: IrqFlags,
     vectors: Box<[Vector]>,
-    /// How many of them are wired.
+    /// /// Number of wired vectors.
     wired: Arc<AtomicUsize>,
 }
 
-/// One vector, to be raised from any thread. Clones are the same vector.
+/// /// One vector, which any thread may raise. Clones refer to the same vector.
 #[derive(Clone, Debug)]
 pub struct Vector(Arc<Shared>);
 
@@ -51,9 +51,9 @@ pub struct Vector(Arc<Shared>);
 struct Shared {
     /// [`MASKED`], [`PENDING`] and [`LEVEL`].
     state: AtomicU8,
-    /// The client's eventfd. Locked for reading by a signal, and for writing by what the client does.
+    /// /// The client's eventfd. Locked for reading by a signal, and for writing by the client's requests.
     wire: RwLock<Option<ForeignEventFd>>,
-    /// Of its index.
+    /// /// Number of wired vectors of its index.
     wired: Arc<AtomicUsize>,
 }
 
@@ -61,8 +61,7 @@ struct Shared {
 const MASKED: u8 = 1 << 0;
 /// An edge came while it was masked or had no eventfd.
 const PENDING: u8 = 1 << 1;
-/// The device holds its line.
-const LEVEL: u8 = 1 << 2;
+/// /// The device's line is high. const LEVEL: u8 = 1 << 2;
 
 impl Interrupts {
     fn new(irqs: &[Irq]) -> Interrupts {
@@ -74,19 +73,19 @@ impl Interrupts {
         Interrupts { indexes: irqs.iter().map(index).collect() }
     }
 
-    /// A vector, to be kept by whatever raises it; `None` for one that is not there.
+    /// /// A vector, for code that raises it repeatedly; `None` if it does not exist.
     pub fn vector(&self, index: u32, vector: u32) -> Option<&Vector> {
         self.indexes.get(index as usize)?.vectors.get(vector as usize)
     }
 
-    /// [`Vector::raise`]. Nothing happens for a vector that is not there.
+    /// /// [`Vector::raise`]. Does nothing if the vector does not exist.
     pub fn raise(&self, index: u32, vector: u32) {
         if let Some(vector) = self.vector(index, vector) {
             vector.raise();
         }
     }
 
-    /// [`Vector::set_level`]. Nothing happens for a vector that is not there.
+    /// /// [`Vector::set_level`]. Does nothing if the vector does not exist.
     pub fn set_level(&self, index: u32, vector: u32, level: bool) {
         if let Some(vector) = self.vector(index, vector) {
             vector.set_level(level);
@@ -103,13 +102,13 @@ impl Interrupts {
         self.indexes.get(index as usize).is_some_and(|index| index.wired.load(Relaxed) > 0)
     }
 
-    /// The vectors of an index with an edge that its client was not signalled yet.
+    /// /// The vectors of an index with an edge that has not been signalled to the client.
     pub fn pending(&self, index: u32) -> impl Iterator<Item = u32> {
         let vectors = self.indexes.get(index as usize).map_or(&[][..], |index| &index.vectors);
         (0..).zip(vectors).filter(|(_, vector)| vector.is_pending()).map(|(at, _)| at)
     }
 
-    /// Forgets the edges of an index that are pending, as a reset does.
+    /// /// Clears the pending edges of an index, as a reset does.
     pub fn forget_pending(&self, index: u32) {
         let vectors = self.indexes.get(index as usize).map_or(&[][..], |index| &index.vectors);
         vectors.iter().for_each(|vector| _ = vector.0.state.fetch_and(!PENDING, AcqRel));
@@ -131,7 +130,7 @@ impl Vector {
         }
     }
 
-    /// Raises or lowers the line of a level-triggered vector (INTx). Setting what is set already does nothing.
+    /// /// Raises or lowers the line of a level-triggered vector (INTx). Setting the current level does nothing.
     pub fn set_level(&self, level: bool) {
         let wire = self.0.read();
         let before = match level {
@@ -146,7 +145,7 @@ impl Vector {
         }
     }
 
-    /// Whether an edge waits to be signalled.
+    /// /// Whether an edge is pending.
     pub fn is_pending(&self) -> bool {
         self.0.has(PENDING)
     }

@@ -1,7 +1,7 @@
 //! [`Wiring`]: the interrupts of a device as its client drives them (`vfio.h: VFIO_DEVICE_SET_IRQS`).
 //!
-//! Each call costs as much as it has vectors, however many the index has. What the client does to a vector waits for a
-//! signal that is under way on it, so that no signal comes after a mask or on an eventfd that was taken away.
+//! The cost of a call depends on its own number of vectors, not on that of the index. A request for a vector waits for
+//! a signal in progress on it, so that no signal follows a mask or uses an eventfd that was unwired.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
@@ -18,22 +18,23 @@ pub struct Wiring {
     interrupts: Interrupts,
 }
 
-/// What a client asks of the vectors of an index.
+/// /// A client's request for the vectors of an index.
 #[derive(Debug)]
 pub enum SetIrqs {
-    /// Wires as many vectors to eventfds (DATA_EVENTFD, ACTION_TRIGGER); `None` unwires.
+    /// /// Wires one vector to each eventfd (DATA_EVENTFD, ACTION_TRIGGER); `None` unwires.
     Wire(Vec<Option<ForeignFd>>),
-    /// Unwires all of the index, and forgets its masks (DATA_NONE, ACTION_TRIGGER, no vectors).
+    /// /// Unwires the whole index, and clears its masks (DATA_NONE, ACTION_TRIGGER, no vectors).
     Disable,
-    /// Raises so many vectors as the device would (ACTION_TRIGGER).
+    /// /// Raises this number of vectors as the device would (ACTION_TRIGGER).
     Trigger(u32),
-    /// Masks so many vectors (ACTION_MASK).
+    /// /// Masks this number of vectors (ACTION_MASK).
     Mask(u32),
-    /// Unmasks so many vectors, and signals what is pending or held (ACTION_UNMASK).
+    /// /// Unmasks this number of vectors, and signals those that are pending or high (ACTION_UNMASK).
     Unmask(u32),
 }
 
-/// All that a client set and a device raised, by index and vector, to be handed over to another process.
+/// /// The wiring of a client and the interrupts that a device has raised, by index and vector, to be handed over to
+/// another process.
 #[derive(Debug, Default)]
 pub struct WiringState {
     /// The vectors of each index.
@@ -47,9 +48,9 @@ pub struct VectorState {
     pub eventfd: Option<ForeignEventFd>,
     /// The client masked it.
     pub masked: bool,
-    /// An edge waits to be signalled.
+    /// /// An edge is pending.
     pub pending: bool,
-    /// The device holds its line.
+    /// /// The device's line is high.
     pub level: bool,
 }
 
@@ -64,9 +65,9 @@ impl Wiring {
         self.interrupts.clone()
     }
 
-    /// Does what the client asks of the vectors from `start` on. EINVAL outside the index, or when a file to wire is no
-    /// eventfd; ENOTTY when an index that has neither MASKABLE nor AUTOMASKED is to be masked or unmasked. After an error
-    /// nothing has changed.
+    /// /// Performs a client's request for the vectors from `start` on. EINVAL outside the index, or if a file to wire
+    /// is not an eventfd; ENOTTY for masking or unmasking an index with neither MASKABLE nor AUTOMASKED. An error
+    /// leaves everything unchanged.
     pub fn set(&self, index: u32, start: u32, set: SetIrqs) -> Result<(), Errno> {
         match set {
             SetIrqs::Wire(fds) => self.wire(index, start, fds),
@@ -107,20 +108,20 @@ impl Wiring {
         Ok(())
     }
 
-    /// Fires every vector that is wired, once: after a load, for what was pending where the state came from.
+    /// /// Signals every wired vector once: after a load, for interrupts that were pending at the source.
     pub fn raise_all(&self) {
         self.interrupts.indexes.iter().flat_map(|index| &index.vectors).for_each(Vector::raise_if_wired);
     }
 
-    /// The client is gone: unwires everything, and forgets all masks. What the device raised and nobody was signalled
-    /// stays pending, for the next client.
+    /// /// The client is gone: unwires everything, and clears all masks. Interrupts that were raised but not signalled
+    /// stay pending, for the next client.
     pub fn disable_all(&self) {
         let vectors = self.interrupts.indexes.iter().flat_map(|index| &index.vectors);
         vectors.for_each(|vector| vector.0.rewire(None));
     }
 
-    /// Replaces the eventfds and masks by those of another client, vector by vector. An edge that comes meanwhile is signalled to
-    /// the old eventfd or to the new one, or is pending. Pending edges and levels that are held are signalled.
+    /// /// Replaces the eventfds and masks by those of another client, vector by vector. A concurrent edge is signalled
+    /// to the old eventfd or to the new one, or is pending. Pending edges and high lines are signalled.
     pub(crate) fn replace(&self, by: &Wiring) {
         let vectors = |wiring: &'_ Wiring| -> Vec<Vector> {
             wiring.interrupts.indexes.iter().flat_map(|index| &index.vectors).cloned().collect()
@@ -131,7 +132,7 @@ impl Wiring {
         }
     }
 
-    /// What is set and raised.
+    /// /// The current wiring and raised interrupts.
     pub fn export(&self) -> WiringState {
         let vector = |vector: &Vector| {
             let wire = vector.0.write();
@@ -144,8 +145,8 @@ impl Wiring {
         WiringState { indexes: indexes.map(|index| index.vectors.iter().map(vector).collect()).collect() }
     }
 
-    /// Takes over what another process exported, and signals what is pending or held and not masked. EINVAL for
-    /// interrupts that are not these; then nothing has changed.
+    /// /// Takes over the exported state of another process, and signals unmasked vectors that are pending or high.
+    /// EINVAL if the interrupts differ; then nothing has changed.
     pub fn adopt(&self, state: WiringState) -> Result<(), Errno> {
         let indexes = &self.interrupts.indexes;
         let fits = state.indexes.len() == indexes.len()
@@ -171,7 +172,7 @@ impl Wiring {
         Ok(())
     }
 
-    /// The vectors of a range that is there.
+    /// /// The vectors of a range, if it exists.
     fn range(&self, index: u32, start: u32, count: u32) -> Result<&[Vector], Errno> {
         let index = self.interrupts.indexes.get(index as usize).ok_or(Errno::EINVAL)?;
         let end = start.checked_add(count).ok_or(Errno::EINVAL)?;
@@ -187,7 +188,7 @@ impl Wiring {
 }
 
 impl Vector {
-    /// What a client raises for a test of its own wiring waits for no wiring to come.
+    /// /// An interrupt that a client triggers to test its wiring does not become pending.
     fn raise_if_wired(&self) {
         if self.0.read().is_some() {
             self.raise();
@@ -196,7 +197,7 @@ impl Vector {
 }
 
 impl Shared {
-    /// Gives the vector an eventfd, or takes it away, and its mask with it.
+    /// /// Sets or removes the vector's eventfd. Removing it clears the mask.
     fn rewire(&self, to: Option<ForeignEventFd>) {
         let mut wire = self.write();
         self.count(wire.is_some(), to.is_some());
@@ -207,7 +208,7 @@ impl Shared {
         self.catch_up(wire.as_ref());
     }
 
-    /// Gives the vector another client's eventfd, or takes it away, with that client's mask and pending edge.
+    /// /// Sets or removes the vector's eventfd to another client's, with that client's mask and pending edge.
     fn replace(&self, to: Option<ForeignEventFd>, bits: u8) {
         let mut wire = self.write();
         self.count(wire.is_some(), to.is_some());
@@ -226,7 +227,7 @@ impl Shared {
         }
     }
 
-    /// Signals what is pending or held, if the client can be.
+    /// /// Signals a pending edge or a high line, if the vector is wired and not masked.
     fn catch_up(&self, wire: Option<&ForeignEventFd>) {
         if let Some(wire) = wire.filter(|_| !self.has(MASKED)) {
             let before = self.state.fetch_and(!PENDING, AcqRel);

@@ -1,14 +1,15 @@
-//! The clients of a device: its VMM, and others beside it who move it (`docs/vfio-user-extensions.md: the control role`).
+//! //! The clients of a device: its VMM, and control clients that move it
+//! (`docs/vfio-user-extensions.md: the control role`).
 //!
-//! One client drives the device at a time: the one that has taken it out of RUNNING, until it is back there. The others' SET of
-//! MIG_DEVICE_STATE is refused with EBUSY; only the VMM may reset a device that another client drives, as the kernel's user may.
-//! The same holds for the dirty log and the client that has started it.
+//! One client drives the device at a time: the client that has taken it out of RUNNING, until it is back in RUNNING.
+//! SET of MIG_DEVICE_STATE by other clients is refused with EBUSY. Only the VMM may reset a device that another client
+//! drives, as with the kernel. The same holds for the dirty log and the client that has started it.
 //!
-//! While a client other than the VMM drives the device and it does not run, the VMM's accesses to regions are held back
-//! ([`Held`]): a guest knows nothing of the move, and a write that is refused would be lost.
+//! While a client other than the VMM drives the device and it does not run, the VMM's accesses to regions have to wait
+//! ([`Held`]): the guest is not aware of the move, and a refused write would be lost.
 //!
-//! A device that was told to stay ([`Machine::stay`]) has been given away: whatever its clients do, it does not run here again
-//! until the move that it went with is decided ([`Machine::release`]).
+//! A device that was told to stay ([`Machine::stay`]) has been moved away: whatever its clients do, it does not run
+//! here again until the move is decided ([`Machine::release`]).
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::{Arc, PoisonError, Weak};
@@ -29,22 +30,23 @@ impl ClientId {
     pub const VMM: ClientId = ClientId(0);
 }
 
-/// An access of the VMM that has to wait: the device does not run, as another client moves it.
+/// /// An access of the VMM has to wait: the device does not run, since another client moves it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held;
 
-/// Names the move that a device was given away with.
+/// /// Names the move for which a device stays stopped.
 pub type MoveId = [u8; 16];
 
-/// Called when accesses are held back no more, or not for an unlimited time any more.
+/// /// Called when accesses no longer have to wait, or have a time limit again.
 pub type Released = dyn Fn() + Send + Sync;
 
-/// How long an arc waits for the calls under way, and the model's stop for what is in flight, when the VMM asks for it.
+/// /// How long an arc of the VMM waits for other calls, and the model's stop for requests in flight.
 const ARC_LIMIT: Duration = Duration::from_secs(10);
-/// The same when another client does: the VMM's accesses wait meanwhile, and QEMU gives up after 5 s.
+/// /// The same for an arc of another client: the VMM's accesses wait meanwhile, and QEMU gives up after 5 s.
 const CONTROL_ARC_LIMIT: Duration = Duration::from_secs(3);
 
-/// How long whoever leaves the model waits for others that are about to, before a device whose client has gone is left to them.
+/// /// How long a call that leaves the model waits for others to leave, before they have to handle a device whose
+/// client has gone.
 const LEFT_LIMIT: Duration = Duration::from_millis(10);
 
 pub(super) fn arc_deadline(client: ClientId) -> Instant {
@@ -52,40 +54,42 @@ pub(super) fn arc_deadline(client: ClientId) -> Instant {
 }
 
 impl Machine {
-    /// A client beside the VMM.
+    /// /// A new client in addition to the VMM.
     pub fn new_client(&self) -> ClientId {
         let mut inner = self.lock();
         inner.clients += 1;
         ClientId(inner.clients)
     }
 
-    /// Whether this client drives the device: it took it out of RUNNING.
+    /// /// Whether this client drives the device, because it took the device out of RUNNING.
     pub fn is_driven_by(&self, client: ClientId) -> bool {
         self.lock().driver == Some(client)
     }
 
-    /// The open session, for the client that may carry its data: the one that drives the device, or any after the one that
-    /// opened it has gone.
+    /// /// The open session, for a client that may transfer its data: the client that drives the device, or any client
+    /// once the one that opened the session has gone.
     pub fn session_for(&self, client: ClientId) -> Option<SessionId> {
         let inner = self.lock();
         let may = inner.driver.is_none_or(|driver| driver == client);
         inner.session.as_ref().filter(|_| may).map(|open| open.id)
     }
 
-    /// Whether accesses of the VMM are held back now.
+    /// /// Whether accesses of the VMM have to wait now.
     pub fn holds_accesses(&self) -> bool {
         self.held.load(Acquire)
     }
 
-    /// Has this called, from any thread, each time that accesses are held back no more, and by [`Machine::release`]. A function that is gone is forgotten.
+    /// /// Registers a function that is called, from any thread, each time that accesses no longer have to wait, and by
+    /// [`Machine::release`]. A dropped function is removed.
     pub fn on_release(&self, released: &Arc<Released>) {
         let mut watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner);
         watchers.retain(|watcher| watcher.strong_count() > 0);
         watchers.push(Arc::downgrade(released));
     }
 
-    /// The device stays stopped: until [`Machine::release`] with this id no client, no client's end and no reset makes it run.
-    /// EBUSY unless `client` drives it, EINVAL in a state other than STOP and STOP_COPY, EEXIST when it stays for another move.
+    /// The device stays stopped: until [`Machine::release`] with this id no client, no client's end and no reset makes
+    /// it run. EBUSY unless `client` drives the device, EINVAL in a state other than STOP and STOP_COPY, EEXIST if it
+    /// stays for another move.
     pub fn stay(&self, client: ClientId, id: MoveId) -> Result<(), Errno> {
         let _alone = self.alone(arc_deadline(client))?;
         let mut inner = self.lock();
@@ -105,8 +109,8 @@ impl Machine {
         Ok(())
     }
 
-    /// The move is decided: the device may run here again. It stays as it is, and `client` drives it. ENOENT unless it stays for
-    /// this move.
+    /// /// The move is decided: the device may run here again. Its state does not change, and `client` drives it.
+    /// ENOENT unless it stays for this move.
     pub fn release(&self, client: ClientId, id: MoveId) -> Result<(), Errno> {
         let mut inner = self.lock();
         if inner.stays != Some(id) {
@@ -116,32 +120,31 @@ impl Machine {
         inner.driver = (inner.state != State::Running).then_some(client);
         drop(inner);
         self.settle_held();
-        // Accesses that are held back still have a limit again.
+        // // Waiting accesses have a time limit again.
         self.tell_watchers();
         Ok(())
     }
 
-    /// The move that the device was given away with.
+    /// /// The move for which the device stays stopped.
     pub fn stays(&self) -> Option<MoveId> {
         self.lock().stays
     }
 
-    /// The VMM's accesses have waited too long: whoever else drives the device is taken it away, and it runs again. Nothing
-    /// happens when the VMM drives it, or it stays.
+    /// /// The VMM's accesses have waited too long: takes the device from the client that drives it, and sets it
+    /// running. Does nothing if the VMM drives the device, or if it stays.
     pub fn take_back(&self) -> Result<(), Errno> {
         let _alone = self.alone(arc_deadline(ClientId::VMM))?;
         if self.lock().driver.is_none_or(|driver| driver == ClientId::VMM) {
             return Ok(());
         }
-        tracing::warn!("the device runs again, as its VMM's accesses have waited too long: the move is over");
+        tracing::warn!(
+            "the device runs again, since its VMM's accesses have waited too long: the move is over"
+        );
         self.run_again()
     }
 
     /// A client has gone.
-    ///
-    /// The VMM's mappings and wiring go. State and session stay as it left them, so that one who comes back finds the device so;
-    /// but what it has loaded is no complete state: the session is damaged, and waits for a reset. A device that another client
-    /// drives runs again, unless it was told to stay.
+    /// The VMM's mappings and wiring end. State and session stay as the VMM left them, for when it comes back; but a state that it was loading is incomplete: that session is damaged, and needs a reset. If a control client drove the device, it runs again, unless it was told to stay.
     pub fn client_gone(&self, client: ClientId) {
         self.let_client_go(client);
         if client == ClientId::VMM {
@@ -151,14 +154,14 @@ impl Machine {
         }
     }
 
-    /// Ends what a client has of the device beside memory and interrupts: its log, its session, its drive.
+    /// /// Ends a client's log, its session and its control of the device.
     pub(super) fn let_client_go(&self, client: ClientId) {
         let logs = std::mem::take(&mut self.lock().logs);
         match logs {
             Some(logs) if logs != client => self.lock().logs = Some(logs),
             _ => _ = self.mappings.logging_stop(),
         }
-        // An arc that does not end would hold up the next client as well.
+        // // An arc that does not end would block the next client as well.
         let alone = self.alone(arc_deadline(client));
         let mut inner = self.lock();
         if inner.driver != Some(client) {
@@ -169,7 +172,7 @@ impl Machine {
             inner.damage("lost the client that loaded it");
         }
         if client == ClientId::VMM || inner.stays.is_some() {
-            // A device that stays may be led to STOP by the client that settles its move.
+            // // The client that settles the move may drive a staying device to STOP.
             inner.driver = None;
             return;
         }
@@ -180,14 +183,15 @@ impl Machine {
         inner.left = Some(client);
         drop(inner);
         tracing::warn!(
-            "the client that moved the device has gone; it runs again when a call that takes long returns"
+            "the client that moved the device has gone; the device runs again when a slow call returns"
         );
-        // That call may have returned before it could see this.
+        // // That call may have returned before it could see this.
         self.is_left.store(true, SeqCst);
         self.leave_no_device_left();
     }
 
-    /// A device whose client has gone runs again, if nobody else is with the model; else the last that is does this as it leaves.
+    /// /// Sets a device running whose client has gone, if no other call is in the model; otherwise the last call to
+    /// leave does so.
     fn leave_no_device_left(&self) {
         if !self.is_left.load(Relaxed) {
             return;
@@ -196,7 +200,7 @@ impl Machine {
         self.is_left.store(false, Relaxed);
         let mut inner = self.lock();
         let left = inner.left.take();
-        // It may have been reset since.
+        // // It may have been reset since.
         if left.is_none() || inner.driver != left || inner.stays.is_some() {
             return;
         }
@@ -210,26 +214,26 @@ impl Machine {
         }
     }
 
-    /// For a call that may be beside others of its kind.
+    /// /// For a call that may run concurrently with others of its kind.
     pub(super) fn pass(&self) -> Inside<'_, ReadGuard<'_, ()>> {
         Inside { machine: self, guard: Some(self.gate.pass()) }
     }
 
-    /// For a call that may not: ETIMEDOUT when the others have not returned by `until`.
+    /// /// For a call that needs exclusive access: ETIMEDOUT if the others have not returned by `until`.
     pub(super) fn alone(&self, until: Instant) -> Result<Inside<'_, Alone<'_>>, Errno> {
         Ok(Inside { machine: self, guard: Some(self.gate.alone(until)?) })
     }
 
-    /// Tells the model that the VMM has gone, once its mappings and wiring are gone or another's.
+    /// /// Tells the model that the VMM has gone, once its mappings and wiring are removed or replaced.
     pub(super) fn tell_client_gone(&self) {
         (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
         let _passing = self.pass();
         self.lock().owes_client_gone = true;
-        // A model that panicked is told once it was reset.
+        // // A model that panicked is told after its reset.
         let _ = self.tell_owed();
     }
 
-    /// Tells the model what it is still to be told of clients that have gone. With the gate passed or taken.
+    /// /// Tells the model about departed clients that it has not been told about. With the gate passed or taken.
     pub(super) fn tell_owed(&self) -> Result<(), Errno> {
         if !self.lock().owes_client_gone {
             return Ok(());
@@ -242,7 +246,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Whether this client may take the device to a state.
+    /// /// Whether this client may drive the device to a state.
     pub(super) fn may_drive(&self, client: ClientId, to: State) -> Result<(), Errno> {
         let inner = self.lock();
         if inner.stays.is_some() && (to.is_running() || to == State::Resuming) {
@@ -254,7 +258,7 @@ impl Machine {
         }
     }
 
-    /// Leads a device that no client drives any more back to RUNNING: by arcs, or by a reset where a load was under way.
+    /// /// Returns a device that no client drives any more to RUNNING: by arcs, or by a reset if it was being loaded.
     fn run_again(&self) -> Result<(), Errno> {
         if self.lock().stays.is_some() {
             return Ok(());
@@ -272,7 +276,7 @@ impl Machine {
         back
     }
 
-    /// After driver or state may have changed, with the gate taken.
+    /// /// Called after the driver or the state may have changed, with the gate taken exclusively.
     pub(super) fn settle(&self, client: ClientId) {
         let mut inner = self.lock();
         inner.driver = match (inner.state, inner.driver) {

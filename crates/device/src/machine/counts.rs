@@ -1,6 +1,7 @@
-//! [`Counts`]: what a machine has done so far, for a server's metrics.
+//! //! [`Counts`]: a machine's activity so far, for a server's metrics.
 //!
-//! Arcs are counted where they are walked, with the gate taken, and bytes once for each chunk of a session. No access counts.
+//! Arcs are counted where they are walked, with the gate taken, and bytes once for each chunk of a session. Accesses
+//! are not counted.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -18,13 +19,13 @@ use super::Machine;
 pub struct Counts {
     /// Arcs that were tried at least once, in the order in which each was first tried.
     pub arcs: Vec<ArcCount>,
-    /// Bytes that saving sessions gave.
+    /// /// Bytes read from saving sessions.
     pub saved_bytes: u64,
-    /// Bytes that loading sessions took.
+    /// /// Bytes written to loading sessions.
     pub loaded_bytes: u64,
 }
 
-/// How often an arc was tried.
+/// /// The attempts to walk an arc.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ArcCount {
@@ -32,11 +33,11 @@ pub struct ArcCount {
     pub from: State,
     /// The state to which it leads.
     pub to: State,
-    /// How often it was walked.
+    /// /// Successful attempts.
     pub walked: u64,
-    /// How often the model refused it or broke.
+    /// /// Attempts that the model refused, or that broke the device.
     pub failed: u64,
-    /// How long the model took for it in all, failures included.
+    /// /// Total time in the model, including failures.
     pub time: Duration,
 }
 
@@ -66,7 +67,8 @@ impl Counters {
 }
 
 impl Machine {
-    /// Counts since the machine was made. They leave out the past of another machine, whose state came by a switch-over or a load.
+    /// Counts since the machine was made. They do not include the past of a machine whose state was taken over or
+    /// loaded.
     pub fn counts(&self) -> Counts {
         let Counters { arcs, saved_bytes, loaded_bytes } = &self.counters;
         Counts {

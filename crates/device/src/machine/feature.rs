@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::session::SessionId;
 use super::{ClientId, Machine};
 
-/// What a FEATURE request did.
+/// /// The result of a FEATURE request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FeatureDone {
     /// Bytes of payload filled in.
@@ -22,19 +22,18 @@ pub struct FeatureDone {
     pub opened: Option<SessionId>,
 }
 
-/// The most ranges of one DMA_LOGGING_START: a page of them, as in the kernel.
+/// /// Limit on the ranges of one DMA_LOGGING_START: a page of them, as in the kernel.
 const LOGGING_RANGES_MAX: usize = 4096 / size_of::<DmaLoggingRange>();
 
 impl Machine {
     /// Performs a FEATURE request that passed [`limosa_protocol::FeatureHeader::call`].
     ///
-    /// `payload` is the fixed part, in and out, and at least as long as the call says. A
-    /// DMA_LOGGING_START wants [`Refers::In`] with exactly its ranges, a DMA_LOGGING_REPORT
-    /// [`Refers::Bitmap`] with a bit for each page; bits are set there and none is cleared.
+    /// `payload` is the fixed part, in and out, and at least as long as the call says. A DMA_LOGGING_START needs
+    /// [`Refers::In`] with exactly its ranges, a DMA_LOGGING_REPORT needs [`Refers::Bitmap`] with a bit for each page;
+    /// bits are set there, never cleared.
     ///
-    /// ENOTTY for a feature that the device lacks; EINVAL for an operation that the feature
-    /// lacks, a payload that is too short, or what it refers to missing; E2BIG for too many
-    /// ranges; else what the feature answers.
+    /// ENOTTY for a feature that the device lacks; EINVAL for an operation that the feature lacks, a payload that is
+    /// too short, or missing referenced data; E2BIG for too many ranges; otherwise the feature's errno.
     pub fn feature(
         &self,
         call: FeatureCall,

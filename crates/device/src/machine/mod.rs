@@ -1,11 +1,12 @@
-//! [`Machine`]: a device that is ready to be used. It owns a model, and walks the migration states over it
+//! //! [`Machine`]: a complete device. It owns a model, and walks the migration states over it
 //! (`vfio.h: enum vfio_device_mig_state`, `VFIO_DEVICE_RESET`).
 //!
-//! A gate lets accesses and session data pass side by side, and arcs and resets alone ([`gate`]). What the machine itself keeps
-//! is under a lock of its own, which no call of the model is made with, so that the state can be read at any time.
+//! A gate lets accesses and session data run concurrently, and arcs and resets exclusively ([`gate`]). The machine's
+//! own data has a separate lock, which is never held during a call of the model, so that the state can be read at any
+//! time.
 //!
-//! A model that panics is caught: the device is then in ERROR, every call answers EIO, and a reset may bring it back. So neither
-//! a poisoned lock nor a dead thread is ever what a client sees of a model's mistake.
+//! The machine catches a panic of the model: the device is then in ERROR, every call answers EIO, and a reset may
+//! recover it. So clients never see a poisoned lock or a dead thread because of a model's mistake.
 
 mod arcs;
 mod clients;
@@ -41,9 +42,8 @@ pub use replace::{Copying, Frozen, Kept};
 pub use session::SessionId;
 use session::{Open, SessionIds};
 
-/// A device that is ready to be used: a model, its memory and interrupts, its state and session.
-///
-/// Every call may come from any thread.
+/// /// A complete device: a model, its memory and interrupts, its state and session.
+/// Any thread may make any call.
 pub struct Machine {
     bus: Bus,
     mappings: Mappings,
@@ -53,43 +53,44 @@ pub struct Machine {
     has_precopy_reinit: bool,
     model: Box<dyn Model>,
     gate: Gate,
-    /// Held by a call that carries a session's data, as these come one at a time.
+    /// /// Locked by a call that transfers a session's data, since there is one such call at a time.
     data: Mutex<()>,
     inner: Mutex<Inner>,
-    /// The model panicked and has not been reset since: it is not called.
+    /// /// The model has panicked and has not been reset since, so it is not called.
     panicked: AtomicBool,
-    /// [`Inner::holds_accesses`]. Changes only with the gate taken, or to let accesses pass again.
+    /// /// [`Inner::holds_accesses`]. Changes only with the gate taken exclusively, or to let accesses run again.
     held: AtomicBool,
-    /// [`Inner::left`] is there, and a call that leaves has to look at it.
+    /// /// [`Inner::left`] is set, and a call that leaves has to check it.
     is_left: AtomicBool,
     watchers: Mutex<Vec<Weak<Released>>>,
-    /// Eventfds of regions that came from another process, by region.
+    /// /// Eventfds of regions that came from another process, by region.
     ioeventfds: Mutex<BTreeMap<u32, Vec<Arc<OwnedFd>>>>,
     counters: Counters,
 }
 
-/// What the lock covers. It is taken for moments.
+/// /// The data under the lock, which is held only briefly.
 struct Inner {
     state: State,
     session: Option<Open>,
     ids: SessionIds,
-    /// The client opted in to output flags in pre-copy info. Holds until a reset, and as long as the client.
+    /// /// The client opted in to output flags in pre-copy info. Valid until a reset or the client's end.
     precopy_reinit: bool,
-    /// Resets so far, those that failed included.
+    /// /// Resets so far, including failed ones.
     resets: u64,
-    /// The last client's number.
+    /// /// The number of the last client.
     clients: u64,
     /// The client that took the device out of RUNNING.
     driver: Option<ClientId>,
-    /// The driver has gone, and the device is to run again.
+    /// /// The driver has gone, and the device has to run again.
     left: Option<ClientId>,
     /// The client that started the dirty log.
     logs: Option<ClientId>,
-    /// The move that the device was given away with.
+    /// /// The move for which the device stays stopped.
     stays: Option<MoveId>,
-    /// Drives the device to copy its state while it runs ([`Machine::begin_copy`]). Clients are not told.
+    /// /// Drives the device to copy its state while it runs ([`Machine::begin_copy`]). Clients do not see this.
     copier: Option<ClientId>,
-    /// The model was not told that a client has gone, or failed on it: it may have what the client can reach still.
+    /// /// The model was not told that a client has gone, or failed then: the client may still have access to its
+    /// region files.
     owes_client_gone: bool,
 }
 
@@ -100,7 +101,7 @@ impl std::fmt::Debug for Machine {
 }
 
 impl Machine {
-    /// Makes the model ready, in RUNNING, with nothing mapped and nothing wired.
+    /// /// Creates a machine for the model, in RUNNING, with nothing mapped and nothing wired.
     pub fn new(model: impl Model) -> Arc<Machine> {
         let description = model.description();
         let (mappings, wiring) = (Mappings::default(), Wiring::new(&description.irqs));
@@ -142,28 +143,28 @@ impl Machine {
         })
     }
 
-    /// The same for a model whose calls come one at a time.
+    /// /// The same for a model that gets one call at a time.
     pub fn simple(model: impl SimpleModel) -> Arc<Machine> {
         Machine::new(Exclusive::new(model))
     }
 
-    /// Guest memory and interrupts, as its model reaches them.
+    /// /// Guest memory and interrupts, as its model accesses them.
     pub fn bus(&self) -> &Bus {
         &self.bus
     }
 
-    /// Guest memory, as its client drives it.
+    /// /// Guest memory, as its client maps it.
     pub fn mappings(&self) -> &Mappings {
         &self.mappings
     }
 
-    /// Its interrupts as its client drives them, to be handed over. [`Machine::set_irqs`] changes them.
+    /// /// Its interrupts as its client wires them, to be handed over. [`Machine::set_irqs`] changes them.
     pub fn wiring(&self) -> &Wiring {
         &self.wiring
     }
 
-    /// Does what the client asks of its interrupts ([`Wiring::set`]), and tells the model when that wired or unwired
-    /// any of them.
+    /// /// Performs a client's interrupt request ([`Wiring::set`]), and tells the model if that wired or unwired
+    /// vectors.
     pub fn set_irqs(&self, index: u32, start: u32, set: SetIrqs) -> Result<(), Errno> {
         let rewires = matches!(set, SetIrqs::Wire(_) | SetIrqs::Disable);
         self.wiring.set(index, start, set)?;
@@ -174,27 +175,27 @@ impl Machine {
     }
 
     fn rewired(&self, index: u32) {
-        // What becomes of a model that panicked is told by its next call.
+        // // The next call reports a model that panicked.
         let _ = self.access(|model| {
             model.rewired(index);
             Ok(())
         });
     }
 
-    /// What it looks like. [`Description::device_info`] and its siblings are what a client is told.
+    /// /// The device's description. [`Description::device_info`] and its siblings are the forms for clients.
     pub fn description(&self) -> &Description {
         &self.description
     }
 
-    /// The file behind a region that a client may map, as it is now. `None` for another region, and while a model that panicked
-    /// cannot say which file it is.
+    /// /// The current file behind a mappable region. `None` for other regions, and while the model has panicked and
+    /// the file is unknown.
     pub fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
         let mapping = self.description.regions.get(region as usize)?.mapping.as_ref()?;
         let file = self.access(|model| Ok(model.region_file(region))).ok()?;
         Some(file.unwrap_or_else(|| Arc::clone(&mapping.fd)))
     }
 
-    /// The eventfds that a client may signal in place of writes to a region, as they are now.
+    /// /// The current eventfds that a client may signal instead of writing to a region.
     pub fn ioeventfds(&self, region: u32) -> Vec<IoEventFd> {
         let mut signals = self
             .description
@@ -208,16 +209,16 @@ impl Machine {
         signals
     }
 
-    /// What its migration supports; `None` for a device without migration.
+    /// /// The flags of its migration; `None` for a device without migration.
     pub fn migration_flags(&self) -> Option<MigrationFlags> {
         self.flags
     }
 
     /// Reads `data.len()` bytes of a region.
     ///
-    /// EINVAL for a region that is not there, a range beyond its end, or a region that cannot be
-    /// read; else what the model answers. In ERROR the model still answers, unless it panicked:
-    /// then EIO. EBUSY while accesses are held back ([`Machine::region_read_or_held`]).
+    /// EINVAL for a missing region, a range beyond its end, or a region that cannot be read; otherwise the model's
+    /// errno. In ERROR the model still answers, unless it has panicked (EIO). EBUSY while accesses have to wait
+    /// ([`Machine::region_read_or_held`]).
     pub fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
         self.region_read_or_held(region, offset, data).unwrap_or(Err(Errno::EBUSY))
     }
@@ -227,8 +228,8 @@ impl Machine {
         self.region_write_or_held(region, offset, data).unwrap_or(Err(Errno::EBUSY))
     }
 
-    /// [`Machine::region_read`] for a VMM whose guest knows nothing of a move: [`Held`] when the device does not run because
-    /// another client moves it. The access is to be made again after [`Machine::on_release`].
+    /// /// [`Machine::region_read`] for a VMM whose guest is not aware of a move: returns [`Held`] if the device does
+    /// not run because another client moves it. Repeat the access after [`Machine::on_release`].
     pub fn region_read_or_held(
         &self,
         region: u32,
@@ -252,7 +253,7 @@ impl Machine {
         })
     }
 
-    /// Reads a region whatever the device does: its configuration space, which a device answers in every state.
+    /// /// Reads a region in every state: for configuration space, which a device always answers.
     pub fn region_read_unheld(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
         self.check_access(region, offset, data.len(), RegionFlags::READ)?;
         if data.is_empty() {
@@ -300,11 +301,11 @@ impl Machine {
         Ok(())
     }
 
-    /// Resets to RUNNING from any state, ERROR too (`vfio.h: VFIO_DEVICE_RESET`). A session ends,
-    /// and the opt-in to pre-copy flags is forgotten; mappings, interrupt wiring and DMA logging
-    /// stay. When the model cannot be reset: its errno, and ERROR. Every call raises
-    /// [`Machine::reset_count`] by one, also one that fails, except those that are refused before the device is touched:
-    /// ETIMEDOUT when the calls under way do not return, EBUSY for a device that was told to stay.
+    /// /// Resets to RUNNING from any state, including ERROR (`vfio.h: VFIO_DEVICE_RESET`). Ends the session and the
+    /// opt-in to pre-copy flags; mappings, interrupt wiring and DMA logging stay. If the model fails to reset, returns
+    /// its errno, and the device is in ERROR. Every call, including a failed one, increments [`Machine::reset_count`],
+    /// except calls that are refused before the device is touched: ETIMEDOUT if other calls do not return, EBUSY for a
+    /// device that was told to stay.
     pub fn reset(&self) -> Result<(), Errno> {
         let _alone = self.alone(arc_deadline(ClientId::VMM))?;
         if self.lock().stays.is_some() {
@@ -319,7 +320,7 @@ impl Machine {
         reset
     }
 
-    /// With the gate taken.
+    /// /// With the gate taken exclusively.
     fn reset_alone(&self) -> Result<(), Errno> {
         {
             // First: a model that fails or panics below may have lost its state already.
@@ -327,7 +328,7 @@ impl Machine {
             inner.resets += 1;
             inner.precopy_reinit = false;
         }
-        // A model that panics here is not even reset.
+        // // A model that panics here is not reset.
         self.end_session()?;
         self.panicked.store(false, Release);
         self.bus.interrupts.forget_all_pending();
@@ -344,18 +345,16 @@ impl Machine {
         }
     }
 
-    /// How many times [`Machine::reset`] was called since the machine was made
-    /// (`docs/vfio-user-extensions.md: RESET_COUNT`). When two reads are equal, no reset came between
-    /// them. Arcs do not count, nor does entering ERROR: only a reset leads out of it.
-    ///
-    /// It is raised before the model is reset, with no arc under way, so a reset that came before an arc has been counted when
-    /// the arc is done.
+    /// /// Number of calls of [`Machine::reset`] since the machine was created
+    /// (`docs/vfio-user-extensions.md: RESET_COUNT`). If two reads are equal, there was no reset between them. Arcs do
+    /// not count, nor does entering ERROR, which only a reset leaves.
+    /// It is incremented before the model is reset, while no arc is in progress, so a reset before an arc has been counted when the arc is done.
     pub fn reset_count(&self) -> u64 {
         self.lock().resets
     }
 
-    /// The state. RUNNING or ERROR for a device without migration. During an arc, the state it began in. RUNNING for a device
-    /// that is copied to be replaced.
+    /// /// The state. RUNNING or ERROR for a device without migration. During an arc, the arc's first state. RUNNING
+    /// for a device that is being copied for its replacement.
     pub fn state(&self) -> State {
         let inner = self.lock();
         let is_copied = inner.copier.is_some() && inner.state.is_pre_copy();
@@ -367,7 +366,7 @@ impl Machine {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One call on the model beside others.
+    /// /// One call on the model, concurrent with others.
     fn access<R>(&self, call: impl FnOnce(&dyn Model) -> Result<R, Errno>) -> Result<R, Errno> {
         let _passing = self.pass();
         self.call(call)
@@ -378,7 +377,7 @@ impl Machine {
         if self.panicked.load(Acquire) {
             return Err(Errno::EIO);
         }
-        // What the model left half done is not looked at again: only its reset is called.
+        // // The model's inconsistent data is not used again: only its reset is called.
         catch_unwind(AssertUnwindSafe(|| call(&*self.model))).unwrap_or_else(|_| Err(self.model_panicked()))
     }
 
@@ -387,7 +386,7 @@ impl Machine {
         self.call(|model| call(model.migration().ok_or(Errno::EIO)?))
     }
 
-    /// Takes note that the model panicked: ERROR, no session, EIO.
+    /// /// Records that the model panicked: ERROR, no session, EIO.
     fn model_panicked(&self) -> Errno {
         let mut inner = self.lock();
         tracing::error!(state = %inner.state, "the model panicked; the device is in ERROR until it is reset");

@@ -1,9 +1,9 @@
-//! [`NextClient`]: the client that gets the device when its VMM has gone, with what it has mapped and wired by then
+//! //! [`NextClient`]: the client that gets the device when its VMM has gone, with its own mappings and wiring
 //! (`docs/vfio-user-extensions.md: NEXT`).
 //!
-//! Its mappings and its wiring are kept apart, where no access of the device and no interrupt finds them. When the VMM goes they
-//! take the place of the VMM's in one step, so that a device which works all the while finds memory and interrupts of the one or
-//! of the other.
+//! Its mappings and its wiring are kept separately; accesses and interrupts of the device do not use them. When the VMM
+//! goes they replace the VMM's in one step, so that a device that keeps working uses the memory and interrupts of one
+//! or of the other.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +12,7 @@ use limosa_protocol::Errno;
 use super::{ClientId, Machine};
 use crate::{Mappings, SetIrqs, Wiring};
 
-/// A client that prepares to be the VMM while another one is.
+/// /// A client that prepares to become the VMM while another client is the VMM.
 #[derive(Debug)]
 pub struct NextClient {
     stage: Mutex<Stage>,
@@ -20,11 +20,11 @@ pub struct NextClient {
 
 #[derive(Debug)]
 enum Stage {
-    /// Another client is the VMM.
+    /// /// Another client is the VMM.
     Waits(Box<Prepared>),
     /// It is the VMM.
     Owns,
-    /// It has gone without having been the VMM.
+    /// /// It has gone without becoming the VMM.
     Gone,
 }
 
@@ -35,7 +35,8 @@ struct Prepared {
 }
 
 impl Machine {
-    /// A client that may become the VMM, with nothing mapped and nothing wired. [`Machine::hand_over`] gives it the device.
+    /// /// A new client that may become the VMM, with nothing mapped and nothing wired. [`Machine::hand_over`] gives it
+    /// the device.
     pub fn next_client(&self) -> NextClient {
         let prepared =
             Prepared { mappings: Mappings::default(), wiring: Wiring::new(&self.description.irqs) };
@@ -44,11 +45,10 @@ impl Machine {
 
     /// The VMM has gone, and `next` is the VMM from now on: [`ClientId::VMM`] is its name.
     ///
-    /// The rest of what the former VMM had ends as with [`Machine::client_gone`]: its log, its session, its drive. State and
-    /// session stay as it left them. Every vector that is wired then is signalled once: nobody reads any more what the former
-    /// VMM was signalled last.
-    ///
-    /// `false` when `next` has gone, or is the VMM already; then the former VMM's mappings and wiring are as they were.
+    /// The former VMM's log, session and control of the device end as with [`Machine::client_gone`]. State and session
+    /// stay as it left them. Then every wired vector is signalled once, since the former VMM may not have read its last
+    /// signals.
+    /// Returns `false` if `next` has gone or is already the VMM; then the former VMM's mappings and wiring are unchanged.
     pub fn hand_over(&self, next: &NextClient) -> bool {
         self.let_client_go(ClientId::VMM);
         let mut stage = next.lock();
@@ -63,7 +63,7 @@ impl Machine {
             }
         }
         drop(stage);
-        tracing::info!("the device is its next client's, as its VMM has gone");
+        tracing::info!("the next client has the device now, since its VMM has gone");
         self.tell_client_gone();
         self.wiring.raise_all();
         true
@@ -72,7 +72,7 @@ impl Machine {
 
 impl NextClient {
     fn lock(&self) -> MutexGuard<'_, Stage> {
-        // What a panic left is at worst a mapping more, or less.
+        // // After a panic there is at worst one mapping too many or too few.
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -81,7 +81,7 @@ impl NextClient {
         matches!(*self.lock(), Stage::Owns)
     }
 
-    /// It has gone. `false` when it is the VMM: then its end is that of the VMM ([`Machine::client_gone`]).
+    /// /// The client has gone. Returns `false` if it is the VMM: then call [`Machine::client_gone`].
     pub fn withdraw(&self) -> bool {
         let mut stage = self.lock();
         if matches!(*stage, Stage::Owns) {
@@ -93,7 +93,7 @@ impl NextClient {
         true
     }
 
-    /// Does something with its mappings: those that are kept apart, or once it is the VMM the device's.
+    /// /// Runs a function on its mappings: the separate ones, or the device's once it is the VMM.
     pub fn with_mappings<R>(&self, machine: &Machine, act: impl FnOnce(&Mappings) -> R) -> R {
         let stage = self.lock();
         match &*stage {
@@ -105,8 +105,8 @@ impl NextClient {
         }
     }
 
-    /// Does what it asks of its interrupts ([`Machine::set_irqs`]). While they are kept apart, what it triggers signals its own
-    /// eventfds, and nothing is told to the model.
+    /// /// Performs its interrupt request ([`Machine::set_irqs`]). While its wiring is separate, interrupts that it
+    /// triggers signal its own eventfds, and the model is not called.
     pub fn set_irqs(&self, machine: &Machine, index: u32, start: u32, set: SetIrqs) -> Result<(), Errno> {
         let stage = self.lock();
         match &*stage {

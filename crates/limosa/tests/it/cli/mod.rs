@@ -407,6 +407,6 @@ fn what_is_saved_and_where_to_may_have_an_option_between_them() {
         |file: &str| limosa(&["--json", "inspect", file]).json()["devices"].as_array().unwrap().len();
     assert_eq!([&first, &second].map(|file| devices(file)), [2, 1]);
     limosa(&["save", &folder.text("third.lmsa")])
-        .fails(2, &["third.lmsa is where to save", "DEVICE", "limosa save"]);
+        .fails(2, &["third.lmsa is the file to save to", "DEVICE", "limosa save"]);
     assert!(!folder.path("third.lmsa").exists());
 }
