@@ -1,5 +1,4 @@
-//! [`Device`]: the one trait through which a VMM, the engine and the checks see a device,
-//! whatever carries the requests.
+//! [`Device`]: the trait through which a VMM, the engine and the checks see a device, over any transport.
 
 use std::os::fd::BorrowedFd;
 
@@ -22,7 +21,7 @@ pub trait Device: Send + Sync {
 
     /// The identity of this device object, by which logs of other parts know the device
     /// ([`DirtySource::sees`](crate::DirtySource::sees)). Names need not be unique, identities are. An object that
-    /// wraps another device returns that device's identity. `None`, the default, is known to no log.
+    /// wraps another device returns that device's identity. A device with `None`, the default, is unknown to all logs.
     fn identity(&self) -> Option<DeviceIdentity> {
         None
     }
@@ -32,11 +31,10 @@ pub trait Device: Send + Sync {
     /// The answer of a GET, and the output fields of a SET, replace `request.payload`.
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply>;
 
-    /// Resets the device (`VFIO_DEVICE_RESET`): any state, ERROR too, becomes RUNNING, and a
-    /// session ends.
+    /// /// Resets the device (`VFIO_DEVICE_RESET`) to RUNNING, from any state including ERROR. A session ends.
     fn reset(&self) -> Result<()>;
 
-    /// How many regions and interrupt indexes there are (`VFIO_DEVICE_GET_INFO`).
+    /// /// The numbers of regions and interrupt indexes (`VFIO_DEVICE_GET_INFO`).
     fn info(&self) -> Result<DeviceInfo>;
 
     /// One region (`VFIO_DEVICE_GET_REGION_INFO`).
@@ -63,9 +61,9 @@ pub trait Device: Send + Sync {
     /// Gives the device access to memory (`VFIO_IOMMU_MAP_DMA`).
     fn dma_map(&self, map: &DmaMap<'_>) -> Result<()>;
 
-    /// Takes memory away again (`VFIO_IOMMU_UNMAP_DMA`): once this returns, the device no longer
-    /// touches it. With `dirty`, the pages that the device wrote since the last report are set in
-    /// it; that needs logging to be on.
+    /// /// Removes the device's access to memory (`VFIO_IOMMU_UNMAP_DMA`): once this returns, the device no longer uses
+    /// it. Sets the pages that the device wrote since the last report in `dirty`, if given, which needs logging to be
+    /// on.
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()>;
 }
 
@@ -74,11 +72,11 @@ pub trait Device: Send + Sync {
 pub struct FeatureRequest<'a> {
     /// Which feature.
     pub index: FeatureIndex,
-    /// What is asked of it.
+    /// /// The operation.
     pub op: FeatureOp,
     /// The fixed part of the payload, in and out; [`limosa_protocol::feature`] has its structures.
     pub payload: &'a mut [u8],
-    /// What the payload refers to.
+    /// /// The data that the payload refers to.
     pub refers: Refers<'a>,
 }
 
@@ -95,14 +93,14 @@ pub enum Refers<'a> {
     Bitmap(&'a mut [u64]),
 }
 
-/// What a FEATURE request brought beside its payload.
+/// /// The results of a FEATURE request in addition to its payload.
 #[derive(Default)]
 pub struct FeatureReply {
     /// Bytes of the payload that the device filled in.
     pub payload_bytes: usize,
     /// The data stream of the session that a SET of MIG_DEVICE_STATE opened.
     pub stream: Option<Box<dyn DataStream>>,
-    /// An fd that the feature hands out (DMA_BUF). Of a device behind a socket it is the server's choice.
+    /// /// An fd that the feature returns (DMA_BUF). The server of a vfio-user device can choose any fd.
     pub fd: Option<ForeignFd>,
 }
 
@@ -121,11 +119,11 @@ impl std::fmt::Debug for FeatureReply {
 pub struct Region {
     /// Flags, size, offset. `argsz` and `cap_offset` are the transport's own.
     pub info: RegionInfo,
-    /// The parts that can be mapped, as (offset within the region, bytes). All of the region when
-    /// it can be mapped whole; empty when it cannot be mapped.
+    /// The parts that can be mapped, as (offset within the region, bytes). The whole region if all of it can be mapped;
+    /// empty if it cannot be mapped.
     pub mappable: Vec<(u64, u64)>,
-    /// The fd to map, at `info.offset` plus the offset within the region. Of a device behind a socket it is the
-    /// server's choice, and so is whether accesses to a mapping of it, and unmapping it, ever end.
+    /// The fd to map, at `info.offset` plus the offset within the region. The server of a vfio-user device can choose
+    /// any fd, also one with which accesses to a mapping, and unmapping it, never end.
     pub fd: Option<ForeignFd>,
 }
 
@@ -151,7 +149,7 @@ pub struct DmaMap<'a> {
     pub iova: u64,
     /// Bytes.
     pub size: u64,
-    /// What the device may do.
+    /// /// The device's access rights.
     pub flags: DmaMapFlags,
     /// Where the memory is.
     pub memory: DmaMemory<'a>,
@@ -167,8 +165,8 @@ pub enum DmaMemory<'a> {
         /// Where the mapping starts in it, in bytes.
         offset: u64,
     },
-    /// Within this process only; the device reaches it through the client (vfio-user's DMA_READ
-    /// and DMA_WRITE), which asks this object.
+    /// /// Only in this process; the device accesses it through the client (vfio-user's DMA_READ and DMA_WRITE), which
+    /// calls this object.
     Messages(&'a std::sync::Arc<dyn DmaTarget>),
     /// At this address of this process. Kernel VFIO only.
     Address(HostAddress),
@@ -183,10 +181,10 @@ impl HostAddress {
     ///
     /// # Safety
     ///
-    /// A device writes there behind the compiler's back. From the call of [`Device::dma_map`] until
-    /// [`Device::dma_unmap`] has returned, or the device and its address space are gone, all of the mapping must
-    /// stay mapped in this process and must not be read or written through references: it is memory of a
-    /// guest's, accessed with raw pointers or atomics only.
+    /// A device writes there without the compiler's knowledge. From the call of [`Device::dma_map`] until
+    /// [`Device::dma_unmap`] has returned, or the device and its address space are gone, all of the mapping must stay
+    /// mapped in this process and must not be read or written through references: it is guest memory, to be accessed
+    /// only with raw pointers or atomics.
     #[allow(unsafe_code, reason = "the one promise that a caller of this crate can break")]
     pub const unsafe fn new(address: usize) -> HostAddress {
         HostAddress(address)
@@ -200,8 +198,7 @@ impl HostAddress {
 
 /// Serves a device's DMA to memory that it cannot map (vfio-user's DMA_READ and DMA_WRITE).
 ///
-/// Offsets are within the mapping. Called on a thread of the transport's, which must not wait for
-/// the device.
+/// Offsets are within the mapping. Called on a thread of the transport, which must not wait for the device.
 pub trait DmaTarget: Send + Sync {
     /// The device reads.
     fn read(&self, offset: u64, data: &mut [u8]) -> std::io::Result<()>;

@@ -9,9 +9,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a call on a device failed.
 ///
-/// After [`Error::Refused`] and [`Error::Usage`] the device is as usable as before; after
-/// [`Error::Timeout`], [`Error::Disconnected`] and [`Error::Misbehaved`] the transport may have to
-/// be opened anew.
+/// After [`Error::Refused`] and [`Error::Usage`] the device is as usable as before; after [`Error::Timeout`],
+/// [`Error::Disconnected`] and [`Error::Misbehaved`] the transport may have to be opened again.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -24,7 +23,7 @@ pub enum Error {
         request: String,
         /// The answer.
         errno: Errno,
-        /// What it means here and what to do about it; empty where the errno says it all.
+        /// Its meaning in this case and the remedy; empty if the errno is sufficient.
         hint: Box<str>,
     },
     /// No answer within the limit.
@@ -70,7 +69,7 @@ pub enum Error {
         what: String,
         /// The system's answer.
         errno: Errno,
-        /// What it means here and what to do about it; empty where the errno says it all.
+        /// Its meaning in this case and the remedy; empty if the errno is sufficient.
         hint: Box<str>,
     },
 }
@@ -81,7 +80,7 @@ fn after(hint: &str) -> impl std::fmt::Display {
 }
 
 impl Error {
-    /// The errno that the device or the system answered with, if one did.
+    /// /// The errno of the device's or the system's answer, if there is one.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Refused { errno, .. } | Error::Os { errno, .. } => Some(*errno),
@@ -94,7 +93,7 @@ impl Error {
         matches!(self, Error::Refused { errno, .. } if *errno == with)
     }
 
-    /// Whether the way to the device is gone, so that nothing more can be asked of it there.
+    /// /// Whether the connection to the device is lost, so that no further request is possible over it.
     pub fn is_connection_lost(&self) -> bool {
         matches!(self, Error::Timeout { .. } | Error::Disconnected { .. } | Error::Misbehaved { .. })
     }

@@ -24,8 +24,7 @@ pub trait DeviceExt: Device {
         }
     }
 
-    /// What the device's migration supports; empty for a device without migration
-    /// (`VFIO_DEVICE_FEATURE_MIGRATION`).
+    /// /// The flags of the device's migration; empty for a device without migration (`VFIO_DEVICE_FEATURE_MIGRATION`).
     fn migration_flags(&self) -> Result<MigrationFlags> {
         match get::<FeatureMigration, _>(self, FeatureIndex::MIGRATION) {
             Ok(answer) => Ok(MigrationFlags::from_bits_retain(answer.flags)),
@@ -39,20 +38,20 @@ pub trait DeviceExt: Device {
         let answer: FeatureMigState = get(self, FeatureIndex::MIG_DEVICE_STATE)?;
         answer.state().map_err(|_| Error::Misbehaved {
             device: self.name().into(),
-            what: format!("its state is {}, which is none of 0 to 7", answer.device_state),
+            what: format!("its state is {}, expected 0 to 7", answer.device_state),
         })
     }
 
     /// Drives the device to a state and returns the data stream when a session opens
-    /// (`VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`, SET). On failure [`DeviceExt::state`] tells on
-    /// which state of the path the device stayed.
+    /// (`VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`, SET). After a failure, [`DeviceExt::state`] returns the state of the
+    /// path in which the device stayed.
     fn set_state(&self, to: State) -> Result<Option<Box<dyn DataStream>>> {
         let mut payload = FeatureMigState::new(to);
         Ok(set(self, FeatureIndex::MIG_DEVICE_STATE, payload.as_mut_bytes(), Refers::Nothing)?.stream)
     }
 
-    /// The device's estimate of the bytes that stop-copy will need, in any state
-    /// (`VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`); `None` where it has no such feature.
+    /// /// The device's estimate of the bytes of stop-copy, in any state (`VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`); `None`
+    /// if it has no such feature.
     fn mig_data_size(&self) -> Result<Option<u64>> {
         match get::<FeatureMigDataSize, _>(self, FeatureIndex::MIG_DATA_SIZE) {
             Ok(answer) => Ok(Some(answer.stop_copy_length)),
@@ -61,13 +60,13 @@ pub trait DeviceExt: Device {
         }
     }
 
-    /// How many times the device was reset since it came into being; `None` where it has no such
-    /// feature (`docs/vfio-user-extensions.md: RESET_COUNT`).
+    /// /// The number of resets of the device since it was created; `None` if it has no such feature
+    /// (`docs/vfio-user-extensions.md: RESET_COUNT`).
     ///
-    /// When two reads through the same device object are equal, no reset came between them. A caller
-    /// that drives a device over several arcs thus finds out about a reset that a SET did not reveal.
-    /// The feature is an extension: kernel devices and foreign vfio-user servers lack it. A refusal
-    /// with ENOTTY or EINVAL is an answer, `None`; other failures are errors.
+    /// If two reads through the same device object are equal, there was no reset between them. A caller that drives a
+    /// device over several arcs can thus detect a reset that no SET reveals. The feature is an extension: kernel
+    /// devices and foreign vfio-user servers lack it. A refusal with ENOTTY or EINVAL is an answer, `None`; other
+    /// failures are errors.
     fn reset_count(&self) -> Result<Option<u64>> {
         match get::<FeatureResetCount, _>(self, FeatureIndex::RESET_COUNT) {
             Ok(answer) => Ok(Some(answer.resets)),
@@ -94,9 +93,8 @@ pub trait DeviceExt: Device {
         set(self, FeatureIndex::DMA_LOGGING_STOP, &mut [], Refers::Nothing).map(drop)
     }
 
-    /// Reads and clears the log of a range (`VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`): bit *n* of
-    /// `words` for page *n* from `iova` on. What `words` held may be lost. On any error all of the
-    /// range must be taken as dirty.
+    /// Reads and clears the log of a range (`VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`): bit *n* of `words` for page *n*
+    /// from `iova` on. The previous contents of `words` may be lost. On any error treat the whole range as dirty.
     fn dma_logging_report(&self, iova: u64, length: u64, page_size: u64, words: &mut [u64]) -> Result<()> {
         let pages = length.div_ceil(page_size.max(1));
         if (words.len() as u64) < pages.div_ceil(64) {
@@ -115,8 +113,8 @@ pub trait DeviceExt: Device {
         .map(drop)
     }
 
-    /// Opts in to output flags in pre-copy info (`VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`);
-    /// `false` where the device does not know it.
+    /// Opts in to output flags in pre-copy info (`VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`); `false` if the device does
+    /// not know it.
     fn precopy_info_v2(&self) -> Result<bool> {
         match set(self, FeatureIndex::MIG_PRECOPY_INFO_V2, &mut [], Refers::Nothing) {
             Ok(_) => Ok(true),

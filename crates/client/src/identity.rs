@@ -1,10 +1,10 @@
-//! [`DeviceIdentity`]: tells one device object from another, whatever their names are.
+//! //! [`DeviceIdentity`]: distinguishes device objects, independent of their names.
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The identity of a device object in this process ([`Device::identity`](crate::Device::identity)). It is never used
-/// again, also not after the device is gone.
+/// The identity of a device object in this process ([`Device::identity`](crate::Device::identity)). It is never reused,
+/// even after the device is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceIdentity(NonZeroU64);
 

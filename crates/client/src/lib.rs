@@ -1,6 +1,6 @@
-//! A VFIO device as a VMM sees it, whatever carries the requests: [`Device`], the one trait for
-//! kernel VFIO, vfio-user and devices in the same process; [`DeviceExt`], typed migration calls
-//! over it; [`DataStream`], the data of a session; [`DirtySource`], which tells what devices wrote by DMA.
+//! //! A VFIO device as a VMM sees it, over any transport: [`Device`], the trait for kernel VFIO, vfio-user and devices
+//! in the same process; [`DeviceExt`], typed migration calls over it; [`DataStream`], the data of a session;
+//! [`DirtySource`], which reports the pages that devices wrote by DMA.
 #![deny(unsafe_code)]
 
 mod device;

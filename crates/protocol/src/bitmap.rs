@@ -1,6 +1,5 @@
-//! Dirty bitmaps (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`, the log behind a report):
-//! [`DirtyBitmap`], which many threads mark pages in, and functions over plain words, which is what
-//! reports and the wire carry.
+//! Dirty bitmaps (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`, the log behind a report): [`DirtyBitmap`], in which
+//! many threads mark pages, and functions over plain words, the form of reports and of the wire.
 
 mod regranulate;
 mod words;
@@ -23,20 +22,19 @@ pub use words::{
 
 /// A bitmap of pages that any number of threads mark while others harvest.
 ///
-/// Memory is taken as it is touched: a bitmap of a terabyte of which no page was ever marked costs
-/// address space only, and a harvest of it touches nothing.
+/// Memory is allocated when it is touched: a bitmap of a terabyte without marks uses only address space, and its
+/// harvest touches nothing.
 ///
-/// **No mark is lost.** A device writes memory first and marks the page afterwards. A mark that
-/// [`DirtyBitmap::set_range`] made is then in the harvest that it comes before, and whoever
-/// harvested it and reads the page sees what was written, or it is in a later one.
-/// [`DirtyBitmap::set_range_locked`] is cheaper on pages that are marked already and needs a lock
-/// for the same promise.
+/// **No mark is lost.** A device writes memory first and marks the page afterwards. A mark of
+/// [`DirtyBitmap::set_range`] is either in the current harvest, and then a thread that harvested it and reads the page
+/// sees the write, or in a later one. [`DirtyBitmap::set_range_locked`] is cheaper on pages that are already marked and
+/// needs a lock for the same guarantee.
 ///
-/// A second bitmap has a bit for each block of 4096 pages that may have marks. What looks for marks passes over the other blocks,
-/// so that a harvest takes as long as there are marks, and not as there is memory. A block counts as clean again after
-/// [`DirtyBitmap::harvest_exclusive`] or [`DirtyBitmap::clear`].
+/// A second bitmap has a bit for each block of 4096 pages that may have marks. Searches for marks skip the other
+/// blocks, so that the time of a harvest depends on the number of marks, not on the size of the memory. A block counts
+/// as clean again after [`DirtyBitmap::harvest_exclusive`] or [`DirtyBitmap::clear`].
 ///
-/// Ranges that do not fit are a mistake of the caller and panic, as an index into a slice does.
+/// Ranges outside the bitmap are a mistake of the caller and panic, like an index into a slice.
 pub struct DirtyBitmap {
     words: Vec<AtomicU64>,
     /// Bit *n* is set when block *n* may have a mark. Set after the mark, and before the call that marks returns.
@@ -48,8 +46,7 @@ pub struct DirtyBitmap {
 const BLOCK_WORDS: usize = 64;
 
 impl DirtyBitmap {
-    /// A bitmap of `pages` pages, all clean. [`Errno::ENOMEM`] when there is no address space for
-    /// it.
+    /// /// A bitmap of `pages` pages, all clean. [`Errno::ENOMEM`] if there is no address space for it.
     pub fn new(pages: u64) -> Result<DirtyBitmap, Errno> {
         let words = AtomicU64::new_vec_zeroed(words_for(pages)).map_err(|_| Errno::ENOMEM)?;
         let blocks =
@@ -57,7 +54,7 @@ impl DirtyBitmap {
         Ok(DirtyBitmap { words, blocks, pages })
     }
 
-    /// How many pages it has.
+    /// /// Number of pages.
     pub fn pages(&self) -> u64 {
         self.pages
     }
@@ -70,8 +67,8 @@ impl DirtyBitmap {
 
     /// Marks `len` pages from `start` on.
     ///
-    /// An atomic OR for a part of a word and a store for a whole one, both releasing: what the
-    /// thread wrote before is seen by the one that harvests the mark.
+    /// Uses an atomic OR for a part of a word and a store for a whole one, both releasing: the thread that harvests the
+    /// mark sees the earlier writes of this thread.
     #[inline]
     pub fn set_range(&self, start: u64, len: u64) {
         let Some(span) = Span::of(start, len, self.pages) else { return };
@@ -88,13 +85,12 @@ impl DirtyBitmap {
         self.mark_blocks(span.first, span.last);
     }
 
-    /// Marks `len` pages from `start` on, with no atomic operation where they are marked already.
+    /// /// Marks `len` pages from `start` on, without atomic operations on words that are already marked.
     ///
-    /// To be called only while holding a lock that every harvest takes exclusively (or that makes
-    /// `&mut self` of it). Otherwise a page can be lost: the thread's write may still be on its way
-    /// to memory when it finds the mark there and leaves it, and a harvest takes that mark and
-    /// reads the page without the write. With the lock, the write is seen before the harvest
-    /// begins.
+    /// Call it only while holding a lock that every harvest takes exclusively (or that gives it `&mut self`). Otherwise
+    /// a page can be lost: the thread's write may not yet be visible when it sees the existing mark and leaves it, and
+    /// a harvest clears that mark and reads the page without the write. With the lock, the write is visible before the
+    /// harvest begins.
     #[inline]
     pub fn set_range_locked(&self, start: u64, len: u64) {
         let Some(span) = Span::of(start, len, self.pages) else { return };
@@ -165,7 +161,7 @@ impl DirtyBitmap {
             let range = begin.max(span.first)..end.min(span.last + 1);
             let taken = words[range.clone()].iter_mut().zip(range.clone());
             if shift == 0 && span.mask(range.start) & span.mask(range.end - 1) == !0 {
-                // Without a branch for each word, so that the compiler can use the widest registers there are.
+                // // Without a branch for each word, so that the compiler can vectorize the loop.
                 for ((word, _), out) in taken.zip(&mut out[range.start - span.first..]) {
                     *out |= core::mem::take(word.get_mut());
                 }
@@ -188,9 +184,9 @@ impl DirtyBitmap {
         self.each(start, len, out, |word, mask| word.load(Acquire) & mask);
     }
 
-    /// Answers a report: sets in `out`, whose bits are `to`'s pages, what is marked between `iova`
-    /// and `iova + length`, and clears it here, where bits are `log`'s pages. Both grids may lie
-    /// and be sized as they please, see [`regranulate`], which also says what panics.
+    /// Answers a report: sets in `out`, whose bits are `to`'s pages, what is marked between `iova` and `iova + length`,
+    /// and clears it here, where bits are `log`'s pages. The two grids may have any offset and page size; see
+    /// [`regranulate`], also for panics.
     ///
     /// A page of the log that lies only partly in the range stays marked, for the report of its
     /// other part.
@@ -207,7 +203,8 @@ impl DirtyBitmap {
         });
     }
 
-    /// ORs what `take` makes of each word of a range, and of the bits that count in it, into `out`.
+    /// /// Calls `take` for each word of a range, with the mask of its bits in the range, and ORs the results into
+    /// `out`.
     fn each(&self, start: u64, len: u64, out: &mut [u64], take: impl Fn(&AtomicU64, u64) -> u64) {
         let Some(span) = Span::of(start, len, self.pages) else { return };
         let out = &mut out[..words_for(len)];
@@ -247,7 +244,8 @@ impl DirtyBitmap {
         }
     }
 
-    /// Removes every mark. Words without one are not written. Not while other threads mark: whether their marks stay is not known.
+    /// /// Removes every mark. Words without marks are not written. Concurrent marks of other threads may or may not
+    /// remain.
     pub fn clear(&self) {
         for (_, word) in self.marked_words() {
             if word.load(Relaxed) != 0 {
@@ -257,7 +255,7 @@ impl DirtyBitmap {
         self.blocks.iter().for_each(|blocks| blocks.store(0, Relaxed));
     }
 
-    /// How many pages are marked.
+    /// /// Number of marked pages.
     pub fn count(&self) -> u64 {
         self.marked_words().map(|(_, word)| u64::from(word.load(Relaxed).count_ones())).sum()
     }
@@ -273,7 +271,7 @@ impl DirtyBitmap {
         self.runs_from(0)
     }
 
-    /// The runs of marked pages from this page on, as [`DirtyBitmap::runs`] gives them.
+    /// /// The runs of marked pages from this page on, as in [`DirtyBitmap::runs`].
     pub fn runs_from(&self, page: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let first = usize::try_from(page / 64).unwrap_or(usize::MAX);
         let last = self.words.len().checked_sub(1).filter(|last| first <= *last);

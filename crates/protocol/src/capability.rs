@@ -1,8 +1,8 @@
 //! Capability chains (`vfio.h: struct vfio_info_cap_header`): what follows the structures of
 //! region, device and IOMMU information. Read with bounds here, written by [`Chain`].
 //!
-//! Offsets count from the start of the information structure. A chain names no lengths, so that a
-//! capability's bytes are all those up to the next one, or to the end of the information.
+//! Offsets count from the start of the information structure. A chain has no lengths: a capability extends to the next
+//! one, or to the end of the information.
 
 mod build;
 
@@ -19,7 +19,7 @@ pub use build::Chain;
 payload! {
     /// `struct vfio_info_cap_header`.
     CapHeader {
-        /// Which capability; what a number means depends on the information it follows.
+        /// /// Which capability; the meaning of a number depends on the information structure.
         id: u16,
         /// The version of its structure.
         version: u16,
@@ -158,7 +158,7 @@ pub enum ChainError {
         next: u32,
     },
     /// A capability is shorter than its structure, or than the entries that it counts.
-    #[error("capability {id} ends after {bytes} bytes, in the midst of its structure")]
+    #[error("capability {id} ends after {bytes} bytes, within its structure")]
     Short {
         /// Which.
         id: u16,
@@ -198,8 +198,7 @@ pub struct Capability<'a> {
 /// Walks the chain that begins at `cap_offset` of an information structure; `info` is all of that
 /// structure. No capability for an offset of 0. After an error there is nothing more.
 ///
-/// Each capability must lie behind the one that names it, as those that Linux writes do, so that no
-/// chain is endless.
+/// Each capability must lie behind the one that names it, as in Linux, so that no chain is endless.
 pub fn capabilities(info: &[u8], cap_offset: u32) -> Capabilities<'_> {
     Capabilities { info, offset: cap_offset }
 }
@@ -266,7 +265,7 @@ pub enum IommuCapability<'a> {
 }
 
 impl<'a> Capability<'a> {
-    /// The capability as one of a region. [`ChainError::Short`] when its bytes do not suffice.
+    /// The capability as one of a region. [`ChainError::Short`] if it has too few bytes.
     pub fn region(self) -> Result<RegionCapability<'a>, ChainError> {
         Ok(match self.id {
             region_cap::SPARSE_MMAP => RegionCapability::SparseMmap(self.list()?),
@@ -276,7 +275,7 @@ impl<'a> Capability<'a> {
         })
     }
 
-    /// The capability as one of an IOMMU. [`ChainError::Short`] when its bytes do not suffice.
+    /// The capability as one of an IOMMU. [`ChainError::Short`] if it has too few bytes.
     pub fn iommu(self) -> Result<IommuCapability<'a>, ChainError> {
         Ok(match self.id {
             iommu_cap::IOVA_RANGE => IommuCapability::IovaRanges(self.list()?),

@@ -1,10 +1,8 @@
-//! What the VFIO device migration protocol v2 says, as data: states and the arcs between them,
-//! the FEATURE multiplexer, device, region and interrupt information with its capability chains,
-//! and dirty bitmaps.
+//! //! The VFIO device migration protocol v2 as data: states and the arcs between them, the FEATURE multiplexer,
+//! device, region and interrupt information with its capability chains, and dirty bitmaps.
 //!
-//! This crate is pure. It does no I/O, knows no clock, allocates only for dirty bitmaps and
-//! capability chains, and has no unsafe code. The standard is Linux' `include/uapi/linux/vfio.h`;
-//! each module names the part of it that it follows.
+//! This crate is pure. It does no I/O, knows no clock, allocates only for dirty bitmaps and capability chains, and has
+//! no unsafe code. The standard is `include/uapi/linux/vfio.h` of Linux; each module names the part that it follows.
 #![no_std]
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! What DMA logging refuses (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`,
+//! //! The refusals of DMA logging (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`,
 //! `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`), stated once for clients, servers and devices.
 
 use alloc::collections::BTreeMap;
@@ -12,7 +12,7 @@ use crate::{Errno, range};
 /// The smallest page size of a report, in bytes.
 pub const REPORT_PAGE_SIZE_MIN: u64 = 4096;
 
-/// The most ranges that Linux takes in one START: what fits into a page of 4 KiB.
+/// /// Linux's limit on the ranges of one START: as many as fit into a page of 4 KiB.
 pub const RANGES_MAX: usize = 4096 / size_of::<DmaLoggingRange>();
 
 /// Checks a START, range after range in their order, as Linux does. Errors:
@@ -22,8 +22,8 @@ pub const RANGES_MAX: usize = 4096 / size_of::<DmaLoggingRange>();
 /// - [`Errno::E2BIG`]: more than `ranges_max` ranges.
 /// - [`Errno::EOVERFLOW`]: a range that ends at 2^64 or beyond.
 ///
-/// vfio-user gives a START without ranges a meaning, to log all writes
-/// (`vfio-user.rst: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`); a server has to see to that before.
+/// In vfio-user, a START without ranges logs all writes (`vfio-user.rst: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`); a
+/// server has to handle that case before.
 pub fn check_start(page_size: u64, ranges: &[DmaLoggingRange], ranges_max: usize) -> Result<(), Errno> {
     if ranges.is_empty() || !page_size.is_power_of_two() {
         return Err(Errno::EINVAL);
@@ -37,8 +37,7 @@ pub fn check_start(page_size: u64, ranges: &[DmaLoggingRange], ranges_max: usize
             return Err(Errno::EINVAL);
         }
         let end = range::end(*iova, *length)?;
-        // Accepted ranges are apart, so that the one that begins last before this one's end is the
-        // only one that can reach into it.
+        // // Accepted ranges do not overlap, so only the last one that begins before this one's end can overlap it.
         if accepted.range(..end).next_back().is_some_and(|(_, other_end)| other_end > iova) {
             return Err(Errno::EINVAL);
         }
@@ -47,9 +46,9 @@ pub fn check_start(page_size: u64, ranges: &[DmaLoggingRange], ranges_max: usize
     Ok(())
 }
 
-/// Reads the ranges that a START's control structure counts and the wire carries after it, and
-/// checks them ([`check_start`]). Nothing is allocated before the count is known to be in the
-/// limit. [`Errno::EINVAL`] when `bytes` ends before the last range; bytes after it are ignored.
+/// /// Reads the ranges that follow a START's control structure, and checks them ([`check_start`]). Nothing is
+/// allocated before the count is known to be in the limit. [`Errno::EINVAL`] when `bytes` ends before the last range;
+/// bytes after it are ignored.
 pub fn read_start(
     page_size: u64,
     num_ranges: u32,

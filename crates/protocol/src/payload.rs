@@ -46,9 +46,9 @@ pub enum FeaturePayload<'a> {
 }
 
 impl<'a> FeaturePayload<'a> {
-    /// Reads the payload of a feature. [`Errno::EINVAL`] when `bytes` ends before the fixed part or
-    /// before the last entry that this counts. Bytes beyond are ignored, but for a report and an
-    /// unknown feature, which keep them.
+    /// Reads the payload of a feature. [`Errno::EINVAL`] when `bytes` ends before the fixed part or before the last
+    /// entry that this counts. Bytes beyond that are ignored, except for a report and an unknown feature, which keep
+    /// them.
     pub fn read(index: FeatureIndex, bytes: &'a [u8]) -> Result<FeaturePayload<'a>, Errno> {
         Ok(match index {
             FeatureIndex::PCI_VF_TOKEN => FeaturePayload::PciVfToken(fixed(bytes)?.0),

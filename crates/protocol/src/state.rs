@@ -10,7 +10,7 @@ use crate::Errno;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum State {
-    /// The device has failed; only a reset leads out, to [`State::Running`].
+    /// /// The device has failed; only a reset leaves this state, to [`State::Running`].
     Error = 0,
     /// The device changes neither its internal nor any external state.
     Stop = 1,
@@ -83,8 +83,8 @@ impl State {
         matches!(self, State::PreCopy | State::PreCopyP2p)
     }
 
-    /// Whether the device may change its internal state or memory in this state
-    /// (the P2P states count: they hold back peer-to-peer DMA only).
+    /// Whether the device may change its internal state or memory in this state (true for the P2P states, which only
+    /// suppress peer-to-peer DMA).
     pub const fn is_running(self) -> bool {
         matches!(self, State::Running | State::RunningP2p | State::PreCopy | State::PreCopyP2p)
     }
@@ -134,7 +134,7 @@ impl TryFrom<u32> for State {
 }
 
 bitflags::bitflags! {
-    /// What a device's migration supports (`struct vfio_device_feature_migration`, field *flags*).
+    /// /// The abilities of a device's migration (`struct vfio_device_feature_migration`, field *flags*).
     ///
     /// Bits that this crate does not know are kept.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,17 +1,16 @@
-//! Features beyond the standard's that this implementation has on `DEVICE_FEATURE`
-//! (`docs/vfio-user-extensions.md`). A client asks for each with PROBE; a peer that lacks them still
-//! migrates.
+//! //! This implementation's features of `DEVICE_FEATURE` beyond the standard (`docs/vfio-user-extensions.md`). A
+//! client probes each with PROBE; a peer without them can still migrate.
 
 use limosa_protocol::FeatureIndex;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// GET: [`PrecopyInfo`](limosa_protocol::feature::PrecopyInfo), which the kernel hands out through the
-/// data fd. EINVAL outside PRE_COPY and PRE_COPY_P2P.
+/// GET: [`PrecopyInfo`](limosa_protocol::feature::PrecopyInfo), which the kernel returns through the data fd. EINVAL
+/// outside PRE_COPY and PRE_COPY_P2P.
 pub const PRECOPY_INFO: FeatureIndex = FeatureIndex(0xfe00);
 
-/// GET: a socket that carries the bytes of the open session instead of `MIG_DATA_READ` and
-/// `MIG_DATA_WRITE`; comes as the reply's only fd. Payload [`DataFd`]. ENODEV without a session, EBUSY
-/// when the session has one already or data has moved by messages.
+/// GET: a socket that carries the bytes of the open session instead of `MIG_DATA_READ` and `MIG_DATA_WRITE`; the
+/// reply's only fd. Payload [`DataFd`]. ENODEV without a session, EBUSY if the session already has one or data has
+/// moved by messages.
 pub const DATA_FD: FeatureIndex = FeatureIndex(0xfe01);
 
 /// GET: [`FeatureResetCount`](limosa_protocol::feature::FeatureResetCount), how many times the device
@@ -28,7 +27,7 @@ pub struct DataFd {
     pub reserved: u32,
 }
 
-/// GET and SET: [`Stay`]. A device that stays does not run until the move is decided with which it was given away.
+/// /// GET and SET: [`Stay`]. A device that stays does not run until its move is decided.
 pub const STAY: FeatureIndex = FeatureIndex(0xfe03);
 
 /// SET: [`Echo`]. Marks the pages in the device's log in the VMM's log too, by a DMA_WRITE for each.
@@ -37,7 +36,7 @@ pub const ECHO: FeatureIndex = FeatureIndex(0xfe04);
 /// SET, no payload: fires every interrupt vector that is wired, once.
 pub const KICK: FeatureIndex = FeatureIndex(0xfe05);
 
-/// GET and SET: [`Next`]. Which process' client is the next VMM.
+/// /// GET and SET: [`Next`]. The process whose client is the next VMM.
 pub const NEXT: FeatureIndex = FeatureIndex(0xfe06);
 
 /// The payload of [`STAY`].
@@ -52,7 +51,7 @@ pub struct Stay {
     pub reserved: u32,
 }
 
-/// What [`Stay::flags`] says.
+/// /// The values of [`Stay::flags`].
 pub struct StayFlags;
 
 impl StayFlags {
@@ -80,19 +79,19 @@ pub struct Echo {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Next {
-    /// The number of the process, as the server sees it; 0 for nobody.
+    /// /// The PID in the server's namespace; 0 for none.
     pub pid: i32,
     /// In an answer to GET, [`NextFlags`]; else 0.
     pub flags: u32,
 }
 
-/// What [`Next::flags`] says.
+/// /// The bits of [`Next::flags`].
 pub struct NextFlags;
 
 impl NextFlags {
-    /// The client of that process is there.
+    /// /// The client of that process is connected.
     pub const THERE: u32 = 1;
-    /// It is the client that asks.
+    /// /// It is the requesting client.
     pub const THIS: u32 = 2;
 }
 

@@ -1,9 +1,9 @@
-//! The vfio-user protocol, both sides: VFIO requests as messages on a UNIX socket
-//! (`vfio-user.rst`), with live migration and what that needs beyond the specification.
+//! The vfio-user protocol, both sides: VFIO requests as messages on a UNIX socket (`vfio-user.rst`), with live
+//! migration and the extensions that it needs.
 //!
-//! [`codec`] is what messages look like, [`version`] what two sides agree on when they meet,
-//! [`connection`] how messages and fds travel, [`extension`] what is added to the specification;
-//! [`Client`] is a device behind a socket as a VMM sees it, [`server`] puts one there.
+//! [`codec`] has the messages, [`version`] the negotiation, [`connection`] the transport of messages and fds,
+//! [`extension`] the extensions of the specification; [`Client`] is a device behind a socket as a VMM sees it,
+//! [`server`] serves a device.
 #![forbid(unsafe_code)]
 
 pub mod client;

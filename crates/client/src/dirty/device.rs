@@ -11,7 +11,7 @@ use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 use super::{DirtySource, check, merge_nearest};
 use crate::{Device, DeviceExt, Error, Result};
 
-/// The most bits of one report's bitmap: 512 KiB, which fit in a message on every transport.
+/// /// Limit on the bits of one report's bitmap: 512 KiB, which fit in a message on every transport.
 const REPORT_BITS: u64 = 1 << 22;
 
 /// The log of one device.
@@ -37,12 +37,12 @@ impl<'a> DeviceLog<'a> {
         self.device.probe(FeatureIndex::DMA_LOGGING_START, FeatureOp::SET)
     }
 
-    /// Reads and clears the log of a range as [`DirtySource::report`] does, piece by piece and in the log's own pages. Calls `take`
-    /// for each piece: bit *n* of the words stands for the *n*th page of the grid, of which only the given number of bytes
-    /// count. `take` leaves the words clear.
+    /// Reads and clears the log of a range as [`DirtySource::report`] does, piece by piece and in the log's own pages.
+    /// Calls `take` for each piece: bit *n* of the words stands for the *n*th page of the grid, of which only the given
+    /// number of bytes count. `take` has to clear the words.
     ///
-    /// `piece` is the room for one piece, and is clear before and after, except after an error. It grows to at most 512 KiB, and
-    /// only where it is smaller than that.
+    /// `piece` is a buffer for one piece, and is clear before and after, except after an error. It grows to at most 512
+    /// KiB.
     ///
     /// # Errors
     ///
@@ -62,7 +62,7 @@ impl<'a> DeviceLog<'a> {
                 format!("a report of {length:#x} bytes at {iova:#x} in pages of {page_size} bytes: {errno}");
             return Err(Error::Usage { device: self.name().into(), what });
         }
-        // As large as the log's own bitmaps make them, whatever pages the caller wants.
+        // // The size of pieces depends on the log's own pages, not on those of the caller.
         let piece_max = REPORT_BITS.saturating_mul(page_size);
         let mut done = 0;
         while done < length {
@@ -96,8 +96,9 @@ impl DirtySource for DeviceLog<'_> {
         own.is_some() && device.identity() == own
     }
 
-    /// Starts the log. Devices have few registers for ranges, and refuse too many with different errnos. Then the ranges
-    /// with the smallest gaps are joined, so that the device logs more, never less. A log that was left on is restarted.
+    /// Starts the log. Devices have few registers for ranges, and refuse too many with different errnos. In that case
+    /// the ranges with the smallest gaps are joined, so that the device logs more, never less. A log that was left on
+    /// is restarted.
     fn start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64> {
         let mut started = self.page_size();
         if started.is_some() {
@@ -107,7 +108,7 @@ impl DirtySource for DeviceLog<'_> {
         let mut may_be_on = true;
         let page_size = loop {
             match self.device.dma_logging_start(page_size_hint, &ranges) {
-                // The log may be on: its last user may have died, or could not reach the device to stop it.
+                // // The log may be on: its last user may have died, or could not reach the device to stop it.
                 Err(Error::Refused { errno: Errno::EINVAL, .. })
                     if std::mem::take(&mut may_be_on) && self.device.dma_logging_stop().is_ok() =>
                 {

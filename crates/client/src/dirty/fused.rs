@@ -1,19 +1,19 @@
-//! [`Fused`]: joins several sources of dirty pages.
+//! //! [`Fused`]: combines several sources of dirty pages.
 
 use limosa_protocol::feature::DmaLoggingRange;
 
 use super::{DirtySource, all_dirty};
 use crate::{Device, Result};
 
-/// Several sources as one. A page is dirty when one of the sources reports it. When the report of a source fails, all of
-/// its range is dirty.
+/// /// Several sources as one. A page is dirty if one of the sources reports it. If the report of a source fails, its
+/// whole range is dirty.
 pub struct Fused<'a> {
     name: String,
     sources: Vec<&'a dyn DirtySource>,
 }
 
 impl<'a> Fused<'a> {
-    /// Joins these sources. Without any, no page is dirty and no device is seen.
+    /// /// Combines these sources. Without any, no page is dirty and no device is seen.
     pub fn new(sources: Vec<&'a dyn DirtySource>) -> Fused<'a> {
         let names: Vec<_> = sources.iter().map(|source| source.name()).collect();
         Fused { name: names.join(" and "), sources }
@@ -29,7 +29,7 @@ impl DirtySource for Fused<'_> {
         self.sources.iter().any(|source| source.sees(device))
     }
 
-    /// Starts all sources. Returns the largest page size. When a source does not start, those before it are stopped
+    /// Starts all sources. Returns the largest page size. If a source does not start, those before it are stopped
     /// again.
     fn start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64> {
         let mut coarsest = page_size_hint;
@@ -62,7 +62,7 @@ impl DirtySource for Fused<'_> {
 
     /// Stops all sources. Returns the first failure.
     fn stop(&self) -> Result<()> {
-        // All are stopped before the first failure is returned.
+        // // All are stopped before the first failure is returned.
         let stopped: Vec<_> = self.sources.iter().map(|source| source.stop()).collect();
         stopped.into_iter().collect()
     }

@@ -61,7 +61,8 @@ struct Shared {
 const MASKED: u8 = 1 << 0;
 /// An edge came while it was masked or had no eventfd.
 const PENDING: u8 = 1 << 1;
-/// /// The device's line is high. const LEVEL: u8 = 1 << 2;
+/// The device's line is high.
+const LEVEL: u8 = 1 << 2;
 
 impl Interrupts {
     fn new(irqs: &[Irq]) -> Interrupts {

@@ -1,4 +1,5 @@
-//! A device that another process goes on with: stopped where it is, its state given away or taken back (`docs/switch-over.md`).
+//! //! Replacing a device by one in another process: it is stopped, and its state handed over or taken back
+//! (`docs/switch-over.md`).
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
@@ -12,10 +13,10 @@ use super::{ClientId, Inner, Machine, MoveId, SessionId};
 #[cfg(test)]
 mod tests;
 
-/// What a machine keeps of its clients beside model, memory and interrupts.
+/// /// A machine's data about its clients, other than model, memory and interrupts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
-    /// Whether the device stands in STOP, and does not run.
+    /// /// Whether the device is in STOP, and does not run.
     pub stopped: bool,
     /// [`Machine::reset_count`].
     pub resets: u64,
@@ -25,7 +26,7 @@ pub struct Kept {
     pub stays: Option<MoveId>,
 }
 
-/// A device whose state is copied while it runs, to be replaced.
+/// /// A device whose state is being copied while it runs, for its replacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copying {
     client: ClientId,
@@ -39,20 +40,20 @@ impl Copying {
     }
 }
 
-/// A device that is stopped to be replaced.
+/// /// A device that is stopped for its replacement.
 #[derive(Debug)]
 pub struct Frozen {
     client: ClientId,
     /// The session of its state.
     pub session: SessionId,
-    /// What to keep of it.
+    /// /// Its data about its clients.
     pub kept: Kept,
 }
 
 impl Machine {
-    /// Takes a device that runs to PRE_COPY, so that its state can be read while its clients go on. They are told that it is in
-    /// RUNNING: one that takes it to another state, or resets it, ends the copy first. `None` for a device that does not run,
-    /// lacks PRE_COPY or refuses it: its state is read once it has stopped.
+    /// /// Takes a running device to PRE_COPY, so that its state can be read while clients use it. To clients it
+    /// appears in RUNNING; a client that changes its state or resets it ends the copy first. `None` for a device that
+    /// does not run, lacks PRE_COPY or refuses it: its state is read once it has stopped.
     ///
     /// Fails as [`Machine::freeze`] does.
     pub fn begin_copy(&self) -> Result<Option<Copying>, Errno> {
@@ -60,9 +61,9 @@ impl Machine {
         let client = self.new_client();
         let until = arc_deadline(client);
         self.lock().replaceable()?;
-        // Until the copy has begun, so that a client which ends it comes before or after.
+        // // Held until the copy has begun, so that a client that ends it comes before or after.
         let Ok(_alone) = self.alone(until) else {
-            tracing::info!("a call on the device takes long: its state is read once it has stopped");
+            tracing::info!("a call on the device is slow: its state is read once it has stopped");
             return Ok(None);
         };
         {
@@ -89,13 +90,14 @@ impl Machine {
         }
     }
 
-    /// How many bytes the model expects to give in this copy before it has to stop. ENODEV when the copy has ended.
+    /// /// The number of bytes that the model expects to return in this copy before it has to stop. ENODEV if the copy
+    /// has ended.
     pub fn copy_left(&self, copying: &Copying) -> Result<u64, Errno> {
         let info = self.precopy_info(copying.session)?;
         Ok(info.initial_bytes.saturating_add(info.dirty_bytes))
     }
 
-    /// The device goes on here, as it was before [`Machine::begin_copy`]. Nothing happens to a copy that has ended.
+    /// /// Returns the device to its state before [`Machine::begin_copy`]. Does nothing if the copy has ended.
     pub fn end_copy(&self, copying: Copying) {
         let until = arc_deadline(copying.client);
         let ended = self.alone(until).and_then(|_alone| {
@@ -103,11 +105,11 @@ impl Machine {
             if is_it { self.stop_copying(until) } else { Ok(()) }
         });
         if let Err(errno) = ended {
-            tracing::error!(%errno, "the device stays in PRE_COPY, in which it was to be replaced");
+            tracing::error!(%errno, "the device stays in PRE_COPY after a failed replacement");
         }
     }
 
-    /// Leads a device that is copied back to RUNNING. With the gate taken.
+    /// /// Returns a device that is being copied to RUNNING. With the gate taken exclusively.
     pub(super) fn stop_copying(&self, until: Instant) -> Result<(), Errno> {
         let (state, flags) = (self.lock().state, self.flags.ok_or(Errno::ENOTTY)?);
         if state.is_pre_copy() {
@@ -124,16 +126,16 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes the device to STOP_COPY, by arcs, so that its state can be read as [`Machine::data_read`] does. If it is still
-    /// copied, the copy's session goes on; else another one begins.
+    /// Takes the device to STOP_COPY, by arcs, so that its state can be read with [`Machine::data_read`]. If it is
+    /// still being copied, the copy's session continues; otherwise a new one begins.
     ///
-    /// ENOTTY for a device without migration; EBUSY when a client moves it or has a session, or a client other than the VMM has
-    /// its dirty log; ETIMEDOUT when the calls under way do not return; else what the model answers. After an error the device is as
-    /// it was before, and if it is copied still, [`Machine::end_copy`] ends that.
+    /// ENOTTY for a device without migration; EBUSY if a client is moving it or has a session, or a client other than
+    /// the VMM has its dirty log; ETIMEDOUT if other calls do not return; otherwise the model's errno. After an error
+    /// the device is as it was before; if it is still being copied, [`Machine::end_copy`] ends that.
     pub fn freeze(&self, copying: Option<Copying>, until: Instant) -> Result<Frozen, Errno> {
         self.flags.ok_or(Errno::ENOTTY)?;
         let new = self.new_client();
-        // First, so that what a client does just now comes before all of this or after it.
+        // // First, so that a concurrent request of a client comes before all of this or after it.
         let _alone = self.alone(until)?;
         let (client, kept) = {
             let inner = self.lock();
@@ -145,7 +147,7 @@ impl Machine {
                 None => (new, inner.replaceable()?),
             }
         };
-        // Its number is known once it is open.
+        // // Its number is known once it is open.
         let mut frozen = Frozen { client, session: SessionId(0), kept };
         match self.set_state_alone(client, State::StopCopy, until) {
             Ok(session) => {
@@ -159,23 +161,23 @@ impl Machine {
         }
     }
 
-    /// The device goes on here, as it was before [`Machine::freeze`] and [`Machine::begin_copy`].
+    /// /// Returns the device to its state before [`Machine::freeze`] and [`Machine::begin_copy`].
     pub fn thaw(&self, frozen: Frozen) {
         let until = arc_deadline(frozen.client);
         match self.alone(until) {
             Ok(_alone) => self.thaw_alone(&frozen, until),
             Err(errno) => {
-                tracing::error!(%errno, "the device stays stopped, in which it was to be replaced");
+                tracing::error!(%errno, "the device stays stopped after a failed replacement");
                 self.let_go(frozen.client);
             }
         }
     }
 
-    /// The same with the gate taken.
+    /// /// The same with the gate taken exclusively.
     fn thaw_alone(&self, frozen: &Frozen, until: Instant) {
         let to = if frozen.kept.stopped { State::Stop } else { State::Running };
         if let Err(errno) = self.set_state_alone(frozen.client, to, until) {
-            tracing::error!(%errno, "the device does not run again where it was stopped to be replaced");
+            tracing::error!(%errno, "the device does not run again after a failed replacement");
         }
         self.let_go(frozen.client);
     }
@@ -187,44 +189,46 @@ impl Machine {
         Ok(client)
     }
 
-    /// Takes a new device that replaces none to STOP, in which it waits for [`Machine::replace`] beside others that do.
+    /// /// Takes a new device without a predecessor to STOP, where it waits for [`Machine::replace`] together with the
+    /// others.
     pub fn begin_new(&self) -> Result<ClientId, Errno> {
         let client = self.new_client();
         self.set_state(client, State::Stop)?;
         Ok(client)
     }
 
-    /// How many bytes of state the model expects to give when it is stopped; 0 if it does not know.
+    /// /// The number of bytes of state that the model expects to return when it is stopped; 0 if unknown.
     pub fn expected_state_bytes(&self) -> u64 {
         self.migrate(|migration| Ok(migration.data_size())).unwrap_or(0)
     }
 
-    /// The state that was loaded becomes the device's, which stays in STOP.
+    /// /// Makes the loaded state the device's. The device stays in STOP.
     pub fn loaded(&self, client: ClientId) -> Result<(), Errno> {
         self.set_state(client, State::Stop).map(drop)
     }
 
-    /// Whether the model can go on with the files of another process ([`Model::adopts_region_files`](crate::Model::adopts_region_files)).
+    /// /// Whether the model can continue with the files of another process
+    /// ([`Model::adopts_region_files`](crate::Model::adopts_region_files)).
     pub fn adopts_region_files(&self) -> bool {
         self.access(|model| Ok(model.adopts_region_files())).unwrap_or(false)
     }
 
-    /// A region has this file from now on, which a client may have mapped. EINVAL for a region that cannot be mapped; else what
-    /// the model answers.
+    /// /// Gives a region this file, which a client may have mapped. EINVAL for a region that cannot be mapped;
+    /// otherwise the model's errno.
     pub fn adopt_region_file(&self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
         self.region_file(region).ok_or(Errno::EINVAL)?;
         let _alone = self.alone(arc_deadline(ClientId::VMM))?;
         self.call(|model| model.adopt_region_file(region, file))
     }
 
-    /// Whether the model can go on with the eventfds of another process
+    /// /// Whether the model can continue with the eventfds of another process
     /// ([`Model::adopts_ioeventfds`](crate::Model::adopts_ioeventfds)).
     pub fn adopts_ioeventfds(&self) -> bool {
         self.access(|model| Ok(model.adopts_ioeventfds())).unwrap_or(false)
     }
 
-    /// A region has these eventfds from now on, which a client may have. EINVAL unless there is one for each of
-    /// [`Machine::ioeventfds`]; else what the model answers.
+    /// /// Gives a region these eventfds, which a client may have. EINVAL unless there is one for each of
+    /// [`Machine::ioeventfds`]; otherwise the model's errno.
     pub fn adopt_ioeventfds(&self, region: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
         if fds.is_empty() || fds.len() != self.ioeventfds(region).len() {
             return Err(Errno::EINVAL);
@@ -235,7 +239,7 @@ impl Machine {
         Ok(())
     }
 
-    /// The device takes the place of the one that it replaces.
+    /// /// Lets the device take the place of its predecessor.
     pub fn replace(&self, client: ClientId, kept: Kept) -> Result<(), Errno> {
         let run = if kept.stopped { Ok(None) } else { self.set_state(client, State::Running) };
         self.let_go(client);
@@ -248,7 +252,7 @@ impl Machine {
         run.map(drop)
     }
 
-    /// A log that was taken over is the VMM's.
+    /// /// Assigns a log that was taken over to the VMM.
     pub fn log_is_vmms(&self) {
         self.lock().logs = Some(ClientId::VMM);
     }
@@ -267,7 +271,7 @@ impl Machine {
 }
 
 impl Inner {
-    /// What is kept of a device that can be replaced now; EBUSY for another one.
+    /// /// The data about the clients of a device that can be replaced now; EBUSY otherwise.
     fn replaceable(&self) -> Result<Kept, Errno> {
         let is_moved = self.driver.is_some() && self.stays.is_none();
         if is_moved || self.session.is_some() {
@@ -294,7 +298,7 @@ impl Inner {
         Kept { stopped, resets, precopy_reinit, stays }
     }
 
-    /// Whether the copy goes on.
+    /// /// Whether the copy is still in progress.
     fn is_copied_by(&self, copying: &Copying) -> bool {
         let session = self.session.as_ref().is_some_and(|open| open.id == copying.session && !open.damaged);
         session && self.copier == Some(copying.client) && self.state.is_pre_copy()

@@ -1,8 +1,9 @@
-//! Sessions: the data that flows while a device saves or loads (`vfio.h: the data fd of
-//! VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_MIG_GET_PRECOPY_INFO`).
+//! //! Sessions: the data of a device that saves or loads
+//! (`vfio.h: the data fd of VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_MIG_GET_PRECOPY_INFO`).
 //!
-//! The closures that carry data see memory that the model lends, and no arc is taken before they return. So they wait for
-//! nobody: what a socket does not take or have at once is another call's. A closure must not call the machine.
+//! The closures that transfer data access the model's memory, and no arc is taken before they return. So they must not
+//! block: if a socket is not ready for all of the data, another call transfers the rest. A closure must not call the
+//! machine.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,7 +15,7 @@ use limosa_protocol::{Errno, MigrationFlags, State};
 use super::{Inner, Machine};
 use crate::{Migration, Save};
 
-/// Names a data session. Every session of a device has another id.
+/// /// Names a data session. Every session of a device has a different id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub u64);
 
@@ -32,7 +33,7 @@ impl SessionIds {
 /// The session that is open.
 pub(super) struct Open {
     pub(super) id: SessionId,
-    /// Some of its data was lost: it carries no more, and a load cannot be finished.
+    /// /// Some of its data was lost: it transfers no more data, and a load cannot be finished.
     pub(super) damaged: bool,
 }
 
@@ -42,7 +43,7 @@ enum Direction {
     Loading,
 }
 
-/// Received at once for a model that lends no memory; bounds the spare buffer.
+/// /// Bytes received at once for a model without staging memory; bounds the spare buffer.
 const SPARE_BYTES: usize = 256 << 10;
 
 impl Machine {
@@ -51,12 +52,12 @@ impl Machine {
         self.lock().session.as_ref().map(|open| open.id)
     }
 
-    /// Lends the next bytes of a saving session, at most `bytes_max`, to `take`. They count as
-    /// read, whatever `take` returns.
+    /// /// Passes the next bytes of a saving session, at most `bytes_max`, to `take`. They count as read, whatever
+    /// `take` returns.
     ///
-    /// `take` waits for nobody, and never sees empty data, nor the end before STOP_COPY, nor "nothing for now" in it.
-    /// ENODEV when the session has ended, EBADF in RESUMING, EINVAL for a `bytes_max` of 0, EIO
-    /// when the model breaks its contract, else the model's errno.
+    /// `take` must not block. It never gets empty data, nor the end before STOP_COPY, nor "nothing for now" in
+    /// STOP_COPY. ENODEV if the session has ended, EBADF in RESUMING, EINVAL for a `bytes_max` of 0, EIO if the model
+    /// breaks its contract, otherwise the model's errno.
     pub fn data_read<R>(
         &self,
         session: SessionId,
@@ -74,7 +75,7 @@ impl Machine {
             return Err(Errno::EINVAL);
         }
         let (mut take, mut bytes) = (Some(take), 0);
-        // A panic of the caller's own is not the model's.
+        // // A panic of the caller's closure is not the model's.
         let mut taken = Err("lent nothing");
         self.migrate(|migration| {
             migration.save(bytes_max, stopped, &mut |save| {
@@ -101,10 +102,10 @@ impl Machine {
         Ok(taken.unwrap_or_else(|panic| resume_unwind(panic)))
     }
 
-    /// Takes the next bytes of a RESUMING session.
+    /// /// Loads the next bytes of a RESUMING session.
     ///
-    /// ENODEV when the session has ended, EBADF in the saving states; else the model's errno, after
-    /// which the session is damaged: it answers EIO, and only a reset leads out of RESUMING.
+    /// ENODEV if the session has ended, EBADF in the saving states; otherwise the model's errno, after which the
+    /// session is damaged: it answers EIO, and only a reset leaves RESUMING.
     pub fn data_write(&self, session: SessionId, chunk: &[u8]) -> Result<(), Errno> {
         let _data = self.one_at_a_time();
         let _passing = self.pass();
@@ -117,12 +118,11 @@ impl Machine {
         Ok(())
     }
 
-    /// Receives the next bytes of a RESUMING session, at most `bytes_max`, straight into the model's staging memory, or by way
-    /// of `spare` when it lends none. `fill` is called once at most and returns how many bytes it has received, which may be
-    /// none; an error of it damages the session, as nobody knows what was lost, and is returned. `spare` grows to at most
-    /// 256 KiB, and may be kept between calls.
-    ///
-    /// The inner result is how many bytes were loaded, or that of [`Machine::data_write`].
+    /// Receives the next bytes of a RESUMING session, at most `bytes_max`, directly into the model's staging memory, or
+    /// through `spare` if it has none. `fill` is called at most once and returns the number of bytes received, which
+    /// may be 0. If it fails, the session is damaged, since the amount of lost data is unknown, and its error is
+    /// returned. `spare` grows to at most 256 KiB, and may be kept between calls.
+    /// The inner result is the number of bytes loaded, or the error of [`Machine::data_write`].
     pub fn data_fill<E>(
         &self,
         session: SessionId,
@@ -164,8 +164,8 @@ impl Machine {
         }
     }
 
-    /// The session has lost some of its data: it carries no more, and a load cannot be completed. Nothing happens once it has
-    /// ended.
+    /// /// The session has lost some of its data: it transfers no more, and a load cannot be completed. Does nothing if
+    /// the session has ended.
     pub fn data_lost(&self, session: SessionId) {
         let mut inner = self.lock();
         if inner.current(session).is_ok() {
@@ -173,11 +173,10 @@ impl Machine {
         }
     }
 
-    /// Estimates of what is left in pre-copy.
+    /// /// Estimates of the remaining data in pre-copy.
     ///
-    /// ENODEV when the session has ended, ENOTTY for a device without PRE_COPY, EINVAL outside
-    /// PRE_COPY and PRE_COPY_P2P. The flags are 0 unless the client opted in to them
-    /// (MIG_PRECOPY_INFO_V2).
+    /// ENODEV if the session has ended, ENOTTY for a device without PRE_COPY, EINVAL outside PRE_COPY and PRE_COPY_P2P.
+    /// The flags are 0 unless the client opted in to them (MIG_PRECOPY_INFO_V2).
     pub fn precopy_info(&self, session: SessionId) -> Result<PrecopyInfo, Errno> {
         let _passing = self.pass();
         let reinit = {
@@ -200,7 +199,7 @@ impl Machine {
         self.data.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A call that loads: whatever it fails with, the session is damaged.
+    /// /// A call that loads: any failure damages the session.
     fn load<R>(&self, call: impl FnOnce(&dyn Migration) -> Result<R, Errno>) -> Result<R, Errno> {
         let loaded = self.migrate(call);
         if loaded.is_err() {
@@ -216,7 +215,7 @@ impl Inner {
         self.session.as_ref().filter(|open| open.id == session).ok_or(Errno::ENODEV)
     }
 
-    /// ENODEV unless this session is open, EBADF unless it flows that way, EIO when damaged.
+    /// /// ENODEV unless this session is open, EBADF unless it has that direction, EIO if it is damaged.
     fn usable(&self, session: SessionId, direction: Direction) -> Result<(), Errno> {
         let open = self.current(session)?;
         let flows = if self.state == State::Resuming { Direction::Loading } else { Direction::Saving };
@@ -237,7 +236,7 @@ impl Inner {
     }
 }
 
-/// A part of the spare buffer for at most that many bytes.
+/// /// A part of the spare buffer for at most this many bytes.
 fn spare_piece(spare: &mut Vec<u8>, bytes_max: usize) -> &mut [u8] {
     let bytes = bytes_max.min(SPARE_BYTES);
     if spare.len() < bytes {

@@ -1,4 +1,4 @@
-//! [`Dma`]: guest memory as a device reaches it.
+//! //! [`Dma`]: guest memory as a device accesses it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,8 +10,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use super::Pin;
 use super::table::{Memory, Space};
 
-/// Guest memory as a device reaches it: it reads, writes and marks pages, and cannot change what is mapped. A clone is
-/// cheap and reaches the same memory.
+/// /// Guest memory as a device accesses it: it reads, writes and marks pages, and cannot change the mappings. A clone
+/// is cheap and accesses the same memory.
 #[derive(Clone)]
 pub struct Dma {
     space: Arc<Space>,
@@ -22,8 +22,8 @@ impl Dma {
         Dma { space }
     }
 
-    /// The device reads memory: EFAULT where nothing is mapped, or not for reading, or where the file behind it was
-    /// cut short; ranges may span mappings. What was read before the error is in `data`.
+    /// /// The device reads memory. EFAULT if an address is not mapped, or not for reading, or if its file was
+    /// truncated; ranges may span mappings. Bytes read before the error are in `data`.
     #[inline]
     pub fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
         let table = self.space.read_lock();
@@ -56,14 +56,14 @@ impl Dma {
         Ok(())
     }
 
-    /// The device writes memory; the pages go to the log when it is on. Errors as for [`Dma::read`]; what was
-    /// written before the error stays written.
+    /// /// The device writes memory; the pages go to the log if it is on. Errors as for [`Dma::read`]; bytes written
+    /// before the error stay written.
     #[inline]
     pub fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
         let table = self.space.read_lock();
         if let Some((file, offset)) = table.at_hand(iova, data.len(), DmaMapFlags::WRITE) {
             let done = file.write(offset, data);
-            // After the write, and also when it failed: see `write_pieces`.
+            // // After the write, even if it failed: see `write_pieces`.
             if !data.is_empty() {
                 table.mark(iova, data.len());
             }
@@ -84,7 +84,7 @@ impl Dma {
                 Memory::FileIo(file) => file.write(iova - mapped.iova, piece),
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
-                    // An unmap that takes the log with it may come before the answer.
+                    // // An unmap that reads the log may come before the answer.
                     table.mark(iova, piece.len());
                     drop(table);
                     let done = remote.write(iova, piece);
@@ -92,8 +92,8 @@ impl Dma {
                     done
                 }
             };
-            // After the write, for a report between the two would take a mark whose data is not there yet; and when
-            // it failed, for a part may have been written.
+            // // After the write, since a report between the two would clear a mark before its data is written; and
+            // even if it failed, since a part may have been written.
             table.mark(iova, piece.len());
             done?;
             iova = next(iova, piece.len(), after.is_empty())?;
@@ -102,9 +102,9 @@ impl Dma {
         Ok(())
     }
 
-    /// Puts a range into the log, if it is on: for a device that writes memory by other means than
-    /// [`Dma::write`], such as hardware or a helper process with a mapping of its own. To be called after the
-    /// write. What lies beyond the end of the address space is ignored.
+    /// /// Marks a range in the log, if it is on: for a device that writes memory by other means than [`Dma::write`],
+    /// such as hardware or a helper process with its own mapping. Call it after the write. The part beyond the end of
+    /// the address space is ignored.
     pub fn mark_dirty(&self, iova: u64, bytes: u64) {
         let bytes = bytes.min((u64::MAX - iova).saturating_add(1));
         if bytes > 0 {
@@ -112,23 +112,26 @@ impl Dma {
         }
     }
 
-    /// Pins a range for data that a system call or io_uring moves, without a copy. `access` is what the device does there: with
-    /// WRITE, the pages are in the dirty log once the pin is dropped.
+    /// /// Pins a range, so that a system call or io_uring can move data without a copy. `access` is the device's
+    /// access: with WRITE, the pages are in the dirty log once the pin is dropped.
     ///
-    /// EINVAL for an empty range or access; EFAULT as for [`Dma::read`]; ENOTSUP where the memory is not mapped into this process,
-    /// as when it is reached by messages: read and write it; EBUSY while it is being unmapped.
+    /// EINVAL for an empty range or access; EFAULT as for [`Dma::read`]; ENOTSUP if the memory is not mapped into this
+    /// process, for example if it is accessed by messages (use reads and writes then); EBUSY while it is being
+    /// unmapped.
     pub fn pin(&self, iova: u64, bytes: u64, access: DmaMapFlags) -> Result<Pin, Errno> {
         Pin::new(&self.space, iova, bytes, access)
     }
 
-    /// Calls `hook` with address and size before what is mapped there is unmapped, so that the device drops its pins. A size of
-    /// `u64::MAX` from 0 on is everything. It is called on the client's thread, with no lock of the memory held; accesses
-    /// still succeed. If pins are left [`UNMAP_WAIT`](super::UNMAP_WAIT) later, the unmap fails with EBUSY.
+    /// /// Registers `hook`, which is called with address and size before an unmap, so that the device drops its pins.
+    /// A size of `u64::MAX` from 0 on means everything. It is called on the client's thread, without a lock of the
+    /// memory; accesses still succeed. If pins are left [`UNMAP_WAIT`](super::UNMAP_WAIT) later, the unmap fails with
+    /// EBUSY.
     ///
-    /// Where another client takes over at once ([`Machine::hand_over`](crate::Machine::hand_over)), it is called right after its
-    /// mappings have taken the place of the former ones: pins that are made then are of the new ones.
+    /// When another client takes over in one step ([`Machine::hand_over`](crate::Machine::hand_over)), the hook is
+    /// called right after that client's mappings have replaced the former ones: new pins are pins of the new mappings.
     ///
-    /// The memory holds the hook for as long as it lives itself: one that holds a `Dma` keeps it for good.
+    /// The memory keeps the hook until it is dropped itself, so a hook with a `Dma` in it is a cycle that is never
+    /// freed.
     pub fn before_unmap(&self, hook: impl Fn(u64, u64) + Send + Sync + 'static) {
         self.space.leaving.add_hook(Arc::new(hook));
     }
@@ -152,7 +155,7 @@ impl fmt::Debug for Dma {
     }
 }
 
-/// The address after a piece. EFAULT when more is to come and the address space ends there.
+/// /// The address after a piece. EFAULT if there are more pieces and the address space ends there.
 #[inline]
 fn next(iova: u64, bytes: usize, done: bool) -> Result<u64, Errno> {
     if done { Ok(iova) } else { iova.checked_add(bytes as u64).ok_or(Errno::EFAULT) }

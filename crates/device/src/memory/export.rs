@@ -1,4 +1,4 @@
-//! The mappings and the log as they are, for another process that goes on with the device: [`Mappings::export`],
+//! //! Exporting the mappings and the log to another process that takes over the device: [`Mappings::export`],
 //! [`Mappings::export_log`], [`Mappings::import_log`].
 
 use std::io;
@@ -14,25 +14,25 @@ use super::log::Log;
 use super::table::Memory;
 use super::{Backing, Mapping, Mappings, RemoteMemory};
 
-/// A mapping as it is.
+/// /// An exported mapping.
 #[derive(Clone, Debug)]
 pub struct ExportedMapping {
     /// First address.
     pub iova: u64,
     /// Bytes.
     pub size: u64,
-    /// What the device may do.
+    /// /// The device's access rights.
     pub flags: DmaMapFlags,
-    /// How its memory is reached.
+    /// /// How its memory is accessed.
     pub kind: MemoryKind,
-    /// The file, for all kinds but [`MemoryKind::Remote`]. Mappings of one file mostly share one. The last to drop it waits for
-    /// the file system, as a file may be the client's choice.
+    /// The file, for all kinds but [`MemoryKind::Remote`]. Mappings of the same file usually share one. Dropping the
+    /// last reference may wait for the file system, since the client may have chosen the file.
     pub fd: Option<Arc<OwnedFd>>,
     /// Where the mapping starts in the file.
     pub offset: u64,
 }
 
-/// How a mapping's memory is reached ([`Backing`]).
+/// /// How a mapping's memory is accessed ([`Backing`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryKind {
     /// [`Backing::File`] or [`Backing::AnyFile`].
@@ -44,8 +44,8 @@ pub enum MemoryKind {
 }
 
 impl ExportedMapping {
-    /// The mapping to be made elsewhere, with a file of its own. `any_file` and `remote` are what the new owner's client may do
-    /// and how it is reached.
+    /// /// The same mapping for another process, with its own fd. `any_file` and `remote` say which files the new owner
+    /// accepts and how it reaches its client.
     pub fn to_mapping(&self, any_file: bool, remote: &Arc<dyn RemoteMemory>) -> io::Result<Mapping> {
         let fd = || -> io::Result<ForeignFd> {
             let fd = self.fd.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
@@ -62,25 +62,25 @@ impl ExportedMapping {
     }
 }
 
-/// A dirty log as it is.
+/// /// An exported dirty log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExportedLog {
     /// Bytes.
     pub page_size: u64,
-    /// Whether it is one of everything, and grows with what is mapped.
+    /// /// Whether it covers everything, and grows with the mappings.
     pub everything: bool,
-    /// What is logged, by address: whole pages, apart from each other.
+    /// /// The logged ranges, by address: whole pages, not adjacent.
     pub ranges: Vec<DmaLoggingRange>,
     /// The pages that were written and not reported.
     pub dirty: Vec<DirtyWords>,
 }
 
-/// A piece of a dirty log, of pages within one of its ranges.
+/// /// A piece of a dirty log, with pages of one of its ranges.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DirtyWords {
     /// The address of bit 0's page.
     pub iova: u64,
-    /// How many pages.
+    /// /// Number of pages.
     pub pages: u64,
     /// A bit for each page, in words of 64.
     pub words: Vec<u64>,
@@ -108,17 +108,17 @@ impl Mappings {
         table.mappings.iter().map(exported).collect()
     }
 
-    /// The log, if there is one; nothing is taken from it. What the device writes later is not in it: it is to have stopped.
+    /// /// The log, if there is one; it is not cleared. The device has to be stopped, since later writes are not
+    /// included.
     pub fn export_log(&self) -> Option<ExportedLog> {
-        // Marks are made under the shared lock; under this one there are none half made.
+        // // Marks are made under the shared lock; under this exclusive one none is in progress.
         self.space.write_lock().log.as_ref().map(Log::export)
     }
 
-    /// Makes an exported log this one's, with all that it has. EINVAL when logging is on, and for a log that cannot be: pages
-    /// of no power of two or not of 4 KiB to 1 GiB, ranges that are not whole pages, in order and apart, dirty pages outside
-    /// them; E2BIG as for [`Mappings::logging_start`]; ENOMEM.
-    ///
-    /// A log of everything is imported once the mappings are there, or before: it covers what is mapped.
+    /// /// Starts logging with an exported log. EINVAL if logging is on, and for an invalid log: a page size that is
+    /// not a power of two from 4 KiB to 1 GiB, ranges that are not whole pages, in order and not adjacent, dirty pages
+    /// outside the ranges; E2BIG as for [`Mappings::logging_start`]; ENOMEM.
+    /// A log of everything can be imported before or after the mappings are made: it covers all of them.
     pub fn import_log(&self, log: &ExportedLog) -> Result<(), Errno> {
         let mut imported = Log::import(log)?;
         let mut table = self.space.write_lock();

@@ -46,7 +46,7 @@ pub enum Bar {
         /// Reads have no side effects.
         prefetchable: bool,
     },
-    /// Memory anywhere, with the next register as the upper half: a power of two from 16 to 2^62.
+    /// /// Memory anywhere, with the next register as the upper half: a power of two from 16 to 2^62.
     Memory64 {
         /// Bytes.
         bytes: u64,
@@ -64,7 +64,7 @@ impl Bar {
     }
 }
 
-/// Collects what a function has. The methods panic on what no function can have: mistakes of a model's author, found
+/// /// Collects the parts of a function. The methods panic on invalid parts: mistakes of a model's author, which show
 /// the first time that it runs.
 #[derive(Debug)]
 pub struct FunctionBuilder {
@@ -78,7 +78,7 @@ pub struct FunctionBuilder {
     express: Option<usize>,
     msi: Option<MsiLayout>,
     msix: Option<MsixLayout>,
-    /// Where the pointer to the next capability goes, and where the next one does.
+    /// /// Offset of the pointer to the next capability, and offset of the next capability.
     link: usize,
     next: usize,
     /// The same for extended ones.
@@ -121,8 +121,7 @@ impl FunctionBuilder {
         builder
     }
 
-    /// A BAR, 0 to 5. Panics on a size that it cannot have, and when the register is taken or there is none for the
-    /// upper half.
+    /// /// A BAR, 0 to 5. Panics on an invalid size, and if the register is in use or there is none for the upper half.
     pub fn bar(mut self, bar: usize, kind: Bar) -> Self {
         let (bytes, bytes_max, kind_bits, enable) = match kind {
             Bar::Io { bytes } => (bytes, 256, 1, Command::IO),
@@ -162,7 +161,7 @@ impl FunctionBuilder {
         self
     }
 
-    /// Power management: D0 and D3hot, in which the registers keep what they have.
+    /// /// Power management: D0 and D3hot, which keeps the registers.
     pub fn power_management(mut self) -> Self {
         assert!(self.power.is_none(), "power management is there");
         // PMC: version 3. PMCSR: no soft reset; the power state can be written.
@@ -190,8 +189,8 @@ impl FunctionBuilder {
     }
 
     /// MSI-X with 1 to 2048 vectors. The table, 16 bytes a vector, and the pending bits, 8 bytes for each 64 vectors or
-    /// part of them, are at (BAR, offset), the offsets multiples of 8. Panics when they overlap or leave their BAR,
-    /// which must have been declared.
+    /// part of them, are at (BAR, offset), the offsets multiples of 8. Panics if they overlap or exceed their BAR,
+    /// which has to be declared before.
     pub fn msix(mut self, vectors: u16, table: (usize, u64), pending: (usize, u64)) -> Self {
         assert!(self.msix.is_none(), "MSI-X is there");
         assert!((1..=2048).contains(&vectors), "MSI-X with {vectors} vectors");
@@ -249,7 +248,7 @@ impl FunctionBuilder {
     }
 
     /// An extended capability of `body` after its 4-byte header, with the bits of `writable` writable. Panics without
-    /// [`FunctionBuilder::express`] before it, and when it has no room.
+    /// [`FunctionBuilder::express`] before it, and if there is no space left.
     pub fn extended(mut self, id: u16, version: u8, body: &[u8], writable: &[u8]) -> Self {
         assert!(self.express.is_some(), "extended capabilities are PCI Express's");
         assert_eq!(body.len(), writable.len(), "a mask for each byte");
@@ -288,7 +287,7 @@ impl FunctionBuilder {
         Function { layout: Arc::new(layout), config, msix, raised }
     }
 
-    /// Links a capability in, of `body` after its ID and next pointer. Says where.
+    /// /// Links in a capability with `body` after its ID and next pointer. Returns its offset.
     fn capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let at = self.next;
         let end = (at + 2 + body.len()).next_multiple_of(4);

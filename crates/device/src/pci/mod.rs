@@ -1,7 +1,7 @@
-//! A PCI function: configuration space with capabilities, MSI-X table, and interrupts by whichever way the client chose
-//! (`PCI Local Bus 3.0`, chapter 6; `PCI Express Base`, chapter 7; `vfio.h: VFIO_PCI_*_INDEX`).
+//! //! A PCI function: configuration space with capabilities, MSI-X table, and interrupts of the kind that the client
+//! uses (`PCI Local Bus 3.0`, chapter 6; `PCI Express Base`, chapter 7; `vfio.h: VFIO_PCI_*_INDEX`).
 //!
-//! A model declares its function once, hands it the accesses to the configuration region and to the BAR with the MSI-X
+//! A model declares its function once, forwards accesses to the configuration region and to the BAR with the MSI-X
 //! table, and raises and lowers its interrupts there:
 //!
 //! ```
@@ -21,15 +21,15 @@
 //! # Ok::<(), limosa_protocol::Errno>(())
 //! ```
 //!
-//! What a client virtualizes. A VMM keeps the guest's view of MSI and MSI-X to itself and wires eventfds (SET_IRQS), so
-//! wiring decides which way an interrupt goes: MSI-X when any of its vectors is wired, else MSI. Where neither is, the
-//! enable bits in the configuration space decide: a message is pending until the client wires its vector, and shown in
-//! MSI-X' pending bits. Else it is INTx, or for a function without a pin a message that is pending. Mask bits are kept
-//! and respected where the client wrote them: a VMM that emulates the MSI-X table (QEMU does) never writes the device's,
-//! whose entries are all masked from reset on, and still hears every vector.
+//! MSI and MSI-X in a VMM. A VMM emulates the guest's view of MSI and MSI-X itself and wires eventfds (SET_IRQS), so
+//! the wiring decides which kind of interrupt is used: MSI-X if any of its vectors is wired, else MSI. If neither is
+//! wired, the enable bits in the configuration space decide: a message is pending until the client wires its vector,
+//! and shown in the MSI-X pending bits. Otherwise it is INTx, or, for a function without a pin, a pending message. Mask
+//! bits are respected only if the client has written them: a VMM that emulates the MSI-X table (as QEMU does) never
+//! writes the device's table, whose entries are all masked after a reset, and still gets every vector.
 //!
-//! When the client has wired or unwired something, the model is told ([`rewired`](crate::Model::rewired)) and calls
-//! [`Function::settle`]: INTx rises or falls with what is wired beside it.
+//! When the client has wired or unwired vectors, the model is told ([`rewired`](crate::Model::rewired)) and calls
+//! [`Function::settle`]: INTx rises or falls depending on the wiring of the other indexes.
 
 mod builder;
 mod config;
@@ -50,13 +50,13 @@ use config::{Config, Layout};
 use msix::MsixTable;
 pub use state::FunctionState;
 
-/// A PCI function as its device keeps it. Cloning gives a second one in the same state.
+/// /// A PCI function of a device. A clone has the same state.
 #[derive(Clone, Debug)]
 pub struct Function {
     layout: Arc<Layout>,
     config: Config,
     msix: Option<MsixTable>,
-    /// Bit *n*: the device holds vector *n* raised.
+    /// /// Bit *n*: the device has raised vector *n* and not lowered it.
     raised: Vec<u64>,
 }
 
@@ -71,8 +71,8 @@ impl Function {
         self.config.bytes() as u64
     }
 
-    /// The nine regions of a PCI device, for [`Description::regions`](crate::Description::regions): the BARs that were
-    /// declared and the configuration space. The model may give its BARs mappings.
+    /// The nine regions of a PCI device, for [`Description::regions`](crate::Description::regions): the declared BARs
+    /// and the configuration space. The model may add mappings to its BARs.
     pub fn regions(&self) -> Vec<Region> {
         let mut regions = vec![Region::default(); pci_index::NUM_REGIONS as usize];
         let flags = RegionFlags::READ | RegionFlags::WRITE;
@@ -87,10 +87,10 @@ impl Function {
     }
 
     /// The five interrupt indexes of a PCI device, for [`Description::irqs`](crate::Description::irqs). The error
-    /// interrupt is there, as QEMU likes to have it; it is for the model to trigger.
+    /// interrupt exists because QEMU expects it; only the model triggers it.
     pub fn irqs(&self) -> Vec<Irq> {
         let message = IrqFlags::EVENTFD | IrqFlags::NORESIZE;
-        // With NORESIZE a VMM unwires all vectors to wire one more.
+        // // With NORESIZE a VMM has to unwire all vectors to wire another one.
         let resizable = IrqFlags::EVENTFD;
         let mut irqs = vec![Irq::default(); pci_index::NUM_IRQS as usize];
         if self.layout.has_pin {
@@ -112,8 +112,8 @@ impl Function {
         self.config.read(offset, data)
     }
 
-    /// Writes configuration space, any bytes of it: bits that cannot be written stay, bits that are cleared by writing
-    /// one are cleared. Says what changed; interrupts are brought up to it already. EINVAL outside.
+    /// /// Writes configuration space, any bytes of it: read-only bits stay, bits that are cleared by writing one are
+    /// cleared. Returns the changes; interrupts are already updated. EINVAL outside.
     pub fn config_write(&mut self, offset: u64, data: &[u8], irqs: &Interrupts) -> Result<Changes, Errno> {
         let changes = self.config.write(&self.layout, offset, data)?;
         if changes.intersects(Changes::COMMAND | Changes::MSI | Changes::MSIX) {
@@ -127,7 +127,7 @@ impl Function {
         self.config.command()
     }
 
-    /// The address that a BAR was given, as its register has it; 0 for one that is not there.
+    /// /// The address in a BAR's register; 0 for a missing BAR.
     pub fn bar_address(&self, bar: usize) -> u64 {
         self.config.bar_address(&self.layout, bar)
     }
@@ -142,25 +142,25 @@ impl Function {
         self.layout.msix.as_ref().is_some_and(|msix| self.config.msix_control(msix) & (1 << 15) != 0)
     }
 
-    /// Reads what of a BAR's range lies in the MSI-X table or its pending bits, over what `data` has there; the rest of
-    /// `data` stays as the model filled it in. Says whether that was all of it.
+    /// /// Reads the part of a BAR access that lies in the MSI-X table or its pending bits into `data`; the rest of
+    /// `data` stays as the model filled it in. Returns whether that was the whole access.
     pub fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8], irqs: &Interrupts) -> bool {
         let pending = || self.msix_pending(irqs);
         self.msix.as_ref().is_some_and(|msix| msix.read(bar, offset, data, pending))
     }
 
-    /// Writes what of a BAR's range lies in the MSI-X table or its pending bits (which cannot be written). Says whether
-    /// that was all of it.
+    /// /// Writes the part of a BAR access that lies in the MSI-X table or its pending bits (which are read-only).
+    /// Returns whether that was the whole access.
     pub fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8], irqs: &Interrupts) -> bool {
         let all = self.msix.as_mut().is_some_and(|msix| msix.write(bar, offset, data));
         self.settle(irqs);
         all
     }
 
-    /// The device raises an interrupt: sends a message, each time, if the client uses MSI-X or MSI; else holds INTx
-    /// until all that was raised is [lowered](Function::lower). With fewer MSI vectors than the device asked for, those
-    /// without one share the first. A message that is masked or whose vector is not wired is pending. Nothing happens
-    /// for a vector that the function was not declared with.
+    /// /// The device raises an interrupt: sends a message, each time, if the client uses MSI-X or MSI; otherwise
+    /// asserts INTx until all raised vectors are [lowered](Function::lower). If MSI has fewer vectors than the device,
+    /// the excess vectors share the first. A message that is masked or whose vector is not wired is pending. Does
+    /// nothing for an undeclared vector.
     pub fn raise(&mut self, vector: u32, irqs: &Interrupts) {
         if vector >= self.layout.vectors() {
             return;
@@ -179,7 +179,7 @@ impl Function {
         self.settle_intx(irqs);
     }
 
-    /// What the interrupt was raised for is done. A message that was sent stays sent.
+    /// /// The cause of the interrupt is gone. Messages that were already sent are not affected.
     pub fn lower(&mut self, vector: u32, irqs: &Interrupts) {
         if let Some(word) = self.raised.get_mut(vector as usize / 64) {
             *word &= !(1 << (vector % 64));
@@ -192,7 +192,7 @@ impl Function {
         self.raised.get(vector as usize / 64).is_some_and(|word| word >> (vector % 64) & 1 != 0)
     }
 
-    /// Back to how the function is at power-on, with nothing raised.
+    /// /// Returns to the power-on state, with nothing raised.
     pub fn reset(&mut self, irqs: &Interrupts) {
         self.config = Config::new(&self.layout);
         if let Some(msix) = &mut self.msix {
@@ -204,9 +204,9 @@ impl Function {
         self.settle_intx(irqs);
     }
 
-    /// Brings the interrupts to what the function's state says: sends the messages that are pending and not masked any
-    /// more, and holds or lets go of INTx. To be called when a state was [loaded](Function::loaded) and takes effect, and
-    /// when the client has [wired](crate::Model::rewired) or unwired something.
+    /// /// Updates the interrupts to match the function's state: sends messages that are pending and no longer masked,
+    /// and asserts or deasserts INTx. Call it when a [loaded](Function::loaded) state takes effect, and when the client
+    /// has [wired](crate::Model::rewired) or unwired vectors.
     pub fn settle(&mut self, irqs: &Interrupts) {
         let masked = self.msix_masked();
         if let Some(msix) = &mut self.msix
@@ -236,7 +236,7 @@ impl Function {
         }
     }
 
-    /// MSI-X' pending bits: what a mask in the table holds back, and what its vector was not signalled.
+    /// /// The MSI-X pending bits: messages that are masked in the table, and edges that were not signalled.
     fn msix_pending(&self, irqs: &Interrupts) -> Vec<u8> {
         let mut pending = self.msix.as_ref().map_or(vec![], |msix| msix.pending.clone());
         for vector in irqs.pending(pci_index::IRQ_MSIX) {
@@ -271,7 +271,7 @@ impl Function {
     }
 }
 
-/// The ways of a message.
+/// /// The kinds of messages.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Messages {
     Msi,

@@ -1,8 +1,8 @@
-//! A device's saved state: tagged fields in sections with a name, a version, a length and checksums, made to be refused
-//! when it is not whole, not right, not this device's or not understood (`docs/saved-state.md` draws it byte by byte).
+//! A device's saved state: tagged fields in sections with a name, a version, a length and checksums. A reader refuses a
+//! state that is incomplete, altered, of another device or of an unknown version (format: `docs/saved-state.md`).
 //!
-//! A device declares its sections once. A [`Writer`] makes the bytes, all at once or as a stream that goes on while the
-//! device runs; a [`Reader`] takes them in any segmentation.
+//! A device declares its sections once. A [`Writer`] produces the bytes, all at once or as a stream while the device
+//! runs; a [`Reader`] accepts them in pieces of any size.
 //!
 //! ```
 //! use limosa_device::saved::{Item, Reader, Refusal, Section, Writer};
@@ -48,10 +48,10 @@ pub use reader::Reader;
 pub use refusal::Refusal;
 pub use writer::Writer;
 
-/// How many bytes a small section may have unless its declaration says otherwise.
+/// /// Default limit on the bytes of a small section.
 pub const MESSAGE_BYTES_MAX: u64 = 64 << 10;
 
-/// What a device says of one kind of section in its state.
+/// /// A device's declaration of a kind of section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Section {
     name: &'static str,
@@ -64,13 +64,13 @@ pub struct Section {
 }
 
 impl Section {
-    /// A small section that must come exactly once: a message of at most [`MESSAGE_BYTES_MAX`] bytes. `name` is 1 to
-    /// 16 printable ASCII characters other than a space, and not `end`; `version`, at least 1, is the one that is
+    /// A small section that must come exactly once: a message of at most [`MESSAGE_BYTES_MAX`] bytes. `name` is 1 to 16
+    /// printable ASCII characters other than a space, and not `end`; `version`, at least 1, is the version that is
     /// written, and the newest that can be read.
     ///
     /// # Panics
     ///
-    /// When name or version are not so; at compile time for a constant.
+    /// If name or version are invalid; at compile time for a constant.
     pub const fn message(name: &'static str, version: u32) -> Section {
         assert!(format::is_word(name.as_bytes(), format::NAME_BYTES), "not a section's name");
         assert!(!matches!(name.as_bytes(), b"end"), "the name of the end");
@@ -87,33 +87,33 @@ impl Section {
         }
     }
 
-    /// Raw memory that may come any number of times, in sections of at most `bytes_max` bytes, and that is handed out
-    /// in pieces as it arrives. Panics as [`Section::message`] does.
+    /// /// Raw memory that may occur any number of times, in sections of at most `bytes_max` bytes. A reader passes it
+    /// on in pieces as it arrives. Panics as [`Section::message`] does.
     pub const fn bulk(name: &'static str, version: u32, bytes_max: u64) -> Section {
         Section { bytes_max, bulk: true, once: false, ..Section::message(name, version) }
     }
 
-    /// May come any number of times, or not at all.
+    /// /// The section may occur any number of times, or not at all.
     pub const fn repeated(self) -> Section {
         Section { once: false, ..self }
     }
 
-    /// Whoever does not know the section, or not this version, may go on without it; it need not come.
+    /// /// A reader that does not know the section or its version ignores it; the section may be missing.
     pub const fn optional(self) -> Section {
         Section { optional: true, once: false, ..self }
     }
 
-    /// Versions from this one on can still be read.
+    /// /// The oldest version that can still be read.
     pub const fn reads_from(self, version_oldest: u32) -> Section {
         Section { version_oldest, ..self }
     }
 
-    /// Has at most so many bytes of payload.
+    /// /// Limits the payload to this many bytes.
     pub const fn bytes_max(self, bytes_max: u64) -> Section {
         Section { bytes_max, ..self }
     }
 
-    /// The most bytes of payload that it may have.
+    /// /// The limit on the bytes of its payload.
     pub const fn bytes_max_of(&self) -> u64 {
         self.bytes_max
     }

@@ -1,12 +1,12 @@
-//! What is in a saved state, for people: whose it is and which sections it has, without the device.
+//! //! The outline of a saved state, for people: its device kind and its sections, without the device.
 
 use super::{Reader, Refusal};
 
-/// How many kinds of sections are told apart.
+/// /// Limit on the kinds of sections that are counted.
 const SECTIONS_MAX: usize = 256;
 
-/// Reads a saved state of any device, checks that it is whole and unaltered, and lists its sections. Holds little memory,
-/// whatever the state is.
+/// /// Reads a saved state of any device, checks that it is complete and unaltered, and lists its sections. Uses little
+/// memory, whatever the state.
 #[derive(Debug)]
 pub struct Outline {
     reader: Reader,
@@ -21,9 +21,9 @@ pub struct OutlineSection {
     pub version: u32,
     /// Whether they may be ignored.
     pub optional: bool,
-    /// How many there are.
+    /// /// Number of sections.
     pub count: u64,
-    /// Bytes of payload of all of them.
+    /// /// Total bytes of payload.
     pub bytes: u64,
 }
 
@@ -34,12 +34,13 @@ impl Default for Outline {
 }
 
 impl Outline {
-    /// Takes the next bytes. Refuses what no device would take: no saved state, an unknown format, altered bytes.
+    /// /// Reads the next bytes. Refuses what every device would refuse: bytes that are not a saved state, an unknown
+    /// format, altered bytes.
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
         self.reader.push(bytes, |_| Ok(()))
     }
 
-    /// The kind of device, once its name has come; empty before.
+    /// /// The kind of device, once its name has arrived; empty before.
     pub fn kind(&self) -> &str {
         self.reader.kind()
     }
@@ -49,13 +50,13 @@ impl Outline {
         self.reader.outline().unwrap_or(&[])
     }
 
-    /// Says that nothing more comes: the state must have ended.
+    /// /// Ends the input: the state must have ended.
     pub fn finish(&self) -> Result<(), Refusal> {
         self.reader.finish()
     }
 }
 
-/// Counts a section in.
+/// /// Counts a section.
 pub(super) fn note(sections: &mut Vec<OutlineSection>, name: &str, version: u32, optional: bool, bytes: u64) {
     let same = |section: &&mut OutlineSection| {
         section.name == name && section.version == version && section.optional == optional

@@ -1,4 +1,4 @@
-//! [`Reader`]: takes a saved state in, in pieces of any size.
+//! //! [`Reader`]: reads a saved state in pieces of any size.
 
 use std::mem::{size_of, take};
 
@@ -12,23 +12,23 @@ use super::{Refusal, Section};
 
 /// Reads a saved state that is pushed into it.
 ///
-/// What is handed out goes to staging memory; only when [`Reader::finish`] has said that the state is whole and right
-/// may the device be changed. The first refusal is final: it is given again by everything that follows.
+/// Its output goes to staging memory; the device may be changed only after [`Reader::finish`] has confirmed that the
+/// state is complete and valid. The first refusal is final: every later call returns it again.
 #[derive(Debug)]
 pub struct Reader {
     kind: String,
     known: Vec<Known>,
     bytes_max: u64,
-    /// The part that is being collected, as far as it came.
+    /// /// The part that is being collected, as far as it has arrived.
     part: Vec<u8>,
     at: At,
     /// The running checksum.
     sum: u32,
     sections: u32,
-    /// Bytes taken in.
+    /// /// Bytes read.
     bytes: u64,
     refusal: Option<Refusal>,
-    /// For a reader of any state: what sections came.
+    /// /// For a reader of any state: its sections so far.
     outline: Option<Vec<OutlineSection>>,
 }
 
@@ -46,9 +46,9 @@ enum At {
         bytes: usize,
     },
     Head,
-    /// The payload of a section that is handed out whole, and its checksum.
+    /// /// The payload of a section that is passed on as a whole, and its checksum.
     Whole(Open),
-    /// Payload that is handed out, or ignored, in pieces.
+    /// /// Payload that is passed on, or ignored, in pieces.
     Pieces(Open, u64),
     /// The checksum after that.
     PiecesSum(Open),
@@ -59,10 +59,10 @@ enum At {
     Done,
 }
 
-/// The section whose payload comes.
+/// /// The section whose payload comes next.
 #[derive(Clone, Copy, Debug)]
 struct Open {
-    /// Which of the known ones; `None` for one that is ignored.
+    /// /// Index among the known sections; `None` for an ignored one.
     known: Option<usize>,
     name: [u8; NAME_BYTES],
     version: u32,
@@ -92,17 +92,17 @@ impl Reader {
         Reader { outline: Some(Vec::new()), ..Reader::new("", &[], u64::MAX) }
     }
 
-    /// The sections that came, for a reader of any state.
+    /// /// The sections so far, for a reader of any state.
     pub(super) fn outline(&self) -> Option<&[OutlineSection]> {
         self.outline.as_deref()
     }
 
-    /// Whose state is read.
+    /// /// The kind of device.
     pub(super) fn kind(&self) -> &str {
         &self.kind
     }
 
-    /// Takes the next bytes, and hands out what they complete. What the state or `take` refuses is refused for good.
+    /// /// Reads the next bytes, and passes completed items to `take`. A refusal by the reader or by `take` is final.
     pub fn push(
         &mut self,
         bytes: &[u8],
@@ -114,8 +114,8 @@ impl Reader {
         self.run(bytes, &mut take).inspect_err(|refusal| self.refusal = Some(refusal.clone()))
     }
 
-    /// The bulk payload that the next bytes are, if they are: they may be received where they belong, and be pushed
-    /// from there with nothing left to do for what is handed out.
+    /// /// The bulk payload that comes next, if it does. The caller may receive it directly into its place and push it
+    /// from there; the resulting items then need no copy.
     pub fn ahead(&self) -> Option<Ahead<'_>> {
         match self.at {
             At::Pieces(Open { known: Some(known), place, length, .. }, offset) if self.refusal.is_none() => {
@@ -125,7 +125,7 @@ impl Reader {
         }
     }
 
-    /// Says that nothing more comes: the state must have ended.
+    /// /// Ends the input: the state must have ended.
     pub fn finish(&self) -> Result<(), Refusal> {
         match (&self.refusal, self.at) {
             (Some(refusal), _) => Err(refusal.clone()),
@@ -134,7 +134,7 @@ impl Reader {
         }
     }
 
-    /// Bytes of memory held for the part that is being collected.
+    /// /// Bytes of memory used for the part that is being collected.
     #[cfg(test)]
     pub(super) fn held(&self) -> usize {
         self.part.capacity()
@@ -183,7 +183,7 @@ impl Reader {
             At::Header => size_of::<Header>(),
             At::Kind { bytes } => bytes + CHECKSUM_BYTES,
             At::Head => size_of::<Head>() + CHECKSUM_BYTES,
-            // Bounded by what the device said of the section.
+            // // Bounded by the section's declaration.
             At::Whole(open) => open.length as usize + CHECKSUM_BYTES,
             At::End { .. } => size_of::<End>() + CHECKSUM_BYTES,
             At::PiecesSum(_) => CHECKSUM_BYTES,
@@ -214,7 +214,7 @@ impl Reader {
                 let found =
                     std::str::from_utf8(kind).ok().filter(|kind| is_word(kind.as_bytes(), KIND_BYTES));
                 let found =
-                    found.ok_or_else(|| Refusal::malformed("header", "the kind of device is no word"))?;
+                    found.ok_or_else(|| Refusal::malformed("header", "the kind of device is not a word"))?;
                 if self.outline.is_some() {
                     self.kind = found.into();
                 } else if found != self.kind {
@@ -235,7 +235,10 @@ impl Reader {
             At::End { sections, bytes } => {
                 let end = End { sections: u64::from(sections).into(), bytes: bytes.into() };
                 if End::read_from_bytes(self.summed(part)?) != Ok(end) {
-                    return Err(Refusal::malformed("end", "it counts other sections or bytes than came"));
+                    return Err(Refusal::malformed(
+                        "end",
+                        "its counts of sections or bytes differ from the state",
+                    ));
                 }
                 if let Some(missing) = self.known.iter().find(|known| known.section.once && !known.came) {
                     return Err(Refusal::Missing { name: missing.section.name.into() });
@@ -270,7 +273,7 @@ impl Reader {
         let before = self.bytes - part.len() as u64;
         let head = self.summed(part)?;
         let head = Head::read_from_bytes(head).map_err(|_| Refusal::NotAState)?;
-        let name = name_of(&head.name).ok_or_else(|| Refusal::malformed("?", "its name is none"))?;
+        let name = name_of(&head.name).ok_or_else(|| Refusal::malformed("?", "its name is invalid"))?;
         let expected = self.sections;
         let (found, version) = (head.sequence.get(), head.version.get());
         if found != expected {
@@ -279,7 +282,7 @@ impl Reader {
         self.sections =
             expected.checked_add(1).ok_or_else(|| Refusal::malformed(name, "too many sections"))?;
         if head.zero != 0 || head.flags.get() & !OPTIONAL != 0 || version == 0 {
-            return Err(Refusal::malformed(name, "its head has what this format does not"));
+            return Err(Refusal::malformed(name, "its head has unknown fields"));
         }
         let length = head.length.get();
         let whole = self.bytes.saturating_add(length);
@@ -292,7 +295,7 @@ impl Reader {
         }
         if head.name == END {
             if length != size_of::<End>() as u64 || version != END_VERSION || head.flags != 0 {
-                return Err(Refusal::malformed(name, "an end of another form"));
+                return Err(Refusal::malformed(name, "the end has another form"));
             }
             self.at = At::End { sections: expected, bytes: before };
             return Ok(());
@@ -309,7 +312,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Which known section it is; `None` when it is to be ignored.
+    /// /// The index of the known section; `None` if it is ignored.
     fn admit(
         &mut self,
         name: &str,
@@ -373,7 +376,7 @@ impl Reader {
         hand_out(Item { section, version, place, offset, length, bytes })
     }
 
-    /// What comes before the checksum that ends a part, when it is right.
+    /// /// The bytes before the checksum at the end of a part, if it is correct.
     fn summed<'a>(&mut self, part: &'a [u8]) -> Result<&'a [u8], Refusal> {
         let altered = || Refusal::Altered { place: self.place() };
         let (summed, sum) = part.split_last_chunk::<CHECKSUM_BYTES>().ok_or_else(altered)?;

@@ -241,7 +241,7 @@ fn a_section_of_another_state_is_refused() {
 fn a_foreign_device_is_named() {
     let bytes = Writer::new("other.device").finish();
     let refusal = load(&bytes).unwrap_err();
-    let text = r#"the state is that of a "other.device", this device is a "test.device""#;
+    let text = r#"the state belongs to a "other.device", this device is a "test.device""#;
     assert_eq!((refusal.to_string().as_str(), refusal.errno()), (text, Errno::EINVAL));
     assert_eq!(load(b"QEVM and what comes after that"), Err(Refusal::NotAState));
     let mut newer = example();

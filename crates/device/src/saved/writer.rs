@@ -1,4 +1,4 @@
-//! Makes a saved state.
+//! //! [`Writer`]: writes a saved state.
 
 use crc32c::{crc32c, crc32c_append};
 use zerocopy::IntoBytes;
@@ -6,14 +6,15 @@ use zerocopy::IntoBytes;
 use super::Section;
 use super::format::*;
 
-/// Makes the bytes of a saved state.
+/// /// Produces the bytes of a saved state.
 ///
-/// For a small device: sections, then [`Writer::finish`]. For a stream: what was made so far is [taken](Writer::take) in
-/// pieces while sections go on being added, and bulk payload need not pass through the writer: [`Writer::begin`]
-/// announces it, and each piece is shown to [`Writer::lend`] and sent from where it lies.
+/// For a small device: add sections, then call [`Writer::finish`]. For a stream: [take](Writer::take) the bytes
+/// produced so far in pieces while more sections are added. Bulk payload need not pass through the writer:
+/// [`Writer::begin`] announces it, and each piece is passed to [`Writer::lend`] for the checksum and sent directly from
+/// its place.
 #[derive(Debug)]
 pub struct Writer {
-    /// What was made and not compacted away yet; the first `taken` bytes were taken.
+    /// /// Bytes produced and not compacted yet; the first `taken` of them were taken.
     made: Vec<u8>,
     taken: usize,
     /// The running checksum.
@@ -21,7 +22,7 @@ pub struct Writer {
     sections: u32,
     /// Bytes of the state so far.
     bytes: u64,
-    /// Payload of the open section that is still to be lent.
+    /// /// Bytes of the open section's payload that have not been passed to [`Writer::lend`].
     to_lend: u64,
     open: bool,
     ended: bool,
@@ -32,7 +33,7 @@ impl Writer {
     ///
     /// # Panics
     ///
-    /// When the kind is not so.
+    /// If the kind is invalid.
     pub fn new(kind: &str) -> Writer {
         assert!(is_word(kind.as_bytes(), KIND_BYTES), "not a device's kind: {kind:?}");
         let header = Header {
@@ -61,8 +62,8 @@ impl Writer {
     ///
     /// # Panics
     ///
-    /// When a section is open or the state has ended, or when the payload has more bytes than the section may have:
-    /// mistakes of the device, which would write states that nobody can read.
+    /// If a section is open or the state has ended, or if the payload is larger than the section's limit: mistakes of
+    /// the device, which would write states that no reader accepts.
     pub fn section(&mut self, section: &Section, place: u64, payload: &[u8]) {
         self.begin(section, place, payload.len() as u64);
         if self.open {
@@ -76,8 +77,8 @@ impl Writer {
         self.section(section, 0, &message.encode_to_vec());
     }
 
-    /// Begins a section whose `length` bytes of payload are then [lent](Writer::lend). Panics as [`Writer::section`]
-    /// does.
+    /// /// Begins a section whose `length` bytes of payload are then passed to [`Writer::lend`]. Panics as
+    /// [`Writer::section`] does.
     pub fn begin(&mut self, section: &Section, place: u64, length: u64) {
         assert!(length <= section.bytes_max, "section {:?} of {length} bytes", section.name);
         let flags = if section.optional { OPTIONAL } else { 0 };
@@ -89,15 +90,14 @@ impl Writer {
         }
     }
 
-    /// Counts a piece of the open section's payload, which the caller sends by itself after everything that was made
-    /// before it; when it is the last piece, what follows it is made.
+    /// /// Adds a piece of the open section's payload to the checksum. The caller sends the piece itself, after
+    /// everything that was produced before it. After the last piece, the bytes that follow the payload are produced.
     ///
     /// # Panics
     ///
-    /// When it is more than is left of the section, or when something that was made before is not [taken](Writer::take)
-    /// yet.
+    /// If the piece is longer than the rest of the section, or if earlier bytes are not [taken](Writer::take) yet.
     pub fn lend(&mut self, piece: &[u8]) {
-        assert!(self.untaken().is_empty(), "what comes before the piece was not taken");
+        assert!(self.untaken().is_empty(), "the bytes before the piece were not taken");
         self.to_lend = self.to_lend.checked_sub(piece.len() as u64).expect("no more than was announced");
         self.sum = crc32c_append(self.sum, piece);
         self.bytes += piece.len() as u64;
@@ -106,7 +106,7 @@ impl Writer {
         }
     }
 
-    /// Bytes of the open section's payload that are still to be lent; 0 when none is open.
+    /// /// Bytes of the open section's payload that have not been passed to [`Writer::lend`]; 0 if none is open.
     pub fn to_lend(&self) -> u64 {
         self.to_lend
     }
@@ -120,24 +120,25 @@ impl Writer {
         self.ended = true;
     }
 
-    /// Whether the state has ended. What is left may still have to be taken.
+    /// /// Whether the state has ended. Bytes may still have to be taken.
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// What was made and not taken yet.
+    /// /// The bytes that were produced and not taken yet.
     pub fn untaken(&self) -> &[u8] {
         &self.made[self.taken..]
     }
 
-    /// Takes at most `bytes_max` bytes of what was made.
+    /// /// Takes at most `bytes_max` of the produced bytes.
     pub fn take(&mut self, bytes_max: usize) -> &[u8] {
         let from = self.taken;
         self.taken += bytes_max.min(self.made.len() - from);
         &self.made[from..self.taken]
     }
 
-    /// Ends the state, if it has not ended, and gives all that is not taken. Panics as [`Writer::section`] does.
+    /// /// Ends the state, if it has not ended, and returns all bytes that were not taken. Panics as
+    /// [`Writer::section`] does.
     pub fn finish(mut self) -> Vec<u8> {
         if !self.ended {
             self.end();

@@ -61,7 +61,7 @@ fn a_device_that_a_vmm_uses_is_probed_driven_and_saved() {
     assert!(stopped.err.contains("it runs again when this command ends"), "{stopped:?}");
     stopped.ok();
     // What is the VMM's is left to it.
-    limosa(&["state", &device.socket, "reset"]).fails(3, &["EPERM", "that is the VMM's"]);
+    limosa(&["state", &device.socket, "reset"]).fails(3, &["EPERM", "only the VMM may do that"]);
     let file = folder.text("saved.lmsa");
     limosa(&["save", &device.socket, &file]).ok();
     assert_eq!((vmm.guest(), vmm.client.state().unwrap()), (GUEST, State::Running));

@@ -45,9 +45,8 @@ impl Extent {
 /// and none outside the range is read or set; a page that lies only partly in the range counts
 /// with that part.
 ///
-/// `length` may be 0; `iova + length` may be 2^64. Whoever clears what is reported must keep the
-/// pages that lie only partly in the range, as [`DirtyBitmap::report`](super::DirtyBitmap::report)
-/// does.
+/// `length` may be 0; `iova + length` may be 2^64. A caller that clears reported pages must keep those that lie only
+/// partly in the range, as [`DirtyBitmap::report`](super::DirtyBitmap::report) does.
 ///
 /// # Panics
 ///

@@ -1,11 +1,10 @@
 //! Bitmaps in plain words: bit *n* of the whole is bit *n* mod 64 of word *n* / 64, which in
 //! little-endian memory is the bitmap of `vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`.
 //!
-//! Pages are counted from the bitmap's first bit. A range that does not fit into its bitmap is a
-//! mistake of the caller and panics, as an index into a slice does: what a peer names is to be
-//! checked before ([`crate::logging`]).
+//! Pages are counted from the bitmap's first bit. A range outside its bitmap is a mistake of the caller and panics,
+//! like an index into a slice: check ranges of a peer before ([`crate::logging`]).
 
-/// The words that a bitmap of so many pages takes.
+/// /// Number of words in a bitmap of this many pages.
 pub const fn words_for(pages: u64) -> usize {
     pages.div_ceil(64) as usize
 }
@@ -48,7 +47,7 @@ impl Span {
     }
 }
 
-/// The pages that so many words have room for.
+/// /// Number of pages in these words.
 const fn room(words: &[u64]) -> u64 {
     (words.len() as u64).saturating_mul(64)
 }
@@ -88,7 +87,7 @@ pub fn any(words: &[u64], start: u64, len: u64) -> bool {
                 || words[span.last] & span.mask(span.last) != 0))
 }
 
-/// How many pages are set.
+/// /// Number of pages that are set.
 pub fn count(words: &[u64]) -> u64 {
     words.iter().map(|word| u64::from(word.count_ones())).sum()
 }
@@ -98,7 +97,7 @@ pub fn is_empty(words: &[u64]) -> bool {
     words.iter().all(|word| *word == 0)
 }
 
-/// Sets in `dst` every page that is set in `src`. Panics when `dst` is the shorter one.
+/// Sets in `dst` every page that is set in `src`. Panics if `dst` is shorter.
 pub fn or_into(dst: &mut [u64], src: &[u64]) {
     for (dst, src) in dst[..src.len()].iter_mut().zip(src) {
         *dst |= src;

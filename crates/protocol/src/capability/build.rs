@@ -6,10 +6,10 @@ use zerocopy::IntoBytes;
 
 use super::{CapHeader, IovaRange, ListHeader, RegionType, SparseMmapArea, iommu_cap, region_cap};
 
-/// Where capabilities begin: at multiples of so many bytes, as Linux' do.
+/// /// Capabilities begin at multiples of this many bytes, as in Linux.
 const ALIGNMENT: usize = 8;
 
-/// A chain in the making.
+/// /// A chain that is being built.
 ///
 /// ```
 /// use limosa_protocol::capability::{Chain, SparseMmapArea};
@@ -33,7 +33,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// An empty chain after an information structure of so many bytes.
+    /// /// An empty chain after an information structure of this many bytes.
     pub fn after(fixed_bytes: usize) -> Chain {
         Chain { fixed: fixed_bytes, bytes: Vec::new(), last: None }
     }
@@ -61,7 +61,7 @@ impl Chain {
     ///
     /// # Panics
     ///
-    /// When structure and chain would be longer than `u32` can say.
+    /// If structure and chain together exceed the range of `u32`.
     pub fn push(&mut self, id: u16, version: u16, data: &[u8]) -> &mut Chain {
         let at = (self.fixed + self.bytes.len()).next_multiple_of(ALIGNMENT);
         let end = (at + size_of::<CapHeader>() + data.len()).next_multiple_of(ALIGNMENT);

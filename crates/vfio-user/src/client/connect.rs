@@ -22,7 +22,7 @@ use crate::codec::{Command, Header, Kind, VersionMessage};
 use crate::connection::{self, ConnectionError, Fds, Receiver, Sender};
 use crate::version::{Capabilities, JSON_BYTES_MAX, Limits, Role, VERSION};
 
-/// A connection before anything else knows of it: one request at a time.
+/// /// A new connection before it is shared: one request at a time.
 struct Fresh<'a> {
     name: &'a str,
     options: &'a Options,
@@ -33,16 +33,16 @@ struct Fresh<'a> {
     deadline: Instant,
 }
 
-/// What was agreed on, the server's socket for DMA messages, and the role that this client has.
+/// /// The agreed limits, the server's socket for DMA messages, and the role of this client.
 type Agreed = (Limits, Option<Foreign<UnixStream>>, Role);
 
-/// What a look at the server's handling of DEVICE_FEATURE showed.
+/// /// The result of probing the server's handling of DEVICE_FEATURE.
 enum Probed {
-    /// It keeps its step.
+    /// /// The server stays in sync.
     InStep,
     /// It does not know the message, and lost its step but found it again.
     Unknown,
-    /// The connection is of no more use.
+    /// /// The connection is no longer usable.
     Lost,
 }
 
@@ -134,7 +134,7 @@ impl<'a> Fresh<'a> {
         match header.kind() {
             Ok(Kind::Reply) if header.id == id && header.command == Command::VERSION => {}
             Ok(Kind::Refusal(errno)) => return Err(fresh.error("VERSION", Failure::Refused(errno))),
-            _ => return Err(fresh.misbehaved("the answer to VERSION is none")),
+            _ => return Err(fresh.misbehaved("the answer to VERSION is invalid")),
         }
         let (theirs, json) = VersionMessage::read_from_prefix(&body)
             .map_err(|_| fresh.misbehaved("the answer to VERSION is too short"))?;
@@ -148,14 +148,14 @@ impl<'a> Fresh<'a> {
         let twin = match theirs_caps.twin_socket.filter(|twin| twin.supported) {
             None => None,
             Some(_) if !options.twin_socket => {
-                return Err(fresh.misbehaved("it has a twin socket that nobody asked for"));
+                return Err(fresh.misbehaved("it has a twin socket that was not requested"));
             }
             Some(twin) => {
                 let index = twin.fd_index.and_then(|index| usize::try_from(index).ok());
                 let fd = index.and_then(|index| fds.fds.into_iter().nth(index));
                 let fd = fd.ok_or_else(|| fresh.misbehaved("the twin socket that it names did not come"))?;
                 let no_socket =
-                    |_| fresh.misbehaved("what came for the twin socket is no UNIX stream socket");
+                    |_| fresh.misbehaved("the fd for the twin socket is not a UNIX stream socket");
                 Some(fd.into_unix_stream().map_err(no_socket)?)
             }
         };
@@ -164,13 +164,13 @@ impl<'a> Fresh<'a> {
             _ => Role::Vmm,
         };
         if options.role == Role::Control && role != Role::Control {
-            return Err(fresh.misbehaved("it knows no control clients beside a VMM"));
+            return Err(fresh.misbehaved("it does not support control clients"));
         }
         Ok((fresh, (limits, twin, role)))
     }
 
-    /// Finds out whether the server keeps its step on DEVICE_FEATURE. To one that does not, the
-    /// probe's body is the header of a message 0.
+    /// /// Finds out whether the server stays in sync after DEVICE_FEATURE. A server that does not parses the probe's
+    /// body as the header of a message 0.
     fn probe(&mut self) -> Probed {
         self.deadline = Instant::now() + self.options.request_limit;
         let header = FeatureHeader::new(FeatureIndex::MIGRATION, FeatureOp::GET | FeatureOp::PROBE, 8);
@@ -199,7 +199,7 @@ impl<'a> Fresh<'a> {
         if lost_step { Probed::Unknown } else { Probed::InStep }
     }
 
-    /// Asks for every feature that not every server has.
+    /// /// Probes every feature that some servers lack.
     fn features(&mut self) -> Result<Features> {
         self.deadline = Instant::now() + self.options.request_limit;
         let mut found = Features::default().spoken();
@@ -215,9 +215,9 @@ impl<'a> Fresh<'a> {
             }
             match reply.kind() {
                 Ok(Kind::Reply) => found.add(index),
-                // What errno a server has for "no" differs.
+                // // Servers use different errnos for "no".
                 Ok(Kind::Refusal(_)) => {}
-                _ => return Err(self.misbehaved("the answer to a PROBE is none")),
+                _ => return Err(self.misbehaved("the answer to a PROBE is invalid")),
             }
         }
         Ok(found)

@@ -1,5 +1,5 @@
-//! What a control client asks for beside the standard (`docs/vfio-user-extensions.md: STAY, ECHO, KICK, NEXT`), and what the errors
-//! mean that only its role brings.
+//! //! The requests of control clients beyond the standard (`docs/vfio-user-extensions.md: STAY, ECHO, KICK, NEXT`),
+//! and the meaning of errors that are specific to this role.
 
 use limosa_client::{Device, FeatureRequest, Refers, Result};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
@@ -9,9 +9,9 @@ use super::Client;
 use crate::extension::{self, Echo, Next, NextFlags, Stay, StayFlags};
 
 impl Client {
-    /// Has the device stay as it is, in STOP or STOP_COPY, until the move with this id is decided ([`Client::release`]): no
-    /// client, no client's end and no reset leads it to RUNNING. EBUSY unless this client drives the device, EINVAL in another
-    /// state, EEXIST when it stays for another move, ENOTTY where the server has no such feature.
+    /// /// Makes the device stay in STOP or STOP_COPY until the move with this id is decided ([`Client::release`]):
+    /// until then no client, no client's end and no reset sets it running. EBUSY unless this client drives the device,
+    /// EINVAL in another state, EEXIST if it stays for another move, ENOTTY if the server has no such feature.
     pub fn stay(&self, id: [u8; 16]) -> Result<()> {
         let mut stay = Stay { id, flags: StayFlags::STAY, reserved: 0 };
         self.control(extension::STAY, FeatureOp::SET, stay.as_mut_bytes())
@@ -45,16 +45,16 @@ impl Client {
         self.control(extension::KICK, FeatureOp::SET, &mut [])
     }
 
-    /// Names the process whose client is the next VMM: it prepares beside the VMM, and gets the device when the VMM goes. `pid` is
-    /// its number as the server sees it; `None` takes the name back, and ends the connection of a next client that is there.
-    /// ESRCH when there is no such process, ENOTCONN without a VMM, EBUSY while a next client is there, ENOTTY where the server
-    /// has no such feature.
+    /// /// Names the process whose client is the next VMM: it prepares while the VMM is connected, and gets the device
+    /// when the VMM goes. `pid` is the PID in the server's namespace; `None` withdraws the name, and disconnects the
+    /// next client. ESRCH if there is no such process, ENOTCONN without a VMM, EBUSY while a next client is connected,
+    /// ENOTTY if the server has no such feature.
     pub fn name_next(&self, pid: Option<i32>) -> Result<()> {
         let mut next = Next { pid: pid.unwrap_or(0), flags: 0 };
         self.control(extension::NEXT, FeatureOp::SET, next.as_mut_bytes())
     }
 
-    /// The process that was named ([`Client::name_next`]), and what has become of it.
+    /// /// The process that was named ([`Client::name_next`]), and whether its client is connected.
     pub fn next_vmm(&self) -> Result<NextVmm> {
         let mut next = Next::default();
         self.control(extension::NEXT, FeatureOp::GET, next.as_mut_bytes())?;
@@ -80,11 +80,11 @@ pub struct NextVmm {
     pub pid: Option<i32>,
     /// Its client is connected, and prepares.
     pub is_there: bool,
-    /// That is the client which asks: the device is not its own yet.
+    /// /// It is this client, which does not have the device yet.
     pub is_this: bool,
 }
 
-/// What a refusal means to a control client; empty where the errno says it all.
+/// /// The meaning of a refusal for a control client; empty if the errno is sufficient.
 pub(super) fn hint(request: &str, errno: Errno) -> &'static str {
     match errno {
         Errno::EBUSY if request.contains("MIG_DEVICE_STATE") => {
@@ -93,14 +93,14 @@ pub(super) fn hint(request: &str, errno: Errno) -> &'static str {
         }
         Errno::EBUSY if request.contains("STAY") => TAKEN_BACK,
         Errno::EBUSY if request.contains("NEXT") => {
-            "the client of the process that was named before is there"
+            "the client of the process that was named before is connected"
         }
         Errno::ENOTCONN if request.contains("NEXT") => {
-            "no VMM uses the device: the one that connects now has it"
+            "no VMM uses the device: the next client that connects gets it"
         }
         Errno::ESRCH if request.contains("NEXT") => "the server sees no such process",
         Errno::ENODEV if request.contains("MIG_DATA") => TAKEN_BACK,
-        Errno::EPERM => "that is the VMM's, and this is a control client beside it",
+        Errno::EPERM => "only the VMM may do that, and this is a control client",
         _ => "",
     }
 }

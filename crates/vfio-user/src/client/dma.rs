@@ -18,10 +18,10 @@ use super::exchange::Failure;
 use crate::codec::{Command, DmaAccess, Header, Kind};
 use crate::connection::{ConnectionError, Receiver, Sender};
 
-/// The mappings that were made, and who serves them.
+/// /// The mappings, and the objects that serve them.
 pub(super) struct DmaTargets {
     data_bytes_max: u32,
-    /// What was written to them.
+    /// /// The log of writes to them.
     pub log: DmaLog,
     maps: RwLock<BTreeMap<u64, Target>>,
 }
@@ -32,7 +32,7 @@ struct Target {
     memory: Arc<dyn DmaTarget>,
 }
 
-/// Memory in a file that the server was given, for one that asks for it all the same.
+/// /// Memory in a file that the server got, for servers that still access it by messages.
 pub(super) struct FileTarget {
     pub fd: OwnedFd,
     pub offset: u64,
@@ -100,7 +100,8 @@ impl DmaTargets {
         self.maps.write().unwrap_or_else(PoisonError::into_inner).remove(&iova);
     }
 
-    /// Forgets the mappings that lie in a range, and says whether there was one. Returns once none of them is in use.
+    /// /// Removes the mappings that lie in a range, and returns whether there was one. Returns once none of them is in
+    /// use.
     pub fn remove(&self, iova: u64, size: u64) -> bool {
         let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
         let end = u128::from(iova) + u128::from(size);
@@ -113,8 +114,8 @@ impl DmaTargets {
         self.maps.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Serves a command of the server's, at which the receiver stands. Only what makes the
-    /// connection useless is an error.
+    /// /// Serves the server's command that the receiver has received. Only failures that make the connection unusable
+    /// are errors.
     pub fn serve(
         &self,
         receiver: &mut Receiver,
@@ -141,7 +142,7 @@ impl DmaTargets {
         Ok(())
     }
 
-    /// Moves the data; `data` is left with what the reply carries.
+    /// /// Moves the data; `data` then has the data of the reply.
     fn perform(
         &self,
         receiver: &mut Receiver,
@@ -175,7 +176,7 @@ impl DmaTargets {
         receiver.read(data, Some(deadline))?;
         let done = each_piece(maps, access, DmaMapFlags::WRITE, |target, offset, from, to| {
             let written = target.write(offset, &data[from..to]);
-            // Also what failed may have been written in part.
+            // // A failed write may have been written in part.
             self.log.wrote(access.address + from as u64, (to - from) as u64);
             written
         });
@@ -217,12 +218,12 @@ fn each_piece(
     Ok(())
 }
 
-/// The errno of an I/O error; EIO where it has none.
+/// /// The errno of an I/O error; EIO if it has none.
 pub(super) fn os_errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, |errno| Errno::from_raw(errno.unsigned_abs()))
 }
 
-/// Serves the server's commands on a socket of their own until that ends.
+/// /// Serves the server's commands on their separate socket until that ends.
 pub(super) fn serve_twin(targets: &DmaTargets, mut receiver: Receiver, sender: &Sender) {
     loop {
         let header = match receiver.next(None) {
@@ -239,7 +240,7 @@ pub(super) fn serve_twin(targets: &DmaTargets, mut receiver: Receiver, sender: &
             Ok(_) => Err(Failure::Misbehaved("a reply where only commands are".into())),
             Err(error) => Err(Failure::Misbehaved(error.to_string())),
         };
-        // Nothing else is sent here, so nobody waits while this does.
+        // // Nothing else is sent here, so no other thread waits for this.
         let served = served.and_then(|()| {
             while !sender.flush()? {
                 sender.wait_writable(deadline)?;

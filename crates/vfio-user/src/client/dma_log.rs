@@ -1,9 +1,9 @@
 //! The pages that the client writes for the server (`vfio-user.rst: VFIO_USER_DMA_WRITE`), while
 //! dirty logging is on.
 //!
-//! The specification does not say whether a server logs what it writes by messages, and some do not:
-//! who has no fd of the memory has no bitmap for it. The client knows, as it is the one that writes;
-//! so it logs, and adds what it has to each report. A page that both have is no mistake.
+//! The specification does not say whether a server logs its writes by messages, and some do not: a server without an fd
+//! of the memory has no bitmap for it. The client performs these writes, so it logs them and adds its log to each
+//! report. A page may be in both logs.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,12 +17,12 @@ const CHUNK_PAGES: u64 = CHUNK_WORDS as u64 * 64;
 /// to, one for each 128 MiB.
 type Pages = BTreeMap<u64, Box<[u64; CHUNK_WORDS]>>;
 
-/// What was written since the last report; off until started.
+/// /// The pages written since the last report; off until started.
 #[derive(Default)]
 pub(super) struct DmaLog(Mutex<Option<Pages>>);
 
 impl DmaLog {
-    /// Turns it on, empty, and says whether it was off.
+    /// /// Turns the log on, empty, and returns whether it was off.
     pub fn start(&self) -> bool {
         let mut pages = self.lock();
         let was_off = pages.is_none();
@@ -44,7 +44,7 @@ impl DmaLog {
         }
     }
 
-    /// Moves what was logged of a range to its bitmap of pages of `page_size` bytes.
+    /// /// Moves the logged pages of a range to its bitmap with pages of `page_size` bytes.
     pub fn harvest(&self, iova: u64, length: u64, page_size: u64, bitmap: &mut [u64]) {
         self.take(iova, length, |first, last| {
             for bit in (first - iova) / page_size..=(last - iova) / page_size {

@@ -1,13 +1,11 @@
 //! Requests and replies of many threads on one socket (`vfio-user.rst: Command Concurrency`).
 //!
-//! Whoever waits for a reply while nobody receives becomes the leader: it receives, and hands the
-//! others what is theirs. So a lone caller sends once and receives once, with no other thread and
-//! no allocation. A short reply to another thread is copied to its slot; for a long one the
-//! leader hands over the receiver itself, so that the data is received straight into its owner's
-//! memory.
+//! A thread that waits for a reply while no other thread receives becomes the leader: it receives, and dispatches the
+//! replies of the others. So a single caller sends once and receives once, without another thread and without an
+//! allocation. A short reply to another thread is copied to its slot; for a long one the leader passes the receiver
+//! itself to that thread, so that the data is received directly into its memory.
 //!
-//! A reply that comes too late must not be taken for another's: an id is not used again before its
-//! reply has come.
+//! A late reply must not be mistaken for another one: an id is not reused before its reply has arrived.
 
 mod desk;
 mod meanwhile;
@@ -64,10 +62,10 @@ impl From<ConnectionError> for Failure {
     }
 }
 
-/// What a reply brought.
+/// /// The contents of a reply.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
-    /// Bytes of the reply's body, what was not asked for included.
+    /// /// Bytes of the reply's body, including excess bytes.
     pub body_bytes: usize,
     /// Its fds.
     pub fds: Fds,
@@ -87,7 +85,7 @@ pub(super) struct Exchange {
     /// One for each slot, and one for the attendant.
     wakes: [Condvar; SLOTS + 1],
     slot_freed: Condvar,
-    /// Wakes who waits for room in the socket when the leader leaves.
+    /// /// Wakes threads that wait for space in the socket when the leader leaves.
     leaderless: OwnedFd,
     pub dma: DmaTargets,
 }
@@ -118,8 +116,8 @@ impl Exchange {
         self.sender.shutdown();
     }
 
-    /// Sends a request and receives its reply's body into `into`, one after the other; what has no
-    /// room there is thrown away.
+    /// /// Sends a request and receives the body of its reply into the buffers of `into` in order; excess bytes are
+    /// dropped.
     pub fn call(&self, ask: &Ask<'_>, into: &mut [&mut [u8]], limit: Limit) -> Result<Answer, Failure> {
         let Limit { duration, deadline } = limit;
         let failed = |failure| match failure {
@@ -206,14 +204,14 @@ impl Exchange {
         desk.handed.take_if(|handed| handed.0 == slot);
     }
 
-    /// Nobody waits for this reply any more, but it may come.
+    /// /// The caller no longer waits for this reply, but it may still arrive.
     fn abandon(&self, desk: &mut Desk, slot: usize) {
         desk.slots[slot].state = SlotState::Abandoned;
         desk.abandoned += 1;
         desk.handed.take_if(|handed| handed.0 == slot);
     }
 
-    /// The connection is of no more use. All who wait learn why.
+    /// /// The connection is no longer usable. All waiting threads get the reason.
     fn lose(&self, mut desk: MutexGuard<'_, Desk>, failure: Failure) -> Failure {
         let failure = desk.lost.get_or_insert(failure).clone();
         drop(desk);
@@ -225,7 +223,7 @@ impl Exchange {
         failure
     }
 
-    /// When nobody leads, wakes somebody who will.
+    /// /// If there is no leader, wakes a thread that becomes the leader.
     fn pass_on(&self, desk: &Desk) {
         if desk.receiver.is_none() || desk.handed.is_some() {
             return;
@@ -234,7 +232,7 @@ impl Exchange {
             self.wakes[ATTENDANT].notify_one();
         }
         if desk.taken > desk.abandoned {
-            // One that still sends looks by itself when it has sent.
+            // // A thread that is still sending checks by itself afterwards.
             if let Some(next) = desk.slots.iter().position(|slot| slot.state == SlotState::Waiting) {
                 self.wakes[next].notify_one();
             }
@@ -316,7 +314,7 @@ impl Exchange {
         }
     }
 
-    /// Puts the receiver back for the owner of the reply at which it stands.
+    /// /// Passes the receiver to the owner of the reply that it has received.
     fn hand(&self, desk: &mut Desk, receiver: Box<Receiver>, owner: usize, header: Header) {
         desk.receiver = Some(receiver);
         let slot = &desk.slots[owner];
@@ -333,7 +331,7 @@ impl Exchange {
         }
     }
 
-    /// Receives the caller's own reply, at which the receiver stands.
+    /// /// Receives the body of the caller's own reply, whose header has been received.
     fn take_reply(
         &self,
         mut receiver: Box<Receiver>,

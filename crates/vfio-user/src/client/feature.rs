@@ -1,5 +1,5 @@
-//! FEATURE requests (`vfio-user.rst: VFIO_USER_DEVICE_FEATURE`), and what the client has to know of
-//! the migration state: which session is open, and what an empty read means.
+//! FEATURE requests (`vfio-user.rst: VFIO_USER_DEVICE_FEATURE`), and the migration state that the client tracks: the
+//! open session, and the meaning of an empty read.
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
@@ -19,8 +19,7 @@ use super::stream::Stream;
 use crate::codec::Command;
 use crate::extension;
 
-/// The features that a server was found to have, of those that are asked for when connecting. All
-/// others are asked of the server itself.
+/// /// The server's features among those that are probed when connecting. Requests for others go to the server.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Features {
     /// The server has DEVICE_FEATURE at all.
@@ -46,7 +45,7 @@ impl Features {
         }
     }
 
-    /// The server keeps its step on DEVICE_FEATURE.
+    /// /// The server stays in sync after DEVICE_FEATURE.
     pub fn spoken(self) -> Features {
         Features { spoken: true, ..self }
     }
@@ -61,7 +60,7 @@ impl Features {
     }
 }
 
-/// What the client knows of the device's migration. Held while a SET is under way.
+/// /// The client's view of the device's migration. Locked during a SET.
 #[derive(Default)]
 pub(super) struct Migration {
     flags: Option<MigrationFlags>,
@@ -100,7 +99,7 @@ impl Shared {
         Ok(FeatureReply { payload_bytes, stream: None, fd })
     }
 
-    /// Adds to a report what this client wrote for the server.
+    /// /// Adds this client's own writes for the server to a report.
     fn add_written(&self, payload: &[u8], refers: &mut Refers<'_>) {
         if let (Refers::Bitmap(words), Ok((report, _))) =
             (refers, FeatureDmaLoggingReport::read_from_prefix(payload))
@@ -120,7 +119,7 @@ impl Shared {
         limit: Duration,
     ) -> Result<(usize, Option<ForeignFd>)> {
         let probe = op.contains(FeatureOp::PROBE);
-        // A GET sends what it is asked by, not the room for its answer.
+        // // A GET sends its input, not the space for its answer.
         let only_output = op == FeatureOp::GET
             && matches!(
                 index,
@@ -143,7 +142,7 @@ impl Shared {
             u32::try_from(room).map_err(|_| self.usage(format!("{room} bytes of payload for {index}")))?;
         let header = FeatureHeader::new(index, op, room);
         let mut reply = FeatureHeader::default();
-        // The answer comes where the input was.
+        // // The answer replaces the input.
         let (mut short, long);
         let input = if sent <= INPUT_BYTES {
             short = [0; INPUT_BYTES];
@@ -216,9 +215,8 @@ impl Shared {
         if bytes < want {
             return Err(self.short("GET MIG_DEVICE_STATE", bytes, want));
         }
-        got.state().map_err(|_| {
-            self.misbehaved(format!("its state is {}, which is none of 0 to 7", got.device_state))
-        })
+        got.state()
+            .map_err(|_| self.misbehaved(format!("its state is {}, expected 0 to 7", got.device_state)))
     }
 
     fn flags(&self, migration: &mut Migration) -> Result<MigrationFlags> {
@@ -234,7 +232,7 @@ impl Shared {
         Ok(flags)
     }
 
-    /// SET of MIG_DEVICE_STATE: drives the device, and hands out a stream when a session opens.
+    /// /// SET of MIG_DEVICE_STATE: drives the device, and returns a stream if a session opens.
     fn set_device_state(self: &Arc<Shared>, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         let mut migration = self.migration.lock().unwrap_or_else(PoisonError::into_inner);
         let _change = self.session.change();
@@ -245,7 +243,7 @@ impl Shared {
         };
         let to =
             FeatureMigState::read_from_prefix(request.payload).ok().and_then(|(set, _)| set.state().ok());
-        // A server has the last word on what is refused; without a path nothing changes here.
+        // // The server decides about refusals; without a path nothing changes here.
         let path = to.and_then(|to| fsm::path(flags, from, to).ok());
         let limit = self.options.state_limit;
         let index = FeatureIndex::MIG_DEVICE_STATE;
@@ -303,8 +301,7 @@ impl Shared {
         Ok(FeatureReply { payload_bytes, stream, fd: None })
     }
 
-    /// Asks for a socket that carries the data of the session that has just opened; none where the
-    /// server has none to give.
+    /// /// Requests a socket for the data of the session that has just opened; `None` if the server has none.
     fn data_socket(&self) -> Result<Option<Arc<Foreign<UnixStream>>>> {
         if !self.options.data_socket || !self.features.has(extension::DATA_FD) {
             return Ok(None);
@@ -315,7 +312,7 @@ impl Shared {
         match self.feature_call(extension::DATA_FD, FeatureOp::GET, payload, nothing, limit) {
             Ok((_, Some(fd))) => {
                 let socket = fd.into_unix_stream().map_err(|_| {
-                    self.misbehaved("what came for the session's socket is no UNIX stream socket".into())
+                    self.misbehaved("the fd for the session's socket is not a UNIX stream socket".into())
                 })?;
                 let socket = Arc::new(socket);
                 *self.session.socket.lock().unwrap_or_else(PoisonError::into_inner) =
@@ -342,7 +339,7 @@ impl Shared {
 /// Payloads up to this length are sent without an allocation.
 const INPUT_BYTES: usize = 64;
 
-/// Clears the bits past a report's range; some servers leave what follows in their own log.
+/// /// Clears the bits beyond a report's range, which some servers fill from their own log.
 fn clear_beyond(payload: &[u8], words: &mut [u64]) {
     let Ok((report, _)) = FeatureDmaLoggingReport::read_from_prefix(payload) else { return };
     let pages = report.length.div_ceil(report.page_size.max(1));

@@ -36,34 +36,34 @@ use session::Session;
 /// How a client deals with its server.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How long a request may take, from its first byte to the last one of its reply. 5 s. An access
-    /// or a write of data that the server takes in smaller pieces than [`Options::data_bytes_max`] has
-    /// this time for each so many bytes; connecting has it for each of its three steps.
+    /// /// Time limit for a request, from its first byte to the last byte of its reply. Default 5 s. If the server
+    /// accepts an access or a write of data only in smaller pieces than [`Options::data_bytes_max`], the limit applies
+    /// to each `data_bytes_max` bytes; connecting has it for each of its three steps.
     pub request_limit: Duration,
     /// How long a change of the migration state, or a reset, may take. 60 s.
     pub state_limit: Duration,
     /// The most bytes of data in one message, announced as `max_data_xfer_size`. 1 MiB.
     pub data_bytes_max: u32,
-    /// The most bytes of one MIG_DATA_WRITE, for servers that announce more than they take.
-    /// libvfio-user's samples need 32 KiB. No limit of its own.
+    /// /// Limit on the bytes of one MIG_DATA_WRITE, for servers that announce more than they accept. libvfio-user's
+    /// samples need 32 KiB. Default: no separate limit.
     pub data_write_bytes_max: u32,
-    /// Whether the server may have a socket of its own for DMA messages. Yes.
+    /// /// Whether the server may use a separate socket for DMA messages. Default: yes.
     pub twin_socket: bool,
-    /// Whether a session's data goes over a socket of its own where the server can, so that it and
-    /// the device's other requests do not wait for each other (`docs/vfio-user-extensions.md:
-    /// DATA_FD`). No: a stream alone is as fast by messages. The socket is the server's to make: one
-    /// that keeps a duplicate of it, and means harm, can make reads of it wait for ever.
+    /// /// Whether a session's data uses a separate socket if the server supports it, so that data and the device's
+    /// other requests do not wait for each other (`docs/vfio-user-extensions.md: DATA_FD`). Default: no, since messages
+    /// are as fast for a single stream. The server creates the socket: a malicious server that keeps a duplicate of it
+    /// can make reads wait forever.
     pub data_socket: bool,
-    /// Whether to ask for DEVICE_FEATURE and its features when connecting. Without it the device has
-    /// none. Yes.
+    /// /// Whether to probe DEVICE_FEATURE and its features when connecting. Without it the device has no features.
+    /// Default: yes.
     pub features: bool,
-    /// The users whose servers [`Client::connect`] trusts: one that was started by another user (SO_PEERCRED) is not spoken to.
-    /// `None` trusts every server, which is the default: a VMM that chose the socket's path knows who can listen there. A
-    /// program that takes paths from others names them, as the command `limosa` does with root, its own user, and the users
-    /// of its option --server-uid.
+    /// /// The users whose servers [`Client::connect`] trusts: it refuses servers of other users (SO_PEERCRED). `None`,
+    /// the default, trusts every server: a VMM that chose the socket's path knows who can listen there. A program that
+    /// gets paths from others should set it, as the command `limosa` does with root, its own user, and the users of its
+    /// option --server-uid.
     pub server_users: Option<Vec<User>>,
-    /// The role that is asked for. The VMM's, for which nothing is asked: a server that has a VMM then lets this client wait
-    /// until that one is gone. Other servers than Limosa's know no roles.
+    /// /// The requested role. Default: the VMM's, without the capability: if the server has a VMM, this client waits
+    /// until that one is gone. Servers other than Limosa's do not know roles.
     pub role: Role,
 }
 
@@ -94,13 +94,12 @@ const MESSAGE_LIMIT: Duration = Duration::from_secs(20);
 
 /// A device behind a vfio-user socket.
 ///
-/// Any number of threads may use it at once. The connection ends when the client and the data
-/// streams that it handed out are dropped.
+/// Any number of threads may use it at once. The connection ends when the client and its data streams are dropped.
 pub struct Client {
     shared: Arc<Shared>,
 }
 
-/// What a client shares with its data streams.
+/// /// The data that a client shares with its data streams.
 struct Shared {
     name: String,
     identity: DeviceIdentity,
@@ -132,15 +131,15 @@ impl Drop for Shared {
 /// The eventfds of a region (`vfio-user.rst: VFIO_USER_DEVICE_GET_REGION_IO_FDS`).
 #[derive(Debug, Default)]
 pub struct RegionIoFds {
-    /// What each stands for; `fd_index` counts in `fds`.
+    /// /// The meaning of each; `fd_index` is an index into `fds`.
     pub entries: Vec<IoFd>,
     /// The fds; entries may share one. Those that entries name for ioeventfds are eventfds.
     pub fds: Vec<ForeignFd>,
 }
 
 impl Client {
-    /// Connects to the server at a socket's path, negotiates, and learns which features the device
-    /// has. [`Error::Os`] with EPERM for a server of a user that [`Options::server_users`] does not name.
+    /// /// Connects to the server at a socket's path, negotiates, and probes the device's features. [`Error::Os`] with
+    /// EPERM for a server of a user that [`Options::server_users`] does not name.
     pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Client> {
         let path = path.as_ref();
         let name = path.display().to_string();
@@ -168,9 +167,8 @@ impl Client {
         connect::connect(name.clone(), options, open()?, Some(&open))
     }
 
-    /// The same on a socket that is connected already; `name` is for messages. A server that loses
-    /// its step on DEVICE_FEATURE for good cannot be connected to again: [`Options::features`] avoids
-    /// asking.
+    /// /// The same on a connected socket; `name` is for messages. If the server loses sync after DEVICE_FEATURE for
+    /// good, the client cannot reconnect to it: [`Options::features`] avoids the probe.
     pub fn from_stream(stream: UnixStream, name: impl Into<String>, options: Options) -> Result<Client> {
         connect::connect(name.into(), options, stream.into(), None)
     }
@@ -181,17 +179,17 @@ impl Client {
         self.shared.server
     }
 
-    /// The role that the server gave this client: [`Role::Vmm`], or [`Role::Control`] beside a VMM.
+    /// /// The role that the server gave this client: [`Role::Vmm`] or [`Role::Control`].
     pub fn role(&self) -> Role {
         self.shared.role
     }
 
-    /// What the two sides agreed on.
+    /// /// The limits that both sides agreed on.
     pub fn limits(&self) -> &Limits {
         &self.shared.limits
     }
 
-    /// The eventfds that stand for writes to parts of a region; none where the server has none.
+    /// /// The eventfds that replace writes to parts of a region; empty if the server has none.
     pub fn region_io_fds(&self, index: u32) -> Result<RegionIoFds> {
         let request = "DEVICE_GET_REGION_IO_FDS";
         let (mut argsz, mut asks) = (16 + 40 * 32, 1);
@@ -213,8 +211,8 @@ impl Client {
         }
     }
 
-    /// Writes many small pieces of regions, in order, without waiting for the device to have them: in
-    /// few messages when the server takes REGION_WRITE_MULTI, else one by one.
+    /// Writes many small pieces of regions, in order, without waiting for the device: in few messages if the server
+    /// supports REGION_WRITE_MULTI, otherwise one by one.
     pub fn region_write_multi(&self, writes: &[SingleWrite]) -> Result<()> {
         let request = "REGION_WRITE_MULTI";
         if let Some(write) = writes.iter().find(|write| write.count > 8) {
@@ -245,7 +243,7 @@ impl Client {
 /// The most bytes of information that are read of a region.
 const INFO_BYTES_MAX: u32 = 64 << 10;
 
-/// How often the same is asked for with more room. A server has named what it needs by the second time.
+/// /// Limit on repeating a request with a larger buffer. A server has announced the required size by the second time.
 const INFO_ASKS_MAX: u32 = 4;
 
 /// The most writes in one REGION_WRITE_MULTI.
@@ -261,7 +259,7 @@ fn io_fds(reply: &IoFdsMessage, entries: &[u8], fds: Vec<ForeignFd>) -> Result<R
     // The length of an entry is not fixed; libvfio-user has longer ones.
     let length = entries.len() / count;
     if length < IoFd::BYTES {
-        return Err("fewer entries than it says");
+        return Err("fewer entries than it announces");
     }
     for entry in entries.chunks_exact(length).take(count) {
         let entry = match ShadowIoFd::read_from_prefix(entry) {
@@ -310,7 +308,7 @@ impl Shared {
         self.exchange.call(&ask, into, limit).map_err(|failure| self.error(request, failure))
     }
 
-    /// A request that brings fds.
+    /// /// A request whose reply has fds.
     fn call_with(
         &self,
         limit: Limit,
@@ -334,7 +332,7 @@ impl Shared {
         Limit::from_now(self.options.request_limit)
     }
 
-    /// The time of the pieces in which the server takes an access or data.
+    /// /// The time limit for the pieces in which the server accepts an access or data.
     fn pieces(&self) -> Pieces<'_> {
         Pieces { shared: self, bytes: 0, limit: self.limit() }
     }
@@ -370,8 +368,8 @@ impl Shared {
     }
 }
 
-/// The time of requests that are pieces of one call: as many bytes as this client would send or ask
-/// for at once have the time of one request together, however small the server makes the pieces.
+/// /// The time limit for requests that are pieces of one call: as many bytes as this client would transfer at once
+/// share the limit of one request, however small the server's pieces are.
 struct Pieces<'a> {
     shared: &'a Shared,
     bytes: usize,

@@ -1,8 +1,7 @@
 //! The data of a session (`vfio-user.rst: VFIO_USER_MIG_DATA_READ, VFIO_USER_MIG_DATA_WRITE`).
 //!
-//! The wire does not tell "nothing for now" from the end. The state does: a read that was sent in
-//! STOP_COPY and brings nothing is the end, one that was sent in pre-copy is not, even if the
-//! device is stopped before the reply comes.
+//! The wire does not distinguish "nothing for now" from the end. The state does: an empty read that was sent in
+//! STOP_COPY is the end; one that was sent in pre-copy is not, even if the device is stopped before the reply arrives.
 
 use std::sync::Arc;
 
@@ -40,7 +39,7 @@ impl Stream {
         Ok(state)
     }
 
-    /// A refusal because the session has ended meanwhile is ENODEV, whatever the server calls it.
+    /// /// A refusal because the session has ended is ENODEV, whatever errno the server used.
     pub(super) fn or_ended(&self, request: &str, error: Error) -> Error {
         match error {
             Error::Refused { .. } if self.session != self.shared.session.number() => {

@@ -44,8 +44,8 @@ macro_rules! commands {
 
 commands! {
     VERSION = 1, "Proposes a version and capabilities; the first message of a connection.";
-    DMA_MAP = 2, "Gives the device access to memory; one fd where it can be mapped.";
-    DMA_UNMAP = 3, "Takes memory away again.";
+    DMA_MAP = 2, "Gives the device access to memory; one fd if it can be mapped.";
+    DMA_UNMAP = 3, "Removes access to memory.";
     DEVICE_GET_INFO = 4, "How many regions and interrupt indexes there are.";
     DEVICE_GET_REGION_INFO = 5, "One region; fds come back where it can be mapped.";
     DEVICE_GET_REGION_IO_FDS = 6, "The eventfds that stand for writes to parts of a region.";
@@ -80,7 +80,7 @@ pub struct Header {
     pub id: u16,
     /// Which message.
     pub command: Command,
-    /// Bytes of the whole message, this header included.
+    /// /// Bytes of the whole message, including this header.
     pub size: u32,
     /// Bits 0 to 3 the type, then [`Header::NO_REPLY`] and [`Header::ERROR`].
     pub flags: u32,
@@ -88,12 +88,12 @@ pub struct Header {
     pub error: u32,
 }
 
-/// What a message is.
+/// /// The kind of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A command that is to be replied to.
+    /// /// A command that needs a reply.
     Command,
-    /// A command that is not to be replied to, not even with an error.
+    /// /// A command without a reply, not even for an error.
     Posted,
     /// A reply.
     Reply,
@@ -115,21 +115,20 @@ impl Header {
     /// Flag of a reply: the command was refused.
     pub const ERROR: u32 = 1 << 5;
 
-    /// The header of a command with that many bytes after it, or `None` where the message would not
-    /// fit the size field.
+    /// /// The header of a command with this many bytes after it, or `None` if the size field cannot hold the size.
     pub fn command(id: u16, command: Command, body_bytes: usize) -> Option<Header> {
         let size = u32::try_from(body_bytes.checked_add(Header::BYTES)?).ok()?;
         Some(Header { id, command, size, flags: Header::TYPE_COMMAND, error: 0 })
     }
 
-    /// The header of the reply to this command with that many bytes after it, or `None` where the
-    /// message would not fit the size field.
+    /// /// The header of the reply to this command with this many bytes after it, or `None` if the size field cannot
+    /// hold the size.
     pub fn reply(&self, body_bytes: usize) -> Option<Header> {
         let size = u32::try_from(body_bytes.checked_add(Header::BYTES)?).ok()?;
         Some(Header { size, flags: Header::TYPE_REPLY, error: 0, ..*self })
     }
 
-    /// The whole reply that refuses this command.
+    /// /// The complete reply that refuses this command.
     pub const fn refusal(&self, errno: Errno) -> Header {
         Header {
             id: self.id,
@@ -140,13 +139,13 @@ impl Header {
         }
     }
 
-    /// The same command, posted: nobody replies.
+    /// /// The same command, posted: without a reply.
     #[must_use]
     pub const fn posted(self) -> Header {
         Header { flags: self.flags | Header::NO_REPLY, ..self }
     }
 
-    /// What the message is. Flags that the specification does not assign are ignored.
+    /// /// The kind of the message. Unassigned flags are ignored.
     pub const fn kind(&self) -> Result<Kind, DecodeError> {
         match self.flags & Header::TYPE_MASK {
             Header::TYPE_COMMAND if self.flags & Header::NO_REPLY != 0 => Ok(Kind::Posted),

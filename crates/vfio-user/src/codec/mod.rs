@@ -1,6 +1,5 @@
-//! Messages as bytes (`vfio-user.rst: Commands`): the header, the fixed part of every message, and
-//! bounded decoders for what varies. Nothing here does I/O, allocates by a length that was not
-//! checked, or panics, whatever the bytes are.
+//! Messages as bytes (`vfio-user.rst: Commands`): the header, the fixed part of every message, and bounded decoders for
+//! the variable parts. Nothing here does I/O, allocates an unchecked length, or panics, whatever the bytes are.
 
 mod header;
 mod messages;
@@ -51,7 +50,7 @@ pub enum DecodeError {
 }
 
 impl DecodeError {
-    /// What to refuse the command with.
+    /// /// The errno with which to refuse the command.
     pub const fn errno(&self) -> Errno {
         match self {
             DecodeError::Unknown(_) => Errno::ENOSYS,

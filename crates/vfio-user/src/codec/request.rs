@@ -1,7 +1,7 @@
 //! A client's commands, decoded and checked against themselves: [`Request`].
 //!
-//! Whether a region, range or feature is there is the device's to say; here a message is only
-//! refused for what no device could make sense of.
+//! The device decides whether a region, range or feature exists; the codec refuses only messages that are invalid for
+//! every device.
 
 use limosa_protocol::FeatureHeader;
 use limosa_protocol::info::{DmaUnmapFlags, IrqSet, IrqSetFlags};
@@ -14,11 +14,11 @@ use super::{
 
 /// A command from a client.
 ///
-/// The data of REGION_WRITE and MIG_DATA_WRITE may be left on the socket, to be received where it
-/// belongs: what is here is what was at hand.
+/// The data of REGION_WRITE and MIG_DATA_WRITE may stay in the socket, to be received directly into its destination:
+/// this has only the bytes that were already received.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Request<'a> {
-    /// VERSION with its JSON, NUL included; empty when there is none.
+    /// /// VERSION with its JSON, including NUL; empty if there is none.
     Version(VersionMessage, &'a [u8]),
     /// DMA_MAP.
     DmaMap(DmaMapMessage),
@@ -54,7 +54,7 @@ pub enum Request<'a> {
     SetIrqs(SetIrqs<'a>),
     /// REGION_READ.
     RegionRead(RegionAccess),
-    /// REGION_WRITE, with as much of its data as is at hand.
+    /// /// REGION_WRITE, with the data received so far.
     RegionWrite(RegionAccess, &'a [u8]),
     /// DEVICE_RESET.
     Reset,
@@ -64,7 +64,7 @@ pub enum Request<'a> {
     Feature(FeatureHeader, &'a [u8]),
     /// MIG_DATA_READ.
     MigDataRead(MigData),
-    /// MIG_DATA_WRITE, with as much of its data as is at hand.
+    /// /// MIG_DATA_WRITE, with the data received so far.
     MigDataWrite(MigData, &'a [u8]),
 }
 
@@ -79,7 +79,7 @@ pub struct SetIrqs<'a> {
     pub count: u32,
     /// One of the ACTION flags.
     pub action: IrqSetFlags,
-    /// What the action is for.
+    /// /// The data of the action.
     pub data: IrqData<'a>,
 }
 
@@ -90,13 +90,13 @@ pub enum IrqData<'a> {
     None,
     /// The vectors whose byte is not 0; one byte a vector.
     Bools(&'a [u8]),
-    /// The message's fds, one a vector; none at all takes them away.
+    /// /// The message's fds, one for each vector; without fds the vectors are unwired.
     Eventfds,
 }
 
 impl Command {
-    /// How much of a client's command [`Request::decode`] must have at hand, in bytes of body, given
-    /// the bytes of all of it: of REGION_WRITE and MIG_DATA_WRITE the fixed part, of others all.
+    /// /// The bytes of a command's body that [`Request::decode`] needs, given the length of the body: for REGION_WRITE
+    /// and MIG_DATA_WRITE the fixed part, for others everything.
     pub const fn head_bytes(self, body_bytes: usize) -> usize {
         let fixed = match self {
             Command::REGION_WRITE => RegionAccess::BYTES,
@@ -164,7 +164,7 @@ impl<'a> Request<'a> {
                     .map_err(|_| DecodeError::Field("REGION_WRITE_MULTI is not a whole number of writes"))?;
                 if multi.count != writes.len() as u64 {
                     return Err(DecodeError::Field(
-                        "REGION_WRITE_MULTI has another number of writes than it says",
+                        "the number of writes in REGION_WRITE_MULTI differs from its count",
                     ));
                 }
                 if writes.iter().any(|write| write.count > 8) {

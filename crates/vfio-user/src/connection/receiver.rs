@@ -16,20 +16,20 @@ use crate::version::MSG_FDS_MAX;
 
 /// The receiving half of a connection.
 ///
-/// [`Receiver::next`] goes from message to message; between two calls the body is looked at
-/// ([`Receiver::head`]), taken ([`Receiver::read`]) or left. What is left of it, bytes and fds, the
-/// next call of [`Receiver::next`] throws away, so that a message that is refused costs nothing.
+/// [`Receiver::next`] goes from message to message; between two calls the caller peeks at the body
+/// ([`Receiver::head`]), reads it ([`Receiver::read`]) or leaves it. The next call of [`Receiver::next`] drops the rest
+/// of it, bytes and fds, so that a refused message needs no handling.
 ///
-/// A message that has begun must be complete within [`Waits::message`], whatever deadline a call
-/// has: else it is [`ConnectionError::Stalled`]. A call's own deadline holds within a message too,
-/// also for one that comes byte by byte; what was there already is still taken.
+/// A message that has begun must be complete within [`Waits::message`], whatever deadline a call has; otherwise the
+/// error is [`ConnectionError::Stalled`]. A call's own deadline also applies within a message, even if it arrives byte
+/// by byte; data that has already arrived is still received.
 ///
-/// Fds are taken whether they are due or not, since the system closes those that it does not hand
-/// out in the thread that receives. Nobody waits for their closing ([`ForeignFd`]).
+/// Fds are received whether they are expected or not, since the system would otherwise close them in the receiving
+/// thread. They are closed in the background ([`ForeignFd`]).
 pub struct Receiver {
     wire: Wire,
     buffer: Box<[u8; Receiver::BUFFER_BYTES]>,
-    /// What of the buffer is filled.
+    /// /// The filled part of the buffer.
     start: usize,
     end: usize,
     /// Where in the stream `buffer[start]` is.
@@ -40,16 +40,16 @@ pub struct Receiver {
     within: bool,
 }
 
-/// The socket, and what else came out of it.
+/// /// The socket, and the fds received from it.
 struct Wire {
     socket: Arc<Foreign<UnixStream>>,
     waits: Waits,
-    /// Whether the socket's own time limit is set. Without it a wait costs less.
+    /// /// Whether the socket's own time limit is set. Without it a wait is cheaper.
     timed: bool,
     /// When waiting for the rest of a message began.
     waiting_since: Option<Instant>,
     fds: Vec<Arrived>,
-    /// Where fds are received.
+    /// /// Buffer for received fds.
     came: Vec<ForeignFd>,
     /// Fds of peers cannot be closed as fast as they come.
     is_behind: bool,
@@ -57,10 +57,10 @@ struct Wire {
 
 /// An fd that no message has claimed yet.
 struct Arrived {
-    /// Where in the stream the last byte is that came together with it. The system never receives
-    /// past the end of what was sent with fds, so this byte belongs to their message.
+    /// /// Position in the stream of the last byte that was received together with it. The system never receives beyond
+    /// the end of data that was sent with fds, so this byte belongs to their message.
     position: u64,
-    /// `None` stands for fds that were too many, or for which this process had no room.
+    /// /// `None` for excess fds, or for fds that exceed this process's limit.
     fd: Option<ForeignFd>,
 }
 
@@ -69,14 +69,14 @@ struct Arrived {
 pub struct Fds {
     /// In the order in which they were sent.
     pub fds: Vec<ForeignFd>,
-    /// There were more, which are not kept.
+    /// /// There were more fds, which were dropped.
     pub truncated: bool,
 }
 
 impl Receiver {
     /// Bytes of the receive buffer.
     pub const BUFFER_BYTES: usize = 8192;
-    /// The most that one call waits for, after which the deadline is looked at.
+    /// /// Limit on the bytes that one call waits for before the deadline is checked.
     const PIECE_BYTES_MAX: usize = 256 << 10;
 
     pub(super) fn new(socket: Arc<Foreign<UnixStream>>, waits: Waits) -> Receiver {
@@ -104,11 +104,11 @@ impl Receiver {
         &self.wire.socket
     }
 
-    /// Goes to the next message, past what is left of the current one, and returns its header.
-    /// Without a deadline it waits for ever.
+    /// /// Skips the rest of the current message and returns the header of the next one. Without a deadline it waits
+    /// forever.
     ///
-    /// A header whose size is below its own length ([`Header::body_bytes`] tells) is taken for a
-    /// message without a body.
+    /// A header whose size is below its own length ([`Header::body_bytes`] tells) is treated as a message without a
+    /// body.
     pub fn next(&mut self, deadline: Option<Instant>) -> Result<Header, ConnectionError> {
         self.skip(deadline)?;
         self.fill_to(Header::BYTES, deadline)?;
@@ -138,14 +138,14 @@ impl Receiver {
         }
     }
 
-    /// Throws away what is left of the current message.
+    /// /// Drops the rest of the current message.
     pub fn skip(&mut self, deadline: Option<Instant>) -> Result<(), ConnectionError> {
         if !self.within {
             return Ok(());
         }
         while self.body_left() > 0 {
             if self.end == self.start {
-                // Not through fill: what is thrown away may be much.
+                // // Not through fill, since the rest may be large.
                 let bytes = self.body_left().min(Receiver::BUFFER_BYTES);
                 let into = &mut self.buffer[..bytes];
                 let got = self.wire.receive(into, self.position, true, RecvFlags::empty(), deadline)?;
@@ -164,17 +164,17 @@ impl Receiver {
         Ok(())
     }
 
-    /// Whether a whole header, or part of one, has been received already.
+    /// /// Whether a header, or part of one, has already been received.
     pub fn has_more(&self) -> bool {
         self.position + (self.end - self.start) as u64 > self.message_end
     }
 
-    /// Bytes of the current message's body that were not taken yet.
+    /// /// Bytes of the current message's body that have not been read yet.
     pub fn body_left(&self) -> usize {
         (self.message_end - self.position) as usize
     }
 
-    /// Looks at the next bytes of the body: at least `want` of them or all that are left, at most
+    /// /// Peeks at the next bytes of the body: at least `want` of them or all remaining ones, at most
     /// [`Receiver::BUFFER_BYTES`].
     pub fn head(&mut self, want: usize, deadline: Option<Instant>) -> Result<&[u8], ConnectionError> {
         let left = self.body_left();
@@ -183,13 +183,13 @@ impl Receiver {
         Ok(&self.buffer[self.start..self.start + have])
     }
 
-    /// Takes bytes that [`Receiver::head`] has shown.
+    /// /// Consumes bytes that [`Receiver::head`] has returned.
     pub fn consume(&mut self, bytes: usize) {
         self.take(bytes.min(self.body_left()).min(self.end - self.start));
     }
 
-    /// Takes the next `into.len()` bytes of the body, or as many as are left, and returns how many
-    /// these are. What is not in the buffer is received straight into `into`.
+    /// /// Reads the next `into.len()` bytes of the body, or as many as are left, and returns their number. Bytes that
+    /// are not in the buffer are received directly into `into`.
     ///
     /// On failure part of the body is lost; the next message can still be reached.
     pub fn read(&mut self, into: &mut [u8], deadline: Option<Instant>) -> Result<usize, ConnectionError> {
@@ -199,8 +199,8 @@ impl Receiver {
         into[..done].copy_from_slice(&self.buffer[self.start..self.start + done]);
         self.take(done);
         while done < bytes {
-            // In pieces: a peer that always has one more byte keeps a call that waits for all of them going for ever, and
-            // the deadline is looked at between two calls.
+            // // In pieces: the deadline is checked between two calls, and a peer that always sends one more byte could
+            // keep a single call waiting forever.
             let piece = (bytes - done).min(Receiver::PIECE_BYTES_MAX);
             let into = &mut into[done..done + piece];
             let got = self.wire.receive(into, self.position, true, RecvFlags::WAITALL, deadline)?;
@@ -211,7 +211,8 @@ impl Receiver {
         Ok(bytes)
     }
 
-    /// Takes what has come of the next `into.len()` bytes of the body, and waits for none; how many that was.
+    /// /// Reads those of the next `into.len()` bytes of the body that have arrived, without waiting; returns their
+    /// number.
     pub fn read_now(&mut self, into: &mut [u8]) -> Result<usize, ConnectionError> {
         let bytes = into.len().min(self.body_left());
         let into = &mut into[..bytes];
@@ -240,8 +241,9 @@ impl Receiver {
         })
     }
 
-    /// Receives what has come into the buffer, and waits for none. Whether all of a message is there, or as much of one as the
-    /// buffer holds, so that [`Receiver::next`] and a short body cost no wait. Only between two messages.
+    /// /// Receives available data into the buffer, without waiting. Returns whether a whole message is there, or as
+    /// much of one as the buffer holds, so that [`Receiver::next`] and a short body need no wait. Only between two
+    /// messages.
     pub fn gather(&mut self) -> Result<bool, ConnectionError> {
         loop {
             let held = &self.buffer[self.start..self.end];
@@ -307,7 +309,7 @@ impl Receiver {
         }
     }
 
-    /// Receives until there are at least so many bytes in the buffer.
+    /// /// Receives until there are at least `want` bytes in the buffer.
     fn fill_to(&mut self, want: usize, deadline: Option<Instant>) -> Result<(), ConnectionError> {
         while self.end - self.start < want {
             let idle = !self.within && self.end == self.start;
@@ -320,15 +322,16 @@ impl Receiver {
         Ok(())
     }
 
-    /// What was received beyond the current message, and each fd that came with it, with the offset of the last byte that it
-    /// came with; `None` for fds that are not kept. Only between two messages.
+    /// /// The bytes received beyond the current message, and their fds, each with the offset of the last byte that it
+    /// came with; `None` for dropped fds. Only between two messages.
     pub fn export(&self) -> (&[u8], impl Iterator<Item = (u64, Option<&ForeignFd>)>) {
         let fds = self.wire.fds.iter().filter(|arrived| arrived.position >= self.position);
         let fds = fds.map(|arrived| (arrived.position - self.position, arrived.fd.as_ref()));
         (&self.buffer[self.start..self.end], fds)
     }
 
-    /// Goes on where another process' receiver has stopped ([`Receiver::export`]). `None` for more than a receiver holds.
+    /// /// Continues where another process's receiver has stopped ([`Receiver::export`]). `None` for more than a
+    /// receiver holds.
     #[must_use]
     pub fn import(mut self, bytes: &[u8], fds: Vec<(u64, Option<ForeignFd>)>) -> Option<Receiver> {
         self.buffer.get_mut(..bytes.len())?.copy_from_slice(bytes);
@@ -377,7 +380,7 @@ impl Wire {
         if !begun && deadline.is_none() {
             self.set_timed(false)?;
         } else if !self.timed {
-            // Mostly it is there already, and no time limit is needed to wait for it.
+            // // Usually the data is already there, and no time limit is needed to wait for it.
             hurry = RecvFlags::DONTWAIT;
         }
         loop {
@@ -403,7 +406,7 @@ impl Wire {
         }
     }
 
-    /// Receives what is there; 0 when that is nothing.
+    /// /// Receives available data; 0 if there is none.
     fn receive_if_there(&mut self, into: &mut [u8], position: u64) -> Result<usize, ConnectionError> {
         loop {
             match self.receive_now(into, position, RecvFlags::DONTWAIT) {
@@ -431,7 +434,7 @@ impl Wire {
         Ok(got.bytes)
     }
 
-    /// Notes the fds that came with a byte, or that they were too many.
+    /// /// Records the fds that came with a byte, or that there were too many.
     #[cold]
     fn sort_in(&mut self, position: u64, lost: bool) {
         let too_many = lost || self.came.len() > MSG_FDS_MAX;
@@ -471,7 +474,7 @@ impl Wire {
 const BEHIND: ConnectionError =
     ConnectionError::Broken("fds that cannot be closed, as closing others blocks");
 
-/// How long the closing of other fds may hold up a peer that sends more of them.
+/// /// How long the closing of other fds may delay a peer that sends more of them.
 const CLOSING_MAX: Duration = Duration::from_secs(1);
 
 /// [`ConnectionError::TimedOut`] when there is more to receive and the deadline has passed.

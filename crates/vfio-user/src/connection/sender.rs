@@ -1,9 +1,8 @@
 //! The sending half. Any thread may send; a message is never torn by another.
 //!
-//! When the socket is full, a server waits until there is room ([`Sender::send`]). A client
-//! ([`Sender::send_with`]) decides by a wait of its own what to do meanwhile, so that two sides
-//! that both send cannot wait for each other. Replies to what the peer asks in between need not
-//! wait at all: [`Sender::reply`] keeps what does not go out.
+//! If the socket is full, a server waits until there is space ([`Sender::send`]). A client ([`Sender::send_with`])
+//! passes its own wait function, so that two sides that both send cannot block each other. Replies to the peer's
+//! requests need not wait at all: [`Sender::reply`] queues the part that cannot be sent.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -29,9 +28,9 @@ pub struct Sender {
     limit: Duration,
     /// Held while the bytes of a message go out.
     turn: Mutex<Turn>,
-    /// Replies that are to go out as soon as they can.
+    /// /// Queued replies, to be sent as soon as possible.
     kept: Mutex<Kept>,
-    /// Whether anything is kept, here or in the turn.
+    /// /// Whether anything is queued, here or in the write turn.
     keeps: AtomicBool,
 }
 
@@ -43,15 +42,15 @@ struct Kept {
 
 #[derive(Default)]
 struct Turn {
-    /// The rest of a kept reply that went out in part.
+    /// /// The rest of a queued reply that was sent in part.
     rest: Vec<u8>,
     rest_at: usize,
-    /// A message went out in part and nobody can finish it.
+    /// /// A message was sent in part and cannot be completed.
     broken: bool,
 }
 
 impl Sender {
-    /// The most bytes of replies that are kept for a peer that does not take them.
+    /// /// Limit on the bytes of replies that are queued for a peer that does not read them.
     pub const KEPT_BYTES_MAX: usize = 80 << 20;
     /// The most of them.
     pub const KEPT_MAX: usize = 4096;
@@ -71,21 +70,20 @@ impl Sender {
         &self.socket
     }
 
-    /// Ends the connection for both halves and for the peer. Who waits on it is woken.
+    /// /// Ends the connection for both halves and for the peer, and wakes waiting threads.
     pub fn shutdown(&self) {
         // It may be shut down already.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
-    /// Sends one message, given in parts, with its fds. When the socket is full, sleeps until there
-    /// is room again: [`ConnectionError::Stalled`] when the peer has not made room for all of it
-    /// within [`Waits::message`](super::Waits::message).
+    /// /// Sends one message, given in parts, with its fds. If the socket is full, sleeps until there is space:
+    /// [`ConnectionError::Stalled`] if the peer has not read enough within [`Waits::message`](super::Waits::message).
     pub fn send(&self, parts: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
         self.hold().send(parts, fds)
     }
 
-    /// The same until a deadline, if that is earlier; [`ConnectionError::TimedOut`] when nothing of it
-    /// went out until then, so that the connection can go on.
+    /// The same until a deadline, if that is earlier; [`ConnectionError::TimedOut`] if no byte of it was sent by then,
+    /// so that the connection can continue.
     pub fn send_by(
         &self,
         parts: &mut [IoSlice<'_>],
@@ -100,7 +98,7 @@ impl Sender {
         })
     }
 
-    /// Takes the turn to send, for a message that is made piece by piece.
+    /// /// Takes the write turn, for a message that is produced piece by piece.
     pub fn hold(&self) -> Sending<'_> {
         let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         Sending { sender: self, turn, deadline: None }
@@ -115,15 +113,15 @@ impl Sender {
         mut wait: impl FnMut() -> Result<(), ConnectionError>,
     ) -> Result<(), ConnectionError> {
         self.hold().send_all(parts, fds, &mut || wait().map(|()| true))?;
-        // A reply may have been kept meanwhile by who found the turn taken.
+        // // A thread that found the write turn taken may have queued a reply.
         if self.keeps() {
             self.flush()?;
         }
         Ok(())
     }
 
-    /// Sends a reply without waiting, whatever the socket and other senders do; what does not go
-    /// out now goes before the next message, or with [`Sender::flush`].
+    /// /// Sends a reply without waiting for the socket or other senders; the part that cannot be sent now is sent
+    /// before the next message, or by [`Sender::flush`].
     pub fn reply(&self, parts: &mut [IoSlice<'_>]) -> Result<(), ConnectionError> {
         let mut parts = parts;
         if let Some(mut turn) = self.try_turn() {
@@ -150,11 +148,11 @@ impl Sender {
             }
         }
         self.keep(parts)?;
-        // Who had the turn may have looked before this was kept.
+        // // The thread with the write turn may have checked before this was queued.
         self.flush().map(drop)
     }
 
-    /// Keeps a reply behind those that are kept.
+    /// /// Queues a reply behind the others.
     fn keep(&self, parts: &[IoSlice<'_>]) -> Result<(), ConnectionError> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = kept.bytes + parts.iter().map(|part| part.len()).sum::<usize>();
@@ -167,7 +165,7 @@ impl Sender {
         Ok(())
     }
 
-    /// What is kept, for another process to send. `None` while somebody sends.
+    /// /// The queued replies, for another process to send. `None` while a thread is sending.
     pub fn export(&self) -> Option<Vec<u8>> {
         let turn = self.try_turn()?;
         let mut bytes = turn.rest[turn.rest_at..].to_vec();
@@ -176,22 +174,22 @@ impl Sender {
         Some(bytes)
     }
 
-    /// Goes on where another process has stopped: with what it kept.
+    /// /// Continues where another process has stopped, with its queued replies.
     pub fn import(&self, bytes: Vec<u8>) {
         let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.keeps.store(!bytes.is_empty(), Ordering::SeqCst);
         (turn.rest, turn.rest_at) = (bytes, 0);
     }
 
-    /// Whether replies are kept that [`Sender::flush`] has to send.
+    /// /// Whether there are queued replies that [`Sender::flush`] has to send.
     pub fn keeps(&self) -> bool {
         self.keeps.load(Ordering::SeqCst)
     }
 
-    /// Sends what is kept as far as the socket takes it, and says whether that was all. Never waits.
+    /// /// Sends queued replies as far as the socket accepts them, and returns whether that was all. Never waits.
     pub fn flush(&self) -> Result<bool, ConnectionError> {
         while self.keeps() {
-            // Whoever has the turn flushes afterwards.
+            // // The thread with the write turn flushes afterwards.
             let Some(mut turn) = self.try_turn() else { return Ok(false) };
             if !self.flush_in(&mut turn)? {
                 return Ok(false);
@@ -200,9 +198,9 @@ impl Sender {
         Ok(true)
     }
 
-    /// Sleeps until the socket takes more.
+    /// /// Sleeps until the socket accepts more.
     pub fn wait_writable(&self, deadline: Instant) -> Result<(), ConnectionError> {
-        // Also with a peer that takes a little each time.
+        // // Also with a peer that reads a little each time.
         if Instant::now() >= deadline {
             return Err(ConnectionError::TimedOut);
         }
@@ -246,11 +244,11 @@ impl Sender {
     }
 }
 
-/// The turn to send on a connection: what is sent in it nobody's message comes between.
+/// /// The write turn of a connection: no other message is sent between the pieces that are sent in it.
 pub struct Sending<'a> {
     sender: &'a Sender,
     turn: MutexGuard<'a, Turn>,
-    /// When the peer must have taken all that is sent in this turn; from the first wait on.
+    /// /// The time by which the peer must have read everything sent in this turn; from the first wait on.
     deadline: Option<Instant>,
 }
 
@@ -268,7 +266,7 @@ impl Sending<'_> {
         sent
     }
 
-    /// The same for a message without fds. `wait` gets the limit; once it returns false, what is left is kept
+    /// /// The same for a message without fds. `wait` gets the limit; once it returns false, the rest is queued
     /// ([`Sender::flush`]).
     pub fn send_or_keep(
         &mut self,
@@ -342,10 +340,10 @@ impl Sending<'_> {
     }
 }
 
-/// Waits for room; `false` when the message is to be kept instead, which only one without fds can be.
+/// /// Waits for space; `false` to queue the message instead, which is possible only without fds.
 type Wait<'a> = &'a mut dyn FnMut() -> Result<bool, ConnectionError>;
 
-/// A peer that made no room for a message in time.
+/// /// The peer did not read a message in time.
 fn stalled(error: ConnectionError) -> ConnectionError {
     match error {
         ConnectionError::TimedOut => ConnectionError::Stalled,
@@ -385,7 +383,7 @@ pub(crate) fn wait_ready(fds: &mut [PollFd<'_>], deadline: Instant) -> Result<()
     }
 }
 
-/// Sends what the socket takes now; `None` when that is nothing.
+/// /// Sends as much as the socket accepts now; `None` if that is nothing.
 fn send_some(
     socket: &UnixStream,
     parts: &[IoSlice<'_>],

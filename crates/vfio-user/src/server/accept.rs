@@ -1,7 +1,7 @@
-//! The thread that accepts: which connections are served, each on a thread of its own.
+//! //! The accepting thread: it decides which connections are served, each on its own thread.
 //!
-//! Nothing here waits for a client. One that connects and goes without an end costs a call or two each time, and one that
-//! connects and says nothing takes a place from others of its own process.
+//! It never waits for a client. A client that connects and disconnects repeatedly costs a call or two each time, and a
+//! client that connects and stays silent displaces others of its own process.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -16,20 +16,20 @@ use super::handover::Adopted;
 use super::{Door, Server, doors};
 use crate::connection::ConnectionError;
 
-/// How long a server that can take no client waits before it looks whether it is to end.
+/// /// How long a server that cannot accept a client waits before it checks whether it has to end.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long a connection waits for the place of another one that is ended: for that one's thread, and for those that start.
+/// /// How long a new connection waits for the threads of a displaced connection, and of starting ones.
 const ROOM_WAIT: Duration = Duration::from_secs(1);
 
 /// A connection to be served.
 pub(super) enum Come {
-    /// One that was accepted, and whether by the door for control clients.
+    /// /// An accepted connection, and whether it came through the control socket.
     New(Foreign<UnixStream>, bool),
     Adopted(Box<Adopted>),
 }
 
 impl Come {
-    /// The name of one that another process has served.
+    /// /// The id of a connection that another process has served.
     fn adopted(&self) -> Option<ConnectionId> {
         match self {
             Come::New(..) => None,
@@ -74,8 +74,8 @@ impl Server {
                 if is_passing(&error) {
                     tracing::debug!(%error, "a connection was gone before it was accepted");
                 } else if is_lack(&error) {
-                    // The client stays in the queue until there is room again.
-                    tracing::warn!(%error, "no room for a connection");
+                    // // The client stays in the queue until a connection is free.
+                    tracing::warn!(%error, "no free connection");
                     self.pause();
                 } else {
                     return Err(error);
@@ -91,7 +91,7 @@ impl Server {
         if poll(&mut hang_up, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
             return false;
         }
-        // Those at one door keep nobody out at the other.
+        // // Clients of one socket do not block those of the other.
         let most = doors::CONNECTIONS_MAX + if by_control_door { doors::CONTROL_MAX } else { 0 };
         let is_room = self.doors.make_room(most, ROOM_WAIT);
         if !is_room {
@@ -100,7 +100,7 @@ impl Server {
         is_room
     }
 
-    /// Serves a connection on a thread of its own.
+    /// /// Serves a connection on its own thread.
     pub(super) fn start<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>, come: Come) {
         let adopted = come.adopted();
         let device = tracing::Span::current();
@@ -132,7 +132,8 @@ impl Server {
         }
     }
 
-    /// Waits for clients, or the shutdown; the doors where some are, and whether each is the one for control clients.
+    /// /// Waits for clients, or the shutdown. Returns the sockets with waiting clients, and whether each is the
+    /// control socket.
     fn wait_for_client(&self) -> io::Result<Vec<(bool, &Door)>> {
         let doors: Vec<_> = std::iter::once((false, &self.door))
             .chain(self.control.iter().map(|door| (true, door)))

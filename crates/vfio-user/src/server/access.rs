@@ -39,7 +39,7 @@ pub(super) fn read(
     let (head, data) = message.split_at_mut(Header::BYTES + RegionAccess::BYTES);
     head[..Header::BYTES].copy_from_slice(header.as_bytes());
     head[Header::BYTES..].copy_from_slice(access.as_bytes());
-    // What a model leaves out must not be what another message left here.
+    // // If the model does not fill in all bytes, the client must not see those of another message.
     data.fill(0);
     let read = if is_config {
         Ok(machine.region_read_unheld(access.region, access.offset, data))
@@ -81,8 +81,8 @@ pub(super) fn write(
     Ok(Outcome::Replied)
 }
 
-/// Whether an access has to wait: behind others, or because the device is not this client's yet. A next client may look at
-/// the configuration space, as long as none of its writes to it may wait.
+/// Whether an access has to wait: behind others, or because the device is not this client's yet. A next client may read
+/// the configuration space, unless one of its writes to it may be waiting.
 fn waits(peer: &Peer<'_>, parked: &Parked, touches_device: bool) -> bool {
     match peer.is_next() {
         true => touches_device || !parked.is_empty(),
@@ -110,8 +110,8 @@ fn write_one(
     peer.machine.region_write_or_held(region, offset, data)
 }
 
-/// Writes in order, up to the first that fails; the reply tells how many were done. Refused
-/// when none was.
+/// /// Writes in order, up to the first failure; the reply has the number of completed writes. Refused if there is
+/// none.
 pub(super) fn write_multi(
     peer: &Peer<'_>,
     parked: &mut Parked,

@@ -1,5 +1,5 @@
-//! Memory for a message, aligned to 8 bytes and reused: it grows to the longest message that came
-//! and is never larger than the longest that may come.
+//! Memory for a message, aligned to 8 bytes and reused: it grows to the longest message so far and is never larger than
+//! the longest allowed one.
 
 use zerocopy::IntoBytes;
 
@@ -10,7 +10,7 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// The first `bytes` bytes, to be written. What is in them is left from before.
+    /// /// The first `bytes` bytes, to be overwritten. They have old contents.
     pub(super) fn bytes(&mut self, bytes: usize) -> &mut [u8] {
         let words = bytes.div_ceil(8);
         if self.words.len() < words {

@@ -1,6 +1,6 @@
-//! What a server tells of itself for metrics: its clients, by role, and what they have asked for.
+//! //! A server's statistics for metrics: its clients, by role, and their requests.
 //!
-//! A request costs one addition to a counter, which no other thread waits for.
+//! A request costs one addition to a counter, for which no thread waits.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,13 +46,13 @@ impl Counters {
 pub struct Clients {
     /// The VMM.
     pub vmm: usize,
-    /// The one that prepares to be the VMM after it.
+    /// /// Clients that prepare to become the VMM after it.
     pub next: usize,
-    /// Those that move the device beside its VMM.
+    /// /// Control clients.
     pub control: usize,
     /// Those that wait for the VMM's place.
     pub waiting: usize,
-    /// Those that have not said what they want.
+    /// /// Clients that have not sent VERSION.
     pub undecided: usize,
 }
 

@@ -1,14 +1,12 @@
 //! The data of a session (`vfio-user.rst: VFIO_USER_MIG_DATA_READ, VFIO_USER_MIG_DATA_WRITE`).
 //!
-//! A read is answered from the model's own memory, a write received into it. The specification
-//! reads fewer bytes than were asked for as the end of the data; so a reply is short only when
-//! there is no more, or nothing for now in pre-copy: what a model lends in smaller pieces is
-//! gathered first.
+//! A read is answered from the model's own memory, a write is received into it. In the specification a short reply
+//! means the end of the data; so a reply is short only at the end, or if there is nothing for now in pre-copy: smaller
+//! pieces of a model are gathered first.
 //!
-//! libvfio-user's client cannot receive a reply that is shorter than what it asked for, only
-//! `size` tells it what is data. It asks for little at a time; so replies to requests up to
-//! [`PADDED_BYTES_MAX`] are padded with zeros to the length that was asked for, and larger ones
-//! are not.
+//! libvfio-user's client cannot receive a reply that is shorter than its request; only `size` tells it the amount of
+//! data. Its requests are small, so replies to requests up to [`PADDED_BYTES_MAX`] are padded with zeros to the
+//! requested length, and larger ones are not.
 
 use std::io::IoSlice;
 use std::os::unix::net::UnixStream;
@@ -29,7 +27,7 @@ const PADDED_BYTES_MAX: usize = 64 << 10;
 
 static ZEROS: [u8; PADDED_BYTES_MAX] = [0; PADDED_BYTES_MAX];
 
-/// What a look at the session's data brought.
+/// /// The result of reading the session's data.
 enum Piece {
     /// The reply was sent straight from the model's memory.
     Sent(Result<(), ConnectionError>),
@@ -42,7 +40,7 @@ enum Piece {
 /// How the data of a client's sessions moves.
 #[derive(Default)]
 pub(super) struct SessionData {
-    /// The session's own socket, when the client asked for one.
+    /// /// The session's own socket, if the client requested one.
     socket: Option<DataSocket>,
     /// The session whose data has moved by messages.
     moved: Option<SessionId>,
@@ -54,7 +52,7 @@ impl SessionData {
     /// MIG_DATA_READ.
     pub(super) fn read(&mut self, peer: &Peer<'_>, job: &Job, read: MigData) -> Handled {
         if let Some(socket) = &self.socket {
-            // The data goes another way; what is asked is how far it is.
+            // // The data uses the socket; this asks for progress.
             let saved = if socket.loads() { Err(Errno::EBADF) } else { socket.saved() };
             return match saved {
                 Ok(()) => job.reply(&peer.link, MigData { argsz: MigData::BYTES as u32, size: 0 }.as_bytes()),
@@ -70,7 +68,7 @@ impl SessionData {
             return Ok(Outcome::Refused(Errno::ENODEV));
         };
         if !job.wants_reply() {
-            // Nobody would get the data.
+            // // A posted read would lose the data.
             return Ok(Outcome::Replied);
         }
         self.moved = Some(session);
@@ -95,7 +93,7 @@ impl SessionData {
                 }
                 Ok(Piece::Gathered) => {}
                 Ok(Piece::Dry) => break,
-                // What was gathered is lost with the session: a short reply would look like its end.
+                // // The gathered data is lost with the session: a short reply would look like the end.
                 Err(errno) => return Ok(Outcome::Refused(errno)),
             }
         }
@@ -104,7 +102,7 @@ impl SessionData {
         Ok(Outcome::Replied)
     }
 
-    /// MIG_DATA_WRITE, with the data that came with its header; the rest is on the socket.
+    /// /// MIG_DATA_WRITE, with the data that came with its header; the rest is in the socket.
     pub(super) fn write(&mut self, peer: &Peer<'_>, job: &mut Job, write: MigData, data: &[u8]) -> Handled {
         if write.size > peer.data_bytes_max {
             return Ok(Outcome::Refused(Errno::EINVAL));
@@ -132,7 +130,7 @@ impl SessionData {
                 {
                     Ok(written) => written,
                     Err(end) => {
-                        // What came of this message is loaded, and the rest is not.
+                        // // The received part of this message is loaded, the rest is not.
                         peer.machine.data_lost(session);
                         return Err(end);
                     }
@@ -159,8 +157,7 @@ impl SessionData {
         if is_touched { Err(Errno::EBUSY) } else { Ok(session) }
     }
 
-    /// Before the state is set to `wanted`: what the client wrote to a load's own socket is loaded first, up to the length that it
-    /// announced.
+    /// /// Before the state is set to `wanted`: first loads everything that the client wrote to a load's own socket.
     pub(super) fn finish_load(&self, peer: &Peer<'_>, wanted: Option<State>) -> Result<(), Errno> {
         let leaves = wanted.is_some_and(|state| !matches!(state, State::Resuming | State::Error));
         match &self.socket {
@@ -169,7 +166,7 @@ impl SessionData {
         }
     }
 
-    /// After the state may have changed: the session's own socket ends with it, or goes on.
+    /// /// After the state may have changed: ends the session's own socket if the session has ended.
     pub(super) fn follow_session(&mut self, peer: &Peer<'_>) {
         if let Some(socket) = &self.socket {
             if peer.machine.session_for(peer.client) == Some(socket.session()) {
@@ -186,7 +183,8 @@ impl SessionData {
     }
 }
 
-/// Receives the data of a write into the device as it comes: the machine is never called while this waits for the client.
+/// /// Receives the data of a write into the device as it arrives: the machine is never called while this waits for the
+/// client.
 fn receive_data(
     machine: &Machine,
     session: SessionId,
@@ -214,7 +212,7 @@ struct Rest<'a> {
 
 impl Rest<'_> {
     fn receiver(&mut self) -> Result<&mut Receiver, ConnectionError> {
-        let short = ConnectionError::Broken("more data was asked for than the message has");
+        let short = ConnectionError::Broken("more data was requested than the message has");
         self.receiver.as_deref_mut().filter(|receiver| receiver.body_left() > 0).ok_or(short)
     }
 
@@ -226,7 +224,7 @@ impl Rest<'_> {
         let receiver = self.receiver()?;
         let bytes = receiver.read_now(into)?;
         if receiver.body_left() == 0 {
-            // From here on the model may need the socket for its memory.
+            // // From here on the model may need the socket for memory accesses.
             self.give_back();
         }
         Ok(bytes)
@@ -240,7 +238,7 @@ impl Rest<'_> {
 }
 
 impl Drop for Rest<'_> {
-    /// What is left of the message is skipped first.
+    /// /// First skips the rest of the message.
     fn drop(&mut self) {
         let skipped = self.receiver.as_mut().map(|receiver| receiver.skip(None));
         self.give_back();
@@ -251,7 +249,7 @@ impl Drop for Rest<'_> {
     }
 }
 
-/// Waits for nobody: the device lends the data.
+/// /// Never waits, since the data is borrowed from the device.
 fn reply(link: &Link, to: &Header, data: &[u8], want: usize) -> Result<(), ConnectionError> {
     let padding = if want <= PADDED_BYTES_MAX { want - data.len() } else { 0 };
     let size = data.len() as u32;

@@ -1,10 +1,10 @@
-//! The client's memory, reached by messages (`vfio-user.rst: VFIO_USER_DMA_READ,
-//! VFIO_USER_DMA_WRITE`), on the connection's own socket or on the twin socket.
+//! //! The client's memory, accessed by messages (`vfio-user.rst: VFIO_USER_DMA_READ, VFIO_USER_DMA_WRITE`), on the
+//! connection's own socket or on the twin socket.
 //!
-//! Any thread of a model may call, also the one that serves a request, within it. Every exchange
-//! has a time limit, shorter than the patience of clients that answer only after the reply which
-//! they wait for (QEMU waits 5 s, holding what it would need to answer): then the exchange fails,
-//! the request is replied to, and the connection lives on. The late answer is dropped.
+//! Any thread of a model may call, including a thread that is serving a request. Every exchange has a time limit,
+//! shorter than that of clients that answer only after they have got a reply (QEMU waits 5 s, with the lock that it
+//! would need to answer): then the exchange fails, the request is answered, and the connection survives. The late
+//! answer is dropped.
 
 use std::io::IoSlice;
 use std::os::unix::net::UnixStream;
@@ -22,7 +22,7 @@ use super::link::{Link, Mine, Pumped, Shared, TOO_MUCH};
 use crate::codec::{Command, DmaAccess, DmaWriteReply, Header, Kind};
 use crate::connection::{self, ConnectionError, Receiver, Sender, Waits};
 
-/// What one DMA message moves.
+/// /// The data of one DMA message.
 struct Transfer<'a> {
     command: Command,
     access: DmaAccess,
@@ -32,20 +32,20 @@ struct Transfer<'a> {
     into: Option<&'a mut [u8]>,
 }
 
-/// One DMA message under way on the connection's own socket.
+/// /// One pending DMA message on the connection's own socket.
 pub(super) struct Exchange {
     id: u16,
     command: Command,
     access: DmaAccess,
     done: Option<Result<(), Errno>>,
-    /// What was read, when another thread received it.
+    /// /// The data read, if another thread received it.
     data: Vec<u8>,
 }
 
 /// The memory behind mappings without an fd.
 pub(super) struct ClientMemory {
     pub(super) link: Arc<Link>,
-    /// The most bytes that one message may carry.
+    /// /// Limit on the bytes of one message.
     pub(super) bytes_max: usize,
 }
 
@@ -101,9 +101,9 @@ impl ClientMemory {
     }
 }
 
-/// Writes one byte at each of these addresses once more, with the value that it has, through the client: its own dirty log then
-/// has them. All but the last are posted, and the reply to the last says that all are done. Memory that only the client can reach
-/// is left out: what the device wrote there is in the client's log already.
+/// /// Writes one byte at each of these addresses again, with its current value, through the client, whose dirty log
+/// then has them. All but the last are posted, and the reply to the last means that all are done. Memory that only the
+/// client can access is left out: the device's writes there are already in the client's log.
 pub(super) fn echo(link: &Link, memory: &Dma, addresses: &[u64], until: Instant) -> Result<(), Errno> {
     let mut bytes = Vec::with_capacity(addresses.len());
     for &address in addresses {
@@ -154,7 +154,7 @@ impl Link {
         outcome
     }
 
-    /// Waits for the reply, leading when nobody else does.
+    /// /// Waits for the reply, as the leader if there is no other.
     fn outcome(&self, mut mine: Mine<'_>, until: Instant) -> Result<(), Errno> {
         let mut shared = self.lock();
         loop {
@@ -211,7 +211,7 @@ impl Link {
             .find(|e| e.id == header.id && e.command == header.command)
             .map(|e| e.access);
         let Some(access) = access else {
-            tracing::warn!(id = header.id, command = %header.command, "a reply that nobody waits for");
+            tracing::warn!(id = header.id, command = %header.command, "an unexpected reply");
             return Ok(None);
         };
         if let Some(mine) = mine
@@ -219,7 +219,7 @@ impl Link {
         {
             return receive_reply(receiver, header, access, mine.data.as_deref_mut(), deadline).map(Some);
         }
-        // Bounded by what one message may carry.
+        // // Bounded by the limit for one message.
         let mut data = vec![0; if header.command == Command::DMA_READ { access.count as usize } else { 0 }];
         let outcome = receive_reply(receiver, header, access, Some(&mut data), deadline)?;
         let mut shared = self.lock();
@@ -265,7 +265,7 @@ impl Twin {
         Ok(Twin { sender, inner: Mutex::new(TwinInner { receiver, next_id: 0 }) })
     }
 
-    /// One that another process has used: its last id, and what was received beyond the last message.
+    /// /// A twin socket from another process: its last id, and the bytes received beyond the last message.
     pub(super) fn import(
         socket: Foreign<UnixStream>,
         message_limit: Duration,
@@ -337,7 +337,7 @@ impl TwinInner {
 }
 
 impl Transfer<'_> {
-    /// In the layout that this client knows: QEMU's count has 32 bits.
+    /// /// In this client's layout: QEMU's count has 32 bits.
     fn send_as<T>(&self, id: u16, flags: u32, link: &Link, send: impl FnOnce(&mut [IoSlice<'_>]) -> T) -> T {
         let mut fixed = [0; size_of::<DmaAccess>()];
         fixed.copy_from_slice(self.access.as_bytes());
@@ -365,8 +365,8 @@ impl Transfer<'_> {
     }
 }
 
-/// Receives a reply and says how the exchange went. What is wrong with a reply fails its exchange
-/// only: the stream stays in step, also when the deadline comes first.
+/// /// Receives a reply and returns the result of the exchange. An invalid reply fails only its exchange: the stream
+/// stays in sync, also if the deadline comes first.
 fn receive_reply(
     receiver: &mut Receiver,
     header: Header,

@@ -245,7 +245,7 @@ mod tests {
     #[test]
     fn streams_that_are_no_mttys_or_not_for_this_card_are_refused_by_name() {
         assert!(load(&stream(&[Port::default()]), 1).is_ok());
-        assert!(said(&[(7, 0)]).contains("no saved device state"));
+        assert!(said(&[(7, 0)]).contains("not a saved device state"));
         assert!(said(&[(8, 2)]).contains("version 2.0, and version 1.0 is read"));
         assert!(said(&[(12, 1)]).contains("version 1.1"));
         assert!(said(&[(20, 4)]).contains("flags 0x4"));

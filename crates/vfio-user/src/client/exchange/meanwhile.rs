@@ -1,6 +1,5 @@
-//! Who receives while nobody waits for a reply: a sender that finds the socket full, so that two sides
-//! that both send do not wait for each other, and a thread for a server that asks for memory of its
-//! own accord.
+//! //! Receiving while no thread waits for a reply: a sender that finds the socket full receives, so that two sides
+//! that both send do not block each other, and a thread receives for a server that accesses memory on its own.
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, PoisonError};
@@ -13,8 +12,8 @@ use super::{ATTENDANT, Exchange, Failure};
 use crate::connection::{ConnectionError, wait_ready};
 
 impl Exchange {
-    /// The socket is full: receives meanwhile, if nobody else does, so that a server which sends too
-    /// can go on.
+    /// /// The socket is full: receives meanwhile, if no other thread does, so that a server that also sends can
+    /// continue.
     pub(super) fn make_room(&self, deadline: Instant) -> Result<(), ConnectionError> {
         // Also with a server that never stops sending.
         if Instant::now() >= deadline {
@@ -75,8 +74,8 @@ impl Exchange {
         Ok(())
     }
 
-    /// Starts a thread that receives while nobody waits for a reply, for a server that asks for
-    /// memory of its own accord on this socket. It ends with the connection.
+    /// /// Starts a thread that receives while no thread waits for a reply, for a server that accesses memory on its
+    /// own over this socket. It ends with the connection.
     pub fn attend(self: &Arc<Exchange>) -> std::io::Result<()> {
         {
             let mut desk = self.desk();

@@ -1,8 +1,8 @@
-//! Who is connected to a device, and in which role (`docs/vfio-user-extensions.md: the control role`).
+//! //! The connections of a device and their roles (`docs/vfio-user-extensions.md: the control role`).
 //!
-//! One client is the VMM. Others that want to be wait in the order in which they came, without a reply to their VERSION, until it
-//! has gone; but for one, the *next*, whose process was named by the VMM or a control client, and which gets the device when the
-//! VMM goes. Control clients come beside it: they have slots of their own, and wait for nobody.
+//! One client is the VMM. Others that want to be the VMM wait in order of arrival, without a reply to their VERSION,
+//! until it has gone. The exception is the *next* client, whose process was named by the VMM or a control client, and
+//! which gets the device when the VMM goes. Control clients have separate slots, and never wait for others.
 
 mod next;
 #[cfg(test)]
@@ -30,21 +30,21 @@ use crate::version::Limits;
 const WAITING_MAX: usize = 16;
 /// Control clients at once.
 pub(in crate::server) const CONTROL_MAX: usize = 8;
-/// Connections in all, those that have not said what they want included.
+/// /// Limit on all connections, including those without a role.
 pub(in crate::server) const CONNECTIONS_MAX: usize = 64;
 
 /// What a client may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::server) enum Role {
-    /// All that the specification has.
+    /// /// Everything in the specification.
     Vmm,
-    /// To move the device beside its VMM.
+    /// /// Moves the device while its VMM is connected.
     Control,
-    /// To prepare for being the VMM, when the one that is has gone.
+    /// /// Prepares to become the VMM when the current one has gone.
     Next,
 }
 
-/// What a client got that wants to be the VMM.
+/// /// The result for a client that wants to be the VMM.
 #[derive(Debug)]
 pub(in crate::server) enum Place {
     /// It is the VMM.
@@ -91,7 +91,7 @@ pub(in crate::server) struct ConnectionId(pub(in crate::server) u64);
 pub(in crate::server) struct Doors {
     inner: Mutex<Inner>,
     changed: Condvar,
-    /// Connections are not served: [`Inner::pause`], for those that look before each request.
+    /// /// Connections are paused: [`Inner::pause`], checked before each request.
     is_paused: AtomicBool,
     pub(in crate::server) counters: Counters,
 }
@@ -103,7 +103,7 @@ struct Inner {
     waiting: VecDeque<ConnectionId>,
     /// The process whose client may be the next VMM.
     named: Option<Process>,
-    /// That client, once it is there.
+    /// /// That client, once it is connected.
     next: Option<(ConnectionId, Arc<NextClient>)>,
     pause: Pause,
     /// Connections that were accepted, and have not entered.
@@ -112,31 +112,31 @@ struct Inner {
     is_over: bool,
     /// The last that another process has served.
     last_adopted: Option<ConnectionId>,
-    /// The VMM's connection, which another process has served, until it has its role here. Nobody enters before it.
+    /// /// The VMM's connection from another process, until it has its role here. No other connection enters before it.
     adopts_vmm: Option<ConnectionId>,
 }
 
 struct Entry {
     id: ConnectionId,
     link: Arc<Link>,
-    /// The user and the number of the process that made it, to share the places between.
+    /// /// The user and PID of the connecting process, for sharing the connections fairly.
     from: (u32, i32),
-    /// It was told to end, to make room.
+    /// /// It was told to end, to make room for another connection.
     is_ended: bool,
     role: Option<Role>,
-    /// What it has when its thread waits for a request.
+    /// /// Its state while its thread waits for a request.
     idle: State,
-    /// It has stopped between two requests: what it had.
+    /// /// Its state, if it has stopped between two requests.
     paused: Option<State>,
 }
 
-/// A connection that is paused, beside its link.
+/// /// The state of a paused connection, without its link.
 #[derive(Clone, Debug, Default)]
 pub(in crate::server) struct State {
     /// `None` before VERSION.
     pub(in crate::server) limits: Option<Limits>,
     pub(in crate::server) by_control_door: bool,
-    /// A VERSION that waits for its reply, as it came.
+    /// /// The bytes of a VERSION that waits for its reply.
     pub(in crate::server) unanswered: Vec<u8>,
     /// Accesses that wait, in order.
     pub(in crate::server) parked: Vec<Access>,
@@ -159,7 +159,7 @@ impl Doors {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection without a role yet; one that another process has served has its name ([`Doors::expect_adopted`]).
+    /// /// Adds a connection without a role; one that another process has served has an id ([`Doors::expect_adopted`]).
     pub(in crate::server) fn enter(
         &self,
         link: &Arc<Link>,
@@ -168,7 +168,7 @@ impl Doors {
     ) -> ConnectionId {
         let idle = State { by_control_door, ..State::default() };
         let mut inner = self.lock();
-        // Else it would find no VMM, and be that.
+        // // Otherwise it would find no VMM, and become the VMM.
         while inner.adopts_vmm.is_some() && inner.adopts_vmm != adopted {
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
@@ -196,7 +196,8 @@ impl Doors {
         id
     }
 
-    /// Before a connection is accepted: waits while connections are paused. `false` when they are another process' now.
+    /// /// Before a connection is accepted: waits while connections are paused. `false` if another process has them
+    /// now.
     pub(in crate::server) fn expect(&self) -> bool {
         let mut inner = self.lock();
         while inner.pause == Pause::Paused {
@@ -225,57 +226,55 @@ impl Doors {
         self.expect_no_more();
     }
 
-    /// The VMM's connection that another process has served does not come: whoever waits for it enters.
+    /// /// The VMM's connection from another process does not arrive: waiting connections enter.
     pub(in crate::server) fn expect_no_vmm(&self) {
         self.lock().adopts_vmm = None;
         self.changed.notify_all();
     }
 
-    /// None came.
+    /// /// No connection arrived.
     pub(in crate::server) fn expect_no_more(&self) {
         let mut inner = self.lock();
         inner.coming = inner.coming.saturating_sub(1);
         self.changed.notify_all();
     }
 
-    /// A connection is over, and its client's things are gone: whoever waits for its place may have it.
+    /// /// A connection is over, and its client's resources are released: a waiting client may take its role.
     pub(in crate::server) fn leave(&self, id: ConnectionId) {
         let mut inner = self.lock();
         inner.remove(id);
         self.changed.notify_all();
     }
 
-    /// All connections, to be ended. One that has been accepted and enters from now on is ended at once.
+    /// /// All connections, to be ended. An accepted connection that enters later is ended at once.
     pub(in crate::server) fn links_to_end(&self) -> Vec<Arc<Link>> {
         let mut inner = self.lock();
         inner.is_over = true;
         inner.connections.iter().map(|entry| Arc::clone(&entry.link)).collect()
     }
 
-    /// Makes room for one that is expected, so that no more than `most` are served, and says whether there is some within the
-    /// limit. While connections are paused there is. Where there is none, one that has no role yet is ended: of the user with the most of these, of the process with
-    /// the most of them, the oldest. So those that connect without an end take the places of their own.
+    /// /// Makes room for an expected connection, so that at most `most` are served, and returns whether there is room
+    /// within the limit. While connections are paused there always is. If there is none, a connection without a role is
+    /// ended: the oldest of the process with the most of these, among the processes of the user with the most. So a
+    /// client that connects again and again displaces its own connections.
     pub(in crate::server) fn make_room(&self, most: usize, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         let mut inner = self.lock();
         loop {
             let leaving = inner.connections.iter().filter(|entry| entry.is_ended).count();
             let served = inner.connections.len() + inner.coming;
-            // Nobody leaves while connections are paused, and whoever has paused them waits for this one.
+            // // No connection leaves while they are paused, and the pausing thread waits for this one.
             if served <= most || inner.pause != Pause::Serving {
                 return true;
             }
-            // Only once the others have entered that were accepted: until then it is not known who has the most.
+            // // Only once all accepted connections have entered: until then it is unknown which user has the most.
             if inner.coming <= 1
                 && served - leaving > most
                 && let Some(at) = inner.dispensable()
             {
                 let entry = &mut inner.connections[at];
                 entry.is_ended = true;
-                tracing::warn!(
-                    pid = entry.from.1,
-                    "a client that has said nothing is disconnected, as there are {most}"
-                );
+                tracing::warn!(pid = entry.from.1, "a silent client is disconnected, since there are {most}");
                 entry.link.end();
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -289,7 +288,7 @@ impl Doors {
     /// Waits until no connection is left, or so long.
     pub(in crate::server) fn wait_for_none(&self, limit: Duration) {
         let is_served = |inner: &mut Inner| !inner.connections.is_empty();
-        // What is left then is ended.
+        // // The remaining ones are ended.
         let _ = self.changed.wait_timeout_while(self.lock(), limit, is_served);
     }
 
@@ -314,7 +313,7 @@ impl Doors {
         self.lock().vmm().map(|entry| Arc::clone(&entry.link))
     }
 
-    /// Makes it a control client. EBUSY when there are too many.
+    /// /// Makes it a control client. EBUSY if there are too many.
     pub(in crate::server) fn be_control(&self, id: ConnectionId) -> Result<(), Errno> {
         let mut inner = self.lock();
         let control = inner.connections.iter().filter(|entry| entry.role == Some(Role::Control)).count();
@@ -326,8 +325,8 @@ impl Doors {
         Ok(())
     }
 
-    /// Makes it the VMM as soon as there is no other, or the next one as soon as it may be that. EBUSY when too many wait for
-    /// that; the outer error when the client does not wait any more.
+    /// /// Makes it the VMM as soon as there is no other, or the next client as soon as that is allowed. EBUSY if too
+    /// many clients wait; the outer error if the client stops waiting.
     pub(in crate::server) fn be_vmm(
         &self,
         id: ConnectionId,
@@ -348,7 +347,7 @@ impl Doors {
         }
         let mut has_said = false;
         loop {
-            // Before the look, so that what changes after it is seen.
+            // // Before the check, so that a later change is noticed.
             link.was_woken();
             {
                 let mut inner = self.lock();
@@ -373,14 +372,14 @@ impl Doors {
         !self.is_paused.load(SeqCst)
     }
 
-    /// What a connection has agreed on with its client.
+    /// /// Records the limits that a connection has agreed on with its client.
     pub(in crate::server) fn agreed(&self, id: ConnectionId, limits: Option<Limits>) {
         if let Some(entry) = self.lock().connections.iter_mut().find(|entry| entry.id == id) {
             entry.idle.limits = limits;
         }
     }
 
-    /// Stops here while connections are paused. An error when they are another process' now.
+    /// /// Waits here while connections are paused. An error if another process has them now.
     pub(in crate::server) fn pause_here(
         &self,
         id: ConnectionId,
@@ -422,7 +421,8 @@ impl Doors {
         }
     }
 
-    /// Waits until every connection has stopped, after [`Doors::begin_pause`]. ETIMEDOUT when one has not by `until`; then they go on.
+    /// Waits until every connection has stopped, after [`Doors::begin_pause`]. ETIMEDOUT if one has not by `until`;
+    /// then they continue.
     pub(in crate::server) fn await_pause(&self, until: Instant) -> Result<(), Errno> {
         let mut inner = self.lock();
         while inner.coming > 0 || inner.connections.iter().any(|entry| entry.paused.is_none()) {
@@ -513,7 +513,7 @@ impl Inner {
         self.connections.iter().find(|entry| entry.role == Some(Role::Vmm))
     }
 
-    /// Which connection is ended to make room for another.
+    /// /// The connection to end to make room for another.
     fn dispensable(&self) -> Option<usize> {
         let has_said_nothing =
             |entry: &&Entry| entry.role.is_none() && !entry.is_ended && !self.waiting.contains(&entry.id);
@@ -538,14 +538,14 @@ impl Inner {
         }
     }
 
-    /// Makes the first that waits the VMM if there is none, and says whether that is this one.
+    /// /// Makes the first waiting client the VMM if there is none, and returns whether it is this one.
     fn takes_place(&mut self, id: ConnectionId) -> bool {
         if self.vmm().is_some() || self.waiting.front() != Some(&id) {
             return false;
         }
         self.waiting.pop_front();
         self.set_role(id, Role::Vmm);
-        // Who was to come after the one that has gone is not who comes after this one.
+        // // The successor named for the old VMM is not the successor of this one.
         self.named = None;
         true
     }

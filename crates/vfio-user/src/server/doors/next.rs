@@ -1,4 +1,5 @@
-//! Which client is the next VMM (`docs/vfio-user-extensions.md: NEXT`): who is named, who is admitted, and how it gets its place.
+//! //! The next VMM (`docs/vfio-user-extensions.md: NEXT`): naming its process, admitting its client, and handing over
+//! the device.
 
 use std::sync::Arc;
 
@@ -11,7 +12,8 @@ use super::{ConnectionId, Doors, Inner, Role};
 use crate::server::link::Link;
 
 impl Doors {
-    /// [`Doors::leave`] for a VMM whose things are gone, unless a next client is there, which is to get the device first.
+    /// /// [`Doors::leave`] for a VMM whose resources are released, unless a next client is connected, which has to get
+    /// the device first.
     pub(in crate::server) fn leave_unless_next(&self, id: ConnectionId) -> bool {
         let mut inner = self.lock();
         if inner.next.is_some() {
@@ -22,15 +24,15 @@ impl Doors {
         true
     }
 
-    /// A VMM's connection is over: `hand_over` gives the device to the next client, which is the VMM then. `false` when there is
-    /// none, or it has gone.
+    /// /// A VMM's connection is over: `hand_over` gives the device to the next client, which then is the VMM. `false`
+    /// if there is none, or it has gone.
     pub(in crate::server) fn hand_over(
         &self,
         id: ConnectionId,
         hand_over: impl FnOnce(&NextClient) -> bool,
     ) -> bool {
-        // The lock is not held while the device changes hands. What the next client has prepared says who was faster when it
-        // goes meanwhile.
+        // // The lock is not held during the hand-over. If the next client goes meanwhile, `NextClient` decides which
+        // came first.
         let (next, client) = {
             let mut inner = self.lock();
             let Some(next) = inner.next.take() else { return false };
@@ -42,15 +44,15 @@ impl Doors {
             let mut inner = self.lock();
             inner.set_role(next, Role::Vmm);
             inner.remove(id);
-            // Its accesses that wait are made.
+            // // Its queued accesses are performed.
             inner.wake(next);
             self.changed.notify_all();
         }
         is_done
     }
 
-    /// Names the process whose client may be the next VMM, or nobody; then the client that is there has its connection ended.
-    /// ENOTCONN without a VMM, EBUSY while the client of a process that was named is there.
+    /// /// Names the process whose client may be the next VMM. `None` withdraws the name and disconnects the next
+    /// client. ENOTCONN without a VMM, EBUSY while the client of the named process is connected.
     pub(in crate::server) fn name(&self, process: Option<Process>) -> Result<(), Errno> {
         let mut inner = self.lock();
         if process.is_none() {
@@ -72,7 +74,7 @@ impl Doors {
         Ok(())
     }
 
-    /// The number of the process that is named, or 0, and whether its client is there.
+    /// /// The PID of the named process, or 0, and whether its client is connected.
     pub(in crate::server) fn named(&self) -> (i32, bool) {
         let inner = self.lock();
         (inner.named.as_ref().map_or(0, Process::pid), inner.next.is_some())
@@ -86,7 +88,7 @@ impl Doors {
 }
 
 impl Inner {
-    /// Makes a client the next one: of the process that was named, and of the VMM's user. One at a time.
+    /// /// Makes a client the next one, if it belongs to the named process and to the VMM's user. One at a time.
     pub(super) fn be_next(
         &mut self,
         id: ConnectionId,
@@ -113,7 +115,7 @@ impl Inner {
         self.waiting.retain(|waiting| *waiting != id);
         self.set_role(id, Role::Next);
         self.next = Some((id, Arc::clone(&next)));
-        tracing::info!(pid = peer.pid(), "the VMM's next client is there");
+        tracing::info!(pid = peer.pid(), "the VMM's next client is connected");
         Some(next)
     }
 }
