@@ -1,4 +1,4 @@
-//! What a client maps for the device, and unmaps (`vfio-user.rst: VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP`).
+//! //! A client's DMA mappings (`vfio-user.rst: VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP`).
 
 use std::sync::Arc;
 
@@ -79,8 +79,8 @@ fn map_for_device(
     })
 }
 
-/// DMA_UNMAP. As the kernel does, the entry that was sent, with what was really unmapped in its size; and where a bitmap was asked
-/// for, at least as many words.
+/// /// DMA_UNMAP. As with the kernel, the reply is the entry of the request, with the number of bytes actually unmapped
+/// in its size, followed by the bitmap if it was requested.
 fn unmap_from_device(
     mappings: &Mappings,
     unmap: DmaUnmapMessage,
@@ -101,7 +101,7 @@ fn unmap_from_device(
     Ok((DmaUnmapMessage { size, ..unmap }, words))
 }
 
-/// Unmaps, and leaves in `words` the bitmap, of at least the bytes that were asked for.
+/// /// Unmaps, and leaves the bitmap in `words`, with at least the requested bytes.
 fn unmap_report(
     mappings: &Mappings,
     unmap: &DmaUnmapMessage,

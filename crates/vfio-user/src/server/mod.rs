@@ -1,13 +1,13 @@
 //! The server: a [`Machine`] behind a socket (`vfio-user.rst`, the server's side of every message).
 //!
-//! One client at a time is the VMM. Others that want to be wait until it is gone; a client that
-//! dies in any state leaves state and session behind, and the one after it finds a device that answers
-//! every message. Mappings, interrupt wiring and DMA logging end with their client. One client whose process was named prepares
-//! to be the next VMM, and gets the device in one step. Beside the VMM, control clients move the
-//! device; each connection has a thread of its own.
+//! One client at a time is the VMM. Others that want to be the VMM wait until it is gone. A client that dies in any
+//! state leaves state and session behind, and the device answers every message of the next client. Mappings, interrupt
+//! wiring and DMA logging end with their client. A client whose process was named prepares to become the next VMM, and
+//! gets the device in one step. Control clients move the device while the VMM is connected. Each connection has its own
+//! thread.
 //!
-//! Nothing that a client sends costs memory beyond fixed bounds, and a message that is refused is
-//! taken off the socket whole, so that the connection stays in step.
+//! Nothing that a client sends uses memory beyond fixed bounds, and a refused message is received completely, so that
+//! the connection stays in sync.
 
 mod accept;
 mod access;
@@ -60,34 +60,33 @@ pub struct Options {
     /// The most bytes of data in one message, announced as `max_data_xfer_size`. From 4096 to
     /// [`DATA_XFER_BYTES_MAX`](crate::version::DATA_XFER_BYTES_MAX); 1 MiB.
     pub data_bytes_max: u32,
-    /// A message must be complete this long after its first byte, and all of a reply taken this long
-    /// after the client has no more room for it; else the connection ends. 20 s. An idle client may be
-    /// idle for ever.
+    /// /// Time limit for a message from its first byte to its last, and for the client to read a reply once its socket
+    /// is full; after that the connection ends. Default 20 s. A client may be idle without a limit.
     pub message_limit: Duration,
-    /// A version must be negotiated this long after the connection was made, so that a client that
-    /// says nothing does not keep others out. 30 s.
+    /// /// Time limit for VERSION after the connection was made, so that a silent client does not keep others out.
+    /// Default 30 s.
     pub version_limit: Duration,
     /// How long the device waits for memory that it reaches by messages. 3 s: less than QEMU waits
     /// for a reply, so that a request which needs memory that QEMU does not give fails, and not
     /// the connection.
     pub dma_limit: Duration,
-    /// Whether a client that can is given a socket of its own for the device's DMA messages. Yes.
+    /// /// Whether a client that supports it gets a separate socket for the device's DMA messages. Default: yes.
     pub twin_socket: bool,
-    /// Who may connect to the socket that [`Server::bind`] makes. Its owner alone, whatever the umask: mode 0600.
+    /// /// Mode and group of the socket that [`Server::bind`] creates. Default: mode 0600, whatever the umask.
     pub socket: SocketAccess,
-    /// Whether a client may map any regular file for DMA. No: memfds, and files on tmpfs and hugetlbfs,
-    /// are mapped, and others refused with ENOTSUP. An access to another file waits for its file
-    /// system, and so may a look at it: a client that may mount one, or the daemon or server behind
-    /// it, can hang this server for good. Files on FUSE are refused with EINVAL all the same.
+    /// /// Whether a client may map any regular file for DMA. Default: no; only memfds and files on tmpfs and hugetlbfs
+    /// are mapped, and others are refused with ENOTSUP. An access to another file, or even stat(), may wait for its
+    /// file system: a client that can mount one, or its daemon or server, can hang this server for good. Files directly
+    /// on FUSE are always refused with EINVAL.
     pub any_file: bool,
     /// How long an access of the VMM waits while another client moves the device. Then the move is ended, and the device
     /// runs again. 4 s: QEMU waits 5 s for a reply, and never connects again.
     pub park_limit: Duration,
-    /// Whether connections can be handed over to another process at any time: then a thread that waits for a command does so
-    /// in poll(2), which costs an access one more system call. No.
+    /// /// Whether connections can be handed over to another process at any time. Threads then wait for commands in
+    /// poll(2), which costs each access one more system call. Default: no.
     pub interruptible: bool,
-    /// What kind of device this is, such as the name of its model: in a switch-over a device of another kind is refused by both
-    /// names. None.
+    /// /// The kind of device, such as the name of its model. A switch-over to a device of another kind is refused,
+    /// with both names in the message. Default: none.
     pub model: Option<String>,
 }
 
@@ -118,8 +117,8 @@ impl ShutdownHandle {
         Ok(ShutdownHandle(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
     }
 
-    /// Ends the server: the request being handled is finished, the client disconnected, the socket
-    /// removed. Cannot be taken back.
+    /// Ends the server: the request being handled is finished, the client disconnected, the socket removed. Cannot be
+    /// undone.
     pub fn shut_down(&self) {
         // Fails only when the counter is full, that is, signalled.
         let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
@@ -162,14 +161,15 @@ impl std::fmt::Debug for Server {
     }
 }
 
-/// A socket that listens.
+/// /// A listening socket.
 #[derive(Debug)]
 struct Door {
-    /// Where, if it was made here.
+    /// /// Its path, if it was created here.
     name: Option<PathBuf>,
-    /// Before the listener, so that it is removed while it is known to be a live server's. `None` once another process has it.
+    /// /// Dropped before the listener, so that the path is removed while the server is still alive. `None` once
+    /// another process has it.
     path: Mutex<Option<SocketPath>>,
-    /// Connections that nobody accepted are closed with it, and with them what they were sent.
+    /// /// Connections that were not accepted are closed with it, including their data.
     listener: Foreign<UnixListener>,
 }
 
@@ -187,15 +187,16 @@ impl Door {
 }
 
 impl Server {
-    /// Listens at a path, open to [`Options::socket`]. The socket of a server that is gone is replaced; `AddrInUse` when one
-    /// listens there, `AlreadyExists` for anything that is not a socket, `InvalidInput` for a mode that a socket cannot
-    /// have, else the system's error. The socket is removed when the server is dropped, if the path still leads to it.
+    /// /// Listens at a path, with the mode and group of [`Options::socket`]. The socket of a dead server is replaced;
+    /// `AddrInUse` if a server listens there, `AlreadyExists` for anything that is not a socket, `InvalidInput` for an
+    /// invalid mode, otherwise the system's error. The socket is removed when the server is dropped, if the path still
+    /// leads to it.
     pub fn bind(path: impl AsRef<Path>, machine: Arc<Machine>, options: Options) -> io::Result<Server> {
         let door = Door::bind(path.as_ref(), &options.socket)?;
         Server::new(door, machine, options)
     }
 
-    /// Serves a socket that listens already: socket activation, or one made with other rights. It
+    /// /// Serves a socket that is already listening: for socket activation, or a socket created with other rights. It
     /// is not removed.
     pub fn from_listener(
         listener: UnixListener,
@@ -221,13 +222,13 @@ impl Server {
         Ok(Server { door, control, machine, options, shutdown, doors, adopted, started })
     }
 
-    /// Listens for control clients at another path as well: whoever may connect there may move the device. Fails as
-    /// [`Server::bind`] does.
+    /// /// Also listens for control clients at another path: any client that may connect there may move the device.
+    /// Fails as [`Server::bind`] does.
     pub fn with_control(self, path: impl AsRef<Path>, access: &SocketAccess) -> io::Result<Server> {
         Ok(Server { control: Some(Door::bind(path.as_ref(), access)?), ..self })
     }
 
-    /// Where it listens, when it made the socket.
+    /// /// The path at which it listens, if it created the socket.
     pub fn path(&self) -> Option<&Path> {
         self.door.name.as_deref()
     }
@@ -240,7 +241,7 @@ impl Server {
         std::path::absolute(path).ok()
     }
 
-    /// Where it listens for control clients, if it does so at a path that it made.
+    /// /// The path at which it listens for control clients, if it created that socket.
     pub fn control_path(&self) -> Option<&Path> {
         self.control.as_ref()?.name.as_deref()
     }
@@ -255,7 +256,8 @@ impl Server {
         self.shutdown.clone()
     }
 
-    /// Serves clients until shut down, or until another process serves them ([`Server::is_given`]). Fails when no connection can be accepted any more, not for what a client does.
+    /// Serves clients until shut down, or until another process serves them ([`Server::is_given`]). Fails if
+    /// connections can no longer be accepted, never because of a client.
     pub fn serve(&self) -> io::Result<()> {
         std::thread::scope(|scope| {
             let adopted = std::mem::take(&mut *self.adopted.lock().unwrap_or_else(PoisonError::into_inner));
@@ -272,7 +274,7 @@ impl Server {
         })
     }
 
-    /// Says in a log which device it is about, as a process may serve many.
+    /// /// Names the device in log lines, since a process may serve many.
     fn span(&self) -> tracing::Span {
         device_span(self.socket().as_deref())
     }
@@ -291,8 +293,8 @@ fn device_span(socket: Option<&Path>) -> tracing::Span {
     }
 }
 
-/// Threads that serve connections which another process has served. They were made before it was known that this one does, so
-/// that no client waits for it.
+/// /// Threads that serve connections taken over from another process. They are started before the switch-over is
+/// decided, so that no client waits for them.
 struct Started {
     doors: Arc<Doors>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -302,7 +304,7 @@ impl Started {
     /// Waits until they have ended.
     fn join(&self) {
         for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {
-            // One that panicked has said so.
+            // // A panicked thread has printed its panic.
             let _ = thread.join();
         }
     }
@@ -319,7 +321,8 @@ impl Drop for Started {
     }
 }
 
-/// Ends all connections: first no more requests; then, for a client that does not take its reply, everything.
+/// /// Ends all connections: first stops receiving requests; then, for a client that does not read its reply, closes
+/// the connection.
 fn end_connections(doors: &Doors) {
     doors.links_to_end().iter().for_each(|link| link.end_receiving());
     doors.wait_for_none(GRACE);
@@ -329,8 +332,8 @@ fn end_connections(doors: &Doors) {
 /// How long a client has to take its last reply from a server that ends.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Serves one connection on this thread until it ends or the handle is shut down, and says why it
-/// ended. Fails when the socket cannot be set up.
+/// /// Serves one connection on this thread until it ends or the handle is shut down, and returns the reason. Fails if
+/// the socket cannot be set up.
 pub fn serve_connection(
     stream: UnixStream,
     machine: &Arc<Machine>,

@@ -1,10 +1,10 @@
-//! The client that gets the device when its VMM has gone (`docs/vfio-user-extensions.md: NEXT`): what it may until then, and how
-//! it is named.
+//! //! The client that gets the device when its VMM has gone (`docs/vfio-user-extensions.md: NEXT`): its permissions
+//! until then, and how it is named.
 //!
-//! It is told all of the device, and its mappings and its wiring are kept apart ([`NextClient`]). What would touch the device
-//! waits ([`parked`](super::parked)), and what would drive it is refused. The thread of the VMM's connection hands the device
-//! over as it ends. This connection's thread may sleep in recvmsg(2) then, so it looks before each request whether it is the VMM
-//! by now.
+//! It may read all information about the device, and its mappings and wiring are kept separately ([`NextClient`]).
+//! Accesses to the device wait ([`parked`](super::parked)), and requests that drive it are refused. The thread of the
+//! VMM's connection hands over the device when it ends. This connection's thread may be sleeping in recvmsg(2) then, so
+//! it checks before each request whether it has become the VMM.
 
 use limosa_device::FeatureDone;
 use limosa_host::Process;
@@ -16,7 +16,7 @@ use super::peer::Peer;
 use crate::codec::Request;
 use crate::extension::{self, Next, NextFlags};
 
-/// EBUSY for what would drive the device, or reach it by another way than accesses, which wait.
+/// /// EBUSY for requests that drive the device, or that use it by other means than accesses, which wait.
 pub(super) fn check(request: &Request<'_>) -> Result<(), Errno> {
     let may = match request {
         // A header that is no request is refused as ever.
@@ -28,7 +28,7 @@ pub(super) fn check(request: &Request<'_>) -> Result<(), Errno> {
     if may { Ok(()) } else { Err(Errno::EBUSY) }
 }
 
-/// NEXT: who may come, and whether it has.
+/// /// NEXT: the named process, and whether its client is connected.
 pub(super) fn feature(peer: &Peer<'_>, call: FeatureCall, payload: &mut [u8]) -> Result<FeatureDone, Errno> {
     let payload_bytes = size_of::<Next>();
     if !call.check(&FeatureRules { name: "NEXT", get: true, set: true, payload_bytes })? {
@@ -58,7 +58,8 @@ pub(super) fn feature(peer: &Peer<'_>, call: FeatureCall, payload: &mut [u8]) ->
     Ok(FeatureDone { payload_bytes, opened: None })
 }
 
-/// Whether the next client may make a FEATURE request: a look at what the device is, and not at a session or a log.
+/// /// Whether the next client may make a FEATURE request: only requests for information about the device, not about a
+/// session or a log.
 fn may_ask(call: FeatureCall) -> bool {
     let is_look = matches!(
         call.index,

@@ -1,34 +1,35 @@
-//! Accesses of the VMM that wait while another client moves its device, and those of the next one until the device is its own.
+//! //! Queued accesses: of the VMM while another client moves its device, and of the next client until it gets the
+//! device.
 //!
-//! The guest knows nothing of the move: a write that is refused would be lost, and a VMM that waits too long for a reply gives
-//! the device up (QEMU after 5 s). So what cannot be done now is kept, in its order, and done when the device runs again; after
-//! [`Options::park_limit`](super::Options::park_limit) the move is ended for it. Configuration space, mappings and interrupts are
-//! answered meanwhile. When so much is kept that there is no room for more, the VMM's requests stay in its socket.
+//! The guest is not aware of the move: a refused write would be lost, and a VMM that waits too long for a reply gives
+//! up the device (QEMU after 5 s). So accesses are queued in order, and performed when the device runs again; after
+//! [`Options::park_limit`](super::Options::park_limit) the move is ended. Requests for configuration space, mappings
+//! and interrupts are answered meanwhile. If the queue is full, the VMM's requests stay in its socket.
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
 use crate::codec::Header;
 
-/// The most accesses that are kept.
+/// /// Limit on queued accesses.
 const COUNT_MAX: usize = 1024;
 /// The most bytes of theirs.
 const BYTES_MAX: usize = 4 << 20;
 
-/// What is kept.
+/// /// The queue of accesses.
 #[derive(Default)]
 pub(super) struct Parked {
     accesses: VecDeque<Access>,
     bytes: usize,
-    /// When the first came, or its limit began to count.
+    /// /// When the first one arrived, or its time limit began.
     pub(super) since: Option<Instant>,
-    /// Its accesses are being made.
+    /// /// The queued accesses are being performed.
     pub(super) replays: bool,
     /// Of the REGION_WRITE_MULTI being handled: how many of its writes are done.
     pub(super) writes_done: usize,
 }
 
-/// A request as it came.
+/// /// A queued request.
 #[derive(Clone, Debug)]
 pub(super) struct Access {
     pub(super) header: Header,
@@ -51,12 +52,12 @@ impl Parked {
         self.accesses.drain(..).map(|access| access.header).collect()
     }
 
-    /// All that is kept, in order.
+    /// /// All queued accesses, in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Access> {
         self.accesses.iter()
     }
 
-    /// Keeps an access behind the others, or before them when it was taken from there.
+    /// /// Queues an access behind the others, or puts it back in front.
     pub(super) fn keep(&mut self, access: Access) {
         self.since.get_or_insert_with(Instant::now);
         self.bytes += access.body.len();

@@ -1,4 +1,4 @@
-//! The other end of a connection: its role, whose device it uses, and what it may ask for
+//! //! The other end of a connection: its role and its permissions
 //! (`docs/vfio-user-extensions.md: The control role, NEXT`).
 
 use std::sync::Arc;
@@ -19,33 +19,33 @@ use crate::version::Limits;
 /// The PCI configuration space (`vfio.h: VFIO_PCI_CONFIG_REGION_INDEX`).
 const CONFIG_REGION: u32 = 7;
 
-/// A client, as its connection knows it.
+/// /// A connection's client.
 pub(super) struct Peer<'a> {
     pub(super) machine: &'a Arc<Machine>,
     pub(super) options: &'a Options,
     pub(super) doors: &'a Doors,
     pub(super) link: Arc<Link>,
     pub(super) id: ConnectionId,
-    /// It came by the door for control clients.
+    /// /// It connected to the control socket.
     pub(super) by_control_door: bool,
     /// The most bytes of data that a command may ask for or carry.
     pub(super) data_bytes_max: u32,
-    /// What was agreed on; `None` before VERSION.
+    /// /// The agreed limits; `None` before VERSION.
     pub(super) limits: Option<Limits>,
     /// `None` before VERSION.
     role: Option<Role>,
-    /// What the machine knows it as, once it has a role.
+    /// /// Its id in the machine, once it has a role.
     pub(super) client: ClientId,
     /// The session that it found when it became the VMM.
     found: Option<SessionId>,
-    /// What it has prepared, while it waits for the VMM's place as the next client.
+    /// /// Its preparations, while it is the next client.
     next: Option<Arc<NextClient>>,
-    /// Wakes this connection when accesses are held back no more.
+    /// Wakes this connection when accesses no longer have to wait.
     released: Option<Arc<Released>>,
 }
 
 impl<'a> Peer<'a> {
-    /// A client that has not said VERSION.
+    /// /// A client that has not sent VERSION.
     pub(super) fn new(
         machine: &'a Arc<Machine>,
         options: &'a Options,
@@ -95,7 +95,7 @@ impl<'a> Peer<'a> {
         self.next = Some(next);
     }
 
-    /// Makes it the VMM if the device was handed over to it.
+    /// /// Makes it the VMM if the device was handed over to it.
     pub(super) fn look_whether_owner(&mut self) {
         if self.next.as_ref().is_some_and(|next| next.owns()) {
             self.be_vmm();
@@ -119,13 +119,13 @@ impl<'a> Peer<'a> {
         self.role
     }
 
-    /// Says in the log who has which role from now on.
+    /// /// Logs the client and its role.
     pub(super) fn log_admission(&self) {
         let (role, Client { pid, user }) = (self.role.map(Role::name), Client::of(&self.link));
         tracing::info!(role, pid, user, "a client is connected");
     }
 
-    /// Says in the log who is gone, and why. A client that never had a role is not worth a line by default.
+    /// /// Logs that the client is gone, and why. A client that never had a role is not logged by default.
     pub(super) fn log_end(&self, end: &ConnectionError) {
         let Client { pid, user } = Client::of(&self.link);
         match self.role.map(Role::name) {
@@ -139,12 +139,13 @@ impl<'a> Peer<'a> {
         self.next.is_some()
     }
 
-    /// What it has prepared as the next client.
+    /// /// Its preparations as the next client.
     pub(super) fn next(&self) -> Option<&NextClient> {
         self.next.as_deref()
     }
 
-    /// Whether a session was there before this client was the VMM. Its data cannot be moved by this client's socket.
+    /// /// Whether a session existed before this client was the VMM. Its data cannot be moved through this client's
+    /// data socket.
     pub(super) fn found(&self, session: SessionId) -> bool {
         self.found == Some(session)
     }
@@ -154,7 +155,7 @@ impl<'a> Peer<'a> {
         self.is_next() || self.machine.holds_accesses()
     }
 
-    /// Lets go of what the client gave. A VMM's device goes to its next client, if there is one.
+    /// /// Releases everything of the client. A VMM's device goes to its next client, if there is one.
     pub(super) fn leave(&mut self) {
         let is_vmm = match self.role {
             None => false,
@@ -163,20 +164,20 @@ impl<'a> Peer<'a> {
                 false
             }
             Some(Role::Vmm) => true,
-            // What it has prepared goes; or it has become the VMM, and did not know yet.
+            // // Drop its preparations; or it has already become the VMM without noticing.
             Some(Role::Next) => self.next.as_ref().is_none_or(|next| !next.withdraw()),
         };
         if is_vmm && !self.doors.hand_over(self.id, |next| self.machine.hand_over(next)) {
             self.machine.client_gone(ClientId::VMM);
-            // One that was admitted meanwhile.
+            // // A next client that was admitted meanwhile.
             while !self.doors.leave_unless_next(self.id) {
                 self.doors.hand_over(self.id, |next| self.machine.hand_over(next));
             }
         }
     }
 
-    /// EPERM for what a control client may not: memory, interrupts and BARs are the VMM's. A reset it may ask for only to end a
-    /// load of its own. EBUSY for what the next client may not yet.
+    /// /// EPERM for requests that a control client may not make: memory, interrupts and BARs belong to the VMM, and it
+    /// may reset only to end its own load. EBUSY for requests that the next client may not make yet.
     pub(super) fn check(&self, request: &Request<'_>) -> Result<(), Errno> {
         if self.is_next() {
             return next::check(request);
@@ -202,7 +203,8 @@ impl<'a> Peer<'a> {
         region == CONFIG_REGION && flags.contains(DeviceFlags::PCI)
     }
 
-    /// The most fds that the client takes in one message. A control client maps nothing, nor does one that has not the device yet.
+    /// /// Limit on the fds that the client accepts in one message; 0 for a control client and for one that does not
+    /// have the device yet, since these map nothing.
     pub(super) fn fds_max(&self) -> usize {
         if self.role == Some(Role::Control) || self.is_next() {
             return 0;
@@ -226,7 +228,7 @@ impl<'a> Peer<'a> {
 }
 
 impl Drop for Peer<'_> {
-    /// Last: whoever waits for the VMM's place finds the device without what was this client's.
+    /// /// Last: a waiting client must find the device without this client's resources.
     fn drop(&mut self) {
         self.doors.leave(self.id);
     }

@@ -1,8 +1,8 @@
-//! A session's data over a socket of its own instead of messages (`docs/vfio-user-extensions.md:
-//! DATA_FD`): a thread that moves it between the device and the socket.
+//! //! A session's data over a separate socket instead of messages (`docs/vfio-user-extensions.md: DATA_FD`): a thread
+//! moves it between the device and the socket.
 //!
-//! The thread waits for the client only between calls of the machine, so that a client which does not take its data, or sends
-//! none, can still drive the device's states.
+//! The thread waits for the client only between calls of the machine, so that a client that does not read its data, or
+//! sends none, can still drive the device's states.
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, send, shutdown};
 
 use crate::connection::{errno_of, set_send_buffer};
 
-/// Moved at once: what a socket that has room takes whole.
+/// /// Bytes moved at once: an amount that a socket accepts in one call.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// A session's socket and its thread.
@@ -36,13 +36,13 @@ struct Shared {
 
 #[derive(Default)]
 struct Progress {
-    /// Counts the questions whether there is more to save.
+    /// /// Counts the requests for progress.
     asked: u64,
-    /// How many questions had been asked when the thread last looked at the device.
+    /// /// The number of requests at the thread's last read of the device.
     looked: u64,
     /// Whether it then found data.
     found: bool,
-    /// It waits for room in the socket.
+    /// /// It waits for space in the socket.
     held_up: bool,
     /// Why it is over: all moved, or the device's errno.
     over: Option<Result<(), Errno>>,
@@ -75,7 +75,7 @@ impl DataSocket {
                 // A client that finds the socket ended may ask at once why.
                 shared.lock().over = Some(over);
                 shared.changed.notify_all();
-                // What is in the socket already can still be read.
+                // // Data in the socket can still be read.
                 let _ = shutdown(&shared.socket, if loads { Shutdown::Both } else { Shutdown::Write });
             })
         }
@@ -91,12 +91,12 @@ impl DataSocket {
         self.loads
     }
 
-    /// How far a saving session is: all that there is, for now or to the end, is in the socket;
-    /// or EAGAIN, or why it cannot go on.
+    /// /// The progress of a saving session: Ok if all data, for now or to the end, is in the socket; EAGAIN if not; or
+    /// the error of the device.
     pub(super) fn saved(&self) -> Result<(), Errno> {
         let mut progress = self.shared.lock();
-        // Only a look at the device after the question answers it: what was found before may have
-        // been taken by the client before it asked.
+        // // Only a read of the device after the request answers it: the client may have read earlier data before its
+        // request.
         progress.asked += 1;
         let asked = progress.asked;
         self.shared.changed.notify_all();
@@ -112,13 +112,12 @@ impl DataSocket {
         if progress.found { Err(Errno::EAGAIN) } else { Ok(()) }
     }
 
-    /// Whether the device has refused what was loaded.
+    /// /// Whether the device has refused the loaded data.
     pub(super) fn refused(&self) -> Result<(), Errno> {
         self.shared.lock().over.unwrap_or(Ok(()))
     }
 
-    /// Waits until all that the client wrote is loaded: ETIMEDOUT when the client does not shut its
-    /// writing side down.
+    /// /// Waits until all data of the client is loaded: ETIMEDOUT if the client does not shut down its writing side.
     pub(super) fn loaded(&self, limit: Duration) -> Result<(), Errno> {
         let until = Instant::now() + limit;
         let mut progress = self.shared.lock();
@@ -163,7 +162,7 @@ impl Shared {
         self.changed.wait(progress).unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves what the device saves into the socket, to the end. ECANCELED when told to stop.
+    /// /// Moves the device's data into the socket, to the end. ECANCELED if told to stop.
     fn save(&self, machine: &Machine, session: SessionId) -> Result<(), Errno> {
         enum Look {
             Data(Result<(), Errno>),
@@ -172,7 +171,7 @@ impl Shared {
         }
         let mut rest = Vec::new();
         loop {
-            // With room for it, a piece goes from the device's memory to the socket's at once.
+            // // With enough space, a piece goes directly from the device's memory to the socket.
             self.wait_for_room()?;
             let asked = self.lock().asked;
             let look = machine.data_read(session, PIECE_BYTES, |save| match save {
@@ -211,14 +210,14 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Moves what comes from the socket into the device, up to the client's end of it.
+    /// /// Moves data from the socket into the device, until the client shuts down its side.
     fn load(&self, machine: &Machine, session: SessionId) -> Result<(), Errno> {
         let mut spare = Vec::new();
         loop {
             self.poll(PollFlags::IN)?;
             let there = rustix::io::ioctl_fionread(&self.socket).map_err(errno_of)?;
             if there == 0 {
-                // The end, or it is not there yet.
+                // // The end, or no data yet.
                 let mut byte = [0];
                 match receive_bytes(&self.socket, &mut byte, RecvFlags::DONTWAIT) {
                     Ok(0) => return if self.lock().stop { Err(Errno::ECANCELED) } else { Ok(()) },
@@ -233,7 +232,7 @@ impl Shared {
         }
     }
 
-    /// Receives what is there. An out-of-band byte is counted among that, and received by no call: EPROTO.
+    /// /// Receives available data. An out-of-band byte counts as available but is never received: EPROTO.
     fn receive(&self, into: &mut [u8]) -> Result<usize, Errno> {
         loop {
             match receive_bytes(&self.socket, into, RecvFlags::DONTWAIT) {
@@ -246,7 +245,7 @@ impl Shared {
         }
     }
 
-    /// Sends what there is room for.
+    /// /// Sends as much as there is space for.
     fn send(&self, data: &[u8]) -> Result<usize, Errno> {
         match send(&self.socket, data, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             Ok(sent) => Ok(sent),

@@ -389,9 +389,9 @@ fn what_does_not_fit_is_refused_by_name_and_the_old_server_goes_on() {
         to(&["state=1M", "pre-copy=off"]).fails(1, &[&serves, &last, "its migration has PRE_COPY"]);
         // The description fits; its state does not.
         let refused = to(&["state=1M", "fault=fail:STOP>RESUMING"]);
-        refused.fails(1, &[&serves, &last, "the new device does not take its state"]);
+        refused.fails(1, &[&serves, &last, "the new device does not accept its state"]);
         let refused = to(&["state=1M", "block=32K"]);
-        refused.fails(1, &[&serves, &last, "the new device does not take its state"]);
+        refused.fails(1, &[&serves, &last, "the new device does not accept its state"]);
         to(&["state=nothing"]).fails(1, &[&serves, "gave up with code 2", "state"]);
         for (client, guest) in clients.iter().zip(&guests) {
             assert!(guest.check(client) > 0);

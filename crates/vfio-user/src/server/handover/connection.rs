@@ -30,7 +30,7 @@ pub(in crate::server) type Received = (Vec<u8>, Vec<(u64, Option<ForeignFd>)>);
 /// A connection that another process has served.
 pub(in crate::server) struct Adopted {
     id: u64,
-    /// Its name here, once it is to be served.
+    /// /// Its id here, once it is served.
     pub(in crate::server) place: Option<ConnectionId>,
     socket: Foreign<UnixStream>,
     twin: Option<(Foreign<UnixStream>, u16)>,
@@ -39,14 +39,14 @@ pub(in crate::server) struct Adopted {
     next_id: u16,
     received: Received,
     twin_received: Received,
-    /// What its client had no room for of replies.
+    /// /// Reply bytes for which the client's socket had no space.
     unsent: Vec<u8>,
     queue: Vec<Queued>,
     memory: Option<Arc<LaterMemory>>,
 }
 
-/// The sockets of connections that were handed over while the device runs. Nothing is read from them until it does so in its
-/// new process.
+/// /// The sockets of connections that were handed over while the device runs. Nothing is read from them until the
+/// device runs in its new process.
 #[derive(Debug, Default)]
 pub(super) struct GivenSockets {
     /// For each connection how many: the socket, and the twin if there was one.
@@ -54,7 +54,7 @@ pub(super) struct GivenSockets {
 }
 
 impl GivenSockets {
-    /// Those of connections that were not handed over yet.
+    /// /// The sockets of connections that were not handed over yet.
     pub(super) fn more(&mut self, device: u16, doors: &Doors) -> Result<Vec<Item>, Refusal> {
         let mut items = Vec::new();
         for (id, link) in doors.to_be_given() {
@@ -67,7 +67,7 @@ impl GivenSockets {
         Ok(items)
     }
 
-    /// Those of this connection that are still to be handed over.
+    /// /// The sockets of this connection that still have to be handed over.
     fn left(&self, id: ConnectionId, link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
         let given = self.given.get(&id).copied().unwrap_or(0);
         match given == 1 + usize::from(link.twin.get().is_some()) {
@@ -86,12 +86,12 @@ fn sockets(link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
     Ok(fds)
 }
 
-/// Threads that will serve connections once this process serves them: a client does not wait for a thread to be made.
+/// /// Threads that will serve connections once this process serves: clients do not wait for threads to start.
 #[derive(Debug, Default)]
 pub(super) struct Threads(HashMap<u64, (Sender<Adopted>, JoinHandle<()>)>);
 
 impl Threads {
-    /// Makes one. Where there is none, the server makes one later.
+    /// /// Starts a thread. If that fails, the server starts one later.
     pub(super) fn make(
         &mut self,
         id: u64,
@@ -103,7 +103,7 @@ impl Threads {
         let (tell, told) = mpsc::channel::<Adopted>();
         let (machine, options, doors) = (Arc::clone(machine), options.clone(), Arc::clone(doors));
         let serve = move || {
-            // It is not told when the other process goes on.
+            // // It ends without a message if the other process continues.
             let Ok(adopted) = told.recv() else { return };
             let _device = device.entered();
             match adopted.connection(&machine, &options, &doors) {
@@ -117,7 +117,7 @@ impl Threads {
         }
     }
 
-    /// Serves the connections from now on: the threads that do, and those for which there is none.
+    /// /// Starts serving the connections. Returns the serving threads, and the connections without a thread.
     pub(super) fn serve(
         mut self,
         mut adopted: Vec<Adopted>,
@@ -141,7 +141,7 @@ impl Threads {
     }
 }
 
-/// The sockets that came while the old device ran, by connection.
+/// /// The sockets that arrived while the old device ran, by connection.
 #[derive(Debug, Default)]
 pub(super) struct CameSockets(HashMap<u64, Vec<ForeignFd>>);
 
@@ -254,7 +254,7 @@ impl Adopted {
         let mut fds = came.0.remove(&head.id).unwrap_or_default();
         fds.append(&mut item.fds);
         if fds.len() != 1 + usize::from(head.twin_next_id.is_some()) {
-            return Err(wrong("another number of sockets than it says"));
+            return Err(wrong("the number of sockets differs from its count"));
         }
         let mut sockets =
             fds.drain(..).map(|fd| fd.into_unix_stream().map_err(|_| wrong("a file that is no socket")));
@@ -304,7 +304,7 @@ impl Adopted {
             let (received, bytes) = record::decode_with::<record::Received>(&item)?;
             let bytes = bytes.to_vec();
             if received.fds.iter().filter(|(_, kept)| *kept).count() != item.fds.len() {
-                return Err(wrong(&item, "another number of fds than it says"));
+                return Err(wrong(&item, "the number of fds differs from its count"));
             }
             let mut came = item.fds.drain(..);
             let fds =
@@ -318,7 +318,8 @@ impl Adopted {
             return Ok(());
         }
         let (message, bytes) = record::decode_with::<record::Message>(&item)?;
-        let (header, body) = Header::read_from_prefix(bytes).map_err(|_| wrong(&item, "no whole header"))?;
+        let (header, body) =
+            Header::read_from_prefix(bytes).map_err(|_| wrong(&item, "an incomplete header"))?;
         let body = body.to_vec();
         let fits = match message.fits {
             0 => Fits::Yes,

@@ -1,10 +1,10 @@
-//! A server that another process replaces under its running clients (`docs/switch-over.md`): [`SwitchOver`] gives, and
-//! [`Replacing`] takes.
+//! //! Replacing a server by another process under its clients (`docs/switch-over.md`): [`SwitchOver`] is the old
+//! server's side, [`Replacing`] the new server's.
 //!
-//! The devices of a process go together. While they run, memory, its files, the listeners, and the state of devices with PRE_COPY
-//! go over. Then every connection stops between two requests, with nothing more read from its socket, each device is stopped and
-//! what is left of its state read by the arcs of the migration protocol, and the rest goes: connections with what was received
-//! and not answered, interrupts, the dirty log.
+//! All devices of a process are handed over together. While they run, memory, its files, the listeners, and the state
+//! of devices with PRE_COPY are transferred. Then every connection stops between two requests, without reading more
+//! from its socket; each device is stopped and the rest of its state read, by the arcs of the migration protocol; and
+//! the rest is transferred: connections with received and unanswered requests, interrupts, the dirty log.
 
 mod connection;
 mod copy;

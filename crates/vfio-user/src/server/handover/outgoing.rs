@@ -15,7 +15,7 @@ use super::wiring::GivenWires;
 use crate::server::Server;
 use crate::server::doors::{Doors, Role};
 
-/// What is on its way of a device.
+/// /// A device that is being handed over.
 pub(super) struct Outgoing {
     pub(super) device: u16,
     pub(super) machine: Arc<Machine>,
@@ -28,12 +28,12 @@ pub(super) struct Outgoing {
     pub(super) frozen: Option<Frozen>,
     /// Of the last work on it, which may have been done by another thread.
     pub(super) outcome: Result<(), Refusal>,
-    /// What that gave.
+    /// /// The resulting items.
     pub(super) items: Vec<Item>,
 }
 
 impl Outgoing {
-    /// One of so many that go over together.
+    /// /// One of this many devices that are handed over together.
     pub(super) fn new(device: u16, server: &Server, share: usize) -> Outgoing {
         Outgoing {
             device,
@@ -72,7 +72,7 @@ impl Outgoing {
         };
         items.push(encode(kind::MACHINE, device, &kept)?);
         for (id, link, role, paused) in self.doors.paused() {
-            // A control client connects again: nothing of it is under way.
+            // // A control client connects again: it has no pending requests.
             if role != Some(Role::Control) {
                 items.extend(connection::export(device, id, &link, &paused, &self.sockets)?);
             }
@@ -80,8 +80,8 @@ impl Outgoing {
         Ok(items)
     }
 
-    /// It goes on here, and its clients are to go on as well. If this comes late, they do so already, and may be about to stop for
-    /// another attempt.
+    /// /// The device continues here, and so do its clients. If this is late, the clients have already continued, and
+    /// may be about to stop for another attempt.
     pub(super) fn thaw(mut self) {
         if let Some(frozen) = self.frozen.take() {
             self.machine.thaw(frozen);

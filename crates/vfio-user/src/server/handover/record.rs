@@ -1,4 +1,4 @@
-//! What is handed over, as items (`docs/switch-over.md: items`). What comes from the other process is checked anew.
+//! //! The items of a switch-over (`docs/switch-over.md: items`). Everything from the other process is checked again.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -45,16 +45,16 @@ pub(super) struct Offer {
     /// Flags and vectors.
     pub irqs: Vec<(u32, u32)>,
     pub migration: u64,
-    /// What a client may signal in place of writes, by region: offset, bytes and value of each.
+    /// /// Registers that a client may signal instead of writing, by region: offset, bytes and value of each.
     #[serde(default)]
     pub ioeventfds: BTreeMap<u32, Vec<(u64, u64, Option<u64>)>>,
-    /// Where it listens: an absolute path, by which it is known to the new server.
+    /// /// The absolute path at which it listens, which identifies it to the new server.
     #[serde(default)]
     pub socket: Option<std::path::PathBuf>,
-    /// Whether clients are connected, beside those for control.
+    /// /// Whether clients other than control clients are connected.
     #[serde(default)]
     pub has_client: bool,
-    /// What its server calls it ([`Options::model`](crate::server::Options::model)).
+    /// /// The name of its model ([`Options::model`](crate::server::Options::model)).
     #[serde(default)]
     pub model: Option<String>,
 }
@@ -65,9 +65,9 @@ pub(super) type OfferedRegion = (u32, u64, Option<(u64, Vec<(u64, u64)>)>);
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Listener {
     pub control: bool,
-    /// Where, if the server made it, and which socket it is.
+    /// /// Its path, if the server created it, and the identity of the socket.
     pub path: Option<(std::path::PathBuf, (u64, u64))>,
-    /// The mode and the group that the server was told to give it, unless it is that of control clients.
+    /// /// The mode and the group from the server's options, unless it is the control socket.
     #[serde(default)]
     pub access: Option<(u32, Option<u32>)>,
 }
@@ -76,7 +76,7 @@ pub(super) struct Listener {
 pub(super) struct Connection {
     /// Names it among the connections of the device: its SOCKETS.
     pub id: u64,
-    /// What was agreed on; `None` before VERSION.
+    /// /// The agreed limits; `None` before VERSION.
     pub limits: Option<Limits>,
     pub by_control_door: bool,
     pub foreign_dma: bool,
@@ -89,7 +89,7 @@ pub(super) struct Connection {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Received {
     pub twin: bool,
-    /// For each fd the offset of the last byte that it came with, and whether it was kept.
+    /// /// For each fd the offset of the last byte that it came with, and whether it was kept.
     pub fds: Vec<(u64, bool)>,
 }
 
@@ -119,11 +119,11 @@ pub(super) struct LogHead {
     pub ranges: Vec<(u64, u64)>,
 }
 
-/// What STATE begins with. Its bytes follow, or are in its file.
+/// /// The head of STATE. The bytes follow, or are in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct StateHead {
-    /// Counts the copies of the device's state: with another number, a copy begins anew.
+    /// /// Counts the copies of the device's state: a new number starts a new copy.
     pub copy: u32,
     pub reserved: u32,
     /// How many bytes.
@@ -154,7 +154,7 @@ pub(super) fn decode<T: DeserializeOwned>(item: &Item) -> Result<T, Refusal> {
     serde_json::from_slice(&item.bytes).map_err(|error| broken(item.kind, item.device, &error))
 }
 
-/// A record, and bytes behind it as they are.
+/// /// A record, followed by raw bytes.
 pub(super) fn encode_with(
     kind: u16,
     device: u16,
@@ -169,7 +169,7 @@ pub(super) fn encode_with(
     Ok(Item::new(kind, device, whole))
 }
 
-/// What [`encode_with`] made.
+/// /// Decodes the output of [`encode_with`].
 pub(super) fn decode_with<T: DeserializeOwned>(item: &Item) -> Result<(T, &[u8]), Refusal> {
     let short = || broken(item.kind, item.device, &"it ends within its record");
     let (bytes, rest) = item.bytes.split_first_chunk().ok_or_else(short)?;
@@ -179,7 +179,7 @@ pub(super) fn decode_with<T: DeserializeOwned>(item: &Item) -> Result<(T, &[u8])
 }
 
 pub(super) fn broken(kind: u16, device: u16, error: &dyn std::fmt::Display) -> Refusal {
-    let what = "expected what a server of this program hands over; use versions that belong together";
+    let what = "expected an item of a compatible server; use matching versions";
     Refusal::of_device(device, format!("a record of kind {kind} is not understood: {error}; {what}"))
 }
 
@@ -193,7 +193,7 @@ pub(super) fn copy(fd: impl AsFd) -> Result<ForeignFd, Refusal> {
 #[derive(Debug, Default)]
 pub(super) struct Files {
     known: Vec<Arc<OwnedFd>>,
-    /// How many of them were handed over.
+    /// /// How many of them were handed over.
     given: usize,
 }
 
@@ -239,7 +239,7 @@ impl Files {
 }
 
 pub(super) fn rows(item: &Item) -> Result<Vec<MappingRow>, Refusal> {
-    let wrong = || broken(item.kind, item.device, &"not whole rows");
+    let wrong = || broken(item.kind, item.device, &"incomplete rows");
     if !item.bytes.len().is_multiple_of(size_of::<MappingRow>()) {
         return Err(wrong());
     }
@@ -300,7 +300,7 @@ pub(super) fn dirty(item: &Item) -> Result<DirtyWords, Refusal> {
     let mut words: Vec<u64> =
         item.bytes.chunks_exact(8).map(|word| u64::read_from_bytes(word).unwrap_or(0)).collect();
     if words.len() < 2 || !item.bytes.len().is_multiple_of(8) {
-        return Err(broken(item.kind, item.device, &"not whole words"));
+        return Err(broken(item.kind, item.device, &"incomplete words"));
     }
     let rest = words.split_off(2);
     Ok(DirtyWords { iova: words[0], pages: words[1], words: rest })

@@ -1,5 +1,5 @@
-//! The eventfds of regions (`vfio-user.rst: VFIO_USER_DEVICE_GET_REGION_IO_FDS`): those that a client has go on. What it
-//! signals while nobody runs the device stays in them.
+//! The eventfds of regions (`vfio-user.rst: VFIO_USER_DEVICE_GET_REGION_IO_FDS`): the new device uses the eventfds that
+//! a client has. Signals that arrive while the device does not run stay in them.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -38,7 +38,7 @@ pub(super) fn given(device: u16, machine: &Machine) -> Result<Vec<Item>, Refusal
     Ok(items)
 }
 
-/// Those that came, by region.
+/// /// The received eventfds, by region.
 #[derive(Debug, Default)]
 pub(super) struct CameSignals(BTreeMap<u32, Vec<Arc<OwnedFd>>>);
 
@@ -57,7 +57,7 @@ impl CameSignals {
         Ok(())
     }
 
-    /// Gives them to the device: each region that has eventfds must have got them.
+    /// /// Gives them to the device: each region with eventfds must have received them.
     pub(super) fn adopt(self, device: u16, machine: &Machine) -> Result<(), Refusal> {
         let mut came = self.0;
         for region in with_signals(machine) {
@@ -72,12 +72,12 @@ impl CameSignals {
     }
 }
 
-/// Refuses a device whose client may signal eventfds, if it cannot go on with them.
+/// /// Refuses a device whose client may signal eventfds, if it cannot adopt them.
 pub(super) fn check(device: u16, machine: &Machine) -> Result<(), Refusal> {
     match with_signals(machine).next() {
         Some(region) if !machine.adopts_ioeventfds() => {
             let what = format!(
-                "its client may signal eventfds of region {region}, with which the new device does not go on"
+                "its client may signal eventfds of region {region}, which the new device cannot adopt"
             );
             Err(Refusal::of_device(device, what))
         }

@@ -1,4 +1,4 @@
-//! The new server's side: which of its devices takes the place of which, and all of them together.
+//! //! The new server's side: the assignment of its devices to those of the old server.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,16 +16,17 @@ use super::record::{self, broken, decode, kind};
 use super::workers::Workers;
 use crate::server::{Options, Server};
 
-/// A device of a new server, and how it is to be served.
+/// /// A device of a new server, and how to serve it.
 pub struct NewDevice {
-    /// The device, which nobody has used yet.
+    /// /// The device, which has not been used yet.
     pub machine: Arc<Machine>,
-    /// How it is to be served.
+    /// /// How to serve it.
     pub options: Options,
-    /// Where it is to listen. It takes the place of the old server's device that listens there; where there is none it is
-    /// served for the first time. Without a path it takes the place of the device that has its position in the old server.
+    /// /// The path to listen at. The device replaces the old server's device with this path; if there is none, it is
+    /// served for the first time. Without a path it replaces the device with the same position in the old server.
     pub socket: Option<PathBuf>,
-    /// Where it is to listen for control clients, if it has a `socket`. A device that takes another's place has that one's.
+    /// /// The path to listen at for control clients, if it has a `socket`. A device that replaces another uses that
+    /// one's control socket.
     pub control: Option<PathBuf>,
 }
 
@@ -35,13 +36,13 @@ impl From<(Arc<Machine>, Options)> for NewDevice {
     }
 }
 
-/// Devices that are to take the place of another process' devices, all of them together.
+/// /// Devices that replace those of another process, all of them together.
 ///
-/// A device is known by its socket's path. A device of the old server whose socket none of these has is dropped, unless a client
-/// uses it: then the old server goes on with all of its devices.
+/// A device is identified by its socket's path. A device of the old server without a counterpart here is dropped,
+/// unless a client uses it: then the old server keeps serving all of its devices.
 pub struct Replacing {
     devices: Vec<New>,
-    /// What becomes of the old server's devices, by their numbers.
+    /// /// What happens to the old server's devices, by their numbers.
     places: Vec<Place>,
     /// Threads that load devices side by side, from the first round on.
     workers: Option<Workers>,
@@ -50,9 +51,9 @@ pub struct Replacing {
 /// The servers, ready to [serve](Server::serve) the clients that the other process has served, in the order of the new devices.
 pub type Replaced = Vec<Server>;
 
-/// What becomes of a device of the old server.
+/// /// What happens to a device of the old server.
 enum Place {
-    /// The new device of this position takes its place.
+    /// /// The new device with this position replaces it.
     Taken(usize),
     /// No device does.
     Dropped(Dropped),
@@ -73,7 +74,7 @@ impl Replacing {
     }
 
     fn place(&mut self, item: &Item) -> Result<&mut Place, Refusal> {
-        let missing = || broken(item.kind, item.device, &"it is for a device that is not there");
+        let missing = || broken(item.kind, item.device, &"it is for a device that does not exist");
         self.places.get_mut(item.device as usize).ok_or_else(missing)
     }
 
@@ -89,7 +90,7 @@ impl Replacing {
         Ok(sorted)
     }
 
-    /// Each device that takes another's place, with that one's number.
+    /// /// Each device that replaces another, with that one's number.
     fn taken(&mut self) -> impl Iterator<Item = (u16, &mut New)> {
         let numbers: Vec<_> = (0..self.devices.len()).map(|at| self.number(at)).collect();
         numbers.into_iter().zip(&mut self.devices).filter_map(|(number, new)| Some((number?, new)))
@@ -100,7 +101,7 @@ impl Replacing {
         self.places.iter().position(is_it).and_then(|number| u16::try_from(number).ok())
     }
 
-    /// Which new device takes the place of which old one.
+    /// /// Assigns new devices to old ones.
     fn find_places(&mut self, offers: &[Offered]) -> Result<(), Refusal> {
         let by_position = self.devices.iter().all(|new| new.socket.is_none())
             || offers.iter().all(|offered| offered.socket.is_none());
@@ -129,7 +130,7 @@ impl Replacing {
         Ok(())
     }
 
-    /// Refuses devices that would be dropped while a client uses them, and a server that has none of the old one's devices.
+    /// /// Refuses if a device would be dropped while a client uses it, or if the servers have no device in common.
     fn check_dropped(&self, offers: &[Offered]) -> Result<(), Refusal> {
         let is_dropped = |place: &Place| matches!(place, Place::Dropped(_));
         if self.places.iter().all(is_dropped) {
@@ -161,7 +162,7 @@ impl Dropped {
         Refusal::new(format!("device {}: {what}", self.name))
     }
 
-    /// All that matters of it is whether it may be dropped, and its sockets.
+    /// /// For a dropped device only its sockets matter, and whether it may be dropped.
     fn take(&mut self, item: Item) -> Result<(), Refusal> {
         match item.kind {
             kind::CONNECTION => Err(self.in_use()),
@@ -205,7 +206,7 @@ impl Taker for Replacing {
             new.check(number, &offers[number as usize].offer).map_err(|refusal| new.named(refusal))?;
         }
         self.check_dropped(&offers)?;
-        // Those that take nobody's place: what can fail comes before anything stops.
+        // // Devices without a predecessor: everything that can fail comes before anything stops.
         let fresh = (0..self.devices.len()).filter(|at| self.number(*at).is_none()).collect::<Vec<_>>();
         for at in fresh {
             let new = &mut self.devices[at];
@@ -242,7 +243,7 @@ impl Taker for Replacing {
     }
 
     fn run(self, commit: Commit<'_>) -> Result<(Committed, Replaced), Withdrawn> {
-        // Room is made before: nothing fails from here on.
+        // // Memory is reserved before: nothing fails from here on.
         let mut servers = Vec::with_capacity(self.devices.len());
         let committed = commit.commit()?;
         for new in self.devices {

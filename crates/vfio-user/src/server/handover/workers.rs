@@ -1,5 +1,5 @@
-//! Threads that work on devices side by side. They are started before any device stops, so that a system that starts no more
-//! threads interrupts nobody.
+//! //! Threads that work on devices in parallel. They are started before any device stops, so that a failure to start
+//! threads interrupts no client.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
@@ -17,7 +17,7 @@ pub(super) struct Workers {
     jobs: Option<Sender<Job>>,
 }
 
-/// What was done of a piece of work.
+/// /// The progress of a piece of work.
 struct Work<T> {
     done: Mutex<Done<T>>,
     changed: Condvar,
@@ -26,7 +26,7 @@ struct Work<T> {
 struct Done<T> {
     things: Vec<Option<T>>,
     left: usize,
-    /// Nobody waits any more.
+    /// /// The caller no longer waits.
     closed: bool,
 }
 

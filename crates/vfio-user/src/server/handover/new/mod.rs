@@ -1,4 +1,4 @@
-//! A device of the new server, which takes the place of one of the old server's or is served for the first time.
+//! //! A device of the new server, which replaces one of the old server's or is served for the first time.
 
 mod fits;
 
@@ -35,7 +35,7 @@ pub(super) struct New {
     door: Option<CameListener>,
     control: Option<CameListener>,
     client: Option<ClientId>,
-    /// The number of the copy that was loaded, in part or whole.
+    /// /// The number of the copy that was loaded, completely or in part.
     copy: Option<u32>,
     wires: CameWires,
     wiring: WiringState,
@@ -48,15 +48,16 @@ pub(super) struct New {
     doors: Arc<Doors>,
     connections: Vec<Adopted>,
     memory: Arc<LaterMemory>,
-    /// Whether it is the door for control clients, where it is, and which socket that is.
+    /// /// Whether it is the control socket, its path, and the identity of the socket.
     paths: Vec<(bool, PathBuf, (u64, u64))>,
     server: Option<Server>,
-    /// What the socket is to have, if that changes.
+    /// /// The new mode and group of the socket, if they change.
     access: Option<SocketAccess>,
 }
 
 fn not_taken(device: u16, what: &dyn std::fmt::Display) -> Refusal {
-    let what = format!("the new device does not take its state: {what}; the log of the new server says why");
+    let what =
+        format!("the new device does not accept its state: {what}; the log of the new server says why");
     Refusal::of_device(device, what)
 }
 
@@ -107,7 +108,7 @@ impl New {
     /// It takes nobody's place: it listens from now on, and runs when it serves.
     pub(super) fn begin_fresh(&mut self) -> Result<(), Refusal> {
         let Some(socket) = &self.socket else {
-            return Err(Refusal::new("a device without a path for its socket takes nobody's place"));
+            return Err(Refusal::new("a device without a socket path has no predecessor"));
         };
         let failed = |path: &Path, error: std::io::Error| {
             let what = format!(
@@ -184,7 +185,7 @@ impl New {
         Ok(())
     }
 
-    /// After a part of what goes over while devices run.
+    /// /// Called after a part that is transferred while devices run.
     pub(super) fn prepare(&mut self, device: u16) -> Result<(), Refusal> {
         if self.door.is_none() {
             return Err(broken(kind::LISTENER, device, &"it has no socket"));
@@ -198,7 +199,7 @@ impl New {
         self.files.extend(item.fds.into_iter().map(|fd| Arc::new(fd.into_inner())));
     }
 
-    /// Maps what differs from what is mapped.
+    /// /// Updates the mappings to a new list.
     fn map(&mut self, item: &Item) -> Result<(), Refusal> {
         let rows = record::rows(item)?;
         let failed = |row: &MappingRow, what: &dyn std::fmt::Display| {
@@ -230,7 +231,7 @@ impl New {
         Ok(())
     }
 
-    /// Makes it ready for a state, unless it is.
+    /// /// Prepares the device for a state, unless it is prepared.
     fn begin(&mut self, device: u16) -> Result<(), Refusal> {
         if self.client.is_some() {
             return Ok(());
@@ -240,13 +241,13 @@ impl New {
         Ok(())
     }
 
-    /// Bytes of the device's state. Those of another copy than before replace what was loaded.
+    /// /// Loads bytes of the device's state. The first bytes of a new copy discard the data loaded before.
     fn load(&mut self, item: Item) -> Result<(), Refusal> {
         let device = item.device;
         let state = Loading::of(item)?;
         if self.copy != Some(state.copy) {
             if self.copy.is_some() {
-                tracing::info!(device, "the old device was reset: its state is loaded anew");
+                tracing::info!(device, "the old device was reset: its state is loaded again");
                 self.machine.reset().map_err(|errno| not_taken(device, &errno))?;
                 self.client = None;
             }
@@ -263,14 +264,14 @@ impl New {
         self.machine.loaded(client).map_err(|errno| not_taken(device, &errno))
     }
 
-    /// All that can fail beside the state.
+    /// /// Takes over everything that can fail other than the state.
     pub(super) fn complete(&mut self, device: u16) -> Result<(), Refusal> {
         let missing =
             |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
         self.finish(device)?;
         std::mem::take(&mut self.regions).adopt(device, &self.machine)?;
         std::mem::take(&mut self.signals).adopt(device, &self.machine)?;
-        self.kept.ok_or_else(|| missing("what it keeps"))?;
+        self.kept.ok_or_else(|| missing("its data about clients"))?;
         if self.connections.iter().filter(|connection| connection.is_vmms()).count() > 1 {
             return Err(broken(kind::CONNECTION, device, &"two VMMs"));
         }
@@ -327,9 +328,9 @@ impl New {
         let New { machine, client, wiring, kept, paths, server, threads, connections, doors, access, .. } =
             self;
         let server = server?;
-        // Only a device without migration, which takes nobody's place, runs already.
+        // // Only a device without migration, which has no predecessor, runs already.
         if let (Some(client), Some(kept)) = (client, kept) {
-            // A device that takes nobody's place has none.
+            // // A device without a predecessor has none.
             let is_wired = !wiring.indexes.is_empty();
             if is_wired && let Err(errno) = machine.wiring().adopt(wiring) {
                 tracing::error!(%errno, "interrupts could not be taken over");
@@ -348,7 +349,7 @@ impl New {
                     if let Some(access) = access.filter(|_| !control)
                         && let Err(error) = path.give(&access)
                     {
-                        tracing::error!(%error, "the socket keeps the mode and group that it had");
+                        tracing::error!(%error, "the socket keeps its old mode and group");
                     }
                     *door.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(path);
                 }
