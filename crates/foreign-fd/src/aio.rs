@@ -1,10 +1,10 @@
 //! The kernel's own signal on an eventfd, by way of its asynchronous I/O (`io_submit(2): IOCB_FLAG_RESFD`).
 //!
-//! A `write` to an eventfd waits while the counter is full, unless the descriptor is non-blocking; whoever shares the
-//! descriptor may change that flag and the counter at any time, and `pwritev2` with RWF_NOWAIT is refused with EOPNOTSUPP.
-//! The kernel itself adds to an eventfd without waiting, whatever its flag says, when an I/O request that names the eventfd
-//! completes. So a request that is complete at once, a poll of a file that is always ready, signals the eventfd within
-//! `io_submit`, on the caller's thread.
+//! A `write` to an eventfd waits while the counter is full, unless the descriptor is non-blocking; any process that
+//! shares the descriptor may change that flag and the counter at any time, and `pwritev2` with RWF_NOWAIT is refused
+//! with EOPNOTSUPP. The kernel itself adds to an eventfd without waiting, whatever its flag says, when an I/O request
+//! that names the eventfd completes. So a request that is complete at once, a poll of a file that is always ready,
+//! signals the eventfd within `io_submit`, on the caller's thread.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU32;

@@ -1,4 +1,4 @@
-//! The closer: threads that drop what may block while it is dropped. They are started on demand, and end when there is
+//! //! The closer: threads that drop values whose drop may block. They are started on demand, and end when there is
 //! nothing left to drop.
 
 use std::collections::VecDeque;
@@ -56,9 +56,9 @@ fn lock() -> MutexGuard<'static, Closer> {
     CLOSER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether no more than [`WAITING_MAX`] values wait to be dropped, or no longer do after a while. Whoever takes fds from a
-/// peer although more wait fills the table of open files, and in the end the kernel closes what has no room there, in the
-/// thread that receives.
+/// Whether no more than [`WAITING_MAX`] values wait to be dropped, or no longer do after a while. Receiving more fds
+/// from a peer beyond that fills the table of open files, and then the kernel closes excess fds in the receiving
+/// thread.
 pub fn keeps_up(within: Duration) -> bool {
     let is_behind = |closer: &mut Closer| closer.waiting.len() > WAITING_MAX;
     let waited = CAUGHT_UP.wait_timeout_while(lock(), within, is_behind);

@@ -13,14 +13,14 @@ use rustix::io::{ReadWriteFlags, preadv2};
 use crate::ForeignFd;
 use crate::aio::Aio;
 
-/// An eventfd of a peer's. The peer may fill its counter and make it blocking at any time; [`ForeignEventFd::signal`] does
-/// not wait all the same.
+/// /// An eventfd of a peer. The peer may fill its counter and make it blocking at any time; [`ForeignEventFd::signal`]
+/// still never waits.
 ///
-/// Signalled through the kernel's asynchronous I/O, it costs about 0.8 us where a plain write costs 0.3, and less than the
-/// wake-up of a thread. On a system without it one thread of the process writes for all, in the order in which they were
-/// signalled. There a peer can hold up the signals of others; it holds up no thread that signals.
+/// Signalled through the kernel's asynchronous I/O, it costs about 0.8 us where a plain write costs 0.3, and less than
+/// the wake-up of a thread. On a system without it, one thread of the process writes all signals in order. There a peer
+/// can delay the signals of others, but not the signalling threads.
 ///
-/// Clones are the same one.
+/// Clones refer to the same eventfd.
 #[derive(Clone, Debug)]
 pub struct ForeignEventFd(Arc<Shared>);
 
@@ -101,7 +101,7 @@ impl Writer {
             }
         };
         if let Err(error) = std::thread::Builder::new().name("limosa: signals".into()).spawn(run) {
-            tracing::error!(%error, "no thread to signal eventfds: peers are not told of interrupts");
+            tracing::error!(%error, "cannot start a thread to signal eventfds: interrupts are lost");
         }
         Writer { queue: Mutex::new(queue), writes_to }
     }

@@ -18,14 +18,14 @@ impl ForeignFd {
     /// The fd of memory: a memfd, or a file on tmpfs or hugetlbfs itself; `Err` with the fd for any other file. Closing
     /// or unmapping memory never blocks, nor does an access to a mapping of it.
     ///
-    /// Told by whether the file has seals (`fcntl(2): F_GET_SEALS`), which no other file has. A file on an overlay of a
-    /// tmpfs has none.
+    /// Detected by its seals (`fcntl(2): F_GET_SEALS`), which no other file has. A file on an overlay of a tmpfs has
+    /// none.
     pub fn into_memory(self) -> Result<OwnedFd, ForeignFd> {
         if fcntl_get_seals(&*self).is_ok() { Ok(self.into_inner()) } else { Err(self) }
     }
 
-    /// The socket, if it is a UNIX stream socket; `Err` with the fd for any other file. What it is sent is still the
-    /// peer's choice, so the socket is [`Foreign`] too.
+    /// The socket, if it is a UNIX stream socket; `Err` with the fd for any other file. The peer still chooses what is
+    /// sent to it, so the socket is [`Foreign`] too.
     pub fn into_unix_stream(self) -> Result<Foreign<UnixStream>, ForeignFd> {
         let is_unix = sockopt::socket_domain(&*self) == Ok(AddressFamily::UNIX)
             && sockopt::socket_type(&*self) == Ok(SocketType::STREAM);

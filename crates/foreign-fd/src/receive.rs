@@ -19,15 +19,15 @@ pub const FDS_MAX: usize = 253;
 pub struct Received {
     /// Bytes; 0 at the end of the stream.
     pub bytes: usize,
-    /// More fds came than this process has room for. All that came with these bytes were given to the closer.
+    /// /// More fds arrived than this process may have. All fds with these bytes were given to the closer.
     pub lost_fds: bool,
 }
 
 /// Receives from a socket, with all the fds that come, which are appended to `fds` with close-on-exec set. Errors are those
 /// of recvmsg(2).
 ///
-/// Fds are not kept when they nearly fill this process's table of open files ([`Received::lost_fds`]): once it is full, the
-/// kernel closes what has no room there in this thread.
+/// Fds are dropped if they nearly fill this process's table of open files ([`Received::lost_fds`]): once it is full,
+/// the kernel closes excess fds in this thread.
 pub fn receive(
     socket: impl AsFd,
     into: &mut [u8],
@@ -103,11 +103,12 @@ pub fn receive_parts(
     if fds.is_empty() && !received.lost_fds { Ok(received.bytes) } else { Err(Errno::PROTO) }
 }
 
-/// The same into memory that the caller knows by its address, such as memory that is shared with other processes.
+/// /// The same into memory given by its address, such as memory that is shared with other processes.
 ///
 /// # Safety
 ///
-/// Each part is valid for writes of its length until the call has returned, and nobody has a reference to it meanwhile.
+/// Each part is valid for writes of its length until the call has returned, and there is no reference to it during the
+/// call.
 pub unsafe fn receive_at(
     socket: impl AsFd,
     parts: &mut [libc::iovec],

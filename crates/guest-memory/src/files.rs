@@ -32,14 +32,15 @@ const SPARE_BYTES_MAX: u64 = MAPPED_BYTES_MAX / 4;
 
 /// The files of one client, mapped for a device.
 ///
-/// A client may map a file in thousands of pieces, page by page, when its guest has an IOMMU; the kernel has a limit for the
-/// mappings of a process. So each file is mapped in *windows*, and pieces share them: the first piece of a file makes a window
-/// of the whole file, or of 1 TiB of a larger one. A file that grows gets another, at least twice as large. A window is read-only
-/// or not, as its pieces are, and goes with the last of them.
+/// A client may map a file in thousands of pieces, page by page, when its guest has an IOMMU; the kernel has a limit
+/// for the mappings of a process. So each file is mapped in *windows*, and pieces share them: the first piece of a file
+/// makes a window of the whole file, or of 1 TiB of a larger one. A file that grows gets another, at least twice as
+/// large. A window has the access mode of its pieces, and is unmapped with the last of them.
 ///
-/// What a client can take has limits: [`FILES_MAX`], [`WINDOWS_MAX`], [`MAPPED_BYTES_MAX`] and
-/// [`kernel_mappings_max`](crate::kernel_mappings_max). Files are told apart by their device and inode numbers. A client that can make
-/// two files with the same reaches the wrong one of its own files; so one `MappedFiles` must never serve two clients.
+/// A client's use is limited by [`FILES_MAX`], [`WINDOWS_MAX`], [`MAPPED_BYTES_MAX`] and
+/// [`kernel_mappings_max`](crate::kernel_mappings_max). Files are identified by their device and inode numbers. A
+/// client that can make two files with the same numbers accesses the wrong one of its own files; so a `MappedFiles`
+/// must never serve two clients.
 #[derive(Debug, Default)]
 pub struct MappedFiles {
     /// Those that pieces may share; some may be gone.
@@ -83,8 +84,8 @@ impl MappedFiles {
     /// Maps `bytes` bytes of a file from `offset` on, which need not be a multiple of the page size. `may_block` says that
     /// unmapping and closing it may wait for its file system.
     ///
-    /// EINVAL for no bytes and for a file on FUSE; EOVERFLOW when offset and bytes do not fit together; EACCES when the file is
-    /// not open for what is asked; E2BIG beyond one of the limits; else what mmap(2) says.
+    /// EINVAL for no bytes and for a file on FUSE; EOVERFLOW when offset and bytes do not fit together; EACCES if the
+    /// file is not open for this access; E2BIG beyond one of the limits; otherwise the errno of mmap(2).
     pub fn map(
         &self,
         fd: ForeignFd,
@@ -129,8 +130,8 @@ impl MappedFiles {
         FileMapping::in_window(&window, offset, bytes, read, write)
     }
 
-    /// Keeps a file open that is not mapped. One that is memory is shared with all that are opened so; any other is
-    /// one of [`FILES_MAX`] each time. EACCES when memory is not open for what is asked; E2BIG beyond the limit.
+    /// /// Keeps a file open that is not mapped. Files that are memory are shared; any other counts towards
+    /// [`FILES_MAX`] each time. EACCES if memory is not open for this access; E2BIG beyond the limit.
     pub fn open(
         &self,
         fd: ForeignFd,

@@ -1,9 +1,10 @@
-//! Guest memory that lies in a file, mapped into this process: a [`FileMapping`] for a device that reaches it by DMA
-//! and for an engine that moves it, and [`MappedFiles`], which maps each file of a client once.
+//! //! Mappings of files with guest memory: a [`FileMapping`] for a device's DMA and for the migration engine, and
+//! [`MappedFiles`], which maps each file of a client once.
 //!
 //! [`ManyReaders`] is the lock for a table of such mappings: many threads access the memory, and an unmap waits for them.
 //!
-//! Memory that others have too changes at any time, and its file may be truncated under the mapping. Both are dealt with here, in the one place with the `unsafe` that this takes.
+//! Shared memory changes at any time, and its file may be truncated under the mapping. This crate handles both, and
+//! contains the `unsafe` code for it.
 mod count;
 mod files;
 mod many_readers;

@@ -29,10 +29,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, compiler_fence, fence};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// A read-write lock whose readers share no memory that they write.
+/// /// A read-write lock whose readers do not write to shared memory.
 ///
-/// A thread that reads must not read again before it is done: that panics, as it would wait for a writer in between, and that
-/// one for it. Nor must it write, which waits for good. A panic of whoever holds the lock does not poison it.
+/// A reading thread must not lock for reading again: that panics, since it could wait for a writer that waits for this
+/// thread. It must not lock for writing either, which would be a deadlock. A panic while the lock is held does not
+/// poison it.
 pub struct ManyReaders<T> {
     counters: [Counter; OWN_COUNTERS + 1],
     gate: Gate,

@@ -15,14 +15,13 @@ use crate::window::{FileSystem, OpenFile, Window};
 
 /// Bytes of a file, mapped shared into this process.
 ///
-/// Other processes change them at any time; what is read is what was there at some moment. Reads and writes of 2, 4 or
-/// 8 bytes at an offset that is a multiple of that happen at once, never in parts. A write is seen by others after
-/// the writes before it, a read sees what is there after the reads before it: what rings with an index ask for.
+/// Other processes change them at any time. Aligned reads and writes of 2, 4 or 8 bytes are atomic. Other processes see
+/// writes in order, and reads are performed in order, as needed for rings with an index.
 ///
-/// An access fails with EFAULT when a page that it touches is not there: the file was truncated, no huge page is left, its
-/// memory failed. The process lives, other accesses are not concerned, and the next access to that page finds what is there
-/// then. For this the first mapping installs a handler for SIGBUS, which passes on what is not its own; threads
-/// that use mappings must not block the signal.
+/// An access fails with EFAULT if one of its pages is missing: the file was truncated, no huge page was free, the
+/// memory failed. The process survives, other accesses are unaffected, and the next access to that page succeeds if the
+/// page is there by then. For this the first mapping installs a handler for SIGBUS, which forwards other signals;
+/// threads that use mappings must not block SIGBUS.
 ///
 /// The memory is not part of a core dump of this process (MADV_DONTDUMP).
 #[derive(Debug)]
@@ -45,9 +44,9 @@ unsafe impl Sync for FileMapping {}
 
 impl FileMapping {
     /// Maps `bytes` bytes of a file from `offset` on, which need not be a multiple of the page size. EINVAL for no
-    /// bytes and for a file on FUSE, EOVERFLOW when offset and bytes do not fit together; E2BIG when this process has too many
-    /// mappings of guest memory ([`kernel_mappings_max`](crate::kernel_mappings_max)); else what mmap(2) says:
-    /// EACCES when the file is not open for what is asked, ENODEV when it cannot be mapped, ENOMEM.
+    /// bytes and for a file on FUSE, EOVERFLOW when offset and bytes do not fit together; E2BIG when this process has
+    /// too many mappings of guest memory ([`kernel_mappings_max`](crate::kernel_mappings_max)); otherwise the errno of
+    /// mmap(2): EACCES if the file is not open for this access, ENODEV if it cannot be mapped, ENOMEM.
     pub fn new(
         fd: impl AsFd,
         offset: u64,
@@ -93,8 +92,8 @@ impl FileMapping {
         (&self.window.file().fd, self.window.offset_of(self.start))
     }
 
-    /// Keeps a range mapped for whoever uses its address. EFAULT outside the mapping, and when it was not made for what is
-    /// asked.
+    /// /// Keeps a range mapped while its address is used. EFAULT outside the mapping, and if the mapping does not
+    /// allow this access.
     pub fn pin(&self, offset: u64, bytes: usize, read: bool, write: bool) -> Result<PinnedBytes, Errno> {
         let fits = offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes);
         if !fits || (read && !self.is_readable) || (write && !self.is_writable) {
@@ -107,8 +106,8 @@ impl FileMapping {
         Ok(PinnedBytes { start, bytes, is_readable: read, is_writable: write, since, slot, window })
     }
 
-    /// Reads. EFAULT outside the mapping, when it was not made for reading, and when a page is not there; then
-    /// `data` may have been changed.
+    /// /// Reads. EFAULT outside the mapping, if it does not allow reading, and if a page is missing; then `data` may
+    /// have been changed.
     #[inline]
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
         self.access(self.is_readable, offset, data.len(), |from| {
@@ -117,9 +116,8 @@ impl FileMapping {
         })
     }
 
-    /// Writes. EFAULT outside the mapping, when it was not made for writing, and when a page is not there; then
-    /// some of it may have been written. A write at the very moment of a truncation may succeed, and is then gone as if
-    /// it had come before it.
+    /// /// Writes. EFAULT outside the mapping, if it does not allow writing, and if a page is missing; then a part may
+    /// have been written. A write concurrent with a truncation may succeed, and is then lost as if it had come before.
     #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
         self.access(self.is_writable, offset, data.len(), |to| {
@@ -172,8 +170,8 @@ impl FileMapping {
         told == 0
     }
 
-    /// Brings in the pages of a range as reads of them would, or writes, all of them at once. It is a hint: what cannot be brought in
-    /// (kernels before 5.14, a range outside the mapping, a file that was cut short) is left to the access.
+    /// /// Faults in all pages of a range at once, as reads or writes would. It is a hint: pages that cannot be faulted
+    /// in (kernels before 5.14, a range outside the mapping, a truncated file) are left to the access.
     pub fn bring_in(&self, offset: u64, bytes: u64, to_write: bool) {
         let Some(end) = offset.checked_add(bytes).filter(|end| *end <= self.bytes) else { return };
         if bytes == 0 {

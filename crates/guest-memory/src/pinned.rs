@@ -10,9 +10,10 @@ use limosa_protocol::Errno;
 use crate::sigbus::Slot;
 use crate::window::Window;
 
-/// A range of a [`FileMapping`](crate::FileMapping) that stays mapped as long as this lives, also when the mapping is gone.
+/// A range of a [`FileMapping`](crate::FileMapping) that stays mapped as long as this exists, even after the mapping is
+/// dropped.
 ///
-/// Its address is for system calls: readv(2), writev(2), io_uring. These fail with EFAULT where a page is not there. Other
+/// Its address is for system calls: readv(2), writev(2), io_uring. These fail with EFAULT if a page is missing. Other
 /// processes and threads change the bytes at any time, so a reference to them must never be made.
 #[derive(Clone, Debug)]
 pub struct PinnedBytes {
@@ -60,8 +61,8 @@ impl PinnedBytes {
         self.window.settled(self.since, self.start.as_ptr(), self.bytes)
     }
 
-    /// Reads from a file, from `offset` on, into ranges one after the other, as preadv(2) does: it may be less than they hold, and
-    /// 0 at the end of the file. EFAULT when one was not pinned for writing, or a page was not there.
+    /// Reads from a file, from `offset` on, into ranges in order, like preadv(2): possibly fewer bytes than they hold,
+    /// and 0 at the end of the file. EFAULT if one was not pinned for writing, or a page is missing.
     pub fn read_from(ranges: &[PinnedBytes], file: impl AsFd, offset: u64) -> Result<usize, Errno> {
         let parts = parts(ranges, |range| range.is_writable)?;
         let (fd, offset) = (file.as_fd().as_raw_fd(), offset.try_into().map_err(|_| Errno::EINVAL)?);
@@ -70,8 +71,8 @@ impl PinnedBytes {
         moved(ranges, || unsafe { libc::preadv64(fd, parts.as_ptr(), parts.len() as i32, offset) })
     }
 
-    /// Writes ranges to a file, from `offset` on, one after the other, as pwritev(2) does: it may be less than they hold. EFAULT
-    /// when one was not pinned for reading, or a page was not there.
+    /// Writes ranges to a file, from `offset` on, in order, like pwritev(2): possibly fewer bytes than they hold.
+    /// EFAULT if one was not pinned for reading, or a page is missing.
     pub fn write_to(ranges: &[PinnedBytes], file: impl AsFd, offset: u64) -> Result<usize, Errno> {
         let parts = parts(ranges, |range| range.is_readable)?;
         let (fd, offset) = (file.as_fd().as_raw_fd(), offset.try_into().map_err(|_| Errno::EINVAL)?);

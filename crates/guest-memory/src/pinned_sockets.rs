@@ -11,7 +11,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use crate::PinnedBytes;
 use crate::mapping::{copy_from_shared, copy_to_shared};
 
-/// A part of what is sent in one call.
+/// /// A part of the data that is sent in one call.
 #[derive(Clone, Debug)]
 pub enum SendPart<'a> {
     /// Bytes of this process.
@@ -47,7 +47,7 @@ impl SendPart<'_> {
         }
     }
 
-    /// Appends the bytes to others. EFAULT where a page is not there; zeroes are then appended in its place.
+    /// Appends the bytes to others. EFAULT if a page is missing; zeroes are then appended instead.
     pub fn append_to(&self, bytes: &mut Vec<u8>) -> Result<(), Errno> {
         match self {
             SendPart::Bytes(more) => bytes.extend_from_slice(more),
@@ -76,9 +76,9 @@ impl PinnedBytes {
         Ok(unsafe { self.start.add(range.start) })
     }
 
-    /// Receives from a stream socket, without waiting, what the range takes from `from` on, and then what `behind` takes, as
-    /// recvmsg(2) does: it may be less. EAGAIN when nothing has come, EFAULT where a page is not there or the range was not
-    /// pinned for writing, EPROTO when fds come. [`PinnedBytes::check`] tells whether all of it is where it belongs.
+    /// /// Receives from a stream socket, without waiting, into the range from `from` on, and then into `behind`, like
+    /// recvmsg(2): possibly fewer bytes. EAGAIN if there is no data, EFAULT if a page is missing or the range was not
+    /// pinned for writing, EPROTO if fds arrive. [`PinnedBytes::check`] tells whether all data reached the memory.
     pub fn receive(&self, socket: impl AsFd, from: usize, behind: &mut [u8]) -> Result<usize, Errno> {
         if !self.is_writable {
             return Err(Errno::FAULT);
@@ -93,9 +93,9 @@ impl PinnedBytes {
         unsafe { receive_at(socket, &mut parts, RecvFlags::DONTWAIT) }
     }
 
-    /// Sends parts over a stream socket, one after the other, without waiting, as sendmsg(2) does: it may be less than they have.
-    /// EAGAIN when the socket takes nothing, EFAULT where a page is not there or was not pinned for reading. Memory is sent as it
-    /// is at that moment.
+    /// Sends parts over a stream socket, in order, without waiting, like sendmsg(2): possibly fewer bytes. EAGAIN if
+    /// the socket accepts nothing, EFAULT if a page is missing or was not pinned for reading. Memory is sent with its
+    /// contents at that moment.
     pub fn send(socket: impl AsFd, parts: &[SendPart<'_>]) -> Result<usize, Errno> {
         let parts: Vec<_> = parts
             .iter()
@@ -126,7 +126,7 @@ impl PinnedBytes {
         })
     }
 
-    /// Copies bytes of the range. EFAULT beyond it, where a page is not there, and if it was not pinned for reading.
+    /// /// Copies bytes of the range. EFAULT beyond it, if a page is missing, and if it was not pinned for reading.
     pub fn read(&self, from: usize, into: &mut [u8]) -> Result<(), Errno> {
         if !self.is_readable {
             return Err(Errno::FAULT);
@@ -137,7 +137,7 @@ impl PinnedBytes {
         self.check().map_err(system)
     }
 
-    /// Copies bytes into the range. EFAULT beyond it, where a page is not there, and if it was not pinned for writing.
+    /// /// Copies bytes into the range. EFAULT beyond it, if a page is missing, and if it was not pinned for writing.
     pub fn write(&self, from: usize, bytes: &[u8]) -> Result<(), Errno> {
         if !self.is_writable {
             return Err(Errno::FAULT);
@@ -148,8 +148,8 @@ impl PinnedBytes {
         self.check().map_err(system)
     }
 
-    /// Whether a part of the range holds zeroes only, at the moment of the look. A page that is not there holds zeroes: ask
-    /// [`PinnedBytes::check`].
+    /// /// Whether a part of the range contains only zeroes at the moment of the call. A missing page counts as zeroes:
+    /// see [`PinnedBytes::check`].
     pub fn is_zero(&self, range: Range<usize>) -> Result<bool, Errno> {
         if !self.is_readable {
             return Err(Errno::FAULT);

@@ -11,8 +11,8 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use crate::count::Counted;
 use crate::sigbus::{Cover, Slot};
 
-/// How many mappings of guest memory this process makes at most: a quarter of what the system lets it have
-/// (`Documentation/admin-guide/sysctl/vm.rst: max_map_count`), so that its own allocations never fail for them.
+/// /// Limit on this process's mappings of guest memory: a quarter of the system's limit
+/// (`Documentation/admin-guide/sysctl/vm.rst: max_map_count`), so that its own allocations never fail because of them.
 pub fn kernel_mappings_max() -> u64 {
     static MAX: LazyLock<u64> = LazyLock::new(|| {
         let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();

@@ -1,4 +1,5 @@
-//! [`clock`]: what the kernel says of the wall clock (adjtimex(2)): whether anything keeps it right, and how far off it may be.
+//! //! [`clock`]: the kernel's state of the wall clock (adjtimex(2)): whether it is synchronised, and its maximum
+//! error.
 
 use std::io;
 use std::time::Duration;
@@ -8,7 +9,8 @@ use std::time::Duration;
 pub struct Clock {
     /// Whether a time service keeps it right. Without one the kernel calls it unsynchronised.
     pub synchronised: bool,
-    /// How far off the kernel holds it for at most; grows while nobody corrects it. Means nothing if it is not synchronised.
+    /// /// The kernel's estimate of the maximum error; it grows while the clock is not corrected. Meaningless if the
+    /// clock is not synchronised.
     pub error_max: Duration,
 }
 

@@ -1,7 +1,7 @@
-//! [`Descriptor`]: a descriptor of a process, as a path in `/proc` names it. It is borrowed from there with `pidfd_getfd`,
-//! which gives a further descriptor of the same open file, with the access that the process has and no more. To open the
-//! path instead would open the file anew, with this process's own rights: a process that holds a file by O_PATH, which
-//! anyone may do who may see it, would have it read or overwritten.
+//! //! [`Descriptor`]: a descriptor of a process, named by a path in `/proc`. It is duplicated with `pidfd_getfd`,
+//! which returns another descriptor of the same open file, with the access mode of that process. Opening the path
+//! instead would reopen the file with this process's own rights: another process could then have any file read or
+//! overwritten that it has opened with O_PATH, for which it needs no access to the file.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -75,8 +75,8 @@ impl Descriptor {
         self.fd
     }
 
-    /// Borrows it. `NotFound` if there is no such process or descriptor, `PermissionDenied` if this process may not look
-    /// into that one (ptrace(2)), `InvalidInput` for one that is open by O_PATH, which gives no access.
+    /// /// Duplicates it. `NotFound` if there is no such process or descriptor, `PermissionDenied` if this process may
+    /// not access that one (ptrace(2)), `InvalidInput` if it was opened with O_PATH, which gives no access.
     pub fn borrow(&self) -> io::Result<Borrowed> {
         let (process, number) = (self.process(), self.fd);
         let failed = |kind: ErrorKind, what: String| io::Error::new(kind, what);

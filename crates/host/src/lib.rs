@@ -1,9 +1,9 @@
-//! What a process takes from its own host, checked before it is used: files that a user named, descriptors that another
-//! process holds, UNIX sockets with a path, the users at the other end of them, and the wall clock.
+//! //! Checked access to the process's own host: files named by a user, descriptors of other processes, UNIX sockets
+//! with a path, the users at the other end of them, and the wall clock.
 //!
-//! A process with more rights than others on the host must not lend them. A path can lead through a descriptor of another
-//! user's process ([`resolve`] and [`Descriptor`]), a socket can have been put there by another user ([`check_server`]), and
-//! the name of an own socket can lead to somebody else's by now ([`SocketPath`]).
+//! A process with more rights than its users must not extend these rights to them. A path can lead through a descriptor
+//! of another user's process ([`resolve`] and [`Descriptor`]), another user can have created a socket
+//! ([`check_server`]), and the path of the process's own socket can lead to another one by now ([`SocketPath`]).
 
 #![deny(unsafe_code)]
 

@@ -19,7 +19,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process that has a number now, in this process' PID namespace. `NotFound` when there is none.
+    /// /// The process that has this PID now, in this process's PID namespace. `NotFound` if there is none.
     pub fn with_pid(pid: i32) -> io::Result<Process> {
         let none = || Error::new(ErrorKind::NotFound, format!("there is no process {pid}"));
         let number = if pid > 0 { Pid::from_raw(pid) } else { None }.ok_or_else(none)?;
@@ -36,7 +36,7 @@ impl Process {
 
     /// The process that made the connection at the other end of a UNIX socket.
     ///
-    /// Kernels before 6.5 have no SO_PEERPIDFD. There it is the process that has that process' number now.
+    /// Kernels before 6.5 have no SO_PEERPIDFD. There it is the process that has the peer's PID now.
     pub fn at_other_end(socket: impl AsFd) -> io::Result<Process> {
         let pid = socket_peercred(&socket)?.pid.as_raw_pid();
         match limosa_foreign_fd::peer_pidfd(&socket) {
@@ -63,8 +63,8 @@ impl Process {
 
     /// Whether both are one process, which has not ended.
     ///
-    /// Two pidfds of processes with one number that both are alive at one time are one process: a number is not given away
-    /// before its process has ended. Where one has no pidfd, the time counts at which they were started.
+    /// Two pidfds with the same PID whose processes are alive at the same time refer to one process, since a PID is not
+    /// reused before its process has ended. Without pidfds the start times are compared.
     pub fn is(&self, other: &Process) -> bool {
         let by_pidfd = self.pidfd.is_some() && other.pidfd.is_some();
         self.pid == other.pid

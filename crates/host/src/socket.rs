@@ -25,7 +25,7 @@ const BEING_MADE: Mode = Mode::WUSR;
 /// behind thousands that have gone already.
 const BACKLOG: i32 = 128;
 
-/// Who may connect to a socket: whoever may write to it. By default its owner alone.
+/// /// The mode and group of a socket; users with write permission may connect. By default only its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketAccess {
     /// Its mode, whatever the umask of the process: permission bits, with those to read and write for the owner.
@@ -40,7 +40,8 @@ impl Default for SocketAccess {
     }
 }
 
-/// The path of a socket that was made here. The socket is removed when this is dropped, if the path still leads to it.
+/// /// The path of a socket that this process created. The socket is removed when this is dropped, if the path still
+/// leads to it.
 #[derive(Debug)]
 pub struct SocketPath {
     path: PathBuf,
@@ -202,9 +203,9 @@ impl SocketPath {
         (self.device, self.inode)
     }
 
-    /// Gives the socket another mode and group, without one that of the process.
+    /// /// Sets the socket's mode and group; without a group, that of the process.
     ///
-    /// `InvalidInput` when the path leads to something else; else the system's errors.
+    /// `InvalidInput` if the path leads to something else; otherwise the system's errors.
     pub fn give(&self, access: &SocketAccess) -> io::Result<()> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let socket = rustix::fs::open(&self.path, flags, Mode::empty())?;
@@ -223,11 +224,12 @@ impl SocketPath {
         self.path = PathBuf::new();
     }
 
-    /// The path of a socket that another process made and [left](SocketPath::leave), and whose listener this one has now. Clients
-    /// that look at who listens ([`check_server`]) find this process from now on, as listen(2) is called again.
+    /// The path of a socket that another process made and [left](SocketPath::leave), and whose listener this one has
+    /// now. Clients that check the server ([`check_server`]) see this process from now on, since listen(2) is called
+    /// again.
     ///
-    /// `InvalidInput` when the path does not lead to the socket of that identity, or `listener` does not listen; else the
-    /// system's errors.
+    /// `InvalidInput` when the path does not lead to the socket of that identity, or `listener` does not listen;
+    /// otherwise the system's errors.
     pub fn adopt(path: &Path, identity: (u64, u64), listener: &UnixListener) -> io::Result<SocketPath> {
         let invalid = |what: &str| Error::new(ErrorKind::InvalidInput, format!("{}: {what}", path.display()));
         let found = rustix::fs::lstat(path)?;

@@ -1,13 +1,13 @@
-//! Guest memory of VMMs that use KVM, for [`limosa_migrate`]: the regions of `vm-memory` as the engine's memory, and KVM's logs of
-//! what vCPUs write.
+//! //! Guest memory of VMMs that use KVM, for [`limosa_migrate`]: the regions of `vm-memory`, and KVM's logs of vCPU
+//! writes.
 //!
-//! - [`Regions`] makes the engine's regions of a [`GuestMemoryMmap`](vm_memory::GuestMemoryMmap).
+//! - [`Regions`] makes the engine's regions from a [`GuestMemoryMmap`](vm_memory::GuestMemoryMmap).
 //! - [`BitmapLog`] is `KVM_GET_DIRTY_LOG`, with manual protection where KVM has it.
 //! - [`RingLog`] is the dirty ring of each vCPU.
 //!
-//! `examples/kvm_guest` moves a guest that runs in KVM. The recipe is in `docs/embedding.md`.
+//! `examples/kvm_guest` moves a KVM guest. `docs/embedding.md` explains the use.
 //!
-//! The documents are Linux' `Documentation/virt/kvm/api.rst` and `include/uapi/linux/kvm.h`.
+//! The documents are `Documentation/virt/kvm/api.rst` and `include/uapi/linux/kvm.h` of Linux.
 
 mod bitmap_log;
 mod ioctl;

@@ -1,4 +1,4 @@
-//! [`RingLog`]: what the dirty rings of all vCPUs say (`api.rst: KVM_CAP_DIRTY_LOG_RING`).
+//! //! [`RingLog`]: the dirty rings of all vCPUs (`api.rst: KVM_CAP_DIRTY_LOG_RING`).
 
 use std::io;
 use std::os::fd::AsFd;
@@ -12,14 +12,15 @@ use crate::ioctl;
 use crate::ring::Ring;
 use crate::slots::{Slot, Slots};
 
-/// The log of what vCPUs write, as a ring for each of them. It costs as much as pages are written, whatever the size of the guest.
+/// /// The log of vCPU writes, with a ring for each vCPU. Its cost depends on the number of pages written, not on the
+/// size of the guest.
 ///
 /// A VMM enables `KVM_CAP_DIRTY_LOG_RING` (`KVM_CAP_DIRTY_LOG_RING_ACQ_REL` on other machines than x86) with the size of a ring in bytes
 /// before it makes vCPUs. A vCPU whose ring is full returns from `KVM_RUN` with `KVM_EXIT_DIRTY_RING_FULL`: its thread calls
 /// [`RingLog::collect`] and runs it again. The engine takes a reference to the log as its [`DirtyLog`].
 ///
-/// KVM may keep pages of a vCPU that runs for itself until it leaves `KVM_RUN`. They are in a later harvest, at the latest in the one
-/// after [`Vmm::stop`](limosa_migrate::Vmm::stop), which has every vCPU leave.
+/// KVM may buffer pages of a running vCPU until it leaves `KVM_RUN`. They are in a later harvest, at the latest in the
+/// one after [`Vmm::stop`](limosa_migrate::Vmm::stop), which makes every vCPU leave.
 #[derive(Debug)]
 pub struct RingLog {
     state: Mutex<State>,

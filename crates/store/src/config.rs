@@ -13,7 +13,7 @@ use object_store::{BackoffConfig, MultipartId, RetryConfig};
 use crate::connector::{Connector, Traffic};
 use crate::runtime::Runtime;
 
-/// An object as the place of a snapshot. Its `Debug` leaves out the credentials.
+/// /// An object for a snapshot. Its `Debug` omits the credentials.
 pub struct Object {
     pub(crate) url: String,
     pub(crate) replace: bool,
@@ -172,7 +172,7 @@ fn connect(url: &str, config: &[(String, String)], replace: bool) -> Result<Clie
     let is_address = |url: &reqwest::Url| matches!(url.scheme(), "http" | "https") && url.has_host();
     if !endpoint.parse().is_ok_and(|url| is_address(&url)) {
         let what = format!(
-            "the store's address {} is none; expected https://HOST or https://HOST:PORT in AWS_ENDPOINT_URL",
+            "the store's address {} is invalid; expected https://HOST or https://HOST:PORT in AWS_ENDPOINT_URL",
             escaped(&without_passwords(&endpoint))
         );
         return Err(ObjectError::Config { url: url.into(), what });

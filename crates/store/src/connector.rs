@@ -1,6 +1,5 @@
-//! HTTP for the store's client. It counts the bytes that are sent and received, gives up a connection on which no byte
-//! moves, takes no more of an answer than was asked for, and makes the request that publishes an object conditional on there
-//! being none yet.
+//! HTTP for the store's client. It counts the bytes that are sent and received, gives up a connection without progress,
+//! bounds responses, and makes the request that publishes an object conditional on there being none yet.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Snapshots in S3-compatible object stores: [`Object`], the place `s3://BUCKET/KEY`, which
-//! [`limosa_migrate`]'s source saves to and its destination loads from.
+//! Snapshots in S3-compatible object stores: [`Object`], `s3://BUCKET/KEY`, to which [`limosa_migrate`]'s source saves
+//! and from which its destination loads.
 //!
 //! ```no_run
 //! use limosa_migrate::{AfterSave, Outcome, Source};
@@ -24,9 +24,9 @@
 //!
 //! # Memory
 //!
-//! A save holds the part that is being filled and the parts in flight: for an object of up to 8 GiB, 8 MiB and at most
-//! four times 8 MiB. S3 takes no more than 10,000 parts, so their size doubles with every thousand; from 56 GiB on, with
-//! parts of 64 MiB and more, two parts are held. A load holds at most eight ranges of 4 MiB.
+//! A save uses memory for the part that is being filled and the parts in flight: for an object of up to 8 GiB, 8 MiB
+//! and at most four times 8 MiB. S3 accepts at most 10,000 parts, so their size doubles with every thousand; from 56
+//! GiB on, with parts of 64 MiB and more, there are only two parts. A load uses at most eight ranges of 4 MiB.
 //!
 //! # Threads
 //!

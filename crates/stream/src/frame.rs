@@ -162,7 +162,7 @@ impl Header {
         }
     }
 
-    /// The header of a frame of memory whose payload has so many bytes and no checksum.
+    /// /// The header of a frame of memory whose payload has this many bytes and no checksum.
     ///
     /// # Panics
     /// If the kind does not allow that: a defect of the caller.
@@ -246,7 +246,7 @@ impl Header {
         }
         let payload_crc = u32_at(bytes, 24);
         if unchecked && payload_crc != 0 {
-            let why = format!("it has the checksum {payload_crc:#010x}, and the flag that it has none");
+            let why = format!("it has the checksum {payload_crc:#010x}, and the flag UNCHECKED");
             return Err(Damage::Content { kind, why });
         }
         Ok(Header {
@@ -283,7 +283,7 @@ impl Header {
     pub fn check_is_checked(&self, takes_unchecked: bool) -> Result<(), Damage> {
         if self.unchecked && !takes_unchecked {
             return Err(Damage::Unknown {
-                what: format!("{} without a checksum, on which nobody has agreed", self.kind),
+                what: format!("{} without a checksum, which was not agreed on", self.kind),
             });
         }
         Ok(())

@@ -1,7 +1,9 @@
-//! The migration stream's codec (`docs/stream.md`): bytes in, frames out, and back. No I/O, no clock.
+//! //! The migration stream's codec (`docs/stream.md`): converts bytes to frames and back, without I/O and without a
+//! clock.
 //!
-//! [`Preface`] and [`Header`] are the fixed structures. [`body`] has the payloads of frames. [`Order`] checks which frame
-//! may follow which. [`Proofs`] tell the words of one move from those of anybody else. [`Decoder`] takes a stream in pieces of any size.
+//! [`Preface`] and [`Header`] are the fixed structures. [`body`] has the payloads of frames. [`Order`] checks which
+//! frame may follow which. [`Proofs`] authenticate the frames of a commit. [`Decoder`] takes a stream in pieces of any
+//! size.
 
 #![forbid(unsafe_code)]
 
@@ -80,7 +82,7 @@ pub enum Damage {
         /// What it uses.
         what: String,
     },
-    /// It is valid, and not the one that is due: it belongs to another move, or is of another kind.
+    /// /// It is valid but unexpected: it belongs to another move, or is of another kind.
     #[error("{what}")]
     Unexpected {
         /// What arrived, and what was expected.

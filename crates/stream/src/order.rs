@@ -219,7 +219,7 @@ impl Order {
                 }
                 let sum = Totals::decode(self.proofs.check(kind, payload)?);
                 if sum != self.totals {
-                    let why = format!("it says {sum:?}, what came is {:?}", self.totals);
+                    let why = format!("it says {sum:?}, received {:?}", self.totals);
                     return Err(Damage::Misplaced { kind, why });
                 }
                 self.summed = true;

@@ -49,9 +49,9 @@ impl RunsTable {
         (self.data_bytes, self.zero_bytes) = (0, 0);
     }
 
-    /// Adds a run of whole pages, which lengthens the last one if it goes on there. Returns whether there was room: a payload
-    /// has a maximum length, and the distance of a run from the first one as well. A single run of pages may fill the payload
-    /// of a MEMORY_DATA, which needs no table.
+    /// /// Adds a run of whole pages, or extends the last run if it is adjacent. Returns whether there was space: the
+    /// length of a payload is limited, and so is the distance of a run from the first one. A single run of pages may
+    /// fill the payload of a MEMORY_DATA, which needs no table.
     #[must_use]
     pub fn add(&mut self, offset: u64, bytes: u64, is_zero: bool) -> bool {
         if self.runs.is_empty() {
@@ -174,7 +174,7 @@ impl<'a> Runs<'a> {
             };
             if bytes == 0 || offset < end {
                 return refuse(format!(
-                    "the run of {bytes} bytes at {offset:#x} is not behind the one before it"
+                    "the run of {bytes} bytes at {offset:#x} overlaps or precedes the one before it"
                 ));
             }
             end = run_end;

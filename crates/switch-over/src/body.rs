@@ -85,13 +85,13 @@ struct RawEnd {
     bytes: U64,
 }
 
-/// A step in which items are handed over, as END and READY name it.
+/// /// A part of the transfer, as named by END and READY.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Part {
-    /// What there is to be handed over.
+    /// /// The offer: a description of the devices.
     Offer = 1,
-    /// What can be handed over while devices run.
+    /// /// Everything that can be transferred while devices run.
     Prepare = 2,
     /// The rest, while they do not.
     Rest = 3,
@@ -208,7 +208,7 @@ struct RawRefusal {
     device: U16,
 }
 
-/// Why a side does not go on.
+/// /// The reason why a side refuses.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{reason}", device_name(.device))]
 pub struct Refusal {
@@ -242,7 +242,7 @@ impl Refusal {
         bytes
     }
 
-    /// Reads REFUSED's body. What is not printable in the reason is escaped.
+    /// Reads REFUSED's body. Unprintable characters in the reason are escaped.
     pub fn decode(body: &[u8]) -> Result<Refusal, Malformed> {
         let short = |_| Malformed::new("REFUSED's length", body.len(), "4 to 1028 bytes");
         let (raw, reason) = RawRefusal::read_from_prefix(body).map_err(short)?;

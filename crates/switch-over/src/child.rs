@@ -1,4 +1,5 @@
-//! A new server that the old one starts itself: the channel is its standard input, and a variable in its environment says so.
+//! //! A new server that the old one starts itself: the channel is its standard input, which an environment variable
+//! announces.
 
 use std::ffi::OsStr;
 use std::io::{self, Error, ErrorKind};

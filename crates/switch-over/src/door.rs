@@ -1,7 +1,7 @@
-//! [`TakeOver`]: the old server's socket for new ones. Whoever connects is told the number of an fd of this process and nothing
-//! else: one end of a socket pair. Only a process that the kernel lets attach to this one gets it (`pidfd_getfd`), so that
-//! the first frame on the other end proves that it may. A socket cannot be opened through `/proc`, where a weaker right
-//! would do.
+//! //! [`TakeOver`]: the old server's socket for new ones. A connecting process gets only the number of an fd of this
+//! process: one end of a socket pair. Only a process that the kernel permits to attach to this one can duplicate it
+//! (`pidfd_getfd`), so the first frame on the other end proves that right. A socket cannot be opened through `/proc`,
+//! for which a weaker right would suffice.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -103,7 +103,7 @@ impl TakeOver {
                 }
             }
         };
-        refuse(pending, "another new server takes over; try again if that one fails");
+        refuse(pending, "another new server is taking over; try again if that one fails");
         let given = give(channel, other, giver, options)?;
         self.refuse_the_rest();
         Ok(given)

@@ -1,4 +1,4 @@
-//! [`Item`]: a piece of what the old server hands over, and the bounds of all of it. The caller gives kinds their meaning.
+//! //! [`Item`]: a piece of the transfer, and the limits of a transfer. The caller defines the kinds.
 
 use limosa_foreign_fd::ForeignFd;
 
@@ -13,17 +13,17 @@ pub const ITEM_BYTES_MAX: usize = 16 << 20;
 /// Bytes of all items of a switch-over together.
 pub const BYTES_MAX: u64 = 1 << 30;
 
-/// A piece of what is handed over.
+/// /// A piece of the transfer.
 #[derive(Debug, Default)]
 pub struct Item {
-    /// What it is. The caller's number; this crate carries it.
+    /// /// Its kind, defined by the caller.
     pub kind: u16,
     /// Which device it belongs to. The caller's number.
     pub device: u16,
     /// Its bytes, [`ITEM_BYTES_MAX`] at most.
     pub bytes: Vec<u8>,
     /// Its fds, [`ITEM_FDS_MAX`] at most. The old server gives duplicates, which are closed once the new server has its
-    /// own. The new server gets fds that peers of the old one may have chosen, so they are dropped where nobody waits.
+    /// own. The new server gets fds that peers of the old one may have chosen, so they are dropped in the background.
     pub fds: Vec<ForeignFd>,
 }
 

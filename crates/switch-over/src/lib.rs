@@ -1,13 +1,14 @@
-//! How a new server process replaces an old one under a running VM on the same host.
+//! //! Replacing a server process by a new one under a running VM on the same host.
 //!
-//! The old server listens on a UNIX socket ([`TakeOver`]). The new one connects ([`take`]) and pulls from the old process, with
-//! the kernel's consent, the other end of a private channel. Over it the old server hands over [`Item`]s in three parts:
-//! an offer, what can be handed over while devices run (in rounds), and the rest once they stand still. One compare-and-swap in
-//! memory that both map decides which of the two serves from then on (`word.rs` has its states). Whatever fails, and at
-//! whatever step a process is killed, exactly one of them serves, or the one that lives if it can.
+//! The old server listens on a UNIX socket ([`TakeOver`]). The new one connects ([`take`]) and duplicates the other end
+//! of a private channel from the old process, which the kernel has to permit. Over this channel the old server
+//! transfers [`Item`]s in three parts: an offer, everything possible while devices run (in rounds), and the rest once
+//! they are stopped. One compare-and-swap in shared memory decides which of the two serves from then on (`word.rs` has
+//! its states). Whatever fails, and at whatever step a process is killed, at most one of them serves, and a surviving
+//! process serves if it has the state.
 //!
-//! This crate gives items no meaning: a [`Giver`] makes them and a [`Taker`] uses them. `docs/switch-over.md` draws the protocol
-//! and goes through its failures.
+//! This crate does not interpret items: a [`Giver`] creates them and a [`Taker`] uses them. `docs/switch-over.md`
+//! describes the protocol and its failures.
 
 mod ask;
 pub mod body;

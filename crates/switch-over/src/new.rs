@@ -1,4 +1,4 @@
-//! The new server's script: it reaches the old one, takes what that hands over, and commits.
+//! //! The new server's script: it connects to the old one, receives the items, and commits.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -18,9 +18,9 @@ use crate::parts::{Clock, Report, receive_items, transport, until};
 use crate::peer::Peer;
 use crate::word::Word;
 
-/// What the new server does with what it is handed. Calls come in the order of the methods, from one thread. Dropped without
-/// [`Taker::run`] when the switch-over does not come so far; what it was given is the old server's then, so it must not
-/// have changed any of it.
+/// /// The new server's handling of the items. Methods are called in their order, from one thread. If the switch-over
+/// fails, it is dropped without [`Taker::run`]; the old server then keeps everything, so it must not have changed
+/// anything.
 pub trait Taker {
     /// What serves once this has run.
     type Server;
@@ -28,15 +28,15 @@ pub trait Taker {
     /// Whether everything that is offered fits: descriptions, kinds, versions of state. A refusal names what does not.
     fn check(&mut self, offer: Vec<Item>) -> Result<(), Refusal>;
 
-    /// Takes what is handed over while devices run: maps memory, loads state. Called again with what has changed since, for each
-    /// further round of the old server.
+    /// /// Takes the items that are transferred while devices run: maps memory, loads state. Called again with the
+    /// changes, for each further round of the old server.
     fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal>;
 
     /// Takes the rest. Everything that can fail or takes time, and nothing that the VMM or the guest can see.
     fn load(&mut self, items: Vec<Item>) -> Result<(), Refusal>;
 
-    /// Serves. Calls [`Commit::commit`] right before the first thing that the VMM or the guest can see, and nothing after it
-    /// fails. [`Withdrawn`] is what it says when the old server serves: then everything is dropped as it is.
+    /// /// Serves. Calls [`Commit::commit`] right before the first effect that the VMM or the guest can see; nothing
+    /// may fail after it. [`Withdrawn`] means that the old server serves: then everything is dropped unchanged.
     fn run(self, commit: Commit<'_>) -> Result<(Committed, Self::Server), Withdrawn>;
 }
 
@@ -74,7 +74,7 @@ pub struct TakeLimits {
     pub hello: Duration,
     /// For the old server to make its offer. By default 30 s.
     pub offer: Duration,
-    /// For the old server to hand over what it can while devices run. By default 120 s.
+    /// /// Limit for the transfer while devices run. Default 120 s.
     pub prepare: Duration,
     /// For the old server to make another round, or to freeze and hand over the rest. By default 10 s: it is the old server
     /// that watches the time here, and takes back.
@@ -99,7 +99,7 @@ pub struct TakeOptions<'a> {
     pub name: &'a str,
     /// Limits.
     pub limits: TakeLimits,
-    /// Is told each step that is done, on the thread that does it.
+    /// /// Called after each completed step, on the same thread.
     pub observer: Option<&'a dyn Fn(Step)>,
 }
 
@@ -270,7 +270,7 @@ fn trusted(old: Peer) -> Result<Peer, Cause> {
     }
 }
 
-/// Tells the old server why this one does not go on.
+/// /// Tells the old server why this one has refused.
 fn tell(channel: &mut Channel, cause: &Cause) {
     let refusal = match cause {
         Cause::Ended | Cause::RefusedByOther(_) => return,

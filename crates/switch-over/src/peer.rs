@@ -1,6 +1,6 @@
-//! [`Peer`]: the process at the other end of a UNIX socket, by a pidfd, which stays that process's when the number of the
-//! process is given to another one. Its fds are pulled with `pidfd_getfd`, where the kernel checks that this process may
-//! attach to that one (ptrace(2), PTRACE_MODE_ATTACH_REALCREDS).
+//! //! [`Peer`]: the process at the other end of a UNIX socket, identified by a pidfd, which remains valid if the PID
+//! is reused. Its fds are duplicated with `pidfd_getfd`, for which the kernel checks that this process may attach to
+//! that one (ptrace(2), PTRACE_MODE_ATTACH_REALCREDS).
 
 use std::io::{self, Error, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,9 +25,9 @@ pub struct Peer {
 impl Peer {
     /// The process that connected, or that called listen(2) or socketpair(2).
     ///
-    /// Kernels before 6.5 have no SO_PEERPIDFD. There the number of the process is all that the socket tells, and another
-    /// process may have it by now. The caller compares something that only the right process can know, as
-    /// [`take`](crate::take) compares the token.
+    /// Kernels before 6.5 have no SO_PEERPIDFD. There the socket tells only the PID, which another process may have by
+    /// now. The caller has to compare something that only the right process can know, as [`take`](crate::take) compares
+    /// the token.
     pub fn of(socket: impl AsFd) -> io::Result<Peer> {
         let credentials = socket_peercred(&socket)?;
         let (pid, user) = (credentials.pid, User(credentials.uid.as_raw()));
@@ -57,7 +57,7 @@ impl Peer {
         self.pid == rustix::process::getpid()
     }
 
-    /// A duplicate of one of its fds. `PermissionDenied` says what to do.
+    /// /// A duplicate of one of its fds. The message of `PermissionDenied` has the remedy.
     pub fn pull(&self, number: i32) -> io::Result<OwnedFd> {
         rustix::process::pidfd_getfd(&self.pidfd, number, PidfdGetfdFlags::empty())
             .map_err(|errno| self.explained(number, errno))
@@ -144,11 +144,11 @@ impl AsFd for Peer {
 /// How the old process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// By itself, within its limit.
+    /// /// It ended by itself, within its limit.
     Ended,
     /// Killed, as it had not ended within its limit.
     Killed,
-    /// Killed, but still there: a file of its cannot be closed. It runs no more.
+    /// /// It was killed, but still exists, since one of its files cannot be closed. It no longer runs.
     Remains,
 }
 

@@ -171,7 +171,7 @@ fn a_second_new_server_is_told_that_another_takes_over() {
         first.write_all(&frame(Kind::Hello, &hello.encode())).unwrap();
         let (refused, reason) = read_frame(&second);
         assert_eq!(refused.kind, Kind::Refused);
-        assert!(String::from_utf8_lossy(&reason).contains("another new server takes over"));
+        assert!(String::from_utf8_lossy(&reason).contains("another new server is taking over"));
     });
 }
 

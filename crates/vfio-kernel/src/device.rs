@@ -29,8 +29,8 @@ const RESET: u8 = 11;
 /// How a device is opened.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Through which door; by default that of the address space, else the one that the name is a node of, else
-    /// the cdev, or the group where the kernel has no cdev or no iommufd.
+    /// /// The interface to use; by default that of the address space, else that of the named node, else the cdev, or
+    /// the group if the kernel has no cdev or no iommufd.
     pub door: Option<Door>,
     /// The address space to attach it to; by default one of its own.
     pub space: Option<AddressSpace>,
@@ -91,10 +91,10 @@ impl KernelDevice {
     ///
     /// # Errors
     ///
-    /// [`Error::Usage`] for a name that is none, and for a door that the address space is not of. [`Error::Os`] with
-    /// what to do about it: ENOENT where there is no such device or node, EACCES without permission, ENODEV for a
-    /// device that is bound to no VFIO driver or has no IOMMU group, EBUSY for one that somebody else has open, EPERM
-    /// for a group that is not viable. [`Error::Refused`] where the kernel refuses a step on the way.
+    /// [`Error::Usage`] for an invalid name, and for an interface that does not match the address space. [`Error::Os`]
+    /// with a remedy: ENOENT where there is no such device or node, EACCES without permission, ENODEV for a device that
+    /// is bound to no VFIO driver or has no IOMMU group, EBUSY for one that another process has open, EPERM for a group
+    /// that is not viable. [`Error::Refused`] if the kernel refuses a step.
     pub fn open(name: &str, options: &Options) -> Result<KernelDevice> {
         KernelDevice::open_below(&Roots::default(), name, options)
     }
@@ -109,14 +109,14 @@ impl KernelDevice {
         Ok(device)
     }
 
-    /// A device that the caller holds open; `name` is for messages. The fd is duplicated: the caller keeps its own, which
-    /// stays open. `space` is what its DMA is mapped through, if this side is to map; the caller has
-    /// attached the device to it.
+    /// /// A device that the caller has open; `name` is for messages. The fd is duplicated, and the caller's fd stays
+    /// open. `space` is the address space for its DMA, if this side maps memory; the caller has attached the device to
+    /// it.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] by `DEVICE_GET_INFO` when the fd is not that of a VFIO device, or of one that is not bound
-    /// to an iommufd yet. [`Error::Os`] with EMFILE.
+    /// [`Error::Refused`] by `DEVICE_GET_INFO` if the fd is not a VFIO device, or if the device is not yet bound to an
+    /// iommufd. [`Error::Os`] with EMFILE.
     pub fn from_fd(name: &str, device: BorrowedFd<'_>, space: Option<AddressSpace>) -> Result<KernelDevice> {
         let fd = device.try_clone_to_owned().map_err(|error| Error::Os {
             device: name.into(),
@@ -158,7 +158,7 @@ impl KernelDevice {
         KernelDevice::of(name, Opened { fd, group: None, space: None, door: None })
     }
 
-    /// Through which door it was opened; `None` for one from an fd without an address space.
+    /// /// The interface through which it was opened; `None` for one from an fd without an address space.
     pub fn door(&self) -> Option<Door> {
         self.door
     }
@@ -308,7 +308,7 @@ impl Device for KernelDevice {
         match self.dma_logging_report(iova, size, page_size, &mut found) {
             Ok(()) => or_into(words, &found),
             Err(error) => {
-                tracing::warn!("all of what is unmapped is taken as dirty: {error}");
+                tracing::warn!("all unmapped memory is treated as dirty: {error}");
                 all_dirty(size, page_size, words);
             }
         }

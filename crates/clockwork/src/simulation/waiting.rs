@@ -1,4 +1,4 @@
-//! [`Waiting`]: what a task of a simulation waits for, and why its wait ended.
+//! //! [`Waiting`]: the wait of a task of a simulation, and the reason for its end.
 
 use std::time::Duration;
 

@@ -1,6 +1,5 @@
-//! DMA into guest memory: a thread that writes stamped pages into a window, at a rate, each with
-//! the next sequence number. Who knows the sequence number knows what every page of the window
-//! must hold ([`Window::expected`]).
+//! DMA into guest memory: a thread that writes stamped pages into a window, at a rate, each with the next sequence
+//! number. The sequence number determines the expected contents of every page of the window ([`Window::expected`]).
 
 use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -52,7 +51,7 @@ impl FromStr for Pattern {
     }
 }
 
-/// The window that a device writes to, as a client needs to know it to check what was written.
+/// /// The window that a device writes to, with the data that a client needs to check the writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
     /// The device's seed.
@@ -92,8 +91,7 @@ impl Window {
         last
     }
 
-    /// Checks one page of a window to which `writes` writes went: what it should hold (see
-    /// [`Window::expected`]) against what it holds.
+    /// /// Checks one page of a window: compares its contents with the expected ones (see [`Window::expected`]).
     pub fn check(&self, index: u64, expected: Option<u64>, page: &[u8]) -> Result<(), String> {
         match (expected, verify_page(page)) {
             (None, Err(StampError::Unstamped)) => Ok(()),

@@ -13,13 +13,13 @@ pub const SEED: u64 = 0x18;
 pub const DIRTIED: u64 = 0x20;
 /// A checksum over which generation every block has.
 pub const CHECKSUM: u64 = 0x28;
-/// Written: changes so many blocks at once. Reads 0.
+/// /// Writing *n* changes *n* blocks at once. Reads 0.
 pub const DIRTY: u64 = 0x30;
 /// Bytes of state that change each second.
 pub const DIRTY_RATE: u64 = 0x38;
 /// Reading it checks every byte of the state and tells how many blocks are not as they should be.
 pub const BAD_BLOCKS: u64 = 0x40;
-/// Written: reports all initial pre-copy data anew. Reads 0.
+/// /// Writing reports all initial pre-copy data again. Reads 0.
 pub const REINIT: u64 = 0x48;
 /// IOVA of the DMA window. This and the next three cannot be changed while the engine is on (EBUSY);
 /// changing this one, DMA_PAGES or DMA_PATTERN starts the sequence numbers again at 0.
@@ -32,8 +32,8 @@ pub const DMA_PATTERN: u64 = 0x90;
 pub const DMA_LIMIT: u64 = 0x98;
 /// Bytes each second, 0 for as fast as possible. May be changed at any time.
 pub const DMA_RATE: u64 = 0xa0;
-/// 1 turns the engine on (EINVAL without a window), 0 off; off, nothing is under way once the
-/// write is done. Reads 1 while it is on.
+/// 1 turns the engine on (EINVAL without a window), 0 off; after turning it off, no write is in progress. Reads 1 while
+/// it is on.
 pub const DMA_CONTROL: u64 = 0xa8;
 /// Sequence number of the next write, which is how many writes were done.
 pub const DMA_SEQUENCE: u64 = 0xb0;

@@ -1,5 +1,4 @@
-//! The serial line: what is at the other end of a port, and the thread that carries bytes there and
-//! back.
+//! //! The serial line: the other end of a port, and the thread that transfers bytes in both directions.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -13,15 +12,15 @@ use rustix::net::RecvFlags;
 use super::Shared;
 use super::port::FIFO_BYTES;
 
-/// What is at the other end of a port.
+/// /// The other end of a port.
 #[derive(Debug, Default)]
 pub enum Line {
-    /// What is sent comes back. A receiver that is full holds it up; nothing is lost.
+    /// /// Sends everything back. A full receiver delays it; nothing is lost.
     #[default]
     Echo,
-    /// Two file descriptors, which may be the same file: a UNIX socket, a terminal, pipes. They
-    /// are made non-blocking. A receiver that is full leaves bytes in `input`; the transmitter
-    /// waits for `output`, until that is gone, and then sends to nobody.
+    /// Two file descriptors, which may be the same file: a UNIX socket, a terminal, pipes. They are made non-blocking.
+    /// A full receiver leaves bytes in `input`; the transmitter waits for `output`, and drops its bytes once `output`
+    /// is closed.
     Fds {
         /// Where received bytes come from.
         input: OwnedFd,

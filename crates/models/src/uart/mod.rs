@@ -1,7 +1,7 @@
-//! A serial port: a PCI function with one or two 16550A in an I/O BAR, 8 bytes each, and INTx. Linux'
-//! 8250 driver binds to it by its identity, which is that of QEMU's serial cards, and by its class.
+//! A serial port: a PCI function with one or two 16550A in an I/O BAR, 8 bytes each, and INTx. The 8250 driver of Linux
+//! binds to it by its identity, which is that of QEMU's serial cards, and by its class.
 //!
-//! [`Mtty`] is the same idea as Linux' sample device has it, for moves between kernel and process.
+//! [`Mtty`] imitates the Linux sample device, for moves between kernel and process.
 
 mod line;
 mod mtty;

@@ -1,11 +1,11 @@
-//! The serial card as Linux' sample device has it (`samples/vfio-mdev/mtty.c`): [`Mtty`] looks like
-//! an mtty-1 or mtty-2, behaves like one, and reads and writes its data stream byte for byte. So a
-//! card moves from the kernel into a process and back.
+//! //! The serial card of the Linux sample driver (`samples/vfio-mdev/mtty.c`): [`Mtty`] looks and behaves like an
+//! mtty-1 or mtty-2, and reads and writes its data stream byte for byte. So a card can move from the kernel into a
+//! process and back.
 //!
-//! Where it differs: a reset brings back a new card (mtty's keeps registers and FIFO); a card that is
-//! stopped cannot be changed (mtty's can, and loses what is written); reading where nothing is gives 0
-//! (mtty gives what its stack held); an interrupt that may have got lost in a move is signalled once
-//! more; INTx does not mask itself, and one that comes while its user has masked it is not lost but late.
+//! Differences: a reset restores the initial state (mtty keeps registers and FIFO); a stopped card cannot be changed
+//! (mtty can, and loses the writes); unused addresses read 0 (mtty returns contents of its stack); an interrupt that
+//! may have been lost in a move is signalled again; INTx does not mask itself, and an interrupt that occurs while it is
+//! masked is signalled later instead of lost.
 
 mod config;
 mod port;
