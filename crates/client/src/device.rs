@@ -31,10 +31,10 @@ pub trait Device: Send + Sync {
     /// The answer of a GET, and the output fields of a SET, replace `request.payload`.
     fn feature(&self, request: &mut FeatureRequest<'_>) -> Result<FeatureReply>;
 
-    /// /// Resets the device (`VFIO_DEVICE_RESET`) to RUNNING, from any state including ERROR. A session ends.
+    /// Resets the device (`VFIO_DEVICE_RESET`) to RUNNING, from any state including ERROR. A session ends.
     fn reset(&self) -> Result<()>;
 
-    /// /// The numbers of regions and interrupt indexes (`VFIO_DEVICE_GET_INFO`).
+    /// The numbers of regions and interrupt indexes (`VFIO_DEVICE_GET_INFO`).
     fn info(&self) -> Result<DeviceInfo>;
 
     /// One region (`VFIO_DEVICE_GET_REGION_INFO`).
@@ -61,7 +61,7 @@ pub trait Device: Send + Sync {
     /// Gives the device access to memory (`VFIO_IOMMU_MAP_DMA`).
     fn dma_map(&self, map: &DmaMap<'_>) -> Result<()>;
 
-    /// /// Removes the device's access to memory (`VFIO_IOMMU_UNMAP_DMA`): once this returns, the device no longer uses
+    /// Removes the device's access to memory (`VFIO_IOMMU_UNMAP_DMA`): once this returns, the device no longer uses
     /// it. Sets the pages that the device wrote since the last report in `dirty`, if given, which needs logging to be
     /// on.
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()>;
@@ -72,11 +72,11 @@ pub trait Device: Send + Sync {
 pub struct FeatureRequest<'a> {
     /// Which feature.
     pub index: FeatureIndex,
-    /// /// The operation.
+    /// The operation.
     pub op: FeatureOp,
     /// The fixed part of the payload, in and out; [`limosa_protocol::feature`] has its structures.
     pub payload: &'a mut [u8],
-    /// /// The data that the payload refers to.
+    /// The data that the payload refers to.
     pub refers: Refers<'a>,
 }
 
@@ -93,14 +93,14 @@ pub enum Refers<'a> {
     Bitmap(&'a mut [u64]),
 }
 
-/// /// The results of a FEATURE request in addition to its payload.
+/// The results of a FEATURE request in addition to its payload.
 #[derive(Default)]
 pub struct FeatureReply {
     /// Bytes of the payload that the device filled in.
     pub payload_bytes: usize,
     /// The data stream of the session that a SET of MIG_DEVICE_STATE opened.
     pub stream: Option<Box<dyn DataStream>>,
-    /// /// An fd that the feature returns (DMA_BUF). The server of a vfio-user device can choose any fd.
+    /// An fd that the feature returns (DMA_BUF). The server of a vfio-user device can choose any fd.
     pub fd: Option<ForeignFd>,
 }
 
@@ -149,7 +149,7 @@ pub struct DmaMap<'a> {
     pub iova: u64,
     /// Bytes.
     pub size: u64,
-    /// /// The device's access rights.
+    /// The device's access rights.
     pub flags: DmaMapFlags,
     /// Where the memory is.
     pub memory: DmaMemory<'a>,
@@ -165,7 +165,7 @@ pub enum DmaMemory<'a> {
         /// Where the mapping starts in it, in bytes.
         offset: u64,
     },
-    /// /// Only in this process; the device accesses it through the client (vfio-user's DMA_READ and DMA_WRITE), which
+    /// Only in this process; the device accesses it through the client (vfio-user's DMA_READ and DMA_WRITE), which
     /// calls this object.
     Messages(&'a std::sync::Arc<dyn DmaTarget>),
     /// At this address of this process. Kernel VFIO only.

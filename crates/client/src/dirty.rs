@@ -27,7 +27,7 @@ pub trait DirtySource: Send + Sync {
     /// The source's name, for messages.
     fn name(&self) -> &str;
 
-    /// /// Whether the reports contain the writes of this device. Devices are identified by [`Device::identity`], never
+    /// Whether the reports contain the writes of this device. Devices are identified by [`Device::identity`], never
     /// by their names, which need not be unique.
     ///
     /// A device that no source sees must be assumed to have written everything. So a wrong `false` costs time, and a
@@ -59,7 +59,7 @@ pub trait DirtySource: Send + Sync {
     fn stop(&self) -> Result<()>;
 }
 
-/// /// Marks a whole range as dirty, as a caller has to do if [`DirtySource::report`] fails.
+/// Marks a whole range as dirty, as a caller has to do if [`DirtySource::report`] fails.
 pub fn all_dirty(length: u64, page_size: u64, words: &mut [u64]) {
     set_range(words, 0, length.div_ceil(page_size.max(1)));
 }

@@ -80,7 +80,7 @@ fn after(hint: &str) -> impl std::fmt::Display {
 }
 
 impl Error {
-    /// /// The errno of the device's or the system's answer, if there is one.
+    /// The errno of the device's or the system's answer, if there is one.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Refused { errno, .. } | Error::Os { errno, .. } => Some(*errno),
@@ -93,7 +93,7 @@ impl Error {
         matches!(self, Error::Refused { errno, .. } if *errno == with)
     }
 
-    /// /// Whether the connection to the device is lost, so that no further request is possible over it.
+    /// Whether the connection to the device is lost, so that no further request is possible over it.
     pub fn is_connection_lost(&self) -> bool {
         matches!(self, Error::Timeout { .. } | Error::Disconnected { .. } | Error::Misbehaved { .. })
     }

@@ -24,7 +24,7 @@ pub trait DeviceExt: Device {
         }
     }
 
-    /// /// The flags of the device's migration; empty for a device without migration (`VFIO_DEVICE_FEATURE_MIGRATION`).
+    /// The flags of the device's migration; empty for a device without migration (`VFIO_DEVICE_FEATURE_MIGRATION`).
     fn migration_flags(&self) -> Result<MigrationFlags> {
         match get::<FeatureMigration, _>(self, FeatureIndex::MIGRATION) {
             Ok(answer) => Ok(MigrationFlags::from_bits_retain(answer.flags)),
@@ -50,7 +50,7 @@ pub trait DeviceExt: Device {
         Ok(set(self, FeatureIndex::MIG_DEVICE_STATE, payload.as_mut_bytes(), Refers::Nothing)?.stream)
     }
 
-    /// /// The device's estimate of the bytes of stop-copy, in any state (`VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`); `None`
+    /// The device's estimate of the bytes of stop-copy, in any state (`VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`); `None`
     /// if it has no such feature.
     fn mig_data_size(&self) -> Result<Option<u64>> {
         match get::<FeatureMigDataSize, _>(self, FeatureIndex::MIG_DATA_SIZE) {
@@ -60,7 +60,7 @@ pub trait DeviceExt: Device {
         }
     }
 
-    /// /// The number of resets of the device since it was created; `None` if it has no such feature
+    /// The number of resets of the device since it was created; `None` if it has no such feature
     /// (`docs/vfio-user-extensions.md: RESET_COUNT`).
     ///
     /// If two reads through the same device object are equal, there was no reset between them. A caller that drives a

@@ -1,4 +1,4 @@
-//! //! [`DeviceIdentity`]: distinguishes device objects, independent of their names.
+//! [`DeviceIdentity`]: distinguishes device objects, independent of their names.
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};

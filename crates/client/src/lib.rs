@@ -1,4 +1,4 @@
-//! //! A VFIO device as a VMM sees it, over any transport: [`Device`], the trait for kernel VFIO, vfio-user and devices
+//! A VFIO device as a VMM sees it, over any transport: [`Device`], the trait for kernel VFIO, vfio-user and devices
 //! in the same process; [`DeviceExt`], typed migration calls over it; [`DataStream`], the data of a session;
 //! [`DirtySource`], which reports the pages that devices wrote by DMA.
 #![deny(unsafe_code)]

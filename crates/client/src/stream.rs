@@ -5,7 +5,7 @@ use limosa_protocol::feature::PrecopyInfo;
 
 use crate::Result;
 
-/// /// The result of a read of a saving session.
+/// The result of a read of a saving session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chunk {
     /// This many bytes, at least one.
@@ -29,10 +29,10 @@ pub trait DataStream: Send {
     /// Writes the next bytes of a RESUMING session, all of them; EBADF in the saving states.
     fn write(&mut self, data: &[u8]) -> Result<()>;
 
-    /// /// Estimates of the remaining data in pre-copy (`VFIO_MIG_GET_PRECOPY_INFO`); EINVAL outside PRE_COPY and
+    /// Estimates of the remaining data in pre-copy (`VFIO_MIG_GET_PRECOPY_INFO`); EINVAL outside PRE_COPY and
     /// PRE_COPY_P2P, ENOTTY if the device or the transport does not support this.
     fn precopy_info(&mut self) -> Result<PrecopyInfo>;
 
-    /// /// Limit on the bytes that one read or write moves at once; larger buffers are allowed.
+    /// Limit on the bytes that one read or write moves at once; larger buffers are allowed.
     fn transfer_bytes_max(&self) -> usize;
 }

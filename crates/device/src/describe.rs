@@ -1,4 +1,4 @@
-//! //! A device's [`Description`] in the standard's structures, for clients
+//! A device's [`Description`] in the standard's structures, for clients
 //! (`vfio.h: VFIO_DEVICE_GET_INFO, VFIO_DEVICE_GET_REGION_INFO, VFIO_DEVICE_GET_IRQ_INFO`).
 
 use limosa_protocol::Errno;
@@ -6,7 +6,7 @@ use limosa_protocol::info::{DeviceFlags, DeviceInfo, IrqInfo, RegionFlags, Regio
 
 use crate::{Description, Region};
 
-/// /// A region's information for a client.
+/// A region's information for a client.
 #[derive(Debug)]
 pub struct RegionView<'a> {
     /// Flags, size, and the offset for mmap. CAPS is not set, `cap_offset` is 0 and `argsz` is the size of the
@@ -29,7 +29,7 @@ impl Description {
         }
     }
 
-    /// /// A region; EINVAL beyond the last. A missing region has size 0.
+    /// A region; EINVAL beyond the last. A missing region has size 0.
     pub fn region_view(&self, index: u32) -> Result<RegionView<'_>, Errno> {
         let region: &Region = self.regions.get(index as usize).ok_or(Errno::EINVAL)?;
         let access = region.flags & (RegionFlags::READ | RegionFlags::WRITE);
@@ -48,7 +48,7 @@ impl Description {
         })
     }
 
-    /// /// An interrupt index; EINVAL beyond the last. A missing index has no vectors.
+    /// An interrupt index; EINVAL beyond the last. A missing index has no vectors.
     pub fn irq_info(&self, index: u32) -> Result<IrqInfo, Errno> {
         let irq = self.irqs.get(index as usize).ok_or(Errno::EINVAL)?;
         Ok(IrqInfo { argsz: size_of::<IrqInfo>() as u32, flags: irq.flags.bits(), index, count: irq.count })

@@ -1,4 +1,4 @@
-//! //! The device side of VFIO.
+//! The device side of VFIO.
 //!
 //! A device author writes a [`Model`]: regions, a reset, and with [`Migration`] the device's actions on the arcs of the
 //! standard's state machine (`vfio.h: enum vfio_device_mig_state`). A [`Machine`] owns the model and is the device that

@@ -1,4 +1,4 @@
-//! //! [`Loopback`]: a `client::Device` that calls a [`Machine`] in the same process, so that the engine, the checks
+//! [`Loopback`]: a `client::Device` that calls a [`Machine`] in the same process, so that the engine, the checks
 //! and the tests need no socket.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,6 +17,7 @@ use zerocopy::FromBytes;
 use crate::{Backing, Machine, Mapping, RemoteMemory, Save, SessionId, SetIrqs};
 
 /// A client of a device in the same process.
+///
 /// Several may share a device. Dropping one does not change the device: mappings and interrupt
 /// wiring stay until [`Machine::client_gone`].
 #[derive(Clone, Debug)]
@@ -168,14 +169,14 @@ impl Device for Loopback {
             None => mappings.unmap(iova, size),
             Some(DirtyBits { page_size, words }) => mappings.unmap_report(iova, size, page_size, words),
         };
-        // // On every transport, unmapping nothing is a client's mistake.
+        // On every transport, unmapping nothing is a client's mistake.
         unmapped
             .and_then(|bytes| if bytes == 0 { Err(Errno::ENOENT) } else { Ok(()) })
             .map_err(|errno| self.refused(|| format!("DMA_UNMAP of {size:#x} at {iova:#x}"), errno))
     }
 }
 
-/// /// The request in the standard's terms, with the requested state.
+/// The request in the standard's terms, with the requested state.
 fn feature_name(index: FeatureIndex, op: FeatureOp, asked: Option<FeatureMigState>) -> String {
     let mut name = String::new();
     for (word, _) in op.iter_names() {
@@ -201,7 +202,7 @@ fn reborrow<'a>(refers: &'a mut limosa_client::Refers<'_>) -> limosa_client::Ref
     }
 }
 
-/// /// A client's memory object, whose offsets are relative to its mapping, addressed by IOVA.
+/// A client's memory object, whose offsets are relative to its mapping, addressed by IOVA.
 struct AtIova {
     iova: u64,
     target: Arc<dyn DmaTarget>,
@@ -233,7 +234,7 @@ struct LoopbackStream {
     session: SessionId,
 }
 
-/// /// Bytes moved by one call; larger buffers are not faster.
+/// Bytes moved by one call; larger buffers are not faster.
 const TRANSFER_BYTES_MAX: usize = 1 << 20;
 
 impl DataStream for LoopbackStream {

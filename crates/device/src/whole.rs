@@ -1,4 +1,4 @@
-//! //! [`Whole`]: migration for a device whose state is one small message, saved as one checked section when it has
+//! [`Whole`]: migration for a device whose state is one small message, saved as one checked section when it has
 //! stopped ([`crate::saved`]). Its author defines the message and how to restore it.
 
 use std::os::fd::OwnedFd;
@@ -13,7 +13,7 @@ use crate::{Bus, Description, Fault, Save, SimpleMigration, SimpleModel};
 
 /// A device whose state is one small message.
 pub trait WholeState: SimpleModel {
-    /// /// The state: tagged fields, whose numbers are never reused.
+    /// The state: tagged fields, whose numbers are never reused.
     type Saved: Message + Default;
 
     /// The kind of device, such as `limosa.counter`: 1 to 64 printable ASCII characters without a space.
@@ -25,24 +25,24 @@ pub trait WholeState: SimpleModel {
     /// To STOP: when this returns, the device changes neither itself nor anything outside.
     fn stop(&mut self) -> Result<(), Fault>;
 
-    /// /// The same for a device that has to wait for requests in flight: if they cannot be completed by `until`,
+    /// The same for a device that has to wait for requests in flight: if they cannot be completed by `until`,
     /// refuse with ETIMEDOUT; the device keeps running.
     fn stop_until(&mut self, until: Instant) -> Result<(), Fault> {
         let _ = until;
         self.stop()
     }
 
-    /// /// From STOP to a running state.
+    /// From STOP to a running state.
     fn start(&mut self) -> Result<(), Fault>;
 
-    /// /// The current state. Called when the device is stopped, and to estimate the size.
+    /// The current state. Called when the device is stopped, and to estimate the size.
     fn to_saved(&self) -> Self::Saved;
 
-    /// /// Restores a state that arrived complete and unaltered. A refusal leaves the device as it was.
+    /// Restores a state that arrived complete and unaltered. A refusal leaves the device as it was.
     fn restore(&mut self, saved: Self::Saved) -> Result<(), Errno>;
 }
 
-/// /// A device with the migration of its [`WholeState`]: only STOP_COPY.
+/// A device with the migration of its [`WholeState`]: only STOP_COPY.
 #[derive(Debug)]
 pub struct Whole<D> {
     device: D,
@@ -57,11 +57,11 @@ struct Loading {
     message: Vec<u8>,
 }
 
-/// /// Header, section head and end together take less than this.
+/// Header, section head and end together take less than this.
 const FRAMING_BYTES_MAX: u64 = 1024;
 
 impl<D: WholeState> Whole<D> {
-    /// /// The device with its migration.
+    /// The device with its migration.
     pub fn new(device: D) -> Whole<D> {
         Whole { device, saving: Vec::new(), saved_bytes: 0, loading: None }
     }

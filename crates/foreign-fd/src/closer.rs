@@ -1,4 +1,4 @@
-//! //! The closer: threads that drop values whose drop may block. They are started on demand, and end when there is
+//! The closer: threads that drop values whose drop may block. They are started on demand, and end when there is
 //! nothing left to drop.
 
 use std::collections::VecDeque;

@@ -13,7 +13,7 @@ use rustix::io::{ReadWriteFlags, preadv2};
 use crate::ForeignFd;
 use crate::aio::Aio;
 
-/// /// An eventfd of a peer. The peer may fill its counter and make it blocking at any time; [`ForeignEventFd::signal`]
+/// An eventfd of a peer. The peer may fill its counter and make it blocking at any time; [`ForeignEventFd::signal`]
 /// still never waits.
 ///
 /// Signalled through the kernel's asynchronous I/O, it costs about 0.8 us where a plain write costs 0.3, and less than

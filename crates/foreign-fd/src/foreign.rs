@@ -1,4 +1,4 @@
-//! //! [`Foreign`]: a value that is dropped in the background.
+//! [`Foreign`]: a value that is dropped in the background.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::closer;
 
-/// /// A value whose drop may block because it closes a file that a peer chose: an fd from a peer, a mapping of its
+/// A value whose drop may block because it closes a file that a peer chose: an fd from a peer, a mapping of its
 /// file, or a socket with unreceived fds in its queue. It is dropped on a thread of the closer.
 pub struct Foreign<T: Send + 'static> {
     value: Option<T>,
@@ -22,12 +22,12 @@ impl<T: Send + 'static> Foreign<T> {
         Foreign { value: Some(value), is_harmless: false }
     }
 
-    /// /// A value of this process, for a place that takes a [`Foreign`]: it is dropped at once, on the current thread.
+    /// A value of this process, for a place that takes a [`Foreign`]: it is dropped at once, on the current thread.
     pub fn harmless(value: T) -> Foreign<T> {
         Foreign { value: Some(value), is_harmless: true }
     }
 
-    /// /// The value itself: its drop may then block the thread that drops it.
+    /// The value itself: its drop may then block the thread that drops it.
     pub fn into_inner(mut self) -> T {
         self.value.take().expect(HERE)
     }

@@ -19,7 +19,7 @@ pub const FDS_MAX: usize = 253;
 pub struct Received {
     /// Bytes; 0 at the end of the stream.
     pub bytes: usize,
-    /// /// More fds arrived than this process may have. All fds with these bytes were given to the closer.
+    /// More fds arrived than this process may have. All fds with these bytes were given to the closer.
     pub lost_fds: bool,
 }
 
@@ -103,7 +103,7 @@ pub fn receive_parts(
     if fds.is_empty() && !received.lost_fds { Ok(received.bytes) } else { Err(Errno::PROTO) }
 }
 
-/// /// The same into memory given by its address, such as memory that is shared with other processes.
+/// The same into memory given by its address, such as memory that is shared with other processes.
 ///
 /// # Safety
 ///

@@ -130,7 +130,7 @@ impl MappedFiles {
         FileMapping::in_window(&window, offset, bytes, read, write)
     }
 
-    /// /// Keeps a file open that is not mapped. Files that are memory are shared; any other counts towards
+    /// Keeps a file open that is not mapped. Files that are memory are shared; any other counts towards
     /// [`FILES_MAX`] each time. EACCES if memory is not open for this access; E2BIG beyond the limit.
     pub fn open(
         &self,

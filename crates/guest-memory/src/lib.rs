@@ -1,4 +1,4 @@
-//! //! Mappings of files with guest memory: a [`FileMapping`] for a device's DMA and for the migration engine, and
+//! Mappings of files with guest memory: a [`FileMapping`] for a device's DMA and for the migration engine, and
 //! [`MappedFiles`], which maps each file of a client once.
 //!
 //! [`ManyReaders`] is the lock for a table of such mappings: many threads access the memory, and an unmap waits for them.

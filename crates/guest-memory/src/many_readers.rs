@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, compiler_fence, fence};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// /// A read-write lock whose readers do not write to shared memory.
+/// A read-write lock whose readers do not write to shared memory.
 ///
 /// A reading thread must not lock for reading again: that panics, since it could wait for a writer that waits for this
 /// thread. It must not lock for writing either, which would be a deadlock. A panic while the lock is held does not

@@ -92,7 +92,7 @@ impl FileMapping {
         (&self.window.file().fd, self.window.offset_of(self.start))
     }
 
-    /// /// Keeps a range mapped while its address is used. EFAULT outside the mapping, and if the mapping does not
+    /// Keeps a range mapped while its address is used. EFAULT outside the mapping, and if the mapping does not
     /// allow this access.
     pub fn pin(&self, offset: u64, bytes: usize, read: bool, write: bool) -> Result<PinnedBytes, Errno> {
         let fits = offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes);
@@ -106,7 +106,7 @@ impl FileMapping {
         Ok(PinnedBytes { start, bytes, is_readable: read, is_writable: write, since, slot, window })
     }
 
-    /// /// Reads. EFAULT outside the mapping, if it does not allow reading, and if a page is missing; then `data` may
+    /// Reads. EFAULT outside the mapping, if it does not allow reading, and if a page is missing; then `data` may
     /// have been changed.
     #[inline]
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -116,7 +116,7 @@ impl FileMapping {
         })
     }
 
-    /// /// Writes. EFAULT outside the mapping, if it does not allow writing, and if a page is missing; then a part may
+    /// Writes. EFAULT outside the mapping, if it does not allow writing, and if a page is missing; then a part may
     /// have been written. A write concurrent with a truncation may succeed, and is then lost as if it had come before.
     #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
@@ -170,7 +170,7 @@ impl FileMapping {
         told == 0
     }
 
-    /// /// Faults in all pages of a range at once, as reads or writes would. It is a hint: pages that cannot be faulted
+    /// Faults in all pages of a range at once, as reads or writes would. It is a hint: pages that cannot be faulted
     /// in (kernels before 5.14, a range outside the mapping, a truncated file) are left to the access.
     pub fn bring_in(&self, offset: u64, bytes: u64, to_write: bool) {
         let Some(end) = offset.checked_add(bytes).filter(|end| *end <= self.bytes) else { return };

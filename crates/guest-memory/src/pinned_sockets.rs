@@ -11,7 +11,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use crate::PinnedBytes;
 use crate::mapping::{copy_from_shared, copy_to_shared};
 
-/// /// A part of the data that is sent in one call.
+/// A part of the data that is sent in one call.
 #[derive(Clone, Debug)]
 pub enum SendPart<'a> {
     /// Bytes of this process.
@@ -76,7 +76,7 @@ impl PinnedBytes {
         Ok(unsafe { self.start.add(range.start) })
     }
 
-    /// /// Receives from a stream socket, without waiting, into the range from `from` on, and then into `behind`, like
+    /// Receives from a stream socket, without waiting, into the range from `from` on, and then into `behind`, like
     /// recvmsg(2): possibly fewer bytes. EAGAIN if there is no data, EFAULT if a page is missing or the range was not
     /// pinned for writing, EPROTO if fds arrive. [`PinnedBytes::check`] tells whether all data reached the memory.
     pub fn receive(&self, socket: impl AsFd, from: usize, behind: &mut [u8]) -> Result<usize, Errno> {
@@ -126,7 +126,7 @@ impl PinnedBytes {
         })
     }
 
-    /// /// Copies bytes of the range. EFAULT beyond it, if a page is missing, and if it was not pinned for reading.
+    /// Copies bytes of the range. EFAULT beyond it, if a page is missing, and if it was not pinned for reading.
     pub fn read(&self, from: usize, into: &mut [u8]) -> Result<(), Errno> {
         if !self.is_readable {
             return Err(Errno::FAULT);
@@ -137,7 +137,7 @@ impl PinnedBytes {
         self.check().map_err(system)
     }
 
-    /// /// Copies bytes into the range. EFAULT beyond it, if a page is missing, and if it was not pinned for writing.
+    /// Copies bytes into the range. EFAULT beyond it, if a page is missing, and if it was not pinned for writing.
     pub fn write(&self, from: usize, bytes: &[u8]) -> Result<(), Errno> {
         if !self.is_writable {
             return Err(Errno::FAULT);
@@ -148,7 +148,7 @@ impl PinnedBytes {
         self.check().map_err(system)
     }
 
-    /// /// Whether a part of the range contains only zeroes at the moment of the call. A missing page counts as zeroes:
+    /// Whether a part of the range contains only zeroes at the moment of the call. A missing page counts as zeroes:
     /// see [`PinnedBytes::check`].
     pub fn is_zero(&self, range: Range<usize>) -> Result<bool, Errno> {
         if !self.is_readable {

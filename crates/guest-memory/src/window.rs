@@ -11,7 +11,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use crate::count::Counted;
 use crate::sigbus::{Cover, Slot};
 
-/// /// Limit on this process's mappings of guest memory: a quarter of the system's limit
+/// Limit on this process's mappings of guest memory: a quarter of the system's limit
 /// (`Documentation/admin-guide/sysctl/vm.rst: max_map_count`), so that its own allocations never fail because of them.
 pub fn kernel_mappings_max() -> u64 {
     static MAX: LazyLock<u64> = LazyLock::new(|| {

@@ -1,4 +1,4 @@
-//! //! [`clock`]: the kernel's state of the wall clock (adjtimex(2)): whether it is synchronised, and its maximum
+//! [`clock`]: the kernel's state of the wall clock (adjtimex(2)): whether it is synchronised, and its maximum
 //! error.
 
 use std::io;
@@ -9,7 +9,7 @@ use std::time::Duration;
 pub struct Clock {
     /// Whether a time service keeps it right. Without one the kernel calls it unsynchronised.
     pub synchronised: bool,
-    /// /// The kernel's estimate of the maximum error; it grows while the clock is not corrected. Meaningless if the
+    /// The kernel's estimate of the maximum error; it grows while the clock is not corrected. Meaningless if the
     /// clock is not synchronised.
     pub error_max: Duration,
 }

@@ -1,4 +1,4 @@
-//! //! [`Descriptor`]: a descriptor of a process, named by a path in `/proc`. It is duplicated with `pidfd_getfd`,
+//! [`Descriptor`]: a descriptor of a process, named by a path in `/proc`. It is duplicated with `pidfd_getfd`,
 //! which returns another descriptor of the same open file, with the access mode of that process. Opening the path
 //! instead would reopen the file with this process's own rights: another process could then have any file read or
 //! overwritten that it has opened with O_PATH, for which it needs no access to the file.
@@ -75,7 +75,7 @@ impl Descriptor {
         self.fd
     }
 
-    /// /// Duplicates it. `NotFound` if there is no such process or descriptor, `PermissionDenied` if this process may
+    /// Duplicates it. `NotFound` if there is no such process or descriptor, `PermissionDenied` if this process may
     /// not access that one (ptrace(2)), `InvalidInput` if it was opened with O_PATH, which gives no access.
     pub fn borrow(&self) -> io::Result<Borrowed> {
         let (process, number) = (self.process(), self.fd);

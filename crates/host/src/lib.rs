@@ -1,4 +1,4 @@
-//! //! Checked access to the process's own host: files named by a user, descriptors of other processes, UNIX sockets
+//! Checked access to the process's own host: files named by a user, descriptors of other processes, UNIX sockets
 //! with a path, the users at the other end of them, and the wall clock.
 //!
 //! A process with more rights than its users must not extend these rights to them. A path can lead through a descriptor

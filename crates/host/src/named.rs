@@ -1,4 +1,4 @@
-//! //! Files named by a user. The links in `/proc/PID` are not made by users: they lead to the files of a process,
+//! Files named by a user. The links in `/proc/PID` are not made by users: they lead to the files of a process,
 //! whatever its rights to them. A path through such a link is detected, and if it names a descriptor, the descriptor is
 //! duplicated.
 
@@ -22,7 +22,7 @@ const LINKS_MAX: usize = 40;
 /// What procfs says in statfs(2).
 const PROC_MAGIC: u64 = 0x9fa0;
 
-/// /// The target of a path.
+/// The target of a path.
 #[derive(Debug)]
 pub enum Named {
     /// A descriptor of a process.
@@ -31,7 +31,7 @@ pub enum Named {
     Entry(Entry),
 }
 
-/// /// A name in an open folder, so that every call uses the same folder.
+/// A name in an open folder, so that every call uses the same folder.
 #[derive(Debug)]
 pub struct Entry {
     folder: OwnedFd,
@@ -39,7 +39,7 @@ pub struct Entry {
     link: Option<PathBuf>,
 }
 
-/// /// Follows a path up to its last name, and also that name if it is a user's link.
+/// Follows a path up to its last name, and also that name if it is a user's link.
 ///
 /// `InvalidInput` if the path does not end with the name of a file, or leads through another link of a process;
 /// otherwise the system's errors.
@@ -86,7 +86,7 @@ pub fn open_to_read(path: &Path, more: OFlags) -> io::Result<File> {
     }
 }
 
-/// /// Opens a folder, without following links of processes; `readable`, or only to look up files in it.
+/// Opens a folder, without following links of processes; `readable`, or only to look up files in it.
 ///
 /// Kernels before Linux 5.6 have no openat2(2). There any link is followed.
 pub fn open_folder(path: &Path, readable: bool) -> io::Result<OwnedFd> {
@@ -144,7 +144,7 @@ fn descriptor(folder: &OwnedFd, name: &OsStr) -> io::Result<Option<Descriptor>> 
 }
 
 impl Entry {
-    /// /// The contents of the link at the end of the path, if there was one.
+    /// The contents of the link at the end of the path, if there was one.
     pub fn link(&self) -> Option<&Path> {
         self.link.as_deref()
     }
@@ -165,7 +165,7 @@ impl Entry {
         Ok(File::from(openat(&self.folder, &self.name, flags, Mode::RUSR | Mode::WUSR)?))
     }
 
-    /// /// Its metadata. No link is followed.
+    /// Its metadata. No link is followed.
     pub fn stat(&self) -> io::Result<Stat> {
         Ok(statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW)?)
     }

@@ -19,7 +19,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// /// The process that has this PID now, in this process's PID namespace. `NotFound` if there is none.
+    /// The process that has this PID now, in this process's PID namespace. `NotFound` if there is none.
     pub fn with_pid(pid: i32) -> io::Result<Process> {
         let none = || Error::new(ErrorKind::NotFound, format!("there is no process {pid}"));
         let number = if pid > 0 { Pid::from_raw(pid) } else { None }.ok_or_else(none)?;

@@ -25,7 +25,7 @@ const BEING_MADE: Mode = Mode::WUSR;
 /// behind thousands that have gone already.
 const BACKLOG: i32 = 128;
 
-/// /// The mode and group of a socket; users with write permission may connect. By default only its owner.
+/// The mode and group of a socket; users with write permission may connect. By default only its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketAccess {
     /// Its mode, whatever the umask of the process: permission bits, with those to read and write for the owner.
@@ -40,7 +40,7 @@ impl Default for SocketAccess {
     }
 }
 
-/// /// The path of a socket that this process created. The socket is removed when this is dropped, if the path still
+/// The path of a socket that this process created. The socket is removed when this is dropped, if the path still
 /// leads to it.
 #[derive(Debug)]
 pub struct SocketPath {
@@ -203,7 +203,7 @@ impl SocketPath {
         (self.device, self.inode)
     }
 
-    /// /// Sets the socket's mode and group; without a group, that of the process.
+    /// Sets the socket's mode and group; without a group, that of the process.
     ///
     /// `InvalidInput` if the path leads to something else; otherwise the system's errors.
     pub fn give(&self, access: &SocketAccess) -> io::Result<()> {

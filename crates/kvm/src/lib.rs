@@ -1,4 +1,4 @@
-//! //! Guest memory of VMMs that use KVM, for [`limosa_migrate`]: the regions of `vm-memory`, and KVM's logs of vCPU
+//! Guest memory of VMMs that use KVM, for [`limosa_migrate`]: the regions of `vm-memory`, and KVM's logs of vCPU
 //! writes.
 //!
 //! - [`Regions`] makes the engine's regions from a [`GuestMemoryMmap`](vm_memory::GuestMemoryMmap).

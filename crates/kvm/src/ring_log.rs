@@ -1,4 +1,4 @@
-//! //! [`RingLog`]: the dirty rings of all vCPUs (`api.rst: KVM_CAP_DIRTY_LOG_RING`).
+//! [`RingLog`]: the dirty rings of all vCPUs (`api.rst: KVM_CAP_DIRTY_LOG_RING`).
 
 use std::io;
 use std::os::fd::AsFd;
@@ -12,7 +12,7 @@ use crate::ioctl;
 use crate::ring::Ring;
 use crate::slots::{Slot, Slots};
 
-/// /// The log of vCPU writes, with a ring for each vCPU. Its cost depends on the number of pages written, not on the
+/// The log of vCPU writes, with a ring for each vCPU. Its cost depends on the number of pages written, not on the
 /// size of the guest.
 ///
 /// A VMM enables `KVM_CAP_DIRTY_LOG_RING` (`KVM_CAP_DIRTY_LOG_RING_ACQ_REL` on other machines than x86) with the size of a ring in bytes

@@ -12,7 +12,7 @@ use crate::ioctl::{UserMemoryRegion, set_memory};
 /// `KVM_MEM_LOG_DIRTY_PAGES`.
 const LOG_DIRTY_PAGES: u32 = 1;
 
-/// /// A memory slot of the VM (`KVM_SET_USER_MEMORY_REGION`), and the pages of the move in it.
+/// A memory slot of the VM (`KVM_SET_USER_MEMORY_REGION`), and the pages of the move in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
     /// Its number, with the address space in the upper 16 bits.

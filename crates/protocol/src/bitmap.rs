@@ -46,7 +46,7 @@ pub struct DirtyBitmap {
 const BLOCK_WORDS: usize = 64;
 
 impl DirtyBitmap {
-    /// /// A bitmap of `pages` pages, all clean. [`Errno::ENOMEM`] if there is no address space for it.
+    /// A bitmap of `pages` pages, all clean. [`Errno::ENOMEM`] if there is no address space for it.
     pub fn new(pages: u64) -> Result<DirtyBitmap, Errno> {
         let words = AtomicU64::new_vec_zeroed(words_for(pages)).map_err(|_| Errno::ENOMEM)?;
         let blocks =
@@ -54,7 +54,7 @@ impl DirtyBitmap {
         Ok(DirtyBitmap { words, blocks, pages })
     }
 
-    /// /// Number of pages.
+    /// Number of pages.
     pub fn pages(&self) -> u64 {
         self.pages
     }
@@ -85,7 +85,7 @@ impl DirtyBitmap {
         self.mark_blocks(span.first, span.last);
     }
 
-    /// /// Marks `len` pages from `start` on, without atomic operations on words that are already marked.
+    /// Marks `len` pages from `start` on, without atomic operations on words that are already marked.
     ///
     /// Call it only while holding a lock that every harvest takes exclusively (or that gives it `&mut self`). Otherwise
     /// a page can be lost: the thread's write may not yet be visible when it sees the existing mark and leaves it, and
@@ -161,7 +161,7 @@ impl DirtyBitmap {
             let range = begin.max(span.first)..end.min(span.last + 1);
             let taken = words[range.clone()].iter_mut().zip(range.clone());
             if shift == 0 && span.mask(range.start) & span.mask(range.end - 1) == !0 {
-                // // Without a branch for each word, so that the compiler can vectorize the loop.
+                // Without a branch for each word, so that the compiler can vectorize the loop.
                 for ((word, _), out) in taken.zip(&mut out[range.start - span.first..]) {
                     *out |= core::mem::take(word.get_mut());
                 }
@@ -203,7 +203,7 @@ impl DirtyBitmap {
         });
     }
 
-    /// /// Calls `take` for each word of a range, with the mask of its bits in the range, and ORs the results into
+    /// Calls `take` for each word of a range, with the mask of its bits in the range, and ORs the results into
     /// `out`.
     fn each(&self, start: u64, len: u64, out: &mut [u64], take: impl Fn(&AtomicU64, u64) -> u64) {
         let Some(span) = Span::of(start, len, self.pages) else { return };
@@ -244,7 +244,7 @@ impl DirtyBitmap {
         }
     }
 
-    /// /// Removes every mark. Words without marks are not written. Concurrent marks of other threads may or may not
+    /// Removes every mark. Words without marks are not written. Concurrent marks of other threads may or may not
     /// remain.
     pub fn clear(&self) {
         for (_, word) in self.marked_words() {
@@ -255,7 +255,7 @@ impl DirtyBitmap {
         self.blocks.iter().for_each(|blocks| blocks.store(0, Relaxed));
     }
 
-    /// /// Number of marked pages.
+    /// Number of marked pages.
     pub fn count(&self) -> u64 {
         self.marked_words().map(|(_, word)| u64::from(word.load(Relaxed).count_ones())).sum()
     }
@@ -271,7 +271,7 @@ impl DirtyBitmap {
         self.runs_from(0)
     }
 
-    /// /// The runs of marked pages from this page on, as in [`DirtyBitmap::runs`].
+    /// The runs of marked pages from this page on, as in [`DirtyBitmap::runs`].
     pub fn runs_from(&self, page: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let first = usize::try_from(page / 64).unwrap_or(usize::MAX);
         let last = self.words.len().checked_sub(1).filter(|last| first <= *last);

@@ -19,7 +19,7 @@ pub use build::Chain;
 payload! {
     /// `struct vfio_info_cap_header`.
     CapHeader {
-        /// /// Which capability; the meaning of a number depends on the information structure.
+        /// Which capability; the meaning of a number depends on the information structure.
         id: u16,
         /// The version of its structure.
         version: u16,

@@ -1,4 +1,4 @@
-//! //! The VFIO device migration protocol v2 as data: states and the arcs between them, the FEATURE multiplexer,
+//! The VFIO device migration protocol v2 as data: states and the arcs between them, the FEATURE multiplexer,
 //! device, region and interrupt information with its capability chains, and dirty bitmaps.
 //!
 //! This crate is pure. It does no I/O, knows no clock, allocates only for dirty bitmaps and capability chains, and has

@@ -1,4 +1,4 @@
-//! //! The refusals of DMA logging (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`,
+//! The refusals of DMA logging (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`,
 //! `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`), stated once for clients, servers and devices.
 
 use alloc::collections::BTreeMap;
@@ -12,7 +12,7 @@ use crate::{Errno, range};
 /// The smallest page size of a report, in bytes.
 pub const REPORT_PAGE_SIZE_MIN: u64 = 4096;
 
-/// /// Linux's limit on the ranges of one START: as many as fit into a page of 4 KiB.
+/// Linux's limit on the ranges of one START: as many as fit into a page of 4 KiB.
 pub const RANGES_MAX: usize = 4096 / size_of::<DmaLoggingRange>();
 
 /// Checks a START, range after range in their order, as Linux does. Errors:
@@ -37,7 +37,7 @@ pub fn check_start(page_size: u64, ranges: &[DmaLoggingRange], ranges_max: usize
             return Err(Errno::EINVAL);
         }
         let end = range::end(*iova, *length)?;
-        // // Accepted ranges do not overlap, so only the last one that begins before this one's end can overlap it.
+        // Accepted ranges do not overlap, so only the last one that begins before this one's end can overlap it.
         if accepted.range(..end).next_back().is_some_and(|(_, other_end)| other_end > iova) {
             return Err(Errno::EINVAL);
         }
@@ -46,7 +46,7 @@ pub fn check_start(page_size: u64, ranges: &[DmaLoggingRange], ranges_max: usize
     Ok(())
 }
 
-/// /// Reads the ranges that follow a START's control structure, and checks them ([`check_start`]). Nothing is
+/// Reads the ranges that follow a START's control structure, and checks them ([`check_start`]). Nothing is
 /// allocated before the count is known to be in the limit. [`Errno::EINVAL`] when `bytes` ends before the last range;
 /// bytes after it are ignored.
 pub fn read_start(

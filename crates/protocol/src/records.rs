@@ -15,12 +15,12 @@ impl<'a, T: FromBytes + KnownLayout + Immutable + Copy> Records<'a, T> {
         Some(Records(entries))
     }
 
-    /// /// Number of entries.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// /// Whether there are no entries.
+    /// Whether there are no entries.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

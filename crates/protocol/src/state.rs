@@ -10,7 +10,7 @@ use crate::Errno;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum State {
-    /// /// The device has failed; only a reset leaves this state, to [`State::Running`].
+    /// The device has failed; only a reset leaves this state, to [`State::Running`].
     Error = 0,
     /// The device changes neither its internal nor any external state.
     Stop = 1,
@@ -134,7 +134,7 @@ impl TryFrom<u32> for State {
 }
 
 bitflags::bitflags! {
-    /// /// The abilities of a device's migration (`struct vfio_device_feature_migration`, field *flags*).
+    /// The abilities of a device's migration (`struct vfio_device_feature_migration`, field *flags*).
     ///
     /// Bits that this crate does not know are kept.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -13,7 +13,7 @@ use object_store::{BackoffConfig, MultipartId, RetryConfig};
 use crate::connector::{Connector, Traffic};
 use crate::runtime::Runtime;
 
-/// /// An object for a snapshot. Its `Debug` omits the credentials.
+/// An object for a snapshot. Its `Debug` omits the credentials.
 pub struct Object {
     pub(crate) url: String,
     pub(crate) replace: bool,

@@ -162,7 +162,7 @@ impl Header {
         }
     }
 
-    /// /// The header of a frame of memory whose payload has this many bytes and no checksum.
+    /// The header of a frame of memory whose payload has this many bytes and no checksum.
     ///
     /// # Panics
     /// If the kind does not allow that: a defect of the caller.

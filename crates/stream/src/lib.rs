@@ -1,4 +1,4 @@
-//! //! The migration stream's codec (`docs/stream.md`): converts bytes to frames and back, without I/O and without a
+//! The migration stream's codec (`docs/stream.md`): converts bytes to frames and back, without I/O and without a
 //! clock.
 //!
 //! [`Preface`] and [`Header`] are the fixed structures. [`body`] has the payloads of frames. [`Order`] checks which
@@ -82,7 +82,7 @@ pub enum Damage {
         /// What it uses.
         what: String,
     },
-    /// /// It is valid but unexpected: it belongs to another move, or is of another kind.
+    /// It is valid but unexpected: it belongs to another move, or is of another kind.
     #[error("{what}")]
     Unexpected {
         /// What arrived, and what was expected.

@@ -1,4 +1,4 @@
-//! //! Proofs that a frame about a move's commit comes from the other end of that move (`docs/stream.md: Proofs`). The
+//! Proofs that a frame about a move's commit comes from the other end of that move (`docs/stream.md: Proofs`). The
 //! source creates a [`Secret`] for each move, and the frames that decide which side runs carry a hash that is keyed by
 //! it.
 
@@ -153,7 +153,7 @@ impl Proofs {
         payload
     }
 
-    /// /// The body of a payload of this kind, after verifying its proof. `kind` is one with proofs
+    /// The body of a payload of this kind, after verifying its proof. `kind` is one with proofs
     /// ([`Kind::proof_bytes`]), and the payload has a length that it allows.
     pub fn check<'p>(&self, kind: Kind, payload: &'p [u8]) -> Result<&'p [u8], Damage> {
         let (least, most) = kind.payload_bytes();

@@ -49,7 +49,7 @@ impl RunsTable {
         (self.data_bytes, self.zero_bytes) = (0, 0);
     }
 
-    /// /// Adds a run of whole pages, or extends the last run if it is adjacent. Returns whether there was space: the
+    /// Adds a run of whole pages, or extends the last run if it is adjacent. Returns whether there was space: the
     /// length of a payload is limited, and so is the distance of a run from the first one. A single run of pages may
     /// fill the payload of a MEMORY_DATA, which needs no table.
     #[must_use]

@@ -85,13 +85,13 @@ struct RawEnd {
     bytes: U64,
 }
 
-/// /// A part of the transfer, as named by END and READY.
+/// A part of the transfer, as named by END and READY.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Part {
-    /// /// The offer: a description of the devices.
+    /// The offer: a description of the devices.
     Offer = 1,
-    /// /// Everything that can be transferred while devices run.
+    /// Everything that can be transferred while devices run.
     Prepare = 2,
     /// The rest, while they do not.
     Rest = 3,
@@ -208,7 +208,7 @@ struct RawRefusal {
     device: U16,
 }
 
-/// /// The reason why a side refuses.
+/// The reason why a side refuses.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{reason}", device_name(.device))]
 pub struct Refusal {

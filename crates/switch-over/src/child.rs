@@ -1,4 +1,4 @@
-//! //! A new server that the old one starts itself: the channel is its standard input, which an environment variable
+//! A new server that the old one starts itself: the channel is its standard input, which an environment variable
 //! announces.
 
 use std::ffi::OsStr;

@@ -1,4 +1,4 @@
-//! //! [`TakeOver`]: the old server's socket for new ones. A connecting process gets only the number of an fd of this
+//! [`TakeOver`]: the old server's socket for new ones. A connecting process gets only the number of an fd of this
 //! process: one end of a socket pair. Only a process that the kernel permits to attach to this one can duplicate it
 //! (`pidfd_getfd`), so the first frame on the other end proves that right. A socket cannot be opened through `/proc`,
 //! for which a weaker right would suffice.

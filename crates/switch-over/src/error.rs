@@ -1,4 +1,4 @@
-//! //! The errors of a switch-over, by step.
+//! The errors of a switch-over, by step.
 
 use std::fmt;
 use std::io;
@@ -15,11 +15,11 @@ use crate::item::TooLarge;
 pub enum Step {
     /// Both know each other. The old server has a channel to a process that the kernel lets attach to it.
     Hello,
-    /// /// The new server has checked the offer.
+    /// The new server has checked the offer.
     Offer,
-    /// /// The new server has everything that can be transferred while devices run.
+    /// The new server has everything that can be transferred while devices run.
     Prepare,
-    /// /// Old server: from here on nothing changes that the VMM or the guest can see.
+    /// Old server: from here on nothing changes that the VMM or the guest can see.
     Freeze,
     /// Old server: the rest is collected, and the new one may take over from now on. New server: it has the rest.
     Rest,
@@ -77,7 +77,7 @@ pub enum Cause {
     /// The step's limit has passed.
     #[error("the other server took longer than the step's limit")]
     Late,
-    /// /// The old server has not sent HELLO within the limit.
+    /// The old server has not sent HELLO within the limit.
     #[error(
         "the old server does not answer: it is in another switch-over or hangs, or this is no --takeover socket"
     )]
@@ -88,22 +88,22 @@ pub enum Cause {
          was replaced just now"
     )]
     NoDoor,
-    /// /// The other server has refused.
+    /// The other server has refused.
     #[error("the other server refused: {0}")]
     RefusedByOther(Refusal),
-    /// /// This server has refused.
+    /// This server has refused.
     #[error("{0}")]
     Refused(Refusal),
     /// The other server's frames are not as `docs/switch-over.md` has them.
     #[error("{0}")]
     Malformed(#[from] Malformed),
-    /// /// There is too much data to hand over.
+    /// There is too much data to hand over.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
     /// The process at the other end runs as a user that is not trusted with this.
     #[error("the other server was started by {0}; expected the user of this one, or root")]
     Untrusted(User),
-    /// /// The listening process is not the process at the other end of the channel.
+    /// The listening process is not the process at the other end of the channel.
     #[error("the channel is not that of the process that listens; start the new server again")]
     OtherProcess,
     /// The commit word is not the old server's: it serves.

@@ -23,7 +23,7 @@ pub const TEXT_BYTES_MAX: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Kind {
-    /// /// From the old server to a connecting process: the number of the channel's fd, and the token.
+    /// From the old server to a connecting process: the number of the channel's fd, and the token.
     Door = 1,
     /// Each side's first frame on the channel.
     Hello = 2,
@@ -83,7 +83,7 @@ pub struct Header {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: {found}; expected {expected}")]
 pub struct Malformed {
-    /// /// What is wrong.
+    /// What is wrong.
     pub what: &'static str,
     /// The value found.
     pub found: u64,

@@ -1,4 +1,4 @@
-//! //! [`Item`]: a piece of the transfer, and the limits of a transfer. The caller defines the kinds.
+//! [`Item`]: a piece of the transfer, and the limits of a transfer. The caller defines the kinds.
 
 use limosa_foreign_fd::ForeignFd;
 
@@ -13,10 +13,10 @@ pub const ITEM_BYTES_MAX: usize = 16 << 20;
 /// Bytes of all items of a switch-over together.
 pub const BYTES_MAX: u64 = 1 << 30;
 
-/// /// A piece of the transfer.
+/// A piece of the transfer.
 #[derive(Debug, Default)]
 pub struct Item {
-    /// /// Its kind, defined by the caller.
+    /// Its kind, defined by the caller.
     pub kind: u16,
     /// Which device it belongs to. The caller's number.
     pub device: u16,

@@ -1,4 +1,4 @@
-//! //! Replacing a server process by a new one under a running VM on the same host.
+//! Replacing a server process by a new one under a running VM on the same host.
 //!
 //! The old server listens on a UNIX socket ([`TakeOver`]). The new one connects ([`take`]) and duplicates the other end
 //! of a private channel from the old process, which the kernel has to permit. Over this channel the old server

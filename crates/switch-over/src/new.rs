@@ -1,4 +1,4 @@
-//! //! The new server's script: it connects to the old one, receives the items, and commits.
+//! The new server's script: it connects to the old one, receives the items, and commits.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -18,7 +18,7 @@ use crate::parts::{Clock, Report, receive_items, transport, until};
 use crate::peer::Peer;
 use crate::word::Word;
 
-/// /// The new server's handling of the items. Methods are called in their order, from one thread. If the switch-over
+/// The new server's handling of the items. Methods are called in their order, from one thread. If the switch-over
 /// fails, it is dropped without [`Taker::run`]; the old server then keeps everything, so it must not have changed
 /// anything.
 pub trait Taker {
@@ -28,14 +28,14 @@ pub trait Taker {
     /// Whether everything that is offered fits: descriptions, kinds, versions of state. A refusal names what does not.
     fn check(&mut self, offer: Vec<Item>) -> Result<(), Refusal>;
 
-    /// /// Takes the items that are transferred while devices run: maps memory, loads state. Called again with the
+    /// Takes the items that are transferred while devices run: maps memory, loads state. Called again with the
     /// changes, for each further round of the old server.
     fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal>;
 
     /// Takes the rest. Everything that can fail or takes time, and nothing that the VMM or the guest can see.
     fn load(&mut self, items: Vec<Item>) -> Result<(), Refusal>;
 
-    /// /// Serves. Calls [`Commit::commit`] right before the first effect that the VMM or the guest can see; nothing
+    /// Serves. Calls [`Commit::commit`] right before the first effect that the VMM or the guest can see; nothing
     /// may fail after it. [`Withdrawn`] means that the old server serves: then everything is dropped unchanged.
     fn run(self, commit: Commit<'_>) -> Result<(Committed, Self::Server), Withdrawn>;
 }
@@ -74,7 +74,7 @@ pub struct TakeLimits {
     pub hello: Duration,
     /// For the old server to make its offer. By default 30 s.
     pub offer: Duration,
-    /// /// Limit for the transfer while devices run. Default 120 s.
+    /// Limit for the transfer while devices run. Default 120 s.
     pub prepare: Duration,
     /// For the old server to make another round, or to freeze and hand over the rest. By default 10 s: it is the old server
     /// that watches the time here, and takes back.
@@ -99,7 +99,7 @@ pub struct TakeOptions<'a> {
     pub name: &'a str,
     /// Limits.
     pub limits: TakeLimits,
-    /// /// Called after each completed step, on the same thread.
+    /// Called after each completed step, on the same thread.
     pub observer: Option<&'a dyn Fn(Step)>,
 }
 
@@ -270,7 +270,7 @@ fn trusted(old: Peer) -> Result<Peer, Cause> {
     }
 }
 
-/// /// Tells the old server why this one has refused.
+/// Tells the old server why this one has refused.
 fn tell(channel: &mut Channel, cause: &Cause) {
     let refusal = match cause {
         Cause::Ended | Cause::RefusedByOther(_) => return,

@@ -1,4 +1,4 @@
-//! //! The old server's script over a channel to a new server, and how it withdraws.
+//! The old server's script over a channel to a new server, and how it withdraws.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,22 +16,22 @@ use crate::word::{Serves, Word};
 /// Rounds of a preparation, the first included.
 pub const ROUNDS_MAX: usize = 32;
 
-/// /// The old server's side. Methods are called in their order, from one thread.
+/// The old server's side. Methods are called in their order, from one thread.
 pub trait Giver {
-    /// /// The offer, so that the new server can refuse it: devices, their kinds and versions.
+    /// The offer, so that the new server can refuse it: devices, their kinds and versions.
     fn offer(&self) -> Result<Vec<crate::Item>, Refusal>;
 
-    /// /// Everything that can be transferred while devices run: memory, files, listeners, state.
+    /// Everything that can be transferred while devices run: memory, files, listeners, state.
     fn prepare(&self) -> Result<Vec<crate::Item>, Refusal>;
 
-    /// /// The changes since the last call, and data that did not fit into it, while devices still run. `None` once the
+    /// The changes since the last call, and data that did not fit into it, while devices still run. `None` once the
     /// rest is small enough, or no longer shrinks. Called again after each round that the new server has accepted,
     /// until it returns `None` or after [`ROUNDS_MAX`] rounds.
     fn prepare_more(&self) -> Result<Option<Vec<crate::Item>>, Refusal> {
         Ok(None)
     }
 
-    /// /// Stops everything by then: nothing is read from a socket, written, signalled or accessed by DMA once this
+    /// Stops everything by then: nothing is read from a socket, written, signalled or accessed by DMA once this
     /// returns. After an error [`Giver::thaw`] is called.
     fn freeze(&self, until: Instant) -> Result<(), Refusal>;
 
@@ -52,9 +52,9 @@ pub trait Giver {
 pub struct GiveLimits {
     /// From a connection until the new server has said hello. By default 5 s.
     pub hello: Duration,
-    /// /// Limit for the new server to check the offer. Default 30 s.
+    /// Limit for the new server to check the offer. Default 30 s.
     pub offer: Duration,
-    /// /// Limit for all rounds of the transfer while devices run, in which the new server maps memory and loads state.
+    /// Limit for all rounds of the transfer while devices run, in which the new server maps memory and loads state.
     /// Default 120 s.
     pub prepare: Duration,
     /// For everything from the freeze until the new server serves; then the old one takes back. By default 2 s, less
@@ -80,7 +80,7 @@ pub struct GiveOptions<'a> {
     pub name: &'a str,
     /// Limits.
     pub limits: GiveLimits,
-    /// /// Called after each completed step, on the same thread.
+    /// Called after each completed step, on the same thread.
     pub observer: Option<&'a dyn Fn(Step)>,
 }
 
@@ -319,7 +319,7 @@ fn in_time(until: Instant) -> Result<(), Cause> {
     if Instant::now() < until { Ok(()) } else { Err(Cause::Late) }
 }
 
-/// /// Tells the other side why this one has refused, unless the other side has.
+/// Tells the other side why this one has refused, unless the other side has.
 fn tell(channel: &mut Channel, cause: &Cause) {
     let refusal = match cause {
         Cause::Ended | Cause::RefusedByOther(_) => return,

@@ -22,11 +22,11 @@ pub struct Report {
     pub other: String,
     /// The number of the other server's process.
     pub other_pid: i32,
-    /// /// The totals of the transfer.
+    /// The totals of the transfer.
     pub totals: Totals,
     /// How long each step took that this side did.
     pub steps: Vec<(Step, Duration)>,
-    /// /// How long neither served. For the old server: from before its freeze until it knew that the new one serves.
+    /// How long neither served. For the old server: from before its freeze until it knew that the new one serves.
     /// For the new server: from the last READY before the freeze until it served, which is longer and includes the
     /// former.
     pub standstill: Duration,

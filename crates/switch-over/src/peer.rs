@@ -1,4 +1,4 @@
-//! //! [`Peer`]: the process at the other end of a UNIX socket, identified by a pidfd, which remains valid if the PID
+//! [`Peer`]: the process at the other end of a UNIX socket, identified by a pidfd, which remains valid if the PID
 //! is reused. Its fds are duplicated with `pidfd_getfd`, for which the kernel checks that this process may attach to
 //! that one (ptrace(2), PTRACE_MODE_ATTACH_REALCREDS).
 
@@ -57,7 +57,7 @@ impl Peer {
         self.pid == rustix::process::getpid()
     }
 
-    /// /// A duplicate of one of its fds. The message of `PermissionDenied` has the remedy.
+    /// A duplicate of one of its fds. The message of `PermissionDenied` has the remedy.
     pub fn pull(&self, number: i32) -> io::Result<OwnedFd> {
         rustix::process::pidfd_getfd(&self.pidfd, number, PidfdGetfdFlags::empty())
             .map_err(|errno| self.explained(number, errno))
@@ -144,11 +144,11 @@ impl AsFd for Peer {
 /// How the old process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// /// It ended by itself, within its limit.
+    /// It ended by itself, within its limit.
     Ended,
     /// Killed, as it had not ended within its limit.
     Killed,
-    /// /// It was killed, but still exists, since one of its files cannot be closed. It no longer runs.
+    /// It was killed, but still exists, since one of its files cannot be closed. It no longer runs.
     Remains,
 }
 

@@ -29,7 +29,7 @@ const RESET: u8 = 11;
 /// How a device is opened.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// /// The interface to use; by default that of the address space, else that of the named node, else the cdev, or
+    /// The interface to use; by default that of the address space, else that of the named node, else the cdev, or
     /// the group if the kernel has no cdev or no iommufd.
     pub door: Option<Door>,
     /// The address space to attach it to; by default one of its own.
@@ -109,7 +109,7 @@ impl KernelDevice {
         Ok(device)
     }
 
-    /// /// A device that the caller has open; `name` is for messages. The fd is duplicated, and the caller's fd stays
+    /// A device that the caller has open; `name` is for messages. The fd is duplicated, and the caller's fd stays
     /// open. `space` is the address space for its DMA, if this side maps memory; the caller has attached the device to
     /// it.
     ///
@@ -158,7 +158,7 @@ impl KernelDevice {
         KernelDevice::of(name, Opened { fd, group: None, space: None, door: None })
     }
 
-    /// /// The interface through which it was opened; `None` for one from an fd without an address space.
+    /// The interface through which it was opened; `None` for one from an fd without an address space.
     pub fn door(&self) -> Option<Door> {
         self.door
     }

@@ -1,4 +1,4 @@
-//! //! This implementation's features of `DEVICE_FEATURE` beyond the standard (`docs/vfio-user-extensions.md`). A
+//! This implementation's features of `DEVICE_FEATURE` beyond the standard (`docs/vfio-user-extensions.md`). A
 //! client probes each with PROBE; a peer without them can still migrate.
 
 use limosa_protocol::FeatureIndex;
@@ -27,7 +27,7 @@ pub struct DataFd {
     pub reserved: u32,
 }
 
-/// /// GET and SET: [`Stay`]. A device that stays does not run until its move is decided.
+/// GET and SET: [`Stay`]. A device that stays does not run until its move is decided.
 pub const STAY: FeatureIndex = FeatureIndex(0xfe03);
 
 /// SET: [`Echo`]. Marks the pages in the device's log in the VMM's log too, by a DMA_WRITE for each.
@@ -36,7 +36,7 @@ pub const ECHO: FeatureIndex = FeatureIndex(0xfe04);
 /// SET, no payload: fires every interrupt vector that is wired, once.
 pub const KICK: FeatureIndex = FeatureIndex(0xfe05);
 
-/// /// GET and SET: [`Next`]. The process whose client is the next VMM.
+/// GET and SET: [`Next`]. The process whose client is the next VMM.
 pub const NEXT: FeatureIndex = FeatureIndex(0xfe06);
 
 /// The payload of [`STAY`].
@@ -51,7 +51,7 @@ pub struct Stay {
     pub reserved: u32,
 }
 
-/// /// The values of [`Stay::flags`].
+/// The values of [`Stay::flags`].
 pub struct StayFlags;
 
 impl StayFlags {
@@ -79,19 +79,19 @@ pub struct Echo {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Next {
-    /// /// The PID in the server's namespace; 0 for none.
+    /// The PID in the server's namespace; 0 for none.
     pub pid: i32,
     /// In an answer to GET, [`NextFlags`]; else 0.
     pub flags: u32,
 }
 
-/// /// The bits of [`Next::flags`].
+/// The bits of [`Next::flags`].
 pub struct NextFlags;
 
 impl NextFlags {
-    /// /// The client of that process is connected.
+    /// The client of that process is connected.
     pub const THERE: u32 = 1;
-    /// /// It is the requesting client.
+    /// It is the requesting client.
     pub const THIS: u32 = 2;
 }
 

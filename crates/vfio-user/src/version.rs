@@ -1,4 +1,4 @@
-//! //! The first message of a connection (`vfio-user.rst: VFIO_USER_VERSION`): versions, capabilities, and the
+//! The first message of a connection (`vfio-user.rst: VFIO_USER_VERSION`): versions, capabilities, and the
 //! resulting [`Limits`].
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ pub const VERSION: (u16, u16) = (0, 2);
 /// The most bytes of JSON that are read from a peer, NUL included.
 pub const JSON_BYTES_MAX: usize = 4096;
 
-/// /// This implementation's limit on the fds of one message. QEMU refuses a larger number.
+/// This implementation's limit on the fds of one message. QEMU refuses a larger number.
 pub const MSG_FDS_MAX: usize = 16;
 
 /// The most bytes of data in one message that this implementation ever agrees to. QEMU refuses a
@@ -37,20 +37,20 @@ pub enum VersionError {
     /// Not JSON.
     #[error("the version data is not JSON: {0}")]
     NotJson(String),
-    /// /// A capability has an invalid type or value.
+    /// A capability has an invalid type or value.
     #[error("capability {name} must be {want}")]
     Capability {
         /// Its name.
         name: &'static str,
-        /// /// The expected type or value.
+        /// The expected type or value.
         want: &'static str,
     },
 }
 
-/// /// The capabilities that one side announces. `None` for those that it does not announce.
+/// The capabilities that one side announces. `None` for those that it does not announce.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Capabilities {
-    /// /// The sender's limit on the fds of one message; 1 if it does not announce one.
+    /// The sender's limit on the fds of one message; 1 if it does not announce one.
     pub max_msg_fds: Option<u64>,
     /// The most bytes of data in one message; 1 MiB where it is silent.
     pub max_data_xfer_size: Option<u64>,
@@ -62,9 +62,9 @@ pub struct Capabilities {
     pub write_multiple: Option<bool>,
     /// The twin socket.
     pub twin_socket: Option<TwinSocket>,
-    /// /// The migration capability of older versions of the specification; ignored.
+    /// The migration capability of older versions of the specification; ignored.
     pub migration: Option<MigrationCapability>,
-    /// /// The role that a client requests, and in a reply the role that it has
+    /// The role that a client requests, and in a reply the role that it has
     /// (`docs/vfio-user-extensions.md: the control role`).
     pub role: Option<Role>,
 }
@@ -72,11 +72,11 @@ pub struct Capabilities {
 /// A client's role on a server of this implementation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// /// The VMM, one client at a time: the role of a client that does not request one.
+    /// The VMM, one client at a time: the role of a client that does not request one.
     Vmm,
-    /// /// A control client: state, session data, dirty log and configuration space. Refused without permission.
+    /// A control client: state, session data, dirty log and configuration space. Refused without permission.
     Control,
-    /// /// A control client if there is a VMM and the client has permission; otherwise the VMM.
+    /// A control client if there is a VMM and the client has permission; otherwise the VMM.
     Either,
 }
 
@@ -113,7 +113,7 @@ pub struct MigrationCapability {
 }
 
 impl Capabilities {
-    /// /// The announcement of a client of this implementation.
+    /// The announcement of a client of this implementation.
     pub fn of_client(max_data_xfer_size: u32, twin_socket: bool) -> Capabilities {
         Capabilities {
             max_msg_fds: Some(MSG_FDS_MAX as u64),
@@ -136,7 +136,7 @@ impl Capabilities {
         bitmap.is_some() && self.write_multiple == Some(true) && self.twin_socket.is_none()
     }
 
-    /// /// The answer of a server with `self` to a client that announced `theirs`: only capabilities that the client
+    /// The answer of a server with `self` to a client that announced `theirs`: only capabilities that the client
     /// knows.
     #[must_use]
     pub fn answer(&self, theirs: &Capabilities) -> Capabilities {
@@ -210,7 +210,7 @@ impl Capabilities {
         Ok(capabilities)
     }
 
-    /// /// The version data in its wire format, including NUL, in at most `bytes_max` bytes: capabilities that do not
+    /// The version data in its wire format, including NUL, in at most `bytes_max` bytes: capabilities that do not
     /// fit are left out, the least important first.
     pub fn encode(&self, bytes_max: usize) -> Vec<u8> {
         let mut left_out = 0;
@@ -268,7 +268,7 @@ impl Capabilities {
     }
 }
 
-/// /// The limits of a connection after VERSION.
+/// The limits of a connection after VERSION.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// The minor version.
@@ -283,16 +283,16 @@ pub struct Limits {
     pub page_sizes: u64,
     /// Whether REGION_WRITE_MULTI may be sent.
     pub write_multiple: bool,
-    /// /// Whether the server's commands use a separate socket, and the index of its fd in the reply.
+    /// Whether the server's commands use a separate socket, and the index of its fd in the reply.
     pub twin_socket: Option<u64>,
 }
 
 impl Limits {
-    /// /// The limits for a client's announcement and a server's answer; both sides compute the same.
+    /// The limits for a client's announcement and a server's answer; both sides compute the same.
     pub fn agree(minor: u16, client: &Capabilities, server: &Capabilities, peer: &Capabilities) -> Limits {
         let data_xfer = |caps: &Capabilities| match caps.max_data_xfer_size {
             None => DATA_XFER_BYTES_DEFAULT,
-            // // A value beyond this implementation's own limit counts as that limit.
+            // A value beyond this implementation's own limit counts as that limit.
             Some(size) => u32::try_from(size).unwrap_or(u32::MAX).clamp(1, DATA_XFER_BYTES_MAX),
         };
         let dma_maps = |caps: &Capabilities| caps.max_dma_maps.unwrap_or(65535);

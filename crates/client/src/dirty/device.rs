@@ -11,7 +11,7 @@ use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 use super::{DirtySource, check, merge_nearest};
 use crate::{Device, DeviceExt, Error, Result};
 
-/// /// Limit on the bits of one report's bitmap: 512 KiB, which fit in a message on every transport.
+/// Limit on the bits of one report's bitmap: 512 KiB, which fit in a message on every transport.
 const REPORT_BITS: u64 = 1 << 22;
 
 /// The log of one device.
@@ -62,7 +62,7 @@ impl<'a> DeviceLog<'a> {
                 format!("a report of {length:#x} bytes at {iova:#x} in pages of {page_size} bytes: {errno}");
             return Err(Error::Usage { device: self.name().into(), what });
         }
-        // // The size of pieces depends on the log's own pages, not on those of the caller.
+        // The size of pieces depends on the log's own pages, not on those of the caller.
         let piece_max = REPORT_BITS.saturating_mul(page_size);
         let mut done = 0;
         while done < length {
@@ -108,7 +108,7 @@ impl DirtySource for DeviceLog<'_> {
         let mut may_be_on = true;
         let page_size = loop {
             match self.device.dma_logging_start(page_size_hint, &ranges) {
-                // // The log may be on: its last user may have died, or could not reach the device to stop it.
+                // The log may be on: its last user may have died, or could not reach the device to stop it.
                 Err(Error::Refused { errno: Errno::EINVAL, .. })
                     if std::mem::take(&mut may_be_on) && self.device.dma_logging_stop().is_ok() =>
                 {

@@ -1,11 +1,11 @@
-//! //! [`Fused`]: combines several sources of dirty pages.
+//! [`Fused`]: combines several sources of dirty pages.
 
 use limosa_protocol::feature::DmaLoggingRange;
 
 use super::{DirtySource, all_dirty};
 use crate::{Device, Result};
 
-/// /// Several sources as one. A page is dirty if one of the sources reports it. If the report of a source fails, its
+/// Several sources as one. A page is dirty if one of the sources reports it. If the report of a source fails, its
 /// whole range is dirty.
 pub struct Fused<'a> {
     name: String,
@@ -13,7 +13,7 @@ pub struct Fused<'a> {
 }
 
 impl<'a> Fused<'a> {
-    /// /// Combines these sources. Without any, no page is dirty and no device is seen.
+    /// Combines these sources. Without any, no page is dirty and no device is seen.
     pub fn new(sources: Vec<&'a dyn DirtySource>) -> Fused<'a> {
         let names: Vec<_> = sources.iter().map(|source| source.name()).collect();
         Fused { name: names.join(" and "), sources }
@@ -62,7 +62,7 @@ impl DirtySource for Fused<'_> {
 
     /// Stops all sources. Returns the first failure.
     fn stop(&self) -> Result<()> {
-        // // All are stopped before the first failure is returned.
+        // All are stopped before the first failure is returned.
         let stopped: Vec<_> = self.sources.iter().map(|source| source.stop()).collect();
         stopped.into_iter().collect()
     }

@@ -33,7 +33,7 @@ pub struct Failure {
     pub time: Duration,
     /// A line for each task: its name, what it waited for, and the source location of its call.
     pub tasks: Vec<String>,
-    /// /// The trace, if [`Simulation::trace`](super::Simulation::trace) enabled it. Otherwise empty.
+    /// The trace, if [`Simulation::trace`](super::Simulation::trace) enabled it. Otherwise empty.
     pub trace: String,
 }
 

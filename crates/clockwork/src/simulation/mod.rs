@@ -84,7 +84,7 @@ pub struct Run<T> {
     pub time: Duration,
     /// A digest of all events. Two runs of the same seed have the same digest.
     pub digest: u64,
-    /// /// A line for each event, if [`Simulation::trace`] enabled it. Otherwise empty.
+    /// A line for each event, if [`Simulation::trace`] enabled it. Otherwise empty.
     pub trace: String,
 }
 

@@ -1,4 +1,4 @@
-//! //! [`Waiting`]: the wait of a task of a simulation, and the reason for its end.
+//! [`Waiting`]: the wait of a task of a simulation, and the reason for its end.
 
 use std::time::Duration;
 

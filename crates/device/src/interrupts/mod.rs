@@ -39,11 +39,11 @@ pub struct Interrupts {
 struct Index {
     flags: IrqFlags,
     vectors: Box<[Vector]>,
-    /// /// Number of wired vectors.
+    /// Number of wired vectors.
     wired: Arc<AtomicUsize>,
 }
 
-/// /// One vector, which any thread may raise. Clones refer to the same vector.
+/// One vector, which any thread may raise. Clones refer to the same vector.
 #[derive(Clone, Debug)]
 pub struct Vector(Arc<Shared>);
 
@@ -51,9 +51,9 @@ pub struct Vector(Arc<Shared>);
 struct Shared {
     /// [`MASKED`], [`PENDING`] and [`LEVEL`].
     state: AtomicU8,
-    /// /// The client's eventfd. Locked for reading by a signal, and for writing by the client's requests.
+    /// The client's eventfd. Locked for reading by a signal, and for writing by the client's requests.
     wire: RwLock<Option<ForeignEventFd>>,
-    /// /// Number of wired vectors of its index.
+    /// Number of wired vectors of its index.
     wired: Arc<AtomicUsize>,
 }
 
@@ -74,19 +74,19 @@ impl Interrupts {
         Interrupts { indexes: irqs.iter().map(index).collect() }
     }
 
-    /// /// A vector, for code that raises it repeatedly; `None` if it does not exist.
+    /// A vector, for code that raises it repeatedly; `None` if it does not exist.
     pub fn vector(&self, index: u32, vector: u32) -> Option<&Vector> {
         self.indexes.get(index as usize)?.vectors.get(vector as usize)
     }
 
-    /// /// [`Vector::raise`]. Does nothing if the vector does not exist.
+    /// [`Vector::raise`]. Does nothing if the vector does not exist.
     pub fn raise(&self, index: u32, vector: u32) {
         if let Some(vector) = self.vector(index, vector) {
             vector.raise();
         }
     }
 
-    /// /// [`Vector::set_level`]. Does nothing if the vector does not exist.
+    /// [`Vector::set_level`]. Does nothing if the vector does not exist.
     pub fn set_level(&self, index: u32, vector: u32, level: bool) {
         if let Some(vector) = self.vector(index, vector) {
             vector.set_level(level);
@@ -103,13 +103,13 @@ impl Interrupts {
         self.indexes.get(index as usize).is_some_and(|index| index.wired.load(Relaxed) > 0)
     }
 
-    /// /// The vectors of an index with an edge that has not been signalled to the client.
+    /// The vectors of an index with an edge that has not been signalled to the client.
     pub fn pending(&self, index: u32) -> impl Iterator<Item = u32> {
         let vectors = self.indexes.get(index as usize).map_or(&[][..], |index| &index.vectors);
         (0..).zip(vectors).filter(|(_, vector)| vector.is_pending()).map(|(at, _)| at)
     }
 
-    /// /// Clears the pending edges of an index, as a reset does.
+    /// Clears the pending edges of an index, as a reset does.
     pub fn forget_pending(&self, index: u32) {
         let vectors = self.indexes.get(index as usize).map_or(&[][..], |index| &index.vectors);
         vectors.iter().for_each(|vector| _ = vector.0.state.fetch_and(!PENDING, AcqRel));
@@ -131,7 +131,7 @@ impl Vector {
         }
     }
 
-    /// /// Raises or lowers the line of a level-triggered vector (INTx). Setting the current level does nothing.
+    /// Raises or lowers the line of a level-triggered vector (INTx). Setting the current level does nothing.
     pub fn set_level(&self, level: bool) {
         let wire = self.0.read();
         let before = match level {
@@ -146,7 +146,7 @@ impl Vector {
         }
     }
 
-    /// /// Whether an edge is pending.
+    /// Whether an edge is pending.
     pub fn is_pending(&self) -> bool {
         self.0.has(PENDING)
     }

@@ -18,22 +18,22 @@ pub struct Wiring {
     interrupts: Interrupts,
 }
 
-/// /// A client's request for the vectors of an index.
+/// A client's request for the vectors of an index.
 #[derive(Debug)]
 pub enum SetIrqs {
-    /// /// Wires one vector to each eventfd (DATA_EVENTFD, ACTION_TRIGGER); `None` unwires.
+    /// Wires one vector to each eventfd (DATA_EVENTFD, ACTION_TRIGGER); `None` unwires.
     Wire(Vec<Option<ForeignFd>>),
-    /// /// Unwires the whole index, and clears its masks (DATA_NONE, ACTION_TRIGGER, no vectors).
+    /// Unwires the whole index, and clears its masks (DATA_NONE, ACTION_TRIGGER, no vectors).
     Disable,
-    /// /// Raises this number of vectors as the device would (ACTION_TRIGGER).
+    /// Raises this number of vectors as the device would (ACTION_TRIGGER).
     Trigger(u32),
-    /// /// Masks this number of vectors (ACTION_MASK).
+    /// Masks this number of vectors (ACTION_MASK).
     Mask(u32),
-    /// /// Unmasks this number of vectors, and signals those that are pending or high (ACTION_UNMASK).
+    /// Unmasks this number of vectors, and signals those that are pending or high (ACTION_UNMASK).
     Unmask(u32),
 }
 
-/// /// The wiring of a client and the interrupts that a device has raised, by index and vector, to be handed over to
+/// The wiring of a client and the interrupts that a device has raised, by index and vector, to be handed over to
 /// another process.
 #[derive(Debug, Default)]
 pub struct WiringState {
@@ -48,9 +48,9 @@ pub struct VectorState {
     pub eventfd: Option<ForeignEventFd>,
     /// The client masked it.
     pub masked: bool,
-    /// /// An edge is pending.
+    /// An edge is pending.
     pub pending: bool,
-    /// /// The device's line is high.
+    /// The device's line is high.
     pub level: bool,
 }
 
@@ -65,7 +65,7 @@ impl Wiring {
         self.interrupts.clone()
     }
 
-    /// /// Performs a client's request for the vectors from `start` on. EINVAL outside the index, or if a file to wire
+    /// Performs a client's request for the vectors from `start` on. EINVAL outside the index, or if a file to wire
     /// is not an eventfd; ENOTTY for masking or unmasking an index with neither MASKABLE nor AUTOMASKED. An error
     /// leaves everything unchanged.
     pub fn set(&self, index: u32, start: u32, set: SetIrqs) -> Result<(), Errno> {
@@ -108,19 +108,19 @@ impl Wiring {
         Ok(())
     }
 
-    /// /// Signals every wired vector once: after a load, for interrupts that were pending at the source.
+    /// Signals every wired vector once: after a load, for interrupts that were pending at the source.
     pub fn raise_all(&self) {
         self.interrupts.indexes.iter().flat_map(|index| &index.vectors).for_each(Vector::raise_if_wired);
     }
 
-    /// /// The client is gone: unwires everything, and clears all masks. Interrupts that were raised but not signalled
+    /// The client is gone: unwires everything, and clears all masks. Interrupts that were raised but not signalled
     /// stay pending, for the next client.
     pub fn disable_all(&self) {
         let vectors = self.interrupts.indexes.iter().flat_map(|index| &index.vectors);
         vectors.for_each(|vector| vector.0.rewire(None));
     }
 
-    /// /// Replaces the eventfds and masks by those of another client, vector by vector. A concurrent edge is signalled
+    /// Replaces the eventfds and masks by those of another client, vector by vector. A concurrent edge is signalled
     /// to the old eventfd or to the new one, or is pending. Pending edges and high lines are signalled.
     pub(crate) fn replace(&self, by: &Wiring) {
         let vectors = |wiring: &'_ Wiring| -> Vec<Vector> {
@@ -132,7 +132,7 @@ impl Wiring {
         }
     }
 
-    /// /// The current wiring and raised interrupts.
+    /// The current wiring and raised interrupts.
     pub fn export(&self) -> WiringState {
         let vector = |vector: &Vector| {
             let wire = vector.0.write();
@@ -145,7 +145,7 @@ impl Wiring {
         WiringState { indexes: indexes.map(|index| index.vectors.iter().map(vector).collect()).collect() }
     }
 
-    /// /// Takes over the exported state of another process, and signals unmasked vectors that are pending or high.
+    /// Takes over the exported state of another process, and signals unmasked vectors that are pending or high.
     /// EINVAL if the interrupts differ; then nothing has changed.
     pub fn adopt(&self, state: WiringState) -> Result<(), Errno> {
         let indexes = &self.interrupts.indexes;
@@ -172,7 +172,7 @@ impl Wiring {
         Ok(())
     }
 
-    /// /// The vectors of a range, if it exists.
+    /// The vectors of a range, if it exists.
     fn range(&self, index: u32, start: u32, count: u32) -> Result<&[Vector], Errno> {
         let index = self.interrupts.indexes.get(index as usize).ok_or(Errno::EINVAL)?;
         let end = start.checked_add(count).ok_or(Errno::EINVAL)?;
@@ -188,7 +188,7 @@ impl Wiring {
 }
 
 impl Vector {
-    /// /// An interrupt that a client triggers to test its wiring does not become pending.
+    /// An interrupt that a client triggers to test its wiring does not become pending.
     fn raise_if_wired(&self) {
         if self.0.read().is_some() {
             self.raise();
@@ -197,7 +197,7 @@ impl Vector {
 }
 
 impl Shared {
-    /// /// Sets or removes the vector's eventfd. Removing it clears the mask.
+    /// Sets or removes the vector's eventfd. Removing it clears the mask.
     fn rewire(&self, to: Option<ForeignEventFd>) {
         let mut wire = self.write();
         self.count(wire.is_some(), to.is_some());
@@ -208,7 +208,7 @@ impl Shared {
         self.catch_up(wire.as_ref());
     }
 
-    /// /// Sets or removes the vector's eventfd to another client's, with that client's mask and pending edge.
+    /// Sets or removes the vector's eventfd to another client's, with that client's mask and pending edge.
     fn replace(&self, to: Option<ForeignEventFd>, bits: u8) {
         let mut wire = self.write();
         self.count(wire.is_some(), to.is_some());
@@ -227,7 +227,7 @@ impl Shared {
         }
     }
 
-    /// /// Signals a pending edge or a high line, if the vector is wired and not masked.
+    /// Signals a pending edge or a high line, if the vector is wired and not masked.
     fn catch_up(&self, wire: Option<&ForeignEventFd>) {
         if let Some(wire) = wire.filter(|_| !self.has(MASKED)) {
             let before = self.state.fetch_and(!PENDING, AcqRel);

@@ -1,4 +1,4 @@
-//! //! The arcs: the calls of the model for a step between two states
+//! The arcs: the calls of the model for a step between two states
 //! (`vfio.h: "The FSM takes actions on the arcs between FSM states"`). A step that skips a missing state is the sum of
 //! the arcs that it replaces.
 
@@ -12,7 +12,7 @@ use super::{ClientId, Machine, arc_deadline};
 use crate::{Fault, Migration};
 
 impl Machine {
-    /// /// Walks to a state for a client. Returns the session that the client has to be told about, if one opened.
+    /// Walks to a state for a client. Returns the session that the client has to be told about, if one opened.
     ///
     /// EINVAL where [`fsm::path`] refuses, EBUSY when another client drives the device, ETIMEDOUT when other calls do
     /// not return. After a step that the model refuses, the device is in the step's first state; after one that breaks
@@ -21,7 +21,7 @@ impl Machine {
         self.set_state_by(client, to, arc_deadline(client))
     }
 
-    /// /// The same with the caller's limit.
+    /// The same with the caller's limit.
     pub(super) fn set_state_by(
         &self,
         client: ClientId,
@@ -33,7 +33,7 @@ impl Machine {
         self.set_state_alone(client, to, until)
     }
 
-    /// /// The same with the gate taken exclusively.
+    /// The same with the gate taken exclusively.
     pub(super) fn set_state_alone(
         &self,
         client: ClientId,
@@ -55,17 +55,17 @@ impl Machine {
         Ok(if path.opens_session() { self.session() } else { None })
     }
 
-    /// /// Takes one step, with the gate taken exclusively.
+    /// Takes one step, with the gate taken exclusively.
     pub(super) fn step(&self, arc: fsm::Arc, until: Instant) -> Result<(), Errno> {
         let began = Instant::now();
         let damaged = self.lock().session.as_ref().is_some_and(|open| open.damaged);
-        // // A session that lost some of its data cannot be completed, so the model is not called.
+        // A session that lost some of its data cannot be completed, so the model is not called.
         let taken = if arc.from == State::Resuming && damaged {
             Ok(Err(Fault::Refused(Errno::EIO)))
         } else {
             self.migrate(|migration| Ok(act(migration, arc, until)))
         };
-        // // A panic, or the model no longer has a migration.
+        // A panic, or the model no longer has a migration.
         let taken = taken.unwrap_or_else(|errno| Err(Fault::Broken(errno)));
         self.counters.arc(arc, began, taken.is_ok());
         match taken {
@@ -82,7 +82,7 @@ impl Machine {
             Err(fault) => {
                 tracing::warn!(%arc, %fault, "arc failed");
                 if let Fault::Broken(_) = fault {
-                    // // The device is already broken.
+                    // The device is already broken.
                     let _ = self.end_session();
                     self.lock().enter(State::Error);
                 }
@@ -91,7 +91,7 @@ impl Machine {
         }
     }
 
-    /// /// Ends the session without finishing it: for a reset, or a broken device. With the gate taken exclusively. EIO
+    /// Ends the session without finishing it: for a reset, or a broken device. With the gate taken exclusively. EIO
     /// if the model panics.
     pub(super) fn end_session(&self) -> Result<(), Errno> {
         let loading = {
@@ -117,7 +117,7 @@ fn starts_p2p(state: State) -> bool {
     matches!(state, State::Running | State::PreCopy)
 }
 
-/// /// Takes one step on the model: ends its session, stops or starts the device, opens a new session.
+/// Takes one step on the model: ends its session, stops or starts the device, opens a new session.
 fn act(model: &dyn Migration, arc: fsm::Arc, until: Instant) -> Result<(), Fault> {
     let (from, to) = (arc.from, arc.to);
     match (from.is_running(), to.is_running()) {
@@ -151,7 +151,7 @@ fn act(model: &dyn Migration, arc: fsm::Arc, until: Instant) -> Result<(), Fault
     Ok(())
 }
 
-/// /// Undoes a step that stopped the device and was then refused: the device runs again, or is broken.
+/// Undoes a step that stopped the device and was then refused: the device runs again, or is broken.
 fn take_back_stop(model: &dyn Migration, fault: Fault) -> Fault {
     match fault {
         Fault::Refused(errno) if model.start().is_err() => Fault::Broken(errno),

@@ -1,4 +1,4 @@
-//! //! The clients of a device: its VMM, and control clients that move it
+//! The clients of a device: its VMM, and control clients that move it
 //! (`docs/vfio-user-extensions.md: the control role`).
 //!
 //! One client drives the device at a time: the client that has taken it out of RUNNING, until it is back in RUNNING.
@@ -30,22 +30,22 @@ impl ClientId {
     pub const VMM: ClientId = ClientId(0);
 }
 
-/// /// An access of the VMM has to wait: the device does not run, since another client moves it.
+/// An access of the VMM has to wait: the device does not run, since another client moves it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held;
 
-/// /// Names the move for which a device stays stopped.
+/// Names the move for which a device stays stopped.
 pub type MoveId = [u8; 16];
 
-/// /// Called when accesses no longer have to wait, or have a time limit again.
+/// Called when accesses no longer have to wait, or have a time limit again.
 pub type Released = dyn Fn() + Send + Sync;
 
-/// /// How long an arc of the VMM waits for other calls, and the model's stop for requests in flight.
+/// How long an arc of the VMM waits for other calls, and the model's stop for requests in flight.
 const ARC_LIMIT: Duration = Duration::from_secs(10);
-/// /// The same for an arc of another client: the VMM's accesses wait meanwhile, and QEMU gives up after 5 s.
+/// The same for an arc of another client: the VMM's accesses wait meanwhile, and QEMU gives up after 5 s.
 const CONTROL_ARC_LIMIT: Duration = Duration::from_secs(3);
 
-/// /// How long a call that leaves the model waits for others to leave, before they have to handle a device whose
+/// How long a call that leaves the model waits for others to leave, before they have to handle a device whose
 /// client has gone.
 const LEFT_LIMIT: Duration = Duration::from_millis(10);
 
@@ -54,19 +54,19 @@ pub(super) fn arc_deadline(client: ClientId) -> Instant {
 }
 
 impl Machine {
-    /// /// A new client in addition to the VMM.
+    /// A new client in addition to the VMM.
     pub fn new_client(&self) -> ClientId {
         let mut inner = self.lock();
         inner.clients += 1;
         ClientId(inner.clients)
     }
 
-    /// /// Whether this client drives the device, because it took the device out of RUNNING.
+    /// Whether this client drives the device, because it took the device out of RUNNING.
     pub fn is_driven_by(&self, client: ClientId) -> bool {
         self.lock().driver == Some(client)
     }
 
-    /// /// The open session, for a client that may transfer its data: the client that drives the device, or any client
+    /// The open session, for a client that may transfer its data: the client that drives the device, or any client
     /// once the one that opened the session has gone.
     pub fn session_for(&self, client: ClientId) -> Option<SessionId> {
         let inner = self.lock();
@@ -74,12 +74,12 @@ impl Machine {
         inner.session.as_ref().filter(|_| may).map(|open| open.id)
     }
 
-    /// /// Whether accesses of the VMM have to wait now.
+    /// Whether accesses of the VMM have to wait now.
     pub fn holds_accesses(&self) -> bool {
         self.held.load(Acquire)
     }
 
-    /// /// Registers a function that is called, from any thread, each time that accesses no longer have to wait, and by
+    /// Registers a function that is called, from any thread, each time that accesses no longer have to wait, and by
     /// [`Machine::release`]. A dropped function is removed.
     pub fn on_release(&self, released: &Arc<Released>) {
         let mut watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -109,7 +109,7 @@ impl Machine {
         Ok(())
     }
 
-    /// /// The move is decided: the device may run here again. Its state does not change, and `client` drives it.
+    /// The move is decided: the device may run here again. Its state does not change, and `client` drives it.
     /// ENOENT unless it stays for this move.
     pub fn release(&self, client: ClientId, id: MoveId) -> Result<(), Errno> {
         let mut inner = self.lock();
@@ -120,17 +120,17 @@ impl Machine {
         inner.driver = (inner.state != State::Running).then_some(client);
         drop(inner);
         self.settle_held();
-        // // Waiting accesses have a time limit again.
+        // Waiting accesses have a time limit again.
         self.tell_watchers();
         Ok(())
     }
 
-    /// /// The move for which the device stays stopped.
+    /// The move for which the device stays stopped.
     pub fn stays(&self) -> Option<MoveId> {
         self.lock().stays
     }
 
-    /// /// The VMM's accesses have waited too long: takes the device from the client that drives it, and sets it
+    /// The VMM's accesses have waited too long: takes the device from the client that drives it, and sets it
     /// running. Does nothing if the VMM drives the device, or if it stays.
     pub fn take_back(&self) -> Result<(), Errno> {
         let _alone = self.alone(arc_deadline(ClientId::VMM))?;
@@ -144,7 +144,10 @@ impl Machine {
     }
 
     /// A client has gone.
-    /// The VMM's mappings and wiring end. State and session stay as the VMM left them, for when it comes back; but a state that it was loading is incomplete: that session is damaged, and needs a reset. If a control client drove the device, it runs again, unless it was told to stay.
+    ///
+    /// The VMM's mappings and wiring end. State and session stay as the VMM left them, for when it comes back; but a
+    /// state that it was loading is incomplete: that session is damaged, and needs a reset. If a control client drove
+    /// the device, it runs again, unless it was told to stay.
     pub fn client_gone(&self, client: ClientId) {
         self.let_client_go(client);
         if client == ClientId::VMM {
@@ -154,14 +157,14 @@ impl Machine {
         }
     }
 
-    /// /// Ends a client's log, its session and its control of the device.
+    /// Ends a client's log, its session and its control of the device.
     pub(super) fn let_client_go(&self, client: ClientId) {
         let logs = std::mem::take(&mut self.lock().logs);
         match logs {
             Some(logs) if logs != client => self.lock().logs = Some(logs),
             _ => _ = self.mappings.logging_stop(),
         }
-        // // An arc that does not end would block the next client as well.
+        // An arc that does not end would block the next client as well.
         let alone = self.alone(arc_deadline(client));
         let mut inner = self.lock();
         if inner.driver != Some(client) {
@@ -172,7 +175,7 @@ impl Machine {
             inner.damage("lost the client that loaded it");
         }
         if client == ClientId::VMM || inner.stays.is_some() {
-            // // The client that settles the move may drive a staying device to STOP.
+            // The client that settles the move may drive a staying device to STOP.
             inner.driver = None;
             return;
         }
@@ -185,12 +188,12 @@ impl Machine {
         tracing::warn!(
             "the client that moved the device has gone; the device runs again when a slow call returns"
         );
-        // // That call may have returned before it could see this.
+        // That call may have returned before it could see this.
         self.is_left.store(true, SeqCst);
         self.leave_no_device_left();
     }
 
-    /// /// Sets a device running whose client has gone, if no other call is in the model; otherwise the last call to
+    /// Sets a device running whose client has gone, if no other call is in the model; otherwise the last call to
     /// leave does so.
     fn leave_no_device_left(&self) {
         if !self.is_left.load(Relaxed) {
@@ -200,7 +203,7 @@ impl Machine {
         self.is_left.store(false, Relaxed);
         let mut inner = self.lock();
         let left = inner.left.take();
-        // // It may have been reset since.
+        // It may have been reset since.
         if left.is_none() || inner.driver != left || inner.stays.is_some() {
             return;
         }
@@ -214,26 +217,26 @@ impl Machine {
         }
     }
 
-    /// /// For a call that may run concurrently with others of its kind.
+    /// For a call that may run concurrently with others of its kind.
     pub(super) fn pass(&self) -> Inside<'_, ReadGuard<'_, ()>> {
         Inside { machine: self, guard: Some(self.gate.pass()) }
     }
 
-    /// /// For a call that needs exclusive access: ETIMEDOUT if the others have not returned by `until`.
+    /// For a call that needs exclusive access: ETIMEDOUT if the others have not returned by `until`.
     pub(super) fn alone(&self, until: Instant) -> Result<Inside<'_, Alone<'_>>, Errno> {
         Ok(Inside { machine: self, guard: Some(self.gate.alone(until)?) })
     }
 
-    /// /// Tells the model that the VMM has gone, once its mappings and wiring are removed or replaced.
+    /// Tells the model that the VMM has gone, once its mappings and wiring are removed or replaced.
     pub(super) fn tell_client_gone(&self) {
         (0..self.description.irqs.len() as u32).for_each(|index| self.rewired(index));
         let _passing = self.pass();
         self.lock().owes_client_gone = true;
-        // // A model that panicked is told after its reset.
+        // A model that panicked is told after its reset.
         let _ = self.tell_owed();
     }
 
-    /// /// Tells the model about departed clients that it has not been told about. With the gate passed or taken.
+    /// Tells the model about departed clients that it has not been told about. With the gate passed or taken.
     pub(super) fn tell_owed(&self) -> Result<(), Errno> {
         if !self.lock().owes_client_gone {
             return Ok(());
@@ -246,7 +249,7 @@ impl Machine {
         Ok(())
     }
 
-    /// /// Whether this client may drive the device to a state.
+    /// Whether this client may drive the device to a state.
     pub(super) fn may_drive(&self, client: ClientId, to: State) -> Result<(), Errno> {
         let inner = self.lock();
         if inner.stays.is_some() && (to.is_running() || to == State::Resuming) {
@@ -258,7 +261,7 @@ impl Machine {
         }
     }
 
-    /// /// Returns a device that no client drives any more to RUNNING: by arcs, or by a reset if it was being loaded.
+    /// Returns a device that no client drives any more to RUNNING: by arcs, or by a reset if it was being loaded.
     fn run_again(&self) -> Result<(), Errno> {
         if self.lock().stays.is_some() {
             return Ok(());
@@ -276,7 +279,7 @@ impl Machine {
         back
     }
 
-    /// /// Called after the driver or the state may have changed, with the gate taken exclusively.
+    /// Called after the driver or the state may have changed, with the gate taken exclusively.
     pub(super) fn settle(&self, client: ClientId) {
         let mut inner = self.lock();
         inner.driver = match (inner.state, inner.driver) {

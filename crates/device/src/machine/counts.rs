@@ -1,4 +1,4 @@
-//! //! [`Counts`]: a machine's activity so far, for a server's metrics.
+//! [`Counts`]: a machine's activity so far, for a server's metrics.
 //!
 //! Arcs are counted where they are walked, with the gate taken, and bytes once for each chunk of a session. Accesses
 //! are not counted.
@@ -19,13 +19,13 @@ use super::Machine;
 pub struct Counts {
     /// Arcs that were tried at least once, in the order in which each was first tried.
     pub arcs: Vec<ArcCount>,
-    /// /// Bytes read from saving sessions.
+    /// Bytes read from saving sessions.
     pub saved_bytes: u64,
-    /// /// Bytes written to loading sessions.
+    /// Bytes written to loading sessions.
     pub loaded_bytes: u64,
 }
 
-/// /// The attempts to walk an arc.
+/// The attempts to walk an arc.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ArcCount {
@@ -33,11 +33,11 @@ pub struct ArcCount {
     pub from: State,
     /// The state to which it leads.
     pub to: State,
-    /// /// Successful attempts.
+    /// Successful attempts.
     pub walked: u64,
-    /// /// Attempts that the model refused, or that broke the device.
+    /// Attempts that the model refused, or that broke the device.
     pub failed: u64,
-    /// /// Total time in the model, including failures.
+    /// Total time in the model, including failures.
     pub time: Duration,
 }
 

@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::session::SessionId;
 use super::{ClientId, Machine};
 
-/// /// The result of a FEATURE request.
+/// The result of a FEATURE request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FeatureDone {
     /// Bytes of payload filled in.
@@ -22,7 +22,7 @@ pub struct FeatureDone {
     pub opened: Option<SessionId>,
 }
 
-/// /// Limit on the ranges of one DMA_LOGGING_START: a page of them, as in the kernel.
+/// Limit on the ranges of one DMA_LOGGING_START: a page of them, as in the kernel.
 const LOGGING_RANGES_MAX: usize = 4096 / size_of::<DmaLoggingRange>();
 
 impl Machine {

@@ -1,4 +1,4 @@
-//! //! [`Gate`]: accesses and session data run concurrently, arcs and resets exclusively.
+//! [`Gate`]: accesses and session data run concurrently, arcs and resets exclusively.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
@@ -6,28 +6,28 @@ use std::time::Instant;
 use limosa_guest_memory::{ManyReaders, ReadGuard, WriteGuard};
 use limosa_protocol::Errno;
 
-/// /// A lock with a time limit for exclusive holders.
+/// A lock with a time limit for exclusive holders.
 #[derive(Default)]
 pub(super) struct Gate {
     passing: ManyReaders<()>,
-    /// /// An exclusive holder has the gate, or waits for the others to leave.
+    /// An exclusive holder has the gate, or waits for the others to leave.
     is_taken: Mutex<bool>,
     free: Condvar,
 }
 
-/// /// Exclusive access: no other call is in progress.
+/// Exclusive access: no other call is in progress.
 pub(super) struct Alone<'a> {
     gate: &'a Gate,
     passing: Option<WriteGuard<'a, ()>>,
 }
 
 impl Gate {
-    /// /// For a call that may run concurrently with others of its kind.
+    /// For a call that may run concurrently with others of its kind.
     pub(super) fn pass(&self) -> ReadGuard<'_, ()> {
         self.passing.read()
     }
 
-    /// /// For a call that needs exclusive access: ETIMEDOUT if the others have not returned by `until`.
+    /// For a call that needs exclusive access: ETIMEDOUT if the others have not returned by `until`.
     pub(super) fn alone(&self, until: Instant) -> Result<Alone<'_>, Errno> {
         let mut taken = self.is_taken.lock().unwrap_or_else(PoisonError::into_inner);
         while *taken {

@@ -1,4 +1,4 @@
-//! //! [`Machine`]: a complete device. It owns a model, and walks the migration states over it
+//! [`Machine`]: a complete device. It owns a model, and walks the migration states over it
 //! (`vfio.h: enum vfio_device_mig_state`, `VFIO_DEVICE_RESET`).
 //!
 //! A gate lets accesses and session data run concurrently, and arcs and resets exclusively ([`gate`]). The machine's
@@ -42,7 +42,8 @@ pub use replace::{Copying, Frozen, Kept};
 pub use session::SessionId;
 use session::{Open, SessionIds};
 
-/// /// A complete device: a model, its memory and interrupts, its state and session.
+/// A complete device: a model, its memory and interrupts, its state and session.
+///
 /// Any thread may make any call.
 pub struct Machine {
     bus: Bus,
@@ -53,43 +54,43 @@ pub struct Machine {
     has_precopy_reinit: bool,
     model: Box<dyn Model>,
     gate: Gate,
-    /// /// Locked by a call that transfers a session's data, since there is one such call at a time.
+    /// Locked by a call that transfers a session's data, since there is one such call at a time.
     data: Mutex<()>,
     inner: Mutex<Inner>,
-    /// /// The model has panicked and has not been reset since, so it is not called.
+    /// The model has panicked and has not been reset since, so it is not called.
     panicked: AtomicBool,
-    /// /// [`Inner::holds_accesses`]. Changes only with the gate taken exclusively, or to let accesses run again.
+    /// [`Inner::holds_accesses`]. Changes only with the gate taken exclusively, or to let accesses run again.
     held: AtomicBool,
-    /// /// [`Inner::left`] is set, and a call that leaves has to check it.
+    /// [`Inner::left`] is set, and a call that leaves has to check it.
     is_left: AtomicBool,
     watchers: Mutex<Vec<Weak<Released>>>,
-    /// /// Eventfds of regions that came from another process, by region.
+    /// Eventfds of regions that came from another process, by region.
     ioeventfds: Mutex<BTreeMap<u32, Vec<Arc<OwnedFd>>>>,
     counters: Counters,
 }
 
-/// /// The data under the lock, which is held only briefly.
+/// The data under the lock, which is held only briefly.
 struct Inner {
     state: State,
     session: Option<Open>,
     ids: SessionIds,
-    /// /// The client opted in to output flags in pre-copy info. Valid until a reset or the client's end.
+    /// The client opted in to output flags in pre-copy info. Valid until a reset or the client's end.
     precopy_reinit: bool,
-    /// /// Resets so far, including failed ones.
+    /// Resets so far, including failed ones.
     resets: u64,
-    /// /// The number of the last client.
+    /// The number of the last client.
     clients: u64,
     /// The client that took the device out of RUNNING.
     driver: Option<ClientId>,
-    /// /// The driver has gone, and the device has to run again.
+    /// The driver has gone, and the device has to run again.
     left: Option<ClientId>,
     /// The client that started the dirty log.
     logs: Option<ClientId>,
-    /// /// The move for which the device stays stopped.
+    /// The move for which the device stays stopped.
     stays: Option<MoveId>,
-    /// /// Drives the device to copy its state while it runs ([`Machine::begin_copy`]). Clients do not see this.
+    /// Drives the device to copy its state while it runs ([`Machine::begin_copy`]). Clients do not see this.
     copier: Option<ClientId>,
-    /// /// The model was not told that a client has gone, or failed then: the client may still have access to its
+    /// The model was not told that a client has gone, or failed then: the client may still have access to its
     /// region files.
     owes_client_gone: bool,
 }
@@ -101,7 +102,7 @@ impl std::fmt::Debug for Machine {
 }
 
 impl Machine {
-    /// /// Creates a machine for the model, in RUNNING, with nothing mapped and nothing wired.
+    /// Creates a machine for the model, in RUNNING, with nothing mapped and nothing wired.
     pub fn new(model: impl Model) -> Arc<Machine> {
         let description = model.description();
         let (mappings, wiring) = (Mappings::default(), Wiring::new(&description.irqs));
@@ -143,27 +144,27 @@ impl Machine {
         })
     }
 
-    /// /// The same for a model that gets one call at a time.
+    /// The same for a model that gets one call at a time.
     pub fn simple(model: impl SimpleModel) -> Arc<Machine> {
         Machine::new(Exclusive::new(model))
     }
 
-    /// /// Guest memory and interrupts, as its model accesses them.
+    /// Guest memory and interrupts, as its model accesses them.
     pub fn bus(&self) -> &Bus {
         &self.bus
     }
 
-    /// /// Guest memory, as its client maps it.
+    /// Guest memory, as its client maps it.
     pub fn mappings(&self) -> &Mappings {
         &self.mappings
     }
 
-    /// /// Its interrupts as its client wires them, to be handed over. [`Machine::set_irqs`] changes them.
+    /// Its interrupts as its client wires them, to be handed over. [`Machine::set_irqs`] changes them.
     pub fn wiring(&self) -> &Wiring {
         &self.wiring
     }
 
-    /// /// Performs a client's interrupt request ([`Wiring::set`]), and tells the model if that wired or unwired
+    /// Performs a client's interrupt request ([`Wiring::set`]), and tells the model if that wired or unwired
     /// vectors.
     pub fn set_irqs(&self, index: u32, start: u32, set: SetIrqs) -> Result<(), Errno> {
         let rewires = matches!(set, SetIrqs::Wire(_) | SetIrqs::Disable);
@@ -175,19 +176,19 @@ impl Machine {
     }
 
     fn rewired(&self, index: u32) {
-        // // The next call reports a model that panicked.
+        // The next call reports a model that panicked.
         let _ = self.access(|model| {
             model.rewired(index);
             Ok(())
         });
     }
 
-    /// /// The device's description. [`Description::device_info`] and its siblings are the forms for clients.
+    /// The device's description. [`Description::device_info`] and its siblings are the forms for clients.
     pub fn description(&self) -> &Description {
         &self.description
     }
 
-    /// /// The current file behind a mappable region. `None` for other regions, and while the model has panicked and
+    /// The current file behind a mappable region. `None` for other regions, and while the model has panicked and
     /// the file is unknown.
     pub fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
         let mapping = self.description.regions.get(region as usize)?.mapping.as_ref()?;
@@ -195,7 +196,7 @@ impl Machine {
         Some(file.unwrap_or_else(|| Arc::clone(&mapping.fd)))
     }
 
-    /// /// The current eventfds that a client may signal instead of writing to a region.
+    /// The current eventfds that a client may signal instead of writing to a region.
     pub fn ioeventfds(&self, region: u32) -> Vec<IoEventFd> {
         let mut signals = self
             .description
@@ -209,7 +210,7 @@ impl Machine {
         signals
     }
 
-    /// /// The flags of its migration; `None` for a device without migration.
+    /// The flags of its migration; `None` for a device without migration.
     pub fn migration_flags(&self) -> Option<MigrationFlags> {
         self.flags
     }
@@ -228,7 +229,7 @@ impl Machine {
         self.region_write_or_held(region, offset, data).unwrap_or(Err(Errno::EBUSY))
     }
 
-    /// /// [`Machine::region_read`] for a VMM whose guest is not aware of a move: returns [`Held`] if the device does
+    /// [`Machine::region_read`] for a VMM whose guest is not aware of a move: returns [`Held`] if the device does
     /// not run because another client moves it. Repeat the access after [`Machine::on_release`].
     pub fn region_read_or_held(
         &self,
@@ -253,7 +254,7 @@ impl Machine {
         })
     }
 
-    /// /// Reads a region in every state: for configuration space, which a device always answers.
+    /// Reads a region in every state: for configuration space, which a device always answers.
     pub fn region_read_unheld(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
         self.check_access(region, offset, data.len(), RegionFlags::READ)?;
         if data.is_empty() {
@@ -301,7 +302,7 @@ impl Machine {
         Ok(())
     }
 
-    /// /// Resets to RUNNING from any state, including ERROR (`vfio.h: VFIO_DEVICE_RESET`). Ends the session and the
+    /// Resets to RUNNING from any state, including ERROR (`vfio.h: VFIO_DEVICE_RESET`). Ends the session and the
     /// opt-in to pre-copy flags; mappings, interrupt wiring and DMA logging stay. If the model fails to reset, returns
     /// its errno, and the device is in ERROR. Every call, including a failed one, increments [`Machine::reset_count`],
     /// except calls that are refused before the device is touched: ETIMEDOUT if other calls do not return, EBUSY for a
@@ -320,7 +321,7 @@ impl Machine {
         reset
     }
 
-    /// /// With the gate taken exclusively.
+    /// With the gate taken exclusively.
     fn reset_alone(&self) -> Result<(), Errno> {
         {
             // First: a model that fails or panics below may have lost its state already.
@@ -328,7 +329,7 @@ impl Machine {
             inner.resets += 1;
             inner.precopy_reinit = false;
         }
-        // // A model that panics here is not reset.
+        // A model that panics here is not reset.
         self.end_session()?;
         self.panicked.store(false, Release);
         self.bus.interrupts.forget_all_pending();
@@ -345,15 +346,17 @@ impl Machine {
         }
     }
 
-    /// /// Number of calls of [`Machine::reset`] since the machine was created
+    /// Number of calls of [`Machine::reset`] since the machine was created
     /// (`docs/vfio-user-extensions.md: RESET_COUNT`). If two reads are equal, there was no reset between them. Arcs do
     /// not count, nor does entering ERROR, which only a reset leaves.
-    /// It is incremented before the model is reset, while no arc is in progress, so a reset before an arc has been counted when the arc is done.
+    ///
+    /// It is incremented before the model is reset, while no arc is in progress, so a reset before an arc has been
+    /// counted when the arc is done.
     pub fn reset_count(&self) -> u64 {
         self.lock().resets
     }
 
-    /// /// The state. RUNNING or ERROR for a device without migration. During an arc, the arc's first state. RUNNING
+    /// The state. RUNNING or ERROR for a device without migration. During an arc, the arc's first state. RUNNING
     /// for a device that is being copied for its replacement.
     pub fn state(&self) -> State {
         let inner = self.lock();
@@ -366,7 +369,7 @@ impl Machine {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// /// One call on the model, concurrent with others.
+    /// One call on the model, concurrent with others.
     fn access<R>(&self, call: impl FnOnce(&dyn Model) -> Result<R, Errno>) -> Result<R, Errno> {
         let _passing = self.pass();
         self.call(call)
@@ -377,7 +380,7 @@ impl Machine {
         if self.panicked.load(Acquire) {
             return Err(Errno::EIO);
         }
-        // // The model's inconsistent data is not used again: only its reset is called.
+        // The model's inconsistent data is not used again: only its reset is called.
         catch_unwind(AssertUnwindSafe(|| call(&*self.model))).unwrap_or_else(|_| Err(self.model_panicked()))
     }
 
@@ -386,7 +389,7 @@ impl Machine {
         self.call(|model| call(model.migration().ok_or(Errno::EIO)?))
     }
 
-    /// /// Records that the model panicked: ERROR, no session, EIO.
+    /// Records that the model panicked: ERROR, no session, EIO.
     fn model_panicked(&self) -> Errno {
         let mut inner = self.lock();
         tracing::error!(state = %inner.state, "the model panicked; the device is in ERROR until it is reset");

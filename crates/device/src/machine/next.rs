@@ -1,4 +1,4 @@
-//! //! [`NextClient`]: the client that gets the device when its VMM has gone, with its own mappings and wiring
+//! [`NextClient`]: the client that gets the device when its VMM has gone, with its own mappings and wiring
 //! (`docs/vfio-user-extensions.md: NEXT`).
 //!
 //! Its mappings and its wiring are kept separately; accesses and interrupts of the device do not use them. When the VMM
@@ -12,7 +12,7 @@ use limosa_protocol::Errno;
 use super::{ClientId, Machine};
 use crate::{Mappings, SetIrqs, Wiring};
 
-/// /// A client that prepares to become the VMM while another client is the VMM.
+/// A client that prepares to become the VMM while another client is the VMM.
 #[derive(Debug)]
 pub struct NextClient {
     stage: Mutex<Stage>,
@@ -20,11 +20,11 @@ pub struct NextClient {
 
 #[derive(Debug)]
 enum Stage {
-    /// /// Another client is the VMM.
+    /// Another client is the VMM.
     Waits(Box<Prepared>),
     /// It is the VMM.
     Owns,
-    /// /// It has gone without becoming the VMM.
+    /// It has gone without becoming the VMM.
     Gone,
 }
 
@@ -35,7 +35,7 @@ struct Prepared {
 }
 
 impl Machine {
-    /// /// A new client that may become the VMM, with nothing mapped and nothing wired. [`Machine::hand_over`] gives it
+    /// A new client that may become the VMM, with nothing mapped and nothing wired. [`Machine::hand_over`] gives it
     /// the device.
     pub fn next_client(&self) -> NextClient {
         let prepared =
@@ -48,7 +48,9 @@ impl Machine {
     /// The former VMM's log, session and control of the device end as with [`Machine::client_gone`]. State and session
     /// stay as it left them. Then every wired vector is signalled once, since the former VMM may not have read its last
     /// signals.
-    /// Returns `false` if `next` has gone or is already the VMM; then the former VMM's mappings and wiring are unchanged.
+    ///
+    /// Returns `false` if `next` has gone or is already the VMM; then the former VMM's mappings and wiring are
+    /// unchanged.
     pub fn hand_over(&self, next: &NextClient) -> bool {
         self.let_client_go(ClientId::VMM);
         let mut stage = next.lock();
@@ -72,7 +74,7 @@ impl Machine {
 
 impl NextClient {
     fn lock(&self) -> MutexGuard<'_, Stage> {
-        // // After a panic there is at worst one mapping too many or too few.
+        // After a panic there is at worst one mapping too many or too few.
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -81,7 +83,7 @@ impl NextClient {
         matches!(*self.lock(), Stage::Owns)
     }
 
-    /// /// The client has gone. Returns `false` if it is the VMM: then call [`Machine::client_gone`].
+    /// The client has gone. Returns `false` if it is the VMM: then call [`Machine::client_gone`].
     pub fn withdraw(&self) -> bool {
         let mut stage = self.lock();
         if matches!(*stage, Stage::Owns) {
@@ -93,7 +95,7 @@ impl NextClient {
         true
     }
 
-    /// /// Runs a function on its mappings: the separate ones, or the device's once it is the VMM.
+    /// Runs a function on its mappings: the separate ones, or the device's once it is the VMM.
     pub fn with_mappings<R>(&self, machine: &Machine, act: impl FnOnce(&Mappings) -> R) -> R {
         let stage = self.lock();
         match &*stage {
@@ -105,7 +107,7 @@ impl NextClient {
         }
     }
 
-    /// /// Performs its interrupt request ([`Machine::set_irqs`]). While its wiring is separate, interrupts that it
+    /// Performs its interrupt request ([`Machine::set_irqs`]). While its wiring is separate, interrupts that it
     /// triggers signal its own eventfds, and the model is not called.
     pub fn set_irqs(&self, machine: &Machine, index: u32, start: u32, set: SetIrqs) -> Result<(), Errno> {
         let stage = self.lock();

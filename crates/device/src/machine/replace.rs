@@ -1,4 +1,4 @@
-//! //! Replacing a device by one in another process: it is stopped, and its state handed over or taken back
+//! Replacing a device by one in another process: it is stopped, and its state handed over or taken back
 //! (`docs/switch-over.md`).
 
 use std::os::fd::OwnedFd;
@@ -13,10 +13,10 @@ use super::{ClientId, Inner, Machine, MoveId, SessionId};
 #[cfg(test)]
 mod tests;
 
-/// /// A machine's data about its clients, other than model, memory and interrupts.
+/// A machine's data about its clients, other than model, memory and interrupts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
-    /// /// Whether the device is in STOP, and does not run.
+    /// Whether the device is in STOP, and does not run.
     pub stopped: bool,
     /// [`Machine::reset_count`].
     pub resets: u64,
@@ -26,7 +26,7 @@ pub struct Kept {
     pub stays: Option<MoveId>,
 }
 
-/// /// A device whose state is being copied while it runs, for its replacement.
+/// A device whose state is being copied while it runs, for its replacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copying {
     client: ClientId,
@@ -40,18 +40,18 @@ impl Copying {
     }
 }
 
-/// /// A device that is stopped for its replacement.
+/// A device that is stopped for its replacement.
 #[derive(Debug)]
 pub struct Frozen {
     client: ClientId,
     /// The session of its state.
     pub session: SessionId,
-    /// /// Its data about its clients.
+    /// Its data about its clients.
     pub kept: Kept,
 }
 
 impl Machine {
-    /// /// Takes a running device to PRE_COPY, so that its state can be read while clients use it. To clients it
+    /// Takes a running device to PRE_COPY, so that its state can be read while clients use it. To clients it
     /// appears in RUNNING; a client that changes its state or resets it ends the copy first. `None` for a device that
     /// does not run, lacks PRE_COPY or refuses it: its state is read once it has stopped.
     ///
@@ -61,7 +61,7 @@ impl Machine {
         let client = self.new_client();
         let until = arc_deadline(client);
         self.lock().replaceable()?;
-        // // Held until the copy has begun, so that a client that ends it comes before or after.
+        // Held until the copy has begun, so that a client that ends it comes before or after.
         let Ok(_alone) = self.alone(until) else {
             tracing::info!("a call on the device is slow: its state is read once it has stopped");
             return Ok(None);
@@ -90,14 +90,14 @@ impl Machine {
         }
     }
 
-    /// /// The number of bytes that the model expects to return in this copy before it has to stop. ENODEV if the copy
+    /// The number of bytes that the model expects to return in this copy before it has to stop. ENODEV if the copy
     /// has ended.
     pub fn copy_left(&self, copying: &Copying) -> Result<u64, Errno> {
         let info = self.precopy_info(copying.session)?;
         Ok(info.initial_bytes.saturating_add(info.dirty_bytes))
     }
 
-    /// /// Returns the device to its state before [`Machine::begin_copy`]. Does nothing if the copy has ended.
+    /// Returns the device to its state before [`Machine::begin_copy`]. Does nothing if the copy has ended.
     pub fn end_copy(&self, copying: Copying) {
         let until = arc_deadline(copying.client);
         let ended = self.alone(until).and_then(|_alone| {
@@ -109,7 +109,7 @@ impl Machine {
         }
     }
 
-    /// /// Returns a device that is being copied to RUNNING. With the gate taken exclusively.
+    /// Returns a device that is being copied to RUNNING. With the gate taken exclusively.
     pub(super) fn stop_copying(&self, until: Instant) -> Result<(), Errno> {
         let (state, flags) = (self.lock().state, self.flags.ok_or(Errno::ENOTTY)?);
         if state.is_pre_copy() {
@@ -135,7 +135,7 @@ impl Machine {
     pub fn freeze(&self, copying: Option<Copying>, until: Instant) -> Result<Frozen, Errno> {
         self.flags.ok_or(Errno::ENOTTY)?;
         let new = self.new_client();
-        // // First, so that a concurrent request of a client comes before all of this or after it.
+        // First, so that a concurrent request of a client comes before all of this or after it.
         let _alone = self.alone(until)?;
         let (client, kept) = {
             let inner = self.lock();
@@ -147,7 +147,7 @@ impl Machine {
                 None => (new, inner.replaceable()?),
             }
         };
-        // // Its number is known once it is open.
+        // Its number is known once it is open.
         let mut frozen = Frozen { client, session: SessionId(0), kept };
         match self.set_state_alone(client, State::StopCopy, until) {
             Ok(session) => {
@@ -161,7 +161,7 @@ impl Machine {
         }
     }
 
-    /// /// Returns the device to its state before [`Machine::freeze`] and [`Machine::begin_copy`].
+    /// Returns the device to its state before [`Machine::freeze`] and [`Machine::begin_copy`].
     pub fn thaw(&self, frozen: Frozen) {
         let until = arc_deadline(frozen.client);
         match self.alone(until) {
@@ -173,7 +173,7 @@ impl Machine {
         }
     }
 
-    /// /// The same with the gate taken exclusively.
+    /// The same with the gate taken exclusively.
     fn thaw_alone(&self, frozen: &Frozen, until: Instant) {
         let to = if frozen.kept.stopped { State::Stop } else { State::Running };
         if let Err(errno) = self.set_state_alone(frozen.client, to, until) {
@@ -189,7 +189,7 @@ impl Machine {
         Ok(client)
     }
 
-    /// /// Takes a new device without a predecessor to STOP, where it waits for [`Machine::replace`] together with the
+    /// Takes a new device without a predecessor to STOP, where it waits for [`Machine::replace`] together with the
     /// others.
     pub fn begin_new(&self) -> Result<ClientId, Errno> {
         let client = self.new_client();
@@ -197,23 +197,23 @@ impl Machine {
         Ok(client)
     }
 
-    /// /// The number of bytes of state that the model expects to return when it is stopped; 0 if unknown.
+    /// The number of bytes of state that the model expects to return when it is stopped; 0 if unknown.
     pub fn expected_state_bytes(&self) -> u64 {
         self.migrate(|migration| Ok(migration.data_size())).unwrap_or(0)
     }
 
-    /// /// Makes the loaded state the device's. The device stays in STOP.
+    /// Makes the loaded state the device's. The device stays in STOP.
     pub fn loaded(&self, client: ClientId) -> Result<(), Errno> {
         self.set_state(client, State::Stop).map(drop)
     }
 
-    /// /// Whether the model can continue with the files of another process
+    /// Whether the model can continue with the files of another process
     /// ([`Model::adopts_region_files`](crate::Model::adopts_region_files)).
     pub fn adopts_region_files(&self) -> bool {
         self.access(|model| Ok(model.adopts_region_files())).unwrap_or(false)
     }
 
-    /// /// Gives a region this file, which a client may have mapped. EINVAL for a region that cannot be mapped;
+    /// Gives a region this file, which a client may have mapped. EINVAL for a region that cannot be mapped;
     /// otherwise the model's errno.
     pub fn adopt_region_file(&self, region: u32, file: Arc<OwnedFd>) -> Result<(), Errno> {
         self.region_file(region).ok_or(Errno::EINVAL)?;
@@ -221,13 +221,13 @@ impl Machine {
         self.call(|model| model.adopt_region_file(region, file))
     }
 
-    /// /// Whether the model can continue with the eventfds of another process
+    /// Whether the model can continue with the eventfds of another process
     /// ([`Model::adopts_ioeventfds`](crate::Model::adopts_ioeventfds)).
     pub fn adopts_ioeventfds(&self) -> bool {
         self.access(|model| Ok(model.adopts_ioeventfds())).unwrap_or(false)
     }
 
-    /// /// Gives a region these eventfds, which a client may have. EINVAL unless there is one for each of
+    /// Gives a region these eventfds, which a client may have. EINVAL unless there is one for each of
     /// [`Machine::ioeventfds`]; otherwise the model's errno.
     pub fn adopt_ioeventfds(&self, region: u32, fds: Vec<Arc<OwnedFd>>) -> Result<(), Errno> {
         if fds.is_empty() || fds.len() != self.ioeventfds(region).len() {
@@ -239,7 +239,7 @@ impl Machine {
         Ok(())
     }
 
-    /// /// Lets the device take the place of its predecessor.
+    /// Lets the device take the place of its predecessor.
     pub fn replace(&self, client: ClientId, kept: Kept) -> Result<(), Errno> {
         let run = if kept.stopped { Ok(None) } else { self.set_state(client, State::Running) };
         self.let_go(client);
@@ -252,7 +252,7 @@ impl Machine {
         run.map(drop)
     }
 
-    /// /// Assigns a log that was taken over to the VMM.
+    /// Assigns a log that was taken over to the VMM.
     pub fn log_is_vmms(&self) {
         self.lock().logs = Some(ClientId::VMM);
     }
@@ -271,7 +271,7 @@ impl Machine {
 }
 
 impl Inner {
-    /// /// The data about the clients of a device that can be replaced now; EBUSY otherwise.
+    /// The data about the clients of a device that can be replaced now; EBUSY otherwise.
     fn replaceable(&self) -> Result<Kept, Errno> {
         let is_moved = self.driver.is_some() && self.stays.is_none();
         if is_moved || self.session.is_some() {
@@ -298,7 +298,7 @@ impl Inner {
         Kept { stopped, resets, precopy_reinit, stays }
     }
 
-    /// /// Whether the copy is still in progress.
+    /// Whether the copy is still in progress.
     fn is_copied_by(&self, copying: &Copying) -> bool {
         let session = self.session.as_ref().is_some_and(|open| open.id == copying.session && !open.damaged);
         session && self.copier == Some(copying.client) && self.state.is_pre_copy()

@@ -1,4 +1,4 @@
-//! //! Sessions: the data of a device that saves or loads
+//! Sessions: the data of a device that saves or loads
 //! (`vfio.h: the data fd of VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_MIG_GET_PRECOPY_INFO`).
 //!
 //! The closures that transfer data access the model's memory, and no arc is taken before they return. So they must not
@@ -15,7 +15,7 @@ use limosa_protocol::{Errno, MigrationFlags, State};
 use super::{Inner, Machine};
 use crate::{Migration, Save};
 
-/// /// Names a data session. Every session of a device has a different id.
+/// Names a data session. Every session of a device has a different id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub u64);
 
@@ -33,7 +33,7 @@ impl SessionIds {
 /// The session that is open.
 pub(super) struct Open {
     pub(super) id: SessionId,
-    /// /// Some of its data was lost: it transfers no more data, and a load cannot be finished.
+    /// Some of its data was lost: it transfers no more data, and a load cannot be finished.
     pub(super) damaged: bool,
 }
 
@@ -43,7 +43,7 @@ enum Direction {
     Loading,
 }
 
-/// /// Bytes received at once for a model without staging memory; bounds the spare buffer.
+/// Bytes received at once for a model without staging memory; bounds the spare buffer.
 const SPARE_BYTES: usize = 256 << 10;
 
 impl Machine {
@@ -52,7 +52,7 @@ impl Machine {
         self.lock().session.as_ref().map(|open| open.id)
     }
 
-    /// /// Passes the next bytes of a saving session, at most `bytes_max`, to `take`. They count as read, whatever
+    /// Passes the next bytes of a saving session, at most `bytes_max`, to `take`. They count as read, whatever
     /// `take` returns.
     ///
     /// `take` must not block. It never gets empty data, nor the end before STOP_COPY, nor "nothing for now" in
@@ -75,7 +75,7 @@ impl Machine {
             return Err(Errno::EINVAL);
         }
         let (mut take, mut bytes) = (Some(take), 0);
-        // // A panic of the caller's closure is not the model's.
+        // A panic of the caller's closure is not the model's.
         let mut taken = Err("lent nothing");
         self.migrate(|migration| {
             migration.save(bytes_max, stopped, &mut |save| {
@@ -102,7 +102,7 @@ impl Machine {
         Ok(taken.unwrap_or_else(|panic| resume_unwind(panic)))
     }
 
-    /// /// Loads the next bytes of a RESUMING session.
+    /// Loads the next bytes of a RESUMING session.
     ///
     /// ENODEV if the session has ended, EBADF in the saving states; otherwise the model's errno, after which the
     /// session is damaged: it answers EIO, and only a reset leaves RESUMING.
@@ -122,6 +122,7 @@ impl Machine {
     /// through `spare` if it has none. `fill` is called at most once and returns the number of bytes received, which
     /// may be 0. If it fails, the session is damaged, since the amount of lost data is unknown, and its error is
     /// returned. `spare` grows to at most 256 KiB, and may be kept between calls.
+    ///
     /// The inner result is the number of bytes loaded, or the error of [`Machine::data_write`].
     pub fn data_fill<E>(
         &self,
@@ -164,7 +165,7 @@ impl Machine {
         }
     }
 
-    /// /// The session has lost some of its data: it transfers no more, and a load cannot be completed. Does nothing if
+    /// The session has lost some of its data: it transfers no more, and a load cannot be completed. Does nothing if
     /// the session has ended.
     pub fn data_lost(&self, session: SessionId) {
         let mut inner = self.lock();
@@ -173,7 +174,7 @@ impl Machine {
         }
     }
 
-    /// /// Estimates of the remaining data in pre-copy.
+    /// Estimates of the remaining data in pre-copy.
     ///
     /// ENODEV if the session has ended, ENOTTY for a device without PRE_COPY, EINVAL outside PRE_COPY and PRE_COPY_P2P.
     /// The flags are 0 unless the client opted in to them (MIG_PRECOPY_INFO_V2).
@@ -199,7 +200,7 @@ impl Machine {
         self.data.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// /// A call that loads: any failure damages the session.
+    /// A call that loads: any failure damages the session.
     fn load<R>(&self, call: impl FnOnce(&dyn Migration) -> Result<R, Errno>) -> Result<R, Errno> {
         let loaded = self.migrate(call);
         if loaded.is_err() {
@@ -215,7 +216,7 @@ impl Inner {
         self.session.as_ref().filter(|open| open.id == session).ok_or(Errno::ENODEV)
     }
 
-    /// /// ENODEV unless this session is open, EBADF unless it has that direction, EIO if it is damaged.
+    /// ENODEV unless this session is open, EBADF unless it has that direction, EIO if it is damaged.
     fn usable(&self, session: SessionId, direction: Direction) -> Result<(), Errno> {
         let open = self.current(session)?;
         let flows = if self.state == State::Resuming { Direction::Loading } else { Direction::Saving };
@@ -236,7 +237,7 @@ impl Inner {
     }
 }
 
-/// /// A part of the spare buffer for at most this many bytes.
+/// A part of the spare buffer for at most this many bytes.
 fn spare_piece(spare: &mut Vec<u8>, bytes_max: usize) -> &mut [u8] {
     let bytes = bytes_max.min(SPARE_BYTES);
     if spare.len() < bytes {

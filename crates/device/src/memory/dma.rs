@@ -1,4 +1,4 @@
-//! //! [`Dma`]: guest memory as a device accesses it.
+//! [`Dma`]: guest memory as a device accesses it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use super::Pin;
 use super::table::{Memory, Space};
 
-/// /// Guest memory as a device accesses it: it reads, writes and marks pages, and cannot change the mappings. A clone
+/// Guest memory as a device accesses it: it reads, writes and marks pages, and cannot change the mappings. A clone
 /// is cheap and accesses the same memory.
 #[derive(Clone)]
 pub struct Dma {
@@ -22,7 +22,7 @@ impl Dma {
         Dma { space }
     }
 
-    /// /// The device reads memory. EFAULT if an address is not mapped, or not for reading, or if its file was
+    /// The device reads memory. EFAULT if an address is not mapped, or not for reading, or if its file was
     /// truncated; ranges may span mappings. Bytes read before the error are in `data`.
     #[inline]
     pub fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -56,14 +56,14 @@ impl Dma {
         Ok(())
     }
 
-    /// /// The device writes memory; the pages go to the log if it is on. Errors as for [`Dma::read`]; bytes written
+    /// The device writes memory; the pages go to the log if it is on. Errors as for [`Dma::read`]; bytes written
     /// before the error stay written.
     #[inline]
     pub fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
         let table = self.space.read_lock();
         if let Some((file, offset)) = table.at_hand(iova, data.len(), DmaMapFlags::WRITE) {
             let done = file.write(offset, data);
-            // // After the write, even if it failed: see `write_pieces`.
+            // After the write, even if it failed: see `write_pieces`.
             if !data.is_empty() {
                 table.mark(iova, data.len());
             }
@@ -84,7 +84,7 @@ impl Dma {
                 Memory::FileIo(file) => file.write(iova - mapped.iova, piece),
                 Memory::Remote(remote) => {
                     let remote = remote.clone();
-                    // // An unmap that reads the log may come before the answer.
+                    // An unmap that reads the log may come before the answer.
                     table.mark(iova, piece.len());
                     drop(table);
                     let done = remote.write(iova, piece);
@@ -92,7 +92,7 @@ impl Dma {
                     done
                 }
             };
-            // // After the write, since a report between the two would clear a mark before its data is written; and
+            // After the write, since a report between the two would clear a mark before its data is written; and
             // even if it failed, since a part may have been written.
             table.mark(iova, piece.len());
             done?;
@@ -102,7 +102,7 @@ impl Dma {
         Ok(())
     }
 
-    /// /// Marks a range in the log, if it is on: for a device that writes memory by other means than [`Dma::write`],
+    /// Marks a range in the log, if it is on: for a device that writes memory by other means than [`Dma::write`],
     /// such as hardware or a helper process with its own mapping. Call it after the write. The part beyond the end of
     /// the address space is ignored.
     pub fn mark_dirty(&self, iova: u64, bytes: u64) {
@@ -112,7 +112,7 @@ impl Dma {
         }
     }
 
-    /// /// Pins a range, so that a system call or io_uring can move data without a copy. `access` is the device's
+    /// Pins a range, so that a system call or io_uring can move data without a copy. `access` is the device's
     /// access: with WRITE, the pages are in the dirty log once the pin is dropped.
     ///
     /// EINVAL for an empty range or access; EFAULT as for [`Dma::read`]; ENOTSUP if the memory is not mapped into this
@@ -122,7 +122,7 @@ impl Dma {
         Pin::new(&self.space, iova, bytes, access)
     }
 
-    /// /// Registers `hook`, which is called with address and size before an unmap, so that the device drops its pins.
+    /// Registers `hook`, which is called with address and size before an unmap, so that the device drops its pins.
     /// A size of `u64::MAX` from 0 on means everything. It is called on the client's thread, without a lock of the
     /// memory; accesses still succeed. If pins are left [`UNMAP_WAIT`](super::UNMAP_WAIT) later, the unmap fails with
     /// EBUSY.
@@ -155,7 +155,7 @@ impl fmt::Debug for Dma {
     }
 }
 
-/// /// The address after a piece. EFAULT if there are more pieces and the address space ends there.
+/// The address after a piece. EFAULT if there are more pieces and the address space ends there.
 #[inline]
 fn next(iova: u64, bytes: usize, done: bool) -> Result<u64, Errno> {
     if done { Ok(iova) } else { iova.checked_add(bytes as u64).ok_or(Errno::EFAULT) }

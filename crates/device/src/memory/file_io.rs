@@ -9,7 +9,7 @@ use limosa_protocol::Errno;
 use limosa_protocol::info::DmaMapFlags;
 use rustix::fs::{OFlags, fcntl_getfl};
 
-/// /// A piece of a file, accessed by pread(2) and pwrite(2).
+/// A piece of a file, accessed by pread(2) and pwrite(2).
 pub(super) struct FileIo {
     file: ClientFile,
     offset: u64,
@@ -24,7 +24,7 @@ impl FileIo {
         (self.file.fd(), self.offset)
     }
 
-    /// /// EFAULT beyond the end of the file, or if the file returns an error.
+    /// EFAULT beyond the end of the file, or if the file returns an error.
     pub(super) fn read(&self, offset: u64, mut data: &mut [u8]) -> Result<(), Errno> {
         let mut at = self.offset + offset;
         while !data.is_empty() {
@@ -38,7 +38,7 @@ impl FileIo {
         Ok(())
     }
 
-    /// /// EFAULT if the file cannot be written.
+    /// EFAULT if the file cannot be written.
     pub(super) fn write(&self, offset: u64, mut data: &[u8]) -> Result<(), Errno> {
         let mut at = self.offset + offset;
         while !data.is_empty() {
@@ -53,7 +53,7 @@ impl FileIo {
     }
 }
 
-/// /// EACCES if the file is not open for this access; EINVAL for a file that is open for appending, where writes
+/// EACCES if the file is not open for this access; EINVAL for a file that is open for appending, where writes
 /// ignore the offset; EOVERFLOW if the piece ends beyond the largest file size.
 pub(super) fn check(fd: &ForeignFd, offset: u64, size: u64, flags: DmaMapFlags) -> Result<(), Errno> {
     let open = fcntl_getfl(fd).map_err(errno)?;

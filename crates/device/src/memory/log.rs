@@ -16,26 +16,26 @@ use limosa_protocol::feature::DmaLoggingRange;
 
 use super::export::{DirtyWords, ExportedLog};
 
-/// /// Limit on the pages of a log: 8 TiB at 4 KiB, 256 MiB of bitmap if the device has written everywhere.
+/// Limit on the pages of a log: 8 TiB at 4 KiB, 256 MiB of bitmap if the device has written everywhere.
 pub const PAGES_MAX: u64 = 1 << 31;
 
-/// /// The page size of a log whose hint cannot be followed, in bytes.
+/// The page size of a log whose hint cannot be followed, in bytes.
 const PAGE_SIZE: u64 = 4096;
 
-/// /// The largest hint that is followed, in bytes.
+/// The largest hint that is followed, in bytes.
 const PAGE_SIZE_MAX: u64 = 1 << 30;
 
-/// /// If everything is logged, bitmaps have multiples of this number of pages, so that many small adjacent mappings
+/// If everything is logged, bitmaps have multiples of this number of pages, so that many small adjacent mappings
 /// share one.
 const WINDOW_PAGES: u64 = 4096;
 
-/// /// A log is exported in pieces of this number of pages, without clean ones.
+/// A log is exported in pieces of this number of pages, without clean ones.
 const EXPORTED_PAGES: u64 = 1 << 18;
 
 pub(super) struct Log {
     page_size: u64,
     everything: bool,
-    /// /// By address, not adjacent.
+    /// By address, not adjacent.
     segments: Vec<Segment>,
 }
 
@@ -53,7 +53,7 @@ pub(super) fn page_size_for(hint: u64) -> u64 {
 }
 
 impl Log {
-    /// /// A clean log of ranges, given as first and last address. `everything` says that more ranges may be added.
+    /// A clean log of ranges, given as first and last address. `everything` says that more ranges may be added.
     /// E2BIG beyond [`PAGES_MAX`], ENOMEM.
     pub(super) fn new(
         page_size: u64,
@@ -66,7 +66,7 @@ impl Log {
         Ok(log)
     }
 
-    /// /// Extends a log of everything to a newly mapped range. Errors as for [`Log::new`]; then nothing has changed.
+    /// Extends a log of everything to a newly mapped range. Errors as for [`Log::new`]; then nothing has changed.
     pub(super) fn cover(&mut self, first: u64, last: u64) -> Result<(), Errno> {
         self.cover_all(std::iter::once((first, last)))
     }
@@ -80,7 +80,7 @@ impl Log {
         self.add(gaps)
     }
 
-    /// /// The whole pages, or windows of pages, of these ranges: in order, and not adjacent.
+    /// The whole pages, or windows of pages, of these ranges: in order, and not adjacent.
     fn joined(&self, ranges: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
         let mut ranges: Vec<_> = ranges.map(|(first, last)| self.rounded(first, last)).collect();
         ranges.sort_unstable();
@@ -94,7 +94,7 @@ impl Log {
         ranges
     }
 
-    /// /// The parts of a range that are in no segment.
+    /// The parts of a range that are in no segment.
     fn gaps(&self, mut first: u64, last: u64) -> Vec<(u64, u64)> {
         let mut gaps = Vec::new();
         for segment in &self.segments[self.first_ending_at(first)..] {
@@ -113,7 +113,7 @@ impl Log {
         gaps
     }
 
-    /// /// Marks the pages of `bytes` bytes (at least one, ending at 2^64 at most) that the device wrote. Needs a
+    /// Marks the pages of `bytes` bytes (at least one, ending at 2^64 at most) that the device wrote. Needs a
     /// shared lock; a report needs the exclusive one. `hint` is the segment that was marked last.
     #[inline]
     pub(super) fn mark(&self, first: u64, bytes: usize, hint: &AtomicUsize) {
@@ -133,7 +133,7 @@ impl Log {
         hint.store(at, Relaxed);
     }
 
-    /// /// Sets the bits of the marked pages in a range, and clears the marks.
+    /// Sets the bits of the marked pages in a range, and clears the marks.
     pub(super) fn report(&mut self, first: u64, last: u64, to: Grid, words: &mut [u64]) {
         let at = self.first_ending_at(first);
         for segment in self.segments[at..].iter_mut().take_while(|segment| segment.grid.iova <= last) {
@@ -142,11 +142,11 @@ impl Log {
         }
     }
 
-    /// /// Exports the log.
+    /// Exports the log.
     pub(super) fn export(&self) -> ExportedLog {
         let range = |segment: &Segment| DmaLoggingRange {
             iova: segment.grid.iova,
-            // // A segment never covers all 2^64 bytes, since it would have too many pages.
+            // A segment never covers all 2^64 bytes, since it would have too many pages.
             length: segment.last - segment.grid.iova + 1,
         };
         let mut dirty = Vec::new();
@@ -166,7 +166,7 @@ impl Log {
         ExportedLog { page_size: self.page_size, everything: self.everything, ranges, dirty }
     }
 
-    /// /// A log from its export. EINVAL for an invalid one; otherwise errors as for [`Log::new`].
+    /// A log from its export. EINVAL for an invalid one; otherwise errors as for [`Log::new`].
     pub(super) fn import(from: &ExportedLog) -> Result<Log, Errno> {
         let page_size = from.page_size;
         if !page_size.is_power_of_two() || page_size_for(page_size) != page_size {
@@ -199,7 +199,7 @@ impl Log {
         Ok(log)
     }
 
-    /// /// The smallest range of whole pages, or windows of pages, that contains a range.
+    /// The smallest range of whole pages, or windows of pages, that contains a range.
     fn rounded(&self, first: u64, last: u64) -> (u64, u64) {
         let unit = if self.everything { self.page_size * WINDOW_PAGES } else { self.page_size };
         (first & !(unit - 1), last | (unit - 1))
@@ -210,13 +210,13 @@ impl Log {
         self.segments.partition_point(|segment| segment.last < iova)
     }
 
-    /// /// Adds segments for ranges of whole pages that are in order and not adjacent to each other or to existing
+    /// Adds segments for ranges of whole pages that are in order and not adjacent to each other or to existing
     /// segments.
     fn add(&mut self, ranges: Vec<(u64, u64)>) -> Result<(), Errno> {
         let shift = self.page_size.trailing_zeros();
         let pages = |first: u64, last: u64| ((last - first) >> shift) + 1;
         let there = self.segments.iter().map(|segment| segment.bitmap.pages());
-        // // Neither sum overflows: non-overlapping ranges have at most 2^52 pages together.
+        // Neither sum overflows: non-overlapping ranges have at most 2^52 pages together.
         if there.sum::<u64>() + ranges.iter().map(|(first, last)| pages(*first, *last)).sum::<u64>()
             > PAGES_MAX
         {

@@ -1,4 +1,4 @@
-//! //! [`Mappings`]: guest memory as a device's client maps it.
+//! [`Mappings`]: guest memory as a device's client maps it.
 
 use std::fmt;
 use std::sync::atomic::AtomicU64;
@@ -20,11 +20,11 @@ use super::pin::UNMAP_WAIT;
 use super::table::{Mapped, Memory, Space, Table};
 use super::{Backing, Dma, Mapping};
 
-/// /// Guest memory as a device's client maps it: it maps and unmaps, and reads the log of the device's writes. The
+/// Guest memory as a device's client maps it: it maps and unmaps, and reads the log of the device's writes. The
 /// device itself has a [`Dma`].
 pub struct Mappings {
     pub(super) space: Arc<Space>,
-    /// /// The files of one client, as [`MappedFiles`] requires.
+    /// The files of one client, as [`MappedFiles`] requires.
     files: RwLock<Arc<MappedFiles>>,
     unmap_wait_ns: AtomicU64,
 }
@@ -37,12 +37,12 @@ impl Default for Mappings {
 }
 
 impl Mappings {
-    /// /// The memory as the device accesses it.
+    /// The memory as the device accesses it.
     pub fn dma(&self) -> Dma {
         Dma::new(Arc::clone(&self.space))
     }
 
-    /// /// Number of mappings.
+    /// Number of mappings.
     pub fn count(&self) -> usize {
         self.space.read_lock().mappings.len()
     }
@@ -90,7 +90,7 @@ impl Mappings {
             Backing::Remote(remote) => Memory::Remote(remote),
         };
         let mut table = self.space.write_lock();
-        // // The lock was not held while the file was mapped.
+        // The lock was not held while the file was mapped.
         let at = table.room_for(iova, last)?;
         if let Some(log) = &mut table.log {
             log.cover(iova, last)?;
@@ -100,7 +100,7 @@ impl Mappings {
         Ok(())
     }
 
-    /// /// Removes the mappings that lie completely in the range, and returns their number of bytes: 0 if there are
+    /// Removes the mappings that lie completely in the range, and returns their number of bytes: 0 if there are
     /// none, as with the kernel's type1 (`vfio_iommu_type1.c: vfio_dma_do_unmap`). EINVAL if a mapping lies partly in
     /// the range, and for a range that is empty or ends beyond 2^64; EBUSY if one is still pinned [`UNMAP_WAIT`] after
     /// the device was told ([`Dma::before_unmap`]). On an error nothing is unmapped.
@@ -108,7 +108,7 @@ impl Mappings {
         self.unmap_with(iova, last_of(iova, size)?, false, |_| Ok(()))
     }
 
-    /// /// The same, and in the same step sets the bits of the pages in the range that were written since the last
+    /// The same, and in the same step sets the bits of the pages in the range that were written since the last
     /// report, as [`Mappings::logging_report`] does; no write comes between the two. EINVAL unless logging is on. On an
     /// error nothing is unmapped and the log is unchanged.
     pub fn unmap_report(
@@ -120,7 +120,7 @@ impl Mappings {
     ) -> Result<u64, Errno> {
         let last = last_of(iova, size)?;
         check_bitmap(size, page_size, words)?;
-        // // Also before the device is told.
+        // Also before the device is told.
         if self.space.read_lock().log.is_none() {
             return Err(Errno::EINVAL);
         }
@@ -130,13 +130,13 @@ impl Mappings {
         })
     }
 
-    /// /// Removes every mapping, and returns their number of bytes, at most `u64::MAX`. EBUSY as for
+    /// Removes every mapping, and returns their number of bytes, at most `u64::MAX`. EBUSY as for
     /// [`Mappings::unmap`].
     pub fn unmap_all(&self) -> Result<u64, Errno> {
         self.unmap_with(0, u64::MAX, false, |_| Ok(()))
     }
 
-    /// /// Removes every mapping because the client is gone. The device is told and gets [`UNMAP_WAIT`] to drop its
+    /// Removes every mapping because the client is gone. The device is told and gets [`UNMAP_WAIT`] to drop its
     /// pins; memory that it pins for longer stays mapped in this process for that time, without an address.
     pub fn clear(&self) {
         if let Err(errno) = self.unmap_with(0, u64::MAX, true, |_| Ok(())) {
@@ -144,7 +144,7 @@ impl Mappings {
         }
     }
 
-    /// /// Replaces these mappings by another client's in one step, so that no access of the device falls between the
+    /// Replaces these mappings by another client's in one step, so that no access of the device falls between the
     /// two. Pinned memory stays mapped in this process until the pins are dropped; the device is told right afterwards
     /// to drop them ([`Dma::before_unmap`]). If a log of everything cannot grow to the new mappings, it ends: its
     /// reports fail, so no page is lost unnoticed.
@@ -180,7 +180,7 @@ impl Mappings {
         report: impl FnOnce(Option<&mut Log>) -> Result<(), Errno>,
     ) -> Result<u64, Errno> {
         let _turn = self.space.leaving.turn();
-        // // Refuse invalid requests before the device is told.
+        // Refuse invalid requests before the device is told.
         self.space.read_lock().wholly_in(iova, last)?;
         self.space.leaving.announce(iova, (last - iova).saturating_add(1));
         let mut table = self.space.write_lock();
@@ -191,7 +191,7 @@ impl Mappings {
             self.space.leaving.wait(&pinned, Duration::from_nanos(self.unmap_wait_ns.load(Relaxed)));
             table = self.space.write_lock();
         }
-        // // Mappings that were added to the range meanwhile are removed too.
+        // Mappings that were added to the range meanwhile are removed too.
         let gone = table.wholly_in(iova, last).and_then(|gone| {
             if !also_pinned && table.is_pinned(gone.clone()) {
                 return Err(Errno::EBUSY);
@@ -201,11 +201,11 @@ impl Mappings {
         let gone = gone.inspect_err(|_| table.stay(iova, last))?;
         let gone = table.remove(gone);
         drop(table);
-        // // They are no longer reachable, so the lock is not held for the system calls.
+        // They are no longer reachable, so the lock is not held for the system calls.
         Ok(gone.iter().fold(0, |bytes: u64, mapped| bytes.saturating_add(mapped.bytes())))
     }
 
-    /// /// Starts logging the given ranges or, if there are none, everything. Returns the chosen page size in bytes:
+    /// Starts logging the given ranges or, if there are none, everything. Returns the chosen page size in bytes:
     /// the hint, if it is 4 KiB to 1 GiB, else 4 KiB. EINVAL if logging is on, for a hint that is not a power of two,
     /// and for ranges that are empty, overlap or are not aligned to the hint; EOVERFLOW for one that ends at or beyond
     /// 2^64; E2BIG for more than [`RANGES_MAX`] of them, or for more than [`LOGGED_PAGES_MAX`](super::LOGGED_PAGES_MAX)
@@ -238,11 +238,11 @@ impl Mappings {
     /// Stops logging; EINVAL unless it is on.
     pub fn logging_stop(&self) -> Result<(), Errno> {
         let log = self.space.write_lock().log.take();
-        // // The lock is not held while the bitmaps are freed.
+        // The lock is not held while the bitmaps are freed.
         log.map(drop).ok_or(Errno::EINVAL)
     }
 
-    /// /// Whether a report of this range would succeed; reports of its parts then cannot fail. EINVAL unless logging
+    /// Whether a report of this range would succeed; reports of its parts then cannot fail. EINVAL unless logging
     /// is on, for an empty range, and for a page size that is not a power of two or below 4 KiB; EOVERFLOW for a range
     /// that ends at or beyond 2^64. The range need not be logged, mapped or aligned.
     pub fn logging_check(&self, iova: u64, length: u64, page_size: u64) -> Result<(), Errno> {
@@ -275,7 +275,7 @@ fn last_of(iova: u64, size: u64) -> Result<u64, Errno> {
     iova.checked_add(size.checked_sub(1).ok_or(Errno::EINVAL)?).ok_or(Errno::EINVAL)
 }
 
-/// /// EINVAL for an invalid page size, and for too few words for the range's bitmap.
+/// EINVAL for an invalid page size, and for too few words for the range's bitmap.
 fn check_bitmap(length: u64, page_size: u64, words: &[u64]) -> Result<(), Errno> {
     let fits = page_size >= REPORT_PAGE_SIZE_MIN
         && page_size.is_power_of_two()

@@ -1,4 +1,4 @@
-//! //! Guest memory as the device sees it: a client's mappings (`vfio-user.rst: VFIO_USER_DMA_MAP`), the device's reads
+//! Guest memory as the device sees it: a client's mappings (`vfio-user.rst: VFIO_USER_DMA_MAP`), the device's reads
 //! and writes, and the log of its writes (`vfio.h: VFIO_DEVICE_FEATURE_DMA_LOGGING_START`).
 //!
 //! It is one table with two handles: a client changes it through [`Mappings`], a device accesses it through [`Dma`].
@@ -30,7 +30,7 @@ pub use log::PAGES_MAX as LOGGED_PAGES_MAX;
 pub use mappings::Mappings;
 pub use pin::{Pin, UNMAP_WAIT};
 
-/// /// Limit on a client's mappings: the value that QEMU announces as `max_dma_maps`.
+/// Limit on a client's mappings: the value that QEMU announces as `max_dma_maps`.
 pub const MAPPINGS_MAX: usize = 65535;
 
 /// One mapping.
@@ -40,7 +40,7 @@ pub struct Mapping {
     pub iova: u64,
     /// Bytes.
     pub size: u64,
-    /// /// The device's access rights.
+    /// The device's access rights.
     pub flags: DmaMapFlags,
     /// Where the memory is.
     pub backing: Backing,
@@ -48,14 +48,14 @@ pub struct Mapping {
 
 /// Where a mapping's memory is.
 pub enum Backing {
-    /// /// In a memfd, or in a file on tmpfs or hugetlbfs, mapped shared. An access never waits for another process.
+    /// In a memfd, or in a file on tmpfs or hugetlbfs, mapped shared. An access never waits for another process.
     File {
         /// The file.
         fd: ForeignFd,
         /// Where the mapping starts in it; need not be page-aligned.
         offset: u64,
     },
-    /// /// In any regular file, mapped shared. An access waits for the file system: if its server or daemon does not
+    /// In any regular file, mapped shared. An access waits for the file system: if its server or daemon does not
     /// answer, the access blocks the device and every unmap for good.
     AnyFile {
         /// The file.
@@ -63,18 +63,18 @@ pub enum Backing {
         /// Where the mapping starts in it; need not be page-aligned.
         offset: u64,
     },
-    /// /// In a file, accessed by pread(2) and pwrite(2): for files that cannot or should not be mapped. Each access is
+    /// In a file, accessed by pread(2) and pwrite(2): for files that cannot or should not be mapped. Each access is
     /// a system call.
     FileIo {
         /// The file.
         fd: ForeignFd,
         /// Where the mapping starts in it.
         offset: u64,
-        /// /// Also accept a regular file that is not memory, such as `/proc/PID/mem`. Accesses may then wait as for
+        /// Also accept a regular file that is not memory, such as `/proc/PID/mem`. Accesses may then wait as for
         /// [`Backing::AnyFile`].
         any_file: bool,
     },
-    /// /// In the client's process, accessed by messages.
+    /// In the client's process, accessed by messages.
     Remote(Arc<dyn RemoteMemory>),
 }
 
@@ -89,7 +89,7 @@ impl fmt::Debug for Backing {
     }
 }
 
-/// /// Accesses memory that the device cannot map: vfio-user's DMA_READ and DMA_WRITE. Addresses are IOVAs.
+/// Accesses memory that the device cannot map: vfio-user's DMA_READ and DMA_WRITE. Addresses are IOVAs.
 pub trait RemoteMemory: Send + Sync {
     /// Reads from the client's memory.
     fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno>;

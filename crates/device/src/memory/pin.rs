@@ -1,4 +1,4 @@
-//! //! Pins: ranges of guest memory by their addresses, for system calls or io_uring; and how an unmap waits for them.
+//! Pins: ranges of guest memory by their addresses, for system calls or io_uring; and how an unmap waits for them.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::SeqCst;
@@ -12,19 +12,19 @@ use limosa_protocol::info::DmaMapFlags;
 
 use super::table::{Memory, Space, Table};
 
-/// /// How long an unmap waits for pins: much less than the 5 s for which QEMU waits for a reply with its big lock
+/// How long an unmap waits for pins: much less than the 5 s for which QEMU waits for a reply with its big lock
 /// held.
 pub const UNMAP_WAIT: Duration = Duration::from_secs(1);
 
-/// /// A pinned range of guest memory. It stays mapped until this is dropped.
+/// A pinned range of guest memory. It stays mapped until this is dropped.
 ///
 /// Dropping a pin for writing marks its whole range dirty, or the part given to [`Pin::written`]. So drop a pin once
 /// its data has arrived, and before the device reports that it has stopped.
 #[derive(Debug)]
 pub struct Pin {
-    // // In this order: an unmap that finds no pin may release the memory.
+    // In this order: an unmap that finds no pin may release the memory.
     parts: Vec<PinnedBytes>,
-    /// /// The pages of this many bytes from here on are dirty when this is dropped.
+    /// The pages of this many bytes from here on are dirty when this is dropped.
     iova: u64,
     written: u64,
     is_for_writing: bool,
@@ -58,7 +58,7 @@ impl Pin {
             let end = mapped.last.min(last);
             let bytes = usize::try_from(end - at + 1).map_err(|_| Errno::EINVAL)?;
             parts.push(file.pin(at - mapped.iova, bytes, read, write)?);
-            // // Under the lock: an unmap that has not marked the mapping yet finds the pin.
+            // Under the lock: an unmap that has not marked the mapping yet finds the pin.
             mapped.pins.fetch_add(1, SeqCst);
             counts.pins.push(Arc::clone(&mapped.pins));
             if end == last {
@@ -70,12 +70,12 @@ impl Pin {
         Ok(Pin { parts, iova, written: bytes, is_for_writing: write, counts })
     }
 
-    /// /// The range's parts, in order: one for each mapping. Their addresses and lengths are those of an `iovec`.
+    /// The range's parts, in order: one for each mapping. Their addresses and lengths are those of an `iovec`.
     pub fn parts(&self) -> &[PinnedBytes] {
         &self.parts
     }
 
-    /// /// Whether all pages have been present since the range was pinned. EFAULT if one was missing, and data may have
+    /// Whether all pages have been present since the range was pinned. EFAULT if one was missing, and data may have
     /// been lost.
     pub fn check(&self) -> Result<(), Errno> {
         self.parts.iter().try_for_each(PinnedBytes::check)
@@ -92,7 +92,7 @@ impl Pin {
         PinnedBytes::write_to(&self.parts, file, offset)
     }
 
-    /// /// States that only the range's first `bytes` bytes were written. Only these go to the dirty log.
+    /// States that only the range's first `bytes` bytes were written. Only these go to the dirty log.
     pub fn written(&mut self, bytes: u64) {
         self.written = self.written.min(bytes);
     }
@@ -100,7 +100,7 @@ impl Pin {
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        // // Before the counts are decremented: an unmap that reports must find the marks.
+        // Before the counts are decremented: an unmap that reports must find the marks.
         if self.is_for_writing && self.written > 0 {
             let bytes = usize::try_from(self.written).unwrap_or(usize::MAX);
             self.counts.space.read_lock().mark(self.iova, bytes);
@@ -129,20 +129,20 @@ impl std::fmt::Debug for Counts {
 
 type Hook = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
-/// /// The steps before an unmap.
+/// The steps before an unmap.
 #[derive(Default)]
 pub(super) struct Leaving {
     /// One unmap at a time.
     turn: Mutex<()>,
     hooks: RwLock<Vec<Hook>>,
-    /// /// An unmap is waiting for pins.
+    /// An unmap is waiting for pins.
     is_waiting: AtomicBool,
     waiting: Mutex<()>,
     released: Condvar,
 }
 
 impl Leaving {
-    /// /// A panic under these locks leaves nothing inconsistent.
+    /// A panic under these locks leaves nothing inconsistent.
     pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -157,7 +157,7 @@ impl Leaving {
         hooks.iter().for_each(|hook| hook(iova, size));
     }
 
-    /// /// Waits until none of these is pinned, or the limit has passed.
+    /// Waits until none of these is pinned, or the limit has passed.
     ///
     /// No wake-up is lost: `is_waiting` is set before the counts are read, and a pin decrements its count before it
     /// reads `is_waiting` (both sequentially consistent). So either the waiter sees the count, or the pin sees the
@@ -185,7 +185,7 @@ impl Leaving {
 }
 
 impl Table {
-    /// /// Prevents new pins of these mappings, and returns the counts of those that are pinned.
+    /// Prevents new pins of these mappings, and returns the counts of those that are pinned.
     pub(super) fn leave(&mut self, range: std::ops::Range<usize>) -> Vec<Arc<AtomicUsize>> {
         let mut pinned = Vec::new();
         for mapped in &mut self.mappings[range] {
@@ -202,7 +202,7 @@ impl Table {
         self.mappings[range].iter().any(|mapped| mapped.pins.load(SeqCst) > 0)
     }
 
-    /// /// Allows pins of the mappings in a range again.
+    /// Allows pins of the mappings in a range again.
     pub(super) fn stay(&mut self, iova: u64, last: u64) {
         let range = self.touching(iova, last);
         self.mappings[range].iter_mut().for_each(|mapped| mapped.is_leaving = false);

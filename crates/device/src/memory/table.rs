@@ -1,4 +1,4 @@
-//! //! The data behind [`Dma`](super::Dma) and [`Mappings`](super::Mappings): the mappings by address, and the log.
+//! The data behind [`Dma`](super::Dma) and [`Mappings`](super::Mappings): the mappings by address, and the log.
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::log::Log;
 use super::pin::Leaving;
 use super::{MAPPINGS_MAX, RemoteMemory};
 
-/// /// The table, its lock, and the data for waiting for pins.
+/// The table, its lock, and the data for waiting for pins.
 #[derive(Default)]
 pub(super) struct Space {
     table: ManyReaders<Table>,
@@ -32,7 +32,7 @@ impl Space {
     }
 }
 
-/// /// The table, locked for reading.
+/// The table, locked for reading.
 pub(super) struct Reading<'a>(ReadGuard<'a, Table>);
 
 impl Deref for Reading<'_> {
@@ -45,7 +45,7 @@ impl Deref for Reading<'_> {
 }
 
 impl Reading<'_> {
-    /// /// The mapping that contains an address and allows this access.
+    /// The mapping that contains an address and allows this access.
     #[inline]
     pub(super) fn find(&self, iova: u64, flags: DmaMapFlags) -> Result<&Mapped, Errno> {
         let mapped = match self.mappings.get(self.0.hints()[0].load(Relaxed)) {
@@ -63,14 +63,14 @@ impl Reading<'_> {
         Ok(mapped)
     }
 
-    /// /// The mapped file that contains a whole range, and the offset in it, if it is in the mapping that this thread
+    /// The mapped file that contains a whole range, and the offset in it, if it is in the mapping that this thread
     /// used last and allows the access. This is the fast path of nearly all accesses.
     #[inline(always)]
     pub(super) fn at_hand(&self, iova: u64, bytes: usize, flags: DmaMapFlags) -> Option<(&FileMapping, u64)> {
         let mapped = self.mappings.get(self.0.hints()[0].load(Relaxed))?;
         let offset = iova.checked_sub(mapped.iova)?;
         let Memory::File(file) = &mapped.memory else { return None };
-        // // A range that leaves the mapping takes the slow path.
+        // A range that leaves the mapping takes the slow path.
         let fits = offset.checked_add(bytes as u64)? <= file.len();
         (fits && mapped.flags.contains(flags)).then_some((file, offset))
     }
@@ -88,19 +88,19 @@ impl Reading<'_> {
 pub(super) struct Table {
     /// By address; none overlaps another.
     pub(super) mappings: Vec<Mapped>,
-    /// /// `Some` while logging is on.
+    /// `Some` while logging is on.
     pub(super) log: Option<Log>,
 }
 
 pub(super) struct Mapped {
     pub(super) iova: u64,
-    /// /// The last address; the end of the address space would need a 65th bit.
+    /// The last address; the end of the address space would need a 65th bit.
     pub(super) last: u64,
     pub(super) flags: DmaMapFlags,
     pub(super) memory: Memory,
-    /// /// Number of pins.
+    /// Number of pins.
     pub(super) pins: Arc<AtomicUsize>,
-    /// /// It is about to be unmapped, and can no longer be pinned.
+    /// It is about to be unmapped, and can no longer be pinned.
     pub(super) is_leaving: bool,
 }
 
@@ -116,7 +116,7 @@ impl Table {
         self.mappings.partition_point(|mapped| mapped.last < iova)
     }
 
-    /// /// The index for a new mapping.
+    /// The index for a new mapping.
     pub(super) fn room_for(&self, iova: u64, last: u64) -> Result<usize, Errno> {
         let at = self.first_ending_at(iova);
         if self.mappings.get(at).is_some_and(|after| after.iova <= last) {
@@ -128,7 +128,7 @@ impl Table {
         Ok(at)
     }
 
-    /// /// The indexes of the mappings in a range. EINVAL if one lies partly in it.
+    /// The indexes of the mappings in a range. EINVAL if one lies partly in it.
     pub(super) fn wholly_in(&self, iova: u64, last: u64) -> Result<Range<usize>, Errno> {
         let range = self.touching(iova, last);
         let found = &self.mappings[range.clone()];
@@ -137,7 +137,7 @@ impl Table {
         if is_cut { Err(Errno::EINVAL) } else { Ok(range) }
     }
 
-    /// /// The indexes of the mappings that overlap a range.
+    /// The indexes of the mappings that overlap a range.
     pub(super) fn touching(&self, iova: u64, last: u64) -> Range<usize> {
         let first = self.first_ending_at(iova);
         first..first + self.mappings[first..].partition_point(|mapped| mapped.iova <= last)
@@ -155,10 +155,10 @@ impl Mapped {
         (self.last - self.iova).saturating_add(1)
     }
 
-    /// /// The number of the `bytes` bytes from an address on that lie in the mapping.
+    /// The number of the `bytes` bytes from an address on that lie in the mapping.
     #[inline]
     pub(super) fn reach(&self, iova: u64, bytes: usize) -> usize {
-        // // Compare sizes minus one, for the mapping of all 2^64 bytes.
+        // Compare sizes minus one, for the mapping of all 2^64 bytes.
         (bytes as u64 - 1).min(self.last - iova) as usize + 1
     }
 }

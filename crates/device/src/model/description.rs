@@ -1,18 +1,18 @@
-//! //! [`Description`]: the device as its client sees it (`vfio.h: VFIO_DEVICE_GET_INFO` and its siblings).
+//! [`Description`]: the device as its client sees it (`vfio.h: VFIO_DEVICE_GET_INFO` and its siblings).
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use limosa_protocol::info::{DeviceFlags, IrqFlags, RegionFlags};
 
-/// /// The device as its client sees it.
+/// The device as its client sees it.
 #[derive(Clone, Debug, Default)]
 pub struct Description {
-    /// /// Usually RESET and PCI.
+    /// Usually RESET and PCI.
     pub flags: Option<DeviceFlags>,
-    /// /// The regions, by index; [`Region::default`] for a missing one.
+    /// The regions, by index; [`Region::default`] for a missing one.
     pub regions: Vec<Region>,
-    /// /// The interrupts, by index; [`Irq::default`] for a missing one.
+    /// The interrupts, by index; [`Irq::default`] for a missing one.
     pub irqs: Vec<Irq>,
 }
 
@@ -23,7 +23,7 @@ pub struct Region {
     pub flags: RegionFlags,
     /// Bytes; 0 for none.
     pub size: u64,
-    /// /// The memory behind the region, if a client may map some of it.
+    /// The memory behind the region, if a client may map some of it.
     pub mapping: Option<RegionMapping>,
     /// Writes that a client may signal through an eventfd instead of a message.
     pub ioeventfds: Vec<IoEventFd>,

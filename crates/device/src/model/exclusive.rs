@@ -10,7 +10,7 @@ use limosa_protocol::{Errno, MigrationFlags};
 use super::{Description, Fault, Migration, Model, Save, SimpleMigration, SimpleModel};
 use crate::Bus;
 
-/// /// A simple model, which gets one call at a time. After a panic, all calls except the reset are refused with EIO.
+/// A simple model, which gets one call at a time. After a panic, all calls except the reset are refused with EIO.
 #[derive(Debug)]
 pub struct Exclusive<M> {
     model: Mutex<M>,
@@ -24,7 +24,7 @@ impl<M: SimpleModel> Exclusive<M> {
         Exclusive { model: Mutex::new(model), has_migration }
     }
 
-    /// /// EIO for a poisoned mutex: a panic has left its model inconsistent.
+    /// EIO for a poisoned mutex: a panic has left its model inconsistent.
     fn lock(&self) -> Result<MutexGuard<'_, M>, Errno> {
         self.model.lock().map_err(|_| Errno::EIO)
     }
@@ -135,7 +135,7 @@ impl<M: SimpleModel> Migration for Exclusive<M> {
     }
 
     fn save_end(&self) {
-        // // The next call to a model that panicked is its reset.
+        // The next call to a model that panicked is its reset.
         let _ = self.migrate(|migration| migration.save_end());
     }
 

@@ -1,4 +1,4 @@
-//! //! The traits that a device author implements: [`Model`], the device, and [`Migration`], its migration. A device
+//! The traits that a device author implements: [`Model`], the device, and [`Migration`], its migration. A device
 //! without concurrent calls implements [`SimpleModel`] instead.
 
 mod description;
@@ -17,56 +17,56 @@ pub use description::{Description, IoEventFd, Irq, Region, RegionMapping};
 pub use exclusive::Exclusive;
 pub use simple::{SimpleMigration, SimpleModel};
 
-/// /// A device with its own queues, threads and completions: its regions, its reset, and its actions on accesses.
+/// A device with its own queues, threads and completions: its regions, its reset, and its actions on accesses.
 ///
 /// The [`Machine`](crate::Machine) calls [`Model::region_read`], [`Model::region_write`] and [`Model::rewired`] from
 /// several threads at once, also during the calls that transfer a session's data. [`Model::reset`] and the arcs of
 /// [`Migration`] run exclusively: no other call is in progress until they return, and none begins.
 pub trait Model: Send + Sync + 'static {
-    /// /// The device's description. Called once, before anything else; must not change.
+    /// The device's description. Called once, before anything else; must not change.
     fn description(&self) -> Description;
 
-    /// /// Gives the device guest memory and interrupts. Called once, after [`Model::description`].
+    /// Gives the device guest memory and interrupts. Called once, after [`Model::description`].
     fn attach(&self, bus: Bus);
 
-    /// /// Reads `data.len()` bytes (at least one) of an existing region. The range lies within the region, and the
+    /// Reads `data.len()` bytes (at least one) of an existing region. The range lies within the region, and the
     /// region can be read.
     fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno>;
 
     /// Writes likewise.
     fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno>;
 
-    /// /// Returns the device to its power-on state, from any state. If this fails, the device is in ERROR.
+    /// Returns the device to its power-on state, from any state. If this fails, the device is in ERROR.
     fn reset(&self) -> Result<(), Errno>;
 
-    /// /// The client wired or unwired vectors of an interrupt index. A device with a PCI function
+    /// The client wired or unwired vectors of an interrupt index. A device with a PCI function
     /// [settles](crate::pci::Function::settle) it here: whether it asserts INTx depends on the wiring of the other
     /// indexes.
     fn rewired(&self, index: u32) {
         let _ = index;
     }
 
-    /// /// The client has gone. Its mappings and its wiring are already removed, or replaced by those of the next
+    /// The client has gone. Its mappings and its wiring are already removed, or replaced by those of the next
     /// client ([`Machine::hand_over`](crate::Machine::hand_over)). Drop anything else that the device kept for the
     /// client. The guest may continue, so the state that it sees stays. The client may still have files of regions
     /// mapped: replace them by new files with the same contents, and return those from [`Model::region_file`]. If the
     /// model has panicked before, or panics in this call, it is told after its next reset.
     fn client_gone(&self) {}
 
-    /// /// The file behind a mappable region, if it is no longer the one in the [`Description`]: with the same size,
+    /// The file behind a mappable region, if it is no longer the one in the [`Description`]: with the same size,
     /// kind and seals, and at the same offset. `None` while it is the original one.
     fn region_file(&self, region: u32) -> Option<Arc<OwnedFd>> {
         let _ = region;
         None
     }
 
-    /// /// Whether the device can continue with region files of another process ([`Model::adopt_region_file`]). Must
+    /// Whether the device can continue with region files of another process ([`Model::adopt_region_file`]). Must
     /// not change.
     fn adopts_region_files(&self) -> bool {
         false
     }
 
-    /// /// The device replaces one in another process, whose client may have this file mapped: use it for the region
+    /// The device replaces one in another process, whose client may have this file mapped: use it for the region
     /// from now on, and return it from [`Model::region_file`]. Its size, kind and seals have been checked. Called for
     /// each mappable region, in STOP, after the state was loaded. Do not change the contents of the file: the other
     /// device may still continue.
@@ -75,13 +75,13 @@ pub trait Model: Send + Sync + 'static {
         Err(Errno::ENOTSUP)
     }
 
-    /// /// Whether the device can continue with the eventfds of regions of another process
+    /// Whether the device can continue with the eventfds of regions of another process
     /// ([`Model::adopt_ioeventfds`]). Must not change.
     fn adopts_ioeventfds(&self) -> bool {
         false
     }
 
-    /// /// The device replaces one in another process, whose client may signal these eventfds: use them for the
+    /// The device replaces one in another process, whose client may signal these eventfds: use them for the
     /// region's [`Region::ioeventfds`] from now on, in the same order. Registers that shared an eventfd still share it.
     /// Called for each region that has eventfds, in STOP, after the state was loaded. Do not read from them before the
     /// device runs: the other device may still continue, and signals that arrive meanwhile stay in them.
@@ -96,7 +96,7 @@ pub trait Model: Send + Sync + 'static {
     }
 }
 
-/// /// The migration of a device. Each method is an arc of the standard's state machine, or transfers data of a
+/// The migration of a device. Each method is an arc of the standard's state machine, or transfers data of a
 /// session; the [`Machine`](crate::Machine) calls them only in an order that the standard allows.
 ///
 /// Arcs run exclusively. [`Migration::save`], [`Migration::load`] and [`Migration::load_into`] are called one at a
@@ -117,7 +117,7 @@ pub trait Migration: Sync {
         Ok(())
     }
 
-    /// /// The reverse arc of [`Migration::quiesce_p2p`].
+    /// The reverse arc of [`Migration::quiesce_p2p`].
     fn resume_p2p(&self) -> Result<(), Fault> {
         Ok(())
     }
@@ -129,14 +129,14 @@ pub trait Migration: Sync {
     /// If requests cannot be completed by `until`, return [`Fault::Refused`] with ETIMEDOUT; the device keeps running.
     fn stop(&self, until: Instant) -> Result<(), Fault>;
 
-    /// /// Back to a running state: from STOP, or after [`Migration::save_final`] refused. A device with
+    /// Back to a running state: from STOP, or after [`Migration::save_final`] refused. A device with
     /// [`MigrationFlags::P2P`] starts no peer-to-peer DMA until [`Migration::resume_p2p`].
     fn start(&self) -> Result<(), Fault>;
 
     /// Opens a saving session: on entering PRE_COPY or PRE_COPY_P2P, or STOP_COPY from STOP.
     fn save_begin(&self) -> Result<(), Fault>;
 
-    /// /// Passes the next bytes of the saving session, at most `bytes_max` (which is at least 1), to `take`, which has
+    /// Passes the next bytes of the saving session, at most `bytes_max` (which is at least 1), to `take`, which has
     /// to be called exactly once unless this fails. `stopped` says that the state is STOP_COPY, in which
     /// [`Save::NothingForNow`] is not allowed; otherwise it is a pre-copy state, in which [`Save::End`] is not.
     ///
@@ -144,18 +144,18 @@ pub trait Migration: Sync {
     /// returns. `take` does not block.
     fn save(&self, bytes_max: usize, stopped: bool, take: &mut dyn FnMut(Save<'_>)) -> Result<(), Errno>;
 
-    /// /// PRE_COPY* to STOP_COPY: the session continues; unread pre-copy data, and changes since, are read from now
+    /// PRE_COPY* to STOP_COPY: the session continues; unread pre-copy data, and changes since, are read from now
     /// on. [`Migration::stop`] was called before. If this refuses, [`Migration::start`] follows and the state stays a
     /// pre-copy state.
     fn save_final(&self) -> Result<(), Fault> {
         Ok(())
     }
 
-    /// /// The saving session ends, whether or not it was read to its end: the device leaves the state, is reset or
+    /// The saving session ends, whether or not it was read to its end: the device leaves the state, is reset or
     /// broken.
     fn save_end(&self);
 
-    /// /// Whether the device can report initial bytes again (`vfio.h: VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`). Must
+    /// Whether the device can report initial bytes again (`vfio.h: VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`). Must
     /// not change.
     fn has_precopy_reinit(&self) -> bool {
         false
@@ -169,7 +169,7 @@ pub trait Migration: Sync {
         PrecopyInfo::default()
     }
 
-    /// /// Estimate of the bytes of stop-copy, in any state.
+    /// Estimate of the bytes of stop-copy, in any state.
     fn data_size(&self) -> u64;
 
     /// STOP to RESUMING.
@@ -179,7 +179,7 @@ pub trait Migration: Sync {
     /// error there are no more bytes, and the session cannot be finished: it needs a reset.
     fn load(&self, chunk: &[u8]) -> Result<(), Errno>;
 
-    /// /// Passes staging memory of up to `bytes_max` bytes to `fill`, which receives the next bytes directly into it
+    /// Passes staging memory of up to `bytes_max` bytes to `fill`, which receives the next bytes directly into it
     /// and returns their number; these count as loaded. Return `None`, without calling `fill`, to get the bytes through
     /// [`Migration::load`]. `fill` does not block, and returns 0 if no data has arrived.
     fn load_into(
@@ -191,7 +191,7 @@ pub trait Migration: Sync {
         None
     }
 
-    /// /// RESUMING to STOP: validates all loaded data, then makes it the device's state. A refusal leaves the device
+    /// RESUMING to STOP: validates all loaded data, then makes it the device's state. A refusal leaves the device
     /// as it was before the session, in RESUMING.
     fn load_finish(&self) -> Result<(), Fault>;
 
@@ -199,14 +199,14 @@ pub trait Migration: Sync {
     fn load_abort(&self);
 }
 
-/// /// The data that [`Migration::save`] passes.
+/// The data that [`Migration::save`] passes.
 #[derive(Debug)]
 pub enum Save<'a> {
     /// The next bytes, not empty.
     Data(&'a [u8]),
     /// Nothing for now.
     NothingForNow,
-    /// /// All data has been read.
+    /// All data has been read.
     End,
 }
 
@@ -216,7 +216,7 @@ pub enum Fault {
     /// The device is as it was before the arc; the machine stays on the arc's first state.
     #[error("refused: {0}")]
     Refused(Errno),
-    /// /// The device can neither take the arc nor go back: it is in ERROR until it is reset.
+    /// The device can neither take the arc nor go back: it is in ERROR until it is reset.
     #[error("broken: {0}")]
     Broken(Errno),
 }

@@ -1,4 +1,4 @@
-//! //! [`SimpleModel`]: a device that gets one call at a time, and [`SimpleMigration`], its migration. [`Exclusive`]
+//! [`SimpleModel`]: a device that gets one call at a time, and [`SimpleMigration`], its migration. [`Exclusive`]
 //! turns it into a [`Model`](super::Model).
 //!
 //! [`Exclusive`]: super::Exclusive
@@ -13,25 +13,25 @@ use limosa_protocol::{Errno, MigrationFlags};
 use super::{Description, Fault, Save};
 use crate::Bus;
 
-/// /// A device: its regions, its reset, and its actions on accesses.
+/// A device: its regions, its reset, and its actions on accesses.
 ///
 /// It gets one call at a time. A model may have its own threads; they access guest memory and interrupts through the
 /// [`Bus`].
 pub trait SimpleModel: Send + 'static {
-    /// /// The device's description. Called once, before anything else; must not change.
+    /// The device's description. Called once, before anything else; must not change.
     fn description(&self) -> Description;
 
-    /// /// Gives the device guest memory and interrupts. Called once, after [`SimpleModel::description`].
+    /// Gives the device guest memory and interrupts. Called once, after [`SimpleModel::description`].
     fn attach(&mut self, bus: Bus);
 
-    /// /// Reads `data.len()` bytes (at least one) of an existing region. The range lies within the region, and the
+    /// Reads `data.len()` bytes (at least one) of an existing region. The range lies within the region, and the
     /// region can be read.
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno>;
 
     /// Writes likewise.
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno>;
 
-    /// /// Returns the device to its power-on state, from any state. If this fails, the device is in ERROR.
+    /// Returns the device to its power-on state, from any state. If this fails, the device is in ERROR.
     fn reset(&mut self) -> Result<(), Errno>;
 
     /// The client wired or unwired vectors of an interrupt index. A device with a PCI function
@@ -78,7 +78,7 @@ pub trait SimpleModel: Send + 'static {
     }
 }
 
-/// /// The migration of a device. Each method is an arc of the standard's state machine, or transfers data of a
+/// The migration of a device. Each method is an arc of the standard's state machine, or transfers data of a
 /// session; the [`Machine`](crate::Machine) calls them only in an order that the standard allows.
 ///
 /// Sessions are paired: a successful [`SimpleMigration::save_begin`] is followed by exactly one
@@ -95,7 +95,7 @@ pub trait SimpleMigration {
         Ok(())
     }
 
-    /// /// The reverse arc of [`SimpleMigration::quiesce_p2p`].
+    /// The reverse arc of [`SimpleMigration::quiesce_p2p`].
     fn resume_p2p(&mut self) -> Result<(), Fault> {
         Ok(())
     }
@@ -104,21 +104,21 @@ pub trait SimpleMigration {
     /// outside, and has no request in progress. A device with [`MigrationFlags::P2P`] was quiesced before.
     fn stop(&mut self) -> Result<(), Fault>;
 
-    /// /// The same for a device that has to wait for requests in flight: if they cannot be completed by `until`,
+    /// The same for a device that has to wait for requests in flight: if they cannot be completed by `until`,
     /// refuse with ETIMEDOUT; the device keeps running.
     fn stop_until(&mut self, until: Instant) -> Result<(), Fault> {
         let _ = until;
         self.stop()
     }
 
-    /// /// Back to a running state: from STOP, or after [`SimpleMigration::save_final`] refused. A device with
+    /// Back to a running state: from STOP, or after [`SimpleMigration::save_final`] refused. A device with
     /// [`MigrationFlags::P2P`] starts no peer-to-peer DMA until [`SimpleMigration::resume_p2p`].
     fn start(&mut self) -> Result<(), Fault>;
 
     /// Opens a saving session: on entering PRE_COPY or PRE_COPY_P2P, or STOP_COPY from STOP.
     fn save_begin(&mut self) -> Result<(), Fault>;
 
-    /// /// The next bytes of the saving session, at most `bytes_max` (which is at least 1). `stopped` says that the
+    /// The next bytes of the saving session, at most `bytes_max` (which is at least 1). `stopped` says that the
     /// state is STOP_COPY, in which [`Save::NothingForNow`] is not allowed; otherwise it is a pre-copy state, in which
     /// [`Save::End`] is not.
     ///
@@ -126,18 +126,18 @@ pub trait SimpleMigration {
     /// returns.
     fn save(&mut self, bytes_max: usize, stopped: bool) -> Result<Save<'_>, Errno>;
 
-    /// /// PRE_COPY* to STOP_COPY: the session continues; unread pre-copy data, and changes since, are read from now
+    /// PRE_COPY* to STOP_COPY: the session continues; unread pre-copy data, and changes since, are read from now
     /// on. [`SimpleMigration::stop`] was called before. If this refuses, [`SimpleMigration::start`] follows and the
     /// state stays a pre-copy state.
     fn save_final(&mut self) -> Result<(), Fault> {
         Ok(())
     }
 
-    /// /// The saving session ends, whether or not it was read to its end: the device leaves the state, is reset or
+    /// The saving session ends, whether or not it was read to its end: the device leaves the state, is reset or
     /// broken.
     fn save_end(&mut self);
 
-    /// /// Whether the device can report initial bytes again (`vfio.h: VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`). Must
+    /// Whether the device can report initial bytes again (`vfio.h: VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`). Must
     /// not change.
     fn has_precopy_reinit(&self) -> bool {
         false
@@ -151,7 +151,7 @@ pub trait SimpleMigration {
         PrecopyInfo::default()
     }
 
-    /// /// Estimate of the bytes of stop-copy, in any state.
+    /// Estimate of the bytes of stop-copy, in any state.
     fn data_size(&self) -> u64;
 
     /// STOP to RESUMING.
@@ -161,7 +161,7 @@ pub trait SimpleMigration {
     /// After an error there are no more bytes, and the session cannot be finished: it needs a reset.
     fn load(&mut self, chunk: &[u8]) -> Result<(), Errno>;
 
-    /// /// Staging memory of up to `bytes_max` bytes to receive the next bytes directly, or `None` to get them through
+    /// Staging memory of up to `bytes_max` bytes to receive the next bytes directly, or `None` to get them through
     /// [`SimpleMigration::load`]. Followed by [`SimpleMigration::load_filled`], unless receiving fails: then the
     /// session cannot be finished, and needs a reset. The slice may be longer than `bytes_max`; an empty slice counts
     /// as `None`.
@@ -176,7 +176,7 @@ pub trait SimpleMigration {
         Err(Errno::EINVAL)
     }
 
-    /// /// RESUMING to STOP: validates all loaded data, then makes it the device's state. A refusal leaves the device
+    /// RESUMING to STOP: validates all loaded data, then makes it the device's state. A refusal leaves the device
     /// as it was before the session, in RESUMING.
     fn load_finish(&mut self) -> Result<(), Fault>;
 

@@ -46,7 +46,7 @@ pub enum Bar {
         /// Reads have no side effects.
         prefetchable: bool,
     },
-    /// /// Memory anywhere, with the next register as the upper half: a power of two from 16 to 2^62.
+    /// Memory anywhere, with the next register as the upper half: a power of two from 16 to 2^62.
     Memory64 {
         /// Bytes.
         bytes: u64,
@@ -64,7 +64,7 @@ impl Bar {
     }
 }
 
-/// /// Collects the parts of a function. The methods panic on invalid parts: mistakes of a model's author, which show
+/// Collects the parts of a function. The methods panic on invalid parts: mistakes of a model's author, which show
 /// the first time that it runs.
 #[derive(Debug)]
 pub struct FunctionBuilder {
@@ -78,7 +78,7 @@ pub struct FunctionBuilder {
     express: Option<usize>,
     msi: Option<MsiLayout>,
     msix: Option<MsixLayout>,
-    /// /// Offset of the pointer to the next capability, and offset of the next capability.
+    /// Offset of the pointer to the next capability, and offset of the next capability.
     link: usize,
     next: usize,
     /// The same for extended ones.
@@ -121,7 +121,7 @@ impl FunctionBuilder {
         builder
     }
 
-    /// /// A BAR, 0 to 5. Panics on an invalid size, and if the register is in use or there is none for the upper half.
+    /// A BAR, 0 to 5. Panics on an invalid size, and if the register is in use or there is none for the upper half.
     pub fn bar(mut self, bar: usize, kind: Bar) -> Self {
         let (bytes, bytes_max, kind_bits, enable) = match kind {
             Bar::Io { bytes } => (bytes, 256, 1, Command::IO),
@@ -161,7 +161,7 @@ impl FunctionBuilder {
         self
     }
 
-    /// /// Power management: D0 and D3hot, which keeps the registers.
+    /// Power management: D0 and D3hot, which keeps the registers.
     pub fn power_management(mut self) -> Self {
         assert!(self.power.is_none(), "power management is there");
         // PMC: version 3. PMCSR: no soft reset; the power state can be written.
@@ -287,7 +287,7 @@ impl FunctionBuilder {
         Function { layout: Arc::new(layout), config, msix, raised }
     }
 
-    /// /// Links in a capability with `body` after its ID and next pointer. Returns its offset.
+    /// Links in a capability with `body` after its ID and next pointer. Returns its offset.
     fn capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let at = self.next;
         let end = (at + 2 + body.len()).next_multiple_of(4);

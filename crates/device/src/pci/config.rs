@@ -1,4 +1,4 @@
-//! //! Configuration space: bytes, and for each bit whether the client or the device may change it
+//! Configuration space: bytes, and for each bit whether the client or the device may change it
 //! (`PCI Local Bus 3.0`, 6.1 and 6.2).
 
 use limosa_protocol::Errno;
@@ -35,7 +35,7 @@ bitflags::bitflags! {
 }
 
 bitflags::bitflags! {
-    /// /// The changes by a write to configuration space.
+    /// The changes by a write to configuration space.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Changes: u32 {
         /// COMMAND.
@@ -44,26 +44,26 @@ bitflags::bitflags! {
         const BARS = 1 << 1;
         /// The power state.
         const POWER = 1 << 2;
-        /// /// MSI message control or mask bits.
+        /// MSI message control or mask bits.
         const MSI = 1 << 3;
-        /// /// The MSI-X message control register.
+        /// The MSI-X message control register.
         const MSIX = 1 << 4;
-        /// /// The client started a function-level reset: the model has to reset itself and this function.
+        /// The client started a function-level reset: the model has to reset itself and this function.
         const FLR = 1 << 5;
         /// Anything else.
         const OTHER = 1 << 6;
     }
 }
 
-/// /// Properties that are fixed when the function is built.
+/// Properties that are fixed when the function is built.
 #[derive(Debug)]
 pub(super) struct Layout {
     pub(super) initial: Box<[u8]>,
-    /// /// Bits that the client can set and clear.
+    /// Bits that the client can set and clear.
     pub(super) writable: Box<[u8]>,
-    /// /// Bits that the client clears by writing one.
+    /// Bits that the client clears by writing one.
     pub(super) clears: Box<[u8]>,
-    /// /// Bits that only the device changes.
+    /// Bits that only the device changes.
     pub(super) volatile: Box<[u8]>,
     pub(super) bars: [Option<Bar>; 6],
     pub(super) has_pin: bool,
@@ -73,7 +73,7 @@ pub(super) struct Layout {
     pub(super) msix: Option<MsixLayout>,
 }
 
-/// /// Offsets of the MSI registers.
+/// Offsets of the MSI registers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct MsiLayout {
     pub(super) at: usize,
@@ -84,7 +84,7 @@ pub(super) struct MsiLayout {
     pub(super) pending: usize,
 }
 
-/// /// The current bytes.
+/// The current bytes.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Config {
     pub(super) now: Box<[u8]>,
@@ -164,7 +164,7 @@ impl Config {
         self.u16_at(msix.at + 2)
     }
 
-    /// /// Whether an MSI vector is not masked; a masked vector becomes pending.
+    /// Whether an MSI vector is not masked; a masked vector becomes pending.
     pub(super) fn msi_hold(&mut self, layout: &Layout, vector: u32) -> bool {
         let Some(MsiLayout { masks, pending, .. }) = layout.msi.filter(|_| vector < 32) else { return true };
         let open = self.u32_at(masks) >> vector & 1 == 0;
@@ -181,7 +181,7 @@ impl Config {
         }
     }
 
-    /// /// Passes the MSI vectors that are pending and not masked, and clears their pending bits.
+    /// Passes the MSI vectors that are pending and not masked, and clears their pending bits.
     pub(super) fn msi_take_pending(&mut self, layout: &Layout, mut fire: impl FnMut(u32)) {
         let Some(MsiLayout { masks, pending, .. }) = layout.msi else { return };
         let masked = self.u32_at(masks);
@@ -192,7 +192,7 @@ impl Config {
 }
 
 impl Layout {
-    /// /// The number of vectors that the device can raise: the largest number among INTx, MSI and MSI-X.
+    /// The number of vectors that the device can raise: the largest number among INTx, MSI and MSI-X.
     pub(super) fn vectors(&self) -> u32 {
         let msi = self.msi.as_ref().map_or(0, |msi| msi.vectors);
         let msix = self.msix.as_ref().map_or(0, |msix| u32::from(msix.vectors));
@@ -219,7 +219,7 @@ impl Layout {
 }
 
 impl std::fmt::Debug for Config {
-    /// /// Prints only the common registers; all bytes would fill pages.
+    /// Prints only the common registers; all bytes would fill pages.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Config").field("bytes", &self.now.len()).field("command", &self.command()).finish()
     }

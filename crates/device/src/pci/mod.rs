@@ -1,4 +1,4 @@
-//! //! A PCI function: configuration space with capabilities, MSI-X table, and interrupts of the kind that the client
+//! A PCI function: configuration space with capabilities, MSI-X table, and interrupts of the kind that the client
 //! uses (`PCI Local Bus 3.0`, chapter 6; `PCI Express Base`, chapter 7; `vfio.h: VFIO_PCI_*_INDEX`).
 //!
 //! A model declares its function once, forwards accesses to the configuration region and to the BAR with the MSI-X
@@ -50,13 +50,13 @@ use config::{Config, Layout};
 use msix::MsixTable;
 pub use state::FunctionState;
 
-/// /// A PCI function of a device. A clone has the same state.
+/// A PCI function of a device. A clone has the same state.
 #[derive(Clone, Debug)]
 pub struct Function {
     layout: Arc<Layout>,
     config: Config,
     msix: Option<MsixTable>,
-    /// /// Bit *n*: the device has raised vector *n* and not lowered it.
+    /// Bit *n*: the device has raised vector *n* and not lowered it.
     raised: Vec<u64>,
 }
 
@@ -90,7 +90,7 @@ impl Function {
     /// interrupt exists because QEMU expects it; only the model triggers it.
     pub fn irqs(&self) -> Vec<Irq> {
         let message = IrqFlags::EVENTFD | IrqFlags::NORESIZE;
-        // // With NORESIZE a VMM has to unwire all vectors to wire another one.
+        // With NORESIZE a VMM has to unwire all vectors to wire another one.
         let resizable = IrqFlags::EVENTFD;
         let mut irqs = vec![Irq::default(); pci_index::NUM_IRQS as usize];
         if self.layout.has_pin {
@@ -112,7 +112,7 @@ impl Function {
         self.config.read(offset, data)
     }
 
-    /// /// Writes configuration space, any bytes of it: read-only bits stay, bits that are cleared by writing one are
+    /// Writes configuration space, any bytes of it: read-only bits stay, bits that are cleared by writing one are
     /// cleared. Returns the changes; interrupts are already updated. EINVAL outside.
     pub fn config_write(&mut self, offset: u64, data: &[u8], irqs: &Interrupts) -> Result<Changes, Errno> {
         let changes = self.config.write(&self.layout, offset, data)?;
@@ -127,7 +127,7 @@ impl Function {
         self.config.command()
     }
 
-    /// /// The address in a BAR's register; 0 for a missing BAR.
+    /// The address in a BAR's register; 0 for a missing BAR.
     pub fn bar_address(&self, bar: usize) -> u64 {
         self.config.bar_address(&self.layout, bar)
     }
@@ -142,14 +142,14 @@ impl Function {
         self.layout.msix.as_ref().is_some_and(|msix| self.config.msix_control(msix) & (1 << 15) != 0)
     }
 
-    /// /// Reads the part of a BAR access that lies in the MSI-X table or its pending bits into `data`; the rest of
+    /// Reads the part of a BAR access that lies in the MSI-X table or its pending bits into `data`; the rest of
     /// `data` stays as the model filled it in. Returns whether that was the whole access.
     pub fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8], irqs: &Interrupts) -> bool {
         let pending = || self.msix_pending(irqs);
         self.msix.as_ref().is_some_and(|msix| msix.read(bar, offset, data, pending))
     }
 
-    /// /// Writes the part of a BAR access that lies in the MSI-X table or its pending bits (which are read-only).
+    /// Writes the part of a BAR access that lies in the MSI-X table or its pending bits (which are read-only).
     /// Returns whether that was the whole access.
     pub fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8], irqs: &Interrupts) -> bool {
         let all = self.msix.as_mut().is_some_and(|msix| msix.write(bar, offset, data));
@@ -157,7 +157,7 @@ impl Function {
         all
     }
 
-    /// /// The device raises an interrupt: sends a message, each time, if the client uses MSI-X or MSI; otherwise
+    /// The device raises an interrupt: sends a message, each time, if the client uses MSI-X or MSI; otherwise
     /// asserts INTx until all raised vectors are [lowered](Function::lower). If MSI has fewer vectors than the device,
     /// the excess vectors share the first. A message that is masked or whose vector is not wired is pending. Does
     /// nothing for an undeclared vector.
@@ -179,7 +179,7 @@ impl Function {
         self.settle_intx(irqs);
     }
 
-    /// /// The cause of the interrupt is gone. Messages that were already sent are not affected.
+    /// The cause of the interrupt is gone. Messages that were already sent are not affected.
     pub fn lower(&mut self, vector: u32, irqs: &Interrupts) {
         if let Some(word) = self.raised.get_mut(vector as usize / 64) {
             *word &= !(1 << (vector % 64));
@@ -192,7 +192,7 @@ impl Function {
         self.raised.get(vector as usize / 64).is_some_and(|word| word >> (vector % 64) & 1 != 0)
     }
 
-    /// /// Returns to the power-on state, with nothing raised.
+    /// Returns to the power-on state, with nothing raised.
     pub fn reset(&mut self, irqs: &Interrupts) {
         self.config = Config::new(&self.layout);
         if let Some(msix) = &mut self.msix {
@@ -204,7 +204,7 @@ impl Function {
         self.settle_intx(irqs);
     }
 
-    /// /// Updates the interrupts to match the function's state: sends messages that are pending and no longer masked,
+    /// Updates the interrupts to match the function's state: sends messages that are pending and no longer masked,
     /// and asserts or deasserts INTx. Call it when a [loaded](Function::loaded) state takes effect, and when the client
     /// has [wired](crate::Model::rewired) or unwired vectors.
     pub fn settle(&mut self, irqs: &Interrupts) {
@@ -236,7 +236,7 @@ impl Function {
         }
     }
 
-    /// /// The MSI-X pending bits: messages that are masked in the table, and edges that were not signalled.
+    /// The MSI-X pending bits: messages that are masked in the table, and edges that were not signalled.
     fn msix_pending(&self, irqs: &Interrupts) -> Vec<u8> {
         let mut pending = self.msix.as_ref().map_or(vec![], |msix| msix.pending.clone());
         for vector in irqs.pending(pci_index::IRQ_MSIX) {
@@ -271,7 +271,7 @@ impl Function {
     }
 }
 
-/// /// The kinds of messages.
+/// The kinds of messages.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Messages {
     Msi,

@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 pub(super) const ENTRY_BYTES: usize = 16;
-/// /// Offset in an entry of the byte with the mask bit.
+/// Offset in an entry of the byte with the mask bit.
 const CONTROL: usize = 12;
 
-/// /// Places of the table and the pending bits.
+/// Places of the table and the pending bits.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct MsixLayout {
-    /// /// Offset of the capability.
+    /// Offset of the capability.
     pub(super) at: usize,
     pub(super) vectors: u16,
     /// BAR and offset.
@@ -27,7 +27,7 @@ impl MsixLayout {
     }
 }
 
-/// /// The current table.
+/// The current table.
 #[derive(Clone, Debug)]
 pub(super) struct MsixTable {
     layout: MsixLayout,
@@ -98,14 +98,14 @@ impl MsixTable {
         covered == data.len()
     }
 
-    /// /// Loads a saved table and pending bits of the right lengths; no vector counts as written yet.
+    /// Loads a saved table and pending bits of the right lengths; no vector counts as written yet.
     pub(super) fn load(&mut self, table: &[u8], pending: &[u8]) {
         self.reset();
         table.iter().enumerate().for_each(|(at, byte)| self.put(at, *byte));
         self.pending.copy_from_slice(pending);
     }
 
-    /// /// Writes the writable bits of a byte of the table.
+    /// Writes the writable bits of a byte of the table.
     fn put(&mut self, at: usize, byte: u8) {
         let mask = match at % ENTRY_BYTES {
             0 => 0xfc,
@@ -116,7 +116,7 @@ impl MsixTable {
         self.table[at] = (self.table[at] & !mask) | (byte & mask);
     }
 
-    /// /// Makes a vector pending if it is masked, or if `all` vectors are; returns whether it is.
+    /// Makes a vector pending if it is masked, or if `all` vectors are; returns whether it is.
     pub(super) fn hold(&mut self, vector: u32, all: bool) -> bool {
         let vector = vector as usize;
         let Some(written) = self.written.get(vector) else { return false };
@@ -127,7 +127,7 @@ impl MsixTable {
         masked
     }
 
-    /// /// Passes the vectors that are pending and not masked by their own bit, and clears their pending bits.
+    /// Passes the vectors that are pending and not masked by their own bit, and clears their pending bits.
     pub(super) fn take_pending(&mut self, mut fire: impl FnMut(u32)) {
         for (at, pending) in self.pending.iter_mut().enumerate().filter(|(_, pending)| **pending != 0) {
             for vector in (at * 8..at * 8 + 8).take_while(|vector| *vector < self.written.len()) {
@@ -141,7 +141,7 @@ impl MsixTable {
     }
 }
 
-/// /// The overlap of an access of `len` bytes at `offset` with `bytes` bytes at `start`: the ranges in these bytes,
+/// The overlap of an access of `len` bytes at `offset` with `bytes` bytes at `start`: the ranges in these bytes,
 /// and in the access.
 fn overlap(
     same_bar: bool,

@@ -1,4 +1,4 @@
-//! //! The part of a saved state that belongs to a function.
+//! The part of a saved state that belongs to a function.
 
 use limosa_protocol::pci_index;
 
@@ -9,7 +9,7 @@ use crate::saved::Refusal;
 /// The state of a [`Function`], for a section of the device's saved state. Field numbers are never reused.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct FunctionState {
-    /// /// All of configuration space. Read-only bits must match those of the function that loads it.
+    /// All of configuration space. Read-only bits must match those of the function that loads it.
     #[prost(bytes = "vec", tag = "1")]
     pub config: Vec<u8>,
     /// The MSI-X table, 16 bytes a vector.
@@ -21,7 +21,7 @@ pub struct FunctionState {
     /// The vectors whose masks in the MSI-X table the client wrote.
     #[prost(uint32, repeated, tag = "4")]
     pub msix_written: Vec<u32>,
-    /// /// The vectors that the device has raised and not lowered.
+    /// The vectors that the device has raised and not lowered.
     #[prost(uint32, repeated, tag = "5")]
     pub raised: Vec<u32>,
 }
@@ -45,7 +45,7 @@ impl Function {
         }
     }
 
-    /// /// This function with a saved state. It has no effect until it replaces the old one and [`Function::settle`] is
+    /// This function with a saved state. It has no effect until it replaces the old one and [`Function::settle`] is
     /// called. `section` is the section with the state, for the refusal: [`Refusal::Unfit`] for the state of a function
     /// with another layout.
     pub fn loaded(&self, section: &str, state: &FunctionState) -> Result<Function, Refusal> {

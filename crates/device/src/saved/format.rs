@@ -1,4 +1,4 @@
-//! //! The fixed parts of a saved state (`docs/saved-state.md`).
+//! The fixed parts of a saved state (`docs/saved-state.md`).
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -57,7 +57,7 @@ pub(super) const fn is_word(bytes: &[u8], bytes_max: usize) -> bool {
     !bytes.is_empty() && bytes.len() <= bytes_max
 }
 
-/// /// A name without its padding zeros, or `None` if it is invalid.
+/// A name without its padding zeros, or `None` if it is invalid.
 pub(super) fn name_of(bytes: &[u8; NAME_BYTES]) -> Option<&str> {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(NAME_BYTES);
     let (name, rest) = bytes.split_at(end);

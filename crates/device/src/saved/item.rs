@@ -1,13 +1,13 @@
-//! //! [`Item`] and [`Ahead`]: the output of a [`Reader`](super::Reader), and the payload that comes next.
+//! [`Item`] and [`Ahead`]: the output of a [`Reader`](super::Reader), and the payload that comes next.
 
 use super::{Refusal, Section};
 
-/// /// The output of a [`Reader`](super::Reader): a small section, complete and verified, or a piece of a bulk section.
+/// The output of a [`Reader`](super::Reader): a small section, complete and verified, or a piece of a bulk section.
 #[derive(Clone, Copy, Debug)]
 pub struct Item<'a> {
     /// Which section.
     pub section: &'a Section,
-    /// /// The version of the section's contents, which the reader supports.
+    /// The version of the section's contents, which the reader supports.
     pub version: u32,
     /// Where the section's payload belongs.
     pub place: u64,
@@ -26,14 +26,14 @@ pub struct Ahead<'a> {
     pub section: &'a Section,
     /// Where its payload belongs.
     pub place: u64,
-    /// /// Bytes of it that have already arrived.
+    /// Bytes of it that have already arrived.
     pub offset: u64,
     /// Bytes of the whole payload.
     pub length: u64,
 }
 
 impl Item<'_> {
-    /// /// Decodes a small section's message. [`Refusal::Malformed`] if that fails.
+    /// Decodes a small section's message. [`Refusal::Malformed`] if that fails.
     pub fn decode<M: prost::Message + Default>(&self) -> Result<M, Refusal> {
         M::decode(self.bytes).map_err(|error| Refusal::malformed(self.section.name, error.to_string()))
     }

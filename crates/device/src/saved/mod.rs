@@ -48,10 +48,10 @@ pub use reader::Reader;
 pub use refusal::Refusal;
 pub use writer::Writer;
 
-/// /// Default limit on the bytes of a small section.
+/// Default limit on the bytes of a small section.
 pub const MESSAGE_BYTES_MAX: u64 = 64 << 10;
 
-/// /// A device's declaration of a kind of section.
+/// A device's declaration of a kind of section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Section {
     name: &'static str,
@@ -87,33 +87,33 @@ impl Section {
         }
     }
 
-    /// /// Raw memory that may occur any number of times, in sections of at most `bytes_max` bytes. A reader passes it
+    /// Raw memory that may occur any number of times, in sections of at most `bytes_max` bytes. A reader passes it
     /// on in pieces as it arrives. Panics as [`Section::message`] does.
     pub const fn bulk(name: &'static str, version: u32, bytes_max: u64) -> Section {
         Section { bytes_max, bulk: true, once: false, ..Section::message(name, version) }
     }
 
-    /// /// The section may occur any number of times, or not at all.
+    /// The section may occur any number of times, or not at all.
     pub const fn repeated(self) -> Section {
         Section { once: false, ..self }
     }
 
-    /// /// A reader that does not know the section or its version ignores it; the section may be missing.
+    /// A reader that does not know the section or its version ignores it; the section may be missing.
     pub const fn optional(self) -> Section {
         Section { optional: true, once: false, ..self }
     }
 
-    /// /// The oldest version that can still be read.
+    /// The oldest version that can still be read.
     pub const fn reads_from(self, version_oldest: u32) -> Section {
         Section { version_oldest, ..self }
     }
 
-    /// /// Limits the payload to this many bytes.
+    /// Limits the payload to this many bytes.
     pub const fn bytes_max(self, bytes_max: u64) -> Section {
         Section { bytes_max, ..self }
     }
 
-    /// /// The limit on the bytes of its payload.
+    /// The limit on the bytes of its payload.
     pub const fn bytes_max_of(&self) -> u64 {
         self.bytes_max
     }

@@ -1,11 +1,11 @@
-//! //! The outline of a saved state, for people: its device kind and its sections, without the device.
+//! The outline of a saved state, for people: its device kind and its sections, without the device.
 
 use super::{Reader, Refusal};
 
-/// /// Limit on the kinds of sections that are counted.
+/// Limit on the kinds of sections that are counted.
 const SECTIONS_MAX: usize = 256;
 
-/// /// Reads a saved state of any device, checks that it is complete and unaltered, and lists its sections. Uses little
+/// Reads a saved state of any device, checks that it is complete and unaltered, and lists its sections. Uses little
 /// memory, whatever the state.
 #[derive(Debug)]
 pub struct Outline {
@@ -21,9 +21,9 @@ pub struct OutlineSection {
     pub version: u32,
     /// Whether they may be ignored.
     pub optional: bool,
-    /// /// Number of sections.
+    /// Number of sections.
     pub count: u64,
-    /// /// Total bytes of payload.
+    /// Total bytes of payload.
     pub bytes: u64,
 }
 
@@ -34,13 +34,13 @@ impl Default for Outline {
 }
 
 impl Outline {
-    /// /// Reads the next bytes. Refuses what every device would refuse: bytes that are not a saved state, an unknown
+    /// Reads the next bytes. Refuses what every device would refuse: bytes that are not a saved state, an unknown
     /// format, altered bytes.
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
         self.reader.push(bytes, |_| Ok(()))
     }
 
-    /// /// The kind of device, once its name has arrived; empty before.
+    /// The kind of device, once its name has arrived; empty before.
     pub fn kind(&self) -> &str {
         self.reader.kind()
     }
@@ -50,13 +50,13 @@ impl Outline {
         self.reader.outline().unwrap_or(&[])
     }
 
-    /// /// Ends the input: the state must have ended.
+    /// Ends the input: the state must have ended.
     pub fn finish(&self) -> Result<(), Refusal> {
         self.reader.finish()
     }
 }
 
-/// /// Counts a section.
+/// Counts a section.
 pub(super) fn note(sections: &mut Vec<OutlineSection>, name: &str, version: u32, optional: bool, bytes: u64) {
     let same = |section: &&mut OutlineSection| {
         section.name == name && section.version == version && section.optional == optional

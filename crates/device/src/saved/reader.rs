@@ -1,4 +1,4 @@
-//! //! [`Reader`]: reads a saved state in pieces of any size.
+//! [`Reader`]: reads a saved state in pieces of any size.
 
 use std::mem::{size_of, take};
 
@@ -19,16 +19,16 @@ pub struct Reader {
     kind: String,
     known: Vec<Known>,
     bytes_max: u64,
-    /// /// The part that is being collected, as far as it has arrived.
+    /// The part that is being collected, as far as it has arrived.
     part: Vec<u8>,
     at: At,
     /// The running checksum.
     sum: u32,
     sections: u32,
-    /// /// Bytes read.
+    /// Bytes read.
     bytes: u64,
     refusal: Option<Refusal>,
-    /// /// For a reader of any state: its sections so far.
+    /// For a reader of any state: its sections so far.
     outline: Option<Vec<OutlineSection>>,
 }
 
@@ -46,9 +46,9 @@ enum At {
         bytes: usize,
     },
     Head,
-    /// /// The payload of a section that is passed on as a whole, and its checksum.
+    /// The payload of a section that is passed on as a whole, and its checksum.
     Whole(Open),
-    /// /// Payload that is passed on, or ignored, in pieces.
+    /// Payload that is passed on, or ignored, in pieces.
     Pieces(Open, u64),
     /// The checksum after that.
     PiecesSum(Open),
@@ -59,10 +59,10 @@ enum At {
     Done,
 }
 
-/// /// The section whose payload comes next.
+/// The section whose payload comes next.
 #[derive(Clone, Copy, Debug)]
 struct Open {
-    /// /// Index among the known sections; `None` for an ignored one.
+    /// Index among the known sections; `None` for an ignored one.
     known: Option<usize>,
     name: [u8; NAME_BYTES],
     version: u32,
@@ -92,17 +92,17 @@ impl Reader {
         Reader { outline: Some(Vec::new()), ..Reader::new("", &[], u64::MAX) }
     }
 
-    /// /// The sections so far, for a reader of any state.
+    /// The sections so far, for a reader of any state.
     pub(super) fn outline(&self) -> Option<&[OutlineSection]> {
         self.outline.as_deref()
     }
 
-    /// /// The kind of device.
+    /// The kind of device.
     pub(super) fn kind(&self) -> &str {
         &self.kind
     }
 
-    /// /// Reads the next bytes, and passes completed items to `take`. A refusal by the reader or by `take` is final.
+    /// Reads the next bytes, and passes completed items to `take`. A refusal by the reader or by `take` is final.
     pub fn push(
         &mut self,
         bytes: &[u8],
@@ -114,7 +114,7 @@ impl Reader {
         self.run(bytes, &mut take).inspect_err(|refusal| self.refusal = Some(refusal.clone()))
     }
 
-    /// /// The bulk payload that comes next, if it does. The caller may receive it directly into its place and push it
+    /// The bulk payload that comes next, if it does. The caller may receive it directly into its place and push it
     /// from there; the resulting items then need no copy.
     pub fn ahead(&self) -> Option<Ahead<'_>> {
         match self.at {
@@ -125,7 +125,7 @@ impl Reader {
         }
     }
 
-    /// /// Ends the input: the state must have ended.
+    /// Ends the input: the state must have ended.
     pub fn finish(&self) -> Result<(), Refusal> {
         match (&self.refusal, self.at) {
             (Some(refusal), _) => Err(refusal.clone()),
@@ -134,7 +134,7 @@ impl Reader {
         }
     }
 
-    /// /// Bytes of memory used for the part that is being collected.
+    /// Bytes of memory used for the part that is being collected.
     #[cfg(test)]
     pub(super) fn held(&self) -> usize {
         self.part.capacity()
@@ -183,7 +183,7 @@ impl Reader {
             At::Header => size_of::<Header>(),
             At::Kind { bytes } => bytes + CHECKSUM_BYTES,
             At::Head => size_of::<Head>() + CHECKSUM_BYTES,
-            // // Bounded by the section's declaration.
+            // Bounded by the section's declaration.
             At::Whole(open) => open.length as usize + CHECKSUM_BYTES,
             At::End { .. } => size_of::<End>() + CHECKSUM_BYTES,
             At::PiecesSum(_) => CHECKSUM_BYTES,
@@ -312,7 +312,7 @@ impl Reader {
         Ok(())
     }
 
-    /// /// The index of the known section; `None` if it is ignored.
+    /// The index of the known section; `None` if it is ignored.
     fn admit(
         &mut self,
         name: &str,
@@ -376,7 +376,7 @@ impl Reader {
         hand_out(Item { section, version, place, offset, length, bytes })
     }
 
-    /// /// The bytes before the checksum at the end of a part, if it is correct.
+    /// The bytes before the checksum at the end of a part, if it is correct.
     fn summed<'a>(&mut self, part: &'a [u8]) -> Result<&'a [u8], Refusal> {
         let altered = || Refusal::Altered { place: self.place() };
         let (summed, sum) = part.split_last_chunk::<CHECKSUM_BYTES>().ok_or_else(altered)?;

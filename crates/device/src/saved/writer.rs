@@ -1,4 +1,4 @@
-//! //! [`Writer`]: writes a saved state.
+//! [`Writer`]: writes a saved state.
 
 use crc32c::{crc32c, crc32c_append};
 use zerocopy::IntoBytes;
@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 use super::Section;
 use super::format::*;
 
-/// /// Produces the bytes of a saved state.
+/// Produces the bytes of a saved state.
 ///
 /// For a small device: add sections, then call [`Writer::finish`]. For a stream: [take](Writer::take) the bytes
 /// produced so far in pieces while more sections are added. Bulk payload need not pass through the writer:
@@ -14,7 +14,7 @@ use super::format::*;
 /// its place.
 #[derive(Debug)]
 pub struct Writer {
-    /// /// Bytes produced and not compacted yet; the first `taken` of them were taken.
+    /// Bytes produced and not compacted yet; the first `taken` of them were taken.
     made: Vec<u8>,
     taken: usize,
     /// The running checksum.
@@ -22,7 +22,7 @@ pub struct Writer {
     sections: u32,
     /// Bytes of the state so far.
     bytes: u64,
-    /// /// Bytes of the open section's payload that have not been passed to [`Writer::lend`].
+    /// Bytes of the open section's payload that have not been passed to [`Writer::lend`].
     to_lend: u64,
     open: bool,
     ended: bool,
@@ -77,7 +77,7 @@ impl Writer {
         self.section(section, 0, &message.encode_to_vec());
     }
 
-    /// /// Begins a section whose `length` bytes of payload are then passed to [`Writer::lend`]. Panics as
+    /// Begins a section whose `length` bytes of payload are then passed to [`Writer::lend`]. Panics as
     /// [`Writer::section`] does.
     pub fn begin(&mut self, section: &Section, place: u64, length: u64) {
         assert!(length <= section.bytes_max, "section {:?} of {length} bytes", section.name);
@@ -90,7 +90,7 @@ impl Writer {
         }
     }
 
-    /// /// Adds a piece of the open section's payload to the checksum. The caller sends the piece itself, after
+    /// Adds a piece of the open section's payload to the checksum. The caller sends the piece itself, after
     /// everything that was produced before it. After the last piece, the bytes that follow the payload are produced.
     ///
     /// # Panics
@@ -106,7 +106,7 @@ impl Writer {
         }
     }
 
-    /// /// Bytes of the open section's payload that have not been passed to [`Writer::lend`]; 0 if none is open.
+    /// Bytes of the open section's payload that have not been passed to [`Writer::lend`]; 0 if none is open.
     pub fn to_lend(&self) -> u64 {
         self.to_lend
     }
@@ -120,24 +120,24 @@ impl Writer {
         self.ended = true;
     }
 
-    /// /// Whether the state has ended. Bytes may still have to be taken.
+    /// Whether the state has ended. Bytes may still have to be taken.
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// /// The bytes that were produced and not taken yet.
+    /// The bytes that were produced and not taken yet.
     pub fn untaken(&self) -> &[u8] {
         &self.made[self.taken..]
     }
 
-    /// /// Takes at most `bytes_max` of the produced bytes.
+    /// Takes at most `bytes_max` of the produced bytes.
     pub fn take(&mut self, bytes_max: usize) -> &[u8] {
         let from = self.taken;
         self.taken += bytes_max.min(self.made.len() - from);
         &self.made[from..self.taken]
     }
 
-    /// /// Ends the state, if it has not ended, and returns all bytes that were not taken. Panics as
+    /// Ends the state, if it has not ended, and returns all bytes that were not taken. Panics as
     /// [`Writer::section`] does.
     pub fn finish(mut self) -> Vec<u8> {
         if !self.ended {

@@ -28,7 +28,7 @@ pub struct Bench {
     #[arg(value_name = "DEVICE", value_parser = device, required = true)]
     pub device: Option<String>,
 
-    /// /// A second device of the same kind, for complete moves to it and back. It loses its state.
+    /// A second device of the same kind, for complete moves to it and back. It loses its state.
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub peer: Option<String>,
 
@@ -36,7 +36,7 @@ pub struct Bench {
     #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
     pub seconds: Duration,
 
-    /// /// Measure a device that a guest is using. The guest waits while the device is stopped, for up to a second each
+    /// Measure a device that a guest is using. The guest waits while the device is stopped, for up to a second each
     /// time.
     #[arg(long, conflicts_with = "peer")]
     pub in_use: bool,
@@ -55,12 +55,12 @@ pub struct Bench {
 
 #[derive(Debug, Subcommand)]
 pub enum BenchAction {
-    /// /// Compare two runs, and list the differences that are beyond the spread of both.
+    /// Compare two runs, and list the differences that are beyond the spread of both.
     Compare {
-        /// /// The first run: the output of `limosa --json bench DEVICE`, or its --report FILE.json.
+        /// The first run: the output of `limosa --json bench DEVICE`, or its --report FILE.json.
         #[arg(value_name = "FILE")]
         first: PathBuf,
-        /// /// The second run.
+        /// The second run.
         #[arg(value_name = "FILE")]
         second: PathBuf,
     },

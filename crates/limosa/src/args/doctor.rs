@@ -19,23 +19,23 @@ Other codes are those of the command, if it failed.";
 #[derive(Debug, Args)]
 #[command(after_help = NOTES)]
 pub struct Doctor {
-    /// /// The device; without one, only the machine is examined.
+    /// The device; without one, only the machine is examined.
     #[arg(value_name = "DEVICE", value_parser = device)]
     pub device: Option<String>,
 
-    /// /// The destination: a second device, with which the first is compared.
+    /// The destination: a second device, with which the first is compared.
     #[arg(value_name = "DEVICE", value_parser = device)]
     pub destination: Option<String>,
 
-    /// /// Measure the arcs of a stop: stops DEVICE for at most 3 s, and sets it running again.
+    /// Measure the arcs of a stop: stops DEVICE for at most 3 s, and sets it running again.
     #[arg(long, requires = "device")]
     pub measure: bool,
 
-    /// /// Also measure a device that a guest is using: the guest waits while the device is stopped.
+    /// Also measure a device that a guest is using: the guest waits while the device is stopped.
     #[arg(long, requires = "measure")]
     pub in_use: bool,
 
-    /// /// Estimate the downtime for a link of this rate, in bytes per second (1250M) or bits (10Gbit); may be
+    /// Estimate the downtime for a link of this rate, in bytes per second (1250M) or bits (10Gbit); may be
     /// repeated. By default 1, 10, 25 and 100 Gbit.
     #[arg(long, value_name = "RATE", requires = "device", value_parser = rate)]
     pub bandwidth: Vec<Rate>,
@@ -45,12 +45,12 @@ pub struct Doctor {
     #[arg(long, value_name = "FOLDER", requires = "device")]
     pub moves: Option<PathBuf>,
 
-    /// /// Examine the machine whose /proc, /sys, /dev, /boot and /lib are in this folder, for example the host of a
+    /// Examine the machine whose /proc, /sys, /dev, /boot and /lib are in this folder, for example the host of a
     /// container.
     #[arg(long, value_name = "FOLDER", default_value = "/", conflicts_with = "device")]
     pub root: PathBuf,
 
-    /// /// Print the list of findings as Markdown, and examine nothing.
+    /// Print the list of findings as Markdown, and examine nothing.
     #[arg(long, conflicts_with_all = ["device", "root"])]
     pub findings: bool,
 }

@@ -8,7 +8,7 @@ use limosa_migrate::{AfterLoad, PAGE_BYTES};
 
 use super::values::bytes;
 
-/// /// The values of `--memory`: a part of the help of every command that has it.
+/// The values of `--memory`: a part of the help of every command that has it.
 pub const MEMORY: &str = "\
 Guest memory is named by FILE@GPA[,size=BYTES][,offset=BYTES][,create][,owner=USER]
   FILE    the file that backs the guest's memory through a shared mapping: in
@@ -29,7 +29,7 @@ pub struct Memory {
     pub size: Option<u64>,
     pub offset: u64,
     pub create: bool,
-    /// /// The user who has to own the file, if it is not the user who runs this.
+    /// The user who has to own the file, if it is not the user who runs this.
     pub owner: Option<User>,
 }
 
@@ -83,32 +83,32 @@ pub(super) fn number(text: &str) -> Result<u64, String> {
     }
 }
 
-/// /// How the guest on the source is stopped, so that nothing writes its memory while the rest is moved.
+/// How the guest on the source is stopped, so that nothing writes its memory while the rest is moved.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct Stopping {
-    /// /// Stop this process, which runs the guest, with SIGSTOP before the devices, and continue it if the move is
+    /// Stop this process, which runs the guest, with SIGSTOP before the devices, and continue it if the move is
     /// undone; may be repeated. After the move it stays stopped. Writes that it has requested from the kernel
     /// (asynchronous reads, vhost) do not stop with it.
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pub stop_with: Vec<i32>,
 
-    /// /// Run this shell command to stop the guest before the devices: when it ends, nothing may write to the guest's
+    /// Run this shell command to stop the guest before the devices: when it ends, nothing may write to the guest's
     /// memory. If it fails, the move is undone.
     #[arg(long, value_name = "COMMAND")]
     pub on_stop: Option<String>,
 
-    /// /// Run this shell command to resume the guest if the move is undone after --on-stop.
+    /// Run this shell command to resume the guest if the move is undone after --on-stop.
     #[arg(long, value_name = "COMMAND", requires = "on_stop")]
     pub on_resume: Option<String>,
 
-    /// /// Move devices in STOP as they are: they stay in STOP at the destination, and their guest is not started
+    /// Move devices in STOP as they are: they stay in STOP at the destination, and their guest is not started
     /// there. Without this option a device in STOP is refused, since an earlier move leaves its source in STOP while
     /// the guest runs elsewhere. Running devices move as usual.
     #[arg(long, conflicts_with = "on_stop")]
     pub stopped: bool,
 
-    /// /// The guest is already stopped and stays stopped during the move, or there is none: only the devices write to
+    /// The guest is already stopped and stays stopped during the move, or there is none: only the devices write to
     /// its memory.
     #[arg(long, conflicts_with_all = ["stop_with", "on_stop"])]
     pub guest_stopped: bool,
@@ -125,11 +125,11 @@ impl Stopping {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct Starting {
-    /// /// Run this shell command to start the guest once the devices run here; not if they stay in STOP.
+    /// Run this shell command to start the guest once the devices run here; not if they stay in STOP.
     #[arg(long, value_name = "COMMAND")]
     pub on_start: Option<String>,
 
-    /// /// Also run devices that were in STOP when they were moved or saved; without it they stay in STOP.
+    /// Also run devices that were in STOP when they were moved or saved; without it they stay in STOP.
     #[arg(long)]
     pub run: bool,
 }
@@ -145,7 +145,7 @@ impl Starting {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct SourceMemory {
-    /// /// Also move this part of the guest's memory; may be repeated. Needs --stop-with, --on-stop or --guest-stopped.
+    /// Also move this part of the guest's memory; may be repeated. Needs --stop-with, --on-stop or --guest-stopped.
     #[arg(long, value_name = "FILE@GPA", value_parser = memory)]
     pub memory: Vec<Memory>,
 }
@@ -154,7 +154,7 @@ pub struct SourceMemory {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct DestinationMemory {
-    /// /// Write this part of the guest's memory; may be repeated, with the same addresses as on the source. The file
+    /// Write this part of the guest's memory; may be repeated, with the same addresses as on the source. The file
     /// has to exist and be long enough, unless `create` is given.
     #[arg(long, value_name = "FILE@GPA", value_parser = memory)]
     pub memory: Vec<Memory>,
@@ -164,7 +164,7 @@ pub struct DestinationMemory {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct MemoryPairs {
-    /// /// Also move this part of the guest's memory, from the first file to the second; may be repeated. Both have the
+    /// Also move this part of the guest's memory, from the first file to the second; may be repeated. Both have the
     /// same address. Needs --stop-with, --on-stop or --guest-stopped. If the guest's memory stays where it is, --memory
     /// is not needed.
     #[arg(long, num_args = 2, value_names = ["FILE@GPA", "FILE@GPA"], value_parser = memory)]

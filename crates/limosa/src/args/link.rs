@@ -11,7 +11,7 @@ use super::values::seconds;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Link")]
 pub struct Link {
-    /// /// Seconds of silence after which the link counts as lost. A source in doubt keeps asking for the same time,
+    /// Seconds of silence after which the link counts as lost. A source in doubt keeps asking for the same time,
     /// and a destination stays available for questions for twice that time.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub silence: Duration,
@@ -27,11 +27,11 @@ pub struct Link {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "TLS")]
 pub struct Tls {
-    /// /// The authorities that may have issued the other side's certificate, PEM.
+    /// The authorities that may have issued the other side's certificate, PEM.
     #[arg(long, value_name = "FILE", requires_all = ["tls_cert", "tls_key"])]
     pub tls_ca: Option<PathBuf>,
 
-    /// /// This side's certificate, followed by intermediate certificates, PEM.
+    /// This side's certificate, followed by intermediate certificates, PEM.
     #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
     pub tls_cert: Option<PathBuf>,
 
@@ -44,7 +44,7 @@ pub struct Tls {
     #[arg(long, value_name = "NAME", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
     pub tls_name: Option<String>,
 
-    /// /// Accept unauthenticated peers: allows TCP to another host without TLS, where anyone on the path can read and
+    /// Accept unauthenticated peers: allows TCP to another host without TLS, where anyone on the path can read and
     /// alter guest memory and device state, and take over the devices; and peers without proofs: those of older
     /// versions, and the other end of a move without a recorded secret.
     #[arg(long)]
@@ -55,7 +55,7 @@ pub struct Tls {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "TLS")]
 pub struct Names {
-    /// /// Accept every certificate of the authorities, whatever its name. Any holder of such a certificate can send,
+    /// Accept every certificate of the authorities, whatever its name. Any holder of such a certificate can send,
     /// or ask.
     #[arg(long, requires_all = ["tls_ca", "tls_cert", "tls_key"], conflicts_with = "tls_name")]
     pub tls_any_name: bool,

@@ -40,13 +40,13 @@ pub use values::mode;
 use values::seconds;
 pub use values::{Rate, bytes};
 
-/// /// Naming of object stores: a part of the help of every command that takes one.
+/// Naming of object stores: a part of the help of every command that takes one.
 pub const STORES: &str = "\
 s3://BUCKET/KEY is an object in an S3-compatible store. AWS_ENDPOINT_URL is the store's address (by default Amazon's), \
 AWS_REGION its region (us-east-1), and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (with AWS_SESSION_TOKEN) are the credentials; \
 an http:// address needs AWS_ALLOW_HTTP=true.";
 
-/// /// Naming of devices: a part of the help of every command that takes one.
+/// Naming of devices: a part of the help of every command that takes one.
 const DEVICES: &str = "\
 Devices are named by
   PATH                     a vfio-user socket
@@ -60,24 +60,26 @@ When the last process that has a PCI device open closes it, the kernel resets it
 state. So the state that a command leaves in a device is kept for the next command only if a process keeps it open: --hold.";
 
 /// Live migration of VFIO devices.
-/// Moves, saves, loads, checks and serves kernel VFIO devices and vfio-user devices with the VFIO device migration protocol v2.
+///
+/// Moves, saves, loads, checks and serves kernel VFIO devices and vfio-user devices with the VFIO device migration
+/// protocol v2.
 #[derive(Debug, Parser)]
 #[command(name = "limosa", version, max_term_width = 110)]
 pub struct Cli {
-    /// /// Print one JSON document instead of text; `answer` and `trace` print one document a line for each answer or
+    /// Print one JSON document instead of text; `answer` and `trace` print one document a line for each answer or
     /// request.
     #[arg(long, global = true, help_heading = "Global")]
     pub json: bool,
 
-    /// /// Log more: once for actions, twice for every message.
+    /// Log more: once for actions, twice for every message.
     #[arg(short, long, global = true, help_heading = "Global", action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// /// Write each log line as a JSON document, for a log collector. RUST_LOG selects the lines.
+    /// Write each log line as a JSON document, for a log collector. RUST_LOG selects the lines.
     #[arg(long, global = true, help_heading = "Global")]
     pub log_json: bool,
 
-    /// /// Seconds to wait for the answer to a vfio-user request, except for changes of the migration state and resets,
+    /// Seconds to wait for the answer to a vfio-user request, except for changes of the migration state and resets,
     /// which have --state-timeout. Requests to the kernel have no limit. A move makes many requests, and repeats some
     /// of them if it is undone.
     #[arg(
@@ -90,7 +92,7 @@ pub struct Cli {
     )]
     pub timeout: Duration,
 
-    /// /// Seconds to wait for a vfio-user device to change its migration state, or to reset itself.
+    /// Seconds to wait for a vfio-user device to change its migration state, or to reset itself.
     #[arg(
         long,
         global = true,
@@ -101,11 +103,11 @@ pub struct Cli {
     )]
     pub state_timeout: Duration,
 
-    /// /// The kernel interface through which to open devices.
+    /// The kernel interface through which to open devices.
     #[arg(long, global = true, help_heading = "Global", value_name = "DOOR")]
     pub door: Option<Door>,
 
-    /// /// Trust servers behind UNIX sockets that run as this user, a name or a number; may be repeated. Servers of
+    /// Trust servers behind UNIX sockets that run as this user, a name or a number; may be repeated. Servers of
     /// root and of the user who runs limosa are always trusted.
     #[arg(long = "server-uid", global = true, help_heading = "Global", value_name = "UID|NAME")]
     pub server_users: Vec<User>,
@@ -114,7 +116,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// /// The kernel's two interfaces to a device.
+/// The kernel's two interfaces to a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Door {
     /// The device's own node, with iommufd.
@@ -123,13 +125,13 @@ pub enum Door {
     Group,
 }
 
-/// /// The whole command line. Every command's help documents the exit codes, and the naming of devices if it takes
+/// The whole command line. Every command's help documents the exit codes, and the naming of devices if it takes
 /// some.
 pub fn command() -> clap::Command {
     with_notes(Cli::command())
 }
 
-/// /// The parsed command line of this process.
+/// The parsed command line of this process.
 pub fn parse() -> Result<Cli, clap::Error> {
     let cli = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches))?;
     let checked = match &cli.command {
@@ -156,7 +158,7 @@ fn with_notes(command: clap::Command) -> clap::Command {
     command.after_help(notes.join("\n\n")).mut_args(with_hint).mut_subcommands(with_notes)
 }
 
-/// /// For shell completions: the kind of value of a text argument.
+/// For shell completions: the kind of value of a text argument.
 fn with_hint(argument: clap::Arg) -> clap::Arg {
     let names = argument.get_value_names().unwrap_or_default();
     let is_one_of = |of: &[&str]| names.iter().any(|name| of.contains(&name.as_str()));
@@ -178,53 +180,63 @@ fn is_device(argument: &clap::Arg) -> bool {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// /// Migrate two live devices between processes, verify every byte, print a timeline.
+    /// Migrate two live devices between processes, verify every byte, print a timeline.
     Demo(Demo),
-    /// /// Serve a built-in device on a vfio-user socket.
+    /// Serve a built-in device on a vfio-user socket.
     Serve(Serve),
-    /// /// Replace the process of a server under its clients: start a new one, and report the result.
-    /// The new server takes over connections, guest memory, interrupts and the device's state, transparently for clients and the guest. If anything fails before it serves, the old server keeps serving.
+    /// Replace the process of a server under its clients: start a new one, and report the result.
+    ///
+    /// The new server takes over connections, guest memory, interrupts and the device's state, transparently for
+    /// clients and the guest. If anything fails before it serves, the old server keeps serving.
     SwitchOver(SwitchOver),
-    /// /// Describe a device and whether it can migrate; without a device, list the kernel's VFIO devices.
+    /// Describe a device and whether it can migrate; without a device, list the kernel's VFIO devices.
+    ///
     /// For the list, each device that no process has open is opened for a moment.
     Probe(Probe),
-    /// /// Describe this machine and a device, the obstacles to a move, and their remedies.
+    /// Describe this machine and a device, the obstacles to a move, and their remedies.
+    ///
     /// With two devices, also say whether the state of the first can move to the second.
     Doctor(Doctor),
     /// Read or drive a device's migration state.
     State(StateArgs),
     /// Read or write bytes of a device's regions: registers, configuration space.
+    ///
     /// A read or a write can have side effects in the device. While a VMM uses the device, its server refuses both.
     Region(Region),
-    /// /// Stop devices, save their state to a file or an object store, and set them running again.
+    /// Stop devices, save their state to a file or an object store, and set them running again.
     Save(Save),
     /// Load a saved state into devices.
     Load(Load),
-    /// /// Print the contents of a saved stream, and whether it is complete.
+    /// Print the contents of a saved stream, and whether it is complete.
     Inspect(Inspect),
-    /// /// Check that a saved stream is complete and unaltered: exit code 0, or 6 with the place and the cause.
+    /// Check that a saved stream is complete and unaltered: exit code 0, or 6 with the place and the cause.
+    ///
     /// Reads all of it once, and stops at the first error.
     Verify(Verify),
-    /// /// Move the state of devices to other devices on this machine.
+    /// Move the state of devices to other devices on this machine.
     Migrate(Migrate),
     /// Move devices to a receiver.
     Send(Send),
-    /// /// Receive devices from a sender.
+    /// Receive devices from a sender.
     Receive(Receive),
-    /// /// Ask for the outcome of a move in doubt, and act on it; resume a guest that a killed limosa has left stopped.
+    /// Ask for the outcome of a move in doubt, and act on it; resume a guest that a killed limosa has left stopped.
     /// Without a device, list both.
     Resolve(Resolve),
     /// Answer sources in doubt for a receiver that has ended.
     Answer(Answer),
-    /// /// Check whether a driver or a server conforms to the standard: named checks, each with its clause.
-    /// Stops the device many times; with --destructive also resets it and loads valid and invalid states into it. At the end the device runs, with its original state. Exit code 0: no check failed.
+    /// Check whether a driver or a server conforms to the standard: named checks, each with its clause.
+    ///
+    /// Stops the device many times; with --destructive also resets it and loads valid and invalid states into it. At
+    /// the end the device runs, with its original state. Exit code 0: no check failed.
     Check(Check),
-    /// /// Show the requests of a VMM to its devices live, each with its answer.
-    /// Shows requests to kernel VFIO devices, iommufd and migration data fds, and vfio-user messages: of a process and its children, by ptrace, or between a client and a server.
+    /// Show the requests of a VMM to its devices live, each with its answer.
+    ///
+    /// Shows requests to kernel VFIO devices, iommufd and migration data fds, and vfio-user messages: of a process and
+    /// its children, by ptrace, or between a client and a server.
     Trace(Trace),
     /// Print the migration state machine.
     Fsm(Fsm),
-    /// /// Measure a device: arcs, data streams, dirty reports, accesses, complete moves; and compare two runs.
+    /// Measure a device: arcs, data streams, dirty reports, accesses, complete moves; and compare two runs.
     Bench(Bench),
     /// Print a completion script for a shell.
     Completions {
@@ -233,7 +245,7 @@ pub enum Command {
     },
     /// Write the manual pages.
     Man {
-        /// /// The folder to write them to; created if it does not exist.
+        /// The folder to write them to; created if it does not exist.
         #[arg(value_name = "FOLDER")]
         folder: PathBuf,
     },
@@ -271,7 +283,7 @@ impl Command {
 
 #[derive(Debug, Args)]
 pub struct Demo {
-    /// /// Bytes of internal state of the synthetic device.
+    /// Bytes of internal state of the synthetic device.
     #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = bytes)]
     pub state_size: u64,
 

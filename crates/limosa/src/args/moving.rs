@@ -18,11 +18,11 @@ use crate::reports::{ReportFile, report_file};
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("a_device").args(["device", "more"]).multiple(true))]
 pub struct Devices {
-    /// /// The device; name further devices with --device.
+    /// The device; name further devices with --device.
     #[arg(value_name = "DEVICE", value_parser = device, required_unless_present_any = ["more", "memory"])]
     pub device: Option<String>,
 
-    /// /// A further device; may be repeated. All of them move together: the first here becomes the first there, the
+    /// A further device; may be repeated. All of them move together: the first here becomes the first there, the
     /// second the second.
     #[arg(long = "device", id = "more", value_name = "DEVICE", value_parser = device)]
     pub more: Vec<String>,
@@ -38,7 +38,7 @@ impl Devices {
 /// Where the report goes, besides standard output.
 #[derive(Debug, Args)]
 pub struct Reporting {
-    /// /// Also write the report to this file, even if the move fails: .html with a picture of the timeline, .json or
+    /// Also write the report to this file, even if the move fails: .html with a picture of the timeline, .json or
     /// .txt; may be repeated. An existing file is replaced.
     #[arg(long, value_name = "FILE", value_parser = report_file)]
     pub report: Vec<ReportFile>,
@@ -58,12 +58,12 @@ pub struct Moving {
     #[arg(long)]
     pub no_precopy: bool,
 
-    /// /// Limit for the predicted downtime in milliseconds: pre-copy continues until a stop is predicted to take no
+    /// Limit for the predicted downtime in milliseconds: pre-copy continues until a stop is predicted to take no
     /// longer, and the move is cancelled if that is never the case (--when-stalled). Without it, the goal is 300 ms.
     #[arg(long, value_name = "MS", conflicts_with = "no_precopy", value_parser = milliseconds)]
     pub downtime_limit: Option<Duration>,
 
-    /// /// What to do if the guest changes memory and state faster than they are moved: keep trying, switch over
+    /// What to do if the guest changes memory and state faster than they are moved: keep trying, switch over
     /// anyway, or abort. By default abort with --downtime-limit, else switch over.
     #[arg(long, value_name = "CHOICE")]
     pub when_stalled: Option<WhenStalled>,
@@ -76,12 +76,12 @@ pub struct Moving {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Downtime")]
 pub struct StopLimits {
-    /// /// Seconds for which devices' initial data may delay the stop: nothing stops while a device still has initial
+    /// Seconds for which devices' initial data may delay the stop: nothing stops while a device still has initial
     /// data to send or load.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     initial_limit: Duration,
 
-    /// /// Longest time in seconds for which the guest is stopped, until everything has arrived. After that the move or
+    /// Longest time in seconds for which the guest is stopped, until everything has arrived. After that the move or
     /// save is undone, and the guest runs again here. If the stop is predicted to take longer, the guest is not stopped
     /// at all.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
@@ -103,7 +103,7 @@ impl StopLimits {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Limits")]
 pub struct StateMax {
-    /// /// Limit for one device's data in bytes, including pre-copy. Without it, the limit applies to data sent during
+    /// Limit for one device's data in bytes, including pre-copy. Without it, the limit applies to data sent during
     /// the stop: four times the size that the device reports, but at least 1G. A device with more data ends the move.
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     state_max: Option<u64>,
@@ -118,11 +118,11 @@ impl StateMax {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum WhenStalled {
-    /// /// Keep trying until the move is cancelled or the device becomes quieter.
+    /// Keep trying until the move is cancelled or the device becomes quieter.
     KeepTrying,
     /// Stop the device, however long the rest takes.
     SwitchOver,
-    /// /// Cancel the move.
+    /// Cancel the move.
     Abort,
 }
 
@@ -136,7 +136,7 @@ pub struct Migrate {
     #[arg(value_name = "DST", value_parser = device)]
     pub destination: Option<String>,
 
-    /// /// A further device and its destination; may be repeated. All devices move together.
+    /// A further device and its destination; may be repeated. All devices move together.
     #[arg(long = "device", id = "more", num_args = 2, value_names = ["SRC", "DST"], value_parser = device)]
     pub more: Vec<String>,
 
@@ -192,16 +192,16 @@ pub struct Send {
     #[command(flatten)]
     pub moving: Moving,
 
-    /// /// Compress memory and device data with zstd, or with lz4, which is faster and compresses less. Useful on links
+    /// Compress memory and device data with zstd, or with lz4, which is faster and compresses less. Useful on links
     /// that are slower than compression. Data that would not become shorter is sent uncompressed.
     #[arg(long, value_name = "METHOD", value_parser = compression(), help_heading = "Link")]
     pub compress: Option<Compression>,
 
-    /// /// Bandwidth limit in bytes per second.
+    /// Bandwidth limit in bytes per second.
     #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Link")]
     pub bandwidth: Option<u64>,
 
-    /// /// Number of links to use at once: 1 to 16, or auto: up to four, as long as each makes the move faster. The
+    /// Number of links to use at once: 1 to 16, or auto: up to four, as long as each makes the move faster. The
     /// receiver may accept fewer.
     #[arg(long, value_name = "COUNT", default_value = "1", value_parser = link_count, help_heading = "Link")]
     pub links: LinkCount,
@@ -229,13 +229,13 @@ pub struct Receive {
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
     pub wait: Duration,
 
-    /// /// Accept one move after the other, for vfio-user devices. A failed move does not end the command. SIGTERM ends
+    /// Accept one move after the other, for vfio-user devices. A failed move does not end the command. SIGTERM ends
     /// it after the current move; other signals cancel that move. After a committed move, the next one is accepted once
     /// the guest has moved on from here. The names of --report files get the move's id.
     #[arg(long, conflicts_with_all = ["wait", "keep_open"], requires = "a_device")]
     pub forever: bool,
 
-    /// /// Serve metrics of the moves at this address, as OpenMetrics text over HTTP: HOST:PORT (port 0 for any), or
+    /// Serve metrics of the moves at this address, as OpenMetrics text over HTTP: HOST:PORT (port 0 for any), or
     /// unix:PATH for a socket with mode 600. Anybody who can connect can read them.
     #[arg(long, value_name = "ADDR")]
     pub metrics: Option<metrics::Address>,
@@ -250,7 +250,7 @@ pub struct Receive {
     #[arg(long, value_name = "COUNT", default_value = "16", value_parser = links, help_heading = "Link")]
     pub links: NonZeroU32,
 
-    /// /// Longest time in seconds for which the sender may send only keep-alives; by default four times --silence.
+    /// Longest time in seconds for which the sender may send only keep-alives; by default four times --silence.
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Link")]
     pub idle: Option<Duration>,
 

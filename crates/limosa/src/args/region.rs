@@ -7,7 +7,7 @@ use limosa_protocol::pci_index;
 
 use super::guest::number;
 
-/// /// Limit on the bytes of one command.
+/// Limit on the bytes of one command.
 pub const BYTES_MAX: u64 = 1 << 20;
 
 #[derive(Debug, Args)]
@@ -29,7 +29,7 @@ pub enum RegionAction {
         /// The first byte, in decimal or with 0x.
         #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = number)]
         offset: u64,
-        /// /// Number of bytes, at most 1M; by default all to the end of the region.
+        /// Number of bytes, at most 1M; by default all to the end of the region.
         #[arg(long, value_name = "BYTES", value_parser = size)]
         size: Option<NonZeroU64>,
     },
@@ -44,7 +44,7 @@ pub enum RegionAction {
         /// The first byte, in decimal or with 0x.
         #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = number)]
         offset: u64,
-        /// /// The bytes in the order of their addresses, two hexadecimal digits each: a device reads 78563412 as
+        /// The bytes in the order of their addresses, two hexadecimal digits each: a device reads 78563412 as
         /// 0x12345678.
         #[arg(value_name = "HEX", value_parser = hex)]
         data: Bytes,

@@ -15,7 +15,7 @@ const USAGE: &str = "\
 limosa serve [OPTIONS] --socket <PATH> <MODEL>
        limosa serve [OPTIONS] --config <FILE>";
 
-/// /// The format of `--config`.
+/// The format of `--config`.
 const CONFIG: &str = "\
 A file for --config has a [[device]] for each device, with socket, and optionally model, options (a list of
 NAME=VALUE), control, mode, group and any-file. [defaults] sets all of these except the sockets, for devices
@@ -26,7 +26,7 @@ that do not set them:
   socket = \"/run/limosa/first.sock\"
   options = [\"state=64M\"]";
 
-/// /// The options of models, and the format of `--config`.
+/// The options of models, and the format of `--config`.
 fn notes() -> String {
     let models = Model::ALL.map(|model| model.describe(100));
     format!("{}\n{CONFIG}", models.join(""))
@@ -39,11 +39,11 @@ pub struct Serve {
     #[arg(value_name = "MODEL")]
     pub model: Option<Model>,
 
-    /// /// The path to listen at.
+    /// The path to listen at.
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    /// /// Serve the devices in this TOML file, instead of MODEL and its options.
+    /// Serve the devices in this TOML file, instead of MODEL and its options.
     #[arg(
         long,
         value_name = "FILE",
@@ -51,42 +51,42 @@ pub struct Serve {
     )]
     pub config: Option<PathBuf>,
 
-    /// /// The socket's mode, whatever the umask. Users with write permission may connect.
+    /// The socket's mode, whatever the umask. Users with write permission may connect.
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = mode)]
     pub mode: u32,
 
-    /// /// The socket's group, a name or a number; needs a --mode that admits the group, such as 660.
+    /// The socket's group, a name or a number; needs a --mode that admits the group, such as 660.
     #[arg(long, value_name = "GROUP")]
     pub group: Option<Group>,
 
-    /// /// Also listen here, for control clients: clients that move the device while its VMM is connected. The socket
+    /// Also listen here, for control clients: clients that move the device while its VMM is connected. The socket
     /// has mode 600. On --socket, only root and this user may be control clients.
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 
-    /// /// An option of the model, NAME=VALUE; may be repeated. `help` lists them, and serves nothing.
+    /// An option of the model, NAME=VALUE; may be repeated. `help` lists them, and serves nothing.
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
     pub options: Vec<String>,
 
-    /// /// Let a client map any regular file as guest memory, for VMMs whose memory is a file on a disk. Without it,
+    /// Let a client map any regular file as guest memory, for VMMs whose memory is a file on a disk. Without it,
     /// only memfds and files on tmpfs or hugetlbfs are mapped. An access to another file waits for its file system: a
     /// client can then hang this process for good with a file whose file server or daemon does not answer.
     #[arg(long)]
     pub any_file: bool,
 
-    /// /// Let another process take over while clients are connected: listen here, at a socket with mode 600, for
+    /// Let another process take over while clients are connected: listen here, at a socket with mode 600, for
     /// `limosa serve` with --take-from and this path. When that process serves, this one ends with code 0. On SIGUSR2
     /// this process starts the other one itself, with its own command line.
     #[arg(long, value_name = "PATH")]
     pub takeover: Option<PathBuf>,
 
-    /// /// Take over from the server that was started with --takeover and this path. Devices, sockets and options have
+    /// Take over from the server that was started with --takeover and this path. Devices, sockets and options have
     /// to be the same as in the old server; a file may add devices, and may drop devices without a client. When the old
     /// server has ended, listen at --takeover, which may be the same path.
     #[arg(long, value_name = "PATH")]
     pub take_from: Option<PathBuf>,
 
-    /// /// Serve metrics of the devices at this address, as OpenMetrics text over HTTP: HOST:PORT (port 0 for any), or
+    /// Serve metrics of the devices at this address, as OpenMetrics text over HTTP: HOST:PORT (port 0 for any), or
     /// unix:PATH for a socket with mode 600. Anybody who can connect can read them. After a switch-over the new server
     /// answers there.
     #[arg(long, value_name = "ADDR")]
@@ -116,7 +116,7 @@ impl Serve {
     }
 }
 
-/// /// The command that `switch-over` starts, and its exit codes.
+/// The command that `switch-over` starts, and its exit codes.
 const NEW_COMMAND: &str = "\
 NEW COMMAND is the command line of the new server, usually that of the old one, `limosa serve ...`. `--take-from PATH` and `--json` are appended \
 unless it has them. The new server outlives this command, with the standard error of this command or --log. SIGINT and SIGTERM end only this \
@@ -133,20 +133,20 @@ Exit codes of switch-over:
 #[derive(Debug, Args)]
 #[command(after_help = NEW_COMMAND)]
 pub struct SwitchOver {
-    /// /// The path of the old server's --takeover.
+    /// The path of the old server's --takeover.
     #[arg(value_name = "PATH")]
     pub path: PathBuf,
 
-    /// /// Seconds to wait for the new server to serve or to give up. The new server has its own, shorter limits.
+    /// Seconds to wait for the new server to serve or to give up. The new server has its own, shorter limits.
     #[arg(long, value_name = "SECONDS", default_value = "240", value_parser = seconds)]
     pub limit: Duration,
 
-    /// /// Append the log of the new server (its standard error) to this file. Without it the new server keeps the
+    /// Append the log of the new server (its standard error) to this file. Without it the new server keeps the
     /// standard error of this command open as long as it serves, so a reader of a pipe does not see the end of file.
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
 
-    /// /// The command that starts the new server.
+    /// The command that starts the new server.
     #[arg(last = true, required = true, value_name = "NEW COMMAND")]
     pub command: Vec<OsString>,
 }
@@ -156,7 +156,7 @@ pub struct SwitchOver {
 pub enum Model {
     /// A PCI 16550A serial port.
     Uart,
-    /// /// A device for tests and measurements, with configurable state, pre-copy, DMA and faults.
+    /// A device for tests and measurements, with configurable state, pre-copy, DMA and faults.
     Synthetic,
 }
 

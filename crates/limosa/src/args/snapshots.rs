@@ -19,12 +19,12 @@ use super::values::{blake3, compression, device};
 /// finds the second only where no option stands between them.
 #[derive(Debug, Args)]
 pub struct SaveNames {
-    /// /// The device, unless --device or --memory names everything to save, and a file or s3://BUCKET/KEY, which
+    /// The device, unless --device or --memory names everything to save, and a file or s3://BUCKET/KEY, which
     /// appears when it is complete.
     #[arg(value_names = ["DEVICE", "FILE"], num_args = 1..=2, required = true)]
     names: Vec<OsString>,
 
-    /// /// A further device; may be repeated. All of them are saved together, in this order.
+    /// A further device; may be repeated. All of them are saved together, in this order.
     #[arg(long = "device", id = "more", value_name = "DEVICE", value_parser = device)]
     more: Vec<String>,
 }
@@ -68,11 +68,11 @@ pub struct Save {
     #[command(flatten)]
     pub names: SaveNames,
 
-    /// /// Replace an existing snapshot once the new one is complete.
+    /// Replace an existing snapshot once the new one is complete.
     #[arg(long)]
     pub replace: bool,
 
-    /// /// Compress memory and device data with zstd, or with lz4, which is faster and compresses less.
+    /// Compress memory and device data with zstd, or with lz4, which is faster and compresses less.
     #[arg(long, value_name = "METHOD", value_parser = compression())]
     pub compress: Option<Compression>,
 
@@ -144,7 +144,7 @@ pub struct Verify {
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
-    /// /// Check that the snapshot has this hash, as `limosa verify` printed it earlier.
+    /// Check that the snapshot has this hash, as `limosa verify` printed it earlier.
     #[arg(long, value_name = "HEX", value_parser = blake3)]
     pub blake3: Option<String>,
 }

@@ -64,13 +64,13 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// /// This many Gbit per second.
+    /// This many Gbit per second.
     pub const fn gbit(gbit: u64) -> Rate {
         Rate { bytes_per_second: gbit * 125_000_000 }
     }
 }
 
-/// /// Bytes per second as in [`bytes`], or bits: Mbit and Gbit, powers of 1000.
+/// Bytes per second as in [`bytes`], or bits: Mbit and Gbit, powers of 1000.
 pub fn rate(text: &str) -> Result<Rate, String> {
     let bits = |digits: &str, unit: u64| {
         let number: f64 =
@@ -102,15 +102,15 @@ pub fn links(text: &str) -> Result<NonZeroU32, String> {
     links.ok_or_else(|| format!("expected 1 to {LINKS_MAX} links"))
 }
 
-/// /// The number of links to send over.
+/// The number of links to send over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkCount {
     pub most: NonZeroU32,
-    /// /// Use only as many of them as make the move faster.
+    /// Use only as many of them as make the move faster.
     pub measured: bool,
 }
 
-/// /// A number of links, or `auto`: as many as make the move faster, but at most four, since each keeps a processor
+/// A number of links, or `auto`: as many as make the move faster, but at most four, since each keeps a processor
 /// busy.
 pub fn link_count(text: &str) -> Result<LinkCount, String> {
     if text == "auto" {
@@ -120,7 +120,7 @@ pub fn link_count(text: &str) -> Result<LinkCount, String> {
     Ok(LinkCount { most, measured: false })
 }
 
-/// /// The states that a device can be driven to. ERROR cannot be set (`vfio.h: enum vfio_device_mig_state`).
+/// The states that a device can be driven to. ERROR cannot be set (`vfio.h: enum vfio_device_mig_state`).
 pub fn state() -> impl TypedValueParser<Value = State> {
     let words = State::ALL.into_iter().filter(|state| *state != State::Error).map(|state| {
         let word = PossibleValue::new(state.name());

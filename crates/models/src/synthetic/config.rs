@@ -1,4 +1,4 @@
-//! //! The configuration of a synthetic device: a plain structure, and its text form `key=value,key=value`.
+//! The configuration of a synthetic device: a plain structure, and its text form `key=value,key=value`.
 
 use std::str::FromStr;
 
@@ -7,14 +7,14 @@ use limosa_protocol::MigrationFlags;
 use super::dma::Pattern;
 use super::faults::ScriptedFault;
 
-/// /// The configuration of a synthetic device.
+/// The configuration of a synthetic device.
 ///
 /// As text: `state=64M,precopy=80,dirty-rate=10M,p2p=off,fault=fail:STOP>STOP_COPY`. Sizes take
 /// K, M and G (powers of 1024); `fault` may be given several times.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SyntheticConfig {
-    /// /// `seed`: the seed of all contents. A loaded state has its own.
+    /// `seed`: the seed of all contents. A loaded state has its own.
     pub seed: u64,
     /// `state`: bytes of state, a multiple of `block`.
     pub state_bytes: u64,

@@ -51,7 +51,7 @@ impl FromStr for Pattern {
     }
 }
 
-/// /// The window that a device writes to, with the data that a client needs to check the writes.
+/// The window that a device writes to, with the data that a client needs to check the writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
     /// The device's seed.
@@ -91,7 +91,7 @@ impl Window {
         last
     }
 
-    /// /// Checks one page of a window: compares its contents with the expected ones (see [`Window::expected`]).
+    /// Checks one page of a window: compares its contents with the expected ones (see [`Window::expected`]).
     pub fn check(&self, index: u64, expected: Option<u64>, page: &[u8]) -> Result<(), String> {
         match (expected, verify_page(page)) {
             (None, Err(StampError::Unstamped)) => Ok(()),

@@ -46,7 +46,7 @@ pub const REGISTERS_REGION: u32 = pci_index::BAR0;
 /// Region that shows the state.
 pub const STATE_REGION: u32 = pci_index::BAR0 + 2;
 
-/// /// Its PCI identity: an unassigned vendor and device ID, and no class.
+/// Its PCI identity: an unassigned vendor and device ID, and no class.
 pub const IDENTITY: Identity = Identity {
     vendor: 0x4c4d,
     device: 0x5359,
@@ -81,7 +81,7 @@ pub struct Synthetic {
 }
 
 impl Synthetic {
-    /// /// A device, or the error in its configuration; a state for which there is not enough memory is refused as
+    /// A device, or the error in its configuration; a state for which there is not enough memory is refused as
     /// well.
     pub fn new(config: SyntheticConfig) -> Result<Synthetic, ConfigError> {
         config.check()?;

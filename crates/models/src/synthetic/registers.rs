@@ -13,13 +13,13 @@ pub const SEED: u64 = 0x18;
 pub const DIRTIED: u64 = 0x20;
 /// A checksum over which generation every block has.
 pub const CHECKSUM: u64 = 0x28;
-/// /// Writing *n* changes *n* blocks at once. Reads 0.
+/// Writing *n* changes *n* blocks at once. Reads 0.
 pub const DIRTY: u64 = 0x30;
 /// Bytes of state that change each second.
 pub const DIRTY_RATE: u64 = 0x38;
 /// Reading it checks every byte of the state and tells how many blocks are not as they should be.
 pub const BAD_BLOCKS: u64 = 0x40;
-/// /// Writing reports all initial pre-copy data again. Reads 0.
+/// Writing reports all initial pre-copy data again. Reads 0.
 pub const REINIT: u64 = 0x48;
 /// IOVA of the DMA window. This and the next three cannot be changed while the engine is on (EBUSY);
 /// changing this one, DMA_PAGES or DMA_PATTERN starts the sequence numbers again at 0.

@@ -1,4 +1,4 @@
-//! //! Stamps: memory that describes its own expected contents. Every block of the synthetic device's state and every
+//! Stamps: memory that describes its own expected contents. Every block of the synthetic device's state and every
 //! page that it writes by DMA is filled from a seed, its index and a sequence number, so that any holder can check
 //! whether it is intact and which version it is.
 //!
@@ -10,7 +10,7 @@
 //! word n   base(seed, index, sequence) + (n - 4) * 0x9e3779b97f4a7c15
 //! ```
 
-/// /// The identity in a stamped piece of memory.
+/// The identity in a stamped piece of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
     /// Whose it is.
@@ -30,7 +30,7 @@ pub enum StampError {
     /// Its length is not a multiple of 8 bytes, or below 32.
     #[error("{0} bytes cannot hold a stamp")]
     Length(usize),
-    /// /// It is stamped, but the contents do not match the stamp.
+    /// It is stamped, but the contents do not match the stamp.
     #[error("stamped as {0:?}, but its contents are damaged or torn")]
     Damaged(Stamp),
 }

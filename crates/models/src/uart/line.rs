@@ -1,4 +1,4 @@
-//! //! The serial line: the other end of a port, and the thread that transfers bytes in both directions.
+//! The serial line: the other end of a port, and the thread that transfers bytes in both directions.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use rustix::net::RecvFlags;
 use super::Shared;
 use super::port::FIFO_BYTES;
 
-/// /// The other end of a port.
+/// The other end of a port.
 #[derive(Debug, Default)]
 pub enum Line {
-    /// /// Sends everything back. A full receiver delays it; nothing is lost.
+    /// Sends everything back. A full receiver delays it; nothing is lost.
     #[default]
     Echo,
     /// Two file descriptors, which may be the same file: a UNIX socket, a terminal, pipes. They are made non-blocking.

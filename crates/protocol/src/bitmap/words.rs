@@ -4,7 +4,7 @@
 //! Pages are counted from the bitmap's first bit. A range outside its bitmap is a mistake of the caller and panics,
 //! like an index into a slice: check ranges of a peer before ([`crate::logging`]).
 
-/// /// Number of words in a bitmap of this many pages.
+/// Number of words in a bitmap of this many pages.
 pub const fn words_for(pages: u64) -> usize {
     pages.div_ceil(64) as usize
 }
@@ -47,7 +47,7 @@ impl Span {
     }
 }
 
-/// /// Number of pages in these words.
+/// Number of pages in these words.
 const fn room(words: &[u64]) -> u64 {
     (words.len() as u64).saturating_mul(64)
 }
@@ -87,7 +87,7 @@ pub fn any(words: &[u64], start: u64, len: u64) -> bool {
                 || words[span.last] & span.mask(span.last) != 0))
 }
 
-/// /// Number of pages that are set.
+/// Number of pages that are set.
 pub fn count(words: &[u64]) -> u64 {
     words.iter().map(|word| u64::from(word.count_ones())).sum()
 }

@@ -6,10 +6,10 @@ use zerocopy::IntoBytes;
 
 use super::{CapHeader, IovaRange, ListHeader, RegionType, SparseMmapArea, iommu_cap, region_cap};
 
-/// /// Capabilities begin at multiples of this many bytes, as in Linux.
+/// Capabilities begin at multiples of this many bytes, as in Linux.
 const ALIGNMENT: usize = 8;
 
-/// /// A chain that is being built.
+/// A chain that is being built.
 ///
 /// ```
 /// use limosa_protocol::capability::{Chain, SparseMmapArea};
@@ -33,7 +33,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// /// An empty chain after an information structure of this many bytes.
+    /// An empty chain after an information structure of this many bytes.
     pub fn after(fixed_bytes: usize) -> Chain {
         Chain { fixed: fixed_bytes, bytes: Vec::new(), last: None }
     }

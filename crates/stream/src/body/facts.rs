@@ -1,4 +1,4 @@
-//! //! The facts about devices and memory that the two ends compare before anything moves (`docs/stream.md: OFFER`).
+//! The facts about devices and memory that the two ends compare before anything moves (`docs/stream.md: OFFER`).
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,7 @@ pub struct DeviceFacts {
     pub id: u32,
     /// Its name, for people.
     pub name: String,
-    /// /// The kind of device, if its owner has set it.
+    /// The kind of device, if its owner has set it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
     /// The flags of `VFIO_DEVICE_FEATURE_MIGRATION`.
@@ -26,7 +26,7 @@ pub struct DeviceFacts {
     /// Its identification in PCI configuration space.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci: Option<PciIds>,
-    /// /// Whether it was in STOP when it was offered, and has to stay in STOP at the destination.
+    /// Whether it was in STOP when it was offered, and has to stay in STOP at the destination.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stopped: bool,
 }

@@ -50,13 +50,13 @@ pub struct Answer {
     /// Why it does not.
     #[serde(default)]
     pub reasons: Vec<String>,
-    /// /// The number of links that the source has to use, at most as many as it offered.
+    /// The number of links that the source has to use, at most as many as it offered.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub links: u32,
     /// How many bytes of a device may be on their way (`docs/stream.md: CREDIT`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<u64>,
-    /// /// Part of the proofs of this move, which binds them to this connection. `None` without proofs: the offer has
+    /// Part of the proofs of this move, which binds them to this connection. `None` without proofs: the offer has
     /// no secret, or the destination has one of the first versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub challenge: Option<Nonce>,

@@ -22,7 +22,7 @@ use crate::codec::{Command, Header, Kind, VersionMessage};
 use crate::connection::{self, ConnectionError, Fds, Receiver, Sender};
 use crate::version::{Capabilities, JSON_BYTES_MAX, Limits, Role, VERSION};
 
-/// /// A new connection before it is shared: one request at a time.
+/// A new connection before it is shared: one request at a time.
 struct Fresh<'a> {
     name: &'a str,
     options: &'a Options,
@@ -33,16 +33,16 @@ struct Fresh<'a> {
     deadline: Instant,
 }
 
-/// /// The agreed limits, the server's socket for DMA messages, and the role of this client.
+/// The agreed limits, the server's socket for DMA messages, and the role of this client.
 type Agreed = (Limits, Option<Foreign<UnixStream>>, Role);
 
-/// /// The result of probing the server's handling of DEVICE_FEATURE.
+/// The result of probing the server's handling of DEVICE_FEATURE.
 enum Probed {
-    /// /// The server stays in sync.
+    /// The server stays in sync.
     InStep,
     /// It does not know the message, and lost its step but found it again.
     Unknown,
-    /// /// The connection is no longer usable.
+    /// The connection is no longer usable.
     Lost,
 }
 
@@ -169,7 +169,7 @@ impl<'a> Fresh<'a> {
         Ok((fresh, (limits, twin, role)))
     }
 
-    /// /// Finds out whether the server stays in sync after DEVICE_FEATURE. A server that does not parses the probe's
+    /// Finds out whether the server stays in sync after DEVICE_FEATURE. A server that does not parses the probe's
     /// body as the header of a message 0.
     fn probe(&mut self) -> Probed {
         self.deadline = Instant::now() + self.options.request_limit;
@@ -199,7 +199,7 @@ impl<'a> Fresh<'a> {
         if lost_step { Probed::Unknown } else { Probed::InStep }
     }
 
-    /// /// Probes every feature that some servers lack.
+    /// Probes every feature that some servers lack.
     fn features(&mut self) -> Result<Features> {
         self.deadline = Instant::now() + self.options.request_limit;
         let mut found = Features::default().spoken();
@@ -215,7 +215,7 @@ impl<'a> Fresh<'a> {
             }
             match reply.kind() {
                 Ok(Kind::Reply) => found.add(index),
-                // // Servers use different errnos for "no".
+                // Servers use different errnos for "no".
                 Ok(Kind::Refusal(_)) => {}
                 _ => return Err(self.misbehaved("the answer to a PROBE is invalid")),
             }

@@ -1,4 +1,4 @@
-//! //! The requests of control clients beyond the standard (`docs/vfio-user-extensions.md: STAY, ECHO, KICK, NEXT`),
+//! The requests of control clients beyond the standard (`docs/vfio-user-extensions.md: STAY, ECHO, KICK, NEXT`),
 //! and the meaning of errors that are specific to this role.
 
 use limosa_client::{Device, FeatureRequest, Refers, Result};
@@ -9,7 +9,7 @@ use super::Client;
 use crate::extension::{self, Echo, Next, NextFlags, Stay, StayFlags};
 
 impl Client {
-    /// /// Makes the device stay in STOP or STOP_COPY until the move with this id is decided ([`Client::release`]):
+    /// Makes the device stay in STOP or STOP_COPY until the move with this id is decided ([`Client::release`]):
     /// until then no client, no client's end and no reset sets it running. EBUSY unless this client drives the device,
     /// EINVAL in another state, EEXIST if it stays for another move, ENOTTY if the server has no such feature.
     pub fn stay(&self, id: [u8; 16]) -> Result<()> {
@@ -45,7 +45,7 @@ impl Client {
         self.control(extension::KICK, FeatureOp::SET, &mut [])
     }
 
-    /// /// Names the process whose client is the next VMM: it prepares while the VMM is connected, and gets the device
+    /// Names the process whose client is the next VMM: it prepares while the VMM is connected, and gets the device
     /// when the VMM goes. `pid` is the PID in the server's namespace; `None` withdraws the name, and disconnects the
     /// next client. ESRCH if there is no such process, ENOTCONN without a VMM, EBUSY while a next client is connected,
     /// ENOTTY if the server has no such feature.
@@ -54,7 +54,7 @@ impl Client {
         self.control(extension::NEXT, FeatureOp::SET, next.as_mut_bytes())
     }
 
-    /// /// The process that was named ([`Client::name_next`]), and whether its client is connected.
+    /// The process that was named ([`Client::name_next`]), and whether its client is connected.
     pub fn next_vmm(&self) -> Result<NextVmm> {
         let mut next = Next::default();
         self.control(extension::NEXT, FeatureOp::GET, next.as_mut_bytes())?;
@@ -80,11 +80,11 @@ pub struct NextVmm {
     pub pid: Option<i32>,
     /// Its client is connected, and prepares.
     pub is_there: bool,
-    /// /// It is this client, which does not have the device yet.
+    /// It is this client, which does not have the device yet.
     pub is_this: bool,
 }
 
-/// /// The meaning of a refusal for a control client; empty if the errno is sufficient.
+/// The meaning of a refusal for a control client; empty if the errno is sufficient.
 pub(super) fn hint(request: &str, errno: Errno) -> &'static str {
     match errno {
         Errno::EBUSY if request.contains("MIG_DEVICE_STATE") => {

@@ -1,4 +1,4 @@
-//! //! The data of a session over a separate socket (`docs/vfio-user-extensions.md: DATA_FD`).
+//! The data of a session over a separate socket (`docs/vfio-user-extensions.md: DATA_FD`).
 //!
 //! The socket carries only the data. A MIG_DATA_READ on the connection tells the meaning of an empty socket or its end:
 //! nothing for now, the end, or that the server is still writing.
@@ -62,7 +62,7 @@ impl SocketStream {
         })
     }
 
-    /// /// Asks the server whether all of its data, for now or to the end, is in the socket.
+    /// Asks the server whether all of its data, for now or to the end, is in the socket.
     fn all_is_written(&self, request: &str) -> Result<bool> {
         let shared = &self.messages.shared;
         let ask = MigData { argsz: MigData::BYTES as u32 + 1, size: 1 };
@@ -92,7 +92,7 @@ impl DataStream for SocketStream {
             }
             match self.receive(request, data)? {
                 Found::Bytes(bytes) => return Ok(Chunk::Data(bytes)),
-                // // The server does not wait longer for the client than the client for the server.
+                // The server does not wait longer for the client than the client for the server.
                 Found::Nothing if state == State::StopCopy => self.wait(request, PollFlags::IN)?,
                 Found::Nothing => match self.all_is_written(request)? {
                     false => self.wait(request, PollFlags::IN)?,
@@ -109,7 +109,7 @@ impl DataStream for SocketStream {
                     return Ok(Chunk::End);
                 }
                 Found::End => {
-                    // // The device may have been stopped since the state was read.
+                    // The device may have been stopped since the state was read.
                     if self.messages.state(request)? == state {
                         let shared = &self.messages.shared;
                         return Err(shared.misbehaved("it closed the session's socket before the end".into()));
@@ -142,7 +142,7 @@ impl DataStream for SocketStream {
         Ok(())
     }
 
-    /// /// The device's estimate, plus the data that has left the device but not arrived here.
+    /// The device's estimate, plus the data that has left the device but not arrived here.
     fn precopy_info(&mut self) -> Result<PrecopyInfo> {
         let mut info = self.messages.precopy_info()?;
         let here = rustix::io::ioctl_fionread(&*self.socket).unwrap_or(0);

@@ -42,7 +42,7 @@ impl Device for Client {
         let limit = Limit::from_now(self.shared.options.state_limit);
         let _change = self.shared.session.change();
         let done = self.shared.exchange.call(&ask, &mut [], limit);
-        // // A server may keep the state; it is queried when needed.
+        // A server may keep the state; it is queried when needed.
         self.shared.session.set_state(None);
         self.shared.session.end();
         done.map(drop).map_err(|failure| self.shared.error(request, failure))
@@ -86,7 +86,7 @@ impl Device for Client {
             let fd = answer.fds.fds.into_iter().next();
             let mappable = mappable(&info, &body)
                 .map_err(|error| self.shared.misbehaved(format!("{request} of {index}: {error}")))?;
-            // // A region without an fd cannot be mapped.
+            // A region without an fd cannot be mapped.
             let mappable = if fd.is_some() { mappable } else { Vec::new() };
             return Ok(Region { info, mappable, fd });
         }
@@ -199,7 +199,7 @@ impl Device for Client {
                 Arc::new(FileTarget { fd, offset })
             }
         };
-        // // Serve it from the moment at which the server knows about it.
+        // Serve it from the moment at which the server knows about it.
         let added = shared.exchange.dma.insert(map.iova, map.size, map.flags, target);
         added.map_err(|errno| shared.refused("DMA_MAP", errno))?;
         if fds.is_none()
@@ -232,7 +232,7 @@ impl Device for Client {
 
     fn dma_unmap(&self, iova: u64, size: u64, dirty: Option<DirtyBits<'_>>) -> Result<()> {
         let dma = &self.shared.exchange.dma;
-        // // Without `dirty`, writes to the range stay in the log for a later report.
+        // Without `dirty`, writes to the range stay in the log for a later report.
         let was_there = match dirty {
             None => {
                 self.unmap(iova, size)?;
@@ -295,7 +295,7 @@ impl Client {
         self.shared.call_with(limit, request, command, &[set.as_bytes()], fds).map(drop)
     }
 
-    /// /// Wires runs of vectors: those with an fd in messages with as many fds as the server accepts, those without
+    /// Wires runs of vectors: those with an fd in messages with as many fds as the server accepts, those without
     /// one in a message without fds.
     fn wire_irqs(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
         let flags = IrqSetFlags::DATA_EVENTFD | IrqSetFlags::ACTION_TRIGGER;
@@ -309,7 +309,7 @@ impl Client {
                 .and_then(|at| start.checked_add(at))
                 .ok_or_else(|| self.shared.usage("interrupt vectors beyond 2^32".into()))
         };
-        // // Independent of the number of fds that the server accepts in one message.
+        // Independent of the number of fds that the server accepts in one message.
         let limit = self.shared.limit();
         let mut at = 0;
         for run in fds.chunk_by(|a, b| a.is_some() == b.is_some()) {
@@ -365,7 +365,7 @@ impl Client {
                     refers: Refers::Bitmap(&mut reported),
                 })
                 .is_ok();
-        // // Pages that the report cleared in the log are dirty even if the unmap fails.
+        // Pages that the report cleared in the log are dirty even if the unmap fails.
         if exact {
             words.iter_mut().zip(&reported).for_each(|(word, more)| *word |= more);
         }
@@ -396,7 +396,7 @@ impl Client {
         let answer = shared.call(request, Command::DMA_UNMAP, &body, into)?;
         let pages = size.div_ceil(page_size);
         if answer.body_bytes < fixed + bitmap_bytes {
-            // // It is unmapped, but the dirty pages are unknown.
+            // It is unmapped, but the dirty pages are unknown.
             set_pages(words, pages);
             return Ok(());
         }

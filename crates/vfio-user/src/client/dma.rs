@@ -18,10 +18,10 @@ use super::exchange::Failure;
 use crate::codec::{Command, DmaAccess, Header, Kind};
 use crate::connection::{ConnectionError, Receiver, Sender};
 
-/// /// The mappings, and the objects that serve them.
+/// The mappings, and the objects that serve them.
 pub(super) struct DmaTargets {
     data_bytes_max: u32,
-    /// /// The log of writes to them.
+    /// The log of writes to them.
     pub log: DmaLog,
     maps: RwLock<BTreeMap<u64, Target>>,
 }
@@ -32,7 +32,7 @@ struct Target {
     memory: Arc<dyn DmaTarget>,
 }
 
-/// /// Memory in a file that the server got, for servers that still access it by messages.
+/// Memory in a file that the server got, for servers that still access it by messages.
 pub(super) struct FileTarget {
     pub fd: OwnedFd,
     pub offset: u64,
@@ -100,7 +100,7 @@ impl DmaTargets {
         self.maps.write().unwrap_or_else(PoisonError::into_inner).remove(&iova);
     }
 
-    /// /// Removes the mappings that lie in a range, and returns whether there was one. Returns once none of them is in
+    /// Removes the mappings that lie in a range, and returns whether there was one. Returns once none of them is in
     /// use.
     pub fn remove(&self, iova: u64, size: u64) -> bool {
         let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
@@ -114,7 +114,7 @@ impl DmaTargets {
         self.maps.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// /// Serves the server's command that the receiver has received. Only failures that make the connection unusable
+    /// Serves the server's command that the receiver has received. Only failures that make the connection unusable
     /// are errors.
     pub fn serve(
         &self,
@@ -142,7 +142,7 @@ impl DmaTargets {
         Ok(())
     }
 
-    /// /// Moves the data; `data` then has the data of the reply.
+    /// Moves the data; `data` then has the data of the reply.
     fn perform(
         &self,
         receiver: &mut Receiver,
@@ -176,7 +176,7 @@ impl DmaTargets {
         receiver.read(data, Some(deadline))?;
         let done = each_piece(maps, access, DmaMapFlags::WRITE, |target, offset, from, to| {
             let written = target.write(offset, &data[from..to]);
-            // // A failed write may have been written in part.
+            // A failed write may have been written in part.
             self.log.wrote(access.address + from as u64, (to - from) as u64);
             written
         });
@@ -218,12 +218,12 @@ fn each_piece(
     Ok(())
 }
 
-/// /// The errno of an I/O error; EIO if it has none.
+/// The errno of an I/O error; EIO if it has none.
 pub(super) fn os_errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, |errno| Errno::from_raw(errno.unsigned_abs()))
 }
 
-/// /// Serves the server's commands on their separate socket until that ends.
+/// Serves the server's commands on their separate socket until that ends.
 pub(super) fn serve_twin(targets: &DmaTargets, mut receiver: Receiver, sender: &Sender) {
     loop {
         let header = match receiver.next(None) {
@@ -240,7 +240,7 @@ pub(super) fn serve_twin(targets: &DmaTargets, mut receiver: Receiver, sender: &
             Ok(_) => Err(Failure::Misbehaved("a reply where only commands are".into())),
             Err(error) => Err(Failure::Misbehaved(error.to_string())),
         };
-        // // Nothing else is sent here, so no other thread waits for this.
+        // Nothing else is sent here, so no other thread waits for this.
         let served = served.and_then(|()| {
             while !sender.flush()? {
                 sender.wait_writable(deadline)?;

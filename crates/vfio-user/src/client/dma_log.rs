@@ -17,12 +17,12 @@ const CHUNK_PAGES: u64 = CHUNK_WORDS as u64 * 64;
 /// to, one for each 128 MiB.
 type Pages = BTreeMap<u64, Box<[u64; CHUNK_WORDS]>>;
 
-/// /// The pages written since the last report; off until started.
+/// The pages written since the last report; off until started.
 #[derive(Default)]
 pub(super) struct DmaLog(Mutex<Option<Pages>>);
 
 impl DmaLog {
-    /// /// Turns the log on, empty, and returns whether it was off.
+    /// Turns the log on, empty, and returns whether it was off.
     pub fn start(&self) -> bool {
         let mut pages = self.lock();
         let was_off = pages.is_none();
@@ -44,7 +44,7 @@ impl DmaLog {
         }
     }
 
-    /// /// Moves the logged pages of a range to its bitmap with pages of `page_size` bytes.
+    /// Moves the logged pages of a range to its bitmap with pages of `page_size` bytes.
     pub fn harvest(&self, iova: u64, length: u64, page_size: u64, bitmap: &mut [u64]) {
         self.take(iova, length, |first, last| {
             for bit in (first - iova) / page_size..=(last - iova) / page_size {

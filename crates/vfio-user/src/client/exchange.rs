@@ -62,10 +62,10 @@ impl From<ConnectionError> for Failure {
     }
 }
 
-/// /// The contents of a reply.
+/// The contents of a reply.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
-    /// /// Bytes of the reply's body, including excess bytes.
+    /// Bytes of the reply's body, including excess bytes.
     pub body_bytes: usize,
     /// Its fds.
     pub fds: Fds,
@@ -85,7 +85,7 @@ pub(super) struct Exchange {
     /// One for each slot, and one for the attendant.
     wakes: [Condvar; SLOTS + 1],
     slot_freed: Condvar,
-    /// /// Wakes threads that wait for space in the socket when the leader leaves.
+    /// Wakes threads that wait for space in the socket when the leader leaves.
     leaderless: OwnedFd,
     pub dma: DmaTargets,
 }
@@ -116,7 +116,7 @@ impl Exchange {
         self.sender.shutdown();
     }
 
-    /// /// Sends a request and receives the body of its reply into the buffers of `into` in order; excess bytes are
+    /// Sends a request and receives the body of its reply into the buffers of `into` in order; excess bytes are
     /// dropped.
     pub fn call(&self, ask: &Ask<'_>, into: &mut [&mut [u8]], limit: Limit) -> Result<Answer, Failure> {
         let Limit { duration, deadline } = limit;
@@ -204,14 +204,14 @@ impl Exchange {
         desk.handed.take_if(|handed| handed.0 == slot);
     }
 
-    /// /// The caller no longer waits for this reply, but it may still arrive.
+    /// The caller no longer waits for this reply, but it may still arrive.
     fn abandon(&self, desk: &mut Desk, slot: usize) {
         desk.slots[slot].state = SlotState::Abandoned;
         desk.abandoned += 1;
         desk.handed.take_if(|handed| handed.0 == slot);
     }
 
-    /// /// The connection is no longer usable. All waiting threads get the reason.
+    /// The connection is no longer usable. All waiting threads get the reason.
     fn lose(&self, mut desk: MutexGuard<'_, Desk>, failure: Failure) -> Failure {
         let failure = desk.lost.get_or_insert(failure).clone();
         drop(desk);
@@ -223,7 +223,7 @@ impl Exchange {
         failure
     }
 
-    /// /// If there is no leader, wakes a thread that becomes the leader.
+    /// If there is no leader, wakes a thread that becomes the leader.
     fn pass_on(&self, desk: &Desk) {
         if desk.receiver.is_none() || desk.handed.is_some() {
             return;
@@ -232,7 +232,7 @@ impl Exchange {
             self.wakes[ATTENDANT].notify_one();
         }
         if desk.taken > desk.abandoned {
-            // // A thread that is still sending checks by itself afterwards.
+            // A thread that is still sending checks by itself afterwards.
             if let Some(next) = desk.slots.iter().position(|slot| slot.state == SlotState::Waiting) {
                 self.wakes[next].notify_one();
             }
@@ -314,7 +314,7 @@ impl Exchange {
         }
     }
 
-    /// /// Passes the receiver to the owner of the reply that it has received.
+    /// Passes the receiver to the owner of the reply that it has received.
     fn hand(&self, desk: &mut Desk, receiver: Box<Receiver>, owner: usize, header: Header) {
         desk.receiver = Some(receiver);
         let slot = &desk.slots[owner];
@@ -331,7 +331,7 @@ impl Exchange {
         }
     }
 
-    /// /// Receives the body of the caller's own reply, whose header has been received.
+    /// Receives the body of the caller's own reply, whose header has been received.
     fn take_reply(
         &self,
         mut receiver: Box<Receiver>,

@@ -19,7 +19,7 @@ use super::stream::Stream;
 use crate::codec::Command;
 use crate::extension;
 
-/// /// The server's features among those that are probed when connecting. Requests for others go to the server.
+/// The server's features among those that are probed when connecting. Requests for others go to the server.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Features {
     /// The server has DEVICE_FEATURE at all.
@@ -45,7 +45,7 @@ impl Features {
         }
     }
 
-    /// /// The server stays in sync after DEVICE_FEATURE.
+    /// The server stays in sync after DEVICE_FEATURE.
     pub fn spoken(self) -> Features {
         Features { spoken: true, ..self }
     }
@@ -60,7 +60,7 @@ impl Features {
     }
 }
 
-/// /// The client's view of the device's migration. Locked during a SET.
+/// The client's view of the device's migration. Locked during a SET.
 #[derive(Default)]
 pub(super) struct Migration {
     flags: Option<MigrationFlags>,
@@ -99,7 +99,7 @@ impl Shared {
         Ok(FeatureReply { payload_bytes, stream: None, fd })
     }
 
-    /// /// Adds this client's own writes for the server to a report.
+    /// Adds this client's own writes for the server to a report.
     fn add_written(&self, payload: &[u8], refers: &mut Refers<'_>) {
         if let (Refers::Bitmap(words), Ok((report, _))) =
             (refers, FeatureDmaLoggingReport::read_from_prefix(payload))
@@ -119,7 +119,7 @@ impl Shared {
         limit: Duration,
     ) -> Result<(usize, Option<ForeignFd>)> {
         let probe = op.contains(FeatureOp::PROBE);
-        // // A GET sends its input, not the space for its answer.
+        // A GET sends its input, not the space for its answer.
         let only_output = op == FeatureOp::GET
             && matches!(
                 index,
@@ -142,7 +142,7 @@ impl Shared {
             u32::try_from(room).map_err(|_| self.usage(format!("{room} bytes of payload for {index}")))?;
         let header = FeatureHeader::new(index, op, room);
         let mut reply = FeatureHeader::default();
-        // // The answer replaces the input.
+        // The answer replaces the input.
         let (mut short, long);
         let input = if sent <= INPUT_BYTES {
             short = [0; INPUT_BYTES];
@@ -232,7 +232,7 @@ impl Shared {
         Ok(flags)
     }
 
-    /// /// SET of MIG_DEVICE_STATE: drives the device, and returns a stream if a session opens.
+    /// SET of MIG_DEVICE_STATE: drives the device, and returns a stream if a session opens.
     fn set_device_state(self: &Arc<Shared>, request: &mut FeatureRequest<'_>) -> Result<FeatureReply> {
         let mut migration = self.migration.lock().unwrap_or_else(PoisonError::into_inner);
         let _change = self.session.change();
@@ -243,7 +243,7 @@ impl Shared {
         };
         let to =
             FeatureMigState::read_from_prefix(request.payload).ok().and_then(|(set, _)| set.state().ok());
-        // // The server decides about refusals; without a path nothing changes here.
+        // The server decides about refusals; without a path nothing changes here.
         let path = to.and_then(|to| fsm::path(flags, from, to).ok());
         let limit = self.options.state_limit;
         let index = FeatureIndex::MIG_DEVICE_STATE;
@@ -301,7 +301,7 @@ impl Shared {
         Ok(FeatureReply { payload_bytes, stream, fd: None })
     }
 
-    /// /// Requests a socket for the data of the session that has just opened; `None` if the server has none.
+    /// Requests a socket for the data of the session that has just opened; `None` if the server has none.
     fn data_socket(&self) -> Result<Option<Arc<Foreign<UnixStream>>>> {
         if !self.options.data_socket || !self.features.has(extension::DATA_FD) {
             return Ok(None);
@@ -339,7 +339,7 @@ impl Shared {
 /// Payloads up to this length are sent without an allocation.
 const INPUT_BYTES: usize = 64;
 
-/// /// Clears the bits beyond a report's range, which some servers fill from their own log.
+/// Clears the bits beyond a report's range, which some servers fill from their own log.
 fn clear_beyond(payload: &[u8], words: &mut [u64]) {
     let Ok((report, _)) = FeatureDmaLoggingReport::read_from_prefix(payload) else { return };
     let pages = report.length.div_ceil(report.page_size.max(1));

@@ -36,7 +36,7 @@ use session::Session;
 /// How a client deals with its server.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// /// Time limit for a request, from its first byte to the last byte of its reply. Default 5 s. If the server
+    /// Time limit for a request, from its first byte to the last byte of its reply. Default 5 s. If the server
     /// accepts an access or a write of data only in smaller pieces than [`Options::data_bytes_max`], the limit applies
     /// to each `data_bytes_max` bytes; connecting has it for each of its three steps.
     pub request_limit: Duration,
@@ -44,25 +44,25 @@ pub struct Options {
     pub state_limit: Duration,
     /// The most bytes of data in one message, announced as `max_data_xfer_size`. 1 MiB.
     pub data_bytes_max: u32,
-    /// /// Limit on the bytes of one MIG_DATA_WRITE, for servers that announce more than they accept. libvfio-user's
+    /// Limit on the bytes of one MIG_DATA_WRITE, for servers that announce more than they accept. libvfio-user's
     /// samples need 32 KiB. Default: no separate limit.
     pub data_write_bytes_max: u32,
-    /// /// Whether the server may use a separate socket for DMA messages. Default: yes.
+    /// Whether the server may use a separate socket for DMA messages. Default: yes.
     pub twin_socket: bool,
-    /// /// Whether a session's data uses a separate socket if the server supports it, so that data and the device's
+    /// Whether a session's data uses a separate socket if the server supports it, so that data and the device's
     /// other requests do not wait for each other (`docs/vfio-user-extensions.md: DATA_FD`). Default: no, since messages
     /// are as fast for a single stream. The server creates the socket: a malicious server that keeps a duplicate of it
     /// can make reads wait forever.
     pub data_socket: bool,
-    /// /// Whether to probe DEVICE_FEATURE and its features when connecting. Without it the device has no features.
+    /// Whether to probe DEVICE_FEATURE and its features when connecting. Without it the device has no features.
     /// Default: yes.
     pub features: bool,
-    /// /// The users whose servers [`Client::connect`] trusts: it refuses servers of other users (SO_PEERCRED). `None`,
+    /// The users whose servers [`Client::connect`] trusts: it refuses servers of other users (SO_PEERCRED). `None`,
     /// the default, trusts every server: a VMM that chose the socket's path knows who can listen there. A program that
     /// gets paths from others should set it, as the command `limosa` does with root, its own user, and the users of its
     /// option --server-uid.
     pub server_users: Option<Vec<User>>,
-    /// /// The requested role. Default: the VMM's, without the capability: if the server has a VMM, this client waits
+    /// The requested role. Default: the VMM's, without the capability: if the server has a VMM, this client waits
     /// until that one is gone. Servers other than Limosa's do not know roles.
     pub role: Role,
 }
@@ -99,7 +99,7 @@ pub struct Client {
     shared: Arc<Shared>,
 }
 
-/// /// The data that a client shares with its data streams.
+/// The data that a client shares with its data streams.
 struct Shared {
     name: String,
     identity: DeviceIdentity,
@@ -131,14 +131,14 @@ impl Drop for Shared {
 /// The eventfds of a region (`vfio-user.rst: VFIO_USER_DEVICE_GET_REGION_IO_FDS`).
 #[derive(Debug, Default)]
 pub struct RegionIoFds {
-    /// /// The meaning of each; `fd_index` is an index into `fds`.
+    /// The meaning of each; `fd_index` is an index into `fds`.
     pub entries: Vec<IoFd>,
     /// The fds; entries may share one. Those that entries name for ioeventfds are eventfds.
     pub fds: Vec<ForeignFd>,
 }
 
 impl Client {
-    /// /// Connects to the server at a socket's path, negotiates, and probes the device's features. [`Error::Os`] with
+    /// Connects to the server at a socket's path, negotiates, and probes the device's features. [`Error::Os`] with
     /// EPERM for a server of a user that [`Options::server_users`] does not name.
     pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Client> {
         let path = path.as_ref();
@@ -167,7 +167,7 @@ impl Client {
         connect::connect(name.clone(), options, open()?, Some(&open))
     }
 
-    /// /// The same on a connected socket; `name` is for messages. If the server loses sync after DEVICE_FEATURE for
+    /// The same on a connected socket; `name` is for messages. If the server loses sync after DEVICE_FEATURE for
     /// good, the client cannot reconnect to it: [`Options::features`] avoids the probe.
     pub fn from_stream(stream: UnixStream, name: impl Into<String>, options: Options) -> Result<Client> {
         connect::connect(name.into(), options, stream.into(), None)
@@ -179,17 +179,17 @@ impl Client {
         self.shared.server
     }
 
-    /// /// The role that the server gave this client: [`Role::Vmm`] or [`Role::Control`].
+    /// The role that the server gave this client: [`Role::Vmm`] or [`Role::Control`].
     pub fn role(&self) -> Role {
         self.shared.role
     }
 
-    /// /// The limits that both sides agreed on.
+    /// The limits that both sides agreed on.
     pub fn limits(&self) -> &Limits {
         &self.shared.limits
     }
 
-    /// /// The eventfds that replace writes to parts of a region; empty if the server has none.
+    /// The eventfds that replace writes to parts of a region; empty if the server has none.
     pub fn region_io_fds(&self, index: u32) -> Result<RegionIoFds> {
         let request = "DEVICE_GET_REGION_IO_FDS";
         let (mut argsz, mut asks) = (16 + 40 * 32, 1);
@@ -243,7 +243,7 @@ impl Client {
 /// The most bytes of information that are read of a region.
 const INFO_BYTES_MAX: u32 = 64 << 10;
 
-/// /// Limit on repeating a request with a larger buffer. A server has announced the required size by the second time.
+/// Limit on repeating a request with a larger buffer. A server has announced the required size by the second time.
 const INFO_ASKS_MAX: u32 = 4;
 
 /// The most writes in one REGION_WRITE_MULTI.
@@ -308,7 +308,7 @@ impl Shared {
         self.exchange.call(&ask, into, limit).map_err(|failure| self.error(request, failure))
     }
 
-    /// /// A request whose reply has fds.
+    /// A request whose reply has fds.
     fn call_with(
         &self,
         limit: Limit,
@@ -332,7 +332,7 @@ impl Shared {
         Limit::from_now(self.options.request_limit)
     }
 
-    /// /// The time limit for the pieces in which the server accepts an access or data.
+    /// The time limit for the pieces in which the server accepts an access or data.
     fn pieces(&self) -> Pieces<'_> {
         Pieces { shared: self, bytes: 0, limit: self.limit() }
     }
@@ -368,7 +368,7 @@ impl Shared {
     }
 }
 
-/// /// The time limit for requests that are pieces of one call: as many bytes as this client would transfer at once
+/// The time limit for requests that are pieces of one call: as many bytes as this client would transfer at once
 /// share the limit of one request, however small the server's pieces are.
 struct Pieces<'a> {
     shared: &'a Shared,

@@ -1,4 +1,4 @@
-//! //! [`Session`]: the open session, and the device's state as known to the client.
+//! [`Session`]: the open session, and the device's state as known to the client.
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -13,9 +13,9 @@ use limosa_protocol::State;
 pub(super) struct Session {
     /// Grows with every session that opens or ends.
     number: AtomicU64,
-    /// /// The device's state plus one, 0 while it is unknown.
+    /// The device's state plus one, 0 while it is unknown.
     state: AtomicU32,
-    /// /// The socket for its data, if it does not use messages.
+    /// The socket for its data, if it does not use messages.
     pub(super) socket: Mutex<Option<Arc<Foreign<UnixStream>>>>,
     changes: Mutex<Changes>,
 }
@@ -27,7 +27,7 @@ struct Changes {
     under_way: u32,
 }
 
-/// /// A change of the state in progress.
+/// A change of the state in progress.
 pub(super) struct Change<'a>(&'a Session);
 
 impl Drop for Change<'_> {
@@ -62,13 +62,13 @@ impl Session {
         Change(self)
     }
 
-    /// /// The number of changes so far; `None` during a change.
+    /// The number of changes so far; `None` during a change.
     pub fn settled(&self) -> Option<u64> {
         let changes = self.changes();
         (changes.under_way == 0).then_some(changes.begun)
     }
 
-    /// /// Records the state from a GET that was sent after this number of changes, unless there has been a change
+    /// Records the state from a GET that was sent after this number of changes, unless there has been a change
     /// since.
     pub fn learn(&self, state: Option<State>, settled: Option<u64>) {
         let changes = self.changes();
@@ -90,7 +90,7 @@ impl Session {
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// /// All data of a load has been written: the server first loads the data in flight.
+    /// All data of a load has been written: the server first loads the data in flight.
     pub fn finish_load(&self) {
         if let Some(socket) = &*self.socket.lock().unwrap_or_else(PoisonError::into_inner) {
             // It may be shut down already.

@@ -39,7 +39,7 @@ impl Stream {
         Ok(state)
     }
 
-    /// /// A refusal because the session has ended is ENODEV, whatever errno the server used.
+    /// A refusal because the session has ended is ENODEV, whatever errno the server used.
     pub(super) fn or_ended(&self, request: &str, error: Error) -> Error {
         match error {
             Error::Refused { .. } if self.session != self.shared.session.number() => {

@@ -80,7 +80,7 @@ pub struct Header {
     pub id: u16,
     /// Which message.
     pub command: Command,
-    /// /// Bytes of the whole message, including this header.
+    /// Bytes of the whole message, including this header.
     pub size: u32,
     /// Bits 0 to 3 the type, then [`Header::NO_REPLY`] and [`Header::ERROR`].
     pub flags: u32,
@@ -88,12 +88,12 @@ pub struct Header {
     pub error: u32,
 }
 
-/// /// The kind of a message.
+/// The kind of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// /// A command that needs a reply.
+    /// A command that needs a reply.
     Command,
-    /// /// A command without a reply, not even for an error.
+    /// A command without a reply, not even for an error.
     Posted,
     /// A reply.
     Reply,
@@ -115,20 +115,20 @@ impl Header {
     /// Flag of a reply: the command was refused.
     pub const ERROR: u32 = 1 << 5;
 
-    /// /// The header of a command with this many bytes after it, or `None` if the size field cannot hold the size.
+    /// The header of a command with this many bytes after it, or `None` if the size field cannot hold the size.
     pub fn command(id: u16, command: Command, body_bytes: usize) -> Option<Header> {
         let size = u32::try_from(body_bytes.checked_add(Header::BYTES)?).ok()?;
         Some(Header { id, command, size, flags: Header::TYPE_COMMAND, error: 0 })
     }
 
-    /// /// The header of the reply to this command with this many bytes after it, or `None` if the size field cannot
+    /// The header of the reply to this command with this many bytes after it, or `None` if the size field cannot
     /// hold the size.
     pub fn reply(&self, body_bytes: usize) -> Option<Header> {
         let size = u32::try_from(body_bytes.checked_add(Header::BYTES)?).ok()?;
         Some(Header { size, flags: Header::TYPE_REPLY, error: 0, ..*self })
     }
 
-    /// /// The complete reply that refuses this command.
+    /// The complete reply that refuses this command.
     pub const fn refusal(&self, errno: Errno) -> Header {
         Header {
             id: self.id,
@@ -139,13 +139,13 @@ impl Header {
         }
     }
 
-    /// /// The same command, posted: without a reply.
+    /// The same command, posted: without a reply.
     #[must_use]
     pub const fn posted(self) -> Header {
         Header { flags: self.flags | Header::NO_REPLY, ..self }
     }
 
-    /// /// The kind of the message. Unassigned flags are ignored.
+    /// The kind of the message. Unassigned flags are ignored.
     pub const fn kind(&self) -> Result<Kind, DecodeError> {
         match self.flags & Header::TYPE_MASK {
             Header::TYPE_COMMAND if self.flags & Header::NO_REPLY != 0 => Ok(Kind::Posted),

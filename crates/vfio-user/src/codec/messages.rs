@@ -24,7 +24,7 @@ message! {
     VersionMessage {
         /// 0.
         major: u16,
-        /// /// In the reply at most the proposed one.
+        /// In the reply at most the proposed one.
         minor: u16,
     }
 }

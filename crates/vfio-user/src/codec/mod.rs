@@ -50,7 +50,7 @@ pub enum DecodeError {
 }
 
 impl DecodeError {
-    /// /// The errno with which to refuse the command.
+    /// The errno with which to refuse the command.
     pub const fn errno(&self) -> Errno {
         match self {
             DecodeError::Unknown(_) => Errno::ENOSYS,

@@ -18,7 +18,7 @@ use super::{
 /// this has only the bytes that were already received.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Request<'a> {
-    /// /// VERSION with its JSON, including NUL; empty if there is none.
+    /// VERSION with its JSON, including NUL; empty if there is none.
     Version(VersionMessage, &'a [u8]),
     /// DMA_MAP.
     DmaMap(DmaMapMessage),
@@ -54,7 +54,7 @@ pub enum Request<'a> {
     SetIrqs(SetIrqs<'a>),
     /// REGION_READ.
     RegionRead(RegionAccess),
-    /// /// REGION_WRITE, with the data received so far.
+    /// REGION_WRITE, with the data received so far.
     RegionWrite(RegionAccess, &'a [u8]),
     /// DEVICE_RESET.
     Reset,
@@ -64,7 +64,7 @@ pub enum Request<'a> {
     Feature(FeatureHeader, &'a [u8]),
     /// MIG_DATA_READ.
     MigDataRead(MigData),
-    /// /// MIG_DATA_WRITE, with the data received so far.
+    /// MIG_DATA_WRITE, with the data received so far.
     MigDataWrite(MigData, &'a [u8]),
 }
 
@@ -79,7 +79,7 @@ pub struct SetIrqs<'a> {
     pub count: u32,
     /// One of the ACTION flags.
     pub action: IrqSetFlags,
-    /// /// The data of the action.
+    /// The data of the action.
     pub data: IrqData<'a>,
 }
 
@@ -90,12 +90,12 @@ pub enum IrqData<'a> {
     None,
     /// The vectors whose byte is not 0; one byte a vector.
     Bools(&'a [u8]),
-    /// /// The message's fds, one for each vector; without fds the vectors are unwired.
+    /// The message's fds, one for each vector; without fds the vectors are unwired.
     Eventfds,
 }
 
 impl Command {
-    /// /// The bytes of a command's body that [`Request::decode`] needs, given the length of the body: for REGION_WRITE
+    /// The bytes of a command's body that [`Request::decode`] needs, given the length of the body: for REGION_WRITE
     /// and MIG_DATA_WRITE the fixed part, for others everything.
     pub const fn head_bytes(self, body_bytes: usize) -> usize {
         let fixed = match self {

@@ -29,7 +29,7 @@ pub enum ConnectionError {
     /// The peer closed the connection within a message.
     #[error("the peer closed the connection within a message")]
     Cut,
-    /// /// The deadline passed; the expected message may still arrive.
+    /// The deadline passed; the expected message may still arrive.
     #[error("the peer did not answer in time")]
     TimedOut,
     /// The peer began a message and did not finish it in time, or did not take one.
@@ -38,13 +38,13 @@ pub enum ConnectionError {
     /// The peer did not negotiate a version in time.
     #[error("the peer did not negotiate a version in time")]
     Silent,
-    /// /// A protocol violation after which the connection cannot continue.
+    /// A protocol violation after which the connection cannot continue.
     #[error("the protocol was broken: {0}")]
     Broken(&'static str),
-    /// /// The peer sends requests faster than it reads the replies.
+    /// The peer sends requests faster than it reads the replies.
     #[error("the peer does not take its replies")]
     Backlog,
-    /// /// More fds in one message than the peer accepts.
+    /// More fds in one message than the peer accepts.
     #[error("{0} fds in one message are too many")]
     Fds(usize),
     /// Another process serves the connection now.
@@ -72,7 +72,7 @@ pub(crate) fn errno_of(errno: rustix::io::Errno) -> Errno {
 /// How long the halves of a connection wait.
 #[derive(Clone, Copy, Debug)]
 pub struct Waits {
-    /// /// Time limit for receiving a message from its first byte to its last, and for the peer to read one.
+    /// Time limit for receiving a message from its first byte to its last, and for the peer to read one.
     pub message: Duration,
     /// A wait that has a deadline ends between its deadline and so long after it.
     pub sleep: Duration,
@@ -86,7 +86,7 @@ impl Waits {
     }
 }
 
-/// /// Splits a connected socket. Unreceived data of the peer is dropped with it.
+/// Splits a connected socket. Unreceived data of the peer is dropped with it.
 pub fn split(
     stream: impl Into<Foreign<UnixStream>>,
     waits: Waits,
@@ -102,7 +102,7 @@ pub fn split(
     Ok((Receiver::new(Arc::clone(&socket), waits), Sender::new(socket, waits)))
 }
 
-/// /// Sets the largest send buffer that the system allows, for fewer context switches within a large message.
+/// Sets the largest send buffer that the system allows, for fewer context switches within a large message.
 pub(crate) fn set_send_buffer(socket: &UnixStream) -> rustix::io::Result<()> {
     sockopt::set_socket_send_buffer_size(socket, SEND_BUFFER_BYTES)
 }

@@ -29,7 +29,7 @@ use crate::version::MSG_FDS_MAX;
 pub struct Receiver {
     wire: Wire,
     buffer: Box<[u8; Receiver::BUFFER_BYTES]>,
-    /// /// The filled part of the buffer.
+    /// The filled part of the buffer.
     start: usize,
     end: usize,
     /// Where in the stream `buffer[start]` is.
@@ -40,16 +40,16 @@ pub struct Receiver {
     within: bool,
 }
 
-/// /// The socket, and the fds received from it.
+/// The socket, and the fds received from it.
 struct Wire {
     socket: Arc<Foreign<UnixStream>>,
     waits: Waits,
-    /// /// Whether the socket's own time limit is set. Without it a wait is cheaper.
+    /// Whether the socket's own time limit is set. Without it a wait is cheaper.
     timed: bool,
     /// When waiting for the rest of a message began.
     waiting_since: Option<Instant>,
     fds: Vec<Arrived>,
-    /// /// Buffer for received fds.
+    /// Buffer for received fds.
     came: Vec<ForeignFd>,
     /// Fds of peers cannot be closed as fast as they come.
     is_behind: bool,
@@ -57,10 +57,10 @@ struct Wire {
 
 /// An fd that no message has claimed yet.
 struct Arrived {
-    /// /// Position in the stream of the last byte that was received together with it. The system never receives beyond
+    /// Position in the stream of the last byte that was received together with it. The system never receives beyond
     /// the end of data that was sent with fds, so this byte belongs to their message.
     position: u64,
-    /// /// `None` for excess fds, or for fds that exceed this process's limit.
+    /// `None` for excess fds, or for fds that exceed this process's limit.
     fd: Option<ForeignFd>,
 }
 
@@ -69,14 +69,14 @@ struct Arrived {
 pub struct Fds {
     /// In the order in which they were sent.
     pub fds: Vec<ForeignFd>,
-    /// /// There were more fds, which were dropped.
+    /// There were more fds, which were dropped.
     pub truncated: bool,
 }
 
 impl Receiver {
     /// Bytes of the receive buffer.
     pub const BUFFER_BYTES: usize = 8192;
-    /// /// Limit on the bytes that one call waits for before the deadline is checked.
+    /// Limit on the bytes that one call waits for before the deadline is checked.
     const PIECE_BYTES_MAX: usize = 256 << 10;
 
     pub(super) fn new(socket: Arc<Foreign<UnixStream>>, waits: Waits) -> Receiver {
@@ -104,7 +104,7 @@ impl Receiver {
         &self.wire.socket
     }
 
-    /// /// Skips the rest of the current message and returns the header of the next one. Without a deadline it waits
+    /// Skips the rest of the current message and returns the header of the next one. Without a deadline it waits
     /// forever.
     ///
     /// A header whose size is below its own length ([`Header::body_bytes`] tells) is treated as a message without a
@@ -138,14 +138,14 @@ impl Receiver {
         }
     }
 
-    /// /// Drops the rest of the current message.
+    /// Drops the rest of the current message.
     pub fn skip(&mut self, deadline: Option<Instant>) -> Result<(), ConnectionError> {
         if !self.within {
             return Ok(());
         }
         while self.body_left() > 0 {
             if self.end == self.start {
-                // // Not through fill, since the rest may be large.
+                // Not through fill, since the rest may be large.
                 let bytes = self.body_left().min(Receiver::BUFFER_BYTES);
                 let into = &mut self.buffer[..bytes];
                 let got = self.wire.receive(into, self.position, true, RecvFlags::empty(), deadline)?;
@@ -164,17 +164,17 @@ impl Receiver {
         Ok(())
     }
 
-    /// /// Whether a header, or part of one, has already been received.
+    /// Whether a header, or part of one, has already been received.
     pub fn has_more(&self) -> bool {
         self.position + (self.end - self.start) as u64 > self.message_end
     }
 
-    /// /// Bytes of the current message's body that have not been read yet.
+    /// Bytes of the current message's body that have not been read yet.
     pub fn body_left(&self) -> usize {
         (self.message_end - self.position) as usize
     }
 
-    /// /// Peeks at the next bytes of the body: at least `want` of them or all remaining ones, at most
+    /// Peeks at the next bytes of the body: at least `want` of them or all remaining ones, at most
     /// [`Receiver::BUFFER_BYTES`].
     pub fn head(&mut self, want: usize, deadline: Option<Instant>) -> Result<&[u8], ConnectionError> {
         let left = self.body_left();
@@ -183,12 +183,12 @@ impl Receiver {
         Ok(&self.buffer[self.start..self.start + have])
     }
 
-    /// /// Consumes bytes that [`Receiver::head`] has returned.
+    /// Consumes bytes that [`Receiver::head`] has returned.
     pub fn consume(&mut self, bytes: usize) {
         self.take(bytes.min(self.body_left()).min(self.end - self.start));
     }
 
-    /// /// Reads the next `into.len()` bytes of the body, or as many as are left, and returns their number. Bytes that
+    /// Reads the next `into.len()` bytes of the body, or as many as are left, and returns their number. Bytes that
     /// are not in the buffer are received directly into `into`.
     ///
     /// On failure part of the body is lost; the next message can still be reached.
@@ -199,7 +199,7 @@ impl Receiver {
         into[..done].copy_from_slice(&self.buffer[self.start..self.start + done]);
         self.take(done);
         while done < bytes {
-            // // In pieces: the deadline is checked between two calls, and a peer that always sends one more byte could
+            // In pieces: the deadline is checked between two calls, and a peer that always sends one more byte could
             // keep a single call waiting forever.
             let piece = (bytes - done).min(Receiver::PIECE_BYTES_MAX);
             let into = &mut into[done..done + piece];
@@ -211,7 +211,7 @@ impl Receiver {
         Ok(bytes)
     }
 
-    /// /// Reads those of the next `into.len()` bytes of the body that have arrived, without waiting; returns their
+    /// Reads those of the next `into.len()` bytes of the body that have arrived, without waiting; returns their
     /// number.
     pub fn read_now(&mut self, into: &mut [u8]) -> Result<usize, ConnectionError> {
         let bytes = into.len().min(self.body_left());
@@ -241,7 +241,7 @@ impl Receiver {
         })
     }
 
-    /// /// Receives available data into the buffer, without waiting. Returns whether a whole message is there, or as
+    /// Receives available data into the buffer, without waiting. Returns whether a whole message is there, or as
     /// much of one as the buffer holds, so that [`Receiver::next`] and a short body need no wait. Only between two
     /// messages.
     pub fn gather(&mut self) -> Result<bool, ConnectionError> {
@@ -309,7 +309,7 @@ impl Receiver {
         }
     }
 
-    /// /// Receives until there are at least `want` bytes in the buffer.
+    /// Receives until there are at least `want` bytes in the buffer.
     fn fill_to(&mut self, want: usize, deadline: Option<Instant>) -> Result<(), ConnectionError> {
         while self.end - self.start < want {
             let idle = !self.within && self.end == self.start;
@@ -322,7 +322,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// /// The bytes received beyond the current message, and their fds, each with the offset of the last byte that it
+    /// The bytes received beyond the current message, and their fds, each with the offset of the last byte that it
     /// came with; `None` for dropped fds. Only between two messages.
     pub fn export(&self) -> (&[u8], impl Iterator<Item = (u64, Option<&ForeignFd>)>) {
         let fds = self.wire.fds.iter().filter(|arrived| arrived.position >= self.position);
@@ -330,7 +330,7 @@ impl Receiver {
         (&self.buffer[self.start..self.end], fds)
     }
 
-    /// /// Continues where another process's receiver has stopped ([`Receiver::export`]). `None` for more than a
+    /// Continues where another process's receiver has stopped ([`Receiver::export`]). `None` for more than a
     /// receiver holds.
     #[must_use]
     pub fn import(mut self, bytes: &[u8], fds: Vec<(u64, Option<ForeignFd>)>) -> Option<Receiver> {
@@ -380,7 +380,7 @@ impl Wire {
         if !begun && deadline.is_none() {
             self.set_timed(false)?;
         } else if !self.timed {
-            // // Usually the data is already there, and no time limit is needed to wait for it.
+            // Usually the data is already there, and no time limit is needed to wait for it.
             hurry = RecvFlags::DONTWAIT;
         }
         loop {
@@ -406,7 +406,7 @@ impl Wire {
         }
     }
 
-    /// /// Receives available data; 0 if there is none.
+    /// Receives available data; 0 if there is none.
     fn receive_if_there(&mut self, into: &mut [u8], position: u64) -> Result<usize, ConnectionError> {
         loop {
             match self.receive_now(into, position, RecvFlags::DONTWAIT) {
@@ -434,7 +434,7 @@ impl Wire {
         Ok(got.bytes)
     }
 
-    /// /// Records the fds that came with a byte, or that there were too many.
+    /// Records the fds that came with a byte, or that there were too many.
     #[cold]
     fn sort_in(&mut self, position: u64, lost: bool) {
         let too_many = lost || self.came.len() > MSG_FDS_MAX;
@@ -474,7 +474,7 @@ impl Wire {
 const BEHIND: ConnectionError =
     ConnectionError::Broken("fds that cannot be closed, as closing others blocks");
 
-/// /// How long the closing of other fds may delay a peer that sends more of them.
+/// How long the closing of other fds may delay a peer that sends more of them.
 const CLOSING_MAX: Duration = Duration::from_secs(1);
 
 /// [`ConnectionError::TimedOut`] when there is more to receive and the deadline has passed.

@@ -28,9 +28,9 @@ pub struct Sender {
     limit: Duration,
     /// Held while the bytes of a message go out.
     turn: Mutex<Turn>,
-    /// /// Queued replies, to be sent as soon as possible.
+    /// Queued replies, to be sent as soon as possible.
     kept: Mutex<Kept>,
-    /// /// Whether anything is queued, here or in the write turn.
+    /// Whether anything is queued, here or in the write turn.
     keeps: AtomicBool,
 }
 
@@ -42,15 +42,15 @@ struct Kept {
 
 #[derive(Default)]
 struct Turn {
-    /// /// The rest of a queued reply that was sent in part.
+    /// The rest of a queued reply that was sent in part.
     rest: Vec<u8>,
     rest_at: usize,
-    /// /// A message was sent in part and cannot be completed.
+    /// A message was sent in part and cannot be completed.
     broken: bool,
 }
 
 impl Sender {
-    /// /// Limit on the bytes of replies that are queued for a peer that does not read them.
+    /// Limit on the bytes of replies that are queued for a peer that does not read them.
     pub const KEPT_BYTES_MAX: usize = 80 << 20;
     /// The most of them.
     pub const KEPT_MAX: usize = 4096;
@@ -70,13 +70,13 @@ impl Sender {
         &self.socket
     }
 
-    /// /// Ends the connection for both halves and for the peer, and wakes waiting threads.
+    /// Ends the connection for both halves and for the peer, and wakes waiting threads.
     pub fn shutdown(&self) {
         // It may be shut down already.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
-    /// /// Sends one message, given in parts, with its fds. If the socket is full, sleeps until there is space:
+    /// Sends one message, given in parts, with its fds. If the socket is full, sleeps until there is space:
     /// [`ConnectionError::Stalled`] if the peer has not read enough within [`Waits::message`](super::Waits::message).
     pub fn send(&self, parts: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
         self.hold().send(parts, fds)
@@ -98,7 +98,7 @@ impl Sender {
         })
     }
 
-    /// /// Takes the write turn, for a message that is produced piece by piece.
+    /// Takes the write turn, for a message that is produced piece by piece.
     pub fn hold(&self) -> Sending<'_> {
         let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         Sending { sender: self, turn, deadline: None }
@@ -113,14 +113,14 @@ impl Sender {
         mut wait: impl FnMut() -> Result<(), ConnectionError>,
     ) -> Result<(), ConnectionError> {
         self.hold().send_all(parts, fds, &mut || wait().map(|()| true))?;
-        // // A thread that found the write turn taken may have queued a reply.
+        // A thread that found the write turn taken may have queued a reply.
         if self.keeps() {
             self.flush()?;
         }
         Ok(())
     }
 
-    /// /// Sends a reply without waiting for the socket or other senders; the part that cannot be sent now is sent
+    /// Sends a reply without waiting for the socket or other senders; the part that cannot be sent now is sent
     /// before the next message, or by [`Sender::flush`].
     pub fn reply(&self, parts: &mut [IoSlice<'_>]) -> Result<(), ConnectionError> {
         let mut parts = parts;
@@ -148,11 +148,11 @@ impl Sender {
             }
         }
         self.keep(parts)?;
-        // // The thread with the write turn may have checked before this was queued.
+        // The thread with the write turn may have checked before this was queued.
         self.flush().map(drop)
     }
 
-    /// /// Queues a reply behind the others.
+    /// Queues a reply behind the others.
     fn keep(&self, parts: &[IoSlice<'_>]) -> Result<(), ConnectionError> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = kept.bytes + parts.iter().map(|part| part.len()).sum::<usize>();
@@ -165,7 +165,7 @@ impl Sender {
         Ok(())
     }
 
-    /// /// The queued replies, for another process to send. `None` while a thread is sending.
+    /// The queued replies, for another process to send. `None` while a thread is sending.
     pub fn export(&self) -> Option<Vec<u8>> {
         let turn = self.try_turn()?;
         let mut bytes = turn.rest[turn.rest_at..].to_vec();
@@ -174,22 +174,22 @@ impl Sender {
         Some(bytes)
     }
 
-    /// /// Continues where another process has stopped, with its queued replies.
+    /// Continues where another process has stopped, with its queued replies.
     pub fn import(&self, bytes: Vec<u8>) {
         let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.keeps.store(!bytes.is_empty(), Ordering::SeqCst);
         (turn.rest, turn.rest_at) = (bytes, 0);
     }
 
-    /// /// Whether there are queued replies that [`Sender::flush`] has to send.
+    /// Whether there are queued replies that [`Sender::flush`] has to send.
     pub fn keeps(&self) -> bool {
         self.keeps.load(Ordering::SeqCst)
     }
 
-    /// /// Sends queued replies as far as the socket accepts them, and returns whether that was all. Never waits.
+    /// Sends queued replies as far as the socket accepts them, and returns whether that was all. Never waits.
     pub fn flush(&self) -> Result<bool, ConnectionError> {
         while self.keeps() {
-            // // The thread with the write turn flushes afterwards.
+            // The thread with the write turn flushes afterwards.
             let Some(mut turn) = self.try_turn() else { return Ok(false) };
             if !self.flush_in(&mut turn)? {
                 return Ok(false);
@@ -198,9 +198,9 @@ impl Sender {
         Ok(true)
     }
 
-    /// /// Sleeps until the socket accepts more.
+    /// Sleeps until the socket accepts more.
     pub fn wait_writable(&self, deadline: Instant) -> Result<(), ConnectionError> {
-        // // Also with a peer that reads a little each time.
+        // Also with a peer that reads a little each time.
         if Instant::now() >= deadline {
             return Err(ConnectionError::TimedOut);
         }
@@ -244,11 +244,11 @@ impl Sender {
     }
 }
 
-/// /// The write turn of a connection: no other message is sent between the pieces that are sent in it.
+/// The write turn of a connection: no other message is sent between the pieces that are sent in it.
 pub struct Sending<'a> {
     sender: &'a Sender,
     turn: MutexGuard<'a, Turn>,
-    /// /// The time by which the peer must have read everything sent in this turn; from the first wait on.
+    /// The time by which the peer must have read everything sent in this turn; from the first wait on.
     deadline: Option<Instant>,
 }
 
@@ -266,7 +266,7 @@ impl Sending<'_> {
         sent
     }
 
-    /// /// The same for a message without fds. `wait` gets the limit; once it returns false, the rest is queued
+    /// The same for a message without fds. `wait` gets the limit; once it returns false, the rest is queued
     /// ([`Sender::flush`]).
     pub fn send_or_keep(
         &mut self,
@@ -340,10 +340,10 @@ impl Sending<'_> {
     }
 }
 
-/// /// Waits for space; `false` to queue the message instead, which is possible only without fds.
+/// Waits for space; `false` to queue the message instead, which is possible only without fds.
 type Wait<'a> = &'a mut dyn FnMut() -> Result<bool, ConnectionError>;
 
-/// /// The peer did not read a message in time.
+/// The peer did not read a message in time.
 fn stalled(error: ConnectionError) -> ConnectionError {
     match error {
         ConnectionError::TimedOut => ConnectionError::Stalled,
@@ -383,7 +383,7 @@ pub(crate) fn wait_ready(fds: &mut [PollFd<'_>], deadline: Instant) -> Result<()
     }
 }
 
-/// /// Sends as much as the socket accepts now; `None` if that is nothing.
+/// Sends as much as the socket accepts now; `None` if that is nothing.
 fn send_some(
     socket: &UnixStream,
     parts: &[IoSlice<'_>],

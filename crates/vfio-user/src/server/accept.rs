@@ -1,4 +1,4 @@
-//! //! The accepting thread: it decides which connections are served, each on its own thread.
+//! The accepting thread: it decides which connections are served, each on its own thread.
 //!
 //! It never waits for a client. A client that connects and disconnects repeatedly costs a call or two each time, and a
 //! client that connects and stays silent displaces others of its own process.
@@ -16,20 +16,20 @@ use super::handover::Adopted;
 use super::{Door, Server, doors};
 use crate::connection::ConnectionError;
 
-/// /// How long a server that cannot accept a client waits before it checks whether it has to end.
+/// How long a server that cannot accept a client waits before it checks whether it has to end.
 const PAUSE: Duration = Duration::from_millis(100);
-/// /// How long a new connection waits for the threads of a displaced connection, and of starting ones.
+/// How long a new connection waits for the threads of a displaced connection, and of starting ones.
 const ROOM_WAIT: Duration = Duration::from_secs(1);
 
 /// A connection to be served.
 pub(super) enum Come {
-    /// /// An accepted connection, and whether it came through the control socket.
+    /// An accepted connection, and whether it came through the control socket.
     New(Foreign<UnixStream>, bool),
     Adopted(Box<Adopted>),
 }
 
 impl Come {
-    /// /// The id of a connection that another process has served.
+    /// The id of a connection that another process has served.
     fn adopted(&self) -> Option<ConnectionId> {
         match self {
             Come::New(..) => None,
@@ -74,7 +74,7 @@ impl Server {
                 if is_passing(&error) {
                     tracing::debug!(%error, "a connection was gone before it was accepted");
                 } else if is_lack(&error) {
-                    // // The client stays in the queue until a connection is free.
+                    // The client stays in the queue until a connection is free.
                     tracing::warn!(%error, "no free connection");
                     self.pause();
                 } else {
@@ -91,7 +91,7 @@ impl Server {
         if poll(&mut hang_up, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
             return false;
         }
-        // // Clients of one socket do not block those of the other.
+        // Clients of one socket do not block those of the other.
         let most = doors::CONNECTIONS_MAX + if by_control_door { doors::CONTROL_MAX } else { 0 };
         let is_room = self.doors.make_room(most, ROOM_WAIT);
         if !is_room {
@@ -100,7 +100,7 @@ impl Server {
         is_room
     }
 
-    /// /// Serves a connection on its own thread.
+    /// Serves a connection on its own thread.
     pub(super) fn start<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>, come: Come) {
         let adopted = come.adopted();
         let device = tracing::Span::current();
@@ -132,7 +132,7 @@ impl Server {
         }
     }
 
-    /// /// Waits for clients, or the shutdown. Returns the sockets with waiting clients, and whether each is the
+    /// Waits for clients, or the shutdown. Returns the sockets with waiting clients, and whether each is the
     /// control socket.
     fn wait_for_client(&self) -> io::Result<Vec<(bool, &Door)>> {
         let doors: Vec<_> = std::iter::once((false, &self.door))

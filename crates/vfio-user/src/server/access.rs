@@ -39,7 +39,7 @@ pub(super) fn read(
     let (head, data) = message.split_at_mut(Header::BYTES + RegionAccess::BYTES);
     head[..Header::BYTES].copy_from_slice(header.as_bytes());
     head[Header::BYTES..].copy_from_slice(access.as_bytes());
-    // // If the model does not fill in all bytes, the client must not see those of another message.
+    // If the model does not fill in all bytes, the client must not see those of another message.
     data.fill(0);
     let read = if is_config {
         Ok(machine.region_read_unheld(access.region, access.offset, data))
@@ -110,7 +110,7 @@ fn write_one(
     peer.machine.region_write_or_held(region, offset, data)
 }
 
-/// /// Writes in order, up to the first failure; the reply has the number of completed writes. Refused if there is
+/// Writes in order, up to the first failure; the reply has the number of completed writes. Refused if there is
 /// none.
 pub(super) fn write_multi(
     peer: &Peer<'_>,

@@ -19,7 +19,7 @@ use crate::version::{
     self, Capabilities, Limits, MSG_FDS_MAX, MigrationCapability, REPLY_BYTES_MAX, TwinSocket, VERSION,
 };
 
-/// /// Enough for all version data of this server.
+/// Enough for all version data of this server.
 const JSON_ROOM: usize = 1024;
 
 /// `vfio-user.rst: VFIO_USER_VERSION`. A refused version may be followed by another.
@@ -62,7 +62,7 @@ pub(super) fn version(peer: &mut Peer<'_>, job: &Job, version: VersionMessage, d
     job.reply_pieces(&peer.link, &[fixed.as_bytes(), &json], &fds)
 }
 
-/// /// Gives the client its role, for which it may have to wait.
+/// Gives the client its role, for which it may have to wait.
 fn admit(
     peer: &mut Peer<'_>,
     theirs: &Capabilities,
@@ -79,7 +79,7 @@ fn admit(
             return Ok(Err(Errno::EACCES));
         }
         Some(Asked::Control) => true,
-        // // A VMM that has gone but is not removed yet does not count.
+        // A VMM that has gone but is not removed yet does not count.
         Some(Asked::Either) => peer.doors.vmm().is_some_and(|vmm| !vmm.has_hung_up()) && may_control(),
         Some(Asked::Vmm) | None => false,
     };
@@ -128,7 +128,7 @@ fn capabilities(peer: &Peer<'_>) -> Capabilities {
     }
 }
 
-/// /// Creates the socket for the device's DMA messages and returns the client's end.
+/// Creates the socket for the device's DMA messages and returns the client's end.
 fn make_twin(peer: &Peer<'_>) -> Option<UnixStream> {
     let made =
         UnixStream::pair().map_err(|error| error.to_string()).and_then(|(ours, theirs)| {

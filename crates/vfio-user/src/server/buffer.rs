@@ -10,7 +10,7 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// /// The first `bytes` bytes, to be overwritten. They have old contents.
+    /// The first `bytes` bytes, to be overwritten. They have old contents.
     pub(super) fn bytes(&mut self, bytes: usize) -> &mut [u8] {
         let words = bytes.div_ceil(8);
         if self.words.len() < words {

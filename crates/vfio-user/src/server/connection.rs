@@ -33,7 +33,7 @@ use crate::version::DATA_XFER_BYTES_MAX;
 
 /// A connection being served.
 pub(super) struct Connection<'a> {
-    /// /// Dropped first: the session's socket ends before another client gets the device.
+    /// Dropped first: the session's socket ends before another client gets the device.
     data: SessionData,
     peer: Peer<'a>,
     parked: Parked,
@@ -73,7 +73,7 @@ impl<'a> Connection<'a> {
         Arc::clone(&self.peer.link)
     }
 
-    /// /// Serves until the end, and then releases everything of the client.
+    /// Serves until the end, and then releases everything of the client.
     pub(super) fn serve(&mut self) -> ConnectionError {
         let span = tracing::debug_span!("vfio_user_connection");
         let _entered = span.enter();
@@ -97,13 +97,13 @@ impl<'a> Connection<'a> {
         end
     }
 
-    /// /// Waits here while connections are paused; only those that can be handed over are.
+    /// Waits here while connections are paused; only those that can be handed over are.
     fn pause_here(&self) -> Result<(), ConnectionError> {
         if !self.peer.options.interruptible {
             return Ok(());
         }
         loop {
-            // // Ends at once if the connection has to pause: another process sends the rest.
+            // Ends at once if the connection has to pause: another process sends the rest.
             self.peer.link.flush()?;
             if !(self.peer.doors.is_open() && self.peer.link.is_busy()) {
                 self.peer.doors.pause_here(self.peer.id, &|| self.state(Vec::new()))?;
@@ -114,7 +114,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// /// The data that another process needs to continue this connection, other than its link.
+    /// The data that another process needs to continue this connection, other than its link.
     fn state(&self, unanswered: Vec<u8>) -> doors::State {
         doors::State {
             limits: self.peer.limits,
@@ -124,7 +124,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// /// Continues a connection that another process has served.
+    /// Continues a connection that another process has served.
     pub(super) fn adopt(mut self, state: doors::State) -> Connection<'a> {
         self.peer.limits = state.limits;
         state.parked.into_iter().for_each(|access| self.parked.keep(access));
@@ -257,7 +257,7 @@ impl<'a> Connection<'a> {
         let reset = self.peer.machine.reset();
         self.data.follow_session(&self.peer);
         if reset.is_ok() {
-            // // Requests before it would be handled after it.
+            // Requests before it would be handled after it.
             for header in self.parked.clear() {
                 Job { header, fds: Vec::new(), receiver: None }.refuse(&self.peer.link, Errno::EBUSY)?;
             }
@@ -275,7 +275,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// /// Queues the access that is being handled.
+    /// Queues the access that is being handled.
     fn park(&mut self, job: &Job, body: &[u8]) {
         let writes_done = std::mem::take(&mut self.parked.writes_done);
         if self.parked.is_empty() {
@@ -324,7 +324,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// /// Performs the queued accesses in order, until one has to wait again.
+    /// Performs the queued accesses in order, until one has to wait again.
     fn replay(&mut self, request: &mut Buffer) -> Result<(), ConnectionError> {
         let since = self.parked.since.take();
         while let Some(Access { header, body, writes_done }) = self.parked.take_first() {

@@ -1,4 +1,4 @@
-//! //! The requests of control clients (`docs/vfio-user-extensions.md: STAY, ECHO, KICK`).
+//! The requests of control clients (`docs/vfio-user-extensions.md: STAY, ECHO, KICK`).
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use super::dma::{ClientMemory, echo};
 use super::peer::Peer;
 use crate::extension::{self, Echo, Stay, StayFlags};
 
-/// /// Words of a log that are read at once: 256 MiB of 4 KiB pages.
+/// Words of a log that are read at once: 256 MiB of 4 KiB pages.
 const PIECE_WORDS: usize = 1024;
 /// The longest range of one ECHO, in pages.
 const ECHO_PAGES_MAX: u64 = 1 << 31;
@@ -70,7 +70,7 @@ fn stands_still(peer: &Peer<'_>) -> Result<(), Errno> {
     }
 }
 
-/// /// Writes one byte of each page in the device's log again, with its current value, through the VMM, so that the
+/// Writes one byte of each page in the device's log again, with its current value, through the VMM, so that the
 /// page is in the VMM's log too. Returns the number of pages.
 fn echo_dirty(peer: &Peer<'_>, asked: &Echo) -> Result<u64, Errno> {
     peer.machine.may_read_log(peer.client)?;

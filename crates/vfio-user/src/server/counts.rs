@@ -1,4 +1,4 @@
-//! //! A server's statistics for metrics: its clients, by role, and their requests.
+//! A server's statistics for metrics: its clients, by role, and their requests.
 //!
 //! A request costs one addition to a counter, for which no thread waits.
 
@@ -46,13 +46,13 @@ impl Counters {
 pub struct Clients {
     /// The VMM.
     pub vmm: usize,
-    /// /// Clients that prepare to become the VMM after it.
+    /// Clients that prepare to become the VMM after it.
     pub next: usize,
-    /// /// Control clients.
+    /// Control clients.
     pub control: usize,
     /// Those that wait for the VMM's place.
     pub waiting: usize,
-    /// /// Clients that have not sent VERSION.
+    /// Clients that have not sent VERSION.
     pub undecided: usize,
 }
 

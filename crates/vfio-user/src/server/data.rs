@@ -27,7 +27,7 @@ const PADDED_BYTES_MAX: usize = 64 << 10;
 
 static ZEROS: [u8; PADDED_BYTES_MAX] = [0; PADDED_BYTES_MAX];
 
-/// /// The result of reading the session's data.
+/// The result of reading the session's data.
 enum Piece {
     /// The reply was sent straight from the model's memory.
     Sent(Result<(), ConnectionError>),
@@ -40,7 +40,7 @@ enum Piece {
 /// How the data of a client's sessions moves.
 #[derive(Default)]
 pub(super) struct SessionData {
-    /// /// The session's own socket, if the client requested one.
+    /// The session's own socket, if the client requested one.
     socket: Option<DataSocket>,
     /// The session whose data has moved by messages.
     moved: Option<SessionId>,
@@ -52,7 +52,7 @@ impl SessionData {
     /// MIG_DATA_READ.
     pub(super) fn read(&mut self, peer: &Peer<'_>, job: &Job, read: MigData) -> Handled {
         if let Some(socket) = &self.socket {
-            // // The data uses the socket; this asks for progress.
+            // The data uses the socket; this asks for progress.
             let saved = if socket.loads() { Err(Errno::EBADF) } else { socket.saved() };
             return match saved {
                 Ok(()) => job.reply(&peer.link, MigData { argsz: MigData::BYTES as u32, size: 0 }.as_bytes()),
@@ -68,7 +68,7 @@ impl SessionData {
             return Ok(Outcome::Refused(Errno::ENODEV));
         };
         if !job.wants_reply() {
-            // // A posted read would lose the data.
+            // A posted read would lose the data.
             return Ok(Outcome::Replied);
         }
         self.moved = Some(session);
@@ -93,7 +93,7 @@ impl SessionData {
                 }
                 Ok(Piece::Gathered) => {}
                 Ok(Piece::Dry) => break,
-                // // The gathered data is lost with the session: a short reply would look like the end.
+                // The gathered data is lost with the session: a short reply would look like the end.
                 Err(errno) => return Ok(Outcome::Refused(errno)),
             }
         }
@@ -102,7 +102,7 @@ impl SessionData {
         Ok(Outcome::Replied)
     }
 
-    /// /// MIG_DATA_WRITE, with the data that came with its header; the rest is in the socket.
+    /// MIG_DATA_WRITE, with the data that came with its header; the rest is in the socket.
     pub(super) fn write(&mut self, peer: &Peer<'_>, job: &mut Job, write: MigData, data: &[u8]) -> Handled {
         if write.size > peer.data_bytes_max {
             return Ok(Outcome::Refused(Errno::EINVAL));
@@ -130,7 +130,7 @@ impl SessionData {
                 {
                     Ok(written) => written,
                     Err(end) => {
-                        // // The received part of this message is loaded, the rest is not.
+                        // The received part of this message is loaded, the rest is not.
                         peer.machine.data_lost(session);
                         return Err(end);
                     }
@@ -157,7 +157,7 @@ impl SessionData {
         if is_touched { Err(Errno::EBUSY) } else { Ok(session) }
     }
 
-    /// /// Before the state is set to `wanted`: first loads everything that the client wrote to a load's own socket.
+    /// Before the state is set to `wanted`: first loads everything that the client wrote to a load's own socket.
     pub(super) fn finish_load(&self, peer: &Peer<'_>, wanted: Option<State>) -> Result<(), Errno> {
         let leaves = wanted.is_some_and(|state| !matches!(state, State::Resuming | State::Error));
         match &self.socket {
@@ -166,7 +166,7 @@ impl SessionData {
         }
     }
 
-    /// /// After the state may have changed: ends the session's own socket if the session has ended.
+    /// After the state may have changed: ends the session's own socket if the session has ended.
     pub(super) fn follow_session(&mut self, peer: &Peer<'_>) {
         if let Some(socket) = &self.socket {
             if peer.machine.session_for(peer.client) == Some(socket.session()) {
@@ -183,7 +183,7 @@ impl SessionData {
     }
 }
 
-/// /// Receives the data of a write into the device as it arrives: the machine is never called while this waits for the
+/// Receives the data of a write into the device as it arrives: the machine is never called while this waits for the
 /// client.
 fn receive_data(
     machine: &Machine,
@@ -224,7 +224,7 @@ impl Rest<'_> {
         let receiver = self.receiver()?;
         let bytes = receiver.read_now(into)?;
         if receiver.body_left() == 0 {
-            // // From here on the model may need the socket for memory accesses.
+            // From here on the model may need the socket for memory accesses.
             self.give_back();
         }
         Ok(bytes)
@@ -238,7 +238,7 @@ impl Rest<'_> {
 }
 
 impl Drop for Rest<'_> {
-    /// /// First skips the rest of the message.
+    /// First skips the rest of the message.
     fn drop(&mut self) {
         let skipped = self.receiver.as_mut().map(|receiver| receiver.skip(None));
         self.give_back();
@@ -249,7 +249,7 @@ impl Drop for Rest<'_> {
     }
 }
 
-/// /// Never waits, since the data is borrowed from the device.
+/// Never waits, since the data is borrowed from the device.
 fn reply(link: &Link, to: &Header, data: &[u8], want: usize) -> Result<(), ConnectionError> {
     let padding = if want <= PADDED_BYTES_MAX { want - data.len() } else { 0 };
     let size = data.len() as u32;

@@ -1,4 +1,4 @@
-//! //! The client's memory, accessed by messages (`vfio-user.rst: VFIO_USER_DMA_READ, VFIO_USER_DMA_WRITE`), on the
+//! The client's memory, accessed by messages (`vfio-user.rst: VFIO_USER_DMA_READ, VFIO_USER_DMA_WRITE`), on the
 //! connection's own socket or on the twin socket.
 //!
 //! Any thread of a model may call, including a thread that is serving a request. Every exchange has a time limit,
@@ -22,7 +22,7 @@ use super::link::{Link, Mine, Pumped, Shared, TOO_MUCH};
 use crate::codec::{Command, DmaAccess, DmaWriteReply, Header, Kind};
 use crate::connection::{self, ConnectionError, Receiver, Sender, Waits};
 
-/// /// The data of one DMA message.
+/// The data of one DMA message.
 struct Transfer<'a> {
     command: Command,
     access: DmaAccess,
@@ -32,20 +32,20 @@ struct Transfer<'a> {
     into: Option<&'a mut [u8]>,
 }
 
-/// /// One pending DMA message on the connection's own socket.
+/// One pending DMA message on the connection's own socket.
 pub(super) struct Exchange {
     id: u16,
     command: Command,
     access: DmaAccess,
     done: Option<Result<(), Errno>>,
-    /// /// The data read, if another thread received it.
+    /// The data read, if another thread received it.
     data: Vec<u8>,
 }
 
 /// The memory behind mappings without an fd.
 pub(super) struct ClientMemory {
     pub(super) link: Arc<Link>,
-    /// /// Limit on the bytes of one message.
+    /// Limit on the bytes of one message.
     pub(super) bytes_max: usize,
 }
 
@@ -101,7 +101,7 @@ impl ClientMemory {
     }
 }
 
-/// /// Writes one byte at each of these addresses again, with its current value, through the client, whose dirty log
+/// Writes one byte at each of these addresses again, with its current value, through the client, whose dirty log
 /// then has them. All but the last are posted, and the reply to the last means that all are done. Memory that only the
 /// client can access is left out: the device's writes there are already in the client's log.
 pub(super) fn echo(link: &Link, memory: &Dma, addresses: &[u64], until: Instant) -> Result<(), Errno> {
@@ -154,7 +154,7 @@ impl Link {
         outcome
     }
 
-    /// /// Waits for the reply, as the leader if there is no other.
+    /// Waits for the reply, as the leader if there is no other.
     fn outcome(&self, mut mine: Mine<'_>, until: Instant) -> Result<(), Errno> {
         let mut shared = self.lock();
         loop {
@@ -219,7 +219,7 @@ impl Link {
         {
             return receive_reply(receiver, header, access, mine.data.as_deref_mut(), deadline).map(Some);
         }
-        // // Bounded by the limit for one message.
+        // Bounded by the limit for one message.
         let mut data = vec![0; if header.command == Command::DMA_READ { access.count as usize } else { 0 }];
         let outcome = receive_reply(receiver, header, access, Some(&mut data), deadline)?;
         let mut shared = self.lock();
@@ -265,7 +265,7 @@ impl Twin {
         Ok(Twin { sender, inner: Mutex::new(TwinInner { receiver, next_id: 0 }) })
     }
 
-    /// /// A twin socket from another process: its last id, and the bytes received beyond the last message.
+    /// A twin socket from another process: its last id, and the bytes received beyond the last message.
     pub(super) fn import(
         socket: Foreign<UnixStream>,
         message_limit: Duration,
@@ -337,7 +337,7 @@ impl TwinInner {
 }
 
 impl Transfer<'_> {
-    /// /// In this client's layout: QEMU's count has 32 bits.
+    /// In this client's layout: QEMU's count has 32 bits.
     fn send_as<T>(&self, id: u16, flags: u32, link: &Link, send: impl FnOnce(&mut [IoSlice<'_>]) -> T) -> T {
         let mut fixed = [0; size_of::<DmaAccess>()];
         fixed.copy_from_slice(self.access.as_bytes());
@@ -365,7 +365,7 @@ impl Transfer<'_> {
     }
 }
 
-/// /// Receives a reply and returns the result of the exchange. An invalid reply fails only its exchange: the stream
+/// Receives a reply and returns the result of the exchange. An invalid reply fails only its exchange: the stream
 /// stays in sync, also if the deadline comes first.
 fn receive_reply(
     receiver: &mut Receiver,

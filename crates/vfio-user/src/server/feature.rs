@@ -32,11 +32,11 @@ const PIECE_WORDS: usize = 16 << 10;
 /// The longest fixed part of a feature's data.
 const PAYLOAD_BYTES_MAX: usize = 64;
 
-/// /// The context of FEATURE requests.
+/// The context of FEATURE requests.
 pub(super) struct Features<'c, 'a> {
     pub(super) peer: &'c Peer<'a>,
     pub(super) data: &'c mut SessionData,
-    /// /// Buffer for the words of a bitmap.
+    /// Buffer for the words of a bitmap.
     pub(super) room: &'c mut Buffer,
 }
 
@@ -82,7 +82,7 @@ impl Features<'_, '_> {
             let header = FeatureHeader::new(call.index, call.op, payload_bytes as u32);
             return job.reply_pieces(&self.peer.link, &[header.as_bytes(), &payload[..payload_bytes]], &[]);
         }
-        // // The request's payload with the device's values: a page size, and no data fd.
+        // The request's payload with the device's values: a page size, and no data fd.
         let chosen = match call.index {
             extension::ECHO => size_of::<extension::Echo>(),
             FeatureIndex::DMA_LOGGING_START => size_of::<u64>(),
@@ -119,7 +119,7 @@ impl Features<'_, '_> {
         if !call.check(&rules)? {
             return Ok(FeatureDone::default());
         }
-        // // Without a session the state is not a pre-copy state.
+        // Without a session the state is not a pre-copy state.
         let info = self
             .peer
             .machine
@@ -175,7 +175,7 @@ impl Features<'_, '_> {
             Err(errno) => return Ok(Outcome::Refused(errno)),
         };
         if !job.wants_reply() {
-            // // A posted report would lose the bits.
+            // A posted report would lose the bits.
             return Ok(Outcome::Replied);
         }
         let fixed_bytes = FeatureHeader::BYTES + size_of::<FeatureDmaLoggingReport>();
@@ -196,7 +196,7 @@ impl Features<'_, '_> {
                 let bytes = length.min(pages.saturating_mul(page_size));
                 let words = words_room.zeroed(pages.div_ceil(64) as usize);
                 if let Err(errno) = mappings.logging_report(iova, bytes, page_size, words) {
-                    // // The reply has begun: pages that cannot be reported count as dirty.
+                    // The reply has begun: pages that cannot be reported count as dirty.
                     tracing::error!(%errno, iova, bytes, "report failed half-way");
                     set_all(words, pages);
                 }
@@ -210,7 +210,7 @@ impl Features<'_, '_> {
         Ok(Outcome::Replied)
     }
 
-    /// /// The bytes of the bitmap, if the report can be answered completely.
+    /// The bytes of the bitmap, if the report can be answered completely.
     fn check_report(&self, report: &FeatureDmaLoggingReport, call: FeatureCall) -> Result<u64, Errno> {
         self.peer.machine.may_read_log(self.peer.client)?;
         self.peer.machine.mappings().logging_check(report.iova, report.length, report.page_size)?;

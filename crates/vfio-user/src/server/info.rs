@@ -1,4 +1,4 @@
-//! //! The device's information
+//! The device's information
 //! (`vfio-user.rst: VFIO_USER_DEVICE_GET_INFO, VFIO_USER_DEVICE_GET_REGION_INFO, VFIO_USER_DEVICE_GET_REGION_IO_FDS, VFIO_USER_DEVICE_GET_IRQ_INFO`).
 //!
 //! A client whose buffer is too small for a reply gets the fixed part, with the required size in `argsz`
@@ -16,7 +16,7 @@ use zerocopy::IntoBytes;
 use crate::codec::{IoFd, IoFdsMessage};
 use limosa_device::{Description, IoEventFd};
 
-/// /// Limit on the eventfds of one region in a reply; more would need more than one message's fds.
+/// Limit on the eventfds of one region in a reply; more would need more than one message's fds.
 const IO_FDS_MAX: usize = 256;
 
 /// A reply's body, and its fds.
@@ -47,7 +47,7 @@ pub(super) fn irq(description: &Description, argsz: u32, index: u32) -> Result<A
     Ok(Answer::new(&[description.irq_info(index)?.as_bytes()]))
 }
 
-/// /// DEVICE_GET_REGION_INFO, for a client that accepts `fds_max` fds. `file` is the file of a mappable region.
+/// DEVICE_GET_REGION_INFO, for a client that accepts `fds_max` fds. `file` is the file of a mappable region.
 pub(super) fn region<'a>(
     description: &Description,
     file: Option<BorrowedFd<'a>>,
@@ -60,7 +60,7 @@ pub(super) fn region<'a>(
     }
     let view = description.region_view(index)?;
     let mut info = view.info;
-    // // A client that accepts no fds cannot map.
+    // A client that accepts no fds cannot map.
     let fd = file.filter(|_| fds_max > 0);
     if fd.is_none() {
         info.flags &= !RegionFlags::MMAP.bits();
@@ -73,9 +73,9 @@ pub(super) fn region<'a>(
     info.argsz = capabilities.argsz();
     let mut bytes = capabilities.bytes();
     if capabilities.offset() == 0 {
-        // // The region has none.
+        // The region has none.
     } else if argsz >= info.argsz {
-        // // A client that sees the flag looks for capabilities, even if they did not fit.
+        // A client that sees the flag looks for capabilities, even if they did not fit.
         info.flags |= RegionFlags::CAPS.bits();
         info.cap_offset = capabilities.offset();
     } else {
@@ -100,7 +100,7 @@ pub(super) fn region_io_fds(
     for io in signals.iter().take(IO_FDS_MAX) {
         let known = fds.iter().position(|fd| Arc::ptr_eq(fd, &io.fd));
         if known.is_none() && fds.len() == fds_max {
-            // // Writes to registers that are left out arrive as messages.
+            // Writes to registers that are left out arrive as messages.
             tracing::debug!(index, "the client accepts fewer fds than the region has");
             continue;
         }

@@ -7,7 +7,7 @@ use limosa_protocol::info::IrqSetFlags;
 
 use crate::codec::{IrqData, SetIrqs as Message};
 
-/// /// Performs a client's request on the device's interrupts, or on those of the next client.
+/// Performs a client's request on the device's interrupts, or on those of the next client.
 pub(super) fn set_irqs(
     machine: &Machine,
     next: Option<&NextClient>,
@@ -26,7 +26,7 @@ pub(super) fn set_irqs(
             if is_disable { apply(0, SetIrqs::Disable) } else { Err(Errno::EINVAL) }
         }
         IrqData::None => action(set, set.count).and_then(|what| apply(set.start, what)),
-        // // An invalid range is refused before anything is done.
+        // An invalid range is refused before anything is done.
         IrqData::Bools(bools) => check_range(machine, set).and_then(|()| {
             (set.start..)
                 .zip(bools)
@@ -36,7 +36,7 @@ pub(super) fn set_irqs(
     }
 }
 
-/// /// EINVAL unless all vectors exist, and there is at least one.
+/// EINVAL unless all vectors exist, and there is at least one.
 fn check_range(machine: &Machine, set: &Message<'_>) -> Result<(), Errno> {
     let count = machine.description().irq_info(set.index)?.count;
     match set.start.checked_add(set.count) {
@@ -54,7 +54,7 @@ fn action(set: &Message<'_>, count: u32) -> Result<SetIrqs, Errno> {
     }
 }
 
-/// /// The eventfds for the vectors: one for each, or none to unwire them. Eventfds for masking and unmasking are
+/// The eventfds for the vectors: one for each, or none to unwire them. Eventfds for masking and unmasking are
 /// refused with ENOTTY, as by the kernel without support for them.
 fn wired(machine: &Machine, set: &Message<'_>, fds: Vec<ForeignFd>) -> Result<Vec<Option<ForeignFd>>, Errno> {
     if set.action != IrqSetFlags::ACTION_TRIGGER {

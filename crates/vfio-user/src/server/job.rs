@@ -1,4 +1,4 @@
-//! //! A command as its handler sees it, and its outcome (`vfio-user.rst: Header`).
+//! A command as its handler sees it, and its outcome (`vfio-user.rst: Header`).
 
 use std::io::IoSlice;
 use std::os::fd::BorrowedFd;
@@ -11,7 +11,7 @@ use super::link::Link;
 use crate::codec::{Command, Header, Kind};
 use crate::connection::{ConnectionError, Receiver};
 
-/// /// The outcome of a request.
+/// The outcome of a request.
 pub(super) enum Outcome {
     /// Its reply was sent, or it wanted none.
     Replied,
@@ -74,7 +74,7 @@ impl Job {
     }
 }
 
-/// /// The header of a reply; the limits of requests bound its size.
+/// The header of a reply; the limits of requests bound its size.
 pub(super) fn reply_header(header: &Header, body_bytes: usize) -> Result<Header, ConnectionError> {
     header.reply(body_bytes).ok_or(ConnectionError::Broken("a reply above 4 GiB"))
 }

@@ -45,10 +45,10 @@ const QUEUE_BYTES_MAX: usize = 4 << 20;
 /// Their fds.
 const QUEUE_FDS_MAX: usize = 256;
 
-/// /// Limit on the body of a queued command.
+/// Limit on the body of a queued command.
 pub(super) const MESSAGE_BYTES_MAX: usize = crate::version::DATA_XFER_BYTES_MAX as usize + 64;
 
-/// /// Another process has handed over more data of a connection than it can have received.
+/// Another process has handed over more data of a connection than it can have received.
 pub(super) const TOO_MUCH: ConnectionError =
     ConnectionError::Broken("more was handed over than a connection can have received");
 
@@ -61,7 +61,7 @@ pub(super) struct Link {
     ///
     /// [`Capabilities::are_qemus`]: crate::version::Capabilities::are_qemus
     pub(super) foreign_dma: AtomicBool,
-    /// /// Whether this warning was logged.
+    /// Whether this warning was logged.
     pub(super) foreign_dma_said: AtomicBool,
     /// The socket for the server's commands, when one was negotiated.
     pub(super) twin: OnceLock<Twin>,
@@ -76,13 +76,13 @@ pub(super) struct Link {
     is_woken: AtomicBool,
     /// Whether the thread that serves reads: [`wait::BUSY`] and its siblings.
     reads: AtomicU8,
-    /// /// The connection has to pause: no thread waits for the client to read its replies.
+    /// The connection has to pause: no thread waits for the client to read its replies.
     pauses: AtomicBool,
 }
 
-/// /// The data shared by the threads of a connection.
+/// The data shared by the threads of a connection.
 pub(super) struct Shared {
-    /// /// `None` while there is a leader.
+    /// `None` while there is a leader.
     pub(super) receiver: Option<Box<Receiver>>,
     pub(super) queue: VecDeque<Queued>,
     queued_bytes: usize,
@@ -117,13 +117,13 @@ pub(super) struct Incoming {
     pub(super) fits: Fits,
 }
 
-/// /// Whether a command's size is acceptable.
+/// Whether a command's size is acceptable.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fits {
     Yes,
     /// Too long; it was drained.
     Drained,
-    /// /// Incomplete when the device's own wait ended.
+    /// Incomplete when the device's own wait ended.
     Late,
     /// Too long to be drained: the connection ends with the refusal.
     Ends,
@@ -165,7 +165,7 @@ impl Link {
         })
     }
 
-    /// /// Continues where another process has stopped: with its received data, queued commands, and last id.
+    /// Continues where another process has stopped: with its received data, queued commands, and last id.
     pub(super) fn import(
         &self,
         (bytes, fds): Received,
@@ -203,7 +203,7 @@ impl Link {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// /// Waits for the next command, whose body, or the head of it, is in `buffer`; `None` if none arrives by then.
+    /// Waits for the next command, whose body, or the head of it, is in `buffer`; `None` if none arrives by then.
     pub(super) fn next(
         &self,
         buffer: &mut Buffer,
@@ -243,7 +243,7 @@ impl Link {
         }
     }
 
-    /// /// Receives until a command arrives.
+    /// Receives until a command arrives.
     fn lead(
         &self,
         receiver: &mut Receiver,
@@ -283,7 +283,7 @@ impl Link {
         }
     }
 
-    /// /// Receives one message and dispatches it; `None` if none arrives in time.
+    /// Receives one message and dispatches it; `None` if none arrives in time.
     ///
     /// A reply to `mine` is received into its memory, and its outcome returned.
     pub(super) fn pump(
@@ -304,7 +304,7 @@ impl Link {
         let mut body = Vec::new();
         if fits == Fits::Yes {
             body.resize(body_bytes, 0);
-            // // The device does not wait for the rest of a slow command; the command is not handled either.
+            // The device does not wait for the rest of a slow command; the command is not handled either.
             match receiver.read(&mut body, Some(until)) {
                 Err(ConnectionError::TimedOut) => fits = Fits::Late,
                 read => _ = read?,
@@ -327,7 +327,7 @@ impl Link {
             || shared.queued_bytes >= QUEUE_BYTES_MAX
             || shared.queued_fds >= QUEUE_FDS_MAX;
         drop(shared);
-        // // The serving thread may sleep in poll(2) on the socket, from which this command was already received.
+        // The serving thread may sleep in poll(2) on the socket, from which this command was already received.
         self.wake();
         Ok(if full { Pumped::Full } else { Pumped::Other })
     }
@@ -354,7 +354,7 @@ impl Link {
         }
     }
 
-    /// /// Returns the receiver, so that other threads can receive.
+    /// Returns the receiver, so that other threads can receive.
     pub(super) fn give_back(&self, receiver: Box<Receiver>) {
         let mut shared = self.lock();
         shared.receiver = Some(receiver);
@@ -363,7 +363,7 @@ impl Link {
         }
     }
 
-    /// /// Waits for a change, until `until` at the latest; `false` if the time has passed.
+    /// Waits for a change, until `until` at the latest; `false` if the time has passed.
     pub(super) fn wait<'a>(
         &self,
         mut shared: MutexGuard<'a, Shared>,
@@ -393,12 +393,12 @@ impl Link {
         }
     }
 
-    /// /// Stops receiving, except for data that the client has already sent.
+    /// Stops receiving, except for data that the client has already sent.
     pub(super) fn end_receiving(&self) {
         let _ = shutdown(self.sender.socket(), Shutdown::Read);
     }
 
-    /// /// Sends these pieces as one message by then. ETIMEDOUT if the client's socket has no space; any other failure
+    /// Sends these pieces as one message by then. ETIMEDOUT if the client's socket has no space; any other failure
     /// ends the connection.
     pub(super) fn send_by(&self, pieces: &mut [IoSlice<'_>], until: Instant) -> Result<(), Errno> {
         match self.sender.send_by(pieces, &[], until) {
@@ -412,7 +412,7 @@ impl Link {
         }
     }
 
-    /// /// Sends these pieces as one message, with fds. A failure ends the connection, because its stream is broken.
+    /// Sends these pieces as one message, with fds. A failure ends the connection, because its stream is broken.
     /// While the connection has to pause, the part for which the socket has no space is queued.
     pub(super) fn send(
         &self,
@@ -425,27 +425,27 @@ impl Link {
         })
     }
 
-    /// /// Whether there are queued replies.
+    /// Whether there are queued replies.
     pub(super) fn keeps(&self) -> bool {
         self.sender.keeps()
     }
 
-    /// /// The queued replies, for another process to send. `None` while a thread is sending.
+    /// The queued replies, for another process to send. `None` while a thread is sending.
     pub(super) fn unsent(&self) -> Option<Vec<u8>> {
         self.sender.export()
     }
 
-    /// /// Sends without waiting; the part for which the socket has no space is queued, and sent by [`Link::flush`].
+    /// Sends without waiting; the part for which the socket has no space is queued, and sent by [`Link::flush`].
     pub(super) fn send_now(&self, pieces: &mut [IoSlice<'_>]) -> Result<(), ConnectionError> {
         self.sender.reply(pieces).inspect_err(|_| self.end())
     }
 
-    /// /// Sends the queue of [`Link::send_now`].
+    /// Sends the queue of [`Link::send_now`].
     pub(super) fn flush(&self) -> Result<(), ConnectionError> {
         if !self.sender.keeps() {
             return Ok(());
         }
-        // // An empty message waits for the queued ones.
+        // An empty message waits for the queued ones.
         self.send(&mut [], &[])
     }
 
@@ -454,7 +454,7 @@ impl Link {
         self.sender.socket()
     }
 
-    /// /// The same for a message that is produced piece by piece.
+    /// The same for a message that is produced piece by piece.
     pub(super) fn send_in_pieces(
         &self,
         send: impl FnOnce(&mut Sending<'_>) -> Result<(), ConnectionError>,
@@ -467,19 +467,19 @@ impl Link {
     }
 }
 
-/// /// The result of [`Link::pump`].
+/// The result of [`Link::pump`].
 pub(super) enum Pumped {
     /// Nothing in time.
     Nothing,
     /// The outcome of the caller's own exchange.
     Mine(Result<(), Errno>),
-    /// /// A message for another thread.
+    /// A message for another thread.
     Other,
-    /// /// A command, and the queue is full.
+    /// A command, and the queue is full.
     Full,
 }
 
-/// /// The leader's own exchange, and the destination of its data.
+/// The leader's own exchange, and the destination of its data.
 pub(super) struct Mine<'a> {
     pub(super) id: u16,
     pub(super) data: Option<&'a mut [u8]>,

@@ -1,4 +1,4 @@
-//! //! A client's DMA mappings (`vfio-user.rst: VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP`).
+//! A client's DMA mappings (`vfio-user.rst: VFIO_USER_DMA_MAP, VFIO_USER_DMA_UNMAP`).
 
 use std::sync::Arc;
 
@@ -79,7 +79,7 @@ fn map_for_device(
     })
 }
 
-/// /// DMA_UNMAP. As with the kernel, the reply is the entry of the request, with the number of bytes actually unmapped
+/// DMA_UNMAP. As with the kernel, the reply is the entry of the request, with the number of bytes actually unmapped
 /// in its size, followed by the bitmap if it was requested.
 fn unmap_from_device(
     mappings: &Mappings,
@@ -101,7 +101,7 @@ fn unmap_from_device(
     Ok((DmaUnmapMessage { size, ..unmap }, words))
 }
 
-/// /// Unmaps, and leaves the bitmap in `words`, with at least the requested bytes.
+/// Unmaps, and leaves the bitmap in `words`, with at least the requested bytes.
 fn unmap_report(
     mappings: &Mappings,
     unmap: &DmaUnmapMessage,

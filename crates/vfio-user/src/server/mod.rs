@@ -60,21 +60,21 @@ pub struct Options {
     /// The most bytes of data in one message, announced as `max_data_xfer_size`. From 4096 to
     /// [`DATA_XFER_BYTES_MAX`](crate::version::DATA_XFER_BYTES_MAX); 1 MiB.
     pub data_bytes_max: u32,
-    /// /// Time limit for a message from its first byte to its last, and for the client to read a reply once its socket
+    /// Time limit for a message from its first byte to its last, and for the client to read a reply once its socket
     /// is full; after that the connection ends. Default 20 s. A client may be idle without a limit.
     pub message_limit: Duration,
-    /// /// Time limit for VERSION after the connection was made, so that a silent client does not keep others out.
+    /// Time limit for VERSION after the connection was made, so that a silent client does not keep others out.
     /// Default 30 s.
     pub version_limit: Duration,
     /// How long the device waits for memory that it reaches by messages. 3 s: less than QEMU waits
     /// for a reply, so that a request which needs memory that QEMU does not give fails, and not
     /// the connection.
     pub dma_limit: Duration,
-    /// /// Whether a client that supports it gets a separate socket for the device's DMA messages. Default: yes.
+    /// Whether a client that supports it gets a separate socket for the device's DMA messages. Default: yes.
     pub twin_socket: bool,
-    /// /// Mode and group of the socket that [`Server::bind`] creates. Default: mode 0600, whatever the umask.
+    /// Mode and group of the socket that [`Server::bind`] creates. Default: mode 0600, whatever the umask.
     pub socket: SocketAccess,
-    /// /// Whether a client may map any regular file for DMA. Default: no; only memfds and files on tmpfs and hugetlbfs
+    /// Whether a client may map any regular file for DMA. Default: no; only memfds and files on tmpfs and hugetlbfs
     /// are mapped, and others are refused with ENOTSUP. An access to another file, or even stat(), may wait for its
     /// file system: a client that can mount one, or its daemon or server, can hang this server for good. Files directly
     /// on FUSE are always refused with EINVAL.
@@ -82,10 +82,10 @@ pub struct Options {
     /// How long an access of the VMM waits while another client moves the device. Then the move is ended, and the device
     /// runs again. 4 s: QEMU waits 5 s for a reply, and never connects again.
     pub park_limit: Duration,
-    /// /// Whether connections can be handed over to another process at any time. Threads then wait for commands in
+    /// Whether connections can be handed over to another process at any time. Threads then wait for commands in
     /// poll(2), which costs each access one more system call. Default: no.
     pub interruptible: bool,
-    /// /// The kind of device, such as the name of its model. A switch-over to a device of another kind is refused,
+    /// The kind of device, such as the name of its model. A switch-over to a device of another kind is refused,
     /// with both names in the message. Default: none.
     pub model: Option<String>,
 }
@@ -161,15 +161,15 @@ impl std::fmt::Debug for Server {
     }
 }
 
-/// /// A listening socket.
+/// A listening socket.
 #[derive(Debug)]
 struct Door {
-    /// /// Its path, if it was created here.
+    /// Its path, if it was created here.
     name: Option<PathBuf>,
-    /// /// Dropped before the listener, so that the path is removed while the server is still alive. `None` once
+    /// Dropped before the listener, so that the path is removed while the server is still alive. `None` once
     /// another process has it.
     path: Mutex<Option<SocketPath>>,
-    /// /// Connections that were not accepted are closed with it, including their data.
+    /// Connections that were not accepted are closed with it, including their data.
     listener: Foreign<UnixListener>,
 }
 
@@ -187,7 +187,7 @@ impl Door {
 }
 
 impl Server {
-    /// /// Listens at a path, with the mode and group of [`Options::socket`]. The socket of a dead server is replaced;
+    /// Listens at a path, with the mode and group of [`Options::socket`]. The socket of a dead server is replaced;
     /// `AddrInUse` if a server listens there, `AlreadyExists` for anything that is not a socket, `InvalidInput` for an
     /// invalid mode, otherwise the system's error. The socket is removed when the server is dropped, if the path still
     /// leads to it.
@@ -196,7 +196,7 @@ impl Server {
         Server::new(door, machine, options)
     }
 
-    /// /// Serves a socket that is already listening: for socket activation, or a socket created with other rights. It
+    /// Serves a socket that is already listening: for socket activation, or a socket created with other rights. It
     /// is not removed.
     pub fn from_listener(
         listener: UnixListener,
@@ -222,13 +222,13 @@ impl Server {
         Ok(Server { door, control, machine, options, shutdown, doors, adopted, started })
     }
 
-    /// /// Also listens for control clients at another path: any client that may connect there may move the device.
+    /// Also listens for control clients at another path: any client that may connect there may move the device.
     /// Fails as [`Server::bind`] does.
     pub fn with_control(self, path: impl AsRef<Path>, access: &SocketAccess) -> io::Result<Server> {
         Ok(Server { control: Some(Door::bind(path.as_ref(), access)?), ..self })
     }
 
-    /// /// The path at which it listens, if it created the socket.
+    /// The path at which it listens, if it created the socket.
     pub fn path(&self) -> Option<&Path> {
         self.door.name.as_deref()
     }
@@ -241,7 +241,7 @@ impl Server {
         std::path::absolute(path).ok()
     }
 
-    /// /// The path at which it listens for control clients, if it created that socket.
+    /// The path at which it listens for control clients, if it created that socket.
     pub fn control_path(&self) -> Option<&Path> {
         self.control.as_ref()?.name.as_deref()
     }
@@ -274,7 +274,7 @@ impl Server {
         })
     }
 
-    /// /// Names the device in log lines, since a process may serve many.
+    /// Names the device in log lines, since a process may serve many.
     fn span(&self) -> tracing::Span {
         device_span(self.socket().as_deref())
     }
@@ -293,7 +293,7 @@ fn device_span(socket: Option<&Path>) -> tracing::Span {
     }
 }
 
-/// /// Threads that serve connections taken over from another process. They are started before the switch-over is
+/// Threads that serve connections taken over from another process. They are started before the switch-over is
 /// decided, so that no client waits for them.
 struct Started {
     doors: Arc<Doors>,
@@ -304,7 +304,7 @@ impl Started {
     /// Waits until they have ended.
     fn join(&self) {
         for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {
-            // // A panicked thread has printed its panic.
+            // A panicked thread has printed its panic.
             let _ = thread.join();
         }
     }
@@ -321,7 +321,7 @@ impl Drop for Started {
     }
 }
 
-/// /// Ends all connections: first stops receiving requests; then, for a client that does not read its reply, closes
+/// Ends all connections: first stops receiving requests; then, for a client that does not read its reply, closes
 /// the connection.
 fn end_connections(doors: &Doors) {
     doors.links_to_end().iter().for_each(|link| link.end_receiving());
@@ -332,7 +332,7 @@ fn end_connections(doors: &Doors) {
 /// How long a client has to take its last reply from a server that ends.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// /// Serves one connection on this thread until it ends or the handle is shut down, and returns the reason. Fails if
+/// Serves one connection on this thread until it ends or the handle is shut down, and returns the reason. Fails if
 /// the socket cannot be set up.
 pub fn serve_connection(
     stream: UnixStream,

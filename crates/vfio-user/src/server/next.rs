@@ -1,4 +1,4 @@
-//! //! The client that gets the device when its VMM has gone (`docs/vfio-user-extensions.md: NEXT`): its permissions
+//! The client that gets the device when its VMM has gone (`docs/vfio-user-extensions.md: NEXT`): its permissions
 //! until then, and how it is named.
 //!
 //! It may read all information about the device, and its mappings and wiring are kept separately ([`NextClient`]).
@@ -16,7 +16,7 @@ use super::peer::Peer;
 use crate::codec::Request;
 use crate::extension::{self, Next, NextFlags};
 
-/// /// EBUSY for requests that drive the device, or that use it by other means than accesses, which wait.
+/// EBUSY for requests that drive the device, or that use it by other means than accesses, which wait.
 pub(super) fn check(request: &Request<'_>) -> Result<(), Errno> {
     let may = match request {
         // A header that is no request is refused as ever.
@@ -28,7 +28,7 @@ pub(super) fn check(request: &Request<'_>) -> Result<(), Errno> {
     if may { Ok(()) } else { Err(Errno::EBUSY) }
 }
 
-/// /// NEXT: the named process, and whether its client is connected.
+/// NEXT: the named process, and whether its client is connected.
 pub(super) fn feature(peer: &Peer<'_>, call: FeatureCall, payload: &mut [u8]) -> Result<FeatureDone, Errno> {
     let payload_bytes = size_of::<Next>();
     if !call.check(&FeatureRules { name: "NEXT", get: true, set: true, payload_bytes })? {
@@ -58,7 +58,7 @@ pub(super) fn feature(peer: &Peer<'_>, call: FeatureCall, payload: &mut [u8]) ->
     Ok(FeatureDone { payload_bytes, opened: None })
 }
 
-/// /// Whether the next client may make a FEATURE request: only requests for information about the device, not about a
+/// Whether the next client may make a FEATURE request: only requests for information about the device, not about a
 /// session or a log.
 fn may_ask(call: FeatureCall) -> bool {
     let is_look = matches!(

@@ -1,4 +1,4 @@
-//! //! Queued accesses: of the VMM while another client moves its device, and of the next client until it gets the
+//! Queued accesses: of the VMM while another client moves its device, and of the next client until it gets the
 //! device.
 //!
 //! The guest is not aware of the move: a refused write would be lost, and a VMM that waits too long for a reply gives
@@ -11,25 +11,25 @@ use std::time::Instant;
 
 use crate::codec::Header;
 
-/// /// Limit on queued accesses.
+/// Limit on queued accesses.
 const COUNT_MAX: usize = 1024;
 /// The most bytes of theirs.
 const BYTES_MAX: usize = 4 << 20;
 
-/// /// The queue of accesses.
+/// The queue of accesses.
 #[derive(Default)]
 pub(super) struct Parked {
     accesses: VecDeque<Access>,
     bytes: usize,
-    /// /// When the first one arrived, or its time limit began.
+    /// When the first one arrived, or its time limit began.
     pub(super) since: Option<Instant>,
-    /// /// The queued accesses are being performed.
+    /// The queued accesses are being performed.
     pub(super) replays: bool,
     /// Of the REGION_WRITE_MULTI being handled: how many of its writes are done.
     pub(super) writes_done: usize,
 }
 
-/// /// A queued request.
+/// A queued request.
 #[derive(Clone, Debug)]
 pub(super) struct Access {
     pub(super) header: Header,
@@ -52,12 +52,12 @@ impl Parked {
         self.accesses.drain(..).map(|access| access.header).collect()
     }
 
-    /// /// All queued accesses, in order.
+    /// All queued accesses, in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Access> {
         self.accesses.iter()
     }
 
-    /// /// Queues an access behind the others, or puts it back in front.
+    /// Queues an access behind the others, or puts it back in front.
     pub(super) fn keep(&mut self, access: Access) {
         self.since.get_or_insert_with(Instant::now);
         self.bytes += access.body.len();

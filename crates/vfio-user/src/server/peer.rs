@@ -1,4 +1,4 @@
-//! //! The other end of a connection: its role and its permissions
+//! The other end of a connection: its role and its permissions
 //! (`docs/vfio-user-extensions.md: The control role, NEXT`).
 
 use std::sync::Arc;
@@ -19,33 +19,33 @@ use crate::version::Limits;
 /// The PCI configuration space (`vfio.h: VFIO_PCI_CONFIG_REGION_INDEX`).
 const CONFIG_REGION: u32 = 7;
 
-/// /// A connection's client.
+/// A connection's client.
 pub(super) struct Peer<'a> {
     pub(super) machine: &'a Arc<Machine>,
     pub(super) options: &'a Options,
     pub(super) doors: &'a Doors,
     pub(super) link: Arc<Link>,
     pub(super) id: ConnectionId,
-    /// /// It connected to the control socket.
+    /// It connected to the control socket.
     pub(super) by_control_door: bool,
     /// The most bytes of data that a command may ask for or carry.
     pub(super) data_bytes_max: u32,
-    /// /// The agreed limits; `None` before VERSION.
+    /// The agreed limits; `None` before VERSION.
     pub(super) limits: Option<Limits>,
     /// `None` before VERSION.
     role: Option<Role>,
-    /// /// Its id in the machine, once it has a role.
+    /// Its id in the machine, once it has a role.
     pub(super) client: ClientId,
     /// The session that it found when it became the VMM.
     found: Option<SessionId>,
-    /// /// Its preparations, while it is the next client.
+    /// Its preparations, while it is the next client.
     next: Option<Arc<NextClient>>,
     /// Wakes this connection when accesses no longer have to wait.
     released: Option<Arc<Released>>,
 }
 
 impl<'a> Peer<'a> {
-    /// /// A client that has not sent VERSION.
+    /// A client that has not sent VERSION.
     pub(super) fn new(
         machine: &'a Arc<Machine>,
         options: &'a Options,
@@ -95,7 +95,7 @@ impl<'a> Peer<'a> {
         self.next = Some(next);
     }
 
-    /// /// Makes it the VMM if the device was handed over to it.
+    /// Makes it the VMM if the device was handed over to it.
     pub(super) fn look_whether_owner(&mut self) {
         if self.next.as_ref().is_some_and(|next| next.owns()) {
             self.be_vmm();
@@ -119,13 +119,13 @@ impl<'a> Peer<'a> {
         self.role
     }
 
-    /// /// Logs the client and its role.
+    /// Logs the client and its role.
     pub(super) fn log_admission(&self) {
         let (role, Client { pid, user }) = (self.role.map(Role::name), Client::of(&self.link));
         tracing::info!(role, pid, user, "a client is connected");
     }
 
-    /// /// Logs that the client is gone, and why. A client that never had a role is not logged by default.
+    /// Logs that the client is gone, and why. A client that never had a role is not logged by default.
     pub(super) fn log_end(&self, end: &ConnectionError) {
         let Client { pid, user } = Client::of(&self.link);
         match self.role.map(Role::name) {
@@ -139,12 +139,12 @@ impl<'a> Peer<'a> {
         self.next.is_some()
     }
 
-    /// /// Its preparations as the next client.
+    /// Its preparations as the next client.
     pub(super) fn next(&self) -> Option<&NextClient> {
         self.next.as_deref()
     }
 
-    /// /// Whether a session existed before this client was the VMM. Its data cannot be moved through this client's
+    /// Whether a session existed before this client was the VMM. Its data cannot be moved through this client's
     /// data socket.
     pub(super) fn found(&self, session: SessionId) -> bool {
         self.found == Some(session)
@@ -155,7 +155,7 @@ impl<'a> Peer<'a> {
         self.is_next() || self.machine.holds_accesses()
     }
 
-    /// /// Releases everything of the client. A VMM's device goes to its next client, if there is one.
+    /// Releases everything of the client. A VMM's device goes to its next client, if there is one.
     pub(super) fn leave(&mut self) {
         let is_vmm = match self.role {
             None => false,
@@ -164,19 +164,19 @@ impl<'a> Peer<'a> {
                 false
             }
             Some(Role::Vmm) => true,
-            // // Drop its preparations; or it has already become the VMM without noticing.
+            // Drop its preparations; or it has already become the VMM without noticing.
             Some(Role::Next) => self.next.as_ref().is_none_or(|next| !next.withdraw()),
         };
         if is_vmm && !self.doors.hand_over(self.id, |next| self.machine.hand_over(next)) {
             self.machine.client_gone(ClientId::VMM);
-            // // A next client that was admitted meanwhile.
+            // A next client that was admitted meanwhile.
             while !self.doors.leave_unless_next(self.id) {
                 self.doors.hand_over(self.id, |next| self.machine.hand_over(next));
             }
         }
     }
 
-    /// /// EPERM for requests that a control client may not make: memory, interrupts and BARs belong to the VMM, and it
+    /// EPERM for requests that a control client may not make: memory, interrupts and BARs belong to the VMM, and it
     /// may reset only to end its own load. EBUSY for requests that the next client may not make yet.
     pub(super) fn check(&self, request: &Request<'_>) -> Result<(), Errno> {
         if self.is_next() {
@@ -203,7 +203,7 @@ impl<'a> Peer<'a> {
         region == CONFIG_REGION && flags.contains(DeviceFlags::PCI)
     }
 
-    /// /// Limit on the fds that the client accepts in one message; 0 for a control client and for one that does not
+    /// Limit on the fds that the client accepts in one message; 0 for a control client and for one that does not
     /// have the device yet, since these map nothing.
     pub(super) fn fds_max(&self) -> usize {
         if self.role == Some(Role::Control) || self.is_next() {
@@ -228,7 +228,7 @@ impl<'a> Peer<'a> {
 }
 
 impl Drop for Peer<'_> {
-    /// /// Last: a waiting client must find the device without this client's resources.
+    /// Last: a waiting client must find the device without this client's resources.
     fn drop(&mut self) {
         self.doors.leave(self.id);
     }

@@ -1,4 +1,4 @@
-//! //! A session's data over a separate socket instead of messages (`docs/vfio-user-extensions.md: DATA_FD`): a thread
+//! A session's data over a separate socket instead of messages (`docs/vfio-user-extensions.md: DATA_FD`): a thread
 //! moves it between the device and the socket.
 //!
 //! The thread waits for the client only between calls of the machine, so that a client that does not read its data, or
@@ -17,7 +17,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, send, shutdown};
 
 use crate::connection::{errno_of, set_send_buffer};
 
-/// /// Bytes moved at once: an amount that a socket accepts in one call.
+/// Bytes moved at once: an amount that a socket accepts in one call.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// A session's socket and its thread.
@@ -36,13 +36,13 @@ struct Shared {
 
 #[derive(Default)]
 struct Progress {
-    /// /// Counts the requests for progress.
+    /// Counts the requests for progress.
     asked: u64,
-    /// /// The number of requests at the thread's last read of the device.
+    /// The number of requests at the thread's last read of the device.
     looked: u64,
     /// Whether it then found data.
     found: bool,
-    /// /// It waits for space in the socket.
+    /// It waits for space in the socket.
     held_up: bool,
     /// Why it is over: all moved, or the device's errno.
     over: Option<Result<(), Errno>>,
@@ -75,7 +75,7 @@ impl DataSocket {
                 // A client that finds the socket ended may ask at once why.
                 shared.lock().over = Some(over);
                 shared.changed.notify_all();
-                // // Data in the socket can still be read.
+                // Data in the socket can still be read.
                 let _ = shutdown(&shared.socket, if loads { Shutdown::Both } else { Shutdown::Write });
             })
         }
@@ -91,11 +91,11 @@ impl DataSocket {
         self.loads
     }
 
-    /// /// The progress of a saving session: Ok if all data, for now or to the end, is in the socket; EAGAIN if not; or
+    /// The progress of a saving session: Ok if all data, for now or to the end, is in the socket; EAGAIN if not; or
     /// the error of the device.
     pub(super) fn saved(&self) -> Result<(), Errno> {
         let mut progress = self.shared.lock();
-        // // Only a read of the device after the request answers it: the client may have read earlier data before its
+        // Only a read of the device after the request answers it: the client may have read earlier data before its
         // request.
         progress.asked += 1;
         let asked = progress.asked;
@@ -112,12 +112,12 @@ impl DataSocket {
         if progress.found { Err(Errno::EAGAIN) } else { Ok(()) }
     }
 
-    /// /// Whether the device has refused the loaded data.
+    /// Whether the device has refused the loaded data.
     pub(super) fn refused(&self) -> Result<(), Errno> {
         self.shared.lock().over.unwrap_or(Ok(()))
     }
 
-    /// /// Waits until all data of the client is loaded: ETIMEDOUT if the client does not shut down its writing side.
+    /// Waits until all data of the client is loaded: ETIMEDOUT if the client does not shut down its writing side.
     pub(super) fn loaded(&self, limit: Duration) -> Result<(), Errno> {
         let until = Instant::now() + limit;
         let mut progress = self.shared.lock();
@@ -162,7 +162,7 @@ impl Shared {
         self.changed.wait(progress).unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// /// Moves the device's data into the socket, to the end. ECANCELED if told to stop.
+    /// Moves the device's data into the socket, to the end. ECANCELED if told to stop.
     fn save(&self, machine: &Machine, session: SessionId) -> Result<(), Errno> {
         enum Look {
             Data(Result<(), Errno>),
@@ -171,7 +171,7 @@ impl Shared {
         }
         let mut rest = Vec::new();
         loop {
-            // // With enough space, a piece goes directly from the device's memory to the socket.
+            // With enough space, a piece goes directly from the device's memory to the socket.
             self.wait_for_room()?;
             let asked = self.lock().asked;
             let look = machine.data_read(session, PIECE_BYTES, |save| match save {
@@ -210,14 +210,14 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// /// Moves data from the socket into the device, until the client shuts down its side.
+    /// Moves data from the socket into the device, until the client shuts down its side.
     fn load(&self, machine: &Machine, session: SessionId) -> Result<(), Errno> {
         let mut spare = Vec::new();
         loop {
             self.poll(PollFlags::IN)?;
             let there = rustix::io::ioctl_fionread(&self.socket).map_err(errno_of)?;
             if there == 0 {
-                // // The end, or no data yet.
+                // The end, or no data yet.
                 let mut byte = [0];
                 match receive_bytes(&self.socket, &mut byte, RecvFlags::DONTWAIT) {
                     Ok(0) => return if self.lock().stop { Err(Errno::ECANCELED) } else { Ok(()) },
@@ -232,7 +232,7 @@ impl Shared {
         }
     }
 
-    /// /// Receives available data. An out-of-band byte counts as available but is never received: EPROTO.
+    /// Receives available data. An out-of-band byte counts as available but is never received: EPROTO.
     fn receive(&self, into: &mut [u8]) -> Result<usize, Errno> {
         loop {
             match receive_bytes(&self.socket, into, RecvFlags::DONTWAIT) {
@@ -245,7 +245,7 @@ impl Shared {
         }
     }
 
-    /// /// Sends as much as there is space for.
+    /// Sends as much as there is space for.
     fn send(&self, data: &[u8]) -> Result<usize, Errno> {
         match send(&self.socket, data, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             Ok(sent) => Ok(sent),

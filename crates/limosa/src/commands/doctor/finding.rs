@@ -1,15 +1,15 @@
-//! //! [`Finding`]: an obstacle that the doctor found, and [`KINDS`]: the list of everything that it can find.
+//! [`Finding`]: an obstacle that the doctor found, and [`KINDS`]: the list of everything that it can find.
 //! `docs/doctor.md` is generated from that list.
 
 use serde::Serialize;
 
-/// /// The severity of a finding.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     /// Worth knowing.
     Note,
-    /// /// A move is possible, but with a disadvantage.
+    /// A move is possible, but with a disadvantage.
     Warning,
     /// No move is possible.
     Blocker,
@@ -30,12 +30,12 @@ impl Level {
 pub enum About {
     /// Every machine and device.
     Any,
-    /// /// Kernel devices. Such findings are looked for if no device or a kernel device is named; without a kernel
+    /// Kernel devices. Such findings are looked for if no device or a kernel device is named; without a kernel
     /// device a blocker is only a warning.
     Kernel,
 }
 
-/// /// A kind of finding.
+/// A kind of finding.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kind {
     pub id: &'static str,

@@ -1,4 +1,4 @@
-//! //! The serial card of the Linux sample driver (`samples/vfio-mdev/mtty.c`): [`Mtty`] looks and behaves like an
+//! The serial card of the Linux sample driver (`samples/vfio-mdev/mtty.c`): [`Mtty`] looks and behaves like an
 //! mtty-1 or mtty-2, and reads and writes its data stream byte for byte. So a card can move from the kernel into a
 //! process and back.
 //!

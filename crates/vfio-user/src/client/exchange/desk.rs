@@ -1,4 +1,4 @@
-//! //! The reply dispatcher's data, shared by the callers of a connection: the receiver, and the pending requests.
+//! The reply dispatcher's data, shared by the callers of a connection: the receiver, and the pending requests.
 
 use super::Failure;
 use crate::codec::{Command, Header};
@@ -11,16 +11,16 @@ pub(super) const SLOTS: usize = 32;
 pub(super) const COPIED_BYTES_MAX: usize = 128;
 
 pub(super) struct Desk {
-    /// /// `None` while there is a leader.
+    /// `None` while there is a leader.
     pub(super) receiver: Option<Box<Receiver>>,
-    /// /// The slot and header of a received reply whose owner has to receive its body.
+    /// The slot and header of a received reply whose owner has to receive its body.
     pub(super) handed: Option<(usize, Header)>,
     pub(super) slots: [Slot; SLOTS],
-    /// /// Number of slots in use.
+    /// Number of slots in use.
     pub(super) taken: usize,
     pub(super) abandoned: usize,
     pub(super) attended: bool,
-    /// /// Number of threads that wait for space in the socket.
+    /// Number of threads that wait for space in the socket.
     pub(super) blocked: usize,
     pub(super) lost: Option<Failure>,
 }
@@ -39,12 +39,12 @@ pub(super) enum SlotState {
     Free,
     Waiting,
     Answered,
-    /// /// The caller has given up, but the reply may still arrive.
+    /// The caller has given up, but the reply may still arrive.
     Abandoned,
 }
 
 impl Desk {
-    /// /// Without a leader and without pending requests.
+    /// Without a leader and without pending requests.
     pub(super) fn new(receiver: Receiver) -> Desk {
         let free = Slot {
             state: SlotState::Free,

@@ -1,4 +1,4 @@
-//! //! Receiving while no thread waits for a reply: a sender that finds the socket full receives, so that two sides
+//! Receiving while no thread waits for a reply: a sender that finds the socket full receives, so that two sides
 //! that both send do not block each other, and a thread receives for a server that accesses memory on its own.
 
 use std::os::fd::AsFd;
@@ -12,7 +12,7 @@ use super::{ATTENDANT, Exchange, Failure};
 use crate::connection::{ConnectionError, wait_ready};
 
 impl Exchange {
-    /// /// The socket is full: receives meanwhile, if no other thread does, so that a server that also sends can
+    /// The socket is full: receives meanwhile, if no other thread does, so that a server that also sends can
     /// continue.
     pub(super) fn make_room(&self, deadline: Instant) -> Result<(), ConnectionError> {
         // Also with a server that never stops sending.
@@ -74,7 +74,7 @@ impl Exchange {
         Ok(())
     }
 
-    /// /// Starts a thread that receives while no thread waits for a reply, for a server that accesses memory on its
+    /// Starts a thread that receives while no thread waits for a reply, for a server that accesses memory on its
     /// own over this socket. It ends with the connection.
     pub fn attend(self: &Arc<Exchange>) -> std::io::Result<()> {
         {

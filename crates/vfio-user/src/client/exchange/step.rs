@@ -1,4 +1,4 @@
-//! //! How a leader handles one message: its own reply, another thread's, or a command of the server.
+//! How a leader handles one message: its own reply, another thread's, or a command of the server.
 
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -11,9 +11,9 @@ use crate::client::dma::os_errno;
 use crate::codec::{Header, Kind};
 use crate::connection::{ConnectionError, Receiver, wait_ready};
 
-/// /// The result of a message for the leader.
+/// The result of a message for the leader.
 pub(super) enum Step {
-    /// /// It is the leader's own reply; its header has been received.
+    /// It is the leader's own reply; its header has been received.
     Mine(Header),
     /// To another's reply, which its owner has to receive.
     Hand(usize, Header),
@@ -22,7 +22,7 @@ pub(super) enum Step {
 }
 
 impl Exchange {
-    /// /// Receives and handles one message. `me` is the leader's own slot.
+    /// Receives and handles one message. `me` is the leader's own slot.
     pub(super) fn step(
         &self,
         receiver: &mut Receiver,
@@ -41,7 +41,7 @@ impl Exchange {
         let sound = header.body_bytes().and_then(|_| header.kind());
         let kind = sound.map_err(|error| Failure::Misbehaved(error.to_string()))?;
         if matches!(kind, Kind::Command | Kind::Posted) {
-            // // A server that accesses memory over this socket may do so at any time, and replies that it does not
+            // A server that accesses memory over this socket may do so at any time, and replies that it does not
             // read at once must be sent later: from now on a thread always receives.
             if let Some(exchange) = self.this.upgrade() {
                 exchange.attend().map_err(|error| ConnectionError::Os(os_errno(&error)))?;
@@ -84,7 +84,7 @@ impl Exchange {
         let slot = &mut desk.slots[index];
         match slot.state {
             _ if slot.id != header.id => {}
-            // // Its owner has given up.
+            // Its owner has given up.
             SlotState::Abandoned => {
                 desk.abandoned -= 1;
                 self.free(&mut desk, index);

@@ -1,4 +1,4 @@
-//! //! The connections of a device and their roles (`docs/vfio-user-extensions.md: the control role`).
+//! The connections of a device and their roles (`docs/vfio-user-extensions.md: the control role`).
 //!
 //! One client is the VMM. Others that want to be the VMM wait in order of arrival, without a reply to their VERSION,
 //! until it has gone. The exception is the *next* client, whose process was named by the VMM or a control client, and
@@ -30,21 +30,21 @@ use crate::version::Limits;
 const WAITING_MAX: usize = 16;
 /// Control clients at once.
 pub(in crate::server) const CONTROL_MAX: usize = 8;
-/// /// Limit on all connections, including those without a role.
+/// Limit on all connections, including those without a role.
 pub(in crate::server) const CONNECTIONS_MAX: usize = 64;
 
 /// What a client may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::server) enum Role {
-    /// /// Everything in the specification.
+    /// Everything in the specification.
     Vmm,
-    /// /// Moves the device while its VMM is connected.
+    /// Moves the device while its VMM is connected.
     Control,
-    /// /// Prepares to become the VMM when the current one has gone.
+    /// Prepares to become the VMM when the current one has gone.
     Next,
 }
 
-/// /// The result for a client that wants to be the VMM.
+/// The result for a client that wants to be the VMM.
 #[derive(Debug)]
 pub(in crate::server) enum Place {
     /// It is the VMM.
@@ -91,7 +91,7 @@ pub(in crate::server) struct ConnectionId(pub(in crate::server) u64);
 pub(in crate::server) struct Doors {
     inner: Mutex<Inner>,
     changed: Condvar,
-    /// /// Connections are paused: [`Inner::pause`], checked before each request.
+    /// Connections are paused: [`Inner::pause`], checked before each request.
     is_paused: AtomicBool,
     pub(in crate::server) counters: Counters,
 }
@@ -103,7 +103,7 @@ struct Inner {
     waiting: VecDeque<ConnectionId>,
     /// The process whose client may be the next VMM.
     named: Option<Process>,
-    /// /// That client, once it is connected.
+    /// That client, once it is connected.
     next: Option<(ConnectionId, Arc<NextClient>)>,
     pause: Pause,
     /// Connections that were accepted, and have not entered.
@@ -112,31 +112,31 @@ struct Inner {
     is_over: bool,
     /// The last that another process has served.
     last_adopted: Option<ConnectionId>,
-    /// /// The VMM's connection from another process, until it has its role here. No other connection enters before it.
+    /// The VMM's connection from another process, until it has its role here. No other connection enters before it.
     adopts_vmm: Option<ConnectionId>,
 }
 
 struct Entry {
     id: ConnectionId,
     link: Arc<Link>,
-    /// /// The user and PID of the connecting process, for sharing the connections fairly.
+    /// The user and PID of the connecting process, for sharing the connections fairly.
     from: (u32, i32),
-    /// /// It was told to end, to make room for another connection.
+    /// It was told to end, to make room for another connection.
     is_ended: bool,
     role: Option<Role>,
-    /// /// Its state while its thread waits for a request.
+    /// Its state while its thread waits for a request.
     idle: State,
-    /// /// Its state, if it has stopped between two requests.
+    /// Its state, if it has stopped between two requests.
     paused: Option<State>,
 }
 
-/// /// The state of a paused connection, without its link.
+/// The state of a paused connection, without its link.
 #[derive(Clone, Debug, Default)]
 pub(in crate::server) struct State {
     /// `None` before VERSION.
     pub(in crate::server) limits: Option<Limits>,
     pub(in crate::server) by_control_door: bool,
-    /// /// The bytes of a VERSION that waits for its reply.
+    /// The bytes of a VERSION that waits for its reply.
     pub(in crate::server) unanswered: Vec<u8>,
     /// Accesses that wait, in order.
     pub(in crate::server) parked: Vec<Access>,
@@ -159,7 +159,7 @@ impl Doors {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// /// Adds a connection without a role; one that another process has served has an id ([`Doors::expect_adopted`]).
+    /// Adds a connection without a role; one that another process has served has an id ([`Doors::expect_adopted`]).
     pub(in crate::server) fn enter(
         &self,
         link: &Arc<Link>,
@@ -168,7 +168,7 @@ impl Doors {
     ) -> ConnectionId {
         let idle = State { by_control_door, ..State::default() };
         let mut inner = self.lock();
-        // // Otherwise it would find no VMM, and become the VMM.
+        // Otherwise it would find no VMM, and become the VMM.
         while inner.adopts_vmm.is_some() && inner.adopts_vmm != adopted {
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
@@ -196,7 +196,7 @@ impl Doors {
         id
     }
 
-    /// /// Before a connection is accepted: waits while connections are paused. `false` if another process has them
+    /// Before a connection is accepted: waits while connections are paused. `false` if another process has them
     /// now.
     pub(in crate::server) fn expect(&self) -> bool {
         let mut inner = self.lock();
@@ -226,34 +226,34 @@ impl Doors {
         self.expect_no_more();
     }
 
-    /// /// The VMM's connection from another process does not arrive: waiting connections enter.
+    /// The VMM's connection from another process does not arrive: waiting connections enter.
     pub(in crate::server) fn expect_no_vmm(&self) {
         self.lock().adopts_vmm = None;
         self.changed.notify_all();
     }
 
-    /// /// No connection arrived.
+    /// No connection arrived.
     pub(in crate::server) fn expect_no_more(&self) {
         let mut inner = self.lock();
         inner.coming = inner.coming.saturating_sub(1);
         self.changed.notify_all();
     }
 
-    /// /// A connection is over, and its client's resources are released: a waiting client may take its role.
+    /// A connection is over, and its client's resources are released: a waiting client may take its role.
     pub(in crate::server) fn leave(&self, id: ConnectionId) {
         let mut inner = self.lock();
         inner.remove(id);
         self.changed.notify_all();
     }
 
-    /// /// All connections, to be ended. An accepted connection that enters later is ended at once.
+    /// All connections, to be ended. An accepted connection that enters later is ended at once.
     pub(in crate::server) fn links_to_end(&self) -> Vec<Arc<Link>> {
         let mut inner = self.lock();
         inner.is_over = true;
         inner.connections.iter().map(|entry| Arc::clone(&entry.link)).collect()
     }
 
-    /// /// Makes room for an expected connection, so that at most `most` are served, and returns whether there is room
+    /// Makes room for an expected connection, so that at most `most` are served, and returns whether there is room
     /// within the limit. While connections are paused there always is. If there is none, a connection without a role is
     /// ended: the oldest of the process with the most of these, among the processes of the user with the most. So a
     /// client that connects again and again displaces its own connections.
@@ -263,11 +263,11 @@ impl Doors {
         loop {
             let leaving = inner.connections.iter().filter(|entry| entry.is_ended).count();
             let served = inner.connections.len() + inner.coming;
-            // // No connection leaves while they are paused, and the pausing thread waits for this one.
+            // No connection leaves while they are paused, and the pausing thread waits for this one.
             if served <= most || inner.pause != Pause::Serving {
                 return true;
             }
-            // // Only once all accepted connections have entered: until then it is unknown which user has the most.
+            // Only once all accepted connections have entered: until then it is unknown which user has the most.
             if inner.coming <= 1
                 && served - leaving > most
                 && let Some(at) = inner.dispensable()
@@ -288,7 +288,7 @@ impl Doors {
     /// Waits until no connection is left, or so long.
     pub(in crate::server) fn wait_for_none(&self, limit: Duration) {
         let is_served = |inner: &mut Inner| !inner.connections.is_empty();
-        // // The remaining ones are ended.
+        // The remaining ones are ended.
         let _ = self.changed.wait_timeout_while(self.lock(), limit, is_served);
     }
 
@@ -313,7 +313,7 @@ impl Doors {
         self.lock().vmm().map(|entry| Arc::clone(&entry.link))
     }
 
-    /// /// Makes it a control client. EBUSY if there are too many.
+    /// Makes it a control client. EBUSY if there are too many.
     pub(in crate::server) fn be_control(&self, id: ConnectionId) -> Result<(), Errno> {
         let mut inner = self.lock();
         let control = inner.connections.iter().filter(|entry| entry.role == Some(Role::Control)).count();
@@ -325,7 +325,7 @@ impl Doors {
         Ok(())
     }
 
-    /// /// Makes it the VMM as soon as there is no other, or the next client as soon as that is allowed. EBUSY if too
+    /// Makes it the VMM as soon as there is no other, or the next client as soon as that is allowed. EBUSY if too
     /// many clients wait; the outer error if the client stops waiting.
     pub(in crate::server) fn be_vmm(
         &self,
@@ -347,7 +347,7 @@ impl Doors {
         }
         let mut has_said = false;
         loop {
-            // // Before the check, so that a later change is noticed.
+            // Before the check, so that a later change is noticed.
             link.was_woken();
             {
                 let mut inner = self.lock();
@@ -372,14 +372,14 @@ impl Doors {
         !self.is_paused.load(SeqCst)
     }
 
-    /// /// Records the limits that a connection has agreed on with its client.
+    /// Records the limits that a connection has agreed on with its client.
     pub(in crate::server) fn agreed(&self, id: ConnectionId, limits: Option<Limits>) {
         if let Some(entry) = self.lock().connections.iter_mut().find(|entry| entry.id == id) {
             entry.idle.limits = limits;
         }
     }
 
-    /// /// Waits here while connections are paused. An error if another process has them now.
+    /// Waits here while connections are paused. An error if another process has them now.
     pub(in crate::server) fn pause_here(
         &self,
         id: ConnectionId,
@@ -513,7 +513,7 @@ impl Inner {
         self.connections.iter().find(|entry| entry.role == Some(Role::Vmm))
     }
 
-    /// /// The connection to end to make room for another.
+    /// The connection to end to make room for another.
     fn dispensable(&self) -> Option<usize> {
         let has_said_nothing =
             |entry: &&Entry| entry.role.is_none() && !entry.is_ended && !self.waiting.contains(&entry.id);
@@ -538,14 +538,14 @@ impl Inner {
         }
     }
 
-    /// /// Makes the first waiting client the VMM if there is none, and returns whether it is this one.
+    /// Makes the first waiting client the VMM if there is none, and returns whether it is this one.
     fn takes_place(&mut self, id: ConnectionId) -> bool {
         if self.vmm().is_some() || self.waiting.front() != Some(&id) {
             return false;
         }
         self.waiting.pop_front();
         self.set_role(id, Role::Vmm);
-        // // The successor named for the old VMM is not the successor of this one.
+        // The successor named for the old VMM is not the successor of this one.
         self.named = None;
         true
     }

@@ -1,4 +1,4 @@
-//! //! The next VMM (`docs/vfio-user-extensions.md: NEXT`): naming its process, admitting its client, and handing over
+//! The next VMM (`docs/vfio-user-extensions.md: NEXT`): naming its process, admitting its client, and handing over
 //! the device.
 
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::{ConnectionId, Doors, Inner, Role};
 use crate::server::link::Link;
 
 impl Doors {
-    /// /// [`Doors::leave`] for a VMM whose resources are released, unless a next client is connected, which has to get
+    /// [`Doors::leave`] for a VMM whose resources are released, unless a next client is connected, which has to get
     /// the device first.
     pub(in crate::server) fn leave_unless_next(&self, id: ConnectionId) -> bool {
         let mut inner = self.lock();
@@ -24,14 +24,14 @@ impl Doors {
         true
     }
 
-    /// /// A VMM's connection is over: `hand_over` gives the device to the next client, which then is the VMM. `false`
+    /// A VMM's connection is over: `hand_over` gives the device to the next client, which then is the VMM. `false`
     /// if there is none, or it has gone.
     pub(in crate::server) fn hand_over(
         &self,
         id: ConnectionId,
         hand_over: impl FnOnce(&NextClient) -> bool,
     ) -> bool {
-        // // The lock is not held during the hand-over. If the next client goes meanwhile, `NextClient` decides which
+        // The lock is not held during the hand-over. If the next client goes meanwhile, `NextClient` decides which
         // came first.
         let (next, client) = {
             let mut inner = self.lock();
@@ -44,14 +44,14 @@ impl Doors {
             let mut inner = self.lock();
             inner.set_role(next, Role::Vmm);
             inner.remove(id);
-            // // Its queued accesses are performed.
+            // Its queued accesses are performed.
             inner.wake(next);
             self.changed.notify_all();
         }
         is_done
     }
 
-    /// /// Names the process whose client may be the next VMM. `None` withdraws the name and disconnects the next
+    /// Names the process whose client may be the next VMM. `None` withdraws the name and disconnects the next
     /// client. ENOTCONN without a VMM, EBUSY while the client of the named process is connected.
     pub(in crate::server) fn name(&self, process: Option<Process>) -> Result<(), Errno> {
         let mut inner = self.lock();
@@ -74,7 +74,7 @@ impl Doors {
         Ok(())
     }
 
-    /// /// The PID of the named process, or 0, and whether its client is connected.
+    /// The PID of the named process, or 0, and whether its client is connected.
     pub(in crate::server) fn named(&self) -> (i32, bool) {
         let inner = self.lock();
         (inner.named.as_ref().map_or(0, Process::pid), inner.next.is_some())
@@ -88,7 +88,7 @@ impl Doors {
 }
 
 impl Inner {
-    /// /// Makes a client the next one, if it belongs to the named process and to the VMM's user. One at a time.
+    /// Makes a client the next one, if it belongs to the named process and to the VMM's user. One at a time.
     pub(super) fn be_next(
         &mut self,
         id: ConnectionId,

@@ -30,7 +30,7 @@ pub(in crate::server) type Received = (Vec<u8>, Vec<(u64, Option<ForeignFd>)>);
 /// A connection that another process has served.
 pub(in crate::server) struct Adopted {
     id: u64,
-    /// /// Its id here, once it is served.
+    /// Its id here, once it is served.
     pub(in crate::server) place: Option<ConnectionId>,
     socket: Foreign<UnixStream>,
     twin: Option<(Foreign<UnixStream>, u16)>,
@@ -39,13 +39,13 @@ pub(in crate::server) struct Adopted {
     next_id: u16,
     received: Received,
     twin_received: Received,
-    /// /// Reply bytes for which the client's socket had no space.
+    /// Reply bytes for which the client's socket had no space.
     unsent: Vec<u8>,
     queue: Vec<Queued>,
     memory: Option<Arc<LaterMemory>>,
 }
 
-/// /// The sockets of connections that were handed over while the device runs. Nothing is read from them until the
+/// The sockets of connections that were handed over while the device runs. Nothing is read from them until the
 /// device runs in its new process.
 #[derive(Debug, Default)]
 pub(super) struct GivenSockets {
@@ -54,7 +54,7 @@ pub(super) struct GivenSockets {
 }
 
 impl GivenSockets {
-    /// /// The sockets of connections that were not handed over yet.
+    /// The sockets of connections that were not handed over yet.
     pub(super) fn more(&mut self, device: u16, doors: &Doors) -> Result<Vec<Item>, Refusal> {
         let mut items = Vec::new();
         for (id, link) in doors.to_be_given() {
@@ -67,7 +67,7 @@ impl GivenSockets {
         Ok(items)
     }
 
-    /// /// The sockets of this connection that still have to be handed over.
+    /// The sockets of this connection that still have to be handed over.
     fn left(&self, id: ConnectionId, link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
         let given = self.given.get(&id).copied().unwrap_or(0);
         match given == 1 + usize::from(link.twin.get().is_some()) {
@@ -86,12 +86,12 @@ fn sockets(link: &Link) -> Result<Vec<ForeignFd>, Refusal> {
     Ok(fds)
 }
 
-/// /// Threads that will serve connections once this process serves: clients do not wait for threads to start.
+/// Threads that will serve connections once this process serves: clients do not wait for threads to start.
 #[derive(Debug, Default)]
 pub(super) struct Threads(HashMap<u64, (Sender<Adopted>, JoinHandle<()>)>);
 
 impl Threads {
-    /// /// Starts a thread. If that fails, the server starts one later.
+    /// Starts a thread. If that fails, the server starts one later.
     pub(super) fn make(
         &mut self,
         id: u64,
@@ -103,7 +103,7 @@ impl Threads {
         let (tell, told) = mpsc::channel::<Adopted>();
         let (machine, options, doors) = (Arc::clone(machine), options.clone(), Arc::clone(doors));
         let serve = move || {
-            // // It ends without a message if the other process continues.
+            // It ends without a message if the other process continues.
             let Ok(adopted) = told.recv() else { return };
             let _device = device.entered();
             match adopted.connection(&machine, &options, &doors) {
@@ -117,7 +117,7 @@ impl Threads {
         }
     }
 
-    /// /// Starts serving the connections. Returns the serving threads, and the connections without a thread.
+    /// Starts serving the connections. Returns the serving threads, and the connections without a thread.
     pub(super) fn serve(
         mut self,
         mut adopted: Vec<Adopted>,
@@ -141,7 +141,7 @@ impl Threads {
     }
 }
 
-/// /// The sockets that arrived while the old device ran, by connection.
+/// The sockets that arrived while the old device ran, by connection.
 #[derive(Debug, Default)]
 pub(super) struct CameSockets(HashMap<u64, Vec<ForeignFd>>);
 

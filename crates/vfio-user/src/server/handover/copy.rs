@@ -1,4 +1,4 @@
-//! //! Transferring the state of a device: it is copied in rounds while the device runs, if it has PRE_COPY, and read
+//! Transferring the state of a device: it is copied in rounds while the device runs, if it has PRE_COPY, and read
 //! to its end once the device has stopped (`vfio.h: VFIO_DEVICE_STATE_PRE_COPY`).
 //!
 //! Clients have priority. If a client changes the device's state, the copy ends and the attempt fails. After a reset
@@ -18,19 +18,19 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::record::{StateHead, broken, kind};
 
-/// /// Bytes that are read at once while the device runs, since accesses of clients may wait for them.
+/// Bytes that are read at once while the device runs, since accesses of clients may wait for them.
 const RUNNING_BYTES: usize = 64 << 10;
-/// /// Bytes that are read or loaded at once while the device is stopped.
+/// Bytes that are read or loaded at once while the device is stopped.
 const STOPPED_BYTES: usize = 1 << 20;
 /// State up to this goes in the item itself.
 const INLINE_BYTES_MAX: usize = 48 << 10;
-/// /// Limit on the memory that is allocated in advance for the data of stopped devices.
+/// Limit on the memory that is allocated in advance for the data of stopped devices.
 const ROOM_BYTES_MAX: u64 = 64 << 20;
-/// /// A round of all devices ends after this many bytes, which stay in memory until the new server has loaded them.
+/// A round of all devices ends after this many bytes, which stay in memory until the new server has loaded them.
 const ROUND_BYTES_MAX: u64 = 256 << 20;
-/// /// Time limit for a round of all devices: less than the new server waits for one.
+/// Time limit for a round of all devices: less than the new server waits for one.
 const ROUND_LIMIT: Duration = Duration::from_secs(2);
-/// /// Amount of data that may be left for the freeze. Another round would cost more than it saves.
+/// Amount of data that may be left for the freeze. Another round would cost more than it saves.
 const LEFT_BYTES_SMALL: u64 = INLINE_BYTES_MAX as u64;
 /// Copies of a device that is reset again and again; then its state is read once it has stopped.
 const COPIES_MAX: u32 = 16;
@@ -45,12 +45,12 @@ pub(super) struct Copy {
     share: u32,
     /// How many copies were begun, this one included.
     number: u32,
-    /// /// The last round.
+    /// The last round.
     last: Round,
     rounds: u32,
     /// When the first began.
     since: Option<Instant>,
-    /// /// Memory for the rest of the state, once the device has stopped.
+    /// Memory for the rest of the state, once the device has stopped.
     room: Option<File>,
     /// Where a piece is read.
     piece: Vec<u8>,
@@ -64,7 +64,7 @@ struct Round {
 }
 
 impl Round {
-    /// /// Whether another round is useful with `left` bytes: the device changes less than a round hands over.
+    /// Whether another round is useful with `left` bytes: the device changes less than a round hands over.
     fn pays(self, left: u64, rounds: u32) -> bool {
         self.is_cut || (left > LEFT_BYTES_SMALL && (rounds < 2 || left <= self.bytes / 2))
     }
@@ -87,12 +87,12 @@ pub(super) fn refused(device: u16, errno: Errno) -> Refusal {
 }
 
 impl Copy {
-    /// /// The copy of one of this many devices.
+    /// The copy of one of this many devices.
     pub(super) fn new(devices: usize) -> Copy {
         Copy { share: u32::try_from(devices).unwrap_or(u32::MAX).max(1), ..Copy::default() }
     }
 
-    /// /// Begins to copy the device, if that is possible while it runs. Returns the data read so far.
+    /// Begins to copy the device, if that is possible while it runs. Returns the data read so far.
     pub(super) fn begin(&mut self, device: u16, machine: &Machine) -> Result<Option<Item>, Refusal> {
         self.number += 1;
         if self.number > COPIES_MAX {
@@ -120,14 +120,14 @@ impl Copy {
         }
     }
 
-    /// /// Reads a round of data while the device runs.
+    /// Reads a round of data while the device runs.
     fn round(&mut self, device: u16, machine: &Machine) -> Result<Option<Item>, Refusal> {
         let Some(copying) = self.copying else { return Ok(None) };
         let file = memory(device)?;
         let (began, mut bytes) = (Instant::now(), 0);
         let is_cut = loop {
             self.piece.clear();
-            // // Written to the file outside the read, to lock the device for a shorter time.
+            // Written to the file outside the read, to lock the device for a shorter time.
             let piece = &mut self.piece;
             let read = machine.data_read(copying.session(), RUNNING_BYTES, |save| match save {
                 Save::Data(data) => piece.extend_from_slice(data),
@@ -136,7 +136,7 @@ impl Copy {
             match read {
                 Ok(()) if self.piece.is_empty() => break false,
                 Ok(()) => {}
-                // // A reset or a client has ended the copy. The data is dropped.
+                // A reset or a client has ended the copy. The data is dropped.
                 Err(Errno::ENODEV) => {
                     self.copying = None;
                     return self.begin(device, machine);
@@ -156,14 +156,14 @@ impl Copy {
         Ok((bytes > 0).then(|| self.in_file(device, bytes, file)))
     }
 
-    /// /// Allocates memory for the rest, before the device is stopped.
+    /// Allocates memory for the rest, before the device is stopped.
     pub(super) fn make_room(&mut self, device: u16, machine: &Machine) -> Result<(), Refusal> {
         let bytes = machine.expected_state_bytes().min(ROOM_BYTES_MAX / u64::from(self.share));
         self.piece.clear();
         self.piece.reserve(INLINE_BYTES_MAX);
         if bytes > INLINE_BYTES_MAX as u64 {
             let room = memory(device)?;
-            // // Pages that are still missing are allocated when they are written, in the freeze.
+            // Pages that are still missing are allocated when they are written, in the freeze.
             let _ = fallocate(&room, FallocateFlags::empty(), 0, bytes);
             self.room = Some(room);
         }
@@ -181,13 +181,13 @@ impl Copy {
         let frozen = machine.freeze(self.copying, until).map_err(|errno| refused(device, errno))?;
         let copying = self.copying.take();
         if copying.is_none_or(|copying| copying.session() != frozen.session) {
-            // // The whole state, from its beginning.
+            // The whole state, from its beginning.
             self.number += 1;
         }
         Ok(frozen)
     }
 
-    /// /// The rest of the state of a stopped device.
+    /// The rest of the state of a stopped device.
     pub(super) fn rest(
         &mut self,
         device: u16,
@@ -240,7 +240,7 @@ impl Copy {
         item.with_fds([ForeignFd::harmless(OwnedFd::from(file))])
     }
 
-    /// /// Ends the copy, since the device is not replaced.
+    /// Ends the copy, since the device is not replaced.
     pub(super) fn end(&mut self, machine: &Machine) {
         self.room = None;
         self.piece = Vec::new();
@@ -255,7 +255,7 @@ fn memory(device: u16) -> Result<File, Refusal> {
     memfd_create("limosa-state", MemfdFlags::CLOEXEC).map(File::from).map_err(failed)
 }
 
-/// /// Bytes of a device's state for the new device.
+/// Bytes of a device's state for the new device.
 pub(super) struct Loading {
     /// The number of the copy that they belong to.
     pub(super) copy: u32,
@@ -269,7 +269,7 @@ enum Source {
 }
 
 impl Loading {
-    /// /// The contents of a STATE item.
+    /// The contents of a STATE item.
     pub(super) fn of(mut item: Item) -> Result<Loading, Refusal> {
         let wrong = |what: &str| broken(kind::STATE, item.device, &what);
         let (head, inline) =

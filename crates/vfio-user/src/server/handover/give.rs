@@ -87,7 +87,7 @@ impl Giver for SwitchOver<'_> {
             outgoing.thaw();
             doors.go_on();
         }
-        // // Late devices continue when their work is done. Their clients wait for that as for every call on a device.
+        // Late devices continue when their work is done. Their clients wait for that as for every call on a device.
         self.servers.iter().for_each(|server| server.doors.go_on());
     }
 
@@ -181,12 +181,12 @@ impl SwitchOver<'_> {
             let busy = "a request is in progress that takes too long; try again when it is done";
             server.doors.await_pause(until).map_err(|_| Refusal::of_device(device, busy))?;
         }
-        // // From here on no client can connect or be named.
+        // From here on no client can connect or be named.
         self.numbered().try_for_each(|(device, server)| check_next(device, server))?;
         let stops_until = until.min(Instant::now() + STOP_LIMIT);
         let mut state = self.lock();
         state.until = Some(until);
-        // // Leave devices time to report after their limit.
+        // Leave devices time to report after their limit.
         let waits_until = stops_until + ANSWER_LIMIT;
         let late = format!("it does not stop within {STOP_LIMIT:?}, and runs again once it has");
         state.work(waits_until, &late, move |outgoing| {
@@ -209,7 +209,7 @@ impl SwitchOver<'_> {
 }
 
 impl State {
-    /// /// Works on all devices in parallel, until then. The first refusal counts; a late device is refused as late,
+    /// Works on all devices in parallel, until then. The first refusal counts; a late device is refused as late,
     /// and removed from the list.
     fn work(
         &mut self,
@@ -219,7 +219,7 @@ impl State {
     ) -> Result<(), Refusal> {
         let devices = std::mem::take(&mut self.devices);
         let work = move |outgoing: &mut Outgoing| {
-            // // A device that panicked has no other refusal.
+            // A device that panicked has no other refusal.
             outgoing.outcome = Err(Refusal::of_device(outgoing.device, "the old server panicked"));
             outgoing.outcome = work(outgoing);
         };
@@ -233,7 +233,7 @@ impl State {
     }
 }
 
-/// /// Refuses while a next VMM is named: its preparations cannot be handed over.
+/// Refuses while a next VMM is named: its preparations cannot be handed over.
 fn check_next(device: u16, server: &Server) -> Result<(), Refusal> {
     if !server.doors.expects_next() {
         return Ok(());

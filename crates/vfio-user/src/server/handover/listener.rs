@@ -1,4 +1,4 @@
-//! //! Handing over a listening socket, and the paths that identify devices.
+//! Handing over a listening socket, and the paths that identify devices.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -9,14 +9,14 @@ use limosa_switch_over::{Item, Refusal};
 
 use super::record::{self, broken, decode, kind};
 
-/// /// A listening socket that was handed over.
+/// A listening socket that was handed over.
 pub(super) struct CameListener {
     pub(super) record: record::Listener,
     pub(super) socket: UnixListener,
 }
 
 impl CameListener {
-    /// /// The path at which it listens, if known.
+    /// The path at which it listens, if known.
     pub(super) fn at(&self) -> Option<PathBuf> {
         let bound = || self.socket.local_addr().ok().and_then(|at| at.as_pathname().map(Path::to_owned));
         self.record.path.as_ref().map(|(path, _)| path.clone()).or_else(bound)

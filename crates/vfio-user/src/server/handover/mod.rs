@@ -1,4 +1,4 @@
-//! //! Replacing a server by another process under its clients (`docs/switch-over.md`): [`SwitchOver`] is the old
+//! Replacing a server by another process under its clients (`docs/switch-over.md`): [`SwitchOver`] is the old
 //! server's side, [`Replacing`] the new server's.
 //!
 //! All devices of a process are handed over together. While they run, memory, its files, the listeners, and the state

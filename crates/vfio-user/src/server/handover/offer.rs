@@ -1,4 +1,4 @@
-//! //! The offer of a device, and the differences of two devices.
+//! The offer of a device, and the differences of two devices.
 
 use std::path::{Path, PathBuf};
 
@@ -115,7 +115,7 @@ pub(super) fn difference(theirs: &Offer, ours: &Offer) -> Option<String> {
     }
 }
 
-/// /// The property in which two regions differ, in words.
+/// The property in which two regions differ, in words.
 fn region_in_words(
     (flags, bytes, mapping): &OfferedRegion,
     (other_flags, other_bytes, _): &OfferedRegion,
@@ -143,7 +143,7 @@ fn irq_in_words((flags, vectors): (u32, u32)) -> String {
     format!("{vectors} vectors and the flags {}", named(flags.iter_names()))
 }
 
-/// /// The registers that a client may signal instead of writing.
+/// The registers that a client may signal instead of writing.
 fn registers(signals: &[(u64, u64, Option<u64>)]) -> String {
     let register = |(offset, bytes, value): &(u64, u64, Option<u64>)| {
         let value = value.map(|value| format!(" of the value {value:#x}")).unwrap_or_default();

@@ -15,7 +15,7 @@ use super::wiring::GivenWires;
 use crate::server::Server;
 use crate::server::doors::{Doors, Role};
 
-/// /// A device that is being handed over.
+/// A device that is being handed over.
 pub(super) struct Outgoing {
     pub(super) device: u16,
     pub(super) machine: Arc<Machine>,
@@ -28,12 +28,12 @@ pub(super) struct Outgoing {
     pub(super) frozen: Option<Frozen>,
     /// Of the last work on it, which may have been done by another thread.
     pub(super) outcome: Result<(), Refusal>,
-    /// /// The resulting items.
+    /// The resulting items.
     pub(super) items: Vec<Item>,
 }
 
 impl Outgoing {
-    /// /// One of this many devices that are handed over together.
+    /// One of this many devices that are handed over together.
     pub(super) fn new(device: u16, server: &Server, share: usize) -> Outgoing {
         Outgoing {
             device,
@@ -72,7 +72,7 @@ impl Outgoing {
         };
         items.push(encode(kind::MACHINE, device, &kept)?);
         for (id, link, role, paused) in self.doors.paused() {
-            // // A control client connects again: it has no pending requests.
+            // A control client connects again: it has no pending requests.
             if role != Some(Role::Control) {
                 items.extend(connection::export(device, id, &link, &paused, &self.sockets)?);
             }
@@ -80,7 +80,7 @@ impl Outgoing {
         Ok(items)
     }
 
-    /// /// The device continues here, and so do its clients. If this is late, the clients have already continued, and
+    /// The device continues here, and so do its clients. If this is late, the clients have already continued, and
     /// may be about to stop for another attempt.
     pub(super) fn thaw(mut self) {
         if let Some(frozen) = self.frozen.take() {

@@ -1,4 +1,4 @@
-//! //! The items of a switch-over (`docs/switch-over.md: items`). Everything from the other process is checked again.
+//! The items of a switch-over (`docs/switch-over.md: items`). Everything from the other process is checked again.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -45,16 +45,16 @@ pub(super) struct Offer {
     /// Flags and vectors.
     pub irqs: Vec<(u32, u32)>,
     pub migration: u64,
-    /// /// Registers that a client may signal instead of writing, by region: offset, bytes and value of each.
+    /// Registers that a client may signal instead of writing, by region: offset, bytes and value of each.
     #[serde(default)]
     pub ioeventfds: BTreeMap<u32, Vec<(u64, u64, Option<u64>)>>,
-    /// /// The absolute path at which it listens, which identifies it to the new server.
+    /// The absolute path at which it listens, which identifies it to the new server.
     #[serde(default)]
     pub socket: Option<std::path::PathBuf>,
-    /// /// Whether clients other than control clients are connected.
+    /// Whether clients other than control clients are connected.
     #[serde(default)]
     pub has_client: bool,
-    /// /// The name of its model ([`Options::model`](crate::server::Options::model)).
+    /// The name of its model ([`Options::model`](crate::server::Options::model)).
     #[serde(default)]
     pub model: Option<String>,
 }
@@ -65,9 +65,9 @@ pub(super) type OfferedRegion = (u32, u64, Option<(u64, Vec<(u64, u64)>)>);
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Listener {
     pub control: bool,
-    /// /// Its path, if the server created it, and the identity of the socket.
+    /// Its path, if the server created it, and the identity of the socket.
     pub path: Option<(std::path::PathBuf, (u64, u64))>,
-    /// /// The mode and the group from the server's options, unless it is the control socket.
+    /// The mode and the group from the server's options, unless it is the control socket.
     #[serde(default)]
     pub access: Option<(u32, Option<u32>)>,
 }
@@ -76,7 +76,7 @@ pub(super) struct Listener {
 pub(super) struct Connection {
     /// Names it among the connections of the device: its SOCKETS.
     pub id: u64,
-    /// /// The agreed limits; `None` before VERSION.
+    /// The agreed limits; `None` before VERSION.
     pub limits: Option<Limits>,
     pub by_control_door: bool,
     pub foreign_dma: bool,
@@ -89,7 +89,7 @@ pub(super) struct Connection {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Received {
     pub twin: bool,
-    /// /// For each fd the offset of the last byte that it came with, and whether it was kept.
+    /// For each fd the offset of the last byte that it came with, and whether it was kept.
     pub fds: Vec<(u64, bool)>,
 }
 
@@ -119,11 +119,11 @@ pub(super) struct LogHead {
     pub ranges: Vec<(u64, u64)>,
 }
 
-/// /// The head of STATE. The bytes follow, or are in its file.
+/// The head of STATE. The bytes follow, or are in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct StateHead {
-    /// /// Counts the copies of the device's state: a new number starts a new copy.
+    /// Counts the copies of the device's state: a new number starts a new copy.
     pub copy: u32,
     pub reserved: u32,
     /// How many bytes.
@@ -154,7 +154,7 @@ pub(super) fn decode<T: DeserializeOwned>(item: &Item) -> Result<T, Refusal> {
     serde_json::from_slice(&item.bytes).map_err(|error| broken(item.kind, item.device, &error))
 }
 
-/// /// A record, followed by raw bytes.
+/// A record, followed by raw bytes.
 pub(super) fn encode_with(
     kind: u16,
     device: u16,
@@ -169,7 +169,7 @@ pub(super) fn encode_with(
     Ok(Item::new(kind, device, whole))
 }
 
-/// /// Decodes the output of [`encode_with`].
+/// Decodes the output of [`encode_with`].
 pub(super) fn decode_with<T: DeserializeOwned>(item: &Item) -> Result<(T, &[u8]), Refusal> {
     let short = || broken(item.kind, item.device, &"it ends within its record");
     let (bytes, rest) = item.bytes.split_first_chunk().ok_or_else(short)?;
@@ -193,7 +193,7 @@ pub(super) fn copy(fd: impl AsFd) -> Result<ForeignFd, Refusal> {
 #[derive(Debug, Default)]
 pub(super) struct Files {
     known: Vec<Arc<OwnedFd>>,
-    /// /// How many of them were handed over.
+    /// How many of them were handed over.
     given: usize,
 }
 

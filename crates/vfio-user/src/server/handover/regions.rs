@@ -1,4 +1,4 @@
-//! //! The files behind mappable regions: the new device uses the same file, so that a client's mapping stays valid.
+//! The files behind mappable regions: the new device uses the same file, so that a client's mapping stays valid.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -10,7 +10,7 @@ use rustix::fs::{fcntl_get_seals, fstat};
 
 use super::record::{broken, copy, kind};
 
-/// /// The files that were handed over.
+/// The files that were handed over.
 #[derive(Debug, Default)]
 pub(super) struct GivenFiles(BTreeMap<u32, Arc<OwnedFd>>);
 
@@ -31,12 +31,12 @@ impl GivenFiles {
     }
 }
 
-/// /// The received files, by region. Each was checked.
+/// The received files, by region. Each was checked.
 #[derive(Debug, Default)]
 pub(super) struct CameFiles(BTreeMap<u32, Arc<OwnedFd>>);
 
 impl CameFiles {
-    /// /// REGION_FILE; a later one replaces an earlier one.
+    /// REGION_FILE; a later one replaces an earlier one.
     pub(super) fn add(&mut self, mut item: Item, machine: &Machine) -> Result<(), Refusal> {
         let wrong = |what: &str| broken(item.kind, item.device, &what);
         let index = <[u8; 4]>::try_from(item.bytes.as_slice()).map(u32::from_ne_bytes);
@@ -49,7 +49,7 @@ impl CameFiles {
         let failed = |errno: rustix::io::Errno| {
             Refusal::of_device(item.device, format!("the file of region {index} cannot be examined: {errno}"))
         };
-        // // The file has to have the properties of the new device's own file.
+        // The file has to have the properties of the new device's own file.
         let (expected, found) =
             (fstat(&*own).map_err(failed)?.st_size, fstat(&file).map_err(failed)?.st_size);
         let own_seals = fcntl_get_seals(&*own).map_err(failed)?;
@@ -66,7 +66,7 @@ impl CameFiles {
         Ok(())
     }
 
-    /// /// Gives them to the device: each mappable region must have one.
+    /// Gives them to the device: each mappable region must have one.
     pub(super) fn adopt(self, device: u16, machine: &Machine) -> Result<(), Refusal> {
         let mut files = self.0;
         let regions = (0..).zip(&machine.description().regions);
@@ -85,7 +85,7 @@ impl CameFiles {
     }
 }
 
-/// /// Refuses a device with mappable regions, if it cannot adopt their files.
+/// Refuses a device with mappable regions, if it cannot adopt their files.
 pub(super) fn check(device: u16, machine: &Machine) -> Result<(), Refusal> {
     let mapped = machine.description().regions.iter().position(|region| region.mapping.is_some());
     match mapped {

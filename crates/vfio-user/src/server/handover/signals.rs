@@ -38,7 +38,7 @@ pub(super) fn given(device: u16, machine: &Machine) -> Result<Vec<Item>, Refusal
     Ok(items)
 }
 
-/// /// The received eventfds, by region.
+/// The received eventfds, by region.
 #[derive(Debug, Default)]
 pub(super) struct CameSignals(BTreeMap<u32, Vec<Arc<OwnedFd>>>);
 
@@ -57,7 +57,7 @@ impl CameSignals {
         Ok(())
     }
 
-    /// /// Gives them to the device: each region with eventfds must have received them.
+    /// Gives them to the device: each region with eventfds must have received them.
     pub(super) fn adopt(self, device: u16, machine: &Machine) -> Result<(), Refusal> {
         let mut came = self.0;
         for region in with_signals(machine) {
@@ -72,7 +72,7 @@ impl CameSignals {
     }
 }
 
-/// /// Refuses a device whose client may signal eventfds, if it cannot adopt them.
+/// Refuses a device whose client may signal eventfds, if it cannot adopt them.
 pub(super) fn check(device: u16, machine: &Machine) -> Result<(), Refusal> {
     match with_signals(machine).next() {
         Some(region) if !machine.adopts_ioeventfds() => {

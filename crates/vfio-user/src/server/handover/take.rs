@@ -1,4 +1,4 @@
-//! //! The new server's side: the assignment of its devices to those of the old server.
+//! The new server's side: the assignment of its devices to those of the old server.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,16 +16,16 @@ use super::record::{self, broken, decode, kind};
 use super::workers::Workers;
 use crate::server::{Options, Server};
 
-/// /// A device of a new server, and how to serve it.
+/// A device of a new server, and how to serve it.
 pub struct NewDevice {
-    /// /// The device, which has not been used yet.
+    /// The device, which has not been used yet.
     pub machine: Arc<Machine>,
-    /// /// How to serve it.
+    /// How to serve it.
     pub options: Options,
-    /// /// The path to listen at. The device replaces the old server's device with this path; if there is none, it is
+    /// The path to listen at. The device replaces the old server's device with this path; if there is none, it is
     /// served for the first time. Without a path it replaces the device with the same position in the old server.
     pub socket: Option<PathBuf>,
-    /// /// The path to listen at for control clients, if it has a `socket`. A device that replaces another uses that
+    /// The path to listen at for control clients, if it has a `socket`. A device that replaces another uses that
     /// one's control socket.
     pub control: Option<PathBuf>,
 }
@@ -36,13 +36,13 @@ impl From<(Arc<Machine>, Options)> for NewDevice {
     }
 }
 
-/// /// Devices that replace those of another process, all of them together.
+/// Devices that replace those of another process, all of them together.
 ///
 /// A device is identified by its socket's path. A device of the old server without a counterpart here is dropped,
 /// unless a client uses it: then the old server keeps serving all of its devices.
 pub struct Replacing {
     devices: Vec<New>,
-    /// /// What happens to the old server's devices, by their numbers.
+    /// What happens to the old server's devices, by their numbers.
     places: Vec<Place>,
     /// Threads that load devices side by side, from the first round on.
     workers: Option<Workers>,
@@ -51,9 +51,9 @@ pub struct Replacing {
 /// The servers, ready to [serve](Server::serve) the clients that the other process has served, in the order of the new devices.
 pub type Replaced = Vec<Server>;
 
-/// /// What happens to a device of the old server.
+/// What happens to a device of the old server.
 enum Place {
-    /// /// The new device with this position replaces it.
+    /// The new device with this position replaces it.
     Taken(usize),
     /// No device does.
     Dropped(Dropped),
@@ -90,7 +90,7 @@ impl Replacing {
         Ok(sorted)
     }
 
-    /// /// Each device that replaces another, with that one's number.
+    /// Each device that replaces another, with that one's number.
     fn taken(&mut self) -> impl Iterator<Item = (u16, &mut New)> {
         let numbers: Vec<_> = (0..self.devices.len()).map(|at| self.number(at)).collect();
         numbers.into_iter().zip(&mut self.devices).filter_map(|(number, new)| Some((number?, new)))
@@ -101,7 +101,7 @@ impl Replacing {
         self.places.iter().position(is_it).and_then(|number| u16::try_from(number).ok())
     }
 
-    /// /// Assigns new devices to old ones.
+    /// Assigns new devices to old ones.
     fn find_places(&mut self, offers: &[Offered]) -> Result<(), Refusal> {
         let by_position = self.devices.iter().all(|new| new.socket.is_none())
             || offers.iter().all(|offered| offered.socket.is_none());
@@ -130,7 +130,7 @@ impl Replacing {
         Ok(())
     }
 
-    /// /// Refuses if a device would be dropped while a client uses it, or if the servers have no device in common.
+    /// Refuses if a device would be dropped while a client uses it, or if the servers have no device in common.
     fn check_dropped(&self, offers: &[Offered]) -> Result<(), Refusal> {
         let is_dropped = |place: &Place| matches!(place, Place::Dropped(_));
         if self.places.iter().all(is_dropped) {
@@ -162,7 +162,7 @@ impl Dropped {
         Refusal::new(format!("device {}: {what}", self.name))
     }
 
-    /// /// For a dropped device only its sockets matter, and whether it may be dropped.
+    /// For a dropped device only its sockets matter, and whether it may be dropped.
     fn take(&mut self, item: Item) -> Result<(), Refusal> {
         match item.kind {
             kind::CONNECTION => Err(self.in_use()),
@@ -206,7 +206,7 @@ impl Taker for Replacing {
             new.check(number, &offers[number as usize].offer).map_err(|refusal| new.named(refusal))?;
         }
         self.check_dropped(&offers)?;
-        // // Devices without a predecessor: everything that can fail comes before anything stops.
+        // Devices without a predecessor: everything that can fail comes before anything stops.
         let fresh = (0..self.devices.len()).filter(|at| self.number(*at).is_none()).collect::<Vec<_>>();
         for at in fresh {
             let new = &mut self.devices[at];
@@ -243,7 +243,7 @@ impl Taker for Replacing {
     }
 
     fn run(self, commit: Commit<'_>) -> Result<(Committed, Replaced), Withdrawn> {
-        // // Memory is reserved before: nothing fails from here on.
+        // Memory is reserved before: nothing fails from here on.
         let mut servers = Vec::with_capacity(self.devices.len());
         let committed = commit.commit()?;
         for new in self.devices {

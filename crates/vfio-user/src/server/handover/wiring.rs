@@ -1,4 +1,4 @@
-//! //! Interrupts: the eventfds of vectors, and pending signals. The eventfds are transferred while the device runs,
+//! Interrupts: the eventfds of vectors, and pending signals. The eventfds are transferred while the device runs,
 //! and in the freeze only those that were added since.
 
 use std::collections::HashMap;
@@ -19,18 +19,18 @@ const LEVEL: u8 = 4;
 /// The eventfds that were handed over.
 #[derive(Debug, Default)]
 pub(super) struct GivenWires {
-    /// /// All of them, so that a later one is not mistaken for one of these.
+    /// All of them, so that a later one is not mistaken for one of these.
     given: Vec<ForeignEventFd>,
     numbers: HashMap<usize, u32>,
 }
 
 impl GivenWires {
-    /// /// The eventfds that were not handed over yet.
+    /// The eventfds that were not handed over yet.
     pub(super) fn more(&mut self, device: u16, wiring: &Wiring) -> Result<Vec<Item>, Refusal> {
         self.rows(device, wiring.export()).map(|(items, _)| items)
     }
 
-    /// /// The same, and the state of each vector.
+    /// The same, and the state of each vector.
     pub(super) fn rest(&mut self, device: u16, wiring: &Wiring) -> Result<Vec<Item>, Refusal> {
         let (mut items, rows) = self.rows(device, wiring.export())?;
         items.push(encode(kind::WIRING, device, &rows)?);
@@ -61,7 +61,7 @@ impl GivenWires {
     }
 }
 
-/// /// The received eventfds, and the state of each vector.
+/// The received eventfds, and the state of each vector.
 #[derive(Debug, Default)]
 pub(super) struct CameWires {
     eventfds: Vec<ForeignEventFd>,
@@ -84,7 +84,7 @@ impl CameWires {
         Ok(())
     }
 
-    /// /// The exported state, for interrupts with these numbers of vectors by index.
+    /// The exported state, for interrupts with these numbers of vectors by index.
     pub(super) fn state(self, device: u16, vectors: &[u32]) -> Result<WiringState, Refusal> {
         let CameWires { eventfds, rows } = self;
         let wrong = |what: &str| broken(kind::WIRING, device, &what);

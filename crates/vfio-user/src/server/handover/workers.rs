@@ -1,4 +1,4 @@
-//! //! Threads that work on devices in parallel. They are started before any device stops, so that a failure to start
+//! Threads that work on devices in parallel. They are started before any device stops, so that a failure to start
 //! threads interrupts no client.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,7 +17,7 @@ pub(super) struct Workers {
     jobs: Option<Sender<Job>>,
 }
 
-/// /// The progress of a piece of work.
+/// The progress of a piece of work.
 struct Work<T> {
     done: Mutex<Done<T>>,
     changed: Condvar,
@@ -26,7 +26,7 @@ struct Work<T> {
 struct Done<T> {
     things: Vec<Option<T>>,
     left: usize,
-    /// /// The caller no longer waits.
+    /// The caller no longer waits.
     closed: bool,
 }
 

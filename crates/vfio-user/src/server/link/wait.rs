@@ -1,4 +1,4 @@
-//! //! How the serving thread of a connection waits: for a command, for a wake-up, or until it is stopped without being
+//! How the serving thread of a connection waits: for a command, for a wake-up, or until it is stopped without being
 //! woken.
 
 use std::sync::atomic::Ordering::SeqCst;
@@ -17,7 +17,7 @@ const IDLE: u8 = 1;
 const STOPPED: u8 = 2;
 
 impl Link {
-    /// /// Sleeps until a command has arrived (for one longer than the receive buffer, its first part), [`Link::wake`]
+    /// Sleeps until a command has arrived (for one longer than the receive buffer, its first part), [`Link::wake`]
     /// was called, or the time has passed. Does not consume data of the client, so that another process can continue
     /// with it. If `may_stop`, the thread can be stopped while it sleeps without being woken ([`Link::stop_if_idle`]).
     pub(in crate::server) fn wait_for_something(
@@ -45,7 +45,7 @@ impl Link {
                 continue;
             };
             drop(shared);
-            // // Usually nothing has arrived yet, and checking the socket first would waste a call.
+            // Usually nothing has arrived yet, and checking the socket first would waste a call.
             let gathered =
                 if is_ready || receiver.has_more() { self.gather(&mut receiver) } else { Ok(false) };
             self.give_back(receiver);
@@ -68,34 +68,34 @@ impl Link {
         }
     }
 
-    /// /// Stops the serving thread while it sleeps between two requests, and returns whether that succeeded. The
+    /// Stops the serving thread while it sleeps between two requests, and returns whether that succeeded. The
     /// thread then reads nothing before [`Link::set_busy`], and need not be woken for that.
     pub(in crate::server) fn stop_if_idle(&self) -> bool {
         !self.sender.keeps() && self.reads.compare_exchange(IDLE, STOPPED, SeqCst, SeqCst).is_ok()
     }
 
-    /// /// Lets it continue, if it still sleeps without having noticed that it was stopped.
+    /// Lets it continue, if it still sleeps without having noticed that it was stopped.
     pub(in crate::server) fn go_on_idle(&self) -> bool {
         self.reads.compare_exchange(STOPPED, IDLE, SeqCst, SeqCst).is_ok()
     }
 
-    /// /// Called by the serving thread: it may read from now on, or waits until it may.
+    /// Called by the serving thread: it may read from now on, or waits until it may.
     pub(in crate::server) fn set_busy(&self) {
         self.reads.store(BUSY, SeqCst);
     }
 
-    /// /// Sets whether the connection has to pause; then no thread waits for the client to read its replies. Call it
+    /// Sets whether the connection has to pause; then no thread waits for the client to read its replies. Call it
     /// before waking the thread for the pause.
     pub(in crate::server) fn set_pauses(&self, pauses: bool) {
         self.pauses.store(pauses, SeqCst);
     }
 
-    /// /// Sleeps until the client's socket has space for more of a reply. `false` if the connection has to pause.
+    /// Sleeps until the client's socket has space for more of a reply. `false` if the connection has to pause.
     pub(super) fn wait_for_room(&self, until: Instant) -> Result<bool, ConnectionError> {
         if self.pauses.load(SeqCst) {
             return Ok(false);
         }
-        // // Also with a client that reads a little each time.
+        // Also with a client that reads a little each time.
         if Instant::now() >= until {
             return Err(ConnectionError::TimedOut);
         }
@@ -103,7 +103,7 @@ impl Link {
             [PollFd::new(self.sender.socket(), PollFlags::OUT), PollFd::new(&self.waker, PollFlags::IN)];
         wait_ready(&mut fds, until)?;
         if !fds[1].revents().is_empty() {
-            // // It was also woken for another reason, which it notices later.
+            // It was also woken for another reason, which it notices later.
             let _ = rustix::io::read(&self.waker, &mut [0; 8]);
             self.is_woken.store(true, SeqCst);
         }
@@ -128,13 +128,13 @@ impl Link {
         Ok(false)
     }
 
-    /// /// Sleeps until [`Link::wake`] was called, the client has gone, or the time has passed. Data of the client
+    /// Sleeps until [`Link::wake`] was called, the client has gone, or the time has passed. Data of the client
     /// stays in the socket.
     pub(in crate::server) fn wait_for_wake(&self, until: Option<Instant>) -> Result<(), ConnectionError> {
         if self.poll(PollFlags::RDHUP, until)? { Err(ConnectionError::Closed) } else { Ok(()) }
     }
 
-    /// /// Sleeps until one of these events on the socket, [`Link::wake`], or the time; returns whether there was an
+    /// Sleeps until one of these events on the socket, [`Link::wake`], or the time; returns whether there was an
     /// event.
     fn poll(&self, events: PollFlags, until: Option<Instant>) -> Result<bool, ConnectionError> {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
@@ -158,7 +158,7 @@ impl Link {
         if !self.is_woken.swap(false, SeqCst) {
             return false;
         }
-        // // The waker may not have written yet: then this is woken again later.
+        // The waker may not have written yet: then this is woken again later.
         let _ = rustix::io::read(&self.waker, &mut [0; 8]);
         true
     }
@@ -182,10 +182,10 @@ impl Link {
     }
 }
 
-/// /// The reason why [`Link::wait_for_something`] returned.
+/// The reason why [`Link::wait_for_something`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::server) enum Something {
-    /// /// A command can be received.
+    /// A command can be received.
     Command,
     /// [`Link::wake`].
     Woken,

@@ -1,4 +1,4 @@
-//! //! A device of the new server, which replaces one of the old server's or is served for the first time.
+//! A device of the new server, which replaces one of the old server's or is served for the first time.
 
 mod fits;
 
@@ -35,7 +35,7 @@ pub(super) struct New {
     door: Option<CameListener>,
     control: Option<CameListener>,
     client: Option<ClientId>,
-    /// /// The number of the copy that was loaded, completely or in part.
+    /// The number of the copy that was loaded, completely or in part.
     copy: Option<u32>,
     wires: CameWires,
     wiring: WiringState,
@@ -48,10 +48,10 @@ pub(super) struct New {
     doors: Arc<Doors>,
     connections: Vec<Adopted>,
     memory: Arc<LaterMemory>,
-    /// /// Whether it is the control socket, its path, and the identity of the socket.
+    /// Whether it is the control socket, its path, and the identity of the socket.
     paths: Vec<(bool, PathBuf, (u64, u64))>,
     server: Option<Server>,
-    /// /// The new mode and group of the socket, if they change.
+    /// The new mode and group of the socket, if they change.
     access: Option<SocketAccess>,
 }
 
@@ -185,7 +185,7 @@ impl New {
         Ok(())
     }
 
-    /// /// Called after a part that is transferred while devices run.
+    /// Called after a part that is transferred while devices run.
     pub(super) fn prepare(&mut self, device: u16) -> Result<(), Refusal> {
         if self.door.is_none() {
             return Err(broken(kind::LISTENER, device, &"it has no socket"));
@@ -199,7 +199,7 @@ impl New {
         self.files.extend(item.fds.into_iter().map(|fd| Arc::new(fd.into_inner())));
     }
 
-    /// /// Updates the mappings to a new list.
+    /// Updates the mappings to a new list.
     fn map(&mut self, item: &Item) -> Result<(), Refusal> {
         let rows = record::rows(item)?;
         let failed = |row: &MappingRow, what: &dyn std::fmt::Display| {
@@ -231,7 +231,7 @@ impl New {
         Ok(())
     }
 
-    /// /// Prepares the device for a state, unless it is prepared.
+    /// Prepares the device for a state, unless it is prepared.
     fn begin(&mut self, device: u16) -> Result<(), Refusal> {
         if self.client.is_some() {
             return Ok(());
@@ -241,7 +241,7 @@ impl New {
         Ok(())
     }
 
-    /// /// Loads bytes of the device's state. The first bytes of a new copy discard the data loaded before.
+    /// Loads bytes of the device's state. The first bytes of a new copy discard the data loaded before.
     fn load(&mut self, item: Item) -> Result<(), Refusal> {
         let device = item.device;
         let state = Loading::of(item)?;
@@ -264,7 +264,7 @@ impl New {
         self.machine.loaded(client).map_err(|errno| not_taken(device, &errno))
     }
 
-    /// /// Takes over everything that can fail other than the state.
+    /// Takes over everything that can fail other than the state.
     pub(super) fn complete(&mut self, device: u16) -> Result<(), Refusal> {
         let missing =
             |what: &str| Refusal::of_device(device, format!("the old server did not hand over {what}"));
@@ -328,9 +328,9 @@ impl New {
         let New { machine, client, wiring, kept, paths, server, threads, connections, doors, access, .. } =
             self;
         let server = server?;
-        // // Only a device without migration, which has no predecessor, runs already.
+        // Only a device without migration, which has no predecessor, runs already.
         if let (Some(client), Some(kept)) = (client, kept) {
-            // // A device without a predecessor has none.
+            // A device without a predecessor has none.
             let is_wired = !wiring.indexes.is_empty();
             if is_wired && let Err(errno) = machine.wiring().adopt(wiring) {
                 tracing::error!(%errno, "interrupts could not be taken over");
