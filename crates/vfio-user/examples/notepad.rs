@@ -1,4 +1,4 @@
-//! A device with memory of its own that its guest goes on writing while the device is copied: it moves live, with pre-copy.
+//! A device with its own memory, which the guest keeps writing while the device is copied: it migrates live, with pre-copy.
 use limosa_device::saved::{Item, Reader, Refusal, Section, Writer};
 use limosa_device::{Bus, Description, Fault, Machine, Region, Save, SimpleMigration, SimpleModel};
 use limosa_protocol::feature::PrecopyInfo;
@@ -9,29 +9,29 @@ use limosa_vfio_user::server::{Options, Server};
 const KIND: &str = "example.notepad";
 const PAGE_BYTES: usize = 4096;
 const PAGES: usize = 256;
-/// What is made ready to be read at once.
+/// Bytes that are prepared for reading at once.
 const READY_BYTES: usize = 64 << 10;
 
-/// A page of the memory. It comes as often as it changes during pre-copy, and the last one counts.
+/// A page of the memory. It is sent again when it changes during pre-copy, and the last one counts.
 const PAGE: Section = Section::bulk("page", 1, PAGE_BYTES as u64);
-/// All else, which is read once the device has stopped.
+/// The rest of the state, which is read once the device has stopped.
 const REGISTERS: Section = Section::message("registers", 1);
 
-/// Field numbers are never used again.
+/// Field numbers are never reused.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Registers {
-    /// How many writes the guest has made.
+    /// Number of the guest's writes.
     #[prost(uint64, tag = "1")]
     writes: u64,
 }
 
-/// What a saving session has to do with a page.
+/// The status of a page in a saving session.
 #[derive(Clone, Copy, PartialEq)]
 enum Page {
     Done,
-    /// It was not read yet.
+    /// Not read yet.
     First,
-    /// It changed after it was read.
+    /// Changed after it was read.
     Again,
 }
 
@@ -67,8 +67,8 @@ impl Saving {
         self.pages.iter().filter(|page| **page == what).count() as u64
     }
 
-    /// Makes pages ready to be read, of those that are due, until there are so many bytes. A page is copied here: a guest that
-    /// writes it on its way makes it due again, and not torn.
+    /// Prepares due pages for reading, until there are `bytes` bytes. A page is copied here: if the guest writes it in transit,
+    /// it becomes due again, and the copy is not torn.
     fn add_pages(&mut self, memory: &[u8], bytes: usize) {
         for (at, memory) in memory.chunks(PAGE_BYTES).enumerate() {
             if self.writer.untaken().len() >= bytes {
