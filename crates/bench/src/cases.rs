@@ -1,4 +1,5 @@
-//! The transport beside the floor: accesses, streams and reports of the bench's own device, whose server is another process.
+//! The transport compared with the floor: accesses, streams and reports of the bench's own device, whose server is
+//! another process.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -34,8 +35,8 @@ pub(crate) struct Run<'a> {
     pub(crate) done: &'a mut dyn FnMut(Figure),
 }
 
-/// Measures the bench's own device, which may be written to and marks pages dirty on demand, for about `each` a contender, and
-/// hands out each figure as it is done.
+/// Measures the bench's own device, which may be written to and marks pages dirty on demand, for about `each` for every
+/// contender, and passes each figure when it is done.
 pub fn run(each: Duration, mut done: impl FnMut(Figure)) -> anyhow::Result<()> {
     let mut rival = Rival::on_its_own_server()?;
     let (client, child) = own_device(Options::default())?;

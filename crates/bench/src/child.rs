@@ -55,7 +55,7 @@ impl Drop for Child {
     }
 }
 
-/// Runs a child's role when this process is one, and says so. To be called first in `main` of every
+/// Runs the child's role if this process is a child, and returns whether it is. Call it first in `main` of every
 /// program that measures.
 pub fn run_if_child() -> anyhow::Result<bool> {
     let Ok(name) = std::env::var(VARIABLE) else { return Ok(false) };

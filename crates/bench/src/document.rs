@@ -36,7 +36,7 @@ pub struct Document {
     pub skipped: Vec<Skipped>,
     /// Why the run ended before all measures.
     pub ended_early: Option<String>,
-    /// The state in which the device was left, or what is known of it.
+    /// The state in which the device was left, if known.
     pub left_in: String,
 }
 
@@ -77,7 +77,7 @@ pub struct Measure {
     pub spread_ns: Option<(u64, u64)>,
     /// How many took up to how long: (ns, count) in ascending order, without empty ones.
     pub histogram: Vec<(u64, u64)>,
-    /// The same by something else that was timed in turns with it: the floor.
+    /// The floor, which was timed alternately.
     #[serde(default)]
     pub beside: Option<Beside>,
     /// A remark.
@@ -108,7 +108,7 @@ pub struct Skipped {
 }
 
 impl Document {
-    /// Reads a document. The error says what is wrong with it, and where.
+    /// Reads a document. The error names the problem and its position.
     pub fn parse(text: &str) -> Result<Document, String> {
         const EXPECTED: &str = "expected what `limosa --json bench DEVICE` prints";
         let mut read: serde_json::Value = serde_json::from_str(text)

@@ -1,10 +1,10 @@
-//! Measures a device. [`measure`] takes what a VMM waits for: arcs, data streams, dirty reports, whole moves, each as a histogram
-//! within its share of time. The [`Document`] of a run is compared with that of another by [`compare`]. [`run`] measures the
-//! transport itself: the bench's own device beside a bare AF_UNIX request and reply of the same sizes, and beside the `vfio_user`
-//! crate where it can do the same, in turns within one run.
+//! Measures a device. [`measure`] measures the operations that a VMM waits for: arcs, data streams, dirty reports,
+//! complete moves, each as a histogram within its share of the time. The [`Document`] of a run is compared with that of
+//! another by [`compare`]. [`run`] measures the transport itself: the bench's own device, alternately with a bare
+//! AF_UNIX request and reply of the same sizes, and with the `vfio_user` crate if it supports the operation.
 //!
-//! Programs that measure call [`run_if_child`] first in `main`: the other ends are this program
-//! started again.
+//! Programs that measure have to call [`run_if_child`] first in `main`, since they start themselves again as the other
+//! ends.
 #![forbid(unsafe_code)]
 
 mod cases;

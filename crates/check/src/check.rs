@@ -12,7 +12,7 @@ use crate::trial::Trial;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Family {
-    /// Regions, interrupts and what the device says of itself.
+    /// Regions, interrupts and device information.
     Device,
     /// The FEATURE multiplexer.
     Feature,
@@ -22,7 +22,7 @@ pub enum Family {
     Session,
     /// Pre-copy and its info.
     Precopy,
-    /// Estimates of the data's size against what came.
+    /// Estimates of the data's size, compared with the actual size.
     Size,
     /// RESUMING, with good and bad data.
     Resuming,
@@ -100,7 +100,7 @@ impl std::str::FromStr for Family {
 }
 
 bitflags::bitflags! {
-    /// What a check needs; without it the check is skipped.
+    /// The requirements of a check; without them it is skipped.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Needs: u32 {
         /// The feature MIGRATION.
@@ -185,17 +185,17 @@ pub(crate) fn ensure(holds: bool, what: impl FnOnce() -> String) -> Verdict {
     if holds { Ok(()) } else { fail(what()) }
 }
 
-/// What a check found.
+/// The outcome of a check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", content = "detail", rename_all = "kebab-case")]
 pub enum Outcome {
     /// The device keeps the clauses as far as this check sees.
     Pass,
-    /// It does not: what was expected and what came.
+    /// It failed: the expected and the actual result.
     Fail(String),
     /// The check does not apply, or could not be made.
     Skip(String),
-    /// The check may cost the device its state, and was not asked for.
+    /// The check may destroy the device's state, and was not enabled.
     Unsafe,
 }
 
@@ -210,7 +210,7 @@ impl Outcome {
         }
     }
 
-    /// What there is to say beside it.
+    /// Further details.
     pub fn detail(&self) -> &str {
         match self {
             Outcome::Fail(text) | Outcome::Skip(text) => text,
@@ -228,9 +228,9 @@ pub struct Check {
     pub id: Cow<'static, str>,
     /// Its family.
     pub family: Family,
-    /// The ids of the clauses that it comes from.
+    /// The ids of its clauses.
     pub clauses: Vec<&'static str>,
-    /// What it needs.
+    /// Its requirements.
     pub needs: Needs,
     /// Whether it may cost the device its state: data of another device, resets, DMA.
     pub destructive: bool,

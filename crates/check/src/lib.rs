@@ -1,8 +1,9 @@
-//! A conformance suite for VFIO live migration: named checks, each of which cites the clauses that it comes from.
+//! A conformance suite for VFIO live migration: named checks, each of which cites its clauses.
 //!
-//! The suite sees a device through [`limosa_client::Device`] alone, so that kernel drivers and vfio-user servers pass or
-//! fail the same checks. The checks of the family `vfio-user` alone look below it: they send messages of their own over a
-//! [`Wire`]. [`CLAUSES`] is the one list of what the documents say; [`checks`] lists the checks; [`run`] runs them and returns a [`Report`].
+//! The suite uses a device only through [`limosa_client::Device`], so that kernel drivers and vfio-user servers pass or
+//! fail the same checks. Only the checks of the family `vfio-user` work below it: they send their own messages over a
+//! [`Wire`]. [`CLAUSES`] is the list of all requirements of the documents; [`checks`] lists the checks; [`run`] runs
+//! them and returns a [`Report`].
 #![forbid(unsafe_code)]
 
 mod bytes;

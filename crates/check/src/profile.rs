@@ -1,4 +1,4 @@
-//! [`Profile`]: what a device claims, and which checks are required of it.
+//! [`Profile`]: a device's claims, and the checks that it has to pass.
 
 use std::collections::BTreeSet;
 
@@ -9,8 +9,7 @@ use crate::check::{Family, Outcome};
 use crate::families;
 use crate::report::Report;
 
-/// What a device claims, as JSON. A device that claims something and lacks it fails; a check that the profile excuses may
-/// fail.
+/// A device's claims, as JSON. A device that lacks a claimed feature fails; a check that the profile excuses may fail.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Profile {
@@ -70,7 +69,8 @@ impl Profile {
         Ok(profile)
     }
 
-    /// What the profile requires and the report does not show, a line each; none if the device keeps its claims.
+    /// The requirements of the profile that the report does not fulfil, a line each; empty if the device fulfils its
+    /// claims.
     pub fn broken_by(&self, report: &Report) -> Vec<String> {
         let mut broken = Vec::new();
         let claimed = self.flags.as_ref().and_then(|flags| flags.parse::<MigrationFlags>().ok());

@@ -1,4 +1,4 @@
-//! [`Facts`]: what is to be known of a device before the checks, found without judging it.
+//! [`Facts`]: facts about a device, collected before the checks and without judging them.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,7 +15,7 @@ use crate::run::Limits;
 use crate::target::{Target, Transport};
 use crate::trial::{Stream, read_to_end};
 
-/// What is known of a device.
+/// Facts about a device.
 #[derive(Clone, Debug, Serialize)]
 pub struct Facts {
     /// How the device is reached.

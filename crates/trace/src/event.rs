@@ -1,4 +1,4 @@
-//! What a trace consists of: requests with their answers ([`Event`]).
+//! The elements of a trace: requests with their answers ([`Event`]).
 
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
 use limosa_vfio_user::extension;
@@ -61,19 +61,19 @@ pub enum Request {
     Note,
 }
 
-/// A change of the migration state that was asked for.
+/// A requested change of the migration state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Transition {
     /// The state before, where the trace has seen it.
     pub from: Option<State>,
-    /// The state that was asked for.
+    /// The requested state.
     pub to: State,
 }
 
-/// What came of a request.
+/// The outcome of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It was done. The text says what the answer holds, and is empty where it holds nothing.
+    /// It was done. The text has the contents of the answer, and is empty if there are none.
     Done(String),
     /// It was refused.
     Refused(Errno),
@@ -81,7 +81,7 @@ pub enum Outcome {
     Posted,
     /// No answer came, for this reason.
     Unanswered(&'static str),
-    /// The bytes are not what they should be, for this reason; or the text of a remark.
+    /// The reason why bytes are malformed; or the text of a remark.
     Said(String),
 }
 

@@ -1,4 +1,4 @@
-//! A stream of bytes cut into vfio-user messages (`vfio-user.rst: Header`), with a bound on what is kept of each.
+//! Cuts a stream of bytes into vfio-user messages (`vfio-user.rst: Header`), with a bound on the recorded size of each.
 
 use limosa_vfio_user::codec::{Command, Header};
 use limosa_vfio_user::version::DATA_XFER_BYTES_MAX;
@@ -14,7 +14,7 @@ pub const DATA_HEAD_BYTES_MAX: usize = 64;
 pub const MALFORMED_BYTES_MAX: usize = 64;
 /// The most fds that are kept of one message: those that the kernel passes at once.
 pub const FDS_MAX: usize = 253;
-/// The longest message that is believed to be one: the most data that anybody agrees to, and a header.
+/// Limit on the size of a plausible message: the largest data that peers agree on, and a header.
 pub const MESSAGE_BYTES_MAX: u32 = DATA_XFER_BYTES_MAX + (64 << 10);
 
 /// What bytes turned out to be.
@@ -76,7 +76,7 @@ impl Framer {
         matches!(&self.0, Position::Header { got, .. } if got.is_empty())
     }
 
-    /// How many of the next bytes are counted and not looked at: [`Framer::skip`] takes them.
+    /// Number of next bytes that are only counted: [`Framer::skip`] skips them.
     pub fn unread(&self) -> usize {
         match &self.0 {
             Position::Header { .. } => 0,
@@ -121,7 +121,7 @@ impl Framer {
         }
     }
 
-    /// Takes so many bytes without a look at them, no more than [`Framer::unread`] says.
+    /// Skips this many bytes, at most [`Framer::unread`].
     pub fn skip(&mut self, time_ns: u64, bytes: usize, framed: &mut dyn FnMut(Framed)) {
         match &mut self.0 {
             Position::Header { .. } => {}

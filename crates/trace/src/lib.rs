@@ -1,9 +1,9 @@
-//! What others ask of VFIO devices and vfio-user servers, decoded as it happens: which feature, GET, SET or PROBE, the payload,
-//! the fds, the errno, the time (`docs/trace.md`).
+//! Records and decodes requests of other processes to VFIO devices and vfio-user servers: the feature, GET, SET or
+//! PROBE, the payload, the fds, the errno, the time (`docs/trace.md`).
 //!
-//! Sources see: [`proxy`], between a client and a server, and [`ptrace`], in a process. What they see ([`seen`]) goes to a
-//! [`Recorder`](recorder::Recorder), in whose thread it is decoded ([`decode`]) and written ([`sink`]). The [`framer`] and
-//! the decoders are pure: bytes in, [`Event`]s out.
+//! The sources are [`proxy`], between a client and a server, and [`ptrace`], in a process. Their records ([`seen`]) go
+//! to a [`Recorder`](recorder::Recorder), whose thread decodes ([`decode`]) and writes them ([`sink`]). The [`framer`]
+//! and the decoders are pure: they turn bytes into [`Event`]s.
 #![deny(unsafe_code)]
 
 pub mod decode;

@@ -1,5 +1,5 @@
-//! [`measure`]: every measure of a device, one after the other, each within its share and its limit. After each the device is
-//! brought back to RUNNING; a measure that fails is left out, and says why.
+//! [`measure`]: every measure of a device, one after the other, each within its share and its limit. After each the
+//! device is returned to RUNNING; a failed measure is skipped, with the reason.
 
 mod accesses;
 mod arcs;
@@ -38,8 +38,8 @@ pub struct Target {
     pub open: Open,
     /// A second device of the same kind, for whole moves. It loses its state.
     pub peer: Option<Open>,
-    /// A device of the kernel's has an fd, on which bare calls are made beside accesses; it is closed after these. `None` for a
-    /// device behind a socket, which is measured beside a bare socket.
+    /// The fd of a kernel device, for bare calls to compare accesses with; it is closed after these. `None` for a
+    /// vfio-user device, which is compared with a bare socket.
     pub fd: Option<Arc<Mutex<Option<OwnedFd>>>>,
     /// Whether a guest uses it: then it is stopped, and nothing is reset, loaded, mapped or moved.
     pub in_use: bool,
@@ -50,7 +50,7 @@ pub struct Target {
 pub struct Options {
     /// The share of each measure.
     pub each: Duration,
-    /// How much longer a measure may take before it is given up, with all that it waits for.
+    /// How much longer a measure may take before it is given up.
     pub limit: Duration,
     /// Set by the caller to end the run.
     pub cancel: Arc<AtomicBool>,
@@ -75,7 +75,7 @@ pub enum Event<'a> {
 /// A run that came to an end.
 #[derive(Debug)]
 pub struct Run {
-    /// What was measured.
+    /// The measured values.
     pub document: Document,
     /// Why whole moves were not measured although there is a [`Target::peer`]. `None` too if the run ended before them, which the
     /// document says.
@@ -95,12 +95,12 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    /// Whether a socket lies between, beside which it is measured.
+    /// Whether the device is behind a socket, which gives the floor.
     pub fn has_floor(&self) -> bool {
         self.target.fd.is_none()
     }
 
-    /// Leads the device to a state, from wherever it is; the data stream if a session opened.
+    /// Drives the device to a state, from its current one; returns the data stream if a session opened.
     pub fn lead(&self, to: State) -> Result<Option<Box<dyn DataStream>>> {
         let at = self.device.state()?;
         if at == State::Resuming {
@@ -145,7 +145,7 @@ impl Step {
     }
 }
 
-/// Measures all that the device allows. An error only if it cannot be opened or does not answer at all.
+/// Measures everything that the device allows. An error only if it cannot be opened or does not answer at all.
 pub fn measure(target: &Target, options: &Options, tell: &mut dyn FnMut(Event<'_>)) -> anyhow::Result<Run> {
     let each = if target.in_use { options.each.min(IN_USE_MAX) } else { options.each };
     let mut suite = Suite::new(target, options, each);

@@ -1,5 +1,5 @@
-//! [`fuzz`]: random sequences of requests, legal and illegal, held to a model of the standard. A difference is shrunk to a
-//! short [`Script`], which [`replay`] plays again; a difference that is known is told once.
+//! [`fuzz`]: random sequences of requests, legal and illegal, compared with a model of the standard. A difference is
+//! shrunk to a short [`Script`], which [`replay`] plays again; a known difference is reported once.
 
 mod generate;
 mod judge;
@@ -34,7 +34,7 @@ pub struct FuzzOptions {
     pub seed: u64,
     /// Threads: the first drives the device, the others look on. 1 to 16.
     pub threads: usize,
-    /// Signatures of differences that are known, and are not told again.
+    /// Signatures of known differences, which are not reported again.
     pub known: BTreeSet<String>,
     /// The bounds: a sequence has as long as a check.
     pub limits: Limits,
@@ -83,7 +83,7 @@ pub struct FuzzReport {
     pub requests: u64,
     /// The differences that were not known, each once.
     pub differences: Vec<Difference>,
-    /// How many sequences met a difference that was known, or told before.
+    /// Number of sequences with a difference that was known or already reported.
     pub known: u64,
     /// Why it ended early, if it did.
     pub ended_early: Option<String>,
@@ -92,7 +92,7 @@ pub struct FuzzReport {
     pub seconds: f64,
 }
 
-/// Plays random sequences. An error only where the device cannot be opened or looked at.
+/// Plays random sequences. An error only if the device cannot be opened or examined.
 pub fn fuzz(target: &Target, options: &FuzzOptions) -> Result<FuzzReport> {
     let begun = Instant::now();
     let mut player = Player::new(target, &options.limits)?;

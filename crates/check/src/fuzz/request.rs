@@ -1,4 +1,4 @@
-//! [`Request`]: what a sequence is made of, readable and one a line, and [`Script`], a sequence.
+//! [`Request`]: an element of a sequence, readable and one a line, and [`Script`], a sequence.
 
 use std::fmt;
 use std::str::FromStr;

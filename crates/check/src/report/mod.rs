@@ -1,4 +1,4 @@
-//! [`Report`]: what the suite found, and its forms.
+//! [`Report`]: the results of the suite, and its formats.
 
 mod junit;
 mod markdown;
@@ -21,9 +21,9 @@ pub struct Checked {
     pub id: String,
     /// Its family.
     pub family: Family,
-    /// The clauses that it comes from.
+    /// Its clauses.
     pub clauses: Vec<String>,
-    /// What it found.
+    /// Its outcome.
     #[serde(flatten)]
     pub outcome: Outcome,
     /// The requests that led to a failure, one a line with its answer.
@@ -57,14 +57,14 @@ pub struct Counts {
     pub not_safe: usize,
 }
 
-/// What the suite found.
+/// The results of the suite.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// The suite and its version.
     pub suite: String,
     /// The device, as the user named it.
     pub device: String,
-    /// What is known of it.
+    /// Facts about the device.
     pub facts: Facts,
     /// The checks, in the order in which they ran.
     pub checks: Vec<Checked>,

@@ -1,4 +1,4 @@
-//! [`run`]: the checks one after the other, each within its limit, and the device brought back after each.
+//! [`run`]: runs the checks one after the other, each within its limit, and returns the device to RUNNING after each.
 
 mod recovery;
 mod suite;
@@ -26,7 +26,7 @@ pub use within::{Done, within};
 pub struct Limits {
     /// How long one check may take. 10 s.
     pub check: Duration,
-    /// How long the whole suite may take; what has not run by then is skipped. 10 minutes.
+    /// Time limit for the whole suite; remaining checks are skipped. Default 10 minutes.
     pub suite: Duration,
     /// The most bytes that are read of one session. 1 GiB.
     pub state_bytes_max: u64,
@@ -53,7 +53,7 @@ impl Default for Limits {
 pub struct Options {
     /// These families; all of them when empty.
     pub families: Vec<Family>,
-    /// These checks, by id or the beginning of one that ends with a dot; all of them when empty.
+    /// These checks, by id or by a prefix that ends with a dot; all of them if empty.
     pub only: Vec<String>,
     /// Checks that may cost the device its state run too.
     pub destructive: bool,

@@ -1,4 +1,4 @@
-//! From what was seen to requests with their answers: pure, with a bound on everything that is remembered.
+//! Turns records into requests with their answers: pure, with a bound on all stored data.
 
 mod call;
 mod conversation;
@@ -16,10 +16,10 @@ use call::Calls;
 pub(crate) use call::{FEATURE, GROUP_GET_DEVICE_FD, data_fd};
 use conversation::Conversation;
 
-/// The most connections that are decoded at once. Messages on further ones are counted as what nobody asked for.
+/// Limit on connections that are decoded at once. Messages on further ones count as unexpected.
 pub const CONVERSATIONS_MAX: usize = 4096;
 
-/// What a trace remembers between requests: which of them wait for an answer, and the state of each device.
+/// The state of a trace between requests: the pending requests, and the state of each device.
 #[derive(Debug, Default)]
 pub struct Decoder {
     conversations: BTreeMap<u32, Conversation>,
@@ -27,7 +27,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Decodes what was seen next. Every request gives one event, when its answer is there or none can come any more.
+    /// Decodes the next record. Every request becomes one event, when its answer has arrived or can no longer arrive.
     pub fn decode(&mut self, seen: &Seen, event: &mut dyn FnMut(Event)) {
         match seen {
             Seen::Opened { conversation, name, pid, is_whole, .. } => {
