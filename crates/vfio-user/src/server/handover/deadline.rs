@@ -1,10 +1,10 @@
-//! The end of a freeze, as both processes know it: by the monotonic clock, which all processes of a host share.
+//! The end of a freeze as a time of the monotonic clock, which all processes of a host share.
 
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// A deadline that is further away than this is not of a freeze: the other process is in another time namespace.
+/// A deadline further away than this cannot be the end of a freeze: the other process is in another time namespace.
 const FAR: Duration = Duration::from_secs(60);
 
 /// The time of the monotonic clock at this instant, in ns.
@@ -12,7 +12,7 @@ pub(super) fn to_shared(until: Instant) -> u64 {
     now_ns().saturating_add(until.saturating_duration_since(Instant::now()).as_nanos() as u64)
 }
 
-/// The instant at which the monotonic clock shows this time; `None` if that cannot be the end of a freeze that is under way.
+/// The instant at which the monotonic clock shows this time; `None` if that cannot be the end of a current freeze.
 pub(super) fn from_shared(ns: u64) -> Option<Instant> {
     let left = Duration::from_nanos(ns.checked_sub(now_ns())?);
     (left < FAR).then(|| Instant::now() + left)

@@ -14,7 +14,7 @@ use super::workers::Workers;
 use super::{ANSWER_LIMIT, DEVICES_MAX, STOP_LIMIT};
 use crate::server::{Door, Server};
 
-/// The servers of a process, to be handed over to another process together. Each has been made with
+/// The servers of a process, which are handed over to another process together. Each has to be created with
 /// [`Options::interruptible`](crate::server::Options::interruptible); one that was not is refused by that name.
 pub struct SwitchOver<'a> {
     servers: &'a [Server],

@@ -29,7 +29,7 @@ impl Load {
     fn work(&mut self) {
         let Some(number) = self.number else { return };
         // One that panics says nothing else.
-        let panicked = Refusal::of_device(number, "the new device panicked as it was loaded");
+        let panicked = Refusal::of_device(number, "the new device panicked while it was loaded");
         self.outcome = Err(self.new.named(panicked));
         let items = std::mem::take(&mut self.items);
         let taken = items.into_iter().try_for_each(|item| self.new.take_rest(item));
@@ -56,8 +56,8 @@ pub(super) fn load(workers: &Workers, loads: Vec<Load>, until: Instant) -> Resul
     for (load, (socket, number)) in done.iter().zip(names) {
         match load {
             None => {
-                let what = "the new device was not loaded when the limit of the freeze was near: it hangs, or has too much to load \
-                            that does not go over while the old one runs";
+                let what = "the new device was not loaded before the limit of the freeze: it hangs, or has too much state that \
+                            cannot be transferred while the old one runs";
                 let late = Refusal::of_device(number.unwrap_or_default(), what);
                 return Err(match socket {
                     Some(path) => super::named(&path, late),

@@ -42,7 +42,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(1);
 /// A device that answers at its limit is heard within this time.
 const ANSWER_LIMIT: Duration = Duration::from_millis(200);
 
-/// A refusal that names its device by its socket. The number means something within the switch-over alone.
+/// A refusal that names its device by its socket. The number has a meaning only within the switch-over.
 fn named(socket: &Path, refusal: Refusal) -> Refusal {
     match refusal.device {
         Some(_) => Refusal::new(format!("device {}: {}", socket.display(), refusal.reason)),

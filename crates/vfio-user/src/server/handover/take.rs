@@ -78,7 +78,7 @@ impl Replacing {
         self.places.get_mut(item.device as usize).ok_or_else(missing)
     }
 
-    /// What each new device is given, in the order of the new devices. What is for a device that is dropped, that takes.
+    /// The items of each new device, in the order of the new devices. Items of a dropped device are consumed here.
     fn sort(&mut self, items: Vec<Item>) -> Result<Vec<Vec<Item>>, Refusal> {
         let mut sorted: Vec<Vec<Item>> = self.devices.iter().map(|_| Vec::new()).collect();
         for item in items {
@@ -216,7 +216,7 @@ impl Taker for Replacing {
     }
 
     fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
-        // While the old devices run: nobody waits for threads to be started.
+        // Start threads while the old devices run.
         let devices = self.devices.len();
         self.workers.get_or_insert_with(|| Workers::start(devices));
         for (at, items) in self.sort(items)?.into_iter().enumerate() {
@@ -224,7 +224,7 @@ impl Taker for Replacing {
             let taken = items.into_iter().try_for_each(|item| new.take_prepared(item));
             taken.map_err(|refusal| new.named(refusal))?;
         }
-        // While the old devices run, as a model may make room for its state here.
+        // While the old devices run, since a model may allocate memory for its state here.
         for (number, new) in self.taken() {
             new.prepare(number).map_err(|refusal| new.named(refusal))?;
         }

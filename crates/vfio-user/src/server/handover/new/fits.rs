@@ -1,4 +1,4 @@
-//! Whether a new device, its sockets and their rights fit the device of the old server.
+//! Checks that a new device, its sockets and their rights match the device of the old server.
 
 use std::path::Path;
 
@@ -12,28 +12,29 @@ use super::super::{regions, signals};
 use super::New;
 
 impl New {
-    /// Refuses what differs from this device, or what it cannot go on with.
+    /// Refuses a device that differs from this one, or that this one cannot continue.
     pub(in super::super) fn check(&self, device: u16, theirs: &Offer) -> Result<(), Refusal> {
         let flags = self.machine.migration_flags();
         let flags = flags.ok_or_else(|| Refusal::of_device(device, "the new device has no migration"))?;
         let ours = Offer { model: self.options.model.clone(), ..offer_of(self.machine.description(), flags) };
         if let Some(what) = difference(theirs, &ours) {
-            let what =
-                format!("{what}; start the new server with the same options, or a version that keeps them");
+            let what = format!(
+                "{what}; start the new server with the same options, or use a version with the same device"
+            );
             return Err(Refusal::of_device(device, what));
         }
         signals::check(device, &self.machine)?;
         regions::check(device, &self.machine)
     }
 
-    /// The mode and group that its socket is to have from now on, if they are to be others than the old server gave it.
+    /// The new mode and group of its socket, if they differ from the old server's.
     pub(super) fn new_access(&self) -> Option<SocketAccess> {
         let (mode, group) = self.door.as_ref()?.record.access?;
         let theirs = SocketAccess { mode, group: group.map(Group) };
         Some(self.options.socket).filter(|ours| *ours != theirs)
     }
 
-    /// Refuses sockets that were handed over, unless each is the one that its path leads to.
+    /// Refuses sockets that were handed over, unless the path of each leads to it.
     pub(super) fn check_sockets(&self, device: u16) -> Result<(), Refusal> {
         let (Some(path), Some(door)) = (&self.socket, &self.door) else { return Ok(()) };
         let named = |path: Option<&Path>| path.map_or("no path".into(), |path| path.display().to_string());

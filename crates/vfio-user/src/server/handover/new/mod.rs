@@ -105,7 +105,7 @@ impl New {
         }
     }
 
-    /// It takes nobody's place: it listens from now on, and runs when it serves.
+    /// For a device without a predecessor: it listens from now on, and runs once the server serves.
     pub(super) fn begin_fresh(&mut self) -> Result<(), Refusal> {
         let Some(socket) = &self.socket else {
             return Err(Refusal::new("a device without a socket path has no predecessor"));
@@ -133,7 +133,7 @@ impl New {
         Ok(())
     }
 
-    /// An item of what goes over while devices run.
+    /// Takes an item that is transferred while devices run.
     pub(super) fn take_prepared(&mut self, item: Item) -> Result<(), Refusal> {
         match item.kind {
             kind::FILES => self.add_files(item),
