@@ -17,8 +17,9 @@ pub struct MovedDevice<'a> {
     pub device: &'a dyn Device,
     /// The kind of device, in its owner's words. If both sides name one, it must be the same.
     pub kind: Option<String>,
-    /// How many bytes it is expected to give in the stop, if it does not say so itself (it has no MIG_DATA_SIZE). For
-    /// example what it gave the last time ([`DeviceReport`](crate::DeviceReport): `bytes` less `precopy_bytes`).
+    /// How many bytes of data to expect from the device after the stop, if it does not report that itself (it has no
+    /// MIG_DATA_SIZE). For example what its last move took ([`DeviceReport`](crate::DeviceReport): `bytes` less
+    /// `precopy_bytes`).
     pub stop_bytes: Option<u64>,
 }
 
@@ -161,8 +162,8 @@ pub(crate) fn check_movable(facts: &DeviceFacts) -> Result<(), Mismatch> {
     Err(Mismatch::new(MismatchKind::NoMigration, message))
 }
 
-/// The reasons why these devices cannot be moved to those, as the destination of a move would give them: all that is known
-/// before any state is given. Empty if there are none. Reads facts of both sides, and changes nothing.
+/// The reasons why the source's devices cannot move to the destination's, in the words of a destination: all that can
+/// be known before any data is transferred. Empty if there are none. Reads facts of both sides, and changes nothing.
 pub fn compare(source: &[MovedDevice<'_>], destination: &[MovedDevice<'_>]) -> Result<Vec<Mismatch>> {
     let of = |devices: &[MovedDevice<'_>]| -> Result<Vec<DeviceFacts>> {
         devices.iter().zip(0..).map(|(moved, id)| facts(id, moved)).collect()

@@ -24,7 +24,7 @@ use obstacle::and_left;
 /// The result of the engine's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a move failed, or why a file is not what it should be.
+/// Why a move failed, or why a file is invalid.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -85,7 +85,7 @@ pub enum Error {
         /// The reasons. Each names a device or memory region, what was found and what was expected.
         reasons: Vec<Mismatch>,
     },
-    /// This destination takes no move, or none now. The source that offered one was told so.
+    /// This destination takes no move, or none now. The source of the offer has received that refusal.
     #[error("no move is taken here: {why}")]
     NotTaken {
         /// Why.
@@ -164,7 +164,7 @@ pub enum Error {
         /// What it lacks.
         why: Mistrust,
     },
-    /// A move in doubt was to be settled with another machine than the one that was sent.
+    /// The machine with which a move in doubt was to be settled is not the machine that was sent.
     #[error("it is another machine than the one that was moved: {0}")]
     AnotherMachine(Difference),
     /// The other side exceeded a time limit.
@@ -226,7 +226,7 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
-    /// The destination's ledger cannot record the move, so that it is not committed: nobody could answer for it later.
+    /// The destination's ledger cannot record the move. It is not committed, since nothing could answer for it later.
     #[error("the move cannot be recorded, and is not committed: {error}")]
     NotRecorded {
         /// The system's answer, with the record or the folder that it is about.

@@ -37,42 +37,44 @@ pub struct Options {
     /// together. Each device gets an equal part, at least [`WINDOW_BYTES_MIN`](limosa_stream::WINDOW_BYTES_MIN) and at most
     /// 4 MiB. A small part costs speed if the latency to the source is high.
     pub windows_bytes: u64,
-    /// On the destination: how many bytes that may become, for all devices together, as windows grow. A device's window doubles, to
-    /// at most 64 MiB, when the source finds it full and the device loads as fast as data arrives: the product of bandwidth and
-    /// latency is larger than the window then. With no more than [`windows_bytes`](Self::windows_bytes) nothing grows.
+    /// On the destination: the limit to which the windows of all devices together may grow. A device's window doubles,
+    /// to at most 64 MiB, when the source finds it full and the device loads as fast as data arrives, because the
+    /// product of bandwidth and latency then exceeds the window. Windows do not grow if this is at most
+    /// [`windows_bytes`](Self::windows_bytes).
     pub windows_bytes_max: u64,
-    /// The most bytes of data that one device may give or be given, pre-copy included. Without it, a device may give in
-    /// the stop four times the most that it said (MIG_DATA_SIZE, pre-copy info, or
-    /// [`MovedDevice::stop_bytes`](crate::MovedDevice::stop_bytes)), and at least 1 GiB; and before the stop
-    /// [`Convergence::rounds_max`] times as much, and at least 2 GiB, with [`WhenStalled::KeepTrying`] without a limit. On
-    /// the destination the same holds of the stop, for what the source said. A device without an end fails the move
-    /// ([`Misbehaviour::Endless`](crate::Misbehaviour::Endless)).
+    /// The largest number of bytes of data that one device may send or load, pre-copy included. Without it, a device
+    /// may send after the stop four times the largest size that it reported (MIG_DATA_SIZE, pre-copy info, or
+    /// [`MovedDevice::stop_bytes`](crate::MovedDevice::stop_bytes)), and at least 1 GiB. Before the stop it may send
+    /// [`Convergence::rounds_max`] times as much, and at least 2 GiB; with [`WhenStalled::KeepTrying`] there is no
+    /// limit. The destination applies the limit after the stop to the sizes that the source reported. A device whose
+    /// data exceeds its limit fails the move ([`Misbehaviour::Endless`](crate::Misbehaviour::Endless)).
     pub state_max: Option<u64>,
     /// When pre-copy stops.
     pub convergence: Convergence,
     /// Longest time without a byte from the other side, on each link. Each side sends a keep-alive four times a second,
     /// or as often within its own limit: a limit below a second has to be the same on both sides.
     pub silence_max: Duration,
-    /// Longest time for the other side to answer the offer, or to handle what was sent while the guest runs, even
-    /// while it sends keep-alives.
+    /// Longest time that the other side may take to answer the offer, or to handle data that was sent while the guest
+    /// runs. Keep-alives do not renew it.
     pub load_max: Duration,
-    /// On the destination: longest time for which the source may send nothing but keep-alives before everything has arrived.
-    /// It does not count while a device is loading what the source has sent. After the stop the limit is
-    /// [`standstill_max`](Self::standstill_max), if that is longer. A source is idle while it compares all of its memory with
-    /// fingerprints ([`FingerprintLog`](crate::FingerprintLog)): a large guest may need more.
+    /// On the destination: longest time for which the source may send nothing but keep-alives before everything has
+    /// arrived. It does not count while a device is loading what the source has sent. After the stop the limit is
+    /// [`standstill_max`](Self::standstill_max), if that is longer. A source sends nothing while it compares all of its
+    /// memory with fingerprints ([`FingerprintLog`](crate::FingerprintLog)), so a large guest may need more.
     pub idle_max: Duration,
     /// On the destination: longest time from the offer until everything has arrived. Nothing renews it.
     pub move_max: Duration,
     /// Longest time that the destination holds for COMMIT, and that the source waits for RUNNING.
     pub commit_max: Duration,
-    /// Longest time that the guest stands still: from the stop of its vCPUs until the destination has loaded everything.
-    /// Nothing renews it. When it has passed, the move is undone and the guest runs on at the source. A move that is
-    /// predicted to take longer does not stop the guest at all. Of a snapshot: until everything is written.
+    /// Longest time that the guest stands still: from the stop of its vCPUs until the destination has loaded
+    /// everything. Nothing renews it. When it has passed, the move is undone and the guest runs on at the source. A
+    /// move that is predicted to take longer does not stop the guest at all. For a snapshot, the time ends when
+    /// everything is written.
     pub standstill_max: Duration,
     /// Whether peers that prove nothing are believed: those of the first versions, and records and notes of moves without a
     /// secret (`docs/stream.md: Proofs`). Without it a move with such a peer is refused before a device is touched.
     pub unauthenticated_peers: bool,
-    /// Which links carry memory with checksums. Both sides have to do without them for a link that has none; device data and all
+    /// Which links carry memory with checksums. A link goes without them only if both sides agree; device data and all
     /// other frames always have checksums.
     pub memory_checksums: MemoryChecksums,
 }
@@ -128,14 +130,14 @@ impl Default for Options {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Convergence {
-    /// How long nothing is to run. Pre-copy goes on until a stop is predicted to take no longer, and below that as
-    /// long as it still gains much. It is a goal: what happens when it cannot be met says
-    /// [`Convergence::when_stalled`]. With [`WhenStalled::Abort`] it is a limit to what is predicted, at the decision
-    /// to stop and once more when the last dirty pages are known.
+    /// How long the stop may take. Pre-copy goes on until the predicted downtime is no longer than this, and after that
+    /// as long as it still gains much. It is a goal: [`Convergence::when_stalled`] says what happens when it cannot be
+    /// met. With [`WhenStalled::Abort`] it is a limit on the prediction, at the decision to stop and once more when the
+    /// last dirty pages are known.
     pub downtime_goal: Duration,
-    /// Rounds of memory in a row, or looks at a device, without gain after which pre-copy has stalled.
+    /// After this many successive rounds of memory, or looks at a device, without gain, pre-copy has stalled.
     pub stalled_rounds_max: u32,
-    /// The most rounds of memory, and how many times over a device may give what it had at first.
+    /// The largest number of rounds of memory, and how many times over a device may send as much as it had at first.
     pub rounds_max: u32,
     /// What to do when pre-copy has stalled above the goal, and [`Vmm::throttle`](crate::Vmm::throttle) cannot help.
     pub when_stalled: WhenStalled,

@@ -23,11 +23,11 @@ use rustix::process::geteuid;
 pub(crate) use refusal::other_than_file;
 use refusal::{check, denied, named, owners, too_long};
 
-/// A folder that is open, belongs to the user as which this process acts, and can be written by no other user.
+/// An open folder that belongs to this process' effective user and that no other user can write.
 ///
-/// Every name is relative to the open folder, so that a folder that is renamed or replaced meanwhile makes no difference.
-/// No symbolic link in it is followed, and nothing but regular files of the same owner with mode 0600 is opened: so a lock on
-/// a file is one of this user's, and a FIFO holds up nobody. Every error names the file or folder.
+/// Every name is relative to the open folder, so that renaming or replacing the folder makes no difference. Symbolic
+/// links in it are not followed, and only regular files of the same owner with mode 0600 are opened. So only this user
+/// can hold a lock on a file, and a FIFO blocks nothing. Every error names the file or folder.
 #[derive(Debug)]
 pub struct PrivateFolder {
     fd: OwnedFd,
@@ -38,7 +38,7 @@ impl PrivateFolder {
     /// The most bytes that a file may have: 1 MiB.
     pub const FILE_BYTES_MAX: usize = 1 << 20;
 
-    /// Opens the folder. One that does not exist is created, like its parents, with mode 0700.
+    /// Opens the folder. If it does not exist, creates it and its parents with mode 0700.
     pub fn create(path: &Path) -> io::Result<PrivateFolder> {
         if let Some(folder) = PrivateFolder::open(path)? {
             return Ok(folder);
@@ -50,7 +50,7 @@ impl PrivateFolder {
 
     /// Opens the folder; `None` if it does not exist.
     ///
-    /// A folder of another user, and one that others may write to, is [`io::ErrorKind::PermissionDenied`].
+    /// A folder that belongs to another user or that others may write is [`io::ErrorKind::PermissionDenied`].
     pub fn open(path: &Path) -> io::Result<Option<PrivateFolder>> {
         let fd = match open_folder(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -92,7 +92,7 @@ impl PrivateFolder {
     /// Opens a file to be read and written; `None` if it does not exist.
     ///
     /// Anything but a regular file is [`io::ErrorKind::InvalidInput`], and so is a file of more than
-    /// [`PrivateFolder::FILE_BYTES_MAX`] bytes. A file of another user, and one that others may open, is
+    /// [`PrivateFolder::FILE_BYTES_MAX`] bytes. A file that belongs to another user or that others may open is
     /// [`io::ErrorKind::PermissionDenied`].
     pub fn file(&self, name: impl AsRef<OsStr>) -> io::Result<Option<File>> {
         let name = name.as_ref();

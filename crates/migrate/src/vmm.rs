@@ -26,22 +26,22 @@ pub trait Vmm: Sync {
         Ok(())
     }
 
-    /// On the source, when the destination has loaded and before it is told to run: keep the note where a process that is
-    /// started anew finds it, for [`InDoubt::recover`](crate::InDoubt::recover), and where only the machine's owner can
-    /// read it. Also before the snapshot of a guest that stays stopped ([`AfterSave::Stop`](crate::AfterSave::Stop)) is
+    /// On the source, when the destination has loaded and before it is told to run: keep the note where a restarted
+    /// process finds it, for [`InDoubt::recover`](crate::InDoubt::recover), and where only the machine's owner can read
+    /// it. Also before the snapshot of a guest that stays stopped ([`AfterSave::Stop`](crate::AfterSave::Stop)) is
     /// published. The guest stands still meanwhile. An `Err` calls the move off.
     fn committing(&self, note: &CommitNote) -> Result<(), String> {
         let _ = note;
         Ok(())
     }
 
-    /// On the source, when a move is undone, before its devices are led back: take back what [`Vmm::committing`] did to them. It is
-    /// called however far the move came, also by [`Source::resolve`](crate::Source::resolve) and
+    /// On the source, when a move is undone, before its devices return to their state: undo what [`Vmm::committing`]
+    /// did to them. It is called however far the move came, also by [`Source::resolve`](crate::Source::resolve) and
     /// [`Source::decide`](crate::Source::decide), and after a save whose guest goes on.
     fn undoing(&self) {}
 
-    /// On the source, after a move was undone and the devices run again: let the vCPUs go on that [`Vmm::stop`] has stopped.
-    /// Those that stood still before stay so. It is called only if [`Vmm::stop`] was called, also if that refused.
+    /// On the source, after a move was undone and the devices run again: resume the vCPUs that [`Vmm::stop`] has
+    /// stopped, and no others. Called only if [`Vmm::stop`] was called, even if that refused.
     fn resume(&self) {}
 
     /// On the destination, after COMMIT and before the devices run. This is part of the downtime. An `Err` gives the guest
@@ -55,7 +55,7 @@ pub trait Vmm: Sync {
     fn start(&self) {}
 }
 
-/// Nobody: a VMM that does nothing, and an observer that does not look.
+/// A VMM that does nothing, and an observer that ignores what it is told.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Nobody;
 

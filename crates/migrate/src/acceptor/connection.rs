@@ -56,7 +56,7 @@ impl Listening {
         }
     }
 
-    /// Waits until a client connects, or something else is to be done. During a pause nobody is accepted.
+    /// Waits until a client connects or there is other work. During a pause no connection is accepted.
     fn poll(&self, pause: Option<Duration>) {
         let due = self.shared.state().passed_over.due();
         let until_due = due.map_or(LONG, |due| due.saturating_duration_since(Instant::now()));
@@ -111,7 +111,8 @@ impl Opener {
         }
     }
 
-    /// Reads the opening, and does what the peer asks for. An error is why it is passed over; the peer was told.
+    /// Reads the opening, and does what the peer asks for. An error is the reason for which the connection was closed;
+    /// the peer has received it.
     fn open(&self, socket: Arc<SocketLink>) -> Result<()> {
         let silence_max = self.shared.silence_max;
         let link = HeardLink::new(self.secured(socket)?);

@@ -26,8 +26,8 @@ use connection::Listening;
 use heard::HeardLink;
 use shared::{Shared, Slot};
 
-/// The most connections that may wait at once until it is known what they are. One more closes one of those that have waited
-/// for longest, so that a source never waits for clients that stay silent.
+/// The largest number of connections whose opening is incomplete. A further connection closes one of those that have
+/// waited longest, so that a source never waits for silent clients.
 pub const PENDING_MAX: usize = 16;
 
 /// An event of an [`Acceptor`].
@@ -62,7 +62,7 @@ impl OfferedMove {
         self.id
     }
 
-    /// Refuses the move: its source is told why, and goes on as before. The acceptor takes the next one.
+    /// Refuses the move: its source receives the reason and goes on as before. The acceptor takes the next move.
     pub fn refuse(self, why: NoMove) {
         let OfferedMove { link, id, place } = self;
         link.forget();
@@ -179,7 +179,7 @@ impl Acceptor {
         Some(Incoming::Offer(OfferedMove { link, id, place }))
     }
 
-    /// From now on every OFFER is refused, and only questions are answered. After a committed move that is so by itself.
+    /// From now on refuses every OFFER and only answers questions. A committed move has the same effect.
     pub fn answer_only(&self) {
         self.shared.close(NoMove::Answers);
     }
@@ -211,7 +211,8 @@ impl<'a> Destination<'a> {
     /// Receives the move that an [`Acceptor`] gave, over as many links as the source offers and
     /// [`Options::links`](crate::Options::links) allows. Blocks until the move has ended.
     ///
-    /// Meanwhile the acceptor refuses other offers. After [`Received::Runs`] and [`Received::Broken`] it takes none any more.
+    /// Meanwhile the acceptor refuses other offers. After [`Received::Runs`] and [`Received::Broken`] it takes no
+    /// further move.
     pub fn receive_offered(self, offered: OfferedMove) -> Received {
         let OfferedMove { link, mut place, .. } = offered;
         // Until the opposite is known, also after a panic.

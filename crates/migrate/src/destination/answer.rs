@@ -79,8 +79,8 @@ impl Ledger {
     ///
     /// # Errors
     ///
-    /// [`Error::NotTaken`] for a source that wants to move: it is told so. Other errors when no whole question came, the question
-    /// does not prove that it is of the move's source, or the answer could not be sent.
+    /// [`Error::NotTaken`] for a source that wants to move: it receives a refusal. Other errors when no whole question
+    /// came, the question does not prove that it is of the move's source, or the answer could not be sent.
     pub fn answer(
         &self,
         link: &dyn Link,

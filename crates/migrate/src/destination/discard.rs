@@ -1,4 +1,4 @@
-//! The rollback of a destination: the source is told why, and everything that was loaded is discarded.
+//! The rollback of a destination: it sends the source the reason, and discards everything that was loaded.
 
 use limosa_protocol::State;
 

@@ -1,5 +1,5 @@
-//! [`Destination`]: the side to which devices come, as a script from the offer to RUNNING. A failure leads back to the start,
-//! and everything that was loaded is discarded.
+//! [`Destination`]: the side that receives devices, as a script from the offer to RUNNING. A failure discards
+//! everything that was loaded and leads back to the start.
 
 pub(crate) mod answer;
 mod commit;
@@ -64,8 +64,8 @@ impl std::fmt::Debug for Destination<'_> {
 pub enum Received {
     /// The devices run here.
     Runs(Report),
-    /// Everything is here and committed, and all devices stay in STOP: they stood in STOP at the source or when they were
-    /// saved, or the caller asked for that ([`AfterLoad`]). The vCPUs were not started.
+    /// Everything was received and committed, and all devices stay in STOP: they were in STOP at the source or when
+    /// they were saved, or the caller asked for that ([`AfterLoad`]). The vCPUs were not started.
     Stopped(Report),
     /// The move failed or was cancelled. Everything that was loaded is discarded: every device was reset, and returned to
     /// the state (RUNNING or STOP) in which it was found. Memory stays as it was written. [`Report::unrecovered`] lists the
@@ -84,8 +84,8 @@ pub enum Received {
         /// How far it came.
         report: Report,
     },
-    /// It was not a move: a source in doubt asked, proved that it is the move's, and got an answer. Or anybody asked about a
-    /// move that is not known here.
+    /// There was no move: a source in doubt asked, proved that it is that move's source, and received an answer. Or any
+    /// peer asked about a move that is unknown here.
     Answered {
         /// The move that it asked about.
         id: MigrationId,
@@ -140,7 +140,8 @@ impl<'a> Destination<'a> {
         Destination { cancel, ..self }
     }
 
-    /// Sets the fate of devices that are received. By default each is again what it was at the source.
+    /// Sets what becomes of the devices that are received. By default each returns to the state that it had at the
+    /// source.
     pub fn with_after(self, after: AfterLoad) -> Destination<'a> {
         Destination { after, ..self }
     }
@@ -151,8 +152,8 @@ impl<'a> Destination<'a> {
         self.receive_move(link, None)
     }
 
-    /// Receives one move, or answers one query, over the link and over further links: in all as many as the source offers and
-    /// [`Options::links`] allows. Blocks until the move has ended.
+    /// Receives one move, or answers one query, over the link and further links. Their number is the smaller of the
+    /// source's offer and [`Options::links`]. Blocks until the move has ended.
     ///
     /// A further link belongs to the move if its preface has the id of the move, and its JOIN proves that. Other links are
     /// closed.

@@ -1,5 +1,6 @@
-//! The opening of a connection at a destination (`docs/stream.md: Order`): the preface and the first frame, which together say
-//! what the peer wants. A peer counts once both are complete: they have one limit that nothing renews, in time and in bytes.
+//! The opening of a connection at a destination (`docs/stream.md: Order`): the preface and the first frame, which
+//! together say what the peer wants. A peer counts once both are complete. One limit in time and one in bytes cover
+//! both, and nothing renews them.
 
 use std::time::{Duration, Instant};
 

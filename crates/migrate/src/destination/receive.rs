@@ -166,8 +166,8 @@ impl Receiving<'_, '_> {
         Ok(Step::Skipped)
     }
 
-    /// Writes pages that are not next to each other. Zeroes are not written where the memory is untouched or zero, and are looked
-    /// at together where they are close to each other.
+    /// Writes pages that are not adjacent. Zeroes are not written where the memory is untouched or zero; zero pages
+    /// close to each other are checked together.
     fn write_runs(&self, at: usize, runs: &Runs<'_>) -> Result<()> {
         let Some(region) = self.regions[at] else {
             self.recorder().memory_zero(runs.zero_bytes());

@@ -16,8 +16,9 @@ use crate::wire::{Connection, MeteredLink};
 /// The fate of the devices once everything is loaded, from a source or from a snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AfterLoad {
-    /// Each is again what it was when it was offered or saved: one that was found in STOP stays in STOP, the others run. The
-    /// vCPUs start if any device runs, or if there are no devices. Of a source or a snapshot of the first versions, all run.
+    /// Each device returns to the state in which it was offered or saved: a device that was in STOP stays there, and
+    /// the others run. The vCPUs start if any device runs, or if there are no devices. Sources and snapshots of the
+    /// first versions do not say it; then all run.
     #[default]
     AsFound,
     /// All run, and the vCPUs start.

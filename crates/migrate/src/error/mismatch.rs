@@ -7,7 +7,7 @@
 pub struct Mismatch {
     /// The mismatch.
     pub kind: MismatchKind,
-    /// The device or memory region, what was found and what was expected.
+    /// Names the device or memory region, with what was found and what was expected.
     pub message: String,
 }
 

@@ -1,4 +1,4 @@
-//! [`Ledger`]: what a destination remembers of the moves that reached their commit, so that a source in doubt can ask
+//! [`Ledger`]: a destination's record of the moves that reached their commit, from which it answers a source in doubt
 //! (`docs/stream.md: The commit`).
 
 mod record;
@@ -31,10 +31,10 @@ pub enum Decision {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Recorded {
-    /// Everything was loaded, and the source was told so. Nothing runs.
+    /// Everything was loaded, and the destination has told the source. Nothing runs.
     Holding,
-    /// The source has committed, and the devices are being started. If no process works on the move any more, some of them may
-    /// run, and a person has to look.
+    /// The source has committed, and the devices are being started. If the process that received the move has ended,
+    /// some of them may run, and a person has to look.
     Starting,
     /// It will never run here.
     NotCommitted,
@@ -78,8 +78,8 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// An empty ledger in memory, for tests and for a destination whose user can do without an answer: it is lost with this
-    /// process, and so is the answer to every source that is in doubt then. Such a source stays stopped until a person has
+    /// An empty ledger in memory, for tests and for users who can do without an answer. It is lost with this process,
+    /// and with it the answer to every source that is in doubt by then: such a source stays stopped until a person has
     /// looked. A destination whose process may end needs [`Ledger::open`].
     pub fn new() -> Ledger {
         Ledger::default()

@@ -44,8 +44,8 @@ impl Record {
         Ok(Some(record))
     }
 
-    /// Records how far the move has come, for the processes of this machine. Only [`Record::sync`] makes it survive a power failure. A
-    /// decision is final, and its record is not locked any more.
+    /// Records how far the move has come, for the processes of this machine. Only [`Record::sync`] makes it survive a
+    /// power failure. A decision is final, and unlocks its record.
     pub fn write(&self, entry: Entry) -> io::Result<()> {
         let number = match entry {
             Entry::Holding => 0,
@@ -61,7 +61,7 @@ impl Record {
         Ok(())
     }
 
-    /// Puts what was recorded on the disk.
+    /// Writes the record to the disk.
     pub fn sync(&self) -> io::Result<()> {
         self.named(self.folder.sync(&self.file))
     }

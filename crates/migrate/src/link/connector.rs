@@ -65,8 +65,8 @@ impl Connector {
         &self.address
     }
 
-    /// One more link. The wait bounds the connecting and the TLS handshake together. A cancel does not end the wait for a UNIX
-    /// socket whose listener accepts nobody.
+    /// Makes one more link. The wait bounds the connecting and the TLS handshake together. A cancel does not end the
+    /// wait for a UNIX socket whose listener accepts no connection.
     pub fn connect(&self, wait: Wait<'_>) -> Result<Box<dyn Link>, LinkError> {
         let socket = connect_to(&self.address, self.within_host, wait)?;
         if let (Address::Unix(_), Some(users)) = (&self.address, &self.server_users) {

@@ -146,14 +146,15 @@ pub struct LimitedLink<L: Link> {
 }
 
 impl<L: Link> LimitedLink<L> {
-    /// Limits what is sent on `inner`; `None` is no limit.
+    /// Limits the bytes that are sent on `inner`; `None` is no limit.
     pub fn new(inner: L, bandwidth: Option<Bandwidth>) -> LimitedLink<L> {
         LimitedLink { inner, bandwidth }
     }
 }
 
 impl<L: Link> LimitedLink<L> {
-    /// Calls `write` with the number of bytes that the budget allows of those that are wanted. What it did not write is given back.
+    /// Calls `write` with as many of the wanted bytes as the budget allows. Bytes that it did not write return to the
+    /// budget.
     fn within_budget(
         &self,
         wanted: usize,

@@ -34,7 +34,7 @@ use crate::cancel::after;
 /// A link that shares a [`Bandwidth`] does not count the wait for its budget: see [`LimitedLink`].
 #[derive(Clone, Copy, Debug)]
 pub struct Wait<'a> {
-    /// When to give up. With a moment in the past, a call does what it can do without waiting.
+    /// When to give up. With a deadline in the past, a call does what it can without waiting.
     pub deadline: Instant,
     /// Ends the wait early.
     pub cancel: Option<&'a Cancel>,
@@ -74,7 +74,7 @@ pub enum LinkError {
     /// The two ends do not trust each other, or only one of them uses TLS.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// Guest memory that was to be sent or received into is not there.
+    /// The guest memory of a transfer does not exist.
     #[error("guest memory: {0}")]
     Memory(std::io::Error),
     /// The system refused.
@@ -142,15 +142,15 @@ pub trait Link: Send + Sync {
     /// Reads at least one byte. Returns how many bytes were read; [`LinkError::Closed`] at the end of the stream.
     fn read(&self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError>;
 
-    /// Reads at least one byte into these buffers, one after the other, as [`Link::read`]. The default reads into the first one that
-    /// is not empty; a link that can fill several in one call saves its reader the next call.
+    /// Reads at least one byte into these buffers, in order, like [`Link::read`]. The default reads into the first one
+    /// that is not empty; a link that can fill several in one call saves its reader the next call.
     fn read_parts(&self, into: &mut [IoSliceMut<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
         read_first_part(self, into, wait)
     }
 
-    /// Reads at least one byte: into guest memory from its byte `from` on, and behind its end into `behind`. The default reads through
-    /// a small buffer; a link that receives into the memory itself saves the copy. [`LinkError::Memory`] where the memory is not
-    /// there.
+    /// Reads at least one byte: into guest memory from its byte `from` on, and behind its end into `behind`. The
+    /// default reads through a small buffer; a link that receives into the memory itself saves the copy.
+    /// [`LinkError::Memory`] where the memory does not exist.
     fn read_to_memory(
         &self,
         memory: &PinnedBytes,
@@ -176,8 +176,8 @@ pub trait Link: Send + Sync {
         self.write(&[IoSlice::new(&bytes)], wait)
     }
 
-    /// Whether nobody but the peer can have written what is read, so that checksums find nothing more: the link has its own, with a
-    /// key. By default where the peer has shown a certificate.
+    /// Whether everything that is read was certainly written by the peer: the link has checksums of its own, with a
+    /// key, and those of the stream add nothing. By default true where the peer has presented a certificate.
     fn is_authenticated(&self) -> bool {
         self.peer_fingerprint().is_some()
     }
@@ -196,13 +196,13 @@ pub trait Link: Send + Sync {
     /// The other end's name, for messages.
     fn peer(&self) -> &str;
 
-    /// Whether a peer at the other end reads and answers. A file has none.
+    /// Whether the other end has a peer that reads and answers. A file has none.
     fn has_peer(&self) -> bool {
         true
     }
 
-    /// The fingerprint of the other end's certificate; `None` if it has shown none. A link that wraps another one passes on
-    /// what that one says.
+    /// The fingerprint of the other end's certificate; `None` if it presented none. A link that wraps another link
+    /// returns that link's.
     fn peer_fingerprint(&self) -> Option<Fingerprint> {
         None
     }

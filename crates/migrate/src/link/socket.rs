@@ -1,7 +1,7 @@
 //! Links over stream sockets, UNIX and TCP. A frame's header and payload go out in one `sendmsg`; waits use `poll`.
 //!
-//! A peer can send fds over a UNIX socket. None is due on a link: one that comes fails it. Closing it may block, so that
-//! is done where nobody waits, and likewise with what a socket still holds when it is closed.
+//! A peer can send fds over a UNIX socket. A link expects none, and one that arrives fails it. Closing an fd may block,
+//! so that another thread does it; the same holds of fds that are still in a socket when it is closed.
 
 mod connect;
 mod listener;
@@ -36,8 +36,8 @@ impl SocketLink {
         SocketLink { fd: Foreign::new(socket.into()), peer: peer.into() }
     }
 
-    /// A TCP connection of this process' own. It brings no fds, and closing it never blocks: it needs no thread for that, of
-    /// which strangers who connect again and again would take many.
+    /// A TCP connection that belongs to this process alone. No fds arrive on it and closing it never blocks, so it
+    /// needs no thread for that. Strangers that connect again and again would otherwise take many threads.
     fn tcp(socket: TcpStream, peer: String) -> SocketLink {
         SocketLink { fd: Foreign::harmless(socket.into()), peer }
     }

@@ -124,7 +124,7 @@ impl<L: Link> TlsLink<L> {
         Ok(())
     }
 
-    /// Sends all that is encrypted. The deadline is renewed whenever bytes move.
+    /// Sends everything that is encrypted. The deadline is renewed whenever bytes move.
     fn flush_steadily(&self, outbox: &mut Outbox, wait: Wait<'_>) -> Result<(), LinkError> {
         let limit = wait.deadline.saturating_duration_since(limosa_clockwork::now());
         let renewed = || Wait { deadline: after(limosa_clockwork::now(), limit), ..wait };

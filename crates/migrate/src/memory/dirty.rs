@@ -57,7 +57,7 @@ impl DirtyPages {
         self.pending.iter().map(|bitmap| bitmap.count() * PAGE_BYTES).sum()
     }
 
-    /// Makes room for the reports of so many threads, so that none is taken while nothing runs.
+    /// Makes room for the reports of this many threads, so that nothing is allocated while the guest is stopped.
     fn make_room(&self, threads: usize) {
         let largest = self.pending.iter().map(|bitmap| words_for(bitmap.pages())).max().unwrap_or(0);
         lock(&self.pieces).resize_with(threads, || {

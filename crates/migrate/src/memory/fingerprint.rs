@@ -34,8 +34,8 @@ pub use key::FingerprintKey;
 use crate::memory::prints::Prints;
 use crate::memory::{DirtyLog, GuestPages, PAGE_BYTES, whole_pages};
 
-/// Pages of a region, with a fingerprint of what was last read of each. The engine reads pages only in order to send
-/// them.
+/// Pages of a region, with a fingerprint of each from when it was last read. The engine reads pages only in order to
+/// send them.
 pub struct Fingerprinted<P> {
     pages: P,
     bytes: u64,

@@ -61,17 +61,17 @@ pub trait GuestPages: Sync {
         self.read(offset, into)
     }
 
-    /// The memory of a range by its address, for system calls that move data from it, or to it if it is to be written. `None` where
-    /// there is no such address, and by default: then [`GuestPages::read`] and [`GuestPages::write`] are called.
+    /// The address of a range, for system calls that read from it, or write to it with `to_write`. `None`, the default,
+    /// means that there is no such address: the engine then calls [`GuestPages::read`] and [`GuestPages::write`].
     ///
-    /// A range to be read lies within a part that [`GuestPages::data_runs`] has found and that has no holes. What is read or written so is seen by nobody else, so that pages
-    /// which watch their reads or writes return `None`.
+    /// A range to be read lies within a part that [`GuestPages::data_runs`] has found and that has no holes. Such reads
+    /// and writes bypass this trait, so an implementation that has to see them returns `None`.
     fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
         let _ = (range, to_write);
         None
     }
 
-    /// Makes the range zero. The default leaves pages alone that are zero already, so that untouched memory takes no
+    /// Makes the range zero. The default does not touch pages that are zero already, so that untouched memory takes no
     /// room.
     ///
     /// The engine calls it for at most 64 MiB at a time, in whole pages, so that it can answer its peer between two
@@ -237,7 +237,7 @@ pub(crate) fn cut_short() -> io::Error {
 }
 
 /// What [`GuestPages::data`] found in a range of whole pages, as whole pages within the range. An implementation may
-/// give more than it was asked for, or an empty range.
+/// return more than the range, or an empty range.
 fn whole_pages(found: Option<Range<u64>>, range: &Range<u64>) -> Option<Range<u64>> {
     let found = found?;
     let start = found.start / PAGE_BYTES * PAGE_BYTES;
@@ -246,13 +246,13 @@ fn whole_pages(found: Option<Range<u64>>, range: &Range<u64>) -> Option<Range<u6
     (!pages.is_empty()).then_some(pages)
 }
 
-/// The caller's own log of dirty pages: the pages that vCPUs write. The engine itself asks devices for the pages that
-/// they log; other logs of device writes are [`Memory::with_sources`].
+/// The caller's own log of dirty pages: the pages that vCPUs write. The engine reads devices' own logs itself;
+/// [`Memory::with_sources`] adds other logs of device writes.
 ///
 /// Bit *n* of a bitmap stands for page *n* of the region, of [`PAGE_BYTES`].
 pub trait DirtyLog: Send {
-    /// Starts logging, with all pages clean. When this fails the engine calls [`DirtyLog::stop`], which then undoes
-    /// what was started.
+    /// Starts logging, with all pages clean. If this fails, the engine calls [`DirtyLog::stop`], which has to undo what
+    /// was started.
     fn start(&mut self) -> io::Result<()>;
 
     /// Moves the marks of a region to `dirty`. `region` is its index among the regions of the move. When this fails,
@@ -312,10 +312,10 @@ impl<'a> Memory<'a> {
         Memory { regions, log: None, sources: Vec::new() }
     }
 
-    /// Adds logs of what devices write, besides the devices' own: an IOMMU, a container. All of them are used.
+    /// Adds logs of device writes besides the devices' own: an IOMMU's, a container's. All of them are used.
     ///
-    /// A device that does not log itself, and that no source sees ([`DirtySource::sees`]), makes all memory move after
-    /// the stop. Sources are not needed for devices that log themselves, and may be coarser.
+    /// If a device has no log of its own and no source sees it ([`DirtySource::sees`]), all memory moves after the
+    /// stop. Sources are not needed for devices that log themselves, and may be coarser.
     #[must_use]
     pub fn with_sources(mut self, sources: Vec<&'a dyn DirtySource>) -> Memory<'a> {
         self.sources.extend(sources);

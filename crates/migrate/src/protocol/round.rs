@@ -21,7 +21,7 @@ pub struct Round {
     pub device_initial_bytes: u64,
     /// The measured rate of bytes that the destination has handled, in a second; 0 before enough were moved to tell.
     pub bytes_per_second: u64,
-    /// How long nothing would run if the stop came now, of what is known: at least this long when
+    /// The predicted downtime if the stop came now, as far as sizes are known. It is a lower bound when
     /// [`Round::devices_unknown`] is not 0.
     pub predicted_downtime: Duration,
 }

@@ -1,9 +1,9 @@
 //! [`LinkShare`]: how memory and devices share the links before the stop.
 //!
-//! Threads take turns at a link by frames, and frames differ in size: memory with single pages of zeroes in between goes in
-//! frames of a page, and a device's data in frames of 512 KiB. So devices that always have something to give would take nearly
-//! all of a slow link, and most of it for data that changes again before the stop. While memory is sent, all devices together
-//! may therefore send as many bytes as memory, and no more.
+//! Threads take turns at a link frame by frame, and frames differ in size: memory with single zero pages in between
+//! travels in frames of one page, and a device's data in frames of 512 KiB. So devices that always have data to send
+//! would take nearly all of a slow link, mostly for data that changes again before the stop. While memory is sent, all
+//! devices together may therefore send as many bytes as memory, and no more.
 
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,5 @@
-//! [`StateLimit`]: how much data one device may give, so that a device without an end, or one that says nothing of its
-//! size, fills no disk and no memory.
+//! [`StateLimit`]: how much data one device may send, so that a device whose data never ends, or that reports no size,
+//! fills no disk and no memory.
 //!
 //! What is sent again before the stop has no bound of its own in the standard, so it is judged apart from what is left to
 //! the stop.

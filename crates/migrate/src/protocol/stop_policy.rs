@@ -1,7 +1,7 @@
 //! [`StopPolicy`]: when pre-copy ends. It compares the predicted downtime with the goal, and judges whether going on would
 //! lower it.
 //!
-//! Memory and each device are judged separately: by how much fewer bytes are left after others were moved. Rounds are
+//! Memory and each device are judged separately: by how many fewer bytes remain after bytes were moved. Rounds are
 //! counted for memory only.
 
 use std::time::{Duration, Instant};
@@ -57,7 +57,7 @@ pub(crate) struct Look<'a> {
 /// What to do after a look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// Go on. Look again when a device has news, or after this time.
+    /// Go on. Look again when a device reports a change, or after this time.
     Continue(Duration),
     /// Stop the devices.
     Stop,
@@ -214,7 +214,7 @@ impl StopPolicy {
         self.rounds = self.rounds.saturating_add(u32::from(self.is_for_memory));
     }
 
-    /// Whether initial data holds back the stop, and if it has for too long, of which device.
+    /// Whether initial data holds back the stop, and the device that has held it back for too long, if one has.
     fn initial_data(&mut self, look: &Look<'_>) -> Initial {
         let limit = self.wanted.initial_max;
         let waits_for_ever = self.wanted.when_stalled == WhenStalled::KeepTrying;

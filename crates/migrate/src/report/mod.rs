@@ -87,7 +87,7 @@ impl End {
     }
 }
 
-/// What a report is of.
+/// The operation that a report describes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Work {
@@ -111,7 +111,7 @@ impl Work {
     }
 }
 
-/// Where, when and by what a report was made. The engine does not know it; who has called it may.
+/// Where, when and by which program a report was made. The engine does not know it; its caller may.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Made {
     /// When, by RFC 3339.
@@ -201,11 +201,11 @@ pub struct LimitsReport {
 pub struct Report {
     /// The id of the move.
     pub id: String,
-    /// What it is of.
+    /// The operation.
     pub work: Work,
     /// The side that made the report.
     pub side: Side,
-    /// Where, when and by what it was made, where that was added.
+    /// Where, when and by which program it was made, if the caller added that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub made: Option<Made>,
     /// How it ended.
@@ -238,8 +238,8 @@ pub struct Report {
     pub buffer_bytes_max: u64,
     /// The duration of the move in ns.
     pub total_ns: u64,
-    /// Whether the other side was told how the move ended, as far as this side knows. A destination that could not tell will
-    /// be asked by its source ([`crate::Source::resolve`]).
+    /// Whether the other side has learned how the move ended, as far as this side knows. If the destination could not
+    /// tell its source, the source will ask ([`crate::Source::resolve`]).
     pub peer_told: bool,
     /// After a move that did not succeed: the devices that could not be brought back to what they were.
     pub unrecovered: Vec<Unrecovered>,

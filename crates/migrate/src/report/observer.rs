@@ -1,4 +1,4 @@
-//! [`Observer`]: a caller's view of a move that is under way.
+//! [`Observer`]: a caller's view of a move in progress.
 
 use limosa_stream::Totals;
 
@@ -8,19 +8,20 @@ use crate::vmm::Nobody;
 
 /// Watches a move, for a progress bar.
 ///
-/// The calls come from the engine's own threads, which wait for them: they are short, and neither call the engine nor wait
-/// for what the engine does. [`Cancel::cancel`](crate::Cancel::cancel) may be called in any of them. No lock of the
-/// engine's is held meanwhile. What they say is also in the events of `tracing` (`docs/embedding.md: Events`).
+/// The engine's threads make these calls and wait for them. An implementation must be short, and must neither call the
+/// engine nor wait for anything that the engine does. [`Cancel::cancel`](crate::Cancel::cancel) may be called in any of
+/// them. The engine holds no lock meanwhile. The `tracing` events carry the same information
+/// (`docs/embedding.md: Events`).
 pub trait Observer: Sync {
-    /// A phase begins. From the one thread that runs [`Source::send`](crate::Source::send) or
-    /// [`Destination::receive`](crate::Destination::receive), or on the destination from one that reads a link; never
-    /// from two at once. During the stop the guest waits for this, too.
+    /// A phase begins. Called by the thread that runs [`Source::send`](crate::Source::send) or
+    /// [`Destination::receive`](crate::Destination::receive), or on the destination by a thread that reads a link;
+    /// never by two at once. During the stop, the guest waits for this call too.
     fn phase(&self, phase: Phase) {
         let _ = phase;
     }
 
-    /// What has been moved so far, about once for each MiB and at the beginning and end of a phase. From any thread that
-    /// moves data, also from two at once, so that a later call may tell of slightly less.
+    /// What has been moved so far, about once for each MiB and at the beginning and end of a phase. Called by any
+    /// thread that moves data, also by two at once, so that a later call may report slightly less.
     fn moved(&self, totals: Totals) {
         let _ = totals;
     }
@@ -31,8 +32,8 @@ pub trait Observer: Sync {
         let _ = round;
     }
 
-    /// On the source after each round, behind [`Observer::round`]: what is left, how long that will take, or that it will
-    /// not come to an end.
+    /// On the source after each round and its [`Observer::round`]: what is left, and how long that will take or that it
+    /// will never end.
     fn estimate(&self, estimate: &Estimate) {
         let _ = estimate;
     }

@@ -21,7 +21,7 @@ pub enum Phase {
     Load,
     /// From READY over COMMIT to RUNNING. Of a snapshot: its publication, or the end of its load.
     Commit,
-    /// The destination's devices enter RUNNING; those that stay in STOP are looked at once more.
+    /// The destination's devices enter RUNNING; those that stay in STOP are checked once more.
     Start,
     /// The source's devices end their sessions.
     Finish,

@@ -40,7 +40,8 @@ pub fn inspect_file(path: &Path) -> Result<Inspection> {
     inspect_snapshot(&SnapshotFile::new(path), Options::default().silence_max, None)
 }
 
-/// Inspects a snapshot, to its end, or to its beginning if it is none. `silence_max` is how long its place may make no progress.
+/// Inspects a snapshot to its end; of anything else it reads only the beginning. `silence_max` is how long its place
+/// may make no progress.
 pub fn inspect_snapshot(
     from: &dyn SnapshotSource,
     silence_max: Duration,

@@ -18,9 +18,9 @@ pub struct Inspection {
     pub stored: bool,
     /// The offer: devices and memory with their facts.
     pub offer: Option<Offer>,
-    /// What the stream has of each device, in the offer's order.
+    /// The stream's section of each device, in the offer's order.
     pub devices: Vec<InspectedSection>,
-    /// What the stream has of each region of memory, in the offer's order.
+    /// The stream's section of each region of memory, in the offer's order.
     pub memory: Vec<InspectedSection>,
     /// Rounds of pre-copy.
     pub rounds: u32,

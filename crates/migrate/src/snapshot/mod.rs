@@ -31,10 +31,10 @@ pub trait SnapshotTarget: Sync {
     /// The place's name, for messages. `limosa verify` takes the same name.
     fn name(&self) -> String;
 
-    /// Begins a snapshot, before any device or memory is touched. Until the snapshot is published, nothing of it is
-    /// visible under the place's name.
+    /// Begins a snapshot, before any device or memory is touched. Nothing of it is visible under the place's name until
+    /// it is published.
     ///
-    /// Fails where it is already known that the snapshot cannot be published, with an error that says what to do.
+    /// Fails if it is already known that the snapshot cannot be published, with an error that says what to do.
     fn create(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotWriter>, LinkError>;
 }
 
@@ -43,10 +43,10 @@ pub trait SnapshotWriter: Send {
     /// Takes at least one of these bytes and returns how many. Waits while the place cannot take more.
     fn write(&mut self, bytes: &[u8], wait: Wait<'_>) -> Result<usize, LinkError>;
 
-    /// Makes the snapshot durable and gives it its name, in one step and complete.
+    /// Makes the snapshot durable and gives the complete snapshot its name in one step.
     ///
     /// The caller acts on the answer: it may let a guest run again after [`Publication::NotPublished`], so an
-    /// implementation returns that only where the snapshot is not there and cannot appear later. A cancel is observed
+    /// implementation returns that only if the snapshot does not exist and cannot appear later. A cancel is observed
     /// until the request that publishes the snapshot is made, and not after.
     fn publish(self: Box<Self>, wait: Wait<'_>) -> Publication;
 }
@@ -56,7 +56,7 @@ pub trait SnapshotSource: Sync {
     /// The place's name, for messages.
     fn name(&self) -> String;
 
-    /// Opens what is there now, at its start. The error is [`io::ErrorKind::NotFound`] if nothing is there.
+    /// Opens the place's present contents at their start. The error is [`io::ErrorKind::NotFound`] if there are none.
     fn open(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError>;
 
     /// After a [`Publication::Unknown`] of this move's snapshot, which is not under the place's name now: makes sure that
@@ -70,8 +70,8 @@ pub trait SnapshotSource: Sync {
     }
 }
 
-/// A snapshot that is being read. Every byte is from what was opened, also after [`SnapshotReader::rewind`]: if the place
-/// is given other contents meanwhile, a read returns the old ones or fails.
+/// A snapshot that is being read. Every byte belongs to the contents that were opened, also after
+/// [`SnapshotReader::rewind`]: if the place receives other contents meanwhile, a read returns the old ones or fails.
 pub trait SnapshotReader: Send {
     /// Reads at least one byte and returns how many; 0 at the end.
     fn read(&mut self, into: &mut [u8], wait: Wait<'_>) -> Result<usize, LinkError>;

@@ -19,7 +19,7 @@ pub enum Publication {
         /// Whether it survives a power failure.
         durability: Durability,
     },
-    /// The snapshot is not there under its name, and cannot appear there later.
+    /// The snapshot does not exist under its name, and cannot appear there later.
     NotPublished(LinkError),
     /// The snapshot may be there under its name, or may appear there later: the answer was lost, and asking did not
     /// help. [`published`] asks again.

@@ -55,7 +55,7 @@ enum Answer {
     Refused(Error),
 }
 
-/// Sends COMMIT and waits for the answer. A cancel has no effect any more.
+/// Sends COMMIT and waits for the answer. A cancel no longer has any effect.
 fn ask_to_run(connection: &Connection<'_>, proofs: &Proofs) -> Result<Answer> {
     connection.send(&Frame::new(Kind::COMMIT, &proofs.prove(Kind::COMMIT, &[])), None)?;
     let limit = connection.limits().commit_max;

@@ -77,9 +77,9 @@ impl InDoubt {
         }
     }
 
-    /// The move in doubt of a source that was restarted and knows only what it noted before the commit. Its devices are assumed
-    /// to have been in RUNNING before the move; [`InDoubt::with_found`] says otherwise. An id alone is a note as well, for which
-    /// nobody can answer with a proof.
+    /// The move in doubt of a source that was restarted and knows only what it noted before the commit. Its devices are
+    /// assumed to have been in RUNNING before the move; [`InDoubt::with_found`] says otherwise. An id alone is a note
+    /// as well, but no answer to it can carry a proof.
     pub fn recover(note: impl Into<CommitNote>) -> InDoubt {
         let note = Box::new(note.into());
         let id = note.id;
@@ -97,8 +97,7 @@ impl InDoubt {
         }
     }
 
-    /// The note that a process needs that is started anew: the same as [`Vmm::committing`](crate::Vmm::committing)
-    /// was given.
+    /// The note that a restarted process needs: the one that [`Vmm::committing`](crate::Vmm::committing) received.
     pub fn note(&self) -> &CommitNote {
         &self.note
     }
@@ -110,7 +109,7 @@ impl InDoubt {
         self
     }
 
-    /// The same of a save, whose report says so when it is settled.
+    /// Marks the move as a save, so that the report says so when it is settled.
     #[must_use]
     pub fn of_save(self) -> InDoubt {
         InDoubt { is_save: true, ..self }
@@ -129,7 +128,7 @@ impl<'a> Source<'a> {
     /// answer does not prove that it is the destination's ([`Error::Unauthenticated`], or [`Error::Stream`] with
     /// [`Damage::Unproven`](crate::Damage::Unproven)).
     ///
-    /// The source must have the same devices and memory as the one that was sent. With others the move stays in doubt:
+    /// The source must have the devices and memory that were sent. With others the move stays in doubt:
     /// [`Error::AnotherMachine`].
     pub fn resolve(self, doubt: InDoubt, link: &dyn Link) -> Outcome {
         let connection = Connection::new(link, Limits::new(self.options));
@@ -146,7 +145,7 @@ impl<'a> Source<'a> {
     /// Acts on a decision about a move in doubt that was made without [`Source::resolve`], for example by a person who has
     /// looked at the destination. A wrong decision here runs the guest twice, or not at all.
     ///
-    /// The source must have the same devices and memory as the one that was sent. With others the move stays in doubt:
+    /// The source must have the devices and memory that were sent. With others the move stays in doubt:
     /// [`Error::AnotherMachine`].
     pub fn decide(mut self, decision: Decision, doubt: InDoubt) -> Outcome {
         self.settle(decision, doubt)

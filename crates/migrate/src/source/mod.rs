@@ -1,5 +1,5 @@
-//! [`Source`]: the side that devices leave, as a script of handshake, pre-copy, switchover and commit. A failure before the
-//! commit leads back to the start.
+//! [`Source`]: the side that sends devices, as a script of handshake, pre-copy, switchover and commit. A failure before
+//! the commit leads back to the start.
 
 mod commit;
 mod doubt;
@@ -66,8 +66,8 @@ pub enum Outcome {
     ///
     /// [`Received::Stopped`]: crate::Received::Stopped
     Moved(Report),
-    /// The move failed or was cancelled, and the source is as it was before: its devices run, with their dirty log
-    /// complete. [`Report::unrecovered`] lists the devices that could not be brought back.
+    /// The move failed or was cancelled, and the source is as before: its devices run, with their dirty log complete.
+    /// [`Report::unrecovered`] lists the devices that could not be brought back.
     Undone {
         /// The reason.
         why: Error,
@@ -89,9 +89,9 @@ enum Ending {
 impl<'a> Source<'a> {
     /// A source of these devices, which are in RUNNING or STOP, without memory.
     ///
-    /// The destination is told which devices stand in STOP, and by default leaves them so
-    /// ([`AfterLoad::AsFound`](crate::AfterLoad::AsFound)). An earlier move leaves its source's devices in STOP too, with a
-    /// guest that runs elsewhere: the caller knows which of both it is.
+    /// The destination learns which devices are in STOP, and by default leaves them so
+    /// ([`AfterLoad::AsFound`](crate::AfterLoad::AsFound)). An earlier move also leaves its source's devices in STOP,
+    /// while the guest runs elsewhere; only the caller can tell the two cases apart.
     pub fn new(devices: &'a [MovedDevice<'a>], options: &'a Options) -> Source<'a> {
         let memory = Memory::default();
         Source { devices, memory, vmm: &Nobody, observer: &Nobody, options, cancel: None }
@@ -122,8 +122,8 @@ impl<'a> Source<'a> {
         self.move_over(link, None)
     }
 
-    /// Moves everything over the link and over further links: in all as many as [`Options::links`] allows, the destination
-    /// accepts, and `further` can make. Blocks until the move has ended.
+    /// Moves everything over the link and further links: as many as [`Options::links`] allows, the destination accepts,
+    /// and `further` can make. Blocks until the move has ended.
     pub fn send_over(mut self, link: &dyn Link, further: &dyn FurtherLinks) -> Outcome {
         self.move_over(link, Some(further))
     }

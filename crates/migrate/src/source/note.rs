@@ -1,13 +1,13 @@
-//! [`CommitNote`]: the note of a source before it commits, so that a process that is started anew can settle the move.
+//! [`CommitNote`]: the note that a source keeps before it commits, from which a restarted process can settle the move.
 
 use limosa_stream::{MigrationId, Secret};
 use serde::{Deserialize, Serialize};
 
 use crate::link::Fingerprint;
 
-/// The note of a source before it commits ([`Vmm::committing`](crate::Vmm::committing)). A process that is started
-/// anew makes the move in doubt of it ([`InDoubt::recover`](crate::InDoubt::recover)), and knows the destination's
-/// answer from a stranger's.
+/// The note that a source keeps before it commits ([`Vmm::committing`](crate::Vmm::committing)). From it a restarted
+/// process makes the move in doubt ([`InDoubt::recover`](crate::InDoubt::recover)), and tells the destination's answer
+/// from another peer's.
 ///
 /// It is kept as its fields (`serde`), in a file that only the machine's owner can read: with the secret anybody can speak
 /// for either end of this move. `Debug` does not show the secret.

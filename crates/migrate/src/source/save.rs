@@ -1,4 +1,4 @@
-//! A save: the same script as a move, to a place that keeps the stream. The publication takes the place of the commit.
+//! A save: the script of a move, to a place that keeps the stream. The publication replaces the commit.
 
 use limosa_stream::Kind;
 
@@ -32,10 +32,10 @@ impl<'a> Source<'a> {
     /// Saves everything to a place, such as a [`SnapshotFile`](crate::SnapshotFile). The snapshot appears there only when it
     /// is complete: [`Outcome::Moved`]. On failure the place is as before, and so is the source: [`Outcome::Undone`].
     ///
-    /// If the answer to the publication is lost, the snapshot may be there. With [`AfterSave::Run`] the source runs on, and
-    /// the error says so ([`Error::PublicationUnknown`](crate::Error::PublicationUnknown)). With [`AfterSave::Stop`] the
-    /// source stays stopped: [`Outcome::InDoubt`]. Then [`published`](crate::published) finds out, and [`Source::decide`]
-    /// acts on that.
+    /// If the answer to the publication is lost, the snapshot may exist. With [`AfterSave::Run`] the source runs on,
+    /// and the error says so ([`Error::PublicationUnknown`](crate::Error::PublicationUnknown)). With
+    /// [`AfterSave::Stop`] the source stays stopped: [`Outcome::InDoubt`]. Then [`published`](crate::published) finds
+    /// out, and [`Source::decide`] acts on that.
     pub fn save(self, to: &dyn SnapshotTarget, after: AfterSave) -> Outcome {
         let mut outcome = self.save_to(to, after);
         match &mut outcome {

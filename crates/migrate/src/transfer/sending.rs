@@ -179,7 +179,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.share_memory(bytes, || writer.send_memory(frame, address, parts, cancel))
     }
 
-    /// Calls a function that sends memory. Devices get as much of the links meanwhile.
+    /// Calls a function that sends memory. Meanwhile devices may send the same number of bytes.
     fn share_memory(&self, bytes: usize, send: impl FnOnce() -> Result<()>) -> Result<()> {
         self.share.lock().begin_memory();
         let sent = send();

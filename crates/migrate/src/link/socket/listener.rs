@@ -32,9 +32,9 @@ enum Socket {
 }
 
 impl Listener {
-    /// Listens on this address. A UNIX socket is its owner's alone, whatever the umask (mode 0600). That of a process that
-    /// has died is replaced; one that is in use is not (`AddrInUse`), and neither is another file (`AlreadyExists`). It is
-    /// removed when the listener is dropped, if the path still leads to it.
+    /// Listens on this address. A UNIX socket is its owner's alone, whatever the umask (mode 0600). It replaces the
+    /// socket of a process that has died, but no socket in use (`AddrInUse`) and no other file (`AlreadyExists`).
+    /// Dropping the listener removes the socket, if the path still leads to it.
     pub fn bind(address: &Address) -> std::io::Result<Listener> {
         match address {
             Address::Unix(path) => {
@@ -61,7 +61,7 @@ impl Listener {
         &self.address
     }
 
-    /// Whether nobody beyond this host can connect.
+    /// Whether only this host can connect.
     pub fn stays_within_host(&self) -> bool {
         match &self.socket {
             Socket::Unix { .. } => true,
