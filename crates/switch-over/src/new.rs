@@ -118,7 +118,7 @@ pub enum OldServer<'a> {
 pub struct Taken<S> {
     /// What serves.
     pub server: S,
-    /// The old server's process. It ends by itself; [`Peer::see_off`] waits for that.
+    /// The old server's process. It ends on its own; [`Peer::see_off`] waits for that.
     pub old: Peer,
     /// How it went.
     pub report: Report,
@@ -262,7 +262,8 @@ fn connect_failed(path: &Path, error: std::io::Error) -> std::io::Error {
     std::io::Error::new(error.kind(), what)
 }
 
-/// What the old server hands over is used: it must run as the user of this one, or root.
+/// Checks that the old server runs as this process' user or as root, since this process uses everything that it hands
+/// over.
 fn trusted(old: Peer) -> Result<Peer, Cause> {
     match [User::current(), User::ROOT].contains(&old.user()) {
         true => Ok(old),

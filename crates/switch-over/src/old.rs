@@ -245,7 +245,7 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Hands over what can go while devices run, in rounds.
+    /// Hands over what can be handed over while devices run, in rounds.
     fn prepare(
         &self,
         channel: &mut Channel,

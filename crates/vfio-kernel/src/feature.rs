@@ -19,8 +19,8 @@ use crate::ioctl;
 use crate::refusal::Request;
 use crate::stream::DataFd;
 
-/// The longest payload that is passed on, what it refers to inline included; those of `vfio.h` have some
-/// dozens of bytes, and 16 for each range of a DMA_BUF.
+/// The longest payload that is passed on, including what it refers to inline. Those of `vfio.h` have a few dozen bytes,
+/// and 16 for each range of a DMA_BUF.
 const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 
 /// `VFIO_DEVICE_FEATURE`.
@@ -99,7 +99,7 @@ impl KernelDevice {
         Ok(reply)
     }
 
-    /// The answer to any state for a device whose load was broken off by the end of whoever had it open.
+    /// The answer to any state change of a device whose load was cut short because the process that had it open ended.
     fn refuse_to_finish(&self, asked: Request) -> Error {
         Error::Refused {
             device: self.name_str().into(),
@@ -182,8 +182,8 @@ impl KernelDevice {
         }
     }
 
-    /// The answer to a feature whose payload is not known: nobody can tell whether there are addresses in it,
-    /// at which the kernel would write. Most often the device does not know it either, and says so.
+    /// The answer to a feature whose payload is unknown: it may contain addresses, to which the kernel would write.
+    /// Most often the device does not know the feature either, and says so.
     fn unknown(&self, index: FeatureIndex, op: FeatureOp) -> Error {
         let probe = &mut FeatureRequest {
             index,

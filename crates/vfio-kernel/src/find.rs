@@ -60,7 +60,7 @@ impl Roots {
         entries(&folder).iter().filter_map(|device| self.look(&folder.join(device))).collect()
     }
 
-    /// What is to be known of the device that this path in sysfs leads to.
+    /// Reads the facts of the device to which this path in sysfs leads.
     pub fn look(&self, path: &Path) -> Option<Found> {
         let folder = fs::canonicalize(path).ok()?;
         let id = folder.file_name()?.to_str()?.to_owned();

@@ -1,4 +1,4 @@
-//! The one place where an ioctl is made (`vfio.h` and `iommufd.h`: all of their commands are plain `_IO`).
+//! The only place that makes ioctls (`vfio.h` and `iommufd.h`: all of their commands are plain `_IO`).
 
 use std::ffi::c_void;
 use std::os::fd::BorrowedFd;

@@ -60,7 +60,8 @@ impl KernelDevice {
         }
     }
 
-    /// All in one request: MSI and MSI-X are set up with as many vectors as the first one has.
+    /// Sets all eventfds in one request: the kernel sets up MSI and MSI-X with as many vectors as the first request
+    /// has.
     fn wire(&self, index: u32, start: u32, fds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
         if fds.len() > VECTORS_MAX {
             let what =

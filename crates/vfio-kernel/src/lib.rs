@@ -1,6 +1,6 @@
-//! VFIO devices behind `/dev/vfio`: [`KernelDevice`], a `client::Device` over the kernel's ioctls; the two
-//! doors to one, cdev with iommufd and group with container ([`Door`]); the [`AddressSpace`] that its DMA goes
-//! through, and the dirty pages that such a space logs.
+//! VFIO devices behind `/dev/vfio`: [`KernelDevice`], a `client::Device` over the kernel's ioctls; the two interfaces
+//! that open one, cdev with iommufd and group with container ([`Door`]); the [`AddressSpace`] for its DMA, and the
+//! dirty pages that an address space logs.
 //!
 //! ```no_run
 //! use std::os::fd::AsFd;
@@ -34,7 +34,7 @@
 //! }
 //! ```
 //!
-//! What a machine needs for it, and what each errno means, is in the project's `docs/kernel.md`.
+//! The project's `docs/kernel.md` lists what a machine needs for it, and what each errno means.
 
 mod device;
 mod feature;
@@ -60,7 +60,7 @@ pub use name::{Group, Name, NotAName};
 pub use space::{AddressSpace, IovaRanges, SpaceLog};
 pub use unusable::Unusable;
 
-/// The two ways in which the kernel hands out a device. A device that is open through one is EBUSY through the
+/// The two interfaces through which the kernel opens a device. A device that is open through one is EBUSY through the
 /// other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Door {

@@ -24,23 +24,23 @@ pub struct Listed {
     pub group: Option<Group>,
     /// Its own node, `/dev/vfio/devices/vfioN`, where the kernel has such.
     pub cdev: Option<PathBuf>,
-    /// What a PCI device says that it is.
+    /// A PCI device's ids.
     pub pci: Option<PciIds>,
     /// The type of a mediated device, under its parent's `mdev_supported_types`: `mtty-1`.
     pub mdev_type: Option<String>,
-    /// Why it cannot be opened, as far as that can be seen from outside: nobody but the kernel knows whether it is
-    /// open elsewhere.
+    /// Why it cannot be opened, as far as sysfs and the nodes show it: only the kernel knows whether it is open
+    /// elsewhere.
     pub unusable: Option<Unusable>,
 }
 
 /// The numbers in a PCI device's configuration space by which drivers know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PciIds {
-    /// Who made it.
+    /// The vendor's id.
     pub vendor: u16,
     /// Which of the vendor's devices it is.
     pub device: u16,
-    /// Who made the board.
+    /// The board vendor's id.
     pub subsystem_vendor: u16,
     /// Which of that vendor's boards it is.
     pub subsystem_device: u16,
@@ -110,7 +110,7 @@ fn listed(roots: &Roots, found: Found) -> Listed {
     Listed { id, bus, folder, driver, group, cdev, pci, mdev_type, unusable }
 }
 
-/// What the nodes tell: one of the two is enough.
+/// What the nodes show: one usable node of the two is enough.
 fn by_nodes(roots: &Roots, found: &Found) -> Option<Unusable> {
     let nodes: Vec<PathBuf> =
         found.cdev.iter().cloned().chain(found.group.map(|group| roots.group_node(group))).collect();

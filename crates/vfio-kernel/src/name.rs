@@ -42,7 +42,7 @@ impl fmt::Display for Group {
     }
 }
 
-/// What was given names no device of the kernel's.
+/// The text names no kernel device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{0}` names no VFIO device: expected a PCI address (0000:65:00.1 or 65:00.1), a mediated device's UUID, \

@@ -63,7 +63,7 @@ struct Given<'a> {
 }
 
 impl Given<'_> {
-    /// Through the cdev, and where that door is not there or not open to this user, through the group.
+    /// Opens through the cdev; if there is none, or this user may not open it, through the group.
     fn through_either(&self) -> Result<Opened> {
         if self.found.cdev.is_none() {
             return self.through_group();

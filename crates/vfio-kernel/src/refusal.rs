@@ -1,6 +1,6 @@
-//! What a refusal of the kernel's means to the operator: which request, which errno, what to do.
+//! What a refusal by the kernel means to the operator: which request, which errno, what to do.
 //!
-//! The errno are those of `drivers/vfio`, of the drivers with migration, and of what `vfio.h` promises.
+//! The errnos are those of `drivers/vfio`, of the drivers with migration, and those that `vfio.h` promises.
 
 use std::fmt;
 use std::path::Path;
@@ -78,7 +78,7 @@ impl Request {
         matches!(self, Request::DataRead | Request::DataWrite | Request::PrecopyInfo)
     }
 
-    /// What the errno means here and what to do about it; empty where the errno says it all.
+    /// What the errno means here and what to do about it; empty where the errno's own text suffices.
     pub fn hint(self, errno: Errno) -> &'static str {
         use FeatureIndex as Index;
         match (self, errno) {
@@ -184,8 +184,7 @@ impl Request {
 
     /// The kernel's answer as an error.
     ///
-    /// ENODEV is the device's own end, where it is not that of a session: whatever else is asked of it there,
-    /// the answer will be the same.
+    /// ENODEV means that the device is gone, unless it ends a session: every later request gets the same answer.
     pub fn refused(self, device: &str, errno: Errno) -> Error {
         if errno == Errno::ENODEV && !self.is_of_session() {
             let reason = format!(

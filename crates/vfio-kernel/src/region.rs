@@ -1,5 +1,5 @@
-//! Regions: what they are (`vfio.h: VFIO_DEVICE_GET_REGION_INFO`, with its capability chain), and access to
-//! them by pread and pwrite of the device fd.
+//! Regions: their information (`vfio.h: VFIO_DEVICE_GET_REGION_INFO`, with its capability chain), and access to them
+//! with pread and pwrite on the device fd.
 
 use std::sync::PoisonError;
 
@@ -20,10 +20,10 @@ const GET_REGION_INFO: u8 = 8;
 /// the kernel says how long they are.
 const INFO_BYTES: usize = size_of::<RegionInfo>();
 
-/// The longest information that is asked for: more than two thousand areas that can be mapped.
+/// The largest buffer for a region's information: room for more than two thousand areas that can be mapped.
 const INFO_BYTES_MAX: usize = 64 << 10;
 
-/// How often more room is offered. The kernel has named what it needs by the second request.
+/// How often to offer more room. The kernel names the size that it needs by the second request.
 const ROUNDS_MAX: usize = 4;
 
 impl KernelDevice {

@@ -10,8 +10,8 @@ use super::refusal::usage;
 use super::{AddressSpace, Kind, State, iommufd};
 
 impl AddressSpace {
-    /// Binds a cdev to the iommufd and attaches it: to a page table with dirty tracking where its IOMMU has
-    /// that, else to the IOAS (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD`, `VFIO_DEVICE_ATTACH_IOMMUFD_PT`).
+    /// Binds a cdev to the iommufd and attaches it: to a page table with dirty tracking if its IOMMU has that,
+    /// otherwise to the IOAS (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD`, `VFIO_DEVICE_ATTACH_IOMMUFD_PT`).
     ///
     /// A device that could not be attached stays bound until its fd is closed. Returns whether the space's log sees what
     /// the device writes.
@@ -27,10 +27,10 @@ impl AddressSpace {
         }
     }
 
-    /// Attaches a device that the caller has bound to the iommufd, as `device_id` (`vfio.h:
-    /// VFIO_DEVICE_BIND_IOMMUFD, out_devid`). `attach` is called with the id of one page table or IOAS after the
-    /// other until it takes one (`vfio.h: VFIO_DEVICE_ATTACH_IOMMUFD_PT`): page tables with dirty tracking first,
-    /// where the device's IOMMU has that. It must not use the space. Returns whether the space's log sees what the
+    /// Attaches a device that the caller has bound to the iommufd, as `device_id`
+    /// (`vfio.h: VFIO_DEVICE_BIND_IOMMUFD, out_devid`). `attach` is called with the id of each page table or IOAS in
+    /// turn until it accepts one (`vfio.h: VFIO_DEVICE_ATTACH_IOMMUFD_PT`): page tables with dirty tracking first, if
+    /// the device's IOMMU has that. `attach` must not use the space. Returns whether the space's log sees what the
     /// device writes. `name` is for messages, and for [`AddressSpace::has_device`].
     ///
     /// # Errors
@@ -78,10 +78,10 @@ impl AddressSpace {
     /// Notes that a device is in this space, so that the space's log ([`AddressSpace::dirty_log`]) answers for it. A
     /// [`KernelDevice`](crate::KernelDevice) does this itself for the space that it is given.
     ///
-    /// If the device was attached through this space under its name, the log sees what it writes where it saw that of
-    /// the attachment. Else the caller has attached it: in an IOAS it must be attached to one of the page tables of
-    /// [`AddressSpace::from_page_tables`]; without any, it is not seen. A device without an identity
-    /// ([`Device::identity`]) is never seen.
+    /// If the device was attached through this space under its name, the attachment has shown whether the log sees its
+    /// writes. Otherwise the caller has attached it: in an IOAS it must be attached to one of the page tables of
+    /// [`AddressSpace::from_page_tables`]; without such a page table, the log does not see its writes. It never sees
+    /// those of a device without an identity ([`Device::identity`]).
     pub fn has_device(&self, device: &dyn Device) {
         let Some(identity) = device.identity() else { return };
         let mut state = self.inner.state();

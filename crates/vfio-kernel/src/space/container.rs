@@ -72,12 +72,12 @@ pub(super) struct Information {
     pub ranges: IovaRanges,
     /// Its dirty tracking, where it has that.
     pub migration: Option<IommuMigration>,
-    /// How many more mappings it takes, where it says so.
+    /// How many more mappings the container takes, if it reports that.
     pub mappings_left: Option<u32>,
 }
 
 impl Container {
-    /// Makes sure that the fd is one. `is_ours` says that nobody else has it.
+    /// Checks that the fd is a container. `is_ours` says that no other code uses it.
     pub fn new(fd: OwnedFd, is_ours: bool) -> Result<Container> {
         let container = Container { fd, is_ours };
         match container.call(GET_API_VERSION, 0) {
@@ -100,7 +100,7 @@ impl Container {
         !matches!(info, Err(Errno::EINVAL | Errno::ENODEV))
     }
 
-    /// Adds a group, and says whether it is the first. If so, `mappings` are what it finds.
+    /// Adds a group, and returns whether it is the first. Then it also maps `mappings`.
     pub fn attach(&self, name: &str, group: BorrowedFd<'_>, mappings: &Mappings) -> Result<bool> {
         let was_set = self.is_set();
         let mut container: RawFd = self.fd.as_raw_fd();
@@ -194,7 +194,7 @@ impl Container {
         self.information().map(|information| information.ranges)
     }
 
-    /// What the IOMMU says of itself (`VFIO_IOMMU_GET_INFO`).
+    /// The IOMMU's information (`VFIO_IOMMU_GET_INFO`).
     pub fn information(&self) -> Result<Information> {
         let name = "container";
         let refused = |errno| {
@@ -238,7 +238,7 @@ impl Container {
         Ok(information)
     }
 
-    /// So many bytes of what the IOMMU says, at least those of the fixed structure.
+    /// The first `bytes` of the IOMMU's information, at least the fixed structure.
     fn info_of(&self, bytes: u32) -> Result<Vec<u8>, Errno> {
         // In words, as the structures are aligned to them.
         let mut words = vec![0_u64; (bytes as usize).div_ceil(8).max(size_of::<IommuInfo>() / 8)];

@@ -12,12 +12,12 @@ use super::{AddressSpace, Kind, State, usage};
 
 /// The dirty pages of an address space, as far as the kernel logs them: what devices write through page tables with
 /// dirty tracking (iommufd), or in pages that they have pinned, and everything for devices that can write everything
-/// (type1 container). A device that logs itself tells more exactly.
+/// (type1 container). A device's own log is more exact.
 ///
-/// Of a page that a mediated device keeps pinned a container never knows that it is clean.
+/// A container never learns that a page is clean which a mediated device keeps pinned.
 ///
-/// A report may be of any range. The kernel is asked for all of the mappings that the range touches, and what was written
-/// beside the range is kept for the next report of it. So a report of whole mappings costs least.
+/// A report may cover any range. The kernel is asked for every mapping that the range touches, and dirty pages outside
+/// the range are kept for the next report of them. So a report of whole mappings costs least.
 ///
 /// Memory is best unmapped through its [`AddressSpace`]: what was written there comes out of the next report. With
 /// iommufd, whatever a device writes *while* its memory is being unmapped may be missed: the kernel has no way to
@@ -29,7 +29,7 @@ pub struct SpaceLog {
 }
 
 impl AddressSpace {
-    /// The log of this space, off. A space has one that is on at a time.
+    /// The log of this space, not started. A space can have one started log at a time.
     ///
     /// ```no_run
     /// use limosa_client::DirtySource;

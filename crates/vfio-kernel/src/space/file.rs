@@ -28,7 +28,7 @@ pub(super) struct MappedFile {
 }
 
 impl MappedFile {
-    /// Maps what the kernel is to pin.
+    /// Maps the memory that the kernel is to pin.
     pub fn new(name: &str, fd: BorrowedFd<'_>, offset: u64, map: &DmaMap<'_>) -> Result<MappedFile> {
         let page_bytes = rustix::param::page_size() as u64;
         if !offset.is_multiple_of(page_bytes) {

@@ -59,7 +59,7 @@ impl Type1 for Container {
         Container::is_set(self)
     }
 
-    /// It goes on as it is when it is on already, and ends with the container's last group.
+    /// Has no effect on a log that is on already. The log ends with the container's last group.
     fn start_dirty(&self, name: &str) -> Result<Limits> {
         let Some(migration) = self.information()?.migration else {
             let hint =
@@ -149,8 +149,8 @@ impl Container {
     }
 }
 
-/// Room for the bitmap of a range, and what the kernel is told of it but for its address. Zeroes, as the kernel adds
-/// to what it finds.
+/// Room for the bitmap of a range, and its description for the kernel without the address. The bitmap is zeroed,
+/// because the kernel only sets bits.
 fn bitmap(span: Span, limits: Limits) -> Result<(Vec<u64>, Bitmap)> {
     let pages = span.pages(limits.page_size);
     if pages > limits.pages_max {

@@ -1,7 +1,8 @@
 //! [`ContainerLog`]: the dirty pages of a container (`vfio.h: VFIO_IOMMU_DIRTY_PAGES`,
 //! `VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP`).
 //!
-//! A bitmap may be asked for of a range that has every mapping in it whole, with a limit to its pages.
+//! The kernel returns a bitmap only for a range that contains each of its mappings whole, and for a limited number of
+//! pages.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,10 +14,10 @@ use super::super::intervals::{Intervals, Span};
 use super::super::log::{DoorLog, dirty_spans};
 use super::super::mappings::{Mappings, unmap_request};
 
-/// Mappings that are farther apart are asked for one by one.
+/// Mappings that are farther apart are requested one by one.
 const GAP_BYTES_MAX: u64 = 64 << 20;
 
-/// What the bitmaps of a container are like.
+/// The limits of a container's bitmaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes for each bit, a power of two.
@@ -25,7 +26,7 @@ pub struct Limits {
     pub pages_max: u64,
 }
 
-/// What is asked of the kernel.
+/// The requests to the kernel.
 pub trait Type1: fmt::Debug + Send + Sync {
     /// Whether all memory is mapped through its [`AddressSpace`](crate::AddressSpace).
     fn is_ours(&self) -> bool;
@@ -42,8 +43,7 @@ pub trait Type1: fmt::Debug + Send + Sync {
     /// The bitmap of a range that has no mapping in part, which is cleared.
     fn read_dirty(&self, name: &str, span: Span, limits: Limits) -> Result<Vec<u64>>;
 
-    /// Unmaps what lies in the range and returns the bitmap of what was written there. Nothing is unmapped when the
-    /// kernel refuses.
+    /// Unmaps the range and returns the bitmap of the writes there. A refusal by the kernel unmaps nothing.
     fn unmap_dirty(&self, name: &str, span: Span, limits: Limits) -> Result<Vec<u64>>;
 
     /// Unmaps what lies in the range.
@@ -120,7 +120,7 @@ impl<K: Type1> DoorLog for ContainerLog<K> {
     }
 }
 
-/// Pieces that have every mapping in a range whole: neighbours together, as many as fit into one bitmap.
+/// Divides a range into pieces that contain each mapping whole: neighbours together, as many as fit in one bitmap.
 fn pieces(mappings: &Mappings, range: Span, limits: Limits) -> Vec<Span> {
     let mut pieces: Vec<Span> = Vec::new();
     for span in mappings.touching(range).map(|mapping| mapping.span()) {
