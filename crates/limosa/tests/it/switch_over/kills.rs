@@ -39,7 +39,7 @@ fn a_new_server_that_hangs_is_given_up_and_the_old_one_goes_on() {
         let new = scene.next_with("synthetic", &["state=1M", "fault=stall:RESUMING>STOP:5000"]);
         server.line("not replaced: this server goes on");
         all_run();
-        new.end().fails(3, &["cannot take over from", &scene.names[0], "the new device was not loaded"]);
+        new.end().fails(3, &["cannot take over from", scene.names[0], "the new device was not loaded"]);
         all_run();
     }
 }
