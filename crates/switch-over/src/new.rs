@@ -213,7 +213,7 @@ fn reach(from: OldServer<'_>, options: &TakeOptions) -> Result<(Channel, String)
         OldServer::Path(path) => {
             let door = limosa_host::connect(path, options.limits.hello)
                 .map_err(|errno| connect_failed(path, errno.into()))?;
-            let (socket, token) = walk_in(&door, limit)?;
+            let (socket, token) = open_channel(&door, limit)?;
             (socket, Some((token, door)))
         }
         OldServer::Parent(channel) => (OwnedFd::from(channel), None),
@@ -235,7 +235,7 @@ fn reach(from: OldServer<'_>, options: &TakeOptions) -> Result<(Channel, String)
 }
 
 /// Pulls the channel from the process that listens.
-fn walk_in(door: &UnixStream, until: Instant) -> Result<(OwnedFd, [u8; 16]), Cause> {
+fn open_channel(door: &UnixStream, until: Instant) -> Result<(OwnedFd, [u8; 16]), Cause> {
     let old = trusted(Peer::of(door)?)?;
     let mut door = Channel::new(door.try_clone()?.into(), FdTransport::Pulled, Some(old))?;
     let mut frame = door.receive(until).map_err(|cause| match cause {

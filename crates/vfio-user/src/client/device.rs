@@ -204,7 +204,7 @@ impl Device for Client {
         added.map_err(|errno| shared.refused("DMA_MAP", errno))?;
         if fds.is_none()
             && shared.twin.is_none()
-            && let Err(error) = shared.exchange.attend()
+            && let Err(error) = shared.exchange.start_reader()
         {
             shared.exchange.dma.take_back(map.iova);
             return Err(Error::Os {

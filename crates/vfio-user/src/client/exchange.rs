@@ -7,7 +7,7 @@
 //!
 //! A late reply must not be mistaken for another one: an id is not reused before its reply has arrived.
 
-mod desk;
+mod dispatcher;
 mod meanwhile;
 mod step;
 
@@ -20,7 +20,7 @@ use limosa_protocol::Errno;
 use rustix::event::EventfdFlags;
 use zerocopy::IntoBytes;
 
-use desk::{Desk, SLOTS, SlotState};
+use dispatcher::{Dispatcher, SLOTS, SlotState};
 use step::Step;
 
 use super::dma::DmaTargets;
@@ -81,8 +81,8 @@ pub(super) struct Ask<'a> {
 pub(super) struct Exchange {
     this: Weak<Exchange>,
     sender: Sender,
-    desk: Mutex<Desk>,
-    /// One for each slot, and one for the attendant.
+    dispatcher: Mutex<Dispatcher>,
+    /// One for each slot, and one for the reader thread.
     wakes: [Condvar; SLOTS + 1],
     slot_freed: Condvar,
     /// Wakes threads that wait for space in the socket when the leader leaves.
@@ -90,7 +90,7 @@ pub(super) struct Exchange {
     pub dma: DmaTargets,
 }
 
-const ATTENDANT: usize = SLOTS;
+const READER: usize = SLOTS;
 
 impl Exchange {
     pub fn new(
@@ -98,12 +98,12 @@ impl Exchange {
         sender: Sender,
         dma: DmaTargets,
     ) -> Result<Arc<Exchange>, ConnectionError> {
-        let desk = Desk::new(receiver);
+        let dispatcher = Dispatcher::new(receiver);
         let leaderless = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Arc::new_cyclic(|this| Exchange {
             this: Weak::clone(this),
             sender,
-            desk: Mutex::new(desk),
+            dispatcher: Mutex::new(dispatcher),
             wakes: [const { Condvar::new() }; SLOTS + 1],
             slot_freed: Condvar::new(),
             leaderless,
@@ -126,9 +126,9 @@ impl Exchange {
         };
         let (slot, id) = self.take_slot(ask.command, deadline).map_err(failed)?;
         if let Err(error) = self.send(id, ask, false, deadline) {
-            let mut desk = self.desk();
-            self.free(&mut desk, slot);
-            self.pass_on(&desk);
+            let mut dispatcher = self.dispatcher();
+            self.free(&mut dispatcher, slot);
+            self.pass_on(&dispatcher);
             return Err(failed(error.into()));
         }
         self.wait(slot, into, deadline).map_err(failed)
@@ -136,7 +136,7 @@ impl Exchange {
 
     /// Sends a request to which there is no reply.
     pub fn post(&self, ask: &Ask<'_>, limit: Limit) -> Result<(), Failure> {
-        if let Some(lost) = &self.desk().lost {
+        if let Some(lost) = &self.dispatcher().lost {
             return Err(lost.clone());
         }
         self.send(POSTED_ID, ask, true, limit.deadline).map_err(|error| match error {
@@ -161,23 +161,23 @@ impl Exchange {
         self.sender.send_with(&mut parts[..count], ask.fds, || self.make_room(deadline))
     }
 
-    fn desk(&self) -> MutexGuard<'_, Desk> {
-        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    fn dispatcher(&self) -> MutexGuard<'_, Dispatcher> {
+        self.dispatcher.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take_slot(&self, command: Command, deadline: Instant) -> Result<(usize, u16), Failure> {
-        let mut desk = self.desk();
+        let mut dispatcher = self.dispatcher();
         loop {
-            if let Some(lost) = &desk.lost {
+            if let Some(lost) = &dispatcher.lost {
                 return Err(lost.clone());
             }
-            if desk.abandoned >= ABANDONED_MAX {
+            if dispatcher.abandoned >= ABANDONED_MAX {
                 let many = format!("it left {ABANDONED_MAX} requests without a reply");
-                return Err(self.lose(desk, Failure::Misbehaved(many)));
+                return Err(self.lose(dispatcher, Failure::Misbehaved(many)));
             }
-            if let Some(index) = desk.slots.iter().position(|slot| slot.state == SlotState::Free) {
-                desk.taken += 1;
-                let slot = &mut desk.slots[index];
+            if let Some(index) = dispatcher.slots.iter().position(|slot| slot.state == SlotState::Free) {
+                dispatcher.taken += 1;
+                let slot = &mut dispatcher.slots[index];
                 slot.state = SlotState::Waiting;
                 slot.command = command;
                 // The lower bits are the slot; the others tell its requests apart.
@@ -191,30 +191,31 @@ impl Exchange {
             if left.is_zero() {
                 return Err(ConnectionError::TimedOut.into());
             }
-            desk = self.slot_freed.wait_timeout(desk, left).unwrap_or_else(PoisonError::into_inner).0;
+            dispatcher =
+                self.slot_freed.wait_timeout(dispatcher, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    fn free(&self, desk: &mut Desk, slot: usize) {
-        if desk.taken == SLOTS {
+    fn free(&self, dispatcher: &mut Dispatcher, slot: usize) {
+        if dispatcher.taken == SLOTS {
             self.slot_freed.notify_one();
         }
-        desk.taken -= 1;
-        desk.slots[slot].state = SlotState::Free;
-        desk.handed.take_if(|handed| handed.0 == slot);
+        dispatcher.taken -= 1;
+        dispatcher.slots[slot].state = SlotState::Free;
+        dispatcher.handed.take_if(|handed| handed.0 == slot);
     }
 
     /// The caller no longer waits for this reply, but it may still arrive.
-    fn abandon(&self, desk: &mut Desk, slot: usize) {
-        desk.slots[slot].state = SlotState::Abandoned;
-        desk.abandoned += 1;
-        desk.handed.take_if(|handed| handed.0 == slot);
+    fn abandon(&self, dispatcher: &mut Dispatcher, slot: usize) {
+        dispatcher.slots[slot].state = SlotState::Abandoned;
+        dispatcher.abandoned += 1;
+        dispatcher.handed.take_if(|handed| handed.0 == slot);
     }
 
     /// The connection is no longer usable. All waiting threads get the reason.
-    fn lose(&self, mut desk: MutexGuard<'_, Desk>, failure: Failure) -> Failure {
-        let failure = desk.lost.get_or_insert(failure).clone();
-        drop(desk);
+    fn lose(&self, mut dispatcher: MutexGuard<'_, Dispatcher>, failure: Failure) -> Failure {
+        let failure = dispatcher.lost.get_or_insert(failure).clone();
+        drop(dispatcher);
         self.shutdown();
         for wake in &self.wakes {
             wake.notify_all();
@@ -224,20 +225,20 @@ impl Exchange {
     }
 
     /// If there is no leader, wakes a thread that becomes the leader.
-    fn pass_on(&self, desk: &Desk) {
-        if desk.receiver.is_none() || desk.handed.is_some() {
+    fn pass_on(&self, dispatcher: &Dispatcher) {
+        if dispatcher.receiver.is_none() || dispatcher.handed.is_some() {
             return;
         }
-        if desk.attended {
-            self.wakes[ATTENDANT].notify_one();
+        if dispatcher.has_reader {
+            self.wakes[READER].notify_one();
         }
-        if desk.taken > desk.abandoned {
+        if dispatcher.taken > dispatcher.abandoned {
             // A thread that is still sending checks by itself afterwards.
-            if let Some(next) = desk.slots.iter().position(|slot| slot.state == SlotState::Waiting) {
+            if let Some(next) = dispatcher.slots.iter().position(|slot| slot.state == SlotState::Waiting) {
                 self.wakes[next].notify_one();
             }
         }
-        if desk.blocked > 0 {
+        if dispatcher.blocked > 0 {
             // A counter that is full is readable already.
             let _ = rustix::io::write(&self.leaderless, &1u64.to_ne_bytes());
         }
@@ -245,32 +246,32 @@ impl Exchange {
 
     /// Waits for the reply of a slot, as follower or as leader.
     fn wait(&self, slot: usize, into: &mut [&mut [u8]], deadline: Instant) -> Result<Answer, Failure> {
-        let mut desk = self.desk();
+        let mut dispatcher = self.dispatcher();
         loop {
-            if desk.slots[slot].state == SlotState::Answered {
-                let (reply, copy) = (desk.slots[slot].reply, desk.slots[slot].copy);
-                self.free(&mut desk, slot);
-                self.pass_on(&desk);
-                drop(desk);
+            if dispatcher.slots[slot].state == SlotState::Answered {
+                let (reply, copy) = (dispatcher.slots[slot].reply, dispatcher.slots[slot].copy);
+                self.free(&mut dispatcher, slot);
+                self.pass_on(&dispatcher);
+                drop(dispatcher);
                 return answer_from(&reply, &copy, into);
             }
-            match desk.handed {
-                Some((owner, header)) if owner == slot && desk.receiver.is_some() => {
-                    desk.handed = None;
-                    let receiver = desk.receiver.take().expect("just looked");
-                    drop(desk);
+            match dispatcher.handed {
+                Some((owner, header)) if owner == slot && dispatcher.receiver.is_some() => {
+                    dispatcher.handed = None;
+                    let receiver = dispatcher.receiver.take().expect("just looked");
+                    drop(dispatcher);
                     return self.take_reply(receiver, slot, &header, into, deadline);
                 }
                 _ => {}
             }
-            if let Some(lost) = desk.lost.clone() {
-                self.free(&mut desk, slot);
+            if let Some(lost) = dispatcher.lost.clone() {
+                self.free(&mut dispatcher, slot);
                 return Err(lost);
             }
-            if desk.handed.is_none()
-                && let Some(mut receiver) = desk.receiver.take()
+            if dispatcher.handed.is_none()
+                && let Some(mut receiver) = dispatcher.receiver.take()
             {
-                drop(desk);
+                drop(dispatcher);
                 let step = loop {
                     match self.step(&mut receiver, Some(slot), deadline) {
                         Ok(Step::Done) if Instant::now() >= deadline => {
@@ -282,50 +283,51 @@ impl Exchange {
                     }
                 };
                 match step {
-                    Ok(Step::Mine(header)) => {
+                    Ok(Step::OwnReply(header)) => {
                         return self.take_reply(receiver, slot, &header, into, deadline);
                     }
-                    Ok(Step::Hand(owner, header)) => {
-                        desk = self.desk();
-                        self.hand(&mut desk, receiver, owner, header);
+                    Ok(Step::OtherReply(owner, header)) => {
+                        dispatcher = self.dispatcher();
+                        self.dispatch(&mut dispatcher, receiver, owner, header);
                     }
                     Ok(Step::Done) => unreachable!("the loop goes on"),
                     Err(failure) => {
-                        let mut desk = self.desk();
-                        desk.receiver = Some(receiver);
+                        let mut dispatcher = self.dispatcher();
+                        dispatcher.receiver = Some(receiver);
                         if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
-                            self.abandon(&mut desk, slot);
-                            self.pass_on(&desk);
+                            self.abandon(&mut dispatcher, slot);
+                            self.pass_on(&dispatcher);
                             return Err(failure);
                         }
-                        self.free(&mut desk, slot);
-                        return Err(self.lose(desk, failure));
+                        self.free(&mut dispatcher, slot);
+                        return Err(self.lose(dispatcher, failure));
                     }
                 }
                 continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.abandon(&mut desk, slot);
-                self.pass_on(&desk);
+                self.abandon(&mut dispatcher, slot);
+                self.pass_on(&dispatcher);
                 return Err(ConnectionError::TimedOut.into());
             }
-            desk = self.wakes[slot].wait_timeout(desk, left).unwrap_or_else(PoisonError::into_inner).0;
+            dispatcher =
+                self.wakes[slot].wait_timeout(dispatcher, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Passes the receiver to the owner of the reply that it has received.
-    fn hand(&self, desk: &mut Desk, receiver: Box<Receiver>, owner: usize, header: Header) {
-        desk.receiver = Some(receiver);
-        let slot = &desk.slots[owner];
+    fn dispatch(&self, dispatcher: &mut Dispatcher, receiver: Box<Receiver>, owner: usize, header: Header) {
+        dispatcher.receiver = Some(receiver);
+        let slot = &dispatcher.slots[owner];
         match slot.state {
             SlotState::Waiting if slot.id == header.id => {
-                desk.handed = Some((owner, header));
+                dispatcher.handed = Some((owner, header));
                 self.wakes[owner].notify_all();
             }
             SlotState::Abandoned if slot.id == header.id => {
-                desk.abandoned -= 1;
-                self.free(desk, owner);
+                dispatcher.abandoned -= 1;
+                self.free(dispatcher, owner);
             }
             _ => {}
         }
@@ -341,15 +343,15 @@ impl Exchange {
         deadline: Instant,
     ) -> Result<Answer, Failure> {
         let taken = take_body(&mut receiver, header, into, deadline);
-        let mut desk = self.desk();
-        desk.receiver = Some(receiver);
-        self.free(&mut desk, slot);
+        let mut dispatcher = self.dispatcher();
+        dispatcher.receiver = Some(receiver);
+        self.free(&mut dispatcher, slot);
         match taken {
             Err(Failure::Connection(error)) if error != ConnectionError::TimedOut => {
-                Err(self.lose(desk, error.into()))
+                Err(self.lose(dispatcher, error.into()))
             }
             taken => {
-                self.pass_on(&desk);
+                self.pass_on(&dispatcher);
                 taken
             }
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use super::step::Step;
-use super::{ATTENDANT, Exchange, Failure};
+use super::{Exchange, Failure, READER};
 use crate::connection::{ConnectionError, wait_ready};
 
 impl Exchange {
@@ -19,55 +19,55 @@ impl Exchange {
         if Instant::now() >= deadline {
             return Err(ConnectionError::TimedOut);
         }
-        let mut desk = self.desk();
-        if desk.lost.is_some() {
+        let mut dispatcher = self.dispatcher();
+        if dispatcher.lost.is_some() {
             return Err(ConnectionError::Closed);
         }
-        let receiver = if desk.handed.is_none() { desk.receiver.take() } else { None };
+        let receiver = if dispatcher.handed.is_none() { dispatcher.receiver.take() } else { None };
         let Some(mut receiver) = receiver else {
-            desk.blocked += 1;
-            drop(desk);
+            dispatcher.blocked += 1;
+            drop(dispatcher);
             let mut fds = [
                 PollFd::from_borrowed_fd(self.sender.socket().as_fd(), PollFlags::OUT),
                 PollFd::new(&self.leaderless, PollFlags::IN),
             ];
             let ready = wait_ready(&mut fds, deadline);
-            let mut desk = self.desk();
-            desk.blocked -= 1;
-            if desk.blocked == 0 {
+            let mut dispatcher = self.dispatcher();
+            dispatcher.blocked -= 1;
+            if dispatcher.blocked == 0 {
                 let _ = rustix::io::read(&self.leaderless, &mut [0; 8]);
             }
             return ready;
         };
-        drop(desk);
+        drop(dispatcher);
         let readable = receiver.has_more() || {
             let mut fds =
                 [PollFd::from_borrowed_fd(receiver.socket().as_fd(), PollFlags::IN | PollFlags::OUT)];
             match wait_ready(&mut fds, deadline) {
                 Ok(()) => !fds[0].revents().contains(PollFlags::OUT),
                 Err(error) => {
-                    let mut desk = self.desk();
-                    desk.receiver = Some(receiver);
-                    self.pass_on(&desk);
+                    let mut dispatcher = self.dispatcher();
+                    dispatcher.receiver = Some(receiver);
+                    self.pass_on(&dispatcher);
                     return Err(error);
                 }
             }
         };
         let step = if readable { self.step(&mut receiver, None, deadline) } else { Ok(Step::Done) };
-        let mut desk = self.desk();
+        let mut dispatcher = self.dispatcher();
         match step {
-            Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
+            Ok(Step::OtherReply(owner, header)) => self.dispatch(&mut dispatcher, receiver, owner, header),
             Ok(_) => {
-                desk.receiver = Some(receiver);
-                self.pass_on(&desk);
+                dispatcher.receiver = Some(receiver);
+                self.pass_on(&dispatcher);
             }
             Err(failure) => {
-                desk.receiver = Some(receiver);
+                dispatcher.receiver = Some(receiver);
                 if matches!(failure, Failure::Connection(ConnectionError::TimedOut)) {
-                    self.pass_on(&desk);
+                    self.pass_on(&dispatcher);
                     return Err(ConnectionError::TimedOut);
                 }
-                self.lose(desk, failure);
+                self.lose(dispatcher, failure);
                 return Err(ConnectionError::Closed);
             }
         }
@@ -76,49 +76,51 @@ impl Exchange {
 
     /// Starts a thread that receives while no thread waits for a reply, for a server that accesses memory on its
     /// own over this socket. It ends with the connection.
-    pub fn attend(self: &Arc<Exchange>) -> std::io::Result<()> {
+    pub fn start_reader(self: &Arc<Exchange>) -> std::io::Result<()> {
         {
-            let mut desk = self.desk();
-            if desk.attended || desk.lost.is_some() {
+            let mut dispatcher = self.dispatcher();
+            if dispatcher.has_reader || dispatcher.lost.is_some() {
                 return Ok(());
             }
-            desk.attended = true;
+            dispatcher.has_reader = true;
         }
         let exchange = Arc::clone(self);
         let started = std::thread::Builder::new().name("vfio-user-dma".into()).spawn(move || {
-            exchange.attendant();
+            exchange.read_on();
         });
         if started.is_err() {
-            self.desk().attended = false;
+            self.dispatcher().has_reader = false;
         }
         started.map(drop)
     }
 
-    fn attendant(&self) {
-        let mut desk = self.desk();
+    fn read_on(&self) {
+        let mut dispatcher = self.dispatcher();
         loop {
-            if desk.lost.is_some() {
+            if dispatcher.lost.is_some() {
                 return;
             }
-            let receiver = if desk.handed.is_none() { desk.receiver.take() } else { None };
+            let receiver = if dispatcher.handed.is_none() { dispatcher.receiver.take() } else { None };
             let Some(mut receiver) = receiver else {
-                desk = self.wakes[ATTENDANT].wait(desk).unwrap_or_else(PoisonError::into_inner);
+                dispatcher = self.wakes[READER].wait(dispatcher).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            drop(desk);
+            drop(dispatcher);
             let step = loop {
-                match self.step(&mut receiver, None, Instant::now() + ATTENDANT_LIMIT) {
+                match self.step(&mut receiver, None, Instant::now() + READER_LIMIT) {
                     Ok(Step::Done) | Err(Failure::Connection(ConnectionError::TimedOut)) => {}
                     other => break other,
                 }
             };
-            desk = self.desk();
+            dispatcher = self.dispatcher();
             match step {
-                Ok(Step::Hand(owner, header)) => self.hand(&mut desk, receiver, owner, header),
-                Ok(_) => desk.receiver = Some(receiver),
+                Ok(Step::OtherReply(owner, header)) => {
+                    self.dispatch(&mut dispatcher, receiver, owner, header)
+                }
+                Ok(_) => dispatcher.receiver = Some(receiver),
                 Err(failure) => {
-                    desk.receiver = Some(receiver);
-                    self.lose(desk, failure);
+                    dispatcher.receiver = Some(receiver);
+                    self.lose(dispatcher, failure);
                     return;
                 }
             }
@@ -126,5 +128,5 @@ impl Exchange {
     }
 }
 
-/// How long the attendant waits for a message at a time.
-const ATTENDANT_LIMIT: Duration = Duration::from_secs(60);
+/// How long the reader thread waits for a message at a time.
+const READER_LIMIT: Duration = Duration::from_secs(60);

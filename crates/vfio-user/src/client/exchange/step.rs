@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags};
 
-use super::desk::{COPIED_BYTES_MAX, SLOTS, SlotState};
+use super::dispatcher::{COPIED_BYTES_MAX, SLOTS, SlotState};
 use super::{Exchange, Failure, POSTED_ID};
 use crate::client::dma::os_errno;
 use crate::codec::{Header, Kind};
@@ -14,9 +14,9 @@ use crate::connection::{ConnectionError, Receiver, wait_ready};
 /// The result of a message for the leader.
 pub(super) enum Step {
     /// It is the leader's own reply; its header has been received.
-    Mine(Header),
-    /// To another's reply, which its owner has to receive.
-    Hand(usize, Header),
+    OwnReply(Header),
+    /// It is another thread's reply, whose body that thread has to receive.
+    OtherReply(usize, Header),
     /// On to the next message.
     Done,
 }
@@ -44,7 +44,7 @@ impl Exchange {
             // A server that accesses memory over this socket may do so at any time, and replies that it does not
             // read at once must be sent later: from now on a thread always receives.
             if let Some(exchange) = self.this.upgrade() {
-                exchange.attend().map_err(|error| ConnectionError::Os(os_errno(&error)))?;
+                exchange.start_reader().map_err(|error| ConnectionError::Os(os_errno(&error)))?;
             }
             self.dma.serve(receiver, &self.sender, &header, deadline)?;
             return Ok(Step::Done);
@@ -52,42 +52,42 @@ impl Exchange {
         if header.id == POSTED_ID {
             return Ok(Step::Done);
         }
-        let mut desk = self.desk();
+        let mut dispatcher = self.dispatcher();
         let index = usize::from(header.id) % SLOTS;
-        let slot = desk.slots[index];
+        let slot = dispatcher.slots[index];
         let expected = matches!(slot.state, SlotState::Waiting | SlotState::Abandoned);
         if !expected || slot.id != header.id || slot.command != header.command {
             let what = format!("an unexpected reply to {} with id {}", header.command, header.id);
             return Err(Failure::Misbehaved(what));
         }
         if slot.state == SlotState::Abandoned {
-            desk.abandoned -= 1;
-            self.free(&mut desk, index);
+            dispatcher.abandoned -= 1;
+            self.free(&mut dispatcher, index);
             return Ok(Step::Done);
         }
         if me == Some(index) {
-            return Ok(Step::Mine(header));
+            return Ok(Step::OwnReply(header));
         }
-        drop(desk);
+        drop(dispatcher);
         let bytes = receiver.body_left();
         if bytes > COPIED_BYTES_MAX {
-            return Ok(Step::Hand(index, header));
+            return Ok(Step::OtherReply(index, header));
         }
         let mut copy = [0; COPIED_BYTES_MAX];
         let body = receiver.head(bytes, Some(deadline))?;
         copy[..bytes].copy_from_slice(&body[..bytes]);
         if receiver.has_fds() {
-            return Ok(Step::Hand(index, header));
+            return Ok(Step::OtherReply(index, header));
         }
         receiver.consume(bytes);
-        let mut desk = self.desk();
-        let slot = &mut desk.slots[index];
+        let mut dispatcher = self.dispatcher();
+        let slot = &mut dispatcher.slots[index];
         match slot.state {
             _ if slot.id != header.id => {}
             // Its owner has given up.
             SlotState::Abandoned => {
-                desk.abandoned -= 1;
-                self.free(&mut desk, index);
+                dispatcher.abandoned -= 1;
+                self.free(&mut dispatcher, index);
             }
             SlotState::Waiting => {
                 slot.reply = header;

@@ -10,7 +10,7 @@ pub(super) const SLOTS: usize = 32;
 /// The longest reply that is copied to another thread's slot.
 pub(super) const COPIED_BYTES_MAX: usize = 128;
 
-pub(super) struct Desk {
+pub(super) struct Dispatcher {
     /// `None` while there is a leader.
     pub(super) receiver: Option<Box<Receiver>>,
     /// The slot and header of a received reply whose owner has to receive its body.
@@ -19,7 +19,8 @@ pub(super) struct Desk {
     /// Number of slots in use.
     pub(super) taken: usize,
     pub(super) abandoned: usize,
-    pub(super) attended: bool,
+    /// Whether the thread of [`Exchange::start_reader`](super::Exchange::start_reader) runs.
+    pub(super) has_reader: bool,
     /// Number of threads that wait for space in the socket.
     pub(super) blocked: usize,
     pub(super) lost: Option<Failure>,
@@ -43,9 +44,9 @@ pub(super) enum SlotState {
     Abandoned,
 }
 
-impl Desk {
+impl Dispatcher {
     /// Without a leader and without pending requests.
-    pub(super) fn new(receiver: Receiver) -> Desk {
+    pub(super) fn new(receiver: Receiver) -> Dispatcher {
         let free = Slot {
             state: SlotState::Free,
             id: 0,
@@ -57,13 +58,13 @@ impl Desk {
         for (index, slot) in slots.iter_mut().enumerate() {
             slot.id = index as u16;
         }
-        Desk {
+        Dispatcher {
             receiver: Some(Box::new(receiver)),
             handed: None,
             slots,
             taken: 0,
             abandoned: 0,
-            attended: false,
+            has_reader: false,
             blocked: 0,
             lost: None,
         }
