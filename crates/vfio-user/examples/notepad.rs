@@ -209,8 +209,8 @@ impl SimpleMigration for Notepad {
             }
             let (place, page_bytes) = (item.place as usize, PAGE_BYTES as u64);
             let page = came.get_mut(place / PAGE_BYTES);
-            let Some(page) = page.filter(|_| item.place % page_bytes == 0 && item.length == page_bytes)
-            else {
+            let is_page = item.place.is_multiple_of(page_bytes) && item.length == page_bytes;
+            let Some(page) = page.filter(|_| is_page) else {
                 let text = format!("{} bytes at {:#x} are no page of it", item.length, item.place);
                 return Err(Refusal::unfit(PAGE.name(), text));
             };
