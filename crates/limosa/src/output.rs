@@ -123,12 +123,12 @@ impl Output {
             return self.say_aside(line);
         }
         // A reader that has gone does not end the command.
-        let _ = writeln!(io::stdout(), "{}", text::line(line));
+        let _ = writeln!(io::stdout(), "{}", fitted(line, terminal::output_columns()));
     }
 
     /// The same on standard error, where standard output has something else.
     pub fn say_aside(&self, line: &str) {
-        let _ = writeln!(io::stderr(), "{}", text::line(line));
+        let _ = writeln!(io::stderr(), "{}", fitted(line, terminal::error_columns()));
     }
 
     /// Says that the command listens at this address, as [`Output::say`] does. Whoever has started it waits for this line.
@@ -170,7 +170,40 @@ pub fn folded(to: &mut dyn Write, print: impl FnOnce(&mut dyn Write) -> io::Resu
     }
 }
 
+/// A line that says what is done, in lines of at most this many columns where it goes to a terminal. Programs get one line.
+fn fitted(line: &str, columns: Option<usize>) -> String {
+    let line = text::line(line);
+    match columns {
+        Some(columns) => text::folded(&line, columns).trim_end().to_owned(),
+        None => line,
+    }
+}
+
 /// A number of bytes as people read it.
 pub fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_progress_was_wider_than_its_terminal() {
+        let line = "measuring /run/limosa/net.sock: it is stopped and reset again and again, and gets its state back in the \
+                    end; /run/limosa/peer.sock loses its state";
+        for columns in [40, 80, 132] {
+            let fitted = fitted(line, Some(columns));
+            assert!(fitted.lines().all(|line| line.chars().count() <= columns), "{columns}: {fitted}");
+            assert_eq!(
+                fitted.split_whitespace().collect::<Vec<_>>(),
+                line.split_whitespace().collect::<Vec<_>>()
+            );
+        }
+        // A program waits for the whole of it in one line.
+        assert_eq!(fitted(line, None), line);
+        // A name has no place at which it could be folded, and is not torn: it can be copied.
+        let name = format!("listening on /{}", "x".repeat(100));
+        assert_eq!(fitted(&name, Some(80)).split_whitespace().last(), name.split_whitespace().last());
+    }
 }

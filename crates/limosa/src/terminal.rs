@@ -27,7 +27,12 @@ fn wants_colours(is_terminal: bool, no_color: Option<&OsStr>, term: Option<&OsSt
 
 /// The columns of the terminal; 80 where it does not say.
 pub fn columns() -> usize {
-    terminal_size::terminal_size_of(io::stderr()).map_or(80, |(width, _)| usize::from(width.0))
+    error_columns().unwrap_or(80)
+}
+
+/// The columns of the terminal that standard error is; `None` where it is none.
+pub fn error_columns() -> Option<usize> {
+    terminal_size::terminal_size_of(io::stderr()).map(|(width, _)| usize::from(width.0))
 }
 
 /// The columns of the terminal that standard output is; `None` where it is none.
