@@ -33,6 +33,7 @@ mod snapshot_location;
 mod staying;
 mod terminal;
 mod text;
+mod wrong_socket;
 
 use std::ffi::OsStr;
 use std::process::ExitCode;

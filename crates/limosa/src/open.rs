@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::{self, Code};
 use crate::open_elsewhere::{self, OpenElsewhere};
+use crate::wrong_socket;
 
 /// The forms of a name, for those whose name has none of them.
 const FORMS: &str =
@@ -224,6 +225,13 @@ impl Opening<'_> {
             ..Options::default()
         };
         Client::connect(path, options).map_err(|error| {
+            let is_other = matches!(
+                error,
+                Error::Misbehaved { .. } | Error::Disconnected { .. } | Error::Timeout { .. }
+            );
+            if is_other && let Some(what) = wrong_socket::not_a_device(path) {
+                return exit::error(Code::Unreachable, format!("{name}: {what}"));
+            }
             let hint = hint(&error);
             anyhow::Error::from(error).context(format!("{name} cannot be opened{hint}"))
         })
@@ -263,6 +271,10 @@ pub fn listed(name: &str) -> Option<Listed> {
 fn hint(error: &Error) -> &'static str {
     match error {
         Error::Os { errno: Errno::ECONNREFUSED, .. } => " (nobody listens there: is its server running?)",
+        Error::Os { errno: Errno::EACCES, .. } => {
+            " (its server lets this user not in: `limosa serve` has --mode and --group for who may use the device, and --control for a \
+             socket of those who may move it)"
+        }
         Error::Os { errno: Errno::EPERM, .. } => {
             " (--server-uid names a further user whose servers are trusted)"
         }

@@ -178,7 +178,8 @@ fn wait(listener: &UnixListener, stop: Option<BorrowedFd<'_>>, pending: &[Pendin
     let mut fds = vec![PollFd::new(listener, PollFlags::IN)];
     for pending in pending {
         fds.push(PollFd::from_borrowed_fd(pending.channel.socket(), PollFlags::IN));
-        fds.push(PollFd::new(&pending.connection, PollFlags::RDHUP));
+        // A new server says nothing there. Who does speaks another protocol.
+        fds.push(PollFd::new(&pending.connection, PollFlags::IN | PollFlags::RDHUP));
     }
     if let Some(stop) = stop {
         fds.push(PollFd::from_borrowed_fd(stop, PollFlags::IN));

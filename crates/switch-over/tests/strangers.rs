@@ -223,3 +223,20 @@ fn a_channel_that_is_no_socket_is_refused() {
     let error = pretend(|mut connection| connection.write_all(b"HTTP/1.1 400 Bad Request\r\n").unwrap());
     assert!(error.to_string().contains("is it a take-over socket?"), "{error}");
 }
+
+/// It had its place until the limit for a new server's hello.
+#[test]
+fn a_client_that_says_something_at_the_door_is_no_new_server_and_ends() {
+    let limits = GiveLimits { hello: Duration::from_secs(1000), ..GiveLimits::default() };
+    let errors = beside(&GiveOptions { limits, ..old() }, |path| {
+        let mut door = UnixStream::connect(path).unwrap();
+        door.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        door.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        // What is sent before it is heard is DOOR. What is not read of it may be told by a reset.
+        match door.read_to_end(&mut Vec::new()) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+        }
+    });
+    assert!(errors.is_empty(), "{errors:?}");
+}

@@ -18,6 +18,7 @@ use crate::noted_devices::NotedDevices;
 use crate::open::Opening;
 use crate::output::{Output, plain};
 use crate::snapshot_location::SnapshotLocation;
+use crate::wrong_socket;
 
 #[derive(Serialize)]
 struct Resolved<'a> {
@@ -212,7 +213,10 @@ impl Settling<'_> {
                 limosa_migrate::Error::NotKnown { .. } => {
                     self.unknown("its destination does not know either")
                 }
-                why => self.unknown(&why.to_string()),
+                why => {
+                    let other = wrong_socket::not_a_receiver(&address).filter(|_| !links.are_tls());
+                    self.unknown(&other.map_or(why.to_string(), |what| format!("{address}: {what}")))
+                }
             }),
         }
     }

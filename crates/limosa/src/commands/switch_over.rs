@@ -21,6 +21,7 @@ use super::serve::Listening;
 use crate::args;
 use crate::exit::{self, Code};
 use crate::output::{Output, plain};
+use crate::wrong_socket;
 
 /// To connect to the old server.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -156,10 +157,16 @@ impl Old<'_> {
         };
         match answer {
             Answer::Serves(peer) => Ok(Old { path, peer }),
-            Answer::NoDoor(peer) => refused(
-                peer,
-                "lets nobody take over here; expected the --takeover path of a server of this user, not a device's socket",
-            ),
+            Answer::NoDoor(peer) => match wrong_socket::not_a_take_over(path) {
+                Some(what) => {
+                    let what = format!("{}: {what}; nothing was started", path.display());
+                    Err(exit::error(Code::Unreachable, what))
+                }
+                None => refused(
+                    peer,
+                    "lets nobody take over here; expected the --takeover path of a server of this user",
+                ),
+            },
             Answer::Silent(peer) => refused(
                 peer,
                 "does not answer: it is in another switch-over, or hangs; try again when that is over",

@@ -153,6 +153,10 @@ impl Client {
             Err(error) if is_passing(&error) => return Step::Asks(head),
             Err(_) => return Step::Gone,
         }
+        // The name of a method begins so. Who says something else speaks another protocol, and would never end its head.
+        if !head[0].is_ascii_alphabetic() {
+            return self.write(refusal("400 Bad Request", "", "expected a request of HTTP/1.1"), 0);
+        }
         let is_whole =
             head.windows(4).any(|end| end == b"\r\n\r\n") || head.windows(2).any(|end| end == b"\n\n");
         match is_whole {

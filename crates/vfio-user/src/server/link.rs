@@ -259,6 +259,9 @@ impl Link {
                 },
             };
             let body_bytes = receiver.body_left();
+            if until.is_some() {
+                self.check_first(&header)?;
+            }
             if is_reply(&header) {
                 self.hand_over(receiver, header, None, until)?;
                 continue;
@@ -339,6 +342,18 @@ impl Link {
         until: Option<Instant>,
     ) -> Result<(), ConnectionError> {
         if fits == Fits::Drained { receiver.skip(until) } else { Ok(()) }
+    }
+
+    /// Refuses what cannot begin a connection of vfio-user: a client that speaks another protocol is not listened to until its time
+    /// is over.
+    fn check_first(&self, header: &Header) -> Result<(), ConnectionError> {
+        let body_bytes = header.body_bytes().unwrap_or(0);
+        let is_long =
+            header.command != Command::VERSION && self.fits(header.command, body_bytes) != Fits::Yes;
+        match is_reply(header) || is_long {
+            true => Err(ConnectionError::Broken("its first message is none of vfio-user")),
+            false => Ok(()),
+        }
     }
 
     fn fits(&self, command: Command, body_bytes: usize) -> Fits {

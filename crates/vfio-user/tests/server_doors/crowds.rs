@@ -206,3 +206,26 @@ fn cpu_time_of(sleep: Duration) -> Duration {
     }
     least
 }
+
+/// It was listened to for as long as a client may take for its version, or for a message.
+#[test]
+fn a_client_that_speaks_another_protocol_is_told_so_by_the_end_of_its_connection() {
+    let long = Duration::from_secs(1000);
+    // The preface of a migration stream, a reply, and a command that no message is as long as.
+    let preface = [b"\x89LMSA\r\n\x1a", &[1, 0, 1, 0][..], &[0; 28]].concat();
+    let reply = header(7, VERSION, 64, REPLY);
+    let endless = header(7, 0x4d53, u32::MAX, 0);
+    for interruptible in [false, true] {
+        let options =
+            Options { interruptible, message_limit: long, version_limit: long, ..Options::default() };
+        let served = Served::with(TestDevice::new().machine(), options);
+        for first in [&preface[..], &reply, &endless] {
+            let mut client = std::os::unix::net::UnixStream::connect(served.path()).unwrap();
+            client.set_read_timeout(Some(limosa_testing::LIMIT)).unwrap();
+            std::io::Write::write_all(&mut client, first).unwrap();
+            let mut answer = Vec::new();
+            std::io::Read::read_to_end(&mut client, &mut answer).unwrap();
+            assert_eq!(answer, [0; 0], "interruptible: {interruptible}, first: {first:x?}");
+        }
+    }
+}

@@ -4,7 +4,7 @@ use std::io;
 use std::time::Instant;
 
 use limosa_migrate::link::{Address, LinkError, Wait};
-use limosa_migrate::{Cancel, Outcome};
+use limosa_migrate::{Cancel, Error, Outcome, Phase};
 
 use super::ended::{Ending, Work};
 use super::{ASK_EVERY, cancel_on_signal, memory, options, over_link, source};
@@ -19,6 +19,7 @@ use crate::noting::{Noting, Target};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
+use crate::wrong_socket;
 
 pub fn send(args: &args::Send, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let cancel = cancel_on_signal()?;
@@ -84,6 +85,16 @@ fn over(
         }
     }
     drop(progress);
+    // Nothing of the move has begun where no receiver has answered.
+    if let Outcome::Undone { why: why @ (Error::Link { .. } | Error::Stream { .. }), report } = &mut outcome
+        && !report.phases.iter().any(|phase| phase.phase == Phase::PreCopy)
+        && !links.are_tls()
+        && let Some(what) = wrong_socket::not_a_receiver(address)
+    {
+        let (peer, error) = (address.to_string(), LinkError::Io(io::Error::other(what)));
+        *why = Error::Link { peer, doing: "waiting for a receiver's first word", error };
+        report.why = Some(why.to_string());
+    }
     ending.settled(outcome, &guest)
 }
 

@@ -46,8 +46,11 @@ impl Link {
             };
             drop(shared);
             // Usually nothing has arrived yet, and checking the socket first would waste a call.
-            let gathered =
-                if is_ready || receiver.has_more() { self.gather(&mut receiver) } else { Ok(false) };
+            let gathered = if is_ready || receiver.has_more() {
+                self.gather(&mut receiver, until.is_some())
+            } else {
+                Ok(false)
+            };
             self.give_back(receiver);
             if gathered? {
                 return Ok(Something::Command);
@@ -115,9 +118,16 @@ impl Link {
         self.reads.load(SeqCst) == BUSY
     }
 
-    /// Whether a command has come. Replies before it go to the threads that wait for them.
-    fn gather(&self, receiver: &mut Receiver) -> Result<bool, ConnectionError> {
-        while receiver.gather()? {
+    /// Whether a command has come. Replies before it go to the threads that wait for them. There are none before the first one.
+    fn gather(&self, receiver: &mut Receiver, is_first: bool) -> Result<bool, ConnectionError> {
+        loop {
+            let is_there = receiver.gather()?;
+            if is_first && let Some(header) = receiver.held_header() {
+                self.check_first(&header)?;
+            }
+            if !is_there {
+                return Ok(false);
+            }
             if !receiver.held_header().is_some_and(|header| is_reply(&header)) {
                 return Ok(true);
             }
@@ -125,7 +135,6 @@ impl Link {
             self.hand_over(receiver, header, None, None)?;
             receiver.skip(None)?;
         }
-        Ok(false)
     }
 
     /// Sleeps until [`Link::wake`] was called, the client has gone, or the time has passed. Data of the client
