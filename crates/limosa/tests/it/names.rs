@@ -130,3 +130,25 @@ fn a_held_device_is_let_go_at_a_signal() {
         limosa(&["state", &device.socket, "reset"]).ok();
     }
 }
+
+/// A process holds many things that are no devices: what each is, is said, and nothing of it is touched.
+#[test]
+fn a_descriptor_of_another_process_that_is_no_device_is_named() {
+    if !crate::support::users::can_be_another("a_descriptor_of_another_process_that_is_no_device_is_named") {
+        return;
+    }
+    // Its standard input is /dev/null, and its output a pipe.
+    let child = crate::support::vcpus();
+    let name = |fd: &str| format!("/proc/{}/fd/{fd}", child.pid());
+    for (fd, what) in [("0", "it is no VFIO device but /dev/null"), ("1", "it is no VFIO device but pipe:[")]
+    {
+        for command in ["probe", "state", "check"] {
+            limosa(&[command, &name(fd)]).fails(UNREACHABLE, &[&name(fd), what]);
+        }
+    }
+    limosa(&["probe", &name("777")])
+        .fails(UNREACHABLE, &[&name("777"), "has no fd 777", "`limosa probe` lists"]);
+    let ended = name("1");
+    child.kill();
+    limosa(&["probe", &ended]).fails(UNREACHABLE, &[&ended, "there is no process"]);
+}

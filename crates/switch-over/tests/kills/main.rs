@@ -6,17 +6,18 @@
 //!
 //! The processes are this test's own program, which `role` turns into a server.
 
-#[path = "toy/mod.rs"]
+mod process;
+#[path = "../toy/mod.rs"]
 mod toy;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
@@ -28,6 +29,7 @@ use limosa_switch_over::{
     Ending, GiveLimits, GiveOptions, OldServer, Peer, Step, TakeOptions, TakeOver, give_to_child, take,
 };
 use limosa_testing::points::{self, KILL_AT, at};
+use process::{Process, this_program};
 use rustix::process::{DumpableBehavior, PTracer, set_dumpable_behavior, set_ptracer};
 use toy::{Client, Place, Server, ToyGiver, ToyTaker};
 
@@ -185,84 +187,6 @@ fn start_child(
 fn say(what: &str) {
     if writeln!(std::io::stdout(), "toy: {what}").is_err() {
         std::process::exit(0);
-    }
-}
-
-fn this_program(role: &str, folder: &Path, way: Way) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command
-        .args(["--exact", "role", "--nocapture", "--test-threads=1"])
-        .env(ROLE, role)
-        .env(FOLDER, folder)
-        .env(WAY, format!("{way:?}"))
-        .env("RUST_BACKTRACE", "0");
-    command
-}
-
-/// A server process.
-struct Process {
-    child: Child,
-    stdin: Option<ChildStdin>,
-    lines: BufReader<ChildStdout>,
-}
-
-impl Process {
-    fn start(role: &str, folder: &Path, way: Way, settings: &[(&str, &str)]) -> Process {
-        Process::spawn(this_program(role, folder, way), settings)
-    }
-
-    fn spawn(mut command: Command, settings: &[(&str, &str)]) -> Process {
-        command.envs(settings.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap());
-        Process { stdin: child.stdin.take(), child, lines }
-    }
-
-    /// The next line that the process says; `None` once it, and each child of it, has ended.
-    fn next(&mut self) -> Option<String> {
-        let mut line = String::new();
-        loop {
-            line.clear();
-            if self.lines.read_line(&mut line).unwrap() == 0 {
-                return None;
-            }
-            if let Some((_, said)) = line.trim_end().split_once("toy: ") {
-                return Some(said.into());
-            }
-        }
-    }
-
-    /// Reads on to a line with this.
-    fn says(&mut self, what: &str) -> String {
-        let mut before = Vec::new();
-        loop {
-            match self.next() {
-                Some(line) if line.contains(what) => return line,
-                Some(line) => before.push(line),
-                None => panic!("the process ended without {what:?}; it said {before:?}"),
-            }
-        }
-    }
-
-    fn ended(&mut self) -> ExitStatus {
-        self.child.wait().unwrap()
-    }
-
-    fn was_killed(&mut self) -> bool {
-        std::os::unix::process::ExitStatusExt::signal(&self.ended()) == Some(9)
-    }
-
-    /// Has it start a new server.
-    fn tell(&mut self, word: &str) {
-        writeln!(self.stdin.as_mut().unwrap(), "{word}").unwrap();
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Whatever it is, it ends with the test.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -436,7 +360,7 @@ fn a_chain_of_servers_keeps_its_client_and_no_fd() {
         assert!(server.ended().success());
         // The socket for clients is there, and is that of the new process.
         let another = UnixStream::connect(folder.path().join("toy")).unwrap();
-        assert_eq!(Peer::of(&another).unwrap().pid(), next.child.id().cast_signed());
+        assert_eq!(Peer::of(&another).unwrap().pid(), next.pid());
         (server, client) = (next, asked);
     }
     assert!(client.ask(100));
