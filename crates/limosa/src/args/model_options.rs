@@ -141,6 +141,20 @@ mod tests {
     }
 
     #[test]
+    fn the_page_of_the_synthetic_device_has_its_options() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/synthetic.md");
+        // A packaged crate has no pages beside it.
+        let Ok(page) = std::fs::read_to_string(page) else { return };
+        let row = |option: &ModelOption| {
+            let ModelOption { name, value, default, meaning } = option;
+            let default = default.map_or(" ".into(), |default| format!(" {default} "));
+            format!("| {name}={} |{default}| {meaning} |\n", value.replace('|', "\\|"))
+        };
+        let table: String = SYNTHETIC.iter().map(row).collect();
+        assert!(page.contains(&table), "docs/synthetic.md lacks this table:\n{table}");
+    }
+
+    #[test]
     fn lines_are_no_wider_than_they_may_be() {
         for model in Model::ALL {
             let text = model.describe(80);

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod dma;
+mod page;
 mod refusals;
 
 use std::os::fd::{AsFd, OwnedFd};
