@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
+use limosa_migrate::Options;
 
 use super::resolving::Moves;
 use super::values::seconds;
@@ -17,10 +18,44 @@ pub struct Link {
     pub silence: Duration,
 
     #[command(flatten)]
+    pub checksums: Checksums,
+
+    #[command(flatten)]
     pub moves: Moves,
 
     #[command(flatten)]
     pub tls: Tls,
+}
+
+/// Whether links carry memory with checksums.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Link")]
+pub struct Checksums {
+    /// Whether guest memory is sent with checksums of its own. `auto`: not under TLS, which has some. `never` takes less time,
+    /// and damage of the path goes unseen: for a path that loses and alters nothing, such as a UNIX socket. Both sides have to
+    /// do without.
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub memory_checksums: MemoryChecksums,
+}
+
+/// When memory is sent with checksums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MemoryChecksums {
+    Auto,
+    Always,
+    Never,
+}
+
+impl Checksums {
+    /// The options of a move with them.
+    pub fn of(self, options: Options) -> Options {
+        use limosa_migrate::MemoryChecksums as Engine;
+        options.with_memory_checksums(match self.memory_checksums {
+            MemoryChecksums::Auto => Engine::UnlessAuthenticated,
+            MemoryChecksums::Always => Engine::Always,
+            MemoryChecksums::Never => Engine::Never,
+        })
+    }
 }
 
 /// TLS 1.3 with both sides authenticated: all three files, on both sides.

@@ -8,7 +8,7 @@ use limosa_migrate::{Compression, MigrationId, Options};
 
 use super::KeepOpen;
 use super::guest::{DestinationMemory, MemoryPairs, SourceMemory, Starting, Stopping};
-use super::link::{Link, Names};
+use super::link::{Checksums, Link, Names};
 use super::resolving::Moves;
 use super::values::{LinkCount, bytes, compression, device, link_count, links, milliseconds, seconds};
 use crate::metrics;
@@ -157,6 +157,9 @@ pub struct Migrate {
 
     #[command(flatten)]
     pub starting: Starting,
+
+    #[command(flatten)]
+    pub checksums: Checksums,
 
     #[command(flatten)]
     pub moves: Moves,

@@ -40,7 +40,8 @@ fn between(
     cancel: &Cancel,
     out: &Output,
 ) -> anyhow::Result<()> {
-    let (progress, options) = (Progress::new(out, || from.total_bytes()), options(&args.moving));
+    let (progress, options) =
+        (Progress::new(out, || from.total_bytes()), args.checksums.of(options(&args.moving)));
     let ending = Ending::new(Work::Move, &args.reporting, out)?;
     let (here, there) = (from.moved(), to.moved());
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);

@@ -48,7 +48,8 @@ fn options(moving: &args::Moving) -> Options {
 
 /// With the time limits of a link that may be lost, and the trust in its peer.
 fn over_link(options: Options, link: &args::Link) -> Options {
-    options
+    link.checksums
+        .of(options)
         .with_silence_max(link.silence)
         .with_commit_max(link.silence)
         .with_unauthenticated_peers(link.tls.insecure)
