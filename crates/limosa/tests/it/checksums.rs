@@ -1,13 +1,11 @@
 //! `--memory-checksums`: which frames of memory go without a checksum, by what both sides say.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use crate::support::{Folder, limosa, start};
 use limosa_stream::{Header, Kind, PREFACE_BYTES};
-use support::{Folder, limosa, start};
 
 /// Passes one connection on, and returns what the sender sent.
 fn recorded(listener: &UnixListener, to: &str) -> Vec<u8> {
@@ -91,7 +89,7 @@ trait Usage {
     fn fails_usage(&self);
 }
 
-impl Usage for support::Ended {
+impl Usage for crate::support::Ended {
     #[track_caller]
     fn fails_usage(&self) {
         assert_eq!(self.code, 2, "{self:?}");

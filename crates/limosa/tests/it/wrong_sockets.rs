@@ -1,18 +1,16 @@
 //! Sockets that are given to a command which is not for them: each is named at once.
 
-mod support;
-
+use crate::support::users::{can_be_another, start_as_other};
+use crate::support::{Folder, Running, limosa, start};
 use limosa_protocol::State;
 use limosa_vfio_user::client::{Client, Options};
-use support::users::{can_be_another, start_as_other};
-use support::{Folder, Running, limosa, start};
 
 /// One of each: a device with a VMM, its control socket, its take-over path and its metrics, and a receiver.
 struct Scene {
     folder: Folder,
     server: Running,
     receiver: Running,
-    _other: support::Server,
+    _other: crate::support::Server,
     metrics: String,
 }
 
