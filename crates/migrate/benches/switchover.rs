@@ -16,8 +16,8 @@ use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::link::{Listener, Wait, connect};
 use limosa_migrate::{
-    Act, Destination, FilePages, Ledger, Memory, MemoryRegion, MovedDevice, Options, Outcome, Received,
-    Report, Source,
+    Act, Destination, FilePages, Ledger, Memory, MemoryRegion, MovedDevice, Options, Outcome, Phase,
+    Received, Report, Source,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::State;
@@ -43,6 +43,17 @@ fn arcs(report: &Report) -> f64 {
         arcs.filter(|span| span.start_ns >= stopped).map(|span| span.duration_ns).sum::<u64>()
     });
     devices.max().unwrap_or(0) as f64 / 1e6
+}
+
+/// The parts of a source's downtime.
+const PHASES: [Phase; 4] = [Phase::Stop, Phase::StopCopy, Phase::Load, Phase::Commit];
+
+/// In ms: how long each of [`PHASES`] took.
+fn phases(report: &Report) -> [f64; 4] {
+    PHASES.map(|wanted| {
+        let durations = report.phases.iter().filter(|phase| phase.phase == wanted);
+        durations.map(|phase| phase.duration_ns).sum::<u64>() as f64 / 1e6
+    })
 }
 
 /// In ms: as many bytes through a bare socket, and then the same with devices that are read and loaded at its ends.
@@ -129,15 +140,15 @@ fn moved(
     }
 }
 
-/// In ms: downtime, arcs on both sides, the floors.
-fn once(sources: &[Loopback], destinations: &[Loopback]) -> [f64; 4] {
+/// In ms: downtime, arcs on both sides, the floors; and the phases of the downtime.
+fn once(sources: &[Loopback], destinations: &[Loopback]) -> ([f64; 4], [f64; 4]) {
     let [report, theirs] = moved(sources, destinations, None);
     let reset = || sources.iter().chain(destinations).for_each(|device| device.reset().expect("a reset"));
     reset();
     let [bare, with_devices] = floors(sources, destinations);
     reset();
     let downtime = report.downtime_ns.expect("it was stopped") as f64 / 1e6;
-    [downtime, arcs(&report) + arcs(&theirs), bare, with_devices]
+    ([downtime, arcs(&report) + arcs(&theirs), bare, with_devices], phases(&report))
 }
 
 /// Prints what the logs of so many devices add.
@@ -146,9 +157,11 @@ fn harvest(runs: usize, devices: usize) {
     let (sources, destinations) = (make(), make());
     let pages = || FilePages::new(memfd(MEMORY_BYTES), 0);
     let memory = [pages(), pages()];
-    let downtime = |memory| {
+    let mut parts = [const { Vec::new() }; 2];
+    let mut downtime = |memory: Option<&_>| {
         let [report, _] = moved(&sources, &destinations, memory);
         sources.iter().chain(&destinations).for_each(|device| device.reset().expect("a reset"));
+        parts[usize::from(memory.is_some())].push(phases(&report));
         report.downtime_ns.expect("it was stopped") as f64 / 1e6
     };
     let both: Vec<_> = (0..runs).map(|_| [downtime(None), downtime(Some(&memory))]).collect();
@@ -159,6 +172,15 @@ fn harvest(runs: usize, devices: usize) {
          more (medians of {runs})",
         MEMORY_BYTES >> 30
     );
+    parts.iter().for_each(|phases| print_phases(phases));
+}
+
+/// Prints the medians of the phases of moves.
+fn print_phases(moves: &[[f64; 4]]) {
+    let medians = [0, 1, 2, 3].map(|at| median(moves.iter().map(|phases| phases[at])));
+    let parts: Vec<_> =
+        PHASES.iter().zip(medians).map(|(phase, ms)| format!("{} {ms:.3}", phase.name())).collect();
+    println!("         of it {}", parts.join(", "));
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
@@ -186,13 +208,14 @@ fn main() {
         let (sources, destinations) = (make(), make());
         let all: Vec<_> = (0..runs).map(|_| once(&sources, &destinations)).collect();
         let [downtime, arcs, bare, with_devices] =
-            [0, 1, 2, 3].map(|column| median(all.iter().map(|run| run[column])));
-        let beyond = |floor: usize| median(all.iter().map(|run| run[0] - run[1] - run[floor]));
+            [0, 1, 2, 3].map(|column| median(all.iter().map(|(run, _)| run[column])));
+        let beyond = |floor: usize| median(all.iter().map(|(run, _)| run[0] - run[1] - run[floor]));
         println!(
             "{devices:7}  {downtime:8.3}  {arcs:7.3}  {bare:11.3}  {with_devices:12.3}  {:13.3}  {:11.3}",
             beyond(2),
             beyond(3)
         );
+        print_phases(&all.iter().map(|(_, phases)| *phases).collect::<Vec<_>>());
     }
     if !has_arguments {
         harvest(10, 64);

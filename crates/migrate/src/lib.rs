@@ -51,8 +51,8 @@
 //! link and device. At the destination it needs a frame and a half for each link, one more if payloads are compressed,
 //! and buffers for device data that has arrived and is not loaded yet: 32 MiB for all devices together
 //! ([`Options::windows_bytes`]), in buffers that are up to a quarter larger, and up to 8 MiB of empty ones. With four links
-//! that is less than 64 MiB, whatever the size of the guest. Where the latency is high and devices are fast, windows grow
-//! ([`Options::windows_bytes_max`]). [`Report::buffer_bytes_max`] is the maximum that a move used.
+//! that is less than 64 MiB, whatever the size of the guest. Where many devices have more data than that, or the latency is high and
+//! devices are fast, windows are larger ([`Options::windows_bytes_max`]). [`Report::buffer_bytes_max`] is the maximum that a move used.
 #![forbid(unsafe_code)]
 
 mod acceptor;

@@ -35,7 +35,9 @@ pub struct Options {
     pub compress: Option<Compression>,
     /// On the destination: how many bytes of device data may have arrived without being loaded, for all devices
     /// together. Each device gets an equal part, at least [`WINDOW_BYTES_MIN`](limosa_stream::WINDOW_BYTES_MIN) and at most
-    /// 4 MiB. A small part costs speed if the latency to the source is high.
+    /// 4 MiB. A small part costs speed if the latency to the source is high. If a device says that it gives more than its part in the
+    /// stop, each part is as large as that and a quarter, up to 4 MiB and to its part of
+    /// [`windows_bytes_max`](Self::windows_bytes_max): the devices' data is then sent without a wait.
     pub windows_bytes: u64,
     /// On the destination: the limit to which the windows of all devices together may grow. A device's window doubles,
     /// to at most 64 MiB, when the source finds it full and the device loads as fast as data arrives, because the

@@ -13,7 +13,6 @@ use crate::devices::{compare_devices, compare_memory, facts, failed, way_out_of}
 use crate::error::{Mismatch, MismatchKind, Mistrust, check_cancel};
 use crate::link::{FurtherLinks, Link};
 use crate::memory::MemoryRegion;
-use crate::protocol::credit::window;
 use crate::wire::{Connection, Frame, within};
 use crate::{Error, Result};
 
@@ -99,7 +98,7 @@ impl<'a> Destination<'a> {
                 Err(Error::Cancelled) => return Err(Error::Cancelled),
                 Err(error) => vec![error.to_string()],
             };
-            let window = Some(window(self.devices.len(), self.options.windows_bytes));
+            let window = Some(receiving.window);
             let challenge = receiving.proofs.nonce();
             let accepted = accepted.is_ok();
             let unchecked = self.options.memory_checksums.are_waived(connection.link());

@@ -17,10 +17,9 @@ use crate::context::Context;
 use crate::devices::{MovedDevice, failed};
 use crate::link::Link;
 use crate::memory::MemoryRegion;
-use crate::protocol::credit::{ReceiveWindow, window};
+use crate::protocol::credit::{ReceiveWindow, read_bytes, window};
 use crate::protocol::state_limit::StateLimit;
 use crate::report::Recorder;
-use crate::transfer::device_sender::READ_BYTES_MAX;
 use crate::transfer::device_workers::DeviceWorkers;
 use crate::transfer::keep_alive::KeepAlive;
 use crate::transfer::team::{Shared, Team};
@@ -91,11 +90,12 @@ impl<'w, 'a> Receiving<'w, 'a> {
     ) -> Result<Receiving<'w, 'a>> {
         let team = Team::new(context.cancel)?;
         let joined = team.ended().child().map_err(|error| Error::Os { doing: "making an event", error })?;
-        let window = window(devices.len(), context.options.windows_bytes);
+        let window = window(&offer.devices, context.options);
         let windows = window * devices.len() as u64;
         let mut spares = Spares::new(SPARE_BYTES.min(windows) as usize);
-        // Touched now, and not in the downtime.
-        spares.fill(SPARE_BYTES.min(windows / 4) as usize, READ_BYTES_MAX, context.recorder.buffers());
+        // Touched now, and not in the downtime. As long as what a source reads at once: a payload does not keep a buffer that is much
+        // larger.
+        spares.fill(SPARE_BYTES.min(windows / 4) as usize, read_bytes(window), context.recorder.buffers());
         // Regions are matched by id: this side may have them in another order than the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
         let queue = |at: usize| {

@@ -1,6 +1,11 @@
 //! Credit: how much of a device's data may be on its way (`docs/stream.md: CREDIT`). Each side has its own count.
 
-use limosa_stream::{Damage, Kind, WINDOW_BYTES_MIN};
+use limosa_stream::{Damage, DeviceFacts, Kind, WINDOW_BYTES_MIN};
+
+use crate::Options;
+
+/// The most that is read from a device at once, so that it stays in a core's cache on the way.
+pub(crate) const READ_BYTES_MAX: usize = 512 << 10;
 
 /// The largest window of a device in bytes at first.
 pub(crate) const WINDOW_BYTES_MAX: u64 = 4 << 20;
@@ -10,9 +15,20 @@ pub(crate) const GROWN_BYTES_MAX: u64 = 64 << 20;
 /// (`docs/stream.md: Several links`).
 pub(crate) const SMALL_BYTES: usize = 4 << 10;
 
-/// The window of each of this many devices, which have `windows_bytes` together.
-pub(crate) fn window(devices: usize, windows_bytes: u64) -> u64 {
-    (windows_bytes / devices.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
+/// The window of each of these devices at first: an equal part of [`Options::windows_bytes`], or what the device gives in the stop
+/// that says most, as far as the windows may grow. A device whose data fits into its window does not wait for credit, of which each
+/// wait in the stop costs two threads a wake-up.
+pub(crate) fn window(devices: &[DeviceFacts], options: &Options) -> u64 {
+    let part = |bytes: u64| bytes / devices.len().max(1) as u64;
+    let most = devices.iter().filter_map(|facts| facts.data_bytes).max().unwrap_or(0);
+    // What a device says is an estimate.
+    let wanted = most.saturating_add(most / 4).min(part(options.windows_bytes_max));
+    part(options.windows_bytes).max(wanted).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
+}
+
+/// How many bytes a source with this window reads from a device at once: two reads fit into the window.
+pub(crate) fn read_bytes(window: u64) -> usize {
+    READ_BYTES_MAX.min(window as usize / 2).max(1)
 }
 
 /// The source's count of one device.
@@ -209,6 +225,27 @@ mod tests {
         }
         assert_eq!(window.bytes(), GROWN_BYTES_MAX);
         assert_eq!(window.end(), GROWN_BYTES_MAX);
+    }
+
+    #[test]
+    fn devices_whose_data_was_larger_than_their_window_waited_for_credit_in_the_stop() {
+        let facts = |bytes| DeviceFacts { data_bytes: bytes, ..DeviceFacts::default() };
+        let of = |devices: usize, bytes, options: &Options| window(&vec![facts(bytes); devices], options);
+        let options = Options::default();
+        assert_eq!(of(64, None, &options), 512 << 10, "an equal part");
+        assert_eq!(
+            of(64, Some(1 << 20), &options),
+            (1 << 20) + (1 << 18),
+            "all data of each, with a reserve"
+        );
+        assert_eq!(of(64, Some(1), &options), 512 << 10, "never less than without");
+        assert_eq!(of(64, Some(u64::MAX), &options), 4 << 20, "no more than may grow");
+        assert_eq!(of(256, Some(64 << 20), &options), 1 << 20, "no more than may grow");
+        let fixed = options.with_windows_bytes_max(0);
+        assert_eq!(of(64, Some(1 << 20), &fixed), 512 << 10, "where nothing grows");
+        let mixed = [facts(None), facts(Some(3 << 20)), facts(Some(1 << 20))];
+        assert_eq!(window(&mixed, &Options::default()), 4 << 20);
+        assert_eq!(window(&[], &Options::default()), 4 << 20);
     }
 
     #[test]

@@ -19,13 +19,13 @@ use super::way_back::WayBack;
 use crate::devices::{MovedDevice, failed};
 use crate::error::{Misbehaviour, guard};
 use crate::memory::DirtyPages;
+pub(crate) use crate::protocol::credit::READ_BYTES_MAX;
+use crate::protocol::credit::read_bytes;
 use crate::protocol::state_limit::StateLimit;
 use crate::report::{Act, Loss, Unrecovered};
 use crate::wire::Frame;
 use crate::{Error, Result};
 
-/// The most that is read from a device at once, so that it stays in a core's cache on the way.
-pub(crate) const READ_BYTES_MAX: usize = 512 << 10;
 /// A streaming device is asked again how much is left after this many bytes, or after this time.
 const LOOK_BYTES: u64 = 16 << 20;
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -69,10 +69,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         sending: &'w Sending<'w, 'a>,
         log: Option<StopHarvest>,
     ) -> DeviceSender<'w, 'a> {
-        // Two reads fit into the window.
-        let room = sending
-            .window_bytes()
-            .map_or(READ_BYTES_MAX, |window| READ_BYTES_MAX.min(window as usize / 2).max(1));
+        let room = sending.window_bytes().map_or(READ_BYTES_MAX, read_bytes);
         let mut buffer = Buffer::new(sending.recorder().buffers());
         // Touched now, since the first access to memory takes time that would add to the downtime.
         buffer.grow(room);

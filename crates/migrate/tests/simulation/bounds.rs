@@ -50,8 +50,10 @@ pub fn check(plan: &Plan, report: &Report) -> Result<Windows, String> {
     }
     let frame = DATA_BYTES_MAX as u64;
     let (links, devices) = (u64::from(plan.links_taken), plan.devices.len() as u64);
+    // A window is as large from the start as it may become, where a device says that it has so much.
+    let first_max = first.max(plan.windows_bytes_max() / devices.max(1));
     // A save has no peer that gives a window.
-    let read = if plan.saves.is_some() { READ_BYTES_MAX } else { READ_BYTES_MAX.min(first / 2) };
+    let read = if plan.saves.is_some() { READ_BYTES_MAX } else { READ_BYTES_MAX.min(first_max / 2) };
     // What a compression puts into may have to be a little longer than a frame.
     let packed = (links + devices) * (frame + frame / 64);
     let is_compressed = plan.compression().is_some();
