@@ -11,7 +11,7 @@ use limosa_protocol::logging::{REPORT_PAGE_SIZE_MIN, check_report};
 
 use crate::{Device, Error, Result};
 
-pub use device::DeviceLog;
+pub use device::{DeviceLog, StartedLog};
 pub use fused::Fused;
 pub use ranges::merge_nearest;
 

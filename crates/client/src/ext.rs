@@ -96,21 +96,15 @@ pub trait DeviceExt: Device {
     /// Reads and clears the log of a range (`VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`): bit *n* of `words` for page *n*
     /// from `iova` on. The previous contents of `words` may be lost. On any error treat the whole range as dirty.
     fn dma_logging_report(&self, iova: u64, length: u64, page_size: u64, words: &mut [u64]) -> Result<()> {
-        let pages = length.div_ceil(page_size.max(1));
-        if (words.len() as u64) < pages.div_ceil(64) {
-            return Err(Error::Usage {
-                device: self.name().into(),
-                what: format!("a bitmap of {} words is too short for {pages} pages", words.len()),
-            });
-        }
-        let mut payload = FeatureDmaLoggingReport { iova, length, page_size };
-        self.feature(&mut FeatureRequest {
-            index: FeatureIndex::DMA_LOGGING_REPORT,
-            op: FeatureOp::GET,
-            payload: payload.as_mut_bytes(),
-            refers: Refers::Bitmap(words),
-        })
-        .map(drop)
+        log_bitmap(self, FeatureIndex::DMA_LOGGING_REPORT, iova, length, page_size, words)
+    }
+
+    /// Reads where the log of a range may have pages, and clears nothing (`docs/vfio-user-extensions.md: DIRTY_BLOCKS`): bit *n*
+    /// of `words` for the `block_size` bytes from `iova + n * block_size` on, a power of two. A block without a bit has no page that
+    /// was written since the last report, up to the call. What `words` held may be lost. A device without the feature refuses it
+    /// with ENOTTY.
+    fn dirty_blocks(&self, iova: u64, length: u64, block_size: u64, words: &mut [u64]) -> Result<()> {
+        log_bitmap(self, FeatureIndex::DIRTY_BLOCKS, iova, length, block_size, words)
     }
 
     /// Opts in to output flags in pre-copy info (`VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`); `false` if the device does
@@ -131,6 +125,33 @@ pub trait DeviceExt: Device {
 }
 
 impl<D: Device + ?Sized> DeviceExt for D {}
+
+/// A GET that a bitmap answers.
+fn log_bitmap<D: Device + ?Sized>(
+    device: &D,
+    index: FeatureIndex,
+    iova: u64,
+    length: u64,
+    page_size: u64,
+    words: &mut [u64],
+) -> Result<()> {
+    let pages = length.div_ceil(page_size.max(1));
+    if (words.len() as u64) < pages.div_ceil(64) {
+        return Err(Error::Usage {
+            device: device.name().into(),
+            what: format!("a bitmap of {} words is too short for {pages} pages", words.len()),
+        });
+    }
+    let mut payload = FeatureDmaLoggingReport { iova, length, page_size };
+    device
+        .feature(&mut FeatureRequest {
+            index,
+            op: FeatureOp::GET,
+            payload: payload.as_mut_bytes(),
+            refers: Refers::Bitmap(words),
+        })
+        .map(drop)
+}
 
 fn get<T: FromBytes + IntoBytes, D: Device + ?Sized>(device: &D, index: FeatureIndex) -> Result<T> {
     let mut answer = T::new_zeroed();

@@ -8,10 +8,10 @@ use limosa_client::{
     Device, DeviceIdentity, DirtyBits, DmaMap, Error, FeatureReply, FeatureRequest, IrqAction, Refers,
     Region, Result,
 };
-use limosa_protocol::bitmap::runs;
+use limosa_protocol::bitmap::{runs, set_range};
 use limosa_protocol::feature::{DmaLoggingRange, FeatureDmaLoggingControl, FeatureDmaLoggingReport};
 use limosa_protocol::info::{DeviceInfo, IrqInfo};
-use limosa_protocol::{Errno, FeatureIndex};
+use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
 use zerocopy::{FromBytes, IntoBytes};
 
 const PAGE: u64 = 4096;
@@ -23,6 +23,10 @@ struct Logger {
     refusal: Errno,
     page_size: u64,
     report_refusal: Option<Errno>,
+    /// Whether it tells where its log has pages, and whether it refuses to after the log was started.
+    has_blocks: bool,
+    blocks_refusal: Option<Errno>,
+    looks: Mutex<Vec<(u64, u64)>>,
     ranges: Mutex<Vec<(u64, u64)>>,
     written: Mutex<BTreeSet<u64>>,
     reports: Mutex<Vec<(u64, u64)>>,
@@ -36,6 +40,9 @@ impl Logger {
             refusal: Errno::E2BIG,
             page_size: PAGE,
             report_refusal: None,
+            has_blocks: false,
+            blocks_refusal: None,
+            looks: Mutex::default(),
             ranges: Mutex::default(),
             written: Mutex::default(),
             reports: Mutex::default(),
@@ -91,6 +98,27 @@ impl Device for Logger {
                     let bit = page - report.iova / self.page_size;
                     words[(bit / 64) as usize] |= 1 << (bit % 64);
                     self.written.lock().unwrap().remove(page);
+                }
+            }
+            (FeatureIndex::DIRTY_BLOCKS, refers) if self.has_blocks => {
+                if request.op.contains(FeatureOp::PROBE) {
+                    return Ok(FeatureReply::default());
+                }
+                if let Some(errno) = self.blocks_refusal {
+                    return Err(self.refused(errno));
+                }
+                let Refers::Bitmap(words) = refers else { unreachable!() };
+                let asked = FeatureDmaLoggingReport::read_from_bytes(request.payload).unwrap();
+                self.looks.lock().unwrap().push((asked.iova, asked.length));
+                words.fill(0);
+                let last = asked.iova + (asked.length - 1);
+                for page in self.written.lock().unwrap().iter() {
+                    let (begin, end) = (page * self.page_size, (page + 1) * self.page_size - 1);
+                    if end >= asked.iova && begin <= last {
+                        let block = |byte: u64| (byte - asked.iova) / asked.page_size;
+                        let (first, last) = (block(begin.max(asked.iova)), block(end.min(last)));
+                        set_range(words, first, last - first + 1);
+                    }
                 }
             }
             (_, _) => return Err(self.refused(Errno::ENOTTY)),
@@ -235,6 +263,73 @@ fn a_report_in_large_pages_was_one_request_with_a_bitmap_of_32_mib() {
         // They follow one another, and none begins within a page of the log that the one before has had.
         assert_eq!(reports.iter().map(|(_, length)| length).sum::<u64>(), length);
         assert!(reports[1..].iter().all(|(iova, _)| iova.is_multiple_of(log_page_size)), "{reports:?}");
+    }
+}
+
+#[test]
+fn a_stop_read_the_whole_log_of_a_device_that_had_written_nothing() {
+    let (iova, length) = (1 << 40, 1 << 40);
+    let log_of = |logger| (Logger { has_blocks: true, ..logger }, ranges([(iova, length)]));
+    let (logger, logged) = log_of(Logger::new(1));
+    let log = DeviceLog::new(&logger);
+    log.start(PAGE, &logged).unwrap();
+    assert!(log.state().unwrap().has_blocks);
+    let mut pieces = Vec::new();
+    log.report_in_pieces(iova, length, &mut Vec::new(), |_, _, _| panic!("nothing was written")).unwrap();
+    assert_eq!(logger.looks.lock().unwrap().len(), 4, "256 GiB each");
+    assert!(logger.reports.lock().unwrap().is_empty());
+
+    // The first and the last page, and some that are close to each other.
+    let written = [0, 300 << 30, (300 << 30) + (17 << 20), (300 << 30) + (200 << 20), length - PAGE];
+    written.iter().for_each(|at| logger.write(iova + at));
+    let take = |from: limosa_protocol::bitmap::Grid, bytes, words: &mut [u64]| {
+        pieces.extend(runs(words).flat_map(|(page, pages)| page..page + pages).map(|page| {
+            assert!(page * PAGE < bytes);
+            from.iova - iova + page * PAGE
+        }));
+        words.fill(0);
+    };
+    log.report_in_pieces(iova, length, &mut Vec::new(), take).unwrap();
+    assert_eq!(pieces, written);
+    let block = 16 << 20;
+    let expected = [(0, block), (300 << 30, 13 * block), (length - block, block)];
+    assert_eq!(*logger.reports.lock().unwrap(), expected.map(|(at, bytes)| (iova + at, bytes)));
+    assert!(logger.written.lock().unwrap().is_empty(), "cleared");
+}
+
+#[test]
+fn a_device_that_no_longer_tells_its_blocks_is_read_as_a_whole() {
+    let length = 40 << 30;
+    let logger = Logger { has_blocks: true, blocks_refusal: Some(Errno::ENOTTY), ..Logger::new(1) };
+    let log = DeviceLog::new(&logger);
+    log.start(PAGE, &ranges([(0, length)])).unwrap();
+    logger.write(30 << 30);
+    assert_eq!(report(&log, 0, length, PAGE).unwrap(), [(30 << 30) / PAGE]);
+    assert_eq!(logger.reports.lock().unwrap().iter().map(|(_, bytes)| bytes).sum::<u64>(), length);
+}
+
+#[test]
+fn a_log_is_told_the_same_with_blocks_and_without() {
+    let mut seed = 1_u64;
+    for case in 0..200 {
+        let mut random = |below: u64| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) % below
+        };
+        let page_size = PAGE << random(10);
+        let (iova, length) = (random(1 << 20) * page_size, (1 + random(1 << 24)) * PAGE);
+        let loggers = [true, false].map(|has_blocks| Logger { has_blocks, page_size, ..Logger::new(1) });
+        let logs = loggers.each_ref().map(|logger| DeviceLog::new(logger));
+        logs.iter()
+            .for_each(|log| assert_eq!(log.start(PAGE, &ranges([(iova, length)])).unwrap(), page_size));
+        for _ in 0..random(30) {
+            let at = iova + random(length / PAGE) * PAGE;
+            loggers.iter().for_each(|logger| logger.write(at));
+        }
+        let caller = PAGE << random(12);
+        let [with, without] = logs.each_ref().map(|log| report(log, iova, length, caller).unwrap());
+        assert_eq!(with, without, "case {case}: {length:#x} bytes at {iova:#x}, pages of {page_size}");
+        assert!(loggers[0].written.lock().unwrap().is_empty(), "case {case}");
     }
 }
 

@@ -13,8 +13,8 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use zerocopy::FromZeros;
 
 use crate::Errno;
-use regranulate::report;
 pub use regranulate::{Grid, regranulate};
+use regranulate::{look, report};
 use words::{Runs, Span, load, or_at};
 pub use words::{
     any, clear_range, count, get, is_empty, or_into, or_range, runs, runs_in, set_range, words_for,
@@ -201,6 +201,13 @@ impl DirtyBitmap {
         report(self.pages, log, out, to, iova, length, |clear, start, len, out| {
             if clear { self.harvest_exclusive(start, len, out) } else { self.read(start, len, out) }
         });
+    }
+
+    /// Sets in `out`, whose bits are `to`'s pages, the pages between `iova` and `iova + length` that may be marked here, where bits are
+    /// `log`'s pages, and changes nothing here. It looks at blocks of 4096 pages, and takes as long as there are blocks with marks.
+    /// What panics is what [`regranulate`] says.
+    pub fn look(&self, log: Grid, out: &mut [u64], to: Grid, iova: u64, length: u64) {
+        look(self.pages, log, out, to, iova, length, |first, last| self.marked(first, last));
     }
 
     /// Calls `take` for each word of a range, with the mask of its bits in the range, and ORs the results into

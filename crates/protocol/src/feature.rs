@@ -63,6 +63,9 @@ impl FeatureIndex {
     /// How often the device was reset (GET, [`FeatureResetCount`]). Not in `vfio.h`: an extension,
     /// `docs/vfio-user-extensions.md: RESET_COUNT`.
     pub const RESET_COUNT: FeatureIndex = FeatureIndex(0xfe02);
+    /// Where the log may have pages (GET, [`FeatureDmaLoggingReport`]). Clears nothing. Not in `vfio.h`: an
+    /// extension, `docs/vfio-user-extensions.md: DIRTY_BLOCKS`.
+    pub const DIRTY_BLOCKS: FeatureIndex = FeatureIndex(0xfe07);
 
     /// What the standard says of this index, or `None` for one that it does not assign.
     pub const fn rules(self) -> Option<&'static FeatureRules> {
@@ -74,6 +77,7 @@ impl FeatureIndex {
     pub const fn extension_rules(self) -> Option<&'static FeatureRules> {
         match self {
             FeatureIndex::RESET_COUNT => Some(&RESET_COUNT_RULES),
+            FeatureIndex::DIRTY_BLOCKS => Some(&DIRTY_BLOCKS_RULES),
             _ => None,
         }
     }
@@ -123,6 +127,8 @@ const RULES: [FeatureRules; 13] = [
 ];
 
 const RESET_COUNT_RULES: FeatureRules = rules("RESET_COUNT", true, false, size_of::<FeatureResetCount>());
+const DIRTY_BLOCKS_RULES: FeatureRules =
+    rules("DIRTY_BLOCKS", true, false, size_of::<FeatureDmaLoggingReport>());
 
 bitflags::bitflags! {
     /// The upper half of the header's *flags*: what is asked of the feature.

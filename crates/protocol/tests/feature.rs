@@ -100,7 +100,13 @@ fn the_standard_assigns_no_extension() {
         .inspect(|(index, _)| assert!(index.rules().is_none(), "{index}"))
         .map(|(index, rules)| (index.0, rules.name, rules.get, rules.set, rules.payload_bytes))
         .collect();
-    assert_eq!(extensions, [(0xfe02, "RESET_COUNT", true, false, size_of::<FeatureResetCount>())]);
+    assert_eq!(
+        extensions,
+        [
+            (0xfe02, "RESET_COUNT", true, false, size_of::<FeatureResetCount>()),
+            (0xfe07, "DIRTY_BLOCKS", true, false, size_of::<FeatureDmaLoggingReport>()),
+        ]
+    );
     assert_eq!(size_of::<FeatureResetCount>(), 8);
 }
 

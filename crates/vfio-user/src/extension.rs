@@ -39,6 +39,10 @@ pub const KICK: FeatureIndex = FeatureIndex(0xfe05);
 /// GET and SET: [`Next`]. The process whose client is the next VMM.
 pub const NEXT: FeatureIndex = FeatureIndex(0xfe06);
 
+/// GET: [`FeatureDmaLoggingReport`](limosa_protocol::feature::FeatureDmaLoggingReport), and a bitmap as in its reply. Where the
+/// device's log may have pages; clears nothing.
+pub const DIRTY_BLOCKS: FeatureIndex = FeatureIndex::DIRTY_BLOCKS;
+
 /// The payload of [`STAY`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -105,6 +109,7 @@ pub const fn name(index: FeatureIndex) -> Option<&'static str> {
         ECHO => Some("ECHO"),
         KICK => Some("KICK"),
         NEXT => Some("NEXT"),
+        DIRTY_BLOCKS => Some("DIRTY_BLOCKS"),
         _ => None,
     }
 }

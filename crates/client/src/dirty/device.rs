@@ -3,7 +3,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use limosa_protocol::bitmap::{Grid, regranulate, words_for};
+use limosa_protocol::bitmap::{Grid, regranulate, runs, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 use limosa_protocol::logging::{RANGES_MAX, REPORT_PAGE_SIZE_MIN, check_report};
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp};
@@ -14,22 +14,52 @@ use crate::{Device, DeviceExt, Error, Result};
 /// Limit on the bits of one report's bitmap: 512 KiB, which fit in a message on every transport.
 const REPORT_BITS: u64 = 1 << 22;
 
+/// The pages of the log in a block that is looked at before a report.
+const BLOCK_PAGES: u64 = 4096;
+/// The words of one look: 256 GiB of a log of 4 KiB pages.
+const LOOK_WORDS: usize = 256;
+/// Up to this many blocks without a page between two with pages are reported with them. Their bits take no longer than another
+/// request. Memory of no more blocks is not looked at.
+const CLOSE_BLOCKS: u64 = 32;
+
 /// The log of one device.
 pub struct DeviceLog<'a> {
     device: &'a dyn Device,
-    /// The log's page size in bytes, while the log is on.
-    page_size: Mutex<Option<u64>>,
+    /// `None` while the log is off.
+    started: Mutex<Option<StartedLog>>,
+}
+
+/// What is known of the log of a device that was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StartedLog {
+    /// The log's page size in bytes.
+    pub page_size: u64,
+    /// Whether the device tells where its log has pages ([`DeviceExt::dirty_blocks`]), so that a report need not read all of it.
+    pub has_blocks: bool,
+}
+
+impl StartedLog {
+    /// A log with pages of this many bytes, of a device that does not tell where it has pages.
+    pub fn new(page_size: u64) -> StartedLog {
+        StartedLog { page_size, has_blocks: false }
+    }
 }
 
 impl<'a> DeviceLog<'a> {
     /// The log of this device. It is off.
     pub fn new(device: &'a dyn Device) -> DeviceLog<'a> {
-        DeviceLog { device, page_size: Mutex::new(None) }
+        DeviceLog { device, started: Mutex::new(None) }
     }
 
-    /// The log of this device, which is on and has this page size in bytes.
-    pub fn started(device: &'a dyn Device, page_size: u64) -> DeviceLog<'a> {
-        DeviceLog { device, page_size: Mutex::new(Some(page_size)) }
+    /// The log of this device, which is on.
+    pub fn started(device: &'a dyn Device, log: StartedLog) -> DeviceLog<'a> {
+        DeviceLog { device, started: Mutex::new(Some(log)) }
+    }
+
+    /// What is known of the log, while it is on.
+    pub fn state(&self) -> Option<StartedLog> {
+        *self.lock()
     }
 
     /// Whether the device can log.
@@ -39,7 +69,8 @@ impl<'a> DeviceLog<'a> {
 
     /// Reads and clears the log of a range as [`DirtySource::report`] does, piece by piece and in the log's own pages.
     /// Calls `take` for each piece: bit *n* of the words stands for the *n*th page of the grid, of which only the given
-    /// number of bytes count. `take` has to clear the words.
+    /// number of bytes count. `take` has to clear the words. If the device reports where its log has
+    /// pages, parts without pages are left out.
     ///
     /// `piece` is a buffer for one piece, and is clear before and after, except after an error. It grows to at most 512
     /// KiB.
@@ -54,7 +85,7 @@ impl<'a> DeviceLog<'a> {
         piece: &mut Vec<u64>,
         mut take: impl FnMut(Grid, u64, &mut [u64]),
     ) -> Result<()> {
-        let Some(page_size) = *self.page_size() else {
+        let Some(StartedLog { page_size, has_blocks }) = self.state() else {
             return Err(Error::Usage { device: self.name().into(), what: "its log is off".into() });
         };
         if let Err(errno) = check_report(iova, length, page_size) {
@@ -62,6 +93,39 @@ impl<'a> DeviceLog<'a> {
                 format!("a report of {length:#x} bytes at {iova:#x} in pages of {page_size} bytes: {errno}");
             return Err(Error::Usage { device: self.name().into(), what });
         }
+        let Some(block_size) = block_size(page_size, length).filter(|_| has_blocks) else {
+            return self.report_range(iova, length, page_size, piece, &mut take);
+        };
+        let mut done = 0;
+        while done < length {
+            let stretch = (length - done).min(block_size.saturating_mul(LOOK_WORDS as u64 * 64));
+            let mut blocks = [0; LOOK_WORDS];
+            let blocks = &mut blocks[..words_for(stretch.div_ceil(block_size))];
+            match self.device.dirty_blocks(iova + done, stretch, block_size, blocks) {
+                Ok(()) => {}
+                // Such as a server that has taken the place of another one.
+                Err(Error::Refused { .. }) => blocks.fill(!0),
+                Err(error) => return Err(error),
+            }
+            for (first, count) in close_runs(blocks) {
+                let begin = first * block_size;
+                let bytes = count.saturating_mul(block_size).min(stretch - begin);
+                self.report_range(iova + done + begin, bytes, page_size, piece, &mut take)?;
+            }
+            done += stretch;
+        }
+        Ok(())
+    }
+
+    /// The same of all of a range.
+    fn report_range(
+        &self,
+        iova: u64,
+        length: u64,
+        page_size: u64,
+        piece: &mut Vec<u64>,
+        take: &mut impl FnMut(Grid, u64, &mut [u64]),
+    ) -> Result<()> {
         // The size of pieces depends on the log's own pages, not on those of the caller.
         let piece_max = REPORT_BITS.saturating_mul(page_size);
         let mut done = 0;
@@ -81,8 +145,8 @@ impl<'a> DeviceLog<'a> {
         Ok(())
     }
 
-    fn page_size(&self) -> MutexGuard<'_, Option<u64>> {
-        self.page_size.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Option<StartedLog>> {
+        self.started.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -100,7 +164,7 @@ impl DirtySource for DeviceLog<'_> {
     /// the ranges with the smallest gaps are joined, so that the device logs more, never less. A log that was left on
     /// is restarted.
     fn start(&self, page_size_hint: u64, ranges: &[DmaLoggingRange]) -> Result<u64> {
-        let mut started = self.page_size();
+        let mut started = self.lock();
         if started.is_some() {
             return Err(Error::Usage { device: self.name().into(), what: "its log is on already".into() });
         }
@@ -128,7 +192,11 @@ impl DirtySource for DeviceLog<'_> {
             );
             return Err(Error::Misbehaved { device: self.name().into(), what });
         }
-        *started = Some(page_size);
+        let is_large = ranges.iter().any(|range| block_size(page_size, range.length).is_some());
+        // Without an answer the log is read as a whole.
+        let has_blocks =
+            is_large && self.device.probe(FeatureIndex::DIRTY_BLOCKS, FeatureOp::GET).unwrap_or(false);
+        *started = Some(StartedLog { page_size, has_blocks });
         Ok(page_size)
     }
 
@@ -142,7 +210,7 @@ impl DirtySource for DeviceLog<'_> {
     }
 
     fn stop(&self) -> Result<()> {
-        match self.page_size().take() {
+        match self.lock().take() {
             Some(_) => self.device.dma_logging_stop(),
             None => Ok(()),
         }
@@ -151,8 +219,26 @@ impl DirtySource for DeviceLog<'_> {
 
 impl std::fmt::Debug for DeviceLog<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DeviceLog").field("device", &self.name()).field("page_size", &self.page_size).finish()
+        f.debug_struct("DeviceLog").field("device", &self.name()).field("started", &self.started).finish()
     }
+}
+
+/// The bytes of a block of a log with these pages, in which a range of this length is looked at; `None` for one that is read as a whole.
+fn block_size(page_size: u64, length: u64) -> Option<u64> {
+    page_size.checked_mul(BLOCK_PAGES).filter(|bytes| length / CLOSE_BLOCKS > *bytes)
+}
+
+/// The runs of blocks with pages, as (first block, blocks), where runs that are close to each other are one.
+fn close_runs(blocks: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
+    let mut runs = runs(blocks).peekable();
+    std::iter::from_fn(move || {
+        let (first, count) = runs.next()?;
+        let mut end = first + count;
+        while let Some((next, count)) = runs.next_if(|(next, _)| next - end <= CLOSE_BLOCKS) {
+            end = next + count;
+        }
+        Some((first, end - first))
+    })
 }
 
 /// Whether the cause of a refused START may be the number of its ranges.

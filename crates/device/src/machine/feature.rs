@@ -29,8 +29,8 @@ impl Machine {
     /// Performs a FEATURE request that passed [`limosa_protocol::FeatureHeader::call`].
     ///
     /// `payload` is the fixed part, in and out, and at least as long as the call says. A DMA_LOGGING_START needs
-    /// [`Refers::In`] with exactly its ranges, a DMA_LOGGING_REPORT needs [`Refers::Bitmap`] with a bit for each page;
-    /// bits are set there, never cleared.
+    /// [`Refers::In`] with exactly its ranges, a DMA_LOGGING_REPORT or DIRTY_BLOCKS needs [`Refers::Bitmap`] with
+    /// a bit for each page; bits are set there, never cleared.
     ///
     /// ENOTTY for a feature that the device lacks; EINVAL for an operation that the feature lacks, a payload that is
     /// too short, or missing referenced data; E2BIG for too many ranges; otherwise the feature's errno.
@@ -94,7 +94,7 @@ impl Machine {
                 self.mappings.logging_stop()?;
                 self.lock().logs = None;
             }
-            FeatureIndex::DMA_LOGGING_REPORT => {
+            FeatureIndex::DMA_LOGGING_REPORT | FeatureIndex::DIRTY_BLOCKS => {
                 self.may_read_log(client)?;
                 let report: FeatureDmaLoggingReport = read(payload)?;
                 let Refers::Bitmap(words) = refers else { return Err(Errno::EINVAL) };
@@ -105,7 +105,13 @@ impl Machine {
                 if (words.len() as u64) < pages.div_ceil(64) {
                     return Err(Errno::EINVAL);
                 }
-                self.mappings.logging_report(report.iova, report.length, report.page_size, words)?;
+                let FeatureDmaLoggingReport { iova, length, page_size } = report;
+                match call.index {
+                    FeatureIndex::DIRTY_BLOCKS => {
+                        self.mappings.logging_look(iova, length, page_size, words)?;
+                    }
+                    _ => self.mappings.logging_report(iova, length, page_size, words)?,
+                }
             }
             FeatureIndex::RESET_COUNT => answer(payload, FeatureResetCount { resets: self.reset_count() })?,
             _ => return Err(Errno::ENOTTY),
@@ -131,6 +137,7 @@ impl Machine {
             FeatureIndex::DMA_LOGGING_START
             | FeatureIndex::DMA_LOGGING_STOP
             | FeatureIndex::DMA_LOGGING_REPORT
+            | FeatureIndex::DIRTY_BLOCKS
             | FeatureIndex::RESET_COUNT => true,
             _ => false,
         }

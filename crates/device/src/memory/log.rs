@@ -142,6 +142,15 @@ impl Log {
         }
     }
 
+    /// Sets the bits of the pages in a range that may be marked, and changes nothing.
+    pub(super) fn look(&self, first: u64, last: u64, to: Grid, words: &mut [u64]) {
+        let at = self.first_ending_at(first);
+        for segment in self.segments[at..].iter().take_while(|segment| segment.grid.iova <= last) {
+            let (first, last) = (first.max(segment.grid.iova), last.min(segment.last));
+            segment.bitmap.look(segment.grid, words, to, first, last - first + 1);
+        }
+    }
+
     /// Exports the log.
     pub(super) fn export(&self) -> ExportedLog {
         let range = |segment: &Segment| DmaLoggingRange {

@@ -268,6 +268,24 @@ impl Mappings {
         log.report(iova, iova + (length - 1), Grid { iova, page_size }, words);
         Ok(())
     }
+
+    /// Sets the bits of the pages that may have been written since the last report, and clears nothing, neither in the log nor in
+    /// `words` (`docs/vfio-user-extensions.md: DIRTY_BLOCKS`). The log is looked at in blocks of 4096 of its pages. Errors as for
+    /// [`Mappings::logging_report`].
+    pub fn logging_look(
+        &self,
+        iova: u64,
+        length: u64,
+        page_size: u64,
+        words: &mut [u64],
+    ) -> Result<(), Errno> {
+        check_report(iova, length, page_size)?;
+        check_bitmap(length, page_size, words)?;
+        let table = self.space.read_lock();
+        let log = table.log.as_ref().ok_or(Errno::EINVAL)?;
+        log.look(iova, iova + (length - 1), Grid { iova, page_size }, words);
+        Ok(())
+    }
 }
 
 /// The last address of a range. EINVAL when it is empty or ends beyond 2^64.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::available_parallelism;
 
 use limosa_client::Device;
-use limosa_client::dirty::{DeviceLog, DirtySource};
+use limosa_client::dirty::{DeviceLog, DirtySource, StartedLog};
 use limosa_protocol::bitmap::{DirtyBitmap, Grid, runs_in, words_for};
 use limosa_protocol::feature::DmaLoggingRange;
 
@@ -108,8 +108,8 @@ impl DirtyPages {
 
     /// Collects what a device has logged, on whatever thread. If that fails, all is dirty. After a panic every page counts as
     /// harvested.
-    pub(crate) fn harvest_device(&self, device: &dyn Device, page_bytes: u64) -> Result<()> {
-        let log = DeviceLog::started(device, page_bytes);
+    pub(crate) fn harvest_device(&self, device: &dyn Device, log: StartedLog) -> Result<()> {
+        let log = DeviceLog::started(device, log);
         self.harvest_by(log.name(), |region, range, piece| {
             log.report_in_pieces(range.iova, range.length, piece, |from, length, words| {
                 match from.page_size == PAGE_BYTES {
@@ -167,8 +167,8 @@ pub(crate) struct DirtyLogs {
     pub(crate) pages: Arc<DirtyPages>,
     /// The pages that the caller's log reports, by region; clear between two harvests.
     fresh: Vec<DirtyBitmap>,
-    /// For each device the page size of its log, in bytes, where it logs.
-    device_page_bytes: Vec<Option<u64>>,
+    /// For each device its log, where it logs.
+    device_logs: Vec<Option<StartedLog>>,
     /// How many of the caller's sources were started, from the first on.
     sources_started: usize,
     /// The caller's log was asked to start, whether or not it did: it has to be stopped.
@@ -189,7 +189,7 @@ impl DirtyLogs {
         notes: &mut Vec<String>,
         cancel: Option<&Cancel>,
     ) -> Result<()> {
-        self.device_page_bytes = vec![None; devices.len()];
+        self.device_logs = vec![None; devices.len()];
         let pages = DirtyPages::new(&memory.regions)?;
         pages.everything();
         self.pages = Arc::new(pages);
@@ -221,7 +221,8 @@ impl DirtyLogs {
             let device = device.device;
             let log = DeviceLog::new(device);
             if log.is_supported().map_err(|error| failed(device, STARTING, error))? {
-                self.device_page_bytes[at] = Some(start_source(&log, ranges)?);
+                start_source(&log, ranges)?;
+                self.device_logs[at] = log.state();
                 continue;
             }
             let name = device.name();
@@ -232,15 +233,15 @@ impl DirtyLogs {
                 notes.push(format!("no log sees the DMA of {name}: all memory moves after the stop"));
             }
         }
-        let logs = self.device_page_bytes.iter().flatten().count();
+        let logs = self.device_logs.iter().flatten().count();
         let threads = available_parallelism().map_or(1, |threads| threads.get()).min(logs);
         self.pages.make_room(threads.max(1));
         Ok(())
     }
 
-    /// The page size in bytes of a device's log, if it has one that the harvest after the stop asks.
-    pub(crate) fn of_device(&self, device: usize) -> Option<u64> {
-        self.device_page_bytes.get(device).copied().flatten().filter(|_| !self.blind)
+    /// A device's log, if it has one that the harvest after the stop asks.
+    pub(crate) fn of_device(&self, device: usize) -> Option<StartedLog> {
+        self.device_logs.get(device).copied().flatten().filter(|_| !self.blind)
     }
 
     /// Collects the pages that were written since the last harvest. If a log fails, its region is dirty, and the result says
@@ -251,9 +252,9 @@ impl DirtyLogs {
         devices: &[MovedDevice<'_>],
         memory: &mut Memory<'_>,
     ) -> Result<Option<String>> {
-        for (device, page_bytes) in devices.iter().zip(&self.device_page_bytes) {
-            if let Some(page_bytes) = page_bytes {
-                self.pages.harvest_device(device.device, *page_bytes)?;
+        for (device, log) in devices.iter().zip(&self.device_logs) {
+            if let Some(log) = log {
+                self.pages.harvest_device(device.device, *log)?;
             }
         }
         self.harvest_others(memory)
@@ -318,9 +319,9 @@ impl DirtyLogs {
             };
             notes.extend(error.map(|error| format!("DMA logging goes on: {error}")));
         };
-        for (device, page_bytes) in devices.iter().zip(&mut self.device_page_bytes) {
-            if let Some(page_bytes) = page_bytes.take() {
-                stop(&DeviceLog::started(device.device, page_bytes));
+        for (device, log) in devices.iter().zip(&mut self.device_logs) {
+            if let Some(log) = log.take() {
+                stop(&DeviceLog::started(device.device, log));
             }
         }
         let started = std::mem::take(&mut self.sources_started);
@@ -335,9 +336,8 @@ impl DirtyLogs {
 
 const STARTING: &str = "starting its DMA log";
 
-/// Starts a source and returns its page size.
-fn start_source(source: &dyn DirtySource, ranges: &[DmaLoggingRange]) -> Result<u64> {
-    source.start(PAGE_BYTES, ranges).map_err(|error| Error::Device {
+fn start_source(source: &dyn DirtySource, ranges: &[DmaLoggingRange]) -> Result<()> {
+    source.start(PAGE_BYTES, ranges).map(drop).map_err(|error| Error::Device {
         device: source.name().into(),
         doing: STARTING.into(),
         error,

@@ -211,12 +211,7 @@ impl<'a> Source<'a> {
         };
         let ram = Ram::new(&regions, &pages.pending, &sending);
         let devices = self.devices.iter().enumerate().zip(&rollback.found);
-        let log = |at| {
-            rollback
-                .logs
-                .of_device(at)
-                .map(|page_bytes| StopHarvest { pages: Arc::clone(&pages), page_bytes })
-        };
+        let log = |at| rollback.logs.of_device(at).map(|log| StopHarvest { pages: Arc::clone(&pages), log });
         let senders: Vec<_> = devices
             .map(|((at, moved), found)| Monitor::new(DeviceSender::new(at, moved, *found, &sending, log(at))))
             .collect();

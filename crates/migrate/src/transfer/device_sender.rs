@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use limosa_client::dirty::StartedLog;
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};
 use limosa_clockwork::now;
 use limosa_protocol::State;
@@ -36,8 +37,7 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// A device's own log of dirty pages, to be harvested when the device is stopped.
 pub(crate) struct StopHarvest {
     pub(crate) pages: Arc<DirtyPages>,
-    /// The page size of the log in bytes.
-    pub(crate) page_bytes: u64,
+    pub(crate) log: StartedLog,
 }
 
 /// A device, its session, and how much of its data was sent.
@@ -134,8 +134,8 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             Job::Stop => {
                 self.enter(State::StopCopy)?;
                 // It writes no more. Its log is read on this thread, beside those of other devices.
-                if let Some(log) = &self.log {
-                    log.pages.harvest_device(self.driven.device(), log.page_bytes)?;
+                if let Some(StopHarvest { pages, log }) = &self.log {
+                    pages.harvest_device(self.driven.device(), *log)?;
                 }
                 self.limit.stopped();
                 self.sending.flows[self.at].lock().stopped = true;

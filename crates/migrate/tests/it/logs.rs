@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::common::{Ends, Quirks, Step, TestDevice, VecPages, world};
+use limosa_client::dirty::StartedLog;
 use limosa_client::{Device, DeviceIdentity, DeviceLog, DirtySource};
 use limosa_device::{Fault, Loopback};
 use limosa_migrate::{
@@ -247,14 +248,15 @@ impl DirtySource for Iommu {
             return Err(refused(errno));
         }
         let page_bytes = self.page_bytes.lock().unwrap().expect("it is on");
-        DeviceLog::started(&self.device, page_bytes).report(iova, length, page_size, words)?;
+        DeviceLog::started(&self.device, StartedLog::new(page_bytes))
+            .report(iova, length, page_size, words)?;
         let pages = limosa_protocol::bitmap::runs(words).flat_map(|(first, pages)| first..first + pages);
         self.reported.lock().unwrap().extend(pages);
         Ok(())
     }
     fn stop(&self) -> limosa_client::Result<()> {
         let page_bytes = self.page_bytes.lock().unwrap().take().expect("it is on");
-        DeviceLog::started(&self.device, page_bytes).stop()
+        DeviceLog::started(&self.device, StartedLog::new(page_bytes)).stop()
     }
 }
 

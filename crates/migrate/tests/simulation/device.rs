@@ -143,6 +143,7 @@ impl Device for SimDevice {
             FeatureIndex::DMA_LOGGING_START,
             FeatureIndex::DMA_LOGGING_STOP,
             FeatureIndex::DMA_LOGGING_REPORT,
+            FeatureIndex::DIRTY_BLOCKS,
         ];
         if !self.plan.logs && logging.contains(&request.index) {
             let (device, request) = (self.name().into(), "DMA logging".into());

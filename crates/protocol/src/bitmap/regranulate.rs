@@ -3,6 +3,8 @@
 //! log): a coarse page becomes all the fine pages in it, fine pages become the coarse pages that
 //! they lie in. A page can only be added, never lost.
 
+use core::ops::Range;
+
 use super::words::{any, load, low, or_at, or_range, runs_in, set_range, words_for};
 
 /// Which addresses a bitmap's bits stand for: bit *n* for the `page_size` bytes from
@@ -141,6 +143,30 @@ pub(super) fn report(
         let from = Grid { iova: log.iova + page * log.page_size, ..log };
         regranulate(&words, from, out, to, log.iova + bytes_first, bytes_last - bytes_first + 1);
         page += pages;
+    }
+}
+
+/// Sets in `out` the pages of a range in which words of a log of `log_pages` pages lie that may have marks. `marked` names these words,
+/// of those from the first to the last that it is given.
+pub(super) fn look<I: Iterator<Item = Range<usize>>>(
+    log_pages: u64,
+    log: Grid,
+    out: &mut [u64],
+    to: Grid,
+    iova: u64,
+    length: u64,
+    marked: impl FnOnce(usize, usize) -> I,
+) {
+    let Some(beyond_first) = length.checked_sub(1) else { return };
+    let last = iova.checked_add(beyond_first).expect("the range runs beyond 2^64");
+    let source = Extent::of(log, iova, last, words_for(log_pages));
+    let target = Extent::of(to, iova, last, out.len());
+    let page_of = |byte: u64| (byte - source.first + target.first) / to.page_size;
+    for words in marked((source.page / 64) as usize, ((source.page + source.pages - 1) / 64) as usize) {
+        let first = (words.start as u64 * 64 * log.page_size).max(source.first);
+        let end = (words.end as u64 * 64).saturating_mul(log.page_size);
+        let (first, last) = (page_of(first), page_of((end - 1).min(source.last)));
+        set_range(out, first, last - first + 1);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The payloads of FEATURE requests and answers (`vfio.h: VFIO_DEVICE_FEATURE`) as text, the same for both transports.
 
 use limosa_protocol::feature::{
-    DmaLoggingRange, FeatureHeader, FeatureMigState, FeatureResetCount, PrecopyInfo,
+    DmaLoggingRange, FeatureDmaLoggingReport, FeatureHeader, FeatureMigState, FeatureResetCount, PrecopyInfo,
 };
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, FeaturePayload, MigrationFlags, Records, State};
 use limosa_vfio_user::extension::{self, Echo, Next, Stay, StayFlags};
@@ -35,9 +35,7 @@ pub fn asked(header: FeatureHeader, payload: &[u8], known: Known) -> (Request, S
         (true, None, Some((state, _))) => format!("state {}", state.device_state),
         (true, None, None) => in_words(index, payload, false),
         // What a REPORT is about is in its request.
-        _ if index == FeatureIndex::DMA_LOGGING_REPORT && !op.contains(FeatureOp::PROBE) => {
-            in_words(index, payload, false)
-        }
+        _ if has_bitmap(index) && !op.contains(FeatureOp::PROBE) => in_words(index, payload, false),
         _ => String::new(),
     };
     (Request::Feature { index, op, transition }, text::join(&[&arguments, &misuse]))
@@ -66,15 +64,20 @@ pub fn answered(request: &Request, payload: &[u8], payload_bytes: usize, known: 
     {
         known.0 = State::from_raw(state.device_state);
     }
-    if payload.len() < payload_bytes && *index == FeatureIndex::DMA_LOGGING_REPORT {
+    if payload.len() < payload_bytes && has_bitmap(*index) {
         return words + " at least";
     }
     words
 }
 
+/// Whether a bitmap follows the fixed part of an answer.
+fn has_bitmap(index: FeatureIndex) -> bool {
+    matches!(index, FeatureIndex::DMA_LOGGING_REPORT | extension::DIRTY_BLOCKS)
+}
+
 /// A payload as text. What is not a payload of this feature is shown as bytes.
 fn in_words(index: FeatureIndex, payload: &[u8], is_answer: bool) -> String {
-    if let Some(words) = of_extension(index, payload) {
+    if let Some(words) = of_extension(index, payload, is_answer) {
         return words;
     }
     let words = match FeaturePayload::read(index, payload) {
@@ -132,8 +135,16 @@ fn in_ranges(ranges: Records<'_, DmaLoggingRange>) -> String {
 }
 
 /// The payload of an extension of this project's.
-fn of_extension(index: FeatureIndex, payload: &[u8]) -> Option<String> {
+fn of_extension(index: FeatureIndex, payload: &[u8], is_answer: bool) -> Option<String> {
     match index {
+        extension::DIRTY_BLOCKS => {
+            let (asked, blocks) = FeatureDmaLoggingReport::read_from_prefix(payload).ok()?;
+            let marked: u64 = blocks.iter().map(|byte| u64::from(byte.count_ones())).sum();
+            Some(match is_answer {
+                true => format!("{marked} blocks"),
+                false => format!("{} blocks of {}", text::range(asked.iova, asked.length), asked.page_size),
+            })
+        }
         extension::PRECOPY_INFO => {
             PrecopyInfo::read_from_prefix(payload).ok().map(|(info, _)| precopy(&info))
         }

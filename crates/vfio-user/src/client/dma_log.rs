@@ -46,34 +46,13 @@ impl DmaLog {
 
     /// Moves the logged pages of a range to its bitmap with pages of `page_size` bytes.
     pub fn harvest(&self, iova: u64, length: u64, page_size: u64, bitmap: &mut [u64]) {
-        self.take(iova, length, |first, last| {
-            for bit in (first - iova) / page_size..=(last - iova) / page_size {
-                if let Some(word) = bitmap.get_mut((bit / 64) as usize) {
-                    *word |= 1 << (bit % 64);
-                }
-            }
-        });
-    }
-
-    /// Calls `found` with the first and the last byte in the range of each logged page. A page that
-    /// lies in the range only in part stays in the log.
-    fn take(&self, iova: u64, length: u64, mut found: impl FnMut(u64, u64)) {
         let mut pages = self.lock();
         let (Some(pages), Some(last)) = (&mut *pages, last_byte(iova, length)) else { return };
-        let chunk_of = |byte: u64| (byte >> PAGE_SHIFT) / CHUNK_PAGES;
         for (&number, chunk) in pages.range_mut(chunk_of(iova)..=chunk_of(last)) {
             for (at, word) in chunk.iter_mut().enumerate() {
-                let mut left = *word;
-                while left != 0 {
-                    let bit = left.trailing_zeros();
-                    left &= left - 1;
-                    let page = number * CHUNK_PAGES + at as u64 * 64 + u64::from(bit);
-                    let start = page << PAGE_SHIFT;
-                    let end = start | ((1 << PAGE_SHIFT) - 1);
-                    if end < iova || start > last {
-                        continue;
-                    }
-                    found(start.max(iova), end.min(last));
+                for (bit, start, end) in pages_of(number, at, *word, iova, last) {
+                    mark(bitmap, page_size, start.max(iova) - iova, end.min(last) - iova);
+                    // A page that lies in the range only in part stays in the log.
                     if start >= iova && end <= last {
                         *word &= !(1 << bit);
                     }
@@ -83,8 +62,44 @@ impl DmaLog {
         pages.retain(|_, chunk| chunk.iter().any(|word| *word != 0));
     }
 
+    /// Adds what was logged of a range to its bitmap of pages of `page_size` bytes, and keeps it in the log.
+    pub fn look(&self, iova: u64, length: u64, page_size: u64, bitmap: &mut [u64]) {
+        let pages = self.lock();
+        let (Some(pages), Some(last)) = (&*pages, last_byte(iova, length)) else { return };
+        for (&number, chunk) in pages.range(chunk_of(iova)..=chunk_of(last)) {
+            for (at, word) in chunk.iter().enumerate() {
+                for (_, start, end) in pages_of(number, at, *word, iova, last) {
+                    mark(bitmap, page_size, start.max(iova) - iova, end.min(last) - iova);
+                }
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Pages>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn chunk_of(byte: u64) -> u64 {
+    (byte >> PAGE_SHIFT) / CHUNK_PAGES
+}
+
+/// The pages of a word, the `at`-th of a chunk, that a byte from `iova` to `last` lies in: each with its bit, its first and its last byte.
+fn pages_of(chunk: u64, at: usize, word: u64, iova: u64, last: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    let bits = (0..64_u64).filter(move |bit| word & (1 << bit) != 0);
+    let pages = bits.map(move |bit| {
+        let start = (chunk * CHUNK_PAGES + at as u64 * 64 + bit) << PAGE_SHIFT;
+        (bit, start, start | ((1 << PAGE_SHIFT) - 1))
+    });
+    pages.filter(move |(_, start, end)| *end >= iova && *start <= last)
+}
+
+/// Sets the bits of the pages from a byte to another, both counted from the first byte of the bitmap.
+fn mark(bitmap: &mut [u64], page_size: u64, first: u64, last: u64) {
+    for bit in first / page_size..=last / page_size {
+        if let Some(word) = bitmap.get_mut((bit / 64) as usize) {
+            *word |= 1 << (bit % 64);
+        }
     }
 }
 
@@ -147,6 +162,19 @@ mod tests {
         assert_eq!(harvest(&log, 0x10_2000, 0x2000, 4096), [1]);
         assert_eq!(harvest(&log, 0x10_0000, 0x1000, 4096), [0], "what is outside stays");
         assert_eq!(harvest(&log, 0x5000_0000, 0x1000, 4096), [0]);
+    }
+
+    #[test]
+    fn a_look_finds_what_the_next_report_has_and_leaves_it_there() {
+        let log = DmaLog::default();
+        log.start();
+        log.wrote(0x10_0000, 1);
+        log.wrote(0x5000_0000, 0x1001);
+        let mut blocks = [0];
+        log.look(0x10_0000, 0x8000_0000, 0x1000_0000, &mut blocks);
+        assert_eq!(blocks, [0b10_0001], "in pages of 256 MiB from 0x10_0000 on, 0x5000_0000 is in the fifth");
+        assert_eq!(harvest(&log, 0x10_0000, 0x1000, 4096), [0]);
+        assert_eq!(harvest(&log, 0x5000_0000, 0x4000, 4096), [0, 1]);
     }
 
     #[test]

@@ -91,21 +91,25 @@ impl Shared {
                 self.session.learn(got.ok().and_then(|(got, _)| got.state().ok()), settled);
             }
             (FeatureIndex::DMA_LOGGING_STOP, FeatureOp::SET) => log.stop(),
-            (FeatureIndex::DMA_LOGGING_REPORT, FeatureOp::GET) => {
-                self.add_written(request.payload, &mut request.refers);
+            (FeatureIndex::DMA_LOGGING_REPORT | extension::DIRTY_BLOCKS, FeatureOp::GET) => {
+                self.add_written(index, request.payload, &mut request.refers);
             }
             _ => {}
         }
         Ok(FeatureReply { payload_bytes, stream: None, fd })
     }
 
-    /// Adds this client's own writes for the server to a report.
-    fn add_written(&self, payload: &[u8], refers: &mut Refers<'_>) {
+    /// Adds this client's own writes for the server to a report, or to a look at where the log has pages.
+    fn add_written(&self, index: FeatureIndex, payload: &[u8], refers: &mut Refers<'_>) {
         if let (Refers::Bitmap(words), Ok((report, _))) =
             (refers, FeatureDmaLoggingReport::read_from_prefix(payload))
             && report.page_size > 0
         {
-            self.exchange.dma.log.harvest(report.iova, report.length, report.page_size, words);
+            let (log, FeatureDmaLoggingReport { iova, length, page_size }) = (&self.exchange.dma.log, report);
+            match index {
+                extension::DIRTY_BLOCKS => log.look(iova, length, page_size, words),
+                _ => log.harvest(iova, length, page_size, words),
+            }
         }
     }
 

@@ -47,7 +47,8 @@ impl Features<'_, '_> {
             Ok(call) => call,
             Err(errno) => return Ok(Outcome::Refused(errno)),
         };
-        if call.index == FeatureIndex::DMA_LOGGING_REPORT && call.op == FeatureOp::GET {
+        let is_report = matches!(call.index, FeatureIndex::DMA_LOGGING_REPORT | extension::DIRTY_BLOCKS);
+        if is_report && call.op == FeatureOp::GET {
             return self.report(job, header, call, data);
         }
         if call.index == extension::DATA_FD && call.op == FeatureOp::GET {
@@ -166,6 +167,7 @@ impl Features<'_, '_> {
         )
     }
 
+    /// A report of the log, or a look at where it has pages.
     fn report(&mut self, job: &Job, header: FeatureHeader, call: FeatureCall, data: &[u8]) -> Handled {
         let Ok((report, _)) = FeatureDmaLoggingReport::read_from_prefix(data) else {
             return Ok(Outcome::Refused(Errno::EINVAL));
@@ -195,7 +197,11 @@ impl Features<'_, '_> {
                 let pages = length.div_ceil(page_size).min(PIECE_WORDS as u64 * 64);
                 let bytes = length.min(pages.saturating_mul(page_size));
                 let words = words_room.zeroed(pages.div_ceil(64) as usize);
-                if let Err(errno) = mappings.logging_report(iova, bytes, page_size, words) {
+                let told = match call.index {
+                    extension::DIRTY_BLOCKS => mappings.logging_look(iova, bytes, page_size, words),
+                    _ => mappings.logging_report(iova, bytes, page_size, words),
+                };
+                if let Err(errno) = told {
                     // The reply has begun: pages that cannot be reported count as dirty.
                     tracing::error!(%errno, iova, bytes, "report failed half-way");
                     set_all(words, pages);

@@ -218,6 +218,13 @@ fn mappings_are_made_logged_and_taken_away() {
     let range = DmaLoggingRange { iova: 0x100_0000, length: 1 << 20 };
     assert_eq!(client.dma_logging_start(4096, &[range]).unwrap(), 4096);
     run_engine(&client, DMA_WRITE_NOW, 0x100_0000 + 4096 * 70, 4097).unwrap();
+    assert!(client.probe(FeatureIndex::DIRTY_BLOCKS, FeatureOp::GET).unwrap());
+    for _ in 0..2 {
+        let mut blocks = [u64::MAX; 2];
+        client.dirty_blocks(range.iova, range.length, 1 << 18, &mut blocks).unwrap();
+        assert_eq!(blocks[0] & 0b10, 0b10, "page 70 is in the second quarter, and stays in the log");
+        assert_eq!((blocks[0] >> 4, blocks[1]), (0, 0));
+    }
     let mut words = [u64::MAX; 5];
     client.dma_logging_report(range.iova, range.length, 4096, &mut words).unwrap();
     assert_eq!(words, [0, 0b11 << 6, 0, 0, 0]);

@@ -314,12 +314,44 @@ proptest! {
                 }
                 Op::Report(iova, len, shift) => {
                     let mut words = vec![0; words_for(len.div_ceil(1 << shift))];
+                    // A look finds all of what is reported, and takes nothing.
+                    let mut looked = words.clone();
+                    memory.logging_look(iova, len, 1 << shift, &mut looked).unwrap();
                     memory.logging_report(iova, len, 1 << shift, &mut words).unwrap();
+                    prop_assert!(words.iter().zip(&looked).all(|(word, looked)| word & !looked == 0));
                     plain.report(iova, len, 1 << shift, &words);
                 }
             }
         }
     }
+}
+
+#[test]
+fn a_look_finds_blocks_of_4096_pages_and_takes_nothing() {
+    const GIB: u64 = 1 << 30;
+    let memory = GuestMemory::default();
+    // 64 MiB of memory at 3 GiB, in a log of 8 GiB.
+    memory.map(file(&memfd(64 << 20), 3 * GIB, 64 << 20, 0, RW)).unwrap();
+    memory.logging_start(P, &[range(GIB, 8 * GIB)]).unwrap();
+    let blocks = || {
+        let mut words = [0; 8];
+        memory.logging_look(GIB, 8 * GIB, 16 << 20, &mut words).unwrap();
+        runs(&words).collect::<Vec<_>>()
+    };
+    assert!(blocks().is_empty());
+    memory.write(3 * GIB + 4096, &[1]).unwrap();
+    memory.write(3 * GIB + (48 << 20) - 1, &[1, 1]).unwrap();
+    assert_eq!(blocks(), [(128, 1), (130, 2)]);
+    assert_eq!(blocks(), [(128, 1), (130, 2)], "nothing is taken");
+    let mut words = vec![0; 64];
+    memory.logging_report(3 * GIB, 16 << 20, P, &mut words).unwrap();
+    assert_eq!(count(&words), 1);
+    assert_eq!(blocks(), [(130, 2)], "a block that was reported is clean");
+    for (iova, length, page_size) in [(0, 0, P), (0, P, 2048), (u64::MAX, P, P)] {
+        assert!(memory.logging_look(iova, length, page_size, &mut [0; 1]).is_err());
+    }
+    memory.logging_stop().unwrap();
+    assert_eq!(memory.logging_look(GIB, GIB, 16 << 20, &mut [0; 1]), Err(Errno::EINVAL), "no log");
 }
 
 #[test]
