@@ -9,7 +9,7 @@ use std::sync::atomic::fence;
 use limosa_foreign_fd::Foreign;
 use limosa_protocol::Errno;
 
-use crate::pinned::PinnedBytes;
+use crate::pinned::{Keeper, PinnedBytes};
 use crate::sigbus::Slot;
 use crate::window::{FileSystem, OpenFile, Window};
 
@@ -101,9 +101,9 @@ impl FileMapping {
         }
         // SAFETY: offset is at most `self.bytes`, and so many bytes from `start` on are mapped.
         let start = unsafe { self.start.add(offset as usize) };
-        let since = self.epoch();
-        let (slot, window) = (self.slot, Arc::clone(&self.window));
-        Ok(PinnedBytes { start, bytes, is_readable: read, is_writable: write, since, slot, window })
+        let (since, slot, window) = (self.epoch(), self.slot, Arc::clone(&self.window));
+        let keeper = Keeper::Window { since, slot, window };
+        Ok(PinnedBytes { start, bytes, is_readable: read, is_writable: write, keeper })
     }
 
     /// Reads. EFAULT outside the mapping, if it does not allow reading, and if a page is missing; then `data` may

@@ -10,25 +10,36 @@ use limosa_protocol::Errno;
 use crate::sigbus::Slot;
 use crate::window::Window;
 
-/// A range of a [`FileMapping`](crate::FileMapping) that stays mapped as long as this exists, even after the mapping is
-/// dropped.
+/// A range of a [`FileMapping`](crate::FileMapping), or of a mapping of the caller ([`PinnedBytes::new`]), that stays mapped as
+/// long as this exists, even after the mapping is dropped.
 ///
 /// Its address is for system calls: readv(2), writev(2), io_uring. These fail with EFAULT if a page is missing. Other
 /// processes and threads change the bytes at any time, so a reference to them must never be made.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct PinnedBytes {
     pub(crate) start: NonNull<u8>,
     pub(crate) bytes: usize,
     pub(crate) is_readable: bool,
     pub(crate) is_writable: bool,
-    /// The window's epoch at the beginning.
-    pub(crate) since: usize,
-    pub(crate) slot: &'static Slot,
-    pub(crate) window: Arc<Foreign<Window>>,
+    pub(crate) keeper: Keeper,
 }
 
-// SAFETY: the pointer is to shared memory that is only ever accessed through raw pointers, by any thread; the window that it
-// points into lives as long as the value.
+/// What keeps a range mapped.
+#[derive(Clone)]
+pub(crate) enum Keeper {
+    /// A window, whose pages may go away.
+    Window {
+        /// The window's epoch at the beginning.
+        since: usize,
+        slot: &'static Slot,
+        window: Arc<Foreign<Window>>,
+    },
+    /// An object of the caller's, which is only dropped.
+    Owner { _owner: Arc<dyn Send + Sync> },
+}
+
+// SAFETY: the pointer is to shared memory that is only ever accessed through raw pointers, by any thread; the window or the owner
+// that keeps it mapped lives as long as the value, and any thread can use and drop it.
 unsafe impl Send for PinnedBytes {}
 // SAFETY: as above.
 unsafe impl Sync for PinnedBytes {}
@@ -36,7 +47,34 @@ unsafe impl Sync for PinnedBytes {}
 /// Pieces that one system call takes (`limits.h: IOV_MAX`).
 const PIECES_MAX: usize = 1024;
 
+impl std::fmt::Debug for PinnedBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PinnedBytes({:#x} bytes at {:p})", self.bytes, self.start)
+    }
+}
+
 impl PinnedBytes {
+    /// A range of a mapping of the caller's own, which `owner` keeps mapped. The owner is dropped with the last clone of the range, when
+    /// everything that the range was pinned for is done.
+    ///
+    /// A page of such a range that goes away is not survived: a system call fails with EFAULT, and a copy ends the process, as the
+    /// caller's own accesses do.
+    ///
+    /// # Safety
+    ///
+    /// From `start` on, `bytes` bytes are mapped until `owner` is dropped, readable if `read` and writable if `write`. Nobody has a
+    /// reference to them meanwhile, only raw pointers.
+    pub unsafe fn new(
+        start: NonNull<u8>,
+        bytes: usize,
+        read: bool,
+        write: bool,
+        owner: Arc<dyn Send + Sync>,
+    ) -> PinnedBytes {
+        let keeper = Keeper::Owner { _owner: owner };
+        PinnedBytes { start, bytes, is_readable: read, is_writable: write, keeper }
+    }
+
     /// Where the bytes are.
     pub fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()
@@ -55,10 +93,12 @@ impl PinnedBytes {
     /// Whether all pages were there since the range was pinned: EFAULT when another access found one missing, and the data of
     /// a system call may have gone nowhere. To be asked once the system call is done.
     pub fn check(&self) -> Result<(), Errno> {
-        if self.slot.is_undisturbed(self.since) {
-            return Ok(());
+        match &self.keeper {
+            Keeper::Window { since, slot, window } if !slot.is_undisturbed(*since) => {
+                window.settled(*since, self.start.as_ptr(), self.bytes)
+            }
+            Keeper::Window { .. } | Keeper::Owner { .. } => Ok(()),
         }
-        self.window.settled(self.since, self.start.as_ptr(), self.bytes)
     }
 
     /// Reads from a file, from `offset` on, into ranges in order, like preadv(2): possibly fewer bytes than they hold,

@@ -2,13 +2,16 @@
 
 use std::io;
 use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
 
-use limosa_migrate::{FilePages, GuestPages, MemoryRegion, PAGE_BYTES};
-use rustix::mm::MapFlags;
+use limosa_guest_memory::PinnedBytes;
+use limosa_migrate::{DataRun, FilePages, GuestPages, MemoryRegion, PAGE_BYTES};
+use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Address, Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
+    MemoryRegionAddress, MmapRegion,
 };
 
 /// The regions of a guest's memory, in the order of their addresses. Both sides of a move number them alike if their guests have the
@@ -29,7 +32,7 @@ pub struct NotPages {
     pub bytes: u64,
 }
 
-impl<'m, B: Bitmap + Send + Sync> Regions<'m, B> {
+impl<'m, B: Bitmap + Send + Sync + 'static> Regions<'m, B> {
     /// The regions of this memory.
     ///
     /// # Errors
@@ -59,7 +62,8 @@ impl<'m, B: Bitmap + Send + Sync> Regions<'m, B> {
 
 /// The pages of one region. Writes mark the region's bitmap, if it has one.
 ///
-/// Where the region is a shared mapping of a file, holes of the file count as zeroes and are not read.
+/// Where the region is a shared mapping of a file, holes of the file count as zeroes and are not read. Pages are sent and received
+/// where they lie.
 pub struct RegionPages<'m, B: Bitmap = ()> {
     region: &'m GuestRegionMmap<B>,
     holes: Option<FilePages>,
@@ -76,9 +80,13 @@ impl<'m, B: Bitmap> RegionPages<'m, B> {
     }
 }
 
-impl<B: Bitmap + Send + Sync> GuestPages for RegionPages<'_, B> {
+impl<B: Bitmap + Send + Sync + 'static> GuestPages for RegionPages<'_, B> {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.region.read_slice(into, MemoryRegionAddress(offset)).map_err(io::Error::other)
+        match &self.holes {
+            // Reading a hole through the mapping would fill it.
+            Some(holes) => holes.read(offset, into),
+            None => self.read_data(offset, into),
+        }
     }
 
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
@@ -90,6 +98,49 @@ impl<B: Bitmap + Send + Sync> GuestPages for RegionPages<'_, B> {
             Some(holes) => holes.data(range),
             None => Ok((!range.is_empty()).then_some(range)),
         }
+    }
+
+    fn data_runs(&self, range: Range<u64>, found: &mut Vec<DataRun>) -> io::Result<()> {
+        match &self.holes {
+            Some(holes) => holes.data_runs(range, found)?,
+            None if range.is_empty() => {}
+            None => found.push(DataRun { range, has_holes: false }),
+        }
+        Ok(())
+    }
+
+    fn read_data(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.region.read_slice(into, MemoryRegionAddress(offset)).map_err(io::Error::other)
+    }
+
+    fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
+        let bytes = usize::try_from(range.end.checked_sub(range.start)?).ok()?;
+        let protection = ProtFlags::from_bits_retain(self.region.prot().cast_unsigned());
+        if range.end > self.region.len() || !protection.contains(ProtFlags::READ | ProtFlags::WRITE) {
+            return None;
+        }
+        let (mapping, offset) = (self.region.get_mmap(), range.start as usize);
+        let start = NonNull::new(mapping.as_ptr().wrapping_add(offset))?;
+        let owner: Arc<dyn Send + Sync> = match to_write {
+            true => Arc::new(Written { mapping, offset, bytes }),
+            false => mapping,
+        };
+        // SAFETY: the range lies within the region, all of which is mapped to be read and written. It stays mapped as long as the owner
+        // lives: each kind of owner has the mapping. To vm-memory it is volatile memory, to which nobody has references.
+        Some(unsafe { PinnedBytes::new(start, bytes, true, to_write, owner) })
+    }
+}
+
+/// Marks a range in the bitmap of its mapping when it is dropped, which is after the last write.
+struct Written<B: Bitmap> {
+    mapping: Arc<MmapRegion<B>>,
+    offset: usize,
+    bytes: usize,
+}
+
+impl<B: Bitmap> Drop for Written<B> {
+    fn drop(&mut self) {
+        self.mapping.bitmap().mark_dirty(self.offset, self.bytes);
     }
 }
 
