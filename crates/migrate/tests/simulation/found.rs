@@ -41,7 +41,13 @@ fn the_log_of_a_device_that_could_not_be_reached_bars_no_later_move() {
 fn a_further_link_that_falls_silent_at_the_end_holds_nobody_for_ever() {
     keeps_the_contract(Phase::StopCopy, 25, Fault::Silence(End::Source, 1), |plan| {
         let bytes_per_second = 1 << 24;
-        let link = LinkPlan { latency: Duration::from_micros(300), bytes_per_second, buffer_bytes: 8192 };
+        let link = LinkPlan {
+            latency: Duration::from_micros(300),
+            bytes_per_second,
+            buffer_bytes: 8192,
+            is_authenticated: false,
+            finds_damage: false,
+        };
         (plan.links, plan.links_taken) = (vec![link; 2], 2);
     });
 }

@@ -152,8 +152,8 @@ impl Guest {
             // Now and then a page becomes zero again.
             kind if memory.regions() > 0 => {
                 let region = value as usize % memory.regions();
-                let bytes = memory.bytes(region).len();
-                let page = simulation::random(((bytes / PAGE) as u64).min(BUSY_PAGES)) as usize * PAGE;
+                let pages = memory.len(region) / PAGE as u64;
+                let page = simulation::random(pages.min(BUSY_PAGES)) as usize * PAGE;
                 match kind {
                     3 => memory.guest_writes(None, region, page, &[0; PAGE]),
                     4 => self.look(computer, region, page),
@@ -168,7 +168,8 @@ impl Guest {
 
     /// Whether a page is what it was last made.
     fn look(&self, computer: &Computer, region: usize, page: usize) {
-        let found = computer.memory.bytes(region)[page..page + PAGE].to_vec();
+        let mut found = [0; PAGE];
+        computer.memory.read(region, page, &mut found);
         if self.world.truth().memory[region][page..page + PAGE] != found {
             let end = computer.end;
             self.world.wrong(format!(

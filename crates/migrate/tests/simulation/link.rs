@@ -3,14 +3,18 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::{Monitor, now, simulation};
+use limosa_guest_memory::PinnedBytes;
 use limosa_migrate::link::{Link, LinkError, Wait};
+use limosa_stream::{HEADER_BYTES, Header};
 
 use crate::adversary::{Adversary, Forgery, Proof, Tap};
 use crate::disk::Disk;
-use crate::plan::{End, LinkPlan};
+use crate::plan::{End, LinkPlan, Mutation, Plan};
+use crate::world::World;
 
 /// One direction.
 struct Pipe {
@@ -46,11 +50,15 @@ pub struct SimLink {
     out: Arc<Pipe>,
     inward: Arc<Pipe>,
     name: String,
+    world: Arc<World>,
+    mutation: Option<Mutation>,
 }
 
 /// What lies between the two ends: the links of the move that is under way.
 pub struct Network {
     plans: Vec<LinkPlan>,
+    world: Arc<World>,
+    mutation: Option<Mutation>,
     /// What both ends can reach as well.
     pub disk: Disk,
     /// The adversary on all of them.
@@ -68,13 +76,15 @@ struct Lines {
 }
 
 impl Network {
-    pub fn new(plans: &[LinkPlan], disk: Disk, adversary: Option<Adversary>) -> Network {
-        Network { plans: plans.to_vec(), disk, adversary, state: Monitor::default() }
+    pub fn new(plan: &Plan, world: &Arc<World>) -> Network {
+        let (plans, world, mutation) = (plan.links.clone(), Arc::clone(world), plan.mutation);
+        let adversary = plan.has_adversary().then(Adversary::default);
+        Network { plans, world, mutation, disk: Disk::new(mutation), adversary, state: Monitor::default() }
     }
 
     /// The first link of a move, or of a question.
     pub fn connect(&self) -> (SimLink, SimLink) {
-        let (near, far, hand) = pair(self.plans[0], self.adversary.as_ref(), true);
+        let (near, far, hand) = self.pair(self.plans[0], self.adversary.as_ref(), true);
         let mut lines = self.state.lock();
         lines.hands = vec![hand];
         let left = std::mem::take(&mut lines.calls);
@@ -90,7 +100,7 @@ impl Network {
             return Err(LinkError::Closed);
         }
         let plan = self.plans[lines.hands.len() % self.plans.len()];
-        let (near, far, hand) = pair(plan, self.adversary.as_ref(), false);
+        let (near, far, hand) = self.pair(plan, self.adversary.as_ref(), false);
         lines.hands.push(hand);
         lines.calls.push_back(far);
         drop(lines);
@@ -122,7 +132,7 @@ impl Network {
     /// The adversary connects, says what it has to say, and leaves.
     pub fn forge_link(&self, proof: Proof) {
         let Some(adversary) = &self.adversary else { return };
-        let (near, far, _) = pair(self.plans[0], None, false);
+        let (near, far, _) = self.pair(self.plans[0], None, false);
         let due = now() + self.plans[0].latency;
         near.out.change(|flow| flow.arrives(due, adversary.joins(proof)));
         self.state.lock().calls.push_back(far);
@@ -156,16 +166,29 @@ pub struct Hand {
     pipes: [Arc<Pipe>; 2],
 }
 
-/// A link of this kind; the first one of a move or a question, or a further one.
-fn pair(plan: LinkPlan, adversary: Option<&Adversary>, is_first: bool) -> (SimLink, SimLink, Hand) {
-    let pipe = |from| {
-        let tap = adversary.map(|adversary| Tap::new(adversary, from, is_first));
-        Arc::new(Pipe { plan, state: Monitor::new(Flow { tap, ..Flow::default() }) })
-    };
-    let (there, back) = (pipe(End::Source), pipe(End::Destination));
-    let hand = Hand { pipes: [there.clone(), back.clone()] };
-    let near = SimLink { out: there.clone(), inward: back.clone(), name: "the destination".into() };
-    (near, SimLink { out: back, inward: there, name: "the source".into() }, hand)
+impl Network {
+    /// A link of this kind; the first one of a move or a question, or a further one.
+    fn pair(
+        &self,
+        plan: LinkPlan,
+        adversary: Option<&Adversary>,
+        is_first: bool,
+    ) -> (SimLink, SimLink, Hand) {
+        let pipe = |from| {
+            let tap = adversary.map(|adversary| Tap::new(adversary, from, is_first));
+            Arc::new(Pipe { plan, state: Monitor::new(Flow { tap, ..Flow::default() }) })
+        };
+        let (there, back) = (pipe(End::Source), pipe(End::Destination));
+        let hand = Hand { pipes: [there.clone(), back.clone()] };
+        let end = |out: &Arc<Pipe>, inward: &Arc<Pipe>, name: &str| SimLink {
+            out: out.clone(),
+            inward: inward.clone(),
+            name: name.into(),
+            world: self.world.clone(),
+            mutation: self.mutation,
+        };
+        (end(&there, &back, "the destination"), end(&back, &there, "the source"), hand)
+    }
 }
 
 impl Hand {
@@ -187,7 +210,11 @@ impl Hand {
         self.pipes[way].change(|flow| flow.stalled = Some(until));
     }
 
+    /// A link with checksums of its own ends where a bit flips.
     pub fn flip(&self, way: usize, bit: u8) {
+        if self.pipes[way].plan.finds_damage {
+            return self.cut();
+        }
         self.pipes[way].change(|flow| flow.flip = Some(bit));
     }
 
@@ -215,6 +242,10 @@ impl Pipe {
 
 impl Link for SimLink {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
+        let header = slices.first().and_then(|slice| slice.first_chunk::<HEADER_BYTES>());
+        if header.and_then(|header| Header::decode(header).ok()).is_some_and(|header| header.unchecked) {
+            self.world.sent_unchecked.store(true, Ordering::SeqCst);
+        }
         let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
         let mut flow = self.out.state.lock();
         let room = loop {
@@ -290,12 +321,41 @@ impl Link for SimLink {
         }
     }
 
+    /// As the default does.
+    fn read_to_memory(
+        &self,
+        memory: &PinnedBytes,
+        from: usize,
+        behind: &mut [u8],
+        wait: Wait<'_>,
+    ) -> Result<usize, LinkError> {
+        let room = memory.len().saturating_sub(from);
+        if room == 0 {
+            return self.read(behind, wait);
+        }
+        let mut piece = vec![0; room.min(16 << 10)];
+        let bytes = self.read(&mut piece, wait)?;
+        if self.mutation != Some(Mutation::InPlaceForgets) || simulation::random(8) != 0 {
+            memory.write(from, &piece[..bytes]).map_err(|errno| LinkError::Memory(errno.into()))?;
+        }
+        Ok(bytes)
+    }
+
     fn finish(&self) {
         self.out.change(|flow| flow.finished = true);
     }
 
     fn peer(&self) -> &str {
         &self.name
+    }
+
+    fn is_authenticated(&self) -> bool {
+        self.out.plan.is_authenticated
+    }
+
+    /// By the default of `write_parts`, which copies at each call what the guest may have written since the last one.
+    fn sends_memory(&self) -> bool {
+        true
     }
 }
 

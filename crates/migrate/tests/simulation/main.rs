@@ -109,6 +109,12 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
                 ("with a window that grew", summary.grew),
                 ("with a forged word", summary.forged),
                 ("with a forged word, in doubt", summary.forged && summary.in_doubt),
+                ("with pages received in place", summary.received_in_place),
+                ("with pages without checksums", summary.sent_unchecked),
+                (
+                    "with pages without checksums, received in place",
+                    summary.sent_unchecked && summary.received_in_place,
+                ),
             ] {
                 *tally.entry(what.into()).or_default() += u64::from(is_so);
             }
@@ -135,6 +141,8 @@ fn moves_keep_the_failure_contract_whatever_goes_wrong() {
         "with a window that grew",
         "with a forged word",
         "with a forged word, in doubt",
+        "with pages received in place",
+        "with pages without checksums, received in place",
         "Saved",
         "NotSaved",
     ] {

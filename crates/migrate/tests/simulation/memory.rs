@@ -1,14 +1,17 @@
 //! Guest memory of one end, and the VMM's log of what is written there.
 
 use std::io;
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use limosa_client::DmaTarget;
 use limosa_clockwork::{simulation, sleep};
+use limosa_guest_memory::{FileMapping, PinnedBytes};
 use limosa_migrate::{DirtyLog, GuestPages};
 use limosa_protocol::bitmap::DirtyBitmap;
+use limosa_testing::memfd;
 
 use crate::adversary::STRANGE_PAGE;
 use crate::panics::{Panics, Place};
@@ -24,7 +27,9 @@ pub fn iova(region: usize) -> u64 {
 pub struct SimMemory {
     end: End,
     world: Arc<World>,
-    regions: Vec<Mutex<Vec<u8>>>,
+    regions: Vec<FileMapping>,
+    /// Its pages are sent and received where they lie, if the engine wants that.
+    pins: bool,
     pub fails: AtomicBool,
     /// What devices write is in the VMM's log as well.
     pub log_covers_devices: bool,
@@ -34,16 +39,41 @@ pub struct SimMemory {
 
 impl SimMemory {
     pub fn new(end: End, world: Arc<World>, plan: &Plan, panics: Arc<Panics>) -> SimMemory {
-        // What was there before must not show after a move.
-        let fill = if end == End::Source { 0 } else { 0xaa };
-        let regions =
-            plan.regions.iter().map(|pages| Mutex::new(vec![fill; *pages as usize * PAGE])).collect();
-        let (log_covers_devices, mutation) = (plan.log_covers_devices, plan.mutation);
-        SimMemory { end, world, regions, fails: AtomicBool::new(false), log_covers_devices, mutation, panics }
+        let region = |pages: &u64| {
+            // What was there before must not show after a move.
+            let fill = if end == End::Source { plan.fill(*pages) } else { 0xaa };
+            let bytes = *pages as usize * PAGE;
+            let file = memfd(bytes as u64);
+            let mapping = FileMapping::new(&file, 0, bytes as u64, true, true).expect("room");
+            if fill != 0 {
+                mapping.write(0, &vec![fill; bytes]).expect("it is mapped");
+            }
+            mapping
+        };
+        SimMemory {
+            end,
+            world,
+            regions: plan.regions.iter().map(region).collect(),
+            pins: plan.pins[end as usize],
+            fails: AtomicBool::new(false),
+            log_covers_devices: plan.log_covers_devices,
+            mutation: plan.mutation,
+            panics,
+        }
     }
 
-    pub fn bytes(&self, region: usize) -> MutexGuard<'_, Vec<u8>> {
-        self.regions[region].lock().unwrap_or_else(PoisonError::into_inner)
+    /// The bytes of a region.
+    pub fn len(&self, region: usize) -> u64 {
+        self.regions[region].len()
+    }
+
+    /// What is in a region from an offset on.
+    pub fn read(&self, region: usize, offset: usize, into: &mut [u8]) {
+        self.regions[region].read(offset as u64, into).expect("it is mapped");
+    }
+
+    fn write(&self, region: usize, offset: usize, bytes: &[u8]) {
+        self.regions[region].write(offset as u64, bytes).expect("it is mapped");
     }
 
     pub fn regions(&self) -> usize {
@@ -52,7 +82,7 @@ impl SimMemory {
 
     /// A write of the guest's: of a vCPU, or of this device.
     pub fn guest_writes(&self, device: Option<usize>, region: usize, offset: usize, bytes: &[u8]) {
-        self.bytes(region)[offset..][..bytes.len()].copy_from_slice(bytes);
+        self.write(region, offset, bytes);
         let mut truth = self.world.truth();
         truth.memory[region][offset..][..bytes.len()].copy_from_slice(bytes);
         if self.end == End::Source && truth.logs {
@@ -70,7 +100,9 @@ impl SimMemory {
     pub fn difference(&self) -> Option<String> {
         let truth = self.world.truth();
         (0..self.regions.len()).find_map(|region| {
-            let (have, want) = (self.bytes(region), &truth.memory[region]);
+            let want = &truth.memory[region];
+            let mut have = vec![0; want.len()];
+            self.read(region, 0, &mut have);
             let page = have.chunks(PAGE).zip(want.chunks(PAGE)).position(|(have, want)| have != want)?;
             Some(format!("page {page} of region {region} of the {:?} is not what the guest wrote", self.end))
         })
@@ -100,9 +132,7 @@ impl GuestPages for RegionPages {
                 sleep(Duration::from_nanos(1_000));
             }
             self.memory.check()?;
-            page.copy_from_slice(
-                &self.memory.bytes(self.region)[offset as usize + at * PAGE..][..page.len()],
-            );
+            self.memory.read(self.region, offset as usize + at * PAGE, page);
         }
         Ok(())
     }
@@ -122,9 +152,21 @@ impl GuestPages for RegionPages {
             if self.memory.mutation == Some(Mutation::MemoryForgets) && simulation::random(16) == 0 {
                 continue;
             }
-            self.memory.bytes(self.region)[offset as usize + at * PAGE..][..page.len()].copy_from_slice(page);
+            self.memory.write(self.region, offset as usize + at * PAGE, page);
         }
         Ok(())
+    }
+
+    fn pin(&self, range: Range<u64>, to_write: bool) -> Option<PinnedBytes> {
+        if !self.memory.pins || self.memory.check().is_err() {
+            return None;
+        }
+        let bytes = (range.end - range.start) as usize;
+        let pinned = self.memory.regions[self.region].pin(range.start, bytes, true, to_write).ok()?;
+        if to_write {
+            self.memory.world.received_in_place.store(true, Ordering::SeqCst);
+        }
+        Some(pinned)
     }
 }
 
@@ -137,7 +179,7 @@ pub struct DeviceMemory {
 
 impl DmaTarget for DeviceMemory {
     fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        data.copy_from_slice(&self.memory.bytes(self.region)[offset as usize..][..data.len()]);
+        self.memory.read(self.region, offset as usize, data);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use limosa_migrate::{Phase, WhenStalled};
+use limosa_migrate::{MemoryChecksums, Phase, WhenStalled};
 use limosa_stream::Kind;
 
 use crate::adversary::{Forgery, Proof};
@@ -111,6 +111,16 @@ fn a_ledger_that_forgets_is_found() {
 #[test]
 fn memory_that_loses_pages_is_found() {
     finds(Mutation::MemoryForgets, calm, &["is not what the guest wrote"]);
+}
+
+#[test]
+fn pages_that_are_lost_on_the_way_to_where_they_belong_are_found() {
+    let in_place = |plan: &mut Plan| {
+        calm_move(plan);
+        plan.pins = [true; 2];
+        plan.checksums = [MemoryChecksums::Never; 2];
+    };
+    finds(Mutation::InPlaceForgets, in_place, &["is not what the guest wrote"]);
 }
 
 #[test]

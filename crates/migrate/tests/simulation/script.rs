@@ -7,6 +7,7 @@ mod saves;
 use std::any::Any;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use limosa_client::Device;
@@ -18,7 +19,6 @@ use limosa_stream::MigrationId;
 
 use crate::adversary::Adversary;
 use crate::bounds;
-use crate::disk::Disk;
 use crate::fate::Fates;
 use crate::guest::Guest;
 use crate::link::Network;
@@ -63,6 +63,9 @@ pub struct Summary {
     pub grew: bool,
     /// Whether an adversary has put a frame on a link.
     pub forged: bool,
+    /// Whether pages were received where they belong, and whether some were sent without a checksum.
+    pub received_in_place: bool,
+    pub sent_unchecked: bool,
 }
 
 impl Summary {
@@ -76,6 +79,8 @@ impl Summary {
             filled: false,
             grew: false,
             forged: false,
+            received_in_place: false,
+            sent_unchecked: false,
         }
     }
 
@@ -87,7 +92,7 @@ impl Summary {
 
 /// A run of this plan.
 pub fn run(plan: &Plan, folder: &Path, trace: bool) -> Result<Run<Summary>, Box<Failure>> {
-    let world = Arc::new(World::new(&plan.regions, plan.devices.len()));
+    let world = Arc::new(World::new(plan));
     let watched = world.clone();
     let mut simulation = Simulation::new(plan.seed);
     match plan.mutation {
@@ -131,8 +136,7 @@ type Ending<T> = Result<T, Box<dyn Any + Send>>;
 impl<'a> Script<'a> {
     fn new(plan: &'a Plan, world: &'a Arc<World>, folder: &Path) -> Script<'a> {
         let guest = Arc::new(Guest::new(world.clone(), plan.rest));
-        let adversary = plan.has_adversary().then(Adversary::default);
-        let network = Arc::new(Network::new(&plan.links, Disk::new(plan.mutation), adversary));
+        let network = Arc::new(Network::new(plan, world));
         let computer = |end| Computer::new(end, plan, world, &guest, &network, folder.join("moves"));
         let (source, destination) = (computer(End::Source), computer(End::Destination));
         world.truth().keeps_stop = plan.saves.is_some();
@@ -167,7 +171,10 @@ impl<'a> Script<'a> {
                 self.settled(&summary)?;
                 self.second_move(scope, processes, &summary)?;
                 let forged = self.network.adversary.as_ref().is_some_and(Adversary::has_forged);
-                Ok(Summary { fired: fates.fired(), forged, ..summary })
+                let received_in_place = self.world.received_in_place.load(Ordering::SeqCst);
+                let sent_unchecked = self.world.sent_unchecked.load(Ordering::SeqCst);
+                let fired = fates.fired();
+                Ok(Summary { fired, forged, received_in_place, sent_unchecked, ..summary })
             });
             fates.end();
             self.guest.end();

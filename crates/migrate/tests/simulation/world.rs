@@ -2,14 +2,14 @@
 //! and devices.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use limosa_clockwork::simulation;
 use limosa_migrate::Round;
 
-use crate::plan::End;
+use crate::plan::{End, Plan};
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -23,6 +23,9 @@ pub struct World {
     truth: Mutex<Truth>,
     /// When something went wrong last.
     struck: Mutex<Option<Duration>>,
+    /// Whether pages were received where they belong, and whether some were sent without a checksum.
+    pub received_in_place: AtomicBool,
+    pub sent_unchecked: AtomicBool,
 }
 
 /// Memory, and the blocks of devices.
@@ -68,9 +71,10 @@ pub struct Precopy {
 }
 
 impl World {
-    pub fn new(regions: &[u64], devices: usize) -> World {
+    pub fn new(plan: &Plan) -> World {
+        let (regions, devices) = (&plan.regions, plan.devices.len());
         let truth = Truth {
-            memory: regions.iter().map(|pages| vec![0; *pages as usize * PAGE]).collect(),
+            memory: regions.iter().map(|pages| vec![plan.fill(*pages); *pages as usize * PAGE]).collect(),
             devices: vec![Vec::new(); devices],
             marks: vec![BTreeSet::new(); regions.len()],
             device_marks: vec![BTreeSet::new(); devices],

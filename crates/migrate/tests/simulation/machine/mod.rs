@@ -123,7 +123,7 @@ impl Computer {
         let regions = regions.map(|(region, pages)| MemoryRegion {
             id: region as u32,
             iova: iova(region),
-            size: self.memory.bytes(region).len() as u64,
+            size: self.memory.len(region),
             pages,
         });
         regions.collect()

@@ -95,6 +95,8 @@ pub enum Mutation {
     LedgerForgets,
     /// The destination loses pages that came.
     MemoryForgets,
+    /// A link says that pages are where they belong, and has lost some of them.
+    InPlaceForgets,
     /// A device of the destination loads something else.
     DeviceForgets,
     /// A cancel is not heard.

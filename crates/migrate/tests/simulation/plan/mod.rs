@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use limosa_device::Fault as Arc;
-use limosa_migrate::{AfterSave, Convergence, Options, Phase, WhenStalled};
+use limosa_migrate::{AfterSave, Convergence, MemoryChecksums, Options, Phase, WhenStalled};
 use limosa_protocol::{Errno, MigrationFlags};
 use limosa_stream::{Compression, WINDOW_BYTES_MIN};
 
@@ -28,6 +28,9 @@ pub const STANDSTILL_MAX: Duration = Duration::from_secs(60);
 
 /// Bytes of a block of a device in the stream, at least.
 pub const RECORD_BYTES_MIN: usize = 24;
+
+/// Pages of a region that is small enough to be sent in full.
+const SMALL_PAGES_MAX: u64 = 100;
 
 /// One of the two machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +73,10 @@ pub struct LinkPlan {
     pub bytes_per_second: u64,
     /// What each direction takes before its writer waits.
     pub buffer_bytes: usize,
+    /// Each end knows who is at the other one.
+    pub is_authenticated: bool,
+    /// It ends where a bit flips.
+    pub finds_damage: bool,
 }
 
 impl LinkPlan {
@@ -93,6 +100,11 @@ pub struct Plan {
     /// How many of them the destination takes.
     pub links_taken: u32,
     pub log_covers_devices: bool,
+    /// Whether the memory of each end can be reached by its address.
+    pub pins: [bool; 2],
+    pub checksums: [MemoryChecksums; 2],
+    /// Whether the guest has filled all pages of its small regions before the move.
+    pub is_full: bool,
     pub convergence: Convergence,
     pub precopy: bool,
     /// The guest is saved and not moved; what becomes of the source then.
@@ -152,6 +164,8 @@ impl Plan {
             bytes_per_second: 1 << (16 + chance.below(16)),
             // Many turns of a small buffer, but not endless ones.
             buffer_bytes: (bytes / 100).max(1 << (9 + chance.below(9))) as usize,
+            is_authenticated: false,
+            finds_damage: false,
         };
         let links: Vec<LinkPlan> = (0..count).map(|_| link()).collect();
         // About as long as all of it takes once.
@@ -173,6 +187,9 @@ impl Plan {
             links_taken: 1 + chance.below(links.len() as u64) as u32,
             links,
             log_covers_devices: chance.one_in(2),
+            pins: [false; 2],
+            checksums: [MemoryChecksums::default(); 2],
+            is_full: false,
             convergence,
             precopy: !chance.one_in(6),
             saves: chance.one_in(5).then(|| chance.pick(&[AfterSave::Run, AfterSave::Stop])),
@@ -193,7 +210,34 @@ impl Plan {
             // By draws of its own, so that the rest of the plan does not depend on it.
             plan.faults.extend(adversary::draw(&mut Chance::new(!seed)));
         }
+        plan.draw_pages(&mut Chance::new(seed ^ 0x7061_6765));
         plan
+    }
+
+    /// How pages are sent and received, by draws of its own.
+    fn draw_pages(&mut self, chance: &mut Chance) {
+        use MemoryChecksums::{Always, Never, UnlessAuthenticated};
+        self.is_full = chance.one_in(3);
+        self.pins = [!chance.one_in(3), !chance.one_in(3)];
+        self.checksums =
+            [(); 2].map(|()| chance.pick(&[Always, UnlessAuthenticated, UnlessAuthenticated, Never]));
+        let waives = |plan: &Plan, authenticated| {
+            let waives = |checksums| checksums == Never || checksums == UnlessAuthenticated && authenticated;
+            plan.checksums.into_iter().all(waives)
+        };
+        for at in 0..self.links.len() {
+            let is_authenticated = chance.one_in(2);
+            // Nothing else would find the damage where both sides do without checksums.
+            let finds_damage = is_authenticated || waives(self, is_authenticated);
+            (self.links[at].is_authenticated, self.links[at].finds_damage) = (is_authenticated, finds_damage);
+        }
+        if self.saves.is_none() && self.pins[End::Destination as usize] && chance.one_in(4) {
+            // Damage to a page that is where it belongs before it is checked.
+            let phase = chance.pick(&[Phase::PreCopy, Phase::StopCopy]);
+            let when = When::Phase(End::Source, phase, chance.log_below(100));
+            let (link, bit) = (chance.below(self.links.len() as u64) as usize, chance.below(8) as u8);
+            self.faults.push(Planned { when, fault: Fault::Flip(End::Source, link, bit) });
+        }
     }
 
     fn draw(&self, chance: &mut Chance) -> Planned {
@@ -239,6 +283,11 @@ impl Plan {
             }
         };
         Planned { when, fault }
+    }
+
+    /// What each byte of a region is before the guest writes to it.
+    pub fn fill(&self, pages: u64) -> u8 {
+        if self.is_full && pages <= SMALL_PAGES_MAX { 0x11 } else { 0 }
     }
 
     /// Whether something can go wrong with a device, so that it may have to be reset and lose its state.
@@ -316,6 +365,7 @@ impl Plan {
             .with_standstill_max(self.standstill_max)
             .with_links_measured(self.seed.is_multiple_of(2))
             .with_compress(self.compression())
+            .with_memory_checksums(self.checksums[end as usize])
     }
 
     /// The options, with the defect that the plan has.
