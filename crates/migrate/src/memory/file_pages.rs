@@ -45,6 +45,8 @@ struct Found {
     data: Range<u64>,
     /// Data and holes.
     mixed: Range<u64>,
+    /// Where the last one of the two ends.
+    end: u64,
     /// How many pieces of data in a row were close to the one before them.
     close_pieces: u32,
 }
@@ -122,14 +124,15 @@ impl FilePages {
             return Ok(None);
         }
         let end = seek(&self.file, SeekFrom::Hole(start)).unwrap_or(wanted.end);
-        let before = found.data.end.max(found.mixed.end);
+        let before = found.end;
         let is_close = end - start < CLOSE_BYTES && (before..before + CLOSE_BYTES).contains(&start);
         found.close_pieces = if is_close { found.close_pieces.saturating_add(1) } else { 0 };
-        found.data = start..end;
+        (found.data, found.end) = (start..end, end);
         if found.close_pieces < CLOSE_PIECES {
             return Ok(within(&found.data, false));
         }
-        found.mixed = start..start.saturating_add(MIXED_BYTES);
+        found.end = start.saturating_add(MIXED_BYTES);
+        found.mixed = start..found.end;
         Ok(within(&found.mixed, true))
     }
 }
@@ -393,6 +396,26 @@ mod tests {
             assert_eq!(page, [9; 4096]);
             file.set_len(0).unwrap();
             file.set_len(bytes + 4096).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_second_search_of_memory_with_scattered_pages_looked_for_each_of_them() {
+        let bytes = 4 * MIB;
+        let file = memfd(bytes);
+        for pages in both(&file, 0, bytes) {
+            (0..bytes).step_by(8192).for_each(|at| pages.write(at, &[7; 4096]).unwrap());
+            let pieces = || {
+                let (mut at, mut pieces) = (0, 0);
+                while let Some(data) = pages.data(at..bytes).unwrap() {
+                    (at, pieces) = (data.end, pieces + 1);
+                }
+                pieces
+            };
+            for round in 0..3 {
+                let pieces = pieces();
+                assert!(pieces < 16, "{pieces} searches for 512 pieces in round {round}");
+            }
         }
     }
 
