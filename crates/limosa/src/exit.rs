@@ -273,10 +273,13 @@ fn of_path(error: &io::Error) -> Option<Code> {
         | ErrorKind::PermissionDenied
         | ErrorKind::NotADirectory
         | ErrorKind::IsADirectory
+        | ErrorKind::InvalidFilename
         | ErrorKind::ConnectionAborted
         | ErrorKind::TimedOut => Code::Unreachable,
         ErrorKind::AlreadyExists => Code::Refused,
         ErrorKind::InvalidData => Code::Damaged,
+        // A socket, or a device that is not there.
+        _ if error.raw_os_error() == i32::try_from(Errno::ENXIO.raw()).ok() => Code::Unreachable,
         _ => return None,
     })
 }
@@ -294,14 +297,21 @@ pub fn message(error: &anyhow::Error) -> String {
         if message.contains(&cause) {
             continue;
         }
-        let name = message.split_once(": ").map(|(name, _)| format!("{name}: "));
-        let cause = name.as_deref().and_then(|name| cause.strip_prefix(name)).unwrap_or(&cause);
+        let cause = match cause.split_once(": ") {
+            Some((name, rest)) if begins_with_name(&message, name) => rest,
+            _ => &cause,
+        };
         message = format!("{message}: {cause}");
     }
     match error.chain().find_map(|cause| remedy(cause.downcast_ref()?)) {
         Some(remedy) => format!("{message}; {remedy}"),
         None => message,
     }
+}
+
+/// Whether a message is about the thing of this name.
+fn begins_with_name(message: &str, name: &str) -> bool {
+    message.strip_prefix(name).is_some_and(|rest| rest.starts_with(": ") || rest.starts_with(' '))
 }
 
 /// The option of the command by which a move may succeed that has failed so.
@@ -342,6 +352,11 @@ mod tests {
     fn a_name_was_said_by_the_message_and_by_its_cause() {
         let error = anyhow::anyhow!("net.sock: SET refused: EIO").context("net.sock: RUNNING -> STOP failed");
         assert_eq!(message(&error), "net.sock: RUNNING -> STOP failed: SET refused: EIO");
+        let error =
+            anyhow::anyhow!("net.sock: connecting: refused").context("net.sock cannot be opened (is it up?)");
+        assert_eq!(message(&error), "net.sock cannot be opened (is it up?): connecting: refused");
+        let error = anyhow::anyhow!("net.sock: gone").context("net.sock2 cannot be opened");
+        assert_eq!(message(&error), "net.sock2 cannot be opened: net.sock: gone");
         let error = anyhow::anyhow!("disk.sock: SET refused").context("net.sock: STOP failed");
         assert_eq!(message(&error), "net.sock: STOP failed: disk.sock: SET refused");
     }

@@ -92,7 +92,8 @@ impl<'a> Guest<'a> {
         let is_it = |opened: &&Opened| opened.given() == device && opened.is_beside_vmm();
         self.devices.iter().find(is_it).map(|_| {
             format!(
-                "{device}: the VM that uses it reset it, or used it for longer than its accesses wait while it is stopped (4 s);                  try again when it is used less, or stop the guest for the move"
+                "{device}: the VM that uses it reset it, or used it for longer than its accesses wait while it is stopped (4 s); \
+                 try again when it is used less, or stop the guest for the move"
             )
         })
     }

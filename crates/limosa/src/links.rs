@@ -14,6 +14,7 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::args;
 use crate::exit::{self, Code};
+use crate::open;
 
 /// The limit for the lookup of a host's name.
 const LOOKUP_MAX: Duration = Duration::from_secs(30);
@@ -212,14 +213,18 @@ fn insecure(address: &Address) -> anyhow::Error {
 }
 
 fn cannot_listen(address: &Address, error: &io::Error) -> anyhow::Error {
+    let code = exit::of_file(error);
     let hint = match error.kind() {
+        io::ErrorKind::AlreadyExists => "choose another path, or remove it",
         io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => "make its folder first",
         io::ErrorKind::PermissionDenied if matches!(address, Address::Unix(_)) => {
             "choose a folder that you may write to"
         }
         _ => "choose another address",
     };
-    exit::error(Code::Unreachable, format!("cannot listen on {address}: {error}; {hint}"))
+    // What is there already is refused. All else is an address that cannot be had.
+    let code = if code == Code::Refused { code } else { Code::Unreachable };
+    exit::error(code, format!("cannot listen on {address}: {error}; {hint}"))
 }
 
 /// Connects, within this limit. `hint` is for the message when the destination does not listen.
@@ -235,6 +240,16 @@ pub fn connect(
             let is_untrusted = error.get_ref().is_some_and(|error| error.is::<Untrusted>());
             let untrusted = "--server-uid names a further user whose servers are trusted";
             let hint = if is_untrusted { untrusted } else { hint };
+            if let Address::Unix(path) = address
+                && let Ok(found) = std::fs::metadata(path)
+                && open::kind(&found) != open::SOCKET
+            {
+                let what = format!(
+                    "cannot connect to {address}: it is {}, and no socket; {hint}",
+                    open::kind(&found)
+                );
+                return exit::error(Code::Unreachable, what);
+            }
             exit::error(Code::Unreachable, format!("cannot connect to {address}: {error}; {hint}"))
         }
         error => failed(&address.to_string(), error),

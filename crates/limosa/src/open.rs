@@ -203,7 +203,7 @@ impl Opening<'_> {
     fn vfio_user(self, name: &str, path: &Path) -> anyhow::Result<Client> {
         let what = match std::fs::metadata(path) {
             Ok(found) if found.file_type().is_socket() => None,
-            Ok(_) => Some(format!("it is no socket; {FORMS}")),
+            Ok(found) => Some(format!("it is {}, and no socket; {FORMS}", kind(&found))),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Some("permission denied: a folder on the way to it may not be entered by this user; run limosa as a user who \
                  may".to_owned()),
             Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind()) => {
@@ -235,6 +235,21 @@ impl Opening<'_> {
             let hint = hint(&error);
             anyhow::Error::from(error).context(format!("{name} cannot be opened{hint}"))
         })
+    }
+}
+
+/// What [`kind`] says of a socket.
+pub const SOCKET: &str = "a socket";
+
+/// What a path leads to, for messages.
+pub fn kind(found: &std::fs::Metadata) -> &'static str {
+    match found.file_type() {
+        kind if kind.is_dir() => "a folder",
+        kind if kind.is_fifo() => "a FIFO",
+        kind if kind.is_char_device() || kind.is_block_device() => "a device node",
+        kind if kind.is_socket() => SOCKET,
+        _ if found.len() == 0 => "an empty file",
+        _ => "a file",
     }
 }
 

@@ -16,30 +16,39 @@ pub fn read_text(path: &Path, bytes_max: u64) -> anyhow::Result<String> {
         return bounded("standard input", std::io::stdin().lock(), bytes_max);
     }
     let name = path.display().to_string();
-    let file = open(path).with_context(|| format!("{name} cannot be read"))?;
+    let opened = open(path, "expected one, or - for standard input");
+    let file = opened.map_err(|error| unread(&name, error))?;
     bounded(&name, file, bytes_max)
 }
 
 /// The same of a file that need not be there.
 pub fn read_text_if_there(path: &Path, bytes_max: u64) -> anyhow::Result<Option<String>> {
     let name = path.display().to_string();
-    match open(path) {
+    match open(path, "expected one") {
         Ok(file) => bounded(&name, file, bytes_max).map(Some),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("{name} cannot be read")),
+        Err(error) => Err(unread(&name, error)),
     }
 }
 
 /// A FIFO without a writer would be waited for, in the opening already. One that is open here (`/dev/stdin`, `/dev/fd/N`) has, or
 /// had, a writer.
-fn open(path: &Path) -> std::io::Result<File> {
+pub fn open(path: &Path, expected: &str) -> std::io::Result<File> {
     let is_open_here = matches!(resolve(path)?, Named::Descriptor(_));
     let file = open_to_read(path, OFlags::NONBLOCK)?;
     if is_open_here || file.metadata()?.is_file() {
         return Ok(file);
     }
-    let what = "it is no regular file; expected one, or - for standard input";
-    Err(std::io::Error::new(ErrorKind::InvalidInput, what))
+    Err(std::io::Error::new(ErrorKind::InvalidInput, format!("it is no regular file; {expected}")))
+}
+
+/// What is no file is as little there as one that is missing.
+fn unread(name: &str, error: std::io::Error) -> anyhow::Error {
+    let what = format!("{name} cannot be read");
+    match error.kind() {
+        ErrorKind::InvalidInput => exit::error(Code::Unreachable, format!("{what}: {error}")),
+        _ => anyhow::Error::from(error).context(what),
+    }
 }
 
 fn bounded(name: &str, from: impl Read, bytes_max: u64) -> anyhow::Result<String> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use limosa_check::Family;
 
-use super::values::{device, seconds};
+use super::values::{count, device, seconds};
 
 #[derive(Debug, Args)]
 pub struct Check {
@@ -54,7 +54,7 @@ pub struct Check {
 
     /// Instead of the checks, play this number of random sequences of requests, legal and illegal, against a model
     /// of the standard.
-    #[arg(long, value_name = "SEQUENCES", requires = "destructive", conflicts_with_all = ["families", "only", "profile", "peer"], value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SEQUENCES", requires = "destructive", conflicts_with_all = ["families", "only", "profile", "peer"], value_parser = count)]
     pub fuzz: Option<u64>,
 
     /// The seed of the sequences: the same ones for the same seed.

@@ -6,7 +6,7 @@ use super::values::device;
 use clap::{Args, Subcommand};
 use limosa_protocol::State;
 
-use super::values::state;
+use super::values::{pid, state};
 
 #[derive(Debug, Args)]
 pub struct Probe {
@@ -73,7 +73,7 @@ pub enum StateAction {
     /// the device, as the same user, and prepares. The device's vfio-user server needs the feature NEXT.
     Next {
         /// The PID, in the PID namespace of the device's server.
-        #[arg(value_name = "PID", conflicts_with = "nobody", value_parser = clap::value_parser!(i32).range(1..))]
+        #[arg(value_name = "PID", conflicts_with = "nobody", value_parser = pid)]
         pid: Option<i32>,
 
         /// Withdraw the name; a VMM of that process that has already connected is disconnected.

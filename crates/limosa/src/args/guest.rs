@@ -6,7 +6,7 @@ use clap::Args;
 use limosa_host::User;
 use limosa_migrate::{AfterLoad, PAGE_BYTES};
 
-use super::values::bytes;
+use super::values::{bytes, pid};
 
 /// The values of `--memory`: a part of the help of every command that has it.
 pub const MEMORY: &str = "\
@@ -90,7 +90,7 @@ pub struct Stopping {
     /// Stop this process, which runs the guest, with SIGSTOP before the devices, and continue it if the move is
     /// undone; may be repeated. After the move it stays stopped. Writes that it has requested from the kernel
     /// (asynchronous reads, vhost) do not stop with it.
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    #[arg(long, value_name = "PID", value_parser = pid)]
     pub stop_with: Vec<i32>,
 
     /// Run this shell command to stop the guest before the devices: when it ends, nothing may write to the guest's

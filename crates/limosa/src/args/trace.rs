@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args};
 use limosa_host::Group;
 
-use super::values::mode;
+use super::values::{mode, pid};
 
 /// The format of the output, and signals.
 const NOTES: &str = "\
@@ -21,7 +21,7 @@ to the command. A process named by --pid continues when limosa ends. The connect
 #[command(group = ArgGroup::new("source").required(true).args(["command", "pid", "proxy"]))]
 pub struct Trace {
     /// Trace this process and those that it starts.
-    #[arg(long, value_name = "PID")]
+    #[arg(long, value_name = "PID", value_parser = pid)]
     pub pid: Option<i32>,
 
     /// Listen at FRONT for clients of the server at BACK, and forward everything unchanged in both directions.

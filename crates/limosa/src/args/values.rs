@@ -152,6 +152,18 @@ pub fn blake3(text: &str) -> Result<String, String> {
     }
 }
 
+/// The number of a process.
+pub fn pid(text: &str) -> Result<i32, String> {
+    let number = text.parse().ok().filter(|number| *number > 0);
+    number.ok_or_else(|| "expected the number of a process, such as 1234".into())
+}
+
+/// How many, at least one.
+pub fn count(text: &str) -> Result<u64, String> {
+    let number = text.parse().ok().filter(|number| *number > 0);
+    number.ok_or_else(|| "expected a number from 1 on".into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf, absolute};
 
 use limosa_host::{Group, SocketAccess};
 use limosa_vfio_user::server::DEVICES_MAX;
-use rustix::fs::OFlags;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
 use crate::args::{self, Model};
 use crate::exit::{self, Code};
+use crate::read_text;
 
 /// The longest configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -143,10 +143,13 @@ fn group<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Group>, D::Error> 
 fn read(path: &Path) -> anyhow::Result<Vec<Device>> {
     let name = path.display();
     let unread = |error: std::io::Error| {
-        exit::error(Code::Unreachable, format!("--config {name}: {error}; expected a file in TOML"))
+        let expected = "; expected a file in TOML";
+        let error = error.to_string();
+        let error = error.strip_suffix(expected).unwrap_or(&error);
+        exit::error(Code::Unreachable, format!("--config {name}: {error}{expected}"))
     };
     let mut bytes = Vec::new();
-    let file = limosa_host::open_to_read(path, OFlags::empty()).map_err(unread)?;
+    let file = read_text::open(path, "expected a file in TOML").map_err(unread)?;
     file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unread)?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(exit::error(
@@ -183,6 +186,9 @@ fn parse(name: &dyn Display, text: &str) -> Result<Vec<Device>, String> {
         let (path, line) = (socket.get_ref(), line(socket.span().start));
         if path.as_os_str().is_empty() {
             return Err(format!("{name}:{line}: an empty path; expected where to listen"));
+        }
+        if path.as_os_str().as_encoded_bytes().contains(&0) {
+            return Err(format!("{name}:{line}: {} has a NUL in it, which no path has", path.display()));
         }
         match lines.entry(place(path)) {
             Entry::Vacant(vacant) => {
