@@ -186,7 +186,7 @@ fn sockets_are_not_taken_from_the_living_and_files_not_removed() {
     let receive = |path: &str| limosa(&["receive", &device.socket, "--listen", &format!("unix:{path}")]);
     receive(&device.socket)
         .fails(UNREACHABLE, &[&device.socket, "another server listens", "choose another address"]);
-    receive(&file).fails(UNREACHABLE, &[&file, "not a socket", "choose another address"]);
+    receive(&file).fails(REFUSED, &[&file, "not a socket", "choose another path, or remove it"]);
     receive(&nowhere).fails(UNREACHABLE, &[&nowhere, "make its folder first"]);
     receive(&long).fails(UNREACHABLE, &[&long, "choose another address"]);
     assert_eq!(std::fs::read(folder.path("file")).unwrap(), b"precious");
