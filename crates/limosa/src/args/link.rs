@@ -31,9 +31,9 @@ pub struct Link {
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Link")]
 pub struct Checksums {
-    /// Whether guest memory is sent with checksums of its own. `auto`: not under TLS, which has some. `never` takes less time,
-    /// and damage of the path goes unseen: for a path that loses and alters nothing, such as a UNIX socket. Both sides have to
-    /// do without.
+    /// Whether guest memory is sent with checksums. `auto`: except under TLS, which has its own. `never` is faster, but
+    /// damage on the path is not detected: only for a path that alters nothing, such as a UNIX socket. It has to be given
+    /// on both sides.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub memory_checksums: MemoryChecksums,
 }

@@ -17,6 +17,7 @@ mod faults;
 mod folder;
 mod forever;
 mod kills;
+mod kinds_of_files;
 mod limits;
 mod loaded_by;
 mod log;

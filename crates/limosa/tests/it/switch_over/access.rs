@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::PermissionsExt;
 
+use super::by_command::{Stranger, switch_over_by};
 use super::*;
-use crate::by_command::{Stranger, switch_over_by};
 use crate::support::users::{OTHER, can_be_another, start_as_other};
 
 /// A mode that was changed in the file was ignored.

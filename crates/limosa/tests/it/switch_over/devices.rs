@@ -1,7 +1,7 @@
 //! A server of many devices that is replaced by one whose devices are others, and files that describe none.
 
+use super::by_command::{Stranger, switch_over_by};
 use super::*;
-use crate::by_command::{Stranger, switch_over_by};
 
 const STATE: &[&str] = &["state=1M"];
 

@@ -1,12 +1,10 @@
 //! Files of the wrong kind, and wrong numbers and names, given to every command: each message has the name of the thing, once, what
 //! it is and what was expected, and one cause has one code.
 
-mod support;
-
 use std::os::unix::net::UnixListener;
 
+use crate::support::{Ended, Folder, limosa};
 use rustix::fs::{CWD, FileType, mknodat};
-use support::{Ended, Folder, limosa};
 
 /// A folder with one thing of each kind, by the name of what it is.
 fn kinds() -> Folder {
