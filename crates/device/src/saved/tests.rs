@@ -369,7 +369,7 @@ fn bulk_payload_is_lent_and_received_where_it_lies() {
 }
 
 #[test]
-#[should_panic(expected = "was not taken")]
+#[should_panic(expected = "were not taken")]
 fn a_piece_cannot_overtake_what_comes_before_it() {
     let mut writer = Writer::new(KIND);
     writer.begin(&MEMORY, 0, 10);

@@ -230,7 +230,7 @@ fn an_operator_names_the_vmm_that_takes_a_device_over() {
     let next = Vmm::of(&device);
     let told = limosa(&["--json", "state", &device.socket, "next"]).json();
     assert_eq!((told["next"].to_string(), &told["is_there"]), (this.clone(), &true.into()));
-    limosa(&["state", &device.socket, "next", &this]).fails(3, &["EBUSY", "is there"]);
+    limosa(&["state", &device.socket, "next", &this]).fails(3, &["EBUSY", "is connected"]);
     drop(vmm);
     assert_eq!(next.guest(), GUEST);
     limosa(&["state", &device.socket, "next", "2147483647"]).fails(3, &["no such process"]);

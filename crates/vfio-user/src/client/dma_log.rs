@@ -172,7 +172,7 @@ mod tests {
         log.wrote(0x5000_0000, 0x1001);
         let mut blocks = [0];
         log.look(0x10_0000, 0x8000_0000, 0x1000_0000, &mut blocks);
-        assert_eq!(blocks, [0b10_0001], "in pages of 256 MiB from 0x10_0000 on, 0x5000_0000 is in the fifth");
+        assert_eq!(blocks, [0b1_0001], "in pages of 256 MiB from 0x10_0000 on, 0x5000_0000 is in the fifth");
         assert_eq!(harvest(&log, 0x10_0000, 0x1000, 4096), [0]);
         assert_eq!(harvest(&log, 0x5000_0000, 0x4000, 4096), [0, 1]);
     }
