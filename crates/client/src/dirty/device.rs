@@ -108,7 +108,11 @@ impl<'a> DeviceLog<'a> {
                 Err(error) => return Err(error),
             }
             for (first, count) in close_runs(blocks) {
-                let begin = first * block_size;
+                let begin = first.saturating_mul(block_size);
+                // A device may set bits behind the range.
+                if begin >= stretch {
+                    break;
+                }
                 let bytes = count.saturating_mul(block_size).min(stretch - begin);
                 self.report_range(iova + done + begin, bytes, page_size, piece, &mut take)?;
             }
