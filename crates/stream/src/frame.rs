@@ -148,17 +148,32 @@ impl Header {
     /// # Panics
     /// If the kind does not allow a payload of this length: a defect of the caller.
     pub fn new(kind: Kind, section: u32, position: u64, sequence: u32, payload: &[u8]) -> Header {
-        assert!(kind.allows(payload.len()), "{kind} of {} bytes", payload.len());
+        Header::with_crc(kind, section, position, sequence, payload.len(), payload_crc(payload))
+    }
+
+    /// The header of a frame whose payload has so many bytes and this crc32c.
+    ///
+    /// # Panics
+    /// If the kind does not allow a payload of this length: a defect of the caller.
+    pub fn with_crc(
+        kind: Kind,
+        section: u32,
+        position: u64,
+        sequence: u32,
+        length: usize,
+        payload_crc: u32,
+    ) -> Header {
+        assert!(kind.allows(length), "{kind} of {length} bytes");
         Header {
             kind,
             skippable: kind.is_skippable(),
             compressed: false,
             unchecked: false,
             section,
-            length: payload.len() as u32,
+            length: length as u32,
             sequence,
             position,
-            payload_crc: payload_crc(payload),
+            payload_crc,
         }
     }
 

@@ -110,8 +110,8 @@ impl Receiving<'_, '_> {
         }
     }
 
-    /// Where the pages of a MEMORY_DATA belong, if they can be received there: what comes before the checksum is known is in the
-    /// guest's memory then, which nothing runs on before the commit.
+    /// Where the pages of a MEMORY_DATA without a checksum belong, if they can be received there. Those with a checksum would have to be
+    /// copied out of the guest's memory, which may change at any time, to be checked: that takes longer than a copy into it.
     pub(super) fn memory_target(&self, header: &Header, link: &dyn Link) -> Result<Option<MemoryTarget>> {
         let at = self.order.lock().memory_region(header);
         let at = at.map_err(|damage| Error::Stream { from: link.peer().into(), damage })?;

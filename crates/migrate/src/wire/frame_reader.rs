@@ -37,8 +37,6 @@ pub(crate) struct FrameReader {
     in_place: Option<InPlace>,
     /// Whether the payload of the last frame is not in `payload`.
     was_in_place: bool,
-    /// For the checksums of such payloads.
-    piece: Buffer,
     /// Whether payloads of memory may have no checksum.
     takes_unchecked: bool,
     /// At least as long as the frame's payload.
@@ -68,7 +66,6 @@ impl FrameReader {
             payload_bytes: 0,
             in_place: None,
             was_in_place: false,
-            piece: Buffer::default(),
             takes_unchecked: false,
             payload: Buffer::default(),
             unpacker: None,
@@ -105,7 +102,7 @@ impl FrameReader {
     /// From now on this gauge counts its buffers.
     pub(crate) fn count(&mut self, buffers: &Arc<Gauge>) {
         self.buffers = Arc::clone(buffers);
-        for buffer in [&mut self.payload, &mut self.unpacked, &mut self.other, &mut self.piece] {
+        for buffer in [&mut self.payload, &mut self.unpacked, &mut self.other] {
             *buffer = Buffer::new(buffers);
         }
     }
@@ -169,8 +166,8 @@ impl FrameReader {
         self.next_in_place(link, doing, within, cancel, &|_| Ok(None))
     }
 
-    /// The same, with the payload in guest memory if `find` finds some for it: [`FrameReader::was_in_place`] is then true, and the payload
-    /// is checked like any other.
+    /// The same, with a payload of pages that has no checksum in guest memory if `find` finds some for it: [`FrameReader::was_in_place`]
+    /// is then true.
     pub(crate) fn next_in_place(
         &mut self,
         link: &dyn Link,
@@ -224,21 +221,20 @@ impl FrameReader {
         }
     }
 
-    /// Reads once into guest memory. Returns the header once all of the payload is there and checked.
+    /// Reads once into guest memory. Returns the header once all of the payload is there.
     fn read_in_place(&mut self, link: &dyn Link, wait: Wait<'_>) -> Result<Option<Header>, NotReceived> {
-        let (Some(in_place), Some(header)) = (&mut self.in_place, self.reading) else { return Ok(None) };
+        let (Some(in_place), Some(header)) = (&self.in_place, self.reading) else { return Ok(None) };
         let behind = &mut self.header[self.header_bytes..];
-        let bytes = in_place.read(link, &header, self.payload_bytes, behind, &mut self.piece, wait)?;
+        let bytes = in_place.read(link, self.payload_bytes, behind, wait)?;
         let of_payload = bytes.min(header.length as usize - self.payload_bytes);
         self.payload_bytes += of_payload;
         self.header_bytes += bytes - of_payload;
         if self.payload_bytes < header.length as usize {
             return Ok(None);
         }
-        let crc = in_place.crc()?;
+        in_place.check()?;
         (self.reading, self.in_place, self.was_in_place) = (None, None, true);
-        let checked = header.check_crc(crc).map_err(|damage| NotReceived::Other(self.damaged(damage)));
-        checked.map(|()| Some(header))
+        Ok(Some(header))
     }
 
     /// The header is complete: checks it, and makes room for the payload.
@@ -255,7 +251,7 @@ impl FrameReader {
             })?);
         }
         self.was_in_place = false;
-        if header.kind == Kind::MEMORY_DATA && !header.compressed {
+        if header.kind == Kind::MEMORY_DATA && header.unchecked {
             let is_whole = |target: &MemoryTarget| target.memory.len() == header.length as usize;
             self.in_place = find(&header)?.filter(is_whole).map(InPlace::new);
             if self.in_place.is_some() {

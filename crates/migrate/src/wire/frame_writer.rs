@@ -95,6 +95,11 @@ impl<'a> FrameWriter<'a> {
             && self.link.sends_memory()
     }
 
+    /// Whether the checksums of memory are those of its pages as they are.
+    pub(crate) fn sums_pages(&self) -> bool {
+        !self.is_unchecked.load(Ordering::Relaxed) && self.compression.get().is_none()
+    }
+
     pub(crate) fn has_peer(&self) -> bool {
         self.link.has_peer()
     }
@@ -260,7 +265,10 @@ impl<'a> FrameWriter<'a> {
 }
 
 fn header_of(frame: &Frame<'_>) -> Header {
-    Header::new(frame.kind, frame.section, frame.position, 0, frame.payload)
+    match frame.crc {
+        Some(crc) => Header::with_crc(frame.kind, frame.section, frame.position, 0, frame.payload.len(), crc),
+        None => Header::new(frame.kind, frame.section, frame.position, 0, frame.payload),
+    }
 }
 
 /// The header of a frame of memory without a checksum.

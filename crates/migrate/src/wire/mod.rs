@@ -30,22 +30,29 @@ pub(crate) struct Frame<'p> {
     /// The position in the section, in bytes; for some kinds another number (`docs/stream.md: Frame`).
     pub(crate) position: u64,
     pub(crate) payload: &'p [u8],
+    /// The crc32c of the payload, if it is known.
+    pub(crate) crc: Option<u32>,
 }
 
 impl<'p> Frame<'p> {
     /// A frame of the move as a whole.
     pub(crate) fn new(kind: Kind, payload: &'p [u8]) -> Frame<'p> {
-        Frame { kind, section: 0, position: 0, payload }
+        Frame { kind, section: 0, position: 0, payload, crc: None }
     }
 
     /// A frame of a device, a region or a numbered link.
     pub(crate) fn of(section: u32, kind: Kind, payload: &'p [u8]) -> Frame<'p> {
-        Frame { kind, section, position: 0, payload }
+        Frame { kind, section, position: 0, payload, crc: None }
     }
 
     /// The same frame at this position.
     pub(crate) fn at(self, position: u64) -> Frame<'p> {
         Frame { position, ..self }
+    }
+
+    /// The same frame with the crc32c of its payload.
+    pub(crate) fn with_crc(self, crc: Option<u32>) -> Frame<'p> {
+        Frame { crc, ..self }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Memory that is mapped: pages are received where they belong, and over links without checksums sent from where they lie.
+//! Memory that is mapped: over links without checksums pages are sent from where they lie and received where they belong.
 
 use std::fs::File;
 use std::io::IoSlice;
@@ -147,7 +147,7 @@ fn memory_has_no_checksum_only_where_both_sides_do_without() {
 }
 
 #[test]
-fn a_page_that_was_damaged_on_the_way_fails_the_move_also_where_it_is_in_place_already() {
+fn a_page_that_was_damaged_on_the_way_fails_the_move() {
     // Within the first two frames of memory, of 1 MiB each: behind the OFFER, and a device that gives nothing before the stop.
     for at in [9_000, 12_345, 900_000, 1_500_000] {
         let (ends, _files) = ends(with(MemoryChecksums::UnlessAuthenticated));

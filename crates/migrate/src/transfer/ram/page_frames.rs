@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use limosa_guest_memory::{PinnedBytes, SendPart};
 use limosa_stream::buffer::Buffer;
-use limosa_stream::{DATA_BYTES_MAX, Kind, RunsTable};
+use limosa_stream::{DATA_BYTES_MAX, Kind, RunningCrc, RunsTable};
 
 use super::super::sending::Sending;
 use crate::memory::{DataRun, MemoryRegion, PAGE_BYTES, cut_short, is_zero};
@@ -15,6 +15,8 @@ use crate::{Error, Result};
 
 /// Zeroes of this length have a frame of their own, which the next zeroes can lengthen.
 const LONG_ZERO_BYTES: u64 = 64 << 10;
+/// Pages are copied, searched for zeroes and added to the checksum in pieces of this length, while a piece is in a near cache.
+const PIECE_BYTES: usize = 64 << 10;
 /// A run of zeroes that has reached this length is sent, and the next frame begins another.
 const ZERO_BYTES_MAX: u64 = 1 << 30;
 
@@ -27,6 +29,8 @@ pub(super) struct PageFrames<'s, 'w, 'a> {
     table: RunsTable,
     /// The pages of the table's runs, one after the other. With no pages, its end.
     pages: Buffer,
+    /// The checksum of the first bytes in `pages`.
+    crc: PagesCrc,
     /// Whether pages are sent from where they lie.
     in_place: bool,
     /// Where the pages of the table's runs lie, if they are not in `pages`.
@@ -37,13 +41,54 @@ pub(super) struct PageFrames<'s, 'w, 'a> {
     zeroes: Option<(u32, u64, u64)>,
 }
 
+/// The checksum of the first bytes of a payload, which is computed as the payload grows.
+#[derive(Default)]
+struct PagesCrc {
+    /// Whether frames have a checksum of these bytes.
+    is_wanted: bool,
+    crc: RunningCrc,
+    bytes: usize,
+}
+
+impl PagesCrc {
+    /// Adds the bytes that have come since the last call. These are all of them.
+    fn extend(&mut self, all: &[u8]) {
+        if self.is_wanted {
+            self.crc.add(&all[self.bytes..]);
+            self.bytes = all.len();
+        }
+    }
+
+    /// The checksum of a payload that begins with the bytes of the last call, if it has no fewer. The next payload begins.
+    fn end(&mut self, payload: &[u8]) -> Option<u32> {
+        let is_known = self.is_wanted && self.bytes <= payload.len();
+        if is_known {
+            self.extend(payload);
+        }
+        let PagesCrc { crc, .. } =
+            std::mem::replace(self, PagesCrc { is_wanted: self.is_wanted, ..PagesCrc::default() });
+        is_known.then(|| crc.value())
+    }
+}
+
 impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
     pub(super) fn new(link: usize, sending: &'s Sending<'w, 'a>) -> PageFrames<'s, 'w, 'a> {
         let pages = Buffer::new(sending.recorder().buffers());
         let table = RunsTable::new(PAGE_BYTES);
-        let in_place = sending.writers[link].sends_in_place();
-        let (pinned, found) = (Vec::new(), Vec::new());
-        PageFrames { link, sending, region: 0, iova: 0, table, pages, in_place, pinned, found, zeroes: None }
+        let writer = sending.writers[link];
+        PageFrames {
+            link,
+            sending,
+            region: 0,
+            iova: 0,
+            table,
+            pages,
+            crc: PagesCrc { is_wanted: writer.sums_pages(), ..PagesCrc::default() },
+            in_place: writer.sends_in_place(),
+            pinned: Vec::new(),
+            found: Vec::new(),
+            zeroes: None,
+        }
     }
 
     /// Adds a run of dirty pages: at most as many as a frame takes, and behind those that were added before, where these are of
@@ -127,9 +172,16 @@ impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
         if self.table.data_bytes() as usize + bytes + table_bytes > DATA_BYTES_MAX {
             self.send()?;
         }
+        self.pages.grow(self.table.data_bytes() as usize + bytes);
+        for begin in range.clone().step_by(PIECE_BYTES) {
+            self.copy_piece(region, data, begin..range.end.min(begin + PIECE_BYTES as u64))?;
+        }
+        Ok(())
+    }
+
+    fn copy_piece(&mut self, region: &MemoryRegion<'_>, data: &DataRun, range: Range<u64>) -> Result<()> {
         let mut at = self.table.data_bytes() as usize;
-        let end = at + bytes;
-        self.pages.grow(end);
+        let end = at + (range.end - range.start) as usize;
         region.read_run(data, range.start, &mut self.pages[at..end])?;
         let mut offset = range.start;
         while at < end {
@@ -149,6 +201,7 @@ impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
             at += bytes;
             offset += bytes as u64;
         }
+        self.crc.extend(&self.pages[..self.table.data_bytes() as usize]);
         Ok(())
     }
 
@@ -188,12 +241,14 @@ impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
         let end = pages + self.table.tail_bytes();
         self.pages.grow(end);
         self.table.encode(&mut self.pages[pages..end]);
-        let frame = Frame::of(self.region, Kind::MEMORY_RUNS, &self.pages[..end]).at(self.table.position());
+        let payload = &self.pages[..end];
+        let frame = Frame::of(self.region, Kind::MEMORY_RUNS, payload).at(self.table.position());
+        let frame = frame.with_crc(self.crc.end(payload));
         if self.pinned.is_empty() {
             self.sending.send_memory(self.link, &frame)?;
         } else {
             let all = self.pinned.len();
-            self.send_pinned(&frame, 0..all, &self.pages[..end])?;
+            self.send_pinned(&frame, 0..all, payload)?;
             self.pinned.clear();
         }
         self.sending.recorder().memory_data(self.table.data_bytes());
@@ -214,7 +269,8 @@ impl<'s, 'w, 'a> PageFrames<'s, 'w, 'a> {
                 continue;
             }
             let pages = &self.pages[begin..begin + bytes as usize];
-            let frame = Frame::of(self.region, Kind::MEMORY_DATA, pages).at(offset);
+            let crc = if begin == 0 { self.crc.end(pages) } else { None };
+            let frame = Frame::of(self.region, Kind::MEMORY_DATA, pages).at(offset).with_crc(crc);
             self.sending.send_memory(self.link, &frame)?;
             self.sending.recorder().memory_data(bytes);
             begin += bytes as usize;

@@ -231,13 +231,6 @@ impl Plan {
             let finds_damage = is_authenticated || waives(self, is_authenticated);
             (self.links[at].is_authenticated, self.links[at].finds_damage) = (is_authenticated, finds_damage);
         }
-        if self.saves.is_none() && self.pins[End::Destination as usize] && chance.one_in(4) {
-            // Damage to a page that is where it belongs before it is checked.
-            let phase = chance.pick(&[Phase::PreCopy, Phase::StopCopy]);
-            let when = When::Phase(End::Source, phase, chance.log_below(100));
-            let (link, bit) = (chance.below(self.links.len() as u64) as usize, chance.below(8) as u8);
-            self.faults.push(Planned { when, fault: Fault::Flip(End::Source, link, bit) });
-        }
     }
 
     fn draw(&self, chance: &mut Chance) -> Planned {
