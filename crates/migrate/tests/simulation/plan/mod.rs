@@ -225,12 +225,11 @@ impl Plan {
             let waives = |checksums| checksums == Never || checksums == UnlessAuthenticated && authenticated;
             plan.checksums.into_iter().all(waives)
         };
-        // All links of a move come from one connector.
-        let is_authenticated = chance.one_in(2);
-        // Nothing else would find the damage where both sides do without checksums.
-        let finds_damage = is_authenticated || waives(self, is_authenticated);
-        for link in &mut self.links {
-            (link.is_authenticated, link.finds_damage) = (is_authenticated, finds_damage);
+        for at in 0..self.links.len() {
+            let is_authenticated = chance.one_in(2);
+            // Nothing else would find the damage where both sides do without checksums.
+            let finds_damage = is_authenticated || waives(self, is_authenticated);
+            (self.links[at].is_authenticated, self.links[at].finds_damage) = (is_authenticated, finds_damage);
         }
     }
 
