@@ -236,5 +236,5 @@ fn an_operator_names_the_vmm_that_takes_a_device_over() {
     limosa(&["state", &device.socket, "next", "2147483647"]).fails(3, &["no such process"]);
     limosa(&["state", &device.socket, "next", &this]).ok();
     assert!(limosa(&["state", &device.socket, "next", "--nobody"]).ok().contains("nobody is named"));
-    limosa(&["state", &device.socket, "next", "0"]).fails(2, &["0 is not in 1.."]);
+    limosa(&["state", &device.socket, "next", "0"]).fails(2, &["expected the number of a process"]);
 }

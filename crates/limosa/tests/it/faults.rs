@@ -148,11 +148,11 @@ fn a_downtime_that_cannot_be_had_calls_the_move_off_or_is_said() {
 }
 
 /// The options of both sides of a move that notice soon that the other one is silent.
-const IMPATIENT: [&str; 2] = ["--silence", "0.3"];
+const IMPATIENT: [&str; 2] = ["--silence", "1.5"];
 
 #[test]
 fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_the_reason() {
-    let pair = Pair::new(&["fault=stall:RUNNING>PRE_COPY:1500"], &[]);
+    let pair = Pair::new(&["fault=stall:RUNNING>PRE_COPY:5000"], &[]);
     let listen = format!("unix:{}", pair.folder.text("link"));
     let socket = &pair.destination.socket;
     let receiver = start(&[&["receive", socket, "--listen", &listen][..], &IMPATIENT].concat());
@@ -160,15 +160,15 @@ fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_th
     let sender = start(&[&["send", &pair.source.socket, "--to", &listen][..], &IMPATIENT].concat());
     pair.source.line("stalls as scripted");
     receiver.signal(Signal::STOP);
-    sender.end().fails(4, &["nothing came within 300ms", "as it was before"]);
+    sender.end().fails(4, &["nothing came within 1.5s", "as it was before"]);
     receiver.signal(Signal::CONT);
-    receiver.end().fails(4, &["called the move off", "nothing came within 300ms", "was not loaded"]);
+    receiver.end().fails(4, &["called the move off", "nothing came within 1.5s", "was not loaded"]);
     assert!(pair.source.runs(GUEST) && pair.destination.state() == State::Running);
 }
 
 #[test]
 fn a_sender_that_stood_still_for_too_long_failed_where_it_lost_its_receiver() {
-    let pair = Pair::new(&["fault=stall:RUNNING>PRE_COPY:1500"], &[]);
+    let pair = Pair::new(&["fault=stall:RUNNING>PRE_COPY:5000"], &[]);
     let listen = format!("unix:{}", pair.folder.text("link"));
     let socket = &pair.destination.socket;
     let receiver = start(&[&["receive", socket, "--listen", &listen][..], &IMPATIENT].concat());
@@ -176,16 +176,15 @@ fn a_sender_that_stood_still_for_too_long_failed_where_it_lost_its_receiver() {
     let sender = start(&[&["send", &pair.source.socket, "--to", &listen][..], &IMPATIENT].concat());
     pair.source.line("stalls as scripted");
     sender.signal(Signal::STOP);
-    receiver.end().fails(4, &["nothing came within 300ms"]);
+    receiver.end().fails(4, &["nothing came within 1.5s"]);
     sender.signal(Signal::CONT);
-    sender.end().fails(4, &["nothing came within 300ms", "as it was before"]);
+    sender.end().fails(4, &["nothing came within 1.5s", "as it was before"]);
     assert!(pair.source.runs(GUEST));
 }
 
 #[test]
 fn a_sigterm_while_a_device_was_being_opened_ended_the_process_by_the_signal() {
     let folder = Folder::new();
-    let listener = std::os::unix::net::UnixListener::bind(folder.path("device")).unwrap();
     let (device, link) = (folder.text("device"), format!("unix:{}", folder.text("link")));
     for args in [
         &["send", &device, "--to", &link][..],
@@ -194,6 +193,9 @@ fn a_sigterm_while_a_device_was_being_opened_ended_the_process_by_the_signal() {
         &["save", &device, "file"],
         &["load", "file", &device],
     ] {
+        // Each has a socket of its own: one that has failed connects again, to find out what listens there.
+        std::fs::remove_file(&device).ok();
+        let listener = std::os::unix::net::UnixListener::bind(&device).unwrap();
         let running = start(args);
         // It waits for the server's VERSION, which never comes.
         let (server, _) = listener.accept().unwrap();

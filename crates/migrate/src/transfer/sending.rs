@@ -78,8 +78,12 @@ impl<'w, 'a> Sending<'w, 'a> {
         let window = terms.map(|terms| terms.window_bytes);
         let grows = terms.is_some_and(|terms| terms.windows_grow);
         if terms.is_some_and(|terms| terms.unchecked) {
-            let waived =
-                |writer: &&&FrameWriter<'_>| context.options.memory_checksums.are_waived(writer.link());
+            // The answer is about the first link. Of others the destination may want checksums, unless they are authenticated too.
+            let first = writers[0].link().is_authenticated();
+            let waived = |writer: &&&FrameWriter<'_>| {
+                let link = writer.link();
+                context.options.memory_checksums.are_waived(link) && (link.is_authenticated() || !first)
+            };
             writers.iter().filter(waived).for_each(|writer| writer.waive_checksums());
         }
         Ok(Sending {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use limosa_migrate::{AfterSave, Phase};
+use limosa_migrate::{AfterSave, MemoryChecksums, Phase};
 
 use crate::panics::Place;
 use crate::plan::{End, Fault, LinkPlan, Mutation, Plan, Planned, When};
@@ -50,6 +50,26 @@ fn a_further_link_that_falls_silent_at_the_end_holds_nobody_for_ever() {
         };
         (plan.links, plan.links_taken) = (vec![link; 2], 2);
     });
+}
+
+#[test]
+fn memory_without_checksums_came_over_a_further_link_of_which_that_was_not_agreed() {
+    for seed in 0..40 {
+        let mut plan = Plan::new(seed);
+        let link = |is_authenticated| LinkPlan {
+            latency: Duration::from_micros(300),
+            bytes_per_second: 1 << 24,
+            buffer_bytes: 8192,
+            is_authenticated,
+            finds_damage: is_authenticated,
+        };
+        (plan.links, plan.links_taken) = (vec![link(true), link(false)], 2);
+        plan.checksums = [MemoryChecksums::Never, MemoryChecksums::UnlessAuthenticated];
+        (plan.faults, plan.saves, plan.mutation) = (Vec::new(), None, None);
+        if let Err(failure) = play(&plan, false) {
+            panic!("seed {seed}: {failure}");
+        }
+    }
 }
 
 const SEEDS: u64 = 60;
