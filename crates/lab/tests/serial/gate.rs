@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use limosa_stream::Kind;
+use limosa_stream::{Header, Kind};
 
 use super::fresh;
 
@@ -137,18 +137,18 @@ fn pass(
     passed.map(|passed| std::mem::take(&mut *passed.lock().unwrap()))
 }
 
-/// The preface or the frame that comes next, whole; `None` at the end.
+/// The preface or the frame that comes next, whole; `None` at the end, and before anything else.
 fn next(from: &mut impl Read, is_preface: bool) -> Option<(Place, Vec<u8>)> {
     let mut piece = vec![0; if is_preface { PREFACE } else { HEADER as usize }];
     from.read_exact(&mut piece).ok()?;
     if is_preface {
         return Some((Place::Preface, piece));
     }
-    let kind = Kind(u16::from_le_bytes([piece[0], piece[1]]));
-    let length = u32::from_le_bytes(piece[8..12].try_into().unwrap());
-    piece.resize(HEADER as usize + length as usize, 0);
+    // A sender that has lost its receiver asks once what listens here, in another protocol.
+    let header = Header::decode(piece.first_chunk()?).ok()?;
+    piece.resize(HEADER as usize + header.length as usize, 0);
     from.read_exact(&mut piece[HEADER as usize..]).ok()?;
-    Some((Place::Frame(kind), piece))
+    Some((Place::Frame(header.kind), piece))
 }
 
 /// The places of what was sent, each kind of frame once.
