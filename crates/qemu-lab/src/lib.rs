@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 mod device;
+#[cfg(test)]
+mod fetching;
 mod guest;
 mod initramfs;
 pub mod pci;
