@@ -24,7 +24,7 @@ pub struct PinnedBytes {
     pub(crate) keeper: Keeper,
 }
 
-/// What keeps a range mapped.
+/// Keeps a range mapped.
 #[derive(Clone)]
 pub(crate) enum Keeper {
     /// A window, whose pages may go away.

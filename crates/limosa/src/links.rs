@@ -222,7 +222,7 @@ fn cannot_listen(address: &Address, error: &io::Error) -> anyhow::Error {
         }
         _ => "choose another address",
     };
-    // What is there already is refused. All else is an address that cannot be had.
+    // An existing file is a refusal. Any other error means that the address is unavailable.
     let code = if code == Code::Refused { code } else { Code::Unreachable };
     exit::error(code, format!("cannot listen on {address}: {error}; {hint}"))
 }

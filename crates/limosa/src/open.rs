@@ -238,10 +238,10 @@ impl Opening<'_> {
     }
 }
 
-/// What [`kind`] says of a socket.
+/// The kind of a socket, as [`kind`] returns it.
 pub const SOCKET: &str = "a socket";
 
-/// What a path leads to, for messages.
+/// The kind of file, for messages.
 pub fn kind(found: &std::fs::Metadata) -> &'static str {
     match found.file_type() {
         kind if kind.is_dir() => "a folder",
@@ -287,8 +287,8 @@ fn hint(error: &Error) -> &'static str {
     match error {
         Error::Os { errno: Errno::ECONNREFUSED, .. } => " (nobody listens there: is its server running?)",
         Error::Os { errno: Errno::EACCES, .. } => {
-            " (its server lets this user not in: `limosa serve` has --mode and --group for who may use the device, and --control for a \
-             socket of those who may move it)"
+            " (its server does not admit this user: `limosa serve` has --mode and --group for the users of the device, and --control for a \
+             socket of the users who may move it)"
         }
         Error::Os { errno: Errno::EPERM, .. } => {
             " (--server-uid names a further user whose servers are trusted)"

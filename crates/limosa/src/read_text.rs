@@ -42,7 +42,7 @@ pub fn open(path: &Path, expected: &str) -> std::io::Result<File> {
     Err(std::io::Error::new(ErrorKind::InvalidInput, format!("it is no regular file; {expected}")))
 }
 
-/// What is no file is as little there as one that is missing.
+/// Something that is not a file gets the exit code of a missing file.
 fn unread(name: &str, error: std::io::Error) -> anyhow::Error {
     let what = format!("{name} cannot be read");
     match error.kind() {

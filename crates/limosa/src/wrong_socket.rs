@@ -1,5 +1,5 @@
-//! What listens at a socket that is not what the user took it for. It is asked once something has failed there: one message of
-//! vfio-user, to which each of this project's listeners has an answer of its own.
+//! Finds out which listener is at a socket that does not answer as expected. After a failure there, one vfio-user VERSION message is
+//! sent, to which each of this project's listeners has an answer of its own.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -23,7 +23,7 @@ const ABORT: &[u8] = &[15, 0, 0, 0, 0, 0, 0, 0];
 const SWITCH_OVER: &[u8] = b"LSwO";
 const HTTP: &[u8] = b"HTTP/";
 
-/// What listens.
+/// A kind of listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
     Device,
@@ -55,18 +55,18 @@ impl Listener {
     }
 }
 
-/// What is wrong with a path that is to be a device's, if it is known.
+/// Why a path is not the socket of a device, if that is known.
 pub fn not_a_device(path: &Path) -> Option<String> {
     named(at_path(path), Listener::Device, "a device's socket is expected", &path.display())
 }
 
-/// What is wrong with a path that is to be one where a new server takes over.
+/// Why a path is not one where a new server takes over, if that is known.
 pub fn not_a_take_over(path: &Path) -> Option<String> {
     let expected = "the --takeover path of a server is expected";
     named(at_path(path), Listener::TakeOver, expected, &path.display())
 }
 
-/// What is wrong with an address that is to be a receiver's.
+/// Why an address is not that of a receiver, if that is known.
 pub fn not_a_receiver(address: &Address) -> Option<String> {
     let expected = "the address of `limosa receive --listen` is expected";
     match address {

@@ -29,7 +29,7 @@ pub struct DeviceLog<'a> {
     started: Mutex<Option<StartedLog>>,
 }
 
-/// What is known of the log of a device that was started.
+/// The known properties of a device's log that is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StartedLog {
@@ -57,7 +57,7 @@ impl<'a> DeviceLog<'a> {
         DeviceLog { device, started: Mutex::new(Some(log)) }
     }
 
-    /// What is known of the log, while it is on.
+    /// The known properties of the log; `None` while it is off.
     pub fn state(&self) -> Option<StartedLog> {
         *self.lock()
     }

@@ -153,7 +153,7 @@ impl Client {
             Err(error) if is_passing(&error) => return Step::Asks(head),
             Err(_) => return Step::Gone,
         }
-        // The name of a method begins so. Who says something else speaks another protocol, and would never end its head.
+        // A method's name begins with a letter. A client of another protocol would never end its request.
         if !head[0].is_ascii_alphabetic() {
             return self.write(refusal("400 Bad Request", "", "expected a request of HTTP/1.1"), 0);
         }

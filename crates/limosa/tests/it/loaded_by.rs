@@ -5,7 +5,7 @@ use crate::support::{GUEST, JsonOutput, limosa, schema, start, vcpus};
 use rustix::process::Signal;
 use serde_json::Value;
 
-/// What is said of the device: by `doctor` in text and JSON, and by `state` in JSON.
+/// The output about a device: of `doctor` in text and JSON, and of `state` in JSON.
 struct Said {
     text: String,
     facts: Value,

@@ -89,7 +89,7 @@ fn a_device_whose_socket_lets_a_user_not_in_says_how_its_server_lets_others_in()
     let device = folder.device("device", &[]);
     let probed = start_as_other(&["probe", &device.socket]).end();
     probed.fails(4, &[&device.socket, "--mode and --group", "--control"]);
-    // What is no socket has nothing to do with a server.
+    // The advice about servers is only for sockets.
     let file = folder.text("file");
     std::fs::write(&file, "").unwrap();
     std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();

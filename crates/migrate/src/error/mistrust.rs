@@ -1,4 +1,4 @@
-//! The reasons not to believe the other side (`docs/failure.md: Who is believed`).
+//! The reasons not to trust the other side (`docs/failure.md: Who is believed`).
 
 use limosa_stream::MigrationId;
 

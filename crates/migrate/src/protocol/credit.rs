@@ -21,7 +21,7 @@ pub(crate) const SMALL_BYTES: usize = 4 << 10;
 pub(crate) fn window(devices: &[DeviceFacts], options: &Options) -> u64 {
     let part = |bytes: u64| bytes / devices.len().max(1) as u64;
     let most = devices.iter().filter_map(|facts| facts.data_bytes).max().unwrap_or(0);
-    // What a device says is an estimate.
+    // A device's own figure is an estimate.
     let wanted = most.saturating_add(most / 4).min(part(options.windows_bytes_max));
     part(options.windows_bytes).max(wanted).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
 }

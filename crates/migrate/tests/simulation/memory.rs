@@ -40,7 +40,7 @@ pub struct SimMemory {
 impl SimMemory {
     pub fn new(end: End, world: Arc<World>, plan: &Plan, panics: Arc<Panics>) -> SimMemory {
         let region = |pages: &u64| {
-            // What was there before must not show after a move.
+            // The previous contents must be gone after a move.
             let fill = if end == End::Source { plan.fill(*pages) } else { 0xaa };
             let bytes = *pages as usize * PAGE;
             let file = memfd(bytes as u64);
@@ -67,7 +67,7 @@ impl SimMemory {
         self.regions[region].len()
     }
 
-    /// What is in a region from an offset on.
+    /// The contents of a region from an offset on.
     pub fn read(&self, region: usize, offset: usize, into: &mut [u8]) {
         self.regions[region].read(offset as u64, into).expect("it is mapped");
     }

@@ -40,7 +40,7 @@ fn a_register_can_be_accessed_as_the_table_says() {
     let device = synthetic(SMALL);
     for Row { offset, name, access } in rows() {
         let before = get(&device, offset);
-        // What each takes: a number of a pattern, an engine that is off; another one shows that it was taken.
+        // A value that the register accepts: the number of a pattern, an engine that is off. A different value shows that it was accepted.
         let value = match offset {
             DMA_CONTROL => 0,
             DMA_PATTERN => 2,

@@ -1,4 +1,4 @@
-//! What the command prints of itself: the state machine, completions, manual pages, options of models.
+//! Output that describes the command itself: the state machine, completions, manual pages, options of models.
 
 use super::*;
 
@@ -82,7 +82,7 @@ fn options_of_a_model_are_listed_with_their_values_and_defaults() {
     limosa(&["serve", "--socket", "x"]).fails(2, &["MODEL", "--config"]);
 }
 
-/// What bash offers for the last of these words.
+/// Bash's completions of the last of these words.
 fn completed(script: &str, words: &[&str]) -> String {
     let line = "source \"$1\"; shift; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMP_LINE=\"$*\"; COMP_POINT=${#COMP_LINE}; \
                 _limosa limosa \"${COMP_WORDS[COMP_CWORD]}\" \"${COMP_WORDS[COMP_CWORD - 1]}\"; echo \"${COMPREPLY[@]}\"";

@@ -25,7 +25,7 @@ fn a_mode_that_changes_in_a_switch_over_is_given_to_the_socket() {
     let second = Stranger::of(&switched.document);
     server.end().ok();
     assert_eq!(mode(), 0o660);
-    // What somebody else has changed since stays, as the command line says the same.
+    // A change by another user stays, since the command line is the same.
     std::fs::set_permissions(scene.folder.path("device"), PermissionsExt::from_mode(0o666)).unwrap();
     let switched = to(&["--mode", "660"]);
     let third = Stranger::of(&switched.document);

@@ -278,7 +278,7 @@ impl Plan {
         Planned { when, fault }
     }
 
-    /// What each byte of a region is before the guest writes to it.
+    /// The value of each byte of a region before the guest writes to it.
     pub fn fill(&self, pages: u64) -> u8 {
         if self.is_full && pages <= SMALL_PAGES_MAX { 0x11 } else { 0 }
     }
