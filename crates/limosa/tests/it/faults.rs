@@ -1,7 +1,7 @@
 //! Devices that fail as scripted, and processes that stand still: what the command says, and who runs afterwards.
 
 use crate::support::pair::Pair;
-use crate::support::{Folder, GUEST, JsonOutput, limosa, start};
+use crate::support::{Folder, GUEST, JsonOutput, Running, limosa, start};
 use limosa_models::synthetic::registers;
 use limosa_protocol::State;
 use rustix::process::Signal;
@@ -150,8 +150,8 @@ fn a_downtime_that_cannot_be_had_calls_the_move_off_or_is_said() {
 /// The options of both sides of a move that notice soon that the other one is silent.
 const IMPATIENT: [&str; 2] = ["--silence", "1.5"];
 
-#[test]
-fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_the_reason() {
+/// A move whose source stalls in its first transition, with its sender and its receiver.
+fn stalled() -> (Pair, Running, Running) {
     let pair = Pair::new(&["fault=stall:RUNNING>PRE_COPY:5000"], &[]);
     let listen = format!("unix:{}", pair.folder.text("link"));
     let socket = &pair.destination.socket;
@@ -159,6 +159,12 @@ fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_th
     receiver.line("listening on");
     let sender = start(&[&["send", &pair.source.socket, "--to", &listen][..], &IMPATIENT].concat());
     pair.source.line("stalls as scripted");
+    (pair, sender, receiver)
+}
+
+#[test]
+fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_the_reason() {
+    let (pair, sender, receiver) = stalled();
     receiver.signal(Signal::STOP);
     sender.end().fails(4, &["nothing came within 1.5s", "as it was before"]);
     receiver.signal(Signal::CONT);
@@ -168,13 +174,7 @@ fn a_receiver_that_stood_still_for_too_long_heard_of_a_closed_link_instead_of_th
 
 #[test]
 fn a_sender_that_stood_still_for_too_long_failed_where_it_lost_its_receiver() {
-    let pair = Pair::new(&["fault=stall:RUNNING>PRE_COPY:5000"], &[]);
-    let listen = format!("unix:{}", pair.folder.text("link"));
-    let socket = &pair.destination.socket;
-    let receiver = start(&[&["receive", socket, "--listen", &listen][..], &IMPATIENT].concat());
-    receiver.line("listening on");
-    let sender = start(&[&["send", &pair.source.socket, "--to", &listen][..], &IMPATIENT].concat());
-    pair.source.line("stalls as scripted");
+    let (pair, sender, receiver) = stalled();
     sender.signal(Signal::STOP);
     receiver.end().fails(4, &["nothing came within 1.5s"]);
     sender.signal(Signal::CONT);
