@@ -71,7 +71,7 @@ fn run(fault: Fault, every: u32, opens: u32) -> Document {
     let options = Options {
         each: Duration::from_micros(1),
         // Three times what it costs where a device hangs; far above what a busy machine needs elsewhere.
-        limit: if matches!(fault, Fault::Hangs) && every < 100 { Duration::from_secs(2) } else { LIMIT },
+        limit: if matches!(fault, Fault::Hangs) && every < 100 { Duration::from_secs(1) } else { LIMIT },
         cancel: Arc::new(AtomicBool::new(false)),
     };
     let mut begun = 0;

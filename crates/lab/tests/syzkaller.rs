@@ -1,6 +1,6 @@
 //! `contrib/syzkaller`: its constants and layouts are those of the headers of the kernel under test.
 
-#[path = "../../check/tests/syzkaller/description.rs"]
+#[path = "../../check/tests/it/syzkaller/description.rs"]
 mod description;
 
 use std::fmt::Write as _;

@@ -1,11 +1,9 @@
 //! What the lab says while it fetches the packages of its QEMU, with an apt that is a script of this test's.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::Command;
 
-use limosa_testing::Process;
+use limosa_testing::{Process, program};
 
 /// Says what it would fetch, and fetches half of it. The rest waits until the test says so.
 const APT: &str = r#"#!/bin/bash
@@ -24,19 +22,14 @@ esac
 /// An empty package.
 const DPKG: &str = "#!/bin/bash\ntar -cf - -T /dev/null\n";
 
-fn program(folder: &Path, name: &str, text: &str) {
-    fs::write(folder.join(name), text).unwrap();
-    fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755)).unwrap();
-}
-
 #[test]
 fn the_lab_was_silent_while_it_fetched_qemu() {
     let folder = tempfile::tempdir().unwrap();
     let (lab, bin) = (folder.path().join("lab"), folder.path().join("bin"));
     fs::create_dir_all(&lab).unwrap();
     fs::create_dir_all(&bin).unwrap();
-    program(&bin, "apt-get", APT);
-    program(&bin, "dpkg", DPKG);
+    program(&bin.join("apt-get"), APT);
+    program(&bin.join("dpkg"), DPKG);
     let go_on = lab.join("go-on");
     rustix::fs::mknodat(rustix::fs::CWD, &go_on, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());

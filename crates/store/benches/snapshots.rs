@@ -1,7 +1,7 @@
 //! A GiB of guest memory to a file and to an S3 server on a loopback port, and back; how fast, at what cost of processor
 //! time in this process, and how much memory of its own the engine has meanwhile. The floor is the same bytes written to a file and put on the disk by themselves.
 
-#[path = "../tests/support/server.rs"]
+#[path = "../tests/it/support/server.rs"]
 mod server;
 
 use std::fs::File;

@@ -16,7 +16,9 @@ use std::time::Duration;
 
 pub use memory::{memfd, memfd_named, proc_path};
 pub use process::{Ended, Process};
-pub use programs::{beside_the_test, built_example, is_alone, run_alone, this_test};
+pub use programs::{
+    beside_the_test, built_example, copy_of_this_program, is_alone, program, run_alone, this_test,
+};
 pub use transcript::{Stream, Transcript};
 
 /// Longer than anything takes in a test on a busy machine; what takes longer hangs.

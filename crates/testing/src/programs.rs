@@ -72,3 +72,20 @@ pub fn is_alone(test: &str) -> bool {
     assert!(ended.code == 0 && ended.out.contains("1 passed"), "{test}: {}{}", ended.out, ended.err);
     false
 }
+
+/// Makes a program of this text. Another process writes it: a child that another test starts at that moment would have this process'
+/// file open for writing, and what is open for writing cannot be executed.
+#[track_caller]
+pub fn program(path: &Path, text: &str) {
+    let script = r#"printf %s "$2" >"$1" && chmod 755 "$1""#;
+    let made = Command::new("sh").args(["-c", script, "sh"]).arg(path).arg(text).status().expect("a shell");
+    assert!(made.success(), "{} cannot be written", path.display());
+}
+
+/// Copies this test's program, by another process as in [`program`].
+#[track_caller]
+pub fn copy_of_this_program(to: &Path) {
+    let this = std::env::current_exe().expect("it runs");
+    let copied = Command::new("cp").arg(this).arg(to).status().expect("cp");
+    assert!(copied.success(), "{} cannot be written", to.display());
+}

@@ -112,9 +112,9 @@ pub(super) fn checks() -> Vec<Check> {
     checks
 }
 
-/// Loads the sample in pieces of one size, of which there are at most some thousands; the rest comes at once.
+/// Loads the sample in pieces of one size, of which there are at most a thousand; the rest comes at once.
 fn in_pieces(t: &mut Trial, piece: usize) -> Verdict {
-    const PIECES_MAX: usize = 4096;
+    const PIECES_MAX: usize = 1024;
     let sample = t.sample()?;
     let (small, rest) = sample.split_at(sample.len().min(piece.saturating_mul(PIECES_MAX)));
     let mut stream = t.session(State::Resuming)?;

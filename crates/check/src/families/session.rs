@@ -182,7 +182,7 @@ pub(super) fn stale(stream: &mut Stream, why: &str) -> Verdict {
 
 /// Reads the stopped device's state in pieces of one size, or the beginning of it when there would be too many.
 fn pieces(t: &mut Trial, piece: usize) -> Verdict {
-    const PIECES_MAX: usize = 4096;
+    const PIECES_MAX: usize = 1024;
     t.go(State::Stop)?;
     let whole = t.save()?;
     let mut stream = t.session(State::StopCopy)?;

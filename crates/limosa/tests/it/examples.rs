@@ -17,7 +17,7 @@ fn passes(folder: &Folder, example: &str, arguments: &[&str]) {
         assert!(begun.elapsed() < LIMIT, "{example} does not listen");
         std::thread::yield_now();
     }
-    let report = limosa(&["check", &socket, "--destructive"]).ok();
+    let report = limosa(&["check", &socket, "--destructive", "--limit", "120"]).ok();
     assert!(report.contains("left in RUNNING"), "{report}");
     server.kill();
 }

@@ -1,8 +1,8 @@
 //! `limosa save`, `inspect`, `verify` and `load` with snapshots in files and in an S3 server on a loopback port.
 
-#[path = "../../../store/tests/support/gate.rs"]
+#[path = "../../../store/tests/it/support/gate.rs"]
 mod gate;
-#[path = "../../../store/tests/support/server.rs"]
+#[path = "../../../store/tests/it/support/server.rs"]
 mod server;
 
 use std::os::unix::fs::FileExt;

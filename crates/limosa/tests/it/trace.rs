@@ -205,8 +205,7 @@ fn a_command_is_traced_and_ends_as_it_would() {
     limosa(&["trace", "--", "no-such-program"]).fails(4, &["no-such-program", "PATH"]);
     // It was errno 8.
     let garbage = folder.text("garbage");
-    std::fs::write(&garbage, "garbage").unwrap();
-    std::fs::set_permissions(&garbage, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    limosa_testing::program(garbage.as_ref(), "garbage");
     limosa(&["trace", "--", &garbage]).fails(1, &["garbage does not start: Exec format error", "expected a"]);
     let counted = limosa(&["trace", "-c", "--", limosa_program, "probe", &server.socket]);
     assert!(counted.err.contains("FEATURE GET MIGRATION") && !counted.err.contains("->"), "{counted:?}");

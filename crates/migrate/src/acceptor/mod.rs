@@ -84,7 +84,7 @@ impl fmt::Debug for OfferedMove {
 ///
 /// - A question of a source in doubt is answered from the ledger, also while a move is under way.
 /// - An OFFER comes out of [`Acceptor::accept`]. While a move is under way, others are refused. After a move was committed all
-///   of them are, for every caller: from then on the acceptor only answers, until [`Acceptor::take_further`].
+///   of them are, for every caller: from then on the acceptor only answers, unless it was told to [`Acceptor::take_further`].
 /// - A further link of the move under way goes to that move ([`Destination::receive_offered`]).
 /// - All other clients are passed over. They are told why, and named in a warning of the log, but not more than ten at once
 ///   and then one a second, which counts the others.
@@ -184,10 +184,11 @@ impl Acceptor {
         self.shared.close(NoMove::Answers);
     }
 
-    /// After a committed move: takes further ones. It is for the caller to refuse ([`OfferedMove::refuse`]) those that come
-    /// while a guest runs on the devices.
+    /// From now on takes further moves after a committed one. An OFFER that comes before [`Destination::receive_offered`] has
+    /// returned from that one waits for it. It is for the caller to refuse ([`OfferedMove::refuse`]) those that come while a guest
+    /// runs on the devices.
     pub fn take_further(&self) {
-        self.shared.reopen();
+        self.shared.take_further();
     }
 
     /// How many clients were passed over so far.
@@ -212,7 +213,7 @@ impl<'a> Destination<'a> {
     /// [`Options::links`](crate::Options::links) allows. Blocks until the move has ended.
     ///
     /// Meanwhile the acceptor refuses other offers. After [`Received::Runs`] and [`Received::Broken`] it takes no
-    /// further move.
+    /// further move, unless it was told to [`Acceptor::take_further`].
     pub fn receive_offered(self, offered: OfferedMove) -> Received {
         let OfferedMove { link, mut place, .. } = offered;
         // Until the opposite is known, also after a panic.
@@ -226,7 +227,7 @@ impl<'a> Destination<'a> {
 /// The place of the move that is under way. While there is one, no other is taken.
 struct Place {
     shared: Arc<Shared>,
-    /// No other move is taken afterwards either.
+    /// Another move is taken afterwards only if the acceptor takes further ones.
     was_committed: bool,
 }
 
@@ -246,10 +247,7 @@ impl FurtherLinks for Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        match self.was_committed {
-            true => self.shared.close(NoMove::Committed),
-            false => self.shared.free(),
-        }
+        self.shared.ended(self.was_committed);
     }
 }
 

@@ -70,6 +70,10 @@ impl fmt::Debug for Shared {
 
 pub(super) struct State {
     pub(super) slot: Slot,
+    /// Whether a further move may come after one that has committed.
+    takes_further: bool,
+    /// The move that comes after the one under way, which has committed.
+    next: Option<(HeardLink, MigrationId)>,
     pub(super) answered: VecDeque<(MigrationId, Decision)>,
     /// Connections of which it is not known yet what they are, and those that are being refused, oldest first.
     pub(super) pending: VecDeque<Pending>,
@@ -116,6 +120,8 @@ impl Shared {
     pub(super) fn new(ledger: Arc<Ledger>, options: &Options, slot: Slot) -> std::io::Result<Shared> {
         let state = State {
             slot,
+            takes_further: false,
+            next: None,
             answered: VecDeque::new(),
             pending: VecDeque::new(),
             next_number: 0,
@@ -167,15 +173,24 @@ impl Shared {
         id: MigrationId,
     ) -> Result<(), (HeardLink, NoMove)> {
         let mut state = self.state();
-        match state.slot {
-            Slot::Free => {}
+        let is_next = match state.slot {
+            Slot::Free => false,
+            // Its source knows that it has ended, and so may whoever sends next.
+            Slot::Taken { id: before, .. }
+                if state.takes_further && state.next.is_none() && self.ledger.has_committed(before) =>
+            {
+                true
+            }
             Slot::Waiting { .. } | Slot::Taken { .. } => return Err((link, NoMove::Busy)),
             Slot::Closed(why) => return Err((link, why)),
-        }
+        };
         // Otherwise it was closed to make room for another one.
         if forget(&mut state.pending, number) {
             link.replay();
-            state.slot = Slot::Waiting { link, id };
+            match is_next {
+                true => state.next = Some((link, id)),
+                false => state.slot = Slot::Waiting { link, id },
+            }
             drop(state);
             self.news.wake();
         }
@@ -240,27 +255,34 @@ impl Shared {
         let mut state = self.state();
         let before = match state.slot {
             Slot::Closed(_) => return,
-            _ => std::mem::replace(&mut state.slot, Slot::Closed(why)),
+            _ => (std::mem::replace(&mut state.slot, Slot::Closed(why)), state.next.take()),
         };
         drop(state);
         // Links are closed outside the lock.
         drop(before);
     }
 
-    /// The move under way has ended, and another one may come.
-    pub(super) fn free(&self) {
+    /// The move under way has ended.
+    pub(super) fn ended(&self, was_committed: bool) {
         let mut state = self.state();
-        let before = match state.slot {
-            Slot::Taken { .. } => std::mem::replace(&mut state.slot, Slot::Free),
-            _ => return,
-        };
+        if was_committed && !state.takes_further {
+            drop(state);
+            return self.close(NoMove::Committed);
+        }
+        if !matches!(state.slot, Slot::Taken { .. }) {
+            return;
+        }
+        let after = state.next.take().map_or(Slot::Free, |(link, id)| Slot::Waiting { link, id });
+        let before = std::mem::replace(&mut state.slot, after);
         drop(state);
+        self.news.wake();
         drop(before);
     }
 
-    /// After a committed move another one may come.
-    pub(super) fn reopen(&self) {
+    /// From now on another move may come after one that has committed.
+    pub(super) fn take_further(&self) {
         let mut state = self.state();
+        state.takes_further = true;
         if matches!(state.slot, Slot::Closed(NoMove::Committed)) {
             state.slot = Slot::Free;
         }
@@ -309,5 +331,43 @@ pub(super) fn log_others(others: u64) {
         0 => {}
         1 => tracing::warn!("one more client was passed over"),
         others => tracing::warn!("{others} more clients were passed over"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer(shared: &Shared, id: MigrationId) -> Result<(), NoMove> {
+        let (near, _) = SocketLink::pair().unwrap();
+        let near = Arc::new(near);
+        let number = shared.begin(&near, Instant::now());
+        shared.offer(number, HeardLink::new(Box::new(near)), id).map_err(|(_, why)| why)
+    }
+
+    #[test]
+    fn a_sender_was_refused_because_the_move_before_had_not_quite_ended() {
+        let [first, second, third] = [1, 2, 3].map(|byte| MigrationId([byte; 16]));
+        for takes_further in [false, true] {
+            let ledger = Arc::new(Ledger::new());
+            let shared = Shared::new(Arc::clone(&ledger), &Options::default(), Slot::Free).unwrap();
+            if takes_further {
+                shared.take_further();
+            }
+            assert_eq!(offer(&shared, first), Ok(()));
+            assert!(matches!(shared.state().slot.take_offer(), Some((_, id)) if id == first));
+            assert!(ledger.begin_holding(first, None).unwrap());
+            assert_eq!(offer(&shared, second), Err(NoMove::Busy), "it may not commit");
+            assert!(ledger.start(first).unwrap(), "an offer decides nothing");
+            ledger.committed(first);
+            // The source of the first move knows that, and its user may send the next one.
+            assert_eq!(offer(&shared, second).is_ok(), takes_further);
+            assert_eq!(offer(&shared, third), Err(NoMove::Busy));
+            shared.ended(true);
+            let next = shared.state().slot.take_offer().map(|(_, id)| id);
+            assert_eq!(next, takes_further.then_some(second));
+            let after = if takes_further { NoMove::Busy } else { NoMove::Committed };
+            assert_eq!(offer(&shared, third), Err(after));
+        }
     }
 }

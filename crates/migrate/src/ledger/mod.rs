@@ -203,6 +203,12 @@ impl Ledger {
         found.unrecorded.clone()
     }
 
+    /// Whether a move of this process has committed. Unlike [`Ledger::ask`] this decides nothing.
+    pub(crate) fn has_committed(&self, id: MigrationId) -> bool {
+        let committed = Entry::Decided(Decision::Committed);
+        self.lock().iter().any(|found| found.id == id && found.entry == committed)
+    }
+
     /// A decision is final.
     fn decide(&self, id: MigrationId, decision: Decision) {
         let mut moves = self.lock();

@@ -28,6 +28,7 @@ use limosa_host::SocketAccess;
 use limosa_switch_over::{
     Ending, GiveLimits, GiveOptions, OldServer, Peer, Step, TakeOptions, TakeOver, give_to_child, take,
 };
+use limosa_testing::copy_of_this_program;
 use limosa_testing::points::{self, KILL_AT, at};
 use process::{Process, this_program};
 use rustix::process::{DumpableBehavior, PTracer, set_dumpable_behavior, set_ptracer};
@@ -374,7 +375,7 @@ fn a_process_of_the_same_user_that_may_not_attach_gets_nothing() {
     let folder = tempfile::tempdir().unwrap();
     // Where that user can reach it.
     let program = folder.path().join("program");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    copy_of_this_program(&program);
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let is_root = rustix::process::geteuid().is_root();
     if is_root {

@@ -50,6 +50,7 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
     let _exposition = expose(args, &metrics, out)?;
     out.listening(listener.address());
     let acceptor = links.acceptor(listener, &ledger, &options)?;
+    acceptor.take_further();
     while !end.is_cancelled() {
         let offered = match acceptor.accept(Wait::within(LONG, Some(&end))) {
             Ok(Incoming::Offer(offered)) => offered,
@@ -86,9 +87,9 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
             // A source that has to ask is answered meanwhile.
             let taken =
                 receiving.take(offered, (&endpoint, &pages), Progress::new(&out, || None), &ending, || ());
-            if taken.committed {
-                acceptor.take_further();
-            } else if let Err(error) = guests.take_back(&before) {
+            if !taken.committed
+                && let Err(error) = guests.take_back(&before)
+            {
                 tracing::warn!(
                     "a guest that did not come is taken for one that did: {}",
                     exit::message(&error)

@@ -1,5 +1,4 @@
 //! What the tests of object stores are made of.
-#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
 mod ends;
 mod gate;

@@ -3,10 +3,8 @@
 //! `docs/conformance/mutations.md` is the table: a fault that is found by more or by fewer checks than it says fails here.
 //! With UPDATE_DOCS set the page is written anew.
 
-mod faults;
-mod faulty;
-#[path = "../table/mod.rs"]
-mod table;
+pub mod faults;
+pub mod faulty;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -21,7 +19,8 @@ use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DeviceFlags;
 use limosa_protocol::{State, fsm};
 use limosa_test_device::Memory;
-use table::Table;
+
+use crate::table::Table;
 
 fn synthetic() -> Box<dyn SimpleModel> {
     let config = SyntheticConfig { state_bytes: 128 << 10, block_bytes: 4096, ..SyntheticConfig::default() };
@@ -199,7 +198,7 @@ fn each_fault_is_found_by_exactly_the_checks_that_should() {
     }
     let never: Vec<_> = checks()
         .iter()
-        // Those have their own faults, in tests/wire_mutations.
+        // Those have their own faults, in wire_mutations.
         .filter(|check| check.family != Family::VfioUser && !can_fail.contains(&*check.id))
         .map(|check| check.id.to_string())
         .collect();

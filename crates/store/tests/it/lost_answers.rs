@@ -1,15 +1,13 @@
 //! The request that publishes a snapshot, or its answer, is lost on the way: what the saver reports is true.
 
-mod support;
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::support::{BUCKET, End, Gate, Plan, Server, object};
 use limosa_client::DeviceExt;
 use limosa_migrate::{AfterLoad, AfterSave, Decision, Error, Outcome, Received, SnapshotSource, published};
 use limosa_protocol::State;
 use limosa_store::Object;
-use support::{BUCKET, End, Gate, Plan, Server, object};
 
 /// The snapshot is whole, and the guest goes on where it is loaded.
 #[track_caller]

@@ -1,7 +1,5 @@
 //! Stores that answer with more than was asked for, with texts for a terminal, or ever so slowly.
 
-mod support;
-
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;

@@ -1,24 +1,18 @@
 //! `fuzz`: devices of this project have no difference; a device with a fault has, and it is shrunk to a handful of lines,
 //! which show it again.
 
-#[path = "mutations/faults.rs"]
-#[allow(dead_code)]
-mod faults;
-#[path = "mutations/faulty/mod.rs"]
-#[allow(dead_code)]
-mod faulty;
-
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use faults::Fault;
-use faulty::{Faulty, FaultyDevice};
 use limosa_check::{FuzzOptions, FuzzReport, Script, Target, Transport, fuzz, replay};
 use limosa_device::{Loopback, Machine, SimpleModel};
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_models::uart::{Line, Mtty, Uart};
 use limosa_protocol::State;
+
+use crate::mutations::faults::Fault;
+use crate::mutations::faulty::{Faulty, FaultyDevice};
 
 fn synthetic() -> Box<dyn SimpleModel> {
     let config = SyntheticConfig { state_bytes: 64 << 10, block_bytes: 4096, ..SyntheticConfig::default() };

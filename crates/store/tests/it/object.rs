@@ -1,13 +1,12 @@
 //! Snapshots in a real S3 server: saved, loaded, and refused when anything is wrong with them; and whatever happens to
 //! the server or the saver, nothing that is not whole can be loaded, and the source runs again.
 
-mod support;
-
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::support::{BUCKET, DENIED, End, MISSING, Server, object};
 use limosa_client::DeviceExt;
 use limosa_migrate::link::{LinkError, Wait};
 use limosa_migrate::{
@@ -18,7 +17,6 @@ use limosa_protocol::State;
 use limosa_store::Object;
 use limosa_stream::Damage;
 use limosa_testing::{Process, this_test};
-use support::{BUCKET, DENIED, End, MISSING, Server, object};
 
 const SILENCE_MAX: Duration = Duration::from_secs(20);
 
@@ -292,7 +290,7 @@ fn saver() {
 fn a_saver_that_is_killed_leaves_nothing_that_could_be_loaded() {
     let server = Server::start();
     let saver =
-        Process::start(this_test("saver").env("LIMOSA_TEST_S3", format!("http://{}", server.address)));
+        Process::start(this_test("object::saver").env("LIMOSA_TEST_S3", format!("http://{}", server.address)));
     saver.line("at 20 MiB");
     saver.kill();
     assert!(server.objects().is_empty(), "nothing is under any name");

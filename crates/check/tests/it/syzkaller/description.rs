@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-pub const TEXT: &str = include_str!("../../../../contrib/syzkaller/dev_vfio_migration.txt");
-const CONSTANTS: &str = include_str!("../../../../contrib/syzkaller/dev_vfio_migration.txt.const");
+pub const TEXT: &str = include_str!("../../../../../contrib/syzkaller/dev_vfio_migration.txt");
+const CONSTANTS: &str = include_str!("../../../../../contrib/syzkaller/dev_vfio_migration.txt.const");
 
 /// The constants with their values.
 pub fn constants() -> BTreeMap<&'static str, u64> {

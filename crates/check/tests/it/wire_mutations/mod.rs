@@ -3,8 +3,6 @@
 
 mod faults;
 mod proxy;
-#[path = "../table/mod.rs"]
-mod table;
 
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
@@ -24,7 +22,8 @@ use limosa_protocol::Errno;
 use limosa_protocol::info::{IrqFlags, pci_index};
 use limosa_vfio_user::client::{self, Client};
 use proxy::{Fault, Faulty};
-use table::Table;
+
+use crate::table::Table;
 
 /// The synthetic device with more vectors than it has.
 struct Vectors(Synthetic);

@@ -11,7 +11,7 @@ use limosa_client::{Device, DmaMap, DmaMemory};
 use limosa_device::{Loopback, Machine};
 use limosa_migrate::{
     AfterLoad, AfterSave, Cancel, Decision, Destination, FilePages, GuestPages, InDoubt, Ledger, Memory,
-    MemoryRegion, MovedDevice, Nobody, Options, Outcome, Received, SnapshotSource, SnapshotTarget, Source,
+    MemoryRegion, MovedDevice, Options, Outcome, Received, SnapshotSource, SnapshotTarget, Source,
 };
 use limosa_models::synthetic::{Synthetic, SyntheticConfig};
 use limosa_protocol::info::DmaMapFlags;
