@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use limosa_migrate::{SnapshotFile, SnapshotSource, SnapshotTarget};
+use limosa_store::{Object, ObjectError};
 
 use crate::exit::{self, Code};
 use crate::new_file;
@@ -10,8 +11,7 @@ use crate::new_file;
 /// Where a snapshot is.
 pub enum SnapshotLocation {
     File(SnapshotFile),
-    #[cfg(feature = "s3")]
-    Object(limosa_store::Object),
+    Object(Object),
 }
 
 impl SnapshotLocation {
@@ -25,7 +25,6 @@ impl SnapshotLocation {
         let place = SnapshotLocation::of(name, replace)?;
         match &place {
             SnapshotLocation::File(_) => new_file::check(name, "", replace)?,
-            #[cfg(feature = "s3")]
             SnapshotLocation::Object(_) => {}
         }
         Ok(place)
@@ -48,30 +47,21 @@ impl SnapshotLocation {
         }
     }
 
-    #[cfg(feature = "s3")]
     fn object(url: &str, replace: bool) -> anyhow::Result<SnapshotLocation> {
-        use limosa_store::{Object, ObjectError};
         let object = Object::from_env(url).and_then(|object| object.replacing(replace));
         object.map(SnapshotLocation::Object).map_err(|error| {
             let code = match &error {
-                ObjectError::Url { .. } => Code::Usage,
+                ObjectError::Url { .. } | ObjectError::NotBuilt { .. } => Code::Usage,
                 _ => Code::Unreachable,
             };
             exit::error(code, error.to_string())
         })
     }
 
-    #[cfg(not(feature = "s3"))]
-    fn object(url: &str, _: bool) -> anyhow::Result<SnapshotLocation> {
-        let what = "this limosa was built without object stores (the feature s3); use a file";
-        Err(exit::error(Code::Usage, format!("{url}: {what}")))
-    }
-
     /// To save to.
     pub fn target(&self) -> &dyn SnapshotTarget {
         match self {
             SnapshotLocation::File(file) => file,
-            #[cfg(feature = "s3")]
             SnapshotLocation::Object(object) => object,
         }
     }
@@ -80,7 +70,6 @@ impl SnapshotLocation {
     pub fn source(&self) -> &dyn SnapshotSource {
         match self {
             SnapshotLocation::File(file) => file,
-            #[cfg(feature = "s3")]
             SnapshotLocation::Object(object) => object,
         }
     }

@@ -10,6 +10,7 @@ use object_store::client::ClientConfigKey;
 use object_store::path::Path;
 use object_store::{BackoffConfig, MultipartId, RetryConfig};
 
+use crate::ObjectError;
 use crate::connector::{Connector, Traffic};
 use crate::runtime::Runtime;
 
@@ -67,37 +68,6 @@ impl Client {
 pub(crate) struct Remote {
     pub(crate) store: AmazonS3,
     pub(crate) path: Path,
-}
-
-/// Why an object cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ObjectError {
-    /// The address is not of the form `s3://BUCKET/KEY`.
-    #[error("`{url}`: {what}; expected s3://BUCKET/KEY, such as s3://snapshots/guest-17")]
-    Url {
-        /// What was given.
-        url: String,
-        /// What is wrong with it.
-        what: String,
-    },
-    /// A variable is missing, or has no valid value.
-    #[error("{url}: {what}")]
-    Config {
-        /// The object.
-        url: String,
-        /// What is missing or wrong, and what to do.
-        what: String,
-    },
-    /// The thread of the client could not be started.
-    #[error("{url}: starting the store's client: {error}")]
-    Thread {
-        /// The object.
-        url: String,
-        /// The system's answer.
-        #[source]
-        error: std::io::Error,
-    },
 }
 
 impl Object {

@@ -32,43 +32,33 @@
 //!
 //! The client is asynchronous, and its interface here is not. Each [`Object`] has a thread that runs the client. A caller
 //! waits on an eventfd until there is a result, the move is cancelled, or no byte has moved for too long.
+//!
+//! # Features
+//!
+//! `s3`, on by default, is the client. Without it [`Object`] refuses every address ([`ObjectError::NotBuilt`]), and the crate has a
+//! handful of dependencies: a program that passes the feature on is written once.
 #![forbid(unsafe_code)]
 
+#[cfg(not(feature = "s3"))]
+mod absent;
+#[cfg(feature = "s3")]
 mod config;
+#[cfg(feature = "s3")]
 mod connector;
+#[cfg(feature = "s3")]
 mod download;
+#[cfg(feature = "s3")]
 mod error;
+mod object_error;
+#[cfg(feature = "s3")]
 mod runtime;
+#[cfg(feature = "s3")]
+mod snapshot;
+#[cfg(feature = "s3")]
 mod upload;
 
-use std::sync::Arc;
-
-pub use config::{Object, ObjectError};
-use limosa_migrate::link::{LinkError, Wait};
-use limosa_migrate::{MigrationId, SnapshotReader, SnapshotSource, SnapshotTarget, SnapshotWriter};
-
-impl SnapshotTarget for Object {
-    fn name(&self) -> String {
-        self.url.clone()
-    }
-
-    fn create(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotWriter>, LinkError> {
-        Ok(Box::new(upload::Upload::begin(Arc::clone(&self.client), self.replace, wait)?))
-    }
-}
-
-impl SnapshotSource for Object {
-    fn name(&self) -> String {
-        self.url.clone()
-    }
-
-    fn open(&self, wait: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError> {
-        Ok(Box::new(download::Download::open(Arc::clone(&self.client), wait)?))
-    }
-
-    /// Aborts the upload, which this [`Object`] remembers. Another process cannot know it, and there the answer is
-    /// `false`.
-    fn withdraw(&self, _: MigrationId, wait: Wait<'_>) -> Result<bool, LinkError> {
-        upload::withdraw(&self.client, wait)
-    }
-}
+#[cfg(not(feature = "s3"))]
+pub use absent::Object;
+#[cfg(feature = "s3")]
+pub use config::Object;
+pub use object_error::ObjectError;

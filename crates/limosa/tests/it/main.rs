@@ -35,7 +35,6 @@ mod settling;
 mod signals;
 mod stopped;
 mod stops;
-#[cfg(feature = "s3")]
 mod stores;
 mod support;
 mod switch_over;

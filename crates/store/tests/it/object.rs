@@ -289,8 +289,9 @@ fn saver() {
 #[test]
 fn a_saver_that_is_killed_leaves_nothing_that_could_be_loaded() {
     let server = Server::start();
-    let saver =
-        Process::start(this_test("object::saver").env("LIMOSA_TEST_S3", format!("http://{}", server.address)));
+    let saver = Process::start(
+        this_test("object::saver").env("LIMOSA_TEST_S3", format!("http://{}", server.address)),
+    );
     saver.line("at 20 MiB");
     saver.kill();
     assert!(server.objects().is_empty(), "nothing is under any name");
